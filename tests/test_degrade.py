@@ -1,0 +1,400 @@
+"""Memory never breaks a chat: with the store, the vectors or the embedder really broken the reply still comes.
+
+What was acknowledged before is there again when the damage is mended.
+"""
+import contextlib
+import os
+import pickle
+import resource
+import shutil
+import sqlite3
+import threading
+
+import diskcache
+import httpx
+import openai
+import pytest
+from fakes import LocalServer, Server, Upstream, health, say, settings, wait_until
+
+TIMEOUT = 60
+PERSONA = {"role": "system", "content": "You are Mira, keeper of the light."}
+TALK = [{"role": "user", "content": "My brother Tomas sold the mule in Ostrava."},
+        {"role": "assistant", "content": "He always loved a bargain more than an animal."},
+        {"role": "user", "content": "The red key opens the crypt below the chapel."},
+        {"role": "assistant", "content": "Then keep it away from the abbot."}]
+NEXT = {"role": "user", "content": "Who sold the mule?"}
+QUESTION = [PERSONA, *TALK, NEXT]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A data folder with one remembered chat, made by a server that has ended."""
+    data_dir = tmp_path_factory.mktemp("template") / "data"
+    with Upstream() as fake, Server(data_dir, fake.url) as running:
+        running.wait_ready()
+        assert say(running.url, [PERSONA, *TALK], chat_id="tale").status == 200
+        assert search(running, "tale", "who sold an animal?")  # computes the vectors that are missing
+        running.kill()
+    return data_dir
+
+
+@pytest.fixture
+def store(template, data_dir):
+    """The folder of the remembered chat, in a data folder of the test's own."""
+    shutil.copytree(template, data_dir)
+    [folder] = [path.parent for path in data_dir.glob("chats/*/cache.db")]
+    return folder
+
+
+def replace(path, content: bytes):
+    """Put another file in a file's place, and take what SQLite keeps beside it away."""
+    for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
+        path.with_name(name).unlink(missing_ok=True)
+    path.write_bytes(content)
+
+
+def chat_url(running, chat_id: str, rest: str) -> str:
+    """The address of a chat's call."""
+    return f"{running.url}/api/persona_memory/chats/{chat_id}/{rest}"
+
+
+def contents(running, chat_id: str) -> list[str]:
+    """The texts on a chat's current branch."""
+    answer = httpx.get(chat_url(running, chat_id, "messages"), params={"limit": 1000}, timeout=TIMEOUT)
+    assert answer.status_code == 200, answer.text
+    return [message["content"] for message in answer.json()["messages"]]
+
+
+def append(running, chat_id: str, content: str) -> httpx.Response:
+    """Append one message."""
+    return httpx.post(chat_url(running, chat_id, "messages"), timeout=TIMEOUT,
+                      json={"messages": [{"role": "user", "content": content}]})
+
+
+def search(running, chat_id: str, query: str) -> list[dict]:
+    """The memories that a search finds."""
+    answer = httpx.get(chat_url(running, chat_id, "search"), params={"q": query, "k": 2}, timeout=TIMEOUT)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["memories"]
+
+
+def assert_degraded(reply, upstream, messages):
+    """The turn came through untouched in words, and says that it went without memory."""
+    assert (reply.status, reply.error, reply.text) == (200, None, upstream.last["answer"])
+    assert reply.memory.startswith("degraded; reason="), reply.memory
+    assert upstream.last["body"]["messages"] == messages
+
+
+def assert_whole(running, *more: str):
+    """Everything that was acknowledged is there, in order."""
+    texts = [message["content"] for message in TALK]
+    assert contents(running, "tale")[:len(TALK)] == texts
+    reply = say(running.url, [*QUESTION, *({"role": "user", "content": text} for text in more)], chat_id="tale")
+    assert reply.status == 200
+    assert not reply.memory.startswith("degraded"), reply.memory
+    assert contents(running, "tale")[:len(TALK) + 1 + len(more)] == [*texts, NEXT["content"], *more]
+
+
+# ---------------------------------------------------------------------------- the store
+
+GARBAGE = {"garbage": lambda old: b"this is not a database " * 1000, "empty": lambda old: b"",
+           "cut in half": lambda old: old[:len(old) // 2],
+           "torn pages": lambda old: old[:4096] + os.urandom(len(old) - 4096)}
+
+
+@pytest.mark.parametrize("damage", GARBAGE.values(), ids=GARBAGE)
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_store_that_cannot_be_read(data_dir, store, upstream, damage, stream):
+    """The damaged chat answers without memory and acknowledges nothing; the others remember; mended, it is whole."""
+    database, backup = store / "cache.db", data_dir.parent / "backup"
+    shutil.copytree(store, backup)
+    replace(database, damage(database.read_bytes()))
+    with LocalServer(settings(data_dir, upstream.url)) as running:
+        assert_degraded(say(running.url, QUESTION, stream, chat_id="tale"), upstream, QUESTION)
+        assert_degraded(say(running.url, QUESTION, stream, chat_id="tale"), upstream, QUESTION)
+        refused = append(running, "tale", "not to be acknowledged")
+        assert refused.status_code >= 500
+        assert refused.json()["error"]["message"]
+        for call in ("messages", "search?q=mule", "prompts", ""):
+            answer = httpx.get(chat_url(running, "tale", call).rstrip("/"), timeout=TIMEOUT)
+            assert answer.status_code >= 500
+            assert answer.json()["error"]["message"]
+        other = say(running.url, QUESTION, stream, chat_id="other")
+        assert not other.memory.startswith("degraded")
+        assert contents(running, "other")[:len(TALK)] == [message["content"] for message in TALK]
+        assert httpx.get(f"{running.url}/api/persona_memory/chats", timeout=TIMEOUT).status_code == 200
+        assert health(running.url)["status"] == "ok"
+    shutil.rmtree(store)
+    shutil.copytree(backup, store)
+    with LocalServer(settings(data_dir, upstream.url)) as running:
+        assert_whole(running)
+
+
+def test_a_store_that_breaks_under_a_running_server(data_dir, store, upstream):
+    """Another chat's turns go on; the broken chat's reply comes."""
+    with LocalServer(settings(data_dir, upstream.url)) as running:
+        assert contents(running, "tale")
+        for path in store.iterdir():
+            path.write_bytes(b"garbage " * 4096)
+        messages = [*QUESTION, {"role": "assistant", "content": "Tomas."}, {"role": "user", "content": "Where?"}]
+        assert say(running.url, messages, chat_id="tale").text == upstream.last["answer"]
+        assert upstream.last["body"]["messages"][-1] == messages[-1]
+        assert not say(running.url, QUESTION, chat_id="other").memory.startswith("degraded")
+
+
+def test_a_deleted_folder_under_a_running_server(data_dir, store, upstream):
+    """Somebody tidies the data folder: the chat starts again from what the client shows."""
+    with LocalServer(settings(data_dir, upstream.url)) as running:
+        assert contents(running, "tale")
+        shutil.rmtree(store)
+        assert say(running.url, QUESTION, chat_id="tale").text == upstream.last["answer"]
+        assert_whole(running)
+
+
+def test_a_locked_store_makes_no_turn_wait_for_ever(data_dir, store, upstream):
+    """Another program holds the database: the reply comes without memory, and memory comes back."""
+    with LocalServer(settings(data_dir, upstream.url)) as running:
+        assert contents(running, "tale")
+        with contextlib.closing(sqlite3.connect(store / "cache.db", isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            reply = say(running.url, QUESTION, chat_id="tale")
+            assert (reply.status, reply.text) == (200, upstream.last["answer"])
+            assert reply.memory.startswith("degraded"), reply.memory
+            other.execute("ROLLBACK")
+        wait_until(lambda: not say(running.url, QUESTION, chat_id="tale").memory.startswith("degraded"), "memory again")
+        assert_whole(running)
+
+
+def test_a_data_folder_that_goes_away(data_dir, store, upstream):
+    """The folder's disk is unplugged and plugged in again."""
+    with LocalServer(settings(data_dir, upstream.url)) as running:
+        away = data_dir.rename(data_dir.parent / "away")
+        data_dir.write_text("a file where the folder was")
+        reply = say(running.url, QUESTION, chat_id="tale")
+        assert_degraded(reply, upstream, QUESTION)
+        assert append(running, "tale", "not to be acknowledged").status_code >= 500
+        data_dir.unlink()
+        away.rename(data_dir)
+        assert_whole(running)
+
+
+def test_a_full_disk(data_dir, store, upstream):
+    """No file can grow: the reply comes, nothing is acknowledged; with room again all goes on."""
+    with Server(data_dir, upstream.url) as running:
+        running.wait_ready()
+        assert contents(running, "tale")
+        limits = resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (0, limits[1]))
+        reply = say(running.url, QUESTION, chat_id="tale")
+        assert (reply.status, reply.text) == (200, upstream.last["answer"])
+        assert reply.memory.startswith("degraded"), reply.memory
+        assert append(running, "tale", "not to be acknowledged").status_code >= 500
+        assert say(running.url, QUESTION, chat_id="new").memory.startswith("degraded")
+        resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, limits)
+        assert_whole(running)
+
+
+@pytest.mark.parametrize("damage", GARBAGE.values(), ids=GARBAGE)
+def test_a_broken_catalogue_is_made_anew(data_dir, upstream, damage):
+    """What finds chats without an id is derived: losing it loses nothing."""
+    with LocalServer(settings(data_dir, upstream.url)) as running:
+        chat_id = say(running.url, [PERSONA, *TALK]).chat_id
+    [catalogue] = [path for path in data_dir.rglob("cache.db") if "chats" not in path.parts]
+    replace(catalogue, damage(catalogue.read_bytes()))
+    with LocalServer(settings(data_dir, upstream.url)) as running:
+        reply = say(running.url, QUESTION)
+        assert (reply.status, reply.chat_id) == (200, chat_id)
+        assert not reply.memory.startswith("degraded")
+        listed = httpx.get(f"{running.url}/api/persona_memory/chats", timeout=TIMEOUT).json()
+        assert [chat["chat_id"] for chat in listed] == [chat_id]
+
+
+def test_a_data_folder_that_is_a_file_is_a_readable_error(data_dir, upstream):
+    """Refused at the start, with a sentence that names the folder."""
+    data_dir.write_text("a file")
+    running = Server(data_dir, upstream.url)
+    with pytest.raises(AssertionError, match="the server ended with"):
+        running.start()
+    log = running.log()
+    running.log_path.unlink()
+    assert running.process.returncode != 0
+    assert str(data_dir) in log
+    assert "Traceback" not in log
+
+
+# ---------------------------------------------------------------------------- vectors and the embedder
+
+BAD_VECTORS = {"truncated": b"\0", "empty": b"", "other dimension": b"\0\0\x80?" * 3, "not numbers": b"\xff" * 1536,
+               "zeros": b"\0" * 1536, "infinite": b"\0\0\x80\x7f" * 384}
+
+
+@pytest.mark.parametrize("vector", BAD_VECTORS.values(), ids=BAD_VECTORS)
+def test_corrupted_vectors(data_dir, store, upstream, vector):
+    """Vectors are derived: with every one of them broken the reply comes, and the messages are found."""
+    with contextlib.closing(sqlite3.connect(store / "cache.db")) as database, database:
+        broken = database.execute("UPDATE Cache SET value = ? WHERE typeof(value) = 'blob' AND length(value) = 1536",
+                                  (vector,)).rowcount
+    assert broken >= len(TALK)
+    with LocalServer(settings(data_dir, upstream.url)) as running:
+        reply = say(running.url, QUESTION, chat_id="tale")
+        assert (reply.status, reply.text) == (200, upstream.last["answer"])
+        assert upstream.last["body"]["messages"][-1]["content"].endswith(NEXT["content"])
+        assert contents(running, "tale")[:len(TALK)] == [message["content"] for message in TALK]
+        assert 0 in {memory["index"] for memory in search(running, "tale", "Tomas sold the mule in Ostrava")}
+
+
+def embedder_settled(running) -> bool:
+    """Whether loading the embedder has ended, either way."""
+    return health(running.url)["embedder"]["status"] != "loading"
+
+
+@pytest.mark.parametrize("kind", ["missing", "no model"])
+def test_an_embedder_that_is_no_model(data_dir, upstream, kind):
+    """Replies come and messages are kept; with a real model again they are found by meaning."""
+    model = data_dir.parent / "model"
+    if kind == "no model":
+        model.mkdir()
+        (model / "config.json").write_text("not a model")
+    env = {"HF_HUB_OFFLINE": "1"}
+    with Server(data_dir, upstream.url, "--embedder", str(model), env=env) as running:
+        wait_until(lambda: embedder_settled(running), "the embedder's failure")
+        reply = say(running.url, QUESTION, chat_id="tale")
+        assert_degraded(reply, upstream, QUESTION)
+        assert contents(running, "tale")[:len(TALK)] == [message["content"] for message in TALK]
+        assert append(running, "import", TALK[0]["content"]).json()["added"] == 1
+        assert 0 in {memory["index"] for memory in search(running, "tale", "the mule in Ostrava")}
+        assert "fail" in health(running.url)["embedder"]["status"]
+        assert "Traceback" not in running.log()
+    with LocalServer(settings(data_dir, upstream.url)) as running:
+        assert_whole(running)
+        wait_until(lambda: found_by_meaning(running), "found by meaning")
+        assert contents(running, "import") == [TALK[0]["content"]]
+
+
+def found_by_meaning(running) -> bool:
+    """Whether a question that shares no word with a message finds it."""
+    return 0 in {memory["index"] for memory in search(running, "tale", "relatives trading livestock")}
+
+
+def test_a_turn_while_the_embedder_is_loading(data_dir, upstream):
+    """The first turn does not wait for the model, and is remembered."""
+    with Server(data_dir, upstream.url) as running:
+        reply = say(running.url, QUESTION, chat_id="tale")
+        assert (reply.status, reply.text) == (200, upstream.last["answer"])
+        running.wait_ready()
+        assert_whole(running)
+
+
+# ---------------------------------------------------------------------------- kill -9
+
+def test_kill_9_right_after_a_reply_loses_nothing(data_dir, upstream):
+    """A client that sends only its newest message: user and reply of every turn are there after each crash."""
+    said, running = [], Server(data_dir, upstream.url)
+    try:
+        for turn in range(3):
+            running.start()
+            reply = say(running.url, [{"role": "user", "content": f"Turn {turn}: what now?"}], turn % 2 == 0,
+                        chat_id="crash")
+            running.kill()
+            assert reply.text == upstream.last["answer"]
+            said += [f"Turn {turn}: what now?", reply.text]
+        running.start()
+        assert say(running.url, [{"role": "user", "content": "And at last?"}], chat_id="crash").status == 200
+        assert contents(running, "crash")[:7] == [*said, "And at last?"]
+        assert append(running, "crash", "acknowledged").json()["added"] == 1
+        running.kill()
+        running.start()
+        assert "acknowledged" in contents(running, "crash")
+    finally:
+        running.stop()
+
+
+def test_kill_9_in_the_middle_of_a_reply(data_dir, upstream):
+    """The user's message is kept before the model has answered it."""
+    with Server(data_dir, upstream.url) as running:
+        upstream.hold_after = (2, threading.Event())
+        turn = threading.Thread(target=interrupted, args=(running.url,), daemon=True)
+        turn.start()
+        upstream.wait_for_chats(1)
+        running.kill()
+        turn.join(TIMEOUT)
+        upstream.hold_after = None
+        running.start().wait_ready()
+        assert contents(running, "tale")[:5] == [message["content"] for message in QUESTION[1:]]
+        assert_whole(running)
+
+
+def interrupted(url: str):
+    """A turn whose server dies."""
+    with contextlib.suppress(openai.APIError):
+        say(url, QUESTION, chat_id="tale")
+
+
+# ---------------------------------------------------------------------------- pickles
+
+class Bomb:
+    """Unpickling this makes a file."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def plant(database, payload: bytes, where: str):
+    """Put a pickle into a store, as diskcache itself would read one: as every value, or as a key beside the others."""
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        if where == "values":
+            connection.execute("UPDATE Cache SET mode = 4, value = ?", (payload,))
+        else:
+            connection.execute("INSERT INTO Cache (key, raw, store_time, access_time, mode, value)"
+                               " VALUES (?, 0, 0, 0, 1, 'x')", (payload,))
+
+
+def set_off(database, where: str):
+    """Read a store as plain diskcache does."""
+    with diskcache.Cache(str(database.parent)) as cache, contextlib.suppress(Exception):
+        for key in cache:
+            cache[key]
+
+
+@pytest.mark.parametrize("where", ["values", "keys"])
+def test_a_planted_pickle_does_not_run(data_dir, store, upstream, where):
+    """In every database of the data folder; plain diskcache would run it."""
+    marker = data_dir.parent / "ran"
+    databases = list(data_dir.rglob("cache.db"))
+    assert len(databases) >= 2
+    for database in databases:
+        plant(database, pickle.dumps(Bomb(marker)), where)
+    with LocalServer(settings(data_dir, upstream.url)) as running:
+        for chat_id in ("tale", "new"):
+            reply = say(running.url, QUESTION, chat_id=chat_id)
+            assert (reply.status, reply.text) == (200, upstream.last["answer"])
+        assert say(running.url, QUESTION).status == 200
+        for call in ("messages", "search?q=mule", "prompts"):
+            assert httpx.get(chat_url(running, "tale", call), timeout=TIMEOUT).status_code < 600
+        httpx.get(f"{running.url}/api/persona_memory/chats", timeout=TIMEOUT)
+        assert not marker.exists()
+        httpx.delete(chat_url(running, "tale", "").rstrip("/"), timeout=TIMEOUT)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("where", ["values", "keys"])
+def test_the_planted_pickle_is_a_real_one(tmp_path, where):
+    """The test above can fail: read as plain diskcache reads it, the same pickle runs."""
+    marker = tmp_path / "ran"
+    with diskcache.Cache(str(tmp_path / "plain")) as cache:
+        cache["known"] = "value"
+    plant(tmp_path / "plain" / "cache.db", pickle.dumps(Bomb(marker)), where)
+    set_off(tmp_path / "plain" / "cache.db", where)
+    assert marker.exists()
+
+
+def test_an_upstream_error_is_not_blamed_on_memory(data_dir, store):
+    """With memory in order and the upstream broken the client gets the upstream's error."""
+    with Upstream(status=500, error="out of tokens") as broken, LocalServer(settings(data_dir, broken.url)) as running:
+        reply = say(running.url, QUESTION, chat_id="tale")
+        assert reply.status == 500
+        assert "out of tokens" in reply.error
+        assert contents(running, "tale")[:len(TALK)] == [message["content"] for message in TALK]

@@ -1,0 +1,544 @@
+"""The proxy between a client and a language model: what goes through, what is mended, what ends when."""
+import json
+import queue
+import socket
+import threading
+
+import httpx
+import pytest
+from fakes import LocalServer, Upstream, free_port, say, settings
+
+import persona_memory
+
+FOREVER = 60
+
+
+@pytest.fixture(scope="module")
+def shared_upstream():
+    """One fake upstream for the whole module."""
+    with Upstream() as fake:
+        yield fake
+
+
+@pytest.fixture
+def upstream(shared_upstream):
+    """The module's upstream, well-behaved and with nothing recorded."""
+    shared_upstream.reset()
+    yield shared_upstream
+    shared_upstream.reset()
+
+
+@pytest.fixture(scope="module")
+def server(shared_upstream, tmp_path_factory):
+    """One proxy for the whole module: nothing here depends on what was said before."""
+    with LocalServer(settings(tmp_path_factory.mktemp("upstreams") / "data", shared_upstream.url)) as running:
+        yield running
+
+
+@pytest.fixture
+def chat(request) -> list[dict]:
+    """A transcript that no other test sends."""
+    return [{"role": "system", "content": "You are Mira, a lighthouse keeper."},
+            {"role": "user", "content": f"Good evening from {request.node.name}"}]
+
+
+class Reader(threading.Thread):
+    """Reads a raw HTTP answer in the background; `line()` waits for the next line that is not empty."""
+
+    def __init__(self, server, messages, path="/v1/chat/completions", **body):
+        super().__init__(daemon=True)
+        self.address = server.url + path
+        self.body = {"model": "fake-model", "messages": messages, "stream": True, **body}
+        self.lines: queue.Queue = queue.Queue()
+        self.status = self.headers = self.failure = None
+        self.start()
+
+    def run(self):
+        try:
+            with httpx.stream("POST", self.address, json=self.body, timeout=FOREVER) as answer:
+                self.status, self.headers = answer.status_code, answer.headers
+                for line in answer.iter_lines():
+                    if line:
+                        self.lines.put(line)
+        except httpx.HTTPError as failure:
+            self.failure = failure
+        self.lines.put(None)
+
+    def line(self) -> str | None:
+        """The next line; None at the end."""
+        return self.lines.get(timeout=FOREVER)
+
+    def rest(self) -> list[str]:
+        """All lines up to the end, which must be a proper one."""
+        lines = list(iter(self.line, None))
+        assert self.failure is None, f"the answer did not end properly: {self.failure!r}"
+        return lines
+
+
+def payloads(lines) -> list:
+    """What the data lines carry, in order: parsed JSON, or the text [DONE]."""
+    texts = [line.removeprefix("data:").strip() for line in lines if line.startswith("data:")]
+    return [text if text == "[DONE]" else json.loads(text) for text in texts]
+
+
+def content(lines) -> str:
+    """A stream's text."""
+    return "".join(payload["choices"][0]["delta"].get("content") or "" for payload in payloads(lines)
+                   if payload != "[DONE]" and payload.get("choices"))
+
+
+def hang_up_later(server, body: dict) -> socket.socket:
+    """Send a request on a bare socket and return the socket, still waiting."""
+    raw = json.dumps(body).encode()
+    sock = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
+    sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                 b"Content-Length: %d\r\n\r\n%s" % (len(raw), raw))
+    return sock
+
+
+# ---------------------------------------------------------------------------- pass-through
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_unknown_fields_reach_the_upstream_and_chat_id_does_not(server, upstream, chat, stream):
+    extra = {"mirostat": 2, "logit_bias": {"50256": -100}, "stop": ["\n\n"], "min_p": 0.05, "user": "someone",
+             "nested": {"deep": [1, None]}}
+    reply = say(server.url, chat, stream=stream, chat_id=f"fields-{stream}", temperature=0.7, **extra)
+    sent = upstream.last["body"]
+    assert (reply.status, reply.error, reply.text) == (200, None, upstream.last["answer"])
+    assert reply.chat_id == f"fields-{stream}"
+    assert {key: sent.get(key) for key in extra} == extra
+    assert (sent["temperature"], sent["model"], sent["stream"]) == (0.7, "fake-model", stream)
+    assert "chat_id" not in sent
+
+
+def test_a_first_turn_reaches_the_upstream_unchanged(server, upstream, chat):
+    """With nothing to remember the messages are the client's own."""
+    say(server.url, chat)
+    assert upstream.last["body"]["messages"] == chat
+
+
+def test_a_plain_answer_keeps_the_upstreams_fields(server, upstream, chat):
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"model": "fake-model", "messages": chat})
+    assert answer.json() == json.loads(upstream.last["sent"])
+    assert answer.headers["content-type"].startswith("application/json")
+    assert answer.headers["X-Chat-Id"]
+    assert "recalled=0" in answer.headers["X-Persona-Memory"]
+
+
+def test_a_streams_chunks_keep_the_upstreams_fields(server, upstream, chat):
+    """Every event is the upstream's own, a usage chunk with an empty list of choices among them."""
+    reader = Reader(server, chat, stream_options={"include_usage": True})
+    lines = reader.rest()
+    assert payloads(lines) == payloads(upstream.last["sent"].decode().splitlines())
+    assert [payload["usage"] for payload in payloads(lines)[:-1] if not payload["choices"]]
+    assert reader.headers["content-type"].startswith("text/event-stream")
+    assert reader.headers["X-Chat-Id"]
+    assert "recalled=0" in reader.headers["X-Persona-Memory"]
+
+
+def test_reasoning_and_tool_call_deltas_pass(server, upstream, chat):
+    deltas = [{"reasoning_content": "hm"}, {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "{}"}}]},
+              {"content": None}, {"content": "yes"}]
+    upstream.events = [event({"choices": [{"index": 0, "delta": delta}]}) for delta in deltas] + [b"data: [DONE]\n\n"]
+    received = payloads(Reader(server, chat).rest())
+    assert [payload["choices"][0]["delta"] for payload in received[:-1]] == deltas
+
+
+def test_a_compressed_answer_is_readable(server, upstream, chat):
+    upstream.gzip = True
+    reply = say(server.url, chat, stream=False)
+    assert (reply.status, reply.text) == (200, upstream.last["answer"])
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions", "/v1//chat/completions",
+                                  "//chat/completions", "//v1/chat/completions"])
+def test_chat_completions_answer_under_every_path_clients_use(server, upstream, chat, path):
+    assert content(Reader(server, chat, path).rest()) == upstream.last["answer"]
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/models", "//models", "/v1//models"])
+def test_models_are_the_upstreams(server, upstream, path):
+    upstream.models = [{"id": "one", "object": "model"}, {"id": "two", "object": "model", "note": "kept"}]
+    answer = httpx.get(server.url + path)
+    assert answer.status_code == 200
+    assert answer.json()["data"] == upstream.models
+
+
+# ---------------------------------------------------------------------------- streaming
+
+def event(payload) -> bytes:
+    """One server-sent event."""
+    return b"data: %s\n\n" % json.dumps(payload).encode()
+
+
+def text_event(text: str) -> bytes:
+    """One server-sent event that carries some of the reply."""
+    payload = {"choices": [{"index": 0, "delta": {"content": text}}]}
+    return b"data: %s\n\n" % json.dumps(payload, ensure_ascii=False).encode()
+
+
+def test_tokens_are_passed_on_one_by_one(server, upstream, chat):
+    """While the upstream holds after three chunks the client has already seen three."""
+    go_on = threading.Event()
+    upstream.hold_after = (3, go_on)
+    reader = Reader(server, chat)
+    seen = []
+    while len(payloads(seen)) < 3:
+        seen.append(reader.line())
+    assert None not in seen
+    assert not go_on.is_set()
+    go_on.set()
+    assert content(seen + reader.rest()) == upstream.last["answer"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_hanging_up_before_the_first_byte_closes_the_upstream_connection(server, upstream, chat, stream):
+    upstream.hold = threading.Event()
+    sock = hang_up_later(server, {"messages": chat, "stream": stream})
+    upstream.wait_for_chats(1)
+    sock.close()
+    assert upstream.hangups.acquire(timeout=FOREVER)
+
+
+def test_hanging_up_mid_stream_closes_the_upstream_connection(server, upstream, chat):
+    upstream.hold_after = (3, threading.Event())
+    sock = hang_up_later(server, {"messages": chat, "stream": True})
+    received = b""
+    while received.count(b"data:") < 3:
+        received += sock.recv(65536)
+    sock.close()
+    assert upstream.hangups.acquire(timeout=FOREVER)
+
+
+def test_the_chat_goes_on_after_a_hang_up(server, upstream, chat):
+    upstream.hold_after = (2, threading.Event())
+    sock = hang_up_later(server, {"messages": chat, "stream": True})
+    upstream.wait_for_chats(1)
+    sock.close()
+    assert upstream.hangups.acquire(timeout=FOREVER)
+    upstream.hold_after = None
+    reply = say(server.url, chat)
+    assert (reply.status, reply.text) == (200, upstream.last["answer"])
+
+
+@pytest.mark.parametrize("steering", ["hold", "hold_after"])
+def test_keep_alive_comments_while_the_upstream_is_silent(server, upstream, chat, monkeypatch, steering):
+    """Before the first byte and between two chunks alike; the reply follows whole."""
+    monkeypatch.setattr(persona_memory, "KEEPALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(persona_memory, "HEADER_GRACE_SECONDS", 0.05)
+    go_on = threading.Event()
+    upstream.steer(**{steering: go_on if steering == "hold" else (2, go_on)})
+    reader = Reader(server, chat)
+    seen = []
+    while seen.count(": keep-alive") < 3:
+        seen.append(reader.line())
+        assert seen[-1] is not None
+    go_on.set()
+    seen += reader.rest()
+    assert reader.status == 200
+    assert content(seen) == upstream.last["answer"]
+    assert payloads(seen)[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_cut_stream_ends_with_an_error_event_and_done(server, upstream, chat, count):
+    upstream.cut_after = count
+    lines = Reader(server, chat).rest()
+    *chunks, error, done = payloads(lines)
+    assert len(chunks) == count
+    assert isinstance(error["error"]["message"], str)
+    assert error["error"]["message"]
+    assert done == "[DONE]"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_never_comes_is_a_readable_error(server, upstream, chat, stream):
+    """Cut before the first byte: the status can still say so."""
+    upstream.cut_after = 0
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": chat, "stream": stream}, timeout=FOREVER)
+    assert answer.status_code == 502
+    assert answer.json()["error"]["message"]
+
+
+def test_an_error_after_the_headers_went_out_is_an_error_event(server, upstream, chat, monkeypatch):
+    """The 200 goes out while the upstream is silent; its 500 then comes as an event with its message."""
+    monkeypatch.setattr(persona_memory, "KEEPALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(persona_memory, "HEADER_GRACE_SECONDS", 0.05)
+    go_on = threading.Event()
+    upstream.steer(hold=go_on, status=500, error="the model fell over")
+    reader = Reader(server, chat)
+    assert reader.line() == ": keep-alive"
+    go_on.set()
+    error, done = payloads(reader.rest())
+    assert "the model fell over" in error["error"]["message"]
+    assert done == "[DONE]"
+
+
+@pytest.mark.parametrize("no_done", [False, True])
+def test_every_stream_ends_with_one_done(server, upstream, chat, no_done):
+    upstream.no_done = no_done
+    received = payloads(Reader(server, chat).rest())
+    assert received[-1] == "[DONE]"
+    assert received.count("[DONE]") == 1
+
+
+def test_chunks_without_choices_are_dropped(server, upstream, chat):
+    upstream.no_choices = True
+    received = payloads(Reader(server, chat).rest())
+    assert b'"ping"' in upstream.last["sent"]
+    assert all("choices" in payload for payload in received[:-1])
+
+
+def test_an_error_inside_a_stream_reaches_the_client(server, upstream, chat):
+    upstream.events = [text_event("Once"), event({"error": {"message": "overloaded", "code": 503}})]
+    received = payloads(Reader(server, chat).rest())
+    assert received[0]["choices"][0]["delta"]["content"] == "Once"
+    assert received[1]["error"]["message"] == "overloaded"
+    assert received[-1] == "[DONE]"
+
+
+def test_crlf_streams(server, upstream, chat):
+    upstream.crlf = True
+    lines = Reader(server, chat).rest()
+    assert content(lines) == upstream.last["answer"]
+    assert payloads(lines)[-1] == "[DONE]"
+
+
+def test_events_may_be_torn_anywhere(server, upstream, chat):
+    """The upstream's packets end inside characters and between the two line ends of an event."""
+    whole = text_event("smörgås 🐉 ") + text_event("ещё") + b"data: [DONE]\n\n"
+    upstream.events = [whole[place:place + 1] for place in range(len(whole))]
+    assert content(Reader(server, chat).rest()) == "smörgås 🐉 ещё"
+
+
+def test_odd_but_legal_event_streams(server, upstream, chat):
+    """Comments, other fields, no space after the colon, events without a blank last line."""
+    upstream.events = [b": PROCESSING\n\n", b"event: message\nid: 7\n", text_event("one "),
+                       text_event("two").replace(b"data: ", b"data:"), b"data: [DONE]"]
+    lines = Reader(server, chat).rest()
+    assert content(lines) == "one two"
+    assert payloads(lines).count("[DONE]") == 1
+
+
+def test_a_plain_answer_to_a_stream_request_is_not_lost(server, upstream, chat):
+    """Some backends ignore `stream`: the client gets the text or an error, never an empty turn."""
+    plain = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [
+        {"index": 0, "message": {"role": "assistant", "content": "All at once."}, "finish_reason": "stop"}]}
+    upstream.routes = {"/v1/chat/completions": plain}
+    reply = say(server.url, chat)
+    assert reply.error or reply.text == "All at once."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_html_answer_is_an_error(server, upstream, chat, stream):
+    upstream.routes = {"/v1/chat/completions": b"<html>Welcome to the router</html>"}
+    reply = say(server.url, chat, stream=stream)
+    assert reply.error
+    assert reply.text == ""
+    assert "<html" not in reply.error
+
+
+@pytest.mark.parametrize("steering", ["hold", "hold_after"])
+def test_forty_slow_streams_do_not_block_another_chat(server, upstream, chat, steering):
+    go_on = threading.Event()
+    upstream.steer(**{steering: go_on if steering == "hold" else (1, go_on)})
+    slow = [Reader(server, [{"role": "user", "content": f"{steering} slow chat {n}"}]) for n in range(40)]
+    upstream.wait_for_chats(40)
+    upstream.steer(hold=None, hold_after=None)
+    assert say(server.url, chat).text == upstream.last["answer"]
+    assert say(server.url, chat, stream=False).text == upstream.last["answer"]
+    assert httpx.get(f"{server.url}/health", timeout=FOREVER).status_code == 200
+    assert not go_on.is_set()
+    go_on.set()
+    answers = {content(reader.rest()) for reader in slow}
+    assert answers == {request["answer"] for request in upstream.chats[:40]}
+    assert len(answers) == 40
+
+
+# ---------------------------------------------------------------------------- errors
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [400, 401, 404, 429, 500, 503])
+def test_upstream_errors_keep_status_and_message(server, upstream, chat, status, stream):
+    upstream.steer(status=status, error=f"no luck, {status}")
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": chat, "stream": stream}, timeout=FOREVER)
+    assert answer.status_code == status
+    assert set(answer.json()["error"]) >= {"message", "type", "param", "code"}
+    assert f"no luck, {status}" in answer.json()["error"]["message"]
+    assert len(upstream.chats) == 1
+
+
+def test_retry_after_is_passed_on(server, upstream, chat):
+    upstream.steer(status=429, error="slow down", headers={"Retry-After": "17"})
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": chat}, timeout=FOREVER)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (429, "17")
+
+
+@pytest.mark.parametrize("body", [
+    {"error": "model 'x' not found"}, {"detail": "model 'x' not found"}, {"message": "model 'x' not found"},
+    {"object": "error", "message": "model 'x' not found", "code": 40401},
+    b"[{\"error\": {\"message\": \"model 'x' not found\"}}]", b"model 'x' not found",
+], ids=["string", "detail", "message", "flat", "list", "text"])
+def test_other_backends_error_shapes_become_openais(server, upstream, chat, body):
+    upstream.steer(status=404, error=body)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": chat}, timeout=FOREVER)
+    assert answer.status_code == 404
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert "model 'x' not found" in answer.json()["error"]["message"]
+
+
+def test_an_html_error_page_never_reaches_the_client(server, upstream, chat):
+    upstream.steer(status=502, error=b"<!DOCTYPE html><html><body><h1>502 Bad Gateway</h1></body></html>")
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": chat}, timeout=FOREVER)
+    assert answer.status_code == 502
+    assert answer.json()["error"]["message"]
+    assert "<html" not in answer.text
+
+
+def test_an_upstream_that_is_not_there_is_a_readable_502(data_dir):
+    with LocalServer(settings(data_dir, f"http://127.0.0.1:{free_port()}/v1")) as alone:
+        for stream in (False, True):
+            answer = httpx.post(f"{alone.url}/v1/chat/completions", timeout=FOREVER,
+                                json={"messages": [{"role": "user", "content": "hello?"}], "stream": stream})
+            message = answer.json()["error"]["message"]
+            assert answer.status_code == 502
+            assert "upstream" in message.lower()
+            assert "Traceback" not in message
+            assert "object at 0x" not in message
+        models = httpx.get(f"{alone.url}/v1/models", timeout=FOREVER)
+        assert models.status_code == 502
+        assert models.json()["error"]["message"]
+        assert httpx.get(f"{alone.url}/health", timeout=FOREVER).status_code == 200
+
+
+def test_an_upstream_that_comes_back_is_used_again(data_dir):
+    """A pooled connection that died with the upstream does not fail the next turn."""
+    with Upstream() as first, LocalServer(settings(data_dir, first.url)) as running:
+        hello = [{"role": "user", "content": "are you there?"}]
+        assert say(running.url, hello).status == 200
+        first.close()
+        assert say(running.url, hello).status == 502
+        with Upstream(port=first.port) as second:
+            assert say(running.url, hello).text == second.last["answer"]
+
+
+# ---------------------------------------------------------------------------- context size
+
+LONG = [{"role": "user" if n % 2 else "assistant", "content": f"Line {n}: " + "the rain goes on over the grey sea " * 4}
+        for n in range(1, 302)]
+
+
+@pytest.fixture
+def model(request) -> str:
+    """A model of this test's own: what a model's context is gets asked once."""
+    return request.node.name
+
+
+def words_sent(running, upstream, model: str) -> int:
+    """How many words of a long chat are sent upstream."""
+    reply = say(running.url, [{"role": "system", "content": "You are Mira."}, *LONG], model=model)
+    assert reply.status == 200
+    return sum(len(message["content"].split()) for message in upstream.last["body"]["messages"])
+
+
+def probes(model: str) -> dict:
+    """What each backend says when a model's context is 1500 tokens."""
+    return {
+        "llama.cpp": {"context": 1500},
+        "KoboldCpp": {"routes": {"/api/extra/true_max_context_length": {"value": 1500}}},
+        "LM Studio": {"routes": {"/api/v0/models": {"data": [
+            {"id": "other", "state": "not-loaded", "max_context_length": 4096},
+            {"id": model, "state": "loaded", "max_context_length": 131072, "loaded_context_length": 1500}]}}},
+        "LM Studio, older": {"routes": {"/api/v0/models": {"data": [
+            {"id": model, "state": "loaded", "max_context_length": 1500}]}}},
+        "Ollama, loaded": {"routes": {"/api/ps": {"models": [
+            {"name": model, "model": model, "context_length": 1500}]}}},
+        "Ollama, not loaded": {"routes": {"/api/ps": {"models": []}, "/api/show": {
+            "parameters": "stop                           \"<|eot|>\"\nnum_ctx                        1500",
+            "model_info": {"general.architecture": "llama", "llama.context_length": 131072}}}},
+        "TabbyAPI": {"routes": {"/v1/model": {"id": model, "parameters": {"max_seq_len": 1500}}}},
+        "OpenRouter": {"models": [{"id": "other", "context_length": 9000}, {"id": model, "context_length": 1500}]},
+        "vLLM": {"models": [{"id": model, "object": "model", "max_model_len": 1500}]},
+    }
+
+
+@pytest.mark.parametrize("backend", probes(""))
+def test_the_context_size_is_asked_of_the_upstream(server, upstream, model, backend):
+    """A chat of 9900 words is cut to what fits, and not to much less."""
+    upstream.steer(**probes(model)[backend])
+    assert 300 < words_sent(server, upstream, model) < 1500
+
+
+def test_without_an_answer_the_context_is_8192_tokens(server, upstream, model):
+    assert 1640 < words_sent(server, upstream, model) < 8192
+
+
+def test_a_refused_model_list_does_not_fail_the_turn(server, upstream, model):
+    upstream.models = []
+    assert 1640 < words_sent(server, upstream, model) < 8192
+
+
+def test_an_answer_that_makes_no_sense_is_not_believed(server, upstream, model):
+    upstream.routes = {"/props": {"default_generation_settings": {"n_ctx": "many"}}, "/api/show": b"<html>",
+                       "/api/extra/true_max_context_length": {"value": 0}, "/api/v0/models": [], "/api/ps": None}
+    assert 1640 < words_sent(server, upstream, model) < 8192
+
+
+def test_a_context_that_the_upstream_names_too_large_is_capped(server, upstream, model):
+    """With the cap of 32768 all of the long chat fits; the probe itself is not the chat's problem."""
+    upstream.context = 10_000_000
+    assert words_sent(server, upstream, model) > 9900
+
+
+def test_the_setting_beats_what_the_upstream_says(upstream, data_dir, model):
+    upstream.context = 16384
+    with LocalServer(settings(data_dir, upstream.url, context=1500), ready=False) as running:
+        assert 300 < words_sent(running, upstream, model) < 1500
+
+
+# ---------------------------------------------------------------------------- keys and models
+
+def authorization(server, upstream, chat, **headers) -> str | None:
+    """The Authorization header that the upstream saw."""
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": chat}, headers=headers, timeout=FOREVER)
+    assert answer.status_code == 200
+    return {key.lower(): value for key, value in upstream.last["headers"].items()}.get("authorization")
+
+
+def test_the_clients_key_is_passed_on(server, upstream, chat):
+    assert authorization(server, upstream, chat, Authorization="Bearer sk-mine") == "Bearer sk-mine"
+
+
+@pytest.mark.parametrize("value", ["Bearer undefined", "Bearer null", "Bearer"])
+def test_a_key_that_is_none_is_not_passed_on(server, upstream, chat, value):
+    """SillyTavern without a saved key sends the word undefined."""
+    assert authorization(server, upstream, chat, Authorization=value) is None
+
+
+def test_no_key_at_all(server, upstream, chat):
+    assert authorization(server, upstream, chat) is None
+
+
+def test_the_upstream_key_replaces_the_clients(upstream, data_dir, chat):
+    with LocalServer(settings(data_dir, upstream.url, upstream_key="sk-house"), ready=False) as running:
+        assert authorization(running, upstream, chat, Authorization="Bearer sk-mine") == "Bearer sk-house"
+        httpx.get(f"{running.url}/v1/models", timeout=FOREVER)
+        listing = next(seen for seen in reversed(upstream.requests) if seen["path"] == "/v1/models")
+        assert listing["headers"]["Authorization"] == "Bearer sk-house"
+
+
+def test_the_programs_own_key_is_not_the_upstreams(upstream, data_dir, chat):
+    """A key that opens this program is not shown to the upstream."""
+    with LocalServer(settings(data_dir, upstream.url, api_key="sk-door"), ready=False) as running:
+        assert authorization(running, upstream, chat, Authorization="Bearer sk-door") is None
+
+
+def test_the_model_setting_overrides_the_request(upstream, data_dir, chat):
+    with LocalServer(settings(data_dir, upstream.url, model="house-model"), ready=False) as running:
+        assert say(running.url, chat, model="wished-for").status == 200
+    assert upstream.last["body"]["model"] == "house-model"
+
+
+def test_a_request_without_a_model_gets_the_upstreams_first(server, upstream, chat):
+    httpx.post(f"{server.url}/v1/chat/completions", json={"messages": chat}, timeout=FOREVER)
+    assert upstream.last["body"]["model"] == "fake-model"
