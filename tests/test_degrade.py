@@ -3,6 +3,7 @@
 What was acknowledged before is there again when the damage is mended.
 """
 import contextlib
+import json
 import os
 import pickle
 import resource
@@ -16,6 +17,8 @@ import openai
 import pytest
 from fakes import LocalServer, Server, Upstream, health, say, settings, wait_until
 
+import persona_memory
+
 TIMEOUT = 60
 PERSONA = {"role": "system", "content": "You are Mira, keeper of the light."}
 TALK = [{"role": "user", "content": "My brother Tomas sold the mule in Ostrava."},
@@ -24,6 +27,11 @@ TALK = [{"role": "user", "content": "My brother Tomas sold the mule in Ostrava."
         {"role": "assistant", "content": "Then keep it away from the abbot."}]
 NEXT = {"role": "user", "content": "Who sold the mule?"}
 QUESTION = [PERSONA, *TALK, NEXT]
+FILLER = [{"role": "assistant" if n % 2 else "user",
+           "content": f"Step {n}: we walk on through the wet grass and count the posts along the road to the ferry."}
+          for n in range(40)]
+LONG = [PERSONA, *TALK, *FILLER, NEXT]  # at SMALL tokens of context the talk is out of sight
+SMALL = 1024
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +41,9 @@ def template(tmp_path_factory):
     with Upstream() as fake, Server(data_dir, fake.url) as running:
         running.wait_ready()
         assert say(running.url, [PERSONA, *TALK], chat_id="tale").status == 200
-        assert search(running, "tale", "who sold an animal?")  # computes the vectors that are missing
+        assert say(running.url, LONG[:-1], chat_id="long").status == 200
+        for chat_id in ("tale", "long"):
+            assert search(running, chat_id, "who sold an animal?")  # computes the vectors that are missing
         running.kill()
     return data_dir
 
@@ -42,8 +52,24 @@ def template(tmp_path_factory):
 def store(template, data_dir):
     """The folder of the remembered chat, in a data folder of the test's own."""
     shutil.copytree(template, data_dir)
-    [folder] = [path.parent for path in data_dir.glob("chats/*/cache.db")]
-    return folder
+    return folder_of(data_dir, "tale")
+
+
+@pytest.fixture
+def long_store(template, data_dir):
+    """The same for the long chat."""
+    shutil.copytree(template, data_dir)
+    return folder_of(data_dir, "long")
+
+
+def folder_of(data_dir, chat_id: str):
+    """The folder of a chat: the one whose facts name it."""
+    for database in data_dir.glob("chats/*/cache.db"):
+        with contextlib.closing(sqlite3.connect(database)) as connection:
+            [[info]] = connection.execute("SELECT value FROM Cache WHERE key = 'info'")
+        if json.loads(info)["chat_id"] == chat_id:
+            return database.parent
+    raise AssertionError(f"no folder of {chat_id}")
 
 
 def replace(path, content: bytes):
@@ -97,21 +123,20 @@ def assert_whole(running, *more: str):
 
 # ---------------------------------------------------------------------------- the store
 
-GARBAGE = {"garbage": lambda old: b"this is not a database " * 1000, "empty": lambda old: b"",
+GARBAGE = {"garbage": lambda old: b"this is not a database " * 1000,
            "cut in half": lambda old: old[:len(old) // 2],
            "torn pages": lambda old: old[:4096] + os.urandom(len(old) - 4096)}
 
 
 @pytest.mark.parametrize("damage", GARBAGE.values(), ids=GARBAGE)
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_store_that_cannot_be_read(data_dir, store, upstream, damage, stream):
+def test_a_store_that_cannot_be_read(data_dir, store, upstream, damage):
     """The damaged chat answers without memory and acknowledges nothing; the others remember; mended, it is whole."""
     database, backup = store / "cache.db", data_dir.parent / "backup"
     shutil.copytree(store, backup)
     replace(database, damage(database.read_bytes()))
     with LocalServer(settings(data_dir, upstream.url)) as running:
-        assert_degraded(say(running.url, QUESTION, stream, chat_id="tale"), upstream, QUESTION)
-        assert_degraded(say(running.url, QUESTION, stream, chat_id="tale"), upstream, QUESTION)
+        assert_degraded(say(running.url, QUESTION, True, chat_id="tale"), upstream, QUESTION)
+        assert_degraded(say(running.url, QUESTION, False, chat_id="tale"), upstream, QUESTION)
         refused = append(running, "tale", "not to be acknowledged")
         assert refused.status_code >= 500
         assert refused.json()["error"]["message"]
@@ -119,7 +144,7 @@ def test_a_store_that_cannot_be_read(data_dir, store, upstream, damage, stream):
             answer = httpx.get(chat_url(running, "tale", call).rstrip("/"), timeout=TIMEOUT)
             assert answer.status_code >= 500
             assert answer.json()["error"]["message"]
-        other = say(running.url, QUESTION, stream, chat_id="other")
+        other = say(running.url, QUESTION, chat_id="other")
         assert not other.memory.startswith("degraded")
         assert contents(running, "other")[:len(TALK)] == [message["content"] for message in TALK]
         assert httpx.get(f"{running.url}/api/persona_memory/chats", timeout=TIMEOUT).status_code == 200
@@ -128,6 +153,23 @@ def test_a_store_that_cannot_be_read(data_dir, store, upstream, damage, stream):
     shutil.copytree(backup, store)
     with LocalServer(settings(data_dir, upstream.url)) as running:
         assert_whole(running)
+
+
+def empty_rows(database):
+    """The tables of a new store, and nothing in them."""
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("DELETE FROM Cache")
+
+
+@pytest.mark.parametrize("leave", [empty_rows, lambda database: replace(database, b"")], ids=["no rows", "no bytes"])
+def test_a_store_whose_making_was_cut_short(data_dir, store, upstream, leave):
+    """A crash while a chat's files are made leaves an empty store: the chat starts from what the client shows."""
+    leave(store / "cache.db")
+    with LocalServer(settings(data_dir, upstream.url)) as running:
+        assert say(running.url, QUESTION, chat_id="tale").text == upstream.last["answer"]
+        assert_whole(running)
+        assert append(running, "tale", "acknowledged").json()["chat_id"] == "tale"
+        assert "acknowledged" in contents(running, "tale")
 
 
 def test_a_store_that_breaks_under_a_running_server(data_dir, store, upstream):
@@ -181,7 +223,6 @@ def test_a_data_folder_that_goes_away(data_dir, store, upstream):
 def test_a_full_disk(data_dir, store, upstream):
     """No file can grow: the reply comes, nothing is acknowledged; with room again all goes on."""
     with Server(data_dir, upstream.url) as running:
-        running.wait_ready()
         assert contents(running, "tale")
         limits = resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (0, limits[1]))
@@ -209,17 +250,17 @@ def test_a_broken_catalogue_is_made_anew(data_dir, upstream, damage):
         assert [chat["chat_id"] for chat in listed] == [chat_id]
 
 
-def test_a_data_folder_that_is_a_file_is_a_readable_error(data_dir, upstream):
-    """Refused at the start, with a sentence that names the folder."""
-    data_dir.write_text("a file")
-    running = Server(data_dir, upstream.url)
-    with pytest.raises(AssertionError, match="the server ended with"):
-        running.start()
-    log = running.log()
-    running.log_path.unlink()
-    assert running.process.returncode != 0
-    assert str(data_dir) in log
-    assert "Traceback" not in log
+def test_a_data_folder_that_cannot_be_used_from_the_start(data_dir, upstream):
+    """The reply comes, the log names the folder without a traceback; with the folder usable memory begins."""
+    data_dir.write_text("a file where the folder should be")
+    with Server(data_dir, upstream.url) as running:
+        assert_degraded(say(running.url, QUESTION, chat_id="tale"), upstream, QUESTION)
+        assert httpx.get(f"{running.url}/api/persona_memory/chats", timeout=TIMEOUT).status_code >= 500
+        assert str(data_dir) in running.log()
+        assert "Traceback" not in running.log()
+        data_dir.unlink()
+        assert say(running.url, QUESTION, chat_id="tale").status == 200
+        assert_whole(running)
 
 
 # ---------------------------------------------------------------------------- vectors and the embedder
@@ -229,60 +270,70 @@ BAD_VECTORS = {"truncated": b"\0", "empty": b"", "other dimension": b"\0\0\x80?"
 
 
 @pytest.mark.parametrize("vector", BAD_VECTORS.values(), ids=BAD_VECTORS)
-def test_corrupted_vectors(data_dir, store, upstream, vector):
+def test_corrupted_vectors(data_dir, long_store, upstream, vector):
     """Vectors are derived: with every one of them broken the reply comes, and the messages are found."""
-    with contextlib.closing(sqlite3.connect(store / "cache.db")) as database, database:
+    with contextlib.closing(sqlite3.connect(long_store / "cache.db")) as database, database:
         broken = database.execute("UPDATE Cache SET value = ? WHERE typeof(value) = 'blob' AND length(value) = 1536",
                                   (vector,)).rowcount
-    assert broken >= len(TALK)
-    with LocalServer(settings(data_dir, upstream.url)) as running:
-        reply = say(running.url, QUESTION, chat_id="tale")
+    assert broken >= len(TALK) + len(FILLER)
+    with LocalServer(settings(data_dir, upstream.url, context=SMALL)) as running:
+        reply = say(running.url, LONG, chat_id="long")
         assert (reply.status, reply.text) == (200, upstream.last["answer"])
         assert upstream.last["body"]["messages"][-1]["content"].endswith(NEXT["content"])
-        assert contents(running, "tale")[:len(TALK)] == [message["content"] for message in TALK]
-        assert 0 in {memory["index"] for memory in search(running, "tale", "Tomas sold the mule in Ostrava")}
+        assert contents(running, "long")[:len(LONG) - 1] == [message["content"] for message in LONG[1:]]
+        assert 0 in {memory["index"] for memory in search(running, "long", "Tomas sold the mule in Ostrava")}
 
 
-def embedder_settled(running) -> bool:
-    """Whether loading the embedder has ended, either way."""
-    return health(running.url)["embedder"]["status"] != "loading"
+def recalled(upstream) -> str:
+    """What the newest prompt's memory block holds."""
+    text = upstream.last["body"]["messages"][-1]["content"]
+    return text.partition("[Earlier in this chat")[2].partition("[End of memories]")[0]
+
+
+def test_whole_vectors_recall(data_dir, long_store, upstream):
+    """What the tests around this one break: undamaged, the hidden message comes back into the prompt."""
+    with LocalServer(settings(data_dir, upstream.url, context=SMALL)) as running:
+        reply = say(running.url, LONG, chat_id="long")
+        assert not reply.memory.startswith("degraded"), reply.memory
+        assert TALK[0]["content"] in recalled(upstream)
 
 
 @pytest.mark.parametrize("kind", ["missing", "no model"])
 def test_an_embedder_that_is_no_model(data_dir, upstream, kind):
-    """Replies come and messages are kept; with a real model again they are found by meaning."""
+    """Replies come and messages are kept and found by their words; with a real model again also by meaning."""
     model = data_dir.parent / "model"
     if kind == "no model":
         model.mkdir()
         (model / "config.json").write_text("not a model")
-    env = {"HF_HUB_OFFLINE": "1"}
-    with Server(data_dir, upstream.url, "--embedder", str(model), env=env) as running:
-        wait_until(lambda: embedder_settled(running), "the embedder's failure")
-        reply = say(running.url, QUESTION, chat_id="tale")
-        assert_degraded(reply, upstream, QUESTION)
-        assert contents(running, "tale")[:len(TALK)] == [message["content"] for message in TALK]
-        assert append(running, "import", TALK[0]["content"]).json()["added"] == 1
-        assert 0 in {memory["index"] for memory in search(running, "tale", "the mule in Ostrava")}
-        assert "fail" in health(running.url)["embedder"]["status"]
-        assert "Traceback" not in running.log()
-    with LocalServer(settings(data_dir, upstream.url)) as running:
-        assert_whole(running)
-        wait_until(lambda: found_by_meaning(running), "found by meaning")
-        assert contents(running, "import") == [TALK[0]["content"]]
-
-
-def found_by_meaning(running) -> bool:
-    """Whether a question that shares no word with a message finds it."""
-    return 0 in {memory["index"] for memory in search(running, "tale", "relatives trading livestock")}
-
-
-def test_a_turn_while_the_embedder_is_loading(data_dir, upstream):
-    """The first turn does not wait for the model, and is remembered."""
-    with Server(data_dir, upstream.url) as running:
-        reply = say(running.url, QUESTION, chat_id="tale")
+    broken = settings(data_dir, upstream.url, embedder=str(model), context=SMALL)
+    with LocalServer(broken, ready=False) as running:
+        wait_until(lambda: "fail" in health(running.url)["embedder"]["status"], "the embedder's failure")
+        reply = say(running.url, LONG, chat_id="long")
         assert (reply.status, reply.text) == (200, upstream.last["answer"])
-        running.wait_ready()
-        assert_whole(running)
+        assert reply.memory.startswith("degraded; reason="), reply.memory
+        assert TALK[0]["content"] in recalled(upstream)
+        assert append(running, "import", TALK[0]["content"]).json()["added"] == 1
+        assert 0 in {memory["index"] for memory in search(running, "long", "the mule in Ostrava")}
+    with LocalServer(settings(data_dir, upstream.url, context=SMALL)) as running:
+        assert contents(running, "long")[:len(LONG) - 1] == [message["content"] for message in LONG[1:]]
+        assert contents(running, "import") == [TALK[0]["content"]]
+        assert 0 in {memory["index"] for memory in search(running, "long", "relatives trading livestock")}
+        assert not say(running.url, LONG, chat_id="long").memory.startswith("degraded")
+
+
+def test_a_turn_while_the_embedder_is_loading(data_dir, upstream, monkeypatch):
+    """The turn does not wait for the model, and is remembered; with the model there recall is whole."""
+    go_on, load = threading.Event(), persona_memory.load_sentence_transformer
+    monkeypatch.setattr(persona_memory, "load_sentence_transformer", lambda name: go_on.wait(TIMEOUT) and load(name))
+    with LocalServer(settings(data_dir, upstream.url, context=SMALL), ready=False) as running:
+        reply = say(running.url, LONG, chat_id="long")
+        assert (reply.status, reply.text) == (200, upstream.last["answer"])
+        assert reply.memory.startswith("degraded; reason="), reply.memory
+        assert health(running.url)["status"] == "loading"
+        go_on.set()
+        wait_until(lambda: not say(running.url, LONG, chat_id="long").memory.startswith("degraded"), "whole recall")
+        assert contents(running, "long")[:len(LONG) - 1] == [message["content"] for message in LONG[1:]]
+        assert TALK[0]["content"] in recalled(upstream)
 
 
 # ---------------------------------------------------------------------------- kill -9
@@ -291,22 +342,41 @@ def test_kill_9_right_after_a_reply_loses_nothing(data_dir, upstream):
     """A client that sends only its newest message: user and reply of every turn are there after each crash."""
     said, running = [], Server(data_dir, upstream.url)
     try:
-        for turn in range(3):
+        for stream in (True, False):
             running.start()
-            reply = say(running.url, [{"role": "user", "content": f"Turn {turn}: what now?"}], turn % 2 == 0,
-                        chat_id="crash")
+            question = {"role": "user", "content": f"With stream {stream}, what now?"}
+            reply = say(running.url, [question], stream, chat_id="crash")
             running.kill()
             assert reply.text == upstream.last["answer"]
-            said += [f"Turn {turn}: what now?", reply.text]
+            said += [question["content"], reply.text]
         running.start()
-        assert say(running.url, [{"role": "user", "content": "And at last?"}], chat_id="crash").status == 200
-        assert contents(running, "crash")[:7] == [*said, "And at last?"]
         assert append(running, "crash", "acknowledged").json()["added"] == 1
         running.kill()
         running.start()
-        assert "acknowledged" in contents(running, "crash")
+        assert say(running.url, [{"role": "user", "content": "And at last?"}], chat_id="crash").status == 200
+        assert contents(running, "crash")[:3] == said[:3]
+        assert contents(running, "crash")[-2:] == ["acknowledged", "And at last?"]
     finally:
         running.stop()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_reply_is_on_disk_before_the_client_sees_its_end(data_dir, upstream, monkeypatch, stream):
+    """Otherwise a crash in between loses what the client has; its end is held back while the reply is recorded."""
+    ended, seen_too_early = threading.Event(), []
+    record = persona_memory.PersonaMemory.record
+
+    def slow_record(*args, **kwargs):
+        seen_too_early.append(ended.wait(0.5))
+        record(*args, **kwargs)
+
+    monkeypatch.setattr(persona_memory.PersonaMemory, "record", slow_record)
+    with LocalServer(settings(data_dir, upstream.url), ready=False) as running:
+        reply = say(running.url, QUESTION, stream, chat_id="tale")
+        ended.set()
+        assert reply.text == upstream.last["answer"]
+        wait_until(lambda: seen_too_early, "the record")
+    assert seen_too_early == [False]
 
 
 def test_kill_9_in_the_middle_of_a_reply(data_dir, upstream):
@@ -319,7 +389,7 @@ def test_kill_9_in_the_middle_of_a_reply(data_dir, upstream):
         running.kill()
         turn.join(TIMEOUT)
         upstream.hold_after = None
-        running.start().wait_ready()
+        running.start()
         assert contents(running, "tale")[:5] == [message["content"] for message in QUESTION[1:]]
         assert_whole(running)
 

@@ -153,11 +153,12 @@ def test_short_chat_reaches_the_model_unchanged(chat, server, upstream):
 
 def test_card_and_example_lines_stay_verbatim(chat, server, upstream):
     """The leading block, named example lines included, never changes, and is never recalled as a memory."""
+    chat.send("My cat sleeps under the light.")
     chatter(chat, 10)
-    ask(server, chat, "Is it always this windy? And what do you keep here?")
+    ask(server, chat, "What do you keep here? A light, and a cat?")
     for request in upstream.chats:
         assert request["body"]["messages"][:len(chat.leading())] == chat.leading()
-    assert memories_in(prompt(upstream))
+    assert "My cat sleeps" in memories_in(prompt(upstream))
     for question, answer in HELENA.examples:
         assert text_of(prompt(upstream)).count(answer) == 1
         assert question not in memories_in(prompt(upstream))
@@ -314,18 +315,16 @@ def test_checkpoint_and_back(chat, server, upstream):
     """A checkpoint knows what came before it and not what the main chat said since, and the other way round."""
     chat.send("We hid the map inside the grandfather clock.")
     main, side = chat, chat.branch(2)
-    main.send("In the main story I marry the harbour master Osgood.")
-    side.send("In the side story I flee with the smuggler Zenobia.")
+    main.send("I will marry the harbour master Osgood in spring.")
+    side.send("I will marry the smuggler Zenobia in spring.")
     for number in range(10):
         main.send(small_talk(number))
         side.send(small_talk(number))
-    question = "Where is the map hidden, and whom did I marry or flee with?"
-    ask(server, main, question)
-    assert_recalls(upstream, "grandfather clock", "Osgood", without="Zenobia")
-    ask(server, side, question)
-    assert_recalls(upstream, "grandfather clock", "Zenobia", without="Osgood")
-    ask(server, main, question + " Tell me again.")
-    assert_recalls(upstream, "grandfather clock", "Osgood", without="Zenobia")
+    for player, own, other in ((main, "Osgood", "Zenobia"), (side, "Zenobia", "Osgood"), (main, "Osgood", "Zenobia")):
+        ask(server, player, "Whom will I marry in spring?")
+        assert_recalls(upstream, own, without=other)
+        ask(server, player, "Where did we hide the map?")
+        assert_recalls(upstream, "grandfather clock", without=other)
     assert remembered(server, main) == shown(main)
 
 

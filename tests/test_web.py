@@ -412,9 +412,13 @@ def test_the_right_key_opens(locked, upstream):
 
 def start(tmp_path, *arguments) -> subprocess.CompletedProcess:
     """Start the program where it should end by itself."""
-    command = [sys.executable, str(PROGRAM), "--proxy", "--port", str(free_port()), "--data", str(tmp_path / "data"),
-               "--upstream", "http://127.0.0.1:9/v1", *arguments]
+    command = [sys.executable, str(PROGRAM), *arguments_for(tmp_path), *arguments]
     return subprocess.run(command, env=clean_environment(None), capture_output=True, text=True, timeout=TIMEOUT)
+
+
+def arguments_for(tmp_path) -> list[str]:
+    """Flags that the program would run with."""
+    return ["--proxy", "--port", str(free_port()), "--data", str(tmp_path / "data"), "--upstream", "http://127.0.0.1:9/v1"]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
@@ -429,10 +433,8 @@ def test_listening_to_the_network_without_a_key_is_refused(tmp_path, host):
 @pytest.mark.parametrize("arguments", [["--budget", "50/50"], ["--budget", "a/b/c/d"], ["--port", "http"],
                                        ["--context", "-1"], ["--upstream", "not a url"]], ids=" ".join)
 def test_settings_that_cannot_be_run_with_are_refused(tmp_path, arguments):
-    ended = start(tmp_path, *arguments)
-    assert ended.returncode != 0
-    assert arguments[0] in ended.stderr
-    assert "Traceback" not in ended.stderr
+    with pytest.raises(persona_memory.SettingsError, match=arguments[0]):
+        persona_memory.create_server(persona_memory.load_settings([*arguments_for(tmp_path), *arguments], {}))
 
 
 def test_a_port_that_is_taken_is_a_readable_error(tmp_path, upstream):
