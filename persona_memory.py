@@ -91,7 +91,7 @@ LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def setting(default: Any, help_text: str, shown: str = "") -> Any:
-    """A field of `Settings`: its default, its help, and how the default reads where the value itself would not say it."""
+    """A field of `Settings`: its default, its help, and how the default reads where the value does not say it."""
     return field(default=default, metadata={"help": help_text, "shown": shown or str(default)})
 
 
@@ -923,7 +923,7 @@ class OwnThread:
 
 
 class ChatStore:
-    """One chat on disk: its message tree, vectors and prompt reports. The tree's skeleton and the newest messages stay in RAM.
+    """One chat on disk: its messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
     Rows: `m:<id>` a message (JSON), `v:<embedder>:<hash>` a vector (float32 bytes), `p:<number>` a prompt report,
     `info` the chat's facts, `generation` a counter of changes with `g:<n>` naming the messages that change n touched,
@@ -1138,20 +1138,26 @@ class ChatShelf:
     def locate(
         self, digests: Sequence[tuple[str, str]], place: Callable[[ChatStore], Alignment]
     ) -> tuple[ChatStore, Alignment] | None:
-        """The chat without an explicit id that a transcript of (role, digest) continues, and where in it."""
+        """The chat without an explicit id that a transcript of (role, digest) continues, and where in it.
+
+        Chats that share the most of the newest texts are looked at; those that share fewer than one which convinces
+        are not even opened.
+        """
         wanted = digests[-LOCATED_BY:]
-        found: Counter = Counter()
+        shared: Counter = Counter()
         for (role, _), chats in zip(wanted, self._chats_of([d for _, d in wanted]), strict=True):
-            found.update(dict.fromkeys(chats, 1 + (role == "user")))
-        best = None
-        for chat_id, _ in found.most_common(LOCATED_CHATS):
+            shared.update(dict.fromkeys(chats, 1 + (role == "user")))
+        found = []
+        for chat_id, count in shared.most_common(LOCATED_CHATS):
+            if found and count < found[0][0]:
+                break
             store = self.get(chat_id)
-            with store.lock if store else contextlib.nullcontext():
-                alignment = place(store) if store and store.tree.nodes else Alignment()
-            key = (len(alignment.matches), store.info.get("updated", 0) if store else 0)
-            if alignment.convincing and (best is None or key > best[0]):
-                best = (key, store, alignment)
-        return best[1:] if best else None
+            if store and store.tree.nodes:
+                with store.lock:
+                    alignment = place(store)
+                found += [(count, store, alignment)] if alignment.convincing else []
+        best = max(found, key=lambda f: (len(f[2].matches), f[1].info["updated"]), default=None)
+        return best and best[1:]
 
     def _chats_of(self, digests: Sequence[str]) -> list[list[str]]:
         return self._disk.run(lambda: [json.loads(self._catalogue.get(f"d:{d}", "[]")) for d in digests])
@@ -1205,11 +1211,14 @@ class ChatShelf:
 
 # Words that carry no topic; a query of nothing else asks for nothing.
 STOP_WORDS = frozenset(
-    """a about all also am an and any are as at be because been being but by can could did do does doing down for from
+    re.findall(
+        r"\w+",
+        """a about all also am an and any are as at be because been being but by can could did do does doing down for from
     get go got had has have having he her here hers him his how i if in into is it its just know let like me mine my no
     not now of off oh ok okay on or our ours out over own please re really s say she should so some t tell than that the
     their theirs them then there these they think this those to too up us very was we well were what when where which
-    while who whom whose why will with would yes you your yours d ll m ve don didn doesn isn wasn won""".split()
+    while who whom whose why will with would yes you your yours d ll m ve don didn doesn isn wasn won""",
+    )
 )
 MAX_QUERY_WORDS = 64
 
@@ -1336,17 +1345,14 @@ def worth_recalling(scores: np.ndarray) -> list[int]:
     return [int(i) for i in np.argsort(-scores, kind="stable") if scores[i] >= bar]
 
 
-def choose(
-    ranked: Sequence[int], costs: Mapping[int, int], vectors: Mapping[int, np.ndarray], budget: int
-) -> list[int]:
-    """Of ranked places, those that fit into `budget` tokens and say what no better one has said."""
+def choose(costs: Sequence[int], vectors: Sequence[np.ndarray | None], budget: int) -> list[int]:
+    """Of candidates, best first, those that fit into `budget` tokens and say what no better one has said."""
     chosen: list[int] = []
-    for place in ranked:
-        vector = vectors.get(place)
-        said = vector is not None and any(float(vector @ vectors[c]) > NEAR_DUPLICATE for c in chosen if c in vectors)
-        if costs[place] <= budget and not said:
+    for place, (cost, vector) in enumerate(zip(costs, vectors, strict=True)):
+        better = [vectors[c] for c in chosen if vectors[c] is not None] if vector is not None else []
+        if cost <= budget and not any(float(vector @ b) > NEAR_DUPLICATE for b in better):
             chosen.append(place)
-            budget -= costs[place]
+            budget -= cost
     return chosen
 
 
@@ -1545,6 +1551,11 @@ def memory_line(memory: Memory) -> str:
     return f"{when} {m.name or SPEAKERS[m.role]}: " + m.content.strip().replace("\n", "\n  ")
 
 
+def memory_cost(memory: Memory) -> int:
+    """Tokens that a memory's line takes."""
+    return count_tokens(memory_line(memory)) + 1
+
+
 def memory_block(memories: Sequence[Memory]) -> str:
     """The recalled memories in the order in which they happened, framed as the past; empty without any."""
     if not memories:
@@ -1554,7 +1565,7 @@ def memory_block(memories: Sequence[Memory]) -> str:
 
 
 def memory_frame_tokens() -> int:
-    """Tokens that the block takes beside its lines, with its message's overhead."""
+    """Tokens that the block takes beside its lines, with what separates it from the message it may stand in."""
     return MESSAGE_OVERHEAD + count_tokens(f"{MEMORY_HEADING}\n{MEMORY_ENDING}\n\n") + 2
 
 
@@ -2328,9 +2339,10 @@ class PersonaMemory:
             turn = request.turns[layout.pivot]
             index = self._index(store, nodes)
             vector, degraded = self._turn_vectors(store, index, nodes, turn)
-            hidden = self._rank(index, nodes[: layout.anchor], turn.content, vector)
+            hidden = nodes[: layout.anchor]
+            scores = self._score(index, hidden, turn.content, vector)
             budget = recall_budget(turn.content, layout.budget.memories, room)
-            return self._select(store, index, hidden, budget), degraded
+            return self._select(store, index, hidden, scores, budget), degraded
         except Exception as error:  # property 5: the turn goes on without
             log.warning("Recall failed: %s: %s", type(error).__name__, error, exc_info=True)
             self._indexes.pop(store, None)
@@ -2373,30 +2385,35 @@ class PersonaMemory:
         return index.vector(turn.fingerprint), degraded
 
     @staticmethod
-    def _rank(index: MemoryIndex, nodes: Sequence[Node], text: str, vector: np.ndarray | None) -> list[Memory]:
-        """Messages as memories with their scores, in the order given; their texts are not read yet."""
+    def _score(
+        index: MemoryIndex, nodes: Sequence[Node], text: str, vector: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        """The scores of messages for a query, float32 [len(nodes)] each; `score` is the one that ranks."""
         hashes = [n.fingerprint for n in nodes]
         lexical = index.lexical_scores(text, hashes)
         dense = index.dense_scores(vector, hashes) if vector is not None else np.zeros_like(lexical)
-        rows = zip(nodes, fuse(dense, lexical), dense, lexical, strict=True)
-        return [
-            Memory(Message(n.id, n.parent, n.role, ""), n.depth, float(score), {"dense": float(d), "lexical": float(x)})
-            for n, score, d, x in rows
-        ]
-
-    def _select(self, store: ChatStore, index: MemoryIndex, memories: Sequence[Memory], budget: int) -> list[Memory]:
-        """The memories that are worth their place and fit into `budget` tokens, best first, with their texts."""
-        ranked = worth_recalling(np.array([m.score for m in memories]))[:MOST_MEMORIES]
-        full = dict(zip(ranked, self._with_text(store, [memories[i] for i in ranked]), strict=True))
-        costs = {i: count_tokens(memory_line(m)) + 1 for i, m in full.items()}
-        hashes = {i: text_fingerprint(m.message.name, m.message.content) for i, m in full.items()}
-        vectors = {i: v for i, h in hashes.items() if (v := index.vector(h)) is not None}
-        return [full[i] for i in choose(ranked, costs, vectors, budget)]
+        return {"score": fuse(dense, lexical), "dense": dense, "lexical": lexical}
 
     @staticmethod
-    def _with_text(store: ChatStore, memories: Sequence[Memory]) -> list[Memory]:
-        messages = store.read([m.message.id for m in memories])
-        return [replace(memory, message=message) for memory, message in zip(memories, messages, strict=True)]
+    def _memories(
+        store: ChatStore, nodes: Sequence[Node], scores: Mapping[str, np.ndarray], places: Sequence[int]
+    ) -> list[Memory]:
+        """The messages at those places as memories."""
+        messages = store.read([nodes[i].id for i in places])
+        rows = [{name: float(values[i]) for name, values in scores.items()} for i in places]
+        return [
+            Memory(message, nodes[i].depth, row.pop("score"), row)
+            for i, message, row in zip(places, messages, rows, strict=True)
+        ]
+
+    def _select(
+        self, store: ChatStore, index: MemoryIndex, nodes: Sequence[Node], scores: Mapping[str, np.ndarray], budget: int
+    ) -> list[Memory]:
+        """The memories that are worth their place and fit into `budget` tokens, best first."""
+        places = worth_recalling(scores["score"])[:MOST_MEMORIES]
+        memories = self._memories(store, nodes, scores, places)
+        vectors = [index.vector(nodes[i].fingerprint) for i in places]
+        return [memories[i] for i in choose(list(map(memory_cost, memories)), vectors, budget)]
 
     def _embed_later(self, store: ChatStore, ids: Sequence[str]) -> None:
         """Computes the vectors that messages still lack, in the background."""
@@ -2459,7 +2476,7 @@ class PersonaMemory:
         return {"messages": rows, "total": len(path), "offset": offset}
 
     def append(self, chat_id: str, messages: Any) -> dict:
-        """Appends messages to the current branch of a chat, which is made when there is none; raises `InvalidRequest`."""
+        """Appends messages to a chat's current branch; makes the chat when there is none. Raises `InvalidRequest`."""
         turns = parse_appended(messages)
         with self._finding:
             store = self.shelf.get(chat_id) or self.shelf.create(chat_id, explicit=True)
@@ -2489,12 +2506,12 @@ class PersonaMemory:
             nodes = [store.tree.nodes[i] for i in store.tree.path(store.head)]
             index = self._index(store, nodes)
             vector = self._query_vector(f"{asker}: {text}" if asker else text)
-            ranked = sorted(self._rank(index, nodes, text, vector), key=lambda m: -m.score)
-            ranked = self._with_text(store, ranked if tokens else ranked[:k])
+            scores = self._score(index, nodes, text, vector)
+            places = np.argsort(-scores["score"], kind="stable").tolist()
+            memories = self._memories(store, nodes, scores, places if tokens else places[:k])
         if not tokens:
-            return ranked
-        costs = {i: count_tokens(memory_line(m)) + 1 for i, m in enumerate(ranked)}
-        return [ranked[i] for i in choose(range(len(ranked)), costs, {}, tokens)]
+            return memories
+        return [memories[i] for i in choose(list(map(memory_cost, memories)), [None] * len(memories), tokens)]
 
     def _query_vector(self, text: str) -> np.ndarray | None:
         try:
@@ -2832,7 +2849,7 @@ def health() -> dict:
 
 
 def check_access() -> None:
-    """Refuses requests without the key that the settings ask for, and pages of other origins that want to change things."""
+    """Refuses requests without the key that the settings ask for, and changes by pages of other origins."""
     if flask.request.endpoint == "health" or flask.request.method == "OPTIONS":
         return
     key = engine().settings.api_key
@@ -2937,8 +2954,8 @@ def start_text(settings: Settings, port: int) -> str:
     lines.append(f"OpenAI-compatible base URL for your client: {address}/v1")
     if settings.upstream == "local":
         lines.append(
-            f"No upstream is set: the small embedded model {LOCAL_MODEL} answers. It is here for trying the memory out, "
-            f"not for good role-play. {THREE_WAYS}"
+            f"No upstream is set: the small embedded model {LOCAL_MODEL} answers. It is here for trying the memory "
+            f"out, not for good role-play. {THREE_WAYS}"
         )
     else:
         lines.append(f"Upstream: {settings.upstream}")

@@ -336,6 +336,52 @@ def test_a_turn_while_the_embedder_is_loading(data_dir, upstream, monkeypatch):
         assert TALK[0]["content"] in recalled(upstream)
 
 
+class GatedModel:
+    """The real model behind a gate, as a machine that is busy embedding."""
+
+    def __init__(self, model, gate: threading.Event):
+        self.model, self.gate = model, gate
+
+    def encode(self, *args, **kwargs):
+        assert self.gate.wait(TIMEOUT)
+        return self.model.encode(*args, **kwargs)
+
+
+def test_a_turn_does_not_wait_for_a_busy_embedder_or_a_search(data_dir, upstream, monkeypatch):
+    """While a search of the same chat waits for a vector the reply comes, without one."""
+    gate, load, asked = threading.Event(), persona_memory.load_sentence_transformer, threading.Semaphore(0)
+    encode = persona_memory.Embedder.encode
+
+    def noted(*args, **kwargs):
+        asked.release()
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(persona_memory, "load_sentence_transformer", lambda name: GatedModel(load(name), gate))
+    monkeypatch.setattr(persona_memory.Embedder, "encode", noted)
+    gate.set()
+    with LocalServer(settings(data_dir, upstream.url, context=SMALL)) as running:
+        append(running, "long", LONG[1]["content"])
+        assert search(running, "long", "the mule")  # all that is there has its vector now
+        gate.clear()
+        while asked.acquire(blocking=False):
+            pass
+        found, replies = [], []
+        searching = threading.Thread(target=lambda: found.extend(search(running, "long", "the mule")), daemon=True)
+        talking = threading.Thread(target=lambda: replies.append(say(running.url, LONG, chat_id="long")), daemon=True)
+        searching.start()
+        assert asked.acquire(timeout=TIMEOUT)  # the search wants the vector of its question
+        talking.start()
+        talking.join(TIMEOUT / 3)
+        assert not gate.is_set()
+        came = list(replies)
+        gate.set()
+        searching.join(TIMEOUT)
+        talking.join(TIMEOUT)
+    assert [reply.status for reply in came] == [200]
+    assert came[0].memory.startswith("degraded"), came[0].memory
+    assert found
+
+
 # ---------------------------------------------------------------------------- kill -9
 
 def test_kill_9_right_after_a_reply_loses_nothing(data_dir, upstream):

@@ -54,7 +54,7 @@ def test_the_same_prefix_is_not_evaluated_again(local):
 def test_the_start_text_says_what_answers_and_what_to_set(local):
     """A newcomer reads that the embedded model is for trying, and the three ways to set a real one."""
     text = local.log()
-    assert "for trying the memory out" in text
+    assert "not for good role-play" in text
     for way in ("--upstream URL", "GEMINI_API_KEY", ".gguf"):
         assert way in text
 

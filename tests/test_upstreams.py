@@ -87,12 +87,12 @@ def content(lines) -> str:
                    if payload != "[DONE]" and payload.get("choices"))
 
 
-def hang_up_later(server, body: dict) -> socket.socket:
+def hang_up_later(server, body: dict, header: bytes = b"") -> socket.socket:
     """Send a request on a bare socket and return the socket, still waiting."""
     raw = json.dumps(body).encode()
     sock = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
     sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                 b"Content-Length: %d\r\n\r\n%s" % (len(raw), raw))
+                 b"%sContent-Length: %d\r\n\r\n%s" % (header, len(raw), raw))
     return sock
 
 
@@ -200,12 +200,30 @@ def test_hanging_up_before_the_first_byte_closes_the_upstream_connection(server,
     assert upstream.hangups.acquire(timeout=FOREVER)
 
 
-def test_hanging_up_mid_stream_closes_the_upstream_connection(server, upstream, chat):
-    upstream.hold_after = (3, threading.Event())
-    sock = hang_up_later(server, {"messages": chat, "stream": True})
+def read_until(sock: socket.socket, mark: bytes, count: int):
+    """Read until the mark has come so many times."""
     received = b""
-    while received.count(b"data:") < 3:
-        received += sock.recv(65536)
+    while received.count(mark) < count:
+        packet = sock.recv(65536)
+        assert packet, f"ended after {received!r}"
+        received += packet
+
+
+@pytest.mark.parametrize("header", [b"", b"X-Persona-Memory: off\r\n"], ids=["on", "off"])
+def test_hanging_up_mid_stream_closes_the_upstream_connection(server, upstream, chat, header):
+    upstream.hold_after = (3, threading.Event())
+    sock = hang_up_later(server, {"messages": chat, "stream": True}, header)
+    read_until(sock, b"data:", 3)
+    sock.close()
+    assert upstream.hangups.acquire(timeout=FOREVER)
+
+
+def test_hanging_up_between_keep_alive_comments_closes_the_upstream_connection(server, upstream, chat, monkeypatch):
+    monkeypatch.setattr(persona_memory, "KEEPALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(persona_memory, "HEADER_GRACE_SECONDS", 0.05)
+    upstream.hold = threading.Event()
+    sock = hang_up_later(server, {"messages": chat, "stream": True})
+    read_until(sock, b": keep-alive", 2)
     sock.close()
     assert upstream.hangups.acquire(timeout=FOREVER)
 

@@ -314,7 +314,8 @@ def test_messages_that_make_no_sense_are_not_appended(api, shared, body):
     "/messages?limit=x", "/messages?offset=-1", "/messages?limit=-3", "/messages?offset=1e9", "/search", "/search?q=",
     "/search?q=a&k=x", "/search?q=a&k=-1", "/search?q=a&k=0", "/search?q=a&tokens=x", "/search?q=a&tokens=-1",
     "/search?q=%00", "/search?q=%ED%A0%80", "/search?q=%22%20OR%20*", "/search?q=a&k=99999999999999999999",
-    "/messages?offset=99999999999999999999", "/prompts?limit=x", "/prompts?limit=-1"])
+    "/messages?offset=99999999999999999999", "/prompts?limit=x", "/prompts?limit=-1", "/prompts?limit=" + "9" * 5000,
+    "/search?q=" + "word%20" * 5000], ids=lambda query: query[:40])
 def test_odd_queries_work_or_are_refused(api, shared, query):
     answer = api.get(chat_path(shared, query))
     if answer.status_code != 200:
@@ -506,6 +507,17 @@ def test_other_origins_change_nothing_and_read_nothing(api, shared, upstream, or
         assert "Access-Control-Allow-Origin" not in answer.headers
     assert "Access-Control-Allow-Origin" not in api.get(chat_path(shared, "/messages"), headers=foreign).headers
     assert upstream.chats == []
+    assert contents(api, shared) == before
+
+
+def test_a_name_that_points_here_does_not_make_an_origin_ours(api, shared, upstream):
+    """DNS rebinding: the page's own host name resolves to this machine, so Host and Origin agree."""
+    before = contents(api, shared)
+    rebound = {"Origin": "http://evil.example:5100", "Host": "evil.example:5100"}
+    answer = api.post(chat_path(shared, "/messages"), headers=rebound,
+                      json={"messages": [{"role": "user", "content": "planted"}]})
+    assert_openai_error(answer)
+    assert answer.status_code == 403
     assert contents(api, shared) == before
 
 

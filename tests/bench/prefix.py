@@ -7,6 +7,7 @@ and they are compared as ChatML text in cl100k tokens:
     python tests/bench/prefix.py --turns 200 --context 8192 --window 20
     python tests/bench/prefix.py --data conversations.json      a recorded conversation (LoCoMo's form), not a made one
     python tests/bench/prefix.py --embedded                     and what the embedded model says that it had cached
+    python tests/bench/prefix.py --embedded model.gguf          the same, without fetching the model
 """
 import argparse
 import json
@@ -21,9 +22,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tiktoken
-from fakes import Server, Upstream, client
+from fakes import Server, Upstream, client, health, wait_until
 
 MAX_TOKENS = 300  # what SillyTavern asks for unless told otherwise
+FETCHING = 600  # seconds for fetching the embedded model, and for a long prompt on a slow machine
 PERSONA = (
     "You are {{char}}: Ilse Varnholt, keeper of the Lantern Inn at the crossroads of Harrowmere, fifty-one, broad, "
     "unhurried, with flour on her sleeves and a scar on her left thumb from a boathook. She was a smuggler's pilot "
@@ -201,10 +203,10 @@ def play_embedded(messages: list[dict], args) -> list[dict]:
     The client shows the chat's own next message, not the model's: the prompts stay those of the recorded run.
     """
     persona, turns = {"role": "system", "content": PERSONA}, []
-    with tempfile.TemporaryDirectory() as data, Server(data, "local", "--context", args.context) as server, \
+    with tempfile.TemporaryDirectory() as data, Server(data, args.embedded, "--context", args.context) as server, \
             client(server.url) as api:
-        server.wait_ready()
-        patient = api.with_options(timeout=600)
+        wait_until(lambda: (health(server.url) or {}).get("status") == "ok", "the embedded model", timeout=FETCHING)
+        patient = api.with_options(timeout=FETCHING)
         for visible, _ in requests_of(messages, args.window):
             start = time.perf_counter()
             answer = patient.chat.completions.create(model="local", messages=[persona, *visible], max_tokens=16)
@@ -267,7 +269,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=20, help="messages that the client shows")
     parser.add_argument("--data", type=Path, help="a file of recorded conversations instead of a made one")
     parser.add_argument("--conversation", type=int, default=0, help="which of them")
-    parser.add_argument("--embedded", action="store_true", help="play it with the embedded model as well")
+    parser.add_argument("--embedded", nargs="?", const="local", metavar="GGUF",
+                        help="play it with the embedded model as well, or with this model file")
     return parser.parse_args()
 
 
