@@ -73,6 +73,7 @@ import httpx
 import numpy as np
 import waitress
 from werkzeug.exceptions import HTTPException
+from werkzeug.routing import BaseConverter
 
 __version__ = "0.1.0"
 
@@ -869,6 +870,8 @@ KEPT_REPORTS = 50
 LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
+STORE_SECONDS = 10.0  # what a call waits for the disk
+LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
 
 
@@ -899,9 +902,17 @@ class TextDisk(diskcache.Disk):
 def open_cache(directory: Path, synchronous: int) -> diskcache.Cache:
     """A cache that forgets nothing. `synchronous` is SQLite's: 2 survives a power cut, 1 a crash of the program."""
     return diskcache.Cache(
-        str(directory), disk=TextDisk, eviction_policy="none", size_limit=FOREVER, cull_limit=0,
-        disk_min_file_size=FOREVER, sqlite_synchronous=synchronous,
+        str(directory), timeout=LOCK_SECONDS, disk=TextDisk, eviction_policy="none", size_limit=FOREVER, cull_limit=0,
+        disk_min_file_size=FOREVER, sqlite_synchronous=synchronous, sqlite_secure_delete=1,
     )  # fmt: skip
+
+
+def read_json(cache: diskcache.Cache, key: str) -> Any:
+    """The JSON value of a key; raises `KeyError`. (`cache[key]` would wait for a locked database for ever.)"""
+    text = cache.get(key)
+    if text is None:
+        raise KeyError(key)
+    return json.loads(text)
 
 
 class OwnThread:
@@ -911,9 +922,9 @@ class OwnThread:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
 
     def run(self, work: Callable, *args: Any) -> Any:
-        """The result of `work(*args)`; disk and database failures come out as `StoreError`."""
+        """The result of `work(*args)`; failures of disk and database, or a wait for them, come out as `StoreError`."""
         try:
-            return self._pool.submit(work, *args).result()
+            return self._pool.submit(work, *args).result(STORE_SECONDS)
         except (OSError, sqlite3.Error, diskcache.Timeout, ValueError, KeyError) as error:
             raise StoreError(f"store: {type(error).__name__}: {error}") from error
 
@@ -931,7 +942,7 @@ class ChatStore:
     across calls that belong together.
     """
 
-    def __init__(self, directory: Path, info: Mapping | None = None):
+    def __init__(self, directory: Path):
         self.directory = directory
         self.lock = threading.RLock()
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
@@ -940,15 +951,12 @@ class ChatStore:
         self._generation = 0
         self._recent: OrderedDict[str, Message] = OrderedDict()
         self._disk = OwnThread("chat-store")
-        self._disk.run(self._open, dict(info or {}))
+        self._disk.run(self._open)
 
-    def _open(self, info: dict) -> None:
+    def _open(self) -> None:
         self._cache = open_cache(self.directory, synchronous=2)
         self.info = json.loads(self._cache.get("info", "{}"))
-        if not self.info and info:
-            self.info = info
-            self._cache["info"] = json.dumps(info)
-        rows = [json.loads(self._cache[key]) for key in self._cache.iterkeys() if key.startswith("m:")]
+        rows = [read_json(self._cache, key) for key in self._cache.iterkeys() if key.startswith("m:")]
         for row in sorted(rows, key=lambda row: row["order"]):
             self._remember(row)
         self._generation = self._cache.get("generation", 0)
@@ -979,9 +987,9 @@ class ChatStore:
         if newest == self._generation:
             return
         for generation in range(self._generation + 1, newest + 1):
-            for key in json.loads(self._cache[f"g:{generation}"]):
-                self._remember(json.loads(self._cache[f"m:{key}"]))
-        self.info = json.loads(self._cache["info"])
+            for key in read_json(self._cache, f"g:{generation}"):
+                self._remember(read_json(self._cache, f"m:{key}"))
+        self.info = read_json(self._cache, "info")
         self._generation = newest
 
     def commit(self, messages: Sequence[Message] = (), info: Mapping = {}, report: PromptReport | None = None) -> None:
@@ -989,7 +997,7 @@ class ChatStore:
         self._disk.run(self._commit, messages, info, report)
 
     def _commit(self, messages: Sequence[Message], info: Mapping, report: PromptReport | None) -> None:
-        with self._cache.transact(retry=True):
+        with self._cache.transact():
             self._catch_up()
             generation, facts = self._generation + 1, {**self.info, **info}
             rows = self._rows(messages)
@@ -1018,7 +1026,7 @@ class ChatStore:
         return [found.get(i) or self._recent[i] for i in ids]
 
     def _read(self, ids: Sequence[str]) -> list[Message]:
-        rows = [json.loads(self._cache[f"m:{i}"]) for i in ids]
+        rows = [read_json(self._cache, f"m:{i}") for i in ids]
         return [Message(**{k: v for k, v in row.items() if k != "order"}) for row in rows]
 
     def keep_recent(self, path: Sequence[str]) -> None:
@@ -1040,7 +1048,7 @@ class ChatStore:
         self._disk.run(self._put_vectors, embedder, vectors)
 
     def _put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
-        with self._cache.transact(retry=True):
+        with self._cache.transact():
             for text_hash, vector in vectors.items():
                 self._cache[f"v:{embedder}:{text_hash}"] = vector.astype(np.float32).tobytes()
 
@@ -1092,7 +1100,8 @@ class ChatShelf:
             if folder.name not in listed and (folder / diskcache.core.DBNAME).exists():
                 with contextlib.suppress(StoreError):
                     store = self._load(folder)
-                    self.enter(store, store.tree.nodes)
+                    if store.info:
+                        self.enter(store, store.tree.nodes)
 
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -1112,18 +1121,20 @@ class ChatShelf:
             return None
         store = self._load(folder)
         store.catch_up()
-        return store
+        return store if store.info else None  # a crash can leave a chat that has no name yet
 
     def create(self, chat_id: str, explicit: bool) -> ChatStore:
         """A new chat; `explicit` says that the client named it, and that no transcript may find it."""
         info = {"chat_id": chat_id, "explicit": explicit, "created": time.time(), "updated": time.time()}
-        return self._load(self.folder / chat_folder(chat_id), info)
+        store = self._load(self.folder / chat_folder(chat_id))
+        store.commit(info=info)
+        return store
 
-    def _load(self, folder: Path, info: Mapping | None = None) -> ChatStore:
+    def _load(self, folder: Path) -> ChatStore:
         with self._lock:
             store = self._open.get(folder.name)
             if store is None:
-                store = self._open[folder.name] = ChatStore(folder, info)
+                store = self._open[folder.name] = ChatStore(folder)
             self._open.move_to_end(folder.name)
             while len(self._open) > OPEN_CHATS:  # a turn that still holds the store keeps it alive
                 self._open.popitem(last=False)
@@ -1168,7 +1179,7 @@ class ChatShelf:
         self._disk.run(self._enter, store.id, digests, json.dumps(store.summary()))
 
     def _enter(self, chat_id: str, digests: Sequence[str], line: str) -> None:
-        with self._catalogue.transact(retry=True):
+        with self._catalogue.transact():
             for digest in digests:
                 chats = json.loads(self._catalogue.get(f"d:{digest}", "[]"))
                 if chat_id not in chats:
@@ -1178,7 +1189,7 @@ class ChatShelf:
     def chats(self) -> list[dict]:
         """A line for every chat, the last used first."""
         lines = self._disk.run(
-            lambda: [json.loads(self._catalogue[k]) for k in self._catalogue.iterkeys() if k.startswith("c:")]
+            lambda: [read_json(self._catalogue, k) for k in self._catalogue.iterkeys() if k.startswith("c:")]
         )
         return sorted(lines, key=lambda line: -(line["updated"] or 0))
 
@@ -1195,7 +1206,7 @@ class ChatShelf:
         self._disk.run(self._strike, chat_id, digests)
 
     def _strike(self, chat_id: str, digests: Sequence[str]) -> None:
-        with self._catalogue.transact(retry=True):
+        with self._catalogue.transact():
             for digest in digests:
                 chats = [c for c in json.loads(self._catalogue.get(f"d:{digest}", "[]")) if c != chat_id]
                 if chats:
@@ -1203,6 +1214,7 @@ class ChatShelf:
                 else:
                     self._catalogue.delete(f"d:{digest}")
             self._catalogue.delete(f"c:{chat_id}")
+        self._catalogue.close()  # empties the write-ahead log, where the words would stand on; it opens by itself
 
 
 # ======================================================================================================================
@@ -1766,17 +1778,25 @@ class OpenAIUpstream:
     def _ask_context(self, model: str, call: Call) -> int | None:
         found = None
         for probe in CONTEXT_PROBES:
-            with contextlib.suppress(
-                httpx.HTTPStatusError, ValueError, KeyError, TypeError, AttributeError, IndexError
+            try:
+                found = probe(self, model, call)
+            except (
+                httpx.HTTPStatusError,
+                UpstreamError,
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                StopIteration,
             ):
-                try:
-                    found = probe(self, model, call)
-                except httpx.HTTPError:
-                    break  # not there or too slow to be asked more
-                if isinstance(found, int) and found > 0:
-                    break
-        self._contexts[model] = (time.monotonic(), found or None)
-        return found or None
+                continue  # another kind of server
+            except (httpx.HTTPError, UpstreamUnavailable):
+                break  # not there, or too slow to be asked more
+            if isinstance(found, int) and found > 0:
+                break
+        found = found if isinstance(found, int) and found > 0 else None
+        self._contexts[model] = (time.monotonic(), found)
+        return found
 
 
 def ask_models(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
@@ -1891,7 +1911,8 @@ def error_object(raw: bytes) -> dict:
     try:
         body = json.loads(raw)
     except ValueError:
-        return {"message": raw.decode("utf-8", "replace").strip()[:500]}
+        text = raw.decode("utf-8", "replace").strip()
+        return {"message": "" if text.startswith("<") else text[:500]}  # a page of HTML says nothing here
     if isinstance(body, list) and body:  # Gemini wraps it
         body = body[0]
     error = (body.get("error") or body.get("detail") or body.get("message") or body) if isinstance(body, dict) else body
@@ -2502,10 +2523,10 @@ class PersonaMemory:
         store = self.chat(chat_id)
         with contextlib.suppress(EmbedderUnavailable):
             self._embed_missing(store, store.tree.path(store.head))
+        vector = self._query_vector(f"{asker}: {text}" if asker else text)
         with store.lock:
             nodes = [store.tree.nodes[i] for i in store.tree.path(store.head)]
             index = self._index(store, nodes)
-            vector = self._query_vector(f"{asker}: {text}" if asker else text)
             scores = self._score(index, nodes, text, vector)
             places = np.argsort(-scores["score"], kind="stable").tolist()
             memories = self._memories(store, nodes, scores, places if tokens else places[:k])
@@ -2788,7 +2809,7 @@ api = flask.Blueprint("api", __name__, url_prefix="/api/persona_memory")
 def number_argument(name: str, default: int) -> int:
     """A whole number of the query string, 0 or more; raises `InvalidRequest`."""
     text = flask.request.args.get(name, str(default))
-    if not text.isdecimal():
+    if not re.fullmatch(r"[0-9]{1,9}", text):
         raise InvalidRequest(f"{name} must be a whole number, 0 or more.", name)
     return int(text)
 
@@ -2799,33 +2820,33 @@ def chats_list() -> flask.Response:
     return flask.jsonify(engine().chats())
 
 
-@api.get("/chats/<path:chat>")
+@api.get("/chats/<chat:chat>")
 def chat_one(chat: str) -> dict:
     """One chat."""
     return engine().describe(chat)
 
 
-@api.delete("/chats/<path:chat>")
+@api.delete("/chats/<chat:chat>")
 def chat_delete(chat: str) -> dict:
     """Forgets a chat."""
     engine().delete(chat)
     return {"chat_id": chat, "deleted": True}
 
 
-@api.get("/chats/<path:chat>/messages")
+@api.get("/chats/<chat:chat>/messages")
 def chat_messages(chat: str) -> dict:
     """The chat's current branch."""
     return engine().messages(chat, number_argument("offset", 0), number_argument("limit", 1000))
 
 
-@api.post("/chats/<path:chat>/messages")
+@api.post("/chats/<chat:chat>/messages")
 def chat_append(chat: str) -> dict:
     """Appends to the chat's current branch."""
     body = request_json()
     return engine().append(chat, body.get("messages") if isinstance(body, dict) else None)
 
 
-@api.get("/chats/<path:chat>/search")
+@api.get("/chats/<chat:chat>/search")
 def chat_search(chat: str) -> dict:
     """What the chat's current branch remembers of a text."""
     arguments = flask.request.args
@@ -2837,7 +2858,7 @@ def chat_search(chat: str) -> dict:
     return {"memories": [m.public() for m in found]}
 
 
-@api.get("/chats/<path:chat>/prompts")
+@api.get("/chats/<chat:chat>/prompts")
 def chat_prompts(chat: str) -> dict:
     """The reports of the chat's last prompts."""
     return {"prompts": engine().prompts(chat, number_argument("limit", 10))}
@@ -2862,13 +2883,15 @@ def check_access() -> None:
 
 
 def allowed_origin(origin: str) -> bool:
-    """Whether pages of an origin may call."""
-    named = [o.strip().rstrip("/") for o in engine().settings.allow_origin.split(",") if o.strip()]
-    return (
-        origin in named
-        if named
-        else bool(LOCAL_ORIGIN.fullmatch(origin)) or origin == flask.request.host_url.rstrip("/")
-    )
+    """Whether pages of an origin may call.
+
+    The server's own pages may, where a key protects it; without one a foreign name that was made to point here (DNS
+    rebinding) would pass for the server's own.
+    """
+    settings = engine().settings
+    named = [o.strip().rstrip("/") for o in settings.allow_origin.split(",") if o.strip()]
+    own = bool(settings.api_key) and origin == flask.request.host_url.rstrip("/")
+    return own or (origin in named if named else bool(LOCAL_ORIGIN.fullmatch(origin)))
 
 
 def add_cors(response: flask.Response) -> flask.Response:
@@ -2900,12 +2923,24 @@ def show_error(error: Exception) -> tuple[flask.Response, int, dict]:
     return flask.jsonify(shown.body()), shown.status, headers
 
 
-def single_slashes(app: Callable) -> Callable:
-    """WSGI middleware: clients join URLs carelessly, `/v1//chat/completions` means `/v1/chat/completions`."""
+class ChatId(BaseConverter):
+    """A chat's id in a path: one segment, in which quoted slashes and line ends are part of the id."""
+
+    regex = "[^/]+"
+
+    def to_python(self, value: str) -> str:
+        """The id itself."""
+        return urllib.parse.unquote(value)
+
+
+def exact_paths(app: Callable) -> Callable:
+    """WSGI middleware: paths of the API stay quoted, for ids may hold slashes; elsewhere many slashes are one, for
+    clients join URLs carelessly (`/v1//chat/completions`)."""
 
     def wrapped(environ: dict, start_response: Callable) -> Iterable[bytes]:
-        if not environ["PATH_INFO"].startswith("/api/"):  # a chat's id may hold two slashes
-            environ["PATH_INFO"] = re.sub("/{2,}", "/", environ["PATH_INFO"])
+        quoted = environ.get("REQUEST_URI", "").partition("?")[0]
+        is_api = quoted.startswith("/api/")
+        environ["PATH_INFO"] = quoted if is_api else re.sub("/{2,}", "/", environ["PATH_INFO"])
         return app(environ, start_response)
 
     return wrapped
@@ -2915,6 +2950,7 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     """The Flask app that serves the settings: the API always, the proxy with `settings.proxy`."""
     app = flask.Flask("persona_memory", static_folder=None)
     app.url_map.merge_slashes = False
+    app.url_map.converters["chat"] = ChatId
     app.json.sort_keys = False
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
     app.extensions["persona_memory"] = memory or PersonaMemory(settings)
@@ -2925,7 +2961,7 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.register_blueprint(api)
     if settings.proxy:
         app.register_blueprint(proxy)
-    app.wsgi_app = single_slashes(app.wsgi_app)
+    app.wsgi_app = exact_paths(app.wsgi_app)
     return app
 
 

@@ -193,16 +193,41 @@ def test_a_deleted_folder_under_a_running_server(data_dir, store, upstream):
         assert_whole(running)
 
 
+@contextlib.contextmanager
+def locked(database):
+    """Another program holds the database."""
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield
+        other.execute("ROLLBACK")
+
+
 def test_a_locked_store_makes_no_turn_wait_for_ever(data_dir, store, upstream):
-    """Another program holds the database: the reply comes without memory, and memory comes back."""
+    """The chat's reply comes without memory, other chats do not notice, and memory comes back."""
     with LocalServer(settings(data_dir, upstream.url)) as running:
         assert contents(running, "tale")
-        with contextlib.closing(sqlite3.connect(store / "cache.db", isolation_level=None)) as other:
-            other.execute("BEGIN EXCLUSIVE")
-            reply = say(running.url, QUESTION, chat_id="tale")
-            assert (reply.status, reply.text) == (200, upstream.last["answer"])
-            assert reply.memory.startswith("degraded"), reply.memory
-            other.execute("ROLLBACK")
+        replies = []
+        turn = threading.Thread(target=lambda: replies.append(say(running.url, QUESTION, chat_id="tale")), daemon=True)
+        with locked(store / "cache.db"):
+            turn.start()
+            other = say(running.url, QUESTION, chat_id="other")
+            assert other.text
+            assert not other.memory.startswith("degraded"), other.memory
+            turn.join(TIMEOUT)
+            assert [reply.status for reply in replies] == [200]
+            assert replies[0].memory.startswith("degraded"), replies[0].memory
+        wait_until(lambda: not say(running.url, QUESTION, chat_id="tale").memory.startswith("degraded"), "memory again")
+        assert_whole(running)
+
+
+def test_a_locked_catalogue_makes_no_turn_wait_for_ever(data_dir, store, upstream):
+    """With and without an id the reply comes; afterwards the chat is listed and found."""
+    with LocalServer(settings(data_dir, upstream.url)) as running:
+        assert contents(running, "tale")
+        [catalogue] = [path for path in data_dir.rglob("cache.db") if "chats" not in path.parts]
+        with locked(catalogue):
+            assert say(running.url, QUESTION, chat_id="tale").text == upstream.last["answer"]
+            assert say(running.url, QUESTION).text == upstream.last["answer"]
         wait_until(lambda: not say(running.url, QUESTION, chat_id="tale").memory.startswith("degraded"), "memory again")
         assert_whole(running)
 

