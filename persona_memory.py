@@ -623,8 +623,11 @@ def load_sentence_transformer(name: str) -> Any:
     if package:
         name = str(Path(package.origin).parent / "model")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a complete local copy needs no look at the hub
+    import torch
     from sentence_transformers import SentenceTransformer
 
+    # Half of the cores: torch's threads wait for each other, and stall when a model on this machine takes the rest.
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     return SentenceTransformer(name, device="cpu")
 
 

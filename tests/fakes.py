@@ -434,6 +434,7 @@ class LocalServer:
 
         self.ready = ready
         self.server = persona_memory.create_server(settings)
+        self.server.adj.asyncore_loop_timeout = 0.05  # how soon the loop sees that it was closed
         self.url = f"http://127.0.0.1:{self.server.effective_port}"
         self.thread = threading.Thread(target=self._run, daemon=True)
 

@@ -523,6 +523,16 @@ def test_two_characters_do_not_mix(server, upstream):
         assert remembered(server, chat) == shown(chat)
 
 
+def test_greeting_alone_starts_a_new_chat(server):
+    """A second chat with the same character is a chat of its own, though it opens with the same greeting."""
+    one, two = Client(server.url, HELENA), Client(server.url, HELENA)
+    one.send("I am Robin and I mend clocks.")
+    two.send("I am Wilma and I breed geese.")
+    one.send("How late is it?")
+    assert one.answer.chat_id != two.answer.chat_id
+    assert len(shelf(server)) == 2
+
+
 # ---------------------------------------------------------------------------- explicit chat ids
 
 ID_PLACES = {
