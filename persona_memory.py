@@ -241,7 +241,7 @@ class NotAuthenticated(PersonaMemoryError):
 
 
 class ForeignOrigin(PersonaMemoryError):
-    """A web page of another origin tries to use the API."""
+    """A web page of another origin, or a foreign name that points to this machine, tries to use the server."""
 
     status = 403
     type = "permission_error"
@@ -518,14 +518,21 @@ class Budget:
 
 
 def plan_budget(
-    context: int, shares: Sequence[float], persona: int, required: int, max_tokens: int = 0, exchange: int = 0
+    context: int,
+    shares: Sequence[float],
+    persona: int,
+    required: int,
+    max_tokens: int = 0,
+    exchange: int = 0,
+    wanted: int | None = None,
 ) -> Budget:
     """Who gets how many tokens of `context`, and who lends to whom.
 
     `persona` is what the leading block takes, `required` the newest message and all behind it, `exchange` (at least
-    `required`) the newest exchange. What the persona leaves goes to the history; what it takes beyond its share comes
-    from the history down to the newest exchange, then from the memories, then from what the response has above the
-    client's `max_tokens`. Raises `ContextLengthExceeded` where persona, newest message and reply do not fit.
+    `required`) the newest exchange, `wanted` what the memories can make use of where that is less than their share.
+    What persona and memories leave goes to the history; what the persona takes beyond its share comes from the
+    history down to the newest exchange, then from the memories, then from what the response has above the client's
+    `max_tokens`. Raises `ContextLengthExceeded` where persona, newest message and reply do not fit.
     """
     response = max(int(shares[3] * context), max_tokens)
     if persona + required > context - response:
@@ -538,8 +545,9 @@ def plan_budget(
             "all. Shorten the persona or the message, lower max_tokens, or raise --context.",
             "messages",
         )
+    memories = int(shares[1] * context) if wanted is None else min(wanted, int(shares[1] * context))
     floor = min(max(exchange, required), left)
-    history = max(floor, left - int(shares[1] * context))
+    history = max(floor, left - memories)
     return Budget(persona=persona, memories=left - history, history=history, response=response)
 
 
@@ -904,10 +912,14 @@ class TextDisk(diskcache.Disk):
 
 def open_cache(directory: Path, synchronous: int) -> diskcache.Cache:
     """A cache that forgets nothing. `synchronous` is SQLite's: 2 survives a power cut, 1 a crash of the program."""
-    return diskcache.Cache(
+    cache = diskcache.Cache(
         str(directory), timeout=LOCK_SECONDS, disk=TextDisk, eviction_policy="none", size_limit=FOREVER, cull_limit=0,
-        disk_min_file_size=FOREVER, sqlite_synchronous=synchronous, sqlite_secure_delete=1,
+        disk_min_file_size=FOREVER, sqlite_synchronous=1, sqlite_secure_delete=1,
     )  # fmt: skip
+    cache.reset(
+        "sqlite_synchronous", synchronous
+    )  # now, not before: making the tables would wait for the disk each time
+    return cache
 
 
 def read_json(cache: diskcache.Cache, key: str) -> Any:
@@ -937,7 +949,7 @@ class OwnThread:
 
 
 class ChatStore:
-    """One chat on disk: its messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
+    """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
     Rows: `m:<id>` a message (JSON), `v:<embedder>:<hash>` a vector (float32 bytes), `p:<number>` a prompt report,
     `info` the chat's facts, `generation` a counter of changes with `g:<n>` naming the messages that change n touched,
@@ -1228,11 +1240,12 @@ class ChatShelf:
 STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
-        """a about all also am an and any are as at be because been being but by can could did do does doing down for from
-    get go got had has have having he her here hers him his how i if in into is it its just know let like me mine my no
-    not now of off oh ok okay on or our ours out over own please re really s say she should so some t tell than that the
-    their theirs them then there these they think this those to too up us very was we well were what when where which
-    while who whom whose why will with would yes you your yours d ll m ve don didn doesn isn wasn won""",
+        """a about all also am an and any are as at be because been being but by can could did do does doing down
+        for from get go got had has have having he her here hers him his how i if in into is it its just know let
+        like me mine my no not now of off oh ok okay on or our ours out over own please re really s say she
+        should so some t tell than that the their theirs them then there these they think this those to too up us
+        very was we well were what when where which while who whom whose why will with would yes you your yours d
+        ll m ve don didn doesn isn wasn won""",
     )
 )
 MAX_QUERY_WORDS = 64
@@ -1326,8 +1339,7 @@ NEIGHBOUR_WEIGHT = 0.4  # of the better neighbour's score: an answer is found by
 RELEVANT = 0.55  # fused score below which a message is no answer to anything
 NEAR_BEST = 0.5  # share of the best score that a memory must reach
 NEAR_DUPLICATE = 0.95  # cosine above which two memories say the same
-RECALLED_SHARE = 0.4  # of the memories' share; the story so far may take the rest
-TELLING_SHARE = 1 / 3  # of that, for a message which asks nothing: each recalled token is evaluated anew every turn
+TELLING_SHARE = 1 / 3  # of their tokens, for a message which asks nothing: each is evaluated anew every turn
 ASKING = re.compile(
     r"[?\uff1f\u061f]|\b(?:remember|remind|recall|forgot|forget)\b|^\W*(?:who|what|when|where|which|why|how|tell)\b",
     re.I,
@@ -1346,10 +1358,9 @@ def fuse(dense: np.ndarray, lexical: np.ndarray) -> np.ndarray:
     return own + NEIGHBOUR_WEIGHT * np.maximum(np.maximum(padded[:-2], padded[2:]), 0)
 
 
-def recall_budget(text: str, share: int, room: int) -> int:
-    """Tokens that a turn's memories may take, of the memories' `share` and the `room` that is there."""
-    share = int(RECALLED_SHARE * share * (1 if ASKING.search(text) else TELLING_SHARE))
-    return min(share, room)
+def recall_budget(text: str, share: int) -> int:
+    """Tokens that the memories for a message may take, of the `share` that is theirs."""
+    return share if ASKING.search(text) else int(TELLING_SHARE * share)
 
 
 def worth_recalling(scores: np.ndarray) -> list[int]:
@@ -1377,7 +1388,8 @@ def choose(costs: Sequence[int], vectors: Sequence[np.ndarray | None], budget: i
 
 SYSTEM_ROLES = ("system", "developer")
 CHAT_ROLES = ("user", "assistant")
-HISTORY_BLOCK = 0.6  # of the history's share: how much is cut at once when the history is full
+RECALLED_SHARE = 0.4  # of the memories' share; the rest is for a story so far, and the history's where there is none
+HISTORY_BLOCK = 0.8  # of the history's share: how much is cut at once when the history is full
 MEMORY_HEADING = "[Earlier in this chat, oldest first. This is the past, for reference:]"
 MEMORY_ENDING = "[End of memories]"
 SPEAKERS = {"user": "User", "assistant": "You"}  # who spoke, where the client gives no names
@@ -1481,7 +1493,8 @@ def lay_out(
     turns = [turn_tokens(t, n) for t, n in zip(request.turns[first:], counts, strict=True)]
     pivot = request.newest_user
     needs = required_tokens(turns, tail, pivot - first if pivot is not None and pivot >= first else None)
-    budget, required = fit_budget(context, shares, fixed, request.max_tokens, needs)
+    recalled = int(RECALLED_SHARE * shares[1] * context)
+    budget, required = fit_budget(context, shares, fixed, request.max_tokens, needs, recalled)
     if required != needs[0] or (pivot is not None and pivot < first):
         pivot = None
     sizes = [*stored, *turns]
@@ -1514,15 +1527,15 @@ def required_tokens(turns: Sequence[int], tail: int, newest_user: int | None) ->
 
 
 def fit_budget(
-    context: int, shares: Sequence[float], persona: int, max_tokens: int, needs: tuple[int, int, int]
+    context: int, shares: Sequence[float], persona: int, max_tokens: int, needs: tuple[int, int, int], wanted: int
 ) -> tuple[Budget, int]:
     """The budget, and the tokens at the end that it keeps: all from the newest user message on where that fits,
     else (a group that has talked on alone for long) the last turn."""
     newest, last, exchange = needs
     try:
-        return plan_budget(context, shares, persona, newest, max_tokens, exchange), newest
+        return plan_budget(context, shares, persona, newest, max_tokens, exchange, wanted), newest
     except ContextLengthExceeded:
-        return plan_budget(context, shares, persona, last, max_tokens), last
+        return plan_budget(context, shares, persona, last, max_tokens, last, wanted), last
 
 
 def history_anchor(
@@ -2116,7 +2129,7 @@ class Relay:
 # ======================================================================================================================
 
 RECALL_SECONDS = 2.0  # what a turn waits for a vector before it goes on without
-ENCODED_AT_ONCE = 8  # missing vectors that a turn computes itself; more are left to the background
+ENCODED_AT_ONCE = 8  # missing vectors that a turn computes itself, the newest; more are left to the background
 SEARCH_SECONDS = 120.0  # a search waits longer than a turn: it was asked for
 ABSENT_IDS = ("", "undefined", "null", "None")
 
@@ -2149,6 +2162,9 @@ class PersonaMemory:
         self._starting = threading.Lock()
         self._finding = threading.Lock()  # two first requests of one chat must not make two chats
         self._indexes: WeakKeyDictionary[ChatStore, MemoryIndex] = WeakKeyDictionary()
+        self._pending: WeakKeyDictionary[ChatStore, set[str]] = WeakKeyDictionary()  # messages to embed
+        self._pending_lock = threading.Lock()
+        self._closed = False
         self._background = ThreadPoolExecutor(1, thread_name_prefix="background")
 
     def start(self) -> None:
@@ -2355,7 +2371,7 @@ class PersonaMemory:
         self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node], layout: Layout
     ) -> tuple[list[Memory], str]:
         """The memories for a turn and, where something kept them from being all they could be, what."""
-        room = layout.room - memory_frame_tokens()
+        room = min(layout.room, layout.budget.memories) - memory_frame_tokens()
         if not layout.anchor or layout.pivot is None or room <= 0:
             self._embed_later(store, [n.id for n in nodes[-ENCODED_AT_ONCE:]])
             return [], ""
@@ -2363,10 +2379,10 @@ class PersonaMemory:
             turn = request.turns[layout.pivot]
             index = self._index(store, nodes)
             vector, degraded = self._turn_vectors(store, index, nodes, turn)
-            hidden = nodes[: layout.anchor]
-            scores = self._score(index, hidden, turn.content, vector)
-            budget = recall_budget(turn.content, layout.budget.memories, room)
-            return self._select(store, index, hidden, scores, budget), degraded
+            scores = self._score(index, nodes[: layout.anchor], turn.content, vector)
+            visible = {n.fingerprint for n in nodes[layout.anchor :]}
+            budget = recall_budget(turn.content, room)
+            return self._select(store, index, nodes, scores, visible, budget), degraded
         except Exception as error:  # property 5: the turn goes on without
             log.warning("Recall failed: %s: %s", type(error).__name__, error, exc_info=True)
             self._indexes.pop(store, None)
@@ -2393,8 +2409,9 @@ class PersonaMemory:
         """The newest user message's vector, computed together with a few that are missing; and what was missing."""
         by_hash = {n.fingerprint: n.id for n in reversed(nodes)}
         missing = index.without_vector(n.fingerprint for n in nodes)
-        at_once = missing if len(missing) <= ENCODED_AT_ONCE else [h for h in missing if h == turn.fingerprint]
-        degraded = "" if at_once == missing else f"{len(missing)} messages not embedded yet"
+        at_once = [h for h in missing if h == turn.fingerprint or h in missing[-ENCODED_AT_ONCE:]]
+        left = len(missing) - len(at_once)
+        degraded = f"{left} messages not embedded yet" if left else ""
         try:
             if at_once:
                 messages = store.read([by_hash[h] for h in at_once])
@@ -2431,31 +2448,47 @@ class PersonaMemory:
         ]
 
     def _select(
-        self, store: ChatStore, index: MemoryIndex, nodes: Sequence[Node], scores: Mapping[str, np.ndarray], budget: int
+        self,
+        store: ChatStore,
+        index: MemoryIndex,
+        nodes: Sequence[Node],
+        scores: Mapping[str, np.ndarray],
+        visible: set[str],
+        budget: int,
     ) -> list[Memory]:
-        """The memories that are worth their place and fit into `budget` tokens, best first."""
-        places = worth_recalling(scores["score"])[:MOST_MEMORIES]
+        """The memories that are worth their place, say what is not `visible` (text hashes) and fit, best first."""
+        places = [i for i in worth_recalling(scores["score"]) if nodes[i].fingerprint not in visible][:MOST_MEMORIES]
         memories = self._memories(store, nodes, scores, places)
         vectors = [index.vector(nodes[i].fingerprint) for i in places]
         return [memories[i] for i in choose(list(map(memory_cost, memories)), vectors, budget)]
 
-    def _embed_later(self, store: ChatStore, ids: Sequence[str]) -> None:
-        """Computes the vectors that messages still lack, in the background."""
-        if ids:
-            self._background.submit(self._embed_missing, store, list(ids))
+    def _embed_later(self, store: ChatStore, ids: Iterable[str]) -> None:
+        """Has the vectors that messages still lack computed in the background, by one job a chat."""
+        with self._pending_lock:
+            waiting = self._pending.get(store)
+            self._pending[store] = {*(waiting or ()), *ids}
+        if waiting is None:
+            self._background.submit(self._embed_pending, store)
 
-    def _embed_missing(self, store: ChatStore, ids: Sequence[str]) -> None:
+    def _embed_pending(self, store: ChatStore) -> None:
+        with self._pending_lock:
+            ids = self._pending.pop(store, set())
+        self._embed_missing(store, ids)
+
+    def _embed_missing(self, store: ChatStore, ids: Iterable[str]) -> None:
         """Computes and stores the vectors that messages still lack; waits for the embedder to be loaded."""
         with store.embedding:  # whoever comes second finds the vectors there
             self._embed_each(store, ids)
 
-    def _embed_each(self, store: ChatStore, ids: Sequence[str]) -> None:
+    def _embed_each(self, store: ChatStore, ids: Iterable[str]) -> None:
         by_hash = {store.tree.nodes[i].fingerprint: i for i in ids if i in store.tree.nodes}
         index = self._indexes.get(store)
         unknown = index.without_vector(by_hash) if index else list(by_hash)
         stored = store.vectors(self.embedder.name, unknown)
         missing = [h for h in unknown if h not in stored]
         for batch in (missing[i : i + EMBED_BATCH] for i in range(0, len(missing), EMBED_BATCH)):
+            if self._closed:
+                return
             messages = store.read([by_hash[h] for h in batch])
             vectors = self.embedder.encode([m.spoken for m in messages], priority=BACKGROUND)
             store.put_vectors(self.embedder.name, dict(zip(batch, vectors, strict=True)))
@@ -2564,7 +2597,8 @@ class PersonaMemory:
         }  # fmt: skip
 
     def close(self) -> None:
-        """Ends background work that has not begun."""
+        """Ends background work; what it leaves undone is done when the chat is used again."""
+        self._closed = True
         self._background.shutdown(wait=False, cancel_futures=True)
 
 
@@ -2623,7 +2657,7 @@ def parse_timestamp(text: Any, where: str) -> str | None:
 # Web
 # ======================================================================================================================
 
-SERVER_THREADS = 64  # a stream holds one for as long as it lasts
+SERVER_THREADS = 128  # a stream holds one for as long as it lasts
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
 LOCAL_ORIGIN = re.compile(r"https?://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -2880,6 +2914,11 @@ def check_access() -> None:
     given = flask.request.headers.get("Authorization", "").removeprefix("Bearer").strip()
     if key and not secrets.compare_digest(given.encode(), key.encode()):
         raise NotAuthenticated("This server needs its API key, as `Authorization: Bearer <key>`.")
+    host = urllib.parse.urlsplit(f"//{flask.request.host}").hostname
+    if not key and host not in LOOPBACK_HOSTS:  # DNS rebinding: a page's own name, made to point here
+        raise ForeignOrigin(
+            f"This server answers to 127.0.0.1 and localhost, not to {host}; --api-key would change that."
+        )
     origin = flask.request.headers.get("Origin")
     if origin and flask.request.method not in SAFE_METHODS and not allowed_origin(origin):
         raise ForeignOrigin(f"Pages of {origin} may not use this server; --allow-origin {origin} would let them.")
@@ -3021,6 +3060,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(start_text(settings, server.effective_port), file=sys.stderr, flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
+    server.application.extensions["persona_memory"].close()
     return 0
 
 

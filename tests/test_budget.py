@@ -46,6 +46,13 @@ def test_what_the_persona_leaves_goes_to_the_history():
     assert budget.history == 8192 - 2048 - 1638 - 300
 
 
+def test_what_the_memories_cannot_use_goes_to_the_history():
+    """As long as there is no story to tell, its part of the memories' share is the history's."""
+    budget = pm.plan_budget(8192, SHARES, 300, 100, wanted=800)
+    assert (budget.memories, budget.history) == (800, 8192 - 1638 - 300 - 800)
+    assert pm.plan_budget(8192, SHARES, 300, 100, wanted=5000).memories == 2048
+
+
 def test_a_client_that_asks_for_a_long_reply_gets_it_reserved():
     """`max_tokens` above the response's share is kept free in full."""
     assert pm.plan_budget(8192, SHARES, 300, 100, max_tokens=4000).response == 4000

@@ -296,8 +296,8 @@ class Machine(RuleBasedStateMachine):
         card = leading(request.body["messages"])
         assert request.prompt[:len(card)] == card
         newest = [text for role, text in request.history if role == "user"][-1]
-        assert [text for message in request.prompt if message["role"] == "user"
-                for text in [message["content"]]][-1].endswith(newest)
+        sent = [message["content"] for message in request.prompt if message["role"] == "user"][-1]
+        assert sent.endswith(newest)
 
     def prompt_fits(self, request: Request):
         assert tokens_in(request.prompt) + MAX_TOKENS <= CONTEXT

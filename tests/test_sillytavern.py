@@ -46,7 +46,8 @@ def chatter(chat: Client, turns: int, start: int = 0):
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     """The program and its upstream."""
-    with Upstream() as fake, LocalServer(settings(tmp_path_factory.mktemp("data"), fake.url, context=CONTEXT)) as running:
+    data_dir = tmp_path_factory.mktemp("data")
+    with Upstream() as fake, LocalServer(settings(data_dir, fake.url, context=CONTEXT)) as running:
         yield running, fake
 
 

@@ -91,7 +91,7 @@ def roleplay(turns: int, seed: int = 1) -> list[dict]:
     rng, told, messages = random.Random(seed), [], []
     for turn in range(turns):
         statement, question = fact(rng)
-        old = rng.choice(told[:-8]) if turn % 5 == 4 and len(told) > 8 else None
+        old = rng.choice(told[:-8]) if turn % 7 == 6 and len(told) > 8 else None
         if old is None and turn % 2 == 0:
             told.append((statement, question))
         opening = old[1] if old else statement if turn % 2 == 0 else ""
