@@ -1337,9 +1337,10 @@ LEXICAL_WEIGHT = 0.8  # of the best BM25 score, beside a cosine's 1
 LEXICAL_FLOOR = 8.0  # BM25 score that counts as a full match; a lower best one is a weak match, not a full one
 NEIGHBOUR_WEIGHT = 0.4  # of the better neighbour's score: an answer is found by its question
 RELEVANT = 0.55  # fused score below which a message is no answer to anything
+TELLING_RELEVANT = 1.0  # the same for a message that asks nothing: small talk shares words with everything
 NEAR_BEST = 0.5  # share of the best score that a memory must reach
 NEAR_DUPLICATE = 0.95  # cosine above which two memories say the same
-TELLING_SHARE = 1 / 3  # of their tokens, for a message which asks nothing: each is evaluated anew every turn
+TELLING_SHARE = 1 / 3  # of the memories' tokens for such a message: each of them is evaluated anew every turn
 ASKING = re.compile(
     r"[?\uff1f\u061f]|\b(?:remember|remind|recall|forgot|forget)\b|^\W*(?:who|what|when|where|which|why|how|tell)\b",
     re.I,
@@ -1358,16 +1359,14 @@ def fuse(dense: np.ndarray, lexical: np.ndarray) -> np.ndarray:
     return own + NEIGHBOUR_WEIGHT * np.maximum(np.maximum(padded[:-2], padded[2:]), 0)
 
 
-def recall_budget(text: str, share: int) -> int:
-    """Tokens that the memories for a message may take, of the `share` that is theirs."""
-    return share if ASKING.search(text) else int(TELLING_SHARE * share)
+def recall_effort(text: str, share: int) -> tuple[float, int]:
+    """What a memory for that message must score, and how many tokens of the memories' `share` they may take."""
+    return (RELEVANT, share) if ASKING.search(text) else (TELLING_RELEVANT, int(TELLING_SHARE * share))
 
 
-def worth_recalling(scores: np.ndarray) -> list[int]:
-    """Places of the messages that answer the query at all, best first."""
-    if not len(scores):
-        return []
-    bar = max(RELEVANT, NEAR_BEST * float(scores.max()))
+def worth_recalling(scores: np.ndarray, bar: float) -> list[int]:
+    """Places of the messages that reach the bar and are not far from the best, best first."""
+    bar = max(bar, NEAR_BEST * float(scores.max(initial=0.0)))
     return [int(i) for i in np.argsort(-scores, kind="stable") if scores[i] >= bar]
 
 
@@ -2381,8 +2380,9 @@ class PersonaMemory:
             vector, degraded = self._turn_vectors(store, index, nodes, turn)
             scores = self._score(index, nodes[: layout.anchor], turn.content, vector)
             visible = {n.fingerprint for n in nodes[layout.anchor :]}
-            budget = recall_budget(turn.content, room)
-            return self._select(store, index, nodes, scores, visible, budget), degraded
+            bar, budget = recall_effort(turn.content, room)
+            places = [i for i in worth_recalling(scores["score"], bar) if nodes[i].fingerprint not in visible]
+            return self._select(store, index, nodes, scores, places[:MOST_MEMORIES], budget), degraded
         except Exception as error:  # property 5: the turn goes on without
             log.warning("Recall failed: %s: %s", type(error).__name__, error, exc_info=True)
             self._indexes.pop(store, None)
@@ -2453,11 +2453,10 @@ class PersonaMemory:
         index: MemoryIndex,
         nodes: Sequence[Node],
         scores: Mapping[str, np.ndarray],
-        visible: set[str],
+        places: Sequence[int],
         budget: int,
     ) -> list[Memory]:
-        """The memories that are worth their place, say what is not `visible` (text hashes) and fit, best first."""
-        places = [i for i in worth_recalling(scores["score"]) if nodes[i].fingerprint not in visible][:MOST_MEMORIES]
+        """Of the messages at those places, best first, the memories that fit and do not repeat each other."""
         memories = self._memories(store, nodes, scores, places)
         vectors = [index.vector(nodes[i].fingerprint) for i in places]
         return [memories[i] for i in choose(list(map(memory_cost, memories)), vectors, budget)]
