@@ -133,67 +133,6 @@ def variable_of(name: str) -> str:
     return ENVIRONMENT_PREFIX + name.upper()
 
 
-def parse_setting(name: str, text: str) -> Any:
-    """One setting from its text form; raises `SettingsError` naming the flag."""
-    kind = type(getattr(Settings, name))
-    if kind is bool:
-        if text.lower() not in ("1", "0", "true", "false", "yes", "no", "on", "off", ""):
-            raise SettingsError(f"{flag_of(name)} is on or off, not {text!r}.")
-        return text.lower() in ("1", "true", "yes", "on")
-    if kind is int:
-        if not text.isdecimal():
-            raise SettingsError(f"{flag_of(name)} is a whole number, not {text!r}.")
-        return int(text)
-    return text
-
-
-def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: Path | None = None) -> Settings:
-    """Settings from flags, then environment variables, then the `.env` file, then defaults; raises `SettingsError`."""
-    known = {k: v for k, v in dotenv.dotenv_values(dotenv_file).items() if v is not None} if dotenv_file else {}
-    known |= environ
-    values = {
-        f.name: parse_setting(f.name, known[variable_of(f.name)])
-        for f in fields(Settings)
-        if variable_of(f.name) in known
-    }
-    given = vars(argument_parser().parse_args(argv))
-    values |= {k: v if isinstance(v, bool) else parse_setting(k, v) for k, v in given.items() if v is not None}
-    gemini_key = next((known[k] for k in GEMINI_KEY_VARIABLES if known.get(k)), "")
-    values["upstream"] = values.get("upstream") or ("gemini" if gemini_key else "local")
-    if values["upstream"] == "gemini":
-        values["upstream_key"] = values.get("upstream_key") or gemini_key
-    return checked(Settings(**values))
-
-
-def checked(settings: Settings) -> Settings:
-    """The settings, if they can be run with; raises `SettingsError` with what to do otherwise."""
-    parse_shares(settings.budget)
-    if settings.host not in LOOPBACK_HOSTS and not settings.api_key:
-        raise SettingsError(
-            f"Listening on {settings.host} would let everyone on the network read your chats. "
-            "Set --api-key SECRET (clients then send it as their API key), or use --host 127.0.0.1."
-        )
-    if settings.upstream == "gemini" and not settings.upstream_key:
-        raise SettingsError("The upstream gemini needs a key: set GEMINI_API_KEY or --upstream-key.")
-    return settings
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    """The command line's parser, made from the fields of `Settings`."""
-    parser = argparse.ArgumentParser(
-        prog="persona_memory.py", description="A memory for role-play chats: an OpenAI-compatible proxy in one file."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    for f in fields(Settings):
-        text = (
-            f"{f.metadata['help']} (default: {f.metadata['shown'].replace('`', '')}; variable: {variable_of(f.name)})"
-        )
-        text = text.replace("`", "").replace("%", "%%")
-        action = {"action": "store_true"} if f.type == "bool" else {"metavar": f.name.upper().rpartition("_")[2]}
-        parser.add_argument(flag_of(f.name), default=None, help=text, **action)
-    return parser
-
-
 # ======================================================================================================================
 # Errors
 # ======================================================================================================================
@@ -298,6 +237,34 @@ class ClientGone(PersonaMemoryError):
 # ======================================================================================================================
 
 ROOT = ""  # the parent of a chat's first message
+SYSTEM_ROLES = ("system", "developer")
+CHAT_ROLES = ("user", "assistant")
+
+
+def normalise(text: str) -> str:
+    """Text as alignment compares it: Unicode NFC, one kind of line end, no outer white space."""
+    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+
+
+def short_hash(*parts: str) -> str:
+    """128 bits of SHA-256 over the parts, in hex."""
+    raw = "\0".join(parts).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(raw).hexdigest()[:32]
+
+
+def message_digest(role: str, content: str) -> str:
+    """Equal for messages that count as the same words by the same side."""
+    return short_hash(role, normalise(content))
+
+
+def text_fingerprint(name: str | None, content: str) -> str:
+    """Equal for messages of the same name and bytes."""
+    return short_hash(name or "", content)
+
+
+def message_id(parent: str, digest: str) -> str:
+    """A message's key: its content under its parent, as a commit's is in git."""
+    return short_hash(parent, digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -650,32 +617,6 @@ def sane_text(text: str) -> str:
 
 FRONT = 64  # how far into a transcript a changed front is looked for
 SAME_TEXT = 64  # how many messages of one text are tried as the transcript's place, newest first
-
-
-def normalise(text: str) -> str:
-    """Text as alignment compares it: Unicode NFC, one kind of line end, no outer white space."""
-    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
-
-
-def short_hash(*parts: str) -> str:
-    """128 bits of SHA-256 over the parts, in hex."""
-    raw = "\0".join(parts).encode("utf-8", "surrogatepass")
-    return hashlib.sha256(raw).hexdigest()[:32]
-
-
-def message_digest(role: str, content: str) -> str:
-    """Equal for messages that count as the same words by the same side."""
-    return short_hash(role, normalise(content))
-
-
-def text_fingerprint(name: str | None, content: str) -> str:
-    """Equal for messages of the same name and bytes."""
-    return short_hash(name or "", content)
-
-
-def message_id(parent: str, digest: str) -> str:
-    """A message's key: its content under its parent, as a commit's is in git."""
-    return short_hash(parent, digest)
 
 
 class Tree:
@@ -1385,8 +1326,6 @@ def choose(costs: Sequence[int], vectors: Sequence[np.ndarray | None], budget: i
 # Prompt
 # ======================================================================================================================
 
-SYSTEM_ROLES = ("system", "developer")
-CHAT_ROLES = ("user", "assistant")
 RECALLED_SHARE = 0.4  # of the memories' share; the rest is for a story so far, and the history's where there is none
 HISTORY_BLOCK = 0.8  # of the history's share: how much is cut at once when the history is full
 MEMORY_HEADING = "[Earlier in this chat, oldest first. This is the past, for reference:]"
@@ -2724,11 +2663,11 @@ def chat_completions() -> flask.Response:
     body = request_json()
     memory = engine()
     prepared = memory.prepare(body, explicit_chat_id(flask.request.headers, body), call)
-    respond = streamed if body.get("stream") else answered
+    respond = answer_streamed if body.get("stream") else answer_whole
     return respond(memory, prepared, call, gone)
 
 
-def answered(memory: PersonaMemory, prepared: Prepared, call: Call, gone: Callable[[], bool]) -> flask.Response:
+def answer_whole(memory: PersonaMemory, prepared: Prepared, call: Call, gone: Callable[[], bool]) -> flask.Response:
     """The upstream's whole answer."""
     answer, texts = None, []
     try:
@@ -2750,7 +2689,7 @@ def wait_for(work: Callable[[], Any], call: Call, gone: Callable[[], bool]) -> A
         relay.close()
 
 
-def streamed(memory: PersonaMemory, prepared: Prepared, call: Call, gone: Callable[[], bool]) -> flask.Response:
+def answer_streamed(memory: PersonaMemory, prepared: Prepared, call: Call, gone: Callable[[], bool]) -> flask.Response:
     """The upstream's answer as it comes. Its status is waited for a little, so that an error has its own."""
     relay = Relay(memory.upstream.stream(prepared.body, call), call, gone)
     try:
@@ -2774,21 +2713,21 @@ def stream_events(memory: PersonaMemory, prepared: Prepared, relay: Relay, item:
                 yield ": keep-alive\n\n"
             else:
                 gather(texts, item)
-                yield event(item)
+                yield sse_event(item)
             item = relay.next(KEEPALIVE_SECONDS)
         ending = "data: [DONE]\n\n"
     except ClientGone:
         log.info("A client hung up; its request to the upstream is cancelled.")
     except PersonaMemoryError as error:
         log.warning("A stream ended early: %s", error)
-        ending = event(error.body()) + "data: [DONE]\n\n"
+        ending = sse_event(error.body()) + "data: [DONE]\n\n"
     finally:  # before the client learns that the reply has ended: its next request may come at once
         relay.close()
         memory.record(prepared, [texts[i] for i in sorted(texts)], complete=item is ENDED)
     yield ending
 
 
-def event(data: Mapping) -> str:
+def sse_event(data: Mapping) -> str:
     """One event of a stream."""
     return f"data: {json.dumps(data)}\n\n"
 
@@ -3020,6 +2959,64 @@ def create_server(settings: Settings) -> Any:
 # ======================================================================================================================
 # Command line
 # ======================================================================================================================
+
+
+def parse_setting(name: str, text: str) -> Any:
+    """One setting from its text form; raises `SettingsError` naming the flag."""
+    kind = type(getattr(Settings, name))
+    if kind is bool:
+        if text.lower() not in ("1", "0", "true", "false", "yes", "no", "on", "off"):
+            raise SettingsError(f"{flag_of(name)} is on or off, not {text!r}.")
+        return text.lower() in ("1", "true", "yes", "on")
+    if kind is int:
+        if not text.isdecimal():
+            raise SettingsError(f"{flag_of(name)} is a whole number, not {text!r}.")
+        return int(text)
+    return text
+
+
+def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: Path | None = None) -> Settings:
+    """Settings from flags, then environment variables, then the `.env` file, then defaults; raises `SettingsError`."""
+    known = {k: v for k, v in dotenv.dotenv_values(dotenv_file).items() if v is not None} if dotenv_file else {}
+    known |= environ
+    named = {f.name: known.get(variable_of(f.name)) for f in fields(Settings)}
+    values = {name: parse_setting(name, text) for name, text in named.items() if text}
+    given = vars(argument_parser().parse_args(argv))
+    values |= {k: v if isinstance(v, bool) else parse_setting(k, v) for k, v in given.items() if v is not None}
+    gemini_key = next((known[k] for k in GEMINI_KEY_VARIABLES if known.get(k)), "")
+    values["upstream"] = values.get("upstream") or ("gemini" if gemini_key else "local")
+    if values["upstream"] == "gemini":
+        values["upstream_key"] = values.get("upstream_key") or gemini_key
+    return checked(Settings(**values))
+
+
+def checked(settings: Settings) -> Settings:
+    """The settings, if they can be run with; raises `SettingsError` with what to do otherwise."""
+    parse_shares(settings.budget)
+    if settings.host not in LOOPBACK_HOSTS and not settings.api_key:
+        raise SettingsError(
+            f"Listening on {settings.host} would let everyone on the network read your chats. "
+            "Set --api-key SECRET (clients then send it as their API key), or use --host 127.0.0.1."
+        )
+    if settings.upstream == "gemini" and not settings.upstream_key:
+        raise SettingsError("The upstream gemini needs a key: set GEMINI_API_KEY or --upstream-key.")
+    return settings
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The command line's parser, made from the fields of `Settings`."""
+    parser = argparse.ArgumentParser(
+        prog="persona_memory.py", description="A memory for role-play chats: an OpenAI-compatible proxy in one file."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    for f in fields(Settings):
+        text = (
+            f"{f.metadata['help']} (default: {f.metadata['shown'].replace('`', '')}; variable: {variable_of(f.name)})"
+        )
+        text = text.replace("`", "").replace("%", "%%")
+        action = {"action": "store_true"} if f.type == "bool" else {"metavar": f.name.upper().rpartition("_")[2]}
+        parser.add_argument(flag_of(f.name), default=None, help=text, **action)
+    return parser
 
 
 def start_text(settings: Settings, port: int) -> str:

@@ -94,13 +94,3 @@ def test_an_upstream_that_is_no_url_is_refused_with_the_three_ways(tmp_path):
     """A typo in --upstream names what it could be."""
     with pytest.raises(pm.SettingsError, match="three ways"):
         pm.make_upstream(pm.Settings(upstream="lokal", data=str(tmp_path)))
-
-
-def test_public_things_have_docstrings():
-    """Every public class, function and method of the module says what it is."""
-    bare = [
-        name
-        for name, thing in vars(pm).items()
-        if not name.startswith("_") and getattr(thing, "__module__", "") == pm.__name__ and not thing.__doc__
-    ]
-    assert bare == []
