@@ -2106,11 +2106,11 @@ class PersonaMemory:
         self._background = ThreadPoolExecutor(1, thread_name_prefix="background")
 
     def start(self) -> None:
-        """Loads models in the background and opens the shelf; a failure shows in `health`, not here."""
+        """Opens the shelf and loads the models, each in a thread of its own; failures show in `health`, not here."""
         if self.settings.proxy:
             self.upstream.start()
         self.embedder.start()
-        threading.Thread(target=token_encoding, daemon=True).start()
+        token_encoding()
         with contextlib.suppress(StoreError):
             self.shelf.chats()
 
@@ -2945,20 +2945,29 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     return app
 
 
-def create_server(settings: Settings) -> Any:
-    """A waitress server for the settings, bound but not yet running: `.run()`, `.close()`, `.effective_port`."""
+def create_server(settings: Settings, patience: float = 0.0) -> Any:
+    """A waitress server for the settings, bound but not yet running: `.run()`, `.close()`, `.effective_port`.
+
+    Models begin to load after `patience` seconds: importing torch holds the interpreter, and a server that has just
+    started should first of all answer.
+    """
     app = create_app(settings)
     server = waitress.create_server(
         app, host=settings.host, port=settings.port, threads=SERVER_THREADS, ident="persona_memory",
         channel_request_lookahead=1, asyncore_use_poll=True,
     )  # fmt: skip
-    app.extensions["persona_memory"].start()
+    starter = threading.Timer(patience, app.extensions["persona_memory"].start)
+    starter.daemon = True
+    starter.start()
     return server
 
 
 # ======================================================================================================================
 # Command line
 # ======================================================================================================================
+
+
+START_PATIENCE = 1.0  # seconds
 
 
 def parse_setting(name: str, text: str) -> Any:
@@ -3043,7 +3052,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
         settings = load_settings(sys.argv[1:] if argv is None else argv, os.environ, HERE / ".env")
-        server = create_server(settings)
+        server = create_server(settings, patience=START_PATIENCE)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)
         return 2

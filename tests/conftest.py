@@ -1,4 +1,5 @@
 """Fixtures: a recording upstream, an empty data folder, and the program in this process between them."""
+
 import functools
 import os
 import sys

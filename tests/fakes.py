@@ -2,6 +2,7 @@
 
 Only the language model is faked, by a real HTTP server that records every request and misbehaves on demand.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -50,21 +51,21 @@ def free_port() -> int:
 # ---------------------------------------------------------------------------- upstream
 
 STEERING = {
-    "reply": None,       # callable: request body -> text; None: a different text for every request
-    "status": 200,       # HTTP status of chat completions
-    "error": None,       # with another status: the message (str), the JSON body (dict) or the raw body (bytes)
-    "cut_after": None,   # close the connection after so many chunks; a plain answer: before its first byte
-    "no_done": False,    # end a stream without [DONE]
+    "reply": None,  # callable: request body -> text; None: a different text for every request
+    "status": 200,  # HTTP status of chat completions
+    "error": None,  # with another status: the message (str), the JSON body (dict) or the raw body (bytes)
+    "cut_after": None,  # close the connection after so many chunks; a plain answer: before its first byte
+    "no_done": False,  # end a stream without [DONE]
     "no_choices": False,  # put JSON chunks without `choices` among the others
-    "hold": None,        # Event to wait for before the first byte
+    "hold": None,  # Event to wait for before the first byte
     "hold_after": None,  # (number of chunks, Event): wait after so many chunks
-    "crlf": False,       # CRLF line ends in streams
-    "events": None,      # list of bytes: send these instead of a stream made from the reply
-    "headers": None,     # more response headers for plain answers
-    "gzip": False,       # compress plain answers for clients that accept it
-    "context": None,     # n_ctx in GET /props (llama.cpp); None: no such route
-    "routes": None,      # dict: path -> JSON answer, or bytes sent as HTML: other backends' routes, odd answers
-    "models": None,      # the entries of GET /models; an empty list: no such route
+    "crlf": False,  # CRLF line ends in streams
+    "events": None,  # list of bytes: send these instead of a stream made from the reply
+    "headers": None,  # more response headers for plain answers
+    "gzip": False,  # compress plain answers for clients that accept it
+    "context": None,  # n_ctx in GET /props (llama.cpp); None: no such route
+    "routes": None,  # dict: path -> JSON answer, or bytes sent as HTML: other backends' routes, odd answers
+    "models": None,  # the entries of GET /models; an empty list: no such route
 }
 
 
@@ -187,8 +188,13 @@ class Handler(BaseHTTPRequestHandler):
         upstream = self.server.upstream
         self.steering = {name: getattr(upstream, name) for name in STEERING}
         self.request_record = {
-            "method": self.command, "path": self.path, "headers": dict(self.headers.items()), "raw": raw,
-            "body": parsed(raw), "answer": None, "sent": b"",
+            "method": self.command,
+            "path": self.path,
+            "headers": dict(self.headers.items()),
+            "raw": raw,
+            "body": parsed(raw),
+            "answer": None,
+            "sent": b"",
         }
         upstream.record(self.request_record)
         try:
@@ -329,17 +335,28 @@ def usage(body: dict, text: str) -> dict:
 
 def completion(body: dict, text: str) -> dict:
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    return {"id": "chatcmpl-fake", "object": "chat.completion", "created": 1,
-            "model": body.get("model") or "fake-model", "choices": [choice], "usage": usage(body, text)}
+    return {
+        "id": "chatcmpl-fake",
+        "object": "chat.completion",
+        "created": 1,
+        "model": body.get("model") or "fake-model",
+        "choices": [choice],
+        "usage": usage(body, text),
+    }
 
 
 def chunk(body: dict, delta: dict, finish: str | None) -> dict:
-    return {"id": "chatcmpl-fake", "object": "chat.completion.chunk", "created": 1,
-            "model": body.get("model") or "fake-model",
-            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+    return {
+        "id": "chatcmpl-fake",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": body.get("model") or "fake-model",
+        "choices": [{"index": 0, "delta": delta, "finish_reason": finish}],
+    }
 
 
 # ---------------------------------------------------------------------------- the program
+
 
 def health(url: str) -> dict | None:
     """GET /health, or None where nobody answers."""
@@ -362,8 +379,18 @@ class Server:
     def __init__(self, data_dir, upstream_url: str, *extra_args: str, env: dict | None = None):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.command = [sys.executable, str(PROGRAM), "--proxy", "--port", str(self.port), "--data", str(data_dir),
-                        "--upstream", upstream_url, *map(str, extra_args)]
+        self.command = [
+            sys.executable,
+            str(PROGRAM),
+            "--proxy",
+            "--port",
+            str(self.port),
+            "--data",
+            str(data_dir),
+            "--upstream",
+            upstream_url,
+            *map(str, extra_args),
+        ]
         self.env = clean_environment(env)
         handle, name = tempfile.mkstemp(suffix=".log")
         os.close(handle)
@@ -373,8 +400,9 @@ class Server:
     def start(self) -> Server:
         """Start and wait for /health to answer."""
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(self.command, env=self.env, stdin=subprocess.DEVNULL, stdout=log,
-                                            stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                self.command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
         wait_until(self.answers, "the server's /health")
         return self
 
@@ -422,8 +450,9 @@ def settings(data_dir, upstream_url: str, **more):
     """Settings for a proxy on a free port."""
     import persona_memory
 
-    return persona_memory.Settings(proxy=True, host="127.0.0.1", port=0, data=str(data_dir), upstream=upstream_url,
-                                   **more)
+    return persona_memory.Settings(
+        proxy=True, host="127.0.0.1", port=0, data=str(data_dir), upstream=upstream_url, **more
+    )
 
 
 class LocalServer:
@@ -466,11 +495,17 @@ class LocalServer:
 
 # ---------------------------------------------------------------------------- the client
 
+
 def client(base_url: str) -> openai.OpenAI:
     """The real openai client for a server's root or /v1 address."""
     base = base_url.rstrip("/")
-    return openai.OpenAI(base_url=base if base.endswith("/v1") else f"{base}/v1", api_key="none", max_retries=0,
-                         timeout=PATIENCE, http_client=openai.DefaultHttpxClient(verify=False, timeout=PATIENCE))
+    return openai.OpenAI(
+        base_url=base if base.endswith("/v1") else f"{base}/v1",
+        api_key="none",
+        max_retries=0,
+        timeout=PATIENCE,
+        http_client=openai.DefaultHttpxClient(verify=False, timeout=PATIENCE),
+    )
 
 
 @dataclass(frozen=True)
@@ -489,8 +524,12 @@ def say(base_url: str, messages: list[dict], stream: bool = True, headers: dict 
     with client(base_url) as api:
         try:
             answer = api.chat.completions.with_raw_response.create(
-                model=body.pop("model", "fake-model"), messages=messages, stream=stream, extra_headers=headers,
-                extra_body=body)
+                model=body.pop("model", "fake-model"),
+                messages=messages,
+                stream=stream,
+                extra_headers=headers,
+                extra_body=body,
+            )
         except openai.APIStatusError as failure:
             return _reply("", failure.response, failure.message)
         if not stream:
@@ -512,5 +551,10 @@ def _read(stream) -> tuple[str, str | None]:
 
 def _reply(text: str, answer, error: str | None = None) -> Reply:
     chat_id = answer.headers.get("X-Chat-Id")
-    return Reply(text, unquote(chat_id) if chat_id else chat_id, answer.headers.get("X-Persona-Memory"),
-                 answer.status_code, error)
+    return Reply(
+        text,
+        unquote(chat_id) if chat_id else chat_id,
+        answer.headers.get("X-Persona-Memory"),
+        answer.status_code,
+        error,
+    )

@@ -3,6 +3,7 @@
 The order and the shape of the request bodies follow SillyTavern's "Custom (OpenAI-compatible)" chat completions.
 Nothing in them names the chat, the character or the user; editing, deleting and swiping back send nothing.
 """
+
 from __future__ import annotations
 
 import copy
@@ -60,10 +61,22 @@ class Client:
     last request's answer, `sent` holds the bodies of all requests.
     """
 
-    def __init__(self, url: str, character: Character, *, user: str = "Robin", window: int | None = None,
-                 note: str = "", note_depth: int = 4, group: tuple[str, ...] = (), strict: bool = False,
-                 max_tokens: int = 300, headers: dict | None = None, body: dict | None = None,
-                 http: httpx.Client | None = None):
+    def __init__(
+        self,
+        url: str,
+        character: Character,
+        *,
+        user: str = "Robin",
+        window: int | None = None,
+        note: str = "",
+        note_depth: int = 4,
+        group: tuple[str, ...] = (),
+        strict: bool = False,
+        max_tokens: int = 300,
+        headers: dict | None = None,
+        body: dict | None = None,
+        http: httpx.Client | None = None,
+    ):
         self.url, self.character, self.user, self.window = url, character, user, window
         self.note, self.note_depth, self.group, self.strict = note, note_depth, group, strict
         self.max_tokens, self.headers, self.extra_body = max_tokens, headers or {}, body or {}
@@ -115,14 +128,16 @@ class Client:
     def branch(self, index: int) -> Client:
         """A new chat that begins with a copy of this one up to and with this message; this one stays as it is."""
         other = copy.copy(self)
-        other.chat, other.sent = copy.deepcopy(self.chat[:index + 1]), []
+        other.chat, other.sent = copy.deepcopy(self.chat[: index + 1]), []
         return other
 
     def continue_(self, nudge: bool = True, **how) -> Reply:
         """Let the last reply go on: asked for by a system message, or by the reply simply standing last."""
         last = self.chat[-1]
-        text = ("[Continue the following message. Do not include ANY parts of the original message. "
-                f"Use capitalization and punctuation as if your reply is a part of the original message: {last.text}]")
+        text = (
+            "[Continue the following message. Do not include ANY parts of the original message. "
+            f"Use capitalization and punctuation as if your reply is a part of the original message: {last.text}]"
+        )
         answer = self.post(self.body(self.chat, [text] if nudge else []), **how)
         if answer.text:
             last.text = f"{last.text} {answer.text}"
@@ -130,9 +145,15 @@ class Client:
 
     def impersonate(self) -> Reply:
         """Let the model write what the user might say: the answer goes to the input box, not into the chat."""
-        return self.post(self.body(self.chat, [
-            f"[Write your next reply from the point of view of {self.user}, using the chat history so far as a "
-            f"guideline for the writing style of {self.user}. Don't write as {self.character.name} or system.]"]))
+        return self.post(
+            self.body(
+                self.chat,
+                [
+                    f"[Write your next reply from the point of view of {self.user}, using the chat history so far as a "
+                    f"guideline for the writing style of {self.user}. Don't write as {self.character.name} or system.]"
+                ],
+            )
+        )
 
     def quiet(self, instruction: str) -> Reply:
         """A quiet prompt over the chat as it stands, as the Summarize extension sends it."""
@@ -155,23 +176,35 @@ class Client:
         return self.shaped(merged(messages) if self.strict else messages)
 
     def shaped(self, messages: list[dict]) -> dict:
-        return {"messages": messages, "model": "fake-model", "temperature": 1, "max_tokens": self.max_tokens,
-                "stream": True, **SAMPLING, **self.extra_body}
+        return {
+            "messages": messages,
+            "model": "fake-model",
+            "temperature": 1,
+            "max_tokens": self.max_tokens,
+            "stream": True,
+            **SAMPLING,
+            **self.extra_body,
+        }
 
     def visible(self, history: list[Message]) -> list[Message]:
         """The part of the history that fits the client's context."""
-        return history[-self.window:] if self.window else history
+        return history[-self.window :] if self.window else history
 
     def leading(self) -> list[dict]:
         """The card: prompts, then example dialogue, then the line that starts the chat."""
         card = self.character
-        texts = [f"Write {card.name}'s next reply in a fictional chat between {card.name} and {self.user}.",
-                 card.description, f"[{card.name}'s personality: {card.personality}]" if card.personality else ""]
+        texts = [
+            f"Write {card.name}'s next reply in a fictional chat between {card.name} and {self.user}.",
+            card.description,
+            f"[{card.name}'s personality: {card.personality}]" if card.personality else "",
+        ]
         messages = [system(text) for text in texts if text]
         for question, answer in card.examples:
-            messages += [system("[Example Chat]"),
-                         {"role": "system", "name": "example_user", "content": self.spoken(self.user, question)},
-                         {"role": "system", "name": "example_assistant", "content": self.spoken(card.name, answer)}]
+            messages += [
+                system("[Example Chat]"),
+                {"role": "system", "name": "example_user", "content": self.spoken(self.user, question)},
+                {"role": "system", "name": "example_assistant", "content": self.spoken(card.name, answer)},
+            ]
         start = f"[Start a new group chat. Group members: {', '.join(self.group)}]" if self.group else ""
         return [*messages, system(start or "[Start a new Chat]")]
 
@@ -193,12 +226,18 @@ class Client:
     def post(self, body: dict, stop_after: int | None = None) -> Reply:
         """Send a request and read the answer; `stop_after`: hang up after so many pieces of text."""
         self.sent.append(body)
-        with self.http.stream("POST", f"{self.url}/v1/chat/completions", json=body,
-                              headers={**HEADERS, **self.headers}) as response:
+        with self.http.stream(
+            "POST", f"{self.url}/v1/chat/completions", json=body, headers={**HEADERS, **self.headers}
+        ) as response:
             text, error = self.read(response, body["stream"], stop_after)
         chat_id = response.headers.get("X-Chat-Id")
-        self.answer = Reply(text, unquote(chat_id) if chat_id else None, response.headers.get("X-Persona-Memory"),
-                            response.status_code, error)
+        self.answer = Reply(
+            text,
+            unquote(chat_id) if chat_id else None,
+            response.headers.get("X-Persona-Memory"),
+            response.status_code,
+            error,
+        )
         return self.answer
 
     def read(self, response: httpx.Response, stream: bool, stop_after: int | None) -> tuple[str, str | None]:

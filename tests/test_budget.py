@@ -96,7 +96,7 @@ message = st.fixed_dictionaries(
     st.booleans(),
 )
 def test_no_prompt_exceeds_its_context(persona, messages, context, max_tokens, with_tools):
-    """Random requests, laid out and composed: prompt and reply fit, the persona is whole, the newest message is there."""
+    """Random requests, laid out and composed: all fits, the persona is whole, the newest message is there."""
     body = {"messages": [{"role": "system", "content": persona}, *messages], "max_tokens": max_tokens}
     body |= {"tools": [{"type": "function", "function": {"name": "look"}}]} if with_tools else {}
     request = pm.parse_request(body)

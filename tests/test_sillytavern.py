@@ -1,4 +1,5 @@
 """What a SillyTavern user does, through the proxy: each action's prompt, and what is remembered of it afterwards."""
+
 import itertools
 from urllib.parse import quote
 
@@ -9,15 +10,22 @@ from sillytavern import Character, Client, memories_in, without_memories
 
 CONTEXT = 1280  # so small that seven turns of small talk push what was said before them out of the history
 HELENA = Character(
-    "Helena", "Helena is the keeper of the Thornwick lighthouse, red-haired, always in a blue oilskin coat.",
+    "Helena",
+    "Helena is the keeper of the Thornwick lighthouse, red-haired, always in a blue oilskin coat.",
     '*Helena lifts the lantern.* "You must be Robin. Come in, before the sea takes you."',
     personality="dry-humoured, patient, stubborn",
-    examples=(("Is it always this windy?", '"Only on days that end in y," *she says.*'),
-              ("What do you keep here?", '"A light. And a cat who thinks he is the light."')))
+    examples=(
+        ("Is it always this windy?", '"Only on days that end in y," *she says.*'),
+        ("What do you keep here?", '"A light. And a cat who thinks he is the light."'),
+    ),
+)
 BORIN = Character(
-    "Borin", "Borin is a dwarf blacksmith of Emberhold who forges bells.",
+    "Borin",
+    "Borin is a dwarf blacksmith of Emberhold who forges bells.",
     '*Borin sets down his hammer.* "What needs mending, Robin?"',
-    personality="gruff, loyal", post_history="Stay gruff.")
+    personality="gruff, loyal",
+    post_history="Stay gruff.",
+)
 
 SMALL_TALK = (
     "The rain drums on the roof while we carry one more basket of driftwood up the winding stairs to the stove.",
@@ -141,6 +149,7 @@ def shown(chat: Client) -> list[str]:
 
 # ---------------------------------------------------------------------------- plain turns
 
+
 def test_short_chat_reaches_the_model_unchanged(chat, server, upstream):
     """While everything fits, the model gets the client's very messages and sampling settings."""
     for number in range(3):
@@ -158,7 +167,7 @@ def test_card_and_example_lines_stay_verbatim(chat, server, upstream):
     chatter(chat, 10)
     ask(server, chat, "What do you keep here? A light, and a cat?")
     for request in upstream.chats:
-        assert request["body"]["messages"][:len(chat.leading())] == chat.leading()
+        assert request["body"]["messages"][: len(chat.leading())] == chat.leading()
     assert "My cat sleeps" in memories_in(prompt(upstream))
     for question, answer in HELENA.examples:
         assert text_of(prompt(upstream)).count(answer) == 1
@@ -199,7 +208,9 @@ def test_failed_turn_leaves_two_user_messages(chat, server, upstream):
     upstream.steer(status=200, error=None)
     chat.send("Hello? Are you still there?")
     assert [message["content"] for message in prompt(upstream)[-2:]] == [
-        "Did you hear that noise downstairs?", "Hello? Are you still there?"]
+        "Did you hear that noise downstairs?",
+        "Hello? Are you still there?",
+    ]
     assert remembered(server, chat) == shown(chat)
     assert len(shelf(server)) == 1
 
@@ -218,6 +229,7 @@ def test_stopped_reply_stays_as_far_as_it_came(chat, server, upstream):
 
 
 # ---------------------------------------------------------------------------- swipes, edits, deletions, branches
+
 
 def test_swipe_and_regenerate_repeat_the_prompt(chat, server, upstream):
     """A first send, a swipe and a regenerate are the same request: the model gets the same bytes, memories included."""
@@ -308,8 +320,8 @@ def without_newest(request: dict) -> list[dict]:
     """A prompt without its newest user message's own last line."""
     messages = request["body"]["messages"]
     newest = max(number for number, message in enumerate(messages) if message["role"] == "user")
-    above = memories_in(messages[newest:newest + 1])
-    return [*messages[:newest], {"role": "user", "content": above}, *messages[newest + 1:]]
+    above = memories_in(messages[newest : newest + 1])
+    return [*messages[:newest], {"role": "user", "content": above}, *messages[newest + 1 :]]
 
 
 def test_checkpoint_and_back(chat, server, upstream):
@@ -336,6 +348,7 @@ def assert_recalls(upstream, *texts: str, without: str):
 
 
 # ---------------------------------------------------------------------------- continue, impersonate, quiet and raw
+
 
 def test_continue_by_system_message(chat, server, upstream):
     """The nudge stays last; afterwards old and new text are one message, and the old wording none of its own."""
@@ -400,7 +413,8 @@ def test_raw_prompt_has_nothing_of_the_chat(chat, server, upstream):
     chat.raw("Name a colour that goes well with walrus grey.", system="Answer with one word.")
     assert prompt(upstream) == [
         {"role": "system", "content": "Answer with one word."},
-        {"role": "user", "content": "Name a colour that goes well with walrus grey."}]
+        {"role": "user", "content": "Name a colour that goes well with walrus grey."},
+    ]
     chat.raw("What is my cat called?")
     assert prompt(upstream) == [{"role": "user", "content": "What is my cat called?"}]
     ask(server, chat, "What is my cat called, and what colour goes with walrus?")
@@ -410,6 +424,7 @@ def test_raw_prompt_has_nothing_of_the_chat(chat, server, upstream):
 
 
 # ---------------------------------------------------------------------------- the client's own system messages
+
 
 def test_author_note_keeps_its_depth(server, upstream):
     """The note stands exactly once, with the same number of messages after it, also when history is cut or refilled."""
@@ -454,16 +469,17 @@ def test_narrator_line_stays_where_it_is(chat, server, upstream):
 
 # ---------------------------------------------------------------------------- groups, strict mode, several characters
 
+
 def test_group_is_one_chat(server, upstream):
     """Members answer in turn with cards of their own; it stays one chat, whose memories all members share."""
     chat = Client(server.url, HELENA, group=("Helena", "Borin"))
     chat.send("Hello both of you. The password is marmalade.")
     for number in range(12):
         chat.reply(BORIN)
-        assert prompt(upstream)[:len(chat.leading())] == chat.leading()
+        assert prompt(upstream)[: len(chat.leading())] == chat.leading()
         chat.character = HELENA
         chat.send(small_talk(number))
-        assert prompt(upstream)[:len(chat.leading())] == chat.leading()
+        assert prompt(upstream)[: len(chat.leading())] == chat.leading()
     chat.character = BORIN
     ask(server, chat, "Borin, what was the password?")
     assert "marmalade" in memories_in(prompt(upstream))
@@ -487,7 +503,7 @@ def test_strict_roles_stay_strict(server, upstream, window):
     for sent, request in zip(chat.sent, upstream.chats, strict=True):
         messages = request["body"]["messages"]
         assert messages[0] == sent["messages"][0]
-        assert [message["role"] for message in messages] == (["user", "assistant"] * len(messages))[:len(messages)]
+        assert [message["role"] for message in messages] == (["user", "assistant"] * len(messages))[: len(messages)]
         assert "Thornwick" not in text_of(messages[1:])
     assert "Miso" in memories_in(prompt(upstream)[-1:])
     assert prompt(upstream)[-1]["content"].endswith("What is my cat called?")
@@ -585,7 +601,8 @@ def test_unfilled_macro_is_no_id(server, upstream, value):
     two.send("Do I mend clocks or breed geese?")
     assert without_memories(prompt(upstream)) == prompt(upstream)
     assert [message["content"] for message in prompt(upstream)] == [
-        message["content"] for message in two.leading()] + shown(two)
+        message["content"] for message in two.leading()
+    ] + shown(two)
     assert remembered(server, two) == shown(two)
 
 
@@ -611,7 +628,11 @@ def test_client_that_sends_only_its_newest_message(server, upstream):
     first = tell("My cat is called Miso.")
     tell("Good night.")
     assert [message["content"] for message in prompt(upstream)] == [
-        card["content"], "My cat is called Miso.", first.text, "Good night."]
+        card["content"],
+        "My cat is called Miso.",
+        first.text,
+        "Good night.",
+    ]
     for number in range(10):
         assert tell(small_talk(number)).chat_id == "chat_123"
     wait_for_vectors(server, "chat_123")

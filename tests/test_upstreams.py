@@ -1,4 +1,5 @@
 """The proxy between a client and a language model: what goes through, what is mended, what ends when."""
+
 import json
 import queue
 import socket
@@ -38,8 +39,10 @@ def server(shared_upstream, tmp_path_factory):
 @pytest.fixture
 def chat(request) -> list[dict]:
     """A transcript that no other test sends."""
-    return [{"role": "system", "content": "You are Mira, a lighthouse keeper."},
-            {"role": "user", "content": f"Good evening from {request.node.name}"}]
+    return [
+        {"role": "system", "content": "You are Mira, a lighthouse keeper."},
+        {"role": "user", "content": f"Good evening from {request.node.name}"},
+    ]
 
 
 class Reader(threading.Thread):
@@ -83,25 +86,37 @@ def payloads(lines) -> list:
 
 def content(lines) -> str:
     """A stream's text."""
-    return "".join(payload["choices"][0]["delta"].get("content") or "" for payload in payloads(lines)
-                   if payload != "[DONE]" and payload.get("choices"))
+    return "".join(
+        payload["choices"][0]["delta"].get("content") or ""
+        for payload in payloads(lines)
+        if payload != "[DONE]" and payload.get("choices")
+    )
 
 
 def hang_up_later(server, body: dict, header: bytes = b"") -> socket.socket:
     """Send a request on a bare socket and return the socket, still waiting."""
     raw = json.dumps(body).encode()
     sock = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
-    sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                 b"%sContent-Length: %d\r\n\r\n%s" % (header, len(raw), raw))
+    sock.sendall(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"%sContent-Length: %d\r\n\r\n%s" % (header, len(raw), raw)
+    )
     return sock
 
 
 # ---------------------------------------------------------------------------- pass-through
 
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_unknown_fields_reach_the_upstream_and_chat_id_does_not(server, upstream, chat, stream):
-    extra = {"mirostat": 2, "logit_bias": {"50256": -100}, "stop": ["\n\n"], "min_p": 0.05, "user": "someone",
-             "nested": {"deep": [1, None]}}
+    extra = {
+        "mirostat": 2,
+        "logit_bias": {"50256": -100},
+        "stop": ["\n\n"],
+        "min_p": 0.05,
+        "user": "someone",
+        "nested": {"deep": [1, None]},
+    }
     reply = say(server.url, chat, stream=stream, chat_id=f"fields-{stream}", temperature=0.7, **extra)
     sent = upstream.last["body"]
     assert (reply.status, reply.error, reply.text) == (200, None, upstream.last["answer"])
@@ -137,8 +152,12 @@ def test_a_streams_chunks_keep_the_upstreams_fields(server, upstream, chat):
 
 
 def test_reasoning_and_tool_call_deltas_pass(server, upstream, chat):
-    deltas = [{"reasoning_content": "hm"}, {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "{}"}}]},
-              {"content": None}, {"content": "yes"}]
+    deltas = [
+        {"reasoning_content": "hm"},
+        {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "{}"}}]},
+        {"content": None},
+        {"content": "yes"},
+    ]
     upstream.events = [event({"choices": [{"index": 0, "delta": delta}]}) for delta in deltas] + [b"data: [DONE]\n\n"]
     received = payloads(Reader(server, chat).rest())
     assert [payload["choices"][0]["delta"] for payload in received[:-1]] == deltas
@@ -150,8 +169,16 @@ def test_a_compressed_answer_is_readable(server, upstream, chat):
     assert (reply.status, reply.text) == (200, upstream.last["answer"])
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions", "/v1//chat/completions",
-                                  "//chat/completions", "//v1/chat/completions"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/chat/completions",
+        "/chat/completions",
+        "/v1//chat/completions",
+        "//chat/completions",
+        "//v1/chat/completions",
+    ],
+)
 def test_chat_completions_answer_under_every_path_clients_use(server, upstream, chat, path):
     assert content(Reader(server, chat, path).rest()) == upstream.last["answer"]
 
@@ -165,6 +192,7 @@ def test_models_are_the_upstreams(server, upstream, path):
 
 
 # ---------------------------------------------------------------------------- streaming
+
 
 def event(payload) -> bytes:
     """One server-sent event."""
@@ -325,14 +353,19 @@ def test_crlf_streams(server, upstream, chat):
 def test_events_may_be_torn_anywhere(server, upstream, chat):
     """The upstream's packets end inside characters and between the two line ends of an event."""
     whole = text_event("smörgås 🐉 ") + text_event("ещё") + b"data: [DONE]\n\n"
-    upstream.events = [whole[place:place + 1] for place in range(len(whole))]
+    upstream.events = [whole[place : place + 1] for place in range(len(whole))]
     assert content(Reader(server, chat).rest()) == "smörgås 🐉 ещё"
 
 
 def test_odd_but_legal_event_streams(server, upstream, chat):
     """Comments, other fields, no space after the colon, events without a blank last line."""
-    upstream.events = [b": PROCESSING\n\n", b"event: message\nid: 7\n", text_event("one "),
-                       text_event("two").replace(b"data: ", b"data:"), b"data: [DONE]"]
+    upstream.events = [
+        b": PROCESSING\n\n",
+        b"event: message\nid: 7\n",
+        text_event("one "),
+        text_event("two").replace(b"data: ", b"data:"),
+        b"data: [DONE]",
+    ]
     lines = Reader(server, chat).rest()
     assert content(lines) == "one two"
     assert payloads(lines).count("[DONE]") == 1
@@ -340,8 +373,13 @@ def test_odd_but_legal_event_streams(server, upstream, chat):
 
 def test_a_plain_answer_to_a_stream_request_is_not_lost(server, upstream, chat):
     """Some backends ignore `stream`: the client gets the text or an error, never an empty turn."""
-    plain = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [
-        {"index": 0, "message": {"role": "assistant", "content": "All at once."}, "finish_reason": "stop"}]}
+    plain = {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "All at once."}, "finish_reason": "stop"}],
+    }
     upstream.routes = {"/v1/chat/completions": plain}
     reply = say(server.url, chat)
     assert reply.error or reply.text == "All at once."
@@ -375,6 +413,7 @@ def test_forty_slow_streams_do_not_block_another_chat(server, upstream, chat, st
 
 # ---------------------------------------------------------------------------- errors
 
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("status", [400, 401, 404, 429, 500, 503])
 def test_upstream_errors_keep_status_and_message(server, upstream, chat, status, stream):
@@ -392,11 +431,18 @@ def test_retry_after_is_passed_on(server, upstream, chat):
     assert (answer.status_code, answer.headers["Retry-After"]) == (429, "17")
 
 
-@pytest.mark.parametrize("body", [
-    {"error": "model 'x' not found"}, {"detail": "model 'x' not found"}, {"message": "model 'x' not found"},
-    {"object": "error", "message": "model 'x' not found", "code": 40401},
-    b"[{\"error\": {\"message\": \"model 'x' not found\"}}]", b"model 'x' not found",
-], ids=["string", "detail", "message", "flat", "list", "text"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": "model 'x' not found"},
+        {"detail": "model 'x' not found"},
+        {"message": "model 'x' not found"},
+        {"object": "error", "message": "model 'x' not found", "code": 40401},
+        b'[{"error": {"message": "model \'x\' not found"}}]',
+        b"model 'x' not found",
+    ],
+    ids=["string", "detail", "message", "flat", "list", "text"],
+)
 def test_other_backends_error_shapes_become_openais(server, upstream, chat, body):
     upstream.steer(status=404, error=body)
     answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": chat}, timeout=FOREVER)
@@ -416,8 +462,11 @@ def test_an_html_error_page_never_reaches_the_client(server, upstream, chat):
 def test_an_upstream_that_is_not_there_is_a_readable_502(data_dir):
     with LocalServer(settings(data_dir, f"http://127.0.0.1:{free_port()}/v1")) as alone:
         for stream in (False, True):
-            answer = httpx.post(f"{alone.url}/v1/chat/completions", timeout=FOREVER,
-                                json={"messages": [{"role": "user", "content": "hello?"}], "stream": stream})
+            answer = httpx.post(
+                f"{alone.url}/v1/chat/completions",
+                timeout=FOREVER,
+                json={"messages": [{"role": "user", "content": "hello?"}], "stream": stream},
+            )
             message = answer.json()["error"]["message"]
             assert answer.status_code == 502
             assert "upstream" in message.lower()
@@ -442,8 +491,10 @@ def test_an_upstream_that_comes_back_is_used_again(data_dir):
 
 # ---------------------------------------------------------------------------- context size
 
-LONG = [{"role": "user" if n % 2 else "assistant", "content": f"Line {n}: " + "the rain goes on over the grey sea " * 4}
-        for n in range(1, 302)]
+LONG = [
+    {"role": "user" if n % 2 else "assistant", "content": f"Line {n}: " + "the rain goes on over the grey sea " * 4}
+    for n in range(1, 302)
+]
 
 
 @pytest.fixture
@@ -464,16 +515,31 @@ def probes(model: str) -> dict:
     return {
         "llama.cpp": {"context": 1500},
         "KoboldCpp": {"routes": {"/api/extra/true_max_context_length": {"value": 1500}}},
-        "LM Studio": {"routes": {"/api/v0/models": {"data": [
-            {"id": "other", "state": "not-loaded", "max_context_length": 4096},
-            {"id": model, "state": "loaded", "max_context_length": 131072, "loaded_context_length": 1500}]}}},
-        "LM Studio, older": {"routes": {"/api/v0/models": {"data": [
-            {"id": model, "state": "loaded", "max_context_length": 1500}]}}},
-        "Ollama, loaded": {"routes": {"/api/ps": {"models": [
-            {"name": model, "model": model, "context_length": 1500}]}}},
-        "Ollama, not loaded": {"routes": {"/api/ps": {"models": []}, "/api/show": {
-            "parameters": "stop                           \"<|eot|>\"\nnum_ctx                        1500",
-            "model_info": {"general.architecture": "llama", "llama.context_length": 131072}}}},
+        "LM Studio": {
+            "routes": {
+                "/api/v0/models": {
+                    "data": [
+                        {"id": "other", "state": "not-loaded", "max_context_length": 4096},
+                        {"id": model, "state": "loaded", "max_context_length": 131072, "loaded_context_length": 1500},
+                    ]
+                }
+            }
+        },
+        "LM Studio, older": {
+            "routes": {"/api/v0/models": {"data": [{"id": model, "state": "loaded", "max_context_length": 1500}]}}
+        },
+        "Ollama, loaded": {
+            "routes": {"/api/ps": {"models": [{"name": model, "model": model, "context_length": 1500}]}}
+        },
+        "Ollama, not loaded": {
+            "routes": {
+                "/api/ps": {"models": []},
+                "/api/show": {
+                    "parameters": 'stop                           "<|eot|>"\nnum_ctx                        1500',
+                    "model_info": {"general.architecture": "llama", "llama.context_length": 131072},
+                },
+            }
+        },
         "TabbyAPI": {"routes": {"/v1/model": {"id": model, "parameters": {"max_seq_len": 1500}}}},
         "OpenRouter": {"models": [{"id": "other", "context_length": 9000}, {"id": model, "context_length": 1500}]},
         "vLLM": {"models": [{"id": model, "object": "model", "max_model_len": 1500}]},
@@ -497,8 +563,13 @@ def test_a_refused_model_list_does_not_fail_the_turn(server, upstream, model):
 
 
 def test_an_answer_that_makes_no_sense_is_not_believed(server, upstream, model):
-    upstream.routes = {"/props": {"default_generation_settings": {"n_ctx": "many"}}, "/api/show": b"<html>",
-                       "/api/extra/true_max_context_length": {"value": 0}, "/api/v0/models": [], "/api/ps": None}
+    upstream.routes = {
+        "/props": {"default_generation_settings": {"n_ctx": "many"}},
+        "/api/show": b"<html>",
+        "/api/extra/true_max_context_length": {"value": 0},
+        "/api/v0/models": [],
+        "/api/ps": None,
+    }
     assert 1640 < words_sent(server, upstream, model) < 8192
 
 
@@ -515,6 +586,7 @@ def test_the_setting_beats_what_the_upstream_says(upstream, data_dir, model):
 
 
 # ---------------------------------------------------------------------------- keys and models
+
 
 def authorization(server, upstream, chat, **headers) -> str | None:
     """The Authorization header that the upstream saw."""

@@ -1,4 +1,5 @@
 """The HTTP surface: bad input, keys, origins, the off switch, odd chat ids, and the calls about stored chats."""
+
 import json
 import re
 import subprocess
@@ -77,12 +78,16 @@ def assert_openai_error(answer):
 
 # ---------------------------------------------------------------------------- bad input
 
-HISTORY = [{"role": "system", "content": "You are Mira, keeper of the light."},
-           {"role": "user", "content": "I lost my compass in the marsh."},
-           {"role": "assistant", "content": "Then we shall steer by the stars."}]
+HISTORY = [
+    {"role": "system", "content": "You are Mira, keeper of the light."},
+    {"role": "user", "content": "I lost my compass in the marsh."},
+    {"role": "assistant", "content": "Then we shall steer by the stars."},
+]
 REMEMBERED = [message["content"] for message in HISTORY[1:]]
-PIXEL = ("data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABh6FO1AAAAABJ"
-         "RU5ErkJggg==")
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABh6FO1AAAAABJ"
+    "RU5ErkJggg=="
+)
 TOOL_CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 
 REFUSED = {
@@ -132,16 +137,22 @@ TAKEN_OR_REFUSED = {
     "content blank": with_last(role="user", content=" \n\t "),
     "parts": with_last(role="user", content=[{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]),
     "no parts": with_last(role="user", content=[]),
-    "image": with_last(role="user", content=[{"type": "text", "text": "Look"},
-                                             {"type": "image_url", "image_url": {"url": PIXEL}}]),
+    "image": with_last(
+        role="user", content=[{"type": "text", "text": "Look"}, {"type": "image_url", "image_url": {"url": PIXEL}}]
+    ),
     "image only": with_last(role="user", content=[{"type": "image_url", "image_url": {"url": PIXEL}}]),
     "parts of numbers": with_last(role="user", content=[1, None]),
     "part without text": with_last(role="user", content=[{"type": "text"}]),
     "part with a number": with_last(role="user", content=[{"type": "text", "text": 7}]),
     "unknown part": with_last(role="user", content=[{"type": "smell", "smell": "salt"}]),
-    "tools": {"messages": [*HISTORY, {"role": "user", "content": "Look around."},
-                           {"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]},
-                           {"role": "tool", "tool_call_id": "call_1", "content": "a reed bed"}]},
+    "tools": {
+        "messages": [
+            *HISTORY,
+            {"role": "user", "content": "Look around."},
+            {"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "a reed bed"},
+        ]
+    },
     "tool calls of the wrong type": with_last(role="assistant", content=None, tool_calls="look"),
     "unknown role": with_last(role="narrator", content="The wind turns."),
     "developer": with_last(role="developer", content="Be brief."),
@@ -192,8 +203,9 @@ TAKEN_OR_REFUSED = {
 def post_raw(api, chat_id: str, body) -> httpx.Response:
     """Post a body as it is, or as JSON that may hold what JSON should not."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return api.post("/v1/chat/completions", content=raw,
-                    headers={"Content-Type": "application/json", "X-Chat-Id": quote(chat_id)})
+    return api.post(
+        "/v1/chat/completions", content=raw, headers={"Content-Type": "application/json", "X-Chat-Id": quote(chat_id)}
+    )
 
 
 @pytest.fixture
@@ -246,8 +258,22 @@ def test_odd_input_works_or_is_refused_and_the_chat_stays(api, shared, body):
     assert contents(api, shared)[:2] == REMEMBERED
 
 
-@pytest.mark.parametrize("name", ["parts", "image", "tools", "developer", "emoji", "right to left", "special tokens",
-                                  "nul", "max_tokens null", "stream null", "like sql"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "parts",
+        "image",
+        "tools",
+        "developer",
+        "emoji",
+        "right to left",
+        "special tokens",
+        "nul",
+        "max_tokens null",
+        "stream null",
+        "like sql",
+    ],
+)
 def test_what_real_clients_send_works(api, shared, upstream, name):
     """The last message reaches the upstream as the client sent it."""
     body = TAKEN_OR_REFUSED[name]
@@ -267,8 +293,11 @@ def test_ten_thousand_messages(api, known, upstream):
 
 
 def test_the_content_type_does_not_matter(api, chat_id, upstream):
-    answer = api.post("/v1/chat/completions", content=json.dumps({"messages": HISTORY}).encode(),
-                      headers={"Content-Type": "text/plain", "X-Chat-Id": chat_id})
+    answer = api.post(
+        "/v1/chat/completions",
+        content=json.dumps({"messages": HISTORY}).encode(),
+        headers={"Content-Type": "text/plain", "X-Chat-Id": chat_id},
+    )
     assert answer.status_code == 200
     assert answer.json()["choices"][0]["message"]["content"] == upstream.last["answer"]
 
@@ -281,8 +310,9 @@ def test_a_byte_order_mark_is_no_obstacle(api, chat_id, upstream):
 def test_a_persona_that_cannot_fit_is_a_clear_error(data_dir, upstream):
     persona = {"role": "system", "content": "She counts the waves, one by one. " * 400}
     with LocalServer(settings(data_dir, upstream.url, context=1024), ready=False) as small:
-        answer = httpx.post(f"{small.url}/v1/chat/completions", timeout=TIMEOUT,
-                            json={"messages": [persona, HISTORY[1]]})
+        answer = httpx.post(
+            f"{small.url}/v1/chat/completions", timeout=TIMEOUT, json={"messages": [persona, HISTORY[1]]}
+        )
     assert_openai_error(answer)
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "context_length_exceeded"
@@ -290,8 +320,13 @@ def test_a_persona_that_cannot_fit_is_a_clear_error(data_dir, upstream):
 
 
 NEW_MESSAGES = {
-    "not json": b"{", "array": [], "null": None, "missing": {}, "string": {"messages": "hello"},
-    "numbers": {"messages": [1]}, "no role": {"messages": [{"content": "hello"}]},
+    "not json": b"{",
+    "array": [],
+    "null": None,
+    "missing": {},
+    "string": {"messages": "hello"},
+    "numbers": {"messages": [1]},
+    "no role": {"messages": [{"content": "hello"}]},
     "number as content": {"messages": [{"role": "user", "content": 7}]},
     "no content": {"messages": [{"role": "user"}]},
     "second one is bad": {"messages": [{"role": "user", "content": "good"}, {"role": "user", "content": 7}]},
@@ -310,12 +345,32 @@ def test_messages_that_make_no_sense_are_not_appended(api, shared, body):
     assert contents(api, shared) == before
 
 
-@pytest.mark.parametrize("query", [
-    "/messages?limit=x", "/messages?offset=-1", "/messages?limit=-3", "/messages?offset=1e9", "/search", "/search?q=",
-    "/search?q=a&k=x", "/search?q=a&k=-1", "/search?q=a&k=0", "/search?q=a&tokens=x", "/search?q=a&tokens=-1",
-    "/search?q=%00", "/search?q=%ED%A0%80", "/search?q=%22%20OR%20*", "/search?q=a&k=99999999999999999999",
-    "/messages?offset=99999999999999999999", "/prompts?limit=x", "/prompts?limit=-1", "/prompts?limit=" + "9" * 5000,
-    "/search?q=" + "word%20" * 5000], ids=lambda query: query[:40])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "/messages?limit=x",
+        "/messages?offset=-1",
+        "/messages?limit=-3",
+        "/messages?offset=1e9",
+        "/search",
+        "/search?q=",
+        "/search?q=a&k=x",
+        "/search?q=a&k=-1",
+        "/search?q=a&k=0",
+        "/search?q=a&tokens=x",
+        "/search?q=a&tokens=-1",
+        "/search?q=%00",
+        "/search?q=%ED%A0%80",
+        "/search?q=%22%20OR%20*",
+        "/search?q=a&k=99999999999999999999",
+        "/messages?offset=99999999999999999999",
+        "/prompts?limit=x",
+        "/prompts?limit=-1",
+        "/prompts?limit=" + "9" * 5000,
+        "/search?q=" + "word%20" * 5000,
+    ],
+    ids=lambda query: query[:40],
+)
 def test_odd_queries_work_or_are_refused(api, shared, query):
     answer = api.get(chat_path(shared, query))
     if answer.status_code != 200:
@@ -324,17 +379,39 @@ def test_odd_queries_work_or_are_refused(api, shared, query):
     assert contents(api, shared)[:2] == REMEMBERED
 
 
-@pytest.mark.parametrize("path", ["/nope", "/v1/nope", "/v1/chat", "/api/persona_memory/nope", "/api/nope",
-                                  "/v2/models", "/static/x", CHATS + "/never-seen", CHATS + "/never-seen/messages",
-                                  CHATS + "/never-seen/search?q=a", CHATS + "/never-seen/prompts", CHATS + "/a/nope"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/nope",
+        "/v1/nope",
+        "/v1/chat",
+        "/api/persona_memory/nope",
+        "/api/nope",
+        "/v2/models",
+        "/static/x",
+        CHATS + "/never-seen",
+        CHATS + "/never-seen/messages",
+        CHATS + "/never-seen/search?q=a",
+        CHATS + "/never-seen/prompts",
+        CHATS + "/a/nope",
+    ],
+)
 def test_what_is_not_there_is_a_json_404(api, path):
     answer = api.get(path)
     assert_openai_error(answer)
     assert answer.status_code == 404
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/chat/completions"), ("DELETE", "/v1/models"),
-                                              ("POST", "/health"), ("PUT", CHATS), ("PATCH", CHATS + "/x")])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/chat/completions"),
+        ("DELETE", "/v1/models"),
+        ("POST", "/health"),
+        ("PUT", CHATS),
+        ("PATCH", CHATS + "/x"),
+    ],
+)
 def test_a_wrong_method_is_a_json_405(api, method, path):
     answer = api.request(method, path)
     assert_openai_error(answer)
@@ -358,6 +435,7 @@ def test_without_the_proxy_switch_there_is_no_v1(data_dir, upstream):
 
 # ---------------------------------------------------------------------------- health
 
+
 def test_health_says_how_things_are(api):
     answer = api.get("/health")
     told = answer.json()
@@ -370,6 +448,7 @@ def test_health_says_how_things_are(api):
 
 # ---------------------------------------------------------------------------- the program's key
 
+
 @pytest.fixture(scope="module")
 def locked(shared_upstream, tmp_path_factory):
     """A proxy that wants a key."""
@@ -380,14 +459,25 @@ def locked(shared_upstream, tmp_path_factory):
 
 def routes(app) -> list[tuple[str, str]]:
     """Every (method, path) of the app, with an x in place of every placeholder."""
-    return [(method, re.sub("<[^>]*>", "x", rule.rule)) for rule in app.url_map.iter_rules()
-            for method in sorted(rule.methods - {"HEAD", "OPTIONS"})]
+    return [
+        (method, re.sub("<[^>]*>", "x", rule.rule))
+        for rule in app.url_map.iter_rules()
+        for method in sorted(rule.methods - {"HEAD", "OPTIONS"})
+    ]
 
 
-@pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"},
-                                    {"Authorization": "Basic open-sesame"}, {"Authorization": "Bearer open-sesam"},
-                                    {"Authorization": "Bearer öpen-sesame".encode()}],
-                         ids=["none", "wrong", "empty", "other scheme", "short", "not ascii"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Basic open-sesame"},
+        {"Authorization": "Bearer open-sesam"},
+        {"Authorization": "Bearer öpen-sesame".encode()},
+    ],
+    ids=["none", "wrong", "empty", "other scheme", "short", "not ascii"],
+)
 def test_every_route_but_health_needs_the_key(locked, upstream, header):
     wanted, running = locked
     paths = routes(persona_memory.create_app(wanted))
@@ -419,7 +509,15 @@ def start(tmp_path, *arguments) -> subprocess.CompletedProcess:
 
 def arguments_for(tmp_path) -> list[str]:
     """Flags that the program would run with."""
-    return ["--proxy", "--port", str(free_port()), "--data", str(tmp_path / "data"), "--upstream", "http://127.0.0.1:9/v1"]
+    return [
+        "--proxy",
+        "--port",
+        str(free_port()),
+        "--data",
+        str(tmp_path / "data"),
+        "--upstream",
+        "http://127.0.0.1:9/v1",
+    ]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
@@ -431,8 +529,17 @@ def test_listening_to_the_network_without_a_key_is_refused(tmp_path, host):
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--budget", "50/50"], ["--budget", "a/b/c/d"], ["--port", "http"],
-                                       ["--context", "-1"], ["--upstream", "not a url"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--budget", "50/50"],
+        ["--budget", "a/b/c/d"],
+        ["--port", "http"],
+        ["--context", "-1"],
+        ["--upstream", "not a url"],
+    ],
+    ids=" ".join,
+)
 def test_settings_that_cannot_be_run_with_are_refused(tmp_path, arguments):
     with pytest.raises(persona_memory.SettingsError, match=arguments[0]):
         persona_memory.create_server(persona_memory.load_settings([*arguments_for(tmp_path), *arguments], {}))
@@ -453,23 +560,36 @@ def test_listening_to_the_network_with_a_key(data_dir, upstream):
 # ---------------------------------------------------------------------------- origins
 
 OWN_ORIGINS = ["http://127.0.0.1:8000", "http://localhost:8000", "http://localhost", "http://127.0.0.1:49152"]
-FOREIGN_ORIGINS = ["https://evil.example", "null", "http://localhost.evil.example", "http://127.0.0.1.evil.example:8000",
-                   "http://evil.example/http://localhost", "http://localhost@evil.example", "file://",
-                   "http://10.0.0.7:8000"]
+FOREIGN_ORIGINS = [
+    "https://evil.example",
+    "null",
+    "http://localhost.evil.example",
+    "http://127.0.0.1.evil.example:8000",
+    "http://evil.example/http://localhost",
+    "http://localhost@evil.example",
+    "file://",
+    "http://10.0.0.7:8000",
+]
 
 
 @pytest.mark.parametrize("origin", OWN_ORIGINS)
 def test_sillytaverns_own_pages_may_call(api, chat_id, origin):
-    asked = {"Origin": origin, "Access-Control-Request-Method": "POST",
-             "Access-Control-Request-Headers": "authorization, bypass-tunnel-reminder, content-type"}
+    asked = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization, bypass-tunnel-reminder, content-type",
+    }
     preflight = api.options(chat_path(chat_id, "/messages"), headers=asked)
     assert preflight.status_code in (200, 204)
     assert preflight.headers["Access-Control-Allow-Origin"] == origin
     allowed = {word.strip() for word in preflight.headers["Access-Control-Allow-Headers"].lower().split(",")}
     assert allowed >= {"authorization", "bypass-tunnel-reminder", "content-type"}
     assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
-    answer = api.post(chat_path(chat_id, "/messages"), headers={"Origin": origin},
-                      json={"messages": [{"role": "user", "content": "from the page"}]})
+    answer = api.post(
+        chat_path(chat_id, "/messages"),
+        headers={"Origin": origin},
+        json={"messages": [{"role": "user", "content": "from the page"}]},
+    )
     assert answer.status_code == 200
     assert answer.headers["Access-Control-Allow-Origin"] == origin
     assert "Origin" in answer.headers["Vary"]
@@ -478,8 +598,11 @@ def test_sillytaverns_own_pages_may_call(api, chat_id, origin):
 def test_a_preflight_needs_no_key(locked):
     """Browsers send no Authorization with a preflight."""
     _, running = locked
-    asked = {"Origin": OWN_ORIGINS[0], "Access-Control-Request-Method": "GET",
-             "Access-Control-Request-Headers": "authorization"}
+    asked = {
+        "Origin": OWN_ORIGINS[0],
+        "Access-Control-Request-Method": "GET",
+        "Access-Control-Request-Headers": "authorization",
+    }
     answer = httpx.options(running.url + CHATS, headers=asked, timeout=TIMEOUT)
     assert answer.status_code in (200, 204)
     assert answer.headers["Access-Control-Allow-Origin"] == OWN_ORIGINS[0]
@@ -499,9 +622,11 @@ def test_other_origins_change_nothing_and_read_nothing(api, shared, upstream, or
     upstream.reset()
     foreign = {"Origin": origin, "Content-Type": "text/plain"}
     message = json.dumps({"messages": [{"role": "user", "content": "planted"}]}).encode()
-    for answer in (api.post(chat_path(shared, "/messages"), content=message, headers=foreign),
-                   api.delete(chat_path(shared), headers=foreign),
-                   api.post("/v1/chat/completions", content=message, headers={**foreign, "X-Chat-Id": shared})):
+    for answer in (
+        api.post(chat_path(shared, "/messages"), content=message, headers=foreign),
+        api.delete(chat_path(shared), headers=foreign),
+        api.post("/v1/chat/completions", content=message, headers={**foreign, "X-Chat-Id": shared}),
+    ):
         assert_openai_error(answer)
         assert answer.status_code == 403
         assert "Access-Control-Allow-Origin" not in answer.headers
@@ -514,8 +639,9 @@ def test_a_name_that_points_here_does_not_make_an_origin_ours(api, shared, upstr
     """DNS rebinding: the page's own host name resolves to this machine, so Host and Origin agree."""
     before = contents(api, shared)
     rebound = {"Origin": "http://evil.example:5100", "Host": "evil.example:5100"}
-    answer = api.post(chat_path(shared, "/messages"), headers=rebound,
-                      json={"messages": [{"role": "user", "content": "planted"}]})
+    answer = api.post(
+        chat_path(shared, "/messages"), headers=rebound, json={"messages": [{"role": "user", "content": "planted"}]}
+    )
     assert_openai_error(answer)
     assert answer.status_code == 403
     assert contents(api, shared) == before
@@ -524,20 +650,35 @@ def test_a_name_that_points_here_does_not_make_an_origin_ours(api, shared, upstr
 def test_an_allowed_origin_may_call(data_dir, upstream):
     allowed = settings(data_dir, upstream.url, allow_origin="https://tavern.example, http://10.0.0.7:8000")
     with LocalServer(allowed, ready=False) as running:
-        for origin, status in (("https://tavern.example", 200), ("http://10.0.0.7:8000", 200),
-                               ("https://tavern.example.evil.example", 403)):
-            answer = httpx.post(f"{running.url}{CHATS}/x/messages", headers={"Origin": origin}, timeout=TIMEOUT,
-                                json={"messages": [{"role": "user", "content": "hello"}]})
+        for origin, status in (
+            ("https://tavern.example", 200),
+            ("http://10.0.0.7:8000", 200),
+            ("https://tavern.example.evil.example", 403),
+        ):
+            answer = httpx.post(
+                f"{running.url}{CHATS}/x/messages",
+                headers={"Origin": origin},
+                timeout=TIMEOUT,
+                json={"messages": [{"role": "user", "content": "hello"}]},
+            )
             assert answer.status_code == status
 
 
 # ---------------------------------------------------------------------------- off
 
-ODD_JSON = (b'{ "messages" : [ {"role":"user",\n\t "content":"caf\\u00e9 \\/ \xc3\xa9"} ] ,"model" : "fake-model"'
-            b', "z":1e2,"z":1E+2 , "chat_id":"kept", "stream":%s }\r\n ')
-STEERINGS = {"plain": {}, "no_choices": {"no_choices": True}, "crlf": {"crlf": True}, "no_done": {"no_done": True},
-             "error": {"status": 418, "error": b'{ "error":{"message":"teapot"}}'},
-             "html": {"status": 500, "error": b"<html>broken</html>"}, "compressed": {"gzip": True}}
+ODD_JSON = (
+    b'{ "messages" : [ {"role":"user",\n\t "content":"caf\\u00e9 \\/ \xc3\xa9"} ] ,"model" : "fake-model"'
+    b', "z":1e2,"z":1E+2 , "chat_id":"kept", "stream":%s }\r\n '
+)
+STEERINGS = {
+    "plain": {},
+    "no_choices": {"no_choices": True},
+    "crlf": {"crlf": True},
+    "no_done": {"no_done": True},
+    "error": {"status": 418, "error": b'{ "error":{"message":"teapot"}}'},
+    "html": {"status": 500, "error": b"<html>broken</html>"},
+    "compressed": {"gzip": True},
+}
 
 
 def shelf(api) -> dict:
@@ -550,8 +691,12 @@ def shelf(api) -> dict:
 def test_off_is_byte_for_byte_and_remembers_nothing(api, upstream, stream, steering):
     raw, before = ODD_JSON % json.dumps(stream).encode(), shelf(api)
     upstream.steer(**steering)
-    headers = {"X-Persona-Memory": "off", "X-Chat-Id": "off-chat", "Authorization": "Bearer sk-mine",
-               "Content-Type": "application/json"}
+    headers = {
+        "X-Persona-Memory": "off",
+        "X-Chat-Id": "off-chat",
+        "Authorization": "Bearer sk-mine",
+        "Content-Type": "application/json",
+    }
     answer = api.post("/v1/chat/completions", content=raw, headers=headers)
     assert upstream.last["raw"] == raw
     assert upstream.last["headers"]["Authorization"] == "Bearer sk-mine"
@@ -563,17 +708,46 @@ def test_off_is_byte_for_byte_and_remembers_nothing(api, upstream, stream, steer
 
 def test_off_leaves_a_known_chat_as_it_was(api, known, upstream):
     before = contents(api, known)
-    answer = api.post("/v1/chat/completions", headers={"X-Persona-Memory": "off", "X-Chat-Id": known},
-                      json={"messages": [*HISTORY, {"role": "user", "content": "and off the record?"}]})
+    answer = api.post(
+        "/v1/chat/completions",
+        headers={"X-Persona-Memory": "off", "X-Chat-Id": known},
+        json={"messages": [*HISTORY, {"role": "user", "content": "and off the record?"}]},
+    )
     assert answer.status_code == 200
     assert contents(api, known) == before
 
 
 # ---------------------------------------------------------------------------- odd chat ids
 
-ODD_IDS = ["../..", "../../../../escaped", "a/b", "/etc/passwd", "a\\b", "C:\\x", "日本語 チャット", "🐉", "a%2Fb",
-           "50%", "a?b#c", "messages", "x/messages", "search", "con", "a b", "é", "e\u0301", "{}", "<script>", "a;b=c",
-           "x" * 3000, "~", "-", "line\nbreak", "tab\tbed", "a\r\nX-Evil: 1"]
+ODD_IDS = [
+    "../..",
+    "../../../../escaped",
+    "a/b",
+    "/etc/passwd",
+    "a\\b",
+    "C:\\x",
+    "日本語 チャット",
+    "🐉",
+    "a%2Fb",
+    "50%",
+    "a?b#c",
+    "messages",
+    "x/messages",
+    "search",
+    "con",
+    "a b",
+    "é",
+    "e\u0301",
+    "{}",
+    "<script>",
+    "a;b=c",
+    "x" * 3000,
+    "~",
+    "-",
+    "line\nbreak",
+    "tab\tbed",
+    "a\r\nX-Evil: 1",
+]
 
 
 def files_beside(data_dir) -> set:
@@ -632,12 +806,14 @@ def test_ids_that_look_alike_are_different_chats(deep, upstream):
 
 # ---------------------------------------------------------------------------- chats
 
-SCENE = [("user", "Ada", "Where did you hide the brass telescope?"),
-         ("assistant", "Mira", "Under the third stair, in oilcloth."),
-         ("user", "Ada", "And what do we eat tonight?"),
-         ("assistant", "Mira", "Barley soup, and the last of the pears."),
-         ("user", "Ada", "Is the ferry still running?"),
-         ("assistant", "Mira", "Not before the ice is gone.")]
+SCENE = [
+    ("user", "Ada", "Where did you hide the brass telescope?"),
+    ("assistant", "Mira", "Under the third stair, in oilcloth."),
+    ("user", "Ada", "And what do we eat tonight?"),
+    ("assistant", "Mira", "Barley soup, and the last of the pears."),
+    ("user", "Ada", "Is the ferry still running?"),
+    ("assistant", "Mira", "Not before the ice is gone."),
+]
 
 
 @pytest.fixture
@@ -670,10 +846,16 @@ def test_messages_are_paged(api, scene):
 
 
 def test_a_timestamp_is_kept(api, chat_id):
-    api.post(chat_path(chat_id, "/messages"), json={"messages": [
-        {"role": "user", "content": "long ago", "timestamp": "2023-05-08T13:56:00"},
-        {"role": "user", "content": "in London", "timestamp": "2023-05-08T13:56:00+01:00"},
-        {"role": "user", "content": "in UTC", "timestamp": "2023-05-08T13:56:00.5Z"}]})
+    api.post(
+        chat_path(chat_id, "/messages"),
+        json={
+            "messages": [
+                {"role": "user", "content": "long ago", "timestamp": "2023-05-08T13:56:00"},
+                {"role": "user", "content": "in London", "timestamp": "2023-05-08T13:56:00+01:00"},
+                {"role": "user", "content": "in UTC", "timestamp": "2023-05-08T13:56:00.5Z"},
+            ]
+        },
+    )
     kept = [message["timestamp"] for message in api.get(chat_path(chat_id, "/messages")).json()["messages"]]
     assert all(str(stamp).startswith("2023-05-08") for stamp in kept)
 
@@ -740,12 +922,21 @@ def test_delete_takes_the_text_from_the_disk(tmp_path, upstream):
     """After a delete no byte of the chat is left in the data folder, while the program runs and after it ended."""
     data_dir, secret = tmp_path / "data", "quartzword-7319"
     upstream.reply = lambda body: f"I keep {secret} well."
-    with (LocalServer(settings(data_dir, upstream.url)) as running,
-          httpx.Client(base_url=running.url, timeout=TIMEOUT) as api):
+    with (
+        LocalServer(settings(data_dir, upstream.url)) as running,
+        httpx.Client(base_url=running.url, timeout=TIMEOUT) as api,
+    ):
         talk = [{"role": "system", "content": "You are Mira."}, {"role": "user", "content": f"The word is {secret}-u."}]
         say(running.url, talk, chat_id="doomed")
-        say(running.url, [*talk, {"role": "assistant", "content": f"I keep {secret} well."},
-                          {"role": "user", "content": f"Once more {secret}."}], chat_id="doomed")
+        say(
+            running.url,
+            [
+                *talk,
+                {"role": "assistant", "content": f"I keep {secret} well."},
+                {"role": "user", "content": f"Once more {secret}."},
+            ],
+            chat_id="doomed",
+        )
         append(api, "spared", ("user", None, "spareword-1234"))
         wait_until(lambda: secret.encode() in bytes_of(data_dir), "the text on disk")
         assert api.delete(chat_path("doomed")).status_code in (200, 204)
@@ -764,8 +955,10 @@ def test_delete_takes_the_text_from_the_disk(tmp_path, upstream):
 
 def test_delete_takes_the_chats_names_from_the_disk(data_dir, upstream):
     """Neither the id nor the character's name stays behind in what lists the chats."""
-    with (LocalServer(settings(data_dir, upstream.url), ready=False) as running,
-          httpx.Client(base_url=running.url, timeout=TIMEOUT) as api):
+    with (
+        LocalServer(settings(data_dir, upstream.url), ready=False) as running,
+        httpx.Client(base_url=running.url, timeout=TIMEOUT) as api,
+    ):
         append(api, "doomed-chat", ("user", "Ada", "hello"), ("assistant", "Mirabella", "hello"))
         assert b"doomed-chat" in bytes_of(data_dir)
         assert b"Mirabella" in bytes_of(data_dir)

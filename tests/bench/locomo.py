@@ -10,6 +10,7 @@ messages that fit the context). Then the program is killed, started again on the
 
 Added time is a turn through the program minus the same turn with the upstream itself, client and machine the same.
 """
+
 import argparse
 import json
 import re
@@ -43,6 +44,7 @@ ANSWER = "Let me think about that for a moment."
 
 
 # ---------------------------------------------------------------------------- reading prompts
+
 
 def plain(text: str) -> str:
     """Text without regard to white space."""
@@ -80,6 +82,7 @@ def newest_that_fit(messages: list[dict], room: int) -> list[dict]:
 
 # ---------------------------------------------------------------------------- one conversation
 
+
 @dataclass
 class Asked:
     """What came of asking a conversation's questions once."""
@@ -88,7 +91,7 @@ class Asked:
     blocks: list[str] = field(default_factory=list)
     foreign: int = 0  # memories that are no text of this conversation
     visible: int = 0  # memories that the prompt's history shows as well
-    leaked: int = 0   # questions of other branches in the prompt
+    leaked: int = 0  # questions of other branches in the prompt
     degraded: int = 0  # answers without memory because something failed
 
 
@@ -116,15 +119,18 @@ class Conversation:
 
 
 def persona_of(user: str, character: str) -> str:
-    return (f"You are {character}, an old friend of {user}. The two of you have been writing to each other for months. "
-            f"Answer as {character} would: warmly, in a few sentences, true to everything that has been said so far.")
+    return (
+        f"You are {character}, an old friend of {user}. The two of you have been writing to each other for months. "
+        f"Answer as {character} would: warmly, in a few sentences, true to everything that has been said so far."
+    )
 
 
 class Player:
     """Plays one conversation through a running server."""
 
-    def __init__(self, conversation: Conversation, server: Server, upstream: Upstream, window: int | None,
-                 context: int):
+    def __init__(
+        self, conversation: Conversation, server: Server, upstream: Upstream, window: int | None, context: int
+    ):
         self.conversation, self.server, self.upstream = conversation, server, upstream
         self.window, self.context = window, context
         self.added: list[float] = []
@@ -136,8 +142,10 @@ class Player:
                 request = [self.conversation.persona, *visible]
                 self.added.append(self.timed(api, request, answer) - self.timed(direct, request, answer))
                 if number % 50 == 0:
-                    progress(f"{self.conversation.id}: turn {number}, {len(visible)} messages shown, "
-                             f"added {1000 * statistics.median(self.added[-50:]):.1f} ms")
+                    progress(
+                        f"{self.conversation.id}: turn {number}, {len(visible)} messages shown, "
+                        f"added {1000 * statistics.median(self.added[-50:]):.1f} ms"
+                    )
 
     def timed(self, api, request: list[dict], answer: str) -> float:
         start = time.perf_counter()
@@ -192,18 +200,25 @@ class Player:
     def figures(self, first: Asked, without: list[float], again: Asked) -> dict:
         same = [before == after for before, after in zip(first.blocks, again.blocks, strict=True)]
         return {
-            "conversation": self.conversation.id, "messages": len(self.conversation.messages),
-            "with %": share(first.shares), "without %": share(without), "restarted %": share(again.shares),
-            "identical %": share(same), "recalled": mean([len(memories(block)) for block in first.blocks]),
+            "conversation": self.conversation.id,
+            "messages": len(self.conversation.messages),
+            "with %": share(first.shares),
+            "without %": share(without),
+            "restarted %": share(again.shares),
+            "identical %": share(same),
+            "recalled": mean([len(memories(block)) for block in first.blocks]),
             "block tokens": mean([count(block) for block in first.blocks]),
             "added ms": round(1000 * statistics.median(self.added), 1),
             "p95 ms": round(1000 * percentile(self.added, 0.95), 1),
-            "foreign": first.foreign + again.foreign, "in sight": first.visible + again.visible,
-            "leaked": first.leaked + again.leaked, "degraded": first.degraded + again.degraded,
+            "foreign": first.foreign + again.foreign,
+            "in sight": first.visible + again.visible,
+            "leaked": first.leaked + again.leaked,
+            "degraded": first.degraded + again.degraded,
         }
 
 
 # ---------------------------------------------------------------------------- figures
+
 
 def mean(values: list[float]) -> float:
     return round(statistics.mean(values), 1) if values else 0.0
@@ -216,15 +231,24 @@ def share(values: list) -> float:
 def mean_row(rows: list[dict]) -> dict:
     """The mean of every column; sums where a column counts what must not happen."""
     summed = ("messages", "foreign", "in sight", "leaked", "degraded")
-    return {key: "mean" if key == "conversation" else sum(row[key] for row in rows) if key in summed
-            else mean([row[key] for row in rows]) for key in rows[0]}
+    return {
+        key: "mean"
+        if key == "conversation"
+        else sum(row[key] for row in rows)
+        if key in summed
+        else mean([row[key] for row in rows])
+        for key in rows[0]
+    }
 
 
 def run_way(label: str, window: int | None, conversations: list[Conversation], args) -> dict:
     """All conversations through one server, with a fresh data directory."""
     rows = []
-    with tempfile.TemporaryDirectory() as data, Upstream() as upstream, \
-            Server(data, upstream.url, "--context", args.context) as server:
+    with (
+        tempfile.TemporaryDirectory() as data,
+        Upstream() as upstream,
+        Server(data, upstream.url, "--context", args.context) as server,
+    ):
         server.wait_ready()
         for conversation in conversations:
             start = time.perf_counter()
@@ -244,13 +268,22 @@ def main():
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--names", action="store_true", help="send the speakers' names with the messages")
     args = parser.parse_args()
-    recorded = json.loads(args.data.read_text("utf-8"))["conversations"][:args.conversations]
+    recorded = json.loads(args.data.read_text("utf-8"))["conversations"][: args.conversations]
     conversations = [Conversation(item, args.questions, args.names) for item in recorded]
     windows = {"both": (None, 20), "full": (None,)}.get(args.window) or (int(args.window),)
     labels = {window: f"its newest {window} messages" if window else "the whole chat" for window in windows}
     ways = {labels[window]: run_way(labels[window], window, conversations, args) for window in windows}
-    print(json.dumps({"benchmark": "locomo", "context": args.context, "questions": args.questions,
-                      "names": args.names, "ways": ways}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "locomo",
+                "context": args.context,
+                "questions": args.questions,
+                "names": args.names,
+                "ways": ways,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

