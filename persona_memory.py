@@ -889,6 +889,11 @@ class OwnThread:
         self._pool.shutdown(wait=True)
 
 
+def database_of(directory: Path) -> Path:
+    """The file of a chat's cache."""
+    return directory / diskcache.core.DBNAME
+
+
 class ChatStore:
     """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
@@ -916,6 +921,14 @@ class ChatStore:
         for row in sorted(rows, key=lambda row: row["order"]):
             self._remember(row)
         self._generation = self._cache.get("generation", 0)
+        self._file = database_of(self.directory).stat().st_ino
+
+    def was_replaced(self) -> bool:
+        """Whether another process has deleted the chat since it was opened, or made it anew."""
+        try:
+            return database_of(self.directory).stat().st_ino != self._file
+        except FileNotFoundError:
+            return True
 
     def _remember(self, row: dict) -> Message:
         order = row.pop("order")
@@ -1053,7 +1066,7 @@ class ChatShelf:
         self._disk.run(self._start)
         listed = {chat_folder(line["chat_id"]) for line in self.chats()}
         for folder in self.folder.iterdir():
-            if folder.name not in listed and (folder / diskcache.core.DBNAME).exists():
+            if folder.name not in listed and database_of(folder).exists():
                 with contextlib.suppress(StoreError):
                     store = self._load(folder)
                     if store.info:
@@ -1072,8 +1085,10 @@ class ChatShelf:
     def get(self, chat_id: str) -> ChatStore | None:
         """The chat of that id, caught up with other processes; None where there is none. Raises `StoreError`."""
         folder = self.folder / chat_folder(chat_id)
-        if not (folder / diskcache.core.DBNAME).exists():
+        known = self._open.get(folder.name)
+        if known and known.was_replaced():
             self._let_go(folder.name)
+        if not database_of(folder).exists():
             return None
         store = self._load(folder)
         store.catch_up()

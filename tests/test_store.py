@@ -194,3 +194,15 @@ def test_many_chats_may_be_used_by_turns(shelf):
         store = shelf.get(f"chat {number}")
         assert store.read(list(store.tree.nodes))[0].content == f"words of {number}"
     assert len(shelf._open) == pm.OPEN_CHATS
+
+
+def test_a_chat_that_another_process_deletes_or_makes_anew(shelf, tmp_path):
+    """Nothing is written into a file that is gone, and nothing of the old chat is read."""
+    shelf.create("chat", explicit=True).commit(chain("old words"))
+    other = pm.ChatShelf(tmp_path)
+    other.start()
+    other.delete(other.get("chat"))
+    assert shelf.get("chat") is None
+    other.create("chat", explicit=True).commit(chain("new words"))
+    seen = shelf.get("chat")
+    assert [m.content for m in seen.read(list(seen.tree.nodes))] == ["new words"]
