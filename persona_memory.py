@@ -2863,7 +2863,7 @@ def check_access() -> None:
     given = flask.request.headers.get("Authorization", "").removeprefix("Bearer").strip()
     if key and not secrets.compare_digest(given.encode(), key.encode()):
         raise NotAuthenticated("This server needs its API key, as `Authorization: Bearer <key>`.")
-    host = urllib.parse.urlsplit(f"//{flask.request.host}").hostname
+    host = re.sub(r":\d*$", "", flask.request.host).strip("[]").lower()
     if not key and host not in LOOPBACK_HOSTS:  # DNS rebinding: a page's own name, made to point here
         raise ForeignOrigin(
             f"This server answers to 127.0.0.1 and localhost, not to {host}; --api-key would change that."

@@ -59,3 +59,17 @@ def server(upstream, data_dir):
     """The program in this process, ready to answer."""
     with LocalServer(settings(data_dir, upstream.url)) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def shared_upstream():
+    """One fake upstream for a whole module."""
+    with Upstream() as fake:
+        yield fake
+
+
+@pytest.fixture(scope="module")
+def shared_server(shared_upstream, tmp_path_factory):
+    """One program before it, for a whole module."""
+    with LocalServer(settings(tmp_path_factory.mktemp("shared") / "data", shared_upstream.url)) as running:
+        yield running

@@ -14,13 +14,6 @@ import persona_memory
 FOREVER = 60
 
 
-@pytest.fixture(scope="module")
-def shared_upstream():
-    """One fake upstream for the whole module."""
-    with Upstream() as fake:
-        yield fake
-
-
 @pytest.fixture
 def upstream(shared_upstream):
     """The module's upstream, well-behaved and with nothing recorded."""
@@ -30,10 +23,9 @@ def upstream(shared_upstream):
 
 
 @pytest.fixture(scope="module")
-def server(shared_upstream, tmp_path_factory):
+def server(shared_server):
     """One proxy for the whole module: nothing here depends on what was said before."""
-    with LocalServer(settings(tmp_path_factory.mktemp("upstreams") / "data", shared_upstream.url)) as running:
-        yield running
+    return shared_server
 
 
 @pytest.fixture

@@ -8,19 +8,12 @@ from urllib.parse import quote, unquote
 
 import httpx
 import pytest
-from fakes import PROGRAM, LocalServer, Server, Upstream, clean_environment, free_port, say, settings, wait_until
+from fakes import PROGRAM, LocalServer, Server, clean_environment, free_port, say, settings, wait_until
 
 import persona_memory
 
 TIMEOUT = 60
 CHATS = "/api/persona_memory/chats"
-
-
-@pytest.fixture(scope="module")
-def shared_upstream():
-    """One fake upstream for the whole module."""
-    with Upstream() as fake:
-        yield fake
 
 
 @pytest.fixture
@@ -32,10 +25,9 @@ def upstream(shared_upstream):
 
 
 @pytest.fixture(scope="module")
-def server(shared_upstream, tmp_path_factory):
+def server(shared_server):
     """One proxy for the whole module; every test has chats of its own."""
-    with LocalServer(settings(tmp_path_factory.mktemp("web") / "data", shared_upstream.url)) as running:
-        yield running
+    return shared_server
 
 
 @pytest.fixture
@@ -645,6 +637,20 @@ def test_a_name_that_points_here_does_not_make_an_origin_ours(api, shared, upstr
     assert_openai_error(answer)
     assert answer.status_code == 403
     assert contents(api, shared) == before
+
+
+@pytest.mark.parametrize("host", ["evil.example:5100", "127.0.0.1.evil.example", "[", "[::1", "a:b:c", ""])
+def test_a_foreign_name_may_not_even_read(api, host):
+    """A page that was loaded under a name of its own sends no Origin with what it reads; the name gives it away."""
+    answer = api.get(CHATS, headers={"Host": host})
+    assert 400 <= answer.status_code < 500
+    assert "<html" not in answer.text
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:5100", "localhost", "LOCALHOST:8000", "[::1]:5100"])
+def test_this_machines_own_names_may(api, host):
+    """However the client spells it."""
+    assert api.get(CHATS, headers={"Host": host}).status_code == 200
 
 
 def test_an_allowed_origin_may_call(data_dir, upstream):

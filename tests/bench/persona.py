@@ -8,15 +8,13 @@ Every request's leading system block is compared with the one that reached the u
 import argparse
 import json
 import sys
-import tempfile
 from itertools import chain, repeat
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import openai
-from fakes import Server, Upstream, client
-from prefix import count, print_table, progress, requests_of, roleplay, send
+from prefix import count, print_table, product, progress, requests_of, roleplay, send
 
 # What a program that tidies, re-encodes or templates text would change.
 ODDITIES = (
@@ -63,13 +61,7 @@ def intact(block: list[dict], prompt: list[dict]) -> bool:
 def play(label: str, share: float, args) -> dict:
     """A whole chat, its history growing, under one persona."""
     block, prompts = persona(int(share * args.context)), []
-    with (
-        tempfile.TemporaryDirectory() as data,
-        Upstream() as upstream,
-        Server(data, upstream.url, "--context", args.context) as server,
-        client(server.url) as api,
-    ):
-        server.wait_ready()
+    with product(args.context) as (upstream, api):
         for visible, answer in requests_of(roleplay(args.turns)):
             prompts.append(send(api, upstream, [*block, *visible], answer))
             if len(prompts) % 50 == 0:
@@ -90,13 +82,7 @@ def play(label: str, share: float, args) -> dict:
 def refused(args) -> dict:
     """A persona larger than the context: the error, and what reached the upstream (nothing should)."""
     block = persona(args.context + 500)
-    with (
-        tempfile.TemporaryDirectory() as data,
-        Upstream() as upstream,
-        Server(data, upstream.url, "--context", args.context) as server,
-        client(server.url) as api,
-    ):
-        server.wait_ready()
+    with product(args.context) as (upstream, api):
         try:
             send(api, upstream, [*block, {"role": "user", "content": "Good evening."}], "Good evening, traveller.")
         except openai.APIStatusError as error:

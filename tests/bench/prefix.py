@@ -11,6 +11,7 @@ and they are compared as ChatML text in cl100k tokens:
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -277,16 +278,23 @@ def progress(text: str):
 # ---------------------------------------------------------------------------- the runs
 
 
-def play_recorded(messages: list[dict], args) -> tuple[list[dict], bool]:
-    """Every request that reached the upstream, and whether regenerating the last turn sent the same bytes again."""
-    persona, received = {"role": "system", "content": PERSONA}, []
+@contextlib.contextmanager
+def product(context: int):
+    """The program as a process before a recording upstream; gives the upstream and a client."""
     with (
         tempfile.TemporaryDirectory() as data,
         Upstream() as upstream,
-        Server(data, upstream.url, "--context", args.context) as server,
+        Server(data, upstream.url, "--context", context) as server,
         client(server.url) as api,
     ):
         server.wait_ready()
+        yield upstream, api
+
+
+def play_recorded(messages: list[dict], args) -> tuple[list[dict], bool]:
+    """Every request that reached the upstream, and whether regenerating the last turn sent the same bytes again."""
+    persona, received = {"role": "system", "content": PERSONA}, []
+    with product(args.context) as (upstream, api):
         for visible, answer in requests_of(messages, args.window):
             received.append(send(api, upstream, [persona, *visible], answer))
             if len(received) % 50 == 0:
