@@ -163,20 +163,20 @@ class Machine(RuleBasedStateMachine):
         return answer.json()
 
     def text(self) -> str:
-        """A text that begins and ends with words of its own."""
+        """A text that begins and ends with words of its own; what is between them, others say as well."""
         first, last = next(self.numbers), next(self.numbers)
         filler = f"{FILLER[first % len(FILLER)]}, and {FILLER[(first + last) % len(FILLER)]}"
         return f"{made_up(first)} {filler} {made_up(last)}"
 
     def line(self, short: bool) -> str:
-        """What a user writes: something new, or a line that is written again and again."""
-        return "ok" if short else self.text()
+        """What a user writes: a question that recalls what was said like it, or a line that is written all the time."""
+        return "ok" if short else f"{self.text()}: do you remember?"
 
     def begin(self, style: str, window: int | None, turns: int) -> Player:
         self.begun += 1
         chat = Player(self, window=window, **STYLES[style])
         for _ in range(turns):
-            chat.send(self.text())
+            chat.send(self.line(False))
         return chat
 
     def record(self, history: History, body: dict, answer):

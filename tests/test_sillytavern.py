@@ -8,7 +8,7 @@ import pytest
 from fakes import LocalServer, Upstream, say, settings
 from sillytavern import Character, Client, memories_in, without_memories
 
-CONTEXT = 1280  # so small that seven turns of small talk push what was said before them out of the history
+CONTEXT = 1024  # so small that twelve turns of small talk push what was said before them out of the history
 HELENA = Character(
     "Helena",
     "Helena is the keeper of the Thornwick lighthouse, red-haired, always in a blue oilskin coat.",
@@ -164,7 +164,7 @@ def test_short_chat_reaches_the_model_unchanged(chat, server, upstream):
 def test_card_and_example_lines_stay_verbatim(chat, server, upstream):
     """The leading block, named example lines included, never changes, and is never recalled as a memory."""
     chat.send("My cat sleeps under the light.")
-    chatter(chat, 10)
+    chatter(chat, 12)
     ask(server, chat, "What do you keep here? A light, and a cat?")
     for request in upstream.chats:
         assert request["body"]["messages"][: len(chat.leading())] == chat.leading()
@@ -221,7 +221,7 @@ def test_stopped_reply_stays_as_far_as_it_came(chat, server, upstream):
     answering(upstream, "The key hangs behind the stove, said the ferryman with the walrus moustache.")
     chat.send("Where is the key?", stop_after=6)
     assert chat.chat[-1].text == "The key hangs behind the stove,"
-    chatter(chat, 9, start=1)
+    chatter(chat, 12, start=1)
     ask(server, chat, "Where is the key, behind the stove, said the ferryman?")
     assert "The key hangs behind the stove," in memories_in(prompt(upstream))
     assert all("walrus" not in text_of(request["body"]["messages"]) for request in upstream.chats)
@@ -234,7 +234,7 @@ def test_stopped_reply_stays_as_far_as_it_came(chat, server, upstream):
 def test_swipe_and_regenerate_repeat_the_prompt(chat, server, upstream):
     """A first send, a swipe and a regenerate are the same request: the model gets the same bytes, memories included."""
     chat.send("My cat is called Miso.")
-    chatter(chat, 9)
+    chatter(chat, 12)
     ask(server, chat, "What is my cat called?")
     chat.swipe()
     chat.swipe()
@@ -249,7 +249,7 @@ def test_rejected_swipe_never_comes_back(chat, server, upstream):
     answering(upstream, "The treasure lies under the walrus statue.", "The treasure lies under the copper kettle.")
     chat.send("Where is the treasure?")
     chat.swipe()
-    chatter(chat, 9)
+    chatter(chat, 12)
     ask(server, chat, "Is the treasure under the walrus statue, or where does it lie?")
     assert all("walrus statue." not in text_of(request["body"]["messages"]) for request in upstream.chats)
     assert "copper kettle" in memories_in(prompt(upstream))
@@ -261,10 +261,10 @@ def test_restored_swipe_brings_its_memory_back(chat, server, upstream):
     answering(upstream, "The treasure lies under the walrus statue.", "The treasure lies under the copper kettle.")
     chat.send("Where is the treasure?")
     chat.swipe()
-    chatter(chat, 9)
+    chatter(chat, 12)
     chat.delete(3)
     chat.swipe_back(0)
-    chatter(chat, 9, start=100)
+    chatter(chat, 12, start=100)
     ask(server, chat, "Where does the treasure lie?")
     assert "walrus statue" in memories_in(prompt(upstream))
     assert "copper kettle" not in text_of(prompt(upstream))
@@ -278,7 +278,7 @@ def test_edited_message_counts_as_it_is_now(chat, server, upstream):
     chatter(chat, 3)
     chat.edit(1, "I live in Heather Row and I am a bookbinder by trade.")
     before = len(upstream.chats)
-    chatter(chat, 9, start=3)
+    chatter(chat, 12, start=3)
     ask(server, chat, "Do you recall my trade and where I live?")
     later = [text_of(request["body"]["messages"]) for request in upstream.chats[before:]]
     assert all("clockmaker" not in text and "Larkspur" not in text for text in later)
@@ -293,7 +293,7 @@ def test_edit_at_the_edge_of_a_trimmed_window(server, upstream):
     chatter(chat, 1)
     chat.edit(1, "I live in Heather Row and I am a bookbinder by trade.")
     before = len(upstream.chats)
-    chatter(chat, 9, start=1)
+    chatter(chat, 12, start=1)
     ask(server, chat, "Do you recall my trade and where I live?")
     later = [text_of(request["body"]["messages"]) for request in upstream.chats[before:]]
     assert chat.chat[1].text in text_of(chat.sent[2]["messages"])
@@ -308,7 +308,7 @@ def test_deleted_messages_are_forgotten(chat, server, upstream):
     chat.send("My sister Philippa drowned in the millpond.")
     chat.delete(len(chat.chat) - 2)
     before = len(upstream.chats)
-    chatter(chat, 9, start=3)
+    chatter(chat, 12, start=3)
     ask(server, chat, "Did I tell you about my sister Philippa and the millpond? No?")
     later = [text_of(without_newest(request)) for request in upstream.chats[before:]]
     assert all("Philippa" not in text for text in later)
@@ -330,7 +330,7 @@ def test_checkpoint_and_back(chat, server, upstream):
     main, side = chat, chat.branch(2)
     main.send("I will marry the harbour master Osgood in spring.")
     side.send("I will marry the smuggler Zenobia in spring.")
-    for number in range(10):
+    for number in range(12):
         main.send(small_talk(number))
         side.send(small_talk(number))
     for player, own, other in ((main, "Osgood", "Zenobia"), (side, "Zenobia", "Osgood"), (main, "Osgood", "Zenobia")):
@@ -367,7 +367,7 @@ def test_continue_by_system_message(chat, server, upstream):
 def test_continue_by_trailing_assistant(chat, server, upstream):
     """A history that ends with the character's message reaches the model that way, untouched and last."""
     chat.send("My cat is called Miso.")
-    chatter(chat, 9)
+    chatter(chat, 12)
     answering(upstream, "Miso, if I am", "not mistaken.")
     ask(server, chat, "What is my cat called?")
     chat.continue_(nudge=False)
@@ -384,7 +384,7 @@ def test_impersonation_is_no_memory(chat, server, upstream):
     answering(upstream, "I confess that I broke the walrus vase.")
     assert chat.impersonate().text == "I confess that I broke the walrus vase."
     assert prompt(upstream)[-1]["content"].startswith("[Write your next reply from the point of view of Robin")
-    chatter(chat, 9)
+    chatter(chat, 12)
     ask(server, chat, "Who broke the vase?")
     assert all("walrus" not in text_of(request["body"]["messages"]) for request in upstream.chats)
     assert remembered(server, chat) == shown(chat)
@@ -398,7 +398,7 @@ def test_quiet_prompt_is_no_memory(chat, server, upstream):
     assert chat.quiet("Summarise the story so far in one sentence.").text == "In short: a walrus stole the cat."
     assert prompt(upstream)[-1] == {"role": "system", "content": "Summarise the story so far in one sentence."}
     assert upstream.last["body"]["stream"] is False
-    chatter(chat, 9, start=2)
+    chatter(chat, 12, start=2)
     ask(server, chat, "Who stole the cat? Summarise the story so far.")
     assert all("walrus" not in text_of(request["body"]["messages"]) for request in upstream.chats)
     assert all("in one sentence" not in text for text in branch_of(server, chat.answer.chat_id))
@@ -409,7 +409,7 @@ def test_quiet_prompt_is_no_memory(chat, server, upstream):
 def test_raw_prompt_has_nothing_of_the_chat(chat, server, upstream):
     """A raw prompt reaches the model verbatim, and the chat goes on as if it had not been."""
     chat.send("My cat is called Miso.")
-    chatter(chat, 9)
+    chatter(chat, 12)
     chat.raw("Name a colour that goes well with walrus grey.", system="Answer with one word.")
     assert prompt(upstream) == [
         {"role": "system", "content": "Answer with one word."},
@@ -444,7 +444,7 @@ def test_post_history_instruction_stays_last(server, upstream):
     """It follows the newest user message; the memories stand in a system message of their own before that message."""
     chat = Client(server.url, BORIN)
     chat.send("My bell is cracked and it is called Old Tom.")
-    chatter(chat, 9)
+    chatter(chat, 12)
     ask(server, chat, "What is my bell called?")
     memories, newest, last = prompt(upstream)[-3:]
     assert last == {"role": "system", "content": "Stay gruff."}
@@ -498,7 +498,7 @@ def test_strict_roles_stay_strict(server, upstream, window):
     """
     chat = Client(server.url, HELENA, strict=True, window=window)
     chat.send("My cat is called Miso.")
-    chatter(chat, 9)
+    chatter(chat, 12)
     ask(server, chat, "What is my cat called?")
     for sent, request in zip(chat.sent, upstream.chats, strict=True):
         messages = request["body"]["messages"]
@@ -531,7 +531,7 @@ def test_two_characters_do_not_mix(server, upstream):
     for chat, secret in zip(chats, secrets, strict=True):
         answering(upstream, f"Then let us meet at {secret}.")
         chat.send("Where shall we meet?")
-    for number in range(10):
+    for number in range(12):
         for chat in chats:
             chat.send(small_talk(number))
     for chat, own, other in zip(chats, secrets, reversed(secrets), strict=True):
@@ -568,7 +568,7 @@ def test_explicit_id_keeps_chats_apart(server, upstream, place):
     one.send("My cat is called Miso.")
     chatter(two, 1)
     two.send("My dog is called Bruno.")
-    for number in range(1, 10):
+    for number in range(1, 13):
         one.send(small_talk(number))
         two.send(small_talk(number))
     question = "What is my cat or dog called?"
@@ -610,7 +610,7 @@ def test_explicit_id_adopts_the_chat(server, upstream):
     """Turning ids on in the middle of a trimmed chat loses nothing: the id's chat begins with what was known."""
     chat = Client(server.url, HELENA, window=8)
     chat.send("My cat is called Miso.")
-    chatter(chat, 9)
+    chatter(chat, 12)
     chat.headers = {"X-Chat-Id": "Helena - 2026"}
     ask(server, chat, "What is my cat called?")
     assert chat.answer.chat_id == "Helena - 2026"
@@ -633,7 +633,7 @@ def test_client_that_sends_only_its_newest_message(server, upstream):
         first.text,
         "Good night.",
     ]
-    for number in range(10):
+    for number in range(12):
         assert tell(small_talk(number)).chat_id == "chat_123"
     wait_for_vectors(server, "chat_123")
     last = tell("What is my cat called?")
@@ -642,4 +642,4 @@ def test_client_that_sends_only_its_newest_message(server, upstream):
     assert text_of(prompt(upstream)).count("What is my cat called?") == 1
     texts = branch_of(server, "chat_123")
     assert texts[:4] == ["My cat is called Miso.", first.text, "Good night.", texts[3]]
-    assert len([text for text in texts if text != last.text]) == 2 * 13 - 1
+    assert len([text for text in texts if text != last.text]) == 2 * 15 - 1
