@@ -1063,16 +1063,16 @@ class ChatShelf:
 
     def start(self) -> None:
         """Opens the catalogue and enters the chats that it lacks; an unreadable catalogue is made anew."""
-        self._disk.run(self._start)
+        folders = self._disk.run(self._start)
         listed = {chat_folder(line["chat_id"]) for line in self.chats()}
-        for folder in self.folder.iterdir():
+        for folder in folders:
             if folder.name not in listed and database_of(folder).exists():
                 with contextlib.suppress(StoreError):
                     store = self._load(folder)
                     if store.info:
                         self.enter(store, store.tree.nodes)
 
-    def _start(self) -> None:
+    def _start(self) -> list[Path]:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._catalogue = open_cache(self._catalogue_folder, synchronous=1)
@@ -1081,6 +1081,7 @@ class ChatShelf:
             log.warning("The catalogue of chats was unreadable and is made anew.")
             shutil.rmtree(self._catalogue_folder)
             self._catalogue = open_cache(self._catalogue_folder, synchronous=1)
+        return list(self.folder.iterdir())
 
     def get(self, chat_id: str) -> ChatStore | None:
         """The chat of that id, caught up with other processes; None where there is none. Raises `StoreError`."""
