@@ -1912,7 +1912,7 @@ def may_pass(error: BaseException) -> bool:
 
 def pause_before_retry(state: tenacity.RetryCallState) -> float:
     """Seconds until the next attempt: growing, with jitter, and no less than the upstream asks for."""
-    pause = tenacity.wait_exponential_jitter(FIRST_PAUSE_SECONDS, jitter=PAUSE_JITTER_SECONDS)(state)
+    pause = tenacity.wait_exponential_jitter(multiplier=FIRST_PAUSE_SECONDS, jitter=PAUSE_JITTER_SECONDS)(state)
     error = state.outcome.exception()
     asked = delay_asked(error) if isinstance(error, UpstreamError) else None
     return max(pause, asked or 0.0)
@@ -2065,13 +2065,12 @@ class OpenAIUpstream:
     def complete(self, body: Mapping, call: Call) -> dict:
         """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
         raw = json.dumps(body).encode()
-
-        def work() -> dict:
-            with self._post(raw, call) as reply:
-                return checked_answer(reply.status, reply.headers, b"".join(reply.chunks))
-
         with self._gate.place(call):
-            return self._gate.persist(call, work, self.secrets(call))
+            return self._gate.persist(call, lambda: self._answer(raw, call), self.secrets(call))
+
+    def _answer(self, raw: bytes, call: Call) -> dict:
+        with self._post(raw, call) as reply:
+            return checked_answer(reply.status, reply.headers, b"".join(reply.chunks))
 
     def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
         """The chunks of an answer as they come, at least one; raises `UpstreamError`, `UpstreamUnavailable`.
@@ -3632,7 +3631,7 @@ def chat_completions() -> flask.Response:
         body = request_json()
         prepared = exchange.memory.prepare(body, explicit_chat_id(flask.request.headers, body), exchange.call)
         exchange.asked(prepared)
-        return answer(exchange, prepared)
+        return completed(exchange, prepared)
     except Exception as error:
         exchange.ended(error)
         raise
@@ -3679,7 +3678,7 @@ def outcome_of(error: Exception) -> str:
     return known if isinstance(error, PersonaMemoryError) else "failed"
 
 
-def answer(exchange: Exchange, prepared: Prepared) -> flask.Response:
+def completed(exchange: Exchange, prepared: Prepared) -> flask.Response:
     """The upstream's answer in the form that the client asks for."""
     return (answer_streamed if prepared.body.get("stream") else answer_whole)(exchange, prepared)
 
@@ -3759,7 +3758,7 @@ def unremembered(exchange: Exchange) -> flask.Response:
     if exchange.memory.upstream.speaks_openai:
         return passed_through(exchange)
     body = parse_request(request_json()).body
-    return answer(exchange, Prepared(body, "off"))
+    return completed(exchange, Prepared(body, "off"))
 
 
 def passed_through(exchange: Exchange) -> flask.Response:
@@ -3867,7 +3866,7 @@ def health() -> dict:
     return engine().health()
 
 
-def metrics() -> flask.Response:
+def show_metrics() -> flask.Response:
     """Figures for Prometheus."""
     return flask.Response(engine().metrics.text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
 
@@ -3966,7 +3965,7 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.after_request(add_cors)
     app.register_error_handler(Exception, show_error)
     app.add_url_rule("/health", view_func=health)
-    app.add_url_rule("/metrics", view_func=metrics)
+    app.add_url_rule("/metrics", view_func=show_metrics)
     app.register_blueprint(api)
     if settings.proxy:
         app.register_blueprint(proxy)

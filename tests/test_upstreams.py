@@ -22,6 +22,13 @@ def upstream(shared_upstream):
     shared_upstream.reset()
 
 
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    """Between attempts; how long they are is told in another file."""
+    monkeypatch.setattr(persona_memory, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(persona_memory, "PAUSE_JITTER_SECONDS", 0.01)
+
+
 @pytest.fixture(scope="module")
 def server(shared_server):
     """One proxy for the whole module: nothing here depends on what was said before."""
@@ -387,7 +394,14 @@ def test_an_html_answer_is_an_error(server, upstream, chat, stream):
 
 
 @pytest.mark.parametrize("steering", ["hold", "hold_after"])
-def test_forty_slow_streams_do_not_block_another_chat(server, upstream, chat, steering):
+def test_forty_slow_streams_do_not_block_another_chat(data_dir, upstream, chat, steering):
+    """As long as the upstream takes so many at once."""
+    with LocalServer(settings(data_dir, upstream.url, upstream_limit=64)) as server:
+        forty_slow_streams(server, upstream, chat, steering)
+
+
+def forty_slow_streams(server, upstream, chat, steering):
+    """Forty streams stand still; another chat's turns go through."""
     go_on = threading.Event()
     upstream.steer(**{steering: go_on if steering == "hold" else (1, go_on)})
     slow = [Reader(server, [{"role": "user", "content": f"{steering} slow chat {n}"}]) for n in range(40)]
@@ -414,13 +428,14 @@ def test_upstream_errors_keep_status_and_message(server, upstream, chat, status,
     assert answer.status_code == status
     assert set(answer.json()["error"]) >= {"message", "type", "param", "code"}
     assert f"no luck, {status}" in answer.json()["error"]["message"]
-    assert len(upstream.chats) == 1
+    assert len(upstream.chats) == (persona_memory.ATTEMPTS if status in persona_memory.RETRIED_STATUSES else 1)
 
 
 def test_retry_after_is_passed_on(server, upstream, chat):
-    upstream.steer(status=429, error="slow down", headers={"Retry-After": "17"})
+    """A wait that is too long to be waited for here is the client's to know."""
+    upstream.steer(status=429, error="slow down", headers={"Retry-After": "170"})
     answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": chat}, timeout=FOREVER)
-    assert (answer.status_code, answer.headers["Retry-After"]) == (429, "17")
+    assert (answer.status_code, answer.headers["Retry-After"]) == (429, "170")
 
 
 @pytest.mark.parametrize(
