@@ -735,7 +735,9 @@ def load_sentence_transformer(name: str) -> Any:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a complete local copy needs no look at the hub
     import torch
     from sentence_transformers import SentenceTransformer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # the log's lines are whole lines
     # Half of the cores: torch's threads wait for each other, and stall when a model on this machine takes the rest.
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     return SentenceTransformer(name, device="cpu")
@@ -2330,6 +2332,10 @@ class LocalUpstream:
         self.start()
         return self._ready.result()
 
+    def secrets(self, call: Call) -> tuple[str, ...]:
+        """Nothing here is secret."""
+        return ()
+
     @contextlib.contextmanager
     def forward(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
         """As `OpenAIUpstream.forward`."""
@@ -3778,7 +3784,13 @@ def passed_through(exchange: Exchange) -> flask.Response:
         raise
     headers = {k: reply.headers[k] for k in ("content-type", "content-encoding", "retry-after") if k in reply.headers}
     exchange.ended(outcome="off")
-    return flask.Response(raw_chunks(relay), reply.status, headers | {"X-Persona-Memory": "off"})
+    chunks = raw_chunks(relay)
+    if reply.status >= 400:  # an error may quote the key that it refuses
+        secrets = memory.upstream.secrets(call)
+        chunks = (
+            hidden(b"".join(chunks).decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape"),
+        )
+    return flask.Response(chunks, reply.status, headers | {"X-Persona-Memory": "off"})
 
 
 def raw_chunks(relay: Relay) -> Iterator[bytes]:
@@ -4105,7 +4117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    print(start_text(settings, server.effective_port), file=sys.stderr, flush=True)
+    greeting = start_text(settings, server.effective_port)
+    if settings.log_format == "json":
+        log_event("started", greeting, port=int(server.effective_port))
+    else:
+        print(greeting, file=sys.stderr, flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
     server.application.extensions["persona_memory"].close()

@@ -16,6 +16,8 @@ from fakes import LocalServer, Upstream, settings  # noqa: E402
 
 import persona_memory  # noqa: E402
 
+REAL_PAUSES = {name: getattr(persona_memory, name) for name in ("FIRST_PAUSE_SECONDS", "PAUSE_JITTER_SECONDS")}
+
 hypothesis.settings.register_profile("unhurried", deadline=None)  # how long a step takes is the benchmarks' matter
 hypothesis.settings.load_profile("unhurried")
 
@@ -39,6 +41,12 @@ def load_the_embedder_once():
     persona_memory.load_sentence_transformer = functools.cache(lambda name: SharedModel(load(name)))
     yield
     persona_memory.load_sentence_transformer = load
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_pauses():
+    """Before another try of a failed request; test_gate.py looks at the real ones."""
+    persona_memory.FIRST_PAUSE_SECONDS, persona_memory.PAUSE_JITTER_SECONDS = 0.01, 0.01
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import httpx
 import openai
@@ -491,6 +491,20 @@ class LocalServer:
 
     def __exit__(self, *_):
         self.close()
+
+
+def branch_texts(url: str, chat_id: str) -> list[str]:
+    """The texts on a chat's current branch, oldest first."""
+    address = f"{url}/api/persona_memory/chats/{quote(chat_id, safe='')}/messages"
+    answer = httpx.get(address, params={"limit": 10_000}, timeout=PATIENCE)
+    assert answer.status_code == 200, answer.text
+    return [message["content"] for message in answer.json()["messages"]]
+
+
+def figure(running, name: str) -> float:
+    """A figure of /metrics, by its name without the program's; 0 where it is not there yet."""
+    rows = httpx.get(f"{running.url}/metrics", timeout=PATIENCE).text.splitlines()
+    return next((float(row.rsplit(" ", 1)[1]) for row in rows if row.startswith(f"persona_memory_{name} ")), 0)
 
 
 # ---------------------------------------------------------------------------- the client

@@ -27,6 +27,8 @@ from hypothesis.stateful import (
 )
 from sillytavern import Character, Client, memories_in, without_memories
 
+import persona_memory as pm
+
 PROFILES = {
     "quick": profile(max_examples=25, stateful_step_count=25, derandomize=True),
     "thorough": profile(max_examples=100, stateful_step_count=50, print_blob=True),
@@ -142,7 +144,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.server, self.upstream, self.http = server, upstream, http
         self.numbers = itertools.count()
-        self.begun = 0
+        self.begun = self.sent = 0
         self.requests: list[Request] = []
         self.unjudged: list[Request] = []
         upstream.reset()
@@ -181,8 +183,11 @@ class Machine(RuleBasedStateMachine):
 
     def record(self, history: History, body: dict, answer):
         """Keep a request for the invariants."""
-        assert len(self.upstream.chats) == len(self.requests) + 1, "one request upstream for each of the client's"
-        sent = self.upstream.last
+        chats = self.upstream.chats
+        sent, attempts = chats[-1], chats[self.sent :]
+        self.sent = len(chats)
+        assert 1 <= len(attempts) <= pm.ATTEMPTS, "one request upstream for each of the client's"
+        assert {attempt["raw"] for attempt in attempts} == {sent["raw"]}, "tried again as it was"
         request = Request(body, history, sent["body"]["messages"], answer.chat_id, answer.memory, sent["answer"] or "")
         self.requests.append(request)
         self.unjudged.append(request)

@@ -22,13 +22,6 @@ def upstream(shared_upstream):
     shared_upstream.reset()
 
 
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    """Between attempts; how long they are is told in another file."""
-    monkeypatch.setattr(persona_memory, "FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(persona_memory, "PAUSE_JITTER_SECONDS", 0.01)
-
-
 @pytest.fixture(scope="module")
 def server(shared_server):
     """One proxy for the whole module: nothing here depends on what was said before."""
