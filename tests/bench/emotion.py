@@ -1,0 +1,129 @@
+"""How well feelings are read: GoEmotions' development set, role-play lines held out of training, time, an ablation.
+
+    python tests/bench/emotion.py --data ~/goemotions
+
+Macro-F1 is the mean over the seven labels. The calibration error is the expected one over 15 equal bins of confidence
+(Guo et al. 2017). Only comments of one label count.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import numpy as np
+import torch
+from sklearn.metrics import f1_score
+from train_emotion import encode, examples, named, read_rows, role_play_lines, train, training_data
+
+import persona_memory as pm
+
+BINS = 15
+FEW_WORDS = {  # what a reader without lexicon, negation or head would do
+    "joy": "happy love great laugh laughs smile smiles glad good thank",
+    "sadness": "sad cry cries sob sobs tears sorry miss lonely alone",
+    "anger": "angry hate furious mad slams glares damn annoying shut yells",
+    "fear": "afraid scared fear trembles terrified worried nervous panic hides shakes",
+    "surprise": "wow surprised gasps what suddenly shocked unexpected amazed blinks wait",
+    "disgust": "disgusting gross eww sick yuck nasty vile disgusted ugh revolting",
+}
+
+
+def f1(truth: np.ndarray, guess: np.ndarray) -> float:
+    """Macro-F1 over the labels."""
+    return f1_score(truth, guess, average="macro", labels=range(len(pm.EMOTIONS)), zero_division=0)
+
+
+def calibration_error(truth: np.ndarray, scores: np.ndarray) -> float:
+    """Expected calibration error of the likeliest label."""
+    confidence, right = scores.max(1), scores.argmax(1) == truth
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    return sum(abs(right[bins == b].sum() - confidence[bins == b].sum()) for b in range(BINS)) / len(truth)
+
+
+def scores_of(rows: list[dict], vectors: np.ndarray | None) -> np.ndarray:
+    """The program's own reading of rows, with vectors or without, [n, 7]."""
+    readings = [pm.read_emotion(row["text"], None if vectors is None else vectors[n]) for n, row in enumerate(rows)]
+    return np.array([[reading.scores[label] for label in pm.EMOTIONS] for reading in readings])
+
+
+def truth_of(rows: list[dict]) -> np.ndarray:
+    """The places of the rows' first labels in EMOTIONS."""
+    return np.array([pm.EMOTIONS.index(row["labels"][0]) for row in rows])
+
+
+def few_words(text: str) -> int:
+    """The label of a plain keyword list."""
+    words = pm.word_tokens(text)
+    counts = [sum(word in FEW_WORDS[label].split() for word in words) for label in pm.EMOTIONS[: pm.NEUTRAL]]
+    return int(np.argmax(counts)) if any(counts) else pm.NEUTRAL
+
+
+def report(name: str, sets: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """One line of the table: macro-F1 and calibration error on each of the sets of (truth, scores)."""
+    cells = [f"{f1(t, s.argmax(1)):8.3f} {calibration_error(t, s):7.3f}" for t, s in sets]
+    print(f"{name:44}" + "".join(cells))
+
+
+def ablation(data: tuple, comments, lines) -> None:
+    """Heads trained anew on parts of the input and of the data (not quantised)."""
+    for name, blocks, played in (
+        ("lexicon features, without role-play lines", ("features",), False),
+        ("lexicon features, with role-play lines", ("features",), True),
+        ("vector, without role-play lines", ("vector",), False),
+        ("vector, with role-play lines", ("vector",), True),
+        ("vector + features, without role-play lines", ("vector", "features"), False),
+        ("vector + features, with role-play lines", ("vector", "features"), True),
+    ):
+        weights, bias = train(data, blocks, played)
+        sets = []
+        for part in (comments, lines):
+            logits = part.inputs(blocks) @ weights + bias
+            sets.append((part.targets.argmax(1), np.stack([pm.softmax(row) for row in logits])))
+        report(f"trained anew: {name}", sets)
+
+
+def milliseconds(rows: list[dict], vectors: np.ndarray) -> float:
+    """Time of one reading with importance, without the encode."""
+    start = time.perf_counter()
+    for row, vector in zip(rows, vectors, strict=True):
+        pm.message_importance(row["text"], pm.read_emotion(row["text"], vector))
+    return 1000 * (time.perf_counter() - start) / len(rows)
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with goemotions_train.jsonl and _dev.jsonl")
+    parser.add_argument("--cache", type=Path, help="folder to keep vectors in between runs")
+    parser.add_argument("--no-ablation", action="store_true", help="the program as it is, no training")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [row for row in read_rows(args.data / "goemotions_dev.jsonl") if len(row["labels"]) == 1]
+    held = role_play_lines("held")
+    vectors, played = encode([row["text"] for row in rows], args.cache), encode([r["text"] for r in held], args.cache)
+    spoken = encode([f"{row['speaker']}: {row['text']}" for row in named(held)], args.cache)
+    truths = truth_of(rows), truth_of(held)
+    plain = [np.eye(len(pm.EMOTIONS))[[few_words(row["text"]) for row in part]] for part in (rows, held)]
+
+    print(f"{len(rows)} comments, {len(held)} role-play lines\n")
+    print(f"{'':44}{'comments':>16}{'role play':>16}\n{'':44}" + "      F1     ECE" * 2)
+    report("ten keywords a label", list(zip(truths, plain, strict=True)))
+    report("program, lexicon alone", [(truths[0], scores_of(rows, None)), (truths[1], scores_of(held, None))])
+    full = scores_of(rows, vectors), scores_of(held, played)
+    report("program", list(zip(truths, full, strict=True)))
+    report("program, lines embedded with a name", [(truths[0], full[0]), (truths[1], scores_of(held, spoken))])
+    if not args.no_ablation:
+        data = training_data(args.data, args.cache)
+        ablation(data, examples(rows, 1.0, args.cache), examples(held, 1.0, args.cache))
+    print("\nF1 by label" + "".join(f"{label:>10}" for label in pm.EMOTIONS))
+    for name, truth, scores in zip(("comments", "role play"), truths, full, strict=True):
+        values = f1_score(truth, scores.argmax(1), average=None, labels=range(len(pm.EMOTIONS)))
+        print(f"{name:11}" + "".join(f"{value:10.3f}" for value in values))
+    print(f"\n{milliseconds(rows, vectors):.3f} ms a message without the encode")
+
+
+if __name__ == "__main__":
+    main()

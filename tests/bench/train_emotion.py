@@ -1,0 +1,192 @@
+"""Trains the heads of the emotion reader and prints the constant that carries them, or writes it into the program.
+
+The data is GoEmotions (Demszky et al. 2020, Google Research, CC BY 4.0), grouped to six emotions and neutral, one JSON
+object a line with `text` and `labels`; the role-play lines beside this script are added, but for those marked "held":
+
+    python tests/bench/train_emotion.py --data ~/goemotions --write
+
+Linear heads and a full-batch optimiser: no random numbers, so a rerun gives the same weights on the same machine.
+"""
+
+import argparse
+import base64
+import hashlib
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import numpy as np
+import torch
+
+import persona_memory as pm
+
+LINES = Path(__file__).resolve().parent / "emotion_lines.jsonl"
+EMBEDDER = "all-MiniLM-L6-v2"
+SPEAKERS = ("User", "Robin", "Mira", "Anon", "Alex", "You", "Kai", "Elena")  # the program embeds "Robin: what she said"
+NAMED = 8000  # so many of the comments are seen a second time, under a speaker's name
+NAMED_WEIGHT = 0.5
+LINE_WEIGHT = 8.0  # what a role-play line counts, a comment being 1
+CLASS_POWER = 0.5  # classes are weighted by frequency ** -CLASS_POWER: between what is common and what is fair
+VECTOR_SCALE = 10.0  # brings a unit vector's 384 small numbers to the size of the features
+DECAY = 2e-4  # L2 penalty on the weights
+STEPS = 150
+CALIBRATION = 20  # every so manieth comment is kept back to set the temperature
+
+
+@dataclass
+class Examples:
+    """Inputs by block [n, size], targets [n, 7] that sum to 1, and what each row counts [n]."""
+
+    vectors: np.ndarray
+    features: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+    def inputs(self, blocks: tuple[str, ...]) -> np.ndarray:
+        """The blocks side by side, float32."""
+        parts = {"vector": self.vectors, "features": self.features}
+        return np.concatenate([parts[block] for block in blocks], axis=1)
+
+    def pick(self, rows: np.ndarray) -> "Examples":
+        """The rows that a mask or a list of places names."""
+        return Examples(self.vectors[rows], self.features[rows], self.targets[rows], self.weights[rows])
+
+
+def joined(parts: list[Examples]) -> Examples:
+    """Several sets one under the other."""
+    names = ("vectors", "features", "targets", "weights")
+    return Examples(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def encode(texts: list[str], cache: Path | None = None) -> np.ndarray:
+    """Unit vectors float32 [n, 384], kept in the folder `cache` where one is given."""
+    key = hashlib.sha256("\0".join([EMBEDDER, *texts]).encode()).hexdigest()[:24]
+    kept = cache / f"{key}.npy" if cache else None
+    if kept and kept.exists():
+        return np.load(kept)
+    if not hasattr(encode, "model"):
+        encode.model = pm.load_sentence_transformer(EMBEDDER)
+        torch.set_num_threads(1)
+    vectors = encode.model.encode(texts, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+    if kept:
+        cache.mkdir(parents=True, exist_ok=True)
+        np.save(kept, vectors)
+    return vectors.astype(np.float32)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The JSON objects of a file, one a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+
+
+def role_play_lines(split: str) -> list[dict]:
+    """The role-play lines of a split, "train" or "held", with `labels` as the comments have them."""
+    return [row | {"labels": [row["label"]]} for row in read_rows(LINES) if row["split"] == split]
+
+
+def named(rows: list[dict]) -> list[dict]:
+    """The rows as different speakers' words."""
+    return [row | {"speaker": SPEAKERS[n % len(SPEAKERS)]} for n, row in enumerate(rows)]
+
+
+def examples(rows: list[dict], weight: float, cache: Path | None) -> Examples:
+    """Rows as a head sees them; the labels of a row share its target evenly."""
+    spoken = [f"{row['speaker']}: {row['text']}" if "speaker" in row else row["text"] for row in rows]
+    targets = np.array([[label in row["labels"] for label in pm.EMOTIONS] for row in rows], dtype=np.float32)
+    return Examples(
+        encode(spoken, cache),
+        np.stack([pm.emotion_features(row["text"]) for row in rows]),
+        targets / targets.sum(1, keepdims=True),
+        np.full(len(rows), weight, dtype=np.float32),
+    )
+
+
+def training_data(data: Path, cache: Path | None) -> tuple[Examples, Examples, Examples]:
+    """Comments to train on, comments to calibrate on, role-play lines to train on."""
+    rows, lines = read_rows(data / "goemotions_train.jsonl"), role_play_lines("train")
+    comments = examples(rows, 1.0, cache)
+    kept_back = np.arange(len(rows)) % CALIBRATION == 0
+    kept_back &= np.array([len(row["labels"]) == 1 for row in rows])
+    again = examples(named(rows[:NAMED]), NAMED_WEIGHT, cache).pick(~kept_back[:NAMED])
+    played = joined([examples(lines, LINE_WEIGHT, cache), examples(named(lines), LINE_WEIGHT, cache)])
+    return joined([comments.pick(~kept_back), again]), comments.pick(kept_back), played
+
+
+def fit(data: Examples, blocks: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Weights [inputs, 7] and bias [7] of a multinomial logistic regression, by L-BFGS."""
+    scale = np.concatenate([np.full(data.vectors.shape[1], VECTOR_SCALE)] * ("vector" in blocks) + [
+        np.ones(data.features.shape[1])] * ("features" in blocks)).astype(np.float32)  # fmt: skip
+    x, y = torch.tensor(data.inputs(blocks) * scale), torch.tensor(data.targets)
+    share = (data.targets * data.weights[:, None]).sum(0) / data.weights.sum()
+    counts = torch.tensor((1 / len(share) / share) ** CLASS_POWER, dtype=torch.float32)
+    weighted = y * counts * torch.tensor(data.weights / data.weights.sum())[:, None]
+    weights = torch.zeros(x.shape[1], y.shape[1], requires_grad=True)
+    bias = torch.zeros(y.shape[1], requires_grad=True)
+    optimiser = torch.optim.LBFGS([weights, bias], max_iter=STEPS, history_size=20, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimiser.zero_grad()
+        value = -(weighted * torch.log_softmax(x @ weights + bias, 1)).sum() + DECAY * weights.square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    return weights.detach().numpy() * scale[:, None], bias.detach().numpy()
+
+
+def calibrated(head: tuple, data: Examples, blocks: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The head divided by the temperature at which kept-back comments are likeliest (Guo et al. 2017)."""
+    logits, target = torch.tensor(data.inputs(blocks) @ head[0] + head[1]), torch.tensor(data.targets.argmax(1))
+    losses = {t: torch.nn.functional.cross_entropy(logits / t, target).item() for t in np.arange(0.4, 3.0, 0.02)}
+    temperature = min(losses, key=losses.__getitem__)
+    return head[0] / temperature, head[1] / temperature
+
+
+def train(data: tuple[Examples, Examples, Examples], blocks: tuple[str, ...], lines: bool = True) -> tuple:
+    """A calibrated head over the blocks, with the role-play lines or without."""
+    comments, kept_back, played = data
+    head = fit(joined([comments, played]) if lines else comments, blocks)
+    return calibrated(head, kept_back, blocks)
+
+
+def packed(head: tuple[np.ndarray, np.ndarray], sizes: tuple[int, ...]) -> bytes:
+    """A head as the program reads it: scales by block and label, bias, int8 weights."""
+    weights, bias = head
+    edges = np.cumsum([0, *sizes])
+    scales = np.stack([np.abs(weights[a:b]).max(0) / 127 for a, b in zip(edges, edges[1:], strict=False)])
+    whole = np.round(weights / np.repeat(scales, sizes, axis=0)).astype(np.int8)
+    return scales.astype("<f4").tobytes() + bias.astype("<f4").tobytes() + whole.tobytes()
+
+
+def constant(data: tuple[Examples, Examples, Examples]) -> str:
+    """The text of EMOTION_WEIGHTS: the heads of HEADS one after the other, in lines of 116 characters."""
+    blocks = {"vector": ("vector", "features"), "lexicon": ("features",)}
+    raw = b"".join(packed(train(data, blocks[name]), sizes) for name, sizes in pm.HEADS.items())
+    text = base64.b85encode(raw).decode()
+    return "\n".join(text[i : i + 116] for i in range(0, len(text), 116))
+
+
+def main() -> None:
+    """Trains, and prints or writes the constant."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with goemotions_train.jsonl")
+    parser.add_argument("--cache", type=Path, help="folder to keep vectors in between runs")
+    parser.add_argument("--write", action="store_true", help="write into persona_memory.py instead of printing")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    text = constant(training_data(args.data, args.cache))
+    if not args.write:
+        return print(text)
+    program = Path(pm.__file__)
+    source = program.read_text(encoding="utf8")
+    source = re.sub(r'(?<=EMOTION_WEIGHTS = """\n)[^"]*', lambda _: text + "\n", source)
+    program.write_text(source, encoding="utf8")
+    return print(f"wrote {len(text)} characters into {program.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""Reading feelings, the mood of a branch, and what is worth remembering."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import persona_memory as pm
+
+LINES = Path(__file__).resolve().parent / "bench" / "emotion_lines.jsonl"
+
+texts = st.one_of(
+    st.text(max_size=400),
+    st.lists(
+        st.sampled_from(
+            ["*", "_", '"', "so", "not", "happy", "afraid", "sobs", "😭", ":(", "!", "?!", "\ud800", "\n", "…", "but"]
+        )
+    ).map(" ".join),
+)
+scores = st.lists(st.floats(0, 1), min_size=7, max_size=7).filter(lambda s: sum(s) > 0.01).map(np.array)
+readings = scores.map(lambda s: pm.reading_of(s / s.sum()))
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    """Unit vectors of texts by the real model."""
+    return pm.Embedder("all-MiniLM-L6-v2").encode
+
+
+def sure(label: str, confidence: float = 0.9) -> pm.EmotionReading:
+    """A reading of that label; what is left is neutral, or joy where the label is neutral."""
+    values = dict.fromkeys(pm.EMOTIONS, 0.0)
+    values["joy" if label == "neutral" else "neutral"] = 1 - confidence
+    return pm.EmotionReading(label, confidence, values | {label: confidence})
+
+
+def evidence(text: str) -> dict[str, float]:
+    """What the lexicon finds, as "channel label" -> strength."""
+    channels = ("speech", "action", "picture", "negated")
+    names = [f"{channel} {label}" for channel in channels for label in pm.EMOTIONS]
+    return {n: float(v) for n, v in zip(names, pm.emotion_features(text), strict=False) if v and "neutral" not in n}
+
+
+@given(texts, st.booleans())
+@example("", True)
+@example("\ud800\udc00 \udfff *", False)
+@example("(╯°□°)╯︵ ┻━┻" * 300, True)
+def test_any_text_is_read(text, with_vector):
+    """Seven probabilities that sum to 1, the label is the likeliest, the confidence its own."""
+    vector = np.full(pm.VECTOR_SIZE, pm.VECTOR_SIZE**-0.5, dtype=np.float32) if with_vector else None
+    reading = pm.read_emotion(text, vector)
+    assert tuple(reading.scores) == pm.EMOTIONS
+    assert abs(sum(reading.scores.values()) - 1) < 1e-6
+    assert min(reading.scores.values()) >= 0 and reading.confidence == max(reading.scores.values()) <= 1
+    assert reading.scores[reading.label] == reading.confidence
+    features = pm.emotion_features(text)
+    assert features.shape == (pm.FEATURES,) and features.dtype == np.float32 and np.isfinite(features).all()
+    assert 0 <= pm.message_importance(text, reading) <= 1
+
+
+@pytest.mark.parametrize("text", ["a" * 100_000, "*" * 100_000, "so happy " * 12_000, '"*_' * 33_000, "😭" * 100_000])
+def test_a_text_of_any_length_is_read(text):
+    """Of long texts the two ends count."""
+    assert len(pm.clip(text)) <= pm.READ_LIMIT + 1
+    assert pm.read_emotion(text).label in pm.EMOTIONS
+    long = "She walks along the road. " * 1000
+    assert pm.read_emotion(long + "I love you, I am so happy!").scores["joy"] > pm.read_emotion(long).scores["joy"]
+
+
+def test_a_reading_depends_on_its_text_alone():
+    """The same twice, and another embedder's vector is not looked at."""
+    text = "I'm so happy to see you!"
+    assert pm.read_emotion(text) == pm.read_emotion(text) == pm.read_emotion(text, np.ones(768, dtype=np.float32))
+
+
+def test_the_weights_fit_the_code():
+    """The constant is compact and decodes to heads of the sizes that the inputs have."""
+    assert 4000 <= len(pm.EMOTION_WEIGHTS) <= 13000
+    heads = pm.emotion_heads()
+    assert {name: head[0].shape for name, head in heads.items()} == {
+        "vector": (pm.VECTOR_SIZE + pm.FEATURES, 7),
+        "lexicon": (pm.FEATURES, 7),
+    }
+    assert all(np.isfinite(part).all() and np.abs(part).max() > 0 for head in heads.values() for part in head)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("I am happy", {"speech joy"}),
+        ("I am not happy", {"negated joy"}),
+        ("I'm not really all that happy", {"negated joy"}),
+        ("She is no longer afraid", {"negated fear"}),
+        ("He isn't angry", {"negated anger"}),
+        ("I have never been happier", {"speech joy"}),
+        ("I have never been so scared", {"speech fear"}),
+        ("I have never been happy", {"negated joy"}),
+        ("I can't help but smile", {"speech joy"}),
+        ("I can't stop smiling", {"speech joy"}),
+        ("Not only happy, proud", {"speech joy"}),
+        ("No. I am happy", {"speech joy"}),
+        ("don’t cry", {"negated sadness"}),
+        ("*sobs*", {"action sadness"}),
+        ("_sobs_ I know", {"action sadness"}),
+        ("She sobs into her sleeve.", {"action sadness"}),
+        ('"Go," she sobs.', {"action sadness"}),
+        ("*slams the front door*", {"action anger"}),
+        ("You make me sick", {"speech disgust"}),
+        ("He cries tears of joy", {"action joy"}),
+        ("fine 😭😭", {"speech joy", "picture sadness"}),
+        ("(╯°□°)╯︵ ┻━┻", {"picture anger"}),
+        ("see https://example.org/ at 12:30", set()),
+        ("snake_case_name", set()),
+        ("She opens the door and walks in.", set()),
+    ],
+)
+def test_the_lexicon_finds(text, found):
+    """Negation, actions in all their spellings, phrases, pictures."""
+    kinds = set(evidence(text))
+    assert (
+        found <= kinds if "cries" in text else (kinds & found == found and kinds - found <= {"speech sadness"} - found)
+    )
+
+
+def test_words_before_a_feeling_weaken_and_strengthen_it():
+    """Dampened < plain < intensified, and shouting counts as one more feature."""
+    slight, plain, very = (evidence(f"I am {word} sad")["speech sadness"] for word in ("slightly", "just", "very"))
+    assert slight < plain < very
+    assert not np.array_equal(pm.emotion_features("you lied to me"), pm.emotion_features("YOU LIED TO ME"))
+
+
+FEELINGS = [
+    ("*sobs into her sleeve* He's gone...", "sadness"),
+    ("_cries_ I miss him", "sadness"),
+    ("I'm not happy.", "sadness"),
+    ("😭😭😭", "sadness"),
+    ("*slams the door* How dare you!", "anger"),
+    ("You lied to me, and I'm furious!", "anger"),
+    ("*beams* You did it! I'm so proud of you!", "joy"),
+    ("I can't help but smile at you.", "joy"),
+    ("I've never been happier!", "joy"),
+    ("*trembles and hides behind you* I'm scared", "fear"),
+    ("Her heart pounds as the footsteps come closer.", "fear"),
+    ("*gasps* No way! You're alive?!", "surprise"),
+    ("You make me sick.", "disgust"),
+    ("*wrinkles her nose* Eww, gross!", "disgust"),
+]
+NARRATION = [
+    "She opens the door and walks in.",
+    "*He puts the cup on the table and looks out of the window.*",
+    "*nods*",
+    "The road leads north, past the mill.",
+    "What time does the shop close?",
+    "I'm not angry, I only asked.",
+    "You hand me the map.",
+    "He isn't angry.",
+    "...",
+    "",
+    "12",
+]
+
+
+@pytest.mark.parametrize(("text", "label"), [*FEELINGS, *((text, "neutral") for text in NARRATION)])
+def test_role_play_is_read_with_and_without_vectors(vectors, text, label):
+    """Feelings are found in actions, talk and emoji; narration says nothing."""
+    assert pm.read_emotion(text, vectors([text])[0]).label == label
+    assert pm.read_emotion(text).label == label
+
+
+def test_the_role_play_lines_cover_the_labels():
+    """Enough lines of each label, none twice, a third held out of training."""
+    rows = [json.loads(line) for line in LINES.read_text(encoding="utf8").splitlines()]
+    assert len({row["text"] for row in rows}) == len(rows) >= 300
+    for label in pm.EMOTIONS:
+        splits = [row["split"] for row in rows if row["label"] == label]
+        assert len(splits) >= 40 and abs(splits.count("held") / len(splits) - 1 / 3) < 0.05
+
+
+def test_the_importance_table_is_what_counts():
+    """Its weights sum to 1, each factor has one and moves the result by it."""
+    assert abs(sum(pm.IMPORTANCE_FACTORS.values()) - 1) < 1e-9
+    calm = sure("neutral", 1.0)
+    assert set(pm.importance_factors("x", calm)) == set(pm.IMPORTANCE_FACTORS)
+    assert pm.message_importance("", calm) == 0
+    assert pm.message_importance("", sure("anger", 1.0)) == pytest.approx(pm.IMPORTANCE_FACTORS["emotion"])
+    name = "it was sold to Elena"
+    known = pm.message_importance(name, calm, {"elena"})
+    assert pm.message_importance(name, calm) == pytest.approx(known + pm.IMPORTANCE_FACTORS["first"] / 2)
+
+
+@pytest.mark.parametrize(
+    ("more", "less"),
+    [
+        ("I promise I will come back.", "I think I will come back."),
+        ("I swear on my life.", "I rely on my wife."),
+        ("I'll never leave you.", "I'll soon leave you."),
+        ("Then it's a deal.", "Then it's a door."),
+        ("They met Elena in Karlsburg.", "They met someone in town."),
+        ("Is it far?", "It is far."),
+        ("I need you.", "It needs it."),
+        ("There are two roads to the mill, and one is longer.", "There are two."),
+    ],
+)
+def test_importance_prefers(more, less):
+    """Promises, names, questions, persons and length, at the same feeling."""
+    calm = sure("neutral")
+    assert pm.message_importance(more, calm) > pm.message_importance(less, calm)
+
+
+def test_names_stand_inside_sentences():
+    """Neither a sentence's first word nor shouting nor a weekday is a name."""
+    assert pm.names_in("Today I met Elena and the Baron. Then HELP came on Monday, said Tom") == {
+        "elena",
+        "baron",
+        "tom",
+    }
+
+
+def chat(*labels: str) -> list[tuple[int, pm.EmotionReading]]:
+    """Readings of user messages at every other place of a branch."""
+    return [(2 * n, sure(label)) for n, label in enumerate(labels)]
+
+
+def test_a_mood_settles_and_fades():
+    """One word of anger in a cheerful chat is no mood; several are; silence lets it fade."""
+    assert pm.mood_of([]) is None
+    assert pm.mood_of(chat("joy")) == pm.Mood("joy", pytest.approx(0.9), 0, None)
+    assert pm.mood_of(chat("joy", "joy", "joy", "anger")).label == "joy"
+    turned = pm.mood_of(chat("joy", "joy", "joy", "anger", "anger", "anger"))
+    assert (turned.label, turned.previous, turned.since) == ("anger", "joy", 8)
+    assert pm.mood_of(chat("anger", *["neutral"] * 6)).label == "neutral"
+
+
+def test_a_mood_lasts_from_where_it_began():
+    """`since` stays while the mood does, `previous` too."""
+    mood = pm.mood_of(chat("sadness", "joy", "joy", "joy", "joy", "joy"))
+    assert mood == pm.Mood("joy", pytest.approx(mood.confidence), 4, "sadness")
+
+
+def test_swings_are_told():
+    """Each turn once, in words that count messages from 1."""
+    swings = pm.mood_swings([(213 + 2 * n, r) for n, (_, r) in enumerate(chat("joy", "sadness", "sadness", "sadness"))])
+    assert [pm.swing_line(swing) for swing in swings] == ["was cheerful, turned sad at message 218"]
+    assert pm.mood_swings(chat("joy")) == pm.mood_swings([]) == []
+
+
+@given(st.lists(readings, max_size=30))
+def test_moods_of_any_readings(some):
+    """Confidence is a probability, the mood began at a message of the branch, swings lead up to it."""
+    branch = list(enumerate(some))
+    mood, swings = pm.mood_of(branch), pm.mood_swings(branch)
+    assert (mood is None) == (not some)
+    if mood:
+        assert 0 <= mood.confidence <= 1.000001 and 0 <= mood.since < len(some) and mood.previous != mood.label
+        assert mood.since == (swings[-1].since if swings else 0)
+    assert all(a.label == b.previous for a, b in zip(swings, swings[1:], strict=False))
+
+
+def test_guidance_is_short_and_only_when_sure():
+    """Nothing for a calm or an unsure mood, else a line of at most 30 tokens with the name and the place."""
+    assert pm.guidance_line(None) == pm.guidance_line(pm.Mood("neutral", 1.0, 0)) == ""
+    assert pm.guidance_line(pm.Mood("sadness", pm.WORTH_SAYING - 0.01, 0)) == ""
+    assert set(pm.MOOD_WORDS) == set(pm.EMOTIONS)
+    for label in pm.EMOTIONS[: pm.NEUTRAL]:
+        line = pm.guidance_line(pm.Mood(label, 0.8, 1213), "Robin")
+        assert "Robin" in line and "#1214" in line and pm.count_tokens(line) <= 30 and "\n" not in line
+
+
+@given(readings, readings)
+def test_emotion_match_is_a_small_symmetric_nudge(a, b):
+    """0 to 1, and never more than either message feels."""
+    match = pm.emotion_match(a, b)
+    assert 0 <= match <= 1 and match == pytest.approx(pm.emotion_match(b, a))
+    assert match <= 1 - max(a.scores["neutral"], b.scores["neutral"]) + 1e-9
+
+
+def test_like_feelings_match():
+    """The same feeling matches, another does not, and what is neutral matches nothing."""
+    assert pm.emotion_match(sure("joy"), sure("joy")) == pytest.approx(0.9)
+    assert pm.emotion_match(sure("joy"), sure("anger")) == 0
+    assert pm.emotion_match(sure("neutral", 1.0), sure("neutral", 1.0)) == 0
