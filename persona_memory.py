@@ -138,6 +138,10 @@ class Settings:
     embedder: str = setting(
         "all-MiniLM-L6-v2", "sentence-transformers model: a path, a hub name, or the default's bundled copy"
     )
+    emotion_model: str = setting(
+        "", "text-classification model that reads feelings instead: a path or a hub name", "the built-in reader"
+    )
+    no_guidance: bool = setting(False, "do not tell the model how the user feels", "off")
     api_key: str = setting("", "when set, every route but /health needs `Authorization: Bearer <key>`", "none")
     allow_origin: str = setting(
         "", "web origins that may call the API, comma-separated", "127.0.0.1 and localhost, any port"
@@ -483,6 +487,7 @@ class PromptReport:
     recalled: list[dict]
     milliseconds: float
     degraded: str = ""
+    mood: dict | None = None
 
     @property
     def header(self) -> str:
@@ -1332,6 +1337,31 @@ def read_emotion(text: str, vector: np.ndarray | None = None) -> EmotionReading:
     return reading_of(softmax(inputs @ weights + bias))
 
 
+# GoEmotions' 28 labels by the basic emotion that its authors count them to (Demszky et al. 2020, "ekman_mapping").
+FINE_LABELS = {
+    "joy": "admiration amusement approval caring desire excitement gratitude joy love optimism pride relief happiness",
+    "sadness": "disappointment embarrassment grief remorse sadness",
+    "anger": "anger annoyance disapproval",
+    "fear": "fear nervousness",
+    "surprise": "confusion curiosity realization surprise",
+    "disgust": "disgust",
+    "neutral": "neutral",
+}
+
+
+def grouped_reading(scores: Iterable[tuple[str, float]]) -> EmotionReading:
+    """A reading from another classifier's labels and scores; raises `ValueError` where it knows none of the labels."""
+    basic = {fine: label for label, names in FINE_LABELS.items() for fine in names.split()}
+    sums = dict.fromkeys(EMOTIONS, 0.0)
+    for label, score in scores:
+        if label.lower() in basic:
+            sums[basic[label.lower()]] += max(0.0, score)
+    total = sum(sums.values())
+    if not total:
+        raise ValueError("the model gives none of the labels of GoEmotions or of the basic emotions")
+    return reading_of([sums[label] / total for label in EMOTIONS])
+
+
 # How much each factor counts towards a message's importance; the weights sum to 1, a factor's value is 0 to 1.
 IMPORTANCE_FACTORS = {
     "emotion": 0.30,  # probability that the message is not neutral
@@ -1389,19 +1419,19 @@ def message_importance(text: str, reading: EmotionReading, known_names: Collecti
     return min(1.0, sum(weight * factors[name] for name, weight in IMPORTANCE_FACTORS.items()))
 
 
-MOOD_DECAY = 0.65  # what a message counts in the mood after each further one: half after 1.6, a tenth after 5
-MOOD_FLOOR = 0.30  # probability from which on the strongest feeling is the mood, though neutral may be likelier
+MOOD_DECAY = 0.5  # what a message counts in the mood after each further one
+MOOD_FLOOR = 0.20  # probability from which on the strongest feeling is the mood, though neutral may be likelier
 MOOD_MARGIN = 0.05  # by which another feeling must be stronger than the mood, so that the mood does not flicker
-WORTH_SAYING = 0.40  # confidence from which on a mood is told to the model
-# label -> (the mood in a word, what the guidance line says of it, what it asks for)
+# label -> (the mood in a word, what the guidance line says of it, what it asks for, confidence from which it is said).
+# Politeness reads as joy and a question as surprise (GoEmotions counts curiosity to it): those two must be very sure.
 MOOD_WORDS = {
-    "joy": ("cheerful", "in good spirits", "share the lightness"),
-    "sadness": ("sad", "sad", "be gentle, leave room"),
-    "anger": ("angry", "angry", "take it seriously, stay steady"),
-    "fear": ("anxious", "anxious", "give safety, go slowly"),
-    "surprise": ("surprised", "taken by surprise", "let it sink in"),
-    "disgust": ("disgusted", "repelled", "respect the distance"),
-    "neutral": ("calm", "", ""),
+    "joy": ("cheerful", "in good spirits", "share the lightness", 0.85),
+    "sadness": ("sad", "sad", "be gentle, leave room", 0.35),
+    "anger": ("angry", "angry", "take it seriously, stay steady", 0.35),
+    "fear": ("anxious", "anxious", "give safety, go slowly", 0.35),
+    "surprise": ("surprised", "taken by surprise", "let it sink in", 0.90),
+    "disgust": ("disgusted", "repelled", "respect the distance", 0.35),
+    "neutral": ("calm", "", "", math.inf),
 }
 
 
@@ -1450,9 +1480,9 @@ def swing_line(swing: Mood) -> str:
 
 def guidance_line(mood: Mood | None, name: str = "User") -> str:
     """One line for the prompt on how the user feels and since when; empty where that is unsure or nothing."""
-    if mood is None or mood.label == "neutral" or mood.confidence < WORTH_SAYING:
+    _, feels, answer, worth = MOOD_WORDS[mood.label if mood else "neutral"]
+    if mood is None or mood.confidence < worth:
         return ""
-    _, feels, answer = MOOD_WORDS[mood.label]
     return f"[{name} seems {feels} since #{mood.since + 1}: {answer}; do not name it.]"
 
 
@@ -1555,6 +1585,41 @@ def load_sentence_transformer(name: str) -> Any:
     # Half of the cores: torch's threads wait for each other, and stall when a model on this machine takes the rest.
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     return SentenceTransformer(name, device="cpu")
+
+
+class EmotionModel:
+    """A text-classification model of the user's choice (transformers), which reads feelings in a thread of its own."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="emotion-model")
+
+    def read(self, texts: Sequence[str], timeout: float | None = None) -> list[EmotionReading]:
+        """What those texts feel; raises `EmbedderUnavailable` where the model cannot be used, or is late."""
+        job = self._thread.submit(self._read, texts)
+        try:
+            return job.result(timeout)
+        except TimeoutError:
+            raise EmbedderUnavailable("emotion model late") from None
+        except Exception as error:  # whatever a model's loader raises
+            job.cancel()
+            words = f"The emotion model {self.name} cannot be used: {type(error).__name__}: {error}"
+            log_event("emotion_model_failed", words, level=logging.WARNING, model=self.name)
+            raise EmbedderUnavailable(words) from error
+
+    def _read(self, texts: Sequence[str]) -> list[EmotionReading]:
+        rows = self._pipeline([sane_text(t[:MAX_EMBEDDED]) for t in texts], top_k=None, truncation=True)
+        return [grouped_reading((row["label"], row["score"]) for row in rows_of_one) for rows_of_one in rows]
+
+    @functools.cached_property
+    def _pipeline(self) -> Any:
+        from transformers import pipeline
+
+        return pipeline("text-classification", model=self.name, device="cpu")
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 def sane_text(text: str) -> str:
@@ -1972,6 +2037,22 @@ class ChatStore:
             for text_hash, vector in vectors.items():
                 self._cache[f"v:{embedder}:{text_hash}"] = vector.astype(np.float32).tobytes()
 
+    def readings(self, reader: str, hashes: Sequence[str]) -> dict[str, list[float]]:
+        """The stored emotion scores by text hash, in the order of EMOTIONS; those that make no sense are left out."""
+        raw = self._disk.run(lambda: [(h, self._cache.get(f"e:{reader}:{h}")) for h in hashes])
+        found = {h: np.frombuffer(v, np.float32) for h, v in raw if isinstance(v, bytes) and not len(v) % 4}
+        return {h: v.tolist() for h, v in found.items() if len(v) == len(EMOTIONS) and abs(v.sum() - 1) < 1e-3}
+
+    def put_readings(self, reader: str, readings: Mapping[str, EmotionReading]) -> None:
+        """Stores what a reader makes of texts, by text hash."""
+        self._disk.run(self._put_readings, reader, readings)
+
+    def _put_readings(self, reader: str, readings: Mapping[str, EmotionReading]) -> None:
+        with self._cache.transact():
+            for text_hash, reading in readings.items():
+                scores = np.array([reading.scores[label] for label in EMOTIONS], np.float32)
+                self._cache[f"e:{reader}:{text_hash}"] = scores.tobytes()
+
     def reports(self, limit: int) -> list[dict]:
         """The reports of the last prompts, newest first."""
         newest = self.info.get("reports", 0)
@@ -2075,7 +2156,8 @@ class ChatShelf:
         """The chat without an explicit id that a transcript of (role, digest) continues, and where in it.
 
         Chats that share the most of the newest texts are looked at; those that share fewer than one which convinces
-        are not even opened.
+        are not even opened (a reply that no request has shown yet is not counted: one more may be shared). Among
+        equals, one that has the transcript's first message goes before one in which it would be an edit.
         """
         wanted = digests[-LOCATED_BY:]
         shared: Counter = Counter()
@@ -2083,14 +2165,14 @@ class ChatShelf:
             shared.update(dict.fromkeys(chats, 1 + (role == "user")))
         found = []
         for chat_id, count in shared.most_common(LOCATED_CHATS):
-            if found and count < found[0][0]:
+            if found and count + 1 < found[0][0]:
                 break
             store = self.get(chat_id)
             if store and store.tree.nodes:
                 with store.lock:
                     alignment = place(store)
                 found += [(count, store, alignment)] if alignment.convincing else []
-        best = max(found, key=lambda f: (len(f[2].matches), f[1].info["updated"]), default=None)
+        best = max(found, key=lambda f: (len(f[2].matches), 0 in f[2].matches, f[1].info["updated"]), default=None)
         return best and best[1:]
 
     def _chats_of(self, digests: Sequence[str]) -> list[list[str]]:
@@ -2254,6 +2336,7 @@ ASKING = re.compile(
     re.I,
 )
 MOST_MEMORIES = 64  # of a turn; beyond that the tail is noise
+EMOTION_NUDGE = IMPORTANCE_NUDGE = 0.03  # at most; they break ties and never bury a match
 
 
 def fuse(dense: np.ndarray, lexical: np.ndarray) -> np.ndarray:
@@ -2276,6 +2359,12 @@ def worth_recalling(scores: np.ndarray, bar: float) -> list[int]:
     """Places of the messages that reach the bar and are not far from the best, best first."""
     bar = max(bar, NEAR_BEST * float(scores.max(initial=0.0)))
     return [int(i) for i in np.argsort(-scores, kind="stable") if scores[i] >= bar]
+
+
+def nudged(scores: Sequence[float], emotion: Sequence[float], importance: Sequence[float]) -> list[int]:
+    """The order of candidates, best first, by score with the nudges added; all are 0 to 1 but the scores."""
+    totals = [s + EMOTION_NUDGE * e + IMPORTANCE_NUDGE * i for s, e, i in zip(scores, emotion, importance, strict=True)]
+    return sorted(range(len(totals)), key=lambda place: -totals[place])
 
 
 def choose(costs: Sequence[int], vectors: Sequence[np.ndarray | None], budget: int) -> list[int]:
@@ -2740,15 +2829,28 @@ def quota_is_used_up(error: UpstreamError) -> bool:
 
 
 def begun(chunks: Iterator[dict]) -> tuple[list[dict], Iterator[dict]]:
-    """A stream's chunks up to its first token, and the rest: until then it can be tried again."""
+    """A stream's chunks up to its first token, and the rest: until then it can be tried again.
+
+    Raises `NoReply` where there is none, and `UpstreamError` where a filter has stopped it.
+    """
     head = []
     for chunk in chunks:
         head.append(chunk)
         if any(says_something(choice) for choice in chunk["choices"]):
-            break
-    if not head:
-        raise NoReply("The upstream's answer was empty.")
-    return head, chunks
+            refuse_blocked([(c.get("delta") or {}, c.get("finish_reason")) for c in chunk["choices"]])
+            return head, chunks
+    raise NoReply("The upstream's answer was empty.")
+
+
+def refuse_blocked(choices: Iterable[tuple[Mapping, str | None]]) -> None:
+    """Raises `UpstreamError` where all choices (message or delta, finish reason) were stopped before the first word."""
+    if all(reason == "content_filter" and not any(v for k, v in m.items() if k != "role") for m, reason in choices):
+        raise blocked("The upstream's content filter stopped the reply before its first word.")
+
+
+def blocked(message: str) -> UpstreamError:
+    """An error for what a provider's filter stopped (status and code are Azure OpenAI's)."""
+    return UpstreamError(400, {"message": message, "type": "invalid_request_error", "code": "content_filter"})
 
 
 def says_something(choice: Mapping) -> bool:
@@ -3086,7 +3188,7 @@ def stream_chunks(events: Iterable[str]) -> Iterator[dict]:
 
     Raises `UpstreamUnavailable` where the stream ends without saying so.
     """
-    ended = False
+    ended = read = garbled = False
     for event in events:
         if event.strip() == "[DONE]":
             ended = True
@@ -3094,14 +3196,18 @@ def stream_chunks(events: Iterable[str]) -> Iterator[dict]:
         try:
             chunk = json.loads(event)
         except ValueError:
+            garbled = True
             continue
         if not isinstance(chunk, dict):
             continue
         if chunk.get("error"):
             raise streamed_error(error_object(event.encode()))
         if isinstance(chunk.get("choices"), list):
+            read = True
             yield chunk
             ended = ended or any(c.get("finish_reason") for c in chunk["choices"])
+    if garbled and not read:
+        raise UnreadableAnswer("The upstream's answer cannot be read.")
     if not ended:
         raise UpstreamUnavailable("The upstream's answer was cut off.")
 
@@ -3122,6 +3228,7 @@ def checked_answer(status: int, headers: Mapping[str, str], raw: bytes) -> dict:
         answer = None
     if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list) or not answer["choices"]:
         raise UnreadableAnswer(f"The upstream answered with status {status} and no completion.")
+    refuse_blocked([(c.get("message") or {}, c.get("finish_reason")) for c in answer["choices"]])
     return answer
 
 
@@ -3417,6 +3524,8 @@ class GeminiUpstream:
             )
         if isinstance(cause, ProtocolError):
             return UpstreamUnavailable("Gemini's answer ended in the middle.")
+        while error.__cause__ or error.__context__:  # the innermost says it in words for people
+            error = error.__cause__ or error.__context__
         return UpstreamUnavailable(f"Gemini at {shown_url(self.url)} cannot be reached: {error}.")
 
     def complete(self, body: Mapping, call: Call) -> dict:
@@ -3562,7 +3671,7 @@ def add_content(contents: list[dict], role: str, parts: list[dict]) -> None:
 
 def gemini_parts(message: Mapping) -> list[dict]:
     """A message's content as Gemini's parts; a name stands in front of its words. Raises `InvalidRequest`."""
-    content, name = message.get("content"), message.get("name")
+    content, name = message.get("content"), sayable(message.get("name") or "")
     if content is None or isinstance(content, str):
         content = [{"type": "text", "text": content or ""}]
     parts = [part for part in map(gemini_part, content) if part]
@@ -3603,7 +3712,7 @@ def gemini_options(body: Mapping) -> dict:
     """Sampling options within what Gemini takes. Left out: penalties and `n`, which its newer models refuse."""
     options = {name: ranged(body, name, 0, high) for name, high in (("temperature", 2), ("top_p", 1))}
     top_k = ranged(body, "top_k", 0, GEMINI_TOP_K)
-    options["top_k"] = int(top_k) if top_k else None  # 0 is how clients switch it off
+    options["top_k"] = math.ceil(top_k) if top_k else None  # 0 is how clients switch it off
     stop = body.get("stop") or []
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
@@ -3724,11 +3833,6 @@ def enum_name(message: Any, name: str) -> str:
     return known.name if known else str(number)
 
 
-def blocked(message: str) -> UpstreamError:
-    """An error for what a provider's filter stopped (status and code are Azure OpenAI's)."""
-    return UpstreamError(400, {"message": message, "type": "invalid_request_error", "code": "content_filter"})
-
-
 def answer_of(chunks: Sequence[Mapping]) -> dict:
     """A stream's chunks (of one choice) as a whole answer."""
     text = "".join((c["delta"].get("content") or "") for chunk in chunks for c in chunk["choices"])
@@ -3764,6 +3868,8 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
 RECALL_SECONDS = 2.0  # what a turn waits for a vector before it goes on without
 ENCODED_AT_ONCE = 8  # missing vectors that a turn computes itself, the newest; more are left to the background
 SEARCH_SECONDS = 120.0  # a search waits longer than a turn: it was asked for
+MOOD_SPAN = 200  # user messages that a mood is followed over
+GUIDANCE_TOKENS = 48  # what is kept free for the line on the user's mood
 ABSENT_IDS = ("", "undefined", "null", "None")
 
 
@@ -3791,6 +3897,8 @@ class PersonaMemory:
         self.metrics = Metrics()
         self.upstream = make_upstream(settings, self.metrics)
         self.embedder = Embedder(settings.embedder)
+        self._emotion_model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
+        self._readings: WeakKeyDictionary[ChatStore, dict[str, EmotionReading]] = WeakKeyDictionary()
         self._shelf = ChatShelf(Path(settings.data))
         self._shelf_started = False
         self._model = ""
@@ -3854,11 +3962,13 @@ class PersonaMemory:
             nodes = [store.tree.nodes[i] for i in path[first:]]
             layout = lay_out(request, context, self.shares, [n.tokens for n in nodes], [n.role for n in nodes])
             memories, degraded = self._recall(store, request, nodes, layout)
+            mood = self._mood_of_turn(store, request, nodes)
             older = store.read([n.id for n in nodes[layout.anchor : above]])
-        block = memory_block(memories)
+        block = "\n".join(filter(None, (memory_block(memories), self._guidance(request, layout, mood))))
         turns_from = first + max(0, layout.anchor - above)
         prompt = compose_prompt(request, layout, older, turns_from, block)
         report = self._report(request, layout, memories, block, context, path, degraded, started)
+        report = replace(report, mood=mood and asdict(mood))
         self._note_turn(store.id, report)
         self._log_text(request.turns[-1].role, request.turns[-1].content)
         unaided = compose_prompt(request, layout, older, turns_from, "") if block else ()
@@ -4089,7 +4199,7 @@ class PersonaMemory:
         self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node], layout: Layout
     ) -> tuple[list[Memory], str]:
         """The memories for a turn and, where something kept them from being all they could be, what."""
-        room = min(layout.room, layout.budget.memories) - memory_frame_tokens()
+        room = min(layout.room, layout.budget.memories) - memory_frame_tokens() - GUIDANCE_TOKENS
         if not layout.anchor or layout.pivot is None or room <= 0:
             self._embed_later(store, [n.id for n in nodes[-ENCODED_AT_ONCE:]])
             return [], ""
@@ -4101,7 +4211,7 @@ class PersonaMemory:
             visible = {n.fingerprint for n in nodes[layout.anchor :]}
             bar, budget = recall_effort(turn.content, room)
             places = [i for i in worth_recalling(scores["score"], bar) if nodes[i].fingerprint not in visible]
-            return self._select(store, index, nodes, scores, places[:MOST_MEMORIES], budget), degraded
+            return self._select(store, index, nodes, scores, places[:MOST_MEMORIES], budget, turn), degraded
         except Exception as error:  # property 5: the turn goes on without
             words = f"Recall failed: {type(error).__name__}: {error}"
             log_event("recall_failed", words, level=logging.WARNING, trace=True, chat=store.id)
@@ -4175,11 +4285,158 @@ class PersonaMemory:
         scores: Mapping[str, np.ndarray],
         places: Sequence[int],
         budget: int,
+        turn: Turn,
     ) -> list[Memory]:
         """Of the messages at those places, best first, the memories that fit and do not repeat each other."""
-        memories = self._memories(store, nodes, scores, places)
-        vectors = [index.vector(nodes[i].fingerprint) for i in places]
+        memories = self._nudge(store, nodes, self._memories(store, nodes, scores, places), turn)
+        vectors = [index.vector(text_fingerprint(m.message.name, m.message.content)) for m in memories]
         return [memories[i] for i in choose(list(map(memory_cost, memories)), vectors, budget)]
+
+    def _nudge(self, store: ChatStore, nodes: Sequence[Node], memories: Sequence[Memory], turn: Turn) -> list[Memory]:
+        """The memories with their scores for emotion and importance, in the order that those make."""
+        by_id = {n.id: n for n in nodes}
+        newest = next(n for n in reversed(nodes) if n.fingerprint == turn.fingerprint)
+        now, *then = self._emotions(store, [newest, *(by_id[m.message.id] for m in memories)])
+        emotion = [emotion_match(now, reading) for reading in then]
+        # Whether a name was new then is not asked here: it would take the names of all messages before.
+        importance = [
+            message_importance(m.message.content, r, names_in(m.message.content))
+            for m, r in zip(memories, then, strict=True)
+        ]
+        order = nudged([m.score for m in memories], emotion, importance)
+        more = [{"emotion": e, "importance": i} for e, i in zip(emotion, importance, strict=True)]
+        return [replace(memories[i], scores=memories[i].scores | more[i]) for i in order]
+
+    # -------------------------------------------------------------------------------------------------------- feelings
+
+    def _mood_of_turn(self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node]) -> Mood | None:
+        """How the user feels by now; None where that cannot be told. Never fails a turn."""
+        if request.newest_user is None:
+            return None
+        try:
+            self._embed_newest(store, nodes, request.turns[request.newest_user])
+            return self._mood(store, nodes)
+        except Exception as error:
+            words = f"The mood could not be read: {type(error).__name__}: {error}"
+            log_event("emotion_failed", words, level=logging.WARNING, trace=True, chat=store.id)
+            return None
+
+    def _embed_newest(self, store: ChatStore, nodes: Sequence[Node], turn: Turn) -> None:
+        """Sees to the newest user message's vector, where recall had no need of it yet."""
+        index = self._index(store, nodes)
+        if index.vector(turn.fingerprint) is not None or self._reads_elsewhere:
+            return
+        with contextlib.suppress(EmbedderUnavailable):  # the words alone are read then
+            spoken = f"{turn.name}: {turn.content}" if turn.name else turn.content
+            found = {turn.fingerprint: self.embedder.encode([spoken], timeout=RECALL_SECONDS)[0]}
+            index.add_vectors(found)
+            self._background.submit(store.put_vectors, self.embedder.name, found)
+
+    @property
+    def _reads_elsewhere(self) -> bool:
+        """Whether feelings are not read from this embedder's vectors."""
+        return self._emotion_model is not None or self.embedder.name not in BUNDLED_EMBEDDERS
+
+    def _mood(self, store: ChatStore, nodes: Sequence[Node]) -> Mood | None:
+        users = [n for n in nodes if n.role == "user"][-MOOD_SPAN:]
+        readings = self._emotions(store, users)
+        return mood_of([(n.depth, r) for n, r in zip(users, readings, strict=True)])
+
+    def _guidance(self, request: ChatRequest, layout: Layout, mood: Mood | None) -> str:
+        """The line that tells the model how the user feels; empty where it has no room or nothing to say."""
+        if self.settings.no_guidance or layout.pivot is None or layout.room < GUIDANCE_TOKENS:
+            return ""
+        name = request.turns[layout.pivot].name or SPEAKERS["user"]
+        line = guidance_line(mood, name)
+        return line if count_tokens(line) + MESSAGE_OVERHEAD + 2 <= GUIDANCE_TOKENS else ""
+
+    def _emotions(self, store: ChatStore, nodes: Sequence[Node]) -> list[EmotionReading]:
+        """What the messages at those nodes feel; read once, unless by words alone for want of a vector."""
+        known = self._readings.setdefault(store, {})
+        unread = {n.fingerprint: n.id for n in nodes if n.fingerprint not in known}
+        read = self._read_stored(store, unread)
+        known.update(read)
+        provisional = self._read_built_in(store, {h: i for h, i in unread.items() if h not in read}, known)
+        return [known.get(n.fingerprint) or provisional[n.fingerprint] for n in nodes]
+
+    def _read_stored(self, store: ChatStore, unread: Mapping[str, str]) -> dict[str, EmotionReading]:
+        """The readings of a user's own model, which are kept with the chat: it takes its time."""
+        if not self._emotion_model or not unread:
+            return {}
+        stored = store.readings(self._emotion_model.name, list(unread))
+        left = [h for h in unread if h not in stored]
+        if left:
+            self._embed_later(store, unread.values())
+        return {h: reading_of(scores) for h, scores in stored.items()}
+
+    def _read_built_in(
+        self, store: ChatStore, unread: Mapping[str, str], known: dict[str, EmotionReading]
+    ) -> dict[str, EmotionReading]:
+        """The built-in reader's readings; what it reads with a vector is noted in `known`."""
+        if not unread:
+            return {}
+        vectors: dict[str, np.ndarray] = {}
+        if self.embedder.name in BUNDLED_EMBEDDERS:
+            index = self._indexes.get(store)
+            vectors = {h: v for h in unread if index and (v := index.vector(h)) is not None}
+            vectors |= store.vectors(self.embedder.name, [h for h in unread if h not in vectors])
+        messages = store.read(list(unread.values()))
+        found = {h: read_emotion(m.content, vectors.get(h)) for h, m in zip(unread, messages, strict=True)}
+        if not self._emotion_model:
+            sure = found if self._reads_elsewhere else {h: r for h, r in found.items() if h in vectors}
+            known.update(sure)
+        return found
+
+    def _read_in_background(self, store: ChatStore, by_hash: Mapping[str, str]) -> None:
+        """Has a user's own model read what it has not read yet."""
+        if not self._emotion_model:
+            return
+        stored = store.readings(self._emotion_model.name, list(by_hash))
+        left = [h for h in by_hash if h not in stored]
+        for batch in (left[i : i + EMBED_BATCH] for i in range(0, len(left), EMBED_BATCH)):
+            if self._closed:
+                return
+            messages = store.read([by_hash[h] for h in batch])
+            readings = self._emotion_model.read([m.content for m in messages])
+            store.put_readings(self._emotion_model.name, dict(zip(batch, readings, strict=True)))
+
+    def classify(self, text: str) -> EmotionReading:
+        """What a text feels, by itself."""
+        with contextlib.suppress(EmbedderUnavailable):
+            if self._emotion_model:
+                return self._emotion_model.read([text], timeout=SEARCH_SECONDS)[0]
+            if not self._reads_elsewhere:
+                return read_emotion(text, self.embedder.encode([text], timeout=RECALL_SECONDS)[0])
+        return read_emotion(text)
+
+    def emotions(
+        self, chat_id: str, label: str = "", since: int = 0, until: int | None = None, strongest: int = 0
+    ) -> dict:
+        """The emotional history of the current branch, oldest first, and the user's mood and its swings.
+
+        Only messages of a `label`, and from place `since` to place `until` (0-based, both included); of those the
+        `strongest` so many, strongest first. Raises `NotFound`, `InvalidRequest`.
+        """
+        if label and label not in EMOTIONS:
+            raise InvalidRequest(f"label is one of {', '.join(EMOTIONS)}.", "label")
+        store = self.chat(chat_id)
+        with contextlib.suppress(EmbedderUnavailable):
+            self._embed_missing(store, store.tree.path(store.head))
+        with store.lock:
+            nodes = [store.tree.nodes[i] for i in store.tree.path(store.head)]
+            readings = self._emotions(store, nodes)
+            messages = store.read([n.id for n in nodes])
+        rows = emotion_rows(nodes, messages, readings)
+        users = [(n.depth, r) for n, r in zip(nodes, readings, strict=True) if n.role == "user"]
+        mood = mood_of(users)
+        last = len(rows) if until is None else until
+        shown = [row for row in rows if since <= row["index"] <= last and label in ("", row["label"])]
+        if strongest:
+            shown = sorted(shown, key=lambda row: -row["intensity"])[:strongest]
+        return {
+            "messages": shown, "total": len(rows), "mood": mood and asdict(mood),
+            "swings": [asdict(swing) | {"text": swing_line(swing)} for swing in mood_swings(users)],
+        }  # fmt: skip
 
     def _embed_later(self, store: ChatStore, ids: Iterable[str]) -> None:
         """Has the vectors that messages still lack computed in the background, by one job a chat."""
@@ -4200,6 +4457,8 @@ class PersonaMemory:
             self._embed_each(store, ids)
 
     def _embed_each(self, store: ChatStore, ids: Iterable[str]) -> None:
+        ids = list(ids)
+        self._read_in_background(store, {n.fingerprint: n.id for i in ids if (n := store.tree.nodes.get(i))})
         by_hash = {store.tree.nodes[i].fingerprint: i for i in ids if i in store.tree.nodes}
         index = self._indexes.get(store)
         unknown = index.without_vector(by_hash) if index else list(by_hash)
@@ -4229,12 +4488,14 @@ class PersonaMemory:
         """One chat: its counts, and the report of its last prompt; raises `NotFound`."""
         store = self.chat(chat_id)
         with store.lock:
-            length = len(store.tree.path(store.head))
+            path = store.tree.path(store.head)
+            mood = self._mood(store, [store.tree.nodes[i] for i in path])
             reports = store.reports(1)
             stored = len(store.tree.nodes)
         return store.summary() | {
-            "branch_length": length,
+            "branch_length": len(path),
             "stored": stored,
+            "mood": mood and asdict(mood),
             "last_prompt": reports[0] if reports else None,
         }
 
@@ -4318,6 +4579,8 @@ class PersonaMemory:
     def close(self) -> None:
         """Ends background work; what it leaves undone is done when the chat is used again."""
         self._closed = True
+        if self._emotion_model:
+            self._emotion_model.close()
         self._background.shutdown(wait=False, cancel_futures=True)
 
 
@@ -4333,6 +4596,21 @@ def gather(texts: defaultdict[int, str], chunk: Mapping) -> None:
         content = (choice.get("delta") or {}).get("content")
         if isinstance(content, str):
             texts[choice.get("index", 0)] += content
+
+
+def emotion_rows(nodes: Sequence[Node], messages: Sequence[Message], readings: Sequence[EmotionReading]) -> list[dict]:
+    """A branch's messages with what they feel, how strongly, and how much they matter; oldest first."""
+    rows, names = [], set()
+    for node, message, reading in zip(nodes, messages, readings, strict=True):
+        importance = message_importance(message.content, reading, names)
+        names |= names_in(message.content)
+        rows.append({
+            "id": message.id, "index": node.depth, "role": message.role, "name": message.name,
+            "label": reading.label, "confidence": round(reading.confidence, 3),
+            "scores": {label: round(score, 3) for label, score in reading.scores.items()},
+            "intensity": round(1 - reading.scores["neutral"], 3), "importance": round(importance, 3),
+        })  # fmt: skip
+    return rows
 
 
 def reason_of(error: Exception) -> str:
@@ -4689,10 +4967,46 @@ def chat_search(chat: str) -> dict:
     return {"memories": [m.public() for m in found]}
 
 
+@api.get("/chats/<chat:chat>/emotions")
+def chat_emotions(chat: str) -> dict:
+    """What the messages of the chat's current branch feel, and the user's mood."""
+    arguments = flask.request.args
+    until = number_argument("until", 0) if "until" in arguments else None
+    return engine().emotions(
+        chat, arguments.get("label", ""), number_argument("since", 0), until, number_argument("strongest", 0)
+    )
+
+
 @api.get("/chats/<chat:chat>/prompts")
 def chat_prompts(chat: str) -> dict:
     """The reports of the chat's last prompts."""
     return {"prompts": engine().prompts(chat, number_argument("limit", 10))}
+
+
+extras = flask.Blueprint("extras", __name__, url_prefix="/api")  # as SillyTavern's Extras API has it
+
+
+@extras.get("/modules")
+def list_modules() -> dict:
+    """The modules that stock extensions may use."""
+    return {"modules": ["classify"]}
+
+
+@extras.post("/classify")
+def classify() -> dict:
+    """What a text feels: all labels, best first."""
+    body = request_json()
+    text = body.get("text") if isinstance(body, dict) else None
+    if not isinstance(text, str):
+        raise InvalidRequest("text must be a string.", "text")
+    scores = sorted(engine().classify(text).scores.items(), key=lambda row: -row[1])
+    return {"classification": [{"label": label, "score": score} for label, score in scores]}
+
+
+@extras.get("/classify/labels")
+def list_labels() -> dict:
+    """The labels that `classify` gives."""
+    return {"labels": list(EMOTIONS)}
 
 
 def health() -> dict:
@@ -4801,6 +5115,7 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.add_url_rule("/health", view_func=health)
     app.add_url_rule("/metrics", view_func=show_metrics)
     app.register_blueprint(api)
+    app.register_blueprint(extras)
     if settings.proxy:
         app.register_blueprint(proxy)
     app.wsgi_app = exact_paths(app.wsgi_app)

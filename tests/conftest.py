@@ -78,6 +78,7 @@ def shared_upstream():
 
 @pytest.fixture(scope="module")
 def shared_server(shared_upstream, tmp_path_factory):
-    """One program before it, for a whole module."""
-    with LocalServer(settings(tmp_path_factory.mktemp("shared") / "data", shared_upstream.url)) as running:
+    """One program before it, for a whole module; without the line on the user's mood, so that prompts are foreseen."""
+    data = tmp_path_factory.mktemp("shared") / "data"
+    with LocalServer(settings(data, shared_upstream.url, no_guidance=True)) as running:
         yield running
