@@ -26,6 +26,7 @@ Contents, bottom-up (a room uses only the rooms above it)::
     Chat store     one diskcache per chat, and the shelf that holds them
     Index          FAISS and FTS5 over a branch, rebuilt from the store
     Recall         which messages are worth a place in the prompt
+    Summaries      the story so far: what to summarise, how, and whether it came out right
     Prompt         from request + memory to the messages for the model
     Gate           a request's way to an upstream: places, order, retries, cancelling
     Upstreams      the language models behind the proxy
@@ -64,7 +65,7 @@ import unicodedata
 import urllib.parse
 import warnings
 import zipfile
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -135,6 +136,9 @@ class Settings:
     )
     context: int = setting(0, "context length in tokens", "asked of the upstream, at most 32768; else 8192")
     budget: str = setting("20/25/35/20", "shares of the context in percent: persona/memories/history/response")
+    summary_every: int = setting(20, "messages to a summary of what has left the prompt; 0 turns summaries off")
+    summary_model: str = setting("", "model that writes summaries", "the chat's own")
+    summary_calls: int = setting(60, "summary requests an hour, for metered upstreams; 0 is no limit")
     embedder: str = setting(
         "all-MiniLM-L6-v2", "sentence-transformers model: a path, a hub name, or the default's bundled copy"
     )
@@ -473,6 +477,43 @@ class Mood:
     previous: str | None = None  # the label before; None where this is the first mood
 
 
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a stretch of a branch told, from the message `first` at place `start` to `last` at place `end`.
+
+    A message's id stands for all messages above it, so a summary belongs to a branch when `last` is on it. Level 1 is
+    made from messages, each higher level from summaries of the one below.
+    """
+
+    id: str
+    level: int
+    first: str
+    last: str
+    start: int  # 0-based places in the branch, both included
+    end: int
+    text: str
+    tokens: int
+    covered: int  # tokens of what it was made from
+    source: str = "model"  # "model", "extract" (to be tried again) or "user"
+    tries: int = 1
+    at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A lasting fact that a message told; a newer one `about` the same supersedes it."""
+
+    id: str
+    about: str
+    text: str
+    quote: str  # words of the message
+    message: str  # its id
+    index: int  # its 0-based place in the branch
+    end: int  # the last place of the stretch that it was found in
+    pinned: bool = False
+    forgotten: bool = False
+
+
 @dataclass(frozen=True)
 class PromptReport:
     """What went into one prompt and why; token counts by share."""
@@ -488,11 +529,14 @@ class PromptReport:
     milliseconds: float
     degraded: str = ""
     mood: dict | None = None
+    summaries: int = 0
+    facts: int = 0
 
     @property
     def header(self) -> str:
         """The value of the response header `X-Persona-Memory`."""
-        figures = f"recalled={len(self.recalled)} tokens={self.tokens['memories']} history={self.history} summary=0"
+        recalled = f"recalled={len(self.recalled)} tokens={self.tokens['memories']}"
+        figures = f"{recalled} history={self.history} summary={self.summaries}"
         return degraded_header(self.degraded, figures) if self.degraded else figures
 
 
@@ -1913,10 +1957,11 @@ def database_of(directory: Path) -> Path:
 class ChatStore:
     """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
-    Rows: `m:<id>` a message (JSON), `v:<embedder>:<hash>` a vector (float32 bytes), `p:<number>` a prompt report,
-    `info` the chat's facts, `generation` a counter of changes with `g:<n>` naming the messages that change n touched,
-    so that another process on the same folder can catch up. Every method may be called from any thread; hold `lock`
-    across calls that belong together.
+    Rows: `m:<id>` a message (JSON), `s:<id>` a summary, `f:<id>` a fact, `v:<embedder>:<hash>` a vector (float32
+    bytes), `e:<reader>:<hash>` emotion scores, `p:<number>` a prompt report, `info` what is known of the chat,
+    `generation` a counter of changes with `g:<n>` naming the messages (and the keys of summaries and facts) that change
+    n touched, so that another process on the same folder can catch up. Every method may be called from any thread;
+    hold `lock` across calls that belong together.
     """
 
     def __init__(self, directory: Path):
@@ -1925,6 +1970,8 @@ class ChatStore:
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
         self.tree = Tree()
         self.info: dict[str, Any] = {}
+        self.summaries: dict[str, Summary] = {}
+        self.facts: dict[str, Fact] = {}
         self._generation = 0
         self._recent: OrderedDict[str, Message] = OrderedDict()
         self._disk = OwnThread("chat-store")
@@ -1936,6 +1983,9 @@ class ChatStore:
         rows = [read_json(self._cache, key) for key in self._cache.iterkeys() if key.startswith("m:")]
         for row in sorted(rows, key=lambda row: row["order"]):
             self._remember(row)
+        for key in self._cache.iterkeys():
+            if key.startswith(("s:", "f:")):
+                self._take_over(key)
         self._generation = self._cache.get("generation", 0)
         self._file = database_of(self.directory).stat().st_ino
 
@@ -1973,9 +2023,35 @@ class ChatStore:
             return
         for generation in range(self._generation + 1, newest + 1):
             for key in read_json(self._cache, f"g:{generation}"):
-                self._remember(read_json(self._cache, f"m:{key}"))
+                self._take_over(key)
         self.info = read_json(self._cache, "info")
         self._generation = newest
+
+    def _take_over(self, key: str) -> None:
+        """Takes what a row holds into RAM: a summary's, a fact's, or a message's by its bare id."""
+        if key.startswith("s:"):
+            self.summaries[key[2:]] = Summary(**read_json(self._cache, key))
+        elif key.startswith("f:"):
+            self.facts[key[2:]] = Fact(**read_json(self._cache, key))
+        else:
+            self._remember(read_json(self._cache, f"m:{key}"))
+
+    def put_story(self, summaries: Sequence[Summary] = (), facts: Sequence[Fact] = ()) -> None:
+        """Writes summaries and facts, new ones or new states, in one durable transaction."""
+        self._disk.run(self._put_story, summaries, facts)
+
+    def _put_story(self, summaries: Sequence[Summary], facts: Sequence[Fact]) -> None:
+        rows = {f"s:{s.id}": asdict(s) for s in summaries} | {f"f:{f.id}": asdict(f) for f in facts}
+        with self._cache.transact():
+            self._catch_up()
+            generation = self._generation + 1
+            for key, row in rows.items():
+                self._cache[key] = json.dumps(row)
+            self._cache[f"g:{generation}"] = json.dumps(list(rows))
+            self._cache["generation"] = generation
+        self._generation = generation
+        for key in rows:
+            self._take_over(key)
 
     def commit(self, messages: Sequence[Message] = (), info: Mapping = {}, report: PromptReport | None = None) -> None:
         """Writes messages (new ones, parents first, or new states), facts and a report in one durable transaction."""
@@ -2191,6 +2267,15 @@ class ChatShelf:
                     self._catalogue[f"d:{digest}"] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
             self._catalogue[f"c:{chat_id}"] = line
 
+    def mark_due(self, chat_id: str, due: bool) -> None:
+        """Notes whether a chat's story waits to be told, so that a restart takes it up again."""
+        key = f"u:{chat_id}"
+        self._disk.run(lambda: self._catalogue.set(key, 1) if due else self._catalogue.delete(key))
+
+    def due(self) -> list[str]:
+        """The chats whose story waits to be told."""
+        return self._disk.run(lambda: [k[2:] for k in self._catalogue.iterkeys() if k.startswith("u:")])
+
     def chats(self) -> list[dict]:
         """A line for every chat, the last used first."""
         lines = self._disk.run(
@@ -2379,10 +2464,314 @@ def choose(costs: Sequence[int], vectors: Sequence[np.ndarray | None], budget: i
 
 
 # ======================================================================================================================
+# Summaries
+# ======================================================================================================================
+
+STORY_SHARE = 0.6  # of the memories' share
+FACTS_SHARE = 0.25  # of the story's
+SUMMARIES_IN_STORY = 6  # that fit beside each other at their largest
+COMPRESSION = 0.28  # a summary's size against what it covers, at most
+CONDENSED_AT_ONCE = 4  # summaries that become one of the next level
+SHORTEST_SUMMARY = 24  # tokens
+MOST_FACTS = 6  # from one stretch
+WORDS_PER_TOKEN = 0.7  # of English prose in cl100k_base
+STORY_HEADING = "[The story so far, oldest first:]"
+FACTS_HEADING = "Facts:"
+STORY_ENDING = "[End of the story so far]"
+SUMMARY_TASK = """You keep the chronicle of a role-play chat. Retell the numbered {what} below in at most {words} \
+words, in the language they are written in, in the third person and the past tense. Keep names, promises, places, \
+turning points, gifts, injuries, and who felt what. Add nothing of your own, do not continue the story, do not \
+comment."""
+JSON_ANSWER = """Answer with JSON and nothing else: {{"summary": "...", "facts": [{{"about": "whose or which thing's \
+which trait", "fact": "one short sentence", "message": its number, "quote": "a few exact words of that message"}}]}}, \
+with at most {facts} facts that will still hold tomorrow."""
+PLAIN_ANSWER = """Answer with the retelling alone, in plain sentences: no title, no list, no JSON, no dialogue, not a \
+word about yourself."""
+REFUSAL = re.compile(
+    r"\W*(?:i(?:['’]m| am) sorry|sorry,|i apologi[sz]e|i (?:can(?:no|['’])t|cannot|am unable|won['’]t)\b"
+    r"|i(?:['’]m| am) (?:unable|not able|just an? )|as an? (?:ai|language model|large language)|unfortunately, i\b)",
+    re.IGNORECASE,
+)
+THOUGHTS = re.compile(r"<(think|thinking|thoughts?|reasoning)>.*?(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"'”’»*)\]]*\s+|(?<=[。！？])|\n+")
+GROUNDED = 0.45  # share of a summary's words that what it covers must hold; hand-written ones reach 0.55 to 0.9
+MOST_SPOKEN = 0.4  # share of a summary that may stand in quotation marks or asterisks; more is a scene, no summary
+
+
+def story_tokens(context: int, shares: Sequence[float]) -> int:
+    """Tokens of a prompt that the story so far may take."""
+    return int(STORY_SHARE * shares[1] * context)
+
+
+def story_of(summaries: Iterable[Summary], places: Mapping[str, int]) -> list[Summary]:
+    """The story of a branch, oldest first: its summaries but those that a higher level has taken in.
+
+    `places` are the ids of the branch's messages with their 0-based places.
+    """
+    standing = [s for s in summaries if places.get(s.last) == s.end]
+    story, reach = [], -1
+    for summary in sorted(standing, key=lambda s: (s.start, -s.level)):
+        if summary.end > reach:
+            story.append(summary)
+            reach = summary.end
+    return story
+
+
+def next_gap(story: Sequence[Summary], first: int) -> tuple[int, float]:
+    """The first place, from `first` on, that the story does not cover, and the place before which it goes on."""
+    place = first
+    for summary in story:
+        if summary.start > place:
+            return place, summary.start
+        place = max(place, summary.end + 1)
+    return place, math.inf
+
+
+def to_condense(story: Sequence[Summary], budget: int) -> list[Summary]:
+    """The summaries to make one of, when a story takes more than `budget` tokens: the oldest of the lowest level that
+    has enough, else the oldest of all."""
+    if sum(s.tokens for s in story) <= budget or len(story) < 2:
+        return []
+    for level in sorted({s.level for s in story}):
+        group = [s for s in story if s.level == level][:CONDENSED_AT_ONCE]
+        if len(group) == CONDENSED_AT_ONCE and all(a.end + 1 == b.start for a, b in itertools.pairwise(group)):
+            return group
+    return list(story[:CONDENSED_AT_ONCE])
+
+
+def summary_room(covered: int, budget: int) -> int:
+    """How many tokens a summary of so many may take, in a story of `budget` tokens."""
+    largest = int((1 - FACTS_SHARE) * budget / SUMMARIES_IN_STORY)
+    return max(SHORTEST_SUMMARY, min(int(COMPRESSION * covered), largest))
+
+
+def summary_request(lines: Sequence[str], what: str, room: int, strict: bool) -> list[dict]:
+    """The messages that ask a model for a summary of at most `room` tokens; `strict` asks for plain text, no facts."""
+    task = SUMMARY_TASK.format(what=what, words=int(WORDS_PER_TOKEN * room))
+    answer = PLAIN_ANSWER if strict else JSON_ANSWER.format(facts=MOST_FACTS)
+    return [
+        {"role": "system", "content": f"{task}\n{answer}"},
+        {"role": "user", "content": "\n".join(lines)},
+    ]
+
+
+def numbered_line(message: Message, index: int, feeling: str = "") -> str:
+    """A message as the model that summarises reads it."""
+    speaker = message.name or {"user": "User", "assistant": "Character"}[message.role]
+    return f"#{index + 1} {speaker}{f' ({feeling})' if feeling else ''}: " + " ".join(message.content.split())
+
+
+def clipped_lines(lines: Sequence[str], budget: int) -> list[str]:
+    """The lines, each long one shortened, so that all together take no more than about `budget` tokens."""
+    counts = [count_tokens(line) + 1 for line in lines]
+    room = budget
+    for place, count in enumerate(sorted(counts)):  # what short lines leave over goes to the long ones
+        fair = room // (len(counts) - place)
+        if count > fair:
+            return [first_tokens(line, max(1, fair - 1)) for line in lines]
+        room -= count
+    return list(lines)
+
+
+def read_answer(text: str) -> tuple[str, list]:
+    """Summary and facts from what models really answer: JSON, JSON in prose or cut off, plain text, thoughts first."""
+    text = THOUGHTS.sub("", text).strip()
+    for found in re.finditer(r"\{", text):
+        with contextlib.suppress(ValueError, RecursionError):
+            answer, _ = json.JSONDecoder().raw_decode(text, found.start())
+            if isinstance(answer, dict) and isinstance(answer.get("summary"), str):
+                facts = answer.get("facts")
+                return answer["summary"].strip(), facts if isinstance(facts, list) else []
+    cut = re.search(r'"summary"\s*:\s*"((?:[^"\\]|\\.)*)', text, re.DOTALL)
+    if cut:
+        return cut[1].replace('\\"', '"').replace("\\n", "\n").strip(), []
+    if text.startswith(("{", "[", "```json")):
+        return "", []  # JSON that says something else
+    return re.sub(r"^\W*(?:here is |the )*summary\W*?:\s*", "", text.strip("`"), flags=re.IGNORECASE).strip(), []
+
+
+def content_terms(text: str) -> set[str]:
+    """What a text is about, for comparing: the beginnings of its longer words; pairs of signs where words are not
+    parted."""
+    words = (w.casefold() for w in re.findall(r"[^\W\d_]+", text) if len(w) > 3 and ord(w[0]) < 0x2E80)
+    signs = re.findall(r"[\u2e80-\uffef\U00020000-\U0003ffff]+", text)
+    pairs = {run[i : i + 2] for run in signs for i in range(len(run) - 1)}
+    return {w[:5] for w in words if w not in STOP_WORDS} | pairs
+
+
+def flaw_of(text: str, source: str) -> str:
+    """What is wrong with a summary of `source`, in a word; empty where it is sound."""
+    terms = content_terms(text)
+    if len(terms) < 3:
+        return "empty"
+    if REFUSAL.match(text):
+        return "refusal"
+    spoken = sum(len(run) for run in re.findall(r"[\"“][^\"”]*[\"”]|\*[^*]*\*|「[^」]*」", text))
+    talks = len(re.findall(r"^\s*(?:\w+ )?\w+:\s", text, re.MULTILINE))
+    if spoken > MOST_SPOKEN * len(text) or talks > 1 or text.startswith("*"):
+        return "continues the story"
+    known = content_terms(source)
+    if len(terms & known) < GROUNDED * len(terms):
+        return "says what was not said"
+    invented = [name for name in names_in(text) if name[:5] not in known and name not in source.lower()]
+    if len(invented) > max(1, len(names_in(text)) // 4):
+        return "invents names"
+    return ""
+
+
+def whole_sentences(text: str, limit: int) -> str:
+    """As many of a text's first sentences as take no more than `limit` tokens."""
+    text = " ".join(text.split())
+    if count_tokens(text) <= limit:
+        return text
+    cut = first_tokens(text, limit)
+    ends = [m.end() for m in re.finditer(r"[.!?…。！？][\"'”’»*)\]]*(?=\s|$)|[。！？]", cut)]
+    return cut[: ends[-1]].strip() if ends else cut.rsplit(" ", 1)[0].strip()
+
+
+def sentences_of(text: str) -> list[str]:
+    """A text's sentences of three words or more, each as one line."""
+    parts = (" ".join(part.split()) for part in SENTENCE_END.split(text) if part)
+    return [part for part in parts if len(part.split()) > 2 or len(content_terms(part)) > 2]
+
+
+def extract_summary(rows: Sequence[tuple[str, str, float]], room: int) -> str:
+    """A summary out of the rows' own sentences, in at most `room` tokens.
+
+    A row is (speaker, text, weight): its centrality among the others, and how much it matters. Sentences are taken by
+    weight, length and new names, best first, and put back into their order (after LexRank, Erkan & Radev 2004, which
+    ranks sentences by centrality).
+    """
+    candidates, names = [], set()
+    for place, (speaker, text, weight) in enumerate(rows):
+        for number, sentence in enumerate(sentences_of(text)):
+            fresh = names_in(sentence) - names
+            names |= fresh
+            length = min(1.0, len(content_terms(sentence)) / 8)
+            score = weight + 0.4 * length + 0.2 * min(2, len(fresh)) + 0.3 * bool(PROMISE.search(sentence))
+            candidates.append((score, (place, number), speaker, sentence))
+    chosen, left = [], room
+    for _, where, speaker, sentence in sorted(candidates, key=lambda c: (-c[0], c[1])):
+        cost = count_tokens(f"{speaker}: {sentence} ")
+        if cost <= left:
+            chosen.append((where, speaker, sentence))
+            left -= cost
+    if not chosen and candidates:
+        _, where, speaker, sentence = max(candidates)
+        chosen = [(where, speaker, first_tokens(sentence, max(1, room - count_tokens(speaker) - 2)))]
+    return joined_sentences(sorted(chosen))
+
+
+def joined_sentences(chosen: Iterable[tuple[tuple[int, int], str, str]]) -> str:
+    """Sentences as one line; the speaker is named where another one speaks."""
+    text, last = [], None
+    for _, speaker, sentence in chosen:
+        text.append(f"{speaker}: {sentence}" if speaker and speaker != last else sentence)
+        last = speaker
+    return " ".join(text)
+
+
+def plain_words(text: str) -> str:
+    """A text for finding quotes in: words only, in lower case."""
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def checked_facts(found: Iterable[Any], messages: Sequence[Message], start: int) -> list[Fact]:
+    """Those of a model's facts that quote words of the messages (models invent), with the message they stand in.
+
+    `start` is the first message's 0-based place in the branch.
+    """
+    texts, facts = [plain_words(m.content) for m in messages], {}
+    for row in found:
+        about, text, quote = (row.get(k) if isinstance(row, dict) else None for k in ("about", "fact", "quote"))
+        if not all(isinstance(v, str) and v.strip() for v in (about, text, quote)):
+            continue
+        words = plain_words(quote)
+        named = row["message"] - 1 - start if isinstance(row.get("message"), int) else -1
+        places = [named] if 0 <= named < len(texts) else []
+        place = next((i for i in [*places, *range(len(texts))] if words in texts[i]), None)
+        if place is not None and len(words) > 5:
+            source = messages[place]
+            key = short_hash("fact", source.id, plain_words(about))
+            words_of = (about.strip()[:80], text.strip()[:240], quote.strip()[:240])
+            facts[key] = Fact(key, *words_of, source.id, start + place, start + len(messages) - 1)
+    return list(facts.values())[:MOST_FACTS]
+
+
+def facts_of(facts: Iterable[Fact], places: Mapping[str, int], before: float) -> list[tuple[Fact, Fact | None]]:
+    """A branch's facts that hold, pinned ones first, then the newest; each with the one that it superseded.
+
+    `places` are the branch's message ids with their places; only facts from stretches that end before place `before`
+    count, so that they come into the prompt together with their summary.
+    """
+    topics: dict[str, list[Fact]] = defaultdict(list)
+    for fact in facts:
+        if fact.message in places and fact.end < before and not fact.forgotten:
+            topics[plain_words(fact.about)].append(fact)
+    rows = [sorted(group, key=lambda f: (f.pinned, places[f.message]))[-2:] for group in topics.values()]
+    held = [(row[-1], row[0] if len(row) > 1 else None) for row in rows]
+    return sorted(held, key=lambda row: (not row[0].pinned, -places[row[0].message]))
+
+
+def fact_line(fact: Fact, before: Fact | None) -> str:
+    """A fact as the model reads it; what it superseded is said."""
+    earlier = f" (earlier, #{before.index + 1}: {before.text})" if before and before.text != fact.text else ""
+    return f"- #{fact.index + 1} {fact.text}{earlier}"
+
+
+@dataclass(frozen=True)
+class Story:
+    """What of a branch's story stands in a prompt."""
+
+    text: str = ""
+    summaries: tuple[Summary, ...] = ()
+    facts: tuple[Fact, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it takes, with what parts it from the text above."""
+        return count_tokens(self.text) + MESSAGE_OVERHEAD if self.text else 0
+
+
+def tell_story(story: Sequence[Summary], facts: Sequence[tuple[Fact, Fact | None]], budget: int) -> Story:
+    """The story so far in at most `budget` tokens: the summaries oldest first, then the facts.
+
+    What does not fit is left out: facts that are old, then the oldest summaries (which is rare, they are condensed
+    before).
+    """
+    left = budget - MESSAGE_OVERHEAD - count_tokens(f"\n\n{STORY_HEADING}\n{FACTS_HEADING}\n{STORY_ENDING}") - 4
+    told: list[Summary] = []
+    for summary in reversed(story):
+        cost = count_tokens(summary_line(summary)) + 1
+        if cost > left:
+            break
+        told.insert(0, summary)
+        left -= cost
+    lines, held = [], []
+    left = min(left, max(0, int(FACTS_SHARE * budget)))
+    for fact, before in facts:
+        cost = count_tokens(fact_line(fact, before)) + 1
+        if cost <= left:
+            lines.append(fact_line(fact, before))
+            held.append(fact)
+            left -= cost
+    if not told and not held:
+        return Story()
+    parts = [STORY_HEADING, *map(summary_line, told), *([FACTS_HEADING, *lines] if lines else []), STORY_ENDING]
+    return Story("\n".join(parts), tuple(told), tuple(held))
+
+
+def summary_line(summary: Summary) -> str:
+    """A summary as the model reads it."""
+    return f"(#{summary.start + 1}-{summary.end + 1}) {summary.text}"
+
+
+# ======================================================================================================================
 # Prompt
 # ======================================================================================================================
 
 RECALLED_SHARE = 0.4  # of the memories' share; the rest is for a story so far, and the history's where there is none
+NEARLY_FULL = 0.75  # of the history's budget: what will leave next is then summarised already
 HISTORY_BLOCK = 0.8  # of the history's share: how much is cut at once when the history is full
 MEMORY_HEADING = "[Earlier in this chat, oldest first. This is the past, for reference:]"
 MEMORY_ENDING = "[End of memories]"
@@ -2461,7 +2850,7 @@ class Layout:
     """What of the branch stands in the prompt, before anything is recalled.
 
     `anchor` is the first place of the branch that does; `pivot` the turn of the request (an index into `turns`, None:
-    nowhere) that the memories go in front of; `room` what memories may take, in tokens.
+    nowhere) that the memories go in front of; `room` what memories and story may take, in tokens.
     """
 
     budget: Budget
@@ -2469,15 +2858,23 @@ class Layout:
     pivot: int | None
     history_tokens: int
     room: int
+    recalled: int = 0  # tokens that recalled memories may take at most
+    leaving: int = 0  # the place before which messages are out of the prompt, or will be after the next cut
 
 
 def lay_out(
-    request: ChatRequest, context: int, shares: Sequence[float], counts: Sequence[int], roles: Sequence[str]
+    request: ChatRequest,
+    context: int,
+    shares: Sequence[float],
+    counts: Sequence[int],
+    roles: Sequence[str],
+    story: int = 0,
 ) -> Layout:
     """Divides the context between persona, history, memories and reply.
 
     `counts` and `roles` are those of the branch's messages as the store has them, from its first message that is no
-    persona to the request's last turn. Raises `ContextLengthExceeded`.
+    persona to the request's last turn; `story` is what is kept for the story so far, in tokens. Raises
+    `ContextLengthExceeded`.
     """
     first = int(request.folded)
     shown = len(request.turns) - first
@@ -2488,7 +2885,7 @@ def lay_out(
     pivot = request.newest_user
     needs = required_tokens(turns, tail, pivot - first if pivot is not None and pivot >= first else None)
     recalled = int(RECALLED_SHARE * shares[1] * context)
-    budget, required = fit_budget(context, shares, fixed, request.max_tokens, needs, recalled)
+    budget, required = fit_budget(context, shares, fixed, request.max_tokens, needs, story + recalled)
     if required != needs[0] or (pivot is not None and pivot < first):
         pivot = None
     sizes = [*stored, *turns]
@@ -2497,7 +2894,10 @@ def lay_out(
     starts = [role == roles[0] for role in roles]  # strict templates refuse a history that begins on the other side
     anchor = history_anchor(sizes, [*stored, *counts], starts, budget.history - tail, block, latest)
     history = sum(sizes[anchor:]) + tail
-    return Layout(budget, anchor, pivot, history, budget.memories + budget.history - history)
+    full = history > NEARLY_FULL * budget.history
+    leaving = next_cut([*stored, *counts], starts, anchor, block, latest) if full else anchor
+    room = budget.memories + budget.history - history
+    return Layout(budget, anchor, pivot, history, room, min(recalled, budget.memories), leaving)
 
 
 def option_tokens(body: Mapping) -> int:
@@ -2557,6 +2957,17 @@ def history_anchor(
     return next((place for place in range(tail, latest + 1) if starts[place]), tail)
 
 
+def next_cut(steady: Sequence[int], starts: Sequence[bool], anchor: int, block: int, latest: int) -> int:
+    """Where `history_anchor` will go next from `anchor`."""
+    start = sum(steady[:anchor])
+    due = (start // block + 1) * block
+    for place in range(anchor, latest + 1):
+        if start >= due and starts[place]:
+            return place
+        start += steady[place]
+    return anchor
+
+
 def tail_start(sizes: Sequence[int], budget: int) -> int:
     """The first place from which everything to the end fits into `budget` tokens."""
     place = len(sizes)
@@ -2592,15 +3003,15 @@ def memory_frame_tokens() -> int:
 
 
 def compose_prompt(
-    request: ChatRequest, layout: Layout, older: Sequence[Message], turns_from: int, block: str
+    request: ChatRequest, layout: Layout, older: Sequence[Message], turns_from: int, block: str, story: str = ""
 ) -> list[dict]:
-    """The messages for the model: persona, restored history, the request's turns from `turns_from` on, its tail.
+    """The messages for the model: persona and story, restored history, the request's turns from `turns_from` on, tail.
 
     Restored messages are made to look as the client showed them, so that a message which slides out of the client's
     window does not change the prompt. The memory block stands before the turn `layout.pivot`: in a system message of
     its own where the client uses such, else in front of that turn's text, since strict templates refuse other roles.
     """
-    prompt = [*request.persona, *map(restored, older)]
+    prompt = [*with_story(request.persona, story), *map(restored, older)]
     for place, turn in enumerate(request.turns[turns_from:], turns_from):
         prompt.extend(turn.before)
         if not block or place != layout.pivot:
@@ -2610,6 +3021,19 @@ def compose_prompt(
         else:
             prompt.append(preceded(turn.raw, block))
     return [*prompt, *request.tail]
+
+
+def with_story(persona: Sequence[dict], story: str) -> list[dict]:
+    """The leading block with the story so far at its end: as one more system message where the client uses several,
+    else behind the last one's text, since strict templates allow but one."""
+    if not story or not persona:
+        return list(persona)
+    if len(persona) > 1 and persona[-1]["role"] in SYSTEM_ROLES:
+        return [*persona, {"role": "system", "content": story}]
+    last = persona[-1]
+    if isinstance(last.get("content"), list):
+        return [*persona[:-1], {**last, "content": [*last["content"], {"type": "text", "text": story}]}]
+    return [*persona[:-1], {**last, "content": f"{last.get('content') or ''}\n\n{story}"}]
 
 
 def restored(message: Message) -> dict:
@@ -3868,9 +4292,273 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
 RECALL_SECONDS = 2.0  # what a turn waits for a vector before it goes on without
 ENCODED_AT_ONCE = 8  # missing vectors that a turn computes itself, the newest; more are left to the background
 SEARCH_SECONDS = 120.0  # a search waits longer than a turn: it was asked for
+BACKLOG = 5  # stretches that are summarised by the model one after the other; of more, the older by extraction
+MOST_TRIES = 3  # of a model at one stretch
+GAVE_WAY_AT_MOST = 50  # times that a summary gives way to turns
+SUMMARY_OVERHEAD = 900  # tokens of the task, the facts, and of what other tokenizers count more
+LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
+SURE_FEELING = 0.6
 MOOD_SPAN = 200  # user messages that a mood is followed over
 GUIDANCE_TOKENS = 48  # what is kept free for the line on the user's mood
 ABSENT_IDS = ("", "undefined", "null", "None")
+
+
+@dataclass(frozen=True)
+class StoryPlan:
+    """What a turn knows of the story that is to be told: the branch by its last message `tip`, the places from `first`
+    to before `until` that may be summarised, the story's `budget` and the model's `context` in tokens."""
+
+    tip: str
+    first: int
+    until: int
+    budget: int
+    context: int
+    model: str = ""
+
+
+class Storyteller:
+    """Tells the stories of chats in the background: one request at a time, and never before a turn.
+
+    What is due is noted on disk before it is done, so that a restart takes it up again. A summary has its range's own
+    id, so that it is made once.
+    """
+
+    def __init__(self, settings: Settings, upstream: Upstream, embedder: str):
+        self._settings, self._upstream, self._embedder = settings, upstream, embedder
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="storyteller")
+        self._plans: dict[str, tuple[ChatStore, StoryPlan, str]] = {}
+        self._lock = threading.Lock()
+        self._shelf: ChatShelf | None = None
+        self._calls: deque[float] = deque()  # times of the last hour's requests
+        self._call = Call()
+        self._closed = False
+
+    def take_up(self, shelf: ChatShelf) -> None:
+        """Goes on with what was due when the program ended; raises `StoreError`."""
+        self._shelf = shelf
+        for chat_id in shelf.due() if self._settings.summary_every else ():
+            self._thread.submit(self._take_up, shelf, chat_id)
+
+    def _take_up(self, shelf: ChatShelf, chat_id: str) -> None:
+        store = shelf.get(chat_id)
+        if store is None:
+            shelf.mark_due(chat_id, False)
+        elif store.info.get("story_due"):
+            self.consider(store, StoryPlan(**store.info["story_due"]), "")
+
+    def consider(self, store: ChatStore, plan: StoryPlan, authorization: str) -> None:
+        """Has the story told on, where enough messages have left the prompt; returns at once."""
+        every = self._settings.summary_every
+        if not every or self._closed or plan.until - plan.first < every or not self._due(store, plan):
+            return
+        with self._lock:
+            waiting = store.id in self._plans
+            self._plans[store.id] = (store, plan, authorization)
+        if not waiting:
+            self._thread.submit(self._tell_all, store.id)
+
+    def _due(self, store: ChatStore, plan: StoryPlan) -> bool:
+        with store.lock:
+            path = store.tree.path(plan.tip) if plan.tip in store.tree.nodes else []
+            start, before = next_gap(self._story(store, path), plan.first)
+        return min(plan.until, before, len(path)) - start >= self._settings.summary_every
+
+    @staticmethod
+    def _story(store: ChatStore, path: Sequence[str]) -> list[Summary]:
+        return story_of(store.summaries.values(), {message: place for place, message in enumerate(path)})
+
+    def _tell_all(self, chat_id: str) -> None:
+        """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
+        with self._lock:
+            store, plan, authorization = self._plans.pop(chat_id)
+        try:
+            store.commit(info={"story_due": asdict(plan)})
+            if self._shelf:
+                self._shelf.mark_due(chat_id, True)
+            while not self._closed and self._due(store, plan):
+                self._tell_next(store, plan, authorization)
+            if not self._closed and self._shelf:
+                self._shelf.mark_due(chat_id, False)
+        except Exception as error:
+            words = f"chat {chat_id}: the story could not be told on: {type(error).__name__}: {error}"
+            known = isinstance(error, PersonaMemoryError)
+            log_event("story_failed", words, level=logging.WARNING, trace=not known, chat=chat_id)
+
+    def _tell_next(self, store: ChatStore, plan: StoryPlan, authorization: str) -> None:
+        """Summarises the next stretch, condenses what has grown too long, and tries one extract again."""
+        every = self._settings.summary_every
+        with store.lock:
+            path = store.tree.path(plan.tip)
+            story = self._story(store, path)
+            start, _ = next_gap(story, plan.first)
+            messages = store.read(path[start : start + every])
+        behind = (plan.until - start) // every > BACKLOG  # an import: told at once by its own sentences, then better
+        ask = None if behind else self._asker(plan, authorization)
+        fresh, facts = self._from_messages(store, messages, start, plan, ask)
+        made = [fresh, *self._again(store, story, plan, ask)]
+        story = story_of([*made, *story], {message: place for place, message in enumerate(path)})
+        while group := to_condense(story, int((1 - FACTS_SHARE) * plan.budget)):
+            made.append(self._from_summaries(store, group, plan, ask))
+            story = [s for s in story if s not in group]
+            story = sorted([*story, made[-1]], key=lambda s: s.start)
+        if not self._closed:
+            store.put_story(made, facts)
+            log_event(
+                "summary", f"chat {store.id}: messages {start + 1}-{start + every} summarised", chat=store.id,
+                first=start + 1, last=start + every, tokens=fresh.tokens, covered=fresh.covered, source=fresh.source,
+                condensed=len(made) - 1, facts=len(facts),
+            )  # fmt: skip
+
+    def _asker(self, plan: StoryPlan, authorization: str) -> Callable[[list[dict], int], dict] | None:
+        """What asks the plan's model; None where the hour's requests are used up."""
+        if not self._may_ask():
+            log_event("summary_budget", "This hour's summary requests are used up.", limit=self._settings.summary_calls)
+            return None
+        return functools.partial(self._ask, plan.model, authorization)
+
+    def _may_ask(self) -> bool:
+        while self._calls and self._calls[0] < time.monotonic() - 3600:
+            self._calls.popleft()
+        return not self._settings.summary_calls or len(self._calls) < self._settings.summary_calls
+
+    def _ask(self, model: str, authorization: str, messages: list[dict], tokens: int) -> dict:
+        """The upstream's choice; asked again where a turn went first. Raises what the upstream raises."""
+        model = self._settings.summary_model or self._settings.model or model
+        body = {"messages": messages, "max_tokens": tokens, "temperature": 0.3}
+        for _ in range(GAVE_WAY_AT_MOST):
+            self._calls.append(time.monotonic())
+            self._call = call = Call(authorization, background=True)
+            try:
+                named = {"model": model or self._upstream.default_model(call)}
+                return self._upstream.complete(body | named, call)["choices"][0]
+            except PersonaMemoryError:
+                if self._closed or not call.cancelled:
+                    raise
+        raise UpstreamUnavailable("The upstream was busy with turns.")
+
+    def _from_messages(
+        self, store: ChatStore, messages: Sequence[Message], start: int, plan: StoryPlan, ask: Callable | None
+    ) -> tuple[Summary, list[Fact]]:
+        """The summary of a stretch of messages, and the facts that they told."""
+        vectors = self._vectors(store, messages)
+        readings = [read_emotion(m.content, v) for m, v in zip(messages, vectors, strict=True)]
+        lines = [numbered_line(m, start + i, felt(r)) for i, (m, r) in enumerate(zip(messages, readings, strict=True))]
+        covered = sum(m.tokens for m in messages)
+        room = summary_room(covered, plan.budget)
+        text, found = self._written(lines, "messages", room, plan, ask)
+        source = "model" if text else "extract"
+        if not text:
+            text = extract_summary(weighted_rows(messages, vectors, readings), room)
+        place = (messages[0].id, messages[-1].id, start, start + len(messages) - 1)
+        return new_summary(1, *place, text, covered, source), checked_facts(found, messages, start)
+
+    def _from_summaries(
+        self, store: ChatStore, group: Sequence[Summary], plan: StoryPlan, ask: Callable | None
+    ) -> Summary:
+        """One summary of several, checked against the messages that they cover."""
+        covered = sum(s.tokens for s in group)
+        room = summary_room(covered, plan.budget)
+        text, _ = self._written([summary_line(s) for s in group], "summaries", room, plan, ask)
+        if text and flaw_of(text, self._messages_text(store, group)):
+            text = ""
+        source = "model" if text else "extract"
+        text = text or extract_summary([("", s.text, 0.5) for s in group], room)
+        place = (group[0].first, group[-1].last, group[0].start, group[-1].end)
+        return new_summary(max(s.level for s in group) + 1, *place, text, covered, source)
+
+    @staticmethod
+    def _messages_text(store: ChatStore, group: Sequence[Summary]) -> str:
+        """The text of all messages that summaries cover, with their speakers."""
+        with store.lock:
+            path = store.tree.path(group[-1].last)
+            messages = store.read(path[group[0].start :])
+        return "\n".join(m.spoken for m in messages)
+
+    def _again(
+        self, store: ChatStore, story: Sequence[Summary], plan: StoryPlan, ask: Callable | None
+    ) -> list[Summary]:
+        """The newest extract of the story, made anew by the model; empty where there is none, or it fails again."""
+        poor = [s for s in story if s.source == "extract" and s.level == 1 and s.tries < MOST_TRIES]
+        if not poor or not ask or not self._may_ask():
+            return []
+        old = poor[-1]
+        with store.lock:
+            messages = store.read(store.tree.path(old.last)[old.start :])
+        fresh, _ = self._from_messages(store, messages, old.start, plan, ask)
+        return [replace(fresh, tries=old.tries + 1)]
+
+    def _written(
+        self, lines: Sequence[str], what: str, room: int, plan: StoryPlan, ask: Callable | None
+    ) -> tuple[str, list]:
+        """The model's summary, asked for twice at most, and its facts; empty where neither is sound."""
+        budget = plan.context - 2 * room - SUMMARY_OVERHEAD
+        if ask is None or budget < room:
+            return "", []
+        lines = clipped_lines(lines, budget)
+        for strict in (False, True):
+            tokens = 2 * room + (0 if strict else 80 * MOST_FACTS)
+            try:
+                choice = ask(summary_request(lines, what, room, strict), tokens)
+            except PersonaMemoryError as error:
+                if self._closed or getattr(error, "status", 0) in (401, 403):  # a later turn brings the key
+                    raise
+                log_event("summary_failed", f"A summary could not be had: {error}", level=logging.WARNING)
+                return "", []
+            text, facts = read_answer(text_of((choice.get("message") or {}).get("content"), placeholders=False))
+            text = whole_sentences(text, room)
+            flaw = flaw_of(text, "\n".join(lines))
+            if not flaw:
+                return text, facts
+            log_event("summary_rejected", f"A summary is not used: {flaw}.", flaw=flaw, strict=strict)
+        return "", []
+
+    def _vectors(self, store: ChatStore, messages: Sequence[Message]) -> list[np.ndarray | None]:
+        hashes = [text_fingerprint(m.name, m.content) for m in messages]
+        stored = store.vectors(self._embedder, hashes) if self._embedder in BUNDLED_EMBEDDERS else {}
+        return [stored.get(h) for h in hashes]
+
+    def summarize(self, text: str, authorization: str) -> str:
+        """A summary of a text, as the Extras API asks for it."""
+        lines = [line for line in text.splitlines() if line.strip()]
+        covered = max(1, count_tokens(text))
+        room = max(SHORTEST_SUMMARY, min(int(COMPRESSION * covered), LONGEST_SUMMARIZED))
+        plan = StoryPlan(ROOT, 0, 0, 0, self._settings.context or DEFAULT_CONTEXT)
+        ask = self._asker(plan, authorization)
+        written, _ = self._written(lines, "lines", room, plan, ask)
+        return written or extract_summary([("", line, 0.0) for line in lines], room)
+
+    def close(self) -> None:
+        """Ends the thread; what is due is taken up at the next start."""
+        self._closed = True
+        self._call.cancel()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def felt(reading: EmotionReading) -> str:
+    """What a message feels, where that is sure enough to be told to the model that summarises."""
+    return reading.label if reading.label != "neutral" and reading.confidence >= SURE_FEELING else ""
+
+
+def weighted_rows(
+    messages: Sequence[Message], vectors: Sequence[np.ndarray | None], readings: Sequence[EmotionReading]
+) -> list[tuple[str, str, float]]:
+    """Rows for `extract_summary`: speaker, text, and centrality among the messages' vectors plus importance."""
+    known = [v for v in vectors if v is not None]
+    centre = np.mean(known, axis=0) if known else None
+    rows = []
+    for message, vector, reading in zip(messages, vectors, readings, strict=True):
+        central = float(vector @ centre) if vector is not None else 0.5
+        speaker = message.name or {"user": "User", "assistant": "Character"}[message.role]
+        rows.append((speaker, message.content, central + message_importance(message.content, reading)))
+    return rows
+
+
+def new_summary(
+    level: int, first: str, last: str, start: int, end: int, text: str, covered: int, source: str
+) -> Summary:
+    """A summary under its range's own id."""
+    key = short_hash("summary", str(level), first, last)
+    return Summary(key, level, first, last, start, end, text, count_tokens(text), covered, source, at=time.time())
 
 
 @dataclass(frozen=True)
@@ -3883,6 +4571,7 @@ class Prepared:
     tip: str = ROOT
     report: PromptReport | None = None
     unaided: tuple[dict, ...] = ()  # the messages without recalled memories, where there are any
+    story: tuple[StoryPlan, str] | None = None  # what may be summarised now, and the client's authorization for that
 
 
 class PersonaMemory:
@@ -3897,6 +4586,7 @@ class PersonaMemory:
         self.metrics = Metrics()
         self.upstream = make_upstream(settings, self.metrics)
         self.embedder = Embedder(settings.embedder)
+        self.storyteller = Storyteller(settings, self.upstream, self.embedder.name)
         self._emotion_model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
         self._readings: WeakKeyDictionary[ChatStore, dict[str, EmotionReading]] = WeakKeyDictionary()
         self._shelf = ChatShelf(Path(settings.data))
@@ -3917,7 +4607,7 @@ class PersonaMemory:
         self.embedder.start()
         token_encoding()
         with contextlib.suppress(StoreError):
-            self.shelf.chats()
+            self.storyteller.take_up(self.shelf)
 
     @property
     def shelf(self) -> ChatShelf:
@@ -3960,20 +4650,46 @@ class PersonaMemory:
         above = len(path) - len(request.turns)  # messages of the branch that the request does not show
         with store.lock:
             nodes = [store.tree.nodes[i] for i in path[first:]]
-            layout = lay_out(request, context, self.shares, [n.tokens for n in nodes], [n.role for n in nodes])
+            reserved = self._story_reserve(store, path, context) if request.persona else 0
+            counts, roles = [n.tokens for n in nodes], [n.role for n in nodes]
+            layout = lay_out(request, context, self.shares, counts, roles, reserved)
+            story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
+            story = self._story(store, path, first + layout.anchor, story_budget)
+            plan = StoryPlan(path[-1], first, first + layout.leaving, story_tokens(context, self.shares), context)
+            layout = replace(layout, room=layout.room - story.tokens)
             memories, degraded = self._recall(store, request, nodes, layout)
             mood = self._mood_of_turn(store, request, nodes)
             older = store.read([n.id for n in nodes[layout.anchor : above]])
         block = "\n".join(filter(None, (memory_block(memories), self._guidance(request, layout, mood))))
         turns_from = first + max(0, layout.anchor - above)
-        prompt = compose_prompt(request, layout, older, turns_from, block)
+        prompt = compose_prompt(request, layout, older, turns_from, block, story.text)
         report = self._report(request, layout, memories, block, context, path, degraded, started)
-        report = replace(report, mood=mood and asdict(mood))
+        tokens = report.tokens | {"story": story.tokens}
+        counts = {"summaries": len(story.summaries), "facts": len(story.facts)}
+        report = replace(report, mood=mood and asdict(mood), tokens=tokens, **counts)
         self._note_turn(store.id, report)
         self._log_text(request.turns[-1].role, request.turns[-1].content)
-        unaided = compose_prompt(request, layout, older, turns_from, "") if block else ()
+        unaided = compose_prompt(request, layout, older, turns_from, "", story.text) if block else ()
         body = self._upstream_body(request, prompt, call)
-        return Prepared(body, report.header, store.id, path[-1], report, tuple(unaided))
+        plan = replace(plan, model=body.get("model") or "")
+        told = (plan, call.authorization)
+        return Prepared(body, report.header, store.id, path[-1], report, tuple(unaided), told)
+
+    def _story_reserve(self, store: ChatStore, path: Sequence[str], context: int) -> int:
+        """Tokens that the story may take in this chat's prompts: all of its share as soon as there is one, so that the
+        history's budget does not change with every summary."""
+        places = {message: place for place, message in enumerate(path)}
+        begun = any(places.get(s.last) == s.end for s in store.summaries.values())
+        pinned = any(f.message in places for f in store.facts.values())
+        return story_tokens(context, self.shares) if begun or pinned else 0
+
+    def _story(self, store: ChatStore, path: Sequence[str], before: int, budget: int) -> Story:
+        """The story of what stands before a place of the branch, in at most `budget` tokens."""
+        if budget <= 0:
+            return Story()
+        places = {message: place for place, message in enumerate(path)}
+        hidden = [s for s in store.summaries.values() if s.end < before]
+        return tell_story(story_of(hidden, places), facts_of(store.facts.values(), places, before), budget)
 
     def _note_turn(self, chat_id: str, report: PromptReport) -> None:
         """What memory did for a turn, in the log and the metrics."""
@@ -3984,7 +4700,7 @@ class PersonaMemory:
         )  # fmt: skip
         self.metrics.added.observe(report.milliseconds / 1000)
         self.metrics.recalled.observe(len(report.recalled))
-        for share in ("persona", "memories", "history"):
+        for share in ("persona", "story", "memories", "history"):
             self.metrics.prompt_tokens.labels(share).inc(report.tokens[share])
 
     def _upstream_body(self, request: ChatRequest, messages: Sequence[dict], call: Call) -> dict:
@@ -4097,6 +4813,8 @@ class PersonaMemory:
                 fresh = [r for r in replies if not store.tree.is_confirmed(r.id)]
                 store.commit(fresh, {"updated": time.time()}, prepared.report)
             self._embed_later(store, [r.id for r in fresh])
+            if prepared.story:
+                self.storyteller.consider(store, *prepared.story)
         except Exception as error:
             words = f"A reply could not be noted: {type(error).__name__}: {error}"
             log_event("record_failed", words, level=logging.WARNING, chat=prepared.chat_id)
@@ -4199,7 +4917,7 @@ class PersonaMemory:
         self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node], layout: Layout
     ) -> tuple[list[Memory], str]:
         """The memories for a turn and, where something kept them from being all they could be, what."""
-        room = min(layout.room, layout.budget.memories) - memory_frame_tokens() - GUIDANCE_TOKENS
+        room = min(layout.room, layout.recalled) - memory_frame_tokens() - GUIDANCE_TOKENS
         if not layout.anchor or layout.pivot is None or room <= 0:
             self._embed_later(store, [n.id for n in nodes[-ENCODED_AT_ONCE:]])
             return [], ""
@@ -4496,8 +5214,47 @@ class PersonaMemory:
             "branch_length": len(path),
             "stored": stored,
             "mood": mood and asdict(mood),
+            **self._told(store, path),
             "last_prompt": reports[0] if reports else None,
         }
+
+    def _told(self, store: ChatStore, path: Sequence[str]) -> dict:
+        """A branch's story and facts, as the API shows them."""
+        places = {message: place for place, message in enumerate(path)}
+        story = story_of(store.summaries.values(), places)
+        facts = facts_of(store.facts.values(), places, math.inf)
+        return {
+            "summary": "\n".join(map(summary_line, story)),
+            "story": [asdict(s) for s in story],
+            "facts": [asdict(f) | {"supersedes": before and asdict(before)} for f, before in facts],
+        }
+
+    def change_fact(self, chat_id: str, fact_id: str, text: str | None, pinned: bool | None, forgotten: bool) -> dict:
+        """Edits, pins or forgets a fact; returns it as it is then. Raises `NotFound`."""
+        store = self.chat(chat_id)
+        with store.lock:
+            fact = store.facts.get(fact_id)
+            if fact is None or fact.forgotten:
+                raise NotFound(f"There is no fact {fact_id!r} in this chat.")
+            changes = {"text": text, "pinned": pinned, "forgotten": forgotten or None}
+            fact = replace(fact, **{k: v for k, v in changes.items() if v is not None})
+            store.put_story(facts=[fact])
+        return asdict(fact)
+
+    def change_summary(self, chat_id: str, summary_id: str, text: str) -> dict:
+        """Puts a user's own words in a summary's place; returns it as it is then. Raises `NotFound`."""
+        store = self.chat(chat_id)
+        with store.lock:
+            summary = store.summaries.get(summary_id)
+            if summary is None:
+                raise NotFound(f"There is no summary {summary_id!r} in this chat.")
+            summary = replace(summary, text=text, tokens=count_tokens(text), source="user")
+            store.put_story([summary])
+        return asdict(summary)
+
+    def summarize(self, text: str, call: Call) -> str:
+        """A summary of a text, by the upstream; out of its own sentences where that gives none."""
+        return self.storyteller.summarize(text, call.authorization)
 
     def messages(self, chat_id: str, offset: int = 0, limit: int = 1000) -> dict:
         """The current branch, oldest first; raises `NotFound`."""
@@ -4579,6 +5336,7 @@ class PersonaMemory:
     def close(self) -> None:
         """Ends background work; what it leaves undone is done when the chat is used again."""
         self._closed = True
+        self.storyteller.close()
         if self._emotion_model:
             self._emotion_model.close()
         self._background.shutdown(wait=False, cancel_futures=True)
@@ -4977,6 +5735,39 @@ def chat_emotions(chat: str) -> dict:
     )
 
 
+def text_field(body: Any, name: str) -> str | None:
+    """A field of the request's body that holds text, None where it is not there; raises `InvalidRequest`."""
+    value = body.get(name) if isinstance(body, dict) else None
+    if value is not None and (not isinstance(value, str) or not value.strip()):
+        raise InvalidRequest(f"{name} must be a string that says something.", name)
+    return value
+
+
+@api.patch("/chats/<chat:chat>/facts/<fact>")
+def fact_change(chat: str, fact: str) -> dict:
+    """Edits or pins a fact."""
+    body = request_json()
+    pinned = body.get("pinned") if isinstance(body, dict) else None
+    if not isinstance(pinned, bool | None):
+        raise InvalidRequest("pinned must be true or false.", "pinned")
+    return engine().change_fact(chat, fact, text_field(body, "text"), pinned, False)
+
+
+@api.delete("/chats/<chat:chat>/facts/<fact>")
+def fact_forget(chat: str, fact: str) -> dict:
+    """Forgets a fact."""
+    return engine().change_fact(chat, fact, None, None, True)
+
+
+@api.patch("/chats/<chat:chat>/story/<summary>")
+def summary_change(chat: str, summary: str) -> dict:
+    """Puts other words in a summary's place."""
+    text = text_field(request_json(), "text")
+    if text is None:
+        raise InvalidRequest("text must say what the summary says now.", "text")
+    return engine().change_summary(chat, summary, text)
+
+
 @api.get("/chats/<chat:chat>/prompts")
 def chat_prompts(chat: str) -> dict:
     """The reports of the chat's last prompts."""
@@ -4989,7 +5780,7 @@ extras = flask.Blueprint("extras", __name__, url_prefix="/api")  # as SillyTaver
 @extras.get("/modules")
 def list_modules() -> dict:
     """The modules that stock extensions may use."""
-    return {"modules": ["classify"]}
+    return {"modules": ["classify", "summarize"]}
 
 
 @extras.post("/classify")
@@ -5001,6 +5792,15 @@ def classify() -> dict:
         raise InvalidRequest("text must be a string.", "text")
     scores = sorted(engine().classify(text).scores.items(), key=lambda row: -row[1])
     return {"classification": [{"label": label, "score": score} for label, score in scores]}
+
+
+@extras.post("/summarize")
+def summarize() -> dict:
+    """A summary of a text."""
+    text = text_field(request_json(), "text")
+    if text is None:
+        raise InvalidRequest("text must be a string.", "text")
+    return {"summary": engine().summarize(text, client_call())}
 
 
 @extras.get("/classify/labels")

@@ -389,6 +389,8 @@ class Server:
             str(data_dir),
             "--upstream",
             upstream_url,
+            "--summary-every",  # off: nothing comes between a test's own requests unless it asks for that
+            "0",
             *map(str, extra_args),
         ]
         self.env = clean_environment(env)
@@ -447,12 +449,11 @@ class Server:
 
 
 def settings(data_dir, upstream_url: str, **more):
-    """Settings for a proxy on a free port."""
+    """Settings for a proxy on a free port; without summaries, whose requests would come between a test's own."""
     import persona_memory
 
-    return persona_memory.Settings(
-        proxy=True, host="127.0.0.1", port=0, data=str(data_dir), upstream=upstream_url, **more
-    )
+    given = {"proxy": True, "host": "127.0.0.1", "port": 0, "data": str(data_dir), "summary_every": 0, **more}
+    return persona_memory.Settings(upstream=upstream_url, **given)
 
 
 class LocalServer:
