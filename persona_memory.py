@@ -4375,14 +4375,18 @@ class Storyteller:
             store.commit(info={"story_due": asdict(plan)})
             if self._shelf:
                 self._shelf.mark_due(chat_id, True)
-            while not self._closed and self._due(store, plan):
-                self._tell_next(store, plan, authorization)
+            self.tell(store, plan, authorization)
             if not self._closed and self._shelf:
                 self._shelf.mark_due(chat_id, False)
         except Exception as error:
             words = f"chat {chat_id}: the story could not be told on: {type(error).__name__}: {error}"
             known = isinstance(error, PersonaMemoryError)
             log_event("story_failed", words, level=logging.WARNING, trace=not known, chat=chat_id)
+
+    def tell(self, store: ChatStore, plan: StoryPlan, authorization: str = "") -> None:
+        """Tells the story up to the plan's end, here and now."""
+        while not self._closed and self._due(store, plan):
+            self._tell_next(store, plan, authorization)
 
     def _tell_next(self, store: ChatStore, plan: StoryPlan, authorization: str) -> None:
         """Summarises the next stretch, condenses what has grown too long, and tries one extract again."""
@@ -5923,7 +5927,7 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
 
 
 def create_server(settings: Settings, patience: float = 0.0) -> Any:
-    """A waitress server for the settings, bound but not yet running: `.run()`, `.close()`, `.effective_port`.
+    """A waitress server for the settings, bound, not yet running: `.run()`, `.close()`, `.effective_port`, `.memory`.
 
     Models begin to load after `patience` seconds: importing torch holds the interpreter, and a server that has just
     started should first of all answer.
@@ -5933,7 +5937,8 @@ def create_server(settings: Settings, patience: float = 0.0) -> Any:
         app, host=settings.host, port=settings.port, threads=SERVER_THREADS, ident="persona_memory",
         channel_request_lookahead=1, asyncore_use_poll=True,
     )  # fmt: skip
-    starter = threading.Timer(patience, app.extensions["persona_memory"].start)
+    server.memory = app.extensions["persona_memory"]
+    starter = threading.Timer(patience, server.memory.start)
     starter.daemon = True
     starter.start()
     return server
@@ -6035,7 +6040,7 @@ def set_up_log(settings: Settings) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter(settings.log_format, (settings.upstream_key, settings.api_key)))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for library in ("httpx", "faiss", "sentence_transformers", "waitress"):
+    for library in ("httpx", "faiss", "sentence_transformers", "torch", "waitress"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
 
@@ -6061,7 +6066,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(greeting, file=sys.stderr, flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
-    server.application.extensions["persona_memory"].close()
+    server.memory.close()
     return 0
 
 
