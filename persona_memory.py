@@ -496,6 +496,7 @@ class Summary:
     covered: int  # tokens of what it was made from
     source: str = "model"  # "model", "extract" (to be tried again) or "user"
     tries: int = 1
+    since: int = 0  # the place that must have left the prompt before this is told, so that changes come together
     at: float = 0.0
 
 
@@ -2495,6 +2496,7 @@ REFUSAL = re.compile(
 THOUGHTS = re.compile(r"<(think|thinking|thoughts?|reasoning)>.*?(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"'”’»*)\]]*\s+|(?<=[。！？])|\n+")
 GROUNDED = 0.45  # share of a summary's words that what it covers must hold; hand-written ones reach 0.55 to 0.9
+MOST_REPEATED = 0.7  # share of a summary's sentences that must differ
 MOST_SPOKEN = 0.4  # share of a summary that may stand in quotation marks or asterisks; more is a scene, no summary
 
 
@@ -2510,7 +2512,7 @@ def story_of(summaries: Iterable[Summary], places: Mapping[str, int]) -> list[Su
     """
     standing = [s for s in summaries if places.get(s.last) == s.end]
     story, reach = [], -1
-    for summary in sorted(standing, key=lambda s: (s.start, -s.level)):
+    for summary in sorted(standing, key=lambda s: (s.start, -s.level, -s.tries)):
         if summary.end > reach:
             story.append(summary)
             reach = summary.end
@@ -2607,9 +2609,12 @@ def flaw_of(text: str, source: str) -> str:
     if REFUSAL.match(text):
         return "refusal"
     spoken = sum(len(run) for run in re.findall(r"[\"“][^\"”]*[\"”]|\*[^*]*\*|「[^」]*」", text))
-    talks = len(re.findall(r"^\s*(?:\w+ )?\w+:\s", text, re.MULTILINE))
+    talks = len(re.findall(r"(?:^|\n|[.!?…*\"”] )\s*(?:#\d+ )?\w+(?: \w+)?(?: \(\w+\))?:\s", text))
     if spoken > MOST_SPOKEN * len(text) or talks > 1 or text.startswith("*"):
         return "continues the story"
+    sentences = sentences_of(text)
+    if len(set(sentences)) < MOST_REPEATED * len(sentences):
+        return "repeats itself"
     known = content_terms(source)
     if len(terms & known) < GROUNDED * len(terms):
         return "says what was not said"
@@ -4399,10 +4404,10 @@ class Storyteller:
         behind = (plan.until - start) // every > BACKLOG  # an import: told at once by its own sentences, then better
         ask = None if behind else self._asker(plan, authorization)
         fresh, facts = self._from_messages(store, messages, start, plan, ask)
-        made = [fresh, *self._again(store, story, plan, ask)]
+        made = [fresh, *(replace(s, since=fresh.end) for s in self._again(store, story, plan, ask))]
         story = story_of([*made, *story], {message: place for place, message in enumerate(path)})
         while group := to_condense(story, int((1 - FACTS_SHARE) * plan.budget)):
-            made.append(self._from_summaries(store, group, plan, ask))
+            made.append(replace(self._from_summaries(store, group, plan, ask), since=fresh.end))
             story = [s for s in story if s not in group]
             story = sorted([*story, made[-1]], key=lambda s: s.start)
         if not self._closed:
@@ -4489,7 +4494,7 @@ class Storyteller:
         with store.lock:
             messages = store.read(store.tree.path(old.last)[old.start :])
         fresh, _ = self._from_messages(store, messages, old.start, plan, ask)
-        return [replace(fresh, tries=old.tries + 1)]
+        return [replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1)]
 
     def _written(
         self, lines: Sequence[str], what: str, room: int, plan: StoryPlan, ask: Callable | None
@@ -4499,7 +4504,8 @@ class Storyteller:
         if ask is None or budget < room:
             return "", []
         lines = clipped_lines(lines, budget)
-        for strict in (False, True):
+        plain_only = getattr(self._upstream, "model", "") == LOCAL_MODEL  # too small for JSON, and slow
+        for strict in (True,) if plain_only else (False, True):
             tokens = 2 * room + (0 if strict else 80 * MOST_FACTS)
             try:
                 choice = ask(summary_request(lines, what, room, strict), tokens)
@@ -4562,7 +4568,8 @@ def new_summary(
 ) -> Summary:
     """A summary under its range's own id."""
     key = short_hash("summary", str(level), first, last)
-    return Summary(key, level, first, last, start, end, text, count_tokens(text), covered, source, at=time.time())
+    tokens = count_tokens(text)
+    return Summary(key, level, first, last, start, end, text, tokens, covered, source, since=end, at=time.time())
 
 
 @dataclass(frozen=True)
@@ -4692,7 +4699,7 @@ class PersonaMemory:
         if budget <= 0:
             return Story()
         places = {message: place for place, message in enumerate(path)}
-        hidden = [s for s in store.summaries.values() if s.end < before]
+        hidden = [s for s in store.summaries.values() if s.since < before]
         return tell_story(story_of(hidden, places), facts_of(store.facts.values(), places, before), budget)
 
     def _note_turn(self, chat_id: str, report: PromptReport) -> None:
