@@ -628,7 +628,7 @@ LEXICON = {
           crestfallen downhearted disheartened discouraged disappointed disappointing disappointment disappoint
           regret regretful remorse remorseful guilt guilty ashamed shame sorry apologize apologise apology
           apologies heartache ache hurt wounded pain painful suffer sniffle whimper..sadly wail lament
-          pine pining miss_you misses_you miss_him miss_her miss_them miss_home missed_you homesick abandoned
+          pining miss_you misses_you miss_him miss_her miss_them miss_home missed_you homesick abandoned
           abandon worthless useless failure unloved unwanted empty emptiness numb hollow tragic tragedy tragically
           unfortunate unfortunately pity pitiful pitifully somber sombre sullen sulk mope pout..sadly blue..mood
           feel..down feeling_down feel_low feel..empty feel..nothing left_me leave_me_alone..dark lost_her lost_him
@@ -1066,7 +1066,10 @@ def segments(text: str) -> list[tuple[int, str]]:
 
 def find_phrase(bases: Sequence[str], start: int, entry: Entry) -> tuple[int, float, tuple[int, ...]] | None:
     """The longest phrase that begins at `start`: (label, strength, places of its words)."""
+    nearby = bases[start + 1 : start + 2 + PHRASE_GAP]
     for steps, label, strength in entry.phrases:
+        if steps[0][1] not in nearby:  # spares nearly all of the work
+            continue
         places = [start]
         for gap, word in steps:
             window = bases[places[-1] + 1 : places[-1] + 2 + gap]
@@ -1140,6 +1143,12 @@ def share_of(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
+def count_of(words: Iterable[str], listed: str) -> int:
+    """How many of the words are in one of the lists above."""
+    known = word_set(listed)
+    return sum(word in known for word in words)
+
+
 def style_features(text: str, pieces: Sequence[tuple[int, str]], tokens: Sequence[str]) -> list[float]:
     """How it is said: punctuation, capitals, person, the share of actions, length; about 0 to 3 each."""
     words = [w for w in tokens if w[0].isalpha()]
@@ -1162,12 +1171,12 @@ def style_features(text: str, pieces: Sequence[tuple[int, str]], tokens: Sequenc
         share_of(sum(len(p) for c, p in pieces if c == ACTION), len(text)),
         float(any(c == SPEECH for c, _ in pieces)),
         float(bool(NARRATOR.match(text))),
-        math.log1p(sum(w in word_set(FIRST_PERSON) for w in words)),
-        math.log1p(sum(w in word_set(SECOND_PERSON) for w in words)),
-        math.log1p(sum(w in word_set(THIRD_PERSON) for w in words)),
+        math.log1p(count_of(words, FIRST_PERSON)),
+        math.log1p(count_of(words, SECOND_PERSON)),
+        math.log1p(count_of(words, THIRD_PERSON)),
         float(bool(words) and words[0] in word_set(QUESTION_WORDS)),
-        math.log1p(sum(w in word_set(NEGATORS) for w in words)),
-        math.log1p(sum(w in word_set(INTENSIFIERS) for w in words)),
+        math.log1p(count_of(words, NEGATORS)),
+        math.log1p(count_of(words, INTENSIFIERS)),
         float(bool({"if", "would", "could"} & set(words))),
         float("[" in text or "http" in text),
     ]
@@ -1203,93 +1212,93 @@ OUTPUTS = 2 * len(EMOTIONS) + 1  # logits by the comments' expert, by the role p
 HEADS = {"vector": (VECTOR_SIZE, FEATURES), "lexicon": (FEATURES,)}  # name -> sizes of the blocks of its input
 # fmt: off
 EMOTION_WEIGHTS = """
-87k2{WcQmqMoy7D6ua6yADo>$uuRoF8z`MTt#F|{;;_d&0<_9J2~6rdAg{bUhHb(;O-Hmm5Io8}Wu*%|sC^bZio(-7fy)&<Ntt>)vKI|J`|*W4o{k|rI
-bP{Ikbed|d+7f=)!!IAR%8x5tndFj@?Ts#j?NlDfF!!VP@N$@g8mu68<BQDg?atIzCaT|gB`s;A6qEDl4yfI+C1*RGe$8#41x*3yJ-(VXC1)5*W%YMFB
-R|K)*1db)+i(f`5p!61n}?)Q0L_M@HhY(64&<x68b656WJ9C`^+uDBsK@(<^Ti&7SSvhvKa#w2`2LQ2n!g{`VH>^=FBKQ`r9Sv+x^xqBnA8GDETM7Hq_
-EV$r%1Y7wgi(GARWO=>QDj?i(Zb^YH5MKO5=N;3XP0<LSxwBmeFNGP>5a`V9|i?b9~{7opN3BRlXIn*%Qp>IB8#TOiW&$PM{C{tVOt@hbg0!~xgq2E#1
-^9`p(kwhr<2OyCLtBE2CV=Ef@R#Lh_6OiB{X=n}p+;1uTH2OIAY7UTX6^Z69~9oOsi3=#lG`t2*z^x};M_X-v%xe@!zOB64g4c#;0Gw|E#1}wHP@b&Z|
-2OZ2v7tsjM2KOHi?GMrj;=1577(>$F{v6=|M%)ArB7!R_3(NH<za#$_;xkXv`N9Dr@G1JyGU^`84b#{@{P|wD(&Xw*4<pAe%OmX04>2mtDjc}wN(uo04
-anj<=r-2~%LFYu<RmT)3Jc=!(SO$a@v;*W1@))|0yp$J3$qaQDAr5r?HK3*GtVUvDEFjF=M%k2zAE_t#uY&D81UKICD{%G=NwGW(Gu$YITO42>muL<{P
-_*(Eb9ElG8OpEG8g61=Rd|#ASmYG%;EPL-TV0=^!^tD@B}Z>_xcv<DJIp^1`6-;Uh~x4{u0i->HsG}G|AmJ6XW_Q2iXc7AMEP>&EgmgAr0{t-V`R5E$I
-=(`V96Q7p(35<}fhX_89aI&r!+^828ov=_Ke@`~334IrTXf;NK_)4i@s`=@JU<L*5NN7a#D8F2~S87c;~G#0wTPs}?)N_#ot{Oe@L|-RJxYP0jH52f*u
-4_1YyU?-~^J75?cQN+kgCt<?=1^arCOAQlMs+(WY(2LLLgyhq{<4IIn-^YAee@D~OD-XHS-66CGLAb$`35R^ee(g@)d<OVI-AJj(~;=bl4=vV{v))58z
-B`x6%Al%<N0_ij&>D3bK`ZiGyvjxWw`hP9d!Sc{6|KR;V@B!KO^#lX}0|@-z08$n8;QF=bQV{D1`wjg$0Nk=j>i^#k?hg|Q_$1*9-7wu1^Z)D#1_KQr^
-b!x~JO|9p-Sl%L=fO9-9zHR^F}~FZH}w+x;Ia))&;jN9?*{0`HqId;2-)1{2rnu9wG#>IJplj(?%om91YqFX!2~tWRQCNI#3KX-{O&gm43G{4G7BTM$O
-;Hk$RFz3AooSRA0{v8{l5?9;|1{++Y}mY6))`OD)!G$3K#|MzvjUCvK<!U5hn5#4fyKgC*a`U^&R#p{v`JqxCJTs<Q}>lzxP)175_-d^BLB?^cU?S0qp
-hv?b`7-ANc^gIq)&@)j9v^*!3{~B<>sgL*e8R(+l!9&;u&f_%!WJuJQ}^8VEAp;_n6M3GE=~BMIFL<K+zuAoVr?95VLM{Q4RG=S<J(@xB=A64cct8YjX
-9&>a*g_aau-^a#)I{7Cuj8{XWz=%?3IR@4x@{`C(Z9QaKE-u}H&3?3FL`}WqoMC=z*8qgrZ?g<X;?M>+75EVZ0<1W<d21V)${|2-cAkg(F00G!0(9IDa
-6#=~|yV37g8QA>g`o|_q`ozD&yhG(}{O_wL2o3-$;QH?c#RMrV;sX-00w+8g^yDP^?FbzE9~9yJ<QC}qYWzmZzt8gg;yfbW<p$LN-x=^Q0?gX!f9(*^M
-GOE8=LZ4*4dm_&F7o(4Sv3B}%>Ujw`|JeE02|U2F9Y7b6$!QwDDMaY4jT#nJtFb~m>nPb7XsqT`xFWH$MHez8V>Ky0viwa6&Nc6unyi4Q~vJ6<O{bShZ
-rm1^(*uQA^_jy9|8g)ghCVa@FVaU?-sWt(9YrxWBc#s^}`)W>gxSF863X^DfitlBmChT<K55FOu+R09~a&N4B!Y2A{Pa{{^Tm|R2QuV%uLZ{JFFm54E+
-54hb0UN0vrkj*($0R01YVaJjVzd$s-}h{sn)$3eTd}B4h~!%@z3qpbahs86*AX6h4$2LjM)!1{LoA`w;u!?;08H))4sa{U#U_*V*vtY6I{TQS!&l5)Bv
-P`Z?OrB>M3S9u(@`7uwP@Pv6cB)D}FW6GFoE7(4OZ|KJP%`{O<N_YvptDa7bi{q6So0RA*6;=}hB3?B^nv)B+Z+PL0K{LU2?4&40{3M#<({!qjcC*Kz^
->$VTYS}ofJ+uP1I{>&E%>i)oP!Mh3jyg)zo*B$xj{qE}|FzHCd_4g!D^YX{z9U3p+Cf(}U6A%Wt3Iiwr)$7^>BRBosE%os203;16CEfW2`_LOO>$M6g^
-z9D#@#FIo9znYH+a2Rjx!U(UKPT6|yB;7l@)oLp4DAX60|)9B;t%xjAN&F{?AH7o$}1-T?B+tn5G+v_47C=`3Q6Yd2=ws<+w=TZ=DcC6!~XFN6-L(`Dd
-^tq2nhxz@Z0)3+6}n+*6bxx*Y(mS@+d8;3I9npvEv5?&RZswCG+#@FaQ7m0000000000000001mx-)-74_^+}cAE3E=Db;Kukf78)WX&kF$R`Uy`A^Rw
-v`|8(E+#P{qtBRDz3-%XnyQaBO7?T1eMBk3Xn;r8+!=mh!-{Qe~eVd4zl2fE<c@+vM9-T?RXFr*Sc1sW#w=llHk7!>vk6W$5nyB8lC%QE2?``%;0A?_O
-o<{jbYD-7569wSf26oKUq4?pD;tWEk!;N$xM3hw#~uQDJV>M;Ex$}8#PD+U|P76IY^{p2R#KHwK08rLKN%K-87^5@qx?N-4L68+sh`wsdLFV7#?CkQYG
->KCsW?(Fs#FznVE()}v?0t)vM8r>ZqyCKpW#1by<6W1H}UKb3*3b`#mF1@NU*~kDu2r4DXq|`tbB{jLOEdKP~H5l&Y1MT=4H}BN^H?%g)2p;J%2|M=A-
-R=_TI_UYzJ?iuuD7oDu8rcNDLmd3u4fyOq{^jim|MnEs{sSZN&?xU!|GMw}1Qxss69E7e6Y&Qa&HoYbZacd75XS9e&>;lwzxysCEA95Z`2<%g+4Qsi@v
-X@QNir|S!}lgU<ni?zBI>h4CcOs$5)Jp>`4sUU|IPR2I^a3v0p%AH;{N&wBd^w8``$Api3xYjAPe`f0wfgz2O#(t?F-8MtbZm&flq?DMno+C%cn0Z?da
-(v_4)$Z0XNed@-Qhuzwy8!?k63`xd1;D?9CH202A;6(<BNF^AO<y<Ot~PYACMH3+3!cLdE^YDP&@??5n6d+;_Smz*!j`^z-f=$uI}l$RPhC-Vfp66AUQ
-KVZq<<4h{<N4*nKU=GnUi2?r(S2+Y+D+6L(h7X%>e{NMfHPTT?}%O3dDBkDKT3Edn3BRS#mBiGOw{5u2}stNG&**yDgnCI~6^bkAA-Xi@J87%<4BDpLi
-82F<x%>CPI^*Pzq<kk=B2H*@j1RN>-*x>LY7kBpBz7E@14;$9O^J&gM|J}~+87U^sGcWHl60_GG20sF|`~KwPPb>7dEYj2y>HSI;1OO}w-Ua&o)eJEI%
-OLtN^~x3R*eo{x?JTPXG8g;ntt>_pA*9)*7A-|0$Qltk*6Sq%$OOVH_(t&KGXXKt|2)_BAmi&i=H>+8z7H2@%n`w-B>EiyG1Ln7A6>y13d|E3D#jrN$Q
-&D5=lmXz8~P{t`VHI!2M#1ewH?JK{0RocBhyX~2=x5#;Q%}OE94s4`vUX`<{ir;{~QI}_woc0DEtoe+#?G5=_fJb4c_kU9%{ca^WEF*6a*UYAgCZ69O&
-}@>NC>s@zP2M?*1T5IT)V-)D1cd1;i}5C(;lGBDFIY+6{2}n=S{-z!CyN+yuKd2=^Km`pgH%xXphf`uY5q$64Yr5*b77G(pGt?imE$8~^VX|L_OkTlhc
-6+a~n@8W_;y(JB`g`1ZvC1O5!<+A9wN6DrVN)78-O64n_b^YQLA>C^iH>Kqp4z!MbuD)IpDzyJ#}{wyc-%<$?cqb}S8%p?f>4h1gaLA3Dj@bvry<T&sK
-<QwwnN!b3+_4ru}1IX<M-$>i_1NRLj$|u_s&lnDYW&rW@7%&a9<N^L9C`!!a{_^|Z_6FYe9VX-W5$5#uH1zlE;s5457z5-!@8|Ci3K#_-zh3$Tltci`@
-hR>4(EJvh@(A>4-b3dM;qVbb2s9Nj!KxnaKLi}#xe+A(UCzh_2ou*H-T4OGRr?PE^&M5L=<_b-2QBr<6V}TVB0Aq3<Mt!^0<}{W+2%mw85sb*z!5M5CI
-%i070k>vGuj04-7O9<xC#>Jl_W*@^dJx62066@`VzYLC+!Ua3;zi#><hp7Pprb?M(rXk*aHFT5C%9i)%p*`0}mn$82|#n`|kJa58opY2m<3O(HtA{#sB
-~S000000000000000dH~AR_WRpM>ar{E{SGHc()lU%43$XLG77*E*&hP`5C!Noy5;HnG#M4c{(rjL>B>j5Me_=(2qXsG<S6w3&kHK{DC5o}0T{g97v=K
-oO7!dl>M#5b;NqrS0wxF>x}^}%O$#C91MNN<0?Z%F03G}$x*6gk>rM>z=oZcDBmevo*$T=;{{ZR?yB0Pd!4B@HR3bge4Hw}D(K#v#0R-o$%^2VF7$6A1
-{oWuUE85i;wlC;A%n=p2Qt1lN?Kwi-?~+h1`VaN{{{$A_7zNSR{RG!WFzDwU$lEMW`OhKi$RQ~yq#5NN^DhcXzztLI@bNXv**pHw3_u##3n38i2mR;qA
-{o{O1@Is9CClOl9}MTs>;^L@2p<{g-6_5_1;_0PH2V|&3JePw*#_A6NdgG|#O&i8DD)P|55Wgg_5#-N;}Hk^4DIhI<@?SG>;O#p4BiOz8SW7X_6E-O?=
-L4F0LbDV$2J=L@bV9?L>?W{rTZubG92X;>fQ=H`tj-{AipsM|Kl9>872S0P7kCpGM!1)7VQ)%!42y08Uh{l*8uw<0RR8O6cQZyyd?5D8sZ$#IspK`ANa
-N2>00FrD(&4G-wrJX^WYm58|Wvy^V$pXMiSw^8?4+HBRstrv>p)<4e0sx*wtM3{_5KW2nF#185znA*!&(k`m;L&021O3D7Q2L95@iT?(^;&3K{Dg01VO
-{70E0ZCkV+IusQ?><p&E9$~4avF96gL`_k{_0s}|f6zLEG>mLy6^fLGlt0(Xs{USX1`lSot7VrG~7Xaw<67U|;0uu=UrV~fh0}TL>2|@tbNCGm}y3_bd
-3Lzig<-$P&Wd;4)H$u<SA^`)>*C-qlFW&4X&MUYy213`5KI#7q3)DL(!sa6>2K3}9tv(MW?kWKDu@LDC_y5j803+G%1oQMC=nv9r_uSwy!8!BDCO-Pw;
-uPCG9sdFCGB6j-2FBzi5ZC+%5EC>a>7_RW@A&NQ^x{Pq9^VroaiJcR%iaVz<{AYa3nIh)Q_KMM4-L^-^w%*2?J36w`Z>oD6ClMo;REeY2@(j%?f(1rHo
-eVAAOkTE@C4Eg+w3d*2nzZx3dAln;RMwi_Ac}n;@2My^aJxF_4W|>7aZ~9?BNCG=^Z%Y@bMkZ`XlxgGwIsA8#7q6&Kb~S<ObaUk0(#r9}^_Y*7P1j;~m
--|nh*yc`3fhv`!Vw%-t+*r^%!o#8U32(Crjom{Sl|z^Cnc^=-%j0^cvtnD*+A<#`WzZ4;=i?3*FxZ1`X^^!3yvU`W6`6`33?J@EZL4;TQP`xF!M~4&L|
-r7a<Dl{RaX8DHXLG=nVV+^VnX~)5&8L_YE}k$j<>2KnVX6=Nk0u2?*`nIN9<p4(rTH1oi;_C=)r>JkagSAXn@S+^_`x6B#wD(Hk8s5B%lv0sib7tK(YS
-8PW9*GWziB@BSsg6BrZW@=2yc*7VR#$>&8%$^Z8B@Gm9%7R}g1Dw_sCpmdQ%n;`odCeg_GOu8lm6{_+&<?;>{*YfZY_UPO(5*7Fe-tzY`_zvUv_5T$I4
-f`Pd^yUNm6%ios>j2`=0TxBaBG1bG0yHR~1NP`IHvZSy`!nni71kgR{Muat`MW*IE9wOHGyLZP2oeKWf!ZF-9^l>n-a+O4>-qE9Y3kbz^U4%4^YaY<%>
-yyt9Nq;Y^$gY;*%TV}(g7a&68sVUPXgJ!1oIdV{Quz$ILaW|GtCzgz6{MbIQZfV1{Jz25ce4I7nMgA3he|R;so#^)fFie*w^$GCqn_s>qE=>KKbJY0qp
-+_=3(CXLDc37Ega7*#rHnV*dIE<f0FmTG2cev9-{vJz);r-?$*%DYx5%XF#rGn0000000000000003P8;_`pV`iBoVpyAmiT?B>A~`z6|5@0@_v+>G&h
-LIq~}I8qV1l3)n{v10hrB-rd<CApz>&2@?p~7zWbv1?n;p(Cz*&+&2031HS|5DI*m9&G0YKL+$w0?`bKr^C=4G-!<O?2<b-_!2m<RAKB>b9Tp7}^2kE;
-<2mj23-l?Sb-(8d`WDsM3^wus>Fe%262C{-)5<{g4t(7M?aksM>Es#J)jKHu0yx9(1qlru5l7!S_28-BIpS#8Ac6fM`q$m|1v3c#5#bLB_S6^p*)-Y3J
-2D8@s|yfID*q560>LZR{XPEA-B8aQ5J4FN_u$1hLhA?M#`fp|MDs1^=)xlG`ZXWpxXg3z#0Toh2Tmct$p`B;4iqZ;<`2;p5ibk5DB%Ri73>uQ3CkZA1l
-#H!?;s8|<u9hWaMwo>9@D@k-vTD)`q?VmDh{zBArjUX=;;^`BjX;uC-DnGr~m662Qn4X$`}X}G3CfZx+eM&)+rCYB<t231yIHtxi<ZzK@#&8`SQ;W8~*
-Pl_zl$_3IOU2;`b~U{}9Iw2izFU5<%nH%KrWb7DW*N%pnT2C?Dn!=P>2=2?-VZC(auF^9?1%0v+)EIsN51%Ihu*;2`ML02nj<)hNtE{0HFgEC><H66M4
-2?%_GhT&)SE3+WbF_zXt)w+<P%C1CpBku~x@p(zsB%tGP{64}-JP!a9F7uEgT{x<p&{^=px6!Pgb%}3Mn%R=w$3g}W4&LjjXswWf;#0bskDhMdz74;)b
->&WvC2R}dso7nsA1N$-rBH`2x75E7b>*CeP>P!LX6%)G$MiQl5%TwGt?iTs-0pl?I;{N{>@;k5FGez#Q68#h$&h+}y?okrX841|G`ZuRHBNzhAFDa)1F
-fG&&HT((t+yeJ0*(d=5%(fWSZuuyr7YkP5sx<`n5B(C=+B69l{qo!w9xA*MA0yWI_wN%N9#iuig$oNI{TvIo^B?;J;U6RS-#zyN+63(r-Nw}g`4~nA-r
-~?I_Cf*y>M$?eJLlQ_1OxT*9{4>m1z-E<yx#rZ6BhqMu@l+>=l$wm;`ROOX3zQB2J_nh5k<r+>kJAGHmeK&53t}64g5U)(htaK*eeh@>gm@6)=eu2z8C
-!w?Ft$B+5F-<-W2!*#04E3{N*R*()?QB91RrO^bqbU@E9`k3hDOJ2njv<_SX$F?-sJxLi8^m-pm^T0RKnB66qV)3M3Bv_U`upz!@#c`yk%=?flLo>_qG
-7Z2$J@{^G4d{om0J{`0cpe+26H*}wm2;qn6F@9XL6U<2$axA^lo-t!&q_T}{CfB5LO@%`jP{P_MJ=<NsfF!{sz@(b%N^Y|m=>;EFxf2{EC_Ws;$<X86Y
-^(+1H8vFMH1`O#E6IcJ_3;g7*f6M{d=I8O{%vbIX^9aZ8eeuWr2k8a+<!kEp6wLA0e+b~~=m+TG<7oLEo9zSzVDSCL9pvi&5ia(x@$us3Rs!?<-wNy!=
-w+$z3+M6bVB<6M?dTx(6&&;s!4UujEK1P?03Htn*d6!q0R#8>3(zX=9|Z=!`C;|{@c7vp_68mg{Q1@F>u>ev@$wG)`xXHE{1NN*^Ka?*=nD1z1^)&93h
-43g{a*6m8Q%pM_yZH~<o5gg_)qBn0000000000000000002@7dZy#3c&9&BiiK*`w%e}=<f0K2s6Ry;qUQO5CIDp`uXn-2<7_q@b5(mLioic>Fy6A;NG
-G9`+pwt0M7Oz3Gws+?EVJ;8~`2i>I(EMzyIIu5BLfs5DftU`1|=4`05G}_YwREf5;5q`_mp~-3Qm}>hj0jZRPCy0ln;h_~`EP>jl6AR`vc4`R?>!@#XF
-T`}^|rQ1$!4@#^b;`t8~v@aXsIF!%WI?f2Yk>g^E26a^dQTC?H&>HFq?*+2;k^6d)t1O@~M+!XB&sQ?)3@cSR)@;3JA2>Sl-10(431pwOf8S4%b0PW-c
-1Iae`1N8&t<z)Er<`e}5-{cG^+XM#L)iezL``Y~6Q2`FO<@Na&`8wlB3-km62<Q+86Xo3p={Eom5ElgU^Wrbf8xQjO-|55Vv;cqMnbN)UE`JBODgGHA_
-x9-o`s?!oDD?#l2nqKK{^$u03h5FG-2}4g`QzY2$1vy9>;X9l4>AMn0t*5D4*jY!5H<4N7S-Y&5B3~2_WBU_^8FsX^!G3p^6~@x`wIH@{1w>={{!{=2?
-PKA^!XM02Iu(z{Qm?04E_KB0ssI2|DZPj^!yz<;|~h$1^^hJ@!Sdg{t`<B-V^T$5c{s|{{IL01~2+9;pzqx`7!na1_b*C1P~Dd-~}7jMe+v=_4)-K3+*
-2R<`U}4`V$BF_4^s$?HUmA3l%O76yzuo<beem1s)IS#uOjt4bKkvE)LT*+UpSv2m<^0{__zd1`7NW^!ND*)#f4uC;!Ok@DK;|3l|yJ{D15K_|)nSA{Ge
-j;yd~g76kkI*!>$0`Tp_swEh410SW}^1ncMi9|ZvG_YKbX1p+|^58Unq?lFP5hi^R3glIg~?<G8%fPg%E>y|uF)nPmhR;@c<L6JOaI5a$gwn04HCw4rm
-@kBg94uw3WrW8ClZ5uq)=%zo{_}RW6$Dlsv7(&0vX#l_1DWAWY&Zj@8urR%3N4P$r|8~46Nw+>?;3B`%;`+Z_;`cw}Uu-{Q2Ilkj?2Ahi%gPA|+}+!M_
-x$ecpaOL9><`!41n%-_{NX2|_V7yB<s$F=;qcvm@A#VK>)}ZW1M3>{^#TGZ0IdD`2KY4f;|kRH3n9sWi|^wC^uBc7CjayL69Dif`u6z-5AqxyRRPxv_V
-J5<-vhPa^6UxIVC)9(3bW*Y^xN|v!yNPTZTIICv-`V$5WffJ65r<DaP<|2=oJ1};|iW3?fL%^C-$cP+U5RS`sxDH1qKV<bCTl+<@VHN=^Xm??F;!0Df#
-@q77+MAO#TPx3lsgtD)iv=5cu^5?l0pP0s5~4Z|v>;{<aAG2o?ta_tyCJXY%v%*9!vw3IY550rdCsf8@>N3jF^7{s;X8>hkjVc>Bc=^$r2^4gCA|{_FP
-tOuGO8000000000000000000XcB>3VGsRUsk=Dzju6dNwt`|SeI8~*v@*X&;w1qvtl>;dTl)*k-e>s|&c{kuiv@zE66-RbxAe;N4)(e^0{%mDEB^9%Mj
-`ULa#3F=0q_sQW3<VX<;3<3xA`t}~|@e399BiIjr&;Q=|*AZ0#0L|w6*y!VD@bUQnrSo<L?B?~{577)x_WA|z_yuYA+2Q#A_V)8l@%^Xq?CWU~+0P&Q?
-DOt7^YZ)f1nPg`%nHmB4jkT1o$L4E@!5aJ90CjT?hE`A{1g828SD+u0152`_8r*qBjyzo=LY}&80YW<8`JL;*c>SZ&*=UF*D3Y`@)6zg7W)h76#@d{@e
-L%?01C+GC>aCz;{E15_$H6-`w{yI9^D%b{topB;Tr-S+1?EYB>*D@0qpzy<1?la8V3Kt8o%b?_<!uj%(@XLd<e1=`V$@W`s)?=?&0`L^b7?53i$#5@g5
-H&*aaoi1KIEO>*zw)LE*yZAuk9eB?#~N{t5mM^{GY<Qt8Jp;^P|u_77+R>>}#z^g7e@`YsIh?+5(-3;Or`8twiA1pE97{QLFw?>F`h@BIJ%{{jCJ|NQ?
-1{{I62<Ma939s_&|z5w4L6(NEC@BjY#1V$Ft5aAR63)0~N7W?oASmZA0_Wm-}c<}-W2>S#81_uP#5j>_u^#Ks{{Qfcr=^6XtDAoS{2?6}|1rpu+6AbGX
-6$uX?+#d|)f&4%MHTm1BG9CIH<Nfvq0R=tZ*cI+5{rvX#{tq4g^Z*a_5$OWX>mLOm4dn3p6!PH!O$g8mf8+=3=-x39D;(py0|yEL1^fuR3p)hj2;l$41
-?%|%4EZ1e(B}Cj6$;}20rCI@@HZIx4AB$TN{R
+p$E}C%L<%4w|bF0^Jm&TpL3l&)MwQ^@;se9TwtL*U9QJG)V#_(byw;<(xJROf|SBMI7GBOy*tW0?==fNa-|kLrJU0{%7PU<q?&p>kthv3-SUMyq=F$lX
+gldUSb+vS_Ur#U1Kb!qW1bE?3+(?p%3oYNfJPcXli0bx^;8@_sva4@f_Qa5qBQ)!KD!b?&#t^b^u#8=oxg-WyM6AzX5%qGDVhnu@*xjEavs3H*W%YMFB
+R|K)*1db)+i(f`5p!61n}?)Q0V0N@HhY)64>_x68b656WJ9C`^+uDBsT`(<^Ti&7SJpgvKa#w2_^FP2n!g{`VH>^=FBKP`r9Sv+x^xqBnA8GDETM7Hq_
+EV$r%1Y7wgi)GARWO=>QDj?i(Zb^6={LKO5=N;3XP0<LSxwBmeFNGP>2Z`V9|i?b9~{7opK2BRlUHn*%Tq>IB8#TOiZ($PM{C{tVOt@hbg0!~xgq2E#1
+^9rOwiwhr<2OyCLtBE2CV=Ef@R#Lh?5OiB{X=n}p+;1uTH2OIAY7UTX6^Z69~9oXyj3=#lG`Ryyy^x};M_X-v%xe@!zOB64g4c#;0Gw|E$1}wHP@b&Z|
+2OP{u7tsjM2KOHi?GMrj;kw{77(>$F{v6=|M%)ArB7!R_3(NH<z$5<_;xkXv`N9Dr@G1JyGU^`84b#{@{P|wD(&Xw*4<pAe%OmX04>2mtDjc}wN(uo04
+9Ma;={DB~%LFYu<RmT(3Jc=!(SO$a@v;*W1@))|0yp$J3$qaQDAr5r?HK6+GtVUvDEOpG=M%k2zbg3u#uY&D81UKICD{%G=NwGW(Gu$YITO42>muL<`}
+qy&Eb9ElG8OpEG8g61=RU_#ASmYG%;EPL-TV3?^!^tE@B}Z>_xcv;DJIp^1`6-;Uh~!5{u0i->HsG}G|AmJ6XW_Q2iXc6AMEP>&EgmgAr0{t-V`R5E$I
+=(`V96Q7p(36<}fhX_89aI&r!+^828ov=_Ke@`~334IrTXf;NK_)4i@s`=@JU<L*5NN7a#D8F38Y97c;~G#0nKNs}?)N_#ot{Oe@L|-RJxYPR;Q62f*u
+4_1h&V?-~^J75?fRN+kgCt<?=1^arCO9~KDs+(WY(2LLLhyhq{<4IIn-^YAee@D~OD-XHS-66CGLAAb-25R^ee(Foxc<OVI-AJj(~;=bl4=vV{v))58z
+B`x6%Al%<N0_ij&>D3bJ`ZiGyvjoQv`hP9d!Sc{6|KR;V@B!NP^#lX}1PJ`!08$k7;QF=bQ4s40`wjg$0Nk=j>i^#k?hg|Q_$1*9-7wu1^Z)D#1_KQr^
+b!x~JqOIq-Sl%L=fO9-9zHR^F}~FZH}w+x;Ia))&;jN9?*{0`HqId;2-)1{2rnu9wG#>IJOKa&?%om91YqFX!2~qVRQCNI#3KX-{O&dl43G{4G7BTM$O
+;Hj$sX$3AooSRA0{v9{l5?9;|1{++Y}mY6)^1PD)-M%3K#|MzvjUCvK$uT5hn5#4fyKgC*a`U^&R#p{v`Jqxdkct<Q}>lzxP)175_-d^BLB?^cU?S0qp
+hv?b`7-ANc^fIq)#?)j9v^*!3{~B<>sgL*e8R(+l!9&;u&f_%!WJuJQ}^8VEAp;_n6M3GE=~BMIFL<K+zuAoVr?95VLM{Q4RG=S<G&@xB=A5!BTs8YjX
+9&>a*g_aau-^a#)I{7Cuj8{OQy=%?3IR@4x^{`C(Z9QaKE-u}H&3?CLN`}WqoMC=z*8qgra?g<X;?M>+75EVZ0<1W<d21V)${|2-cAkg(F00G!0(9IDa
+6#=~|yV37g8QA>g`o|_q`ozG(yhG(}{O_wL2o3-$;QH?c#RMrV;sX-00wz5g^yDP^?FbzE9~9yJ<QC}qYy3vazt8gg;yfbW<p$LN-x=^Q0?gX!f9(*^M
+GF87=LZ4*4dm_(F7fz3Sv38|%>Ujw`|JeE02|U2E(6}a6$!QwDDMaY4jT#nJtFb~m>nPb7XsqT`xFWH$MHby8V>Ky0viwa6&Nc6unyi4Q~vJ6<O{bSh!
+`v2^(*uQA^_jz9|8g)ghCVb@FVaT?-sZu(9YrxWBc#s^}`)W>gxSF863X_DEHkkBmChT<K55FOu+Q~9~a&N4B!Y2A{Pa`{^Tj{R2Z!W%uLZ{JFFm54E+
+55h$RdO0vrkj*(s_Q01hbbJjVzd$s-}h{sn)#3eTd}B4h~!%@z3rpbahs86*AY6h4$2LjM)#1{LrB`w;u!?;08H))4sZ{U#U_*V*vtX#?;SQS!&l5e*m
+O`Z?OrB>M3R9u(@`7uwP@Pv6cB)D}FW6GOuF7(4Oa|KJP%`{O+M_YmjsDa7bi{q6So0RA*6<HPqC3?B^nv)B+Z+PU6L{LU2?4&40{3M#<({!qjcC*Kz^
+>$VTYS}ofJ+uP1I{>&E%>i)oP!Mq9kyg)zo*B$xj{qE}{FzHCd_4g!D^YX{z9T_j+Cf(}V6A%Wt3Iiwr)$7^>BR2irE%os203;16CEoc3`_LLN>$M6g^
+z9D#@#FFn9znYH+a2Rjx!U(UKPT6|yB;7k@)oLp4DAX60|)9B;t%xjAN&F{?AH7o$}1-T?B+tn5G+v_47C=`3QFee2=ws<+w=TZ=Dc95!~XFN6-L(`Dd
+^tq2nhxz@Z0)3+6=h**6b!y*Y(mS@+d8;3I9npvEv5?&RZswCG+#@FaQ7m0000000000000001mo%(-YW3_+uB1D3E=Db;Kukf78)WX&kF$R`Uy`A^Rw
+v`|8(E+#P{tuBRDz4-%XnyQaBO7?T1eMBk3Xn;r8<#=mh!-{Qe~eVd4zl2fE<c@+vM9-T?RXFr*Sc1sW#w=llHk7!~yk6W$8oyB8lC%QE2?``%;0A@3U
+p<{jbYD-7569wSf26oKUq4?pG<tWEk!;N$xM3hnv}uQDJV>M;Ex$}8#PD+U|P76IY^{NyI!KHwK08rLKN%K-87^5@qx?N-4L68+sh`wsdLFV7#?CkQYG
+>KCsW?(Fs#FznVF()}v?0t)vM8{HiryCKpW#1by<6xSQ~UKb3*3b`#mF1@NU*~kDt2r4DXq|`tbBsICNEdKP~HW=>Z0`2%3H}BN^H?%g(2p;J%2|M=A-
+tH3UI_UVzJ?iuuD7oGv8rcNDLmd3t4fyOq{^jln|MnEs{sbcN&?xU!|GV$~1Qxss69EAf6Y&Qb&HoYbZacd75XS9e&>;lwzxysCEA95a_ykuf+4Qvj@v
+X`RNir|S!}lgU<ni?zBI~n5CcFm#5)Jp>`4sUU|IPR2I^a6w0pu4G;{N&wBd*q7``<Gqi3xVjAPe`g0wfgz2O#(t?F-8MtbZm&flq?DMno+C%cn0a?da
+(v_4)$Z0XNec^Drqvzwy8z?kF9{xd1;D>&+B202J^7(<BNF^AO<y<Ot~PYACMH3gzrbLdE^YDP&@??5n6d+;_Smz*!j`^z`l>$uI}l$RPhC-Vfm56bvZ
+LVZq<<4h{<N4*nKU<=MLh2?r(S2+h?E+6L(h7X%>e{NMfHPTT?}%O3dDBk4ES3Edn3BRS#mBiGOx{5u2}stNG&***JhnC9^5^bkAA-Xi@J87%<4BDpLi
+82F<x%>CPI^*Pzq<kt`C2H*@j1RN>-*x>LY7kBpBz7E@14;$9O^JvaM|J}~+87U^sGcWHl60_GG20sF}`~KtOPb~DeEYs8z>HSF-1ph1w-Ua&n)eJEI%
+pdzO^~n|Q*DN;w?JTPXGZ*{ott>_pA*9)*7A-|0$Qltj*6Sq%$OOVH_(t&KGXXKt|2)|CAmi&i=H>+8z7H2?%n-q+B>EiyG1Ln7A6>y13d|E3D#sxO$Q
+&D5=lmXz8~P{t`VHI!2M#1ewH?JK{0RocBhyX~2=x5!;Q&1PE94s4`vUX`<sHl;{~QI}_woc0DEtoe+#?G5=_fJb4c_kU9%{cb^WNL+6a*UXAgLf79O&
+`@>NC;r@zP2M?*1T5IT)V-)DAie1;i}6C(;lHBDFIY+6-{|n=S{-z!CvM+yuNe2=^Km`pgH%xXphf`uhBr$64Yr5*b77G(pGt?HL5#8~^VW|L_OkTlhc
+6+a~q^8W_;y(JB`g`1ZvC1O5!<+A9wN6DrVM)78-O64n_b^YQLA>C^iH>Kqp4z!MbuD)IpDzyJ#}{wyc-%<$?cqb}S8%p?f>4h1gaLA3Dj@bvrx<T&sK
+<QwwnN!b3+_4ru}1IX<M-$>i_1osXl$|u_s&=?MZW&rW@7%vU8<N^L9C`!!a{_^|Y_6FYf9VX-W5$5#vH1zlE;Q!@37z5-!@8|Ci3K#_-zh3$Tltci`@
+hR>4(EJvh@(A>4-b3dM;qVbb2s9Ni!KxqbKLi}#xe+A(T+he_2ou*H-T4OGRr?PE^&M5L=<_b-2QBr<6V}TVB0Aq3<Mt!^0<}{W+2%mw85sb*z!5M5B?
+cY~70k>vGuj04-7O9<xC#>Jl_f>^^dJx62066@`VzYMC+!Ua3jYZz><qv8PprY>M(rUj*aHFT5C%9i)%p*`0}vt%82|#n`|kJa58xsY2m<3O(HtA{#sB
+~S000000000000000djQJS_xsyN>ar^D{SGHc()lU%43$XLG77*E*&hP`5C!Noy5;HnG#M4c{(rjL>B>j6Me_=(2qXsG<S6w3&kHK{DC5o|0T{g97v=K
+oO7!dl>M#5b;NqrS0wxF>x}^}%O$#C81MNQ=0?Z%F03G}$x*6gk>rD&y=oQWCBmevo*$T=;{{ZR@yB0Pd!4B@IR3bge4Hw}D(K#v#0R-o$%^2YG7$6A1
+{oWuTE85i;wlC;A%Mlg1Qt1lN?Kwi-?vhY0`VaN{{{$A_7zNSR{RGxVFzDwU$lEMW`OhKi$RQ~zq#5NN^DhcXzztLJ@A5Uv**pHw3_u##3n38i2mR;qA
+{o{N1@IvBCClOlAPnct>;^L^2p<{g-6_8`1;_0PH2V|&3JePv*#_A6NdgG|#O&i8C-fG|55Wgg_5#-N;}Hk^4DIhI<@?SG>;O#p4BiOz8SW7X_6E-O?=
+C1F0LbDV$2J=L@bV9?L>?W{rTZubG92X;>fQ=H`tj-{AipsM|Kl9>86^P0P7kCpF`Y=(7VQ)%!42y08UY>k*8uw<0RR8O6A~Qyyd?5D8R8qzIspK`ANa
+N3>00FrD(&4G-wrJX^WYm58|Wvy^V$pXMiSw^8?4+HBRstrv>p)<4e0sx*VSD2{_5KW2nF#285znA*!&(j`m;L&021O3D7Q2L95@iT?(^;&3K{Dg01VO
+{70E0ZCkV+IusQ?><p&E9$~4avF96gL`_k{_0|Q6g6zLEG>mLy6^fCAkt0(Xs{USX1`lSot7VrG~7Xaw<67U|;0uu=Ur4vWg1PuU?2}1wbM*=d|yVLke
+3Lzig<-$P&Wd;4)H$%_SA^`)>*C-qlFW&4X%`3Px213`5KI#7q3)MR)!sa6>2K3}9tv(MW?kWKCu@LDC_y5g703+G%1oQMC=nv9r_TAty!8r8DCO-Pw;
+uPCG9sdFDGB6g+2FK(j5ZC+$5EC>a>7_UX@A&NQ^x{Pq9^Vroa-klS%iaVz<{AYa3nIh)Q_KMM4-L^-^w%*2?J36w`Z>oD6ClMo;REeY2ong%?f(1rHo
+eYBAOkTE@C4Eg+w3d*2nzZx3dJro;RDqh_Ac}n;n*Jy^aJxF_4N?=7##8A?BNCG=p8uX@bMkZ`XlxgGwIsA8#7q6&Kb~S<ObaUk0(#r9}^?X*7P1j;~m
+-|nh*yc`3fhv`!e$&-t+*q^%!o#8U32(Crjom{Sl|z^Cnc^=-%j0^cvtnD*+A<#`NtY4;=i?3*FxZ1`X^^!3yvU`W6@5`33?J@EZL4;TQP`xF!M~4&L_
+q7a<Dl{RaX8DHgRH=nVS*^VeU~)5&8L_YE}l$j<>2KnVX6=Nk0v2?*`nIN9<p4(rTH1oi;_C=)r>JkagSAXn@S+^_`x6B#wD(Hk8s5B%lv0sib7tK(YS
+8PW9*GWziC@BSsg6B!fX@=2yc*7VR#$>&5$$^Z8B@Gm9%7R}g1Dx3yDpLCH$njrfcCeg_GOS&cm6{_+&<?;>{*YfWX_UPO&5*7Fe-tzY`_zvUv^#2tH4
+f`Pd^yUNm6%ios>j2`=0TxBaBG1bG0yHR~1NP`IHvZSy`!nni71kgS{MuXs`MW*IE9wOIGyLZP2oeHVf!ZF-9^l>n-9hI4>-qE9Y3kbz^U4%4^YaY<%>
+yyt9Nq;X^$gY;*%TS|(g7a&68sVUPXgJ!1oIdV{Quz$ILaW|GtCzgz6{MbIQZfV1{J$35ce4I7nMgA3he|R;so#^)fFif*w^$GCqn_s>qE=>KKbJY0qg
+$^=3(CXLDl67Ega7*#rHnV*dIE<f0FmTG2cev9-{vIz){u-?$*%DYx5%XF#rGn0000000000000003P8>_`OD@iBoMjxAmiT?B>A~`zYOE^0@_v+>G&h
+LIr94J8qV1l3)n{v10hoA-rd<CApz>&2@?p~7zWbv1?n;p(Cz*&+&2031HS_5DI*m9%<wPJL+$w0?`bNs^C=4H-!<L>2<b-_!2m<RAKB>b9Tp7}^2b8-
+<2mj23-l?Sb-(8d`WDsM3^wus>Fe%262C{-)5<{g4t(7M?aksM>Es#J)jKHu0yx9(1qlru5lG)T_28-BIpS#8Ac6fM`q$m|1TzT!5#bLB_S6^q*)-Y3J
+2D8@s|ycHD*q560>LZR{5}59-BHgR5J4FN_u#}gLhA?L#`fp|MDs1^=)xlG`ZXWpxXg3y#0Toi2Tmct$p`B;4ihW;<`2;p5ibk5DB%Ri73~!R3CkZA1l
+#H!?;s8|<u9hXZ`Vi>9@D@k-vTD)`r0bnDh{zAArjUX=;#;_BjX;uC-DnGr~d052Qn4X$`}X}G3CfZx+eM&)+rCYB<t231yIHtxi<ZzK@#&8`SQ;W8~*
+Pm_zl(`3IOU2;`S>S{}9Iw2izFU5kceG%KrWb6-5yM%peN0C?Dn!=P>2=2?-VZC(auF^9?4&0v+%DIsN51%Ihu*;2`ML02nj<)F;eC{0HFgEC><H66C}
+1?%_GhT&@YF3+WbF_zXt)w+<P%C1CpBku~x@p(zsB%|YS{64}-JP!a9F7uEgT{x<p&{^=px6!Pgb%|_Gm%R=w$3g}Z5&LjmYswWi<#0bpjDhMgz74#!a
+>&WsB2R}dro7nsA1N$-sBH`2x75E7c>*CeP>r4UY6%)G$MiQl5%TwGt?iTs-0pl<H;{N{>@;a~EGDYsP68#h$&h+}y?oblW841|G`ZuRHBNzhAFDa)1F
+D=v%HT((t+yeJ0+9&}6%(fWSZuuyr7YbJ3sx<`n5B(C=+B69l{qo!w9xA*MA0yWI_wN%NA5-%jh6@WJ{TvIo^B?;J;U6RS-#zyN+63(r-Nw`f`4~nA-r
+~?I_Cf*y>M<|fJLlQ_1OxT*9{4>m1z-E<yx#rZ6BYkLu@l+>=l$tl;`ROOX3zQB2J_qh5k<r+>kJAGHmeK&53t}64E#O)(htaK*eeh@>gm@6)=eu2z8C
+!w?Ft$C+5F-<-W2!*#04E3{N*R*()?QB91RrO^bqbU@fb4l3+eXK2njv<_SX$F@D{SyLi8^m-pm^T0slwC66qV)3M3Bv_U`upz!@#c`yk%>?flLo>_qG
+7ZU6S^{o<`c{om0J{`0cpe+26H+Q0v3;qn6G@ayU7U<2$axA^lo-t!&q_T}{CfB5LO@%`jP{P_MJ=<NsfF!{sz@(b%N^Y|m=?EWIxf2{EC_Ws;$<X86Y
+^(+1H8vFMH1`O#E6IlP`3;X1)f6M{d=I8O{%~$RY@(9T9eeuWr2k8a*<!kEp6wLA0e+b~~=m+TG<7oLEo9zSzVDSCL9pvi&5ia(x@$us3Rsr+;-wNy!=
+w+$z3+M6bVB<9N?dTx(6&&;s!4UujEK1P?03Htn*d6!q0t5H?3(zX=9t8%z`C;|{@c7vp_68mg{Q1@F>u>ev@$wG)`xOBD{1NN*^Ka?*=nD1z1^)&93F
+z_f{a*6m8Q%pM_yiO1<o5df_)qBn0000000000000000002@7dZv!3c&9&BiiK*`w%e}=<f0K2s6Ry;qUQO5CIDp`T6e+2<7_q@b5(mLiofb>Fy6A;NG
+G9`+pwt0M7Oz3Gws+?EVJ;8~`2i>I(EMzyIIu5BCZr5DftU`1|=4`05G}_YwREf5;5q`_mm}+y~d|>hj0jZRPCy0ln;h_~`EP>jl6AR`vc4`0n&z@#XF
+T`}^|rQT6-5@#^b;`t8~v@aXsIFZcKG?f2Yk>g^E26a^dQTD0N(>HFq?*+2>l^6d)t1O@~M+!XB&sQ?)4@B1I(@;3JA2>Sl-10(431pwOf8S4%b0PW-c
+1Iae`1N8&t<z)Er<`e}5-{cJ_+XM#L)iezL``Y~7Q2`FO<@Na&`8wlB3-km52<Q+86Xo6q={Eom5ElgU^WiVe8xQjO-|55VwEutMnbN%TE`JBODgGHA_
+x9=o`s?!oDD(vk2nqKK|L6%13h5FG-2}4g`QzY2$1vy9>;X9l4>AMn0t*5D4*jY!5H<4N7S-b(5B3{1_WBU_^8FsX^!G3p^791z`wIH@{1w>={sZ;<2?
+PKA^!XM02Iu(z{Qm?04E_KB0ssI2|DZPj^!yz<;|~h$1^^hJ@!Sdg{t`<B-V^T$5c{s|{{IL02QT_A;pzqx`7!na1qAyB1rQMe-~}7kMe+v=_4)-K3+*
+2R<`U}4`V$BF_WK#%?HUmA3l%O76yzxp<beem1s)IS#uOjt4bBeuE)LT*+UpSv2m<^0{`3(e1`7NW^!ND*)#f4uC;!Ok@DK;|3>O*K{D15K_|)nSA{Ge
+j;yd{f76kkI*!>$0`Tp_twEh400SW}^1ncMi9|ZvG_YKbX1p+|^58Unq?lFPeRc}1Iy=Xjr*d;vnv4A{I*p@sL6=FP2iLE<fE0H`XYcxEsjX^vorgl7n
+4@Epz{e(OLj1)YdZ5upP$EQDSZ`!{7z@a`KKtsPiGylHEY@ol<J*YpRL^ZvuB)2|0dVjnun6*9!BqP6WGWx$fKKMU|SZqIJ2Ilkj?2Ahh%gYD|+}+!M_
+x$ecp#pUA><`!41n%-_{NX2|_V7yB<s<L>;qcvm@A#SJ>)}ZW1M3>{^#TGZ0IdD_2KY1e;|kRI3n9sWjPK(D^uBc7CjayL69Dif`u6z-5AqxyRRPxv_V
+A2<-vhPa^Xv)JVC)9&3bW*Y^xN|v!yNPTZTIICv-`Y%5WffJ65r<DaP<|2=oJ1};|iW3?fL%_C-$cP+U5RS`sxDH1qBP;bCTl+<@VHN=^Xm??F;!0Dfs
+-p77+MAO#cVy3lsgtD)iv=5cu^5?l0pQ0sF55Z|v>;{<aAG2o?ta_tyCJXY%v%*9!vw3IY550rU6rf8@>N3jF^7{s;X8>hkjVc>Bc=^$r2^4gCA|{_FP
+tOuGO8000000000000000000XcB>3VGsRUsk=Dzju6dW$u`|SeI8~*v@*X&;w1qvtl>;dTl)*k-e>s|&c{klcu@zE67-RbxAe;N4)(e^0{%mDEB^9%Mj
+`ULa#3F=0q_sQW3<VX<;3<3xA`t}~|@e399BiIjr&;Q=|*AZ0#0L|w6*y!VD@A3HmrSo<L?B?~{577)x_WA|z_yubB+2Q&B_V)8l@%^Xq?CWU~+0P&Q?
+DOt7^YZ)f1nPg`%nHmB4jkT1p6mDE@!5aJ90CjT?h5=9{1g828SD+u0152`_8r*qBjyzo=LY}&80YW<8`JL;*c>SZ&*=UF*D3Y`@)6zg7W)h76#@d{@e
+L%?0Sd_HC>aCz;{E46_$H3+`x5&J9^4xa{topB;Tr-S+1?EYB>*D@0qy(z<1?la8V3Kt8o%b?_<!uj%(@XLd<d}<`4b)V`s)?=?&0`L^b7?53i$#5@g5
+H&*aaoi1KIEO>*zw)LE*yZAukCfB?#~N{t5pN^{GY<Qt8Jp;^G?t_77+R>?7*#^g7e@`YsLi?+5(-3;Or`8twiA1pE97{QLFw?>F@g@BIJ%{{jCJ|NQ?
+1{{I62<Ma939s_&|z5w4L6(NEC@BjY#1V$Iu5aAR63)0~N7W?oASmZA0_Wm-}c<}-W2>S&91_uP#5j>_u^#Ks|{QfZq=^6auDAoS{2?6}|1`*x+6AbGX
+6$uX?+#e0+f&4%MH2K@AG9CIH<Nfvq0R=tZ*cI+5{rvX#{tq4g^Z*a_5$OWW>mLRo4dd|o6!PH!O$g8mf8+=3=-x39D;(py0|yEL1^fuR3p)hj2;l$41
+?%|%3;7@d(B}Cj6$;}20rCI@@HZIx4AB$SN{R
 """
 # fmt: on
 
@@ -1377,7 +1386,7 @@ def importance_factors(text: str, reading: EmotionReading, known_names: Collecti
     text = clip(text)
     words = re.findall(r"[^\W\d_]+", text.lower())
     names = names_in(text)
-    persons = sum(word in word_set(FIRST_PERSON) or word in word_set(SECOND_PERSON) for word in words)
+    persons = count_of(words, FIRST_PERSON) + count_of(words, SECOND_PERSON)
     return {
         "emotion": 1 - reading.scores["neutral"],
         "promise": float(bool(PROMISE.search(text))),
