@@ -744,8 +744,8 @@ LEXICON = {
           jump..for_joy jump..with_joy squeal..delight squeal..joy squeal..excitement clap..delight love_you adore_you
           heart..soar heart..sing heart..swell heart..flutter heart..leap heart..overflow on_top_of_the_world lmao rofl
           lmfao could_kiss could_hug happiest luckiest made..day make..so_happy head_over_heels bliss euphoria ecstasy
-          mean..the_world mean..everything dream_come_true never_been_happier never_been_prouder never_felt_better
-          never_felt_happier never_felt_so_alive couldn't_be_happier couldn't_ask_for_more can't_stop_smiling
+          mean..the_world mean..everything dream_come_true
+          never_felt_so_alive couldn't_ask_for_more can't_stop_smiling
           can't_stop_laughing can't_stop_grinning happy_dance victory_dance what_a_relief
         2 happy glad joy happiness delight cheerful cheery merry jolly gleeful glee excited excitement excitedly
           exciting smile grin laugh laughter giggle chuckle beam cackle snicker smiling laughing grinning love loving
@@ -766,9 +766,17 @@ LEXICON = {
           you_did_it i_did_it we_did_it did_it we_won i_won you_won we_made_it made_it nailed_it so_good
           so_much_better thank_god thank_goodness thank_heavens warm_glow warmth warmly cherish treasure admire
           impressed impressive respect..you welcome_home home_at_last yes_yes finally_free free_at_last
-          not_bad no_complaints couldn't_be_prouder could_not_be_happier sings_happily wink flirt..back
+          not_bad no_complaints sings_happily wink flirt..back
           beams_with dimples chortle guffaw titter belly_laugh snort..laughter laugh..hard laugh..loud
           laugh..tears giggles_uncontrollably do..dance little_dance dances_around jig
+          good_luck best_luck happy_for got_the_job passed_the got_in_to stay_safe stay_strong can_hardly_wait we_did
+          helpful you_rock you_rule what_fun sounds_fun so_fun legend how_sweet how_lovely how_wonderful how_nice
+          how_kind over_joyed beyond_happy weight_off burden_lifted tears_of_happiness never_leave_you..love
+          yours_forever hear_hear to_us to_victory to_friendship raise..glass raise..tankard raise..mug clink
+          clap..back pat..shoulder pat..head scratch..behind..ears boop poke..playfully nudge..playfully spin..around
+          leap..for_joy jump_up_and_down bounces_on clap..hands bring..hands_together twirl..around dance..joy
+          throw..confetti blow..kiss peck..cheek hold_you_close squish glomp snuggles_up nestle tail..wagging
+          tail..wag ears..perk perk_up whoop holler whistle..happily whistle..cheerfully skip..beat..love
         1 good great nice best better well fine hope enjoyable pleased pleasant pleasure pleasing like_you
           favorite favourite friend warm cool welcome kind kindness comfort comforting comfortable safe_now
           peaceful peace serene bright brightly lively lighthearted blush flirt flirty flirtatious tease teasingly
@@ -781,6 +789,9 @@ LEXICON = {
           genius clever talented wise praise compliment adventure paradise heaven heavenly sunshine relax relaxed
           relaxing sigh..contentedly sigh..happily sigh..contentment sigh..relief sigh..dreamily exhale..relief
           breath..relief breathe..relief tail_wags desire want_you need_you long_for_you
+          like liked i_like luck interesting positive super sharing finally sounds_good sounds_great sounds_lovely
+          no_worries fair_enough safe tickle tickled merrily chin_up worth gracious noble hooked finest prefer_you
+          admirable
         """,
     "sadness": """
         3 heartbroken devastated grief grieve grieving mourn mourning sob weep bawl despair despairing miserable
@@ -794,12 +805,15 @@ LEXICON = {
           no_reason_to_live give_up_on_life all_alone so_alone never_coming_back isn't_coming_back not_coming_back
           miss..so_much wish_you_were_here gone_forever rest_in_peace cried_myself cry_myself sorrow sorrowful
           sorrowfully mournful mournfully
+          your_loss my_condolences condolences broke..heart never_came_back never_came_home never_came_to
+          didn't_make_it did_not_make_it not_going_to_wake never_wake_up drown..sorrow end_it_all tear..slip
+          tear..roll tear..run tear..fall tear..trickle tear..slide tear..drip tear..streak tear..stain tear..glisten
         2 sad sadden saddened sadly sadness unhappy cry tears tearful tearfully teary depressed depressing depression
           gloomy gloom lonely loneliness lonesome melancholy melancholic forlorn dejected despondent downcast
           crestfallen downhearted disheartened discouraged disappointed disappointing disappointment disappoint
           regret regretful remorse remorseful guilt guilty ashamed shame sorry apologize apologise apology
           apologies heartache ache hurt wounded pain painful suffer sniffle whimper..sadly wail lament
-          pine pining miss_you misses_you miss_him miss_her miss_them miss_home missed_you homesick abandoned
+          pining miss_you misses_you miss_him miss_her miss_them miss_home missed_you homesick abandoned
           abandon worthless useless failure unloved unwanted empty emptiness numb hollow tragic tragedy tragically
           unfortunate unfortunately pity pitiful pitifully somber sombre sullen sulk mope pout..sadly blue..mood
           feel..down feeling_down feel_low feel..empty feel..nothing left_me leave_me_alone..dark lost_her lost_him
@@ -820,6 +834,15 @@ LEXICON = {
           humiliated embarrassed mortified sigh..sadly sigh..heavily let..you_down let..everyone_down let..down
           look_down..sad heavy_heart broken defeated defeat desolation woe moan..grief cries_out..grief
           dead..because_of_me i_miss never_see..again never_hear..again voice_thick..tears voice_breaks
+          loss poor suffering hurt_me hurts_me hurt_you feel_terrible feel_awful feel_horrible feel..bad feels_bad
+          feel_like_a_failure no_family nobody_left no_one_left not_good_enough never_good_enough not_okay not_ok
+          not_fine don't_belong no_friends left_behind left_out broke_up dumped turned_me_down rejected rejection
+          wasn't_invited not_invited died_inside dead_inside why_me i_tried tried_everything didn't_call never_called
+          never_said_goodbye gone..forever slow_tears wet_eyes eyes..wet eyes..glisten eyes..glassy eyes..red
+          eyes..puffy eyes..hollow eyes..dull watery_eyes eyes..water misty_eyed choked_sob let_out_a_sob stifle..sob
+          shoulders..heave shaking_with_sobs rocks_back_and_forth stares_into_space stare..into_the_distance
+          voice..barely voice..small voice..hollow voice..flat voice..thick voice..hoarse whisper..brokenly brokenly
+          mutter..sadly looks_away look..away swallow..lump lump..throat weight..chest crush..spirit lay_down_and_die
         1 alas lost lose losing alone gone miss missing sigh frown pout lament tired weary exhausted drained worn_out
           sorely weak unlucky poor..thing poor_thing sick_of_life dull bleak bitter faded fade hopelessly weakly
           wish_things had_been if_only wish_i_had wish_i_could used_to grieved hospital cancer dying die dead death
@@ -828,6 +851,7 @@ LEXICON = {
           droop hang_my_head down upset distant quietly..tears softly..crying sobbing sniff awkward awkwardly
           embarrassing embarrassment shamefully sheepishly bad terrible..day rough_day rough_week hard_day long_day
           mess..up messed_up screwed_up failed fail
+          hard rough mistake disaster oops unhappily never_again..see unlike_before silence pillow..hug nobody
         """,
     "anger": """
         3 furious enraged livid outraged irate seething seethe rage fury wrath wrathful incensed infuriated infuriating
@@ -866,10 +890,27 @@ LEXICON = {
           all_your_fault blame..you because_of_you..dead demand fight fighting attack threaten menacing menacingly
           glaring cold_stare stare_daggers ice_in..voice voice..cold voice..ice wtf ffs hypocrite selfish arrogant
           used_me using_me lied_to manipulate manipulative toxic grr grrr argh arghh gah
+          suck sucks shitty ass waste_of can't_stand cannot_stand don't_like not_true false racist boring who_asked
+          nobody_asked no_one_asked did_it_again you_always you_never keep_interrupting don't_care_about_anyone
+          pay_dearly going_to_pay gonna_pay you'll_be_sorry will_regret regret_this apologize_before break_your_bones
+          break_your_neck break_your take_your_hands hands_off keep_your_hands get_off_me let_go_of_me let_me_go
+          unhand out_of_my_way get_your get_that_thing give_it_back give_me_back give_that_back drives_me_crazy
+          drive..mad drive..insane driving_me gets_on_my_nerves on_my_nerves last_nerve rub..wrong_way treat_me_like
+          talk_to_me_like speak_to_me_like call_me_that say_that_again one_more_word another_word not_another_word
+          no_excuse no_excuses stop_lying stop_laughing stop_acting stop_treating stop_being stop_telling treachery
+          treason incompetent insolent insolence impudent disrespect disrespectful disgrace smack punches spit..face
+          bare..claws claws..extend hackles..rise hackles..raise fur..bristle ears..pin lash..tail tail..lash
+          pace..furiously pace..angrily draw..sword draw..blade draw..dagger point..sword raise..axe bring..axe..down
+          stab..into snatch yank crush..can crumple..letter crumple..paper tear..letter tear..contract rip..letter
+          rips_up tears_up vows_revenge through_her_teeth through_his_teeth face..darken expression..darken
+          voice..rise voice..low..dangerous dangerously_low ice_cold icy icily cold_eyes stern sternly scold scoff
+          mocking mockingly accuse accusingly snappish hands_on_hips tap..foot
         1 upset cross disagree wrong problem complain complaint argue argument blame fault stop enough impatient
           impatiently cold coldly harsh harshly sharp sharply sarcastic sarcastically dumb crazy worse worst lame
           stubborn rude mean blunt bluntly hit break stab strike..down tch tsk hmph hmpf pfft bah bother disapprove
           unbelievable how_many_times excuse_me kidding_me refuse never_again whatever tsks tuts
+          don't_believe nope fake irrelevant unjust injustice unpopular wrong_with_you sigh..frustration groan
+          groan..frustration eye_roll get_it_together no_more stop_it_now deserve
         """,
     "fear": """
         3 terrified terrifying terror horrified petrified panic panicked panicking panicky dread dreading dreadful
@@ -889,6 +930,15 @@ LEXICON = {
           they'll_kill he'll_kill she'll_kill it'll_kill they'll_find he'll_find something's_out_there
           something_out_there someone's_watching being_watched being_followed following_us following_me eek aaaah
           aaah aah panic_attack can't_breathe cannot_breathe
+          don't_dare not_dare dare_not right_behind_you it's_behind behind_you make_it_stop knows_where_i_live
+          freak..out freaking_out heard_it_breathing hear_it_breathing something_moved something_is_moving
+          moved..in..dark someone_is_in someone's_in_the in_the_walls scared_out_of out_of_my_mind_with
+          going_to_kill_us going_to_kill_me gonna_kill going_to_find_us don't_feel_safe not_safe isn't_safe
+          never_felt_so_afraid wake..screaming white_knuckles knuckles..white grip..seat shake..uncontrollably
+          tremble..uncontrollably shaking_like trembling_like breath..hitch breath..quicken breath..catch..throat
+          breathe..fast hyperventilate heart..beat..fast heart..beating heart..jump heart..lurch throat..tighten
+          throat..dry mouth..dry teeth..chatter legs..shake legs..tremble legs..give frozen_in_place frozen_with
+          freeze..in_place freezes_in_place rooted..spot pressed_against..hide
         2 anxious anxiously anxiety nervous nervously worried worry worrying worriedly uneasy unease apprehensive
           apprehension alarmed frantic frantically spooked creepy creeped eerie ominous menace danger dangerous
           threat cowardly timid timidly tremble shiver shudder quiver quake shake..head..no cringe..away flinch
@@ -905,6 +955,13 @@ LEXICON = {
           keep_quiet be_quiet..hear shh..hear they'll_hear it_heard hear_us it's_too_dark in_the_dark footsteps
           shadow..move growl..dark monster ghost haunted demon..coming stalker stalk
           paranoid phobia intimidated intimidating horrifying hysterical stammer stutter..fear voice_shaking
+          freaked worried_about worried_sick no_no_no please_no oh_no oh_god_oh_god get_away_from_it stay_back
+          stay_away keep_away go_away..please leave_me_alone..please they_know they_found be_found lock_the_doors
+          bar_the_door barricade close_the_door..quick take_cover get_down peek..out peer..nervously
+          step_back..nervously back_up..slowly ears..flat..head tail_tucked tail..between..legs huddle cling
+          hug..tightly..scared whisper..terrified whisper..fearfully tremulous shakily_breathes jittery jumpy
+          beyond_scared terrorized petrify shadows..creep crawl..under run..away run_away_from hide_from hide_from_him
+          lurk lurking prey hunted predator wolf..closer not_alone..here we're_not_alone we_are_not_alone
         1 concern concerned careful caution cautious cautiously wary warily hesitant hesitantly hesitate tense
           unsure insecure shy shyly pale dark..alone scream shriek beware escape survive risky risk suspicious
           shaky shakily freeze frozen shaking emergency please_stop..hurting bomb gun..head blood knife..throat
@@ -928,6 +985,9 @@ LEXICON = {
           plot_twist who_would_have_thought who_knew of_all_people of_all_places never_seen..like
           drop..glass..shock stare..disbelief stare..shock stare..shocked stare..disbelieving
           disbelief shock lost_for_words i_have_no_words words_fail_me out_of_thin_air
+          would_i_have_expected never_would_i didn't_see_that not_see_that_coming never_saw_that_coming
+          had_it_all_wrong make_no_sense couldn't_be..real it_couldn't_be caught_by_surprise take..by_surprise
+          take..aback
         2 gasp astonish astound wow whoa woah huh wha whaa whaaat whaat what?! eh gosh gee blimey crikey
           jeez yikes bewilderment confused confusing confusion confuse baffled baffling puzzled puzzling perplexed
           perplexing mystified stun startle double_takes blink..rapidly sudden suddenly abruptly strange strangely
@@ -946,10 +1006,21 @@ LEXICON = {
           hand..over..mouth hand_flies_to hands_fly_to cover..mouth clap..hand..mouth came_as_a revelation
           twist..never_saw never_saw..coming didn't_see..coming did_not_see..coming actually_works it_worked it_moved
           popped_up appear_out_of what_the jump..in_surprise yelp boggle do_my_eyes_deceive dumbstruck
+          expect expected not_what_i_expected i_thought_you thought_you_were thought_you'd thought_it_was no_clue
+          wide_open what_just_happened did_that_just did_you_just did_he_just did_she_just is_that_a_tail where_am_i
+          how_did_i_get how_did_that you_never_told_me never_told_me you_kept_it after_all_these_years it's_you
+          it_really_is_you is_that_you can_talk it_talks it_speaks you_can_see_me turned_into transform vanish_into
+          disappear_into appears_from materialize what_is_going_on what's_going_on what_is_happening what's_happening
+          what_happened by_the_gods by_the_stars great_scott holy_hell my_goodness my_word goodness_me good_god
+          gods_above dear_lord heavens heavens_above bloody_hell what_the_fuck well_well blink..owlishly
+          stares_at_you..shock head_snaps_up eyes..snap..open sit..up..suddenly sit..bolt stops_in_her_tracks
+          stops_in_his_tracks freezes_mid nearly_drops raise..eyebrows arches_an_eyebrow arch..brow arch..eyebrow
+          quirk..eyebrow quirk..brow double-take take_a_step_back
         1 suddenly unreal mysterious interesting sure_about_that blink stare..at..what hmm unusual
           rare remarkable extraordinary apparently turns_out unclear what_is_this what_is_that what's_this
           what's_that who_are_you which..mean understand..why don't_understand didn't_know never_knew did_you_know
           i_wonder how_come whatever_happened guess_what magic_trick
+          realized not_sure don't_know know_why thought doubt clue whichever ?_what
         """,
     "disgust": """
         3 disgusted disgusting disgust disgustedly revolting revolted revolt..stomach repulsed repulsive repulsion
@@ -966,6 +1037,11 @@ LEXICON = {
           get_it_off what_is_that_smell what's_that_smell what_died smells_like_death smell..awful smell..horrible
           smell..terrible smell..rotten taste..like_dirt taste..awful taste..horrible taste..terrible taste..disgusting
           you_disgust you_repulse repulse sicken you_sicken
+          what_died..here i'd_rather_drink covered_in_slime covered_in_shit covered_in_mud covered_in_blood..ew
+          crawling_with crawl..with_flies crawl..with_bugs swarm..flies festering fester lick..floor ate_it_off
+          spit..soup spit..wine spit..back bleurgh blargh eugh urk hurl..lunch lose..lunch dry_heave heaves gag..smell
+          choke..stench nose..in_disgust lip..disgust turn..nose_up hold..breath..stink at_arm's_length arms_length
+          tainted..touch wipe..kiss..off want_to_scrub scrub..off shudder..distaste makes..gag made..gag
         2 distaste distasteful contempt contemptuous contemptuously disdain disdainful disdainfully loathe abhor detest
           awful horrid hideous ugly obscene perverted pervert pervy creep lecherous sleazy slime sludge mucus snot
           pus vermin cockroach roach cockroaches rat..food sewage sewer garbage trash dirty mold mould moldy mouldy
@@ -977,8 +1053,14 @@ LEXICON = {
           horrible appalling appalled unnatural inhuman cruel..sick how_can_you_eat you_eat_that you_ate_that
           eat_that hair_in_my in_my_soup in_my_food never_wash ought_to_be_ashamed beneath_me no_shame bugh blegh
           ugh ughh urgh
+          lice louse flies fly..soup bugs bug..mattress bedbugs fleas flea cesspit cesspool latrine toilet outhouse
+          swill slop dung manure feces faeces poop piss pee pissed..on belch burp fart drool spittle earwax scab
+          boil..pus warts toad..lick bloated sour..milk spoiled curdled expired stale stained stain hairy..food
+          unwashed never_bathe last_bathe last_wash when_did_you_last vomited vomiting regurgitate chew..open leer
+          ogle grope predatory unsavory unsavoury crass vulgar tasteless sickly queasy
         1 cringe cringy sick terrible unpleasant bad_taste stinky smelly smell sticky recoil wince worst whore slut
           lewd creepy inappropriate disturbing weirdo freak trashy tacky sweaty unclean
+          worse weird ridiculous shame rude_noises
         """,
     "neutral": """
         1 nod walk sit stand look glance open close pick place put take hand point lean adjust check pour stir cook eat
@@ -1049,7 +1131,7 @@ FIRST_PERSON = "i me my mine myself we us our ours"
 SECOND_PERSON = "you your yours yourself u ya thee thou"
 THIRD_PERSON = "he she they him her them his hers their its it himself herself themselves"
 QUESTION_WORDS = "what why who where when how which whose"
-STRONG_NEGATORS = ("never", "couldn't", "can't")
+STRONG_NEGATORS = ("never", "nothing", "couldn't", "can't")
 SPEECH, ACTION, PICTURE, NEGATED = range(4)  # the channels of evidence; a picture is an emoji or a kaomoji
 PHRASE_GAP = 2  # words that `..` in a phrase may stand for
 NEGATION_REACH = 4  # words before a feeling in which a negator turns it
@@ -1099,9 +1181,15 @@ def lexicon() -> tuple[dict[str, str], dict[str, Entry]]:
                 strength = float(item)
             else:
                 items.append((EMOTIONS.index(label), strength, item))
-    vocabulary = {word for _, _, item in items for word in word_tokens(re.sub(r"_|\.\.", " ", item))}
-    forms = {form: word for word in sorted(vocabulary, key=len, reverse=True) for form in inflections(word)}
-    forms |= {word: word for word in vocabulary} | irregular
+    single = {item for _, _, item in items if len(word_tokens(item)) == 1 and "_" not in item and ".." not in item}
+    forms: dict[str, str] = {}
+    for words in (
+        {word for _, _, item in items for word in word_tokens(re.sub(r"_|\.\.", " ", item))} - single,
+        single,
+    ):
+        forms |= {form: word for word in sorted(words, key=len, reverse=True) for form in inflections(word)}
+        forms |= {word: word for word in words}  # what is listed is itself, whatever it might be a form of
+    forms |= irregular
     return forms, lexicon_entries(items, forms)
 
 
@@ -1163,7 +1251,10 @@ def segments(text: str) -> list[tuple[int, str]]:
 
 def find_phrase(bases: Sequence[str], start: int, entry: Entry) -> tuple[int, float, tuple[int, ...]] | None:
     """The longest phrase that begins at `start`: (label, strength, places of its words)."""
+    nearby = bases[start + 1 : start + 2 + PHRASE_GAP]
     for steps, label, strength in entry.phrases:
+        if steps[0][1] not in nearby:  # spares nearly all of the work
+            continue
         places = [start]
         for gap, word in steps:
             window = bases[places[-1] + 1 : places[-1] + 2 + gap]
@@ -1237,6 +1328,12 @@ def share_of(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
+def count_of(words: Iterable[str], listed: str) -> int:
+    """How many of the words are in one of the lists above."""
+    known = word_set(listed)
+    return sum(word in known for word in words)
+
+
 def style_features(text: str, pieces: Sequence[tuple[int, str]], tokens: Sequence[str]) -> list[float]:
     """How it is said: punctuation, capitals, person, the share of actions, length; about 0 to 3 each."""
     words = [w for w in tokens if w[0].isalpha()]
@@ -1259,12 +1356,12 @@ def style_features(text: str, pieces: Sequence[tuple[int, str]], tokens: Sequenc
         share_of(sum(len(p) for c, p in pieces if c == ACTION), len(text)),
         float(any(c == SPEECH for c, _ in pieces)),
         float(bool(NARRATOR.match(text))),
-        math.log1p(sum(w in word_set(FIRST_PERSON) for w in words)),
-        math.log1p(sum(w in word_set(SECOND_PERSON) for w in words)),
-        math.log1p(sum(w in word_set(THIRD_PERSON) for w in words)),
+        math.log1p(count_of(words, FIRST_PERSON)),
+        math.log1p(count_of(words, SECOND_PERSON)),
+        math.log1p(count_of(words, THIRD_PERSON)),
         float(bool(words) and words[0] in word_set(QUESTION_WORDS)),
-        math.log1p(sum(w in word_set(NEGATORS) for w in words)),
-        math.log1p(sum(w in word_set(INTENSIFIERS) for w in words)),
+        math.log1p(count_of(words, NEGATORS)),
+        math.log1p(count_of(words, INTENSIFIERS)),
         float(bool({"if", "would", "could"} & set(words))),
         float("[" in text or "http" in text),
     ]
@@ -1290,65 +1387,114 @@ def emotion_features(text: str) -> np.ndarray:
 
 
 # The trained part, as tests/bench/train_emotion.py writes it: for each head of HEADS its weights' int8 scales, its bias
-# (float32) and its int8 weights, in base85. Trained on GoEmotions (Demszky et al. 2020, Google Research, CC BY 4.0) and
-# on the lines of tests/bench/emotion_lines.jsonl; the calibration's temperature is multiplied into the weights.
+# (float32) and its int8 weights, in base85. Comments and role play differ in style and in what counts as neutral, so a
+# head is two experts and a gate that says how much a text is like role play (a mixture of experts). Trained on
+# GoEmotions (Demszky et al. 2020, Google Research, CC BY 4.0) and on the lines of tests/bench/emotion_lines.jsonl; the
+# calibration's temperature is multiplied into the weights.
 FEATURES = 65  # length of what `emotion_features` returns
 VECTOR_SIZE = 384  # all-MiniLM-L6-v2's; another embedder's vectors mean nothing to the head
+OUTPUTS = 2 * len(EMOTIONS) + 1  # logits by the comments' expert, by the role play's, and the gate's
 HEADS = {"vector": (VECTOR_SIZE, FEATURES), "lexicon": (FEATURES,)}  # name -> sizes of the blocks of its input
 # fmt: off
 EMOTION_WEIGHTS = """
-qd2=f1gZo*U4Otl=-O{RGm4))$%-;PisH{aq5kwcl)el+E&K~SYfKP4cynDm4)hy5&G4B!8F%_WkS$ohDw-I+O)LPwpnh0CM=sdEW%}?x#OLHLEc5yT;
-wTWr6XyUL?eO3t_3Hoi05J6p$pifo{t5dE>EHfE3G@8zN9!BgGw0vc^GqBb^419cNEGJ-+wArKLFrToCdT0e9p>KKJt5%r^$67q;V0t^;Slx=GQ~s()9
-N_cFC5qU3NzvtIo#9)@g4F80~Yl~(iKCxH~abAIw{629>f3T;o1QN1~cUcDS;#o4aPhU;pXKf<+c0qAlFT($20xZ+c*{E6R#OK`tWiCDDA}P^Zl{>1zq
-qo5HKIhW5q3V_y^(?&?5r%+$=oc&@b%s|L_#(B?-q4+aS&=-U9#{>l6U@|1ZMt?jg*?0SX`*^7!)>GwSay@dos@9tIc#{pU^Q6Xp8};4J(`>G}u^^9%7
-M8U+-k_u(-Y!1iR&4*T>79_r-?_Y5fO^bzk5>edAe4hJ^K<OA>!85IHB?E*38J<2Hx&;#%$^Sk{K_Br(-F4oK?|1D1s=I_+`Aod0T3iSB3_%<Bf3+3}0
-=LN|c^cv*`1PtvI=Jx>`HTuP&0W2ZYCBf_}nG?4x{nFd;78@A$+U*hl=sDdw_aDYH0~RIJ>mm6R!3IF#^OGX|9wi(I0@}#{*#ZmQ77Y3M4)F&b>>J)E<
-H}3j3kS##1O@Zo81Vff(M&J~F3}GS?Lhie&esGB3+E5^84COg_7Di|0P+><7wYs0A2c`a;vU=w=*{sTQ`;X03-0VJ`4lTK73n>;4j&)z`!D9<EXL3q0~
-7BY;?wU>E7#)A5c?1nC-d>{;3OI@@ADo31MwL7Ea@`N+St4C<2~CJ*B<Hk`YitYaT?{_%L)ApC>7Vv5f}O<7$dy?r5_9g$r2_37#a!tyb16jsS+Lh<S;
-TR%=0PQ59j0gGY$CAI~&paHt^EOEYSV-84MNB^z<wCK$aXv7!lO~>R7)34A3f?%=CYq6{`vcz86l<5CHPp3={<d^5)wC=PnTw5cB!N1R&Pz1UcH^3??4
-h^(EjA><Q=*6b9Y<1QQ`T$<zl5|I5Tx1V7{o6FIpAQ60Sm=>Fbe@WCME#wGw0Ozua=_9_<++XVUy+w|@D0wxkKALRQE?dd1i0pJu2HoXHtG4|}WDC+j}
-3K;M@?AHV=)GA=r1oaT{1nLwQ>9j}OHTc{J1nCY9`UDSB#`|a-ujMcO=l}o!000004bkld@igiF7QhZJ?f+Nd{Ndgi6=Es~=SP7^N#+yu{N)<q5yv*XF
-rWDXA;%pt{RaLb_0bpf^#Wey4%;O22`MYj0i66A;PDa-{vGWk{SW@z{te{vRr3J_3-sGG0VWP1{^dK{8pGEOHQ@gM9ohjKz97;bMi<`F3ET5569Gxy!2
-;(B^+p5qN3tym+zIgXC;aaD1p))mJr?!t`Qi=I9P|$79Usy64Db@eM)?K<2*o)oJ?Goc2c6p<Hw+8WG6vuTE6W>Z;?T%7J?8-bCCAia+#2D}4iXvWkAE
-O9g${uZ`rir$5aU25xzpG&3DyZF2omT5^ZowoW*5wp5g<~99-JsU-PidV=Og0w^b#u90oVjV<>}J}_4)4w3L^Itr779?5-|SZ8?y2V<^BmflIsE^8xj1
-bAIRD@*d5UB1{5s(<-#KD7%}<G*fs6RA`%M;2*}d`DgpxV749Dv)f^W5`QsGn$21}P#x)Zw1;`Tx{OvOi*cJcv3^CINq9qp>;~2>K5<=b$7tbj<2--f)
-3l16@@B-T%69WY7@%$(W<_YEw1~(oN-w5Rc>sZ<x7u3uS6ZYl-=_cV%83ofJ=MN$@AGARU@GA&5)HcjAqRf5z>nQ#B6f@!r`3D0TLG(1=&O7b^`Pusz`
-vSHo<QCdK+R_6O?k*Jy*4iExA}HoS;YjfA^8fu1%@yy?{oyw3`0WNPup`k1)i52X^6U^41QE;dIvwBL4B`e81PL<|xf|^L)C(2A?cNbU7%LhK%Df%*K+
-x?6@*@=R0}C<j;N0mS{uJ*s$ki+VE*bS2_UH957uh5Kq6uU2@etzEBKrXKQQpn$K>Zac{2U3F2KoHg8tWe*0000000000U;f7e0Pp)w00A4){iEym8y4
-vuvVQK%>+B}g^Caxv4FfOZ1oa-^3gNX%-V_W0&g&Bg62=qQ@-p%C{R`(oGt~YLt~5^m0SV&y$QkSk5-sV~vOn+w#SjzZ2)imL;RW8_Cg|uXDz_N#=L#(
-t$L~Ge5(z`-^c?x&8U_vd`q<qy9UTSX@iyTq{S+7tw*%)cI_US=``-x$1@Y<@`TYLg1K<=E=-mAlpDqv2{}}1$IRD^2{NgeQ;p*=j9GW-381EnZtr!IU
-?>hWA>*T`b@FwRB58Mzb4gK%t9mv@g1Tx3;578m;`tHXI?*1JV0=zut4-gB-|K-yw3Dhm};vEI>{v7)X`uRrX1tAF%>j?4*0{jF15(?)1#sDJV1P&zYx
-CqHM_#WKd87A`fPy-s@&?C_bJkvPE=B*_o`u7v#?;q~$6BOSJ*FgQ#G7bOeD<%We_URh{<mw3^_TbYOGq)Sm{SVj{PT%100VK=#G8YC?3H$fI3<CNG?j
-R2M`t>0m-uK%V_X-9w&<X<n?;IoC^wkHv69+%Pr4A(tN#6%3uJa1{G3yGY?IC~2FYVFNJntLJE&}@=z4+4;4<g=8-w723=>HA?^w}l)^A#D};{E~o8SO
-b4<L2QIC?4PBGv@X+`yV;)8p+P_Edeja?h+vv<^c}u8_qN09RnQE66--N-wX5cIH?a3#Y?mJE6WKC1>6M?_37ys5f$tJ5CP~3{|Frg;|1OLB`W)`{Q>7
-H>Ga$z;s^ZhA=>Z#67l-_+cnrR{_FKh)E5jP@%-Kf^9APrD)jf&G0gezPy7xU<RQ;`00Ryl&=Is9+eaqD`76-~+cyFZ4D8V2%sLI{CEw!dvrwTA_5c6?
-000008X5Zv?e60N3Hs(;|L+gc5cumG6;LMx;pxpYBM|NOEx<th`N;s_8Z7q&02M07755PR{p}Uy<oP25m_geN>;&W6CMjL+<M0;p4Cf}%`Y-(f^D?+f(
-E5@m_R;L(CKxK?#r^OMH1iqj4YD=DAWZrR0m#w@BKj2T^~!(X!~^@~7%43%&Mwyy8td)}3*jy(^B&%jTG=Y){rw=^EAR{q6y5~dF*_5&Bikze0r@AG7}
-WgH8vW}a1{~EO`xNsL2+k4lH3$~_>;4AH9SbEb0p23-_4y1A&(KB&=_}eB;`8v=^7;GhN8elg*zpkFCovSu>PPYb8WZK#+)L&h(G&;q0|ngly)geI!wD
-}%0=Uxt2No0u2j$|o?mG#|F6rkh?Dh-;{4U7;E#dmv^)3q4Nc{J|A{y-1HtXdG=rHvB#rY)S+Yc`82OS6U5dGyd6(#@`unraJ=lV1d?Y#Ey2Kz1n-2f-
-|6c6Vm2TK6C@Z#F`>mj)_)b1Ms^i$6r7W@>(Mej^S2hiar<~tz}_Uq~m0@4NO`UO7O>;pdU6bRrs2?OEr3jkr=(+&ga1O*G^?IR`FV(#ki`3uYCSosI}
->d5=%ROIF+(Cz^5S@ZAT=ja#z9sJ+x<Ms{eSl$Eg|M&&`B!B4G0r>jP*KYCa@)5)8+J6M-0=enh;D75lf!y~1`$O}t=KALp>tVC&@YOQ;`cU`!^c4#H^
-XW+J7yR?U>+fd)@9x>(@cnb@^w-+-_x(NY-PH61_xV!Q000000002`C?@vc4AV9Q)a>%_VhsTN{_yxSM(N$(_49G?|K#}-2^10Y^a}hI-vs~-0r3d<ea
-sT#`rQcHfB)j__S?z!SMB%(`|J4TaPk1R>EizCNczXP`|cO$f3*u02<H*i4g(+r&H@Jm@)zs&5d-h`<KlDs;qm<g-R%%6;L!B@QtT(Y{Pqw62HY|x{Sg
-H5@$AFc%NKv`m-hh@1p@2^3kL2X1m6Jb=;;bO(i#QS5+e}n<mlxV`S%D#_xc?I_w^DA0r&6&0TBB7{Rsm82D&f}+X(nR{Ll>Z2M{d#Ao1w;9`X(k6YKT
-_==J&>`|$=6==BT%^#nT(8}beo?wcgr9JdezEd%xZ4DJ#T*WU~d7!T>!_C^f?_R9Ad3<>)8;Q#gY3=aS9_YL0n0RKi$T}V7k>P$SMBt1M73xqs}^@co7
-^m9C{CHp&^**iZDEfqf5?$N%!^F+N<iwD2({y@K!t6V>93EtoE5x~@M^b+;%xb*I3?AjvF=lJSk==jU=?Gy|g_tn?%1qRb{%>VEE0RsObd;8P)@czNhf
-AIbB1G(kee<#=cxa8r~f9EHG<naOuJN>rO^Y{kZf4cMK&nW%$RSW^<0ule|^i<>x1L(l`{b2g|<Jai*_g>=m)#~)~`b+cA?*a7f2{hdR00000000k4BJ
-j)u#}g~c9_Z*13IiAW=K2^m@zD?Q@G1QJ>FX%}2nY87_Vz8<`1uMH<r(LH-vHnF;Qrrr0`Kkh)XD-``}O|v=l$Yf=>@v;-}UxW_t3`r@(kd5xeXEx?Gw
-%!0UZPF{Qds(4&Vq35aj>h=RpDK{safz@(>&7+6V_S>l?EC0SOWR+aD+A{Rsj7;I!1?4}So__W~905$P8K3GNgJ<Ot*5=pi-Q9r(@&D-!(K_1+-w_xfJ
-(`y&DQ_6!390`Ld^3jO{60RaCC2;>p7G3jg(=?vKs`ZC@g{_OEB`TYtG{qqmy@%AM8=?@d_`VsN&7$pTM;4KO2oEG{d-}(dn{`&m)`xFVz>k|YS2nn(d
-NhSpHx)d7-^#bkT1>*Aw4*d`f1pVj^<23
+p$E}C%L<%4w|bF0^Jm&TpL3l&)MwQ^@;se9TwtL*U9QJG)V#_(byw;<(xJROf|SBMI7GBOy*tW0?==fNa-|kLrJU0{%7PU<q?&p>kthv3-SUMyq=F$lX
+gldUSb+vS_Ur#U1Kb!qW1bE?3+(?p%3oYNfJPcXli0bx^;8@_sva4@f_Qa5qBQ)!KD!b?&#t^b^u#8=oxg-WyM6AzX5%qGDVhnu@*xjEavs3H*W%YMFB
+R|K)*1db)+i(f`5p!61n}?)Q0V0N@HhY)64>_x68b656WJ9C`^+uDBsT`(<^Ti&7SJpgvKa#w2_^FP2n!g{`VH>^=FBKP`r9Sv+x^xqBnA8GDETM7Hq_
+EV$r%1Y7wgi)GARWO=>QDj?i(Zb^6={LKO5=N;3XP0<LSxwBmeFNGP>2Z`V9|i?b9~{7opK2BRlUHn*%Tq>IB8#TOiZ($PM{C{tVOt@hbg0!~xgq2E#1
+^9rOwiwhr<2OyCLtBE2CV=Ef@R#Lh?5OiB{X=n}p+;1uTH2OIAY7UTX6^Z69~9oXyj3=#lG`Ryyy^x};M_X-v%xe@!zOB64g4c#;0Gw|E$1}wHP@b&Z|
+2OP{u7tsjM2KOHi?GMrj;kw{77(>$F{v6=|M%)ArB7!R_3(NH<z$5<_;xkXv`N9Dr@G1JyGU^`84b#{@{P|wD(&Xw*4<pAe%OmX04>2mtDjc}wN(uo04
+9Ma;={DB~%LFYu<RmT(3Jc=!(SO$a@v;*W1@))|0yp$J3$qaQDAr5r?HK6+GtVUvDEOpG=M%k2zbg3u#uY&D81UKICD{%G=NwGW(Gu$YITO42>muL<`}
+qy&Eb9ElG8OpEG8g61=RU_#ASmYG%;EPL-TV3?^!^tE@B}Z>_xcv;DJIp^1`6-;Uh~!5{u0i->HsG}G|AmJ6XW_Q2iXc6AMEP>&EgmgAr0{t-V`R5E$I
+=(`V96Q7p(36<}fhX_89aI&r!+^828ov=_Ke@`~334IrTXf;NK_)4i@s`=@JU<L*5NN7a#D8F38Y97c;~G#0nKNs}?)N_#ot{Oe@L|-RJxYPR;Q62f*u
+4_1h&V?-~^J75?fRN+kgCt<?=1^arCO9~KDs+(WY(2LLLhyhq{<4IIn-^YAee@D~OD-XHS-66CGLAAb-25R^ee(Foxc<OVI-AJj(~;=bl4=vV{v))58z
+B`x6%Al%<N0_ij&>D3bJ`ZiGyvjoQv`hP9d!Sc{6|KR;V@B!NP^#lX}1PJ`!08$k7;QF=bQ4s40`wjg$0Nk=j>i^#k?hg|Q_$1*9-7wu1^Z)D#1_KQr^
+b!x~JqOIq-Sl%L=fO9-9zHR^F}~FZH}w+x;Ia))&;jN9?*{0`HqId;2-)1{2rnu9wG#>IJOKa&?%om91YqFX!2~qVRQCNI#3KX-{O&dl43G{4G7BTM$O
+;Hj$sX$3AooSRA0{v9{l5?9;|1{++Y}mY6)^1PD)-M%3K#|MzvjUCvK$uT5hn5#4fyKgC*a`U^&R#p{v`Jqxdkct<Q}>lzxP)175_-d^BLB?^cU?S0qp
+hv?b`7-ANc^fIq)#?)j9v^*!3{~B<>sgL*e8R(+l!9&;u&f_%!WJuJQ}^8VEAp;_n6M3GE=~BMIFL<K+zuAoVr?95VLM{Q4RG=S<G&@xB=A5!BTs8YjX
+9&>a*g_aau-^a#)I{7Cuj8{OQy=%?3IR@4x^{`C(Z9QaKE-u}H&3?CLN`}WqoMC=z*8qgra?g<X;?M>+75EVZ0<1W<d21V)${|2-cAkg(F00G!0(9IDa
+6#=~|yV37g8QA>g`o|_q`ozG(yhG(}{O_wL2o3-$;QH?c#RMrV;sX-00wz5g^yDP^?FbzE9~9yJ<QC}qYy3vazt8gg;yfbW<p$LN-x=^Q0?gX!f9(*^M
+GF87=LZ4*4dm_(F7fz3Sv38|%>Ujw`|JeE02|U2E(6}a6$!QwDDMaY4jT#nJtFb~m>nPb7XsqT`xFWH$MHby8V>Ky0viwa6&Nc6unyi4Q~vJ6<O{bSh!
+`v2^(*uQA^_jz9|8g)ghCVb@FVaT?-sZu(9YrxWBc#s^}`)W>gxSF863X_DEHkkBmChT<K55FOu+Q~9~a&N4B!Y2A{Pa`{^Tj{R2Z!W%uLZ{JFFm54E+
+55h$RdO0vrkj*(s_Q01hbbJjVzd$s-}h{sn)#3eTd}B4h~!%@z3rpbahs86*AY6h4$2LjM)#1{LrB`w;u!?;08H))4sZ{U#U_*V*vtX#?;SQS!&l5e*m
+O`Z?OrB>M3R9u(@`7uwP@Pv6cB)D}FW6GOuF7(4Oa|KJP%`{O+M_YmjsDa7bi{q6So0RA*6<HPqC3?B^nv)B+Z+PU6L{LU2?4&40{3M#<({!qjcC*Kz^
+>$VTYS}ofJ+uP1I{>&E%>i)oP!Mq9kyg)zo*B$xj{qE}{FzHCd_4g!D^YX{z9T_j+Cf(}V6A%Wt3Iiwr)$7^>BR2irE%os203;16CEoc3`_LLN>$M6g^
+z9D#@#FFn9znYH+a2Rjx!U(UKPT6|yB;7k@)oLp4DAX60|)9B;t%xjAN&F{?AH7o$}1-T?B+tn5G+v_47C=`3QFee2=ws<+w=TZ=Dc95!~XFN6-L(`Dd
+^tq2nhxz@Z0)3+6=h**6b!y*Y(mS@+d8;3I9npvEv5?&RZswCG+#@FaQ7m0000000000000001mo%(-YW3_+uB1D3E=Db;Kukf78)WX&kF$R`Uy`A^Rw
+v`|8(E+#P{tuBRDz4-%XnyQaBO7?T1eMBk3Xn;r8<#=mh!-{Qe~eVd4zl2fE<c@+vM9-T?RXFr*Sc1sW#w=llHk7!~yk6W$8oyB8lC%QE2?``%;0A@3U
+p<{jbYD-7569wSf26oKUq4?pG<tWEk!;N$xM3hnv}uQDJV>M;Ex$}8#PD+U|P76IY^{NyI!KHwK08rLKN%K-87^5@qx?N-4L68+sh`wsdLFV7#?CkQYG
+>KCsW?(Fs#FznVF()}v?0t)vM8{HiryCKpW#1by<6xSQ~UKb3*3b`#mF1@NU*~kDt2r4DXq|`tbBsICNEdKP~HW=>Z0`2%3H}BN^H?%g(2p;J%2|M=A-
+tH3UI_UVzJ?iuuD7oGv8rcNDLmd3t4fyOq{^jln|MnEs{sbcN&?xU!|GV$~1Qxss69EAf6Y&Qb&HoYbZacd75XS9e&>;lwzxysCEA95a_ykuf+4Qvj@v
+X`RNir|S!}lgU<ni?zBI~n5CcFm#5)Jp>`4sUU|IPR2I^a6w0pu4G;{N&wBd*q7``<Gqi3xVjAPe`g0wfgz2O#(t?F-8MtbZm&flq?DMno+C%cn0a?da
+(v_4)$Z0XNec^Drqvzwy8z?kF9{xd1;D>&+B202J^7(<BNF^AO<y<Ot~PYACMH3gzrbLdE^YDP&@??5n6d+;_Smz*!j`^z`l>$uI}l$RPhC-Vfm56bvZ
+LVZq<<4h{<N4*nKU<=MLh2?r(S2+h?E+6L(h7X%>e{NMfHPTT?}%O3dDBk4ES3Edn3BRS#mBiGOx{5u2}stNG&***JhnC9^5^bkAA-Xi@J87%<4BDpLi
+82F<x%>CPI^*Pzq<kt`C2H*@j1RN>-*x>LY7kBpBz7E@14;$9O^JvaM|J}~+87U^sGcWHl60_GG20sF}`~KtOPb~DeEYs8z>HSF-1ph1w-Ua&n)eJEI%
+pdzO^~n|Q*DN;w?JTPXGZ*{ott>_pA*9)*7A-|0$Qltj*6Sq%$OOVH_(t&KGXXKt|2)|CAmi&i=H>+8z7H2?%n-q+B>EiyG1Ln7A6>y13d|E3D#sxO$Q
+&D5=lmXz8~P{t`VHI!2M#1ewH?JK{0RocBhyX~2=x5!;Q&1PE94s4`vUX`<sHl;{~QI}_woc0DEtoe+#?G5=_fJb4c_kU9%{cb^WNL+6a*UXAgLf79O&
+`@>NC;r@zP2M?*1T5IT)V-)DAie1;i}6C(;lHBDFIY+6-{|n=S{-z!CvM+yuNe2=^Km`pgH%xXphf`uhBr$64Yr5*b77G(pGt?HL5#8~^VW|L_OkTlhc
+6+a~q^8W_;y(JB`g`1ZvC1O5!<+A9wN6DrVM)78-O64n_b^YQLA>C^iH>Kqp4z!MbuD)IpDzyJ#}{wyc-%<$?cqb}S8%p?f>4h1gaLA3Dj@bvrx<T&sK
+<QwwnN!b3+_4ru}1IX<M-$>i_1osXl$|u_s&=?MZW&rW@7%vU8<N^L9C`!!a{_^|Y_6FYf9VX-W5$5#vH1zlE;Q!@37z5-!@8|Ci3K#_-zh3$Tltci`@
+hR>4(EJvh@(A>4-b3dM;qVbb2s9Ni!KxqbKLi}#xe+A(T+he_2ou*H-T4OGRr?PE^&M5L=<_b-2QBr<6V}TVB0Aq3<Mt!^0<}{W+2%mw85sb*z!5M5B?
+cY~70k>vGuj04-7O9<xC#>Jl_f>^^dJx62066@`VzYMC+!Ua3jYZz><qv8PprY>M(rUj*aHFT5C%9i)%p*`0}vt%82|#n`|kJa58xsY2m<3O(HtA{#sB
+~S000000000000000djQJS_xsyN>ar^D{SGHc()lU%43$XLG77*E*&hP`5C!Noy5;HnG#M4c{(rjL>B>j6Me_=(2qXsG<S6w3&kHK{DC5o|0T{g97v=K
+oO7!dl>M#5b;NqrS0wxF>x}^}%O$#C81MNQ=0?Z%F03G}$x*6gk>rD&y=oQWCBmevo*$T=;{{ZR@yB0Pd!4B@IR3bge4Hw}D(K#v#0R-o$%^2YG7$6A1
+{oWuTE85i;wlC;A%Mlg1Qt1lN?Kwi-?vhY0`VaN{{{$A_7zNSR{RGxVFzDwU$lEMW`OhKi$RQ~zq#5NN^DhcXzztLJ@A5Uv**pHw3_u##3n38i2mR;qA
+{o{N1@IvBCClOlAPnct>;^L^2p<{g-6_8`1;_0PH2V|&3JePv*#_A6NdgG|#O&i8C-fG|55Wgg_5#-N;}Hk^4DIhI<@?SG>;O#p4BiOz8SW7X_6E-O?=
+C1F0LbDV$2J=L@bV9?L>?W{rTZubG92X;>fQ=H`tj-{AipsM|Kl9>86^P0P7kCpF`Y=(7VQ)%!42y08UY>k*8uw<0RR8O6A~Qyyd?5D8R8qzIspK`ANa
+N3>00FrD(&4G-wrJX^WYm58|Wvy^V$pXMiSw^8?4+HBRstrv>p)<4e0sx*VSD2{_5KW2nF#285znA*!&(j`m;L&021O3D7Q2L95@iT?(^;&3K{Dg01VO
+{70E0ZCkV+IusQ?><p&E9$~4avF96gL`_k{_0|Q6g6zLEG>mLy6^fCAkt0(Xs{USX1`lSot7VrG~7Xaw<67U|;0uu=Ur4vWg1PuU?2}1wbM*=d|yVLke
+3Lzig<-$P&Wd;4)H$%_SA^`)>*C-qlFW&4X%`3Px213`5KI#7q3)MR)!sa6>2K3}9tv(MW?kWKCu@LDC_y5g703+G%1oQMC=nv9r_TAty!8r8DCO-Pw;
+uPCG9sdFDGB6g+2FK(j5ZC+$5EC>a>7_UX@A&NQ^x{Pq9^Vroa-klS%iaVz<{AYa3nIh)Q_KMM4-L^-^w%*2?J36w`Z>oD6ClMo;REeY2ong%?f(1rHo
+eYBAOkTE@C4Eg+w3d*2nzZx3dJro;RDqh_Ac}n;n*Jy^aJxF_4N?=7##8A?BNCG=p8uX@bMkZ`XlxgGwIsA8#7q6&Kb~S<ObaUk0(#r9}^?X*7P1j;~m
+-|nh*yc`3fhv`!e$&-t+*q^%!o#8U32(Crjom{Sl|z^Cnc^=-%j0^cvtnD*+A<#`NtY4;=i?3*FxZ1`X^^!3yvU`W6@5`33?J@EZL4;TQP`xF!M~4&L_
+q7a<Dl{RaX8DHgRH=nVS*^VeU~)5&8L_YE}l$j<>2KnVX6=Nk0v2?*`nIN9<p4(rTH1oi;_C=)r>JkagSAXn@S+^_`x6B#wD(Hk8s5B%lv0sib7tK(YS
+8PW9*GWziC@BSsg6B!fX@=2yc*7VR#$>&5$$^Z8B@Gm9%7R}g1Dx3yDpLCH$njrfcCeg_GOS&cm6{_+&<?;>{*YfWX_UPO&5*7Fe-tzY`_zvUv^#2tH4
+f`Pd^yUNm6%ios>j2`=0TxBaBG1bG0yHR~1NP`IHvZSy`!nni71kgS{MuXs`MW*IE9wOIGyLZP2oeHVf!ZF-9^l>n-9hI4>-qE9Y3kbz^U4%4^YaY<%>
+yyt9Nq;X^$gY;*%TS|(g7a&68sVUPXgJ!1oIdV{Quz$ILaW|GtCzgz6{MbIQZfV1{J$35ce4I7nMgA3he|R;so#^)fFif*w^$GCqn_s>qE=>KKbJY0qg
+$^=3(CXLDl67Ega7*#rHnV*dIE<f0FmTG2cev9-{vIz){u-?$*%DYx5%XF#rGn0000000000000003P8>_`OD@iBoMjxAmiT?B>A~`zYOE^0@_v+>G&h
+LIr94J8qV1l3)n{v10hoA-rd<CApz>&2@?p~7zWbv1?n;p(Cz*&+&2031HS_5DI*m9%<wPJL+$w0?`bNs^C=4H-!<L>2<b-_!2m<RAKB>b9Tp7}^2b8-
+<2mj23-l?Sb-(8d`WDsM3^wus>Fe%262C{-)5<{g4t(7M?aksM>Es#J)jKHu0yx9(1qlru5lG)T_28-BIpS#8Ac6fM`q$m|1TzT!5#bLB_S6^q*)-Y3J
+2D8@s|ycHD*q560>LZR{5}59-BHgR5J4FN_u#}gLhA?L#`fp|MDs1^=)xlG`ZXWpxXg3y#0Toi2Tmct$p`B;4ihW;<`2;p5ibk5DB%Ri73~!R3CkZA1l
+#H!?;s8|<u9hXZ`Vi>9@D@k-vTD)`r0bnDh{zAArjUX=;#;_BjX;uC-DnGr~d052Qn4X$`}X}G3CfZx+eM&)+rCYB<t231yIHtxi<ZzK@#&8`SQ;W8~*
+Pm_zl(`3IOU2;`S>S{}9Iw2izFU5kceG%KrWb6-5yM%peN0C?Dn!=P>2=2?-VZC(auF^9?4&0v+%DIsN51%Ihu*;2`ML02nj<)F;eC{0HFgEC><H66C}
+1?%_GhT&@YF3+WbF_zXt)w+<P%C1CpBku~x@p(zsB%|YS{64}-JP!a9F7uEgT{x<p&{^=px6!Pgb%|_Gm%R=w$3g}Z5&LjmYswWi<#0bpjDhMgz74#!a
+>&WsB2R}dro7nsA1N$-sBH`2x75E7c>*CeP>r4UY6%)G$MiQl5%TwGt?iTs-0pl<H;{N{>@;a~EGDYsP68#h$&h+}y?oblW841|G`ZuRHBNzhAFDa)1F
+D=v%HT((t+yeJ0+9&}6%(fWSZuuyr7YbJ3sx<`n5B(C=+B69l{qo!w9xA*MA0yWI_wN%NA5-%jh6@WJ{TvIo^B?;J;U6RS-#zyN+63(r-Nw`f`4~nA-r
+~?I_Cf*y>M<|fJLlQ_1OxT*9{4>m1z-E<yx#rZ6BYkLu@l+>=l$tl;`ROOX3zQB2J_qh5k<r+>kJAGHmeK&53t}64E#O)(htaK*eeh@>gm@6)=eu2z8C
+!w?Ft$C+5F-<-W2!*#04E3{N*R*()?QB91RrO^bqbU@fb4l3+eXK2njv<_SX$F@D{SyLi8^m-pm^T0slwC66qV)3M3Bv_U`upz!@#c`yk%>?flLo>_qG
+7ZU6S^{o<`c{om0J{`0cpe+26H+Q0v3;qn6G@ayU7U<2$axA^lo-t!&q_T}{CfB5LO@%`jP{P_MJ=<NsfF!{sz@(b%N^Y|m=?EWIxf2{EC_Ws;$<X86Y
+^(+1H8vFMH1`O#E6IlP`3;X1)f6M{d=I8O{%~$RY@(9T9eeuWr2k8a*<!kEp6wLA0e+b~~=m+TG<7oLEo9zSzVDSCL9pvi&5ia(x@$us3Rsr+;-wNy!=
+w+$z3+M6bVB<9N?dTx(6&&;s!4UujEK1P?03Htn*d6!q0t5H?3(zX=9t8%z`C;|{@c7vp_68mg{Q1@F>u>ev@$wG)`xOBD{1NN*^Ka?*=nD1z1^)&93F
+z_f{a*6m8Q%pM_yiO1<o5df_)qBn0000000000000000002@7dZv!3c&9&BiiK*`w%e}=<f0K2s6Ry;qUQO5CIDp`T6e+2<7_q@b5(mLiofb>Fy6A;NG
+G9`+pwt0M7Oz3Gws+?EVJ;8~`2i>I(EMzyIIu5BCZr5DftU`1|=4`05G}_YwREf5;5q`_mm}+y~d|>hj0jZRPCy0ln;h_~`EP>jl6AR`vc4`0n&z@#XF
+T`}^|rQT6-5@#^b;`t8~v@aXsIFZcKG?f2Yk>g^E26a^dQTD0N(>HFq?*+2>l^6d)t1O@~M+!XB&sQ?)4@B1I(@;3JA2>Sl-10(431pwOf8S4%b0PW-c
+1Iae`1N8&t<z)Er<`e}5-{cJ_+XM#L)iezL``Y~7Q2`FO<@Na&`8wlB3-km52<Q+86Xo6q={Eom5ElgU^WiVe8xQjO-|55VwEutMnbN%TE`JBODgGHA_
+x9=o`s?!oDD(vk2nqKK|L6%13h5FG-2}4g`QzY2$1vy9>;X9l4>AMn0t*5D4*jY!5H<4N7S-b(5B3{1_WBU_^8FsX^!G3p^791z`wIH@{1w>={sZ;<2?
+PKA^!XM02Iu(z{Qm?04E_KB0ssI2|DZPj^!yz<;|~h$1^^hJ@!Sdg{t`<B-V^T$5c{s|{{IL02QT_A;pzqx`7!na1qAyB1rQMe-~}7kMe+v=_4)-K3+*
+2R<`U}4`V$BF_WK#%?HUmA3l%O76yzxp<beem1s)IS#uOjt4bBeuE)LT*+UpSv2m<^0{`3(e1`7NW^!ND*)#f4uC;!Ok@DK;|3>O*K{D15K_|)nSA{Ge
+j;yd{f76kkI*!>$0`Tp_twEh400SW}^1ncMi9|ZvG_YKbX1p+|^58Unq?lFPeRc}1Iy=Xjr*d;vnv4A{I*p@sL6=FP2iLE<fE0H`XYcxEsjX^vorgl7n
+4@Epz{e(OLj1)YdZ5upP$EQDSZ`!{7z@a`KKtsPiGylHEY@ol<J*YpRL^ZvuB)2|0dVjnun6*9!BqP6WGWx$fKKMU|SZqIJ2Ilkj?2Ahh%gYD|+}+!M_
+x$ecp#pUA><`!41n%-_{NX2|_V7yB<s<L>;qcvm@A#SJ>)}ZW1M3>{^#TGZ0IdD_2KY1e;|kRI3n9sWjPK(D^uBc7CjayL69Dif`u6z-5AqxyRRPxv_V
+A2<-vhPa^Xv)JVC)9&3bW*Y^xN|v!yNPTZTIICv-`Y%5WffJ65r<DaP<|2=oJ1};|iW3?fL%_C-$cP+U5RS`sxDH1qBP;bCTl+<@VHN=^Xm??F;!0Dfs
+-p77+MAO#cVy3lsgtD)iv=5cu^5?l0pQ0sF55Z|v>;{<aAG2o?ta_tyCJXY%v%*9!vw3IY550rU6rf8@>N3jF^7{s;X8>hkjVc>Bc=^$r2^4gCA|{_FP
+tOuGO8000000000000000000XcB>3VGsRUsk=Dzju6dW$u`|SeI8~*v@*X&;w1qvtl>;dTl)*k-e>s|&c{klcu@zE67-RbxAe;N4)(e^0{%mDEB^9%Mj
+`ULa#3F=0q_sQW3<VX<;3<3xA`t}~|@e399BiIjr&;Q=|*AZ0#0L|w6*y!VD@A3HmrSo<L?B?~{577)x_WA|z_yubB+2Q&B_V)8l@%^Xq?CWU~+0P&Q?
+DOt7^YZ)f1nPg`%nHmB4jkT1p6mDE@!5aJ90CjT?h5=9{1g828SD+u0152`_8r*qBjyzo=LY}&80YW<8`JL;*c>SZ&*=UF*D3Y`@)6zg7W)h76#@d{@e
+L%?0Sd_HC>aCz;{E46_$H3+`x5&J9^4xa{topB;Tr-S+1?EYB>*D@0qy(z<1?la8V3Kt8o%b?_<!uj%(@XLd<d}<`4b)V`s)?=?&0`L^b7?53i$#5@g5
+H&*aaoi1KIEO>*zw)LE*yZAukCfB?#~N{t5pN^{GY<Qt8Jp;^G?t_77+R>?7*#^g7e@`YsLi?+5(-3;Or`8twiA1pE97{QLFw?>F@g@BIJ%{{jCJ|NQ?
+1{{I62<Ma939s_&|z5w4L6(NEC@BjY#1V$Iu5aAR63)0~N7W?oASmZA0_Wm-}c<}-W2>S&91_uP#5j>_u^#Ks|{QfZq=^6auDAoS{2?6}|1`*x+6AbGX
+6$uX?+#e0+f&4%MH2K@AG9CIH<Nfvq0R=tZ*cI+5{rvX#{tq4g^Z*a_5$OWW>mLRo4dd|o6!PH!O$g8mf8+=3=-x39D;(py0|yEL1^fuR3p)hj2;l$41
+?%|%3;7@d(B}Cj6$;}20rCI@@HZIx4AB$SN{R
 """
 # fmt: on
 
 
 @functools.cache
 def emotion_heads() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The linear heads by name: weights float32 [inputs, 7] and bias float32 [7]."""
-    raw, heads, labels = base64.b85decode("".join(EMOTION_WEIGHTS.split())), {}, len(EMOTIONS)
+    """The linear heads by name: weights float32 [inputs, OUTPUTS] and bias float32 [OUTPUTS]."""
+    raw, heads = base64.b85decode("".join(EMOTION_WEIGHTS.split())), {}
     for name, blocks in HEADS.items():
-        floats = np.frombuffer(raw, "<f4", (len(blocks) + 1) * labels).reshape(-1, labels)
-        weights = np.frombuffer(raw, np.int8, sum(blocks) * labels, floats.nbytes).reshape(-1, labels)
+        floats = np.frombuffer(raw, "<f4", (len(blocks) + 1) * OUTPUTS).reshape(-1, OUTPUTS)
+        weights = np.frombuffer(raw, np.int8, sum(blocks) * OUTPUTS, floats.nbytes).reshape(-1, OUTPUTS)
         raw = raw[floats.nbytes + weights.nbytes :]
         heads[name] = (weights * np.repeat(floats[:-1], blocks, axis=0), floats[-1])
     return heads
@@ -1358,6 +1504,13 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities, float64, that sum to 1."""
     powers = np.exp(logits.astype(np.float64) - logits.max())
     return powers / powers.sum()
+
+
+def blended(outputs: np.ndarray) -> np.ndarray:
+    """The probabilities [7] that a head's outputs [OUTPUTS] stand for: both experts', mixed as the gate says."""
+    labels = len(EMOTIONS)
+    played = 1 / (1 + math.exp(-min(50.0, max(-50.0, float(outputs[-1])))))
+    return (1 - played) * softmax(outputs[:labels]) + played * softmax(outputs[labels:-1])
 
 
 def reading_of(probabilities: Sequence[float]) -> EmotionReading:
@@ -1379,7 +1532,7 @@ def read_emotion(text: str, vector: np.ndarray | None = None) -> EmotionReading:
     with_vector = vector is not None and len(vector) == VECTOR_SIZE
     weights, bias = emotion_heads()["vector" if with_vector else "lexicon"]
     inputs = np.concatenate([vector, features]) if with_vector else features
-    return reading_of(softmax(inputs @ weights + bias))
+    return reading_of(blended(inputs @ weights + bias))
 
 
 # GoEmotions' 28 labels by the basic emotion that its authors count them to (Demszky et al. 2020, "ekman_mapping").
@@ -1415,7 +1568,7 @@ IMPORTANCE_FACTORS = {
     "names": 0.08,  # names at all; two are enough
     "person": 0.10,  # share of first and second person among the words; a fifth is enough
     "length": 0.08,  # words, on a logarithmic scale; 100 are enough
-    "question": 0.06,  # a question
+    "question": 0.06,  # it asks
 }
 PROMISE = re.compile(
     r"\b(?:i|we)(?:['’]ll| will| shall)? (?:\w+ )?(?:promise|swear|vow|pledge|guarantee)\b"
@@ -1443,7 +1596,7 @@ def importance_factors(text: str, reading: EmotionReading, known_names: Collecti
     text = clip(text)
     words = re.findall(r"[^\W\d_]+", text.lower())
     names = names_in(text)
-    persons = sum(word in word_set(FIRST_PERSON) or word in word_set(SECOND_PERSON) for word in words)
+    persons = count_of(words, FIRST_PERSON) + count_of(words, SECOND_PERSON)
     return {
         "emotion": 1 - reading.scores["neutral"],
         "promise": float(bool(PROMISE.search(text))),

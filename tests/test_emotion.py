@@ -81,8 +81,8 @@ def test_the_weights_fit_the_code():
     assert 4000 <= len(pm.EMOTION_WEIGHTS) <= 13000
     heads = pm.emotion_heads()
     assert {name: head[0].shape for name, head in heads.items()} == {
-        "vector": (pm.VECTOR_SIZE + pm.FEATURES, 7),
-        "lexicon": (pm.FEATURES, 7),
+        "vector": (pm.VECTOR_SIZE + pm.FEATURES, pm.OUTPUTS),
+        "lexicon": (pm.FEATURES, pm.OUTPUTS),
     }
     assert all(np.isfinite(part).all() and np.abs(part).max() > 0 for head in heads.values() for part in head)
 
@@ -119,10 +119,7 @@ def test_the_weights_fit_the_code():
 )
 def test_the_lexicon_finds(text, found):
     """Negation, actions in all their spellings, phrases, pictures."""
-    kinds = set(evidence(text))
-    assert (
-        found <= kinds if "cries" in text else (kinds & found == found and kinds - found <= {"speech sadness"} - found)
-    )
+    assert set(evidence(text)) == found
 
 
 def test_words_before_a_feeling_weaken_and_strengthen_it():
@@ -176,7 +173,7 @@ def test_the_role_play_lines_cover_the_labels():
     assert len({row["text"] for row in rows}) == len(rows) >= 300
     for label in pm.EMOTIONS:
         splits = [row["split"] for row in rows if row["label"] == label]
-        assert len(splits) >= 40 and abs(splits.count("held") / len(splits) - 1 / 3) < 0.05
+        assert len(splits) >= 40 and abs(1 - splits.count("train") / len(splits) - 0.38) < 0.05
 
 
 def test_the_importance_table_is_what_counts():
