@@ -2701,12 +2701,13 @@ def summary_room(covered: int, budget: int) -> int:
 
 
 def summary_request(lines: Sequence[str], what: str, room: int, strict: bool) -> list[dict]:
-    """The messages that ask a model for a summary of at most `room` tokens; `strict` asks for plain text, no facts."""
+    """The messages that ask a model for a summary of at most `room` tokens; `strict` asks for plain text, no facts, and
+    leaves out the numbers, which small models go on counting."""
     task = SUMMARY_TASK.format(what=what, words=int(WORDS_PER_TOKEN * room))
     answer = PLAIN_ANSWER if strict else JSON_ANSWER.format(facts=MOST_FACTS)
     return [
         {"role": "system", "content": f"{task}\n{answer}"},
-        {"role": "user", "content": "\n".join(lines)},
+        {"role": "user", "content": "\n".join(re.sub(r"^\(?#[\d-]+\)? ", "", x) if strict else x for x in lines)},
     ]
 
 
