@@ -492,7 +492,7 @@ class Summary:
     start: int  # 0-based places in the branch, both included
     end: int
     text: str
-    tokens: int
+    tokens: int  # of its line in a prompt
     covered: int  # tokens of what it was made from
     source: str = "model"  # "model", "extract" (to be tried again) or "user"
     tries: int = 1
@@ -2624,7 +2624,7 @@ def choose(costs: Sequence[int], vectors: Sequence[np.ndarray | None], budget: i
 STORY_SHARE = 0.6  # of the memories' share
 FACTS_SHARE = 0.25  # of the story's
 SUMMARIES_IN_STORY = 6  # that fit beside each other at their largest
-COMPRESSION = 0.28  # a summary's size against what it covers, at most
+COMPRESSION = 0.26  # a summary's size against what it covers, at most
 CONDENSED_AT_ONCE = 4  # summaries that become one of the next level
 SHORTEST_SUMMARY = 24  # tokens
 MOST_FACTS = 6  # from one stretch
@@ -2694,9 +2694,20 @@ def to_condense(story: Sequence[Summary], budget: int) -> list[Summary]:
     return list(story[:CONDENSED_AT_ONCE])
 
 
+def summaries_share(budget: int) -> int:
+    """What of a story's tokens its summaries may take: what its frame and the facts leave."""
+    return min(int((1 - FACTS_SHARE) * budget), budget - story_frame_tokens())
+
+
+@functools.cache
+def story_frame_tokens() -> int:
+    """Tokens that a story takes beside its lines."""
+    return 2 * MESSAGE_OVERHEAD + count_tokens(f"\n\n{STORY_HEADING}\n{FACTS_HEADING}\n{STORY_ENDING}\n")
+
+
 def summary_room(covered: int, budget: int) -> int:
     """How many tokens a summary of so many may take, in a story of `budget` tokens."""
-    largest = int((1 - FACTS_SHARE) * budget / SUMMARIES_IN_STORY)
+    largest = summaries_share(budget) // SUMMARIES_IN_STORY
     return max(SHORTEST_SUMMARY, min(int(COMPRESSION * covered), largest))
 
 
@@ -2898,14 +2909,13 @@ def tell_story(story: Sequence[Summary], facts: Sequence[tuple[Fact, Fact | None
     What does not fit is left out: facts that are old, then the oldest summaries (which is rare, they are condensed
     before).
     """
-    left = budget - MESSAGE_OVERHEAD - count_tokens(f"\n\n{STORY_HEADING}\n{FACTS_HEADING}\n{STORY_ENDING}") - 4
+    left = budget - story_frame_tokens()
     told: list[Summary] = []
     for summary in reversed(story):
-        cost = count_tokens(summary_line(summary)) + 1
-        if cost > left:
+        if summary.tokens > left:
             break
         told.insert(0, summary)
-        left -= cost
+        left -= summary.tokens
     lines, held = [], []
     left = min(left, max(0, int(FACTS_SHARE * budget)))
     for fact, before in facts:
@@ -2923,6 +2933,11 @@ def tell_story(story: Sequence[Summary], facts: Sequence[tuple[Fact, Fact | None
 def summary_line(summary: Summary) -> str:
     """A summary as the model reads it."""
     return f"(#{summary.start + 1}-{summary.end + 1}) {summary.text}"
+
+
+def line_tokens(summary: Summary) -> int:
+    """Tokens that a summary's line takes."""
+    return count_tokens(summary_line(summary)) + 1
 
 
 # ======================================================================================================================
@@ -4560,7 +4575,7 @@ class Storyteller:
         fresh, facts = self._from_messages(store, messages, start, plan, ask)
         made = [fresh, *(replace(s, since=fresh.end) for s in self._again(store, story, plan, ask))]
         story = story_of([*made, *story], {message: place for place, message in enumerate(path)})
-        while group := to_condense(story, int((1 - FACTS_SHARE) * plan.budget)):
+        while group := to_condense(story, summaries_share(plan.budget)):
             made.append(replace(self._from_summaries(store, group, plan, ask), since=fresh.end))
             story = [s for s in story if s not in group]
             story = sorted([*story, made[-1]], key=lambda s: s.start)
@@ -4722,8 +4737,8 @@ def new_summary(
 ) -> Summary:
     """A summary under its range's own id."""
     key = short_hash("summary", str(level), first, last)
-    tokens = count_tokens(text)
-    return Summary(key, level, first, last, start, end, text, tokens, covered, source, since=end, at=time.time())
+    made = Summary(key, level, first, last, start, end, text, 0, covered, source, since=end, at=time.time())
+    return replace(made, tokens=line_tokens(made))
 
 
 @dataclass(frozen=True)
@@ -5413,7 +5428,8 @@ class PersonaMemory:
             summary = store.summaries.get(summary_id)
             if summary is None:
                 raise NotFound(f"There is no summary {summary_id!r} in this chat.")
-            summary = replace(summary, text=text, tokens=count_tokens(text), source="user")
+            summary = replace(summary, text=text, source="user")
+            summary = replace(summary, tokens=line_tokens(summary))
             store.put_story([summary])
         return asdict(summary)
 
