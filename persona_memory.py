@@ -2628,6 +2628,7 @@ COMPRESSION = 0.26  # a summary's size against what it covers, at most
 CONDENSED_AT_ONCE = 4  # summaries that become one of the next level
 SHORTEST_SUMMARY = 24  # tokens
 MOST_FACTS = 6  # from one stretch
+SHORTEST_QUOTE = 6  # characters that prove something; half of that where characters say more
 WORDS_PER_TOKEN = 0.7  # of English prose in cl100k_base
 STORY_HEADING = "[The story so far, oldest first:]"
 FACTS_HEADING = "Facts:"
@@ -2813,8 +2814,11 @@ def extract_summary(rows: Sequence[tuple[str, str, float]], room: int) -> str:
     ranks sentences by centrality).
     """
     candidates, names = [], set()
-    for place, (speaker, text, weight) in enumerate(rows):
-        for number, sentence in enumerate(sentences_of(text)):
+    parted = [sentences_of(text) for _, text, _ in rows]
+    if not any(parted):  # nothing but "yes" and "no": then these
+        parted = [[" ".join(text.split())] if text.strip() else [] for _, text, _ in rows]
+    for place, (speaker, _, weight) in enumerate(rows):
+        for number, sentence in enumerate(parted[place]):
             fresh = names_in(sentence) - names
             names |= fresh
             length = min(1.0, len(content_terms(sentence)) / 8)
@@ -2846,6 +2850,11 @@ def plain_words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
+def stands_in(words: str, text: str) -> bool:
+    """Whether plain words stand in a plain text, as whole words where the script parts them."""
+    return words in text if ord(words[0]) >= 0x2E80 else f" {words} " in f" {text} "
+
+
 def checked_facts(found: Iterable[Any], messages: Sequence[Message], start: int) -> list[Fact]:
     """Those of a model's facts that quote words of the messages (models invent), with the message they stand in.
 
@@ -2857,10 +2866,12 @@ def checked_facts(found: Iterable[Any], messages: Sequence[Message], start: int)
         if not all(isinstance(v, str) and v.strip() for v in (about, text, quote)):
             continue
         words = plain_words(quote)
+        if len(words) < SHORTEST_QUOTE - 3 * (not words.isascii()):
+            continue
         named = row["message"] - 1 - start if isinstance(row.get("message"), int) else -1
         places = [named] if 0 <= named < len(texts) else []
-        place = next((i for i in [*places, *range(len(texts))] if words in texts[i]), None)
-        if place is not None and len(words) > 5:
+        place = next((i for i in [*places, *range(len(texts))] if stands_in(words, texts[i])), None)
+        if place is not None:
             source = messages[place]
             key = short_hash("fact", source.id, plain_words(about))
             words_of = (about.strip()[:80], text.strip()[:240], quote.strip()[:240])
