@@ -3197,6 +3197,8 @@ def compose_prompt(
     its own where the client uses such, else in front of that turn's text, since strict templates refuse other roles.
     """
     prompt = [*with_story(request.persona, story), *map(restored, older)]
+    if story and not request.persona and prompt:  # a client that sends nothing but its newest message
+        prompt[0] = preceded(prompt[0], story)
     for place, turn in enumerate(request.turns[turns_from:], turns_from):
         prompt.extend(turn.before)
         if not block or place != layout.pivot:
@@ -4841,11 +4843,12 @@ class PersonaMemory:
         above = len(path) - len(request.turns)  # messages of the branch that the request does not show
         with store.lock:
             nodes = [store.tree.nodes[i] for i in path[first:]]
-            reserved = self._story_reserve(store, path, context) if request.persona else 0
+            reserved = self._story_reserve(store, path, context)
             counts, roles = [n.tokens for n in nodes], [n.role for n in nodes]
             layout = lay_out(request, context, self.shares, counts, roles, reserved)
             story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
-            story = self._story(store, path, first + layout.anchor, story_budget)
+            leads = request.persona or layout.anchor < above  # what the story can stand behind, or in front of
+            story = self._story(store, path, first + layout.anchor, story_budget) if leads else Story()
             plan = StoryPlan(path[-1], first, first + layout.leaving, story_tokens(context, self.shares), context)
             layout = replace(layout, room=layout.room - story.tokens)
             memories, degraded = self._recall(store, request, nodes, layout)
