@@ -1,0 +1,368 @@
+"""Does recall find it? Evidence recall on any file in LoCoMo's format (Maharana et al. 2024; not part of this project).
+
+Per question: which of its annotated evidence turns are among the first 5 and 10 messages recalled, and which fit into
+500 and 1,000 tokens. Ours beside the baselines, per category, asked as a third person and as the other chat partner;
+the ablation of every signal; and the weights, chosen again with one conversation left out at a time.
+
+    python tests/bench/recall.py --data locomo_dev.json                     the table
+    python tests/bench/recall.py --data locomo_dev.json --ablate            what each signal is worth
+    python tests/bench/recall.py --data locomo_dev.json --leave-one-out     weights fitted without the judged one
+    python tests/bench/recall.py --speed 10000                              milliseconds in a chat of so many messages
+
+Everything goes through the program's own functions, in this process; vectors are kept in $LOCOMO_CACHE.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import persona_memory as pm
+
+DEPTH = 60  # memories asked for
+CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
+COLUMNS = ("r@5", "r@10", "b@500", "b@1000")
+EMBEDDER = pm.Embedder(pm.Settings().embedder)
+
+
+def encode(texts: list[str]) -> np.ndarray:
+    """Unit vectors, from the cache where these texts have been encoded before."""
+    folder = Path(os.environ.get("LOCOMO_CACHE", tempfile.gettempdir())) / "persona-memory-vectors"
+    key = hashlib.sha256("\0".join([EMBEDDER.name, *texts]).encode()).hexdigest()[:32]
+    file = folder / f"{key}.npy"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(file, EMBEDDER.encode(texts))
+    return np.load(file)
+
+
+def as_partner(question: str, speakers: list[str]) -> tuple[str, str]:
+    """The question as the other participant would put it, and who that is; unchanged where not exactly one is named."""
+    named = [s for s in speakers if re.search(rf"\b{re.escape(s)}\b", question, re.I)]
+    if len(named) != 1:
+        return question, ""
+    text = re.sub(rf"\b{re.escape(named[0])}'s\b", "your", question, flags=re.I)
+    text = re.sub(rf"\b{re.escape(named[0])}\b", "you", text, flags=re.I)
+    for wrong, right in (("does", "do"), ("has", "have"), ("is", "are"), ("was", "were")):
+        text = re.sub(rf"\b{wrong} you\b", f"{right} you", text, flags=re.I)
+    return text[0].upper() + text[1:], next(s for s in speakers if s != named[0])
+
+
+# ---------------------------------------------------------------------------- a conversation
+
+
+class Conversation:
+    """A recorded conversation in the program's own index."""
+
+    def __init__(self, recorded: dict):
+        self.id, self.speakers = recorded["id"], recorded["speakers"]
+        self.messages = list(chain(recorded))
+        place = {turn["id"]: i for i, turn in enumerate(recorded["turns"])}
+        self.questions = [q for q in recorded["questions"] if q["evidence"]]
+        self.gold = [{place[e] for e in q["evidence"]} for q in self.questions]
+        self.costs = [pm.count_tokens(f"[{t['date']}] {t['speaker']}: {t['text']}\n") for t in recorded["turns"]]
+        self.index = indexed(self.messages)
+
+    def asked(self, style: str) -> list[tuple[str, str]]:
+        """Every question and who asks it."""
+        texts = [q["question"] for q in self.questions]
+        return [as_partner(t, self.speakers) for t in texts] if style == "partner" else [(t, "") for t in texts]
+
+    def evidence(self, style: str) -> list[tuple[pm.Query, pm.Evidence]]:
+        """For every question what it asks, and what speaks for each message."""
+        index = self.index
+        queries = [pm.understand(text, asker, index.speakers, index.now) for text, asker in self.asked(style)]
+        vectors = encode([q.spoken for q in queries])
+        return [(q, index.evidence(q.words, v)) for q, v in zip(queries, vectors, strict=True)]
+
+
+def chain(recorded: dict):
+    """The turns as the program stores them, one under the other."""
+    parent = pm.ROOT
+    for turn in recorded["turns"]:
+        role = "user" if turn["speaker"] == recorded["speakers"][0] else "assistant"
+        key = pm.message_id(parent, pm.message_digest(role, turn["text"]))
+        yield pm.Message(key, parent, role, turn["text"], turn["speaker"], turn.get("timestamp"))
+        parent = key
+
+
+def indexed(messages: list[pm.Message]) -> pm.MemoryIndex:
+    """An index that holds those messages and their vectors."""
+    tree, index, by_id = pm.Tree(), pm.MemoryIndex(), {m.id: m for m in messages}
+    for order, message in enumerate(messages):
+        tree.put(message, order)
+    index.follow([tree.nodes[m.id] for m in messages], lambda ids: [by_id[i] for i in ids])
+    texts = {key: text for m in messages for key, text in pm.embedded_texts(m).items()}
+    index.add_vectors(dict(zip(texts, encode(list(texts.values())), strict=True)))
+    return index
+
+
+# ---------------------------------------------------------------------------- systems
+
+
+def ours(c: Conversation, style: str) -> list[np.ndarray]:
+    """The program's scores."""
+    return [pm.weigh(q, e)["score"] for q, e in c.evidence(style)]
+
+
+def bm25(c: Conversation, style: str) -> list[np.ndarray]:
+    """FTS5's BM25 of the question as asked."""
+    return [c.index.evidence(pm.query_words(text), None).raw_lexical for text, _ in c.asked(style)]
+
+
+def cosine(c: Conversation, style: str) -> list[np.ndarray]:
+    """Cosine of the question as asked."""
+    return [c.index.evidence((), v).cosine for v in encode([text for text, _ in c.asked(style)])]
+
+
+def plain_sum(c: Conversation, style: str) -> list[np.ndarray]:
+    """Cosine plus half of BM25 as a share of the best."""
+    pairs = zip(cosine(c, style), bm25(c, style), strict=True)
+    return [dense + 0.5 * words / max(words.max(), 1e-6) for dense, words in pairs]
+
+
+def vector_storage(c: Conversation, style: str) -> list[np.ndarray]:
+    """SillyTavern's Vector Storage as shipped: chunks of 400 characters without names, the question with the newest
+    message as the query, the three best chunks; nothing else is found."""
+    owners, texts = [], []
+    for place, message in enumerate(c.messages):
+        rest = message.content
+        while rest:
+            cut = len(rest) if len(rest) <= 400 else max(rest.rfind(d, 1, 400) for d in ("\n", ". ", " ")) + 1 or 400
+            owners.append(place), texts.append(rest[:cut].strip())
+            rest = rest[cut:]
+    vectors, rows = encode(texts), []
+    for query in encode([f"{text}\n{c.messages[-1].content}" for text, _ in c.asked(style)]):
+        near, scores = vectors @ query, np.full(len(c.messages), -np.inf)
+        for chunk in np.argsort(-near, kind="stable")[:3][::-1]:
+            scores[owners[chunk]] = near[chunk]
+        rows.append(scores)
+    return rows
+
+
+def recency(c: Conversation, style: str) -> list[np.ndarray]:
+    """The newest messages."""
+    return [np.arange(len(c.messages), dtype=float)] * len(c.questions)
+
+
+SYSTEMS = {"ours": ours, "BM25": bm25, "cosine": cosine, "plain sum": plain_sum, "Vector Storage": vector_storage}
+SYSTEMS["recency"] = recency
+
+
+# ---------------------------------------------------------------------------- the metric
+
+
+def judged(c: Conversation, gold: set[int], scores: np.ndarray) -> list[float]:
+    """One question's row of COLUMNS."""
+    ranking = [int(i) for i in np.argsort(-scores, kind="stable")[:DEPTH] if scores[i] > -np.inf]
+    row = [len(gold.intersection(ranking[:k])) / len(gold) for k in (5, 10)]
+    for left in (500, 1000):
+        found = 0
+        for place in ranking:
+            if c.costs[place] <= left:
+                left -= c.costs[place]
+                found += place in gold
+        row.append(found / len(gold))
+    return row
+
+
+def table(conversations: list[Conversation], scores: list[list[np.ndarray]]) -> dict[str, np.ndarray]:
+    """The means of COLUMNS in percent, by category and over categories 1-4."""
+    rows, kinds = [], []
+    for c, found in zip(conversations, scores, strict=True):
+        rows += [judged(c, gold, s) for gold, s in zip(c.gold, found, strict=True)]
+        kinds += [q["category"] for q in c.questions]
+    rows, kinds = 100 * np.array(rows), np.array(kinds)
+    groups = {"1-4": kinds < 5} | {f"{k} {name}": kinds == k for k, name in CATEGORIES.items()}
+    return {name: rows[chosen].mean(axis=0) for name, chosen in groups.items() if chosen.any()}
+
+
+def line(label: str, figures: np.ndarray) -> str:
+    return f"{label:34s}" + "".join(f"{value:8.1f}" for value in figures)
+
+
+def head(title: str) -> str:
+    return f"\n{title:34s}" + "".join(f"{name:>8s}" for name in COLUMNS)
+
+
+# ---------------------------------------------------------------------------- weights
+
+
+def signal_rows(conversations: list[Conversation], style: str) -> list[list[np.ndarray]]:
+    """Per conversation and question the value of every signal, float32 [n, signals]."""
+    return [
+        [np.stack([s.of(q, e) for s in pm.SIGNALS.values()], axis=1) for q, e in c.evidence(style)]
+        for c in conversations
+    ]
+
+
+def weighted(rows: list[list[np.ndarray]], weights: np.ndarray) -> list[list[np.ndarray]]:
+    return [[values @ weights for values in questions] for questions in rows]
+
+
+def likeliest(scores, gold, blank):
+    """Loss per question: the evidence should be likely (softmax over a conversation's messages)."""
+    import torch
+
+    return -(gold * torch.log_softmax(scores, 1).masked_fill(blank, 0)).sum(1)
+
+
+def first(scores, gold, blank, softness: float = 0.3):
+    """Loss per question: the evidence should stand above the 5th, 10th and 25th of what is none (recall itself, made
+    smooth), with a little of `likeliest`."""
+    import torch
+
+    others = scores.masked_fill(gold > 0, -1e9).topk(25, 1).values
+    missed = (
+        a * torch.sigmoid((others[:, k - 1 : k] - scores) / softness) for k, a in ((5, 0.3), (10, 0.4), (25, 0.3))
+    )
+    return (gold * sum(missed)).sum(1) + 0.15 * likeliest(scores, gold, blank)
+
+
+def fitted(conversations: list[Conversation], rows: list[list[np.ndarray]]) -> np.ndarray:
+    """Weights that put the evidence first, in units of `meaning`. Adversarial questions count for less: in them the
+    evidence is another speaker's."""
+    import torch
+
+    torch.set_num_threads(1)
+    width = max(len(c.messages) for c in conversations)
+    items = [(v, g, q) for c, r in zip(conversations, rows, strict=True)
+             for v, g, q in zip(r, c.gold, c.questions, strict=True)]  # fmt: skip
+    values = np.zeros((len(items), width, len(pm.SIGNALS)), np.float32)
+    gold, blank = np.zeros((len(items), width), np.float32), np.ones((len(items), width), bool)
+    for i, (v, g, _) in enumerate(items):
+        values[i, : len(v)], blank[i, : len(v)], gold[i, sorted(g)] = v, False, 1 / len(g)
+    spread = values[~blank].std(axis=0) + 1e-6
+    values, gold, blank = torch.tensor(values / spread), torch.tensor(gold), torch.tensor(blank)
+    counts = torch.tensor([0.3 if q["category"] == 5 else 1.0 for *_, q in items])
+    weights = torch.zeros(len(spread), requires_grad=True)
+    for loss_of, steps, pace in ((likeliest, 150, 0.05), (first, 80, 0.02)):
+        adam = torch.optim.Adam([weights], lr=pace)
+        falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.05, steps)
+        for _ in range(steps):
+            adam.zero_grad()
+            scores = (values @ weights).masked_fill(blank, -1e9)
+            loss = (counts * loss_of(scores, gold, blank)).mean() + 1e-3 * (loss_of is likeliest) * (weights**2).sum()
+            loss.backward()
+            adam.step(), falling.step()
+    found = weights.detach().numpy() / spread
+    return found / found[list(pm.SIGNALS).index("meaning")]
+
+
+def show_fit(conversations: list[Conversation]) -> None:
+    """Weights fitted to all conversations."""
+    rows = signal_rows(conversations, "third person")
+    weights = fitted(conversations, rows)
+    print(head("weights fitted to all"))
+    print(line("", table(conversations, weighted(rows, weights))["1-4"]))
+    for name, weight in zip(pm.SIGNALS, weights, strict=True):
+        print(f"{name:34s}{weight:8.3f}   (now {pm.SIGNALS[name].weight})")
+
+
+def show_ablation(conversations: list[Conversation]) -> None:
+    """Every signal's absence, the other weights as they are."""
+    rows = signal_rows(conversations, "third person")
+    now = np.array([s.weight for s in pm.SIGNALS.values()])
+    whole = table(conversations, weighted(rows, now))
+    print(head("without (points, categories 1-4)") + f"{'5 r@10':>8s}")
+    for place, name in enumerate(pm.SIGNALS):
+        without = table(conversations, weighted(rows, np.where(np.arange(len(now)) == place, 0, now)))
+        change = [*(without["1-4"] - whole["1-4"]), (without["5 adversarial"] - whole["5 adversarial"])[1]]
+        print(f"{name:34s}" + "".join(f"{value:+8.1f}" for value in change))
+
+
+def show_left_out(conversations: list[Conversation]) -> None:
+    """Weights fitted to all but one conversation, judged on that one."""
+    rows = signal_rows(conversations, "third person")
+    all_in = weighted(rows, fitted(conversations, rows))
+    out = []
+    for place in range(len(conversations)):
+        others = [i for i in range(len(conversations)) if i != place]
+        weights = fitted([conversations[i] for i in others], [rows[i] for i in others])
+        out += weighted([rows[place]], weights)
+    print(head("categories 1-4, weights fitted to"))
+    print(line("all conversations", table(conversations, all_in)["1-4"]))
+    print(line("all but the judged one", table(conversations, out)["1-4"]))
+
+
+# ---------------------------------------------------------------------------- speed
+
+
+def show_speed(count: int) -> None:
+    """Milliseconds of the Recall room, without the encode, in a made-up chat of `count` messages."""
+    dice = np.random.default_rng(7)
+    vocabulary = np.array([f"word{i}" for i in range(8000)])
+    often = 1 / np.arange(1, 8001) ** 0.9
+    often /= often.sum()
+
+    def sentence(words: int) -> str:
+        return " ".join(dice.choice(vocabulary, words, p=often))
+
+    recorded = {"speakers": ["Ann", "Bo"], "turns": [
+        {"speaker": ("Ann", "Bo")[i % 2], "text": sentence(25), "timestamp": None} for i in range(count)
+    ]}  # fmt: skip
+    messages = list(chain(recorded))
+    vectors = dice.normal(size=(count, 384)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    tree, index, by_id = pm.Tree(), pm.MemoryIndex(), {m.id: m for m in messages}
+    for order, message in enumerate(messages):
+        tree.put(message, order)
+    nodes = [tree.nodes[m.id] for m in messages]
+    index.follow(nodes[: count // 2], lambda ids: [by_id[i] for i in ids])
+    adding = []
+    for n in range(count // 2, count):
+        start = time.perf_counter()
+        index.follow(nodes[: n + 1], lambda ids: [by_id[i] for i in ids])
+        adding.append(time.perf_counter() - start)
+    index.add_vectors({n.fingerprint: v for n, v in zip(nodes, vectors, strict=True)})
+    asking = []
+    for _ in range(200):
+        start = time.perf_counter()
+        index.follow(nodes, lambda ids: [by_id[i] for i in ids])
+        query = pm.understand(f"When did Ann say {sentence(8)}?", "Bo", index.speakers, index.now)
+        scores = pm.weigh(query, index.evidence(query.words, vectors[0]))["score"]
+        pm.worth_recalling(scores, pm.RELEVANT)
+        asking.append(time.perf_counter() - start)
+    for label, times in (("a turn's recall", asking), ("adding a message", adding)):
+        ms = 1000 * np.array(times)
+        print(f"{label:34s} median {statistics.median(ms):.2f} ms, 95 % {np.quantile(ms, 0.95):.2f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, nargs="+", default=[])
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--fit", action="store_true", help="fit the weights and print them")
+    parser.add_argument("--ablate", action="store_true", help="leave out every signal in turn")
+    parser.add_argument("--leave-one-out", action="store_true", help="fit without the judged conversation")
+    parser.add_argument("--speed", type=int, default=0, help="time recall in a chat of so many messages")
+    args = parser.parse_args()
+    recorded = [c for path in args.data for c in json.loads(path.read_text("utf-8"))["conversations"]]
+    conversations = [Conversation(c) for c in recorded]
+    for wanted, show in ((args.fit, show_fit), (args.ablate, show_ablation), (args.leave_one_out, show_left_out)):
+        if wanted:
+            show(conversations)
+    if args.speed:
+        show_speed(args.speed)
+    if not conversations or args.fit or args.ablate or args.leave_one_out:
+        return
+    for style in ("third person", "partner"):
+        for name in args.systems:
+            figures = table(conversations, [SYSTEMS[name](c, style) for c in conversations])
+            print(head(f"{name}, asked as {style}"))
+            for group, row in figures.items():
+                print(line(f"  {group}", row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
