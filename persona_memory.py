@@ -5842,8 +5842,9 @@ class PersonaMemory:
         if index.vector(turn.fingerprint) is not None or self._reads_elsewhere:
             return
         with contextlib.suppress(EmbedderUnavailable):  # the words alone are read then
-            spoken = f"{turn.name}: {turn.content}" if turn.name else turn.content
-            found = {turn.fingerprint: self.embedder.encode([spoken], timeout=RECALL_SECONDS)[0]}
+            newest = next(n.id for n in reversed(nodes) if n.fingerprint == turn.fingerprint)
+            start = next(iter(embedded_texts(store.read([newest])[0]).values()))
+            found = {turn.fingerprint: self.embedder.encode([start], timeout=RECALL_SECONDS)[0]}
             index.add_vectors(found)
             self._background.submit(store.put_vectors, self.embedder.name, found)
 
