@@ -3388,10 +3388,10 @@ def flaw_of(text: str, source: str) -> str:
     return ""
 
 
-def whole_sentences(text: str, limit: int) -> str:
-    """As many of a text's first sentences as take no more than `limit` tokens."""
+def whole_sentences(text: str, limit: int, cut_off: bool = False) -> str:
+    """As many of a text's first sentences as take no more than `limit` tokens, without the last where it is `cut_off`."""
     text = " ".join(text.split())
-    if count_tokens(text) <= limit:
+    if count_tokens(text) <= limit and not cut_off:
         return text
     cut = first_tokens(text, limit)
     ends = [m.end() for m in re.finditer(r"[.!?…。！？][\"'”’»*)\]]*(?=\s|$)|[。！？]", cut)]
@@ -5191,12 +5191,18 @@ class Storyteller:
             story = [s for s in story if s not in group]
             story = sorted([*story, made[-1]], key=lambda s: s.start)
         if not self._closed:
-            store.put_story(made, facts)
+            with store.lock:  # a user may have put words of their own in a summary's place meanwhile
+                store.put_story([s for s in made if not self._is_users(store, s)], facts)
             log_event(
                 "summary", f"chat {store.id}: messages {start + 1}-{start + every} summarised", chat=store.id,
                 first=start + 1, last=start + every, tokens=fresh.tokens, covered=fresh.covered, source=fresh.source,
                 condensed=len(made) - 1, facts=len(facts),
             )  # fmt: skip
+
+    @staticmethod
+    def _is_users(store: ChatStore, summary: Summary) -> bool:
+        place = (summary.level, summary.first, summary.last)
+        return any(s.source == "user" and (s.level, s.first, s.last) == place for s in store.summaries.values())
 
     def _asker(self, plan: StoryPlan, authorization: str) -> Callable[[list[dict], int], dict] | None:
         """What asks the plan's model; None where the hour's requests are used up."""
@@ -5287,6 +5293,8 @@ class Storyteller:
         plain_only = getattr(self._upstream, "model", "") == LOCAL_MODEL  # too small for JSON, and slow
         for strict in (True,) if plain_only else (False, True):
             tokens = 2 * room + (0 if strict else 80 * MOST_FACTS)
+            if not self._may_ask():
+                return "", []
             try:
                 choice = ask(summary_request(lines, what, room, strict), tokens)
             except PersonaMemoryError as error:
@@ -5295,7 +5303,7 @@ class Storyteller:
                 log_event("summary_failed", f"A summary could not be had: {error}", level=logging.WARNING)
                 return "", []
             text, facts = read_answer(text_of((choice.get("message") or {}).get("content"), placeholders=False))
-            text = whole_sentences(text, room)
+            text = whole_sentences(text, room, choice.get("finish_reason") == "length")
             flaw = flaw_of(text, "\n".join(lines))
             if not flaw:
                 return text, facts
