@@ -792,6 +792,18 @@ LEXICON = {
           like liked i_like luck interesting positive super sharing finally sounds_good sounds_great sounds_lovely
           no_worries fair_enough safe tickle tickled merrily chin_up worth gracious noble hooked finest prefer_you
           admirable
+        3 cancer_free all_clear she_said_yes he_said_yes it's_a_girl it's_a_boy we're_going_home going_home we're_safe
+          you_got_in i_got_in favourite_sound favorite_sound best_day_ever best..ever
+        2 newborn anniversary engaged ears..pink cheek..pink cheek..warm go..pink hide..smile hide..grin fight..smile
+          bite_back..grin bite_back..smile corner..mouth bite..smile hand_in_hand swing..hand forehead..against
+          rest..forehead..yours nose..nose you_came you're_home you're_back that's_my_girl that's_my_boy my_girl
+          stay_forever don't_go_yet full_marks champion trophy ribbon dance..kitchen dance..street slow_dance
+          arms_in_the_air arms_up wheeze toast..to here's_to first_time_since melt so_sweet so_happy mine_forever
+          let's_celebrate can_breathe_again breathe_again breath..finally wiggle unwind happily_ever home_sweet_home
+          you_remembered saved_you proudest beam..at yours_truly giddily squee smooch
+        1 dance sing sang song whistle fiddle spin puppy kitten picnic beach pancake strawberry cake cookie candle
+          blanket squeeze hold..hand cuddled snug sigh..happy squeak purring flutter dearest sunrise
+          garland bells ring..bells finish_line together lullaby
         """,
     "sadness": """
         3 heartbroken devastated grief grieve grieving mourn mourning sob weep bawl despair despairing miserable
@@ -852,6 +864,24 @@ LEXICON = {
           embarrassing embarrassment shamefully sheepishly bad terrible..day rough_day rough_week hard_day long_day
           mess..up messed_up screwed_up failed fail
           hard rough mistake disaster oops unhappily never_again..see unlike_before silence pillow..hug nobody
+        3 miscarriage stillborn gravestone headstone tombstone only_one_left last_one_left last_of_her last_of_his
+          last_of_my no_one_comes nobody_comes better_off_without i'm_a_burden just_a_burden not_enough wasn't_enough
+          never_enough stop_looking..for empty_chair empty_cradle empty_bed empty_seat empty_house
+          wish_he_could wish_she_could one_more_day one_more_time so_tired_of
+          tired_of_trying want_to_disappear
+        2 widow widower orphan orphaned wreath urn hospice terminal lost..hope no_hope forgot..voice hollow_laugh
+          lower..eyes eyes_downcast lower..head forehead..window forehead..glass knees_to..chest knees_to..chin
+          draw..knees pull..knees press..lips_together wipe..face wipe..nose quiet..voice goes_quiet goes_very_quiet
+          just_friends moved_on move_on_without left_on_read by_myself on_my_own never_got_to never_told
+          never_once_said should_have_said should_have_been should_have_held would_have_been
+          used_to_be used_to_dance used_to_sing used_to_call there_used_to_be in_another_life another_life
+          deserve_better doesn't_matter voicemail
+          his_jacket his_coat his_watch her_coat still_waits wait..for_nobody won't_come_back couldn't_save
+          tried_to_save gone_cold went_cold never_came never_wrote no_answer packed..things let_go..hand
+          burned_down nothing_tastes not_hungry wither wilt no_one_writes nobody_writes couldn't_hold_on let_her_go
+          let_him_go
+        1 cemetery coffin ashes photograph photographs memory memories lantern river..go winter autumn rain silent
+          old_soldier once_had anymore dust quietly slowly closed shut last four_years years_ago remember
         """,
     "anger": """
         3 furious enraged livid outraged irate seething seethe rage fury wrath wrathful incensed infuriated infuriating
@@ -911,6 +941,23 @@ LEXICON = {
           unbelievable how_many_times excuse_me kidding_me refuse never_again whatever tsks tuts
           don't_believe nope fake irrelevant unjust injustice unpopular wrong_with_you sigh..frustration groan
           groan..frustration eye_roll get_it_together no_more stop_it_now deserve
+        3 watch_your_tone watch_your_mouth wipe_that_smirk wipe_that_smile have_the_nerve the_nerve
+          sold_me_out sold_out behind_my_back choke_on_it swear_to_god you_promised you_swore
+          don't_you_walk don't_tell_me don't_lecture don't_patronize do_not_lecture try_me don't_call_me
+          stop_calling_me i'm_done_with so_done_with i'm_done had_it_with had_it_up say_it_again lied_to..face
+          to_my_face muscle..jaw jaw..work jaw..twitch jaw..flex nails..palms
+          lips..thin lips..white thin_line
+        2 thief murderer oathbreaker tyrant brat snap..in_two fling..at fling..feet throw..at
+          lunge crush..fist jab..chest stalk..up_and_down vein..temple vein..forehead you_think_this you_think_you_can
+          you_think_i do_you_think_i not_your_decision get_your_hands get_off_my stay_off touch..again
+          back_away_from_her blocked reported every_single_time every_single_day oh_brilliant oh_wonderful oh_great
+          oh_please how_convenient thanks_for_nothing good_for_you give_me_a_break you_let_her you_let_him you_let_me
+          you_stole you_stood you_burned you_used you_knew..let you_forgot you_chose you_sold you_killed
+          you_had_a_choice you_had_no how_could who_did_this who_dares dares you_dare that's_it i_quit
+          where's_my_money explain_yourself explain_now let_me_at is_this_my_thanks this_is_my_thanks
+          call_that_an morons fools cowards unleash riot
+        1 murder order blood..hands excuse excuses rip grind..out tear..off torn..off bang pound fists finger..chest
+          honour lie lecture again! hits growling patronize cheated stole steal
         """,
     "fear": """
         3 terrified terrifying terror horrified petrified panic panicked panicking panicky dread dreading dreadful
@@ -966,6 +1013,30 @@ LEXICON = {
           unsure insecure shy shyly pale dark..alone scream shriek beware escape survive risky risk suspicious
           shaky shakily freeze frozen shaking emergency please_stop..hurting bomb gun..head blood knife..throat
           run! hurry quick quickly..hide weapon beg plead unsafe timid
+        3 don't_move don't_make_a_sound not_a_sound don't_look_at_it don't_look_down don't_turn_around there's_someone
+          there's_somebody someone_in..house somebody_in..house somebody_is_in someone_has_been somebody_has_been
+          was_locked home_alone call_the_police pick_up_pick_up no_please don't_make_me_go
+          don't_hang_up don't_leave_me_here can't_go_in voice..thread press..flat flatten..against..wall doesn't_dare
+          did_not_dare dare..breathe not_breathe doesn't_breathe barely_breathe hands..won't_stop shaking_so
+          pulse..race heart..fast heart..mouth sweat..lip sweat..brow sweat..forehead count..to_ten squeeze..eyes_shut
+          hide_now want_to_die..not don't_want_to_die
+        2 biopsy abnormal test..back diagnosis tumour tumor mayday sos breach sirens siren intruder scratching
+          creak..stairs creak..door footprints basement crypt trapdoor scarecrow claw claws fang fangs
+          spider snake ambush patrol dogs..hear hunts hunts_by find_us find_me find_you sniff..door
+          breathe..neck breath..neck drag..itself gone_silent went_silent too_quiet whisper..name same_car behind_me
+          behind_us behind_him behind_her at_the_window at_the_gate outside_the_door on_the_stairs under_the_bed
+          in_the_wall in_the_corner in_the_closet end_of_the_bed turn_off_the_light lights..flicker
+          light..flicker torch..out candle..out something_in something's_in it_moved it_knows they_have_dogs cut_rope
+          can't_feel can't_move can't_get_out let_me_out hold_on..rope clutch..sleeve clutch..hand grip..rail
+          grip..arm cling..arm clutch..blanket clutch..teddy edge..back backs_away back..from_the
+          shrink..into swallow..voice hasn't_come hasn't_called
+          where_is_she..late take_us take_me_back should_not_be_here shouldn't_be_here
+          never_should_have_come what_are_you_going_to_do please_tell_me please_don't please_sir i_swear_i pray prayer
+          prayers what_do_you_want..from_me will_shoot they'll_shoot shoot_us he'll_kill_me braced brace turbulence
+          oxygen falling
+        1 knife gun rifle alarm surgery hospital..hours verdict interview locked creak shadow shadows dark darkness
+          growl howl wolves wolf witch cellar graveyard midnight screaming trap tunnel corpse surround closer
+          breathing ice..crack groan..ice thunder knock knocks
         """,
     "surprise": """
         3 astonished astonishing astonishment astounded astounding amazed amazement flabbergasted dumbfounded
@@ -1021,6 +1092,25 @@ LEXICON = {
           what's_that who_are_you which..mean understand..why don't_understand didn't_know never_knew did_you_know
           i_wonder how_come whatever_happened guess_what magic_trick
           realized not_sure don't_know know_why thought doubt clue whichever ?_what
+        3 wait_you wait_so wait_since wait_when hold_on_you hold_up hang_on you're_telling_me you_mean_to_say
+          mean_to_say say_what come_again did_not_see_that didn't_see_that_coming had_no_clue no_clue_you
+          nobody_told_me no_one_told_me you_never_said well_i'll_be bless_my_soul knock_me_down who'd_have_thought
+          had_never_expected no_one_had_expected nobody_had_expected eyebrows..climb eyebrows..vanish
+          eyebrow..up stare..mouth lips_parted it_can_talk looks_again counts_again
+          checks_again reads..twice checks..again blinks_again count..again check..again blink..again see_that_coming
+          not_see_that
+        2 halfway_to stop..chewing stop..mid mid_sentence mid_step mid_bite slip..from..fingers slip..out_of..fingers
+          fall..from..fingers shatter..tiles shatter..floor lets_go..astonishment drop..spoon drop..fork drop..phone
+          drop..keys drop..bag drop..everything jump..a_foot nearly_walk almost_fall whirl..around spin..around..who
+          you_can_talk you_speak you_married you're_married you're_engaged not_possible
+          since_when_do already? for_once all_at_once it_can't twin twins turned_out turns_out_you
+          it_turned_out by_itself on_its_own never_before had_never had_always_been
+          supposed_to_be i_expected had_expected i_never_thought i_never_expected i_didn't_know_that
+          never_knew_you i_never_knew how_in_the_world how_did is_that_my is_that_mine you_were_here who_said_that
+          you're_the_one is_gone it's_gone just_gone are_you_sure..same it's_alive it_fits
+          stammer..thought
+        1 instead somehow actually literally sorry_what hidden secret disguise genie wink vanish..into blank
+          of_all_the for_real? huh? eh? me? twice open..mouth stare
         """,
     "disgust": """
         3 disgusted disgusting disgust disgustedly revolting revolted revolt..stomach repulsed repulsive repulsion
@@ -1040,7 +1130,7 @@ LEXICON = {
           what_died..here i'd_rather_drink covered_in_slime covered_in_shit covered_in_mud covered_in_blood..ew
           crawling_with crawl..with_flies crawl..with_bugs swarm..flies festering fester lick..floor ate_it_off
           spit..soup spit..wine spit..back bleurgh blargh eugh urk hurl..lunch lose..lunch dry_heave heaves gag..smell
-          choke..stench nose..in_disgust lip..disgust turn..nose_up hold..breath..stink at_arm's_length arms_length
+          choke..stench nose..in_disgust lip..disgust turn..nose_up hold..breath..stink at_arm's_length
           tainted..touch wipe..kiss..off want_to_scrub scrub..off shudder..distaste makes..gag made..gag
         2 distaste distasteful contempt contemptuous contemptuously disdain disdainful disdainfully loathe abhor detest
           awful horrid hideous ugly obscene perverted pervert pervy creep lecherous sleazy slime sludge mucus snot
@@ -1061,6 +1151,26 @@ LEXICON = {
         1 cringe cringy sick terrible unpleasant bad_taste stinky smelly smell sticky recoil wince worst whore slut
           lewd creepy inappropriate disturbing weirdo freak trashy tacky sweaty unclean
           worse weird ridiculous shame rude_noises
+        3 who_does_that wouldn't_touch would_not_touch rather_starve rather_eat barge_pole
+          wash_my_hands want..shower need..shower need..bath makes_me_want_to_wash want_to_wash
+          feel..dirty lower_than can't_look_at_you can't_share don't_breathe_on can't_swallow
+          couldn't_swallow still_twitching hair_in_it gone_bad went_bad gone_off gone_green thumb_and_forefinger
+          scrape..tongue scrub..cheek scrub..tongue breathe_through sleeve..nose shirt..nose hand..nose
+          sleeve..mouth brrr bleugh get_it_out_of_my_hair
+        2 crust clump chunk chunks scum grease hairball toenail toenails toenail_clippings nail_clippings spit saliva
+          phlegm diaper diapers nappy plunger clog leech slug grub grubs larva larvae parasite parasites fungus
+          squelch slurp twitch wriggle wriggling squirm blob jelly gelatinous clammy putrefy bloat sour dripping tick
+          ticks roaches rat rats tissue bandaid band-aids eyeball guts tongue..cheek
+          lick..spoon lick..knife lick..plate pick..nose pick..teeth pick..scab pop..pimple pimple
+          eat_with..mouth mouth_open..chew chew..mouth_open sneeze..into spit..into cough..into sweat..drip armpit
+          feet..smell smell_of_feet smell_of smells_of whiff avert..face avert..eyes turn..head_away turn..face_away
+          push..bowl push..plate floating_in float..in_it swim..in_it something_in_my in_my_salad
+          in_my_hair stepped_in step..in_it slaver slavers cannibal sold..medicine
+          trade_in_children like_cattle sick_joke it_was_sick lick..lips stains no_better_than
+          creature_like your_kind greasy_little snake_in toad swine pig hog hyena hyenas
+          tannery
+        1 damp brown green..meat green grey..meat meat fat lump fly drain swamp cheese cabbage egg..rotten mattress
+          sock socks boot..scrape bathtub beard wig wound rag bandage
         """,
     "neutral": """
         1 nod walk sit stand look glance open close pick place put take hand point lean adjust check pour stir cook eat
@@ -1075,6 +1185,10 @@ LEXICON = {
           fold..map fold..letter cross..room cross..street hold..door throw..log throw..cloak bury..seed
           light_rain stare..out..window look_out look..window put..down sit..down lie..down set..down look..down..street
           calm_down write..down
+        1 brb ooc timeskip wifi receipt appointment file link version bus train aisle form crate ladder rope harbour
+          cart saddle button lever screen scanner gate flour minutes percent menu timezone lane clockwise accounting
+          luggage ticket library recruit locker mast anchor sail visor gauge engine battery wrench nail bench tower
+          rider merchant route
         """,
 }
 IRREGULAR = """
@@ -1102,8 +1216,8 @@ INTENSIFIERS = """
 DAMPENERS = "slightly somewhat little bit kinda sorta maybe almost nearly fairly rather mildly faintly kind"
 EMOJI = {
     "joy": """😀😃😄😁😆😅😂🤣😊😇🙂🙃😉😌😍🥰😘😗😙😚😋😛😜🤪😝🤗🤭😎🤩🥳😏😺😸😹😻❤🧡💛💚💙💜🤍💕
-        💞💓💗💖💘💝♥💋👍👏🙌🎉🎊✨💪🌹🌈☀🌸💃🕺🏆🥂😼🫶🤤☺""",
-    "sadness": "😞😔😟😕🙁☹😣😖😫😩🥺😢😭💔😿😥😓🥀😪⚰🪦",
+        💞💓💗💖💘💝♥💋👍👏🙌🎉🎊✨💪🌹🌈☀🌸💃🕺🏆🥂😼🫶🤤☺🥹🙈🐶🍀🎁🎈""",
+    "sadness": "😞😔😟😕🙁☹😣😖😫😩🥺😢😭💔😿😥😓🥀😪⚰🪦🕊",
     "anger": "😤😠😡🤬👿😾🖕💢👊🔪😒🙄",
     "fear": "😨😰😱😧😬🫣👻🙀🫨💀",
     "surprise": "😮😯😲😳🤯😵🤨⁉‼🫢",
@@ -1111,15 +1225,21 @@ EMOJI = {
 }
 KAOMOJI = {
     "joy": """:) :-) :D :-D =) =D ;) ;-) :P :-P xD XD <3 ^_^ ^^ ^-^ (^_^) :3 \\o/ (: c: uwu UwU owo OwO ♡ (◕‿◕)
-        (ﾉ◕ヮ◕)ﾉ*:･ﾟ✧ (づ｡◕‿‿◕｡)づ (✿◠‿◠) (*^▽^*) ^o^ n_n ʕ•ᴥ•ʔ (o´ω`o) ヽ(>∀<☆)ノ >w< ヽ(´▽`)/""",
+        (ﾉ◕ヮ◕)ﾉ*:･ﾟ✧ (づ｡◕‿‿◕｡)づ (✿◠‿◠) (*^▽^*) ^o^ n_n ʕ•ᴥ•ʔ (o´ω`o) ヽ(>∀<☆)ノ >w< ヽ(´▽`)/
+        (≧◡≦) (≧▽≦) ヽ(・∀・)ﾉ (⌒▽⌒) (*≧ω≦) (＾▽＾) (´∀`)""",
     "sadness": """:( :-( :'( ;( =( ;_; T_T T.T TT_TT Q_Q QQ ;-; ಥ_ಥ (╥_╥) (╥﹏╥) (ToT)
         :c </3 (´;ω;`) (つ﹏⊂) (︶︹︶)
-        (｡•́︿•̀｡) u_u v_v""",
+        (｡•́︿•̀｡) u_u v_v
+        (｡╯︵╰｡) (T⌓T) (ಥ﹏ಥ) (ಥ_ಥ) (;_;) TAT T-T (´；Д；`)""",
     "anger": """>:( >:-( >:c D:< (╯°□°)╯︵ ┻━┻ (ノಠ益ಠ)ノ ಠ_ಠ (ಠ_ಠ) >_< (ಠ益ಠ) -_- (¬_¬) (눈_눈)
-        ლ(ಠ益ಠლ) ┌∩┐(◣_◢)┌∩┐""",
-    "fear": """D: (°ロ°) (⊙_⊙) (;゜0゜) (・_・;) ^_^; (⊙﹏⊙) (>﹏<) ((((;゜Д゜))) :S Σ(°△°|||)""",
-    "surprise": """:O :o :-O :-o O_O o_O O_o o.O O.o 0_0 o_o (O_O) (°o°) (⊙o⊙) ⊙_⊙ w(°o°)w Σ(O_O)""",
-    "disgust": """>.> (>_<) (×_×) X_X :X :-/ :/ (≖_≖) (ˉ﹃ˉ) (；一_一) (#`皿´)""",
+        ლ(ಠ益ಠლ) ┌∩┐(◣_◢)┌∩┐
+        (╬ಠ益ಠ) (╬ (눈‸눈) (`皿´) (＃`Д´) (ಠ_ಠ)つ""",
+    "fear": """D: (°ロ°) (⊙_⊙) (;゜0゜) (・_・;) ^_^; (⊙﹏⊙) (>﹏<) ((((;゜Д゜))) :S Σ(°△°|||)
+        (」゜ロ゜)」 (°Д°) ;°Д° Σ(゜ロ゜;)""",
+    "surprise": """:O :o :-O :-o O_O o_O O_o o.O O.o 0_0 o_o (O_O) (°o°) (⊙o⊙) ⊙_⊙ w(°o°)w Σ(O_O)
+        (⊙＿⊙') (⊙＿⊙) (O.O) (ﾟдﾟ) (ﾟoﾟ) Σ(・口・)""",
+    "disgust": """>.> (>_<) (×_×) X_X :X :-/ :/ (≖_≖) (ˉ﹃ˉ) (；一_一) (#`皿´)
+        (￣ヘ￣) (´-﹏-`；) (￣д￣)""",
 }
 WORDS = re.compile(r"[^\W\d_]+n['’]t\b|[^\W\d_]+|['’](?:s|re|m|ll|ve|d)\b|[!?]+|[.,;:…\n—–]+|\d+")
 CONTRACTIONS = {"'s": "be", "'re": "be", "'m": "be", "'ll": "will", "'ve": "have", "'d": "would"}
@@ -1397,93 +1517,93 @@ OUTPUTS = 2 * len(EMOTIONS) + 1  # logits by the comments' expert, by the role p
 HEADS = {"vector": (VECTOR_SIZE, FEATURES), "lexicon": (FEATURES,)}  # name -> sizes of the blocks of its input
 # fmt: off
 EMOTION_WEIGHTS = """
-p$E}C%L<%4w|bF0^Jm&TpL3l&)MwQ^@;se9TwtL*U9QJG)V#_(byw;<(xJROf|SBMI7GBOy*tW0?==fNa-|kLrJU0{%7PU<q?&p>kthv3-SUMyq=F$lX
-gldUSb+vS_Ur#U1Kb!qW1bE?3+(?p%3oYNfJPcXli0bx^;8@_sva4@f_Qa5qBQ)!KD!b?&#t^b^u#8=oxg-WyM6AzX5%qGDVhnu@*xjEavs3H*W%YMFB
-R|K)*1db)+i(f`5p!61n}?)Q0V0N@HhY)64>_x68b656WJ9C`^+uDBsT`(<^Ti&7SJpgvKa#w2_^FP2n!g{`VH>^=FBKP`r9Sv+x^xqBnA8GDETM7Hq_
-EV$r%1Y7wgi)GARWO=>QDj?i(Zb^6={LKO5=N;3XP0<LSxwBmeFNGP>2Z`V9|i?b9~{7opK2BRlUHn*%Tq>IB8#TOiZ($PM{C{tVOt@hbg0!~xgq2E#1
-^9rOwiwhr<2OyCLtBE2CV=Ef@R#Lh?5OiB{X=n}p+;1uTH2OIAY7UTX6^Z69~9oXyj3=#lG`Ryyy^x};M_X-v%xe@!zOB64g4c#;0Gw|E$1}wHP@b&Z|
-2OP{u7tsjM2KOHi?GMrj;kw{77(>$F{v6=|M%)ArB7!R_3(NH<z$5<_;xkXv`N9Dr@G1JyGU^`84b#{@{P|wD(&Xw*4<pAe%OmX04>2mtDjc}wN(uo04
-9Ma;={DB~%LFYu<RmT(3Jc=!(SO$a@v;*W1@))|0yp$J3$qaQDAr5r?HK6+GtVUvDEOpG=M%k2zbg3u#uY&D81UKICD{%G=NwGW(Gu$YITO42>muL<`}
-qy&Eb9ElG8OpEG8g61=RU_#ASmYG%;EPL-TV3?^!^tE@B}Z>_xcv;DJIp^1`6-;Uh~!5{u0i->HsG}G|AmJ6XW_Q2iXc6AMEP>&EgmgAr0{t-V`R5E$I
-=(`V96Q7p(36<}fhX_89aI&r!+^828ov=_Ke@`~334IrTXf;NK_)4i@s`=@JU<L*5NN7a#D8F38Y97c;~G#0nKNs}?)N_#ot{Oe@L|-RJxYPR;Q62f*u
-4_1h&V?-~^J75?fRN+kgCt<?=1^arCO9~KDs+(WY(2LLLhyhq{<4IIn-^YAee@D~OD-XHS-66CGLAAb-25R^ee(Foxc<OVI-AJj(~;=bl4=vV{v))58z
-B`x6%Al%<N0_ij&>D3bJ`ZiGyvjoQv`hP9d!Sc{6|KR;V@B!NP^#lX}1PJ`!08$k7;QF=bQ4s40`wjg$0Nk=j>i^#k?hg|Q_$1*9-7wu1^Z)D#1_KQr^
-b!x~JqOIq-Sl%L=fO9-9zHR^F}~FZH}w+x;Ia))&;jN9?*{0`HqId;2-)1{2rnu9wG#>IJOKa&?%om91YqFX!2~qVRQCNI#3KX-{O&dl43G{4G7BTM$O
-;Hj$sX$3AooSRA0{v9{l5?9;|1{++Y}mY6)^1PD)-M%3K#|MzvjUCvK$uT5hn5#4fyKgC*a`U^&R#p{v`Jqxdkct<Q}>lzxP)175_-d^BLB?^cU?S0qp
-hv?b`7-ANc^fIq)#?)j9v^*!3{~B<>sgL*e8R(+l!9&;u&f_%!WJuJQ}^8VEAp;_n6M3GE=~BMIFL<K+zuAoVr?95VLM{Q4RG=S<G&@xB=A5!BTs8YjX
-9&>a*g_aau-^a#)I{7Cuj8{OQy=%?3IR@4x^{`C(Z9QaKE-u}H&3?CLN`}WqoMC=z*8qgra?g<X;?M>+75EVZ0<1W<d21V)${|2-cAkg(F00G!0(9IDa
-6#=~|yV37g8QA>g`o|_q`ozG(yhG(}{O_wL2o3-$;QH?c#RMrV;sX-00wz5g^yDP^?FbzE9~9yJ<QC}qYy3vazt8gg;yfbW<p$LN-x=^Q0?gX!f9(*^M
-GF87=LZ4*4dm_(F7fz3Sv38|%>Ujw`|JeE02|U2E(6}a6$!QwDDMaY4jT#nJtFb~m>nPb7XsqT`xFWH$MHby8V>Ky0viwa6&Nc6unyi4Q~vJ6<O{bSh!
-`v2^(*uQA^_jz9|8g)ghCVb@FVaT?-sZu(9YrxWBc#s^}`)W>gxSF863X_DEHkkBmChT<K55FOu+Q~9~a&N4B!Y2A{Pa`{^Tj{R2Z!W%uLZ{JFFm54E+
-55h$RdO0vrkj*(s_Q01hbbJjVzd$s-}h{sn)#3eTd}B4h~!%@z3rpbahs86*AY6h4$2LjM)#1{LrB`w;u!?;08H))4sZ{U#U_*V*vtX#?;SQS!&l5e*m
-O`Z?OrB>M3R9u(@`7uwP@Pv6cB)D}FW6GOuF7(4Oa|KJP%`{O+M_YmjsDa7bi{q6So0RA*6<HPqC3?B^nv)B+Z+PU6L{LU2?4&40{3M#<({!qjcC*Kz^
->$VTYS}ofJ+uP1I{>&E%>i)oP!Mq9kyg)zo*B$xj{qE}{FzHCd_4g!D^YX{z9T_j+Cf(}V6A%Wt3Iiwr)$7^>BR2irE%os203;16CEoc3`_LLN>$M6g^
-z9D#@#FFn9znYH+a2Rjx!U(UKPT6|yB;7k@)oLp4DAX60|)9B;t%xjAN&F{?AH7o$}1-T?B+tn5G+v_47C=`3QFee2=ws<+w=TZ=Dc95!~XFN6-L(`Dd
-^tq2nhxz@Z0)3+6=h**6b!y*Y(mS@+d8;3I9npvEv5?&RZswCG+#@FaQ7m0000000000000001mo%(-YW3_+uB1D3E=Db;Kukf78)WX&kF$R`Uy`A^Rw
-v`|8(E+#P{tuBRDz4-%XnyQaBO7?T1eMBk3Xn;r8<#=mh!-{Qe~eVd4zl2fE<c@+vM9-T?RXFr*Sc1sW#w=llHk7!~yk6W$8oyB8lC%QE2?``%;0A@3U
-p<{jbYD-7569wSf26oKUq4?pG<tWEk!;N$xM3hnv}uQDJV>M;Ex$}8#PD+U|P76IY^{NyI!KHwK08rLKN%K-87^5@qx?N-4L68+sh`wsdLFV7#?CkQYG
->KCsW?(Fs#FznVF()}v?0t)vM8{HiryCKpW#1by<6xSQ~UKb3*3b`#mF1@NU*~kDt2r4DXq|`tbBsICNEdKP~HW=>Z0`2%3H}BN^H?%g(2p;J%2|M=A-
-tH3UI_UVzJ?iuuD7oGv8rcNDLmd3t4fyOq{^jln|MnEs{sbcN&?xU!|GV$~1Qxss69EAf6Y&Qb&HoYbZacd75XS9e&>;lwzxysCEA95a_ykuf+4Qvj@v
-X`RNir|S!}lgU<ni?zBI~n5CcFm#5)Jp>`4sUU|IPR2I^a6w0pu4G;{N&wBd*q7``<Gqi3xVjAPe`g0wfgz2O#(t?F-8MtbZm&flq?DMno+C%cn0a?da
-(v_4)$Z0XNec^Drqvzwy8z?kF9{xd1;D>&+B202J^7(<BNF^AO<y<Ot~PYACMH3gzrbLdE^YDP&@??5n6d+;_Smz*!j`^z`l>$uI}l$RPhC-Vfm56bvZ
-LVZq<<4h{<N4*nKU<=MLh2?r(S2+h?E+6L(h7X%>e{NMfHPTT?}%O3dDBk4ES3Edn3BRS#mBiGOx{5u2}stNG&***JhnC9^5^bkAA-Xi@J87%<4BDpLi
-82F<x%>CPI^*Pzq<kt`C2H*@j1RN>-*x>LY7kBpBz7E@14;$9O^JvaM|J}~+87U^sGcWHl60_GG20sF}`~KtOPb~DeEYs8z>HSF-1ph1w-Ua&n)eJEI%
-pdzO^~n|Q*DN;w?JTPXGZ*{ott>_pA*9)*7A-|0$Qltj*6Sq%$OOVH_(t&KGXXKt|2)|CAmi&i=H>+8z7H2?%n-q+B>EiyG1Ln7A6>y13d|E3D#sxO$Q
-&D5=lmXz8~P{t`VHI!2M#1ewH?JK{0RocBhyX~2=x5!;Q&1PE94s4`vUX`<sHl;{~QI}_woc0DEtoe+#?G5=_fJb4c_kU9%{cb^WNL+6a*UXAgLf79O&
-`@>NC;r@zP2M?*1T5IT)V-)DAie1;i}6C(;lHBDFIY+6-{|n=S{-z!CvM+yuNe2=^Km`pgH%xXphf`uhBr$64Yr5*b77G(pGt?HL5#8~^VW|L_OkTlhc
-6+a~q^8W_;y(JB`g`1ZvC1O5!<+A9wN6DrVM)78-O64n_b^YQLA>C^iH>Kqp4z!MbuD)IpDzyJ#}{wyc-%<$?cqb}S8%p?f>4h1gaLA3Dj@bvrx<T&sK
-<QwwnN!b3+_4ru}1IX<M-$>i_1osXl$|u_s&=?MZW&rW@7%vU8<N^L9C`!!a{_^|Y_6FYf9VX-W5$5#vH1zlE;Q!@37z5-!@8|Ci3K#_-zh3$Tltci`@
-hR>4(EJvh@(A>4-b3dM;qVbb2s9Ni!KxqbKLi}#xe+A(T+he_2ou*H-T4OGRr?PE^&M5L=<_b-2QBr<6V}TVB0Aq3<Mt!^0<}{W+2%mw85sb*z!5M5B?
-cY~70k>vGuj04-7O9<xC#>Jl_f>^^dJx62066@`VzYMC+!Ua3jYZz><qv8PprY>M(rUj*aHFT5C%9i)%p*`0}vt%82|#n`|kJa58xsY2m<3O(HtA{#sB
-~S000000000000000djQJS_xsyN>ar^D{SGHc()lU%43$XLG77*E*&hP`5C!Noy5;HnG#M4c{(rjL>B>j6Me_=(2qXsG<S6w3&kHK{DC5o|0T{g97v=K
-oO7!dl>M#5b;NqrS0wxF>x}^}%O$#C81MNQ=0?Z%F03G}$x*6gk>rD&y=oQWCBmevo*$T=;{{ZR@yB0Pd!4B@IR3bge4Hw}D(K#v#0R-o$%^2YG7$6A1
-{oWuTE85i;wlC;A%Mlg1Qt1lN?Kwi-?vhY0`VaN{{{$A_7zNSR{RGxVFzDwU$lEMW`OhKi$RQ~zq#5NN^DhcXzztLJ@A5Uv**pHw3_u##3n38i2mR;qA
-{o{N1@IvBCClOlAPnct>;^L^2p<{g-6_8`1;_0PH2V|&3JePv*#_A6NdgG|#O&i8C-fG|55Wgg_5#-N;}Hk^4DIhI<@?SG>;O#p4BiOz8SW7X_6E-O?=
-C1F0LbDV$2J=L@bV9?L>?W{rTZubG92X;>fQ=H`tj-{AipsM|Kl9>86^P0P7kCpF`Y=(7VQ)%!42y08UY>k*8uw<0RR8O6A~Qyyd?5D8R8qzIspK`ANa
-N3>00FrD(&4G-wrJX^WYm58|Wvy^V$pXMiSw^8?4+HBRstrv>p)<4e0sx*VSD2{_5KW2nF#285znA*!&(j`m;L&021O3D7Q2L95@iT?(^;&3K{Dg01VO
-{70E0ZCkV+IusQ?><p&E9$~4avF96gL`_k{_0|Q6g6zLEG>mLy6^fCAkt0(Xs{USX1`lSot7VrG~7Xaw<67U|;0uu=Ur4vWg1PuU?2}1wbM*=d|yVLke
-3Lzig<-$P&Wd;4)H$%_SA^`)>*C-qlFW&4X%`3Px213`5KI#7q3)MR)!sa6>2K3}9tv(MW?kWKCu@LDC_y5g703+G%1oQMC=nv9r_TAty!8r8DCO-Pw;
-uPCG9sdFDGB6g+2FK(j5ZC+$5EC>a>7_UX@A&NQ^x{Pq9^Vroa-klS%iaVz<{AYa3nIh)Q_KMM4-L^-^w%*2?J36w`Z>oD6ClMo;REeY2ong%?f(1rHo
-eYBAOkTE@C4Eg+w3d*2nzZx3dJro;RDqh_Ac}n;n*Jy^aJxF_4N?=7##8A?BNCG=p8uX@bMkZ`XlxgGwIsA8#7q6&Kb~S<ObaUk0(#r9}^?X*7P1j;~m
--|nh*yc`3fhv`!e$&-t+*q^%!o#8U32(Crjom{Sl|z^Cnc^=-%j0^cvtnD*+A<#`NtY4;=i?3*FxZ1`X^^!3yvU`W6@5`33?J@EZL4;TQP`xF!M~4&L_
-q7a<Dl{RaX8DHgRH=nVS*^VeU~)5&8L_YE}l$j<>2KnVX6=Nk0v2?*`nIN9<p4(rTH1oi;_C=)r>JkagSAXn@S+^_`x6B#wD(Hk8s5B%lv0sib7tK(YS
-8PW9*GWziC@BSsg6B!fX@=2yc*7VR#$>&5$$^Z8B@Gm9%7R}g1Dx3yDpLCH$njrfcCeg_GOS&cm6{_+&<?;>{*YfWX_UPO&5*7Fe-tzY`_zvUv^#2tH4
-f`Pd^yUNm6%ios>j2`=0TxBaBG1bG0yHR~1NP`IHvZSy`!nni71kgS{MuXs`MW*IE9wOIGyLZP2oeHVf!ZF-9^l>n-9hI4>-qE9Y3kbz^U4%4^YaY<%>
-yyt9Nq;X^$gY;*%TS|(g7a&68sVUPXgJ!1oIdV{Quz$ILaW|GtCzgz6{MbIQZfV1{J$35ce4I7nMgA3he|R;so#^)fFif*w^$GCqn_s>qE=>KKbJY0qg
-$^=3(CXLDl67Ega7*#rHnV*dIE<f0FmTG2cev9-{vIz){u-?$*%DYx5%XF#rGn0000000000000003P8>_`OD@iBoMjxAmiT?B>A~`zYOE^0@_v+>G&h
-LIr94J8qV1l3)n{v10hoA-rd<CApz>&2@?p~7zWbv1?n;p(Cz*&+&2031HS_5DI*m9%<wPJL+$w0?`bNs^C=4H-!<L>2<b-_!2m<RAKB>b9Tp7}^2b8-
-<2mj23-l?Sb-(8d`WDsM3^wus>Fe%262C{-)5<{g4t(7M?aksM>Es#J)jKHu0yx9(1qlru5lG)T_28-BIpS#8Ac6fM`q$m|1TzT!5#bLB_S6^q*)-Y3J
-2D8@s|ycHD*q560>LZR{5}59-BHgR5J4FN_u#}gLhA?L#`fp|MDs1^=)xlG`ZXWpxXg3y#0Toi2Tmct$p`B;4ihW;<`2;p5ibk5DB%Ri73~!R3CkZA1l
-#H!?;s8|<u9hXZ`Vi>9@D@k-vTD)`r0bnDh{zAArjUX=;#;_BjX;uC-DnGr~d052Qn4X$`}X}G3CfZx+eM&)+rCYB<t231yIHtxi<ZzK@#&8`SQ;W8~*
-Pm_zl(`3IOU2;`S>S{}9Iw2izFU5kceG%KrWb6-5yM%peN0C?Dn!=P>2=2?-VZC(auF^9?4&0v+%DIsN51%Ihu*;2`ML02nj<)F;eC{0HFgEC><H66C}
-1?%_GhT&@YF3+WbF_zXt)w+<P%C1CpBku~x@p(zsB%|YS{64}-JP!a9F7uEgT{x<p&{^=px6!Pgb%|_Gm%R=w$3g}Z5&LjmYswWi<#0bpjDhMgz74#!a
->&WsB2R}dro7nsA1N$-sBH`2x75E7c>*CeP>r4UY6%)G$MiQl5%TwGt?iTs-0pl<H;{N{>@;a~EGDYsP68#h$&h+}y?oblW841|G`ZuRHBNzhAFDa)1F
-D=v%HT((t+yeJ0+9&}6%(fWSZuuyr7YbJ3sx<`n5B(C=+B69l{qo!w9xA*MA0yWI_wN%NA5-%jh6@WJ{TvIo^B?;J;U6RS-#zyN+63(r-Nw`f`4~nA-r
-~?I_Cf*y>M<|fJLlQ_1OxT*9{4>m1z-E<yx#rZ6BYkLu@l+>=l$tl;`ROOX3zQB2J_qh5k<r+>kJAGHmeK&53t}64E#O)(htaK*eeh@>gm@6)=eu2z8C
-!w?Ft$C+5F-<-W2!*#04E3{N*R*()?QB91RrO^bqbU@fb4l3+eXK2njv<_SX$F@D{SyLi8^m-pm^T0slwC66qV)3M3Bv_U`upz!@#c`yk%>?flLo>_qG
-7ZU6S^{o<`c{om0J{`0cpe+26H+Q0v3;qn6G@ayU7U<2$axA^lo-t!&q_T}{CfB5LO@%`jP{P_MJ=<NsfF!{sz@(b%N^Y|m=?EWIxf2{EC_Ws;$<X86Y
-^(+1H8vFMH1`O#E6IlP`3;X1)f6M{d=I8O{%~$RY@(9T9eeuWr2k8a*<!kEp6wLA0e+b~~=m+TG<7oLEo9zSzVDSCL9pvi&5ia(x@$us3Rsr+;-wNy!=
-w+$z3+M6bVB<9N?dTx(6&&;s!4UujEK1P?03Htn*d6!q0t5H?3(zX=9t8%z`C;|{@c7vp_68mg{Q1@F>u>ev@$wG)`xOBD{1NN*^Ka?*=nD1z1^)&93F
-z_f{a*6m8Q%pM_yiO1<o5df_)qBn0000000000000000002@7dZv!3c&9&BiiK*`w%e}=<f0K2s6Ry;qUQO5CIDp`T6e+2<7_q@b5(mLiofb>Fy6A;NG
-G9`+pwt0M7Oz3Gws+?EVJ;8~`2i>I(EMzyIIu5BCZr5DftU`1|=4`05G}_YwREf5;5q`_mm}+y~d|>hj0jZRPCy0ln;h_~`EP>jl6AR`vc4`0n&z@#XF
-T`}^|rQT6-5@#^b;`t8~v@aXsIFZcKG?f2Yk>g^E26a^dQTD0N(>HFq?*+2>l^6d)t1O@~M+!XB&sQ?)4@B1I(@;3JA2>Sl-10(431pwOf8S4%b0PW-c
-1Iae`1N8&t<z)Er<`e}5-{cJ_+XM#L)iezL``Y~7Q2`FO<@Na&`8wlB3-km52<Q+86Xo6q={Eom5ElgU^WiVe8xQjO-|55VwEutMnbN%TE`JBODgGHA_
-x9=o`s?!oDD(vk2nqKK|L6%13h5FG-2}4g`QzY2$1vy9>;X9l4>AMn0t*5D4*jY!5H<4N7S-b(5B3{1_WBU_^8FsX^!G3p^791z`wIH@{1w>={sZ;<2?
-PKA^!XM02Iu(z{Qm?04E_KB0ssI2|DZPj^!yz<;|~h$1^^hJ@!Sdg{t`<B-V^T$5c{s|{{IL02QT_A;pzqx`7!na1qAyB1rQMe-~}7kMe+v=_4)-K3+*
-2R<`U}4`V$BF_WK#%?HUmA3l%O76yzxp<beem1s)IS#uOjt4bBeuE)LT*+UpSv2m<^0{`3(e1`7NW^!ND*)#f4uC;!Ok@DK;|3>O*K{D15K_|)nSA{Ge
-j;yd{f76kkI*!>$0`Tp_twEh400SW}^1ncMi9|ZvG_YKbX1p+|^58Unq?lFPeRc}1Iy=Xjr*d;vnv4A{I*p@sL6=FP2iLE<fE0H`XYcxEsjX^vorgl7n
-4@Epz{e(OLj1)YdZ5upP$EQDSZ`!{7z@a`KKtsPiGylHEY@ol<J*YpRL^ZvuB)2|0dVjnun6*9!BqP6WGWx$fKKMU|SZqIJ2Ilkj?2Ahh%gYD|+}+!M_
-x$ecp#pUA><`!41n%-_{NX2|_V7yB<s<L>;qcvm@A#SJ>)}ZW1M3>{^#TGZ0IdD_2KY1e;|kRI3n9sWjPK(D^uBc7CjayL69Dif`u6z-5AqxyRRPxv_V
-A2<-vhPa^Xv)JVC)9&3bW*Y^xN|v!yNPTZTIICv-`Y%5WffJ65r<DaP<|2=oJ1};|iW3?fL%_C-$cP+U5RS`sxDH1qBP;bCTl+<@VHN=^Xm??F;!0Dfs
--p77+MAO#cVy3lsgtD)iv=5cu^5?l0pQ0sF55Z|v>;{<aAG2o?ta_tyCJXY%v%*9!vw3IY550rU6rf8@>N3jF^7{s;X8>hkjVc>Bc=^$r2^4gCA|{_FP
-tOuGO8000000000000000000XcB>3VGsRUsk=Dzju6dW$u`|SeI8~*v@*X&;w1qvtl>;dTl)*k-e>s|&c{klcu@zE67-RbxAe;N4)(e^0{%mDEB^9%Mj
-`ULa#3F=0q_sQW3<VX<;3<3xA`t}~|@e399BiIjr&;Q=|*AZ0#0L|w6*y!VD@A3HmrSo<L?B?~{577)x_WA|z_yubB+2Q&B_V)8l@%^Xq?CWU~+0P&Q?
-DOt7^YZ)f1nPg`%nHmB4jkT1p6mDE@!5aJ90CjT?h5=9{1g828SD+u0152`_8r*qBjyzo=LY}&80YW<8`JL;*c>SZ&*=UF*D3Y`@)6zg7W)h76#@d{@e
-L%?0Sd_HC>aCz;{E46_$H3+`x5&J9^4xa{topB;Tr-S+1?EYB>*D@0qy(z<1?la8V3Kt8o%b?_<!uj%(@XLd<d}<`4b)V`s)?=?&0`L^b7?53i$#5@g5
-H&*aaoi1KIEO>*zw)LE*yZAukCfB?#~N{t5pN^{GY<Qt8Jp;^G?t_77+R>?7*#^g7e@`YsLi?+5(-3;Or`8twiA1pE97{QLFw?>F@g@BIJ%{{jCJ|NQ?
-1{{I62<Ma939s_&|z5w4L6(NEC@BjY#1V$Iu5aAR63)0~N7W?oASmZA0_Wm-}c<}-W2>S&91_uP#5j>_u^#Ks|{QfZq=^6auDAoS{2?6}|1`*x+6AbGX
-6$uX?+#e0+f&4%MH2K@AG9CIH<Nfvq0R=tZ*cI+5{rvX#{tq4g^Z*a_5$OWW>mLRo4dd|o6!PH!O$g8mf8+=3=-x39D;(py0|yEL1^fuR3p)hj2;l$41
-?%|%3;7@d(B}Cj6$;}20rCI@@HZIx4AB$SN{R
+G&R&b{ScTu8)uk2cXZu6w<4iD`_R`sJRhMvuIz|Ba*WYDpdp_;9dG(PM`Fu75;_Py5mlT#zd_7AVI%oFRnH7OY+2Sj1;7YAAQ^Z(t^x);)r5yT{LbP#*
+c7KbB#!et^K05W@EF58!idZ}zDv$Kt7u|7LQWh&Y7e`=OW0FBUI`k&ZPa-`NZJ9wZE6uf`<z`r8%Dvt;8?uAtR&dKP+Jf`NtNHfy%I1${Qk_p*W=eOEf
+?(C;ROR0?nD~`104S63hvn_JqP>qz(WEc5!Ler5#}G=0TmA1|H?AHEiVe(+dktC^yL&HwH*Q!1Sj)2<_!zS0~qoH=*uKT^xq5p+ztEw75w_{CHN@2H2v
+R1#OEa`C+gb3D=G^L?)}~`;{^!#@%rfRIw0cN10wKG?a$BoDF5vPFTLm9F5MXu49_|P7oXM}Cn)S9vnKu{<_5arTO8N*9Oe!S_xl0(?JoU4#RAd`>>?r
+k?B50xs}u70N8#Nu9LXjX!@(=>$IMF5Oj7Os=^)V|+!*8I{2lHWAl}Of6!bLu9og{m2@(KJ_U#tj0qBzk{R$E#ybtV|QVtR7LEbRmGw|8*06@_l_v-u`
+`xnka7Sa^RD(D8_79`CD<Fwy49X`?;$Ufi(75)1RA%Qk04aemiiYFEt;VV|k{<sGq^-RJ0JlzV@57N;(1@&RI@YCiGHxlP6%pvQ~5-}>R9U0T?BQ6X74
+bb8^=QhFz^ELn%y&*0P2ny!!(_8T|_^1#03G}1_13L3K&&?198xa-p?i}a>Ezl(Y0Oas6|N6^DzbW_s#}ml;@Gj~a@bV4$=O9he(>C@7FyYwy<ss+>{q
+PLyAk_}u8w4B7FC696=sv<MBN+qG?C<jv+WP(=`}y<uAM*Ma?GGF6DIL_*1_9IfQx5pM5EIJ5=mjP~Ar|T_{>k<q1>FZ59q{KO0pbD|0p0%<;1wU3Fze
+zF84%?71h47#<Tx|l@E3&w;Xp7M9s1Py=pyJ>GO!Z!7Wpt1<lia*3lRAr4b&yhA<PFl6Cm!5HOR;^IT!8a*ZvqWuNpqR_h99`DfRUB-{c7iP|EA~0{`k
+70@yAa?H~>O5&h*4G8^d37}OIP>;|kKAr<M_&Mw$A3J5Hl!$;!^4idivDDMOl_#FoW*dXcz$o0(g98BN>5R^YU(hTA(x&JT;_wY0t*u>{2=36)3$Qt(Z
+F)ZN?8spkN|K<ri_|y&l{xnb%tpv;w>M>Q)`Sa!__v!se=>*f?2KEr}5dY}m1xy$5-2A-@{_hDd?G*k*0NtiZ>l-Qdy&~-#@FMF9*)7}@`WxEh69E|_^
+brp0I|R@A2>dex^1?T{9y&O^GQGJDJ^L8^-pLA9)dT1C>;dq)CgTJ?1=rB#6DcnGA1m3_C*v6r@Z=QA0$=6*=;#O9LGSY%y&?w>`sp*!2f`)~BLpP4#|
+{Tg$z}`g?dcH99xF5H^2QA7^WWa`=tLQ26FKhXC-}@-|M@TX)5*vAw-^=S6d%wX4Ep{J?CId(_8ajq`#97v$L%Wv=o_~i!}wG33iuJy@-6?w_YdwR`|$
+Se=I#dhG4J-iL+mZ<(>@US)A1MnCHfuuK;h#L)(O@;*&ZF)05#%Juk{P}DFrz6unPq53+^J~C;{T?y9F2kEBH13EHLiW`T7(O(DV8W70Mdo65iGw91qk
+S@<r4d_aRN!`w7wTS~>{d5!S-L<f+zJP}dE~{PGhB7W6d%*8;v$2_U;y8R_=VHSQHx8_pfY@6==xC*0(+3mHH3*fi7a%U~oB^x(G;AkgtD00Gw>)Ab4z
+{|2=tz}D|m8P)JX)Y$$M1i`_$z)9k5`|aX5A=T_A>iY5n$^;`S&j!xu1xWcM^xP%<@C6>^_ayl`)D7YPWcx_Uz0>y{?+_r{@Cw%i-W%>Q{<PZ}L<$_PN
+D2oH=m-1&864;=_qrQ0R66|2$OYN~=+XG<ITp?qIRD<k6a=I(Efe<X`4$TOHzx4|m@Did1qa&$2NVSR!u3P#Edc4_)E6@C7ZoQ6vJBn#B?-_02Mwklg%
+&B`^({mG6xk8l9~A{1ibfFg?>Gzs?EBsy$I{shX8`Kv?c_E+zu+n}7#_m~Ci&W32r{ev0{Y3<Ps8#28ynRC^CaN&IUxkF{_QC3Qx?zN(=H50E3P0?2>$
+&2g(C0@0UQng+bgRU1Pdq=_N8L~)(9-d{se!$3(t$xIYs~)$rt(iqYX6%7*YM@+B3{9Hvksq2Nvx9tT6Be<rWY4*9ZFS0VW(8(Z=8=I{*U|PW8df8w)J
+A2`&NMA_njf8x!i@7Xl&oMFXh;$QeAR4MW2D;wZN12O<#l{OLaO_YLjXFu&&>BkKG2{QER6<ij>Z>KyypsMZib->u(F{G=frALk9;5Guv@@m9zaBI_|8
+$>bK)R5sfN+}_JQ$Lk^Q9NyAuyt@tlyg*DPnCJur4FT;cEb2tS_z3+s>hb~kBpWg0D%R)QK|21w3)3S2)#Kj+CN=`vA?*141`!c08sPZ|`_dagAfWXU`
+|uC^_TTOn8$tLi-0sU%%-ixgKPT41@D(B$3humr4&n<00|oEh5Io-P5dR7^>)QGq$toEB@cb<B=q^ze4!IV|2|)n%4E5R$-16&C^1NiLw;U7FJQ&sxC+
+gzs0u2T((&rxr{Qa)`+vg`!)$;TL2L?yN2mMMYv+)H2&Rj}?_Vwu$IsgCw0000000000000001MKV+;w$Slwd^A9C+Oby;>G(d8W<Bb<1qBR018kJ^|9
+g=14Y`w+yE#k5i>Z&<x8F&MKU|x1%XugB;_Rg=Jog7|Lp@M{RI^XW#<aw0leYu^cxW(!V&iKEut1a2lC?b2s8fp5EtzW6W<HswKf<b+3E!n_Uc^28}b$
+*2{_f$`X|)$At6f37=Z!LAwK8--$(aR<Ky)O1{?eM*a#Z`=P&;x#w+OMWX34D85#Bb`{N|xIOG>QF~P_W^C$TD^z6<q?OE;PN&Wu@=@0o4F3TX>DCj8|
+`yIO>{qOl0C+FB8;_W5@7ZK4D7v~omyd=`~&LJ)L5YsC2U=$F_3%4f$Bi7Fv56}Ec1}h@Ypt%wm5i{}09{}s%Ga2&d1o#~d76P{jH@r2$3n1tZ6el&$(
+&-N8Me6R#K<(!GA@cVm-`EARKO6zw5Hj~G+t~gn`t}sm{|g)T*jdy~0I=x#1r^2(5c&e{MEm*m==~P&bUU^B63DYXqz)89tOYO`DDv{d_b>J(-t+tp?5
+f5FMmIFX=N;W{yviC7BIUG1D!v8o<|h5hC=vW0{mB62Io>wdDDmzi(f|GdA+Fe7{pm;|xZ@}0DGl+p1R@mx{~q%!1?s>0s(&I#fm4ReD_}g=@_{5S>g(
+bm_yEEM{T{&=Eix-a!1BKw@*?uv#u^$Z?#~7<1sL%I*3bk?1^4p+=KkvMY$mfT!p`+h6Y2=ZEni`*?yRXdtz*sr`A8QX@%Zf^$5F_k?I;g5(+lR`77Ho
+KYt+r+LHqUc67&{H@7TfC4E{v?{I<{!-3H?i69)GbDbwg1{N4p6%^vyDBlQUZ;0O&3Cphf(8rjbm>O;vPu@?LF*g*Vin&<Jk;P6uG?KAfi87Tt5BDgjQ
+@969h{N~wo^FGzq;0@sX=;s$g@){}o;@$5b@qeiXwjSO`3@6pV@@>jJ72U-5`AHSYGc55e9I>bu{~ZDP2?FQdPAu}XG2ZVJ-UlKT3H&q(;RO5m_uyFp<
+M|38_sSOR+9@{6-DTkE8XNBHs4Pkn9-{}gC;vtc!4VEW+v+6;#`@wQ75EI|IRG=z1UuOB2KgcP{q7dlzYi5)(htbq1OD$X3h4s!B3H*43d$1vBNG4)n-
+v>e<^UU!84XGl)A`mI0u3iZv>?DK|L*$@3GW&d2=e>x;Q~De1oR%i5(Wti*c;U${T##zDCz41IrR|l;vNY6>s2W1&;AM36>GjT@7&t%<O4mzCG{L09_j
+S<^DfuW==pBL=Nl+SI2ok^)(jpO4)Xo><lPSrAh|CT**He(o$o61z!UvL*aW*f4&oj2`u-ioxz2ea{P+El!&~qeH1|61E<VTr?HCx@1qTuV_w)<qR`NN
+=-7Yrd0SDLU&nF=k_xQ*9!R!JM6(ZsG5-reL)z{Js3%BYu1PbLf;L`vA@E9`&trOk%KK};t!~6;=0~sLL#4-C1v@7ER%p(Z;5(obDCGG71?&bOp<~Z^m
+5E$F=3-%Dt^8Hi}0?exY`b6Xo_Wlbo$s*hq&oBOlA1&?)4lfG1;sO3AFG|_q2I}wb_xR!YA1LMGD#+^$8Ugz4-~r!26AIcpyeJLe{u=-tz-9Icly&-t8
+~@xg)BqHs^8@i}%0>Cm1p^y63pE!jy{sbSC=o32#{?4nW6;P51QNK!@e&yKaQ_qT`5sxU?LiR-<`&=Z{nfe^B|hRE`{6Fn5cEtD*z7yy85{Vh(Bu0RQw
+A6Z7R}N%GuRcy4M*h~v<nmHmMKQ{^Fs`}^C87g>kqj4AM_9c1s?DS);F&UOQpo(Me!pv@D2g=_xCd}&iNF{1r0a;3lR*y5bF2x5!)XU1rsOs@&xbn*8l
+(j000000000000000dHv4P{QTTO6W-~-AQ2@))%q&>3zYFCA{y-ZwJ87v4+iBly7BJ?{5$>L{C~OL=*~p7A_E__5-Qg1<R|t5&k8996!i52{{F()A?o$
+$NAWMl3+OZM9ND900VNC^wDKUwAPf2D0PQ~+0LdoG2=(&;>?-3I=u!#+;}psg2I0{X3M;`x00H6;y%`x2?&Rj)ZyG<p4i(}E(=jOCCGz;E+8W{Y6&wh{
+ATk0P`qIn~wkGX4${7~ORNF?r+YB?``;<vA_74OaGWX%+4-3%O`vllVFURvt#O4!N|IZ=o$RH{z^AM{F?-edM!4^;H@AEYr;~)dr>_8CJ4<8Zl3;4tX5
+lYnf@a`S;CC=gjBEKcM{~P@?7atty-zU8>6WamaSNHV{3knJs-Uiql@E9Nkz8&2gF!K|~6u<jQyfnV$82khL3+wYK=(h3!@%%~g8Q=@^9PSMW?-l#-*&
+Pus{>tSZ$1@uJFb(GK**O%_ru!=bFd6j=2J-4E-0S5h9LFpN{1g@R7$eW&M-HDaGNnY<DbprFx%c(#5)K;n*#h)2?(X9U5D5_Yza;NA8{-GiXCmIx8S1
+&+>{R6oEAZ45)F&<a{NfuD9_S>yF3SP~AMOyZ9iiVFBRIb~-~#m$2;%<s($-r1|LOPG{t@^V2Mx>>)dChe^T<^?^XuL6BeOdDBQ+DX<qh-%`w#aR1QFR
+18pSOn-}TfI_E{1N+yxB~%rxc>Wf-;c@yYSz0tiLe5cCTd%@zD4@iFxbvM25wBqSp68LJxZ81()07XawU6aqHP`3wUAp%z2d1PtG(78WS}DgH3fzt90p
+2r(>~>DVs{Q3V6oF-gtTALQ}V_#HS6D%<iR(=E6s>r~yjBmDpf3)Dg-#pFK|%@oBQ-Y*X^?kD{4vqS7Iwi3m5<|Nbc0{8JF+({f7(994jy*2U8Cqw$<C
+H1*V4(bEyJ}ei}0mr-yFem`a78Nfm=c_Ub=lUPm_x}DDA>9xla-|`YDYNG=68`)W4J5??RLA}(6(hYp^v*T~@F&U#_BH45A1kjH2m$U?3lRmx@f8sO<O
+$e55&=OC>I%>b)Y};tD+tpu4Z$rj<^R`83p4fL{=6X$_5}1K^798ACg%<3@ZkvN=^Q%V@U}D27!wHKEacz3957+6&Hwr#83fn@jv`Ll9~C5^(dI%m=_K
+MIkP-qS{S6}1@o4AxxApzC^b~H#8X}+Q>Q59F1rMp(_9jr@D$ETC_a)OcDFh7^%I@q5>J&B00q)TV{S4|(!4L)#F5VdP;t>KA@ErO2;@lJ(@G9)^7T)^
+&7#|7i<QBv895T`<><j((_tj&*JIM<X5a1y9$<qE4JPJ153<VVF`ULUTG}`nm50l<b{|qGXDiJ~1HP7<PJyhrA;Kncf5fwJF$Q>US+XD#T5FG6sr{+@P
+7uMV|A|BrTy!s`|4iXpM@(Rv4$_@%O+v!3^$N%~D5)Ul#^#RmLE}{oDq;8f$;40@Q`o_okP`M}p7^(YI+WYnf$LQ)D^X%F)3?!HR^%Wg7^bX?t@BbGF=
+JOph<?8|U7#bes>;LBpKkEU^3hK!K{4^w;1^&)UNc_a(1R3rO5Z53L1K1NI3fUpg9qRx2Gym!SQYhyYlIk(t8RFXq-#_8Q?cy))Ldot9?a3H2@%5|d?h
+Y{mCCCCK^AFV;+CD1n@*dRUAO08oO$64x-bD-I(F+d~Ilms+H_aI4+erZb3+v_%02j9{5Bmor6_7*!6Y&En;s)^@(<w4LkOb^5E<p#)>qE--9{BzM{_q
+eG<znCbI^5$X83h0d1f?#_)Eqm<f08ZfD8)S4BdP!Vz*N)=>-!11Jo54iAOHXW0000000000000004Moi}`^n}9@;3?&>e%TMBl*8_zzYfY$=`qG`THc
+fH}ClC8qeJW7}G5t6d+sb*xcM7LdO2u0VoXA8u!@l3+gxa)g19p?)Cih0l@_5EF=&iveqf(QRMs3@MbEn`5Fb`?j;4}5a>u2#{xjT_4E<w7zYFs`ME^#
+<Tvur{U{5~K*sY202b8T4Ke=h(AW$*7_CLi)6zur4L#@3<>@dI<LD9B*f=Tv7~|Le1RM(?5KiVX_u#7fAN^F+0Fv_}0odO5|1w7i3&0Kn{oWY|+9=$`I
+U^F$-!$ASCjkg2|H3WS2>iwr2_w=c5JnXO_Ta`{621QV;~3BaO7bt{=EGU-@dOt1&b@c%$O!Dh3r72@<qGR#3==o>>=4WkE-vcBLHWwp6YCWP4agrHDb
+xb%^#>U==_;wXY}kJd68^aS)C45(`P3=iDC6EaE%oFC^z9uFA?FyqGye4Z$PFA21vV4a$ruLQ2=L=N>ns8i)+-FVB<!d+8Zz7c&MEnqKN<2G`VjsI6%N
+|{0}t390s!d|8O$yj02r|n1>6<T5kcYHG41Wv{7eA@(jf!39wz?_y(j_TED#p;C(s%H^EYAU^~CPyGyUH<%<eD<0Q=<q0R$lO)hy0L`UB$gD8mE?`w!3
+V_TW9qTB{Y-(9Qi}1^q_)x(Oe(B~mT>fffrLp(YR5**)P0=FZR(Bq;gI7}5UQ|2g*=5ajj*3+eMW%0klg$3@}0E-oYh&>9FSttb!;#2?PWF$5Rt6!|Af
+>&5U4B^hV_n&J`q1o|)lBIVWB?E)kd0O#4r<VXVT78CO+3-{d>;YZs>@D=v&0pc^`_Yvq8=|G?1D?jtR0wK>p;non@>st`g6$#b54H~9v2nYtyASkc<G
+A-^i=neYx><;rT+A97A$;%bmHx38D9S>FNpgI2jr5!m0y(0n>0Poux8Y;a71V!}a^!X1QAW-lfg%1Y|=l>J^^BwvJ;ukLS;bI~8+1K_C&&kyT^%_D7^X
+Ss}^Gx#p?JO?aJm=iz5Dxbc_Wm+5{aXO#x#S1`Iw{--p%~c!<N)kr-NH}4P3-r+`}WuZ21&&(D*gKQ8{`5353k}24gEYc`w{u|=nM!o=IGxA)=E4m=o{
+erxDFTp+5O)--yq;6`VZn1^ynYu-1b-E=l2lo3oO?l?-wlg4D9snt|kls20Z;U?G?7xLiAho>G2un`~gGI5A77w2`KmU^!EY~vKleS10vV;0Qagu+C0S
+Ne*pI4{ot)j1^BKN3+%Mve*)(E($D#A?J~~N?(OE~WC80a!txJN`^xU@1m*wkfAr(F<?Qfk^!Mf=>-GodGWomy@c-~w%>gdq>HQ+yf3)Yv_7u^3@=EpW
+_A3AK9O)wO6#DcJBxwKT3i{!#e-`b|#0TK(%U0_Q`2@)earnjc8qpf|<!t8m5!mvzVCdZs2L|Hc@NM`Rr0y0DD()n)9_9A@7A)(i;~(Jgat6x))d=Si?
+rXO4HRrVQW&AGi@bDA%7$y@90;(b0K2psD03Z$n**fg+{`K?y1;#P!Aq5J(^Lpw7<PFaq^9COf{Q1}AwSW2H`S1(+`4s~C{1V{n_k8R2*a`Fg2K@#83E
+t}Q{eSw|725<E`U4r~-|7AT`d{J(0000000000000000002?7di&#2*wW-7SZwt{tq$@?Dy#c2`aB4-q++(5d#Yu`S<Y)`P>x=;oU(DJMhjg^XCR8%IB
+~C_<tep3)Jx(2Kxil`uz;~CI=(y?g;fR!~^l|1OWFW3J?4O`uz74+S(X4%|GQ2d&&vp|IQqC1p>;?^z6maYwqp&2gvMy`RMoO@(aBONA&~?@ZsZA1LXb
+j2LAi|Q1JM^?dtP?>H5nc`0DEBE%*NF?Ckb`^5GM_76uyUUa{r+^XKq?-8~Bf^YI4#2mtQ<5E9`Jv;-IO^!paw+&&lg8qxdk1SRh81OeIe6#)Sf0qO7f
+`Ncf@1_k)R<!tQX8yNol?dk|6@)+<4!94T+{o4E9RsRIm`S1Pz;A7WO2=fL12kj5=D)RO6?JMFC5f%sX^4vwbBKh&<_075Hv;lwMnElt+B76k6F#a1I^
+!Mrm;QIagM)dp<2nzTM{^<uH+}IT$>I$&v`r_V0!!OFT4KGFK4=e=g0t^8B5(c&;15D%G_|V`T67?N72kZs)0RIol^Yk$p@$vx%_z3*$`V->{`vvv;2?
+Pl9`S}q21?l(!{r?014F3TC0|5R20F^xZ^7|h^{{{sJ3+wsM@Yx9c{u4_4>kR+{7VV|#{rw901}qay)Y1tP_b&SX1_S&91rqQg3<?0eQt}20_4)-MHqc
+YZ2l>U;`4tHF_4^s;=QS$k^Xn@Q6yq-v;(-(d5Cb3ezY`+n3d#@pECtO%*6<km2m|{10P_+e`V8tj&ney)(d8foCjQ9UDjny;B^DIZ`hVpE_SMZJ4m0-
+!*hTjh6$AVH*Yp??{`dOyul@Y@0tyA`3E|=)B;gL|_6*JT1_eC*0pa%$-$8+0>s&mR^<X@n)h9e$I(j_*C6+w4g<d>CBfL8<XhA%gN*_Fq+dw?0D?U8a
+Yd1U`EJ!>|Gx<A<(-u7S!k|C=%%;BX36(zMDnY+Q?gqc-BbL84-km?#(Fwj7vqnC01V_K1dKJHAtV_SC-$=jYbT~lP3$#9N2I%ni?UY{x@45{L&)V95^
+!oDYv-foJF5T3`0_*W<``;(D@bz2m)C}eV;`QTy?DU@G-S27Z57!;?{Qvta1FHD?{0U6c<PXvH2OiLWoZ!X&9<+b;9sltA5&`ce>ly190^uwqUjWz(_3
+)N|730>>3dI7^VCe<*2D%1w^x5Paup#gCZ1v|8#q`H#|I-8f2;Jo6a`g|G?-K_w{uGiQ?*ID}C-S815X%=y47&)-0|5)+cB1Jk>a6c|>Kys^^8)w|E&>
+Va=^5TgV*m)~3lsXwUfA;N1o7wy=``UQ0R6K3f8G)03YHD}2o?wa_uTZzfAjM6(hCFs3Ih840`d6vfBDhH3H$#5{RsU6;_>hNfBCW!@(u&`3;^%*+VAx
+EcE1Dw000000000000000000adCimkFwHh)A*U}!{4Hzrh0_P3VB>WQ9&f9np1`R3n>I3Th)HMRj)q4gg_rgl;>(ef<*d6rZbQSjw)%PO^)(Xx0{R!<)
+`3LXw3hPL+0m-ZY?`k&&5B?1B{PrKo4-PTSJI@q<(f#56(-3<n1--ld+2Pw~_4M}vuI+6B+Wh<363!4s_W%Rt<_bds;0??I_x<@y?D?+f@cVi8^Q#{N@
+9FF{^YioU?g~=&(hJ8F3>@H6n&|TU==f&K90LdP?+5@A?Emr;6ZQ?%0}1a0_!r#Q3<?bu@CW_>8S3x@8q@j<2mB59^6C8i(<b``0{_MCI@b<17W@40^#
+~sC4;Ki#BliRN=K1G5`4_wZ?gRqzF4!Rq{SNdB;~3~4?)dfyC-Ei(0qy<#<5`Ir{uc4#1-R$o_<!uo-0k5PWC*+*`V$=T`|K0L_znA2^YjV+3Hbv5@fs
+8X)d4>6-`Vc=>ghq&I?uBfCn4@V9|`XI{t5gP1gSY2JnOI_-{Tqq_6=k#;|}BW0S4Uk`Y#Li?FS6|4Epo;4D<f}1pNIA{t({v>nisY^ZNk){{a6H|Na0
+2|NjF3<n8>|9sqwAzv~?&1m>&%?*0Dz13?+w5cLoE_0HV{6a4W9Py#dU59JcgfAatd2>b#90stWhB?N&~_x=y{{QNNw>PFfi4~zr-2?6}{2oBfxGz9z)
+;sOyM+#wC-iVI5(3;y7sC?EeB-u?Fl0|`aU;uGU8{QdR${SX@X3;q}1FTxPX>K+Fm598t=9M;z)9Rth<f8Yx2?7>9~G!gEs1P2TO2KxxU3LX>s@8AQu2
+k7|%4EG)a+u#))02Jr`0P+9?@-ZXs3%(A_bc6
 """
 # fmt: on
 
