@@ -1022,7 +1022,7 @@ LEXICON = {
           hide_now want_to_die..not don't_want_to_die
         2 biopsy abnormal test..back diagnosis tumour tumor mayday sos breach sirens siren intruder scratching
           creak..stairs creak..door footprints basement crypt trapdoor scarecrow claw claws fang fangs
-          spider snake ambush patrol dogs..hear hunts hunts_by find_us find_me find_you sniff..door
+          spider ambush patrol dogs..hear hunts hunts_by find_us find_me find_you sniff..door
           breathe..neck breath..neck drag..itself gone_silent went_silent too_quiet whisper..name same_car behind_me
           behind_us behind_him behind_her at_the_window at_the_gate outside_the_door on_the_stairs under_the_bed
           in_the_wall in_the_corner in_the_closet end_of_the_bed turn_off_the_light lights..flicker
