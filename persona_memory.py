@@ -805,6 +805,18 @@ LEXICON = {
           like liked i_like luck interesting positive super sharing finally sounds_good sounds_great sounds_lovely
           no_worries fair_enough safe tickle tickled merrily chin_up worth gracious noble hooked finest prefer_you
           admirable
+        3 cancer_free all_clear she_said_yes he_said_yes it's_a_girl it's_a_boy we're_going_home going_home we're_safe
+          you_got_in i_got_in favourite_sound favorite_sound best_day_ever best..ever
+        2 newborn anniversary engaged ears..pink cheek..pink cheek..warm go..pink hide..smile hide..grin fight..smile
+          bite_back..grin bite_back..smile corner..mouth bite..smile hand_in_hand swing..hand forehead..against
+          rest..forehead..yours nose..nose you_came you're_home you're_back that's_my_girl that's_my_boy my_girl
+          stay_forever don't_go_yet full_marks champion trophy ribbon dance..kitchen dance..street slow_dance
+          arms_in_the_air arms_up wheeze toast..to here's_to first_time_since melt so_sweet so_happy mine_forever
+          let's_celebrate can_breathe_again breathe_again breath..finally wiggle unwind happily_ever home_sweet_home
+          you_remembered saved_you proudest beam..at yours_truly giddily squee smooch
+        1 dance sing sang song whistle fiddle spin puppy kitten picnic beach pancake strawberry cake cookie candle
+          blanket squeeze hold..hand cuddled snug sigh..happy squeak purring flutter dearest sunrise
+          garland bells ring..bells finish_line together lullaby
         """,
     "sadness": """
         3 heartbroken devastated grief grieve grieving mourn mourning sob weep bawl despair despairing miserable
@@ -865,6 +877,24 @@ LEXICON = {
           embarrassing embarrassment shamefully sheepishly bad terrible..day rough_day rough_week hard_day long_day
           mess..up messed_up screwed_up failed fail
           hard rough mistake disaster oops unhappily never_again..see unlike_before silence pillow..hug nobody
+        3 miscarriage stillborn gravestone headstone tombstone only_one_left last_one_left last_of_her last_of_his
+          last_of_my no_one_comes nobody_comes better_off_without i'm_a_burden just_a_burden not_enough wasn't_enough
+          never_enough stop_looking..for empty_chair empty_cradle empty_bed empty_seat empty_house
+          wish_he_could wish_she_could one_more_day one_more_time so_tired_of
+          tired_of_trying want_to_disappear
+        2 widow widower orphan orphaned wreath urn hospice terminal lost..hope no_hope forgot..voice hollow_laugh
+          lower..eyes eyes_downcast lower..head forehead..window forehead..glass knees_to..chest knees_to..chin
+          draw..knees pull..knees press..lips_together wipe..face wipe..nose quiet..voice goes_quiet goes_very_quiet
+          just_friends moved_on move_on_without left_on_read by_myself on_my_own never_got_to never_told
+          never_once_said should_have_said should_have_been should_have_held would_have_been
+          used_to_be used_to_dance used_to_sing used_to_call there_used_to_be in_another_life another_life
+          deserve_better doesn't_matter voicemail
+          his_jacket his_coat his_watch her_coat still_waits wait..for_nobody won't_come_back couldn't_save
+          tried_to_save gone_cold went_cold never_came never_wrote no_answer packed..things let_go..hand
+          burned_down nothing_tastes not_hungry wither wilt no_one_writes nobody_writes couldn't_hold_on let_her_go
+          let_him_go
+        1 cemetery coffin ashes photograph photographs memory memories lantern river..go winter autumn rain silent
+          old_soldier once_had anymore dust quietly slowly closed shut last four_years years_ago remember
         """,
     "anger": """
         3 furious enraged livid outraged irate seething seethe rage fury wrath wrathful incensed infuriated infuriating
@@ -924,6 +954,23 @@ LEXICON = {
           unbelievable how_many_times excuse_me kidding_me refuse never_again whatever tsks tuts
           don't_believe nope fake irrelevant unjust injustice unpopular wrong_with_you sigh..frustration groan
           groan..frustration eye_roll get_it_together no_more stop_it_now deserve
+        3 watch_your_tone watch_your_mouth wipe_that_smirk wipe_that_smile have_the_nerve the_nerve
+          sold_me_out sold_out behind_my_back choke_on_it swear_to_god you_promised you_swore
+          don't_you_walk don't_tell_me don't_lecture don't_patronize do_not_lecture try_me don't_call_me
+          stop_calling_me i'm_done_with so_done_with i'm_done had_it_with had_it_up say_it_again lied_to..face
+          to_my_face muscle..jaw jaw..work jaw..twitch jaw..flex nails..palms
+          lips..thin lips..white thin_line
+        2 thief murderer oathbreaker tyrant brat snap..in_two fling..at fling..feet throw..at
+          lunge crush..fist jab..chest stalk..up_and_down vein..temple vein..forehead you_think_this you_think_you_can
+          you_think_i do_you_think_i not_your_decision get_your_hands get_off_my stay_off touch..again
+          back_away_from_her blocked reported every_single_time every_single_day oh_brilliant oh_wonderful oh_great
+          oh_please how_convenient thanks_for_nothing good_for_you give_me_a_break you_let_her you_let_him you_let_me
+          you_stole you_stood you_burned you_used you_knew..let you_forgot you_chose you_sold you_killed
+          you_had_a_choice you_had_no how_could who_did_this who_dares dares you_dare that's_it i_quit
+          where's_my_money explain_yourself explain_now let_me_at is_this_my_thanks this_is_my_thanks
+          call_that_an morons fools cowards unleash riot
+        1 murder order blood..hands excuse excuses rip grind..out tear..off torn..off bang pound fists finger..chest
+          honour lie lecture again! hits growling patronize cheated stole steal
         """,
     "fear": """
         3 terrified terrifying terror horrified petrified panic panicked panicking panicky dread dreading dreadful
@@ -979,6 +1026,30 @@ LEXICON = {
           unsure insecure shy shyly pale dark..alone scream shriek beware escape survive risky risk suspicious
           shaky shakily freeze frozen shaking emergency please_stop..hurting bomb gun..head blood knife..throat
           run! hurry quick quickly..hide weapon beg plead unsafe timid
+        3 don't_move don't_make_a_sound not_a_sound don't_look_at_it don't_look_down don't_turn_around there's_someone
+          there's_somebody someone_in..house somebody_in..house somebody_is_in someone_has_been somebody_has_been
+          was_locked home_alone call_the_police pick_up_pick_up no_please don't_make_me_go
+          don't_hang_up don't_leave_me_here can't_go_in voice..thread press..flat flatten..against..wall doesn't_dare
+          did_not_dare dare..breathe not_breathe doesn't_breathe barely_breathe hands..won't_stop shaking_so
+          pulse..race heart..fast heart..mouth sweat..lip sweat..brow sweat..forehead count..to_ten squeeze..eyes_shut
+          hide_now want_to_die..not don't_want_to_die
+        2 biopsy abnormal test..back diagnosis tumour tumor mayday sos breach sirens siren intruder scratching
+          creak..stairs creak..door footprints basement crypt trapdoor scarecrow claw claws fang fangs
+          spider ambush patrol dogs..hear hunts hunts_by find_us find_me find_you sniff..door
+          breathe..neck breath..neck drag..itself gone_silent went_silent too_quiet whisper..name same_car behind_me
+          behind_us behind_him behind_her at_the_window at_the_gate outside_the_door on_the_stairs under_the_bed
+          in_the_wall in_the_corner in_the_closet end_of_the_bed turn_off_the_light lights..flicker
+          light..flicker torch..out candle..out something_in something's_in it_moved it_knows they_have_dogs cut_rope
+          can't_feel can't_move can't_get_out let_me_out hold_on..rope clutch..sleeve clutch..hand grip..rail
+          grip..arm cling..arm clutch..blanket clutch..teddy edge..back backs_away back..from_the
+          shrink..into swallow..voice hasn't_come hasn't_called
+          where_is_she..late take_us take_me_back should_not_be_here shouldn't_be_here
+          never_should_have_come what_are_you_going_to_do please_tell_me please_don't please_sir i_swear_i pray prayer
+          prayers what_do_you_want..from_me will_shoot they'll_shoot shoot_us he'll_kill_me braced brace turbulence
+          oxygen falling
+        1 knife gun rifle alarm surgery hospital..hours verdict interview locked creak shadow shadows dark darkness
+          growl howl wolves wolf witch cellar graveyard midnight screaming trap tunnel corpse surround closer
+          breathing ice..crack groan..ice thunder knock knocks
         """,
     "surprise": """
         3 astonished astonishing astonishment astounded astounding amazed amazement flabbergasted dumbfounded
@@ -1034,6 +1105,25 @@ LEXICON = {
           what's_that who_are_you which..mean understand..why don't_understand didn't_know never_knew did_you_know
           i_wonder how_come whatever_happened guess_what magic_trick
           realized not_sure don't_know know_why thought doubt clue whichever ?_what
+        3 wait_you wait_so wait_since wait_when hold_on_you hold_up hang_on you're_telling_me you_mean_to_say
+          mean_to_say say_what come_again did_not_see_that didn't_see_that_coming had_no_clue no_clue_you
+          nobody_told_me no_one_told_me you_never_said well_i'll_be bless_my_soul knock_me_down who'd_have_thought
+          had_never_expected no_one_had_expected nobody_had_expected eyebrows..climb eyebrows..vanish
+          eyebrow..up stare..mouth lips_parted it_can_talk looks_again counts_again
+          checks_again reads..twice checks..again blinks_again count..again check..again blink..again see_that_coming
+          not_see_that
+        2 halfway_to stop..chewing stop..mid mid_sentence mid_step mid_bite slip..from..fingers slip..out_of..fingers
+          fall..from..fingers shatter..tiles shatter..floor lets_go..astonishment drop..spoon drop..fork drop..phone
+          drop..keys drop..bag drop..everything jump..a_foot nearly_walk almost_fall whirl..around spin..around..who
+          you_can_talk you_speak you_married you're_married you're_engaged not_possible
+          since_when_do already? for_once all_at_once it_can't twin twins turned_out turns_out_you
+          it_turned_out by_itself on_its_own never_before had_never had_always_been
+          supposed_to_be i_expected had_expected i_never_thought i_never_expected i_didn't_know_that
+          never_knew_you i_never_knew how_in_the_world how_did is_that_my is_that_mine you_were_here who_said_that
+          you're_the_one is_gone it's_gone just_gone are_you_sure..same it's_alive it_fits
+          stammer..thought
+        1 instead somehow actually literally sorry_what hidden secret disguise genie wink vanish..into blank
+          of_all_the for_real? huh? eh? me? twice open..mouth stare
         """,
     "disgust": """
         3 disgusted disgusting disgust disgustedly revolting revolted revolt..stomach repulsed repulsive repulsion
@@ -1053,7 +1143,7 @@ LEXICON = {
           what_died..here i'd_rather_drink covered_in_slime covered_in_shit covered_in_mud covered_in_blood..ew
           crawling_with crawl..with_flies crawl..with_bugs swarm..flies festering fester lick..floor ate_it_off
           spit..soup spit..wine spit..back bleurgh blargh eugh urk hurl..lunch lose..lunch dry_heave heaves gag..smell
-          choke..stench nose..in_disgust lip..disgust turn..nose_up hold..breath..stink at_arm's_length arms_length
+          choke..stench nose..in_disgust lip..disgust turn..nose_up hold..breath..stink at_arm's_length
           tainted..touch wipe..kiss..off want_to_scrub scrub..off shudder..distaste makes..gag made..gag
         2 distaste distasteful contempt contemptuous contemptuously disdain disdainful disdainfully loathe abhor detest
           awful horrid hideous ugly obscene perverted pervert pervy creep lecherous sleazy slime sludge mucus snot
@@ -1074,6 +1164,26 @@ LEXICON = {
         1 cringe cringy sick terrible unpleasant bad_taste stinky smelly smell sticky recoil wince worst whore slut
           lewd creepy inappropriate disturbing weirdo freak trashy tacky sweaty unclean
           worse weird ridiculous shame rude_noises
+        3 who_does_that wouldn't_touch would_not_touch rather_starve rather_eat barge_pole
+          wash_my_hands want..shower need..shower need..bath makes_me_want_to_wash want_to_wash
+          feel..dirty lower_than can't_look_at_you can't_share don't_breathe_on can't_swallow
+          couldn't_swallow still_twitching hair_in_it gone_bad went_bad gone_off gone_green thumb_and_forefinger
+          scrape..tongue scrub..cheek scrub..tongue breathe_through sleeve..nose shirt..nose hand..nose
+          sleeve..mouth brrr bleugh get_it_out_of_my_hair
+        2 crust clump chunk chunks scum grease hairball toenail toenails toenail_clippings nail_clippings spit saliva
+          phlegm diaper diapers nappy plunger clog leech slug grub grubs larva larvae parasite parasites fungus
+          squelch slurp twitch wriggle wriggling squirm blob jelly gelatinous clammy putrefy bloat sour dripping tick
+          ticks roaches rat rats tissue bandaid band-aids eyeball guts tongue..cheek
+          lick..spoon lick..knife lick..plate pick..nose pick..teeth pick..scab pop..pimple pimple
+          eat_with..mouth mouth_open..chew chew..mouth_open sneeze..into spit..into cough..into sweat..drip armpit
+          feet..smell smell_of_feet smell_of smells_of whiff avert..face avert..eyes turn..head_away turn..face_away
+          push..bowl push..plate floating_in float..in_it swim..in_it something_in_my in_my_salad
+          in_my_hair stepped_in step..in_it slaver slavers cannibal sold..medicine
+          trade_in_children like_cattle sick_joke it_was_sick lick..lips stains no_better_than
+          creature_like your_kind greasy_little snake_in toad swine pig hog hyena hyenas
+          tannery
+        1 damp brown green..meat green grey..meat meat fat lump fly drain swamp cheese cabbage egg..rotten mattress
+          sock socks boot..scrape bathtub beard wig wound rag bandage
         """,
     "neutral": """
         1 nod walk sit stand look glance open close pick place put take hand point lean adjust check pour stir cook eat
@@ -1088,6 +1198,10 @@ LEXICON = {
           fold..map fold..letter cross..room cross..street hold..door throw..log throw..cloak bury..seed
           light_rain stare..out..window look_out look..window put..down sit..down lie..down set..down look..down..street
           calm_down write..down
+        1 brb ooc timeskip wifi receipt appointment file link version bus train aisle form crate ladder rope harbour
+          cart saddle button lever screen scanner gate flour minutes percent menu timezone lane clockwise accounting
+          luggage ticket library recruit locker mast anchor sail visor gauge engine battery wrench nail bench tower
+          rider merchant route
         """,
 }
 IRREGULAR = """
@@ -1115,8 +1229,8 @@ INTENSIFIERS = """
 DAMPENERS = "slightly somewhat little bit kinda sorta maybe almost nearly fairly rather mildly faintly kind"
 EMOJI = {
     "joy": """😀😃😄😁😆😅😂🤣😊😇🙂🙃😉😌😍🥰😘😗😙😚😋😛😜🤪😝🤗🤭😎🤩🥳😏😺😸😹😻❤🧡💛💚💙💜🤍💕
-        💞💓💗💖💘💝♥💋👍👏🙌🎉🎊✨💪🌹🌈☀🌸💃🕺🏆🥂😼🫶🤤☺""",
-    "sadness": "😞😔😟😕🙁☹😣😖😫😩🥺😢😭💔😿😥😓🥀😪⚰🪦",
+        💞💓💗💖💘💝♥💋👍👏🙌🎉🎊✨💪🌹🌈☀🌸💃🕺🏆🥂😼🫶🤤☺🥹🙈🐶🍀🎁🎈""",
+    "sadness": "😞😔😟😕🙁☹😣😖😫😩🥺😢😭💔😿😥😓🥀😪⚰🪦🕊",
     "anger": "😤😠😡🤬👿😾🖕💢👊🔪😒🙄",
     "fear": "😨😰😱😧😬🫣👻🙀🫨💀",
     "surprise": "😮😯😲😳🤯😵🤨⁉‼🫢",
@@ -1124,15 +1238,21 @@ EMOJI = {
 }
 KAOMOJI = {
     "joy": """:) :-) :D :-D =) =D ;) ;-) :P :-P xD XD <3 ^_^ ^^ ^-^ (^_^) :3 \\o/ (: c: uwu UwU owo OwO ♡ (◕‿◕)
-        (ﾉ◕ヮ◕)ﾉ*:･ﾟ✧ (づ｡◕‿‿◕｡)づ (✿◠‿◠) (*^▽^*) ^o^ n_n ʕ•ᴥ•ʔ (o´ω`o) ヽ(>∀<☆)ノ >w< ヽ(´▽`)/""",
+        (ﾉ◕ヮ◕)ﾉ*:･ﾟ✧ (づ｡◕‿‿◕｡)づ (✿◠‿◠) (*^▽^*) ^o^ n_n ʕ•ᴥ•ʔ (o´ω`o) ヽ(>∀<☆)ノ >w< ヽ(´▽`)/
+        (≧◡≦) (≧▽≦) ヽ(・∀・)ﾉ (⌒▽⌒) (*≧ω≦) (＾▽＾) (´∀`)""",
     "sadness": """:( :-( :'( ;( =( ;_; T_T T.T TT_TT Q_Q QQ ;-; ಥ_ಥ (╥_╥) (╥﹏╥) (ToT)
         :c </3 (´;ω;`) (つ﹏⊂) (︶︹︶)
-        (｡•́︿•̀｡) u_u v_v""",
+        (｡•́︿•̀｡) u_u v_v
+        (｡╯︵╰｡) (T⌓T) (ಥ﹏ಥ) (ಥ_ಥ) (;_;) TAT T-T (´；Д；`)""",
     "anger": """>:( >:-( >:c D:< (╯°□°)╯︵ ┻━┻ (ノಠ益ಠ)ノ ಠ_ಠ (ಠ_ಠ) >_< (ಠ益ಠ) -_- (¬_¬) (눈_눈)
-        ლ(ಠ益ಠლ) ┌∩┐(◣_◢)┌∩┐""",
-    "fear": """D: (°ロ°) (⊙_⊙) (;゜0゜) (・_・;) ^_^; (⊙﹏⊙) (>﹏<) ((((;゜Д゜))) :S Σ(°△°|||)""",
-    "surprise": """:O :o :-O :-o O_O o_O O_o o.O O.o 0_0 o_o (O_O) (°o°) (⊙o⊙) ⊙_⊙ w(°o°)w Σ(O_O)""",
-    "disgust": """>.> (>_<) (×_×) X_X :X :-/ :/ (≖_≖) (ˉ﹃ˉ) (；一_一) (#`皿´)""",
+        ლ(ಠ益ಠლ) ┌∩┐(◣_◢)┌∩┐
+        (╬ಠ益ಠ) (╬ (눈‸눈) (`皿´) (＃`Д´) (ಠ_ಠ)つ""",
+    "fear": """D: (°ロ°) (⊙_⊙) (;゜0゜) (・_・;) ^_^; (⊙﹏⊙) (>﹏<) ((((;゜Д゜))) :S Σ(°△°|||)
+        (」゜ロ゜)」 (°Д°) ;°Д° Σ(゜ロ゜;)""",
+    "surprise": """:O :o :-O :-o O_O o_O O_o o.O O.o 0_0 o_o (O_O) (°o°) (⊙o⊙) ⊙_⊙ w(°o°)w Σ(O_O)
+        (⊙＿⊙') (⊙＿⊙) (O.O) (ﾟдﾟ) (ﾟoﾟ) Σ(・口・)""",
+    "disgust": """>.> (>_<) (×_×) X_X :X :-/ :/ (≖_≖) (ˉ﹃ˉ) (；一_一) (#`皿´)
+        (￣ヘ￣) (´-﹏-`；) (￣д￣)""",
 }
 WORDS = re.compile(r"[^\W\d_]+n['’]t\b|[^\W\d_]+|['’](?:s|re|m|ll|ve|d)\b|[!?]+|[.,;:…\n—–]+|\d+")
 CONTRACTIONS = {"'s": "be", "'re": "be", "'m": "be", "'ll": "will", "'ve": "have", "'d": "would"}
@@ -1410,93 +1530,93 @@ OUTPUTS = 2 * len(EMOTIONS) + 1  # logits by the comments' expert, by the role p
 HEADS = {"vector": (VECTOR_SIZE, FEATURES), "lexicon": (FEATURES,)}  # name -> sizes of the blocks of its input
 # fmt: off
 EMOTION_WEIGHTS = """
-p$E}C%L<%4w|bF0^Jm&TpL3l&)MwQ^@;se9TwtL*U9QJG)V#_(byw;<(xJROf|SBMI7GBOy*tW0?==fNa-|kLrJU0{%7PU<q?&p>kthv3-SUMyq=F$lX
-gldUSb+vS_Ur#U1Kb!qW1bE?3+(?p%3oYNfJPcXli0bx^;8@_sva4@f_Qa5qBQ)!KD!b?&#t^b^u#8=oxg-WyM6AzX5%qGDVhnu@*xjEavs3H*W%YMFB
-R|K)*1db)+i(f`5p!61n}?)Q0V0N@HhY)64>_x68b656WJ9C`^+uDBsT`(<^Ti&7SJpgvKa#w2_^FP2n!g{`VH>^=FBKP`r9Sv+x^xqBnA8GDETM7Hq_
-EV$r%1Y7wgi)GARWO=>QDj?i(Zb^6={LKO5=N;3XP0<LSxwBmeFNGP>2Z`V9|i?b9~{7opK2BRlUHn*%Tq>IB8#TOiZ($PM{C{tVOt@hbg0!~xgq2E#1
-^9rOwiwhr<2OyCLtBE2CV=Ef@R#Lh?5OiB{X=n}p+;1uTH2OIAY7UTX6^Z69~9oXyj3=#lG`Ryyy^x};M_X-v%xe@!zOB64g4c#;0Gw|E$1}wHP@b&Z|
-2OP{u7tsjM2KOHi?GMrj;kw{77(>$F{v6=|M%)ArB7!R_3(NH<z$5<_;xkXv`N9Dr@G1JyGU^`84b#{@{P|wD(&Xw*4<pAe%OmX04>2mtDjc}wN(uo04
-9Ma;={DB~%LFYu<RmT(3Jc=!(SO$a@v;*W1@))|0yp$J3$qaQDAr5r?HK6+GtVUvDEOpG=M%k2zbg3u#uY&D81UKICD{%G=NwGW(Gu$YITO42>muL<`}
-qy&Eb9ElG8OpEG8g61=RU_#ASmYG%;EPL-TV3?^!^tE@B}Z>_xcv;DJIp^1`6-;Uh~!5{u0i->HsG}G|AmJ6XW_Q2iXc6AMEP>&EgmgAr0{t-V`R5E$I
-=(`V96Q7p(36<}fhX_89aI&r!+^828ov=_Ke@`~334IrTXf;NK_)4i@s`=@JU<L*5NN7a#D8F38Y97c;~G#0nKNs}?)N_#ot{Oe@L|-RJxYPR;Q62f*u
-4_1h&V?-~^J75?fRN+kgCt<?=1^arCO9~KDs+(WY(2LLLhyhq{<4IIn-^YAee@D~OD-XHS-66CGLAAb-25R^ee(Foxc<OVI-AJj(~;=bl4=vV{v))58z
-B`x6%Al%<N0_ij&>D3bJ`ZiGyvjoQv`hP9d!Sc{6|KR;V@B!NP^#lX}1PJ`!08$k7;QF=bQ4s40`wjg$0Nk=j>i^#k?hg|Q_$1*9-7wu1^Z)D#1_KQr^
-b!x~JqOIq-Sl%L=fO9-9zHR^F}~FZH}w+x;Ia))&;jN9?*{0`HqId;2-)1{2rnu9wG#>IJOKa&?%om91YqFX!2~qVRQCNI#3KX-{O&dl43G{4G7BTM$O
-;Hj$sX$3AooSRA0{v9{l5?9;|1{++Y}mY6)^1PD)-M%3K#|MzvjUCvK$uT5hn5#4fyKgC*a`U^&R#p{v`Jqxdkct<Q}>lzxP)175_-d^BLB?^cU?S0qp
-hv?b`7-ANc^fIq)#?)j9v^*!3{~B<>sgL*e8R(+l!9&;u&f_%!WJuJQ}^8VEAp;_n6M3GE=~BMIFL<K+zuAoVr?95VLM{Q4RG=S<G&@xB=A5!BTs8YjX
-9&>a*g_aau-^a#)I{7Cuj8{OQy=%?3IR@4x^{`C(Z9QaKE-u}H&3?CLN`}WqoMC=z*8qgra?g<X;?M>+75EVZ0<1W<d21V)${|2-cAkg(F00G!0(9IDa
-6#=~|yV37g8QA>g`o|_q`ozG(yhG(}{O_wL2o3-$;QH?c#RMrV;sX-00wz5g^yDP^?FbzE9~9yJ<QC}qYy3vazt8gg;yfbW<p$LN-x=^Q0?gX!f9(*^M
-GF87=LZ4*4dm_(F7fz3Sv38|%>Ujw`|JeE02|U2E(6}a6$!QwDDMaY4jT#nJtFb~m>nPb7XsqT`xFWH$MHby8V>Ky0viwa6&Nc6unyi4Q~vJ6<O{bSh!
-`v2^(*uQA^_jz9|8g)ghCVb@FVaT?-sZu(9YrxWBc#s^}`)W>gxSF863X_DEHkkBmChT<K55FOu+Q~9~a&N4B!Y2A{Pa`{^Tj{R2Z!W%uLZ{JFFm54E+
-55h$RdO0vrkj*(s_Q01hbbJjVzd$s-}h{sn)#3eTd}B4h~!%@z3rpbahs86*AY6h4$2LjM)#1{LrB`w;u!?;08H))4sZ{U#U_*V*vtX#?;SQS!&l5e*m
-O`Z?OrB>M3R9u(@`7uwP@Pv6cB)D}FW6GOuF7(4Oa|KJP%`{O+M_YmjsDa7bi{q6So0RA*6<HPqC3?B^nv)B+Z+PU6L{LU2?4&40{3M#<({!qjcC*Kz^
->$VTYS}ofJ+uP1I{>&E%>i)oP!Mq9kyg)zo*B$xj{qE}{FzHCd_4g!D^YX{z9T_j+Cf(}V6A%Wt3Iiwr)$7^>BR2irE%os203;16CEoc3`_LLN>$M6g^
-z9D#@#FFn9znYH+a2Rjx!U(UKPT6|yB;7k@)oLp4DAX60|)9B;t%xjAN&F{?AH7o$}1-T?B+tn5G+v_47C=`3QFee2=ws<+w=TZ=Dc95!~XFN6-L(`Dd
-^tq2nhxz@Z0)3+6=h**6b!y*Y(mS@+d8;3I9npvEv5?&RZswCG+#@FaQ7m0000000000000001mo%(-YW3_+uB1D3E=Db;Kukf78)WX&kF$R`Uy`A^Rw
-v`|8(E+#P{tuBRDz4-%XnyQaBO7?T1eMBk3Xn;r8<#=mh!-{Qe~eVd4zl2fE<c@+vM9-T?RXFr*Sc1sW#w=llHk7!~yk6W$8oyB8lC%QE2?``%;0A@3U
-p<{jbYD-7569wSf26oKUq4?pG<tWEk!;N$xM3hnv}uQDJV>M;Ex$}8#PD+U|P76IY^{NyI!KHwK08rLKN%K-87^5@qx?N-4L68+sh`wsdLFV7#?CkQYG
->KCsW?(Fs#FznVF()}v?0t)vM8{HiryCKpW#1by<6xSQ~UKb3*3b`#mF1@NU*~kDt2r4DXq|`tbBsICNEdKP~HW=>Z0`2%3H}BN^H?%g(2p;J%2|M=A-
-tH3UI_UVzJ?iuuD7oGv8rcNDLmd3t4fyOq{^jln|MnEs{sbcN&?xU!|GV$~1Qxss69EAf6Y&Qb&HoYbZacd75XS9e&>;lwzxysCEA95a_ykuf+4Qvj@v
-X`RNir|S!}lgU<ni?zBI~n5CcFm#5)Jp>`4sUU|IPR2I^a6w0pu4G;{N&wBd*q7``<Gqi3xVjAPe`g0wfgz2O#(t?F-8MtbZm&flq?DMno+C%cn0a?da
-(v_4)$Z0XNec^Drqvzwy8z?kF9{xd1;D>&+B202J^7(<BNF^AO<y<Ot~PYACMH3gzrbLdE^YDP&@??5n6d+;_Smz*!j`^z`l>$uI}l$RPhC-Vfm56bvZ
-LVZq<<4h{<N4*nKU<=MLh2?r(S2+h?E+6L(h7X%>e{NMfHPTT?}%O3dDBk4ES3Edn3BRS#mBiGOx{5u2}stNG&***JhnC9^5^bkAA-Xi@J87%<4BDpLi
-82F<x%>CPI^*Pzq<kt`C2H*@j1RN>-*x>LY7kBpBz7E@14;$9O^JvaM|J}~+87U^sGcWHl60_GG20sF}`~KtOPb~DeEYs8z>HSF-1ph1w-Ua&n)eJEI%
-pdzO^~n|Q*DN;w?JTPXGZ*{ott>_pA*9)*7A-|0$Qltj*6Sq%$OOVH_(t&KGXXKt|2)|CAmi&i=H>+8z7H2?%n-q+B>EiyG1Ln7A6>y13d|E3D#sxO$Q
-&D5=lmXz8~P{t`VHI!2M#1ewH?JK{0RocBhyX~2=x5!;Q&1PE94s4`vUX`<sHl;{~QI}_woc0DEtoe+#?G5=_fJb4c_kU9%{cb^WNL+6a*UXAgLf79O&
-`@>NC;r@zP2M?*1T5IT)V-)DAie1;i}6C(;lHBDFIY+6-{|n=S{-z!CvM+yuNe2=^Km`pgH%xXphf`uhBr$64Yr5*b77G(pGt?HL5#8~^VW|L_OkTlhc
-6+a~q^8W_;y(JB`g`1ZvC1O5!<+A9wN6DrVM)78-O64n_b^YQLA>C^iH>Kqp4z!MbuD)IpDzyJ#}{wyc-%<$?cqb}S8%p?f>4h1gaLA3Dj@bvrx<T&sK
-<QwwnN!b3+_4ru}1IX<M-$>i_1osXl$|u_s&=?MZW&rW@7%vU8<N^L9C`!!a{_^|Y_6FYf9VX-W5$5#vH1zlE;Q!@37z5-!@8|Ci3K#_-zh3$Tltci`@
-hR>4(EJvh@(A>4-b3dM;qVbb2s9Ni!KxqbKLi}#xe+A(T+he_2ou*H-T4OGRr?PE^&M5L=<_b-2QBr<6V}TVB0Aq3<Mt!^0<}{W+2%mw85sb*z!5M5B?
-cY~70k>vGuj04-7O9<xC#>Jl_f>^^dJx62066@`VzYMC+!Ua3jYZz><qv8PprY>M(rUj*aHFT5C%9i)%p*`0}vt%82|#n`|kJa58xsY2m<3O(HtA{#sB
-~S000000000000000djQJS_xsyN>ar^D{SGHc()lU%43$XLG77*E*&hP`5C!Noy5;HnG#M4c{(rjL>B>j6Me_=(2qXsG<S6w3&kHK{DC5o|0T{g97v=K
-oO7!dl>M#5b;NqrS0wxF>x}^}%O$#C81MNQ=0?Z%F03G}$x*6gk>rD&y=oQWCBmevo*$T=;{{ZR@yB0Pd!4B@IR3bge4Hw}D(K#v#0R-o$%^2YG7$6A1
-{oWuTE85i;wlC;A%Mlg1Qt1lN?Kwi-?vhY0`VaN{{{$A_7zNSR{RGxVFzDwU$lEMW`OhKi$RQ~zq#5NN^DhcXzztLJ@A5Uv**pHw3_u##3n38i2mR;qA
-{o{N1@IvBCClOlAPnct>;^L^2p<{g-6_8`1;_0PH2V|&3JePv*#_A6NdgG|#O&i8C-fG|55Wgg_5#-N;}Hk^4DIhI<@?SG>;O#p4BiOz8SW7X_6E-O?=
-C1F0LbDV$2J=L@bV9?L>?W{rTZubG92X;>fQ=H`tj-{AipsM|Kl9>86^P0P7kCpF`Y=(7VQ)%!42y08UY>k*8uw<0RR8O6A~Qyyd?5D8R8qzIspK`ANa
-N3>00FrD(&4G-wrJX^WYm58|Wvy^V$pXMiSw^8?4+HBRstrv>p)<4e0sx*VSD2{_5KW2nF#285znA*!&(j`m;L&021O3D7Q2L95@iT?(^;&3K{Dg01VO
-{70E0ZCkV+IusQ?><p&E9$~4avF96gL`_k{_0|Q6g6zLEG>mLy6^fCAkt0(Xs{USX1`lSot7VrG~7Xaw<67U|;0uu=Ur4vWg1PuU?2}1wbM*=d|yVLke
-3Lzig<-$P&Wd;4)H$%_SA^`)>*C-qlFW&4X%`3Px213`5KI#7q3)MR)!sa6>2K3}9tv(MW?kWKCu@LDC_y5g703+G%1oQMC=nv9r_TAty!8r8DCO-Pw;
-uPCG9sdFDGB6g+2FK(j5ZC+$5EC>a>7_UX@A&NQ^x{Pq9^Vroa-klS%iaVz<{AYa3nIh)Q_KMM4-L^-^w%*2?J36w`Z>oD6ClMo;REeY2ong%?f(1rHo
-eYBAOkTE@C4Eg+w3d*2nzZx3dJro;RDqh_Ac}n;n*Jy^aJxF_4N?=7##8A?BNCG=p8uX@bMkZ`XlxgGwIsA8#7q6&Kb~S<ObaUk0(#r9}^?X*7P1j;~m
--|nh*yc`3fhv`!e$&-t+*q^%!o#8U32(Crjom{Sl|z^Cnc^=-%j0^cvtnD*+A<#`NtY4;=i?3*FxZ1`X^^!3yvU`W6@5`33?J@EZL4;TQP`xF!M~4&L_
-q7a<Dl{RaX8DHgRH=nVS*^VeU~)5&8L_YE}l$j<>2KnVX6=Nk0v2?*`nIN9<p4(rTH1oi;_C=)r>JkagSAXn@S+^_`x6B#wD(Hk8s5B%lv0sib7tK(YS
-8PW9*GWziC@BSsg6B!fX@=2yc*7VR#$>&5$$^Z8B@Gm9%7R}g1Dx3yDpLCH$njrfcCeg_GOS&cm6{_+&<?;>{*YfWX_UPO&5*7Fe-tzY`_zvUv^#2tH4
-f`Pd^yUNm6%ios>j2`=0TxBaBG1bG0yHR~1NP`IHvZSy`!nni71kgS{MuXs`MW*IE9wOIGyLZP2oeHVf!ZF-9^l>n-9hI4>-qE9Y3kbz^U4%4^YaY<%>
-yyt9Nq;X^$gY;*%TS|(g7a&68sVUPXgJ!1oIdV{Quz$ILaW|GtCzgz6{MbIQZfV1{J$35ce4I7nMgA3he|R;so#^)fFif*w^$GCqn_s>qE=>KKbJY0qg
-$^=3(CXLDl67Ega7*#rHnV*dIE<f0FmTG2cev9-{vIz){u-?$*%DYx5%XF#rGn0000000000000003P8>_`OD@iBoMjxAmiT?B>A~`zYOE^0@_v+>G&h
-LIr94J8qV1l3)n{v10hoA-rd<CApz>&2@?p~7zWbv1?n;p(Cz*&+&2031HS_5DI*m9%<wPJL+$w0?`bNs^C=4H-!<L>2<b-_!2m<RAKB>b9Tp7}^2b8-
-<2mj23-l?Sb-(8d`WDsM3^wus>Fe%262C{-)5<{g4t(7M?aksM>Es#J)jKHu0yx9(1qlru5lG)T_28-BIpS#8Ac6fM`q$m|1TzT!5#bLB_S6^q*)-Y3J
-2D8@s|ycHD*q560>LZR{5}59-BHgR5J4FN_u#}gLhA?L#`fp|MDs1^=)xlG`ZXWpxXg3y#0Toi2Tmct$p`B;4ihW;<`2;p5ibk5DB%Ri73~!R3CkZA1l
-#H!?;s8|<u9hXZ`Vi>9@D@k-vTD)`r0bnDh{zAArjUX=;#;_BjX;uC-DnGr~d052Qn4X$`}X}G3CfZx+eM&)+rCYB<t231yIHtxi<ZzK@#&8`SQ;W8~*
-Pm_zl(`3IOU2;`S>S{}9Iw2izFU5kceG%KrWb6-5yM%peN0C?Dn!=P>2=2?-VZC(auF^9?4&0v+%DIsN51%Ihu*;2`ML02nj<)F;eC{0HFgEC><H66C}
-1?%_GhT&@YF3+WbF_zXt)w+<P%C1CpBku~x@p(zsB%|YS{64}-JP!a9F7uEgT{x<p&{^=px6!Pgb%|_Gm%R=w$3g}Z5&LjmYswWi<#0bpjDhMgz74#!a
->&WsB2R}dro7nsA1N$-sBH`2x75E7c>*CeP>r4UY6%)G$MiQl5%TwGt?iTs-0pl<H;{N{>@;a~EGDYsP68#h$&h+}y?oblW841|G`ZuRHBNzhAFDa)1F
-D=v%HT((t+yeJ0+9&}6%(fWSZuuyr7YbJ3sx<`n5B(C=+B69l{qo!w9xA*MA0yWI_wN%NA5-%jh6@WJ{TvIo^B?;J;U6RS-#zyN+63(r-Nw`f`4~nA-r
-~?I_Cf*y>M<|fJLlQ_1OxT*9{4>m1z-E<yx#rZ6BYkLu@l+>=l$tl;`ROOX3zQB2J_qh5k<r+>kJAGHmeK&53t}64E#O)(htaK*eeh@>gm@6)=eu2z8C
-!w?Ft$C+5F-<-W2!*#04E3{N*R*()?QB91RrO^bqbU@fb4l3+eXK2njv<_SX$F@D{SyLi8^m-pm^T0slwC66qV)3M3Bv_U`upz!@#c`yk%>?flLo>_qG
-7ZU6S^{o<`c{om0J{`0cpe+26H+Q0v3;qn6G@ayU7U<2$axA^lo-t!&q_T}{CfB5LO@%`jP{P_MJ=<NsfF!{sz@(b%N^Y|m=?EWIxf2{EC_Ws;$<X86Y
-^(+1H8vFMH1`O#E6IlP`3;X1)f6M{d=I8O{%~$RY@(9T9eeuWr2k8a*<!kEp6wLA0e+b~~=m+TG<7oLEo9zSzVDSCL9pvi&5ia(x@$us3Rsr+;-wNy!=
-w+$z3+M6bVB<9N?dTx(6&&;s!4UujEK1P?03Htn*d6!q0t5H?3(zX=9t8%z`C;|{@c7vp_68mg{Q1@F>u>ev@$wG)`xOBD{1NN*^Ka?*=nD1z1^)&93F
-z_f{a*6m8Q%pM_yiO1<o5df_)qBn0000000000000000002@7dZv!3c&9&BiiK*`w%e}=<f0K2s6Ry;qUQO5CIDp`T6e+2<7_q@b5(mLiofb>Fy6A;NG
-G9`+pwt0M7Oz3Gws+?EVJ;8~`2i>I(EMzyIIu5BCZr5DftU`1|=4`05G}_YwREf5;5q`_mm}+y~d|>hj0jZRPCy0ln;h_~`EP>jl6AR`vc4`0n&z@#XF
-T`}^|rQT6-5@#^b;`t8~v@aXsIFZcKG?f2Yk>g^E26a^dQTD0N(>HFq?*+2>l^6d)t1O@~M+!XB&sQ?)4@B1I(@;3JA2>Sl-10(431pwOf8S4%b0PW-c
-1Iae`1N8&t<z)Er<`e}5-{cJ_+XM#L)iezL``Y~7Q2`FO<@Na&`8wlB3-km52<Q+86Xo6q={Eom5ElgU^WiVe8xQjO-|55VwEutMnbN%TE`JBODgGHA_
-x9=o`s?!oDD(vk2nqKK|L6%13h5FG-2}4g`QzY2$1vy9>;X9l4>AMn0t*5D4*jY!5H<4N7S-b(5B3{1_WBU_^8FsX^!G3p^791z`wIH@{1w>={sZ;<2?
-PKA^!XM02Iu(z{Qm?04E_KB0ssI2|DZPj^!yz<;|~h$1^^hJ@!Sdg{t`<B-V^T$5c{s|{{IL02QT_A;pzqx`7!na1qAyB1rQMe-~}7kMe+v=_4)-K3+*
-2R<`U}4`V$BF_WK#%?HUmA3l%O76yzxp<beem1s)IS#uOjt4bBeuE)LT*+UpSv2m<^0{`3(e1`7NW^!ND*)#f4uC;!Ok@DK;|3>O*K{D15K_|)nSA{Ge
-j;yd{f76kkI*!>$0`Tp_twEh400SW}^1ncMi9|ZvG_YKbX1p+|^58Unq?lFPeRc}1Iy=Xjr*d;vnv4A{I*p@sL6=FP2iLE<fE0H`XYcxEsjX^vorgl7n
-4@Epz{e(OLj1)YdZ5upP$EQDSZ`!{7z@a`KKtsPiGylHEY@ol<J*YpRL^ZvuB)2|0dVjnun6*9!BqP6WGWx$fKKMU|SZqIJ2Ilkj?2Ahh%gYD|+}+!M_
-x$ecp#pUA><`!41n%-_{NX2|_V7yB<s<L>;qcvm@A#SJ>)}ZW1M3>{^#TGZ0IdD_2KY1e;|kRI3n9sWjPK(D^uBc7CjayL69Dif`u6z-5AqxyRRPxv_V
-A2<-vhPa^Xv)JVC)9&3bW*Y^xN|v!yNPTZTIICv-`Y%5WffJ65r<DaP<|2=oJ1};|iW3?fL%_C-$cP+U5RS`sxDH1qBP;bCTl+<@VHN=^Xm??F;!0Dfs
--p77+MAO#cVy3lsgtD)iv=5cu^5?l0pQ0sF55Z|v>;{<aAG2o?ta_tyCJXY%v%*9!vw3IY550rU6rf8@>N3jF^7{s;X8>hkjVc>Bc=^$r2^4gCA|{_FP
-tOuGO8000000000000000000XcB>3VGsRUsk=Dzju6dW$u`|SeI8~*v@*X&;w1qvtl>;dTl)*k-e>s|&c{klcu@zE67-RbxAe;N4)(e^0{%mDEB^9%Mj
-`ULa#3F=0q_sQW3<VX<;3<3xA`t}~|@e399BiIjr&;Q=|*AZ0#0L|w6*y!VD@A3HmrSo<L?B?~{577)x_WA|z_yubB+2Q&B_V)8l@%^Xq?CWU~+0P&Q?
-DOt7^YZ)f1nPg`%nHmB4jkT1p6mDE@!5aJ90CjT?h5=9{1g828SD+u0152`_8r*qBjyzo=LY}&80YW<8`JL;*c>SZ&*=UF*D3Y`@)6zg7W)h76#@d{@e
-L%?0Sd_HC>aCz;{E46_$H3+`x5&J9^4xa{topB;Tr-S+1?EYB>*D@0qy(z<1?la8V3Kt8o%b?_<!uj%(@XLd<d}<`4b)V`s)?=?&0`L^b7?53i$#5@g5
-H&*aaoi1KIEO>*zw)LE*yZAukCfB?#~N{t5pN^{GY<Qt8Jp;^G?t_77+R>?7*#^g7e@`YsLi?+5(-3;Or`8twiA1pE97{QLFw?>F@g@BIJ%{{jCJ|NQ?
-1{{I62<Ma939s_&|z5w4L6(NEC@BjY#1V$Iu5aAR63)0~N7W?oASmZA0_Wm-}c<}-W2>S&91_uP#5j>_u^#Ks|{QfZq=^6auDAoS{2?6}|1`*x+6AbGX
-6$uX?+#e0+f&4%MH2K@AG9CIH<Nfvq0R=tZ*cI+5{rvX#{tq4g^Z*a_5$OWW>mLRo4dd|o6!PH!O$g8mf8+=3=-x39D;(py0|yEL1^fuR3p)hj2;l$41
-?%|%3;7@d(B}Cj6$;}20rCI@@HZIx4AB$SN{R
+?{m~VaU+;K*Or((6YtzSYFnW^pF`L@I2fTkPripdch%B7O46P@<D&UI!lTGMwCe~xRL!0|Hdo9%FAVuRKH&^Jg>%+B=r0L8G9P$6WeWy8lzoRg6Q$xi>
+MEc+(?jz+{iE7DvGc<_a<a`koxaUGcidq+n9m$QVP?I*Xo*2S{fHRA5gB$r4jTc$zUUD^YKmb$9r@e75)rw+&M?@&$<z`*YzE%HAf+%s@?p)t*W=eOEf
+?$9>Hz~4?Liv?0~`M53hvq~J_q^n!b1Wd5!Ler5#<`+0TvM5{>n1GEiVb&+dbqC^yCyGwH*Qz1Sj)3;1CPP1sL)J=*%TV^WP2n-VFQx7X13}CHN@2H2v
+R1!{;U`C+gY2EGi2M?)c#_;{^)%@%rfRIw0cL2P5%M>(I~nDF5vQFTCgAE!`Os49_|P7oOG|Cn@bAvL*f_<_5arTO8N*9pDcO`1}I+?k@d6!~)U`@gXA
+o>fQzus}u70N8;Qw9LgpX!@(=>$IMF5OjGLq>LJo0+!*8I{T%KWBH7Lg74$Xw9og{m2@?NK^z9bh0_c+l{Rt8zybtY^Qx6mDK;AIlGw|8+071?k_v`!|
+`WDVY7Sa^RD(DH|79-9D<Fns496r(<#y#N$7X14RA%Qn04aemdizpWy;wx6l{kR4o^-aP0JlqS^5Yo{)1@&RI@7CrIHxcG4%pvQ}5-}>R85+~<B`ym84
+bb8^=QhI#^ELk$z9B9Q2@2-#(_Qi~_off|3G}1_13L6L&eRVE84nfl?i}d?EYKwW0_5;8|N6{FzbW_s#}ml<?=I>Y@$wD%=O9he(>L=6FyYzz<ss+>{O
+}CxAk+`v9RwQ8FC696={~|NBpCzF>+tgv+WP(>`}y+x9`X4W?G764DIL_*1_9OfR1NpM5E9D3=mjP~As6W_{mS+p1>Fc59q{NN0OJ7}0^R-<;1wU3Fze
+qH77^q40<Y@!<To?k@D_&y;Xp4L9s1Py=^^M>GqVx%7Wpm~<=-j-3lRAs3)3dgA<PFl5+Lr4HOR*`I2Y{Y*8dkVuo^zT_h03_DE9XD-{lDjQOfK00r~A
+31KTbd?H~>O5&h;7Egb317}XOQ>;|hJAr<D|%`Vn72?#8k!$;x@4im!zC+-0g_#FoW*dXcz$NtOm8cE;-5R^YV(hTA*wE!{+`0+Cu*~I23=36=5$r|<Y
+F)ZN?8spkN|K$%l_tFgg|1?k%tpv;w>oHc+`10l@_v!se>IBo?2lf!}5dY`l1xy$5-21x-0PYGe?iBt+0NkcY>l-Zey&>%y@gnOA*)7}@`yJWi69E|_^
+brp0I|R@C4f`_z@54B`9y&L@GQPGBKKdB_-pLA9)dc7D>;UY#C*%b_1=rB#6e%wHA2Ha}CE*wn@Z=QA0$=3)>gNa9LGSb&z9I(?`sp;z3Bx82Bm^Y5#}
+5Zh$!7-c?&=ZD9xF5H^2QA7@#Ed{=R+7~6FKhWC-}@;0rxNW(#gm9w-^=S6d%wV4f+2K?CId(_8ajq`#9Gy$LuNs=o_~i!}(M43HK4w@+|<w_YdzS`|$
+Sd>F)*kFYxxhMC~o>(>@UV)A1MmB>5fsK;h#L)(F!+*&ZF+05sxIuk{P}DF`_8uL=b33+^J~C;{T?zyuinD)=@2EHLiW`T7(H()0Wb7Rnjn65iGw91qk
+S@<!Ae_aRN!`w7wTTR8~e64t}N<f+zJPuC5}{qhqC74<d&*8;v%2_U^s8tM4aHSQHx8_pfY@6=%uC)?z-3mHK4*fi7b&0Hl9_Tae?AkgtD00Gw>)$|J#
+{sy%s!Pf3m8P)GW)7btM1Hr+#z)Iq6`|RR4BGv3B>iY5n$^;`S&H~Tr1xWfM^xP%<@C6>^_#*l`)C}SOWcx|Vz0>#|?hzl`@Cw%i-W%>Q{<78^MGGCVN
+C^fE=m-1&8XD*=_`4f3R66|2$OYK~=+XD-ITp?qIRD<k6a=I%E)(|X`V|WOHYf1|m@Vrg1qRv#2NVSR!u3P#D+K4`(-tu97ZoQ6vJBn$B?-^~2Mnekg%
+&B`^({mE6xkEn9~A{1ibfFg?>Yqq?fl;$$I{shXaMTv?cp{)zu_q}7$3p~CHdN21T(Dt0sP6=Ps8#18ynaD@+IK&IUxkE{_QC4R2IwM(=QE2E3P0?2><
+*2g&pz=0v!$i+bgRU1Pdq=^rd0|)(9-d{{?@&3(tz$Hb(y$$r$<jqYX6%7*YS^*)+{9Hvksq2Nvx9sxtBg;}s6~*9ZFT0VW(7&Bx&<I{^a}PxZmg8w)J
+H2`&HJAqMXd8WZc@7Xl*oMFXk;$QeDT3`4^C;x4x61|Jah{OCRM_zmsZHNEE?A?f?~{QNX7<ia&V>m2&qs@4!d->u(F{G=8jAnFg{4=Tm?@m9zaB;zz5
+%H<c-R5sfN+}_JR#_J&O9N*GvySokkyg*ATm*@io3jysaE9*qS_z3<s>hc2kBpWg0D%R)RLOK7x3)3V2)#Kj+CN=`uA?*151`rV~8sPZ}`_dgfA))mV{
+O}L__TTOn8$tCg-0sX%%-ixgKPT41@Dd~#3+}#u4&w_01O@Nh3O?TN68{P_>)QGq$toB8^879E=`K+e4!IV|2}1w%4EEa&-SX>D^1WoMwjL7GJs8#zC+
+gzs0u2W))aV`t`~9x_+~+1!*7EiQ1_ejM2K`DXwD1K2&Rk4^_4Vl!IRF3v0000000000000001nle+;w$VmweBJ9C+Xhz;>G$c8W<EX<}mfV0SZtK^|9
+g=14Z4x+yEyi5i>Z&<w~9$Mlm|w1%XugB;_Rg=l1v9`tAcK{{<BZW#<aw0leYx@*EK&!xHxNEuj`Y2=U|c2{Zlp5EtzW6W<Erv@aPU+Uy4r_Uc^28}b$
+*2{_f$`X|)$At6i47=Z)JB0lH;;YasU<Ky)O1{(AH*a{p0=P&;x$1CXNW6&hH7#8#W`{N|xIOP{QHowOX@+J8A^X$$p?OE;OO8o!^=@0r5F3TX>DCj5{
+`X0O>{qOl1C+FB8<K`y-857bH7v~ony(H52%^)uJ5Y#I2U=$F_3%4Z*A=S+q4bS{a1}q}ZptlYi5jFD59{}s%Ga2&d1@;{b7XrBmH@r2$3m@nW6DKs#)
+#(oBMe6R#K<(!CBl7qq;n)STKpO$w5Ht2H+t>al`t}sm{|g)T*-zC@0<-D*1r@~(5c&e{Mf>{n=KUA%bUU^A5y-PXqYe~7tp+d}DDm>c_cHS)-t_wp?W
+)EGMmIIY=NR8@yv!O9BIdM3D!v8o<tP2gC=&c1{mB62I^H(aDe>+k)BgSeA+6Y6{^~;_x8*74DGl+p1S1sy{~+@$1nR*0s(&L$fm4ReGF>~>@qr~R>Fe
+Sl_yEEP{2sp+Eix-a!12Ev^CIxw#TyzZ?#~7<1sC!I)zAV<1^M#;<^AdJY$mfTzRvYg73&DdEnr}+?yaaftzyjp`AHZY@%Zf^$5F(g>?;v9(+lR`77Ho
+KYt7H%ME>{k67&{H@7KcC1^`6;{<+W(-3H?i69)GdDAVT}``!g6%pUpCBlZRZ;0g>5Cphf(8rjbm>OsjNu@?OH*g*Vin&<Jl-|$lF?K1Zh87Tq4Be*ya
+?&#<Z{O8$p^FGzq;0)mX=;jwg@){}o<K6Ec@qeZVwjSL_3@6pV@@>jJ7T&}6_(&AVGc58f9I>St{~ZGQ2m<HbPAu}XG2ZbL-3B2Q2>mn)-~{{l_uX0n<
+M|69_sSOR+9)>5++^VC8XNBHrz}bm9-{`iCjUnd!4VEW+vz0+#`)qQ6!;9{IRG=z1v=RB2KOTO{q7dkzYrB+(h$hr{Q&PU3hV*$B3H&33Ca)rB@_P+of
+R8g<^UU!84gbr)ArOC0u3iZv>?GL0`L0_3GN#d2=e;x;Q~Ac1M?rh69otg*c{a%{T##zC+h42IQ0<j;U5V6>{TY}&j1V66>GgS@7>z&<NZCuDEA#59_j
+S<^DfuY<@#^J<{T(RI2ok@)(jpR4fFi;<lYYsAh<6S**Qe&o$xC2z!UvL*aW*f4&xm3`u-fnxXyVZ{P+Ek%3AOjF!ws|E<VWr?HL)=1_%=Z_w)<qR`WT
+?-7huf00-CU&nF-i`1r^9!SDbP6d>UC5-reL)YsAr47TYu1qtOf;L`vA@E9`$tP<V%J^u#s!~6;=0~sUN#4`F1v@7ES%OeQ;5(oeDB<=11?&bRp<~Z^l
+4H(++4fhbw^ZZl}0?euW`a|Rn_Wlbo$s*kr&oBFjATI9+4KE3~;{pCBFh$zn2kP+d_xR!XA1LPGEynB%7y$e2-~r!26AIcly(tdi{u=-tz-ILdly&op9
+0A=i)c+Ks@&oZ}$V>Ro1OXa23pExiy{sbSArdX~$ORJqW6;S61QNH+?h+UFZ2uGP`5suU?LiR+<`>}b{nok_B|hRF{NOFm5%x+D*zG#z85{Sd(c}CTQw
+A6Z7R}N%GuRc(3P$7^v<wsImMKQ{^Ft1~^CH7e>kqj4AM_9c1{?7R)i<#VOQpo(Me!pw^$Y>>_xCd|&G{6`1r0j-3lj~!5$gBx5ZfOT1rsUu@dWPl*8l
+(j000000000000000dHl}P{QTQN6y55+AP^=))%q&>3zYC9Asg-bw<!Px4+iBly72A={XPBP{C~LK=*~p7BLg6{5-Qg1<R|t5&kHFA4)*p0|Np|+A?o$
+$NAfVp4CXZM9ND900woL_wDKUwAPf2D0qs8-0LdoF2>bB?>nP$F=u!#+;}gmg2;k5X2`j-w00H6;y%`x4?&Ia&Y#Tqn4i(}E(=#dFCGhvD+Zy5a6&wh{
+ASnbJ{ngG7wkGX5${7{NRoh0s+Y2<``;<vA_74OeG56r&4hzuN`vloWFURmr!srxN|IZ=o$RH{z@)4;D?-edM!4^;H@AEYp<{tys>^%_F4<8Zl4EVzY5
+J}Ye@a`V<B+lXiBEKZJ037`?7atty-zU8>6WamZS@-q~3knMt-Uiql?inBjzaHHiF!U106u<pOy)(b&82khL3+wYK=(X|x@%>5h8Q%-^8}AJW?-cv+*&
+Y!t{>tSZ$1@uKFAL`H**Fx^ru-@bFd6m{1M%uA+Uw;f9LFpN{1z4T7$eW&M-HGbGNnY<Dby!HxA*q!5)K;n*#h)4@$KUV5C;(Wza;NA8{-GjXCdCw7wW
+m*>{R6oEAZ76)F&+Z{NfuCALt~!FUbQ1AM6pY9iiVGA~?S}-URg%3FH3u($-u2|LOJF{So;W1`Nv-)B_ee^T%5^^6A|1BeOdDA~h4W<O%fz{So*V1QFR
+08O1Fm<n`1M^;Q!K+yxB~%rxc^WEiyY^2zb!0trRg5cCQd%@zA2@iFxbvL@~vBPt;98LAlX81?=17XawU7XmiQ`3wUAp%z2d1PtGx8Wt)5D*iCgzs~_o
+2r)01>DDd^Q3V6oGD*$UALsGZ_Zv42D%<iS(=E6t=~UdgBmMvg3)Dj;#p6N?&K1QT;4cp{?kD{4vPJ4Iwi3m5<|Nbc1NZSG+fEu9&&v-gy*2U8Cqnw;B
+K5mX4(bEyJ}ei}0mr=-EhqiS6c#Tl=c+Oa=lmPn_y7JFAl(okbEP1YDzfP>68`-X4J5??RLA}(5+uDp_0Kj1@F&U#_B7}59V@OE2m$U?3K0dx@)r{R<O
+<e35&=LB>I%>b)7TmrEC|#w4Z$rk<^R`82s8EI0KFj&^#k=J^7989C+H04@!$yN=^Q%V@U=M37!n8HEacz3957(5%K`Zy7zNn^jv`Ll9~C5@(B?un>m=
+bJkrDwS{S6}4?`Y-txb^+D^b>B!8zZ0T>QEFF1rMm&_9jr@D#;HB_a)UdDFh7^%kJz5@e(!30PWHU{S50)!4L%yE#MmS;t&E9@ErR3;@lG&?<(!_7T)^
+&7#|4h<Q2p89Wm1=><j(&_tj&)J;@6Y58xp8$<qE4JPSA63<VYH`ULRSGu!kn50c$Y01PGZDiJ~1HP7<QJyPi8;m0og5fwJF$Q>UT+5`vR4;}3sr{+@P
+7uVY~BpuxQzWOD}4iXpM@(Rj1$`1=Q+v!3^$p88E5)&)%^a0dKE}{oDrEZo&<16PU_{PWhPq`@p7^(VM*ZlJY#^~!D^Xu9(3?`HP^cEjA^bX?t@c$PG=
+JOmg<>~_U7#bes>;L8pJnI3=3hT)L`!pn-1^&-VNc_U%1RCxP5Z53M1K1QJ3fLjf9qRx2Gym!SQZ42bkLWMn8ROdr;6CBP@8B=)LCNh7?#UQ3@%5|e><
+uylBgg_I^A6P;+CL}l@gLRWAO08oO$64x+(!!I&kPO|Ilms+H_jO3<46Dg3F_t!02a6{5c>uu6p%#!67d5m;Rf*?(<w1LkOb^4E<py(>O;!+9QpkL{_q
+eF<znCaIo#tW83q9f1Ewy_)Eqm<e~~WeD8@b6BdY)Wz*N)=>--D2J@D}gAOHXW0000000000000004Mol~`^n}9^fn0(>)7cMBKW^@zzYce$KQYD_xvQ
+eH}ClC8qU}Q7}G8u6Chja+1%V8LdyQx04EF78u-}l3+gxa(jW0r?)Llh0Kx?5EF%#juhlE(Pv!g2@MkKo`5gY@?<fc55a~!3#sWaS^Yszv7zYCr`ME^#
+<T&!t{3Z;|KgaV202b5S4Ke-h(AWz)7_CLi)6qoq4L#$~<?1pM<LD9B*ElKu8Rysi0vZY-5KiVX_u#7fBK=g;|C90}0odO5|1w7g3cwBo{oNS`+9}+{I
+V2U&-!t4PCjkg1|H3WS2>!(s2qMxa5JwdO_Ta`}6TklW;}_8aO7bt{=EGR-^8^+2&%Jl&$O!Gi3rG8?<qPa#3==o?>k!NjFD>fALHW$r6YCWP4agrIF4
+F_)^9LC;=_;wYY}kJa6aBdU)dVE)`O_)hDCF8YE%xOF^z9rEA?FyqH2(Ab#|;}01vV4Z$`}UP1@YuO>?{Ei)+-FVB<rX&8!_De&nfwqKN<2G`VRvJ6b#
+z?0}t390s!d|7|Sjh02#6o1>6<U5kcYFFYWHu{Y(J^(jf!39wz?@yeI?WD-ag-C(jxG^Eq7S^u+M!GyUH<%<eD=0R7|q00bZM)hy0M`UB$eCc*>={0`6
+V_TWCrS*sM=&&~T@1pP(&x(Oe(B~&Q=ffoxMp(YR5**)P0=FiX)Bq;gI7}5UQ|2g*=4(0a*3+eMW%0bff$3@}1EiNVi&>9FSt|$-;#2(PVGXxdt6!|Af
+>&5U4B_3t}nBWlm1o|-mBIVWB^Zz6g0Or}p<VXYU78CO-3isR<;YZs>@D=v&0pT^__Ymk7=|G?0EI#wR10c>o;MNe@>st`f6$#b45E!Ow2L}ewASbT;G
+A-^g=?wby?GE!U+A97A$;uPlI1UHH9S>FNpgI2jq#Qd0ydwb<0Poux8Y#X82SfGc^Z5@PAW-ieg%Af1=Kd1=^BwvJ;}<UT;bJBB+0^w6&&kyT^%_D6^y
+t#~@=Npo?JF+aJLuf!5Dxbc_Wm+5{agR#y5tA`JSf`-qZio#<N)kr-M~$~PVV==`u5lY2S~;(EcpBP9pwW753l134gEYc{1Eu{=nM!o=IG!B)=E7m=^W
+tsxegZq+Wg-+-yzs2`V!<7^ynbv-1b-E==u-r3Mttj?-wlf4D9sottJcr1v~vR?G(1wLiAkr=kOZm`T;}G5A77x2`K#W^!5P|vl=nS10vY<|M{sv+C0V
+Oe*yO5{ot)j0r;*K4eYbwe*@<F($DyE?J>{O?(XL0WC80a!}AGK{LAm|1m*wifAr+G<?ici_4el<>-GodGWopz>HzRq&jK#t>HQ+yf3xSt_7%~3@k;gV
+^(p`I9O)(Q6#DcJBxwKT3i{!!e-rM`#0cT*%U0_Q`2@)eboj*g8qpc{<ZR~l5!vyzU+CQq1_t8c?rr!Pr0y9FDefh)9_9A@7A)(j;~wDgatF%*)d=Si?
+rXO3Hs`eSWc)7h@b41#7$y@F0IML|JyXpD03Z$n**fd*{`K_z1;#P!Aq5J&^MC3C<PFaq^93Ie{Q21Cv48pD`SA<-`4$5D{1V{m_k8U3*a`Fg2K@#83E
+$`O{eSz}725+D`U4r~-{<}R`d{J(0000000000000000002?7di&#2*wUA6wvGe{1P(_?Dy#c2`Z){-r40<5CaPt`1kP(`qvc+;@(0GJ@L#h^XCF4$mg
+*B_<tep4Ak-*2KoZm`uq&~BnTtx?g;fR!~^l|1OWFW3J?4O`uz74+S(U3%|7K1d&&yq0L~nC00YX=_3XsaYwzv(2gmGx`sn%S^9#HONA&~>@ZsWB1LOV
+h2LAi`Q1SS{?dkD<>if$e`0DKDE%*HD?Ckb_@!=D^7X}*VUa{r*^XKq?-8~Bf^6>`z2m$Q;5E9`Jv;-IO^!paw+&~xi8PWXj1San91OeFd8~*_k0qF1f
+_r^T?2L$-M=xprZ8W{cj?dk|6^BDCA!8`H({o4E9RR09l`R)Ax;9}QN2=oR22<;E>C-e65?=0dE5f%sY^4vwWBKh*>_075Iv;lwMnElh&B76n7F#a1I^
+!Mrm;QIXfM)dp<2nzTL{^<uH*Vq*x>kF{x`r_V0!!OCS4K79K4lD!e0t^8B5(cj&15D)I_|M=S67?N72<rv)0RIol^Yt+q@$vx%_z3*$`V->|`vvv;2?
+Pl9`S}q21?l(!{r?014F3TC0|5R20F*ua^7|h^{s;vL3hVgK@Yx9b{t`<3=MDe_7wx6${rw901}qd#)Y1tO_%8YY2Lk*91rhNg4GI6dQt<~1^!o)LHqu
+kb2KdC*_!S8E_4^s;=QJwj^Xn@Q6yq-v;(-(e4+0<dzZ4?o3d#@pECkC!*YOwm2m|{1|ML<e`VHzk&ney)(d8foCjQ9UEgk2=Bo-9Y`hVpE_SVfO4m0-
+y*hcpi6$AVH*Yz0^{`dOzul@Y@0tyA`2;br%B;gL{_6^PV1_eC+0^s)$-$8+%*jzlWGhsZl-6uRBL3=!z50*R$uwFb9)w?^-z(73rQy)Ct20=V6BRxEW
+2sk`J=tVpa7y3J`wiY}^=Al3C<E6fS&X+!n;6%TIV+Oy5TbI9+oSr|gOcB1yRf9eda!<c6HXgtESx>)I7(>6cusA^YJ+(e=2I%ni?UP>x@3;&J&)V95^
+!oDYv-fuLE#1_^0_*W=``;(E@b6pi)D7nW;`ZWy?DU=G-|KAb3)>v?{Qvta1FHG={0U9e<qpyH2OiIVoZ!X&Ahdt=9sltA5&`ce>ly1A0pBbnUjWz(_3
+xE`7vt5>3&R4@VCn_+2D%1w_1NSauOaXBZ1v|8#`MW%{?i2e2;Jo5a`g|F?h^(u{TGrS?*IA|C-SB24$K!y47&)-0|5)+cB1Ml>#Fc}>Kys^^8)w|E&>
+ec=osEdV*m)~3lsXwUe@yL1@Y(z=``UQ0R6H2f8P=13zZG}2o?wa_uTZyfAjM6(h39r3Ih840`d6vfBDhH3H$#5{RsU6<M8kNfBCZ#^9}>{3;^%++wb%
+FcE1Dw000000000000000000adCimkFwH!|a)5{#w5*RDm0_P3VBmEN9&)jqn1`R3n>I3Ti&^80i)qDjh_`pi->(4H**B<rZauxRu)%PO^)&=VJ{0Qqm
+`Umgx3hPI*0m-fZ?`$>(5B?1B{PrKn5DqcUJI)k;(fr~5(-3?l1-`ud+~M11_4M}vuI*_8+x`0663!4s_W%Rt<qSmu;0wzF_x<=x?fS3j@cDT6^{pQR@
+9XR}^z!rU?h8`%(+kHG3>@H7n&|QT<@jsN90LdP@CX1B?EUf;6!Z?%0}1a0_!r#Q3knYv?+E?>8S3x@8q)d@1^o^5@#+2h)Ft}{0{_GFKG+5|7W@3~^$
+8yD4;lx&BJ~3J=K1G5`4_wZ>;wt&D%c?m{SNdB;~3~2?)vuzDDfr)0qy<#<64Fq{ulA%1-R$o_<!uo-0b2OWC^_-`V$=T`|K3M_znA2^YjV+3Hbv5@f#
+HV)&f89;o0u?>ghq&I?lZmCLruO9|`XI{t5gP1gkk4JnOI^-{Ttr_6=k#;|}BX0SDal`Y#Li?gtF}4Epo;3-kW|1pNIA{t({v>MHjX^ZNk){{a6H|Na0
+2|NjF3<n8>}9sqwBxa}S$1?H>&?*0Dz140_u5%m!G_0HV{6aDcAPXaRT4&@WgfAatd2>b#90s|okBm;p|_Wlp`{QWQx>_*rh4~zr-2?6}{2oBfxGXwk(
+;{p*N+#wC-iVI5(4gTJsC?EeB-u?Fl0|-RV;}YU7{QdR${SX@Y3jP@2FT)VY>K+Fm598t;9M;$+9s|q=f8Yx2?7>D0GZ5~s1_ulQ2KxxU3LX;q@8JWv2
+k7|%4fh@b+}{)(02Jo_0P+9?@-ZXs3%(7^bc6
 """
 # fmt: on
 

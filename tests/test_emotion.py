@@ -168,12 +168,12 @@ def test_role_play_is_read_with_and_without_vectors(vectors, text, label):
 
 
 def test_the_role_play_lines_cover_the_labels():
-    """Enough lines of each label, none twice, a third held out of training."""
+    """Enough lines of each label, none twice, nearly a third held out of training."""
     rows = [json.loads(line) for line in LINES.read_text(encoding="utf8").splitlines()]
     assert len({row["text"] for row in rows}) == len(rows) >= 300
     for label in pm.EMOTIONS:
         splits = [row["split"] for row in rows if row["label"] == label]
-        assert len(splits) >= 40 and abs(1 - splits.count("train") / len(splits) - 0.38) < 0.05
+        assert len(splits) >= 40 and abs(1 - splits.count("train") / len(splits) - 0.31) < 0.05
 
 
 def test_the_importance_table_is_what_counts():

@@ -1,7 +1,7 @@
 """Trains the heads of the emotion reader and prints the constant that carries them, or writes it into the program.
 
 The data is GoEmotions (Demszky et al. 2020, Google Research, CC BY 4.0), grouped to six emotions and neutral, one JSON
-object a line with `text` and `labels`; the role-play lines beside this script are added, but for those marked "held":
+object a line with `text` and `labels`; the role-play lines beside this script marked "train" are added:
 
     python tests/bench/train_emotion.py --data ~/goemotions --write
 
@@ -87,7 +87,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def role_play_lines(split: str) -> list[dict]:
-    """The role-play lines of a split, "train" or "held", with `labels` as the comments have them."""
+    """The role-play lines of a split, such as "train" or "held", with `labels` as the comments have them."""
     return [row | {"labels": [row["label"]]} for row in read_rows(LINES) if row["split"] == split]
 
 
