@@ -3509,7 +3509,8 @@ def flaw_of(text: str, source: str) -> str:
 
 
 def whole_sentences(text: str, limit: int, cut_off: bool = False) -> str:
-    """As many of a text's first sentences as take no more than `limit` tokens, without the last where it is `cut_off`."""
+    """As many of a text's first sentences as take no more than `limit` tokens; without an unfinished last one where
+    the text was `cut_off`."""
     text = " ".join(text.split())
     if count_tokens(text) <= limit and not cut_off:
         return text
