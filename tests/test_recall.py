@@ -267,6 +267,14 @@ def test_the_speaker_who_is_asked_about_comes_first():
     assert asked(index, "Do you love figs?", "Ann")[0][0] == 2
 
 
+@pytest.mark.parametrize("place", range(0, 12, 3))
+def test_a_rare_word_finds_its_message_in_a_short_chat(encode, place):
+    """Where all talk is alike, and even though the message asks something."""
+    filler = "there is fog over the harbour and the rain drums on the roof while supper is on the stove"
+    lines = [(("user", "assistant")[i % 2], f"zq{'abcdefghijkl'[i]}o {filler}: do you remember?") for i in range(12)]
+    assert place in asked(indexed(chat(*lines), encode), f"zq{'abcdefghijkl'[place]}o", encode=encode)[0][:5]
+
+
 def test_a_named_day_lifts_what_was_said_on_it():
     days = [f"2023-0{month}-10T12:00:00" for month in (1, 3, 5, 7)]
     lines = [(name, f"We walked the dog, number {i}.") for i, name in enumerate(("Ann", "Bo") * 2)]

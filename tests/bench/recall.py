@@ -246,13 +246,13 @@ def fitted(conversations: list[Conversation], rows: list[list[np.ndarray]]) -> n
     values, gold, blank = torch.tensor(values / spread), torch.tensor(gold), torch.tensor(blank)
     counts = torch.tensor([0.3 if q["category"] == 5 else 1.0 for *_, q in items])
     weights = torch.zeros(len(spread), requires_grad=True)
-    for loss_of, steps, pace in ((likeliest, 150, 0.05), (first, 80, 0.02)):
+    for loss_of, steps, pace in ((likeliest, 150, 0.05), (first, 50, 0.02)):
         adam = torch.optim.Adam([weights], lr=pace)
         falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.05, steps)
         for _ in range(steps):
             adam.zero_grad()
             scores = (values @ weights).masked_fill(blank, -1e9)
-            loss = (counts * loss_of(scores, gold, blank)).mean() + 1e-3 * (loss_of is likeliest) * (weights**2).sum()
+            loss = (counts * loss_of(scores, gold, blank)).mean() + 2e-3 * (weights**2).sum()
             loss.backward()
             adam.step(), falling.step()
     found = weights.detach().numpy() / spread
