@@ -329,7 +329,8 @@ def show_speed(count: int) -> None:
     for _ in range(200):
         start = time.perf_counter()
         index.follow(nodes, lambda ids: [by_id[i] for i in ids])
-        query = pm.understand(f"When did Ann say {sentence(8)}?", "Bo", index.speakers, index.now)
+        topics = " ".join(dice.choice(vocabulary[50:], 6, p=often[50:] / often[50:].sum()))  # the first are stop words
+        query = pm.understand(f"When did Ann say {topics}?", "Bo", index.speakers, index.now)
         scores = pm.weigh(query, index.evidence(query.words, vectors[0]))["score"]
         pm.worth_recalling(scores, pm.RELEVANT)
         asking.append(time.perf_counter() - start)
