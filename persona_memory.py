@@ -2260,7 +2260,7 @@ class OwnThread:
         """The result of `work(*args)`; failures of disk and database, or a wait for them, come out as `StoreError`."""
         try:
             return self._pool.submit(work, *args).result(STORE_SECONDS)
-        except (OSError, sqlite3.Error, diskcache.Timeout, ValueError, KeyError) as error:
+        except (OSError, sqlite3.Error, diskcache.Timeout, ValueError, KeyError, RuntimeError) as error:
             raise StoreError(f"store: {type(error).__name__}: {error}") from error
 
     def close(self) -> None:
@@ -2601,6 +2601,12 @@ class ChatShelf:
             lambda: [read_json(self._catalogue, k) for k in self._catalogue.iterkeys() if k.startswith("c:")]
         )
         return sorted(lines, key=lambda line: -(line["updated"] or 0))
+
+    def close(self) -> None:
+        """Lets go of all files."""
+        for store in list(self._open.values()):
+            store.close()
+        self._disk.close()
 
     def __len__(self) -> int:
         """How many chats there are."""
@@ -5251,9 +5257,12 @@ class Storyteller:
         self._call = Call()
         self._closed = False
 
+    def know(self, shelf: ChatShelf) -> None:
+        """Where to note what is due."""
+        self._shelf = shelf
+
     def take_up(self, shelf: ChatShelf) -> None:
         """Goes on with what was due when the program ended; raises `StoreError`."""
-        self._shelf = shelf
         for chat_id in shelf.due() if self._settings.summary_every else ():
             self._thread.submit(self._take_up, shelf, chat_id)
 
@@ -5325,7 +5334,8 @@ class Storyteller:
             story = sorted([*story, made[-1]], key=lambda s: s.start)
         if not self._closed:
             with store.lock:  # a user may have put words of their own in a summary's place meanwhile
-                store.put_story([s for s in made if not self._is_users(store, s)], facts)
+                fresh_facts = [f for f in facts if f.id not in store.facts]  # one that was forgotten stays so
+                store.put_story([s for s in made if not self._is_users(store, s)], fresh_facts)
             log_event(
                 "summary", f"chat {store.id}: messages {start + 1}-{start + every} summarised", chat=store.id,
                 first=start + 1, last=start + every, tokens=fresh.tokens, covered=fresh.covered, source=fresh.source,
@@ -5462,7 +5472,7 @@ class Storyteller:
         """Ends the thread; what is due is taken up at the next start."""
         self._closed = True
         self._call.cancel()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.shutdown(wait=True, cancel_futures=True)  # it may be writing; its request is cancelled
 
 
 def felt(reading: EmotionReading) -> str:
@@ -5548,6 +5558,7 @@ class PersonaMemory:
             if not self._shelf_started:
                 self._shelf.start()
                 self._shelf_started = True
+                self.storyteller.know(self._shelf)
         return self._shelf
 
     # ------------------------------------------------------------------------------------------------------ a turn
@@ -6288,6 +6299,7 @@ class PersonaMemory:
         if self._emotion_model:
             self._emotion_model.close()
         self._background.shutdown(wait=False, cancel_futures=True)
+        self._shelf.close()
 
 
 def counted_usage(messages: Sequence[Mapping], texts: Sequence[str]) -> dict:

@@ -243,8 +243,9 @@ class Handler(BaseHTTPRequestHandler):
                 raise HangUp
 
     def client_is_gone(self) -> bool:
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        return bool(readable) and self.connection.recv(1, socket.MSG_PEEK) == b""
+        poll = select.poll()  # takes any file descriptor, where select() ends at 1024
+        poll.register(self.connection, select.POLLIN)
+        return bool(poll.poll(0)) and self.connection.recv(1, socket.MSG_PEEK) == b""
 
     def cut(self):
         """Close the connection in the middle of an answer."""
@@ -486,6 +487,7 @@ class LocalServer:
     def close(self):
         self.server.close()
         self.thread.join(10)
+        self.server.memory.close()
 
     def __enter__(self):
         return self.start()

@@ -1294,6 +1294,7 @@ def test_a_summary_that_a_crash_interrupted_is_made_after_it(chronicler, data_di
     chronicler.page = {"hold": release}
     small = ("--context", "2048", "--summary-every", "4", "--budget", SMALL["budget"])
     with Server(data_dir, chronicler.url, *small) as running:
+        running.wait_ready()
         game = Game(running, "crash").fill(16)
         game.turn(12, settled=False)
         wait_until(lambda: chronicler.working, "the request for a summary at the upstream")
@@ -1310,6 +1311,25 @@ def test_a_summary_that_a_crash_interrupted_is_made_after_it(chronicler, data_di
         assert {one["source"] for one in game.about()["story"]} == {"model"}
         stored = call(running.url, "GET", f"{CHATS_OF}/crash/messages").json()["messages"]
         assert [m["content"] for m in stored][: len(game.contents) - 1] == game.contents[:-1]
+    release.set()
+
+
+def test_a_story_that_is_due_from_the_first_second_survives_too(chronicler, data_dir):
+    """A turn may come before the program has looked for what was due, and the program may end then."""
+    release = threading.Event()
+    chronicler.page = {"hold": release}
+    given = settings(data_dir, chronicler.url, **SMALL)
+    early = pm.PersonaMemory(given)  # not started yet
+    body = {"messages": [*Game(None, "early").fill(16).messages, {"role": "user", "content": line(16)}]}
+    early.record(early.prepare(body, "early", pm.Call()), ["Mira nods."])
+    wait_until(lambda: chronicler.working, "the request for a summary at the upstream")
+    early.close()
+    assert chronicler.hangups.acquire(timeout=PATIENCE)
+    chronicler.page = {}
+    with LocalServer(given) as running:
+        settle(running)
+        settle(running)  # the first only took it up
+        assert chat_of(running.url, "early")["story"]
     release.set()
 
 
@@ -1419,13 +1439,14 @@ def test_a_fact_can_be_forgotten(small, chronicler):
 
 def test_a_forgotten_fact_stays_forgotten(small, chronicler):
     """Also where its message is summarised again, on a branch that an edit behind it has made."""
-    game = Game(small, "stays")
-    game.until_told(2)
-    gone = first_fact(game)
+    game = Game(small, "stays").fill(11)
+    game.until_told()
+    gone, first = first_fact(game), game.about()["story"][0]["id"]
     assert call(small.url, "DELETE", f"{CHATS_OF}/stays/facts/{gone.id}").status_code == 200
     other = edited(game, 2, "Line 5000: no such thing was ever said in this place.")
     look(other, chronicler)
-    assert any(s["start"] == 0 and s["end"] == 3 for s in other.about()["story"]), "summarised again"
+    again = other.about()["story"][0]
+    assert (again["end"], again["source"]) == (3, "model") and again["id"] != first, "summarised again, with its facts"
     assert small.server.memory.shelf.get("stays").facts[gone.id].forgotten
 
 
