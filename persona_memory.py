@@ -313,6 +313,9 @@ class ClientGone(PersonaMemoryError):
 ROOT = ""  # the parent of a chat's first message
 SYSTEM_ROLES = ("system", "developer")
 CHAT_ROLES = ("user", "assistant")
+KINDS = ("normal", "swipe", "regenerate", "continue", "impersonate", "quiet")  # of generation, in SillyTavern's words
+PASSING_KINDS = ("continue", "impersonate", "quiet")  # whose replies no message of the chat will be
+RECALL_SECONDS = 2.0  # what a turn waits for a vector before it goes on without
 
 
 def normalise(text: str) -> str:
@@ -409,11 +412,38 @@ class Turn:
     name: str | None
     digest: str
     before: tuple[dict, ...] = ()
+    timestamp: str | None = None  # ISO 8601, where the client gives one
+    hidden: bool = False  # part of the chat, but not of the client's prompt
 
     @property
     def fingerprint(self) -> str:
         """Changes with any byte of name and text, where `digest` only changes with the words."""
         return text_fingerprint(self.name, self.content)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a client says of a request beside its messages; empty where it does not say.
+
+    `parent` is the chat that this one was branched off, `kind` one of KINDS, and `complete` says that the messages are
+    the whole chat, so that what is missing in front was deleted.
+    """
+
+    chat_id: str = ""
+    parent: str = ""
+    character: str = ""
+    kind: str = ""
+    complete: bool = False
+
+    @property
+    def given(self) -> bool:
+        """Whether the client says anything; one that does shows its chat's messages in every request."""
+        return self != Identity()
+
+    @property
+    def passing(self) -> bool:
+        """Whether the reply is none that the chat will show as it is."""
+        return self.kind in PASSING_KINDS
 
 
 @dataclass(frozen=True)
@@ -429,11 +459,14 @@ class ChatRequest:
     turns: tuple[Turn, ...]
     tail: tuple[dict, ...]
     floating: bool
+    identity: Identity = Identity()
+    patience: float = RECALL_SECONDS
 
     @property
     def newest_user(self) -> int | None:
-        """The place of the newest user message in `turns`."""
-        return next((i for i in reversed(range(len(self.turns))) if self.turns[i].role == "user"), None)
+        """The place of the newest user message in `turns` that is not hidden."""
+        shown = (i for i, t in enumerate(self.turns) if t.role == "user" and not t.hidden)
+        return max(shown, default=None)
 
     @property
     def folded(self) -> bool:
@@ -3714,7 +3747,31 @@ def parse_request(body: Any) -> ChatRequest:
     turns, tail = split_turns(messages[leading:])
     floating = bool(turns) and leading == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
     request = ChatRequest(body, tuple(messages[:leading]), turns, tail, floating)
+    request = replace(request, identity=parse_identity(body))
     return replace(request, persona=(*turns[0].before, turns[0].raw)) if request.folded else request
+
+
+def parse_identity(body: Mapping) -> Identity:
+    """What the body's object `persona_memory` says of the request; raises `InvalidRequest` naming what is wrong."""
+    given = body.get("persona_memory")
+    if given is None:
+        return Identity()
+    if not isinstance(given, dict):
+        raise InvalidRequest("persona_memory must be an object.", "persona_memory")
+    return read_identity(given, "persona_memory.")
+
+
+def read_identity(given: Mapping, where: str = "") -> Identity:
+    """The identity that those fields name; raises `InvalidRequest`. A kind that is not known is a normal one."""
+    names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
+    for name in names.values():
+        if not isinstance(given.get(name), str | None):
+            raise InvalidRequest(f"{where}{name} must be a string.", f"{where}{name}")
+    if not isinstance(given.get("complete"), bool | None):
+        raise InvalidRequest(f"{where}complete must be true or false.", f"{where}complete")
+    said = {field: (given.get(name) or "").strip() for field, name in names.items()}
+    kind = said["kind"] if said["kind"] in KINDS or not said["kind"] else "normal"
+    return Identity(**said | {"kind": kind}, complete=bool(given.get("complete")))
 
 
 def check_message(message: Any, where: str) -> None:
@@ -3782,6 +3839,17 @@ class Layout:
     room: int
     recalled: int = 0  # tokens that recalled memories may take at most
     leaving: int = 0  # the place before which messages are out of the prompt, or will be after the next cut
+    hidden: frozenset[int] = frozenset()  # places from `anchor` on that are not in the prompt either
+    window: tuple[int, ...] = ()  # where the client makes the prompt: what each message takes there, 0 for never
+
+    @property
+    def reach(self) -> int:
+        """The place before which all messages stand that are not in the prompt."""
+        return max(self.anchor, max(self.hidden, default=-1) + 1)
+
+    def shows(self, place: int) -> bool:
+        """Whether the branch's message at a place stands in the prompt."""
+        return place >= self.anchor and place not in self.hidden
 
 
 def lay_out(
@@ -3820,6 +3888,54 @@ def lay_out(
     leaving = next_cut([*stored, *counts], starts, anchor, block, latest) if full else anchor
     room = budget.memories + budget.history - history
     return Layout(budget, anchor, pivot, history, room, min(recalled, budget.memories), leaving)
+
+
+def lay_out_window(
+    request: ChatRequest,
+    context: int,
+    shares: Sequence[float],
+    counts: Sequence[int],
+    roles: Sequence[str],
+    story: int = 0,
+) -> Layout:
+    """As `lay_out`, for a client that makes its prompt itself, of the newest messages that fit, one by one.
+
+    What the client hides stands in no prompt, nor does what it no longer shows. Nothing is too long here: it is the
+    client that has to fit it in.
+    """
+    above = len(counts) - len(request.turns)
+    shown = [0 if t.hidden else turn_tokens(t, n) for t, n in zip(request.turns, counts[above:], strict=True)]
+    sizes = [*[0] * above, *shown]
+    persona, response = sum(message_tokens(m) for m in request.persona), int(shares[3] * context)
+    left = max(0, context - response - persona - sum(message_tokens(m) for m in request.tail))
+    recalled = int(RECALLED_SHARE * shares[1] * context)
+    memories = min(story + recalled, int(shares[1] * context), left)
+    budget = Budget(persona, memories, left - memories, response)
+    fits = min(tail_start(sizes, budget.history), len(sizes) - 1)
+    anchor = next((i for i in range(fits, len(sizes)) if sizes[i]), len(sizes))
+    leaving = max(anchor, tail_start(sizes, budget.history // 2)) if fits else anchor
+    pivot = request.newest_user
+    if pivot is not None and above + pivot < anchor:
+        pivot = None
+    history = sum(sizes[anchor:])
+    hidden = frozenset(i for i in range(anchor, len(sizes)) if not sizes[i])
+    return Layout(
+        budget, anchor, pivot, history, max(0, left - history), min(recalled, memories), leaving, hidden, tuple(sizes)
+    )
+
+
+def beyond_window(memories: Sequence[Memory], layout: Layout, told: int) -> list[Memory]:
+    """Those of the memories that the client's own prompt will not show.
+
+    Whatever the memories and the `told` tokens of the story leave of what was kept for them lets in more of the chat.
+    """
+    room = layout.budget.memories + layout.budget.history - told - memory_frame_tokens()
+    while True:
+        start = tail_start(layout.window, room - sum(map(memory_cost, memories)))
+        left = [m for m in memories if m.index < start or not layout.window[m.index]]
+        if len(left) == len(memories):
+            return left
+        memories = left
 
 
 def option_tokens(body: Mapping) -> int:
@@ -5213,7 +5329,7 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
 # Engine
 # ======================================================================================================================
 
-RECALL_SECONDS = 2.0  # what a turn waits for a vector before it goes on without
+INJECTION_SECONDS = 0.7  # what an injection waits for a vector: a client gives it two seconds in all
 ENCODED_AT_ONCE = 8  # missing vectors that a turn computes itself, the newest; more are left to the background
 SEARCH_SECONDS = 120.0  # a search waits longer than a turn: it was asked for
 BACKLOG = 5  # stretches that are summarised by the model one after the other; of more, the older by extraction
@@ -5324,7 +5440,8 @@ class Storyteller:
             start, _ = next_gap(story, plan.first)
             messages = store.read(path[start : start + every])
         behind = (plan.until - start) // every > BACKLOG  # an import: told at once by its own sentences, then better
-        ask = None if behind else self._asker(plan, authorization)
+        # Without the proxy no upstream was chosen for this chat: nothing is sent to one.
+        ask = None if behind or not self._settings.proxy else self._asker(plan, authorization)
         fresh, facts = self._from_messages(store, messages, start, plan, ask)
         made = [fresh, *(replace(s, since=fresh.end) for s in self._again(store, story, plan, ask))]
         story = story_of([*made, *story], {message: place for place, message in enumerate(path)})
@@ -5514,6 +5631,24 @@ class Prepared:
     report: PromptReport | None = None
     unaided: tuple[dict, ...] = ()  # the messages without recalled memories, where there are any
     story: tuple[StoryPlan, str] | None = None  # what may be summarised now, and the client's authorization for that
+    passing: bool = False  # whether the reply is none that the chat will show as it is
+
+
+@dataclass(frozen=True)
+class Recollection:
+    """What memory has to say to a turn: the branch it is on, what of that is in the prompt, and what of the rest is
+    told: `story`, `memories`, `mood`; `block` is the text of the latter two."""
+
+    store: ChatStore
+    path: list[str]
+    layout: Layout
+    story: Story
+    memories: list[Memory]
+    mood: Mood | None
+    block: str
+    older: list[Message]  # of the branch, in the prompt, but not in the request
+    plan: StoryPlan
+    report: PromptReport
 
 
 class PersonaMemory:
@@ -5580,44 +5715,98 @@ class PersonaMemory:
             )
 
     def _prepare(self, request: ChatRequest, chat_id: str, call: Call) -> Prepared:
-        started = time.perf_counter()
-        if not request.turns:
-            return Prepared(
-                self._upstream_body(request, request.body["messages"], call),
-                "recalled=0 tokens=0 history=0 summary=0",
-                chat_id,
-            )
+        if self._shows_no_chat(request, chat_id):
+            body = self._upstream_body(request, request.body["messages"], call)
+            return Prepared(body, "recalled=0 tokens=0 history=0 summary=0", chat_id)
         context = self.context_length(request.body.get("model") or "", call)
-        store, path = self._enter_branch(request, chat_id)
+        seen = self._recollect(request, chat_id, context, lay_out)
+        above = len(seen.path) - len(request.turns)  # messages of the branch that the request does not show
         first = int(request.folded)
-        above = len(path) - len(request.turns)  # messages of the branch that the request does not show
+        turns_from = first + max(0, seen.layout.anchor - above)
+        compose = functools.partial(compose_prompt, request, seen.layout, seen.older, turns_from)
+        body = self._upstream_body(request, compose(seen.block, seen.story.text), call)
+        unaided = tuple(compose("", seen.story.text)) if seen.block else ()
+        told = (replace(seen.plan, model=body.get("model") or ""), call.authorization)
+        return Prepared(
+            body, seen.report.header, seen.store.id, seen.path[-1], seen.report, unaided, told,
+            request.identity.passing,
+        )  # fmt: skip
+
+    def _shows_no_chat(self, request: ChatRequest, chat_id: str) -> bool:
+        """Whether a request has no messages of its chat: none at all, or a quiet prompt with words of its own."""
+        if not request.turns or request.identity.kind != "quiet" or not chat_id:
+            return not request.turns
+        store = self.shelf.get(chat_id)
+        if store is None:
+            return True
+        with store.lock:
+            return not place_transcript(store, request).matches
+
+    def _recollect(
+        self, request: ChatRequest, chat_id: str, context: int, arrange: Callable[..., Layout]
+    ) -> Recollection:
+        """Takes a request's transcript into its chat and looks up what to tell of what the prompt will not show.
+
+        `arrange` is what decides that: `lay_out`, or `lay_out_window` for clients that make the prompt themselves.
+        """
+        started = time.perf_counter()
+        store, path = self._enter_branch(request, chat_id)
+        first, above = int(request.folded), len(path) - len(request.turns)
         with store.lock:
             nodes = [store.tree.nodes[i] for i in path[first:]]
             reserved = self._story_reserve(store, path, context)
-            counts, roles = [n.tokens for n in nodes], [n.role for n in nodes]
-            layout = lay_out(request, context, self.shares, counts, roles, reserved)
+            layout = arrange(
+                request, context, self.shares, [n.tokens for n in nodes], [n.role for n in nodes], reserved
+            )
             story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
-            leads = request.persona or layout.anchor < above  # what the story can stand behind, or in front of
+            # What the story can stand behind, or in front of.
+            leads = request.persona or layout.anchor < above or layout.window
             story = self._story(store, path, first + layout.anchor, story_budget) if leads else Story()
             plan = StoryPlan(path[-1], first, first + layout.leaving, story_tokens(context, self.shares), context)
             layout = replace(layout, room=layout.room - story.tokens)
             memories, degraded = self._recall(store, request, nodes, layout)
+            if layout.window:
+                memories = beyond_window(memories, layout, story.tokens)
             mood = self._mood_of_turn(store, request, nodes)
             older = store.read([n.id for n in nodes[layout.anchor : above]])
         block = "\n".join(filter(None, (memory_block(memories), self._guidance(request, layout, mood))))
-        turns_from = first + max(0, layout.anchor - above)
-        prompt = compose_prompt(request, layout, older, turns_from, block, story.text)
         report = self._report(request, layout, memories, block, context, path, degraded, started)
-        tokens = report.tokens | {"story": story.tokens}
-        counts = {"summaries": len(story.summaries), "facts": len(story.facts)}
-        report = replace(report, mood=mood and asdict(mood), tokens=tokens, **counts)
+        told = {"summaries": len(story.summaries), "facts": len(story.facts)}
+        report = replace(report, mood=mood and asdict(mood), tokens=report.tokens | {"story": story.tokens}, **told)
         self._note_turn(store.id, report)
         self._log_text(request.turns[-1].role, request.turns[-1].content)
-        unaided = compose_prompt(request, layout, older, turns_from, "", story.text) if block else ()
-        body = self._upstream_body(request, prompt, call)
-        plan = replace(plan, model=body.get("model") or "")
-        told = (plan, call.authorization)
-        return Prepared(body, report.header, store.id, path[-1], report, tuple(unaided), told)
+        return Recollection(store, path, layout, story, memories, mood, block, older, plan, report)
+
+    def inject(self, body: Any) -> dict:
+        """What to add to the prompt of a client that makes its prompt itself and asks its model itself.
+
+        Raises `InvalidRequest`; whatever else fails costs the turn its memory, and the report says so.
+        """
+        request, window = parse_injection(body)
+        chat_id = request.identity.chat_id
+        try:
+            return self._inject(request, window)
+        except Exception as error:
+            words = f"An injection goes without memory: {type(error).__name__}: {error}"
+            unforeseen = not isinstance(error, PersonaMemoryError)
+            log_event("degraded", words, level=logging.WARNING, trace=unforeseen, chat=chat_id)
+            return injection(chat_id) | {"report": {"degraded": reason_of(error)}}
+
+    def _inject(self, request: ChatRequest, window: int) -> dict:
+        chat_id = request.identity.chat_id
+        if not request.turns:
+            return injection(chat_id)
+        usual = self.settings.context or DEFAULT_CONTEXT
+        context = int(window / (1 - self.shares[3])) if window else usual
+        seen = self._recollect(request, chat_id, context, lay_out_window)
+        plan = replace(seen.plan, context=usual)
+        self.record(Prepared({}, seen.report.header, chat_id, seen.path[-1], seen.report, story=(plan, "")))
+        after = 0 if seen.layout.pivot is None else sum(not t.hidden for t in request.turns[seen.layout.pivot :])
+        injections = [("story", seen.story.text, 0, 0), ("memories", seen.block, 1, after)]
+        return injection(chat_id, injections) | {
+            "recalled": [m.public() for m in seen.memories], "emotion": seen.report.mood,
+            "report": asdict(seen.report),
+        }  # fmt: skip
 
     def _story_reserve(self, store: ChatStore, path: Sequence[str], context: int) -> int:
         """Tokens that the story may take in this chat's prompts: all of its share as soon as there is one, so that the
@@ -5648,7 +5837,8 @@ class PersonaMemory:
             self.metrics.prompt_tokens.labels(share).inc(report.tokens[share])
 
     def _upstream_body(self, request: ChatRequest, messages: Sequence[dict], call: Call) -> dict:
-        body = {k: v for k, v in request.body.items() if k != "chat_id"} | {"messages": list(messages)}
+        ours = ("chat_id", "persona_memory")
+        body = {k: v for k, v in request.body.items() if k not in ours} | {"messages": list(messages)}
         model = self.settings.model or body.get("model") or self._default_model(call)
         return body | {"model": model} if model else body
 
@@ -5667,7 +5857,8 @@ class PersonaMemory:
         }  # fmt: skip
         return PromptReport(
             at=time.time(), tip=path[-1], context=context, budget=asdict(layout.budget), tokens=tokens,
-            history=len(path) - request.folded - layout.anchor, hidden=layout.anchor, degraded=degraded,
+            history=len(path) - request.folded - layout.anchor - len(layout.hidden),
+            hidden=layout.anchor + len(layout.hidden), degraded=degraded,
             recalled=[{k: v for k, v in m.public().items() if k != "content"} for m in memories],
             milliseconds=round(1000 * (time.perf_counter() - started), 1),
         )  # fmt: skip
@@ -5751,7 +5942,8 @@ class PersonaMemory:
             if store is None:  # deleted while the reply was on its way
                 return
             with store.lock:
-                replies = [self._reply(prepared.tip, t, complete) for t in texts if t.strip()]
+                shown = [t for t in texts if t.strip() and not prepared.passing]
+                replies = [self._reply(prepared.tip, t, complete) for t in shown]
                 for reply in replies:
                     self._log_text(reply.role, reply.content)
                 fresh = [r for r in replies if not store.tree.is_confirmed(r.id)]
@@ -5804,30 +5996,49 @@ class PersonaMemory:
     def _find_chat(self, request: ChatRequest, chat_id: str) -> tuple[ChatStore, Alignment]:
         """The chat that the transcript itself names, or a new one; a new explicit id adopts a copy of the branch."""
         digests = [(t.role, t.digest) for t in request.turns]
-        located = self.shelf.locate(digests, functools.partial(place_transcript, request=request))
+        located = self._in_parent(request) or self.shelf.locate(
+            digests, functools.partial(place_transcript, request=request)
+        )
         if located and not chat_id:
             return located
         store = self.shelf.create(chat_id or f"chat-{secrets.token_hex(8)}", explicit=bool(chat_id))
         if not located:
             return store, Alignment()
         self._copy_branch(*located, store)
-        return store, located[1]
+        return store, place_transcript(store, request) if request.identity.complete else located[1]
+
+    def _in_parent(self, request: ChatRequest) -> tuple[ChatStore, Alignment] | None:
+        """The chat that this one was branched off, as the client names it, and the branch there."""
+        store = self.shelf.get(request.identity.parent) if request.identity.parent else None
+        if store is None or not store.tree.nodes:
+            return None
+        with store.lock:
+            alignment = place_transcript(store, request)
+        return (store, alignment) if alignment.matches else None
 
     def _copy_branch(self, source: ChatStore, alignment: Alignment, target: ChatStore) -> None:
-        """Copies the messages that an alignment shares, with their vectors, into a new chat."""
+        """Copies the messages that an alignment shares, with their vectors and what was told of them, into a new
+        chat."""
         with source.lock:
-            messages = source.read(source.tree.path(alignment.tip))
+            path = source.tree.path(alignment.tip)
+            messages = source.read(path)
             vectors = source.vectors(self.embedder.name, [key for m in messages for key in embedded_texts(m)])
+            places = {message: place for place, message in enumerate(path)}
+            summaries = [s for s in source.summaries.values() if places.get(s.last) == s.end]
+            facts = [f for f in source.facts.values() if f.message in places]
         target.commit(messages)
         target.put_vectors(self.embedder.name, vectors)
+        target.put_story(summaries, facts)
 
     def _write_branch(self, store: ChatStore, alignment: Alignment, request: ChatRequest) -> list[str]:
         """Writes what is new in a request's transcript; returns the branch's ids."""
         messages, path = self._hang(store, alignment, request)
         shows = len(request.turns) > 2 or bool(alignment.kept and len(request.turns) > len(alignment.kept))
-        info = {"head": path[-1], "shows_history": shows or store.info.get("shows_history", False)}
+        shows = shows or request.identity.given or store.info.get("shows_history", False)
+        info = {"head": path[-1], "shows_history": shows}
         speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
-        info |= {"character": speaker} if speaker else {}
+        character = request.identity.character or speaker
+        info |= {"character": character} if character else {}
         if messages or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(messages, info | {"updated": time.time()})
             self.shelf.enter(store, [m.id for m in messages])
@@ -5848,12 +6059,15 @@ class PersonaMemory:
                 messages.append(self._message(key, parent, turn))
             elif not node.confirmed or node.fingerprint != turn.fingerprint:
                 old = store.read([key])[0]
-                messages.append(replace(self._message(key, parent, turn), at=old.at, timestamp=old.timestamp))
+                timestamp = turn.timestamp or old.timestamp
+                messages.append(replace(self._message(key, parent, turn), at=old.at, timestamp=timestamp))
         return messages, path
 
     def _message(self, key: str, parent: str, turn: Turn) -> Message:
         message = {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})
-        return Message(key, parent, turn.role, turn.content, turn.name, at=time.time(), tokens=message_tokens(message))
+        return Message(
+            key, parent, turn.role, turn.content, turn.name, turn.timestamp, time.time(), message_tokens(message)
+        )
 
     # ---------------------------------------------------------------------------------------------------------- recall
 
@@ -5864,16 +6078,16 @@ class PersonaMemory:
         pivot = layout.pivot
         share = memory_share(request.turns[pivot].content) if pivot is not None else 1
         room = min(layout.room, int(share * layout.recalled)) - memory_frame_tokens() - GUIDANCE_TOKENS
-        if not layout.anchor or layout.pivot is None or room <= 0:
+        if not layout.reach or layout.pivot is None or room <= 0:
             self._embed_later(store, [n.id for n in nodes[-ENCODED_AT_ONCE:]])
             return [], ""
         try:
             turn = request.turns[layout.pivot]
             index = self._index(store, nodes)
             query = self._query(index, request, layout.pivot)
-            vector, degraded = self._turn_vectors(store, index, nodes, turn, query)
-            scores = weigh(query, index.evidence(query.words, vector, layout.anchor))
-            visible = {n.fingerprint for n in nodes[layout.anchor :]}
+            vector, degraded = self._turn_vectors(store, index, nodes, turn, query, request.patience)
+            scores = weigh(query, index.evidence(query.words, vector, layout.reach))
+            visible = {n.fingerprint for i, n in enumerate(nodes) if layout.shows(i)}
             bar, budget = recall_effort(turn.content, room)
             places = [i for i in worth_recalling(scores["score"], bar) if nodes[i].fingerprint not in visible]
             return self._select(store, index, nodes, scores, places[:MOST_MEMORIES], budget, turn), degraded
@@ -5901,7 +6115,13 @@ class PersonaMemory:
         return understand(turn.content, turn.name or "", index.speakers, index.now, before)
 
     def _turn_vectors(
-        self, store: ChatStore, index: MemoryIndex, nodes: Sequence[Node], turn: Turn, query: Query
+        self,
+        store: ChatStore,
+        index: MemoryIndex,
+        nodes: Sequence[Node],
+        turn: Turn,
+        query: Query,
+        patience: float,
     ) -> tuple[np.ndarray | None, str]:
         """The query's vector, computed together with the newest message's and a few that are missing; and what was
         missing."""
@@ -5919,7 +6139,7 @@ class PersonaMemory:
             wanted = list(firsts.values())
             if query.spoken not in wanted:
                 wanted.append(query.spoken)
-            vectors = self.embedder.encode(wanted, timeout=RECALL_SECONDS)
+            vectors = self.embedder.encode(wanted, timeout=patience)
             vector = vectors[wanted.index(query.spoken)]
             found = dict(zip(firsts, vectors, strict=False))
             index.add_vectors(found)
@@ -5981,14 +6201,14 @@ class PersonaMemory:
         if request.newest_user is None:
             return None
         try:
-            self._embed_newest(store, nodes, request.turns[request.newest_user])
+            self._embed_newest(store, nodes, request.turns[request.newest_user], request.patience)
             return self._mood(store, nodes)
         except Exception as error:
             words = f"The mood could not be read: {type(error).__name__}: {error}"
             log_event("emotion_failed", words, level=logging.WARNING, trace=True, chat=store.id)
             return None
 
-    def _embed_newest(self, store: ChatStore, nodes: Sequence[Node], turn: Turn) -> None:
+    def _embed_newest(self, store: ChatStore, nodes: Sequence[Node], turn: Turn, patience: float) -> None:
         """Sees to the newest user message's vector, where recall had no need of it yet."""
         index = self._index(store, nodes)
         if index.vector(turn.fingerprint) is not None or self._reads_elsewhere:
@@ -5996,7 +6216,7 @@ class PersonaMemory:
         with contextlib.suppress(EmbedderUnavailable):  # the words alone are read then
             first, *more = chunks(turn.content)
             spoken = f"{turn.name}: {first}" if turn.name else first
-            found = {turn.fingerprint: self.embedder.encode([spoken], timeout=RECALL_SECONDS)[0]}
+            found = {turn.fingerprint: self.embedder.encode([spoken], timeout=patience)[0]}
             index.add_vectors(found)
             if more:  # a first chunk in the store means that all are there
                 self._embed_later(store, [n.id for n in nodes if n.fingerprint == turn.fingerprint])
@@ -6337,7 +6557,10 @@ def reason_of(error: Exception) -> str:
 
 
 def place_transcript(store: ChatStore, request: ChatRequest) -> Alignment:
-    """Where a request's transcript hangs in a chat."""
+    """Where a request's transcript hangs in a chat; a complete one begins where the chat begins."""
+    if request.identity.complete:
+        kept = walk(store.tree, ROOT, [t.digest for t in request.turns])
+        return Alignment(ROOT, kept, tuple(range(len(kept))), count_users(store.tree, kept))
     place = align_floating if request.floating else align
     return place(store.tree, [t.digest for t in request.turns], store.head)
 
@@ -6348,13 +6571,73 @@ def append_to(store: ChatStore, request: ChatRequest) -> Alignment | None:
     The reply that the client had to its last message is then part of the chat. The same message again, when no whole
     reply has reached the client, is the same turn again.
     """
-    if len(request.turns) != 1 or request.turns[0].role != "user" or store.info.get("shows_history") or not store.head:
+    shows_history = request.identity.given or store.info.get("shows_history")
+    if len(request.turns) != 1 or request.turns[0].role != "user" or shows_history or not store.head:
         return None
     head, replies = store.tree.nodes[store.head], store.tree.replies.get(store.head) or []
     answered = bool(replies) and store.tree.nodes[replies[-1]].complete
     if head.digest == request.turns[0].digest and not answered:
         return Alignment(head.parent, (head.id,))
     return Alignment(replies[-1] if replies else store.head)
+
+
+def parse_injection(body: Any) -> tuple[ChatRequest, int]:
+    """What a client shows that wants an injection, as a request, and the tokens that its prompt may take (0: it does
+    not say); raises `InvalidRequest` naming the field that is wrong."""
+    if not isinstance(body, dict):
+        raise InvalidRequest("The request must be a JSON object.")
+    identity = read_identity(body)
+    if identity.chat_id in ABSENT_IDS:
+        raise InvalidRequest("chat_id must say which chat this is.", "chat_id")
+    window = body.get("context_tokens")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise InvalidRequest("context_tokens must be a whole number, 1 or more.", "context_tokens")
+    persona = text_of_field(body, "persona")
+    turns, tail = parse_shown(body.get("messages"))
+    leading = ({"role": "system", "content": persona},) if persona.strip() else ()
+    return ChatRequest(body, leading, turns, tail, False, identity, INJECTION_SECONDS), window or 0
+
+
+def text_of_field(body: Mapping, name: str) -> str:
+    """A field that holds text, empty where it is not there; raises `InvalidRequest`."""
+    if not isinstance(body.get(name), str | None):
+        raise InvalidRequest(f"{name} must be a string.", name)
+    return body.get(name) or ""
+
+
+def parse_shown(messages: Any) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
+    """The turns of the messages that a client shows or hides, and what stands behind the last; raises
+    `InvalidRequest`."""
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("messages must be a list with at least one message.", "messages")
+    plain, more = [], {}
+    for place, message in enumerate(messages):
+        where = f"messages[{place}]"
+        check_message(message, where)
+        if not isinstance(message.get("hidden"), bool | None):
+            raise InvalidRequest(f"{where}.hidden must be true or false.", f"{where}.hidden")
+        timestamp = parse_timestamp(message.get("timestamp"), f"{where}.timestamp")
+        hidden = bool(message.get("hidden"))
+        if hidden and message["role"] not in CHAT_ROLES:
+            continue
+        kept = {k: message[k] for k in ("role", "name", "content") if message.get(k) is not None}
+        plain.append(kept)
+        more[id(kept)] = {"timestamp": timestamp, "hidden": hidden}
+    turns, tail = split_turns(plain)
+    return tuple(replace(t, **more[id(t.raw)]) for t in turns), tail
+
+
+def injection(chat_id: str, texts: Sequence[tuple[str, str, int, int]] = ()) -> dict:
+    """The answer to a client that injects: of those (name, text, position, depth) what has a text.
+
+    Position 0 is behind the client's main prompt, 1 in the chat, `depth` messages from its end (SillyTavern's numbers).
+    """
+    rows = [
+        {"key": f"persona_memory_{name}", "text": text, "position": position, "depth": depth, "role": "system"}
+        for name, text, position, depth in texts
+        if text
+    ]
+    return {"chat_id": chat_id, "injections": rows, "recalled": [], "emotion": None, "report": {"degraded": ""}}
 
 
 def parse_appended(messages: Any) -> list[tuple[Turn, str | None]]:
@@ -6427,10 +6710,10 @@ def client_call() -> Call:
 def explicit_chat_id(headers: Mapping[str, str], body: Any) -> str:
     """The id that a request gives its chat; empty where it gives none, or a template's placeholder."""
     body = body if isinstance(body, dict) else {}
-    metadata = body.get("metadata")
+    ours, metadata = (body.get(k) if isinstance(body.get(k), dict) else {} for k in ("persona_memory", "metadata"))
     given = (
-        urllib.parse.unquote(headers.get("X-Chat-Id", "")), body.get("chat_id"),
-        metadata.get("chat_id") if isinstance(metadata, dict) else None, body.get("user"),
+        urllib.parse.unquote(headers.get("X-Chat-Id", "")), ours.get("chat_id"), body.get("chat_id"),
+        metadata.get("chat_id"), body.get("user"),
     )  # fmt: skip
     named = (str(v).strip() for v in given if isinstance(v, str | int) and not isinstance(v, bool))
     return next((v for v in named if v not in ABSENT_IDS and "{{" not in v), "")
@@ -6639,6 +6922,12 @@ def number_argument(name: str, default: int) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise InvalidRequest(f"{name} must be a whole number, 0 or more.", name)
     return int(text)
+
+
+@api.post("/inject")
+def inject() -> dict:
+    """What a client that asks its model itself should add to its prompt."""
+    return engine().inject(request_json())
 
 
 @api.get("/chats")
