@@ -32,6 +32,7 @@ Contents, bottom-up (a room uses only the rooms above it)::
     Upstreams      the language models behind the proxy
     Gemini         Google's models as one of them
     Engine         PersonaMemory, the facade that the web calls
+    Assets         the files of the SillyTavern extension
     Web            Flask blueprints and the server
     Command line   main()
 """
@@ -45,6 +46,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -6807,6 +6809,492 @@ def parse_timestamp(text: Any, where: str) -> str | None:
 
 
 # ======================================================================================================================
+# Assets
+# ======================================================================================================================
+
+EXTENSION = "persona_memory"  # its folder, and its name in SillyTavern
+EXTENSION_ADDRESS = "http://127.0.0.1:5100"  # the server that its script looks for by default
+EXTENSION_MANIFEST = {
+    "display_name": "Persona Memory",
+    "loading_order": 120,  # after Vector Storage, which rearranges the chat
+    "requires": [],
+    "optional": [],
+    "generate_interceptor": "personaMemoryInterceptor",
+    "js": "index.js",
+    "author": "persona_memory",
+    "version": __version__,
+    "auto_update": False,
+}
+EXTENSION_SCRIPT = r"""
+// persona_memory for SillyTavern. Two ways in, one memory behind both:
+//
+// - A chat that goes through the persona_memory proxy: each request says which chat it belongs to (`identify`).
+// - A chat with any other API: before each reply the server is asked what to remember, and that is placed in the
+//   prompt (`remember`).
+//
+// Only SillyTavern.getContext() is relied on; what a version of SillyTavern lacks costs its feature, never the chat.
+// Texts of messages go into the page as text, never as HTML.
+
+const NAME = 'persona_memory';
+const API = '/api/persona_memory';
+const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1 };
+const PATIENCE_MS = 2000; // what a reply may be held up for
+const KINDS = ['normal', 'swipe', 'regenerate', 'continue', 'impersonate', 'quiet'];
+const IN_CHAT = 1; // SillyTavern's number for prompts that stand at a depth in the chat
+const ROLES = { system: 0, user: 1, assistant: 2 };
+const LOOPBACK = ['127.0.0.1', 'localhost', '[::1]'];
+const REVERSIBLE = ['openai', 'claude', 'mistralai', 'makersuite', 'vertexai', 'deepseek', 'xai'];
+const MOST_SHOWN = 8; // memories listed in the panel
+const LONGEST_SHOWN = 240; // characters of each
+
+const state = {
+    kind: null, // of the generation that has begun and not yet sent its request
+    away: false, // whether the user has been told that the server does not answer
+    proxy: false, // whether the server is one through which chats may go
+    proxied: '', // the id of the chat whose last request went through it
+    placed: new Set(), // keys of the prompts that were placed
+};
+
+const client = () => globalThis.SillyTavern.getContext();
+
+/** The extension's own settings, as SillyTavern keeps them. */
+function settings() {
+    const all = client().extensionSettings;
+    all[NAME] ??= {};
+    for (const [name, value] of Object.entries(DEFAULTS)) all[NAME][name] ??= value;
+    return all[NAME];
+}
+
+// ------------------------------------------------------------------------------------------------------ the server
+
+/** What the server answers instead of what it was asked for. */
+class Refusal extends Error {}
+
+/** JSON of the server; throws an Error with words for the user. Never waits longer than PATIENCE_MS. */
+async function call(path, body, method = body ? 'POST' : 'GET') {
+    const { server, key } = settings();
+    const patience = new AbortController();
+    const timer = setTimeout(() => patience.abort(), PATIENCE_MS);
+    const headers = body ? { 'Content-Type': 'application/json' } : {};
+    if (key) headers.Authorization = `Bearer ${key}`;
+    try {
+        const response = await fetch(server.replace(/\/+$/, '') + path, {
+            method, headers, body: body && JSON.stringify(body), signal: patience.signal, cache: 'no-store',
+        });
+        const answer = await response.json();
+        if (!response.ok) throw new Refusal(answer?.error?.message ?? `status ${response.status}`);
+        return answer;
+    } catch (error) {
+        if (error instanceof Refusal) throw error;
+        throw new Error(patience.signal.aborted ? 'no answer in time' : 'no answer', { cause: error });
+    } finally {
+        clearTimeout(timer);
+    }
+}
+
+/** Says once that the server is away, and then not again before it was back. */
+function serverFailed(error) {
+    showStatus(false, `${settings().server}: ${error.message}`);
+    if (state.away) return;
+    state.away = true;
+    globalThis.toastr?.warning(`The chat goes on without memories (${settings().server}: ${error.message}).`, NAME);
+}
+
+function serverAnswered() {
+    state.away = false;
+}
+
+/** Host and port of an address, in which all names of this machine are one; null where it is no address. */
+function placeOf(address) {
+    try {
+        const url = new URL(address);
+        const host = LOOPBACK.includes(url.hostname) ? LOOPBACK[0] : url.hostname;
+        return { host, port: url.port || (url.protocol === 'https:' ? '443' : '80') };
+    } catch {
+        return null;
+    }
+}
+
+/**
+ * Whether an address is that of the persona_memory proxy. SillyTavern's server may know this machine by another name
+ * than the browser does (a container's, for one), so the port decides where the server says that it is a proxy.
+ */
+function isProxy(address) {
+    const there = placeOf(address), ours = placeOf(settings().server);
+    return Boolean(there && ours && there.port === ours.port && (there.host === ours.host || state.proxy));
+}
+
+/** The address that the chat's requests go to, as far as the user can choose it; empty for all other APIs. */
+async function modelAddress() {
+    const context = client();
+    if (context.mainApi !== 'openai') return '';
+    const chosen = context.chatCompletionSettings ?? (await olderSettings());
+    if (chosen?.chat_completion_source === 'custom') return chosen.custom_url;
+    return REVERSIBLE.includes(chosen?.chat_completion_source) ? chosen.reverse_proxy : '';
+}
+
+/** SillyTavern before 1.12.8 does not give the connection's settings in its context. */
+function olderSettings() {
+    return import('../../../openai.js').then((module) => module.oai_settings, () => null);
+}
+
+// -------------------------------------------------------------------------------------------------------- the chat
+
+/**
+ * Who the open chat is: `{id, parent, file, main, group}`, null where none is open.
+ *
+ * A chat's file name is unique for one character only and changes when it is renamed, so an id of our own is kept in
+ * the chat's metadata. SillyTavern copies those into branches and checkpoints; there `main_chat` names another chat
+ * than when the id was made, and the copy gets an id of its own with the old one as its parent.
+ */
+function identity() {
+    const context = client();
+    const file = context.getCurrentChatId?.() ?? context.chatId;
+    if (!file) return null;
+    const main = context.chatMetadata.main_chat ?? '';
+    const group = Boolean(context.groupId);
+    const known = context.chatMetadata[NAME];
+    if (known?.id && known.main === main && known.group === group) {
+        if (known.file !== file) keep({ ...known, file }); // renamed
+        return context.chatMetadata[NAME];
+    }
+    return keep({ id: `st-${randomHex()}`, parent: known?.id ?? '', file, main, group });
+}
+
+/** Puts an identity into the chat's metadata and has them saved. Never changes the old one: a branch may share it. */
+function keep(who) {
+    const context = client();
+    context.chatMetadata[NAME] = who;
+    Promise.resolve(context.saveMetadata?.()).catch((error) => console.warn(`${NAME}: metadata not saved`, error));
+    return who;
+}
+
+function randomHex() {
+    return Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, '0')).join('');
+}
+
+/** SillyTavern's type of a generation in the server's words. */
+function kindOf(type) {
+    return KINDS.includes(type) ? type : 'normal';
+}
+
+/** The chat as it is shown, without the reply that a swipe replaces; hidden messages say that they are. */
+function shownMessages(kind) {
+    const shown = client().chat.slice();
+    if (kind === 'swipe' && shown.length && !shown.at(-1).is_user) shown.pop();
+    return shown.filter(isOfTheChat).map(shownMessage);
+}
+
+/** Not SillyTavern's own notices (a group's beginning, help, comments), which have a type. */
+function isOfTheChat(message) {
+    return Boolean(message.mes?.trim()) && !(message.is_system && message.extra?.type);
+}
+
+function shownMessage(message) {
+    const narrator = message.extra?.type === 'narrator';
+    const role = narrator ? 'system' : message.is_user ? 'user' : 'assistant';
+    const date = client().timestampToMoment?.(message.send_date);
+    return {
+        role,
+        name: narrator ? undefined : message.name,
+        content: message.mes,
+        timestamp: date?.isValid() ? date.format() : undefined,
+        hidden: message.is_system || undefined,
+    };
+}
+
+/** What stands in the prompt before the chat, so that the server knows how much of the chat still fits. */
+function personaText() {
+    return client().substituteParams?.('{{description}}\n{{personality}}\n{{scenario}}\n{{persona}}') ?? '';
+}
+
+// ------------------------------------------------------------------------------------------- beside another API
+
+/** Places prompts, and takes back those placed before. */
+function place(injections) {
+    const { setExtensionPrompt } = client();
+    for (const key of state.placed) setExtensionPrompt(key, '', IN_CHAT, 0);
+    state.placed.clear();
+    for (const { key, text, position, depth, role } of injections) {
+        const inChat = position === IN_CHAT;
+        const at = inChat ? Math.max(0, depth + Number(settings().depth) - 1) : 0;
+        // SillyTavern fills in macros here; what a message says in braces is no macro.
+        setExtensionPrompt(key, text.replaceAll('{{', '{ {'), position, at, false, ROLES[role] ?? ROLES.system);
+        state.placed.add(key);
+    }
+}
+
+/** SillyTavern calls this before it makes a prompt, and waits for it. */
+async function remember(_chat, contextSize, _abort, type) {
+    place([]);
+    if (!settings().enabled || isProxy(await modelAddress())) return;
+    const who = identity();
+    const messages = shownMessages(type ? kindOf(type) : state.kind);
+    if (!who || !messages.some((message) => message.role !== 'system')) return;
+    const { name2: character, groupId } = client();
+    const request = {
+        chat_id: who.id, parent_chat_id: who.parent || undefined, character, messages, complete: true,
+        persona: personaText(), context_tokens: Math.floor(contextSize) || undefined,
+    };
+    try {
+        const answer = await call(`${API}/inject`, request);
+        serverAnswered();
+        if (identity()?.id !== who.id) return; // another chat was opened meanwhile
+        place(answer.injections);
+        showStatus(true, answer.report.degraded ? `Connected; ${answer.report.degraded}.` : 'Connected; memories are placed in the prompt.');
+        showRecalled(answer.recalled, answer.emotion);
+    } catch (error) {
+        serverFailed(error);
+    }
+}
+
+globalThis.personaMemoryInterceptor = (...given) => remember(...given).catch((error) => console.error(NAME, error));
+
+// --------------------------------------------------------------------------------------------- through the proxy
+
+/** Notes the kind of the generation that begins; prompts that are only counted say so. */
+function onGenerationStarted(type, _options, dryRun) {
+    if (!dryRun) state.kind = kindOf(type);
+}
+
+/**
+ * Adds to a request that is about to be posted which chat it belongs to. Extensions also send prompts of their own, at
+ * any time; those have no generation that has begun.
+ */
+function identify(request) {
+    const kind = KINDS.includes(request.type) ? request.type : state.kind ?? 'quiet';
+    state.kind = null;
+    state.proxied = '';
+    if (!settings().enabled || request.chat_completion_source !== 'custom' || !isProxy(request.custom_url)) return;
+    const who = identity();
+    if (!who) return;
+    const said = { chat_id: who.id, parent_chat_id: who.parent || undefined, character: client().name2, kind };
+    request.custom_include_body = withField(request.custom_include_body ?? '', NAME, said);
+    state.proxied = who.id;
+}
+
+/**
+ * The user's "include body", which is YAML (a mapping or a list of mappings), with one more field. JSON is YAML, and
+ * what the user wrote stays as it is.
+ */
+function withField(yaml, name, value) {
+    const json = JSON.stringify(value);
+    const first = /^([ \t]*)([^\s#].*)$/m.exec(yaml.replace(/^---.*$/m, ''));
+    if (!first) return `${JSON.stringify(name)}: ${json}`;
+    const [, indent, line] = first;
+    if (line.startsWith('{')) return `[${yaml.trim()}, {${JSON.stringify(name)}: ${json}}]`;
+    if (line.startsWith('[')) return yaml.replace(/\s*\]\s*$/, `, {${JSON.stringify(name)}: ${json}}]`);
+    const item = /^-\s/.test(line) ? '- ' : '';
+    return `${yaml.replace(/\s+$/, '')}\n${indent}${item}${name}: ${json}`;
+}
+
+/** What the proxy recalled for the reply that has just ended, with the words that its report leaves out. */
+async function showProxied() {
+    const id = state.proxied;
+    if (!id) return;
+    try {
+        const path = `${API}/chats/${encodeURIComponent(id)}`;
+        const chat = await call(path);
+        const rows = (chat.last_prompt?.recalled ?? []).slice(0, MOST_SHOWN);
+        const found = await Promise.all(rows.map((row) => call(`${path}/messages?offset=${row.index}&limit=1`)));
+        if (identity()?.id !== id) return;
+        serverAnswered();
+        showStatus(true, 'Connected; chats go through the proxy.');
+        showRecalled(found.flatMap((page) => page.messages), chat.mood);
+    } catch (error) {
+        showStatus(false, `${settings().server}: ${error.message}`);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------- the panel
+
+const parts = {}; // the panel's elements that change
+
+/** A new element with properties and children; strings among those become text. */
+function element(tag, properties = {}, ...children) {
+    const made = Object.assign(document.createElement(tag), properties);
+    made.append(...children);
+    return made;
+}
+
+function buildPanel() {
+    const root = document.querySelector('#extensions_settings2') ?? document.querySelector('#extensions_settings');
+    if (!root || document.getElementById(`${NAME}_settings`)) return;
+    parts.dot = element('i', { className: 'fa-solid fa-circle' });
+    parts.status = element('span', { textContent: 'Looking for the server ...' });
+    parts.mood = element('span');
+    parts.recalled = element('ol', { className: `${NAME}_recalled` });
+    parts.carry = element('input', { type: 'checkbox', disabled: true, onchange: onCarryOver });
+    parts.carryFor = element('span');
+    parts.link = element('a', { className: 'menu_button menu_button_icon', target: '_blank', rel: 'noopener' },
+        element('i', { className: 'fa-solid fa-book-open' }), element('span', { textContent: 'Open the memory page' }));
+    const content = element('div', { className: 'inline-drawer-content' },
+        element('div', { className: `${NAME}_status` }, parts.dot, parts.status),
+        checkbox('enabled', 'Remember my chats'),
+        field('server', 'Server', { type: 'url', placeholder: DEFAULTS.server, spellcheck: false }),
+        field('key', 'Key', { type: 'password', placeholder: 'where the server asks for one', autocomplete: 'off' }),
+        field('depth', 'Memories stand', { type: 'number', min: 0, max: 100 }, 'messages before the end'),
+        element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor),
+        element('hr'),
+        element('div', {}, element('b', { textContent: 'For the last reply' })),
+        parts.mood, parts.recalled, parts.link);
+    const header = element('div', { className: 'inline-drawer-toggle inline-drawer-header', onclick: lookAtServer },
+        element('b', { textContent: 'Persona Memory' }),
+        element('div', { className: 'inline-drawer-icon fa-solid fa-circle-chevron-down down' }));
+    root.append(element('div', { id: `${NAME}_settings` }, element('style', { textContent: STYLE }),
+        element('div', { className: 'inline-drawer' }, header, content)));
+    showRecalled([], null);
+    showChat();
+}
+
+const STYLE = `
+#persona_memory_settings label { margin: 4px 0; }
+#persona_memory_settings .persona_memory_row { display: flex; align-items: center; gap: 8px; margin: 4px 0; }
+#persona_memory_settings .persona_memory_row > span:first-child { flex: 0 0 7.5em; }
+#persona_memory_settings .persona_memory_row input { flex: 1 1 auto; min-width: 0; margin: 0; }
+#persona_memory_settings .persona_memory_row input[type="number"] { flex: 0 0 5em; }
+#persona_memory_settings .persona_memory_status { display: flex; align-items: baseline; gap: 8px; margin: 4px 0 8px; }
+#persona_memory_settings .persona_memory_status i { font-size: 0.7em; opacity: 0.8; }
+#persona_memory_settings .persona_memory_status.good i { color: #4caf50; }
+#persona_memory_settings .persona_memory_status.bad i { color: #e57373; }
+#persona_memory_settings .persona_memory_recalled { margin: 4px 0 10px; padding-left: 2em; font-size: 0.9em; }
+#persona_memory_settings .persona_memory_recalled:empty { display: none; }
+#persona_memory_settings .persona_memory_recalled li { margin: 3px 0; overflow-wrap: anywhere; }
+#persona_memory_settings a.menu_button { width: fit-content; text-decoration: none; }
+`;
+
+/** A row with a setting that is typed in. */
+function field(name, label, properties, after = '') {
+    const input = element('input', { className: 'text_pole', value: settings()[name], ...properties });
+    const given = () => (properties.type === 'number' ? Math.max(0, Number(input.value) || 0) : input.value.trim());
+    input.onchange = () => change(name, given());
+    return element('label', { className: `${NAME}_row` }, element('span', { textContent: label }), input, after);
+}
+
+/** A row with a setting that is on or off. */
+function checkbox(name, label) {
+    const input = element('input', { type: 'checkbox', checked: settings()[name] });
+    input.onchange = () => change(name, input.checked);
+    return element('label', { className: 'checkbox_label' }, input, element('span', { textContent: label }));
+}
+
+function change(name, value) {
+    settings()[name] = value;
+    client().saveSettingsDebounced();
+    place([]);
+    showChat();
+    lookAtServer();
+}
+
+/** Whether the server answers, takes the key, and what it remembers across this character's chats. */
+async function lookAtServer() {
+    if (!settings().enabled) return showStatus(null, 'Off.');
+    try {
+        const health = await call('/health'); // never needs the key; the next call does
+        state.proxy = Boolean(health.proxy);
+        await call('/api/modules');
+        serverAnswered();
+        const proxied = isProxy(await modelAddress());
+        const way = proxied ? 'chats go through the proxy' : 'memories are placed in the prompt';
+        showStatus(true, `${health.status === 'loading' ? 'Connected, still loading' : 'Connected'}; ${way}.`);
+        await showCarryOver();
+    } catch (error) {
+        showStatus(false, `${settings().server}: ${error.message}`);
+    }
+}
+
+/** Good, bad or (null) neither. */
+function showStatus(good, text) {
+    if (!parts.status) return;
+    parts.status.textContent = text;
+    parts.status.parentElement.className = `${NAME}_status ${good === null ? '' : good ? 'good' : 'bad'}`;
+}
+
+function showRecalled(memories, emotion) {
+    if (!parts.recalled) return;
+    const felt = emotion ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'nothing in particular';
+    parts.mood.textContent = `Your mood: ${felt}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
+    const rows = memories.slice(0, MOST_SHOWN).map(({ index, name, role, content }) => {
+        const text = content.length > LONGEST_SHOWN ? `${content.slice(0, LONGEST_SHOWN)} ...` : content;
+        return element('li', { value: index + 1, textContent: `${name ?? role}: ${text}` });
+    });
+    parts.recalled.replaceChildren(...rows);
+}
+
+/** What the panel says of the open chat; a chat that has no id yet gets none by being looked at. */
+function showChat() {
+    if (!parts.link) return;
+    const id = client().chatMetadata?.[NAME]?.id;
+    parts.link.href = settings().server.replace(/\/+$/, '') + (id ? `/#/chat/${encodeURIComponent(id)}` : '/#/');
+}
+
+function carrier() {
+    const { groupId, characterId, characters } = client();
+    return groupId || characterId === undefined ? '' : characters[characterId]?.name ?? '';
+}
+
+/** Whether memories of this character's other chats count here: the server's word, for the character as a whole. */
+async function showCarryOver() {
+    const name = carrier();
+    parts.carryFor.textContent = `Carry over what ${name || 'a character'} remembers into new chats`;
+    parts.carry.disabled = true;
+    parts.carry.checked = false;
+    if (!name) return;
+    const answer = await call(`${API}/characters/${encodeURIComponent(name)}`).catch(() => null);
+    if (!answer || carrier() !== name) return;
+    parts.carry.checked = Boolean(answer.carry_over);
+    parts.carry.disabled = false;
+}
+
+async function onCarryOver() {
+    const path = `${API}/characters/${encodeURIComponent(carrier())}`;
+    await call(path, { carry_over: parts.carry.checked }, 'PATCH').catch(serverFailed);
+    await showCarryOver();
+}
+
+// ------------------------------------------------------------------------------------------------------- beginning
+
+function onChatChanged() {
+    place([]);
+    state.proxied = '';
+    showRecalled([], null);
+    showChat();
+    lookAtServer();
+}
+
+function start() {
+    const { eventSource, eventTypes = client().event_types } = client();
+    const listen = (name, listener) => eventTypes[name] && eventSource.on(eventTypes[name], listener);
+    listen('GENERATION_STARTED', onGenerationStarted);
+    listen('CHAT_COMPLETION_SETTINGS_READY', identify);
+    listen('GENERATION_ENDED', () => { showChat(); showProxied(); });
+    listen('CHAT_CHANGED', onChatChanged);
+    buildPanel();
+    lookAtServer();
+}
+
+start();
+"""
+
+
+def extension_files(address: str) -> dict[str, bytes]:
+    """The SillyTavern extension's files by name, for a server at that address."""
+    return {
+        "manifest.json": (json.dumps(EXTENSION_MANIFEST, indent=4) + "\n").encode(),
+        "index.js": EXTENSION_SCRIPT.lstrip().replace(EXTENSION_ADDRESS, address).encode(),
+    }
+
+
+def extension_archive(address: str) -> bytes:
+    """The extension as a zip file that holds its folder; the same bytes whenever it is made."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in extension_files(address).items():
+            archive.writestr(zipfile.ZipInfo(f"{EXTENSION}/{name}"), content)
+    return packed.getvalue()
+
+
+# ======================================================================================================================
 # Web
 # ======================================================================================================================
 
@@ -7238,6 +7726,13 @@ def show_metrics() -> flask.Response:
     return flask.Response(engine().metrics.text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 
+def extension_download() -> flask.Response:
+    """The SillyTavern extension, made for the address that it is asked for at."""
+    packed = extension_archive(flask.request.host_url.rstrip("/"))
+    headers = {"Content-Disposition": 'attachment; filename="persona_memory_extension.zip"'}
+    return flask.Response(packed, mimetype="application/zip", headers=headers)
+
+
 def check_access() -> None:
     """Refuses requests without the key that the settings ask for, and changes by pages of other origins."""
     if flask.request.endpoint == "health" or flask.request.method == "OPTIONS":
@@ -7333,6 +7828,7 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.register_error_handler(Exception, show_error)
     app.add_url_rule("/health", view_func=health)
     app.add_url_rule("/metrics", view_func=show_metrics)
+    app.add_url_rule("/extension.zip", view_func=extension_download)
     app.register_blueprint(api)
     app.register_blueprint(extras)
     if settings.proxy:
@@ -7387,7 +7883,7 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: 
     known |= environ
     named = {f.name: known.get(variable_of(f.name)) for f in fields(Settings)}
     values = {name: parse_setting(name, text) for name, text in named.items() if text}
-    given = vars(argument_parser().parse_args(argv))
+    given = {k: v for k, v in vars(argument_parser().parse_args(argv)).items() if k not in ACTIONS}
     values |= {k: v if isinstance(v, bool) else parse_setting(k, v) for k, v in given.items() if v is not None}
     gemini_key = next((known[k] for k in GEMINI_KEY_VARIABLES if known.get(k)), "")
     values["upstream"] = values.get("upstream") or ("gemini" if gemini_key else "local")
@@ -7417,6 +7913,105 @@ def checked(settings: Settings) -> Settings:
     return settings
 
 
+@dataclass(frozen=True)
+class Action:
+    """Something that the program does instead of serving: what its argument is, its help, and what runs it and
+    returns a sentence for the user."""
+
+    argument: str
+    help: str
+    run: Callable[[Settings, str], str]
+
+
+def extension_homes(root: Path) -> list[Path]:
+    """Where the extension goes in a SillyTavern: to each of its users, or to all in versions that know none.
+
+    Raises `SettingsError` where the folder is no SillyTavern.
+    """
+    package = read_json_file(root / "package.json")
+    if package.get("name") != "sillytavern" or not (root / "public" / "scripts").is_dir():
+        raise SettingsError(
+            f"{root} is no SillyTavern: name the folder that holds its package.json, its server.js and its public/."
+        )
+    data = data_root(root)
+    users = [f for f in sorted(data.iterdir()) if f.name[0] not in "._" and f.is_dir()] if data.is_dir() else []
+    users = [f for f in users if (f / "settings.json").exists() or (f / "characters").is_dir()]
+    version = tuple(map(int, re.findall(r"\d+", str(package.get("version")))[:2]))
+    if users or version >= (1, 12):  # which make the user "default-user" when they are first started
+        return [user / "extensions" / EXTENSION for user in users or [data / "default-user"]]
+    return [root / "public" / "scripts" / "extensions" / "third-party" / EXTENSION]
+
+
+def data_root(root: Path) -> Path:
+    """The folder of a SillyTavern's users, as its configuration names it."""
+    with contextlib.suppress(OSError, UnicodeError):
+        named = re.search(r"^dataRoot:\s*[\"']?([^\"'#\n]+)", (root / "config.yaml").read_text("utf-8"), re.MULTILINE)
+        if named:
+            return root / named[1].strip()
+    return root / "data"
+
+
+def read_json_file(path: Path) -> dict:
+    """The JSON object in a file; empty where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text("utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def is_ours(home: Path) -> bool:
+    """Whether a folder holds our extension."""
+    return read_json_file(home / "manifest.json").get("generate_interceptor") == "personaMemoryInterceptor"
+
+
+def install_extension(settings: Settings, folder: str) -> str:
+    """Writes the extension's files into a SillyTavern, over an older version of them; raises `SettingsError`."""
+    address = f"http://{settings.host}:{settings.port}"
+    homes = extension_homes(Path(folder))
+    for home in homes:
+        if home.is_symlink() or (home.exists() and any(home.iterdir()) and not is_ours(home)):
+            raise SettingsError(f"{home} holds something else; nothing was installed there.")
+        home.mkdir(parents=True, exist_ok=True)
+        for name, content in extension_files(address).items():
+            (home / name).write_bytes(content)
+    places = "\n".join(f"  {home}" for home in homes)
+    return f"The extension for {address} is in\n{places}\nReload SillyTavern's page to use it."
+
+
+def uninstall_extension(_: Settings, folder: str) -> str:
+    """Removes the extension's files from a SillyTavern, and nothing else; raises `SettingsError`."""
+    gone = [home for home in extension_homes(Path(folder)) if not home.is_symlink() and is_ours(home)]
+    for home in gone:
+        for name in extension_files(""):
+            (home / name).unlink(missing_ok=True)
+        if not any(home.iterdir()):
+            home.rmdir()
+    if not gone:
+        return f"The extension is not in {folder}."
+    return "\n".join(["The extension was removed from", *(f"  {home}" for home in gone)])
+
+
+ACTIONS = {
+    "install_extension": Action(
+        "DIR", "put the SillyTavern extension into the SillyTavern in that folder", install_extension
+    ),
+    "uninstall_extension": Action("DIR", "take the SillyTavern extension out of it again", uninstall_extension),
+}
+
+
+def act(settings: Settings, argv: Sequence[str]) -> bool:
+    """Does what the command line asks for instead of serving; returns whether there was anything. Raises
+    `SettingsError`."""
+    given = vars(argument_parser().parse_args(argv))
+    wanted = [(action, given[name]) for name, action in ACTIONS.items() if given[name] is not None]
+    for action, value in wanted:
+        try:
+            print(action.run(settings, value))
+        except OSError as error:
+            raise SettingsError(f"That did not work: {error}.") from error
+    return bool(wanted)
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """The command line's parser, made from the fields of `Settings`."""
     parser = argparse.ArgumentParser(
@@ -7430,6 +8025,8 @@ def argument_parser() -> argparse.ArgumentParser:
         text = text.replace("`", "").replace("%", "%%")
         action = {"action": "store_true"} if f.type == "bool" else {"metavar": f.name.upper().rpartition("_")[2]}
         parser.add_argument(flag_of(f.name), default=None, help=text, **action)
+    for name, action in ACTIONS.items():
+        parser.add_argument(flag_of(name), metavar=action.argument, help=f"{action.help}, and end")
     return parser
 
 
@@ -7461,9 +8058,12 @@ def set_up_log(settings: Settings) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server until it is interrupted; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        settings = load_settings(sys.argv[1:] if argv is None else argv, os.environ, HERE / ".env")
+        settings = load_settings(argv, os.environ, HERE / ".env")
         set_up_log(settings)
+        if act(settings, argv):
+            return 0
         server = create_server(settings, patience=START_PATIENCE)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)
