@@ -7041,7 +7041,7 @@ async function remember(_chat, contextSize, _abort, type) {
         serverAnswered();
         if (identity()?.id !== who.id) return; // another chat was opened meanwhile
         place(answer.injections);
-        showStatus(true, answer.report.degraded ? `Connected; ${answer.report.degraded}.` : 'Connected; memories are placed in the prompt.');
+        showStatus(true, `Connected; ${answer.report.degraded || 'memories are placed in the prompt'}.`);
         showRecalled(answer.recalled, answer.emotion);
     } catch (error) {
         serverFailed(error);
