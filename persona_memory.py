@@ -506,17 +506,20 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A message with the scores that recalled it; `index` is its 0-based place in the branch."""
+    """A message with the scores that recalled it; `index` is its 0-based place in the branch, `chat` the id of the chat
+    that it was carried over from, empty where that is the turn's own."""
 
     message: Message
     index: int
     score: float
     scores: dict[str, float]
+    chat: str = ""
 
     def public(self) -> dict:
         """The memory as the API shows it."""
         m = self.message
-        return {
+        elsewhere = {"chat_id": self.chat} if self.chat else {}
+        return elsewhere | {
             "id": m.id, "index": self.index, "role": m.role, "name": m.name, "content": m.content,
             "timestamp": m.timestamp, "score": round(self.score, 4),
             "scores": {k: round(v, 4) for k, v in self.scores.items()},
@@ -2534,7 +2537,8 @@ class ChatShelf:
     """All chats of a data folder: opens them, finds the one that a transcript belongs to, lists and deletes them.
 
     The catalogue beside the chats maps message digests to the chats without an explicit id, and keeps a line for the
-    list of every chat. It is derived: what is missing in it is read from the chats when the program starts.
+    list of every chat. It is derived: what is missing in it is read from the chats when the program starts. What a user
+    has set for a character stands beside it.
     """
 
     def __init__(self, data: Path):
@@ -2544,6 +2548,7 @@ class ChatShelf:
         self._disk = OwnThread("catalogue")
         self._catalogue_folder = data / "catalogue"
         self._catalogue: diskcache.Cache | None = None
+        self._characters_folder = data / "characters"
 
     def start(self) -> None:
         """Opens the catalogue and enters the chats that it lacks; an unreadable catalogue is made anew."""
@@ -2558,6 +2563,7 @@ class ChatShelf:
 
     def _start(self) -> list[Path]:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._characters = open_cache(self._characters_folder, synchronous=2)
         try:
             self._catalogue = open_cache(self._catalogue_folder, synchronous=1)
             self._catalogue.get("chats")
@@ -2658,6 +2664,15 @@ class ChatShelf:
             lambda: [read_json(self._catalogue, k) for k in self._catalogue.iterkeys() if k.startswith("c:")]
         )
         return sorted(lines, key=lambda line: -(line["updated"] or 0))
+
+    def character(self, name: str) -> dict:
+        """What a user has set for a character."""
+        return json.loads(self._disk.run(lambda: self._characters.get(name, "{}")))
+
+    def set_character(self, name: str, **values: Any) -> None:
+        """Sets something for a character."""
+        text = json.dumps(self.character(name) | values)
+        self._disk.run(lambda: self._characters.set(name, text))
 
     def close(self) -> None:
         """Lets go of all files."""
@@ -3782,6 +3797,7 @@ NEARLY_FULL = 0.75  # of the history's budget: what will leave next is then summ
 HISTORY_BLOCK = 0.8  # of the history's share: how much is cut at once when the history is full
 MEMORY_HEADING = "[Earlier in this chat, oldest first. This is the past, for reference:]"
 MEMORY_ENDING = "[End of memories]"
+CARRIED_HEADING = "[From another time, in another chat. Remembered, but not part of this story:]"
 FORGOTTEN = "…"  # what a forgotten message reads like
 
 
@@ -4085,6 +4101,20 @@ def memory_block(memories: Sequence[Memory]) -> str:
         return ""
     lines = [memory_line(m) for m in sorted(memories, key=lambda m: m.index)]
     return "\n".join([MEMORY_HEADING, *lines, MEMORY_ENDING])
+
+
+def carried_block(memories: Sequence[Memory]) -> str:
+    """Memories of other chats, oldest first, marked as another time; empty without any."""
+    if not memories:
+        return ""
+    ordered = sorted(memories, key=lambda m: (m.message.said_at, m.index))
+    lines = [memory_line(replace(m, message=replace(m.message, timestamp=day_of(m.message)))) for m in ordered]
+    return "\n".join([CARRIED_HEADING, *lines, MEMORY_ENDING])
+
+
+def day_of(message: Message) -> str:
+    """The day that a message was said on, in ISO 8601: numbers of another chat's messages would say nothing."""
+    return datetime.fromtimestamp(message.said_at, UTC).date().isoformat()
 
 
 def memory_frame_tokens() -> int:
@@ -5390,6 +5420,8 @@ MOST_TRIES = 3  # of a model at one stretch
 GAVE_WAY_AT_MOST = 50  # times that a summary gives way to turns
 SUMMARY_OVERHEAD = 900  # tokens of the task, the facts, and of what other tokenizers count more
 LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
+CARRIED_CHATS = 4  # with the same character, the last used, that a turn may recall from
+CARRIED_SHARE = 1 / 3  # of the memories' tokens that may come from there
 SURE_FEELING = 0.6
 MOOD_SPAN = 200  # user messages that a mood is followed over
 GUIDANCE_TOKENS = 48  # what is kept free for the line on the user's mood
@@ -5824,13 +5856,15 @@ class PersonaMemory:
                 memories = beyond_window(memories, layout, story.tokens)
             mood = self._mood_of_turn(store, request, nodes)
             older = store.read([n.id for n in nodes[layout.anchor : above]])
-        block = "\n".join(filter(None, (memory_block(memories), self._guidance(request, layout, mood))))
-        report = self._report(request, layout, memories, block, context, path, degraded, started)
+        carried = self._carry_over(store, request, layout, memories)
+        parts = (memory_block(memories), carried_block(carried), self._guidance(request, layout, mood))
+        block = "\n".join(filter(None, parts))
+        report = self._report(request, layout, [*memories, *carried], block, context, path, degraded, started)
         told = {"summaries": len(story.summaries), "facts": len(story.facts)}
         report = replace(report, mood=mood and asdict(mood), tokens=report.tokens | {"story": story.tokens}, **told)
         self._note_turn(store.id, report)
         self._log_text(request.turns[-1].role, request.turns[-1].content)
-        return Recollection(store, path, layout, story, memories, mood, block, older, plan, report)
+        return Recollection(store, path, layout, story, [*memories, *carried], mood, block, older, plan, report)
 
     def inject(self, body: Any) -> dict:
         """What to add to the prompt of a client that makes its prompt itself and asks its model itself.
@@ -6275,6 +6309,66 @@ class PersonaMemory:
         more = [{"emotion": e, "importance": i} for e, i in zip(emotion, importance, strict=True)]
         return [replace(memories[i], scores=memories[i].scores | more[i]) for i in order]
 
+    # ------------------------------------------------------------------------------------------------ other chats
+
+    def _carry_over(
+        self, store: ChatStore, request: ChatRequest, layout: Layout, memories: Sequence[Memory]
+    ) -> list[Memory]:
+        """Memories out of other chats with the same character, where the user wants them. Never fails a turn.
+
+        What the turn's own chat remembers goes first; no lock of it is held: two chats may recall from each other.
+        """
+        room = min(layout.room, layout.recalled) - sum(map(memory_cost, memories))
+        room = min(room, int(CARRIED_SHARE * layout.recalled)) - 2 * memory_frame_tokens() - GUIDANCE_TOKENS
+        try:
+            others = self._others_of(store.info.get("character"), store.id)
+            if not others or layout.pivot is None or room <= 0:
+                return []
+            turn = request.turns[layout.pivot]
+            found = [row for chat_id in others for row in self._found_in(chat_id, turn, request.patience)]
+            ranked = sorted(found, key=lambda row: -row[0].score)
+            places = choose([memory_cost(m) for m, _ in ranked], [v for _, v in ranked], room)
+            return [ranked[i][0] for i in places]
+        except Exception as error:
+            words = f"Nothing could be carried over: {type(error).__name__}: {error}"
+            log_event("carry_over_failed", words, level=logging.WARNING, trace=True, chat=store.id)
+            return []
+
+    def _others_of(self, character: str | None, chat_id: str) -> list[str]:
+        """The chats with a character that a chat may recall from; none unless the user has said so."""
+        if not character or not self.shelf.character(character).get("carry_over"):
+            return []
+        named = (line["chat_id"] for line in self.shelf.chats() if line["character"] == character)
+        return [other for other in named if other != chat_id][:CARRIED_CHATS]
+
+    def _found_in(self, chat_id: str, turn: Turn, patience: float) -> list[tuple[Memory, np.ndarray | None]]:
+        """What a chat's current branch remembers of a turn, with the memories' vectors."""
+        store = self.shelf.get(chat_id)
+        if store is None:
+            return []
+        with store.lock:
+            nodes = [store.tree.nodes[i] for i in store.tree.path(store.head)]
+            index = self._index(store, nodes)
+            query = understand(turn.content, turn.name or "", index.speakers, index.now)
+        vector = self._query_vector(query.spoken, patience)
+        with store.lock:
+            index = self._index(store, nodes)
+            scores = weigh(query, index.evidence(query.words, vector))
+            bar, _ = recall_effort(turn.content, 0)
+            places = [i for i in worth_recalling(scores["score"], bar) if not nodes[i].forgotten][:MOST_MEMORIES]
+            memories = self._memories(store, nodes, scores, places)
+            return [(replace(m, chat=chat_id), index.vector(m.message.fingerprint)) for m in memories]
+
+    def character(self, name: str) -> dict:
+        """What is set for a character, and how many chats there are with it."""
+        chats = sum(line["character"] == name for line in self.shelf.chats())
+        return {"character": name, "chats": chats, "carry_over": self.shelf.character(name).get("carry_over", False)}
+
+    def change_character(self, name: str, carry_over: bool) -> dict:
+        """Sets whether chats with a character recall from each other; returns what is set then."""
+        self.shelf.set_character(name, carry_over=carry_over)
+        return self.character(name)
+
     # -------------------------------------------------------------------------------------------------------- feelings
 
     def _mood_of_turn(self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node]) -> Mood | None:
@@ -6592,9 +6686,9 @@ class PersonaMemory:
             return memories
         return [memories[i] for i in choose(list(map(memory_cost, memories)), [None] * len(memories), tokens)]
 
-    def _query_vector(self, text: str) -> np.ndarray | None:
+    def _query_vector(self, text: str, timeout: float = SEARCH_SECONDS) -> np.ndarray | None:
         try:
-            return self.embedder.encode([text], timeout=SEARCH_SECONDS)[0]
+            return self.embedder.encode([text], timeout=timeout)[0]
         except EmbedderUnavailable:
             return None
 
@@ -7031,7 +7125,7 @@ async function remember(_chat, contextSize, _abort, type) {
     const who = identity();
     const messages = shownMessages(type ? kindOf(type) : state.kind);
     if (!who || !messages.some((message) => message.role !== 'system')) return;
-    const { name2: character, groupId } = client();
+    const { name2: character } = client();
     const request = {
         chat_id: who.id, parent_chat_id: who.parent || undefined, character, messages, complete: true,
         persona: personaText(), context_tokens: Math.floor(contextSize) || undefined,
@@ -7093,17 +7187,26 @@ async function showProxied() {
     const id = state.proxied;
     if (!id) return;
     try {
-        const path = `${API}/chats/${encodeURIComponent(id)}`;
-        const chat = await call(path);
+        const chat = await call(chatPath(id));
         const rows = (chat.last_prompt?.recalled ?? []).slice(0, MOST_SHOWN);
-        const found = await Promise.all(rows.map((row) => call(`${path}/messages?offset=${row.index}&limit=1`)));
+        const found = await Promise.all(rows.map(withWords));
         if (identity()?.id !== id) return;
         serverAnswered();
         showStatus(true, 'Connected; chats go through the proxy.');
-        showRecalled(found.flatMap((page) => page.messages), chat.mood);
+        showRecalled(found, chat.mood);
     } catch (error) {
         showStatus(false, `${settings().server}: ${error.message}`);
     }
+}
+
+/** A row of a report with the message's words; a memory that was carried over is another chat's. */
+async function withWords(row) {
+    const page = await call(`${chatPath(row.chat_id ?? state.proxied)}/messages?offset=${row.index}&limit=1`);
+    return { ...row, content: page.messages[0]?.id === row.id ? page.messages[0].content : '...' };
+}
+
+function chatPath(id) {
+    return `${API}/chats/${encodeURIComponent(id)}`;
 }
 
 // ------------------------------------------------------------------------------------------------------- the panel
@@ -7214,9 +7317,10 @@ function showRecalled(memories, emotion) {
     if (!parts.recalled) return;
     const felt = emotion ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'nothing in particular';
     parts.mood.textContent = `Your mood: ${felt}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
-    const rows = memories.slice(0, MOST_SHOWN).map(({ index, name, role, content }) => {
+    const rows = memories.slice(0, MOST_SHOWN).map(({ index, name, role, content, chat_id: elsewhere }) => {
         const text = content.length > LONGEST_SHOWN ? `${content.slice(0, LONGEST_SHOWN)} ...` : content;
-        return element('li', { value: index + 1, textContent: `${name ?? role}: ${text}` });
+        const where = elsewhere ? 'In another chat, ' : '';
+        return element('li', { value: index + 1, textContent: `${where}${name ?? role}: ${text}` });
     });
     parts.recalled.replaceChildren(...rows);
 }
@@ -7673,6 +7777,18 @@ def summary_change(chat: str, summary: str) -> dict:
     if text is None:
         raise InvalidRequest("text must say what the summary says now.", "text")
     return engine().change_summary(chat, summary, text)
+
+
+@api.get("/characters/<chat:character>")
+def character_one(character: str) -> dict:
+    """What is set for a character."""
+    return engine().character(character)
+
+
+@api.patch("/characters/<chat:character>")
+def character_change(character: str) -> dict:
+    """Sets whether chats with a character recall from each other."""
+    return engine().change_character(character, flag_field(request_json(), "carry_over"))
 
 
 @api.get("/chats/<chat:chat>/prompts")
