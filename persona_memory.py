@@ -32,6 +32,7 @@ Contents, bottom-up (a room uses only the rooms above it)::
     Upstreams      the language models behind the proxy
     Gemini         Google's models as one of them
     Engine         PersonaMemory, the facade that the web calls
+    Assets         the files of the SillyTavern extension
     Web            Flask blueprints and the server
     Command line   main()
 """
@@ -45,6 +46,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -313,6 +315,9 @@ class ClientGone(PersonaMemoryError):
 ROOT = ""  # the parent of a chat's first message
 SYSTEM_ROLES = ("system", "developer")
 CHAT_ROLES = ("user", "assistant")
+KINDS = ("normal", "swipe", "regenerate", "continue", "impersonate", "quiet")  # of generation, in SillyTavern's words
+PASSING_KINDS = ("continue", "impersonate", "quiet")  # whose replies no message of the chat will be
+RECALL_SECONDS = 2.0  # what a turn waits for a vector before it goes on without
 
 
 def normalise(text: str) -> str:
@@ -426,11 +431,38 @@ class Turn:
     name: str | None
     digest: str
     before: tuple[dict, ...] = ()
+    timestamp: str | None = None  # ISO 8601, where the client gives one
+    hidden: bool = False  # part of the chat, but not of the client's prompt
 
     @property
     def fingerprint(self) -> str:
         """Changes with any byte of name and text, where `digest` only changes with the words."""
         return text_fingerprint(self.name, self.content)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a client says of a request beside its messages; empty where it does not say.
+
+    `parent` is the chat that this one was branched off, `kind` one of KINDS, and `complete` says that the messages are
+    the whole chat, so that what is missing in front was deleted.
+    """
+
+    chat_id: str = ""
+    parent: str = ""
+    character: str = ""
+    kind: str = ""
+    complete: bool = False
+
+    @property
+    def given(self) -> bool:
+        """Whether the client says anything; one that does shows its chat's messages in every request."""
+        return self != Identity()
+
+    @property
+    def passing(self) -> bool:
+        """Whether the reply is none that the chat will show as it is."""
+        return self.kind in PASSING_KINDS
 
 
 @dataclass(frozen=True)
@@ -446,11 +478,14 @@ class ChatRequest:
     turns: tuple[Turn, ...]
     tail: tuple[dict, ...]
     floating: bool
+    identity: Identity = Identity()
+    patience: float = RECALL_SECONDS
 
     @property
     def newest_user(self) -> int | None:
-        """The place of the newest user message in `turns`."""
-        return next((i for i in reversed(range(len(self.turns))) if self.turns[i].role == "user"), None)
+        """The place of the newest user message in `turns` that is not hidden."""
+        shown = (i for i, t in enumerate(self.turns) if t.role == "user" and not t.hidden)
+        return max(shown, default=None)
 
     @property
     def folded(self) -> bool:
@@ -471,12 +506,14 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A message with the scores that recalled it; `index` is its 0-based place in the branch."""
+    """A message with the scores that recalled it; `index` is its 0-based place in the branch, `chat` the id of the chat
+    that it was carried over from, empty where that is the turn's own."""
 
     message: Message
     index: int
     score: float  # the sum of `scores`
     scores: dict[str, float]
+    chat: str = ""
     excerpt: str = ""  # what of a long message a prompt gets; empty: all of it
 
     @property
@@ -487,7 +524,8 @@ class Memory:
     def public(self) -> dict:
         """The memory as the API shows it."""
         m = self.message
-        return {
+        elsewhere = {"chat_id": self.chat} if self.chat else {}
+        return elsewhere | {
             "id": m.id, "index": self.index, "role": m.role, "name": m.name, "content": m.content,
             "timestamp": m.timestamp, "score": round(self.score, 4),
             "scores": {k: round(v, 4) for k, v in self.scores.items()},
@@ -2575,7 +2613,8 @@ class ChatShelf:
     """All chats of a data folder: opens them, finds the one that a transcript belongs to, lists and deletes them.
 
     The catalogue beside the chats maps message digests to the chats without an explicit id, and keeps a line for the
-    list of every chat. It is derived: what is missing in it is read from the chats when the program starts.
+    list of every chat. It is derived: what is missing in it is read from the chats when the program starts. What a user
+    has set for a character stands beside it.
     """
 
     def __init__(self, data: Path):
@@ -2585,6 +2624,7 @@ class ChatShelf:
         self._disk = OwnThread("catalogue")
         self._catalogue_folder = data / "catalogue"
         self._catalogue: diskcache.Cache | None = None
+        self._characters_folder = data / "characters"
 
     def start(self) -> None:
         """Opens the catalogue and enters the chats that it lacks; an unreadable catalogue is made anew."""
@@ -2599,6 +2639,7 @@ class ChatShelf:
 
     def _start(self) -> list[Path]:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._characters = open_cache(self._characters_folder, synchronous=2)
         try:
             self._catalogue = open_cache(self._catalogue_folder, synchronous=1)
             self._catalogue.get("chats")
@@ -2707,6 +2748,15 @@ class ChatShelf:
             lambda: [read_json(self._catalogue, k) for k in self._catalogue.iterkeys() if k.startswith("c:")]
         )
         return sorted(lines, key=lambda line: -(line["updated"] or 0))
+
+    def character(self, name: str) -> dict:
+        """What a user has set for a character."""
+        return json.loads(self._disk.run(lambda: self._characters.get(name, "{}")))
+
+    def set_character(self, name: str, **values: Any) -> None:
+        """Sets something for a character."""
+        text = json.dumps(self.character(name) | values)
+        self._disk.run(lambda: self._characters.set(name, text))
 
     def close(self) -> None:
         """Lets go of all files."""
@@ -3415,9 +3465,13 @@ SIGNALS = {
 }
 SUPERSEDING = 0.5  # share of the best score from which a newer statement may replace it; costs 0.6 points of recall@5
 SUPERSEDING_RELEVANCE = 0.15
-RELEVANT = 1.1  # score below which a message is no answer to anything
-TELLING_RELEVANT = 2.15  # the same for a message that asks nothing: small talk shares words with everything
-WORDS_ALONE = 0.6  # of either, where there is no vector: what the words' signals can add up to
+# What a memory must score at least, and by how much it must stand above the chat's usual message (the median; friendly
+# talk is like everything in a friendly chat): for a message that asks, and for one that does not. On LoCoMo's
+# development half and the role-play chats nine tenths of the questions' best messages stand out by 1.15 and more, and
+# nine tenths of what is most like a remark, by 1.0 and 1.3 at most.
+ASKING_BAR, TELLING_BAR = (1.1, 0.6), (1.5, 1.05)
+FEW_MESSAGES, USUAL = 20, 0.5  # so few have no usual one: it is taken to score that
+WORDS_ALONE = 0.6  # of all these, where there is no vector: what the words' signals can add up to
 # How likely a message of a score is evidence: logistic regression on the same half. The score's own part is small, for
 # what the best message of a chat scores depends on the question.
 NEED_SCORE, NEED_SHARE, NEED_BIAS = 0.88, 10.2, -12.9
@@ -3473,9 +3527,12 @@ def memory_share(text: str) -> float:
     return ASKING_SHARE if ASKING.search(text) else TELLING_SHARE
 
 
-def relevance_bar(text: str, by_words_alone: bool = False) -> float:
-    """What a memory for that message must score at least."""
-    return (RELEVANT if ASKING.search(text) else TELLING_RELEVANT) * (WORDS_ALONE if by_words_alone else 1)
+def relevance_bar(text: str, scores: np.ndarray, by_words_alone: bool = False) -> float:
+    """What a memory for that message must score at least, among messages of those scores."""
+    least, above = ASKING_BAR if ASKING.search(text) else TELLING_BAR
+    factor = WORDS_ALONE if by_words_alone else 1.0
+    usual = float(np.median(scores)) if len(scores) >= FEW_MESSAGES else factor * USUAL
+    return max(factor * least, usual + factor * above)
 
 
 def worth_recalling(scores: np.ndarray, bar: float) -> list[int]:
@@ -3969,6 +4026,7 @@ NEARLY_FULL = 0.75  # of the history's budget: what will leave next is then summ
 HISTORY_BLOCK = 0.8  # of the history's share: how much is cut at once when the history is full
 MEMORY_HEADING = "[Earlier in this chat, oldest first. This is the past, for reference:]"
 MEMORY_ENDING = "[End of memories]"
+CARRIED_HEADING = "[From another time, in another chat. Remembered, but not part of this story:]"
 FORGOTTEN = "…"  # what a forgotten message reads like
 FRAME_MARGIN = MESSAGE_OVERHEAD + 4  # what sets the block apart: a message of its own, or white space
 NEIGHBOURS = 2  # messages apart at most, to stand in one excerpt
@@ -3988,7 +4046,31 @@ def parse_request(body: Any) -> ChatRequest:
     turns, tail = split_turns(messages[leading:])
     floating = bool(turns) and leading == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
     request = ChatRequest(body, tuple(messages[:leading]), turns, tail, floating)
+    request = replace(request, identity=parse_identity(body))
     return replace(request, persona=(*turns[0].before, turns[0].raw)) if request.folded else request
+
+
+def parse_identity(body: Mapping) -> Identity:
+    """What the body's object `persona_memory` says of the request; raises `InvalidRequest` naming what is wrong."""
+    given = body.get("persona_memory")
+    if given is None:
+        return Identity()
+    if not isinstance(given, dict):
+        raise InvalidRequest("persona_memory must be an object.", "persona_memory")
+    return read_identity(given, "persona_memory.")
+
+
+def read_identity(given: Mapping, where: str = "") -> Identity:
+    """The identity that those fields name; raises `InvalidRequest`. A kind that is not known is a normal one."""
+    names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
+    for name in names.values():
+        if not isinstance(given.get(name), str | None):
+            raise InvalidRequest(f"{where}{name} must be a string.", f"{where}{name}")
+    if not isinstance(given.get("complete"), bool | None):
+        raise InvalidRequest(f"{where}complete must be true or false.", f"{where}complete")
+    said = {field: (given.get(name) or "").strip() for field, name in names.items()}
+    kind = said["kind"] if said["kind"] in KINDS or not said["kind"] else "normal"
+    return Identity(**said | {"kind": kind}, complete=bool(given.get("complete")))
 
 
 def check_message(message: Any, where: str) -> None:
@@ -4056,6 +4138,17 @@ class Layout:
     room: int
     recalled: int = 0  # tokens that recalled memories may take at most
     leaving: int = 0  # the place before which messages are out of the prompt, or will be after the next cut
+    hidden: frozenset[int] = frozenset()  # places from `anchor` on that are not in the prompt either
+    window: tuple[int, ...] = ()  # where the client makes the prompt: what each message takes there, 0 for never
+
+    @property
+    def reach(self) -> int:
+        """The place before which all messages stand that are not in the prompt."""
+        return max(self.anchor, max(self.hidden, default=-1) + 1)
+
+    def shows(self, place: int) -> bool:
+        """Whether the branch's message at a place stands in the prompt."""
+        return place >= self.anchor and place not in self.hidden
 
 
 def lay_out(
@@ -4094,6 +4187,54 @@ def lay_out(
     leaving = next_cut([*stored, *counts], starts, anchor, block, latest) if full else anchor
     room = budget.memories + budget.history - history
     return Layout(budget, anchor, pivot, history, room, min(recalled, budget.memories), leaving)
+
+
+def lay_out_window(
+    request: ChatRequest,
+    context: int,
+    shares: Sequence[float],
+    counts: Sequence[int],
+    roles: Sequence[str],
+    story: int = 0,
+) -> Layout:
+    """As `lay_out`, for a client that makes its prompt itself, of the newest messages that fit, one by one.
+
+    What the client hides stands in no prompt, nor does what it no longer shows. Nothing is too long here: it is the
+    client that has to fit it in.
+    """
+    above = len(counts) - len(request.turns)
+    shown = [0 if t.hidden else turn_tokens(t, n) for t, n in zip(request.turns, counts[above:], strict=True)]
+    sizes = [*[0] * above, *shown]
+    persona, response = sum(message_tokens(m) for m in request.persona), int(shares[3] * context)
+    left = max(0, context - response - persona - sum(message_tokens(m) for m in request.tail))
+    recalled = int(RECALLED_SHARE * shares[1] * context)
+    memories = min(story + recalled, int(shares[1] * context), left)
+    budget = Budget(persona, memories, left - memories, response)
+    fits = min(tail_start(sizes, budget.history), len(sizes) - 1)
+    anchor = next((i for i in range(fits, len(sizes)) if sizes[i]), len(sizes))
+    leaving = max(anchor, tail_start(sizes, budget.history // 2)) if fits else anchor
+    pivot = request.newest_user
+    if pivot is not None and above + pivot < anchor:
+        pivot = None
+    history = sum(sizes[anchor:])
+    hidden = frozenset(i for i in range(anchor, len(sizes)) if not sizes[i])
+    return Layout(
+        budget, anchor, pivot, history, max(0, left - history), min(recalled, memories), leaving, hidden, tuple(sizes)
+    )
+
+
+def beyond_window(memories: Sequence[Memory], layout: Layout, told: int) -> list[Memory]:
+    """Those of the memories that the client's own prompt will not show.
+
+    Whatever the memories and the `told` tokens of the story leave of what was kept for them lets in more of the chat.
+    """
+    room = layout.budget.memories + layout.budget.history - told - memory_frame_tokens()
+    while True:
+        start = tail_start(layout.window, room - sum(map(memory_cost, memories)))
+        left = [m for m in memories if m.index < start or not layout.window[m.index]]
+        if len(left) == len(memories):
+            return left
+        memories = left
 
 
 def option_tokens(body: Mapping) -> int:
@@ -4181,10 +4322,10 @@ def spoken_line(memory: Memory) -> str:
 
 def memory_line(memory: Memory) -> str:
     """A memory as the model reads it: its number in the chat (or its date), who spoke, and what."""
-    return f"{day_of(memory) or f'#{memory.index + 1}'} {spoken_line(memory)}"
+    return f"{given_day(memory) or f'#{memory.index + 1}'} {spoken_line(memory)}"
 
 
-def day_of(memory: Memory) -> str:
+def given_day(memory: Memory) -> str:
     """The day that the client gives a message; empty where it gives none."""
     return (memory.message.timestamp or "")[:10]
 
@@ -4194,7 +4335,7 @@ def neighbours(memories: Sequence[Memory]) -> list[list[Memory]]:
     groups: list[list[Memory]] = []
     for memory in sorted(memories, key=lambda m: m.index):
         last = groups[-1][-1] if groups else None
-        if last and memory.index - last.index <= NEIGHBOURS and day_of(memory) == day_of(last):
+        if last and memory.index - last.index <= NEIGHBOURS and given_day(memory) == given_day(last):
             groups[-1].append(memory)
         else:
             groups.append([memory])
@@ -4204,7 +4345,7 @@ def neighbours(memories: Sequence[Memory]) -> list[list[Memory]]:
 def excerpt_text(group: Sequence[Memory]) -> str:
     """An excerpt of the chat: its place in it (or its day), then who said what; a message left out is marked."""
     first, last = group[0], group[-1]
-    place = day_of(first) or (f"#{first.index + 1}" + (f"-{last.index + 1}" if last is not first else ""))
+    place = given_day(first) or (f"#{first.index + 1}" + (f"-{last.index + 1}" if last is not first else ""))
     lines = [f"{place} {spoken_line(first)}"]
     for before, memory in itertools.pairwise(group):
         lines += [GAP] if memory.index - before.index > 1 else []
@@ -4232,15 +4373,33 @@ def fitting(memories: Sequence[Memory], budget: int) -> tuple[list[Memory], list
     return kept, list(memories[len(kept) :])
 
 
+def carried_block(memories: Sequence[Memory]) -> str:
+    """Memories of other chats, oldest first, marked as another time; empty without any."""
+    if not memories:
+        return ""
+    ordered = sorted(memories, key=lambda m: (m.message.said_at, m.index))
+    lines = [memory_line(replace(m, message=replace(m.message, timestamp=day_of(m.message)))) for m in ordered]
+    return "\n".join([CARRIED_HEADING, *lines, MEMORY_ENDING])
+
+
+def day_of(message: Message) -> str:
+    """The day that a message was said on, in ISO 8601: numbers of another chat's messages would say nothing."""
+    return datetime.fromtimestamp(message.said_at, UTC).date().isoformat()
+
+
 def memory_frame_tokens() -> int:
     """Tokens that the block takes beside its lines, with what separates it from the message it may stand in."""
     return count_tokens(f"{MEMORY_HEADING}\n{MEMORY_ENDING}") + FRAME_MARGIN
 
 
-def reminder_line(piece: str, room: int) -> str:
-    """What of the persona is said again, where it has room; empty where not."""
+def with_reminder(block: str, piece: str, room: int) -> tuple[str, str]:
+    """What goes in front of the newest message, with a piece of the persona at its end where `room` tokens leave space
+    for that; and the piece, empty where it was left out."""
     line = f"[Keep in mind, from the description: {piece}]" if piece else ""
-    return line if count_tokens(line) + FRAME_MARGIN <= min(room, REMINDER_TOKENS) else ""
+    free = room - (count_tokens(block) + FRAME_MARGIN if block else 0)
+    if not line or count_tokens(line) + FRAME_MARGIN > min(free, REMINDER_TOKENS):
+        return block, ""
+    return "\n".join(filter(None, (block, line))), piece
 
 
 def compose_prompt(
@@ -5533,7 +5692,7 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
 # Engine
 # ======================================================================================================================
 
-RECALL_SECONDS = 2.0  # what a turn waits for a vector before it goes on without
+INJECTION_SECONDS = 0.7  # what an injection waits for a vector: a client gives it two seconds in all
 ENCODED_AT_ONCE = 8  # missing vectors that a turn computes itself, the newest; more are left to the background
 SEARCH_SECONDS = 120.0  # a search waits longer than a turn: it was asked for
 BACKLOG = 5  # stretches that are summarised by the model one after the other; of more, the older by extraction
@@ -5541,6 +5700,8 @@ MOST_TRIES = 3  # of a model at one stretch
 GAVE_WAY_AT_MOST = 50  # times that a summary gives way to turns
 SUMMARY_OVERHEAD = 900  # tokens of the task, the facts, and of what other tokenizers count more
 LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
+CARRIED_CHATS = 4  # with the same character, the last used, that a turn may recall from
+CARRIED_SHARE = 1 / 3  # of the memories' tokens that may come from there
 SURE_FEELING = 0.6
 MOOD_SPAN = 200  # user messages that a mood is followed over
 GUIDANCE_TOKENS = 48  # what is kept free for the line on the user's mood
@@ -5644,7 +5805,8 @@ class Storyteller:
             start, _ = next_gap(story, plan.first)
             messages = store.read(path[start : start + every])
         behind = (plan.until - start) // every > BACKLOG  # an import: told at once by its own sentences, then better
-        ask = None if behind else self._asker(plan, authorization)
+        # Without the proxy no upstream was chosen for this chat: nothing is sent to one.
+        ask = None if behind or not self._settings.proxy else self._asker(plan, authorization)
         fresh, facts = self._from_messages(store, messages, start, plan, ask)
         made = [fresh, *(replace(s, since=fresh.end) for s in self._again(store, story, plan, ask))]
         story = story_of([*made, *story], {message: place for place, message in enumerate(path)})
@@ -5836,6 +5998,24 @@ class Prepared:
     report: PromptReport | None = None
     unaided: tuple[dict, ...] = ()  # the messages without recalled memories, where there are any
     story: tuple[StoryPlan, str] | None = None  # what may be summarised now, and the client's authorization for that
+    passing: bool = False  # whether the reply is none that the chat will show as it is
+
+
+@dataclass(frozen=True)
+class Recollection:
+    """What memory has to say to a turn: the branch it is on, what of that is in the prompt, and what of the rest is
+    told: `story`, `memories`, `mood`; `block` is the text of the latter two."""
+
+    store: ChatStore
+    path: list[str]
+    layout: Layout
+    story: Story
+    memories: list[Memory]
+    mood: Mood | None
+    block: str
+    older: list[Message]  # of the branch, in the prompt, but not in the request
+    plan: StoryPlan
+    report: PromptReport
 
 
 @dataclass(frozen=True)
@@ -5850,17 +6030,24 @@ class Recalled:
     vector: np.ndarray | None = None  # the query's
 
 
+def in_part(
+    memory: Memory, index: MemoryIndex, query: Query, evidence: Evidence, vector: np.ndarray | None
+) -> Memory:  # fmt: skip
+    """The memory, of a long message only what the query is about."""
+    cosines = index.chunk_cosines(memory.message.fingerprint, vector)
+    return replace(memory, excerpt=best_excerpt(memory.message.content, query.words, evidence.rarity, cosines))
+
+
+def alike(texts: Sequence[str], vectors: Sequence[np.ndarray]) -> bool:
+    """Whether two texts are near-duplicates; a vector (zeros: none) speaks for a text that it is the whole of."""
+    whole = all(len(text) <= CHUNK and vector.any() for text, vector in zip(texts, vectors, strict=True))
+    return says_the_same(*texts, float(vectors[0] @ vectors[1]) if whole else None)
+
+
 def twin_of(index: MemoryIndex, memories: Sequence[Memory]) -> Callable[[int, int], bool]:
-    """Which two of some memories say the same. A vector speaks for a text that it is the whole of."""
+    """Tells of two of those memories, by their places, whether they are near-duplicates."""
     texts, vectors = [m.message.content for m in memories], index.vectors([m.message.fingerprint for m in memories])
-    whole = [len(text) <= CHUNK and bool(vector.any()) for text, vector in zip(texts, vectors, strict=True)]
-
-    def twins(a: int, b: int) -> bool:
-        """Whether the memories at two places are near-duplicates."""
-        near = float(vectors[a] @ vectors[b]) if whole[a] and whole[b] else None
-        return says_the_same(texts[a], texts[b], near)
-
-    return twins
+    return lambda a, b: alike([texts[a], texts[b]], [vectors[a], vectors[b]])
 
 
 class PersonaMemory:
@@ -5942,44 +6129,103 @@ class PersonaMemory:
             )
 
     def _prepare(self, request: ChatRequest, chat_id: str, call: Call) -> Prepared:
-        started = time.perf_counter()
-        if not request.turns:
-            return Prepared(
-                self._upstream_body(request, request.body["messages"], call),
-                "recalled=0 tokens=0 history=0 summary=0",
-                chat_id,
-            )
+        if self._shows_no_chat(request, chat_id):
+            body = self._upstream_body(request, request.body["messages"], call)
+            return Prepared(body, "recalled=0 tokens=0 history=0 summary=0", chat_id)
         context = self.context_length(request.body.get("model") or "", call)
-        store, path = self._enter_branch(request, chat_id)
+        seen = self._recollect(request, chat_id, context, lay_out)
+        above = len(seen.path) - len(request.turns)  # messages of the branch that the request does not show
         first = int(request.folded)
-        above = len(path) - len(request.turns)  # messages of the branch that the request does not show
+        turns_from = first + max(0, seen.layout.anchor - above)
+        compose = functools.partial(compose_prompt, request, seen.layout, seen.older, turns_from)
+        body = self._upstream_body(request, compose(seen.block, seen.story.text), call)
+        unaided = tuple(compose("", seen.story.text)) if seen.block else ()
+        told = (replace(seen.plan, model=body.get("model") or ""), call.authorization)
+        return Prepared(
+            body, seen.report.header, seen.store.id, seen.path[-1], seen.report, unaided, told,
+            request.identity.passing,
+        )  # fmt: skip
+
+    def _shows_no_chat(self, request: ChatRequest, chat_id: str) -> bool:
+        """Whether a request has no messages of its chat: none at all, or a quiet prompt with words of its own."""
+        if not request.turns or request.identity.kind != "quiet" or not chat_id:
+            return not request.turns
+        store = self.shelf.get(chat_id)
+        if store is None:
+            return True
+        with store.lock:
+            return not place_transcript(store, request).matches
+
+    def _recollect(
+        self, request: ChatRequest, chat_id: str, context: int, arrange: Callable[..., Layout]
+    ) -> Recollection:
+        """Takes a request's transcript into its chat and looks up what to tell of what the prompt will not show.
+
+        `arrange` is what decides that: `lay_out`, or `lay_out_window` for clients that make the prompt themselves.
+        """
+        started = time.perf_counter()
+        store, path = self._enter_branch(request, chat_id)
+        first, above = int(request.folded), len(path) - len(request.turns)
         with store.lock:
             nodes = [store.tree.nodes[i] for i in path[first:]]
             reserved = self._story_reserve(store, path, context)
-            counts, roles = [n.tokens for n in nodes], [n.role for n in nodes]
-            layout = lay_out(request, context, self.shares, counts, roles, reserved)
+            layout = arrange(
+                request, context, self.shares, [n.tokens for n in nodes], [n.role for n in nodes], reserved
+            )
             story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
-            leads = request.persona or layout.anchor < above  # what the story can stand behind, or in front of
+            # What the story can stand behind, or in front of.
+            leads = request.persona or layout.anchor < above or layout.window
             story = self._story(store, path, first + layout.anchor, story_budget) if leads else Story()
             plan = StoryPlan(path[-1], first, first + layout.leaving, story_tokens(context, self.shares), context)
             layout = replace(layout, room=layout.room - story.tokens)
             recalled = self._recall(store, request, nodes, layout, {f.message for f in story.facts})
+            if layout.window:
+                seen = beyond_window(recalled.memories, layout, story.tokens)
+                recalled = replace(recalled, memories=tuple(seen))
             mood = self._mood_of_turn(store, request, nodes)
-            block, reminder = self._block(store, request, nodes, layout, story, recalled, mood)
+            piece = self._reminder(store, request, nodes, layout, story, recalled)
             older = store.read([n.id for n in nodes[layout.anchor : above]])
-        turns_from = first + max(0, layout.anchor - above)
-        prompt = compose_prompt(request, layout, older, turns_from, block, story.text)
-        report = self._report(request, layout, recalled, block, context, path, started)
-        tokens = report.tokens | {"story": story.tokens}
-        counts = {"summaries": len(story.summaries), "facts": len(story.facts), "reminder": reminder}
-        report = replace(report, mood=mood and asdict(mood), tokens=tokens, **counts)
+        carried = self._carry_over(store, request, layout, recalled.memories)
+        memories = [*recalled.memories, *carried]
+        parts = (memory_block(recalled.memories), carried_block(carried), self._guidance(request, layout, mood))
+        block, piece = with_reminder("\n".join(filter(None, parts)), piece, layout.room)
+        report = self._report(request, layout, recalled, memories, block, context, path, started)
+        told = {"summaries": len(story.summaries), "facts": len(story.facts), "reminder": piece}
+        report = replace(report, mood=mood and asdict(mood), tokens=report.tokens | {"story": story.tokens}, **told)
         self._note_turn(store.id, report)
         self._log_text(request.turns[-1].role, request.turns[-1].content)
-        unaided = compose_prompt(request, layout, older, turns_from, "", story.text) if block else ()
-        body = self._upstream_body(request, prompt, call)
-        plan = replace(plan, model=body.get("model") or "")
-        told = (plan, call.authorization)
-        return Prepared(body, report.header, store.id, path[-1], report, tuple(unaided), told)
+        return Recollection(store, path, layout, story, memories, mood, block, older, plan, report)
+
+    def inject(self, body: Any) -> dict:
+        """What to add to the prompt of a client that makes its prompt itself and asks its model itself.
+
+        Raises `InvalidRequest`; whatever else fails costs the turn its memory, and the report says so.
+        """
+        request, window = parse_injection(body)
+        chat_id = request.identity.chat_id
+        try:
+            return self._inject(request, window)
+        except Exception as error:
+            words = f"An injection goes without memory: {type(error).__name__}: {error}"
+            unforeseen = not isinstance(error, PersonaMemoryError)
+            log_event("degraded", words, level=logging.WARNING, trace=unforeseen, chat=chat_id)
+            return injection(chat_id) | {"report": {"degraded": reason_of(error)}}
+
+    def _inject(self, request: ChatRequest, window: int) -> dict:
+        chat_id = request.identity.chat_id
+        if not request.turns:
+            return injection(chat_id)
+        usual = self.settings.context or DEFAULT_CONTEXT
+        context = int(window / (1 - self.shares[3])) if window else usual
+        seen = self._recollect(request, chat_id, context, lay_out_window)
+        plan = replace(seen.plan, context=usual)
+        self.record(Prepared({}, seen.report.header, chat_id, seen.path[-1], seen.report, story=(plan, "")))
+        after = 0 if seen.layout.pivot is None else sum(not t.hidden for t in request.turns[seen.layout.pivot :])
+        injections = [("story", seen.story.text, 0, 0), ("memories", seen.block, 1, after)]
+        return injection(chat_id, injections) | {
+            "recalled": [m.public() for m in seen.memories], "emotion": seen.report.mood,
+            "report": asdict(seen.report),
+        }  # fmt: skip
 
     def _story_reserve(self, store: ChatStore, path: Sequence[str], context: int) -> int:
         """Tokens that the story may take in this chat's prompts: all of its share as soon as there is one, so that the
@@ -6024,7 +6270,8 @@ class PersonaMemory:
             self.metrics.prompt_tokens.labels(share).inc(report.tokens[share])
 
     def _upstream_body(self, request: ChatRequest, messages: Sequence[dict], call: Call) -> dict:
-        body = {k: v for k, v in request.body.items() if k != "chat_id"} | {"messages": list(messages)}
+        ours = ("chat_id", "persona_memory")
+        body = {k: v for k, v in request.body.items() if k not in ours} | {"messages": list(messages)}
         model = self.settings.model or body.get("model") or self._default_model(call)
         return body | {"model": model} if model else body
 
@@ -6034,8 +6281,8 @@ class PersonaMemory:
         return self._model
 
     def _report(
-        self, request: ChatRequest, layout: Layout, recalled: Recalled, block: str, context: int,
-        path: Sequence[str], started: float,
+        self, request: ChatRequest, layout: Layout, recalled: Recalled, memories: Sequence[Memory], block: str,
+        context: int, path: Sequence[str], started: float,
     ) -> PromptReport:  # fmt: skip
         tokens = {
             "persona": layout.budget.persona, "memories": count_tokens(block) + MESSAGE_OVERHEAD if block else 0,
@@ -6043,8 +6290,9 @@ class PersonaMemory:
         }  # fmt: skip
         return PromptReport(
             at=time.time(), tip=path[-1], context=context, budget=asdict(layout.budget), tokens=tokens,
-            history=len(path) - request.folded - layout.anchor, hidden=layout.anchor, degraded=recalled.degraded,
-            recalled=[m.recalled() for m in recalled.memories], left_out=list(recalled.left_out),
+            history=len(path) - request.folded - layout.anchor - len(layout.hidden),
+            hidden=layout.anchor + len(layout.hidden), degraded=recalled.degraded,
+            recalled=[m.recalled() for m in memories], left_out=list(recalled.left_out),
             milliseconds=round(1000 * (time.perf_counter() - started), 1),
         )  # fmt: skip
 
@@ -6127,7 +6375,8 @@ class PersonaMemory:
             if store is None:  # deleted while the reply was on its way
                 return
             with store.lock:
-                replies = [self._reply(prepared.tip, t, complete) for t in texts if t.strip()]
+                shown = [t for t in texts if t.strip() and not prepared.passing]
+                replies = [self._reply(prepared.tip, t, complete) for t in shown]
                 for reply in replies:
                     self._log_text(reply.role, reply.content)
                 fresh = [r for r in replies if not store.tree.is_confirmed(r.id)]
@@ -6180,30 +6429,49 @@ class PersonaMemory:
     def _find_chat(self, request: ChatRequest, chat_id: str) -> tuple[ChatStore, Alignment]:
         """The chat that the transcript itself names, or a new one; a new explicit id adopts a copy of the branch."""
         digests = [(t.role, t.digest) for t in request.turns]
-        located = self.shelf.locate(digests, functools.partial(place_transcript, request=request))
+        located = self._in_parent(request) or self.shelf.locate(
+            digests, functools.partial(place_transcript, request=request)
+        )
         if located and not chat_id:
             return located
         store = self.shelf.create(chat_id or f"chat-{secrets.token_hex(8)}", explicit=bool(chat_id))
         if not located:
             return store, Alignment()
         self._copy_branch(*located, store)
-        return store, located[1]
+        return store, place_transcript(store, request) if request.identity.complete else located[1]
+
+    def _in_parent(self, request: ChatRequest) -> tuple[ChatStore, Alignment] | None:
+        """The chat that this one was branched off, as the client names it, and the branch there."""
+        store = self.shelf.get(request.identity.parent) if request.identity.parent else None
+        if store is None or not store.tree.nodes:
+            return None
+        with store.lock:
+            alignment = place_transcript(store, request)
+        return (store, alignment) if alignment.matches else None
 
     def _copy_branch(self, source: ChatStore, alignment: Alignment, target: ChatStore) -> None:
-        """Copies the messages that an alignment shares, with their vectors, into a new chat."""
+        """Copies the messages that an alignment shares, with their vectors and what was told of them, into a new
+        chat."""
         with source.lock:
-            messages = source.read(source.tree.path(alignment.tip))
+            path = source.tree.path(alignment.tip)
+            messages = source.read(path)
             vectors = source.vectors(self.embedder.name, [key for m in messages for key in embedded_texts(m)])
+            places = {message: place for place, message in enumerate(path)}
+            summaries = [s for s in source.summaries.values() if places.get(s.last) == s.end]
+            facts = [f for f in source.facts.values() if f.message in places]
         target.commit(messages)
         target.put_vectors(self.embedder.name, vectors)
+        target.put_story(summaries, facts)
 
     def _write_branch(self, store: ChatStore, alignment: Alignment, request: ChatRequest) -> list[str]:
         """Writes what is new in a request's transcript; returns the branch's ids."""
         messages, path = self._hang(store, alignment, request)
         shows = len(request.turns) > 2 or bool(alignment.kept and len(request.turns) > len(alignment.kept))
-        info = {"head": path[-1], "shows_history": shows or store.info.get("shows_history", False)}
+        shows = shows or request.identity.given or store.info.get("shows_history", False)
+        info = {"head": path[-1], "shows_history": shows}
         speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
-        info |= {"character": speaker} if speaker else {}
+        character = request.identity.character or speaker
+        info |= {"character": character} if character else {}
         info |= {"persona": persona_text(request)} if request.persona else {}
         if messages or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(messages, info | {"updated": time.time()})
@@ -6229,7 +6497,9 @@ class PersonaMemory:
 
     def _message(self, key: str, parent: str, turn: Turn) -> Message:
         message = {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})
-        return Message(key, parent, turn.role, turn.content, turn.name, at=time.time(), tokens=message_tokens(message))
+        return Message(
+            key, parent, turn.role, turn.content, turn.name, turn.timestamp, time.time(), message_tokens(message)
+        )
 
     # ---------------------------------------------------------------------------------------------------------- recall
 
@@ -6239,7 +6509,7 @@ class PersonaMemory:
         """What a turn remembers. `told` are the ids of messages that the story quotes."""
         share = memory_share(request.turns[layout.pivot].content) if layout.pivot is not None else 0
         room = min(layout.room, int(share * layout.recalled)) - GUIDANCE_TOKENS
-        if not layout.anchor or room <= memory_frame_tokens():
+        if not layout.reach or room <= memory_frame_tokens():
             self._embed_later(store, [n.id for n in nodes[-ENCODED_AT_ONCE:]])
             return Recalled()
         try:
@@ -6258,29 +6528,25 @@ class PersonaMemory:
         turn = request.turns[layout.pivot]
         index = self._index(store, nodes)
         query = self._query(index, request, layout.pivot)
-        vector, degraded = self._turn_vectors(store, index, nodes, turn, query)
-        evidence = index.evidence(query.words, vector, layout.anchor)
+        vector, degraded = self._turn_vectors(store, index, nodes, turn, query, request.patience)
+        evidence = index.evidence(query.words, vector, layout.reach)
         scores = weigh(query, evidence)
-        found = worth_recalling(scores["score"], relevance_bar(turn.content, vector is None))
-        places = self._unseen(store, nodes, layout.anchor, found, told)[:MOST_MEMORIES]
+        found = worth_recalling(scores["score"], relevance_bar(turn.content, scores["score"], vector is None))
+        shown = [n for i, n in enumerate(nodes[layout.anchor :], layout.anchor) if layout.shows(i)]
+        places = self._unseen(store, nodes, shown, found, told)[:MOST_MEMORIES]
         newest = next(n for n in reversed(nodes) if n.shown == turn.fingerprint)
         reading = self._emotions(store, [newest])[0]
         memories = self._memories(store, nodes, scores, places, reading)
-        parts = [
-            best_excerpt(m.message.content, query.words, evidence.rarity,
-                         index.chunk_cosines(m.message.fingerprint, vector))
-            for m in memories
-        ]  # fmt: skip
-        memories = [replace(m, excerpt=part) for m, part in zip(memories, parts, strict=True)]
-        kept, left_out = self._select(store, index, nodes[layout.anchor :], memories, room)
+        memories = [in_part(m, index, query, evidence, vector) for m in memories]
+        kept, left_out = self._select(store, index, shown, memories, room)
         return Recalled(tuple(kept), tuple(left_out), degraded, query.words, evidence.rarity, vector)
 
     @staticmethod
     def _unseen(
-        store: ChatStore, nodes: Sequence[Node], anchor: int, places: Sequence[int], told: Collection[str]
+        store: ChatStore, nodes: Sequence[Node], shown: Sequence[Node], places: Sequence[int], told: Collection[str]
     ) -> list[int]:
         """Of those places, the ones whose texts neither the history nor the story shows, and that are not forgotten."""
-        visible = {n.fingerprint for n in nodes[anchor:]}
+        visible = {n.fingerprint for n in shown}
         marked = [store.tree.nodes[i] for i in store.tree.marked]
         silent = {n.id for n in marked if n.forgotten or (n.pinned and n.id in told)}
         return [i for i in places if nodes[i].fingerprint not in visible and nodes[i].id not in silent]
@@ -6304,7 +6570,13 @@ class PersonaMemory:
         return understand(turn.content, turn.name or "", index.speakers, index.now, before)
 
     def _turn_vectors(
-        self, store: ChatStore, index: MemoryIndex, nodes: Sequence[Node], turn: Turn, query: Query
+        self,
+        store: ChatStore,
+        index: MemoryIndex,
+        nodes: Sequence[Node],
+        turn: Turn,
+        query: Query,
+        patience: float,
     ) -> tuple[np.ndarray | None, str]:
         """The query's vector, computed together with the newest message's and a few that are missing; and what was
         missing."""
@@ -6322,7 +6594,7 @@ class PersonaMemory:
             wanted = list(firsts.values())
             if query.spoken not in wanted:
                 wanted.append(query.spoken)
-            vectors = self.embedder.encode(wanted, timeout=RECALL_SECONDS)
+            vectors = self.embedder.encode(wanted, timeout=patience)
             vector = vectors[wanted.index(query.spoken)] if self.embedder.reads(query.spoken) else None
             found = dict(zip(firsts, vectors, strict=False))
             index.add_vectors(found)
@@ -6387,31 +6659,19 @@ class PersonaMemory:
 
     # ----------------------------------------------------------------------------------------------------- the persona
 
-    def _block(
-        self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node], layout: Layout, story: Story,
-        recalled: Recalled, mood: Mood | None,
-    ) -> tuple[str, str]:  # fmt: skip
-        """What goes in front of the newest user message, and what of the persona that says again."""
-        block = "\n".join(filter(None, (memory_block(recalled.memories), self._guidance(request, layout, mood))))
-        room = layout.room - (count_tokens(block) + FRAME_MARGIN if block else 0)
-        far = layout.history_tokens + story.tokens >= PERSONA_FAR
-        piece = self._reminder(store, request, nodes, layout.pivot, recalled, far)
-        line = reminder_line(piece, room)
-        return "\n".join(filter(None, (block, line))), piece if line else ""
-
     def _reminder(
-        self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node], pivot: int | None, recalled: Recalled,
-        far: bool,
+        self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node], layout: Layout, story: Story,
+        recalled: Recalled,
     ) -> str:  # fmt: skip
-        """The piece of the persona that a turn is about, where the persona is `far` away. Never fails a turn."""
+        """The piece of the persona that a turn is about, where the persona is far away. Never fails a turn."""
         try:
             spoken = [m for m in request.persona if not (m.get("name") or "").startswith("example_")]
             pieces = persona_pieces("\n".join(text_of(m.get("content")) for m in spoken))
             vectors = self._persona_vectors(store, pieces)
-            if not far or pivot is None:
+            if layout.pivot is None or layout.history_tokens + story.tokens < PERSONA_FAR:
                 return ""
-            turn, index = request.turns[pivot], self._index(store, nodes)
-            self._embed_newest(store, nodes, turn)
+            turn, index = request.turns[layout.pivot], self._index(store, nodes)
+            self._embed_newest(store, nodes, turn, request.patience)
             now = recalled.vector if recalled.vector is not None else index.vector(turn.fingerprint)
             now = now if self.embedder.reads(turn.content) else None
             words = recalled.words or tuple(query_words(turn.content))
@@ -6447,6 +6707,70 @@ class PersonaMemory:
             for key in pieces:  # the next turn tries again
                 known.pop(key, None)
 
+    # ------------------------------------------------------------------------------------------------ other chats
+
+    def _carry_over(
+        self, store: ChatStore, request: ChatRequest, layout: Layout, memories: Sequence[Memory]
+    ) -> list[Memory]:
+        """Memories out of other chats with the same character, where the user wants them. Never fails a turn.
+
+        What the turn's own chat remembers goes first; no lock of it is held: two chats may recall from each other.
+        """
+        room = min(layout.room, layout.recalled) - sum(map(memory_cost, memories))
+        room = min(room, int(CARRIED_SHARE * layout.recalled)) - 2 * memory_frame_tokens() - GUIDANCE_TOKENS
+        try:
+            others = self._others_of(store.info.get("character"), store.id)
+            if not others or layout.pivot is None or room <= 0:
+                return []
+            turn = request.turns[layout.pivot]
+            found = [row for chat_id in others for row in self._found_in(chat_id, turn, request.patience)]
+            ranked = sorted(found, key=lambda row: -row[0].score)
+            needs, costs = [need(m.score, ranked[0][0].score) for m, _ in ranked], [memory_cost(m) for m, _ in ranked]
+            texts, vectors = [m.message.content for m, _ in ranked], [v for _, v in ranked]
+            chosen, _ = choose(needs, costs, lambda a, b: alike([texts[a], texts[b]], [vectors[a], vectors[b]]), room)
+            return [ranked[i][0] for i in chosen]
+        except Exception as error:
+            words = f"Nothing could be carried over: {type(error).__name__}: {error}"
+            log_event("carry_over_failed", words, level=logging.WARNING, trace=True, chat=store.id)
+            return []
+
+    def _others_of(self, character: str | None, chat_id: str) -> list[str]:
+        """The chats with a character that a chat may recall from; none unless the user has said so."""
+        if not character or not self.shelf.character(character).get("carry_over"):
+            return []
+        named = (line["chat_id"] for line in self.shelf.chats() if line["character"] == character)
+        return [other for other in named if other != chat_id][:CARRIED_CHATS]
+
+    def _found_in(self, chat_id: str, turn: Turn, patience: float) -> list[tuple[Memory, np.ndarray]]:
+        """What a chat's current branch remembers of a turn, with the memories' vectors."""
+        store = self.shelf.get(chat_id)
+        if store is None:
+            return []
+        with store.lock:
+            nodes = [store.tree.nodes[i] for i in store.tree.path(store.head)]
+            index = self._index(store, nodes)
+            query = understand(turn.content, turn.name or "", index.speakers, index.now)
+        vector = self._query_vector(query.spoken, patience)
+        with store.lock:
+            index = self._index(store, nodes)
+            evidence = index.evidence(query.words, vector)
+            scores = weigh(query, evidence)
+            found = worth_recalling(scores["score"], relevance_bar(turn.content, scores["score"], vector is None))
+            places = [i for i in found if not nodes[i].forgotten][:MOST_MEMORIES]
+            memories = self._memories(store, nodes, scores, places, read_emotion(turn.content))
+            memories = [replace(in_part(m, index, query, evidence, vector), chat=chat_id) for m in memories]
+            return list(zip(memories, index.vectors([m.message.fingerprint for m in memories]), strict=True))
+
+    def character(self, name: str) -> dict:
+        """What is set for a character, and how many chats there are with it."""
+        chats = sum(line["character"] == name for line in self.shelf.chats())
+        return {"character": name, "chats": chats, "carry_over": self.shelf.character(name).get("carry_over", False)}
+
+    def change_character(self, name: str, carry_over: bool) -> dict:
+        """Sets whether chats with a character recall from each other; returns what is set then."""
+        self.shelf.set_character(name, carry_over=carry_over)
+        return self.character(name)
+
     # -------------------------------------------------------------------------------------------------------- feelings
 
     def _mood_of_turn(self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node]) -> Mood | None:
@@ -6455,14 +6779,14 @@ class PersonaMemory:
             return None
         try:
             if not self._reads_elsewhere:
-                self._embed_newest(store, nodes, request.turns[request.newest_user])
+                self._embed_newest(store, nodes, request.turns[request.newest_user], request.patience)
             return self._mood(store, nodes)
         except Exception as error:
             words = f"The mood could not be read: {type(error).__name__}: {error}"
             log_event("emotion_failed", words, level=logging.WARNING, trace=True, chat=store.id)
             return None
 
-    def _embed_newest(self, store: ChatStore, nodes: Sequence[Node], turn: Turn) -> None:
+    def _embed_newest(self, store: ChatStore, nodes: Sequence[Node], turn: Turn, patience: float) -> None:
         """Sees to the newest user message's vector, where recall had no need of it yet."""
         index = self._index(store, nodes)
         if index.vector(turn.fingerprint) is not None:
@@ -6470,7 +6794,7 @@ class PersonaMemory:
         with contextlib.suppress(EmbedderUnavailable):  # the words alone are read then
             first, *more = chunks(turn.content)
             spoken = f"{turn.name}: {first}" if turn.name else first
-            found = {turn.fingerprint: self.embedder.encode([spoken], timeout=RECALL_SECONDS)[0]}
+            found = {turn.fingerprint: self.embedder.encode([spoken], timeout=patience)[0]}
             index.add_vectors(found)
             if more:  # a first chunk in the store means that all are there
                 self._embed_later(store, [n.id for n in nodes if n.fingerprint == turn.fingerprint])
@@ -6754,7 +7078,7 @@ class PersonaMemory:
             nodes = [store.tree.nodes[i] for i in store.tree.path(store.head)]
             index = self._index(store, nodes)
             query = understand(text, asker, index.speakers, index.now)
-        vector = self._query_vector(query.spoken) if self.embedder.reads(query.spoken) else None
+        vector = self._query_vector(query.spoken)
         with store.lock:
             index = self._index(store, nodes)
             scores = weigh(query, index.evidence(query.words, vector))
@@ -6768,9 +7092,9 @@ class PersonaMemory:
         needs, costs = [need(m.score, memories[0].score) for m in memories], list(map(memory_cost, memories))
         return [memories[i] for i in sorted(choose(needs, costs, twins, tokens, price=0.0)[0])]
 
-    def _query_vector(self, text: str) -> np.ndarray | None:
+    def _query_vector(self, text: str, timeout: float = SEARCH_SECONDS) -> np.ndarray | None:
         try:
-            return self.embedder.encode([text], timeout=SEARCH_SECONDS)[0]
+            return None if not self.embedder.reads(text) else self.embedder.encode([text], timeout=timeout)[0]
         except EmbedderUnavailable:
             return None
 
@@ -6849,7 +7173,8 @@ def reason_of(error: Exception) -> str:
 
 def shown_again(old: Message, new: Message) -> Message:
     """A stored message as the client shows it now, with what a user has made of it."""
-    new = replace(new, at=old.at, timestamp=old.timestamp, pinned=old.pinned, forgotten=old.forgotten)
+    timestamp = new.timestamp or old.timestamp
+    new = replace(new, at=old.at, timestamp=timestamp, pinned=old.pinned, forgotten=old.forgotten)
     return new if old.shown is None else edited(new, old.content)
 
 
@@ -6870,7 +7195,10 @@ def covers(summary: Summary, tree: Tree, message: str) -> bool:
 
 
 def place_transcript(store: ChatStore, request: ChatRequest) -> Alignment:
-    """Where a request's transcript hangs in a chat."""
+    """Where a request's transcript hangs in a chat; a complete one begins where the chat begins."""
+    if request.identity.complete:
+        kept = walk(store.tree, ROOT, [t.digest for t in request.turns])
+        return Alignment(ROOT, kept, tuple(range(len(kept))), count_users(store.tree, kept))
     place = align_floating if request.floating else align
     return place(store.tree, [t.digest for t in request.turns], store.head)
 
@@ -6886,13 +7214,73 @@ def append_to(store: ChatStore, request: ChatRequest) -> Alignment | None:
     The reply that the client had to its last message is then part of the chat. The same message again, when no whole
     reply has reached the client, is the same turn again.
     """
-    if len(request.turns) != 1 or request.turns[0].role != "user" or store.info.get("shows_history") or not store.head:
+    shows_history = request.identity.given or store.info.get("shows_history")
+    if len(request.turns) != 1 or request.turns[0].role != "user" or shows_history or not store.head:
         return None
     head, replies = store.tree.nodes[store.head], store.tree.replies.get(store.head) or []
     answered = bool(replies) and store.tree.nodes[replies[-1]].complete
     if head.digest == request.turns[0].digest and not answered:
         return Alignment(head.parent, (head.id,))
     return Alignment(replies[-1] if replies else store.head)
+
+
+def parse_injection(body: Any) -> tuple[ChatRequest, int]:
+    """What a client shows that wants an injection, as a request, and the tokens that its prompt may take (0: it does
+    not say); raises `InvalidRequest` naming the field that is wrong."""
+    if not isinstance(body, dict):
+        raise InvalidRequest("The request must be a JSON object.")
+    identity = read_identity(body)
+    if identity.chat_id in ABSENT_IDS:
+        raise InvalidRequest("chat_id must say which chat this is.", "chat_id")
+    window = body.get("context_tokens")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise InvalidRequest("context_tokens must be a whole number, 1 or more.", "context_tokens")
+    persona = text_of_field(body, "persona")
+    turns, tail = parse_shown(body.get("messages"))
+    leading = ({"role": "system", "content": persona},) if persona.strip() else ()
+    return ChatRequest(body, leading, turns, tail, False, identity, INJECTION_SECONDS), window or 0
+
+
+def text_of_field(body: Mapping, name: str) -> str:
+    """A field that holds text, empty where it is not there; raises `InvalidRequest`."""
+    if not isinstance(body.get(name), str | None):
+        raise InvalidRequest(f"{name} must be a string.", name)
+    return body.get(name) or ""
+
+
+def parse_shown(messages: Any) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
+    """The turns of the messages that a client shows or hides, and what stands behind the last; raises
+    `InvalidRequest`."""
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("messages must be a list with at least one message.", "messages")
+    plain, more = [], {}
+    for place, message in enumerate(messages):
+        where = f"messages[{place}]"
+        check_message(message, where)
+        if not isinstance(message.get("hidden"), bool | None):
+            raise InvalidRequest(f"{where}.hidden must be true or false.", f"{where}.hidden")
+        timestamp = parse_timestamp(message.get("timestamp"), f"{where}.timestamp")
+        hidden = bool(message.get("hidden"))
+        if hidden and message["role"] not in CHAT_ROLES:
+            continue
+        kept = {k: message[k] for k in ("role", "name", "content") if message.get(k) is not None}
+        plain.append(kept)
+        more[id(kept)] = {"timestamp": timestamp, "hidden": hidden}
+    turns, tail = split_turns(plain)
+    return tuple(replace(t, **more[id(t.raw)]) for t in turns), tail
+
+
+def injection(chat_id: str, texts: Sequence[tuple[str, str, int, int]] = ()) -> dict:
+    """The answer to a client that injects: of those (name, text, position, depth) what has a text.
+
+    Position 0 is behind the client's main prompt, 1 in the chat, `depth` messages from its end (SillyTavern's numbers).
+    """
+    rows = [
+        {"key": f"persona_memory_{name}", "text": text, "position": position, "depth": depth, "role": "system"}
+        for name, text, position, depth in texts
+        if text
+    ]
+    return {"chat_id": chat_id, "injections": rows, "recalled": [], "emotion": None, "report": {"degraded": ""}}
 
 
 def parse_appended(messages: Any) -> list[tuple[Turn, str | None]]:
@@ -6918,6 +7306,502 @@ def parse_timestamp(text: Any, where: str) -> str | None:
     except (TypeError, ValueError):
         raise InvalidRequest(f"{where} must be a date and time in ISO 8601.", where) from None
     return text
+
+
+# ======================================================================================================================
+# Assets
+# ======================================================================================================================
+
+EXTENSION = "persona_memory"  # its folder, and its name in SillyTavern
+EXTENSION_ADDRESS = "http://127.0.0.1:5100"  # the server that its script looks for by default
+EXTENSION_MANIFEST = {
+    "display_name": "Persona Memory",
+    "loading_order": 120,  # after Vector Storage, which rearranges the chat
+    "requires": [],
+    "optional": [],
+    "generate_interceptor": "personaMemoryInterceptor",
+    "js": "index.js",
+    "author": "persona_memory",
+    "version": __version__,
+    "auto_update": False,
+}
+EXTENSION_SCRIPT = r"""
+// persona_memory for SillyTavern. Two ways in, one memory behind both:
+//
+// - A chat that goes through the persona_memory proxy: each request says which chat it belongs to (`identify`).
+// - A chat with any other API: before each reply the server is asked what to remember, and that is placed in the
+//   prompt (`remember`).
+//
+// Only SillyTavern.getContext() is relied on; what a version of SillyTavern lacks costs its feature, never the chat.
+// Texts of messages go into the page as text, never as HTML.
+
+const NAME = 'persona_memory';
+const API = '/api/persona_memory';
+const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1 };
+const PATIENCE_MS = 2000; // what a reply may be held up for
+const KINDS = ['normal', 'swipe', 'regenerate', 'continue', 'impersonate', 'quiet'];
+const IN_CHAT = 1; // SillyTavern's number for prompts that stand at a depth in the chat
+const ROLES = { system: 0, user: 1, assistant: 2 };
+const LOOPBACK = ['127.0.0.1', 'localhost', '[::1]'];
+const REVERSIBLE = ['openai', 'claude', 'mistralai', 'makersuite', 'vertexai', 'deepseek', 'xai'];
+const MOST_SHOWN = 8; // memories listed in the panel
+const LONGEST_SHOWN = 240; // characters of each
+
+const state = {
+    kind: null, // of the generation that has begun and not yet sent its request
+    away: false, // whether the user has been told that the server does not answer
+    proxy: false, // whether the server is one through which chats may go
+    proxied: '', // the id of the chat whose last request went through it
+    placed: new Set(), // keys of the prompts that were placed
+};
+
+const client = () => globalThis.SillyTavern.getContext();
+
+/** The extension's own settings, as SillyTavern keeps them. */
+function settings() {
+    const all = client().extensionSettings;
+    all[NAME] ??= {};
+    for (const [name, value] of Object.entries(DEFAULTS)) all[NAME][name] ??= value;
+    return all[NAME];
+}
+
+// ------------------------------------------------------------------------------------------------------ the server
+
+/** What the server answers instead of what it was asked for. */
+class Refusal extends Error {}
+
+/** JSON of the server; throws an Error with words for the user. Never waits longer than PATIENCE_MS. */
+async function call(path, body, method = body ? 'POST' : 'GET') {
+    const { server, key } = settings();
+    const patience = new AbortController();
+    const timer = setTimeout(() => patience.abort(), PATIENCE_MS);
+    const headers = body ? { 'Content-Type': 'application/json' } : {};
+    if (key) headers.Authorization = `Bearer ${key}`;
+    try {
+        const response = await fetch(server.replace(/\/+$/, '') + path, {
+            method, headers, body: body && JSON.stringify(body), signal: patience.signal, cache: 'no-store',
+        });
+        const answer = await response.json();
+        if (!response.ok) throw new Refusal(answer?.error?.message ?? `status ${response.status}`);
+        return answer;
+    } catch (error) {
+        if (error instanceof Refusal) throw error;
+        throw new Error(patience.signal.aborted ? 'no answer in time' : 'no answer', { cause: error });
+    } finally {
+        clearTimeout(timer);
+    }
+}
+
+/** Says once that the server is away, and then not again before it was back. */
+function serverFailed(error) {
+    showStatus(false, `${settings().server}: ${error.message}`);
+    if (state.away) return;
+    state.away = true;
+    globalThis.toastr?.warning(`The chat goes on without memories (${settings().server}: ${error.message}).`, NAME);
+}
+
+function serverAnswered() {
+    state.away = false;
+}
+
+/** Host and port of an address, in which all names of this machine are one; null where it is no address. */
+function placeOf(address) {
+    try {
+        const url = new URL(address);
+        const host = LOOPBACK.includes(url.hostname) ? LOOPBACK[0] : url.hostname;
+        return { host, port: url.port || (url.protocol === 'https:' ? '443' : '80') };
+    } catch {
+        return null;
+    }
+}
+
+/**
+ * Whether an address is that of the persona_memory proxy. SillyTavern's server may know this machine by another name
+ * than the browser does (a container's, for one), so the port decides where the server says that it is a proxy.
+ */
+function isProxy(address) {
+    const there = placeOf(address), ours = placeOf(settings().server);
+    return Boolean(there && ours && there.port === ours.port && (there.host === ours.host || state.proxy));
+}
+
+/** The address that the chat's requests go to, as far as the user can choose it; empty for all other APIs. */
+async function modelAddress() {
+    const context = client();
+    if (context.mainApi !== 'openai') return '';
+    const chosen = context.chatCompletionSettings ?? (await olderSettings());
+    if (chosen?.chat_completion_source === 'custom') return chosen.custom_url;
+    return REVERSIBLE.includes(chosen?.chat_completion_source) ? chosen.reverse_proxy : '';
+}
+
+/** SillyTavern before 1.12.8 does not give the connection's settings in its context. */
+function olderSettings() {
+    return import('../../../openai.js').then((module) => module.oai_settings, () => null);
+}
+
+// -------------------------------------------------------------------------------------------------------- the chat
+
+/**
+ * Who the open chat is: `{id, parent, file, main, group}`, null where none is open.
+ *
+ * A chat's file name is unique for one character only and changes when it is renamed, so an id of our own is kept in
+ * the chat's metadata. SillyTavern copies those into branches and checkpoints; there `main_chat` names another chat
+ * than when the id was made, and the copy gets an id of its own with the old one as its parent.
+ */
+function identity() {
+    const context = client();
+    const file = context.getCurrentChatId?.() ?? context.chatId;
+    if (!file) return null;
+    const main = context.chatMetadata.main_chat ?? '';
+    const group = Boolean(context.groupId);
+    const known = context.chatMetadata[NAME];
+    if (known?.id && known.main === main && known.group === group) {
+        if (known.file !== file) keep({ ...known, file }); // renamed
+        return context.chatMetadata[NAME];
+    }
+    return keep({ id: `st-${randomHex()}`, parent: known?.id ?? '', file, main, group });
+}
+
+/** Puts an identity into the chat's metadata and has them saved. Never changes the old one: a branch may share it. */
+function keep(who) {
+    const context = client();
+    context.chatMetadata[NAME] = who;
+    Promise.resolve(context.saveMetadata?.()).catch((error) => console.warn(`${NAME}: metadata not saved`, error));
+    return who;
+}
+
+function randomHex() {
+    return Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, '0')).join('');
+}
+
+/** SillyTavern's type of a generation in the server's words. */
+function kindOf(type) {
+    return KINDS.includes(type) ? type : 'normal';
+}
+
+/** The chat as it is shown, without the reply that a swipe replaces; hidden messages say that they are. */
+function shownMessages(kind) {
+    const shown = client().chat.slice();
+    if (kind === 'swipe' && shown.length && !shown.at(-1).is_user) shown.pop();
+    return shown.filter(isOfTheChat).map(shownMessage);
+}
+
+/** Not SillyTavern's own notices (a group's beginning, help, comments), which have a type. */
+function isOfTheChat(message) {
+    return Boolean(message.mes?.trim()) && !(message.is_system && message.extra?.type);
+}
+
+function shownMessage(message) {
+    const narrator = message.extra?.type === 'narrator';
+    const role = narrator ? 'system' : message.is_user ? 'user' : 'assistant';
+    const date = client().timestampToMoment?.(message.send_date);
+    return {
+        role,
+        name: narrator ? undefined : message.name,
+        content: message.mes,
+        timestamp: date?.isValid() ? date.format() : undefined,
+        hidden: message.is_system || undefined,
+    };
+}
+
+/** What stands in the prompt before the chat, so that the server knows how much of the chat still fits. */
+function personaText() {
+    return client().substituteParams?.('{{description}}\n{{personality}}\n{{scenario}}\n{{persona}}') ?? '';
+}
+
+// ------------------------------------------------------------------------------------------- beside another API
+
+/** Places prompts, and takes back those placed before. */
+function place(injections) {
+    const { setExtensionPrompt } = client();
+    for (const key of state.placed) setExtensionPrompt(key, '', IN_CHAT, 0);
+    state.placed.clear();
+    for (const { key, text, position, depth, role } of injections) {
+        const inChat = position === IN_CHAT;
+        const at = inChat ? Math.max(0, depth + Number(settings().depth) - 1) : 0;
+        // SillyTavern fills in macros here; what a message says in braces is no macro.
+        setExtensionPrompt(key, text.replaceAll('{{', '{ {'), position, at, false, ROLES[role] ?? ROLES.system);
+        state.placed.add(key);
+    }
+}
+
+/** SillyTavern calls this before it makes a prompt, and waits for it. */
+async function remember(_chat, contextSize, _abort, type) {
+    place([]);
+    if (!settings().enabled || isProxy(await modelAddress())) return;
+    const who = identity();
+    const messages = shownMessages(type ? kindOf(type) : state.kind);
+    if (!who || !messages.some((message) => message.role !== 'system')) return;
+    const { name2: character } = client();
+    const request = {
+        chat_id: who.id, parent_chat_id: who.parent || undefined, character, messages, complete: true,
+        persona: personaText(), context_tokens: Math.floor(contextSize) || undefined,
+    };
+    try {
+        const answer = await call(`${API}/inject`, request);
+        serverAnswered();
+        if (identity()?.id !== who.id) return; // another chat was opened meanwhile
+        place(answer.injections);
+        showStatus(true, `Connected; ${answer.report.degraded || 'memories are placed in the prompt'}.`);
+        showRecalled(answer.recalled, answer.emotion);
+    } catch (error) {
+        serverFailed(error);
+    }
+}
+
+globalThis.personaMemoryInterceptor = (...given) => remember(...given).catch((error) => console.error(NAME, error));
+
+// --------------------------------------------------------------------------------------------- through the proxy
+
+/** Notes the kind of the generation that begins; prompts that are only counted say so. */
+function onGenerationStarted(type, _options, dryRun) {
+    if (!dryRun) state.kind = kindOf(type);
+}
+
+/**
+ * Adds to a request that is about to be posted which chat it belongs to. Extensions also send prompts of their own, at
+ * any time; those have no generation that has begun.
+ */
+function identify(request) {
+    const kind = KINDS.includes(request.type) ? request.type : state.kind ?? 'quiet';
+    state.kind = null;
+    state.proxied = '';
+    if (!settings().enabled || request.chat_completion_source !== 'custom' || !isProxy(request.custom_url)) return;
+    const who = identity();
+    if (!who) return;
+    const said = { chat_id: who.id, parent_chat_id: who.parent || undefined, character: client().name2, kind };
+    request.custom_include_body = withField(request.custom_include_body ?? '', NAME, said);
+    state.proxied = who.id;
+}
+
+/**
+ * The user's "include body", which is YAML (a mapping or a list of mappings), with one more field. JSON is YAML, and
+ * what the user wrote stays as it is.
+ */
+function withField(yaml, name, value) {
+    const json = JSON.stringify(value);
+    const first = /^([ \t]*)([^\s#].*)$/m.exec(yaml.replace(/^---.*$/m, ''));
+    if (!first) return `${JSON.stringify(name)}: ${json}`;
+    const [, indent, line] = first;
+    if (line.startsWith('{')) return `[${yaml.trim()}, {${JSON.stringify(name)}: ${json}}]`;
+    if (line.startsWith('[')) return yaml.replace(/\s*\]\s*$/, `, {${JSON.stringify(name)}: ${json}}]`);
+    const item = /^-\s/.test(line) ? '- ' : '';
+    return `${yaml.replace(/\s+$/, '')}\n${indent}${item}${name}: ${json}`;
+}
+
+/** What the proxy recalled for the reply that has just ended, with the words that its report leaves out. */
+async function showProxied() {
+    const id = state.proxied;
+    if (!id) return;
+    try {
+        const chat = await call(chatPath(id));
+        const rows = (chat.last_prompt?.recalled ?? []).slice(0, MOST_SHOWN);
+        const found = await Promise.all(rows.map(withWords));
+        if (identity()?.id !== id) return;
+        serverAnswered();
+        showStatus(true, 'Connected; chats go through the proxy.');
+        showRecalled(found, chat.mood);
+    } catch (error) {
+        showStatus(false, `${settings().server}: ${error.message}`);
+    }
+}
+
+/** A row of a report with the message's words; a memory that was carried over is another chat's. */
+async function withWords(row) {
+    const page = await call(`${chatPath(row.chat_id ?? state.proxied)}/messages?offset=${row.index}&limit=1`);
+    return { ...row, content: page.messages[0]?.id === row.id ? page.messages[0].content : '...' };
+}
+
+function chatPath(id) {
+    return `${API}/chats/${encodeURIComponent(id)}`;
+}
+
+// ------------------------------------------------------------------------------------------------------- the panel
+
+const parts = {}; // the panel's elements that change
+
+/** A new element with properties and children; strings among those become text. */
+function element(tag, properties = {}, ...children) {
+    const made = Object.assign(document.createElement(tag), properties);
+    made.append(...children);
+    return made;
+}
+
+function buildPanel() {
+    const root = document.querySelector('#extensions_settings2') ?? document.querySelector('#extensions_settings');
+    if (!root || document.getElementById(`${NAME}_settings`)) return;
+    parts.dot = element('i', { className: 'fa-solid fa-circle' });
+    parts.status = element('span', { textContent: 'Looking for the server ...' });
+    parts.mood = element('span');
+    parts.recalled = element('ol', { className: `${NAME}_recalled` });
+    parts.carry = element('input', { type: 'checkbox', disabled: true, onchange: onCarryOver });
+    parts.carryFor = element('span');
+    parts.link = element('a', { className: 'menu_button menu_button_icon', target: '_blank', rel: 'noopener' },
+        element('i', { className: 'fa-solid fa-book-open' }), element('span', { textContent: 'Open the memory page' }));
+    const content = element('div', { className: 'inline-drawer-content' },
+        element('div', { className: `${NAME}_status` }, parts.dot, parts.status),
+        checkbox('enabled', 'Remember my chats'),
+        field('server', 'Server', { type: 'url', placeholder: DEFAULTS.server, spellcheck: false }),
+        field('key', 'Key', { type: 'password', placeholder: 'where the server asks for one', autocomplete: 'off' }),
+        field('depth', 'Memories stand', { type: 'number', min: 0, max: 100 }, 'messages before the end'),
+        element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor),
+        element('hr'),
+        element('div', {}, element('b', { textContent: 'For the last reply' })),
+        parts.mood, parts.recalled, parts.link);
+    const header = element('div', { className: 'inline-drawer-toggle inline-drawer-header', onclick: lookAtServer },
+        element('b', { textContent: 'Persona Memory' }),
+        element('div', { className: 'inline-drawer-icon fa-solid fa-circle-chevron-down down' }));
+    root.append(element('div', { id: `${NAME}_settings` }, element('style', { textContent: STYLE }),
+        element('div', { className: 'inline-drawer' }, header, content)));
+    showRecalled([], null);
+    showChat();
+}
+
+const STYLE = `
+#persona_memory_settings label { margin: 4px 0; }
+#persona_memory_settings .persona_memory_row { display: flex; align-items: center; gap: 8px; margin: 4px 0; }
+#persona_memory_settings .persona_memory_row > span:first-child { flex: 0 0 7.5em; }
+#persona_memory_settings .persona_memory_row input { flex: 1 1 auto; min-width: 0; margin: 0; }
+#persona_memory_settings .persona_memory_row input[type="number"] { flex: 0 0 5em; }
+#persona_memory_settings .persona_memory_status { display: flex; align-items: baseline; gap: 8px; margin: 4px 0 8px; }
+#persona_memory_settings .persona_memory_status i { font-size: 0.7em; opacity: 0.8; }
+#persona_memory_settings .persona_memory_status.good i { color: #4caf50; }
+#persona_memory_settings .persona_memory_status.bad i { color: #e57373; }
+#persona_memory_settings .persona_memory_recalled { margin: 4px 0 10px; padding-left: 2em; font-size: 0.9em; }
+#persona_memory_settings .persona_memory_recalled:empty { display: none; }
+#persona_memory_settings .persona_memory_recalled li { margin: 3px 0; overflow-wrap: anywhere; }
+#persona_memory_settings a.menu_button { width: fit-content; text-decoration: none; }
+`;
+
+/** A row with a setting that is typed in. */
+function field(name, label, properties, after = '') {
+    const input = element('input', { className: 'text_pole', value: settings()[name], ...properties });
+    const given = () => (properties.type === 'number' ? Math.max(0, Number(input.value) || 0) : input.value.trim());
+    input.onchange = () => change(name, given());
+    return element('label', { className: `${NAME}_row` }, element('span', { textContent: label }), input, after);
+}
+
+/** A row with a setting that is on or off. */
+function checkbox(name, label) {
+    const input = element('input', { type: 'checkbox', checked: settings()[name] });
+    input.onchange = () => change(name, input.checked);
+    return element('label', { className: 'checkbox_label' }, input, element('span', { textContent: label }));
+}
+
+function change(name, value) {
+    settings()[name] = value;
+    client().saveSettingsDebounced();
+    place([]);
+    showChat();
+    lookAtServer();
+}
+
+/** Whether the server answers, takes the key, and what it remembers across this character's chats. */
+async function lookAtServer() {
+    if (!settings().enabled) return showStatus(null, 'Off.');
+    try {
+        const health = await call('/health'); // never needs the key; the next call does
+        state.proxy = Boolean(health.proxy);
+        await call('/api/modules');
+        serverAnswered();
+        const proxied = isProxy(await modelAddress());
+        const way = proxied ? 'chats go through the proxy' : 'memories are placed in the prompt';
+        showStatus(true, `${health.status === 'loading' ? 'Connected, still loading' : 'Connected'}; ${way}.`);
+        await showCarryOver();
+    } catch (error) {
+        showStatus(false, `${settings().server}: ${error.message}`);
+    }
+}
+
+/** Good, bad or (null) neither. */
+function showStatus(good, text) {
+    if (!parts.status) return;
+    parts.status.textContent = text;
+    parts.status.parentElement.className = `${NAME}_status ${good === null ? '' : good ? 'good' : 'bad'}`;
+}
+
+function showRecalled(memories, emotion) {
+    if (!parts.recalled) return;
+    const felt = emotion ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'nothing in particular';
+    parts.mood.textContent = `Your mood: ${felt}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
+    const rows = memories.slice(0, MOST_SHOWN).map(({ index, name, role, content, chat_id: elsewhere }) => {
+        const text = content.length > LONGEST_SHOWN ? `${content.slice(0, LONGEST_SHOWN)} ...` : content;
+        const where = elsewhere ? 'In another chat, ' : '';
+        return element('li', { value: index + 1, textContent: `${where}${name ?? role}: ${text}` });
+    });
+    parts.recalled.replaceChildren(...rows);
+}
+
+/** What the panel says of the open chat; a chat that has no id yet gets none by being looked at. */
+function showChat() {
+    if (!parts.link) return;
+    const id = client().chatMetadata?.[NAME]?.id;
+    parts.link.href = settings().server.replace(/\/+$/, '') + (id ? `/#/chat/${encodeURIComponent(id)}` : '/#/');
+}
+
+function carrier() {
+    const { groupId, characterId, characters } = client();
+    return groupId || characterId === undefined ? '' : characters[characterId]?.name ?? '';
+}
+
+/** Whether memories of this character's other chats count here: the server's word, for the character as a whole. */
+async function showCarryOver() {
+    const name = carrier();
+    parts.carryFor.textContent = `Carry over what ${name || 'a character'} remembers into new chats`;
+    parts.carry.disabled = true;
+    parts.carry.checked = false;
+    if (!name) return;
+    const answer = await call(`${API}/characters/${encodeURIComponent(name)}`).catch(() => null);
+    if (!answer || carrier() !== name) return;
+    parts.carry.checked = Boolean(answer.carry_over);
+    parts.carry.disabled = false;
+}
+
+async function onCarryOver() {
+    const path = `${API}/characters/${encodeURIComponent(carrier())}`;
+    await call(path, { carry_over: parts.carry.checked }, 'PATCH').catch(serverFailed);
+    await showCarryOver();
+}
+
+// ------------------------------------------------------------------------------------------------------- beginning
+
+function onChatChanged() {
+    place([]);
+    state.proxied = '';
+    showRecalled([], null);
+    showChat();
+    lookAtServer();
+}
+
+function start() {
+    const { eventSource, eventTypes = client().event_types } = client();
+    const listen = (name, listener) => eventTypes[name] && eventSource.on(eventTypes[name], listener);
+    listen('GENERATION_STARTED', onGenerationStarted);
+    listen('CHAT_COMPLETION_SETTINGS_READY', identify);
+    listen('GENERATION_ENDED', () => { showChat(); showProxied(); });
+    listen('CHAT_CHANGED', onChatChanged);
+    buildPanel();
+    lookAtServer();
+}
+
+start();
+"""
+
+
+def extension_files(address: str) -> dict[str, bytes]:
+    """The SillyTavern extension's files by name, for a server at that address."""
+    return {
+        "manifest.json": (json.dumps(EXTENSION_MANIFEST, indent=4) + "\n").encode(),
+        "index.js": EXTENSION_SCRIPT.lstrip().replace(EXTENSION_ADDRESS, address).encode(),
+    }
+
+
+def extension_archive(address: str) -> bytes:
+    """The extension as a zip file that holds its folder; the same bytes whenever it is made."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in extension_files(address).items():
+            archive.writestr(zipfile.ZipInfo(f"{EXTENSION}/{name}"), content)
+    return packed.getvalue()
 
 
 # ======================================================================================================================
@@ -6965,10 +7849,10 @@ def client_call() -> Call:
 def explicit_chat_id(headers: Mapping[str, str], body: Any) -> str:
     """The id that a request gives its chat; empty where it gives none, or a template's placeholder."""
     body = body if isinstance(body, dict) else {}
-    metadata = body.get("metadata")
+    ours, metadata = (body.get(k) if isinstance(body.get(k), dict) else {} for k in ("persona_memory", "metadata"))
     given = (
-        urllib.parse.unquote(headers.get("X-Chat-Id", "")), body.get("chat_id"),
-        metadata.get("chat_id") if isinstance(metadata, dict) else None, body.get("user"),
+        urllib.parse.unquote(headers.get("X-Chat-Id", "")), ours.get("chat_id"), body.get("chat_id"),
+        metadata.get("chat_id"), body.get("user"),
     )  # fmt: skip
     named = (str(v).strip() for v in given if isinstance(v, str | int) and not isinstance(v, bool))
     return next((v for v in named if v not in ABSENT_IDS and "{{" not in v), "")
@@ -7179,6 +8063,12 @@ def number_argument(name: str, default: int) -> int:
     return int(text)
 
 
+@api.post("/inject")
+def inject() -> dict:
+    """What a client that asks its model itself should add to its prompt."""
+    return engine().inject(request_json())
+
+
 @api.get("/chats")
 def chats_list() -> flask.Response:
     """A line for every chat."""
@@ -7295,6 +8185,18 @@ def summary_change(chat: str, summary: str) -> dict:
     return engine().change_summary(chat, summary, text)
 
 
+@api.get("/characters/<chat:character>")
+def character_one(character: str) -> dict:
+    """What is set for a character."""
+    return engine().character(character)
+
+
+@api.patch("/characters/<chat:character>")
+def character_change(character: str) -> dict:
+    """Sets whether chats with a character recall from each other."""
+    return engine().change_character(character, flag_field(request_json(), "carry_over"))
+
+
 @api.get("/chats/<chat:chat>/prompts")
 def chat_prompts(chat: str) -> dict:
     """The reports of the chat's last prompts."""
@@ -7344,6 +8246,13 @@ def health() -> dict:
 def show_metrics() -> flask.Response:
     """Figures for Prometheus."""
     return flask.Response(engine().metrics.text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+
+def extension_download() -> flask.Response:
+    """The SillyTavern extension, made for the address that it is asked for at."""
+    packed = extension_archive(flask.request.host_url.rstrip("/"))
+    headers = {"Content-Disposition": 'attachment; filename="persona_memory_extension.zip"'}
+    return flask.Response(packed, mimetype="application/zip", headers=headers)
 
 
 def check_access() -> None:
@@ -7441,6 +8350,7 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.register_error_handler(Exception, show_error)
     app.add_url_rule("/health", view_func=health)
     app.add_url_rule("/metrics", view_func=show_metrics)
+    app.add_url_rule("/extension.zip", view_func=extension_download)
     app.register_blueprint(api)
     app.register_blueprint(extras)
     if settings.proxy:
@@ -7495,7 +8405,7 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: 
     known |= environ
     named = {f.name: known.get(variable_of(f.name)) for f in fields(Settings)}
     values = {name: parse_setting(name, text) for name, text in named.items() if text}
-    given = vars(argument_parser().parse_args(argv))
+    given = {k: v for k, v in vars(argument_parser().parse_args(argv)).items() if k not in ACTIONS}
     values |= {k: v if isinstance(v, bool) else parse_setting(k, v) for k, v in given.items() if v is not None}
     gemini_key = next((known[k] for k in GEMINI_KEY_VARIABLES if known.get(k)), "")
     values["upstream"] = values.get("upstream") or ("gemini" if gemini_key else "local")
@@ -7525,6 +8435,105 @@ def checked(settings: Settings) -> Settings:
     return settings
 
 
+@dataclass(frozen=True)
+class Action:
+    """Something that the program does instead of serving: what its argument is, its help, and what runs it and
+    returns a sentence for the user."""
+
+    argument: str
+    help: str
+    run: Callable[[Settings, str], str]
+
+
+def extension_homes(root: Path) -> list[Path]:
+    """Where the extension goes in a SillyTavern: to each of its users, or to all in versions that know none.
+
+    Raises `SettingsError` where the folder is no SillyTavern.
+    """
+    package = read_json_file(root / "package.json")
+    if package.get("name") != "sillytavern" or not (root / "public" / "scripts").is_dir():
+        raise SettingsError(
+            f"{root} is no SillyTavern: name the folder that holds its package.json, its server.js and its public/."
+        )
+    data = data_root(root)
+    users = [f for f in sorted(data.iterdir()) if f.name[0] not in "._" and f.is_dir()] if data.is_dir() else []
+    users = [f for f in users if (f / "settings.json").exists() or (f / "characters").is_dir()]
+    version = tuple(map(int, re.findall(r"\d+", str(package.get("version")))[:2]))
+    if users or version >= (1, 12):  # which make the user "default-user" when they are first started
+        return [user / "extensions" / EXTENSION for user in users or [data / "default-user"]]
+    return [root / "public" / "scripts" / "extensions" / "third-party" / EXTENSION]
+
+
+def data_root(root: Path) -> Path:
+    """The folder of a SillyTavern's users, as its configuration names it."""
+    with contextlib.suppress(OSError, UnicodeError):
+        named = re.search(r"^dataRoot:\s*[\"']?([^\"'#\n]+)", (root / "config.yaml").read_text("utf-8"), re.MULTILINE)
+        if named:
+            return root / named[1].strip()
+    return root / "data"
+
+
+def read_json_file(path: Path) -> dict:
+    """The JSON object in a file; empty where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text("utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def is_ours(home: Path) -> bool:
+    """Whether a folder holds our extension."""
+    return read_json_file(home / "manifest.json").get("generate_interceptor") == "personaMemoryInterceptor"
+
+
+def install_extension(settings: Settings, folder: str) -> str:
+    """Writes the extension's files into a SillyTavern, over an older version of them; raises `SettingsError`."""
+    address = f"http://{settings.host}:{settings.port}"
+    homes = extension_homes(Path(folder))
+    for home in homes:
+        if home.is_symlink() or (home.exists() and any(home.iterdir()) and not is_ours(home)):
+            raise SettingsError(f"{home} holds something else; nothing was installed there.")
+        home.mkdir(parents=True, exist_ok=True)
+        for name, content in extension_files(address).items():
+            (home / name).write_bytes(content)
+    places = "\n".join(f"  {home}" for home in homes)
+    return f"The extension for {address} is in\n{places}\nReload SillyTavern's page to use it."
+
+
+def uninstall_extension(_: Settings, folder: str) -> str:
+    """Removes the extension's files from a SillyTavern, and nothing else; raises `SettingsError`."""
+    gone = [home for home in extension_homes(Path(folder)) if not home.is_symlink() and is_ours(home)]
+    for home in gone:
+        for name in extension_files(""):
+            (home / name).unlink(missing_ok=True)
+        if not any(home.iterdir()):
+            home.rmdir()
+    if not gone:
+        return f"The extension is not in {folder}."
+    return "\n".join(["The extension was removed from", *(f"  {home}" for home in gone)])
+
+
+ACTIONS = {
+    "install_extension": Action(
+        "DIR", "put the SillyTavern extension into the SillyTavern in that folder", install_extension
+    ),
+    "uninstall_extension": Action("DIR", "take the SillyTavern extension out of it again", uninstall_extension),
+}
+
+
+def act(settings: Settings, argv: Sequence[str]) -> bool:
+    """Does what the command line asks for instead of serving; returns whether there was anything. Raises
+    `SettingsError`."""
+    given = vars(argument_parser().parse_args(argv))
+    wanted = [(action, given[name]) for name, action in ACTIONS.items() if given[name] is not None]
+    for action, value in wanted:
+        try:
+            print(action.run(settings, value))
+        except OSError as error:
+            raise SettingsError(f"That did not work: {error}.") from error
+    return bool(wanted)
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """The command line's parser, made from the fields of `Settings`."""
     parser = argparse.ArgumentParser(
@@ -7538,6 +8547,8 @@ def argument_parser() -> argparse.ArgumentParser:
         text = text.replace("`", "").replace("%", "%%")
         action = {"action": "store_true"} if f.type == "bool" else {"metavar": f.name.upper().rpartition("_")[2]}
         parser.add_argument(flag_of(f.name), default=None, help=text, **action)
+    for name, action in ACTIONS.items():
+        parser.add_argument(flag_of(name), metavar=action.argument, help=f"{action.help}, and end")
     return parser
 
 
@@ -7569,9 +8580,12 @@ def set_up_log(settings: Settings) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server until it is interrupted; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        settings = load_settings(sys.argv[1:] if argv is None else argv, os.environ, HERE / ".env")
+        settings = load_settings(argv, os.environ, HERE / ".env")
         set_up_log(settings)
+        if act(settings, argv):
+            return 0
         server = create_server(settings, patience=START_PATIENCE)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)

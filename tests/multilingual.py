@@ -1,8 +1,8 @@
 """A multilingual embedder for tests and benchmarks: a sentence-transformers folder, as `--embedder` takes it.
 
 A static model as model2vec makes them (Minish Lab 2024): a vector per word piece, averaged. The pieces and their
-vectors are those of Google's multilingual universal sentence encoder (Yang et al. 2019), which a package carries; only pieces
-that given texts hold are taken, so that it is made in seconds.
+vectors are those of Google's multilingual universal sentence encoder (Yang et al. 2019), which a package carries. Only
+pieces that given texts hold are taken, so that it is made in seconds.
 
     python tests/multilingual.py FOLDER        a folder for tests/bench/recall.py --parts written --embedder FOLDER
 """

@@ -375,7 +375,7 @@ def show_speed(count: int) -> None:
         topics = " ".join(dice.choice(vocabulary[50:], 6, p=often[50:] / often[50:].sum()))  # the first are stop words
         query = pm.understand(f"When did Ann say {topics}?", "Bo", index.speakers, index.now)
         scores = pm.weigh(query, index.evidence(query.words, vectors[0]))["score"]
-        pm.worth_recalling(scores, pm.RELEVANT)
+        pm.worth_recalling(scores, pm.relevance_bar("When?", scores))
         asking.append(time.perf_counter() - start)
     for label, times in (("a turn's recall", asking), ("adding a message", adding)):
         ms = 1000 * np.array(times)
