@@ -13,6 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from chats import LANGUAGES, ROLE_PLAY, read_chat  # noqa: E402
+
 RARE = 1e-3  # share of the text from which on a piece weighs half or less (SIF: Arora et al. 2017)
 
 
@@ -38,11 +42,14 @@ def write_model(folder: Path, texts: Iterable[str]) -> Path:
     return folder
 
 
-if __name__ == "__main__":
-    from chats import LANGUAGES, ROLE_PLAY, read_chat
-
-    everything = []
+def written_texts() -> list[str]:
+    """All that is said and asked in the written chats."""
+    texts = []
     for name in (*(f"language_{code}" for code in LANGUAGES), *(f"roleplay_{name}" for name in ROLE_PLAY)):
         messages, asks = read_chat(name)
-        everything += [m.content for m in messages] + [question for _, question, *_ in asks]
-    print(write_model(Path(sys.argv[1]), everything))
+        texts += [m.content for m in messages] + [question for _, question, *_ in asks]
+    return texts
+
+
+if __name__ == "__main__":
+    print(write_model(Path(sys.argv[1]), written_texts()))

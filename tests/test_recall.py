@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pytest
-from chats import LANGUAGES, ROLE_PLAY, Encoder, asked, chat, followed, indexed, nodes_of, read_chat, recall_at
+from chats import ROLE_PLAY, Encoder, asked, chat, followed, indexed, nodes_of, read_chat, recall_at
 from hypothesis import given
 from hypothesis import strategies as st
 
