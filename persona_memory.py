@@ -6706,7 +6706,8 @@ class PersonaMemory:
     def health(self) -> dict:
         """What works, in words."""
         upstream, embedder = self.upstream.describe(), {"model": self.embedder.name, "status": self.embedder.status}
-        loading = "loading" in (embedder["status"], upstream["status"])
+        # Without the proxy nobody waits for the upstream, and it is not even started.
+        loading = "loading" in (embedder["status"], upstream["status"] if self.settings.proxy else "")
         return {
             "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
             "embedder": embedder, "chats": len(self._shelf), "proxy": self.settings.proxy,
@@ -6940,6 +6941,7 @@ const LOOPBACK = ['127.0.0.1', 'localhost', '[::1]'];
 const REVERSIBLE = ['openai', 'claude', 'mistralai', 'makersuite', 'vertexai', 'deepseek', 'xai'];
 const MOST_SHOWN = 8; // memories listed in the panel
 const LONGEST_SHOWN = 240; // characters of each
+const SURE = 0.5; // a mood that is less likely than this is not shown
 
 const state = {
     kind: null, // of the generation that has begun and not yet sent its request
@@ -7236,7 +7238,7 @@ function buildPanel() {
         checkbox('enabled', 'Remember my chats'),
         field('server', 'Server', { type: 'url', placeholder: DEFAULTS.server, spellcheck: false }),
         field('key', 'Key', { type: 'password', placeholder: 'where the server asks for one', autocomplete: 'off' }),
-        field('depth', 'Memories stand', { type: 'number', min: 0, max: 100 }, 'messages before the end'),
+        field('depth', 'Depth', { type: 'number', min: 0, max: 100 }, 'messages before the end of the chat'),
         element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor),
         element('hr'),
         element('div', {}, element('b', { textContent: 'For the last reply' })),
@@ -7253,7 +7255,7 @@ function buildPanel() {
 const STYLE = `
 #persona_memory_settings label { margin: 4px 0; }
 #persona_memory_settings .persona_memory_row { display: flex; align-items: center; gap: 8px; margin: 4px 0; }
-#persona_memory_settings .persona_memory_row > span:first-child { flex: 0 0 7.5em; }
+#persona_memory_settings .persona_memory_row > span:first-child { flex: 0 0 4em; }
 #persona_memory_settings .persona_memory_row input { flex: 1 1 auto; min-width: 0; margin: 0; }
 #persona_memory_settings .persona_memory_row input[type="number"] { flex: 0 0 5em; }
 #persona_memory_settings .persona_memory_status { display: flex; align-items: baseline; gap: 8px; margin: 4px 0 8px; }
@@ -7315,7 +7317,8 @@ function showStatus(good, text) {
 
 function showRecalled(memories, emotion) {
     if (!parts.recalled) return;
-    const felt = emotion ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'nothing in particular';
+    const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= SURE;
+    const felt = sure ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'nothing in particular';
     parts.mood.textContent = `Your mood: ${felt}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
     const rows = memories.slice(0, MOST_SHOWN).map(({ index, name, role, content, chat_id: elsewhere }) => {
         const text = content.length > LONGEST_SHOWN ? `${content.slice(0, LONGEST_SHOWN)} ...` : content;
