@@ -548,9 +548,15 @@ class TestServerAway:
     def test_one_notice_until_it_is_back(self, browser, tmp_path, shared_upstream):
         running = Server(tmp_path / "data", shared_upstream.url, "--no-guidance")
         with running, open_client(browser, running.url) as client:
+            running.wait_ready()
             long_chat(client)
-            for there, notices in ((True, 0), (False, 1), (True, 1), (False, 2)):
-                running.start().wait_ready() if there else running.kill()
+            for change, there, notices in (
+                (lambda: None, True, 0),
+                (running.kill, False, 1),
+                (lambda: running.start().wait_ready(), True, 1),
+                (running.kill, False, 2),
+            ):
+                change()
                 for _ in range(2):
                     assert ("silverthorn" in placed_text(client.generate())) == there
                 assert len(client.notices) == notices
