@@ -28,6 +28,7 @@ Contents, bottom-up (a room uses only the rooms above it)::
     Recall         which messages are worth a place in the prompt
     Summaries      the story so far: what to summarise, how, and whether it came out right
     Prompt         from request + memory to the messages for the model
+    Chat files     SillyTavern's chat files and exports, read and written
     Gate           a request's way to an upstream: places, order, retries, cancelling
     Upstreams      the language models behind the proxy
     Gemini         Google's models as one of them
@@ -358,6 +359,7 @@ class Message:
     tokens: int = 0
     confirmed: bool = True  # False: a reply that no request has shown yet
     complete: bool = True  # False: a reply that was cut off
+    voice: str | None = None  # who speaks, where the text itself begins with that name, as in group chats
 
     @property
     def digest(self) -> str:
@@ -372,7 +374,7 @@ class Message:
     @property
     def speaker(self) -> str:
         """Who spoke, in lower case: the name, or the role where the client gives none."""
-        return (self.name or self.role).lower()
+        return (self.name or self.voice or self.role).lower()
 
     @property
     def said_at(self) -> float:
@@ -409,6 +411,7 @@ class Turn:
     name: str | None
     digest: str
     before: tuple[dict, ...] = ()
+    voice: str | None = None  # who speaks, where the text itself begins with that name
 
     @property
     def fingerprint(self) -> str:
@@ -3700,6 +3703,10 @@ MEMORY_ENDING = "[End of memories]"
 SPEAKERS = {"user": "User", "assistant": "You"}  # who spoke, where the client gives no names
 
 
+GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\]")
+SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}): (?=.*\S)", re.S)
+
+
 def parse_request(body: Any) -> ChatRequest:
     """Takes a chat completion request apart; raises `InvalidRequest` naming the field that is wrong."""
     if not isinstance(body, dict):
@@ -3712,6 +3719,7 @@ def parse_request(body: Any) -> ChatRequest:
     check_options(body)
     leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
     turns, tail = split_turns(messages[leading:])
+    turns = with_voices(turns, messages[:leading])
     floating = bool(turns) and leading == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
     request = ChatRequest(body, tuple(messages[:leading]), turns, tail, floating)
     return replace(request, persona=(*turns[0].before, turns[0].raw)) if request.folded else request
@@ -3759,6 +3767,25 @@ def split_turns(messages: Sequence[dict]) -> tuple[tuple[Turn, ...], tuple[dict,
         turns.append(make_turn(message, before))
         before = []
     return tuple(turns), tuple(before)
+
+
+def with_voices(turns: tuple[Turn, ...], leading: Sequence[dict]) -> tuple[Turn, ...]:
+    """The turns of a group chat, whose texts begin with their speaker's name, with that name; others as they are.
+
+    SillyTavern names a group's members before the chat. Where a user has put other words there, a group is what has
+    several such names and no reply without one.
+    """
+    told = GROUP_MEMBERS.search("\n".join(text_of(m.get("content")) for m in leading))
+    prefixes = [SPEAKER_PREFIX.match(t.content) for t in turns if t.role == "assistant"]
+    if told:
+        names = {name.strip() for name in told[1].split(",")}
+    else:
+        names = {found[1] for found in prefixes if found} if all(prefixes) else set()
+        names = names if len(names) > 1 else set()
+    if not names:
+        return turns
+    found = [(turn, SPEAKER_PREFIX.match(turn.content)) for turn in turns]
+    return tuple(replace(t, voice=f[1]) if f and f[1] in names and t.role == "assistant" else t for t, f in found)
 
 
 def make_turn(message: dict, before: Sequence[dict] = ()) -> Turn:
@@ -3975,6 +4002,341 @@ def preceded(message: dict, block: str) -> dict:
 
 
 # ======================================================================================================================
+# Chat files
+# ======================================================================================================================
+
+EXPORT_FORMAT, EXPORT_VERSION = "persona_memory", 1
+UNNAMED = ("", "unused")  # what a group's header holds for a character
+STAND_IN_AVATAR = "img/ai4.png"  # SillyTavern's own; a message that has one carries its speaker's name into the prompt
+SEND_DATES = (
+    re.compile(
+        r"(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})\s*@\s*(?P<hour>\d{1,2})h\s*(?P<minute>\d{1,2})m"
+        r"\s*(?P<second>\d{1,2})s(?:\s*(?P<thousandth>\d{1,3})ms)?"
+    ),
+    re.compile(
+        r"(?P<name>[A-Za-z]+) (?P<day>\d{1,2}), (?P<year>\d{4}) (?P<hour>\d{1,2}):(?P<minute>\d{2})(?P<half>[ap])m",
+        re.I,
+    ),
+)
+KEPT_INFO = {  # what an export holds of a chat beside its messages, with its types
+    "chat_id": str, "explicit": bool, "created": float, "updated": float, "character": str, "user_name": str,
+    "shows_history": bool, "persona": str,
+}  # fmt: skip
+FIELD_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "str | None": str | None}
+
+
+@dataclass(frozen=True)
+class ChatCopy:
+    """A chat as a file holds it: its messages (parents first), the last one of its branch, and what else is known."""
+
+    messages: tuple[Message, ...]
+    head: str
+    info: dict[str, Any]
+    summaries: tuple[Summary, ...] = ()
+    facts: tuple[Fact, ...] = ()
+
+    @property
+    def path(self) -> list[Message]:
+        """The messages of its branch, oldest first."""
+        by_id, path, at = {m.id: m for m in self.messages}, [], self.head
+        while at:
+            path.append(by_id[at])
+            at = by_id[at].parent
+        return path[::-1]
+
+
+def reject_constant(name: str) -> None:
+    """NaN and the infinities are Python's, not JSON's."""
+    raise ValueError(f"{name} is no JSON value")
+
+
+def parse_timestamp(text: Any, where: str) -> str | None:
+    """A date and time in ISO 8601 as it came, or None; raises `InvalidRequest` for anything else."""
+    try:
+        if text is not None:
+            datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise InvalidRequest(f"{where} must be a date and time in ISO 8601.", where) from None
+    return text
+
+
+def read_chat_file(raw: bytes) -> ChatCopy:
+    """A chat out of an export's bytes, or of a SillyTavern chat file's; raises `InvalidRequest` naming the line."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = raw.count(b"\n", 0, error.start) + 1
+        where = f"line {number}"
+        raise InvalidRequest(f"{where} is not UTF-8.", where) from None
+    opening = first_value(text)
+    if opening is None or (isinstance(opening, dict) and "format" in opening):
+        return read_export(parse_json(text, ""))
+    return read_transcript(text)
+
+
+def first_value(text: str) -> Any:
+    """The JSON value in the first line of a text; None where that line holds no whole one."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text.lstrip().partition("\n")[0])
+    return None
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text; raises `InvalidRequest`, with the line where `where` does not name it."""
+    try:
+        return json.loads(text, parse_constant=reject_constant)
+    except (ValueError, RecursionError) as error:
+        line = where or f"line {getattr(error, 'lineno', 1)}"
+        raise InvalidRequest(f"{line} is not valid JSON: {str(error)[:200]}.", line) from None
+
+
+# --------------------------------------------------------------------------------------------- SillyTavern's chat files
+
+
+def read_transcript(text: str) -> ChatCopy:
+    """A chat out of a SillyTavern chat file: a header, but for groups, then a message a line."""
+    lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows = [(where, parse_json(line, where)) for where, line in lines]
+    for place, (where, row) in enumerate(rows):
+        check_row(row, where, may_be_header=place == 0)
+    header = rows[0][1] if rows and "mes" not in rows[0][1] else {}
+    told = [row for _, row in rows[bool(header) :] if is_told(row)]
+    return copy_of_transcript(header, told)
+
+
+def check_row(row: Any, where: str, may_be_header: bool) -> None:
+    """Raises `InvalidRequest` where a line of a chat file is not what SillyTavern writes."""
+    if not isinstance(row, dict):
+        raise InvalidRequest(f"{where} must be a JSON object.", where)
+    if "mes" not in row and may_be_header:
+        types = {"user_name": str | None, "character_name": str | None}
+        if not any(key in row for key in (*types, "chat_metadata", "create_date")):
+            raise InvalidRequest(f"{where} is neither a chat's header nor a message.", where)
+    else:
+        types = {"mes": str, "name": str | None, "is_user": bool | None, "is_system": bool | None}
+        types |= {"swipes": list | None, "extra": dict | None, "swipe_id": int | None, "swipe_info": list | None}
+    for name, kind in types.items():
+        if not isinstance(row.get(name), kind):
+            raise InvalidRequest(f"{where}: {name} is missing or of another type.", where)
+
+
+def is_told(row: Mapping) -> bool:
+    """Whether a line of a chat file is a message of the chat.
+
+    Narrator's lines, comments and the client's own notices (all have a type) are none of either side's. A message that
+    the user has hidden from the prompt is: what the prompt has no room for is what a memory is there for.
+    """
+    return bool(row["mes"].strip()) and not (row.get("extra") or {}).get("type")
+
+
+def copy_of_transcript(header: Mapping, rows: Sequence[Mapping]) -> ChatCopy:
+    """A chat file's messages as the client sends them: chosen swipes make the branch, rejected ones hang beside it."""
+    group = (header.get("character_name") or "") in UNNAMED
+    users = [row["name"] for row in rows if row.get("is_user") and row.get("name")]
+    user = users[-1] if group and users else header.get("user_name") or "".join(users[-1:])
+    messages, head, now = [], ROOT, time.time()
+    for row in rows:
+        siblings = swipes_of(row, head, voice_of(row, user, group), now)
+        messages += siblings.values()
+        head = next(m.id for m in siblings.values() if m.confirmed)
+    voices = [m.voice for m in messages if m.voice]
+    info = {"user_name": user, "character": voices[-1] if group and voices else header.get("character_name")}
+    return ChatCopy(tuple(messages), head, {k: v for k, v in info.items() if v})
+
+
+def voice_of(row: Mapping, user: str, group: bool) -> str | None:
+    """The name that the client puts in front of a message's text: in groups, and for lines lent to another speaker."""
+    name = row.get("name") or ""
+    return name if name and name != user and (group or row.get("force_avatar")) else None
+
+
+def swipes_of(row: Mapping, parent: str, voice: str | None, now: float) -> dict[str, Message]:
+    """A line's swipes by id, in their order; the one that is chosen is confirmed."""
+    swipes = [s for s in row.get("swipes") or () if isinstance(s, str)]
+    at = row.get("swipe_id")
+    chosen = at if isinstance(at, int) and 0 <= at < len(swipes) else len(swipes)
+    swipes[chosen : chosen + 1] = [row["mes"]]
+    if row.get("is_user"):
+        swipes, chosen = [row["mes"]], 0
+    details = [d if isinstance(d, dict) else {} for d in row.get("swipe_info") or ()]
+    details += [{}] * (len(swipes) - len(details))
+    details[chosen] = row
+    found: dict[str, Message] = {}
+    for place, (text, detail) in enumerate(zip(swipes, details, strict=False)):
+        when = parse_send_date(detail.get("send_date"))
+        made = filed_message(row, text, parent, voice, when, now)
+        if text.strip() and (place == chosen or made.id not in found):
+            found[made.id] = replace(made, confirmed=place == chosen)
+    return found
+
+
+def filed_message(row: Mapping, text: str, parent: str, voice: str | None, when: str | None, now: float) -> Message:
+    """One swipe of a line of a chat file as the client would send it."""
+    role = "user" if row.get("is_user") else "assistant"
+    content = (f"{voice}: {text}" if voice else text).replace("\r", "")
+    tokens = message_tokens({"role": role, "content": content})
+    key = message_id(parent, message_digest(role, content))
+    return Message(key, parent, role, content, timestamp=when, at=now, tokens=tokens, voice=voice)
+
+
+def parse_send_date(value: Any) -> str | None:
+    """A message's date in ISO 8601, whichever of SillyTavern's formats it has; None where it has none of them.
+
+    Dates without a zone are this machine's, as the client that wrote them.
+    """
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        if isinstance(value, int | float) or (isinstance(value, str) and value.isdecimal()):
+            return datetime.fromtimestamp(float(value) / 1000).astimezone().isoformat()
+        if isinstance(value, str):
+            found = next((f for pattern in SEND_DATES if (f := pattern.search(value))), None)
+            when = datetime(*date_parts(found.groupdict())) if found else datetime.fromisoformat(value)
+            return (when if when.tzinfo else when.astimezone()).isoformat()
+    return None
+
+
+def date_parts(found: Mapping[str, str | None]) -> list[int]:
+    """Year, month, day, hour, minute, second and microsecond of a date in one of SillyTavern's formats."""
+    hour = int(found["hour"])
+    if found.get("half"):
+        hour = hour % 12 + 12 * (found["half"].lower() == "p")
+    month = MONTHS.index(found["name"].lower()) + 1 if found.get("name") else int(found["month"])
+    second, thousandth = int(found.get("second") or 0), int(found.get("thousandth") or 0)
+    return [int(found["year"]), month, int(found["day"]), hour, int(found["minute"]), second, 1000 * thousandth]
+
+
+def send_date(message: Message) -> str:
+    """A message's date as SillyTavern writes it, in this machine's zone: "July 12, 2024 9:30pm"."""
+    when = datetime.fromtimestamp(message.said_at).astimezone()
+    half = "pm" if when.hour >= 12 else "am"
+    return f"{MONTHS[when.month - 1].title()} {when.day}, {when.year} {when.hour % 12 or 12}:{when.minute:02d}{half}"
+
+
+def write_transcript(
+    info: Mapping[str, Any], path: Sequence[Message], siblings: Mapping[str, Sequence[Message]]
+) -> str:
+    """A branch as a SillyTavern chat file; `siblings` are the messages under each message's parent, in their order.
+
+    Of those, replies that no request has shown are swipes; edits and other branches are not for a client's arrows.
+    """
+    user, character = info.get("user_name") or SPEAKERS["user"], info.get("character") or SPEAKERS["assistant"]
+    replies = [m for m in path if m.role == "assistant"]
+    group = bool(replies) and all(m.voice for m in replies)
+    header = {"user_name": user, "character_name": character, "create_date": "", "chat_metadata": {}}
+    header["create_date"] = send_date(path[0]) if path else ""
+    names = {"user": user, "assistant": character}
+    rows = [transcript_row(m, siblings.get(m.parent, ()), m.voice or m.name or names[m.role]) for m in path]
+    return "".join(json.dumps(row) + "\n" for row in ([] if group else [header]) + rows)
+
+
+def transcript_row(message: Message, siblings: Sequence[Message], name: str) -> dict:
+    """A message with its swipes as a line of a SillyTavern chat file."""
+    row = {
+        "name": name, "is_user": message.role == "user", "is_system": False, "send_date": send_date(message),
+        "mes": unprefixed(message), "extra": {},
+    }  # fmt: skip
+    if message.voice:
+        row["force_avatar"] = STAND_IN_AVATAR
+    if message.role == "assistant":
+        offered = [m for m in siblings if m is message or (m.role == "assistant" and not m.confirmed)]
+        texts = [unprefixed(replace(m, voice=message.voice)) for m in offered]
+        kept = [i for i, m in enumerate(offered) if m is message or texts[i] != row["mes"]]
+        row["swipe_id"] = [offered[i] for i in kept].index(message)
+        row["swipes"] = [texts[i] for i in kept]
+        row["swipe_info"] = [{"send_date": send_date(offered[i]), "extra": {}} for i in kept]
+    return row
+
+
+def unprefixed(message: Message) -> str:
+    """A message's text without the name that the client puts in front of it."""
+    return message.content.removeprefix(f"{message.voice}: ") if message.voice else message.content
+
+
+# ----------------------------------------------------------------------------------------------------------- exports
+
+
+def write_export(copy: ChatCopy) -> dict:
+    """A whole chat as plain data: every branch, summaries and facts. Vectors are left out, they can be computed."""
+    return {
+        "format": EXPORT_FORMAT, "version": EXPORT_VERSION,
+        "chat": {k: copy.info[k] for k in KEPT_INFO if copy.info.get(k) is not None} | {"head": copy.head},
+        "messages": [asdict(m) for m in copy.messages],
+        "summaries": [asdict(s) for s in copy.summaries], "facts": [asdict(f) for f in copy.facts],
+    }  # fmt: skip
+
+
+def read_export(data: Any) -> ChatCopy:
+    """A chat out of an export; raises `InvalidRequest` naming the place that is wrong."""
+    if not isinstance(data, dict) or data.get("format") != EXPORT_FORMAT:
+        raise InvalidRequest("This is neither a SillyTavern chat file nor an export of persona_memory.")
+    if data.get("version") != EXPORT_VERSION:
+        raise InvalidRequest(f"This export has version {data.get('version')!r}; known is {EXPORT_VERSION}.", "version")
+    info = data.get("chat")
+    if not isinstance(info, dict) or not isinstance(info.get("chat_id"), str) or not info["chat_id"]:
+        raise InvalidRequest("chat.chat_id must be a string.", "chat.chat_id")
+    kept = {k: typed_value(info[k], kind, f"chat.{k}") for k, kind in KEPT_INFO.items() if info.get(k) is not None}
+    messages = [checked_message(m, where) for m, where in rows_of(data, "messages", Message)]
+    check_tree(messages)
+    known = {m.id for m in messages}
+    summaries = [s for s, _ in rows_of(data, "summaries", Summary)]
+    facts = [f for f, _ in rows_of(data, "facts", Fact)]
+    head = info.get("head", ROOT)
+    used = {head, *(s.last for s in summaries), *(s.first for s in summaries), *(f.message for f in facts)}
+    if not all(isinstance(i, str) and (i in known or i == ROOT) for i in used):
+        raise InvalidRequest("chat.head, a summary or a fact names a message that is not there.", "messages")
+    return ChatCopy(tuple(messages), head, kept, tuple(summaries), tuple(facts))
+
+
+def rows_of(data: Mapping, name: str, kind: type) -> list[tuple[Any, str]]:
+    """The objects of a list of an export, each with its place; raises `InvalidRequest`."""
+    rows = data.get(name)
+    if not isinstance(rows, list):
+        raise InvalidRequest(f"{name} must be a list.", name)
+    return [(record_of(kind, row, f"{name}[{i}]"), f"{name}[{i}]") for i, row in enumerate(rows)]
+
+
+def record_of(kind: type, row: Any, where: str) -> Any:
+    """A record out of plain data; unknown fields are left out. Raises `InvalidRequest` naming the field."""
+    if not isinstance(row, dict):
+        raise InvalidRequest(f"{where} must be an object.", where)
+    known = {f.name: FIELD_TYPES[f.type] for f in fields(kind)}
+    values = {k: typed_value(v, known[k], f"{where}.{k}") for k, v in row.items() if k in known}
+    try:
+        return kind(**values)
+    except TypeError as error:  # a field without a default is missing
+        raise InvalidRequest(f"{where}: {error}.", where) from None
+
+
+def typed_value(value: Any, kind: Any, where: str) -> Any:
+    """The value, if it has that type; raises `InvalidRequest`."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) < 2**62 else None
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InvalidRequest(f"{where} is of the wrong type.", where)
+    return value
+
+
+def checked_message(message: Message, where: str) -> Message:
+    """A message with its tokens counted anew; raises `InvalidRequest` where its parts do not belong together."""
+    if message.role not in CHAT_ROLES:
+        raise InvalidRequest(f"{where}.role must be user or assistant.", f"{where}.role")
+    if message.id != message_id(message.parent, message.digest):
+        raise InvalidRequest(f"{where}.id is not that of its text under its parent.", f"{where}.id")
+    parse_timestamp(message.timestamp, f"{where}.timestamp")
+    named = {"name": message.name} if message.name else {}
+    return replace(message, tokens=message_tokens({"role": message.role, "content": message.content, **named}))
+
+
+def check_tree(messages: Sequence[Message]) -> None:
+    """Raises `InvalidRequest` where a message is there twice, or before its parent."""
+    known = {ROOT}
+    for place, message in enumerate(messages):
+        if message.parent not in known or message.id in known:
+            where = f"messages[{place}]"
+            raise InvalidRequest(f"{where} is there twice, or its parent does not come before it.", where)
+        known.add(message.id)
+
+
+# ======================================================================================================================
 # Gate
 # ======================================================================================================================
 
@@ -3990,10 +4352,11 @@ LONGEST_RETRIES_SECONDS = 60.0  # after which no attempt is begun
 
 
 class Call:
-    """One request to an upstream, which another thread may cancel. One in the background gives way to others."""
+    """One request to an upstream, which another thread may cancel. One in the background gives way to others; one
+    that is not `patient` has something to fall back on and is not tried again."""
 
-    def __init__(self, authorization: str = "", background: bool = False):
-        self.authorization, self.background = authorization, background
+    def __init__(self, authorization: str = "", background: bool = False, patient: bool = True):
+        self.authorization, self.background, self.patient = authorization, background, patient
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._wakers: list[Callable[[], None]] = []
@@ -4109,7 +4472,7 @@ class Gate:
         Where the upstream says how long to wait, that is waited. `secrets` are kept out of the errors.
         """
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(lambda error: not call.cancelled and may_pass(error)),
+            retry=tenacity.retry_if_exception(lambda error: call.patient and not call.cancelled and may_pass(error)),
             stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_before_delay(LONGEST_RETRIES_SECONDS),
             wait=pause_before_retry, sleep=call.sleep, before_sleep=self._note_retry, reraise=True,
         )  # fmt: skip
@@ -5224,6 +5587,7 @@ LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 SURE_FEELING = 0.6
 MOOD_SPAN = 200  # user messages that a mood is followed over
 GUIDANCE_TOKENS = 48  # what is kept free for the line on the user's mood
+IMPORT_BATCH = 500  # messages to a transaction
 ABSENT_IDS = ("", "undefined", "null", "None")
 
 
@@ -5347,25 +5711,32 @@ class Storyteller:
         place = (summary.level, summary.first, summary.last)
         return any(s.source == "user" and (s.level, s.first, s.last) == place for s in store.summaries.values())
 
-    def _asker(self, plan: StoryPlan, authorization: str) -> Callable[[list[dict], int], dict] | None:
-        """What asks the plan's model; None where the hour's requests are used up."""
+    def _asker(
+        self, plan: StoryPlan, authorization: str, patient: bool = True
+    ) -> Callable[[list[dict], int], dict] | None:
+        """What asks the plan's model; None where there is none, or the hour's requests are used up.
+
+        Without the proxy the small embedded model is not loaded just to summarise: it writes no better than extracts.
+        """
+        if not self._settings.proxy and self._settings.upstream in ("", "local"):
+            return None
         if not self._may_ask():
             log_event("summary_budget", "This hour's summary requests are used up.", limit=self._settings.summary_calls)
             return None
-        return functools.partial(self._ask, plan.model, authorization)
+        return functools.partial(self._ask, plan.model, authorization, patient)
 
     def _may_ask(self) -> bool:
         while self._calls and self._calls[0] < time.monotonic() - 3600:
             self._calls.popleft()
         return not self._settings.summary_calls or len(self._calls) < self._settings.summary_calls
 
-    def _ask(self, model: str, authorization: str, messages: list[dict], tokens: int) -> dict:
+    def _ask(self, model: str, authorization: str, patient: bool, messages: list[dict], tokens: int) -> dict:
         """The upstream's choice; asked again where a turn went first. Raises what the upstream raises."""
         model = self._settings.summary_model or self._settings.model or model
         body = {"messages": messages, "max_tokens": tokens, "temperature": 0.3}
         for _ in range(GAVE_WAY_AT_MOST):
             self._calls.append(time.monotonic())
-            self._call = call = Call(authorization, background=True)
+            self._call = call = Call(authorization, background=True, patient=patient)
             try:
                 named = {"model": model or self._upstream.default_model(call)}
                 return self._upstream.complete(body | named, call)["choices"][0]
@@ -5464,7 +5835,7 @@ class Storyteller:
         covered = max(1, count_tokens(text))
         room = max(SHORTEST_SUMMARY, min(int(COMPRESSION * covered), LONGEST_SUMMARIZED))
         plan = StoryPlan(ROOT, 0, 0, 0, self._settings.context or DEFAULT_CONTEXT)
-        ask = self._asker(plan, authorization)
+        ask = self._asker(plan, authorization, patient=False)
         written, _ = self._written(lines, "lines", room, plan, ask)
         return written or extract_summary([("", line, 0.0) for line in lines], room)
 
@@ -5853,7 +6224,10 @@ class PersonaMemory:
 
     def _message(self, key: str, parent: str, turn: Turn) -> Message:
         message = {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})
-        return Message(key, parent, turn.role, turn.content, turn.name, at=time.time(), tokens=message_tokens(message))
+        return Message(
+            key, parent, turn.role, turn.content, turn.name, at=time.time(), tokens=message_tokens(message),
+            voice=turn.voice,
+        )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------------------- recall
 
@@ -6244,6 +6618,110 @@ class PersonaMemory:
         self._embed_later(store, [m.id for m in fresh])
         return {"chat_id": chat_id, "added": len(fresh), "total": total}
 
+    def export(self, chat_id: str) -> dict:
+        """A chat with all its branches, as plain data that `take_in` reads; raises `NotFound`."""
+        store = self.chat(chat_id)
+        with store.lock:
+            ids = sorted(store.tree.nodes, key=lambda i: store.tree.nodes[i].order)
+            messages, told = tuple(store.read(ids)), (tuple(store.summaries.values()), tuple(store.facts.values()))
+            return write_export(ChatCopy(messages, store.head, dict(store.info), *told))
+
+    def export_transcript(self, chat_id: str) -> str:
+        """A chat's current branch as a SillyTavern chat file; raises `NotFound`."""
+        store = self.chat(chat_id)
+        with store.lock:
+            path = store.tree.path(store.head)
+            parents = {store.tree.nodes[i].parent for i in path}
+            beside = [n for n in store.tree.nodes.values() if n.parent in parents]
+            order = [n.id for n in sorted(beside, key=lambda n: n.order)]
+            messages = dict(zip(order, store.read(order), strict=True))
+        siblings: defaultdict[str, list[Message]] = defaultdict(list)
+        for message in messages.values():
+            siblings[message.parent].append(message)
+        return write_transcript(store.info, [messages[i] for i in path], siblings)
+
+    def take_in(self, raw: bytes, chat_id: str = "") -> list[dict]:
+        """Adds what a chat file or an export holds to its chat: that of `chat_id`, of an export's own id, or the one
+        that the transcript names. The same again adds nothing. Raises `InvalidRequest`, `StoreError`.
+
+        Returns a line for each chat: its id, how many messages are new, and how many its branch has.
+        """
+        copy = read_chat_file(raw)
+        if "chat_id" not in copy.info and not any(m.role == "user" for m in copy.messages):
+            return []  # a greeting alone: no request would have shown it
+        store, fresh = self._shelve(copy, chat_id)
+        added = 0
+        for batch in (copy.messages[i : i + IMPORT_BATCH] for i in range(0, len(copy.messages), IMPORT_BATCH)):
+            added += self._add_messages(store, batch)
+        with store.lock:
+            self._add_rest(store, copy, fresh, bool(added))
+            total = len(store.tree.path(copy.head))
+        self._embed_later(store, [m.id for m in copy.path])
+        return [{"chat_id": store.id, "added": added, "total": total}]
+
+    def _shelve(self, copy: ChatCopy, chat_id: str) -> tuple[ChatStore, bool]:
+        """The chat that a file's belongs to, and whether it was made for it."""
+        named = chat_id or copy.info.get("chat_id", "")
+        explicit = bool(chat_id) or copy.info.get("explicit", False)
+        with self._finding:
+            store = self.shelf.get(named) if named else None
+            store = store or (None if explicit else self._located_copy(copy))
+            if store is None:
+                named = named or chat_of_copy(copy)
+                store = self.shelf.get(named)
+            return (store, False) if store else (self.shelf.create(named, explicit), True)
+
+    def _located_copy(self, copy: ChatCopy) -> ChatStore | None:
+        """The chat without an explicit id that a file continues, or branches off from: a file shows all of its chat, so
+        its beginning is looked up as well as its end."""
+        digests = [(m.role, m.digest) for m in copy.path]
+        if not digests:
+            return None
+        place = functools.partial(place_copy, digests=[d for _, d in digests])
+        windows = (digests[:LOCATED_BY], digests[-LOCATED_BY:])
+        found = [f for window in windows if (f := self.shelf.locate(window, place))]
+        return max(found, key=lambda f: len(f[1].matches))[0] if found else None
+
+    def _add_messages(self, store: ChatStore, messages: Sequence[Message]) -> int:
+        """Writes the messages that a chat lacks, or knows as unconfirmed only; returns how many of them are memory."""
+        with store.lock:
+            known = store.tree.nodes
+            fresh = [m for m in messages if m.id not in known or (m.confirmed and not known[m.id].confirmed)]
+            old = {m.id: m for m in store.read([m.id for m in fresh if m.id in known])}
+            fresh = [replace(m, at=old[m.id].at) if m.id in old else m for m in fresh]
+            if fresh:
+                store.commit(fresh)
+            self.shelf.enter(store, [m.id for m in messages])  # also what a crash has kept out of the catalogue
+        return sum(m.confirmed for m in fresh)
+
+    def _add_rest(self, store: ChatStore, copy: ChatCopy, fresh: bool, added: bool) -> None:
+        """Takes over what a file knows beside the messages; what the chat knows already stays."""
+        summaries = [s for s in copy.summaries if s.id not in store.summaries]
+        facts = [f for f in copy.facts if f.id not in store.facts]
+        if summaries or facts:
+            store.put_story(summaries, facts)
+        known = {k: v for k, v in copy.info.items() if k not in ("chat_id", "explicit")}
+        info = known if fresh else {k: v for k, v in known.items() if k not in store.info}
+        if fresh:
+            info = {"updated": copy.path[-1].said_at if copy.head else time.time()} | info
+        elif added:
+            info |= {"updated": time.time()}
+        if self._is_newer(store, copy.head):
+            info |= {"head": copy.head}
+        if any(store.info.get(k) != v for k, v in info.items()):
+            store.commit(info=info)
+            self.shelf.enter(store, ())
+
+    @staticmethod
+    def _is_newer(store: ChatStore, tip: str) -> bool:
+        """Whether a file's last message comes after the end of the branch that its chat was last on."""
+        if not store.head or not tip:
+            return not store.head
+        if store.tree.is_below(tip, store.head):
+            return True
+        head, last = store.read([store.head, tip])
+        return last.said_at > head.said_at and not store.tree.is_below(store.head, tip)
+
     def search(self, chat_id: str, text: str, k: int = 10, tokens: int = 0, asker: str = "") -> list[Memory]:
         """The messages of the current branch that answer a text, best first: `k` of them, or what fits into `tokens`.
 
@@ -6271,6 +6749,19 @@ class PersonaMemory:
             return self.embedder.encode([text], timeout=SEARCH_SECONDS)[0]
         except EmbedderUnavailable:
             return None
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors of any texts, float32 [len(texts), dimensions]; raises `EmbedderUnavailable`.
+
+        A lone text is somebody's query; of many, a turn of a chat waits for no more than one batch. An embedder that
+        is still loading is waited for: who asks keeps no vectors to go on with.
+        """
+        self.embedder.start()
+        self.embedder.loaded.wait(SEARCH_SECONDS)
+        priority = TURN if len(texts) == 1 else BACKGROUND
+        batches = (texts[i : i + EMBED_BATCH] for i in range(0, len(texts), EMBED_BATCH))
+        found = [self.embedder.encode(batch, timeout=SEARCH_SECONDS, priority=priority) for batch in batches]
+        return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
 
     def prompts(self, chat_id: str, limit: int = 10) -> list[dict]:
         """The reports of a chat's last prompts, newest first; raises `NotFound`."""
@@ -6300,6 +6791,12 @@ class PersonaMemory:
             self._emotion_model.close()
         self._background.shutdown(wait=False, cancel_futures=True)
         self._shelf.close()
+
+
+def chat_of_copy(copy: ChatCopy) -> str:
+    """The id of a new chat for a file's: derived, so that an import that was interrupted finds its chat again."""
+    first_user = next((m.id for m in copy.path if m.role == "user"), copy.head)
+    return f"chat-{first_user[:16]}"
 
 
 def counted_usage(messages: Sequence[Mapping], texts: Sequence[str]) -> dict:
@@ -6342,6 +6839,11 @@ def place_transcript(store: ChatStore, request: ChatRequest) -> Alignment:
     return place(store.tree, [t.digest for t in request.turns], store.head)
 
 
+def place_copy(store: ChatStore, digests: Sequence[str]) -> Alignment:
+    """Where a file's branch hangs in a chat."""
+    return align(store.tree, digests, store.head)
+
+
 def append_to(store: ChatStore, request: ChatRequest) -> Alignment | None:
     """Where the one message of a client that keeps no history goes; None for a client that shows history.
 
@@ -6372,16 +6874,6 @@ def parse_appended(messages: Any) -> list[tuple[Turn, str | None]]:
     return turns
 
 
-def parse_timestamp(text: Any, where: str) -> str | None:
-    """A date and time in ISO 8601 as it came, or None; raises `InvalidRequest` for anything else."""
-    try:
-        if text is not None:
-            datetime.fromisoformat(text)
-    except (TypeError, ValueError):
-        raise InvalidRequest(f"{where} must be a date and time in ISO 8601.", where) from None
-    return text
-
-
 # ======================================================================================================================
 # Web
 # ======================================================================================================================
@@ -6404,11 +6896,6 @@ def request_json() -> Any:
         return json.loads(flask.request.get_data(), parse_constant=reject_constant)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"The request is not valid JSON: {str(error)[:200]}.") from None
-
-
-def reject_constant(name: str) -> None:
-    """NaN and the infinities are Python's, not JSON's."""
-    raise ValueError(f"{name} is no JSON value")
 
 
 def client_gone() -> Callable[[], bool]:
@@ -6673,6 +7160,27 @@ def chat_append(chat: str) -> dict:
     return engine().append(chat, body.get("messages") if isinstance(body, dict) else None)
 
 
+@api.get("/chats/<chat:chat>/export")
+def chat_export(chat: str) -> dict | flask.Response:
+    """The whole chat as JSON, or its current branch as a SillyTavern chat file."""
+    kind = flask.request.args.get("format", "json")
+    if kind not in ("json", "sillytavern"):
+        raise InvalidRequest("format is json or sillytavern.", "format")
+    if kind == "json":
+        return engine().export(chat)
+    return flask.Response(engine().export_transcript(chat), mimetype="application/jsonl")
+
+
+@api.post("/import")
+def chat_import() -> dict:
+    """Takes in a SillyTavern chat file, or an export."""
+    name, raw = flask.request.args.get("name", ""), flask.request.get_data()
+    try:
+        return {"chats": engine().take_in(raw, flask.request.args.get("chat_id", "").strip())}
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{name}: {error}" if name else str(error), error.param) from None
+
+
 @api.get("/chats/<chat:chat>/search")
 def chat_search(chat: str) -> dict:
     """What the chat's current branch remembers of a text."""
@@ -6740,7 +7248,7 @@ extras = flask.Blueprint("extras", __name__, url_prefix="/api")  # as SillyTaver
 @extras.get("/modules")
 def list_modules() -> dict:
     """The modules that stock extensions may use."""
-    return {"modules": ["classify", "summarize"]}
+    return {"modules": ["persona_memory", "classify", "summarize", "embeddings"]}
 
 
 @extras.post("/classify")
@@ -6767,6 +7275,18 @@ def summarize() -> dict:
 def list_labels() -> dict:
     """The labels that `classify` gives."""
     return {"labels": list(EMOTIONS)}
+
+
+@extras.post("/embeddings/compute")
+def compute_embeddings() -> dict:
+    """The vector of a text, or of each text of a list, in its order."""
+    body = request_json()
+    given = body.get("text") if isinstance(body, dict) else None
+    texts = given if isinstance(given, list) else [given]
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest("text must be a string or a list of strings.", "text")
+    vectors = engine().embed(texts).tolist()
+    return {"embedding": vectors if isinstance(given, list) else vectors[0]}
 
 
 def health() -> dict:
