@@ -346,7 +346,8 @@ def message_id(parent: str, digest: str) -> str:
 class Message:
     """A message as the store keeps it.
 
-    `tokens` is what it takes in a prompt, `at` when it was first seen, in Unix seconds.
+    `content` is what counts as memory: the client's words, or those that a user has put in their place; `shown` then
+    holds the client's. `tokens` is what it takes in a prompt at most, `at` when it was first seen, in Unix seconds.
     """
 
     id: str
@@ -359,12 +360,25 @@ class Message:
     tokens: int = 0
     confirmed: bool = True  # False: a reply that no request has shown yet
     complete: bool = True  # False: a reply that was cut off
+    shown: str | None = None  # the client's words, where a user has put others in their place
+    pinned: bool = False  # told in every prompt that does not show it
+    forgotten: bool = False  # never recalled, summarised or restored
     voice: str | None = None  # who speaks, where the text itself begins with that name, as in group chats
 
     @property
+    def original(self) -> str:
+        """The client's words."""
+        return self.content if self.shown is None else self.shown
+
+    @property
     def digest(self) -> str:
-        """What alignment compares: role and normalised text."""
-        return message_digest(self.role, self.content)
+        """What alignment compares: role and normalised text, as the client shows it."""
+        return message_digest(self.role, self.original)
+
+    @property
+    def fingerprint(self) -> str:
+        """What vectors and readings of its text are kept under."""
+        return text_fingerprint(self.name, self.content)
 
     @property
     def spoken(self) -> str:
@@ -393,12 +407,15 @@ class Node:
     parent: str
     role: str
     digest: str
-    fingerprint: str
+    fingerprint: str  # of the text that counts as memory
+    shown: str  # the same of the client's words
     depth: int  # the first message of a chat has depth 0
     order: int  # messages are numbered in the order in which the store first saw them
     tokens: int
     confirmed: bool
     complete: bool
+    pinned: bool
+    forgotten: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,17 +474,20 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A message with the scores that recalled it; `index` is its 0-based place in the branch."""
+    """A message with the scores that recalled it; `index` is its 0-based place in the branch, `chat` the id of the chat
+    that it was carried over from, empty where that is the turn's own."""
 
     message: Message
     index: int
     score: float
     scores: dict[str, float]
+    chat: str = ""
 
     def public(self) -> dict:
         """The memory as the API shows it."""
         m = self.message
-        return {
+        elsewhere = {"chat_id": self.chat} if self.chat else {}
+        return elsewhere | {
             "id": m.id, "index": self.index, "role": m.role, "name": m.name, "content": m.content,
             "timestamp": m.timestamp, "score": round(self.score, 4),
             "scores": {k: round(v, 4) for k, v in self.scores.items()},
@@ -514,6 +534,7 @@ class Summary:
     tries: int = 1
     since: int = 0  # the place that must have left the prompt before this is told, so that changes come together
     at: float = 0.0
+    stale: bool = False  # a user has changed what it covers: it is told anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -1949,7 +1970,7 @@ def text_of_key(key: str) -> str:
 def embedded_texts(message: Message) -> dict[str, str]:
     """What of a message is embedded, by vector key: all of it, or its chunks, each under the speaker's name."""
     pieces = chunks(message.content)
-    keys = chunk_keys(text_fingerprint(message.name, message.content), len(pieces))
+    keys = chunk_keys(message.fingerprint, len(pieces))
     return {key: replace(message, content=piece).spoken for key, piece in zip(keys, pieces, strict=True)}
 
 
@@ -2008,6 +2029,7 @@ class Tree:
         self.nodes: dict[str, Node] = {}
         self.by_digest: dict[str, list[str]] = defaultdict(list)
         self.replies: dict[str, list[str]] = defaultdict(list)  # parent -> replies that no request has shown
+        self.marked: set[str] = set()  # messages that a user has pinned, edited or forgotten
         self._inner: set[str] = set()  # messages with a confirmed message below them
         self._confirmed = 0
 
@@ -2016,8 +2038,9 @@ class Tree:
         old = self.nodes.get(message.id)
         depth = self.nodes[message.parent].depth + 1 if message.parent else 0
         self.nodes[message.id] = Node(
-            message.id, message.parent, message.role, message.digest, text_fingerprint(message.name, message.content),
-            depth, order, message.tokens, message.confirmed, message.complete,
+            message.id, message.parent, message.role, message.digest, message.fingerprint,
+            text_fingerprint(message.name, message.original), depth, order, message.tokens, message.confirmed,
+            message.complete, message.pinned, message.forgotten,
         )  # fmt: skip
         if old is None:
             self.by_digest[message.digest].append(message.id)
@@ -2029,6 +2052,8 @@ class Tree:
             waiting.remove(message.id)
         if not message.confirmed:
             waiting.append(message.id)
+        marked = message.pinned or message.forgotten or message.shown is not None
+        (self.marked.add if marked else self.marked.discard)(message.id)
 
     def path(self, tip: str) -> list[str]:
         """Ids from the chat's first message to `tip`; empty for the root."""
@@ -2480,7 +2505,8 @@ class ChatShelf:
     """All chats of a data folder: opens them, finds the one that a transcript belongs to, lists and deletes them.
 
     The catalogue beside the chats maps message digests to the chats without an explicit id, and keeps a line for the
-    list of every chat. It is derived: what is missing in it is read from the chats when the program starts.
+    list of every chat. It is derived: what is missing in it is read from the chats when the program starts. What a user
+    has set for a character stands beside it.
     """
 
     def __init__(self, data: Path):
@@ -2490,6 +2516,7 @@ class ChatShelf:
         self._disk = OwnThread("catalogue")
         self._catalogue_folder = data / "catalogue"
         self._catalogue: diskcache.Cache | None = None
+        self._characters_folder = data / "characters"
 
     def start(self) -> None:
         """Opens the catalogue and enters the chats that it lacks; an unreadable catalogue is made anew."""
@@ -2504,6 +2531,7 @@ class ChatShelf:
 
     def _start(self) -> list[Path]:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._characters = open_cache(self._characters_folder, synchronous=2)
         try:
             self._catalogue = open_cache(self._catalogue_folder, synchronous=1)
             self._catalogue.get("chats")
@@ -2604,6 +2632,15 @@ class ChatShelf:
             lambda: [read_json(self._catalogue, k) for k in self._catalogue.iterkeys() if k.startswith("c:")]
         )
         return sorted(lines, key=lambda line: -(line["updated"] or 0))
+
+    def character(self, name: str) -> dict:
+        """What a user has set for a character."""
+        return json.loads(self._disk.run(lambda: self._characters.get(name, "{}")))
+
+    def set_character(self, name: str, **values: Any) -> None:
+        """Sets something for a character."""
+        text = json.dumps(self.character(name) | values)
+        self._disk.run(lambda: self._characters.set(name, text))
 
     def close(self) -> None:
         """Lets go of all files."""
@@ -2828,14 +2865,14 @@ class MemoryIndex:
 
     def follow(self, nodes: Sequence[Node], read: Callable[[list[str]], Sequence[Message]]) -> None:
         """Makes the index that of a branch; `read` gives the messages of the ids that are new to it."""
-        ids = [n.id for n in nodes]
-        kept = shared_front(self._ids, ids)
+        ids, texts = [n.id for n in nodes], [n.fingerprint for n in nodes]
+        kept = min(shared_front(self._ids, ids), shared_front(self._hashes, texts))  # a user may have edited one
         gone, self._hashes = self._hashes[kept:], self._hashes[:kept]
         self._ids = ids[:kept]
         for name in ("_traits", "_row_at", "_speaker_at", "_days"):
             setattr(self, name, getattr(self, name)[:kept])
         messages = read(ids[kept:]) if kept < len(ids) else []
-        hashes = [n.fingerprint for n in nodes[kept:]]
+        hashes = texts[kept:]
         self._swap_words(gone, dict(zip(hashes, messages, strict=True)))
         self._append(ids[kept:], hashes, messages)
 
@@ -3362,6 +3399,9 @@ def choose(costs: Sequence[int], vectors: Sequence[np.ndarray | None], budget: i
 
 STORY_SHARE = 0.6  # of the memories' share
 FACTS_SHARE = 0.25  # of the story's
+PINNED_SHARE = 0.5  # of the story's: what a user has pinned goes first
+PINNED_TOKENS = 120  # that are told of a pinned message
+SPEAKERS = {"user": "User", "assistant": "You"}  # who spoke, where the client gives no names
 SUMMARIES_IN_STORY = 6  # that fit beside each other at their largest
 COMPRESSION = 0.26  # a summary's size against what it covers, at most
 CONDENSED_AT_ONCE = 4  # summaries that become one of the next level
@@ -3403,7 +3443,7 @@ def story_of(summaries: Iterable[Summary], places: Mapping[str, int]) -> list[Su
 
     `places` are the ids of the branch's messages with their 0-based places.
     """
-    standing = [s for s in summaries if places.get(s.last) == s.end]
+    standing = [s for s in summaries if places.get(s.last) == s.end and not s.stale]
     story, reach = [], -1
     for summary in sorted(standing, key=lambda s: (s.start, -s.level, -s.tries)):
         if summary.end > reach:
@@ -3572,7 +3612,7 @@ def extract_summary(rows: Sequence[tuple[str, str, float]], room: int) -> str:
             left -= cost
     if not chosen and candidates:
         _, where, speaker, sentence = max(candidates)
-        chosen = [(where, speaker, first_tokens(sentence, max(1, room - count_tokens(speaker) - 2)))]
+        chosen = [(where, speaker, whole_sentences(sentence, max(1, room - count_tokens(speaker) - 2)))]
     return joined_sentences(sorted(chosen))
 
 
@@ -3600,7 +3640,7 @@ def checked_facts(found: Iterable[Any], messages: Sequence[Message], start: int)
 
     `start` is the first message's 0-based place in the branch.
     """
-    texts, facts = [plain_words(m.content) for m in messages], {}
+    texts, facts = ["" if m.forgotten else plain_words(m.content) for m in messages], {}
     for row in found:
         about, text, quote = (row.get(k) if isinstance(row, dict) else None for k in ("about", "fact", "quote"))
         if not all(isinstance(v, str) and v.strip() for v in (about, text, quote)):
@@ -3634,6 +3674,18 @@ def facts_of(facts: Iterable[Fact], places: Mapping[str, int], before: float) ->
     return sorted(held, key=lambda row: (not row[0].pinned, -places[row[0].message]))
 
 
+def pinned_fact(message: Message, index: int) -> Fact:
+    """What is told of a pinned message, when the prompt does not show it."""
+    text = whole_sentences(message.content, PINNED_TOKENS)
+    told = f"{message.name or SPEAKERS[message.role]}: {text}"
+    return Fact(message.id, "", told, "", message.id, index, index, pinned=True)
+
+
+def still_quotes(fact: Fact, message: Message) -> bool:
+    """Whether a fact still quotes its message: a user may have forgotten it, or put other words in its place."""
+    return not message.forgotten and stands_in(plain_words(fact.quote), plain_words(message.content))
+
+
 def fact_line(fact: Fact, before: Fact | None) -> str:
     """A fact as the model reads it; what it superseded is said."""
     earlier = f" (earlier, #{before.index + 1}: {before.text})" if before and before.text != fact.text else ""
@@ -3655,30 +3707,43 @@ class Story:
 
 
 def tell_story(story: Sequence[Summary], facts: Sequence[tuple[Fact, Fact | None]], budget: int) -> Story:
-    """The story so far in at most `budget` tokens: the summaries oldest first, then the facts.
+    """The story so far in at most `budget` tokens: the summaries oldest first, then the facts, pinned ones first.
 
     What does not fit is left out: facts that are old, then the oldest summaries (which is rare, they are condensed
     before).
     """
     left = budget - story_frame_tokens()
+    pinned = fitting_facts([row for row in facts if row[0].pinned], min(left, int(PINNED_SHARE * budget)))
+    left -= sum(map(fact_tokens, pinned))
     told: list[Summary] = []
     for summary in reversed(story):
         if summary.tokens > left:
             break
         told.insert(0, summary)
         left -= summary.tokens
-    lines, held = [], []
-    left = min(left, max(0, int(FACTS_SHARE * budget)))
-    for fact, before in facts:
-        cost = count_tokens(fact_line(fact, before)) + 1
-        if cost <= left:
-            lines.append(fact_line(fact, before))
-            held.append(fact)
-            left -= cost
+    others = [row for row in facts if row not in pinned]
+    held = [*pinned, *fitting_facts(others, min(left, int(FACTS_SHARE * budget) - sum(map(fact_tokens, pinned))))]
     if not told and not held:
         return Story()
-    parts = [STORY_HEADING, *map(summary_line, told), *([FACTS_HEADING, *lines] if lines else []), STORY_ENDING]
-    return Story("\n".join(parts), tuple(told), tuple(held))
+    lines = [fact_line(*row) for row in held]
+    retold = [summary_line(s) for s in told if s.text]  # all of a stretch may be forgotten
+    parts = [STORY_HEADING, *retold, *([FACTS_HEADING, *lines] if lines else []), STORY_ENDING]
+    return Story("\n".join(parts), tuple(told), tuple(fact for fact, _ in held))
+
+
+def fact_tokens(row: tuple[Fact, Fact | None]) -> int:
+    """Tokens that a fact's line takes."""
+    return count_tokens(fact_line(*row)) + 1
+
+
+def fitting_facts(rows: Sequence[tuple[Fact, Fact | None]], budget: int) -> list[tuple[Fact, Fact | None]]:
+    """Of facts, the first ones that fit into `budget` tokens."""
+    held = []
+    for row in rows:
+        if fact_tokens(row) <= budget:
+            held.append(row)
+            budget -= fact_tokens(row)
+    return held
 
 
 def summary_line(summary: Summary) -> str:
@@ -3700,7 +3765,8 @@ NEARLY_FULL = 0.75  # of the history's budget: what will leave next is then summ
 HISTORY_BLOCK = 0.8  # of the history's share: how much is cut at once when the history is full
 MEMORY_HEADING = "[Earlier in this chat, oldest first. This is the past, for reference:]"
 MEMORY_ENDING = "[End of memories]"
-SPEAKERS = {"user": "User", "assistant": "You"}  # who spoke, where the client gives no names
+CARRIED_HEADING = "[From another time, in another chat. Remembered, but not part of this story:]"
+FORGOTTEN = "…"  # what a forgotten message reads like
 
 
 GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\]")
@@ -3946,6 +4012,20 @@ def memory_block(memories: Sequence[Memory]) -> str:
     return "\n".join([MEMORY_HEADING, *lines, MEMORY_ENDING])
 
 
+def carried_block(memories: Sequence[Memory]) -> str:
+    """Memories of other chats, oldest first, marked as another time; empty without any."""
+    if not memories:
+        return ""
+    ordered = sorted(memories, key=lambda m: (m.message.said_at, m.index))
+    lines = [memory_line(replace(m, message=replace(m.message, timestamp=day_of(m.message)))) for m in ordered]
+    return "\n".join([CARRIED_HEADING, *lines, MEMORY_ENDING])
+
+
+def day_of(message: Message) -> str:
+    """The day that a message was said on, in ISO 8601: numbers of another chat's messages would say nothing."""
+    return datetime.fromtimestamp(message.said_at, UTC).date().isoformat()
+
+
 def memory_frame_tokens() -> int:
     """Tokens that the block takes beside its lines, with what separates it from the message it may stand in."""
     return MESSAGE_OVERHEAD + count_tokens(f"{MEMORY_HEADING}\n{MEMORY_ENDING}\n\n") + 2
@@ -3988,9 +4068,10 @@ def with_story(persona: Sequence[dict], story: str) -> list[dict]:
 
 
 def restored(message: Message) -> dict:
-    """A stored message as the client once sent it."""
+    """A stored message as the client once sent it, or as a user has changed it; a forgotten one keeps its place, since
+    strict templates want the roles to alternate."""
     named = {"name": message.name} if message.name else {}
-    return {"role": message.role, **named, "content": message.content}
+    return {"role": message.role, **named, "content": FORGOTTEN if message.forgotten else message.content}
 
 
 def preceded(message: dict, block: str) -> dict:
@@ -4248,7 +4329,8 @@ def transcript_row(message: Message, siblings: Sequence[Message], name: str) -> 
 
 def unprefixed(message: Message) -> str:
     """A message's text without the name that the client puts in front of it."""
-    return message.content.removeprefix(f"{message.voice}: ") if message.voice else message.content
+    text = message.original  # the client has its own words, whatever a user has made of them here
+    return text.removeprefix(f"{message.voice}: ") if message.voice else text
 
 
 # ----------------------------------------------------------------------------------------------------------- exports
@@ -4322,8 +4404,9 @@ def checked_message(message: Message, where: str) -> Message:
     if message.id != message_id(message.parent, message.digest):
         raise InvalidRequest(f"{where}.id is not that of its text under its parent.", f"{where}.id")
     parse_timestamp(message.timestamp, f"{where}.timestamp")
-    named = {"name": message.name} if message.name else {}
-    return replace(message, tokens=message_tokens({"role": message.role, "content": message.content, **named}))
+    row = {"role": message.role} | ({"name": message.name} if message.name else {})
+    sizes = (message_tokens({**row, "content": text}) for text in (message.content, message.original))
+    return replace(message, tokens=max(sizes))  # as where a user edits a message
 
 
 def check_tree(messages: Sequence[Message]) -> None:
@@ -5584,6 +5667,8 @@ MOST_TRIES = 3  # of a model at one stretch
 GAVE_WAY_AT_MOST = 50  # times that a summary gives way to turns
 SUMMARY_OVERHEAD = 900  # tokens of the task, the facts, and of what other tokenizers count more
 LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
+CARRIED_CHATS = 4  # with the same character, the last used, that a turn may recall from
+CARRIED_SHARE = 1 / 3  # of the memories' tokens that may come from there
 SURE_FEELING = 0.6
 MOOD_SPAN = 200  # user messages that a mood is followed over
 GUIDANCE_TOKENS = 48  # what is kept free for the line on the user's mood
@@ -5749,15 +5834,17 @@ class Storyteller:
         self, store: ChatStore, messages: Sequence[Message], start: int, plan: StoryPlan, ask: Callable | None
     ) -> tuple[Summary, list[Fact]]:
         """The summary of a stretch of messages, and the facts that they told."""
-        vectors = self._vectors(store, messages)
-        readings = [read_emotion(m.content, v) for m, v in zip(messages, vectors, strict=True)]
-        lines = [numbered_line(m, start + i, felt(r)) for i, (m, r) in enumerate(zip(messages, readings, strict=True))]
-        covered = sum(m.tokens for m in messages)
+        told = [m for m in messages if not m.forgotten]
+        vectors = self._vectors(store, told)
+        readings = [read_emotion(m.content, v) for m, v in zip(told, vectors, strict=True)]
+        places = {m.id: start + i for i, m in enumerate(messages)}
+        lines = [numbered_line(m, places[m.id], felt(r)) for m, r in zip(told, readings, strict=True)]
+        covered = sum(m.tokens for m in told)
         room = summary_room(covered, plan.budget)
         text, found = self._written(lines, "messages", room, plan, ask)
         source = "model" if text else "extract"
         if not text:
-            text = extract_summary(weighted_rows(messages, vectors, readings), room)
+            text = extract_summary(weighted_rows(told, vectors, readings), room)
         place = (messages[0].id, messages[-1].id, start, start + len(messages) - 1)
         return new_summary(1, *place, text, covered, source), checked_facts(found, messages, start)
 
@@ -5781,7 +5868,7 @@ class Storyteller:
         with store.lock:
             path = store.tree.path(group[-1].last)
             messages = store.read(path[group[0].start :])
-        return "\n".join(m.spoken for m in messages)
+        return "\n".join(m.spoken for m in messages if not m.forgotten)
 
     def _again(
         self, store: ChatStore, story: Sequence[Summary], plan: StoryPlan, ask: Callable | None
@@ -5801,7 +5888,7 @@ class Storyteller:
     ) -> tuple[str, list]:
         """The model's summary, asked for twice at most, and its facts; empty where neither is sound."""
         budget = plan.context - 2 * room - SUMMARY_OVERHEAD
-        if ask is None or budget < room:
+        if ask is None or budget < room or not lines:
             return "", []
         lines = clipped_lines(lines, budget)
         plain_only = getattr(self._upstream, "model", "") == LOCAL_MODEL  # too small for JSON, and slow
@@ -5825,7 +5912,7 @@ class Storyteller:
         return "", []
 
     def _vectors(self, store: ChatStore, messages: Sequence[Message]) -> list[np.ndarray | None]:
-        hashes = [text_fingerprint(m.name, m.content) for m in messages]
+        hashes = [m.fingerprint for m in messages]
         stored = store.vectors(self._embedder, hashes) if self._embedder in BUNDLED_EMBEDDERS else {}
         return [stored.get(h) for h in hashes]
 
@@ -5972,13 +6059,15 @@ class PersonaMemory:
             story = self._story(store, path, first + layout.anchor, story_budget) if leads else Story()
             plan = StoryPlan(path[-1], first, first + layout.leaving, story_tokens(context, self.shares), context)
             layout = replace(layout, room=layout.room - story.tokens)
-            memories, degraded = self._recall(store, request, nodes, layout)
+            memories, degraded = self._recall(store, request, nodes, layout, {f.message for f in story.facts})
             mood = self._mood_of_turn(store, request, nodes)
             older = store.read([n.id for n in nodes[layout.anchor : above]])
-        block = "\n".join(filter(None, (memory_block(memories), self._guidance(request, layout, mood))))
+        carried = self._carry_over(store, request, layout, memories)
+        told = (memory_block(memories), carried_block(carried), self._guidance(request, layout, mood))
+        block = "\n".join(filter(None, told))
         turns_from = first + max(0, layout.anchor - above)
         prompt = compose_prompt(request, layout, older, turns_from, block, story.text)
-        report = self._report(request, layout, memories, block, context, path, degraded, started)
+        report = self._report(request, layout, [*memories, *carried], block, context, path, degraded, started)
         tokens = report.tokens | {"story": story.tokens}
         counts = {"summaries": len(story.summaries), "facts": len(story.facts)}
         report = replace(report, mood=mood and asdict(mood), tokens=tokens, **counts)
@@ -5995,8 +6084,9 @@ class PersonaMemory:
         history's budget does not change with every summary."""
         places = {message: place for place, message in enumerate(path)}
         begun = any(places.get(s.last) == s.end for s in store.summaries.values())
-        pinned = any(f.message in places for f in store.facts.values())
-        return story_tokens(context, self.shares) if begun or pinned else 0
+        facts = any(f.message in places for f in store.facts.values())
+        pinned = any(store.tree.nodes[i].pinned and i in places for i in store.tree.marked)
+        return story_tokens(context, self.shares) if begun or facts or pinned else 0
 
     def _story(self, store: ChatStore, path: Sequence[str], before: int, budget: int) -> Story:
         """The story of what stands before a place of the branch, in at most `budget` tokens."""
@@ -6004,7 +6094,20 @@ class PersonaMemory:
             return Story()
         places = {message: place for place, message in enumerate(path)}
         hidden = [s for s in store.summaries.values() if s.since < before]
-        return tell_story(story_of(hidden, places), facts_of(store.facts.values(), places, before), budget)
+        return tell_story(story_of(hidden, places), self._facts(store, places, before), budget)
+
+    @staticmethod
+    def _facts(store: ChatStore, places: Mapping[str, int], before: float) -> list[tuple[Fact, Fact | None]]:
+        """What holds on a branch before a place: the pinned messages, newest first, then the facts that messages
+        which are still remembered in those words have told."""
+        marked = {i: store.tree.nodes[i] for i in store.tree.marked if i in places}
+        pinned = [i for i, n in marked.items() if n.pinned and not n.forgotten and places[i] < before]
+        pinned = sorted(pinned, key=places.__getitem__, reverse=True)
+        rows = [(pinned_fact(m, places[m.id]), None) for m in store.read(pinned)]
+        facts = [
+            f for f in store.facts.values() if f.message not in marked or still_quotes(f, *store.read([f.message]))
+        ]
+        return [*rows, *facts_of(facts, places, before)]
 
     def _note_turn(self, chat_id: str, report: PromptReport) -> None:
         """What memory did for a turn, in the log and the metrics."""
@@ -6199,6 +6302,7 @@ class PersonaMemory:
         info = {"head": path[-1], "shows_history": shows or store.info.get("shows_history", False)}
         speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
         info |= {"character": speaker} if speaker else {}
+        info |= {"persona": persona_text(request)} if request.persona else {}
         if messages or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(messages, info | {"updated": time.time()})
             self.shelf.enter(store, [m.id for m in messages])
@@ -6217,9 +6321,8 @@ class PersonaMemory:
             path.append(key)
             if node is None:
                 messages.append(self._message(key, parent, turn))
-            elif not node.confirmed or node.fingerprint != turn.fingerprint:
-                old = store.read([key])[0]
-                messages.append(replace(self._message(key, parent, turn), at=old.at, timestamp=old.timestamp))
+            elif not node.confirmed or node.shown != turn.fingerprint:
+                messages.append(shown_again(store.read([key])[0], self._message(key, parent, turn)))
         return messages, path
 
     def _message(self, key: str, parent: str, turn: Turn) -> Message:
@@ -6232,9 +6335,17 @@ class PersonaMemory:
     # ---------------------------------------------------------------------------------------------------------- recall
 
     def _recall(
-        self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node], layout: Layout
+        self,
+        store: ChatStore,
+        request: ChatRequest,
+        nodes: Sequence[Node],
+        layout: Layout,
+        told: Collection[str] = (),
     ) -> tuple[list[Memory], str]:
-        """The memories for a turn and, where something kept them from being all they could be, what."""
+        """The memories for a turn and, where something kept them from being all they could be, what.
+
+        `told` are the ids of messages that the story quotes.
+        """
         pivot = layout.pivot
         share = memory_share(request.turns[pivot].content) if pivot is not None else 1
         room = min(layout.room, int(share * layout.recalled)) - memory_frame_tokens() - GUIDANCE_TOKENS
@@ -6249,7 +6360,12 @@ class PersonaMemory:
             scores = weigh(query, index.evidence(query.words, vector, layout.anchor))
             visible = {n.fingerprint for n in nodes[layout.anchor :]}
             bar, budget = recall_effort(turn.content, room)
-            places = [i for i in worth_recalling(scores["score"], bar) if nodes[i].fingerprint not in visible]
+            marked = [store.tree.nodes[i] for i in store.tree.marked]
+            silent = {n.id for n in marked if n.forgotten or (n.pinned and n.id in told)}
+            places = [
+                i for i in worth_recalling(scores["score"], bar)
+                if nodes[i].fingerprint not in visible and nodes[i].id not in silent
+            ]  # fmt: skip
             return self._select(store, index, nodes, scores, places[:MOST_MEMORIES], budget, turn), degraded
         except Exception as error:  # property 5: the turn goes on without
             words = f"Recall failed: {type(error).__name__}: {error}"
@@ -6330,13 +6446,13 @@ class PersonaMemory:
     ) -> list[Memory]:
         """Of the messages at those places, best first, the memories that fit and do not repeat each other."""
         memories = self._nudge(store, nodes, self._memories(store, nodes, scores, places), turn)
-        vectors = [index.vector(text_fingerprint(m.message.name, m.message.content)) for m in memories]
+        vectors = [index.vector(m.message.fingerprint) for m in memories]
         return [memories[i] for i in choose(list(map(memory_cost, memories)), vectors, budget)]
 
     def _nudge(self, store: ChatStore, nodes: Sequence[Node], memories: Sequence[Memory], turn: Turn) -> list[Memory]:
         """The memories with their scores for emotion and importance, in the order that those make."""
         by_id = {n.id: n for n in nodes}
-        newest = next(n for n in reversed(nodes) if n.fingerprint == turn.fingerprint)
+        newest = next(n for n in reversed(nodes) if n.shown == turn.fingerprint)
         now, *then = self._emotions(store, [newest, *(by_id[m.message.id] for m in memories)])
         emotion = [emotion_match(now, reading) for reading in then]
         # Whether a name was new then is not asked here: it would take the names of all messages before.
@@ -6347,6 +6463,66 @@ class PersonaMemory:
         order = nudged([m.score for m in memories], emotion, importance)
         more = [{"emotion": e, "importance": i} for e, i in zip(emotion, importance, strict=True)]
         return [replace(memories[i], scores=memories[i].scores | more[i]) for i in order]
+
+    # ------------------------------------------------------------------------------------------------ other chats
+
+    def _carry_over(
+        self, store: ChatStore, request: ChatRequest, layout: Layout, memories: Sequence[Memory]
+    ) -> list[Memory]:
+        """Memories out of other chats with the same character, where the user wants them. Never fails a turn.
+
+        What the turn's own chat remembers goes first; no lock of it is held: two chats may recall from each other.
+        """
+        room = min(layout.room, layout.recalled) - sum(map(memory_cost, memories))
+        room = min(room, int(CARRIED_SHARE * layout.recalled)) - 2 * memory_frame_tokens() - GUIDANCE_TOKENS
+        try:
+            others = self._others_of(store.info.get("character"), store.id)
+            if not others or layout.pivot is None or room <= 0:
+                return []
+            turn = request.turns[layout.pivot]
+            found = [row for chat_id in others for row in self._found_in(chat_id, turn)]
+            ranked = sorted(found, key=lambda row: -row[0].score)
+            places = choose([memory_cost(m) for m, _ in ranked], [v for _, v in ranked], room)
+            return [ranked[i][0] for i in places]
+        except Exception as error:
+            words = f"Nothing could be carried over: {type(error).__name__}: {error}"
+            log_event("carry_over_failed", words, level=logging.WARNING, trace=True, chat=store.id)
+            return []
+
+    def _others_of(self, character: str | None, chat_id: str) -> list[str]:
+        """The chats with a character that a chat may recall from; none unless the user has said so."""
+        if not character or not self.shelf.character(character).get("carry_over"):
+            return []
+        named = (line["chat_id"] for line in self.shelf.chats() if line["character"] == character)
+        return [other for other in named if other != chat_id][:CARRIED_CHATS]
+
+    def _found_in(self, chat_id: str, turn: Turn) -> list[tuple[Memory, np.ndarray | None]]:
+        """What a chat's current branch remembers of a turn, with the memories' vectors."""
+        store = self.shelf.get(chat_id)
+        if store is None:
+            return []
+        with store.lock:
+            nodes = [store.tree.nodes[i] for i in store.tree.path(store.head)]
+            index = self._index(store, nodes)
+            query = understand(turn.content, turn.name or "", index.speakers, index.now)
+        vector = self._query_vector(query.spoken, RECALL_SECONDS)
+        with store.lock:
+            index = self._index(store, nodes)
+            scores = weigh(query, index.evidence(query.words, vector))
+            bar, _ = recall_effort(turn.content, 0)
+            places = [i for i in worth_recalling(scores["score"], bar) if not nodes[i].forgotten][:MOST_MEMORIES]
+            memories = self._memories(store, nodes, scores, places)
+            return [(replace(m, chat=chat_id), index.vector(m.message.fingerprint)) for m in memories]
+
+    def character(self, name: str) -> dict:
+        """What is set for a character, and how many chats there are with it."""
+        chats = sum(line["character"] == name for line in self.shelf.chats())
+        return {"character": name, "chats": chats, "carry_over": self.shelf.character(name).get("carry_over", False)}
+
+    def change_character(self, name: str, carry_over: bool) -> dict:
+        """Sets whether chats with a character recall from each other; returns what is set then."""
+        self.shelf.set_character(name, carry_over=carry_over)
+        return self.character(name)
 
     # -------------------------------------------------------------------------------------------------------- feelings
 
@@ -6543,7 +6719,9 @@ class PersonaMemory:
             "branch_length": len(path),
             "stored": stored,
             "mood": mood and asdict(mood),
+            "persona": store.info.get("persona"),
             **self._told(store, path),
+            "pinned": self._rows(store, [i for i in path if i in store.tree.marked and store.tree.nodes[i].pinned]),
             "last_prompt": reports[0] if reports else None,
         }
 
@@ -6551,7 +6729,7 @@ class PersonaMemory:
         """A branch's story and facts, as the API shows them."""
         places = {message: place for place, message in enumerate(path)}
         story = story_of(store.summaries.values(), places)
-        facts = facts_of(store.facts.values(), places, math.inf)
+        facts = [row for row in self._facts(store, places, math.inf) if row[0].quote]  # pinned messages quote nothing
         return {
             "summary": "\n".join(map(summary_line, story)),
             "story": [asdict(s) for s in story],
@@ -6591,13 +6769,35 @@ class PersonaMemory:
         store = self.chat(chat_id)
         with store.lock:
             path = store.tree.path(store.head)
-            shown = store.read(path[offset : offset + limit])
-        rows = [
-            {"id": m.id, "index": offset + i, "role": m.role, "name": m.name, "content": m.content,
-             "timestamp": m.timestamp, "at": m.at, "tokens": m.tokens}
-            for i, m in enumerate(shown)
-        ]  # fmt: skip
+            rows = self._rows(store, path[offset : offset + limit])
         return {"messages": rows, "total": len(path), "offset": offset}
+
+    @staticmethod
+    def _rows(store: ChatStore, ids: Sequence[str]) -> list[dict]:
+        """Messages as the API shows them."""
+        return [message_row(m, store.tree.nodes[m.id].depth) for m in store.read(ids)]
+
+    def change_message(self, chat_id: str, message_id: str, changes: Mapping[str, Any]) -> dict:
+        """Edits, pins or forgets a message, or takes that back; returns it as it is then.
+
+        `changes` holds any of `content` (other words that count as memory from now on; None takes the client's again),
+        `pinned` and `forgotten`. The client goes on showing what it shows. Summaries that tell of the message are made
+        anew, except a user's own. Raises `NotFound`.
+        """
+        store = self.chat(chat_id)
+        with store.lock:
+            if not store.tree.is_confirmed(message_id):
+                raise NotFound(f"There is no message {message_id!r} in this chat.")
+            old = store.read([message_id])[0]
+            new = replace(old, **{k: v for k, v in changes.items() if k != "content"})
+            new = edited(new, changes["content"]) if "content" in changes else new
+            store.commit([new])
+            if (new.content, new.forgotten) != (old.content, old.forgotten):
+                told = [s for s in store.summaries.values() if covers(s, store.tree, message_id) and s.source != "user"]
+                store.put_story([replace(s, stale=True) for s in told])
+            row = message_row(new, store.tree.nodes[message_id].depth)
+        self._embed_later(store, [message_id])
+        return row
 
     def append(self, chat_id: str, messages: Any) -> dict:
         """Appends messages to a chat's current branch; makes the chat when there is none. Raises `InvalidRequest`."""
@@ -6738,15 +6938,16 @@ class PersonaMemory:
         with store.lock:
             index = self._index(store, nodes)
             scores = weigh(query, index.evidence(query.words, vector))
-            places = np.argsort(-scores["score"], kind="stable").tolist()
+            ranked = np.argsort(-scores["score"], kind="stable").tolist()
+            places = [i for i in ranked if not nodes[i].forgotten]
             memories = self._memories(store, nodes, scores, places if tokens else places[:k])
         if not tokens:
             return memories
         return [memories[i] for i in choose(list(map(memory_cost, memories)), [None] * len(memories), tokens)]
 
-    def _query_vector(self, text: str) -> np.ndarray | None:
+    def _query_vector(self, text: str, timeout: float = SEARCH_SECONDS) -> np.ndarray | None:
         try:
-            return self.embedder.encode([text], timeout=SEARCH_SECONDS)[0]
+            return self.embedder.encode([text], timeout=timeout)[0]
         except EmbedderUnavailable:
             return None
 
@@ -6799,6 +7000,15 @@ def chat_of_copy(copy: ChatCopy) -> str:
     return f"chat-{first_user[:16]}"
 
 
+def message_row(m: Message, index: int) -> dict:
+    """A message as the API shows it; `index` is its 0-based place in the branch."""
+    row = {
+        "id": m.id, "index": index, "role": m.role, "name": m.name, "content": m.content, "timestamp": m.timestamp,
+        "at": m.at, "tokens": m.tokens, "pinned": m.pinned, "forgotten": m.forgotten, "edited": m.shown is not None,
+    }  # fmt: skip
+    return row if m.shown is None else row | {"original": m.shown}
+
+
 def counted_usage(messages: Sequence[Mapping], texts: Sequence[str]) -> dict:
     """OpenAI's usage object, counted here, for upstreams that give none."""
     prompt = REPLY_PRIMING + sum(map(message_tokens, messages))
@@ -6833,6 +7043,28 @@ def reason_of(error: Exception) -> str:
     return str(error) if isinstance(error, PersonaMemoryError) else type(error).__name__
 
 
+def shown_again(old: Message, new: Message) -> Message:
+    """A stored message as the client shows it now, with what a user has made of it."""
+    new = replace(new, at=old.at, timestamp=old.timestamp, pinned=old.pinned, forgotten=old.forgotten)
+    return new if old.shown is None else edited(new, old.content)
+
+
+def edited(message: Message, content: str | None) -> Message:
+    """The message with other words in its place; with its own again where None."""
+    message = replace(message, content=message.original, shown=None)
+    if content is not None and content != message.content:
+        message = replace(message, content=content, shown=message.content)
+    plain = replace(message, forgotten=False)
+    sizes = (message_tokens(restored(replace(plain, content=text))) for text in (message.content, message.original))
+    return replace(message, tokens=max(sizes))  # the client's words where it shows them, the user's where it does not
+
+
+def covers(summary: Summary, tree: Tree, message: str) -> bool:
+    """Whether a summary tells of a message."""
+    inside = summary.last in tree.nodes and summary.start <= tree.nodes[message].depth <= summary.end
+    return inside and tree.is_below(summary.last, message)
+
+
 def place_transcript(store: ChatStore, request: ChatRequest) -> Alignment:
     """Where a request's transcript hangs in a chat."""
     place = align_floating if request.floating else align
@@ -6842,6 +7074,11 @@ def place_transcript(store: ChatStore, request: ChatRequest) -> Alignment:
 def place_copy(store: ChatStore, digests: Sequence[str]) -> Alignment:
     """Where a file's branch hangs in a chat."""
     return align(store.tree, digests, store.head)
+
+
+def persona_text(request: ChatRequest) -> str:
+    """The client's leading block as one text."""
+    return "\n\n".join(filter(None, (text_of(m.get("content")).strip() for m in request.persona)))
 
 
 def append_to(store: ChatStore, request: ChatRequest) -> Alignment | None:
@@ -7203,6 +7440,37 @@ def chat_emotions(chat: str) -> dict:
     )
 
 
+@api.patch("/chats/<chat:chat>/messages/<message>")
+def message_change(chat: str, message: str) -> dict:
+    """Edits, pins or forgets a message, or takes that back."""
+    body = request_json()
+    changes = {name: flag_field(body, name) for name in ("pinned", "forgotten") if named_in(body, name)}
+    if named_in(body, "content"):
+        changes["content"] = text_field(body, "content")
+    if not changes:
+        raise InvalidRequest("Nothing to change: give content, pinned or forgotten.")
+    return engine().change_message(chat, message, changes)
+
+
+@api.delete("/chats/<chat:chat>/messages/<message>")
+def message_forget(chat: str, message: str) -> dict:
+    """Forgets a message; `forgotten: false` remembers it again."""
+    return engine().change_message(chat, message, {"forgotten": True})
+
+
+def named_in(body: Any, name: str) -> bool:
+    """Whether the request's body has that field."""
+    return isinstance(body, dict) and name in body
+
+
+def flag_field(body: Any, name: str) -> bool:
+    """A field of the request's body that is true or false; raises `InvalidRequest` for anything else."""
+    value = body.get(name) if isinstance(body, dict) else None
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} must be true or false.", name)
+    return value
+
+
 def text_field(body: Any, name: str) -> str | None:
     """A field of the request's body that holds text, None where it is not there; raises `InvalidRequest`."""
     value = body.get(name) if isinstance(body, dict) else None
@@ -7215,9 +7483,7 @@ def text_field(body: Any, name: str) -> str | None:
 def fact_change(chat: str, fact: str) -> dict:
     """Edits or pins a fact."""
     body = request_json()
-    pinned = body.get("pinned") if isinstance(body, dict) else None
-    if not isinstance(pinned, bool | None):
-        raise InvalidRequest("pinned must be true or false.", "pinned")
+    pinned = flag_field(body, "pinned") if named_in(body, "pinned") else None
     return engine().change_fact(chat, fact, text_field(body, "text"), pinned, False)
 
 
@@ -7234,6 +7500,18 @@ def summary_change(chat: str, summary: str) -> dict:
     if text is None:
         raise InvalidRequest("text must say what the summary says now.", "text")
     return engine().change_summary(chat, summary, text)
+
+
+@api.get("/characters/<chat:character>")
+def character_one(character: str) -> dict:
+    """What is set for a character."""
+    return engine().character(character)
+
+
+@api.patch("/characters/<chat:character>")
+def character_change(character: str) -> dict:
+    """Sets whether chats with a character recall from each other."""
+    return engine().change_character(character, flag_field(request_json(), "carry_over"))
 
 
 @api.get("/chats/<chat:chat>/prompts")

@@ -1,6 +1,7 @@
 """The house rules of the one file: rooms in bottom-up order, short functions, documented names."""
 
 import ast
+import functools
 import re
 import statistics
 from pathlib import Path
@@ -12,6 +13,7 @@ TREE = ast.parse(SOURCE)
 FUNCTIONS = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
+@functools.cache
 def rooms() -> dict[str, int]:
     """Name of each room -> line of its banner."""
     lines = SOURCE.splitlines()
@@ -22,6 +24,7 @@ def rooms() -> dict[str, int]:
     }
 
 
+@functools.cache
 def room_of(line: int) -> str:
     """The room that a line stands in; empty above the first."""
     return max((start, name) for name, start in {"": 0, **rooms()}.items() if start <= line)[1]

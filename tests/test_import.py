@@ -465,11 +465,13 @@ def trees(draw) -> list[dict]:
         role, content = draw(st.sampled_from(pm.CHAT_ROLES)), draw(SAID)
         key = pm.message_id(parent, pm.message_digest(role, content))
         voice = draw(st.sampled_from([None, "Borin"])) if content.startswith("Borin: ") else None
-        rows.setdefault(key, pm.Message(
+        made = pm.Message(
             key, parent, role, content, draw(st.sampled_from([None, "Ann"])),
             draw(st.sampled_from([None, "2024-07-12T21:30:12+02:00", "2024-07-12T21:30:12"])),
-            draw(st.floats(1e9, 2e9)), 0, role == "user" or draw(st.booleans()), draw(st.booleans()), voice,
-        ))  # fmt: skip
+            draw(st.floats(1e9, 2e9)), 0, role == "user" or draw(st.booleans()), draw(st.booleans()), None,
+            draw(st.booleans()), draw(st.booleans()), voice,
+        )  # fmt: skip
+        rows.setdefault(key, pm.edited(made, draw(SAID)) if draw(st.booleans()) else made)
     return list(rows.values())
 
 
@@ -517,6 +519,7 @@ def test_an_export_comes_back_as_it_was(folders, messages, data):
         assert second.take_in(json.dumps(exported).encode())[0]["added"] == 0
         assert second.export("a/b") == exported
     untouched = [{**m, "tokens": 0} for m in exported["messages"]]
+    whole["messages"] = [{**m, "tokens": 0} for m in whole["messages"]]
     assert {**exported, "messages": untouched} == whole
 
 
