@@ -34,12 +34,13 @@ Contents, bottom-up (a room uses only the rooms above it)::
     Gemini         Google's models as one of them
     Engine         PersonaMemory, the facade that the web calls
     Web            Flask blueprints and the server
-    Command line   main()
+    Command line   main(), importing, and becoming a module of SillyTavern-Extras
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import base64
 import binascii
 import contextlib
@@ -76,16 +77,24 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import diskcache
-import dotenv
-import flask
-import httpx
-import numpy as np
-import prometheus_client
-import tenacity
-import waitress
-from werkzeug.exceptions import HTTPException
-from werkzeug.routing import BaseConverter
+try:
+    import diskcache
+    import dotenv
+    import flask
+    import httpx
+    import numpy as np
+    import prometheus_client
+    import tenacity
+    import waitress
+    from tqdm import tqdm
+    from werkzeug.exceptions import HTTPException
+    from werkzeug.routing import BaseConverter
+except ImportError as missing:
+    ADVICE = (
+        f"persona_memory misses a package in the environment of {sys.executable}: {missing}. "
+        "Install what its requirements.txt lists there: python -m pip install -r requirements.txt"
+    )
+    raise (SystemExit(ADVICE) if __name__ == "__main__" else ImportError(ADVICE)) from missing
 
 __version__ = "0.1.0"
 
@@ -6840,11 +6849,12 @@ class PersonaMemory:
             siblings[message.parent].append(message)
         return write_transcript(store.info, [messages[i] for i in path], siblings)
 
-    def take_in(self, raw: bytes, chat_id: str = "") -> list[dict]:
+    def take_in(self, raw: bytes, chat_id: str = "", embed: bool = True) -> list[dict]:
         """Adds what a chat file or an export holds to its chat: that of `chat_id`, of an export's own id, or the one
         that the transcript names. The same again adds nothing. Raises `InvalidRequest`, `StoreError`.
 
-        Returns a line for each chat: its id, how many messages are new, and how many its branch has.
+        Returns a line for each chat: its id, how many messages are new, and how many its branch has. Their vectors are
+        computed in the background, unless not to `embed`.
         """
         copy = read_chat_file(raw)
         if "chat_id" not in copy.info and not any(m.role == "user" for m in copy.messages):
@@ -6856,8 +6866,18 @@ class PersonaMemory:
         with store.lock:
             self._add_rest(store, copy, fresh, bool(added))
             total = len(store.tree.path(copy.head))
-        self._embed_later(store, [m.id for m in copy.path])
+        if embed:
+            self._embed_later(store, [m.id for m in copy.path])
         return [{"chat_id": store.id, "added": added, "total": total}]
+
+    def embed_chat(self, chat_id: str) -> Iterator[int]:
+        """Computes the vectors that a chat's messages lack, here and now; gives the number of messages that are done
+        after each batch. Raises `NotFound`, `EmbedderUnavailable`."""
+        store = self.chat(chat_id)
+        ids = [n.id for n in store.tree.nodes.values() if n.confirmed]
+        for batch in (ids[i : i + EMBED_BATCH] for i in range(0, len(ids), EMBED_BATCH)):
+            self._embed_missing(store, batch)
+            yield len(batch)
 
     def _shelve(self, copy: ChatCopy, chat_id: str) -> tuple[ChatStore, bool]:
         """The chat that a file's belongs to, and whether it was made for it."""
@@ -7141,9 +7161,12 @@ def client_gone() -> Callable[[], bool]:
 
 
 def client_call() -> Call:
-    """A call to the upstream in the client's name; clients without a key send words for it."""
+    """A call to the upstream in the client's name; clients without a key send words for it.
+
+    A key that is this server's, or that of an Extras API, is none of the upstream's business.
+    """
     authorization = flask.request.headers.get("Authorization", "")
-    ours = engine().settings.api_key
+    ours = engine().settings.api_key or not engine().settings.proxy
     token = authorization.removeprefix("Bearer").strip()
     return Call("" if ours or token in ABSENT_IDS else authorization)
 
@@ -7585,14 +7608,34 @@ def check_access() -> None:
     given = flask.request.headers.get("Authorization", "").removeprefix("Bearer").strip()
     if key and not secrets.compare_digest(given.encode(), key.encode()):
         raise NotAuthenticated("This server needs its API key, as `Authorization: Bearer <key>`.")
+    if not key:
+        check_host("--api-key")
+    if flask.request.method not in SAFE_METHODS:
+        check_origin()
+
+
+def check_host(key_flag: str) -> None:
+    """Refuses names that are not this machine's own: a page's own name, made to point here (DNS rebinding)."""
     host = re.sub(r":\d*$", "", flask.request.host).strip("[]").lower()
-    if not key and host not in LOOPBACK_HOSTS:  # DNS rebinding: a page's own name, made to point here
+    if host not in LOOPBACK_HOSTS:
         raise ForeignOrigin(
-            f"This server answers to 127.0.0.1 and localhost, not to {host}; --api-key would change that."
+            f"This server answers to 127.0.0.1 and localhost, not to {host}; {key_flag} would change that."
         )
+
+
+def check_origin() -> None:
+    """Refuses pages of origins that may not call."""
     origin = flask.request.headers.get("Origin")
-    if origin and flask.request.method not in SAFE_METHODS and not allowed_origin(origin):
+    if origin and not allowed_origin(origin):
         raise ForeignOrigin(f"Pages of {origin} may not use this server; --allow-origin {origin} would let them.")
+
+
+def check_as_guest() -> None:
+    """What stands in for `check_access` inside another's app that asks for no key: that app lets the pages of every
+    origin read its answers."""
+    if flask.request.method != "OPTIONS":
+        check_host("its own --secure")
+        check_origin()
 
 
 def allowed_origin(origin: str) -> bool:
@@ -7646,14 +7689,18 @@ class ChatId(BaseConverter):
         return urllib.parse.unquote(value)
 
 
-def exact_paths(app: Callable) -> Callable:
-    """WSGI middleware: paths of the API stay quoted, for ids may hold slashes; elsewhere many slashes are one, for
-    clients join URLs carelessly (`/v1//chat/completions`)."""
+def exact_paths(app: Callable, prefix: str = "/api/", joined: bool = True) -> Callable:
+    """WSGI middleware: paths under `prefix` stay quoted, for ids may hold slashes; elsewhere many slashes are one where
+    `joined`, for clients join URLs carelessly (`/v1//chat/completions`)."""
 
     def wrapped(environ: dict, start_response: Callable) -> Iterable[bytes]:
-        quoted = environ.get("REQUEST_URI", "").partition("?")[0]
-        is_api = quoted.startswith("/api/")
-        environ["PATH_INFO"] = quoted if is_api else re.sub("/{2,}", "/", environ["PATH_INFO"])
+        path = environ["PATH_INFO"]
+        quoted = environ.get("REQUEST_URI") or urllib.parse.quote(path.encode("latin-1"))
+        quoted = quoted.partition("?")[0]
+        if quoted.startswith(prefix):
+            environ["PATH_INFO"] = quoted
+        elif joined:
+            environ["PATH_INFO"] = re.sub("/{2,}", "/", path)
         return app(environ, start_response)
 
     return wrapped
@@ -7678,6 +7725,22 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
         app.register_blueprint(proxy)
     app.wsgi_app = exact_paths(app.wsgi_app)
     return app
+
+
+def add_hooks(app: flask.Flask, memory: PersonaMemory, secure: bool) -> None:
+    """Registers the memory's own routes on another's Flask app; that app's routes, CORS and key stay as they are.
+
+    `secure` says that the app asks for a key itself.
+    """
+    hooks = flask.Blueprint("persona_memory", __name__)  # what is set on it acts on its own routes alone
+    hooks.register_blueprint(api)
+    hooks.register_error_handler(Exception, show_error)
+    if not secure:
+        hooks.before_request(check_as_guest)
+    app.extensions["persona_memory"] = memory
+    app.url_map.converters["chat"] = ChatId
+    app.register_blueprint(hooks)
+    app.wsgi_app = exact_paths(app.wsgi_app, f"{api.url_prefix}/", joined=False)
 
 
 def create_server(settings: Settings, patience: float = 0.0) -> Any:
@@ -7727,7 +7790,8 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: 
     named = {f.name: known.get(variable_of(f.name)) for f in fields(Settings)}
     values = {name: parse_setting(name, text) for name, text in named.items() if text}
     given = vars(argument_parser().parse_args(argv))
-    values |= {k: v if isinstance(v, bool) else parse_setting(k, v) for k, v in given.items() if v is not None}
+    given = {name: given[name] for name in named if given[name] is not None}
+    values |= {k: v if isinstance(v, bool) else parse_setting(k, v) for k, v in given.items()}
     gemini_key = next((known[k] for k in GEMINI_KEY_VARIABLES if known.get(k)), "")
     values["upstream"] = values.get("upstream") or ("gemini" if gemini_key else "local")
     if values["upstream"] == "gemini":
@@ -7756,6 +7820,183 @@ def checked(settings: Settings) -> Settings:
     return settings
 
 
+# ---------------------------------------------------------------------------------------------------------- importing
+
+
+def import_files(settings: Settings, names: Sequence[str]) -> int:
+    """Takes in chat files and exports, folders with all below them; returns the exit status.
+
+    Interrupted, it can be run again: what is there is found, what is missing is added.
+    """
+    memory, counts, chats, status = PersonaMemory(settings), Counter(), {}, 0
+    try:
+        for file in tqdm(list(itertools.chain(*map(chat_files, names))), "chats", unit="file"):
+            try:
+                for line in memory.take_in(file.read_bytes(), embed=False):
+                    counts.update(added=line["added"], total=line["total"])
+                    chats[line["chat_id"]] = True
+            except (InvalidRequest, StoreError, OSError) as error:
+                tqdm.write(f"{file}: {error}", sys.stderr)
+                status = 1
+        known = counts["total"] - counts["added"]
+        print(f"{len(chats)} chats; {counts['added']} messages are new, {known} were known.", flush=True)
+        embed_chats(memory, chats)
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        return 130
+    finally:
+        memory.close()
+    return status
+
+
+def chat_files(name: str) -> list[Path]:
+    """The file of that name, or the chat files and exports in the folder of that name."""
+    path = Path(name)
+    if not path.is_dir():
+        return [path]
+    found = sorted(f for f in path.rglob("*") if f.suffix in (".jsonl", ".json") and f.is_file())
+    return [f for f in found if f.suffix == ".jsonl" or is_export_file(f)]
+
+
+def is_export_file(file: Path) -> bool:
+    """Whether a file begins like an export: folders of clients hold much other JSON."""
+    with file.open("rb") as opened:
+        return bool(re.match(rb'\s*\{\s*"(format|chat)"', opened.read(200)))
+
+
+def embed_chats(memory: PersonaMemory, chats: Iterable[str]) -> None:
+    """Computes the vectors of chats, with a bar; where that cannot be done now, it is done when a chat goes on."""
+    sizes = {chat: memory.chat(chat).tree.messages for chat in chats}
+    with tqdm(total=sum(sizes.values()), desc="vectors", unit="message") as bar:
+        try:
+            for chat in sizes:
+                for done in memory.embed_chat(chat):
+                    bar.update(done)
+        except EmbedderUnavailable as error:
+            tqdm.write(f"Vectors are computed later: {error}", sys.stderr)
+
+
+# --------------------------------------------------------------------------------------- a module of SillyTavern-Extras
+
+BLOCK_BEGIN, BLOCK_END = "# persona_memory: begin", "# persona_memory: end"
+EXTRAS_BLOCK = f"""{BLOCK_BEGIN} (written by --install-extras; --uninstall-extras takes it out)
+if "persona_memory" in modules:
+    print("Initializing persona_memory")
+    try:
+        import modules.persona_memory as persona_memory_module
+        persona_memory_module.init_extras(app, modules, secure=getattr(args, "secure", False))
+    except Exception as error:
+        print(f"persona_memory is off: {{error}}")
+        modules.remove("persona_memory")
+{BLOCK_END}
+"""
+BLOCK_PATTERN = re.compile(rf"^{BLOCK_BEGIN}[^\n]*\n.*?^{BLOCK_END}\r?\n".encode(), re.M | re.S)
+EXTRAS_RUN = re.compile(rb"^app\.run\(", re.M)  # the last statement of server.py
+EXTRAS_SIGNS = (rb"^app = Flask\(", rb"^args = parser\.parse_args\(", rb"^modules = ", rb"--enable-modules")
+
+
+def init_extras(app: flask.Flask, modules: list[str] | None = None, secure: bool = False) -> PersonaMemory:
+    """Adds the memory to the Flask app of a SillyTavern-Extras server (or any other), beside what that serves.
+
+    `modules` is that server's list of modules, `secure` whether it asks for a key. Settings come from the environment
+    and from a `.env` file beside this one; chats are kept in `data/` beside it. Raises `SettingsError`.
+    """
+    settings = load_settings([], {"PERSONA_MEMORY_HOST": "127.0.0.1"} | os.environ, HERE / ".env")
+    memory = PersonaMemory(replace(settings, proxy=False))
+    add_hooks(app, memory, secure)
+    if modules is not None and "persona_memory" not in modules:
+        modules.append("persona_memory")
+    atexit.register(memory.close)
+    memory.start()
+    return memory
+
+
+def install_extras(settings: Settings, folder: str) -> int:
+    """Makes this file a module of the SillyTavern-Extras in a folder; gives the exit status, raises `SettingsError`."""
+    server, module = extras_files(folder)
+    before = server.read_bytes()
+    bare = BLOCK_PATTERN.sub(b"", before)
+    runs = list(EXTRAS_RUN.finditer(bare))
+    if len(runs) != 1 or not all(re.search(sign, bare, re.M) for sign in EXTRAS_SIGNS):
+        raise SettingsError(f"{server} does not look like SillyTavern-Extras' server.py, so it was left as it is.")
+    block = EXTRAS_BLOCK.encode().replace(b"\n", b"\r\n" if b"\r\n" in bare else b"\n")
+    wired = bare[: runs[0].start()] + block + bare[runs[0].start() :]
+    if wired != before:
+        backup_of(server).write_bytes(bare)
+        server.write_bytes(wired)
+    if module.resolve() != Path(__file__).resolve():
+        shutil.copyfile(__file__, module)
+    print(
+        f"Installed as {module}; {server} is wired, its old self is {backup_of(server).name}.\n"
+        f"In the environment that runs it: python -m pip install -r {HERE / 'requirements.txt'}\n"
+        "Then start it with persona_memory among its modules: python server.py --enable-modules=persona_memory,..."
+    )
+    return 0
+
+
+def uninstall_extras(settings: Settings, folder: str) -> int:
+    """Takes this file out of a SillyTavern-Extras again; chats stay. As `install_extras`."""
+    server, module = extras_files(folder)
+    bare = BLOCK_PATTERN.sub(b"", server.read_bytes())
+    server.write_bytes(bare)
+    backup = backup_of(server)
+    if backup.exists() and backup.read_bytes() == bare:  # else somebody has changed the file since: both are kept
+        backup.unlink()
+    for made in (module, *(module.parent / "__pycache__").glob(f"{module.stem}.*.pyc")):
+        made.unlink(missing_ok=True)
+    print(f"{server} is as it was. Chats, if any, are kept in {module.parent / 'data'}.")
+    return 0
+
+
+def extras_files(folder: str) -> tuple[Path, Path]:
+    """Where a SillyTavern-Extras has its server and would have this file; raises `SettingsError`."""
+    server, modules = Path(folder) / "server.py", Path(folder) / "modules"
+    if not server.is_file() or not modules.is_dir():
+        raise SettingsError(f"{folder} is no folder of SillyTavern-Extras: it has no server.py or no modules/.")
+    return server, modules / "persona_memory.py"
+
+
+def backup_of(server: Path) -> Path:
+    """Where a server.py is kept as it was before it was wired."""
+    return server.with_name(f"{server.name}.before-persona_memory")
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+@dataclass(frozen=True)
+class Action:
+    """Something to do instead of serving: what its flag takes, and what it does with that; gives the exit status."""
+
+    run: Callable[[Settings, Any], int]
+    metavar: str
+    help: str
+    many: bool = False
+
+
+ACTIONS = {
+    "import": Action(import_files, "FILE", "take in SillyTavern chat files and exports, or folders of them", many=True),
+    "install-extras": Action(install_extras, "DIR", "become a module of the SillyTavern-Extras in that folder"),
+    "uninstall-extras": Action(uninstall_extras, "DIR", "take the module out of it again"),
+}
+
+
+def action_of(argv: Sequence[str]) -> Callable[[Settings], int] | None:
+    """What the command line asks for instead of serving."""
+    given = vars(argument_parser().parse_args(argv))
+    name = next((name for name in ACTIONS if given[name]), None)
+    return name and (lambda settings: ACTIONS[name].run(settings, given[name]))
+
+
+def act(action: Callable[[Settings], int], settings: Settings) -> int:
+    """Does what the command line asks for; returns the exit status."""
+    try:
+        return action(settings)
+    except (PersonaMemoryError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """The command line's parser, made from the fields of `Settings`."""
     parser = argparse.ArgumentParser(
@@ -7769,6 +8010,10 @@ def argument_parser() -> argparse.ArgumentParser:
         text = text.replace("`", "").replace("%", "%%")
         action = {"action": "store_true"} if f.type == "bool" else {"metavar": f.name.upper().rpartition("_")[2]}
         parser.add_argument(flag_of(f.name), default=None, help=text, **action)
+    group = parser.add_argument_group("instead of serving")
+    for name, action in ACTIONS.items():
+        many = {"nargs": "+"} if action.many else {}
+        group.add_argument(f"--{name}", dest=name, metavar=action.metavar, help=action.help, **many)
     return parser
 
 
@@ -7799,11 +8044,13 @@ def set_up_log(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the server until it is interrupted; returns the exit status."""
+    """Runs the server until it is interrupted, or does what else is asked for; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        settings = load_settings(sys.argv[1:] if argv is None else argv, os.environ, HERE / ".env")
+        settings = load_settings(argv, os.environ, HERE / ".env")
         set_up_log(settings)
-        server = create_server(settings, patience=START_PATIENCE)
+        action = action_of(argv)
+        server = None if action else create_server(settings, patience=START_PATIENCE)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)
         return 2
@@ -7813,6 +8060,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if action:
+        return act(action, settings)
     greeting = start_text(settings, server.effective_port)
     if settings.log_format == "json":
         log_event("started", greeting, port=int(server.effective_port))
