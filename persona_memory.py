@@ -7478,6 +7478,9 @@ function settings() {
 /** What the server answers instead of what it was asked for. */
 class Refusal extends Error {}
 
+/** The server has not answered within PATIENCE_MS: it may be away, or have much to do. */
+class Late extends Error {}
+
 /** JSON of the server; throws an Error with words for the user. Never waits longer than PATIENCE_MS. */
 async function call(path, body, method = body ? 'POST' : 'GET') {
     const { server, key } = settings();
@@ -7494,7 +7497,8 @@ async function call(path, body, method = body ? 'POST' : 'GET') {
         return answer;
     } catch (error) {
         if (error instanceof Refusal) throw error;
-        throw new Error(patience.signal.aborted ? 'no answer in time' : 'no answer', { cause: error });
+        if (patience.signal.aborted) throw new Late('no answer in time');
+        throw new Error('no answer', { cause: error });
     } finally {
         clearTimeout(timer);
     }
@@ -7652,7 +7656,10 @@ async function remember(_chat, contextSize, _abort, type) {
         showStatus(true, `Connected; ${answer.report.degraded || 'memories are placed in the prompt'}.`);
         showRecalled(answer.recalled, answer.emotion);
     } catch (error) {
-        serverFailed(error);
+        if (!(error instanceof Late)) return serverFailed(error);
+        // A long chat that is new to it takes its time once. The reply does not wait for the answer to this.
+        showStatus(false, 'Too late for this reply: the server is reading the chat.');
+        call('/health').catch(serverFailed);
     }
 }
 
@@ -7750,7 +7757,7 @@ function buildPanel() {
         checkbox('enabled', 'Remember my chats'),
         field('server', 'Server', { type: 'url', placeholder: DEFAULTS.server, spellcheck: false }),
         field('key', 'Key', { type: 'password', placeholder: 'where the server asks for one', autocomplete: 'off' }),
-        field('depth', 'Depth', { type: 'number', min: 0, max: 100 }, 'messages before the end of the chat'),
+        field('depth', 'Depth', { type: 'number', min: 0, max: 100 }, 'messages from the end'),
         element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor),
         element('hr'),
         element('div', {}, element('b', { textContent: 'For the last reply' })),
@@ -7855,7 +7862,7 @@ function carrier() {
 /** Whether memories of this character's other chats count here: the server's word, for the character as a whole. */
 async function showCarryOver() {
     const name = carrier();
-    parts.carryFor.textContent = `Carry over what ${name || 'a character'} remembers into new chats`;
+    parts.carryFor.textContent = `Recall from other chats with ${name || 'a character'} too`;
     parts.carry.disabled = true;
     parts.carry.checked = false;
     if (!name) return;

@@ -150,9 +150,12 @@ class Site:
     def __init__(self, address: str):
         site = self
         self.script = pm.extension_files(address)["index.js"]
+        self.closing = threading.Event()
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
+                if self.path == "/hang":
+                    return site.closing.wait()
                 path = self.path.partition("?")[0]
                 content, kind = (site.script, "text/javascript") if path == SCRIPT_PATH else (CLIENT, "text/html")
                 found = path in (SCRIPT_PATH, "/")
@@ -162,6 +165,9 @@ class Site:
                 self.end_headers()
                 if found:
                     self.wfile.write(content)
+                return None
+
+            do_POST = do_GET
 
             def log_message(self, *_):
                 pass
@@ -174,6 +180,7 @@ class Site:
         return self
 
     def __exit__(self, *_):
+        self.closing.set()
         self.httpd.shutdown()
         self.httpd.server_close()
 
@@ -567,7 +574,16 @@ class TestServerAway:
         with silent, open_client(browser, f"http://127.0.0.1:{silent.getsockname()[1]}") as client:
             client.talk("Good morning.")
             assert client.generate() == {}
-            assert ["in time" in notice for notice in client.notices] == [True]
+            client.page.wait_for_function("stand.notices.length")
+            assert "in time" in client.notices[0]
+
+    def test_a_server_that_is_late_is_not_away(self, client):
+        client.do("globalThis.fetched = globalThis.fetch")
+        client.do("(globalThis.fetch = (url, given) => fetched(url.endsWith('/inject') ? '/hang' : url, given), null)")
+        client.talk("Good morning.")
+        assert client.generate() == {}
+        client.page.get_by_text("Too late for this reply").wait_for()
+        assert client.notices == []
 
     def test_the_key(self, browser, tmp_path, shared_upstream):
         given = settings(tmp_path / "data", shared_upstream.url, no_guidance=True, api_key="sesame-7")
@@ -602,7 +618,7 @@ class TestPanel:
 
     def test_carrying_over_is_set_for_the_character(self, client, server):
         url = f"{server.url}/api/persona_memory/characters/Mira"
-        box = client.page.get_by_label("Carry over what Mira remembers")
+        box = client.page.get_by_label("Recall from other chats with Mira")
         box.set_checked(True)
         client.page.wait_for_function(
             "url => fetch(url).then((r) => r.json()).then((answer) => answer.carry_over)", arg=url
