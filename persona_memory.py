@@ -33,6 +33,7 @@ Contents, bottom-up (a room uses only the rooms above it)::
     Upstreams      the language models behind the proxy
     Gemini         Google's models as one of them
     Engine         PersonaMemory, the facade that the web calls
+    Assets         the files of the SillyTavern extension
     Web            Flask blueprints and the server
     Command line   main(), importing, and becoming a module of SillyTavern-Extras
 """
@@ -47,6 +48,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -323,6 +325,9 @@ class ClientGone(PersonaMemoryError):
 ROOT = ""  # the parent of a chat's first message
 SYSTEM_ROLES = ("system", "developer")
 CHAT_ROLES = ("user", "assistant")
+KINDS = ("normal", "swipe", "regenerate", "continue", "impersonate", "quiet")  # of generation, in SillyTavern's words
+PASSING_KINDS = ("continue", "impersonate", "quiet")  # whose replies no message of the chat will be
+RECALL_SECONDS = 2.0  # what a turn waits for a vector before it goes on without
 
 
 def normalise(text: str) -> str:
@@ -438,11 +443,38 @@ class Turn:
     digest: str
     before: tuple[dict, ...] = ()
     voice: str | None = None  # who speaks, where the text itself begins with that name
+    timestamp: str | None = None  # ISO 8601, where the client gives one
+    hidden: bool = False  # part of the chat, but not of the client's prompt
 
     @property
     def fingerprint(self) -> str:
         """Changes with any byte of name and text, where `digest` only changes with the words."""
         return text_fingerprint(self.name, self.content)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a client says of a request beside its messages; empty where it does not say.
+
+    `parent` is the chat that this one was branched off, `kind` one of KINDS, and `complete` says that the messages are
+    the whole chat, so that what is missing in front was deleted.
+    """
+
+    chat_id: str = ""
+    parent: str = ""
+    character: str = ""
+    kind: str = ""
+    complete: bool = False
+
+    @property
+    def given(self) -> bool:
+        """Whether the client says anything; one that does shows its chat's messages in every request."""
+        return self != Identity()
+
+    @property
+    def passing(self) -> bool:
+        """Whether the reply is none that the chat will show as it is."""
+        return self.kind in PASSING_KINDS
 
 
 @dataclass(frozen=True)
@@ -458,11 +490,14 @@ class ChatRequest:
     turns: tuple[Turn, ...]
     tail: tuple[dict, ...]
     floating: bool
+    identity: Identity = Identity()
+    patience: float = RECALL_SECONDS
 
     @property
     def newest_user(self) -> int | None:
-        """The place of the newest user message in `turns`."""
-        return next((i for i in reversed(range(len(self.turns))) if self.turns[i].role == "user"), None)
+        """The place of the newest user message in `turns` that is not hidden."""
+        shown = (i for i, t in enumerate(self.turns) if t.role == "user" and not t.hidden)
+        return max(shown, default=None)
 
     @property
     def folded(self) -> bool:
@@ -3797,7 +3832,31 @@ def parse_request(body: Any) -> ChatRequest:
     turns = with_voices(turns, messages[:leading])
     floating = bool(turns) and leading == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
     request = ChatRequest(body, tuple(messages[:leading]), turns, tail, floating)
+    request = replace(request, identity=parse_identity(body))
     return replace(request, persona=(*turns[0].before, turns[0].raw)) if request.folded else request
+
+
+def parse_identity(body: Mapping) -> Identity:
+    """What the body's object `persona_memory` says of the request; raises `InvalidRequest` naming what is wrong."""
+    given = body.get("persona_memory")
+    if given is None:
+        return Identity()
+    if not isinstance(given, dict):
+        raise InvalidRequest("persona_memory must be an object.", "persona_memory")
+    return read_identity(given, "persona_memory.")
+
+
+def read_identity(given: Mapping, where: str = "") -> Identity:
+    """The identity that those fields name; raises `InvalidRequest`. A kind that is not known is a normal one."""
+    names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
+    for name in names.values():
+        if not isinstance(given.get(name), str | None):
+            raise InvalidRequest(f"{where}{name} must be a string.", f"{where}{name}")
+    if not isinstance(given.get("complete"), bool | None):
+        raise InvalidRequest(f"{where}complete must be true or false.", f"{where}complete")
+    said = {field: (given.get(name) or "").strip() for field, name in names.items()}
+    kind = said["kind"] if said["kind"] in KINDS or not said["kind"] else "normal"
+    return Identity(**said | {"kind": kind}, complete=bool(given.get("complete")))
 
 
 def check_message(message: Any, where: str) -> None:
@@ -3884,6 +3943,17 @@ class Layout:
     room: int
     recalled: int = 0  # tokens that recalled memories may take at most
     leaving: int = 0  # the place before which messages are out of the prompt, or will be after the next cut
+    hidden: frozenset[int] = frozenset()  # places from `anchor` on that are not in the prompt either
+    window: tuple[int, ...] = ()  # where the client makes the prompt: what each message takes there, 0 for never
+
+    @property
+    def reach(self) -> int:
+        """The place before which all messages stand that are not in the prompt."""
+        return max(self.anchor, max(self.hidden, default=-1) + 1)
+
+    def shows(self, place: int) -> bool:
+        """Whether the branch's message at a place stands in the prompt."""
+        return place >= self.anchor and place not in self.hidden
 
 
 def lay_out(
@@ -3922,6 +3992,54 @@ def lay_out(
     leaving = next_cut([*stored, *counts], starts, anchor, block, latest) if full else anchor
     room = budget.memories + budget.history - history
     return Layout(budget, anchor, pivot, history, room, min(recalled, budget.memories), leaving)
+
+
+def lay_out_window(
+    request: ChatRequest,
+    context: int,
+    shares: Sequence[float],
+    counts: Sequence[int],
+    roles: Sequence[str],
+    story: int = 0,
+) -> Layout:
+    """As `lay_out`, for a client that makes its prompt itself, of the newest messages that fit, one by one.
+
+    What the client hides stands in no prompt, nor does what it no longer shows. Nothing is too long here: it is the
+    client that has to fit it in.
+    """
+    above = len(counts) - len(request.turns)
+    shown = [0 if t.hidden else turn_tokens(t, n) for t, n in zip(request.turns, counts[above:], strict=True)]
+    sizes = [*[0] * above, *shown]
+    persona, response = sum(message_tokens(m) for m in request.persona), int(shares[3] * context)
+    left = max(0, context - response - persona - sum(message_tokens(m) for m in request.tail))
+    recalled = int(RECALLED_SHARE * shares[1] * context)
+    memories = min(story + recalled, int(shares[1] * context), left)
+    budget = Budget(persona, memories, left - memories, response)
+    fits = min(tail_start(sizes, budget.history), len(sizes) - 1)
+    anchor = next((i for i in range(fits, len(sizes)) if sizes[i]), len(sizes))
+    leaving = max(anchor, tail_start(sizes, budget.history // 2)) if fits else anchor
+    pivot = request.newest_user
+    if pivot is not None and above + pivot < anchor:
+        pivot = None
+    history = sum(sizes[anchor:])
+    hidden = frozenset(i for i in range(anchor, len(sizes)) if not sizes[i])
+    return Layout(
+        budget, anchor, pivot, history, max(0, left - history), min(recalled, memories), leaving, hidden, tuple(sizes)
+    )
+
+
+def beyond_window(memories: Sequence[Memory], layout: Layout, told: int) -> list[Memory]:
+    """Those of the memories that the client's own prompt will not show.
+
+    Whatever the memories and the `told` tokens of the story leave of what was kept for them lets in more of the chat.
+    """
+    room = layout.budget.memories + layout.budget.history - told - memory_frame_tokens()
+    while True:
+        start = tail_start(layout.window, room - sum(map(memory_cost, memories)))
+        left = [m for m in memories if m.index < start or not layout.window[m.index]]
+        if len(left) == len(memories):
+            return left
+        memories = left
 
 
 def option_tokens(body: Mapping) -> int:
@@ -5668,7 +5786,7 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
 # Engine
 # ======================================================================================================================
 
-RECALL_SECONDS = 2.0  # what a turn waits for a vector before it goes on without
+INJECTION_SECONDS = 0.7  # what an injection waits for a vector: a client gives it two seconds in all
 ENCODED_AT_ONCE = 8  # missing vectors that a turn computes itself, the newest; more are left to the background
 SEARCH_SECONDS = 120.0  # a search waits longer than a turn: it was asked for
 BACKLOG = 5  # stretches that are summarised by the model one after the other; of more, the older by extraction
@@ -5782,7 +5900,8 @@ class Storyteller:
             start, _ = next_gap(story, plan.first)
             messages = store.read(path[start : start + every])
         behind = (plan.until - start) // every > BACKLOG  # an import: told at once by its own sentences, then better
-        ask = None if behind else self._asker(plan, authorization)
+        # Without the proxy no upstream was chosen for this chat: nothing is sent to one.
+        ask = None if behind or not self._settings.proxy else self._asker(plan, authorization)
         fresh, facts = self._from_messages(store, messages, start, plan, ask)
         made = [fresh, *(replace(s, since=fresh.end) for s in self._again(store, story, plan, ask))]
         story = story_of([*made, *story], {message: place for place, message in enumerate(path)})
@@ -5981,6 +6100,24 @@ class Prepared:
     report: PromptReport | None = None
     unaided: tuple[dict, ...] = ()  # the messages without recalled memories, where there are any
     story: tuple[StoryPlan, str] | None = None  # what may be summarised now, and the client's authorization for that
+    passing: bool = False  # whether the reply is none that the chat will show as it is
+
+
+@dataclass(frozen=True)
+class Recollection:
+    """What memory has to say to a turn: the branch it is on, what of that is in the prompt, and what of the rest is
+    told: `story`, `memories`, `mood`; `block` is the text of the latter two."""
+
+    store: ChatStore
+    path: list[str]
+    layout: Layout
+    story: Story
+    memories: list[Memory]
+    mood: Mood | None
+    block: str
+    older: list[Message]  # of the branch, in the prompt, but not in the request
+    plan: StoryPlan
+    report: PromptReport
 
 
 class PersonaMemory:
@@ -6047,46 +6184,100 @@ class PersonaMemory:
             )
 
     def _prepare(self, request: ChatRequest, chat_id: str, call: Call) -> Prepared:
-        started = time.perf_counter()
-        if not request.turns:
-            return Prepared(
-                self._upstream_body(request, request.body["messages"], call),
-                "recalled=0 tokens=0 history=0 summary=0",
-                chat_id,
-            )
+        if self._shows_no_chat(request, chat_id):
+            body = self._upstream_body(request, request.body["messages"], call)
+            return Prepared(body, "recalled=0 tokens=0 history=0 summary=0", chat_id)
         context = self.context_length(request.body.get("model") or "", call)
-        store, path = self._enter_branch(request, chat_id)
+        seen = self._recollect(request, chat_id, context, lay_out)
+        above = len(seen.path) - len(request.turns)  # messages of the branch that the request does not show
         first = int(request.folded)
-        above = len(path) - len(request.turns)  # messages of the branch that the request does not show
+        turns_from = first + max(0, seen.layout.anchor - above)
+        compose = functools.partial(compose_prompt, request, seen.layout, seen.older, turns_from)
+        body = self._upstream_body(request, compose(seen.block, seen.story.text), call)
+        unaided = tuple(compose("", seen.story.text)) if seen.block else ()
+        told = (replace(seen.plan, model=body.get("model") or ""), call.authorization)
+        return Prepared(
+            body, seen.report.header, seen.store.id, seen.path[-1], seen.report, unaided, told,
+            request.identity.passing,
+        )  # fmt: skip
+
+    def _shows_no_chat(self, request: ChatRequest, chat_id: str) -> bool:
+        """Whether a request has no messages of its chat: none at all, or a quiet prompt with words of its own."""
+        if not request.turns or request.identity.kind != "quiet" or not chat_id:
+            return not request.turns
+        store = self.shelf.get(chat_id)
+        if store is None:
+            return True
+        with store.lock:
+            return not place_transcript(store, request).matches
+
+    def _recollect(
+        self, request: ChatRequest, chat_id: str, context: int, arrange: Callable[..., Layout]
+    ) -> Recollection:
+        """Takes a request's transcript into its chat and looks up what to tell of what the prompt will not show.
+
+        `arrange` is what decides that: `lay_out`, or `lay_out_window` for clients that make the prompt themselves.
+        """
+        started = time.perf_counter()
+        store, path = self._enter_branch(request, chat_id)
+        first, above = int(request.folded), len(path) - len(request.turns)
         with store.lock:
             nodes = [store.tree.nodes[i] for i in path[first:]]
             reserved = self._story_reserve(store, path, context)
-            counts, roles = [n.tokens for n in nodes], [n.role for n in nodes]
-            layout = lay_out(request, context, self.shares, counts, roles, reserved)
+            layout = arrange(
+                request, context, self.shares, [n.tokens for n in nodes], [n.role for n in nodes], reserved
+            )
             story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
-            leads = request.persona or layout.anchor < above  # what the story can stand behind, or in front of
+            # What the story can stand behind, or in front of.
+            leads = request.persona or layout.anchor < above or layout.window
             story = self._story(store, path, first + layout.anchor, story_budget) if leads else Story()
             plan = StoryPlan(path[-1], first, first + layout.leaving, story_tokens(context, self.shares), context)
             layout = replace(layout, room=layout.room - story.tokens)
             memories, degraded = self._recall(store, request, nodes, layout, {f.message for f in story.facts})
+            if layout.window:
+                memories = beyond_window(memories, layout, story.tokens)
             mood = self._mood_of_turn(store, request, nodes)
             older = store.read([n.id for n in nodes[layout.anchor : above]])
         carried = self._carry_over(store, request, layout, memories)
-        told = (memory_block(memories), carried_block(carried), self._guidance(request, layout, mood))
-        block = "\n".join(filter(None, told))
-        turns_from = first + max(0, layout.anchor - above)
-        prompt = compose_prompt(request, layout, older, turns_from, block, story.text)
+        parts = (memory_block(memories), carried_block(carried), self._guidance(request, layout, mood))
+        block = "\n".join(filter(None, parts))
         report = self._report(request, layout, [*memories, *carried], block, context, path, degraded, started)
-        tokens = report.tokens | {"story": story.tokens}
-        counts = {"summaries": len(story.summaries), "facts": len(story.facts)}
-        report = replace(report, mood=mood and asdict(mood), tokens=tokens, **counts)
+        told = {"summaries": len(story.summaries), "facts": len(story.facts)}
+        report = replace(report, mood=mood and asdict(mood), tokens=report.tokens | {"story": story.tokens}, **told)
         self._note_turn(store.id, report)
         self._log_text(request.turns[-1].role, request.turns[-1].content)
-        unaided = compose_prompt(request, layout, older, turns_from, "", story.text) if block else ()
-        body = self._upstream_body(request, prompt, call)
-        plan = replace(plan, model=body.get("model") or "")
-        told = (plan, call.authorization)
-        return Prepared(body, report.header, store.id, path[-1], report, tuple(unaided), told)
+        return Recollection(store, path, layout, story, [*memories, *carried], mood, block, older, plan, report)
+
+    def inject(self, body: Any) -> dict:
+        """What to add to the prompt of a client that makes its prompt itself and asks its model itself.
+
+        Raises `InvalidRequest`; whatever else fails costs the turn its memory, and the report says so.
+        """
+        request, window = parse_injection(body)
+        chat_id = request.identity.chat_id
+        try:
+            return self._inject(request, window)
+        except Exception as error:
+            words = f"An injection goes without memory: {type(error).__name__}: {error}"
+            unforeseen = not isinstance(error, PersonaMemoryError)
+            log_event("degraded", words, level=logging.WARNING, trace=unforeseen, chat=chat_id)
+            return injection(chat_id) | {"report": {"degraded": reason_of(error)}}
+
+    def _inject(self, request: ChatRequest, window: int) -> dict:
+        chat_id = request.identity.chat_id
+        if not request.turns:
+            return injection(chat_id)
+        usual = self.settings.context or DEFAULT_CONTEXT
+        context = int(window / (1 - self.shares[3])) if window else usual
+        seen = self._recollect(request, chat_id, context, lay_out_window)
+        plan = replace(seen.plan, context=usual)
+        self.record(Prepared({}, seen.report.header, chat_id, seen.path[-1], seen.report, story=(plan, "")))
+        after = 0 if seen.layout.pivot is None else sum(not t.hidden for t in request.turns[seen.layout.pivot :])
+        injections = [("story", seen.story.text, 0, 0), ("memories", seen.block, 1, after)]
+        return injection(chat_id, injections) | {
+            "recalled": [m.public() for m in seen.memories], "emotion": seen.report.mood,
+            "report": asdict(seen.report),
+        }  # fmt: skip
 
     def _story_reserve(self, store: ChatStore, path: Sequence[str], context: int) -> int:
         """Tokens that the story may take in this chat's prompts: all of its share as soon as there is one, so that the
@@ -6131,7 +6322,8 @@ class PersonaMemory:
             self.metrics.prompt_tokens.labels(share).inc(report.tokens[share])
 
     def _upstream_body(self, request: ChatRequest, messages: Sequence[dict], call: Call) -> dict:
-        body = {k: v for k, v in request.body.items() if k != "chat_id"} | {"messages": list(messages)}
+        ours = ("chat_id", "persona_memory")
+        body = {k: v for k, v in request.body.items() if k not in ours} | {"messages": list(messages)}
         model = self.settings.model or body.get("model") or self._default_model(call)
         return body | {"model": model} if model else body
 
@@ -6150,7 +6342,8 @@ class PersonaMemory:
         }  # fmt: skip
         return PromptReport(
             at=time.time(), tip=path[-1], context=context, budget=asdict(layout.budget), tokens=tokens,
-            history=len(path) - request.folded - layout.anchor, hidden=layout.anchor, degraded=degraded,
+            history=len(path) - request.folded - layout.anchor - len(layout.hidden),
+            hidden=layout.anchor + len(layout.hidden), degraded=degraded,
             recalled=[{k: v for k, v in m.public().items() if k != "content"} for m in memories],
             milliseconds=round(1000 * (time.perf_counter() - started), 1),
         )  # fmt: skip
@@ -6234,7 +6427,8 @@ class PersonaMemory:
             if store is None:  # deleted while the reply was on its way
                 return
             with store.lock:
-                replies = [self._reply(prepared.tip, t, complete) for t in texts if t.strip()]
+                shown = [t for t in texts if t.strip() and not prepared.passing]
+                replies = [self._reply(prepared.tip, t, complete) for t in shown]
                 for reply in replies:
                     self._log_text(reply.role, reply.content)
                 fresh = [r for r in replies if not store.tree.is_confirmed(r.id)]
@@ -6287,30 +6481,49 @@ class PersonaMemory:
     def _find_chat(self, request: ChatRequest, chat_id: str) -> tuple[ChatStore, Alignment]:
         """The chat that the transcript itself names, or a new one; a new explicit id adopts a copy of the branch."""
         digests = [(t.role, t.digest) for t in request.turns]
-        located = self.shelf.locate(digests, functools.partial(place_transcript, request=request))
+        located = self._in_parent(request) or self.shelf.locate(
+            digests, functools.partial(place_transcript, request=request)
+        )
         if located and not chat_id:
             return located
         store = self.shelf.create(chat_id or f"chat-{secrets.token_hex(8)}", explicit=bool(chat_id))
         if not located:
             return store, Alignment()
         self._copy_branch(*located, store)
-        return store, located[1]
+        return store, place_transcript(store, request) if request.identity.complete else located[1]
+
+    def _in_parent(self, request: ChatRequest) -> tuple[ChatStore, Alignment] | None:
+        """The chat that this one was branched off, as the client names it, and the branch there."""
+        store = self.shelf.get(request.identity.parent) if request.identity.parent else None
+        if store is None or not store.tree.nodes:
+            return None
+        with store.lock:
+            alignment = place_transcript(store, request)
+        return (store, alignment) if alignment.matches else None
 
     def _copy_branch(self, source: ChatStore, alignment: Alignment, target: ChatStore) -> None:
-        """Copies the messages that an alignment shares, with their vectors, into a new chat."""
+        """Copies the messages that an alignment shares, with their vectors and what was told of them, into a new
+        chat."""
         with source.lock:
-            messages = source.read(source.tree.path(alignment.tip))
+            path = source.tree.path(alignment.tip)
+            messages = source.read(path)
             vectors = source.vectors(self.embedder.name, [key for m in messages for key in embedded_texts(m)])
+            places = {message: place for place, message in enumerate(path)}
+            summaries = [s for s in source.summaries.values() if places.get(s.last) == s.end]
+            facts = [f for f in source.facts.values() if f.message in places]
         target.commit(messages)
         target.put_vectors(self.embedder.name, vectors)
+        target.put_story(summaries, facts)
 
     def _write_branch(self, store: ChatStore, alignment: Alignment, request: ChatRequest) -> list[str]:
         """Writes what is new in a request's transcript; returns the branch's ids."""
         messages, path = self._hang(store, alignment, request)
         shows = len(request.turns) > 2 or bool(alignment.kept and len(request.turns) > len(alignment.kept))
-        info = {"head": path[-1], "shows_history": shows or store.info.get("shows_history", False)}
+        shows = shows or request.identity.given or store.info.get("shows_history", False)
+        info = {"head": path[-1], "shows_history": shows}
         speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
-        info |= {"character": speaker} if speaker else {}
+        character = request.identity.character or speaker
+        info |= {"character": character} if character else {}
         info |= {"persona": persona_text(request)} if request.persona else {}
         if messages or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(messages, info | {"updated": time.time()})
@@ -6337,7 +6550,7 @@ class PersonaMemory:
     def _message(self, key: str, parent: str, turn: Turn) -> Message:
         message = {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})
         return Message(
-            key, parent, turn.role, turn.content, turn.name, at=time.time(), tokens=message_tokens(message),
+            key, parent, turn.role, turn.content, turn.name, turn.timestamp, time.time(), message_tokens(message),
             voice=turn.voice,
         )  # fmt: skip
 
@@ -6358,16 +6571,16 @@ class PersonaMemory:
         pivot = layout.pivot
         share = memory_share(request.turns[pivot].content) if pivot is not None else 1
         room = min(layout.room, int(share * layout.recalled)) - memory_frame_tokens() - GUIDANCE_TOKENS
-        if not layout.anchor or layout.pivot is None or room <= 0:
+        if not layout.reach or layout.pivot is None or room <= 0:
             self._embed_later(store, [n.id for n in nodes[-ENCODED_AT_ONCE:]])
             return [], ""
         try:
             turn = request.turns[layout.pivot]
             index = self._index(store, nodes)
             query = self._query(index, request, layout.pivot)
-            vector, degraded = self._turn_vectors(store, index, nodes, turn, query)
-            scores = weigh(query, index.evidence(query.words, vector, layout.anchor))
-            visible = {n.fingerprint for n in nodes[layout.anchor :]}
+            vector, degraded = self._turn_vectors(store, index, nodes, turn, query, request.patience)
+            scores = weigh(query, index.evidence(query.words, vector, layout.reach))
+            visible = {n.fingerprint for i, n in enumerate(nodes) if layout.shows(i)}
             bar, budget = recall_effort(turn.content, room)
             marked = [store.tree.nodes[i] for i in store.tree.marked]
             silent = {n.id for n in marked if n.forgotten or (n.pinned and n.id in told)}
@@ -6400,7 +6613,13 @@ class PersonaMemory:
         return understand(turn.content, turn.name or "", index.speakers, index.now, before)
 
     def _turn_vectors(
-        self, store: ChatStore, index: MemoryIndex, nodes: Sequence[Node], turn: Turn, query: Query
+        self,
+        store: ChatStore,
+        index: MemoryIndex,
+        nodes: Sequence[Node],
+        turn: Turn,
+        query: Query,
+        patience: float,
     ) -> tuple[np.ndarray | None, str]:
         """The query's vector, computed together with the newest message's and a few that are missing; and what was
         missing."""
@@ -6418,7 +6637,7 @@ class PersonaMemory:
             wanted = list(firsts.values())
             if query.spoken not in wanted:
                 wanted.append(query.spoken)
-            vectors = self.embedder.encode(wanted, timeout=RECALL_SECONDS)
+            vectors = self.embedder.encode(wanted, timeout=patience)
             vector = vectors[wanted.index(query.spoken)]
             found = dict(zip(firsts, vectors, strict=False))
             index.add_vectors(found)
@@ -6489,7 +6708,7 @@ class PersonaMemory:
             if not others or layout.pivot is None or room <= 0:
                 return []
             turn = request.turns[layout.pivot]
-            found = [row for chat_id in others for row in self._found_in(chat_id, turn)]
+            found = [row for chat_id in others for row in self._found_in(chat_id, turn, request.patience)]
             ranked = sorted(found, key=lambda row: -row[0].score)
             places = choose([memory_cost(m) for m, _ in ranked], [v for _, v in ranked], room)
             return [ranked[i][0] for i in places]
@@ -6505,7 +6724,7 @@ class PersonaMemory:
         named = (line["chat_id"] for line in self.shelf.chats() if line["character"] == character)
         return [other for other in named if other != chat_id][:CARRIED_CHATS]
 
-    def _found_in(self, chat_id: str, turn: Turn) -> list[tuple[Memory, np.ndarray | None]]:
+    def _found_in(self, chat_id: str, turn: Turn, patience: float) -> list[tuple[Memory, np.ndarray | None]]:
         """What a chat's current branch remembers of a turn, with the memories' vectors."""
         store = self.shelf.get(chat_id)
         if store is None:
@@ -6514,7 +6733,7 @@ class PersonaMemory:
             nodes = [store.tree.nodes[i] for i in store.tree.path(store.head)]
             index = self._index(store, nodes)
             query = understand(turn.content, turn.name or "", index.speakers, index.now)
-        vector = self._query_vector(query.spoken, RECALL_SECONDS)
+        vector = self._query_vector(query.spoken, patience)
         with store.lock:
             index = self._index(store, nodes)
             scores = weigh(query, index.evidence(query.words, vector))
@@ -6540,14 +6759,14 @@ class PersonaMemory:
         if request.newest_user is None:
             return None
         try:
-            self._embed_newest(store, nodes, request.turns[request.newest_user])
+            self._embed_newest(store, nodes, request.turns[request.newest_user], request.patience)
             return self._mood(store, nodes)
         except Exception as error:
             words = f"The mood could not be read: {type(error).__name__}: {error}"
             log_event("emotion_failed", words, level=logging.WARNING, trace=True, chat=store.id)
             return None
 
-    def _embed_newest(self, store: ChatStore, nodes: Sequence[Node], turn: Turn) -> None:
+    def _embed_newest(self, store: ChatStore, nodes: Sequence[Node], turn: Turn, patience: float) -> None:
         """Sees to the newest user message's vector, where recall had no need of it yet."""
         index = self._index(store, nodes)
         if index.vector(turn.fingerprint) is not None or self._reads_elsewhere:
@@ -6555,7 +6774,7 @@ class PersonaMemory:
         with contextlib.suppress(EmbedderUnavailable):  # the words alone are read then
             first, *more = chunks(turn.content)
             spoken = f"{turn.name}: {first}" if turn.name else first
-            found = {turn.fingerprint: self.embedder.encode([spoken], timeout=RECALL_SECONDS)[0]}
+            found = {turn.fingerprint: self.embedder.encode([spoken], timeout=patience)[0]}
             index.add_vectors(found)
             if more:  # a first chunk in the store means that all are there
                 self._embed_later(store, [n.id for n in nodes if n.fingerprint == turn.fingerprint])
@@ -7065,7 +7284,8 @@ def reason_of(error: Exception) -> str:
 
 def shown_again(old: Message, new: Message) -> Message:
     """A stored message as the client shows it now, with what a user has made of it."""
-    new = replace(new, at=old.at, timestamp=old.timestamp, pinned=old.pinned, forgotten=old.forgotten)
+    timestamp = new.timestamp or old.timestamp
+    new = replace(new, at=old.at, timestamp=timestamp, pinned=old.pinned, forgotten=old.forgotten)
     return new if old.shown is None else edited(new, old.content)
 
 
@@ -7086,7 +7306,10 @@ def covers(summary: Summary, tree: Tree, message: str) -> bool:
 
 
 def place_transcript(store: ChatStore, request: ChatRequest) -> Alignment:
-    """Where a request's transcript hangs in a chat."""
+    """Where a request's transcript hangs in a chat; a complete one begins where the chat begins."""
+    if request.identity.complete:
+        kept = walk(store.tree, ROOT, [t.digest for t in request.turns])
+        return Alignment(ROOT, kept, tuple(range(len(kept))), count_users(store.tree, kept))
     place = align_floating if request.floating else align
     return place(store.tree, [t.digest for t in request.turns], store.head)
 
@@ -7107,13 +7330,73 @@ def append_to(store: ChatStore, request: ChatRequest) -> Alignment | None:
     The reply that the client had to its last message is then part of the chat. The same message again, when no whole
     reply has reached the client, is the same turn again.
     """
-    if len(request.turns) != 1 or request.turns[0].role != "user" or store.info.get("shows_history") or not store.head:
+    shows_history = request.identity.given or store.info.get("shows_history")
+    if len(request.turns) != 1 or request.turns[0].role != "user" or shows_history or not store.head:
         return None
     head, replies = store.tree.nodes[store.head], store.tree.replies.get(store.head) or []
     answered = bool(replies) and store.tree.nodes[replies[-1]].complete
     if head.digest == request.turns[0].digest and not answered:
         return Alignment(head.parent, (head.id,))
     return Alignment(replies[-1] if replies else store.head)
+
+
+def parse_injection(body: Any) -> tuple[ChatRequest, int]:
+    """What a client shows that wants an injection, as a request, and the tokens that its prompt may take (0: it does
+    not say); raises `InvalidRequest` naming the field that is wrong."""
+    if not isinstance(body, dict):
+        raise InvalidRequest("The request must be a JSON object.")
+    identity = read_identity(body)
+    if identity.chat_id in ABSENT_IDS:
+        raise InvalidRequest("chat_id must say which chat this is.", "chat_id")
+    window = body.get("context_tokens")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise InvalidRequest("context_tokens must be a whole number, 1 or more.", "context_tokens")
+    persona = text_of_field(body, "persona")
+    turns, tail = parse_shown(body.get("messages"))
+    leading = ({"role": "system", "content": persona},) if persona.strip() else ()
+    return ChatRequest(body, leading, turns, tail, False, identity, INJECTION_SECONDS), window or 0
+
+
+def text_of_field(body: Mapping, name: str) -> str:
+    """A field that holds text, empty where it is not there; raises `InvalidRequest`."""
+    if not isinstance(body.get(name), str | None):
+        raise InvalidRequest(f"{name} must be a string.", name)
+    return body.get(name) or ""
+
+
+def parse_shown(messages: Any) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
+    """The turns of the messages that a client shows or hides, and what stands behind the last; raises
+    `InvalidRequest`."""
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("messages must be a list with at least one message.", "messages")
+    plain, more = [], {}
+    for place, message in enumerate(messages):
+        where = f"messages[{place}]"
+        check_message(message, where)
+        if not isinstance(message.get("hidden"), bool | None):
+            raise InvalidRequest(f"{where}.hidden must be true or false.", f"{where}.hidden")
+        timestamp = parse_timestamp(message.get("timestamp"), f"{where}.timestamp")
+        hidden = bool(message.get("hidden"))
+        if hidden and message["role"] not in CHAT_ROLES:
+            continue
+        kept = {k: message[k] for k in ("role", "name", "content") if message.get(k) is not None}
+        plain.append(kept)
+        more[id(kept)] = {"timestamp": timestamp, "hidden": hidden}
+    turns, tail = split_turns(plain)
+    return tuple(replace(t, **more[id(t.raw)]) for t in turns), tail
+
+
+def injection(chat_id: str, texts: Sequence[tuple[str, str, int, int]] = ()) -> dict:
+    """The answer to a client that injects: of those (name, text, position, depth) what has a text.
+
+    Position 0 is behind the client's main prompt, 1 in the chat, `depth` messages from its end (SillyTavern's numbers).
+    """
+    rows = [
+        {"key": f"persona_memory_{name}", "text": text, "position": position, "depth": depth, "role": "system"}
+        for name, text, position, depth in texts
+        if text
+    ]
+    return {"chat_id": chat_id, "injections": rows, "recalled": [], "emotion": None, "report": {"degraded": ""}}
 
 
 def parse_appended(messages: Any) -> list[tuple[Turn, str | None]]:
@@ -7129,6 +7412,502 @@ def parse_appended(messages: Any) -> list[tuple[Turn, str | None]]:
             raise InvalidRequest(f"{where} must be a user's or an assistant's, and say something.", where)
         turns.append((make_turn(message), parse_timestamp(message.get("timestamp"), f"{where}.timestamp")))
     return turns
+
+
+# ======================================================================================================================
+# Assets
+# ======================================================================================================================
+
+EXTENSION = "persona_memory"  # its folder, and its name in SillyTavern
+EXTENSION_ADDRESS = "http://127.0.0.1:5100"  # the server that its script looks for by default
+EXTENSION_MANIFEST = {
+    "display_name": "Persona Memory",
+    "loading_order": 120,  # after Vector Storage, which rearranges the chat
+    "requires": [],
+    "optional": [],
+    "generate_interceptor": "personaMemoryInterceptor",
+    "js": "index.js",
+    "author": "persona_memory",
+    "version": __version__,
+    "auto_update": False,
+}
+EXTENSION_SCRIPT = r"""
+// persona_memory for SillyTavern. Two ways in, one memory behind both:
+//
+// - A chat that goes through the persona_memory proxy: each request says which chat it belongs to (`identify`).
+// - A chat with any other API: before each reply the server is asked what to remember, and that is placed in the
+//   prompt (`remember`).
+//
+// Only SillyTavern.getContext() is relied on; what a version of SillyTavern lacks costs its feature, never the chat.
+// Texts of messages go into the page as text, never as HTML.
+
+const NAME = 'persona_memory';
+const API = '/api/persona_memory';
+const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1 };
+const PATIENCE_MS = 2000; // what a reply may be held up for
+const KINDS = ['normal', 'swipe', 'regenerate', 'continue', 'impersonate', 'quiet'];
+const IN_CHAT = 1; // SillyTavern's number for prompts that stand at a depth in the chat
+const ROLES = { system: 0, user: 1, assistant: 2 };
+const LOOPBACK = ['127.0.0.1', 'localhost', '[::1]'];
+const REVERSIBLE = ['openai', 'claude', 'mistralai', 'makersuite', 'vertexai', 'deepseek', 'xai'];
+const MOST_SHOWN = 8; // memories listed in the panel
+const LONGEST_SHOWN = 240; // characters of each
+
+const state = {
+    kind: null, // of the generation that has begun and not yet sent its request
+    away: false, // whether the user has been told that the server does not answer
+    proxy: false, // whether the server is one through which chats may go
+    proxied: '', // the id of the chat whose last request went through it
+    placed: new Set(), // keys of the prompts that were placed
+};
+
+const client = () => globalThis.SillyTavern.getContext();
+
+/** The extension's own settings, as SillyTavern keeps them. */
+function settings() {
+    const all = client().extensionSettings;
+    all[NAME] ??= {};
+    for (const [name, value] of Object.entries(DEFAULTS)) all[NAME][name] ??= value;
+    return all[NAME];
+}
+
+// ------------------------------------------------------------------------------------------------------ the server
+
+/** What the server answers instead of what it was asked for. */
+class Refusal extends Error {}
+
+/** JSON of the server; throws an Error with words for the user. Never waits longer than PATIENCE_MS. */
+async function call(path, body, method = body ? 'POST' : 'GET') {
+    const { server, key } = settings();
+    const patience = new AbortController();
+    const timer = setTimeout(() => patience.abort(), PATIENCE_MS);
+    const headers = body ? { 'Content-Type': 'application/json' } : {};
+    if (key) headers.Authorization = `Bearer ${key}`;
+    try {
+        const response = await fetch(server.replace(/\/+$/, '') + path, {
+            method, headers, body: body && JSON.stringify(body), signal: patience.signal, cache: 'no-store',
+        });
+        const answer = await response.json();
+        if (!response.ok) throw new Refusal(answer?.error?.message ?? `status ${response.status}`);
+        return answer;
+    } catch (error) {
+        if (error instanceof Refusal) throw error;
+        throw new Error(patience.signal.aborted ? 'no answer in time' : 'no answer', { cause: error });
+    } finally {
+        clearTimeout(timer);
+    }
+}
+
+/** Says once that the server is away, and then not again before it was back. */
+function serverFailed(error) {
+    showStatus(false, `${settings().server}: ${error.message}`);
+    if (state.away) return;
+    state.away = true;
+    globalThis.toastr?.warning(`The chat goes on without memories (${settings().server}: ${error.message}).`, NAME);
+}
+
+function serverAnswered() {
+    state.away = false;
+}
+
+/** Host and port of an address, in which all names of this machine are one; null where it is no address. */
+function placeOf(address) {
+    try {
+        const url = new URL(address);
+        const host = LOOPBACK.includes(url.hostname) ? LOOPBACK[0] : url.hostname;
+        return { host, port: url.port || (url.protocol === 'https:' ? '443' : '80') };
+    } catch {
+        return null;
+    }
+}
+
+/**
+ * Whether an address is that of the persona_memory proxy. SillyTavern's server may know this machine by another name
+ * than the browser does (a container's, for one), so the port decides where the server says that it is a proxy.
+ */
+function isProxy(address) {
+    const there = placeOf(address), ours = placeOf(settings().server);
+    return Boolean(there && ours && there.port === ours.port && (there.host === ours.host || state.proxy));
+}
+
+/** The address that the chat's requests go to, as far as the user can choose it; empty for all other APIs. */
+async function modelAddress() {
+    const context = client();
+    if (context.mainApi !== 'openai') return '';
+    const chosen = context.chatCompletionSettings ?? (await olderSettings());
+    if (chosen?.chat_completion_source === 'custom') return chosen.custom_url;
+    return REVERSIBLE.includes(chosen?.chat_completion_source) ? chosen.reverse_proxy : '';
+}
+
+/** SillyTavern before 1.12.8 does not give the connection's settings in its context. */
+function olderSettings() {
+    return import('../../../openai.js').then((module) => module.oai_settings, () => null);
+}
+
+// -------------------------------------------------------------------------------------------------------- the chat
+
+/**
+ * Who the open chat is: `{id, parent, file, main, group}`, null where none is open.
+ *
+ * A chat's file name is unique for one character only and changes when it is renamed, so an id of our own is kept in
+ * the chat's metadata. SillyTavern copies those into branches and checkpoints; there `main_chat` names another chat
+ * than when the id was made, and the copy gets an id of its own with the old one as its parent.
+ */
+function identity() {
+    const context = client();
+    const file = context.getCurrentChatId?.() ?? context.chatId;
+    if (!file) return null;
+    const main = context.chatMetadata.main_chat ?? '';
+    const group = Boolean(context.groupId);
+    const known = context.chatMetadata[NAME];
+    if (known?.id && known.main === main && known.group === group) {
+        if (known.file !== file) keep({ ...known, file }); // renamed
+        return context.chatMetadata[NAME];
+    }
+    return keep({ id: `st-${randomHex()}`, parent: known?.id ?? '', file, main, group });
+}
+
+/** Puts an identity into the chat's metadata and has them saved. Never changes the old one: a branch may share it. */
+function keep(who) {
+    const context = client();
+    context.chatMetadata[NAME] = who;
+    Promise.resolve(context.saveMetadata?.()).catch((error) => console.warn(`${NAME}: metadata not saved`, error));
+    return who;
+}
+
+function randomHex() {
+    return Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, '0')).join('');
+}
+
+/** SillyTavern's type of a generation in the server's words. */
+function kindOf(type) {
+    return KINDS.includes(type) ? type : 'normal';
+}
+
+/** The chat as it is shown, without the reply that a swipe replaces; hidden messages say that they are. */
+function shownMessages(kind) {
+    const shown = client().chat.slice();
+    if (kind === 'swipe' && shown.length && !shown.at(-1).is_user) shown.pop();
+    return shown.filter(isOfTheChat).map(shownMessage);
+}
+
+/** Not SillyTavern's own notices (a group's beginning, help, comments), which have a type. */
+function isOfTheChat(message) {
+    return Boolean(message.mes?.trim()) && !(message.is_system && message.extra?.type);
+}
+
+function shownMessage(message) {
+    const narrator = message.extra?.type === 'narrator';
+    const role = narrator ? 'system' : message.is_user ? 'user' : 'assistant';
+    const date = client().timestampToMoment?.(message.send_date);
+    return {
+        role,
+        name: narrator ? undefined : message.name,
+        content: message.mes,
+        timestamp: date?.isValid() ? date.format() : undefined,
+        hidden: message.is_system || undefined,
+    };
+}
+
+/** What stands in the prompt before the chat, so that the server knows how much of the chat still fits. */
+function personaText() {
+    return client().substituteParams?.('{{description}}\n{{personality}}\n{{scenario}}\n{{persona}}') ?? '';
+}
+
+// ------------------------------------------------------------------------------------------- beside another API
+
+/** Places prompts, and takes back those placed before. */
+function place(injections) {
+    const { setExtensionPrompt } = client();
+    for (const key of state.placed) setExtensionPrompt(key, '', IN_CHAT, 0);
+    state.placed.clear();
+    for (const { key, text, position, depth, role } of injections) {
+        const inChat = position === IN_CHAT;
+        const at = inChat ? Math.max(0, depth + Number(settings().depth) - 1) : 0;
+        // SillyTavern fills in macros here; what a message says in braces is no macro.
+        setExtensionPrompt(key, text.replaceAll('{{', '{ {'), position, at, false, ROLES[role] ?? ROLES.system);
+        state.placed.add(key);
+    }
+}
+
+/** SillyTavern calls this before it makes a prompt, and waits for it. */
+async function remember(_chat, contextSize, _abort, type) {
+    place([]);
+    if (!settings().enabled || isProxy(await modelAddress())) return;
+    const who = identity();
+    const messages = shownMessages(type ? kindOf(type) : state.kind);
+    if (!who || !messages.some((message) => message.role !== 'system')) return;
+    const { name2: character } = client();
+    const request = {
+        chat_id: who.id, parent_chat_id: who.parent || undefined, character, messages, complete: true,
+        persona: personaText(), context_tokens: Math.floor(contextSize) || undefined,
+    };
+    try {
+        const answer = await call(`${API}/inject`, request);
+        serverAnswered();
+        if (identity()?.id !== who.id) return; // another chat was opened meanwhile
+        place(answer.injections);
+        showStatus(true, `Connected; ${answer.report.degraded || 'memories are placed in the prompt'}.`);
+        showRecalled(answer.recalled, answer.emotion);
+    } catch (error) {
+        serverFailed(error);
+    }
+}
+
+globalThis.personaMemoryInterceptor = (...given) => remember(...given).catch((error) => console.error(NAME, error));
+
+// --------------------------------------------------------------------------------------------- through the proxy
+
+/** Notes the kind of the generation that begins; prompts that are only counted say so. */
+function onGenerationStarted(type, _options, dryRun) {
+    if (!dryRun) state.kind = kindOf(type);
+}
+
+/**
+ * Adds to a request that is about to be posted which chat it belongs to. Extensions also send prompts of their own, at
+ * any time; those have no generation that has begun.
+ */
+function identify(request) {
+    const kind = KINDS.includes(request.type) ? request.type : state.kind ?? 'quiet';
+    state.kind = null;
+    state.proxied = '';
+    if (!settings().enabled || request.chat_completion_source !== 'custom' || !isProxy(request.custom_url)) return;
+    const who = identity();
+    if (!who) return;
+    const said = { chat_id: who.id, parent_chat_id: who.parent || undefined, character: client().name2, kind };
+    request.custom_include_body = withField(request.custom_include_body ?? '', NAME, said);
+    state.proxied = who.id;
+}
+
+/**
+ * The user's "include body", which is YAML (a mapping or a list of mappings), with one more field. JSON is YAML, and
+ * what the user wrote stays as it is.
+ */
+function withField(yaml, name, value) {
+    const json = JSON.stringify(value);
+    const first = /^([ \t]*)([^\s#].*)$/m.exec(yaml.replace(/^---.*$/m, ''));
+    if (!first) return `${JSON.stringify(name)}: ${json}`;
+    const [, indent, line] = first;
+    if (line.startsWith('{')) return `[${yaml.trim()}, {${JSON.stringify(name)}: ${json}}]`;
+    if (line.startsWith('[')) return yaml.replace(/\s*\]\s*$/, `, {${JSON.stringify(name)}: ${json}}]`);
+    const item = /^-\s/.test(line) ? '- ' : '';
+    return `${yaml.replace(/\s+$/, '')}\n${indent}${item}${name}: ${json}`;
+}
+
+/** What the proxy recalled for the reply that has just ended, with the words that its report leaves out. */
+async function showProxied() {
+    const id = state.proxied;
+    if (!id) return;
+    try {
+        const chat = await call(chatPath(id));
+        const rows = (chat.last_prompt?.recalled ?? []).slice(0, MOST_SHOWN);
+        const found = await Promise.all(rows.map(withWords));
+        if (identity()?.id !== id) return;
+        serverAnswered();
+        showStatus(true, 'Connected; chats go through the proxy.');
+        showRecalled(found, chat.mood);
+    } catch (error) {
+        showStatus(false, `${settings().server}: ${error.message}`);
+    }
+}
+
+/** A row of a report with the message's words; a memory that was carried over is another chat's. */
+async function withWords(row) {
+    const page = await call(`${chatPath(row.chat_id ?? state.proxied)}/messages?offset=${row.index}&limit=1`);
+    return { ...row, content: page.messages[0]?.id === row.id ? page.messages[0].content : '...' };
+}
+
+function chatPath(id) {
+    return `${API}/chats/${encodeURIComponent(id)}`;
+}
+
+// ------------------------------------------------------------------------------------------------------- the panel
+
+const parts = {}; // the panel's elements that change
+
+/** A new element with properties and children; strings among those become text. */
+function element(tag, properties = {}, ...children) {
+    const made = Object.assign(document.createElement(tag), properties);
+    made.append(...children);
+    return made;
+}
+
+function buildPanel() {
+    const root = document.querySelector('#extensions_settings2') ?? document.querySelector('#extensions_settings');
+    if (!root || document.getElementById(`${NAME}_settings`)) return;
+    parts.dot = element('i', { className: 'fa-solid fa-circle' });
+    parts.status = element('span', { textContent: 'Looking for the server ...' });
+    parts.mood = element('span');
+    parts.recalled = element('ol', { className: `${NAME}_recalled` });
+    parts.carry = element('input', { type: 'checkbox', disabled: true, onchange: onCarryOver });
+    parts.carryFor = element('span');
+    parts.link = element('a', { className: 'menu_button menu_button_icon', target: '_blank', rel: 'noopener' },
+        element('i', { className: 'fa-solid fa-book-open' }), element('span', { textContent: 'Open the memory page' }));
+    const content = element('div', { className: 'inline-drawer-content' },
+        element('div', { className: `${NAME}_status` }, parts.dot, parts.status),
+        checkbox('enabled', 'Remember my chats'),
+        field('server', 'Server', { type: 'url', placeholder: DEFAULTS.server, spellcheck: false }),
+        field('key', 'Key', { type: 'password', placeholder: 'where the server asks for one', autocomplete: 'off' }),
+        field('depth', 'Memories stand', { type: 'number', min: 0, max: 100 }, 'messages before the end'),
+        element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor),
+        element('hr'),
+        element('div', {}, element('b', { textContent: 'For the last reply' })),
+        parts.mood, parts.recalled, parts.link);
+    const header = element('div', { className: 'inline-drawer-toggle inline-drawer-header', onclick: lookAtServer },
+        element('b', { textContent: 'Persona Memory' }),
+        element('div', { className: 'inline-drawer-icon fa-solid fa-circle-chevron-down down' }));
+    root.append(element('div', { id: `${NAME}_settings` }, element('style', { textContent: STYLE }),
+        element('div', { className: 'inline-drawer' }, header, content)));
+    showRecalled([], null);
+    showChat();
+}
+
+const STYLE = `
+#persona_memory_settings label { margin: 4px 0; }
+#persona_memory_settings .persona_memory_row { display: flex; align-items: center; gap: 8px; margin: 4px 0; }
+#persona_memory_settings .persona_memory_row > span:first-child { flex: 0 0 7.5em; }
+#persona_memory_settings .persona_memory_row input { flex: 1 1 auto; min-width: 0; margin: 0; }
+#persona_memory_settings .persona_memory_row input[type="number"] { flex: 0 0 5em; }
+#persona_memory_settings .persona_memory_status { display: flex; align-items: baseline; gap: 8px; margin: 4px 0 8px; }
+#persona_memory_settings .persona_memory_status i { font-size: 0.7em; opacity: 0.8; }
+#persona_memory_settings .persona_memory_status.good i { color: #4caf50; }
+#persona_memory_settings .persona_memory_status.bad i { color: #e57373; }
+#persona_memory_settings .persona_memory_recalled { margin: 4px 0 10px; padding-left: 2em; font-size: 0.9em; }
+#persona_memory_settings .persona_memory_recalled:empty { display: none; }
+#persona_memory_settings .persona_memory_recalled li { margin: 3px 0; overflow-wrap: anywhere; }
+#persona_memory_settings a.menu_button { width: fit-content; text-decoration: none; }
+`;
+
+/** A row with a setting that is typed in. */
+function field(name, label, properties, after = '') {
+    const input = element('input', { className: 'text_pole', value: settings()[name], ...properties });
+    const given = () => (properties.type === 'number' ? Math.max(0, Number(input.value) || 0) : input.value.trim());
+    input.onchange = () => change(name, given());
+    return element('label', { className: `${NAME}_row` }, element('span', { textContent: label }), input, after);
+}
+
+/** A row with a setting that is on or off. */
+function checkbox(name, label) {
+    const input = element('input', { type: 'checkbox', checked: settings()[name] });
+    input.onchange = () => change(name, input.checked);
+    return element('label', { className: 'checkbox_label' }, input, element('span', { textContent: label }));
+}
+
+function change(name, value) {
+    settings()[name] = value;
+    client().saveSettingsDebounced();
+    place([]);
+    showChat();
+    lookAtServer();
+}
+
+/** Whether the server answers, takes the key, and what it remembers across this character's chats. */
+async function lookAtServer() {
+    if (!settings().enabled) return showStatus(null, 'Off.');
+    try {
+        const health = await call('/health'); // never needs the key; the next call does
+        state.proxy = Boolean(health.proxy);
+        await call('/api/modules');
+        serverAnswered();
+        const proxied = isProxy(await modelAddress());
+        const way = proxied ? 'chats go through the proxy' : 'memories are placed in the prompt';
+        showStatus(true, `${health.status === 'loading' ? 'Connected, still loading' : 'Connected'}; ${way}.`);
+        await showCarryOver();
+    } catch (error) {
+        showStatus(false, `${settings().server}: ${error.message}`);
+    }
+}
+
+/** Good, bad or (null) neither. */
+function showStatus(good, text) {
+    if (!parts.status) return;
+    parts.status.textContent = text;
+    parts.status.parentElement.className = `${NAME}_status ${good === null ? '' : good ? 'good' : 'bad'}`;
+}
+
+function showRecalled(memories, emotion) {
+    if (!parts.recalled) return;
+    const felt = emotion ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'nothing in particular';
+    parts.mood.textContent = `Your mood: ${felt}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
+    const rows = memories.slice(0, MOST_SHOWN).map(({ index, name, role, content, chat_id: elsewhere }) => {
+        const text = content.length > LONGEST_SHOWN ? `${content.slice(0, LONGEST_SHOWN)} ...` : content;
+        const where = elsewhere ? 'In another chat, ' : '';
+        return element('li', { value: index + 1, textContent: `${where}${name ?? role}: ${text}` });
+    });
+    parts.recalled.replaceChildren(...rows);
+}
+
+/** What the panel says of the open chat; a chat that has no id yet gets none by being looked at. */
+function showChat() {
+    if (!parts.link) return;
+    const id = client().chatMetadata?.[NAME]?.id;
+    parts.link.href = settings().server.replace(/\/+$/, '') + (id ? `/#/chat/${encodeURIComponent(id)}` : '/#/');
+}
+
+function carrier() {
+    const { groupId, characterId, characters } = client();
+    return groupId || characterId === undefined ? '' : characters[characterId]?.name ?? '';
+}
+
+/** Whether memories of this character's other chats count here: the server's word, for the character as a whole. */
+async function showCarryOver() {
+    const name = carrier();
+    parts.carryFor.textContent = `Carry over what ${name || 'a character'} remembers into new chats`;
+    parts.carry.disabled = true;
+    parts.carry.checked = false;
+    if (!name) return;
+    const answer = await call(`${API}/characters/${encodeURIComponent(name)}`).catch(() => null);
+    if (!answer || carrier() !== name) return;
+    parts.carry.checked = Boolean(answer.carry_over);
+    parts.carry.disabled = false;
+}
+
+async function onCarryOver() {
+    const path = `${API}/characters/${encodeURIComponent(carrier())}`;
+    await call(path, { carry_over: parts.carry.checked }, 'PATCH').catch(serverFailed);
+    await showCarryOver();
+}
+
+// ------------------------------------------------------------------------------------------------------- beginning
+
+function onChatChanged() {
+    place([]);
+    state.proxied = '';
+    showRecalled([], null);
+    showChat();
+    lookAtServer();
+}
+
+function start() {
+    const { eventSource, eventTypes = client().event_types } = client();
+    const listen = (name, listener) => eventTypes[name] && eventSource.on(eventTypes[name], listener);
+    listen('GENERATION_STARTED', onGenerationStarted);
+    listen('CHAT_COMPLETION_SETTINGS_READY', identify);
+    listen('GENERATION_ENDED', () => { showChat(); showProxied(); });
+    listen('CHAT_CHANGED', onChatChanged);
+    buildPanel();
+    lookAtServer();
+}
+
+start();
+"""
+
+
+def extension_files(address: str) -> dict[str, bytes]:
+    """The SillyTavern extension's files by name, for a server at that address."""
+    return {
+        "manifest.json": (json.dumps(EXTENSION_MANIFEST, indent=4) + "\n").encode(),
+        "index.js": EXTENSION_SCRIPT.lstrip().replace(EXTENSION_ADDRESS, address).encode(),
+    }
+
+
+def extension_archive(address: str) -> bytes:
+    """The extension as a zip file that holds its folder; the same bytes whenever it is made."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in extension_files(address).items():
+            archive.writestr(zipfile.ZipInfo(f"{EXTENSION}/{name}"), content)
+    return packed.getvalue()
 
 
 # ======================================================================================================================
@@ -7174,10 +7953,10 @@ def client_call() -> Call:
 def explicit_chat_id(headers: Mapping[str, str], body: Any) -> str:
     """The id that a request gives its chat; empty where it gives none, or a template's placeholder."""
     body = body if isinstance(body, dict) else {}
-    metadata = body.get("metadata")
+    ours, metadata = (body.get(k) if isinstance(body.get(k), dict) else {} for k in ("persona_memory", "metadata"))
     given = (
-        urllib.parse.unquote(headers.get("X-Chat-Id", "")), body.get("chat_id"),
-        metadata.get("chat_id") if isinstance(metadata, dict) else None, body.get("user"),
+        urllib.parse.unquote(headers.get("X-Chat-Id", "")), ours.get("chat_id"), body.get("chat_id"),
+        metadata.get("chat_id"), body.get("user"),
     )  # fmt: skip
     named = (str(v).strip() for v in given if isinstance(v, str | int) and not isinstance(v, bool))
     return next((v for v in named if v not in ABSENT_IDS and "{{" not in v), "")
@@ -7386,6 +8165,12 @@ def number_argument(name: str, default: int) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise InvalidRequest(f"{name} must be a whole number, 0 or more.", name)
     return int(text)
+
+
+@api.post("/inject")
+def inject() -> dict:
+    """What a client that asks its model itself should add to its prompt."""
+    return engine().inject(request_json())
 
 
 @api.get("/chats")
@@ -7600,6 +8385,13 @@ def show_metrics() -> flask.Response:
     return flask.Response(engine().metrics.text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 
+def extension_download() -> flask.Response:
+    """The SillyTavern extension, made for the address that it is asked for at."""
+    packed = extension_archive(flask.request.host_url.rstrip("/"))
+    headers = {"Content-Disposition": 'attachment; filename="persona_memory_extension.zip"'}
+    return flask.Response(packed, mimetype="application/zip", headers=headers)
+
+
 def check_access() -> None:
     """Refuses requests without the key that the settings ask for, and changes by pages of other origins."""
     if flask.request.endpoint == "health" or flask.request.method == "OPTIONS":
@@ -7719,6 +8511,7 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.register_error_handler(Exception, show_error)
     app.add_url_rule("/health", view_func=health)
     app.add_url_rule("/metrics", view_func=show_metrics)
+    app.add_url_rule("/extension.zip", view_func=extension_download)
     app.register_blueprint(api)
     app.register_blueprint(extras)
     if settings.proxy:
@@ -7734,6 +8527,8 @@ def add_hooks(app: flask.Flask, memory: PersonaMemory, secure: bool) -> None:
     """
     hooks = flask.Blueprint("persona_memory", __name__)  # what is set on it acts on its own routes alone
     hooks.register_blueprint(api)
+    hooks.add_url_rule("/health", view_func=health)  # the extension asks for it
+    hooks.add_url_rule("/extension.zip", view_func=extension_download)
     hooks.register_error_handler(Exception, show_error)
     if not secure:
         hooks.before_request(check_as_guest)
@@ -7789,9 +8584,8 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: 
     known |= environ
     named = {f.name: known.get(variable_of(f.name)) for f in fields(Settings)}
     values = {name: parse_setting(name, text) for name, text in named.items() if text}
-    given = vars(argument_parser().parse_args(argv))
-    given = {name: given[name] for name in named if given[name] is not None}
-    values |= {k: v if isinstance(v, bool) else parse_setting(k, v) for k, v in given.items()}
+    given = {k: v for k, v in vars(argument_parser().parse_args(argv)).items() if k not in ACTIONS}
+    values |= {k: v if isinstance(v, bool) else parse_setting(k, v) for k, v in given.items() if v is not None}
     gemini_key = next((known[k] for k in GEMINI_KEY_VARIABLES if known.get(k)), "")
     values["upstream"] = values.get("upstream") or ("gemini" if gemini_key else "local")
     if values["upstream"] == "gemini":
@@ -7823,30 +8617,31 @@ def checked(settings: Settings) -> Settings:
 # ---------------------------------------------------------------------------------------------------------- importing
 
 
-def import_files(settings: Settings, names: Sequence[str]) -> int:
-    """Takes in chat files and exports, folders with all below them; returns the exit status.
+def import_files(settings: Settings, names: Sequence[str]) -> str:
+    """Takes in chat files and exports, folders with all below them. Raises `InvalidRequest` at the end where a file
+    could not be read.
 
     Interrupted, it can be run again: what is there is found, what is missing is added.
     """
-    memory, counts, chats, status = PersonaMemory(settings), Counter(), {}, 0
+    memory, counts, chats = PersonaMemory(settings), Counter(), {}
     try:
-        for file in tqdm(list(itertools.chain(*map(chat_files, names))), "chats", unit="file"):
+        files = list(itertools.chain(*map(chat_files, names)))
+        for file in tqdm(files, "chats", unit="file"):
             try:
                 for line in memory.take_in(file.read_bytes(), embed=False):
                     counts.update(added=line["added"], total=line["total"])
                     chats[line["chat_id"]] = True
             except (InvalidRequest, StoreError, OSError) as error:
                 tqdm.write(f"{file}: {error}", sys.stderr)
-                status = 1
-        known = counts["total"] - counts["added"]
-        print(f"{len(chats)} chats; {counts['added']} messages are new, {known} were known.", flush=True)
+                counts["failed"] += 1
         embed_chats(memory, chats)
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here.", file=sys.stderr)
-        return 130
     finally:
         memory.close()
-    return status
+    known = counts["total"] - counts["added"]
+    told = f"{len(chats)} chats; {counts['added']} messages are new, {known} were known."
+    if counts["failed"]:
+        raise InvalidRequest(f"{told} {counts['failed']} of {len(files)} files could not be read.")
+    return told
 
 
 def chat_files(name: str) -> list[Path]:
@@ -7911,8 +8706,8 @@ def init_extras(app: flask.Flask, modules: list[str] | None = None, secure: bool
     return memory
 
 
-def install_extras(settings: Settings, folder: str) -> int:
-    """Makes this file a module of the SillyTavern-Extras in a folder; gives the exit status, raises `SettingsError`."""
+def install_extras(_: Settings, folder: str) -> str:
+    """Makes this file a module of the SillyTavern-Extras in a folder; raises `SettingsError`."""
     server, module = extras_files(folder)
     before = server.read_bytes()
     bare = BLOCK_PATTERN.sub(b"", before)
@@ -7926,16 +8721,15 @@ def install_extras(settings: Settings, folder: str) -> int:
         server.write_bytes(wired)
     if module.resolve() != Path(__file__).resolve():
         shutil.copyfile(__file__, module)
-    print(
+    return (
         f"Installed as {module}; {server} is wired, its old self is {backup_of(server).name}.\n"
         f"In the environment that runs it: python -m pip install -r {HERE / 'requirements.txt'}\n"
         "Then start it with persona_memory among its modules: python server.py --enable-modules=persona_memory,..."
     )
-    return 0
 
 
-def uninstall_extras(settings: Settings, folder: str) -> int:
-    """Takes this file out of a SillyTavern-Extras again; chats stay. As `install_extras`."""
+def uninstall_extras(_: Settings, folder: str) -> str:
+    """Takes this file out of a SillyTavern-Extras again; chats stay. Raises `SettingsError`."""
     server, module = extras_files(folder)
     bare = BLOCK_PATTERN.sub(b"", server.read_bytes())
     server.write_bytes(bare)
@@ -7944,8 +8738,7 @@ def uninstall_extras(settings: Settings, folder: str) -> int:
         backup.unlink()
     for made in (module, *(module.parent / "__pycache__").glob(f"{module.stem}.*.pyc")):
         made.unlink(missing_ok=True)
-    print(f"{server} is as it was. Chats, if any, are kept in {module.parent / 'data'}.")
-    return 0
+    return f"{server} is as it was. Chats, if any, are kept in {module.parent / 'data'}."
 
 
 def extras_files(folder: str) -> tuple[Path, Path]:
@@ -7961,40 +8754,113 @@ def backup_of(server: Path) -> Path:
     return server.with_name(f"{server.name}.before-persona_memory")
 
 
-# ------------------------------------------------------------------------------------------------------------- running
+# -------------------------------------------------------------------------------------------- the SillyTavern extension
+
+
+def extension_homes(root: Path) -> list[Path]:
+    """Where the extension goes in a SillyTavern: to each of its users, or to all in versions that know none.
+
+    Raises `SettingsError` where the folder is no SillyTavern.
+    """
+    package = read_json_file(root / "package.json")
+    if package.get("name") != "sillytavern" or not (root / "public" / "scripts").is_dir():
+        raise SettingsError(
+            f"{root} is no SillyTavern: name the folder that holds its package.json, its server.js and its public/."
+        )
+    data = data_root(root)
+    users = [f for f in sorted(data.iterdir()) if f.name[0] not in "._" and f.is_dir()] if data.is_dir() else []
+    users = [f for f in users if (f / "settings.json").exists() or (f / "characters").is_dir()]
+    version = tuple(map(int, re.findall(r"\d+", str(package.get("version")))[:2]))
+    if users or version >= (1, 12):  # which make the user "default-user" when they are first started
+        return [user / "extensions" / EXTENSION for user in users or [data / "default-user"]]
+    return [root / "public" / "scripts" / "extensions" / "third-party" / EXTENSION]
+
+
+def data_root(root: Path) -> Path:
+    """The folder of a SillyTavern's users, as its configuration names it."""
+    with contextlib.suppress(OSError, UnicodeError):
+        named = re.search(r"^dataRoot:\s*[\"']?([^\"'#\n]+)", (root / "config.yaml").read_text("utf-8"), re.MULTILINE)
+        if named:
+            return root / named[1].strip()
+    return root / "data"
+
+
+def read_json_file(path: Path) -> dict:
+    """The JSON object in a file; empty where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text("utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def is_ours(home: Path) -> bool:
+    """Whether a folder holds our extension."""
+    return read_json_file(home / "manifest.json").get("generate_interceptor") == "personaMemoryInterceptor"
+
+
+def install_extension(settings: Settings, folder: str) -> str:
+    """Writes the extension's files into a SillyTavern, over an older version of them; raises `SettingsError`."""
+    address = f"http://{settings.host}:{settings.port}"
+    homes = extension_homes(Path(folder))
+    for home in homes:
+        if home.is_symlink() or (home.exists() and any(home.iterdir()) and not is_ours(home)):
+            raise SettingsError(f"{home} holds something else; nothing was installed there.")
+        home.mkdir(parents=True, exist_ok=True)
+        for name, content in extension_files(address).items():
+            (home / name).write_bytes(content)
+    places = "\n".join(f"  {home}" for home in homes)
+    return f"The extension for {address} is in\n{places}\nReload SillyTavern's page to use it."
+
+
+def uninstall_extension(_: Settings, folder: str) -> str:
+    """Removes the extension's files from a SillyTavern, and nothing else; raises `SettingsError`."""
+    gone = [home for home in extension_homes(Path(folder)) if not home.is_symlink() and is_ours(home)]
+    for home in gone:
+        for name in extension_files(""):
+            (home / name).unlink(missing_ok=True)
+        if not any(home.iterdir()):
+            home.rmdir()
+    if not gone:
+        return f"The extension is not in {folder}."
+    return "\n".join(["The extension was removed from", *(f"  {home}" for home in gone)])
+
+
+# ------------------------------------------------------------------------------------------------------------- actions
 
 
 @dataclass(frozen=True)
 class Action:
-    """Something to do instead of serving: what its flag takes, and what it does with that; gives the exit status."""
+    """Something that the program does instead of serving: what its argument is (`many`: or are), its help, and what
+    runs it and returns a sentence for the user."""
 
-    run: Callable[[Settings, Any], int]
-    metavar: str
+    argument: str
     help: str
+    run: Callable[[Settings, Any], str]
     many: bool = False
 
 
 ACTIONS = {
-    "import": Action(import_files, "FILE", "take in SillyTavern chat files and exports, or folders of them", many=True),
-    "install-extras": Action(install_extras, "DIR", "become a module of the SillyTavern-Extras in that folder"),
-    "uninstall-extras": Action(uninstall_extras, "DIR", "take the module out of it again"),
+    "import": Action("FILE", "take in SillyTavern chat files and exports, or folders of them", import_files, many=True),
+    "install_extras": Action("DIR", "become a module of the SillyTavern-Extras in that folder", install_extras),
+    "uninstall_extras": Action("DIR", "take the module out of it again", uninstall_extras),
+    "install_extension": Action(
+        "DIR", "put the SillyTavern extension into the SillyTavern in that folder", install_extension
+    ),
+    "uninstall_extension": Action("DIR", "take the SillyTavern extension out of it again", uninstall_extension),
 }
 
 
-def action_of(argv: Sequence[str]) -> Callable[[Settings], int] | None:
-    """What the command line asks for instead of serving."""
+def act(settings: Settings, argv: Sequence[str]) -> bool:
+    """Does what the command line asks for instead of serving; returns whether there was anything. Raises
+    `SettingsError`."""
     given = vars(argument_parser().parse_args(argv))
-    name = next((name for name in ACTIONS if given[name]), None)
-    return name and (lambda settings: ACTIONS[name].run(settings, given[name]))
-
-
-def act(action: Callable[[Settings], int], settings: Settings) -> int:
-    """Does what the command line asks for; returns the exit status."""
-    try:
-        return action(settings)
-    except (PersonaMemoryError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    wanted = [(action, given[name]) for name, action in ACTIONS.items() if given[name] is not None]
+    for action, value in wanted:
+        try:
+            print(action.run(settings, value))
+        except OSError as error:
+            raise SettingsError(f"That did not work: {error}.") from error
+    return bool(wanted)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -8013,7 +8879,7 @@ def argument_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("instead of serving")
     for name, action in ACTIONS.items():
         many = {"nargs": "+"} if action.many else {}
-        group.add_argument(f"--{name}", dest=name, metavar=action.metavar, help=action.help, **many)
+        group.add_argument(flag_of(name), metavar=action.argument, help=action.help, **many)
     return parser
 
 
@@ -8049,19 +8915,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(argv, os.environ, HERE / ".env")
         set_up_log(settings)
-        action = action_of(argv)
-        server = None if action else create_server(settings, patience=START_PATIENCE)
+        if act(settings, argv):
+            return 0
+        server = create_server(settings, patience=START_PATIENCE)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
     except OSError as error:
         print(
             f"Cannot listen on {settings.host}:{settings.port}: {error}. Is it running already? --port takes another.",
             file=sys.stderr,
         )
         return 2
-    if action:
-        return act(action, settings)
     greeting = start_text(settings, server.effective_port)
     if settings.log_format == "json":
         log_event("started", greeting, port=int(server.effective_port))

@@ -396,7 +396,7 @@ def test_a_folder_of_chats_is_imported(tmp_path, server):
     take_in(server, written(line("Robin", "Out and in."), line("Helena", "Again.")), chat_id="x")
     (chats / "export.json").write_text(json.dumps(export(server, "x")))
     done = run_import(data, chats)
-    assert done.returncode == 1 and "3 chats; 6 messages are new, 0 were known." in done.stdout
+    assert done.returncode == 2 and "3 chats; 6 messages are new, 0 were known. 1 of 5 files" in done.stderr
     assert "broken.jsonl: line 3" in done.stderr and "Traceback" not in done.stderr
     assert "chats" in done.stderr and "vectors" in done.stderr  # the bars
     (chats / "broken.jsonl").unlink()
@@ -433,7 +433,7 @@ def test_an_import_that_is_killed_goes_on_where_it_was(tmp_path):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     """In one line."""
     done = run_import(tmp_path / "data", tmp_path / "nowhere.jsonl")
-    assert done.returncode == 1 and "nowhere.jsonl" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "nowhere.jsonl" in done.stderr and "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------------------- files that are none

@@ -1,0 +1,417 @@
+"""The injection hook: what a client that makes its prompt itself is told to add, and what named requests change."""
+
+import itertools
+import json
+from urllib.parse import quote
+
+import httpx
+import pytest
+from fakes import LocalServer, branch_texts, figure, say, settings, wait_until
+
+INJECT = "/api/persona_memory/inject"
+TIMEOUT = 60
+NUMBERS = itertools.count(1)
+ELVEN = "The password of the northern gate is silverthorn, and only Mira's brother Aldo knows it besides us."
+
+
+@pytest.fixture(scope="module")
+def hook(tmp_path_factory, shared_upstream):
+    """The program without the proxy: nothing but the memory's own API."""
+    data = tmp_path_factory.mktemp("hook") / "data"
+    with LocalServer(settings(data, shared_upstream.url, proxy=False, no_guidance=True)) as running:
+        yield running
+
+
+@pytest.fixture
+def chat_id() -> str:
+    """A chat that no other test uses."""
+    return f"st-{next(NUMBERS)}"
+
+
+def line(role: str, content: str, **more) -> dict:
+    """A message as a client shows it."""
+    return {"role": role, "name": {"user": "Robin", "assistant": "Mira"}.get(role), "content": content, **more}
+
+
+def filler(count: int, topic: str = "harbour") -> list[dict]:
+    """Exchanges of some 60 tokens each that have nothing to do with the facts asked for."""
+    return [
+        message
+        for i in range(count)
+        for message in (
+            line("user", f"Walk {i}: we went along the {topic} again and counted {i + 3} grey gulls on the wall."),
+            line("assistant", f"*Mira nods at walk {i}.* The {topic} is quiet today, and the tide takes its own time."),
+        )
+    ]
+
+
+ASKED = line("user", "What is the password of the northern gate?")
+LONG = [line("user", ELVEN), line("assistant", "Then I will guard it well."), *filler(60), ASKED]
+
+
+def inject(server, chat_id: str, messages: list[dict], **more) -> dict:
+    """The hook's answer to a chat that is shown whole."""
+    body = {"chat_id": chat_id, "messages": messages, "complete": True, **more}
+    answer = httpx.post(server.url + INJECT, content=json.dumps(body), timeout=TIMEOUT)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def embed(server, chat_id: str):
+    """See to it that all vectors of a chat's branch are there; a search waits for them."""
+    address = f"{server.url}/api/persona_memory/chats/{quote(chat_id)}/search"
+    assert httpx.get(address, params={"q": "gate"}, timeout=TIMEOUT).status_code == 200
+
+
+def recalled(answer: dict) -> list[str]:
+    """The texts that were recalled."""
+    return [memory["content"] for memory in answer["recalled"]]
+
+
+def texts(answer: dict) -> str:
+    """All that is to be added to the prompt."""
+    return "\n".join(row["text"] for row in answer["injections"])
+
+
+# ---------------------------------------------------------------------------- what is told
+
+
+def test_what_the_prompt_no_longer_shows_is_recalled(hook, chat_id):
+    inject(hook, chat_id, LONG)
+    embed(hook, chat_id)
+    answer = inject(hook, chat_id, LONG, context_tokens=2000, character="Mira", persona="Mira keeps the light.")
+    assert answer["chat_id"] == chat_id
+    assert ELVEN in recalled(answer)
+    (memories,) = [row for row in answer["injections"] if ELVEN in row["text"]]
+    assert {k: memories[k] for k in ("position", "depth", "role")} == {"position": 1, "depth": 1, "role": "system"}
+    assert "Robin: " + ELVEN in memories["text"]
+    assert answer["report"]["history"] + answer["report"]["hidden"] == len(LONG)
+    assert answer["report"]["degraded"] == ""
+
+
+def test_what_the_prompt_shows_is_not_repeated(hook, chat_id):
+    answer = inject(hook, chat_id, LONG, context_tokens=30_000)
+    assert (answer["recalled"], answer["injections"]) == ([], [])
+    assert answer["report"]["history"] == len(LONG)
+
+
+@pytest.mark.parametrize("window", [1000, 1500, 3000, 6000, 7500])
+def test_no_memory_stands_inside_the_window_that_is_left(hook, chat_id, window):
+    """Whatever the window, the newest messages that fit beside the injections are not among them."""
+    words = ["silverthorn", "moonpetal", "kestrel", "anvil", "saltmarsh", "ember", "walnut", "lantern", "otter", "reed"]
+    facts = [line("user", f"For one more gate the password is {word}, Aldo told us.") for word in words]
+    shown = [m for i, fact in enumerate(facts) for m in (fact, *filler(6, f"bank of river {i}"))]
+    inject(hook, chat_id, [*shown, ASKED])
+    embed(hook, chat_id)
+    answer = inject(hook, chat_id, [*shown, ASKED], context_tokens=window)
+    sizes = [4 + len(m["content"]) // 3 + 6 for m in shown]  # more than any counting makes of them
+    left = window - sum(4 + len(row["text"]) // 2 for row in answer["injections"])
+    first = len(shown)
+    while first and sizes[first - 1] <= left:
+        first, left = first - 1, left - sizes[first - 1]
+    assert all(memory["index"] < first for memory in answer["recalled"])
+    assert answer["recalled"] or first == 0
+
+
+def test_hidden_messages_are_memory_and_not_in_the_prompt(hook, chat_id):
+    hidden = [line("user", ELVEN, hidden=True), line("assistant", "Then I will guard it well.", hidden=True)]
+    answer = inject(hook, chat_id, [*filler(2), *hidden, *filler(2, "market"), ASKED], context_tokens=8000)
+    assert ELVEN in recalled(answer)
+    assert answer["report"]["hidden"] == 2
+    assert all("gulls" not in text for text in recalled(answer))
+
+
+def test_a_chat_shown_in_part_goes_on(hook, chat_id):
+    inject(hook, chat_id, LONG[:-1])
+    answer = inject(hook, chat_id, [*LONG[-7:-1], ASKED], complete=False)
+    assert ELVEN in recalled(answer)
+    assert branch_texts(hook.url, chat_id) == [m["content"] for m in LONG]
+
+
+def test_depth_counts_what_stands_behind_the_newest_user_message(hook, chat_id):
+    answer = inject(hook, chat_id, [*LONG, line("assistant", "Let me think ...")], context_tokens=2000)
+    assert [row["depth"] for row in answer["injections"]] == [2]
+
+
+def test_narration_is_no_part_of_the_chat_but_takes_its_place(hook, chat_id):
+    narrated = [*LONG[:2], {"role": "system", "content": "Night falls over the marsh."}, *LONG[2:]]
+    answer = inject(hook, chat_id, narrated, context_tokens=2000)
+    assert ELVEN in recalled(answer)
+    assert branch_texts(hook.url, chat_id) == [m["content"] for m in LONG]
+
+
+def test_dates_and_names_are_kept(hook, chat_id):
+    shown = [line("user", ELVEN, timestamp="2026-03-01T20:15:00+01:00"), *LONG[1:]]
+    answer = inject(hook, chat_id, shown, context_tokens=2000)
+    assert "2026-03-01 Robin: " + ELVEN in texts(answer)
+    chat = httpx.get(f"{hook.url}/api/persona_memory/chats/{chat_id}", timeout=TIMEOUT).json()
+    assert (chat["character"], chat["messages"]) == ("Mira", len(LONG))
+
+
+def test_a_sad_user_is_told_of_in_one_line(tmp_path, shared_upstream):
+    sad = line("user", "*sobs* My dog died this morning and I can't stop crying. I feel so empty and alone.")
+    with LocalServer(settings(tmp_path / "data", shared_upstream.url, proxy=False)) as running:
+        answer = inject(running, "sad", [line("assistant", "What is it?"), sad], context_tokens=4000)
+    assert answer["emotion"]["label"] == "sadness"
+    assert "Robin seems sad" in texts(answer)
+
+
+def test_the_story_so_far_stands_behind_the_main_prompt(tmp_path, shared_upstream):
+    """Without the proxy it is told in the messages' own sentences, and no model is asked."""
+    shared_upstream.reset()
+    given = settings(tmp_path / "data", shared_upstream.url, proxy=False, no_guidance=True, summary_every=10)
+    with LocalServer(given) as running:
+        inject(running, "told", LONG, context_tokens=2000)
+        shelf, store = running.server.memory.shelf, running.server.memory.chat("told")
+        wait_until(lambda: store.summaries and not shelf.due(), "the story of what has left")
+        first, second = (inject(running, "told", LONG, context_tokens=2000) for _ in range(2))
+    (story,) = [row for row in first["injections"] if row["position"] == 0]
+    assert story["role"] == "system"
+    assert "(#1-" in story["text"]
+    assert first["report"]["summaries"] > 0
+    assert story in second["injections"]
+    assert shared_upstream.requests == []
+
+
+# ---------------------------------------------------------------------------- branches
+
+
+def test_an_edit_moves_the_branch(hook, chat_id):
+    edited = ELVEN.replace("silverthorn", "moonpetal")
+    inject(hook, chat_id, LONG, context_tokens=2000)
+    answer = inject(hook, chat_id, [line("user", edited), *LONG[1:]], context_tokens=2000)
+    assert edited in recalled(answer)
+    assert "silverthorn" not in texts(answer)
+    assert ELVEN in recalled(inject(hook, chat_id, LONG, context_tokens=2000))
+
+
+def test_a_deletion_in_front_moves_the_branch(hook, chat_id):
+    """The whole chat is shown, so what is missing in front was deleted, not merely left out."""
+    inject(hook, chat_id, LONG, context_tokens=2000)
+    answer = inject(hook, chat_id, LONG[2:], context_tokens=2000)
+    assert "silverthorn" not in texts(answer)
+    assert branch_texts(hook.url, chat_id) == [m["content"] for m in LONG[2:]]
+
+
+def test_a_rejected_swipe_is_not_recalled(hook, chat_id):
+    rejected = line("assistant", "The password of the northern gate is nightshade, says Mira.")
+    inject(hook, chat_id, [*LONG[:1], rejected, *filler(1)])
+    answer = inject(hook, chat_id, LONG, context_tokens=2000)
+    assert ELVEN in recalled(answer)
+    assert "nightshade" not in texts(answer)
+
+
+def test_other_chats_are_not_recalled(hook, chat_id):
+    inject(hook, f"{chat_id}-other", LONG)
+    answer = inject(hook, chat_id, [*filler(60), ASKED], context_tokens=2000)
+    assert "silverthorn" not in texts(answer)
+
+
+def test_a_branch_adopts_what_its_parent_knows(hook, chat_id):
+    """Vectors are copied, not computed again, and the parent stays as it was."""
+    inject(hook, chat_id, LONG)
+    child = [*LONG[:80], ASKED]
+    answer = inject(hook, f"{chat_id}-child", child, context_tokens=1500, parent_chat_id=chat_id)
+    assert ELVEN in recalled(answer)
+    assert branch_texts(hook.url, f"{chat_id}-child") == [m["content"] for m in child]
+    assert branch_texts(hook.url, chat_id) == [m["content"] for m in LONG]
+
+
+def test_a_member_of_a_group_recalls_what_any_member_heard(hook, chat_id):
+    group = [
+        {"role": "user", "name": "Robin", "content": ELVEN},
+        {"role": "assistant", "name": "Borin", "content": "My forge in Emberhold has the spare key to the gate."},
+        *filler(60),
+        {"role": "user", "name": "Robin", "content": "Who has the spare key to the gate?"},
+        {"role": "assistant", "name": "Borin", "content": "I shall let Mira answer that."},
+    ]
+    answer = inject(hook, chat_id, group, context_tokens=2000, character="Mira")
+    assert "Borin: My forge in Emberhold has the spare key" in texts(answer)
+    assert [row["depth"] for row in answer["injections"]] == [2]
+
+
+# ---------------------------------------------------------------------------- bad input, failures
+
+REFUSED = {
+    "no object": [],
+    "no chat": {"messages": [ASKED]},
+    "blank chat": {"chat_id": " ", "messages": [ASKED]},
+    "chat number": {"chat_id": 7, "messages": [ASKED]},
+    "no messages": {"chat_id": "x"},
+    "empty messages": {"chat_id": "x", "messages": []},
+    "role missing": {"chat_id": "x", "messages": [{"content": "hello"}]},
+    "content number": {"chat_id": "x", "messages": [line("user", 7)]},
+    "name number": {"chat_id": "x", "messages": [{"role": "user", "name": 7, "content": "hello"}]},
+    "hidden text": {"chat_id": "x", "messages": [line("user", "hello", hidden="no")]},
+    "no date": {"chat_id": "x", "messages": [line("user", "hello", timestamp="yesterday")]},
+    "window text": {"chat_id": "x", "messages": [ASKED], "context_tokens": "2000"},
+    "window negative": {"chat_id": "x", "messages": [ASKED], "context_tokens": -1},
+    "persona list": {"chat_id": "x", "messages": [ASKED], "persona": ["Mira"]},
+    "complete text": {"chat_id": "x", "messages": [ASKED], "complete": "yes"},
+    "parent number": {"chat_id": "x", "messages": [ASKED], "parent_chat_id": 1},
+}
+
+
+@pytest.mark.parametrize("body", REFUSED.values(), ids=REFUSED.keys())
+def test_what_makes_no_sense_is_refused_with_a_name(hook, body):
+    answer = httpx.post(hook.url + INJECT, json=body, timeout=TIMEOUT)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert httpx.get(f"{hook.url}/api/persona_memory/chats/x", timeout=TIMEOUT).status_code == 404
+
+
+ODD = {
+    "only narration": [{"role": "system", "content": "Night falls."}],
+    "nothing said": [line("user", " ")],
+    "all hidden": [line("user", ELVEN, hidden=True), line("assistant", "Yes.", hidden=True)],
+    "only a reply": [line("assistant", "You must be Robin.")],
+    "no names": [{"role": "user", "content": "hello"}],
+    "parts": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}],
+    "lone surrogate": [line("user", "\ud83d hello")],
+    "a long one": [line("user", "word " * 20_000)],
+}
+
+
+@pytest.mark.parametrize("messages", ODD.values(), ids=ODD.keys())
+@pytest.mark.parametrize("window", [1, 500, 10_000_000])
+def test_odd_chats_get_an_answer(hook, chat_id, messages, window):
+    answer = inject(hook, chat_id, messages, context_tokens=window, persona="Mira. " * 300)
+    assert set(answer) == {"chat_id", "injections", "recalled", "emotion", "report"}
+    assert answer["report"]["degraded"] == ""
+
+
+def test_a_persona_longer_than_the_window_is_the_clients_matter(hook, chat_id):
+    answer = inject(hook, chat_id, LONG, context_tokens=1000, persona="Mira keeps the light. " * 1000)
+    assert answer["report"]["degraded"] == ""
+
+
+def test_a_store_that_cannot_be_used_costs_the_memories_only(tmp_path, shared_upstream):
+    (tmp_path / "data").write_text("a file in the folder's place")
+    with LocalServer(settings(tmp_path / "data", shared_upstream.url, proxy=False)) as running:
+        answer = inject(running, "lost", LONG, context_tokens=2000)
+    assert answer["injections"] == []
+    assert answer["report"]["degraded"]
+
+
+# ---------------------------------------------------------------------------- pages of other origins
+
+
+def test_a_page_of_this_machine_may_ask(hook):
+    asked = {
+        "Origin": "http://127.0.0.1:8000",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    answer = httpx.options(hook.url + INJECT, headers=asked, timeout=TIMEOUT)
+    assert answer.status_code == 200
+    assert answer.headers["Access-Control-Allow-Origin"] == "http://127.0.0.1:8000"
+    allowed = answer.headers["Access-Control-Allow-Headers"].lower()
+    assert {"authorization", "content-type"} <= {name.strip() for name in allowed.split(",")}
+    assert "POST" in answer.headers["Access-Control-Allow-Methods"]
+
+
+def test_the_key_is_asked_for(tmp_path, shared_upstream):
+    body = {"chat_id": "locked", "messages": [ASKED]}
+    with LocalServer(settings(tmp_path / "data", shared_upstream.url, proxy=False, api_key="sesame-7")) as running:
+        refused = httpx.post(running.url + INJECT, json=body, timeout=TIMEOUT)
+        taken = httpx.post(running.url + INJECT, json=body, headers={"Authorization": "Bearer sesame-7"}, timeout=60)
+    assert (refused.status_code, taken.status_code) == (401, 200)
+
+
+# ---------------------------------------------------------------------------- named requests through the proxy
+
+CARD = {"role": "system", "content": "You are Mira, keeper of the light."}
+
+
+@pytest.fixture
+def upstream(shared_upstream):
+    """The module's upstream, with nothing recorded."""
+    shared_upstream.reset()
+    yield shared_upstream
+    shared_upstream.reset()
+
+
+def plain(messages: list[dict]) -> list[dict]:
+    """Messages as chat completions have them."""
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def spoken(server, messages: list[dict], **named):
+    """One turn of a client that says which chat it is."""
+    return say(server.url, [CARD, *plain(messages)], persona_memory=named)
+
+
+def test_the_upstream_sees_nothing_of_the_identity(shared_server, upstream, chat_id):
+    reply = spoken(shared_server, [ASKED], chat_id=chat_id, character="Mira", kind="normal")
+    assert reply.chat_id == chat_id
+    assert "persona_memory" not in upstream.last["body"]
+    assert [row["character"] for row in chats(shared_server) if row["chat_id"] == chat_id] == ["Mira"]
+
+
+def chats(server) -> list[dict]:
+    """The list of chats."""
+    return httpx.get(f"{server.url}/api/persona_memory/chats", timeout=TIMEOUT).json()
+
+
+def stored(server, chat_id: str) -> int:
+    """How many messages a chat's tree holds, shown or not."""
+    return httpx.get(f"{server.url}/api/persona_memory/chats/{quote(chat_id)}", timeout=TIMEOUT).json()["stored"]
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("normal", 1), ("swipe", 1), ("regenerate", 1), ("something new", 1),
+                                           ("quiet", 0), ("impersonate", 0), ("continue", 0)])  # fmt: skip
+def test_replies_that_the_chat_will_not_show_are_not_kept(shared_server, upstream, chat_id, kind, kept):
+    opening = [line("user", "I lost my compass."), line("assistant", "Then steer by the stars.")]
+    spoken(shared_server, [*opening, ASKED], chat_id=chat_id, kind="normal")
+    before = stored(shared_server, chat_id)
+    spoken(shared_server, [*opening, ASKED], chat_id=chat_id, kind=kind)
+    assert stored(shared_server, chat_id) == before + kept
+
+
+def test_a_raw_prompt_under_the_chats_name_changes_nothing(shared_server, upstream, chat_id):
+    """Extensions send words of their own; those are no message of the chat, not even of a chat that is new."""
+    raw = [line("user", "Summarise in five words: the gate is shut.")]
+    spoken(shared_server, raw, chat_id=f"{chat_id}-new", kind="quiet")
+    assert f"{chat_id}-new" not in {row["chat_id"] for row in chats(shared_server)}
+    spoken(shared_server, LONG[:5], chat_id=chat_id, kind="normal")
+    spoken(shared_server, raw, chat_id=chat_id, kind="quiet")
+    assert branch_texts(shared_server.url, chat_id) == [m["content"] for m in LONG[:5]]
+    assert upstream.last["body"]["messages"] == [CARD, *plain(raw)]
+
+
+def test_the_first_message_of_a_named_chat_is_not_appended_to_another_one(shared_server, upstream, chat_id):
+    """A client that names its chat shows it, so one lone message is the whole chat."""
+    spoken(shared_server, [line("user", "Good morning.")], chat_id=chat_id)
+    spoken(shared_server, [line("user", "Good evening.")], chat_id=chat_id)
+    assert branch_texts(shared_server.url, chat_id) == ["Good evening."]
+
+
+def test_a_checkpoint_adopts_its_parents_branch_through_the_proxy(shared_server, upstream, chat_id):
+    spoken(shared_server, LONG, chat_id=chat_id)
+    embed(shared_server, chat_id)
+    memory = shared_server.server.memory
+    encoded, encode = [], memory.embedder.encode
+    memory.embedder.encode = lambda texts, *a, **k: encoded.extend(texts) or encode(texts, *a, **k)
+    try:
+        spoken(shared_server, [*LONG[90:100], ASKED], chat_id=f"{chat_id}-child", parent_chat_id=chat_id)
+    finally:
+        memory.embedder.encode = encode
+    assert branch_texts(shared_server.url, f"{chat_id}-child") == [m["content"] for m in [*LONG[:100], ASKED]]
+    assert not [text for text in encoded if "gulls" in text]
+
+
+@pytest.mark.parametrize("given", ["a string", 7, ["x"], {"chat_id": 7}, {"kind": ["quiet"]}])
+def test_an_identity_that_makes_no_sense_is_refused(shared_server, upstream, given):
+    reply = say(shared_server.url, [CARD, ASKED], persona_memory=given)
+    assert reply.status == 400
+    assert upstream.chats == []
+
+
+def test_both_ways_are_one_memory(shared_server, upstream, chat_id):
+    """A chat that was injected into goes on through the proxy, and back."""
+    inject(shared_server, chat_id, plain(LONG[:-1]))
+    reply = spoken(shared_server, LONG[-9:], chat_id=chat_id)
+    assert reply.chat_id == chat_id
+    assert ELVEN in str(upstream.last["body"]["messages"])
+    assert branch_texts(shared_server.url, chat_id) == [m["content"] for m in LONG]
+    assert figure(shared_server, "recalled_messages_count") >= 2
