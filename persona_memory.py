@@ -523,9 +523,15 @@ class Memory:
 
     message: Message
     index: int
-    score: float
+    score: float  # the sum of `scores`
     scores: dict[str, float]
     chat: str = ""
+    excerpt: str = ""  # what of a long message a prompt gets; empty: all of it
+
+    @property
+    def text(self) -> str:
+        """What a prompt gets of the message."""
+        return (self.excerpt or self.message.content).strip()
 
     def public(self) -> dict:
         """The memory as the API shows it."""
@@ -536,6 +542,16 @@ class Memory:
             "timestamp": m.timestamp, "score": round(self.score, 4),
             "scores": {k: round(v, 4) for k, v in self.scores.items()},
         }  # fmt: skip
+
+    def recalled(self) -> dict:
+        """The memory as a prompt's report shows it: without its text, which may be edited or forgotten later."""
+        return {k: v for k, v in self.public().items() if k != "content"} | {"part": bool(self.excerpt)}
+
+    def left_out(self, reason: str) -> dict:
+        """The same where it did not get into the prompt."""
+        m = self.message
+        score = round(self.score, 4)
+        return {"id": m.id, "index": self.index, "role": m.role, "name": m.name, "score": score, "reason": reason}
 
 
 @dataclass(frozen=True, slots=True)
@@ -613,6 +629,8 @@ class PromptReport:
     mood: dict | None = None
     summaries: int = 0
     facts: int = 0
+    left_out: list[dict] = field(default_factory=list)  # what was worth recalling and is not in it, and why
+    reminder: str = ""  # what of the persona was said again
 
     @property
     def header(self) -> str:
@@ -1904,8 +1922,29 @@ EMBED_BATCH = 16  # small enough that a turn's query waits for no more than one 
 CHUNK = 900  # characters of a long message that are embedded together: MiniLM reads 256 tokens
 CHUNK_OVERLAP = 150  # characters
 MOST_CHUNKS = 40  # of a message: a pasted book must not take an hour
+PERSONA_PIECE = 240  # characters of a persona that are embedded together, where its sentences are no longer
+SHORTEST_PIECE = 24  # "[Start a new Chat]" says nothing of anyone
+MOST_PIECES = 200
 MAX_EMBEDDED = 4000  # characters; MiniLM reads 256 tokens, and tokenizing megabytes to drop them takes seconds
 TURN, BACKGROUND = 0, 1  # priorities of encoding jobs
+LATIN_END = "\u024f"
+# Questions with their answers: how near those are in a model, and others, tells what its cosines mean.
+KNOWN_PAIRS = (
+    ("Where did you grow up?", "I grew up in a small village by the sea."),
+    ("What is your dog called?", "My dog is called Rex, he is a terrier."),
+    ("Do you like your new job?", "I started working at the bank last month and I hate it."),
+    ("What did you give me for my birthday?", "Here is your present, it's a silver watch."),
+    ("Are you afraid of anything?", "Spiders scare me more than anything else."),
+    ("When is the wedding?", "We will get married on the third of May."),
+    ("Who taught you to play the piano?", "My grandmother gave me piano lessons."),
+    ("What can't you eat?", "I am allergic to peanuts."),
+    ("How did the king die?", "The king was poisoned at the feast."),
+    ("Where is the key hidden?", "The key lies under a loose stone by the door."),
+    ("Did you finish the book?", "I read the last chapter of the novel yesterday."),
+    ("Why are you so sad today?", "I have been crying since my father left."),
+)
+KNOWN_NEAR, KNOWN_FAR = 0.567, 0.088  # mean cosines of those pairs, and of all others, in all-MiniLM-L6-v2
+KNOWN_NOISE = 0.080  # standard deviation of the latter
 
 
 class Embedder:
@@ -1917,6 +1956,7 @@ class Embedder:
     def __init__(self, name: str):
         self.name = name
         self.status = "loading"  # then "ready", or "failed: ..."
+        self.scale = (1.0, 0.0)  # factor and summand that turn its cosines into those the weights of recall are for
         self.loaded = threading.Event()  # set when loading has ended, either way
         self._jobs: queue.PriorityQueue = queue.PriorityQueue()
         self._numbers = itertools.count()
@@ -1942,9 +1982,16 @@ class Embedder:
             job.cancel()
             raise EmbedderUnavailable("embedder late") from None
 
+    def reads(self, text: str) -> bool:
+        """Whether its vector of a text says anything: the default knows English, and sees letters of other scripts
+        one by one (measured in Russian, Chinese and Japanese: words alone find more)."""
+        letters = [c for c in text if c.isalpha()]
+        return self.name not in BUNDLED_EMBEDDERS or 2 * sum(c > LATIN_END for c in letters) <= len(letters)
+
     def _run(self) -> None:
         try:
             model = load_sentence_transformer(self.name)
+            self.scale = cosine_scale(model) if self.name not in BUNDLED_EMBEDDERS else (1.0, 0.0)
             self.status = "ready"
         except Exception as error:  # whatever a model's loader raises: the chats go on without vectors
             self.status = f"failed: {type(error).__name__}: {error}"
@@ -1961,16 +2008,27 @@ class Embedder:
         if model is None:
             return job.set_exception(EmbedderUnavailable(f"embedder {self.status}"))
         try:
-            vectors = model.encode(
-                [sane_text(t[:MAX_EMBEDDED]) for t in texts],
-                batch_size=EMBED_BATCH,
-                normalize_embeddings=True,
-                show_progress_bar=False,
-            )
-            return job.set_result(np.ascontiguousarray(vectors, dtype=np.float32))
+            return job.set_result(unit_vectors(model, texts))
         except Exception as error:
             log_event("embedding_failed", "Embedding failed", level=logging.ERROR, trace=True)
             return job.set_exception(EmbedderUnavailable(f"embedder failed: {type(error).__name__}"))
+
+
+def unit_vectors(model: Any, texts: Sequence[str]) -> np.ndarray:
+    """A model's vectors of texts, of unit length, float32 [len(texts), dimensions]."""
+    sane = [sane_text(t[:MAX_EMBEDDED]) for t in texts]
+    vectors = model.encode(sane, batch_size=EMBED_BATCH, normalize_embeddings=True, show_progress_bar=False)
+    return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+def cosine_scale(model: Any) -> tuple[float, float]:
+    """The factor and summand that turn a model's cosines into the default's, by what both make of KNOWN_PAIRS: in some
+    models nothing is further apart than 0.7. Neither answers nor noise come out larger than they are there."""
+    vectors = unit_vectors(model, [text for pair in KNOWN_PAIRS for text in pair])
+    cosines, same = vectors[::2] @ vectors[1::2].T, np.eye(len(KNOWN_PAIRS), dtype=bool)
+    near, far = float(cosines[same].mean()), float(cosines[~same].mean())
+    factor = min((KNOWN_NEAR - KNOWN_FAR) / max(near - far, 0.02), KNOWN_NOISE / max(float(cosines[~same].std()), 1e-3))
+    return factor, KNOWN_FAR - factor * far
 
 
 def load_sentence_transformer(name: str) -> Any:
@@ -1989,16 +2047,34 @@ def load_sentence_transformer(name: str) -> Any:
     return SentenceTransformer(name, device="cpu")
 
 
-def chunks(text: str) -> list[str]:
-    """The text in pieces that a small embedder reads whole, cut after sentences and words, with an overlap."""
-    pieces, start = [], 0
-    while len(text) - start > CHUNK and len(pieces) < MOST_CHUNKS - 1:
+def chunk_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Where a text's chunks begin and end: pieces that a small embedder reads whole, cut after sentences and words,
+    with an overlap."""
+    start = 0
+    while len(text) - start > CHUNK:
         window = text[start : start + CHUNK]
         ends = (window.rfind(mark, CHUNK // 2) for mark in ("\n", ". ", "! ", "? ", "\u3002", " "))
         end = start + next((at + 1 for at in ends if at > 0), CHUNK)
-        pieces.append(text[start:end])
+        yield start, end
         start = end - CHUNK_OVERLAP
-    return [*pieces, text[start : start + MAX_EMBEDDED]]
+    yield start, len(text)
+
+
+def chunks(text: str) -> list[str]:
+    """The chunks of a text that are embedded; the last of very many takes what is left, as far as it is read."""
+    spans = list(itertools.islice(chunk_spans(text), MOST_CHUNKS))
+    start = spans[-1][0]
+    return [*(text[a:b] for a, b in spans[:-1]), text[start : start + MAX_EMBEDDED]]
+
+
+def persona_pieces(text: str) -> list[str]:
+    """A persona in pieces of a few sentences that belong together: what of it can be said again by itself."""
+    pieces = [""]
+    for sentence in re.split(r"(?<=[.!?\u3002\uff01\uff1f])\s+|\n+", text):
+        if len(pieces[-1]) + len(sentence) > PERSONA_PIECE:
+            pieces.append("")
+        pieces[-1] = f"{pieces[-1]} {sentence.strip()}".strip()
+    return [p for p in pieces if SHORTEST_PIECE <= len(p) <= CHUNK][:MOST_PIECES]
 
 
 def chunk_keys(text_hash: str, count: int) -> list[str]:
@@ -2666,6 +2742,14 @@ class ChatShelf:
         key = f"u:{chat_id}"
         self._disk.run(lambda: self._catalogue.set(key, 1) if due else self._catalogue.delete(key))
 
+    def embedder(self) -> str:
+        """The embedder whose vectors all chats had when that was last noted."""
+        return self._disk.run(lambda: self._catalogue.get("embedder", ""))
+
+    def note_embedder(self, name: str) -> None:
+        """Notes that all chats have that embedder's vectors."""
+        self._disk.run(lambda: self._catalogue.set("embedder", name))
+
     def due(self) -> list[str]:
         """The chats whose story waits to be told."""
         return self._disk.run(lambda: [k[2:] for k in self._catalogue.iterkeys() if k.startswith("u:")])
@@ -2732,11 +2816,15 @@ STOP_WORDS = frozenset(
         very was we well were what when where which while who whom whose why will with would yes you your yours d
         ll m ve don didn doesn isn wasn won
         der das und ich du wir ihr ist bist sind hat hast habe haben ein eine einen mein meine dein deine wo wie wer
-        wann warum nicht auch mit von auf zu dem den
+        wann warum nicht auch mit von auf zu dem den mich dich mir dir uns euch sie es im aus für welche welcher
+        welches welchem welchen deinen deinem deiner meinen meinem meiner habt hatte wird wurde etwas
         el los las un una unos es está soy eres yo tú mi tu su y o qué que cómo dónde cuándo quién cuál de del por con
-        para te se lo le he ha has
+        para te se lo le he ha has fue nos les hay está están esta este cuál cuánto cuántos tus mis sus
         и в на не что как где когда кто почему я ты он она мы вы мой моя моё мои твой твоя у меня тебя мне тебе с по за
-        это был была было""",
+        это был была было были есть вам вас вами ваш ваша вашу ваше ваши твою мою свой нас нам её его их им ей чего чем
+        кого кому какой какая какое какие каком какую откуда куда ли бы же
+        什么 怎么 哪里 哪个 哪些 什 么 吗 呢 吧 啊 的 了 是 在 我 你 您 他 她 它 们 这 那 哪 谁 不 也 就 都 和 有 叫
+        说 个 得 何 誰""",
     )
 )
 COMMON_SHARE, COMMON_FLOOR = 8, 200  # a word in more than an eighth of the texts, and in 200, tells none from another
@@ -2745,6 +2833,7 @@ UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uf
 GRAMMAR = re.compile(r"[\u3040-\u309f]+\Z")  # hiragana alone is nearly always endings and particles
 CASES = re.compile(r"[\u0370-\u052f]{5,}")  # Greek and Cyrillic: languages that decline, where Porter does nothing
 STEM_LETTERS = 2  # cut off such a word's end (truncation: McNamee & Mayfield 2004, n-gram tokenization)
+IDEOGRAPHS = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")  # many are words by themselves
 DAY = 86400.0  # seconds
 TIMES = re.compile(
     r"\b(?:yesterday|today|tonight|tomorrow|last|next|ago|since|recently|weeks?|weekend|months?|years?|days"
@@ -2785,17 +2874,25 @@ def message_traits(text: str) -> tuple[float, ...]:
 
 
 def pairs_of(run: str) -> str:
-    """Overlapping pairs of a run of characters: words of a script without spaces, as Lucene's CJKAnalyzer has it."""
-    return " " + " ".join(run[i : i + 2] for i in range(max(1, len(run) - 1))) + " "
+    """Overlapping pairs of a run of characters, words of a script without spaces, and its ideographs one by one (as
+    Lucene's CJKBigramFilter with outputUnigrams)."""
+    pairs = (run[i : i + 2] for i in range(max(1, len(run) - 1)))
+    return f" {' '.join(itertools.chain(pairs, IDEOGRAPHS.findall(run) if len(run) > 1 else ()))} "
+
+
+def word_stems(word: str) -> str:
+    """A declined word without its ending: a short stem, and of a longer word one that says more."""
+    short = word[: 4 if len(word) < 8 else 5]
+    return short if len(word) < 7 else f"{short} {word[:-STEM_LETTERS]}"
 
 
 def lexical_text(text: str) -> str:
-    """The text as FTS5 gets it: pairs where a script has no spaces, and cut words where Porter knows no endings."""
+    """The text as FTS5 gets it: pairs where a script has no spaces, and stems where Porter knows no endings."""
     text = sane_text(text).lower()
     if text.isascii():
         return text
     text = UNSPACED.sub(lambda run: pairs_of(run[0]), unicodedata.normalize("NFKC", text))
-    return CASES.sub(lambda word: word[0][:-STEM_LETTERS], text)
+    return CASES.sub(lambda word: word_stems(word[0]), text)
 
 
 def lexical_words(text: str) -> list[str]:
@@ -2806,7 +2903,7 @@ def lexical_words(text: str) -> list[str]:
 def query_words(text: str, without: Collection[str] = ()) -> list[str]:
     """The words of a text that are worth looking up, each once, in order; `without` are words to leave out."""
     plain = " ".join(w for w in re.findall(r"\w+", sane_text(text).lower()) if w not in STOP_WORDS and w not in without)
-    words = list(dict.fromkeys(lexical_words(plain)))
+    words = [w for w in dict.fromkeys(lexical_words(plain)) if w not in STOP_WORDS]
     return ([w for w in words if not GRAMMAR.match(w)] or words)[:MAX_QUERY_WORDS]
 
 
@@ -2906,6 +3003,7 @@ class MemoryIndex:
         self._places: dict[str, int] = {}  # vector key -> place in the FAISS index
         self._whole: set[str] = set()  # texts that have all their vectors
         self._bare: set[str] = set()  # texts on the branch that have not
+        self.scale = (1.0, 0.0)  # of the cosines, see Embedder
 
     def follow(self, nodes: Sequence[Node], read: Callable[[list[str]], Sequence[Message]]) -> None:
         """Makes the index that of a branch; `read` gives the messages of the ids that are new to it."""
@@ -2992,6 +3090,25 @@ class MemoryIndex:
         place = self._places.get(text_hash)
         return None if place is None else self._dense.reconstruct(place)
 
+    def vectors(self, hashes: Sequence[str]) -> np.ndarray:
+        """The vectors of texts (of their first chunks), float32 [len(hashes), dimensions]; zeros where none is."""
+        if self._dense is None:
+            return np.zeros((len(hashes), 0), np.float32)
+        places = np.array([self._places.get(h, -1) for h in hashes], np.int64)
+        return np.where(places[:, None] >= 0, self._flat()[places], np.float32(0))
+
+    def chunk_cosines(self, text_hash: str, query: np.ndarray | None) -> np.ndarray:
+        """Cosine of the query and each chunk of a text, float32 [chunks]; 0 for one that has no vector."""
+        near = self.vectors(self.keys_of([text_hash]))
+        return np.zeros(len(near), np.float32) if query is None or near.shape[1] != len(query) else near @ query
+
+    def _flat(self) -> np.ndarray:
+        """FAISS's own memory, float32 [vectors, dimensions]."""
+        import faiss
+
+        flat = faiss.rev_swig_ptr(self._dense.get_xb(), self._dense.ntotal * self._dense.d)
+        return flat.reshape(self._dense.ntotal, self._dense.d)
+
     def evidence(self, words: Sequence[str], vector: np.ndarray | None, count: int | None = None) -> Evidence:
         """What speaks for each of the branch's first `count` messages (all where None)."""
         rows, n = self._row_at[:count], len(self._row_at[:count])
@@ -3013,17 +3130,14 @@ class MemoryIndex:
 
     def _cosines(self, query: np.ndarray | None) -> np.ndarray:
         """Cosine of the query and each row's best chunk, float32 [rows]; 0 where there is no vector yet."""
-        import faiss
-
         scores = np.zeros(len(self._rows), np.float32)
         if query is None or self._dense is None or len(query) != self._dense.d:
             return scores
-        # A product with FAISS's own memory: its search would sort all messages, and every one's score is wanted.
-        flat = faiss.rev_swig_ptr(self._dense.get_xb(), self._dense.ntotal * self._dense.d)
-        found = flat.reshape(self._dense.ntotal, self._dense.d) @ query
+        found = self._flat() @ query  # FAISS's search would sort all messages, and every one's score is wanted
         best = np.full(len(scores), -1.0, np.float32)
         np.maximum.at(best, np.array(self._dense_rows), found)
-        return np.where(best > -1, best, scores)
+        factor, summand = self.scale
+        return np.where(best > -1, factor * best + summand, scores).astype(np.float32)
 
 
 # ======================================================================================================================
@@ -3363,15 +3477,29 @@ SIGNALS = {
 }
 SUPERSEDING = 0.5  # share of the best score from which a newer statement may replace it; costs 0.6 points of recall@5
 SUPERSEDING_RELEVANCE = 0.15
-RELEVANT = 1.1  # score below which a message is no answer to anything
-TELLING_RELEVANT = 2.15  # the same for a message that asks nothing: small talk shares words with everything
-NEAR_BEST = 0.61  # share of the best score that a memory must reach
+# What a memory must score at least, and by how much it must stand above the chat's usual message (the median; friendly
+# talk is like everything in a friendly chat): for a message that asks, and for one that does not. On LoCoMo's
+# development half and the role-play chats nine tenths of the questions' best messages stand out by 1.15 and more, and
+# nine tenths of what is most like a remark, by 1.0 and 1.3 at most.
+ASKING_BAR, TELLING_BAR = (1.1, 0.6), (1.5, 1.05)
+FEW_MESSAGES, USUAL = 20, 0.5  # so few have no usual one: it is taken to score that
+WORDS_ALONE = 0.6  # of all these, where there is no vector: what the words' signals can add up to
+# How likely a message of a score is evidence: logistic regression on the same half. The score's own part is small, for
+# what the best message of a chat scores depends on the question.
+NEED_SCORE, NEED_SHARE, NEED_BIAS = 0.88, 10.2, -12.9
+PRICE = 1e-4  # of a token: a memory must be needed once in so many of its tokens, or it is not worth reading them
 NEAR_DUPLICATE = 0.95  # cosine above which two memories say the same
-TELLING_SHARE = 1 / 3  # of the memories' tokens for such a message: each of them is evaluated anew every turn
 REMEMBERING = re.compile(r"\b(?:remember|remind me|recall|reminisce|think back|back when)\b", re.I)
-REMEMBERING_SHARE = 1.5
+REMEMBERING_SHARE = 2.0  # of what recalled memories may take, where the history leaves it
+ASKING_SHARE = 1.5
+TELLING_SHARE = 1 / 3  # each recalled token is evaluated anew every turn
 MOST_MEMORIES = 64  # of a turn; beyond that the tail is noise
-EMOTION_NUDGE = IMPORTANCE_NUDGE = 0.03  # at most; they break ties and never bury a match
+NO_ROOM = "no room"
+LEFT_OUT = 12  # memories that a report names which did not get into the prompt
+LONG_MESSAGE = 1350  # characters from which a message is recalled in part: a chunk and a half
+EXCERPT_CHUNKS = 2
+EXCERPT_NEAR = 0.85  # share of the best chunk's score that another one must reach
+GAP = "[...]"  # stands for what is left out of an excerpt
 
 
 def weigh(query: Query, e: Evidence) -> dict[str, np.ndarray]:
@@ -3406,35 +3534,136 @@ def supersedes(query: Query, e: Evidence, scores: np.ndarray) -> np.ndarray:
 
 def memory_share(text: str) -> float:
     """How much of the memories' share a message may use, where the history leaves it: "do you remember" asks for it."""
-    return REMEMBERING_SHARE if REMEMBERING.search(text) else 1.0
+    if REMEMBERING.search(text):
+        return REMEMBERING_SHARE
+    return ASKING_SHARE if ASKING.search(text) else TELLING_SHARE
 
 
-def recall_effort(text: str, share: int) -> tuple[float, int]:
-    """What a memory for that message must score, and how many tokens of the memories' `share` they may take."""
-    return (RELEVANT, share) if ASKING.search(text) else (TELLING_RELEVANT, int(TELLING_SHARE * share))
+def relevance_bar(text: str, scores: np.ndarray, by_words_alone: bool = False) -> float:
+    """What a memory for that message must score at least, among messages of those scores."""
+    least, above = ASKING_BAR if ASKING.search(text) else TELLING_BAR
+    factor = WORDS_ALONE if by_words_alone else 1.0
+    usual = float(np.median(scores)) if len(scores) >= FEW_MESSAGES else factor * USUAL
+    return max(factor * least, usual + factor * above)
 
 
 def worth_recalling(scores: np.ndarray, bar: float) -> list[int]:
-    """Places of the messages that reach the bar and are not far from the best, best first."""
-    found = np.flatnonzero(scores >= max(bar, NEAR_BEST * float(scores.max(initial=0.0))))
-    return found[np.argsort(-scores[found], kind="stable")].tolist()
+    """Places of the messages that reach the bar, best first, as many as make sense."""
+    found = np.flatnonzero(scores >= bar)
+    return found[np.argsort(-scores[found], kind="stable")][:MOST_MEMORIES].tolist()
 
 
-def nudged(scores: Sequence[float], emotion: Sequence[float], importance: Sequence[float]) -> list[int]:
-    """The order of candidates, best first, by score with the nudges added; all are 0 to 1 but the scores."""
-    totals = [s + EMOTION_NUDGE * e + IMPORTANCE_NUDGE * i for s, e, i in zip(scores, emotion, importance, strict=True)]
-    return sorted(range(len(totals)), key=lambda place: -totals[place])
+# Nudges break ties and never bury a match: each adds at most so many hundredths of a cosine. Measured on LoCoMo's
+# development half with twice and half as much: together they cost nothing and give 0.1 points of recall@10 and of the
+# evidence inside 500 tokens; recency costs 0.3 points from 0.03 on.
+NUDGES = {"emotion": 0.03, "importance": 0.02, "recency": 0.01}
 
 
-def choose(costs: Sequence[int], vectors: Sequence[np.ndarray | None], budget: int) -> list[int]:
-    """Of candidates, best first, those that fit into `budget` tokens and say what no better one has said."""
+def nudged(memory: Memory, given: Mapping[str, float]) -> Memory:
+    """The memory with its nudges, `given` by name as 0 to 1, among its scores."""
+    more = {name: weight * given[name] for name, weight in NUDGES.items() if given.get(name)}
+    return replace(memory, score=memory.score + sum(more.values()), scores=memory.scores | more)
+
+
+def need(score: float, best: float) -> float:
+    """How likely a memory of that score is needed, 0 to 1, where the best one has `best`."""
+    return 1 / (1 + math.exp(-(NEED_SCORE * score + NEED_SHARE * score / max(best, score, 1e-6) + NEED_BIAS)))
+
+
+def says_the_same(a: str, b: str, cosine: float | None) -> bool:
+    """Whether two texts are near-duplicates; `cosine` is None where one has no vector. Other numbers are other news."""
+    if cosine is None:
+        words = set(lexical_words(a))
+        return bool(words) and words == set(lexical_words(b))
+    return cosine > NEAR_DUPLICATE and sorted(re.findall(r"\d+", a)) == sorted(re.findall(r"\d+", b))
+
+
+def choose(
+    needs: Sequence[float], costs: Sequence[int], twin: Callable[[int, int], bool], budget: int, price: float = PRICE
+) -> tuple[list[int], dict[int, int | None]]:
+    """Which candidates get into `budget` tokens, and of those left out the chosen one that says the same (None: no
+    room). `twin` tells whether two candidates are near-duplicates.
+
+    By need per token, as a knapsack is filled greedily (Dantzig 1957), but the likeliest one first; what is needed
+    less than its tokens cost is neither chosen nor missed.
+    """
+    worth = [i for i in range(len(needs)) if needs[i] >= price * costs[i]]
+    order = sorted(worth, key=lambda i: -needs[i] / costs[i])
+    best = max(worth, key=lambda i: needs[i], default=None)
     chosen: list[int] = []
-    for place, (cost, vector) in enumerate(zip(costs, vectors, strict=True)):
-        better = [vectors[c] for c in chosen if vectors[c] is not None] if vector is not None else []
-        if cost <= budget and not any(float(vector @ b) > NEAR_DUPLICATE for b in better):
+    left: dict[int, int | None] = {}
+    for place in sorted(order, key=lambda i: i != best):
+        same = next((c for c in chosen if twin(c, place)), None)
+        if same is None and costs[place] <= budget:
             chosen.append(place)
-            budget -= cost
-    return chosen
+            budget -= costs[place]
+        else:
+            left[place] = same
+    return chosen, left
+
+
+# ------------------------------------------------------------------------------------------------------ parts of texts
+
+
+def share_said(words: Sequence[str], rarity: Sequence[float], text: str) -> float:
+    """The share, by rarity, of a query's words that a text says in some form, 0 to 1."""
+    said = lexical_text(text)
+    total = sum(rarity[: len(words)]) or 1.0
+    forms = (rf"\b{re.escape(word[: max(3, len(word) - STEM_LETTERS)])}" for word in words)
+    return sum(r for form, r in zip(forms, rarity, strict=False) if re.search(form, said)) / total
+
+
+def sentence_start(text: str, start: int) -> int:
+    """Where the sentence begins in which a chunk does; at worst the next word."""
+    before = text[max(0, start - CHUNK_OVERLAP) : start]
+    ends = [before.rfind(mark) + len(mark) for mark in ("\n", ". ", "! ", "? ", "\u3002") if mark in before]
+    if not start or ends:
+        return start - len(before) + max(ends) if start else 0
+    space = text.find(" ", start, start + CHUNK_OVERLAP)
+    return start if space < 0 else space + 1
+
+
+def best_excerpt(text: str, words: Sequence[str], rarity: Sequence[float], cosines: Sequence[float]) -> str:
+    """What of a long message is about a query: its best chunk, and the next where it is nearly as good, gaps marked.
+
+    `cosines` are those of its first chunks. Empty for a message that is short enough to be recalled whole.
+    """
+    if len(text) <= LONG_MESSAGE:
+        return ""
+    spans = list(itertools.islice(chunk_spans(text), 4 * MOST_CHUNKS))
+    spans[-1] = (spans[-1][0], min(spans[-1][1], spans[-1][0] + CHUNK))
+    scores = np.array([0.5 * share_said(words, rarity, text[a:b]) for a, b in spans])
+    scores[: len(cosines)] += cosines[: len(spans)]
+    best = np.argsort(-scores, kind="stable")[:EXCERPT_CHUNKS]
+    chosen = sorted(spans[i] for i in best if scores[i] >= EXCERPT_NEAR * scores[best[0]])
+    return joined_spans(text, [(sentence_start(text, a), b) for a, b in chosen])
+
+
+def joined_spans(text: str, spans: Sequence[tuple[int, int]]) -> str:
+    """Those parts of a text, in order, merged where they touch; what is left out is marked."""
+    out, at = "", 0
+    for start, end in spans:
+        gap = "" if start <= at else f"{GAP} " if not out else f" {GAP} "
+        out = out.rstrip() + gap + text[start:end].strip() if gap else out + text[max(start, at) : end]
+        at = end
+    return out.strip() + (f" {GAP}" if text[at:].strip() else "")
+
+
+# ------------------------------------------------------------------------------------------------------- the persona
+
+PERSONA_FAR = 2000  # tokens of story and history behind the persona, from which on a model heeds it less
+REMINDER_TOKENS = 120
+REMINDING = 0.36  # what a piece of the persona must score to be said again
+
+
+def reminder_of(pieces: Sequence[str], cosines: Sequence[float], words: Sequence[str], rarity: Sequence[float]) -> str:
+    """The piece of a persona that a turn is about; empty where none is.
+
+    `cosines` of the turn and each piece; 0 where a vector is missing.
+    """
+    scores = [c + 0.3 * share_said(words, rarity, p) * bool(words) for p, c in zip(pieces, cosines, strict=True)]
+    best = max(range(len(scores)), key=scores.__getitem__, default=None)
+    return pieces[best] if best is not None and scores[best] >= REMINDING else ""
 
 
 # ======================================================================================================================
@@ -3811,6 +4040,8 @@ MEMORY_HEADING = "[Earlier in this chat, oldest first. This is the past, for ref
 MEMORY_ENDING = "[End of memories]"
 CARRIED_HEADING = "[From another time, in another chat. Remembered, but not part of this story:]"
 FORGOTTEN = "…"  # what a forgotten message reads like
+FRAME_MARGIN = MESSAGE_OVERHEAD + 4  # what sets the block apart: a message of its own, or white space
+NEIGHBOURS = 2  # messages apart at most, to stand in one excerpt
 
 
 GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\]")
@@ -4119,11 +4350,43 @@ def tail_start(sizes: Sequence[int], budget: int) -> int:
     return place
 
 
+def spoken_line(memory: Memory) -> str:
+    """Who spoke, and what; further lines are indented, so that no text can pass for another one's."""
+    m = memory.message
+    return f"{m.name or SPEAKERS[m.role]}: " + memory.text.replace("\n", "\n  ")
+
+
 def memory_line(memory: Memory) -> str:
     """A memory as the model reads it: its number in the chat (or its date), who spoke, and what."""
-    m = memory.message
-    when = m.timestamp[:10] if m.timestamp else f"#{memory.index + 1}"
-    return f"{when} {m.name or SPEAKERS[m.role]}: " + m.content.strip().replace("\n", "\n  ")
+    return f"{given_day(memory) or f'#{memory.index + 1}'} {spoken_line(memory)}"
+
+
+def given_day(memory: Memory) -> str:
+    """The day that the client gives a message; empty where it gives none."""
+    return (memory.message.timestamp or "")[:10]
+
+
+def neighbours(memories: Sequence[Memory]) -> list[list[Memory]]:
+    """The memories in the order in which they happened, those that stand together as one excerpt."""
+    groups: list[list[Memory]] = []
+    for memory in sorted(memories, key=lambda m: m.index):
+        last = groups[-1][-1] if groups else None
+        if last and memory.index - last.index <= NEIGHBOURS and given_day(memory) == given_day(last):
+            groups[-1].append(memory)
+        else:
+            groups.append([memory])
+    return groups
+
+
+def excerpt_text(group: Sequence[Memory]) -> str:
+    """An excerpt of the chat: its place in it (or its day), then who said what; a message left out is marked."""
+    first, last = group[0], group[-1]
+    place = given_day(first) or (f"#{first.index + 1}" + (f"-{last.index + 1}" if last is not first else ""))
+    lines = [f"{place} {spoken_line(first)}"]
+    for before, memory in itertools.pairwise(group):
+        lines += [GAP] if memory.index - before.index > 1 else []
+        lines.append(spoken_line(memory))
+    return "\n".join(lines)
 
 
 def memory_cost(memory: Memory) -> int:
@@ -4135,8 +4398,15 @@ def memory_block(memories: Sequence[Memory]) -> str:
     """The recalled memories in the order in which they happened, framed as the past; empty without any."""
     if not memories:
         return ""
-    lines = [memory_line(m) for m in sorted(memories, key=lambda m: m.index)]
-    return "\n".join([MEMORY_HEADING, *lines, MEMORY_ENDING])
+    return "\n".join([MEMORY_HEADING, *map(excerpt_text, neighbours(memories)), MEMORY_ENDING])
+
+
+def fitting(memories: Sequence[Memory], budget: int) -> tuple[list[Memory], list[Memory]]:
+    """As many of the memories, best first, as fit with their frame into `budget` tokens; and the others."""
+    kept = list(memories)
+    while kept and count_tokens(memory_block(kept)) + FRAME_MARGIN > budget:
+        kept.pop()
+    return kept, list(memories[len(kept) :])
 
 
 def carried_block(memories: Sequence[Memory]) -> str:
@@ -4155,7 +4425,17 @@ def day_of(message: Message) -> str:
 
 def memory_frame_tokens() -> int:
     """Tokens that the block takes beside its lines, with what separates it from the message it may stand in."""
-    return MESSAGE_OVERHEAD + count_tokens(f"{MEMORY_HEADING}\n{MEMORY_ENDING}\n\n") + 2
+    return count_tokens(f"{MEMORY_HEADING}\n{MEMORY_ENDING}") + FRAME_MARGIN
+
+
+def with_reminder(block: str, piece: str, room: int) -> tuple[str, str]:
+    """What goes in front of the newest message, with a piece of the persona at its end where `room` tokens leave space
+    for that; and the piece, empty where it was left out."""
+    line = f"[Keep in mind, from the description: {piece}]" if piece else ""
+    free = room - (count_tokens(block) + FRAME_MARGIN if block else 0)
+    if not line or count_tokens(line) + FRAME_MARGIN > min(free, REMINDER_TOKENS):
+        return block, ""
+    return "\n".join(filter(None, (block, line))), piece
 
 
 def compose_prompt(
@@ -6120,6 +6400,38 @@ class Recollection:
     report: PromptReport
 
 
+@dataclass(frozen=True)
+class Recalled:
+    """What a turn remembers, and of what that was made."""
+
+    memories: tuple[Memory, ...] = ()
+    left_out: tuple[dict, ...] = ()  # what was worth it and is not among them, and why
+    degraded: str = ""  # what kept recall from being all it could be
+    words: tuple[str, ...] = ()  # the query's
+    rarity: Sequence[float] = ()  # of the words
+    vector: np.ndarray | None = None  # the query's
+
+
+def in_part(
+    memory: Memory, index: MemoryIndex, query: Query, evidence: Evidence, vector: np.ndarray | None
+) -> Memory:  # fmt: skip
+    """The memory, of a long message only what the query is about."""
+    cosines = index.chunk_cosines(memory.message.fingerprint, vector)
+    return replace(memory, excerpt=best_excerpt(memory.message.content, query.words, evidence.rarity, cosines))
+
+
+def alike(texts: Sequence[str], vectors: Sequence[np.ndarray]) -> bool:
+    """Whether two texts are near-duplicates; a vector (zeros: none) speaks for a text that it is the whole of."""
+    whole = all(len(text) <= CHUNK and vector.any() for text, vector in zip(texts, vectors, strict=True))
+    return says_the_same(*texts, float(vectors[0] @ vectors[1]) if whole else None)
+
+
+def twin_of(index: MemoryIndex, memories: Sequence[Memory]) -> Callable[[int, int], bool]:
+    """Tells of two of those memories, by their places, whether they are near-duplicates."""
+    texts, vectors = [m.message.content for m in memories], index.vectors([m.message.fingerprint for m in memories])
+    return lambda a, b: alike([texts[a], texts[b]], [vectors[a], vectors[b]])
+
+
 class PersonaMemory:
     """The memory behind both the proxy and the API: `prepare` a request, `record` its reply, look at what is kept.
 
@@ -6141,6 +6453,7 @@ class PersonaMemory:
         self._starting = threading.Lock()
         self._finding = threading.Lock()  # two first requests of one chat must not make two chats
         self._indexes: WeakKeyDictionary[ChatStore, MemoryIndex] = WeakKeyDictionary()
+        self._personas: WeakKeyDictionary[ChatStore, dict[str, np.ndarray | None]] = WeakKeyDictionary()
         self._pending: WeakKeyDictionary[ChatStore, set[str]] = WeakKeyDictionary()  # messages to embed
         self._pending_lock = threading.Lock()
         self._closed = False
@@ -6152,8 +6465,22 @@ class PersonaMemory:
             self.upstream.start()
         self.embedder.start()
         token_encoding()
+        threading.Thread(target=self._embed_all, name="vectors", daemon=True).start()
         with contextlib.suppress(StoreError):
             self.storyteller.take_up(self.shelf)
+
+    def _embed_all(self) -> None:
+        """Gives the chats, last used first, the vectors of another embedder than they had; recall goes on meanwhile
+        with words and what vectors there are."""
+        with contextlib.suppress(PersonaMemoryError):
+            if self.shelf.embedder() == self.embedder.name:
+                return
+            for line in self.chats():
+                store = None if self._closed else self.shelf.get(line["chat_id"])
+                if store:
+                    self._embed_missing(store, store.tree.path(store.head))
+            if not self._closed:
+                self.shelf.note_embedder(self.embedder.name)
 
     @property
     def shelf(self) -> ChatShelf:
@@ -6233,20 +6560,23 @@ class PersonaMemory:
             story = self._story(store, path, first + layout.anchor, story_budget) if leads else Story()
             plan = StoryPlan(path[-1], first, first + layout.leaving, story_tokens(context, self.shares), context)
             layout = replace(layout, room=layout.room - story.tokens)
-            memories, degraded = self._recall(store, request, nodes, layout, {f.message for f in story.facts})
+            recalled = self._recall(store, request, nodes, layout, {f.message for f in story.facts})
             if layout.window:
-                memories = beyond_window(memories, layout, story.tokens)
+                seen = beyond_window(recalled.memories, layout, story.tokens)
+                recalled = replace(recalled, memories=tuple(seen))
             mood = self._mood_of_turn(store, request, nodes)
+            piece = self._reminder(store, request, nodes, layout, story, recalled)
             older = store.read([n.id for n in nodes[layout.anchor : above]])
-        carried = self._carry_over(store, request, layout, memories)
-        parts = (memory_block(memories), carried_block(carried), self._guidance(request, layout, mood))
-        block = "\n".join(filter(None, parts))
-        report = self._report(request, layout, [*memories, *carried], block, context, path, degraded, started)
-        told = {"summaries": len(story.summaries), "facts": len(story.facts)}
+        carried = self._carry_over(store, request, layout, recalled.memories)
+        memories = [*recalled.memories, *carried]
+        parts = (memory_block(recalled.memories), carried_block(carried), self._guidance(request, layout, mood))
+        block, piece = with_reminder("\n".join(filter(None, parts)), piece, layout.room)
+        report = self._report(request, layout, recalled, memories, block, context, path, started)
+        told = {"summaries": len(story.summaries), "facts": len(story.facts), "reminder": piece}
         report = replace(report, mood=mood and asdict(mood), tokens=report.tokens | {"story": story.tokens}, **told)
         self._note_turn(store.id, report)
         self._log_text(request.turns[-1].role, request.turns[-1].content)
-        return Recollection(store, path, layout, story, [*memories, *carried], mood, block, older, plan, report)
+        return Recollection(store, path, layout, story, memories, mood, block, older, plan, report)
 
     def inject(self, body: Any) -> dict:
         """What to add to the prompt of a client that makes its prompt itself and asks its model itself.
@@ -6333,8 +6663,8 @@ class PersonaMemory:
         return self._model
 
     def _report(
-        self, request: ChatRequest, layout: Layout, memories: Sequence[Memory], block: str, context: int,
-        path: Sequence[str], degraded: str, started: float,
+        self, request: ChatRequest, layout: Layout, recalled: Recalled, memories: Sequence[Memory], block: str,
+        context: int, path: Sequence[str], started: float,
     ) -> PromptReport:  # fmt: skip
         tokens = {
             "persona": layout.budget.persona, "memories": count_tokens(block) + MESSAGE_OVERHEAD if block else 0,
@@ -6343,8 +6673,8 @@ class PersonaMemory:
         return PromptReport(
             at=time.time(), tip=path[-1], context=context, budget=asdict(layout.budget), tokens=tokens,
             history=len(path) - request.folded - layout.anchor - len(layout.hidden),
-            hidden=layout.anchor + len(layout.hidden), degraded=degraded,
-            recalled=[{k: v for k, v in m.public().items() if k != "content"} for m in memories],
+            hidden=layout.anchor + len(layout.hidden), degraded=recalled.degraded,
+            recalled=[m.recalled() for m in memories], left_out=list(recalled.left_out),
             milliseconds=round(1000 * (time.perf_counter() - started), 1),
         )  # fmt: skip
 
@@ -6557,49 +6887,59 @@ class PersonaMemory:
     # ---------------------------------------------------------------------------------------------------------- recall
 
     def _recall(
-        self,
-        store: ChatStore,
-        request: ChatRequest,
-        nodes: Sequence[Node],
-        layout: Layout,
-        told: Collection[str] = (),
-    ) -> tuple[list[Memory], str]:
-        """The memories for a turn and, where something kept them from being all they could be, what.
-
-        `told` are the ids of messages that the story quotes.
-        """
-        pivot = layout.pivot
-        share = memory_share(request.turns[pivot].content) if pivot is not None else 1
-        room = min(layout.room, int(share * layout.recalled)) - memory_frame_tokens() - GUIDANCE_TOKENS
-        if not layout.reach or layout.pivot is None or room <= 0:
+        self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node], layout: Layout, told: Collection[str] = ()
+    ) -> Recalled:
+        """What a turn remembers. `told` are the ids of messages that the story quotes."""
+        share = memory_share(request.turns[layout.pivot].content) if layout.pivot is not None else 0
+        room = min(layout.room, int(share * layout.recalled)) - GUIDANCE_TOKENS
+        if not layout.reach or room <= memory_frame_tokens():
             self._embed_later(store, [n.id for n in nodes[-ENCODED_AT_ONCE:]])
-            return [], ""
+            return Recalled()
         try:
-            turn = request.turns[layout.pivot]
-            index = self._index(store, nodes)
-            query = self._query(index, request, layout.pivot)
-            vector, degraded = self._turn_vectors(store, index, nodes, turn, query, request.patience)
-            scores = weigh(query, index.evidence(query.words, vector, layout.reach))
-            visible = {n.fingerprint for i, n in enumerate(nodes) if layout.shows(i)}
-            bar, budget = recall_effort(turn.content, room)
-            marked = [store.tree.nodes[i] for i in store.tree.marked]
-            silent = {n.id for n in marked if n.forgotten or (n.pinned and n.id in told)}
-            places = [
-                i for i in worth_recalling(scores["score"], bar)
-                if nodes[i].fingerprint not in visible and nodes[i].id not in silent
-            ]  # fmt: skip
-            return self._select(store, index, nodes, scores, places[:MOST_MEMORIES], budget, turn), degraded
+            return self._remember(store, request, nodes, layout, room, told)
         except Exception as error:  # property 5: the turn goes on without
             words = f"Recall failed: {type(error).__name__}: {error}"
             log_event("recall_failed", words, level=logging.WARNING, trace=True, chat=store.id)
             self._indexes.pop(store, None)
-            return [], reason_of(error)
+            return Recalled(degraded=reason_of(error))
+
+    def _remember(
+        self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node], layout: Layout, room: int,
+        told: Collection[str],
+    ) -> Recalled:  # fmt: skip
+        """What a turn remembers in at most `room` tokens."""
+        turn = request.turns[layout.pivot]
+        index = self._index(store, nodes)
+        query = self._query(index, request, layout.pivot)
+        vector, degraded = self._turn_vectors(store, index, nodes, turn, query, request.patience)
+        evidence = index.evidence(query.words, vector, layout.reach)
+        scores = weigh(query, evidence)
+        found = worth_recalling(scores["score"], relevance_bar(turn.content, scores["score"], vector is None))
+        shown = [n for i, n in enumerate(nodes[layout.anchor :], layout.anchor) if layout.shows(i)]
+        places = self._unseen(store, nodes, shown, found, told)[:MOST_MEMORIES]
+        newest = next(n for n in reversed(nodes) if n.shown == turn.fingerprint)
+        reading = self._emotions(store, [newest])[0]
+        memories = self._memories(store, nodes, scores, places, reading)
+        memories = [in_part(m, index, query, evidence, vector) for m in memories]
+        kept, left_out = self._select(store, index, shown, memories, room)
+        return Recalled(tuple(kept), tuple(left_out), degraded, query.words, evidence.rarity, vector)
+
+    @staticmethod
+    def _unseen(
+        store: ChatStore, nodes: Sequence[Node], shown: Sequence[Node], places: Sequence[int], told: Collection[str]
+    ) -> list[int]:
+        """Of those places, the ones whose texts neither the history nor the story shows, and that are not forgotten."""
+        visible = {n.fingerprint for n in shown}
+        marked = [store.tree.nodes[i] for i in store.tree.marked]
+        silent = {n.id for n in marked if n.forgotten or (n.pinned and n.id in told)}
+        return [i for i in places if nodes[i].fingerprint not in visible and nodes[i].id not in silent]
 
     def _index(self, store: ChatStore, nodes: Sequence[Node]) -> MemoryIndex:
         """The chat's index, following the branch and holding the vectors that the store has."""
         index = self._indexes.get(store)
         if index is None:
             index = self._indexes[store] = MemoryIndex()
+        index.scale = self.embedder.scale
         index.follow(nodes, store.read)
         if missing := index.bare:
             index.add_vectors(store.vectors(self.embedder.name, index.keys_of(missing)))
@@ -6638,7 +6978,7 @@ class PersonaMemory:
             if query.spoken not in wanted:
                 wanted.append(query.spoken)
             vectors = self.embedder.encode(wanted, timeout=patience)
-            vector = vectors[wanted.index(query.spoken)]
+            vector = vectors[wanted.index(query.spoken)] if self.embedder.reads(query.spoken) else None
             found = dict(zip(firsts, vectors, strict=False))
             index.add_vectors(found)
             self._background.submit(
@@ -6650,47 +6990,105 @@ class PersonaMemory:
             self._embed_later(store, [by_hash[h] for h in missing])
         return vector, degraded
 
-    @staticmethod
     def _memories(
-        store: ChatStore, nodes: Sequence[Node], scores: Mapping[str, np.ndarray], places: Sequence[int]
-    ) -> list[Memory]:
-        """The messages at those places as memories."""
+        self, store: ChatStore, nodes: Sequence[Node], scores: Mapping[str, np.ndarray], places: Sequence[int],
+        now: EmotionReading,
+    ) -> list[Memory]:  # fmt: skip
+        """The messages at those places as memories, best first; `now` is what the message that asks for them feels."""
         messages = store.read([nodes[i].id for i in places])
-        rows = [{name: float(values[i]) for name, values in scores.items()} for i in places]
-        return [
-            Memory(message, nodes[i].depth, row.pop("score"), row)
-            for i, message, row in zip(places, messages, rows, strict=True)
-        ]
+        readings = self._emotions(store, [nodes[i] for i in places])
+        memories = []
+        for i, message, reading in zip(places, messages, readings, strict=True):
+            row = {name: float(values[i]) for name, values in scores.items()}
+            memory = Memory(message, nodes[i].depth, row.pop("score"), row)
+            # Whether a name was new then is not asked here: it would take the names of all messages before.
+            matters = message_importance(message.content, reading, names_in(message.content))
+            given = {"emotion": emotion_match(now, reading), "importance": matters, "recency": i / len(nodes)}
+            memories.append(nudged(memory, given))
+        return sorted(memories, key=lambda m: -m.score)
 
     def _select(
-        self,
-        store: ChatStore,
-        index: MemoryIndex,
-        nodes: Sequence[Node],
-        scores: Mapping[str, np.ndarray],
-        places: Sequence[int],
-        budget: int,
-        turn: Turn,
-    ) -> list[Memory]:
-        """Of the messages at those places, best first, the memories that fit and do not repeat each other."""
-        memories = self._nudge(store, nodes, self._memories(store, nodes, scores, places), turn)
-        vectors = [index.vector(m.message.fingerprint) for m in memories]
-        return [memories[i] for i in choose(list(map(memory_cost, memories)), vectors, budget)]
+        self, store: ChatStore, index: MemoryIndex, visible: Sequence[Node], memories: Sequence[Memory], room: int
+    ) -> tuple[list[Memory], list[dict]]:
+        """Of candidates, best first, the memories that fit into `room` tokens and repeat neither each other nor what
+        the history shows; and what is left out, with the reason."""
+        shown = self._shown_twins(store, index, visible, memories)
+        left_out = [(memories[i], f"says the same as #{n.depth + 1}, which the prompt shows") for i, n in shown.items()]
+        fresh = [m for i, m in enumerate(memories) if i not in shown]
+        needs, costs = [need(m.score, fresh[0].score) for m in fresh], list(map(memory_cost, fresh))
+        chosen, left = choose(needs, costs, twin_of(index, fresh), room - memory_frame_tokens())
+        kept, over = fitting([fresh[i] for i in chosen], room)
+        left_out += [(m, NO_ROOM) for m in over]
+        for place, same in left.items():
+            reason = NO_ROOM if same is None else f"says the same as #{fresh[same].index + 1}"
+            left_out.append((fresh[place], reason))
+        left_out.sort(key=lambda row: -row[0].score)
+        return kept, [m.left_out(reason) for m, reason in left_out[:LEFT_OUT]]
 
-    def _nudge(self, store: ChatStore, nodes: Sequence[Node], memories: Sequence[Memory], turn: Turn) -> list[Memory]:
-        """The memories with their scores for emotion and importance, in the order that those make."""
-        by_id = {n.id: n for n in nodes}
-        newest = next(n for n in reversed(nodes) if n.shown == turn.fingerprint)
-        now, *then = self._emotions(store, [newest, *(by_id[m.message.id] for m in memories)])
-        emotion = [emotion_match(now, reading) for reading in then]
-        # Whether a name was new then is not asked here: it would take the names of all messages before.
-        importance = [
-            message_importance(m.message.content, r, names_in(m.message.content))
-            for m, r in zip(memories, then, strict=True)
-        ]
-        order = nudged([m.score for m in memories], emotion, importance)
-        more = [{"emotion": e, "importance": i} for e, i in zip(emotion, importance, strict=True)]
-        return [replace(memories[i], scores=memories[i].scores | more[i]) for i in order]
+    @staticmethod
+    def _shown_twins(
+        store: ChatStore, index: MemoryIndex, visible: Sequence[Node], memories: Sequence[Memory]
+    ) -> dict[int, Node]:
+        """The places of the memories whose near-duplicate the history shows, with that."""
+        near = index.vectors([m.message.fingerprint for m in memories])
+        near = near @ index.vectors([n.fingerprint for n in visible]).T
+        found = {}
+        for place in np.flatnonzero(near.max(axis=1, initial=0.0) > NEAR_DUPLICATE).tolist():
+            node, text = visible[int(near[place].argmax())], memories[place].message.content
+            cosine = float(near[place].max()) if len(text) <= CHUNK else None
+            if says_the_same(text, store.read([node.id])[0].content, cosine):
+                found[place] = node
+        return found
+
+    # ----------------------------------------------------------------------------------------------------- the persona
+
+    def _reminder(
+        self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node], layout: Layout, story: Story,
+        recalled: Recalled,
+    ) -> str:  # fmt: skip
+        """The piece of the persona that a turn is about, where the persona is far away. Never fails a turn."""
+        try:
+            spoken = [m for m in request.persona if not (m.get("name") or "").startswith("example_")]
+            pieces = persona_pieces("\n".join(text_of(m.get("content")) for m in spoken))
+            vectors = self._persona_vectors(store, pieces)
+            if layout.pivot is None or layout.history_tokens + story.tokens < PERSONA_FAR:
+                return ""
+            turn, index = request.turns[layout.pivot], self._index(store, nodes)
+            self._embed_newest(store, nodes, turn, request.patience)
+            now = recalled.vector if recalled.vector is not None else index.vector(turn.fingerprint)
+            now = now if self.embedder.reads(turn.content) else None
+            words = recalled.words or tuple(query_words(turn.content))
+            rarity = recalled.rarity if recalled.words else [1.0] * len(words)
+            (factor, summand), known = self.embedder.scale, now is not None
+            cosines = [factor * float(v @ now) + summand if known and v is not None else 0.0 for v in vectors]
+            return reminder_of(pieces, cosines, words, rarity)
+        except Exception as error:
+            words = f"The persona could not be looked at: {type(error).__name__}: {error}"
+            log_event("reminder_failed", words, level=logging.WARNING, trace=True, chat=store.id)
+            return ""
+
+    def _persona_vectors(self, store: ChatStore, pieces: Sequence[str]) -> list[np.ndarray | None]:
+        """The vectors of a persona's pieces, kept with the chat; those not computed yet (None) are in the background,
+        so that a new persona, as groups have one each turn, costs no turn an encode."""
+        known = self._personas.setdefault(store, {})
+        keys = [short_hash("persona", piece) for piece in pieces]
+        if missing := {k: p for k, p in zip(keys, pieces, strict=True) if k not in known}:
+            found = store.vectors(self.embedder.name, list(missing))
+            known.update(dict.fromkeys(missing) | found)
+            if left := {k: p for k, p in missing.items() if k not in found}:
+                self._background.submit(self._embed_persona, store, left)
+        return [known[k] for k in keys]
+
+    def _embed_persona(self, store: ChatStore, pieces: Mapping[str, str]) -> None:
+        known = self._personas.setdefault(store, {})
+        try:
+            vectors = self.embedder.encode(list(pieces.values()), priority=BACKGROUND)
+            found = dict(zip(pieces, vectors, strict=True))
+            store.put_vectors(self.embedder.name, found)
+            known.update(found)
+        except (EmbedderUnavailable, StoreError):
+            for key in pieces:  # the next turn tries again
+                known.pop(key, None)
 
     # ------------------------------------------------------------------------------------------------ other chats
 
@@ -6710,8 +7108,10 @@ class PersonaMemory:
             turn = request.turns[layout.pivot]
             found = [row for chat_id in others for row in self._found_in(chat_id, turn, request.patience)]
             ranked = sorted(found, key=lambda row: -row[0].score)
-            places = choose([memory_cost(m) for m, _ in ranked], [v for _, v in ranked], room)
-            return [ranked[i][0] for i in places]
+            needs, costs = [need(m.score, ranked[0][0].score) for m, _ in ranked], [memory_cost(m) for m, _ in ranked]
+            texts, vectors = [m.message.content for m, _ in ranked], [v for _, v in ranked]
+            chosen, _ = choose(needs, costs, lambda a, b: alike([texts[a], texts[b]], [vectors[a], vectors[b]]), room)
+            return [ranked[i][0] for i in chosen]
         except Exception as error:
             words = f"Nothing could be carried over: {type(error).__name__}: {error}"
             log_event("carry_over_failed", words, level=logging.WARNING, trace=True, chat=store.id)
@@ -6724,7 +7124,7 @@ class PersonaMemory:
         named = (line["chat_id"] for line in self.shelf.chats() if line["character"] == character)
         return [other for other in named if other != chat_id][:CARRIED_CHATS]
 
-    def _found_in(self, chat_id: str, turn: Turn, patience: float) -> list[tuple[Memory, np.ndarray | None]]:
+    def _found_in(self, chat_id: str, turn: Turn, patience: float) -> list[tuple[Memory, np.ndarray]]:
         """What a chat's current branch remembers of a turn, with the memories' vectors."""
         store = self.shelf.get(chat_id)
         if store is None:
@@ -6736,11 +7136,13 @@ class PersonaMemory:
         vector = self._query_vector(query.spoken, patience)
         with store.lock:
             index = self._index(store, nodes)
-            scores = weigh(query, index.evidence(query.words, vector))
-            bar, _ = recall_effort(turn.content, 0)
-            places = [i for i in worth_recalling(scores["score"], bar) if not nodes[i].forgotten][:MOST_MEMORIES]
-            memories = self._memories(store, nodes, scores, places)
-            return [(replace(m, chat=chat_id), index.vector(m.message.fingerprint)) for m in memories]
+            evidence = index.evidence(query.words, vector)
+            scores = weigh(query, evidence)
+            found = worth_recalling(scores["score"], relevance_bar(turn.content, scores["score"], vector is None))
+            places = [i for i in found if not nodes[i].forgotten][:MOST_MEMORIES]
+            memories = self._memories(store, nodes, scores, places, read_emotion(turn.content))
+            memories = [replace(in_part(m, index, query, evidence, vector), chat=chat_id) for m in memories]
+            return list(zip(memories, index.vectors([m.message.fingerprint for m in memories]), strict=True))
 
     def character(self, name: str) -> dict:
         """What is set for a character, and how many chats there are with it."""
@@ -6759,7 +7161,8 @@ class PersonaMemory:
         if request.newest_user is None:
             return None
         try:
-            self._embed_newest(store, nodes, request.turns[request.newest_user], request.patience)
+            if not self._reads_elsewhere:
+                self._embed_newest(store, nodes, request.turns[request.newest_user], request.patience)
             return self._mood(store, nodes)
         except Exception as error:
             words = f"The mood could not be read: {type(error).__name__}: {error}"
@@ -6769,7 +7172,7 @@ class PersonaMemory:
     def _embed_newest(self, store: ChatStore, nodes: Sequence[Node], turn: Turn, patience: float) -> None:
         """Sees to the newest user message's vector, where recall had no need of it yet."""
         index = self._index(store, nodes)
-        if index.vector(turn.fingerprint) is not None or self._reads_elsewhere:
+        if index.vector(turn.fingerprint) is not None:
             return
         with contextlib.suppress(EmbedderUnavailable):  # the words alone are read then
             first, *more = chunks(turn.content)
@@ -7179,14 +7582,17 @@ class PersonaMemory:
             scores = weigh(query, index.evidence(query.words, vector))
             ranked = np.argsort(-scores["score"], kind="stable").tolist()
             places = [i for i in ranked if not nodes[i].forgotten]
-            memories = self._memories(store, nodes, scores, places if tokens else places[:k])
-        if not tokens:
-            return memories
-        return [memories[i] for i in choose(list(map(memory_cost, memories)), [None] * len(memories), tokens)]
+            some = places[: max(k, MOST_MEMORIES)]
+            memories = self._memories(store, nodes, scores, some, read_emotion(text))
+            if not tokens:
+                return memories[:k]
+            twins = twin_of(index, memories)
+        needs, costs = [need(m.score, memories[0].score) for m in memories], list(map(memory_cost, memories))
+        return [memories[i] for i in sorted(choose(needs, costs, twins, tokens, price=0.0)[0])]
 
     def _query_vector(self, text: str, timeout: float = SEARCH_SECONDS) -> np.ndarray | None:
         try:
-            return self.embedder.encode([text], timeout=timeout)[0]
+            return None if not self.embedder.reads(text) else self.embedder.encode([text], timeout=timeout)[0]
         except EmbedderUnavailable:
             return None
 

@@ -164,10 +164,16 @@ def test_the_history_of_a_chat_that_is_not_there(server):
 
 def test_the_nudges_break_ties_and_never_bury_a_match():
     """Between equals the same feeling wins; a better match stays better."""
-    assert pm.nudged([0.7, 0.7], [0.0, 1.0], [0.0, 0.0]) == [1, 0]
-    assert pm.nudged([0.7, 0.7], [0.0, 0.0], [0.2, 0.9]) == [1, 0]
-    assert pm.nudged([0.8, 0.7], [0.0, 1.0], [0.0, 1.0]) == [0, 1]
-    assert pm.nudged([0.7, 0.7], [0.5, 0.5], [0.5, 0.5]) == [0, 1]
+    message = pm.Message("i", "", "user", "I am so tired of this.")
+
+    def score(match: float, **given) -> float:
+        return pm.nudged(pm.Memory(message, 0, match, {"meaning": match}), given).score
+
+    everything = dict.fromkeys(pm.NUDGES, 1.0)
+    for name in ("emotion", "importance", "recency"):
+        assert score(0.7, **{name: 0.9}) > score(0.7, **{name: 0.2}) > score(0.7)
+    assert score(0.8) > score(0.7, **everything)
+    assert pm.nudged(pm.Memory(message, 0, 0.7, {"meaning": 0.7}), everything).scores.keys() == {"meaning", *pm.NUDGES}
 
 
 # ---------------------------------------------------------------------------- the Extras API

@@ -1,17 +1,15 @@
 """Recall: what a query asks, what each signal says, and whether the right message is found."""
 
-import re
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import pytest
+from chats import LANGUAGES, ROLE_PLAY, Encoder, asked, chat, followed, indexed, nodes_of, read_chat, recall_at
 from hypothesis import given
 from hypothesis import strategies as st
 
 import persona_memory as pm
 
-DATA = Path(__file__).resolve().parent / "data"
 PAIR = {"ann": "user", "bo lind": "assistant"}
 NOW = datetime(2024, 3, 15, 12, tzinfo=UTC).timestamp() / pm.DAY
 
@@ -19,54 +17,7 @@ NOW = datetime(2024, 3, 15, 12, tzinfo=UTC).timestamp() / pm.DAY
 @pytest.fixture(scope="module")
 def encode():
     """The bundled embedder; texts are encoded once."""
-    embedder, known = pm.Embedder(pm.Settings().embedder), {}
-
-    def vectors(texts):
-        fresh = [t for t in dict.fromkeys(texts) if t not in known]
-        known.update(zip(fresh, embedder.encode(fresh), strict=True) if fresh else {})
-        return np.stack([known[t] for t in texts])
-
-    return vectors
-
-
-def chat(*lines, at=None):
-    """Messages one under the other, from (speaker, text); a bare role is no name."""
-    messages, parent, roles = [], pm.ROOT, {}
-    for place, (speaker, text) in enumerate(lines):
-        role = speaker if speaker in pm.CHAT_ROLES else roles.setdefault(speaker, ("user", "assistant")[len(roles) % 2])
-        key = pm.message_id(parent, pm.message_digest(role, text))
-        name = None if speaker in pm.CHAT_ROLES else speaker
-        messages.append(pm.Message(key, parent, role, text, name, at[place] if at else None))
-        parent = key
-    return messages
-
-
-def nodes_of(messages):
-    tree = pm.Tree()
-    for order, message in enumerate(messages):
-        tree.put(message, order)
-    return [tree.nodes[m.id] for m in messages]
-
-
-def followed(index, messages):
-    by_id = {m.id: m for m in messages}
-    index.follow(nodes_of(messages), lambda ids: [by_id[i] for i in ids])
-    return index
-
-
-def indexed(messages, encode=None):
-    index = followed(pm.MemoryIndex(), messages)
-    if encode:
-        texts = {key: text for m in messages for key, text in pm.embedded_texts(m).items()}
-        index.add_vectors(dict(zip(texts, encode(list(texts.values())), strict=True)))
-    return index
-
-
-def asked(index, text, asker="", encode=None, before=()):
-    """Places, best first, and the scores by signal."""
-    query = pm.understand(text, asker, index.speakers, index.now, before)
-    scores = pm.weigh(query, index.evidence(query.words, encode([query.spoken])[0] if encode else None))
-    return np.argsort(-scores["score"], kind="stable").tolist(), scores
+    return Encoder()
 
 
 # ---------------------------------------------------------------------------- what a query asks
@@ -219,8 +170,7 @@ def test_the_shared_front(a, b):
 def test_what_is_worth_recalling_comes_best_first_and_over_the_bar(scores, bar):
     places = pm.worth_recalling(scores, bar)
     assert [float(scores[i]) for i in places] == sorted((float(scores[i]) for i in places), reverse=True)
-    limit = max(bar, pm.NEAR_BEST * float(scores.max()))
-    assert set(places) == {i for i, s in enumerate(scores) if s >= np.float32(limit) or s >= limit}
+    assert set(places) == set(np.flatnonzero(scores >= bar).tolist())
 
 
 @given(st.text(max_size=4000))
@@ -343,45 +293,27 @@ def test_a_long_message_is_found_by_any_of_its_chunks():
 
 
 def test_do_you_remember_asks_for_more_memories():
-    assert pm.memory_share("Do you remember when we sailed?") > pm.memory_share("When did we sail?") == 1
+    asking, telling = pm.memory_share("When did we sail?"), pm.memory_share("We sailed all day.")
+    assert pm.memory_share("Do you remember when we sailed?") > asking > telling
 
 
 # ---------------------------------------------------------------------------- role-play
 
 
-def read_chat(name):
-    """Messages, tags -> places, and (asker, question, places of the evidence, place of the older fact)."""
-    lines, tags, asks = [], {}, []
-    for line in (DATA / f"roleplay_{name}.txt").read_text("utf-8").splitlines():
-        if line.startswith("? "):
-            evidence, asker, question = line[2:].split(" | ")
-            new, _, old = evidence.partition(">")
-            asks.append((asker, question, [tags[t] for t in new.split()], tags.get(old)))
-        elif found := re.match(r"(?:@(\w+) )?(\w+): (.*)", line):
-            tags[found[1]] = len(lines)
-            lines.append((found[2], found[3]))
-    return chat(*lines), asks
-
-
-@pytest.mark.parametrize("name", ["keep", "city", "star"])
+@pytest.mark.parametrize("name", ROLE_PLAY)
 def test_role_play_is_remembered(name, encode):
     """Names, promises, injuries, gifts, places, feelings: at least 85 % of the evidence among the first ten."""
-    messages, asks = read_chat(name)
-    index = indexed(messages, encode)
+    messages, asks = read_chat(f"roleplay_{name}")
     assert len(messages) >= 150
     assert len(asks) >= 20
-    shares = []
-    for asker, question, evidence, _ in asks:
-        best = asked(index, question, "" if asker == "user" else asker, encode)[0][:10]
-        shares.append(len(set(best) & set(evidence)) / len(evidence))
-    missed = [question for (_, question, *_), share in zip(asks, shares, strict=True) if share < 1]
-    assert np.mean(shares) >= 0.85, missed
+    shares = recall_at(f"roleplay_{name}", 10, encode)
+    assert np.mean(list(shares.values())) >= 0.85, [question for question, share in shares.items() if share < 1]
 
 
 CHANGED = [
-    pytest.param(name, asker, question, evidence[0], old, id=question)
-    for name in ("keep", "city", "star")
-    for asker, question, evidence, old in read_chat(name)[1]
+    pytest.param(f"roleplay_{name}", asker, question, evidence[0], old, id=question)
+    for name in ROLE_PLAY
+    for asker, question, evidence, old in read_chat(f"roleplay_{name}")[1]
     if old is not None
 ]
 

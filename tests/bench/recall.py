@@ -1,15 +1,20 @@
 """Does recall find it? Evidence recall on any file in LoCoMo's format (Maharana et al. 2024; not part of this project).
 
 Per question: which of its annotated evidence turns are among the first 5 and 10 messages recalled, and which fit into
-500 and 1,000 tokens. Ours beside the baselines, per category, asked as a third person and as the other chat partner;
-the ablation of every signal; and the weights, chosen again with one conversation left out at a time.
+500 and 1,000 tokens (taken best first, what no longer fits is skipped). One run prints the whole picture:
 
-    python tests/bench/recall.py --data locomo_dev.json                     the table
-    python tests/bench/recall.py --data locomo_dev.json --ablate            what each signal is worth
-    python tests/bench/recall.py --data locomo_dev.json --leave-one-out     weights fitted without the judged one
-    python tests/bench/recall.py --speed 10000                              milliseconds in a chat of so many messages
+    table          ours beside the baselines, per category, asked as a third person and as the other chat partner
+    ablation       the absence of every signal and nudge, the other weights as they are
+    leave-one-out  weights fitted without the conversation that is judged
+    written        the role-play chats of tests/data, and those in other languages, by words alone and with vectors
+    speed          milliseconds in a chat of 10,000 messages
 
-Everything goes through the program's own functions, in this process; vectors are kept in $LOCOMO_CACHE.
+    python tests/bench/recall.py --data locomo_dev.json [--parts table ablation] [--embedder PATH_OR_NAME]
+
+The baselines: BM25 as FTS5 has it (k1 1.2, b 0.75, Porter's stemmer); the cosine of question and "Speaker: text" by the
+same embedder; their plain sum, cosine + BM25 / (2 * the best BM25); SillyTavern's Vector Storage as it is shipped; and
+the newest messages. Everything goes through the program's own functions, in this process; vectors are kept in
+$LOCOMO_CACHE.
 """
 
 import argparse
@@ -25,25 +30,39 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
-import persona_memory as pm
+import chats  # noqa: E402
+
+import persona_memory as pm  # noqa: E402
 
 DEPTH = 60  # memories asked for
 CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
 COLUMNS = ("r@5", "r@10", "b@500", "b@1000")
-EMBEDDER = pm.Embedder(pm.Settings().embedder)
+STYLES = ("third person", "partner")
+ADVERSARIAL = "5 adversarial"
+WRITTEN_DEPTHS = (1, 3, 5, 10)
 
 
-def encode(texts: list[str]) -> np.ndarray:
-    """Unit vectors, from the cache where these texts have been encoded before."""
-    folder = Path(os.environ.get("LOCOMO_CACHE", tempfile.gettempdir())) / "persona-memory-vectors"
-    key = hashlib.sha256("\0".join([EMBEDDER.name, *texts]).encode()).hexdigest()[:32]
-    file = folder / f"{key}.npy"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        np.save(file, EMBEDDER.encode(texts))
-    return np.load(file)
+class Encoder:
+    """The program's embedder; keeps what it has encoded on disk."""
+
+    def __init__(self, name: str):
+        self.embedder = pm.Embedder(name)
+        self.embedder.encode(["loaded"])
+        self.folder = Path(os.environ.get("LOCOMO_CACHE", tempfile.gettempdir())) / "persona-memory-vectors"
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        """Unit vectors, from the cache where these texts have been encoded before."""
+        key = hashlib.sha256("\0".join([self.embedder.name, *texts]).encode()).hexdigest()[:32]
+        file = self.folder / f"{key}.npy"
+        if not file.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            np.save(file, self.embedder.encode(texts))
+        return np.load(file)
+
+
+encode = Encoder(pm.Settings().embedder)
 
 
 def as_partner(question: str, speakers: list[str]) -> tuple[str, str]:
@@ -71,7 +90,13 @@ class Conversation:
         self.questions = [q for q in recorded["questions"] if q["evidence"]]
         self.gold = [{place[e] for e in q["evidence"]} for q in self.questions]
         self.costs = [pm.count_tokens(f"[{t['date']}] {t['speaker']}: {t['text']}\n") for t in recorded["turns"]]
-        self.index = indexed(self.messages)
+        self.index = chats.indexed(self.messages, encode)
+        self.vectors = self.index.vectors([m.fingerprint for m in self.messages])
+        self.readings = [pm.read_emotion(m.content, v) for m, v in zip(self.messages, self.vectors, strict=True)]
+        self.importance = np.array([
+            pm.message_importance(m.content, r, pm.names_in(m.content))
+            for m, r in zip(self.messages, self.readings, strict=True)
+        ])  # fmt: skip
 
     def asked(self, style: str) -> list[tuple[str, str]]:
         """Every question and who asks it."""
@@ -85,6 +110,16 @@ class Conversation:
         vectors = encode([q.spoken for q in queries])
         return [(q, index.evidence(q.words, v)) for q, v in zip(queries, vectors, strict=True)]
 
+    def nudges(self, text: str, scores: np.ndarray) -> dict[str, np.ndarray]:
+        """The nudges of the best messages by score, as the program's search gives them; 0 elsewhere."""
+        now, size = pm.read_emotion(text), len(scores)
+        best = np.argsort(-scores, kind="stable")[: pm.MOST_MEMORIES]
+        given = {name: np.zeros(size, np.float32) for name in pm.NUDGES}
+        given["emotion"][best] = [pm.emotion_match(now, self.readings[i]) for i in best]
+        given["importance"][best] = self.importance[best]
+        given["recency"][best] = best / size
+        return {name: np.float32(pm.NUDGES[name]) * values for name, values in given.items()}
+
 
 def chain(recorded: dict):
     """The turns as the program stores them, one under the other."""
@@ -96,23 +131,13 @@ def chain(recorded: dict):
         parent = key
 
 
-def indexed(messages: list[pm.Message]) -> pm.MemoryIndex:
-    """An index that holds those messages and their vectors."""
-    tree, index, by_id = pm.Tree(), pm.MemoryIndex(), {m.id: m for m in messages}
-    for order, message in enumerate(messages):
-        tree.put(message, order)
-    index.follow([tree.nodes[m.id] for m in messages], lambda ids: [by_id[i] for i in ids])
-    texts = {key: text for m in messages for key, text in pm.embedded_texts(m).items()}
-    index.add_vectors(dict(zip(texts, encode(list(texts.values())), strict=True)))
-    return index
-
-
 # ---------------------------------------------------------------------------- systems
 
 
 def ours(c: Conversation, style: str) -> list[np.ndarray]:
-    """The program's scores."""
-    return [pm.weigh(q, e)["score"] for q, e in c.evidence(style)]
+    """The program's scores, nudges and all."""
+    found = [pm.weigh(q, e)["score"] for q, e in c.evidence(style)]
+    return [s + sum(c.nudges(t, s).values()) for (t, _), s in zip(c.asked(style), found, strict=True)]
 
 
 def bm25(c: Conversation, style: str) -> list[np.ndarray]:
@@ -259,6 +284,20 @@ def fitted(conversations: list[Conversation], rows: list[list[np.ndarray]]) -> n
     return found / found[list(pm.SIGNALS).index("meaning")]
 
 
+def ablation_rows(conversations: list[Conversation], style: str) -> tuple[list[str], list[list[np.ndarray]]]:
+    """The names of all parts of a score, and per conversation and question their weighted values [n, parts]."""
+    names = [*pm.SIGNALS, "supersedes", *pm.NUDGES]
+    rows = []
+    for c in conversations:
+        rows.append([])
+        for (text, _), (q, e) in zip(c.asked(style), c.evidence(style), strict=True):
+            parts = pm.weigh(q, e)
+            parts |= c.nudges(text, parts["score"])
+            blank = np.zeros(len(e.cosine), np.float32)
+            rows[-1].append(np.stack([parts.get(name, blank) for name in names], axis=1))
+    return names, rows
+
+
 def show_fit(conversations: list[Conversation]) -> None:
     """Weights fitted to all conversations."""
     rows = signal_rows(conversations, "third person")
@@ -270,15 +309,19 @@ def show_fit(conversations: list[Conversation]) -> None:
 
 
 def show_ablation(conversations: list[Conversation]) -> None:
-    """Every signal's absence, the other weights as they are."""
-    rows = signal_rows(conversations, "third person")
-    now = np.array([s.weight for s in pm.SIGNALS.values()])
-    whole = table(conversations, weighted(rows, now))
-    print(head("without (points, categories 1-4)") + f"{'5 r@10':>8s}")
-    for place, name in enumerate(pm.SIGNALS):
-        without = table(conversations, weighted(rows, np.where(np.arange(len(now)) == place, 0, now)))
-        change = [*(without["1-4"] - whole["1-4"]), (without["5 adversarial"] - whole["5 adversarial"])[1]]
-        print(f"{name:34s}" + "".join(f"{value:+8.1f}" for value in change))
+    """What the absence of every signal and nudge changes, the other weights as they are."""
+    for style in STYLES:
+        names, rows = ablation_rows(conversations, style)
+        ones = np.ones(len(names), np.float32)
+        whole = table(conversations, weighted(rows, ones))
+        print(head(f"without, asked as {style}, points") + f"{'5 r@10':>8s}")
+        groups = {name: [name] for name in names} | {"all nudges": list(pm.NUDGES)}
+        for label, absent in groups.items():
+            kept = np.array([name not in absent for name in names], np.float32)
+            without = table(conversations, weighted(rows, kept))
+            change = without["1-4"] - whole["1-4"]
+            adversarial = (without[ADVERSARIAL] - whole[ADVERSARIAL])[1] if ADVERSARIAL in whole else np.nan
+            print(f"{label:34s}" + "".join(f"{value:+8.1f}" for value in (*change, adversarial)), flush=True)
 
 
 def show_left_out(conversations: list[Conversation]) -> None:
@@ -332,37 +375,61 @@ def show_speed(count: int) -> None:
         topics = " ".join(dice.choice(vocabulary[50:], 6, p=often[50:] / often[50:].sum()))  # the first are stop words
         query = pm.understand(f"When did Ann say {topics}?", "Bo", index.speakers, index.now)
         scores = pm.weigh(query, index.evidence(query.words, vectors[0]))["score"]
-        pm.worth_recalling(scores, pm.RELEVANT)
+        pm.worth_recalling(scores, pm.relevance_bar("When?", scores))
         asking.append(time.perf_counter() - start)
     for label, times in (("a turn's recall", asking), ("adding a message", adding)):
         ms = 1000 * np.array(times)
         print(f"{label:34s} median {statistics.median(ms):.2f} ms, 95 % {np.quantile(ms, 0.95):.2f} ms")
 
 
+# ---------------------------------------------------------------------------- written chats
+
+
+def show_written(embedders: list[str]) -> None:
+    """Recall in the written chats, by words alone and with each embedder's vectors."""
+    names = [*(f"roleplay_{name}" for name in chats.ROLE_PLAY), *(f"language_{name}" for name in chats.LANGUAGES)]
+    ways = {"words": None} | {name: Encoder(name) for name in embedders}
+    print("\nwritten chats".ljust(35) + "".join(f"{f'r@{k}':>8s}" for k in WRITTEN_DEPTHS))
+    for name in names:
+        for label, encoder in ways.items():
+            found = [100 * np.mean(list(chats.recall_at(name, k, encoder).values())) for k in WRITTEN_DEPTHS]
+            print(line(f"  {name}, {Path(label).name}", found), flush=True)
+
+
+def show_table(conversations: list[Conversation]) -> None:
+    """Ours and the baselines, per category, in both styles."""
+    for style in STYLES:
+        for name, scores in SYSTEMS.items():
+            print(head(f"{name}, asked as {style}"))
+            for group, row in table(conversations, [scores(c, style) for c in conversations]).items():
+                print(line(f"  {group}", row), flush=True)
+
+
+PARTS = {"table": show_table, "ablation": show_ablation, "leave-one-out": show_left_out}
+
+
 def main() -> None:
+    global encode
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="+", default=[])
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--fit", action="store_true", help="fit the weights and print them")
-    parser.add_argument("--ablate", action="store_true", help="leave out every signal in turn")
-    parser.add_argument("--leave-one-out", action="store_true", help="fit without the judged conversation")
-    parser.add_argument("--speed", type=int, default=0, help="time recall in a chat of so many messages")
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "written", "speed"], help="default: all")
+    parser.add_argument("--fit", action="store_true", help="fit the weights and print them, nothing else")
+    parser.add_argument("--speed", type=int, default=10_000, help="messages of the chat in which recall is timed")
+    parser.add_argument("--embedder", default=pm.Settings().embedder, help="another one than the program's default")
     args = parser.parse_args()
+    parts = args.parts or [*PARTS, "written", "speed"]
+    encode = Encoder(args.embedder)
     recorded = [c for path in args.data for c in json.loads(path.read_text("utf-8"))["conversations"]]
     conversations = [Conversation(c) for c in recorded]
-    for wanted, show in ((args.fit, show_fit), (args.ablate, show_ablation), (args.leave_one_out, show_left_out)):
-        if wanted:
+    if args.fit:
+        parts = show_fit(conversations) or []
+    for name, show in PARTS.items():
+        if conversations and name in parts:
             show(conversations)
-    if args.speed:
+    if "written" in parts:
+        show_written(list(dict.fromkeys([pm.Settings().embedder, args.embedder])))
+    if "speed" in parts:
         show_speed(args.speed)
-    if not conversations or args.fit or args.ablate or args.leave_one_out:
-        return
-    for style in ("third person", "partner"):
-        for name in args.systems:
-            figures = table(conversations, [SYSTEMS[name](c, style) for c in conversations])
-            print(head(f"{name}, asked as {style}"))
-            for group, row in figures.items():
-                print(line(f"  {group}", row), flush=True)
 
 
 if __name__ == "__main__":
