@@ -28,18 +28,20 @@ Contents, bottom-up (a room uses only the rooms above it)::
     Recall         which messages are worth a place in the prompt
     Summaries      the story so far: what to summarise, how, and whether it came out right
     Prompt         from request + memory to the messages for the model
+    Chat files     SillyTavern's chat files and exports, read and written
     Gate           a request's way to an upstream: places, order, retries, cancelling
     Upstreams      the language models behind the proxy
     Gemini         Google's models as one of them
     Engine         PersonaMemory, the facade that the web calls
     Assets         the files of the SillyTavern extension
     Web            Flask blueprints and the server
-    Command line   main()
+    Command line   main(), importing, and becoming a module of SillyTavern-Extras
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import base64
 import binascii
 import contextlib
@@ -77,16 +79,24 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import diskcache
-import dotenv
-import flask
-import httpx
-import numpy as np
-import prometheus_client
-import tenacity
-import waitress
-from werkzeug.exceptions import HTTPException
-from werkzeug.routing import BaseConverter
+try:
+    import diskcache
+    import dotenv
+    import flask
+    import httpx
+    import numpy as np
+    import prometheus_client
+    import tenacity
+    import waitress
+    from tqdm import tqdm
+    from werkzeug.exceptions import HTTPException
+    from werkzeug.routing import BaseConverter
+except ImportError as missing:
+    ADVICE = (
+        f"persona_memory misses a package in the environment of {sys.executable}: {missing}. "
+        "Install what its requirements.txt lists there: python -m pip install -r requirements.txt"
+    )
+    raise (SystemExit(ADVICE) if __name__ == "__main__" else ImportError(ADVICE)) from missing
 
 __version__ = "0.1.0"
 
@@ -367,6 +377,7 @@ class Message:
     shown: str | None = None  # the client's words, where a user has put others in their place
     pinned: bool = False  # told in every prompt that does not show it
     forgotten: bool = False  # never recalled, summarised or restored
+    voice: str | None = None  # who speaks, where the text itself begins with that name, as in group chats
 
     @property
     def original(self) -> str:
@@ -391,7 +402,7 @@ class Message:
     @property
     def speaker(self) -> str:
         """Who spoke, in lower case: the name, or the role where the client gives none."""
-        return (self.name or self.role).lower()
+        return (self.name or self.voice or self.role).lower()
 
     @property
     def said_at(self) -> float:
@@ -431,6 +442,7 @@ class Turn:
     name: str | None
     digest: str
     before: tuple[dict, ...] = ()
+    voice: str | None = None  # who speaks, where the text itself begins with that name
     timestamp: str | None = None  # ISO 8601, where the client gives one
     hidden: bool = False  # part of the chat, but not of the client's prompt
 
@@ -4038,6 +4050,10 @@ FRAME_MARGIN = MESSAGE_OVERHEAD + 4  # what sets the block apart: a message of i
 NEIGHBOURS = 2  # messages apart at most, to stand in one excerpt
 
 
+GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\]")
+SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}): (?=.*\S)", re.S)
+
+
 def parse_request(body: Any) -> ChatRequest:
     """Takes a chat completion request apart; raises `InvalidRequest` naming the field that is wrong."""
     if not isinstance(body, dict):
@@ -4050,6 +4066,7 @@ def parse_request(body: Any) -> ChatRequest:
     check_options(body)
     leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
     turns, tail = split_turns(messages[leading:])
+    turns = with_voices(turns, messages[:leading])
     floating = bool(turns) and leading == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
     request = ChatRequest(body, tuple(messages[:leading]), turns, tail, floating)
     request = replace(request, identity=parse_identity(body))
@@ -4121,6 +4138,25 @@ def split_turns(messages: Sequence[dict]) -> tuple[tuple[Turn, ...], tuple[dict,
         turns.append(make_turn(message, before))
         before = []
     return tuple(turns), tuple(before)
+
+
+def with_voices(turns: tuple[Turn, ...], leading: Sequence[dict]) -> tuple[Turn, ...]:
+    """The turns of a group chat, whose texts begin with their speaker's name, with that name; others as they are.
+
+    SillyTavern names a group's members before the chat. Where a user has put other words there, a group is what has
+    several such names and no reply without one.
+    """
+    told = GROUP_MEMBERS.search("\n".join(text_of(m.get("content")) for m in leading))
+    prefixes = [SPEAKER_PREFIX.match(t.content) for t in turns if t.role == "assistant"]
+    if told:
+        names = {name.strip() for name in told[1].split(",")}
+    else:
+        names = {found[1] for found in prefixes if found} if all(prefixes) else set()
+        names = names if len(names) > 1 else set()
+    if not names:
+        return turns
+    found = [(turn, SPEAKER_PREFIX.match(turn.content)) for turn in turns]
+    return tuple(replace(t, voice=f[1]) if f and f[1] in names and t.role == "assistant" else t for t, f in found)
 
 
 def make_turn(message: dict, before: Sequence[dict] = ()) -> Turn:
@@ -4460,6 +4496,343 @@ def preceded(message: dict, block: str) -> dict:
 
 
 # ======================================================================================================================
+# Chat files
+# ======================================================================================================================
+
+EXPORT_FORMAT, EXPORT_VERSION = "persona_memory", 1
+UNNAMED = ("", "unused")  # what a group's header holds for a character
+STAND_IN_AVATAR = "img/ai4.png"  # SillyTavern's own; a message that has one carries its speaker's name into the prompt
+SEND_DATES = (
+    re.compile(
+        r"(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})\s*@\s*(?P<hour>\d{1,2})h\s*(?P<minute>\d{1,2})m"
+        r"\s*(?P<second>\d{1,2})s(?:\s*(?P<thousandth>\d{1,3})ms)?"
+    ),
+    re.compile(
+        r"(?P<name>[A-Za-z]+) (?P<day>\d{1,2}), (?P<year>\d{4}) (?P<hour>\d{1,2}):(?P<minute>\d{2})(?P<half>[ap])m",
+        re.I,
+    ),
+)
+KEPT_INFO = {  # what an export holds of a chat beside its messages, with its types
+    "chat_id": str, "explicit": bool, "created": float, "updated": float, "character": str, "user_name": str,
+    "shows_history": bool, "persona": str,
+}  # fmt: skip
+FIELD_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "str | None": str | None}
+
+
+@dataclass(frozen=True)
+class ChatCopy:
+    """A chat as a file holds it: its messages (parents first), the last one of its branch, and what else is known."""
+
+    messages: tuple[Message, ...]
+    head: str
+    info: dict[str, Any]
+    summaries: tuple[Summary, ...] = ()
+    facts: tuple[Fact, ...] = ()
+
+    @property
+    def path(self) -> list[Message]:
+        """The messages of its branch, oldest first."""
+        by_id, path, at = {m.id: m for m in self.messages}, [], self.head
+        while at:
+            path.append(by_id[at])
+            at = by_id[at].parent
+        return path[::-1]
+
+
+def reject_constant(name: str) -> None:
+    """NaN and the infinities are Python's, not JSON's."""
+    raise ValueError(f"{name} is no JSON value")
+
+
+def parse_timestamp(text: Any, where: str) -> str | None:
+    """A date and time in ISO 8601 as it came, or None; raises `InvalidRequest` for anything else."""
+    try:
+        if text is not None:
+            datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise InvalidRequest(f"{where} must be a date and time in ISO 8601.", where) from None
+    return text
+
+
+def read_chat_file(raw: bytes) -> ChatCopy:
+    """A chat out of an export's bytes, or of a SillyTavern chat file's; raises `InvalidRequest` naming the line."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = raw.count(b"\n", 0, error.start) + 1
+        where = f"line {number}"
+        raise InvalidRequest(f"{where} is not UTF-8.", where) from None
+    opening = first_value(text)
+    if opening is None or (isinstance(opening, dict) and "format" in opening):
+        return read_export(parse_json(text, ""))
+    return read_transcript(text)
+
+
+def first_value(text: str) -> Any:
+    """The JSON value in the first line of a text; None where that line holds no whole one."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text.lstrip().partition("\n")[0])
+    return None
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text; raises `InvalidRequest`, with the line where `where` does not name it."""
+    try:
+        return json.loads(text, parse_constant=reject_constant)
+    except (ValueError, RecursionError) as error:
+        line = where or f"line {getattr(error, 'lineno', 1)}"
+        raise InvalidRequest(f"{line} is not valid JSON: {str(error)[:200]}.", line) from None
+
+
+# --------------------------------------------------------------------------------------------- SillyTavern's chat files
+
+
+def read_transcript(text: str) -> ChatCopy:
+    """A chat out of a SillyTavern chat file: a header, but for groups, then a message a line."""
+    lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows = [(where, parse_json(line, where)) for where, line in lines]
+    for place, (where, row) in enumerate(rows):
+        check_row(row, where, may_be_header=place == 0)
+    header = rows[0][1] if rows and "mes" not in rows[0][1] else {}
+    told = [row for _, row in rows[bool(header) :] if is_told(row)]
+    return copy_of_transcript(header, told)
+
+
+def check_row(row: Any, where: str, may_be_header: bool) -> None:
+    """Raises `InvalidRequest` where a line of a chat file is not what SillyTavern writes."""
+    if not isinstance(row, dict):
+        raise InvalidRequest(f"{where} must be a JSON object.", where)
+    if "mes" not in row and may_be_header:
+        types = {"user_name": str | None, "character_name": str | None}
+        if not any(key in row for key in (*types, "chat_metadata", "create_date")):
+            raise InvalidRequest(f"{where} is neither a chat's header nor a message.", where)
+    else:
+        types = {"mes": str, "name": str | None, "is_user": bool | None, "is_system": bool | None}
+        types |= {"swipes": list | None, "extra": dict | None, "swipe_id": int | None, "swipe_info": list | None}
+    for name, kind in types.items():
+        if not isinstance(row.get(name), kind):
+            raise InvalidRequest(f"{where}: {name} is missing or of another type.", where)
+
+
+def is_told(row: Mapping) -> bool:
+    """Whether a line of a chat file is a message of the chat.
+
+    Narrator's lines, comments and the client's own notices (all have a type) are none of either side's. A message that
+    the user has hidden from the prompt is: what the prompt has no room for is what a memory is there for.
+    """
+    return bool(row["mes"].strip()) and not (row.get("extra") or {}).get("type")
+
+
+def copy_of_transcript(header: Mapping, rows: Sequence[Mapping]) -> ChatCopy:
+    """A chat file's messages as the client sends them: chosen swipes make the branch, rejected ones hang beside it."""
+    group = (header.get("character_name") or "") in UNNAMED
+    users = [row["name"] for row in rows if row.get("is_user") and row.get("name")]
+    user = users[-1] if group and users else header.get("user_name") or "".join(users[-1:])
+    messages, head, now = [], ROOT, time.time()
+    for row in rows:
+        siblings = swipes_of(row, head, voice_of(row, user, group), now)
+        messages += siblings.values()
+        head = next(m.id for m in siblings.values() if m.confirmed)
+    voices = [m.voice for m in messages if m.voice]
+    info = {"user_name": user, "character": voices[-1] if group and voices else header.get("character_name")}
+    return ChatCopy(tuple(messages), head, {k: v for k, v in info.items() if v})
+
+
+def voice_of(row: Mapping, user: str, group: bool) -> str | None:
+    """The name that the client puts in front of a message's text: in groups, and for lines lent to another speaker."""
+    name = row.get("name") or ""
+    return name if name and name != user and (group or row.get("force_avatar")) else None
+
+
+def swipes_of(row: Mapping, parent: str, voice: str | None, now: float) -> dict[str, Message]:
+    """A line's swipes by id, in their order; the one that is chosen is confirmed."""
+    swipes = [s for s in row.get("swipes") or () if isinstance(s, str)]
+    at = row.get("swipe_id")
+    chosen = at if isinstance(at, int) and 0 <= at < len(swipes) else len(swipes)
+    swipes[chosen : chosen + 1] = [row["mes"]]
+    if row.get("is_user"):
+        swipes, chosen = [row["mes"]], 0
+    details = [d if isinstance(d, dict) else {} for d in row.get("swipe_info") or ()]
+    details += [{}] * (len(swipes) - len(details))
+    details[chosen] = row
+    found: dict[str, Message] = {}
+    for place, (text, detail) in enumerate(zip(swipes, details, strict=False)):
+        when = parse_send_date(detail.get("send_date"))
+        made = filed_message(row, text, parent, voice, when, now)
+        if text.strip() and (place == chosen or made.id not in found):
+            found[made.id] = replace(made, confirmed=place == chosen)
+    return found
+
+
+def filed_message(row: Mapping, text: str, parent: str, voice: str | None, when: str | None, now: float) -> Message:
+    """One swipe of a line of a chat file as the client would send it."""
+    role = "user" if row.get("is_user") else "assistant"
+    content = (f"{voice}: {text}" if voice else text).replace("\r", "")
+    tokens = message_tokens({"role": role, "content": content})
+    key = message_id(parent, message_digest(role, content))
+    return Message(key, parent, role, content, timestamp=when, at=now, tokens=tokens, voice=voice)
+
+
+def parse_send_date(value: Any) -> str | None:
+    """A message's date in ISO 8601, whichever of SillyTavern's formats it has; None where it has none of them.
+
+    Dates without a zone are this machine's, as the client that wrote them.
+    """
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        if isinstance(value, int | float) or (isinstance(value, str) and value.isdecimal()):
+            return datetime.fromtimestamp(float(value) / 1000).astimezone().isoformat()
+        if isinstance(value, str):
+            found = next((f for pattern in SEND_DATES if (f := pattern.search(value))), None)
+            when = datetime(*date_parts(found.groupdict())) if found else datetime.fromisoformat(value)
+            return (when if when.tzinfo else when.astimezone()).isoformat()
+    return None
+
+
+def date_parts(found: Mapping[str, str | None]) -> list[int]:
+    """Year, month, day, hour, minute, second and microsecond of a date in one of SillyTavern's formats."""
+    hour = int(found["hour"])
+    if found.get("half"):
+        hour = hour % 12 + 12 * (found["half"].lower() == "p")
+    month = MONTHS.index(found["name"].lower()) + 1 if found.get("name") else int(found["month"])
+    second, thousandth = int(found.get("second") or 0), int(found.get("thousandth") or 0)
+    return [int(found["year"]), month, int(found["day"]), hour, int(found["minute"]), second, 1000 * thousandth]
+
+
+def send_date(message: Message) -> str:
+    """A message's date as SillyTavern writes it, in this machine's zone: "July 12, 2024 9:30pm"."""
+    when = datetime.fromtimestamp(message.said_at).astimezone()
+    half = "pm" if when.hour >= 12 else "am"
+    return f"{MONTHS[when.month - 1].title()} {when.day}, {when.year} {when.hour % 12 or 12}:{when.minute:02d}{half}"
+
+
+def write_transcript(
+    info: Mapping[str, Any], path: Sequence[Message], siblings: Mapping[str, Sequence[Message]]
+) -> str:
+    """A branch as a SillyTavern chat file; `siblings` are the messages under each message's parent, in their order.
+
+    Of those, replies that no request has shown are swipes; edits and other branches are not for a client's arrows.
+    """
+    user, character = info.get("user_name") or SPEAKERS["user"], info.get("character") or SPEAKERS["assistant"]
+    replies = [m for m in path if m.role == "assistant"]
+    group = bool(replies) and all(m.voice for m in replies)
+    header = {"user_name": user, "character_name": character, "create_date": "", "chat_metadata": {}}
+    header["create_date"] = send_date(path[0]) if path else ""
+    names = {"user": user, "assistant": character}
+    rows = [transcript_row(m, siblings.get(m.parent, ()), m.voice or m.name or names[m.role]) for m in path]
+    return "".join(json.dumps(row) + "\n" for row in ([] if group else [header]) + rows)
+
+
+def transcript_row(message: Message, siblings: Sequence[Message], name: str) -> dict:
+    """A message with its swipes as a line of a SillyTavern chat file."""
+    row = {
+        "name": name, "is_user": message.role == "user", "is_system": False, "send_date": send_date(message),
+        "mes": unprefixed(message), "extra": {},
+    }  # fmt: skip
+    if message.voice:
+        row["force_avatar"] = STAND_IN_AVATAR
+    if message.role == "assistant":
+        offered = [m for m in siblings if m is message or (m.role == "assistant" and not m.confirmed)]
+        texts = [unprefixed(replace(m, voice=message.voice)) for m in offered]
+        kept = [i for i, m in enumerate(offered) if m is message or texts[i] != row["mes"]]
+        row["swipe_id"] = [offered[i] for i in kept].index(message)
+        row["swipes"] = [texts[i] for i in kept]
+        row["swipe_info"] = [{"send_date": send_date(offered[i]), "extra": {}} for i in kept]
+    return row
+
+
+def unprefixed(message: Message) -> str:
+    """A message's text without the name that the client puts in front of it."""
+    text = message.original  # the client has its own words, whatever a user has made of them here
+    return text.removeprefix(f"{message.voice}: ") if message.voice else text
+
+
+# ----------------------------------------------------------------------------------------------------------- exports
+
+
+def write_export(copy: ChatCopy) -> dict:
+    """A whole chat as plain data: every branch, summaries and facts. Vectors are left out, they can be computed."""
+    return {
+        "format": EXPORT_FORMAT, "version": EXPORT_VERSION,
+        "chat": {k: copy.info[k] for k in KEPT_INFO if copy.info.get(k) is not None} | {"head": copy.head},
+        "messages": [asdict(m) for m in copy.messages],
+        "summaries": [asdict(s) for s in copy.summaries], "facts": [asdict(f) for f in copy.facts],
+    }  # fmt: skip
+
+
+def read_export(data: Any) -> ChatCopy:
+    """A chat out of an export; raises `InvalidRequest` naming the place that is wrong."""
+    if not isinstance(data, dict) or data.get("format") != EXPORT_FORMAT:
+        raise InvalidRequest("This is neither a SillyTavern chat file nor an export of persona_memory.")
+    if data.get("version") != EXPORT_VERSION:
+        raise InvalidRequest(f"This export has version {data.get('version')!r}; known is {EXPORT_VERSION}.", "version")
+    info = data.get("chat")
+    if not isinstance(info, dict) or not isinstance(info.get("chat_id"), str) or not info["chat_id"]:
+        raise InvalidRequest("chat.chat_id must be a string.", "chat.chat_id")
+    kept = {k: typed_value(info[k], kind, f"chat.{k}") for k, kind in KEPT_INFO.items() if info.get(k) is not None}
+    messages = [checked_message(m, where) for m, where in rows_of(data, "messages", Message)]
+    check_tree(messages)
+    known = {m.id for m in messages}
+    summaries = [s for s, _ in rows_of(data, "summaries", Summary)]
+    facts = [f for f, _ in rows_of(data, "facts", Fact)]
+    head = info.get("head", ROOT)
+    used = {head, *(s.last for s in summaries), *(s.first for s in summaries), *(f.message for f in facts)}
+    if not all(isinstance(i, str) and (i in known or i == ROOT) for i in used):
+        raise InvalidRequest("chat.head, a summary or a fact names a message that is not there.", "messages")
+    return ChatCopy(tuple(messages), head, kept, tuple(summaries), tuple(facts))
+
+
+def rows_of(data: Mapping, name: str, kind: type) -> list[tuple[Any, str]]:
+    """The objects of a list of an export, each with its place; raises `InvalidRequest`."""
+    rows = data.get(name)
+    if not isinstance(rows, list):
+        raise InvalidRequest(f"{name} must be a list.", name)
+    return [(record_of(kind, row, f"{name}[{i}]"), f"{name}[{i}]") for i, row in enumerate(rows)]
+
+
+def record_of(kind: type, row: Any, where: str) -> Any:
+    """A record out of plain data; unknown fields are left out. Raises `InvalidRequest` naming the field."""
+    if not isinstance(row, dict):
+        raise InvalidRequest(f"{where} must be an object.", where)
+    known = {f.name: FIELD_TYPES[f.type] for f in fields(kind)}
+    values = {k: typed_value(v, known[k], f"{where}.{k}") for k, v in row.items() if k in known}
+    try:
+        return kind(**values)
+    except TypeError as error:  # a field without a default is missing
+        raise InvalidRequest(f"{where}: {error}.", where) from None
+
+
+def typed_value(value: Any, kind: Any, where: str) -> Any:
+    """The value, if it has that type; raises `InvalidRequest`."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) < 2**62 else None
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InvalidRequest(f"{where} is of the wrong type.", where)
+    return value
+
+
+def checked_message(message: Message, where: str) -> Message:
+    """A message with its tokens counted anew; raises `InvalidRequest` where its parts do not belong together."""
+    if message.role not in CHAT_ROLES:
+        raise InvalidRequest(f"{where}.role must be user or assistant.", f"{where}.role")
+    if message.id != message_id(message.parent, message.digest):
+        raise InvalidRequest(f"{where}.id is not that of its text under its parent.", f"{where}.id")
+    parse_timestamp(message.timestamp, f"{where}.timestamp")
+    row = {"role": message.role} | ({"name": message.name} if message.name else {})
+    sizes = (message_tokens({**row, "content": text}) for text in (message.content, message.original))
+    return replace(message, tokens=max(sizes))  # as where a user edits a message
+
+
+def check_tree(messages: Sequence[Message]) -> None:
+    """Raises `InvalidRequest` where a message is there twice, or before its parent."""
+    known = {ROOT}
+    for place, message in enumerate(messages):
+        if message.parent not in known or message.id in known:
+            where = f"messages[{place}]"
+            raise InvalidRequest(f"{where} is there twice, or its parent does not come before it.", where)
+        known.add(message.id)
+
+
+# ======================================================================================================================
 # Gate
 # ======================================================================================================================
 
@@ -4475,10 +4848,11 @@ LONGEST_RETRIES_SECONDS = 60.0  # after which no attempt is begun
 
 
 class Call:
-    """One request to an upstream, which another thread may cancel. One in the background gives way to others."""
+    """One request to an upstream, which another thread may cancel. One in the background gives way to others; one
+    that is not `patient` has something to fall back on and is not tried again."""
 
-    def __init__(self, authorization: str = "", background: bool = False):
-        self.authorization, self.background = authorization, background
+    def __init__(self, authorization: str = "", background: bool = False, patient: bool = True):
+        self.authorization, self.background, self.patient = authorization, background, patient
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._wakers: list[Callable[[], None]] = []
@@ -4594,7 +4968,7 @@ class Gate:
         Where the upstream says how long to wait, that is waited. `secrets` are kept out of the errors.
         """
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(lambda error: not call.cancelled and may_pass(error)),
+            retry=tenacity.retry_if_exception(lambda error: call.patient and not call.cancelled and may_pass(error)),
             stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_before_delay(LONGEST_RETRIES_SECONDS),
             wait=pause_before_retry, sleep=call.sleep, before_sleep=self._note_retry, reraise=True,
         )  # fmt: skip
@@ -5711,6 +6085,7 @@ CARRIED_SHARE = 1 / 3  # of the memories' tokens that may come from there
 SURE_FEELING = 0.6
 MOOD_SPAN = 200  # user messages that a mood is followed over
 GUIDANCE_TOKENS = 48  # what is kept free for the line on the user's mood
+IMPORT_BATCH = 500  # messages to a transaction
 ABSENT_IDS = ("", "undefined", "null", "None")
 
 
@@ -5835,25 +6210,32 @@ class Storyteller:
         place = (summary.level, summary.first, summary.last)
         return any(s.source == "user" and (s.level, s.first, s.last) == place for s in store.summaries.values())
 
-    def _asker(self, plan: StoryPlan, authorization: str) -> Callable[[list[dict], int], dict] | None:
-        """What asks the plan's model; None where the hour's requests are used up."""
+    def _asker(
+        self, plan: StoryPlan, authorization: str, patient: bool = True
+    ) -> Callable[[list[dict], int], dict] | None:
+        """What asks the plan's model; None where there is none, or the hour's requests are used up.
+
+        Without the proxy the small embedded model is not loaded just to summarise: it writes no better than extracts.
+        """
+        if not self._settings.proxy and self._settings.upstream in ("", "local"):
+            return None
         if not self._may_ask():
             log_event("summary_budget", "This hour's summary requests are used up.", limit=self._settings.summary_calls)
             return None
-        return functools.partial(self._ask, plan.model, authorization)
+        return functools.partial(self._ask, plan.model, authorization, patient)
 
     def _may_ask(self) -> bool:
         while self._calls and self._calls[0] < time.monotonic() - 3600:
             self._calls.popleft()
         return not self._settings.summary_calls or len(self._calls) < self._settings.summary_calls
 
-    def _ask(self, model: str, authorization: str, messages: list[dict], tokens: int) -> dict:
+    def _ask(self, model: str, authorization: str, patient: bool, messages: list[dict], tokens: int) -> dict:
         """The upstream's choice; asked again where a turn went first. Raises what the upstream raises."""
         model = self._settings.summary_model or self._settings.model or model
         body = {"messages": messages, "max_tokens": tokens, "temperature": 0.3}
         for _ in range(GAVE_WAY_AT_MOST):
             self._calls.append(time.monotonic())
-            self._call = call = Call(authorization, background=True)
+            self._call = call = Call(authorization, background=True, patient=patient)
             try:
                 named = {"model": model or self._upstream.default_model(call)}
                 return self._upstream.complete(body | named, call)["choices"][0]
@@ -5954,7 +6336,7 @@ class Storyteller:
         covered = max(1, count_tokens(text))
         room = max(SHORTEST_SUMMARY, min(int(COMPRESSION * covered), LONGEST_SUMMARIZED))
         plan = StoryPlan(ROOT, 0, 0, 0, self._settings.context or DEFAULT_CONTEXT)
-        ask = self._asker(plan, authorization)
+        ask = self._asker(plan, authorization, patient=False)
         written, _ = self._written(lines, "lines", room, plan, ask)
         return written or extract_summary([("", line, 0.0) for line in lines], room)
 
@@ -6504,8 +6886,9 @@ class PersonaMemory:
     def _message(self, key: str, parent: str, turn: Turn) -> Message:
         message = {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})
         return Message(
-            key, parent, turn.role, turn.content, turn.name, turn.timestamp, time.time(), message_tokens(message)
-        )
+            key, parent, turn.role, turn.content, turn.name, turn.timestamp, time.time(), message_tokens(message),
+            voice=turn.voice,
+        )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------------------- recall
 
@@ -7072,6 +7455,121 @@ class PersonaMemory:
         self._embed_later(store, [m.id for m in fresh])
         return {"chat_id": chat_id, "added": len(fresh), "total": total}
 
+    def export(self, chat_id: str) -> dict:
+        """A chat with all its branches, as plain data that `take_in` reads; raises `NotFound`."""
+        store = self.chat(chat_id)
+        with store.lock:
+            ids = sorted(store.tree.nodes, key=lambda i: store.tree.nodes[i].order)
+            messages, told = tuple(store.read(ids)), (tuple(store.summaries.values()), tuple(store.facts.values()))
+            return write_export(ChatCopy(messages, store.head, dict(store.info), *told))
+
+    def export_transcript(self, chat_id: str) -> str:
+        """A chat's current branch as a SillyTavern chat file; raises `NotFound`."""
+        store = self.chat(chat_id)
+        with store.lock:
+            path = store.tree.path(store.head)
+            parents = {store.tree.nodes[i].parent for i in path}
+            beside = [n for n in store.tree.nodes.values() if n.parent in parents]
+            order = [n.id for n in sorted(beside, key=lambda n: n.order)]
+            messages = dict(zip(order, store.read(order), strict=True))
+        siblings: defaultdict[str, list[Message]] = defaultdict(list)
+        for message in messages.values():
+            siblings[message.parent].append(message)
+        return write_transcript(store.info, [messages[i] for i in path], siblings)
+
+    def take_in(self, raw: bytes, chat_id: str = "", embed: bool = True) -> list[dict]:
+        """Adds what a chat file or an export holds to its chat: that of `chat_id`, of an export's own id, or the one
+        that the transcript names. The same again adds nothing. Raises `InvalidRequest`, `StoreError`.
+
+        Returns a line for each chat: its id, how many messages are new, and how many its branch has. Their vectors are
+        computed in the background, unless not to `embed`.
+        """
+        copy = read_chat_file(raw)
+        if "chat_id" not in copy.info and not any(m.role == "user" for m in copy.messages):
+            return []  # a greeting alone: no request would have shown it
+        store, fresh = self._shelve(copy, chat_id)
+        added = 0
+        for batch in (copy.messages[i : i + IMPORT_BATCH] for i in range(0, len(copy.messages), IMPORT_BATCH)):
+            added += self._add_messages(store, batch)
+        with store.lock:
+            self._add_rest(store, copy, fresh, bool(added))
+            total = len(store.tree.path(copy.head))
+        if embed:
+            self._embed_later(store, [m.id for m in copy.path])
+        return [{"chat_id": store.id, "added": added, "total": total}]
+
+    def embed_chat(self, chat_id: str) -> Iterator[int]:
+        """Computes the vectors that a chat's messages lack, here and now; gives the number of messages that are done
+        after each batch. Raises `NotFound`, `EmbedderUnavailable`."""
+        store = self.chat(chat_id)
+        ids = [n.id for n in store.tree.nodes.values() if n.confirmed]
+        for batch in (ids[i : i + EMBED_BATCH] for i in range(0, len(ids), EMBED_BATCH)):
+            self._embed_missing(store, batch)
+            yield len(batch)
+
+    def _shelve(self, copy: ChatCopy, chat_id: str) -> tuple[ChatStore, bool]:
+        """The chat that a file's belongs to, and whether it was made for it."""
+        named = chat_id or copy.info.get("chat_id", "")
+        explicit = bool(chat_id) or copy.info.get("explicit", False)
+        with self._finding:
+            store = self.shelf.get(named) if named else None
+            store = store or (None if explicit else self._located_copy(copy))
+            if store is None:
+                named = named or chat_of_copy(copy)
+                store = self.shelf.get(named)
+            return (store, False) if store else (self.shelf.create(named, explicit), True)
+
+    def _located_copy(self, copy: ChatCopy) -> ChatStore | None:
+        """The chat without an explicit id that a file continues, or branches off from: a file shows all of its chat, so
+        its beginning is looked up as well as its end."""
+        digests = [(m.role, m.digest) for m in copy.path]
+        if not digests:
+            return None
+        place = functools.partial(place_copy, digests=[d for _, d in digests])
+        windows = (digests[:LOCATED_BY], digests[-LOCATED_BY:])
+        found = [f for window in windows if (f := self.shelf.locate(window, place))]
+        return max(found, key=lambda f: len(f[1].matches))[0] if found else None
+
+    def _add_messages(self, store: ChatStore, messages: Sequence[Message]) -> int:
+        """Writes the messages that a chat lacks, or knows as unconfirmed only; returns how many of them are memory."""
+        with store.lock:
+            known = store.tree.nodes
+            fresh = [m for m in messages if m.id not in known or (m.confirmed and not known[m.id].confirmed)]
+            old = {m.id: m for m in store.read([m.id for m in fresh if m.id in known])}
+            fresh = [replace(m, at=old[m.id].at) if m.id in old else m for m in fresh]
+            if fresh:
+                store.commit(fresh)
+            self.shelf.enter(store, [m.id for m in messages])  # also what a crash has kept out of the catalogue
+        return sum(m.confirmed for m in fresh)
+
+    def _add_rest(self, store: ChatStore, copy: ChatCopy, fresh: bool, added: bool) -> None:
+        """Takes over what a file knows beside the messages; what the chat knows already stays."""
+        summaries = [s for s in copy.summaries if s.id not in store.summaries]
+        facts = [f for f in copy.facts if f.id not in store.facts]
+        if summaries or facts:
+            store.put_story(summaries, facts)
+        known = {k: v for k, v in copy.info.items() if k not in ("chat_id", "explicit")}
+        info = known if fresh else {k: v for k, v in known.items() if k not in store.info}
+        if fresh:
+            info = {"updated": copy.path[-1].said_at if copy.head else time.time()} | info
+        elif added:
+            info |= {"updated": time.time()}
+        if self._is_newer(store, copy.head):
+            info |= {"head": copy.head}
+        if any(store.info.get(k) != v for k, v in info.items()):
+            store.commit(info=info)
+            self.shelf.enter(store, ())
+
+    @staticmethod
+    def _is_newer(store: ChatStore, tip: str) -> bool:
+        """Whether a file's last message comes after the end of the branch that its chat was last on."""
+        if not store.head or not tip:
+            return not store.head
+        if store.tree.is_below(tip, store.head):
+            return True
+        head, last = store.read([store.head, tip])
+        return last.said_at > head.said_at and not store.tree.is_below(store.head, tip)
+
     def search(self, chat_id: str, text: str, k: int = 10, tokens: int = 0, asker: str = "") -> list[Memory]:
         """The messages of the current branch that answer a text, best first: `k` of them, or what fits into `tokens`.
 
@@ -7104,6 +7602,19 @@ class PersonaMemory:
         except EmbedderUnavailable:
             return None
 
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors of any texts, float32 [len(texts), dimensions]; raises `EmbedderUnavailable`.
+
+        A lone text is somebody's query; of many, a turn of a chat waits for no more than one batch. An embedder that
+        is still loading is waited for: who asks keeps no vectors to go on with.
+        """
+        self.embedder.start()
+        self.embedder.loaded.wait(SEARCH_SECONDS)
+        priority = TURN if len(texts) == 1 else BACKGROUND
+        batches = (texts[i : i + EMBED_BATCH] for i in range(0, len(texts), EMBED_BATCH))
+        found = [self.embedder.encode(batch, timeout=SEARCH_SECONDS, priority=priority) for batch in batches]
+        return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
+
     def prompts(self, chat_id: str, limit: int = 10) -> list[dict]:
         """The reports of a chat's last prompts, newest first; raises `NotFound`."""
         return self.chat(chat_id).reports(limit)
@@ -7118,7 +7629,8 @@ class PersonaMemory:
     def health(self) -> dict:
         """What works, in words."""
         upstream, embedder = self.upstream.describe(), {"model": self.embedder.name, "status": self.embedder.status}
-        loading = "loading" in (embedder["status"], upstream["status"])
+        # Without the proxy nobody waits for the upstream, and it is not even started.
+        loading = "loading" in (embedder["status"], upstream["status"] if self.settings.proxy else "")
         return {
             "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
             "embedder": embedder, "chats": len(self._shelf), "proxy": self.settings.proxy,
@@ -7132,6 +7644,12 @@ class PersonaMemory:
             self._emotion_model.close()
         self._background.shutdown(wait=False, cancel_futures=True)
         self._shelf.close()
+
+
+def chat_of_copy(copy: ChatCopy) -> str:
+    """The id of a new chat for a file's: derived, so that an import that was interrupted finds its chat again."""
+    first_user = next((m.id for m in copy.path if m.role == "user"), copy.head)
+    return f"chat-{first_user[:16]}"
 
 
 def message_row(m: Message, index: int) -> dict:
@@ -7207,6 +7725,11 @@ def place_transcript(store: ChatStore, request: ChatRequest) -> Alignment:
         return Alignment(ROOT, kept, tuple(range(len(kept))), count_users(store.tree, kept))
     place = align_floating if request.floating else align
     return place(store.tree, [t.digest for t in request.turns], store.head)
+
+
+def place_copy(store: ChatStore, digests: Sequence[str]) -> Alignment:
+    """Where a file's branch hangs in a chat."""
+    return align(store.tree, digests, store.head)
 
 
 def persona_text(request: ChatRequest) -> str:
@@ -7304,16 +7827,6 @@ def parse_appended(messages: Any) -> list[tuple[Turn, str | None]]:
     return turns
 
 
-def parse_timestamp(text: Any, where: str) -> str | None:
-    """A date and time in ISO 8601 as it came, or None; raises `InvalidRequest` for anything else."""
-    try:
-        if text is not None:
-            datetime.fromisoformat(text)
-    except (TypeError, ValueError):
-        raise InvalidRequest(f"{where} must be a date and time in ISO 8601.", where) from None
-    return text
-
-
 # ======================================================================================================================
 # Assets
 # ======================================================================================================================
@@ -7352,6 +7865,7 @@ const LOOPBACK = ['127.0.0.1', 'localhost', '[::1]'];
 const REVERSIBLE = ['openai', 'claude', 'mistralai', 'makersuite', 'vertexai', 'deepseek', 'xai'];
 const MOST_SHOWN = 8; // memories listed in the panel
 const LONGEST_SHOWN = 240; // characters of each
+const SURE = 0.5; // a mood that is less likely than this is not shown
 
 const state = {
     kind: null, // of the generation that has begun and not yet sent its request
@@ -7376,6 +7890,9 @@ function settings() {
 /** What the server answers instead of what it was asked for. */
 class Refusal extends Error {}
 
+/** The server has not answered within PATIENCE_MS: it may be away, or have much to do. */
+class Late extends Error {}
+
 /** JSON of the server; throws an Error with words for the user. Never waits longer than PATIENCE_MS. */
 async function call(path, body, method = body ? 'POST' : 'GET') {
     const { server, key } = settings();
@@ -7392,7 +7909,8 @@ async function call(path, body, method = body ? 'POST' : 'GET') {
         return answer;
     } catch (error) {
         if (error instanceof Refusal) throw error;
-        throw new Error(patience.signal.aborted ? 'no answer in time' : 'no answer', { cause: error });
+        if (patience.signal.aborted) throw new Late('no answer in time');
+        throw new Error('no answer', { cause: error });
     } finally {
         clearTimeout(timer);
     }
@@ -7550,7 +8068,10 @@ async function remember(_chat, contextSize, _abort, type) {
         showStatus(true, `Connected; ${answer.report.degraded || 'memories are placed in the prompt'}.`);
         showRecalled(answer.recalled, answer.emotion);
     } catch (error) {
-        serverFailed(error);
+        if (!(error instanceof Late)) return serverFailed(error);
+        // A long chat that is new to it takes its time once. The reply does not wait for the answer to this.
+        showStatus(false, 'Too late for this reply: the server is reading the chat.');
+        call('/health').catch(serverFailed);
     }
 }
 
@@ -7648,7 +8169,7 @@ function buildPanel() {
         checkbox('enabled', 'Remember my chats'),
         field('server', 'Server', { type: 'url', placeholder: DEFAULTS.server, spellcheck: false }),
         field('key', 'Key', { type: 'password', placeholder: 'where the server asks for one', autocomplete: 'off' }),
-        field('depth', 'Memories stand', { type: 'number', min: 0, max: 100 }, 'messages before the end'),
+        field('depth', 'Depth', { type: 'number', min: 0, max: 100 }, 'messages from the end'),
         element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor),
         element('hr'),
         element('div', {}, element('b', { textContent: 'For the last reply' })),
@@ -7665,7 +8186,7 @@ function buildPanel() {
 const STYLE = `
 #persona_memory_settings label { margin: 4px 0; }
 #persona_memory_settings .persona_memory_row { display: flex; align-items: center; gap: 8px; margin: 4px 0; }
-#persona_memory_settings .persona_memory_row > span:first-child { flex: 0 0 7.5em; }
+#persona_memory_settings .persona_memory_row > span:first-child { flex: 0 0 4em; }
 #persona_memory_settings .persona_memory_row input { flex: 1 1 auto; min-width: 0; margin: 0; }
 #persona_memory_settings .persona_memory_row input[type="number"] { flex: 0 0 5em; }
 #persona_memory_settings .persona_memory_status { display: flex; align-items: baseline; gap: 8px; margin: 4px 0 8px; }
@@ -7727,7 +8248,8 @@ function showStatus(good, text) {
 
 function showRecalled(memories, emotion) {
     if (!parts.recalled) return;
-    const felt = emotion ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'nothing in particular';
+    const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= SURE;
+    const felt = sure ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'nothing in particular';
     parts.mood.textContent = `Your mood: ${felt}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
     const rows = memories.slice(0, MOST_SHOWN).map(({ index, name, role, content, chat_id: elsewhere }) => {
         const text = content.length > LONGEST_SHOWN ? `${content.slice(0, LONGEST_SHOWN)} ...` : content;
@@ -7752,7 +8274,7 @@ function carrier() {
 /** Whether memories of this character's other chats count here: the server's word, for the character as a whole. */
 async function showCarryOver() {
     const name = carrier();
-    parts.carryFor.textContent = `Carry over what ${name || 'a character'} remembers into new chats`;
+    parts.carryFor.textContent = `Recall from other chats with ${name || 'a character'} too`;
     parts.carry.disabled = true;
     parts.carry.checked = false;
     if (!name) return;
@@ -7834,20 +8356,18 @@ def request_json() -> Any:
         raise InvalidRequest(f"The request is not valid JSON: {str(error)[:200]}.") from None
 
 
-def reject_constant(name: str) -> None:
-    """NaN and the infinities are Python's, not JSON's."""
-    raise ValueError(f"{name} is no JSON value")
-
-
 def client_gone() -> Callable[[], bool]:
     """Tells whether the client of the current request has hung up."""
     return flask.request.environ.get("waitress.client_disconnected", lambda: False)
 
 
 def client_call() -> Call:
-    """A call to the upstream in the client's name; clients without a key send words for it."""
+    """A call to the upstream in the client's name; clients without a key send words for it.
+
+    A key that is this server's, or that of an Extras API, is none of the upstream's business.
+    """
     authorization = flask.request.headers.get("Authorization", "")
-    ours = engine().settings.api_key
+    ours = engine().settings.api_key or not engine().settings.proxy
     token = authorization.removeprefix("Bearer").strip()
     return Call("" if ours or token in ABSENT_IDS else authorization)
 
@@ -8107,6 +8627,27 @@ def chat_append(chat: str) -> dict:
     return engine().append(chat, body.get("messages") if isinstance(body, dict) else None)
 
 
+@api.get("/chats/<chat:chat>/export")
+def chat_export(chat: str) -> dict | flask.Response:
+    """The whole chat as JSON, or its current branch as a SillyTavern chat file."""
+    kind = flask.request.args.get("format", "json")
+    if kind not in ("json", "sillytavern"):
+        raise InvalidRequest("format is json or sillytavern.", "format")
+    if kind == "json":
+        return engine().export(chat)
+    return flask.Response(engine().export_transcript(chat), mimetype="application/jsonl")
+
+
+@api.post("/import")
+def chat_import() -> dict:
+    """Takes in a SillyTavern chat file, or an export."""
+    name, raw = flask.request.args.get("name", ""), flask.request.get_data()
+    try:
+        return {"chats": engine().take_in(raw, flask.request.args.get("chat_id", "").strip())}
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{name}: {error}" if name else str(error), error.param) from None
+
+
 @api.get("/chats/<chat:chat>/search")
 def chat_search(chat: str) -> dict:
     """What the chat's current branch remembers of a text."""
@@ -8215,7 +8756,7 @@ extras = flask.Blueprint("extras", __name__, url_prefix="/api")  # as SillyTaver
 @extras.get("/modules")
 def list_modules() -> dict:
     """The modules that stock extensions may use."""
-    return {"modules": ["classify", "summarize"]}
+    return {"modules": ["persona_memory", "classify", "summarize", "embeddings"]}
 
 
 @extras.post("/classify")
@@ -8244,6 +8785,18 @@ def list_labels() -> dict:
     return {"labels": list(EMOTIONS)}
 
 
+@extras.post("/embeddings/compute")
+def compute_embeddings() -> dict:
+    """The vector of a text, or of each text of a list, in its order."""
+    body = request_json()
+    given = body.get("text") if isinstance(body, dict) else None
+    texts = given if isinstance(given, list) else [given]
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest("text must be a string or a list of strings.", "text")
+    vectors = engine().embed(texts).tolist()
+    return {"embedding": vectors if isinstance(given, list) else vectors[0]}
+
+
 def health() -> dict:
     """What works; never needs a key."""
     return engine().health()
@@ -8269,14 +8822,34 @@ def check_access() -> None:
     given = flask.request.headers.get("Authorization", "").removeprefix("Bearer").strip()
     if key and not secrets.compare_digest(given.encode(), key.encode()):
         raise NotAuthenticated("This server needs its API key, as `Authorization: Bearer <key>`.")
+    if not key:
+        check_host("--api-key")
+    if flask.request.method not in SAFE_METHODS:
+        check_origin()
+
+
+def check_host(key_flag: str) -> None:
+    """Refuses names that are not this machine's own: a page's own name, made to point here (DNS rebinding)."""
     host = re.sub(r":\d*$", "", flask.request.host).strip("[]").lower()
-    if not key and host not in LOOPBACK_HOSTS:  # DNS rebinding: a page's own name, made to point here
+    if host not in LOOPBACK_HOSTS:
         raise ForeignOrigin(
-            f"This server answers to 127.0.0.1 and localhost, not to {host}; --api-key would change that."
+            f"This server answers to 127.0.0.1 and localhost, not to {host}; {key_flag} would change that."
         )
+
+
+def check_origin() -> None:
+    """Refuses pages of origins that may not call."""
     origin = flask.request.headers.get("Origin")
-    if origin and flask.request.method not in SAFE_METHODS and not allowed_origin(origin):
+    if origin and not allowed_origin(origin):
         raise ForeignOrigin(f"Pages of {origin} may not use this server; --allow-origin {origin} would let them.")
+
+
+def check_as_guest() -> None:
+    """What stands in for `check_access` inside another's app that asks for no key: that app lets the pages of every
+    origin read its answers."""
+    if flask.request.method != "OPTIONS":
+        check_host("its own --secure")
+        check_origin()
 
 
 def allowed_origin(origin: str) -> bool:
@@ -8330,14 +8903,18 @@ class ChatId(BaseConverter):
         return urllib.parse.unquote(value)
 
 
-def exact_paths(app: Callable) -> Callable:
-    """WSGI middleware: paths of the API stay quoted, for ids may hold slashes; elsewhere many slashes are one, for
-    clients join URLs carelessly (`/v1//chat/completions`)."""
+def exact_paths(app: Callable, prefix: str = "/api/", joined: bool = True) -> Callable:
+    """WSGI middleware: paths under `prefix` stay quoted, for ids may hold slashes; elsewhere many slashes are one where
+    `joined`, for clients join URLs carelessly (`/v1//chat/completions`)."""
 
     def wrapped(environ: dict, start_response: Callable) -> Iterable[bytes]:
-        quoted = environ.get("REQUEST_URI", "").partition("?")[0]
-        is_api = quoted.startswith("/api/")
-        environ["PATH_INFO"] = quoted if is_api else re.sub("/{2,}", "/", environ["PATH_INFO"])
+        path = environ["PATH_INFO"]
+        quoted = environ.get("REQUEST_URI") or urllib.parse.quote(path.encode("latin-1"))
+        quoted = quoted.partition("?")[0]
+        if quoted.startswith(prefix):
+            environ["PATH_INFO"] = quoted
+        elif joined:
+            environ["PATH_INFO"] = re.sub("/{2,}", "/", path)
         return app(environ, start_response)
 
     return wrapped
@@ -8363,6 +8940,24 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
         app.register_blueprint(proxy)
     app.wsgi_app = exact_paths(app.wsgi_app)
     return app
+
+
+def add_hooks(app: flask.Flask, memory: PersonaMemory, secure: bool) -> None:
+    """Registers the memory's own routes on another's Flask app; that app's routes, CORS and key stay as they are.
+
+    `secure` says that the app asks for a key itself.
+    """
+    hooks = flask.Blueprint("persona_memory", __name__)  # what is set on it acts on its own routes alone
+    hooks.register_blueprint(api)
+    hooks.add_url_rule("/health", view_func=health)  # the extension asks for it
+    hooks.add_url_rule("/extension.zip", view_func=extension_download)
+    hooks.register_error_handler(Exception, show_error)
+    if not secure:
+        hooks.before_request(check_as_guest)
+    app.extensions["persona_memory"] = memory
+    app.url_map.converters["chat"] = ChatId
+    app.register_blueprint(hooks)
+    app.wsgi_app = exact_paths(app.wsgi_app, f"{api.url_prefix}/", joined=False)
 
 
 def create_server(settings: Settings, patience: float = 0.0) -> Any:
@@ -8441,14 +9036,147 @@ def checked(settings: Settings) -> Settings:
     return settings
 
 
-@dataclass(frozen=True)
-class Action:
-    """Something that the program does instead of serving: what its argument is, its help, and what runs it and
-    returns a sentence for the user."""
+# ---------------------------------------------------------------------------------------------------------- importing
 
-    argument: str
-    help: str
-    run: Callable[[Settings, str], str]
+
+def import_files(settings: Settings, names: Sequence[str]) -> str:
+    """Takes in chat files and exports, folders with all below them. Raises `InvalidRequest` at the end where a file
+    could not be read.
+
+    Interrupted, it can be run again: what is there is found, what is missing is added.
+    """
+    memory, counts, chats = PersonaMemory(settings), Counter(), {}
+    try:
+        files = list(itertools.chain(*map(chat_files, names)))
+        for file in tqdm(files, "chats", unit="file"):
+            try:
+                for line in memory.take_in(file.read_bytes(), embed=False):
+                    counts.update(added=line["added"], total=line["total"])
+                    chats[line["chat_id"]] = True
+            except (InvalidRequest, StoreError, OSError) as error:
+                tqdm.write(f"{file}: {error}", sys.stderr)
+                counts["failed"] += 1
+        embed_chats(memory, chats)
+    finally:
+        memory.close()
+    known = counts["total"] - counts["added"]
+    told = f"{len(chats)} chats; {counts['added']} messages are new, {known} were known."
+    if counts["failed"]:
+        raise InvalidRequest(f"{told} {counts['failed']} of {len(files)} files could not be read.")
+    return told
+
+
+def chat_files(name: str) -> list[Path]:
+    """The file of that name, or the chat files and exports in the folder of that name."""
+    path = Path(name)
+    if not path.is_dir():
+        return [path]
+    found = sorted(f for f in path.rglob("*") if f.suffix in (".jsonl", ".json") and f.is_file())
+    return [f for f in found if f.suffix == ".jsonl" or is_export_file(f)]
+
+
+def is_export_file(file: Path) -> bool:
+    """Whether a file begins like an export: folders of clients hold much other JSON."""
+    with file.open("rb") as opened:
+        return bool(re.match(rb'\s*\{\s*"(format|chat)"', opened.read(200)))
+
+
+def embed_chats(memory: PersonaMemory, chats: Iterable[str]) -> None:
+    """Computes the vectors of chats, with a bar; where that cannot be done now, it is done when a chat goes on."""
+    sizes = {chat: memory.chat(chat).tree.messages for chat in chats}
+    with tqdm(total=sum(sizes.values()), desc="vectors", unit="message") as bar:
+        try:
+            for chat in sizes:
+                for done in memory.embed_chat(chat):
+                    bar.update(done)
+        except EmbedderUnavailable as error:
+            tqdm.write(f"Vectors are computed later: {error}", sys.stderr)
+
+
+# --------------------------------------------------------------------------------------- a module of SillyTavern-Extras
+
+BLOCK_BEGIN, BLOCK_END = "# persona_memory: begin", "# persona_memory: end"
+EXTRAS_BLOCK = f"""{BLOCK_BEGIN} (written by --install-extras; --uninstall-extras takes it out)
+if "persona_memory" in modules:
+    print("Initializing persona_memory")
+    try:
+        import modules.persona_memory as persona_memory_module
+        persona_memory_module.init_extras(app, modules, secure=getattr(args, "secure", False))
+    except Exception as error:
+        print(f"persona_memory is off: {{error}}")
+        modules.remove("persona_memory")
+{BLOCK_END}
+"""
+BLOCK_PATTERN = re.compile(rf"^{BLOCK_BEGIN}[^\n]*\n.*?^{BLOCK_END}\r?\n".encode(), re.M | re.S)
+EXTRAS_RUN = re.compile(rb"^app\.run\(", re.M)  # the last statement of server.py
+EXTRAS_SIGNS = (rb"^app = Flask\(", rb"^args = parser\.parse_args\(", rb"^modules = ", rb"--enable-modules")
+
+
+def init_extras(app: flask.Flask, modules: list[str] | None = None, secure: bool = False) -> PersonaMemory:
+    """Adds the memory to the Flask app of a SillyTavern-Extras server (or any other), beside what that serves.
+
+    `modules` is that server's list of modules, `secure` whether it asks for a key. Settings come from the environment
+    and from a `.env` file beside this one; chats are kept in `data/` beside it. Raises `SettingsError`.
+    """
+    settings = load_settings([], {"PERSONA_MEMORY_HOST": "127.0.0.1"} | os.environ, HERE / ".env")
+    memory = PersonaMemory(replace(settings, proxy=False))
+    add_hooks(app, memory, secure)
+    if modules is not None and "persona_memory" not in modules:
+        modules.append("persona_memory")
+    atexit.register(memory.close)
+    memory.start()
+    return memory
+
+
+def install_extras(_: Settings, folder: str) -> str:
+    """Makes this file a module of the SillyTavern-Extras in a folder; raises `SettingsError`."""
+    server, module = extras_files(folder)
+    before = server.read_bytes()
+    bare = BLOCK_PATTERN.sub(b"", before)
+    runs = list(EXTRAS_RUN.finditer(bare))
+    if len(runs) != 1 or not all(re.search(sign, bare, re.M) for sign in EXTRAS_SIGNS):
+        raise SettingsError(f"{server} does not look like SillyTavern-Extras' server.py, so it was left as it is.")
+    block = EXTRAS_BLOCK.encode().replace(b"\n", b"\r\n" if b"\r\n" in bare else b"\n")
+    wired = bare[: runs[0].start()] + block + bare[runs[0].start() :]
+    if wired != before:
+        backup_of(server).write_bytes(bare)
+        server.write_bytes(wired)
+    if module.resolve() != Path(__file__).resolve():
+        shutil.copyfile(__file__, module)
+    return (
+        f"Installed as {module}; {server} is wired, its old self is {backup_of(server).name}.\n"
+        f"In the environment that runs it: python -m pip install -r {HERE / 'requirements.txt'}\n"
+        "Then start it with persona_memory among its modules: python server.py --enable-modules=persona_memory,..."
+    )
+
+
+def uninstall_extras(_: Settings, folder: str) -> str:
+    """Takes this file out of a SillyTavern-Extras again; chats stay. Raises `SettingsError`."""
+    server, module = extras_files(folder)
+    bare = BLOCK_PATTERN.sub(b"", server.read_bytes())
+    server.write_bytes(bare)
+    backup = backup_of(server)
+    if backup.exists() and backup.read_bytes() == bare:  # else somebody has changed the file since: both are kept
+        backup.unlink()
+    for made in (module, *(module.parent / "__pycache__").glob(f"{module.stem}.*.pyc")):
+        made.unlink(missing_ok=True)
+    return f"{server} is as it was. Chats, if any, are kept in {module.parent / 'data'}."
+
+
+def extras_files(folder: str) -> tuple[Path, Path]:
+    """Where a SillyTavern-Extras has its server and would have this file; raises `SettingsError`."""
+    server, modules = Path(folder) / "server.py", Path(folder) / "modules"
+    if not server.is_file() or not modules.is_dir():
+        raise SettingsError(f"{folder} is no folder of SillyTavern-Extras: it has no server.py or no modules/.")
+    return server, modules / "persona_memory.py"
+
+
+def backup_of(server: Path) -> Path:
+    """Where a server.py is kept as it was before it was wired."""
+    return server.with_name(f"{server.name}.before-persona_memory")
+
+
+# -------------------------------------------------------------------------------------------- the SillyTavern extension
 
 
 def extension_homes(root: Path) -> list[Path]:
@@ -8519,7 +9247,24 @@ def uninstall_extension(_: Settings, folder: str) -> str:
     return "\n".join(["The extension was removed from", *(f"  {home}" for home in gone)])
 
 
+# ------------------------------------------------------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True)
+class Action:
+    """Something that the program does instead of serving: what its argument is (`many`: or are), its help, and what
+    runs it and returns a sentence for the user."""
+
+    argument: str
+    help: str
+    run: Callable[[Settings, Any], str]
+    many: bool = False
+
+
 ACTIONS = {
+    "import": Action("FILE", "take in SillyTavern chat files and exports, or folders of them", import_files, many=True),
+    "install_extras": Action("DIR", "become a module of the SillyTavern-Extras in that folder", install_extras),
+    "uninstall_extras": Action("DIR", "take the module out of it again", uninstall_extras),
     "install_extension": Action(
         "DIR", "put the SillyTavern extension into the SillyTavern in that folder", install_extension
     ),
@@ -8553,8 +9298,10 @@ def argument_parser() -> argparse.ArgumentParser:
         text = text.replace("`", "").replace("%", "%%")
         action = {"action": "store_true"} if f.type == "bool" else {"metavar": f.name.upper().rpartition("_")[2]}
         parser.add_argument(flag_of(f.name), default=None, help=text, **action)
+    group = parser.add_argument_group("instead of serving")
     for name, action in ACTIONS.items():
-        parser.add_argument(flag_of(name), metavar=action.argument, help=f"{action.help}, and end")
+        many = {"nargs": "+"} if action.many else {}
+        group.add_argument(flag_of(name), metavar=action.argument, help=action.help, **many)
     return parser
 
 
@@ -8585,7 +9332,7 @@ def set_up_log(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the server until it is interrupted; returns the exit status."""
+    """Runs the server until it is interrupted, or does what else is asked for; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         settings = load_settings(argv, os.environ, HERE / ".env")
@@ -8596,6 +9343,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
     except OSError as error:
         print(
             f"Cannot listen on {settings.host}:{settings.port}: {error}. Is it running already? --port takes another.",

@@ -165,6 +165,29 @@ class Client:
         messages.append({"role": "user", "content": instruction})
         return self.post({**self.shaped(messages), "stream": False})
 
+    # -- what is kept
+
+    def file(self) -> str:
+        """The chat as the file that the client keeps of it; a group's has no header."""
+        header = {"user_name": self.user, "character_name": self.character.name, "chat_metadata": {"tainted": True}}
+        rows = [] if self.group else [header]
+        return "".join(json.dumps(row) + "\n" for row in [*rows, *map(self.row, self.chat)])
+
+    def row(self, message: Message) -> dict:
+        """A message's line in the file."""
+        row = {
+            "name": message.name,
+            "is_user": message.role == "user",
+            "is_system": False,
+            "send_date": "November 22, 2026 10:53am",
+            "mes": message.text,
+            "extra": {},
+        }
+        if message.role == "user":
+            return row
+        details = [{"send_date": row["send_date"], "extra": {}} for _ in message.swipes]
+        return {**row, "swipes": message.swipes, "swipe_id": message.chosen, "swipe_info": details}
+
     # -- what is sent
 
     def body(self, history: list[Message], ending: list[str] = ()) -> dict:

@@ -1,0 +1,655 @@
+"""Chat files and exports: an import is the chat as it would have been lived through; an export comes back as it was."""
+
+import json
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import httpx
+import pytest
+from fakes import PATIENCE, PROGRAM, LocalServer, branch_texts, clean_environment, settings, wait_until
+from hypothesis import given
+from hypothesis import settings as effort
+from hypothesis import strategies as st
+from sillytavern import Character, Client, memories_in
+
+import persona_memory as pm
+
+HELENA = Character("Helena", "Helena keeps the Thornwick lighthouse.", '*Helena lifts the lantern.* "Come in."')
+BORIN = Character("Borin", "Borin is a dwarf blacksmith.", '*Borin sets down his hammer.* "What needs mending?"')
+TEXTS = [
+    "My cat is called Miso and he is afraid of thunder.",
+    "I live in Larkspur Lane 9, above the bakery.",
+    "My sister Ottilie mends clocks in Emberhold.",
+    "I am allergic to walnuts, mind the cake.",
+    "What shall we cook tonight?",
+]
+QUESTIONS = ("What is my cat afraid of?", "Where do I live?", "Who mends clocks?", "walnuts")
+
+
+def call(server, method: str, path: str, **how) -> httpx.Response:
+    """A call of the API."""
+    return httpx.request(method, f"{server.url}/api/persona_memory/{path}", timeout=PATIENCE, **how)
+
+
+def take_in(server, text: str, **query) -> list[dict]:
+    """Imports a file; what the answer says of its chats."""
+    answer = call(server, "POST", "import", content=text.encode(), params=query)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["chats"]
+
+
+def tree(server, chat_id: str) -> dict[str, bool]:
+    """A chat's messages: id -> whether they are memory."""
+    return {m["id"]: m["confirmed"] for m in export(server, chat_id)["messages"]}
+
+
+def export(server, chat_id: str) -> dict:
+    """A chat's export."""
+    answer = call(server, "GET", f"chats/{chat_id}/export")
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def chat_file(server, chat_id: str) -> str:
+    """A chat as a SillyTavern chat file."""
+    return call(server, "GET", f"chats/{chat_id}/export", params={"format": "sillytavern"}).text
+
+
+def found(server, chat_id: str) -> list[list[tuple]]:
+    """What a chat remembers of the questions: ids, places and scores."""
+    answers = (call(server, "GET", f"chats/{chat_id}/search", params={"q": q, "k": 4}) for q in QUESTIONS)
+    return [[(m["id"], m["index"], round(m["score"], 3)) for m in a.json()["memories"]] for a in answers]
+
+
+def line(name: str, mes: str, **more) -> dict:
+    """A message of a chat file."""
+    return {"name": name, "is_user": name == "Robin", "is_system": False, "mes": mes, "extra": {}, **more}
+
+
+def written(*rows: dict, header: dict | None = None) -> str:
+    """A chat file of those rows under Helena's header, or under another."""
+    header = {"user_name": "Robin", "character_name": "Helena"} if header is None else header
+    return "\n".join(json.dumps(row) for row in ([header] if header else []) + list(rows))
+
+
+def lived(server, **how) -> Client:
+    """A chat as a user lives it: swipes, going back to a swipe, an edited reply."""
+    client = Client(server.url, HELENA, **how)
+    for text in TEXTS:
+        client.send(text)
+    client.swipe()
+    client.swipe()
+    client.swipe_back(1)
+    client.send("Stew it is, then.")
+    return client
+
+
+@pytest.fixture
+def small(upstream, data_dir):
+    """The program before a model of little context."""
+    with LocalServer(settings(data_dir, upstream.url, context=2048)) as running:
+        yield running
+
+
+@pytest.fixture
+def other(upstream, tmp_path):
+    """A second program with a data folder of its own."""
+    with LocalServer(settings(tmp_path / "other", upstream.url)) as running:
+        yield running
+
+
+# ---------------------------------------------------------------------------- living through
+
+
+def test_a_file_imports_to_the_same_memories_as_living_through_the_chat(server, other):
+    """The same ids, the same rejected swipes, the same branch, the same search; the last reply is shown by the file."""
+    client = lived(server)
+    (line,) = take_in(other, client.file())
+    chat = client.answer.chat_id
+    client.send("Good night.")  # shows the last reply
+    grown = take_in(other, client.file())
+    assert grown == [{"chat_id": line["chat_id"], "added": 2, "total": len(client.chat)}]
+    client.send("Wake up.")
+    take_in(other, client.file())
+    last = client.chat[-1]
+    seen, imported = tree(server, chat), tree(other, line["chat_id"])
+    shown = pm.message_id(export(server, chat)["chat"]["head"], pm.message_digest("assistant", last.text))
+    assert seen == imported | {shown: False} and imported[shown]
+    assert branch_texts(other.url, line["chat_id"]) == [m.text for m in client.chat]
+    client.send("Who are you?")
+    take_in(other, client.file()[: client.file().rindex('{"name"')])
+    assert found(server, chat) == found(other, line["chat_id"])
+
+
+def test_the_chat_goes_on_where_the_file_ended(server, upstream):
+    """No id: the client's next request finds the imported chat, and what it has dropped comes back from there."""
+    client = Client(server.url, HELENA, window=4)
+    for number in range(300):
+        filler = f"Night {number}: the wind turns, the lamp is trimmed, the log has one more line about the sea."
+        client.chat += [type(client.chat[0])("user", filler, "Robin"), type(client.chat[0])("assistant", "*nods*", "H")]
+    client.chat[1].text = TEXTS[0]
+    (line,) = take_in(server, client.file())
+    assert line == {"chat_id": line["chat_id"], "added": 601, "total": 601}
+    answer = client.send("What is my cat afraid of?")
+    assert answer.chat_id == line["chat_id"]
+    assert TEXTS[0] in memories_in(upstream.last["body"]["messages"])
+
+
+def test_again_adds_nothing(server):
+    """Importing is idempotent, also after the chat has gone on."""
+    client = lived(server)
+    first = take_in(server, client.file())
+    before = export(server, client.answer.chat_id)
+    assert take_in(server, client.file()) == [{**first[0], "added": 0}]
+    assert export(server, client.answer.chat_id) == before
+    assert [c["chat_id"] for c in call(server, "GET", "chats").json()] == [client.answer.chat_id]
+
+
+def test_an_import_that_was_cut_off_goes_on(server, monkeypatch):
+    """What was written stays; the same file again adds the rest to the same chat."""
+    monkeypatch.setattr(pm, "IMPORT_BATCH", 4)
+    client = lived(server)
+    client.chat = client.chat[:1] + [type(m)(m.role, m.text + " Once more.", m.name) for m in client.chat[1:]]
+    text = client.file()
+    memory, add = server.server.memory, server.server.memory._add_messages
+    batches = iter(range(2))
+
+    def cut(store, messages):
+        if next(batches, None) is None:
+            raise pm.StoreError("the power is out")
+        return add(store, messages)
+
+    monkeypatch.setattr(memory, "_add_messages", cut)
+    assert call(server, "POST", "import", content=text.encode()).status_code == 500
+    monkeypatch.setattr(memory, "_add_messages", add)
+    (line,) = take_in(server, text)
+    assert (line["added"], line["total"]) == (len(client.chat) - 8, len(client.chat))
+    assert branch_texts(server.url, line["chat_id"]) == [m.text for m in client.chat]
+    assert len(call(server, "GET", "chats").json()) == 2
+
+
+def test_checkpoints_share_a_tree_and_their_vectors(server, upstream):
+    """Files that begin alike land in one chat as branches; the same text is embedded once."""
+    client = lived(server)
+    trunk = client.file()
+    branch = client.branch(4)
+    branch.chat += [type(client.chat[0])("user", "In this branch we sail at dawn.", "Robin")]
+    with LocalServer(settings(Path(server.server.memory.settings.data).parent / "fresh", upstream.url)) as running:
+        (first,), (second,) = take_in(running, trunk), take_in(running, branch.file())
+        assert second == {"chat_id": first["chat_id"], "added": 1, "total": 6}
+        chat = first["chat_id"]
+        found(running, chat)
+        texts = list(running.server.memory.embedder.encode(["x"]))  # behind all that waits
+        assert len(texts) == 1
+        described = call(running, "GET", f"chats/{chat}").json()
+        assert (described["branches"], described["messages"]) == (2, len(client.chat) + 1)
+
+
+def test_an_old_checkpoint_does_not_turn_the_chat_back(server):
+    """The current branch stays the newest, whichever file comes last."""
+    old = [line("Helena", "Come in."), line("Robin", "Hello."), line("Helena", "Sit.")]
+    dated = [{**row, "send_date": "July 12, 2024 9:30pm"} for row in old]
+    newer = [*dated, {**line("Robin", "On the newer way."), "send_date": "July 14, 2024 9:30am"}]
+    older = [*dated, {**line("Robin", "On the older way."), "send_date": "July 13, 2024 9:30am"}]
+    for rows in ([newer, older], [older, newer]):
+        for file in rows:
+            (chat,) = take_in(server, written(*file))
+        assert branch_texts(server.url, chat["chat_id"])[-1] == "On the newer way."
+
+
+def test_with_an_id_the_chat_is_that_one(server):
+    """An explicit id is not found by any transcript, and no other chat takes its messages."""
+    file = written(line("Helena", "Come in."), line("Robin", "Hello, it is me."))
+    assert take_in(server, file, chat_id="card/one") == [{"chat_id": "card/one", "added": 2, "total": 2}]
+    (loose,) = take_in(server, file)
+    assert loose["chat_id"].startswith("chat-") and loose["added"] == 2
+
+
+# ---------------------------------------------------------------------------- what a file holds
+
+
+def test_rejected_swipes_are_kept_and_never_recalled(server):
+    """They hang beside the chosen one, unconfirmed."""
+    swipes = ["The harpoon is in the shed.", "The harpoon is under the bed.", "The harpoon is on the roof."]
+    file = written(
+        line("Helena", "Come in.", swipes=["Come in.", "Go away."], swipe_id=0),
+        line("Robin", "Where is the harpoon?"),
+        line("Helena", swipes[1], swipes=swipes, swipe_id=1),
+    )
+    (chat,) = take_in(server, file)
+    assert chat["total"] == chat["added"] == 3
+    kept = export(server, chat["chat_id"])["messages"]
+    assert [(m["content"], m["confirmed"]) for m in kept] == [
+        ("Come in.", True), ("Go away.", False), ("Where is the harpoon?", True),
+        (swipes[0], False), (swipes[1], True), (swipes[2], False),
+    ]  # fmt: skip
+    hits = call(server, "GET", f"chats/{chat['chat_id']}/search", params={"q": "harpoon"}).json()["memories"]
+    assert {m["content"] for m in hits} == {"Come in.", "Where is the harpoon?", swipes[1]}
+
+
+def test_a_swipe_that_was_edited_counts_as_it_reads_now(server):
+    """The message's own text goes before the list of swipes."""
+    row = line("Helena", "A corrected reply.", swipes=["Another.", "A repiy."], swipe_id=1)
+    (chat,) = take_in(server, written(line("Robin", "Hello."), row))
+    kept = export(server, chat["chat_id"])["messages"]
+    assert [(m["content"], m["confirmed"]) for m in kept[1:]] == [("Another.", False), ("A corrected reply.", True)]
+
+
+def test_hidden_messages_are_memory_and_notices_are_not(server):
+    """Hidden means hidden from the prompt. Narrator lines, comments and notices are no one's words in the chat."""
+    file = written(
+        line("Helena", "Come in."),
+        line("Robin", "My cat is called Miso.", is_system=True),
+        line("SillyTavern System", "You are in a checkpoint.", is_system=True, extra={"type": "bookmark_created"}),
+        line("System", "The storm rises.", extra={"type": "narrator"}),
+        line("Note", "nice one", is_system=True, extra={"type": "comment"}),
+        line("Helena", "  "),
+        line("Robin", "Good night."),
+    )
+    (chat,) = take_in(server, file)
+    assert branch_texts(server.url, chat["chat_id"]) == ["Come in.", "My cat is called Miso.", "Good night."]
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("2024-07-12 @21h 30m 12s 123ms", datetime(2024, 7, 12, 21, 30, 12, 123000)),
+        ("2024-7-2@01h31m37s", datetime(2024, 7, 2, 1, 31, 37)),
+        ("July 12, 2024 9:30pm", datetime(2024, 7, 12, 21, 30)),
+        ("December 1, 2023 12:05am", datetime(2023, 12, 1, 0, 5)),
+        ("2024-07-12T21:30:12.123Z", datetime.fromisoformat("2024-07-12T21:30:12.123+00:00")),
+        (1720819812123, datetime.fromisoformat("2024-07-12T21:30:12.123+00:00")),
+        ("1720819812123", datetime.fromisoformat("2024-07-12T21:30:12.123+00:00")),
+    ],
+)
+def test_every_format_of_dates_is_read(given, expected):
+    """SillyTavern has had several; those without a zone are of this machine's."""
+    assert datetime.fromisoformat(pm.parse_send_date(given)) == expected.astimezone()
+
+
+@pytest.mark.parametrize(
+    "given", ["yesterday", "", None, [], {}, "July 99, 2024 9:30pm", 1e300, -(10**30), "Mai 1, 2024 1:00am"]
+)
+def test_a_date_that_cannot_be_read_is_none(given):
+    """The message is worth more than its date."""
+    assert pm.parse_send_date(given) is None
+
+
+def test_dates_are_kept(server):
+    """The API shows when a message was said."""
+    (chat,) = take_in(server, written({**line("Robin", "Hello."), "send_date": "2024-07-12T21:30:12Z"}))
+    (row,) = call(server, "GET", f"chats/{chat['chat_id']}/messages").json()["messages"]
+    assert row["timestamp"] == "2024-07-12T21:30:12+00:00"
+
+
+def test_a_greeting_alone_is_no_chat_yet(server):
+    """The client keeps a file for every character that was ever opened."""
+    assert take_in(server, written(line("Helena", "Come in."))) == []
+    assert take_in(server, written()) == []
+    assert call(server, "GET", "chats").json() == []
+
+
+def test_the_list_names_the_character(server):
+    """As the file's header does."""
+    take_in(server, written(line("Robin", "Hello.")))
+    assert [c["character"] for c in call(server, "GET", "chats").json()] == ["Helena"]
+
+
+# ---------------------------------------------------------------------------- groups
+
+
+def group(url: str, **how) -> Client:
+    """A group chat of Helena and Borin, lived for two rounds."""
+    client = Client(url, HELENA, group=("Helena", "Borin"), **how)
+    client.chat.append(type(client.chat[0])("assistant", BORIN.greeting, "Borin"))
+    client.send("Hello both of you. What do you hide?")
+    client.reply(BORIN)
+    client.send("And where is the anvil?")
+    client.reply(HELENA)
+    client.send("Good.")
+    return client
+
+
+def test_a_group_imports_as_it_was_lived(server, other):
+    """Each reply begins with its speaker's name, as the client sends it, and the speaker is known."""
+    client = group(server.url)
+    client.chat.pop()
+    (chat,) = take_in(other, client.file())
+    seen = {i for i, confirmed in tree(server, client.answer.chat_id).items() if confirmed}
+    assert {i for i, confirmed in tree(other, chat["chat_id"]).items() if confirmed} == seen
+    lived_voices = [m["voice"] for m in export(server, client.answer.chat_id)["messages"] if m["confirmed"]]
+    voices = [m["voice"] for m in export(other, chat["chat_id"])["messages"] if m["confirmed"]]
+    assert voices == lived_voices == ["Helena", "Borin", None, "Helena", "Borin", None, "Borin", "Helena", None]
+    assert found(other, chat["chat_id"]) == found(server, client.answer.chat_id)
+
+
+def test_whoever_answers_recalls_the_whole_groups_past(small, upstream):
+    """A question about a member finds that member's words; another member is answering."""
+    said = {"Helena": "The key hangs on a nail by the lamp.", "Borin": "The key lies in the ash of my forge."}
+    client = Client(small.url, HELENA, group=("Helena", "Borin"), window=4)
+    make = type(client.chat[0])
+    for name, text in said.items():
+        client.chat += [make("user", f"And you, {name}?", "Robin"), make("assistant", text, name)]
+    for number in range(60):
+        client.chat += [make("user", f"Day {number}. The sea is grey and the gulls are loud again.", "Robin")]
+        client.chat += [make("assistant", "*nods and looks at the water for a while*", "Helena")]
+    take_in(small, client.file())
+    client.chat.append(make("user", "Where did Borin say that the key is?", "Robin"))
+    client.reply(HELENA)
+    assert f"Borin: {said['Borin']}" in memories_in(upstream.last["body"]["messages"])
+    best = call(small, "GET", f"chats/{client.answer.chat_id}/search", params={"q": "Where did Borin put the key?"})
+    assert best.json()["memories"][0]["content"] == f"Borin: {said['Borin']}"
+
+
+def turns_of(*contents: str, leading: str = "") -> list[str | None]:
+    """The voices of a request's assistant messages."""
+    messages = [{"role": "system", "content": leading}] if leading else []
+    messages += [{"role": "assistant", "content": c} for c in contents]
+    return [t.voice for t in pm.parse_request({"messages": [*messages, {"role": "user", "content": "Ann: hm"}]}).turns][
+        :-1
+    ]
+
+
+def test_names_in_front_of_texts_are_speakers_in_groups_only():
+    """A colon alone makes no group: the client says so, or every reply has a name and there are several."""
+    opening = "[Start a new group chat. Group members: Helena, Borin]"
+    assert turns_of("Helena: hi", "Note: closed", "hm", leading=opening) == ["Helena", None, None]
+    assert turns_of("Helena: hi", "Borin: hm", leading="Be both.") == ["Helena", "Borin"]
+    assert turns_of("Helena: hi", "Helena: hm", leading="Be her.") == [None, None]
+    assert turns_of("Helena: hi", "Well: hm", "no name", leading="Be her.") == [None, None, None]
+    assert turns_of("Helena: ", "Borin: x", leading=opening) == [None, "Borin"]
+
+
+# ---------------------------------------------------------------------------- from the command line
+
+
+def command(data: Path, *names) -> list[str]:
+    """The program's own command for an import."""
+    return [sys.executable, str(PROGRAM), "--data", str(data), "--import", *map(str, names)]
+
+
+def run_import(data: Path, *names) -> subprocess.CompletedProcess:
+    """An import that is waited for."""
+    return subprocess.run(
+        command(data, *names), env=clean_environment(None), capture_output=True, text=True, timeout=PATIENCE
+    )
+
+
+def long_file(count: int) -> str:
+    """A chat file of so many messages."""
+    return written(
+        *(line("Robin" if n % 2 else "Helena", f"Line {n} of the log: the lamp is lit.") for n in range(count))
+    )
+
+
+def test_a_folder_of_chats_is_imported(tmp_path, server):
+    """Chat files, group files and exports, however deep; other JSON is passed over, broken files are named."""
+    chats, data = tmp_path / "chats", tmp_path / "imported"
+    (chats / "Helena").mkdir(parents=True)
+    (chats / "Helena" / "one.jsonl").write_text(written(line("Robin", "Hello."), line("Helena", "Sit.")))
+    (chats / "Helena" / "greeting.jsonl").write_text(written(line("Helena", "Come in.")))
+    (chats / "group.jsonl").write_text(written(line("Borin", "Hm."), line("Robin", "Hello, Borin."), header={}))
+    (chats / "settings.json").write_text('{"power_user": {}}')
+    (chats / "broken.jsonl").write_text(written(line("Robin", "Hello.")) + "\n{oops")
+    take_in(server, written(line("Robin", "Out and in."), line("Helena", "Again.")), chat_id="x")
+    (chats / "export.json").write_text(json.dumps(export(server, "x")))
+    done = run_import(data, chats)
+    assert done.returncode == 2 and "3 chats; 6 messages are new, 0 were known. 1 of 5 files" in done.stderr
+    assert "broken.jsonl: line 3" in done.stderr and "Traceback" not in done.stderr
+    assert "chats" in done.stderr and "vectors" in done.stderr  # the bars
+    (chats / "broken.jsonl").unlink()
+    done = run_import(data, chats)
+    assert done.returncode == 0 and "3 chats; 0 messages are new, 6 were known." in done.stdout
+    memory = pm.PersonaMemory(pm.Settings(data=str(data)))
+    for row in memory.chats():
+        store = memory.chat(row["chat_id"])
+        assert len(store.vectors(memory.embedder.name, [n.fingerprint for n in store.tree.nodes.values()])) == 2
+    memory.close()
+
+
+def test_an_import_that_is_killed_goes_on_where_it_was(tmp_path):
+    """Killed after its first messages were written, run again: all of them, in one chat."""
+    data, file = tmp_path / "data", tmp_path / "long.jsonl"
+    file.write_text(long_file(3000))
+    with subprocess.Popen(command(data, file), env=clean_environment(None), stderr=subprocess.DEVNULL) as running:
+        wait_until(lambda: list(data.glob("chats/*/cache.db")) or running.poll() is not None, "the first chat")
+        running.kill()
+    memory = pm.PersonaMemory(pm.Settings(data=str(data)))
+    written_by_then = sum(row["messages"] for row in memory.chats())
+    (chat,) = memory.take_in(file.read_bytes(), embed=False)
+    assert (
+        chat["added"] <= 3000 - written_by_then
+        and chat["total"] == 3000
+        and [row["messages"] for row in memory.chats()] == [3000]
+    )
+    assert [m["content"] for m in memory.messages(chat["chat_id"], 2998)["messages"]] == [
+        "Line 2998 of the log: the lamp is lit.", "Line 2999 of the log: the lamp is lit.",
+    ]  # fmt: skip
+    memory.close()
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    """In one line."""
+    done = run_import(tmp_path / "data", tmp_path / "nowhere.jsonl")
+    assert done.returncode == 2 and "nowhere.jsonl" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------- files that are none
+
+GOOD = json.dumps(line("Robin", "Hello."))
+EXPORT = {
+    "format": "persona_memory",
+    "version": 1,
+    "chat": {"chat_id": "x"},
+    "messages": [],
+    "summaries": [],
+    "facts": [],
+}
+ROW = {"id": pm.message_id("", pm.message_digest("user", "Hi")), "parent": "", "role": "user", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "line 1"),
+        ("{", "line 1"),
+        ("[1, 2]", "line 1"),
+        ("{}", "line 1"),
+        ('{"a": 1}', "line 1"),
+        (f"{GOOD}\nnonsense", "line 2"),
+        (f"{GOOD}\n\n{{}}", "line 3"),
+        (f'{GOOD}\n{{"mes": 5}}', "line 2"),
+        (f'{GOOD}\n{{"mes": "x", "is_user": "yes"}}', "line 2"),
+        (f'{GOOD}\n{{"mes": "x", "swipes": "no"}}', "line 2"),
+        (f'{GOOD}\n{{"mes": "x", "extra": []}}', "line 2"),
+        (f'{GOOD}\n{{"mes": NaN}}', "line 2"),
+        (f"{GOOD}\n" + "[" * 100_000, "line 2"),
+        (f"{GOOD}\n".encode() + b"\xff\xfe", "line 2"),
+        ('{\n  "format": "persona_memory",\n  "version": oops\n}', "line 3"),
+        (json.dumps({**EXPORT, "version": 2}), "version"),
+        (json.dumps({**EXPORT, "format": "other"}), "neither"),
+        (json.dumps({**EXPORT, "chat": {}}), "chat.chat_id"),
+        (json.dumps({**EXPORT, "chat": {"chat_id": "x", "created": "now"}}), "chat.created"),
+        (json.dumps({**EXPORT, "messages": None}), "messages"),
+        (json.dumps({**EXPORT, "messages": [None]}), "messages[0]"),
+        (json.dumps({**EXPORT, "messages": [{}]}), "messages[0]"),
+        (json.dumps({**EXPORT, "messages": [{**ROW, "id": "0"}]}), "messages[0].id"),
+        (json.dumps({**EXPORT, "messages": [{**ROW, "role": "system"}]}), "messages[0].role"),
+        (json.dumps({**EXPORT, "messages": [{**ROW, "timestamp": "now"}]}), "messages[0].timestamp"),
+        (json.dumps({**EXPORT, "messages": [{**ROW, "confirmed": 1}]}), "messages[0].confirmed"),
+        (json.dumps({**EXPORT, "messages": [ROW, ROW]}), "messages[1]"),
+        (json.dumps({**EXPORT, "messages": [{**ROW, "parent": "0" * 32}]}), "messages[0]"),
+        (json.dumps({**EXPORT, "chat": {"chat_id": "x", "head": "gone"}}), "chat.head"),
+        (json.dumps({**EXPORT, "facts": [{"id": "f"}]}), "facts[0]"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_whole(shared_server, text, words):
+    """The error names the line or the field, and nothing is half imported."""
+    before = call(shared_server, "GET", "chats").json()
+    raw = text if isinstance(text, bytes) else text.encode()
+    answer = call(shared_server, "POST", "import", content=raw, params={"name": "a file.jsonl"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert answer.json()["error"]["message"].startswith("a file.jsonl: ") and words in answer.json()["error"]["message"]
+    assert call(shared_server, "GET", "chats").json() == before
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = ("name", "is_user", "is_system", "mes", "extra", "swipes", "swipe_id", "swipe_info", "send_date", "force_avatar")
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=10), max_size=4))
+def test_odd_lines_are_read_or_refused(rows):
+    """Whatever the lines hold, there is a chat or an error in words."""
+    try:
+        copy = pm.read_chat_file("\n".join(json.dumps(row) for row in rows).encode())
+    except pm.InvalidRequest as error:
+        assert str(error)
+    else:
+        pm.check_tree(copy.messages)
+        assert all(m.confirmed for m in copy.path)
+
+
+@given(st.dictionaries(st.sampled_from(list(EXPORT)), VALUES | st.just([ROW]) | st.just([{**ROW, "at": 1}])))
+def test_odd_exports_are_read_or_refused(parts):
+    """The same for exports."""
+    try:
+        pm.read_chat_file(json.dumps({**EXPORT, **parts}).encode())
+    except pm.InvalidRequest as error:
+        assert str(error)
+
+
+# ---------------------------------------------------------------------------- there and back
+
+SAID = st.text(
+    "abc\n .:\"'\u00e9\u2028\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"), min_size=1
+).filter(str.strip)
+
+
+@st.composite
+def trees(draw) -> list[dict]:
+    """Messages of a chat, parents first: branches, swipes, names, dates, replies that were cut off."""
+    rows: dict[str, pm.Message] = {}
+    for _ in range(draw(st.integers(1, 12))):
+        parent = draw(st.sampled_from(["", *rows]))
+        role, content = draw(st.sampled_from(pm.CHAT_ROLES)), draw(SAID)
+        key = pm.message_id(parent, pm.message_digest(role, content))
+        voice = draw(st.sampled_from([None, "Borin"])) if content.startswith("Borin: ") else None
+        made = pm.Message(
+            key, parent, role, content, draw(st.sampled_from([None, "Ann"])),
+            draw(st.sampled_from([None, "2024-07-12T21:30:12+02:00", "2024-07-12T21:30:12"])),
+            draw(st.floats(1e9, 2e9)), 0, role == "user" or draw(st.booleans()), draw(st.booleans()), None,
+            draw(st.booleans()), draw(st.booleans()), voice,
+        )  # fmt: skip
+        rows.setdefault(key, pm.edited(made, draw(SAID)) if draw(st.booleans()) else made)
+    return list(rows.values())
+
+
+class Shelf:
+    """An engine on an empty data folder, for one example."""
+
+    def __init__(self, folder: Path):
+        self.memory = pm.PersonaMemory(pm.Settings(data=str(folder), upstream="http://127.0.0.1:9/v1"))
+        self.memory._embed_later = lambda *_: None  # vectors are no part of an export
+
+    def __enter__(self) -> pm.PersonaMemory:
+        return self.memory
+
+    def __exit__(self, *_):
+        self.memory.close()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """New empty folders."""
+    return lambda: tmp_path_factory.mktemp("shelf")
+
+
+@effort(max_examples=25)
+@given(messages=trees(), data=st.data())
+def test_an_export_comes_back_as_it_was(folders, messages, data):
+    """Export, import into an empty folder, export: equal, whatever the tree."""
+    tip = data.draw(st.sampled_from(["", *(m.id for m in messages)]))
+    end = data.draw(st.sampled_from(messages)).id
+    told = {
+        "summaries": [pm.asdict(pm.new_summary(1, end, end, 0, 0, "They met.", 9, "user"))],
+        "facts": [pm.asdict(pm.Fact("f", "cat", "The cat is Miso.", "Miso", end, 0, 0, True, False))],
+    }
+    whole = {
+        "format": "persona_memory", "version": 1,
+        "chat": {"chat_id": "a/b", "explicit": data.draw(st.booleans()), "created": 1.5, "updated": 2.5,
+                 "character": "Helena", "shows_history": True, "head": tip},
+        "messages": [pm.asdict(m) for m in messages], **told,
+    }  # fmt: skip
+    with Shelf(folders()) as first, Shelf(folders()) as second:
+        first.take_in(json.dumps(whole).encode())
+        exported = first.export("a/b")
+        second.take_in(json.dumps(exported).encode())
+        assert second.export("a/b") == exported
+        assert second.take_in(json.dumps(exported).encode())[0]["added"] == 0
+        assert second.export("a/b") == exported
+    untouched = [{**m, "tokens": 0} for m in exported["messages"]]
+    whole["messages"] = [{**m, "tokens": 0} for m in whole["messages"]]
+    assert {**exported, "messages": untouched} == whole
+
+
+@st.composite
+def transcripts(draw) -> str:
+    """Chat files: one character or a group, swipes, dates."""
+    members = draw(st.sampled_from([["Helena"], ["Helena", "Borin"]]))
+    rows = []
+    for _ in range(draw(st.integers(1, 8))):
+        name = draw(st.sampled_from(["Robin", *members]))
+        swipes = draw(st.lists(SAID, min_size=1, max_size=3, unique_by=pm.normalise))
+        at = draw(st.integers(0, len(swipes) - 1))
+        more = {} if name == "Robin" else {"swipes": swipes, "swipe_id": at}
+        rows.append(line(name, swipes[at], send_date="July 12, 2024 9:30pm", **more))
+    rows.append(line("Robin", "Good night.", send_date="July 13, 2024 9:30am"))
+    group_chat = len(members) > 1 and any(row["name"] != "Robin" for row in rows)
+    return written(*rows, header={} if group_chat else None)
+
+
+@effort(max_examples=25)
+@given(text=transcripts())
+def test_a_chat_file_comes_back_as_it_was(folders, text):
+    """Import, export as a chat file, import elsewhere: the same messages with the same swipes, names and dates."""
+    with Shelf(folders()) as first, Shelf(folders()) as second:
+        (chat,) = first.take_in(text.encode())
+        back = first.export_transcript(chat["chat_id"])
+        (again,) = second.take_in(back.encode())
+        assert again == chat
+
+        def kept(memory):
+            rows = memory.export(chat["chat_id"])["messages"]
+            return [(m["id"], m["confirmed"], m["voice"], m["confirmed"] and m["timestamp"]) for m in rows]
+
+        assert kept(second) == kept(first)
+        assert second.export_transcript(chat["chat_id"]) == back
+
+
+SHAPE = ("is_user", "is_system", "mes", "swipes", "swipe_id")
+
+
+def test_a_chat_file_looks_as_the_client_writes_it(server):
+    """Header, names, dates, swipes with the chosen one: what the client itself would have kept."""
+    client = lived(server)
+    client.send("Good night.")
+    text = chat_file(server, client.answer.chat_id)
+    rows = [json.loads(row) for row in text.splitlines()]
+    own = [json.loads(row) for row in client.file().splitlines()]
+    assert rows[0]["user_name"] == "User" and len(rows) == len(own) - 1  # the last reply has not been shown yet
+    for row, expected in zip(rows[1:], own[1:-1], strict=True):
+        assert {k: row.get(k) for k in SHAPE} == {k: expected.get(k) for k in SHAPE}
+
+
+def test_an_export_in_a_format_that_is_none_is_refused(server):
+    """And so is one of a chat that is not there."""
+    (chat,) = take_in(server, written(line("Robin", "Hello.")))
+    assert call(server, "GET", f"chats/{chat['chat_id']}/export", params={"format": "pdf"}).status_code == 400
+    assert call(server, "GET", "chats/nobody/export").status_code == 404
