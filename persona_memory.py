@@ -1836,6 +1836,14 @@ def message_importance(text: str, reading: EmotionReading, known_names: Collecti
     return min(1.0, sum(weight * factors[name] for name, weight in IMPORTANCE_FACTORS.items()))
 
 
+@functools.lru_cache(maxsize=4096)
+def importance_alone(text: str, feeling: float) -> float:
+    """The same where every name is known, of a text that feels so much (1 - neutral); kept, as turns ask for the same
+    texts again and again."""
+    reading = EmotionReading("", feeling, {"neutral": 1 - feeling})
+    return message_importance(text, reading, names_in(text))
+
+
 MOOD_DECAY = 0.5  # what a message counts in the mood after each further one
 MOOD_FLOOR = 0.20  # probability from which on the strongest feeling is the mood, though neutral may be likelier
 MOOD_MARGIN = 0.05  # by which another feeling must be stronger than the mood, so that the mood does not flicker
@@ -2150,7 +2158,9 @@ class Tree:
         self.by_digest: dict[str, list[str]] = defaultdict(list)
         self.replies: dict[str, list[str]] = defaultdict(list)  # parent -> replies that no request has shown
         self.marked: set[str] = set()  # messages that a user has pinned, edited or forgotten
+        self.unshown: set[str] = set()  # messages that no request has shown
         self._inner: set[str] = set()  # messages with a confirmed message below them
+        self._trail: list[str] = []  # the path that was last walked: the next one is nearly the same
         self._confirmed = 0
 
     def put(self, message: Message, order: int) -> None:
@@ -2172,16 +2182,19 @@ class Tree:
             waiting.remove(message.id)
         if not message.confirmed:
             waiting.append(message.id)
+        (self.unshown.discard if message.confirmed else self.unshown.add)(message.id)
         marked = message.pinned or message.forgotten or message.shown is not None
         (self.marked.add if marked else self.marked.discard)(message.id)
 
     def path(self, tip: str) -> list[str]:
         """Ids from the chat's first message to `tip`; empty for the root."""
-        ids = []
-        while tip:
+        trail, ids = self._trail, []
+        while tip and trail[(depth := self.nodes[tip].depth) : depth + 1] != [tip]:
             ids.append(tip)
             tip = self.nodes[tip].parent
-        return ids[::-1]
+        path = trail[: self.nodes[tip].depth + 1 if tip else 0] + ids[::-1]
+        self._trail = path[:] if ids else trail
+        return path
 
     def ancestor(self, node: str, levels: int) -> str:
         """The message `levels` above, or the root."""
@@ -2912,7 +2925,11 @@ def shared_front(a: Sequence[str], b: Sequence[str]) -> int:
     end = min(len(a), len(b))
     if a[:end] == b[:end]:  # the usual case: a branch that has grown
         return end
-    return next(i for i in range(end) if a[i] != b[i])
+    low = 0
+    while end - low > 1:  # what is shared stands in front, so it can be halved
+        middle = (low + end) // 2
+        low, end = (middle, end) if a[low:middle] == b[low:middle] else (low, middle)
+    return low
 
 
 def running_max(values: np.ndarray, reach: int) -> np.ndarray:
@@ -2991,7 +3008,7 @@ class MemoryIndex:
         self._rows: dict[str, int] = {}  # text hash -> row number, for every text ever seen
         self._chunks: dict[str, int] = {}  # text hash -> how many vectors it takes
         self._uses: Counter[str] = Counter()  # text hash -> how often it stands on the branch
-        self._ids: list[str] = []  # the branch
+        self._nodes: list[Node] = []  # the branch
         self._hashes: list[str] = []
         self._traits = np.zeros((0, len(TRAITS)), np.float32)
         self._row_at = np.zeros(0, np.int64)
@@ -2999,24 +3016,25 @@ class MemoryIndex:
         self._days = np.zeros(0)
         self.speakers: dict[str, str] = {}  # in lower case -> role
         self._dense: Any = None
-        self._dense_rows: list[int] = []  # place in the FAISS index -> row number
+        self._dense_rows = np.zeros(0, np.int64)  # place in the FAISS index -> row number
         self._places: dict[str, int] = {}  # vector key -> place in the FAISS index
         self._whole: set[str] = set()  # texts that have all their vectors
-        self._bare: set[str] = set()  # texts on the branch that have not
+        self._bare: dict[str, None] = {}  # texts on the branch that have not, in the branch's order
         self.scale = (1.0, 0.0)  # of the cosines, see Embedder
 
     def follow(self, nodes: Sequence[Node], read: Callable[[list[str]], Sequence[Message]]) -> None:
         """Makes the index that of a branch; `read` gives the messages of the ids that are new to it."""
-        ids, texts = [n.id for n in nodes], [n.fingerprint for n in nodes]
-        kept = min(shared_front(self._ids, ids), shared_front(self._hashes, texts))  # a user may have edited one
+        kept = shared_front(self._nodes, nodes)
+        if kept == len(nodes) == len(self._nodes):
+            return
         gone, self._hashes = self._hashes[kept:], self._hashes[:kept]
-        self._ids = ids[:kept]
         for name in ("_traits", "_row_at", "_speaker_at", "_days"):
             setattr(self, name, getattr(self, name)[:kept])
-        messages = read(ids[kept:]) if kept < len(ids) else []
-        hashes = texts[kept:]
+        fresh, self._nodes = nodes[kept:], list(nodes)
+        messages = read([n.id for n in fresh]) if fresh else []
+        hashes = [n.fingerprint for n in fresh]
         self._swap_words(gone, dict(zip(hashes, messages, strict=True)))
-        self._append(ids[kept:], hashes, messages)
+        self._append(hashes, messages)
 
     def _swap_words(self, gone: Sequence[str], come: Mapping[str, Message]) -> None:
         """Takes texts off the lexical table, and puts others on it."""
@@ -3032,12 +3050,11 @@ class MemoryIndex:
         self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
         for text_hash in left:
             del self._uses[text_hash]
-            self._bare.discard(text_hash)
+            self._bare.pop(text_hash, None)
         self._chunks.update((h, len(embedded_texts(m))) for h, m in come.items())
-        self._bare.update(h for h in come if h not in self._whole)
+        self._bare.update((h, None) for h in come if h not in self._whole)
 
-    def _append(self, ids: Sequence[str], hashes: Sequence[str], messages: Sequence[Message]) -> None:
-        self._ids.extend(ids)
+    def _append(self, hashes: Sequence[str], messages: Sequence[Message]) -> None:
         self._hashes.extend(hashes)
         self._uses.update(hashes)
         if not messages:
@@ -3067,15 +3084,16 @@ class MemoryIndex:
         if fresh:
             self._places.update((k, self._dense.ntotal + i) for i, (k, _) in enumerate(fresh))
             self._dense.add(np.stack([v for _, v in fresh]))
-            self._dense_rows.extend(self._rows[text_of_key(k)] for k, _ in fresh)
+            rows = [self._rows[text_of_key(k)] for k, _ in fresh]
+            self._dense_rows = np.concatenate([self._dense_rows, rows])
             touched = {text_of_key(k) for k, _ in fresh}
             self._whole.update(h for h in touched if all(key in self._places for key in self.keys_of([h])))
-            self._bare -= self._whole
+            self._bare = {h: None for h in self._bare if h not in self._whole}
 
     @property
     def bare(self) -> list[str]:
         """The texts on the branch that lack a vector, each once, oldest first."""
-        return [h for h in dict.fromkeys(self._hashes) if h in self._bare] if self._bare else []
+        return list(self._bare)
 
     def without_vector(self, hashes: Iterable[str]) -> list[str]:
         """The hashes that lack a vector, each once."""
@@ -3135,7 +3153,7 @@ class MemoryIndex:
             return scores
         found = self._flat() @ query  # FAISS's search would sort all messages, and every one's score is wanted
         best = np.full(len(scores), -1.0, np.float32)
-        np.maximum.at(best, np.array(self._dense_rows), found)
+        np.maximum.at(best, self._dense_rows, found)
         factor, summand = self.scale
         return np.where(best > -1, factor * best + summand, scores).astype(np.float32)
 
@@ -6426,6 +6444,18 @@ def in_part(
     return replace(memory, excerpt=best_excerpt(memory.message.content, query.words, evidence.rarity, cosines))
 
 
+def newest_of(hashes: Sequence[str], nodes: Sequence[Node]) -> dict[str, str]:
+    """The newest message of each of those texts; they are looked for from a branch's end, where they usually are."""
+    found: dict[str, str] = {}
+    wanted = set(hashes)
+    for node in reversed(nodes):
+        if len(found) == len(wanted):
+            break
+        if node.fingerprint in wanted:
+            found.setdefault(node.fingerprint, node.id)
+    return found
+
+
 def alike(texts: Sequence[str], vectors: Sequence[np.ndarray]) -> bool:
     """Whether two texts are near-duplicates; a vector (zeros: none) speaks for a text that it is the whole of."""
     whole = all(len(text) <= CHUNK and vector.any() for text, vector in zip(texts, vectors, strict=True))
@@ -6435,7 +6465,14 @@ def alike(texts: Sequence[str], vectors: Sequence[np.ndarray]) -> bool:
 def twin_of(index: MemoryIndex, memories: Sequence[Memory]) -> Callable[[int, int], bool]:
     """Tells of two of those memories, by their places, whether they are near-duplicates."""
     texts, vectors = [m.message.content for m in memories], index.vectors([m.message.fingerprint for m in memories])
-    return lambda a, b: alike([texts[a], texts[b]], [vectors[a], vectors[b]])
+    near, there = vectors @ vectors.T, vectors.any(axis=1)
+    whole = [len(text) <= CHUNK and bool(known) for text, known in zip(texts, there, strict=True)]
+
+    def twins(a: int, b: int) -> bool:
+        """Whether the memories at two places are near-duplicates."""
+        return says_the_same(texts[a], texts[b], float(near[a, b]) if whole[a] and whole[b] else None)
+
+    return twins
 
 
 class PersonaMemory:
@@ -6870,7 +6907,7 @@ class PersonaMemory:
     def _hang(self, store: ChatStore, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], list[str]]:
         """What of a transcript must be written (new messages, and stored ones whose state changes), and its branch."""
         path = store.tree.path(alignment.base)
-        unseen = [i for i in path if not store.tree.is_confirmed(i)]
+        unseen = [i for i in path if i in store.tree.unshown]
         messages = [replace(m, confirmed=True) for m in store.read(unseen)]
         for turn in request.turns[alignment.skipped :]:
             parent = path[-1] if path else ROOT
@@ -6970,7 +7007,7 @@ class PersonaMemory:
         """The query's vector, computed together with the newest message's and a few that are missing; and what was
         missing."""
         missing = index.bare
-        by_hash = {n.fingerprint: n.id for n in reversed(nodes)} if missing else {}
+        by_hash = newest_of(missing, nodes)
         at_once = [h for h in missing if h == turn.fingerprint or h in missing[-ENCODED_AT_ONCE:]]
         left = len(missing) - len(at_once)
         degraded = f"{left} messages not embedded yet" if left else ""
@@ -7008,7 +7045,7 @@ class PersonaMemory:
             row = {name: float(values[i]) for name, values in scores.items()}
             memory = Memory(message, nodes[i].depth, row.pop("score"), row)
             # Whether a name was new then is not asked here: it would take the names of all messages before.
-            matters = message_importance(message.content, reading, names_in(message.content))
+            matters = importance_alone(clip(message.content), round(1 - reading.scores["neutral"], 3))
             given = {"emotion": emotion_match(now, reading), "importance": matters, "recency": i / len(nodes)}
             memories.append(nudged(memory, given))
         return sorted(memories, key=lambda m: -m.score)
