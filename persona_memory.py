@@ -4013,18 +4013,26 @@ def lay_out_window(
     persona, response = sum(message_tokens(m) for m in request.persona), int(shares[3] * context)
     left = max(0, context - response - persona - sum(message_tokens(m) for m in request.tail))
     recalled = int(RECALLED_SHARE * shares[1] * context)
-    memories = min(story + recalled, int(shares[1] * context), left)
-    budget = Budget(persona, memories, left - memories, response)
-    fits = min(tail_start(sizes, budget.history), len(sizes) - 1)
+    layout = Layout(Budget(persona, 0, left, response), 0, request.newest_user, 0, 0, recalled, window=tuple(sizes))
+    return with_memories(layout, min(story + recalled, int(shares[1] * context)))
+
+
+def with_memories(layout: Layout, tokens: int) -> Layout:
+    """A window's layout when story and memories take so many tokens of it."""
+    left, sizes = layout.budget.memories + layout.budget.history, layout.window
+    tokens = min(tokens, left)
+    fits = min(tail_start(sizes, left - tokens), len(sizes) - 1)
     anchor = next((i for i in range(fits, len(sizes)) if sizes[i]), len(sizes))
-    leaving = max(anchor, tail_start(sizes, budget.history // 2)) if fits else anchor
-    pivot = request.newest_user
-    if pivot is not None and above + pivot < anchor:
-        pivot = None
     history = sum(sizes[anchor:])
-    hidden = frozenset(i for i in range(anchor, len(sizes)) if not sizes[i])
-    return Layout(
-        budget, anchor, pivot, history, max(0, left - history), min(recalled, memories), leaving, hidden, tuple(sizes)
+    return replace(
+        layout,
+        budget=replace(layout.budget, memories=tokens, history=left - tokens),
+        anchor=anchor,
+        history_tokens=history,
+        room=max(0, left - history),
+        recalled=min(layout.recalled, tokens),
+        leaving=max(anchor, tail_start(sizes, (left - tokens) // 2)) if fits else anchor,
+        hidden=frozenset(i for i in range(anchor, len(sizes)) if not sizes[i]),
     )
 
 
@@ -6232,6 +6240,9 @@ class PersonaMemory:
             leads = request.persona or layout.anchor < above or layout.window
             story = self._story(store, path, first + layout.anchor, story_budget) if leads else Story()
             plan = StoryPlan(path[-1], first, first + layout.leaving, story_tokens(context, self.shares), context)
+            if layout.window:  # what the story leaves of its share lets in more of the chat, which needs no telling
+                layout = with_memories(layout, story.tokens + layout.recalled)
+                story = self._story(store, path, layout.anchor, story_budget)
             layout = replace(layout, room=layout.room - story.tokens)
             memories, degraded = self._recall(store, request, nodes, layout, {f.message for f in story.facts})
             if layout.window:
@@ -7545,7 +7556,7 @@ async function modelAddress() {
     return REVERSIBLE.includes(chosen?.chat_completion_source) ? chosen.reverse_proxy : '';
 }
 
-/** SillyTavern before 1.12.8 does not give the connection's settings in its context. */
+/** Older versions of SillyTavern do not give the connection's settings in their context. */
 function olderSettings() {
     return import('../../../openai.js').then((module) => module.oai_settings, () => null);
 }
@@ -7659,7 +7670,7 @@ async function remember(_chat, contextSize, _abort, type) {
         if (!(error instanceof Late)) return serverFailed(error);
         // A long chat that is new to it takes its time once. The reply does not wait for the answer to this.
         showStatus(false, 'Too late for this reply: the server is reading the chat.');
-        call('/health').catch(serverFailed);
+        call('/api/modules').catch(serverFailed);
     }
 }
 
@@ -7814,9 +7825,9 @@ function change(name, value) {
 async function lookAtServer() {
     if (!settings().enabled) return showStatus(null, 'Off.');
     try {
-        const health = await call('/health'); // never needs the key; the next call does
+        const health = await call('/health').catch(() => ({})); // inside SillyTavern-Extras there is none
         state.proxy = Boolean(health.proxy);
-        await call('/api/modules');
+        await call('/api/modules'); // needs the key
         serverAnswered();
         const proxied = isProxy(await modelAddress());
         const way = proxied ? 'chats go through the proxy' : 'memories are placed in the prompt';
@@ -8123,7 +8134,7 @@ def unremembered(exchange: Exchange) -> flask.Response:
 
 def passed_through(exchange: Exchange) -> flask.Response:
     """The request's bytes to the upstream, its answer's bytes back."""
-    raw, memory, call = flask.request.get_data(), exchange.memory, exchange.call
+    raw, memory, call = without_identity(flask.request.get_data()), exchange.memory, exchange.call
 
     def parts() -> Iterator[Any]:
         with memory.upstream.forward(raw, call) as reply:
@@ -8145,6 +8156,14 @@ def passed_through(exchange: Exchange) -> flask.Response:
             hidden(b"".join(chunks).decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape"),
         )
     return flask.Response(chunks, reply.status, headers | {"X-Persona-Memory": "off"})
+
+
+def without_identity(raw: bytes) -> bytes:
+    """The request's bytes; without our own field where it has one, which upstreams may refuse."""
+    body = request_json() if b'"persona_memory"' in raw else None
+    if not isinstance(body, dict) or "persona_memory" not in body:
+        return raw
+    return json.dumps({k: v for k, v in body.items() if k != "persona_memory"}).encode()
 
 
 def raw_chunks(relay: Relay) -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from urllib.parse import quote
 
 import httpx
@@ -170,6 +171,8 @@ def test_the_story_so_far_stands_behind_the_main_prompt(tmp_path, shared_upstrea
     assert "(#1-" in story["text"]
     assert first["report"]["summaries"] > 0
     assert story in second["injections"]
+    last = max(int(end) for end in re.findall(r"^\(#\d+-(\d+)\)", story["text"], re.MULTILINE))
+    assert last <= first["report"]["hidden"]
     assert shared_upstream.requests == []
 
 
@@ -346,6 +349,14 @@ def test_the_upstream_sees_nothing_of_the_identity(shared_server, upstream, chat
     assert reply.chat_id == chat_id
     assert "persona_memory" not in upstream.last["body"]
     assert [row["character"] for row in chats(shared_server) if row["chat_id"] == chat_id] == ["Mira"]
+
+
+def test_a_request_that_passes_by_memory_leaves_its_identity_behind(shared_server, upstream, chat_id):
+    body = {"model": "m", "messages": [ASKED], "persona_memory": {"chat_id": chat_id}, "top_k": 40}
+    off = {"X-Persona-Memory": "off"}
+    answer = httpx.post(f"{shared_server.url}/v1/chat/completions", json=body, headers=off, timeout=TIMEOUT)
+    assert answer.headers["X-Persona-Memory"] == "off"
+    assert upstream.last["body"] == {"model": "m", "messages": [ASKED], "top_k": 40}
 
 
 def chats(server) -> list[dict]:
