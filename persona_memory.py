@@ -442,9 +442,9 @@ class Turn:
     name: str | None
     digest: str
     before: tuple[dict, ...] = ()
+    voice: str | None = None  # who speaks, where the text itself begins with that name
     timestamp: str | None = None  # ISO 8601, where the client gives one
     hidden: bool = False  # part of the chat, but not of the client's prompt
-    voice: str | None = None  # who speaks, where the text itself begins with that name
 
     @property
     def fingerprint(self) -> str:
@@ -8556,6 +8556,8 @@ def add_hooks(app: flask.Flask, memory: PersonaMemory, secure: bool) -> None:
     """
     hooks = flask.Blueprint("persona_memory", __name__)  # what is set on it acts on its own routes alone
     hooks.register_blueprint(api)
+    hooks.add_url_rule("/health", view_func=health)  # the extension asks for it
+    hooks.add_url_rule("/extension.zip", view_func=extension_download)
     hooks.register_error_handler(Exception, show_error)
     if not secure:
         hooks.before_request(check_as_guest)
@@ -8611,9 +8613,8 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: 
     known |= environ
     named = {f.name: known.get(variable_of(f.name)) for f in fields(Settings)}
     values = {name: parse_setting(name, text) for name, text in named.items() if text}
-    given = vars(argument_parser().parse_args(argv))
-    given = {name: given[name] for name in named if given[name] is not None}
-    values |= {k: v if isinstance(v, bool) else parse_setting(k, v) for k, v in given.items()}
+    given = {k: v for k, v in vars(argument_parser().parse_args(argv)).items() if k not in ACTIONS}
+    values |= {k: v if isinstance(v, bool) else parse_setting(k, v) for k, v in given.items() if v is not None}
     gemini_key = next((known[k] for k in GEMINI_KEY_VARIABLES if known.get(k)), "")
     values["upstream"] = values.get("upstream") or ("gemini" if gemini_key else "local")
     if values["upstream"] == "gemini":
@@ -8645,30 +8646,31 @@ def checked(settings: Settings) -> Settings:
 # ---------------------------------------------------------------------------------------------------------- importing
 
 
-def import_files(settings: Settings, names: Sequence[str]) -> int:
-    """Takes in chat files and exports, folders with all below them; returns the exit status.
+def import_files(settings: Settings, names: Sequence[str]) -> str:
+    """Takes in chat files and exports, folders with all below them. Raises `InvalidRequest` at the end where a file
+    could not be read.
 
     Interrupted, it can be run again: what is there is found, what is missing is added.
     """
-    memory, counts, chats, status = PersonaMemory(settings), Counter(), {}, 0
+    memory, counts, chats = PersonaMemory(settings), Counter(), {}
     try:
-        for file in tqdm(list(itertools.chain(*map(chat_files, names))), "chats", unit="file"):
+        files = list(itertools.chain(*map(chat_files, names)))
+        for file in tqdm(files, "chats", unit="file"):
             try:
                 for line in memory.take_in(file.read_bytes(), embed=False):
                     counts.update(added=line["added"], total=line["total"])
                     chats[line["chat_id"]] = True
             except (InvalidRequest, StoreError, OSError) as error:
                 tqdm.write(f"{file}: {error}", sys.stderr)
-                status = 1
-        known = counts["total"] - counts["added"]
-        print(f"{len(chats)} chats; {counts['added']} messages are new, {known} were known.", flush=True)
+                counts["failed"] += 1
         embed_chats(memory, chats)
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here.", file=sys.stderr)
-        return 130
     finally:
         memory.close()
-    return status
+    known = counts["total"] - counts["added"]
+    told = f"{len(chats)} chats; {counts['added']} messages are new, {known} were known."
+    if counts["failed"]:
+        raise InvalidRequest(f"{told} {counts['failed']} of {len(files)} files could not be read.")
+    return told
 
 
 def chat_files(name: str) -> list[Path]:
@@ -8733,8 +8735,8 @@ def init_extras(app: flask.Flask, modules: list[str] | None = None, secure: bool
     return memory
 
 
-def install_extras(settings: Settings, folder: str) -> int:
-    """Makes this file a module of the SillyTavern-Extras in a folder; gives the exit status, raises `SettingsError`."""
+def install_extras(_: Settings, folder: str) -> str:
+    """Makes this file a module of the SillyTavern-Extras in a folder; raises `SettingsError`."""
     server, module = extras_files(folder)
     before = server.read_bytes()
     bare = BLOCK_PATTERN.sub(b"", before)
@@ -8748,16 +8750,15 @@ def install_extras(settings: Settings, folder: str) -> int:
         server.write_bytes(wired)
     if module.resolve() != Path(__file__).resolve():
         shutil.copyfile(__file__, module)
-    print(
+    return (
         f"Installed as {module}; {server} is wired, its old self is {backup_of(server).name}.\n"
         f"In the environment that runs it: python -m pip install -r {HERE / 'requirements.txt'}\n"
         "Then start it with persona_memory among its modules: python server.py --enable-modules=persona_memory,..."
     )
-    return 0
 
 
-def uninstall_extras(settings: Settings, folder: str) -> int:
-    """Takes this file out of a SillyTavern-Extras again; chats stay. As `install_extras`."""
+def uninstall_extras(_: Settings, folder: str) -> str:
+    """Takes this file out of a SillyTavern-Extras again; chats stay. Raises `SettingsError`."""
     server, module = extras_files(folder)
     bare = BLOCK_PATTERN.sub(b"", server.read_bytes())
     server.write_bytes(bare)
@@ -8766,8 +8767,7 @@ def uninstall_extras(settings: Settings, folder: str) -> int:
         backup.unlink()
     for made in (module, *(module.parent / "__pycache__").glob(f"{module.stem}.*.pyc")):
         made.unlink(missing_ok=True)
-    print(f"{server} is as it was. Chats, if any, are kept in {module.parent / 'data'}.")
-    return 0
+    return f"{server} is as it was. Chats, if any, are kept in {module.parent / 'data'}."
 
 
 def extras_files(folder: str) -> tuple[Path, Path]:
@@ -8783,7 +8783,7 @@ def backup_of(server: Path) -> Path:
     return server.with_name(f"{server.name}.before-persona_memory")
 
 
-# ------------------------------------------------------------------------------------- SillyTavern's own extensions
+# -------------------------------------------------------------------------------------------- the SillyTavern extension
 
 
 def extension_homes(root: Path) -> list[Path]:
@@ -8827,9 +8827,8 @@ def is_ours(home: Path) -> bool:
     return read_json_file(home / "manifest.json").get("generate_interceptor") == "personaMemoryInterceptor"
 
 
-def install_extension(settings: Settings, folder: str) -> int:
-    """Writes the extension's files into a SillyTavern, over an older version of them; gives the exit status, raises
-    `SettingsError`."""
+def install_extension(settings: Settings, folder: str) -> str:
+    """Writes the extension's files into a SillyTavern, over an older version of them; raises `SettingsError`."""
     address = f"http://{settings.host}:{settings.port}"
     homes = extension_homes(Path(folder))
     for home in homes:
@@ -8839,59 +8838,58 @@ def install_extension(settings: Settings, folder: str) -> int:
         for name, content in extension_files(address).items():
             (home / name).write_bytes(content)
     places = "\n".join(f"  {home}" for home in homes)
-    print(f"The extension for {address} is in\n{places}\nReload SillyTavern's page to use it.")
-    return 0
+    return f"The extension for {address} is in\n{places}\nReload SillyTavern's page to use it."
 
 
-def uninstall_extension(settings: Settings, folder: str) -> int:
-    """Removes the extension's files from a SillyTavern, and nothing else; as `install_extension`."""
+def uninstall_extension(_: Settings, folder: str) -> str:
+    """Removes the extension's files from a SillyTavern, and nothing else; raises `SettingsError`."""
     gone = [home for home in extension_homes(Path(folder)) if not home.is_symlink() and is_ours(home)]
     for home in gone:
         for name in extension_files(""):
             (home / name).unlink(missing_ok=True)
         if not any(home.iterdir()):
             home.rmdir()
-    places = [f"  {home}" for home in gone]
-    print("\n".join(["The extension was removed from", *places]) if gone else f"The extension is not in {folder}.")
-    return 0
+    if not gone:
+        return f"The extension is not in {folder}."
+    return "\n".join(["The extension was removed from", *(f"  {home}" for home in gone)])
 
 
-# ------------------------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------------------------- actions
 
 
 @dataclass(frozen=True)
 class Action:
-    """Something to do instead of serving: what its flag takes, and what it does with that; gives the exit status."""
+    """Something that the program does instead of serving: what its argument is (`many`: or are), its help, and what
+    runs it and returns a sentence for the user."""
 
-    run: Callable[[Settings, Any], int]
-    metavar: str
+    argument: str
     help: str
+    run: Callable[[Settings, Any], str]
     many: bool = False
 
 
 ACTIONS = {
-    "import": Action(import_files, "FILE", "take in SillyTavern chat files and exports, or folders of them", many=True),
-    "install-extras": Action(install_extras, "DIR", "become a module of the SillyTavern-Extras in that folder"),
-    "uninstall-extras": Action(uninstall_extras, "DIR", "take the module out of it again"),
-    "install-extension": Action(install_extension, "DIR", "put the extension into the SillyTavern in that folder"),
-    "uninstall-extension": Action(uninstall_extension, "DIR", "take the extension out of it again"),
+    "import": Action("FILE", "take in SillyTavern chat files and exports, or folders of them", import_files, many=True),
+    "install_extras": Action("DIR", "become a module of the SillyTavern-Extras in that folder", install_extras),
+    "uninstall_extras": Action("DIR", "take the module out of it again", uninstall_extras),
+    "install_extension": Action(
+        "DIR", "put the SillyTavern extension into the SillyTavern in that folder", install_extension
+    ),
+    "uninstall_extension": Action("DIR", "take the SillyTavern extension out of it again", uninstall_extension),
 }
 
 
-def action_of(argv: Sequence[str]) -> Callable[[Settings], int] | None:
-    """What the command line asks for instead of serving."""
+def act(settings: Settings, argv: Sequence[str]) -> bool:
+    """Does what the command line asks for instead of serving; returns whether there was anything. Raises
+    `SettingsError`."""
     given = vars(argument_parser().parse_args(argv))
-    name = next((name for name in ACTIONS if given[name]), None)
-    return name and (lambda settings: ACTIONS[name].run(settings, given[name]))
-
-
-def act(action: Callable[[Settings], int], settings: Settings) -> int:
-    """Does what the command line asks for; returns the exit status."""
-    try:
-        return action(settings)
-    except (PersonaMemoryError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    wanted = [(action, given[name]) for name, action in ACTIONS.items() if given[name] is not None]
+    for action, value in wanted:
+        try:
+            print(action.run(settings, value))
+        except OSError as error:
+            raise SettingsError(f"That did not work: {error}.") from error
+    return bool(wanted)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -8910,7 +8908,7 @@ def argument_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("instead of serving")
     for name, action in ACTIONS.items():
         many = {"nargs": "+"} if action.many else {}
-        group.add_argument(f"--{name}", dest=name, metavar=action.metavar, help=action.help, **many)
+        group.add_argument(flag_of(name), metavar=action.argument, help=action.help, **many)
     return parser
 
 
@@ -8946,19 +8944,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(argv, os.environ, HERE / ".env")
         set_up_log(settings)
-        action = action_of(argv)
-        server = None if action else create_server(settings, patience=START_PATIENCE)
+        if act(settings, argv):
+            return 0
+        server = create_server(settings, patience=START_PATIENCE)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
     except OSError as error:
         print(
             f"Cannot listen on {settings.host}:{settings.port}: {error}. Is it running already? --port takes another.",
             file=sys.stderr,
         )
         return 2
-    if action:
-        return act(action, settings)
     greeting = start_text(settings, server.effective_port)
     if settings.log_format == "json":
         log_event("started", greeting, port=int(server.effective_port))

@@ -1,12 +1,14 @@
 """Chat files and exports: an import is the chat as it would have been lived through; an export comes back as it was."""
 
 import json
+import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 
 import httpx
 import pytest
-from fakes import PATIENCE, LocalServer, branch_texts, settings
+from fakes import PATIENCE, PROGRAM, LocalServer, branch_texts, clean_environment, settings, wait_until
 from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
@@ -358,6 +360,80 @@ def test_names_in_front_of_texts_are_speakers_in_groups_only():
     assert turns_of("Helena: hi", "Helena: hm", leading="Be her.") == [None, None]
     assert turns_of("Helena: hi", "Well: hm", "no name", leading="Be her.") == [None, None, None]
     assert turns_of("Helena: ", "Borin: x", leading=opening) == [None, "Borin"]
+
+
+# ---------------------------------------------------------------------------- from the command line
+
+
+def command(data: Path, *names) -> list[str]:
+    """The program's own command for an import."""
+    return [sys.executable, str(PROGRAM), "--data", str(data), "--import", *map(str, names)]
+
+
+def run_import(data: Path, *names) -> subprocess.CompletedProcess:
+    """An import that is waited for."""
+    return subprocess.run(
+        command(data, *names), env=clean_environment(None), capture_output=True, text=True, timeout=PATIENCE
+    )
+
+
+def long_file(count: int) -> str:
+    """A chat file of so many messages."""
+    return written(
+        *(line("Robin" if n % 2 else "Helena", f"Line {n} of the log: the lamp is lit.") for n in range(count))
+    )
+
+
+def test_a_folder_of_chats_is_imported(tmp_path, server):
+    """Chat files, group files and exports, however deep; other JSON is passed over, broken files are named."""
+    chats, data = tmp_path / "chats", tmp_path / "imported"
+    (chats / "Helena").mkdir(parents=True)
+    (chats / "Helena" / "one.jsonl").write_text(written(line("Robin", "Hello."), line("Helena", "Sit.")))
+    (chats / "Helena" / "greeting.jsonl").write_text(written(line("Helena", "Come in.")))
+    (chats / "group.jsonl").write_text(written(line("Borin", "Hm."), line("Robin", "Hello, Borin."), header={}))
+    (chats / "settings.json").write_text('{"power_user": {}}')
+    (chats / "broken.jsonl").write_text(written(line("Robin", "Hello.")) + "\n{oops")
+    take_in(server, written(line("Robin", "Out and in."), line("Helena", "Again.")), chat_id="x")
+    (chats / "export.json").write_text(json.dumps(export(server, "x")))
+    done = run_import(data, chats)
+    assert done.returncode == 2 and "3 chats; 6 messages are new, 0 were known. 1 of 5 files" in done.stderr
+    assert "broken.jsonl: line 3" in done.stderr and "Traceback" not in done.stderr
+    assert "chats" in done.stderr and "vectors" in done.stderr  # the bars
+    (chats / "broken.jsonl").unlink()
+    done = run_import(data, chats)
+    assert done.returncode == 0 and "3 chats; 0 messages are new, 6 were known." in done.stdout
+    memory = pm.PersonaMemory(pm.Settings(data=str(data)))
+    for row in memory.chats():
+        store = memory.chat(row["chat_id"])
+        assert len(store.vectors(memory.embedder.name, [n.fingerprint for n in store.tree.nodes.values()])) == 2
+    memory.close()
+
+
+def test_an_import_that_is_killed_goes_on_where_it_was(tmp_path):
+    """Killed after its first messages were written, run again: all of them, in one chat."""
+    data, file = tmp_path / "data", tmp_path / "long.jsonl"
+    file.write_text(long_file(3000))
+    with subprocess.Popen(command(data, file), env=clean_environment(None), stderr=subprocess.DEVNULL) as running:
+        wait_until(lambda: list(data.glob("chats/*/cache.db")) or running.poll() is not None, "the first chat")
+        running.kill()
+    memory = pm.PersonaMemory(pm.Settings(data=str(data)))
+    written_by_then = sum(row["messages"] for row in memory.chats())
+    (chat,) = memory.take_in(file.read_bytes(), embed=False)
+    assert (
+        chat["added"] <= 3000 - written_by_then
+        and chat["total"] == 3000
+        and [row["messages"] for row in memory.chats()] == [3000]
+    )
+    assert [m["content"] for m in memory.messages(chat["chat_id"], 2998)["messages"]] == [
+        "Line 2998 of the log: the lamp is lit.", "Line 2999 of the log: the lamp is lit.",
+    ]  # fmt: skip
+    memory.close()
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    """In one line."""
+    done = run_import(tmp_path / "data", tmp_path / "nowhere.jsonl")
+    assert done.returncode == 2 and "nowhere.jsonl" in done.stderr and "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------------------- files that are none

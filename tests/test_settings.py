@@ -47,7 +47,7 @@ def test_the_http_table_lists_the_routes_of_the_code(tmp_path):
 
 def test_every_flag_and_variable_that_the_readme_names_exists():
     """The prose names no option that the code does not have."""
-    flags = {pm.flag_of(n) for n in NAMES} | {f"--{name}" for name in pm.ACTIONS}
+    flags = {pm.flag_of(n) for n in (*NAMES, *pm.ACTIONS)}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= flags
     assert set(re.findall(r"PERSONA_MEMORY_[A-Z_]+", README + EXAMPLE)) == {pm.variable_of(n) for n in NAMES}
 
