@@ -6501,6 +6501,7 @@ class PersonaMemory:
         if not located:
             return store, Alignment()
         self._copy_branch(*located, store)
+        store.commit(info={"family": family_of(located[0])})
         return store, place_transcript(store, request) if request.identity.complete else located[1]
 
     def _in_parent(self, request: ChatRequest) -> tuple[ChatStore, Alignment] | None:
@@ -6715,7 +6716,7 @@ class PersonaMemory:
         room = min(layout.room, layout.recalled) - sum(map(memory_cost, memories))
         room = min(room, int(CARRIED_SHARE * layout.recalled)) - 2 * memory_frame_tokens() - GUIDANCE_TOKENS
         try:
-            others = self._others_of(store.info.get("character"), store.id)
+            others = self._others_of(store)
             if not others or layout.pivot is None or room <= 0:
                 return []
             turn = request.turns[layout.pivot]
@@ -6728,12 +6729,18 @@ class PersonaMemory:
             log_event("carry_over_failed", words, level=logging.WARNING, trace=True, chat=store.id)
             return []
 
-    def _others_of(self, character: str | None, chat_id: str) -> list[str]:
-        """The chats with a character that a chat may recall from; none unless the user has said so."""
+    def _others_of(self, store: ChatStore) -> list[str]:
+        """The chats with the same character that a chat may recall from; none unless the user has said so.
+
+        Not those that it was branched off, nor their branches: what is told otherwise there never happened here.
+        """
+        character = store.info.get("character")
         if not character or not self.shelf.character(character).get("carry_over"):
             return []
         named = (line["chat_id"] for line in self.shelf.chats() if line["character"] == character)
-        return [other for other in named if other != chat_id][:CARRIED_CHATS]
+        opened = (self.shelf.get(chat_id) for chat_id in named if chat_id != store.id)
+        others = (other.id for other in opened if other and family_of(other) != family_of(store))
+        return list(itertools.islice(others, CARRIED_CHATS))
 
     def _found_in(self, chat_id: str, turn: Turn, patience: float) -> list[tuple[Memory, np.ndarray | None]]:
         """What a chat's current branch remembers of a turn, with the memories' vectors."""
@@ -7292,6 +7299,11 @@ def emotion_rows(nodes: Sequence[Node], messages: Sequence[Message], readings: S
 def reason_of(error: Exception) -> str:
     """What went wrong, in the few words that a header has room for."""
     return str(error) if isinstance(error, PersonaMemoryError) else type(error).__name__
+
+
+def family_of(store: ChatStore) -> str:
+    """The id of the chat that a chat and its relatives were branched off in the end; its own where there is none."""
+    return store.info.get("family", store.id)
 
 
 def shown_again(old: Message, new: Message) -> Message:

@@ -220,6 +220,19 @@ def test_a_branch_adopts_what_its_parent_knows(hook, chat_id):
     assert branch_texts(hook.url, chat_id) == [m["content"] for m in LONG]
 
 
+def test_a_branch_does_not_carry_over_what_its_parent_did_later(hook, chat_id):
+    character = f"{chat_id} Mira"
+    later = [line("user", "The password of the northern gate is nightshade now."), line("assistant", "So be it.")]
+    inject(hook, chat_id, [*filler(2), *later], character=character)
+    inject(hook, f"{chat_id}-other", [*LONG[:2], *filler(2)], character=character)
+    url = f"{hook.url}/api/persona_memory/characters/{quote(character)}"
+    httpx.patch(url, json={"carry_over": True}, timeout=TIMEOUT).raise_for_status()
+    branch = {"character": character, "parent_chat_id": chat_id}
+    answer = inject(hook, f"{chat_id}-child", [*filler(2), ASKED], **branch)
+    assert ELVEN in recalled(answer)
+    assert "nightshade" not in texts(answer)
+
+
 def test_a_member_of_a_group_recalls_what_any_member_heard(hook, chat_id):
     group = [
         {"role": "user", "name": "Robin", "content": ELVEN},
