@@ -7576,24 +7576,29 @@ function olderSettings() {
 // -------------------------------------------------------------------------------------------------------- the chat
 
 /**
- * Who the open chat is: `{id, parent, file, main, group}`, null where none is open.
+ * Who the open chat is, as far as that is settled: `{id, parent, file, main, group}`, or null.
  *
  * A chat's file name is unique for one character only and changes when it is renamed, so an id of our own is kept in
  * the chat's metadata. SillyTavern copies those into branches and checkpoints; there `main_chat` names another chat
  * than when the id was made, and the copy gets an id of its own with the old one as its parent.
  */
+function settledIdentity() {
+    const { chatMetadata, groupId } = client();
+    const known = chatMetadata?.[NAME];
+    const same = known?.id && known.main === (chatMetadata.main_chat ?? '') && known.group === Boolean(groupId);
+    return same ? known : null;
+}
+
+/** Who the open chat is; a chat that is new to us gets an id now. Null where none is open. */
 function identity() {
     const context = client();
     const file = context.getCurrentChatId?.() ?? context.chatId;
     if (!file) return null;
-    const main = context.chatMetadata.main_chat ?? '';
+    const known = settledIdentity();
+    if (known) return known.file === file ? known : keep({ ...known, file }); // else it was renamed
+    const { main_chat: main, [NAME]: copied } = context.chatMetadata;
     const group = Boolean(context.groupId);
-    const known = context.chatMetadata[NAME];
-    if (known?.id && known.main === main && known.group === group) {
-        if (known.file !== file) keep({ ...known, file }); // renamed
-        return context.chatMetadata[NAME];
-    }
-    return keep({ id: `st-${randomHex()}`, parent: known?.id ?? '', file, main, group });
+    return keep({ id: `st-${randomHex()}`, parent: copied?.id ?? '', file, main: main ?? '', group });
 }
 
 /** Puts an identity into the chat's metadata and has them saved. Never changes the old one: a branch may share it. */
@@ -7663,9 +7668,9 @@ function place(injections) {
 async function remember(_chat, contextSize, _abort, type) {
     place([]);
     if (!settings().enabled || isProxy(await modelAddress())) return;
-    const who = identity();
     const messages = shownMessages(type ? kindOf(type) : state.kind);
-    if (!who || !messages.some((message) => message.role !== 'system')) return;
+    const who = messages.some((message) => message.role !== 'system') ? identity() : null;
+    if (!who) return;
     const { name2: character } = client();
     const request = {
         chat_id: who.id, parent_chat_id: who.parent || undefined, character, messages, complete: true,
@@ -7679,6 +7684,7 @@ async function remember(_chat, contextSize, _abort, type) {
         showStatus(true, `Connected; ${answer.report.degraded || 'memories are placed in the prompt'}.`);
         showRecalled(answer.recalled, answer.emotion);
     } catch (error) {
+        showRecalled([], null);
         if (!(error instanceof Late)) return serverFailed(error);
         // A long chat that is new to it takes its time once. The reply does not wait for the answer to this.
         showStatus(false, 'Too late for this reply: the server is reading the chat.');
@@ -7873,7 +7879,7 @@ function showRecalled(memories, emotion) {
 /** What the panel says of the open chat; a chat that has no id yet gets none by being looked at. */
 function showChat() {
     if (!parts.link) return;
-    const id = client().chatMetadata?.[NAME]?.id;
+    const id = settledIdentity()?.id;
     parts.link.href = settings().server.replace(/\/+$/, '') + (id ? `/#/chat/${encodeURIComponent(id)}` : '/#/');
 }
 
