@@ -4268,18 +4268,26 @@ def lay_out_window(
     persona, response = sum(message_tokens(m) for m in request.persona), int(shares[3] * context)
     left = max(0, context - response - persona - sum(message_tokens(m) for m in request.tail))
     recalled = int(RECALLED_SHARE * shares[1] * context)
-    memories = min(story + recalled, int(shares[1] * context), left)
-    budget = Budget(persona, memories, left - memories, response)
-    fits = min(tail_start(sizes, budget.history), len(sizes) - 1)
+    layout = Layout(Budget(persona, 0, left, response), 0, request.newest_user, 0, 0, recalled, window=tuple(sizes))
+    return with_memories(layout, min(story + recalled, int(shares[1] * context)))
+
+
+def with_memories(layout: Layout, tokens: int) -> Layout:
+    """A window's layout when story and memories take so many tokens of it."""
+    left, sizes = layout.budget.memories + layout.budget.history, layout.window
+    tokens = min(tokens, left)
+    fits = min(tail_start(sizes, left - tokens), len(sizes) - 1)
     anchor = next((i for i in range(fits, len(sizes)) if sizes[i]), len(sizes))
-    leaving = max(anchor, tail_start(sizes, budget.history // 2)) if fits else anchor
-    pivot = request.newest_user
-    if pivot is not None and above + pivot < anchor:
-        pivot = None
     history = sum(sizes[anchor:])
-    hidden = frozenset(i for i in range(anchor, len(sizes)) if not sizes[i])
-    return Layout(
-        budget, anchor, pivot, history, max(0, left - history), min(recalled, memories), leaving, hidden, tuple(sizes)
+    return replace(
+        layout,
+        budget=replace(layout.budget, memories=tokens, history=left - tokens),
+        anchor=anchor,
+        history_tokens=history,
+        room=max(0, left - history),
+        recalled=min(layout.recalled, tokens),
+        leaving=max(anchor, tail_start(sizes, (left - tokens) // 2)) if fits else anchor,
+        hidden=frozenset(i for i in range(anchor, len(sizes)) if not sizes[i]),
     )
 
 
@@ -6602,6 +6610,9 @@ class PersonaMemory:
             leads = request.persona or layout.anchor < above or layout.window
             story = self._story(store, path, first + layout.anchor, story_budget) if leads else Story()
             plan = StoryPlan(path[-1], first, first + layout.leaving, story_tokens(context, self.shares), context)
+            if layout.window:  # what the story leaves of its share lets in more of the chat, which needs no telling
+                layout = with_memories(layout, story.tokens + layout.recalled)
+                story = self._story(store, path, layout.anchor, story_budget)
             layout = replace(layout, room=layout.room - story.tokens)
             recalled = self._recall(store, request, nodes, layout, {f.message for f in story.facts})
             if layout.window:
@@ -6863,6 +6874,7 @@ class PersonaMemory:
         if not located:
             return store, Alignment()
         self._copy_branch(*located, store)
+        store.commit(info={"family": family_of(located[0])})
         return store, place_transcript(store, request) if request.identity.complete else located[1]
 
     def _in_parent(self, request: ChatRequest) -> tuple[ChatStore, Alignment] | None:
@@ -7145,7 +7157,7 @@ class PersonaMemory:
         room = min(layout.room, layout.recalled) - sum(map(memory_cost, memories))
         room = min(room, int(CARRIED_SHARE * layout.recalled)) - 2 * memory_frame_tokens() - GUIDANCE_TOKENS
         try:
-            others = self._others_of(store.info.get("character"), store.id)
+            others = self._others_of(store)
             if not others or layout.pivot is None or room <= 0:
                 return []
             turn = request.turns[layout.pivot]
@@ -7160,12 +7172,18 @@ class PersonaMemory:
             log_event("carry_over_failed", words, level=logging.WARNING, trace=True, chat=store.id)
             return []
 
-    def _others_of(self, character: str | None, chat_id: str) -> list[str]:
-        """The chats with a character that a chat may recall from; none unless the user has said so."""
+    def _others_of(self, store: ChatStore) -> list[str]:
+        """The chats with the same character that a chat may recall from; none unless the user has said so.
+
+        Not those that it was branched off, nor their branches: what is told otherwise there never happened here.
+        """
+        character = store.info.get("character")
         if not character or not self.shelf.character(character).get("carry_over"):
             return []
         named = (line["chat_id"] for line in self.shelf.chats() if line["character"] == character)
-        return [other for other in named if other != chat_id][:CARRIED_CHATS]
+        opened = (self.shelf.get(chat_id) for chat_id in named if chat_id != store.id)
+        others = (other.id for other in opened if other and family_of(other) != family_of(store))
+        return list(itertools.islice(others, CARRIED_CHATS))
 
     def _found_in(self, chat_id: str, turn: Turn, patience: float) -> list[tuple[Memory, np.ndarray]]:
         """What a chat's current branch remembers of a turn, with the memories' vectors."""
@@ -7732,6 +7750,11 @@ def reason_of(error: Exception) -> str:
     return str(error) if isinstance(error, PersonaMemoryError) else type(error).__name__
 
 
+def family_of(store: ChatStore) -> str:
+    """The id of the chat that a chat and its relatives were branched off in the end; its own where there is none."""
+    return store.info.get("family", store.id)
+
+
 def shown_again(old: Message, new: Message) -> Message:
     """A stored message as the client shows it now, with what a user has made of it."""
     timestamp = new.timestamp or old.timestamp
@@ -7994,7 +8017,7 @@ async function modelAddress() {
     return REVERSIBLE.includes(chosen?.chat_completion_source) ? chosen.reverse_proxy : '';
 }
 
-/** SillyTavern before 1.12.8 does not give the connection's settings in its context. */
+/** Older versions of SillyTavern do not give the connection's settings in their context. */
 function olderSettings() {
     return import('../../../openai.js').then((module) => module.oai_settings, () => null);
 }
@@ -8002,24 +8025,29 @@ function olderSettings() {
 // -------------------------------------------------------------------------------------------------------- the chat
 
 /**
- * Who the open chat is: `{id, parent, file, main, group}`, null where none is open.
+ * Who the open chat is, as far as that is settled: `{id, parent, file, main, group}`, or null.
  *
  * A chat's file name is unique for one character only and changes when it is renamed, so an id of our own is kept in
  * the chat's metadata. SillyTavern copies those into branches and checkpoints; there `main_chat` names another chat
  * than when the id was made, and the copy gets an id of its own with the old one as its parent.
  */
+function settledIdentity() {
+    const { chatMetadata, groupId } = client();
+    const known = chatMetadata?.[NAME];
+    const same = known?.id && known.main === (chatMetadata.main_chat ?? '') && known.group === Boolean(groupId);
+    return same ? known : null;
+}
+
+/** Who the open chat is; a chat that is new to us gets an id now. Null where none is open. */
 function identity() {
     const context = client();
     const file = context.getCurrentChatId?.() ?? context.chatId;
     if (!file) return null;
-    const main = context.chatMetadata.main_chat ?? '';
+    const known = settledIdentity();
+    if (known) return known.file === file ? known : keep({ ...known, file }); // else it was renamed
+    const { main_chat: main, [NAME]: copied } = context.chatMetadata;
     const group = Boolean(context.groupId);
-    const known = context.chatMetadata[NAME];
-    if (known?.id && known.main === main && known.group === group) {
-        if (known.file !== file) keep({ ...known, file }); // renamed
-        return context.chatMetadata[NAME];
-    }
-    return keep({ id: `st-${randomHex()}`, parent: known?.id ?? '', file, main, group });
+    return keep({ id: `st-${randomHex()}`, parent: copied?.id ?? '', file, main: main ?? '', group });
 }
 
 /** Puts an identity into the chat's metadata and has them saved. Never changes the old one: a branch may share it. */
@@ -8089,9 +8117,9 @@ function place(injections) {
 async function remember(_chat, contextSize, _abort, type) {
     place([]);
     if (!settings().enabled || isProxy(await modelAddress())) return;
-    const who = identity();
     const messages = shownMessages(type ? kindOf(type) : state.kind);
-    if (!who || !messages.some((message) => message.role !== 'system')) return;
+    const who = messages.some((message) => message.role !== 'system') ? identity() : null;
+    if (!who) return;
     const { name2: character } = client();
     const request = {
         chat_id: who.id, parent_chat_id: who.parent || undefined, character, messages, complete: true,
@@ -8105,10 +8133,11 @@ async function remember(_chat, contextSize, _abort, type) {
         showStatus(true, `Connected; ${answer.report.degraded || 'memories are placed in the prompt'}.`);
         showRecalled(answer.recalled, answer.emotion);
     } catch (error) {
+        showRecalled([], null);
         if (!(error instanceof Late)) return serverFailed(error);
         // A long chat that is new to it takes its time once. The reply does not wait for the answer to this.
         showStatus(false, 'Too late for this reply: the server is reading the chat.');
-        call('/health').catch(serverFailed);
+        call('/api/modules').catch(serverFailed);
     }
 }
 
@@ -8263,9 +8292,9 @@ function change(name, value) {
 async function lookAtServer() {
     if (!settings().enabled) return showStatus(null, 'Off.');
     try {
-        const health = await call('/health'); // never needs the key; the next call does
+        const health = await call('/health').catch(() => ({})); // inside SillyTavern-Extras there is none
         state.proxy = Boolean(health.proxy);
-        await call('/api/modules');
+        await call('/api/modules'); // needs the key
         serverAnswered();
         const proxied = isProxy(await modelAddress());
         const way = proxied ? 'chats go through the proxy' : 'memories are placed in the prompt';
@@ -8299,7 +8328,7 @@ function showRecalled(memories, emotion) {
 /** What the panel says of the open chat; a chat that has no id yet gets none by being looked at. */
 function showChat() {
     if (!parts.link) return;
-    const id = client().chatMetadata?.[NAME]?.id;
+    const id = settledIdentity()?.id;
     parts.link.href = settings().server.replace(/\/+$/, '') + (id ? `/#/chat/${encodeURIComponent(id)}` : '/#/');
 }
 
@@ -8572,7 +8601,7 @@ def unremembered(exchange: Exchange) -> flask.Response:
 
 def passed_through(exchange: Exchange) -> flask.Response:
     """The request's bytes to the upstream, its answer's bytes back."""
-    raw, memory, call = flask.request.get_data(), exchange.memory, exchange.call
+    raw, memory, call = without_identity(flask.request.get_data()), exchange.memory, exchange.call
 
     def parts() -> Iterator[Any]:
         with memory.upstream.forward(raw, call) as reply:
@@ -8594,6 +8623,14 @@ def passed_through(exchange: Exchange) -> flask.Response:
             hidden(b"".join(chunks).decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape"),
         )
     return flask.Response(chunks, reply.status, headers | {"X-Persona-Memory": "off"})
+
+
+def without_identity(raw: bytes) -> bytes:
+    """The request's bytes; without our own field where it has one, which upstreams may refuse."""
+    body = request_json() if b'"persona_memory"' in raw else None
+    if not isinstance(body, dict) or "persona_memory" not in body:
+        return raw
+    return json.dumps({k: v for k, v in body.items() if k != "persona_memory"}).encode()
 
 
 def raw_chunks(relay: Relay) -> Iterator[bytes]:
