@@ -7114,11 +7114,10 @@ class PersonaMemory:
         """The chat without an explicit id that a file continues, or branches off from: a file shows all of its chat, so
         its beginning is looked up as well as its end."""
         digests = [(m.role, m.digest) for m in copy.path]
-        if not digests:
-            return None
-        place = functools.partial(place_copy, digests=[d for _, d in digests])
-        windows = (digests[:LOCATED_BY], digests[-LOCATED_BY:])
-        found = [f for window in windows if (f := self.shelf.locate(window, place))]
+        found = []
+        for window in (digests[:LOCATED_BY], digests[-LOCATED_BY:]) if digests else ():
+            place = functools.partial(place_copy, digests=[d for _, d in window])
+            found += filter(None, [self.shelf.locate(window, place)])
         return max(found, key=lambda f: len(f[1].matches))[0] if found else None
 
     def _add_messages(self, store: ChatStore, messages: Sequence[Message]) -> int:
@@ -7145,21 +7144,25 @@ class PersonaMemory:
             info = {"updated": copy.path[-1].said_at if copy.head else time.time()} | info
         elif added:
             info |= {"updated": time.time()}
-        if self._is_newer(store, copy.head):
+        if self._is_newer(store, copy):
             info |= {"head": copy.head}
         if any(store.info.get(k) != v for k, v in info.items()):
             store.commit(info=info)
             self.shelf.enter(store, ())
 
     @staticmethod
-    def _is_newer(store: ChatStore, tip: str) -> bool:
-        """Whether a file's last message comes after the end of the branch that its chat was last on."""
-        if not store.head or not tip:
+    def _is_newer(store: ChatStore, copy: ChatCopy) -> bool:
+        """Whether a file's branch goes on from the one that its chat was last on, holds all of that (a client that
+        dropped the beginning has shown no more), or ends later."""
+        if not store.head or not copy.head:
             return not store.head
-        if store.tree.is_below(tip, store.head):
+        if store.tree.is_below(copy.head, store.head) or store.tree.is_below(store.head, copy.head):
+            return store.tree.is_below(copy.head, store.head)
+        held = "".join(store.tree.nodes[i].digest for i in store.tree.path(store.head))
+        if held in "".join(m.digest for m in copy.path):
             return True
-        head, last = store.read([store.head, tip])
-        return last.said_at > head.said_at and not store.tree.is_below(store.head, tip)
+        head, last = store.read([store.head, copy.head])
+        return last.said_at > head.said_at
 
     def search(self, chat_id: str, text: str, k: int = 10, tokens: int = 0, asker: str = "") -> list[Memory]:
         """The messages of the current branch that answer a text, best first: `k` of them, or what fits into `tokens`.
@@ -7217,6 +7220,8 @@ class PersonaMemory:
     def health(self) -> dict:
         """What works, in words."""
         upstream, embedder = self.upstream.describe(), {"model": self.embedder.name, "status": self.embedder.status}
+        if not self.settings.proxy and upstream["status"] == "loading":
+            upstream["status"] = "not needed"  # it is started by who needs it
         loading = "loading" in (embedder["status"], upstream["status"])
         return {
             "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
@@ -7315,7 +7320,7 @@ def place_transcript(store: ChatStore, request: ChatRequest) -> Alignment:
 
 
 def place_copy(store: ChatStore, digests: Sequence[str]) -> Alignment:
-    """Where a file's branch hangs in a chat."""
+    """Where a stretch of a file's branch hangs in a chat."""
     return align(store.tree, digests, store.head)
 
 
@@ -8888,7 +8893,7 @@ def start_text(settings: Settings, port: int) -> str:
     address = f"http://{settings.host}:{port}"
     lines = [f"persona_memory {__version__} is listening on {address}", f"Chats are kept in {settings.data}"]
     if not settings.proxy:
-        return "\n".join([*lines, "Serving the memory API only; --proxy adds the OpenAI-compatible API."])
+        return "\n".join([*lines, f"Extras API for SillyTavern: {address}; --proxy adds the OpenAI-compatible API."])
     lines.append(f"OpenAI-compatible base URL for your client: {address}/v1")
     if settings.upstream == "local":
         lines.append(

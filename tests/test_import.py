@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 from sillytavern import Character, Client, memories_in
+from sillytavern import Message as Line
 
 import persona_memory as pm
 
@@ -128,12 +130,29 @@ def test_the_chat_goes_on_where_the_file_ended(server, upstream):
     client = Client(server.url, HELENA, window=4)
     for number in range(300):
         filler = f"Night {number}: the wind turns, the lamp is trimmed, the log has one more line about the sea."
-        client.chat += [type(client.chat[0])("user", filler, "Robin"), type(client.chat[0])("assistant", "*nods*", "H")]
+        client.chat += [Line("user", filler, "Robin"), Line("assistant", "*nods*", "H")]
     client.chat[1].text = TEXTS[0]
     (line,) = take_in(server, client.file())
     assert line == {"chat_id": line["chat_id"], "added": 601, "total": 601}
     answer = client.send("What is my cat afraid of?")
     assert answer.chat_id == line["chat_id"]
+    assert TEXTS[0] in memories_in(upstream.last["body"]["messages"])
+
+
+def test_the_beginning_of_a_chat_may_come_later(small, upstream):
+    """A chat that was met half-way, since the client had dropped its beginning, gets that from its file."""
+    client = Client(small.url, HELENA, window=4)
+    client.chat += [Line("user", TEXTS[0], "Robin"), Line("assistant", "*nods*", "Helena")]
+    for number in range(60):
+        client.chat += [Line("user", f"Night {number}: the wind turns, and the log has one more line.", "Robin")]
+        client.chat += [Line("assistant", "*looks at the water for a long while*", "Helena")]
+    chat = client.send("The lamp is lit.").chat_id
+    client.send("The lamp is out.")
+    assert TEXTS[0] not in branch_texts(small.url, chat)
+    (line,) = take_in(small, client.file())
+    assert line == {"chat_id": chat, "added": len(client.chat), "total": len(client.chat)}
+    assert client.send("What is my cat afraid of?").chat_id == chat
+    assert TEXTS[0] in branch_texts(small.url, chat)
     assert TEXTS[0] in memories_in(upstream.last["body"]["messages"])
 
 
@@ -151,7 +170,7 @@ def test_an_import_that_was_cut_off_goes_on(server, monkeypatch):
     """What was written stays; the same file again adds the rest to the same chat."""
     monkeypatch.setattr(pm, "IMPORT_BATCH", 4)
     client = lived(server)
-    client.chat = client.chat[:1] + [type(m)(m.role, m.text + " Once more.", m.name) for m in client.chat[1:]]
+    client.chat = client.chat[:1] + [Line(m.role, m.text + " Once more.", m.name) for m in client.chat[1:]]
     text = client.file()
     memory, add = server.server.memory, server.server.memory._add_messages
     batches = iter(range(2))
@@ -170,21 +189,20 @@ def test_an_import_that_was_cut_off_goes_on(server, monkeypatch):
     assert len(call(server, "GET", "chats").json()) == 2
 
 
-def test_checkpoints_share_a_tree_and_their_vectors(server, upstream):
-    """Files that begin alike land in one chat as branches; the same text is embedded once."""
+def test_checkpoints_share_a_tree_and_their_vectors(server, other):
+    """Files that begin alike land in one chat as branches; what they share is embedded once."""
     client = lived(server)
-    trunk = client.file()
     branch = client.branch(4)
-    branch.chat += [type(client.chat[0])("user", "In this branch we sail at dawn.", "Robin")]
-    with LocalServer(settings(Path(server.server.memory.settings.data).parent / "fresh", upstream.url)) as running:
-        (first,), (second,) = take_in(running, trunk), take_in(running, branch.file())
-        assert second == {"chat_id": first["chat_id"], "added": 1, "total": 6}
-        chat = first["chat_id"]
-        found(running, chat)
-        texts = list(running.server.memory.embedder.encode(["x"]))  # behind all that waits
-        assert len(texts) == 1
-        described = call(running, "GET", f"chats/{chat}").json()
-        assert (described["branches"], described["messages"]) == (2, len(client.chat) + 1)
+    branch.chat += [Line("user", "In this branch we sail at dawn.", "Robin")]
+    memory, seen = other.server.memory, Counter()
+    encode = memory.embedder.encode
+    memory.embedder.encode = lambda texts, *args, **how: (seen.update(texts), encode(texts, *args, **how))[1]
+    (first,), (second,) = take_in(other, client.file()), take_in(other, branch.file())
+    assert second == {"chat_id": first["chat_id"], "added": 1, "total": 6}
+    memory._background.submit(len, ()).result(PATIENCE)  # behind the jobs that compute vectors
+    assert set(seen) == {m.text for m in (*client.chat, *branch.chat)} and max(seen.values()) == 1
+    described = call(other, "GET", f"chats/{first['chat_id']}").json()
+    assert (described["branches"], described["messages"]) == (2, len(client.chat) + 1)
 
 
 def test_an_old_checkpoint_does_not_turn_the_chat_back(server):
@@ -303,7 +321,7 @@ def test_the_list_names_the_character(server):
 def group(url: str, **how) -> Client:
     """A group chat of Helena and Borin, lived for two rounds."""
     client = Client(url, HELENA, group=("Helena", "Borin"), **how)
-    client.chat.append(type(client.chat[0])("assistant", BORIN.greeting, "Borin"))
+    client.chat.append(Line("assistant", BORIN.greeting, "Borin"))
     client.send("Hello both of you. What do you hide?")
     client.reply(BORIN)
     client.send("And where is the anvil?")
@@ -329,14 +347,13 @@ def test_whoever_answers_recalls_the_whole_groups_past(small, upstream):
     """A question about a member finds that member's words; another member is answering."""
     said = {"Helena": "The key hangs on a nail by the lamp.", "Borin": "The key lies in the ash of my forge."}
     client = Client(small.url, HELENA, group=("Helena", "Borin"), window=4)
-    make = type(client.chat[0])
     for name, text in said.items():
-        client.chat += [make("user", f"And you, {name}?", "Robin"), make("assistant", text, name)]
+        client.chat += [Line("user", f"And you, {name}?", "Robin"), Line("assistant", text, name)]
     for number in range(60):
-        client.chat += [make("user", f"Day {number}. The sea is grey and the gulls are loud again.", "Robin")]
-        client.chat += [make("assistant", "*nods and looks at the water for a while*", "Helena")]
+        client.chat += [Line("user", f"Day {number}. The sea is grey and the gulls are loud again.", "Robin")]
+        client.chat += [Line("assistant", "*nods and looks at the water for a while*", "Helena")]
     take_in(small, client.file())
-    client.chat.append(make("user", "Where did Borin say that the key is?", "Robin"))
+    client.chat.append(Line("user", "Where did Borin say that the key is?", "Robin"))
     client.reply(HELENA)
     assert f"Borin: {said['Borin']}" in memories_in(upstream.last["body"]["messages"])
     best = call(small, "GET", f"chats/{client.answer.chat_id}/search", params={"q": "Where did Borin put the key?"})
