@@ -7220,9 +7220,8 @@ class PersonaMemory:
     def health(self) -> dict:
         """What works, in words."""
         upstream, embedder = self.upstream.describe(), {"model": self.embedder.name, "status": self.embedder.status}
-        if not self.settings.proxy and upstream["status"] == "loading":
-            upstream["status"] = "not needed"  # it is started by who needs it
-        loading = "loading" in (embedder["status"], upstream["status"])
+        # Without the proxy nobody waits for the upstream, and it is not even started.
+        loading = "loading" in (embedder["status"], upstream["status"] if self.settings.proxy else "")
         return {
             "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
             "embedder": embedder, "chats": len(self._shelf), "proxy": self.settings.proxy,
@@ -7457,6 +7456,7 @@ const LOOPBACK = ['127.0.0.1', 'localhost', '[::1]'];
 const REVERSIBLE = ['openai', 'claude', 'mistralai', 'makersuite', 'vertexai', 'deepseek', 'xai'];
 const MOST_SHOWN = 8; // memories listed in the panel
 const LONGEST_SHOWN = 240; // characters of each
+const SURE = 0.5; // a mood that is less likely than this is not shown
 
 const state = {
     kind: null, // of the generation that has begun and not yet sent its request
@@ -7481,6 +7481,9 @@ function settings() {
 /** What the server answers instead of what it was asked for. */
 class Refusal extends Error {}
 
+/** The server has not answered within PATIENCE_MS: it may be away, or have much to do. */
+class Late extends Error {}
+
 /** JSON of the server; throws an Error with words for the user. Never waits longer than PATIENCE_MS. */
 async function call(path, body, method = body ? 'POST' : 'GET') {
     const { server, key } = settings();
@@ -7497,7 +7500,8 @@ async function call(path, body, method = body ? 'POST' : 'GET') {
         return answer;
     } catch (error) {
         if (error instanceof Refusal) throw error;
-        throw new Error(patience.signal.aborted ? 'no answer in time' : 'no answer', { cause: error });
+        if (patience.signal.aborted) throw new Late('no answer in time');
+        throw new Error('no answer', { cause: error });
     } finally {
         clearTimeout(timer);
     }
@@ -7655,7 +7659,10 @@ async function remember(_chat, contextSize, _abort, type) {
         showStatus(true, `Connected; ${answer.report.degraded || 'memories are placed in the prompt'}.`);
         showRecalled(answer.recalled, answer.emotion);
     } catch (error) {
-        serverFailed(error);
+        if (!(error instanceof Late)) return serverFailed(error);
+        // A long chat that is new to it takes its time once. The reply does not wait for the answer to this.
+        showStatus(false, 'Too late for this reply: the server is reading the chat.');
+        call('/health').catch(serverFailed);
     }
 }
 
@@ -7753,7 +7760,7 @@ function buildPanel() {
         checkbox('enabled', 'Remember my chats'),
         field('server', 'Server', { type: 'url', placeholder: DEFAULTS.server, spellcheck: false }),
         field('key', 'Key', { type: 'password', placeholder: 'where the server asks for one', autocomplete: 'off' }),
-        field('depth', 'Memories stand', { type: 'number', min: 0, max: 100 }, 'messages before the end'),
+        field('depth', 'Depth', { type: 'number', min: 0, max: 100 }, 'messages from the end'),
         element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor),
         element('hr'),
         element('div', {}, element('b', { textContent: 'For the last reply' })),
@@ -7770,7 +7777,7 @@ function buildPanel() {
 const STYLE = `
 #persona_memory_settings label { margin: 4px 0; }
 #persona_memory_settings .persona_memory_row { display: flex; align-items: center; gap: 8px; margin: 4px 0; }
-#persona_memory_settings .persona_memory_row > span:first-child { flex: 0 0 7.5em; }
+#persona_memory_settings .persona_memory_row > span:first-child { flex: 0 0 4em; }
 #persona_memory_settings .persona_memory_row input { flex: 1 1 auto; min-width: 0; margin: 0; }
 #persona_memory_settings .persona_memory_row input[type="number"] { flex: 0 0 5em; }
 #persona_memory_settings .persona_memory_status { display: flex; align-items: baseline; gap: 8px; margin: 4px 0 8px; }
@@ -7832,7 +7839,8 @@ function showStatus(good, text) {
 
 function showRecalled(memories, emotion) {
     if (!parts.recalled) return;
-    const felt = emotion ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'nothing in particular';
+    const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= SURE;
+    const felt = sure ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'nothing in particular';
     parts.mood.textContent = `Your mood: ${felt}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
     const rows = memories.slice(0, MOST_SHOWN).map(({ index, name, role, content, chat_id: elsewhere }) => {
         const text = content.length > LONGEST_SHOWN ? `${content.slice(0, LONGEST_SHOWN)} ...` : content;
@@ -7857,7 +7865,7 @@ function carrier() {
 /** Whether memories of this character's other chats count here: the server's word, for the character as a whole. */
 async function showCarryOver() {
     const name = carrier();
-    parts.carryFor.textContent = `Carry over what ${name || 'a character'} remembers into new chats`;
+    parts.carryFor.textContent = `Recall from other chats with ${name || 'a character'} too`;
     parts.carry.disabled = true;
     parts.carry.checked = false;
     if (!name) return;

@@ -1,0 +1,635 @@
+"""The SillyTavern extension: its files put in and taken out, and its script run in a browser on a stand-in client."""
+
+import contextlib
+import io
+import json
+import socket
+import subprocess
+import sys
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from browser import needs_chromium, open_browser
+from fakes import PROGRAM, LocalServer, Server, branch_texts, clean_environment, settings
+
+import persona_memory as pm
+
+TIMEOUT = 60
+CLIENT = (Path(__file__).parent / "data" / "client.html").read_bytes()
+SCRIPT_PATH = "/scripts/extensions/third-party/persona_memory/index.js"
+
+# ---------------------------------------------------------------------------- the files
+
+
+def sillytavern(root: Path, version: str = "1.12.6", users: tuple[str, ...] = (), data: str = "data") -> Path:
+    """A folder that looks like a SillyTavern, with those users."""
+    (root / "public" / "scripts").mkdir(parents=True)
+    (root / "package.json").write_text(json.dumps({"name": "sillytavern", "version": version}))
+    for user in users:
+        (root / data / user / "extensions").mkdir(parents=True)
+        (root / data / user / "settings.json").write_text("{}")
+    return root
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    """The program as a user runs it."""
+    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    return subprocess.run(command, env=clean_environment(None), capture_output=True, text=True, timeout=TIMEOUT)
+
+
+def snapshot(root: Path) -> dict[str, bytes | None]:
+    """All files of a folder with their bytes, and its folders."""
+    return {str(f.relative_to(root)): f.read_bytes() if f.is_file() else None for f in sorted(root.rglob("*"))}
+
+
+def test_the_extension_goes_to_every_user_and_out_again(tmp_path):
+    root = sillytavern(tmp_path / "st", users=("default-user", "ada"))
+    (root / "data" / "_storage").mkdir()
+    before = snapshot(root)
+    done = run("--install-extension", root, "--port", 5321)
+    assert (done.returncode, done.stderr) == (0, "")
+    files = pm.extension_files("http://127.0.0.1:5321")
+    for user in ("default-user", "ada"):
+        home = root / "data" / user / "extensions" / "persona_memory"
+        assert str(home) in done.stdout
+        assert snapshot(home) == files
+    assert len(snapshot(root)) == len(before) + 2 * (1 + len(files))
+    installed = snapshot(root)
+    assert run("--install-extension", root, "--port", 5321).returncode == 0
+    assert snapshot(root) == installed
+    assert run("--uninstall-extension", root).returncode == 0
+    assert snapshot(root) == before
+    again = run("--uninstall-extension", root)
+    assert (again.returncode, "is not in" in again.stdout) == (0, True)
+    assert snapshot(root) == before
+
+
+def test_a_newer_version_replaces_the_files_and_leaves_others(tmp_path):
+    root = sillytavern(tmp_path, users=("default-user",))
+    pm.install_extension(pm.Settings(), str(root))
+    home = root / "data" / "default-user" / "extensions" / "persona_memory"
+    (home / "index.js").write_text("// an older one")
+    (home / "notes.txt").write_text("mine")
+    pm.install_extension(pm.Settings(), str(root))
+    assert snapshot(home) == pm.extension_files("http://127.0.0.1:5100") | {"notes.txt": b"mine"}
+    pm.uninstall_extension(pm.Settings(), str(root))
+    assert snapshot(home) == {"notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("version", "users", "config", "home"),
+    [
+        ("1.12.6", (), "", "data/default-user/extensions"),
+        ("1.13.0", ("ada",), "dataRoot: ./elsewhere\nport: 8000\n", "elsewhere/ada/extensions"),
+        ("1.12.0", (), 'dataRoot: "/config"\n', None),
+        ("1.11.8", (), "", "public/scripts/extensions/third-party"),
+    ],
+)
+def test_where_it_goes(tmp_path, version, users, config, home):
+    root = sillytavern(tmp_path, version, users, "elsewhere" if "elsewhere" in config else "data")
+    (root / "config.yaml").write_text(config)
+    expected = root / home / "persona_memory" if home else Path("/config/default-user/extensions/persona_memory")
+    assert [f.resolve() for f in pm.extension_homes(root)] == [expected.resolve()]
+
+
+@pytest.mark.parametrize("package", [None, "{}", '{"name": "other"}', "[]", "not json"])
+def test_a_folder_that_is_no_sillytavern_is_refused_with_a_sentence(tmp_path, package):
+    if package is not None:
+        (tmp_path / "package.json").write_text(package)
+    before = snapshot(tmp_path)
+    done = run("--install-extension", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is no SillyTavern" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert snapshot(tmp_path) == before
+
+
+def test_what_stands_in_its_place_is_left_alone(tmp_path):
+    root = sillytavern(tmp_path / "st", users=("default-user",))
+    home = root / "data" / "default-user" / "extensions" / "persona_memory"
+    home.mkdir()
+    (home / "manifest.json").write_text('{"display_name": "something else"}')
+    before = snapshot(root)
+    with pytest.raises(pm.SettingsError, match="something else"):
+        pm.install_extension(pm.Settings(), str(root))
+    pm.uninstall_extension(pm.Settings(), str(root))
+    assert snapshot(root) == before
+
+
+def test_the_download_holds_the_same_files(server):
+    answer = httpx.get(f"{server.url}/extension.zip", timeout=TIMEOUT)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/zip"
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        found = {name: archive.read(name) for name in archive.namelist()}
+    assert found == {f"persona_memory/{name}": content for name, content in pm.extension_files(server.url).items()}
+    assert httpx.get(f"{server.url}/extension.zip", timeout=TIMEOUT).content == answer.content
+
+
+def test_the_manifest_names_what_the_script_has():
+    files = pm.extension_files(pm.EXTENSION_ADDRESS)
+    manifest = json.loads(files["manifest.json"])
+    assert manifest["js"] in files
+    assert f"globalThis.{manifest['generate_interceptor']} =" in files["index.js"].decode()
+    assert (manifest["version"], manifest["auto_update"], manifest["requires"]) == (pm.__version__, False, [])
+
+
+# ---------------------------------------------------------------------------- the script
+
+ELVEN = "The password of the northern gate is silverthorn, and only Aldo knows it besides us."
+
+
+class Site:
+    """The stand-in client's web server: its page and the extension, as it was made for the memory server's address."""
+
+    def __init__(self, address: str):
+        site = self
+        self.script = pm.extension_files(address)["index.js"]
+        self.closing = threading.Event()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                if self.path == "/hang":
+                    return site.closing.wait()
+                path = self.path.partition("?")[0]
+                content, kind = (site.script, "text/javascript") if path == SCRIPT_PATH else (CLIENT, "text/html")
+                found = path in (SCRIPT_PATH, "/")
+                self.send_response(200 if found else 404)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(content) if found else 0))
+                self.end_headers()
+                if found:
+                    self.wfile.write(content)
+                return None
+
+            do_POST = do_GET
+
+            def log_message(self, *_):
+                pass
+
+        self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.httpd.server_port}/"
+        threading.Thread(target=self.httpd.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.closing.set()
+        self.httpd.shutdown()
+        self.httpd.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """One browser for all tests."""
+    with open_browser() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, shared_upstream):
+    """The memory server, with the proxy."""
+    data = tmp_path_factory.mktemp("extension") / "data"
+    with LocalServer(settings(data, shared_upstream.url, no_guidance=True)) as running:
+        yield running
+
+
+class Client:
+    """The stand-in client in a page of its own."""
+
+    def __init__(self, page):
+        self.page = page
+
+    def do(self, script: str, *given):
+        """The value of an expression in the page, in which `stand` is the stand-in and `a` what is given."""
+        return self.page.evaluate(f"async (a) => ({script})", given[0] if given else None)
+
+    def talk(self, *lines: str):
+        """Messages of the user and the character in turns, the user first."""
+        for place, text in enumerate(lines):
+            self.do("stand.say(a[0], a[1])", [place % 2 == 0, text])
+
+    def generate(self, **more) -> dict:
+        """A generation; the prompts that were placed for it, by key."""
+        return self.do("await stand.generate(a)", more)
+
+    @property
+    def id(self) -> str | None:
+        """The open chat's id."""
+        return self.do("stand.context.chatMetadata.persona_memory?.id ?? null")
+
+    @property
+    def notices(self) -> list[str]:
+        """What the user was told."""
+        return [notice["text"] for notice in self.do("stand.notices")]
+
+    def panel(self) -> str:
+        """The text of the panel."""
+        return self.page.locator("#persona_memory_settings").text_content()
+
+    def set(self, name: str, value):
+        """A setting, set in the panel as a user does."""
+        if isinstance(value, bool):
+            self.page.locator("#persona_memory_settings input[type=checkbox]").first.set_checked(value)
+            return
+        kinds = {"server": "url", "key": "password", "depth": "number"}
+        entry = self.page.locator(f"#persona_memory_settings input[type={kinds[name]}]")
+        entry.fill(str(value))
+        entry.dispatch_event("change")
+
+
+@contextlib.contextmanager
+def open_client(browser, address: str, before: str = ""):
+    """A page with the stand-in, the extension loaded after the script `before` has run."""
+    with Site(address) as site:
+        context = browser.new_context()
+        page = context.new_page()
+        page.set_default_timeout(TIMEOUT * 1000)
+        errors = []
+        page.on("pageerror", lambda error: errors.append(error))
+        page.goto(site.url)
+        client = Client(page)
+        if before:
+            client.do(before)
+        client.do("await stand.load().then(() => null)")
+        yield client
+        context.close()
+        assert errors == []
+
+
+@pytest.fixture
+def client(browser, server):
+    """A client whose chats go to some other API than the proxy."""
+    with open_client(browser, server.url) as opened:
+        yield opened
+
+
+def long_chat(client, *more: str):
+    """A chat too long for its prompt, that began with a fact, and asks for it now."""
+    walks = [
+        text
+        for i in range(60)
+        for text in (
+            f"Walk {i}: we went along the harbour again and counted {i + 3} grey gulls on the wall.",
+            f"*Mira nods at walk {i}.* The harbour is quiet today, and the tide takes its own time.",
+        )
+    ]
+    client.talk(ELVEN, "Then I will guard it well.", *walks, *(more or ["What is the password of the northern gate?"]))
+
+
+def placed_text(placed: dict) -> str:
+    """All text that was placed."""
+    return "\n".join(prompt["value"] for prompt in placed.values())
+
+
+@needs_chromium
+class TestBesideAnotherApi:
+    """Memories are asked for, and placed in the client's prompt."""
+
+    def test_memories_are_placed_at_depth_one_and_taken_back(self, client):
+        long_chat(client)
+        placed = client.generate()
+        assert list(placed) == ["persona_memory_memories"]
+        memories = placed["persona_memory_memories"]
+        assert "2026-03-01 Robin: " + ELVEN in memories.pop("value")
+        assert memories == {"position": 1, "depth": 1, "scan": False, "role": 0}
+        client.do("await stand.open('Mira - 2', {}, [])")
+        assert client.do("stand.placed()") == {}
+
+    def test_what_a_message_says_in_braces_is_no_macro(self, client):
+        long_chat(client, "What about the {{user}} and the gate's password?")
+        client.do("stand.context.chat[0].mes += ' {{setvar::x::1}}'")
+        assert "{{" not in placed_text(client.generate())
+
+    def test_the_depth_is_the_users(self, client):
+        long_chat(client)
+        client.set("depth", 4)
+        assert client.generate()["persona_memory_memories"]["depth"] == 4
+        assert client.do("stand.context.extensionSettings.persona_memory.depth") == 4
+        assert client.do("stand.saves.settings") > 0
+
+    def test_off_is_off(self, client):
+        long_chat(client)
+        assert client.generate() != {}
+        client.set("enabled", False)
+        assert client.do("stand.placed()") == {}
+        assert client.generate() == {}
+        client.set("enabled", True)
+        assert client.generate() != {}
+
+    def test_a_short_chat_needs_nothing(self, client):
+        client.talk("Good morning.")
+        assert client.generate() == {}
+        assert client.notices == []
+
+    def test_the_chat_arrives_as_it_is_shown(self, client, server):
+        """Hidden messages are part of it; notices, comments and what was replaced by a swipe are not."""
+        client.do("stand.say(false, '', {is_system: true, extra: {type: 'group'}})")
+        client.talk("One.", "Two.")
+        client.do("stand.say(true, 'Hidden.', {is_system: true})")
+        client.do("stand.say(false, 'A comment.', {is_system: true, extra: {type: 'comment'}})")
+        client.do("stand.say(false, 'Night falls.', {name: 'System', extra: {type: 'narrator'}})")
+        client.do("stand.say(false, 'Chosen.', {swipes: ['Rejected.', 'Chosen.'], swipe_id: 1})")
+        client.generate()
+        assert branch_texts(server.url, client.id) == ["One.", "Two.", "Hidden.", "Chosen."]
+        client.generate(type="swipe")
+        assert branch_texts(server.url, client.id) == ["One.", "Two.", "Hidden."]
+        rows = httpx.get(f"{server.url}/api/persona_memory/chats/{client.id}/messages", timeout=TIMEOUT).json()
+        assert [row["name"] for row in rows["messages"]] == ["Robin", "Mira", "Robin"]
+
+    def test_deleted_messages_are_forgotten(self, client, server):
+        long_chat(client)
+        assert "silverthorn" in placed_text(client.generate())
+        client.do("stand.context.chat.splice(0, 2)")
+        assert "silverthorn" not in placed_text(client.generate())
+
+    def test_a_members_words_carry_its_name(self, client):
+        client.do("Object.assign(stand.context, {groupId: '7', characterId: 1, name2: 'Borin'})")
+        client.talk("Borin, where is the spare key?", "The spare key lies under the anvil in my forge.")
+        client.do("Object.assign(stand.context, {characterId: 0, name2: 'Mira'})")
+        long_chat(client, "Mira, where does the spare key lie?", "Hm.")
+        assert "Borin: The spare key lies under the anvil" in placed_text(client.generate(type="group_chat"))
+
+    def test_prompts_that_are_only_counted_ask_nothing(self, client):
+        long_chat(client)
+        client.generate(dryRun=True)
+        assert client.id is None
+
+    def test_a_client_that_lacks_most_things_still_remembers(self, browser, server):
+        lacks = (
+            "['timestampToMoment', 'substituteParams', 'saveMetadata', 'chatCompletionSettings']"
+            ".map((name) => delete stand.context[name])"
+        )
+        with open_client(browser, server.url, lacks) as client:
+            long_chat(client)
+            assert "silverthorn" in placed_text(client.generate())
+            client.do("stand.context.mainApi = 'openai'")
+            assert "silverthorn" in placed_text(client.generate())
+
+
+@needs_chromium
+class TestWhoTheChatIs:
+    """An id of its own for each chat, kept with the chat."""
+
+    def test_it_stays_when_the_chat_is_renamed(self, client):
+        client.talk("Good morning.")
+        client.generate()
+        first = client.id
+        assert first.startswith("st-")
+        assert client.do("stand.saves.metadata") == 1
+        client.generate()
+        assert client.do("stand.saves.metadata") == 1
+        client.do("await stand.open('Another name', stand.context.chatMetadata)")
+        client.generate()
+        assert client.id == first
+        assert client.do("stand.context.chatMetadata.persona_memory.file") == "Another name"
+
+    def test_a_branch_has_its_own_and_names_its_parent(self, client, server):
+        long_chat(client)
+        client.generate()
+        parent, before = client.id, branch_texts(server.url, client.id)
+        client.do("stand.kept = stand.context.chatMetadata")
+        client.do(
+            "await stand.open('Branch #4', {...stand.kept, main_chat: 'Mira - 1'}, stand.context.chat.slice(0, 5))"
+        )
+        client.generate()
+        assert client.id != parent
+        assert client.do("stand.context.chatMetadata.persona_memory.parent") == parent
+        assert branch_texts(server.url, client.id) == before[:5]
+        client.do("await stand.open('Mira - 1', stand.kept)")
+        client.generate()
+        assert client.id == parent
+
+    def test_other_chats_and_a_group_made_of_one_have_their_own(self, client):
+        client.talk("Good morning.")
+        ids = []
+        for script in (
+            "null",
+            "await stand.open('Mira - 2', {})",
+            "(stand.context.groupId = '7', await stand.open('Group', {...stand.context.chatMetadata}))",
+        ):
+            client.do(script)
+            client.generate()
+            ids.append(client.id)
+        assert len(set(ids)) == 3
+
+    def test_without_an_open_chat_nothing_happens(self, client):
+        client.do("await stand.open(undefined, {}, [])")
+        assert client.generate() == {}
+        assert client.id is None
+
+
+@needs_chromium
+class TestThroughTheProxy:
+    """Requests say which chat they are of, and nothing is placed."""
+
+    @pytest.fixture
+    def client(self, browser, server):
+        with open_client(browser, server.url) as opened:
+            opened.do("stand.context.mainApi = 'openai'")
+            opened.do("stand.context.chatCompletionSettings.custom_url = a", f"{server.url}/v1")
+            yield opened
+
+    @staticmethod
+    def said(client) -> dict:
+        """The identity in the last request."""
+        return yaml.safe_load(client.do("stand.requests.at(-1).custom_include_body"))["persona_memory"]
+
+    def test_a_request_names_its_chat_and_nothing_is_placed(self, client):
+        long_chat(client)
+        assert client.generate() == {}
+        assert self.said(client) == {"chat_id": client.id, "character": "Mira", "kind": "normal"}
+        assert client.do("stand.context.chatCompletionSettings.custom_include_body ?? null") is None
+
+    @pytest.mark.parametrize("kind", ["normal", "swipe", "regenerate", "continue", "impersonate", "quiet"])
+    def test_the_kind_of_generation(self, client, kind):
+        client.talk("Good morning.")
+        client.generate(type=kind)
+        assert self.said(client)["kind"] == kind
+
+    def test_other_names_of_a_normal_generation(self, client):
+        client.talk("Good morning.")
+        for kind in ("group_chat", None, "a new one"):
+            client.generate(type=kind)
+            assert self.said(client)["kind"] == "normal"
+
+    def test_a_prompt_without_a_generation_is_a_quiet_one(self, client):
+        client.talk("Good morning.")
+        client.generate(type="swipe")
+        client.generate(type="normal", dryRun=True)
+        client.do("await stand.post({})")
+        assert self.said(client)["kind"] == "quiet"
+        client.do("await stand.post({type: 'impersonate'})")
+        assert self.said(client)["kind"] == "impersonate"
+
+    def test_a_branch_names_its_parent(self, client):
+        client.talk("Good morning.")
+        client.generate()
+        parent = client.id
+        client.do("await stand.open('Branch', {...stand.context.chatMetadata, main_chat: 'Mira - 1'})")
+        client.generate()
+        assert self.said(client)["parent_chat_id"] == parent
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "", "   \n", "# a comment\n", "min_p: 0.05\ntop_k: 40\n", "# mine\nmin_p: 0.05", "---\nmin_p: 0.05\n",
+            "  min_p: 0.05\n  top_k: 40", "- min_p: 0.05\n- top_k: 40", '{"min_p": 0.05, "top_k": 40}', "{min_p: 0.05}",
+            "[{min_p: 0.05}, {top_k: 40}]", "stop: |\n  one\n  two\n", "stop: [one, two]", "a:\n  b:\n    - c",
+            "min_p: 0.05 # with a remark\n\n",
+        ],
+    )  # fmt: skip
+    def test_what_the_user_has_in_the_body_stays(self, client, text):
+        client.talk("Good morning.")
+        client.do("stand.context.chatCompletionSettings.custom_include_body = a", text)
+        client.generate()
+        sent = client.do("stand.requests.at(-1).custom_include_body")
+        assert merged(sent).pop("persona_memory")["chat_id"] == client.id
+        assert {k: v for k, v in merged(sent).items() if k != "persona_memory"} == merged(text)
+
+    def test_this_machine_has_several_names(self, client, server):
+        client.talk("Good morning.")
+        client.do("stand.context.chatCompletionSettings.custom_url = a", server.url.replace("127.0.0.1", "localhost"))
+        client.generate()
+        assert self.said(client)["chat_id"] == client.id
+
+    def test_other_servers_are_told_nothing(self, client, server):
+        long_chat(client)
+        for change in (
+            "chatCompletionSettings.custom_url = 'http://127.0.0.1:9/v1'",
+            "chatCompletionSettings.chat_completion_source = 'claude'",
+        ):
+            client.do(f"stand.context.{change}")
+            placed = client.generate()
+            assert client.do("stand.requests.at(-1).custom_include_body ?? null") is None
+            assert "silverthorn" in placed_text(placed)
+
+    def test_off_says_nothing(self, client):
+        client.talk("Good morning.")
+        client.set("enabled", False)
+        client.generate()
+        assert client.do("stand.requests.at(-1).custom_include_body ?? null") is None
+
+    def test_the_panel_shows_what_the_proxy_recalled(self, client, server):
+        """The stand-in's request is posted by the test, as the client's own server does."""
+        long_chat(client)
+        client.generate()
+        shown = client.do("stand.context.chat.map((m) => ({role: m.is_user ? 'user' : 'assistant', content: m.mes}))")
+        body = {"model": "m", "messages": [{"role": "system", "content": "You are Mira."}, *shown], "max_tokens": 200}
+        body |= merged(client.do("stand.requests.at(-1).custom_include_body"))
+        with LocalServerContext(server, 1600):
+            httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=TIMEOUT).raise_for_status()
+        client.do("await stand.context.eventSource.emit('generation_ended')")
+        client.page.get_by_text("silverthorn").wait_for()
+        assert "chats go through the proxy" in client.panel()
+
+
+@contextlib.contextmanager
+def LocalServerContext(server, tokens: int):  # noqa: N802
+    """The server as if it had been started with that context length."""
+    memory, before = server.server.memory, server.server.memory.settings
+    memory.settings = pm.replace(before, context=tokens)
+    try:
+        yield
+    finally:
+        memory.settings = before
+
+
+def merged(text: str) -> dict:
+    """What SillyTavern's server adds to a request for an "include body" text."""
+    found = yaml.safe_load(text)
+    rows = found if isinstance(found, list) else [found]
+    return {k: v for row in rows if isinstance(row, dict) for k, v in row.items()}
+
+
+@needs_chromium
+class TestServerAway:
+    """The chat goes on, and the user is told once."""
+
+    def test_one_notice_until_it_is_back(self, browser, tmp_path, shared_upstream):
+        running = Server(tmp_path / "data", shared_upstream.url, "--no-guidance")
+        with running, open_client(browser, running.url) as client:
+            running.wait_ready()
+            long_chat(client)
+            for change, there, notices in (
+                (lambda: None, True, 0),
+                (running.kill, False, 1),
+                (lambda: running.start().wait_ready(), True, 1),
+                (running.kill, False, 2),
+            ):
+                change()
+                for _ in range(2):
+                    assert ("silverthorn" in placed_text(client.generate())) == there
+                assert len(client.notices) == notices
+            assert "no answer" in client.notices[0]
+
+    def test_a_server_that_never_answers_holds_no_reply_up(self, browser):
+        silent = socket.create_server(("127.0.0.1", 0))
+        with silent, open_client(browser, f"http://127.0.0.1:{silent.getsockname()[1]}") as client:
+            client.talk("Good morning.")
+            assert client.generate() == {}
+            client.page.wait_for_function("stand.notices.length")
+            assert "in time" in client.notices[0]
+
+    def test_a_server_that_is_late_is_not_away(self, client):
+        client.do("globalThis.fetched = globalThis.fetch")
+        client.do("(globalThis.fetch = (url, given) => fetched(url.endsWith('/inject') ? '/hang' : url, given), null)")
+        client.talk("Good morning.")
+        assert client.generate() == {}
+        client.page.get_by_text("Too late for this reply").wait_for()
+        assert client.notices == []
+
+    def test_the_key(self, browser, tmp_path, shared_upstream):
+        given = settings(tmp_path / "data", shared_upstream.url, no_guidance=True, api_key="sesame-7")
+        with LocalServer(given) as running, open_client(browser, running.url) as client:
+            long_chat(client)
+            assert client.generate() == {}
+            assert len(client.notices) == 1
+            client.set("key", "sesame-7")
+            assert "silverthorn" in placed_text(client.generate())
+            client.page.get_by_text("Connected").wait_for()
+
+
+@needs_chromium
+class TestPanel:
+    """What the user sees among the client's extensions."""
+
+    def test_what_was_recalled_is_text_and_nothing_else(self, client):
+        planted = '<img src=x onerror="stand.hacked = true"> the password of the northern gate'
+        client.talk(planted, "<b>Then</b> I will guard it.")
+        long_chat(client)
+        assert planted in placed_text(client.generate())
+        assert f"Robin: {planted}" in client.panel()
+        assert client.page.locator("#persona_memory_settings img, #persona_memory_settings ol b").count() == 0
+        assert client.do("stand.hacked ?? null") is None
+
+    def test_a_link_to_the_chats_page(self, client, server):
+        link = client.page.locator("#persona_memory_settings a")
+        assert link.get_attribute("href") == f"{server.url}/#/"
+        client.talk("Good morning.")
+        client.generate()
+        assert link.get_attribute("href") == f"{server.url}/#/chat/{client.id}"
+
+    def test_carrying_over_is_set_for_the_character(self, client, server):
+        url = f"{server.url}/api/persona_memory/characters/Mira"
+        box = client.page.get_by_label("Recall from other chats with Mira")
+        box.set_checked(True)
+        client.page.wait_for_function(
+            "url => fetch(url).then((r) => r.json()).then((answer) => answer.carry_over)", arg=url
+        )
+        client.do("await stand.open('Mira - 2', {})")
+        client.page.wait_for_function("() => document.querySelectorAll('[type=checkbox]')[1].checked")
+        box.set_checked(False)
+        client.page.wait_for_function(
+            "url => fetch(url).then((r) => r.json()).then((answer) => !answer.carry_over)", arg=url
+        )
+
+    def test_it_is_there_once(self, client):
+        client.do("await import(a).then(() => null)", SCRIPT_PATH + "?again")
+        assert client.page.locator("#persona_memory_settings").count() == 1
