@@ -4214,7 +4214,7 @@ def preceded(message: dict, block: str) -> dict:
 # ======================================================================================================================
 
 EXPORT_FORMAT, EXPORT_VERSION = "persona_memory", 1
-UNNAMED = ("", "unused")  # what a group's header holds for a character
+UNNAMED = ("", "unused")  # what newer headers hold for names
 STAND_IN_AVATAR = "img/ai4.png"  # SillyTavern's own; a message that has one carries its speaker's name into the prompt
 SEND_DATES = (
     re.compile(
@@ -4302,7 +4302,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_transcript(text: str) -> ChatCopy:
-    """A chat out of a SillyTavern chat file: a header, but for groups, then a message a line."""
+    """A chat out of a SillyTavern chat file: a header (older versions write groups none), then a message a line."""
     lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     rows = [(where, parse_json(line, where)) for where, line in lines]
     for place, (where, row) in enumerate(rows):
@@ -4339,17 +4339,25 @@ def is_told(row: Mapping) -> bool:
 
 def copy_of_transcript(header: Mapping, rows: Sequence[Mapping]) -> ChatCopy:
     """A chat file's messages as the client sends them: chosen swipes make the branch, rejected ones hang beside it."""
-    group = (header.get("character_name") or "") in UNNAMED
-    users = [row["name"] for row in rows if row.get("is_user") and row.get("name")]
-    user = users[-1] if group and users else header.get("user_name") or "".join(users[-1:])
+    user, character = (named_in_header(header, key) for key in ("user_name", "character_name"))
+    replies = [row for row in rows if not row.get("is_user")]
+    group = not header or (not character and bool(replies) and all(row.get("original_avatar") for row in replies))
+    names = {side: [row["name"] for row in rows if row.get("is_user") == side and row.get("name")] for side in (1, 0)}
+    user = "".join(names[1][-1:]) if group or not user else user
     messages, head, now = [], ROOT, time.time()
     for row in rows:
         siblings = swipes_of(row, head, voice_of(row, user, group), now)
         messages += siblings.values()
         head = next(m.id for m in siblings.values() if m.confirmed)
-    voices = [m.voice for m in messages if m.voice]
-    info = {"user_name": user, "character": voices[-1] if group and voices else header.get("character_name")}
+    character = character or "".join(names[0][-1:])
+    info = {"user_name": user, "character": character}
     return ChatCopy(tuple(messages), head, {k: v for k, v in info.items() if v})
+
+
+def named_in_header(header: Mapping, key: str) -> str:
+    """A name in a chat file's header; empty where it is none."""
+    name = header.get(key) or ""
+    return "" if name in UNNAMED else name
 
 
 def voice_of(row: Mapping, user: str, group: bool) -> str | None:
@@ -7104,7 +7112,7 @@ class PersonaMemory:
         explicit = bool(chat_id) or copy.info.get("explicit", False)
         with self._finding:
             store = self.shelf.get(named) if named else None
-            store = store or (None if explicit else self._located_copy(copy))
+            store = store or (None if named else self._located_copy(copy))
             if store is None:
                 named = named or chat_of_copy(copy)
                 store = self.shelf.get(named)

@@ -309,10 +309,17 @@ def test_a_greeting_alone_is_no_chat_yet(server):
     assert call(server, "GET", "chats").json() == []
 
 
-def test_the_list_names_the_character(server):
-    """As the file's header does."""
-    take_in(server, written(line("Robin", "Hello.")))
+NAMELESS = {"chat_metadata": {"integrity": "1"}, "user_name": "unused", "character_name": "unused"}
+
+
+@pytest.mark.parametrize("header", [None, NAMELESS], ids=["named", "unused"])
+def test_the_list_names_the_character(server, header):
+    """As the file's header does, or where newer versions put nothing there, the messages."""
+    lent = line("Ottilie", "Am I late?", force_avatar="/thumbnail?file=Ottilie.png", original_avatar="Ottilie.png")
+    file = written(line("Robin", "Hello.", force_avatar="x.png"), lent, line("Helena", "Sit."), header=header)
+    (chat,) = take_in(server, file)
     assert [c["character"] for c in call(server, "GET", "chats").json()] == ["Helena"]
+    assert branch_texts(server.url, chat["chat_id"]) == ["Hello.", "Ottilie: Am I late?", "Sit."]
 
 
 # ---------------------------------------------------------------------------- groups
@@ -341,6 +348,13 @@ def test_a_group_imports_as_it_was_lived(server, other):
     voices = [m["voice"] for m in export(other, chat["chat_id"])["messages"] if m["confirmed"]]
     assert voices == lived_voices == ["Helena", "Borin", None, "Helena", "Borin", None, "Borin", "Helena", None]
     assert found(other, chat["chat_id"]) == found(server, client.answer.chat_id)
+
+
+def test_newer_group_files_have_a_header(server):
+    """It names nobody; that all replies say whose card they came from makes it a group's."""
+    rows = [line(name, "Hm.", original_avatar=f"{name}.png") for name in ("Helena", "Borin")]
+    (chat,) = take_in(server, written(*rows, line("Robin", "Hello."), header=NAMELESS))
+    assert branch_texts(server.url, chat["chat_id"]) == ["Helena: Hm.", "Borin: Hm.", "Hello."]
 
 
 def test_whoever_answers_recalls_the_whole_groups_past(small, upstream):
