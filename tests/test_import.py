@@ -270,6 +270,20 @@ def test_hidden_messages_are_memory_and_notices_are_not(server):
     assert branch_texts(server.url, chat["chat_id"]) == ["Come in.", "My cat is called Miso.", "Good night."]
 
 
+def test_what_was_hidden_from_the_beginning_on_comes_back(server, upstream):
+    """The client goes on without the hidden messages; they are recalled where they matter."""
+    rows = [line("Helena", "Come in."), line("Robin", TEXTS[0]), line("Helena", "*nods*")]
+    for number in range(40):
+        rows += [line("Robin", f"Night {number}: the wind turns."), line("Helena", f"*looks at wave {number}*")]
+    hidden = [{**row, "is_system": n < 60} for n, row in enumerate(rows)]
+    (chat,) = take_in(server, written(*hidden))
+    client = Client(server.url, HELENA)
+    client.chat = [Line("user" if r["is_user"] else "assistant", r["mes"], r["name"]) for r in rows[60:]]
+    answer = client.send("What is my cat afraid of?")
+    assert answer.chat_id == chat["chat_id"]
+    assert any(TEXTS[0] in message["content"] for message in upstream.last["body"]["messages"])
+
+
 @pytest.mark.parametrize(
     "given, expected",
     [
