@@ -4230,6 +4230,7 @@ KEPT_INFO = {  # what an export holds of a chat beside its messages, with its ty
     "chat_id": str, "explicit": bool, "created": float, "updated": float, "character": str, "user_name": str,
     "shows_history": bool, "persona": str,
 }  # fmt: skip
+LATEST = 2.0**36  # Unix seconds; far beyond what anybody has said
 FIELD_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "str | None": str | None}
 
 
@@ -4421,10 +4422,16 @@ def date_parts(found: Mapping[str, str | None]) -> list[int]:
 
 
 def send_date(message: Message) -> str:
-    """A message's date as SillyTavern writes it, in this machine's zone: "July 12, 2024 9:30pm"."""
-    when = datetime.fromtimestamp(message.said_at).astimezone()
+    """A message's date as SillyTavern writes it, in this machine's zone: "July 12, 2024 9:30pm"; empty where it is out
+    of a calendar's reach."""
+    try:
+        when = datetime.fromtimestamp(message.said_at).astimezone()
+    except (ValueError, OverflowError, OSError):
+        return ""
     half = "pm" if when.hour >= 12 else "am"
-    return f"{MONTHS[when.month - 1].title()} {when.day}, {when.year} {when.hour % 12 or 12}:{when.minute:02d}{half}"
+    return (
+        f"{MONTHS[when.month - 1].title()} {when.day}, {when.year:04d} {when.hour % 12 or 12}:{when.minute:02d}{half}"
+    )
 
 
 def write_transcript(
@@ -4488,8 +4495,8 @@ def read_export(data: Any) -> ChatCopy:
     if data.get("version") != EXPORT_VERSION:
         raise InvalidRequest(f"This export has version {data.get('version')!r}; known is {EXPORT_VERSION}.", "version")
     info = data.get("chat")
-    if not isinstance(info, dict) or not isinstance(info.get("chat_id"), str) or not info["chat_id"]:
-        raise InvalidRequest("chat.chat_id must be a string.", "chat.chat_id")
+    if not isinstance(info, dict) or not is_name(info.get("chat_id")):
+        raise InvalidRequest("chat.chat_id must be a string that names a chat.", "chat.chat_id")
     kept = {k: typed_value(info[k], kind, f"chat.{k}") for k, kind in KEPT_INFO.items() if info.get(k) is not None}
     messages = [checked_message(m, where) for m, where in rows_of(data, "messages", Message)]
     check_tree(messages)
@@ -4500,7 +4507,16 @@ def read_export(data: Any) -> ChatCopy:
     used = {head, *(s.last for s in summaries), *(s.first for s in summaries), *(f.message for f in facts)}
     if not all(isinstance(i, str) and (i in known or i == ROOT) for i in used):
         raise InvalidRequest("chat.head, a summary or a fact names a message that is not there.", "messages")
+    if not all(re.fullmatch(r"[0-9A-Za-z_-]{1,64}", row.id) for row in (*summaries, *facts)):
+        raise InvalidRequest("The id of a summary or a fact is none.", "id")
     return ChatCopy(tuple(messages), head, kept, tuple(summaries), tuple(facts))
+
+
+def is_name(value: Any) -> bool:
+    """Whether a value can be a chat's id: text that can be written down."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return isinstance(value, str) and bool(value.strip()) and bool(value.encode())
+    return False
 
 
 def rows_of(data: Mapping, name: str, kind: type) -> list[tuple[Any, str]]:
@@ -4539,6 +4555,8 @@ def checked_message(message: Message, where: str) -> Message:
     if message.id != message_id(message.parent, message.digest):
         raise InvalidRequest(f"{where}.id is not that of its text under its parent.", f"{where}.id")
     parse_timestamp(message.timestamp, f"{where}.timestamp")
+    if not 0 <= message.at < LATEST:
+        raise InvalidRequest(f"{where}.at must be a time in Unix seconds.", f"{where}.at")
     row = {"role": message.role} | ({"name": message.name} if message.name else {})
     sizes = (message_tokens({**row, "content": text}) for text in (message.content, message.original))
     return replace(message, tokens=max(sizes))  # as where a user edits a message

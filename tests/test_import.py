@@ -492,7 +492,10 @@ EXPORT = {
     "summaries": [],
     "facts": [],
 }
-ROW = {"id": pm.message_id("", pm.message_digest("user", "Hi")), "parent": "", "role": "user", "content": "Hi"}
+ROW_ID = pm.message_id("", pm.message_digest("user", "Hi"))
+FACT = pm.asdict(pm.Fact("f", "cat", "The cat is Miso.", "Miso", ROW_ID, 0, 0))
+SUMMARY = pm.asdict(pm.new_summary(1, ROW_ID, ROW_ID, 0, 0, "They met.", 9, "user"))
+ROW = {"id": ROW_ID, "parent": "", "role": "user", "content": "Hi"}
 
 
 @pytest.mark.parametrize(
@@ -559,15 +562,6 @@ def test_odd_lines_are_read_or_refused(rows):
     else:
         pm.check_tree(copy.messages)
         assert all(m.confirmed for m in copy.path)
-
-
-@given(st.dictionaries(st.sampled_from(list(EXPORT)), VALUES | st.just([ROW]) | st.just([{**ROW, "at": 1}])))
-def test_odd_exports_are_read_or_refused(parts):
-    """The same for exports."""
-    try:
-        pm.read_chat_file(json.dumps({**EXPORT, **parts}).encode())
-    except pm.InvalidRequest as error:
-        assert str(error)
 
 
 # ---------------------------------------------------------------------------- there and back
@@ -642,6 +636,29 @@ def test_an_export_comes_back_as_it_was(folders, messages, data):
     untouched = [{**m, "tokens": 0} for m in exported["messages"]]
     whole["messages"] = [{**m, "tokens": 0} for m in whole["messages"]]
     assert {**exported, "messages": untouched} == whole
+
+
+ODD = st.text(max_size=3) | st.sampled_from(["x", "\ud800", "\0", " ", "a/b", None, 1.5, 10**20, True])
+
+
+@effort(max_examples=40)
+@given(data=st.data())
+def test_odd_exports_are_taken_in_or_refused(folders, data):
+    """One field of an export is something else: there is a chat that can be read and exported, or an error in words."""
+    whole = {**EXPORT, "messages": [{**ROW}], "facts": [{**FACT}], "summaries": [{**SUMMARY}]}
+    whole["chat"] = {"chat_id": "x", "head": ROW["id"], "created": 1.5, "character": "Helena"}
+    part = data.draw(st.sampled_from([whole["chat"], whole["messages"][0], whole["facts"][0], whole["summaries"][0]]))
+    names = {**part, "timestamp": None, "at": None, "shown": None, "updated": None}
+    part[data.draw(st.sampled_from(sorted(names)))] = data.draw(ODD | VALUES | st.just("0001-01-01T00:00:00"))
+    with Shelf(folders()) as memory:
+        try:
+            (chat,) = memory.take_in(json.dumps(whole).encode())
+        except pm.InvalidRequest as error:
+            assert str(error)
+        else:
+            assert memory.export(chat["chat_id"])["messages"][0]["id"] == ROW["id"]
+            assert memory.export_transcript(chat["chat_id"])
+            assert memory.describe(chat["chat_id"])["messages"] == 1
 
 
 @st.composite
