@@ -4526,7 +4526,7 @@ def preceded(message: dict, block: str) -> dict:
 # ======================================================================================================================
 
 EXPORT_FORMAT, EXPORT_VERSION = "persona_memory", 1
-UNNAMED = ("", "unused")  # what a group's header holds for a character
+UNNAMED = ("", "unused")  # what newer headers hold for names
 STAND_IN_AVATAR = "img/ai4.png"  # SillyTavern's own; a message that has one carries its speaker's name into the prompt
 SEND_DATES = (
     re.compile(
@@ -4542,6 +4542,7 @@ KEPT_INFO = {  # what an export holds of a chat beside its messages, with its ty
     "chat_id": str, "explicit": bool, "created": float, "updated": float, "character": str, "user_name": str,
     "shows_history": bool, "persona": str,
 }  # fmt: skip
+LATEST = 2.0**36  # Unix seconds; far beyond what anybody has said
 FIELD_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "str | None": str | None}
 
 
@@ -4614,7 +4615,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_transcript(text: str) -> ChatCopy:
-    """A chat out of a SillyTavern chat file: a header, but for groups, then a message a line."""
+    """A chat out of a SillyTavern chat file: a header (older versions write groups none), then a message a line."""
     lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     rows = [(where, parse_json(line, where)) for where, line in lines]
     for place, (where, row) in enumerate(rows):
@@ -4651,17 +4652,25 @@ def is_told(row: Mapping) -> bool:
 
 def copy_of_transcript(header: Mapping, rows: Sequence[Mapping]) -> ChatCopy:
     """A chat file's messages as the client sends them: chosen swipes make the branch, rejected ones hang beside it."""
-    group = (header.get("character_name") or "") in UNNAMED
-    users = [row["name"] for row in rows if row.get("is_user") and row.get("name")]
-    user = users[-1] if group and users else header.get("user_name") or "".join(users[-1:])
+    user, character = (named_in_header(header, key) for key in ("user_name", "character_name"))
+    replies = [row for row in rows if not row.get("is_user")]
+    group = not header or (not character and bool(replies) and all(row.get("original_avatar") for row in replies))
+    names = {side: [row["name"] for row in rows if row.get("is_user") == side and row.get("name")] for side in (1, 0)}
+    user = "".join(names[1][-1:]) if group or not user else user
     messages, head, now = [], ROOT, time.time()
     for row in rows:
         siblings = swipes_of(row, head, voice_of(row, user, group), now)
         messages += siblings.values()
         head = next(m.id for m in siblings.values() if m.confirmed)
-    voices = [m.voice for m in messages if m.voice]
-    info = {"user_name": user, "character": voices[-1] if group and voices else header.get("character_name")}
+    character = character or "".join(names[0][-1:])
+    info = {"user_name": user, "character": character}
     return ChatCopy(tuple(messages), head, {k: v for k, v in info.items() if v})
+
+
+def named_in_header(header: Mapping, key: str) -> str:
+    """A name in a chat file's header; empty where it is none."""
+    name = header.get(key) or ""
+    return "" if name in UNNAMED else name
 
 
 def voice_of(row: Mapping, user: str, group: bool) -> str | None:
@@ -4725,10 +4734,16 @@ def date_parts(found: Mapping[str, str | None]) -> list[int]:
 
 
 def send_date(message: Message) -> str:
-    """A message's date as SillyTavern writes it, in this machine's zone: "July 12, 2024 9:30pm"."""
-    when = datetime.fromtimestamp(message.said_at).astimezone()
+    """A message's date as SillyTavern writes it, in this machine's zone: "July 12, 2024 9:30pm"; empty where it is out
+    of a calendar's reach."""
+    try:
+        when = datetime.fromtimestamp(message.said_at).astimezone()
+    except (ValueError, OverflowError, OSError):
+        return ""
     half = "pm" if when.hour >= 12 else "am"
-    return f"{MONTHS[when.month - 1].title()} {when.day}, {when.year} {when.hour % 12 or 12}:{when.minute:02d}{half}"
+    return (
+        f"{MONTHS[when.month - 1].title()} {when.day}, {when.year:04d} {when.hour % 12 or 12}:{when.minute:02d}{half}"
+    )
 
 
 def write_transcript(
@@ -4792,8 +4807,8 @@ def read_export(data: Any) -> ChatCopy:
     if data.get("version") != EXPORT_VERSION:
         raise InvalidRequest(f"This export has version {data.get('version')!r}; known is {EXPORT_VERSION}.", "version")
     info = data.get("chat")
-    if not isinstance(info, dict) or not isinstance(info.get("chat_id"), str) or not info["chat_id"]:
-        raise InvalidRequest("chat.chat_id must be a string.", "chat.chat_id")
+    if not isinstance(info, dict) or not is_name(info.get("chat_id")):
+        raise InvalidRequest("chat.chat_id must be a string that names a chat.", "chat.chat_id")
     kept = {k: typed_value(info[k], kind, f"chat.{k}") for k, kind in KEPT_INFO.items() if info.get(k) is not None}
     messages = [checked_message(m, where) for m, where in rows_of(data, "messages", Message)]
     check_tree(messages)
@@ -4804,7 +4819,16 @@ def read_export(data: Any) -> ChatCopy:
     used = {head, *(s.last for s in summaries), *(s.first for s in summaries), *(f.message for f in facts)}
     if not all(isinstance(i, str) and (i in known or i == ROOT) for i in used):
         raise InvalidRequest("chat.head, a summary or a fact names a message that is not there.", "messages")
+    if not all(re.fullmatch(r"[0-9A-Za-z_-]{1,64}", row.id) for row in (*summaries, *facts)):
+        raise InvalidRequest("The id of a summary or a fact is none.", "id")
     return ChatCopy(tuple(messages), head, kept, tuple(summaries), tuple(facts))
+
+
+def is_name(value: Any) -> bool:
+    """Whether a value can be a chat's id: text that can be written down."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return isinstance(value, str) and bool(value.strip()) and bool(value.encode())
+    return False
 
 
 def rows_of(data: Mapping, name: str, kind: type) -> list[tuple[Any, str]]:
@@ -4843,6 +4867,8 @@ def checked_message(message: Message, where: str) -> Message:
     if message.id != message_id(message.parent, message.digest):
         raise InvalidRequest(f"{where}.id is not that of its text under its parent.", f"{where}.id")
     parse_timestamp(message.timestamp, f"{where}.timestamp")
+    if not 0 <= message.at < LATEST:
+        raise InvalidRequest(f"{where}.at must be a time in Unix seconds.", f"{where}.at")
     row = {"role": message.role} | ({"name": message.name} if message.name else {})
     sizes = (message_tokens({**row, "content": text}) for text in (message.content, message.original))
     return replace(message, tokens=max(sizes))  # as where a user edits a message
@@ -7568,7 +7594,7 @@ class PersonaMemory:
         explicit = bool(chat_id) or copy.info.get("explicit", False)
         with self._finding:
             store = self.shelf.get(named) if named else None
-            store = store or (None if explicit else self._located_copy(copy))
+            store = store or (None if named else self._located_copy(copy))
             if store is None:
                 named = named or chat_of_copy(copy)
                 store = self.shelf.get(named)
@@ -7578,11 +7604,10 @@ class PersonaMemory:
         """The chat without an explicit id that a file continues, or branches off from: a file shows all of its chat, so
         its beginning is looked up as well as its end."""
         digests = [(m.role, m.digest) for m in copy.path]
-        if not digests:
-            return None
-        place = functools.partial(place_copy, digests=[d for _, d in digests])
-        windows = (digests[:LOCATED_BY], digests[-LOCATED_BY:])
-        found = [f for window in windows if (f := self.shelf.locate(window, place))]
+        found = []
+        for window in (digests[:LOCATED_BY], digests[-LOCATED_BY:]) if digests else ():
+            place = functools.partial(place_copy, digests=[d for _, d in window])
+            found += filter(None, [self.shelf.locate(window, place)])
         return max(found, key=lambda f: len(f[1].matches))[0] if found else None
 
     def _add_messages(self, store: ChatStore, messages: Sequence[Message]) -> int:
@@ -7609,21 +7634,25 @@ class PersonaMemory:
             info = {"updated": copy.path[-1].said_at if copy.head else time.time()} | info
         elif added:
             info |= {"updated": time.time()}
-        if self._is_newer(store, copy.head):
+        if self._is_newer(store, copy):
             info |= {"head": copy.head}
         if any(store.info.get(k) != v for k, v in info.items()):
             store.commit(info=info)
             self.shelf.enter(store, ())
 
     @staticmethod
-    def _is_newer(store: ChatStore, tip: str) -> bool:
-        """Whether a file's last message comes after the end of the branch that its chat was last on."""
-        if not store.head or not tip:
+    def _is_newer(store: ChatStore, copy: ChatCopy) -> bool:
+        """Whether a file's branch goes on from the one that its chat was last on, holds all of that (a client that
+        dropped the beginning has shown no more), or ends later."""
+        if not store.head or not copy.head:
             return not store.head
-        if store.tree.is_below(tip, store.head):
+        if store.tree.is_below(copy.head, store.head) or store.tree.is_below(store.head, copy.head):
+            return store.tree.is_below(copy.head, store.head)
+        held = "".join(store.tree.nodes[i].digest for i in store.tree.path(store.head))
+        if held in "".join(m.digest for m in copy.path):
             return True
-        head, last = store.read([store.head, tip])
-        return last.said_at > head.said_at and not store.tree.is_below(store.head, tip)
+        head, last = store.read([store.head, copy.head])
+        return last.said_at > head.said_at
 
     def search(self, chat_id: str, text: str, k: int = 10, tokens: int = 0, asker: str = "") -> list[Memory]:
         """The messages of the current branch that answer a text, best first: `k` of them, or what fits into `tokens`.
@@ -7788,7 +7817,7 @@ def place_transcript(store: ChatStore, request: ChatRequest) -> Alignment:
 
 
 def place_copy(store: ChatStore, digests: Sequence[str]) -> Alignment:
-    """Where a file's branch hangs in a chat."""
+    """Where a stretch of a file's branch hangs in a chat."""
     return align(store.tree, digests, store.head)
 
 
@@ -9384,7 +9413,7 @@ def start_text(settings: Settings, port: int) -> str:
     address = f"http://{settings.host}:{port}"
     lines = [f"persona_memory {__version__} is listening on {address}", f"Chats are kept in {settings.data}"]
     if not settings.proxy:
-        return "\n".join([*lines, "Serving the memory API only; --proxy adds the OpenAI-compatible API."])
+        return "\n".join([*lines, f"Extras API for SillyTavern: {address}; --proxy adds the OpenAI-compatible API."])
     lines.append(f"OpenAI-compatible base URL for your client: {address}/v1")
     if settings.upstream == "local":
         lines.append(
