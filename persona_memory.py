@@ -8442,7 +8442,7 @@ dialog::backdrop { background: rgb(12 13 16 / 0.5); }
 .chats .name { font-weight: 600; color: var(--ink); text-decoration: none; }
 .chats .name::after { content: ""; position: absolute; inset: 0; }
 .chats .about { flex: 1; min-width: 0; }
-.chats .id { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.id { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .chats .actions { position: relative; display: flex; }
 .flush { padding: 0; overflow: hidden; }
 .steps { display: grid; gap: 20px; counter-reset: step; }
@@ -8823,7 +8823,7 @@ function confirmed(title, lines, action) {
   });
 }
 
-/** Puts a form in an element's place; `save` gets the new text, Escape takes everything back. */
+/** Puts a form in an element's place; `save` gets the new text, then the view looks again. Escape takes all back. */
 function edit(element, label, text, save) {
   const opener = document.activeElement;
   const field = h("textarea", {
@@ -8838,7 +8838,9 @@ function edit(element, label, text, save) {
   const submit = async (event) => {
     event.preventDefault();
     const done = field.value === text || (await attempt(() => save(field.value).then(() => true)));
-    if (done) close();
+    if (!done) return;
+    close(); // first: what is being edited is not made anew
+    await attempt(live.refresh);
   };
   const keys = (event) => {
     if (event.key === "Escape") close();
@@ -9323,7 +9325,7 @@ async function chatView({ id, tab, query }) {
     root: h("div", {}, head, tabs, part.root),
     refresh,
     chat: id,
-    watches: (state) => `${state.chat} ${state.turn}`,
+    watches: (state) => state.chat,
     entered: part.entered,
     leave: part.leave,
   };
@@ -9358,6 +9360,7 @@ function chatHeading(row, chat) {
         h("span", {}, when(row.updated)),
         row.mood && row.mood !== "neutral" && h("span", {}, "You seem ", moodChip(row.mood)),
       ),
+      h("p", { class: "small muted id" }, row.chat_id),
     ),
     h(
       "div",
@@ -9464,7 +9467,7 @@ function listOr(list, rows, words, keyOf, make) {
 function storyRow(path, summary) {
   const sources = { model: "by the model", extract: "in the messages' own sentences", user: "in your words" };
   const text = h("div", { class: "text" }, summary.text);
-  const save = (value) => send("PATCH", `${path}/story/${summary.id}`, { text: value }).then(live.refresh);
+  const save = (value) => send("PATCH", `${path}/story/${summary.id}`, { text: value });
   return h(
     "li",
     {},
@@ -9505,7 +9508,7 @@ function factRow(chat, fact) {
       h(
         "span",
         { class: "tools push" },
-        quiet("Edit", () => edit(text, "Fact", fact.text, (value) => change({ text: value }))),
+        quiet("Edit", () => edit(text, "Fact", fact.text, (value) => send("PATCH", address, { text: value }))),
         quiet(fact.pinned ? "Unpin" : "Pin", () => attempt(() => change({ pinned: !fact.pinned }))),
         quiet("Forget", forget),
       ),
@@ -9748,7 +9751,9 @@ function messageTools(chat, row, text) {
       if (words) toast(words, () => change(back));
     });
   const save = (content) =>
-    change({ content }).then(() => toast("Memory now has your words.", () => change({ content: null })));
+    send("PATCH", address, { content }).then(() =>
+      toast("Memory now has your words.", () => change({ content: row.edited ? row.content : null })),
+    );
   const others = row.siblings.length;
   const remembered = [
     quiet("Edit", () => edit(text, `Message ${row.index + 1}`, row.content, save)),
@@ -9914,6 +9919,7 @@ function memoryRow(chat, memory) {
 // ------------------------------------------------------------------------------------------------ mood
 
 const FEELINGS_AT_ONCE = 500;
+const MAY_CHANGE = 20; // newest messages that a swipe or an edit may have replaced when a chat goes on
 const LANE = 54; // pixels
 const LABELS = 82; // pixels for the names of the lanes
 const STRONGEST = 14;
@@ -9926,6 +9932,7 @@ async function moodTab(chat) {
   const moments = h("ol", { class: "list" });
   let whose = "all";
   let open = true;
+  let fetching = null;
   const choice = h(
     "div",
     { class: "segments", role: "group", "aria-label": "Whose feelings" },
@@ -9991,17 +9998,25 @@ async function moodTab(chat) {
     );
   }
 
+  const fetchOnce = () => (fetching ??= fetchAll().finally(() => (fetching = null)));
+
+  /** Where nothing was added something else has changed: everything is read again, which costs little by then. */
   async function refresh(now) {
-    if (now.branch_length < data.scores.length) Object.assign(data, { scores: [], user: [] });
-    data.total = now.branch_length;
-    await fetchAll();
+    await fetching;
+    const kept = now.branch_length > data.scores.length ? Math.max(0, data.scores.length - MAY_CHANGE) : 0;
+    Object.assign(data, {
+      scores: data.scores.slice(0, kept),
+      user: data.user.slice(0, kept),
+      total: now.branch_length,
+    });
+    await fetchOnce();
   }
   return {
     root,
     refresh,
     entered: () => {
       observer.observe(figure);
-      attempt(fetchAll);
+      attempt(fetchOnce);
     },
     leave: () => {
       open = false;
@@ -10452,10 +10467,18 @@ const live = {
 
 const main = document.getElementById("main");
 
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // an address that somebody has mistyped
+  }
+}
+
 function parseRoute() {
   const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
   const [name, id = "", tab = ""] = path.split("/");
-  return { name, id: decodeURIComponent(id), tab, query: new URLSearchParams(query) };
+  return { name, id: decoded(id), tab, query: new URLSearchParams(query) };
 }
 
 const VIEWS = { "": chatsView, chat: chatView, health: healthView, settings: settingsView };

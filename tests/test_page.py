@@ -394,6 +394,7 @@ def test_a_prompt_says_what_went_in_and_what_it_cost(visit, asked):
     report = asked.get("/prompts")["prompts"][0]
     page = visit(asked.link("/prompts"))
     card = page.locator(".prompt").first
+    expect(card).to_be_visible()
     parts = card.locator(".share i").evaluate_all("all => all.map(i => Number(i.style.getPropertyValue('--share')))")
     assert sum(parts) == report["context"]
     for share in ("persona", "story", "memories", "history"):
