@@ -8368,7 +8368,7 @@ nav a[aria-current] { color: var(--ink); background: var(--sunken); font-weight:
 [data-level="notice"] { --tone: var(--warn); }
 [data-level="trouble"] { --tone: var(--bad); }
 main { max-width: var(--wide); margin: 0 auto; padding: 28px 20px 96px; }
-.head { display: grid; gap: 6px; margin-bottom: 20px; }
+.head { display: grid; gap: 6px; grid-template-columns: minmax(0, 1fr); margin-bottom: 20px; }
 .heading .about { flex: 1; min-width: 0; }
 .heading .actions { display: flex; gap: 8px; }
 .tabs {
@@ -8546,7 +8546,8 @@ td { padding: 11px 12px 11px 0; border-top: 1px solid var(--line); vertical-alig
   .bar nav a { padding: 5px 10px; }
   #theme { order: 4; margin-inline-start: auto; }
   #theme .label { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-  .tabs a { padding: 6px 8px; font-size: 0.95rem; }
+  .tabs { gap: 0; }
+  .tabs a { padding: 6px 7px; font-size: 0.9rem; }
   .heading .actions { flex-basis: 100%; }
   .light .words { max-width: 6.5rem; }
   main { padding: 20px 14px 80px; }
