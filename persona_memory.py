@@ -11770,6 +11770,7 @@ def add_hooks(app: flask.Flask, memory: PersonaMemory, secure: bool) -> None:
     hooks = flask.Blueprint("persona_memory", __name__)  # what is set on it acts on its own routes alone
     hooks.register_blueprint(api)
     hooks.add_url_rule("/health", view_func=health)  # the extension asks for it
+    hooks.add_url_rule("/persona_memory/", view_func=page)  # the root is the host's own
     hooks.add_url_rule("/extension.zip", view_func=extension_download)
     hooks.register_error_handler(Exception, show_error)
     if not secure:
@@ -11926,6 +11927,7 @@ if "persona_memory" in modules:
     try:
         import modules.persona_memory as persona_memory_module
         persona_memory_module.init_extras(app, modules, secure=getattr(args, "secure", False))
+        globals().get("ignore_auth", []).append(persona_memory_module.page)  # asks for the key itself
     except Exception as error:
         print(f"persona_memory is off: {{error}}")
         modules.remove("persona_memory")

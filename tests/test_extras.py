@@ -197,11 +197,14 @@ app = Flask(__name__)
 args = []
 modules = []
 api_key = None
+ignore_auth = []
 
 
 @app.before_request
 def check_key():
-    if request.method != "OPTIONS" and args.secure and getattr(request.authorization, "token", "") != api_key:
+    if request.method == "OPTIONS" or not args.secure or app.view_functions.get(request.endpoint) in ignore_auth:
+        return None
+    if getattr(request.authorization, "token", "") != api_key:
         return jsonify({"error": "401: Invalid API key"}), 401
 
 
@@ -342,6 +345,8 @@ def test_the_hosts_key_protects_the_hooks(host):
     with Host(host, "--secure", "--enable-modules=persona_memory") as running:
         assert running.get("/api/persona_memory/chats").status_code == 401
         assert remember(running.url, "x", "wrong").status_code == 401
+        page = running.get("/persona_memory/")  # holds no data, and asks for the key
+        assert page.status_code == 200 and page.text == pm.PAGE
         assert remember(running.url, "x", "sesame").status_code == 200
         assert running.get("/api/persona_memory/chats", "sesame", Origin="https://st.example").status_code == 200
         preflight = httpx.options(f"{running.url}/api/persona_memory/import", headers=PREFLIGHT, timeout=PATIENCE)
@@ -459,6 +464,7 @@ def test_inside_the_real_sillytavern_extras(tmp_path):
     with Host(folder, "--secure", *modules, python=python) as running:
         assert running.get("/api/modules", "sesame").json() == {"modules": ["persona_memory", "embeddings"]}
         assert running.get("/api/persona_memory/chats").status_code == 401
+        assert running.get("/persona_memory/").text == pm.PAGE
         assert remember(running.url, "card%2Fone", "sesame").json()["total"] == 1
         rows = running.get("/api/persona_memory/chats/card%2Fone/search?q=cat", "sesame").json()["memories"]
         assert rows[0]["content"] == "My cat is called Miso."
