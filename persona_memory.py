@@ -6642,8 +6642,7 @@ class PersonaMemory:
             layout = replace(layout, room=layout.room - story.tokens)
             recalled = self._recall(store, request, nodes, layout, {f.message for f in story.facts})
             if layout.window:
-                seen = beyond_window(recalled.memories, layout, story.tokens)
-                recalled = replace(recalled, memories=tuple(seen))
+                recalled = unseen(recalled, layout, story.tokens)
             mood = self._mood_of_turn(store, request, nodes)
             piece = self._reminder(store, request, nodes, layout, story, recalled)
             older = store.read([n.id for n in nodes[layout.anchor : above]])
@@ -7805,6 +7804,13 @@ def covers(summary: Summary, tree: Tree, message: str) -> bool:
     """Whether a summary tells of a message."""
     inside = summary.last in tree.nodes and summary.start <= tree.nodes[message].depth <= summary.end
     return inside and tree.is_below(summary.last, message)
+
+
+def unseen(recalled: Recalled, layout: Layout, told: int) -> Recalled:
+    """What was recalled, without what the client's own prompt shows; `told` are the story's tokens."""
+    kept = beyond_window(recalled.memories, layout, told)
+    shown = (m.left_out("the client's prompt shows it") for m in recalled.memories if m not in kept)
+    return replace(recalled, memories=tuple(kept), left_out=(*recalled.left_out, *shown))
 
 
 def place_transcript(store: ChatStore, request: ChatRequest) -> Alignment:
