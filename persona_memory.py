@@ -5,7 +5,8 @@ Role-play chats forget: once the beginning has slid out of the language model's 
 its promises or what the user told it. This program stands between a chat client and the model as an OpenAI-compatible
 proxy, keeps every message of every chat, and puts the right ones back into the prompt, inside a token budget.
 
-It is: a proxy (``python persona_memory.py --proxy``), an HTTP API over what it remembers, and a module to import.
+It is: a proxy (``python persona_memory.py --proxy``), an HTTP API over what it remembers, an extension for SillyTavern
+(``--install-extension``), and a module to import.
 It is not: a chat client, a language model, a vector database, or a service that talks to anyone but the upstream that
 the user named.
 
