@@ -8353,7 +8353,8 @@ function showRecalled(memories, emotion) {
     const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= SURE;
     const felt = sure ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'nothing in particular';
     parts.mood.textContent = `Your mood: ${felt}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
-    const rows = memories.slice(0, MOST_SHOWN).map(({ index, name, role, content, chat_id: elsewhere }) => {
+    const inOrder = memories.slice(0, MOST_SHOWN).sort((a, b) => a.index - b.index);
+    const rows = inOrder.map(({ index, name, role, content, chat_id: elsewhere }) => {
         const text = content.length > LONGEST_SHOWN ? `${content.slice(0, LONGEST_SHOWN)} ...` : content;
         const where = elsewhere ? 'In another chat, ' : '';
         return element('li', { value: index + 1, textContent: `${where}${name ?? role}: ${text}` });
