@@ -6685,6 +6685,7 @@ class PersonaMemory:
         self.storyteller = Storyteller(settings, self.upstream, self.embedder.name)
         self._emotion_model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
         self._readings: WeakKeyDictionary[ChatStore, dict[str, EmotionReading]] = WeakKeyDictionary()
+        self._read_by_words: WeakKeyDictionary[ChatStore, dict[str, EmotionReading]] = WeakKeyDictionary()
         self._shelf = ChatShelf(Path(settings.data))
         self._shelf_started = False
         self._model = ""
@@ -7488,12 +7489,15 @@ class PersonaMemory:
             index = self._indexes.get(store)
             vectors = {h: v for h in unread if index and (v := index.vector(h)) is not None}
             vectors |= store.vectors(self.embedder.name, [h for h in unread if h not in vectors])
-        messages = store.read(list(unread.values()))
-        found = {h: read_emotion(m.content, vectors.get(h)) for h, m in zip(unread, messages, strict=True)}
+        by_words = self._read_by_words.setdefault(store, {})
+        fresh = {h: i for h, i in unread.items() if h in vectors or h not in by_words}
+        messages = store.read(list(fresh.values()))
+        found = {h: read_emotion(m.content, vectors.get(h)) for h, m in zip(fresh, messages, strict=True)}
+        by_words.update({h: r for h, r in found.items() if h not in vectors})
         if not self._emotion_model:
             sure = found if self._reads_elsewhere else {h: r for h, r in found.items() if h in vectors}
             known.update(sure)
-        return found
+        return {h: found.get(h) or by_words[h] for h in unread}
 
     def _read_in_background(self, store: ChatStore, by_hash: Mapping[str, str]) -> None:
         """Has a user's own model read what it has not read yet."""
@@ -10500,10 +10504,8 @@ async function open() {
   Object.assign(live, { view: null, etag: "" });
   document.querySelectorAll("dialog:not(.lasting)").forEach((dialog) => dialog.close());
   const load = VIEWS[route.name] ?? chatsView;
-  const [state, view] = await live
-    .state(route.id)
-    .then(async (before) => [before, await load(route)])
-    .catch((error) => [{}, failedView(error)]);
+  const state = await live.state(route.id).catch(() => ({}));
+  const view = await load(route).catch(failedView);
   if (number !== visit) return view.leave?.();
   document.title = `${view.title} · persona_memory`;
   document.querySelectorAll(".bar nav a").forEach((link) => {
@@ -10520,6 +10522,7 @@ async function open() {
   });
 }
 
+/** What stands in for a view that cannot be had: it is tried again when the chats change, or the server is back. */
 function failedView(error) {
   const root = h(
     "section",
@@ -10528,7 +10531,7 @@ function failedView(error) {
     h("p", {}, error.message),
     h("p", {}, h("a", { href: "#/" }, "All chats")),
   );
-  return { title: "Not here", root, refresh: () => {}, watches: () => "" };
+  return { title: "Not here", root, refresh: open, watches: (state) => state.chats };
 }
 
 // ------------------------------------------------------------------------------------------------ theme
