@@ -4268,18 +4268,26 @@ def lay_out_window(
     persona, response = sum(message_tokens(m) for m in request.persona), int(shares[3] * context)
     left = max(0, context - response - persona - sum(message_tokens(m) for m in request.tail))
     recalled = int(RECALLED_SHARE * shares[1] * context)
-    memories = min(story + recalled, int(shares[1] * context), left)
-    budget = Budget(persona, memories, left - memories, response)
-    fits = min(tail_start(sizes, budget.history), len(sizes) - 1)
+    layout = Layout(Budget(persona, 0, left, response), 0, request.newest_user, 0, 0, recalled, window=tuple(sizes))
+    return with_memories(layout, min(story + recalled, int(shares[1] * context)))
+
+
+def with_memories(layout: Layout, tokens: int) -> Layout:
+    """A window's layout when story and memories take so many tokens of it."""
+    left, sizes = layout.budget.memories + layout.budget.history, layout.window
+    tokens = min(tokens, left)
+    fits = min(tail_start(sizes, left - tokens), len(sizes) - 1)
     anchor = next((i for i in range(fits, len(sizes)) if sizes[i]), len(sizes))
-    leaving = max(anchor, tail_start(sizes, budget.history // 2)) if fits else anchor
-    pivot = request.newest_user
-    if pivot is not None and above + pivot < anchor:
-        pivot = None
     history = sum(sizes[anchor:])
-    hidden = frozenset(i for i in range(anchor, len(sizes)) if not sizes[i])
-    return Layout(
-        budget, anchor, pivot, history, max(0, left - history), min(recalled, memories), leaving, hidden, tuple(sizes)
+    return replace(
+        layout,
+        budget=replace(layout.budget, memories=tokens, history=left - tokens),
+        anchor=anchor,
+        history_tokens=history,
+        room=max(0, left - history),
+        recalled=min(layout.recalled, tokens),
+        leaving=max(anchor, tail_start(sizes, (left - tokens) // 2)) if fits else anchor,
+        hidden=frozenset(i for i in range(anchor, len(sizes)) if not sizes[i]),
     )
 
 
@@ -4518,7 +4526,7 @@ def preceded(message: dict, block: str) -> dict:
 # ======================================================================================================================
 
 EXPORT_FORMAT, EXPORT_VERSION = "persona_memory", 1
-UNNAMED = ("", "unused")  # what a group's header holds for a character
+UNNAMED = ("", "unused")  # what newer headers hold for names
 STAND_IN_AVATAR = "img/ai4.png"  # SillyTavern's own; a message that has one carries its speaker's name into the prompt
 SEND_DATES = (
     re.compile(
@@ -4534,6 +4542,7 @@ KEPT_INFO = {  # what an export holds of a chat beside its messages, with its ty
     "chat_id": str, "explicit": bool, "created": float, "updated": float, "character": str, "user_name": str,
     "shows_history": bool, "persona": str,
 }  # fmt: skip
+LATEST = 2.0**36  # Unix seconds; far beyond what anybody has said
 FIELD_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "str | None": str | None}
 
 
@@ -4606,7 +4615,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_transcript(text: str) -> ChatCopy:
-    """A chat out of a SillyTavern chat file: a header, but for groups, then a message a line."""
+    """A chat out of a SillyTavern chat file: a header (older versions write groups none), then a message a line."""
     lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     rows = [(where, parse_json(line, where)) for where, line in lines]
     for place, (where, row) in enumerate(rows):
@@ -4643,17 +4652,25 @@ def is_told(row: Mapping) -> bool:
 
 def copy_of_transcript(header: Mapping, rows: Sequence[Mapping]) -> ChatCopy:
     """A chat file's messages as the client sends them: chosen swipes make the branch, rejected ones hang beside it."""
-    group = (header.get("character_name") or "") in UNNAMED
-    users = [row["name"] for row in rows if row.get("is_user") and row.get("name")]
-    user = users[-1] if group and users else header.get("user_name") or "".join(users[-1:])
+    user, character = (named_in_header(header, key) for key in ("user_name", "character_name"))
+    replies = [row for row in rows if not row.get("is_user")]
+    group = not header or (not character and bool(replies) and all(row.get("original_avatar") for row in replies))
+    names = {side: [row["name"] for row in rows if row.get("is_user") == side and row.get("name")] for side in (1, 0)}
+    user = "".join(names[1][-1:]) if group or not user else user
     messages, head, now = [], ROOT, time.time()
     for row in rows:
         siblings = swipes_of(row, head, voice_of(row, user, group), now)
         messages += siblings.values()
         head = next(m.id for m in siblings.values() if m.confirmed)
-    voices = [m.voice for m in messages if m.voice]
-    info = {"user_name": user, "character": voices[-1] if group and voices else header.get("character_name")}
+    character = character or "".join(names[0][-1:])
+    info = {"user_name": user, "character": character}
     return ChatCopy(tuple(messages), head, {k: v for k, v in info.items() if v})
+
+
+def named_in_header(header: Mapping, key: str) -> str:
+    """A name in a chat file's header; empty where it is none."""
+    name = header.get(key) or ""
+    return "" if name in UNNAMED else name
 
 
 def voice_of(row: Mapping, user: str, group: bool) -> str | None:
@@ -4717,10 +4734,16 @@ def date_parts(found: Mapping[str, str | None]) -> list[int]:
 
 
 def send_date(message: Message) -> str:
-    """A message's date as SillyTavern writes it, in this machine's zone: "July 12, 2024 9:30pm"."""
-    when = datetime.fromtimestamp(message.said_at).astimezone()
+    """A message's date as SillyTavern writes it, in this machine's zone: "July 12, 2024 9:30pm"; empty where it is out
+    of a calendar's reach."""
+    try:
+        when = datetime.fromtimestamp(message.said_at).astimezone()
+    except (ValueError, OverflowError, OSError):
+        return ""
     half = "pm" if when.hour >= 12 else "am"
-    return f"{MONTHS[when.month - 1].title()} {when.day}, {when.year} {when.hour % 12 or 12}:{when.minute:02d}{half}"
+    return (
+        f"{MONTHS[when.month - 1].title()} {when.day}, {when.year:04d} {when.hour % 12 or 12}:{when.minute:02d}{half}"
+    )
 
 
 def write_transcript(
@@ -4784,8 +4807,8 @@ def read_export(data: Any) -> ChatCopy:
     if data.get("version") != EXPORT_VERSION:
         raise InvalidRequest(f"This export has version {data.get('version')!r}; known is {EXPORT_VERSION}.", "version")
     info = data.get("chat")
-    if not isinstance(info, dict) or not isinstance(info.get("chat_id"), str) or not info["chat_id"]:
-        raise InvalidRequest("chat.chat_id must be a string.", "chat.chat_id")
+    if not isinstance(info, dict) or not is_name(info.get("chat_id")):
+        raise InvalidRequest("chat.chat_id must be a string that names a chat.", "chat.chat_id")
     kept = {k: typed_value(info[k], kind, f"chat.{k}") for k, kind in KEPT_INFO.items() if info.get(k) is not None}
     messages = [checked_message(m, where) for m, where in rows_of(data, "messages", Message)]
     check_tree(messages)
@@ -4796,7 +4819,16 @@ def read_export(data: Any) -> ChatCopy:
     used = {head, *(s.last for s in summaries), *(s.first for s in summaries), *(f.message for f in facts)}
     if not all(isinstance(i, str) and (i in known or i == ROOT) for i in used):
         raise InvalidRequest("chat.head, a summary or a fact names a message that is not there.", "messages")
+    if not all(re.fullmatch(r"[0-9A-Za-z_-]{1,64}", row.id) for row in (*summaries, *facts)):
+        raise InvalidRequest("The id of a summary or a fact is none.", "id")
     return ChatCopy(tuple(messages), head, kept, tuple(summaries), tuple(facts))
+
+
+def is_name(value: Any) -> bool:
+    """Whether a value can be a chat's id: text that can be written down."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return isinstance(value, str) and bool(value.strip()) and bool(value.encode())
+    return False
 
 
 def rows_of(data: Mapping, name: str, kind: type) -> list[tuple[Any, str]]:
@@ -4835,6 +4867,8 @@ def checked_message(message: Message, where: str) -> Message:
     if message.id != message_id(message.parent, message.digest):
         raise InvalidRequest(f"{where}.id is not that of its text under its parent.", f"{where}.id")
     parse_timestamp(message.timestamp, f"{where}.timestamp")
+    if not 0 <= message.at < LATEST:
+        raise InvalidRequest(f"{where}.at must be a time in Unix seconds.", f"{where}.at")
     row = {"role": message.role} | ({"name": message.name} if message.name else {})
     sizes = (message_tokens({**row, "content": text}) for text in (message.content, message.original))
     return replace(message, tokens=max(sizes))  # as where a user edits a message
@@ -6602,6 +6636,9 @@ class PersonaMemory:
             leads = request.persona or layout.anchor < above or layout.window
             story = self._story(store, path, first + layout.anchor, story_budget) if leads else Story()
             plan = StoryPlan(path[-1], first, first + layout.leaving, story_tokens(context, self.shares), context)
+            if layout.window:  # what the story leaves of its share lets in more of the chat, which needs no telling
+                layout = with_memories(layout, story.tokens + layout.recalled)
+                story = self._story(store, path, layout.anchor, story_budget)
             layout = replace(layout, room=layout.room - story.tokens)
             recalled = self._recall(store, request, nodes, layout, {f.message for f in story.facts})
             if layout.window:
@@ -6863,6 +6900,7 @@ class PersonaMemory:
         if not located:
             return store, Alignment()
         self._copy_branch(*located, store)
+        store.commit(info={"family": family_of(located[0])})
         return store, place_transcript(store, request) if request.identity.complete else located[1]
 
     def _in_parent(self, request: ChatRequest) -> tuple[ChatStore, Alignment] | None:
@@ -7145,7 +7183,7 @@ class PersonaMemory:
         room = min(layout.room, layout.recalled) - sum(map(memory_cost, memories))
         room = min(room, int(CARRIED_SHARE * layout.recalled)) - 2 * memory_frame_tokens() - GUIDANCE_TOKENS
         try:
-            others = self._others_of(store.info.get("character"), store.id)
+            others = self._others_of(store)
             if not others or layout.pivot is None or room <= 0:
                 return []
             turn = request.turns[layout.pivot]
@@ -7160,12 +7198,18 @@ class PersonaMemory:
             log_event("carry_over_failed", words, level=logging.WARNING, trace=True, chat=store.id)
             return []
 
-    def _others_of(self, character: str | None, chat_id: str) -> list[str]:
-        """The chats with a character that a chat may recall from; none unless the user has said so."""
+    def _others_of(self, store: ChatStore) -> list[str]:
+        """The chats with the same character that a chat may recall from; none unless the user has said so.
+
+        Not those that it was branched off, nor their branches: what is told otherwise there never happened here.
+        """
+        character = store.info.get("character")
         if not character or not self.shelf.character(character).get("carry_over"):
             return []
         named = (line["chat_id"] for line in self.shelf.chats() if line["character"] == character)
-        return [other for other in named if other != chat_id][:CARRIED_CHATS]
+        opened = (self.shelf.get(chat_id) for chat_id in named if chat_id != store.id)
+        others = (other.id for other in opened if other and family_of(other) != family_of(store))
+        return list(itertools.islice(others, CARRIED_CHATS))
 
     def _found_in(self, chat_id: str, turn: Turn, patience: float) -> list[tuple[Memory, np.ndarray]]:
         """What a chat's current branch remembers of a turn, with the memories' vectors."""
@@ -7550,7 +7594,7 @@ class PersonaMemory:
         explicit = bool(chat_id) or copy.info.get("explicit", False)
         with self._finding:
             store = self.shelf.get(named) if named else None
-            store = store or (None if explicit else self._located_copy(copy))
+            store = store or (None if named else self._located_copy(copy))
             if store is None:
                 named = named or chat_of_copy(copy)
                 store = self.shelf.get(named)
@@ -7560,11 +7604,10 @@ class PersonaMemory:
         """The chat without an explicit id that a file continues, or branches off from: a file shows all of its chat, so
         its beginning is looked up as well as its end."""
         digests = [(m.role, m.digest) for m in copy.path]
-        if not digests:
-            return None
-        place = functools.partial(place_copy, digests=[d for _, d in digests])
-        windows = (digests[:LOCATED_BY], digests[-LOCATED_BY:])
-        found = [f for window in windows if (f := self.shelf.locate(window, place))]
+        found = []
+        for window in (digests[:LOCATED_BY], digests[-LOCATED_BY:]) if digests else ():
+            place = functools.partial(place_copy, digests=[d for _, d in window])
+            found += filter(None, [self.shelf.locate(window, place)])
         return max(found, key=lambda f: len(f[1].matches))[0] if found else None
 
     def _add_messages(self, store: ChatStore, messages: Sequence[Message]) -> int:
@@ -7591,21 +7634,25 @@ class PersonaMemory:
             info = {"updated": copy.path[-1].said_at if copy.head else time.time()} | info
         elif added:
             info |= {"updated": time.time()}
-        if self._is_newer(store, copy.head):
+        if self._is_newer(store, copy):
             info |= {"head": copy.head}
         if any(store.info.get(k) != v for k, v in info.items()):
             store.commit(info=info)
             self.shelf.enter(store, ())
 
     @staticmethod
-    def _is_newer(store: ChatStore, tip: str) -> bool:
-        """Whether a file's last message comes after the end of the branch that its chat was last on."""
-        if not store.head or not tip:
+    def _is_newer(store: ChatStore, copy: ChatCopy) -> bool:
+        """Whether a file's branch goes on from the one that its chat was last on, holds all of that (a client that
+        dropped the beginning has shown no more), or ends later."""
+        if not store.head or not copy.head:
             return not store.head
-        if store.tree.is_below(tip, store.head):
+        if store.tree.is_below(copy.head, store.head) or store.tree.is_below(store.head, copy.head):
+            return store.tree.is_below(copy.head, store.head)
+        held = "".join(store.tree.nodes[i].digest for i in store.tree.path(store.head))
+        if held in "".join(m.digest for m in copy.path):
             return True
-        head, last = store.read([store.head, tip])
-        return last.said_at > head.said_at and not store.tree.is_below(store.head, tip)
+        head, last = store.read([store.head, copy.head])
+        return last.said_at > head.said_at
 
     def search(self, chat_id: str, text: str, k: int = 10, tokens: int = 0, asker: str = "") -> list[Memory]:
         """The messages of the current branch that answer a text, best first: `k` of them, or what fits into `tokens`.
@@ -7732,6 +7779,11 @@ def reason_of(error: Exception) -> str:
     return str(error) if isinstance(error, PersonaMemoryError) else type(error).__name__
 
 
+def family_of(store: ChatStore) -> str:
+    """The id of the chat that a chat and its relatives were branched off in the end; its own where there is none."""
+    return store.info.get("family", store.id)
+
+
 def shown_again(old: Message, new: Message) -> Message:
     """A stored message as the client shows it now, with what a user has made of it."""
     timestamp = new.timestamp or old.timestamp
@@ -7765,7 +7817,7 @@ def place_transcript(store: ChatStore, request: ChatRequest) -> Alignment:
 
 
 def place_copy(store: ChatStore, digests: Sequence[str]) -> Alignment:
-    """Where a file's branch hangs in a chat."""
+    """Where a stretch of a file's branch hangs in a chat."""
     return align(store.tree, digests, store.head)
 
 
@@ -7994,7 +8046,7 @@ async function modelAddress() {
     return REVERSIBLE.includes(chosen?.chat_completion_source) ? chosen.reverse_proxy : '';
 }
 
-/** SillyTavern before 1.12.8 does not give the connection's settings in its context. */
+/** Older versions of SillyTavern do not give the connection's settings in their context. */
 function olderSettings() {
     return import('../../../openai.js').then((module) => module.oai_settings, () => null);
 }
@@ -8002,24 +8054,29 @@ function olderSettings() {
 // -------------------------------------------------------------------------------------------------------- the chat
 
 /**
- * Who the open chat is: `{id, parent, file, main, group}`, null where none is open.
+ * Who the open chat is, as far as that is settled: `{id, parent, file, main, group}`, or null.
  *
  * A chat's file name is unique for one character only and changes when it is renamed, so an id of our own is kept in
  * the chat's metadata. SillyTavern copies those into branches and checkpoints; there `main_chat` names another chat
  * than when the id was made, and the copy gets an id of its own with the old one as its parent.
  */
+function settledIdentity() {
+    const { chatMetadata, groupId } = client();
+    const known = chatMetadata?.[NAME];
+    const same = known?.id && known.main === (chatMetadata.main_chat ?? '') && known.group === Boolean(groupId);
+    return same ? known : null;
+}
+
+/** Who the open chat is; a chat that is new to us gets an id now. Null where none is open. */
 function identity() {
     const context = client();
     const file = context.getCurrentChatId?.() ?? context.chatId;
     if (!file) return null;
-    const main = context.chatMetadata.main_chat ?? '';
+    const known = settledIdentity();
+    if (known) return known.file === file ? known : keep({ ...known, file }); // else it was renamed
+    const { main_chat: main, [NAME]: copied } = context.chatMetadata;
     const group = Boolean(context.groupId);
-    const known = context.chatMetadata[NAME];
-    if (known?.id && known.main === main && known.group === group) {
-        if (known.file !== file) keep({ ...known, file }); // renamed
-        return context.chatMetadata[NAME];
-    }
-    return keep({ id: `st-${randomHex()}`, parent: known?.id ?? '', file, main, group });
+    return keep({ id: `st-${randomHex()}`, parent: copied?.id ?? '', file, main: main ?? '', group });
 }
 
 /** Puts an identity into the chat's metadata and has them saved. Never changes the old one: a branch may share it. */
@@ -8089,9 +8146,9 @@ function place(injections) {
 async function remember(_chat, contextSize, _abort, type) {
     place([]);
     if (!settings().enabled || isProxy(await modelAddress())) return;
-    const who = identity();
     const messages = shownMessages(type ? kindOf(type) : state.kind);
-    if (!who || !messages.some((message) => message.role !== 'system')) return;
+    const who = messages.some((message) => message.role !== 'system') ? identity() : null;
+    if (!who) return;
     const { name2: character } = client();
     const request = {
         chat_id: who.id, parent_chat_id: who.parent || undefined, character, messages, complete: true,
@@ -8105,10 +8162,11 @@ async function remember(_chat, contextSize, _abort, type) {
         showStatus(true, `Connected; ${answer.report.degraded || 'memories are placed in the prompt'}.`);
         showRecalled(answer.recalled, answer.emotion);
     } catch (error) {
+        showRecalled([], null);
         if (!(error instanceof Late)) return serverFailed(error);
         // A long chat that is new to it takes its time once. The reply does not wait for the answer to this.
         showStatus(false, 'Too late for this reply: the server is reading the chat.');
-        call('/health').catch(serverFailed);
+        call('/api/modules').catch(serverFailed);
     }
 }
 
@@ -8263,9 +8321,9 @@ function change(name, value) {
 async function lookAtServer() {
     if (!settings().enabled) return showStatus(null, 'Off.');
     try {
-        const health = await call('/health'); // never needs the key; the next call does
+        const health = await call('/health').catch(() => ({})); // inside SillyTavern-Extras there is none
         state.proxy = Boolean(health.proxy);
-        await call('/api/modules');
+        await call('/api/modules'); // needs the key
         serverAnswered();
         const proxied = isProxy(await modelAddress());
         const way = proxied ? 'chats go through the proxy' : 'memories are placed in the prompt';
@@ -8299,7 +8357,7 @@ function showRecalled(memories, emotion) {
 /** What the panel says of the open chat; a chat that has no id yet gets none by being looked at. */
 function showChat() {
     if (!parts.link) return;
-    const id = client().chatMetadata?.[NAME]?.id;
+    const id = settledIdentity()?.id;
     parts.link.href = settings().server.replace(/\/+$/, '') + (id ? `/#/chat/${encodeURIComponent(id)}` : '/#/');
 }
 
@@ -8572,7 +8630,7 @@ def unremembered(exchange: Exchange) -> flask.Response:
 
 def passed_through(exchange: Exchange) -> flask.Response:
     """The request's bytes to the upstream, its answer's bytes back."""
-    raw, memory, call = flask.request.get_data(), exchange.memory, exchange.call
+    raw, memory, call = without_identity(flask.request.get_data()), exchange.memory, exchange.call
 
     def parts() -> Iterator[Any]:
         with memory.upstream.forward(raw, call) as reply:
@@ -8594,6 +8652,14 @@ def passed_through(exchange: Exchange) -> flask.Response:
             hidden(b"".join(chunks).decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape"),
         )
     return flask.Response(chunks, reply.status, headers | {"X-Persona-Memory": "off"})
+
+
+def without_identity(raw: bytes) -> bytes:
+    """The request's bytes; without our own field where it has one, which upstreams may refuse."""
+    body = request_json() if b'"persona_memory"' in raw else None
+    if not isinstance(body, dict) or "persona_memory" not in body:
+        return raw
+    return json.dumps({k: v for k, v in body.items() if k != "persona_memory"}).encode()
 
 
 def raw_chunks(relay: Relay) -> Iterator[bytes]:
@@ -9347,7 +9413,7 @@ def start_text(settings: Settings, port: int) -> str:
     address = f"http://{settings.host}:{port}"
     lines = [f"persona_memory {__version__} is listening on {address}", f"Chats are kept in {settings.data}"]
     if not settings.proxy:
-        return "\n".join([*lines, "Serving the memory API only; --proxy adds the OpenAI-compatible API."])
+        return "\n".join([*lines, f"Extras API for SillyTavern: {address}; --proxy adds the OpenAI-compatible API."])
     lines.append(f"OpenAI-compatible base URL for your client: {address}/v1")
     if settings.upstream == "local":
         lines.append(

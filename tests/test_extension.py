@@ -274,7 +274,7 @@ def long_chat(client, *more: str):
     """A chat too long for its prompt, that began with a fact, and asks for it now."""
     walks = [
         text
-        for i in range(60)
+        for i in range(40)
         for text in (
             f"Walk {i}: we went along the harbour again and counted {i + 3} grey gulls on the wall.",
             f"*Mira nods at walk {i}.* The harbour is quiet today, and the tide takes its own time.",

@@ -134,7 +134,7 @@ def test_summaries_are_extracts_where_the_upstream_is_away(data_dir, proxy):
 
 def test_alone_the_embedded_model_is_not_loaded_for_summaries(data_dir):
     """Without the proxy and without an upstream, summaries are extracts."""
-    with LocalServer(settings(data_dir, "local", proxy=False), ready=False) as running:
+    with LocalServer(settings(data_dir, "local", proxy=False)) as running:  # whose health is "ok" all the same
         assert "Miso sat on the harbour wall" in call(running.url, "summarize").json()["summary"]
         assert running.server.memory.upstream._server is None
         assert not running.server.memory.upstream._started.locked()

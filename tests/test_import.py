@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 from sillytavern import Character, Client, memories_in
+from sillytavern import Message as Line
 
 import persona_memory as pm
 
@@ -128,12 +130,29 @@ def test_the_chat_goes_on_where_the_file_ended(server, upstream):
     client = Client(server.url, HELENA, window=4)
     for number in range(300):
         filler = f"Night {number}: the wind turns, the lamp is trimmed, the log has one more line about the sea."
-        client.chat += [type(client.chat[0])("user", filler, "Robin"), type(client.chat[0])("assistant", "*nods*", "H")]
+        client.chat += [Line("user", filler, "Robin"), Line("assistant", "*nods*", "H")]
     client.chat[1].text = TEXTS[0]
     (line,) = take_in(server, client.file())
     assert line == {"chat_id": line["chat_id"], "added": 601, "total": 601}
     answer = client.send("What is my cat afraid of?")
     assert answer.chat_id == line["chat_id"]
+    assert TEXTS[0] in memories_in(upstream.last["body"]["messages"])
+
+
+def test_the_beginning_of_a_chat_may_come_later(small, upstream):
+    """A chat that was met half-way, since the client had dropped its beginning, gets that from its file."""
+    client = Client(small.url, HELENA, window=4)
+    client.chat += [Line("user", TEXTS[0], "Robin"), Line("assistant", "*nods*", "Helena")]
+    for number in range(60):
+        client.chat += [Line("user", f"Night {number}: the wind turns, and the log has one more line.", "Robin")]
+        client.chat += [Line("assistant", "*looks at the water for a long while*", "Helena")]
+    chat = client.send("The lamp is lit.").chat_id
+    client.send("The lamp is out.")
+    assert TEXTS[0] not in branch_texts(small.url, chat)
+    (line,) = take_in(small, client.file())
+    assert line == {"chat_id": chat, "added": len(client.chat), "total": len(client.chat)}
+    assert client.send("What is my cat afraid of?").chat_id == chat
+    assert TEXTS[0] in branch_texts(small.url, chat)
     assert TEXTS[0] in memories_in(upstream.last["body"]["messages"])
 
 
@@ -151,7 +170,7 @@ def test_an_import_that_was_cut_off_goes_on(server, monkeypatch):
     """What was written stays; the same file again adds the rest to the same chat."""
     monkeypatch.setattr(pm, "IMPORT_BATCH", 4)
     client = lived(server)
-    client.chat = client.chat[:1] + [type(m)(m.role, m.text + " Once more.", m.name) for m in client.chat[1:]]
+    client.chat = client.chat[:1] + [Line(m.role, m.text + " Once more.", m.name) for m in client.chat[1:]]
     text = client.file()
     memory, add = server.server.memory, server.server.memory._add_messages
     batches = iter(range(2))
@@ -170,21 +189,20 @@ def test_an_import_that_was_cut_off_goes_on(server, monkeypatch):
     assert len(call(server, "GET", "chats").json()) == 2
 
 
-def test_checkpoints_share_a_tree_and_their_vectors(server, upstream):
-    """Files that begin alike land in one chat as branches; the same text is embedded once."""
+def test_checkpoints_share_a_tree_and_their_vectors(server, other):
+    """Files that begin alike land in one chat as branches; what they share is embedded once."""
     client = lived(server)
-    trunk = client.file()
     branch = client.branch(4)
-    branch.chat += [type(client.chat[0])("user", "In this branch we sail at dawn.", "Robin")]
-    with LocalServer(settings(Path(server.server.memory.settings.data).parent / "fresh", upstream.url)) as running:
-        (first,), (second,) = take_in(running, trunk), take_in(running, branch.file())
-        assert second == {"chat_id": first["chat_id"], "added": 1, "total": 6}
-        chat = first["chat_id"]
-        found(running, chat)
-        texts = list(running.server.memory.embedder.encode(["x"]))  # behind all that waits
-        assert len(texts) == 1
-        described = call(running, "GET", f"chats/{chat}").json()
-        assert (described["branches"], described["messages"]) == (2, len(client.chat) + 1)
+    branch.chat += [Line("user", "In this branch we sail at dawn.", "Robin")]
+    memory, seen = other.server.memory, Counter()
+    encode = memory.embedder.encode
+    memory.embedder.encode = lambda texts, *args, **how: (seen.update(texts), encode(texts, *args, **how))[1]
+    (first,), (second,) = take_in(other, client.file()), take_in(other, branch.file())
+    assert second == {"chat_id": first["chat_id"], "added": 1, "total": 6}
+    memory._background.submit(len, ()).result(PATIENCE)  # behind the jobs that compute vectors
+    assert set(seen) == {m.text for m in (*client.chat, *branch.chat)} and max(seen.values()) == 1
+    described = call(other, "GET", f"chats/{first['chat_id']}").json()
+    assert (described["branches"], described["messages"]) == (2, len(client.chat) + 1)
 
 
 def test_an_old_checkpoint_does_not_turn_the_chat_back(server):
@@ -252,6 +270,20 @@ def test_hidden_messages_are_memory_and_notices_are_not(server):
     assert branch_texts(server.url, chat["chat_id"]) == ["Come in.", "My cat is called Miso.", "Good night."]
 
 
+def test_what_was_hidden_from_the_beginning_on_comes_back(server, upstream):
+    """The client goes on without the hidden messages; they are recalled where they matter."""
+    rows = [line("Helena", "Come in."), line("Robin", TEXTS[0]), line("Helena", "*nods*")]
+    for number in range(40):
+        rows += [line("Robin", f"Night {number}: the wind turns."), line("Helena", f"*looks at wave {number}*")]
+    hidden = [{**row, "is_system": n < 60} for n, row in enumerate(rows)]
+    (chat,) = take_in(server, written(*hidden))
+    client = Client(server.url, HELENA)
+    client.chat = [Line("user" if r["is_user"] else "assistant", r["mes"], r["name"]) for r in rows[60:]]
+    answer = client.send("What is my cat afraid of?")
+    assert answer.chat_id == chat["chat_id"]
+    assert any(TEXTS[0] in message["content"] for message in upstream.last["body"]["messages"])
+
+
 @pytest.mark.parametrize(
     "given, expected",
     [
@@ -291,10 +323,17 @@ def test_a_greeting_alone_is_no_chat_yet(server):
     assert call(server, "GET", "chats").json() == []
 
 
-def test_the_list_names_the_character(server):
-    """As the file's header does."""
-    take_in(server, written(line("Robin", "Hello.")))
+NAMELESS = {"chat_metadata": {"integrity": "1"}, "user_name": "unused", "character_name": "unused"}
+
+
+@pytest.mark.parametrize("header", [None, NAMELESS], ids=["named", "unused"])
+def test_the_list_names_the_character(server, header):
+    """As the file's header does, or where newer versions put nothing there, the messages."""
+    lent = line("Ottilie", "Am I late?", force_avatar="/thumbnail?file=Ottilie.png", original_avatar="Ottilie.png")
+    file = written(line("Robin", "Hello.", force_avatar="x.png"), lent, line("Helena", "Sit."), header=header)
+    (chat,) = take_in(server, file)
     assert [c["character"] for c in call(server, "GET", "chats").json()] == ["Helena"]
+    assert branch_texts(server.url, chat["chat_id"]) == ["Hello.", "Ottilie: Am I late?", "Sit."]
 
 
 # ---------------------------------------------------------------------------- groups
@@ -303,7 +342,7 @@ def test_the_list_names_the_character(server):
 def group(url: str, **how) -> Client:
     """A group chat of Helena and Borin, lived for two rounds."""
     client = Client(url, HELENA, group=("Helena", "Borin"), **how)
-    client.chat.append(type(client.chat[0])("assistant", BORIN.greeting, "Borin"))
+    client.chat.append(Line("assistant", BORIN.greeting, "Borin"))
     client.send("Hello both of you. What do you hide?")
     client.reply(BORIN)
     client.send("And where is the anvil?")
@@ -325,18 +364,24 @@ def test_a_group_imports_as_it_was_lived(server, other):
     assert found(other, chat["chat_id"]) == found(server, client.answer.chat_id)
 
 
+def test_newer_group_files_have_a_header(server):
+    """It names nobody; that all replies say whose card they came from makes it a group's."""
+    rows = [line(name, "Hm.", original_avatar=f"{name}.png") for name in ("Helena", "Borin")]
+    (chat,) = take_in(server, written(*rows, line("Robin", "Hello."), header=NAMELESS))
+    assert branch_texts(server.url, chat["chat_id"]) == ["Helena: Hm.", "Borin: Hm.", "Hello."]
+
+
 def test_whoever_answers_recalls_the_whole_groups_past(small, upstream):
     """A question about a member finds that member's words; another member is answering."""
     said = {"Helena": "The key hangs on a nail by the lamp.", "Borin": "The key lies in the ash of my forge."}
     client = Client(small.url, HELENA, group=("Helena", "Borin"), window=4)
-    make = type(client.chat[0])
     for name, text in said.items():
-        client.chat += [make("user", f"And you, {name}?", "Robin"), make("assistant", text, name)]
+        client.chat += [Line("user", f"And you, {name}?", "Robin"), Line("assistant", text, name)]
     for number in range(60):
-        client.chat += [make("user", f"Day {number}. The sea is grey and the gulls are loud again.", "Robin")]
-        client.chat += [make("assistant", "*nods and looks at the water for a while*", "Helena")]
+        client.chat += [Line("user", f"Day {number}. The sea is grey and the gulls are loud again.", "Robin")]
+        client.chat += [Line("assistant", "*nods and looks at the water for a while*", "Helena")]
     take_in(small, client.file())
-    client.chat.append(make("user", "Where did Borin say that the key is?", "Robin"))
+    client.chat.append(Line("user", "Where did Borin say that the key is?", "Robin"))
     client.reply(HELENA)
     assert f"Borin: {said['Borin']}" in memories_in(upstream.last["body"]["messages"])
     best = call(small, "GET", f"chats/{client.answer.chat_id}/search", params={"q": "Where did Borin put the key?"})
@@ -447,7 +492,10 @@ EXPORT = {
     "summaries": [],
     "facts": [],
 }
-ROW = {"id": pm.message_id("", pm.message_digest("user", "Hi")), "parent": "", "role": "user", "content": "Hi"}
+ROW_ID = pm.message_id("", pm.message_digest("user", "Hi"))
+FACT = pm.asdict(pm.Fact("f", "cat", "The cat is Miso.", "Miso", ROW_ID, 0, 0))
+SUMMARY = pm.asdict(pm.new_summary(1, ROW_ID, ROW_ID, 0, 0, "They met.", 9, "user"))
+ROW = {"id": ROW_ID, "parent": "", "role": "user", "content": "Hi"}
 
 
 @pytest.mark.parametrize(
@@ -514,15 +562,6 @@ def test_odd_lines_are_read_or_refused(rows):
     else:
         pm.check_tree(copy.messages)
         assert all(m.confirmed for m in copy.path)
-
-
-@given(st.dictionaries(st.sampled_from(list(EXPORT)), VALUES | st.just([ROW]) | st.just([{**ROW, "at": 1}])))
-def test_odd_exports_are_read_or_refused(parts):
-    """The same for exports."""
-    try:
-        pm.read_chat_file(json.dumps({**EXPORT, **parts}).encode())
-    except pm.InvalidRequest as error:
-        assert str(error)
 
 
 # ---------------------------------------------------------------------------- there and back
@@ -597,6 +636,29 @@ def test_an_export_comes_back_as_it_was(folders, messages, data):
     untouched = [{**m, "tokens": 0} for m in exported["messages"]]
     whole["messages"] = [{**m, "tokens": 0} for m in whole["messages"]]
     assert {**exported, "messages": untouched} == whole
+
+
+ODD = st.text(max_size=3) | st.sampled_from(["x", "\ud800", "\0", " ", "a/b", None, 1.5, 10**20, True])
+
+
+@effort(max_examples=40)
+@given(data=st.data())
+def test_odd_exports_are_taken_in_or_refused(folders, data):
+    """One field of an export is something else: there is a chat that can be read and exported, or an error in words."""
+    whole = {**EXPORT, "messages": [{**ROW}], "facts": [{**FACT}], "summaries": [{**SUMMARY}]}
+    whole["chat"] = {"chat_id": "x", "head": ROW["id"], "created": 1.5, "character": "Helena"}
+    part = data.draw(st.sampled_from([whole["chat"], whole["messages"][0], whole["facts"][0], whole["summaries"][0]]))
+    names = {**part, "timestamp": None, "at": None, "shown": None, "updated": None}
+    part[data.draw(st.sampled_from(sorted(names)))] = data.draw(ODD | VALUES | st.just("0001-01-01T00:00:00"))
+    with Shelf(folders()) as memory:
+        try:
+            (chat,) = memory.take_in(json.dumps(whole).encode())
+        except pm.InvalidRequest as error:
+            assert str(error)
+        else:
+            assert memory.export(chat["chat_id"])["messages"][0]["id"] == ROW["id"]
+            assert memory.export_transcript(chat["chat_id"])
+            assert memory.describe(chat["chat_id"])["messages"] == 1
 
 
 @st.composite

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from urllib.parse import quote
 
 import httpx
@@ -170,6 +171,8 @@ def test_the_story_so_far_stands_behind_the_main_prompt(tmp_path, shared_upstrea
     assert "(#1-" in story["text"]
     assert first["report"]["summaries"] > 0
     assert story in second["injections"]
+    last = max(int(end) for end in re.findall(r"^\(#\d+-(\d+)\)", story["text"], re.MULTILINE))
+    assert last <= first["report"]["hidden"]
     assert shared_upstream.requests == []
 
 
@@ -215,6 +218,19 @@ def test_a_branch_adopts_what_its_parent_knows(hook, chat_id):
     assert ELVEN in recalled(answer)
     assert branch_texts(hook.url, f"{chat_id}-child") == [m["content"] for m in child]
     assert branch_texts(hook.url, chat_id) == [m["content"] for m in LONG]
+
+
+def test_a_branch_does_not_carry_over_what_its_parent_did_later(hook, chat_id):
+    character = f"{chat_id} Mira"
+    later = [line("user", "The password of the northern gate is nightshade now."), line("assistant", "So be it.")]
+    inject(hook, chat_id, [*filler(2), *later], character=character)
+    inject(hook, f"{chat_id}-other", [*LONG[:2], *filler(2)], character=character)
+    url = f"{hook.url}/api/persona_memory/characters/{quote(character)}"
+    httpx.patch(url, json={"carry_over": True}, timeout=TIMEOUT).raise_for_status()
+    branch = {"character": character, "parent_chat_id": chat_id}
+    answer = inject(hook, f"{chat_id}-child", [*filler(2), ASKED], **branch)
+    assert ELVEN in recalled(answer)
+    assert "nightshade" not in texts(answer)
 
 
 def test_a_member_of_a_group_recalls_what_any_member_heard(hook, chat_id):
@@ -346,6 +362,14 @@ def test_the_upstream_sees_nothing_of_the_identity(shared_server, upstream, chat
     assert reply.chat_id == chat_id
     assert "persona_memory" not in upstream.last["body"]
     assert [row["character"] for row in chats(shared_server) if row["chat_id"] == chat_id] == ["Mira"]
+
+
+def test_a_request_that_passes_by_memory_leaves_its_identity_behind(shared_server, upstream, chat_id):
+    body = {"model": "m", "messages": [ASKED], "persona_memory": {"chat_id": chat_id}, "top_k": 40}
+    off = {"X-Persona-Memory": "off"}
+    answer = httpx.post(f"{shared_server.url}/v1/chat/completions", json=body, headers=off, timeout=TIMEOUT)
+    assert answer.headers["X-Persona-Memory"] == "off"
+    assert upstream.last["body"] == {"model": "m", "messages": [ASKED], "top_k": 40}
 
 
 def chats(server) -> list[dict]:
