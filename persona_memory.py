@@ -2869,7 +2869,8 @@ CHANGES = re.compile(
     r"|these days|from now on|just (?:got|started|bought|began|left)|new|actually)\b",
     re.I,
 )
-QUESTIONS = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*[?\uff1f\u061f]")
+ASKING_MARKS = ("?", "\uff1f", "\u061f")
+CLAUSES = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*[.!?:;\n\uff1f\u3002\u061f]")
 TRAITS = ("question", "time", "number", "place", "name", "change")
 
 
@@ -2881,7 +2882,7 @@ def message_traits(text: str) -> tuple[float, ...]:
     elsewhere they say 0.
     """
     text = clip(text)
-    asked = sum(map(len, QUESTIONS.findall(text)))
+    asked = sum(len(clause) for clause in CLAUSES.findall(text) if clause.endswith(ASKING_MARKS))
     found = (float(bool(pattern.search(text))) for pattern in (TIMES, NUMBERS, PLACES, PROPER, CHANGES))
     return (share_of(asked, len(text)), *found)
 
@@ -3663,9 +3664,11 @@ def joined_spans(text: str, spans: Sequence[tuple[int, int]]) -> str:
     """Those parts of a text, in order, merged where they touch; what is left out is marked."""
     out, at = "", 0
     for start, end in spans:
-        gap = "" if start <= at else f"{GAP} " if not out else f" {GAP} "
-        out = out.rstrip() + gap + text[start:end].strip() if gap else out + text[max(start, at) : end]
-        at = end
+        if start > at:
+            out = f"{out.rstrip()} {GAP} ".lstrip() + text[start:end].lstrip()
+        else:
+            out += text[at:end]
+        at = max(at, end)
     return out.strip() + (f" {GAP}" if text[at:].strip() else "")
 
 
