@@ -3679,16 +3679,18 @@ REMINDER_TOKENS = 120
 # What a piece of the persona must score to be said again, and by how much it must stand above the mean: on two cards
 # written for that, 14 of 18 lines that touch a sentence find it, and 2 of 32 that touch none are given one.
 REMINDING, REMINDING_ABOVE = 0.2, 0.18
+REMINDING_WORDS = 0.2  # what saying all of the turn's words adds to a cosine
 
 
-def reminder_of(pieces: Sequence[str], cosines: Sequence[float], words: Sequence[str], rarity: Sequence[float]) -> str:
+def reminder_of(pieces: Sequence[str], cosines: Sequence[float], words: Sequence[str]) -> str:
     """The piece of a persona that a turn is about; empty where none is.
 
-    `cosines` of the turn and each piece; 0 where a vector is missing.
+    `cosines` of the turn and each piece, 0 where a vector is missing; `words` of the turn.
     """
     if not pieces:
         return ""
-    scores = [c + 0.2 * share_said(words, rarity, p) * bool(words) for p, c in zip(pieces, cosines, strict=True)]
+    said = [share_said(words, [1.0] * len(words), piece) for piece in pieces]
+    scores = [c + REMINDING_WORDS * s for c, s in zip(cosines, said, strict=True)]
     best = int(np.argmax(scores))
     return pieces[best] if scores[best] >= max(REMINDING, float(np.mean(scores)) + REMINDING_ABOVE) else ""
 
@@ -6138,6 +6140,7 @@ LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 CARRIED_CHATS = 4  # with the same character, the last used, that a turn may recall from
 CARRIED_SHARE = 1 / 3  # of the memories' tokens that may come from there
 SURE_FEELING = 0.6
+MOST_PERSONA_VECTORS = 4000  # in RAM, a chat
 MOOD_SPAN = 200  # user messages that a mood is followed over
 GUIDANCE_TOKENS = 48  # what is kept free for the line on the user's mood
 IMPORT_BATCH = 500  # messages to a transaction
@@ -6469,7 +6472,6 @@ class Recalled:
     left_out: tuple[dict, ...] = ()  # what was worth it and is not among them, and why
     degraded: str = ""  # what kept recall from being all it could be
     words: tuple[str, ...] = ()  # the query's
-    rarity: Sequence[float] = ()  # of the words
     vector: np.ndarray | None = None  # the query's
 
 
@@ -7006,7 +7008,7 @@ class PersonaMemory:
         memories = self._memories(store, nodes, scores, places, reading)
         memories = [in_part(m, index, query, evidence, vector) for m in memories]
         kept, left_out = self._select(store, index, shown, memories, room)
-        return Recalled(tuple(kept), tuple(left_out), degraded, query.words, evidence.rarity, vector)
+        return Recalled(tuple(kept), tuple(left_out), degraded, query.words, vector)
 
     @staticmethod
     def _unseen(
@@ -7142,10 +7144,9 @@ class PersonaMemory:
             now = recalled.vector if recalled.vector is not None else index.vector(turn.fingerprint)
             now = now if self.embedder.reads(turn.content) else None
             words = recalled.words or tuple(query_words(turn.content))
-            rarity = recalled.rarity if recalled.words else [1.0] * len(words)
             (factor, summand), known = self.embedder.scale, now is not None
             cosines = [factor * float(v @ now) + summand if known and v is not None else 0.0 for v in vectors]
-            return reminder_of(pieces, cosines, words, rarity)
+            return reminder_of(pieces, cosines, words)
         except Exception as error:
             words = f"The persona could not be looked at: {type(error).__name__}: {error}"
             log_event("reminder_failed", words, level=logging.WARNING, trace=True, chat=store.id)
@@ -7155,13 +7156,15 @@ class PersonaMemory:
         """The vectors of a persona's pieces, kept with the chat; those not computed yet (None) are in the background,
         so that a new persona, as groups have one each turn, costs no turn an encode."""
         known = self._personas.setdefault(store, {})
+        if len(known) > MOST_PERSONA_VECTORS:  # descriptions that change at every turn; the store has them
+            known.clear()
         keys = [short_hash("persona", piece) for piece in pieces]
         if missing := {k: p for k, p in zip(keys, pieces, strict=True) if k not in known}:
             found = store.vectors(self.embedder.name, list(missing))
             known.update(dict.fromkeys(missing) | found)
             if left := {k: p for k, p in missing.items() if k not in found}:
                 self._background.submit(self._embed_persona, store, left)
-        return [known[k] for k in keys]
+        return [known.get(k) for k in keys]
 
     def _embed_persona(self, store: ChatStore, pieces: Mapping[str, str]) -> None:
         known = self._personas.setdefault(store, {})

@@ -390,10 +390,11 @@ def test_a_persona_falls_into_sentences():
 
 def test_only_the_piece_of_a_persona_that_stands_out_is_said_again():
     pieces = ["She fears deep water.", "She owes the baker.", "She has green eyes."]
-    assert pm.reminder_of(pieces, [0.5, 0.1, 0.1], (), ()) == pieces[0]
-    assert pm.reminder_of(pieces, [0.3, 0.3, 0.3], (), ()) == ""
-    assert pm.reminder_of(pieces, [0.0, 0.0, 0.0], ("baker", "debt"), (5.0, 1.0)) == ""
-    assert pm.reminder_of([], [], ("baker",), (1.0,)) == ""
+    assert pm.reminder_of(pieces, [0.5, 0.1, 0.1], ()) == pieces[0]
+    assert pm.reminder_of(pieces, [0.3, 0.3, 0.3], ()) == ""
+    assert pm.reminder_of(pieces, [0.15, 0.15, 0.15], ("green",)) == ""
+    assert pm.reminder_of(pieces, [0.1, 0.2, 0.1], ("baker",)) == pieces[1]
+    assert pm.reminder_of([], [], ("baker",)) == ""
 
 
 # ---------------------------------------------------------------------------- other embedders
