@@ -33,7 +33,7 @@ Contents, bottom-up (a room uses only the rooms above it)::
     Upstreams      the language models behind the proxy
     Gemini         Google's models as one of them
     Engine         PersonaMemory, the facade that the web calls
-    Assets         the files of the SillyTavern extension
+    Assets         the memory page and the files of the SillyTavern extension
     Web            Flask blueprints and the server
     Command line   main(), importing, and becoming a module of SillyTavern-Extras
 """
@@ -115,9 +115,10 @@ GEMINI_ENDPOINT_VARIABLE = "GOOGLE_GEMINI_BASE_URL"  # as Google's own tools rea
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
-def setting(default: Any, help_text: str, shown: str = "") -> Any:
-    """A field of `Settings`: its default, its help, and how the default reads where the value does not say it."""
-    return field(default=default, metadata={"help": help_text, "shown": shown or str(default)})
+def setting(default: Any, help_text: str, shown: str = "", secret: bool = False) -> Any:
+    """A field of `Settings`: its default, its help, how the default reads where the value does not say it, and whether
+    the value is a key that is never shown."""
+    return field(default=default, metadata={"help": help_text, "shown": shown or str(default), "secret": secret})
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,9 @@ class Settings:
         "`local`, `gemini`, the base URL of any OpenAI-compatible server, or the path of a .gguf file",
         "`gemini` where `GEMINI_API_KEY` or `GOOGLE_API_KEY` is set, else `local`",
     )
-    upstream_key: str = setting("", "key for the upstream", "the client's own `Authorization` is passed on")
+    upstream_key: str = setting(
+        "", "key for the upstream", "the client's own `Authorization` is passed on", secret=True
+    )
     upstream_limit: int = setting(5, "requests at the upstream at once; the others wait in order")
     upstream_timeout: int = setting(600, "seconds of silence after which the upstream is given up")
     gemini_endpoint: str = setting("https://generativelanguage.googleapis.com", "address of the Gemini API")
@@ -158,12 +161,27 @@ class Settings:
         "", "text-classification model that reads feelings instead: a path or a hub name", "the built-in reader"
     )
     no_guidance: bool = setting(False, "do not tell the model how the user feels", "off")
-    api_key: str = setting("", "when set, every route but /health needs `Authorization: Bearer <key>`", "none")
+    api_key: str = setting(
+        "",
+        "when set, every route but /health and the empty memory page needs `Authorization: Bearer <key>`",
+        "none",
+        secret=True,
+    )
     allow_origin: str = setting(
         "", "web origins that may call the API, comma-separated", "127.0.0.1 and localhost, any port"
     )
     log_format: str = setting("text", "`text` for people, `json` for one object a line")
     log_text: bool = setting(False, "write message text into the log", "off")
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """Where each field that is no default was set: "flag", "variable NAME", ".env NAME"."""
+        return self.__dict__.get("_sources", {})
+
+    def set_by(self, sources: Mapping[str, str]) -> Settings:
+        """The same settings, which know where each was set."""
+        self.__dict__["_sources"] = dict(sources)  # no field: it is no option
+        return self
 
 
 def flag_of(name: str) -> str:
@@ -629,6 +647,7 @@ class PromptReport:
     mood: dict | None = None
     summaries: int = 0
     facts: int = 0
+    reused: float | None = None  # share of the tokens that begin as the chat's last prompt did; None: there was none
     left_out: list[dict] = field(default_factory=list)  # what was worth recalling and is not in it, and why
     reminder: str = ""  # what of the persona was said again
 
@@ -676,9 +695,44 @@ class Metrics:
         self.queued = gauge("persona_memory_upstream_queued", "Requests that wait for the upstream")
         self.in_flight = gauge("persona_memory_upstream_in_flight", "Requests at the upstream")
 
+    def value(self, name: str, **labels: str) -> int:
+        """A figure, by its name without the program's; 0 where nothing has been counted yet."""
+        return int(self.registry.get_sample_value(f"persona_memory_{name}", labels) or 0)
+
     def text(self) -> bytes:
         """All figures in Prometheus' text format."""
         return prometheus_client.generate_latest(self.registry)
+
+
+KEPT_TROUBLES = 20
+
+
+class Troubles(logging.Filter):
+    """The last warnings and errors of the log, for the memory page.
+
+    A filter that lets everything through, and no handler: with one, Python would no longer print the warnings of a
+    program that has not set up a log.
+    """
+
+    def __init__(self, secrets: Iterable[str]):
+        super().__init__()
+        self._secrets, self._kept = tuple(secrets), deque(maxlen=KEPT_TROUBLES)
+        log.addFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keeps a line of the log."""
+        if record.levelno >= logging.WARNING:
+            line = {"at": record.created, "level": record.levelname.lower(), "event": getattr(record, "event", "")}
+            self._kept.append(line | {"message": hidden(record.getMessage(), self._secrets)})
+        return True
+
+    def newest(self) -> list[dict]:
+        """What was kept, newest first."""
+        return list(self._kept)[::-1]
+
+    def close(self) -> None:
+        """Listens no longer."""
+        log.removeFilter(self)
 
 
 def log_event(event: str, sentence: str, *, level: int = logging.INFO, trace: bool = False, **figures: Any) -> None:
@@ -2156,6 +2210,7 @@ class Tree:
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
         self.by_digest: dict[str, list[str]] = defaultdict(list)
+        self.children: dict[str, list[str]] = defaultdict(list)  # oldest first, replies that no request has shown too
         self.replies: dict[str, list[str]] = defaultdict(list)  # parent -> replies that no request has shown
         self.marked: set[str] = set()  # messages that a user has pinned, edited or forgotten
         self.unshown: set[str] = set()  # messages that no request has shown
@@ -2173,7 +2228,8 @@ class Tree:
             message.complete, message.pinned, message.forgotten,
         )  # fmt: skip
         if old is None:
-            self.by_digest[message.digest].append(message.id)
+            self.by_digest[self.nodes[message.id].digest].append(message.id)
+            self.children[message.parent].append(message.id)
         if message.confirmed and not (old and old.confirmed):
             self._confirmed += 1
             self._inner.add(message.parent)
@@ -2195,6 +2251,16 @@ class Tree:
         path = trail[: self.nodes[tip].depth + 1 if tip else 0] + ids[::-1]
         self._trail = path[:] if ids else trail
         return path
+
+    def siblings(self, node: str) -> list[str]:
+        """The other messages in that one's place, oldest first: swipes, and what edits have replaced."""
+        return [i for i in self.children[self.nodes[node].parent] if i != node]
+
+    def newest_tip(self, node: str) -> str:
+        """The last message of the newest branch through that one."""
+        while below := self.children.get(node):
+            node = below[-1]
+        return node
 
     def ancestor(self, node: str, levels: int) -> str:
         """The message `levels` above, or the root."""
@@ -2493,6 +2559,11 @@ class ChatStore:
         """The last message of the branch that the chat was last on."""
         return self.info.get("head", ROOT)
 
+    @property
+    def changes(self) -> int:
+        """A number that grows with every change."""
+        return self._generation
+
     def catch_up(self) -> None:
         """Takes over what another process has written to this chat; costs one read when there is nothing."""
         self._disk.run(self._catch_up)
@@ -2567,8 +2638,7 @@ class ChatStore:
         return [found.get(i) or self._recent[i] for i in ids]
 
     def _read(self, ids: Sequence[str]) -> list[Message]:
-        rows = [read_json(self._cache, f"m:{i}") for i in ids]
-        return [Message(**{k: v for k, v in row.items() if k != "order"}) for row in rows]
+        return [message_of(read_json(self._cache, f"m:{i}")) for i in ids]
 
     def keep_recent(self, path: Sequence[str]) -> None:
         """Takes the last messages of a branch into working memory, and lets go of the branch not seen for longest."""
@@ -2627,6 +2697,38 @@ class ChatStore:
         with contextlib.suppress(StoreError):
             self._disk.run(self._cache.close)
         self._disk.close()
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes that a chat's files take; 0 where there are none."""
+    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+        return sum(entry.stat().st_size for entry in os.scandir(folder))
+    return 0
+
+
+def messages_holding(database: Path, words: Sequence[str]) -> Iterator[Message]:
+    """A chat's messages that hold all the words, newest first.
+
+    Read beside diskcache, which would first have to load the whole chat: what a row holds is asked of SQLite, in the
+    spellings that a word may have there, and of the message's text then.
+    """
+    spellings = [{f(word) for f in (str, str.lower, str.upper, str.capitalize)} for word in words]
+    escaped = [[json.dumps(s)[1:-1] for s in some] for some in spellings]
+    held = " AND ".join("(" + " OR ".join("instr(value, ?)" for _ in some) + ")" for some in escaped)
+    sql = f"SELECT value FROM Cache WHERE key >= 'm:' AND key < 'm;' AND {held} ORDER BY store_time DESC, rowid DESC"
+    wanted = [word.casefold() for word in words]
+    address = f"{database.absolute().as_uri()}?mode=ro"
+    with contextlib.closing(sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)) as rows:
+        for (value,) in rows.execute(sql, [s for some in escaped for s in some]):
+            message = message_of(json.loads(value))
+            text = message.content.casefold()
+            if message.confirmed and not message.forgotten and all(word in text for word in wanted):
+                yield message
+
+
+def message_of(row: dict) -> Message:
+    """A message from its row in the store."""
+    return Message(**{k: v for k, v in row.items() if k != "order"})
 
 
 def chat_folder(chat_id: str) -> str:
@@ -2749,6 +2851,7 @@ class ChatShelf:
                 if chat_id not in chats:
                     self._catalogue[f"d:{digest}"] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
             self._catalogue[f"c:{chat_id}"] = line
+            self._catalogue.incr("changes", default=0)
 
     def mark_due(self, chat_id: str, due: bool) -> None:
         """Notes whether a chat's story waits to be told, so that a restart takes it up again."""
@@ -2773,6 +2876,25 @@ class ChatShelf:
             lambda: [read_json(self._catalogue, k) for k in self._catalogue.iterkeys() if k.startswith("c:")]
         )
         return sorted(lines, key=lambda line: -(line["updated"] or 0))
+
+    def changes(self) -> int:
+        """A number that grows with every change of what `chats` gives, whichever process makes it."""
+        return self._disk.run(lambda: self._catalogue.get("changes", 0))
+
+    def size(self, chat_id: str) -> int:
+        """Bytes that a chat takes on disk."""
+        return size_on_disk(self.folder / chat_folder(chat_id))
+
+    def find(self, words: Sequence[str], limit: int, seconds: float) -> Iterator[tuple[dict, Message]]:
+        """Messages that hold all the words, by chat, the last used first: at most `limit` of a chat, each with the
+        chat's line. Raises `TimeoutError` when the time is up, with what was found so far given."""
+        until = time.monotonic() + seconds
+        for line in self.chats():
+            if time.monotonic() > until:
+                raise TimeoutError
+            with contextlib.suppress(sqlite3.Error, ValueError, TypeError):  # one broken chat spoils no search
+                found = messages_holding(database_of(self.folder / chat_folder(line["chat_id"])), words)
+                yield from ((line, message) for message in itertools.islice(found, limit))
 
     def character(self, name: str) -> dict:
         """What a user has set for a character."""
@@ -2810,6 +2932,7 @@ class ChatShelf:
                 else:
                     self._catalogue.delete(f"d:{digest}")
             self._catalogue.delete(f"c:{chat_id}")
+            self._catalogue.incr("changes", default=0)
         self._catalogue.close()  # empties the write-ahead log, where the words would stand on; it opens by itself
 
 
@@ -4511,6 +4634,37 @@ def with_story(persona: Sequence[dict], story: str) -> list[dict]:
     return [*persona[:-1], {**last, "content": f"{last.get('content') or ''}\n\n{story}"}]
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A message of a prompt as it was sent: what comparing it with the next prompt needs."""
+
+    digest: str
+    text: str
+    tokens: int
+
+
+def sent_prompt(prompt: Sequence[Mapping], before: Sequence[Sent] = ()) -> list[Sent]:
+    """The prompt's messages; tokens are counted only of those that the prompt `before` did not hold."""
+    counted = {s.digest: s.tokens for s in before}
+    sent = []
+    for message in prompt:
+        digest = short_hash(json.dumps(message))
+        tokens = counted[digest] if digest in counted else message_tokens(message)
+        sent.append(Sent(digest, text_of(message.get("content")), tokens))
+    return sent
+
+
+def prefix_reuse(before: Sequence[Sent], now: Sequence[Sent]) -> float:
+    """The share of a prompt's tokens, 0 to 1, that begins exactly as the prompt before: what a backend has in its
+    cache. Of the first message that differs, the letters in common count."""
+    same = shared_front([s.digest for s in before], [s.digest for s in now])
+    tokens = float(sum(s.tokens for s in now[:same]))
+    if same < min(len(before), len(now)):
+        old, new = before[same].text, now[same]
+        tokens += new.tokens * len(os.path.commonprefix([old, new.text])) / max(1, len(new.text))
+    return tokens / max(1, sum(s.tokens for s in now))
+
+
 def restored(message: Message) -> dict:
     """A stored message as the client once sent it, or as a user has changed it; a forgotten one keeps its place, since
     strict templates want the roles to alternate."""
@@ -6145,6 +6299,9 @@ MOOD_SPAN = 200  # user messages that a mood is followed over
 GUIDANCE_TOKENS = 48  # what is kept free for the line on the user's mood
 IMPORT_BATCH = 500  # messages to a transaction
 ABSENT_IDS = ("", "undefined", "null", "None")
+FELT_AT_ONCE = 50  # messages that are read for their feelings before a turn of the chat may come between
+FIND_SECONDS = 3.0  # what a search across all chats may take
+FOUND_PER_CHAT = 5
 
 
 @dataclass(frozen=True)
@@ -6524,6 +6681,9 @@ class PersonaMemory:
         self.settings = settings
         self.shares = parse_shares(settings.budget)
         self.metrics = Metrics()
+        self.troubles = Troubles((settings.upstream_key, settings.api_key))
+        self.started = time.time()
+        self.last_turn: dict | None = None  # how the last chat completion ended, see `note_end`
         self.upstream = make_upstream(settings, self.metrics)
         self.embedder = Embedder(settings.embedder)
         self.storyteller = Storyteller(settings, self.upstream, self.embedder.name)
@@ -6535,6 +6695,7 @@ class PersonaMemory:
         self._starting = threading.Lock()
         self._finding = threading.Lock()  # two first requests of one chat must not make two chats
         self._indexes: WeakKeyDictionary[ChatStore, MemoryIndex] = WeakKeyDictionary()
+        self._sent: WeakKeyDictionary[ChatStore, list[Sent]] = WeakKeyDictionary()  # the last prompt
         self._personas: WeakKeyDictionary[ChatStore, dict[str, np.ndarray | None]] = WeakKeyDictionary()
         self._pending: WeakKeyDictionary[ChatStore, set[str]] = WeakKeyDictionary()  # messages to embed
         self._pending_lock = threading.Lock()
@@ -6602,11 +6763,13 @@ class PersonaMemory:
         first = int(request.folded)
         turns_from = first + max(0, seen.layout.anchor - above)
         compose = functools.partial(compose_prompt, request, seen.layout, seen.older, turns_from)
-        body = self._upstream_body(request, compose(seen.block, seen.story.text), call)
+        prompt = compose(seen.block, seen.story.text)
+        report = replace(seen.report, reused=self._reuse(seen.store, prompt))
+        body = self._upstream_body(request, prompt, call)
         unaided = tuple(compose("", seen.story.text)) if seen.block else ()
         told = (replace(seen.plan, model=body.get("model") or ""), call.authorization)
         return Prepared(
-            body, seen.report.header, seen.store.id, seen.path[-1], seen.report, unaided, told,
+            body, report.header, seen.store.id, seen.path[-1], report, unaided, told,
             request.identity.passing,
         )  # fmt: skip
 
@@ -6723,6 +6886,12 @@ class PersonaMemory:
             f for f in store.facts.values() if f.message not in marked or still_quotes(f, *store.read([f.message]))
         ]
         return [*rows, *facts_of(facts, places, before)]
+
+    def _reuse(self, store: ChatStore, prompt: Sequence[Mapping]) -> float | None:
+        """How much of a prompt begins as the chat's last one did; kept in RAM, as backends keep their caches."""
+        before = self._sent.get(store)
+        self._sent[store] = now = sent_prompt(prompt, before or ())
+        return None if before is None else round(prefix_reuse(before, now), 4)
 
     def _note_turn(self, chat_id: str, report: PromptReport) -> None:
         """What memory did for a turn, in the log and the metrics."""
@@ -6938,7 +7107,7 @@ class PersonaMemory:
         shows = shows or request.identity.given or store.info.get("shows_history", False)
         info = {"head": path[-1], "shows_history": shows}
         speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
-        character = request.identity.character or speaker
+        character = request.identity.character or speaker or named_in_prompt(persona_text(request))
         info |= {"character": character} if character else {}
         info |= {"persona": persona_text(request)} if request.persona else {}
         if messages or any(store.info.get(k) != v for k, v in info.items()):
@@ -7383,6 +7552,28 @@ class PersonaMemory:
             "swings": [asdict(swing) | {"text": swing_line(swing)} for swing in mood_swings(users)],
         }  # fmt: skip
 
+    def feelings(self, chat_id: str, since: int = 0, until: int | None = None) -> dict:
+        """What the current branch's messages from place `since` to before `until` feel, in few bytes: for each the
+        percentages of `labels`, how much it matters (in percent, as recall weighs it) and whether it is the user's.
+
+        Nothing is waited for: a message without a vector is read by its words. Raises `NotFound`.
+        """
+        store, rows = self.chat(chat_id), []
+        with store.lock:
+            path = store.tree.path(store.head)
+        shown = path[since:until]
+        for batch in (shown[i : i + FELT_AT_ONCE] for i in range(0, len(shown), FELT_AT_ONCE)):
+            with store.lock:
+                readings = self._emotions(store, [store.tree.nodes[i] for i in batch])
+                messages = store.read(batch)
+            rows += zip(messages, readings, strict=True)
+        weights = [message_importance(m.content, r, names_in(m.content)) for m, r in rows]
+        return {
+            "labels": list(EMOTIONS), "since": since, "total": len(path),
+            "scores": [[round(100 * r.scores[label]) for label in EMOTIONS] for _, r in rows],
+            "importance": [round(100 * w) for w in weights], "user": [int(m.role == "user") for m, _ in rows],
+        }  # fmt: skip
+
     def _embed_later(self, store: ChatStore, ids: Iterable[str]) -> None:
         """Has the vectors that messages still lack computed in the background, by one job a chat."""
         with self._pending_lock:
@@ -7429,23 +7620,68 @@ class PersonaMemory:
 
     def chats(self) -> list[dict]:
         """A line for every chat, the last used first."""
-        return self.shelf.chats()
+        return [line | {"size": self.shelf.size(line["chat_id"])} for line in self.shelf.chats()]
 
-    def describe(self, chat_id: str) -> dict:
-        """One chat: its counts, and the report of its last prompt; raises `NotFound`."""
+    def state(self, chat_id: str = "") -> dict:
+        """What tells a page in a few bytes whether anything is new: counters that grow, and how things stand."""
+        store = self.shelf.get(chat_id) if chat_id else None
+        counters = {"chats": self.shelf.changes(), "chat": store and store.changes}
+        turn = self.last_turn and self.last_turn["at"]
+        return {"version": __version__, **counters, "turn": turn, **self.standing()}
+
+    def find(self, text: str, limit: int = 50) -> dict:
+        """Messages of all chats that hold all the words of a text, by chat, the last used first; `complete` says
+        whether all chats could be looked at. By words alone: `search` goes by meaning, in one chat."""
+        found, complete = [], True
+        words = normalise(text).split()
+        with contextlib.closing(self.shelf.find(words, FOUND_PER_CHAT, FIND_SECONDS)) as rows:
+            try:
+                for line, m in itertools.islice(rows, limit):
+                    row = {"chat_id": line["chat_id"], "character": line["character"], "id": m.id, "role": m.role}
+                    found.append(row | {"name": m.name, "content": m.content, "at": m.at})
+            except TimeoutError:
+                complete = False
+        return {"found": found, "complete": complete}
+
+    def options(self) -> list[dict]:
+        """The settings: value, where it was set, and what it means; keys are not shown."""
+        rows = []
+        for f in fields(Settings):
+            value = getattr(self.settings, f.name)
+            source = self.settings.sources.get(f.name) or ("default" if value == f.default else "the program")
+            if f.metadata["secret"]:
+                value = "(hidden)" if value else ""
+            if f.name == "upstream":
+                value = shown_url(value)
+            rows.append({
+                "name": f.name, "flag": flag_of(f.name), "variable": variable_of(f.name), "value": value,
+                "source": source, "default": f.metadata["shown"], "help": f.metadata["help"],
+            })  # fmt: skip
+        return rows
+
+    def describe(self, chat_id: str, mood: bool = True) -> dict:
+        """One chat: its counts, and the report of its last prompt; raises `NotFound`.
+
+        The user's `mood` need not be told: in a chat whose vectors are not there yet it takes some reading.
+        """
         store = self.chat(chat_id)
         with store.lock:
             path = store.tree.path(store.head)
-            mood = self._mood(store, [store.tree.nodes[i] for i in path])
+            feeling = self._mood(store, [store.tree.nodes[i] for i in path]) if mood else None
             reports = store.reports(1)
             stored = len(store.tree.nodes)
+            marked = [i for i in path if i in store.tree.marked]
         return store.summary() | {
             "branch_length": len(path),
             "stored": stored,
-            "mood": mood and asdict(mood),
+            "size": self.shelf.size(chat_id),
+            "changes": store.changes,
+            "mood": feeling and asdict(feeling),
             "persona": store.info.get("persona"),
             **self._told(store, path),
-            "pinned": self._rows(store, [i for i in path if i in store.tree.marked and store.tree.nodes[i].pinned]),
+            "pinned": self._rows(store, [i for i in marked if store.tree.nodes[i].pinned]),
+            "forgotten": self._rows(store, [i for i in marked if store.tree.nodes[i].forgotten]),
+            "replies": self._rows(store, store.tree.replies.get(store.head, [])),
             "last_prompt": reports[0] if reports else None,
         }
 
@@ -7488,12 +7724,19 @@ class PersonaMemory:
         """A summary of a text, by the upstream; out of its own sentences where that gives none."""
         return self.storyteller.summarize(text, call.authorization)
 
-    def messages(self, chat_id: str, offset: int = 0, limit: int = 1000) -> dict:
-        """The current branch, oldest first; raises `NotFound`."""
+    def messages(self, chat_id: str, offset: int = 0, limit: int = 1000, tip: str = "") -> dict:
+        """The current branch, oldest first, or the one that ends with the message `tip`; raises `NotFound`.
+
+        A row's `siblings` are the other messages in its place: for each its id, the last message of the newest branch
+        through it (`tip`), and how many messages `after` it stand there.
+        """
         store = self.chat(chat_id)
         with store.lock:
-            path = store.tree.path(store.head)
+            if tip and tip not in store.tree.nodes:
+                raise NotFound(f"There is no message {tip!r} in this chat.")
+            path = store.tree.path(tip or store.head)
             rows = self._rows(store, path[offset : offset + limit])
+            rows = [row | {"siblings": sibling_rows(store.tree, row["id"])} for row in rows]
         return {"messages": rows, "total": len(path), "offset": offset}
 
     @staticmethod
@@ -7660,14 +7903,18 @@ class PersonaMemory:
         head, last = store.read([store.head, copy.head])
         return last.said_at > head.said_at
 
-    def search(self, chat_id: str, text: str, k: int = 10, tokens: int = 0, asker: str = "") -> list[Memory]:
+    def search(
+        self, chat_id: str, text: str, k: int = 10, tokens: int = 0, asker: str = "", wait: bool = True
+    ) -> list[Memory]:
         """The messages of the current branch that answer a text, best first: `k` of them, or what fits into `tokens`.
 
-        `asker` is the name of who asks: chats keep words with the name of their speaker. Raises `NotFound`.
+        `asker` is the name of who asks: chats keep words with the name of their speaker. Without `wait`, messages whose
+        vectors are not there yet are found by words alone. Raises `NotFound`.
         """
         store = self.chat(chat_id)
-        with contextlib.suppress(EmbedderUnavailable):
-            self._embed_missing(store, store.tree.path(store.head))
+        if wait:
+            with contextlib.suppress(EmbedderUnavailable):
+                self._embed_missing(store, store.tree.path(store.head))
         with store.lock:
             nodes = [store.tree.nodes[i] for i in store.tree.path(store.head)]
             index = self._index(store, nodes)
@@ -7685,6 +7932,11 @@ class PersonaMemory:
             twins = twin_of(index, memories)
         needs, costs = [need(m.score, memories[0].score) for m in memories], list(map(memory_cost, memories))
         return [memories[i] for i in sorted(choose(needs, costs, twins, tokens, price=0.0)[0])]
+
+    def unread(self, chat_id: str) -> int:
+        """How many texts of a chat that has been searched are still without a vector; raises `NotFound`."""
+        index = self._indexes.get(self.chat(chat_id))
+        return len(index.bare) if index else 0
 
     def _query_vector(self, text: str, timeout: float = SEARCH_SECONDS) -> np.ndarray | None:
         try:
@@ -7726,9 +7978,33 @@ class PersonaMemory:
             "embedder": embedder, "chats": len(self._shelf), "proxy": self.settings.proxy,
         }  # fmt: skip
 
+    def standing(self) -> dict:
+        """How things stand: a level, what is the matter, and what to do; it may quote the upstream, as `health` must
+        not, which needs no key."""
+        level, words, advice = diagnosis(self.upstream.describe(), self.embedder.status, self.last_turn or {})
+        return {"level": level, "words": words, "advice": advice}
+
+    def health_details(self) -> dict:
+        """What works, the queue before the upstream, and what went wrong lately."""
+        figure = self.metrics.value
+        queue_now = {"waiting": figure("upstream_queued"), "running": figure("upstream_in_flight")}
+        outcomes = ("ok", "degraded", "off", "client_gone", "refused", "upstream_error", "failed")
+        return self.health() | self.standing() | {
+            "data": self.settings.data, "uptime": round(time.time() - self.started), "last_turn": self.last_turn,
+            "queue": queue_now | {"limit": self.settings.upstream_limit},
+            "turns": {o: figure("requests_total", outcome=o) for o in outcomes}, "troubles": self.troubles.newest(),
+        }  # fmt: skip
+
+    def note_end(self, chat_id: str, outcome: str, error: Exception | None, header: str) -> None:
+        """How a chat completion ended: its metrics' outcome and, where it failed or was degraded, why."""
+        why = str(error) if error else header if outcome == "degraded" else ""
+        status = getattr(error, "status", 500) if error else 200
+        self.last_turn = {"at": time.time(), "chat_id": chat_id, "outcome": outcome, "status": status, "why": why}
+
     def close(self) -> None:
         """Ends background work; what it leaves undone is done when the chat is used again."""
         self._closed = True
+        self.troubles.close()
         self.storyteller.close()
         if self._emotion_model:
             self._emotion_model.close()
@@ -7780,6 +8056,48 @@ def emotion_rows(nodes: Sequence[Node], messages: Sequence[Message], readings: S
     return rows
 
 
+def sibling_rows(tree: Tree, node: str) -> list[dict]:
+    """What else stands in a message's place, and what came of it, as the API shows it."""
+    rows = []
+    for other in tree.siblings(node):
+        tip = tree.newest_tip(other)
+        rows.append({"id": other, "tip": tip, "after": tree.nodes[tip].depth - tree.nodes[other].depth})
+    return rows
+
+
+def diagnosis(upstream: Mapping, embedder: str, turn: Mapping) -> tuple[str, str, str]:
+    """How things stand: a level ("ok", "loading", "notice", "trouble"), what is the matter, and what to do about it.
+
+    `upstream` as it describes itself, `embedder` its status, `turn` as `PersonaMemory.note_end` keeps the last one.
+    """
+    if upstream["status"].startswith("failed"):
+        return "trouble", "The embedded model cannot be used.", upstream["status"].removeprefix("failed: ")
+    if turn.get("outcome") in ("upstream_error", "failed"):
+        return "trouble", f"The last turn failed: {turn['why']}", advice_on(turn["status"], upstream)
+    if embedder.startswith("failed"):
+        words = "The embedder could not be loaded: memories are found by words alone, not by meaning."
+        return "notice", words, f"{embedder.removeprefix('failed: ')}. See --embedder."
+    if "loading" in (upstream["status"], embedder):
+        return "loading", "Models are loading.", "Chats work already; memories are found by words until then."
+    if turn.get("outcome") == "degraded":
+        reason = turn["why"].removeprefix("degraded; reason=")
+        return "notice", f"The last turn went without its full memory: {reason}", "The chat itself is not affected."
+    return "ok", "All is well.", ""
+
+
+def advice_on(status: int, upstream: Mapping) -> str:
+    """What to do about an upstream that failed with that status."""
+    where = upstream.get("url") or upstream.get("model")
+    return {
+        401: "The key was refused: check it in your client, or set --upstream-key.",
+        403: "The key was refused: check it in your client, or set --upstream-key.",
+        404: f"Check the address ({where}) and the model's name: the server does not know one of them.",
+        429: "The provider asks for patience, or its quota is used up.",
+        502: f"Check that the model's server is running at {where}; --upstream names another.",
+        504: "The model's server was silent for too long: look at its own log, or raise --upstream-timeout.",
+    }.get(status, "The model's server refused or failed; its words above, and its own log, say why.")
+
+
 def reason_of(error: Exception) -> str:
     """What went wrong, in the few words that a header has room for."""
     return str(error) if isinstance(error, PersonaMemoryError) else type(error).__name__
@@ -7825,6 +8143,13 @@ def place_transcript(store: ChatStore, request: ChatRequest) -> Alignment:
 def place_copy(store: ChatStore, digests: Sequence[str]) -> Alignment:
     """Where a stretch of a file's branch hangs in a chat."""
     return align(store.tree, digests, store.head)
+
+
+def named_in_prompt(persona: str) -> str | None:
+    """The character's name out of the sentence that SillyTavern's prompts begin with by default, and stands in nothing
+    else that it sends."""
+    found = re.search(r"\bWrite (\S.{0,60}?)['\u2019]s next reply in a fictional chat\b", persona)
+    return found and found[1]
 
 
 def persona_text(request: ChatRequest) -> str:
@@ -7925,6 +8250,2346 @@ def parse_appended(messages: Any) -> list[tuple[Turn, str | None]]:
 # ======================================================================================================================
 # Assets
 # ======================================================================================================================
+
+PAGE_STYLE = r"""
+:root {
+  color-scheme: light dark;
+  --paper: light-dark(#f6f5f2, #14161a);
+  --card: light-dark(#ffffff, #1c1f25);
+  --sunken: light-dark(#efede8, #23272e);
+  --ink: light-dark(#20242c, #e7e8eb);
+  --muted: light-dark(#585f6b, #a4abb6);
+  --line: light-dark(#e2dfd8, #2f343d);
+  --strong-line: light-dark(#8b8f98, #737a86);
+  --accent: light-dark(#5146a8, #b3acf7);
+  --on-accent: light-dark(#ffffff, #17181d);
+  --tint: light-dark(#eeecfa, #2a2940);
+  --good: light-dark(#1f7a4d, #58c792);
+  --warn: light-dark(#96610a, #e3b04b);
+  --bad: light-dark(#b3312e, #f28b82);
+  --joy: light-dark(#b07a12, #efb93f);
+  --sadness: light-dark(#2f6fb5, #6fb0f0);
+  --anger: light-dark(#c23b3b, #f07a72);
+  --fear: light-dark(#7a4fb8, #b493ea);
+  --surprise: light-dark(#0e8585, #4fcfc9);
+  --disgust: light-dark(#5f7d1f, #a8c75a);
+  --neutral: light-dark(#767c88, #8f96a3);
+  --persona: light-dark(#5146a8, #9d94f5);
+  --story: light-dark(#0e8585, #4fcfc9);
+  --memories: light-dark(#b07a12, #efb93f);
+  --history: light-dark(#2f6fb5, #6fb0f0);
+  --response: light-dark(#767c88, #8f96a3);
+  --free: var(--sunken);
+  --radius: 12px;
+  --gap: 16px;
+  --wide: 1040px;
+  font: 16px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif;
+  background: var(--paper);
+  color: var(--ink);
+  overflow-anchor: none;
+  scrollbar-gutter: stable;
+}
+:root[data-theme="light"] { color-scheme: light; }
+:root[data-theme="dark"] { color-scheme: dark; }
+
+/* ------------------------------------------------------------ basics */
+
+*, ::before, ::after { box-sizing: border-box; }
+body { margin: 0; }
+h1, h2, h3, p, ul, ol, dl, dd, figure { margin: 0; padding: 0; }
+h1 { font-size: 1.6rem; line-height: 1.25; letter-spacing: -0.01em; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; line-height: 1.35; }
+h3 { font-size: 0.95rem; }
+ul, ol { list-style: none; }
+a { color: var(--accent); text-underline-offset: 0.2em; }
+button, input, textarea, select { font: inherit; color: inherit; }
+button {
+  min-height: 36px; padding: 5px 14px; border: 1px solid var(--line); border-radius: 8px;
+  background: var(--card); cursor: pointer; transition: background-color 0.12s, border-color 0.12s;
+}
+button:hover { border-color: var(--strong-line); }
+button.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); font-weight: 600; }
+button.danger { background: var(--bad); border-color: var(--bad); color: var(--card); font-weight: 600; }
+button.quiet { background: transparent; border-color: transparent; color: var(--muted); padding: 4px 9px; }
+button.quiet:hover { background: var(--sunken); color: var(--ink); }
+button[aria-pressed="true"] { background: var(--tint); color: var(--accent); font-weight: 600; }
+button:disabled { opacity: 0.6; cursor: default; }
+input, textarea {
+  width: 100%; padding: 8px 12px; border: 1px solid var(--strong-line); border-radius: 8px; background: var(--card);
+}
+textarea { min-height: 7rem; resize: vertical; line-height: 1.5; }
+::placeholder { color: var(--muted); opacity: 1; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+main:focus { outline: none; }
+code { font: 0.9em/1.4 ui-monospace, "Cascadia Mono", "DejaVu Sans Mono", Menlo, monospace; overflow-wrap: anywhere; }
+summary { cursor: pointer; }
+@media (prefers-reduced-motion: reduce) {
+  *, ::before, ::after { animation: none !important; transition: none !important; }
+}
+
+.hidden {
+  position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap;
+}
+.muted { color: var(--muted); }
+.small { font-size: 0.86rem; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; }
+.text em { color: var(--muted); }
+.numbers { font-variant-numeric: tabular-nums; }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; }
+h1.row { flex-wrap: nowrap; align-items: baseline; }
+.spread { justify-content: space-between; }
+.push { margin-inline-start: auto; }
+.stack { display: grid; gap: var(--gap); grid-template-columns: minmax(0, 1fr); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: var(--radius); padding: 20px; }
+.card > h2 { margin-bottom: 12px; }
+
+/* ------------------------------------------------------------ frame */
+
+.bar {
+  position: sticky; top: 0; z-index: 5; display: flex; align-items: center; gap: 4px 20px; min-height: 56px;
+  padding: 6px max(20px, calc((100% - var(--wide)) / 2 + 20px)); background: var(--paper);
+  border-bottom: 1px solid var(--line);
+}
+.brand { font-weight: 700; letter-spacing: -0.01em; color: var(--ink); text-decoration: none; }
+.brand::before {
+  content: ""; display: inline-block; width: 11px; height: 11px; margin-right: 9px; border-radius: 3px 3px 3px 0;
+  background: var(--accent);
+}
+nav { display: flex; gap: 4px; }
+nav a {
+  display: block; padding: 6px 11px; border-radius: 8px; color: var(--muted); text-decoration: none;
+  white-space: nowrap;
+}
+nav a:hover { color: var(--ink); background: var(--sunken); }
+nav a[aria-current] { color: var(--ink); background: var(--sunken); font-weight: 600; }
+.light {
+  display: flex; align-items: center; gap: 8px; min-width: 0; margin-inline-start: auto; padding: 4px 10px;
+  border-radius: 8px; color: var(--muted); font-size: 0.88rem; text-decoration: none;
+}
+.light:hover { background: var(--sunken); }
+.light .words { overflow: hidden; max-width: 22rem; text-overflow: ellipsis; white-space: nowrap; }
+.dot { flex: none; width: 9px; height: 9px; border-radius: 50%; background: var(--tone, var(--muted)); }
+[data-level="ok"] { --tone: var(--good); }
+[data-level="loading"] { --tone: var(--neutral); }
+[data-level="notice"] { --tone: var(--warn); }
+[data-level="trouble"] { --tone: var(--bad); }
+main { max-width: var(--wide); margin: 0 auto; padding: 28px 20px 96px; }
+.head { display: grid; gap: 6px; grid-template-columns: minmax(0, 1fr); margin-bottom: 20px; }
+.heading .about { flex: 1; min-width: 0; }
+.heading .actions { display: flex; gap: 8px; }
+.tabs {
+  overflow-x: auto; margin-bottom: 20px; padding: 3px 0; border-bottom: 1px solid var(--line);
+  scrollbar-width: none;
+}
+.tabs a { border-radius: 8px 8px 0 0; }
+.tabs a[aria-current] { background: none; color: var(--accent); box-shadow: inset 0 -2px var(--accent); }
+
+/* ------------------------------------------------------------ pieces */
+
+.chip {
+  display: inline-flex; align-items: center; gap: 6px; padding: 1px 9px; border-radius: 99px; background: var(--sunken);
+  color: var(--muted); font-size: 0.82rem; line-height: 1.6; white-space: nowrap;
+}
+.chip .dot { background: var(--tone); }
+.avatar {
+  flex: none; display: grid; place-items: center; width: 42px; height: 42px; border-radius: 12px;
+  background: light-dark(hsl(var(--hue) 45% 90%), hsl(var(--hue) 25% 26%));
+  color: light-dark(hsl(var(--hue) 55% 26%), hsl(var(--hue) 70% 86%)); font-weight: 700;
+}
+.empty { padding: 32px 20px; text-align: center; color: var(--muted); }
+.notice { border-color: var(--warn); }
+.copy {
+  display: flex; align-items: center; gap: 8px; padding: 6px 6px 6px 12px; border-radius: 8px;
+  background: var(--sunken);
+}
+.copy code { flex: 1; }
+.check { display: flex; align-items: center; gap: 10px; }
+.check input { flex: none; width: 18px; height: 18px; accent-color: var(--accent); }
+.editor { display: grid; gap: 8px; }
+dl.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 6px 20px; }
+dl.facts dt { color: var(--muted); }
+dl.facts + p { margin-top: 16px; }
+dl.facts dd { overflow-wrap: anywhere; }
+.figures { display: flex; flex-wrap: wrap; gap: 2px 18px; color: var(--muted); font-size: 0.9rem; }
+.list > li + li { border-top: 1px solid var(--line); }
+.list > li { padding: 14px 0; }
+.list > li:first-child { padding-top: 0; }
+.list > li:last-child { padding-bottom: 0; }
+.weight { display: inline-flex; gap: 2px; align-items: end; }
+.weight i { width: 4px; height: 5px; border-radius: 1px; background: var(--line); }
+.weight i.on { background: var(--strong-line); }
+.weight i:nth-child(2) { height: 7px; } .weight i:nth-child(3) { height: 9px; }
+.weight i:nth-child(4) { height: 11px; } .weight i:nth-child(5) { height: 13px; }
+dialog {
+  width: min(34rem, calc(100vw - 32px)); max-height: calc(100vh - 48px); padding: 24px; border: 1px solid var(--line);
+  border-radius: 16px; background: var(--card); color: var(--ink);
+}
+dialog.wide { width: min(64rem, calc(100vw - 32px)); }
+dialog::backdrop { background: rgb(12 13 16 / 0.5); }
+#toasts {
+  position: fixed; inset: auto 0 20px; z-index: 9; display: grid; justify-items: center; gap: 8px;
+  pointer-events: none;
+}
+.toast {
+  display: flex; align-items: center; gap: 12px; max-width: min(34rem, calc(100vw - 32px)); padding: 8px 10px 8px 18px;
+  border-radius: 10px; background: var(--ink); color: var(--paper); box-shadow: 0 6px 24px rgb(0 0 0 / 0.25);
+  pointer-events: auto;
+}
+.toast button { background: transparent; border-color: currentColor; }
+
+/* ------------------------------------------------------------ chats */
+
+.chats > li {
+  position: relative; display: flex; align-items: center; gap: 14px; padding: 14px 12px 14px 20px;
+  content-visibility: auto; contain-intrinsic-size: auto 76px;
+}
+.chats > li + li { border-top: 1px solid var(--line); }
+.chats > li:hover { background: var(--tint); }
+.chats .name { font-weight: 600; color: var(--ink); text-decoration: none; }
+.chats .name::after { content: ""; position: absolute; inset: 0; }
+.chats .about { flex: 1; min-width: 0; }
+.id { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.chats .actions { position: relative; display: flex; }
+.flush { padding: 0; overflow: hidden; }
+.steps { display: grid; gap: 20px; counter-reset: step; }
+.steps > li { position: relative; padding-left: 44px; counter-increment: step; }
+.steps > li::before {
+  content: counter(step); position: absolute; left: 0; top: 0; display: grid; place-items: center; width: 28px;
+  height: 28px; border-radius: 50%; background: var(--tint); color: var(--accent); font-weight: 700;
+}
+.steps + p { margin-top: 20px; }
+.waiting {
+  display: flex; align-items: center; gap: 12px; margin-top: 24px; padding-top: 20px;
+  border-top: 1px solid var(--line);
+}
+.waiting .dot { --tone: var(--accent); animation: breathe 2s infinite ease-in-out; }
+@keyframes breathe { 50% { opacity: 0.25; } }
+.dropping { outline: 2px dashed var(--accent); outline-offset: 8px; border-radius: var(--radius); }
+.hit { display: grid; gap: 4px; padding: 14px 20px; color: inherit; text-decoration: none; }
+.hit:hover { background: var(--tint); }
+mark { background: light-dark(#fbe9a9, #574715); color: inherit; border-radius: 3px; }
+
+/* ------------------------------------------------------------ messages */
+
+.virtual { position: relative; overflow-anchor: none; }
+.virtual > .message { position: absolute; inset: 0 0 auto; }
+.message { padding-bottom: 10px; }
+.message > div {
+  padding: 14px 18px; border: 1px solid var(--line); border-radius: var(--radius); background: var(--card);
+}
+.message.user > div { background: var(--tint); border-color: transparent; }
+.message.forgotten > div { background: transparent; border-style: dashed; }
+.message.forgotten .text { text-decoration: line-through; color: var(--muted); }
+.message.provisional > div { border-style: dashed; background: transparent; }
+.message.found > div { outline: 2px solid var(--accent); }
+.message:focus { outline: none; }
+.message:focus-visible > div { outline: 2px solid var(--accent); outline-offset: 2px; }
+.message header { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 10px; margin-bottom: 6px; }
+.message .who { font-weight: 600; }
+.tools { display: flex; flex-wrap: wrap; gap: 2px; margin-block: -4px; }
+.tools button { min-height: 28px; padding: 1px 9px; font-size: 0.86rem; }
+.pending { height: 92px; }
+.pending > div { height: 82px; color: var(--muted); }
+.original { margin-top: 8px; padding-left: 12px; border-left: 3px solid var(--line); color: var(--muted); }
+.columns {
+  display: grid; grid-auto-flow: column; grid-auto-columns: minmax(min(20rem, 78vw), 1fr); gap: 16px;
+  overflow-x: auto; padding: 2px;
+}
+.columns > section { display: grid; align-content: start; gap: 10px; }
+.columns .first { padding: 14px; border-radius: var(--radius); background: var(--sunken); }
+
+/* ------------------------------------------------------------ recall, prompts */
+
+.bars { display: flex; flex-wrap: wrap; gap: 6px 16px; margin-top: 8px; }
+.bars > li {
+  display: grid; grid-template-columns: auto 64px auto; align-items: center; gap: 7px; font-size: 0.82rem;
+  color: var(--muted);
+}
+.track { display: block; height: 6px; border-radius: 3px; background: var(--sunken); overflow: hidden; }
+.track i {
+  display: block; width: calc(var(--share) * 100%); height: 100%; border-radius: 3px; background: var(--accent);
+}
+.track i.minus { background: var(--bad); }
+.share { display: flex; gap: 2px; height: 22px; border-radius: 6px; overflow: hidden; }
+.share i { flex: var(--share) 0 0; min-width: 0; background: var(--tone); }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 10px; font-size: 0.88rem; color: var(--muted); }
+.legend li { display: flex; align-items: center; gap: 7px; }
+.legend b { color: var(--ink); font-weight: 600; }
+.swatch {
+  width: 11px; height: 11px; border-radius: 3px; background: var(--tone); border: 1px solid var(--strong-line);
+}
+.prompt { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr); }
+.prompt > * { margin: 0; }
+.score { font-weight: 600; color: var(--ink); }
+details > summary { padding: 6px 0; color: var(--muted); }
+details[open] > summary { margin-bottom: 8px; color: var(--ink); }
+
+/* ------------------------------------------------------------ mood */
+
+.timeline { display: block; width: 100%; overflow: visible; cursor: pointer; }
+.timeline text { font-size: 13px; fill: var(--muted); }
+.timeline .area { fill: var(--tone); fill-opacity: 0.32; stroke: var(--tone); stroke-width: 1.5; }
+.timeline .base { stroke: var(--line); }
+.timeline circle { fill: var(--tone); stroke: var(--card); stroke-width: 2; }
+.timeline a:focus { outline: none; }
+.timeline a:focus-visible circle, .timeline a:hover circle { stroke: var(--ink); }
+.timeline .cursor { stroke: var(--strong-line); stroke-dasharray: 3 3; visibility: hidden; }
+.segments { display: inline-flex; gap: 2px; padding: 3px; border-radius: 10px; background: var(--sunken); }
+.segments button {
+  min-height: 30px; padding: 2px 12px; border-color: transparent; background: transparent; color: var(--muted);
+}
+.segments button[aria-pressed="true"] { background: var(--card); color: var(--ink); }
+
+/* ------------------------------------------------------------ tables, phones */
+
+table { width: 100%; border-collapse: collapse; }
+th:last-child { min-width: 9rem; }
+th { padding: 6px 12px 8px 0; color: var(--muted); font-size: 0.86rem; font-weight: 500; text-align: left; }
+td { padding: 11px 12px 11px 0; border-top: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
+@media (max-width: 640px) {
+  .bar { flex-wrap: wrap; padding: 8px 14px; gap: 4px 8px; }
+  .bar nav { order: 3; margin-inline-start: -10px; }
+  .bar nav a { padding: 5px 10px; }
+  #theme { order: 4; margin-inline-start: auto; }
+  #theme .label { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .tabs { gap: 0; }
+  .tabs a { padding: 6px 7px; font-size: 0.9rem; }
+  .heading .actions { flex-basis: 100%; }
+  .light .words { max-width: 6.5rem; }
+  main { padding: 20px 14px 80px; }
+  h1 { font-size: 1.35rem; }
+  .card { padding: 16px; }
+  .flush { padding: 0; }
+  .chats > li { padding: 12px 6px 12px 14px; gap: 10px; flex-wrap: wrap; }
+  .chats .about { flex-basis: 60%; }
+  .chats .actions { flex-basis: 100%; padding-left: 44px; }
+  thead { display: none; }
+  tr { display: block; padding: 10px 0; border-top: 1px solid var(--line); }
+  td { display: block; padding: 2px 0; border: 0; }
+  dl.facts { grid-template-columns: minmax(0, 1fr); gap: 0; }
+  dl.facts dd { margin-bottom: 8px; }
+}
+"""
+
+PAGE_SCRIPT = r"""
+// The memory page. Message text is somebody else's: it only ever becomes text nodes, never markup.
+
+// ------------------------------------------------------------------------------------------------ elements
+
+/** An element: `props` are attributes, listeners (`onclick`) and CSS variables (`vars`); children nodes or text. */
+const h = (tag, props, ...children) => build(document.createElement(tag), props, children);
+const svg = (tag, props, ...children) =>
+  build(document.createElementNS("http://www.w3.org/2000/svg", tag), props, children);
+
+function build(element, props, children) {
+  for (const [name, value] of Object.entries(props ?? {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name === "value") element.value = value;
+    else if (name === "vars") Object.entries(value).forEach(([key, v]) => element.style.setProperty(`--${key}`, v));
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.flat(9).filter((child) => child || child === 0));
+  return element;
+}
+
+const link = (href, ...words) => h("a", { href }, ...words);
+const button = (label, onclick, props) => h("button", { type: "button", onclick, ...props }, label);
+const quiet = (label, onclick, props) => button(label, onclick, { class: "quiet", ...props });
+const hidden = (text) => h("span", { class: "hidden" }, text);
+const card = (title, ...children) => h("section", { class: "card" }, title && h("h2", {}, title), ...children);
+const isEdited = (element) => element.querySelector(".editor") !== null;
+
+/**
+ * Makes `parent` show an element per row. Only those whose row has changed are made anew, and none that is being
+ * edited, so that a page which changes under the reader's eyes keeps its focus, its scroll and its open details.
+ */
+function keyed(parent, rows, keyOf, make) {
+  const old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+  rows.forEach((row, place) => {
+    const key = String(keyOf(row));
+    const child = renewed(old.get(key), row, key, make);
+    old.delete(key);
+    if (parent.children[place] !== child) parent.insertBefore(child, parent.children[place] ?? null);
+  });
+  old.forEach((child) => child.remove());
+}
+
+function renewed(child, row, key, make) {
+  const state = JSON.stringify(row);
+  if (child && (child.rowState === state || isEdited(child))) return child;
+  const fresh = make(row);
+  fresh.dataset.key = key;
+  fresh.rowState = state;
+  if (child) replaceQuietly(child, fresh);
+  return fresh;
+}
+
+function replaceQuietly(child, fresh) {
+  const focusable = "a, button, input, summary";
+  const focused = [...child.querySelectorAll(focusable)].indexOf(document.activeElement);
+  const open = [...child.querySelectorAll("details")].map((details) => details.open);
+  child.replaceWith(fresh);
+  fresh.querySelectorAll("details").forEach((details, place) => {
+    details.open = open[place] ?? details.open;
+  });
+  if (focused >= 0) fresh.querySelectorAll(focusable)[focused]?.focus({ preventScroll: true });
+}
+
+// ------------------------------------------------------------------------------------------------ the server
+
+const API = "/api/persona_memory";
+const KEY = "persona_memory_key";
+
+class ServerError extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+/** A response of the server; asks for the key where one is missing, throws `ServerError` for every other failure. */
+async function request(method, path, { query = {}, body, headers = {} } = {}) {
+  const address = new URL(path, location.origin);
+  Object.entries(query).forEach(([name, value]) => address.searchParams.set(name, value));
+  const key = sessionStorage.getItem(KEY);
+  if (key) headers = { ...headers, Authorization: `Bearer ${key}` };
+  let response;
+  try {
+    response = await fetch(address, { method, body, headers, cache: "no-store" });
+  } catch {
+    throw new ServerError(0, "The server does not answer. Is persona_memory still running?");
+  }
+  if (response.status === 401) {
+    await keyForm.ask(Boolean(key));
+    return request(method, path, { query, body, headers });
+  }
+  if (response.ok || response.status === 304) return response;
+  const words = await response.json().then(
+    (answer) => answer.error.message,
+    () => response.statusText,
+  );
+  throw new ServerError(response.status, words);
+}
+
+const get = async (path, query) => (await request("GET", API + path, { query })).json();
+const send = async (method, path, value) => {
+  const body = value === undefined ? undefined : JSON.stringify(value);
+  const headers = body ? { "Content-Type": "application/json" } : {};
+  return (await request(method, API + path, { body, headers })).json();
+};
+const chatLink = (id, rest = "") => `#/chat/${encodeURIComponent(id)}${rest}`;
+const messageLink = (chat, place) => chatLink(chat.chat_id, `/messages?at=${place + 1}`);
+const chatPath = (id) => `/chats/${encodeURIComponent(id)}`;
+
+/** Saves what the server gives as a file; a plain link could not send the key. */
+async function download(path, name) {
+  const blob = await (await request("GET", path)).blob();
+  const address = URL.createObjectURL(blob);
+  h("a", { href: address, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 60_000);
+}
+
+/** Runs a change that the user asked for; says so when it fails. */
+async function attempt(work) {
+  try {
+    return await work();
+  } catch (error) {
+    toast(error.message);
+    return undefined;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ words and numbers
+
+const number = (value) => new Intl.NumberFormat("en").format(value);
+const percent = (share) => `${Math.round(100 * share)} %`;
+const plural = (count, word, many = `${word}s`) => `${number(count)} ${count === 1 ? word : many}`;
+const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1).replaceAll("_", " ");
+const nameOf = (row) => row.name || (row.role === "user" ? "You" : row.character || "Character");
+
+function bytes(count) {
+  const units = ["B", "kB", "MB", "GB"];
+  const power = Math.min(units.length - 1, Math.floor(Math.log10(Math.max(count, 1)) / 3));
+  const value = count / 1000 ** power;
+  return `${value < 10 && power ? value.toFixed(1) : Math.round(value)} ${units[power]}`;
+}
+
+/** A time as people say it, with the exact one behind it; from Unix seconds or ISO 8601. */
+function when(moment) {
+  const date = new Date(typeof moment === "number" ? 1000 * moment : moment);
+  const seconds = (Date.now() - date) / 1000;
+  const steps = [
+    [60, "second", 1],
+    [3600, "minute", 60],
+    [86400, "hour", 3600],
+    [7 * 86400, "day", 86400],
+  ];
+  const [, unit, length] = steps.find(([limit]) => seconds < limit) ?? [];
+  const relative = new Intl.RelativeTimeFormat("en", { numeric: "auto" });
+  const words =
+    seconds < 45
+      ? "just now"
+      : unit
+        ? relative.format(-Math.round(seconds / length), unit)
+        : date.toLocaleDateString("en", { dateStyle: "medium" });
+  return h("time", { datetime: date.toISOString(), title: date.toLocaleString("en") }, words);
+}
+
+/** Message text as nodes: actions between asterisks are set apart, nothing else is interpreted. */
+const prose = (text) =>
+  text
+    .split(/(\*[^*\n]+\*)/)
+    .map((part, place) => (place % 2 ? h("em", {}, part) : part))
+    .filter(Boolean);
+
+const LONG_TEXT = 1500; // characters that are shown at once
+
+/** A message's text, a long one folded; `unfolded` holds the ids of those that have been opened. */
+function textBlock(text, { unfolded = new Set(), id = "", limit = LONG_TEXT } = {}) {
+  const block = h("div", { class: "text" });
+  if (text.length <= 1.2 * limit || unfolded.has(id)) {
+    block.append(...prose(text));
+    return block;
+  }
+  const unfold = () => {
+    unfolded.add(id);
+    block.replaceChildren(...prose(text));
+  };
+  block.append(...prose(`${text.slice(0, limit)}… `), button(`Show all ${number(text.length)} characters`, unfold));
+  return block;
+}
+
+const moodChip = (label, strength) =>
+  h(
+    "span",
+    { class: "chip", vars: { tone: `var(--${label})` } },
+    h("span", { class: "dot" }),
+    label,
+    strength !== undefined && h("span", { class: "numbers" }, percent(strength)),
+  );
+
+/** How much a message matters, 0 to 1, as five steps with words for them. */
+function importance(share) {
+  const steps = Math.max(1, Math.ceil(5 * share));
+  const words = `Importance ${percent(share)}`;
+  const bars = [1, 2, 3, 4, 5].map((step) => h("i", { class: step <= steps && "on" }));
+  return h("span", { class: "weight", role: "img", "aria-label": words, title: words }, bars);
+}
+
+function avatar(name) {
+  const hue = [...name].reduce((sum, letter) => (31 * sum + letter.codePointAt(0)) % 360, 7);
+  return h("span", { class: "avatar", "aria-hidden": "true", vars: { hue } }, ([...name][0] ?? "?").toUpperCase());
+}
+
+// ------------------------------------------------------------------------------------------------ dialogs and toasts
+
+const toasts = document.getElementById("toasts");
+
+/** A short sentence at the bottom; `undo` adds a way back. */
+function toast(text, undo) {
+  const gone = () => item.remove();
+  const back =
+    undo &&
+    button("Undo", () => {
+      gone();
+      attempt(undo);
+    });
+  const item = h("div", { class: undo ? "toast undo" : "toast" }, h("span", {}, text), back);
+  if (undo) toasts.querySelector(".undo")?.remove(); // one way back at a time, and it is the last step's
+  toasts.append(item);
+  setTimeout(gone, undo ? 12_000 : 6_000);
+}
+
+function openDialog(title, ...content) {
+  const dialog = h("dialog", { "aria-label": title, class: "stack" }, h("h2", {}, title), ...content);
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+  return dialog;
+}
+
+/** Asks whether something is to go for good, saying what; resolves to the answer. */
+function confirmed(title, lines, action) {
+  return new Promise((resolve) => {
+    const answer = (value) => {
+      resolve(value);
+      dialog.close();
+    };
+    const dialog = openDialog(
+      title,
+      ...lines.map((line) => h("p", {}, line)),
+      h(
+        "div",
+        { class: "row" },
+        button("Keep", () => answer(false), { autofocus: true, class: "push" }),
+        button(action, () => answer(true), { class: "danger" }),
+      ),
+    );
+    dialog.addEventListener("close", () => resolve(false));
+  });
+}
+
+/** Puts a form in an element's place; `save` gets the new text, then the view looks again. Escape takes all back. */
+function edit(element, label, text, save) {
+  const opener = document.activeElement;
+  const field = h("textarea", {
+    "aria-label": label,
+    value: text,
+    rows: Math.min(14, 3 + Math.ceil(text.length / 90)),
+  });
+  const close = () => {
+    form.replaceWith(element);
+    opener?.focus();
+  };
+  const submit = async (event) => {
+    event.preventDefault();
+    const done = field.value === text || (await attempt(() => save(field.value).then(() => true)));
+    if (!done) return;
+    close(); // first: what is being edited is not made anew
+    await attempt(live.refresh);
+  };
+  const keys = (event) => {
+    if (event.key === "Escape") close();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+  };
+  const form = h(
+    "form",
+    { class: "editor", onsubmit: submit, onkeydown: keys },
+    field,
+    h("div", { class: "row" }, h("button", { class: "primary" }, "Save"), button("Cancel", close)),
+  );
+  element.replaceWith(form);
+  field.focus();
+}
+
+/** The way in where the server asks for a key; one form for all the requests that wait for it. */
+const keyForm = {
+  waiting: null,
+  ask(refused) {
+    this.waiting ??= new Promise((resolve) => this.show(refused, resolve)).finally(() => {
+      this.waiting = null;
+    });
+    return this.waiting;
+  },
+  show(refused, resolve) {
+    const field = h("input", { type: "password", autocomplete: "current-password", required: true, id: "key" });
+    const submit = (event) => {
+      event.preventDefault();
+      sessionStorage.setItem(KEY, field.value);
+      dialog.close("given");
+      resolve();
+    };
+    const dialog = openDialog(
+      "This server asks for its key",
+      h("p", { class: "muted" }, "It is what --api-key was set to. This tab keeps it until it is closed."),
+      h(
+        "form",
+        { class: "editor", onsubmit: submit },
+        h("label", { for: "key" }, "API key"),
+        field,
+        refused && h("p", { role: "alert" }, "That key was refused."),
+        h("button", { class: "primary" }, "Open"),
+      ),
+    );
+    dialog.classList.add("lasting");
+    dialog.addEventListener("close", () => dialog.returnValue || this.show(refused, resolve)); // no way around it
+  },
+};
+
+// ------------------------------------------------------------------------------------------------ a long list
+
+/** Heights of many rows and their sums, as a Fenwick tree: both a row's place and the row at a place are cheap. */
+class Heights {
+  constructor(count, each) {
+    this.rows = new Float64Array(count).fill(each);
+    this.sums = new Float64Array(count + 1);
+    for (let i = 1; i <= count; i++) this.sums[i] = each * (i & -i);
+  }
+
+  set(row, height) {
+    const change = height - this.rows[row];
+    this.rows[row] = height;
+    for (let i = row + 1; i < this.sums.length; i += i & -i) this.sums[i] += change;
+    return change;
+  }
+
+  above(row) {
+    let sum = 0;
+    for (let i = row; i > 0; i -= i & -i) sum += this.sums[i];
+    return sum;
+  }
+
+  at(place) {
+    let row = 0;
+    for (let step = 2 ** Math.floor(Math.log2(Math.max(1, this.rows.length))); step >= 1; step /= 2) {
+      if (row + step < this.sums.length && this.sums[row + step] <= place) place -= this.sums[(row += step)];
+    }
+    return Math.min(row, this.rows.length - 1);
+  }
+}
+
+const ESTIMATE = 112; // pixels of a row that has not been seen yet
+const UNDER_BAR = 150; // pixels between the window's top and a row that is gone to
+const OVERSCAN = 600; // pixels above and below the window that are kept ready
+
+/** A list of which only the rows near the window exist. `make(i)` gives a row's element, `stateOf(i)` what it shows. */
+class VirtualList {
+  constructor(label, make, stateOf) {
+    Object.assign(this, {
+      make,
+      stateOf,
+      shown: new Map(),
+      heights: new Heights(0, ESTIMATE),
+      target: null,
+      scrolled: 0,
+    });
+    this.element = h("div", { class: "virtual", role: "list", "aria-label": label });
+    this.observer = new ResizeObserver((entries) => this.measured(entries));
+    this.onscroll = () => {
+      if (Math.abs(scrollY - this.scrolled) > 2) this.target = null; // who scrolls by hand is not pulled back
+      this.render();
+    };
+    addEventListener("scroll", this.onscroll, { passive: true });
+    addEventListener("resize", this.onscroll);
+  }
+
+  get count() {
+    return this.heights.rows.length;
+  }
+
+  resize(count) {
+    if (count === this.count) return;
+    const old = this.heights.rows;
+    this.heights = new Heights(count, ESTIMATE);
+    old.subarray(0, count).forEach((height, row) => {
+      if (height !== ESTIMATE) this.heights.set(row, height);
+    });
+    for (const [row, element] of this.shown) if (row >= count) this.drop(row, element);
+  }
+
+  get top() {
+    return this.element.getBoundingClientRect().top;
+  }
+
+  render() {
+    const from = -this.top - OVERSCAN;
+    const first = this.count ? this.heights.at(Math.max(0, from)) : 0;
+    const last = this.count ? this.heights.at(Math.max(0, from + innerHeight + 2 * OVERSCAN)) : -1;
+    for (const [row, element] of this.shown) {
+      if ((row < first || row > last) && !element.contains(document.activeElement)) this.drop(row, element);
+    }
+    for (let row = first; row <= last; row++) this.show(row);
+    this.place();
+    this.range = [first, last];
+  }
+
+  show(row) {
+    const old = this.shown.get(row);
+    const element = renewed(old, this.stateOf(row), row, () => this.make(row));
+    if (element === old) return;
+    element.setAttribute("role", "listitem");
+    element.setAttribute("aria-setsize", this.count);
+    element.setAttribute("aria-posinset", row + 1);
+    if (old) this.observer.unobserve(old);
+    else this.insert(row, element);
+    this.shown.set(row, element);
+    this.observer.observe(element);
+  }
+
+  /** Keeps the order of the document that of the list: reading and tabbing go by it. */
+  insert(row, element) {
+    const next = [...this.element.children].find((child) => Number(child.dataset.key) > row);
+    this.element.insertBefore(element, next ?? null);
+  }
+
+  drop(row, element) {
+    this.observer.unobserve(element);
+    this.shown.delete(row);
+    element.remove();
+  }
+
+  place() {
+    this.element.style.height = `${this.heights.above(this.count)}px`;
+    for (const [row, element] of this.shown) element.style.transform = `translateY(${this.heights.above(row)}px)`;
+  }
+
+  measured(entries) {
+    const top = -this.top;
+    let shift = 0;
+    for (const { target, borderBoxSize } of entries) {
+      const row = Number(target.dataset.key);
+      if (this.shown.get(row) !== target || row >= this.count) continue;
+      const change = this.heights.set(row, borderBoxSize[0].blockSize);
+      if (this.heights.above(row + 1) - change < top) shift += change; // what stands above must not push what is read
+    }
+    this.place();
+    if (this.target !== null) this.scrollTo(this.target);
+    else if (shift) scrollBy(0, shift);
+    this.render();
+  }
+
+  /** Brings a row into view, and keeps it there while the rows around it get their heights. */
+  scrollTo(row) {
+    this.target = row;
+    const top = scrollY + this.top + this.heights.above(row) - UNDER_BAR;
+    scrollTo(0, row === this.count - 1 ? document.documentElement.scrollHeight : top);
+    this.scrolled = scrollY;
+    this.render();
+  }
+
+  close() {
+    this.observer.disconnect();
+    removeEventListener("scroll", this.onscroll);
+    removeEventListener("resize", this.onscroll);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ all chats
+
+async function chatsView() {
+  const list = h("ul", { class: "chats" });
+  const results = h("div", {});
+  const body = h("div", { class: "stack" });
+  const chooser = h("input", { type: "file", multiple: true, hidden: true, accept: ".json,.jsonl" });
+  chooser.addEventListener("change", () =>
+    importFiles([...chooser.files]).finally(() => {
+      chooser.value = "";
+    }),
+  );
+  const search = h("input", {
+    type: "search",
+    placeholder: "Search all chats",
+    "aria-label": "Search all chats",
+    oninput: debounced(find),
+  });
+  const root = h(
+    "div",
+    { class: "stack" },
+    h(
+      "div",
+      { class: "row spread" },
+      h("h1", {}, "Chats"),
+      h(
+        "div",
+        { class: "row" },
+        button("Import…", () => chooser.click()),
+        chooser,
+      ),
+    ),
+    body,
+  );
+  const held = card("", list);
+  held.classList.add("flush");
+  let start = null;
+
+  async function refresh() {
+    const chats = await get("/chats");
+    keyed(list, chats, (chat) => chat.chat_id, chatRow);
+    if (!chats.length) start ??= await firstSteps();
+    show(chats.length ? [search, results, held] : [start]);
+    held.hidden = Boolean(search.value.trim());
+  }
+
+  function show(parts) {
+    if (parts.some((part, place) => body.children[place] !== part)) body.replaceChildren(...parts);
+  }
+
+  async function find() {
+    const text = search.value.trim();
+    held.hidden = Boolean(text);
+    if (!text) return results.replaceChildren();
+    const { found, complete } = await get("/search", { q: text });
+    if (text !== search.value.trim()) return undefined; // a later search is on its way
+    const note = complete ? "" : " Not all chats could be looked at in time.";
+    const rows = h(
+      "ul",
+      { class: "card flush list" },
+      found.map((row) => searchHit(row, text)),
+    );
+    return results.replaceChildren(
+      h("p", { class: "muted small", role: "status" }, `${plural(found.length, "message")} found.${note}`),
+      found.length ? rows : "",
+    );
+  }
+
+  root.addEventListener("dragover", (event) => {
+    event.preventDefault();
+    root.classList.add("dropping");
+  });
+  root.addEventListener("dragleave", () => root.classList.remove("dropping"));
+  root.addEventListener("drop", (event) => {
+    event.preventDefault();
+    root.classList.remove("dropping");
+    importFiles([...event.dataTransfer.files]);
+  });
+  await refresh();
+  return { title: "Chats", root, refresh, watches: (state) => `${state.chats} ${state.turn}` };
+}
+
+function chatRow(chat) {
+  const name = chat.character || "Unnamed character";
+  return h(
+    "li",
+    {},
+    avatar(name),
+    h(
+      "div",
+      { class: "about" },
+      h("a", { class: "name", href: chatLink(chat.chat_id) }, name),
+      h(
+        "p",
+        { class: "figures" },
+        h("span", {}, plural(chat.messages, "message")),
+        chat.branches > 1 && h("span", {}, plural(chat.branches, "branch", "branches")),
+        h("span", {}, bytes(chat.size)),
+        h("span", {}, when(chat.updated)),
+      ),
+      h("p", { class: "small muted id" }, chat.chat_id),
+    ),
+    h(
+      "div",
+      { class: "actions" },
+      button("Export", () => exportDialog(chat), { class: "quiet", "aria-label": `Export ${name}` }),
+      button("Delete", () => deleteChat(chat), { class: "quiet", "aria-label": `Delete ${name}` }),
+    ),
+  );
+}
+
+function searchHit(row, text) {
+  return h(
+    "li",
+    {},
+    h(
+      "a",
+      { class: "hit", href: chatLink(row.chat_id, `/messages?id=${row.id}`) },
+      h(
+        "span",
+        { class: "row small muted" },
+        h("b", {}, nameOf(row)),
+        `in ${row.character || row.chat_id}`,
+        when(row.at),
+      ),
+      h("span", { class: "text" }, excerpt(row.content, text)),
+    ),
+  );
+}
+
+/** The part of a text around the first word that was searched for, all of them marked. */
+function excerpt(text, words) {
+  const escaped = words.split(/\s+/).map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
+  const pattern = new RegExp(`(${escaped.join("|")})`, "gi");
+  const start = Math.max(0, text.search(pattern) - 80);
+  const part = text.slice(start, start + 320);
+  const marked = part.split(pattern).map((piece, place) => (place % 2 ? h("mark", {}, piece) : piece));
+  return [start > 0 && "…", ...marked, start + 320 < text.length && "…"];
+}
+
+function exportDialog(chat) {
+  const path = `${API}${chatPath(chat.chat_id)}/export`;
+  const name = (chat.character || chat.chat_id).replace(/[^\p{L}\p{N}._-]+/gu, "_").slice(0, 60);
+  const save = (query, ending) => attempt(() => download(path + query, name + ending)).then(() => dialog.close());
+  const dialog = openDialog(
+    `Export ${chat.character || "this chat"}`,
+    h(
+      "p",
+      { class: "muted" },
+      "Everything, with branches, story and facts; or a chat file that SillyTavern can open.",
+    ),
+    h(
+      "div",
+      { class: "row" },
+      button("Everything (JSON)", () => save("", ".json"), { class: "primary" }),
+      button("SillyTavern chat file", () => save("?format=sillytavern", ".jsonl")),
+      button("Close", () => dialog.close(), { class: "push" }),
+    ),
+  );
+}
+
+async function deleteChat(chat) {
+  const what = `${plural(chat.messages, "message")} with ${chat.character || "an unnamed character"} (${chat.chat_id})`;
+  const sure = await confirmed(
+    "Delete this chat?",
+    [
+      `${what} go from this machine's memory: all branches, the story so far, facts, and what was read from them.`,
+      "This cannot be undone. The chat in your client stays as it is; sent again, it is remembered anew.",
+    ],
+    "Delete the chat",
+  );
+  if (!sure) return;
+  const done = await attempt(() => send("DELETE", chatPath(chat.chat_id)));
+  if (!done) return;
+  toast("The chat has been deleted.");
+  if (location.hash.startsWith("#/chat/")) location.hash = "#/";
+  else await live.refresh();
+}
+
+async function importFiles(files) {
+  for (const file of files) {
+    const query = { name: file.name };
+    const answer = await attempt(async () => (await request("POST", `${API}/import`, { query, body: file })).json());
+    for (const { added } of answer?.chats ?? []) {
+      toast(`${file.name}: ${added ? `${plural(added, "message")} imported` : "nothing that was not known"}.`);
+    }
+  }
+  await live.refresh();
+}
+
+/** What a newcomer does first; the last line changes by itself when the first request arrives. */
+async function firstSteps() {
+  const { proxy } = await get("/health");
+  const address = `${location.origin}/v1`;
+  const extension = button("download it", () => attempt(() => download("/extension.zip", "persona_memory.zip")));
+  return h(
+    "section",
+    { class: "card" },
+    h("h2", {}, "No chats yet: connect SillyTavern in three steps"),
+    h(
+      "ol",
+      { class: "steps" },
+      h(
+        "li",
+        {},
+        h("h3", {}, "Open API Connections"),
+        h("p", { class: "muted" }, "Choose API “Chat Completion” and source “Custom (OpenAI-compatible)”."),
+      ),
+      h(
+        "li",
+        {},
+        h("h3", {}, "Paste this as the endpoint"),
+        copyable(address),
+        !proxy && h("p", {}, "It is served once persona_memory is started with ", h("code", {}, "--proxy"), "."),
+      ),
+      h(
+        "li",
+        {},
+        h("h3", {}, "Connect, and chat"),
+        h("p", { class: "muted" }, "Leave SillyTavern's context size as it is: what it drops comes back from memory."),
+      ),
+    ),
+    h(
+      "p",
+      { class: "small muted row" },
+      "There is an extension for SillyTavern too, which names each chat:",
+      extension,
+    ),
+    h("p", { class: "waiting", role: "status" }, h("span", { class: "dot" }), "Waiting for the first request…"),
+  );
+}
+
+function copyable(text) {
+  const copy = async () => {
+    await navigator.clipboard.writeText(text);
+    toast("Copied.");
+  };
+  return h(
+    "p",
+    { class: "copy" },
+    h("code", {}, text),
+    button("Copy", () => attempt(copy)),
+  );
+}
+
+// ------------------------------------------------------------------------------------------------ one chat
+
+const TABS = [
+  ["", "Memory"],
+  ["messages", "Messages"],
+  ["recall", "Recall"],
+  ["mood", "Mood"],
+  ["prompts", "Prompts"],
+];
+
+async function chatView({ id, tab, query }) {
+  const head = h("div", { class: "head" });
+  const tabs = h(
+    "nav",
+    { class: "tabs", "aria-label": "Of this chat" },
+    TABS.map(([name, label]) =>
+      h("a", { href: chatLink(id, name && `/${name}`), "aria-current": name === tab && "page" }, label),
+    ),
+  );
+  const parts = { messages: messagesTab, recall: recallTab, mood: moodTab, prompts: promptsTab };
+  const look = () => get(chatPath(id), { mood: "off" }); // the last prompt knows it
+  const chat = await look();
+  const part = await (parts[tab] ?? memoryTab)(chat, query);
+  const show = (now) =>
+    keyed(
+      head,
+      [chatHead(now)],
+      () => id,
+      (row) => chatHeading(row, now),
+    );
+
+  async function refresh() {
+    const now = await look();
+    show(now);
+    await part.refresh(now);
+  }
+  show(chat);
+  return {
+    title: chat.character || id,
+    root: h("div", {}, head, tabs, part.root),
+    refresh,
+    chat: id,
+    watches: (state) => state.chat,
+    entered: part.entered,
+    leave: part.leave,
+  };
+}
+
+const chatHead = ({ chat_id, character, branch_length, branches, size, updated, last_prompt }) => ({
+  chat_id,
+  character,
+  branch_length,
+  branches,
+  size,
+  updated,
+  mood: last_prompt?.mood?.label,
+});
+
+function chatHeading(row, chat) {
+  const name = row.character || "Unnamed character";
+  return h(
+    "div",
+    { class: "heading row" },
+    avatar(name),
+    h(
+      "div",
+      { class: "about" },
+      h("h1", {}, name),
+      h(
+        "p",
+        { class: "figures" },
+        h("span", {}, `${plural(row.branch_length, "message")} on this branch`),
+        row.branches > 1 && h("span", {}, `${number(row.branches)} branches`),
+        h("span", {}, bytes(row.size)),
+        h("span", {}, when(row.updated)),
+        row.mood && row.mood !== "neutral" && h("span", {}, "You seem ", moodChip(row.mood)),
+      ),
+      h("p", { class: "small muted id" }, row.chat_id),
+    ),
+    h(
+      "div",
+      { class: "actions" },
+      button("Export", () => exportDialog(chat)),
+      button("Delete", () => deleteChat(chat)),
+    ),
+  );
+}
+
+/** The persona, the story so far, facts and pinned messages. */
+async function memoryTab(chat) {
+  const path = chatPath(chat.chat_id);
+  const lists = {
+    persona: h("div", {}),
+    story: h("ul", { class: "list" }),
+    facts: h("ul", { class: "list" }),
+    pinned: h("ul", { class: "list" }),
+    forgotten: h("ul", { class: "list" }),
+  };
+  const forgotten = card("Forgotten messages", lists.forgotten);
+  const root = h(
+    "div",
+    { class: "stack" },
+    card("Persona, as last seen", lists.persona),
+    card("The story so far", lists.story),
+    card("Facts", lists.facts),
+    card("Pinned messages", lists.pinned),
+    forgotten,
+    chat.character && (await carryOver(chat.character)),
+  );
+
+  function refresh(now) {
+    listOr(
+      lists.story,
+      now.story,
+      "The story begins once enough messages have left the prompt.",
+      (row) => row.id,
+      (row) => storyRow(path, row),
+    );
+    listOr(
+      lists.facts,
+      now.facts,
+      "No lasting facts have been found yet.",
+      (row) => row.id,
+      (row) => factRow(chat, row),
+    );
+    listOr(
+      lists.pinned,
+      now.pinned.filter((row) => !row.forgotten),
+      "Nothing is pinned. Pin a message, and it always has a place in the prompt.",
+      (row) => row.id,
+      (row) => markedRow(chat, row),
+    );
+    forgotten.hidden = !now.forgotten.length;
+    keyed(
+      lists.forgotten,
+      now.forgotten,
+      (row) => row.id,
+      (row) => markedRow(chat, row),
+    );
+    keyed(
+      lists.persona,
+      [now.persona ?? ""],
+      () => "persona",
+      (text) =>
+        h(
+          "div",
+          {},
+          text ? textBlock(text, { limit: 500 }) : h("p", { class: "muted" }, "No request has shown a persona yet."),
+        ),
+    );
+  }
+  refresh(chat);
+  return { root, refresh };
+}
+
+/** Whether chats with a character know of each other. */
+async function carryOver(character) {
+  const address = `/characters/${encodeURIComponent(character)}`;
+  const now = await get(address);
+  const change = () => attempt(() => send("PATCH", address, { carry_over: box.checked }));
+  const box = h("input", { type: "checkbox", checked: now.carry_over, onchange: change });
+  return card(
+    "Other chats",
+    h("label", { class: "check" }, box, `Chats with ${character} remember what happened in each other`),
+    h(
+      "p",
+      { class: "muted small" },
+      `There ${now.chats === 1 ? "is one chat" : `are ${number(now.chats)} chats`} so far.`,
+    ),
+  );
+}
+
+function listOr(list, rows, words, keyOf, make) {
+  keyed(
+    list,
+    rows.length ? rows : [null],
+    (row) => (row ? keyOf(row) : "none"),
+    (row) => (row ? make(row) : h("li", { class: "muted" }, words)),
+  );
+}
+
+function storyRow(path, summary) {
+  const sources = { model: "by the model", extract: "in the messages' own sentences", user: "in your words" };
+  const text = h("div", { class: "text" }, summary.text);
+  const save = (value) => send("PATCH", `${path}/story/${summary.id}`, { text: value });
+  return h(
+    "li",
+    {},
+    h(
+      "p",
+      { class: "row small muted" },
+      h("b", {}, `#${summary.start + 1} to #${summary.end + 1}`),
+      h("span", { class: "chip" }, `Level ${summary.level}`),
+      h("span", {}, summary.stale ? "to be told anew" : sources[summary.source]),
+      h(
+        "span",
+        { class: "tools push" },
+        quiet("Edit", () => edit(text, "Summary", summary.text, save)),
+      ),
+    ),
+    text,
+  );
+}
+
+function factRow(chat, fact) {
+  const address = `${chatPath(chat.chat_id)}/facts/${fact.id}`;
+  const text = h("div", { class: "text" }, fact.text);
+  const change = (value) => send("PATCH", address, value).then(live.refresh);
+  const forget = async () => {
+    const lines = [`“${fact.text}” goes from memory and does not come back from this message.`];
+    if (await confirmed("Forget this fact?", lines, "Forget it")) await attempt(() => send("DELETE", address));
+    await live.refresh();
+  };
+  return h(
+    "li",
+    {},
+    h(
+      "p",
+      { class: "row small muted" },
+      h("b", {}, fact.about),
+      link(messageLink(chat, fact.index), `#${fact.index + 1}`),
+      fact.pinned && h("span", { class: "chip" }, "Pinned"),
+      h(
+        "span",
+        { class: "tools push" },
+        quiet("Edit", () => edit(text, "Fact", fact.text, (value) => send("PATCH", address, { text: value }))),
+        quiet(fact.pinned ? "Unpin" : "Pin", () => attempt(() => change({ pinned: !fact.pinned }))),
+        quiet("Forget", forget),
+      ),
+    ),
+    text,
+    h("p", { class: "small muted" }, `“${fact.quote}”`),
+    fact.supersedes && h("p", { class: "small muted" }, `Before: ${fact.supersedes.text}`),
+  );
+}
+
+function markedRow(chat, row) {
+  const address = `${chatPath(chat.chat_id)}/messages/${row.id}`;
+  const change = row.forgotten ? { forgotten: false } : { pinned: false };
+  const undo = () => attempt(() => send("PATCH", address, change).then(live.refresh));
+  return h(
+    "li",
+    {},
+    h(
+      "p",
+      { class: "row small muted" },
+      h("b", {}, nameOf({ ...chat, ...row })),
+      link(messageLink(chat, row.index), `#${row.index + 1}`),
+      h("span", { class: "tools push" }, quiet(row.forgotten ? "Remember again" : "Unpin", undo)),
+    ),
+    textBlock(row.content),
+  );
+}
+
+// ------------------------------------------------------------------------------------------------ messages
+
+const PAGE_ROWS = 100;
+
+/** A chat's messages by their places; pages are fetched when they are looked at, and again when something is new. */
+class MessagePages {
+  constructor(path, changed) {
+    Object.assign(this, { path, changed, pages: new Map(), rows: [], total: 0 });
+  }
+
+  row(place) {
+    const page = Math.floor(place / PAGE_ROWS);
+    if (!this.pages.has(page)) this.load(page);
+    return this.rows[place];
+  }
+
+  async load(page) {
+    const asked = {};
+    this.pages.set(page, asked);
+    const since = page * PAGE_ROWS;
+    try {
+      const answer = await get(`${this.path}/messages`, { offset: since, limit: PAGE_ROWS });
+      if (this.pages.get(page) !== asked) return;
+      this.take(answer.messages);
+      this.total = answer.total;
+      this.changed();
+      this.takeFeelings(await get(`${this.path}/emotions`, { form: "compact", since, until: since + PAGE_ROWS - 1 }));
+      this.changed();
+    } catch (error) {
+      this.pages.delete(page);
+      toast(error.message);
+    }
+  }
+
+  take(rows) {
+    for (const row of rows) {
+      const old = this.rows[row.index];
+      this.rows[row.index] = old?.id === row.id ? { ...row, feeling: old.feeling, weight: old.weight } : row;
+    }
+  }
+
+  takeFeelings({ since, labels, scores, importance: weights }) {
+    scores.forEach((shares, place) => {
+      const row = this.rows[since + place];
+      if (!row) return;
+      const best = shares.indexOf(Math.max(...shares));
+      Object.assign(row, { feeling: [labels[best], shares[best] / 100], weight: weights[place] / 100 });
+    });
+  }
+
+  /** Fetches what is looked at anew; the rest when it is looked at. */
+  async renew(first, last) {
+    const wanted = new Set([Math.floor(first / PAGE_ROWS), Math.floor(last / PAGE_ROWS)]);
+    this.pages.clear();
+    await Promise.all([...wanted].map((page) => this.load(page)));
+  }
+}
+
+async function messagesTab(chat, query) {
+  const path = chatPath(chat.chat_id);
+  const unfolded = new Set();
+  const pages = new MessagePages(path, () => {
+    list.resize(pages.total);
+    list.render();
+  });
+  const list = new VirtualList(
+    "Messages",
+    (place) => messageRow(chat, pages.row(place), place, unfolded, place === found),
+    (place) => pages.row(place) ?? null,
+  );
+  const jump = h("input", { type: "number", min: 1, "aria-label": "Message number", placeholder: "Go to #…" });
+  const go = (event) => {
+    event.preventDefault();
+    if (jump.value) show(jump.value - 1);
+  };
+  const waiting = h("div", {});
+  const root = h(
+    "div",
+    { class: "stack" },
+    h(
+      "form",
+      { class: "row", onsubmit: go },
+      h("div", {}, jump),
+      h("button", {}, "Go"),
+      button("Oldest", () => list.scrollTo(0), { class: "push" }),
+      button("Newest", () => list.scrollTo(list.count - 1)),
+    ),
+    list.element,
+    waiting,
+  );
+  let found = null;
+
+  function show(place) {
+    found = Math.max(0, Math.min(list.count - 1, place));
+    list.shown.forEach((element) => element.classList.toggle("found", Number(element.dataset.key) === found));
+    list.scrollTo(found);
+    list.shown.get(found)?.focus({ preventScroll: true });
+  }
+
+  function showProvisional({ replies }) {
+    keyed(
+      waiting,
+      replies,
+      (row) => row.id,
+      (row) =>
+        h(
+          "div",
+          { class: "message provisional" },
+          h(
+            "div",
+            {},
+            h(
+              "header",
+              {},
+              h("span", { class: "who" }, nameOf({ ...chat, ...row })),
+              h("span", { class: "chip" }, "Not memory yet: no request has shown it"),
+            ),
+            textBlock(row.content),
+          ),
+        ),
+    );
+  }
+
+  async function refresh(now) {
+    const atEnd = scrollY + innerHeight > document.documentElement.scrollHeight - 80;
+    const grown = now.branch_length !== list.count;
+    await pages.renew(...(list.range ?? [0, 0]));
+    showProvisional(now);
+    if (grown && atEnd && list.count) list.scrollTo(list.count - 1);
+  }
+
+  async function entered() {
+    const place = query.get("id") ? await placeOf(chat, query.get("id")) : query.get("at") && query.get("at") - 1;
+    pages.total = chat.branch_length;
+    list.resize(chat.branch_length);
+    if (!list.count) return list.element.replaceWith(h("p", { class: "empty" }, "This branch has no messages."));
+    showProvisional(chat);
+    return place === null ? list.scrollTo(list.count - 1) : show(place);
+  }
+  return { root, refresh, entered, leave: () => list.close() };
+}
+
+/** Where a message stands on the current branch; one of another branch is shown by itself. */
+async function placeOf(chat, id) {
+  const path = `${chatPath(chat.chat_id)}/messages`;
+  const { total } = await get(path, { tip: id, limit: 0 });
+  const {
+    messages: [row],
+  } = await get(path, { offset: total - 1, limit: 1 });
+  if (row?.id !== id) {
+    const {
+      messages: [other],
+    } = await get(path, { tip: id, offset: total - 1, limit: 1 });
+    const dialog = openDialog(
+      `#${total}, on another branch`,
+      h("p", { class: "muted" }, nameOf({ ...chat, ...other })),
+      textBlock(other.content),
+      h(
+        "div",
+        { class: "row" },
+        button("Close", () => dialog.close(), { class: "push" }),
+      ),
+    );
+  }
+  return total - 1;
+}
+
+function messageRow(chat, row, place, unfolded, found) {
+  if (!row) return h("div", { class: "message pending" }, h("div", {}, `#${place + 1}`, hidden(" is being fetched")));
+  const kinds = ["message", row.role, row.forgotten && "forgotten", found && "found"];
+  const text = h(
+    "div",
+    {},
+    textBlock(row.content, { unfolded, id: row.id }),
+    row.edited &&
+      h(
+        "details",
+        { class: "original" },
+        h("summary", { class: "small" }, "Edited here: the original"),
+        h("div", { class: "text" }, prose(row.original ?? "")),
+      ),
+  );
+  return h(
+    "div",
+    { class: kinds.filter(Boolean).join(" "), tabindex: -1 },
+    h(
+      "div",
+      {},
+      h(
+        "header",
+        {},
+        h("span", { class: "who" }, nameOf({ ...chat, ...row })),
+        h("span", { class: "small muted numbers" }, `#${place + 1}`),
+        h("span", { class: "small muted" }, when(row.timestamp ?? row.at)),
+        row.feeling && moodChip(...row.feeling),
+        row.weight !== undefined && importance(row.weight),
+        row.pinned && h("span", { class: "chip" }, "Pinned"),
+        row.forgotten && h("span", { class: "chip" }, "Forgotten"),
+        messageTools(chat, row, text),
+      ),
+      text,
+    ),
+  );
+}
+
+function messageTools(chat, row, text) {
+  const address = `${chatPath(chat.chat_id)}/messages/${row.id}`;
+  const change = (value) => send("PATCH", address, value).then(live.refresh);
+  const act = (value, words, back) =>
+    attempt(async () => {
+      await change(value);
+      if (words) toast(words, () => change(back));
+    });
+  const save = (content) =>
+    send("PATCH", address, { content }).then(() =>
+      toast("Memory now has your words.", () => change({ content: row.edited ? row.content : null })),
+    );
+  const others = row.siblings.length;
+  const remembered = [
+    quiet("Edit", () => edit(text, `Message ${row.index + 1}`, row.content, save)),
+    quiet(row.pinned ? "Unpin" : "Pin", () => act({ pinned: !row.pinned })),
+    quiet("Forget", () => act({ forgotten: true }, "Forgotten: it is recalled no more.", { forgotten: false })),
+  ];
+  return h(
+    "span",
+    { class: "tools push" },
+    others > 0 && button(`Compare ${others + 1} versions`, () => compare(chat, row)),
+    row.edited && quiet("Take the edit back", () => act({ content: null })),
+    row.forgotten ? quiet("Remember again", () => act({ forgotten: false })) : remembered,
+  );
+}
+
+/** The versions of a message side by side, each with what came of it. */
+async function compare(chat, row) {
+  const path = `${chatPath(chat.chat_id)}/messages`;
+  const part = { offset: row.index, limit: 5 };
+  const versions = await attempt(() =>
+    Promise.all([get(path, part), ...row.siblings.map((other) => get(path, { ...part, tip: other.tip }))]),
+  );
+  if (!versions) return;
+  const dialog = openDialog(
+    `#${row.index + 1}, in ${versions.length} versions`,
+    h(
+      "div",
+      { class: "columns", tabindex: 0, role: "group", "aria-label": "Versions" },
+      versions.map(({ messages: [first, ...rest], total }, place) =>
+        h(
+          "section",
+          {},
+          h("h3", {}, place ? `Version ${place + 1}` : "On this branch"),
+          h("div", { class: "first" }, textBlock(first.content)),
+          h(
+            "p",
+            { class: "small muted" },
+            rest.length ? `${plural(total - row.index - 1, "message")} after it:` : "Nothing came after it.",
+          ),
+          rest.map((next) =>
+            h("div", { class: "small" }, h("b", {}, `${nameOf({ ...chat, ...next })}: `), textBlock(next.content)),
+          ),
+        ),
+      ),
+    ),
+    h(
+      "div",
+      { class: "row" },
+      button("Close", () => dialog.close(), { class: "push" }),
+    ),
+  );
+  dialog.classList.add("wide");
+}
+
+// ------------------------------------------------------------------------------------------------ recall
+
+/** Signals of recall by what they are to a reader; one that is not listed stands for itself. */
+const FAMILIES = [
+  ["Meaning", /^meaning/],
+  ["Words", /words/],
+  ["Answer", /^answers/],
+  ["Kind of answer", /^gives_/],
+  ["Speaker", /^speaker/],
+  ["Date", /^when/],
+  ["Recent", /^lately/],
+  ["Change", /change|supersedes/],
+  ["Said twice", /twice/],
+  ["Is a question", /^question/],
+  ["Feeling", /^emotion/],
+  ["Importance", /^importance/],
+];
+
+function families(scores) {
+  const sums = new Map();
+  for (const [signal, score] of Object.entries(scores)) {
+    const name = FAMILIES.find(([, pattern]) => pattern.test(signal))?.[0] ?? capital(signal);
+    sums.set(name, (sums.get(name) ?? 0) + score);
+  }
+  return [...sums].filter(([, sum]) => Math.abs(sum) >= 0.005).sort(([, a], [, b]) => Math.abs(b) - Math.abs(a));
+}
+
+function scoreBars(scores) {
+  const rows = families(scores);
+  const most = Math.max(...rows.map(([, sum]) => Math.abs(sum)), 0.01);
+  return h(
+    "ul",
+    { class: "bars numbers", "aria-label": "Why" },
+    rows.map(([name, sum]) =>
+      h(
+        "li",
+        {},
+        h("span", {}, name),
+        h("span", { class: "track" }, h("i", { class: sum < 0 && "minus", vars: { share: Math.abs(sum) / most } })),
+        h("span", {}, sum.toFixed(2)),
+      ),
+    ),
+  );
+}
+
+async function recallTab(chat) {
+  const path = chatPath(chat.chat_id);
+  const status = h("p", { class: "muted small", role: "status" });
+  const list = h("ul", { class: "list card", hidden: true });
+  const field = h("input", {
+    type: "search",
+    "aria-label": "What does it remember?",
+    oninput: debounced(find, 250),
+    placeholder: "Write what you would say in the chat: “where did we first meet?”",
+  });
+
+  async function find() {
+    const text = field.value.trim();
+    if (!text) return show([], "");
+    status.textContent = "Remembering…";
+    const answer = await attempt(() => get(`${path}/search`, { q: text, k: 12, wait: "off" }));
+    if (text !== field.value.trim()) return undefined; // a later question is on its way
+    const { memories, unread } = answer ?? { memories: [], unread: 0 };
+    const found = memories.length ? `${plural(memories.length, "message")}, best first.` : "Nothing comes to mind.";
+    const note = unread ? ` ${plural(unread, "message")} still to be read: found by words alone until then.` : "";
+    return show(memories, found + note);
+  }
+
+  function show(memories, words) {
+    status.textContent = words;
+    list.hidden = !memories.length;
+    keyed(
+      list,
+      memories,
+      (memory) => memory.id,
+      (memory) => memoryRow(chat, memory),
+    );
+  }
+  const root = h(
+    "div",
+    { class: "stack" },
+    h("p", { class: "muted" }, "What comes to mind, and why. The scores are those that choose memories for a prompt."),
+    field,
+    status,
+    list,
+  );
+  return { root, refresh: () => {}, entered: () => field.focus() };
+}
+
+function memoryRow(chat, memory) {
+  const elsewhere = memory.chat_id && memory.chat_id !== chat.chat_id;
+  return h(
+    "li",
+    {},
+    h(
+      "p",
+      { class: "row small muted" },
+      h("b", {}, nameOf({ ...chat, ...memory })),
+      link(messageLink(elsewhere ? memory : chat, memory.index), `#${memory.index + 1}`),
+      elsewhere && h("span", { class: "chip" }, "From another chat"),
+      memory.pinned && h("span", { class: "chip" }, "Pinned"),
+      h("span", { class: "push numbers" }, "Score ", h("span", { class: "score" }, memory.score.toFixed(2))),
+    ),
+    memory.content !== undefined && textBlock(memory.content),
+    scoreBars(memory.scores),
+  );
+}
+
+// ------------------------------------------------------------------------------------------------ mood
+
+const FEELINGS_AT_ONCE = 500;
+const MAY_CHANGE = 20; // newest messages that a swipe or an edit may have replaced when a chat goes on
+const LANE = 54; // pixels
+const LABELS = 82; // pixels for the names of the lanes
+const STRONGEST = 14;
+
+async function moodTab(chat) {
+  const path = chatPath(chat.chat_id);
+  const data = { labels: [], scores: [], user: [], total: chat.branch_length };
+  const status = h("p", { class: "muted small", role: "status" });
+  const figure = h("div", {});
+  const moments = h("ol", { class: "list" });
+  let whose = "all";
+  let open = true;
+  let fetching = null;
+  const choice = h(
+    "div",
+    { class: "segments", role: "group", "aria-label": "Whose feelings" },
+    [
+      ["all", "Everyone"],
+      ["user", "You"],
+      ["assistant", "The character"],
+    ].map(([name, label]) =>
+      button(
+        label,
+        () => {
+          whose = name;
+          draw();
+        },
+        { "data-name": name },
+      ),
+    ),
+  );
+  const root = h(
+    "div",
+    { class: "stack" },
+    h("div", { class: "row spread" }, choice, status),
+    h("section", { class: "card" }, h("h2", {}, "Feelings over the chat"), figure),
+    card("The strongest moments", moments),
+  );
+  const observer = new ResizeObserver(() => draw());
+  const counts = (place) => whose === "all" || data.user[place] === Number(whose === "user");
+
+  /** Piece by piece: reading thousands of messages for the first time takes a while, and the chat may go on. */
+  async function fetchAll() {
+    while (open && data.scores.length < data.total) {
+      const since = data.scores.length;
+      const piece = await get(`${path}/emotions`, { form: "compact", since, until: since + FEELINGS_AT_ONCE - 1 });
+      if (!piece.scores.length) break;
+      Object.assign(data, { labels: piece.labels, total: piece.total });
+      data.scores.push(...piece.scores);
+      data.user.push(...piece.user);
+      const read = `${number(data.scores.length)} of ${plural(data.total, "message")} read`;
+      status.textContent = data.scores.length < data.total ? read : "";
+      draw();
+    }
+  }
+
+  function draw() {
+    choice.querySelectorAll("button").forEach((b) => b.setAttribute("aria-pressed", String(b.dataset.name === whose)));
+    if (!data.scores.length || !figure.clientWidth) return;
+    const strongest = strongestMoments(data, counts);
+    const focused = document.activeElement?.closest?.(".timeline a")?.getAttribute("href");
+    figure.replaceChildren(timeline(chat, data, counts, strongest, figure.clientWidth));
+    if (focused) figure.querySelector(`a[href="${CSS.escape(focused)}"]`)?.focus();
+    keyed(
+      moments,
+      strongest.map(([place, label, share]) => ({ place, label, share })),
+      (m) => m.place,
+      (m) =>
+        h(
+          "li",
+          { class: "row" },
+          moodChip(m.label, m.share / 100),
+          h("a", { href: messageLink(chat, m.place) }, `Message #${m.place + 1}`),
+          h("span", { class: "muted small" }, data.user[m.place] ? "yours" : "the character's"),
+        ),
+    );
+  }
+
+  const fetchOnce = () => (fetching ??= fetchAll().finally(() => (fetching = null)));
+
+  /** Where nothing was added something else has changed: everything is read again, which costs little by then. */
+  async function refresh(now) {
+    await fetching;
+    const kept = now.branch_length > data.scores.length ? Math.max(0, data.scores.length - MAY_CHANGE) : 0;
+    Object.assign(data, {
+      scores: data.scores.slice(0, kept),
+      user: data.user.slice(0, kept),
+      total: now.branch_length,
+    });
+    await fetchOnce();
+  }
+  return {
+    root,
+    refresh,
+    entered: () => {
+      observer.observe(figure);
+      attempt(fetchOnce);
+    },
+    leave: () => {
+      open = false;
+      observer.disconnect();
+    },
+  };
+}
+
+/** The strongest feelings, no two of them close together: [place, label, percent], oldest first. */
+function strongestMoments({ labels, scores }, counts) {
+  const apart = Math.max(1, Math.floor(scores.length / (2 * STRONGEST)));
+  const rows = scores.flatMap((shares, place) =>
+    counts(place) ? labels.slice(0, -1).map((label, i) => [place, label, shares[i]]) : [],
+  );
+  const chosen = [];
+  for (const row of rows.sort((a, b) => b[2] - a[2])) {
+    if (chosen.length === STRONGEST || row[2] < 50) break;
+    if (chosen.every(([place]) => Math.abs(place - row[0]) >= apart)) chosen.push(row);
+  }
+  return chosen.sort((a, b) => a[0] - b[0]);
+}
+
+/** A lane for each feeling, its height the mean of as many messages as share a step of three pixels. */
+function timeline(chat, data, counts, strongest, width) {
+  const { labels, scores, total } = data;
+  const height = labels.length * LANE + 26;
+  const x = (place) => LABELS + ((width - LABELS - 8) * place) / Math.max(1, total - 1);
+  const lanes = labels.map((label, lane) =>
+    laneOf(label, lane, means(scores, lane, counts, total, width / 3), x, width),
+  );
+  const marks = strongest.map(([place, label, share]) =>
+    svg(
+      "a",
+      {
+        href: messageLink(chat, place),
+        vars: { tone: `var(--${label})` },
+        "aria-label": `Message ${place + 1}: ${label}, ${share} percent`,
+      },
+      svg("title", {}, `#${place + 1}: ${label}, ${share} %`),
+      svg("circle", { cx: x(place), cy: (labels.indexOf(label) + 1) * LANE - 6 - (share / 100) * (LANE - 16), r: 6 }),
+    ),
+  );
+  const ticks = (width < 500 ? [0, 0.5, 1] : [0, 0.25, 0.5, 0.75, 1]).map((part) => Math.round(part * (total - 1)));
+  const axis = [...new Set(ticks)].map((place, i, all) =>
+    svg(
+      "text",
+      { x: x(place), y: height - 4, "text-anchor": i === 0 ? "start" : i === all.length - 1 ? "end" : "middle" },
+      `#${place + 1}`,
+    ),
+  );
+  const cursor = svg("line", { class: "cursor", y1: 0, y2: height - 24 });
+  const placeAt = (event) => {
+    const left = event.clientX - event.currentTarget.getBoundingClientRect().left - LABELS;
+    return Math.max(0, Math.min(total - 1, Math.round((left / (width - LABELS - 8)) * (total - 1))));
+  };
+  const move = (event) =>
+    build(cursor, { x1: x(placeAt(event)), x2: x(placeAt(event)) }, []).style.setProperty("visibility", "visible");
+  const go = (event) => {
+    if (!event.target.closest("a")) location.hash = messageLink(chat, placeAt(event));
+  };
+  return svg(
+    "svg",
+    {
+      class: "timeline",
+      width,
+      height,
+      viewBox: `0 0 ${width} ${height}`,
+      role: "group",
+      "aria-label": "Feelings from the first message to the newest",
+      onclick: go,
+      onmousemove: move,
+    },
+    lanes,
+    axis,
+    cursor,
+    marks,
+  );
+}
+
+/** Means of a feeling's percentages by steps of the timeline: [place, mean]. */
+function means(scores, lane, counts, total, steps) {
+  const size = Math.max(1, Math.ceil(total / steps));
+  const rows = [];
+  for (let start = 0; start < scores.length; start += size) {
+    const part = scores.slice(start, start + size).filter((_, i) => counts(start + i));
+    if (part.length)
+      rows.push([start + (size - 1) / 2, part.reduce((sum, shares) => sum + shares[lane], 0) / part.length]);
+  }
+  return rows;
+}
+
+function laneOf(label, lane, rows, x, width) {
+  const base = (lane + 1) * LANE - 6;
+  const points = rows.map(
+    ([place, mean]) => `${x(place).toFixed(1)},${(base - (mean / 100) * (LANE - 16)).toFixed(1)}`,
+  );
+  const area = rows.length ? `M${x(rows[0][0])},${base}L${points.join("L")}L${x(rows.at(-1)[0])},${base}Z` : "";
+  return svg(
+    "g",
+    { vars: { tone: `var(--${label})` } },
+    svg("text", { x: 0, y: base }, label),
+    svg("line", { class: "base", x1: LABELS, x2: width, y1: base, y2: base }),
+    svg("path", { class: "area", d: area }),
+  );
+}
+
+// ------------------------------------------------------------------------------------------------ prompts
+
+const SHARES = ["persona", "story", "memories", "history", "response", "free"];
+
+async function promptsTab(chat) {
+  const path = chatPath(chat.chat_id);
+  const list = h("div", { class: "stack" });
+  async function refresh() {
+    const { prompts } = await get(`${path}/prompts`, { limit: 20 });
+    if (!prompts.length)
+      return list.replaceChildren(h("p", { class: "card empty" }, "No prompt has been made for this chat yet."));
+    return keyed(
+      list,
+      prompts,
+      (report) => report.at,
+      (report) => promptCard(chat, report),
+    );
+  }
+  await refresh();
+  return { root: list, refresh };
+}
+
+function promptCard(chat, report) {
+  const used = Object.values(report.tokens).reduce((sum, tokens) => sum + tokens, 0);
+  const tokens = { ...report.tokens, free: Math.max(0, report.context - used) };
+  const facts = [
+    report.reused !== null && report.reused !== undefined && `${percent(report.reused)} reused from the prompt before`,
+    `${number(Math.round(report.milliseconds))} ms added`,
+    `${plural(report.history, "message")} of history`,
+    report.hidden > 0 && `${plural(report.hidden, "older message")} not in it`,
+  ].filter(Boolean);
+  return h(
+    "article",
+    { class: `prompt card${report.degraded ? " notice" : ""}` },
+    h(
+      "div",
+      { class: "row" },
+      h("h2", {}, `Reply to #${report.history + report.hidden}`),
+      h("span", { class: "muted small" }, when(report.at)),
+      h("span", { class: "muted numbers push" }, `${number(used)} of ${number(report.context)} tokens`),
+    ),
+    report.degraded && h("p", {}, `Without its full memory: ${report.degraded}`),
+    h(
+      "div",
+      { class: "share", role: "img", "aria-label": "Tokens by share, as listed below" },
+      SHARES.filter((name) => tokens[name]).map((name) =>
+        h("i", {
+          title: `${capital(name)}: ${number(tokens[name])}`,
+          vars: { share: tokens[name], tone: `var(--${name})` },
+        }),
+      ),
+    ),
+    h(
+      "ul",
+      { class: "legend numbers" },
+      SHARES.map((name) =>
+        h(
+          "li",
+          { vars: { tone: `var(--${name})` } },
+          h("span", { class: "swatch" }),
+          capital(name === "response" ? "kept for the reply" : name),
+          h("b", {}, number(tokens[name] ?? 0)),
+        ),
+      ),
+    ),
+    h(
+      "p",
+      { class: "figures" },
+      facts.map((fact) => h("span", {}, fact)),
+      report.mood && moodChip(report.mood.label),
+    ),
+    report.reminder && h("p", { class: "small" }, "Said again of the persona: ", h("i", {}, report.reminder)),
+    memoriesOf(chat, `${plural(report.recalled.length, "memory", "memories")} recalled`, report.recalled),
+    report.left_out?.length > 0 && memoriesOf(chat, `${number(report.left_out.length)} left out`, report.left_out),
+  );
+}
+
+/** Recalled or left out messages; their texts are fetched when they are looked at. */
+function memoriesOf(chat, title, memories) {
+  if (!memories.length) return h("p", { class: "muted small" }, "Nothing was recalled.");
+  const list = h("ul", { class: "list" });
+  const fill = async () => {
+    if (!details.open || list.children.length) return;
+    const texts = await Promise.all(
+      memories.map(({ index, id, chat_id = chat.chat_id }) =>
+        get(`${chatPath(chat_id)}/messages`, { tip: id, offset: index, limit: 1 }).then(
+          ({ messages }) => messages[0]?.content,
+          () => undefined,
+        ),
+      ),
+    );
+    list.append(
+      ...memories.map((memory, place) => {
+        const row = memoryRow(chat, { scores: {}, ...memory, content: texts[place] ?? "(no longer there)" });
+        if (memory.reason) row.append(h("p", { class: "small muted" }, capital(memory.reason)));
+        return row;
+      }),
+    );
+  };
+  const details = h("details", { ontoggle: () => attempt(fill) }, h("summary", {}, title), list);
+  return details;
+}
+
+// ------------------------------------------------------------------------------------------------ health, settings
+
+async function healthView() {
+  const root = h("div", { class: "stack" });
+  async function refresh() {
+    const now = await get("/health");
+    keyed(
+      root,
+      healthParts(now),
+      ([name]) => name,
+      ([name, row]) => HEALTH[name](row),
+    );
+  }
+  await refresh();
+  return {
+    title: "Health",
+    root,
+    refresh,
+    watches: (state) => JSON.stringify([state.turn, state.level, state.words]),
+  };
+}
+
+const healthParts = ({
+  level,
+  words,
+  advice,
+  upstream,
+  embedder,
+  queue,
+  turns,
+  troubles,
+  version,
+  data,
+  proxy,
+  chats,
+}) => [
+  ["standing", { level, words, advice }],
+  ["parts", { upstream, embedder, queue, version, data, proxy, chats }],
+  ["turns", turns],
+  ["troubles", troubles],
+];
+
+const definitions = (rows) =>
+  h(
+    "dl",
+    { class: "facts" },
+    rows.filter(([, value]) => value !== undefined).map(([term, value]) => [h("dt", {}, term), h("dd", {}, value)]),
+  );
+
+const HEALTH = {
+  standing: ({ level, words, advice }) =>
+    h(
+      "section",
+      { class: "card", "data-level": level },
+      h("h1", { class: "row" }, h("span", { class: "dot" }), h("span", {}, words)),
+      advice && h("p", { class: "muted" }, advice),
+    ),
+  parts: ({ upstream, embedder, queue, version, data, proxy, chats }) =>
+    card(
+      "What works",
+      definitions([
+        [
+          "Model's server",
+          upstream.url ? `${upstream.url} (${upstream.kind})` : `${upstream.kind}, ${upstream.status}`,
+        ],
+        ["Model", upstream.model],
+        ["Embedder", `${embedder.model}, ${embedder.status}`],
+        ["Queue", `${queue.running} running, ${queue.waiting} waiting; at most ${queue.limit} at once`],
+        ["Proxy", proxy ? "on, under /v1" : "off; --proxy turns it on"],
+        ["Chats", `${number(chats)}, in ${data}`],
+        ["Version", version],
+      ]),
+      proxy && checkButton(),
+    ),
+  turns: (turns) =>
+    card(
+      "Turns since the start",
+      definitions(
+        Object.entries(turns)
+          .filter(([name, count]) => count || name === "ok")
+          .map(([name, count]) => [TURN_WORDS[name] ?? capital(name), number(count)]),
+      ),
+    ),
+  troubles: (troubles) =>
+    card(
+      "Lately in the log",
+      troubles.length
+        ? h(
+            "ul",
+            { class: "list" },
+            troubles.map((line) =>
+              h(
+                "li",
+                {},
+                h("p", { class: "row small muted" }, h("b", {}, capital(line.level)), when(line.at)),
+                h("p", { class: "text" }, line.message),
+              ),
+            ),
+          )
+        : h("p", { class: "muted" }, "No warnings, no errors."),
+    ),
+};
+
+const TURN_WORDS = {
+  ok: "Went well",
+  degraded: "Without full memory",
+  off: "Asked for no memory",
+  client_gone: "Stopped by the client",
+  refused: "Refused here",
+  upstream_error: "Failed at the model's server",
+  failed: "Failed here",
+};
+
+/** Asks the model's server for its models: the quickest sign of life. */
+function checkButton() {
+  const result = h("span", { class: "muted", role: "status" });
+  const check = async () => {
+    result.textContent = "Asking…";
+    try {
+      const { data } = await (await request("GET", "/v1/models")).json();
+      result.textContent = `It answers, and offers ${plural(data.length, "model")}.`;
+    } catch (error) {
+      result.textContent = error.message;
+    }
+  };
+  return h("p", { class: "row" }, button("Check the model's server", check), result);
+}
+
+async function settingsView() {
+  const { settings } = await get("/settings");
+  const row = (option) =>
+    h(
+      "tr",
+      {},
+      h("td", {}, h("code", {}, option.flag), h("p", { class: "small muted" }, option.help.replaceAll("`", ""))),
+      h("td", {}, h("code", {}, shownValue(option))),
+      h("td", {}, option.source === "default" ? h("span", { class: "muted" }, "default") : option.source),
+    );
+  const table = h(
+    "table",
+    {},
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        ["Setting", "Value", "Set by"].map((name) => h("th", { scope: "col" }, name)),
+      ),
+    ),
+    h("tbody", {}, settings.map(row)),
+  );
+  const root = h(
+    "div",
+    { class: "stack" },
+    h("h1", {}, "Settings"),
+    h(
+      "p",
+      { class: "muted" },
+      "Flags go before environment variables, those before a .env file. A change takes a restart.",
+    ),
+    h("section", { class: "card" }, table),
+  );
+  return { title: "Settings", root, refresh: () => {}, watches: () => "" };
+}
+
+function shownValue({ value, source, default: words }) {
+  if (typeof value === "boolean") return value ? "on" : "off";
+  return value === "" || (source === "default" && value === 0) ? words.replaceAll("`", "") : String(value);
+}
+
+// ------------------------------------------------------------------------------------------------ live
+
+const POLL_SECONDS = 1.5;
+
+function debounced(work, pause = 200) {
+  let timer;
+  return () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => attempt(work), pause);
+  };
+}
+
+/** Asks the server now and then whether anything is new (a 304 when not) and has the view that is open look again. */
+const live = {
+  etag: "",
+  view: null,
+  seen: "",
+
+  async poll() {
+    if (!document.hidden) {
+      try {
+        await this.look();
+      } catch (error) {
+        this.light({ level: "trouble", words: error.message, advice: "" });
+        this.etag = "";
+      }
+    }
+    setTimeout(() => this.poll(), 1000 * POLL_SECONDS);
+  },
+
+  /** The state, of one chat too where a view is of one; null where it is what it was. */
+  async state(chat = "") {
+    const headers = this.etag ? { "If-None-Match": this.etag } : {};
+    const response = await request("GET", `${API}/state`, { query: chat ? { chat } : {}, headers });
+    if (response.status === 304) return null;
+    this.etag = response.headers.get("ETag") ?? "";
+    const state = await response.json();
+    this.light(state);
+    return state;
+  },
+
+  async look() {
+    const view = this.view;
+    const state = view && (await this.state(view.chat));
+    if (!state || view !== this.view) return;
+    const seen = view.watches(state);
+    if (seen !== this.seen) await view.refresh();
+    this.seen = seen;
+  },
+
+  light({ level, words, advice }) {
+    const light = document.querySelector(".light");
+    if (light.dataset.level === level && light.title === `${words} ${advice}`) return;
+    light.dataset.level = level;
+    light.title = `${words} ${advice}`;
+    light.querySelector(".words").textContent = words;
+  },
+
+  /** Goes on from a state that is older than what the view shows, so that no change falls in between. */
+  follow(view, state) {
+    Object.assign(this, { view, seen: view.watches(state) });
+  },
+
+  refresh: () => live.view?.refresh(),
+};
+
+// ------------------------------------------------------------------------------------------------ routes
+
+const main = document.getElementById("main");
+
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // an address that somebody has mistyped
+  }
+}
+
+function parseRoute() {
+  const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
+  const [name, id = "", tab = ""] = path.split("/");
+  return { name, id: decoded(id), tab, query: new URLSearchParams(query) };
+}
+
+const VIEWS = { "": chatsView, chat: chatView, health: healthView, settings: settingsView };
+let visit = 0;
+
+async function open() {
+  const number = ++visit;
+  const route = parseRoute();
+  const navigated = live.view !== null;
+  live.view?.leave?.();
+  Object.assign(live, { view: null, etag: "" });
+  document.querySelectorAll("dialog:not(.lasting)").forEach((dialog) => dialog.close());
+  const load = VIEWS[route.name] ?? chatsView;
+  const [state, view] = await live
+    .state(route.id)
+    .then(async (before) => [before, await load(route)])
+    .catch((error) => [{}, failedView(error)]);
+  if (number !== visit) return view.leave?.();
+  document.title = `${view.title} · persona_memory`;
+  document.querySelectorAll(".bar nav a").forEach((link) => {
+    const here = link.hash === `#/${route.name}` || (route.name === "chat" && link.hash === "#/");
+    if (here) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  });
+  main.replaceChildren(view.root);
+  live.follow(view, state);
+  scrollTo(0, 0);
+  if (navigated) main.focus({ preventScroll: true });
+  return attempt(async () => {
+    await view.entered?.();
+  });
+}
+
+function failedView(error) {
+  const root = h(
+    "section",
+    { class: "card" },
+    h("h1", {}, error.status === 404 ? "Not here" : "That did not work"),
+    h("p", {}, error.message),
+    h("p", {}, h("a", { href: "#/" }, "All chats")),
+  );
+  return { title: "Not here", root, refresh: () => {}, watches: () => "" };
+}
+
+// ------------------------------------------------------------------------------------------------ theme
+
+const theme = document.getElementById("theme");
+const THEMES = ["auto", "light", "dark"];
+
+function useTheme(name) {
+  document.documentElement.dataset.theme = name;
+  theme.replaceChildren(h("span", { class: "label" }, "Theme: "), name);
+  localStorage.setItem("persona_memory_theme", name);
+}
+
+theme.addEventListener("click", () => {
+  useTheme(THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length]);
+});
+useTheme(
+  THEMES.includes(localStorage.getItem("persona_memory_theme"))
+    ? localStorage.getItem("persona_memory_theme")
+    : "auto",
+);
+addEventListener("hashchange", open);
+open();
+live.poll();
+"""
+
+PAGE = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>persona_memory</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath
+ d='M2 3h12v8H8l-4 3v-3H2z' fill='%236a5fc4'/%3E%3C/svg%3E">
+<style>{PAGE_STYLE}</style>
+</head>
+<body>
+<header class="bar">
+  <a class="brand" href="#/">persona_memory</a>
+  <nav aria-label="Pages">
+    <a href="#/">Chats</a>
+    <a href="#/health">Health</a>
+    <a href="#/settings">Settings</a>
+  </nav>
+  <a class="light" href="#/health" data-level="loading">
+    <span class="dot"></span><span class="words">Connecting</span>
+  </a>
+  <button class="quiet" id="theme" type="button">Theme: auto</button>
+</header>
+<main id="main" tabindex="-1"></main>
+<div id="toasts" role="status" aria-live="polite"></div>
+<noscript><p class="card">This page needs JavaScript. It loads nothing from anywhere but this server.</p></noscript>
+<script type="module">{PAGE_SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def source_hash(text: str) -> str:
+    """How a Content-Security-Policy names an inline script or style (CSP level 3, "hash-source")."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
 
 EXTENSION = "persona_memory"  # its folder, and its name in SillyTavern
 EXTENSION_ADDRESS = "http://127.0.0.1:5100"  # the server that its script looks for by default
@@ -8441,6 +11106,16 @@ SERVER_THREADS = 128  # a stream holds one for as long as it lasts
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
 LOCAL_ORIGIN = re.compile(r"https?://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+KEYLESS = ("health", "page")  # the page is a shell without data, which asks for the key
+PAGE_POLICY = (
+    f"default-src 'none'; script-src '{source_hash(PAGE_SCRIPT)}'; style-src '{source_hash(PAGE_STYLE)}'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
+PAGE_HEADERS = {
+    "Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
+    "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
+}  # fmt: skip
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -8515,14 +11190,19 @@ class Exchange:
 
     def __init__(self, memory: PersonaMemory, call: Call, gone: Callable[[], bool]):
         self.memory, self.call, self.gone = memory, call, gone
-        self.chat_id, self.degraded = "", False
+        self.chat_id, self.header = "", ""
         self._started = time.monotonic()
         self._first_token: float | None = None
 
     def asked(self, prepared: Prepared) -> dict[str, str]:
         """Notes what the upstream is asked; returns the response headers that say so."""
-        self.chat_id, self.degraded = prepared.chat_id, prepared.header.startswith("degraded")
+        self.chat_id, self.header = prepared.chat_id, prepared.header
         return {"X-Persona-Memory": prepared.header} | header_id(prepared.chat_id)
+
+    @property
+    def degraded(self) -> bool:
+        """Whether memory could not serve the turn in full."""
+        return self.header.startswith("degraded")
 
     def said(self) -> None:
         """Notes the time of a stream's first token."""
@@ -8533,6 +11213,7 @@ class Exchange:
     def ended(self, error: Exception | None = None, outcome: str = "ok") -> None:
         """Notes how the request ended."""
         outcome = outcome_of(error) if error else "degraded" if self.degraded and outcome == "ok" else outcome
+        self.memory.note_end(self.chat_id, outcome, error, self.header)
         self.memory.metrics.requests.labels(outcome).inc()
         seconds = time.monotonic() - self._started
         words = f"chat {self.chat_id or '-'}: {outcome} after {seconds:.1f} s" + (f": {error}" if error else "")
@@ -8698,6 +11379,35 @@ def number_argument(name: str, default: int) -> int:
     return int(text)
 
 
+@api.get("/state")
+def state_now() -> flask.Response:
+    """Whether anything is new; `?chat=` asks of one chat too. Unchanged, it costs a 304 and no body."""
+    response = flask.jsonify(engine().state(flask.request.args.get("chat", "")))
+    response.add_etag()
+    return response.make_conditional(flask.request)
+
+
+@api.get("/health")
+def health_details() -> dict:
+    """What works, what waits, and what went wrong lately."""
+    return engine().health_details()
+
+
+@api.get("/settings")
+def options_list() -> dict:
+    """The settings and where each comes from."""
+    return {"settings": engine().options()}
+
+
+@api.get("/search")
+def search_all() -> dict:
+    """Messages of all chats that hold all the words of `q`."""
+    text = flask.request.args.get("q", "")
+    if not text.strip():
+        raise InvalidRequest("q must say what to search for.", "q")
+    return engine().find(text, number_argument("limit", 50))
+
+
 @api.post("/inject")
 def inject() -> dict:
     """What a client that asks its model itself should add to its prompt."""
@@ -8712,8 +11422,8 @@ def chats_list() -> flask.Response:
 
 @api.get("/chats/<chat:chat>")
 def chat_one(chat: str) -> dict:
-    """One chat."""
-    return engine().describe(chat)
+    """One chat; with `mood=off` without the user's mood."""
+    return engine().describe(chat, mood=flask.request.args.get("mood") != "off")
 
 
 @api.delete("/chats/<chat:chat>")
@@ -8726,7 +11436,8 @@ def chat_delete(chat: str) -> dict:
 @api.get("/chats/<chat:chat>/messages")
 def chat_messages(chat: str) -> dict:
     """The chat's current branch."""
-    return engine().messages(chat, number_argument("offset", 0), number_argument("limit", 1000))
+    offset, limit = number_argument("offset", 0), number_argument("limit", 1000)
+    return engine().messages(chat, offset, limit, flask.request.args.get("tip", ""))
 
 
 @api.post("/chats/<chat:chat>/messages")
@@ -8763,20 +11474,19 @@ def chat_search(chat: str) -> dict:
     arguments = flask.request.args
     if not arguments.get("q", "").strip():
         raise InvalidRequest("q must say what to search for.", "q")
-    found = engine().search(
-        chat, arguments["q"], number_argument("k", 10), number_argument("tokens", 0), arguments.get("name", "")
-    )
-    return {"memories": [m.public() for m in found]}
+    k, tokens, wait = number_argument("k", 10), number_argument("tokens", 0), arguments.get("wait") != "off"
+    found = engine().search(chat, arguments["q"], k, tokens, arguments.get("name", ""), wait)
+    return {"memories": [m.public() for m in found], "unread": engine().unread(chat)}
 
 
 @api.get("/chats/<chat:chat>/emotions")
 def chat_emotions(chat: str) -> dict:
     """What the messages of the chat's current branch feel, and the user's mood."""
     arguments = flask.request.args
-    until = number_argument("until", 0) if "until" in arguments else None
-    return engine().emotions(
-        chat, arguments.get("label", ""), number_argument("since", 0), until, number_argument("strongest", 0)
-    )
+    since, until = number_argument("since", 0), number_argument("until", 0) if "until" in arguments else None
+    if arguments.get("form") == "compact":
+        return engine().feelings(chat, since, None if until is None else until + 1)
+    return engine().emotions(chat, arguments.get("label", ""), since, until, number_argument("strongest", 0))
 
 
 @api.patch("/chats/<chat:chat>/messages/<message>")
@@ -8911,6 +11621,13 @@ def health() -> dict:
     return engine().health()
 
 
+def page() -> flask.Response:
+    """The memory page; without data, so it needs no key."""
+    response = flask.Response(PAGE, mimetype="text/html", headers=PAGE_HEADERS)
+    response.add_etag()
+    return response.make_conditional(flask.request)
+
+
 def show_metrics() -> flask.Response:
     """Figures for Prometheus."""
     return flask.Response(engine().metrics.text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
@@ -8925,7 +11642,7 @@ def extension_download() -> flask.Response:
 
 def check_access() -> None:
     """Refuses requests without the key that the settings ask for, and changes by pages of other origins."""
-    if flask.request.endpoint == "health" or flask.request.method == "OPTIONS":
+    if flask.request.endpoint in KEYLESS or flask.request.method == "OPTIONS":
         return
     key = engine().settings.api_key
     given = flask.request.headers.get("Authorization", "").removeprefix("Bearer").strip()
@@ -8962,19 +11679,18 @@ def check_as_guest() -> None:
 
 
 def allowed_origin(origin: str) -> bool:
-    """Whether pages of an origin may call.
-
-    The server's own pages may, where a key protects it; without one a foreign name that was made to point here (DNS
-    rebinding) would pass for the server's own.
-    """
+    """Whether pages of an origin may call. The server's own may: that no foreign name was made to point here (DNS
+    rebinding) has been seen to, and a proxy in front may have made https of http."""
     settings = engine().settings
     named = [o.strip().rstrip("/") for o in settings.allow_origin.split(",") if o.strip()]
-    own = bool(settings.api_key) and origin == flask.request.host_url.rstrip("/")
+    own = origin.partition("://")[2] == flask.request.host
     return own or (origin in named if named else bool(LOCAL_ORIGIN.fullmatch(origin)))
 
 
-def add_cors(response: flask.Response) -> flask.Response:
-    """Lets pages of allowed origins read the answer (Fetch standard, "CORS protocol")."""
+def add_headers(response: flask.Response) -> flask.Response:
+    """Keeps browsers from guessing types, and lets pages of allowed origins read the answer (Fetch standard, "CORS
+    protocol")."""
+    response.headers["X-Content-Type-Options"] = "nosniff"
     origin = flask.request.headers.get("Origin")
     if origin and allowed_origin(origin):
         response.headers["Access-Control-Allow-Origin"] = origin
@@ -9038,8 +11754,9 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
     app.extensions["persona_memory"] = memory or PersonaMemory(settings)
     app.before_request(check_access)
-    app.after_request(add_cors)
+    app.after_request(add_headers)
     app.register_error_handler(Exception, show_error)
+    app.add_url_rule("/", view_func=page)
     app.add_url_rule("/health", view_func=health)
     app.add_url_rule("/metrics", view_func=show_metrics)
     app.add_url_rule("/extension.zip", view_func=extension_download)
@@ -9111,19 +11828,23 @@ def parse_setting(name: str, text: str) -> Any:
 
 def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: Path | None = None) -> Settings:
     """Settings from flags, then environment variables, then the `.env` file, then defaults; raises `SettingsError`."""
-    known = {k: v for k, v in dotenv.dotenv_values(dotenv_file).items() if v is not None} if dotenv_file else {}
-    known |= environ
-    named = {f.name: known.get(variable_of(f.name)) for f in fields(Settings)}
-    values = {name: parse_setting(name, text) for name, text in named.items() if text}
-    given = {k: v for k, v in vars(argument_parser().parse_args(argv)).items() if k not in ACTIONS}
-    values |= {k: v if isinstance(v, bool) else parse_setting(k, v) for k, v in given.items() if v is not None}
-    gemini_key = next((known[k] for k in GEMINI_KEY_VARIABLES if known.get(k)), "")
-    values["upstream"] = values.get("upstream") or ("gemini" if gemini_key else "local")
+    file = {k: v for k, v in dotenv.dotenv_values(dotenv_file).items() if v is not None} if dotenv_file else {}
+    known = {k: (v, f".env {k}") for k, v in file.items() if v} | {k: (v, f"variable {k}") for k, v in environ.items()}
+    found = {f.name: known.get(variable_of(f.name), ("", "")) for f in fields(Settings)}
+    values = {name: parse_setting(name, text) for name, (text, _) in found.items() if text}
+    sources = {name: found[name][1] for name in values}
+    given = vars(argument_parser().parse_args(argv))
+    given = {name: given[name] for name in found if given[name] is not None}
+    values |= {k: v if isinstance(v, bool) else parse_setting(k, v) for k, v in given.items()}
+    sources |= {name: f"flag {flag_of(name)}" for name in given}
+    gemini_key = next((known[k] for k in GEMINI_KEY_VARIABLES if known.get(k, ("",))[0]), ("", ""))
+    values["upstream"] = values.get("upstream") or ("gemini" if gemini_key[0] else "local")
     if values["upstream"] == "gemini":
-        values["upstream_key"] = values.get("upstream_key") or gemini_key
-        if known.get(GEMINI_ENDPOINT_VARIABLE):
-            values.setdefault("gemini_endpoint", known[GEMINI_ENDPOINT_VARIABLE])
-    return checked(Settings(**values))
+        googles = {"upstream_key": gemini_key, "gemini_endpoint": known.get(GEMINI_ENDPOINT_VARIABLE, ("", ""))}
+        for name, (text, source) in googles.items():
+            if text and not values.get(name):
+                values[name], sources[name] = text, source
+    return checked(Settings(**values)).set_by(sources)
 
 
 def checked(settings: Settings) -> Settings:
@@ -9228,7 +11949,7 @@ def init_extras(app: flask.Flask, modules: list[str] | None = None, secure: bool
     and from a `.env` file beside this one; chats are kept in `data/` beside it. Raises `SettingsError`.
     """
     settings = load_settings([], {"PERSONA_MEMORY_HOST": "127.0.0.1"} | os.environ, HERE / ".env")
-    memory = PersonaMemory(replace(settings, proxy=False))
+    memory = PersonaMemory(replace(settings, proxy=False).set_by(settings.sources))
     add_hooks(app, memory, secure)
     if modules is not None and "persona_memory" not in modules:
         modules.append("persona_memory")

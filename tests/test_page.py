@@ -1,0 +1,751 @@
+"""The memory page in Chromium: every thing it offers is done as a user does it, and what then shows is looked at."""
+
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import quote
+
+import httpx
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from browser import DESKTOP, PHONE, needs_chromium, open_browser
+from fakes import LocalServer, Upstream, branch_texts, say, settings, wait_until
+from playwright.sync_api import expect
+from roleplay import PERSONA, messages, play
+
+import persona_memory as pm
+
+pytestmark = needs_chromium
+expect.set_options(timeout=20_000)
+SYSTEM = {"role": "system", "content": PERSONA}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """One Chromium for the module."""
+    with open_browser() as running:
+        yield running
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens an address in a fresh profile; whatever the page complains about fails the test."""
+    complaints, contexts = [], []
+
+    def open_page(url, viewport=DESKTOP, scheme="light", **more):
+        context = browser.new_context(viewport=viewport, color_scheme=scheme, **more)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
+        page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
+        page.complaints = complaints
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [c for c in complaints if "Failed to load resource" not in c] == []
+
+
+class Told:
+    """A server with a chat that has been played: story, facts, recalled memories, swipes."""
+
+    def __init__(self, upstream, server):
+        self.upstream, self.server, self.url = upstream, server, server.url
+        self.chat = messages("keep", "Tobin")[:91]
+        self.id = play(self.url, upstream, self.chat)
+        wait_until(lambda: self.get()["facts"], "the story to be told")
+
+    def get(self, rest="", **query):
+        answer = httpx.get(f"{self.url}{self.path}{rest}", params=query, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    @property
+    def path(self):
+        return f"/api/persona_memory/chats/{quote(self.id, safe='')}"
+
+    def link(self, tab=""):
+        return f"{self.url}/#/chat/{quote(self.id, safe='')}{tab}"
+
+    def row(self, index):
+        return self.get("/messages", offset=index, limit=1)["messages"][0]
+
+    def turn(self, text, reply="Aye."):
+        """One more turn of the chat; the last reply of the played one is shown with it."""
+        self.upstream.steer(reply=lambda body: reply)
+        self.chat.append({"role": "user", "name": "Tobin", "content": text})
+        answer = say(self.url, [SYSTEM, *self.chat])
+        assert answer.chat_id == self.id
+        self.chat.append({"role": "assistant", "name": "Maren", "content": reply})
+        return answer
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """The played chat, shared by the tests that only look or take back what they change."""
+    with Upstream() as upstream:
+        data = tmp_path_factory.mktemp("told") / "data"
+        with LocalServer(settings(data, upstream.url, context=1500, summary_every=20)) as server:
+            yield Told(upstream, server)
+
+
+@pytest.fixture(scope="module")
+def asked(told):
+    """The same after a question whose answer has left the prompt."""
+    told.turn("Maren, do you remember how I hurt my knee, and which ship my sister took?")
+    return told
+
+
+def number_of_rows(page):
+    return page.locator(".message[aria-posinset]").count()
+
+
+def scrolled(page, index):
+    """The row of a message, gone to as a user does."""
+    page.get_by_label("Message number").fill(str(index + 1))
+    page.get_by_role("button", name="Go", exact=True).click()
+    row = page.locator(f".message[aria-posinset='{index + 1}']")
+    expect(row).to_be_in_viewport()
+    return row
+
+
+# ---------------------------------------------------------------------------- all chats
+
+
+def test_a_newcomer_is_led_to_the_first_chat_which_then_shows_by_itself(visit, server):
+    """Three steps, the address to copy, and no reload."""
+    page = visit(server.url, permissions=["clipboard-read", "clipboard-write"])
+    steps = page.get_by_role("list").get_by_role("listitem")
+    expect(steps).to_have_count(3)
+    expect(page.get_by_text("Waiting for the first request")).to_be_visible()
+    page.get_by_role("button", name="Copy").click()
+    expect(page.get_by_text("Copied.")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == f"{server.url}/v1"
+    say(server.url, [SYSTEM, {"role": "user", "content": "Is the lamp lit?"}])
+    expect(page.get_by_role("link", name="Unnamed character")).to_be_visible()
+    expect(page.get_by_text("Waiting for the first request")).to_be_hidden()
+
+
+def test_the_list_says_what_each_chat_is_and_leads_there(visit, told):
+    """Character, messages, size on disk, time; the link opens the chat."""
+    page = visit(told.url)
+    row = page.locator(".chats > li").filter(has_text="Maren")
+    expect(row).to_contain_text(f"{told.get()['messages']} messages")
+    expect(row).to_contain_text(re.compile(r"\d+ [kM]B"))
+    expect(row.locator("time")).to_have_attribute("datetime", re.compile(r"\d{4}-\d\d-\d\dT"))
+    row.get_by_role("link", name="Maren").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Maren")
+
+
+def test_a_search_finds_words_in_every_chat_and_jumps_there(visit, told):
+    """All words must be there, in any order and case; the message is then in view and marked."""
+    page = visit(told.url)
+    page.get_by_label("Search all chats").fill("heron WANDERING")
+    hit = page.locator(".hit").first
+    expect(hit.locator("mark").first).to_have_text(re.compile("wandering|heron", re.I))
+    hit.click()
+    expect(page.locator(".message.found")).to_be_in_viewport()
+    expect(page.locator(".message.found")).to_contain_text("Wandering Heron")
+
+
+def test_deleting_names_what_goes_and_waits_for_a_yes(visit, server):
+    """Keep keeps; the second time the chat is gone from the page, the API and the disk."""
+    for name in ("first", "second"):
+        say(server.url, [SYSTEM, {"role": "user", "content": f"Hello {name}"}], user=name)
+    page = visit(server.url)
+    row = page.locator(".chats > li").filter(has_text="first")
+    row.get_by_role("button", name="Delete").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text("1 message")
+    expect(dialog).to_contain_text("first")
+    dialog.get_by_role("button", name="Keep").click()
+    expect(row).to_be_visible()
+    row.get_by_role("button", name="Delete").click()
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    row.get_by_role("button", name="Delete").click()
+    dialog.get_by_role("button", name="Delete the chat").click()
+    expect(row).to_have_count(0)
+    expect(page.locator(".chats > li")).to_have_count(1)
+    assert [c["chat_id"] for c in httpx.get(f"{server.url}/api/persona_memory/chats").json()] == ["second"]
+
+
+def test_a_chat_goes_out_as_a_file_and_comes_in_again(visit, told, server):
+    """Both kinds of file, chosen or dropped; the other server then remembers the same branch."""
+    page = visit(told.url)
+    files = {}
+    for button, ending in (("Everything (JSON)", ".json"), ("SillyTavern chat file", ".jsonl")):
+        page.locator(".chats > li").filter(has_text="Maren").get_by_role("button", name="Export").click()
+        with page.expect_download() as saved:
+            page.get_by_role("dialog").get_by_role("button", name=button).click()
+        assert saved.value.suggested_filename == f"Maren{ending}"
+        files[ending] = Path(saved.value.path()).read_bytes()
+    assert len(files[".jsonl"].splitlines()) == len(branch_texts(told.url, told.id)) + 1  # its first line is a header
+
+    other = visit(server.url)
+    chosen = {"name": "Maren.json", "mimeType": "application/json", "buffer": files[".json"]}
+    other.locator("input[type=file]").set_input_files(chosen)
+    expect(other.get_by_role("link", name="Maren")).to_be_visible()
+    expect(other.locator(".toast")).to_contain_text("messages imported")
+    assert branch_texts(server.url, told.id) == branch_texts(told.url, told.id)
+    other.evaluate(
+        """text => {
+          const files = new DataTransfer();
+          files.items.add(new File([text], "Dropped.jsonl"));
+          const drop = new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true });
+          document.querySelector("main > *").dispatchEvent(drop);
+        }""",
+        files[".jsonl"].decode(),
+    )
+    expect(other.locator(".toast").last).to_have_text("Dropped.jsonl: nothing that was not known.")
+    expect(other.locator(".chats > li")).to_have_count(1)
+    other.locator("input[type=file]").set_input_files({**chosen, "name": "broken.json", "buffer": b"no chat"})
+    expect(other.locator(".toast").last).to_contain_text("broken.json")
+
+
+def test_a_message_of_another_branch_is_shown_by_itself(visit, server, upstream):
+    """The search across chats finds what was said before an edit; the current branch has no place for it."""
+    upstream.steer(reply=lambda body: "Aye.")
+    reply, last = {"role": "assistant", "content": "Aye."}, {"role": "user", "content": "Then light it."}
+    for said in ("Is the copper lamp lit?", "Is the silver lamp lit?"):
+        say(server.url, [SYSTEM, {"role": "user", "content": said}, reply, last], user="edited")
+    page = visit(server.url)
+    page.get_by_label("Search all chats").fill("copper")
+    page.locator(".hit").click()
+    expect(page.get_by_role("dialog")).to_contain_text("#1, on another branch")
+    expect(page.get_by_role("dialog")).to_contain_text("Is the copper lamp lit?")
+    page.get_by_role("dialog").get_by_role("button", name="Close").click()
+    expect(page.locator(".message.found")).to_contain_text("Is the silver lamp lit?")
+    page.get_by_role("button", name="Compare 2 versions").first.click()
+    expect(page.get_by_role("dialog")).to_contain_text("copper")
+
+
+# ---------------------------------------------------------------------------- what a chat remembers
+
+
+def test_the_persona_the_story_and_the_facts_are_there_and_can_be_changed(visit, told):
+    """An edited summary is the user's from then on; a fact is edited, pinned, forgotten after a question."""
+    page = visit(told.link())
+    expect(page.get_by_text("keeper of the lighthouse on the Teeth")).to_be_visible()
+    story = page.locator(".card").filter(has=page.get_by_role("heading", name="The story so far"))
+    first = story.locator("li").first
+    expect(first).to_contain_text("#1 to #20")
+    first.get_by_role("button", name="Edit").click()
+    page.get_by_label("Summary").fill("Tobin came in from the storm.")
+    page.get_by_label("Summary").press("Control+Enter")
+    expect(first).to_contain_text("Tobin came in from the storm.")
+    expect(first).to_contain_text("in your words")
+    assert told.get()["story"][0]["source"] == "user"
+
+    facts = page.locator(".card").filter(has=page.get_by_role("heading", name="Facts"))
+    fact, known = facts.locator("li").first, told.get()["facts"]
+    fact.get_by_role("button", name="Edit").click()
+    page.get_by_label("Fact").fill("The lamp needs oil.")
+    page.get_by_role("button", name="Save").click()
+    expect(facts).to_contain_text("The lamp needs oil.")
+    fact = facts.locator("li").filter(has_text="The lamp needs oil.")
+    fact.get_by_role("button", name="Pin").click()
+    expect(fact.get_by_role("button", name="Unpin")).to_be_visible()
+    assert next(f for f in told.get()["facts"] if f["text"] == "The lamp needs oil.")["pinned"]
+    fact.get_by_role("button", name="Forget").click()
+    expect(page.get_by_role("dialog")).to_contain_text("The lamp needs oil.")
+    page.get_by_role("dialog").get_by_role("button", name="Forget it").click()
+    expect(fact).to_have_count(0)
+    assert len(told.get()["facts"]) == len(known) - 1
+
+
+def test_a_message_is_edited_pinned_and_forgotten_and_all_of_it_taken_back(visit, told):
+    """What the API then says is what the page said."""
+    page = visit(told.link("/messages"))
+    row = scrolled(page, 6)
+    before = told.row(6)["content"]
+    row.get_by_role("button", name="Edit").click()
+    page.get_by_label("Message 7").fill("I am Maren, and the lamp is mine.")
+    page.get_by_role("button", name="Save").click()
+    expect(row).to_contain_text("I am Maren, and the lamp is mine.")
+    assert (told.row(6)["content"], told.row(6)["original"]) == ("I am Maren, and the lamp is mine.", before)
+    row.get_by_role("button", name="Take the edit back").click()
+    expect(row).to_contain_text(before)
+    assert not told.row(6)["edited"]
+
+    row.get_by_role("button", name="Pin").click()
+    expect(row.get_by_text("Pinned")).to_be_visible()
+    page.get_by_role("link", name="Memory", exact=True).click()
+    pinned = page.locator(".card").filter(has=page.get_by_role("heading", name="Pinned messages"))
+    expect(pinned).to_contain_text(before)
+    pinned.get_by_role("button", name="Unpin").click()
+    expect(pinned).not_to_contain_text(before)
+    assert not told.row(6)["pinned"]
+
+    page.get_by_role("link", name="Messages", exact=True).click()
+    row = scrolled(page, 6)
+    row.get_by_role("button", name="Forget").click()
+    expect(row.get_by_text("Forgotten", exact=True)).to_be_visible()
+    assert told.row(6)["forgotten"]
+    page.get_by_role("button", name="Undo").click()
+    expect(row.get_by_text("Forgotten", exact=True)).to_be_hidden()
+    assert not told.row(6)["forgotten"]
+
+
+def test_a_message_shows_who_spoke_what_it_feels_and_how_much_it_matters(visit, told):
+    """The feeling stands there as a word, never as a colour alone; importance as a picture with words."""
+    page = visit(told.link("/messages"))
+    row = scrolled(page, 10)
+    expect(row.locator(".who")).to_have_text(told.row(10)["name"])
+    expect(row.locator(".chip").first).to_have_text(re.compile(rf"({'|'.join(pm.EMOTIONS)})\d+ %"))
+    expect(row.get_by_role("img", name=re.compile(r"Importance \d+ %"))).to_be_visible()
+
+
+def test_escape_takes_an_edit_back_and_the_focus_stays_where_it_was(visit, told):
+    """By keyboard alone."""
+    page = visit(told.link("/messages"))
+    button = scrolled(page, 8).get_by_role("button", name="Edit")
+    button.focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Message 9")).to_be_focused()
+    page.keyboard.type("never saved ")
+    page.keyboard.press("Escape")
+    expect(button).to_be_focused()
+    assert "never saved" not in told.row(8)["content"]
+
+
+def test_swipes_are_marked_and_stand_side_by_side(visit, server, upstream):
+    """The reply that the chat went on with, and the one that was swiped away, each with what came after it."""
+    first = {"role": "user", "content": "Who goes there?"}
+    upstream.steer(reply=lambda body: "A ghost with wet boots.")
+    chat = say(server.url, [SYSTEM, first]).chat_id
+    upstream.steer(reply=lambda body: "A traveller from Harrowmere.")
+    say(server.url, [SYSTEM, first])
+    chosen = {"role": "assistant", "content": "A traveller from Harrowmere."}
+    say(server.url, [SYSTEM, first, chosen, {"role": "user", "content": "Come in, then."}])
+    page = visit(server.url)
+    page.goto(f"{server.url}/#/chat/{chat}/messages")
+    page.get_by_role("button", name="Compare 2 versions").click()
+    versions = page.get_by_role("dialog").locator("section")
+    expect(versions).to_have_count(2)
+    expect(versions.nth(0)).to_contain_text("A traveller from Harrowmere.")
+    expect(versions.nth(0)).to_contain_text("Come in, then.")
+    expect(versions.nth(1)).to_contain_text("A ghost with wet boots.")
+    expect(versions.nth(1)).to_contain_text("Nothing came after it")
+    page.go_back()  # a dialog belongs to its view
+    expect(page.get_by_role("dialog")).to_be_hidden()
+
+
+def test_chats_with_a_character_may_know_of_each_other(visit, told):
+    """The box is what the API says."""
+    page = visit(told.link())
+    box = page.get_by_label("Chats with Maren remember what happened in each other")
+    expect(box).not_to_be_checked()
+    for wanted in (True, False):
+        box.set_checked(wanted)
+        address = f"{told.url}/api/persona_memory/characters/Maren"
+        wait_until(lambda w=wanted, a=address: httpx.get(a).json()["carry_over"] is w, "the box to be heard")
+
+
+# ---------------------------------------------------------------------------- why
+
+
+def test_what_comes_to_mind_is_shown_with_its_reasons(visit, told):
+    """As one types; each memory with a score, bars by reason, and the way to its place."""
+    page = visit(told.link("/recall"))
+    expect(page.get_by_label("What does it remember?")).to_be_focused()
+    page.keyboard.type("Which ship did my sister take?")
+    best = page.locator("main .list > li").first
+    expect(best).to_contain_text("Wandering Heron")
+    expect(best.locator(".bars")).to_contain_text("Meaning")
+    expect(best.locator(".score")).to_have_text(re.compile(r"\d\.\d\d"))
+    widths = best.locator(".track i").evaluate_all("bars => bars.map(bar => bar.getBoundingClientRect().width)")
+    assert max(widths) == pytest.approx(64, abs=1) and min(widths) < 64
+    best.get_by_role("link", name="#").click()
+    expect(page.locator(".message.found")).to_contain_text("Wandering Heron")
+
+
+def test_the_timeline_has_the_seven_feelings_and_leads_to_its_moments(visit, told):
+    """By click, by keyboard, and by a click on a place of the chart."""
+    page = visit(told.link("/mood"))
+    chart = page.locator(".timeline")
+    expect(chart.locator("g text")).to_have_text(list(pm.EMOTIONS))
+    assert all(len(d) > 100 for d in chart.locator("path").evaluate_all("all => all.map(p => p.getAttribute('d'))"))
+    moment = chart.locator("a").first
+    name = moment.get_attribute("aria-label")
+    index = int(re.match(r"Message (\d+): (\w+)", name)[1]) - 1
+    rows = told.get("/emotions")["messages"]
+    assert rows[index]["label"] == re.match(r"Message (\d+): (\w+)", name)[2]
+    moment.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(".message.found")).to_have_attribute("aria-posinset", str(index + 1))
+    page.go_back()
+    chart.click(position={"x": 400, "y": 20})
+    expect(page.locator(".message.found")).to_be_in_viewport()
+    page.go_back()
+    page.get_by_role("button", name="You").click()
+    expect(page.get_by_role("button", name="You")).to_have_attribute("aria-pressed", "true")
+    places = page.locator("ol.list a").all_inner_texts()
+    assert places and all(rows[int(p.split("#")[1]) - 1]["role"] == "user" for p in places)
+
+
+def test_a_prompt_says_what_went_in_and_what_it_cost(visit, asked):
+    """The bar's parts are the report's tokens and fill the context; the memories can be read."""
+    report = asked.get("/prompts")["prompts"][0]
+    page = visit(asked.link("/prompts"))
+    card = page.locator(".prompt").first
+    expect(card).to_be_visible()
+    parts = card.locator(".share i").evaluate_all("all => all.map(i => Number(i.style.getPropertyValue('--share')))")
+    assert sum(parts) == report["context"]
+    for share in ("persona", "story", "memories", "history"):
+        expect(card.locator(".legend")).to_contain_text(f"{share.capitalize()}{report['tokens'][share]:,}")
+    expect(card).to_contain_text(f"{round(100 * report['reused'])} % reused from the prompt before")
+    expect(card).to_contain_text("ms added")
+    card.locator("summary").first.click()
+    expect(card.locator("details li").first.locator(".text")).to_have_text(
+        asked.get("/messages", tip=report["recalled"][0]["id"], offset=report["recalled"][0]["index"], limit=1)[
+            "messages"
+        ][0]["content"]
+    )
+    expect(card.locator("details .bars").first).to_be_visible()
+
+
+def test_what_was_left_out_of_a_prompt_is_shown_with_its_reason(visit, told):
+    """Where the report says so."""
+    store = told.server.server.memory.chat(told.id)
+    row = told.row(3)
+    left = {"id": row["id"], "index": 3, "role": row["role"], "name": row["name"], "score": 1.5, "reason": "no room"}
+    page = visit("about:blank")
+    page.route(
+        "**/prompts?*",
+        lambda route: route.fulfill(json={"prompts": [store.reports(1)[0] | {"left_out": [left]}]}),
+    )
+    page.goto(told.link("/prompts"))
+    page.get_by_text("1 left out").click()
+    expect(page.locator("details li")).to_contain_text(row["content"])
+    expect(page.locator("details li")).to_contain_text("No room")
+
+
+# ---------------------------------------------------------------------------- how things stand
+
+
+def test_the_light_says_in_words_what_is_wrong_and_what_to_do(visit, server, upstream):
+    """An upstream that fails shows within seconds, on every page, and goes when it works again."""
+    page = visit(f"{server.url}/#/health")
+    expect(page.locator(".light")).to_have_text("All is well.")
+    upstream.steer(status=401, error="Wrong key.")
+    turn = [SYSTEM, {"role": "user", "content": "Hello"}]
+    say(server.url, turn)
+    expect(page.locator(".light")).to_contain_text("Wrong key.")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("The last turn failed: Wrong key.")
+    expect(page.locator("main")).to_contain_text("--upstream-key")
+    expect(page.locator("main")).to_contain_text("Failed at the model's server")
+    upstream.steer(status=200)
+    say(server.url, turn)
+    expect(page.locator(".light")).to_have_text("All is well.")
+
+
+def test_the_connection_to_the_model_can_be_checked(visit, server, upstream):
+    """The model's server is really asked."""
+    page = visit(f"{server.url}/#/health")
+    page.get_by_role("button", name="Check the model's server").click()
+    expect(page.get_by_text("It answers, and offers 1 model.")).to_be_visible()
+    expect(page.locator("main")).to_contain_text(upstream.url)
+    expect(page.locator("main")).to_contain_text(pm.__version__)
+
+
+def test_settings_are_shown_with_where_they_come_from_and_without_secrets(visit, upstream, tmp_path):
+    """Flag, variable, .env file, default."""
+    file = tmp_path / ".env"
+    file.write_text("PERSONA_MEMORY_SUMMARY_CALLS=7\nPERSONA_MEMORY_UPSTREAM_KEY=sk-very-secret\n")
+    argv = ["--proxy", "--port", "0", "--data", str(tmp_path / "data"), "--upstream", upstream.url]
+    given = pm.load_settings(argv, {"PERSONA_MEMORY_CONTEXT": "4096"}, file)
+    with LocalServer(given) as server:
+        page = visit(f"{server.url}/#/settings")
+        expect(page.locator("tr", has_text="--summary-calls")).to_contain_text("7.env PERSONA_MEMORY_SUMMARY_CALLS")
+        expect(page.locator("tr", has_text="--context")).to_contain_text("4096variable PERSONA_MEMORY_CONTEXT")
+        expect(page.locator("tr", has_text="--upstream-key")).to_contain_text("(hidden)")
+        expect(page.locator("tr", has_text="--data")).to_contain_text("flag --data")
+        expect(page.locator("tr", has_text="--budget")).to_contain_text("20/25/35/20default")
+        assert "sk-very-secret" not in page.content()
+
+
+# ---------------------------------------------------------------------------- while a chat goes on
+
+
+def test_new_messages_appear_and_disturb_nobody(visit, told):
+    """Who reads the end sees them; who reads elsewhere keeps the place; who writes keeps words and focus."""
+    end, middle, editor = (visit(told.link("/messages")) for _ in range(3))
+    expect(end.locator(".message.provisional")).to_be_in_viewport()
+    scrolled(middle, 20)
+    place = middle.evaluate("scrollY")
+    scrolled(editor, 22).get_by_role("button", name="Edit").click()
+    editor.keyboard.type("half a sentence ")
+    told.turn("Is the kettle on?", "It is always on.")
+    for page in (end, middle, editor):
+        wait_until(lambda p=page: p.get_by_text("It is always on.").count() or p.wait_for_timeout(50), "the reply")
+    expect(end.get_by_text("It is always on.")).to_be_in_viewport()
+    assert middle.evaluate("scrollY") == place
+    expect(editor.get_by_label("Message 23")).to_be_focused()
+    assert "half a sentence" in editor.get_by_label("Message 23").input_value()
+
+
+def test_a_reply_that_no_request_has_shown_is_marked_as_no_memory_yet(visit, server, upstream):
+    """It becomes a message like others when the client shows it again."""
+    upstream.steer(reply=lambda body: "The lamp is lit.")
+    first = {"role": "user", "content": "Is the lamp lit?"}
+    chat = say(server.url, [SYSTEM, first]).chat_id
+    page = visit(f"{server.url}/#/chat/{chat}/messages")
+    expect(page.locator(".message.provisional")).to_contain_text("Not memory yet")
+    reply = {"role": "assistant", "content": "The lamp is lit."}
+    upstream.steer(reply=lambda body: "Good.")
+    say(server.url, [SYSTEM, first, reply, {"role": "user", "content": "Good night."}])
+    expect(page.locator(".message[aria-posinset]")).to_have_count(3)
+    expect(page.locator(".message.provisional")).to_contain_text("Good.")
+
+
+def test_an_unchanged_state_costs_a_304(told):
+    """The poll of an idle chat."""
+    address = f"{told.url}/api/persona_memory/state"
+    first = httpx.get(address, params={"chat": told.id})
+    again = httpx.get(address, params={"chat": told.id}, headers={"If-None-Match": first.headers["ETag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    told.turn("And now?", "Now it is late.")
+    newer = httpx.get(address, params={"chat": told.id}, headers={"If-None-Match": first.headers["ETag"]})
+    assert newer.status_code == 200 and newer.json()["chat"] > first.json()["chat"]
+
+
+# ---------------------------------------------------------------------------- hostile text, hostile pages
+
+MARKUP = (
+    "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><svg onload='window.hacked = 1'>"
+    "<a href='javascript:window.hacked = 1'>click</a><style>body { display: none }</style>${window.hacked = 1}"
+)
+
+
+def test_a_message_of_script_and_markup_does_nothing_but_show(visit, server, upstream):
+    """In every view that shows text: as a message, a name, an id, a persona, a search result, a memory, a reply."""
+    long = MARKUP + "x" * 100_000
+    upstream.steer(reply=lambda body: MARKUP)
+    turns = [{"role": "user", "name": "U", "content": long}, {"role": "assistant", "name": MARKUP, "content": MARKUP}]
+    last = {"role": "user", "content": "What did I hack?"}
+    chat = say(server.url, [{"role": "system", "content": MARKUP}, *turns, last], user=MARKUP).chat_id
+    link = f"{server.url}/#/chat/{quote(chat, safe='')}"
+    page = visit(f"{server.url}/")
+    expect(page.get_by_text("<script>").first).to_be_visible()
+    page.get_by_label("Search all chats").fill("hacked")
+    expect(page.locator(".hit").first).to_contain_text("window.hacked")
+    for tab in ("", "/messages", "/recall", "/mood", "/prompts"):
+        page.goto(link + tab)
+        expect(page.get_by_role("heading", level=1)).to_have_text(MARKUP)
+        if tab == "/recall":
+            page.get_by_label("What does it remember?").fill("hacked")
+            expect(page.locator("main .list")).to_contain_text("window.hacked")
+    page.goto(f"{link}/messages")
+    row = page.locator(".message[aria-posinset='1']")
+    row.get_by_role("button", name="Show all").click()
+    expect(row.locator(".text")).to_have_text(long)
+    assert page.evaluate("window.hacked") is None
+    foreign = page.evaluate(
+        "document.querySelectorAll('main :is(script, img, iframe, style, [onerror], [onload])').length"
+    )
+    assert foreign == 0
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_policy_lets_nothing_in_that_is_not_the_pages_own(visit, told):
+    """Neither an inline handler, nor markup from strings, nor another server can be used, whatever a bug would try."""
+    headers = httpx.get(told.url).headers
+    policy = headers["Content-Security-Policy"]
+    for rule in ("default-src 'none'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"):
+        assert rule in policy
+    assert "unsafe" not in policy and "connect-src 'self'" in policy
+    assert (headers["X-Content-Type-Options"], headers["Referrer-Policy"]) == ("nosniff", "no-referrer")
+    page = visit(told.url)
+    refused = page.evaluate(
+        """async () => {
+          const seen = [];
+          document.addEventListener("securitypolicyviolation", (event) => seen.push(event.effectiveDirective));
+          try { document.body.innerHTML += "<b>x</b>"; } catch { seen.push("innerHTML"); }
+          const script = document.createElement("script");
+          try { script.textContent = "window.hacked = 1"; document.body.append(script); } catch { seen.push("script"); }
+          try { await fetch("http://127.0.0.1:9/"); } catch { seen.push("fetch"); }
+          await new Promise((resolve) => setTimeout(resolve, 200));
+          return [seen, window.hacked ?? null];
+        }"""
+    )
+    assert {"innerHTML", "fetch", "connect-src"} <= set(refused[0]) and refused[1] is None
+    page.complaints.clear()  # they were asked for
+
+
+class OtherSite:
+    """Another web site on this machine, which answers everything with one page."""
+
+    def __init__(self, html: str):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html")
+                self.end_headers()
+                self.wfile.write(html.encode())
+
+            def log_message(self, *_):
+                pass
+
+        self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://other.localhost:{self.httpd.server_port}"
+        threading.Thread(target=self.httpd.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.httpd.shutdown()
+        self.httpd.server_close()
+
+
+def test_pages_of_other_sites_can_change_nothing(visit, told):
+    """A form of text/plain, which browsers send without asking first, and a fetch without CORS are refused."""
+    before = branch_texts(told.url, told.id)
+    body = json.dumps({"messages": [{"role": "user", "content": "planted"}]}).replace('"', "&quot;")
+    form = (
+        f"<form method=post enctype=text/plain action='{told.url}{told.path}/messages'>"
+        f"<input name='{body[:-1]},&quot;x&quot;:&quot;' value='&quot;}}'><button>Win</button></form>"
+    )
+    with OtherSite(form) as site:
+        page = visit(site.url)
+        with page.expect_response(lambda answer: answer.request.method == "POST") as posted:
+            page.get_by_role("button").click()
+        assert posted.value.status == 403
+        page.goto(site.url)
+        page.evaluate(
+            "address => fetch(address, {method: 'POST', mode: 'no-cors', body: '{}'}).catch(() => 0)",
+            f"{told.url}{told.path}/messages",
+        )
+    assert branch_texts(told.url, told.id) == before
+    page.complaints.clear()  # the browser says that it was refused
+
+
+def test_the_pages_own_calls_work_whatever_other_origins_are_named(visit, upstream, data_dir):
+    """--allow-origin names others; the page is at home."""
+    with LocalServer(settings(data_dir, upstream.url, allow_origin="http://tavern.example")) as server:
+        say(server.url, [SYSTEM, {"role": "user", "content": "Hello"}], user="own")
+        page = visit(server.url)
+        page.get_by_role("button", name="Delete").click()
+        page.get_by_role("dialog").get_by_role("button", name="Delete the chat").click()
+        expect(page.get_by_text("Waiting for the first request")).to_be_visible()
+
+
+def test_a_server_with_a_key_lets_nobody_see_anything_without_it(visit, upstream, data_dir):
+    """The page is a shell that asks for the key; a wrong one is refused; this tab then keeps the right one."""
+    with LocalServer(settings(data_dir, upstream.url, api_key="open sesame")) as server:
+        say(
+            server.url,
+            [SYSTEM, {"role": "user", "content": "Hello"}],
+            user="x",
+            headers={"Authorization": "Bearer open sesame"},
+        )
+        assert httpx.get(server.url).status_code == 200
+        for route in ("chats", "state", "health", "settings", "search?q=hello"):
+            assert httpx.get(f"{server.url}/api/persona_memory/{route}").status_code == 401
+        page = visit(server.url)
+        expect(page.get_by_label("API key")).to_be_focused()
+        page.keyboard.press("Escape")
+        page.get_by_label("API key").fill("wrong")
+        page.get_by_role("button", name="Open").click()
+        expect(page.get_by_text("That key was refused.")).to_be_visible()
+        page.get_by_label("API key").fill("open sesame")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("link", name="Unnamed character")).to_be_visible()
+        page.reload()
+        expect(page.get_by_role("link", name="Unnamed character")).to_be_visible()
+
+
+# ---------------------------------------------------------------------------- for everyone
+
+VIEWS = ("/#/", "/#/health", "/#/settings", "", "/messages", "/recall", "/mood", "/prompts")
+
+
+def address_of(told, view):
+    return told.url + view if view.startswith("/#/") else told.link(view)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_no_view_has_a_barrier(visit, asked, view, scheme):
+    """axe-core finds nothing serious or critical, in light and dark."""
+    page = visit(address_of(asked, view), scheme=scheme)
+    expect(page.get_by_role("heading", level=1)).to_be_visible()
+    if view == "/recall":
+        page.get_by_label("What does it remember?").fill("the storm")
+        expect(page.locator("main .list > li").first).to_be_visible()
+    if view == "/messages":
+        expect(page.locator(".message .chip").first).to_be_visible()
+    if view == "/mood":
+        expect(page.locator(".timeline a").first).to_be_visible()
+    found = Axe().run(page).response["violations"]
+    grave = [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found if v["impact"] in ("serious", "critical")]
+    assert grave == []
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_every_view_fits_a_phone(visit, asked, view):
+    """Nothing stands out to the side of 390 pixels."""
+    page = visit(address_of(asked, view), viewport=PHONE)
+    expect(page.get_by_role("heading", level=1)).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
+def test_the_theme_follows_the_system_until_the_user_chooses(visit, told):
+    """And the choice stays."""
+    page = visit(told.url, scheme="dark")
+    background = "getComputedStyle(document.documentElement).backgroundColor"
+    dark = page.evaluate(background)
+    page.get_by_role("button", name="Theme: auto").click()
+    expect(page.get_by_role("button", name="Theme: light")).to_be_visible()
+    assert page.evaluate(background) != dark
+    page.reload()
+    expect(page.get_by_role("button", name="Theme: light")).to_be_visible()
+    page.get_by_role("button", name="Theme: light").click()
+    assert page.evaluate(background) == dark
+
+
+def test_a_view_is_reached_and_read_by_keyboard(visit, told):
+    """Focus goes to the new view, whose title says what it is; back leads back."""
+    page = visit(told.url)
+    link = page.get_by_role("link", name="Maren")
+    link.focus()
+    page.keyboard.press("Enter")
+    expect(page).to_have_title("Maren · persona_memory")
+    expect(page.locator("main")).to_be_focused()
+    page.go_back()
+    expect(page).to_have_title("Chats · persona_memory")
+
+
+def test_an_address_of_no_chat_says_so(visit, told):
+    """With the way out."""
+    page = visit(f"{told.url}/#/chat/nobody")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Not here")
+    page.get_by_role("link", name="All chats").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Chats")
+
+
+def test_a_long_chat_keeps_few_rows_and_shows_any_of_them(visit, server):
+    """Of thousands of messages only those near the window exist, and every one can be reached."""
+    address = f"{server.url}/api/persona_memory/chats/long/messages"
+    rows = [
+        {"role": ("user", "assistant")[i % 2], "content": f"line {i}" + " and more" * (i % 40)} for i in range(3000)
+    ]
+    assert httpx.post(address, json={"messages": rows}, timeout=120).status_code == 200
+    page = visit(f"{server.url}/#/chat/long/messages")
+    expect(page.locator(".message[aria-posinset='3000']")).to_be_in_viewport()
+    for index in (0, 1777, 2999):
+        expect(scrolled(page, index)).to_contain_text(f"line {index}")
+    page.get_by_role("button", name="Oldest").click()
+    expect(page.locator(".message[aria-posinset='1']")).to_be_in_viewport()
+    page.mouse.wheel(0, 20_000)
+    wait_until(lambda: page.evaluate("scrollY") > 15_000 or page.wait_for_timeout(20), "the wheel")
+    expect(page.locator(".message.pending")).to_have_count(0)
+    assert number_of_rows(page) < 60
+    places = page.locator(".message[aria-posinset]").evaluate_all("all => all.map(row => Number(row.ariaPosInSet))")
+    assert places == list(range(places[0], places[0] + len(places)))
