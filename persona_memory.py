@@ -2993,7 +2993,8 @@ CHANGES = re.compile(
     r"|these days|from now on|just (?:got|started|bought|began|left)|new|actually)\b",
     re.I,
 )
-QUESTIONS = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*[?\uff1f\u061f]")
+ASKING_MARKS = ("?", "\uff1f", "\u061f")
+CLAUSES = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*[.!?:;\n\uff1f\u3002\u061f]")
 TRAITS = ("question", "time", "number", "place", "name", "change")
 
 
@@ -3005,7 +3006,7 @@ def message_traits(text: str) -> tuple[float, ...]:
     elsewhere they say 0.
     """
     text = clip(text)
-    asked = sum(map(len, QUESTIONS.findall(text)))
+    asked = sum(len(clause) for clause in CLAUSES.findall(text) if clause.endswith(ASKING_MARKS))
     found = (float(bool(pattern.search(text))) for pattern in (TIMES, NUMBERS, PLACES, PROPER, CHANGES))
     return (share_of(asked, len(text)), *found)
 
@@ -3595,29 +3596,29 @@ class Signal:
 # finds the message that holds it; `lately` and `tells_change` are for changed facts, of which LoCoMo asks nothing.
 DATE_SOFTNESS = 7.0  # days
 SIGNALS = {
-    "words": Signal(0.42, own_words, "-0.2, -0.9, -0.8, -1.3"),
-    "words_covered": Signal(0.35, words_covered, "-0.5, -0.7, -0.1, 0.0"),
-    "words_near": Signal(0.13, words_near, "-0.6, -0.5, -0.1, -0.8"),
-    "words_in_scene": Signal(0.15, words_in_scene, "-0.7, -0.3, -0.3, -0.8"),
-    "best_words_near": Signal(0.32, best_words_near, "-1.0, -1.0, -0.5, -2.1"),
-    "best_words_in_scene": Signal(0.04, best_words_in_scene, "-0.2, 0.0, -0.2, 0.0"),
-    "meaning": Signal(1.0, meaning, "-2.2, -1.8, -1.9, -3.4"),
-    "meaning_near": Signal(0.38, meaning_near, "0.0, -0.5, -0.7, 0.0"),
-    "meaning_in_scene": Signal(0.8, meaning_in_scene, "-0.9, -0.6, -1.1, -1.5"),
-    "said_twice": Signal(-0.8, said_twice, "-2.4, -0.7, -0.3, -1.3"),
-    "answers_words": Signal(0.2, answers_words, "-0.4, 0.0, -0.1, -2.1"),
-    "answers_meaning": Signal(0.2, answers_meaning, "-0.6, -0.1, -0.4, -3.0"),
-    "speaker": Signal(0.28, speaker, "-2.1, -1.9, -1.6, +1.3"),
-    "when": Signal(0.7, when_said, "-2.3, -1.8, -1.0, -2.1"),
-    "gives_time": Signal(0.32, gives("time"), "-0.2, -0.7, -0.5, 0.0"),
-    "gives_number": Signal(0.16, gives("number"), "-0.2, -0.2, -0.1, 0.0"),
-    "gives_place": Signal(0.42, gives("place"), "-0.1, 0.0, -0.2, 0.0"),
-    "gives_name": Signal(0.33, gives("name"), "-0.3, -0.4, -0.2, +0.4"),
-    "lately": Signal(0.2, lately, "-0.2, +0.1, -0.2, -0.4"),
-    "tells_change": Signal(0.2, tells_change, "-0.1, -0.1, 0.0, 0.0"),
-    "question": Signal(-0.37, question, "-0.6, -0.4, -0.7, -1.3"),
+    "words": Signal(0.42, own_words, "-0.7, -1.2, -0.9, -1.3"),
+    "words_covered": Signal(0.35, words_covered, "-0.7, -0.9, +0.1, +0.4"),
+    "words_near": Signal(0.13, words_near, "-0.6, -0.5, -0.1, -1.3"),
+    "words_in_scene": Signal(0.15, words_in_scene, "-1.1, -0.4, -0.2, -0.8"),
+    "best_words_near": Signal(0.32, best_words_near, "-1.5, -0.8, -0.4, -3.0"),
+    "best_words_in_scene": Signal(0.04, best_words_in_scene, "-0.2, 0.0, -0.1, +0.4"),
+    "meaning": Signal(1.0, meaning, "-2.4, -2.0, -2.0, -3.0"),
+    "meaning_near": Signal(0.38, meaning_near, "-0.5, -0.5, -0.6, 0.0"),
+    "meaning_in_scene": Signal(0.8, meaning_in_scene, "-1.5, -0.8, -1.0, -1.5"),
+    "said_twice": Signal(-0.8, said_twice, "-2.6, -0.7, -0.2, -1.7"),
+    "answers_words": Signal(0.2, answers_words, "-0.7, +0.1, +0.1, -1.7"),
+    "answers_meaning": Signal(0.2, answers_meaning, "-0.6, -0.1, -0.3, -2.5"),
+    "speaker": Signal(0.28, speaker, "-2.9, -2.0, -1.5, +1.3"),
+    "when": Signal(0.7, when_said, "-2.3, -1.8, -1.0, -1.7"),
+    "gives_time": Signal(0.32, gives("-0.2, -0.7, -0.5, 0.0"), "-0.2, -0.7, -0.5, 0.0"),
+    "gives_number": Signal(0.16, gives("-0.2, -0.2, 0.0, 0.0"), "-0.2, -0.2, -0.1, 0.0"),
+    "gives_place": Signal(0.42, gives("-0.1, 0.0, -0.2, 0.0"), "-0.1, 0.0, -0.2, 0.0"),
+    "gives_name": Signal(0.33, gives("-0.1, -0.4, -0.2, +0.4"), "-0.3, -0.4, -0.2, +0.4"),
+    "lately": Signal(0.2, lately, "-0.2, +0.2, -0.2, -0.4"),
+    "tells_change": Signal(0.2, tells_change, "0.0, -0.1, 0.0, 0.0"),
+    "question": Signal(-0.37, question, "-0.7, -0.5, -0.8, -0.8"),
 }
-SUPERSEDING = 0.5  # share of the best score from which a newer statement may replace it; costs 0.6 points of recall@5
+SUPERSEDING = 0.5  # share of the best score from which a newer statement may replace it; costs 0.4 points of recall@5
 SUPERSEDING_RELEVANCE = 0.15
 RELEVANT = 1.1  # score below which a message is no answer to anything
 # For a message that asks nothing: what a memory must score, and by how much it must stand above the chat's usual one
@@ -3697,10 +3698,10 @@ def worth_recalling(scores: np.ndarray, bar: float) -> list[int]:
     return found[np.argsort(-scores[found], kind="stable")][:MOST_MEMORIES].tolist()
 
 
-# Nudges break ties and never bury a match: each adds at most so many hundredths of a cosine. Measured on LoCoMo's
-# development half with twice and half as much: together they cost nothing and give 0.1 points of recall@10 and of the
-# evidence inside 500 tokens; recency costs 0.3 points from 0.03 on.
-NUDGES = {"emotion": 0.03, "importance": 0.02, "recency": 0.01}
+# Nudges break ties and never bury a match: each adds at most so much of a cosine. Measured on LoCoMo's development half
+# they cost nothing and emotion gives 0.1 points of recall@10; at half as much again they begin to cost as much, and a
+# recency of 0.03 costs 0.3 points.
+NUDGES = {"emotion": 0.02, "importance": 0.01, "recency": 0.003}
 
 
 def nudged(memory: Memory, given: Mapping[str, float]) -> Memory:
@@ -3787,9 +3788,11 @@ def joined_spans(text: str, spans: Sequence[tuple[int, int]]) -> str:
     """Those parts of a text, in order, merged where they touch; what is left out is marked."""
     out, at = "", 0
     for start, end in spans:
-        gap = "" if start <= at else f"{GAP} " if not out else f" {GAP} "
-        out = out.rstrip() + gap + text[start:end].strip() if gap else out + text[max(start, at) : end]
-        at = end
+        if start > at:
+            out = f"{out.rstrip()} {GAP} ".lstrip() + text[start:end].lstrip()
+        else:
+            out += text[at:end]
+        at = max(at, end)
     return out.strip() + (f" {GAP}" if text[at:].strip() else "")
 
 
@@ -3800,16 +3803,18 @@ REMINDER_TOKENS = 120
 # What a piece of the persona must score to be said again, and by how much it must stand above the mean: on two cards
 # written for that, 14 of 18 lines that touch a sentence find it, and 2 of 32 that touch none are given one.
 REMINDING, REMINDING_ABOVE = 0.2, 0.18
+REMINDING_WORDS = 0.2  # what saying all of the turn's words adds to a cosine
 
 
-def reminder_of(pieces: Sequence[str], cosines: Sequence[float], words: Sequence[str], rarity: Sequence[float]) -> str:
+def reminder_of(pieces: Sequence[str], cosines: Sequence[float], words: Sequence[str]) -> str:
     """The piece of a persona that a turn is about; empty where none is.
 
-    `cosines` of the turn and each piece; 0 where a vector is missing.
+    `cosines` of the turn and each piece, 0 where a vector is missing; `words` of the turn.
     """
     if not pieces:
         return ""
-    scores = [c + 0.2 * share_said(words, rarity, p) * bool(words) for p, c in zip(pieces, cosines, strict=True)]
+    said = [share_said(words, [1.0] * len(words), piece) for piece in pieces]
+    scores = [c + REMINDING_WORDS * s for c, s in zip(cosines, said, strict=True)]
     best = int(np.argmax(scores))
     return pieces[best] if scores[best] >= max(REMINDING, float(np.mean(scores)) + REMINDING_ABOVE) else ""
 
@@ -6290,6 +6295,7 @@ LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 CARRIED_CHATS = 4  # with the same character, the last used, that a turn may recall from
 CARRIED_SHARE = 1 / 3  # of the memories' tokens that may come from there
 SURE_FEELING = 0.6
+MOST_PERSONA_VECTORS = 4000  # in RAM, a chat
 MOOD_SPAN = 200  # user messages that a mood is followed over
 GUIDANCE_TOKENS = 48  # what is kept free for the line on the user's mood
 IMPORT_BATCH = 500  # messages to a transaction
@@ -6624,7 +6630,6 @@ class Recalled:
     left_out: tuple[dict, ...] = ()  # what was worth it and is not among them, and why
     degraded: str = ""  # what kept recall from being all it could be
     words: tuple[str, ...] = ()  # the query's
-    rarity: Sequence[float] = ()  # of the words
     vector: np.ndarray | None = None  # the query's
 
 
@@ -7173,7 +7178,7 @@ class PersonaMemory:
         memories = self._memories(store, nodes, scores, places, reading)
         memories = [in_part(m, index, query, evidence, vector) for m in memories]
         kept, left_out = self._select(store, index, shown, memories, room)
-        return Recalled(tuple(kept), tuple(left_out), degraded, query.words, evidence.rarity, vector)
+        return Recalled(tuple(kept), tuple(left_out), degraded, query.words, vector)
 
     @staticmethod
     def _unseen(
@@ -7309,10 +7314,9 @@ class PersonaMemory:
             now = recalled.vector if recalled.vector is not None else index.vector(turn.fingerprint)
             now = now if self.embedder.reads(turn.content) else None
             words = recalled.words or tuple(query_words(turn.content))
-            rarity = recalled.rarity if recalled.words else [1.0] * len(words)
             (factor, summand), known = self.embedder.scale, now is not None
             cosines = [factor * float(v @ now) + summand if known and v is not None else 0.0 for v in vectors]
-            return reminder_of(pieces, cosines, words, rarity)
+            return reminder_of(pieces, cosines, words)
         except Exception as error:
             words = f"The persona could not be looked at: {type(error).__name__}: {error}"
             log_event("reminder_failed", words, level=logging.WARNING, trace=True, chat=store.id)
@@ -7322,13 +7326,15 @@ class PersonaMemory:
         """The vectors of a persona's pieces, kept with the chat; those not computed yet (None) are in the background,
         so that a new persona, as groups have one each turn, costs no turn an encode."""
         known = self._personas.setdefault(store, {})
+        if len(known) > MOST_PERSONA_VECTORS:  # descriptions that change at every turn; the store has them
+            known.clear()
         keys = [short_hash("persona", piece) for piece in pieces]
         if missing := {k: p for k, p in zip(keys, pieces, strict=True) if k not in known}:
             found = store.vectors(self.embedder.name, list(missing))
             known.update(dict.fromkeys(missing) | found)
             if left := {k: p for k, p in missing.items() if k not in found}:
                 self._background.submit(self._embed_persona, store, left)
-        return [known[k] for k in keys]
+        return [known.get(k) for k in keys]
 
     def _embed_persona(self, store: ChatStore, pieces: Mapping[str, str]) -> None:
         known = self._personas.setdefault(store, {})
