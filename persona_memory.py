@@ -5,7 +5,8 @@ Role-play chats forget: once the beginning has slid out of the language model's 
 its promises or what the user told it. This program stands between a chat client and the model as an OpenAI-compatible
 proxy, keeps every message of every chat, and puts the right ones back into the prompt, inside a token budget.
 
-It is: a proxy (``python persona_memory.py --proxy``), an HTTP API over what it remembers, and a module to import.
+It is: a proxy (``python persona_memory.py --proxy``), an HTTP API over what it remembers, an extension for SillyTavern
+(``--install-extension``), and a module to import.
 It is not: a chat client, a language model, a vector database, or a service that talks to anyone but the upstream that
 the user named.
 
@@ -2992,7 +2993,8 @@ CHANGES = re.compile(
     r"|these days|from now on|just (?:got|started|bought|began|left)|new|actually)\b",
     re.I,
 )
-QUESTIONS = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*[?\uff1f\u061f]")
+ASKING_MARKS = ("?", "\uff1f", "\u061f")
+CLAUSES = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*[.!?:;\n\uff1f\u3002\u061f]")
 TRAITS = ("question", "time", "number", "place", "name", "change")
 
 
@@ -3004,7 +3006,7 @@ def message_traits(text: str) -> tuple[float, ...]:
     elsewhere they say 0.
     """
     text = clip(text)
-    asked = sum(map(len, QUESTIONS.findall(text)))
+    asked = sum(len(clause) for clause in CLAUSES.findall(text) if clause.endswith(ASKING_MARKS))
     found = (float(bool(pattern.search(text))) for pattern in (TIMES, NUMBERS, PLACES, PROPER, CHANGES))
     return (share_of(asked, len(text)), *found)
 
@@ -3594,29 +3596,29 @@ class Signal:
 # finds the message that holds it; `lately` and `tells_change` are for changed facts, of which LoCoMo asks nothing.
 DATE_SOFTNESS = 7.0  # days
 SIGNALS = {
-    "words": Signal(0.42, own_words, "-0.2, -0.9, -0.8, -1.3"),
-    "words_covered": Signal(0.35, words_covered, "-0.5, -0.7, -0.1, 0.0"),
-    "words_near": Signal(0.13, words_near, "-0.6, -0.5, -0.1, -0.8"),
-    "words_in_scene": Signal(0.15, words_in_scene, "-0.7, -0.3, -0.3, -0.8"),
-    "best_words_near": Signal(0.32, best_words_near, "-1.0, -1.0, -0.5, -2.1"),
-    "best_words_in_scene": Signal(0.04, best_words_in_scene, "-0.2, 0.0, -0.2, 0.0"),
-    "meaning": Signal(1.0, meaning, "-2.2, -1.8, -1.9, -3.4"),
-    "meaning_near": Signal(0.38, meaning_near, "0.0, -0.5, -0.7, 0.0"),
-    "meaning_in_scene": Signal(0.8, meaning_in_scene, "-0.9, -0.6, -1.1, -1.5"),
-    "said_twice": Signal(-0.8, said_twice, "-2.4, -0.7, -0.3, -1.3"),
-    "answers_words": Signal(0.2, answers_words, "-0.4, 0.0, -0.1, -2.1"),
-    "answers_meaning": Signal(0.2, answers_meaning, "-0.6, -0.1, -0.4, -3.0"),
-    "speaker": Signal(0.28, speaker, "-2.1, -1.9, -1.6, +1.3"),
-    "when": Signal(0.7, when_said, "-2.3, -1.8, -1.0, -2.1"),
-    "gives_time": Signal(0.32, gives("time"), "-0.2, -0.7, -0.5, 0.0"),
-    "gives_number": Signal(0.16, gives("number"), "-0.2, -0.2, -0.1, 0.0"),
-    "gives_place": Signal(0.42, gives("place"), "-0.1, 0.0, -0.2, 0.0"),
-    "gives_name": Signal(0.33, gives("name"), "-0.3, -0.4, -0.2, +0.4"),
-    "lately": Signal(0.2, lately, "-0.2, +0.1, -0.2, -0.4"),
-    "tells_change": Signal(0.2, tells_change, "-0.1, -0.1, 0.0, 0.0"),
-    "question": Signal(-0.37, question, "-0.6, -0.4, -0.7, -1.3"),
+    "words": Signal(0.42, own_words, "-0.7, -1.2, -0.9, -1.3"),
+    "words_covered": Signal(0.35, words_covered, "-0.7, -0.9, +0.1, +0.4"),
+    "words_near": Signal(0.13, words_near, "-0.6, -0.5, -0.1, -1.3"),
+    "words_in_scene": Signal(0.15, words_in_scene, "-1.1, -0.4, -0.2, -0.8"),
+    "best_words_near": Signal(0.32, best_words_near, "-1.5, -0.8, -0.4, -3.0"),
+    "best_words_in_scene": Signal(0.04, best_words_in_scene, "-0.2, 0.0, -0.1, +0.4"),
+    "meaning": Signal(1.0, meaning, "-2.4, -2.0, -2.0, -3.0"),
+    "meaning_near": Signal(0.38, meaning_near, "-0.5, -0.5, -0.6, 0.0"),
+    "meaning_in_scene": Signal(0.8, meaning_in_scene, "-1.5, -0.8, -1.0, -1.5"),
+    "said_twice": Signal(-0.8, said_twice, "-2.6, -0.7, -0.2, -1.7"),
+    "answers_words": Signal(0.2, answers_words, "-0.7, +0.1, +0.1, -1.7"),
+    "answers_meaning": Signal(0.2, answers_meaning, "-0.6, -0.1, -0.3, -2.5"),
+    "speaker": Signal(0.28, speaker, "-2.9, -2.0, -1.5, +1.3"),
+    "when": Signal(0.7, when_said, "-2.3, -1.8, -1.0, -1.7"),
+    "gives_time": Signal(0.32, gives("-0.2, -0.7, -0.5, 0.0"), "-0.2, -0.7, -0.5, 0.0"),
+    "gives_number": Signal(0.16, gives("-0.2, -0.2, 0.0, 0.0"), "-0.2, -0.2, -0.1, 0.0"),
+    "gives_place": Signal(0.42, gives("-0.1, 0.0, -0.2, 0.0"), "-0.1, 0.0, -0.2, 0.0"),
+    "gives_name": Signal(0.33, gives("-0.1, -0.4, -0.2, +0.4"), "-0.3, -0.4, -0.2, +0.4"),
+    "lately": Signal(0.2, lately, "-0.2, +0.2, -0.2, -0.4"),
+    "tells_change": Signal(0.2, tells_change, "0.0, -0.1, 0.0, 0.0"),
+    "question": Signal(-0.37, question, "-0.7, -0.5, -0.8, -0.8"),
 }
-SUPERSEDING = 0.5  # share of the best score from which a newer statement may replace it; costs 0.6 points of recall@5
+SUPERSEDING = 0.5  # share of the best score from which a newer statement may replace it; costs 0.4 points of recall@5
 SUPERSEDING_RELEVANCE = 0.15
 RELEVANT = 1.1  # score below which a message is no answer to anything
 # For a message that asks nothing: what a memory must score, and by how much it must stand above the chat's usual one
@@ -3696,10 +3698,10 @@ def worth_recalling(scores: np.ndarray, bar: float) -> list[int]:
     return found[np.argsort(-scores[found], kind="stable")][:MOST_MEMORIES].tolist()
 
 
-# Nudges break ties and never bury a match: each adds at most so many hundredths of a cosine. Measured on LoCoMo's
-# development half with twice and half as much: together they cost nothing and give 0.1 points of recall@10 and of the
-# evidence inside 500 tokens; recency costs 0.3 points from 0.03 on.
-NUDGES = {"emotion": 0.03, "importance": 0.02, "recency": 0.01}
+# Nudges break ties and never bury a match: each adds at most so much of a cosine. Measured on LoCoMo's development half
+# they cost nothing and emotion gives 0.1 points of recall@10; at half as much again they begin to cost as much, and a
+# recency of 0.03 costs 0.3 points.
+NUDGES = {"emotion": 0.02, "importance": 0.01, "recency": 0.003}
 
 
 def nudged(memory: Memory, given: Mapping[str, float]) -> Memory:
@@ -3786,9 +3788,11 @@ def joined_spans(text: str, spans: Sequence[tuple[int, int]]) -> str:
     """Those parts of a text, in order, merged where they touch; what is left out is marked."""
     out, at = "", 0
     for start, end in spans:
-        gap = "" if start <= at else f"{GAP} " if not out else f" {GAP} "
-        out = out.rstrip() + gap + text[start:end].strip() if gap else out + text[max(start, at) : end]
-        at = end
+        if start > at:
+            out = f"{out.rstrip()} {GAP} ".lstrip() + text[start:end].lstrip()
+        else:
+            out += text[at:end]
+        at = max(at, end)
     return out.strip() + (f" {GAP}" if text[at:].strip() else "")
 
 
@@ -3799,16 +3803,18 @@ REMINDER_TOKENS = 120
 # What a piece of the persona must score to be said again, and by how much it must stand above the mean: on two cards
 # written for that, 14 of 18 lines that touch a sentence find it, and 2 of 32 that touch none are given one.
 REMINDING, REMINDING_ABOVE = 0.2, 0.18
+REMINDING_WORDS = 0.2  # what saying all of the turn's words adds to a cosine
 
 
-def reminder_of(pieces: Sequence[str], cosines: Sequence[float], words: Sequence[str], rarity: Sequence[float]) -> str:
+def reminder_of(pieces: Sequence[str], cosines: Sequence[float], words: Sequence[str]) -> str:
     """The piece of a persona that a turn is about; empty where none is.
 
-    `cosines` of the turn and each piece; 0 where a vector is missing.
+    `cosines` of the turn and each piece, 0 where a vector is missing; `words` of the turn.
     """
     if not pieces:
         return ""
-    scores = [c + 0.2 * share_said(words, rarity, p) * bool(words) for p, c in zip(pieces, cosines, strict=True)]
+    said = [share_said(words, [1.0] * len(words), piece) for piece in pieces]
+    scores = [c + REMINDING_WORDS * s for c, s in zip(cosines, said, strict=True)]
     best = int(np.argmax(scores))
     return pieces[best] if scores[best] >= max(REMINDING, float(np.mean(scores)) + REMINDING_ABOVE) else ""
 
@@ -6289,6 +6295,7 @@ LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 CARRIED_CHATS = 4  # with the same character, the last used, that a turn may recall from
 CARRIED_SHARE = 1 / 3  # of the memories' tokens that may come from there
 SURE_FEELING = 0.6
+MOST_PERSONA_VECTORS = 4000  # in RAM, a chat
 MOOD_SPAN = 200  # user messages that a mood is followed over
 GUIDANCE_TOKENS = 48  # what is kept free for the line on the user's mood
 IMPORT_BATCH = 500  # messages to a transaction
@@ -6623,7 +6630,6 @@ class Recalled:
     left_out: tuple[dict, ...] = ()  # what was worth it and is not among them, and why
     degraded: str = ""  # what kept recall from being all it could be
     words: tuple[str, ...] = ()  # the query's
-    rarity: Sequence[float] = ()  # of the words
     vector: np.ndarray | None = None  # the query's
 
 
@@ -6684,6 +6690,7 @@ class PersonaMemory:
         self.storyteller = Storyteller(settings, self.upstream, self.embedder.name)
         self._emotion_model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
         self._readings: WeakKeyDictionary[ChatStore, dict[str, EmotionReading]] = WeakKeyDictionary()
+        self._read_by_words: WeakKeyDictionary[ChatStore, dict[str, EmotionReading]] = WeakKeyDictionary()
         self._shelf = ChatShelf(Path(settings.data))
         self._shelf_started = False
         self._model = ""
@@ -6805,8 +6812,7 @@ class PersonaMemory:
             layout = replace(layout, room=layout.room - story.tokens)
             recalled = self._recall(store, request, nodes, layout, {f.message for f in story.facts})
             if layout.window:
-                seen = beyond_window(recalled.memories, layout, story.tokens)
-                recalled = replace(recalled, memories=tuple(seen))
+                recalled = unseen(recalled, layout, story.tokens)
             mood = self._mood_of_turn(store, request, nodes)
             piece = self._reminder(store, request, nodes, layout, story, recalled)
             older = store.read([n.id for n in nodes[layout.anchor : above]])
@@ -7172,7 +7178,7 @@ class PersonaMemory:
         memories = self._memories(store, nodes, scores, places, reading)
         memories = [in_part(m, index, query, evidence, vector) for m in memories]
         kept, left_out = self._select(store, index, shown, memories, room)
-        return Recalled(tuple(kept), tuple(left_out), degraded, query.words, evidence.rarity, vector)
+        return Recalled(tuple(kept), tuple(left_out), degraded, query.words, vector)
 
     @staticmethod
     def _unseen(
@@ -7308,10 +7314,9 @@ class PersonaMemory:
             now = recalled.vector if recalled.vector is not None else index.vector(turn.fingerprint)
             now = now if self.embedder.reads(turn.content) else None
             words = recalled.words or tuple(query_words(turn.content))
-            rarity = recalled.rarity if recalled.words else [1.0] * len(words)
             (factor, summand), known = self.embedder.scale, now is not None
             cosines = [factor * float(v @ now) + summand if known and v is not None else 0.0 for v in vectors]
-            return reminder_of(pieces, cosines, words, rarity)
+            return reminder_of(pieces, cosines, words)
         except Exception as error:
             words = f"The persona could not be looked at: {type(error).__name__}: {error}"
             log_event("reminder_failed", words, level=logging.WARNING, trace=True, chat=store.id)
@@ -7321,13 +7326,15 @@ class PersonaMemory:
         """The vectors of a persona's pieces, kept with the chat; those not computed yet (None) are in the background,
         so that a new persona, as groups have one each turn, costs no turn an encode."""
         known = self._personas.setdefault(store, {})
+        if len(known) > MOST_PERSONA_VECTORS:  # descriptions that change at every turn; the store has them
+            known.clear()
         keys = [short_hash("persona", piece) for piece in pieces]
         if missing := {k: p for k, p in zip(keys, pieces, strict=True) if k not in known}:
             found = store.vectors(self.embedder.name, list(missing))
             known.update(dict.fromkeys(missing) | found)
             if left := {k: p for k, p in missing.items() if k not in found}:
                 self._background.submit(self._embed_persona, store, left)
-        return [known[k] for k in keys]
+        return [known.get(k) for k in keys]
 
     def _embed_persona(self, store: ChatStore, pieces: Mapping[str, str]) -> None:
         known = self._personas.setdefault(store, {})
@@ -7488,12 +7495,15 @@ class PersonaMemory:
             index = self._indexes.get(store)
             vectors = {h: v for h in unread if index and (v := index.vector(h)) is not None}
             vectors |= store.vectors(self.embedder.name, [h for h in unread if h not in vectors])
-        messages = store.read(list(unread.values()))
-        found = {h: read_emotion(m.content, vectors.get(h)) for h, m in zip(unread, messages, strict=True)}
+        by_words = self._read_by_words.setdefault(store, {})
+        fresh = {h: i for h, i in unread.items() if h in vectors or h not in by_words}
+        messages = store.read(list(fresh.values()))
+        found = {h: read_emotion(m.content, vectors.get(h)) for h, m in zip(fresh, messages, strict=True)}
+        by_words.update({h: r for h, r in found.items() if h not in vectors})
         if not self._emotion_model:
             sure = found if self._reads_elsewhere else {h: r for h, r in found.items() if h in vectors}
             known.update(sure)
-        return found
+        return {h: found.get(h) or by_words[h] for h in unread}
 
     def _read_in_background(self, store: ChatStore, by_hash: Mapping[str, str]) -> None:
         """Has a user's own model read what it has not read yet."""
@@ -8123,6 +8133,13 @@ def covers(summary: Summary, tree: Tree, message: str) -> bool:
     """Whether a summary tells of a message."""
     inside = summary.last in tree.nodes and summary.start <= tree.nodes[message].depth <= summary.end
     return inside and tree.is_below(summary.last, message)
+
+
+def unseen(recalled: Recalled, layout: Layout, told: int) -> Recalled:
+    """What was recalled, without what the client's own prompt shows; `told` are the story's tokens."""
+    kept = beyond_window(recalled.memories, layout, told)
+    shown = (m.left_out("the client's prompt shows it") for m in recalled.memories if m not in kept)
+    return replace(recalled, memories=tuple(kept), left_out=(*recalled.left_out, *shown))
 
 
 def place_transcript(store: ChatStore, request: ChatRequest) -> Alignment:
@@ -10493,10 +10510,8 @@ async function open() {
   Object.assign(live, { view: null, etag: "" });
   document.querySelectorAll("dialog:not(.lasting)").forEach((dialog) => dialog.close());
   const load = VIEWS[route.name] ?? chatsView;
-  const [state, view] = await live
-    .state(route.id)
-    .then(async (before) => [before, await load(route)])
-    .catch((error) => [{}, failedView(error)]);
+  const state = await live.state(route.id).catch(() => ({}));
+  const view = await load(route).catch(failedView);
   if (number !== visit) return view.leave?.();
   document.title = `${view.title} · persona_memory`;
   document.querySelectorAll(".bar nav a").forEach((link) => {
@@ -10513,6 +10528,7 @@ async function open() {
   });
 }
 
+/** What stands in for a view that cannot be had: it is tried again when the chats change, or the server is back. */
 function failedView(error) {
   const root = h(
     "section",
@@ -10521,7 +10537,7 @@ function failedView(error) {
     h("p", {}, error.message),
     h("p", {}, h("a", { href: "#/" }, "All chats")),
   );
-  return { title: "Not here", root, refresh: () => {}, watches: () => "" };
+  return { title: "Not here", root, refresh: open, watches: (state) => state.chats };
 }
 
 // ------------------------------------------------------------------------------------------------ theme
@@ -11011,7 +11027,8 @@ function showRecalled(memories, emotion) {
     const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= SURE;
     const felt = sure ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'nothing in particular';
     parts.mood.textContent = `Your mood: ${felt}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
-    const rows = memories.slice(0, MOST_SHOWN).map(({ index, name, role, content, chat_id: elsewhere }) => {
+    const inOrder = memories.slice(0, MOST_SHOWN).sort((a, b) => a.index - b.index);
+    const rows = inOrder.map(({ index, name, role, content, chat_id: elsewhere }) => {
         const text = content.length > LONGEST_SHOWN ? `${content.slice(0, LONGEST_SHOWN)} ...` : content;
         const where = elsewhere ? 'In another chat, ' : '';
         return element('li', { value: index + 1, textContent: `${where}${name ?? role}: ${text}` });

@@ -155,3 +155,23 @@ def test_texts_that_count_as_the_same(one, other):
     """Line ends, outer white space and Unicode composition; lone surrogates do no harm."""
     assert pm.message_digest("user", one) == pm.message_digest("user", other)
     assert pm.message_digest("user", one) != pm.message_digest("assistant", other)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.booleans()), min_size=1, max_size=30), st.data())
+def test_a_path_is_the_way_to_the_root_whatever_was_walked_before(parents, data):
+    """The last path is kept; a tree that grows and other branches must not show."""
+    tree, ids = pm.Tree(), []
+    for number, (parent, confirmed) in enumerate(parents):
+        above = ids[parent] if parent < len(ids) else pm.ROOT
+        message = pm.Message(f"m{number}", above, "user", f"text {number}", confirmed=confirmed)
+        tree.put(message, number)
+        ids.append(message.id)
+        tip = data.draw(st.sampled_from([pm.ROOT, *ids]))
+        slow, at = [], tip
+        while at:
+            slow.insert(0, at)
+            at = tree.nodes[at].parent
+        walked = tree.path(tip)
+        assert walked == slow
+        walked.append("no part of the tree")
+    assert tree.unshown == {i for i, (_, confirmed) in zip(ids, parents, strict=True) if not confirmed}

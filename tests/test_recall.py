@@ -124,6 +124,10 @@ def test_an_index_of_gestures_has_no_topic():
         ("¿Qué te regaló la abuela?", "La abuela me regaló un reloj de plata.", "El tren llega tarde."),
         ("Как зовут твою собаку?", "Мою собака зовут Шарик, она рыжая.", "Вчера шёл дождь."),
         ("Где ты потерял кольцо?", "Кольца больше нет, потерялось в реке.", "Обед был вкусный."),
+        ("Что ты обещал?", "Обещаю тебе, весной мы уплывём.", "Обед был вкусный."),
+        ("您的狗叫什么名字？", "我的老狗总是睡觉。", "昨天我们去了海边。"),
+        ("แมวของคุณชื่ออะไร", "แมวของฉันชื่อมะลิ", "เมื่อวานฝนตกหนัก"),
+        ("Που είναι το κλειδί;", "Το κλειδί είναι κάτω από την πέτρα.", "Χθες έβρεχε πολύ."),
     ],
 )
 def test_words_find_it_in_other_languages(question, answer, other):
@@ -295,6 +299,130 @@ def test_a_long_message_is_found_by_any_of_its_chunks():
 def test_do_you_remember_asks_for_more_memories():
     asking, telling = pm.memory_share("When did we sail?"), pm.memory_share("We sailed all day.")
     assert pm.memory_share("Do you remember when we sailed?") > asking > telling
+
+
+# ---------------------------------------------------------------------------- what is chosen
+
+CANDIDATES = st.lists(st.tuples(st.floats(0, 1), st.integers(1, 300), st.integers(0, 3)), max_size=20)
+
+
+@given(CANDIDATES, st.integers(0, 1000))
+def test_what_is_chosen_fits_repeats_nothing_and_is_worth_its_tokens(candidates, budget):
+    """And what was worth it and is not chosen has its reason: a chosen twin, or no room."""
+    needs, costs, topics = (list(column) for column in zip(*candidates, strict=True)) if candidates else ([], [], [])
+    chosen, left = pm.choose(needs, costs, lambda a, b: topics[a] == topics[b], budget)
+    assert sum(costs[i] for i in chosen) <= budget
+    assert len({topics[i] for i in chosen}) == len(chosen)
+    worth = {i for i in range(len(needs)) if needs[i] >= pm.PRICE * costs[i]}
+    assert set(chosen) | set(left) == worth
+    for place, twin in left.items():
+        assert twin is None or (twin in chosen and topics[twin] == topics[place])
+
+
+def test_the_likeliest_memory_is_taken_before_cheap_ones():
+    """Though ten short ones give more for their tokens."""
+    chosen, _ = pm.choose([0.5, *[0.1] * 10], [100, *[10] * 10], lambda a, b: False, 100)
+    assert chosen == [0]
+
+
+@given(st.floats(0, 5), st.floats(0, 5), st.floats(0.1, 5))
+def test_a_better_score_is_needed_more(a, b, best):
+    low, high = sorted((a, b))
+    assert 0 < pm.need(low, best) <= pm.need(high, max(best, high)) + 1e-9 or high > best
+    assert 0 <= pm.need(high, best) <= 1
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "cosine", "same"),
+    [
+        ("The key is under the mat.", "The key is under the mat!", 0.99, True),
+        ("We walked on day 3.", "We walked on day 4.", 0.99, False),
+        ("I love figs.", "I hate rain.", 0.2, False),
+        ("I love figs!", "i love figs", None, True),
+        ("I love figs.", "I love plums.", None, False),
+        ("...", "!?", None, False),
+    ],
+)
+def test_near_duplicates(a, b, cosine, same):
+    """By meaning where there are vectors, else by words; another number is other news."""
+    assert pm.says_the_same(a, b, cosine) is same
+
+
+def test_what_is_friendly_in_a_friendly_chat_does_not_stand_out():
+    """A remark must be much nearer to a memory than to everything; a question need not."""
+    usual = np.full(200, 1.4, np.float32)
+    assert pm.relevance_bar("We had such a lovely day.", usual) > 2.4 > pm.relevance_bar("Where were we?", usual)
+    assert pm.relevance_bar("We had such a lovely day.", usual[:10]) < 2
+
+
+# ---------------------------------------------------------------------------- parts of texts
+
+
+@given(st.text(st.sampled_from("ab. \n!?"), min_size=1400, max_size=6000), st.lists(st.floats(0, 1), max_size=9))
+def test_an_excerpt_is_made_of_the_message(text, cosines):
+    """A chunk or two of it, in order, the gaps marked."""
+    excerpt = pm.best_excerpt(text, ["ab"], [1.0], cosines)
+    assert len(excerpt) <= pm.EXCERPT_CHUNKS * (pm.CHUNK + pm.CHUNK_OVERLAP + len(pm.GAP) + 2)
+    at = 0
+    for part in filter(None, (part.strip() for part in excerpt.split(pm.GAP))):
+        assert part in text[at:]
+        at += text[at:].index(part)
+
+
+def test_an_excerpt_holds_what_is_asked_for_wherever_it_stands():
+    """Found by its words, by its vector, and behind the last chunk that has one; whole sentences."""
+    page = "Rain fell on the hills and nobody came. " * 90
+    for place in (0, 45, 89):
+        text = page[: 40 * place] + "The crown lies in Ashford mill. " + page[40 * place :]
+        excerpt = pm.best_excerpt(text, ["crown", "ashford"], [3.0, 5.0], [])
+        assert "The crown lies in Ashford mill." in excerpt and len(excerpt) < 2500
+        assert not excerpt.startswith(pm.GAP) or excerpt.startswith(f"{pm.GAP} Rain fell")
+    assert pm.best_excerpt("short", ["short"], [1.0], []) == ""
+    third = list(pm.chunk_spans(page))[3]
+    assert page[third[0] + 200 : third[1] - 1] in pm.best_excerpt(page, [], [], [0, 0, 0, 1.0])
+
+
+def test_a_persona_falls_into_sentences():
+    pieces = pm.persona_pieces("Name: Elena Vance\nAge: 34\nElena sails. She fears deep water, and hates figs!\n[Chat]")
+    assert pieces == ["Name: Elena Vance Age: 34 Elena sails.", "She fears deep water, and hates figs! [Chat]"]
+    assert pm.persona_pieces("") == pm.persona_pieces("[Start a new Chat]") == []
+
+
+def test_only_the_piece_of_a_persona_that_stands_out_is_said_again():
+    pieces = ["She fears deep water.", "She owes the baker.", "She has green eyes."]
+    assert pm.reminder_of(pieces, [0.5, 0.1, 0.1], ()) == pieces[0]
+    assert pm.reminder_of(pieces, [0.3, 0.3, 0.3], ()) == ""
+    assert pm.reminder_of(pieces, [0.15, 0.15, 0.15], ("green",)) == ""
+    assert pm.reminder_of(pieces, [0.1, 0.2, 0.1], ("baker",)) == pieces[1]
+    assert pm.reminder_of([], [], ("baker",)) == ""
+
+
+# ---------------------------------------------------------------------------- other embedders
+
+
+class Narrow:
+    """A model in which everything is near to everything, as in some that are trained by contrast."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def encode(self, texts, **how):
+        vectors = self.model.encode(texts)
+        vectors = np.concatenate([np.ones((len(texts), 1)) * 2, vectors], axis=1)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_cosines_of_another_model_come_out_as_the_defaults(encode):
+    """(4 + cosine) / 5 is turned back into the cosine."""
+    factor, summand = pm.cosine_scale(Narrow(encode.embedder))
+    assert factor == pytest.approx(5, rel=0.05)
+    assert summand == pytest.approx(-4, rel=0.05)
+
+
+def test_the_default_reads_latin_letters(encode):
+    assert encode.embedder.reads("Où est la clé?") and encode.embedder.reads("") and encode.embedder.reads("12!")
+    assert not encode.embedder.reads("Где ключ?") and not encode.embedder.reads("鍵はどこ？")
+    assert pm.Embedder("some/other").reads("Где ключ?")
 
 
 # ---------------------------------------------------------------------------- role-play

@@ -38,8 +38,8 @@ from prefix import (
 )
 
 BLOCK = re.compile(r"\[Earlier in this chat.*?\[End of memories\]", re.DOTALL)
-PLACE = r"^(?:#\d+|\d{4}-\d\d-\d\d) "  # a memory's number in the chat, or its date
-MEMORY = re.compile(rf"{PLACE}[^:\n]*: (.*?)(?={PLACE}|^\[End of memories\])", re.DOTALL | re.MULTILINE)
+PLACE = r"(?:#\d+(?:-\d+)?|\d{4}-\d\d-\d\d) "  # an excerpt's numbers in the chat, or its date
+MEMORY = re.compile(rf"^(?:{PLACE})?[^:\n\[]*: (.*(?:\n  .*)*)", re.MULTILINE)
 ANSWER = "Let me think about that for a moment."
 
 
