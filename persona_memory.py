@@ -4512,9 +4512,13 @@ def tail_start(sizes: Sequence[int], budget: int) -> int:
 
 
 def spoken_line(memory: Memory) -> str:
-    """Who spoke, and what; further lines are indented, so that no text can pass for another one's."""
-    m = memory.message
-    return f"{m.name or SPEAKERS[m.role]}: " + memory.text.replace("\n", "\n  ")
+    """Who spoke, and what; further lines are indented, so that no text can pass for another one's.
+
+    A reply in a group begins with the speaker's name already.
+    """
+    m, text = memory.message, memory.text.replace("\n", "\n  ")
+    named = m.voice and text.startswith(f"{m.voice}: ")
+    return text if named else f"{m.name or m.voice or SPEAKERS[m.role]}: {text}"
 
 
 def memory_line(memory: Memory) -> str:
@@ -7362,8 +7366,8 @@ class PersonaMemory:
             others = self._others_of(store)
             if not others or layout.pivot is None or room <= 0:
                 return []
-            turn = request.turns[layout.pivot]
-            found = [row for chat_id in others for row in self._found_in(chat_id, turn, request.patience)]
+            turn, until = request.turns[layout.pivot], time.monotonic() + request.patience
+            found = [row for chat_id in others for row in self._found_in(chat_id, turn, until)]
             ranked = sorted(found, key=lambda row: -row[0].score)
             needs, costs = [need(m.score, ranked[0][0].score) for m, _ in ranked], [memory_cost(m) for m, _ in ranked]
             texts, vectors = [m.message.content for m, _ in ranked], [v for _, v in ranked]
@@ -7387,8 +7391,9 @@ class PersonaMemory:
         others = (other.id for other in opened if other and family_of(other) != family_of(store))
         return list(itertools.islice(others, CARRIED_CHATS))
 
-    def _found_in(self, chat_id: str, turn: Turn, patience: float) -> list[tuple[Memory, np.ndarray]]:
-        """What a chat's current branch remembers of a turn, with the memories' vectors."""
+    def _found_in(self, chat_id: str, turn: Turn, until: float) -> list[tuple[Memory, np.ndarray]]:
+        """What a chat's current branch remembers of a turn, with the memories' vectors; the turn's own is waited for
+        `until` then, by the monotonic clock."""
         store = self.shelf.get(chat_id)
         if store is None:
             return []
@@ -7396,7 +7401,7 @@ class PersonaMemory:
             nodes = [store.tree.nodes[i] for i in store.tree.path(store.head)]
             index = self._index(store, nodes)
             query = understand(turn.content, turn.name or "", index.speakers, index.now)
-        vector = self._query_vector(query.spoken, patience)
+        vector = self._query_vector(query.spoken, max(0.0, until - time.monotonic()))
         with store.lock:
             index = self._index(store, nodes)
             evidence = index.evidence(query.words, vector)
@@ -11127,6 +11132,7 @@ PAGE_HEADERS = {
     "Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
     "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
 }  # fmt: skip
+PREFLIGHT_SECONDS = 600  # that a browser need not ask again; more it does not heed
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -11710,6 +11716,7 @@ def add_headers(response: flask.Response) -> flask.Response:
             "authorization, bypass-tunnel-reminder, content-type, x-chat-id, x-persona-memory"
         )
         response.headers["Access-Control-Expose-Headers"] = "X-Chat-Id, X-Persona-Memory"
+        response.headers["Access-Control-Max-Age"] = str(PREFLIGHT_SECONDS)
     response.headers.add("Vary", "Origin")
     return response
 

@@ -8,6 +8,8 @@ import pytest
 from fakes import LocalServer, Upstream, say, settings
 from sillytavern import Character, Client, memories_in, without_memories
 
+import persona_memory as pm
+
 CONTEXT = 1024  # so small that twelve turns of small talk push what was said before them out of the history
 HELENA = Character(
     "Helena",
@@ -643,3 +645,12 @@ def test_client_that_sends_only_its_newest_message(server, upstream):
     texts = branch_of(server, "chat_123")
     assert texts[:4] == ["My cat is called Miso.", first.text, "Good night.", texts[3]]
     assert len([text for text in texts if text != last.text]) == 2 * 15 - 1
+
+
+def test_a_group_members_memory_names_its_speaker_once():
+    """Its text begins with the name; the middle of a long one does not, and a user's words pass for nobody else's."""
+    said = pm.Message("m", pm.ROOT, "assistant", "Borin: The axe is lost.", voice="Borin")
+    assert pm.memory_line(pm.Memory(said, 3, 1.0, {})) == "#4 Borin: The axe is lost."
+    assert pm.memory_line(pm.Memory(said, 3, 1.0, {}, excerpt="[...] is lost.")) == "#4 Borin: [...] is lost."
+    users = pm.Message("m", pm.ROOT, "user", "Borin: The axe is lost.")
+    assert pm.memory_line(pm.Memory(users, 3, 1.0, {})) == "#4 User: Borin: The axe is lost."
