@@ -4979,9 +4979,9 @@ def read_export(data: Any) -> ChatCopy:
     known = {m.id for m in messages}
     summaries = [s for s, _ in rows_of(data, "summaries", Summary)]
     facts = [f for f, _ in rows_of(data, "facts", Fact)]
-    head = info.get("head", ROOT)
+    head = typed_value(info.get("head", ROOT), str, "chat.head")
     used = {head, *(s.last for s in summaries), *(s.first for s in summaries), *(f.message for f in facts)}
-    if not all(isinstance(i, str) and (i in known or i == ROOT) for i in used):
+    if not used <= known | {ROOT}:
         raise InvalidRequest("chat.head, a summary or a fact names a message that is not there.", "messages")
     if not all(re.fullmatch(r"[0-9A-Za-z_-]{1,64}", row.id) for row in (*summaries, *facts)):
         raise InvalidRequest("The id of a summary or a fact is none.", "id")

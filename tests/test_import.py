@@ -530,6 +530,7 @@ ROW = {"id": ROW_ID, "parent": "", "role": "user", "content": "Hi"}
         (json.dumps({**EXPORT, "messages": [ROW, ROW]}), "messages[1]"),
         (json.dumps({**EXPORT, "messages": [{**ROW, "parent": "0" * 32}]}), "messages[0]"),
         (json.dumps({**EXPORT, "chat": {"chat_id": "x", "head": "gone"}}), "chat.head"),
+        (json.dumps({**EXPORT, "chat": {"chat_id": "x", "head": []}}), "chat.head"),
         (json.dumps({**EXPORT, "facts": [{"id": "f"}]}), "facts[0]"),
     ],
 )
