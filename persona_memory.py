@@ -5,7 +5,8 @@ Role-play chats forget: once the beginning has slid out of the language model's 
 its promises or what the user told it. This program stands between a chat client and the model as an OpenAI-compatible
 proxy, keeps every message of every chat, and puts the right ones back into the prompt, inside a token budget.
 
-It is: a proxy (``python persona_memory.py --proxy``), an HTTP API over what it remembers, and a module to import.
+It is: a proxy (``python persona_memory.py --proxy``), an HTTP API over what it remembers, an extension for SillyTavern
+(``--install-extension``), and a module to import.
 It is not: a chat client, a language model, a vector database, or a service that talks to anyone but the upstream that
 the user named.
 
@@ -6689,6 +6690,7 @@ class PersonaMemory:
         self.storyteller = Storyteller(settings, self.upstream, self.embedder.name)
         self._emotion_model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
         self._readings: WeakKeyDictionary[ChatStore, dict[str, EmotionReading]] = WeakKeyDictionary()
+        self._read_by_words: WeakKeyDictionary[ChatStore, dict[str, EmotionReading]] = WeakKeyDictionary()
         self._shelf = ChatShelf(Path(settings.data))
         self._shelf_started = False
         self._model = ""
@@ -6810,8 +6812,7 @@ class PersonaMemory:
             layout = replace(layout, room=layout.room - story.tokens)
             recalled = self._recall(store, request, nodes, layout, {f.message for f in story.facts})
             if layout.window:
-                seen = beyond_window(recalled.memories, layout, story.tokens)
-                recalled = replace(recalled, memories=tuple(seen))
+                recalled = unseen(recalled, layout, story.tokens)
             mood = self._mood_of_turn(store, request, nodes)
             piece = self._reminder(store, request, nodes, layout, story, recalled)
             older = store.read([n.id for n in nodes[layout.anchor : above]])
@@ -7496,12 +7497,15 @@ class PersonaMemory:
             index = self._indexes.get(store)
             vectors = {h: v for h in unread if index and (v := index.vector(h)) is not None}
             vectors |= store.vectors(self.embedder.name, [h for h in unread if h not in vectors])
-        messages = store.read(list(unread.values()))
-        found = {h: read_emotion(m.content, vectors.get(h)) for h, m in zip(unread, messages, strict=True)}
+        by_words = self._read_by_words.setdefault(store, {})
+        fresh = {h: i for h, i in unread.items() if h in vectors or h not in by_words}
+        messages = store.read(list(fresh.values()))
+        found = {h: read_emotion(m.content, vectors.get(h)) for h, m in zip(fresh, messages, strict=True)}
+        by_words.update({h: r for h, r in found.items() if h not in vectors})
         if not self._emotion_model:
             sure = found if self._reads_elsewhere else {h: r for h, r in found.items() if h in vectors}
             known.update(sure)
-        return found
+        return {h: found.get(h) or by_words[h] for h in unread}
 
     def _read_in_background(self, store: ChatStore, by_hash: Mapping[str, str]) -> None:
         """Has a user's own model read what it has not read yet."""
@@ -8131,6 +8135,13 @@ def covers(summary: Summary, tree: Tree, message: str) -> bool:
     """Whether a summary tells of a message."""
     inside = summary.last in tree.nodes and summary.start <= tree.nodes[message].depth <= summary.end
     return inside and tree.is_below(summary.last, message)
+
+
+def unseen(recalled: Recalled, layout: Layout, told: int) -> Recalled:
+    """What was recalled, without what the client's own prompt shows; `told` are the story's tokens."""
+    kept = beyond_window(recalled.memories, layout, told)
+    shown = (m.left_out("the client's prompt shows it") for m in recalled.memories if m not in kept)
+    return replace(recalled, memories=tuple(kept), left_out=(*recalled.left_out, *shown))
 
 
 def place_transcript(store: ChatStore, request: ChatRequest) -> Alignment:
@@ -10501,10 +10512,8 @@ async function open() {
   Object.assign(live, { view: null, etag: "" });
   document.querySelectorAll("dialog:not(.lasting)").forEach((dialog) => dialog.close());
   const load = VIEWS[route.name] ?? chatsView;
-  const [state, view] = await live
-    .state(route.id)
-    .then(async (before) => [before, await load(route)])
-    .catch((error) => [{}, failedView(error)]);
+  const state = await live.state(route.id).catch(() => ({}));
+  const view = await load(route).catch(failedView);
   if (number !== visit) return view.leave?.();
   document.title = `${view.title} · persona_memory`;
   document.querySelectorAll(".bar nav a").forEach((link) => {
@@ -10521,6 +10530,7 @@ async function open() {
   });
 }
 
+/** What stands in for a view that cannot be had: it is tried again when the chats change, or the server is back. */
 function failedView(error) {
   const root = h(
     "section",
@@ -10529,7 +10539,7 @@ function failedView(error) {
     h("p", {}, error.message),
     h("p", {}, h("a", { href: "#/" }, "All chats")),
   );
-  return { title: "Not here", root, refresh: () => {}, watches: () => "" };
+  return { title: "Not here", root, refresh: open, watches: (state) => state.chats };
 }
 
 // ------------------------------------------------------------------------------------------------ theme
@@ -11019,7 +11029,8 @@ function showRecalled(memories, emotion) {
     const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= SURE;
     const felt = sure ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'nothing in particular';
     parts.mood.textContent = `Your mood: ${felt}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
-    const rows = memories.slice(0, MOST_SHOWN).map(({ index, name, role, content, chat_id: elsewhere }) => {
+    const inOrder = memories.slice(0, MOST_SHOWN).sort((a, b) => a.index - b.index);
+    const rows = inOrder.map(({ index, name, role, content, chat_id: elsewhere }) => {
         const text = content.length > LONGEST_SHOWN ? `${content.slice(0, LONGEST_SHOWN)} ...` : content;
         const where = elsewhere ? 'In another chat, ' : '';
         return element('li', { value: index + 1, textContent: `${where}${name ?? role}: ${text}` });

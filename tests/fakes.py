@@ -6,6 +6,7 @@ Only the language model is faked, by a real HTTP server that records every reque
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import itertools
 import json
@@ -483,6 +484,16 @@ class LocalServer:
         """Wait until /health says "ok": the embedder is loaded."""
         wait_until(lambda: (health(self.url) or {}).get("status") == "ok", "the server's status ok")
         return self
+
+    @contextlib.contextmanager
+    def context(self, tokens: int):
+        """The server as if it had been started with that context length."""
+        memory = self.server.memory
+        before, memory.settings = memory.settings, dataclasses.replace(memory.settings, context=tokens)
+        try:
+            yield
+        finally:
+            memory.settings = before
 
     def close(self):
         self.server.close()

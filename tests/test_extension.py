@@ -523,22 +523,11 @@ class TestThroughTheProxy:
         shown = client.do("stand.context.chat.map((m) => ({role: m.is_user ? 'user' : 'assistant', content: m.mes}))")
         body = {"model": "m", "messages": [{"role": "system", "content": "You are Mira."}, *shown], "max_tokens": 200}
         body |= merged(client.do("stand.requests.at(-1).custom_include_body"))
-        with LocalServerContext(server, 1600):
+        with server.context(1600):
             httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=TIMEOUT).raise_for_status()
         client.do("await stand.context.eventSource.emit('generation_ended')")
         client.page.get_by_text("silverthorn").wait_for()
         assert "chats go through the proxy" in client.panel()
-
-
-@contextlib.contextmanager
-def LocalServerContext(server, tokens: int):  # noqa: N802
-    """The server as if it had been started with that context length."""
-    memory, before = server.server.memory, server.server.memory.settings
-    memory.settings = pm.replace(before, context=tokens)
-    try:
-        yield
-    finally:
-        memory.settings = before
 
 
 def merged(text: str) -> dict:

@@ -352,9 +352,9 @@ def plain(messages: list[dict]) -> list[dict]:
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
-def spoken(server, messages: list[dict], **named):
+def spoken(server, messages: list[dict], max_tokens: int = 300, **named):
     """One turn of a client that says which chat it is."""
-    return say(server.url, [CARD, *plain(messages)], persona_memory=named)
+    return say(server.url, [CARD, *plain(messages)], persona_memory=named, max_tokens=max_tokens)
 
 
 def test_the_upstream_sees_nothing_of_the_identity(shared_server, upstream, chat_id):
@@ -422,6 +422,19 @@ def test_a_checkpoint_adopts_its_parents_branch_through_the_proxy(shared_server,
         memory.embedder.encode = encode
     assert branch_texts(shared_server.url, f"{chat_id}-child") == [m["content"] for m in [*LONG[:100], ASKED]]
     assert not [text for text in encoded if "gulls" in text]
+
+
+def test_a_group_through_the_proxy_recalls_what_any_member_said(shared_server, upstream, chat_id):
+    """Without names, who spoke is what the messages begin with."""
+    told = line("assistant", "Borin: The spare key to the gate lies under the anvil in my forge.")
+    chat = [line("user", "Robin: Where is the spare key, Borin?"), told, *filler(40)]
+    asked = line("user", "Robin: Mira, do you remember where the spare key to the gate lies?")
+    spoken(shared_server, chat, chat_id=chat_id)
+    embed(shared_server, chat_id)
+    with shared_server.context(1500):
+        spoken(shared_server, [*chat, asked], chat_id=chat_id, character="Mira", max_tokens=200)
+    block = next(m["content"] for m in upstream.last["body"]["messages"] if "Earlier in this chat" in m["content"])
+    assert told["content"] in block
 
 
 @pytest.mark.parametrize("given", ["a string", 7, ["x"], {"chat_id": 7}, {"kind": ["quiet"]}])

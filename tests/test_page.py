@@ -722,9 +722,13 @@ def test_a_view_is_reached_and_read_by_keyboard(visit, told):
     expect(page).to_have_title("Chats · persona_memory")
 
 
-def test_an_address_of_no_chat_says_so(visit, told):
-    """With the way out."""
-    page = visit(f"{told.url}/#/chat/nobody")
+def test_an_address_of_no_chat_says_so_until_there_is_one(visit, server):
+    """With the way out; the extension leads to a chat that may not have said anything yet."""
+    page = visit(f"{server.url}/#/chat/nobody/messages")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Not here")
+    say(server.url, [SYSTEM, {"role": "user", "content": "Here I am."}], user="nobody")
+    expect(page.locator(".message[aria-posinset='1']")).to_contain_text("Here I am.")
+    page.goto(f"{server.url}/#/chat/%E0%A4%A/prompts")
     expect(page.get_by_role("heading", level=1)).to_have_text("Not here")
     page.get_by_role("link", name="All chats").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("Chats")
