@@ -6865,6 +6865,8 @@ class PersonaMemory:
     def _story_reserve(self, store: ChatStore, path: Sequence[str], context: int) -> int:
         """Tokens that the story may take in this chat's prompts: all of its share as soon as there is one, so that the
         history's budget does not change with every summary."""
+        if not (store.summaries or store.facts or store.tree.marked):
+            return 0
         places = {message: place for place, message in enumerate(path)}
         begun = any(places.get(s.last) == s.end for s in store.summaries.values())
         facts = any(f.message in places for f in store.facts.values())
