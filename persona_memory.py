@@ -11047,7 +11047,8 @@ function showRecalled(memories, emotion) {
 function showChat() {
     if (!parts.link) return;
     const id = settledIdentity()?.id;
-    parts.link.href = settings().server.replace(/\/+$/, '') + (id ? `/#/chat/${encodeURIComponent(id)}` : '/#/');
+    const page = `${settings().server.replace(/\/+$/, '')}/persona_memory/#/`;
+    parts.link.href = id ? `${page}chat/${encodeURIComponent(id)}` : page;
 }
 
 function carrier() {
@@ -11134,6 +11135,7 @@ PAGE_HEADERS = {
     "Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
     "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
 }  # fmt: skip
+GUEST_PAGE = "/persona_memory/"  # where the memory page is on a server whose root is another's
 PREFLIGHT_SECONDS = 600  # that a browser need not ask again; more it does not heed
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -11777,6 +11779,7 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.after_request(add_headers)
     app.register_error_handler(Exception, show_error)
     app.add_url_rule("/", view_func=page)
+    app.add_url_rule(GUEST_PAGE, view_func=page)  # where the extension finds it, on any server
     app.add_url_rule("/health", view_func=health)
     app.add_url_rule("/metrics", view_func=show_metrics)
     app.add_url_rule("/extension.zip", view_func=extension_download)
@@ -11796,7 +11799,7 @@ def add_hooks(app: flask.Flask, memory: PersonaMemory, secure: bool) -> None:
     hooks = flask.Blueprint("persona_memory", __name__)  # what is set on it acts on its own routes alone
     hooks.register_blueprint(api)
     hooks.add_url_rule("/health", view_func=health)  # the extension asks for it
-    hooks.add_url_rule("/persona_memory/", view_func=page)  # the root is the host's own
+    hooks.add_url_rule(GUEST_PAGE, view_func=page)  # the root is the host's own
     hooks.add_url_rule("/extension.zip", view_func=extension_download)
     hooks.register_error_handler(Exception, show_error)
     if not secure:
