@@ -2478,6 +2478,17 @@ def read_json(cache: diskcache.Cache, key: str) -> Any:
     return json.loads(text)
 
 
+def stored_rows(cache: diskcache.Cache, prefix: str) -> dict[str, Any]:
+    """The JSON values of all keys that begin with a prefix such as "m:", read in one pass: diskcache asks for each."""
+    sql = "SELECT key, raw, mode, filename, value FROM Cache WHERE key >= ? AND key < ?"
+    after = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+    rows = cache._sql(sql, (prefix, after)).fetchall()
+    return {
+        cache.disk.get(key, raw): json.loads(cache.disk.fetch(mode, filename, value, False))
+        for key, raw, mode, filename, value in rows
+    }
+
+
 class OwnThread:
     """Runs an object's disk work in one thread: each thread that touches a diskcache holds three file handles."""
 
@@ -2527,12 +2538,10 @@ class ChatStore:
     def _open(self) -> None:
         self._cache = open_cache(self.directory, synchronous=2)
         self.info = json.loads(self._cache.get("info", "{}"))
-        rows = [read_json(self._cache, key) for key in self._cache.iterkeys() if key.startswith("m:")]
-        for row in sorted(rows, key=lambda row: row["order"]):
+        for row in sorted(stored_rows(self._cache, "m:").values(), key=lambda row: row["order"]):
             self._remember(row)
-        for key in self._cache.iterkeys():
-            if key.startswith(("s:", "f:")):
-                self._take_over(key)
+        self.summaries = {key[2:]: Summary(**row) for key, row in stored_rows(self._cache, "s:").items()}
+        self.facts = {key[2:]: Fact(**row) for key, row in stored_rows(self._cache, "f:").items()}
         self._generation = self._cache.get("generation", 0)
         self._file = database_of(self.directory).stat().st_ino
 
