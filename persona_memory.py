@@ -2470,6 +2470,18 @@ def open_cache(directory: Path, synchronous: int) -> diskcache.Cache:
     return cache
 
 
+def open_or_renew(directory: Path, synchronous: int) -> diskcache.Cache:
+    """A cache that the chats can do without: an unreadable one is made anew."""
+    try:
+        cache = open_cache(directory, synchronous)
+        cache.get("")
+    except sqlite3.DatabaseError:
+        log_event("renewed", f"{directory} was unreadable and is made anew.", level=logging.WARNING)
+        shutil.rmtree(directory)
+        cache = open_cache(directory, synchronous)
+    return cache
+
+
 def read_json(cache: diskcache.Cache, key: str) -> Any:
     """The JSON value of a key; raises `KeyError`. (`cache[key]` would wait for a locked database for ever.)"""
     text = cache.get(key)
@@ -2776,14 +2788,8 @@ class ChatShelf:
 
     def _start(self) -> list[Path]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._characters = open_cache(self._characters_folder, synchronous=2)
-        try:
-            self._catalogue = open_cache(self._catalogue_folder, synchronous=1)
-            self._catalogue.get("chats")
-        except sqlite3.DatabaseError:
-            log_event("catalogue", "The catalogue of chats was unreadable and is made anew.", level=logging.WARNING)
-            shutil.rmtree(self._catalogue_folder)
-            self._catalogue = open_cache(self._catalogue_folder, synchronous=1)
+        self._characters = open_or_renew(self._characters_folder, synchronous=2)
+        self._catalogue = open_or_renew(self._catalogue_folder, synchronous=1)
         return list(self.folder.iterdir())
 
     def get(self, chat_id: str) -> ChatStore | None:

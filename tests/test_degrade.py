@@ -236,8 +236,7 @@ def test_a_locked_catalogue_makes_no_turn_wait_for_ever(data_dir, store, upstrea
     """With and without an id the reply comes; afterwards the chat is listed and found."""
     with LocalServer(settings(data_dir, upstream.url)) as running:
         assert contents(running, "tale")
-        [catalogue] = [path for path in data_dir.rglob("cache.db") if "chats" not in path.parts]
-        with locked(catalogue):
+        with locked(data_dir / "catalogue" / "cache.db"):
             assert say(running.url, QUESTION, chat_id="tale").text == upstream.last["answer"]
             assert say(running.url, QUESTION).text == upstream.last["answer"]
         wait_until(lambda: not say(running.url, QUESTION, chat_id="tale").memory.startswith("degraded"), "memory again")
@@ -272,13 +271,14 @@ def test_a_full_disk(data_dir, store, upstream):
         assert_whole(running)
 
 
+@pytest.mark.parametrize("folder", ["catalogue", "characters"])
 @pytest.mark.parametrize("damage", GARBAGE.values(), ids=GARBAGE)
-def test_a_broken_catalogue_is_made_anew(data_dir, upstream, damage):
-    """What finds chats without an id is derived: losing it loses nothing."""
+def test_what_stands_beside_the_chats_is_made_anew_where_it_is_broken(data_dir, upstream, damage, folder):
+    """What finds chats without an id is derived: losing it loses nothing. An option of a character falls back to off."""
     with LocalServer(settings(data_dir, upstream.url)) as running:
         chat_id = say(running.url, [PERSONA, *TALK]).chat_id
-    [catalogue] = [path for path in data_dir.rglob("cache.db") if "chats" not in path.parts]
-    replace(catalogue, damage(catalogue.read_bytes()))
+    database = data_dir / folder / "cache.db"
+    replace(database, damage(database.read_bytes()))
     with LocalServer(settings(data_dir, upstream.url)) as running:
         reply = say(running.url, QUESTION)
         assert (reply.status, reply.chat_id) == (200, chat_id)
