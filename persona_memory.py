@@ -2478,6 +2478,17 @@ def read_json(cache: diskcache.Cache, key: str) -> Any:
     return json.loads(text)
 
 
+def stored_rows(cache: diskcache.Cache, prefix: str) -> dict[str, Any]:
+    """The JSON values of all keys that begin with a prefix such as "m:", read in one pass: diskcache asks for each."""
+    sql = "SELECT key, raw, mode, filename, value FROM Cache WHERE key >= ? AND key < ?"
+    after = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+    rows = cache._sql(sql, (prefix, after)).fetchall()
+    return {
+        cache.disk.get(key, raw): json.loads(cache.disk.fetch(mode, filename, value, False))
+        for key, raw, mode, filename, value in rows
+    }
+
+
 class OwnThread:
     """Runs an object's disk work in one thread: each thread that touches a diskcache holds three file handles."""
 
@@ -2527,12 +2538,10 @@ class ChatStore:
     def _open(self) -> None:
         self._cache = open_cache(self.directory, synchronous=2)
         self.info = json.loads(self._cache.get("info", "{}"))
-        rows = [read_json(self._cache, key) for key in self._cache.iterkeys() if key.startswith("m:")]
-        for row in sorted(rows, key=lambda row: row["order"]):
+        for row in sorted(stored_rows(self._cache, "m:").values(), key=lambda row: row["order"]):
             self._remember(row)
-        for key in self._cache.iterkeys():
-            if key.startswith(("s:", "f:")):
-                self._take_over(key)
+        self.summaries = {key[2:]: Summary(**row) for key, row in stored_rows(self._cache, "s:").items()}
+        self.facts = {key[2:]: Fact(**row) for key, row in stored_rows(self._cache, "f:").items()}
         self._generation = self._cache.get("generation", 0)
         self._file = database_of(self.directory).stat().st_ino
 
@@ -11049,7 +11058,8 @@ function showRecalled(memories, emotion) {
 function showChat() {
     if (!parts.link) return;
     const id = settledIdentity()?.id;
-    parts.link.href = settings().server.replace(/\/+$/, '') + (id ? `/#/chat/${encodeURIComponent(id)}` : '/#/');
+    const page = `${settings().server.replace(/\/+$/, '')}/persona_memory/#/`;
+    parts.link.href = id ? `${page}chat/${encodeURIComponent(id)}` : page;
 }
 
 function carrier() {
@@ -11136,6 +11146,7 @@ PAGE_HEADERS = {
     "Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
     "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
 }  # fmt: skip
+GUEST_PAGE = "/persona_memory/"  # where the memory page is on a server whose root is another's
 PREFLIGHT_SECONDS = 600  # that a browser need not ask again; more it does not heed
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -11779,6 +11790,7 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.after_request(add_headers)
     app.register_error_handler(Exception, show_error)
     app.add_url_rule("/", view_func=page)
+    app.add_url_rule(GUEST_PAGE, view_func=page)  # where the extension finds it, on any server
     app.add_url_rule("/health", view_func=health)
     app.add_url_rule("/metrics", view_func=show_metrics)
     app.add_url_rule("/extension.zip", view_func=extension_download)
@@ -11798,7 +11810,7 @@ def add_hooks(app: flask.Flask, memory: PersonaMemory, secure: bool) -> None:
     hooks = flask.Blueprint("persona_memory", __name__)  # what is set on it acts on its own routes alone
     hooks.register_blueprint(api)
     hooks.add_url_rule("/health", view_func=health)  # the extension asks for it
-    hooks.add_url_rule("/persona_memory/", view_func=page)  # the root is the host's own
+    hooks.add_url_rule(GUEST_PAGE, view_func=page)  # the root is the host's own
     hooks.add_url_rule("/extension.zip", view_func=extension_download)
     hooks.register_error_handler(Exception, show_error)
     if not secure:

@@ -498,6 +498,7 @@ class LocalServer:
     def close(self):
         self.server.close()
         self.thread.join(10)
+        self.server.task_dispatcher.shutdown()  # ends its threads; a test run has hundreds of servers
         self.server.memory.close()
 
     def __enter__(self):

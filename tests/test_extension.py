@@ -600,10 +600,10 @@ class TestPanel:
 
     def test_a_link_to_the_chats_page(self, client, server):
         link = client.page.locator("#persona_memory_settings a")
-        assert link.get_attribute("href") == f"{server.url}/#/"
+        assert link.get_attribute("href") == f"{server.url}/persona_memory/#/"
         client.talk("Good morning.")
         client.generate()
-        assert link.get_attribute("href") == f"{server.url}/#/chat/{client.id}"
+        assert link.get_attribute("href") == f"{server.url}/persona_memory/#/chat/{client.id}"
 
     def test_carrying_over_is_set_for_the_character(self, client, server):
         url = f"{server.url}/api/persona_memory/characters/Mira"
