@@ -2923,7 +2923,9 @@ class ChatShelf:
 
     def close(self) -> None:
         """Lets go of all files."""
-        for store in list(self._open.values()):
+        with self._lock:  # the background may be opening one
+            stores = list(self._open.values())
+        for store in stores:
             store.close()
         self._disk.close()
 
