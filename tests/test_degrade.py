@@ -274,7 +274,7 @@ def test_a_full_disk(data_dir, store, upstream):
 @pytest.mark.parametrize("folder", ["catalogue", "characters"])
 @pytest.mark.parametrize("damage", GARBAGE.values(), ids=GARBAGE)
 def test_what_stands_beside_the_chats_is_made_anew_where_it_is_broken(data_dir, upstream, damage, folder):
-    """What finds chats without an id is derived: losing it loses nothing. An option of a character falls back to off."""
+    """What finds chats without an id is derived: losing it loses nothing. A character's option falls back to off."""
     with LocalServer(settings(data_dir, upstream.url)) as running:
         chat_id = say(running.url, [PERSONA, *TALK]).chat_id
     database = data_dir / folder / "cache.db"
