@@ -623,14 +623,19 @@ def test_the_openai_client_reads_all_of_it(server, api, chat):
 @pytest.mark.parametrize("stream", [False, True])
 def test_off_answers_and_remembers_nothing(server, api, chat, stream):
     """The reply comes translated all the same; no chat is made of it."""
-    before = get(server.url, "/api/persona_memory/chats")
+    before = chats_of(server)
     answer = ask(server.url, chat, headers={"X-Persona-Memory": "off"}, stream=stream)
     text = reply_of(answer, stream)[0]
     assert text == api.last["answer"]
     assert answer.headers["X-Persona-Memory"] == "off"
     assert "X-Chat-Id" not in answer.headers
     assert prompt_text(api.last["body"]) == "\n".join(entry["content"] for entry in chat)
-    assert get(server.url, "/api/persona_memory/chats") == before
+    assert chats_of(server) == before
+
+
+def chats_of(server) -> list[dict]:
+    """The chats as they are listed, without their size: vectors of earlier turns may still be on their way to disk."""
+    return [{k: v for k, v in chat.items() if k != "size"} for chat in get(server.url, "/api/persona_memory/chats")]
 
 
 @pytest.mark.parametrize("stream", [False, True])
