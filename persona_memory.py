@@ -4583,10 +4583,13 @@ def memory_block(memories: Sequence[Memory]) -> str:
     return "\n".join([MEMORY_HEADING, *map(excerpt_text, neighbours(memories)), MEMORY_ENDING])
 
 
-def fitting(memories: Sequence[Memory], budget: int) -> tuple[list[Memory], list[Memory]]:
-    """As many of the memories, best first, as fit with their frame into `budget` tokens; and the others."""
+def fitting(
+    memories: Sequence[Memory], budget: int, block: Callable[[Sequence[Memory]], str] = memory_block
+) -> tuple[list[Memory], list[Memory]]:
+    """As many of the memories, best first, as fit with their frame (as `block` writes it) into `budget` tokens; and the
+    others."""
     kept = list(memories)
-    while kept and count_tokens(memory_block(kept)) + FRAME_MARGIN > budget:
+    while kept and count_tokens(block(kept)) + FRAME_MARGIN > budget:
         kept.pop()
     return kept, list(memories[len(kept) :])
 
@@ -7379,8 +7382,8 @@ class PersonaMemory:
 
         What the turn's own chat remembers goes first; no lock of it is held: two chats may recall from each other.
         """
-        room = min(layout.room, layout.recalled) - sum(map(memory_cost, memories))
-        room = min(room, int(CARRIED_SHARE * layout.recalled)) - 2 * memory_frame_tokens() - GUIDANCE_TOKENS
+        taken = count_tokens(memory_block(memories)) + GUIDANCE_TOKENS + FRAME_MARGIN
+        room = min(layout.room - taken, layout.recalled - taken, int(CARRIED_SHARE * layout.recalled))
         try:
             others = self._others_of(store)
             if not others or layout.pivot is None or room <= 0:
@@ -7391,7 +7394,7 @@ class PersonaMemory:
             needs, costs = [need(m.score, ranked[0][0].score) for m, _ in ranked], [memory_cost(m) for m, _ in ranked]
             texts, vectors = [m.message.content for m, _ in ranked], [v for _, v in ranked]
             chosen, _ = choose(needs, costs, lambda a, b: alike([texts[a], texts[b]], [vectors[a], vectors[b]]), room)
-            return [ranked[i][0] for i in chosen]
+            return fitting([ranked[i][0] for i in chosen], room, carried_block)[0]
         except Exception as error:
             words = f"Nothing could be carried over: {type(error).__name__}: {error}"
             log_event("carry_over_failed", words, level=logging.WARNING, trace=True, chat=store.id)

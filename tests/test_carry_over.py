@@ -123,3 +123,23 @@ def test_nonsense_is_refused(running, body):
     """The option is on or off."""
     address = f"{running.url}/api/persona_memory/characters/Mira"
     assert httpx.patch(address, json=body, timeout=60).status_code == 400
+
+
+@pytest.mark.parametrize("words", [1, 900, 1500, 1700, 1800, 1850, 1900])
+def test_what_is_carried_over_keeps_to_the_budget(upstream, data_dir, words):
+    """Dates and frame included, however little room a long persona leaves."""
+    persona = {"role": "system", "content": "light " * words}
+    with LocalServer(settings(data_dir, upstream.url, context=3000, budget="20/40/20/20")) as server:
+        many = [
+            {"role": "user", "content": f"Of the mule in Ostrava: owner {n} sold it to the {what}."}
+            for n, what in enumerate(["miller", "smith", "monk", "baker", "tailor", "judge", "ferryman", "cooper"] * 4)
+        ]
+        append(server, "before", [*many, OTHER_TIME[1]])
+        carry_over(server, True)
+        say(server.url, [persona, *BEGUN, ASKED], stream=False, chat_id="now")
+        carried = [row for row in recalled(server) if row.get("chat_id")]
+        assert carried or words > 1
+        sent = sum(map(pm.message_tokens, upstream.last["body"]["messages"])) + pm.REPLY_PRIMING
+        address = f"{server.url}/api/persona_memory/chats/now/prompts?limit=1"
+        (report,) = httpx.get(address, timeout=60).json()["prompts"]
+        assert sent + report["budget"]["response"] <= 3000
