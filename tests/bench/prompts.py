@@ -9,9 +9,9 @@ got, the header that says what memory did, and for an injection the whole answer
     python tests/bench/prompts.py --out after.jsonl  --captures FOLDER ... --data locomo_dev.json --program changed.py
     python tests/bench/prompts.py --compare before.jsonl after.jsonl
 
-Two runs of one program write the same bytes. For that the program's clock stands still between requests, what it does
-in the background ends before the next request, nothing is ever late, each text is embedded alone (in a batch the last
-bits of a vector depend on its neighbours), and made-up chat ids are numbered.
+Two runs of one program write the same bytes. For that the program's clock stands still in a request, what it does in
+the background is done between requests, nothing is ever late, each text is embedded alone (in a batch the last bits of
+a vector depend on its neighbours), and made-up chat ids are numbered.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -72,24 +73,43 @@ class Clock:
 
 
 class Background:
-    """The futures of every thread pool of this process, to wait for; a wait for one of them has no end."""
+    """Holds back what is given to the thread pools of this process until a request is over, or somebody waits for it.
+
+    So a turn meets the same vectors and summaries each time, however busy the machine. A wait for a result has no end.
+    """
 
     def __init__(self):
-        self.futures: collections.deque = collections.deque()
+        self.held: collections.deque = collections.deque()  # (pool, future, event that lets it run), oldest first
         pool, future = concurrent.futures.ThreadPoolExecutor, concurrent.futures.Future
-        submit, result = pool.submit, future.result
+        submit, shutdown, result = pool.submit, pool.shutdown, future.result
 
-        def submitted(*args, **kwargs):
-            self.futures.append(made := submit(*args, **kwargs))
+        def hold(self_, work, *args, **kwargs):
+            allowed = threading.Event()
+            self.held.append((self_, made := submit(self_, lambda: allowed.wait() and work(*args, **kwargs)), allowed))
             return made
 
-        pool.submit = submitted
-        future.result = lambda self, timeout=None: result(self)
+        def wait(self_, timeout=None):
+            self.let_go(next((row[0] for row in list(self.held) if row[1] is self_), None))
+            return result(self_)
+
+        def end(self_, *args, **kwargs):
+            self.let_go(self_)
+            return shutdown(self_, *args, **kwargs)
+
+        pool.submit, pool.shutdown, future.result = hold, end, wait
+
+    def let_go(self, pool):
+        """Lets all run that waits in a pool; it has one thread, and does first what came first."""
+        for row in list(self.held):
+            if row[0] is pool:
+                row[2].set()
 
     def settle(self):
-        """Waits until the program does nothing any more in the background, and asks nothing of its embedder."""
-        while self.futures:
-            concurrent.futures.wait([self.futures.popleft()])
+        """Does what is held back, one after the other, and what follows from that."""
+        while self.held:
+            _, future, allowed = self.held.popleft()
+            allowed.set()
+            concurrent.futures.wait([future])
 
 
 def embed_alone():
@@ -111,14 +131,12 @@ def embed_alone():
     SentenceTransformer.encode = one_by_one
 
 
-def load_program(path: Path, clock: Clock):
-    """The program of that file as the module `persona_memory`, by that clock."""
+def load_program(path: Path):
+    """The program of that file as the module `persona_memory`; it loads its embedder once."""
     spec = importlib.util.spec_from_file_location("persona_memory", path)
     module = sys.modules["persona_memory"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.time = clock
-    load = module.load_sentence_transformer
-    module.load_sentence_transformer = functools.cache(load)
+    module.load_sentence_transformer = functools.cache(module.load_sentence_transformer)
     return module
 
 
@@ -278,7 +296,7 @@ def play_windows(stage: Stage, args):
 def play_languages(stage: Stage, args):
     for name in LANGUAGES:
         messages, questions = written(name)
-        play(stage, name, messages[-8:])
+        play(stage, name, messages, window=6)
         ask(stage, name, messages, questions, window=6)
 
 
@@ -339,7 +357,7 @@ def play_changes(stage: Stage, args):
 
 def play_identities(stage: Stage, args):
     """How clients say which chat it is."""
-    chat = written("roleplay_keep")[0]
+    chat, questions = written("roleplay_keep")
     ways = {
         "header": ({}, {"X-Chat-Id": "by header"}),
         "chat_id": ({"chat_id": "by field"}, {}),
@@ -355,10 +373,13 @@ def play_identities(stage: Stage, args):
         for number in (63, 67, 73):  # clients that send nothing but the newest message, and no persona
             body = {"model": "fake-model", "messages": [chat[number]], **more}
             stage.chat(f"{name}, message {number} alone", body, headers=headers)
+        for question in questions[:4]:
+            shown = [*chat[:61], {"role": "user", "content": question}]
+            stage.chat(f"{name}: {question}", request(shown, **more), headers=headers)
     for number, (shown, reply) in enumerate(requests_of(chat[:60], 1), 1):
         stage.chat(f"newest message only, turn {number}", request(shown, user="chat_delta"), reply)
-    for number, question in enumerate(written("roleplay_keep")[1][:8]):
-        body = request([{"role": "user", "content": question}], chat_id="by field")
+    for number, question in enumerate(questions[:8]):
+        body = request([{"role": "user", "content": question}], user="chat_delta")
         stage.chat(f"newest message only, question {number}", body)
     branched = {"chat_id": "branched", "parent_chat_id": "by object", "character": "Maren", "complete": True}
     stage.chat("branched off", request(chat[:31], persona_memory=branched))
@@ -459,11 +480,11 @@ WAYS = {
     "clients": (play_clients, {"context": 8192}),
     "whole chats": (play_whole, {}),
     "windows": (play_windows, {}),
-    "languages": (play_languages, {"context": 1024}),
+    "languages": (play_languages, {"context": 700}),
     "extracts": (play_extracts, {"summary_every": 8, "summary_calls": 0}),
     "summaries": (play_summaries, {"summary_every": 8, "summary_calls": 0}),
     "changes": (play_changes, {}),
-    "identities": (play_identities, {}),
+    "identities": (play_identities, {"context": 1024}),
     "forms": (play_forms, {}),
     "marks": (play_marks, {}),
     "injections": (play_injections, {"summary_every": 8}),
@@ -514,7 +535,8 @@ def record(args) -> list[str]:
     os.environ |= {"TZ": "UTC", "TOKENIZERS_PARALLELISM": "false"}
     time.tzset()
     clock, background, lines = Clock(), Background(), []
-    program = load_program(args.program, clock)
+    program = load_program(args.program)
+    program.time = clock
     embed_alone()
     for way, (played, options) in WAYS.items():
         if way.startswith("conversations") and not args.data:
