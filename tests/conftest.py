@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,20 +24,29 @@ hypothesis.settings.load_profile("unhurried")
 
 
 class SharedModel:
-    """One loaded model for all servers of this process, used by one thread at a time as its tokenizer needs it."""
+    """One loaded model for all servers of this process, used by one thread at a time as its tokenizer needs it.
+
+    It embeds every text once: the tests' chats say the same words again and again.
+    """
 
     def __init__(self, model):
         self.model = model
         self.lock = threading.Lock()
+        self.known = {}
 
-    def encode(self, *args, **kwargs):
+    def encode(self, texts, **options):
+        """Vectors, float32 [len(texts), dimensions]."""
+        how = tuple(sorted(options.items()))
         with self.lock:
-            return self.model.encode(*args, **kwargs)
+            if fresh := [text for text in dict.fromkeys(texts) if (text, how) not in self.known]:
+                vectors = self.model.encode(fresh, **options)
+                self.known |= {(text, how): vector for text, vector in zip(fresh, vectors, strict=True)}
+            return np.stack([self.known[text, how] for text in texts])
 
 
 @pytest.fixture(scope="session", autouse=True)
 def load_the_embedder_once():
-    """The model is the real one, loaded when first needed; only loading it again for each server is saved."""
+    """The model is the real one, loaded when first needed; only doing the same work again for each server is saved."""
     load = persona_memory.load_sentence_transformer
     persona_memory.load_sentence_transformer = functools.cache(lambda name: SharedModel(load(name)))
     yield
