@@ -23,6 +23,15 @@ hypothesis.settings.register_profile("unhurried", deadline=None)  # how long a s
 hypothesis.settings.load_profile("unhurried")
 
 
+MOST_WORKERS = 4  # each loads the embedder
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """A process for each core runs the whole suite; a file or a test of it runs in this one, which is there already."""
+    whole = all(Path(given).is_dir() for given in config.args)
+    return min(os.cpu_count() or 1, MOST_WORKERS) if whole else 0
+
+
 class SharedModel:
     """One loaded model for all servers of this process, used by one thread at a time as its tokenizer needs it.
 

@@ -36,6 +36,7 @@ from prompts import load_program
 
 PROGRAM = Path(__file__).resolve().parents[2] / "persona_memory.py"
 DEADLINE, GRACE = 2.0, 0.2  # seconds that a turn may wait for recall, and that everything else may take
+MOST_FAILURES = 5  # after which the many chats are given up
 PERSONA = {"role": "system", "content": "You are Maren, keeper of the lighthouse on the Teeth."}
 MARK = re.compile(r"turn-(\d+)-(\d+)")
 
@@ -170,28 +171,40 @@ def opened(pid: int, data: Path) -> dict:
     return {"files": len(files), "open chats": len(chats), "threads": len(list(Path(f"/proc/{pid}/task").iterdir()))}
 
 
+def single_turn(api: httpx.Client, url: str, chat: int) -> str:
+    """How a chat's only turn went: "ok", "degraded" or "failed"."""
+    body = {"model": "fake-model", "messages": [PERSONA, {"role": "user", "content": line(chat, 1)}]}
+    try:
+        answer = api.post(f"{url}/v1/chat/completions", json=body, headers={"X-Chat-Id": f"chat {chat}"})
+    except httpx.TransportError:
+        return "failed"
+    if answer.status_code != 200:
+        return "failed"
+    return "degraded" if answer.headers["X-Persona-Memory"].startswith("degraded") else "ok"
+
+
 def many(args) -> list[dict]:
     """One turn in each of many chats, with few file handles."""
     rows, limit = [], (args.files, args.files)
     with tempfile.TemporaryDirectory() as folder, Upstream(reply=lambda body: "*She nods.*") as upstream:
         server = Server(folder, upstream.url, "--context", 2048)
         server.command[1] = str(args.program)
-        with server, httpx.Client(timeout=120) as api:
+        with server, httpx.Client(timeout=30) as api:
             server.wait_ready()
             resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, limit)
-            failed = degraded = 0
+            counts = {"degraded": 0, "failed": 0}
             started = time.perf_counter()
             for chat in range(1, args.many + 1):
-                body = {"model": "fake-model", "messages": [PERSONA, {"role": "user", "content": line(chat, 1)}]}
-                headers = {"X-Chat-Id": f"chat {chat}"}
-                answer = api.post(f"{server.url}/v1/chat/completions", json=body, headers=headers)
-                failed += answer.status_code != 200
-                degraded += answer.headers.get("X-Persona-Memory", "").startswith("degraded")
-                if chat % (args.many // 10 or 1) == 0:
+                outcome = single_turn(api, server.url, chat)
+                if outcome in counts:
+                    counts[outcome] += 1
+                given_up = counts["failed"] == MOST_FAILURES
+                if chat % (args.many // 10 or 1) == 0 or given_up:
                     held = opened(server.process.pid, Path(folder))
-                    counts = {"failed": failed, "degraded": degraded, "s": round(time.perf_counter() - started, 1)}
-                    rows.append({"chats": chat, **held, **counts})
+                    rows.append({"chats": chat, **held, **counts, "s": round(time.perf_counter() - started, 1)})
                     progress(str(rows[-1]))
+                if given_up:
+                    break
     return rows
 
 
@@ -207,9 +220,10 @@ def main():
     parser.add_argument("--files", type=int, default=256, help="file handles that the program has there")
     args = parser.parse_args()
     program = load_program(args.program)
-    found = [crowd(program, args), beside(program, args)]
-    for row in found:
-        print_table([row])
+    found = []
+    for measure in (crowd, beside):
+        found.append(measure(program, args))
+        print_table(found[-1:])
     rows = many(args) if args.many else []
     if rows:
         print_table(rows)
