@@ -2,6 +2,7 @@
 
 import functools
 import os
+import ssl
 import sys
 import threading
 from pathlib import Path
@@ -16,6 +17,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from fakes import LocalServer, Upstream, settings  # noqa: E402
 
 import persona_memory  # noqa: E402
+
+ssl.create_default_context = functools.cache(ssl.create_default_context)  # each client would read all certificates anew
 
 REAL_PAUSES = {name: getattr(persona_memory, name) for name in ("FIRST_PAUSE_SECONDS", "PAUSE_JITTER_SECONDS")}
 
