@@ -2793,12 +2793,14 @@ def read_json(cache: diskcache.Cache, key: str) -> Any:
 
 
 def stored_rows(cache: diskcache.Cache, prefix: str) -> dict[str, Any]:
-    """The JSON values of all keys that begin with a prefix such as "m:", in one pass: diskcache asks for each."""
+    """The values (numbers, or JSON) of all keys that begin with a prefix such as "m:", in one pass: diskcache asks for
+    each."""
     sql = "SELECT key, raw, mode, filename, value FROM Cache WHERE key >= ? AND key < ?"
     rows = cache._sql(sql, (prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))).fetchall()
     return {
-        cache.disk.get(key, raw): json.loads(cache.disk.fetch(mode, filename, value, False))
+        cache.disk.get(key, raw): json.loads(found) if isinstance(found, str) else found
         for key, raw, mode, filename, value in rows
+        for found in [cache.disk.fetch(mode, filename, value, False)]
     }
 
 
@@ -3179,7 +3181,7 @@ def running_max(values: np.ndarray, reach: int) -> np.ndarray:
     return out
 
 
-def shift(values: np.ndarray, places: int) -> np.ndarray:
+def displaced(values: np.ndarray, places: int) -> np.ndarray:
     """The values shifted towards the end by `places` (towards the start where negative), 0 where nothing was."""
     out = np.zeros_like(values)
     if places >= 0:
@@ -4109,12 +4111,12 @@ def said_twice(query: Query, e: Evidence) -> np.ndarray:
 
 def answers_words(query: Query, e: Evidence) -> np.ndarray:
     """BM25 of the message before where that asks something: this is its answer."""
-    return shift((e.traits["question"] > 0) * e.lexical, 1)
+    return displaced((e.traits["question"] > 0) * e.lexical, 1)
 
 
 def answers_meaning(query: Query, e: Evidence) -> np.ndarray:
     """Cosine of the message before where that asks something."""
-    return shift((e.traits["question"] > 0) * e.cosine, 1)
+    return displaced((e.traits["question"] > 0) * e.cosine, 1)
 
 
 def speaker(query: Query, e: Evidence) -> np.ndarray:
@@ -7373,7 +7375,7 @@ class Archive:
                     named = self._create(request, chat_id, deadline)
                 chat = loans.enter_context(self._registry.borrow(named))
             with chat.lock:
-                alignment = align_appended(chat, request) or align_request(chat, request)
+                alignment = (chat_id and align_appended(chat, request)) or align_request(chat, request)
                 path = self._write_branch(chat, alignment, request)
             yield chat, path
 

@@ -202,7 +202,7 @@ def test_settings_know_where_they_come_from(tmp_path):
 @pytest.mark.parametrize(
     ("upstream", "embedder", "turn", "level", "words", "advice"),
     [
-        ("ok", "ready", {}, "ok", "All is well", ""),
+        ("ok", "ready", {}, "ok", "OK", ""),
         ("ok", "loading", {}, "loading", "loading", "by words"),
         ("failed: no memory", "ready", {}, "trouble", "embedded model", "no memory"),
         ("ok", "failed: no file", {}, "notice", "not by meaning", "--embedder"),
@@ -225,7 +225,7 @@ def test_settings_know_where_they_come_from(tmp_path):
             "late",
             "not aff",
         ),
-        ("ok", "ready", {"outcome": "client_gone", "status": 499, "why": "left"}, "ok", "All is well", ""),
+        ("ok", "ready", {"outcome": "client_gone", "status": 499, "why": "left"}, "ok", "OK", ""),
     ],
 )
 def test_how_things_stand_is_said_in_words(upstream, embedder, turn, level, words, advice):

@@ -160,7 +160,7 @@ def test_the_running_maximum_is_the_maximum_of_the_window(values, reach):
 def test_moved_values_keep_their_length_and_order(values, places):
     n = len(values)
     slow = [values[i - places] if 0 <= i - places < n else 0 for i in range(n)]
-    assert pm.shift(values, places).tolist() == slow
+    assert pm.displaced(values, places).tolist() == slow
 
 
 @given(st.lists(st.integers(0, 5)), st.lists(st.integers(0, 5)))
