@@ -2231,7 +2231,7 @@ def sane_text(text: str) -> str:
 # ======================================================================================================================
 
 FRONT = 64  # how far into a transcript a changed front is looked for
-SAME_TEXT = 64  # how many messages of one text are tried as the transcript's place, newest first
+SAME_TEXT = 64  # how many messages of one text are tried as the transcript's beginning, newest first
 
 
 class Tree:
@@ -2322,8 +2322,9 @@ class Tree:
 class Alignment:
     """Where a transcript hangs in a tree: under `base` stand the stored messages `kept`, then what is new.
 
-    `matches` are the transcript's places that are stored where this alignment puts them, `users` says how many of
-    those a user wrote, and `skipped` how many messages in front have no place of their own (a folded persona).
+    `matches` are the indexes in the transcript of the messages that are stored where this alignment puts them, `users`
+    says how many of those a user wrote, and `skipped` how many messages in front are no part of the chat (a persona in
+    the first turn).
     """
 
     base: str = ROOT
@@ -2352,11 +2353,11 @@ class Alignment:
         return self.users > 0 and (self.run > 1 or (self.base == ROOT and 0 in self.matches))
 
 
-def longest_run(places: Sequence[int]) -> int:
+def longest_run(numbers: Sequence[int]) -> int:
     """The length of the longest stretch of consecutive numbers in a rising list."""
     best = run = 0
-    for previous, place in itertools.pairwise((-2, *places)):
-        run = run + 1 if place == previous + 1 else 1
+    for previous, number in itertools.pairwise((-2, *numbers)):
+        run = run + 1 if number == previous + 1 else 1
         best = max(best, run)
     return best
 
@@ -2403,7 +2404,7 @@ def exact_start(tree: Tree, digests: Sequence[str], head: str) -> Alignment | No
 def shifted_start(tree: Tree, digests: Sequence[str]) -> Alignment:
     """For a transcript whose front was changed: hung under the base that most of its later messages agree on.
 
-    A message at place i that is stored somewhere speaks for the base i + 1 levels above it.
+    A message at index i that is stored somewhere speaks for the base i + 1 levels above it.
     """
     votes: dict[str, dict[int, str]] = defaultdict(dict)
     for i, digest in enumerate(digests[:FRONT]):
@@ -2418,7 +2419,7 @@ def shifted_start(tree: Tree, digests: Sequence[str]) -> Alignment:
 def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
     """Where a transcript (at least one message) hangs in a tree whose chat was last at `head`.
 
-    A match of the first message wins, unless a run of later messages is longer and agrees on a place that deletions
+    A match of the first message wins, unless a run of later messages is longer and agrees on a base that deletions
     behind the first message do not explain. From the base on, the first message that differs starts a new branch.
     """
     exact = exact_start(tree, digests, head)
@@ -2434,7 +2435,7 @@ def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
 def align_floating(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
     """As `align`, for a request without a system message, whose first message is the persona.
 
-    That message may change at every turn and stays when what followed it is dropped, so the rest finds the place; the
+    That message may change at every turn and stays when what followed it is dropped, so the rest finds the base; the
     first message itself only counts as evidence, and is stored when the chat begins.
     """
     rest = align(tree, digests[1:], head) if len(digests) > 1 else Alignment()
@@ -2838,7 +2839,7 @@ class ChatStore:
         for row in rows:
             if row["parent"] in self.tree.nodes or row["parent"] == ROOT:
                 self._remember(row)
-            else:  # written after its chat was deleted and made anew; nothing can be said of its place
+            else:  # written after its chat was deleted and made anew: it belongs nowhere
                 log_event("orphan", f"Message {row['id']} hangs under none of its chat.", level=logging.WARNING)
         self.summaries = {key[2:]: Summary(**row) for key, row in stored_rows(cache, "s:").items()}
         self.facts = {key[2:]: Fact(**row) for key, row in stored_rows(cache, "f:").items()}
@@ -4409,7 +4410,7 @@ STORY_SHARE = 0.6  # of the memories' share
 SURE_FEELING = 0.6  # confidence from which the model that summarises is told what a message feels
 FACTS_SHARE = 0.25  # of the story's
 PINNED_SHARE = 0.5  # of the story's: what a user has pinned goes first
-PINNED_TOKENS = 120  # that are told of a pinned message
+PINNED_TOKENS = 120  # of a pinned message at most
 SPEAKERS = {"user": "User", "assistant": "You"}  # who spoke, where the client gives no names
 SUMMARIES_IN_STORY = 6  # that fit beside each other at their largest
 COMPRESSION = 0.26  # a summary's size against what it covers, at most
@@ -4684,10 +4685,10 @@ def facts_of(facts: Iterable[Fact], indexes: Mapping[str, int], before: float) -
 
 
 def pinned_fact(message: Message, index: int) -> Fact:
-    """What is told of a pinned message, when the prompt does not show it."""
+    """A pinned message as a fact, for prompts that do not show it."""
     text = whole_sentences(message.content, PINNED_TOKENS)
-    told = f"{message.name or SPEAKERS[message.role]}: {text}"
-    return Fact(message.id, "", told, "", message.id, index, index, pinned=True)
+    line = f"{message.name or SPEAKERS[message.role]}: {text}"
+    return Fact(message.id, "", line, "", message.id, index, index, pinned=True)
 
 
 def still_quotes(fact: Fact, message: Message) -> bool:
@@ -7838,7 +7839,7 @@ class Recaller:
             return []
 
     def _related_chats(self, chat: Chat) -> list[str]:
-        """The chats with the same character that a chat may recall from; none unless the user has said so.
+        """The chats with the same character that a chat may recall from; none unless the user has allowed it.
 
         Not those that it was branched off, nor their branches: they may contradict what happened in this chat.
         """
@@ -8715,7 +8716,7 @@ class PersonaMemory:
         return [line | {"size": self.registry.size(line["chat_id"])} for line in self.registry.catalogue.chats()]
 
     def state(self, chat_id: str = "") -> dict:
-        """What tells a page in a few bytes whether anything is new: counters that grow, and how things stand."""
+        """Whether anything is new, in a few bytes for a page that polls: counters that grow, and how things stand."""
         with self.registry.lookup(chat_id) if chat_id else contextlib.nullcontext() as chat:
             counters = {"chats": self.registry.catalogue.changes(), "chat": chat and chat.store.changes}
         turn = self.status.last_turn and self.status.last_turn["at"]
@@ -8738,7 +8739,7 @@ class PersonaMemory:
     def describe(self, chat_id: str, mood: bool = True) -> dict:
         """One chat: its counts, and the report of its last prompt; raises `NotFound`.
 
-        The user's `mood` need not be told: in a chat whose vectors are not there yet it takes some reading.
+        Without `mood` the user's mood is left out: reading it takes time in a chat that lacks vectors.
         """
         with self.registry.borrow(chat_id) as chat, chat.lock:
             path = chat.path()
