@@ -31,7 +31,7 @@ Contents, bottom-up (a room uses only the rooms above it)::
     Prompt         from request + memory to the messages for the model
     Chat files     SillyTavern's chat files and exports, read and written
     Gate           a request's way to an upstream: slots, order, retries, cancelling
-    Answers        what upstreams answer, in whatever shape, as OpenAI's
+    Protocol       OpenAI's protocol as servers really speak it: how each wants to be asked, answers of any shape
     Gemini         Google's models
     Upstreams      OpenAI-compatible servers, the embedded model, and the choice among all kinds
     Engine         PersonaMemory, the facade that the web calls
@@ -5416,92 +5416,375 @@ def is_on_local_network(url: str) -> bool:
 
 
 # ======================================================================================================================
-# Answers
+# Protocol
 # ======================================================================================================================
 
+LONGEST_ANSWER = 16 * 1024 * 1024  # bytes of a JSON answer, or of one line of a stream
+LONGEST_STREAM = 64 * 1024 * 1024  # bytes
+DEEPEST_JSON = 200  # brackets within brackets; json reads and writes some hundreds more
+LONGEST_ERROR = 2000  # characters of an upstream's words
+MOST_ERROR_PACKETS = 100  # that are read of an error's body
+LONGEST_MODEL_NAME = 200
+MOST_TOKENS = 10**9  # what a count of tokens may be
+NO_COMPLETION = "The upstream's answer cannot be read: it holds no completion. Is the address of the upstream right?"
+TOO_LARGE = "The upstream's answer is too large to be read."
+DONE, GARBLED = object(), object()  # a stream's own end; a piece that is no JSON
+EVENT_FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
+TEXT_PARTS, THOUGHT_PARTS = ("text", "output_text"), ("thinking", "reasoning", "thought")
+USAGE_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+ERROR_STATUSES = {  # the status of errors that come inside a 200 and name only their kind
+    "rate_limit_error": 429, "rate_limit_exceeded": 429, "resource_exhausted": 429, "insufficient_quota": 429,
+    "authentication_error": 401, "invalid_api_key": 401, "unauthenticated": 401, "permission_error": 403,
+    "permission_denied": 403, "not_found_error": 404, "model_not_found": 404, "not_found": 404,
+    "invalid_request_error": 400, "invalid_argument": 400, "context_length_exceeded": 400, "content_filter": 400,
+    "exceed_context_size_error": 400, "overloaded_error": 503, "unavailable": 503, "timeout": 504,
+}  # fmt: skip
 
-def server_sent_events(chunks: Iterable[bytes]) -> Iterator[str]:
-    """The data of each event of a stream (WHATWG HTML, "Server-sent events"; line ends LF or CRLF)."""
-    pending, data = b"", []
-    for chunk in itertools.chain(chunks, (b"\n\n",)):
-        *lines, pending = (pending + chunk).split(b"\n")
-        for line in (line.removesuffix(b"\r") for line in lines):
-            if line.startswith(b"data:"):
-                data.append(line[5:].removeprefix(b" "))
-            elif not line and data:
-                yield b"\n".join(data).decode("utf-8", "replace")
-                data = []
+
+@dataclass(frozen=True)
+class UpstreamReply:
+    """An upstream's answer as it comes in."""
+
+    status: int
+    headers: Mapping[str, str]
+    chunks: Iterator[bytes]
 
 
-def stream_chunks(events: Iterable[str]) -> Iterator[dict]:
-    """The JSON chunks of a stream; those without choices are dropped, since clients end the turn at them.
+# ------------------------------------------------------------------------------------------- from bytes to JSON values
 
-    Raises `UpstreamUnavailable` where the stream ends without saying so.
+
+def bounded_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a body as they come, ended by LF, CRLF or CR; raises `UnreadableAnswer` where it grows too large."""
+    pending: list[bytes] = []  # pieces of a line that has not ended
+    total = length = 0
+    after_cr = False
+    for chunk in chunks:
+        total, length = total + len(chunk), length + len(chunk)
+        if length > LONGEST_ANSWER or total > LONGEST_STREAM:
+            raise UnreadableAnswer(TOO_LARGE)
+        if after_cr:  # the LF of a CRLF that two packets share
+            chunk = chunk.removeprefix(b"\n")
+        after_cr = chunk.endswith(b"\r") or (after_cr and not chunk)
+        *lines, rest = chunk.splitlines(keepends=True) or [b""]
+        if rest.endswith((b"\n", b"\r")):
+            lines, rest = [*lines, rest], b""
+        for line in lines:
+            yield b"".join([*pending, line]).rstrip(b"\r\n")
+            pending = []
+        if lines:
+            length = len(rest)
+        if rest:
+            pending.append(rest)
+    if pending:
+        yield b"".join(pending)
+
+
+def json_values(chunks: Iterable[bytes]) -> Iterator[Any]:
+    """The JSON values of a body, whatever its content type says: one value, several behind each other, or the events
+    of a stream. `DONE` ends them where the body says so; `GARBLED` stands for what is no JSON."""
+    lines = bounded_lines(chunks)
+    first = next((line for line in lines if line.strip()), b"").removeprefix(b"\xef\xbb\xbf").lstrip()
+    if first.startswith(EVENT_FIELDS):
+        yield from event_values(itertools.chain([first], lines))
+    elif first:
+        body, room = [first], LONGEST_ANSWER
+        for line in lines:
+            body.append(line)
+            room -= len(line)
+            if room < 0:
+                raise UnreadableAnswer(TOO_LARGE)
+        yield from joined_values(b"\n".join(body))
+
+
+def event_values(lines: Iterable[bytes]) -> Iterator[Any]:
+    """The values of server-sent events (WHATWG HTML, "Server-sent events").
+
+    Their data may also stand without the empty lines between them, and the last event without one after it.
     """
-    ended = read = garbled = False
-    for event in events:
-        if event.strip() == "[DONE]":
-            ended = True
-            break
-        try:
-            chunk = json.loads(event)
-        except ValueError:
-            garbled = True
-            continue
-        if not isinstance(chunk, dict):
-            continue
-        if chunk.get("error"):
-            raise streamed_error(error_object(event.encode()))
-        if isinstance(chunk.get("choices"), list):
-            read = True
-            yield chunk
-            ended = ended or any(c.get("finish_reason") for c in chunk["choices"])
-    if garbled and not read:
-        raise UnreadableAnswer("The upstream's answer cannot be read.")
-    if not ended:
-        raise UpstreamUnavailable("The upstream's answer was cut off.")
+    data, kind = b"", b""
+    for line in itertools.chain(lines, [b""]):
+        if line.startswith(b"data:"):
+            more = line[5:].removeprefix(b" ")
+            whole = json_value(data) if data else GARBLED
+            if whole is not GARBLED:  # the next event, though no empty line has ended this one
+                yield whole
+                data = b""
+            data = data + b"\n" + more if data else more
+        elif line.startswith(b"event:"):
+            kind = line[6:].strip()
+        elif not line:
+            if data.strip():
+                value = json_value(data)
+                yield {"error": value} if kind == b"error" and is_bare_error(value) else value
+                if value is DONE:
+                    return
+            data, kind = b"", b""
 
 
-def streamed_error(error: dict) -> UpstreamError:
-    """An error that came inside a stream; OpenRouter and others put the status into its `code`."""
-    code = error.get("code")
-    return UpstreamError(code if isinstance(code, int) and 400 <= code < 600 else 502, error)
+def is_bare_error(value: Any) -> bool:
+    """Whether the data of an event that calls itself an error is the error itself."""
+    return not isinstance(value, dict) or not value.get("error")
 
 
-def checked_answer(status: int, headers: Mapping[str, str], raw: bytes) -> dict:
-    """A completion from its bytes; raises `UpstreamError` with the upstream's own status and words."""
-    if status >= 400:
-        raise UpstreamError(status, error_object(raw), headers.get("retry-after"))
+def json_value(raw: bytes) -> Any:
+    """The one value of some text; `DONE` or `GARBLED` where it is none."""
+    text = raw.decode("utf-8", "replace").strip()
+    if text == "[DONE]":
+        return DONE
     try:
-        answer = json.loads(raw)
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list) or not answer["choices"]:
-        raise UnreadableAnswer(f"The upstream answered with status {status} and no completion.")
-    refuse_blocked([(c.get("message") or {}, c.get("finish_reason")) for c in answer["choices"]])
+        return json.loads(text, parse_constant=lambda _: None) if is_shallow(text) else GARBLED
+    except (ValueError, RecursionError):
+        return GARBLED
+
+
+def joined_values(raw: bytes) -> Iterator[Any]:
+    """The values of a body that holds JSON, several behind each other too; some gateways put `data: [DONE]` last."""
+    text = raw.decode("utf-8", "replace").strip()
+    decoder = json.JSONDecoder(parse_constant=lambda _: None)
+    while text:
+        if text.startswith("[DONE]"):
+            yield DONE
+            return
+        try:
+            value, end = decoder.raw_decode(text) if is_shallow(text) else (GARBLED, len(text))
+        except (ValueError, RecursionError):
+            value, end = GARBLED, len(text)
+        yield from value if isinstance(value, list) else [value]
+        text = text[end:].lstrip().removeprefix("data:").lstrip()
+
+
+def is_shallow(text: str) -> bool:
+    """Whether JSON is nested so little that it can be read and written again."""
+    if text.count("{") + text.count("[") <= DEEPEST_JSON:
+        return True
+    depth = deepest = 0
+    for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        deepest = max(deepest, depth)
+    return deepest <= DEEPEST_JSON
+
+
+# ----------------------------------------------------------------------------------- from JSON values to what they say
+
+
+def read_stream(reply: UpstreamReply) -> Iterator[dict]:
+    """The chunks of an answer of any shape, as OpenAI streams them; a whole answer becomes one chunk.
+
+    Raises `UpstreamError`, also for an error inside a 200, and `UpstreamUnavailable`.
+    """
+    refuse_status(reply)
+    yield from stream_chunks(json_values(reply.chunks))
+
+
+def read_whole(reply: UpstreamReply) -> dict:
+    """The completion in an answer of any shape, a stream among them; raises as `read_stream`, and `NoReply` where the
+    reply is blank."""
+    refuse_status(reply)
+    values = list(json_values(reply.chunks))
+    whole = next((v for v in values if isinstance(v, dict) and is_whole(v)), None)
+    answer = joined_chunks(list(stream_chunks(iter(values)))) if whole is None else as_answer(whole)
+    refuse_blank([(c["message"], c["finish_reason"]) for c in answer["choices"]])
     return answer
 
 
-def error_object(raw: bytes) -> dict:
-    """OpenAI's error object from the shapes that servers really send: theirs, a string, or FastAPI's `detail`."""
-    try:
-        body = json.loads(raw)
-    except ValueError:
-        text = raw.decode("utf-8", "replace").strip()
-        return {"message": "" if text.startswith("<") else text[:500]}  # a page of HTML says nothing here
-    if isinstance(body, list) and body:  # Gemini wraps it
-        body = body[0]
-    error = (body.get("error") or body.get("detail") or body.get("message") or body) if isinstance(body, dict) else body
-    return error if isinstance(error, dict) else {"message": str(error)}
+def refuse_status(reply: UpstreamReply) -> None:
+    """Raises `UpstreamError` for an answer whose status is no success, with the upstream's own words."""
+    if reply.status >= 400:
+        raw = b"".join(itertools.islice(reply.chunks, MOST_ERROR_PACKETS))
+        raise UpstreamError(reply.status, error_object(raw), reply.headers.get("retry-after"))
+    if reply.status >= 300:
+        words = f"The upstream redirects to {reply.headers.get('location')}; --upstream must be the address itself."
+        raise UpstreamError(502, {"message": words})
 
 
-def chunk_of(answer: Mapping) -> dict:
-    """A whole answer as one chunk of a stream."""
+def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
+    """The chunks among a body's values. The last one of each choice says why it ended: a body that just ends after
+    some words is a proper end, one with garbled pieces is a cut."""
+    unfinished: dict[int, bool] = {}
+    last, garbled = None, False
+    for value in values:
+        if value is DONE:
+            break
+        chunk = None if value is GARBLED else as_chunk(value)
+        garbled = garbled or value is GARBLED
+        if chunk is None:
+            continue
+        last = chunk
+        unfinished |= {c["index"]: not c.get("finish_reason") for c in chunk["choices"]}
+        yield chunk
+    if last is None:
+        raise UnreadableAnswer(NO_COMPLETION)
+    open_ends = sorted(index for index, still in unfinished.items() if still)
+    if open_ends and garbled:
+        raise UpstreamUnavailable("The upstream's answer was cut off.")
+    if open_ends:
+        ends = [{"index": index, "delta": {}, "finish_reason": "stop"} for index in open_ends]
+        yield {k: v for k, v in last.items() if k != "usage"} | {"choices": ends}
+
+
+def as_chunk(value: Any) -> dict | None:
+    """A value of a stream as one chunk; None where it is none, such as a ping. Raises `UpstreamError`."""
+    payload = readable_payload(value)
+    if payload is None:
+        return None
     choices = [
-        {"index": c.get("index", 0), "delta": c.get("message") or {}, "finish_reason": c.get("finish_reason") or "stop"}
-        for c in answer["choices"]
+        {k: v for k, v in choice.items() if k not in ("message", "text")} | {"delta": choice_message(choice)}
+        for choice in payload["choices"]
     ]
-    return {**answer, "object": "chat.completion.chunk", "choices": choices}
+    if is_whole(payload):
+        payload = {**payload, "object": "chat.completion.chunk"}
+        choices = [choice | {"finish_reason": finish_of(choice)} for choice in choices]
+    return {**payload, "choices": choices}
+
+
+def as_answer(value: dict) -> dict:
+    """A whole answer as OpenAI's; raises `UpstreamError`, `UnreadableAnswer`."""
+    payload = readable_payload(value)
+    if payload is None or not payload["choices"]:
+        raise UnreadableAnswer(NO_COMPLETION)
+    choices = []
+    for choice in payload["choices"]:
+        message = choice_message(choice)
+        rest = {k: v for k, v in choice.items() if k not in ("delta", "text")}
+        message = message if message.get("role") else {"role": "assistant", **message}
+        choices.append(rest | {"message": message, "finish_reason": finish_of({**choice, "delta": message})})
+    return {**payload, "choices": choices}
+
+
+def is_whole(payload: Mapping) -> bool:
+    """Whether a value is a whole answer and no chunk of a stream."""
+    choices = payload.get("choices")
+    rows = choices if isinstance(choices, list) else [choices]
+    return any(isinstance(row, dict) and "message" in row and "delta" not in row for row in rows)
+
+
+def finish_of(choice: Mapping) -> str:
+    """Why a whole reply ended, where servers do not say it too."""
+    return choice.get("finish_reason") or ("tool_calls" if choice["delta"].get("tool_calls") else "stop")
+
+
+def readable_payload(value: Any) -> dict | None:
+    """A value with its choices, usage and model in OpenAI's shape, everything else as it came; None where it has
+    neither choices nor usage. Raises `UpstreamError` where it is an error, or one of its choices ended in one."""
+    if isinstance(value, list):
+        value = next((v for v in value if isinstance(v, dict)), None)
+    if not isinstance(value, dict):
+        return None
+    rows = choices_in(value)
+    if value.get("error") or (rows is None and is_error(value)):
+        raise embedded_error(value)
+    choices = [readable_choice(row, place) for place, row in enumerate(rows or []) if isinstance(row, dict)]
+    usage = readable_usage(value.get("usage"))
+    if not choices and not usage and (rows is None or rows):
+        return None
+    payload = {**value, "choices": choices}
+    for name in ("message", "response", "generated_text") if "choices" not in value else ():
+        payload.pop(name, None)
+    if usage is not value.get("usage"):
+        payload["usage"] = usage
+    if isinstance(payload.get("model"), str):
+        payload["model"] = payload["model"][:LONGEST_MODEL_NAME]
+    return payload
+
+
+def choices_in(payload: Mapping) -> list | None:
+    """The choices of a value as they came, also where a server knows only one reply (Ollama's and llama.cpp's own
+    APIs); None where there are none."""
+    choices = payload.get("choices")
+    if isinstance(choices, dict):
+        return [choices]
+    if isinstance(choices, list):
+        return choices
+    message = payload.get("message")
+    texts = (payload[name] for name in ("response", "generated_text") if isinstance(payload.get(name), str))
+    said = message if isinstance(message, dict) and "content" in message else next(texts, None)
+    finish = payload.get("done_reason") or ("stop" if payload.get("done") else None)
+    return None if said is None else [{"index": 0, "message": said, "finish_reason": finish}]
+
+
+def readable_choice(choice: dict, place: int) -> dict:
+    """A choice with its place as `index` and a reason to have finished that is text; raises `UpstreamError`."""
+    finish, index = choice.get("finish_reason"), whole_number(choice.get("index"))
+    if choice.get("error") or finish == "error":
+        raise embedded_error(choice if choice.get("error") else {"error": "The upstream ended its reply in an error."})
+    choice = choice if index == choice.get("index") and index is not None else {**choice, "index": index or place}
+    if finish is None or (isinstance(finish, str) and finish):
+        return choice
+    return {**choice, "finish_reason": "stop" if finish else None}
+
+
+def choice_message(choice: Mapping) -> dict:
+    """What a choice says, as a message or a delta of OpenAI's shape: the content is text, thoughts stand beside it."""
+    said = choice.get("delta") or choice.get("message") or choice.get("text")
+    if isinstance(said, str | list):
+        said = {"content": said}
+    if not isinstance(said, dict):
+        return {}
+    content = said.get("content")
+    if content is None or isinstance(content, str):
+        return said
+    rows = content if isinstance(content, list) else [content]
+    parts = [row if isinstance(row, dict) else {"type": "text", "text": str(row)} for row in rows if row is not None]
+    thoughts = "".join(part_text(p) for p in parts if p.get("type") in THOUGHT_PARTS)
+    others = [p for p in parts if p.get("type", "text") not in TEXT_PARTS + THOUGHT_PARTS]
+    text = "".join(part_text(p) for p in parts if p not in others and p.get("type") not in THOUGHT_PARTS)
+    said = {**said, "content": [{"type": "text", "text": text}, *others] if others else text}
+    return said | ({"reasoning_content": thoughts} if thoughts else {})
+
+
+def part_text(part: Mapping) -> str:
+    """The text of a content part; thoughts may be a list of parts themselves (Mistral)."""
+    text = next((part[k] for k in ("text", "content", "thinking", "reasoning") if part.get(k)), "")
+    if isinstance(text, list):
+        return "".join(part_text(p) for p in text if isinstance(p, dict))
+    return text if isinstance(text, str) else ""
+
+
+def readable_usage(usage: Any) -> dict | None:
+    """OpenAI's usage object, without what are no counts; None where it does not count the prompt."""
+    if not isinstance(usage, dict):
+        return None
+    counts = {name: whole_number(usage.get(name)) for name in USAGE_COUNTS}
+    sound = {name: n for name, n in counts.items() if n is not None and 0 <= n < MOST_TOKENS}
+    if "prompt_tokens" not in sound:
+        return None
+    details = {k: v for k, v in usage.items() if k.endswith("_details") and not isinstance(v, dict)}
+    if not details and all(usage.get(name) == sound.get(name) for name in USAGE_COUNTS):
+        return usage
+    return {k: v for k, v in usage.items() if k not in USAGE_COUNTS and k not in details} | sound
+
+
+def joined_chunks(chunks: Sequence[Mapping]) -> dict:
+    """A stream's chunks as a whole answer."""
+    messages: dict[int, dict] = {}
+    finish: dict[int, str] = {}
+    for choice in (c for chunk in chunks for c in chunk["choices"]):
+        message = messages.setdefault(choice["index"], {"role": "assistant", "content": ""})
+        for key, value in choice["delta"].items():
+            if key == "tool_calls" and isinstance(value, list):
+                join_tool_calls(message.setdefault("tool_calls", []), value)
+            elif isinstance(value, str) and key != "role":
+                message[key] = (message.get(key) or "") + value
+            elif value is not None:
+                message[key] = value
+        finish[choice["index"]] = choice.get("finish_reason") or finish.get(choice["index"]) or "stop"
+    usage = next((c["usage"] for c in reversed(chunks) if c.get("usage")), None)
+    choices = [{"index": i, "message": messages[i], "finish_reason": finish[i]} for i in sorted(messages)]
+    answer = {**chunks[-1], "object": "chat.completion", "choices": choices}
+    return answer | {"usage": usage} if usage else answer
+
+
+def join_tool_calls(calls: list[dict], more: Sequence[Any]) -> None:
+    """Adds a delta's pieces of tool calls to those so far; `index` says which call a piece belongs to."""
+    for piece in (p for p in more if isinstance(p, dict)):
+        place = whole_number(piece.get("index"))
+        place = len(calls) if place is None else min(max(place, 0), len(calls))
+        if place == len(calls):
+            calls.append({"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
+        call, function = calls[place], piece.get("function")
+        call["id"] = piece.get("id") or call["id"]
+        for key, value in (function if isinstance(function, dict) else {}).items():
+            call["function"][key] = call["function"].get(key, "") + value if isinstance(value, str) else value
 
 
 def until_first_token(chunks: Iterator[dict]) -> tuple[list[dict], Iterator[dict]]:
@@ -5509,30 +5792,37 @@ def until_first_token(chunks: Iterator[dict]) -> tuple[list[dict], Iterator[dict
 
     Raises `NoReply` where there is none, and `UpstreamError` where a filter has stopped it.
     """
-    head = []
+    head, said = [], []
     for chunk in chunks:
         head.append(chunk)
-        if any(says_something(choice) for choice in chunk["choices"]):
-            refuse_blocked([(c.get("delta") or {}, c.get("finish_reason")) for c in chunk["choices"]])
+        said = [(c["delta"], c.get("finish_reason")) for c in chunk["choices"]] or said
+        if any(says_something(delta) for delta, _ in said):
             return head, chunks
+    refuse_blank(said)
     raise NoReply("The upstream's answer was empty.")
 
 
-def refuse_blocked(choices: Iterable[tuple[Mapping, str | None]]) -> None:
-    """Raises `UpstreamError` where all choices (message or delta, finish reason) were stopped before the first word."""
-    if all(reason == "content_filter" and not any(v for k, v in m.items() if k != "role") for m, reason in choices):
+def says_something(message: Mapping) -> bool:
+    """Whether a message or a delta holds more than a role and white space."""
+    return any(v.strip() if isinstance(v, str) else v for k, v in message.items() if k not in ("role", "name"))
+
+
+def refuse_blank(choices: Sequence[tuple[Mapping, str | None]]) -> None:
+    """Raises `NoReply` where no choice (message or delta, finish reason) says anything, and `UpstreamError` where a
+    filter has stopped them all before the first word."""
+    if any(says_something(message) for message, _ in choices):
+        return
+    reasons = {reason for _, reason in choices}
+    if reasons == {"content_filter"}:
         raise blocked("The upstream's content filter stopped the reply before its first word.")
+    if "length" in reasons:
+        raise NoReply("The upstream's reply is empty: it used up its tokens before the first word. Raise max_tokens.")
+    raise NoReply("The upstream's answer was empty.")
 
 
 def blocked(message: str) -> UpstreamError:
     """An error for what a provider's filter stopped (status and code are Azure OpenAI's)."""
     return UpstreamError(400, {"message": message, "type": "invalid_request_error", "code": "content_filter"})
-
-
-def says_something(choice: Mapping) -> bool:
-    """Whether a stream's choice holds more than a role."""
-    delta = choice.get("delta") or {}
-    return bool(choice.get("finish_reason")) or any(v for k, v in delta.items() if k != "role")
 
 
 def usage_object(prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> dict:
@@ -5544,6 +5834,65 @@ def usage_object(prompt: int, completion: int, cached: int = 0, reasoning: int =
         "prompt_tokens_details": {"cached_tokens": cached},
         "completion_tokens_details": {"reasoning_tokens": reasoning},
     }
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+def is_error(payload: Mapping) -> bool:
+    """Whether a value without choices is an error that has no `error` field: FastAPI's `detail`, Cloudflare's list,
+    or a bare message."""
+    named = "error" in (payload.get("object"), payload.get("type"))
+    return named or isinstance(payload.get("message"), str) or any(payload.get(k) for k in ("detail", "errors"))
+
+
+def embedded_error(payload: Mapping) -> UpstreamError:
+    """The error inside a 200, or inside a stream; its status is what its code, or its kind, says."""
+    error = error_of(payload)
+    places = (error, payload, *(p.get("metadata") for p in (error, payload) if isinstance(p.get("metadata"), dict)))
+    for value in (place.get(name) for place in places for name in ("code", "status", "status_code", "type")):
+        status = whole_number(value) or (ERROR_STATUSES.get(value.lower()) if isinstance(value, str) else None)
+        if status and 400 <= status < 600:
+            return UpstreamError(status, error)
+    return UpstreamError(502, error)
+
+
+def error_object(raw: bytes) -> dict:
+    """OpenAI's error object from the body of an error."""
+    value = json_value(raw)
+    if value is GARBLED or value is DONE:
+        text = raw.decode("utf-8", "replace").strip()
+        return {"message": "" if text.startswith("<") else text[:500]}  # a page of HTML says nothing here
+    return error_of(value)
+
+
+def error_of(body: Any) -> dict:
+    """OpenAI's error object from the shapes that servers really send: theirs, a string, FastAPI's `detail`, a list of
+    errors; `message` is always text. A reason that a gateway wraps (OpenRouter's `metadata.raw`) stands behind it."""
+    if isinstance(body, list):  # Gemini wraps the whole into one
+        body = next((row for row in body if isinstance(row, dict)), {"message": str(body)})
+    error = body if isinstance(body, dict) else {"message": str(body)}
+    while isinstance(error.get("error"), dict):
+        error = error["error"]
+    words = next((error[k] for k in ("message", "msg", "error", "detail", "errors") if error.get(k)), "")
+    if isinstance(words, list):
+        words = "; ".join(error_of(row)["message"] for row in words)
+    elif isinstance(words, dict):
+        words = error_of(words)["message"] or json.dumps(words)
+    reason = wrapped_reason(error)
+    message = str(words) if reason in str(words) else f"{words}: {reason}" if words else reason
+    kept = error if error is not body else {k: error[k] for k in ("type", "param", "code") if k in error}
+    return {**kept, "message": message[:LONGEST_ERROR]}
+
+
+def wrapped_reason(error: Mapping) -> str:
+    """The words of the server behind a gateway."""
+    metadata = error.get("metadata")
+    raw = metadata.get("raw") if isinstance(metadata, dict) else None
+    if isinstance(raw, str):
+        inner = json_value(raw.encode("utf-8", "replace"))
+        raw = inner if isinstance(inner, dict) else raw
+    return error_of(raw)["message"] if isinstance(raw, str | dict) else ""
 
 
 # ======================================================================================================================
@@ -5697,7 +6046,7 @@ class GeminiUpstream:
         """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
         with self._gate.slot(call):
             chunks = self._gate.retry(call, lambda: list(self._chunks(body, call)), [self._key])
-        return answer_of(chunks)
+        return joined_chunks(chunks)
 
     def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
         """The chunks of an answer as they come, at least one; raises `UpstreamError`, `UpstreamUnavailable`."""
@@ -5972,19 +6321,10 @@ def enum_name(message: Any, name: str) -> str:
     return known.name if known else str(number)
 
 
-def answer_of(chunks: Sequence[Mapping]) -> dict:
-    """A stream's chunks (of one choice) as a whole answer."""
-    text = "".join((c["delta"].get("content") or "") for chunk in chunks for c in chunk["choices"])
-    finish = next((c["finish_reason"] for chunk in reversed(chunks) for c in chunk["choices"]), "stop")
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
-    return {**chunks[-1], "object": "chat.completion", "choices": [choice]}
-
-
 # ======================================================================================================================
 # Upstreams
 # ======================================================================================================================
 
-LONGEST_MODEL_NAME = 200
 CONTEXT_FIELDS = (
     "context_length", "max_model_len", "context_window", "max_context_length", "n_ctx", "context_size",
     "max_context_window_tokens", "max_context_tokens", "max_input_tokens", "input_token_limit", "inputTokenLimit",
@@ -5997,15 +6337,6 @@ THREE_WAYS = (
     "Set an upstream in one of three ways: --upstream URL (any OpenAI-compatible server: KoboldCpp, llama.cpp, Ollama, "
     "LM Studio, OpenRouter, ...), GEMINI_API_KEY=... (Google Gemini), or --upstream FILE.gguf (a model file)."
 )
-
-
-@dataclass(frozen=True)
-class UpstreamReply:
-    """An upstream's answer as it comes in."""
-
-    status: int
-    headers: Mapping[str, str]
-    chunks: Iterator[bytes]
 
 
 class OpenAIUpstream:
@@ -6088,7 +6419,7 @@ class OpenAIUpstream:
 
     def _answer(self, raw: bytes, call: Call) -> dict:
         with self._post(raw, call) as reply:
-            return checked_answer(reply.status, reply.headers, b"".join(reply.chunks))
+            return read_whole(reply)
 
     def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
         """The chunks of an answer as they come, at least one; raises `UpstreamError`, `UpstreamUnavailable`.
@@ -6101,10 +6432,7 @@ class OpenAIUpstream:
 
     def _chunks(self, raw: bytes, call: Call) -> Iterator[dict]:
         with self._post(raw, call) as reply:
-            if reply.status != 200 or "text/event-stream" not in reply.headers.get("content-type", ""):
-                yield chunk_of(checked_answer(reply.status, reply.headers, b"".join(reply.chunks)))
-                return
-            yield from stream_chunks(server_sent_events(reply.chunks))
+            yield from read_stream(reply)
 
     def get(self, url: str, call: Call, timeout: float, body: Mapping | None = None) -> Any:
         """The JSON at an address of the upstream; raises `httpx.HTTPError`, `ValueError`."""
