@@ -61,6 +61,7 @@ import queue
 import re
 import secrets
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -320,10 +321,14 @@ class UpstreamTimeout(UpstreamUnavailable):
 
 
 class NoReply(UpstreamUnavailable):
-    """The upstream answered, but without a word of a reply."""
+    """The upstream answered, but without a word of a reply; `spent` says that it had used up its tokens."""
 
     code = "empty_reply"
     transient = False
+
+    def __init__(self, message: str, spent: bool = False):
+        super().__init__(message)
+        self.spent = spent
 
 
 class UnreadableAnswer(UpstreamUnavailable):
@@ -5092,7 +5097,7 @@ def check_tree(messages: Sequence[Message]) -> None:
 KEEPALIVE_SECONDS = 10.0
 HEADER_GRACE_SECONDS = 5.0  # how long a stream's status waits for the upstream's own
 POLL_SECONDS = 0.2  # how soon a client that hung up is noticed while the upstream is silent
-RETRIED_STATUSES = (429, 500, 502, 503, 504)
+RETRIED_STATUSES = (429, 500, 502, 503, 504, 529)  # 529: Anthropic's "overloaded"
 ATTEMPTS = 4
 FIRST_PAUSE_SECONDS = 0.5  # doubled each time; all pauses fit into HEADER_GRACE_SECONDS, so a status can still be sent
 PAUSE_JITTER_SECONDS = 0.2
@@ -5104,7 +5109,7 @@ LIST_SECONDS = 10.0  # for a list of models, which a user waits for
 CONTEXT_FRESH_SECONDS = 300.0
 UNKNOWN_FRESH_SECONDS = 30.0
 LOCAL_SUFFIXES = (".localhost", ".local", ".lan", ".home", ".internal", ".home.arpa")
-KNOWN_MODELS = 100  # whose context lengths are kept
+KNOWN_MODELS = 100  # of an upstream
 
 
 class Call:
@@ -5357,6 +5362,27 @@ class Relay:
         self._call.cancel()
 
 
+class PerModel:
+    """What is known of models, by their names; the oldest of many is forgotten."""
+
+    def __init__(self, unknown: Callable[[str], Any] = lambda _: None):
+        self._unknown, self._lock = unknown, threading.Lock()
+        self._known: OrderedDict[str, Any] = OrderedDict()
+
+    def get(self, model: str) -> Any:
+        """What is known of a model, else what is thought of one that is not known."""
+        with self._lock:
+            return self._known[model] if model in self._known else self._unknown(model)
+
+    def put(self, model: str, value: Any) -> None:
+        """Notes something of a model."""
+        with self._lock:
+            self._known[model] = value
+            self._known.move_to_end(model)
+            if len(self._known) > KNOWN_MODELS:
+                self._known.popitem(last=False)
+
+
 class ContextLengths:
     """The context lengths of an upstream's models, asked once; a stale one serves while it is asked again.
 
@@ -5366,7 +5392,7 @@ class ContextLengths:
 
     def __init__(self, ask: Callable[[str, Call, float], int | None]):
         self._ask = ask
-        self._known: OrderedDict[str, tuple[float, int | None]] = OrderedDict()
+        self._known = PerModel()  # of (time, tokens)
         self._asking = threading.Lock()
 
     def get(self, model: str, call: Call) -> int | None:
@@ -5387,10 +5413,7 @@ class ContextLengths:
 
     def _learn(self, model: str, call: Call, timeout: float) -> int | None:
         found = self._ask(model, call, timeout)
-        self._known[model] = (time.monotonic(), found)
-        if len(self._known) > KNOWN_MODELS:
-            with contextlib.suppress(KeyError):  # another thread was faster
-                self._known.popitem(last=False)
+        self._known.put(model, (time.monotonic(), found))
         return found
 
 
@@ -5428,6 +5451,7 @@ LONGEST_MODEL_NAME = 200
 MOST_TOKENS = 10**9  # what a count of tokens may be
 NO_COMPLETION = "The upstream's answer cannot be read: it holds no completion. Is the address of the upstream right?"
 TOO_LARGE = "The upstream's answer is too large to be read."
+ALL_THOUGHTS = "The upstream's reply is empty: it used up its tokens before the first word. Raise max_tokens."
 DONE, GARBLED = object(), object()  # a stream's own end; a piece that is no JSON
 EVENT_FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
 TEXT_PARTS, THOUGHT_PARTS = ("text", "output_text"), ("thinking", "reasoning", "thought")
@@ -5802,6 +5826,11 @@ def until_first_token(chunks: Iterator[dict]) -> tuple[list[dict], Iterator[dict
     raise NoReply("The upstream's answer was empty.")
 
 
+def text_of_choice(choice: Mapping) -> str:
+    """The text of a whole answer's choice."""
+    return text_of((choice.get("message") or {}).get("content"), placeholders=False)
+
+
 def says_something(message: Mapping) -> bool:
     """Whether a message or a delta holds more than a role and white space."""
     return any(v.strip() if isinstance(v, str) else v for k, v in message.items() if k not in ("role", "name"))
@@ -5816,7 +5845,7 @@ def refuse_blank(choices: Sequence[tuple[Mapping, str | None]]) -> None:
     if reasons == {"content_filter"}:
         raise blocked("The upstream's content filter stopped the reply before its first word.")
     if "length" in reasons:
-        raise NoReply("The upstream's reply is empty: it used up its tokens before the first word. Raise max_tokens.")
+        raise NoReply(ALL_THOUGHTS, spent=True)
     raise NoReply("The upstream's answer was empty.")
 
 
@@ -5834,6 +5863,216 @@ def usage_object(prompt: int, completion: int, cached: int = 0, reasoning: int =
         "prompt_tokens_details": {"cached_tokens": cached},
         "completion_tokens_details": {"reasoning_tokens": reasoning},
     }
+
+
+# ------------------------------------------------------------------------------------- how each model wants to be asked
+
+
+OPTIONAL_FIELDS = (
+    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
+    "repeat_penalty", "logit_bias", "logprobs", "top_logprobs", "seed", "stop", "n", "stream_options",
+    "reasoning_effort", "parallel_tool_calls", "response_format", "user", "store", "metadata", "service_tier",
+    "include_reasoning", "reasoning", "enable_thinking", "thinking", "chat_template_kwargs", "verbosity", "typical_p",
+    "tfs_z", "mirostat", "top_a", "max_completion_tokens", "max_tokens",
+)  # fmt: skip
+LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
+MENDED_STATUSES = (400, 422, 500, 501)  # 500: what chat templates say (llama.cpp)
+MOST_LESSONS = 6  # learned from one request
+ROOM_FOR_THOUGHTS = (0, 8192, 32768)  # tokens that a summary of a reasoning model gets beside its own, try by try
+REFUSED = re.compile(
+    r"unsupported|(not|n't) (be )?(support|permit|allow|enabled|available)|unrecognized|unknown|unexpected|deprecated"
+    r"|extra (input|field)|extra_forbidden|cannot both|at the same time|invalid (argument|parameter|field)",
+    re.IGNORECASE,
+)
+NO_SYSTEM = re.compile(
+    r"(system|developer) (role|message|prompt|instruction)s?\b[^.]{0,40}(not|n't) (support|enabled|allow)"
+    r"|not support '?system'?|'system' is not one of|unsupported.{0,20}role.{0,20}system",
+    re.IGNORECASE,
+)
+NO_DEVELOPER = re.compile(r"'developer' is not one of|not support '?developer'?|role.{0,20}developer", re.IGNORECASE)
+AT_MOST = re.compile(
+    r"(?:at most|maximum[^0-9]{0,40}|<=|less than or equal to|> |\[1, ?)\W{0,2}(\d{2,7})", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a model wants to be asked, as far as its own errors have told."""
+
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
+    most_tokens: int = 0  # that a reply may have; 0 where no limit is known
+    system: bool = True  # whether the model takes system messages
+    developer: bool = True
+    tries: int = 0  # at requests of our own that were all thoughts
+
+    def request(self, body: Mapping, ours: bool = False) -> dict:
+        """The request as the model takes it; one of `ours` has room for thoughts where the model needs it."""
+        room = ROOM_FOR_THOUGHTS[self.tries] if ours else 0
+        asked = dict(body) | ({"reasoning_effort": "low"} if room else {})
+        for name in LIMIT_FIELDS:
+            limit = whole_number(asked.get(name)) or 0
+            if limit > 0 and (room or self.most_tokens):
+                asked[name] = min(limit + room, self.most_tokens or MOST_TOKENS)
+        asked = {self.renamed.get(k, k): v for k, v in asked.items() if k not in self.dropped}
+        if not self.system:
+            asked["messages"] = without_system(asked.get("messages") or [])
+        elif not self.developer:
+            rows = asked.get("messages") or []
+            asked["messages"] = [m | {"role": "system"} if m.get("role") == "developer" else m for m in rows]
+        return asked
+
+    def learned(self, error: UpstreamError, body: Mapping, ours: bool = False) -> Dialect | None:
+        """The dialect with what an error to that request (the client's) tells; None where that mends nothing."""
+        words = error_words(error)
+        if error.status not in MENDED_STATUSES or exceeded_context(error):
+            return None
+        roles = {m.get("role") for m in body.get("messages") or [] if isinstance(m, dict)}
+        if self.developer and "developer" in roles and NO_DEVELOPER.search(words):
+            return replace(self, developer=False)
+        if self.system and roles & set(SYSTEM_ROLES) and NO_SYSTEM.search(words):
+            return replace(self, system=False)
+        sent = self.request(body, ours)
+        name = refused_field(error, sent)
+        limit, most = reply_limit(sent), AT_MOST.search(words)
+        if name in LIMIT_FIELDS and most and 0 < int(most[1]) < limit:
+            return replace(self, most_tokens=int(most[1]))
+        if re.search(r"penalty is not enabled", words, re.IGNORECASE):
+            return self._without("frequency_penalty", "presence_penalty")
+        if not name or not REFUSED.search(words):
+            return None
+        other = LIMIT_FIELDS[1 - LIMIT_FIELDS.index(name)] if name in LIMIT_FIELDS else ""
+        if other and other not in sent and name not in self.renamed.values():
+            return replace(self, renamed={**self.renamed, name: other})
+        return self._without(*(k for k in (*body, *sent) if k == name or self.renamed.get(k) == name), name)
+
+    def _without(self, *names: str) -> Dialect | None:
+        more = self.dropped | set(names)
+        return replace(self, dropped=more) if more > self.dropped else None
+
+
+def error_words(error: UpstreamError) -> str:
+    """All that an upstream's error says, its code and its type too."""
+    return " ".join(str(part) for part in (error, error.error.get("code"), error.error.get("type")) if part)
+
+
+def refused_field(error: UpstreamError, sent: Mapping) -> str:
+    """Which optional field of a request an error is about; empty where it is about none."""
+    names = [name for name in OPTIONAL_FIELDS if name in sent]
+    param, words = error.error.get("param"), str(error)
+    if param in names:
+        return param
+    if "both" in words and "top_p" in names and "top_p" in words:  # "temperature and top_p cannot both be specified"
+        return "top_p"
+    # A bare word may be part of a sentence; one in quotes, or with an underscore, is a field's name.
+    found = {
+        name: re.search(
+            rf"[`'\"\[ ]{name}[`'\"\]:]|\b{name}\b" if "_" in name or len(name) > 8 else rf"[`'\"\[]{name}[`'\"\]]",
+            words,
+        )
+        for name in names
+    }
+    return min((match.start(), name) for name, match in found.items() if match)[1] if any(found.values()) else ""
+
+
+def without_system(messages: Sequence[Mapping]) -> list[dict]:
+    """The messages for a model that knows no system role: such text stands in front of the next user message, or is
+    the user's where none follows."""
+    told: list[dict] = []
+    waiting: list[str] = []
+    for message in messages:
+        if message.get("role") in SYSTEM_ROLES:
+            waiting.append(text_of(message.get("content")))
+            continue
+        if message.get("role") == "user" and waiting:
+            message, waiting = with_text_before("\n\n".join(waiting), message), []
+        told.append(dict(message))
+    return [*told, {"role": "user", "content": "\n\n".join(waiting)}] if waiting else told
+
+
+def with_text_before(text: str, message: Mapping) -> dict:
+    """The message with some text in front of its content."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return {**message, "content": [{"type": "text", "text": text}, *content]}
+    return {**message, "content": f"{text}\n\n{content or ''}".rstrip()}
+
+
+# ------------------------------------------------------------------------------------------------ prompts too long
+
+TOO_LONG = re.compile(
+    r"maximum context length|context (length|size|window)|context_length_exceeded|exceed_context_size"
+    r"|(prompt|input) is too long|too many (input |prompt )?tokens|maximum number of (input )?tokens"
+    r"|maximum (prompt|input) (length|tokens)|reduce the length of|tokens \+ .?max_new_tokens",
+    re.IGNORECASE,
+)
+SENT_TOKENS = (  # the prompt's own, where the reply's are counted in beside it
+    r"(\d+) in the (?:messages|prompt|input)", r"resulted in (\d+)", r"too long: (\d+)", r"\((\d+) tokens, \d",
+    r"request(?:ed)? (?:about )?\(?(\d+) ?tokens",
+    r"(?:input|prompt)(?: token count)?(?: is| contains| has| of)?[ (]*(\d+)",
+)  # fmt: skip
+CONTEXT_TOKENS = (
+    r"context (?:length|size|window)[^0-9(]{0,40}\(?(?:\d+ tokens, )?(\d{3,})", r"> ?(\d{3,})", r"<= ?(\d{3,})",
+    r"allowed[^0-9]{0,5}(\d{3,})", r"(?:maximum|limit)[^0-9]{0,30}(\d{3,})",
+)  # fmt: skip
+LARGEST_RATIO = 4.0  # of a model's tokens to ours
+RATIO_STEP = 0.05  # ratios are rounded up, so that a prompt's budget does not change from turn to turn
+LEAST_MEASURED = 500  # tokens; in a shorter prompt a template's own count too much
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """A prompt that was too long: its tokens and the context's, as the upstream counts them; 0 where it does not
+    say."""
+
+    prompt: int = 0
+    context: int = 0
+
+
+def exceeded_context(error: UpstreamError) -> Overflow | None:
+    """What an error tells of a prompt that was too long for the model; None where it is about something else."""
+    words = error_words(error)
+    if error.status not in (*MENDED_STATUSES, 413) or not TOO_LONG.search(words):
+        return None
+    return Overflow(
+        whole_number(error.error.get("n_prompt_tokens")) or first_number(SENT_TOKENS, str(error)),
+        whole_number(error.error.get("n_ctx")) or first_number(CONTEXT_TOKENS, str(error)),
+    )
+
+
+def first_number(patterns: Sequence[str], text: str) -> int:
+    """The number that the first pattern finds in a text; 0 where none does."""
+    found = (re.search(pattern, text, re.IGNORECASE) for pattern in patterns)
+    return next((int(match[1]) for match in found if match), 0)
+
+
+def token_ratio(ours: int, theirs: int) -> float:
+    """How many tokens a model counts for one of ours, rounded up, 1 at least: prompts are never made longer by it."""
+    if ours < LEAST_MEASURED or theirs <= ours:
+        return 1.0
+    return min(LARGEST_RATIO, math.ceil(theirs / ours / RATIO_STEP) * RATIO_STEP)
+
+
+def without_oldest(messages: Sequence[dict], tokens: int, first: int) -> list[dict]:
+    """The messages without the oldest of the chat, from the place `first` on, which have that many tokens together.
+
+    The newest user message and what follows it stay. A tool's result goes with its call, and the chat begins with the
+    same side as before.
+    """
+    newest = max((i for i, m in enumerate(messages) if m.get("role") == "user"), default=0)
+    # The block of memories may be a system message of its own in front of the newest user message.
+    last = newest
+    while last > first and messages[last - 1].get("role") in SYSTEM_ROLES:
+        last -= 1
+    begin = first
+    while begin < last and tokens > 0:
+        tokens -= message_tokens(messages[begin])
+        begin += 1
+    while begin < last and messages[begin].get("role") in ("tool", "function"):
+        begin += 1
+    if begin < last and messages[first].get("role") == "user" and messages[begin].get("role") == "assistant":
+        begin += 1
+    return [*messages[:first], *messages[begin:]]
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -5876,13 +6115,20 @@ def error_of(body: Any) -> dict:
         error = error["error"]
     words = next((error[k] for k in ("message", "msg", "error", "detail", "errors") if error.get(k)), "")
     if isinstance(words, list):
-        words = "; ".join(error_of(row)["message"] for row in words)
+        words = "; ".join(located(row) for row in words)
     elif isinstance(words, dict):
         words = error_of(words)["message"] or json.dumps(words)
     reason = wrapped_reason(error)
     message = str(words) if reason in str(words) else f"{words}: {reason}" if words else reason
     kept = error if error is not body else {k: error[k] for k in ("type", "param", "code") if k in error}
     return {**kept, "message": message[:LONGEST_ERROR]}
+
+
+def located(row: Any) -> str:
+    """The words of one error of a list, with the field that it is about (FastAPI's `loc`)."""
+    where = row.get("loc") if isinstance(row, dict) else None
+    field_name = ".".join(str(step) for step in where[1:]) if isinstance(where, list) else ""
+    return f"'{field_name}': {error_of(row)['message']}" if field_name else error_of(row)["message"]
 
 
 def wrapped_reason(error: Mapping) -> str:
@@ -5986,6 +6232,7 @@ class GeminiUpstream:
         self._key, self._gate, self._timeout = key, gate, timeout
         self._safety = safety_settings(safety)
         self._contexts = ContextLengths(self._ask_context)
+        self._dialects = PerModel(gemini_dialect)
         self._outputs: dict[str, float] = {}  # output token limits by model, as far as they are known
 
     def describe(self) -> dict:
@@ -5995,6 +6242,9 @@ class GeminiUpstream:
     def start(self) -> None:
         """Imports the library in the background."""
         threading.Thread(target=google_library, name="google-library", daemon=True).start()
+
+    def close(self) -> None:
+        """Nothing to do: each call has a client of its own."""
 
     def default_model(self, call: Call) -> str:
         """What is asked where nobody names a model."""
@@ -6054,12 +6304,24 @@ class GeminiUpstream:
             yield from self._gate.stream(call, lambda: until_first_token(self._chunks(body, call)), [self._key])
 
     def _chunks(self, body: Mapping, call: Call) -> Iterator[dict]:
-        """The answer's chunks; asked once more, with more room for thoughts, where no word of a reply came."""
-        try:
-            yield from self._attempt(body, call, THOUGHT_TOKENS)
-        except NoReply as error:
-            log_event("empty_reply", f"{error} It is asked once more.", level=logging.WARNING)
-            yield from self._attempt(body, call, MORE_THOUGHT_TOKENS)
+        """The answer's chunks; asked once more, with more room for thoughts, where no word of a reply came, and without
+        a system instruction where the model knows none."""
+        model, room = str(body.get("model") or GEMINI_MODEL), THOUGHT_TOKENS
+        for last in (False, False, True):
+            dialect = self._dialects.get(model)
+            try:
+                yield from self._attempt(dialect.request(body), call, room)
+                return
+            except NoReply as error:
+                if last or room == MORE_THOUGHT_TOKENS:
+                    raise
+                room = MORE_THOUGHT_TOKENS
+                log_event("empty_reply", f"{error} It is asked once more.", level=logging.WARNING)
+            except UpstreamError as error:
+                better = dialect.learned(error, body)
+                if last or better is None:
+                    raise
+                self._dialects.put(model, better)
 
     def _attempt(self, body: Mapping, call: Call, room: int) -> Iterator[dict]:
         name = model_path(body.get("model") or GEMINI_MODEL)
@@ -6117,6 +6379,11 @@ class GeminiUpstream:
             self._outputs[name] = found.output_token_limit or math.inf
             return found.input_token_limit or None
         return None
+
+
+def gemini_dialect(name: str) -> Dialect:
+    """What is known of a model by its name: the first three generations of Gemma take no system instruction."""
+    return Dialect(system=not re.search(r"\bgemma-?[123]", name))
 
 
 def model_path(name: str) -> str:
@@ -6351,6 +6618,7 @@ class OpenAIUpstream:
         self._query = f"?{query}" if query else ""
         self._key, self._gate, self._timeout = key, gate, timeout
         self._contexts = ContextLengths(self._ask_context)
+        self._dialects = PerModel(lambda _: Dialect())
 
     @functools.cached_property
     def _tls(self) -> Any:
@@ -6363,6 +6631,8 @@ class OpenAIUpstream:
     def start(self) -> None:
         """Nothing to do: the server is somebody else's."""
 
+    close = start
+
     def headers(self, call: Call) -> dict[str, str]:
         """What a request carries: the key of the settings, else the client's own authorization."""
         authorization = f"Bearer {self._key}" if self._key else call.authorization
@@ -6372,7 +6642,9 @@ class OpenAIUpstream:
 
     def secrets(self, call: Call) -> tuple[str, ...]:
         """What must not stand in an error: the keys that a request carries."""
-        return (self._key, call.authorization.removeprefix("Bearer").strip())
+        asked = urllib.parse.parse_qs(self._query.removeprefix("?"))
+        in_url = (value for name, values in asked.items() if "version" not in name for value in values)
+        return (self._key, call.authorization.removeprefix("Bearer").strip(), *in_url)
 
     @contextlib.contextmanager
     def forward(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
@@ -6380,22 +6652,24 @@ class OpenAIUpstream:
 
         Raises `UpstreamUnavailable`.
         """
-        with self._gate.slot(call), self._post(raw, call) as reply:
+        with self._gate.slot(call), self._post(raw, call, raw=True) as reply:
             yield reply
 
     @contextlib.contextmanager
-    def _post(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
-        """Each request has a connection of its own: it can then be cut without harm to another one."""
+    def _post(self, body: bytes, call: Call, raw: bool = False) -> Iterator[UpstreamReply]:
+        """The answer to a request, its bytes as they come (`raw`) or decompressed. Each request has a connection of its
+        own: it can then be cut without harm to another one."""
         timeout = httpx.Timeout(self._timeout, connect=CONNECT_SECONDS)
         try:
             with (
                 httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(self.url)) as client,
                 client.stream(
-                    "POST", f"{self.url}/chat/completions{self._query}", content=raw, headers=self.headers(call),
+                    "POST", f"{self.url}/chat/completions{self._query}", content=body, headers=self.headers(call),
                     extensions={"trace": call.trace},
                 ) as response,
             ):  # fmt: skip
-                yield UpstreamReply(response.status_code, response.headers, response.iter_raw())
+                chunks = response.iter_raw() if raw else response.iter_bytes()
+                yield UpstreamReply(response.status_code, response.headers, chunks)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise self._unreachable(error) from error
         except httpx.TimeoutException as error:
@@ -6413,26 +6687,62 @@ class OpenAIUpstream:
 
     def complete(self, body: Mapping, call: Call) -> dict:
         """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
-        raw = json.dumps(body).encode()
         with self._gate.slot(call):
-            return self._gate.retry(call, lambda: self._answer(raw, call), self.secrets(call))
+            return self._gate.retry(call, lambda: self._ask(body, call, self._answer), self.secrets(call))
 
-    def _answer(self, raw: bytes, call: Call) -> dict:
-        with self._post(raw, call) as reply:
-            return read_whole(reply)
+    def _answer(self, body: Mapping, call: Call) -> dict:
+        with self._post(json.dumps(body).encode(), call) as reply:
+            answer = read_whole(reply)
+        if call.background and not any(says_something({"content": text_of_choice(c)}) for c in answer["choices"]):
+            raise NoReply(ALL_THOUGHTS, spent=True)
+        return answer
 
     def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
         """The chunks of an answer as they come, at least one; raises `UpstreamError`, `UpstreamUnavailable`.
 
         A server that answers a stream request in one piece gets its answer turned into one chunk.
         """
-        raw = json.dumps(body).encode()
         with self._gate.slot(call):
-            yield from self._gate.stream(call, lambda: until_first_token(self._chunks(raw, call)), self.secrets(call))
+            begin = functools.partial(self._ask, body, call, self._begin)
+            yield from self._gate.stream(call, begin, self.secrets(call))
+
+    def _begin(self, body: Mapping, call: Call) -> tuple[list[dict], Iterator[dict]]:
+        return until_first_token(self._chunks(json.dumps(body).encode(), call))
 
     def _chunks(self, raw: bytes, call: Call) -> Iterator[dict]:
         with self._post(raw, call) as reply:
             yield from read_stream(reply)
+
+    def _ask(self, body: Mapping, call: Call, ask: Callable[[Mapping, Call], Any]) -> Any:
+        """What `ask` makes of the request in the model's dialect. What the model refuses is learned from its error and
+        asked again without; a blank reply is asked for once more."""
+        model, blank = str(body.get("model") or ""), False
+        for _ in range(MOST_LESSONS):
+            dialect = self._dialects.get(model)
+            try:
+                return ask(dialect.request(body, call.background), call)
+            except UpstreamError as error:
+                better = dialect.learned(error, body, call.background)
+                if better is None:
+                    raise self._explained(error) from error
+                log_event("learned", f"The model {model} is asked in another way: {error}", level=logging.WARNING)
+            except NoReply as error:
+                more_room = error.spent and call.background and dialect.tries + 1 < len(ROOM_FOR_THOUGHTS)
+                if not more_room and (error.spent or blank):
+                    raise
+                blank = blank or not more_room
+                better = replace(dialect, tries=dialect.tries + more_room)
+                log_event("empty_reply", f"{error} It is asked once more.", level=logging.WARNING)
+            self._dialects.put(model, better)
+        return ask(self._dialects.get(model).request(body, call.background), call)
+
+    def _explained(self, error: UpstreamError) -> UpstreamError:
+        """An address without its version ends in a 404 that says nothing of that."""
+        versioned = re.search(r"/v\d\w*(/|$)", urllib.parse.urlsplit(self.url).path)
+        if error.status not in (404, 405) or versioned or re.search("model|deployment", str(error), re.IGNORECASE):
+            return error
+        words = f"{error} Did you mean --upstream {shown_url(self.url)}/v1?"
+        return UpstreamError(error.status, error.error | {"message": words}, error.retry_after)
 
     def get(self, url: str, call: Call, timeout: float, body: Mapping | None = None) -> Any:
         """The JSON at an address of the upstream; raises `httpx.HTTPError`, `ValueError`."""
@@ -6570,9 +6880,33 @@ def base_url(url: str) -> str:
     return url if urllib.parse.urlsplit(url).path else f"{url}/v1"
 
 
-class LocalUpstream:
-    """A small model inside this program (llama.cpp through xllamacpp), so that memory can be tried with nothing set up.
+LLAMA_PROGRAM = """
+import os, sys
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # whatever llama.cpp prints is no answer
+key = sys.stdin.readline().strip()
+try:
+    import xllamacpp
+    params = xllamacpp.CommonParams()
+    params.model.path, params.model_alias = sys.argv[1], {sys.argv[2]}
+    params.n_ctx, params.n_parallel, params.api_keys, params.verbosity = int(sys.argv[3]), 1, [key], 0
+    server = xllamacpp.Server(params)
+    print("listening", server.listening_address, file=answers, flush=True)
+except Exception as error:
+    print("failed", error, file=answers, flush=True)
+    os._exit(1)
+sys.stdin.read()  # ends when the program that started this one does
+os._exit(0)
+"""
+MOST_CRASHES = 3  # of the embedded model, after which it is not started again
+ILLEGAL_INSTRUCTION = (-4, 0xC000001D)  # SIGILL; Windows' STATUS_ILLEGAL_INSTRUCTION
+KILLED = (-9, 137)
 
+
+class LocalUpstream:
+    """A small model on this machine (llama.cpp through xllamacpp), so that memory can be tried with nothing set up.
+
+    It runs in a process of its own: an old processor, a crash or a lack of memory costs the model, not the program.
     The model is fetched once, in the background; a request that comes before waits for it.
     """
 
@@ -6581,9 +6915,11 @@ class LocalUpstream:
     def __init__(self, folder: Path, gguf: Path | None, context: int, gate: Gate, timeout: float):
         self._folder, self._gguf, self._context = folder, gguf, context or DEFAULT_CONTEXT
         self._gate, self._timeout = gate, timeout
+        self._lock = threading.Lock()
         self._ready: Future = Future()
-        self._started = threading.Lock()
-        self._server: Any = None
+        self._started = self._closed = False
+        self._crashes = 0
+        self._process: subprocess.Popen | None = None
 
     @property
     def model(self) -> str:
@@ -6592,33 +6928,58 @@ class LocalUpstream:
 
     def describe(self) -> dict:
         """The upstream as /health shows it."""
-        status = "loading"
-        if self._ready.done():
-            error = self._ready.exception()
+        status, ready = "loading", self._ready
+        if ready.done():
+            error = ready.exception()
             status = f"failed: {error}" if error else "ok"
         return {"kind": "local", "model": self.model, "status": status}
 
     def start(self) -> None:
-        """Begins to load; a second call does nothing."""
-        if self._started.acquire(blocking=False):
-            threading.Thread(target=self._load, name="local-model", daemon=True).start()
+        """Begins to load; a second call does nothing while the model runs."""
+        with self._lock:
+            if self._started or self._closed:
+                return
+            self._started = True
+        threading.Thread(target=self._run, name="local-model", daemon=True).start()
 
-    def _load(self) -> None:
+    def _run(self) -> None:
+        """Starts the model's process and stays until it ends."""
+        key = secrets.token_hex()
         try:
             gguf = self._gguf or fetch_local_model(self._folder)
-            key = secrets.token_hex()
-            self._server = start_llama(gguf, self.model, self._context, key)
-            inner = OpenAIUpstream(self._server.listening_address, key, self._gate, self._timeout)
-            self._ready.set_result(inner)
-            log_event("model_ready", f"The embedded model {self.model} is ready.", model=self.model)
+            self._process, address = start_llama(gguf, self.model, self._context, key)
         except Exception as error:  # no wheel for this machine, no network, no memory: all end in the same advice
             words = f"The embedded model cannot be used: {error}. {THREE_WAYS}"
             log_event("model_failed", words, level=logging.ERROR, model=self.model)
             self._ready.set_exception(UpstreamUnavailable(words))
+            return
+        log_event("model_ready", f"The embedded model {self.model} is ready.", model=self.model)
+        self._ready.set_result(OpenAIUpstream(address, key, self._gate, self._timeout))
+        self._process.wait()
+        with self._lock:
+            if self._closed:
+                return
+            self._crashes += 1
+            self._ready, self._started = Future(), self._crashes >= MOST_CRASHES
+            if self._started:
+                self._ready.set_exception(self._ended())
+        log_event("model_failed", str(self._ended()), level=logging.ERROR, model=self.model)
 
-    def _inner(self, call: Call) -> OpenAIUpstream:
+    def _ended(self) -> UpstreamUnavailable:
+        return UpstreamUnavailable(f"The embedded model ended: {why_ended(self._process.returncode)}. {THREE_WAYS}")
+
+    @contextlib.contextmanager
+    def _inner(self, call: Call) -> Iterator[OpenAIUpstream]:
+        """The model's server, once it is loaded; an error because its process has ended says so."""
         self.start()
-        return call.result(self._ready)
+        inner = call.result(self._ready)
+        process = self._process
+        try:
+            yield inner
+        except UpstreamUnavailable as error:
+            if process.poll() is None or isinstance(error, UpstreamTimeout):
+                raise
+            raise self._ended() from error
 
     def secrets(self, call: Call) -> tuple[str, ...]:
         """Nothing here is secret."""
@@ -6627,16 +6988,18 @@ class LocalUpstream:
     @contextlib.contextmanager
     def forward(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
         """As `OpenAIUpstream.forward`."""
-        with self._inner(call).forward(raw, call) as reply:
+        with self._inner(call) as inner, inner.forward(raw, call) as reply:
             yield reply
 
     def complete(self, body: Mapping, call: Call) -> dict:
         """As `OpenAIUpstream.complete`."""
-        return self._inner(call).complete({**body, "model": self.model}, call)
+        with self._inner(call) as inner:
+            return inner.complete({**body, "model": self.model}, call)
 
     def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
         """As `OpenAIUpstream.stream`."""
-        yield from self._inner(call).stream({**body, "model": self.model}, call)
+        with self._inner(call) as inner:
+            yield from inner.stream({**body, "model": self.model}, call)
 
     def default_model(self, call: Call) -> str:
         """The one model."""
@@ -6650,19 +7013,45 @@ class LocalUpstream:
         """The context length that the model is loaded with."""
         return self._context
 
+    def close(self) -> None:
+        """Ends the model's process, which also ends by itself when this one does."""
+        with self._lock:
+            self._closed = True
+        if self._process:
+            self._process.kill()
 
-def start_llama(gguf: Path, name: str, context: int, key: str) -> Any:
-    """An xllamacpp server on a free loopback port that answers to `key`."""
-    import xllamacpp
 
+def start_llama(gguf: Path, name: str, context: int, key: str) -> tuple[subprocess.Popen, str]:
+    """A process with an xllamacpp server on a free loopback port that answers to `key`, and the server's address.
+
+    Raises `RuntimeError` or `OSError` with the reason where it cannot be had.
+    """
     if not gguf.is_file():
         raise FileNotFoundError(f"there is no model file {gguf}")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(gguf)
-    params.model_alias = {name}
-    params.n_ctx, params.n_parallel, params.api_keys = context, 1, [key]
-    params.verbosity = 0
-    return xllamacpp.Server(params)
+    process = subprocess.Popen(
+        [sys.executable, "-c", LLAMA_PROGRAM, str(gguf), name, str(context)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # Ctrl-C is for this program, which finishes the reply that is running.
+        start_new_session=True, creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+    )  # fmt: skip
+    with contextlib.suppress(OSError):  # it has ended already; why, is seen below
+        process.stdin.write(key + "\n")
+        process.stdin.flush()
+    outcome, _, words = process.stdout.readline().strip().partition(" ")
+    if outcome != "listening":
+        raise RuntimeError(words or why_ended(process.wait()))
+    return process, words
+
+
+def why_ended(code: int) -> str:
+    """Why a process ended, by its exit code, in words for people."""
+    if code in ILLEGAL_INSTRUCTION:
+        return "this processor is too old for it (it lacks instructions that llama.cpp was built with)"
+    if code in KILLED:
+        return "it was killed, most likely because memory ran out"
+    with contextlib.suppress(ValueError):
+        return f"it crashed ({signal.Signals(-code).name})"
+    return f"its exit code was {code}"
 
 
 def fetch_local_model(folder: Path) -> Path:
