@@ -441,12 +441,12 @@ def test_a_folder_of_chats_is_imported(tmp_path, server):
     take_in(server, written(line("Robin", "Out and in."), line("Helena", "Again.")), chat_id="x")
     (chats / "export.json").write_text(json.dumps(export(server, "x")))
     done = run_import(data, chats)
-    assert done.returncode == 2 and "3 chats; 6 messages are new, 0 were known. 1 of 5 files" in done.stderr
+    assert done.returncode == 2 and "3 chats: 6 messages added, 0 already present. 1 of 5 files" in done.stderr
     assert "broken.jsonl: line 3" in done.stderr and "Traceback" not in done.stderr
     assert "chats" in done.stderr and "vectors" in done.stderr  # the bars
     (chats / "broken.jsonl").unlink()
     done = run_import(data, chats)
-    assert done.returncode == 0 and "3 chats; 0 messages are new, 6 were known." in done.stdout
+    assert done.returncode == 0 and "3 chats: 0 messages added, 6 already present." in done.stdout
     memory = pm.PersonaMemory(pm.Settings(data=str(data)))
     for row in memory.chats():
         store = memory.chat(row["chat_id"])

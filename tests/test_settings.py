@@ -1,7 +1,6 @@
 """Settings: one declaration serves flag, variable, `.env` file and README; and what is in the README is in the code."""
 
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import persona_memory as pm
 
 README = (Path(pm.__file__).parent / "README.md").read_text(encoding="utf8")
 EXAMPLE = (Path(pm.__file__).parent / ".env.example").read_text(encoding="utf8")
-NAMES = [f.name for f in fields(pm.Settings)]
+NAMES = [f.name for f in pm.OPTIONS]
 
 
 def table_rows(heading: str) -> list[list[str]]:
@@ -23,7 +22,7 @@ def table_rows(heading: str) -> list[list[str]]:
 
 def test_the_settings_table_says_what_the_code_says():
     """Every field of `Settings` has its row, word for word, and no row is about anything else."""
-    shown = {f.name: f.metadata["shown"] for f in fields(pm.Settings)}
+    shown = {f.name: f.metadata["shown"] for f in pm.OPTIONS}
     expected = [
         [
             f"`{pm.flag_of(f.name)}`",
@@ -31,7 +30,7 @@ def test_the_settings_table_says_what_the_code_says():
             f"`{shown[f.name]}`" if shown[f.name] == str(f.default) else shown[f.name],
             f.metadata["help"],
         ]
-        for f in fields(pm.Settings)
+        for f in pm.OPTIONS
     ]
     assert table_rows("Settings") == expected
 
