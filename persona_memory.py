@@ -4760,10 +4760,10 @@ class ChatCopy:
 def json_value(text: str | bytes) -> Any:
     """The value of a JSON text (RFC 8259); raises `ValueError`.
 
-    Python's parser alone would let NaN and the infinities pass, which no other JSON parser reads.
+    Python's parser alone would let NaN, the infinities and integers of any length pass, which few others read.
     """
     try:
-        return json.loads(text, parse_constant=finite_number, parse_float=finite_number)
+        return json.loads(text, parse_constant=finite_number, parse_float=finite_number, parse_int=short_integer)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -4774,6 +4774,13 @@ def finite_number(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text[:20]} is not a number that JSON knows")
     return number
+
+
+def short_integer(text: str) -> int:
+    """A JSON number without fraction and exponent; raises `ValueError` where it is longer than any 64-bit number."""
+    if len(text) > 20:
+        raise ValueError(f"a number of {len(text)} digits is too long")
+    return int(text)
 
 
 def parse_json(text: str, where: str = "") -> Any:
