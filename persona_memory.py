@@ -66,6 +66,7 @@ import argparse
 import atexit
 import base64
 import binascii
+import codecs
 import contextlib
 import functools
 import hashlib
@@ -139,14 +140,18 @@ LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def setting(default: Any, help_text: str, shown: str = "", secret: bool = False) -> Any:
-    """A field of `Settings`: its default, its help, how the default reads where the value does not say it, and whether
-    the value is a key that is never shown."""
+    """A field of `Settings`: its default, its help text, how the help and the README display the default, and whether
+    the value is a key, which is never displayed."""
     return field(default=default, metadata={"help": help_text, "shown": shown or str(default), "secret": secret})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every option of the program; a field `some_name` is the flag `--some-name` and `PERSONA_MEMORY_SOME_NAME`."""
+    """Every option of the program; a field `some_name` is the flag `--some-name` and `PERSONA_MEMORY_SOME_NAME`.
+
+    `sources` is not an option: it maps a field's name to where its value was set ("flag --port", "variable NAME",
+    ".env NAME"). Fields that have their default are missing there.
+    """
 
     proxy: bool = setting(False, "serve the OpenAI-compatible API under /v1", "off")
     host: str = setting("127.0.0.1", "address to listen on; anything but loopback needs --api-key")
@@ -195,16 +200,10 @@ class Settings:
     )
     log_format: str = setting("text", "`text` for people, `json` for one object a line")
     log_text: bool = setting(False, "write message text into the log", "off")
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
-    def sources(self) -> Mapping[str, str]:
-        """Where each field that is no default was set: "flag", "variable NAME", ".env NAME"."""
-        return self.__dict__.get("_sources", {})
 
-    def set_by(self, sources: Mapping[str, str]) -> Settings:
-        """The same settings, which know where each was set."""
-        self.__dict__["_sources"] = dict(sources)  # no field: it is no option
-        return self
+OPTIONS = tuple(f for f in fields(Settings) if f.name != "sources")
 
 
 def flag_of(name: str) -> str:
@@ -2476,6 +2475,9 @@ def align_floating(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alig
 
 ABSENT_IDS = ("", "undefined", "null", "None")  # what scripts send where they have no id
 GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\]")  # SillyTavern's default words
+JAVASCRIPT_DATE = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
+)
 SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}): (?=.*\S)", re.S)
 
 
@@ -2578,14 +2580,29 @@ def parse_identity(fields: Mapping, where: str = "") -> Identity:
     return Identity(**said | {"kind": kind}, complete=bool(optional_field(fields, "complete", bool, where)))
 
 
+def iso_date(when: datetime) -> str:
+    """A date and time in the part of ISO 8601 that JavaScript reads (ECMAScript, "Date Time String Format").
+
+    Raises `ValueError` for the calendar's first and last year, which no other time zone may be able to express.
+    """
+    if not datetime.min.year < when.year < datetime.max.year:
+        raise ValueError(f"the year {when.year} is out of range")
+    text = when.isoformat()  # old zones are so many seconds from UTC, which JavaScript does not read
+    return text if JAVASCRIPT_DATE.fullmatch(text) else when.astimezone(UTC).isoformat()
+
+
 def parse_timestamp(text: Any, where: str) -> str | None:
-    """A date and time in ISO 8601 as it came, or None; raises `InvalidRequest` for anything else."""
+    """A date and time in ISO 8601, or None; raises `InvalidRequest` for anything else.
+
+    It is returned as it came where JavaScript reads it too, and written anew where only Python does.
+    """
+    if text is None:
+        return None
     try:
-        if text is not None:
-            datetime.fromisoformat(text)
+        written = iso_date(datetime.fromisoformat(text))
     except (TypeError, ValueError):
         raise InvalidRequest(f"{where} must be a date and time in ISO 8601.", where) from None
-    return text
+    return text if JAVASCRIPT_DATE.fullmatch(text) else written
 
 
 def shown_turns(messages: Sequence[dict]) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
@@ -5218,8 +5235,9 @@ def preceded(message: dict, block: str) -> dict:
 # ======================================================================================================================
 
 EXPORT_FORMAT, EXPORT_VERSION = "persona_memory", 1
-UNNAMED = ("", "unused")  # what newer headers hold for names
+NO_NAMES = (None, "", "unused")  # what headers hold where they name nobody; newer versions write "unused"
 STAND_IN_AVATAR = "img/ai4.png"  # SillyTavern's own; a message that has one carries its speaker's name into the prompt
+LONGEST_DATE = 64  # characters; one of the patterns below takes quadratic time on long texts
 SEND_DATES = (
     re.compile(
         r"(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})\s*@\s*(?P<hour>\d{1,2})h\s*(?P<minute>\d{1,2})m"
@@ -5234,13 +5252,17 @@ KEPT_INFO = {  # what an export holds of a chat beside its messages, with its ty
     "chat_id": str, "explicit": bool, "created": float, "updated": float, "character": str, "user_name": str,
     "shows_history": bool, "persona": str,
 }  # fmt: skip
-LATEST = 2.0**36  # Unix seconds; far beyond what anybody has said
+LATEST = 2.0**36  # Unix seconds, in the year 4147
 FIELD_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "str | None": str | None}
 
 
 @dataclass(frozen=True)
 class ChatCopy:
-    """A chat as a file holds it: its messages (parents first), the last one of its branch, and what else is known."""
+    """A chat as a file holds it.
+
+    `messages` are those of all branches, parents first; `head` is the id of the last message of the current branch;
+    `info` holds what KEPT_INFO lists.
+    """
 
     messages: tuple[Message, ...]
     head: str
@@ -5250,7 +5272,7 @@ class ChatCopy:
 
     @property
     def path(self) -> list[Message]:
-        """The messages of its branch, oldest first."""
+        """The messages of the current branch, oldest first."""
         by_id, path, at = {m.id: m for m in self.messages}, [], self.head
         while at:
             path.append(by_id[at])
@@ -5258,53 +5280,86 @@ class ChatCopy:
         return path[::-1]
 
 
-def reject_constant(name: str) -> None:
-    """NaN and the infinities are Python's, not JSON's."""
-    raise ValueError(f"{name} is no JSON value")
+def json_value(text: str | bytes) -> Any:
+    """The value of a JSON text (RFC 8259); raises `ValueError`.
+
+    Python's parser alone would let NaN, the infinities and integers of any length pass, which few others read.
+    """
+    try:
+        return json.loads(text, parse_constant=finite_number, parse_float=finite_number, parse_int=short_integer)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def finite_number(text: str) -> float:
+    """A JSON number that has a fraction or an exponent; raises `ValueError` where it is NaN or infinite."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is not a number that JSON knows")
+    return number
+
+
+def short_integer(text: str) -> int:
+    """A JSON number without fraction and exponent; raises `ValueError` where it is longer than any 64-bit number."""
+    if len(text) > 20:
+        raise ValueError(f"a number of {len(text)} digits is too long")
+    return int(text)
+
+
+def parse_json(text: str, where: str = "") -> Any:
+    """The value of a JSON text; raises `InvalidRequest` naming `where`, by default the line of the error."""
+    try:
+        return json_value(text)
+    except ValueError as error:
+        line = where or f"line {getattr(error, 'lineno', 1)}"
+        raise InvalidRequest(f"{line} is not valid JSON: {str(error)[:200]}.", line) from None
 
 
 def read_chat_file(raw: bytes) -> ChatCopy:
-    """A chat out of an export's bytes, or of a SillyTavern chat file's; raises `InvalidRequest` naming the line."""
+    """The chat in an export or in a SillyTavern chat file; raises `InvalidRequest` naming the line or the field."""
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = raw.count(b"\n", 0, error.start) + 1
         where = f"line {number}"
         raise InvalidRequest(f"{where} is not UTF-8.", where) from None
-    opening = first_value(text)
-    if opening is None or (isinstance(opening, dict) and "format" in opening):
-        return read_export(parse_json(text, ""))
-    return read_transcript(text)
-
-
-def first_value(text: str) -> Any:
-    """The JSON value in the first line of a text; None where that line holds no whole one."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text.lstrip().partition("\n")[0])
-    return None
-
-
-def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text; raises `InvalidRequest`, with the line where `where` does not name it."""
     try:
-        return json.loads(text, parse_constant=reject_constant)
-    except (ValueError, RecursionError) as error:
-        line = where or f"line {getattr(error, 'lineno', 1)}"
-        raise InvalidRequest(f"{line} is not valid JSON: {str(error)[:200]}.", line) from None
+        opening = json_value(text.lstrip().partition("\n")[0])
+    except ValueError:
+        opening = None  # an export on several lines, or no JSON at all
+    if opening is None or (isinstance(opening, dict) and "format" in opening):
+        return read_export(parse_json(text))
+    return read_transcript(text)
 
 
 # --------------------------------------------------------------------------------------------- SillyTavern's chat files
 
 
 def read_transcript(text: str) -> ChatCopy:
-    """A chat out of a SillyTavern chat file: a header (older versions write groups none), then a message a line."""
+    """The chat in a SillyTavern chat file: a header (older versions write none for groups), then a message a line.
+
+    Chosen swipes make the branch, rejected ones are their siblings.
+    """
     lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     rows = [(where, parse_json(line, where)) for where, line in lines]
-    for place, (where, row) in enumerate(rows):
-        check_row(row, where, may_be_header=place == 0)
+    for index, (where, row) in enumerate(rows):
+        check_row(row, where, may_be_header=index == 0)
     header = rows[0][1] if rows and "mes" not in rows[0][1] else {}
-    told = [row for _, row in rows[bool(header) :] if is_told(row)]
-    return copy_of_transcript(header, told)
+    said = [row for _, row in rows[bool(header) :] if is_message(row)]
+    user, character = ("" if header.get(k) in NO_NAMES else header[k] for k in ("user_name", "character_name"))
+    replies = [row for row in said if not row.get("is_user")]
+    group = not header or (not character and bool(replies) and all(row.get("original_avatar") for row in replies))
+    names = {side: [row["name"] for row in said if row.get("is_user") == side and row.get("name")] for side in (1, 0)}
+    user = "".join(names[1][-1:]) if group or not user else user
+    messages, head, now = [], ROOT, time.time()
+    for row in said:
+        name = row.get("name") or ""
+        in_front = name and name != user and (group or row.get("force_avatar"))  # the client sends "name: text" then
+        siblings = swipes_of(row, head, name if in_front else None, now)
+        messages += siblings.values()
+        head = next(m.id for m in siblings.values() if m.confirmed)
+    info = {"user_name": user, "character": character or "".join(names[0][-1:])}
+    return ChatCopy(tuple(messages), head, {k: sane_text(v) for k, v in info.items() if v})
 
 
 def check_row(row: Any, where: str, may_be_header: bool) -> None:
@@ -5323,46 +5378,17 @@ def check_row(row: Any, where: str, may_be_header: bool) -> None:
             raise InvalidRequest(f"{where}: {name} is missing or of another type.", where)
 
 
-def is_told(row: Mapping) -> bool:
+def is_message(row: Mapping) -> bool:
     """Whether a line of a chat file is a message of the chat.
 
-    Narrator's lines, comments and the client's own notices (all have a type) are none of either side's. A message that
-    the user has hidden from the prompt is: what the prompt has no room for is what a memory is there for.
+    Narrator lines, comments and the client's own notices are not; they have a type. Messages that the user has hidden
+    from the prompt are: what the prompt has no room for is what a memory is there for.
     """
     return bool(row["mes"].strip()) and not (row.get("extra") or {}).get("type")
 
 
-def copy_of_transcript(header: Mapping, rows: Sequence[Mapping]) -> ChatCopy:
-    """A chat file's messages as the client sends them: chosen swipes make the branch, rejected ones hang beside it."""
-    user, character = (named_in_header(header, key) for key in ("user_name", "character_name"))
-    replies = [row for row in rows if not row.get("is_user")]
-    group = not header or (not character and bool(replies) and all(row.get("original_avatar") for row in replies))
-    names = {side: [row["name"] for row in rows if row.get("is_user") == side and row.get("name")] for side in (1, 0)}
-    user = "".join(names[1][-1:]) if group or not user else user
-    messages, head, now = [], ROOT, time.time()
-    for row in rows:
-        siblings = swipes_of(row, head, voice_of(row, user, group), now)
-        messages += siblings.values()
-        head = next(m.id for m in siblings.values() if m.confirmed)
-    character = character or "".join(names[0][-1:])
-    info = {"user_name": user, "character": character}
-    return ChatCopy(tuple(messages), head, {k: v for k, v in info.items() if v})
-
-
-def named_in_header(header: Mapping, key: str) -> str:
-    """A name in a chat file's header; empty where it is none."""
-    name = header.get(key) or ""
-    return "" if name in UNNAMED else name
-
-
-def voice_of(row: Mapping, user: str, group: bool) -> str | None:
-    """The name that the client puts in front of a message's text: in groups, and for lines lent to another speaker."""
-    name = row.get("name") or ""
-    return name if name and name != user and (group or row.get("force_avatar")) else None
-
-
 def swipes_of(row: Mapping, parent: str, voice: str | None, now: float) -> dict[str, Message]:
-    """A line's swipes by id, in their order; the one that is chosen is confirmed."""
+    """A line's swipes by id, in their order, as the client would send them; the chosen one is confirmed."""
     swipes = [s for s in row.get("swipes") or () if isinstance(s, str)]
     at = row.get("swipe_id")
     chosen = at if isinstance(at, int) and 0 <= at < len(swipes) else len(swipes)
@@ -5372,36 +5398,31 @@ def swipes_of(row: Mapping, parent: str, voice: str | None, now: float) -> dict[
     details = [d if isinstance(d, dict) else {} for d in row.get("swipe_info") or ()]
     details += [{}] * (len(swipes) - len(details))
     details[chosen] = row
+    role = "user" if row.get("is_user") else "assistant"
     found: dict[str, Message] = {}
-    for place, (text, detail) in enumerate(zip(swipes, details, strict=False)):
-        when = parse_send_date(detail.get("send_date"))
-        made = filed_message(row, text, parent, voice, when, now)
-        if text.strip() and (place == chosen or made.id not in found):
-            found[made.id] = replace(made, confirmed=place == chosen)
+    for index, (text, detail) in enumerate(zip(swipes, details, strict=False)):
+        content = (f"{voice}: {text}" if voice else text).replace("\r", "")
+        key = message_id(parent, message_digest(role, content))
+        if text.strip() and (index == chosen or key not in found):
+            found[key] = Message(
+                key, parent, role, content, timestamp=parse_send_date(detail.get("send_date")), at=now,
+                tokens=message_tokens({"role": role, "content": content}), confirmed=index == chosen, voice=voice,
+            )  # fmt: skip
     return found
 
 
-def filed_message(row: Mapping, text: str, parent: str, voice: str | None, when: str | None, now: float) -> Message:
-    """One swipe of a line of a chat file as the client would send it."""
-    role = "user" if row.get("is_user") else "assistant"
-    content = (f"{voice}: {text}" if voice else text).replace("\r", "")
-    tokens = message_tokens({"role": role, "content": content})
-    key = message_id(parent, message_digest(role, content))
-    return Message(key, parent, role, content, timestamp=when, at=now, tokens=tokens, voice=voice)
-
-
 def parse_send_date(value: Any) -> str | None:
-    """A message's date in ISO 8601, whichever of SillyTavern's formats it has; None where it has none of them.
+    """A message's date in ISO 8601, from any of the formats that SillyTavern has used; None for anything else.
 
-    Dates without a zone are this machine's, as the client that wrote them.
+    Dates without a zone are in the zone of the client that wrote them, which is taken to be this machine's.
     """
     with contextlib.suppress(ValueError, OverflowError, OSError):
         if isinstance(value, int | float) or (isinstance(value, str) and value.isdecimal()):
-            return datetime.fromtimestamp(float(value) / 1000).astimezone().isoformat()
-        if isinstance(value, str):
+            return iso_date(datetime.fromtimestamp(float(value) / 1000).astimezone())
+        if isinstance(value, str) and len(value) <= LONGEST_DATE:
             found = next((f for pattern in SEND_DATES if (f := pattern.search(value))), None)
             when = datetime(*date_parts(found.groupdict())) if found else datetime.fromisoformat(value)
-            return (when if when.tzinfo else when.astimezone()).isoformat()
+            return iso_date(when if when.tzinfo else when.astimezone())
     return None
 
 
@@ -5416,8 +5437,8 @@ def date_parts(found: Mapping[str, str | None]) -> list[int]:
 
 
 def send_date(message: Message) -> str:
-    """A message's date as SillyTavern writes it, in this machine's zone: "July 12, 2024 9:30pm"; empty where it is out
-    of a calendar's reach."""
+    """A message's date as SillyTavern writes it, in this machine's zone: "July 12, 2024 9:30pm"; empty where it is
+    outside the calendar."""
     try:
         when = datetime.fromtimestamp(message.said_at).astimezone()
     except (ValueError, OverflowError, OSError):
@@ -5433,13 +5454,16 @@ def write_transcript(
 ) -> str:
     """A branch as a SillyTavern chat file; `siblings` are the messages under each message's parent, in their order.
 
-    Of those, replies that no request has shown are swipes; edits and other branches are not for a client's arrows.
+    Siblings that are unconfirmed replies become swipes. Edits and other branches do not: a client's arrows offer
+    replies only.
     """
     user, character = info.get("user_name") or SPEAKERS["user"], info.get("character") or SPEAKERS["assistant"]
     replies = [m for m in path if m.role == "assistant"]
     group = bool(replies) and all(m.voice for m in replies)
-    header = {"user_name": user, "character_name": character, "create_date": "", "chat_metadata": {}}
-    header["create_date"] = send_date(path[0]) if path else ""
+    header = {
+        "user_name": user, "character_name": character, "create_date": send_date(path[0]) if path else "",
+        "chat_metadata": {},
+    }  # fmt: skip
     names = {"user": user, "assistant": character}
     rows = [transcript_row(m, siblings.get(m.parent, ()), m.voice or m.name or names[m.role]) for m in path]
     return "".join(json.dumps(row) + "\n" for row in ([] if group else [header]) + rows)
@@ -5454,19 +5478,18 @@ def transcript_row(message: Message, siblings: Sequence[Message], name: str) -> 
     if message.voice:
         row["force_avatar"] = STAND_IN_AVATAR
     if message.role == "assistant":
-        offered = [m for m in siblings if m is message or (m.role == "assistant" and not m.confirmed)]
-        texts = [unprefixed(replace(m, voice=message.voice)) for m in offered]
-        kept = [i for i, m in enumerate(offered) if m is message or texts[i] != row["mes"]]
-        row["swipe_id"] = [offered[i] for i in kept].index(message)
-        row["swipes"] = [texts[i] for i in kept]
-        row["swipe_info"] = [{"send_date": send_date(offered[i]), "extra": {}} for i in kept]
+        replies = [m for m in siblings if m is message or (m.role == "assistant" and not m.confirmed)]
+        texts = [(m, unprefixed(replace(m, voice=message.voice))) for m in replies]
+        swipes = [(m, text) for m, text in texts if m is message or text != row["mes"]]
+        row["swipe_id"] = [m for m, _ in swipes].index(message)
+        row["swipes"] = [text for _, text in swipes]
+        row["swipe_info"] = [{"send_date": send_date(m), "extra": {}} for m, _ in swipes]
     return row
 
 
 def unprefixed(message: Message) -> str:
-    """A message's text without the name that the client puts in front of it."""
-    text = message.original  # the client has its own words, whatever a user has made of them here
-    return text.removeprefix(f"{message.voice}: ") if message.voice else text
+    """The client's text of a message, without the name that the client puts in front of it."""
+    return message.original.removeprefix(f"{message.voice}: ") if message.voice else message.original
 
 
 # ----------------------------------------------------------------------------------------------------------- exports
@@ -5483,54 +5506,55 @@ def write_export(copy: ChatCopy) -> dict:
 
 
 def read_export(data: Any) -> ChatCopy:
-    """A chat out of an export; raises `InvalidRequest` naming the place that is wrong."""
+    """The chat in an export; raises `InvalidRequest` naming the field that is wrong."""
     if not isinstance(data, dict) or data.get("format") != EXPORT_FORMAT:
         raise InvalidRequest("This is neither a SillyTavern chat file nor an export of persona_memory.")
     if data.get("version") != EXPORT_VERSION:
         raise InvalidRequest(f"This export has version {data.get('version')!r}; known is {EXPORT_VERSION}.", "version")
-    info = data.get("chat")
-    if not isinstance(info, dict) or not is_name(info.get("chat_id")):
-        raise InvalidRequest("chat.chat_id must be a string that names a chat.", "chat.chat_id")
-    kept = {k: typed_value(info[k], kind, f"chat.{k}") for k, kind in KEPT_INFO.items() if info.get(k) is not None}
-    messages = [checked_message(m, where) for m, where in rows_of(data, "messages", Message)]
+    info = read_info(data.get("chat"))
+    messages = [checked_message(m, where) for m, where in records(data, "messages", Message)]
     check_tree(messages)
-    known = {m.id for m in messages}
-    summaries = [s for s, _ in rows_of(data, "summaries", Summary)]
-    facts = [f for f, _ in rows_of(data, "facts", Fact)]
-    head = typed_value(info.get("head", ROOT), str, "chat.head")
+    summaries = [s for s, _ in records(data, "summaries", Summary)]
+    facts = [f for f, _ in records(data, "facts", Fact)]
+    head = typed_value(data["chat"].get("head", ROOT), str, "chat.head")
     used = {head, *(s.last for s in summaries), *(s.first for s in summaries), *(f.message for f in facts)}
-    if not used <= known | {ROOT}:
+    if not used <= {m.id for m in messages} | {ROOT}:
         raise InvalidRequest("chat.head, a summary or a fact names a message that is not there.", "messages")
     if not all(re.fullmatch(r"[0-9A-Za-z_-]{1,64}", row.id) for row in (*summaries, *facts)):
-        raise InvalidRequest("The id of a summary or a fact is none.", "id")
-    return ChatCopy(tuple(messages), head, kept, tuple(summaries), tuple(facts))
+        raise InvalidRequest("A summary or a fact has an id that is not valid.", "id")
+    return ChatCopy(tuple(messages), head, info, tuple(summaries), tuple(facts))
 
 
-def is_name(value: Any) -> bool:
-    """Whether a value can be a chat's id: text that can be written down."""
-    with contextlib.suppress(UnicodeEncodeError):
-        return isinstance(value, str) and bool(value.strip()) and bool(value.encode())
-    return False
+def read_info(info: Any) -> dict[str, Any]:
+    """What an export says of its chat beside the messages; raises `InvalidRequest`."""
+    if not isinstance(info, dict):
+        raise InvalidRequest("chat must be an object.", "chat")
+    kept = {k: typed_value(info[k], kind, f"chat.{k}") for k, kind in KEPT_INFO.items() if info.get(k) is not None}
+    if not kept.get("chat_id", "").strip() or sane_text(kept["chat_id"]) != kept["chat_id"]:
+        raise InvalidRequest("chat.chat_id must be a string that names a chat.", "chat.chat_id")
+    for name in ("created", "updated"):
+        check_time(kept.get(name, 0.0), f"chat.{name}")
+    return {k: sane_text(v) if isinstance(v, str) else v for k, v in kept.items()}
 
 
-def rows_of(data: Mapping, name: str, kind: type) -> list[tuple[Any, str]]:
-    """The objects of a list of an export, each with its place; raises `InvalidRequest`."""
-    rows = data.get(name)
+def records(data: Mapping, name: str, kind: type) -> list[tuple[Any, str]]:
+    """The records of that type in a list of an export, each with where it stands; unknown fields are left out.
+
+    Raises `InvalidRequest` naming the field.
+    """
+    rows, known, found = data.get(name), {f.name: FIELD_TYPES[f.type] for f in fields(kind)}, []
     if not isinstance(rows, list):
         raise InvalidRequest(f"{name} must be a list.", name)
-    return [(record_of(kind, row, f"{name}[{i}]"), f"{name}[{i}]") for i, row in enumerate(rows)]
-
-
-def record_of(kind: type, row: Any, where: str) -> Any:
-    """A record out of plain data; unknown fields are left out. Raises `InvalidRequest` naming the field."""
-    if not isinstance(row, dict):
-        raise InvalidRequest(f"{where} must be an object.", where)
-    known = {f.name: FIELD_TYPES[f.type] for f in fields(kind)}
-    values = {k: typed_value(v, known[k], f"{where}.{k}") for k, v in row.items() if k in known}
-    try:
-        return kind(**values)
-    except TypeError as error:  # a field without a default is missing
-        raise InvalidRequest(f"{where}: {error}.", where) from None
+    for index, row in enumerate(rows):
+        where = f"{name}[{index}]"
+        if not isinstance(row, dict):
+            raise InvalidRequest(f"{where} must be an object.", where)
+        values = {k: typed_value(v, known[k], f"{where}.{k}") for k, v in row.items() if k in known}
+        try:
+            found.append((kind(**values), where))
+        except TypeError as error:  # a field without a default is missing
+            raise InvalidRequest(f"{where}: {error}.", where) from None
+    return found
 
 
 def typed_value(value: Any, kind: Any, where: str) -> Any:
@@ -5542,26 +5566,31 @@ def typed_value(value: Any, kind: Any, where: str) -> Any:
     return value
 
 
+def check_time(seconds: float, where: str) -> None:
+    """Raises `InvalidRequest` where a number cannot be a time."""
+    if not 0 <= seconds < LATEST:
+        raise InvalidRequest(f"{where} must be a time in Unix seconds.", where)
+
+
 def checked_message(message: Message, where: str) -> Message:
-    """A message with its tokens counted anew; raises `InvalidRequest` where its parts do not belong together."""
+    """A message with its tokens counted anew; raises `InvalidRequest` where its fields contradict each other."""
     if message.role not in CHAT_ROLES:
         raise InvalidRequest(f"{where}.role must be user or assistant.", f"{where}.role")
     if message.id != message_id(message.parent, message.digest):
         raise InvalidRequest(f"{where}.id is not that of its text under its parent.", f"{where}.id")
-    parse_timestamp(message.timestamp, f"{where}.timestamp")
-    if not 0 <= message.at < LATEST:
-        raise InvalidRequest(f"{where}.at must be a time in Unix seconds.", f"{where}.at")
+    timestamp = parse_timestamp(message.timestamp, f"{where}.timestamp")
+    check_time(message.at, f"{where}.at")
     row = {"role": message.role} | ({"name": message.name} if message.name else {})
     sizes = (message_tokens({**row, "content": text}) for text in (message.content, message.original))
-    return replace(message, tokens=max(sizes))  # as where a user edits a message
+    return replace(message, timestamp=timestamp, tokens=max(sizes))  # as where a user edits a message
 
 
 def check_tree(messages: Sequence[Message]) -> None:
     """Raises `InvalidRequest` where a message is there twice, or before its parent."""
     known = {ROOT}
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if message.parent not in known or message.id in known:
-            where = f"messages[{place}]"
+            where = f"messages[{index}]"
             raise InvalidRequest(f"{where} is there twice, or its parent does not come before it.", where)
         known.add(message.id)
 
@@ -6005,7 +6034,7 @@ def event_values(lines: Iterable[bytes]) -> Iterator[Any]:
     for line in itertools.chain(lines, [b""]):
         if line.startswith(b"data:"):
             more = line[5:].removeprefix(b" ")
-            whole = json_value(data) if data else GARBLED
+            whole = event_value(data) if data else GARBLED
             if whole is not GARBLED:  # the next event, though no empty line has ended this one
                 yield whole
                 data = b""
@@ -6014,7 +6043,7 @@ def event_values(lines: Iterable[bytes]) -> Iterator[Any]:
             kind = line[6:].strip()
         elif not line:
             if data.strip():
-                value = json_value(data)
+                value = event_value(data)
                 yield {"error": value} if kind == b"error" and is_bare_error(value) else value
                 if value is DONE:
                     return
@@ -6026,7 +6055,7 @@ def is_bare_error(value: Any) -> bool:
     return not isinstance(value, dict) or not value.get("error")
 
 
-def json_value(raw: bytes) -> Any:
+def event_value(raw: bytes) -> Any:
     """The one value of some text; `DONE` or `GARBLED` where it is none."""
     text = raw.decode("utf-8", "replace").strip()
     if text == "[DONE]":
@@ -6576,7 +6605,7 @@ def embedded_error(payload: Mapping) -> UpstreamError:
 
 def error_object(raw: bytes) -> dict:
     """OpenAI's error object from the body of an error."""
-    value = json_value(raw)
+    value = event_value(raw)
     if value is GARBLED or value is DONE:
         text = raw.decode("utf-8", "replace").strip()
         return {"message": "" if text.startswith("<") else text[:500]}  # a page of HTML says nothing here
@@ -6614,7 +6643,7 @@ def wrapped_reason(error: Mapping) -> str:
     metadata = error.get("metadata")
     raw = metadata.get("raw") if isinstance(metadata, dict) else None
     if isinstance(raw, str):
-        inner = json_value(raw.encode("utf-8", "replace"))
+        inner = event_value(raw.encode("utf-8", "replace"))
         raw = inner if isinstance(inner, dict) else raw
     return error_of(raw)["message"] if isinstance(raw, str | dict) else ""
 
@@ -9095,7 +9124,7 @@ class Status:
     def options(self) -> list[dict]:
         """The settings: value, where it was set, and what it means; keys are not shown."""
         rows = []
-        for f in fields(Settings):
+        for f in OPTIONS:
             value = getattr(self._settings, f.name)
             source = self._settings.sources.get(f.name) or ("default" if value == f.default else "the program")
             if f.metadata["secret"]:
@@ -12451,7 +12480,9 @@ SERVER_THREADS = 128  # a stream holds one for as long as it lasts
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
 LOCAL_ORIGIN = re.compile(r"https?://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-KEYLESS = ("health", "page")  # the page is a shell without data, which asks for the key
+KEYLESS = ("health", "page")  # the page has no data in it, and asks for the key
+LINKED = ("page", "extension_download")  # what a link on any other page may lead to
+LONGEST_HEADER = 4096  # characters; clients refuse answers whose headers take much more than that
 PAGE_POLICY = (
     f"default-src 'none'; script-src '{source_hash(PAGE_SCRIPT)}'; style-src '{source_hash(PAGE_STYLE)}'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -12459,10 +12490,10 @@ PAGE_POLICY = (
 )
 PAGE_HEADERS = {
     "Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
-    "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
 }  # fmt: skip
 GUEST_PAGE = "/persona_memory/"  # where the memory page is on a server whose root is another's
-PREFLIGHT_SECONDS = 600  # that a browser need not ask again; more it does not heed
+PREFLIGHT_SECONDS = 600  # for which a browser may keep the answer to a preflight; Chromium allows two hours at most
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -12472,11 +12503,29 @@ def engine() -> PersonaMemory:
 
 
 def request_json() -> Any:
-    """The request's body; raises `InvalidRequest` where it is no JSON."""
+    """The request's body; raises `InvalidRequest` where it is not JSON."""
     try:
-        return json.loads(flask.request.get_data(), parse_constant=reject_constant)
-    except (ValueError, RecursionError) as error:
+        return json_value(flask.request.get_data())
+    except ValueError as error:
         raise InvalidRequest(f"The request is not valid JSON: {str(error)[:200]}.") from None
+
+
+def request_object() -> dict:
+    """The request's body; raises `InvalidRequest` where it is not a JSON object."""
+    body = request_json()
+    if not isinstance(body, dict):
+        raise InvalidRequest("The request must be a JSON object.")
+    return body
+
+
+def require(body: Mapping, name: str, kind: type, blank: bool = False) -> Any:
+    """A field of the request's body: true or false (`bool`), or a text (`str`), which only may be `blank` where the
+    caller says so. Raises `InvalidRequest` where the field is missing or something else."""
+    value = body.get(name)
+    if not isinstance(value, kind) or (kind is str and not blank and not value.strip()):
+        words = "true or false" if kind is bool else "a string" if blank else "a string that is not blank"
+        raise InvalidRequest(f"{name} must be {words}.", name)
+    return value
 
 
 def client_gone() -> Callable[[], bool]:
@@ -12485,9 +12534,9 @@ def client_gone() -> Callable[[], bool]:
 
 
 def client_call() -> Call:
-    """A call to the upstream in the client's name; clients without a key send words for it.
+    """A call to the upstream with the client's own key; clients that have none send a word in its place.
 
-    A key that is this server's, or that of an Extras API, is none of the upstream's business.
+    A key for this server, or for an Extras API, is not sent on to the upstream.
     """
     authorization = flask.request.headers.get("Authorization", "")
     ours = engine().settings.api_key or not engine().settings.proxy
@@ -12503,13 +12552,8 @@ def explicit_chat_id(headers: Mapping[str, str], body: Any) -> str:
         urllib.parse.unquote(headers.get("X-Chat-Id", "")), ours.get("chat_id"), body.get("chat_id"),
         metadata.get("chat_id"), body.get("user"),
     )  # fmt: skip
-    named = (str(v).strip() for v in given if isinstance(v, str | int) and not isinstance(v, bool))
+    named = (sane_text(str(v)).strip() for v in given if isinstance(v, str | int) and not isinstance(v, bool))
     return next((v for v in named if v not in ABSENT_IDS and "{{" not in v), "")
-
-
-def header_id(chat_id: str) -> dict[str, str]:
-    """The response header that names the chat, URL-quoted."""
-    return {"X-Chat-Id": urllib.parse.quote(chat_id, safe="")} if chat_id else {}
 
 
 proxy = flask.Blueprint("proxy", __name__)
@@ -12522,79 +12566,96 @@ def chat_completions() -> flask.Response:
     exchange = Exchange(engine(), client_call(), client_gone())
     try:
         if flask.request.headers.get("X-Persona-Memory", "").strip().lower() == "off":
-            return unremembered(exchange)
+            return bypass(exchange)
         body = request_json()
-        prepared = exchange.memory.builder.prepare(body, explicit_chat_id(flask.request.headers, body), exchange.call)
-        exchange.asked(prepared)
-        return completed(exchange, prepared)
+        chat_id = explicit_chat_id(flask.request.headers, body)
+        exchange.prepared = exchange.memory.builder.prepare(body, chat_id, exchange.call)
+        return respond(exchange)
     except Exception as error:
-        exchange.ended(error)
-        raise
+        known = public_error(error)
+        exchange.finish(known)
+        raise known from None
 
 
 class Exchange:
-    """One request of a client and the way it ends, for log and metrics."""
+    """One chat completion: what the upstream is asked (`prepared`), the call to it, and for log and metrics how it
+    ends."""
 
     def __init__(self, memory: PersonaMemory, call: Call, gone: Callable[[], bool]):
         self.memory, self.call, self.gone = memory, call, gone
-        self.chat_id, self.header = "", ""
+        self.prepared = Prepared({}, "")
         self._started = time.monotonic()
         self._first_token: float | None = None
 
-    def asked(self, prepared: Prepared) -> dict[str, str]:
-        """Notes what the upstream is asked; returns the response headers that say so."""
-        self.chat_id, self.header = prepared.chat_id, prepared.header
-        return {"X-Persona-Memory": prepared.header} | header_id(prepared.chat_id)
-
     @property
-    def degraded(self) -> bool:
-        """Whether memory could not serve the turn in full."""
-        return self.header.startswith("degraded")
+    def headers(self) -> dict[str, str]:
+        """The response headers that say what memory did, and for which chat."""
+        chat_id = urllib.parse.quote(self.prepared.chat_id, safe="")
+        headers = {"X-Persona-Memory": self.prepared.header, "X-Chat-Id": chat_id}
+        return {name: value for name, value in headers.items() if 0 < len(value) <= LONGEST_HEADER}
 
-    def said(self) -> None:
-        """Notes the time of a stream's first token."""
+    def note_first_token(self) -> None:
+        """Notes the time of a stream's first token; a second call does nothing."""
         if self._first_token is None:
             self._first_token = time.monotonic() - self._started
             self.memory.status.metrics.first_token.observe(self._first_token)
 
-    def ended(self, error: Exception | None = None, outcome: str = "ok") -> None:
+    def finish(self, error: PersonaMemoryError | None = None) -> None:
         """Notes how the request ended."""
-        outcome = outcome_of(error) if error else "degraded" if self.degraded and outcome == "ok" else outcome
-        self.memory.status.note_end(self.chat_id, outcome, error, self.header)
+        chat_id, outcome = self.prepared.chat_id, self._outcome(error)
+        self.memory.status.note_end(chat_id, outcome, error, self.prepared.header)
         self.memory.status.metrics.requests.labels(outcome).inc()
         seconds = time.monotonic() - self._started
-        words = f"chat {self.chat_id or '-'}: {outcome} after {seconds:.1f} s" + (f": {error}" if error else "")
+        words = f"chat {chat_id or '-'}: {outcome} after {seconds:.1f} s" + (f": {error}" if error else "")
         level = logging.WARNING if outcome in ("upstream_error", "failed") else logging.INFO
         log_event(
-            "request", words, level=level, chat=self.chat_id, outcome=outcome, seconds=round(seconds, 3),
+            "request", words, level=level, chat=chat_id, outcome=outcome, seconds=round(seconds, 3),
             first_token_seconds=self._first_token and round(self._first_token, 3),
-            status=getattr(error, "status", 500) if error else 200,
+            status=error.status if error else 200,
         )  # fmt: skip
 
+    def _outcome(self, error: PersonaMemoryError | None) -> str:
+        """The `outcome` label of the metrics."""
+        if error is None:
+            done = self.prepared.header.partition(";")[0]
+            return done if done in ("off", "degraded") else "ok"
+        if isinstance(error, ClientGone):
+            return "client_gone"
+        if isinstance(error, UpstreamError | UpstreamUnavailable):
+            return "upstream_error"
+        return "refused" if error.status < 500 else "failed"
 
-def outcome_of(error: Exception) -> str:
-    """The `outcome` label of a request that failed."""
-    kinds = {ClientGone: "client_gone", UpstreamError: "upstream_error", UpstreamUnavailable: "upstream_error"}
-    known = next((name for kind, name in kinds.items() if isinstance(error, kind)), "refused")
-    return known if isinstance(error, PersonaMemoryError) else "failed"
+
+def public_error(error: Exception) -> PersonaMemoryError:
+    """An error as a client may see it. One that nobody foresaw is logged with its traceback, and its words are not
+    shown."""
+    if isinstance(error, PersonaMemoryError):
+        return error
+    if isinstance(error, HTTPException):
+        shown = InvalidRequest(f"{error.code} {error.name}: {flask.request.method} {flask.request.path}")
+        shown.status = error.code
+        return shown
+    log_event("failed", "A request failed", level=logging.ERROR, trace=True)
+    return PersonaMemoryError("Something went wrong in persona_memory; its log says what.")
 
 
-def completed(exchange: Exchange, prepared: Prepared) -> flask.Response:
+def respond(exchange: Exchange) -> flask.Response:
     """The upstream's answer in the form that the client asks for."""
-    return (answer_streamed if prepared.body.get("stream") else answer_whole)(exchange, prepared)
+    return answer_streamed(exchange) if exchange.prepared.body.get("stream") else answer_whole(exchange)
 
 
-def answer_whole(exchange: Exchange, prepared: Prepared) -> flask.Response:
+def answer_whole(exchange: Exchange) -> flask.Response:
     """The upstream's whole answer."""
-    memory, call, texts = exchange.memory, exchange.call, []
+    memory, call, prepared, texts = exchange.memory, exchange.call, exchange.prepared, []
     try:
         prepared, whole = wait_for(lambda: memory.completions.complete(prepared, call), call, exchange.gone)
         texts = [text_of((c.get("message") or {}).get("content")) for c in whole["choices"]]
     finally:
         memory.record(prepared, texts)
+    exchange.prepared = prepared
     response = flask.jsonify(whole)
-    response.headers.update(exchange.asked(prepared))
-    exchange.ended()
+    response.headers.update(exchange.headers)
+    exchange.finish()
     return response
 
 
@@ -12607,9 +12668,10 @@ def wait_for(work: Callable[[], Any], call: Call, gone: Callable[[], bool]) -> A
         relay.close()
 
 
-def answer_streamed(exchange: Exchange, prepared: Prepared) -> flask.Response:
-    """The upstream's answer as it comes. Its status is waited for a little, so that an error has its own."""
-    memory = exchange.memory
+def answer_streamed(exchange: Exchange) -> flask.Response:
+    """The upstream's answer as it comes. The first part is waited for a little: an upstream that fails at once is then
+    answered with its own HTTP status."""
+    memory, prepared = exchange.memory, exchange.prepared
     relay = Relay(memory.completions.stream(prepared, exchange.call), exchange.call, exchange.gone)
     try:
         first = relay.next(HEADER_GRACE_SECONDS)
@@ -12617,36 +12679,50 @@ def answer_streamed(exchange: Exchange, prepared: Prepared) -> flask.Response:
         relay.close()
         memory.record(prepared)
         raise
-    prepared = first if isinstance(first, Prepared) else prepared
-    events = stream_events(exchange, prepared, relay, first)
-    return flask.Response(events, mimetype="text/event-stream", headers=NO_BUFFERING | exchange.asked(prepared))
+    if isinstance(first, Prepared):
+        exchange.prepared = first
+    events = primed(stream_events(exchange, relay, first))
+    return flask.Response(events, mimetype="text/event-stream", headers=NO_BUFFERING | exchange.headers)
 
 
-def stream_events(exchange: Exchange, prepared: Prepared, relay: Relay, item: Any) -> Iterator[str]:
-    """The events of a stream, always properly ended; the reply is recorded however it ends."""
+def primed(parts: Iterator) -> Iterator:
+    """A generator that has run to its first `yield`, which gives nothing of use. Only then does closing it run its
+    `finally`: the server closes an answer without reading it where the client has gone already."""
+    next(parts)
+    return parts
+
+
+def stream_events(exchange: Exchange, relay: Relay, item: Any) -> Iterator[str]:
+    """The events of a stream, to be `primed`; `item` is the first that came.
+
+    However it ends, the reply is recorded, and a client that is still there gets `[DONE]`, after an error event where
+    something failed.
+    """
     texts: defaultdict[int, str] = defaultdict(str)
-    ending, failure = "data: [DONE]\n\n", None
+    failure: PersonaMemoryError | None = ClientGone("The client hung up.")  # where it is closed in the middle
     try:
+        yield ""
         while item is not ENDED:
             if item is IDLE:
                 yield ": keep-alive\n\n"
             elif isinstance(item, Prepared):
-                prepared = item
+                exchange.prepared = item
             else:
                 gather(texts, item)
                 if any(texts.values()):
-                    exchange.said()
+                    exchange.note_first_token()
                 yield sse_event(item)
             item = relay.next(KEEPALIVE_SECONDS)
-    except PersonaMemoryError as error:
-        failure = error
-        ending = "" if isinstance(error, ClientGone) else sse_event(error.body()) + ending
+        failure = None
+    except Exception as error:
+        failure = public_error(error)
     finally:  # before the client learns that the reply has ended: its next request may come at once
         relay.close()
-        exchange.memory.record(prepared, [texts[i] for i in sorted(texts)], complete=item is ENDED)
-        left = item is not ENDED and not failure
-        exchange.ended(failure, "client_gone" if left else "ok")
-    yield ending
+        replies = [texts[i] for i in sorted(texts, key=str)]  # an upstream's indexes may be of any type
+        exchange.memory.record(exchange.prepared, replies, complete=item is ENDED)
+        exchange.finish(failure)
+    if not isinstance(failure, ClientGone):
+        yield (sse_event(failure.body()) if failure else "") + "data: [DONE]\n\n"
 
 
 def sse_event(data: Mapping) -> str:
@@ -12654,17 +12730,21 @@ def sse_event(data: Mapping) -> str:
     return f"data: {json.dumps(data)}\n\n"
 
 
-def unremembered(exchange: Exchange) -> flask.Response:
+def bypass(exchange: Exchange) -> flask.Response:
     """The request to the upstream and its answer back, byte for byte where both speak OpenAI; nothing is kept."""
+    exchange.prepared = Prepared({}, "off")
     if exchange.memory.upstream.speaks_openai:
         return passed_through(exchange)
-    body = parse_request(request_json()).body
-    return completed(exchange, Prepared(body, "off"))
+    exchange.prepared = Prepared(parse_request(request_json()).body, "off")
+    return respond(exchange)
 
 
 def passed_through(exchange: Exchange) -> flask.Response:
     """The request's bytes to the upstream, its answer's bytes back."""
-    raw, memory, call = without_identity(flask.request.get_data()), exchange.memory, exchange.call
+    raw, memory, call = flask.request.get_data(), exchange.memory, exchange.call
+    body = request_json() if b'"persona_memory"' in raw else None
+    if isinstance(body, dict) and "persona_memory" in body:  # our own field, which upstreams may refuse
+        raw = json.dumps({k: v for k, v in body.items() if k != "persona_memory"}).encode()
 
     def parts() -> Iterator[Any]:
         with memory.upstream.forward(raw, call) as reply:
@@ -12678,33 +12758,27 @@ def passed_through(exchange: Exchange) -> flask.Response:
         relay.close()
         raise
     headers = {k: reply.headers[k] for k in ("content-type", "content-encoding", "retry-after") if k in reply.headers}
-    exchange.ended(outcome="off")
-    chunks = raw_chunks(relay)
+    chunks = primed(raw_chunks(exchange, relay))
     if reply.status >= 400:  # an error may quote the key that it refuses
         secrets = memory.upstream.secrets(call)
-        chunks = (
-            redact(b"".join(chunks).decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape"),
-        )
-    return flask.Response(chunks, reply.status, headers | {"X-Persona-Memory": "off"})
+        text = b"".join(chunks).decode("utf-8", "surrogateescape")
+        chunks = (redact(text, secrets).encode("utf-8", "surrogateescape"),)
+    return flask.Response(chunks, reply.status, headers | exchange.headers)
 
 
-def without_identity(raw: bytes) -> bytes:
-    """The request's bytes; without our own field where it has one, which upstreams may refuse."""
-    body = request_json() if b'"persona_memory"' in raw else None
-    if not isinstance(body, dict) or "persona_memory" not in body:
-        return raw
-    return json.dumps({k: v for k, v in body.items() if k != "persona_memory"}).encode()
-
-
-def raw_chunks(relay: Relay) -> Iterator[bytes]:
-    """The bytes of an answer as they come."""
+def raw_chunks(exchange: Exchange, relay: Relay) -> Iterator[bytes]:
+    """The bytes of an answer as they come, to be `primed`; what fails in the middle ends them early."""
+    failure: PersonaMemoryError | None = ClientGone("The client hung up.")  # where it is closed in the middle
     try:
+        yield b""
         while (item := relay.next(math.inf)) is not ENDED:
             yield item
-    except PersonaMemoryError as error:
-        log_event("cut", f"An answer ended early: {error}", level=logging.WARNING)
+        failure = None
+    except Exception as error:
+        failure = public_error(error)
     finally:
         relay.close()
+        exchange.finish(failure)
 
 
 @proxy.get("/v1/models")
@@ -12790,8 +12864,7 @@ def chat_messages(chat: str) -> dict:
 @api.post("/chats/<chat:chat>/messages")
 def chat_append(chat: str) -> dict:
     """Appends to the chat's current branch."""
-    body = request_json()
-    return engine().archive.append(chat, body.get("messages") if isinstance(body, dict) else None)
+    return engine().archive.append(chat, request_object().get("messages"))
 
 
 @api.get("/chats/<chat:chat>/export")
@@ -12807,7 +12880,7 @@ def chat_export(chat: str) -> dict | flask.Response:
 
 @api.post("/import")
 def chat_import() -> dict:
-    """Takes in a SillyTavern chat file, or an export."""
+    """Imports a SillyTavern chat file, or an export."""
     name, raw = flask.request.args.get("name", ""), flask.request.get_data()
     try:
         return {"chats": engine().archive.take_in(raw, flask.request.args.get("chat_id", "").strip())}
@@ -12839,10 +12912,10 @@ def chat_emotions(chat: str) -> dict:
 @api.patch("/chats/<chat:chat>/messages/<message>")
 def message_change(chat: str, message: str) -> dict:
     """Edits, pins or forgets a message, or takes that back."""
-    body = request_json()
-    changes = {name: flag_field(body, name) for name in ("pinned", "forgotten") if named_in(body, name)}
-    if named_in(body, "content"):
-        changes["content"] = text_field(body, "content")
+    body = request_object()
+    changes = {name: require(body, name, bool) for name in ("pinned", "forgotten") if name in body}
+    if "content" in body:
+        changes["content"] = None if body["content"] is None else require(body, "content", str)
     if not changes:
         raise InvalidRequest("Nothing to change: give content, pinned or forgotten.")
     return engine().archive.change_message(chat, message, changes)
@@ -12854,33 +12927,13 @@ def message_forget(chat: str, message: str) -> dict:
     return engine().archive.change_message(chat, message, {"forgotten": True})
 
 
-def named_in(body: Any, name: str) -> bool:
-    """Whether the request's body has that field."""
-    return isinstance(body, dict) and name in body
-
-
-def flag_field(body: Any, name: str) -> bool:
-    """A field of the request's body that is true or false; raises `InvalidRequest` for anything else."""
-    value = body.get(name) if isinstance(body, dict) else None
-    if not isinstance(value, bool):
-        raise InvalidRequest(f"{name} must be true or false.", name)
-    return value
-
-
-def text_field(body: Any, name: str) -> str | None:
-    """A field of the request's body that holds text, None where it is not there; raises `InvalidRequest`."""
-    value = body.get(name) if isinstance(body, dict) else None
-    if value is not None and (not isinstance(value, str) or not value.strip()):
-        raise InvalidRequest(f"{name} must be a string that says something.", name)
-    return value
-
-
 @api.patch("/chats/<chat:chat>/facts/<fact>")
 def fact_change(chat: str, fact: str) -> dict:
     """Edits or pins a fact."""
-    body = request_json()
-    pinned = flag_field(body, "pinned") if named_in(body, "pinned") else None
-    return engine().summarizer.change_fact(chat, fact, text_field(body, "text"), pinned, False)
+    body = request_object()
+    text = None if body.get("text") is None else require(body, "text", str)
+    pinned = require(body, "pinned", bool) if "pinned" in body else None
+    return engine().summarizer.change_fact(chat, fact, text, pinned, False)
 
 
 @api.delete("/chats/<chat:chat>/facts/<fact>")
@@ -12891,11 +12944,8 @@ def fact_forget(chat: str, fact: str) -> dict:
 
 @api.patch("/chats/<chat:chat>/story/<summary>")
 def summary_change(chat: str, summary: str) -> dict:
-    """Puts other words in a summary's place."""
-    text = text_field(request_json(), "text")
-    if text is None:
-        raise InvalidRequest("text must say what the summary says now.", "text")
-    return engine().summarizer.change_summary(chat, summary, text)
+    """Replaces a summary's text."""
+    return engine().summarizer.change_summary(chat, summary, require(request_object(), "text", str))
 
 
 @api.get("/characters/<chat:character>")
@@ -12907,7 +12957,7 @@ def character_one(character: str) -> dict:
 @api.patch("/characters/<chat:character>")
 def character_change(character: str) -> dict:
     """Sets whether chats with a character recall from each other."""
-    return engine().recaller.change_character(character, flag_field(request_json(), "carry_over"))
+    return engine().recaller.change_character(character, require(request_object(), "carry_over", bool))
 
 
 @api.get("/chats/<chat:chat>/prompts")
@@ -12928,10 +12978,7 @@ def list_modules() -> dict:
 @extras.post("/classify")
 def classify() -> dict:
     """What a text feels: all labels, best first."""
-    body = request_json()
-    text = body.get("text") if isinstance(body, dict) else None
-    if not isinstance(text, str):
-        raise InvalidRequest("text must be a string.", "text")
+    text = require(request_object(), "text", str, blank=True)
     scores = sorted(engine().feelings.classify(text).scores.items(), key=lambda row: -row[1])
     return {"classification": [{"label": label, "score": score} for label, score in scores]}
 
@@ -12939,9 +12986,7 @@ def classify() -> dict:
 @extras.post("/summarize")
 def summarize() -> dict:
     """A summary of a text."""
-    text = text_field(request_json(), "text")
-    if text is None:
-        raise InvalidRequest("text must be a string.", "text")
+    text = require(request_object(), "text", str)
     return {"summary": engine().summarizer.summarize(text, client_call().authorization)}
 
 
@@ -12954,8 +12999,7 @@ def list_labels() -> dict:
 @extras.post("/embeddings/compute")
 def compute_embeddings() -> dict:
     """The vector of a text, or of each text of a list, in its order."""
-    body = request_json()
-    given = body.get("text") if isinstance(body, dict) else None
+    given = request_object().get("text")
     texts = given if isinstance(given, list) else [given]
     if not all(isinstance(text, str) for text in texts):
         raise InvalidRequest("text must be a string or a list of strings.", "text")
@@ -12964,12 +13008,16 @@ def compute_embeddings() -> dict:
 
 
 def health() -> dict:
-    """What works; never needs a key."""
-    return engine().status.health()
+    """What works. It needs no key; without the right one it tells no addresses, names of models or words of errors."""
+    told = engine().status.health()
+    if not has_key():
+        for part in ("upstream", "embedder"):
+            told[part] = {"status": told[part]["status"].partition(":")[0]}
+    return told
 
 
 def page() -> flask.Response:
-    """The memory page; without data, so it needs no key."""
+    """The memory page; it holds no data, so it needs no key."""
     response = flask.Response(PAGE, mimetype="text/html", headers=PAGE_HEADERS)
     response.add_etag()
     return response.make_conditional(flask.request)
@@ -12987,22 +13035,35 @@ def extension_download() -> flask.Response:
     return flask.Response(packed, mimetype="application/zip", headers=headers)
 
 
-def check_access() -> None:
-    """Refuses requests without the key that the settings ask for, and changes by pages of other origins."""
-    if flask.request.endpoint in KEYLESS or flask.request.method == "OPTIONS":
-        return
+def has_key() -> bool:
+    """Whether the request has the key that the settings ask for, if any."""
     key = engine().settings.api_key
     given = flask.request.headers.get("Authorization", "").removeprefix("Bearer").strip()
-    if key and not secrets.compare_digest(given.encode(), key.encode()):
+    return not key or secrets.compare_digest(given.encode(), key.encode())
+
+
+def check_access() -> None:
+    """Refuses requests without the key that the settings ask for, and requests by pages of other origins."""
+    if flask.request.method == "OPTIONS":
+        return
+    if flask.request.endpoint not in KEYLESS and not has_key():
         raise NotAuthenticated("This server needs its API key, as `Authorization: Bearer <key>`.")
-    if not key:
+    if not engine().settings.api_key:
         check_host("--api-key")
-    if flask.request.method not in SAFE_METHODS:
+    check_origin()
+
+
+def check_as_guest() -> None:
+    """Does the work of `check_access` inside another's app that asks for no key. Such an app sends CORS headers for
+    every origin, so origins are all that stands between its pages and the chats."""
+    if flask.request.method != "OPTIONS":
+        check_host("its own --secure")
         check_origin()
 
 
 def check_host(key_flag: str) -> None:
-    """Refuses names that are not this machine's own: a page's own name, made to point here (DNS rebinding)."""
+    """Refuses host names that are not this machine's own: a web page can make its own name point here (DNS
+    rebinding)."""
     host = re.sub(r":\d*$", "", flask.request.host).strip("[]").lower()
     if host not in LOOPBACK_HOSTS:
         raise ForeignOrigin(
@@ -13011,33 +13072,37 @@ def check_host(key_flag: str) -> None:
 
 
 def check_origin() -> None:
-    """Refuses pages of origins that may not call."""
-    origin = flask.request.headers.get("Origin")
+    """Refuses pages of origins that may not call.
+
+    Browsers send no `Origin` with what a page merely embeds (a script, an image, a fetch without CORS), but say that it
+    comes from another site (W3C, "Fetch Metadata Request Headers"). A link to the memory page may stand anywhere.
+    """
+    headers, endpoint = flask.request.headers, (flask.request.endpoint or "").rpartition(".")[2]
+    origin = headers.get("Origin")
     if origin and not allowed_origin(origin):
         raise ForeignOrigin(f"Pages of {origin} may not use this server; --allow-origin {origin} would let them.")
-
-
-def check_as_guest() -> None:
-    """What stands in for `check_access` inside another's app that asks for no key: that app lets the pages of every
-    origin read its answers."""
-    if flask.request.method != "OPTIONS":
-        check_host("its own --secure")
-        check_origin()
+    followed = headers.get("Sec-Fetch-Mode") == "navigate" and endpoint in LINKED
+    if not origin and not followed and headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        raise ForeignOrigin("Pages of other sites may not embed what this server answers.")
 
 
 def allowed_origin(origin: str) -> bool:
-    """Whether pages of an origin may call. The server's own may: that no foreign name was made to point here (DNS
-    rebinding) has been seen to, and a proxy in front may have made https of http."""
-    settings = engine().settings
-    named = [o.strip().rstrip("/") for o in settings.allow_origin.split(",") if o.strip()]
-    own = origin.partition("://")[2] == flask.request.host
+    """Whether pages of an origin may call. Pages of this server may, also under https where a proxy in front of it adds
+    that; `check_host` has excluded DNS rebinding."""
+    named = [o.strip().rstrip("/") for o in engine().settings.allow_origin.split(",") if o.strip()]
+    own = origin in (f"http://{flask.request.host}", f"https://{flask.request.host}")
     return own or (origin in named if named else bool(LOCAL_ORIGIN.fullmatch(origin)))
 
 
-def add_headers(response: flask.Response) -> flask.Response:
-    """Keeps browsers from guessing types, and lets pages of allowed origins read the answer (Fetch standard, "CORS
-    protocol")."""
+def forbid_embedding(response: flask.Response) -> flask.Response:
+    """Keeps browsers from guessing types, and pages of other origins from embedding answers."""
     response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
+    return response
+
+
+def allow_origins(response: flask.Response) -> flask.Response:
+    """Lets pages of allowed origins read the answer (Fetch standard, "CORS protocol")."""
     origin = flask.request.headers.get("Origin")
     if origin and allowed_origin(origin):
         response.headers["Access-Control-Allow-Origin"] = origin
@@ -13053,21 +13118,13 @@ def add_headers(response: flask.Response) -> flask.Response:
 
 def show_error(error: Exception) -> tuple[flask.Response, int, dict]:
     """Any error as JSON in OpenAI's shape, without a traceback."""
-    headers = {}
-    if isinstance(error, HTTPException):
-        shown = InvalidRequest(f"{error.code} {error.name}: {flask.request.method} {flask.request.path}")
-        shown.status = error.code
-    elif isinstance(error, PersonaMemoryError):
-        shown = error
-        headers = {"Retry-After": error.retry_after} if getattr(error, "retry_after", None) else {}
-    else:
-        log_event("failed", "A request failed", level=logging.ERROR, trace=True)
-        shown = PersonaMemoryError("Something went wrong in persona_memory; its log says what.")
-    return flask.jsonify(shown.body()), shown.status, headers
+    known = public_error(error)
+    retry_after = getattr(known, "retry_after", None)
+    return flask.jsonify(known.body()), known.status, {"Retry-After": retry_after} if retry_after else {}
 
 
 class ChatId(BaseConverter):
-    """A chat's id in a path: one segment, in which quoted slashes and line ends are part of the id."""
+    """A chat's id in a path: one segment, in which quoted slashes and line ends belong to the id."""
 
     regex = "[^/]+"
 
@@ -13077,8 +13134,8 @@ class ChatId(BaseConverter):
 
 
 def exact_paths(app: Callable, prefix: str = "/api/", joined: bool = True) -> Callable:
-    """WSGI middleware: paths under `prefix` stay quoted, for ids may hold slashes; elsewhere many slashes are one where
-    `joined`, for clients join URLs carelessly (`/v1//chat/completions`)."""
+    """WSGI middleware: paths under `prefix` stay quoted, since ids may hold slashes. Elsewhere, with `joined`, several
+    slashes count as one, since clients join URLs carelessly (`/v1//chat/completions`)."""
 
     def wrapped(environ: dict, start_response: Callable) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -13102,7 +13159,8 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
     app.extensions["persona_memory"] = memory or PersonaMemory(settings)
     app.before_request(check_access)
-    app.after_request(add_headers)
+    app.after_request(forbid_embedding)
+    app.after_request(allow_origins)
     app.register_error_handler(Exception, show_error)
     app.add_url_rule("/", view_func=page)
     app.add_url_rule(GUEST_PAGE, view_func=page)  # where the extension finds it, on any server
@@ -13128,6 +13186,7 @@ def add_hooks(app: flask.Flask, memory: PersonaMemory, secure: bool) -> None:
     hooks.add_url_rule(GUEST_PAGE, view_func=page)  # the root is the host's own
     hooks.add_url_rule("/extension.zip", view_func=extension_download)
     hooks.register_error_handler(Exception, show_error)
+    hooks.after_request(forbid_embedding)
     if not secure:
         hooks.before_request(check_as_guest)
     app.extensions["persona_memory"] = memory
@@ -13136,19 +13195,28 @@ def add_hooks(app: flask.Flask, memory: PersonaMemory, secure: bool) -> None:
     app.wsgi_app = exact_paths(app.wsgi_app, f"{api.url_prefix}/", joined=False)
 
 
-def create_server(settings: Settings, patience: float = 0.0) -> Any:
+def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
     """A waitress server for the settings, bound, not yet running: `.run()`, `.close()`, `.effective_port`, `.memory`.
 
-    Models begin to load after `patience` seconds: importing torch holds the interpreter, and a server that has just
-    started should first of all answer.
+    Models begin to load after `start_delay` seconds: importing torch holds the interpreter, and a server that has just
+    started should first of all answer. Raises `SettingsError` where the address cannot be listened on.
     """
     app = create_app(settings)
-    server = waitress.create_server(
-        app, host=settings.host, port=settings.port, threads=SERVER_THREADS, ident="persona_memory",
-        channel_request_lookahead=1, asyncore_use_poll=True,
-    )  # fmt: skip
+    try:
+        server = waitress.create_server(
+            app, host=settings.host, port=settings.port, threads=SERVER_THREADS, ident="persona_memory",
+            channel_request_lookahead=1, asyncore_use_poll=True,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:  # ValueError: no such host
+        app.extensions["persona_memory"].close()
+        raise SettingsError(
+            f"Cannot listen on {settings.host}, port {settings.port}: {error}. Is it running already? "
+            "--port takes another."
+        ) from error
+    if not hasattr(server, "effective_port"):  # a host name with several addresses
+        server.effective_port = server.effective_listen[0][1]
     server.memory = app.extensions["persona_memory"]
-    starter = threading.Timer(patience, server.memory.start)
+    starter = threading.Timer(start_delay, server.memory.start)
     starter.daemon = True
     starter.start()
     return server
@@ -13158,8 +13226,8 @@ def create_server(settings: Settings, patience: float = 0.0) -> Any:
 # Command line
 # ======================================================================================================================
 
-
-START_PATIENCE = 1.0  # seconds
+START_DELAY = 1.0  # seconds from listening to loading the models
+EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # hosts that mean all addresses, and one of them for URLs
 
 
 def parse_setting(name: str, text: str) -> Any:
@@ -13170,17 +13238,34 @@ def parse_setting(name: str, text: str) -> Any:
             raise SettingsError(f"{flag_of(name)} is on or off, not {text!r}.")
         return text.lower() in ("1", "true", "yes", "on")
     if kind is int:
-        if not text.isdecimal():
-            raise SettingsError(f"{flag_of(name)} is a whole number, not {text!r}.")
+        if not re.fullmatch("[0-9]{1,9}", text):
+            raise SettingsError(f"{flag_of(name)} is a whole number, not {text[:40]!r}.")
         return int(text)
     return text
 
 
+def read_dotenv(file: Path | None) -> dict[str, str]:
+    """The variables of a `.env` file that have a value; none where there is no such file. Raises `SettingsError`.
+
+    Windows' editors and shells write a byte order mark, and some of them UTF-16.
+    """
+    if file is None or not file.exists() or file.is_dir():  # some keep a virtual environment in .env/
+        return {}
+    try:
+        raw = file.read_bytes()
+        text = raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+        if "\0" in text:
+            raise UnicodeError("it is not text")
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"{file} cannot be read: {error}. Save it as UTF-8, or remove it.") from error
+    return {k: v for k, v in dotenv.dotenv_values(stream=io.StringIO(text)).items() if v}
+
+
 def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: Path | None = None) -> Settings:
     """Settings from flags, then environment variables, then the `.env` file, then defaults; raises `SettingsError`."""
-    file = {k: v for k, v in dotenv.dotenv_values(dotenv_file).items() if v is not None} if dotenv_file else {}
-    known = {k: (v, f".env {k}") for k, v in file.items() if v} | {k: (v, f"variable {k}") for k, v in environ.items()}
-    found = {f.name: known.get(variable_of(f.name), ("", "")) for f in fields(Settings)}
+    known = {k: (v, f".env {k}") for k, v in read_dotenv(dotenv_file).items()}
+    known |= {k: (v, f"variable {k}") for k, v in environ.items()}
+    found = {f.name: known.get(variable_of(f.name), ("", "")) for f in OPTIONS}
     values = {name: parse_setting(name, text) for name, (text, _) in found.items() if text}
     sources = {name: found[name][1] for name in values}
     given = vars(argument_parser().parse_args(argv))
@@ -13194,17 +13279,19 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: 
         for name, (text, source) in googles.items():
             if text and not values.get(name):
                 values[name], sources[name] = text, source
-    return checked(Settings(**values)).set_by(sources)
+    return checked(Settings(**values, sources=sources))
 
 
 def checked(settings: Settings) -> Settings:
-    """The settings, if they can be run with; raises `SettingsError` with what to do otherwise."""
+    """The settings, if the program can run with them; raises `SettingsError` with what to do otherwise."""
     parse_shares(settings.budget)
     if settings.host not in LOOPBACK_HOSTS and not settings.api_key:
         raise SettingsError(
             f"Listening on {settings.host} would let everyone on the network read your chats. "
             "Set --api-key SECRET (clients then send it as their API key), or use --host 127.0.0.1."
         )
+    if settings.port > 65535:
+        raise SettingsError(f"--port is at most 65535, not {settings.port}.")
     if settings.upstream == "gemini" and not settings.upstream_key:
         raise SettingsError("The upstream gemini needs a key: set GEMINI_API_KEY or --upstream-key.")
     if not settings.upstream_limit or not settings.upstream_timeout:
@@ -13220,49 +13307,66 @@ def checked(settings: Settings) -> Settings:
 
 
 def import_files(settings: Settings, names: Sequence[str]) -> str:
-    """Takes in chat files and exports, folders with all below them. Raises `InvalidRequest` at the end where a file
-    could not be read.
+    """Imports chat files and exports, and folders with all below them. A file that fails is named and does not keep
+    the others out; raises `InvalidRequest` at the end where there was one.
 
-    Interrupted, it can be run again: what is there is found, what is missing is added.
+    Interrupted, it can be run again: messages that are there already are not added twice.
     """
     memory, counts, chats = PersonaMemory(settings), Counter(), {}
+
+    def failed(file: str | Path, error: Exception) -> None:
+        """Tells the user of a file that could not be imported."""
+        tqdm.write(f"{file}: {error}", sys.stderr)
+        counts["failed"] += 1
+
     try:
-        files = list(itertools.chain(*map(chat_files, names)))
+        files = [file for name in names for file in chat_files(name, failed)]
         for file in tqdm(files, "chats", unit="file"):
             try:
                 for line in memory.archive.take_in(file.read_bytes(), embed=False):
                     counts.update(added=line["added"], total=line["total"])
                     chats[line["chat_id"]] = True
-            except (InvalidRequest, StoreError, OSError) as error:
-                tqdm.write(f"{file}: {error}", sys.stderr)
-                counts["failed"] += 1
+                counts["read"] += 1
+            except Exception as error:
+                if not isinstance(error, PersonaMemoryError | OSError):  # a fault of this program
+                    log_event("import_failed", f"{file} cannot be imported", level=logging.ERROR, trace=True)
+                failed(file, error)
         embed_chats(memory, chats)
     finally:
         memory.close()
     known = counts["total"] - counts["added"]
-    told = f"{len(chats)} chats; {counts['added']} messages are new, {known} were known."
+    done = f"{len(chats)} chats: {counts['added']} messages added, {known} already present."
     if counts["failed"]:
-        raise InvalidRequest(f"{told} {counts['failed']} of {len(files)} files could not be read.")
-    return told
+        files = counts["failed"] + counts["read"]
+        raise InvalidRequest(f"{done} {counts['failed']} of {files} files could not be read.")
+    return done
 
 
-def chat_files(name: str) -> list[Path]:
-    """The file of that name, or the chat files and exports in the folder of that name."""
-    path = Path(name)
-    if not path.is_dir():
-        return [path]
-    found = sorted(f for f in path.rglob("*") if f.suffix in (".jsonl", ".json") and f.is_file())
-    return [f for f in found if f.suffix == ".jsonl" or is_export_file(f)]
+def chat_files(name: str, failed: Callable[[str | Path, Exception], None]) -> list[Path]:
+    """The file of that name, or the chat files and exports in the folder of that name, which may be nested. What cannot
+    be looked at is given to `failed`."""
+    if not Path(name).is_dir():
+        return [Path(name)]
+    found = []
+    for folder, folders, names in os.walk(name, onerror=lambda error: failed(error.filename, error)):
+        folders.sort()
+        for file in sorted(Path(folder, n) for n in names):
+            try:
+                if file.is_file() and (file.suffix == ".jsonl" or (file.suffix == ".json" and is_export_file(file))):
+                    found.append(file)
+            except OSError as error:
+                failed(file, error)
+    return found
 
 
 def is_export_file(file: Path) -> bool:
-    """Whether a file begins like an export: folders of clients hold much other JSON."""
+    """Whether a file begins like an export: the folders of clients hold much other JSON."""
     with file.open("rb") as opened:
         return bool(re.match(rb'\s*\{\s*"(format|chat)"', opened.read(200)))
 
 
 def embed_chats(memory: PersonaMemory, chats: Iterable[str]) -> None:
-    """Computes the vectors of chats, with a bar; where that cannot be done now, it is done when a chat goes on."""
+    """Computes the vectors of chats, with a progress bar. Without an embedder they are computed when a chat goes on."""
     sizes = {chat: memory.describe(chat, mood=False)["messages"] for chat in chats}
     with tqdm(total=sum(sizes.values()), desc="vectors", unit="message") as bar:
         try:
@@ -13300,7 +13404,7 @@ def init_extras(app: flask.Flask, modules: list[str] | None = None, secure: bool
     and from a `.env` file beside this one; chats are kept in `data/` beside it. Raises `SettingsError`.
     """
     settings = load_settings([], {"PERSONA_MEMORY_HOST": "127.0.0.1"} | os.environ, HERE / ".env")
-    memory = PersonaMemory(replace(settings, proxy=False).set_by(settings.sources))
+    memory = PersonaMemory(replace(settings, proxy=False))
     add_hooks(app, memory, secure)
     if modules is not None and "persona_memory" not in modules:
         modules.append("persona_memory")
@@ -13325,14 +13429,14 @@ def install_extras(_: Settings, folder: str) -> str:
     if module.resolve() != Path(__file__).resolve():
         shutil.copyfile(__file__, module)
     return (
-        f"Installed as {module}; {server} is wired, its old self is {backup_of(server).name}.\n"
+        f"Installed as {module}; {server} was patched, its backup is {backup_of(server).name}.\n"
         f"In the environment that runs it: python -m pip install -r {HERE / 'requirements.txt'}\n"
         "Then start it with persona_memory among its modules: python server.py --enable-modules=persona_memory,..."
     )
 
 
 def uninstall_extras(_: Settings, folder: str) -> str:
-    """Takes this file out of a SillyTavern-Extras again; chats stay. Raises `SettingsError`."""
+    """Removes this file from a SillyTavern-Extras; chats stay. Raises `SettingsError`."""
     server, module = extras_files(folder)
     bare = BLOCK_PATTERN.sub(b"", server.read_bytes())
     server.write_bytes(bare)
@@ -13341,19 +13445,19 @@ def uninstall_extras(_: Settings, folder: str) -> str:
         backup.unlink()
     for made in (module, *(module.parent / "__pycache__").glob(f"{module.stem}.*.pyc")):
         made.unlink(missing_ok=True)
-    return f"{server} is as it was. Chats, if any, are kept in {module.parent / 'data'}."
+    return f"{server} is restored. Chats, if any, stay in {module.parent / 'data'}."
 
 
 def extras_files(folder: str) -> tuple[Path, Path]:
-    """Where a SillyTavern-Extras has its server and would have this file; raises `SettingsError`."""
+    """The server.py of a SillyTavern-Extras, and the path of this file among its modules; raises `SettingsError`."""
     server, modules = Path(folder) / "server.py", Path(folder) / "modules"
     if not server.is_file() or not modules.is_dir():
-        raise SettingsError(f"{folder} is no folder of SillyTavern-Extras: it has no server.py or no modules/.")
+        raise SettingsError(f"{folder} is not SillyTavern-Extras: it has no server.py or no modules/.")
     return server, modules / "persona_memory.py"
 
 
 def backup_of(server: Path) -> Path:
-    """Where a server.py is kept as it was before it was wired."""
+    """The backup of a server.py from before it was patched."""
     return server.with_name(f"{server.name}.before-persona_memory")
 
 
@@ -13361,20 +13465,20 @@ def backup_of(server: Path) -> Path:
 
 
 def extension_homes(root: Path) -> list[Path]:
-    """Where the extension goes in a SillyTavern: to each of its users, or to all in versions that know none.
+    """The folders of the extension in a SillyTavern: one for each user, or a common one in versions without users.
 
-    Raises `SettingsError` where the folder is no SillyTavern.
+    Raises `SettingsError` where the folder is not a SillyTavern.
     """
     package = read_json_file(root / "package.json")
     if package.get("name") != "sillytavern" or not (root / "public" / "scripts").is_dir():
         raise SettingsError(
-            f"{root} is no SillyTavern: name the folder that holds its package.json, its server.js and its public/."
+            f"{root} is not a SillyTavern: name the folder that holds its package.json, its server.js and its public/."
         )
     data = data_root(root)
     users = [f for f in sorted(data.iterdir()) if f.name[0] not in "._" and f.is_dir()] if data.is_dir() else []
     users = [f for f in users if (f / "settings.json").exists() or (f / "characters").is_dir()]
     version = tuple(map(int, re.findall(r"\d+", str(package.get("version")))[:2]))
-    if users or version >= (1, 12):  # which make the user "default-user" when they are first started
+    if users or version >= (1, 12):  # such versions make the user "default-user" at their first start
         return [user / "extensions" / EXTENSION for user in users or [data / "default-user"]]
     return [root / "public" / "scripts" / "extensions" / "third-party" / EXTENSION]
 
@@ -13403,7 +13507,7 @@ def is_ours(home: Path) -> bool:
 
 def install_extension(settings: Settings, folder: str) -> str:
     """Writes the extension's files into a SillyTavern, over an older version of them; raises `SettingsError`."""
-    address = f"http://{settings.host}:{settings.port}"
+    address = local_url(settings, settings.port)
     homes = extension_homes(Path(folder))
     for home in homes:
         if home.is_symlink() or (home.exists() and any(home.iterdir()) and not is_ours(home)):
@@ -13433,8 +13537,8 @@ def uninstall_extension(_: Settings, folder: str) -> str:
 
 @dataclass(frozen=True)
 class Action:
-    """Something that the program does instead of serving: what its argument is (`many`: or are), its help, and what
-    runs it and returns a sentence for the user."""
+    """Something that the program does instead of serving: the name of its argument (of which there may be `many`), its
+    help text, and the function that does it and returns a sentence for the user."""
 
     argument: str
     help: str
@@ -13443,13 +13547,13 @@ class Action:
 
 
 ACTIONS = {
-    "import": Action("FILE", "take in SillyTavern chat files and exports, or folders of them", import_files, many=True),
+    "import": Action("FILE", "import SillyTavern chat files and exports, or folders of them", import_files, many=True),
     "install_extras": Action("DIR", "become a module of the SillyTavern-Extras in that folder", install_extras),
-    "uninstall_extras": Action("DIR", "take the module out of it again", uninstall_extras),
+    "uninstall_extras": Action("DIR", "remove the module from it again", uninstall_extras),
     "install_extension": Action(
         "DIR", "put the SillyTavern extension into the SillyTavern in that folder", install_extension
     ),
-    "uninstall_extension": Action("DIR", "take the SillyTavern extension out of it again", uninstall_extension),
+    "uninstall_extension": Action("DIR", "remove the SillyTavern extension from it again", uninstall_extension),
 }
 
 
@@ -13472,10 +13576,8 @@ def argument_parser() -> argparse.ArgumentParser:
         prog="persona_memory.py", description="A memory for role-play chats: an OpenAI-compatible proxy in one file."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    for f in fields(Settings):
-        text = (
-            f"{f.metadata['help']} (default: {f.metadata['shown'].replace('`', '')}; variable: {variable_of(f.name)})"
-        )
+    for f in OPTIONS:
+        text = f"{f.metadata['help']} (default: {f.metadata['shown']}; variable: {variable_of(f.name)})"
         text = text.replace("`", "").replace("%", "%%")
         action = {"action": "store_true"} if f.type == "bool" else {"metavar": f.name.upper().rpartition("_")[2]}
         parser.add_argument(flag_of(f.name), default=None, help=text, **action)
@@ -13486,17 +13588,33 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def local_url(settings: Settings, port: int) -> str:
+    """The address at which programs on this machine reach the server."""
+    host = EVERY_ADDRESS.get(settings.host, settings.host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"  # RFC 3986, 3.2.2
+
+
 def start_text(settings: Settings, port: int) -> str:
-    """What a newcomer reads when the program has started."""
-    address = f"http://{settings.host}:{port}"
-    lines = [f"persona_memory {__version__} is listening on {address}", f"Chats are kept in {settings.data}"]
+    """What the user reads when the program has started."""
+    address = local_url(settings, port)
+    others = ", and on this machine's other addresses" if settings.host in EVERY_ADDRESS else ""
+    lines = [
+        f"persona_memory {__version__} is listening on {address}{others}",
+        f"Chats are kept in {settings.data}",
+        *(
+            f"{flag_of(f.name)} was given as a flag: everybody who can list this machine's processes can read it. "
+            f"Set {variable_of(f.name)} instead, in the environment or in .env."
+            for f in OPTIONS
+            if f.metadata["secret"] and settings.sources.get(f.name, "").startswith("flag")
+        ),
+    ]
     if not settings.proxy:
         return "\n".join([*lines, f"Extras API for SillyTavern: {address}; --proxy adds the OpenAI-compatible API."])
     lines.append(f"OpenAI-compatible base URL for your client: {address}/v1")
     if settings.upstream == "local":
         lines.append(
-            f"No upstream is set: the small embedded model {LOCAL_MODEL} answers. It is here for trying the memory "
-            f"out, not for good role-play. {THREE_WAYS}"
+            f"No upstream is set: the small embedded model {LOCAL_MODEL} answers. It is for trying the memory out, not "
+            f"for good role-play. {THREE_WAYS}"
         )
     else:
         lines.append(f"Upstream: {shown_url(settings.upstream)}")
@@ -13513,26 +13631,21 @@ def set_up_log(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the server until it is interrupted, or does what else is asked for; returns the exit status."""
+    """Runs the server until it is interrupted, or does what the command line asks for instead; returns the exit
+    status."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         settings = load_settings(argv, os.environ, HERE / ".env")
         set_up_log(settings)
         if act(settings, argv):
             return 0
-        server = create_server(settings, patience=START_PATIENCE)
+        server = create_server(settings, START_DELAY)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
-    except OSError as error:
-        print(
-            f"Cannot listen on {settings.host}:{settings.port}: {error}. Is it running already? --port takes another.",
-            file=sys.stderr,
-        )
-        return 2
     greeting = start_text(settings, server.effective_port)
     if settings.log_format == "json":
         log_event("started", greeting, port=int(server.effective_port))
