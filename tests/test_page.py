@@ -202,7 +202,7 @@ def test_a_chat_goes_out_as_a_file_and_comes_in_again(visit, told, server):
         }""",
         files[".jsonl"].decode(),
     )
-    expect(other.locator(".toast").last).to_have_text("Dropped.jsonl: nothing that was not known.")
+    expect(other.locator(".toast").last).to_have_text("Dropped.jsonl: no new messages.")
     expect(other.locator(".chats > li")).to_have_count(1)
     other.locator("input[type=file]").set_input_files({**chosen, "name": "broken.json", "buffer": b"no chat"})
     expect(other.locator(".toast").last).to_contain_text("broken.json")
@@ -232,7 +232,7 @@ def test_the_persona_the_story_and_the_facts_are_there_and_can_be_changed(visit,
     """An edited summary is the user's from then on; a fact is edited, pinned, forgotten after a question."""
     page = visit(told.link())
     expect(page.get_by_text("keeper of the lighthouse on the Teeth")).to_be_visible()
-    story = page.locator(".card").filter(has=page.get_by_role("heading", name="The story so far"))
+    story = page.locator(".card").filter(has=page.get_by_role("heading", name="Summary so far"))
     first = story.locator("li").first
     expect(first).to_contain_text("#1 to #20")
     first.get_by_role("button", name="Edit").click()
@@ -269,7 +269,7 @@ def test_a_message_is_edited_pinned_and_forgotten_and_all_of_it_taken_back(visit
     page.get_by_role("button", name="Save").click()
     expect(row).to_contain_text("I am Maren, and the lamp is mine.")
     assert (told.row(6)["content"], told.row(6)["original"]) == ("I am Maren, and the lamp is mine.", before)
-    row.get_by_role("button", name="Take the edit back").click()
+    row.get_by_role("button", name="Restore the original").click()
     expect(row).to_contain_text(before)
     assert not told.row(6)["edited"]
 
@@ -339,7 +339,7 @@ def test_swipes_are_marked_and_stand_side_by_side(visit, server, upstream):
 def test_chats_with_a_character_may_know_of_each_other(visit, told):
     """The box is what the API says."""
     page = visit(told.link())
-    box = page.get_by_label("Chats with Maren remember what happened in each other")
+    box = page.get_by_label("Recall from other chats with Maren too")
     expect(box).not_to_be_checked()
     for wanted in (True, False):
         box.set_checked(wanted)
@@ -397,9 +397,10 @@ def test_a_prompt_says_what_went_in_and_what_it_cost(visit, asked):
     expect(card).to_be_visible()
     parts = card.locator(".share i").evaluate_all("all => all.map(i => Number(i.style.getPropertyValue('--share')))")
     assert sum(parts) == report["context"]
-    for share in ("persona", "story", "memories", "history"):
-        expect(card.locator(".legend")).to_contain_text(f"{share.capitalize()}{report['tokens'][share]:,}")
-    expect(card).to_contain_text(f"{round(100 * report['reused'])} % reused from the prompt before")
+    shown = {"persona": "Persona", "story": "Summary", "memories": "Memories", "history": "History"}
+    for share, word in shown.items():
+        expect(card.locator(".legend")).to_contain_text(f"{word}{report['tokens'][share]:,}")
+    expect(card).to_contain_text(f"{round(100 * report['reused'])} % reused from the previous prompt")
     expect(card).to_contain_text("ms added")
     card.locator("summary").first.click()
     expect(card.locator("details li").first.locator(".text")).to_have_text(
@@ -439,7 +440,7 @@ def test_the_light_says_in_words_what_is_wrong_and_what_to_do(visit, server, ups
     expect(page.locator(".light")).to_contain_text("Wrong key.")
     expect(page.get_by_role("heading", level=1)).to_contain_text("The last turn failed: Wrong key.")
     expect(page.locator("main")).to_contain_text("--upstream-key")
-    expect(page.locator("main")).to_contain_text("Failed at the model's server")
+    expect(page.locator("main")).to_contain_text("Failed at the upstream")
     upstream.steer(status=200)
     say(server.url, turn)
     expect(page.locator(".light")).to_have_text("All is well.")
@@ -448,7 +449,7 @@ def test_the_light_says_in_words_what_is_wrong_and_what_to_do(visit, server, ups
 def test_the_connection_to_the_model_can_be_checked(visit, server, upstream):
     """The model's server is really asked."""
     page = visit(f"{server.url}/#/health")
-    page.get_by_role("button", name="Check the model's server").click()
+    page.get_by_role("button", name="Check the upstream").click()
     expect(page.get_by_text("It answers, and offers 1 model.")).to_be_visible()
     expect(page.locator("main")).to_contain_text(upstream.url)
     expect(page.locator("main")).to_contain_text(pm.__version__)
@@ -496,7 +497,7 @@ def test_a_reply_that_no_request_has_shown_is_marked_as_no_memory_yet(visit, ser
     first = {"role": "user", "content": "Is the lamp lit?"}
     chat = say(server.url, [SYSTEM, first]).chat_id
     page = visit(f"{server.url}/#/chat/{chat}/messages")
-    expect(page.locator(".message.provisional")).to_contain_text("Not memory yet")
+    expect(page.locator(".message.provisional")).to_contain_text("Pending: not yet sent back by the client")
     reply = {"role": "assistant", "content": "The lamp is lit."}
     upstream.steer(reply=lambda body: "Good.")
     say(server.url, [SYSTEM, first, reply, {"role": "user", "content": "Good night."}])
@@ -725,11 +726,11 @@ def test_a_view_is_reached_and_read_by_keyboard(visit, told):
 def test_an_address_of_no_chat_says_so_until_there_is_one(visit, server):
     """With the way out; the extension leads to a chat that may not have said anything yet."""
     page = visit(f"{server.url}/#/chat/nobody/messages")
-    expect(page.get_by_role("heading", level=1)).to_have_text("Not here")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Not found")
     say(server.url, [SYSTEM, {"role": "user", "content": "Here I am."}], user="nobody")
     expect(page.locator(".message[aria-posinset='1']")).to_contain_text("Here I am.")
     page.goto(f"{server.url}/#/chat/%E0%A4%A/prompts")
-    expect(page.get_by_role("heading", level=1)).to_have_text("Not here")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Not found")
     page.get_by_role("link", name="All chats").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("Chats")
 
