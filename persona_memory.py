@@ -8894,36 +8894,6 @@ const keyForm = {
 
 // ------------------------------------------------------------------------------------------------------ a long list
 
-/** Heights of many rows and their sums, as a Fenwick tree: both a row's top and the row at a height are cheap. */
-class Heights {
-    constructor(count, each) {
-        this.rows = new Float64Array(count).fill(each);
-        this.sums = new Float64Array(count + 1);
-        for (let i = 1; i <= count; i++) this.sums[i] = each * (i & -i);
-    }
-
-    set(row, height) {
-        const change = height - this.rows[row];
-        this.rows[row] = height;
-        for (let i = row + 1; i < this.sums.length; i += i & -i) this.sums[i] += change;
-        return change;
-    }
-
-    above(row) {
-        let sum = 0;
-        for (let i = row; i > 0; i -= i & -i) sum += this.sums[i];
-        return sum;
-    }
-
-    at(height) {
-        let row = 0;
-        for (let step = 2 ** Math.floor(Math.log2(Math.max(1, this.rows.length))); step >= 1; step /= 2) {
-            if (row + step < this.sums.length && this.sums[row + step] <= height) height -= this.sums[(row += step)];
-        }
-        return Math.min(row, this.rows.length - 1);
-    }
-}
-
 const ESTIMATE = 112; // pixels of a row that has not been seen yet
 const UNDER_BAR = 150; // pixels between the window's top and a row that is gone to
 const OVERSCAN = 600; // pixels above and below the window that are kept ready
@@ -8931,7 +8901,8 @@ const OVERSCAN = 600; // pixels above and below the window that are kept ready
 /** A list of which only the rows near the window exist: `make(i)` gives one's element, `stateOf(i)` what it shows. */
 class VirtualList {
     shown = new Map(); // the elements that exist, by their rows
-    heights = new Heights(0, ESTIMATE);
+    heights = new Float64Array(0);
+    tops = new Float64Array(1); // where each row begins, and at last where the list ends
     target = null; // the row that was gone to
     scrolled = 0; // how far the window was scrolled to reach it
     range = [0, 0];
@@ -8948,31 +8919,32 @@ class VirtualList {
     }
 
     get count() {
-        return this.heights.rows.length;
+        return this.heights.length;
     }
 
-    get top() {
-        return this.element.getBoundingClientRect().top;
+    /** How far the window's top is below the list's. */
+    get offset() {
+        return -this.element.getBoundingClientRect().top;
     }
 
     resize(count) {
         if (count === this.count) return;
-        const old = this.heights.rows;
-        this.heights = new Heights(count, ESTIMATE);
-        old.subarray(0, count).forEach((height, row) => height !== ESTIMATE && this.heights.set(row, height));
+        const old = this.heights.subarray(0, count);
+        this.heights = new Float64Array(count).fill(ESTIMATE);
+        this.heights.set(old);
+        this.arrange();
         for (const [row, element] of this.shown) if (row >= count) this.drop(row, element);
     }
 
     render() {
-        const from = -this.top - OVERSCAN;
-        const first = this.count ? this.heights.at(Math.max(0, from)) : 0;
-        const last = this.count ? this.heights.at(Math.max(0, from + innerHeight + 2 * OVERSCAN)) : -1;
+        const rowAt = (y) => Math.min(this.count - 1, this.tops.findLastIndex((top) => top <= Math.max(0, y)));
+        const from = this.offset - OVERSCAN;
+        const [first, last] = (this.range = [rowAt(from), rowAt(from + innerHeight + 2 * OVERSCAN)]);
         for (const [row, element] of this.shown) {
             if ((row < first || row > last) && !element.contains(document.activeElement)) this.drop(row, element);
         }
-        for (let row = first; row <= last; row++) this.show(row);
+        for (let row = Math.max(0, first); row <= last; row++) this.show(row);
         this.arrange();
-        this.range = [first, last];
     }
 
     show(row) {
@@ -9001,18 +8973,20 @@ class VirtualList {
     }
 
     arrange() {
-        this.element.style.height = `${this.heights.above(this.count)}px`;
-        for (const [row, element] of this.shown) element.style.transform = `translateY(${this.heights.above(row)}px)`;
+        this.tops = new Float64Array(this.count + 1);
+        this.heights.forEach((height, row) => { this.tops[row + 1] = this.tops[row] + height; });
+        this.element.style.height = `${this.tops[this.count]}px`;
+        for (const [row, element] of this.shown) element.style.transform = `translateY(${this.tops[row]}px)`;
     }
 
     measured(entries) {
-        const top = -this.top;
+        const { offset } = this;
         let shift = 0;
-        for (const { target, borderBoxSize } of entries) {
+        for (const { target, borderBoxSize: [{ blockSize }] } of entries) {
             const row = Number(target.dataset.key);
             if (this.shown.get(row) !== target || row >= this.count) continue;
-            const change = this.heights.set(row, borderBoxSize[0].blockSize);
-            if (this.heights.above(row + 1) - change < top) shift += change; // what is above must not push what is read
+            if (this.tops[row + 1] < offset) shift += blockSize - this.heights[row]; // what is above must not push
+            this.heights[row] = blockSize;
         }
         this.arrange();
         if (this.target !== null) this.scrollTo(this.target);
@@ -9023,7 +8997,7 @@ class VirtualList {
     /** Brings a row into view, and keeps it there while the rows around it get their heights. */
     scrollTo(row) {
         this.target = row;
-        const top = scrollY + this.top + this.heights.above(row) - UNDER_BAR;
+        const top = scrollY - this.offset + this.tops[row] - UNDER_BAR;
         scrollTo(0, row === this.count - 1 ? document.documentElement.scrollHeight : top);
         this.scrolled = scrollY;
         this.render();
@@ -9132,7 +9106,7 @@ async function deleteChat(chat) {
     const sure = await confirmed('Delete this chat?', [
         `${plural(chat.messages, 'message')} with ${who} (${chat.chat_id}) will be deleted from memory, with all ` +
             'branches, summaries and facts.',
-        'This cannot be undone. The chat in your client stays as it is. If you continue it there, it is remembered again.',
+        'This cannot be undone. The chat in your client stays. If you continue it there, it is remembered again.',
     ], 'Delete the chat');
     if (!sure || !(await attempt(() => send('DELETE', chatPath(chat.chat_id))))) return;
     toast('The chat has been deleted.');
@@ -9163,7 +9137,7 @@ async function chatView({ id, tab, query }) {
     const look = () => get(chatPath(id), { mood: 'off' }); // the last prompt knows it
     const chat = await look();
     const part = await (parts[tab] ?? memoryTab)(chat, query);
-    const show = (now) => keyed(head, [headOf(now)], (row) => chatHeading(row, now), () => id);
+    const show = (now) => keyed(head, [now], chatHeading, () => id);
     const refresh = async () => {
         const now = await look();
         show(now);
@@ -9174,14 +9148,11 @@ async function chatView({ id, tab, query }) {
     return { ...part, title: chat.character || id, root, refresh, chat: id, watches: (state) => state.chat };
 }
 
-/** What the heading shows of a chat. */
-const headOf = ({ chat_id, character, branch_length, branches, size, updated, last_prompt }) =>
-    ({ chat_id, character, branch_length, branches, size, updated, mood: last_prompt?.mood?.label });
-
-function chatHeading(row, chat) {
-    const messages = `${plural(row.branch_length, 'message')} on this branch`;
-    const mood = row.mood && row.mood !== 'neutral' && ['Your mood: ', moodChip(row.mood)];
-    return h('div.heading.row', chatLine(row, h('h1', characterOf(row)), messages, mood),
+function chatHeading(chat) {
+    const messages = `${plural(chat.branch_length, 'message')} on this branch`;
+    const label = chat.last_prompt?.mood?.label ?? 'neutral';
+    const mood = label !== 'neutral' && ['Your mood: ', moodChip(label)];
+    return h('div.heading.row', chatLine(chat, h('h1', characterOf(chat)), messages, mood),
         h('div.actions', button('Export', () => exportDialog(chat)), button('Delete', () => deleteChat(chat))));
 }
 
@@ -9314,7 +9285,7 @@ class MessagePages {
     /** Fetches what is looked at anew; the rest when it is looked at. */
     async renew(first, last) {
         this.pages.clear();
-        const wanted = new Set([first, Math.max(first, last)].map((index) => Math.floor(index / PAGE_ROWS)));
+        const wanted = new Set([first, last].map((index) => Math.floor(Math.max(0, index) / PAGE_ROWS)));
         await Promise.all([...wanted].map((page) => this.load(page)));
     }
 }
@@ -9865,11 +9836,6 @@ const live = {
         light.querySelector('.words').textContent = words;
     },
 
-    /** Goes on from a state that is older than what the view shows, so that no change falls in between. */
-    follow(view, state) {
-        Object.assign(this, { view, seen: view.watches(state) });
-    },
-
     refresh: () => live.view?.refresh(),
 };
 
@@ -9910,7 +9876,7 @@ async function open() {
         else link.removeAttribute('aria-current');
     });
     main.replaceChildren(view.root);
-    live.follow(view, state);
+    Object.assign(live, { view, seen: view.watches(state) }); // it is older than the view, so no change is missed
     scrollTo(0, 0);
     if (navigated) main.focus({ preventScroll: true });
     return attempt(async () => view.entered?.());
@@ -10128,7 +10094,7 @@ EXTENSION_SCRIPT = r"""
 const NAME = 'persona_memory';
 const API = '/api/persona_memory';
 const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1 };
-const PATIENCE_MS = 2000; // what a reply may be held up for
+const TIMEOUT_MS = 2000; // how long a reply may be delayed
 const KINDS = ['normal', 'swipe', 'regenerate', 'continue', 'impersonate', 'quiet'];
 const IN_CHAT = 1; // SillyTavern's number for prompts that stand at a depth in the chat
 const ROLES = { system: 0, user: 1, assistant: 2 };
@@ -10136,7 +10102,7 @@ const LOOPBACK = ['127.0.0.1', 'localhost', '[::1]'];
 const REVERSIBLE = ['openai', 'claude', 'mistralai', 'makersuite', 'vertexai', 'deepseek', 'xai'];
 const MOST_SHOWN = 8; // memories listed in the panel
 const LONGEST_SHOWN = 240; // characters of each
-const SURE = 0.5; // a mood that is less likely than this is not shown
+const MIN_CONFIDENCE = 0.5; // a mood that is less likely than this is not shown
 
 const state = {
     kind: null, // of the generation that has begun and not yet sent its request
@@ -10158,36 +10124,33 @@ function settings() {
 
 // ------------------------------------------------------------------------------------------------------ the server
 
-/** What the server answers instead of what it was asked for. */
+/** The server's own error. */
 class Refusal extends Error {}
 
-/** The server has not answered within PATIENCE_MS: it may be away, or have much to do. */
+/** The server has not answered within TIMEOUT_MS: it may be away, or busy. */
 class Late extends Error {}
 
-/** JSON of the server; throws an Error with words for the user. Never waits longer than PATIENCE_MS. */
+/** JSON of the server; throws an Error with words for the user. Never waits longer than TIMEOUT_MS. */
 async function call(path, body, method = body ? 'POST' : 'GET') {
     const { server, key } = settings();
-    const patience = new AbortController();
-    const timer = setTimeout(() => patience.abort(), PATIENCE_MS);
+    const signal = AbortSignal.timeout(TIMEOUT_MS);
     const headers = body ? { 'Content-Type': 'application/json' } : {};
     if (key) headers.Authorization = `Bearer ${key}`;
     try {
         const response = await fetch(server.replace(/\/+$/, '') + path, {
-            method, headers, body: body && JSON.stringify(body), signal: patience.signal, cache: 'no-store',
+            method, headers, body: body && JSON.stringify(body), signal, cache: 'no-store',
         });
         const answer = await response.json();
         if (!response.ok) throw new Refusal(answer?.error?.message ?? `status ${response.status}`);
         return answer;
     } catch (error) {
         if (error instanceof Refusal) throw error;
-        if (patience.signal.aborted) throw new Late('no answer in time');
+        if (signal.aborted) throw new Late('no answer in time');
         throw new Error('no answer', { cause: error });
-    } finally {
-        clearTimeout(timer);
     }
 }
 
-/** Says once that the server is away, and then not again before it was back. */
+/** Says that the server does not answer: once, until it has answered again. */
 function serverFailed(error) {
     showStatus(false, `${settings().server}: ${error.message}`);
     if (state.away) return;
@@ -10195,12 +10158,8 @@ function serverFailed(error) {
     globalThis.toastr?.warning(`The chat goes on without memories (${settings().server}: ${error.message}).`, NAME);
 }
 
-function serverAnswered() {
-    state.away = false;
-}
-
-/** Host and port of an address, in which all names of this machine are one; null where it is no address. */
-function placeOf(address) {
+/** Host and port of an address, with one name for this machine; null where it is not an address. */
+function endpointOf(address) {
     try {
         const url = new URL(address);
         const host = LOOPBACK.includes(url.hostname) ? LOOPBACK[0] : url.hostname;
@@ -10215,7 +10174,7 @@ function placeOf(address) {
  * than the browser does (a container's, for one), so the port decides where the server says that it is a proxy.
  */
 function isProxy(address) {
-    const there = placeOf(address), ours = placeOf(settings().server);
+    const there = endpointOf(address), ours = endpointOf(settings().server);
     return Boolean(there && ours && there.port === ours.port && (there.host === ours.host || state.proxy));
 }
 
@@ -10228,7 +10187,7 @@ async function modelAddress() {
     return REVERSIBLE.includes(chosen?.chat_completion_source) ? chosen.reverse_proxy : '';
 }
 
-/** Older versions of SillyTavern do not give the connection's settings in their context. */
+/** Older versions of SillyTavern do not have the connection's settings in their context. */
 function olderSettings() {
     return import('../../../openai.js').then((module) => module.oai_settings, () => null);
 }
@@ -10303,22 +10262,17 @@ function shownMessage(message) {
     };
 }
 
-/** What stands in the prompt before the chat, so that the server knows how much of the chat still fits. */
-function personaText() {
-    return client().substituteParams?.('{{description}}\n{{personality}}\n{{scenario}}\n{{persona}}') ?? '';
-}
-
 // ------------------------------------------------------------------------------------------- beside another API
 
-/** Places prompts, and takes back those placed before. */
-function place(injections) {
+/** Puts prompts in, and takes out those put in before. */
+function setPrompts(injections) {
     const { setExtensionPrompt } = client();
     for (const key of state.placed) setExtensionPrompt(key, '', IN_CHAT, 0);
     state.placed.clear();
     for (const { key, text, position, depth, role } of injections) {
         const inChat = position === IN_CHAT;
         const at = inChat ? Math.max(0, depth + Number(settings().depth) - 1) : 0;
-        // SillyTavern fills in macros here; what a message says in braces is no macro.
+        // SillyTavern fills in macros here; braces in a message are not macros.
         setExtensionPrompt(key, text.replaceAll('{{', '{ {'), position, at, false, ROLES[role] ?? ROLES.system);
         state.placed.add(key);
     }
@@ -10326,28 +10280,30 @@ function place(injections) {
 
 /** SillyTavern calls this before it makes a prompt, and waits for it. */
 async function remember(_chat, contextSize, _abort, type) {
-    place([]);
+    setPrompts([]);
     if (!settings().enabled || isProxy(await modelAddress())) return;
     const messages = shownMessages(type ? kindOf(type) : state.kind);
     const who = messages.some((message) => message.role !== 'system') ? identity() : null;
     if (!who) return;
-    const { name2: character } = client();
+    const context = client();
     const request = {
-        chat_id: who.id, parent_chat_id: who.parent || undefined, character, messages, complete: true,
-        persona: personaText(), context_tokens: Math.floor(contextSize) || undefined,
+        chat_id: who.id, parent_chat_id: who.parent || undefined, character: context.name2, messages, complete: true,
+        // What the prompt holds before the chat, so that the server knows how much of the chat still fits.
+        persona: context.substituteParams?.('{{description}}\n{{personality}}\n{{scenario}}\n{{persona}}') ?? '',
+        context_tokens: Math.floor(contextSize) || undefined,
     };
     try {
         const answer = await call(`${API}/inject`, request);
-        serverAnswered();
+        state.away = false;
         if (identity()?.id !== who.id) return; // another chat was opened meanwhile
-        place(answer.injections);
+        setPrompts(answer.injections);
         showStatus(true, `Connected; ${answer.report.degraded || 'memories are placed in the prompt'}.`);
         showRecalled(answer.recalled, answer.emotion);
     } catch (error) {
         showRecalled([], null);
         if (!(error instanceof Late)) return serverFailed(error);
-        // A long chat that is new to it takes its time once. The reply does not wait for the answer to this.
-        showStatus(false, 'Too late for this reply: the server is reading the chat.');
+        // Indexing a long chat takes its time once. The reply does not wait for the answer to this.
+        showStatus(false, 'Too late for this reply: the server is still indexing the chat.');
         call('/api/modules').catch(serverFailed);
     }
 }
@@ -10356,7 +10312,7 @@ globalThis.personaMemoryInterceptor = (...given) => remember(...given).catch((er
 
 // --------------------------------------------------------------------------------------------- through the proxy
 
-/** Notes the kind of the generation that begins; prompts that are only counted say so. */
+/** Notes the kind of the generation that begins; a dry run only counts tokens. */
 function onGenerationStarted(type, _options, dryRun) {
     if (!dryRun) state.kind = kindOf(type);
 }
@@ -10401,7 +10357,7 @@ async function showProxied() {
         const rows = (chat.last_prompt?.recalled ?? []).slice(0, MOST_SHOWN);
         const found = await Promise.all(rows.map(withWords));
         if (identity()?.id !== id) return;
-        serverAnswered();
+        state.away = false;
         showStatus(true, 'Connected; chats go through the proxy.');
         showRecalled(found, chat.mood);
     } catch (error) {
@@ -10494,19 +10450,19 @@ function checkbox(name, label) {
 function change(name, value) {
     settings()[name] = value;
     client().saveSettingsDebounced();
-    place([]);
+    setPrompts([]);
     showChat();
     lookAtServer();
 }
 
-/** Whether the server answers, takes the key, and what it remembers across this character's chats. */
+/** Shows whether the server answers and takes the key, and the character's setting. */
 async function lookAtServer() {
     if (!settings().enabled) return showStatus(null, 'Off.');
     try {
         const health = await call('/health').catch(() => ({})); // inside SillyTavern-Extras there is none
         state.proxy = Boolean(health.proxy);
         await call('/api/modules'); // needs the key
-        serverAnswered();
+        state.away = false;
         const proxied = isProxy(await modelAddress());
         const way = proxied ? 'chats go through the proxy' : 'memories are placed in the prompt';
         showStatus(true, `${health.status === 'loading' ? 'Connected, still loading' : 'Connected'}; ${way}.`);
@@ -10525,9 +10481,9 @@ function showStatus(good, text) {
 
 function showRecalled(memories, emotion) {
     if (!parts.recalled) return;
-    const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= SURE;
-    const felt = sure ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'nothing in particular';
-    parts.mood.textContent = `Your mood: ${felt}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
+    const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= MIN_CONFIDENCE;
+    const mood = sure ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'unclear';
+    parts.mood.textContent = `Your mood: ${mood}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
     const inOrder = memories.slice(0, MOST_SHOWN).sort((a, b) => a.index - b.index);
     const rows = inOrder.map(({ index, name, role, content, chat_id: elsewhere }) => {
         const text = content.length > LONGEST_SHOWN ? `${content.slice(0, LONGEST_SHOWN)} ...` : content;
@@ -10537,7 +10493,7 @@ function showRecalled(memories, emotion) {
     parts.recalled.replaceChildren(...rows);
 }
 
-/** What the panel says of the open chat; a chat that has no id yet gets none by being looked at. */
+/** Links to the open chat's page. A chat that has no id yet gets none by that. */
 function showChat() {
     if (!parts.link) return;
     const id = settledIdentity()?.id;
@@ -10545,26 +10501,27 @@ function showChat() {
     parts.link.href = id ? `${page}chat/${encodeURIComponent(id)}` : page;
 }
 
-function carrier() {
+/** The open chat's character; empty in a group. */
+function characterName() {
     const { groupId, characterId, characters } = client();
     return groupId || characterId === undefined ? '' : characters[characterId]?.name ?? '';
 }
 
-/** Whether memories of this character's other chats count here: the server's word, for the character as a whole. */
+/** Whether this character's chats recall from each other: one setting for the character, which the server keeps. */
 async function showCarryOver() {
-    const name = carrier();
+    const name = characterName();
     parts.carryFor.textContent = `Recall from other chats with ${name || 'a character'} too`;
     parts.carry.disabled = true;
     parts.carry.checked = false;
     if (!name) return;
     const answer = await call(`${API}/characters/${encodeURIComponent(name)}`).catch(() => null);
-    if (!answer || carrier() !== name) return;
+    if (!answer || characterName() !== name) return;
     parts.carry.checked = Boolean(answer.carry_over);
     parts.carry.disabled = false;
 }
 
 async function onCarryOver() {
-    const path = `${API}/characters/${encodeURIComponent(carrier())}`;
+    const path = `${API}/characters/${encodeURIComponent(characterName())}`;
     await call(path, { carry_over: parts.carry.checked }, 'PATCH').catch(serverFailed);
     await showCarryOver();
 }
@@ -10572,7 +10529,7 @@ async function onCarryOver() {
 // ------------------------------------------------------------------------------------------------------- beginning
 
 function onChatChanged() {
-    place([]);
+    setPrompts([]);
     state.proxied = '';
     showRecalled([], null);
     showChat();
