@@ -8658,7 +8658,8 @@ function madeOf(parent, row, make) {
     try {
         return make(row);
     } catch (error) {
-        return h(parent.matches('ul, ol') ? 'li.muted' : 'div.muted', `This cannot be shown: ${error.message}`);
+        const words = h('div.muted', `This cannot be shown: ${error.message}`);
+        return parent.matches('ul, ol') ? h('li', words) : h('div.message', words);
     }
 }
 
@@ -8744,7 +8745,7 @@ const percent = (share) => `${Math.round(100 * share)} %`;
 const plural = (count, word, many = `${word}s`) => `${number(count)} ${count === 1 ? word : many}`;
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1).replaceAll('_', ' ');
 const nameOf = (row) => String(row.name || (row.role === 'user' ? 'You' : row.character || 'Character'));
-const characterOf = (chat) => String(chat.character || 'Unnamed character');
+const characterOf = (chat) => String(chat.character ?? '') || 'Unnamed character';
 
 function bytes(count) {
     const units = ['B', 'kB', 'MB', 'GB'];
@@ -8801,7 +8802,7 @@ function importance(share) {
 
 function avatar(name) {
     const hue = [...name].reduce((sum, letter) => (31 * sum + letter.codePointAt(0)) % 360, 7);
-    return h('span.avatar', { 'aria-hidden': 'true', vars: { hue } }, [...name][0].toUpperCase());
+    return h('span.avatar', { 'aria-hidden': 'true', vars: { hue } }, ([...name][0] ?? '?').toUpperCase());
 }
 
 // ---------------------------------------------------------------------------------------------- dialogs and toasts
@@ -9168,7 +9169,7 @@ async function memoryTab(chat) {
         keyed(parts.forgotten, now.forgotten, (row) => markedRow(chat, row));
         parts.anyForgotten.hidden = !now.forgotten.length;
     };
-    if (chat.character) await showCarryOver(chat.character, parts);
+    if (chat.character) await attempt(() => showCarryOver(chat.character, parts));
     refresh(chat);
     return { root: parts.root, refresh };
 }

@@ -427,6 +427,112 @@ def test_what_was_left_out_of_a_prompt_is_shown_with_its_reason(visit, told):
     expect(page.locator("details li")).to_contain_text("No room")
 
 
+# ---------------------------------------------------------------------------- values that nobody expects
+
+ODD = [None, True, -1, 1e300, "soon", "2024-W05-1", [], [None], {"onclick": "window.hacked = 1"}]
+
+
+def odd_rows(row, *kept):
+    """That row once for each odd value, which then is what all its fields hold but those kept and its id."""
+    ids = {"id", "chat_id", "at"} - {*kept}
+    return [
+        {key: f"odd{i}" if key in ids else row[key] if key in kept else value for key in row}
+        for i, value in enumerate(ODD)
+    ]
+
+
+def spoil(page, address, change):
+    """Has the server's answers of that address changed on their way to the page."""
+
+    def pass_on(route):
+        answer = route.fetch()
+        route.fulfill(response=answer, json=change(answer.json()))
+
+    page.route(re.compile(address), pass_on)
+
+
+def test_a_date_that_no_browser_can_read_is_shown_as_it_is(visit, told):
+    """Python reads more of ISO 8601 than JavaScript; neither such a date nor any other value breaks the messages."""
+    dates = ["2024-W05-1", "20240101T101010", "", "soon", *ODD]
+
+    def date_oddly(answer):
+        pairs = zip(answer["messages"], dates, strict=False)
+        return answer | {"messages": [row | {"timestamp": date, "at": date} for row, date in pairs]}
+
+    page = visit("about:blank")
+    spoil(page, "/messages", date_oddly)
+    page.goto(told.link("/messages"))
+    for index in range(len(dates)):
+        expect(scrolled(page, index).locator(".text").first).to_contain_text(told.row(index)["content"][:30])
+    expect(scrolled(page, 0)).to_contain_text("2024-W05-1")
+    expect(page.locator(".toast")).to_have_count(0)
+
+
+def test_a_date_ahead_is_not_just_now(visit, told):
+    """A clock that is wrong, or a story of the future."""
+    page = visit("about:blank")
+    spoil(page, "/messages", lambda answer: {**answer, "messages": [
+        row | {"timestamp": "2999-01-01T00:00:00Z"} for row in answer["messages"]
+    ]})  # fmt: skip
+    page.goto(told.link("/messages"))
+    expect(scrolled(page, 0).locator("time")).to_have_text(re.compile("2999|2998"))
+
+
+@pytest.mark.parametrize(
+    ("view", "address", "lists", "kept"),
+    [
+        ("/#/", "/chats$", None, ()),
+        ("/#/", "/search", "found", ("chat_id",)),
+        ("", "/chats/[^/]+\\?", "story facts pinned forgotten", ()),
+        ("/messages", "/messages", "messages", ("id", "index")),
+        ("/recall", "/search", "memories", ()),
+        ("/prompts", "/prompts", "prompts", ()),
+    ],
+)
+def test_an_odd_value_costs_its_own_row_and_no_view(visit, asked, view, address, lists, kept):
+    """Whatever the fields of some rows hold, the rows beside them are shown, and nothing is run."""
+
+    def spoiled(answer):
+        rows = answer if lists is None else next(filter(None, map(answer.get, lists.split())), [])
+        if view == "/messages":
+            pairs = zip(rows, ODD, strict=False)
+            odd = [{k: row[k] if k in kept else value for k in row} for row, value in pairs]
+            return answer | {lists: [*odd, *rows[len(odd) :]]}
+        odd = odd_rows(rows[0], *kept) if rows else []
+        return [*odd, *answer] if lists is None else answer | {name: [*odd, *answer[name]] for name in lists.split()}
+
+    page = visit("about:blank")
+    spoil(page, address, spoiled)
+    page.goto(address_of(asked, view))
+    if address == "/search":
+        page.get_by_role("searchbox").fill("Wandering Heron")
+    sane = {
+        "/#/": page.get_by_role("link", name=re.compile("^Maren|Wandering Heron")),
+        "": page.locator("main li").filter(has_text="#21 to #40"),
+        "/messages": page.locator(".message").filter(has_text=asked.row(20)["content"][:30]),
+        "/recall": page.locator("main li").filter(has_text="Wandering Heron"),
+        "/prompts": page.locator(".prompt").filter(has_text="of history"),
+    }[view]
+    if view == "/messages":
+        expect(scrolled(page, 0)).to_contain_text("This cannot be shown")
+        scrolled(page, 20)
+    expect(sane.first).to_be_visible()
+    expect(page.get_by_role("heading", level=1)).to_be_visible()
+    assert page.evaluate("window.hacked") is None
+
+
+def test_an_odd_chat_still_has_its_heading_and_its_views(visit, told):
+    """Its own fields, one odd value after the other."""
+    fields = ("character", "size", "updated", "branches", "last_prompt", "persona")
+    for value in ODD:
+        page = visit("about:blank")
+        spoil(page, "/chats/[^/]+\\?", lambda chat, v=value: chat | dict.fromkeys(fields, v))
+        page.goto(told.link())
+        expect(page.get_by_role("heading", name="Facts")).to_be_visible()
+        expect(page.get_by_role("heading", level=1)).to_be_visible()
+        page.close()
+
+
 # ---------------------------------------------------------------------------- how things stand
 
 
