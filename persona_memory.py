@@ -8945,7 +8945,6 @@ class VirtualList {
             if ((row < first || row > last) && !element.contains(document.activeElement)) this.drop(row, element);
         }
         for (let row = Math.max(0, first); row <= last; row++) this.show(row);
-        this.arrange();
     }
 
     show(row) {
@@ -8955,6 +8954,7 @@ class VirtualList {
         setProp(element, 'role', 'listitem');
         setProp(element, 'aria-setsize', this.count);
         setProp(element, 'aria-posinset', row + 1);
+        element.style.transform = `translateY(${this.tops[row]}px)`;
         if (old) this.observer.unobserve(old);
         else this.insert(row, element);
         this.shown.set(row, element);
@@ -8973,6 +8973,7 @@ class VirtualList {
         element.remove();
     }
 
+    /** Puts every row where the heights above it leave it. */
     arrange() {
         this.tops = new Float64Array(this.count + 1);
         this.heights.forEach((height, row) => { this.tops[row + 1] = this.tops[row] + height; });
