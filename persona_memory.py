@@ -8447,10 +8447,8 @@ dl.facts dd { overflow-wrap: anywhere; }
 .list > li:first-child { padding-top: 0; }
 .list > li:last-child { padding-bottom: 0; }
 .weight { display: inline-flex; gap: 2px; align-items: end; }
-.weight i { width: 4px; height: 5px; border-radius: 1px; background: var(--line); }
+.weight i { width: 4px; height: calc(3px + 2px * var(--step)); border-radius: 1px; background: var(--line); }
 .weight i.on { background: var(--strong-line); }
-.weight i:nth-child(2) { height: 7px; } .weight i:nth-child(3) { height: 9px; }
-.weight i:nth-child(4) { height: 11px; } .weight i:nth-child(5) { height: 13px; }
 dialog {
   width: min(34rem, calc(100vw - 32px)); max-height: calc(100vh - 48px); padding: 24px; border: 1px solid var(--line);
   border-radius: 16px; background: var(--card); color: var(--ink);
@@ -8533,7 +8531,7 @@ mark { background: light-dark(#fbe9a9, #574715); color: inherit; border-radius: 
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; }
 .legend li { display: flex; align-items: center; gap: 7px; }
 .legend b, .score { color: var(--ink); font-weight: 600; }
-.swatch { width: 11px; height: 11px; border-radius: 3px; background: var(--tone); outline: 1px solid var(--line); }
+.swatch { width: 11px; aspect-ratio: 1; border: 1px solid var(--muted); border-radius: 3px; background: var(--tone); }
 .prompt > * { margin: 0; }
 details > summary { padding: 6px 0; color: var(--muted); }
 details[open] > summary { margin-bottom: 8px; color: var(--ink); }
@@ -8796,7 +8794,7 @@ const moodChip = (label, strength) =>
 function importance(share) {
     const steps = Math.max(1, Math.ceil(5 * share));
     const words = `Importance ${percent(share)}`;
-    const bars = [1, 2, 3, 4, 5].map((step) => h(step <= steps ? 'i.on' : 'i'));
+    const bars = [1, 2, 3, 4, 5].map((step) => h(step <= steps ? 'i.on' : 'i', { vars: { step } }));
     return h('span.weight', { role: 'img', 'aria-label': words, title: words }, bars);
 }
 

@@ -52,13 +52,13 @@ def visit(browser):
 
 
 class Told:
-    """A server with a chat that has been played: story, facts, recalled memories, swipes."""
+    """A server with a chat that has been played: summary, facts, recalled memories, swipes."""
 
     def __init__(self, upstream, server):
         self.upstream, self.server, self.url = upstream, server, server.url
         self.chat = messages("keep", "Tobin")[:91]
         self.id = play(self.url, upstream, self.chat)
-        wait_until(lambda: self.get()["facts"], "the story to be told")
+        wait_until(lambda: self.get()["facts"], "the summary to be written")
 
     def get(self, rest="", **query):
         answer = httpx.get(f"{self.url}{self.path}{rest}", params=query, timeout=60)
@@ -228,7 +228,7 @@ def test_a_message_of_another_branch_is_shown_by_itself(visit, server, upstream)
 # ---------------------------------------------------------------------------- what a chat remembers
 
 
-def test_the_persona_the_story_and_the_facts_are_there_and_can_be_changed(visit, told):
+def test_the_persona_the_summary_and_the_facts_are_there_and_can_be_changed(visit, told):
     """An edited summary is the user's from then on; a fact is edited, pinned, forgotten after a question."""
     page = visit(told.link())
     expect(page.get_by_text("keeper of the lighthouse on the Teeth")).to_be_visible()
@@ -400,7 +400,7 @@ def test_a_prompt_says_what_went_in_and_what_it_cost(visit, asked):
     shown = {"persona": "Persona", "story": "Summary", "memories": "Memories", "history": "History"}
     for share, word in shown.items():
         expect(card.locator(".legend")).to_contain_text(f"{word}{report['tokens'][share]:,}")
-    expect(card).to_contain_text(f"{round(100 * report['reused'])} % reused from the previous prompt")
+    expect(card).to_contain_text(f"{int(100 * report['reused'] + 0.5)} % reused from the previous prompt")
     expect(card).to_contain_text("ms added")
     card.locator("summary").first.click()
     expect(card.locator("details li").first.locator(".text")).to_have_text(
@@ -597,8 +597,8 @@ def test_new_messages_appear_and_disturb_nobody(visit, told):
     assert "half a sentence" in editor.get_by_label("Message 23").input_value()
 
 
-def test_a_reply_that_no_request_has_shown_is_marked_as_no_memory_yet(visit, server, upstream):
-    """It becomes a message like others when the client shows it again."""
+def test_a_reply_that_the_client_has_not_sent_back_is_marked_as_pending(visit, server, upstream):
+    """It becomes a message like others when the client sends it back."""
     upstream.steer(reply=lambda body: "The lamp is lit.")
     first = {"role": "user", "content": "Is the lamp lit?"}
     chat = say(server.url, [SYSTEM, first]).chat_id
