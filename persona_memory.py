@@ -9647,14 +9647,13 @@ PAGE_STYLE = r"""
   --surprise: light-dark(#0e8585, #4fcfc9);
   --disgust: light-dark(#5f7d1f, #a8c75a);
   --neutral: light-dark(#767c88, #8f96a3);
-  --persona: light-dark(#5146a8, #9d94f5);
-  --story: light-dark(#0e8585, #4fcfc9);
-  --memories: light-dark(#b07a12, #efb93f);
-  --history: light-dark(#2f6fb5, #6fb0f0);
-  --response: light-dark(#767c88, #8f96a3);
+  --persona: var(--accent);
+  --story: var(--surprise);
+  --memories: var(--joy);
+  --history: var(--sadness);
+  --response: var(--neutral);
   --free: var(--sunken);
   --radius: 12px;
-  --gap: 16px;
   --wide: 1040px;
   font: 16px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif;
   background: var(--paper);
@@ -9693,26 +9692,27 @@ input, textarea {
 textarea { min-height: 7rem; resize: vertical; line-height: 1.5; }
 ::placeholder { color: var(--muted); opacity: 1; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-main:focus { outline: none; }
+main:focus, .message:focus, .timeline a:focus { outline: none; }
 code { font: 0.9em/1.4 ui-monospace, "Cascadia Mono", "DejaVu Sans Mono", Menlo, monospace; overflow-wrap: anywhere; }
 summary { cursor: pointer; }
 @media (prefers-reduced-motion: reduce) {
   *, ::before, ::after { animation: none !important; transition: none !important; }
 }
 
-.hidden {
-  position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap;
-}
+[hidden] { display: none !important; }
+.hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 .muted { color: var(--muted); }
 .small { font-size: 0.86rem; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .text em { color: var(--muted); }
 .numbers { font-variant-numeric: tabular-nums; }
-.row { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; }
+.row, .copy { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; }
 h1.row { flex-wrap: nowrap; align-items: baseline; }
 .spread { justify-content: space-between; }
 .push { margin-inline-start: auto; }
-.stack { display: grid; gap: var(--gap); grid-template-columns: minmax(0, 1fr); }
+.about { flex: 1; min-width: 0; }
+.actions { display: flex; gap: 8px; }
+.stack { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: var(--radius); padding: 20px; }
 .card > h2 { margin-bottom: 12px; }
 
@@ -9729,10 +9729,7 @@ h1.row { flex-wrap: nowrap; align-items: baseline; }
   background: var(--accent);
 }
 nav { display: flex; gap: 4px; }
-nav a {
-  display: block; padding: 6px 11px; border-radius: 8px; color: var(--muted); text-decoration: none;
-  white-space: nowrap;
-}
+nav a { padding: 6px 11px; border-radius: 8px; color: var(--muted); text-decoration: none; white-space: nowrap; }
 nav a:hover { color: var(--ink); background: var(--sunken); }
 nav a[aria-current] { color: var(--ink); background: var(--sunken); font-weight: 600; }
 .light {
@@ -9740,19 +9737,16 @@ nav a[aria-current] { color: var(--ink); background: var(--sunken); font-weight:
   border-radius: 8px; color: var(--muted); font-size: 0.88rem; text-decoration: none;
 }
 .light:hover { background: var(--sunken); }
-.light .words { overflow: hidden; max-width: 22rem; text-overflow: ellipsis; white-space: nowrap; }
+.light .words { max-width: 22rem; }
 .dot { flex: none; width: 9px; height: 9px; border-radius: 50%; background: var(--tone, var(--muted)); }
 [data-level="ok"] { --tone: var(--good); }
 [data-level="loading"] { --tone: var(--neutral); }
 [data-level="notice"] { --tone: var(--warn); }
 [data-level="trouble"] { --tone: var(--bad); }
 main { max-width: var(--wide); margin: 0 auto; padding: 28px 20px 96px; }
-.head { display: grid; gap: 6px; grid-template-columns: minmax(0, 1fr); margin-bottom: 20px; }
-.heading .about { flex: 1; min-width: 0; }
-.heading .actions { display: flex; gap: 8px; }
+.head { margin-bottom: 20px; }
 .tabs {
-  overflow-x: auto; margin-bottom: 20px; padding: 3px 0; border-bottom: 1px solid var(--line);
-  scrollbar-width: none;
+  overflow-x: auto; margin-bottom: 20px; padding: 3px 0; border-bottom: 1px solid var(--line); scrollbar-width: none;
 }
 .tabs a { border-radius: 8px 8px 0 0; }
 .tabs a[aria-current] { background: none; color: var(--accent); box-shadow: inset 0 -2px var(--accent); }
@@ -9770,29 +9764,26 @@ main { max-width: var(--wide); margin: 0 auto; padding: 28px 20px 96px; }
   color: light-dark(hsl(var(--hue) 55% 26%), hsl(var(--hue) 70% 86%)); font-weight: 700;
 }
 .empty { padding: 32px 20px; text-align: center; color: var(--muted); }
+.none { display: none; color: var(--muted); }
+:empty + .none { display: block; }
 .notice { border-color: var(--warn); }
-.copy {
-  display: flex; align-items: center; gap: 8px; padding: 6px 6px 6px 12px; border-radius: 8px;
-  background: var(--sunken);
-}
+.copy { padding: 6px 6px 6px 12px; border-radius: 8px; background: var(--sunken); }
 .copy code { flex: 1; }
 .check { display: flex; align-items: center; gap: 10px; }
 .check input { flex: none; width: 18px; height: 18px; accent-color: var(--accent); }
-.editor { display: grid; gap: 8px; }
+.editor, .prompt { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr); }
 dl.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 6px 20px; }
 dl.facts dt { color: var(--muted); }
-dl.facts + p { margin-top: 16px; }
+dl.facts + p, .steps + p { margin-top: 16px; }
 dl.facts dd { overflow-wrap: anywhere; }
 .figures { display: flex; flex-wrap: wrap; gap: 2px 18px; color: var(--muted); font-size: 0.9rem; }
-.list > li + li { border-top: 1px solid var(--line); }
+.list > li + li, .chats > li + li { border-top: 1px solid var(--line); }
 .list > li { padding: 14px 0; }
 .list > li:first-child { padding-top: 0; }
 .list > li:last-child { padding-bottom: 0; }
 .weight { display: inline-flex; gap: 2px; align-items: end; }
-.weight i { width: 4px; height: 5px; border-radius: 1px; background: var(--line); }
+.weight i { width: 4px; height: calc(3px + 2px * var(--step)); border-radius: 1px; background: var(--line); }
 .weight i.on { background: var(--strong-line); }
-.weight i:nth-child(2) { height: 7px; } .weight i:nth-child(3) { height: 9px; }
-.weight i:nth-child(4) { height: 11px; } .weight i:nth-child(5) { height: 13px; }
 dialog {
   width: min(34rem, calc(100vw - 32px)); max-height: calc(100vh - 48px); padding: 24px; border: 1px solid var(--line);
   border-radius: 16px; background: var(--card); color: var(--ink);
@@ -9800,8 +9791,7 @@ dialog {
 dialog.wide { width: min(64rem, calc(100vw - 32px)); }
 dialog::backdrop { background: rgb(12 13 16 / 0.5); }
 #toasts {
-  position: fixed; inset: auto 0 20px; z-index: 9; display: grid; justify-items: center; gap: 8px;
-  pointer-events: none;
+  position: fixed; inset: auto 0 20px; z-index: 9; display: grid; justify-items: center; gap: 8px; pointer-events: none;
 }
 .toast {
   display: flex; align-items: center; gap: 12px; max-width: min(34rem, calc(100vw - 32px)); padding: 8px 10px 8px 18px;
@@ -9816,13 +9806,11 @@ dialog::backdrop { background: rgb(12 13 16 / 0.5); }
   position: relative; display: flex; align-items: center; gap: 14px; padding: 14px 12px 14px 20px;
   content-visibility: auto; contain-intrinsic-size: auto 76px;
 }
-.chats > li + li { border-top: 1px solid var(--line); }
-.chats > li:hover { background: var(--tint); }
+.chats > li:hover, .hit:hover { background: var(--tint); }
 .chats .name { font-weight: 600; color: var(--ink); text-decoration: none; }
 .chats .name::after { content: ""; position: absolute; inset: 0; }
-.chats .about { flex: 1; min-width: 0; }
-.id { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.chats .actions { position: relative; display: flex; }
+.chats .actions { position: relative; gap: 0; }
+.id, .light .words { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .flush { padding: 0; overflow: hidden; }
 .steps { display: grid; gap: 20px; counter-reset: step; }
 .steps > li { position: relative; padding-left: 44px; counter-increment: step; }
@@ -9830,33 +9818,27 @@ dialog::backdrop { background: rgb(12 13 16 / 0.5); }
   content: counter(step); position: absolute; left: 0; top: 0; display: grid; place-items: center; width: 28px;
   height: 28px; border-radius: 50%; background: var(--tint); color: var(--accent); font-weight: 700;
 }
-.steps + p { margin-top: 20px; }
 .waiting {
-  display: flex; align-items: center; gap: 12px; margin-top: 24px; padding-top: 20px;
-  border-top: 1px solid var(--line);
+  display: flex; align-items: center; gap: 12px; margin-top: 24px; padding-top: 20px; border-top: 1px solid var(--line);
 }
 .waiting .dot { --tone: var(--accent); animation: breathe 2s infinite ease-in-out; }
 @keyframes breathe { 50% { opacity: 0.25; } }
 .dropping { outline: 2px dashed var(--accent); outline-offset: 8px; border-radius: var(--radius); }
 .hit { display: grid; gap: 4px; padding: 14px 20px; color: inherit; text-decoration: none; }
-.hit:hover { background: var(--tint); }
 mark { background: light-dark(#fbe9a9, #574715); color: inherit; border-radius: 3px; }
 
 /* ------------------------------------------------------------ messages */
 
 .virtual { position: relative; overflow-anchor: none; }
-.virtual > .message { position: absolute; inset: 0 0 auto; }
+.virtual > * { position: absolute; inset: 0 0 auto; }
 .message { padding-bottom: 10px; }
 .message > div {
   padding: 14px 18px; border: 1px solid var(--line); border-radius: var(--radius); background: var(--card);
 }
 .message.user > div { background: var(--tint); border-color: transparent; }
-.message.forgotten > div { background: transparent; border-style: dashed; }
+.message:is(.forgotten, .provisional) > div { background: transparent; border-style: dashed; }
 .message.forgotten .text { text-decoration: line-through; color: var(--muted); }
-.message.provisional > div { border-style: dashed; background: transparent; }
-.message.found > div { outline: 2px solid var(--accent); }
-.message:focus { outline: none; }
-.message:focus-visible > div { outline: 2px solid var(--accent); outline-offset: 2px; }
+.message:is(.found, :focus-visible) > div { outline: 2px solid var(--accent); }
 .message header { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 10px; margin-bottom: 6px; }
 .message .who { font-weight: 600; }
 .tools { display: flex; flex-wrap: wrap; gap: 2px; margin-block: -4px; }
@@ -9874,26 +9856,18 @@ mark { background: light-dark(#fbe9a9, #574715); color: inherit; border-radius: 
 /* ------------------------------------------------------------ recall, prompts */
 
 .bars { display: flex; flex-wrap: wrap; gap: 6px 16px; margin-top: 8px; }
-.bars > li {
-  display: grid; grid-template-columns: auto 64px auto; align-items: center; gap: 7px; font-size: 0.82rem;
-  color: var(--muted);
-}
+.bars > li { display: grid; grid-template-columns: auto 64px auto; align-items: center; gap: 7px; }
+.bars, .legend { color: var(--muted); font-size: 0.86rem; }
 .track { display: block; height: 6px; border-radius: 3px; background: var(--sunken); overflow: hidden; }
-.track i {
-  display: block; width: calc(var(--share) * 100%); height: 100%; border-radius: 3px; background: var(--accent);
-}
+.track i { display: block; width: calc(var(--share) * 100%); height: 100%; background: var(--accent); }
 .track i.minus { background: var(--bad); }
 .share { display: flex; gap: 2px; height: 22px; border-radius: 6px; overflow: hidden; }
 .share i { flex: var(--share) 0 0; min-width: 0; background: var(--tone); }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 10px; font-size: 0.88rem; color: var(--muted); }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; }
 .legend li { display: flex; align-items: center; gap: 7px; }
-.legend b { color: var(--ink); font-weight: 600; }
-.swatch {
-  width: 11px; height: 11px; border-radius: 3px; background: var(--tone); border: 1px solid var(--strong-line);
-}
-.prompt { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr); }
+.legend b, .score { color: var(--ink); font-weight: 600; }
+.swatch { width: 11px; aspect-ratio: 1; border: 1px solid var(--muted); border-radius: 3px; background: var(--tone); }
 .prompt > * { margin: 0; }
-.score { font-weight: 600; color: var(--ink); }
 details > summary { padding: 6px 0; color: var(--muted); }
 details[open] > summary { margin-bottom: 8px; color: var(--ink); }
 
@@ -9904,7 +9878,6 @@ details[open] > summary { margin-bottom: 8px; color: var(--ink); }
 .timeline .area { fill: var(--tone); fill-opacity: 0.32; stroke: var(--tone); stroke-width: 1.5; }
 .timeline .base { stroke: var(--line); }
 .timeline circle { fill: var(--tone); stroke: var(--card); stroke-width: 2; }
-.timeline a:focus { outline: none; }
 .timeline a:focus-visible circle, .timeline a:hover circle { stroke: var(--ink); }
 .timeline .cursor { stroke: var(--strong-line); stroke-dasharray: 3 3; visibility: hidden; }
 .segments { display: inline-flex; gap: 2px; padding: 3px; border-radius: 10px; background: var(--sunken); }
@@ -9927,7 +9900,7 @@ td { padding: 11px 12px 11px 0; border-top: 1px solid var(--line); vertical-alig
   #theme .label { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   .tabs { gap: 0; }
   .tabs a { padding: 6px 7px; font-size: 0.9rem; }
-  .heading .actions { flex-basis: 100%; }
+  .actions { flex-basis: 100%; }
   .light .words { max-width: 6.5rem; }
   main { padding: 20px 14px 80px; }
   h1 { font-size: 1.35rem; }
@@ -9935,7 +9908,7 @@ td { padding: 11px 12px 11px 0; border-top: 1px solid var(--line); vertical-alig
   .flush { padding: 0; }
   .chats > li { padding: 12px 6px 12px 14px; gap: 10px; flex-wrap: wrap; }
   .chats .about { flex-basis: 60%; }
-  .chats .actions { flex-basis: 100%; padding-left: 44px; }
+  .chats .actions { padding-left: 44px; }
   thead { display: none; }
   tr { display: block; padding: 10px 0; border-top: 1px solid var(--line); }
   td { display: block; padding: 2px 0; border: 0; }
@@ -9947,1356 +9920,907 @@ td { padding: 11px 12px 11px 0; border-top: 1px solid var(--line); vertical-alig
 PAGE_SCRIPT = r"""
 // The memory page. Message text is somebody else's: it only ever becomes text nodes, never markup.
 
-// ------------------------------------------------------------------------------------------------ elements
+// ------------------------------------------------------------------------------------------------------- elements
 
-/** An element: `props` are attributes, listeners (`onclick`) and CSS variables (`vars`); children nodes or text. */
-const h = (tag, props, ...children) => build(document.createElement(tag), props, children);
-const svg = (tag, props, ...children) =>
-  build(document.createElementNS("http://www.w3.org/2000/svg", tag), props, children);
+/**
+ * An element of a tag with classes, such as 'p.small.muted'. An object that comes first holds attributes, listeners
+ * (`onclick`), CSS variables (`vars`) and the `value`; everything else is children: nodes, or strings as text.
+ */
+const h = (tag, ...parts) => build('http://www.w3.org/1999/xhtml', tag, parts);
+const svg = (tag, ...parts) => build('http://www.w3.org/2000/svg', tag, parts);
 
-function build(element, props, children) {
-  for (const [name, value] of Object.entries(props ?? {})) {
-    if (value === null || value === undefined || value === false) continue;
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (name === "value") element.value = value;
-    else if (name === "vars") Object.entries(value).forEach(([key, v]) => element.style.setProperty(`--${key}`, v));
-    else element.setAttribute(name, value === true ? "" : value);
-  }
-  element.append(...children.flat(9).filter((child) => child || child === 0));
-  return element;
+function build(namespace, tag, parts) {
+    const [name, ...classes] = tag.split('.');
+    const element = document.createElementNS(namespace, name);
+    if (classes.length) element.classList.add(...classes);
+    const [props, ...children] = parts[0]?.constructor === Object ? parts : [{}, ...parts];
+    for (const [key, value] of Object.entries(props)) setProp(element, key, value);
+    element.append(...children.flat(9).filter((child) => child || child === 0));
+    return element;
 }
 
-const link = (href, ...words) => h("a", { href }, ...words);
-const button = (label, onclick, props) => h("button", { type: "button", onclick, ...props }, label);
-const quiet = (label, onclick, props) => button(label, onclick, { class: "quiet", ...props });
-const hidden = (text) => h("span", { class: "hidden" }, text);
-const card = (title, ...children) => h("section", { class: "card" }, title && h("h2", {}, title), ...children);
-const isEdited = (element) => element.querySelector(".editor") !== null;
+function setProp(element, name, value) {
+    if (name.startsWith('on')) element.addEventListener(name.slice(2), value);
+    else if (name === 'vars') Object.entries(value).forEach(([key, v]) => element.style.setProperty(`--${key}`, v));
+    else if (name === 'value') element.value = value;
+    else if (value || value === 0) element.setAttribute(name, value === true ? '' : value);
+}
+
+/** A copy of a <template> as `root`, and those of its elements that have a `data-part`, each by that name. */
+function template(id) {
+    const root = document.getElementById(id).content.firstElementChild.cloneNode(true);
+    const parts = [...root.querySelectorAll('[data-part]')].map((part) => [part.dataset.part, part]);
+    return { root, ...Object.fromEntries(parts) };
+}
+
+const button = (label, onclick, props) => h('button', { type: 'button', onclick, ...props }, label);
+const quiet = (label, onclick, props) => button(label, onclick, { class: 'quiet', ...props });
+const card = (title, ...children) => h('section.card', h('h2', title), children);
+const meta = (...children) => h('p.row.small.muted', children); // the line above a text: who, where, what can be done
+const figuresLine = (figures) => h('p.figures', figures.filter(Boolean).map((figure) => h('span', figure)));
+const tools = (...children) => h('span.tools.push', children);
 
 /**
  * Makes `parent` show an element per row. Only those whose row has changed are made anew, and none that is being
  * edited, so that a page which changes under the reader's eyes keeps its focus, its scroll and its open details.
  */
-function keyed(parent, rows, keyOf, make) {
-  const old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
-  rows.forEach((row, place) => {
-    const key = String(keyOf(row));
-    const child = renewed(old.get(key), row, key, make);
-    old.delete(key);
-    if (parent.children[place] !== child) parent.insertBefore(child, parent.children[place] ?? null);
-  });
-  old.forEach((child) => child.remove());
+function keyed(parent, rows, make, keyOf = (row) => row.id) {
+    const old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+    rows.forEach((row, index) => {
+        const key = String(keyOf(row));
+        const child = renewed(parent, old.get(key), row, key, make);
+        old.delete(key);
+        if (parent.children[index] !== child) parent.insertBefore(child, parent.children[index] ?? null);
+    });
+    old.forEach((child) => child.remove());
 }
 
-function renewed(child, row, key, make) {
-  const state = JSON.stringify(row);
-  if (child && (child.rowState === state || isEdited(child))) return child;
-  const fresh = make(row);
-  fresh.dataset.key = key;
-  fresh.rowState = state;
-  if (child) replaceQuietly(child, fresh);
-  return fresh;
+/** The element of a row: the old one where it still shows the row, or is being edited. */
+function renewed(parent, old, row, key, make) {
+    const state = JSON.stringify(row);
+    if (old && (old.rowState === state || old.querySelector('.editor'))) return old;
+    const fresh = madeOf(parent, row, make);
+    fresh.dataset.key = key;
+    fresh.rowState = state;
+    if (old) replaceQuietly(old, fresh);
+    return fresh;
 }
 
-function replaceQuietly(child, fresh) {
-  const focusable = "a, button, input, summary";
-  const focused = [...child.querySelectorAll(focusable)].indexOf(document.activeElement);
-  const open = [...child.querySelectorAll("details")].map((details) => details.open);
-  child.replaceWith(fresh);
-  fresh.querySelectorAll("details").forEach((details, place) => {
-    details.open = open[place] ?? details.open;
-  });
-  if (focused >= 0) fresh.querySelectorAll(focusable)[focused]?.focus({ preventScroll: true });
+/** A row with a value that nothing here is ready for costs itself, never the view. */
+function madeOf(parent, row, make) {
+    try {
+        return make(row);
+    } catch (error) {
+        const words = h('div.muted', `This cannot be shown: ${error.message}`);
+        return parent.matches('ul, ol') ? h('li', words) : h('div.message', words);
+    }
 }
 
-// ------------------------------------------------------------------------------------------------ the server
+function replaceQuietly(old, fresh) {
+    const focusable = 'a, button, input, summary';
+    const focused = [...old.querySelectorAll(focusable)].indexOf(document.activeElement);
+    const open = [...old.querySelectorAll('details')].map((details) => details.open);
+    old.replaceWith(fresh);
+    fresh.querySelectorAll('details').forEach((details, index) => { details.open = open[index] ?? details.open; });
+    if (focused >= 0) fresh.querySelectorAll(focusable)[focused]?.focus({ preventScroll: true });
+}
 
-const API = "/api/persona_memory";
-const KEY = "persona_memory_key";
+// ----------------------------------------------------------------------------------------------------- the server
+
+const API = '/api/persona_memory';
+const KEY = 'persona_memory_key';
 
 class ServerError extends Error {
-  constructor(status, message) {
-    super(message);
-    this.status = status;
-  }
+    constructor(status, message) {
+        super(message);
+        this.status = status;
+    }
 }
 
 /** A response of the server; asks for the key where one is missing, throws `ServerError` for every other failure. */
 async function request(method, path, { query = {}, body, headers = {} } = {}) {
-  const address = new URL(path, location.origin);
-  Object.entries(query).forEach(([name, value]) => address.searchParams.set(name, value));
-  const key = sessionStorage.getItem(KEY);
-  if (key) headers = { ...headers, Authorization: `Bearer ${key}` };
-  let response;
-  try {
-    response = await fetch(address, { method, body, headers, cache: "no-store" });
-  } catch {
-    throw new ServerError(0, "The server does not answer. Is persona_memory still running?");
-  }
-  if (response.status === 401) {
-    await keyForm.ask(Boolean(key));
-    return request(method, path, { query, body, headers });
-  }
-  if (response.ok || response.status === 304) return response;
-  const words = await response.json().then(
-    (answer) => answer.error.message,
-    () => response.statusText,
-  );
-  throw new ServerError(response.status, words);
+    const address = new URL(path, location.origin);
+    Object.entries(query).forEach(([name, value]) => address.searchParams.set(name, value));
+    const key = sessionStorage.getItem(KEY);
+    const sent = key ? { ...headers, Authorization: `Bearer ${key}` } : headers;
+    const response = await fetch(address, { method, body, headers: sent, cache: 'no-store' }).catch(() => {
+        throw new ServerError(0, 'The server does not answer. Is persona_memory still running?');
+    });
+    if (response.status === 401) {
+        await keyForm.ask(Boolean(key));
+        return request(method, path, { query, body, headers });
+    }
+    if (response.ok || response.status === 304) return response;
+    const answer = await response.json().catch(() => null);
+    throw new ServerError(response.status, answer?.error?.message ?? `${response.status} ${response.statusText}`);
 }
 
-const get = async (path, query) => (await request("GET", API + path, { query })).json();
+const get = async (path, query) => (await request('GET', API + path, { query })).json();
 const send = async (method, path, value) => {
-  const body = value === undefined ? undefined : JSON.stringify(value);
-  const headers = body ? { "Content-Type": "application/json" } : {};
-  return (await request(method, API + path, { body, headers })).json();
+    const json = value && { body: JSON.stringify(value), headers: { 'Content-Type': 'application/json' } };
+    return (await request(method, API + path, json)).json();
 };
-const chatLink = (id, rest = "") => `#/chat/${encodeURIComponent(id)}${rest}`;
-const messageLink = (chat, place) => chatLink(chat.chat_id, `/messages?at=${place + 1}`);
+const change = (path, value) => send('PATCH', path, value).then(live.refresh);
 const chatPath = (id) => `/chats/${encodeURIComponent(id)}`;
+const chatLink = (id, rest = '') => `#/chat/${encodeURIComponent(id)}${rest}`;
+const messageLink = (chat, index) => chatLink(chat.chat_id, `/messages?at=${index + 1}`);
 
 /** Saves what the server gives as a file; a plain link could not send the key. */
 async function download(path, name) {
-  const blob = await (await request("GET", path)).blob();
-  const address = URL.createObjectURL(blob);
-  h("a", { href: address, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(address), 60_000);
+    const blob = await (await request('GET', path)).blob();
+    const address = URL.createObjectURL(blob);
+    h('a', { href: address, download: name }).click();
+    setTimeout(() => URL.revokeObjectURL(address), 60_000);
 }
 
-/** Runs a change that the user asked for; says so when it fails. */
+/** Does what the user asked for; a failure is shown as a toast, and gives undefined. */
 async function attempt(work) {
-  try {
-    return await work();
-  } catch (error) {
-    toast(error.message);
-    return undefined;
-  }
+    try {
+        return await work();
+    } catch (error) {
+        return toast(error.message);
+    }
 }
 
-// ------------------------------------------------------------------------------------------------ words and numbers
+function debounced(work, pause = 200) {
+    let timer;
+    return () => {
+        clearTimeout(timer);
+        timer = setTimeout(() => attempt(work), pause);
+    };
+}
 
-const number = (value) => new Intl.NumberFormat("en").format(value);
+// ---------------------------------------------------------------------------------------------- words and numbers
+
+const number = (value) => new Intl.NumberFormat('en').format(value);
+const decimal = (value) => Number(value).toFixed(2);
 const percent = (share) => `${Math.round(100 * share)} %`;
 const plural = (count, word, many = `${word}s`) => `${number(count)} ${count === 1 ? word : many}`;
-const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1).replaceAll("_", " ");
-const nameOf = (row) => row.name || (row.role === "user" ? "You" : row.character || "Character");
+const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1).replaceAll('_', ' ');
+const nameOf = (row) => String(row.name || (row.role === 'user' ? 'You' : row.character || 'Character'));
+const characterOf = (chat) => String(chat.character ?? '') || 'Unnamed character';
 
 function bytes(count) {
-  const units = ["B", "kB", "MB", "GB"];
-  const power = Math.min(units.length - 1, Math.floor(Math.log10(Math.max(count, 1)) / 3));
-  const value = count / 1000 ** power;
-  return `${value < 10 && power ? value.toFixed(1) : Math.round(value)} ${units[power]}`;
+    const units = ['B', 'kB', 'MB', 'GB'];
+    const power = Math.min(units.length - 1, Math.floor(Math.log10(Math.max(count, 1)) / 3));
+    const value = count / 1000 ** power;
+    return `${value < 10 && power ? value.toFixed(1) : Math.round(value)} ${units[power]}`;
 }
 
-/** A time as people say it, with the exact one behind it; from Unix seconds or ISO 8601. */
+const AGES = [[60, 'second', 1], [3600, 'minute', 60], [86400, 'hour', 3600], [7 * 86400, 'day', 86400]];
+
+/** A time as people say it, with the exact one behind it; from Unix seconds or a date. Other text stays as it is. */
 function when(moment) {
-  const date = new Date(typeof moment === "number" ? 1000 * moment : moment);
-  const seconds = (Date.now() - date) / 1000;
-  const steps = [
-    [60, "second", 1],
-    [3600, "minute", 60],
-    [86400, "hour", 3600],
-    [7 * 86400, "day", 86400],
-  ];
-  const [, unit, length] = steps.find(([limit]) => seconds < limit) ?? [];
-  const relative = new Intl.RelativeTimeFormat("en", { numeric: "auto" });
-  const words =
-    seconds < 45
-      ? "just now"
-      : unit
-        ? relative.format(-Math.round(seconds / length), unit)
-        : date.toLocaleDateString("en", { dateStyle: "medium" });
-  return h("time", { datetime: date.toISOString(), title: date.toLocaleString("en") }, words);
+    const date = new Date(typeof moment === 'number' ? 1000 * moment : moment ?? NaN);
+    if (Number.isNaN(date.valueOf())) return h('span', String(moment ?? 'time unknown'));
+    const age = (Date.now() - date) / 1000;
+    const [, unit, length] = AGES.find(([limit]) => Math.abs(age) < limit) ?? [];
+    let words = date.toLocaleDateString('en', { dateStyle: 'medium' });
+    if (unit) words = new Intl.RelativeTimeFormat('en', { numeric: 'auto' }).format(-Math.round(age / length), unit);
+    if (Math.abs(age) < 45) words = 'just now';
+    return h('time', { datetime: date.toISOString(), title: date.toLocaleString('en') }, words);
 }
 
 /** Message text as nodes: actions between asterisks are set apart, nothing else is interpreted. */
 const prose = (text) =>
-  text
-    .split(/(\*[^*\n]+\*)/)
-    .map((part, place) => (place % 2 ? h("em", {}, part) : part))
-    .filter(Boolean);
+    text.split(/(\*[^*\n]+\*)/).map((part, index) => (index % 2 ? h('em', part) : part)).filter(Boolean);
 
 const LONG_TEXT = 1500; // characters that are shown at once
 
 /** A message's text, a long one folded; `unfolded` holds the ids of those that have been opened. */
-function textBlock(text, { unfolded = new Set(), id = "", limit = LONG_TEXT } = {}) {
-  const block = h("div", { class: "text" });
-  if (text.length <= 1.2 * limit || unfolded.has(id)) {
-    block.append(...prose(text));
+function textBlock(content, { unfolded = new Set(), id = '', limit = LONG_TEXT } = {}) {
+    const text = String(content ?? '');
+    const more = `Show all ${number(text.length)} characters`;
+    const block = h('div.text');
+    const unfold = () => {
+        unfolded.add(id);
+        block.replaceChildren(...prose(text));
+    };
+    if (text.length <= 1.2 * limit || unfolded.has(id)) block.append(...prose(text));
+    else block.append(...prose(`${text.slice(0, limit)}… `), button(more, unfold));
     return block;
-  }
-  const unfold = () => {
-    unfolded.add(id);
-    block.replaceChildren(...prose(text));
-  };
-  block.append(...prose(`${text.slice(0, limit)}… `), button(`Show all ${number(text.length)} characters`, unfold));
-  return block;
 }
 
 const moodChip = (label, strength) =>
-  h(
-    "span",
-    { class: "chip", vars: { tone: `var(--${label})` } },
-    h("span", { class: "dot" }),
-    label,
-    strength !== undefined && h("span", { class: "numbers" }, percent(strength)),
-  );
+    h('span.chip', { vars: { tone: `var(--${label})` } }, h('span.dot'), String(label),
+        strength !== undefined && h('span.numbers', percent(strength)));
 
 /** How much a message matters, 0 to 1, as five steps with words for them. */
 function importance(share) {
-  const steps = Math.max(1, Math.ceil(5 * share));
-  const words = `Importance ${percent(share)}`;
-  const bars = [1, 2, 3, 4, 5].map((step) => h("i", { class: step <= steps && "on" }));
-  return h("span", { class: "weight", role: "img", "aria-label": words, title: words }, bars);
+    const steps = Math.max(1, Math.ceil(5 * share));
+    const words = `Importance ${percent(share)}`;
+    const bars = [1, 2, 3, 4, 5].map((step) => h(step <= steps ? 'i.on' : 'i', { vars: { step } }));
+    return h('span.weight', { role: 'img', 'aria-label': words, title: words }, bars);
 }
 
 function avatar(name) {
-  const hue = [...name].reduce((sum, letter) => (31 * sum + letter.codePointAt(0)) % 360, 7);
-  return h("span", { class: "avatar", "aria-hidden": "true", vars: { hue } }, ([...name][0] ?? "?").toUpperCase());
+    const hue = [...name].reduce((sum, letter) => (31 * sum + letter.codePointAt(0)) % 360, 7);
+    return h('span.avatar', { 'aria-hidden': 'true', vars: { hue } }, ([...name][0] ?? '?').toUpperCase());
 }
 
-// ------------------------------------------------------------------------------------------------ dialogs and toasts
+// ---------------------------------------------------------------------------------------------- dialogs and toasts
 
-const toasts = document.getElementById("toasts");
+const toasts = document.getElementById('toasts');
 
 /** A short sentence at the bottom; `undo` adds a way back. */
 function toast(text, undo) {
-  const gone = () => item.remove();
-  const back =
-    undo &&
-    button("Undo", () => {
-      gone();
-      attempt(undo);
-    });
-  const item = h("div", { class: undo ? "toast undo" : "toast" }, h("span", {}, text), back);
-  if (undo) toasts.querySelector(".undo")?.remove(); // one way back at a time, and it is the last step's
-  toasts.append(item);
-  setTimeout(gone, undo ? 12_000 : 6_000);
+    const takeBack = () => {
+        item.remove();
+        attempt(undo);
+    };
+    const item = h(undo ? 'div.toast.undo' : 'div.toast', h('span', text), undo && button('Undo', takeBack));
+    if (undo) toasts.querySelector('.undo')?.remove(); // one way back at a time, and it is the last step's
+    toasts.append(item);
+    setTimeout(() => item.remove(), undo ? 12_000 : 6_000);
 }
 
 function openDialog(title, ...content) {
-  const dialog = h("dialog", { "aria-label": title, class: "stack" }, h("h2", {}, title), ...content);
-  dialog.addEventListener("close", () => dialog.remove());
-  document.body.append(dialog);
-  dialog.showModal();
-  return dialog;
+    const dialog = h('dialog.stack', { 'aria-label': title, onclose: () => dialog.remove() }, h('h2', title), content);
+    document.body.append(dialog);
+    dialog.showModal();
+    return dialog;
 }
+
+const closer = (label) => button(label, (event) => event.target.closest('dialog').close(), { class: 'push' });
 
 /** Asks whether something is to go for good, saying what; resolves to the answer. */
 function confirmed(title, lines, action) {
-  return new Promise((resolve) => {
-    const answer = (value) => {
-      resolve(value);
-      dialog.close();
-    };
-    const dialog = openDialog(
-      title,
-      ...lines.map((line) => h("p", {}, line)),
-      h(
-        "div",
-        { class: "row" },
-        button("Keep", () => answer(false), { autofocus: true, class: "push" }),
-        button(action, () => answer(true), { class: "danger" }),
-      ),
-    );
-    dialog.addEventListener("close", () => resolve(false));
-  });
+    return new Promise((resolve) => {
+        const agree = () => {
+            resolve(true);
+            dialog.close();
+        };
+        const choice = h('div.row', closer('Keep'), button(action, agree, { class: 'danger' }));
+        const dialog = openDialog(title, lines.map((line) => h('p', line)), choice);
+        dialog.addEventListener('close', () => resolve(false));
+    });
 }
 
 /** Puts a form in an element's place; `save` gets the new text, then the view looks again. Escape takes all back. */
 function edit(element, label, text, save) {
-  const opener = document.activeElement;
-  const field = h("textarea", {
-    "aria-label": label,
-    value: text,
-    rows: Math.min(14, 3 + Math.ceil(text.length / 90)),
-  });
-  const close = () => {
-    form.replaceWith(element);
-    opener?.focus();
-  };
-  const submit = async (event) => {
-    event.preventDefault();
-    const done = field.value === text || (await attempt(() => save(field.value).then(() => true)));
-    if (!done) return;
-    close(); // first: what is being edited is not made anew
-    await attempt(live.refresh);
-  };
-  const keys = (event) => {
-    if (event.key === "Escape") close();
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
-  };
-  const form = h(
-    "form",
-    { class: "editor", onsubmit: submit, onkeydown: keys },
-    field,
-    h("div", { class: "row" }, h("button", { class: "primary" }, "Save"), button("Cancel", close)),
-  );
-  element.replaceWith(form);
-  field.focus();
+    const opener = document.activeElement;
+    const rows = Math.min(14, 3 + Math.ceil(text.length / 90));
+    const field = h('textarea', { 'aria-label': label, value: text, rows });
+    const close = () => {
+        form.replaceWith(element);
+        opener?.focus();
+    };
+    const onsubmit = async (event) => {
+        event.preventDefault();
+        const done = field.value === text || (await attempt(() => save(field.value).then(() => true)));
+        if (!done) return;
+        close(); // first: what is being edited is not made anew
+        await attempt(live.refresh);
+    };
+    const onkeydown = (event) => {
+        if (event.key === 'Escape') close();
+        if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+    };
+    const form = h('form.editor', { onsubmit, onkeydown }, field,
+        h('div.row', h('button.primary', 'Save'), button('Cancel', close)));
+    element.replaceWith(form);
+    field.focus();
 }
 
 /** The way in where the server asks for a key; one form for all the requests that wait for it. */
 const keyForm = {
-  waiting: null,
-  ask(refused) {
-    this.waiting ??= new Promise((resolve) => this.show(refused, resolve)).finally(() => {
-      this.waiting = null;
-    });
-    return this.waiting;
-  },
-  show(refused, resolve) {
-    const field = h("input", { type: "password", autocomplete: "current-password", required: true, id: "key" });
-    const submit = (event) => {
-      event.preventDefault();
-      sessionStorage.setItem(KEY, field.value);
-      dialog.close("given");
-      resolve();
-    };
-    const dialog = openDialog(
-      "This server asks for its key",
-      h("p", { class: "muted" }, "It is what --api-key was set to. This tab keeps it until it is closed."),
-      h(
-        "form",
-        { class: "editor", onsubmit: submit },
-        h("label", { for: "key" }, "API key"),
-        field,
-        refused && h("p", { role: "alert" }, "That key was refused."),
-        h("button", { class: "primary" }, "Open"),
-      ),
-    );
-    dialog.classList.add("lasting");
-    dialog.addEventListener("close", () => dialog.returnValue || this.show(refused, resolve)); // no way around it
-  },
+    waiting: null,
+
+    ask(refused) {
+        this.waiting ??= new Promise((resolve) => this.show(refused, resolve)).finally(() => { this.waiting = null; });
+        return this.waiting;
+    },
+
+    show(refused, resolve) {
+        const { root: form, field, alert } = template('key-form');
+        alert.hidden = !refused;
+        form.onsubmit = (event) => {
+            event.preventDefault();
+            sessionStorage.setItem(KEY, field.value);
+            dialog.close('given');
+            resolve();
+        };
+        const dialog = openDialog('This server needs its key', form);
+        dialog.classList.add('lasting');
+        dialog.addEventListener('close', () => dialog.returnValue || this.show(refused, resolve)); // no way around it
+    },
 };
 
-// ------------------------------------------------------------------------------------------------ a long list
-
-/** Heights of many rows and their sums, as a Fenwick tree: both a row's place and the row at a place are cheap. */
-class Heights {
-  constructor(count, each) {
-    this.rows = new Float64Array(count).fill(each);
-    this.sums = new Float64Array(count + 1);
-    for (let i = 1; i <= count; i++) this.sums[i] = each * (i & -i);
-  }
-
-  set(row, height) {
-    const change = height - this.rows[row];
-    this.rows[row] = height;
-    for (let i = row + 1; i < this.sums.length; i += i & -i) this.sums[i] += change;
-    return change;
-  }
-
-  above(row) {
-    let sum = 0;
-    for (let i = row; i > 0; i -= i & -i) sum += this.sums[i];
-    return sum;
-  }
-
-  at(place) {
-    let row = 0;
-    for (let step = 2 ** Math.floor(Math.log2(Math.max(1, this.rows.length))); step >= 1; step /= 2) {
-      if (row + step < this.sums.length && this.sums[row + step] <= place) place -= this.sums[(row += step)];
-    }
-    return Math.min(row, this.rows.length - 1);
-  }
-}
+// ------------------------------------------------------------------------------------------------------ a long list
 
 const ESTIMATE = 112; // pixels of a row that has not been seen yet
 const UNDER_BAR = 150; // pixels between the window's top and a row that is gone to
 const OVERSCAN = 600; // pixels above and below the window that are kept ready
 
-/** A list of which only the rows near the window exist. `make(i)` gives a row's element, `stateOf(i)` what it shows. */
+/** A list of which only the rows near the window exist: `make(i)` gives one's element, `stateOf(i)` what it shows. */
 class VirtualList {
-  constructor(label, make, stateOf) {
-    Object.assign(this, {
-      make,
-      stateOf,
-      shown: new Map(),
-      heights: new Heights(0, ESTIMATE),
-      target: null,
-      scrolled: 0,
-    });
-    this.element = h("div", { class: "virtual", role: "list", "aria-label": label });
-    this.observer = new ResizeObserver((entries) => this.measured(entries));
-    this.onscroll = () => {
-      if (Math.abs(scrollY - this.scrolled) > 2) this.target = null; // who scrolls by hand is not pulled back
-      this.render();
-    };
-    addEventListener("scroll", this.onscroll, { passive: true });
-    addEventListener("resize", this.onscroll);
-  }
+    shown = new Map(); // the elements that exist, by their rows
+    heights = new Float64Array(0);
+    tops = new Float64Array(1); // where each row begins, and at last where the list ends
+    target = null; // the row that was gone to
+    scrolled = 0; // how far the window was scrolled to reach it
+    range = [0, 0];
+    observer = new ResizeObserver((entries) => this.measured(entries));
 
-  get count() {
-    return this.heights.rows.length;
-  }
-
-  resize(count) {
-    if (count === this.count) return;
-    const old = this.heights.rows;
-    this.heights = new Heights(count, ESTIMATE);
-    old.subarray(0, count).forEach((height, row) => {
-      if (height !== ESTIMATE) this.heights.set(row, height);
-    });
-    for (const [row, element] of this.shown) if (row >= count) this.drop(row, element);
-  }
-
-  get top() {
-    return this.element.getBoundingClientRect().top;
-  }
-
-  render() {
-    const from = -this.top - OVERSCAN;
-    const first = this.count ? this.heights.at(Math.max(0, from)) : 0;
-    const last = this.count ? this.heights.at(Math.max(0, from + innerHeight + 2 * OVERSCAN)) : -1;
-    for (const [row, element] of this.shown) {
-      if ((row < first || row > last) && !element.contains(document.activeElement)) this.drop(row, element);
+    constructor(element, make, stateOf) {
+        Object.assign(this, { element, make, stateOf });
+        this.onscroll = () => {
+            if (Math.abs(scrollY - this.scrolled) > 2) this.target = null; // who scrolls by hand is not pulled back
+            this.render();
+        };
+        addEventListener('scroll', this.onscroll, { passive: true });
+        addEventListener('resize', this.onscroll);
     }
-    for (let row = first; row <= last; row++) this.show(row);
-    this.place();
-    this.range = [first, last];
-  }
 
-  show(row) {
-    const old = this.shown.get(row);
-    const element = renewed(old, this.stateOf(row), row, () => this.make(row));
-    if (element === old) return;
-    element.setAttribute("role", "listitem");
-    element.setAttribute("aria-setsize", this.count);
-    element.setAttribute("aria-posinset", row + 1);
-    if (old) this.observer.unobserve(old);
-    else this.insert(row, element);
-    this.shown.set(row, element);
-    this.observer.observe(element);
-  }
-
-  /** Keeps the order of the document that of the list: reading and tabbing go by it. */
-  insert(row, element) {
-    const next = [...this.element.children].find((child) => Number(child.dataset.key) > row);
-    this.element.insertBefore(element, next ?? null);
-  }
-
-  drop(row, element) {
-    this.observer.unobserve(element);
-    this.shown.delete(row);
-    element.remove();
-  }
-
-  place() {
-    this.element.style.height = `${this.heights.above(this.count)}px`;
-    for (const [row, element] of this.shown) element.style.transform = `translateY(${this.heights.above(row)}px)`;
-  }
-
-  measured(entries) {
-    const top = -this.top;
-    let shift = 0;
-    for (const { target, borderBoxSize } of entries) {
-      const row = Number(target.dataset.key);
-      if (this.shown.get(row) !== target || row >= this.count) continue;
-      const change = this.heights.set(row, borderBoxSize[0].blockSize);
-      if (this.heights.above(row + 1) - change < top) shift += change; // what stands above must not push what is read
+    get count() {
+        return this.heights.length;
     }
-    this.place();
-    if (this.target !== null) this.scrollTo(this.target);
-    else if (shift) scrollBy(0, shift);
-    this.render();
-  }
 
-  /** Brings a row into view, and keeps it there while the rows around it get their heights. */
-  scrollTo(row) {
-    this.target = row;
-    const top = scrollY + this.top + this.heights.above(row) - UNDER_BAR;
-    scrollTo(0, row === this.count - 1 ? document.documentElement.scrollHeight : top);
-    this.scrolled = scrollY;
-    this.render();
-  }
+    /** How far the window's top is below the list's. */
+    get offset() {
+        return -this.element.getBoundingClientRect().top;
+    }
 
-  close() {
-    this.observer.disconnect();
-    removeEventListener("scroll", this.onscroll);
-    removeEventListener("resize", this.onscroll);
-  }
+    resize(count) {
+        if (count === this.count) return;
+        const old = this.heights.subarray(0, count);
+        this.heights = new Float64Array(count).fill(ESTIMATE);
+        this.heights.set(old);
+        this.arrange();
+        for (const [row, element] of this.shown) if (row >= count) this.drop(row, element);
+    }
+
+    render() {
+        const rowAt = (y) => Math.min(this.count - 1, this.tops.findLastIndex((top) => top <= Math.max(0, y)));
+        const from = this.offset - OVERSCAN;
+        const [first, last] = (this.range = [rowAt(from), rowAt(from + innerHeight + 2 * OVERSCAN)]);
+        for (const [row, element] of this.shown) {
+            if ((row < first || row > last) && !element.contains(document.activeElement)) this.drop(row, element);
+        }
+        for (let row = Math.max(0, first); row <= last; row++) this.show(row);
+    }
+
+    show(row) {
+        const old = this.shown.get(row);
+        const element = renewed(this.element, old, this.stateOf(row), row, () => this.make(row));
+        if (element === old) return;
+        setProp(element, 'role', 'listitem');
+        setProp(element, 'aria-setsize', this.count);
+        setProp(element, 'aria-posinset', row + 1);
+        element.style.transform = `translateY(${this.tops[row]}px)`;
+        if (old) this.observer.unobserve(old);
+        else this.insert(row, element);
+        this.shown.set(row, element);
+        this.observer.observe(element);
+    }
+
+    /** Keeps the order of the document that of the list: reading and tabbing go by it. */
+    insert(row, element) {
+        const next = [...this.element.children].find((child) => Number(child.dataset.key) > row);
+        this.element.insertBefore(element, next ?? null);
+    }
+
+    drop(row, element) {
+        this.observer.unobserve(element);
+        this.shown.delete(row);
+        element.remove();
+    }
+
+    /** Puts every row where the heights above it leave it. */
+    arrange() {
+        this.tops = new Float64Array(this.count + 1);
+        this.heights.forEach((height, row) => { this.tops[row + 1] = this.tops[row] + height; });
+        this.element.style.height = `${this.tops[this.count]}px`;
+        for (const [row, element] of this.shown) element.style.transform = `translateY(${this.tops[row]}px)`;
+    }
+
+    measured(entries) {
+        const { offset } = this;
+        let shift = 0;
+        for (const { target, borderBoxSize: [{ blockSize }] } of entries) {
+            const row = Number(target.dataset.key);
+            if (this.shown.get(row) !== target || row >= this.count) continue;
+            if (this.tops[row + 1] < offset) shift += blockSize - this.heights[row]; // what is above must not push
+            this.heights[row] = blockSize;
+        }
+        this.arrange();
+        if (this.target !== null) this.scrollTo(this.target);
+        else if (shift) scrollBy(0, shift);
+        this.render();
+    }
+
+    /** Brings a row into view, and keeps it there while the rows around it get their heights. */
+    scrollTo(row) {
+        this.target = row;
+        const top = scrollY - this.offset + this.tops[row] - UNDER_BAR;
+        scrollTo(0, row === this.count - 1 ? document.documentElement.scrollHeight : top);
+        this.scrolled = scrollY;
+        this.render();
+    }
+
+    close() {
+        this.observer.disconnect();
+        removeEventListener('scroll', this.onscroll);
+        removeEventListener('resize', this.onscroll);
+    }
 }
 
-// ------------------------------------------------------------------------------------------------ all chats
+// -------------------------------------------------------------------------------------------------------- all chats
 
 async function chatsView() {
-  const list = h("ul", { class: "chats" });
-  const results = h("div", {});
-  const body = h("div", { class: "stack" });
-  const chooser = h("input", { type: "file", multiple: true, hidden: true, accept: ".json,.jsonl" });
-  chooser.addEventListener("change", () =>
-    importFiles([...chooser.files]).finally(() => {
-      chooser.value = "";
-    }),
-  );
-  const search = h("input", {
-    type: "search",
-    placeholder: "Search all chats",
-    "aria-label": "Search all chats",
-    oninput: debounced(find),
-  });
-  const root = h(
-    "div",
-    { class: "stack" },
-    h(
-      "div",
-      { class: "row spread" },
-      h("h1", {}, "Chats"),
-      h(
-        "div",
-        { class: "row" },
-        button("Import…", () => chooser.click()),
-        chooser,
-      ),
-    ),
-    body,
-  );
-  const held = card("", list);
-  held.classList.add("flush");
-  let start = null;
+    const parts = template('chats');
+    const { root, search, results, list, files } = parts;
 
-  async function refresh() {
-    const chats = await get("/chats");
-    keyed(list, chats, (chat) => chat.chat_id, chatRow);
-    if (!chats.length) start ??= await firstSteps();
-    show(chats.length ? [search, results, held] : [start]);
-    held.hidden = Boolean(search.value.trim());
-  }
+    async function refresh() {
+        const chats = await get('/chats');
+        keyed(list, chats, chatRow, (chat) => chat.chat_id);
+        if (!chats.length) parts.needsProxy.hidden = (await get('/health')).proxy;
+        parts.none.hidden = chats.length > 0;
+        parts.some.hidden = !chats.length;
+    }
 
-  function show(parts) {
-    if (parts.some((part, place) => body.children[place] !== part)) body.replaceChildren(...parts);
-  }
+    async function find() {
+        const text = search.value.trim();
+        parts.all.hidden = Boolean(text);
+        if (!text) return results.replaceChildren();
+        const { found, complete } = await get('/search', { q: text });
+        if (text !== search.value.trim()) return undefined; // a later search is on its way
+        const note = complete ? '' : ' Not all chats could be searched in time.';
+        const rows = h('ul.card.flush.list');
+        keyed(rows, found, (row) => searchHit(row, text));
+        const count = h('p.muted.small', { role: 'status' }, `${plural(found.length, 'message')} found.${note}`);
+        return results.replaceChildren(count, found.length ? rows : '');
+    }
 
-  async function find() {
-    const text = search.value.trim();
-    held.hidden = Boolean(text);
-    if (!text) return results.replaceChildren();
-    const { found, complete } = await get("/search", { q: text });
-    if (text !== search.value.trim()) return undefined; // a later search is on its way
-    const note = complete ? "" : " Not all chats could be looked at in time.";
-    const rows = h(
-      "ul",
-      { class: "card flush list" },
-      found.map((row) => searchHit(row, text)),
-    );
-    return results.replaceChildren(
-      h("p", { class: "muted small", role: "status" }, `${plural(found.length, "message")} found.${note}`),
-      found.length ? rows : "",
-    );
-  }
-
-  root.addEventListener("dragover", (event) => {
-    event.preventDefault();
-    root.classList.add("dropping");
-  });
-  root.addEventListener("dragleave", () => root.classList.remove("dropping"));
-  root.addEventListener("drop", (event) => {
-    event.preventDefault();
-    root.classList.remove("dropping");
-    importFiles([...event.dataTransfer.files]);
-  });
-  await refresh();
-  return { title: "Chats", root, refresh, watches: (state) => `${state.chats} ${state.turn}` };
+    const address = `${location.origin}/v1`;
+    const copy = async () => {
+        await navigator.clipboard.writeText(address);
+        toast('Copied.');
+    };
+    const drop = (event) => {
+        event.preventDefault();
+        root.classList.toggle('dropping', event.type === 'dragover');
+        if (event.type === 'drop') importFiles([...event.dataTransfer.files]);
+    };
+    parts.address.textContent = address;
+    parts.copy.onclick = () => attempt(copy);
+    parts.extension.onclick = () => attempt(() => download('/extension.zip', 'persona_memory.zip'));
+    parts.choose.onclick = () => files.click();
+    files.onchange = () => importFiles([...files.files]).finally(() => { files.value = ''; });
+    search.oninput = debounced(find);
+    for (const name of ['dragover', 'dragleave', 'drop']) root.addEventListener(name, drop);
+    await refresh();
+    return { title: 'Chats', root, refresh, watches: (state) => `${state.chats} ${state.turn}` };
 }
 
 function chatRow(chat) {
-  const name = chat.character || "Unnamed character";
-  return h(
-    "li",
-    {},
-    avatar(name),
-    h(
-      "div",
-      { class: "about" },
-      h("a", { class: "name", href: chatLink(chat.chat_id) }, name),
-      h(
-        "p",
-        { class: "figures" },
-        h("span", {}, plural(chat.messages, "message")),
-        chat.branches > 1 && h("span", {}, plural(chat.branches, "branch", "branches")),
-        h("span", {}, bytes(chat.size)),
-        h("span", {}, when(chat.updated)),
-      ),
-      h("p", { class: "small muted id" }, chat.chat_id),
-    ),
-    h(
-      "div",
-      { class: "actions" },
-      button("Export", () => exportDialog(chat), { class: "quiet", "aria-label": `Export ${name}` }),
-      button("Delete", () => deleteChat(chat), { class: "quiet", "aria-label": `Delete ${name}` }),
-    ),
-  );
+    const name = characterOf(chat);
+    const link = h('a.name', { href: chatLink(chat.chat_id) }, name);
+    return h('li', chatLine(chat, link, plural(chat.messages, 'message')), h('div.actions',
+        quiet('Export', () => exportDialog(chat), { 'aria-label': `Export ${name}` }),
+        quiet('Delete', () => deleteChat(chat), { 'aria-label': `Delete ${name}` })));
 }
 
-function searchHit(row, text) {
-  return h(
-    "li",
-    {},
-    h(
-      "a",
-      { class: "hit", href: chatLink(row.chat_id, `/messages?id=${row.id}`) },
-      h(
-        "span",
-        { class: "row small muted" },
-        h("b", {}, nameOf(row)),
-        `in ${row.character || row.chat_id}`,
-        when(row.at),
-      ),
-      h("span", { class: "text" }, excerpt(row.content, text)),
-    ),
-  );
+/** What a chat's line in the list and its own heading have in common. */
+function chatLine(chat, title, messages, mood) {
+    const branches = chat.branches > 1 && `${number(chat.branches)} branches`;
+    const figures = figuresLine([messages, branches, bytes(chat.size), when(chat.updated), mood]);
+    const about = h('div.about', title, figures, h('p.small.muted.id', chat.chat_id));
+    return [avatar(characterOf(chat)), about];
 }
+
+const searchHit = (row, text) =>
+    h('li', h('a.hit', { href: chatLink(row.chat_id, `/messages?id=${row.id}`) },
+        h('span.row.small.muted', h('b', nameOf(row)), `in ${row.character || row.chat_id}`, when(row.at)),
+        h('span.text', excerpt(row.content, text))));
 
 /** The part of a text around the first word that was searched for, all of them marked. */
 function excerpt(text, words) {
-  const escaped = words.split(/\s+/).map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
-  const pattern = new RegExp(`(${escaped.join("|")})`, "gi");
-  const start = Math.max(0, text.search(pattern) - 80);
-  const part = text.slice(start, start + 320);
-  const marked = part.split(pattern).map((piece, place) => (place % 2 ? h("mark", {}, piece) : piece));
-  return [start > 0 && "…", ...marked, start + 320 < text.length && "…"];
+    const escaped = words.split(/\s+/).map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, '\\$&'));
+    const pattern = new RegExp(`(${escaped.join('|')})`, 'gi');
+    const start = Math.max(0, text.search(pattern) - 80);
+    const part = text.slice(start, start + 320);
+    const marked = part.split(pattern).map((piece, index) => (index % 2 ? h('mark', piece) : piece));
+    return [start > 0 && '…', ...marked, start + 320 < text.length && '…'];
 }
 
 function exportDialog(chat) {
-  const path = `${API}${chatPath(chat.chat_id)}/export`;
-  const name = (chat.character || chat.chat_id).replace(/[^\p{L}\p{N}._-]+/gu, "_").slice(0, 60);
-  const save = (query, ending) => attempt(() => download(path + query, name + ending)).then(() => dialog.close());
-  const dialog = openDialog(
-    `Export ${chat.character || "this chat"}`,
-    h(
-      "p",
-      { class: "muted" },
-      "Everything, with branches, story and facts; or a chat file that SillyTavern can open.",
-    ),
-    h(
-      "div",
-      { class: "row" },
-      button("Everything (JSON)", () => save("", ".json"), { class: "primary" }),
-      button("SillyTavern chat file", () => save("?format=sillytavern", ".jsonl")),
-      button("Close", () => dialog.close(), { class: "push" }),
-    ),
-  );
+    const path = `${API}${chatPath(chat.chat_id)}/export`;
+    const name = String(chat.character || chat.chat_id).replace(/[^\p{L}\p{N}._-]+/gu, '_').slice(0, 60);
+    const save = (query, ending) => attempt(() => download(path + query, name + ending)).then(() => dialog.close());
+    const dialog = openDialog(`Export ${chat.character || 'this chat'}`,
+        h('p.muted', 'Everything, with branches, summaries and facts, or a chat file that SillyTavern can open.'),
+        h('div.row',
+            button('Everything (JSON)', () => save('', '.json'), { class: 'primary' }),
+            button('SillyTavern chat file', () => save('?format=sillytavern', '.jsonl')),
+            closer('Close')));
 }
 
 async function deleteChat(chat) {
-  const what = `${plural(chat.messages, "message")} with ${chat.character || "an unnamed character"} (${chat.chat_id})`;
-  const sure = await confirmed(
-    "Delete this chat?",
-    [
-      `${what} go from this machine's memory: all branches, the story so far, facts, and what was read from them.`,
-      "This cannot be undone. The chat in your client stays as it is; sent again, it is remembered anew.",
-    ],
-    "Delete the chat",
-  );
-  if (!sure) return;
-  const done = await attempt(() => send("DELETE", chatPath(chat.chat_id)));
-  if (!done) return;
-  toast("The chat has been deleted.");
-  if (location.hash.startsWith("#/chat/")) location.hash = "#/";
-  else await live.refresh();
+    const who = chat.character || 'an unnamed character';
+    const sure = await confirmed('Delete this chat?', [
+        `${plural(chat.messages, 'message')} with ${who} (${chat.chat_id}) will be deleted from memory, with all ` +
+            'branches, summaries and facts.',
+        'This cannot be undone. The chat in your client stays. If you continue it there, it is remembered again.',
+    ], 'Delete the chat');
+    if (!sure || !(await attempt(() => send('DELETE', chatPath(chat.chat_id))))) return;
+    toast('The chat has been deleted.');
+    if (location.hash.startsWith('#/chat/')) location.hash = '#/';
+    else await live.refresh();
 }
 
 async function importFiles(files) {
-  for (const file of files) {
-    const query = { name: file.name };
-    const answer = await attempt(async () => (await request("POST", `${API}/import`, { query, body: file })).json());
-    for (const { added } of answer?.chats ?? []) {
-      toast(`${file.name}: ${added ? `${plural(added, "message")} imported` : "nothing that was not known"}.`);
+    for (const file of files) {
+        const given = { query: { name: file.name }, body: file };
+        const answer = await attempt(async () => (await request('POST', `${API}/import`, given)).json());
+        for (const { added } of answer?.chats ?? []) {
+            toast(`${file.name}: ${added ? `${plural(added, 'message')} imported` : 'no new messages'}.`);
+        }
     }
-  }
-  await live.refresh();
+    await live.refresh();
 }
 
-/** What a newcomer does first; the last line changes by itself when the first request arrives. */
-async function firstSteps() {
-  const { proxy } = await get("/health");
-  const address = `${location.origin}/v1`;
-  const extension = button("download it", () => attempt(() => download("/extension.zip", "persona_memory.zip")));
-  return h(
-    "section",
-    { class: "card" },
-    h("h2", {}, "No chats yet: connect SillyTavern in three steps"),
-    h(
-      "ol",
-      { class: "steps" },
-      h(
-        "li",
-        {},
-        h("h3", {}, "Open API Connections"),
-        h("p", { class: "muted" }, "Choose API “Chat Completion” and source “Custom (OpenAI-compatible)”."),
-      ),
-      h(
-        "li",
-        {},
-        h("h3", {}, "Paste this as the endpoint"),
-        copyable(address),
-        !proxy && h("p", {}, "It is served once persona_memory is started with ", h("code", {}, "--proxy"), "."),
-      ),
-      h(
-        "li",
-        {},
-        h("h3", {}, "Connect, and chat"),
-        h("p", { class: "muted" }, "Leave SillyTavern's context size as it is: what it drops comes back from memory."),
-      ),
-    ),
-    h(
-      "p",
-      { class: "small muted row" },
-      "There is an extension for SillyTavern too, which names each chat:",
-      extension,
-    ),
-    h("p", { class: "waiting", role: "status" }, h("span", { class: "dot" }), "Waiting for the first request…"),
-  );
-}
+// --------------------------------------------------------------------------------------------------------- one chat
 
-function copyable(text) {
-  const copy = async () => {
-    await navigator.clipboard.writeText(text);
-    toast("Copied.");
-  };
-  return h(
-    "p",
-    { class: "copy" },
-    h("code", {}, text),
-    button("Copy", () => attempt(copy)),
-  );
-}
-
-// ------------------------------------------------------------------------------------------------ one chat
-
-const TABS = [
-  ["", "Memory"],
-  ["messages", "Messages"],
-  ["recall", "Recall"],
-  ["mood", "Mood"],
-  ["prompts", "Prompts"],
-];
+const TABS = { '': 'Memory', messages: 'Messages', recall: 'Recall', mood: 'Mood', prompts: 'Prompts' };
 
 async function chatView({ id, tab, query }) {
-  const head = h("div", { class: "head" });
-  const tabs = h(
-    "nav",
-    { class: "tabs", "aria-label": "Of this chat" },
-    TABS.map(([name, label]) =>
-      h("a", { href: chatLink(id, name && `/${name}`), "aria-current": name === tab && "page" }, label),
-    ),
-  );
-  const parts = { messages: messagesTab, recall: recallTab, mood: moodTab, prompts: promptsTab };
-  const look = () => get(chatPath(id), { mood: "off" }); // the last prompt knows it
-  const chat = await look();
-  const part = await (parts[tab] ?? memoryTab)(chat, query);
-  const show = (now) =>
-    keyed(
-      head,
-      [chatHead(now)],
-      () => id,
-      (row) => chatHeading(row, now),
-    );
-
-  async function refresh() {
-    const now = await look();
-    show(now);
-    await part.refresh(now);
-  }
-  show(chat);
-  return {
-    title: chat.character || id,
-    root: h("div", {}, head, tabs, part.root),
-    refresh,
-    chat: id,
-    watches: (state) => state.chat,
-    entered: part.entered,
-    leave: part.leave,
-  };
+    const head = h('div.head');
+    const tabs = h('nav.tabs', { 'aria-label': 'This chat' }, Object.entries(TABS).map(([name, label]) =>
+        h('a', { href: chatLink(id, name && `/${name}`), 'aria-current': name === tab && 'page' }, label)));
+    const parts = { messages: messagesTab, recall: recallTab, mood: moodTab, prompts: promptsTab };
+    const look = () => get(chatPath(id), { mood: 'off' }); // the last prompt knows it
+    const chat = await look();
+    const part = await (parts[tab] ?? memoryTab)(chat, query);
+    const show = (now) => keyed(head, [now], chatHeading, () => id);
+    const refresh = async () => {
+        const now = await look();
+        show(now);
+        await part.refresh?.(now);
+    };
+    show(chat);
+    const root = h('div', head, tabs, part.root);
+    return { ...part, title: chat.character || id, root, refresh, chat: id, watches: (state) => state.chat };
 }
 
-const chatHead = ({ chat_id, character, branch_length, branches, size, updated, last_prompt }) => ({
-  chat_id,
-  character,
-  branch_length,
-  branches,
-  size,
-  updated,
-  mood: last_prompt?.mood?.label,
-});
-
-function chatHeading(row, chat) {
-  const name = row.character || "Unnamed character";
-  return h(
-    "div",
-    { class: "heading row" },
-    avatar(name),
-    h(
-      "div",
-      { class: "about" },
-      h("h1", {}, name),
-      h(
-        "p",
-        { class: "figures" },
-        h("span", {}, `${plural(row.branch_length, "message")} on this branch`),
-        row.branches > 1 && h("span", {}, `${number(row.branches)} branches`),
-        h("span", {}, bytes(row.size)),
-        h("span", {}, when(row.updated)),
-        row.mood && row.mood !== "neutral" && h("span", {}, "You seem ", moodChip(row.mood)),
-      ),
-      h("p", { class: "small muted id" }, row.chat_id),
-    ),
-    h(
-      "div",
-      { class: "actions" },
-      button("Export", () => exportDialog(chat)),
-      button("Delete", () => deleteChat(chat)),
-    ),
-  );
+function chatHeading(chat) {
+    const messages = `${plural(chat.branch_length, 'message')} on this branch`;
+    const label = chat.last_prompt?.mood?.label ?? 'neutral';
+    const mood = label !== 'neutral' && ['Your mood: ', moodChip(label)];
+    return h('div.heading.row', chatLine(chat, h('h1', characterOf(chat)), messages, mood),
+        h('div.actions', button('Export', () => exportDialog(chat)), button('Delete', () => deleteChat(chat))));
 }
 
-/** The persona, the story so far, facts and pinned messages. */
+/** The persona, the summary so far, facts, pinned and forgotten messages. */
 async function memoryTab(chat) {
-  const path = chatPath(chat.chat_id);
-  const lists = {
-    persona: h("div", {}),
-    story: h("ul", { class: "list" }),
-    facts: h("ul", { class: "list" }),
-    pinned: h("ul", { class: "list" }),
-    forgotten: h("ul", { class: "list" }),
-  };
-  const forgotten = card("Forgotten messages", lists.forgotten);
-  const root = h(
-    "div",
-    { class: "stack" },
-    card("Persona, as last seen", lists.persona),
-    card("The story so far", lists.story),
-    card("Facts", lists.facts),
-    card("Pinned messages", lists.pinned),
-    forgotten,
-    chat.character && (await carryOver(chat.character)),
-  );
-
-  function refresh(now) {
-    listOr(
-      lists.story,
-      now.story,
-      "The story begins once enough messages have left the prompt.",
-      (row) => row.id,
-      (row) => storyRow(path, row),
-    );
-    listOr(
-      lists.facts,
-      now.facts,
-      "No lasting facts have been found yet.",
-      (row) => row.id,
-      (row) => factRow(chat, row),
-    );
-    listOr(
-      lists.pinned,
-      now.pinned.filter((row) => !row.forgotten),
-      "Nothing is pinned. Pin a message, and it always has a place in the prompt.",
-      (row) => row.id,
-      (row) => markedRow(chat, row),
-    );
-    forgotten.hidden = !now.forgotten.length;
-    keyed(
-      lists.forgotten,
-      now.forgotten,
-      (row) => row.id,
-      (row) => markedRow(chat, row),
-    );
-    keyed(
-      lists.persona,
-      [now.persona ?? ""],
-      () => "persona",
-      (text) =>
-        h(
-          "div",
-          {},
-          text ? textBlock(text, { limit: 500 }) : h("p", { class: "muted" }, "No request has shown a persona yet."),
-        ),
-    );
-  }
-  refresh(chat);
-  return { root, refresh };
+    const parts = template('memory');
+    const refresh = (now) => {
+        const persona = now.persona ? [now.persona] : [];
+        keyed(parts.persona, persona, (text) => textBlock(text, { limit: 500 }), () => 'persona');
+        keyed(parts.summaries, now.story, (row) => summaryRow(chat, row));
+        keyed(parts.facts, now.facts, (row) => factRow(chat, row));
+        keyed(parts.pinned, now.pinned.filter((row) => !row.forgotten), (row) => markedRow(chat, row));
+        keyed(parts.forgotten, now.forgotten, (row) => markedRow(chat, row));
+        parts.anyForgotten.hidden = !now.forgotten.length;
+    };
+    if (chat.character) await attempt(() => showCarryOver(chat.character, parts));
+    refresh(chat);
+    return { root: parts.root, refresh };
 }
 
-/** Whether chats with a character know of each other. */
-async function carryOver(character) {
-  const address = `/characters/${encodeURIComponent(character)}`;
-  const now = await get(address);
-  const change = () => attempt(() => send("PATCH", address, { carry_over: box.checked }));
-  const box = h("input", { type: "checkbox", checked: now.carry_over, onchange: change });
-  return card(
-    "Other chats",
-    h("label", { class: "check" }, box, `Chats with ${character} remember what happened in each other`),
-    h(
-      "p",
-      { class: "muted small" },
-      `There ${now.chats === 1 ? "is one chat" : `are ${number(now.chats)} chats`} so far.`,
-    ),
-  );
+/** Whether chats with a character are recalled in each other. */
+async function showCarryOver(character, { others, carryOver, carryOverLabel, count }) {
+    const path = `/characters/${encodeURIComponent(character)}`;
+    const now = await get(path);
+    carryOver.checked = now.carry_over;
+    carryOver.onchange = () => attempt(() => send('PATCH', path, { carry_over: carryOver.checked }));
+    carryOverLabel.textContent = `Recall from other chats with ${character} too`;
+    count.textContent = `${plural(now.chats, 'chat')} with this character so far.`;
+    others.hidden = false;
 }
 
-function listOr(list, rows, words, keyOf, make) {
-  keyed(
-    list,
-    rows.length ? rows : [null],
-    (row) => (row ? keyOf(row) : "none"),
-    (row) => (row ? make(row) : h("li", { class: "muted" }, words)),
-  );
-}
+const SOURCES = { model: 'by the model', extract: "in the messages' own sentences", user: 'in your words' };
 
-function storyRow(path, summary) {
-  const sources = { model: "by the model", extract: "in the messages' own sentences", user: "in your words" };
-  const text = h("div", { class: "text" }, summary.text);
-  const save = (value) => send("PATCH", `${path}/story/${summary.id}`, { text: value });
-  return h(
-    "li",
-    {},
-    h(
-      "p",
-      { class: "row small muted" },
-      h("b", {}, `#${summary.start + 1} to #${summary.end + 1}`),
-      h("span", { class: "chip" }, `Level ${summary.level}`),
-      h("span", {}, summary.stale ? "to be told anew" : sources[summary.source]),
-      h(
-        "span",
-        { class: "tools push" },
-        quiet("Edit", () => edit(text, "Summary", summary.text, save)),
-      ),
-    ),
-    text,
-  );
+function summaryRow(chat, summary) {
+    const text = h('div.text', summary.text);
+    const save = (value) => send('PATCH', `${chatPath(chat.chat_id)}/story/${summary.id}`, { text: value });
+    return h('li',
+        meta(h('b', `#${summary.start + 1} to #${summary.end + 1}`), h('span.chip', `Level ${summary.level}`),
+            h('span', SOURCES[summary.source]),
+            tools(quiet('Edit', () => edit(text, 'Summary', summary.text, save)))),
+        text);
 }
 
 function factRow(chat, fact) {
-  const address = `${chatPath(chat.chat_id)}/facts/${fact.id}`;
-  const text = h("div", { class: "text" }, fact.text);
-  const change = (value) => send("PATCH", address, value).then(live.refresh);
-  const forget = async () => {
-    const lines = [`“${fact.text}” goes from memory and does not come back from this message.`];
-    if (await confirmed("Forget this fact?", lines, "Forget it")) await attempt(() => send("DELETE", address));
-    await live.refresh();
-  };
-  return h(
-    "li",
-    {},
-    h(
-      "p",
-      { class: "row small muted" },
-      h("b", {}, fact.about),
-      link(messageLink(chat, fact.index), `#${fact.index + 1}`),
-      fact.pinned && h("span", { class: "chip" }, "Pinned"),
-      h(
-        "span",
-        { class: "tools push" },
-        quiet("Edit", () => edit(text, "Fact", fact.text, (value) => send("PATCH", address, { text: value }))),
-        quiet(fact.pinned ? "Unpin" : "Pin", () => attempt(() => change({ pinned: !fact.pinned }))),
-        quiet("Forget", forget),
-      ),
-    ),
-    text,
-    h("p", { class: "small muted" }, `“${fact.quote}”`),
-    fact.supersedes && h("p", { class: "small muted" }, `Before: ${fact.supersedes.text}`),
-  );
+    const path = `${chatPath(chat.chat_id)}/facts/${fact.id}`;
+    const text = h('div.text', fact.text);
+    const save = (value) => send('PATCH', path, { text: value });
+    const forget = async () => {
+        const lines = [`“${fact.text}” is removed, and will not be taken from this message again.`];
+        if (await confirmed('Forget this fact?', lines, 'Forget it')) await attempt(() => send('DELETE', path));
+        await live.refresh();
+    };
+    return h('li',
+        meta(h('b', fact.about), h('a', { href: messageLink(chat, fact.index) }, `#${fact.index + 1}`),
+            fact.pinned && h('span.chip', 'Pinned'),
+            tools(
+                quiet('Edit', () => edit(text, 'Fact', fact.text, save)),
+                quiet(fact.pinned ? 'Unpin' : 'Pin', () => attempt(() => change(path, { pinned: !fact.pinned }))),
+                quiet('Forget', () => attempt(forget)))),
+        text,
+        h('p.small.muted', `“${fact.quote}”`),
+        fact.supersedes && h('p.small.muted', `Before: ${fact.supersedes.text}`));
 }
 
+/** A pinned or forgotten message, with the way back. */
 function markedRow(chat, row) {
-  const address = `${chatPath(chat.chat_id)}/messages/${row.id}`;
-  const change = row.forgotten ? { forgotten: false } : { pinned: false };
-  const undo = () => attempt(() => send("PATCH", address, change).then(live.refresh));
-  return h(
-    "li",
-    {},
-    h(
-      "p",
-      { class: "row small muted" },
-      h("b", {}, nameOf({ ...chat, ...row })),
-      link(messageLink(chat, row.index), `#${row.index + 1}`),
-      h("span", { class: "tools push" }, quiet(row.forgotten ? "Remember again" : "Unpin", undo)),
-    ),
-    textBlock(row.content),
-  );
+    const value = row.forgotten ? { forgotten: false } : { pinned: false };
+    const undo = () => attempt(() => change(messagePath(chat, row), value));
+    return h('li',
+        meta(h('b', nameOf({ ...chat, ...row })), h('a', { href: messageLink(chat, row.index) }, `#${row.index + 1}`),
+            tools(quiet(row.forgotten ? 'Remember again' : 'Unpin', undo))),
+        textBlock(row.content));
 }
 
-// ------------------------------------------------------------------------------------------------ messages
+// --------------------------------------------------------------------------------------------------------- messages
 
 const PAGE_ROWS = 100;
+const messagePath = (chat, row) => `${chatPath(chat.chat_id)}/messages/${row.id}`;
 
-/** A chat's messages by their places; pages are fetched when they are looked at, and again when something is new. */
+/** A chat's messages by index; pages are fetched when they are looked at, and again when something is new. */
 class MessagePages {
-  constructor(path, changed) {
-    Object.assign(this, { path, changed, pages: new Map(), rows: [], total: 0 });
-  }
+    pages = new Map();
+    rows = [];
 
-  row(place) {
-    const page = Math.floor(place / PAGE_ROWS);
-    if (!this.pages.has(page)) this.load(page);
-    return this.rows[place];
-  }
-
-  async load(page) {
-    const asked = {};
-    this.pages.set(page, asked);
-    const since = page * PAGE_ROWS;
-    try {
-      const answer = await get(`${this.path}/messages`, { offset: since, limit: PAGE_ROWS });
-      if (this.pages.get(page) !== asked) return;
-      this.take(answer.messages);
-      this.total = answer.total;
-      this.changed();
-      this.takeFeelings(await get(`${this.path}/emotions`, { form: "compact", since, until: since + PAGE_ROWS - 1 }));
-      this.changed();
-    } catch (error) {
-      this.pages.delete(page);
-      toast(error.message);
+    constructor(chat, changed) {
+        Object.assign(this, { path: chatPath(chat.chat_id), total: chat.branch_length, changed });
     }
-  }
 
-  take(rows) {
-    for (const row of rows) {
-      const old = this.rows[row.index];
-      this.rows[row.index] = old?.id === row.id ? { ...row, feeling: old.feeling, weight: old.weight } : row;
+    row(index) {
+        const page = Math.floor(index / PAGE_ROWS);
+        if (!this.pages.has(page)) this.load(page);
+        return this.rows[index];
     }
-  }
 
-  takeFeelings({ since, labels, scores, importance: weights }) {
-    scores.forEach((shares, place) => {
-      const row = this.rows[since + place];
-      if (!row) return;
-      const best = shares.indexOf(Math.max(...shares));
-      Object.assign(row, { feeling: [labels[best], shares[best] / 100], weight: weights[place] / 100 });
-    });
-  }
+    async load(page) {
+        const asked = {};
+        this.pages.set(page, asked);
+        const since = page * PAGE_ROWS;
+        try {
+            const answer = await get(`${this.path}/messages`, { offset: since, limit: PAGE_ROWS });
+            if (this.pages.get(page) !== asked) return;
+            this.take(answer.messages);
+            this.total = answer.total;
+            this.changed();
+            const range = { form: 'compact', since, until: since + PAGE_ROWS - 1 };
+            this.takeFeelings(await get(`${this.path}/emotions`, range));
+            this.changed();
+        } catch (error) {
+            this.pages.delete(page);
+            toast(error.message);
+        }
+    }
 
-  /** Fetches what is looked at anew; the rest when it is looked at. */
-  async renew(first, last) {
-    const wanted = new Set([Math.floor(first / PAGE_ROWS), Math.floor(last / PAGE_ROWS)]);
-    this.pages.clear();
-    await Promise.all([...wanted].map((page) => this.load(page)));
-  }
+    take(rows) {
+        for (const row of rows) {
+            const old = this.rows[row.index];
+            this.rows[row.index] = old?.id === row.id ? { ...row, feeling: old.feeling, weight: old.weight } : row;
+        }
+    }
+
+    takeFeelings({ since, labels, scores, importance: weights }) {
+        scores.forEach((shares, index) => {
+            const row = this.rows[since + index];
+            const best = shares.indexOf(Math.max(...shares));
+            const read = { feeling: [labels[best], shares[best] / 100], weight: weights[index] / 100 };
+            if (row) Object.assign(row, read);
+        });
+    }
+
+    /** Fetches what is looked at anew; the rest when it is looked at. */
+    async renew(first, last) {
+        this.pages.clear();
+        const wanted = new Set([first, last].map((index) => Math.floor(Math.max(0, index) / PAGE_ROWS)));
+        await Promise.all([...wanted].map((page) => this.load(page)));
+    }
 }
 
 async function messagesTab(chat, query) {
-  const path = chatPath(chat.chat_id);
-  const unfolded = new Set();
-  const pages = new MessagePages(path, () => {
-    list.resize(pages.total);
-    list.render();
-  });
-  const list = new VirtualList(
-    "Messages",
-    (place) => messageRow(chat, pages.row(place), place, unfolded, place === found),
-    (place) => pages.row(place) ?? null,
-  );
-  const jump = h("input", { type: "number", min: 1, "aria-label": "Message number", placeholder: "Go to #…" });
-  const go = (event) => {
-    event.preventDefault();
-    if (jump.value) show(jump.value - 1);
-  };
-  const waiting = h("div", {});
-  const root = h(
-    "div",
-    { class: "stack" },
-    h(
-      "form",
-      { class: "row", onsubmit: go },
-      h("div", {}, jump),
-      h("button", {}, "Go"),
-      button("Oldest", () => list.scrollTo(0), { class: "push" }),
-      button("Newest", () => list.scrollTo(list.count - 1)),
-    ),
-    list.element,
-    waiting,
-  );
-  let found = null;
+    const { root, form, jump, oldest, newest, rows, none, replies } = template('messages');
+    const unfolded = new Set();
+    let found = null;
+    const pages = new MessagePages(chat, () => {
+        list.resize(pages.total);
+        list.render();
+    });
+    const list = new VirtualList(
+        rows,
+        (index) => messageRow(chat, pages.row(index), index, unfolded, index === found),
+        (index) => pages.row(index) ?? null);
+    const showRest = (now) => {
+        keyed(replies, now.replies, (row) => pendingReply(chat, row));
+        none.hidden = list.count > 0;
+    };
 
-  function show(place) {
-    found = Math.max(0, Math.min(list.count - 1, place));
-    list.shown.forEach((element) => element.classList.toggle("found", Number(element.dataset.key) === found));
-    list.scrollTo(found);
-    list.shown.get(found)?.focus({ preventScroll: true });
-  }
+    function show(index) {
+        found = Math.max(0, Math.min(list.count - 1, index));
+        list.shown.forEach((element, row) => element.classList.toggle('found', row === found));
+        list.scrollTo(found);
+        list.shown.get(found)?.focus({ preventScroll: true });
+    }
 
-  function showProvisional({ replies }) {
-    keyed(
-      waiting,
-      replies,
-      (row) => row.id,
-      (row) =>
-        h(
-          "div",
-          { class: "message provisional" },
-          h(
-            "div",
-            {},
-            h(
-              "header",
-              {},
-              h("span", { class: "who" }, nameOf({ ...chat, ...row })),
-              h("span", { class: "chip" }, "Not memory yet: no request has shown it"),
-            ),
-            textBlock(row.content),
-          ),
-        ),
-    );
-  }
+    async function refresh(now) {
+        const atEnd = scrollY + innerHeight > document.documentElement.scrollHeight - 80;
+        const grown = now.branch_length !== list.count;
+        await pages.renew(...list.range);
+        showRest(now);
+        if (grown && atEnd && list.count) list.scrollTo(list.count - 1);
+    }
 
-  async function refresh(now) {
-    const atEnd = scrollY + innerHeight > document.documentElement.scrollHeight - 80;
-    const grown = now.branch_length !== list.count;
-    await pages.renew(...(list.range ?? [0, 0]));
-    showProvisional(now);
-    if (grown && atEnd && list.count) list.scrollTo(list.count - 1);
-  }
+    async function entered() {
+        const at = query.get('id') ? await indexOf(chat, query.get('id')) : query.get('at') && query.get('at') - 1;
+        list.resize(chat.branch_length);
+        showRest(chat);
+        if (at === null) list.scrollTo(list.count - 1);
+        else show(at);
+    }
 
-  async function entered() {
-    const place = query.get("id") ? await placeOf(chat, query.get("id")) : query.get("at") && query.get("at") - 1;
-    pages.total = chat.branch_length;
-    list.resize(chat.branch_length);
-    if (!list.count) return list.element.replaceWith(h("p", { class: "empty" }, "This branch has no messages."));
-    showProvisional(chat);
-    return place === null ? list.scrollTo(list.count - 1) : show(place);
-  }
-  return { root, refresh, entered, leave: () => list.close() };
+    form.onsubmit = (event) => {
+        event.preventDefault();
+        if (jump.value) show(jump.value - 1);
+    };
+    oldest.onclick = () => list.scrollTo(0);
+    newest.onclick = () => list.scrollTo(list.count - 1);
+    return { root, refresh, entered, leave: () => list.close() };
 }
 
-/** Where a message stands on the current branch; one of another branch is shown by itself. */
-async function placeOf(chat, id) {
-  const path = `${chatPath(chat.chat_id)}/messages`;
-  const { total } = await get(path, { tip: id, limit: 0 });
-  const {
-    messages: [row],
-  } = await get(path, { offset: total - 1, limit: 1 });
-  if (row?.id !== id) {
-    const {
-      messages: [other],
-    } = await get(path, { tip: id, offset: total - 1, limit: 1 });
-    const dialog = openDialog(
-      `#${total}, on another branch`,
-      h("p", { class: "muted" }, nameOf({ ...chat, ...other })),
-      textBlock(other.content),
-      h(
-        "div",
-        { class: "row" },
-        button("Close", () => dialog.close(), { class: "push" }),
-      ),
-    );
-  }
-  return total - 1;
+/** Where a message is on the current branch; one of another branch is shown by itself. */
+async function indexOf(chat, id) {
+    const path = `${chatPath(chat.chat_id)}/messages`;
+    const { total } = await get(path, { tip: id, limit: 0 });
+    const only = { offset: total - 1, limit: 1 };
+    const { messages: [row] } = await get(path, only);
+    if (row?.id !== id) {
+        const { messages: [other] } = await get(path, { ...only, tip: id });
+        openDialog(`#${total}, on another branch`,
+            h('p.muted', nameOf({ ...chat, ...other })),
+            textBlock(other.content),
+            h('div.row', closer('Close')));
+    }
+    return total - 1;
 }
 
-function messageRow(chat, row, place, unfolded, found) {
-  if (!row) return h("div", { class: "message pending" }, h("div", {}, `#${place + 1}`, hidden(" is being fetched")));
-  const kinds = ["message", row.role, row.forgotten && "forgotten", found && "found"];
-  const text = h(
-    "div",
-    {},
-    textBlock(row.content, { unfolded, id: row.id }),
-    row.edited &&
-      h(
-        "details",
-        { class: "original" },
-        h("summary", { class: "small" }, "Edited here: the original"),
-        h("div", { class: "text" }, prose(row.original ?? "")),
-      ),
-  );
-  return h(
-    "div",
-    { class: kinds.filter(Boolean).join(" "), tabindex: -1 },
-    h(
-      "div",
-      {},
-      h(
-        "header",
-        {},
-        h("span", { class: "who" }, nameOf({ ...chat, ...row })),
-        h("span", { class: "small muted numbers" }, `#${place + 1}`),
-        h("span", { class: "small muted" }, when(row.timestamp ?? row.at)),
-        row.feeling && moodChip(...row.feeling),
-        row.weight !== undefined && importance(row.weight),
-        row.pinned && h("span", { class: "chip" }, "Pinned"),
-        row.forgotten && h("span", { class: "chip" }, "Forgotten"),
-        messageTools(chat, row, text),
-      ),
-      text,
-    ),
-  );
+/** A reply that the client has not sent back yet. */
+const pendingReply = (chat, row) =>
+    h('div.message.provisional', h('div',
+        h('header', h('span.who', nameOf({ ...chat, ...row })),
+            h('span.chip', 'Pending: not yet sent back by the client')),
+        textBlock(row.content)));
+
+function messageRow(chat, row, index, unfolded, found) {
+    if (!row) return h('div.message.pending', h('div', `#${index + 1}`, h('span.hidden', ' is loading')));
+    const kinds = ['message', row.role, row.forgotten && 'forgotten', found && 'found'].filter(Boolean);
+    const text = h('div', textBlock(row.content, { unfolded, id: row.id }), row.edited && h('details.original',
+        h('summary.small', 'Original text, before the edit'), textBlock(row.original, { limit: Infinity })));
+    return h('div', { class: kinds.join(' '), tabindex: -1 }, h('div',
+        h('header',
+            h('span.who', nameOf({ ...chat, ...row })),
+            h('span.small.muted.numbers', `#${index + 1}`),
+            h('span.small.muted', when(row.timestamp ?? row.at)),
+            row.feeling && moodChip(...row.feeling),
+            row.weight !== undefined && importance(row.weight),
+            row.pinned && h('span.chip', 'Pinned'),
+            row.forgotten && h('span.chip', 'Forgotten'),
+            messageTools(chat, row, text)),
+        text));
 }
 
 function messageTools(chat, row, text) {
-  const address = `${chatPath(chat.chat_id)}/messages/${row.id}`;
-  const change = (value) => send("PATCH", address, value).then(live.refresh);
-  const act = (value, words, back) =>
-    attempt(async () => {
-      await change(value);
-      if (words) toast(words, () => change(back));
-    });
-  const save = (content) =>
-    send("PATCH", address, { content }).then(() =>
-      toast("Memory now has your words.", () => change({ content: row.edited ? row.content : null })),
-    );
-  const others = row.siblings.length;
-  const remembered = [
-    quiet("Edit", () => edit(text, `Message ${row.index + 1}`, row.content, save)),
-    quiet(row.pinned ? "Unpin" : "Pin", () => act({ pinned: !row.pinned })),
-    quiet("Forget", () => act({ forgotten: true }, "Forgotten: it is recalled no more.", { forgotten: false })),
-  ];
-  return h(
-    "span",
-    { class: "tools push" },
-    others > 0 && button(`Compare ${others + 1} versions`, () => compare(chat, row)),
-    row.edited && quiet("Take the edit back", () => act({ content: null })),
-    row.forgotten ? quiet("Remember again", () => act({ forgotten: false })) : remembered,
-  );
+    const path = messagePath(chat, row);
+    const act = (value) => attempt(() => change(path, value));
+    const forget = async () => {
+        await change(path, { forgotten: true });
+        toast('Forgotten: it will not be recalled.', () => change(path, { forgotten: false }));
+    };
+    const save = async (content) => {
+        await send('PATCH', path, { content });
+        toast('Memory now has your words.', () => change(path, { content: row.edited ? row.content : null }));
+    };
+    const others = row.siblings.length;
+    return tools(
+        others > 0 && button(`Compare ${others + 1} versions`, () => attempt(() => compare(chat, row))),
+        row.edited && quiet('Restore the original', () => act({ content: null })),
+        row.forgotten ? quiet('Remember again', () => act({ forgotten: false })) : [
+            quiet('Edit', () => edit(text, `Message ${row.index + 1}`, row.content, save)),
+            quiet(row.pinned ? 'Unpin' : 'Pin', () => act({ pinned: !row.pinned })),
+            quiet('Forget', () => attempt(forget)),
+        ]);
 }
 
 /** The versions of a message side by side, each with what came of it. */
 async function compare(chat, row) {
-  const path = `${chatPath(chat.chat_id)}/messages`;
-  const part = { offset: row.index, limit: 5 };
-  const versions = await attempt(() =>
-    Promise.all([get(path, part), ...row.siblings.map((other) => get(path, { ...part, tip: other.tip }))]),
-  );
-  if (!versions) return;
-  const dialog = openDialog(
-    `#${row.index + 1}, in ${versions.length} versions`,
-    h(
-      "div",
-      { class: "columns", tabindex: 0, role: "group", "aria-label": "Versions" },
-      versions.map(({ messages: [first, ...rest], total }, place) =>
-        h(
-          "section",
-          {},
-          h("h3", {}, place ? `Version ${place + 1}` : "On this branch"),
-          h("div", { class: "first" }, textBlock(first.content)),
-          h(
-            "p",
-            { class: "small muted" },
-            rest.length ? `${plural(total - row.index - 1, "message")} after it:` : "Nothing came after it.",
-          ),
-          rest.map((next) =>
-            h("div", { class: "small" }, h("b", {}, `${nameOf({ ...chat, ...next })}: `), textBlock(next.content)),
-          ),
-        ),
-      ),
-    ),
-    h(
-      "div",
-      { class: "row" },
-      button("Close", () => dialog.close(), { class: "push" }),
-    ),
-  );
-  dialog.classList.add("wide");
+    const branches = [{}, ...row.siblings.map(({ tip }) => ({ tip }))];
+    const versions = await Promise.all(branches.map((branch) =>
+        get(`${chatPath(chat.chat_id)}/messages`, { ...branch, offset: row.index, limit: 5 })));
+    const columns = versions.map(({ messages: [first, ...rest], total }, index) => h('section',
+        h('h3', index ? `Version ${index + 1}` : 'On this branch'),
+        h('div.first', textBlock(first.content)),
+        h('p.small.muted',
+            rest.length ? `${plural(total - row.index - 1, 'message')} after it:` : 'Nothing came after it.'),
+        rest.map((next) => h('div.small', h('b', `${nameOf({ ...chat, ...next })}: `), textBlock(next.content)))));
+    const dialog = openDialog(`#${row.index + 1}, in ${versions.length} versions`,
+        h('div.columns', { tabindex: 0, role: 'group', 'aria-label': 'Versions' }, columns),
+        h('div.row', closer('Close')));
+    dialog.classList.add('wide');
 }
 
-// ------------------------------------------------------------------------------------------------ recall
+// ----------------------------------------------------------------------------------------------------------- recall
 
-/** Signals of recall by what they are to a reader; one that is not listed stands for itself. */
+/** Signals of recall by what they are to a reader; one that is not listed is shown by its own name. */
 const FAMILIES = [
-  ["Meaning", /^meaning/],
-  ["Words", /words/],
-  ["Answer", /^answers/],
-  ["Kind of answer", /^gives_/],
-  ["Speaker", /^speaker/],
-  ["Date", /^when/],
-  ["Recent", /^lately/],
-  ["Change", /change|supersedes/],
-  ["Said twice", /twice/],
-  ["Is a question", /^question/],
-  ["Feeling", /^emotion/],
-  ["Importance", /^importance/],
+    ['Meaning', /^meaning/], ['Words', /words/], ['Answer', /^answers/], ['Kind of answer', /^gives_/],
+    ['Speaker', /^speaker/], ['Date', /^when/], ['Recent', /^lately/], ['Change', /change|supersedes/],
+    ['Said twice', /twice/], ['Is a question', /^question/], ['Feeling', /^emotion/], ['Importance', /^importance/],
 ];
 
+/** Sums of a memory's scores by family: [name, sum], the weightiest first. */
 function families(scores) {
-  const sums = new Map();
-  for (const [signal, score] of Object.entries(scores)) {
-    const name = FAMILIES.find(([, pattern]) => pattern.test(signal))?.[0] ?? capital(signal);
-    sums.set(name, (sums.get(name) ?? 0) + score);
-  }
-  return [...sums].filter(([, sum]) => Math.abs(sum) >= 0.005).sort(([, a], [, b]) => Math.abs(b) - Math.abs(a));
+    const sums = new Map();
+    for (const [signal, score] of Object.entries(scores)) {
+        const name = FAMILIES.find(([, pattern]) => pattern.test(signal))?.[0] ?? capital(signal);
+        sums.set(name, (sums.get(name) ?? 0) + score);
+    }
+    return [...sums].filter(([, sum]) => Math.abs(sum) >= 0.005).sort(([, a], [, b]) => Math.abs(b) - Math.abs(a));
 }
 
 function scoreBars(scores) {
-  const rows = families(scores);
-  const most = Math.max(...rows.map(([, sum]) => Math.abs(sum)), 0.01);
-  return h(
-    "ul",
-    { class: "bars numbers", "aria-label": "Why" },
-    rows.map(([name, sum]) =>
-      h(
-        "li",
-        {},
-        h("span", {}, name),
-        h("span", { class: "track" }, h("i", { class: sum < 0 && "minus", vars: { share: Math.abs(sum) / most } })),
-        h("span", {}, sum.toFixed(2)),
-      ),
-    ),
-  );
+    const rows = families(scores);
+    const most = Math.max(...rows.map(([, sum]) => Math.abs(sum)), 0.01);
+    return h('ul.bars.numbers', { 'aria-label': 'Reasons' }, rows.map(([name, sum]) => h('li',
+        h('span', name),
+        h('span.track', h(sum < 0 ? 'i.minus' : 'i', { vars: { share: Math.abs(sum) / most } })),
+        h('span', decimal(sum)))));
 }
 
 async function recallTab(chat) {
-  const path = chatPath(chat.chat_id);
-  const status = h("p", { class: "muted small", role: "status" });
-  const list = h("ul", { class: "list card", hidden: true });
-  const field = h("input", {
-    type: "search",
-    "aria-label": "What does it remember?",
-    oninput: debounced(find, 250),
-    placeholder: "Write what you would say in the chat: “where did we first meet?”",
-  });
+    const { root, field, status, list } = template('recall');
 
-  async function find() {
-    const text = field.value.trim();
-    if (!text) return show([], "");
-    status.textContent = "Remembering…";
-    const answer = await attempt(() => get(`${path}/search`, { q: text, k: 12, wait: "off" }));
-    if (text !== field.value.trim()) return undefined; // a later question is on its way
-    const { memories, unread } = answer ?? { memories: [], unread: 0 };
-    const found = memories.length ? `${plural(memories.length, "message")}, best first.` : "Nothing comes to mind.";
-    const note = unread ? ` ${plural(unread, "message")} still to be read: found by words alone until then.` : "";
-    return show(memories, found + note);
-  }
+    async function find() {
+        const text = field.value.trim();
+        if (!text) return show([], '');
+        status.textContent = 'Searching…';
+        const query = { q: text, k: 12, wait: 'off' };
+        const answer = await attempt(() => get(`${chatPath(chat.chat_id)}/search`, query));
+        if (text !== field.value.trim()) return undefined; // a later question is on its way
+        const { memories, unread } = answer ?? { memories: [], unread: 0 };
+        const found = memories.length ? `${plural(memories.length, 'message')}, best first.` : 'Nothing is recalled.';
+        const note = unread ? ` ${plural(unread, 'message')} not embedded yet: found by words only until then.` : '';
+        return show(memories, found + note);
+    }
 
-  function show(memories, words) {
-    status.textContent = words;
-    list.hidden = !memories.length;
-    keyed(
-      list,
-      memories,
-      (memory) => memory.id,
-      (memory) => memoryRow(chat, memory),
-    );
-  }
-  const root = h(
-    "div",
-    { class: "stack" },
-    h("p", { class: "muted" }, "What comes to mind, and why. The scores are those that choose memories for a prompt."),
-    field,
-    status,
-    list,
-  );
-  return { root, refresh: () => {}, entered: () => field.focus() };
+    function show(memories, words) {
+        status.textContent = words;
+        list.hidden = !memories.length;
+        keyed(list, memories, (memory) => memoryRow(chat, memory));
+    }
+
+    field.oninput = debounced(find, 250);
+    return { root, entered: () => field.focus() };
 }
 
 function memoryRow(chat, memory) {
-  const elsewhere = memory.chat_id && memory.chat_id !== chat.chat_id;
-  return h(
-    "li",
-    {},
-    h(
-      "p",
-      { class: "row small muted" },
-      h("b", {}, nameOf({ ...chat, ...memory })),
-      link(messageLink(elsewhere ? memory : chat, memory.index), `#${memory.index + 1}`),
-      elsewhere && h("span", { class: "chip" }, "From another chat"),
-      memory.pinned && h("span", { class: "chip" }, "Pinned"),
-      h("span", { class: "push numbers" }, "Score ", h("span", { class: "score" }, memory.score.toFixed(2))),
-    ),
-    memory.content !== undefined && textBlock(memory.content),
-    scoreBars(memory.scores),
-  );
+    const elsewhere = memory.chat_id && memory.chat_id !== chat.chat_id;
+    const href = messageLink(elsewhere ? memory : chat, memory.index);
+    return h('li',
+        meta(h('b', nameOf({ ...chat, ...memory })), h('a', { href }, `#${memory.index + 1}`),
+            elsewhere && h('span.chip', 'From another chat'),
+            memory.pinned && h('span.chip', 'Pinned'),
+            h('span.push.numbers', 'Score ', h('span.score', decimal(memory.score)))),
+        memory.content !== undefined && textBlock(memory.content),
+        scoreBars(memory.scores ?? {}));
 }
 
-// ------------------------------------------------------------------------------------------------ mood
+// ------------------------------------------------------------------------------------------------------------- mood
 
 const FEELINGS_AT_ONCE = 500;
 const MAY_CHANGE = 20; // newest messages that a swipe or an edit may have replaced when a chat goes on
@@ -11305,623 +10829,416 @@ const LABELS = 82; // pixels for the names of the lanes
 const STRONGEST = 14;
 
 async function moodTab(chat) {
-  const path = chatPath(chat.chat_id);
-  const data = { labels: [], scores: [], user: [], total: chat.branch_length };
-  const status = h("p", { class: "muted small", role: "status" });
-  const figure = h("div", {});
-  const moments = h("ol", { class: "list" });
-  let whose = "all";
-  let open = true;
-  let fetching = null;
-  const choice = h(
-    "div",
-    { class: "segments", role: "group", "aria-label": "Whose feelings" },
-    [
-      ["all", "Everyone"],
-      ["user", "You"],
-      ["assistant", "The character"],
-    ].map(([name, label]) =>
-      button(
-        label,
-        () => {
-          whose = name;
-          draw();
-        },
-        { "data-name": name },
-      ),
-    ),
-  );
-  const root = h(
-    "div",
-    { class: "stack" },
-    h("div", { class: "row spread" }, choice, status),
-    h("section", { class: "card" }, h("h2", {}, "Feelings over the chat"), figure),
-    card("The strongest moments", moments),
-  );
-  const observer = new ResizeObserver(() => draw());
-  const counts = (place) => whose === "all" || data.user[place] === Number(whose === "user");
+    const { root, choice, status, figure, moments } = template('mood');
+    const data = { labels: [], scores: [], user: [], total: chat.branch_length };
+    let whose = 'all';
+    let open = true;
+    let fetching = null;
+    const counts = (index) => whose === 'all' || data.user[index] === Number(whose === 'user');
+    const observer = new ResizeObserver(() => draw());
 
-  /** Piece by piece: reading thousands of messages for the first time takes a while, and the chat may go on. */
-  async function fetchAll() {
-    while (open && data.scores.length < data.total) {
-      const since = data.scores.length;
-      const piece = await get(`${path}/emotions`, { form: "compact", since, until: since + FEELINGS_AT_ONCE - 1 });
-      if (!piece.scores.length) break;
-      Object.assign(data, { labels: piece.labels, total: piece.total });
-      data.scores.push(...piece.scores);
-      data.user.push(...piece.user);
-      const read = `${number(data.scores.length)} of ${plural(data.total, "message")} read`;
-      status.textContent = data.scores.length < data.total ? read : "";
-      draw();
+    /** Piece by piece: reading thousands of messages for the first time takes a while, and the chat may go on. */
+    async function fetchAll() {
+        while (open && data.scores.length < data.total) {
+            const since = data.scores.length;
+            const range = { form: 'compact', since, until: since + FEELINGS_AT_ONCE - 1 };
+            const piece = await get(`${chatPath(chat.chat_id)}/emotions`, range);
+            if (!piece.scores.length) break;
+            Object.assign(data, { labels: piece.labels, total: piece.total });
+            data.scores.push(...piece.scores);
+            data.user.push(...piece.user);
+            const read = `${number(data.scores.length)} of ${plural(data.total, 'message')} read`;
+            status.textContent = data.scores.length < data.total ? read : '';
+            draw();
+        }
     }
-  }
 
-  function draw() {
-    choice.querySelectorAll("button").forEach((b) => b.setAttribute("aria-pressed", String(b.dataset.name === whose)));
-    if (!data.scores.length || !figure.clientWidth) return;
-    const strongest = strongestMoments(data, counts);
-    const focused = document.activeElement?.closest?.(".timeline a")?.getAttribute("href");
-    figure.replaceChildren(timeline(chat, data, counts, strongest, figure.clientWidth));
-    if (focused) figure.querySelector(`a[href="${CSS.escape(focused)}"]`)?.focus();
-    keyed(
-      moments,
-      strongest.map(([place, label, share]) => ({ place, label, share })),
-      (m) => m.place,
-      (m) =>
-        h(
-          "li",
-          { class: "row" },
-          moodChip(m.label, m.share / 100),
-          h("a", { href: messageLink(chat, m.place) }, `Message #${m.place + 1}`),
-          h("span", { class: "muted small" }, data.user[m.place] ? "yours" : "the character's"),
-        ),
-    );
-  }
+    const fetchOnce = () => (fetching ??= fetchAll().finally(() => (fetching = null)));
 
-  const fetchOnce = () => (fetching ??= fetchAll().finally(() => (fetching = null)));
+    function draw() {
+        for (const each of choice.children) each.setAttribute('aria-pressed', String(each.value === whose));
+        if (!data.scores.length || !figure.clientWidth) return;
+        const strongest = strongestMoments(data, counts);
+        const focused = document.activeElement?.closest?.('.timeline a')?.getAttribute('href');
+        figure.replaceChildren(timeline(chat, data, counts, strongest, figure.clientWidth));
+        if (focused) figure.querySelector(`a[href="${CSS.escape(focused)}"]`)?.focus();
+        keyed(moments, strongest, ({ index, label, share }) => h('li.row',
+            moodChip(label, share / 100),
+            h('a', { href: messageLink(chat, index) }, `Message #${index + 1}`),
+            h('span.muted.small', data.user[index] ? 'yours' : "the character's")), ({ index }) => index);
+    }
 
-  /** Where nothing was added something else has changed: everything is read again, which costs little by then. */
-  async function refresh(now) {
-    await fetching;
-    const kept = now.branch_length > data.scores.length ? Math.max(0, data.scores.length - MAY_CHANGE) : 0;
-    Object.assign(data, {
-      scores: data.scores.slice(0, kept),
-      user: data.user.slice(0, kept),
-      total: now.branch_length,
-    });
-    await fetchOnce();
-  }
-  return {
-    root,
-    refresh,
-    entered: () => {
-      observer.observe(figure);
-      attempt(fetchOnce);
-    },
-    leave: () => {
-      open = false;
-      observer.disconnect();
-    },
-  };
+    /** Where nothing was added something else has changed: everything is read again, which costs little by then. */
+    async function refresh(now) {
+        await fetching;
+        const kept = now.branch_length > data.scores.length ? Math.max(0, data.scores.length - MAY_CHANGE) : 0;
+        data.scores.splice(kept);
+        data.user.splice(kept);
+        data.total = now.branch_length;
+        await fetchOnce();
+    }
+
+    function entered() {
+        observer.observe(figure);
+        attempt(fetchOnce);
+    }
+
+    function leave() {
+        open = false;
+        observer.disconnect();
+    }
+
+    choice.onclick = (event) => {
+        whose = event.target.value || whose;
+        draw();
+    };
+    return { root, refresh, entered, leave };
 }
 
-/** The strongest feelings, no two of them close together: [place, label, percent], oldest first. */
+/** The strongest feelings, no two of them close together: {index, label, share in percent}, oldest first. */
 function strongestMoments({ labels, scores }, counts) {
-  const apart = Math.max(1, Math.floor(scores.length / (2 * STRONGEST)));
-  const rows = scores.flatMap((shares, place) =>
-    counts(place) ? labels.slice(0, -1).map((label, i) => [place, label, shares[i]]) : [],
-  );
-  const chosen = [];
-  for (const row of rows.sort((a, b) => b[2] - a[2])) {
-    if (chosen.length === STRONGEST || row[2] < 50) break;
-    if (chosen.every(([place]) => Math.abs(place - row[0]) >= apart)) chosen.push(row);
-  }
-  return chosen.sort((a, b) => a[0] - b[0]);
+    const apart = Math.max(1, Math.floor(scores.length / (2 * STRONGEST)));
+    const felt = labels.slice(0, -1); // the last is neutral
+    const rows = scores.flatMap((shares, index) =>
+        counts(index) ? felt.map((label, lane) => ({ index, label, share: shares[lane] })) : []);
+    const chosen = [];
+    for (const row of rows.sort((a, b) => b.share - a.share)) {
+        if (chosen.length === STRONGEST || row.share < 50) break;
+        if (chosen.every(({ index }) => Math.abs(index - row.index) >= apart)) chosen.push(row);
+    }
+    return chosen.sort((a, b) => a.index - b.index);
 }
 
 /** A lane for each feeling, its height the mean of as many messages as share a step of three pixels. */
 function timeline(chat, data, counts, strongest, width) {
-  const { labels, scores, total } = data;
-  const height = labels.length * LANE + 26;
-  const x = (place) => LABELS + ((width - LABELS - 8) * place) / Math.max(1, total - 1);
-  const lanes = labels.map((label, lane) =>
-    laneOf(label, lane, means(scores, lane, counts, total, width / 3), x, width),
-  );
-  const marks = strongest.map(([place, label, share]) =>
-    svg(
-      "a",
-      {
-        href: messageLink(chat, place),
-        vars: { tone: `var(--${label})` },
-        "aria-label": `Message ${place + 1}: ${label}, ${share} percent`,
-      },
-      svg("title", {}, `#${place + 1}: ${label}, ${share} %`),
-      svg("circle", { cx: x(place), cy: (labels.indexOf(label) + 1) * LANE - 6 - (share / 100) * (LANE - 16), r: 6 }),
-    ),
-  );
-  const ticks = (width < 500 ? [0, 0.5, 1] : [0, 0.25, 0.5, 0.75, 1]).map((part) => Math.round(part * (total - 1)));
-  const axis = [...new Set(ticks)].map((place, i, all) =>
-    svg(
-      "text",
-      { x: x(place), y: height - 4, "text-anchor": i === 0 ? "start" : i === all.length - 1 ? "end" : "middle" },
-      `#${place + 1}`,
-    ),
-  );
-  const cursor = svg("line", { class: "cursor", y1: 0, y2: height - 24 });
-  const placeAt = (event) => {
-    const left = event.clientX - event.currentTarget.getBoundingClientRect().left - LABELS;
-    return Math.max(0, Math.min(total - 1, Math.round((left / (width - LABELS - 8)) * (total - 1))));
-  };
-  const move = (event) =>
-    build(cursor, { x1: x(placeAt(event)), x2: x(placeAt(event)) }, []).style.setProperty("visibility", "visible");
-  const go = (event) => {
-    if (!event.target.closest("a")) location.hash = messageLink(chat, placeAt(event));
-  };
-  return svg(
-    "svg",
-    {
-      class: "timeline",
-      width,
-      height,
-      viewBox: `0 0 ${width} ${height}`,
-      role: "group",
-      "aria-label": "Feelings from the first message to the newest",
-      onclick: go,
-      onmousemove: move,
-    },
-    lanes,
-    axis,
-    cursor,
-    marks,
-  );
+    const { labels, scores, total } = data;
+    const height = labels.length * LANE + 26;
+    const room = width - LABELS - 8;
+    const x = (index) => LABELS + (room * index) / Math.max(1, total - 1);
+    const y = (lane, share) => (lane + 1) * LANE - 6 - (share / 100) * (LANE - 16);
+    const lanes = labels.map((label, lane) =>
+        timelineLane(label, y(lane, 0), means(scores, lane, counts, total, width / 3).map(([i, mean]) =>
+            [x(i).toFixed(1), y(lane, mean).toFixed(1)]), width));
+    const marks = strongest.map(({ index, label, share }) => {
+        const words = `Message ${index + 1}: ${label}, ${share} percent`;
+        const link = { href: messageLink(chat, index), vars: { tone: `var(--${label})` }, 'aria-label': words };
+        const circle = svg('circle', { cx: x(index), cy: y(labels.indexOf(label), share), r: 6 });
+        return svg('a', link, svg('title', `#${index + 1}: ${label}, ${share} %`), circle);
+    });
+    const cursor = svg('line.cursor', { y1: 0, y2: height - 24 });
+    const indexAt = (event) => {
+        const left = event.clientX - event.currentTarget.getBoundingClientRect().left - LABELS;
+        return Math.max(0, Math.min(total - 1, Math.round((left / room) * (total - 1))));
+    };
+    const onmousemove = (event) => {
+        setProp(cursor, 'x1', x(indexAt(event)));
+        setProp(cursor, 'x2', x(indexAt(event)));
+        cursor.style.visibility = 'visible';
+    };
+    const onclick = (event) => {
+        if (!event.target.closest('a')) location.hash = messageLink(chat, indexAt(event));
+    };
+    return svg('svg.timeline', {
+        width, height, viewBox: `0 0 ${width} ${height}`, onclick, onmousemove, role: 'group',
+        'aria-label': 'Feelings from the first message to the newest',
+    }, lanes, timelineAxis(total, x, width < 500 ? 2 : 4, height - 4), cursor, marks);
 }
 
-/** Means of a feeling's percentages by steps of the timeline: [place, mean]. */
+/** Numbers of messages below the lanes, at equal steps. */
+function timelineAxis(total, x, steps, y) {
+    const ticks = Array.from({ length: steps + 1 }, (_, step) => Math.round((step / steps) * (total - 1)));
+    return [...new Set(ticks)].map((index, i, all) => {
+        const anchor = i === 0 ? 'start' : i === all.length - 1 ? 'end' : 'middle';
+        return svg('text', { x: x(index), y, 'text-anchor': anchor }, `#${index + 1}`);
+    });
+}
+
+/** Means of a feeling's percentages by steps of the timeline: [index, mean]. */
 function means(scores, lane, counts, total, steps) {
-  const size = Math.max(1, Math.ceil(total / steps));
-  const rows = [];
-  for (let start = 0; start < scores.length; start += size) {
-    const part = scores.slice(start, start + size).filter((_, i) => counts(start + i));
-    if (part.length)
-      rows.push([start + (size - 1) / 2, part.reduce((sum, shares) => sum + shares[lane], 0) / part.length]);
-  }
-  return rows;
+    const size = Math.max(1, Math.ceil(total / steps));
+    const rows = [];
+    for (let start = 0; start < scores.length; start += size) {
+        const part = scores.slice(start, start + size).filter((_, i) => counts(start + i));
+        const sum = part.reduce((all, shares) => all + shares[lane], 0);
+        if (part.length) rows.push([start + (size - 1) / 2, sum / part.length]);
+    }
+    return rows;
 }
 
-function laneOf(label, lane, rows, x, width) {
-  const base = (lane + 1) * LANE - 6;
-  const points = rows.map(
-    ([place, mean]) => `${x(place).toFixed(1)},${(base - (mean / 100) * (LANE - 16)).toFixed(1)}`,
-  );
-  const area = rows.length ? `M${x(rows[0][0])},${base}L${points.join("L")}L${x(rows.at(-1)[0])},${base}Z` : "";
-  return svg(
-    "g",
-    { vars: { tone: `var(--${label})` } },
-    svg("text", { x: 0, y: base }, label),
-    svg("line", { class: "base", x1: LABELS, x2: width, y1: base, y2: base }),
-    svg("path", { class: "area", d: area }),
-  );
+function timelineLane(label, base, points, width) {
+    const area = points.length ? `M${points[0][0]},${base}L${points.join('L')}L${points.at(-1)[0]},${base}Z` : '';
+    return svg('g', { vars: { tone: `var(--${label})` } },
+        svg('text', { x: 0, y: base }, label),
+        svg('line.base', { x1: LABELS, x2: width, y1: base, y2: base }),
+        svg('path.area', { d: area }));
 }
 
-// ------------------------------------------------------------------------------------------------ prompts
+// ---------------------------------------------------------------------------------------------------------- prompts
 
-const SHARES = ["persona", "story", "memories", "history", "response", "free"];
+/** What takes up the context, in this order: the report's names, and how they are shown. */
+const SHARES = {
+    persona: 'Persona', story: 'Summary', memories: 'Memories', history: 'History', response: 'Kept for the reply',
+    free: 'Free',
+};
 
 async function promptsTab(chat) {
-  const path = chatPath(chat.chat_id);
-  const list = h("div", { class: "stack" });
-  async function refresh() {
-    const { prompts } = await get(`${path}/prompts`, { limit: 20 });
-    if (!prompts.length)
-      return list.replaceChildren(h("p", { class: "card empty" }, "No prompt has been made for this chat yet."));
-    return keyed(
-      list,
-      prompts,
-      (report) => report.at,
-      (report) => promptCard(chat, report),
-    );
-  }
-  await refresh();
-  return { root: list, refresh };
+    const { root, list } = template('prompts');
+    const refresh = async () => {
+        const { prompts } = await get(`${chatPath(chat.chat_id)}/prompts`, { limit: 20 });
+        keyed(list, prompts, (report) => promptCard(chat, report), (report) => report.at);
+    };
+    await refresh();
+    return { root, refresh };
 }
 
 function promptCard(chat, report) {
-  const used = Object.values(report.tokens).reduce((sum, tokens) => sum + tokens, 0);
-  const tokens = { ...report.tokens, free: Math.max(0, report.context - used) };
-  const facts = [
-    report.reused !== null && report.reused !== undefined && `${percent(report.reused)} reused from the prompt before`,
-    `${number(Math.round(report.milliseconds))} ms added`,
-    `${plural(report.history, "message")} of history`,
-    report.hidden > 0 && `${plural(report.hidden, "older message")} not in it`,
-  ].filter(Boolean);
-  return h(
-    "article",
-    { class: `prompt card${report.degraded ? " notice" : ""}` },
-    h(
-      "div",
-      { class: "row" },
-      h("h2", {}, `Reply to #${report.history + report.hidden}`),
-      h("span", { class: "muted small" }, when(report.at)),
-      h("span", { class: "muted numbers push" }, `${number(used)} of ${number(report.context)} tokens`),
-    ),
-    report.degraded && h("p", {}, `Without its full memory: ${report.degraded}`),
-    h(
-      "div",
-      { class: "share", role: "img", "aria-label": "Tokens by share, as listed below" },
-      SHARES.filter((name) => tokens[name]).map((name) =>
-        h("i", {
-          title: `${capital(name)}: ${number(tokens[name])}`,
-          vars: { share: tokens[name], tone: `var(--${name})` },
-        }),
-      ),
-    ),
-    h(
-      "ul",
-      { class: "legend numbers" },
-      SHARES.map((name) =>
-        h(
-          "li",
-          { vars: { tone: `var(--${name})` } },
-          h("span", { class: "swatch" }),
-          capital(name === "response" ? "kept for the reply" : name),
-          h("b", {}, number(tokens[name] ?? 0)),
-        ),
-      ),
-    ),
-    h(
-      "p",
-      { class: "figures" },
-      facts.map((fact) => h("span", {}, fact)),
-      report.mood && moodChip(report.mood.label),
-    ),
-    report.reminder && h("p", { class: "small" }, "Said again of the persona: ", h("i", {}, report.reminder)),
-    memoriesOf(chat, `${plural(report.recalled.length, "memory", "memories")} recalled`, report.recalled),
-    report.left_out?.length > 0 && memoriesOf(chat, `${number(report.left_out.length)} left out`, report.left_out),
-  );
+    const used = Object.values(report.tokens).reduce((sum, tokens) => sum + tokens, 0);
+    const tokens = { ...report.tokens, free: Math.max(0, report.context - used) };
+    const shares = Object.entries(SHARES).map(([name, words]) =>
+        ({ words, count: tokens[name] ?? 0, tone: `var(--${name})` }));
+    const left = report.left_out ?? [];
+    const figures = [
+        Number.isFinite(report.reused) && `${percent(report.reused)} reused from the previous prompt`,
+        `${number(Math.round(report.milliseconds))} ms added`,
+        `${plural(report.history, 'message')} of history`,
+        report.hidden > 0 && `${plural(report.hidden, 'older message')} not in it`,
+        report.mood && moodChip(report.mood.label),
+    ];
+    return h(report.degraded ? 'article.prompt.card.notice' : 'article.prompt.card',
+        h('div.row',
+            h('h2', `Reply to #${report.history + report.hidden}`),
+            h('span.muted.small', when(report.at)),
+            h('span.muted.numbers.push', `${number(used)} of ${number(report.context)} tokens`)),
+        report.degraded && h('p', `Without its full memory: ${report.degraded}`),
+        h('div.share', { role: 'img', 'aria-label': 'Tokens by share, as listed below' },
+            shares.filter(({ count }) => count).map(({ words, count, tone }) =>
+                h('i', { title: `${words}: ${number(count)}`, vars: { share: count, tone } }))),
+        h('ul.legend.numbers', shares.map(({ words, count, tone }) =>
+            h('li', { vars: { tone } }, h('span.swatch'), words, h('b', number(count))))),
+        figuresLine(figures),
+        report.reminder && h('p.small', 'Reminder of the persona: ', h('i', report.reminder)),
+        memoriesOf(chat, `${plural(report.recalled.length, 'memory', 'memories')} recalled`, report.recalled),
+        left.length > 0 && memoriesOf(chat, `${number(left.length)} left out`, left));
 }
 
 /** Recalled or left out messages; their texts are fetched when they are looked at. */
 function memoriesOf(chat, title, memories) {
-  if (!memories.length) return h("p", { class: "muted small" }, "Nothing was recalled.");
-  const list = h("ul", { class: "list" });
-  const fill = async () => {
-    if (!details.open || list.children.length) return;
-    const texts = await Promise.all(
-      memories.map(({ index, id, chat_id = chat.chat_id }) =>
+    if (!memories.length) return h('p.muted.small', 'Nothing was recalled.');
+    const list = h('ul.list');
+    const textOf = ({ index, id, chat_id = chat.chat_id }) =>
         get(`${chatPath(chat_id)}/messages`, { tip: id, offset: index, limit: 1 }).then(
-          ({ messages }) => messages[0]?.content,
-          () => undefined,
-        ),
-      ),
-    );
-    list.append(
-      ...memories.map((memory, place) => {
-        const row = memoryRow(chat, { scores: {}, ...memory, content: texts[place] ?? "(no longer there)" });
-        if (memory.reason) row.append(h("p", { class: "small muted" }, capital(memory.reason)));
+            ({ messages }) => messages[0].content).catch(() => '(no longer there)');
+    const show = (memory) => {
+        const row = memoryRow(chat, memory);
+        if (memory.reason) row.append(h('p.small.muted', capital(memory.reason)));
         return row;
-      }),
-    );
-  };
-  const details = h("details", { ontoggle: () => attempt(fill) }, h("summary", {}, title), list);
-  return details;
+    };
+    const fill = async () => {
+        if (!details.open || list.children.length) return;
+        const texts = await Promise.all(memories.map(textOf));
+        keyed(list, memories.map((memory, index) => ({ ...memory, content: texts[index] })), show);
+    };
+    const details = h('details', { ontoggle: () => attempt(fill) }, h('summary', title), list);
+    return details;
 }
 
-// ------------------------------------------------------------------------------------------------ health, settings
+// ------------------------------------------------------------------------------------------------- health, settings
+
+const TURNS = {
+    ok: 'Went well',
+    degraded: 'Without full memory',
+    off: 'Asked for no memory',
+    client_gone: 'Stopped by the client',
+    refused: 'Refused here',
+    upstream_error: 'Failed at the upstream',
+    failed: 'Failed here',
+};
 
 async function healthView() {
-  const root = h("div", { class: "stack" });
-  async function refresh() {
-    const now = await get("/health");
-    keyed(
-      root,
-      healthParts(now),
-      ([name]) => name,
-      ([name, row]) => HEALTH[name](row),
-    );
-  }
-  await refresh();
-  return {
-    title: "Health",
-    root,
-    refresh,
-    watches: (state) => JSON.stringify([state.turn, state.level, state.words]),
-  };
+    const root = h('div.stack');
+    const refresh = async () => {
+        const now = await get('/health');
+        const { level, words, advice, turns, troubles, proxy } = now;
+        const rows = { status: { level, words, advice }, parts: { facts: healthFacts(now), proxy }, turns, troubles };
+        keyed(root, Object.entries(rows), ([name, row]) => HEALTH[name](row), ([name]) => name);
+    };
+    await refresh();
+    const watches = ({ turn, level, words }) => JSON.stringify([turn, level, words]);
+    return { title: 'Health', root, refresh, watches };
 }
 
-const healthParts = ({
-  level,
-  words,
-  advice,
-  upstream,
-  embedder,
-  queue,
-  turns,
-  troubles,
-  version,
-  data,
-  proxy,
-  chats,
-}) => [
-  ["standing", { level, words, advice }],
-  ["parts", { upstream, embedder, queue, version, data, proxy, chats }],
-  ["turns", turns],
-  ["troubles", troubles],
-];
+const healthFacts = ({ upstream, embedder, queue, proxy, chats, data, version }) => [
+    ['Upstream', upstream.url ? `${upstream.url} (${upstream.kind})` : `${upstream.kind}, ${upstream.status}`],
+    ['Model', upstream.model],
+    ['Embedder', `${embedder.model}, ${embedder.status}`],
+    ['Queue', `${queue.running} running, ${queue.waiting} waiting; at most ${queue.limit} at once`],
+    ['Proxy', proxy ? 'on, under /v1' : 'off; --proxy turns it on'],
+    ['Chats', `${number(chats)}, in ${data}`],
+    ['Version', version],
+].filter(([, value]) => value !== undefined);
 
-const definitions = (rows) =>
-  h(
-    "dl",
-    { class: "facts" },
-    rows.filter(([, value]) => value !== undefined).map(([term, value]) => [h("dt", {}, term), h("dd", {}, value)]),
-  );
+const definitions = (rows) => h('dl.facts', rows.map(([term, value]) => [h('dt', term), h('dd', value)]));
 
 const HEALTH = {
-  standing: ({ level, words, advice }) =>
-    h(
-      "section",
-      { class: "card", "data-level": level },
-      h("h1", { class: "row" }, h("span", { class: "dot" }), h("span", {}, words)),
-      advice && h("p", { class: "muted" }, advice),
-    ),
-  parts: ({ upstream, embedder, queue, version, data, proxy, chats }) =>
-    card(
-      "What works",
-      definitions([
-        [
-          "Model's server",
-          upstream.url ? `${upstream.url} (${upstream.kind})` : `${upstream.kind}, ${upstream.status}`,
-        ],
-        ["Model", upstream.model],
-        ["Embedder", `${embedder.model}, ${embedder.status}`],
-        ["Queue", `${queue.running} running, ${queue.waiting} waiting; at most ${queue.limit} at once`],
-        ["Proxy", proxy ? "on, under /v1" : "off; --proxy turns it on"],
-        ["Chats", `${number(chats)}, in ${data}`],
-        ["Version", version],
-      ]),
-      proxy && checkButton(),
-    ),
-  turns: (turns) =>
-    card(
-      "Turns since the start",
-      definitions(
-        Object.entries(turns)
-          .filter(([name, count]) => count || name === "ok")
-          .map(([name, count]) => [TURN_WORDS[name] ?? capital(name), number(count)]),
-      ),
-    ),
-  troubles: (troubles) =>
-    card(
-      "Lately in the log",
-      troubles.length
-        ? h(
-            "ul",
-            { class: "list" },
-            troubles.map((line) =>
-              h(
-                "li",
-                {},
-                h("p", { class: "row small muted" }, h("b", {}, capital(line.level)), when(line.at)),
-                h("p", { class: "text" }, line.message),
-              ),
-            ),
-          )
-        : h("p", { class: "muted" }, "No warnings, no errors."),
-    ),
+    status: ({ level, words, advice }) => h('section.card', { 'data-level': level },
+        h('h1.row', h('span.dot'), h('span', words)), advice && h('p.muted', advice)),
+    parts: ({ facts, proxy }) => card('What works', definitions(facts), proxy && upstreamCheck()),
+    turns: (turns) => card('Turns since the start', definitions(Object.entries(turns)
+        .filter(([name, count]) => count || name === 'ok')
+        .map(([name, count]) => [TURNS[name] ?? capital(name), number(count)]))),
+    troubles: (lines) => card('Recent warnings',
+        lines.length ? h('ul.list', lines.map(({ level, at, message }) =>
+            h('li', meta(h('b', capital(level)), when(at)), h('p.text', message))))
+            : h('p.muted', 'No warnings, no errors.')),
 };
 
-const TURN_WORDS = {
-  ok: "Went well",
-  degraded: "Without full memory",
-  off: "Asked for no memory",
-  client_gone: "Stopped by the client",
-  refused: "Refused here",
-  upstream_error: "Failed at the model's server",
-  failed: "Failed here",
-};
-
-/** Asks the model's server for its models: the quickest sign of life. */
-function checkButton() {
-  const result = h("span", { class: "muted", role: "status" });
-  const check = async () => {
-    result.textContent = "Asking…";
-    try {
-      const { data } = await (await request("GET", "/v1/models")).json();
-      result.textContent = `It answers, and offers ${plural(data.length, "model")}.`;
-    } catch (error) {
-      result.textContent = error.message;
-    }
-  };
-  return h("p", { class: "row" }, button("Check the model's server", check), result);
+/** Asks the upstream for its models: the quickest sign of life. */
+function upstreamCheck() {
+    const result = h('span.muted', { role: 'status' });
+    const check = async () => {
+        result.textContent = 'Asking…';
+        try {
+            const { data } = await (await request('GET', '/v1/models')).json();
+            result.textContent = `It answers, and offers ${plural(data.length, 'model')}.`;
+        } catch (error) {
+            result.textContent = error.message;
+        }
+    };
+    return h('p.row', button('Check the upstream', check), result);
 }
 
 async function settingsView() {
-  const { settings } = await get("/settings");
-  const row = (option) =>
-    h(
-      "tr",
-      {},
-      h("td", {}, h("code", {}, option.flag), h("p", { class: "small muted" }, option.help.replaceAll("`", ""))),
-      h("td", {}, h("code", {}, shownValue(option))),
-      h("td", {}, option.source === "default" ? h("span", { class: "muted" }, "default") : option.source),
-    );
-  const table = h(
-    "table",
-    {},
-    h(
-      "thead",
-      {},
-      h(
-        "tr",
-        {},
-        ["Setting", "Value", "Set by"].map((name) => h("th", { scope: "col" }, name)),
-      ),
-    ),
-    h("tbody", {}, settings.map(row)),
-  );
-  const root = h(
-    "div",
-    { class: "stack" },
-    h("h1", {}, "Settings"),
-    h(
-      "p",
-      { class: "muted" },
-      "Flags go before environment variables, those before a .env file. A change takes a restart.",
-    ),
-    h("section", { class: "card" }, table),
-  );
-  return { title: "Settings", root, refresh: () => {}, watches: () => "" };
+    const { root, rows } = template('settings');
+    const { settings } = await get('/settings');
+    keyed(rows, settings, (option) => h('tr',
+        h('td', h('code', option.flag), h('p.small.muted', option.help.replaceAll('`', ''))),
+        h('td', h('code', shownValue(option))),
+        h('td', option.source === 'default' ? h('span.muted', 'default') : option.source)), (option) => option.flag);
+    return { title: 'Settings', root, refresh: () => {}, watches: () => '' };
 }
 
 function shownValue({ value, source, default: words }) {
-  if (typeof value === "boolean") return value ? "on" : "off";
-  return value === "" || (source === "default" && value === 0) ? words.replaceAll("`", "") : String(value);
+    if (typeof value === 'boolean') return value ? 'on' : 'off';
+    return value === '' || (source === 'default' && value === 0) ? words.replaceAll('`', '') : String(value);
 }
 
-// ------------------------------------------------------------------------------------------------ live
+// ------------------------------------------------------------------------------------------------------------- live
 
 const POLL_SECONDS = 1.5;
-
-function debounced(work, pause = 200) {
-  let timer;
-  return () => {
-    clearTimeout(timer);
-    timer = setTimeout(() => attempt(work), pause);
-  };
-}
+const light = document.querySelector('.light');
 
 /** Asks the server now and then whether anything is new (a 304 when not) and has the view that is open look again. */
 const live = {
-  etag: "",
-  view: null,
-  seen: "",
+    etag: '',
+    view: null,
+    seen: '',
 
-  async poll() {
-    if (!document.hidden) {
-      try {
-        await this.look();
-      } catch (error) {
-        this.light({ level: "trouble", words: error.message, advice: "" });
-        this.etag = "";
-      }
-    }
-    setTimeout(() => this.poll(), 1000 * POLL_SECONDS);
-  },
+    async poll() {
+        try {
+            if (!document.hidden) await this.look();
+        } catch (error) {
+            this.show({ level: 'trouble', words: error.message, advice: '' });
+            this.etag = '';
+        }
+        setTimeout(() => this.poll(), 1000 * POLL_SECONDS);
+    },
 
-  /** The state, of one chat too where a view is of one; null where it is what it was. */
-  async state(chat = "") {
-    const headers = this.etag ? { "If-None-Match": this.etag } : {};
-    const response = await request("GET", `${API}/state`, { query: chat ? { chat } : {}, headers });
-    if (response.status === 304) return null;
-    this.etag = response.headers.get("ETag") ?? "";
-    const state = await response.json();
-    this.light(state);
-    return state;
-  },
+    /** The state, of one chat too where a view is of one; null where it is what it was. */
+    async state(chat = '') {
+        const headers = this.etag ? { 'If-None-Match': this.etag } : {};
+        const response = await request('GET', `${API}/state`, { query: chat ? { chat } : {}, headers });
+        if (response.status === 304) return null;
+        this.etag = response.headers.get('ETag') ?? '';
+        const state = await response.json();
+        this.show(state);
+        return state;
+    },
 
-  async look() {
-    const view = this.view;
-    const state = view && (await this.state(view.chat));
-    if (!state || view !== this.view) return;
-    const seen = view.watches(state);
-    if (seen !== this.seen) await view.refresh();
-    this.seen = seen;
-  },
+    async look() {
+        const view = this.view;
+        const state = view && (await this.state(view.chat));
+        if (!state || view !== this.view) return;
+        const seen = view.watches(state);
+        if (seen !== this.seen) await view.refresh();
+        this.seen = seen;
+    },
 
-  light({ level, words, advice }) {
-    const light = document.querySelector(".light");
-    if (light.dataset.level === level && light.title === `${words} ${advice}`) return;
-    light.dataset.level = level;
-    light.title = `${words} ${advice}`;
-    light.querySelector(".words").textContent = words;
-  },
+    show({ level, words, advice }) {
+        const title = `${words} ${advice}`;
+        if (light.dataset.level === level && light.title === title) return;
+        light.dataset.level = level;
+        light.title = title;
+        light.querySelector('.words').textContent = words;
+    },
 
-  /** Goes on from a state that is older than what the view shows, so that no change falls in between. */
-  follow(view, state) {
-    Object.assign(this, { view, seen: view.watches(state) });
-  },
-
-  refresh: () => live.view?.refresh(),
+    refresh: () => live.view?.refresh(),
 };
 
-// ------------------------------------------------------------------------------------------------ routes
+// ----------------------------------------------------------------------------------------------------------- routes
 
-const main = document.getElementById("main");
+const main = document.getElementById('main');
+const VIEWS = { '': chatsView, chat: chatView, health: healthView, settings: settingsView };
+let visit = 0;
 
 function decoded(text) {
-  try {
-    return decodeURIComponent(text);
-  } catch {
-    return text; // an address that somebody has mistyped
-  }
+    try {
+        return decodeURIComponent(text);
+    } catch {
+        return text; // an address that somebody has mistyped
+    }
 }
 
 function parseRoute() {
-  const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
-  const [name, id = "", tab = ""] = path.split("/");
-  return { name, id: decoded(id), tab, query: new URLSearchParams(query) };
+    const [path, query = ''] = location.hash.replace(/^#\/?/, '').split('?');
+    const [name, id = '', tab = ''] = path.split('/');
+    return { name, id: decoded(id), tab, query: new URLSearchParams(query) };
 }
 
-const VIEWS = { "": chatsView, chat: chatView, health: healthView, settings: settingsView };
-let visit = 0;
-
 async function open() {
-  const number = ++visit;
-  const route = parseRoute();
-  const navigated = live.view !== null;
-  live.view?.leave?.();
-  Object.assign(live, { view: null, etag: "" });
-  document.querySelectorAll("dialog:not(.lasting)").forEach((dialog) => dialog.close());
-  const load = VIEWS[route.name] ?? chatsView;
-  const state = await live.state(route.id).catch(() => ({}));
-  const view = await load(route).catch(failedView);
-  if (number !== visit) return view.leave?.();
-  document.title = `${view.title} · persona_memory`;
-  document.querySelectorAll(".bar nav a").forEach((link) => {
-    const here = link.hash === `#/${route.name}` || (route.name === "chat" && link.hash === "#/");
-    if (here) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
-  });
-  main.replaceChildren(view.root);
-  live.follow(view, state);
-  scrollTo(0, 0);
-  if (navigated) main.focus({ preventScroll: true });
-  return attempt(async () => {
-    await view.entered?.();
-  });
+    const number = ++visit;
+    const route = parseRoute();
+    const navigated = live.view !== null;
+    live.view?.leave?.();
+    Object.assign(live, { view: null, etag: '' });
+    document.querySelectorAll('dialog:not(.lasting)').forEach((dialog) => dialog.close());
+    const state = await live.state(route.id).catch(() => ({}));
+    const view = await (VIEWS[route.name] ?? chatsView)(route).catch(failedView);
+    if (number !== visit) return view.leave?.();
+    document.title = `${view.title} · persona_memory`;
+    const current = route.name === 'chat' ? '#/' : `#/${route.name}`;
+    document.querySelectorAll('.bar nav a').forEach((link) => {
+        if (link.hash === current) link.setAttribute('aria-current', 'page');
+        else link.removeAttribute('aria-current');
+    });
+    main.replaceChildren(view.root);
+    Object.assign(live, { view, seen: view.watches(state) }); // it is older than the view, so no change is missed
+    scrollTo(0, 0);
+    if (navigated) main.focus({ preventScroll: true });
+    return attempt(async () => view.entered?.());
 }
 
 /** What stands in for a view that cannot be had: it is tried again when the chats change, or the server is back. */
 function failedView(error) {
-  const root = h(
-    "section",
-    { class: "card" },
-    h("h1", {}, error.status === 404 ? "Not here" : "That did not work"),
-    h("p", {}, error.message),
-    h("p", {}, h("a", { href: "#/" }, "All chats")),
-  );
-  return { title: "Not here", root, refresh: open, watches: (state) => state.chats };
+    const title = error.status === 404 ? 'Not found' : 'That did not work';
+    const root = h('section.card', h('h1', title), h('p', error.message), h('p', h('a', { href: '#/' }, 'All chats')));
+    return { title, root, refresh: open, watches: (state) => state.chats };
 }
 
-// ------------------------------------------------------------------------------------------------ theme
+// ------------------------------------------------------------------------------------------------------------ theme
 
-const theme = document.getElementById("theme");
-const THEMES = ["auto", "light", "dark"];
+const theme = document.getElementById('theme');
+const THEMES = ['auto', 'light', 'dark'];
 
 function useTheme(name) {
-  document.documentElement.dataset.theme = name;
-  theme.replaceChildren(h("span", { class: "label" }, "Theme: "), name);
-  localStorage.setItem("persona_memory_theme", name);
+    document.documentElement.dataset.theme = name;
+    theme.lastElementChild.textContent = name;
+    localStorage.setItem('persona_memory_theme', name);
 }
 
-theme.addEventListener("click", () => {
-  useTheme(THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length]);
-});
-useTheme(
-  THEMES.includes(localStorage.getItem("persona_memory_theme"))
-    ? localStorage.getItem("persona_memory_theme")
-    : "auto",
-);
-addEventListener("hashchange", open);
+const nextTheme = () => THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length];
+theme.onclick = () => useTheme(nextTheme());
+useTheme(THEMES.find((name) => name === localStorage.getItem('persona_memory_theme')) ?? 'auto');
+addEventListener('hashchange', open);
 open();
 live.poll();
 """
@@ -11947,10 +11264,133 @@ PAGE = f"""<!doctype html>
   <a class="light" href="#/health" data-level="loading">
     <span class="dot"></span><span class="words">Connecting</span>
   </a>
-  <button class="quiet" id="theme" type="button">Theme: auto</button>
+  <button class="quiet" id="theme" type="button"><span class="label">Theme: </span><span>auto</span></button>
 </header>
 <main id="main" tabindex="-1"></main>
 <div id="toasts" role="status" aria-live="polite"></div>
+
+<template id="key-form"><form class="editor">
+  <p class="muted">It is what --api-key was set to. It is kept until this tab is closed.</p>
+  <label for="key">API key</label>
+  <input type="password" autocomplete="current-password" required id="key" data-part="field">
+  <p role="alert" data-part="alert">That key was refused.</p>
+  <button class="primary">Open</button>
+</form></template>
+
+<template id="chats"><div class="stack">
+  <div class="row spread"><h1>Chats</h1><button type="button" data-part="choose">Import…</button></div>
+  <input type="file" multiple hidden accept=".json,.jsonl" data-part="files">
+  <div class="stack" data-part="some">
+    <input type="search" placeholder="Search all chats" aria-label="Search all chats" data-part="search">
+    <div data-part="results"></div>
+    <section class="card flush" data-part="all"><ul class="chats" data-part="list"></ul></section>
+  </div>
+  <section class="card" data-part="none">
+    <h2>No chats yet: connect SillyTavern in three steps</h2>
+    <ol class="steps">
+      <li>
+        <h3>Open API Connections</h3>
+        <p class="muted">Choose API “Chat Completion” and source “Custom (OpenAI-compatible)”.</p>
+      </li>
+      <li>
+        <h3>Paste this as the endpoint</h3>
+        <p class="copy"><code data-part="address"></code><button type="button" data-part="copy">Copy</button></p>
+        <p data-part="needsProxy">It works once persona_memory is started with <code>--proxy</code>.</p>
+      </li>
+      <li>
+        <h3>Connect, and chat</h3>
+        <p class="muted">Leave SillyTavern's context size as it is: messages that no longer fit are recalled.</p>
+      </li>
+    </ol>
+    <p class="small muted row">
+      There is also an extension for SillyTavern, which tells the server which chat is open:
+      <button type="button" data-part="extension">download it</button>
+    </p>
+    <p class="waiting" role="status"><span class="dot"></span>Waiting for the first request…</p>
+  </section>
+</div></template>
+
+<template id="memory"><div class="stack">
+  <section class="card">
+    <h2>Persona in the last request</h2>
+    <div data-part="persona"></div><p class="none">No request has contained a persona yet.</p>
+  </section>
+  <section class="card">
+    <h2>Summary so far</h2>
+    <ul class="list" data-part="summaries"></ul>
+    <p class="none">Summaries are written once enough messages no longer fit in the prompt.</p>
+  </section>
+  <section class="card">
+    <h2>Facts</h2>
+    <ul class="list" data-part="facts"></ul><p class="none">No lasting facts have been found yet.</p>
+  </section>
+  <section class="card">
+    <h2>Pinned messages</h2>
+    <ul class="list" data-part="pinned"></ul>
+    <p class="none">Nothing is pinned. A pinned message always has a place in the prompt.</p>
+  </section>
+  <section class="card" data-part="anyForgotten">
+    <h2>Forgotten messages</h2>
+    <ul class="list" data-part="forgotten"></ul>
+  </section>
+  <section class="card" data-part="others" hidden>
+    <h2>Other chats</h2>
+    <label class="check"><input type="checkbox" data-part="carryOver"><span data-part="carryOverLabel"></span></label>
+    <p class="muted small" data-part="count"></p>
+  </section>
+</div></template>
+
+<template id="messages"><div class="stack">
+  <form class="row" data-part="form">
+    <div><input type="number" min="1" aria-label="Message number" placeholder="Go to #…" data-part="jump"></div>
+    <button>Go</button>
+    <button type="button" class="push" data-part="oldest">Oldest</button>
+    <button type="button" data-part="newest">Newest</button>
+  </form>
+  <div class="virtual" role="list" aria-label="Messages" data-part="rows"></div>
+  <p class="empty" data-part="none" hidden>This branch has no messages.</p>
+  <div data-part="replies"></div>
+</div></template>
+
+<template id="recall"><div class="stack">
+  <p class="muted">Shows what a text would recall, and why. The scores are those that choose memories for a prompt.</p>
+  <input type="search" aria-label="What does it remember?" data-part="field"
+    placeholder="Write what you would say in the chat: “where did we first meet?”">
+  <p class="muted small" role="status" data-part="status"></p>
+  <ul class="list card" hidden data-part="list"></ul>
+</div></template>
+
+<template id="mood"><div class="stack">
+  <div class="row spread">
+    <div class="segments" role="group" aria-label="Whose feelings" data-part="choice">
+      <button type="button" value="all">Everyone</button>
+      <button type="button" value="user">You</button>
+      <button type="button" value="assistant">The character</button>
+    </div>
+    <p class="muted small" role="status" data-part="status"></p>
+  </div>
+  <section class="card"><h2>Feelings over the chat</h2><div data-part="figure"></div></section>
+  <section class="card"><h2>The strongest moments</h2><ol class="list" data-part="moments"></ol></section>
+</div></template>
+
+<template id="prompts"><div>
+  <div class="stack" data-part="list"></div>
+  <p class="card empty none">No prompt has been made for this chat yet.</p>
+</div></template>
+
+<template id="settings"><div class="stack">
+  <h1>Settings</h1>
+  <p class="muted">
+    Flags override environment variables, and those override the .env file. A change takes effect after a restart.
+  </p>
+  <section class="card">
+    <table>
+      <thead><tr><th scope="col">Setting</th><th scope="col">Value</th><th scope="col">Set by</th></tr></thead>
+      <tbody data-part="rows"></tbody>
+    </table>
+  </section>
+</div></template>
+
 <noscript><p class="card">This page needs JavaScript. It loads nothing from anywhere but this server.</p></noscript>
 <script type="module">{PAGE_SCRIPT}</script>
 </body>
@@ -11989,7 +11429,7 @@ EXTENSION_SCRIPT = r"""
 const NAME = 'persona_memory';
 const API = '/api/persona_memory';
 const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1 };
-const PATIENCE_MS = 2000; // what a reply may be held up for
+const TIMEOUT_MS = 2000; // how long a reply may be delayed
 const KINDS = ['normal', 'swipe', 'regenerate', 'continue', 'impersonate', 'quiet'];
 const IN_CHAT = 1; // SillyTavern's number for prompts that stand at a depth in the chat
 const ROLES = { system: 0, user: 1, assistant: 2 };
@@ -11997,7 +11437,7 @@ const LOOPBACK = ['127.0.0.1', 'localhost', '[::1]'];
 const REVERSIBLE = ['openai', 'claude', 'mistralai', 'makersuite', 'vertexai', 'deepseek', 'xai'];
 const MOST_SHOWN = 8; // memories listed in the panel
 const LONGEST_SHOWN = 240; // characters of each
-const SURE = 0.5; // a mood that is less likely than this is not shown
+const MIN_CONFIDENCE = 0.5; // a mood that is less likely than this is not shown
 
 const state = {
     kind: null, // of the generation that has begun and not yet sent its request
@@ -12019,36 +11459,33 @@ function settings() {
 
 // ------------------------------------------------------------------------------------------------------ the server
 
-/** What the server answers instead of what it was asked for. */
+/** The server's own error. */
 class Refusal extends Error {}
 
-/** The server has not answered within PATIENCE_MS: it may be away, or have much to do. */
+/** The server has not answered within TIMEOUT_MS: it may be away, or busy. */
 class Late extends Error {}
 
-/** JSON of the server; throws an Error with words for the user. Never waits longer than PATIENCE_MS. */
+/** JSON of the server; throws an Error with words for the user. Never waits longer than TIMEOUT_MS. */
 async function call(path, body, method = body ? 'POST' : 'GET') {
     const { server, key } = settings();
-    const patience = new AbortController();
-    const timer = setTimeout(() => patience.abort(), PATIENCE_MS);
+    const signal = AbortSignal.timeout(TIMEOUT_MS);
     const headers = body ? { 'Content-Type': 'application/json' } : {};
     if (key) headers.Authorization = `Bearer ${key}`;
     try {
         const response = await fetch(server.replace(/\/+$/, '') + path, {
-            method, headers, body: body && JSON.stringify(body), signal: patience.signal, cache: 'no-store',
+            method, headers, body: body && JSON.stringify(body), signal, cache: 'no-store',
         });
         const answer = await response.json();
         if (!response.ok) throw new Refusal(answer?.error?.message ?? `status ${response.status}`);
         return answer;
     } catch (error) {
         if (error instanceof Refusal) throw error;
-        if (patience.signal.aborted) throw new Late('no answer in time');
+        if (signal.aborted) throw new Late('no answer in time');
         throw new Error('no answer', { cause: error });
-    } finally {
-        clearTimeout(timer);
     }
 }
 
-/** Says once that the server is away, and then not again before it was back. */
+/** Says that the server does not answer: once, until it has answered again. */
 function serverFailed(error) {
     showStatus(false, `${settings().server}: ${error.message}`);
     if (state.away) return;
@@ -12056,12 +11493,8 @@ function serverFailed(error) {
     globalThis.toastr?.warning(`The chat goes on without memories (${settings().server}: ${error.message}).`, NAME);
 }
 
-function serverAnswered() {
-    state.away = false;
-}
-
-/** Host and port of an address, in which all names of this machine are one; null where it is no address. */
-function placeOf(address) {
+/** Host and port of an address, with one name for this machine; null where it is not an address. */
+function endpointOf(address) {
     try {
         const url = new URL(address);
         const host = LOOPBACK.includes(url.hostname) ? LOOPBACK[0] : url.hostname;
@@ -12076,7 +11509,7 @@ function placeOf(address) {
  * than the browser does (a container's, for one), so the port decides where the server says that it is a proxy.
  */
 function isProxy(address) {
-    const there = placeOf(address), ours = placeOf(settings().server);
+    const there = endpointOf(address), ours = endpointOf(settings().server);
     return Boolean(there && ours && there.port === ours.port && (there.host === ours.host || state.proxy));
 }
 
@@ -12089,7 +11522,7 @@ async function modelAddress() {
     return REVERSIBLE.includes(chosen?.chat_completion_source) ? chosen.reverse_proxy : '';
 }
 
-/** Older versions of SillyTavern do not give the connection's settings in their context. */
+/** Older versions of SillyTavern do not have the connection's settings in their context. */
 function olderSettings() {
     return import('../../../openai.js').then((module) => module.oai_settings, () => null);
 }
@@ -12164,22 +11597,17 @@ function shownMessage(message) {
     };
 }
 
-/** What stands in the prompt before the chat, so that the server knows how much of the chat still fits. */
-function personaText() {
-    return client().substituteParams?.('{{description}}\n{{personality}}\n{{scenario}}\n{{persona}}') ?? '';
-}
-
 // ------------------------------------------------------------------------------------------- beside another API
 
-/** Places prompts, and takes back those placed before. */
-function place(injections) {
+/** Puts prompts in, and takes out those put in before. */
+function setPrompts(injections) {
     const { setExtensionPrompt } = client();
     for (const key of state.placed) setExtensionPrompt(key, '', IN_CHAT, 0);
     state.placed.clear();
     for (const { key, text, position, depth, role } of injections) {
         const inChat = position === IN_CHAT;
         const at = inChat ? Math.max(0, depth + Number(settings().depth) - 1) : 0;
-        // SillyTavern fills in macros here; what a message says in braces is no macro.
+        // SillyTavern fills in macros here; braces in a message are not macros.
         setExtensionPrompt(key, text.replaceAll('{{', '{ {'), position, at, false, ROLES[role] ?? ROLES.system);
         state.placed.add(key);
     }
@@ -12187,28 +11615,30 @@ function place(injections) {
 
 /** SillyTavern calls this before it makes a prompt, and waits for it. */
 async function remember(_chat, contextSize, _abort, type) {
-    place([]);
+    setPrompts([]);
     if (!settings().enabled || isProxy(await modelAddress())) return;
     const messages = shownMessages(type ? kindOf(type) : state.kind);
     const who = messages.some((message) => message.role !== 'system') ? identity() : null;
     if (!who) return;
-    const { name2: character } = client();
+    const context = client();
     const request = {
-        chat_id: who.id, parent_chat_id: who.parent || undefined, character, messages, complete: true,
-        persona: personaText(), context_tokens: Math.floor(contextSize) || undefined,
+        chat_id: who.id, parent_chat_id: who.parent || undefined, character: context.name2, messages, complete: true,
+        // What the prompt holds before the chat, so that the server knows how much of the chat still fits.
+        persona: context.substituteParams?.('{{description}}\n{{personality}}\n{{scenario}}\n{{persona}}') ?? '',
+        context_tokens: Math.floor(contextSize) || undefined,
     };
     try {
         const answer = await call(`${API}/inject`, request);
-        serverAnswered();
+        state.away = false;
         if (identity()?.id !== who.id) return; // another chat was opened meanwhile
-        place(answer.injections);
+        setPrompts(answer.injections);
         showStatus(true, `Connected; ${answer.report.degraded || 'memories are placed in the prompt'}.`);
         showRecalled(answer.recalled, answer.emotion);
     } catch (error) {
         showRecalled([], null);
         if (!(error instanceof Late)) return serverFailed(error);
-        // A long chat that is new to it takes its time once. The reply does not wait for the answer to this.
-        showStatus(false, 'Too late for this reply: the server is reading the chat.');
+        // Indexing a long chat takes its time once. The reply does not wait for the answer to this.
+        showStatus(false, 'Too late for this reply: the server is still indexing the chat.');
         call('/api/modules').catch(serverFailed);
     }
 }
@@ -12217,7 +11647,7 @@ globalThis.personaMemoryInterceptor = (...given) => remember(...given).catch((er
 
 // --------------------------------------------------------------------------------------------- through the proxy
 
-/** Notes the kind of the generation that begins; prompts that are only counted say so. */
+/** Notes the kind of the generation that begins; a dry run only counts tokens. */
 function onGenerationStarted(type, _options, dryRun) {
     if (!dryRun) state.kind = kindOf(type);
 }
@@ -12262,7 +11692,7 @@ async function showProxied() {
         const rows = (chat.last_prompt?.recalled ?? []).slice(0, MOST_SHOWN);
         const found = await Promise.all(rows.map(withWords));
         if (identity()?.id !== id) return;
-        serverAnswered();
+        state.away = false;
         showStatus(true, 'Connected; chats go through the proxy.');
         showRecalled(found, chat.mood);
     } catch (error) {
@@ -12355,19 +11785,19 @@ function checkbox(name, label) {
 function change(name, value) {
     settings()[name] = value;
     client().saveSettingsDebounced();
-    place([]);
+    setPrompts([]);
     showChat();
     lookAtServer();
 }
 
-/** Whether the server answers, takes the key, and what it remembers across this character's chats. */
+/** Shows whether the server answers and takes the key, and the character's setting. */
 async function lookAtServer() {
     if (!settings().enabled) return showStatus(null, 'Off.');
     try {
         const health = await call('/health').catch(() => ({})); // inside SillyTavern-Extras there is none
         state.proxy = Boolean(health.proxy);
         await call('/api/modules'); // needs the key
-        serverAnswered();
+        state.away = false;
         const proxied = isProxy(await modelAddress());
         const way = proxied ? 'chats go through the proxy' : 'memories are placed in the prompt';
         showStatus(true, `${health.status === 'loading' ? 'Connected, still loading' : 'Connected'}; ${way}.`);
@@ -12386,9 +11816,9 @@ function showStatus(good, text) {
 
 function showRecalled(memories, emotion) {
     if (!parts.recalled) return;
-    const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= SURE;
-    const felt = sure ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'nothing in particular';
-    parts.mood.textContent = `Your mood: ${felt}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
+    const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= MIN_CONFIDENCE;
+    const mood = sure ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'unclear';
+    parts.mood.textContent = `Your mood: ${mood}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
     const inOrder = memories.slice(0, MOST_SHOWN).sort((a, b) => a.index - b.index);
     const rows = inOrder.map(({ index, name, role, content, chat_id: elsewhere }) => {
         const text = content.length > LONGEST_SHOWN ? `${content.slice(0, LONGEST_SHOWN)} ...` : content;
@@ -12398,7 +11828,7 @@ function showRecalled(memories, emotion) {
     parts.recalled.replaceChildren(...rows);
 }
 
-/** What the panel says of the open chat; a chat that has no id yet gets none by being looked at. */
+/** Links to the open chat's page. A chat that has no id yet gets none by that. */
 function showChat() {
     if (!parts.link) return;
     const id = settledIdentity()?.id;
@@ -12406,26 +11836,27 @@ function showChat() {
     parts.link.href = id ? `${page}chat/${encodeURIComponent(id)}` : page;
 }
 
-function carrier() {
+/** The open chat's character; empty in a group. */
+function characterName() {
     const { groupId, characterId, characters } = client();
     return groupId || characterId === undefined ? '' : characters[characterId]?.name ?? '';
 }
 
-/** Whether memories of this character's other chats count here: the server's word, for the character as a whole. */
+/** Whether this character's chats recall from each other: one setting for the character, which the server keeps. */
 async function showCarryOver() {
-    const name = carrier();
+    const name = characterName();
     parts.carryFor.textContent = `Recall from other chats with ${name || 'a character'} too`;
     parts.carry.disabled = true;
     parts.carry.checked = false;
     if (!name) return;
     const answer = await call(`${API}/characters/${encodeURIComponent(name)}`).catch(() => null);
-    if (!answer || carrier() !== name) return;
+    if (!answer || characterName() !== name) return;
     parts.carry.checked = Boolean(answer.carry_over);
     parts.carry.disabled = false;
 }
 
 async function onCarryOver() {
-    const path = `${API}/characters/${encodeURIComponent(carrier())}`;
+    const path = `${API}/characters/${encodeURIComponent(characterName())}`;
     await call(path, { carry_over: parts.carry.checked }, 'PATCH').catch(serverFailed);
     await showCarryOver();
 }
@@ -12433,7 +11864,7 @@ async function onCarryOver() {
 // ------------------------------------------------------------------------------------------------------- beginning
 
 function onChatChanged() {
-    place([]);
+    setPrompts([]);
     state.proxied = '';
     showRecalled([], null);
     showChat();
