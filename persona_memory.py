@@ -2760,7 +2760,7 @@ class Database:
             if self._closed:
                 raise StoreError("store: closed")
             try:
-                self._cache = self._cache or self._open()
+                self._cache = self._open() if self._cache is None else self._cache
                 yield self._cache
             except (OSError, sqlite3.Error, diskcache.Timeout, ValueError, KeyError, TypeError) as error:
                 self._roll_back()
@@ -2783,7 +2783,7 @@ class Database:
 
     def _roll_back(self) -> None:
         """Ends a transaction that a full disk has left open, which would keep out every later one."""
-        connection = self._cache and self._cache._connection
+        connection = None if self._cache is None else self._cache._connection
         if connection and connection.in_transaction:
             with contextlib.suppress(sqlite3.Error):
                 connection.rollback()
@@ -2791,7 +2791,7 @@ class Database:
     def rest(self) -> None:
         """Closes the files, which empties SQLite's write-ahead log; the next use opens them again."""
         with self.lock:
-            if self._cache:
+            if self._cache is not None:
                 self._cache.close()
             self._cache = None
 
@@ -2803,18 +2803,54 @@ class Database:
 
 
 class RebuiltDatabase(Database):
-    """A database that the chats can do without: a damaged one is set aside, and made anew."""
+    """A database that the chats can do without. A damaged one is set aside, at its opening or at the first error, and
+    made anew; `on_loss` is called where that happens later than at the opening."""
+
+    def __init__(self, folder: Path, synchronous: int, on_loss: Callable[[], None] = lambda: None):
+        super().__init__(folder, synchronous)
+        self._on_loss = on_loss
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[SharedCache]:
+        """As `Database.use`."""
+        try:
+            with super().use() as cache:
+                yield cache
+        except StoreError as error:
+            if is_damage(error.__cause__):
+                with self.lock:
+                    self._set_aside()
+                    self._on_loss()
+            raise
 
     def _open(self) -> SharedCache:
         try:
-            return super()._open()
+            return self._checked(super()._open())
         except sqlite3.DatabaseError as error:
-            if not any(words in str(error) for words in DAMAGED):  # locked or out of space: it may be whole
+            if not is_damage(error):  # locked, or the disk is full: it may be whole
                 raise
-            aside = set_aside(self.folder)
-            words = f"{self.folder} was damaged. It is kept as {aside.name}, and made anew."
-            log_event("renewed", words, level=logging.WARNING)
+            self._set_aside()
             return super()._open()
+
+    @staticmethod
+    def _checked(cache: SharedCache) -> SharedCache:
+        """The cache, all of it readable; raises `sqlite3.DatabaseError`."""
+        found = cache._sql("PRAGMA quick_check(1)").fetchone()
+        if found != ("ok",):
+            cache.close()
+            raise sqlite3.DatabaseError(f"malformed: {found}")
+        return cache
+
+    def _set_aside(self) -> None:
+        self.rest()
+        aside = set_aside(self.folder)
+        words = f"{self.folder} was damaged. It is kept as {aside.name}, and made anew."
+        log_event("renewed", words, level=logging.WARNING)
+
+
+def is_damage(error: BaseException | None) -> bool:
+    """Whether SQLite means that a file is damaged, not that it cannot be read just now."""
+    return isinstance(error, sqlite3.DatabaseError) and any(words in str(error) for words in DAMAGED)
 
 
 def set_aside(folder: Path) -> Path:
@@ -3531,13 +3567,8 @@ class Catalogue:
     chat whose summary is due, `embedder` whose vectors all chats have, `changes` a counter.
     """
 
-    def __init__(self, folder: Path):
-        self._database = RebuiltDatabase(folder, synchronous=1)
-
-    def open(self) -> None:
-        """Opens it; raises `StoreError`."""
-        with self._database.use():
-            pass
+    def __init__(self, folder: Path, on_loss: Callable[[], None] = lambda: None):
+        self._database = RebuiltDatabase(folder, 1, on_loss)
 
     def enter(self, line: Mapping, digests: Sequence[str] = ()) -> None:
         """Notes a chat's line in the list, and texts that it holds."""
@@ -3614,7 +3645,7 @@ class CharacterSettings:
     """What a user has set for characters, by their names."""
 
     def __init__(self, folder: Path):
-        self._database = RebuiltDatabase(folder, synchronous=2)
+        self._database = RebuiltDatabase(folder, 2)
 
     def get(self, name: str) -> dict:
         """What is set for a character."""
@@ -3658,7 +3689,7 @@ class ChatRegistry:
 
     def __init__(self, data: Path, most_open: int = OPEN_CHATS):
         self.folder = data / "chats"
-        self.catalogue = Catalogue(data / "catalogue")
+        self.catalogue = Catalogue(data / "catalogue", self._relist)
         self.characters = CharacterSettings(data / "characters")
         self._most_open = most_open
         self._lent: OrderedDict[str, Lending] = OrderedDict()  # by folder, the last used last
@@ -3683,11 +3714,18 @@ class ChatRegistry:
             for name in lines.keys() - folders.keys():  # deleted by hand, or in a program that was killed meanwhile
                 self.catalogue.remove(lines[name], None)
             unlisted = [folder for name, folder in folders.items() if name not in lines]
+            with contextlib.suppress(StoreError):  # damage shows now; without it chats go on
+                self.characters.get("")
             self._started = True
         if unlisted:
             threading.Thread(target=self._enter_all, args=(unlisted,), name="catalogue", daemon=True).start()
         else:
             self._listed.set()
+
+    def _relist(self) -> None:
+        """Has all chats entered anew, since the catalogue was lost."""
+        self._started = False
+        self._listed.clear()
 
     def _enter_all(self, folders: Sequence[Path]) -> None:
         for folder in folders:
