@@ -718,12 +718,12 @@ def test_an_export_comes_back_as_it_was(folders, messages, data):
         "messages": [pm.asdict(m) for m in messages], **told,
     }  # fmt: skip
     with Shelf(folders()) as first, Shelf(folders()) as second:
-        first.take_in(json.dumps(whole).encode())
-        exported = first.export("a/b")
-        second.take_in(json.dumps(exported).encode())
-        assert second.export("a/b") == exported
-        assert second.take_in(json.dumps(exported).encode())[0]["added"] == 0
-        assert second.export("a/b") == exported
+        first.archive.take_in(json.dumps(whole).encode())
+        exported = first.archive.export("a/b")
+        second.archive.take_in(json.dumps(exported).encode())
+        assert second.archive.export("a/b") == exported
+        assert second.archive.take_in(json.dumps(exported).encode())[0]["added"] == 0
+        assert second.archive.export("a/b") == exported
     untouched = [{**m, "tokens": 0} for m in exported["messages"]]
     whole["messages"] = [{**m, "tokens": 0} for m in whole["messages"]]
     assert {**exported, "messages": untouched} == whole
@@ -773,9 +773,9 @@ def transcripts(draw) -> str:
 def test_a_chat_file_comes_back_as_it_was(folders, text):
     """Import, export as a chat file, import elsewhere: the same messages with the same swipes, names and dates."""
     with Shelf(folders()) as first, Shelf(folders()) as second:
-        (chat,) = first.take_in(text.encode())
-        back = first.export_transcript(chat["chat_id"])
-        (again,) = second.take_in(back.encode())
+        (chat,) = first.archive.take_in(text.encode())
+        back = first.archive.export_transcript(chat["chat_id"])
+        (again,) = second.archive.take_in(back.encode())
         assert again == chat
 
         def kept(memory):
@@ -783,7 +783,7 @@ def test_a_chat_file_comes_back_as_it_was(folders, text):
             return [(m["id"], m["confirmed"], m["voice"], m["confirmed"] and m["timestamp"]) for m in rows]
 
         assert kept(second) == kept(first)
-        assert second.export_transcript(chat["chat_id"]) == back
+        assert second.archive.export_transcript(chat["chat_id"]) == back
 
 
 SHAPE = ("is_user", "is_system", "mes", "swipes", "swipe_id")
