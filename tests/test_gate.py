@@ -3,7 +3,7 @@
 import contextlib
 import json
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -46,7 +46,7 @@ class Crowd:
 
     def _pass(self, name: str, call: pm.Call):
         try:
-            with self.gate.place(call):
+            with self.gate.slot(call):
                 with self.changed:
                     self.entered.append(name)
                     self.inside.add(name)
@@ -292,7 +292,7 @@ RETRY_INFO = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay":
 )
 def test_what_is_worth_another_try(error, passes):
     """Errors that pass by themselves, unless the upstream asks for more patience than a turn has."""
-    assert pm.may_pass(error) is passes
+    assert pm.is_transient(error) is passes
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_what_is_worth_another_try(error, passes):
 )
 def test_the_delay_that_an_upstream_asks_for(error, seconds):
     """Seconds or a date in `Retry-After`, seconds in Google's RetryInfo."""
-    assert pm.delay_asked(error) == seconds
+    assert pm.requested_delay(error) == seconds
 
 
 class FakeClock(pm.Call):
@@ -342,7 +342,7 @@ def test_pauses_grow_and_stay_within_the_time_in_which_a_stream_has_no_status_ye
         monkeypatch.setattr(pm, name, seconds)
     call, gate = FakeClock(), pm.Gate(1, pm.Metrics())
     with pytest.raises(pm.UpstreamError):
-        gate.persist(call, failing([refusal(503)] * 9))
+        gate.retry(call, failing([refusal(503)] * 9))
     assert len(call.pauses) == pm.ATTEMPTS - 1
     for number, pause in enumerate(call.pauses):
         base = pm.FIRST_PAUSE_SECONDS * 2**number
@@ -353,7 +353,7 @@ def test_pauses_grow_and_stay_within_the_time_in_which_a_stream_has_no_status_ye
 def test_the_asked_delay_is_waited():
     """No sooner than the upstream said."""
     call = FakeClock()
-    assert pm.Gate(1, pm.Metrics()).persist(call, failing([refusal(retry_after="9")])) == "done"
+    assert pm.Gate(1, pm.Metrics()).retry(call, failing([refusal(retry_after="9")])) == "done"
     assert call.pauses == [9]
 
 
@@ -368,3 +368,14 @@ def test_a_client_that_leaves_during_a_pause_ends_the_tries(upstream, data_dir):
         wait_until(lambda: figure(running, 'requests_total{outcome="client_gone"}') == 1, "the client's leave noticed")
         assert figure(running, "upstream_in_flight") == 0
     assert len(upstream.chats) == 1
+
+
+def test_who_hangs_up_while_the_model_loads_is_not_kept_waiting():
+    """A call that waits for a future ends as soon as it is cancelled; the future goes on."""
+    call, loading = pm.Call(), Future()
+    waiting = ThreadPoolExecutor(1).submit(call.result, loading)
+    call.cancel()
+    with pytest.raises(pm.ClientGone):
+        waiting.result(TIMEOUT)
+    loading.set_result("model")
+    assert pm.Call().result(loading) == "model"

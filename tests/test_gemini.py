@@ -113,11 +113,11 @@ def test_empty_messages_are_dropped(content):
 
 
 def test_lone_surrogates_are_replaced():
-    """Half an emoji, as some clients cut them, becomes a question mark; protocol buffers would refuse it."""
-    assert contents_of(message("user", "A \ud83d gull")) == [("user", "A ? gull")]
+    """Half an emoji, as some clients cut them, becomes the sign for what is unreadable; protocol buffers refuse it."""
+    assert contents_of(message("user", "A \ud83d gull")) == [("user", "A \ufffd gull")]
     system, _ = persona_memory.gemini_contents([message("system", "\udc00Mira")])
-    assert system == "?Mira"
-    assert contents_of(message("user", "Hello", name="An\ud83dna")) == [("user", "An?na: Hello")]
+    assert system == "\ufffdMira"
+    assert contents_of(message("user", "Hello", name="An\ud83dna")) == [("user", "An\ufffdna: Hello")]
 
 
 @pytest.mark.parametrize("header", ["data:image/png;base64,", "data:image/png;charset=utf-8;base64,"])
@@ -365,12 +365,12 @@ def test_a_broken_image_is_a_400(server, api, chat):
 
 
 def test_half_an_emoji_is_no_failure(server, api, chat):
-    """Lone surrogates in a request come to Gemini as question marks."""
+    """Lone surrogates in a request come to Gemini as the sign for what is unreadable."""
     raw = json.dumps({"messages": [*chat, message("user", "A gull \ud83d", name="An\udc09na")]})
     address = f"{server.url}/v1/chat/completions"
     answer = httpx.post(address, content=raw, headers={"Content-Type": "application/json"}, timeout=FOREVER)
     assert answer.status_code == 200, answer.text
-    assert prompt_text(api.last["body"]).endswith("An?na: A gull ?")
+    assert prompt_text(api.last["body"]).endswith("An\ufffdna: A gull \ufffd")
 
 
 def test_the_key_travels_in_its_header_only(server, api, chat):

@@ -5,7 +5,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from fakes import client, say
+from fakes import client, say, wait_until
 
 import persona_memory as pm
 
@@ -98,3 +98,60 @@ def test_a_machine_without_network_gets_advice(tmp_path, monkeypatch):
     with pytest.raises(pm.UpstreamUnavailable, match="could not be fetched.*three ways"):
         upstream.complete({"messages": []}, pm.Call())
     assert list((tmp_path / "models").iterdir()) == []
+
+
+def with_fake_llama(folder, monkeypatch, program: str):
+    """An upstream whose xllamacpp is that program."""
+    (folder / "xllamacpp.py").write_text(program)
+    (folder / "toy.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return make_upstream(upstream=str(folder / "toy.gguf"), data=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "processor is too old"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "memory ran out"),
+        ("import os; os.abort()", "SIGABRT"),
+        ("import os; os._exit(7)", "exit code was 7"),
+        ("raise ImportError('no wheel')", "no wheel"),
+    ],
+)
+def test_a_model_that_dies_while_it_loads_costs_only_itself(tmp_path, monkeypatch, program, words):
+    """This process goes on; the error says why, and names the three ways."""
+    upstream = with_fake_llama(tmp_path, monkeypatch, program)
+    with pytest.raises(pm.UpstreamUnavailable, match=f"{words}.*three ways"):
+        upstream.complete({"messages": []}, pm.Call())
+    assert words in upstream.describe()["status"]
+
+
+DIES_WHEN_ASKED = """
+import os, socket, threading
+class CommonParams:
+    class model: pass
+class Server:
+    def __init__(self, params):
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.listening_address = "http://127.0.0.1:%d" % listener.getsockname()[1]
+        threading.Thread(target=lambda: (listener.accept(), os.abort()), daemon=True).start()
+"""
+
+
+def test_a_model_that_dies_while_it_is_asked_is_started_again(tmp_path, monkeypatch):
+    """Each request says that it crashed; after three crashes it is left alone."""
+    upstream = with_fake_llama(tmp_path, monkeypatch, DIES_WHEN_ASKED)
+    for _ in range(pm.MOST_CRASHES):
+        with pytest.raises(pm.UpstreamUnavailable, match="ended: it crashed.*three ways"):
+            upstream.complete({"messages": []}, pm.Call())
+        wait_until(lambda: upstream.describe()["status"] != "ok")
+    assert "crashed" in upstream.describe()["status"]
+
+
+def test_the_models_process_ends_with_its_upstream(tmp_path, monkeypatch):
+    """What was started is ended."""
+    upstream = with_fake_llama(tmp_path, monkeypatch, DIES_WHEN_ASKED)
+    upstream.start()
+    wait_until(lambda: upstream.describe()["status"] == "ok")
+    upstream.close()
+    assert upstream._process.wait(60)

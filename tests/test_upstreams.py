@@ -585,6 +585,102 @@ def test_the_setting_beats_what_the_upstream_says(upstream, data_dir, model):
         assert 300 < words_sent(running, upstream, model) < 1500
 
 
+@pytest.mark.parametrize(
+    ("entry", "context"),
+    [
+        ({"context_length": 131072}, 131072),
+        ({"context_window": 8192, "max_completion_tokens": 4096}, 8192),
+        ({"max_context_length": 32768}, 32768),
+        ({"max_model_len": "4096"}, 4096),
+        ({"meta": {"n_ctx": 2048, "n_ctx_train": 131072}}, 2048),
+        ({"model_info": {"max_input_tokens": 200000}}, 200000),
+        ({"top_provider": {"context_length": None}, "context_size": 16384.0}, 16384),
+        ({"capabilities": {"chat": True}, "pricing": {"context_length": 1}, "created": 5000}, None),
+        ({"context_length": -1}, None),
+        ({"context_length": True}, None),
+        (None, None),
+    ],
+)
+def test_the_context_is_read_under_every_name(entry, context):
+    assert persona_memory.stated_context(entry) == context
+
+
+@pytest.mark.parametrize(
+    ("listed", "ids"),
+    [
+        ({"object": "list", "data": [{"id": "a"}, {"id": "b"}]}, ["a", "b"]),
+        ([{"id": "a"}, {"id": "b"}], ["a", "b"]),
+        (["a", "b"], ["a", "b"]),
+        ({"models": [{"name": "a", "size": 1}]}, ["a"]),
+        ({"data": [None, 7, {"id": None}, {"id": 3}, {"id": "a" * 201}, {"id": "a"}]}, ["a"]),
+        ({"data": []}, []),
+        ({"data": {"id": "a"}}, None),
+        ({"object": "list"}, None),
+        ("a", None),
+        (None, None),
+    ],
+)
+def test_lists_of_models_in_every_frame(listed, ids):
+    entries = persona_memory.model_entries(listed)
+    assert entries is ids is None or [entry["id"] for entry in entries] == ids
+
+
+@pytest.mark.parametrize(
+    ("pasted", "meant"),
+    [
+        ("http://127.0.0.1:5001", "http://127.0.0.1:5001/v1"),
+        ("http://127.0.0.1:5001/", "http://127.0.0.1:5001/v1"),
+        ("http://127.0.0.1:5001/v1/", "http://127.0.0.1:5001/v1"),
+        ("http://127.0.0.1:5001/api", "http://127.0.0.1:5001/v1"),
+        ("http://127.0.0.1:5001/api/v1/generate", "http://127.0.0.1:5001/v1"),
+        ("http://127.0.0.1:11434/api/chat", "http://127.0.0.1:11434/v1"),
+        ("http://127.0.0.1:11434/api/tags", "http://127.0.0.1:11434/v1"),
+        ("http://127.0.0.1:1234/v1/models", "http://127.0.0.1:1234/v1"),
+        ("http://127.0.0.1:1234/v1/completions", "http://127.0.0.1:1234/v1"),
+        ("http://127.0.0.1:1234/v1/chat/completions/", "http://127.0.0.1:1234/v1"),
+        ("https://openrouter.ai/api/v1/chat/completions", "https://openrouter.ai/api/v1"),
+        ("https://api.groq.com/openai/v1", "https://api.groq.com/openai/v1"),
+        (
+            "https://x.openai.azure.com/openai/deployments/gpt/chat/completions?api-version=2026-01-01",
+            "https://x.openai.azure.com/openai/deployments/gpt",
+        ),
+    ],
+)
+def test_pasted_addresses_become_base_urls(pasted, meant):
+    assert persona_memory.base_url(pasted) == meant
+
+
+@pytest.mark.parametrize(
+    ("url", "local"),
+    [
+        ("http://127.0.0.1:5001/v1", True),
+        ("http://[::1]:5001/v1", True),
+        ("http://192.168.1.20/v1", True),
+        ("http://[fd00::7]/v1", True),
+        ("http://ollama:11434/v1", True),
+        ("http://host.docker.internal:5001/v1", True),
+        ("http://nas.local/v1", True),
+        ("https://openrouter.ai/api/v1", False),
+        ("https://8.8.8.8/v1", False),
+        ("https://local.example.com/v1", False),
+    ],
+)
+def test_only_servers_of_ones_own_are_probed(url, local):
+    assert persona_memory.is_on_local_network(url) is local
+
+
+def test_the_query_of_an_address_stays(upstream, data_dir, chat):
+    """Azure's servers want their api-version."""
+    with LocalServer(settings(data_dir, f"{upstream.url}?api-version=7"), ready=False) as running:
+        assert say(running.url, chat).status == 200
+    assert upstream.requests[-1]["path"] == "/v1/chat/completions?api-version=7"
+
+
+def test_an_address_without_its_scheme_is_told_with_it(data_dir):
+    with pytest.raises(persona_memory.SettingsError, match="Did you mean --upstream http://localhost:1234/v1?"):
+        persona_memory.make_upstream(settings(data_dir, "localhost:1234/v1"), persona_memory.Metrics())
+
+
 # ---------------------------------------------------------------------------- keys and models
 
 
