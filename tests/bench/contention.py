@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import re
@@ -101,8 +102,12 @@ class Crowd:
 
 
 def limit_open_chats(program, count: int):
-    """Has the program keep at most so many chats open."""
-    program.OPEN_CHATS = count
+    """Has the program keep at most so many chats open beside those in use."""
+    registry = getattr(program, "ChatRegistry", None)
+    if registry is None:  # as before there was one
+        program.OPEN_CHATS = count
+    else:
+        program.ChatRegistry = functools.partial(registry, most_open=count)
 
 
 def told(length: int) -> list[dict]:
