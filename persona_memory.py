@@ -75,7 +75,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
@@ -4711,17 +4711,7 @@ def preceded(message: dict, block: str) -> dict:
 EXPORT_FORMAT, EXPORT_VERSION = "persona_memory", 1
 NO_NAMES = (None, "", "unused")  # what headers hold where they name nobody; newer versions write "unused"
 STAND_IN_AVATAR = "img/ai4.png"  # SillyTavern's own; a message that has one carries its speaker's name into the prompt
-LONGEST_DATE = 64  # characters; one of the patterns below takes quadratic time on long texts
-SEND_DATES = (
-    re.compile(
-        r"(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})\s*@\s*(?P<hour>\d{1,2})h\s*(?P<minute>\d{1,2})m"
-        r"\s*(?P<second>\d{1,2})s(?:\s*(?P<thousandth>\d{1,3})ms)?"
-    ),
-    re.compile(
-        r"(?P<name>[A-Za-z]+) (?P<day>\d{1,2}), (?P<year>\d{4}) (?P<hour>\d{1,2}):(?P<minute>\d{2})(?P<half>[ap])m",
-        re.I,
-    ),
-)
+LONGEST_DATE = 64  # characters
 JAVASCRIPT_DATE = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
 )
@@ -4914,28 +4904,25 @@ def swipes_of(row: Mapping, parent: str, voice: str | None, now: float) -> dict[
 
 
 def parse_send_date(value: Any) -> str | None:
-    """A message's date in ISO 8601, from any of the formats that SillyTavern has used; None for anything else.
+    """A message's date in ISO 8601; None for what is not a date.
 
-    Dates without a zone are in the zone of the client that wrote them, which is taken to be this machine's.
+    SillyTavern has written 1720819812123, "2024-07-12 @21h 30m 12s 5ms", "July 12, 2024 9:30pm" and ISO 8601. Dates
+    without a zone are in the zone of the client that wrote them, which is taken to be this machine's.
     """
     with contextlib.suppress(ValueError, OverflowError, OSError):
         if isinstance(value, int | float) or (isinstance(value, str) and value.isdecimal()):
             return iso_date(datetime.fromtimestamp(float(value) / 1000).astimezone())
         if isinstance(value, str) and len(value) <= LONGEST_DATE:
-            found = next((f for pattern in SEND_DATES if (f := pattern.search(value))), None)
-            when = datetime(*date_parts(found.groupdict())) if found else datetime.fromisoformat(value)
+            text = "".join(value.split()).lower()  # some versions wrote no spaces
+            if "@" in text:
+                text, _, milliseconds = text.removesuffix("ms").partition("s")
+                when = datetime.strptime(text, "%Y-%m-%d@%Hh%Mm%S") + timedelta(milliseconds=int(milliseconds or 0))
+            elif text.endswith("m"):
+                when = datetime.strptime(text, "%B%d,%Y%I:%M%p")
+            else:
+                when = datetime.fromisoformat(value)
             return iso_date(when if when.tzinfo else when.astimezone())
     return None
-
-
-def date_parts(found: Mapping[str, str | None]) -> list[int]:
-    """Year, month, day, hour, minute, second and microsecond of a date in one of SillyTavern's formats."""
-    hour = int(found["hour"])
-    if found.get("half"):
-        hour = hour % 12 + 12 * (found["half"].lower() == "p")
-    month = MONTHS.index(found["name"].lower()) + 1 if found.get("name") else int(found["month"])
-    second, thousandth = int(found.get("second") or 0), int(found.get("thousandth") or 0)
-    return [int(found["year"]), month, int(found["day"]), hour, int(found["minute"]), second, 1000 * thousandth]
 
 
 def send_date(message: Message) -> str:
@@ -4945,10 +4932,8 @@ def send_date(message: Message) -> str:
         when = datetime.fromtimestamp(message.said_at).astimezone()
     except (ValueError, OverflowError, OSError):
         return ""
-    half = "pm" if when.hour >= 12 else "am"
-    return (
-        f"{MONTHS[when.month - 1].title()} {when.day}, {when.year:04d} {when.hour % 12 or 12}:{when.minute:02d}{half}"
-    )
+    clock = f"{when.hour % 12 or 12}:{when.minute:02d}{'pm' if when.hour >= 12 else 'am'}"
+    return f"{MONTHS[when.month - 1].title()} {when.day}, {when.year:04d} {clock}"
 
 
 def write_transcript(
@@ -11173,7 +11158,6 @@ def extension_archive(address: str) -> bytes:
 SERVER_THREADS = 128  # a stream holds one for as long as it lasts
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
 LOCAL_ORIGIN = re.compile(r"https?://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 KEYLESS = ("health", "page")  # the page has no data in it, and asks for the key
 LINKED = ("page", "extension_download")  # what a link on any other page may lead to
 LONGEST_HEADER = 4096  # characters; clients refuse answers whose headers take much more than that
@@ -11525,7 +11509,7 @@ def search_all() -> dict:
 
 @api.post("/inject")
 def inject() -> dict:
-    """What a client that asks its model itself should add to its prompt."""
+    """What a client that calls its model directly should add to its prompt."""
     return engine().inject(request_json())
 
 
