@@ -11686,11 +11686,11 @@ def compute_embeddings() -> dict:
 
 def health() -> dict:
     """What works. It needs no key; without the right one it tells no addresses, names of models or words of errors."""
-    told = engine().health()
+    status = engine().health()
     if not has_key():
         for part in ("upstream", "embedder"):
-            told[part] = {"status": told[part]["status"].partition(":")[0]}
-    return told
+            status[part] = {"status": status[part]["status"].partition(":")[0]}
+    return status
 
 
 def page() -> flask.Response:
@@ -12094,15 +12094,15 @@ def install_extras(_: Settings, folder: str) -> str:
     """Makes this file a module of the SillyTavern-Extras in a folder; raises `SettingsError`."""
     server, module = extras_files(folder)
     before = server.read_bytes()
-    bare = BLOCK_PATTERN.sub(b"", before)
-    runs = list(EXTRAS_RUN.finditer(bare))
-    if len(runs) != 1 or not all(re.search(sign, bare, re.M) for sign in EXTRAS_SIGNS):
+    unpatched = BLOCK_PATTERN.sub(b"", before)
+    runs = list(EXTRAS_RUN.finditer(unpatched))
+    if len(runs) != 1 or not all(re.search(sign, unpatched, re.M) for sign in EXTRAS_SIGNS):
         raise SettingsError(f"{server} does not look like SillyTavern-Extras' server.py, so it was left as it is.")
-    block = EXTRAS_BLOCK.encode().replace(b"\n", b"\r\n" if b"\r\n" in bare else b"\n")
-    wired = bare[: runs[0].start()] + block + bare[runs[0].start() :]
-    if wired != before:
-        backup_of(server).write_bytes(bare)
-        server.write_bytes(wired)
+    block = EXTRAS_BLOCK.encode().replace(b"\n", b"\r\n" if b"\r\n" in unpatched else b"\n")
+    patched = unpatched[: runs[0].start()] + block + unpatched[runs[0].start() :]
+    if patched != before:
+        backup_of(server).write_bytes(unpatched)
+        server.write_bytes(patched)
     if module.resolve() != Path(__file__).resolve():
         shutil.copyfile(__file__, module)
     return (
@@ -12115,10 +12115,10 @@ def install_extras(_: Settings, folder: str) -> str:
 def uninstall_extras(_: Settings, folder: str) -> str:
     """Removes this file from a SillyTavern-Extras; chats stay. Raises `SettingsError`."""
     server, module = extras_files(folder)
-    bare = BLOCK_PATTERN.sub(b"", server.read_bytes())
-    server.write_bytes(bare)
+    unpatched = BLOCK_PATTERN.sub(b"", server.read_bytes())
+    server.write_bytes(unpatched)
     backup = backup_of(server)
-    if backup.exists() and backup.read_bytes() == bare:  # else somebody has changed the file since: both are kept
+    if backup.exists() and backup.read_bytes() == unpatched:  # else somebody has changed the file since: both are kept
         backup.unlink()
     for made in (module, *(module.parent / "__pycache__").glob(f"{module.stem}.*.pyc")):
         made.unlink(missing_ok=True)

@@ -90,7 +90,7 @@ def test_odd_texts_have_vectors_too(extras, text):
 def test_what_is_no_text_is_refused(extras, body):
     """With the field's name."""
     answer = httpx.post(f"{extras.url}/api/embeddings/compute", json=body, timeout=PATIENCE)
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "text"
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == ("text" if isinstance(body, dict) else None)
 
 
 def test_an_embedder_that_loads_is_waited_for(shared_upstream, data_dir, monkeypatch):
