@@ -135,13 +135,19 @@ def test_a_turn_waits_no_longer_than_its_deadline_whatever_it_waits_for(memory, 
         raise pm.EmbedderUnavailable("embedder late")
 
     monkeypatch.setattr(memory.embedder, "encode", late)
-    monkeypatch.setattr(memory.completions, "context_length", lambda *_: 1024)
+    monkeypatch.setattr(memory.completions, "context_length", lambda *_: 2048)
     memory.recaller.change_character("Mira", True)
     for number in range(5):
         named = [m | ({"name": "Mira"} if m["role"] == "assistant" else {}) for m in LONG]
         memory.archive.append(f"other {number}", named)
     started = clock.now
-    asked = [PERSONA, *LONG, {"role": "user", "content": "Do you remember when the ferry came in with letters?"}]
+    asked = [
+        PERSONA,
+        *LONG,
+        *LONG,
+        *LONG,
+        {"role": "user", "content": "Do you remember when the ferry came in with letters?"},
+    ]
     body = {"messages": asked, "model": "m", "persona_memory": {"chat_id": "now", "character": "Mira"}}
     prepared = memory.builder.prepare(body, "now", pm.Call(""))
     assert prepared.header.startswith("degraded")
