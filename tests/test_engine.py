@@ -141,13 +141,8 @@ def test_a_turn_waits_no_longer_than_its_deadline_whatever_it_waits_for(memory, 
         named = [m | ({"name": "Mira"} if m["role"] == "assistant" else {}) for m in LONG]
         memory.archive.append(f"other {number}", named)
     started = clock.now
-    asked = [
-        PERSONA,
-        *LONG,
-        *LONG,
-        *LONG,
-        {"role": "user", "content": "Do you remember when the ferry came in with letters?"},
-    ]
+    walked = [{**m, "content": f"Step {i}: we walk on through the wet grass."} for i, m in enumerate(LONG * 3)]
+    asked = [PERSONA, *walked, {"role": "user", "content": "Do you remember when the ferry came in with letters?"}]
     body = {"messages": asked, "model": "m", "persona_memory": {"chat_id": "now", "character": "Mira"}}
     prepared = memory.builder.prepare(body, "now", pm.Call(""))
     assert prepared.header.startswith("degraded")
