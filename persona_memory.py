@@ -5722,8 +5722,11 @@ def choices_in(payload: Mapping) -> list | None:
     message = payload.get("message")
     texts = (payload[name] for name in ("response", "generated_text") if isinstance(payload.get(name), str))
     said = message if isinstance(message, dict) and "content" in message else next(texts, None)
-    finish = payload.get("done_reason") or ("stop" if payload.get("done") else None)
-    return None if said is None else [{"index": 0, "message": said, "finish_reason": finish}]
+    if said is None:
+        return None
+    if payload.get("done") is False:  # a piece of a stream
+        return [{"index": 0, "delta": said}]
+    return [{"index": 0, "message": said, "finish_reason": payload.get("done_reason") or "stop"}]
 
 
 def readable_choice(choice: dict, place: int) -> dict:
@@ -6068,9 +6071,8 @@ def without_oldest(messages: Sequence[dict], tokens: int, first: int) -> list[di
     while begin < last and tokens > 0:
         tokens -= message_tokens(messages[begin])
         begin += 1
-    while begin < last and messages[begin].get("role") in ("tool", "function"):
-        begin += 1
-    if begin < last and messages[first].get("role") == "user" and messages[begin].get("role") == "assistant":
+    beginners = ("user",) if first < last and messages[first].get("role") == "user" else ("user", "assistant")
+    while first < begin < last and messages[begin].get("role") not in beginners:
         begin += 1
     return [*messages[:first], *messages[begin:]]
 
