@@ -675,8 +675,8 @@ def test_thoughts_without_end_are_given_up(upstream, data_dir):
 # ---------------------------------------------------------------------------- prompts too long
 
 REQUESTED = (
-    "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens (4000 in the messages, 1000 in "
-    "the completion)."
+    "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens (4000 in the "
+    "messages, 1000 in the completion)."
 )
 
 
@@ -721,8 +721,8 @@ def test_without_the_oldest(roles, tokens):
     newest = [m for m in messages if m["role"] == "user"][-1:]
     assert not newest or newest[0] in kept
     if gone and first < len(kept):
-        assert kept[first]["role"] != "tool" or kept[first - 1 : first + 1] == messages[-2:]
-        assert sum(map(persona_memory.message_tokens, messages[first : first + gone])) >= min(tokens, 1)
+        assert kept[first]["role"] != "tool"
+        assert newest[0] is kept[first] or not (roles[first] == "user" and kept[first]["role"] == "assistant")
 
 
 @pytest.mark.parametrize(
