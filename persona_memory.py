@@ -220,6 +220,7 @@ class PersonaMemoryError(Exception):
     status = 500
     type = "server_error"
     code: str | None = None
+    retried = False  # whether the program has tried again itself, as often as it does
 
     def __init__(self, message: str, param: str | None = None):
         super().__init__(message)
@@ -763,8 +764,14 @@ def log_event(event: str, sentence: str, *, level: int = logging.INFO, trace: bo
     log.log(level, sentence, extra={"event": event, "figures": figures}, exc_info=trace)
 
 
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+
+
 class LogFormatter(logging.Formatter):
-    """Lines for people, or JSON with one object a line; keys never stand in either."""
+    """Lines for people, or JSON with one object a line; keys never stand in either.
+
+    A message is one line, whatever stands in a chat's id or in an upstream's words: control characters are escaped.
+    """
 
     def __init__(self, kind: str, secrets: Iterable[str] = ()):
         super().__init__("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -773,6 +780,11 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
         return redact(self._object(record) if self._json else super().format(record), self._secrets)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's own name)
+        """The line without its traceback."""
+        record.message = CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], record.message)
+        return super().formatMessage(record)
 
     def _object(self, record: logging.LogRecord) -> str:
         line = {
@@ -5110,6 +5122,8 @@ CONTEXT_FRESH_SECONDS = 300.0
 UNKNOWN_FRESH_SECONDS = 30.0
 LOCAL_SUFFIXES = (".localhost", ".local", ".lan", ".home", ".internal", ".home.arpa")
 KNOWN_MODELS = 100  # of an upstream
+LONGEST_MODEL_NAME = 200
+MOST_RELAYED = 1000  # pieces of an answer that wait for a client which reads slowly
 
 
 class Call:
@@ -5250,7 +5264,11 @@ class Gate:
             stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_before_delay(LONGEST_RETRIES_SECONDS),
             wait=pause_before_retry, sleep=call.sleep, before_sleep=self._note_retry, reraise=True,
         )  # fmt: skip
-        return retrying(self.counting_errors, work, secrets)
+        try:
+            return retrying(self.counting_errors, work, secrets)
+        except PersonaMemoryError as error:
+            error.retried = call.retry and is_transient(error)
+            raise
 
     def stream(
         self, call: Call, begin: Callable[[], tuple[list[dict], Iterator[dict]]], secrets: Iterable[str]
@@ -5323,21 +5341,30 @@ class Relay:
 
     def __init__(self, items: Iterable, call: Call, gone: Callable[[], bool]):
         self._call, self._gone = call, gone
-        self._queue: queue.Queue = queue.Queue()
+        self._queue: queue.Queue = queue.Queue(MOST_RELAYED)
         threading.Thread(target=self._pump, args=(items,), name="relay", daemon=True).start()
 
     def _pump(self, items: Iterable) -> None:
         try:
             for item in items:
-                self._queue.put((item, None))
+                self._put((item, None))
                 if self._call.cancelled:
                     break
-            self._queue.put((ENDED, None))
+            self._put((ENDED, None))
         except BaseException as error:  # raised again in the thread that reads
-            self._queue.put((None, error))
+            self._put((None, error))
         finally:
             if hasattr(items, "close"):  # a generator left half-way still holds its slot at the upstream
                 items.close()
+
+    def _put(self, entry: tuple[Any, BaseException | None]) -> None:
+        """Waits for room in the queue, for as long as somebody reads."""
+        while True:
+            try:
+                return self._queue.put(entry, timeout=POLL_SECONDS)
+            except queue.Full:
+                if self._call.cancelled:
+                    return None
 
     def next(self, seconds: float) -> Any:
         """The next item, `ENDED`, or `IDLE` when none has come in time.
@@ -5372,10 +5399,12 @@ class PerModel:
     def get(self, model: str) -> Any:
         """What is known of a model, else what is thought of one that is not known."""
         with self._lock:
-            return self._known[model] if model in self._known else self._unknown(model)
+            known = self._known.get(model[:LONGEST_MODEL_NAME])
+        return self._unknown(model) if known is None else known
 
     def put(self, model: str, value: Any) -> None:
         """Notes something of a model."""
+        model = model[:LONGEST_MODEL_NAME]
         with self._lock:
             self._known[model] = value
             self._known.move_to_end(model)
@@ -5447,11 +5476,16 @@ LONGEST_STREAM = 64 * 1024 * 1024  # bytes
 DEEPEST_JSON = 200  # brackets within brackets; json reads and writes some hundreds more
 LONGEST_ERROR = 2000  # characters of an upstream's words
 MOST_ERROR_PACKETS = 100  # that are read of an error's body
-LONGEST_MODEL_NAME = 200
 MOST_TOKENS = 10**9  # what a count of tokens may be
 NO_COMPLETION = "The upstream's answer cannot be read: it holds no completion. Is the address of the upstream right?"
 TOO_LARGE = "The upstream's answer is too large to be read."
 ALL_THOUGHTS = "The upstream's reply is empty: it used up its tokens before the first word. Raise max_tokens."
+BLOCKED_STATUSES = (400, 403, 422, 451)
+BLOCKED = re.compile(  # Azure's and OpenAI's codes, Gemini's reasons, OpenRouter's, DeepSeek's and Alibaba's words
+    r"content[ _](filter|policy|management policy|exists risk)|prohibited.?content|data_inspection_failed"
+    r"|inappropriate content|moderation|was flagged|safety (system|filter)",
+    re.IGNORECASE,
+)
 DONE, GARBLED = object(), object()  # a stream's own end; a piece that is no JSON
 EVENT_FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
 TEXT_PARTS, THOUGHT_PARTS = ("text", "output_text"), ("thinking", "reasoning", "thought")
@@ -5855,6 +5889,11 @@ def refuse_blank(choices: Sequence[tuple[Mapping, str | None]]) -> None:
 def blocked(message: str) -> UpstreamError:
     """An error for what a provider's filter stopped (status and code are Azure OpenAI's)."""
     return UpstreamError(400, {"message": message, "type": "invalid_request_error", "code": "content_filter"})
+
+
+def is_blocked(error: UpstreamError) -> bool:
+    """Whether a provider's filter refused the prompt, or stopped the reply before its first word."""
+    return error.status in BLOCKED_STATUSES and bool(BLOCKED.search(error_words(error)))
 
 
 def usage_object(prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> dict:

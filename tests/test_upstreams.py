@@ -672,6 +672,27 @@ def test_thoughts_without_end_are_given_up(upstream, data_dir):
     assert len(upstream.chats) == 3
 
 
+# ---------------------------------------------------------------------------- filters
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "blocked"),
+    [
+        (400, {"message": "The response was filtered", "code": "content_filter"}, True),
+        (400, {"message": "Rejected.", "code": "content_policy_violation"}, True),
+        (400, {"message": "Content Exists Risk"}, True),
+        (400, {"message": "Output data may contain inappropriate content.", "code": "data_inspection_failed"}, True),
+        (403, {"message": 'm requires moderation. Your input was flagged for "violence".', "code": 403}, True),
+        (400, {"message": "Gemini refuses the prompt: PROHIBITED_CONTENT."}, True),
+        (400, {"message": "Invalid content type in messages[0]"}, False),
+        (429, {"message": "moderation is busy"}, False),
+        (401, {"message": "invalid key", "code": "invalid_api_key"}, False),
+    ],
+)
+def test_what_a_filter_refused(status, error, blocked):
+    assert persona_memory.is_blocked(persona_memory.UpstreamError(status, error)) is blocked
+
+
 # ---------------------------------------------------------------------------- prompts too long
 
 REQUESTED = (
