@@ -6766,7 +6766,7 @@ class OpenAIUpstream:
                 better = dialect.learned(error, body, call.background)
                 if better is None:
                     raise self._explained(error) from error
-                log_event("learned", f"The model {model} is asked in another way: {error}", level=logging.WARNING)
+                log_event("learned", f"The model {model} is asked in another way from now on: {error}")
             except NoReply as error:
                 more_room = error.spent and call.background and dialect.tries + 1 < len(ROOM_FOR_THOUGHTS)
                 if not more_room and (error.spent or blank):
