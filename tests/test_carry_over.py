@@ -4,6 +4,7 @@ import threading
 
 import httpx
 import pytest
+from chats import open_chat
 from fakes import LocalServer, say, settings
 
 import persona_memory as pm
@@ -72,7 +73,7 @@ def test_what_is_carried_over_is_marked_and_dated(running, upstream):
     assert "Tomas sold the mule" in block and "Igor" not in prompt
     assert pm.MEMORY_HEADING not in prompt
     (one, *_) = recalled(running)
-    message = running.server.memory.chat("before").read([one["id"]])[0]
+    message = open_chat(running, "before").store.read([one["id"]])[0]
     assert one["chat_id"] == "before" and f"{pm.day_of(message)} User: My brother" in block
 
 

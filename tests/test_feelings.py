@@ -167,13 +167,14 @@ def test_the_nudges_break_ties_and_never_bury_a_match():
     message = pm.Message("i", "", "user", "I am so tired of this.")
 
     def score(match: float, **given) -> float:
-        return pm.nudged(pm.Memory(message, 0, match, {"meaning": match}), given).score
+        return pm.with_tie_breakers(pm.Memory(message, 0, match, {"meaning": match}), given).score
 
-    everything = dict.fromkeys(pm.NUDGES, 1.0)
+    everything = dict.fromkeys(pm.TIE_BREAKERS, 1.0)
     for name in ("emotion", "importance", "recency"):
         assert score(0.7, **{name: 0.9}) > score(0.7, **{name: 0.2}) > score(0.7)
     assert score(0.8) > score(0.7, **everything)
-    assert pm.nudged(pm.Memory(message, 0, 0.7, {"meaning": 0.7}), everything).scores.keys() == {"meaning", *pm.NUDGES}
+    memory = pm.with_tie_breakers(pm.Memory(message, 0, 0.7, {"meaning": 0.7}), everything)
+    assert memory.scores.keys() == {"meaning", *pm.TIE_BREAKERS}
 
 
 # ---------------------------------------------------------------------------- the Extras API

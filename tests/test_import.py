@@ -172,7 +172,7 @@ def test_an_import_that_was_cut_off_goes_on(server, monkeypatch):
     client = lived(server)
     client.chat = client.chat[:1] + [Line(m.role, m.text + " Once more.", m.name) for m in client.chat[1:]]
     text = client.file()
-    memory, add = server.server.memory, server.server.memory._add_messages
+    archive, add = server.server.memory.archive, server.server.memory.archive._add_messages
     batches = iter(range(2))
 
     def cut(store, messages):
@@ -180,9 +180,9 @@ def test_an_import_that_was_cut_off_goes_on(server, monkeypatch):
             raise pm.StoreError("the power is out")
         return add(store, messages)
 
-    monkeypatch.setattr(memory, "_add_messages", cut)
+    monkeypatch.setattr(archive, "_add_messages", cut)
     assert call(server, "POST", "import", content=text.encode()).status_code == 500
-    monkeypatch.setattr(memory, "_add_messages", add)
+    monkeypatch.setattr(archive, "_add_messages", add)
     (line,) = take_in(server, text)
     assert (line["added"], line["total"]) == (len(client.chat) - 8, len(client.chat))
     assert branch_texts(server.url, line["chat_id"]) == [m.text for m in client.chat]
@@ -199,7 +199,7 @@ def test_checkpoints_share_a_tree_and_their_vectors(server, other):
     memory.embedder.encode = lambda texts, *args, **how: (seen.update(texts), encode(texts, *args, **how))[1]
     (first,), (second,) = take_in(other, client.file()), take_in(other, branch.file())
     assert second == {"chat_id": first["chat_id"], "added": 1, "total": 6}
-    memory._background.submit(len, ()).result(PATIENCE)  # behind the jobs that compute vectors
+    memory.vectors._thread.submit(len, ()).result(PATIENCE)  # behind the jobs that compute vectors
     assert set(seen) == {m.text for m in (*client.chat, *branch.chat)} and max(seen.values()) == 1
     described = call(other, "GET", f"chats/{first['chat_id']}").json()
     assert (described["branches"], described["messages"]) == (2, len(client.chat) + 1)
@@ -449,7 +449,8 @@ def test_a_folder_of_chats_is_imported(tmp_path, server):
     assert done.returncode == 0 and "3 chats; 0 messages are new, 6 were known." in done.stdout
     memory = pm.PersonaMemory(pm.Settings(data=str(data)))
     for row in memory.chats():
-        store = memory.chat(row["chat_id"])
+        with memory.registry.borrow(row["chat_id"]) as chat:
+            store = chat.store
         assert len(store.vectors(memory.embedder.name, [n.fingerprint for n in store.tree.nodes.values()])) == 2
     memory.close()
 
@@ -463,7 +464,7 @@ def test_an_import_that_is_killed_goes_on_where_it_was(tmp_path):
         running.kill()
     memory = pm.PersonaMemory(pm.Settings(data=str(data)))
     written_by_then = sum(row["messages"] for row in memory.chats())
-    (chat,) = memory.take_in(file.read_bytes(), embed=False)
+    (chat,) = memory.archive.take_in(file.read_bytes(), embed=False)
     assert (
         chat["added"] <= 3000 - written_by_then
         and chat["total"] == 3000
@@ -596,7 +597,7 @@ class Shelf:
 
     def __init__(self, folder: Path):
         self.memory = pm.PersonaMemory(pm.Settings(data=str(folder), upstream="http://127.0.0.1:9/v1"))
-        self.memory._embed_later = lambda *_: None  # vectors are no part of an export
+        self.memory.vectors.later = lambda *_: None  # vectors are no part of an export
 
     def __enter__(self) -> pm.PersonaMemory:
         return self.memory
@@ -653,12 +654,12 @@ def test_odd_exports_are_taken_in_or_refused(folders, data):
     part[data.draw(st.sampled_from(sorted(names)))] = data.draw(ODD | VALUES | st.just("0001-01-01T00:00:00"))
     with Shelf(folders()) as memory:
         try:
-            (chat,) = memory.take_in(json.dumps(whole).encode())
+            (chat,) = memory.archive.take_in(json.dumps(whole).encode())
         except pm.InvalidRequest as error:
             assert str(error)
         else:
-            assert memory.export(chat["chat_id"])["messages"][0]["id"] == ROW["id"]
-            assert memory.export_transcript(chat["chat_id"])
+            assert memory.archive.export(chat["chat_id"])["messages"][0]["id"] == ROW["id"]
+            assert memory.archive.export_transcript(chat["chat_id"])
             assert memory.describe(chat["chat_id"])["messages"] == 1
 
 
@@ -689,7 +690,7 @@ def test_a_chat_file_comes_back_as_it_was(folders, text):
         assert again == chat
 
         def kept(memory):
-            rows = memory.export(chat["chat_id"])["messages"]
+            rows = memory.archive.export(chat["chat_id"])["messages"]
             return [(m["id"], m["confirmed"], m["voice"], m["confirmed"] and m["timestamp"]) for m in rows]
 
         assert kept(second) == kept(first)

@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
+from chats import open_chat
 from fakes import LocalServer, branch_texts, figure, say, settings, wait_until
 
 INJECT = "/api/persona_memory/inject"
@@ -163,8 +164,8 @@ def test_the_story_so_far_stands_behind_the_main_prompt(tmp_path, shared_upstrea
     given = settings(tmp_path / "data", shared_upstream.url, proxy=False, no_guidance=True, summary_every=10)
     with LocalServer(given) as running:
         inject(running, "told", LONG, context_tokens=2000)
-        shelf, store = running.server.memory.shelf, running.server.memory.chat("told")
-        wait_until(lambda: store.summaries and not shelf.due(), "the story of what has left")
+        due, store = running.server.memory.registry.catalogue.due, open_chat(running, "told").store
+        wait_until(lambda: store.summaries and not due(), "the story of what has left")
         first, second = (inject(running, "told", LONG, context_tokens=2000) for _ in range(2))
     (story,) = [row for row in first["injections"] if row["position"] == 0]
     assert story["role"] == "system"

@@ -122,8 +122,8 @@ def test_a_broken_chat_spoils_no_search(server):
     """The others are still searched."""
     fill(server, "broken", "a heron")
     fill(server, "sound", "a heron")
-    shelf = server.server.memory.shelf
-    pm.database_of(shelf.folder / pm.chat_folder("broken")).write_bytes(b"no database")
+    registry = server.server.memory.registry
+    pm.database_of(registry.folder / pm.chat_folder("broken")).write_bytes(b"no database")
     assert [m["chat_id"] for m in call(server, "/search", q="heron")["found"]] == ["sound"]
 
 
@@ -191,7 +191,7 @@ def test_settings_know_where_they_come_from(tmp_path):
         "data": "flag --data", "upstream_key": "variable GEMINI_API_KEY",
     }  # fmt: skip
     memory = pm.PersonaMemory(found)
-    rows = {row["name"]: row for row in memory.options()}
+    rows = {row["name"]: row for row in memory.status.options()}
     memory.close()
     assert list(rows) == [f.name for f in pm.fields(pm.Settings)]
     assert (rows["upstream_key"]["value"], rows["api_key"]["value"]) == ("(hidden)", "")
@@ -202,7 +202,7 @@ def test_settings_know_where_they_come_from(tmp_path):
 @pytest.mark.parametrize(
     ("upstream", "embedder", "turn", "level", "words", "advice"),
     [
-        ("ok", "ready", {}, "ok", "All is well", ""),
+        ("ok", "ready", {}, "ok", "OK", ""),
         ("ok", "loading", {}, "loading", "loading", "by words"),
         ("failed: no memory", "ready", {}, "trouble", "embedded model", "no memory"),
         ("ok", "failed: no file", {}, "notice", "not by meaning", "--embedder"),
@@ -225,7 +225,7 @@ def test_settings_know_where_they_come_from(tmp_path):
             "late",
             "not aff",
         ),
-        ("ok", "ready", {"outcome": "client_gone", "status": 499, "why": "left"}, "ok", "All is well", ""),
+        ("ok", "ready", {"outcome": "client_gone", "status": 499, "why": "left"}, "ok", "OK", ""),
     ],
 )
 def test_how_things_stand_is_said_in_words(upstream, embedder, turn, level, words, advice):

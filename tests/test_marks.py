@@ -2,6 +2,7 @@
 
 import httpx
 import pytest
+from chats import open_chat
 from fakes import LocalServer, branch_texts, say, settings
 
 import persona_memory as pm
@@ -200,7 +201,7 @@ def test_nonsense_changes_nothing(running, upstream, body):
 def test_only_what_counts_as_memory_can_be_changed(running, upstream):
     """No unknown message, and no reply that the client has not shown again."""
     ask(running, upstream)
-    tree = running.server.memory.chat("tale").tree
+    tree = open_chat(running, "tale").tree
     (unseen,) = tree.replies[next(i for i, n in tree.nodes.items() if n.depth == len(HISTORY))]
     for message in ("0" * 32, unseen):
         assert call(running, "PATCH", f"messages/{message}", {"pinned": True}).status_code == 404
@@ -212,5 +213,5 @@ def about(running) -> dict:
 
 
 def settle(running) -> None:
-    """Wait until the storyteller has done all that it was told to."""
-    running.server.memory.storyteller._thread.submit(int).result(60)
+    """Wait until the summarizer has done all that is due."""
+    running.server.memory.summarizer._thread.submit(int).result(60)

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import DESKTOP, PHONE, needs_chromium, open_browser
+from chats import open_chat
 from fakes import LocalServer, Upstream, branch_texts, say, settings, wait_until
 from playwright.sync_api import expect
 from roleplay import PERSONA, messages, play
@@ -412,7 +413,7 @@ def test_a_prompt_says_what_went_in_and_what_it_cost(visit, asked):
 
 def test_what_was_left_out_of_a_prompt_is_shown_with_its_reason(visit, told):
     """Where the report says so."""
-    store = told.server.server.memory.chat(told.id)
+    store = open_chat(told.server, told.id).store
     row = told.row(3)
     left = {"id": row["id"], "index": 3, "role": row["role"], "name": row["name"], "score": 1.5, "reason": "no room"}
     page = visit("about:blank")

@@ -160,7 +160,7 @@ def test_the_running_maximum_is_the_maximum_of_the_window(values, reach):
 def test_moved_values_keep_their_length_and_order(values, places):
     n = len(values)
     slow = [values[i - places] if 0 <= i - places < n else 0 for i in range(n)]
-    assert pm.moved(values, places).tolist() == slow
+    assert pm.displaced(values, places).tolist() == slow
 
 
 @given(st.lists(st.integers(0, 5)), st.lists(st.integers(0, 5)))
@@ -172,7 +172,7 @@ def test_the_shared_front(a, b):
 
 @given(SHORT, st.floats(0, 10))
 def test_what_is_worth_recalling_comes_best_first_and_over_the_bar(scores, bar):
-    places = pm.worth_recalling(scores, bar)
+    places = pm.admissible(scores, bar)
     assert [float(scores[i]) for i in places] == sorted((float(scores[i]) for i in places), reverse=True)
     assert set(places) == set(np.flatnonzero(scores >= bar).tolist())
 
@@ -277,7 +277,7 @@ def test_an_index_that_has_followed_others_is_as_a_fresh_one(branches):
         assert old.raw_lexical.tolist() == pytest.approx(new.raw_lexical.tolist())
         assert old.rarity.tolist() == pytest.approx(new.rarity.tolist())
         assert old.days.tolist() == new.days.tolist()
-    assert index.bare == fresh.bare == list(dict.fromkeys(n.fingerprint for n in nodes_of(messages)))
+    assert index.unembedded == fresh.unembedded == list(dict.fromkeys(n.fingerprint for n in nodes_of(messages)))
 
 
 def test_a_long_message_is_found_by_any_of_its_chunks():
@@ -288,9 +288,9 @@ def test_a_long_message_is_found_by_any_of_its_chunks():
     assert len(keys) > 3
     vectors = np.eye(len(keys), dtype=np.float32)
     index.add_vectors({keys[0]: vectors[0]})
-    assert index.bare == [keys[0], keys[-1]]
+    assert index.unembedded == [keys[0], keys[-1]]
     index.add_vectors(dict(zip(keys, vectors, strict=True)))
-    assert index.bare == []
+    assert index.unembedded == []
     assert index.evidence((), vectors[2]).cosine.tolist() == [1, 0]
     assert index.evidence((), vectors[-1]).cosine.tolist() == [0, 1]
     assert index.vector(keys[0]).tolist() == vectors[0].tolist()
@@ -313,7 +313,7 @@ def test_what_is_chosen_fits_repeats_nothing_and_is_worth_its_tokens(candidates,
     chosen, left = pm.choose(needs, costs, lambda a, b: topics[a] == topics[b], budget)
     assert sum(costs[i] for i in chosen) <= budget
     assert len({topics[i] for i in chosen}) == len(chosen)
-    worth = {i for i in range(len(needs)) if needs[i] >= pm.PRICE * costs[i]}
+    worth = {i for i in range(len(needs)) if needs[i] >= pm.COST_PER_TOKEN * costs[i]}
     assert set(chosen) | set(left) == worth
     for place, twin in left.items():
         assert twin is None or (twin in chosen and topics[twin] == topics[place])
@@ -328,8 +328,9 @@ def test_the_likeliest_memory_is_taken_before_cheap_ones():
 @given(st.floats(0, 5), st.floats(0, 5), st.floats(0.1, 5))
 def test_a_better_score_is_needed_more(a, b, best):
     low, high = sorted((a, b))
-    assert 0 < pm.need(low, best) <= pm.need(high, max(best, high)) + 1e-9 or high > best
-    assert 0 <= pm.need(high, best) <= 1
+    likelier = pm.relevance_probability(high, max(best, high))
+    assert 0 < pm.relevance_probability(low, best) <= likelier + 1e-9 or high > best
+    assert 0 <= pm.relevance_probability(high, best) <= 1
 
 
 @pytest.mark.parametrize(
@@ -345,7 +346,7 @@ def test_a_better_score_is_needed_more(a, b, best):
 )
 def test_near_duplicates(a, b, cosine, same):
     """By meaning where there are vectors, else by words; another number is other news."""
-    assert pm.says_the_same(a, b, cosine) is same
+    assert pm.is_duplicate(a, b, cosine) is same
 
 
 def test_what_is_friendly_in_a_friendly_chat_does_not_stand_out():

@@ -4,7 +4,7 @@ import re
 
 import httpx
 import pytest
-from chats import LANGUAGES, Encoder, read_chat, recall_at
+from chats import LANGUAGES, Encoder, open_chat, read_chat, recall_at
 from fakes import LocalServer, say, settings, wait_until
 from multilingual import write_model, written_texts
 from sillytavern import memories_in
@@ -67,9 +67,8 @@ def ask(server, upstream, text: str, talk=TALK, before=(), persona=PERSONA) -> l
 
 def embedded(server, chat_id: str) -> None:
     """Waits for the vectors of a chat."""
-    memory = server.server.memory
-    store = memory.chat(chat_id)
-    memory._embed_missing(store, store.tree.path(store.head))
+    chat = open_chat(server, chat_id)
+    server.server.memory.vectors.embed(chat, chat.path())
 
 
 def report_of(server, upstream) -> dict:
@@ -185,8 +184,8 @@ def test_scores_by_signal_add_up_in_search_and_prompts(running, shared_upstream)
     found = httpx.get(path, params={"q": "Who sells maps of the northern isles?"}, timeout=60).json()["memories"]
     assert report["recalled"] and found
     for row in (*report["recalled"], *found):
-        assert set(row["scores"]) <= {*pm.SIGNALS, *pm.NUDGES, "supersedes"}
-        assert row["scores"].keys() & pm.NUDGES.keys()
+        assert set(row["scores"]) <= {*pm.SIGNALS, *pm.TIE_BREAKERS, "supersedes"}
+        assert row["scores"].keys() & pm.TIE_BREAKERS.keys()
         assert sum(row["scores"].values()) == pytest.approx(row["score"], abs=0.005)
 
 
@@ -217,7 +216,7 @@ def reminded(server, upstream, text: str, card=CARD) -> list[dict]:
     for _ in range(2):
         reply = say(server.url, [card, *shown, {"role": "user", "content": text}], stream=False)
         embedded(server, reply.chat_id)
-        known = server.server.memory._personas[server.server.memory.chat(reply.chat_id)]
+        known = open_chat(server, reply.chat_id).persona_vectors
         wait_until(lambda known=known: known and all(v is not None for v in known.values()), "the persona's vectors")
     return upstream.last["body"]["messages"]
 
@@ -326,7 +325,7 @@ def test_another_embedder_takes_over_in_the_background(shared_upstream, tmp_path
 
 def vectors_of(server, messages) -> dict:
     """The chat's stored vectors by the server's embedder, once all are there."""
-    store = server.server.memory.chat("tale")
+    store = open_chat(server, "tale").store
     found = store.vectors(server.server.memory.embedder.name, [m.fingerprint for m in messages])
     return found if len(found) == len({m.fingerprint for m in messages}) else {}
 
@@ -338,7 +337,7 @@ def test_turns_go_on_by_words_while_vectors_are_computed(shared_upstream, tmp_pa
     with LocalServer(
         settings(tmp_path, shared_upstream.url, context=2048, embedder=multilingual), ready=False
     ) as server:
-        server.server.memory._embed_each = lambda store, ids: None  # the background has not come to it
+        server.server.memory.vectors.embed = lambda chat, ids: None  # the background has not come to it
         server.wait_ready()
         shown = lines(*TALK, *FILLER)
         reply = say(server.url, [PERSONA, *shown, {"role": "user", "content": "Where did I meet Clara?"}], stream=False)

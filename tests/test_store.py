@@ -1,8 +1,10 @@
-"""The chat store and the shelf, on a real disk."""
+"""The chat store and the registry of chats, on a real disk."""
 
+import json
 import pickle
 import shutil
 import sqlite3
+import threading
 from dataclasses import replace
 
 import diskcache
@@ -24,17 +26,38 @@ def chain(*texts, parent=pm.ROOT, **more) -> list[pm.Message]:
 
 
 @pytest.fixture
-def shelf(tmp_path):
-    """An opened shelf in an empty folder."""
-    opened = pm.ChatShelf(tmp_path)
-    opened.start()
-    return opened
+def registry(tmp_path):
+    """The chats of an empty folder."""
+    opened = pm.ChatRegistry(tmp_path)
+    yield opened
+    opened.close()
+
+
+def made(registry, chat_id: str, *texts: str, explicit=True) -> pm.ChatStore:
+    """The store of a new chat with those messages."""
+    registry.create(chat_id, explicit)
+    with registry.borrow(chat_id) as chat, chat.lock:
+        chat.store.commit(chain(*texts))
+        registry.enter(chat, chat.tree.nodes)
+        return chat.store
+
+
+def texts_of(registry, chat_id: str) -> list[str]:
+    """The messages of a chat."""
+    with registry.borrow(chat_id) as chat:
+        return [m.content for m in chat.store.read(list(chat.tree.nodes))]
 
 
 @pytest.fixture
-def store(shelf):
-    """A chat on it."""
-    return shelf.create("a chat", explicit=True)
+def store(registry):
+    """A chat in it."""
+    return made(registry, "a chat")
+
+
+def put(store, key, value) -> None:
+    """Writes a row of any kind into a chat's database."""
+    with store._database.use() as cache:
+        cache.set(key, value)
 
 
 def reopened(store) -> pm.ChatStore:
@@ -101,8 +124,8 @@ def test_vectors_are_kept_by_text_and_broken_ones_are_left_out(store):
     """Unit vectors come back; bytes of another length or of no unit vector count as missing."""
     good = np.array([0.6, 0.8], np.float32)
     store.put_vectors("model", {"good": good, "long": good * 9})
-    store._disk.run(store._cache.set, "v:model:odd", b"123")
-    store._disk.run(store._cache.set, "v:model:text", "no bytes")
+    put(store, "v:model:odd", b"123")
+    put(store, "v:model:text", "no bytes")
     found = store.vectors("model", ["good", "long", "odd", "text", "absent"])
     assert list(found) == ["good"] and np.array_equal(found["good"], good)
     assert store.vectors("another model", ["good"]) == {}
@@ -111,9 +134,9 @@ def test_vectors_are_kept_by_text_and_broken_ones_are_left_out(store):
 def test_pickles_are_refused_both_ways(store, tmp_path):
     """A value that would be pickled is not written, and a planted pickle is not loaded."""
     with pytest.raises(pm.StoreError):
-        store._disk.run(store._cache.set, "m:x", {"a": "dict"})
+        put(store, "m:x", {"a": "dict"})
     with pytest.raises(pm.StoreError):
-        store._disk.run(store._cache.set, ("a", "tuple"), "text")
+        put(store, ("a", "tuple"), "text")
     marker = tmp_path / "ran"
 
     class Payload:
@@ -131,9 +154,10 @@ def test_pickles_are_refused_both_ways(store, tmp_path):
 
 def test_nothing_is_evicted(store):
     """diskcache's defaults, which delete old entries past a size, are off."""
-    assert store._cache.eviction_policy == "none"
-    assert store._cache.size_limit == store._cache.disk_min_file_size == pm.FOREVER
-    assert store._cache.sqlite_synchronous == 2
+    with store._database.use() as cache:
+        assert cache.eviction_policy == "none"
+        assert cache.size_limit == cache.disk_min_file_size == pm.FOREVER
+        assert cache.sqlite_synchronous == 2
 
 
 def test_the_last_reports_are_kept(store):
@@ -142,67 +166,225 @@ def test_the_last_reports_are_kept(store):
         store.commit(report=pm.PromptReport(number, "", 1, {}, {"memories": 0}, 0, 0, [], 0.0))
     assert [r["at"] for r in store.reports(2)] == [pm.KEPT_REPORTS + 2, pm.KEPT_REPORTS + 1]
     assert len(store.reports(1000)) == pm.KEPT_REPORTS
-    assert sum(k.startswith("p:") for k in store._disk.run(lambda: list(store._cache.iterkeys()))) == pm.KEPT_REPORTS
+    with store._database.use() as cache:
+        assert len(pm.stored_rows(cache, "p:")) == pm.KEPT_REPORTS
 
 
-def test_ids_cannot_walk_the_file_system(shelf, tmp_path):
-    """Whatever the id, the chat is one folder of the shelf."""
+def test_ids_cannot_walk_the_file_system(registry, tmp_path):
+    """Whatever the id, the chat is one folder of the data."""
     for chat_id in ("../../up", "/etc/passwd", "a\0b", "x" * 5000, "..", "ü 🐈"):
-        store = shelf.create(chat_id, explicit=True)
+        store = made(registry, chat_id)
         assert store.directory.parent == tmp_path / "chats" and len(store.directory.name) == 32
-        assert shelf.get(chat_id).id == chat_id
+        with registry.borrow(chat_id) as chat:
+            assert chat.id == chat_id
+
+
+def rebuilt(tmp_path) -> pm.ChatRegistry:
+    """The registry of another start, once its catalogue is complete."""
+    again = pm.ChatRegistry(tmp_path)
+    again.start()
+    assert again._listed.wait(60)
+    return again
 
 
 @pytest.mark.parametrize("damage", ["absent", "garbage"])
-def test_a_lost_catalogue_is_made_anew(shelf, tmp_path, damage):
-    """The list and the locator come back from the chats."""
-    store = shelf.create("chat-1", explicit=False)
-    messages = chain("where is the key", "under the mat")
-    store.commit(messages)
-    shelf.enter(store, [m.id for m in messages])
-    shelf._disk.run(shelf._catalogue.close)
+def test_a_lost_catalogue_is_made_anew(registry, tmp_path, damage):
+    """The list and the locator come back from the chats; what was damaged is kept aside."""
+    made(registry, "chat-1", "where is the key", "under the mat", explicit=False)
+    registry.close()
     shutil.rmtree(tmp_path / "catalogue")
     if damage == "garbage":
         (tmp_path / "catalogue").mkdir()
         (tmp_path / "catalogue" / "cache.db").write_bytes(b"no database" * 1000)
-    again = pm.ChatShelf(tmp_path)
-    again.start()
-    assert [c["chat_id"] for c in again.chats()] == ["chat-1"]
-    digests = [(m.role, m.digest) for m in messages]
+    again = rebuilt(tmp_path)
+    assert [c["chat_id"] for c in again.catalogue.chats()] == ["chat-1"]
+    digests = [(m.role, m.digest) for m in chain("where is the key", "under the mat")]
     found, _ = again.locate(digests, lambda chat: pm.align(chat.tree, [d for _, d in digests]))
-    assert found.id == "chat-1"
+    assert found == "chat-1"
+    assert len(list(tmp_path.glob("catalogue.damaged-*"))) == (damage == "garbage")
 
 
-def test_a_deleted_chat_is_gone_from_list_locator_and_disk(shelf, tmp_path):
+@pytest.mark.parametrize("error", ["database is locked", "database or disk is full", "disk I/O error"])
+def test_what_cannot_be_read_just_now_is_not_taken_for_damaged(tmp_path, monkeypatch, error):
+    """A user's settings for characters outlive a full disk and another program's lock."""
+    settings = pm.CharacterSettings(tmp_path / "characters")
+    settings.set("Mira", carry_over=True)
+    settings.close()
+
+    def fails(*_):
+        raise sqlite3.OperationalError(error)
+
+    again = pm.CharacterSettings(tmp_path / "characters")
+    with monkeypatch.context() as broken:
+        broken.setattr(pm.SharedCache, "get", fails)
+        with pytest.raises(pm.StoreError):
+            again.get("Mira")
+    assert again.get("Mira") == {"carry_over": True}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["characters"]
+
+
+def test_settings_of_characters_are_changed_one_by_one(tmp_path):
+    """By several processes at once, too: what one sets, the other keeps."""
+    ours, theirs = (pm.CharacterSettings(tmp_path / "characters") for _ in range(2))
+    ours.set("Mira", carry_over=True)
+    theirs.set("Mira", other=1)
+    assert ours.get("Mira") == {"carry_over": True, "other": 1}
+
+
+def test_a_deleted_chat_is_gone_from_list_locator_and_disk(registry, tmp_path):
     """Another chat with the same text stays."""
     for chat_id in ("chat-1", "chat-2"):
-        store = shelf.create(chat_id, explicit=False)
-        store.commit(chain("the very same words"))
-        shelf.enter(store, store.tree.nodes)
-    shelf.delete(shelf.get("chat-1"))
-    assert [c["chat_id"] for c in shelf.chats()] == ["chat-2"] and len(shelf) == 1
-    assert shelf.get("chat-1") is None
+        made(registry, chat_id, "the very same words", explicit=False)
+    registry.delete("chat-1")
+    assert [c["chat_id"] for c in registry.catalogue.chats()] == ["chat-2"] and len(registry) == 1
+    with registry.lookup("chat-1") as chat:
+        assert chat is None
     digest = chain("the very same words")[0].digest
-    assert shelf._chats_of([digest]) == [["chat-2"]]
+    assert registry.catalogue.holding([digest]) == [["chat-2"]]
+    assert len(list((tmp_path / "chats").iterdir())) == 1
 
 
-def test_many_chats_may_be_used_by_turns(shelf):
-    """More chats than stay open; each is found again whole."""
-    for number in range(pm.OPEN_CHATS + 8):
-        shelf.create(f"chat {number}", explicit=True).commit(chain(f"words of {number}"))
-    for number in range(pm.OPEN_CHATS + 8):
-        store = shelf.get(f"chat {number}")
-        assert store.read(list(store.tree.nodes))[0].content == f"words of {number}"
-    assert len(shelf._open) == pm.OPEN_CHATS
+def test_a_chat_that_cannot_be_read_harms_no_other_and_can_be_deleted(registry, tmp_path):
+    """Chats that share its texts are still found; it stays in the list until it is deleted."""
+    damaged = made(registry, "damaged", "the same greeting", "a", explicit=False)
+    made(registry, "sound", "the same greeting", "b", explicit=False)
+    registry.close()
+    pm.database_of(damaged.directory).write_bytes(b"no database" * 1000)
+    again = rebuilt(tmp_path)
+    with pytest.raises(pm.StoreError), again.lookup("damaged"):
+        pass
+    digests = [(m.role, m.digest) for m in chain("the same greeting", "b")]
+    assert again.locate(digests, lambda chat: pm.align(chat.tree, [d for _, d in digests]))[0] == "sound"
+    again.delete("damaged")
+    assert [c["chat_id"] for c in again.catalogue.chats()] == ["sound"]
 
 
-def test_a_chat_that_another_process_deletes_or_makes_anew(shelf, tmp_path):
+def test_a_deletion_that_was_cut_off_is_finished_at_the_next_start(registry, tmp_path):
+    """Neither a line without a chat nor a folder without a line stays."""
+    for chat_id in ("renamed", "gone", "kept"):
+        made(registry, chat_id, f"words of {chat_id}")
+    registry.close()
+    folder = {chat_id: tmp_path / "chats" / pm.chat_folder(chat_id) for chat_id in ("renamed", "gone")}
+    folder["renamed"].rename(tmp_path / "chats" / f"{pm.DELETED}1")
+    shutil.rmtree(folder["gone"])
+    again = rebuilt(tmp_path)
+    assert [c["chat_id"] for c in again.catalogue.chats()] == ["kept"]
+    assert len(list((tmp_path / "chats").iterdir())) == 1
+    with pytest.raises(pm.NotFound):
+        again.delete("gone")
+
+
+def test_a_message_that_hangs_under_none_is_left_out(registry, tmp_path):
+    """As a reply that came after its chat was deleted and made anew: the chat opens all the same."""
+    store = made(registry, "chat", "one")
+    orphan = chain("lost", parent="0" * 32)[0]
+    put(store, f"m:{orphan.id}", json.dumps(pm.asdict(orphan) | {"order": 7}))
+    registry.close()
+    again = rebuilt(tmp_path)
+    assert texts_of(again, "chat") == ["one"]
+    with again.borrow("chat") as chat:
+        chat.store.commit(chain("two"))
+    assert texts_of(again, "chat") == ["one", "two"]
+
+
+def test_a_chat_of_a_newer_version_is_refused_in_words(registry, tmp_path):
+    """And keeps no other from being opened."""
+    newer, unknown = made(registry, "newer", "one"), made(registry, "unknown field", "one")
+    made(registry, "ours", "two")
+    put(newer, "format", pm.STORE_FORMAT + 1)
+    put(unknown, "m:x", json.dumps({"order": 9, "parent": "", "mood": "?"}))
+    registry.close()
+    shutil.rmtree(tmp_path / "catalogue")
+    again = rebuilt(tmp_path)
+    with pytest.raises(pm.StoreError, match="newer version"), again.lookup("newer"):
+        pass
+    with pytest.raises(pm.StoreError), again.lookup("unknown field"):
+        pass
+    assert [c["chat_id"] for c in again.catalogue.chats()] == ["ours"]
+
+
+def test_who_lags_far_behind_reads_the_chat_anew(store, monkeypatch):
+    """Changes are kept for others for a while only."""
+    monkeypatch.setattr(pm, "KEPT_GENERATIONS", 3)
+    other = reopened(store)
+    for number in range(9):
+        store.commit(chain(f"message {number}"))
+    other.catch_up()
+    assert other.tree.nodes == store.tree.nodes and len(other.tree.nodes) == 9
+    with store._database.use() as cache:
+        assert len([key for key in cache.iterkeys() if key.startswith("g:")]) == 3
+
+
+def test_many_chats_may_be_used_by_turns(tmp_path):
+    """More chats than stay open, each is found again whole; one in use is never closed."""
+    registry = pm.ChatRegistry(tmp_path, most_open=4)
+    first = made(registry, "chat 0", "words of 0")
+    with registry.borrow("chat 0") as held:
+        assert held.store is first
+        for number in range(1, 12):
+            made(registry, f"chat {number}", f"words of {number}")
+        for number in range(12):
+            assert texts_of(registry, f"chat {number}") == [f"words of {number}"]
+        assert len(registry._lent) == 4
+        with registry.borrow("chat 0") as again:
+            assert again is held
+        held.store.commit(chain("more"))
+    for number in range(1, 6):
+        texts_of(registry, f"chat {number}")
+    with pytest.raises(pm.StoreError):
+        held.store.commit(chain("too late"))
+    assert texts_of(registry, "chat 0") == ["words of 0", "more"]
+
+
+def test_one_who_opens_a_chat_keeps_nobody_from_another(registry, monkeypatch):
+    """A long chat that is read from disk stands in the way of those alone who want that chat."""
+    made(registry, "long", "one")
+    made(registry, "short", "two")
+    with registry.borrow("short"):
+        pass
+    opening, go_on = threading.Event(), threading.Event()
+    registry._forget(pm.chat_folder("long"), registry._lent[pm.chat_folder("long")])
+    open_chat = pm.Chat
+
+    def slowly(folder):
+        opening.set()
+        assert go_on.wait(60)
+        return open_chat(folder)
+
+    monkeypatch.setattr(pm, "Chat", slowly)
+    found = []
+    waiting = [threading.Thread(target=lambda: found.append(texts_of(registry, "long"))) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+    assert opening.wait(60)
+    assert texts_of(registry, "short") == ["two"] and found == []
+    go_on.set()
+    for thread in waiting:
+        thread.join(60)
+    assert found == [["one"], ["one"]]
+
+
+def test_a_chat_that_another_process_deletes_or_makes_anew(registry, tmp_path):
     """Nothing is written into a file that is gone, and nothing of the old chat is read."""
-    shelf.create("chat", explicit=True).commit(chain("old words"))
-    other = pm.ChatShelf(tmp_path)
-    other.start()
-    other.delete(other.get("chat"))
-    assert shelf.get("chat") is None
-    other.create("chat", explicit=True).commit(chain("new words"))
-    seen = shelf.get("chat")
-    assert [m.content for m in seen.read(list(seen.tree.nodes))] == ["new words"]
+    made(registry, "chat", "old words")
+    other = pm.ChatRegistry(tmp_path)
+    other.delete("chat")
+    with registry.lookup("chat") as chat:
+        assert chat is None
+    made(other, "chat", "new words")
+    assert texts_of(registry, "chat") == ["new words"]
+
+
+def test_words_are_found_in_any_case(registry):
+    """English letters whatever their case in the middle of a word; others as a word is usually written."""
+    store = made(registry, "chat", "We met at McDonald's, 100% sure.", "ÄRGER in Überlingen", 'under_score "quoted"')
+    for words in (
+        ["mcdonald's"],
+        ["MCDONALD", "SURE"],
+        ["100%"],
+        ["ärger"],
+        ["überlingen"],
+        ["under_score", '"QUOTED"'],
+    ):
+        assert len(list(pm.messages_holding(pm.database_of(store.directory), words))) == 1, words
+    assert list(pm.messages_holding(pm.database_of(store.directory), ["under", "%_"])) == []

@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import httpx
 import pytest
+from chats import open_chat
 from fakes import PATIENCE, Handler, LocalServer, Server, Upstream, completion, say, settings, wait_until
 from hypothesis import example, given
 from hypothesis import settings as trials
@@ -135,7 +136,7 @@ def test_what_is_not_condensed_is_told(context, size):
     budget = pm.story_tokens(context, SHARES)
     tokens = pm.SHORTEST_SUMMARY if size == "shortest" else pm.summary_room(10**6, budget)
     story = uncondensed_story(budget, tokens)
-    assert pm.tell_story(story, [], budget).summaries == tuple(story)
+    assert pm.render_story(story, [], budget).summaries == tuple(story)
 
 
 # ---------------------------------------------------------------------------- the request and its answer
@@ -479,7 +480,7 @@ FACTS = st.lists(st.text(min_size=1, max_size=60), max_size=8).map(
 @given(STORIES, FACTS, st.integers(-20, 400))
 def test_the_story_never_takes_more_than_its_budget(story, facts, budget):
     """What is told is the newest part of the story; the facts keep their order."""
-    told = pm.tell_story(story, facts, budget)
+    told = pm.render_story(story, facts, budget)
     assert told.tokens <= max(0, budget)
     assert told.summaries == tuple(story[len(story) - len(told.summaries) :])
     held = [f for f, _ in facts]
@@ -490,12 +491,12 @@ def test_the_story_never_takes_more_than_its_budget(story, facts, budget):
 def test_the_story_is_framed_and_in_order():
     """Numbered from 1, oldest first, facts behind."""
     story = [summary(0, 19, text="Tomas came."), summary(20, 39, text="Tomas went.")]
-    told = pm.tell_story(story, [(fact("cat", "The cat is called Miso.", 7), None)], 300)
+    told = pm.render_story(story, [(fact("cat", "The cat is called Miso.", 7), None)], 300)
     assert told.text.splitlines() == [
         "[The story so far, oldest first:]", "(#1-20) Tomas came.", "(#21-40) Tomas went.", "Facts:",
         "- #8 The cat is called Miso.", "[End of the story so far]",
     ]  # fmt: skip
-    assert pm.tell_story([], [], 300) == pm.Story()
+    assert pm.render_story([], [], 300) == pm.Story()
 
 
 def test_the_story_stands_behind_the_only_system_message():
@@ -709,7 +710,7 @@ def small(chronicler, data_dir):
 
 def settle(running) -> None:
     """Wait until the storyteller has done all that it was told to."""
-    running.server.memory.storyteller._thread.submit(int).result(PATIENCE)
+    running.server.memory.summarizer._thread.submit(int).result(PATIENCE)
 
 
 class Game:
@@ -1002,7 +1003,7 @@ def test_stories_follow_branches_through_any_course_of_a_chat(small, chronicler)
             games.append(edited(game, rng.randrange(len(game.contents)), line(9000 + step)))
             game = games[-1]
         game.turn(7000 + step)
-        about, store = game.about(), small.server.memory.shelf.get("course")
+        about, store = game.about(), open_chat(small, "course").store
         path, hidden = store.tree.path(about["last_prompt"]["tip"]), about["last_prompt"]["hidden"]
         standing = {pm.summary_line(s) for s in store.summaries.values() if path[s.start : s.end + 1][-1:] == [s.last]
                     and s.end < hidden}  # fmt: skip
@@ -1191,7 +1192,7 @@ def assert_clean(fake, contents: list[str], told: list[str]):
 
 def all_told(running, chat_id: str) -> list[str]:
     """The texts of all summaries that a chat ever had."""
-    return [one.text for one in running.server.memory.shelf.get(chat_id).summaries.values()]
+    return [one.text for one in open_chat(running, chat_id).store.summaries.values()]
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -1225,7 +1226,7 @@ def test_bad_answers_never_harm_the_story(bad, name):
     fake.page = {}
     game.play(4)
     assert_sound(game.about(), game.contents)
-    kept = running.server.memory.shelf.get(game.chat_id).summaries.values()
+    kept = open_chat(running, game.chat_id).store.summaries.values()
     assert extracts & {(one.start, one.end) for one in kept if one.source == "model"}
     assert_clean(fake, game.contents, all_told(running, game.chat_id))
 
@@ -1360,7 +1361,7 @@ def fact_path(game: Game) -> str:
 
 def first_fact(game: Game) -> pm.Fact:
     """The fact of a chat's first message, which newer ones supersede."""
-    facts = game.running.server.memory.shelf.get(game.chat_id).facts.values()
+    facts = open_chat(game.running, game.chat_id).store.facts.values()
     return next(f for f in facts if f.index == 0)
 
 
@@ -1398,7 +1399,7 @@ def test_a_users_words_outlast_a_model_that_is_still_writing(small, chronicler):
 
     for number in range(100, 120):
         game.turn(number, settled=False)
-        done = small.server.memory.storyteller._thread.submit(int)
+        done = small.server.memory.summarizer._thread.submit(int)
         wait_until(lambda done=done: held() or done.done(), "the stretch's next try")
         if held():
             break
@@ -1446,7 +1447,7 @@ def test_a_forgotten_fact_stays_forgotten(small, chronicler):
     look(other, chronicler)
     again = other.about()["story"][0]
     assert (again["end"], again["source"]) == (3, "model") and again["id"] != first, "summarised again, with its facts"
-    assert small.server.memory.shelf.get("stays").facts[gone.id].forgotten
+    assert open_chat(small, "stays").store.facts[gone.id].forgotten
 
 
 BAD_CALLS = [

@@ -51,12 +51,12 @@ def main() -> None:
             seconds = time.perf_counter() - begun
             print(f"{what}: {seconds:.1f} s, {count / seconds:.0f} messages/s ({result})")
 
-        measure("read and written", lambda: memory.take_in(raw, embed=False))
+        measure("read and written", lambda: memory.archive.take_in(raw, embed=False))
         chat = memory.chats()[0]["chat_id"]
-        measure("vectors", lambda: sum(memory.embed_chat(chat)))
-        measure("the same again", lambda: memory.take_in(raw, embed=False))
-        measure("its vectors again", lambda: sum(memory.embed_chat(chat)))
-        measure("exported, bytes", lambda: len(json.dumps(memory.export(chat))))
+        measure("vectors", lambda: sum(memory.vectors.of_chat(chat)))
+        measure("the same again", lambda: memory.archive.take_in(raw, embed=False))
+        measure("its vectors again", lambda: sum(memory.vectors.of_chat(chat)))
+        measure("exported, bytes", lambda: len(json.dumps(memory.archive.export(chat))))
         memory.close()
 
 

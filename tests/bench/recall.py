@@ -114,11 +114,11 @@ class Conversation:
         """The nudges of the best messages by score, as the program's search gives them; 0 elsewhere."""
         now, size = pm.read_emotion(text), len(scores)
         best = np.argsort(-scores, kind="stable")[: pm.MOST_MEMORIES]
-        given = {name: np.zeros(size, np.float32) for name in pm.NUDGES}
+        given = {name: np.zeros(size, np.float32) for name in pm.TIE_BREAKERS}
         given["emotion"][best] = [pm.emotion_match(now, self.readings[i]) for i in best]
         given["importance"][best] = self.importance[best]
         given["recency"][best] = best / size
-        return {name: np.float32(pm.NUDGES[name]) * values for name, values in given.items()}
+        return {name: np.float32(pm.TIE_BREAKERS[name]) * values for name, values in given.items()}
 
 
 def chain(recorded: dict):
@@ -286,7 +286,7 @@ def fitted(conversations: list[Conversation], rows: list[list[np.ndarray]]) -> n
 
 def ablation_rows(conversations: list[Conversation], style: str) -> tuple[list[str], list[list[np.ndarray]]]:
     """The names of all parts of a score, and per conversation and question their weighted values [n, parts]."""
-    names = [*pm.SIGNALS, "supersedes", *pm.NUDGES]
+    names = [*pm.SIGNALS, "supersedes", *pm.TIE_BREAKERS]
     rows = []
     for c in conversations:
         rows.append([])
@@ -315,7 +315,7 @@ def show_ablation(conversations: list[Conversation]) -> None:
         ones = np.ones(len(names), np.float32)
         whole = table(conversations, weighted(rows, ones))
         print(head(f"without, asked as {style}, points") + f"{'5 r@10':>8s}")
-        groups = {name: [name] for name in names} | {"all nudges": list(pm.NUDGES)}
+        groups = {name: [name] for name in names} | {"all nudges": list(pm.TIE_BREAKERS)}
         for label, absent in groups.items():
             kept = np.array([name not in absent for name in names], np.float32)
             without = table(conversations, weighted(rows, kept))
@@ -375,7 +375,7 @@ def show_speed(count: int) -> None:
         topics = " ".join(dice.choice(vocabulary[50:], 6, p=often[50:] / often[50:].sum()))  # the first are stop words
         query = pm.understand(f"When did Ann say {topics}?", "Bo", index.speakers, index.now)
         scores = pm.weigh(query, index.evidence(query.words, vectors[0]))["score"]
-        pm.worth_recalling(scores, pm.relevance_bar("When?", scores))
+        pm.admissible(scores, pm.relevance_bar("When?", scores))
         asking.append(time.perf_counter() - start)
     for label, times in (("a turn's recall", asking), ("adding a message", adding)):
         ms = 1000 * np.array(times)

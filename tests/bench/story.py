@@ -31,7 +31,7 @@ CONTEXT, EVERY = 8192, 20
 SHARES = pm.parse_shares(pm.Settings.budget)
 
 
-class Extracting(pm.Storyteller):
+class Extracting(pm.Summarizer):
     """Asks no model."""
 
     def _asker(self, *_):
@@ -50,22 +50,22 @@ def told(conversation: dict, data: Path, args) -> tuple[pm.ChatStore, int]:
         engine.storyteller = Extracting(engine.settings, engine.upstream, engine.embedder.name)
     engine.start()
     user = conversation["speakers"][0]
-    engine.append(
+    engine.archive.append(
         conversation["id"],
         [
             {"role": "user" if t["speaker"] == user else "assistant", "name": t["speaker"], "content": t["text"]}
             for t in conversation["turns"]
         ],
     )
-    engine.search(conversation["id"], "hello")  # waits for the vectors
-    store = engine.chat(conversation["id"])
-    end = min(len(conversation["turns"]) // EVERY, args.stretches or 10**6) * EVERY
-    for until in range(EVERY, end + 1, EVERY):
-        plan = pm.StoryPlan(store.head, 0, until, pm.story_tokens(CONTEXT, SHARES), CONTEXT)
-        engine.storyteller.tell(store, plan)
-        progress(f"{conversation['id']}: {until} of {end} messages")
+    engine.recaller.search(conversation["id"], "hello")  # waits for the vectors
+    with engine.registry.borrow(conversation["id"]) as chat:
+        end = min(len(conversation["turns"]) // EVERY, args.stretches or 10**6) * EVERY
+        for until in range(EVERY, end + 1, EVERY):
+            plan = pm.SummaryPlan(chat.store.head, 0, until, pm.story_tokens(CONTEXT, SHARES), CONTEXT)
+            engine.summarizer.summarize_branch(chat, plan)
+            progress(f"{conversation['id']}: {until} of {end} messages")
     engine.close()
-    return store, end
+    return chat.store, end
 
 
 def gold_terms(conversation: dict, end: int) -> set[str]:
