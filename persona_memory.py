@@ -66,6 +66,7 @@ import argparse
 import atexit
 import base64
 import binascii
+import codecs
 import contextlib
 import functools
 import hashlib
@@ -139,14 +140,18 @@ LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def setting(default: Any, help_text: str, shown: str = "", secret: bool = False) -> Any:
-    """A field of `Settings`: its default, its help, how the default reads where the value does not say it, and whether
-    the value is a key that is never shown."""
+    """A field of `Settings`: its default, its help text, how the help and the README display the default, and whether
+    the value is a key, which is never displayed."""
     return field(default=default, metadata={"help": help_text, "shown": shown or str(default), "secret": secret})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every option of the program; a field `some_name` is the flag `--some-name` and `PERSONA_MEMORY_SOME_NAME`."""
+    """Every option of the program; a field `some_name` is the flag `--some-name` and `PERSONA_MEMORY_SOME_NAME`.
+
+    `sources` is not an option: it maps a field's name to where its value was set ("flag --port", "variable NAME",
+    ".env NAME"). Fields that have their default are missing there.
+    """
 
     proxy: bool = setting(False, "serve the OpenAI-compatible API under /v1", "off")
     host: str = setting("127.0.0.1", "address to listen on; anything but loopback needs --api-key")
@@ -195,16 +200,10 @@ class Settings:
     )
     log_format: str = setting("text", "`text` for people, `json` for one object a line")
     log_text: bool = setting(False, "write message text into the log", "off")
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
-    def sources(self) -> Mapping[str, str]:
-        """Where each field that is no default was set: "flag", "variable NAME", ".env NAME"."""
-        return self.__dict__.get("_sources", {})
 
-    def set_by(self, sources: Mapping[str, str]) -> Settings:
-        """The same settings, which know where each was set."""
-        self.__dict__["_sources"] = dict(sources)  # no field: it is no option
-        return self
+OPTIONS = tuple(f for f in fields(Settings) if f.name != "sources")
 
 
 def flag_of(name: str) -> str:
@@ -2265,7 +2264,7 @@ def sane_text(text: str) -> str:
 # ======================================================================================================================
 
 FRONT = 64  # how far into a transcript a changed front is looked for
-SAME_TEXT = 64  # how many messages of one text are tried as the transcript's place, newest first
+SAME_TEXT = 64  # how many messages of one text are tried as the transcript's beginning, newest first
 
 
 class Tree:
@@ -2356,8 +2355,9 @@ class Tree:
 class Alignment:
     """Where a transcript hangs in a tree: under `base` stand the stored messages `kept`, then what is new.
 
-    `matches` are the transcript's places that are stored where this alignment puts them, `users` says how many of
-    those a user wrote, and `skipped` how many messages in front have no place of their own (a folded persona).
+    `matches` are the indexes in the transcript of the messages that are stored where this alignment puts them, `users`
+    says how many of those a user wrote, and `skipped` how many messages in front are no part of the chat (a persona in
+    the first turn).
     """
 
     base: str = ROOT
@@ -2386,11 +2386,11 @@ class Alignment:
         return self.users > 0 and (self.run > 1 or (self.base == ROOT and 0 in self.matches))
 
 
-def longest_run(places: Sequence[int]) -> int:
+def longest_run(numbers: Sequence[int]) -> int:
     """The length of the longest stretch of consecutive numbers in a rising list."""
     best = run = 0
-    for previous, place in itertools.pairwise((-2, *places)):
-        run = run + 1 if place == previous + 1 else 1
+    for previous, number in itertools.pairwise((-2, *numbers)):
+        run = run + 1 if number == previous + 1 else 1
         best = max(best, run)
     return best
 
@@ -2437,7 +2437,7 @@ def exact_start(tree: Tree, digests: Sequence[str], head: str) -> Alignment | No
 def shifted_start(tree: Tree, digests: Sequence[str]) -> Alignment:
     """For a transcript whose front was changed: hung under the base that most of its later messages agree on.
 
-    A message at place i that is stored somewhere speaks for the base i + 1 levels above it.
+    A message at index i that is stored somewhere speaks for the base i + 1 levels above it.
     """
     votes: dict[str, dict[int, str]] = defaultdict(dict)
     for i, digest in enumerate(digests[:FRONT]):
@@ -2452,7 +2452,7 @@ def shifted_start(tree: Tree, digests: Sequence[str]) -> Alignment:
 def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
     """Where a transcript (at least one message) hangs in a tree whose chat was last at `head`.
 
-    A match of the first message wins, unless a run of later messages is longer and agrees on a place that deletions
+    A match of the first message wins, unless a run of later messages is longer and agrees on a base that deletions
     behind the first message do not explain. From the base on, the first message that differs starts a new branch.
     """
     exact = exact_start(tree, digests, head)
@@ -2468,7 +2468,7 @@ def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
 def align_floating(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
     """As `align`, for a request without a system message, whose first message is the persona.
 
-    That message may change at every turn and stays when what followed it is dropped, so the rest finds the place; the
+    That message may change at every turn and stays when what followed it is dropped, so the rest finds the base; the
     first message itself only counts as evidence, and is stored when the chat begins.
     """
     rest = align(tree, digests[1:], head) if len(digests) > 1 else Alignment()
@@ -2487,6 +2487,9 @@ def align_floating(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alig
 
 ABSENT_IDS = ("", "undefined", "null", "None")  # what scripts send where they have no id
 GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\]")  # SillyTavern's default words
+JAVASCRIPT_DATE = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
+)
 SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}): (?=.*\S)", re.S)
 
 
@@ -2575,8 +2578,8 @@ def check_message(message: Any, where: str) -> None:
 def check_options(body: Mapping) -> None:
     """Raises `InvalidRequest` where an option that this program reads has another type."""
     for name in ("max_tokens", "max_completion_tokens"):
-        if (optional_field(body, name, int) or 0) < 0:
-            raise InvalidRequest(f"{name} must be a whole number, 0 or more.", name)
+        if body.get(name) is not None and whole_number(body[name]) is None:
+            raise InvalidRequest(f"{name} must be a whole number.", name)
     optional_field(body, "stream", bool)
     optional_field(body, "model", str)
 
@@ -2589,14 +2592,29 @@ def parse_identity(fields: Mapping, where: str = "") -> Identity:
     return Identity(**said | {"kind": kind}, complete=bool(optional_field(fields, "complete", bool, where)))
 
 
+def iso_date(when: datetime) -> str:
+    """A date and time in the part of ISO 8601 that JavaScript reads (ECMAScript, "Date Time String Format").
+
+    Raises `ValueError` for the calendar's first and last year, which no other time zone may be able to express.
+    """
+    if not datetime.min.year < when.year < datetime.max.year:
+        raise ValueError(f"the year {when.year} is out of range")
+    text = when.isoformat()  # old zones are so many seconds from UTC, which JavaScript does not read
+    return text if JAVASCRIPT_DATE.fullmatch(text) else when.astimezone(UTC).isoformat()
+
+
 def parse_timestamp(text: Any, where: str) -> str | None:
-    """A date and time in ISO 8601 as it came, or None; raises `InvalidRequest` for anything else."""
+    """A date and time in ISO 8601, or None; raises `InvalidRequest` for anything else.
+
+    It is returned as it came where JavaScript reads it too, and written anew where only Python does.
+    """
+    if text is None:
+        return None
     try:
-        if text is not None:
-            datetime.fromisoformat(text)
+        written = iso_date(datetime.fromisoformat(text))
     except (TypeError, ValueError):
         raise InvalidRequest(f"{where} must be a date and time in ISO 8601.", where) from None
-    return text
+    return text if JAVASCRIPT_DATE.fullmatch(text) else written
 
 
 def shown_turns(messages: Sequence[dict]) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
@@ -2754,7 +2772,7 @@ class Database:
             if self._closed:
                 raise StoreError("store: closed")
             try:
-                self._cache = self._cache or self._open()
+                self._cache = self._open() if self._cache is None else self._cache
                 yield self._cache
             except (OSError, sqlite3.Error, diskcache.Timeout, ValueError, KeyError, TypeError) as error:
                 self._roll_back()
@@ -2777,7 +2795,7 @@ class Database:
 
     def _roll_back(self) -> None:
         """Ends a transaction that a full disk has left open, which would keep out every later one."""
-        connection = self._cache and self._cache._connection
+        connection = None if self._cache is None else self._cache._connection
         if connection and connection.in_transaction:
             with contextlib.suppress(sqlite3.Error):
                 connection.rollback()
@@ -2785,7 +2803,7 @@ class Database:
     def rest(self) -> None:
         """Closes the files, which empties SQLite's write-ahead log; the next use opens them again."""
         with self.lock:
-            if self._cache:
+            if self._cache is not None:
                 self._cache.close()
             self._cache = None
 
@@ -2797,18 +2815,54 @@ class Database:
 
 
 class RebuiltDatabase(Database):
-    """A database that the chats can do without: a damaged one is set aside, and made anew."""
+    """A database that the chats can do without. A damaged one is set aside, at its opening or at the first error, and
+    made anew; `on_loss` is called where that happens later than at the opening."""
+
+    def __init__(self, folder: Path, synchronous: int, on_loss: Callable[[], None] = lambda: None):
+        super().__init__(folder, synchronous)
+        self._on_loss = on_loss
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[SharedCache]:
+        """As `Database.use`."""
+        try:
+            with super().use() as cache:
+                yield cache
+        except StoreError as error:
+            if is_damage(error.__cause__):
+                with self.lock:
+                    self._set_aside()
+                    self._on_loss()
+            raise
 
     def _open(self) -> SharedCache:
         try:
-            return super()._open()
+            return self._checked(super()._open())
         except sqlite3.DatabaseError as error:
-            if not any(words in str(error) for words in DAMAGED):  # locked or out of space: it may be whole
+            if not is_damage(error):  # locked, or the disk is full: it may be whole
                 raise
-            aside = set_aside(self.folder)
-            words = f"{self.folder} was damaged. It is kept as {aside.name}, and made anew."
-            log_event("renewed", words, level=logging.WARNING)
+            self._set_aside()
             return super()._open()
+
+    @staticmethod
+    def _checked(cache: SharedCache) -> SharedCache:
+        """The cache, all of it readable; raises `sqlite3.DatabaseError`."""
+        found = cache._sql("PRAGMA quick_check(1)").fetchone()
+        if found != ("ok",):
+            cache.close()
+            raise sqlite3.DatabaseError(f"malformed: {found}")
+        return cache
+
+    def _set_aside(self) -> None:
+        self.rest()
+        aside = set_aside(self.folder)
+        words = f"{self.folder} was damaged. It is kept as {aside.name}, and made anew."
+        log_event("renewed", words, level=logging.WARNING)
+
+
+def is_damage(error: BaseException | None) -> bool:
+    """Whether SQLite means that a file is damaged, not that it cannot be read just now."""
+    return isinstance(error, sqlite3.DatabaseError) and any(words in str(error) for words in DAMAGED)
 
 
 def set_aside(folder: Path) -> Path:
@@ -2872,7 +2926,7 @@ class ChatStore:
         for row in rows:
             if row["parent"] in self.tree.nodes or row["parent"] == ROOT:
                 self._remember(row)
-            else:  # written after its chat was deleted and made anew; nothing can be said of its place
+            else:  # written after its chat was deleted and made anew: it belongs nowhere
                 log_event("orphan", f"Message {row['id']} hangs under none of its chat.", level=logging.WARNING)
         self.summaries = {key[2:]: Summary(**row) for key, row in stored_rows(cache, "s:").items()}
         self.facts = {key[2:]: Fact(**row) for key, row in stored_rows(cache, "f:").items()}
@@ -3525,13 +3579,8 @@ class Catalogue:
     chat whose summary is due, `embedder` whose vectors all chats have, `changes` a counter.
     """
 
-    def __init__(self, folder: Path):
-        self._database = RebuiltDatabase(folder, synchronous=1)
-
-    def open(self) -> None:
-        """Opens it; raises `StoreError`."""
-        with self._database.use():
-            pass
+    def __init__(self, folder: Path, on_loss: Callable[[], None] = lambda: None):
+        self._database = RebuiltDatabase(folder, 1, on_loss)
 
     def enter(self, line: Mapping, digests: Sequence[str] = ()) -> None:
         """Notes a chat's line in the list, and texts that it holds."""
@@ -3608,7 +3657,7 @@ class CharacterSettings:
     """What a user has set for characters, by their names."""
 
     def __init__(self, folder: Path):
-        self._database = RebuiltDatabase(folder, synchronous=2)
+        self._database = RebuiltDatabase(folder, 2)
 
     def get(self, name: str) -> dict:
         """What is set for a character."""
@@ -3652,7 +3701,7 @@ class ChatRegistry:
 
     def __init__(self, data: Path, most_open: int = OPEN_CHATS):
         self.folder = data / "chats"
-        self.catalogue = Catalogue(data / "catalogue")
+        self.catalogue = Catalogue(data / "catalogue", self._relist)
         self.characters = CharacterSettings(data / "characters")
         self._most_open = most_open
         self._lent: OrderedDict[str, Lending] = OrderedDict()  # by folder, the last used last
@@ -3677,11 +3726,18 @@ class ChatRegistry:
             for name in lines.keys() - folders.keys():  # deleted by hand, or in a program that was killed meanwhile
                 self.catalogue.remove(lines[name], None)
             unlisted = [folder for name, folder in folders.items() if name not in lines]
+            with contextlib.suppress(StoreError):  # damage shows now; without it chats go on
+                self.characters.get("")
             self._started = True
         if unlisted:
             threading.Thread(target=self._enter_all, args=(unlisted,), name="catalogue", daemon=True).start()
         else:
             self._listed.set()
+
+    def _relist(self) -> None:
+        """Has all chats entered anew, since the catalogue was lost."""
+        self._started = False
+        self._listed.clear()
 
     def _enter_all(self, folders: Sequence[Path]) -> None:
         for folder in folders:
@@ -4443,7 +4499,7 @@ STORY_SHARE = 0.6  # of the memories' share
 SURE_FEELING = 0.6  # confidence from which the model that summarises is told what a message feels
 FACTS_SHARE = 0.25  # of the story's
 PINNED_SHARE = 0.5  # of the story's: what a user has pinned goes first
-PINNED_TOKENS = 120  # that are told of a pinned message
+PINNED_TOKENS = 120  # of a pinned message at most
 SPEAKERS = {"user": "User", "assistant": "You"}  # who spoke, where the client gives no names
 SUMMARIES_IN_STORY = 6  # that fit beside each other at their largest
 COMPRESSION = 0.26  # a summary's size against what it covers, at most
@@ -4718,10 +4774,10 @@ def facts_of(facts: Iterable[Fact], indexes: Mapping[str, int], before: float) -
 
 
 def pinned_fact(message: Message, index: int) -> Fact:
-    """What is told of a pinned message, when the prompt does not show it."""
+    """A pinned message as a fact, for prompts that do not show it."""
     text = whole_sentences(message.content, PINNED_TOKENS)
-    told = f"{message.name or SPEAKERS[message.role]}: {text}"
-    return Fact(message.id, "", told, "", message.id, index, index, pinned=True)
+    line = f"{message.name or SPEAKERS[message.role]}: {text}"
+    return Fact(message.id, "", line, "", message.id, index, index, pinned=True)
 
 
 def still_quotes(fact: Fact, message: Message) -> bool:
@@ -5229,8 +5285,9 @@ def preceded(message: dict, block: str) -> dict:
 # ======================================================================================================================
 
 EXPORT_FORMAT, EXPORT_VERSION = "persona_memory", 1
-UNNAMED = ("", "unused")  # what newer headers hold for names
+NO_NAMES = (None, "", "unused")  # what headers hold where they name nobody; newer versions write "unused"
 STAND_IN_AVATAR = "img/ai4.png"  # SillyTavern's own; a message that has one carries its speaker's name into the prompt
+LONGEST_DATE = 64  # characters; one of the patterns below takes quadratic time on long texts
 SEND_DATES = (
     re.compile(
         r"(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})\s*@\s*(?P<hour>\d{1,2})h\s*(?P<minute>\d{1,2})m"
@@ -5245,13 +5302,17 @@ KEPT_INFO = {  # what an export holds of a chat beside its messages, with its ty
     "chat_id": str, "explicit": bool, "created": float, "updated": float, "character": str, "user_name": str,
     "shows_history": bool, "persona": str,
 }  # fmt: skip
-LATEST = 2.0**36  # Unix seconds; far beyond what anybody has said
+LATEST = 2.0**36  # Unix seconds, in the year 4147
 FIELD_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "str | None": str | None}
 
 
 @dataclass(frozen=True)
 class ChatCopy:
-    """A chat as a file holds it: its messages (parents first), the last one of its branch, and what else is known."""
+    """A chat as a file holds it.
+
+    `messages` are those of all branches, parents first; `head` is the id of the last message of the current branch;
+    `info` holds what KEPT_INFO lists.
+    """
 
     messages: tuple[Message, ...]
     head: str
@@ -5261,7 +5322,7 @@ class ChatCopy:
 
     @property
     def path(self) -> list[Message]:
-        """The messages of its branch, oldest first."""
+        """The messages of the current branch, oldest first."""
         by_id, path, at = {m.id: m for m in self.messages}, [], self.head
         while at:
             path.append(by_id[at])
@@ -5269,53 +5330,86 @@ class ChatCopy:
         return path[::-1]
 
 
-def reject_constant(name: str) -> None:
-    """NaN and the infinities are Python's, not JSON's."""
-    raise ValueError(f"{name} is no JSON value")
+def json_value(text: str | bytes) -> Any:
+    """The value of a JSON text (RFC 8259); raises `ValueError`.
+
+    Python's parser alone would let NaN, the infinities and integers of any length pass, which few others read.
+    """
+    try:
+        return json.loads(text, parse_constant=finite_number, parse_float=finite_number, parse_int=short_integer)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def finite_number(text: str) -> float:
+    """A JSON number that has a fraction or an exponent; raises `ValueError` where it is NaN or infinite."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is not a number that JSON knows")
+    return number
+
+
+def short_integer(text: str) -> int:
+    """A JSON number without fraction and exponent; raises `ValueError` where it is longer than any 64-bit number."""
+    if len(text) > 20:
+        raise ValueError(f"a number of {len(text)} digits is too long")
+    return int(text)
+
+
+def parse_json(text: str, where: str = "") -> Any:
+    """The value of a JSON text; raises `InvalidRequest` naming `where`, by default the line of the error."""
+    try:
+        return json_value(text)
+    except ValueError as error:
+        line = where or f"line {getattr(error, 'lineno', 1)}"
+        raise InvalidRequest(f"{line} is not valid JSON: {str(error)[:200]}.", line) from None
 
 
 def read_chat_file(raw: bytes) -> ChatCopy:
-    """A chat out of an export's bytes, or of a SillyTavern chat file's; raises `InvalidRequest` naming the line."""
+    """The chat in an export or in a SillyTavern chat file; raises `InvalidRequest` naming the line or the field."""
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = raw.count(b"\n", 0, error.start) + 1
         where = f"line {number}"
         raise InvalidRequest(f"{where} is not UTF-8.", where) from None
-    opening = first_value(text)
-    if opening is None or (isinstance(opening, dict) and "format" in opening):
-        return read_export(parse_json(text, ""))
-    return read_transcript(text)
-
-
-def first_value(text: str) -> Any:
-    """The JSON value in the first line of a text; None where that line holds no whole one."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text.lstrip().partition("\n")[0])
-    return None
-
-
-def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text; raises `InvalidRequest`, with the line where `where` does not name it."""
     try:
-        return json.loads(text, parse_constant=reject_constant)
-    except (ValueError, RecursionError) as error:
-        line = where or f"line {getattr(error, 'lineno', 1)}"
-        raise InvalidRequest(f"{line} is not valid JSON: {str(error)[:200]}.", line) from None
+        opening = json_value(text.lstrip().partition("\n")[0])
+    except ValueError:
+        opening = None  # an export on several lines, or no JSON at all
+    if opening is None or (isinstance(opening, dict) and "format" in opening):
+        return read_export(parse_json(text))
+    return read_transcript(text)
 
 
 # --------------------------------------------------------------------------------------------- SillyTavern's chat files
 
 
 def read_transcript(text: str) -> ChatCopy:
-    """A chat out of a SillyTavern chat file: a header (older versions write groups none), then a message a line."""
+    """The chat in a SillyTavern chat file: a header (older versions write none for groups), then a message a line.
+
+    Chosen swipes make the branch, rejected ones are their siblings.
+    """
     lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     rows = [(where, parse_json(line, where)) for where, line in lines]
-    for place, (where, row) in enumerate(rows):
-        check_row(row, where, may_be_header=place == 0)
+    for index, (where, row) in enumerate(rows):
+        check_row(row, where, may_be_header=index == 0)
     header = rows[0][1] if rows and "mes" not in rows[0][1] else {}
-    told = [row for _, row in rows[bool(header) :] if is_told(row)]
-    return copy_of_transcript(header, told)
+    said = [row for _, row in rows[bool(header) :] if is_message(row)]
+    user, character = ("" if header.get(k) in NO_NAMES else header[k] for k in ("user_name", "character_name"))
+    replies = [row for row in said if not row.get("is_user")]
+    group = not header or (not character and bool(replies) and all(row.get("original_avatar") for row in replies))
+    names = {side: [row["name"] for row in said if row.get("is_user") == side and row.get("name")] for side in (1, 0)}
+    user = "".join(names[1][-1:]) if group or not user else user
+    messages, head, now = [], ROOT, time.time()
+    for row in said:
+        name = row.get("name") or ""
+        in_front = name and name != user and (group or row.get("force_avatar"))  # the client sends "name: text" then
+        siblings = swipes_of(row, head, name if in_front else None, now)
+        messages += siblings.values()
+        head = next(m.id for m in siblings.values() if m.confirmed)
+    info = {"user_name": user, "character": character or "".join(names[0][-1:])}
+    return ChatCopy(tuple(messages), head, {k: sane_text(v) for k, v in info.items() if v})
 
 
 def check_row(row: Any, where: str, may_be_header: bool) -> None:
@@ -5334,46 +5428,17 @@ def check_row(row: Any, where: str, may_be_header: bool) -> None:
             raise InvalidRequest(f"{where}: {name} is missing or of another type.", where)
 
 
-def is_told(row: Mapping) -> bool:
+def is_message(row: Mapping) -> bool:
     """Whether a line of a chat file is a message of the chat.
 
-    Narrator's lines, comments and the client's own notices (all have a type) are none of either side's. A message that
-    the user has hidden from the prompt is: what the prompt has no room for is what a memory is there for.
+    Narrator lines, comments and the client's own notices are not; they have a type. Messages that the user has hidden
+    from the prompt are: what the prompt has no room for is what a memory is there for.
     """
     return bool(row["mes"].strip()) and not (row.get("extra") or {}).get("type")
 
 
-def copy_of_transcript(header: Mapping, rows: Sequence[Mapping]) -> ChatCopy:
-    """A chat file's messages as the client sends them: chosen swipes make the branch, rejected ones hang beside it."""
-    user, character = (named_in_header(header, key) for key in ("user_name", "character_name"))
-    replies = [row for row in rows if not row.get("is_user")]
-    group = not header or (not character and bool(replies) and all(row.get("original_avatar") for row in replies))
-    names = {side: [row["name"] for row in rows if row.get("is_user") == side and row.get("name")] for side in (1, 0)}
-    user = "".join(names[1][-1:]) if group or not user else user
-    messages, head, now = [], ROOT, time.time()
-    for row in rows:
-        siblings = swipes_of(row, head, voice_of(row, user, group), now)
-        messages += siblings.values()
-        head = next(m.id for m in siblings.values() if m.confirmed)
-    character = character or "".join(names[0][-1:])
-    info = {"user_name": user, "character": character}
-    return ChatCopy(tuple(messages), head, {k: v for k, v in info.items() if v})
-
-
-def named_in_header(header: Mapping, key: str) -> str:
-    """A name in a chat file's header; empty where it is none."""
-    name = header.get(key) or ""
-    return "" if name in UNNAMED else name
-
-
-def voice_of(row: Mapping, user: str, group: bool) -> str | None:
-    """The name that the client puts in front of a message's text: in groups, and for lines lent to another speaker."""
-    name = row.get("name") or ""
-    return name if name and name != user and (group or row.get("force_avatar")) else None
-
-
 def swipes_of(row: Mapping, parent: str, voice: str | None, now: float) -> dict[str, Message]:
-    """A line's swipes by id, in their order; the one that is chosen is confirmed."""
+    """A line's swipes by id, in their order, as the client would send them; the chosen one is confirmed."""
     swipes = [s for s in row.get("swipes") or () if isinstance(s, str)]
     at = row.get("swipe_id")
     chosen = at if isinstance(at, int) and 0 <= at < len(swipes) else len(swipes)
@@ -5383,36 +5448,31 @@ def swipes_of(row: Mapping, parent: str, voice: str | None, now: float) -> dict[
     details = [d if isinstance(d, dict) else {} for d in row.get("swipe_info") or ()]
     details += [{}] * (len(swipes) - len(details))
     details[chosen] = row
+    role = "user" if row.get("is_user") else "assistant"
     found: dict[str, Message] = {}
-    for place, (text, detail) in enumerate(zip(swipes, details, strict=False)):
-        when = parse_send_date(detail.get("send_date"))
-        made = filed_message(row, text, parent, voice, when, now)
-        if text.strip() and (place == chosen or made.id not in found):
-            found[made.id] = replace(made, confirmed=place == chosen)
+    for index, (text, detail) in enumerate(zip(swipes, details, strict=False)):
+        content = (f"{voice}: {text}" if voice else text).replace("\r", "")
+        key = message_id(parent, message_digest(role, content))
+        if text.strip() and (index == chosen or key not in found):
+            found[key] = Message(
+                key, parent, role, content, timestamp=parse_send_date(detail.get("send_date")), at=now,
+                tokens=message_tokens({"role": role, "content": content}), confirmed=index == chosen, voice=voice,
+            )  # fmt: skip
     return found
 
 
-def filed_message(row: Mapping, text: str, parent: str, voice: str | None, when: str | None, now: float) -> Message:
-    """One swipe of a line of a chat file as the client would send it."""
-    role = "user" if row.get("is_user") else "assistant"
-    content = (f"{voice}: {text}" if voice else text).replace("\r", "")
-    tokens = message_tokens({"role": role, "content": content})
-    key = message_id(parent, message_digest(role, content))
-    return Message(key, parent, role, content, timestamp=when, at=now, tokens=tokens, voice=voice)
-
-
 def parse_send_date(value: Any) -> str | None:
-    """A message's date in ISO 8601, whichever of SillyTavern's formats it has; None where it has none of them.
+    """A message's date in ISO 8601, from any of the formats that SillyTavern has used; None for anything else.
 
-    Dates without a zone are this machine's, as the client that wrote them.
+    Dates without a zone are in the zone of the client that wrote them, which is taken to be this machine's.
     """
     with contextlib.suppress(ValueError, OverflowError, OSError):
         if isinstance(value, int | float) or (isinstance(value, str) and value.isdecimal()):
-            return datetime.fromtimestamp(float(value) / 1000).astimezone().isoformat()
-        if isinstance(value, str):
+            return iso_date(datetime.fromtimestamp(float(value) / 1000).astimezone())
+        if isinstance(value, str) and len(value) <= LONGEST_DATE:
             found = next((f for pattern in SEND_DATES if (f := pattern.search(value))), None)
             when = datetime(*date_parts(found.groupdict())) if found else datetime.fromisoformat(value)
-            return (when if when.tzinfo else when.astimezone()).isoformat()
+            return iso_date(when if when.tzinfo else when.astimezone())
     return None
 
 
@@ -5427,8 +5487,8 @@ def date_parts(found: Mapping[str, str | None]) -> list[int]:
 
 
 def send_date(message: Message) -> str:
-    """A message's date as SillyTavern writes it, in this machine's zone: "July 12, 2024 9:30pm"; empty where it is out
-    of a calendar's reach."""
+    """A message's date as SillyTavern writes it, in this machine's zone: "July 12, 2024 9:30pm"; empty where it is
+    outside the calendar."""
     try:
         when = datetime.fromtimestamp(message.said_at).astimezone()
     except (ValueError, OverflowError, OSError):
@@ -5444,13 +5504,16 @@ def write_transcript(
 ) -> str:
     """A branch as a SillyTavern chat file; `siblings` are the messages under each message's parent, in their order.
 
-    Of those, replies that no request has shown are swipes; edits and other branches are not for a client's arrows.
+    Siblings that are unconfirmed replies become swipes. Edits and other branches do not: a client's arrows offer
+    replies only.
     """
     user, character = info.get("user_name") or SPEAKERS["user"], info.get("character") or SPEAKERS["assistant"]
     replies = [m for m in path if m.role == "assistant"]
     group = bool(replies) and all(m.voice for m in replies)
-    header = {"user_name": user, "character_name": character, "create_date": "", "chat_metadata": {}}
-    header["create_date"] = send_date(path[0]) if path else ""
+    header = {
+        "user_name": user, "character_name": character, "create_date": send_date(path[0]) if path else "",
+        "chat_metadata": {},
+    }  # fmt: skip
     names = {"user": user, "assistant": character}
     rows = [transcript_row(m, siblings.get(m.parent, ()), m.voice or m.name or names[m.role]) for m in path]
     return "".join(json.dumps(row) + "\n" for row in ([] if group else [header]) + rows)
@@ -5465,19 +5528,18 @@ def transcript_row(message: Message, siblings: Sequence[Message], name: str) -> 
     if message.voice:
         row["force_avatar"] = STAND_IN_AVATAR
     if message.role == "assistant":
-        offered = [m for m in siblings if m is message or (m.role == "assistant" and not m.confirmed)]
-        texts = [unprefixed(replace(m, voice=message.voice)) for m in offered]
-        kept = [i for i, m in enumerate(offered) if m is message or texts[i] != row["mes"]]
-        row["swipe_id"] = [offered[i] for i in kept].index(message)
-        row["swipes"] = [texts[i] for i in kept]
-        row["swipe_info"] = [{"send_date": send_date(offered[i]), "extra": {}} for i in kept]
+        replies = [m for m in siblings if m is message or (m.role == "assistant" and not m.confirmed)]
+        texts = [(m, unprefixed(replace(m, voice=message.voice))) for m in replies]
+        swipes = [(m, text) for m, text in texts if m is message or text != row["mes"]]
+        row["swipe_id"] = [m for m, _ in swipes].index(message)
+        row["swipes"] = [text for _, text in swipes]
+        row["swipe_info"] = [{"send_date": send_date(m), "extra": {}} for m, _ in swipes]
     return row
 
 
 def unprefixed(message: Message) -> str:
-    """A message's text without the name that the client puts in front of it."""
-    text = message.original  # the client has its own words, whatever a user has made of them here
-    return text.removeprefix(f"{message.voice}: ") if message.voice else text
+    """The client's text of a message, without the name that the client puts in front of it."""
+    return message.original.removeprefix(f"{message.voice}: ") if message.voice else message.original
 
 
 # ----------------------------------------------------------------------------------------------------------- exports
@@ -5494,54 +5556,55 @@ def write_export(copy: ChatCopy) -> dict:
 
 
 def read_export(data: Any) -> ChatCopy:
-    """A chat out of an export; raises `InvalidRequest` naming the place that is wrong."""
+    """The chat in an export; raises `InvalidRequest` naming the field that is wrong."""
     if not isinstance(data, dict) or data.get("format") != EXPORT_FORMAT:
         raise InvalidRequest("This is neither a SillyTavern chat file nor an export of persona_memory.")
     if data.get("version") != EXPORT_VERSION:
         raise InvalidRequest(f"This export has version {data.get('version')!r}; known is {EXPORT_VERSION}.", "version")
-    info = data.get("chat")
-    if not isinstance(info, dict) or not is_name(info.get("chat_id")):
-        raise InvalidRequest("chat.chat_id must be a string that names a chat.", "chat.chat_id")
-    kept = {k: typed_value(info[k], kind, f"chat.{k}") for k, kind in KEPT_INFO.items() if info.get(k) is not None}
-    messages = [checked_message(m, where) for m, where in rows_of(data, "messages", Message)]
+    info = read_info(data.get("chat"))
+    messages = [checked_message(m, where) for m, where in records(data, "messages", Message)]
     check_tree(messages)
-    known = {m.id for m in messages}
-    summaries = [s for s, _ in rows_of(data, "summaries", Summary)]
-    facts = [f for f, _ in rows_of(data, "facts", Fact)]
-    head = typed_value(info.get("head", ROOT), str, "chat.head")
+    summaries = [s for s, _ in records(data, "summaries", Summary)]
+    facts = [f for f, _ in records(data, "facts", Fact)]
+    head = typed_value(data["chat"].get("head", ROOT), str, "chat.head")
     used = {head, *(s.last for s in summaries), *(s.first for s in summaries), *(f.message for f in facts)}
-    if not used <= known | {ROOT}:
+    if not used <= {m.id for m in messages} | {ROOT}:
         raise InvalidRequest("chat.head, a summary or a fact names a message that is not there.", "messages")
     if not all(re.fullmatch(r"[0-9A-Za-z_-]{1,64}", row.id) for row in (*summaries, *facts)):
-        raise InvalidRequest("The id of a summary or a fact is none.", "id")
-    return ChatCopy(tuple(messages), head, kept, tuple(summaries), tuple(facts))
+        raise InvalidRequest("A summary or a fact has an id that is not valid.", "id")
+    return ChatCopy(tuple(messages), head, info, tuple(summaries), tuple(facts))
 
 
-def is_name(value: Any) -> bool:
-    """Whether a value can be a chat's id: text that can be written down."""
-    with contextlib.suppress(UnicodeEncodeError):
-        return isinstance(value, str) and bool(value.strip()) and bool(value.encode())
-    return False
+def read_info(info: Any) -> dict[str, Any]:
+    """What an export says of its chat beside the messages; raises `InvalidRequest`."""
+    if not isinstance(info, dict):
+        raise InvalidRequest("chat must be an object.", "chat")
+    kept = {k: typed_value(info[k], kind, f"chat.{k}") for k, kind in KEPT_INFO.items() if info.get(k) is not None}
+    if not kept.get("chat_id", "").strip() or sane_text(kept["chat_id"]) != kept["chat_id"]:
+        raise InvalidRequest("chat.chat_id must be a string that names a chat.", "chat.chat_id")
+    for name in ("created", "updated"):
+        check_time(kept.get(name, 0.0), f"chat.{name}")
+    return {k: sane_text(v) if isinstance(v, str) else v for k, v in kept.items()}
 
 
-def rows_of(data: Mapping, name: str, kind: type) -> list[tuple[Any, str]]:
-    """The objects of a list of an export, each with its place; raises `InvalidRequest`."""
-    rows = data.get(name)
+def records(data: Mapping, name: str, kind: type) -> list[tuple[Any, str]]:
+    """The records of that type in a list of an export, each with where it stands; unknown fields are left out.
+
+    Raises `InvalidRequest` naming the field.
+    """
+    rows, known, found = data.get(name), {f.name: FIELD_TYPES[f.type] for f in fields(kind)}, []
     if not isinstance(rows, list):
         raise InvalidRequest(f"{name} must be a list.", name)
-    return [(record_of(kind, row, f"{name}[{i}]"), f"{name}[{i}]") for i, row in enumerate(rows)]
-
-
-def record_of(kind: type, row: Any, where: str) -> Any:
-    """A record out of plain data; unknown fields are left out. Raises `InvalidRequest` naming the field."""
-    if not isinstance(row, dict):
-        raise InvalidRequest(f"{where} must be an object.", where)
-    known = {f.name: FIELD_TYPES[f.type] for f in fields(kind)}
-    values = {k: typed_value(v, known[k], f"{where}.{k}") for k, v in row.items() if k in known}
-    try:
-        return kind(**values)
-    except TypeError as error:  # a field without a default is missing
-        raise InvalidRequest(f"{where}: {error}.", where) from None
+    for index, row in enumerate(rows):
+        where = f"{name}[{index}]"
+        if not isinstance(row, dict):
+            raise InvalidRequest(f"{where} must be an object.", where)
+        values = {k: typed_value(v, known[k], f"{where}.{k}") for k, v in row.items() if k in known}
+        try:
+            found.append((kind(**values), where))
+        except TypeError as error:  # a field without a default is missing
+            raise InvalidRequest(f"{where}: {error}.", where) from None
+    return found
 
 
 def typed_value(value: Any, kind: Any, where: str) -> Any:
@@ -5553,26 +5616,31 @@ def typed_value(value: Any, kind: Any, where: str) -> Any:
     return value
 
 
+def check_time(seconds: float, where: str) -> None:
+    """Raises `InvalidRequest` where a number cannot be a time."""
+    if not 0 <= seconds < LATEST:
+        raise InvalidRequest(f"{where} must be a time in Unix seconds.", where)
+
+
 def checked_message(message: Message, where: str) -> Message:
-    """A message with its tokens counted anew; raises `InvalidRequest` where its parts do not belong together."""
+    """A message with its tokens counted anew; raises `InvalidRequest` where its fields contradict each other."""
     if message.role not in CHAT_ROLES:
         raise InvalidRequest(f"{where}.role must be user or assistant.", f"{where}.role")
     if message.id != message_id(message.parent, message.digest):
         raise InvalidRequest(f"{where}.id is not that of its text under its parent.", f"{where}.id")
-    parse_timestamp(message.timestamp, f"{where}.timestamp")
-    if not 0 <= message.at < LATEST:
-        raise InvalidRequest(f"{where}.at must be a time in Unix seconds.", f"{where}.at")
+    timestamp = parse_timestamp(message.timestamp, f"{where}.timestamp")
+    check_time(message.at, f"{where}.at")
     row = {"role": message.role} | ({"name": message.name} if message.name else {})
     sizes = (message_tokens({**row, "content": text}) for text in (message.content, message.original))
-    return replace(message, tokens=max(sizes))  # as where a user edits a message
+    return replace(message, timestamp=timestamp, tokens=max(sizes))  # as where a user edits a message
 
 
 def check_tree(messages: Sequence[Message]) -> None:
     """Raises `InvalidRequest` where a message is there twice, or before its parent."""
     known = {ROOT}
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if message.parent not in known or message.id in known:
-            where = f"messages[{place}]"
+            where = f"messages[{index}]"
             raise InvalidRequest(f"{where} is there twice, or its parent does not come before it.", where)
         known.add(message.id)
 
@@ -6038,7 +6106,7 @@ def event_values(lines: Iterable[bytes]) -> Iterator[Any]:
     for line in itertools.chain(lines, [b""]):
         if line.startswith(b"data:"):
             more = line[5:].removeprefix(b" ")
-            whole = json_value(data) if data else GARBLED
+            whole = event_value(data) if data else GARBLED
             if whole is not GARBLED:  # the next event, though no empty line has ended this one
                 yield whole
                 data = b""
@@ -6047,7 +6115,7 @@ def event_values(lines: Iterable[bytes]) -> Iterator[Any]:
             kind = line[6:].strip()
         elif not line:
             if data.strip():
-                value = json_value(data)
+                value = event_value(data)
                 yield {"error": value} if kind == b"error" and is_bare_error(value) else value
                 if value is DONE:
                     return
@@ -6059,7 +6127,7 @@ def is_bare_error(value: Any) -> bool:
     return not isinstance(value, dict) or not value.get("error")
 
 
-def json_value(raw: bytes) -> Any:
+def event_value(raw: bytes) -> Any:
     """The one value of some text; `DONE` or `GARBLED` where it is none."""
     text = raw.decode("utf-8", "replace").strip()
     if text == "[DONE]":
@@ -6614,7 +6682,7 @@ def embedded_error(payload: Mapping) -> UpstreamError:
 
 def error_object(raw: bytes) -> dict:
     """OpenAI's error object from the body of an error."""
-    value = json_value(raw)
+    value = event_value(raw)
     if value is GARBLED or value is DONE:
         text = raw.decode("utf-8", "replace").strip()
         return {"message": "" if text.startswith("<") else text[:500]}  # a page of HTML says nothing here
@@ -6652,7 +6720,7 @@ def wrapped_reason(error: Mapping) -> str:
     metadata = error.get("metadata")
     raw = metadata.get("raw") if isinstance(metadata, dict) else None
     if isinstance(raw, str):
-        inner = json_value(raw.encode("utf-8", "replace"))
+        inner = event_value(raw.encode("utf-8", "replace"))
         raw = inner if isinstance(inner, dict) else raw
     return error_of(raw)["message"] if isinstance(raw, str | dict) else ""
 
@@ -8683,7 +8751,7 @@ class Recaller:
             return []
 
     def _related_chats(self, chat: Chat) -> list[str]:
-        """The chats with the same character that a chat may recall from; none unless the user has said so.
+        """The chats with the same character that a chat may recall from; none unless the user has allowed it.
 
         Not those that it was branched off, nor their branches: they may contradict what happened in this chat.
         """
@@ -8933,7 +9001,7 @@ class Summarizer:
         return bool(stored)
 
     def _asker(
-        self, plan: SummaryPlan, authorization: str, patient: bool = True
+        self, plan: SummaryPlan, authorization: str, retry: bool = True
     ) -> Callable[[list[dict], int], dict] | None:
         """What asks the plan's model; None where there is none, or the hour's requests are used up.
 
@@ -8944,19 +9012,19 @@ class Summarizer:
         if not self._may_ask():
             log_event("summary_budget", "This hour's summary requests are used up.", limit=self._settings.summary_calls)
             return None
-        return functools.partial(self._ask, plan.model, authorization, patient)
+        return functools.partial(self._ask, plan.model, authorization, retry)
 
     def _may_ask(self) -> bool:
         while self._calls and self._calls[0] < time.monotonic() - 3600:
             self._calls.popleft()
         return not self._settings.summary_calls or len(self._calls) < self._settings.summary_calls
 
-    def _ask(self, model: str, authorization: str, patient: bool, messages: list[dict], tokens: int) -> dict:
+    def _ask(self, model: str, authorization: str, retry: bool, messages: list[dict], tokens: int) -> dict:
         """The upstream's choice; asked again where a turn went first. Raises what the upstream raises."""
         model = self._settings.summary_model or self._settings.model or model
         body = {"messages": messages, "max_tokens": tokens, "temperature": 0.3}
         for _ in range(GAVE_WAY_AT_MOST):
-            call = Call(authorization, background=True, retry=patient)
+            call = Call(authorization, background=True, retry=retry)
             with self._lock:  # `close` cancels this request, or finds none and keeps the next from being made
                 if self._closed:
                     break
@@ -9055,7 +9123,7 @@ class Summarizer:
         covered = max(1, count_tokens(text))
         room = max(SHORTEST_SUMMARY, min(int(COMPRESSION * covered), LONGEST_SUMMARIZED))
         plan = SummaryPlan(ROOT, 0, 0, 0, self._settings.context or DEFAULT_CONTEXT)
-        written, _ = self._written(lines, "lines", room, plan, self._asker(plan, authorization, patient=False))
+        written, _ = self._written(lines, "lines", room, plan, self._asker(plan, authorization, retry=False))
         return written or extract_summary([("", line, 0.0) for line in lines], room)
 
     def change_fact(self, chat_id: str, fact_id: str, text: str | None, pinned: bool | None, forgotten: bool) -> dict:
@@ -9133,7 +9201,7 @@ class Status:
     def options(self) -> list[dict]:
         """The settings: value, where it was set, and what it means; keys are not shown."""
         rows = []
-        for f in fields(Settings):
+        for f in OPTIONS:
             value = getattr(self._settings, f.name)
             source = self._settings.sources.get(f.name) or ("default" if value == f.default else "the program")
             if f.metadata["secret"]:
@@ -9560,7 +9628,7 @@ class PersonaMemory:
         return [line | {"size": self.registry.size(line["chat_id"])} for line in self.registry.catalogue.chats()]
 
     def state(self, chat_id: str = "") -> dict:
-        """What tells a page in a few bytes whether anything is new: counters that grow, and how things stand."""
+        """Whether anything is new, in a few bytes for a page that polls: counters that grow, and how things stand."""
         with self.registry.lookup(chat_id) if chat_id else contextlib.nullcontext() as chat:
             counters = {"chats": self.registry.catalogue.changes(), "chat": chat and chat.store.changes}
         turn = self.status.last_turn and self.status.last_turn["at"]
@@ -9583,7 +9651,7 @@ class PersonaMemory:
     def describe(self, chat_id: str, mood: bool = True) -> dict:
         """One chat: its counts, and the report of its last prompt; raises `NotFound`.
 
-        The user's `mood` need not be told: in a chat whose vectors are not there yet it takes some reading.
+        Without `mood` the user's mood is left out: reading it takes time in a chat that lacks vectors.
         """
         with self.registry.borrow(chat_id) as chat, chat.lock:
             path = chat.path()
@@ -9656,14 +9724,13 @@ PAGE_STYLE = r"""
   --surprise: light-dark(#0e8585, #4fcfc9);
   --disgust: light-dark(#5f7d1f, #a8c75a);
   --neutral: light-dark(#767c88, #8f96a3);
-  --persona: light-dark(#5146a8, #9d94f5);
-  --story: light-dark(#0e8585, #4fcfc9);
-  --memories: light-dark(#b07a12, #efb93f);
-  --history: light-dark(#2f6fb5, #6fb0f0);
-  --response: light-dark(#767c88, #8f96a3);
+  --persona: var(--accent);
+  --story: var(--surprise);
+  --memories: var(--joy);
+  --history: var(--sadness);
+  --response: var(--neutral);
   --free: var(--sunken);
   --radius: 12px;
-  --gap: 16px;
   --wide: 1040px;
   font: 16px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif;
   background: var(--paper);
@@ -9702,26 +9769,27 @@ input, textarea {
 textarea { min-height: 7rem; resize: vertical; line-height: 1.5; }
 ::placeholder { color: var(--muted); opacity: 1; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-main:focus { outline: none; }
+main:focus, .message:focus, .timeline a:focus { outline: none; }
 code { font: 0.9em/1.4 ui-monospace, "Cascadia Mono", "DejaVu Sans Mono", Menlo, monospace; overflow-wrap: anywhere; }
 summary { cursor: pointer; }
 @media (prefers-reduced-motion: reduce) {
   *, ::before, ::after { animation: none !important; transition: none !important; }
 }
 
-.hidden {
-  position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap;
-}
+[hidden] { display: none !important; }
+.hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 .muted { color: var(--muted); }
 .small { font-size: 0.86rem; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .text em { color: var(--muted); }
 .numbers { font-variant-numeric: tabular-nums; }
-.row { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; }
+.row, .copy { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; }
 h1.row { flex-wrap: nowrap; align-items: baseline; }
 .spread { justify-content: space-between; }
 .push { margin-inline-start: auto; }
-.stack { display: grid; gap: var(--gap); grid-template-columns: minmax(0, 1fr); }
+.about { flex: 1; min-width: 0; }
+.actions { display: flex; gap: 8px; }
+.stack { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: var(--radius); padding: 20px; }
 .card > h2 { margin-bottom: 12px; }
 
@@ -9738,10 +9806,7 @@ h1.row { flex-wrap: nowrap; align-items: baseline; }
   background: var(--accent);
 }
 nav { display: flex; gap: 4px; }
-nav a {
-  display: block; padding: 6px 11px; border-radius: 8px; color: var(--muted); text-decoration: none;
-  white-space: nowrap;
-}
+nav a { padding: 6px 11px; border-radius: 8px; color: var(--muted); text-decoration: none; white-space: nowrap; }
 nav a:hover { color: var(--ink); background: var(--sunken); }
 nav a[aria-current] { color: var(--ink); background: var(--sunken); font-weight: 600; }
 .light {
@@ -9749,19 +9814,16 @@ nav a[aria-current] { color: var(--ink); background: var(--sunken); font-weight:
   border-radius: 8px; color: var(--muted); font-size: 0.88rem; text-decoration: none;
 }
 .light:hover { background: var(--sunken); }
-.light .words { overflow: hidden; max-width: 22rem; text-overflow: ellipsis; white-space: nowrap; }
+.light .words { max-width: 22rem; }
 .dot { flex: none; width: 9px; height: 9px; border-radius: 50%; background: var(--tone, var(--muted)); }
 [data-level="ok"] { --tone: var(--good); }
 [data-level="loading"] { --tone: var(--neutral); }
 [data-level="notice"] { --tone: var(--warn); }
 [data-level="trouble"] { --tone: var(--bad); }
 main { max-width: var(--wide); margin: 0 auto; padding: 28px 20px 96px; }
-.head { display: grid; gap: 6px; grid-template-columns: minmax(0, 1fr); margin-bottom: 20px; }
-.heading .about { flex: 1; min-width: 0; }
-.heading .actions { display: flex; gap: 8px; }
+.head { margin-bottom: 20px; }
 .tabs {
-  overflow-x: auto; margin-bottom: 20px; padding: 3px 0; border-bottom: 1px solid var(--line);
-  scrollbar-width: none;
+  overflow-x: auto; margin-bottom: 20px; padding: 3px 0; border-bottom: 1px solid var(--line); scrollbar-width: none;
 }
 .tabs a { border-radius: 8px 8px 0 0; }
 .tabs a[aria-current] { background: none; color: var(--accent); box-shadow: inset 0 -2px var(--accent); }
@@ -9779,29 +9841,26 @@ main { max-width: var(--wide); margin: 0 auto; padding: 28px 20px 96px; }
   color: light-dark(hsl(var(--hue) 55% 26%), hsl(var(--hue) 70% 86%)); font-weight: 700;
 }
 .empty { padding: 32px 20px; text-align: center; color: var(--muted); }
+.none { display: none; color: var(--muted); }
+:empty + .none { display: block; }
 .notice { border-color: var(--warn); }
-.copy {
-  display: flex; align-items: center; gap: 8px; padding: 6px 6px 6px 12px; border-radius: 8px;
-  background: var(--sunken);
-}
+.copy { padding: 6px 6px 6px 12px; border-radius: 8px; background: var(--sunken); }
 .copy code { flex: 1; }
 .check { display: flex; align-items: center; gap: 10px; }
 .check input { flex: none; width: 18px; height: 18px; accent-color: var(--accent); }
-.editor { display: grid; gap: 8px; }
+.editor, .prompt { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr); }
 dl.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 6px 20px; }
 dl.facts dt { color: var(--muted); }
-dl.facts + p { margin-top: 16px; }
+dl.facts + p, .steps + p { margin-top: 16px; }
 dl.facts dd { overflow-wrap: anywhere; }
 .figures { display: flex; flex-wrap: wrap; gap: 2px 18px; color: var(--muted); font-size: 0.9rem; }
-.list > li + li { border-top: 1px solid var(--line); }
+.list > li + li, .chats > li + li { border-top: 1px solid var(--line); }
 .list > li { padding: 14px 0; }
 .list > li:first-child { padding-top: 0; }
 .list > li:last-child { padding-bottom: 0; }
 .weight { display: inline-flex; gap: 2px; align-items: end; }
-.weight i { width: 4px; height: 5px; border-radius: 1px; background: var(--line); }
+.weight i { width: 4px; height: calc(3px + 2px * var(--step)); border-radius: 1px; background: var(--line); }
 .weight i.on { background: var(--strong-line); }
-.weight i:nth-child(2) { height: 7px; } .weight i:nth-child(3) { height: 9px; }
-.weight i:nth-child(4) { height: 11px; } .weight i:nth-child(5) { height: 13px; }
 dialog {
   width: min(34rem, calc(100vw - 32px)); max-height: calc(100vh - 48px); padding: 24px; border: 1px solid var(--line);
   border-radius: 16px; background: var(--card); color: var(--ink);
@@ -9809,8 +9868,7 @@ dialog {
 dialog.wide { width: min(64rem, calc(100vw - 32px)); }
 dialog::backdrop { background: rgb(12 13 16 / 0.5); }
 #toasts {
-  position: fixed; inset: auto 0 20px; z-index: 9; display: grid; justify-items: center; gap: 8px;
-  pointer-events: none;
+  position: fixed; inset: auto 0 20px; z-index: 9; display: grid; justify-items: center; gap: 8px; pointer-events: none;
 }
 .toast {
   display: flex; align-items: center; gap: 12px; max-width: min(34rem, calc(100vw - 32px)); padding: 8px 10px 8px 18px;
@@ -9825,13 +9883,11 @@ dialog::backdrop { background: rgb(12 13 16 / 0.5); }
   position: relative; display: flex; align-items: center; gap: 14px; padding: 14px 12px 14px 20px;
   content-visibility: auto; contain-intrinsic-size: auto 76px;
 }
-.chats > li + li { border-top: 1px solid var(--line); }
-.chats > li:hover { background: var(--tint); }
+.chats > li:hover, .hit:hover { background: var(--tint); }
 .chats .name { font-weight: 600; color: var(--ink); text-decoration: none; }
 .chats .name::after { content: ""; position: absolute; inset: 0; }
-.chats .about { flex: 1; min-width: 0; }
-.id { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.chats .actions { position: relative; display: flex; }
+.chats .actions { position: relative; gap: 0; }
+.id, .light .words { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .flush { padding: 0; overflow: hidden; }
 .steps { display: grid; gap: 20px; counter-reset: step; }
 .steps > li { position: relative; padding-left: 44px; counter-increment: step; }
@@ -9839,33 +9895,27 @@ dialog::backdrop { background: rgb(12 13 16 / 0.5); }
   content: counter(step); position: absolute; left: 0; top: 0; display: grid; place-items: center; width: 28px;
   height: 28px; border-radius: 50%; background: var(--tint); color: var(--accent); font-weight: 700;
 }
-.steps + p { margin-top: 20px; }
 .waiting {
-  display: flex; align-items: center; gap: 12px; margin-top: 24px; padding-top: 20px;
-  border-top: 1px solid var(--line);
+  display: flex; align-items: center; gap: 12px; margin-top: 24px; padding-top: 20px; border-top: 1px solid var(--line);
 }
 .waiting .dot { --tone: var(--accent); animation: breathe 2s infinite ease-in-out; }
 @keyframes breathe { 50% { opacity: 0.25; } }
 .dropping { outline: 2px dashed var(--accent); outline-offset: 8px; border-radius: var(--radius); }
 .hit { display: grid; gap: 4px; padding: 14px 20px; color: inherit; text-decoration: none; }
-.hit:hover { background: var(--tint); }
 mark { background: light-dark(#fbe9a9, #574715); color: inherit; border-radius: 3px; }
 
 /* ------------------------------------------------------------ messages */
 
 .virtual { position: relative; overflow-anchor: none; }
-.virtual > .message { position: absolute; inset: 0 0 auto; }
+.virtual > * { position: absolute; inset: 0 0 auto; }
 .message { padding-bottom: 10px; }
 .message > div {
   padding: 14px 18px; border: 1px solid var(--line); border-radius: var(--radius); background: var(--card);
 }
 .message.user > div { background: var(--tint); border-color: transparent; }
-.message.forgotten > div { background: transparent; border-style: dashed; }
+.message:is(.forgotten, .provisional) > div { background: transparent; border-style: dashed; }
 .message.forgotten .text { text-decoration: line-through; color: var(--muted); }
-.message.provisional > div { border-style: dashed; background: transparent; }
-.message.found > div { outline: 2px solid var(--accent); }
-.message:focus { outline: none; }
-.message:focus-visible > div { outline: 2px solid var(--accent); outline-offset: 2px; }
+.message:is(.found, :focus-visible) > div { outline: 2px solid var(--accent); }
 .message header { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 10px; margin-bottom: 6px; }
 .message .who { font-weight: 600; }
 .tools { display: flex; flex-wrap: wrap; gap: 2px; margin-block: -4px; }
@@ -9883,26 +9933,18 @@ mark { background: light-dark(#fbe9a9, #574715); color: inherit; border-radius: 
 /* ------------------------------------------------------------ recall, prompts */
 
 .bars { display: flex; flex-wrap: wrap; gap: 6px 16px; margin-top: 8px; }
-.bars > li {
-  display: grid; grid-template-columns: auto 64px auto; align-items: center; gap: 7px; font-size: 0.82rem;
-  color: var(--muted);
-}
+.bars > li { display: grid; grid-template-columns: auto 64px auto; align-items: center; gap: 7px; }
+.bars, .legend { color: var(--muted); font-size: 0.86rem; }
 .track { display: block; height: 6px; border-radius: 3px; background: var(--sunken); overflow: hidden; }
-.track i {
-  display: block; width: calc(var(--share) * 100%); height: 100%; border-radius: 3px; background: var(--accent);
-}
+.track i { display: block; width: calc(var(--share) * 100%); height: 100%; background: var(--accent); }
 .track i.minus { background: var(--bad); }
 .share { display: flex; gap: 2px; height: 22px; border-radius: 6px; overflow: hidden; }
 .share i { flex: var(--share) 0 0; min-width: 0; background: var(--tone); }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 10px; font-size: 0.88rem; color: var(--muted); }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; }
 .legend li { display: flex; align-items: center; gap: 7px; }
-.legend b { color: var(--ink); font-weight: 600; }
-.swatch {
-  width: 11px; height: 11px; border-radius: 3px; background: var(--tone); border: 1px solid var(--strong-line);
-}
-.prompt { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr); }
+.legend b, .score { color: var(--ink); font-weight: 600; }
+.swatch { width: 11px; aspect-ratio: 1; border: 1px solid var(--muted); border-radius: 3px; background: var(--tone); }
 .prompt > * { margin: 0; }
-.score { font-weight: 600; color: var(--ink); }
 details > summary { padding: 6px 0; color: var(--muted); }
 details[open] > summary { margin-bottom: 8px; color: var(--ink); }
 
@@ -9913,7 +9955,6 @@ details[open] > summary { margin-bottom: 8px; color: var(--ink); }
 .timeline .area { fill: var(--tone); fill-opacity: 0.32; stroke: var(--tone); stroke-width: 1.5; }
 .timeline .base { stroke: var(--line); }
 .timeline circle { fill: var(--tone); stroke: var(--card); stroke-width: 2; }
-.timeline a:focus { outline: none; }
 .timeline a:focus-visible circle, .timeline a:hover circle { stroke: var(--ink); }
 .timeline .cursor { stroke: var(--strong-line); stroke-dasharray: 3 3; visibility: hidden; }
 .segments { display: inline-flex; gap: 2px; padding: 3px; border-radius: 10px; background: var(--sunken); }
@@ -9936,7 +9977,7 @@ td { padding: 11px 12px 11px 0; border-top: 1px solid var(--line); vertical-alig
   #theme .label { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   .tabs { gap: 0; }
   .tabs a { padding: 6px 7px; font-size: 0.9rem; }
-  .heading .actions { flex-basis: 100%; }
+  .actions { flex-basis: 100%; }
   .light .words { max-width: 6.5rem; }
   main { padding: 20px 14px 80px; }
   h1 { font-size: 1.35rem; }
@@ -9944,7 +9985,7 @@ td { padding: 11px 12px 11px 0; border-top: 1px solid var(--line); vertical-alig
   .flush { padding: 0; }
   .chats > li { padding: 12px 6px 12px 14px; gap: 10px; flex-wrap: wrap; }
   .chats .about { flex-basis: 60%; }
-  .chats .actions { flex-basis: 100%; padding-left: 44px; }
+  .chats .actions { padding-left: 44px; }
   thead { display: none; }
   tr { display: block; padding: 10px 0; border-top: 1px solid var(--line); }
   td { display: block; padding: 2px 0; border: 0; }
@@ -9956,1356 +9997,907 @@ td { padding: 11px 12px 11px 0; border-top: 1px solid var(--line); vertical-alig
 PAGE_SCRIPT = r"""
 // The memory page. Message text is somebody else's: it only ever becomes text nodes, never markup.
 
-// ------------------------------------------------------------------------------------------------ elements
+// ------------------------------------------------------------------------------------------------------- elements
 
-/** An element: `props` are attributes, listeners (`onclick`) and CSS variables (`vars`); children nodes or text. */
-const h = (tag, props, ...children) => build(document.createElement(tag), props, children);
-const svg = (tag, props, ...children) =>
-  build(document.createElementNS("http://www.w3.org/2000/svg", tag), props, children);
+/**
+ * An element of a tag with classes, such as 'p.small.muted'. An object that comes first holds attributes, listeners
+ * (`onclick`), CSS variables (`vars`) and the `value`; everything else is children: nodes, or strings as text.
+ */
+const h = (tag, ...parts) => build('http://www.w3.org/1999/xhtml', tag, parts);
+const svg = (tag, ...parts) => build('http://www.w3.org/2000/svg', tag, parts);
 
-function build(element, props, children) {
-  for (const [name, value] of Object.entries(props ?? {})) {
-    if (value === null || value === undefined || value === false) continue;
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (name === "value") element.value = value;
-    else if (name === "vars") Object.entries(value).forEach(([key, v]) => element.style.setProperty(`--${key}`, v));
-    else element.setAttribute(name, value === true ? "" : value);
-  }
-  element.append(...children.flat(9).filter((child) => child || child === 0));
-  return element;
+function build(namespace, tag, parts) {
+    const [name, ...classes] = tag.split('.');
+    const element = document.createElementNS(namespace, name);
+    if (classes.length) element.classList.add(...classes);
+    const [props, ...children] = parts[0]?.constructor === Object ? parts : [{}, ...parts];
+    for (const [key, value] of Object.entries(props)) setProp(element, key, value);
+    element.append(...children.flat(9).filter((child) => child || child === 0));
+    return element;
 }
 
-const link = (href, ...words) => h("a", { href }, ...words);
-const button = (label, onclick, props) => h("button", { type: "button", onclick, ...props }, label);
-const quiet = (label, onclick, props) => button(label, onclick, { class: "quiet", ...props });
-const hidden = (text) => h("span", { class: "hidden" }, text);
-const card = (title, ...children) => h("section", { class: "card" }, title && h("h2", {}, title), ...children);
-const isEdited = (element) => element.querySelector(".editor") !== null;
+function setProp(element, name, value) {
+    if (name.startsWith('on')) element.addEventListener(name.slice(2), value);
+    else if (name === 'vars') Object.entries(value).forEach(([key, v]) => element.style.setProperty(`--${key}`, v));
+    else if (name === 'value') element.value = value;
+    else if (value || value === 0) element.setAttribute(name, value === true ? '' : value);
+}
+
+/** A copy of a <template> as `root`, and those of its elements that have a `data-part`, each by that name. */
+function template(id) {
+    const root = document.getElementById(id).content.firstElementChild.cloneNode(true);
+    const parts = [...root.querySelectorAll('[data-part]')].map((part) => [part.dataset.part, part]);
+    return { root, ...Object.fromEntries(parts) };
+}
+
+const button = (label, onclick, props) => h('button', { type: 'button', onclick, ...props }, label);
+const quiet = (label, onclick, props) => button(label, onclick, { class: 'quiet', ...props });
+const card = (title, ...children) => h('section.card', h('h2', title), children);
+const meta = (...children) => h('p.row.small.muted', children); // the line above a text: who, where, what can be done
+const figuresLine = (figures) => h('p.figures', figures.filter(Boolean).map((figure) => h('span', figure)));
+const tools = (...children) => h('span.tools.push', children);
 
 /**
  * Makes `parent` show an element per row. Only those whose row has changed are made anew, and none that is being
  * edited, so that a page which changes under the reader's eyes keeps its focus, its scroll and its open details.
  */
-function keyed(parent, rows, keyOf, make) {
-  const old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
-  rows.forEach((row, place) => {
-    const key = String(keyOf(row));
-    const child = renewed(old.get(key), row, key, make);
-    old.delete(key);
-    if (parent.children[place] !== child) parent.insertBefore(child, parent.children[place] ?? null);
-  });
-  old.forEach((child) => child.remove());
+function keyed(parent, rows, make, keyOf = (row) => row.id) {
+    const old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+    rows.forEach((row, index) => {
+        const key = String(keyOf(row));
+        const child = renewed(parent, old.get(key), row, key, make);
+        old.delete(key);
+        if (parent.children[index] !== child) parent.insertBefore(child, parent.children[index] ?? null);
+    });
+    old.forEach((child) => child.remove());
 }
 
-function renewed(child, row, key, make) {
-  const state = JSON.stringify(row);
-  if (child && (child.rowState === state || isEdited(child))) return child;
-  const fresh = make(row);
-  fresh.dataset.key = key;
-  fresh.rowState = state;
-  if (child) replaceQuietly(child, fresh);
-  return fresh;
+/** The element of a row: the old one where it still shows the row, or is being edited. */
+function renewed(parent, old, row, key, make) {
+    const state = JSON.stringify(row);
+    if (old && (old.rowState === state || old.querySelector('.editor'))) return old;
+    const fresh = madeOf(parent, row, make);
+    fresh.dataset.key = key;
+    fresh.rowState = state;
+    if (old) replaceQuietly(old, fresh);
+    return fresh;
 }
 
-function replaceQuietly(child, fresh) {
-  const focusable = "a, button, input, summary";
-  const focused = [...child.querySelectorAll(focusable)].indexOf(document.activeElement);
-  const open = [...child.querySelectorAll("details")].map((details) => details.open);
-  child.replaceWith(fresh);
-  fresh.querySelectorAll("details").forEach((details, place) => {
-    details.open = open[place] ?? details.open;
-  });
-  if (focused >= 0) fresh.querySelectorAll(focusable)[focused]?.focus({ preventScroll: true });
+/** A row with a value that nothing here is ready for costs itself, never the view. */
+function madeOf(parent, row, make) {
+    try {
+        return make(row);
+    } catch (error) {
+        const words = h('div.muted', `This cannot be shown: ${error.message}`);
+        return parent.matches('ul, ol') ? h('li', words) : h('div.message', words);
+    }
 }
 
-// ------------------------------------------------------------------------------------------------ the server
+function replaceQuietly(old, fresh) {
+    const focusable = 'a, button, input, summary';
+    const focused = [...old.querySelectorAll(focusable)].indexOf(document.activeElement);
+    const open = [...old.querySelectorAll('details')].map((details) => details.open);
+    old.replaceWith(fresh);
+    fresh.querySelectorAll('details').forEach((details, index) => { details.open = open[index] ?? details.open; });
+    if (focused >= 0) fresh.querySelectorAll(focusable)[focused]?.focus({ preventScroll: true });
+}
 
-const API = "/api/persona_memory";
-const KEY = "persona_memory_key";
+// ----------------------------------------------------------------------------------------------------- the server
+
+const API = '/api/persona_memory';
+const KEY = 'persona_memory_key';
 
 class ServerError extends Error {
-  constructor(status, message) {
-    super(message);
-    this.status = status;
-  }
+    constructor(status, message) {
+        super(message);
+        this.status = status;
+    }
 }
 
 /** A response of the server; asks for the key where one is missing, throws `ServerError` for every other failure. */
 async function request(method, path, { query = {}, body, headers = {} } = {}) {
-  const address = new URL(path, location.origin);
-  Object.entries(query).forEach(([name, value]) => address.searchParams.set(name, value));
-  const key = sessionStorage.getItem(KEY);
-  if (key) headers = { ...headers, Authorization: `Bearer ${key}` };
-  let response;
-  try {
-    response = await fetch(address, { method, body, headers, cache: "no-store" });
-  } catch {
-    throw new ServerError(0, "The server does not answer. Is persona_memory still running?");
-  }
-  if (response.status === 401) {
-    await keyForm.ask(Boolean(key));
-    return request(method, path, { query, body, headers });
-  }
-  if (response.ok || response.status === 304) return response;
-  const words = await response.json().then(
-    (answer) => answer.error.message,
-    () => response.statusText,
-  );
-  throw new ServerError(response.status, words);
+    const address = new URL(path, location.origin);
+    Object.entries(query).forEach(([name, value]) => address.searchParams.set(name, value));
+    const key = sessionStorage.getItem(KEY);
+    const sent = key ? { ...headers, Authorization: `Bearer ${key}` } : headers;
+    const response = await fetch(address, { method, body, headers: sent, cache: 'no-store' }).catch(() => {
+        throw new ServerError(0, 'The server does not answer. Is persona_memory still running?');
+    });
+    if (response.status === 401) {
+        await keyForm.ask(Boolean(key));
+        return request(method, path, { query, body, headers });
+    }
+    if (response.ok || response.status === 304) return response;
+    const answer = await response.json().catch(() => null);
+    throw new ServerError(response.status, answer?.error?.message ?? `${response.status} ${response.statusText}`);
 }
 
-const get = async (path, query) => (await request("GET", API + path, { query })).json();
+const get = async (path, query) => (await request('GET', API + path, { query })).json();
 const send = async (method, path, value) => {
-  const body = value === undefined ? undefined : JSON.stringify(value);
-  const headers = body ? { "Content-Type": "application/json" } : {};
-  return (await request(method, API + path, { body, headers })).json();
+    const json = value && { body: JSON.stringify(value), headers: { 'Content-Type': 'application/json' } };
+    return (await request(method, API + path, json)).json();
 };
-const chatLink = (id, rest = "") => `#/chat/${encodeURIComponent(id)}${rest}`;
-const messageLink = (chat, place) => chatLink(chat.chat_id, `/messages?at=${place + 1}`);
+const change = (path, value) => send('PATCH', path, value).then(live.refresh);
 const chatPath = (id) => `/chats/${encodeURIComponent(id)}`;
+const chatLink = (id, rest = '') => `#/chat/${encodeURIComponent(id)}${rest}`;
+const messageLink = (chat, index) => chatLink(chat.chat_id, `/messages?at=${index + 1}`);
 
 /** Saves what the server gives as a file; a plain link could not send the key. */
 async function download(path, name) {
-  const blob = await (await request("GET", path)).blob();
-  const address = URL.createObjectURL(blob);
-  h("a", { href: address, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(address), 60_000);
+    const blob = await (await request('GET', path)).blob();
+    const address = URL.createObjectURL(blob);
+    h('a', { href: address, download: name }).click();
+    setTimeout(() => URL.revokeObjectURL(address), 60_000);
 }
 
-/** Runs a change that the user asked for; says so when it fails. */
+/** Does what the user asked for; a failure is shown as a toast, and gives undefined. */
 async function attempt(work) {
-  try {
-    return await work();
-  } catch (error) {
-    toast(error.message);
-    return undefined;
-  }
+    try {
+        return await work();
+    } catch (error) {
+        return toast(error.message);
+    }
 }
 
-// ------------------------------------------------------------------------------------------------ words and numbers
+function debounced(work, pause = 200) {
+    let timer;
+    return () => {
+        clearTimeout(timer);
+        timer = setTimeout(() => attempt(work), pause);
+    };
+}
 
-const number = (value) => new Intl.NumberFormat("en").format(value);
+// ---------------------------------------------------------------------------------------------- words and numbers
+
+const number = (value) => new Intl.NumberFormat('en').format(value);
+const decimal = (value) => Number(value).toFixed(2);
 const percent = (share) => `${Math.round(100 * share)} %`;
 const plural = (count, word, many = `${word}s`) => `${number(count)} ${count === 1 ? word : many}`;
-const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1).replaceAll("_", " ");
-const nameOf = (row) => row.name || (row.role === "user" ? "You" : row.character || "Character");
+const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1).replaceAll('_', ' ');
+const nameOf = (row) => String(row.name || (row.role === 'user' ? 'You' : row.character || 'Character'));
+const characterOf = (chat) => String(chat.character ?? '') || 'Unnamed character';
 
 function bytes(count) {
-  const units = ["B", "kB", "MB", "GB"];
-  const power = Math.min(units.length - 1, Math.floor(Math.log10(Math.max(count, 1)) / 3));
-  const value = count / 1000 ** power;
-  return `${value < 10 && power ? value.toFixed(1) : Math.round(value)} ${units[power]}`;
+    const units = ['B', 'kB', 'MB', 'GB'];
+    const power = Math.min(units.length - 1, Math.floor(Math.log10(Math.max(count, 1)) / 3));
+    const value = count / 1000 ** power;
+    return `${value < 10 && power ? value.toFixed(1) : Math.round(value)} ${units[power]}`;
 }
 
-/** A time as people say it, with the exact one behind it; from Unix seconds or ISO 8601. */
+const AGES = [[60, 'second', 1], [3600, 'minute', 60], [86400, 'hour', 3600], [7 * 86400, 'day', 86400]];
+
+/** A time as people say it, with the exact one behind it; from Unix seconds or a date. Other text stays as it is. */
 function when(moment) {
-  const date = new Date(typeof moment === "number" ? 1000 * moment : moment);
-  const seconds = (Date.now() - date) / 1000;
-  const steps = [
-    [60, "second", 1],
-    [3600, "minute", 60],
-    [86400, "hour", 3600],
-    [7 * 86400, "day", 86400],
-  ];
-  const [, unit, length] = steps.find(([limit]) => seconds < limit) ?? [];
-  const relative = new Intl.RelativeTimeFormat("en", { numeric: "auto" });
-  const words =
-    seconds < 45
-      ? "just now"
-      : unit
-        ? relative.format(-Math.round(seconds / length), unit)
-        : date.toLocaleDateString("en", { dateStyle: "medium" });
-  return h("time", { datetime: date.toISOString(), title: date.toLocaleString("en") }, words);
+    const date = new Date(typeof moment === 'number' ? 1000 * moment : moment ?? NaN);
+    if (Number.isNaN(date.valueOf())) return h('span', String(moment ?? 'time unknown'));
+    const age = (Date.now() - date) / 1000;
+    const [, unit, length] = AGES.find(([limit]) => Math.abs(age) < limit) ?? [];
+    let words = date.toLocaleDateString('en', { dateStyle: 'medium' });
+    if (unit) words = new Intl.RelativeTimeFormat('en', { numeric: 'auto' }).format(-Math.round(age / length), unit);
+    if (Math.abs(age) < 45) words = 'just now';
+    return h('time', { datetime: date.toISOString(), title: date.toLocaleString('en') }, words);
 }
 
 /** Message text as nodes: actions between asterisks are set apart, nothing else is interpreted. */
 const prose = (text) =>
-  text
-    .split(/(\*[^*\n]+\*)/)
-    .map((part, place) => (place % 2 ? h("em", {}, part) : part))
-    .filter(Boolean);
+    text.split(/(\*[^*\n]+\*)/).map((part, index) => (index % 2 ? h('em', part) : part)).filter(Boolean);
 
 const LONG_TEXT = 1500; // characters that are shown at once
 
 /** A message's text, a long one folded; `unfolded` holds the ids of those that have been opened. */
-function textBlock(text, { unfolded = new Set(), id = "", limit = LONG_TEXT } = {}) {
-  const block = h("div", { class: "text" });
-  if (text.length <= 1.2 * limit || unfolded.has(id)) {
-    block.append(...prose(text));
+function textBlock(content, { unfolded = new Set(), id = '', limit = LONG_TEXT } = {}) {
+    const text = String(content ?? '');
+    const more = `Show all ${number(text.length)} characters`;
+    const block = h('div.text');
+    const unfold = () => {
+        unfolded.add(id);
+        block.replaceChildren(...prose(text));
+    };
+    if (text.length <= 1.2 * limit || unfolded.has(id)) block.append(...prose(text));
+    else block.append(...prose(`${text.slice(0, limit)}… `), button(more, unfold));
     return block;
-  }
-  const unfold = () => {
-    unfolded.add(id);
-    block.replaceChildren(...prose(text));
-  };
-  block.append(...prose(`${text.slice(0, limit)}… `), button(`Show all ${number(text.length)} characters`, unfold));
-  return block;
 }
 
 const moodChip = (label, strength) =>
-  h(
-    "span",
-    { class: "chip", vars: { tone: `var(--${label})` } },
-    h("span", { class: "dot" }),
-    label,
-    strength !== undefined && h("span", { class: "numbers" }, percent(strength)),
-  );
+    h('span.chip', { vars: { tone: `var(--${label})` } }, h('span.dot'), String(label),
+        strength !== undefined && h('span.numbers', percent(strength)));
 
 /** How much a message matters, 0 to 1, as five steps with words for them. */
 function importance(share) {
-  const steps = Math.max(1, Math.ceil(5 * share));
-  const words = `Importance ${percent(share)}`;
-  const bars = [1, 2, 3, 4, 5].map((step) => h("i", { class: step <= steps && "on" }));
-  return h("span", { class: "weight", role: "img", "aria-label": words, title: words }, bars);
+    const steps = Math.max(1, Math.ceil(5 * share));
+    const words = `Importance ${percent(share)}`;
+    const bars = [1, 2, 3, 4, 5].map((step) => h(step <= steps ? 'i.on' : 'i', { vars: { step } }));
+    return h('span.weight', { role: 'img', 'aria-label': words, title: words }, bars);
 }
 
 function avatar(name) {
-  const hue = [...name].reduce((sum, letter) => (31 * sum + letter.codePointAt(0)) % 360, 7);
-  return h("span", { class: "avatar", "aria-hidden": "true", vars: { hue } }, ([...name][0] ?? "?").toUpperCase());
+    const hue = [...name].reduce((sum, letter) => (31 * sum + letter.codePointAt(0)) % 360, 7);
+    return h('span.avatar', { 'aria-hidden': 'true', vars: { hue } }, ([...name][0] ?? '?').toUpperCase());
 }
 
-// ------------------------------------------------------------------------------------------------ dialogs and toasts
+// ---------------------------------------------------------------------------------------------- dialogs and toasts
 
-const toasts = document.getElementById("toasts");
+const toasts = document.getElementById('toasts');
 
 /** A short sentence at the bottom; `undo` adds a way back. */
 function toast(text, undo) {
-  const gone = () => item.remove();
-  const back =
-    undo &&
-    button("Undo", () => {
-      gone();
-      attempt(undo);
-    });
-  const item = h("div", { class: undo ? "toast undo" : "toast" }, h("span", {}, text), back);
-  if (undo) toasts.querySelector(".undo")?.remove(); // one way back at a time, and it is the last step's
-  toasts.append(item);
-  setTimeout(gone, undo ? 12_000 : 6_000);
+    const takeBack = () => {
+        item.remove();
+        attempt(undo);
+    };
+    const item = h(undo ? 'div.toast.undo' : 'div.toast', h('span', text), undo && button('Undo', takeBack));
+    if (undo) toasts.querySelector('.undo')?.remove(); // one way back at a time, and it is the last step's
+    toasts.append(item);
+    setTimeout(() => item.remove(), undo ? 12_000 : 6_000);
 }
 
 function openDialog(title, ...content) {
-  const dialog = h("dialog", { "aria-label": title, class: "stack" }, h("h2", {}, title), ...content);
-  dialog.addEventListener("close", () => dialog.remove());
-  document.body.append(dialog);
-  dialog.showModal();
-  return dialog;
+    const dialog = h('dialog.stack', { 'aria-label': title, onclose: () => dialog.remove() }, h('h2', title), content);
+    document.body.append(dialog);
+    dialog.showModal();
+    return dialog;
 }
+
+const closer = (label) => button(label, (event) => event.target.closest('dialog').close(), { class: 'push' });
 
 /** Asks whether something is to go for good, saying what; resolves to the answer. */
 function confirmed(title, lines, action) {
-  return new Promise((resolve) => {
-    const answer = (value) => {
-      resolve(value);
-      dialog.close();
-    };
-    const dialog = openDialog(
-      title,
-      ...lines.map((line) => h("p", {}, line)),
-      h(
-        "div",
-        { class: "row" },
-        button("Keep", () => answer(false), { autofocus: true, class: "push" }),
-        button(action, () => answer(true), { class: "danger" }),
-      ),
-    );
-    dialog.addEventListener("close", () => resolve(false));
-  });
+    return new Promise((resolve) => {
+        const agree = () => {
+            resolve(true);
+            dialog.close();
+        };
+        const choice = h('div.row', closer('Keep'), button(action, agree, { class: 'danger' }));
+        const dialog = openDialog(title, lines.map((line) => h('p', line)), choice);
+        dialog.addEventListener('close', () => resolve(false));
+    });
 }
 
 /** Puts a form in an element's place; `save` gets the new text, then the view looks again. Escape takes all back. */
 function edit(element, label, text, save) {
-  const opener = document.activeElement;
-  const field = h("textarea", {
-    "aria-label": label,
-    value: text,
-    rows: Math.min(14, 3 + Math.ceil(text.length / 90)),
-  });
-  const close = () => {
-    form.replaceWith(element);
-    opener?.focus();
-  };
-  const submit = async (event) => {
-    event.preventDefault();
-    const done = field.value === text || (await attempt(() => save(field.value).then(() => true)));
-    if (!done) return;
-    close(); // first: what is being edited is not made anew
-    await attempt(live.refresh);
-  };
-  const keys = (event) => {
-    if (event.key === "Escape") close();
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
-  };
-  const form = h(
-    "form",
-    { class: "editor", onsubmit: submit, onkeydown: keys },
-    field,
-    h("div", { class: "row" }, h("button", { class: "primary" }, "Save"), button("Cancel", close)),
-  );
-  element.replaceWith(form);
-  field.focus();
+    const opener = document.activeElement;
+    const rows = Math.min(14, 3 + Math.ceil(text.length / 90));
+    const field = h('textarea', { 'aria-label': label, value: text, rows });
+    const close = () => {
+        form.replaceWith(element);
+        opener?.focus();
+    };
+    const onsubmit = async (event) => {
+        event.preventDefault();
+        const done = field.value === text || (await attempt(() => save(field.value).then(() => true)));
+        if (!done) return;
+        close(); // first: what is being edited is not made anew
+        await attempt(live.refresh);
+    };
+    const onkeydown = (event) => {
+        if (event.key === 'Escape') close();
+        if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+    };
+    const form = h('form.editor', { onsubmit, onkeydown }, field,
+        h('div.row', h('button.primary', 'Save'), button('Cancel', close)));
+    element.replaceWith(form);
+    field.focus();
 }
 
 /** The way in where the server asks for a key; one form for all the requests that wait for it. */
 const keyForm = {
-  waiting: null,
-  ask(refused) {
-    this.waiting ??= new Promise((resolve) => this.show(refused, resolve)).finally(() => {
-      this.waiting = null;
-    });
-    return this.waiting;
-  },
-  show(refused, resolve) {
-    const field = h("input", { type: "password", autocomplete: "current-password", required: true, id: "key" });
-    const submit = (event) => {
-      event.preventDefault();
-      sessionStorage.setItem(KEY, field.value);
-      dialog.close("given");
-      resolve();
-    };
-    const dialog = openDialog(
-      "This server asks for its key",
-      h("p", { class: "muted" }, "It is what --api-key was set to. This tab keeps it until it is closed."),
-      h(
-        "form",
-        { class: "editor", onsubmit: submit },
-        h("label", { for: "key" }, "API key"),
-        field,
-        refused && h("p", { role: "alert" }, "That key was refused."),
-        h("button", { class: "primary" }, "Open"),
-      ),
-    );
-    dialog.classList.add("lasting");
-    dialog.addEventListener("close", () => dialog.returnValue || this.show(refused, resolve)); // no way around it
-  },
+    waiting: null,
+
+    ask(refused) {
+        this.waiting ??= new Promise((resolve) => this.show(refused, resolve)).finally(() => { this.waiting = null; });
+        return this.waiting;
+    },
+
+    show(refused, resolve) {
+        const { root: form, field, alert } = template('key-form');
+        alert.hidden = !refused;
+        form.onsubmit = (event) => {
+            event.preventDefault();
+            sessionStorage.setItem(KEY, field.value);
+            dialog.close('given');
+            resolve();
+        };
+        const dialog = openDialog('This server needs its key', form);
+        dialog.classList.add('lasting');
+        dialog.addEventListener('close', () => dialog.returnValue || this.show(refused, resolve)); // no way around it
+    },
 };
 
-// ------------------------------------------------------------------------------------------------ a long list
-
-/** Heights of many rows and their sums, as a Fenwick tree: both a row's place and the row at a place are cheap. */
-class Heights {
-  constructor(count, each) {
-    this.rows = new Float64Array(count).fill(each);
-    this.sums = new Float64Array(count + 1);
-    for (let i = 1; i <= count; i++) this.sums[i] = each * (i & -i);
-  }
-
-  set(row, height) {
-    const change = height - this.rows[row];
-    this.rows[row] = height;
-    for (let i = row + 1; i < this.sums.length; i += i & -i) this.sums[i] += change;
-    return change;
-  }
-
-  above(row) {
-    let sum = 0;
-    for (let i = row; i > 0; i -= i & -i) sum += this.sums[i];
-    return sum;
-  }
-
-  at(place) {
-    let row = 0;
-    for (let step = 2 ** Math.floor(Math.log2(Math.max(1, this.rows.length))); step >= 1; step /= 2) {
-      if (row + step < this.sums.length && this.sums[row + step] <= place) place -= this.sums[(row += step)];
-    }
-    return Math.min(row, this.rows.length - 1);
-  }
-}
+// ------------------------------------------------------------------------------------------------------ a long list
 
 const ESTIMATE = 112; // pixels of a row that has not been seen yet
 const UNDER_BAR = 150; // pixels between the window's top and a row that is gone to
 const OVERSCAN = 600; // pixels above and below the window that are kept ready
 
-/** A list of which only the rows near the window exist. `make(i)` gives a row's element, `stateOf(i)` what it shows. */
+/** A list of which only the rows near the window exist: `make(i)` gives one's element, `stateOf(i)` what it shows. */
 class VirtualList {
-  constructor(label, make, stateOf) {
-    Object.assign(this, {
-      make,
-      stateOf,
-      shown: new Map(),
-      heights: new Heights(0, ESTIMATE),
-      target: null,
-      scrolled: 0,
-    });
-    this.element = h("div", { class: "virtual", role: "list", "aria-label": label });
-    this.observer = new ResizeObserver((entries) => this.measured(entries));
-    this.onscroll = () => {
-      if (Math.abs(scrollY - this.scrolled) > 2) this.target = null; // who scrolls by hand is not pulled back
-      this.render();
-    };
-    addEventListener("scroll", this.onscroll, { passive: true });
-    addEventListener("resize", this.onscroll);
-  }
+    shown = new Map(); // the elements that exist, by their rows
+    heights = new Float64Array(0);
+    tops = new Float64Array(1); // where each row begins, and at last where the list ends
+    target = null; // the row that was gone to
+    scrolled = 0; // how far the window was scrolled to reach it
+    range = [0, 0];
+    observer = new ResizeObserver((entries) => this.measured(entries));
 
-  get count() {
-    return this.heights.rows.length;
-  }
-
-  resize(count) {
-    if (count === this.count) return;
-    const old = this.heights.rows;
-    this.heights = new Heights(count, ESTIMATE);
-    old.subarray(0, count).forEach((height, row) => {
-      if (height !== ESTIMATE) this.heights.set(row, height);
-    });
-    for (const [row, element] of this.shown) if (row >= count) this.drop(row, element);
-  }
-
-  get top() {
-    return this.element.getBoundingClientRect().top;
-  }
-
-  render() {
-    const from = -this.top - OVERSCAN;
-    const first = this.count ? this.heights.at(Math.max(0, from)) : 0;
-    const last = this.count ? this.heights.at(Math.max(0, from + innerHeight + 2 * OVERSCAN)) : -1;
-    for (const [row, element] of this.shown) {
-      if ((row < first || row > last) && !element.contains(document.activeElement)) this.drop(row, element);
+    constructor(element, make, stateOf) {
+        Object.assign(this, { element, make, stateOf });
+        this.onscroll = () => {
+            if (Math.abs(scrollY - this.scrolled) > 2) this.target = null; // who scrolls by hand is not pulled back
+            this.render();
+        };
+        addEventListener('scroll', this.onscroll, { passive: true });
+        addEventListener('resize', this.onscroll);
     }
-    for (let row = first; row <= last; row++) this.show(row);
-    this.place();
-    this.range = [first, last];
-  }
 
-  show(row) {
-    const old = this.shown.get(row);
-    const element = renewed(old, this.stateOf(row), row, () => this.make(row));
-    if (element === old) return;
-    element.setAttribute("role", "listitem");
-    element.setAttribute("aria-setsize", this.count);
-    element.setAttribute("aria-posinset", row + 1);
-    if (old) this.observer.unobserve(old);
-    else this.insert(row, element);
-    this.shown.set(row, element);
-    this.observer.observe(element);
-  }
-
-  /** Keeps the order of the document that of the list: reading and tabbing go by it. */
-  insert(row, element) {
-    const next = [...this.element.children].find((child) => Number(child.dataset.key) > row);
-    this.element.insertBefore(element, next ?? null);
-  }
-
-  drop(row, element) {
-    this.observer.unobserve(element);
-    this.shown.delete(row);
-    element.remove();
-  }
-
-  place() {
-    this.element.style.height = `${this.heights.above(this.count)}px`;
-    for (const [row, element] of this.shown) element.style.transform = `translateY(${this.heights.above(row)}px)`;
-  }
-
-  measured(entries) {
-    const top = -this.top;
-    let shift = 0;
-    for (const { target, borderBoxSize } of entries) {
-      const row = Number(target.dataset.key);
-      if (this.shown.get(row) !== target || row >= this.count) continue;
-      const change = this.heights.set(row, borderBoxSize[0].blockSize);
-      if (this.heights.above(row + 1) - change < top) shift += change; // what stands above must not push what is read
+    get count() {
+        return this.heights.length;
     }
-    this.place();
-    if (this.target !== null) this.scrollTo(this.target);
-    else if (shift) scrollBy(0, shift);
-    this.render();
-  }
 
-  /** Brings a row into view, and keeps it there while the rows around it get their heights. */
-  scrollTo(row) {
-    this.target = row;
-    const top = scrollY + this.top + this.heights.above(row) - UNDER_BAR;
-    scrollTo(0, row === this.count - 1 ? document.documentElement.scrollHeight : top);
-    this.scrolled = scrollY;
-    this.render();
-  }
+    /** How far the window's top is below the list's. */
+    get offset() {
+        return -this.element.getBoundingClientRect().top;
+    }
 
-  close() {
-    this.observer.disconnect();
-    removeEventListener("scroll", this.onscroll);
-    removeEventListener("resize", this.onscroll);
-  }
+    resize(count) {
+        if (count === this.count) return;
+        const old = this.heights.subarray(0, count);
+        this.heights = new Float64Array(count).fill(ESTIMATE);
+        this.heights.set(old);
+        this.arrange();
+        for (const [row, element] of this.shown) if (row >= count) this.drop(row, element);
+    }
+
+    render() {
+        const rowAt = (y) => Math.min(this.count - 1, this.tops.findLastIndex((top) => top <= Math.max(0, y)));
+        const from = this.offset - OVERSCAN;
+        const [first, last] = (this.range = [rowAt(from), rowAt(from + innerHeight + 2 * OVERSCAN)]);
+        for (const [row, element] of this.shown) {
+            if ((row < first || row > last) && !element.contains(document.activeElement)) this.drop(row, element);
+        }
+        for (let row = Math.max(0, first); row <= last; row++) this.show(row);
+    }
+
+    show(row) {
+        const old = this.shown.get(row);
+        const element = renewed(this.element, old, this.stateOf(row), row, () => this.make(row));
+        if (element === old) return;
+        setProp(element, 'role', 'listitem');
+        setProp(element, 'aria-setsize', this.count);
+        setProp(element, 'aria-posinset', row + 1);
+        element.style.transform = `translateY(${this.tops[row]}px)`;
+        if (old) this.observer.unobserve(old);
+        else this.insert(row, element);
+        this.shown.set(row, element);
+        this.observer.observe(element);
+    }
+
+    /** Keeps the order of the document that of the list: reading and tabbing go by it. */
+    insert(row, element) {
+        const next = [...this.element.children].find((child) => Number(child.dataset.key) > row);
+        this.element.insertBefore(element, next ?? null);
+    }
+
+    drop(row, element) {
+        this.observer.unobserve(element);
+        this.shown.delete(row);
+        element.remove();
+    }
+
+    /** Puts every row where the heights above it leave it. */
+    arrange() {
+        this.tops = new Float64Array(this.count + 1);
+        this.heights.forEach((height, row) => { this.tops[row + 1] = this.tops[row] + height; });
+        this.element.style.height = `${this.tops[this.count]}px`;
+        for (const [row, element] of this.shown) element.style.transform = `translateY(${this.tops[row]}px)`;
+    }
+
+    measured(entries) {
+        const { offset } = this;
+        let shift = 0;
+        for (const { target, borderBoxSize: [{ blockSize }] } of entries) {
+            const row = Number(target.dataset.key);
+            if (this.shown.get(row) !== target || row >= this.count) continue;
+            if (this.tops[row + 1] < offset) shift += blockSize - this.heights[row]; // what is above must not push
+            this.heights[row] = blockSize;
+        }
+        this.arrange();
+        if (this.target !== null) this.scrollTo(this.target);
+        else if (shift) scrollBy(0, shift);
+        this.render();
+    }
+
+    /** Brings a row into view, and keeps it there while the rows around it get their heights. */
+    scrollTo(row) {
+        this.target = row;
+        const top = scrollY - this.offset + this.tops[row] - UNDER_BAR;
+        scrollTo(0, row === this.count - 1 ? document.documentElement.scrollHeight : top);
+        this.scrolled = scrollY;
+        this.render();
+    }
+
+    close() {
+        this.observer.disconnect();
+        removeEventListener('scroll', this.onscroll);
+        removeEventListener('resize', this.onscroll);
+    }
 }
 
-// ------------------------------------------------------------------------------------------------ all chats
+// -------------------------------------------------------------------------------------------------------- all chats
 
 async function chatsView() {
-  const list = h("ul", { class: "chats" });
-  const results = h("div", {});
-  const body = h("div", { class: "stack" });
-  const chooser = h("input", { type: "file", multiple: true, hidden: true, accept: ".json,.jsonl" });
-  chooser.addEventListener("change", () =>
-    importFiles([...chooser.files]).finally(() => {
-      chooser.value = "";
-    }),
-  );
-  const search = h("input", {
-    type: "search",
-    placeholder: "Search all chats",
-    "aria-label": "Search all chats",
-    oninput: debounced(find),
-  });
-  const root = h(
-    "div",
-    { class: "stack" },
-    h(
-      "div",
-      { class: "row spread" },
-      h("h1", {}, "Chats"),
-      h(
-        "div",
-        { class: "row" },
-        button("Import…", () => chooser.click()),
-        chooser,
-      ),
-    ),
-    body,
-  );
-  const held = card("", list);
-  held.classList.add("flush");
-  let start = null;
+    const parts = template('chats');
+    const { root, search, results, list, files } = parts;
 
-  async function refresh() {
-    const chats = await get("/chats");
-    keyed(list, chats, (chat) => chat.chat_id, chatRow);
-    if (!chats.length) start ??= await firstSteps();
-    show(chats.length ? [search, results, held] : [start]);
-    held.hidden = Boolean(search.value.trim());
-  }
+    async function refresh() {
+        const chats = await get('/chats');
+        keyed(list, chats, chatRow, (chat) => chat.chat_id);
+        if (!chats.length) parts.needsProxy.hidden = (await get('/health')).proxy;
+        parts.none.hidden = chats.length > 0;
+        parts.some.hidden = !chats.length;
+    }
 
-  function show(parts) {
-    if (parts.some((part, place) => body.children[place] !== part)) body.replaceChildren(...parts);
-  }
+    async function find() {
+        const text = search.value.trim();
+        parts.all.hidden = Boolean(text);
+        if (!text) return results.replaceChildren();
+        const { found, complete } = await get('/search', { q: text });
+        if (text !== search.value.trim()) return undefined; // a later search is on its way
+        const note = complete ? '' : ' Not all chats could be searched in time.';
+        const rows = h('ul.card.flush.list');
+        keyed(rows, found, (row) => searchHit(row, text));
+        const count = h('p.muted.small', { role: 'status' }, `${plural(found.length, 'message')} found.${note}`);
+        return results.replaceChildren(count, found.length ? rows : '');
+    }
 
-  async function find() {
-    const text = search.value.trim();
-    held.hidden = Boolean(text);
-    if (!text) return results.replaceChildren();
-    const { found, complete } = await get("/search", { q: text });
-    if (text !== search.value.trim()) return undefined; // a later search is on its way
-    const note = complete ? "" : " Not all chats could be looked at in time.";
-    const rows = h(
-      "ul",
-      { class: "card flush list" },
-      found.map((row) => searchHit(row, text)),
-    );
-    return results.replaceChildren(
-      h("p", { class: "muted small", role: "status" }, `${plural(found.length, "message")} found.${note}`),
-      found.length ? rows : "",
-    );
-  }
-
-  root.addEventListener("dragover", (event) => {
-    event.preventDefault();
-    root.classList.add("dropping");
-  });
-  root.addEventListener("dragleave", () => root.classList.remove("dropping"));
-  root.addEventListener("drop", (event) => {
-    event.preventDefault();
-    root.classList.remove("dropping");
-    importFiles([...event.dataTransfer.files]);
-  });
-  await refresh();
-  return { title: "Chats", root, refresh, watches: (state) => `${state.chats} ${state.turn}` };
+    const address = `${location.origin}/v1`;
+    const copy = async () => {
+        await navigator.clipboard.writeText(address);
+        toast('Copied.');
+    };
+    const drop = (event) => {
+        event.preventDefault();
+        root.classList.toggle('dropping', event.type === 'dragover');
+        if (event.type === 'drop') importFiles([...event.dataTransfer.files]);
+    };
+    parts.address.textContent = address;
+    parts.copy.onclick = () => attempt(copy);
+    parts.extension.onclick = () => attempt(() => download('/extension.zip', 'persona_memory.zip'));
+    parts.choose.onclick = () => files.click();
+    files.onchange = () => importFiles([...files.files]).finally(() => { files.value = ''; });
+    search.oninput = debounced(find);
+    for (const name of ['dragover', 'dragleave', 'drop']) root.addEventListener(name, drop);
+    await refresh();
+    return { title: 'Chats', root, refresh, watches: (state) => `${state.chats} ${state.turn}` };
 }
 
 function chatRow(chat) {
-  const name = chat.character || "Unnamed character";
-  return h(
-    "li",
-    {},
-    avatar(name),
-    h(
-      "div",
-      { class: "about" },
-      h("a", { class: "name", href: chatLink(chat.chat_id) }, name),
-      h(
-        "p",
-        { class: "figures" },
-        h("span", {}, plural(chat.messages, "message")),
-        chat.branches > 1 && h("span", {}, plural(chat.branches, "branch", "branches")),
-        h("span", {}, bytes(chat.size)),
-        h("span", {}, when(chat.updated)),
-      ),
-      h("p", { class: "small muted id" }, chat.chat_id),
-    ),
-    h(
-      "div",
-      { class: "actions" },
-      button("Export", () => exportDialog(chat), { class: "quiet", "aria-label": `Export ${name}` }),
-      button("Delete", () => deleteChat(chat), { class: "quiet", "aria-label": `Delete ${name}` }),
-    ),
-  );
+    const name = characterOf(chat);
+    const link = h('a.name', { href: chatLink(chat.chat_id) }, name);
+    return h('li', chatLine(chat, link, plural(chat.messages, 'message')), h('div.actions',
+        quiet('Export', () => exportDialog(chat), { 'aria-label': `Export ${name}` }),
+        quiet('Delete', () => deleteChat(chat), { 'aria-label': `Delete ${name}` })));
 }
 
-function searchHit(row, text) {
-  return h(
-    "li",
-    {},
-    h(
-      "a",
-      { class: "hit", href: chatLink(row.chat_id, `/messages?id=${row.id}`) },
-      h(
-        "span",
-        { class: "row small muted" },
-        h("b", {}, nameOf(row)),
-        `in ${row.character || row.chat_id}`,
-        when(row.at),
-      ),
-      h("span", { class: "text" }, excerpt(row.content, text)),
-    ),
-  );
+/** What a chat's line in the list and its own heading have in common. */
+function chatLine(chat, title, messages, mood) {
+    const branches = chat.branches > 1 && `${number(chat.branches)} branches`;
+    const figures = figuresLine([messages, branches, bytes(chat.size), when(chat.updated), mood]);
+    const about = h('div.about', title, figures, h('p.small.muted.id', chat.chat_id));
+    return [avatar(characterOf(chat)), about];
 }
+
+const searchHit = (row, text) =>
+    h('li', h('a.hit', { href: chatLink(row.chat_id, `/messages?id=${row.id}`) },
+        h('span.row.small.muted', h('b', nameOf(row)), `in ${row.character || row.chat_id}`, when(row.at)),
+        h('span.text', excerpt(row.content, text))));
 
 /** The part of a text around the first word that was searched for, all of them marked. */
 function excerpt(text, words) {
-  const escaped = words.split(/\s+/).map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
-  const pattern = new RegExp(`(${escaped.join("|")})`, "gi");
-  const start = Math.max(0, text.search(pattern) - 80);
-  const part = text.slice(start, start + 320);
-  const marked = part.split(pattern).map((piece, place) => (place % 2 ? h("mark", {}, piece) : piece));
-  return [start > 0 && "…", ...marked, start + 320 < text.length && "…"];
+    const escaped = words.split(/\s+/).map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, '\\$&'));
+    const pattern = new RegExp(`(${escaped.join('|')})`, 'gi');
+    const start = Math.max(0, text.search(pattern) - 80);
+    const part = text.slice(start, start + 320);
+    const marked = part.split(pattern).map((piece, index) => (index % 2 ? h('mark', piece) : piece));
+    return [start > 0 && '…', ...marked, start + 320 < text.length && '…'];
 }
 
 function exportDialog(chat) {
-  const path = `${API}${chatPath(chat.chat_id)}/export`;
-  const name = (chat.character || chat.chat_id).replace(/[^\p{L}\p{N}._-]+/gu, "_").slice(0, 60);
-  const save = (query, ending) => attempt(() => download(path + query, name + ending)).then(() => dialog.close());
-  const dialog = openDialog(
-    `Export ${chat.character || "this chat"}`,
-    h(
-      "p",
-      { class: "muted" },
-      "Everything, with branches, story and facts; or a chat file that SillyTavern can open.",
-    ),
-    h(
-      "div",
-      { class: "row" },
-      button("Everything (JSON)", () => save("", ".json"), { class: "primary" }),
-      button("SillyTavern chat file", () => save("?format=sillytavern", ".jsonl")),
-      button("Close", () => dialog.close(), { class: "push" }),
-    ),
-  );
+    const path = `${API}${chatPath(chat.chat_id)}/export`;
+    const name = String(chat.character || chat.chat_id).replace(/[^\p{L}\p{N}._-]+/gu, '_').slice(0, 60);
+    const save = (query, ending) => attempt(() => download(path + query, name + ending)).then(() => dialog.close());
+    const dialog = openDialog(`Export ${chat.character || 'this chat'}`,
+        h('p.muted', 'Everything, with branches, summaries and facts, or a chat file that SillyTavern can open.'),
+        h('div.row',
+            button('Everything (JSON)', () => save('', '.json'), { class: 'primary' }),
+            button('SillyTavern chat file', () => save('?format=sillytavern', '.jsonl')),
+            closer('Close')));
 }
 
 async function deleteChat(chat) {
-  const what = `${plural(chat.messages, "message")} with ${chat.character || "an unnamed character"} (${chat.chat_id})`;
-  const sure = await confirmed(
-    "Delete this chat?",
-    [
-      `${what} go from this machine's memory: all branches, the story so far, facts, and what was read from them.`,
-      "This cannot be undone. The chat in your client stays as it is; sent again, it is remembered anew.",
-    ],
-    "Delete the chat",
-  );
-  if (!sure) return;
-  const done = await attempt(() => send("DELETE", chatPath(chat.chat_id)));
-  if (!done) return;
-  toast("The chat has been deleted.");
-  if (location.hash.startsWith("#/chat/")) location.hash = "#/";
-  else await live.refresh();
+    const who = chat.character || 'an unnamed character';
+    const sure = await confirmed('Delete this chat?', [
+        `${plural(chat.messages, 'message')} with ${who} (${chat.chat_id}) will be deleted from memory, with all ` +
+            'branches, summaries and facts.',
+        'This cannot be undone. The chat in your client stays. If you continue it there, it is remembered again.',
+    ], 'Delete the chat');
+    if (!sure || !(await attempt(() => send('DELETE', chatPath(chat.chat_id))))) return;
+    toast('The chat has been deleted.');
+    if (location.hash.startsWith('#/chat/')) location.hash = '#/';
+    else await live.refresh();
 }
 
 async function importFiles(files) {
-  for (const file of files) {
-    const query = { name: file.name };
-    const answer = await attempt(async () => (await request("POST", `${API}/import`, { query, body: file })).json());
-    for (const { added } of answer?.chats ?? []) {
-      toast(`${file.name}: ${added ? `${plural(added, "message")} imported` : "nothing that was not known"}.`);
+    for (const file of files) {
+        const given = { query: { name: file.name }, body: file };
+        const answer = await attempt(async () => (await request('POST', `${API}/import`, given)).json());
+        for (const { added } of answer?.chats ?? []) {
+            toast(`${file.name}: ${added ? `${plural(added, 'message')} imported` : 'no new messages'}.`);
+        }
     }
-  }
-  await live.refresh();
+    await live.refresh();
 }
 
-/** What a newcomer does first; the last line changes by itself when the first request arrives. */
-async function firstSteps() {
-  const { proxy } = await get("/health");
-  const address = `${location.origin}/v1`;
-  const extension = button("download it", () => attempt(() => download("/extension.zip", "persona_memory.zip")));
-  return h(
-    "section",
-    { class: "card" },
-    h("h2", {}, "No chats yet: connect SillyTavern in three steps"),
-    h(
-      "ol",
-      { class: "steps" },
-      h(
-        "li",
-        {},
-        h("h3", {}, "Open API Connections"),
-        h("p", { class: "muted" }, "Choose API “Chat Completion” and source “Custom (OpenAI-compatible)”."),
-      ),
-      h(
-        "li",
-        {},
-        h("h3", {}, "Paste this as the endpoint"),
-        copyable(address),
-        !proxy && h("p", {}, "It is served once persona_memory is started with ", h("code", {}, "--proxy"), "."),
-      ),
-      h(
-        "li",
-        {},
-        h("h3", {}, "Connect, and chat"),
-        h("p", { class: "muted" }, "Leave SillyTavern's context size as it is: what it drops comes back from memory."),
-      ),
-    ),
-    h(
-      "p",
-      { class: "small muted row" },
-      "There is an extension for SillyTavern too, which names each chat:",
-      extension,
-    ),
-    h("p", { class: "waiting", role: "status" }, h("span", { class: "dot" }), "Waiting for the first request…"),
-  );
-}
+// --------------------------------------------------------------------------------------------------------- one chat
 
-function copyable(text) {
-  const copy = async () => {
-    await navigator.clipboard.writeText(text);
-    toast("Copied.");
-  };
-  return h(
-    "p",
-    { class: "copy" },
-    h("code", {}, text),
-    button("Copy", () => attempt(copy)),
-  );
-}
-
-// ------------------------------------------------------------------------------------------------ one chat
-
-const TABS = [
-  ["", "Memory"],
-  ["messages", "Messages"],
-  ["recall", "Recall"],
-  ["mood", "Mood"],
-  ["prompts", "Prompts"],
-];
+const TABS = { '': 'Memory', messages: 'Messages', recall: 'Recall', mood: 'Mood', prompts: 'Prompts' };
 
 async function chatView({ id, tab, query }) {
-  const head = h("div", { class: "head" });
-  const tabs = h(
-    "nav",
-    { class: "tabs", "aria-label": "Of this chat" },
-    TABS.map(([name, label]) =>
-      h("a", { href: chatLink(id, name && `/${name}`), "aria-current": name === tab && "page" }, label),
-    ),
-  );
-  const parts = { messages: messagesTab, recall: recallTab, mood: moodTab, prompts: promptsTab };
-  const look = () => get(chatPath(id), { mood: "off" }); // the last prompt knows it
-  const chat = await look();
-  const part = await (parts[tab] ?? memoryTab)(chat, query);
-  const show = (now) =>
-    keyed(
-      head,
-      [chatHead(now)],
-      () => id,
-      (row) => chatHeading(row, now),
-    );
-
-  async function refresh() {
-    const now = await look();
-    show(now);
-    await part.refresh(now);
-  }
-  show(chat);
-  return {
-    title: chat.character || id,
-    root: h("div", {}, head, tabs, part.root),
-    refresh,
-    chat: id,
-    watches: (state) => state.chat,
-    entered: part.entered,
-    leave: part.leave,
-  };
+    const head = h('div.head');
+    const tabs = h('nav.tabs', { 'aria-label': 'This chat' }, Object.entries(TABS).map(([name, label]) =>
+        h('a', { href: chatLink(id, name && `/${name}`), 'aria-current': name === tab && 'page' }, label)));
+    const parts = { messages: messagesTab, recall: recallTab, mood: moodTab, prompts: promptsTab };
+    const look = () => get(chatPath(id), { mood: 'off' }); // the last prompt knows it
+    const chat = await look();
+    const part = await (parts[tab] ?? memoryTab)(chat, query);
+    const show = (now) => keyed(head, [now], chatHeading, () => id);
+    const refresh = async () => {
+        const now = await look();
+        show(now);
+        await part.refresh?.(now);
+    };
+    show(chat);
+    const root = h('div', head, tabs, part.root);
+    return { ...part, title: chat.character || id, root, refresh, chat: id, watches: (state) => state.chat };
 }
 
-const chatHead = ({ chat_id, character, branch_length, branches, size, updated, last_prompt }) => ({
-  chat_id,
-  character,
-  branch_length,
-  branches,
-  size,
-  updated,
-  mood: last_prompt?.mood?.label,
-});
-
-function chatHeading(row, chat) {
-  const name = row.character || "Unnamed character";
-  return h(
-    "div",
-    { class: "heading row" },
-    avatar(name),
-    h(
-      "div",
-      { class: "about" },
-      h("h1", {}, name),
-      h(
-        "p",
-        { class: "figures" },
-        h("span", {}, `${plural(row.branch_length, "message")} on this branch`),
-        row.branches > 1 && h("span", {}, `${number(row.branches)} branches`),
-        h("span", {}, bytes(row.size)),
-        h("span", {}, when(row.updated)),
-        row.mood && row.mood !== "neutral" && h("span", {}, "You seem ", moodChip(row.mood)),
-      ),
-      h("p", { class: "small muted id" }, row.chat_id),
-    ),
-    h(
-      "div",
-      { class: "actions" },
-      button("Export", () => exportDialog(chat)),
-      button("Delete", () => deleteChat(chat)),
-    ),
-  );
+function chatHeading(chat) {
+    const messages = `${plural(chat.branch_length, 'message')} on this branch`;
+    const label = chat.last_prompt?.mood?.label ?? 'neutral';
+    const mood = label !== 'neutral' && ['Your mood: ', moodChip(label)];
+    return h('div.heading.row', chatLine(chat, h('h1', characterOf(chat)), messages, mood),
+        h('div.actions', button('Export', () => exportDialog(chat)), button('Delete', () => deleteChat(chat))));
 }
 
-/** The persona, the story so far, facts and pinned messages. */
+/** The persona, the summary so far, facts, pinned and forgotten messages. */
 async function memoryTab(chat) {
-  const path = chatPath(chat.chat_id);
-  const lists = {
-    persona: h("div", {}),
-    story: h("ul", { class: "list" }),
-    facts: h("ul", { class: "list" }),
-    pinned: h("ul", { class: "list" }),
-    forgotten: h("ul", { class: "list" }),
-  };
-  const forgotten = card("Forgotten messages", lists.forgotten);
-  const root = h(
-    "div",
-    { class: "stack" },
-    card("Persona, as last seen", lists.persona),
-    card("The story so far", lists.story),
-    card("Facts", lists.facts),
-    card("Pinned messages", lists.pinned),
-    forgotten,
-    chat.character && (await carryOver(chat.character)),
-  );
-
-  function refresh(now) {
-    listOr(
-      lists.story,
-      now.story,
-      "The story begins once enough messages have left the prompt.",
-      (row) => row.id,
-      (row) => storyRow(path, row),
-    );
-    listOr(
-      lists.facts,
-      now.facts,
-      "No lasting facts have been found yet.",
-      (row) => row.id,
-      (row) => factRow(chat, row),
-    );
-    listOr(
-      lists.pinned,
-      now.pinned.filter((row) => !row.forgotten),
-      "Nothing is pinned. Pin a message, and it always has a place in the prompt.",
-      (row) => row.id,
-      (row) => markedRow(chat, row),
-    );
-    forgotten.hidden = !now.forgotten.length;
-    keyed(
-      lists.forgotten,
-      now.forgotten,
-      (row) => row.id,
-      (row) => markedRow(chat, row),
-    );
-    keyed(
-      lists.persona,
-      [now.persona ?? ""],
-      () => "persona",
-      (text) =>
-        h(
-          "div",
-          {},
-          text ? textBlock(text, { limit: 500 }) : h("p", { class: "muted" }, "No request has shown a persona yet."),
-        ),
-    );
-  }
-  refresh(chat);
-  return { root, refresh };
+    const parts = template('memory');
+    const refresh = (now) => {
+        const persona = now.persona ? [now.persona] : [];
+        keyed(parts.persona, persona, (text) => textBlock(text, { limit: 500 }), () => 'persona');
+        keyed(parts.summaries, now.story, (row) => summaryRow(chat, row));
+        keyed(parts.facts, now.facts, (row) => factRow(chat, row));
+        keyed(parts.pinned, now.pinned.filter((row) => !row.forgotten), (row) => markedRow(chat, row));
+        keyed(parts.forgotten, now.forgotten, (row) => markedRow(chat, row));
+        parts.anyForgotten.hidden = !now.forgotten.length;
+    };
+    if (chat.character) await attempt(() => showCarryOver(chat.character, parts));
+    refresh(chat);
+    return { root: parts.root, refresh };
 }
 
-/** Whether chats with a character know of each other. */
-async function carryOver(character) {
-  const address = `/characters/${encodeURIComponent(character)}`;
-  const now = await get(address);
-  const change = () => attempt(() => send("PATCH", address, { carry_over: box.checked }));
-  const box = h("input", { type: "checkbox", checked: now.carry_over, onchange: change });
-  return card(
-    "Other chats",
-    h("label", { class: "check" }, box, `Chats with ${character} remember what happened in each other`),
-    h(
-      "p",
-      { class: "muted small" },
-      `There ${now.chats === 1 ? "is one chat" : `are ${number(now.chats)} chats`} so far.`,
-    ),
-  );
+/** Whether chats with a character are recalled in each other. */
+async function showCarryOver(character, { others, carryOver, carryOverLabel, count }) {
+    const path = `/characters/${encodeURIComponent(character)}`;
+    const now = await get(path);
+    carryOver.checked = now.carry_over;
+    carryOver.onchange = () => attempt(() => send('PATCH', path, { carry_over: carryOver.checked }));
+    carryOverLabel.textContent = `Recall from other chats with ${character} too`;
+    count.textContent = `${plural(now.chats, 'chat')} with this character so far.`;
+    others.hidden = false;
 }
 
-function listOr(list, rows, words, keyOf, make) {
-  keyed(
-    list,
-    rows.length ? rows : [null],
-    (row) => (row ? keyOf(row) : "none"),
-    (row) => (row ? make(row) : h("li", { class: "muted" }, words)),
-  );
-}
+const SOURCES = { model: 'by the model', extract: "in the messages' own sentences", user: 'in your words' };
 
-function storyRow(path, summary) {
-  const sources = { model: "by the model", extract: "in the messages' own sentences", user: "in your words" };
-  const text = h("div", { class: "text" }, summary.text);
-  const save = (value) => send("PATCH", `${path}/story/${summary.id}`, { text: value });
-  return h(
-    "li",
-    {},
-    h(
-      "p",
-      { class: "row small muted" },
-      h("b", {}, `#${summary.start + 1} to #${summary.end + 1}`),
-      h("span", { class: "chip" }, `Level ${summary.level}`),
-      h("span", {}, summary.stale ? "to be told anew" : sources[summary.source]),
-      h(
-        "span",
-        { class: "tools push" },
-        quiet("Edit", () => edit(text, "Summary", summary.text, save)),
-      ),
-    ),
-    text,
-  );
+function summaryRow(chat, summary) {
+    const text = h('div.text', summary.text);
+    const save = (value) => send('PATCH', `${chatPath(chat.chat_id)}/story/${summary.id}`, { text: value });
+    return h('li',
+        meta(h('b', `#${summary.start + 1} to #${summary.end + 1}`), h('span.chip', `Level ${summary.level}`),
+            h('span', SOURCES[summary.source]),
+            tools(quiet('Edit', () => edit(text, 'Summary', summary.text, save)))),
+        text);
 }
 
 function factRow(chat, fact) {
-  const address = `${chatPath(chat.chat_id)}/facts/${fact.id}`;
-  const text = h("div", { class: "text" }, fact.text);
-  const change = (value) => send("PATCH", address, value).then(live.refresh);
-  const forget = async () => {
-    const lines = [`“${fact.text}” goes from memory and does not come back from this message.`];
-    if (await confirmed("Forget this fact?", lines, "Forget it")) await attempt(() => send("DELETE", address));
-    await live.refresh();
-  };
-  return h(
-    "li",
-    {},
-    h(
-      "p",
-      { class: "row small muted" },
-      h("b", {}, fact.about),
-      link(messageLink(chat, fact.index), `#${fact.index + 1}`),
-      fact.pinned && h("span", { class: "chip" }, "Pinned"),
-      h(
-        "span",
-        { class: "tools push" },
-        quiet("Edit", () => edit(text, "Fact", fact.text, (value) => send("PATCH", address, { text: value }))),
-        quiet(fact.pinned ? "Unpin" : "Pin", () => attempt(() => change({ pinned: !fact.pinned }))),
-        quiet("Forget", forget),
-      ),
-    ),
-    text,
-    h("p", { class: "small muted" }, `“${fact.quote}”`),
-    fact.supersedes && h("p", { class: "small muted" }, `Before: ${fact.supersedes.text}`),
-  );
+    const path = `${chatPath(chat.chat_id)}/facts/${fact.id}`;
+    const text = h('div.text', fact.text);
+    const save = (value) => send('PATCH', path, { text: value });
+    const forget = async () => {
+        const lines = [`“${fact.text}” is removed, and will not be taken from this message again.`];
+        if (await confirmed('Forget this fact?', lines, 'Forget it')) await attempt(() => send('DELETE', path));
+        await live.refresh();
+    };
+    return h('li',
+        meta(h('b', fact.about), h('a', { href: messageLink(chat, fact.index) }, `#${fact.index + 1}`),
+            fact.pinned && h('span.chip', 'Pinned'),
+            tools(
+                quiet('Edit', () => edit(text, 'Fact', fact.text, save)),
+                quiet(fact.pinned ? 'Unpin' : 'Pin', () => attempt(() => change(path, { pinned: !fact.pinned }))),
+                quiet('Forget', () => attempt(forget)))),
+        text,
+        h('p.small.muted', `“${fact.quote}”`),
+        fact.supersedes && h('p.small.muted', `Before: ${fact.supersedes.text}`));
 }
 
+/** A pinned or forgotten message, with the way back. */
 function markedRow(chat, row) {
-  const address = `${chatPath(chat.chat_id)}/messages/${row.id}`;
-  const change = row.forgotten ? { forgotten: false } : { pinned: false };
-  const undo = () => attempt(() => send("PATCH", address, change).then(live.refresh));
-  return h(
-    "li",
-    {},
-    h(
-      "p",
-      { class: "row small muted" },
-      h("b", {}, nameOf({ ...chat, ...row })),
-      link(messageLink(chat, row.index), `#${row.index + 1}`),
-      h("span", { class: "tools push" }, quiet(row.forgotten ? "Remember again" : "Unpin", undo)),
-    ),
-    textBlock(row.content),
-  );
+    const value = row.forgotten ? { forgotten: false } : { pinned: false };
+    const undo = () => attempt(() => change(messagePath(chat, row), value));
+    return h('li',
+        meta(h('b', nameOf({ ...chat, ...row })), h('a', { href: messageLink(chat, row.index) }, `#${row.index + 1}`),
+            tools(quiet(row.forgotten ? 'Remember again' : 'Unpin', undo))),
+        textBlock(row.content));
 }
 
-// ------------------------------------------------------------------------------------------------ messages
+// --------------------------------------------------------------------------------------------------------- messages
 
 const PAGE_ROWS = 100;
+const messagePath = (chat, row) => `${chatPath(chat.chat_id)}/messages/${row.id}`;
 
-/** A chat's messages by their places; pages are fetched when they are looked at, and again when something is new. */
+/** A chat's messages by index; pages are fetched when they are looked at, and again when something is new. */
 class MessagePages {
-  constructor(path, changed) {
-    Object.assign(this, { path, changed, pages: new Map(), rows: [], total: 0 });
-  }
+    pages = new Map();
+    rows = [];
 
-  row(place) {
-    const page = Math.floor(place / PAGE_ROWS);
-    if (!this.pages.has(page)) this.load(page);
-    return this.rows[place];
-  }
-
-  async load(page) {
-    const asked = {};
-    this.pages.set(page, asked);
-    const since = page * PAGE_ROWS;
-    try {
-      const answer = await get(`${this.path}/messages`, { offset: since, limit: PAGE_ROWS });
-      if (this.pages.get(page) !== asked) return;
-      this.take(answer.messages);
-      this.total = answer.total;
-      this.changed();
-      this.takeFeelings(await get(`${this.path}/emotions`, { form: "compact", since, until: since + PAGE_ROWS - 1 }));
-      this.changed();
-    } catch (error) {
-      this.pages.delete(page);
-      toast(error.message);
+    constructor(chat, changed) {
+        Object.assign(this, { path: chatPath(chat.chat_id), total: chat.branch_length, changed });
     }
-  }
 
-  take(rows) {
-    for (const row of rows) {
-      const old = this.rows[row.index];
-      this.rows[row.index] = old?.id === row.id ? { ...row, feeling: old.feeling, weight: old.weight } : row;
+    row(index) {
+        const page = Math.floor(index / PAGE_ROWS);
+        if (!this.pages.has(page)) this.load(page);
+        return this.rows[index];
     }
-  }
 
-  takeFeelings({ since, labels, scores, importance: weights }) {
-    scores.forEach((shares, place) => {
-      const row = this.rows[since + place];
-      if (!row) return;
-      const best = shares.indexOf(Math.max(...shares));
-      Object.assign(row, { feeling: [labels[best], shares[best] / 100], weight: weights[place] / 100 });
-    });
-  }
+    async load(page) {
+        const asked = {};
+        this.pages.set(page, asked);
+        const since = page * PAGE_ROWS;
+        try {
+            const answer = await get(`${this.path}/messages`, { offset: since, limit: PAGE_ROWS });
+            if (this.pages.get(page) !== asked) return;
+            this.take(answer.messages);
+            this.total = answer.total;
+            this.changed();
+            const range = { form: 'compact', since, until: since + PAGE_ROWS - 1 };
+            this.takeFeelings(await get(`${this.path}/emotions`, range));
+            this.changed();
+        } catch (error) {
+            this.pages.delete(page);
+            toast(error.message);
+        }
+    }
 
-  /** Fetches what is looked at anew; the rest when it is looked at. */
-  async renew(first, last) {
-    const wanted = new Set([Math.floor(first / PAGE_ROWS), Math.floor(last / PAGE_ROWS)]);
-    this.pages.clear();
-    await Promise.all([...wanted].map((page) => this.load(page)));
-  }
+    take(rows) {
+        for (const row of rows) {
+            const old = this.rows[row.index];
+            this.rows[row.index] = old?.id === row.id ? { ...row, feeling: old.feeling, weight: old.weight } : row;
+        }
+    }
+
+    takeFeelings({ since, labels, scores, importance: weights }) {
+        scores.forEach((shares, index) => {
+            const row = this.rows[since + index];
+            const best = shares.indexOf(Math.max(...shares));
+            const read = { feeling: [labels[best], shares[best] / 100], weight: weights[index] / 100 };
+            if (row) Object.assign(row, read);
+        });
+    }
+
+    /** Fetches what is looked at anew; the rest when it is looked at. */
+    async renew(first, last) {
+        this.pages.clear();
+        const wanted = new Set([first, last].map((index) => Math.floor(Math.max(0, index) / PAGE_ROWS)));
+        await Promise.all([...wanted].map((page) => this.load(page)));
+    }
 }
 
 async function messagesTab(chat, query) {
-  const path = chatPath(chat.chat_id);
-  const unfolded = new Set();
-  const pages = new MessagePages(path, () => {
-    list.resize(pages.total);
-    list.render();
-  });
-  const list = new VirtualList(
-    "Messages",
-    (place) => messageRow(chat, pages.row(place), place, unfolded, place === found),
-    (place) => pages.row(place) ?? null,
-  );
-  const jump = h("input", { type: "number", min: 1, "aria-label": "Message number", placeholder: "Go to #…" });
-  const go = (event) => {
-    event.preventDefault();
-    if (jump.value) show(jump.value - 1);
-  };
-  const waiting = h("div", {});
-  const root = h(
-    "div",
-    { class: "stack" },
-    h(
-      "form",
-      { class: "row", onsubmit: go },
-      h("div", {}, jump),
-      h("button", {}, "Go"),
-      button("Oldest", () => list.scrollTo(0), { class: "push" }),
-      button("Newest", () => list.scrollTo(list.count - 1)),
-    ),
-    list.element,
-    waiting,
-  );
-  let found = null;
+    const { root, form, jump, oldest, newest, rows, none, replies } = template('messages');
+    const unfolded = new Set();
+    let found = null;
+    const pages = new MessagePages(chat, () => {
+        list.resize(pages.total);
+        list.render();
+    });
+    const list = new VirtualList(
+        rows,
+        (index) => messageRow(chat, pages.row(index), index, unfolded, index === found),
+        (index) => pages.row(index) ?? null);
+    const showRest = (now) => {
+        keyed(replies, now.replies, (row) => pendingReply(chat, row));
+        none.hidden = list.count > 0;
+    };
 
-  function show(place) {
-    found = Math.max(0, Math.min(list.count - 1, place));
-    list.shown.forEach((element) => element.classList.toggle("found", Number(element.dataset.key) === found));
-    list.scrollTo(found);
-    list.shown.get(found)?.focus({ preventScroll: true });
-  }
+    function show(index) {
+        found = Math.max(0, Math.min(list.count - 1, index));
+        list.shown.forEach((element, row) => element.classList.toggle('found', row === found));
+        list.scrollTo(found);
+        list.shown.get(found)?.focus({ preventScroll: true });
+    }
 
-  function showProvisional({ replies }) {
-    keyed(
-      waiting,
-      replies,
-      (row) => row.id,
-      (row) =>
-        h(
-          "div",
-          { class: "message provisional" },
-          h(
-            "div",
-            {},
-            h(
-              "header",
-              {},
-              h("span", { class: "who" }, nameOf({ ...chat, ...row })),
-              h("span", { class: "chip" }, "Not memory yet: no request has shown it"),
-            ),
-            textBlock(row.content),
-          ),
-        ),
-    );
-  }
+    async function refresh(now) {
+        const atEnd = scrollY + innerHeight > document.documentElement.scrollHeight - 80;
+        const grown = now.branch_length !== list.count;
+        await pages.renew(...list.range);
+        showRest(now);
+        if (grown && atEnd && list.count) list.scrollTo(list.count - 1);
+    }
 
-  async function refresh(now) {
-    const atEnd = scrollY + innerHeight > document.documentElement.scrollHeight - 80;
-    const grown = now.branch_length !== list.count;
-    await pages.renew(...(list.range ?? [0, 0]));
-    showProvisional(now);
-    if (grown && atEnd && list.count) list.scrollTo(list.count - 1);
-  }
+    async function entered() {
+        const at = query.get('id') ? await indexOf(chat, query.get('id')) : query.get('at') && query.get('at') - 1;
+        list.resize(chat.branch_length);
+        showRest(chat);
+        if (at === null) list.scrollTo(list.count - 1);
+        else show(at);
+    }
 
-  async function entered() {
-    const place = query.get("id") ? await placeOf(chat, query.get("id")) : query.get("at") && query.get("at") - 1;
-    pages.total = chat.branch_length;
-    list.resize(chat.branch_length);
-    if (!list.count) return list.element.replaceWith(h("p", { class: "empty" }, "This branch has no messages."));
-    showProvisional(chat);
-    return place === null ? list.scrollTo(list.count - 1) : show(place);
-  }
-  return { root, refresh, entered, leave: () => list.close() };
+    form.onsubmit = (event) => {
+        event.preventDefault();
+        if (jump.value) show(jump.value - 1);
+    };
+    oldest.onclick = () => list.scrollTo(0);
+    newest.onclick = () => list.scrollTo(list.count - 1);
+    return { root, refresh, entered, leave: () => list.close() };
 }
 
-/** Where a message stands on the current branch; one of another branch is shown by itself. */
-async function placeOf(chat, id) {
-  const path = `${chatPath(chat.chat_id)}/messages`;
-  const { total } = await get(path, { tip: id, limit: 0 });
-  const {
-    messages: [row],
-  } = await get(path, { offset: total - 1, limit: 1 });
-  if (row?.id !== id) {
-    const {
-      messages: [other],
-    } = await get(path, { tip: id, offset: total - 1, limit: 1 });
-    const dialog = openDialog(
-      `#${total}, on another branch`,
-      h("p", { class: "muted" }, nameOf({ ...chat, ...other })),
-      textBlock(other.content),
-      h(
-        "div",
-        { class: "row" },
-        button("Close", () => dialog.close(), { class: "push" }),
-      ),
-    );
-  }
-  return total - 1;
+/** Where a message is on the current branch; one of another branch is shown by itself. */
+async function indexOf(chat, id) {
+    const path = `${chatPath(chat.chat_id)}/messages`;
+    const { total } = await get(path, { tip: id, limit: 0 });
+    const only = { offset: total - 1, limit: 1 };
+    const { messages: [row] } = await get(path, only);
+    if (row?.id !== id) {
+        const { messages: [other] } = await get(path, { ...only, tip: id });
+        openDialog(`#${total}, on another branch`,
+            h('p.muted', nameOf({ ...chat, ...other })),
+            textBlock(other.content),
+            h('div.row', closer('Close')));
+    }
+    return total - 1;
 }
 
-function messageRow(chat, row, place, unfolded, found) {
-  if (!row) return h("div", { class: "message pending" }, h("div", {}, `#${place + 1}`, hidden(" is being fetched")));
-  const kinds = ["message", row.role, row.forgotten && "forgotten", found && "found"];
-  const text = h(
-    "div",
-    {},
-    textBlock(row.content, { unfolded, id: row.id }),
-    row.edited &&
-      h(
-        "details",
-        { class: "original" },
-        h("summary", { class: "small" }, "Edited here: the original"),
-        h("div", { class: "text" }, prose(row.original ?? "")),
-      ),
-  );
-  return h(
-    "div",
-    { class: kinds.filter(Boolean).join(" "), tabindex: -1 },
-    h(
-      "div",
-      {},
-      h(
-        "header",
-        {},
-        h("span", { class: "who" }, nameOf({ ...chat, ...row })),
-        h("span", { class: "small muted numbers" }, `#${place + 1}`),
-        h("span", { class: "small muted" }, when(row.timestamp ?? row.at)),
-        row.feeling && moodChip(...row.feeling),
-        row.weight !== undefined && importance(row.weight),
-        row.pinned && h("span", { class: "chip" }, "Pinned"),
-        row.forgotten && h("span", { class: "chip" }, "Forgotten"),
-        messageTools(chat, row, text),
-      ),
-      text,
-    ),
-  );
+/** A reply that the client has not sent back yet. */
+const pendingReply = (chat, row) =>
+    h('div.message.provisional', h('div',
+        h('header', h('span.who', nameOf({ ...chat, ...row })),
+            h('span.chip', 'Pending: not yet sent back by the client')),
+        textBlock(row.content)));
+
+function messageRow(chat, row, index, unfolded, found) {
+    if (!row) return h('div.message.pending', h('div', `#${index + 1}`, h('span.hidden', ' is loading')));
+    const kinds = ['message', row.role, row.forgotten && 'forgotten', found && 'found'].filter(Boolean);
+    const text = h('div', textBlock(row.content, { unfolded, id: row.id }), row.edited && h('details.original',
+        h('summary.small', 'Original text, before the edit'), textBlock(row.original, { limit: Infinity })));
+    return h('div', { class: kinds.join(' '), tabindex: -1 }, h('div',
+        h('header',
+            h('span.who', nameOf({ ...chat, ...row })),
+            h('span.small.muted.numbers', `#${index + 1}`),
+            h('span.small.muted', when(row.timestamp ?? row.at)),
+            row.feeling && moodChip(...row.feeling),
+            row.weight !== undefined && importance(row.weight),
+            row.pinned && h('span.chip', 'Pinned'),
+            row.forgotten && h('span.chip', 'Forgotten'),
+            messageTools(chat, row, text)),
+        text));
 }
 
 function messageTools(chat, row, text) {
-  const address = `${chatPath(chat.chat_id)}/messages/${row.id}`;
-  const change = (value) => send("PATCH", address, value).then(live.refresh);
-  const act = (value, words, back) =>
-    attempt(async () => {
-      await change(value);
-      if (words) toast(words, () => change(back));
-    });
-  const save = (content) =>
-    send("PATCH", address, { content }).then(() =>
-      toast("Memory now has your words.", () => change({ content: row.edited ? row.content : null })),
-    );
-  const others = row.siblings.length;
-  const remembered = [
-    quiet("Edit", () => edit(text, `Message ${row.index + 1}`, row.content, save)),
-    quiet(row.pinned ? "Unpin" : "Pin", () => act({ pinned: !row.pinned })),
-    quiet("Forget", () => act({ forgotten: true }, "Forgotten: it is recalled no more.", { forgotten: false })),
-  ];
-  return h(
-    "span",
-    { class: "tools push" },
-    others > 0 && button(`Compare ${others + 1} versions`, () => compare(chat, row)),
-    row.edited && quiet("Take the edit back", () => act({ content: null })),
-    row.forgotten ? quiet("Remember again", () => act({ forgotten: false })) : remembered,
-  );
+    const path = messagePath(chat, row);
+    const act = (value) => attempt(() => change(path, value));
+    const forget = async () => {
+        await change(path, { forgotten: true });
+        toast('Forgotten: it will not be recalled.', () => change(path, { forgotten: false }));
+    };
+    const save = async (content) => {
+        await send('PATCH', path, { content });
+        toast('Memory now has your words.', () => change(path, { content: row.edited ? row.content : null }));
+    };
+    const others = row.siblings.length;
+    return tools(
+        others > 0 && button(`Compare ${others + 1} versions`, () => attempt(() => compare(chat, row))),
+        row.edited && quiet('Restore the original', () => act({ content: null })),
+        row.forgotten ? quiet('Remember again', () => act({ forgotten: false })) : [
+            quiet('Edit', () => edit(text, `Message ${row.index + 1}`, row.content, save)),
+            quiet(row.pinned ? 'Unpin' : 'Pin', () => act({ pinned: !row.pinned })),
+            quiet('Forget', () => attempt(forget)),
+        ]);
 }
 
 /** The versions of a message side by side, each with what came of it. */
 async function compare(chat, row) {
-  const path = `${chatPath(chat.chat_id)}/messages`;
-  const part = { offset: row.index, limit: 5 };
-  const versions = await attempt(() =>
-    Promise.all([get(path, part), ...row.siblings.map((other) => get(path, { ...part, tip: other.tip }))]),
-  );
-  if (!versions) return;
-  const dialog = openDialog(
-    `#${row.index + 1}, in ${versions.length} versions`,
-    h(
-      "div",
-      { class: "columns", tabindex: 0, role: "group", "aria-label": "Versions" },
-      versions.map(({ messages: [first, ...rest], total }, place) =>
-        h(
-          "section",
-          {},
-          h("h3", {}, place ? `Version ${place + 1}` : "On this branch"),
-          h("div", { class: "first" }, textBlock(first.content)),
-          h(
-            "p",
-            { class: "small muted" },
-            rest.length ? `${plural(total - row.index - 1, "message")} after it:` : "Nothing came after it.",
-          ),
-          rest.map((next) =>
-            h("div", { class: "small" }, h("b", {}, `${nameOf({ ...chat, ...next })}: `), textBlock(next.content)),
-          ),
-        ),
-      ),
-    ),
-    h(
-      "div",
-      { class: "row" },
-      button("Close", () => dialog.close(), { class: "push" }),
-    ),
-  );
-  dialog.classList.add("wide");
+    const branches = [{}, ...row.siblings.map(({ tip }) => ({ tip }))];
+    const versions = await Promise.all(branches.map((branch) =>
+        get(`${chatPath(chat.chat_id)}/messages`, { ...branch, offset: row.index, limit: 5 })));
+    const columns = versions.map(({ messages: [first, ...rest], total }, index) => h('section',
+        h('h3', index ? `Version ${index + 1}` : 'On this branch'),
+        h('div.first', textBlock(first.content)),
+        h('p.small.muted',
+            rest.length ? `${plural(total - row.index - 1, 'message')} after it:` : 'Nothing came after it.'),
+        rest.map((next) => h('div.small', h('b', `${nameOf({ ...chat, ...next })}: `), textBlock(next.content)))));
+    const dialog = openDialog(`#${row.index + 1}, in ${versions.length} versions`,
+        h('div.columns', { tabindex: 0, role: 'group', 'aria-label': 'Versions' }, columns),
+        h('div.row', closer('Close')));
+    dialog.classList.add('wide');
 }
 
-// ------------------------------------------------------------------------------------------------ recall
+// ----------------------------------------------------------------------------------------------------------- recall
 
-/** Signals of recall by what they are to a reader; one that is not listed stands for itself. */
+/** Signals of recall by what they are to a reader; one that is not listed is shown by its own name. */
 const FAMILIES = [
-  ["Meaning", /^meaning/],
-  ["Words", /words/],
-  ["Answer", /^answers/],
-  ["Kind of answer", /^gives_/],
-  ["Speaker", /^speaker/],
-  ["Date", /^when/],
-  ["Recent", /^lately/],
-  ["Change", /change|supersedes/],
-  ["Said twice", /twice/],
-  ["Is a question", /^question/],
-  ["Feeling", /^emotion/],
-  ["Importance", /^importance/],
+    ['Meaning', /^meaning/], ['Words', /words/], ['Answer', /^answers/], ['Kind of answer', /^gives_/],
+    ['Speaker', /^speaker/], ['Date', /^when/], ['Recent', /^lately/], ['Change', /change|supersedes/],
+    ['Said twice', /twice/], ['Is a question', /^question/], ['Feeling', /^emotion/], ['Importance', /^importance/],
 ];
 
+/** Sums of a memory's scores by family: [name, sum], the weightiest first. */
 function families(scores) {
-  const sums = new Map();
-  for (const [signal, score] of Object.entries(scores)) {
-    const name = FAMILIES.find(([, pattern]) => pattern.test(signal))?.[0] ?? capital(signal);
-    sums.set(name, (sums.get(name) ?? 0) + score);
-  }
-  return [...sums].filter(([, sum]) => Math.abs(sum) >= 0.005).sort(([, a], [, b]) => Math.abs(b) - Math.abs(a));
+    const sums = new Map();
+    for (const [signal, score] of Object.entries(scores)) {
+        const name = FAMILIES.find(([, pattern]) => pattern.test(signal))?.[0] ?? capital(signal);
+        sums.set(name, (sums.get(name) ?? 0) + score);
+    }
+    return [...sums].filter(([, sum]) => Math.abs(sum) >= 0.005).sort(([, a], [, b]) => Math.abs(b) - Math.abs(a));
 }
 
 function scoreBars(scores) {
-  const rows = families(scores);
-  const most = Math.max(...rows.map(([, sum]) => Math.abs(sum)), 0.01);
-  return h(
-    "ul",
-    { class: "bars numbers", "aria-label": "Why" },
-    rows.map(([name, sum]) =>
-      h(
-        "li",
-        {},
-        h("span", {}, name),
-        h("span", { class: "track" }, h("i", { class: sum < 0 && "minus", vars: { share: Math.abs(sum) / most } })),
-        h("span", {}, sum.toFixed(2)),
-      ),
-    ),
-  );
+    const rows = families(scores);
+    const most = Math.max(...rows.map(([, sum]) => Math.abs(sum)), 0.01);
+    return h('ul.bars.numbers', { 'aria-label': 'Reasons' }, rows.map(([name, sum]) => h('li',
+        h('span', name),
+        h('span.track', h(sum < 0 ? 'i.minus' : 'i', { vars: { share: Math.abs(sum) / most } })),
+        h('span', decimal(sum)))));
 }
 
 async function recallTab(chat) {
-  const path = chatPath(chat.chat_id);
-  const status = h("p", { class: "muted small", role: "status" });
-  const list = h("ul", { class: "list card", hidden: true });
-  const field = h("input", {
-    type: "search",
-    "aria-label": "What does it remember?",
-    oninput: debounced(find, 250),
-    placeholder: "Write what you would say in the chat: “where did we first meet?”",
-  });
+    const { root, field, status, list } = template('recall');
 
-  async function find() {
-    const text = field.value.trim();
-    if (!text) return show([], "");
-    status.textContent = "Remembering…";
-    const answer = await attempt(() => get(`${path}/search`, { q: text, k: 12, wait: "off" }));
-    if (text !== field.value.trim()) return undefined; // a later question is on its way
-    const { memories, unread } = answer ?? { memories: [], unread: 0 };
-    const found = memories.length ? `${plural(memories.length, "message")}, best first.` : "Nothing comes to mind.";
-    const note = unread ? ` ${plural(unread, "message")} still to be read: found by words alone until then.` : "";
-    return show(memories, found + note);
-  }
+    async function find() {
+        const text = field.value.trim();
+        if (!text) return show([], '');
+        status.textContent = 'Searching…';
+        const query = { q: text, k: 12, wait: 'off' };
+        const answer = await attempt(() => get(`${chatPath(chat.chat_id)}/search`, query));
+        if (text !== field.value.trim()) return undefined; // a later question is on its way
+        const { memories, unread } = answer ?? { memories: [], unread: 0 };
+        const found = memories.length ? `${plural(memories.length, 'message')}, best first.` : 'Nothing is recalled.';
+        const note = unread ? ` ${plural(unread, 'message')} not embedded yet: found by words only until then.` : '';
+        return show(memories, found + note);
+    }
 
-  function show(memories, words) {
-    status.textContent = words;
-    list.hidden = !memories.length;
-    keyed(
-      list,
-      memories,
-      (memory) => memory.id,
-      (memory) => memoryRow(chat, memory),
-    );
-  }
-  const root = h(
-    "div",
-    { class: "stack" },
-    h("p", { class: "muted" }, "What comes to mind, and why. The scores are those that choose memories for a prompt."),
-    field,
-    status,
-    list,
-  );
-  return { root, refresh: () => {}, entered: () => field.focus() };
+    function show(memories, words) {
+        status.textContent = words;
+        list.hidden = !memories.length;
+        keyed(list, memories, (memory) => memoryRow(chat, memory));
+    }
+
+    field.oninput = debounced(find, 250);
+    return { root, entered: () => field.focus() };
 }
 
 function memoryRow(chat, memory) {
-  const elsewhere = memory.chat_id && memory.chat_id !== chat.chat_id;
-  return h(
-    "li",
-    {},
-    h(
-      "p",
-      { class: "row small muted" },
-      h("b", {}, nameOf({ ...chat, ...memory })),
-      link(messageLink(elsewhere ? memory : chat, memory.index), `#${memory.index + 1}`),
-      elsewhere && h("span", { class: "chip" }, "From another chat"),
-      memory.pinned && h("span", { class: "chip" }, "Pinned"),
-      h("span", { class: "push numbers" }, "Score ", h("span", { class: "score" }, memory.score.toFixed(2))),
-    ),
-    memory.content !== undefined && textBlock(memory.content),
-    scoreBars(memory.scores),
-  );
+    const elsewhere = memory.chat_id && memory.chat_id !== chat.chat_id;
+    const href = messageLink(elsewhere ? memory : chat, memory.index);
+    return h('li',
+        meta(h('b', nameOf({ ...chat, ...memory })), h('a', { href }, `#${memory.index + 1}`),
+            elsewhere && h('span.chip', 'From another chat'),
+            memory.pinned && h('span.chip', 'Pinned'),
+            h('span.push.numbers', 'Score ', h('span.score', decimal(memory.score)))),
+        memory.content !== undefined && textBlock(memory.content),
+        scoreBars(memory.scores ?? {}));
 }
 
-// ------------------------------------------------------------------------------------------------ mood
+// ------------------------------------------------------------------------------------------------------------- mood
 
 const FEELINGS_AT_ONCE = 500;
 const MAY_CHANGE = 20; // newest messages that a swipe or an edit may have replaced when a chat goes on
@@ -11314,623 +10906,416 @@ const LABELS = 82; // pixels for the names of the lanes
 const STRONGEST = 14;
 
 async function moodTab(chat) {
-  const path = chatPath(chat.chat_id);
-  const data = { labels: [], scores: [], user: [], total: chat.branch_length };
-  const status = h("p", { class: "muted small", role: "status" });
-  const figure = h("div", {});
-  const moments = h("ol", { class: "list" });
-  let whose = "all";
-  let open = true;
-  let fetching = null;
-  const choice = h(
-    "div",
-    { class: "segments", role: "group", "aria-label": "Whose feelings" },
-    [
-      ["all", "Everyone"],
-      ["user", "You"],
-      ["assistant", "The character"],
-    ].map(([name, label]) =>
-      button(
-        label,
-        () => {
-          whose = name;
-          draw();
-        },
-        { "data-name": name },
-      ),
-    ),
-  );
-  const root = h(
-    "div",
-    { class: "stack" },
-    h("div", { class: "row spread" }, choice, status),
-    h("section", { class: "card" }, h("h2", {}, "Feelings over the chat"), figure),
-    card("The strongest moments", moments),
-  );
-  const observer = new ResizeObserver(() => draw());
-  const counts = (place) => whose === "all" || data.user[place] === Number(whose === "user");
+    const { root, choice, status, figure, moments } = template('mood');
+    const data = { labels: [], scores: [], user: [], total: chat.branch_length };
+    let whose = 'all';
+    let open = true;
+    let fetching = null;
+    const counts = (index) => whose === 'all' || data.user[index] === Number(whose === 'user');
+    const observer = new ResizeObserver(() => draw());
 
-  /** Piece by piece: reading thousands of messages for the first time takes a while, and the chat may go on. */
-  async function fetchAll() {
-    while (open && data.scores.length < data.total) {
-      const since = data.scores.length;
-      const piece = await get(`${path}/emotions`, { form: "compact", since, until: since + FEELINGS_AT_ONCE - 1 });
-      if (!piece.scores.length) break;
-      Object.assign(data, { labels: piece.labels, total: piece.total });
-      data.scores.push(...piece.scores);
-      data.user.push(...piece.user);
-      const read = `${number(data.scores.length)} of ${plural(data.total, "message")} read`;
-      status.textContent = data.scores.length < data.total ? read : "";
-      draw();
+    /** Piece by piece: reading thousands of messages for the first time takes a while, and the chat may go on. */
+    async function fetchAll() {
+        while (open && data.scores.length < data.total) {
+            const since = data.scores.length;
+            const range = { form: 'compact', since, until: since + FEELINGS_AT_ONCE - 1 };
+            const piece = await get(`${chatPath(chat.chat_id)}/emotions`, range);
+            if (!piece.scores.length) break;
+            Object.assign(data, { labels: piece.labels, total: piece.total });
+            data.scores.push(...piece.scores);
+            data.user.push(...piece.user);
+            const read = `${number(data.scores.length)} of ${plural(data.total, 'message')} read`;
+            status.textContent = data.scores.length < data.total ? read : '';
+            draw();
+        }
     }
-  }
 
-  function draw() {
-    choice.querySelectorAll("button").forEach((b) => b.setAttribute("aria-pressed", String(b.dataset.name === whose)));
-    if (!data.scores.length || !figure.clientWidth) return;
-    const strongest = strongestMoments(data, counts);
-    const focused = document.activeElement?.closest?.(".timeline a")?.getAttribute("href");
-    figure.replaceChildren(timeline(chat, data, counts, strongest, figure.clientWidth));
-    if (focused) figure.querySelector(`a[href="${CSS.escape(focused)}"]`)?.focus();
-    keyed(
-      moments,
-      strongest.map(([place, label, share]) => ({ place, label, share })),
-      (m) => m.place,
-      (m) =>
-        h(
-          "li",
-          { class: "row" },
-          moodChip(m.label, m.share / 100),
-          h("a", { href: messageLink(chat, m.place) }, `Message #${m.place + 1}`),
-          h("span", { class: "muted small" }, data.user[m.place] ? "yours" : "the character's"),
-        ),
-    );
-  }
+    const fetchOnce = () => (fetching ??= fetchAll().finally(() => (fetching = null)));
 
-  const fetchOnce = () => (fetching ??= fetchAll().finally(() => (fetching = null)));
+    function draw() {
+        for (const each of choice.children) each.setAttribute('aria-pressed', String(each.value === whose));
+        if (!data.scores.length || !figure.clientWidth) return;
+        const strongest = strongestMoments(data, counts);
+        const focused = document.activeElement?.closest?.('.timeline a')?.getAttribute('href');
+        figure.replaceChildren(timeline(chat, data, counts, strongest, figure.clientWidth));
+        if (focused) figure.querySelector(`a[href="${CSS.escape(focused)}"]`)?.focus();
+        keyed(moments, strongest, ({ index, label, share }) => h('li.row',
+            moodChip(label, share / 100),
+            h('a', { href: messageLink(chat, index) }, `Message #${index + 1}`),
+            h('span.muted.small', data.user[index] ? 'yours' : "the character's")), ({ index }) => index);
+    }
 
-  /** Where nothing was added something else has changed: everything is read again, which costs little by then. */
-  async function refresh(now) {
-    await fetching;
-    const kept = now.branch_length > data.scores.length ? Math.max(0, data.scores.length - MAY_CHANGE) : 0;
-    Object.assign(data, {
-      scores: data.scores.slice(0, kept),
-      user: data.user.slice(0, kept),
-      total: now.branch_length,
-    });
-    await fetchOnce();
-  }
-  return {
-    root,
-    refresh,
-    entered: () => {
-      observer.observe(figure);
-      attempt(fetchOnce);
-    },
-    leave: () => {
-      open = false;
-      observer.disconnect();
-    },
-  };
+    /** Where nothing was added something else has changed: everything is read again, which costs little by then. */
+    async function refresh(now) {
+        await fetching;
+        const kept = now.branch_length > data.scores.length ? Math.max(0, data.scores.length - MAY_CHANGE) : 0;
+        data.scores.splice(kept);
+        data.user.splice(kept);
+        data.total = now.branch_length;
+        await fetchOnce();
+    }
+
+    function entered() {
+        observer.observe(figure);
+        attempt(fetchOnce);
+    }
+
+    function leave() {
+        open = false;
+        observer.disconnect();
+    }
+
+    choice.onclick = (event) => {
+        whose = event.target.value || whose;
+        draw();
+    };
+    return { root, refresh, entered, leave };
 }
 
-/** The strongest feelings, no two of them close together: [place, label, percent], oldest first. */
+/** The strongest feelings, no two of them close together: {index, label, share in percent}, oldest first. */
 function strongestMoments({ labels, scores }, counts) {
-  const apart = Math.max(1, Math.floor(scores.length / (2 * STRONGEST)));
-  const rows = scores.flatMap((shares, place) =>
-    counts(place) ? labels.slice(0, -1).map((label, i) => [place, label, shares[i]]) : [],
-  );
-  const chosen = [];
-  for (const row of rows.sort((a, b) => b[2] - a[2])) {
-    if (chosen.length === STRONGEST || row[2] < 50) break;
-    if (chosen.every(([place]) => Math.abs(place - row[0]) >= apart)) chosen.push(row);
-  }
-  return chosen.sort((a, b) => a[0] - b[0]);
+    const apart = Math.max(1, Math.floor(scores.length / (2 * STRONGEST)));
+    const felt = labels.slice(0, -1); // the last is neutral
+    const rows = scores.flatMap((shares, index) =>
+        counts(index) ? felt.map((label, lane) => ({ index, label, share: shares[lane] })) : []);
+    const chosen = [];
+    for (const row of rows.sort((a, b) => b.share - a.share)) {
+        if (chosen.length === STRONGEST || row.share < 50) break;
+        if (chosen.every(({ index }) => Math.abs(index - row.index) >= apart)) chosen.push(row);
+    }
+    return chosen.sort((a, b) => a.index - b.index);
 }
 
 /** A lane for each feeling, its height the mean of as many messages as share a step of three pixels. */
 function timeline(chat, data, counts, strongest, width) {
-  const { labels, scores, total } = data;
-  const height = labels.length * LANE + 26;
-  const x = (place) => LABELS + ((width - LABELS - 8) * place) / Math.max(1, total - 1);
-  const lanes = labels.map((label, lane) =>
-    laneOf(label, lane, means(scores, lane, counts, total, width / 3), x, width),
-  );
-  const marks = strongest.map(([place, label, share]) =>
-    svg(
-      "a",
-      {
-        href: messageLink(chat, place),
-        vars: { tone: `var(--${label})` },
-        "aria-label": `Message ${place + 1}: ${label}, ${share} percent`,
-      },
-      svg("title", {}, `#${place + 1}: ${label}, ${share} %`),
-      svg("circle", { cx: x(place), cy: (labels.indexOf(label) + 1) * LANE - 6 - (share / 100) * (LANE - 16), r: 6 }),
-    ),
-  );
-  const ticks = (width < 500 ? [0, 0.5, 1] : [0, 0.25, 0.5, 0.75, 1]).map((part) => Math.round(part * (total - 1)));
-  const axis = [...new Set(ticks)].map((place, i, all) =>
-    svg(
-      "text",
-      { x: x(place), y: height - 4, "text-anchor": i === 0 ? "start" : i === all.length - 1 ? "end" : "middle" },
-      `#${place + 1}`,
-    ),
-  );
-  const cursor = svg("line", { class: "cursor", y1: 0, y2: height - 24 });
-  const placeAt = (event) => {
-    const left = event.clientX - event.currentTarget.getBoundingClientRect().left - LABELS;
-    return Math.max(0, Math.min(total - 1, Math.round((left / (width - LABELS - 8)) * (total - 1))));
-  };
-  const move = (event) =>
-    build(cursor, { x1: x(placeAt(event)), x2: x(placeAt(event)) }, []).style.setProperty("visibility", "visible");
-  const go = (event) => {
-    if (!event.target.closest("a")) location.hash = messageLink(chat, placeAt(event));
-  };
-  return svg(
-    "svg",
-    {
-      class: "timeline",
-      width,
-      height,
-      viewBox: `0 0 ${width} ${height}`,
-      role: "group",
-      "aria-label": "Feelings from the first message to the newest",
-      onclick: go,
-      onmousemove: move,
-    },
-    lanes,
-    axis,
-    cursor,
-    marks,
-  );
+    const { labels, scores, total } = data;
+    const height = labels.length * LANE + 26;
+    const room = width - LABELS - 8;
+    const x = (index) => LABELS + (room * index) / Math.max(1, total - 1);
+    const y = (lane, share) => (lane + 1) * LANE - 6 - (share / 100) * (LANE - 16);
+    const lanes = labels.map((label, lane) =>
+        timelineLane(label, y(lane, 0), means(scores, lane, counts, total, width / 3).map(([i, mean]) =>
+            [x(i).toFixed(1), y(lane, mean).toFixed(1)]), width));
+    const marks = strongest.map(({ index, label, share }) => {
+        const words = `Message ${index + 1}: ${label}, ${share} percent`;
+        const link = { href: messageLink(chat, index), vars: { tone: `var(--${label})` }, 'aria-label': words };
+        const circle = svg('circle', { cx: x(index), cy: y(labels.indexOf(label), share), r: 6 });
+        return svg('a', link, svg('title', `#${index + 1}: ${label}, ${share} %`), circle);
+    });
+    const cursor = svg('line.cursor', { y1: 0, y2: height - 24 });
+    const indexAt = (event) => {
+        const left = event.clientX - event.currentTarget.getBoundingClientRect().left - LABELS;
+        return Math.max(0, Math.min(total - 1, Math.round((left / room) * (total - 1))));
+    };
+    const onmousemove = (event) => {
+        setProp(cursor, 'x1', x(indexAt(event)));
+        setProp(cursor, 'x2', x(indexAt(event)));
+        cursor.style.visibility = 'visible';
+    };
+    const onclick = (event) => {
+        if (!event.target.closest('a')) location.hash = messageLink(chat, indexAt(event));
+    };
+    return svg('svg.timeline', {
+        width, height, viewBox: `0 0 ${width} ${height}`, onclick, onmousemove, role: 'group',
+        'aria-label': 'Feelings from the first message to the newest',
+    }, lanes, timelineAxis(total, x, width < 500 ? 2 : 4, height - 4), cursor, marks);
 }
 
-/** Means of a feeling's percentages by steps of the timeline: [place, mean]. */
+/** Numbers of messages below the lanes, at equal steps. */
+function timelineAxis(total, x, steps, y) {
+    const ticks = Array.from({ length: steps + 1 }, (_, step) => Math.round((step / steps) * (total - 1)));
+    return [...new Set(ticks)].map((index, i, all) => {
+        const anchor = i === 0 ? 'start' : i === all.length - 1 ? 'end' : 'middle';
+        return svg('text', { x: x(index), y, 'text-anchor': anchor }, `#${index + 1}`);
+    });
+}
+
+/** Means of a feeling's percentages by steps of the timeline: [index, mean]. */
 function means(scores, lane, counts, total, steps) {
-  const size = Math.max(1, Math.ceil(total / steps));
-  const rows = [];
-  for (let start = 0; start < scores.length; start += size) {
-    const part = scores.slice(start, start + size).filter((_, i) => counts(start + i));
-    if (part.length)
-      rows.push([start + (size - 1) / 2, part.reduce((sum, shares) => sum + shares[lane], 0) / part.length]);
-  }
-  return rows;
+    const size = Math.max(1, Math.ceil(total / steps));
+    const rows = [];
+    for (let start = 0; start < scores.length; start += size) {
+        const part = scores.slice(start, start + size).filter((_, i) => counts(start + i));
+        const sum = part.reduce((all, shares) => all + shares[lane], 0);
+        if (part.length) rows.push([start + (size - 1) / 2, sum / part.length]);
+    }
+    return rows;
 }
 
-function laneOf(label, lane, rows, x, width) {
-  const base = (lane + 1) * LANE - 6;
-  const points = rows.map(
-    ([place, mean]) => `${x(place).toFixed(1)},${(base - (mean / 100) * (LANE - 16)).toFixed(1)}`,
-  );
-  const area = rows.length ? `M${x(rows[0][0])},${base}L${points.join("L")}L${x(rows.at(-1)[0])},${base}Z` : "";
-  return svg(
-    "g",
-    { vars: { tone: `var(--${label})` } },
-    svg("text", { x: 0, y: base }, label),
-    svg("line", { class: "base", x1: LABELS, x2: width, y1: base, y2: base }),
-    svg("path", { class: "area", d: area }),
-  );
+function timelineLane(label, base, points, width) {
+    const area = points.length ? `M${points[0][0]},${base}L${points.join('L')}L${points.at(-1)[0]},${base}Z` : '';
+    return svg('g', { vars: { tone: `var(--${label})` } },
+        svg('text', { x: 0, y: base }, label),
+        svg('line.base', { x1: LABELS, x2: width, y1: base, y2: base }),
+        svg('path.area', { d: area }));
 }
 
-// ------------------------------------------------------------------------------------------------ prompts
+// ---------------------------------------------------------------------------------------------------------- prompts
 
-const SHARES = ["persona", "story", "memories", "history", "response", "free"];
+/** What takes up the context, in this order: the report's names, and how they are shown. */
+const SHARES = {
+    persona: 'Persona', story: 'Summary', memories: 'Memories', history: 'History', response: 'Kept for the reply',
+    free: 'Free',
+};
 
 async function promptsTab(chat) {
-  const path = chatPath(chat.chat_id);
-  const list = h("div", { class: "stack" });
-  async function refresh() {
-    const { prompts } = await get(`${path}/prompts`, { limit: 20 });
-    if (!prompts.length)
-      return list.replaceChildren(h("p", { class: "card empty" }, "No prompt has been made for this chat yet."));
-    return keyed(
-      list,
-      prompts,
-      (report) => report.at,
-      (report) => promptCard(chat, report),
-    );
-  }
-  await refresh();
-  return { root: list, refresh };
+    const { root, list } = template('prompts');
+    const refresh = async () => {
+        const { prompts } = await get(`${chatPath(chat.chat_id)}/prompts`, { limit: 20 });
+        keyed(list, prompts, (report) => promptCard(chat, report), (report) => report.at);
+    };
+    await refresh();
+    return { root, refresh };
 }
 
 function promptCard(chat, report) {
-  const used = Object.values(report.tokens).reduce((sum, tokens) => sum + tokens, 0);
-  const tokens = { ...report.tokens, free: Math.max(0, report.context - used) };
-  const facts = [
-    report.reused !== null && report.reused !== undefined && `${percent(report.reused)} reused from the prompt before`,
-    `${number(Math.round(report.milliseconds))} ms added`,
-    `${plural(report.history, "message")} of history`,
-    report.hidden > 0 && `${plural(report.hidden, "older message")} not in it`,
-  ].filter(Boolean);
-  return h(
-    "article",
-    { class: `prompt card${report.degraded ? " notice" : ""}` },
-    h(
-      "div",
-      { class: "row" },
-      h("h2", {}, `Reply to #${report.history + report.hidden}`),
-      h("span", { class: "muted small" }, when(report.at)),
-      h("span", { class: "muted numbers push" }, `${number(used)} of ${number(report.context)} tokens`),
-    ),
-    report.degraded && h("p", {}, `Without its full memory: ${report.degraded}`),
-    h(
-      "div",
-      { class: "share", role: "img", "aria-label": "Tokens by share, as listed below" },
-      SHARES.filter((name) => tokens[name]).map((name) =>
-        h("i", {
-          title: `${capital(name)}: ${number(tokens[name])}`,
-          vars: { share: tokens[name], tone: `var(--${name})` },
-        }),
-      ),
-    ),
-    h(
-      "ul",
-      { class: "legend numbers" },
-      SHARES.map((name) =>
-        h(
-          "li",
-          { vars: { tone: `var(--${name})` } },
-          h("span", { class: "swatch" }),
-          capital(name === "response" ? "kept for the reply" : name),
-          h("b", {}, number(tokens[name] ?? 0)),
-        ),
-      ),
-    ),
-    h(
-      "p",
-      { class: "figures" },
-      facts.map((fact) => h("span", {}, fact)),
-      report.mood && moodChip(report.mood.label),
-    ),
-    report.reminder && h("p", { class: "small" }, "Said again of the persona: ", h("i", {}, report.reminder)),
-    memoriesOf(chat, `${plural(report.recalled.length, "memory", "memories")} recalled`, report.recalled),
-    report.left_out?.length > 0 && memoriesOf(chat, `${number(report.left_out.length)} left out`, report.left_out),
-  );
+    const used = Object.values(report.tokens).reduce((sum, tokens) => sum + tokens, 0);
+    const tokens = { ...report.tokens, free: Math.max(0, report.context - used) };
+    const shares = Object.entries(SHARES).map(([name, words]) =>
+        ({ words, count: tokens[name] ?? 0, tone: `var(--${name})` }));
+    const left = report.left_out ?? [];
+    const figures = [
+        Number.isFinite(report.reused) && `${percent(report.reused)} reused from the previous prompt`,
+        `${number(Math.round(report.milliseconds))} ms added`,
+        `${plural(report.history, 'message')} of history`,
+        report.hidden > 0 && `${plural(report.hidden, 'older message')} not in it`,
+        report.mood && moodChip(report.mood.label),
+    ];
+    return h(report.degraded ? 'article.prompt.card.notice' : 'article.prompt.card',
+        h('div.row',
+            h('h2', `Reply to #${report.history + report.hidden}`),
+            h('span.muted.small', when(report.at)),
+            h('span.muted.numbers.push', `${number(used)} of ${number(report.context)} tokens`)),
+        report.degraded && h('p', `Without its full memory: ${report.degraded}`),
+        h('div.share', { role: 'img', 'aria-label': 'Tokens by share, as listed below' },
+            shares.filter(({ count }) => count).map(({ words, count, tone }) =>
+                h('i', { title: `${words}: ${number(count)}`, vars: { share: count, tone } }))),
+        h('ul.legend.numbers', shares.map(({ words, count, tone }) =>
+            h('li', { vars: { tone } }, h('span.swatch'), words, h('b', number(count))))),
+        figuresLine(figures),
+        report.reminder && h('p.small', 'Reminder of the persona: ', h('i', report.reminder)),
+        memoriesOf(chat, `${plural(report.recalled.length, 'memory', 'memories')} recalled`, report.recalled),
+        left.length > 0 && memoriesOf(chat, `${number(left.length)} left out`, left));
 }
 
 /** Recalled or left out messages; their texts are fetched when they are looked at. */
 function memoriesOf(chat, title, memories) {
-  if (!memories.length) return h("p", { class: "muted small" }, "Nothing was recalled.");
-  const list = h("ul", { class: "list" });
-  const fill = async () => {
-    if (!details.open || list.children.length) return;
-    const texts = await Promise.all(
-      memories.map(({ index, id, chat_id = chat.chat_id }) =>
+    if (!memories.length) return h('p.muted.small', 'Nothing was recalled.');
+    const list = h('ul.list');
+    const textOf = ({ index, id, chat_id = chat.chat_id }) =>
         get(`${chatPath(chat_id)}/messages`, { tip: id, offset: index, limit: 1 }).then(
-          ({ messages }) => messages[0]?.content,
-          () => undefined,
-        ),
-      ),
-    );
-    list.append(
-      ...memories.map((memory, place) => {
-        const row = memoryRow(chat, { scores: {}, ...memory, content: texts[place] ?? "(no longer there)" });
-        if (memory.reason) row.append(h("p", { class: "small muted" }, capital(memory.reason)));
+            ({ messages }) => messages[0].content).catch(() => '(no longer there)');
+    const show = (memory) => {
+        const row = memoryRow(chat, memory);
+        if (memory.reason) row.append(h('p.small.muted', capital(memory.reason)));
         return row;
-      }),
-    );
-  };
-  const details = h("details", { ontoggle: () => attempt(fill) }, h("summary", {}, title), list);
-  return details;
+    };
+    const fill = async () => {
+        if (!details.open || list.children.length) return;
+        const texts = await Promise.all(memories.map(textOf));
+        keyed(list, memories.map((memory, index) => ({ ...memory, content: texts[index] })), show);
+    };
+    const details = h('details', { ontoggle: () => attempt(fill) }, h('summary', title), list);
+    return details;
 }
 
-// ------------------------------------------------------------------------------------------------ health, settings
+// ------------------------------------------------------------------------------------------------- health, settings
+
+const TURNS = {
+    ok: 'Went well',
+    degraded: 'Without full memory',
+    off: 'Asked for no memory',
+    client_gone: 'Stopped by the client',
+    refused: 'Refused here',
+    upstream_error: 'Failed at the upstream',
+    failed: 'Failed here',
+};
 
 async function healthView() {
-  const root = h("div", { class: "stack" });
-  async function refresh() {
-    const now = await get("/health");
-    keyed(
-      root,
-      healthParts(now),
-      ([name]) => name,
-      ([name, row]) => HEALTH[name](row),
-    );
-  }
-  await refresh();
-  return {
-    title: "Health",
-    root,
-    refresh,
-    watches: (state) => JSON.stringify([state.turn, state.level, state.words]),
-  };
+    const root = h('div.stack');
+    const refresh = async () => {
+        const now = await get('/health');
+        const { level, words, advice, turns, troubles, proxy } = now;
+        const rows = { status: { level, words, advice }, parts: { facts: healthFacts(now), proxy }, turns, troubles };
+        keyed(root, Object.entries(rows), ([name, row]) => HEALTH[name](row), ([name]) => name);
+    };
+    await refresh();
+    const watches = ({ turn, level, words }) => JSON.stringify([turn, level, words]);
+    return { title: 'Health', root, refresh, watches };
 }
 
-const healthParts = ({
-  level,
-  words,
-  advice,
-  upstream,
-  embedder,
-  queue,
-  turns,
-  troubles,
-  version,
-  data,
-  proxy,
-  chats,
-}) => [
-  ["standing", { level, words, advice }],
-  ["parts", { upstream, embedder, queue, version, data, proxy, chats }],
-  ["turns", turns],
-  ["troubles", troubles],
-];
+const healthFacts = ({ upstream, embedder, queue, proxy, chats, data, version }) => [
+    ['Upstream', upstream.url ? `${upstream.url} (${upstream.kind})` : `${upstream.kind}, ${upstream.status}`],
+    ['Model', upstream.model],
+    ['Embedder', `${embedder.model}, ${embedder.status}`],
+    ['Queue', `${queue.running} running, ${queue.waiting} waiting; at most ${queue.limit} at once`],
+    ['Proxy', proxy ? 'on, under /v1' : 'off; --proxy turns it on'],
+    ['Chats', `${number(chats)}, in ${data}`],
+    ['Version', version],
+].filter(([, value]) => value !== undefined);
 
-const definitions = (rows) =>
-  h(
-    "dl",
-    { class: "facts" },
-    rows.filter(([, value]) => value !== undefined).map(([term, value]) => [h("dt", {}, term), h("dd", {}, value)]),
-  );
+const definitions = (rows) => h('dl.facts', rows.map(([term, value]) => [h('dt', term), h('dd', value)]));
 
 const HEALTH = {
-  standing: ({ level, words, advice }) =>
-    h(
-      "section",
-      { class: "card", "data-level": level },
-      h("h1", { class: "row" }, h("span", { class: "dot" }), h("span", {}, words)),
-      advice && h("p", { class: "muted" }, advice),
-    ),
-  parts: ({ upstream, embedder, queue, version, data, proxy, chats }) =>
-    card(
-      "What works",
-      definitions([
-        [
-          "Model's server",
-          upstream.url ? `${upstream.url} (${upstream.kind})` : `${upstream.kind}, ${upstream.status}`,
-        ],
-        ["Model", upstream.model],
-        ["Embedder", `${embedder.model}, ${embedder.status}`],
-        ["Queue", `${queue.running} running, ${queue.waiting} waiting; at most ${queue.limit} at once`],
-        ["Proxy", proxy ? "on, under /v1" : "off; --proxy turns it on"],
-        ["Chats", `${number(chats)}, in ${data}`],
-        ["Version", version],
-      ]),
-      proxy && checkButton(),
-    ),
-  turns: (turns) =>
-    card(
-      "Turns since the start",
-      definitions(
-        Object.entries(turns)
-          .filter(([name, count]) => count || name === "ok")
-          .map(([name, count]) => [TURN_WORDS[name] ?? capital(name), number(count)]),
-      ),
-    ),
-  troubles: (troubles) =>
-    card(
-      "Lately in the log",
-      troubles.length
-        ? h(
-            "ul",
-            { class: "list" },
-            troubles.map((line) =>
-              h(
-                "li",
-                {},
-                h("p", { class: "row small muted" }, h("b", {}, capital(line.level)), when(line.at)),
-                h("p", { class: "text" }, line.message),
-              ),
-            ),
-          )
-        : h("p", { class: "muted" }, "No warnings, no errors."),
-    ),
+    status: ({ level, words, advice }) => h('section.card', { 'data-level': level },
+        h('h1.row', h('span.dot'), h('span', words)), advice && h('p.muted', advice)),
+    parts: ({ facts, proxy }) => card('What works', definitions(facts), proxy && upstreamCheck()),
+    turns: (turns) => card('Turns since the start', definitions(Object.entries(turns)
+        .filter(([name, count]) => count || name === 'ok')
+        .map(([name, count]) => [TURNS[name] ?? capital(name), number(count)]))),
+    troubles: (lines) => card('Recent warnings',
+        lines.length ? h('ul.list', lines.map(({ level, at, message }) =>
+            h('li', meta(h('b', capital(level)), when(at)), h('p.text', message))))
+            : h('p.muted', 'No warnings, no errors.')),
 };
 
-const TURN_WORDS = {
-  ok: "Went well",
-  degraded: "Without full memory",
-  off: "Asked for no memory",
-  client_gone: "Stopped by the client",
-  refused: "Refused here",
-  upstream_error: "Failed at the model's server",
-  failed: "Failed here",
-};
-
-/** Asks the model's server for its models: the quickest sign of life. */
-function checkButton() {
-  const result = h("span", { class: "muted", role: "status" });
-  const check = async () => {
-    result.textContent = "Asking…";
-    try {
-      const { data } = await (await request("GET", "/v1/models")).json();
-      result.textContent = `It answers, and offers ${plural(data.length, "model")}.`;
-    } catch (error) {
-      result.textContent = error.message;
-    }
-  };
-  return h("p", { class: "row" }, button("Check the model's server", check), result);
+/** Asks the upstream for its models: the quickest sign of life. */
+function upstreamCheck() {
+    const result = h('span.muted', { role: 'status' });
+    const check = async () => {
+        result.textContent = 'Asking…';
+        try {
+            const { data } = await (await request('GET', '/v1/models')).json();
+            result.textContent = `It answers, and offers ${plural(data.length, 'model')}.`;
+        } catch (error) {
+            result.textContent = error.message;
+        }
+    };
+    return h('p.row', button('Check the upstream', check), result);
 }
 
 async function settingsView() {
-  const { settings } = await get("/settings");
-  const row = (option) =>
-    h(
-      "tr",
-      {},
-      h("td", {}, h("code", {}, option.flag), h("p", { class: "small muted" }, option.help.replaceAll("`", ""))),
-      h("td", {}, h("code", {}, shownValue(option))),
-      h("td", {}, option.source === "default" ? h("span", { class: "muted" }, "default") : option.source),
-    );
-  const table = h(
-    "table",
-    {},
-    h(
-      "thead",
-      {},
-      h(
-        "tr",
-        {},
-        ["Setting", "Value", "Set by"].map((name) => h("th", { scope: "col" }, name)),
-      ),
-    ),
-    h("tbody", {}, settings.map(row)),
-  );
-  const root = h(
-    "div",
-    { class: "stack" },
-    h("h1", {}, "Settings"),
-    h(
-      "p",
-      { class: "muted" },
-      "Flags go before environment variables, those before a .env file. A change takes a restart.",
-    ),
-    h("section", { class: "card" }, table),
-  );
-  return { title: "Settings", root, refresh: () => {}, watches: () => "" };
+    const { root, rows } = template('settings');
+    const { settings } = await get('/settings');
+    keyed(rows, settings, (option) => h('tr',
+        h('td', h('code', option.flag), h('p.small.muted', option.help.replaceAll('`', ''))),
+        h('td', h('code', shownValue(option))),
+        h('td', option.source === 'default' ? h('span.muted', 'default') : option.source)), (option) => option.flag);
+    return { title: 'Settings', root, refresh: () => {}, watches: () => '' };
 }
 
 function shownValue({ value, source, default: words }) {
-  if (typeof value === "boolean") return value ? "on" : "off";
-  return value === "" || (source === "default" && value === 0) ? words.replaceAll("`", "") : String(value);
+    if (typeof value === 'boolean') return value ? 'on' : 'off';
+    return value === '' || (source === 'default' && value === 0) ? words.replaceAll('`', '') : String(value);
 }
 
-// ------------------------------------------------------------------------------------------------ live
+// ------------------------------------------------------------------------------------------------------------- live
 
 const POLL_SECONDS = 1.5;
-
-function debounced(work, pause = 200) {
-  let timer;
-  return () => {
-    clearTimeout(timer);
-    timer = setTimeout(() => attempt(work), pause);
-  };
-}
+const light = document.querySelector('.light');
 
 /** Asks the server now and then whether anything is new (a 304 when not) and has the view that is open look again. */
 const live = {
-  etag: "",
-  view: null,
-  seen: "",
+    etag: '',
+    view: null,
+    seen: '',
 
-  async poll() {
-    if (!document.hidden) {
-      try {
-        await this.look();
-      } catch (error) {
-        this.light({ level: "trouble", words: error.message, advice: "" });
-        this.etag = "";
-      }
-    }
-    setTimeout(() => this.poll(), 1000 * POLL_SECONDS);
-  },
+    async poll() {
+        try {
+            if (!document.hidden) await this.look();
+        } catch (error) {
+            this.show({ level: 'trouble', words: error.message, advice: '' });
+            this.etag = '';
+        }
+        setTimeout(() => this.poll(), 1000 * POLL_SECONDS);
+    },
 
-  /** The state, of one chat too where a view is of one; null where it is what it was. */
-  async state(chat = "") {
-    const headers = this.etag ? { "If-None-Match": this.etag } : {};
-    const response = await request("GET", `${API}/state`, { query: chat ? { chat } : {}, headers });
-    if (response.status === 304) return null;
-    this.etag = response.headers.get("ETag") ?? "";
-    const state = await response.json();
-    this.light(state);
-    return state;
-  },
+    /** The state, of one chat too where a view is of one; null where it is what it was. */
+    async state(chat = '') {
+        const headers = this.etag ? { 'If-None-Match': this.etag } : {};
+        const response = await request('GET', `${API}/state`, { query: chat ? { chat } : {}, headers });
+        if (response.status === 304) return null;
+        this.etag = response.headers.get('ETag') ?? '';
+        const state = await response.json();
+        this.show(state);
+        return state;
+    },
 
-  async look() {
-    const view = this.view;
-    const state = view && (await this.state(view.chat));
-    if (!state || view !== this.view) return;
-    const seen = view.watches(state);
-    if (seen !== this.seen) await view.refresh();
-    this.seen = seen;
-  },
+    async look() {
+        const view = this.view;
+        const state = view && (await this.state(view.chat));
+        if (!state || view !== this.view) return;
+        const seen = view.watches(state);
+        if (seen !== this.seen) await view.refresh();
+        this.seen = seen;
+    },
 
-  light({ level, words, advice }) {
-    const light = document.querySelector(".light");
-    if (light.dataset.level === level && light.title === `${words} ${advice}`) return;
-    light.dataset.level = level;
-    light.title = `${words} ${advice}`;
-    light.querySelector(".words").textContent = words;
-  },
+    show({ level, words, advice }) {
+        const title = `${words} ${advice}`;
+        if (light.dataset.level === level && light.title === title) return;
+        light.dataset.level = level;
+        light.title = title;
+        light.querySelector('.words').textContent = words;
+    },
 
-  /** Goes on from a state that is older than what the view shows, so that no change falls in between. */
-  follow(view, state) {
-    Object.assign(this, { view, seen: view.watches(state) });
-  },
-
-  refresh: () => live.view?.refresh(),
+    refresh: () => live.view?.refresh(),
 };
 
-// ------------------------------------------------------------------------------------------------ routes
+// ----------------------------------------------------------------------------------------------------------- routes
 
-const main = document.getElementById("main");
+const main = document.getElementById('main');
+const VIEWS = { '': chatsView, chat: chatView, health: healthView, settings: settingsView };
+let visit = 0;
 
 function decoded(text) {
-  try {
-    return decodeURIComponent(text);
-  } catch {
-    return text; // an address that somebody has mistyped
-  }
+    try {
+        return decodeURIComponent(text);
+    } catch {
+        return text; // an address that somebody has mistyped
+    }
 }
 
 function parseRoute() {
-  const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
-  const [name, id = "", tab = ""] = path.split("/");
-  return { name, id: decoded(id), tab, query: new URLSearchParams(query) };
+    const [path, query = ''] = location.hash.replace(/^#\/?/, '').split('?');
+    const [name, id = '', tab = ''] = path.split('/');
+    return { name, id: decoded(id), tab, query: new URLSearchParams(query) };
 }
 
-const VIEWS = { "": chatsView, chat: chatView, health: healthView, settings: settingsView };
-let visit = 0;
-
 async function open() {
-  const number = ++visit;
-  const route = parseRoute();
-  const navigated = live.view !== null;
-  live.view?.leave?.();
-  Object.assign(live, { view: null, etag: "" });
-  document.querySelectorAll("dialog:not(.lasting)").forEach((dialog) => dialog.close());
-  const load = VIEWS[route.name] ?? chatsView;
-  const state = await live.state(route.id).catch(() => ({}));
-  const view = await load(route).catch(failedView);
-  if (number !== visit) return view.leave?.();
-  document.title = `${view.title} · persona_memory`;
-  document.querySelectorAll(".bar nav a").forEach((link) => {
-    const here = link.hash === `#/${route.name}` || (route.name === "chat" && link.hash === "#/");
-    if (here) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
-  });
-  main.replaceChildren(view.root);
-  live.follow(view, state);
-  scrollTo(0, 0);
-  if (navigated) main.focus({ preventScroll: true });
-  return attempt(async () => {
-    await view.entered?.();
-  });
+    const number = ++visit;
+    const route = parseRoute();
+    const navigated = live.view !== null;
+    live.view?.leave?.();
+    Object.assign(live, { view: null, etag: '' });
+    document.querySelectorAll('dialog:not(.lasting)').forEach((dialog) => dialog.close());
+    const state = await live.state(route.id).catch(() => ({}));
+    const view = await (VIEWS[route.name] ?? chatsView)(route).catch(failedView);
+    if (number !== visit) return view.leave?.();
+    document.title = `${view.title} · persona_memory`;
+    const current = route.name === 'chat' ? '#/' : `#/${route.name}`;
+    document.querySelectorAll('.bar nav a').forEach((link) => {
+        if (link.hash === current) link.setAttribute('aria-current', 'page');
+        else link.removeAttribute('aria-current');
+    });
+    main.replaceChildren(view.root);
+    Object.assign(live, { view, seen: view.watches(state) }); // it is older than the view, so no change is missed
+    scrollTo(0, 0);
+    if (navigated) main.focus({ preventScroll: true });
+    return attempt(async () => view.entered?.());
 }
 
 /** What stands in for a view that cannot be had: it is tried again when the chats change, or the server is back. */
 function failedView(error) {
-  const root = h(
-    "section",
-    { class: "card" },
-    h("h1", {}, error.status === 404 ? "Not here" : "That did not work"),
-    h("p", {}, error.message),
-    h("p", {}, h("a", { href: "#/" }, "All chats")),
-  );
-  return { title: "Not here", root, refresh: open, watches: (state) => state.chats };
+    const title = error.status === 404 ? 'Not found' : 'That did not work';
+    const root = h('section.card', h('h1', title), h('p', error.message), h('p', h('a', { href: '#/' }, 'All chats')));
+    return { title, root, refresh: open, watches: (state) => state.chats };
 }
 
-// ------------------------------------------------------------------------------------------------ theme
+// ------------------------------------------------------------------------------------------------------------ theme
 
-const theme = document.getElementById("theme");
-const THEMES = ["auto", "light", "dark"];
+const theme = document.getElementById('theme');
+const THEMES = ['auto', 'light', 'dark'];
 
 function useTheme(name) {
-  document.documentElement.dataset.theme = name;
-  theme.replaceChildren(h("span", { class: "label" }, "Theme: "), name);
-  localStorage.setItem("persona_memory_theme", name);
+    document.documentElement.dataset.theme = name;
+    theme.lastElementChild.textContent = name;
+    localStorage.setItem('persona_memory_theme', name);
 }
 
-theme.addEventListener("click", () => {
-  useTheme(THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length]);
-});
-useTheme(
-  THEMES.includes(localStorage.getItem("persona_memory_theme"))
-    ? localStorage.getItem("persona_memory_theme")
-    : "auto",
-);
-addEventListener("hashchange", open);
+const nextTheme = () => THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length];
+theme.onclick = () => useTheme(nextTheme());
+useTheme(THEMES.find((name) => name === localStorage.getItem('persona_memory_theme')) ?? 'auto');
+addEventListener('hashchange', open);
 open();
 live.poll();
 """
@@ -11956,10 +11341,133 @@ PAGE = f"""<!doctype html>
   <a class="light" href="#/health" data-level="loading">
     <span class="dot"></span><span class="words">Connecting</span>
   </a>
-  <button class="quiet" id="theme" type="button">Theme: auto</button>
+  <button class="quiet" id="theme" type="button"><span class="label">Theme: </span><span>auto</span></button>
 </header>
 <main id="main" tabindex="-1"></main>
 <div id="toasts" role="status" aria-live="polite"></div>
+
+<template id="key-form"><form class="editor">
+  <p class="muted">It is what --api-key was set to. It is kept until this tab is closed.</p>
+  <label for="key">API key</label>
+  <input type="password" autocomplete="current-password" required id="key" data-part="field">
+  <p role="alert" data-part="alert">That key was refused.</p>
+  <button class="primary">Open</button>
+</form></template>
+
+<template id="chats"><div class="stack">
+  <div class="row spread"><h1>Chats</h1><button type="button" data-part="choose">Import…</button></div>
+  <input type="file" multiple hidden accept=".json,.jsonl" data-part="files">
+  <div class="stack" data-part="some">
+    <input type="search" placeholder="Search all chats" aria-label="Search all chats" data-part="search">
+    <div data-part="results"></div>
+    <section class="card flush" data-part="all"><ul class="chats" data-part="list"></ul></section>
+  </div>
+  <section class="card" data-part="none">
+    <h2>No chats yet: connect SillyTavern in three steps</h2>
+    <ol class="steps">
+      <li>
+        <h3>Open API Connections</h3>
+        <p class="muted">Choose API “Chat Completion” and source “Custom (OpenAI-compatible)”.</p>
+      </li>
+      <li>
+        <h3>Paste this as the endpoint</h3>
+        <p class="copy"><code data-part="address"></code><button type="button" data-part="copy">Copy</button></p>
+        <p data-part="needsProxy">It works once persona_memory is started with <code>--proxy</code>.</p>
+      </li>
+      <li>
+        <h3>Connect, and chat</h3>
+        <p class="muted">Leave SillyTavern's context size as it is: messages that no longer fit are recalled.</p>
+      </li>
+    </ol>
+    <p class="small muted row">
+      There is also an extension for SillyTavern, which tells the server which chat is open:
+      <button type="button" data-part="extension">download it</button>
+    </p>
+    <p class="waiting" role="status"><span class="dot"></span>Waiting for the first request…</p>
+  </section>
+</div></template>
+
+<template id="memory"><div class="stack">
+  <section class="card">
+    <h2>Persona in the last request</h2>
+    <div data-part="persona"></div><p class="none">No request has contained a persona yet.</p>
+  </section>
+  <section class="card">
+    <h2>Summary so far</h2>
+    <ul class="list" data-part="summaries"></ul>
+    <p class="none">Summaries are written once enough messages no longer fit in the prompt.</p>
+  </section>
+  <section class="card">
+    <h2>Facts</h2>
+    <ul class="list" data-part="facts"></ul><p class="none">No lasting facts have been found yet.</p>
+  </section>
+  <section class="card">
+    <h2>Pinned messages</h2>
+    <ul class="list" data-part="pinned"></ul>
+    <p class="none">Nothing is pinned. A pinned message always has a place in the prompt.</p>
+  </section>
+  <section class="card" data-part="anyForgotten">
+    <h2>Forgotten messages</h2>
+    <ul class="list" data-part="forgotten"></ul>
+  </section>
+  <section class="card" data-part="others" hidden>
+    <h2>Other chats</h2>
+    <label class="check"><input type="checkbox" data-part="carryOver"><span data-part="carryOverLabel"></span></label>
+    <p class="muted small" data-part="count"></p>
+  </section>
+</div></template>
+
+<template id="messages"><div class="stack">
+  <form class="row" data-part="form">
+    <div><input type="number" min="1" aria-label="Message number" placeholder="Go to #…" data-part="jump"></div>
+    <button>Go</button>
+    <button type="button" class="push" data-part="oldest">Oldest</button>
+    <button type="button" data-part="newest">Newest</button>
+  </form>
+  <div class="virtual" role="list" aria-label="Messages" data-part="rows"></div>
+  <p class="empty" data-part="none" hidden>This branch has no messages.</p>
+  <div data-part="replies"></div>
+</div></template>
+
+<template id="recall"><div class="stack">
+  <p class="muted">Shows what a text would recall, and why. The scores are those that choose memories for a prompt.</p>
+  <input type="search" aria-label="What does it remember?" data-part="field"
+    placeholder="Write what you would say in the chat: “where did we first meet?”">
+  <p class="muted small" role="status" data-part="status"></p>
+  <ul class="list card" hidden data-part="list"></ul>
+</div></template>
+
+<template id="mood"><div class="stack">
+  <div class="row spread">
+    <div class="segments" role="group" aria-label="Whose feelings" data-part="choice">
+      <button type="button" value="all">Everyone</button>
+      <button type="button" value="user">You</button>
+      <button type="button" value="assistant">The character</button>
+    </div>
+    <p class="muted small" role="status" data-part="status"></p>
+  </div>
+  <section class="card"><h2>Feelings over the chat</h2><div data-part="figure"></div></section>
+  <section class="card"><h2>The strongest moments</h2><ol class="list" data-part="moments"></ol></section>
+</div></template>
+
+<template id="prompts"><div>
+  <div class="stack" data-part="list"></div>
+  <p class="card empty none">No prompt has been made for this chat yet.</p>
+</div></template>
+
+<template id="settings"><div class="stack">
+  <h1>Settings</h1>
+  <p class="muted">
+    Flags override environment variables, and those override the .env file. A change takes effect after a restart.
+  </p>
+  <section class="card">
+    <table>
+      <thead><tr><th scope="col">Setting</th><th scope="col">Value</th><th scope="col">Set by</th></tr></thead>
+      <tbody data-part="rows"></tbody>
+    </table>
+  </section>
+</div></template>
+
 <noscript><p class="card">This page needs JavaScript. It loads nothing from anywhere but this server.</p></noscript>
 <script type="module">{PAGE_SCRIPT}</script>
 </body>
@@ -11998,7 +11506,7 @@ EXTENSION_SCRIPT = r"""
 const NAME = 'persona_memory';
 const API = '/api/persona_memory';
 const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1 };
-const PATIENCE_MS = 2000; // what a reply may be held up for
+const TIMEOUT_MS = 2000; // how long a reply may be delayed
 const KINDS = ['normal', 'swipe', 'regenerate', 'continue', 'impersonate', 'quiet'];
 const IN_CHAT = 1; // SillyTavern's number for prompts that stand at a depth in the chat
 const ROLES = { system: 0, user: 1, assistant: 2 };
@@ -12006,7 +11514,7 @@ const LOOPBACK = ['127.0.0.1', 'localhost', '[::1]'];
 const REVERSIBLE = ['openai', 'claude', 'mistralai', 'makersuite', 'vertexai', 'deepseek', 'xai'];
 const MOST_SHOWN = 8; // memories listed in the panel
 const LONGEST_SHOWN = 240; // characters of each
-const SURE = 0.5; // a mood that is less likely than this is not shown
+const MIN_CONFIDENCE = 0.5; // a mood that is less likely than this is not shown
 
 const state = {
     kind: null, // of the generation that has begun and not yet sent its request
@@ -12028,36 +11536,33 @@ function settings() {
 
 // ------------------------------------------------------------------------------------------------------ the server
 
-/** What the server answers instead of what it was asked for. */
+/** The server's own error. */
 class Refusal extends Error {}
 
-/** The server has not answered within PATIENCE_MS: it may be away, or have much to do. */
+/** The server has not answered within TIMEOUT_MS: it may be away, or busy. */
 class Late extends Error {}
 
-/** JSON of the server; throws an Error with words for the user. Never waits longer than PATIENCE_MS. */
+/** JSON of the server; throws an Error with words for the user. Never waits longer than TIMEOUT_MS. */
 async function call(path, body, method = body ? 'POST' : 'GET') {
     const { server, key } = settings();
-    const patience = new AbortController();
-    const timer = setTimeout(() => patience.abort(), PATIENCE_MS);
+    const signal = AbortSignal.timeout(TIMEOUT_MS);
     const headers = body ? { 'Content-Type': 'application/json' } : {};
     if (key) headers.Authorization = `Bearer ${key}`;
     try {
         const response = await fetch(server.replace(/\/+$/, '') + path, {
-            method, headers, body: body && JSON.stringify(body), signal: patience.signal, cache: 'no-store',
+            method, headers, body: body && JSON.stringify(body), signal, cache: 'no-store',
         });
         const answer = await response.json();
         if (!response.ok) throw new Refusal(answer?.error?.message ?? `status ${response.status}`);
         return answer;
     } catch (error) {
         if (error instanceof Refusal) throw error;
-        if (patience.signal.aborted) throw new Late('no answer in time');
+        if (signal.aborted) throw new Late('no answer in time');
         throw new Error('no answer', { cause: error });
-    } finally {
-        clearTimeout(timer);
     }
 }
 
-/** Says once that the server is away, and then not again before it was back. */
+/** Says that the server does not answer: once, until it has answered again. */
 function serverFailed(error) {
     showStatus(false, `${settings().server}: ${error.message}`);
     if (state.away) return;
@@ -12065,12 +11570,8 @@ function serverFailed(error) {
     globalThis.toastr?.warning(`The chat goes on without memories (${settings().server}: ${error.message}).`, NAME);
 }
 
-function serverAnswered() {
-    state.away = false;
-}
-
-/** Host and port of an address, in which all names of this machine are one; null where it is no address. */
-function placeOf(address) {
+/** Host and port of an address, with one name for this machine; null where it is not an address. */
+function endpointOf(address) {
     try {
         const url = new URL(address);
         const host = LOOPBACK.includes(url.hostname) ? LOOPBACK[0] : url.hostname;
@@ -12085,7 +11586,7 @@ function placeOf(address) {
  * than the browser does (a container's, for one), so the port decides where the server says that it is a proxy.
  */
 function isProxy(address) {
-    const there = placeOf(address), ours = placeOf(settings().server);
+    const there = endpointOf(address), ours = endpointOf(settings().server);
     return Boolean(there && ours && there.port === ours.port && (there.host === ours.host || state.proxy));
 }
 
@@ -12098,7 +11599,7 @@ async function modelAddress() {
     return REVERSIBLE.includes(chosen?.chat_completion_source) ? chosen.reverse_proxy : '';
 }
 
-/** Older versions of SillyTavern do not give the connection's settings in their context. */
+/** Older versions of SillyTavern do not have the connection's settings in their context. */
 function olderSettings() {
     return import('../../../openai.js').then((module) => module.oai_settings, () => null);
 }
@@ -12173,22 +11674,17 @@ function shownMessage(message) {
     };
 }
 
-/** What stands in the prompt before the chat, so that the server knows how much of the chat still fits. */
-function personaText() {
-    return client().substituteParams?.('{{description}}\n{{personality}}\n{{scenario}}\n{{persona}}') ?? '';
-}
-
 // ------------------------------------------------------------------------------------------- beside another API
 
-/** Places prompts, and takes back those placed before. */
-function place(injections) {
+/** Puts prompts in, and takes out those put in before. */
+function setPrompts(injections) {
     const { setExtensionPrompt } = client();
     for (const key of state.placed) setExtensionPrompt(key, '', IN_CHAT, 0);
     state.placed.clear();
     for (const { key, text, position, depth, role } of injections) {
         const inChat = position === IN_CHAT;
         const at = inChat ? Math.max(0, depth + Number(settings().depth) - 1) : 0;
-        // SillyTavern fills in macros here; what a message says in braces is no macro.
+        // SillyTavern fills in macros here; braces in a message are not macros.
         setExtensionPrompt(key, text.replaceAll('{{', '{ {'), position, at, false, ROLES[role] ?? ROLES.system);
         state.placed.add(key);
     }
@@ -12196,28 +11692,30 @@ function place(injections) {
 
 /** SillyTavern calls this before it makes a prompt, and waits for it. */
 async function remember(_chat, contextSize, _abort, type) {
-    place([]);
+    setPrompts([]);
     if (!settings().enabled || isProxy(await modelAddress())) return;
     const messages = shownMessages(type ? kindOf(type) : state.kind);
     const who = messages.some((message) => message.role !== 'system') ? identity() : null;
     if (!who) return;
-    const { name2: character } = client();
+    const context = client();
     const request = {
-        chat_id: who.id, parent_chat_id: who.parent || undefined, character, messages, complete: true,
-        persona: personaText(), context_tokens: Math.floor(contextSize) || undefined,
+        chat_id: who.id, parent_chat_id: who.parent || undefined, character: context.name2, messages, complete: true,
+        // What the prompt holds before the chat, so that the server knows how much of the chat still fits.
+        persona: context.substituteParams?.('{{description}}\n{{personality}}\n{{scenario}}\n{{persona}}') ?? '',
+        context_tokens: Math.floor(contextSize) || undefined,
     };
     try {
         const answer = await call(`${API}/inject`, request);
-        serverAnswered();
+        state.away = false;
         if (identity()?.id !== who.id) return; // another chat was opened meanwhile
-        place(answer.injections);
+        setPrompts(answer.injections);
         showStatus(true, `Connected; ${answer.report.degraded || 'memories are placed in the prompt'}.`);
         showRecalled(answer.recalled, answer.emotion);
     } catch (error) {
         showRecalled([], null);
         if (!(error instanceof Late)) return serverFailed(error);
-        // A long chat that is new to it takes its time once. The reply does not wait for the answer to this.
-        showStatus(false, 'Too late for this reply: the server is reading the chat.');
+        // Indexing a long chat takes its time once. The reply does not wait for the answer to this.
+        showStatus(false, 'Too late for this reply: the server is still indexing the chat.');
         call('/api/modules').catch(serverFailed);
     }
 }
@@ -12226,7 +11724,7 @@ globalThis.personaMemoryInterceptor = (...given) => remember(...given).catch((er
 
 // --------------------------------------------------------------------------------------------- through the proxy
 
-/** Notes the kind of the generation that begins; prompts that are only counted say so. */
+/** Notes the kind of the generation that begins; a dry run only counts tokens. */
 function onGenerationStarted(type, _options, dryRun) {
     if (!dryRun) state.kind = kindOf(type);
 }
@@ -12271,7 +11769,7 @@ async function showProxied() {
         const rows = (chat.last_prompt?.recalled ?? []).slice(0, MOST_SHOWN);
         const found = await Promise.all(rows.map(withWords));
         if (identity()?.id !== id) return;
-        serverAnswered();
+        state.away = false;
         showStatus(true, 'Connected; chats go through the proxy.');
         showRecalled(found, chat.mood);
     } catch (error) {
@@ -12364,19 +11862,19 @@ function checkbox(name, label) {
 function change(name, value) {
     settings()[name] = value;
     client().saveSettingsDebounced();
-    place([]);
+    setPrompts([]);
     showChat();
     lookAtServer();
 }
 
-/** Whether the server answers, takes the key, and what it remembers across this character's chats. */
+/** Shows whether the server answers and takes the key, and the character's setting. */
 async function lookAtServer() {
     if (!settings().enabled) return showStatus(null, 'Off.');
     try {
         const health = await call('/health').catch(() => ({})); // inside SillyTavern-Extras there is none
         state.proxy = Boolean(health.proxy);
         await call('/api/modules'); // needs the key
-        serverAnswered();
+        state.away = false;
         const proxied = isProxy(await modelAddress());
         const way = proxied ? 'chats go through the proxy' : 'memories are placed in the prompt';
         showStatus(true, `${health.status === 'loading' ? 'Connected, still loading' : 'Connected'}; ${way}.`);
@@ -12395,9 +11893,9 @@ function showStatus(good, text) {
 
 function showRecalled(memories, emotion) {
     if (!parts.recalled) return;
-    const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= SURE;
-    const felt = sure ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'nothing in particular';
-    parts.mood.textContent = `Your mood: ${felt}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
+    const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= MIN_CONFIDENCE;
+    const mood = sure ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'unclear';
+    parts.mood.textContent = `Your mood: ${mood}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
     const inOrder = memories.slice(0, MOST_SHOWN).sort((a, b) => a.index - b.index);
     const rows = inOrder.map(({ index, name, role, content, chat_id: elsewhere }) => {
         const text = content.length > LONGEST_SHOWN ? `${content.slice(0, LONGEST_SHOWN)} ...` : content;
@@ -12407,7 +11905,7 @@ function showRecalled(memories, emotion) {
     parts.recalled.replaceChildren(...rows);
 }
 
-/** What the panel says of the open chat; a chat that has no id yet gets none by being looked at. */
+/** Links to the open chat's page. A chat that has no id yet gets none by that. */
 function showChat() {
     if (!parts.link) return;
     const id = settledIdentity()?.id;
@@ -12415,26 +11913,27 @@ function showChat() {
     parts.link.href = id ? `${page}chat/${encodeURIComponent(id)}` : page;
 }
 
-function carrier() {
+/** The open chat's character; empty in a group. */
+function characterName() {
     const { groupId, characterId, characters } = client();
     return groupId || characterId === undefined ? '' : characters[characterId]?.name ?? '';
 }
 
-/** Whether memories of this character's other chats count here: the server's word, for the character as a whole. */
+/** Whether this character's chats recall from each other: one setting for the character, which the server keeps. */
 async function showCarryOver() {
-    const name = carrier();
+    const name = characterName();
     parts.carryFor.textContent = `Recall from other chats with ${name || 'a character'} too`;
     parts.carry.disabled = true;
     parts.carry.checked = false;
     if (!name) return;
     const answer = await call(`${API}/characters/${encodeURIComponent(name)}`).catch(() => null);
-    if (!answer || carrier() !== name) return;
+    if (!answer || characterName() !== name) return;
     parts.carry.checked = Boolean(answer.carry_over);
     parts.carry.disabled = false;
 }
 
 async function onCarryOver() {
-    const path = `${API}/characters/${encodeURIComponent(carrier())}`;
+    const path = `${API}/characters/${encodeURIComponent(characterName())}`;
     await call(path, { carry_over: parts.carry.checked }, 'PATCH').catch(serverFailed);
     await showCarryOver();
 }
@@ -12442,7 +11941,7 @@ async function onCarryOver() {
 // ------------------------------------------------------------------------------------------------------- beginning
 
 function onChatChanged() {
-    place([]);
+    setPrompts([]);
     state.proxied = '';
     showRecalled([], null);
     showChat();
@@ -12489,7 +11988,9 @@ SERVER_THREADS = 128  # a stream holds one for as long as it lasts
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
 LOCAL_ORIGIN = re.compile(r"https?://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-KEYLESS = ("health", "page")  # the page is a shell without data, which asks for the key
+KEYLESS = ("health", "page")  # the page has no data in it, and asks for the key
+LINKED = ("page", "extension_download")  # what a link on any other page may lead to
+LONGEST_HEADER = 4096  # characters; clients refuse answers whose headers take much more than that
 PAGE_POLICY = (
     f"default-src 'none'; script-src '{source_hash(PAGE_SCRIPT)}'; style-src '{source_hash(PAGE_STYLE)}'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -12497,10 +11998,10 @@ PAGE_POLICY = (
 )
 PAGE_HEADERS = {
     "Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
-    "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
 }  # fmt: skip
 GUEST_PAGE = "/persona_memory/"  # where the memory page is on a server whose root is another's
-PREFLIGHT_SECONDS = 600  # that a browser need not ask again; more it does not heed
+PREFLIGHT_SECONDS = 600  # for which a browser may keep the answer to a preflight; Chromium allows two hours at most
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -12510,11 +12011,29 @@ def engine() -> PersonaMemory:
 
 
 def request_json() -> Any:
-    """The request's body; raises `InvalidRequest` where it is no JSON."""
+    """The request's body; raises `InvalidRequest` where it is not JSON."""
     try:
-        return json.loads(flask.request.get_data(), parse_constant=reject_constant)
-    except (ValueError, RecursionError) as error:
+        return json_value(flask.request.get_data())
+    except ValueError as error:
         raise InvalidRequest(f"The request is not valid JSON: {str(error)[:200]}.") from None
+
+
+def request_object() -> dict:
+    """The request's body; raises `InvalidRequest` where it is not a JSON object."""
+    body = request_json()
+    if not isinstance(body, dict):
+        raise InvalidRequest("The request must be a JSON object.")
+    return body
+
+
+def require(body: Mapping, name: str, kind: type, blank: bool = False) -> Any:
+    """A field of the request's body: true or false (`bool`), or a text (`str`), which only may be `blank` where the
+    caller says so. Raises `InvalidRequest` where the field is missing or something else."""
+    value = body.get(name)
+    if not isinstance(value, kind) or (kind is str and not blank and not value.strip()):
+        words = "true or false" if kind is bool else "a string" if blank else "a string that is not blank"
+        raise InvalidRequest(f"{name} must be {words}.", name)
+    return value
 
 
 def client_gone() -> Callable[[], bool]:
@@ -12523,9 +12042,9 @@ def client_gone() -> Callable[[], bool]:
 
 
 def client_call() -> Call:
-    """A call to the upstream in the client's name; clients without a key send words for it.
+    """A call to the upstream with the client's own key; clients that have none send a word in its place.
 
-    A key that is this server's, or that of an Extras API, is none of the upstream's business.
+    A key for this server, or for an Extras API, is not sent on to the upstream.
     """
     authorization = flask.request.headers.get("Authorization", "")
     ours = engine().settings.api_key or not engine().settings.proxy
@@ -12541,13 +12060,8 @@ def explicit_chat_id(headers: Mapping[str, str], body: Any) -> str:
         urllib.parse.unquote(headers.get("X-Chat-Id", "")), ours.get("chat_id"), body.get("chat_id"),
         metadata.get("chat_id"), body.get("user"),
     )  # fmt: skip
-    named = (str(v).strip() for v in given if isinstance(v, str | int) and not isinstance(v, bool))
+    named = (sane_text(str(v)).strip() for v in given if isinstance(v, str | int) and not isinstance(v, bool))
     return next((v for v in named if v not in ABSENT_IDS and "{{" not in v), "")
-
-
-def header_id(chat_id: str) -> dict[str, str]:
-    """The response header that names the chat, URL-quoted."""
-    return {"X-Chat-Id": urllib.parse.quote(chat_id, safe="")} if chat_id else {}
 
 
 proxy = flask.Blueprint("proxy", __name__)
@@ -12560,79 +12074,96 @@ def chat_completions() -> flask.Response:
     exchange = Exchange(engine(), client_call(), client_gone())
     try:
         if flask.request.headers.get("X-Persona-Memory", "").strip().lower() == "off":
-            return unremembered(exchange)
+            return bypass(exchange)
         body = request_json()
-        prepared = exchange.memory.builder.prepare(body, explicit_chat_id(flask.request.headers, body), exchange.call)
-        exchange.asked(prepared)
-        return completed(exchange, prepared)
+        chat_id = explicit_chat_id(flask.request.headers, body)
+        exchange.prepared = exchange.memory.builder.prepare(body, chat_id, exchange.call)
+        return respond(exchange)
     except Exception as error:
-        exchange.ended(error)
-        raise
+        known = public_error(error)
+        exchange.finish(known)
+        raise known from None
 
 
 class Exchange:
-    """One request of a client and the way it ends, for log and metrics."""
+    """One chat completion: what the upstream is asked (`prepared`), the call to it, and for log and metrics how it
+    ends."""
 
     def __init__(self, memory: PersonaMemory, call: Call, gone: Callable[[], bool]):
         self.memory, self.call, self.gone = memory, call, gone
-        self.chat_id, self.header = "", ""
+        self.prepared = Prepared({}, "")
         self._started = time.monotonic()
         self._first_token: float | None = None
 
-    def asked(self, prepared: Prepared) -> dict[str, str]:
-        """Notes what the upstream is asked; returns the response headers that say so."""
-        self.chat_id, self.header = prepared.chat_id, prepared.header
-        return {"X-Persona-Memory": prepared.header} | header_id(prepared.chat_id)
-
     @property
-    def degraded(self) -> bool:
-        """Whether memory could not serve the turn in full."""
-        return self.header.startswith("degraded")
+    def headers(self) -> dict[str, str]:
+        """The response headers that say what memory did, and for which chat."""
+        chat_id = urllib.parse.quote(self.prepared.chat_id, safe="")
+        headers = {"X-Persona-Memory": self.prepared.header, "X-Chat-Id": chat_id}
+        return {name: value for name, value in headers.items() if 0 < len(value) <= LONGEST_HEADER}
 
-    def said(self) -> None:
-        """Notes the time of a stream's first token."""
+    def note_first_token(self) -> None:
+        """Notes the time of a stream's first token; a second call does nothing."""
         if self._first_token is None:
             self._first_token = time.monotonic() - self._started
             self.memory.status.metrics.first_token.observe(self._first_token)
 
-    def ended(self, error: Exception | None = None, outcome: str = "ok") -> None:
+    def finish(self, error: PersonaMemoryError | None = None) -> None:
         """Notes how the request ended."""
-        outcome = outcome_of(error) if error else "degraded" if self.degraded and outcome == "ok" else outcome
-        self.memory.status.note_end(self.chat_id, outcome, error, self.header)
+        chat_id, outcome = self.prepared.chat_id, self._outcome(error)
+        self.memory.status.note_end(chat_id, outcome, error, self.prepared.header)
         self.memory.status.metrics.requests.labels(outcome).inc()
         seconds = time.monotonic() - self._started
-        words = f"chat {self.chat_id or '-'}: {outcome} after {seconds:.1f} s" + (f": {error}" if error else "")
+        words = f"chat {chat_id or '-'}: {outcome} after {seconds:.1f} s" + (f": {error}" if error else "")
         level = logging.WARNING if outcome in ("upstream_error", "failed") else logging.INFO
         log_event(
-            "request", words, level=level, chat=self.chat_id, outcome=outcome, seconds=round(seconds, 3),
+            "request", words, level=level, chat=chat_id, outcome=outcome, seconds=round(seconds, 3),
             first_token_seconds=self._first_token and round(self._first_token, 3),
-            status=getattr(error, "status", 500) if error else 200,
+            status=error.status if error else 200,
         )  # fmt: skip
 
+    def _outcome(self, error: PersonaMemoryError | None) -> str:
+        """The `outcome` label of the metrics."""
+        if error is None:
+            done = self.prepared.header.partition(";")[0]
+            return done if done in ("off", "degraded") else "ok"
+        if isinstance(error, ClientGone):
+            return "client_gone"
+        if isinstance(error, UpstreamError | UpstreamUnavailable):
+            return "upstream_error"
+        return "refused" if error.status < 500 else "failed"
 
-def outcome_of(error: Exception) -> str:
-    """The `outcome` label of a request that failed."""
-    kinds = {ClientGone: "client_gone", UpstreamError: "upstream_error", UpstreamUnavailable: "upstream_error"}
-    known = next((name for kind, name in kinds.items() if isinstance(error, kind)), "refused")
-    return known if isinstance(error, PersonaMemoryError) else "failed"
+
+def public_error(error: Exception) -> PersonaMemoryError:
+    """An error as a client may see it. One that nobody foresaw is logged with its traceback, and its words are not
+    shown."""
+    if isinstance(error, PersonaMemoryError):
+        return error
+    if isinstance(error, HTTPException):
+        shown = InvalidRequest(f"{error.code} {error.name}: {flask.request.method} {flask.request.path}")
+        shown.status = error.code
+        return shown
+    log_event("failed", "A request failed", level=logging.ERROR, trace=True)
+    return PersonaMemoryError("Something went wrong in persona_memory; its log says what.")
 
 
-def completed(exchange: Exchange, prepared: Prepared) -> flask.Response:
+def respond(exchange: Exchange) -> flask.Response:
     """The upstream's answer in the form that the client asks for."""
-    return (answer_streamed if prepared.body.get("stream") else answer_whole)(exchange, prepared)
+    return answer_streamed(exchange) if exchange.prepared.body.get("stream") else answer_whole(exchange)
 
 
-def answer_whole(exchange: Exchange, prepared: Prepared) -> flask.Response:
+def answer_whole(exchange: Exchange) -> flask.Response:
     """The upstream's whole answer."""
-    memory, call, texts = exchange.memory, exchange.call, []
+    memory, call, prepared, texts = exchange.memory, exchange.call, exchange.prepared, []
     try:
         prepared, whole = wait_for(lambda: memory.completions.complete(prepared, call), call, exchange.gone)
         texts = [text_of((c.get("message") or {}).get("content")) for c in whole["choices"]]
     finally:
         memory.record(prepared, texts)
+    exchange.prepared = prepared
     response = flask.jsonify(whole)
-    response.headers.update(exchange.asked(prepared))
-    exchange.ended()
+    response.headers.update(exchange.headers)
+    exchange.finish()
     return response
 
 
@@ -12645,9 +12176,10 @@ def wait_for(work: Callable[[], Any], call: Call, gone: Callable[[], bool]) -> A
         relay.close()
 
 
-def answer_streamed(exchange: Exchange, prepared: Prepared) -> flask.Response:
-    """The upstream's answer as it comes. Its status is waited for a little, so that an error has its own."""
-    memory = exchange.memory
+def answer_streamed(exchange: Exchange) -> flask.Response:
+    """The upstream's answer as it comes. The first part is waited for a little: an upstream that fails at once is then
+    answered with its own HTTP status."""
+    memory, prepared = exchange.memory, exchange.prepared
     relay = Relay(memory.completions.stream(prepared, exchange.call), exchange.call, exchange.gone)
     try:
         first = relay.next(HEADER_GRACE_SECONDS)
@@ -12655,36 +12187,50 @@ def answer_streamed(exchange: Exchange, prepared: Prepared) -> flask.Response:
         relay.close()
         memory.record(prepared)
         raise
-    prepared = first if isinstance(first, Prepared) else prepared
-    events = stream_events(exchange, prepared, relay, first)
-    return flask.Response(events, mimetype="text/event-stream", headers=NO_BUFFERING | exchange.asked(prepared))
+    if isinstance(first, Prepared):
+        exchange.prepared = first
+    events = primed(stream_events(exchange, relay, first))
+    return flask.Response(events, mimetype="text/event-stream", headers=NO_BUFFERING | exchange.headers)
 
 
-def stream_events(exchange: Exchange, prepared: Prepared, relay: Relay, item: Any) -> Iterator[str]:
-    """The events of a stream, always properly ended; the reply is recorded however it ends."""
+def primed(parts: Iterator) -> Iterator:
+    """A generator that has run to its first `yield`, which gives nothing of use. Only then does closing it run its
+    `finally`: the server closes an answer without reading it where the client has gone already."""
+    next(parts)
+    return parts
+
+
+def stream_events(exchange: Exchange, relay: Relay, item: Any) -> Iterator[str]:
+    """The events of a stream, to be `primed`; `item` is the first that came.
+
+    However it ends, the reply is recorded, and a client that is still there gets `[DONE]`, after an error event where
+    something failed.
+    """
     texts: defaultdict[int, str] = defaultdict(str)
-    ending, failure = "data: [DONE]\n\n", None
+    failure: PersonaMemoryError | None = ClientGone("The client hung up.")  # where it is closed in the middle
     try:
+        yield ""
         while item is not ENDED:
             if item is IDLE:
                 yield ": keep-alive\n\n"
             elif isinstance(item, Prepared):
-                prepared = item
+                exchange.prepared = item
             else:
                 gather(texts, item)
                 if any(texts.values()):
-                    exchange.said()
+                    exchange.note_first_token()
                 yield sse_event(item)
             item = relay.next(KEEPALIVE_SECONDS)
-    except PersonaMemoryError as error:
-        failure = error
-        ending = "" if isinstance(error, ClientGone) else sse_event(error.body()) + ending
+        failure = None
+    except Exception as error:
+        failure = public_error(error)
     finally:  # before the client learns that the reply has ended: its next request may come at once
         relay.close()
-        exchange.memory.record(prepared, [texts[i] for i in sorted(texts)], complete=item is ENDED)
-        left = item is not ENDED and not failure
-        exchange.ended(failure, "client_gone" if left else "ok")
-    yield ending
+        replies = [texts[i] for i in sorted(texts, key=str)]  # an upstream's indexes may be of any type
+        exchange.memory.record(exchange.prepared, replies, complete=item is ENDED)
+        exchange.finish(failure)
+    if not isinstance(failure, ClientGone):
+        yield (sse_event(failure.body()) if failure else "") + "data: [DONE]\n\n"
 
 
 def sse_event(data: Mapping) -> str:
@@ -12692,17 +12238,21 @@ def sse_event(data: Mapping) -> str:
     return f"data: {json.dumps(data)}\n\n"
 
 
-def unremembered(exchange: Exchange) -> flask.Response:
+def bypass(exchange: Exchange) -> flask.Response:
     """The request to the upstream and its answer back, byte for byte where both speak OpenAI; nothing is kept."""
+    exchange.prepared = Prepared({}, "off")
     if exchange.memory.upstream.speaks_openai:
         return passed_through(exchange)
-    body = parse_request(request_json()).body
-    return completed(exchange, Prepared(body, "off"))
+    exchange.prepared = Prepared(parse_request(request_json()).body, "off")
+    return respond(exchange)
 
 
 def passed_through(exchange: Exchange) -> flask.Response:
     """The request's bytes to the upstream, its answer's bytes back."""
-    raw, memory, call = without_identity(flask.request.get_data()), exchange.memory, exchange.call
+    raw, memory, call = flask.request.get_data(), exchange.memory, exchange.call
+    body = request_json() if b'"persona_memory"' in raw else None
+    if isinstance(body, dict) and "persona_memory" in body:  # our own field, which upstreams may refuse
+        raw = json.dumps({k: v for k, v in body.items() if k != "persona_memory"}).encode()
 
     def parts() -> Iterator[Any]:
         with memory.upstream.forward(raw, call) as reply:
@@ -12716,33 +12266,27 @@ def passed_through(exchange: Exchange) -> flask.Response:
         relay.close()
         raise
     headers = {k: reply.headers[k] for k in ("content-type", "content-encoding", "retry-after") if k in reply.headers}
-    exchange.ended(outcome="off")
-    chunks = raw_chunks(relay)
+    chunks = primed(raw_chunks(exchange, relay))
     if reply.status >= 400:  # an error may quote the key that it refuses
         secrets = memory.upstream.secrets(call)
-        chunks = (
-            redact(b"".join(chunks).decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape"),
-        )
-    return flask.Response(chunks, reply.status, headers | {"X-Persona-Memory": "off"})
+        text = b"".join(chunks).decode("utf-8", "surrogateescape")
+        chunks = (redact(text, secrets).encode("utf-8", "surrogateescape"),)
+    return flask.Response(chunks, reply.status, headers | exchange.headers)
 
 
-def without_identity(raw: bytes) -> bytes:
-    """The request's bytes; without our own field where it has one, which upstreams may refuse."""
-    body = request_json() if b'"persona_memory"' in raw else None
-    if not isinstance(body, dict) or "persona_memory" not in body:
-        return raw
-    return json.dumps({k: v for k, v in body.items() if k != "persona_memory"}).encode()
-
-
-def raw_chunks(relay: Relay) -> Iterator[bytes]:
-    """The bytes of an answer as they come."""
+def raw_chunks(exchange: Exchange, relay: Relay) -> Iterator[bytes]:
+    """The bytes of an answer as they come, to be `primed`; what fails in the middle ends them early."""
+    failure: PersonaMemoryError | None = ClientGone("The client hung up.")  # where it is closed in the middle
     try:
+        yield b""
         while (item := relay.next(math.inf)) is not ENDED:
             yield item
-    except PersonaMemoryError as error:
-        log_event("cut", f"An answer ended early: {error}", level=logging.WARNING)
+        failure = None
+    except Exception as error:
+        failure = public_error(error)
     finally:
         relay.close()
+        exchange.finish(failure)
 
 
 @proxy.get("/v1/models")
@@ -12828,8 +12372,7 @@ def chat_messages(chat: str) -> dict:
 @api.post("/chats/<chat:chat>/messages")
 def chat_append(chat: str) -> dict:
     """Appends to the chat's current branch."""
-    body = request_json()
-    return engine().archive.append(chat, body.get("messages") if isinstance(body, dict) else None)
+    return engine().archive.append(chat, request_object().get("messages"))
 
 
 @api.get("/chats/<chat:chat>/export")
@@ -12845,7 +12388,7 @@ def chat_export(chat: str) -> dict | flask.Response:
 
 @api.post("/import")
 def chat_import() -> dict:
-    """Takes in a SillyTavern chat file, or an export."""
+    """Imports a SillyTavern chat file, or an export."""
     name, raw = flask.request.args.get("name", ""), flask.request.get_data()
     try:
         return {"chats": engine().archive.take_in(raw, flask.request.args.get("chat_id", "").strip())}
@@ -12877,10 +12420,10 @@ def chat_emotions(chat: str) -> dict:
 @api.patch("/chats/<chat:chat>/messages/<message>")
 def message_change(chat: str, message: str) -> dict:
     """Edits, pins or forgets a message, or takes that back."""
-    body = request_json()
-    changes = {name: flag_field(body, name) for name in ("pinned", "forgotten") if named_in(body, name)}
-    if named_in(body, "content"):
-        changes["content"] = text_field(body, "content")
+    body = request_object()
+    changes = {name: require(body, name, bool) for name in ("pinned", "forgotten") if name in body}
+    if "content" in body:
+        changes["content"] = None if body["content"] is None else require(body, "content", str)
     if not changes:
         raise InvalidRequest("Nothing to change: give content, pinned or forgotten.")
     return engine().archive.change_message(chat, message, changes)
@@ -12892,33 +12435,13 @@ def message_forget(chat: str, message: str) -> dict:
     return engine().archive.change_message(chat, message, {"forgotten": True})
 
 
-def named_in(body: Any, name: str) -> bool:
-    """Whether the request's body has that field."""
-    return isinstance(body, dict) and name in body
-
-
-def flag_field(body: Any, name: str) -> bool:
-    """A field of the request's body that is true or false; raises `InvalidRequest` for anything else."""
-    value = body.get(name) if isinstance(body, dict) else None
-    if not isinstance(value, bool):
-        raise InvalidRequest(f"{name} must be true or false.", name)
-    return value
-
-
-def text_field(body: Any, name: str) -> str | None:
-    """A field of the request's body that holds text, None where it is not there; raises `InvalidRequest`."""
-    value = body.get(name) if isinstance(body, dict) else None
-    if value is not None and (not isinstance(value, str) or not value.strip()):
-        raise InvalidRequest(f"{name} must be a string that says something.", name)
-    return value
-
-
 @api.patch("/chats/<chat:chat>/facts/<fact>")
 def fact_change(chat: str, fact: str) -> dict:
     """Edits or pins a fact."""
-    body = request_json()
-    pinned = flag_field(body, "pinned") if named_in(body, "pinned") else None
-    return engine().summarizer.change_fact(chat, fact, text_field(body, "text"), pinned, False)
+    body = request_object()
+    text = None if body.get("text") is None else require(body, "text", str)
+    pinned = require(body, "pinned", bool) if "pinned" in body else None
+    return engine().summarizer.change_fact(chat, fact, text, pinned, False)
 
 
 @api.delete("/chats/<chat:chat>/facts/<fact>")
@@ -12929,11 +12452,8 @@ def fact_forget(chat: str, fact: str) -> dict:
 
 @api.patch("/chats/<chat:chat>/story/<summary>")
 def summary_change(chat: str, summary: str) -> dict:
-    """Puts other words in a summary's place."""
-    text = text_field(request_json(), "text")
-    if text is None:
-        raise InvalidRequest("text must say what the summary says now.", "text")
-    return engine().summarizer.change_summary(chat, summary, text)
+    """Replaces a summary's text."""
+    return engine().summarizer.change_summary(chat, summary, require(request_object(), "text", str))
 
 
 @api.get("/characters/<chat:character>")
@@ -12945,7 +12465,7 @@ def character_one(character: str) -> dict:
 @api.patch("/characters/<chat:character>")
 def character_change(character: str) -> dict:
     """Sets whether chats with a character recall from each other."""
-    return engine().recaller.change_character(character, flag_field(request_json(), "carry_over"))
+    return engine().recaller.change_character(character, require(request_object(), "carry_over", bool))
 
 
 @api.get("/chats/<chat:chat>/prompts")
@@ -12966,10 +12486,7 @@ def list_modules() -> dict:
 @extras.post("/classify")
 def classify() -> dict:
     """What a text feels: all labels, best first."""
-    body = request_json()
-    text = body.get("text") if isinstance(body, dict) else None
-    if not isinstance(text, str):
-        raise InvalidRequest("text must be a string.", "text")
+    text = require(request_object(), "text", str, blank=True)
     scores = sorted(engine().feelings.classify(text).scores.items(), key=lambda row: -row[1])
     return {"classification": [{"label": label, "score": score} for label, score in scores]}
 
@@ -12977,9 +12494,7 @@ def classify() -> dict:
 @extras.post("/summarize")
 def summarize() -> dict:
     """A summary of a text."""
-    text = text_field(request_json(), "text")
-    if text is None:
-        raise InvalidRequest("text must be a string.", "text")
+    text = require(request_object(), "text", str)
     return {"summary": engine().summarizer.summarize(text, client_call().authorization)}
 
 
@@ -12992,8 +12507,7 @@ def list_labels() -> dict:
 @extras.post("/embeddings/compute")
 def compute_embeddings() -> dict:
     """The vector of a text, or of each text of a list, in its order."""
-    body = request_json()
-    given = body.get("text") if isinstance(body, dict) else None
+    given = request_object().get("text")
     texts = given if isinstance(given, list) else [given]
     if not all(isinstance(text, str) for text in texts):
         raise InvalidRequest("text must be a string or a list of strings.", "text")
@@ -13002,12 +12516,16 @@ def compute_embeddings() -> dict:
 
 
 def health() -> dict:
-    """What works; never needs a key."""
-    return engine().status.health()
+    """What works. It needs no key; without the right one it tells no addresses, names of models or words of errors."""
+    told = engine().status.health()
+    if not has_key():
+        for part in ("upstream", "embedder"):
+            told[part] = {"status": told[part]["status"].partition(":")[0]}
+    return told
 
 
 def page() -> flask.Response:
-    """The memory page; without data, so it needs no key."""
+    """The memory page; it holds no data, so it needs no key."""
     response = flask.Response(PAGE, mimetype="text/html", headers=PAGE_HEADERS)
     response.add_etag()
     return response.make_conditional(flask.request)
@@ -13025,22 +12543,35 @@ def extension_download() -> flask.Response:
     return flask.Response(packed, mimetype="application/zip", headers=headers)
 
 
-def check_access() -> None:
-    """Refuses requests without the key that the settings ask for, and changes by pages of other origins."""
-    if flask.request.endpoint in KEYLESS or flask.request.method == "OPTIONS":
-        return
+def has_key() -> bool:
+    """Whether the request has the key that the settings ask for, if any."""
     key = engine().settings.api_key
     given = flask.request.headers.get("Authorization", "").removeprefix("Bearer").strip()
-    if key and not secrets.compare_digest(given.encode(), key.encode()):
+    return not key or secrets.compare_digest(given.encode(), key.encode())
+
+
+def check_access() -> None:
+    """Refuses requests without the key that the settings ask for, and requests by pages of other origins."""
+    if flask.request.method == "OPTIONS":
+        return
+    if flask.request.endpoint not in KEYLESS and not has_key():
         raise NotAuthenticated("This server needs its API key, as `Authorization: Bearer <key>`.")
-    if not key:
+    if not engine().settings.api_key:
         check_host("--api-key")
-    if flask.request.method not in SAFE_METHODS:
+    check_origin()
+
+
+def check_as_guest() -> None:
+    """Does the work of `check_access` inside another's app that asks for no key. Such an app sends CORS headers for
+    every origin, so origins are all that stands between its pages and the chats."""
+    if flask.request.method != "OPTIONS":
+        check_host("its own --secure")
         check_origin()
 
 
 def check_host(key_flag: str) -> None:
-    """Refuses names that are not this machine's own: a page's own name, made to point here (DNS rebinding)."""
+    """Refuses host names that are not this machine's own: a web page can make its own name point here (DNS
+    rebinding)."""
     host = re.sub(r":\d*$", "", flask.request.host).strip("[]").lower()
     if host not in LOOPBACK_HOSTS:
         raise ForeignOrigin(
@@ -13049,33 +12580,37 @@ def check_host(key_flag: str) -> None:
 
 
 def check_origin() -> None:
-    """Refuses pages of origins that may not call."""
-    origin = flask.request.headers.get("Origin")
+    """Refuses pages of origins that may not call.
+
+    Browsers send no `Origin` with what a page merely embeds (a script, an image, a fetch without CORS), but say that it
+    comes from another site (W3C, "Fetch Metadata Request Headers"). A link to the memory page may stand anywhere.
+    """
+    headers, endpoint = flask.request.headers, (flask.request.endpoint or "").rpartition(".")[2]
+    origin = headers.get("Origin")
     if origin and not allowed_origin(origin):
         raise ForeignOrigin(f"Pages of {origin} may not use this server; --allow-origin {origin} would let them.")
-
-
-def check_as_guest() -> None:
-    """What stands in for `check_access` inside another's app that asks for no key: that app lets the pages of every
-    origin read its answers."""
-    if flask.request.method != "OPTIONS":
-        check_host("its own --secure")
-        check_origin()
+    followed = headers.get("Sec-Fetch-Mode") == "navigate" and endpoint in LINKED
+    if not origin and not followed and headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        raise ForeignOrigin("Pages of other sites may not embed what this server answers.")
 
 
 def allowed_origin(origin: str) -> bool:
-    """Whether pages of an origin may call. The server's own may: that no foreign name was made to point here (DNS
-    rebinding) has been seen to, and a proxy in front may have made https of http."""
-    settings = engine().settings
-    named = [o.strip().rstrip("/") for o in settings.allow_origin.split(",") if o.strip()]
-    own = origin.partition("://")[2] == flask.request.host
+    """Whether pages of an origin may call. Pages of this server may, also under https where a proxy in front of it adds
+    that; `check_host` has excluded DNS rebinding."""
+    named = [o.strip().rstrip("/") for o in engine().settings.allow_origin.split(",") if o.strip()]
+    own = origin in (f"http://{flask.request.host}", f"https://{flask.request.host}")
     return own or (origin in named if named else bool(LOCAL_ORIGIN.fullmatch(origin)))
 
 
-def add_headers(response: flask.Response) -> flask.Response:
-    """Keeps browsers from guessing types, and lets pages of allowed origins read the answer (Fetch standard, "CORS
-    protocol")."""
+def forbid_embedding(response: flask.Response) -> flask.Response:
+    """Keeps browsers from guessing types, and pages of other origins from embedding answers."""
     response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
+    return response
+
+
+def allow_origins(response: flask.Response) -> flask.Response:
+    """Lets pages of allowed origins read the answer (Fetch standard, "CORS protocol")."""
     origin = flask.request.headers.get("Origin")
     if origin and allowed_origin(origin):
         response.headers["Access-Control-Allow-Origin"] = origin
@@ -13091,21 +12626,13 @@ def add_headers(response: flask.Response) -> flask.Response:
 
 def show_error(error: Exception) -> tuple[flask.Response, int, dict]:
     """Any error as JSON in OpenAI's shape, without a traceback."""
-    headers = {}
-    if isinstance(error, HTTPException):
-        shown = InvalidRequest(f"{error.code} {error.name}: {flask.request.method} {flask.request.path}")
-        shown.status = error.code
-    elif isinstance(error, PersonaMemoryError):
-        shown = error
-        headers = {"Retry-After": error.retry_after} if getattr(error, "retry_after", None) else {}
-    else:
-        log_event("failed", "A request failed", level=logging.ERROR, trace=True)
-        shown = PersonaMemoryError("Something went wrong in persona_memory; its log says what.")
-    return flask.jsonify(shown.body()), shown.status, headers
+    known = public_error(error)
+    retry_after = getattr(known, "retry_after", None)
+    return flask.jsonify(known.body()), known.status, {"Retry-After": retry_after} if retry_after else {}
 
 
 class ChatId(BaseConverter):
-    """A chat's id in a path: one segment, in which quoted slashes and line ends are part of the id."""
+    """A chat's id in a path: one segment, in which quoted slashes and line ends belong to the id."""
 
     regex = "[^/]+"
 
@@ -13115,8 +12642,8 @@ class ChatId(BaseConverter):
 
 
 def exact_paths(app: Callable, prefix: str = "/api/", joined: bool = True) -> Callable:
-    """WSGI middleware: paths under `prefix` stay quoted, for ids may hold slashes; elsewhere many slashes are one where
-    `joined`, for clients join URLs carelessly (`/v1//chat/completions`)."""
+    """WSGI middleware: paths under `prefix` stay quoted, since ids may hold slashes. Elsewhere, with `joined`, several
+    slashes count as one, since clients join URLs carelessly (`/v1//chat/completions`)."""
 
     def wrapped(environ: dict, start_response: Callable) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -13140,7 +12667,8 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
     app.extensions["persona_memory"] = memory or PersonaMemory(settings)
     app.before_request(check_access)
-    app.after_request(add_headers)
+    app.after_request(forbid_embedding)
+    app.after_request(allow_origins)
     app.register_error_handler(Exception, show_error)
     app.add_url_rule("/", view_func=page)
     app.add_url_rule(GUEST_PAGE, view_func=page)  # where the extension finds it, on any server
@@ -13166,6 +12694,7 @@ def add_hooks(app: flask.Flask, memory: PersonaMemory, secure: bool) -> None:
     hooks.add_url_rule(GUEST_PAGE, view_func=page)  # the root is the host's own
     hooks.add_url_rule("/extension.zip", view_func=extension_download)
     hooks.register_error_handler(Exception, show_error)
+    hooks.after_request(forbid_embedding)
     if not secure:
         hooks.before_request(check_as_guest)
     app.extensions["persona_memory"] = memory
@@ -13174,19 +12703,28 @@ def add_hooks(app: flask.Flask, memory: PersonaMemory, secure: bool) -> None:
     app.wsgi_app = exact_paths(app.wsgi_app, f"{api.url_prefix}/", joined=False)
 
 
-def create_server(settings: Settings, patience: float = 0.0) -> Any:
+def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
     """A waitress server for the settings, bound, not yet running: `.run()`, `.close()`, `.effective_port`, `.memory`.
 
-    Models begin to load after `patience` seconds: importing torch holds the interpreter, and a server that has just
-    started should first of all answer.
+    Models begin to load after `start_delay` seconds: importing torch holds the interpreter, and a server that has just
+    started should first of all answer. Raises `SettingsError` where the address cannot be listened on.
     """
     app = create_app(settings)
-    server = waitress.create_server(
-        app, host=settings.host, port=settings.port, threads=SERVER_THREADS, ident="persona_memory",
-        channel_request_lookahead=1, asyncore_use_poll=True,
-    )  # fmt: skip
+    try:
+        server = waitress.create_server(
+            app, host=settings.host, port=settings.port, threads=SERVER_THREADS, ident="persona_memory",
+            channel_request_lookahead=1, asyncore_use_poll=True,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:  # ValueError: no such host
+        app.extensions["persona_memory"].close()
+        raise SettingsError(
+            f"Cannot listen on {settings.host}, port {settings.port}: {error}. Is it running already? "
+            "--port takes another."
+        ) from error
+    if not hasattr(server, "effective_port"):  # a host name with several addresses
+        server.effective_port = server.effective_listen[0][1]
     server.memory = app.extensions["persona_memory"]
-    starter = threading.Timer(patience, server.memory.start)
+    starter = threading.Timer(start_delay, server.memory.start)
     starter.daemon = True
     starter.start()
     return server
@@ -13196,8 +12734,8 @@ def create_server(settings: Settings, patience: float = 0.0) -> Any:
 # Command line
 # ======================================================================================================================
 
-
-START_PATIENCE = 1.0  # seconds
+START_DELAY = 1.0  # seconds from listening to loading the models
+EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # hosts that mean all addresses, and one of them for URLs
 
 
 def parse_setting(name: str, text: str) -> Any:
@@ -13208,17 +12746,34 @@ def parse_setting(name: str, text: str) -> Any:
             raise SettingsError(f"{flag_of(name)} is on or off, not {text!r}.")
         return text.lower() in ("1", "true", "yes", "on")
     if kind is int:
-        if not text.isdecimal():
-            raise SettingsError(f"{flag_of(name)} is a whole number, not {text!r}.")
+        if not re.fullmatch("[0-9]{1,9}", text):
+            raise SettingsError(f"{flag_of(name)} is a whole number, not {text[:40]!r}.")
         return int(text)
     return text
 
 
+def read_dotenv(file: Path | None) -> dict[str, str]:
+    """The variables of a `.env` file that have a value; none where there is no such file. Raises `SettingsError`.
+
+    Windows' editors and shells write a byte order mark, and some of them UTF-16.
+    """
+    if file is None or not file.exists() or file.is_dir():  # some keep a virtual environment in .env/
+        return {}
+    try:
+        raw = file.read_bytes()
+        text = raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+        if "\0" in text:
+            raise UnicodeError("it is not text")
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"{file} cannot be read: {error}. Save it as UTF-8, or remove it.") from error
+    return {k: v for k, v in dotenv.dotenv_values(stream=io.StringIO(text)).items() if v}
+
+
 def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: Path | None = None) -> Settings:
     """Settings from flags, then environment variables, then the `.env` file, then defaults; raises `SettingsError`."""
-    file = {k: v for k, v in dotenv.dotenv_values(dotenv_file).items() if v is not None} if dotenv_file else {}
-    known = {k: (v, f".env {k}") for k, v in file.items() if v} | {k: (v, f"variable {k}") for k, v in environ.items()}
-    found = {f.name: known.get(variable_of(f.name), ("", "")) for f in fields(Settings)}
+    known = {k: (v, f".env {k}") for k, v in read_dotenv(dotenv_file).items()}
+    known |= {k: (v, f"variable {k}") for k, v in environ.items()}
+    found = {f.name: known.get(variable_of(f.name), ("", "")) for f in OPTIONS}
     values = {name: parse_setting(name, text) for name, (text, _) in found.items() if text}
     sources = {name: found[name][1] for name in values}
     given = vars(argument_parser().parse_args(argv))
@@ -13232,17 +12787,19 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: 
         for name, (text, source) in googles.items():
             if text and not values.get(name):
                 values[name], sources[name] = text, source
-    return checked(Settings(**values)).set_by(sources)
+    return checked(Settings(**values, sources=sources))
 
 
 def checked(settings: Settings) -> Settings:
-    """The settings, if they can be run with; raises `SettingsError` with what to do otherwise."""
+    """The settings, if the program can run with them; raises `SettingsError` with what to do otherwise."""
     parse_shares(settings.budget)
     if settings.host not in LOOPBACK_HOSTS and not settings.api_key:
         raise SettingsError(
             f"Listening on {settings.host} would let everyone on the network read your chats. "
             "Set --api-key SECRET (clients then send it as their API key), or use --host 127.0.0.1."
         )
+    if settings.port > 65535:
+        raise SettingsError(f"--port is at most 65535, not {settings.port}.")
     if settings.upstream == "gemini" and not settings.upstream_key:
         raise SettingsError("The upstream gemini needs a key: set GEMINI_API_KEY or --upstream-key.")
     if not settings.upstream_limit or not settings.upstream_timeout:
@@ -13258,49 +12815,66 @@ def checked(settings: Settings) -> Settings:
 
 
 def import_files(settings: Settings, names: Sequence[str]) -> str:
-    """Takes in chat files and exports, folders with all below them. Raises `InvalidRequest` at the end where a file
-    could not be read.
+    """Imports chat files and exports, and folders with all below them. A file that fails is named and does not keep
+    the others out; raises `InvalidRequest` at the end where there was one.
 
-    Interrupted, it can be run again: what is there is found, what is missing is added.
+    Interrupted, it can be run again: messages that are there already are not added twice.
     """
     memory, counts, chats = PersonaMemory(settings), Counter(), {}
+
+    def failed(file: str | Path, error: Exception) -> None:
+        """Tells the user of a file that could not be imported."""
+        tqdm.write(f"{file}: {error}", sys.stderr)
+        counts["failed"] += 1
+
     try:
-        files = list(itertools.chain(*map(chat_files, names)))
+        files = [file for name in names for file in chat_files(name, failed)]
         for file in tqdm(files, "chats", unit="file"):
             try:
                 for line in memory.archive.take_in(file.read_bytes(), embed=False):
                     counts.update(added=line["added"], total=line["total"])
                     chats[line["chat_id"]] = True
-            except (InvalidRequest, StoreError, OSError) as error:
-                tqdm.write(f"{file}: {error}", sys.stderr)
-                counts["failed"] += 1
+                counts["read"] += 1
+            except Exception as error:
+                if not isinstance(error, PersonaMemoryError | OSError):  # a fault of this program
+                    log_event("import_failed", f"{file} cannot be imported", level=logging.ERROR, trace=True)
+                failed(file, error)
         embed_chats(memory, chats)
     finally:
         memory.close()
     known = counts["total"] - counts["added"]
-    told = f"{len(chats)} chats; {counts['added']} messages are new, {known} were known."
+    done = f"{len(chats)} chats: {counts['added']} messages added, {known} already present."
     if counts["failed"]:
-        raise InvalidRequest(f"{told} {counts['failed']} of {len(files)} files could not be read.")
-    return told
+        files = counts["failed"] + counts["read"]
+        raise InvalidRequest(f"{done} {counts['failed']} of {files} files could not be read.")
+    return done
 
 
-def chat_files(name: str) -> list[Path]:
-    """The file of that name, or the chat files and exports in the folder of that name."""
-    path = Path(name)
-    if not path.is_dir():
-        return [path]
-    found = sorted(f for f in path.rglob("*") if f.suffix in (".jsonl", ".json") and f.is_file())
-    return [f for f in found if f.suffix == ".jsonl" or is_export_file(f)]
+def chat_files(name: str, failed: Callable[[str | Path, Exception], None]) -> list[Path]:
+    """The file of that name, or the chat files and exports in the folder of that name, which may be nested. What cannot
+    be looked at is given to `failed`."""
+    if not Path(name).is_dir():
+        return [Path(name)]
+    found = []
+    for folder, folders, names in os.walk(name, onerror=lambda error: failed(error.filename, error)):
+        folders.sort()
+        for file in sorted(Path(folder, n) for n in names):
+            try:
+                if file.is_file() and (file.suffix == ".jsonl" or (file.suffix == ".json" and is_export_file(file))):
+                    found.append(file)
+            except OSError as error:
+                failed(file, error)
+    return found
 
 
 def is_export_file(file: Path) -> bool:
-    """Whether a file begins like an export: folders of clients hold much other JSON."""
+    """Whether a file begins like an export: the folders of clients hold much other JSON."""
     with file.open("rb") as opened:
         return bool(re.match(rb'\s*\{\s*"(format|chat)"', opened.read(200)))
 
 
 def embed_chats(memory: PersonaMemory, chats: Iterable[str]) -> None:
-    """Computes the vectors of chats, with a bar; where that cannot be done now, it is done when a chat goes on."""
+    """Computes the vectors of chats, with a progress bar. Without an embedder they are computed when a chat goes on."""
     sizes = {chat: memory.describe(chat, mood=False)["messages"] for chat in chats}
     with tqdm(total=sum(sizes.values()), desc="vectors", unit="message") as bar:
         try:
@@ -13338,7 +12912,7 @@ def init_extras(app: flask.Flask, modules: list[str] | None = None, secure: bool
     and from a `.env` file beside this one; chats are kept in `data/` beside it. Raises `SettingsError`.
     """
     settings = load_settings([], {"PERSONA_MEMORY_HOST": "127.0.0.1"} | os.environ, HERE / ".env")
-    memory = PersonaMemory(replace(settings, proxy=False).set_by(settings.sources))
+    memory = PersonaMemory(replace(settings, proxy=False))
     add_hooks(app, memory, secure)
     if modules is not None and "persona_memory" not in modules:
         modules.append("persona_memory")
@@ -13363,14 +12937,14 @@ def install_extras(_: Settings, folder: str) -> str:
     if module.resolve() != Path(__file__).resolve():
         shutil.copyfile(__file__, module)
     return (
-        f"Installed as {module}; {server} is wired, its old self is {backup_of(server).name}.\n"
+        f"Installed as {module}; {server} was patched, its backup is {backup_of(server).name}.\n"
         f"In the environment that runs it: python -m pip install -r {HERE / 'requirements.txt'}\n"
         "Then start it with persona_memory among its modules: python server.py --enable-modules=persona_memory,..."
     )
 
 
 def uninstall_extras(_: Settings, folder: str) -> str:
-    """Takes this file out of a SillyTavern-Extras again; chats stay. Raises `SettingsError`."""
+    """Removes this file from a SillyTavern-Extras; chats stay. Raises `SettingsError`."""
     server, module = extras_files(folder)
     bare = BLOCK_PATTERN.sub(b"", server.read_bytes())
     server.write_bytes(bare)
@@ -13379,19 +12953,19 @@ def uninstall_extras(_: Settings, folder: str) -> str:
         backup.unlink()
     for made in (module, *(module.parent / "__pycache__").glob(f"{module.stem}.*.pyc")):
         made.unlink(missing_ok=True)
-    return f"{server} is as it was. Chats, if any, are kept in {module.parent / 'data'}."
+    return f"{server} is restored. Chats, if any, stay in {module.parent / 'data'}."
 
 
 def extras_files(folder: str) -> tuple[Path, Path]:
-    """Where a SillyTavern-Extras has its server and would have this file; raises `SettingsError`."""
+    """The server.py of a SillyTavern-Extras, and the path of this file among its modules; raises `SettingsError`."""
     server, modules = Path(folder) / "server.py", Path(folder) / "modules"
     if not server.is_file() or not modules.is_dir():
-        raise SettingsError(f"{folder} is no folder of SillyTavern-Extras: it has no server.py or no modules/.")
+        raise SettingsError(f"{folder} is not SillyTavern-Extras: it has no server.py or no modules/.")
     return server, modules / "persona_memory.py"
 
 
 def backup_of(server: Path) -> Path:
-    """Where a server.py is kept as it was before it was wired."""
+    """The backup of a server.py from before it was patched."""
     return server.with_name(f"{server.name}.before-persona_memory")
 
 
@@ -13399,20 +12973,20 @@ def backup_of(server: Path) -> Path:
 
 
 def extension_homes(root: Path) -> list[Path]:
-    """Where the extension goes in a SillyTavern: to each of its users, or to all in versions that know none.
+    """The folders of the extension in a SillyTavern: one for each user, or a common one in versions without users.
 
-    Raises `SettingsError` where the folder is no SillyTavern.
+    Raises `SettingsError` where the folder is not a SillyTavern.
     """
     package = read_json_file(root / "package.json")
     if package.get("name") != "sillytavern" or not (root / "public" / "scripts").is_dir():
         raise SettingsError(
-            f"{root} is no SillyTavern: name the folder that holds its package.json, its server.js and its public/."
+            f"{root} is not a SillyTavern: name the folder that holds its package.json, its server.js and its public/."
         )
     data = data_root(root)
     users = [f for f in sorted(data.iterdir()) if f.name[0] not in "._" and f.is_dir()] if data.is_dir() else []
     users = [f for f in users if (f / "settings.json").exists() or (f / "characters").is_dir()]
     version = tuple(map(int, re.findall(r"\d+", str(package.get("version")))[:2]))
-    if users or version >= (1, 12):  # which make the user "default-user" when they are first started
+    if users or version >= (1, 12):  # such versions make the user "default-user" at their first start
         return [user / "extensions" / EXTENSION for user in users or [data / "default-user"]]
     return [root / "public" / "scripts" / "extensions" / "third-party" / EXTENSION]
 
@@ -13441,7 +13015,7 @@ def is_ours(home: Path) -> bool:
 
 def install_extension(settings: Settings, folder: str) -> str:
     """Writes the extension's files into a SillyTavern, over an older version of them; raises `SettingsError`."""
-    address = f"http://{settings.host}:{settings.port}"
+    address = local_url(settings, settings.port)
     homes = extension_homes(Path(folder))
     for home in homes:
         if home.is_symlink() or (home.exists() and any(home.iterdir()) and not is_ours(home)):
@@ -13471,8 +13045,8 @@ def uninstall_extension(_: Settings, folder: str) -> str:
 
 @dataclass(frozen=True)
 class Action:
-    """Something that the program does instead of serving: what its argument is (`many`: or are), its help, and what
-    runs it and returns a sentence for the user."""
+    """Something that the program does instead of serving: the name of its argument (of which there may be `many`), its
+    help text, and the function that does it and returns a sentence for the user."""
 
     argument: str
     help: str
@@ -13481,13 +13055,13 @@ class Action:
 
 
 ACTIONS = {
-    "import": Action("FILE", "take in SillyTavern chat files and exports, or folders of them", import_files, many=True),
+    "import": Action("FILE", "import SillyTavern chat files and exports, or folders of them", import_files, many=True),
     "install_extras": Action("DIR", "become a module of the SillyTavern-Extras in that folder", install_extras),
-    "uninstall_extras": Action("DIR", "take the module out of it again", uninstall_extras),
+    "uninstall_extras": Action("DIR", "remove the module from it again", uninstall_extras),
     "install_extension": Action(
         "DIR", "put the SillyTavern extension into the SillyTavern in that folder", install_extension
     ),
-    "uninstall_extension": Action("DIR", "take the SillyTavern extension out of it again", uninstall_extension),
+    "uninstall_extension": Action("DIR", "remove the SillyTavern extension from it again", uninstall_extension),
 }
 
 
@@ -13510,10 +13084,8 @@ def argument_parser() -> argparse.ArgumentParser:
         prog="persona_memory.py", description="A memory for role-play chats: an OpenAI-compatible proxy in one file."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    for f in fields(Settings):
-        text = (
-            f"{f.metadata['help']} (default: {f.metadata['shown'].replace('`', '')}; variable: {variable_of(f.name)})"
-        )
+    for f in OPTIONS:
+        text = f"{f.metadata['help']} (default: {f.metadata['shown']}; variable: {variable_of(f.name)})"
         text = text.replace("`", "").replace("%", "%%")
         action = {"action": "store_true"} if f.type == "bool" else {"metavar": f.name.upper().rpartition("_")[2]}
         parser.add_argument(flag_of(f.name), default=None, help=text, **action)
@@ -13524,17 +13096,33 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def local_url(settings: Settings, port: int) -> str:
+    """The address at which programs on this machine reach the server."""
+    host = EVERY_ADDRESS.get(settings.host, settings.host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"  # RFC 3986, 3.2.2
+
+
 def start_text(settings: Settings, port: int) -> str:
-    """What a newcomer reads when the program has started."""
-    address = f"http://{settings.host}:{port}"
-    lines = [f"persona_memory {__version__} is listening on {address}", f"Chats are kept in {settings.data}"]
+    """What the user reads when the program has started."""
+    address = local_url(settings, port)
+    others = ", and on this machine's other addresses" if settings.host in EVERY_ADDRESS else ""
+    lines = [
+        f"persona_memory {__version__} is listening on {address}{others}",
+        f"Chats are kept in {settings.data}",
+        *(
+            f"{flag_of(f.name)} was given as a flag: everybody who can list this machine's processes can read it. "
+            f"Set {variable_of(f.name)} instead, in the environment or in .env."
+            for f in OPTIONS
+            if f.metadata["secret"] and settings.sources.get(f.name, "").startswith("flag")
+        ),
+    ]
     if not settings.proxy:
         return "\n".join([*lines, f"Extras API for SillyTavern: {address}; --proxy adds the OpenAI-compatible API."])
     lines.append(f"OpenAI-compatible base URL for your client: {address}/v1")
     if settings.upstream == "local":
         lines.append(
-            f"No upstream is set: the small embedded model {LOCAL_MODEL} answers. It is here for trying the memory "
-            f"out, not for good role-play. {THREE_WAYS}"
+            f"No upstream is set: the small embedded model {LOCAL_MODEL} answers. It is for trying the memory out, not "
+            f"for good role-play. {THREE_WAYS}"
         )
     else:
         lines.append(f"Upstream: {shown_url(settings.upstream)}")
@@ -13551,26 +13139,21 @@ def set_up_log(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the server until it is interrupted, or does what else is asked for; returns the exit status."""
+    """Runs the server until it is interrupted, or does what the command line asks for instead; returns the exit
+    status."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         settings = load_settings(argv, os.environ, HERE / ".env")
         set_up_log(settings)
         if act(settings, argv):
             return 0
-        server = create_server(settings, patience=START_PATIENCE)
+        server = create_server(settings, START_DELAY)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
-    except OSError as error:
-        print(
-            f"Cannot listen on {settings.host}:{settings.port}: {error}. Is it running already? --port takes another.",
-            file=sys.stderr,
-        )
-        return 2
     greeting = start_text(settings, server.effective_port)
     if settings.log_format == "json":
         log_event("started", greeting, port=int(server.effective_port))

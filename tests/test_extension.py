@@ -104,7 +104,7 @@ def test_a_folder_that_is_no_sillytavern_is_refused_with_a_sentence(tmp_path, pa
     before = snapshot(tmp_path)
     done = run("--install-extension", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "is no SillyTavern" in done.stderr
+    assert "is not a SillyTavern" in done.stderr
     assert "Traceback" not in done.stderr
     assert snapshot(tmp_path) == before
 

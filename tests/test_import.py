@@ -1,10 +1,12 @@
 """Chat files and exports: an import is the chat as it would have been lived through; an export comes back as it was."""
 
+import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -302,11 +304,68 @@ def test_every_format_of_dates_is_read(given, expected):
 
 
 @pytest.mark.parametrize(
-    "given", ["yesterday", "", None, [], {}, "July 99, 2024 9:30pm", 1e300, -(10**30), "Mai 1, 2024 1:00am"]
-)
+    "given",
+    [
+        "yesterday", "", None, [], {}, "July 99, 2024 9:30pm", 1e300, -(10**30), "Mai 1, 2024 1:00am",
+        "x" * 100 + "July 12, 2024 9:30pm", "x" * 1_000_000, "9" * 4000,
+        "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00",
+    ],
+    ids=lambda given: str(given)[:20],
+)  # fmt: skip
 def test_a_date_that_cannot_be_read_is_none(given):
     """The message is worth more than its date."""
     assert pm.parse_send_date(given) is None
+
+
+DAYS = ("2024-07-12", "1850-01-01", "20240712", "2024-W28-5")
+TIMES = (
+    "",
+    "T21",
+    "T2130",
+    "T21:30",
+    "t21:30:12",
+    " 21:30:12",
+    "x21:30:12",
+    "T213012",
+    "T21:30:12.5",
+    "T21:30:12,123456",
+)
+ZONES = ("", "Z", "+02:00", "+0200", "-05", "-00:00:36", "+00:17:30.5")
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="no JavaScript here")
+def test_a_date_that_is_kept_can_be_read_by_javascript():
+    """Whatever form of ISO 8601 it came in; and it is the same moment."""
+    kept = {}
+    for text in map("".join, itertools.product(DAYS, TIMES, ZONES)):
+        try:
+            kept[text] = pm.parse_timestamp(text, "timestamp")
+        except pm.InvalidRequest:
+            continue  # Python does not read it either
+    script = f"console.log(JSON.stringify({json.dumps(list(kept.values()))}.map((text) => Date.parse(text))))"
+    done = subprocess.run(["node", "-e", script], capture_output=True, text=True, env={"TZ": "UTC"}, check=True)
+    moments = dict(zip(kept, json.loads(done.stdout), strict=True))
+    assert len(kept) > 100 and None not in moments.values()
+    for text, moment in moments.items():
+        when = datetime.fromisoformat(text)
+        assert int((when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() * 1000) == pytest.approx(
+            moment, abs=1
+        )
+
+
+def test_a_date_that_javascript_reads_is_kept_as_it_came():
+    """Clients send the same date with every request."""
+    for text in ("2024-07-12", "2024-07-12T21:30", "2024-07-12T21:30:12.123Z", "2024-07-12T21:30:12.123456+05:30"):
+        assert pm.parse_timestamp(text, "timestamp") == text
+    assert pm.parse_timestamp("2024-W28-5", "timestamp") == "2024-07-12T00:00:00"
+    assert pm.parse_timestamp(None, "timestamp") is None
+
+
+@pytest.mark.parametrize("text", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "yesterday", 5, ""])
+def test_a_date_that_no_calendar_can_hold_is_refused(text):
+    """In some time zone such a date would be before the year 1, or after 9999."""
+    with pytest.raises(pm.InvalidRequest, match="timestamp"):
+        pm.parse_timestamp(text, "timestamp")
 
 
 def test_dates_are_kept(server):
@@ -334,6 +393,13 @@ def test_the_list_names_the_character(server, header):
     (chat,) = take_in(server, file)
     assert [c["character"] for c in call(server, "GET", "chats").json()] == ["Helena"]
     assert branch_texts(server.url, chat["chat_id"]) == ["Hello.", "Ottilie: Am I late?", "Sit."]
+
+
+def test_names_of_half_characters_are_mended(server):
+    """Names are cut where an emoji was; what is left of it would keep the chat from being stored."""
+    file = written(line("Robin", "Hello."), line("Helena", "Sit."), header={"character_name": "Helena \ud83d"})
+    take_in(server, file)
+    assert [c["character"] for c in call(server, "GET", "chats").json()] == ["Helena \ufffd"]
 
 
 # ---------------------------------------------------------------------------- groups
@@ -441,18 +507,35 @@ def test_a_folder_of_chats_is_imported(tmp_path, server):
     take_in(server, written(line("Robin", "Out and in."), line("Helena", "Again.")), chat_id="x")
     (chats / "export.json").write_text(json.dumps(export(server, "x")))
     done = run_import(data, chats)
-    assert done.returncode == 2 and "3 chats; 6 messages are new, 0 were known. 1 of 5 files" in done.stderr
+    assert done.returncode == 2 and "3 chats: 6 messages added, 0 already present. 1 of 5 files" in done.stderr
     assert "broken.jsonl: line 3" in done.stderr and "Traceback" not in done.stderr
     assert "chats" in done.stderr and "vectors" in done.stderr  # the bars
     (chats / "broken.jsonl").unlink()
     done = run_import(data, chats)
-    assert done.returncode == 0 and "3 chats; 0 messages are new, 6 were known." in done.stdout
+    assert done.returncode == 0 and "3 chats: 0 messages added, 6 already present." in done.stdout
     memory = pm.PersonaMemory(pm.Settings(data=str(data)))
     for row in memory.chats():
         with memory.registry.borrow(row["chat_id"]) as chat:
             store = chat.store
         assert len(store.vectors(memory.embedder.name, [n.fingerprint for n in store.tree.nodes.values()])) == 2
     memory.close()
+
+
+UNREADABLE = Path("/proc/self/mem")  # a file that is there and cannot be read, not even by root
+
+
+@pytest.mark.skipif(not UNREADABLE.is_file(), reason="no /proc here")
+def test_files_that_cannot_be_read_cost_only_themselves(tmp_path):
+    """Wherever they stand, what follows them is imported, and each is named."""
+    chats = tmp_path / "chats"
+    chats.mkdir()
+    for name in ("a.json", "b.jsonl"):
+        (chats / name).symlink_to(UNREADABLE)
+    (chats / "c.jsonl").write_text(written(line("Robin", "Hello."), line("Helena", "Sit.")))
+    done = run_import(tmp_path / "data", tmp_path / "nowhere.jsonl", chats)
+    assert done.returncode == 2 and "1 chats: 2 messages added, 0 already present. 3 of 4 files" in done.stderr
+    assert all(name in done.stderr for name in ("nowhere.jsonl", "a.json:", "b.jsonl:"))
+    assert "Traceback" not in done.stderr
 
 
 def test_an_import_that_is_killed_goes_on_where_it_was(tmp_path):
@@ -521,6 +604,12 @@ ROW = {"id": ROW_ID, "parent": "", "role": "user", "content": "Hi"}
         (json.dumps({**EXPORT, "format": "other"}), "neither"),
         (json.dumps({**EXPORT, "chat": {}}), "chat.chat_id"),
         (json.dumps({**EXPORT, "chat": {"chat_id": "x", "created": "now"}}), "chat.created"),
+        (json.dumps({**EXPORT, "chat": {"chat_id": "\ud800"}}), "chat.chat_id"),
+        (json.dumps({**EXPORT, "chat": {"chat_id": "x", "updated": 1e300}}), "chat.updated"),
+        (json.dumps({**EXPORT, "chat": {"chat_id": "x", "created": -1}}), "chat.created"),
+        (json.dumps({**EXPORT, "chat": {"chat_id": "x", "updated": 5}}).replace("5", "1e999"), "not valid JSON"),
+        (json.dumps({**EXPORT, "chat": {"chat_id": "x", "updated": 5}}).replace("5", "9" * 4000), "not valid JSON"),
+        (f'{GOOD}\n{{"mes": "x", "swipe_id": {"9" * 4000}}}', "line 2"),
         (json.dumps({**EXPORT, "messages": None}), "messages"),
         (json.dumps({**EXPORT, "messages": [None]}), "messages[0]"),
         (json.dumps({**EXPORT, "messages": [{}]}), "messages[0]"),
@@ -629,12 +718,12 @@ def test_an_export_comes_back_as_it_was(folders, messages, data):
         "messages": [pm.asdict(m) for m in messages], **told,
     }  # fmt: skip
     with Shelf(folders()) as first, Shelf(folders()) as second:
-        first.take_in(json.dumps(whole).encode())
-        exported = first.export("a/b")
-        second.take_in(json.dumps(exported).encode())
-        assert second.export("a/b") == exported
-        assert second.take_in(json.dumps(exported).encode())[0]["added"] == 0
-        assert second.export("a/b") == exported
+        first.archive.take_in(json.dumps(whole).encode())
+        exported = first.archive.export("a/b")
+        second.archive.take_in(json.dumps(exported).encode())
+        assert second.archive.export("a/b") == exported
+        assert second.archive.take_in(json.dumps(exported).encode())[0]["added"] == 0
+        assert second.archive.export("a/b") == exported
     untouched = [{**m, "tokens": 0} for m in exported["messages"]]
     whole["messages"] = [{**m, "tokens": 0} for m in whole["messages"]]
     assert {**exported, "messages": untouched} == whole
@@ -684,9 +773,9 @@ def transcripts(draw) -> str:
 def test_a_chat_file_comes_back_as_it_was(folders, text):
     """Import, export as a chat file, import elsewhere: the same messages with the same swipes, names and dates."""
     with Shelf(folders()) as first, Shelf(folders()) as second:
-        (chat,) = first.take_in(text.encode())
-        back = first.export_transcript(chat["chat_id"])
-        (again,) = second.take_in(back.encode())
+        (chat,) = first.archive.take_in(text.encode())
+        back = first.archive.export_transcript(chat["chat_id"])
+        (again,) = second.archive.take_in(back.encode())
         assert again == chat
 
         def kept(memory):
@@ -694,7 +783,7 @@ def test_a_chat_file_comes_back_as_it_was(folders, text):
             return [(m["id"], m["confirmed"], m["voice"], m["confirmed"] and m["timestamp"]) for m in rows]
 
         assert kept(second) == kept(first)
-        assert second.export_transcript(chat["chat_id"]) == back
+        assert second.archive.export_transcript(chat["chat_id"]) == back
 
 
 SHAPE = ("is_user", "is_system", "mes", "swipes", "swipe_id")

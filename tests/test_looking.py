@@ -193,7 +193,7 @@ def test_settings_know_where_they_come_from(tmp_path):
     memory = pm.PersonaMemory(found)
     rows = {row["name"]: row for row in memory.status.options()}
     memory.close()
-    assert list(rows) == [f.name for f in pm.fields(pm.Settings)]
+    assert list(rows) == [f.name for f in pm.OPTIONS]
     assert (rows["upstream_key"]["value"], rows["api_key"]["value"]) == ("(hidden)", "")
     assert rows["budget"]["source"] == "default" and rows["port"]["value"] == 3
     assert "AIza-secret" not in json.dumps(list(rows.values()))

@@ -53,13 +53,13 @@ def visit(browser):
 
 
 class Told:
-    """A server with a chat that has been played: story, facts, recalled memories, swipes."""
+    """A server with a chat that has been played: summary, facts, recalled memories, swipes."""
 
     def __init__(self, upstream, server):
         self.upstream, self.server, self.url = upstream, server, server.url
         self.chat = messages("keep", "Tobin")[:91]
         self.id = play(self.url, upstream, self.chat)
-        wait_until(lambda: self.get()["facts"], "the story to be told")
+        wait_until(lambda: self.get()["facts"], "the summary to be written")
 
     def get(self, rest="", **query):
         answer = httpx.get(f"{self.url}{self.path}{rest}", params=query, timeout=60)
@@ -203,7 +203,7 @@ def test_a_chat_goes_out_as_a_file_and_comes_in_again(visit, told, server):
         }""",
         files[".jsonl"].decode(),
     )
-    expect(other.locator(".toast").last).to_have_text("Dropped.jsonl: nothing that was not known.")
+    expect(other.locator(".toast").last).to_have_text("Dropped.jsonl: no new messages.")
     expect(other.locator(".chats > li")).to_have_count(1)
     other.locator("input[type=file]").set_input_files({**chosen, "name": "broken.json", "buffer": b"no chat"})
     expect(other.locator(".toast").last).to_contain_text("broken.json")
@@ -229,11 +229,11 @@ def test_a_message_of_another_branch_is_shown_by_itself(visit, server, upstream)
 # ---------------------------------------------------------------------------- what a chat remembers
 
 
-def test_the_persona_the_story_and_the_facts_are_there_and_can_be_changed(visit, told):
+def test_the_persona_the_summary_and_the_facts_are_there_and_can_be_changed(visit, told):
     """An edited summary is the user's from then on; a fact is edited, pinned, forgotten after a question."""
     page = visit(told.link())
     expect(page.get_by_text("keeper of the lighthouse on the Teeth")).to_be_visible()
-    story = page.locator(".card").filter(has=page.get_by_role("heading", name="The story so far"))
+    story = page.locator(".card").filter(has=page.get_by_role("heading", name="Summary so far"))
     first = story.locator("li").first
     expect(first).to_contain_text("#1 to #20")
     first.get_by_role("button", name="Edit").click()
@@ -270,7 +270,7 @@ def test_a_message_is_edited_pinned_and_forgotten_and_all_of_it_taken_back(visit
     page.get_by_role("button", name="Save").click()
     expect(row).to_contain_text("I am Maren, and the lamp is mine.")
     assert (told.row(6)["content"], told.row(6)["original"]) == ("I am Maren, and the lamp is mine.", before)
-    row.get_by_role("button", name="Take the edit back").click()
+    row.get_by_role("button", name="Restore the original").click()
     expect(row).to_contain_text(before)
     assert not told.row(6)["edited"]
 
@@ -340,7 +340,7 @@ def test_swipes_are_marked_and_stand_side_by_side(visit, server, upstream):
 def test_chats_with_a_character_may_know_of_each_other(visit, told):
     """The box is what the API says."""
     page = visit(told.link())
-    box = page.get_by_label("Chats with Maren remember what happened in each other")
+    box = page.get_by_label("Recall from other chats with Maren too")
     expect(box).not_to_be_checked()
     for wanted in (True, False):
         box.set_checked(wanted)
@@ -398,9 +398,10 @@ def test_a_prompt_says_what_went_in_and_what_it_cost(visit, asked):
     expect(card).to_be_visible()
     parts = card.locator(".share i").evaluate_all("all => all.map(i => Number(i.style.getPropertyValue('--share')))")
     assert sum(parts) == report["context"]
-    for share in ("persona", "story", "memories", "history"):
-        expect(card.locator(".legend")).to_contain_text(f"{share.capitalize()}{report['tokens'][share]:,}")
-    expect(card).to_contain_text(f"{round(100 * report['reused'])} % reused from the prompt before")
+    shown = {"persona": "Persona", "story": "Summary", "memories": "Memories", "history": "History"}
+    for share, word in shown.items():
+        expect(card.locator(".legend")).to_contain_text(f"{word}{report['tokens'][share]:,}")
+    expect(card).to_contain_text(f"{int(100 * report['reused'] + 0.5)} % reused from the previous prompt")
     expect(card).to_contain_text("ms added")
     card.locator("summary").first.click()
     expect(card.locator("details li").first.locator(".text")).to_have_text(
@@ -427,29 +428,135 @@ def test_what_was_left_out_of_a_prompt_is_shown_with_its_reason(visit, told):
     expect(page.locator("details li")).to_contain_text("No room")
 
 
+# ---------------------------------------------------------------------------- values that nobody expects
+
+ODD = [None, True, -1, 1e300, "soon", "2024-W05-1", [], [None], {"onclick": "window.hacked = 1"}]
+
+
+def odd_rows(row, *kept):
+    """That row once for each odd value, which then is what all its fields hold but those kept and its id."""
+    ids = {"id", "chat_id", "at"} - {*kept}
+    return [
+        {key: f"odd{i}" if key in ids else row[key] if key in kept else value for key in row}
+        for i, value in enumerate(ODD)
+    ]
+
+
+def spoil(page, address, change):
+    """Has the server's answers of that address changed on their way to the page."""
+
+    def pass_on(route):
+        answer = route.fetch()
+        route.fulfill(response=answer, json=change(answer.json()))
+
+    page.route(re.compile(address), pass_on)
+
+
+def test_a_date_that_no_browser_can_read_is_shown_as_it_is(visit, told):
+    """Python reads more of ISO 8601 than JavaScript; neither such a date nor any other value breaks the messages."""
+    dates = ["2024-W05-1", "20240101T101010", "", "soon", *ODD]
+
+    def date_oddly(answer):
+        pairs = zip(answer["messages"], dates, strict=False)
+        return answer | {"messages": [row | {"timestamp": date, "at": date} for row, date in pairs]}
+
+    page = visit("about:blank")
+    spoil(page, "/messages", date_oddly)
+    page.goto(told.link("/messages"))
+    for index in range(len(dates)):
+        expect(scrolled(page, index).locator(".text").first).to_contain_text(told.row(index)["content"][:30])
+    expect(scrolled(page, 0)).to_contain_text("2024-W05-1")
+    expect(page.locator(".toast")).to_have_count(0)
+
+
+def test_a_date_ahead_is_not_just_now(visit, told):
+    """A clock that is wrong, or a story of the future."""
+    page = visit("about:blank")
+    spoil(page, "/messages", lambda answer: {**answer, "messages": [
+        row | {"timestamp": "2999-01-01T00:00:00Z"} for row in answer["messages"]
+    ]})  # fmt: skip
+    page.goto(told.link("/messages"))
+    expect(scrolled(page, 0).locator("time")).to_have_text(re.compile("2999|2998"))
+
+
+@pytest.mark.parametrize(
+    ("view", "address", "lists", "kept"),
+    [
+        ("/#/", "/chats$", None, ()),
+        ("/#/", "/search", "found", ("chat_id",)),
+        ("", "/chats/[^/]+\\?", "story facts pinned forgotten", ()),
+        ("/messages", "/messages", "messages", ("id", "index")),
+        ("/recall", "/search", "memories", ()),
+        ("/prompts", "/prompts", "prompts", ()),
+    ],
+)
+def test_an_odd_value_costs_its_own_row_and_no_view(visit, asked, view, address, lists, kept):
+    """Whatever the fields of some rows hold, the rows beside them are shown, and nothing is run."""
+
+    def spoiled(answer):
+        rows = answer if lists is None else next(filter(None, map(answer.get, lists.split())), [])
+        if view == "/messages":
+            pairs = zip(rows, ODD, strict=False)
+            odd = [{k: row[k] if k in kept else value for k in row} for row, value in pairs]
+            return answer | {lists: [*odd, *rows[len(odd) :]]}
+        odd = odd_rows(rows[0], *kept) if rows else []
+        return [*odd, *answer] if lists is None else answer | {name: [*odd, *answer[name]] for name in lists.split()}
+
+    page = visit("about:blank")
+    spoil(page, address, spoiled)
+    page.goto(address_of(asked, view))
+    if address == "/search":
+        page.get_by_role("searchbox").fill("Wandering Heron")
+    sane = {
+        "/#/": page.get_by_role("link", name=re.compile("^Maren|Wandering Heron")),
+        "": page.locator("main li").filter(has_text="#21 to #40"),
+        "/messages": page.locator(".message").filter(has_text=asked.row(20)["content"][:30]),
+        "/recall": page.locator("main li").filter(has_text="Wandering Heron"),
+        "/prompts": page.locator(".prompt").filter(has_text="of history"),
+    }[view]
+    if view == "/messages":
+        expect(scrolled(page, 0)).to_contain_text("This cannot be shown")
+        scrolled(page, 20)
+    expect(sane.first).to_be_visible()
+    expect(page.get_by_role("heading", level=1)).to_be_visible()
+    assert page.evaluate("window.hacked") is None
+
+
+def test_an_odd_chat_still_has_its_heading_and_its_views(visit, told):
+    """Its own fields, one odd value after the other."""
+    fields = ("character", "size", "updated", "branches", "last_prompt", "persona")
+    for value in ODD:
+        page = visit("about:blank")
+        spoil(page, "/chats/[^/]+\\?", lambda chat, v=value: chat | dict.fromkeys(fields, v))
+        page.goto(told.link())
+        expect(page.get_by_role("heading", name="Facts")).to_be_visible()
+        expect(page.get_by_role("heading", level=1)).to_be_visible()
+        page.close()
+
+
 # ---------------------------------------------------------------------------- how things stand
 
 
 def test_the_light_says_in_words_what_is_wrong_and_what_to_do(visit, server, upstream):
     """An upstream that fails shows within seconds, on every page, and goes when it works again."""
     page = visit(f"{server.url}/#/health")
-    expect(page.locator(".light")).to_have_text("All is well.")
+    expect(page.locator(".light")).to_have_text("OK")
     upstream.steer(status=401, error="Wrong key.")
     turn = [SYSTEM, {"role": "user", "content": "Hello"}]
     say(server.url, turn)
     expect(page.locator(".light")).to_contain_text("Wrong key.")
     expect(page.get_by_role("heading", level=1)).to_contain_text("The last turn failed: Wrong key.")
     expect(page.locator("main")).to_contain_text("--upstream-key")
-    expect(page.locator("main")).to_contain_text("Failed at the model's server")
+    expect(page.locator("main")).to_contain_text("Failed at the upstream")
     upstream.steer(status=200)
     say(server.url, turn)
-    expect(page.locator(".light")).to_have_text("All is well.")
+    expect(page.locator(".light")).to_have_text("OK")
 
 
 def test_the_connection_to_the_model_can_be_checked(visit, server, upstream):
     """The model's server is really asked."""
     page = visit(f"{server.url}/#/health")
-    page.get_by_role("button", name="Check the model's server").click()
+    page.get_by_role("button", name="Check the upstream").click()
     expect(page.get_by_text("It answers, and offers 1 model.")).to_be_visible()
     expect(page.locator("main")).to_contain_text(upstream.url)
     expect(page.locator("main")).to_contain_text(pm.__version__)
@@ -491,13 +598,13 @@ def test_new_messages_appear_and_disturb_nobody(visit, told):
     assert "half a sentence" in editor.get_by_label("Message 23").input_value()
 
 
-def test_a_reply_that_no_request_has_shown_is_marked_as_no_memory_yet(visit, server, upstream):
-    """It becomes a message like others when the client shows it again."""
+def test_a_reply_that_the_client_has_not_sent_back_is_marked_as_pending(visit, server, upstream):
+    """It becomes a message like others when the client sends it back."""
     upstream.steer(reply=lambda body: "The lamp is lit.")
     first = {"role": "user", "content": "Is the lamp lit?"}
     chat = say(server.url, [SYSTEM, first]).chat_id
     page = visit(f"{server.url}/#/chat/{chat}/messages")
-    expect(page.locator(".message.provisional")).to_contain_text("Not memory yet")
+    expect(page.locator(".message.provisional")).to_contain_text("Pending: not yet sent back by the client")
     reply = {"role": "assistant", "content": "The lamp is lit."}
     upstream.steer(reply=lambda body: "Good.")
     say(server.url, [SYSTEM, first, reply, {"role": "user", "content": "Good night."}])
@@ -726,11 +833,11 @@ def test_a_view_is_reached_and_read_by_keyboard(visit, told):
 def test_an_address_of_no_chat_says_so_until_there_is_one(visit, server):
     """With the way out; the extension leads to a chat that may not have said anything yet."""
     page = visit(f"{server.url}/#/chat/nobody/messages")
-    expect(page.get_by_role("heading", level=1)).to_have_text("Not here")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Not found")
     say(server.url, [SYSTEM, {"role": "user", "content": "Here I am."}], user="nobody")
     expect(page.locator(".message[aria-posinset='1']")).to_contain_text("Here I am.")
     page.goto(f"{server.url}/#/chat/%E0%A4%A/prompts")
-    expect(page.get_by_role("heading", level=1)).to_have_text("Not here")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Not found")
     page.get_by_role("link", name="All chats").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("Chats")
 

@@ -1,16 +1,20 @@
 """Settings: one declaration serves flag, variable, `.env` file and README; and what is in the README is in the code."""
 
 import re
-from dataclasses import fields
+import socket
+from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
+from fakes import LocalServer, settings
 
 import persona_memory as pm
 
 README = (Path(pm.__file__).parent / "README.md").read_text(encoding="utf8")
 EXAMPLE = (Path(pm.__file__).parent / ".env.example").read_text(encoding="utf8")
-NAMES = [f.name for f in fields(pm.Settings)]
+NAMES = [f.name for f in pm.OPTIONS]
+SELF = Path("/proc/self/mem")  # a file that is there and cannot be read, not even by root
 
 
 def table_rows(heading: str) -> list[list[str]]:
@@ -23,7 +27,7 @@ def table_rows(heading: str) -> list[list[str]]:
 
 def test_the_settings_table_says_what_the_code_says():
     """Every field of `Settings` has its row, word for word, and no row is about anything else."""
-    shown = {f.name: f.metadata["shown"] for f in fields(pm.Settings)}
+    shown = {f.name: f.metadata["shown"] for f in pm.OPTIONS}
     expected = [
         [
             f"`{pm.flag_of(f.name)}`",
@@ -31,7 +35,7 @@ def test_the_settings_table_says_what_the_code_says():
             f"`{shown[f.name]}`" if shown[f.name] == str(f.default) else shown[f.name],
             f.metadata["help"],
         ]
-        for f in fields(pm.Settings)
+        for f in pm.OPTIONS
     ]
     assert table_rows("Settings") == expected
 
@@ -64,6 +68,54 @@ def test_flags_go_before_the_environment_and_that_before_the_env_file(tmp_path):
     assert pm.load_settings([], {}, tmp_path / "absent").port == 5100
 
 
+def test_settings_know_where_they_were_set_also_when_they_are_copied(tmp_path):
+    """And a setting from a flag equals the same one from a variable."""
+    file = tmp_path / ".env"
+    file.write_text("PERSONA_MEMORY_LOG_TEXT=on\n")
+    loaded = pm.load_settings(["--port", "3"], {"PERSONA_MEMORY_MODEL": "m"}, file)
+    known = {
+        "port": "flag --port", "model": "variable PERSONA_MEMORY_MODEL", "log_text": ".env PERSONA_MEMORY_LOG_TEXT"
+    }  # fmt: skip
+    assert loaded.sources == replace(loaded, proxy=True).sources == known
+    assert loaded == pm.load_settings(["--port", "3", "--model", "m", "--log-text"], {}, None)
+    assert pm.Settings().sources == {}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_an_env_file_may_have_any_encoding_that_windows_writes(tmp_path, encoding):
+    """Its editors and shells put a byte order mark in front, and some write UTF-16."""
+    file = tmp_path / ".env"
+    file.write_text("PERSONA_MEMORY_PORT=7\nPERSONA_MEMORY_MODEL=caf\u00e9\n", encoding)
+    loaded = pm.load_settings([], {}, file)
+    assert (loaded.port, loaded.model) == (7, "caf\u00e9")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    ["PERSONA_MEMORY_PORT=7".encode("utf-16-le"), b"\xff\xfe\x00", b"PERSONA_MEMORY_MODEL=caf\xe9\n"],
+    ids=["utf-16 without a mark", "half utf-16", "latin-1"],
+)
+def test_an_env_file_that_is_no_text_is_named(tmp_path, raw):
+    """With what to do, and not half read."""
+    (tmp_path / ".env").write_bytes(raw)
+    with pytest.raises(pm.SettingsError, match=r"\.env cannot be read.*UTF-8"):
+        pm.load_settings([], {}, tmp_path / ".env")
+
+
+@pytest.mark.skipif(not SELF.is_file(), reason="no /proc here")
+def test_an_env_file_that_cannot_be_read_is_named(tmp_path):
+    """As where it belongs to somebody else."""
+    (tmp_path / ".env").symlink_to(SELF)
+    with pytest.raises(pm.SettingsError, match=r"\.env cannot be read"):
+        pm.load_settings([], {}, tmp_path / ".env")
+
+
+def test_a_folder_named_env_is_none_of_ours(tmp_path):
+    """Some keep a virtual environment there."""
+    (tmp_path / ".env").mkdir()
+    assert pm.load_settings([], {}, tmp_path / ".env").port == 5100
+
+
 @pytest.mark.parametrize("variable", pm.GEMINI_KEY_VARIABLES)
 def test_a_gemini_key_makes_gemini_the_upstream(variable):
     """A key in the environment is all that Gemini needs; an upstream that is named goes before it."""
@@ -88,6 +140,8 @@ def test_the_address_of_gemini_may_come_from_googles_own_variable():
         (["--budget", "a/b"], "--budget"),
         (["--budget", "40/30/30/0"], "--budget"),
         (["--port", "x"], "--port"),
+        (["--port", "65536"], "--port"),
+        (["--context", "9" * 5000], "--context"),
         (["--upstream", "gemini"], "GEMINI_API_KEY"),
         (["--upstream-limit", "0"], "--upstream-limit"),
         (["--upstream-timeout", "0"], "--upstream-timeout"),
@@ -105,3 +159,59 @@ def test_an_upstream_that_is_no_url_is_refused_with_the_three_ways(tmp_path):
     """A typo in --upstream names what it could be."""
     with pytest.raises(pm.SettingsError, match="three ways"):
         pm.make_upstream(pm.Settings(upstream="lokal", data=str(tmp_path)), pm.Metrics())
+
+
+# ---------------------------------------------------------------------------- addresses
+
+
+@pytest.mark.parametrize(
+    "host, url",
+    [
+        ("127.0.0.1", "http://127.0.0.1:5100"),
+        ("localhost", "http://localhost:5100"),
+        ("::1", "http://[::1]:5100"),
+        ("0.0.0.0", "http://127.0.0.1:5100"),
+        ("::", "http://[::1]:5100"),
+    ],
+)
+def test_the_printed_address_is_one_that_a_client_can_use(host, url):
+    """IPv6 addresses stand in brackets, and of all addresses one is named."""
+    given = pm.Settings(host=host, proxy=True, upstream="http://127.0.0.1:9/v1")
+    assert pm.local_url(given, 5100) == url
+    assert f"{url}/v1\n" in pm.start_text(given, 5100)
+    assert ("other addresses" in pm.start_text(given, 5100)) == (host in ("0.0.0.0", "::"))
+
+
+def has_ipv6() -> bool:
+    """Whether this machine can listen on ::1."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+def test_the_server_answers_at_the_address_that_it_prints(data_dir, upstream):
+    """With IPv6 too."""
+    given = settings(data_dir, upstream.url, host="::1")
+    with LocalServer(given, ready=False) as running:
+        url = pm.local_url(given, running.server.effective_port)
+        assert httpx.get(f"{url}/api/persona_memory/chats").json() == []
+
+
+def test_an_address_that_is_not_this_machines_is_a_readable_error(data_dir, upstream):
+    """RFC 5737 keeps that one free for examples."""
+    with pytest.raises(pm.SettingsError, match=r"Cannot listen on 203\.0\.113\.7"):
+        pm.create_server(settings(data_dir, upstream.url, host="203.0.113.7"))
+
+
+def test_a_key_given_as_a_flag_warns_that_others_can_see_it():
+    """Flags stand in the list of processes; variables do not."""
+    by_flag = pm.load_settings(["--api-key", "open sesame"], {}, None)
+    by_variable = pm.load_settings([], {"PERSONA_MEMORY_API_KEY": "open sesame"}, None)
+    assert "--api-key was given as a flag" in pm.start_text(by_flag, 5100)
+    assert "PERSONA_MEMORY_API_KEY" in pm.start_text(by_flag, 5100)
+    assert "as a flag" not in pm.start_text(by_variable, 5100)
+    assert "open sesame" not in pm.start_text(by_flag, 5100)

@@ -4,11 +4,14 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from urllib.parse import quote, unquote
 
 import httpx
 import pytest
-from fakes import PROGRAM, LocalServer, Server, clean_environment, free_port, say, settings, wait_until
+from fakes import PROGRAM, LocalServer, Server, chunk, clean_environment, figure, free_port, say, settings, wait_until
+from gemini import Gemini
+from werkzeug.test import create_environ
 
 import persona_memory
 
@@ -85,6 +88,9 @@ TOOL_CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "a
 REFUSED = {
     "empty": b"",
     "not json": b"{messages: [",
+    "4,000 digits": b'{"messages": [{"role": "user", "content": "hello"}], "seed": ' + b"9" * 4000 + b"}",
+    "a number beyond doubles": b'{"messages": [{"role": "user", "content": "hello"}], "temperature": 1e999}',
+    "not a number": b'{"messages": [{"role": "user", "content": "hello"}], "temperature": NaN}',
     "half": b'{"messages": [{"role": "user", "content": "hel',
     "bytes": b"\xff\xfe\x00\x80",
     "not utf-8": b'{"messages": [{"role": "user", "content": "caf\xe9"}]}',
@@ -174,6 +180,8 @@ TAKEN_OR_REFUSED = {
     "max_tokens null": with_field(max_tokens=None),
     "max_tokens zero": with_field(max_tokens=0),
     "max_tokens negative": with_field(max_tokens=-5),
+    "max_tokens of 4,000 digits": with_field(max_tokens=10**4000),
+    "max_tokens beyond doubles": b'{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1e999}',
     "max_tokens fraction": with_field(max_tokens=3.5),
     "max_tokens huge": with_field(max_tokens=10**30),
     "max_tokens infinite": with_field(max_tokens=float("inf")),
@@ -323,6 +331,9 @@ NEW_MESSAGES = {
     "no content": {"messages": [{"role": "user"}]},
     "second one is bad": {"messages": [{"role": "user", "content": "good"}, {"role": "user", "content": 7}]},
     "timestamp": {"messages": [{"role": "user", "content": "hello", "timestamp": "yesterday"}]},
+    "timestamp at the calendar's end": {
+        "messages": [{"role": "user", "content": "hello", "timestamp": "9999-12-31T23:59:59-14:00"}]
+    },
 }
 
 
@@ -335,6 +346,26 @@ def test_messages_that_make_no_sense_are_not_appended(api, shared, body):
     assert_openai_error(answer)
     assert 400 <= answer.status_code < 500
     assert contents(api, shared) == before
+
+
+CHANGES = {
+    "/messages/x": ({"pinned": 1}, {"pinned": None}, {"forgotten": "yes"}, {"content": 5}, {"content": " "}, {}),
+    "/facts/x": ({"text": ["x"]}, {"text": ""}, {"pinned": 0}, {"pinned": None}),
+    "/story/x": ({"text": None}, {"text": {}}, {"text": "\n"}, {}),
+    "../../characters/x": ({"carry_over": "on"}, {"carry_over": None}, {}),
+}
+
+
+@pytest.mark.parametrize(("path", "bodies"), CHANGES.items(), ids=CHANGES)
+def test_changes_of_another_type_are_refused_by_name(api, shared, path, bodies):
+    """Bodies that are no objects as well."""
+    path = path.replace("../../", "/api/persona_memory/") if ".." in path else chat_path(shared, path)
+    for body in (*bodies, [], None, "pinned", 10**30):
+        answer = api.patch(path, json=body)
+        assert_openai_error(answer)
+        assert answer.status_code == 400, body
+        if isinstance(body, dict) and body:
+            assert answer.json()["error"]["param"] in body
 
 
 @pytest.mark.parametrize(
@@ -436,6 +467,123 @@ def test_health_says_how_things_are(api):
     assert isinstance(told["upstream"], dict)
     assert told["embedder"]["status"]
     assert told["chats"] == len(api.get(CHATS).json())
+
+
+@pytest.mark.parametrize("host", ["evil.example:5100", "127.0.0.1.evil.example", "10.0.0.7"])
+@pytest.mark.parametrize("path", ["/health", "/", "/api/persona_memory/health"])
+def test_health_and_page_are_for_this_machines_names_only(api, host, path):
+    """A page whose own name was made to point here (DNS rebinding) reads nothing."""
+    answer = api.get(path, headers={"Host": host})
+    assert answer.status_code == 403
+    assert_openai_error(answer)
+    assert api.get(path).status_code == 200
+
+
+def test_health_without_the_key_tells_no_paths_and_no_addresses(data_dir, upstream):
+    """A model that cannot be loaded has its path in the error."""
+    secret = "/no/such/folder/of-mine"
+    given = settings(data_dir, upstream.url, api_key="open-sesame", embedder=secret)
+    with LocalServer(given, ready=False) as running:
+        key = {"Authorization": "Bearer open-sesame"}
+
+        def status(**how) -> str:
+            return httpx.get(f"{running.url}/health", timeout=TIMEOUT, **how).json()["embedder"]["status"]
+
+        wait_until(lambda: status(headers=key).startswith("failed: "), "the embedder has failed")
+        assert (status(), status(headers={"Authorization": "Bearer wrong"})) == ("failed", "failed")
+        told = httpx.get(f"{running.url}/health", timeout=TIMEOUT)
+        assert secret in httpx.get(f"{running.url}/health", headers=key, timeout=TIMEOUT).text
+        assert secret not in told.text and upstream.url not in told.text
+        assert told.json()["upstream"] == {"status": "ok"}
+
+
+# ---------------------------------------------------------------------------- how a request ends
+
+
+def outcomes(running) -> dict[str, float]:
+    """How chat completions have ended, by outcome."""
+    names = ("ok", "degraded", "off", "client_gone", "refused", "upstream_error", "failed")
+    counts = {name: figure(running, f'requests_total{{outcome="{name}"}}') for name in names}
+    return {name: count for name, count in counts.items() if count}
+
+
+def spoken(*choices: dict) -> bytes:
+    """An event of the upstream's stream with those choices."""
+    return f"data: {json.dumps({**chunk({}, {}, None), 'choices': choices})}\n\n".encode()
+
+
+def choice(index, content: str) -> dict:
+    """A piece of a reply."""
+    return {"index": index, "delta": {"content": content}, "finish_reason": None}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        [spoken(None)],
+        [spoken({"index": 0, "delta": "text"})],
+        [spoken(choice(["x"], "odd"))],
+    ],
+    ids=["no choice", "no delta", "no index"],
+)
+def test_a_stream_that_breaks_in_an_unforeseen_way_ends_properly(upstream, data_dir, odd):
+    """The client gets what was said, an error event and [DONE]; it counts as a failure, and not as the client's."""
+    upstream.steer(events=[spoken(choice(0, "One word, ")), *odd, b"data: [DONE]\n\n"])
+    with LocalServer(settings(data_dir, upstream.url), ready=False) as running:
+        body = {"messages": HISTORY[:2], "stream": True}
+        events = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=TIMEOUT).text.split("\n\n")
+        (*_, error, done, _) = events
+        assert done == "data: [DONE]"
+        assert set(json.loads(error.removeprefix("data: "))["error"]) == {"message", "type", "param", "code"}
+        assert "One word, " in events[0]
+        assert set(outcomes(running)) <= {"failed", "upstream_error"} and sum(outcomes(running).values()) == 1
+        told = httpx.get(f"{running.url}/api/persona_memory/health", timeout=TIMEOUT).json()
+        assert told["troubles"] and "Traceback" not in error
+
+
+def test_choices_with_odd_indexes_are_kept_all_the_same(upstream, data_dir):
+    """Some servers give none, or words: the reply is shown, so it is recorded."""
+    upstream.steer(events=[spoken(choice(None, "Left.")), spoken(choice(0, "Right.")), b"data: [DONE]\n\n"])
+    with LocalServer(settings(data_dir, upstream.url), ready=False) as running:
+        body = {"messages": HISTORY[:2], "stream": True, "chat_id": "forked"}
+        answer = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=TIMEOUT)
+        assert answer.text.endswith("data: [DONE]\n\n")
+        assert sum(outcomes(running).values()) == 1 and "client_gone" not in outcomes(running)
+        with httpx.Client(base_url=running.url, timeout=TIMEOUT) as api:
+            replies = api.get(chat_path("forked")).json()["replies"]
+        assert {reply["content"] for reply in replies} == {"Left.", "Right."}
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_a_stream_that_nobody_reads_is_closed_at_the_upstream(upstream, data_dir, off):
+    """The client has gone before the first event: the server closes the answer without having read it."""
+    hold = threading.Event()
+    upstream.steer(hold_after=(1, hold))
+    with LocalServer(settings(data_dir, upstream.url), ready=False) as running:
+        raw = json.dumps({"messages": HISTORY[:2], "stream": True, "chat_id": "left"}).encode()
+        headers = {"X-Persona-Memory": "off"} if off else {}
+        environ = create_environ("/v1/chat/completions", running.url, method="POST", data=raw, headers=headers)
+        environ["REMOTE_ADDR"] = "127.0.0.1"
+        statuses = []
+        answer = running.server.application(environ, lambda status, headers: statuses.append(status))
+        assert statuses == ["200 OK"]
+        answer.close()
+        assert upstream.hangups.acquire(timeout=TIMEOUT)
+        assert outcomes(running) == {"client_gone": 1}
+        if not off:
+            with httpx.Client(base_url=running.url, timeout=TIMEOUT) as api:
+                assert len(api.get(chat_path("left", "/prompts")).json()["prompts"]) == 1
+    hold.set()
+
+
+def test_what_goes_around_memory_counts_as_off_with_gemini_too(data_dir):
+    """Its requests cannot be passed on byte for byte, but memory has no part in them either."""
+    with (
+        Gemini() as google,
+        LocalServer(settings(data_dir, "gemini", upstream_key="k", gemini_endpoint=google.url), ready=False) as running,
+    ):
+        reply = say(running.url, HISTORY[:2], model=persona_memory.GEMINI_MODEL, headers={"X-Persona-Memory": "off"})
+        assert (reply.status, reply.memory, outcomes(running)) == (200, "off", {"off": 1})
 
 
 # ---------------------------------------------------------------------------- the program's key
@@ -561,6 +709,7 @@ FOREIGN_ORIGINS = [
     "http://localhost@evil.example",
     "file://",
     "http://10.0.0.7:8000",
+    "evil://127.0.0.1:5100",
 ]
 
 
@@ -651,6 +800,56 @@ def test_a_foreign_name_may_not_even_read(api, host):
 def test_this_machines_own_names_may(api, host):
     """However the client spells it."""
     assert api.get(CHATS, headers={"Host": host}).status_code == 200
+
+
+def fetched(site: str, mode: str, **more) -> dict[str, str]:
+    """What a browser says of a request (Fetch Metadata)."""
+    return {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode, **more}
+
+
+EMBEDDED = {
+    "image": fetched("cross-site", "no-cors"),
+    "other port": fetched("same-site", "no-cors"),
+    "link": fetched("cross-site", "navigate"),
+    "foreign fetch": fetched("cross-site", "cors", Origin="https://evil.example"),
+}
+INVITED = {
+    "no browser": {},
+    "typed": fetched("none", "navigate"),
+    "own page": fetched("same-origin", "cors"),
+    "SillyTavern": fetched("same-site", "cors", Origin="http://127.0.0.1:8000"),
+    "SillyTavern by name": fetched("cross-site", "cors", Origin="http://localhost:8000"),
+}
+
+
+@pytest.mark.parametrize("headers", EMBEDDED.values(), ids=EMBEDDED)
+def test_pages_of_other_sites_make_nothing_run_here(api, shared, upstream, headers):
+    """An image, a script or a link of theirs could not read the answer, but costs time, and a request to the model's
+    server."""
+    for path in ("/v1/models", "/health", CHATS, chat_path(shared, "/search?q=compass")):
+        answer = api.get(path, headers=headers)
+        assert answer.status_code == 403, path
+        assert_openai_error(answer)
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize("headers", INVITED.values(), ids=INVITED)
+def test_who_may_call_may_also_read(api, shared, headers):
+    for path in ("/v1/models", "/health", CHATS, chat_path(shared, "/search?q=compass")):
+        assert api.get(path, headers=headers).status_code == 200, path
+
+
+def test_a_link_to_the_page_may_stand_anywhere(api):
+    for path in ("/", "/persona_memory/", "/extension.zip"):
+        assert api.get(path, headers=fetched("cross-site", "navigate")).status_code == 200
+        assert api.get(path, headers=fetched("cross-site", "no-cors")).status_code == 403
+
+
+@pytest.mark.parametrize("path", ["/", "/health", CHATS, "/nope", "/v1/models", "/metrics", "/extension.zip"])
+def test_no_other_page_may_embed_an_answer(api, path):
+    answer = api.get(path)
+    assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
 def test_an_allowed_origin_may_call(data_dir, upstream):
@@ -799,6 +998,24 @@ def test_odd_ids_in_the_header_name_one_chat(deep, upstream, chat_id):
     assert first.status == again.status == 200
     assert first.chat_id == again.chat_id == chat_id
     assert files_beside(data_dir) == before
+
+
+@pytest.mark.parametrize("where", ["chat_id", "metadata", "user"])
+def test_half_a_character_in_an_id_costs_nothing(api, upstream, where):
+    """Names are cut in the middle of an emoji; such an id cannot be written down as it is."""
+    chat_id = f"chat of {where} \ud83d"
+    given = {"metadata": {"chat_id": chat_id}} if where == "metadata" else {where: chat_id}
+    answer = post_raw(api, "", {"messages": HISTORY, **given})
+    assert (answer.status_code, unquote(answer.headers["X-Chat-Id"])) == (200, f"chat of {where} \ufffd")
+    assert not answer.headers["X-Persona-Memory"].startswith("degraded")
+
+
+def test_an_id_that_no_header_can_hold_is_left_out_of_it(api, upstream):
+    """Clients refuse answers with too long headers; the chat is kept all the same."""
+    chat_id = "\u00e9" * 3000
+    answer = api.post("/v1/chat/completions", json={"messages": HISTORY, "chat_id": chat_id})
+    assert answer.status_code == 200 and "X-Chat-Id" not in answer.headers
+    assert contents(api, chat_id)[:2] == REMEMBERED
 
 
 def test_ids_that_look_alike_are_different_chats(deep, upstream):
