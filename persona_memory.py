@@ -527,6 +527,10 @@ class Identity:
         return self.kind in EPHEMERAL_KINDS
 
 
+LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")  # of a reply; the older name and OpenAI's newer one
+LONGEST_MODEL_NAME = 200
+
+
 def whole_number(value: Any) -> int | None:
     """A whole number of a request: 512, 512.0 or "512"; None for anything else."""
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,9}", value.strip()):
@@ -538,7 +542,7 @@ def whole_number(value: Any) -> int | None:
 
 def reply_limit(body: Mapping) -> int:
     """The tokens that a chat completion request allows its reply; 0 for no limit, which clients also write as -1."""
-    limits = (whole_number(body.get(name)) or 0 for name in ("max_completion_tokens", "max_tokens"))
+    limits = (whole_number(body.get(name)) or 0 for name in reversed(LIMIT_FIELDS))
     return next((limit for limit in limits if limit > 0), 0)
 
 
@@ -910,9 +914,9 @@ def plan_budget(
     left = context - response - persona
     if left < required:
         raise ContextLengthExceeded(
-            f"This model's context length is {context} tokens. The persona takes {persona}, the newest message with "
-            f"what follows it {required}, and {response} are kept for the reply: {persona + required + response} in "
-            "all. Shorten the persona or the message, lower max_tokens, or raise --context.",
+            f"This model's maximum context length is {context} tokens. The persona takes {persona}, the newest message "
+            f"with what follows it {required}, and {response} are kept for the reply: {persona + required + response} "
+            "in all. Shorten the persona or the message, lower max_tokens, or raise --context.",
             "messages",
         )
     memories = int(shares[1] * context) if wanted is None else min(wanted, int(shares[1] * context))
@@ -2577,11 +2581,12 @@ def check_message(message: Any, where: str) -> None:
 
 def check_options(body: Mapping) -> None:
     """Raises `InvalidRequest` where an option that this program reads has another type."""
-    for name in ("max_tokens", "max_completion_tokens"):
+    for name in LIMIT_FIELDS:
         if body.get(name) is not None and whole_number(body[name]) is None:
             raise InvalidRequest(f"{name} must be a whole number.", name)
     optional_field(body, "stream", bool)
-    optional_field(body, "model", str)
+    if len(optional_field(body, "model", str) or "") > LONGEST_MODEL_NAME:
+        raise InvalidRequest(f"model must be no longer than {LONGEST_MODEL_NAME} characters.", "model")
 
 
 def parse_identity(fields: Mapping, where: str = "") -> Identity:
@@ -3532,6 +3537,7 @@ class Chat:
         self.word_readings: dict[str, EmotionReading] = {}  # by words alone, until there is a vector
         self.persona_vectors: dict[str, np.ndarray | None] = {}  # by piece; None: being computed
         self.last_prompt: list[Sent] | None = None
+        self.refused: dict[str, frozenset[str]] = {}  # what of a prompt's parts, by ids, a provider's filter refused
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -5665,7 +5671,6 @@ CONTEXT_FRESH_SECONDS = 300.0
 UNKNOWN_FRESH_SECONDS = 30.0
 LOCAL_SUFFIXES = (".localhost", ".local", ".lan", ".home", ".internal", ".home.arpa")
 KNOWN_MODELS = 100  # of an upstream
-LONGEST_MODEL_NAME = 200
 MOST_RELAYED = 1000  # pieces of an answer that wait for a client which reads slowly
 
 
@@ -6460,7 +6465,6 @@ OPTIONAL_FIELDS = (
     "include_reasoning", "reasoning", "enable_thinking", "thinking", "chat_template_kwargs", "verbosity", "typical_p",
     "tfs_z", "mirostat", "top_a", "max_completion_tokens", "max_tokens",
 )  # fmt: skip
-LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
 MENDED_STATUSES = (400, 422, 500, 501)  # 500: what chat templates say (llama.cpp)
 MOST_LESSONS = 6  # learned from one request
 ROOM_FOR_THOUGHTS = (0, 8192, 32768)  # tokens that a summary of a reasoning model gets beside its own, try by try
@@ -6601,8 +6605,11 @@ CONTEXT_TOKENS = (
     r"allowed[^0-9]{0,5}(\d{3,})", r"(?:maximum|limit)[^0-9]{0,30}(\d{3,})",
 )  # fmt: skip
 LARGEST_RATIO = 4.0  # of a model's tokens to ours
+LARGEST_USUAL_RATIO = 2.0  # that a count is believed; only an error says more
+UNKNOWN_RATIO = 1.5  # where a prompt was too long and nobody says by how much
 RATIO_STEP = 0.05  # ratios are rounded up, so that a prompt's budget does not change from turn to turn
 LEAST_MEASURED = 500  # tokens; in a shorter prompt a template's own count too much
+CONTEXT_STEP = 4096  # tokens in which a context of unknown length grows, so that budgets stay for many turns
 
 
 @dataclass(frozen=True)
@@ -7800,6 +7807,26 @@ class TurnMemory:
     plan: SummaryPlan
     context: int
 
+    @property
+    def parts(self) -> dict[str, frozenset[str]]:
+        """What memory adds to the prompt: the parts in the order in which a filter's refusal leaves them out, each with
+        the ids of what stands in it."""
+        found = {
+            "memories": frozenset(m.message.id for m in self.memories) or frozenset(["block"] if self.block else []),
+            "story": frozenset([s.id for s in self.story.summaries] + [f.id for f in self.story.facts]),
+            "restored history": frozenset(m.id for m in self.older),
+        }
+        return {part: ids for part, ids in found.items() if ids}
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """The messages of a prompt without one of its parts, and without those that the fallbacks before it leave out."""
+
+    without: str  # "memories", "story" or "restored history"
+    messages: tuple[dict, ...]
+    history: int  # as in `Prepared`
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -7810,7 +7837,11 @@ class Prepared:
     chat_id: str = ""
     tip: str = ROOT
     report: PromptReport | None = None
-    unaided: tuple[dict, ...] = ()  # the messages without recalled memories, where there are any
+    history: int | None = None  # where in the body's messages the chat itself begins
+    fallbacks: tuple[Fallback, ...] = ()  # what to ask where a filter refuses the body, one after the other
+    refused: str = ""  # the part without which the upstream took it
+    parts: Mapping[str, frozenset[str]] = field(default_factory=dict)  # see `TurnMemory.parts`
+    shortened: bool = False  # the prompt was too long for the model, and lost its oldest messages
     summary: tuple[SummaryPlan, str] | None = None  # what may be summarised now, and the client's authorization for it
     ephemeral: bool = False  # the reply will not become a message of the chat
 
@@ -9279,22 +9310,31 @@ def advice_on(status: int, upstream: Mapping) -> str:
 
 
 class Completions:
-    """Asks the upstream what was prepared, again without memories where its filter refuses those."""
+    """Asks the upstream what was prepared, and in another way where it refuses that: without the parts of the prompt
+    that its filter refuses, or without the oldest messages where the prompt was too long.
+
+    What a model takes, and how many tokens it counts for one of ours, is learned from its answers.
+    """
 
     def __init__(self, settings: Settings, upstream: Upstream, metrics: Metrics):
         self._settings, self._upstream, self._metrics = settings, upstream, metrics
         self._model = ""
+        self._limits = PerModel()  # context lengths that errors have told
+        self._ratios = PerModel(lambda _: (0, 1.0))  # a prompt's tokens as we count them, and the model's for one
 
-    def context_length(self, model: str, call: Call) -> int:
-        """The context length in tokens that prompts are made for.
+    def context_length(self, model: str, call: Call) -> tuple[int, float]:
+        """The context length that prompts are made for, and the longest that the model takes, in our tokens; the second
+        is infinite where nobody knows, and the first a guess then.
 
         --context overrides the server's value: some servers say what they do not mean. Gemini's limits are final.
         """
-        wanted = self._settings.context
-        if wanted and self._upstream.speaks_openai:
-            return wanted
-        offered = self._upstream.context_length(self._settings.model or model, call)
-        return min(offered, wanted or MAX_ASKED_CONTEXT) if offered else wanted or DEFAULT_CONTEXT
+        model, wanted = self._settings.model or model, self._settings.context
+        asked = not wanted or not self._upstream.speaks_openai
+        offered = self._upstream.context_length(model, call) if asked else None
+        most = min(filter(None, (offered or wanted, self._limits.get(model))), default=math.inf)
+        length = min(most, wanted or (MAX_ASKED_CONTEXT if offered else DEFAULT_CONTEXT))
+        ratio = self._ratios.get(model)[1]
+        return int(length / ratio), most / ratio
 
     def body(self, request: ChatRequest, messages: Sequence[dict], call: Call) -> dict:
         """A request's body for the upstream: with those messages, a model, and without our own fields."""
@@ -9308,12 +9348,15 @@ class Completions:
     def complete(self, prepared: Prepared, call: Call) -> tuple[Prepared, dict]:
         """What the upstream was asked in the end, and its whole answer; raises `UpstreamError`,
         `UpstreamUnavailable`."""
-        try:
-            answer = self._upstream.complete(prepared.body, call)
-        except UpstreamError as error:
-            prepared = without_memories(prepared, error)
-            answer = self._upstream.complete(prepared.body, call)
-        if not answer.get("usage"):
+        while True:
+            try:
+                answer = self._upstream.complete(prepared.body, call)
+                break
+            except UpstreamError as error:
+                prepared = self._mended(prepared, error)
+        if answer.get("usage"):
+            self._learn_ratio(prepared, answer["usage"])
+        else:
             texts = [text_of((c.get("message") or {}).get("content")) for c in answer["choices"]]
             answer["usage"] = counted_usage(prepared.body["messages"], texts)
         self._note_usage(answer["usage"])
@@ -9322,16 +9365,60 @@ class Completions:
     def stream(self, prepared: Prepared, call: Call) -> Iterator[Any]:
         """What the upstream was asked in the end (a `Prepared`), then the chunks of its answer; raises as `complete`,
         also in the middle."""
-        chunks = self._upstream.stream(prepared.body, call)
-        try:
-            first = next(chunks)
-        except UpstreamError as error:
-            prepared = without_memories(prepared, error)
-            chunks = self._upstream.stream(prepared.body, call)
-            first = next(chunks)
+        while True:
+            try:
+                chunks = self._upstream.stream(prepared.body, call)
+                first = next(chunks)
+                break
+            except UpstreamError as error:
+                prepared = self._mended(prepared, error)
         with contextlib.closing(chunks):
             yield prepared
             yield from self._with_usage(prepared, itertools.chain([first], chunks))
+
+    def _mended(self, prepared: Prepared, error: UpstreamError) -> Prepared:
+        """The turn as the upstream may take it after that error; raises the error where there is no such thing."""
+        overflow = exceeded_context(error)
+        if overflow and not prepared.shortened and prepared.history is not None:
+            return self._shortened(prepared, overflow, error)
+        if is_blocked(error) and prepared.fallbacks:
+            return without_refused(prepared, error)
+        raise error
+
+    def _shortened(self, prepared: Prepared, overflow: Overflow, error: UpstreamError) -> Prepared:
+        """The turn without its oldest messages: those that are too much for the model, and a tenth of the prompt at
+        least. What the error tells of the model is kept for the next turns."""
+        messages, model = prepared.body["messages"], prepared.body.get("model") or ""
+        ours = counted_usage(messages, ())["prompt_tokens"]
+        ratio = token_ratio(ours, overflow.prompt) if overflow.prompt else UNKNOWN_RATIO * self._ratios.get(model)[1]
+        self._ratios.put(model, (ours if overflow.prompt else 0, min(ratio, LARGEST_RATIO)))
+        if overflow.context:
+            self._limits.put(model, overflow.context)
+        room = (overflow.context - reply_limit(prepared.body)) / ratio if overflow.context else ours / UNKNOWN_RATIO
+        kept = without_oldest(messages, int(max(ours - room, ours / 10)), prepared.history)
+        gone = len(messages) - len(kept)
+        if not gone:
+            raise error
+        reason = f"the prompt was too long for the model and lost its oldest messages ({gone}): {error}"
+        report, left = prepared.report, ours - counted_usage(kept, ())["prompt_tokens"]
+        tokens = report.tokens | {"history": max(0, report.tokens["history"] - left)}
+        report = replace(report, history=max(0, report.history - gone), tokens=tokens)
+        return changed(replace(prepared, shortened=True, report=report), reason, kept)
+
+    def _learn_ratio(self, prepared: Prepared, usage: Mapping) -> None:
+        """Learns from a prompt's tokens as the model counts them.
+
+        The largest prompt tells most: what a provider adds to all of them counts least there. A small change is none,
+        for a prompt's budget, and with it its beginning, should stay as it is.
+        """
+        if prepared.report is None or any(other_parts(m.get("content")) for m in prepared.body["messages"]):
+            return
+        model = prepared.body.get("model") or ""
+        ours = sum(n for share, n in prepared.report.tokens.items() if share != "response")
+        before, known = self._ratios.get(model)
+        ratio = min(token_ratio(ours, usage["prompt_tokens"]), LARGEST_USUAL_RATIO)
+        if ours >= max(before, LEAST_MEASURED) and (ratio > known or ratio < known - 3 * RATIO_STEP):
+            self._ratios.put(model, (ours, ratio))
 
     def _with_usage(self, prepared: Prepared, chunks: Iterable[dict]) -> Iterator[dict]:
         """The chunks; where the client asks for usage and the upstream gives none, a last one counts it."""
@@ -9341,7 +9428,9 @@ class Completions:
             gather(texts, last)
             usage = last.get("usage") or usage
             yield last
-        if not usage:
+        if usage:
+            self._learn_ratio(prepared, usage)
+        else:
             usage = counted_usage(prepared.body["messages"], [texts[i] for i in sorted(texts)])
         options = prepared.body.get("stream_options")
         asked = isinstance(options, dict) and options.get("include_usage")
@@ -9358,16 +9447,23 @@ class Completions:
                 self._metrics.usage.labels(kind).inc(count)
 
 
-def without_memories(prepared: Prepared, error: UpstreamError) -> Prepared:
-    """The same turn without recalled memories, where those may be what the provider's filter refused; else raises
-    `error`."""
-    if error.error.get("code") != "content_filter" or not prepared.unaided:
-        raise error
-    reason = f"asked again without memories: {error}"
+def without_refused(prepared: Prepared, error: UpstreamError) -> Prepared:
+    """The same turn without the next part of its prompt that a provider's filter may have refused."""
+    (fallback, *fallbacks), report = prepared.fallbacks, prepared.report
+    shares = {"memories": "memories", "story": "story"}.get(fallback.without, "")
+    recalled = [] if fallback.without == "memories" else report.recalled
+    report = replace(report, recalled=recalled, tokens=report.tokens | ({shares: 0} if shares else {}))
+    prepared = replace(prepared, report=report, history=fallback.history, fallbacks=tuple(fallbacks))
+    reason = f"asked again without {fallback.without}, which the provider's filter refused: {error}"
+    return changed(replace(prepared, refused=fallback.without), reason, fallback.messages)
+
+
+def changed(prepared: Prepared, reason: str, messages: Sequence[dict]) -> Prepared:
+    """The turn with other messages, and why; log, header and report say so."""
     log_event("degraded", f"chat {prepared.chat_id}: {reason}", level=logging.WARNING, chat=prepared.chat_id)
-    report = replace(prepared.report, degraded=reason, recalled=[], tokens=prepared.report.tokens | {"memories": 0})
-    body = prepared.body | {"messages": list(prepared.unaided)}
-    return replace(prepared, body=body, header=report_header(report), report=report, unaided=())
+    report = replace(prepared.report, degraded=reason)
+    body = prepared.body | {"messages": list(messages)}
+    return replace(prepared, body=body, header=report_header(report), report=report)
 
 
 def counted_usage(messages: Sequence[Mapping], texts: Sequence[str]) -> dict:
@@ -9421,23 +9517,47 @@ class PromptBuilder:
             request = self._archive.without_instruction(request, chat_id)
             if not request.turns:
                 return self._untouched(request, chat_id, call, "recalled=0 tokens=0 history=0 summary=0")
-        context = self._completions.context_length(request.body.get("model") or "", call)
+        context, shares = self._context(request, call)
         with self._archive.enter(request, chat_id, deadline) as (chat, path):
-            memory = self._remember(chat, path, request, context, lay_out, deadline)
-            above = len(path) - len(request.turns)  # messages of the branch that the request does not show
-            turns_from = request.history_start + max(0, memory.turn.layout.anchor - above)
-            compose = functools.partial(compose_prompt, request, memory.turn.layout, memory.older, turns_from)
-            prompt = compose(memory.block, memory.story.text)
+            memory = self._remember(chat, path, request, context, shares, lay_out, deadline)
+            withheld, parts = known_refusals(chat, memory), memory.parts
+            prompt, history = composed(memory, [part for part in parts if part not in withheld])
             with chat.lock:
                 before, chat.last_prompt = chat.last_prompt, sent_prompt(prompt, chat.last_prompt or ())
                 reused = None if before is None else round(prefix_reuse(before, chat.last_prompt), 4)
         report = self._report(memory, reused, started)
+        if withheld:
+            words = f"left out, since the provider's filter refused it: {', '.join(withheld)}"
+            report = replace(report, degraded="; ".join(filter(None, (report.degraded, words))))
         body = self._completions.body(request, prompt, call)
-        unaided = tuple(compose("", memory.story.text)) if memory.block else ()
         summary = (replace(memory.plan, model=body.get("model") or ""), call.authorization)
         return Prepared(
-            body, report_header(report), chat.id, path[-1], report, unaided, summary, request.identity.ephemeral
-        )
+            body, report_header(report), chat.id, path[-1], report, history, tuple(fallbacks(memory, withheld)),
+            summary=summary, ephemeral=request.identity.ephemeral, parts=parts,
+        )  # fmt: skip
+
+    def _context(self, request: ChatRequest, call: Call) -> tuple[int, Sequence[float]]:
+        """The context length to make the prompt for, and the shares of it.
+
+        Where nobody knows the model's length it is large enough for all that the client shows: a guess refuses and cuts
+        nothing. A model that takes more than prompts are usually made for gets more where persona, newest message and
+        reply need it. Memories and reply then have what they would have had.
+        """
+        length, most = self._completions.context_length(request.body.get("model") or "", call)
+        if most <= length or sum(len(t.content) for t in request.turns) + len(json.dumps(request.persona)) < length:
+            return length, self._shares
+        _, memories, history, response = self._shares
+        shown = [*request.persona, *request.tail, *(m for t in request.turns for m in (*t.before, t.raw))]
+        unguessed = [*request.persona, *request.tail, *(t.raw for t in request.turns[-1:])]
+        needed = option_tokens(request.body) + sum(map(message_tokens, shown if most == math.inf else unguessed))
+        needed += max(request.max_tokens, int(response * length)) + int(memories * length) + REPLY_PRIMING
+        if most == math.inf:
+            needed /= 1 - HISTORY_BLOCK * history  # so that the blocks which are cut lie before what the client shows
+        if needed <= length:
+            return length, self._shares
+        context = min(most, math.ceil(needed / CONTEXT_STEP) * CONTEXT_STEP)
+        part = length / context
+        return int(context), (self._shares[0], memories * part, history, response * part)
 
     def inject(self, body: Any) -> tuple[dict, Prepared | None]:
         """What to add to the prompt of a client that makes its prompt itself and asks its model itself; and the turn,
@@ -9458,7 +9578,7 @@ class PromptBuilder:
         usual = self._settings.context or DEFAULT_CONTEXT
         context = int(window / (1 - self._shares[3])) if window else usual
         with self._archive.enter(request, request.identity.chat_id, deadline) as (chat, path):
-            memory = self._remember(chat, path, request, context, lay_out_window, deadline)
+            memory = self._remember(chat, path, request, context, self._shares, lay_out_window, deadline)
         report, pivot = self._report(memory, None, started), memory.turn.layout.pivot
         plan = replace(memory.plan, context=usual)
         turn = Prepared({}, report_header(report), chat.id, path[-1], report, summary=(plan, ""))
@@ -9468,8 +9588,8 @@ class PromptBuilder:
         return injection(chat.id, injections) | rows, turn
 
     def _remember(
-        self, chat: Chat, path: list[str], request: ChatRequest, context: int, arrange: Callable[..., Layout],
-        deadline: Deadline,
+        self, chat: Chat, path: list[str], request: ChatRequest, context: int, shares: Sequence[float],
+        arrange: Callable[..., Layout], deadline: Deadline,
     ) -> TurnMemory:  # fmt: skip
         """Looks up what to say of what the prompt will not show.
 
@@ -9478,7 +9598,7 @@ class PromptBuilder:
         first, above = request.history_start, len(path) - len(request.turns)
         with chat.lock:
             nodes = chat.nodes(path)
-            layout, story, plan = self._laid_out(chat, path, request, context, arrange)
+            layout, story, plan = self._laid_out(chat, path, request, context, shares, arrange)
         turn = TurnContext(chat, request, nodes, layout, deadline)
         recalled = self._recaller.recall(turn, {f.message for f in story.facts})
         if layout.window:
@@ -9495,13 +9615,14 @@ class PromptBuilder:
         return TurnMemory(turn, path, story, recalled, memories, mood, piece, block, older, plan, context)
 
     def _laid_out(
-        self, chat: Chat, path: Sequence[str], request: ChatRequest, context: int, arrange: Callable[..., Layout]
-    ) -> tuple[Layout, Story, SummaryPlan]:
+        self, chat: Chat, path: Sequence[str], request: ChatRequest, context: int, shares: Sequence[float],
+        arrange: Callable[..., Layout],
+    ) -> tuple[Layout, Story, SummaryPlan]:  # fmt: skip
         """The prompt's layout, the story in it, and what may be summarised now; hold the chat's lock."""
         first, above = request.history_start, len(path) - len(request.turns)
-        shown, budget = chat.nodes(path[first:]), story_tokens(context, self._shares)
+        shown, budget = chat.nodes(path[first:]), story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
-        layout = arrange(request, context, self._shares, [n.tokens for n in shown], [n.role for n in shown], reserved)
+        layout = arrange(request, context, shares, [n.tokens for n in shown], [n.role for n in shown], reserved)
         story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
         # Without a persona and without history there is no message to attach the story to.
         attachable = request.persona or layout.anchor < above or layout.window
@@ -9558,6 +9679,31 @@ class PromptBuilder:
         return report
 
 
+def composed(memory: TurnMemory, parts: Collection[str]) -> tuple[list[dict], int]:
+    """A turn's messages with those parts of its memory, and where among them the chat begins."""
+    turn = memory.turn
+    request, layout = turn.request, turn.layout
+    story = memory.story.text if "story" in parts else ""
+    older = memory.older if "restored history" in parts else []
+    turns_from = request.history_start + max(0, layout.anchor - (len(memory.path) - len(request.turns)))
+    block = memory.block if "memories" in parts else ""
+    prompt = compose_prompt(request, layout, older, turns_from, block, story)
+    return prompt, len(with_story(request.persona, story)) or int(bool(story))
+
+
+def known_refusals(chat: Chat, memory: TurnMemory) -> list[str]:
+    """The parts of a turn's memory that hold something which the provider's filter has refused before."""
+    return [part for part, ids in memory.parts.items() if ids & chat.refused.get(part, frozenset())]
+
+
+def fallbacks(memory: TurnMemory, withheld: Collection[str]) -> Iterator[Fallback]:
+    """What to ask where a filter refuses the prompt: without one part more each time."""
+    parts = [part for part in memory.parts if part not in withheld]
+    for count, part in enumerate(parts, 1):
+        prompt, history = composed(memory, parts[count:])
+        yield Fallback(part, tuple(prompt), history)
+
+
 def without_shown(recalled: RecallResult, layout: Layout, story: int) -> RecallResult:
     """What was recalled, without what the client's own prompt shows; `story` are that one's tokens."""
     kept = beyond_window(recalled.memories, layout, story)
@@ -9606,6 +9752,11 @@ class PersonaMemory:
             return
         try:
             said = () if prepared.ephemeral else texts
+            if prepared.refused and texts:  # the next turn does not begin with it
+                with self.registry.lookup(prepared.chat_id) as chat:
+                    if chat:
+                        refused = chat.refused.get(prepared.refused, frozenset()) | prepared.parts[prepared.refused]
+                        chat.refused = {**chat.refused, prepared.refused: refused}
             for reply in self.archive.record(prepared.chat_id, prepared.tip, said, complete, prepared.report):
                 self.status.log_text(reply.role, reply.content)
             if prepared.summary:

@@ -811,13 +811,81 @@ def test_the_context_size_is_asked_of_the_upstream(server, upstream, model, back
     assert 300 < words_sent(server, upstream, model) < 1500
 
 
-def test_without_an_answer_the_context_is_8192_tokens(server, upstream, model):
-    assert 1640 < words_sent(server, upstream, model) < 8192
+WHOLE = 9900  # words of the long chat
+
+
+def test_a_guessed_context_cuts_nothing(server, upstream, model):
+    """Where nobody says how much a model takes, all that the client shows is sent."""
+    assert words_sent(server, upstream, model) > WHOLE
+
+
+@pytest.mark.parametrize("max_tokens", [300, 9000])
+def test_a_guessed_context_refuses_nothing(server, upstream, model, max_tokens):
+    """A card of twice the guess, and a reply that is longer than it."""
+    card = {"role": "system", "content": "The tower has another floor. " * 2500}
+    reply = say(server.url, [card, *LONG[-3:]], model=model, max_tokens=max_tokens)
+    assert (reply.status, reply.error) == (200, None)
+    assert [m["content"] for m in upstream.last["body"]["messages"][:1]] == [card["content"]]
+
+
+def test_a_known_context_refuses_only_what_the_model_cannot_take(server, upstream, model):
+    """Prompts are made for 32768 tokens; a card that is larger than that fits into a model that takes more."""
+    card = {"role": "system", "content": "The tower has another floor. " * 6000}
+    upstream.models = [{"id": model, "context_length": 131072}, {"id": f"{model} small", "context_length": 32768}]
+    assert say(server.url, [card, *LONG[-3:]], model=model).status == 200
+    refused = say(server.url, [card, *LONG[-3:]], model=f"{model} small")
+    assert refused.status == 400
+    assert "maximum context length is 32768 tokens" in refused.error  # the words that clients' libraries look for
+
+
+class Narrow:
+    """A model that counts more tokens than this program, and takes so many of them."""
+
+    def __init__(self, context: int, ratio: float = 1.0, says: bool = True):
+        self.context, self.ratio, self.says = context, ratio, says
+
+    def __call__(self, body):
+        tokens = int(self.ratio * sum(map(persona_memory.message_tokens, body["messages"])))
+        if tokens > self.context:
+            numbers = {"n_prompt_tokens": tokens, "n_ctx": self.context} if self.says else {}
+            error = {"message": "The context size is exceeded.", "type": "exceed_context_size_error", **numbers}
+            return 400, "application/json", json.dumps({"error": error}).encode()
+        answer = completion(body, "It fits.") | {"usage": {"prompt_tokens": tokens, "completion_tokens": 3}}
+        return 200, "application/json", json.dumps(answer).encode()
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_a_prompt_that_is_too_long_loses_its_oldest_messages(server, upstream, model, says):
+    """It is asked once more, and says so; card and question stay, and the next turn is made to fit."""
+    upstream.raw = Narrow(6000, 1.3, says)
+    card = {"role": "system", "content": "You are Mira."}
+    for turn, requests in enumerate((2, 3)):
+        question = {"role": "user", "content": f"What do you see, {turn}?"}
+        reply = say(server.url, [card, *LONG[-120:], question], stream=False, model=model, max_tokens=100)
+        assert (reply.text, len(upstream.chats)) == ("It fits.", requests)
+        sent = upstream.last["body"]["messages"]
+        assert sent[0] == card and sent[-1]["content"].endswith(question["content"])
+        assert sent[1:-1] == LONG[-len(sent[1:-1]) :]
+        assert ("lost its oldest messages" in reply.memory) is (turn == 0)
+
+
+def test_a_prompt_that_stays_too_long_is_an_error(server, upstream, model):
+    upstream.raw = Narrow(10)
+    reply = say(server.url, [{"role": "system", "content": "You are Mira."}, *LONG[-9:]], model=model)
+    assert "context size" in reply.error
+    assert len(upstream.chats) == 2
+
+
+def test_a_models_tokens_are_learned_from_its_answers(server, upstream, model):
+    """A model that counts 1.5 tokens for one of ours gets two thirds of the prompt, before it has to refuse one."""
+    upstream.steer(raw=Narrow(10**6, 1.5), models=[{"id": model, "context_length": 6000}])
+    words = [words_sent(server, upstream, model) for _ in range(2)]
+    assert 0.5 * words[0] < words[1] < 0.8 * words[0]
 
 
 def test_a_refused_model_list_does_not_fail_the_turn(server, upstream, model):
     upstream.models = []
-    assert 1640 < words_sent(server, upstream, model) < 8192
+    assert words_sent(server, upstream, model) > WHOLE
 
 
 def test_an_answer_that_makes_no_sense_is_not_believed(server, upstream, model):
@@ -828,7 +896,7 @@ def test_an_answer_that_makes_no_sense_is_not_believed(server, upstream, model):
         "/api/v0/models": [],
         "/api/ps": None,
     }
-    assert 1640 < words_sent(server, upstream, model) < 8192
+    assert words_sent(server, upstream, model) > WHOLE
 
 
 def test_a_context_that_the_upstream_names_too_large_is_capped(server, upstream, model):
