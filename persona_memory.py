@@ -9390,11 +9390,16 @@ class Completions:
         least. What the error tells of the model is kept for the next turns."""
         messages, model = prepared.body["messages"], prepared.body.get("model") or ""
         ours = counted_usage(messages, ())["prompt_tokens"]
-        ratio = token_ratio(ours, overflow.prompt) if overflow.prompt else UNKNOWN_RATIO * self._ratios.get(model)[1]
-        self._ratios.put(model, (ours if overflow.prompt else 0, min(ratio, LARGEST_RATIO)))
-        if overflow.context:
-            self._limits.put(model, overflow.context)
-        room = (overflow.context - reply_limit(prepared.body)) / ratio if overflow.context else ours / UNKNOWN_RATIO
+        measured, ratio = self._ratios.get(model)
+        reply = reply_limit(prepared.body)
+        if overflow.prompt:
+            measured, ratio = ours, token_ratio(ours, overflow.prompt)
+        elif overflow.context and ours * ratio + reply < overflow.context:
+            ratio *= UNKNOWN_RATIO
+        limit = overflow.context or int(ours * ratio / UNKNOWN_RATIO) + reply
+        self._limits.put(model, limit)
+        self._ratios.put(model, (measured, min(ratio, LARGEST_RATIO)))
+        room = (limit - reply) / ratio
         kept = without_oldest(messages, int(max(ours - room, ours / 10)), prepared.history)
         gone = len(messages) - len(kept)
         if not gone:

@@ -749,7 +749,12 @@ def tale(request) -> list[dict]:
         for n in range(1, 60)
     ]
     question = {"role": "user", "content": f"Who sold the mule? ({own})"}
-    return [{"role": "system", "content": "You are Mira."}, {"role": "user", "content": f"{FACT} ({own})"}, *steps, question]
+    return [
+        {"role": "system", "content": "You are Mira."},
+        {"role": "user", "content": f"{FACT} ({own})"},
+        *steps,
+        question,
+    ]
 
 
 def has_memories(request: dict) -> bool:
