@@ -101,6 +101,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 try:
@@ -181,6 +182,10 @@ class Settings:
     budget: str = setting("20/25/35/20", "shares of the context in percent: persona/memories/history/response")
     summary_every: int = setting(20, "messages to a summary of what has left the prompt; 0 turns summaries off")
     summary_model: str = setting("", "model that writes summaries", "the chat's own")
+    summary_upstream: str = setting(
+        "", "another upstream that writes summaries, named as `--upstream`", "the chat's own"
+    )
+    summary_key: str = setting("", "key for the summaries' own upstream", "none", secret=True)
     summary_calls: int = setting(60, "summary requests an hour, for metered upstreams; 0 is no limit")
     embedder: str = setting(
         "all-MiniLM-L6-v2", "sentence-transformers model: a path, a hub name, or the default's bundled copy"
@@ -683,6 +688,7 @@ class PromptReport:
     reused: float | None = None  # share of the tokens that begin as the chat's last prompt did; None: there was none
     left_out: list[dict] = field(default_factory=list)  # what was worth recalling and is not in it, and why
     reminder: str = ""  # what of the persona was said again
+    summary_error: str = ""  # why summaries cannot be made lately, in the upstream's words
 
 
 @dataclass(frozen=True)
@@ -5802,6 +5808,13 @@ class Gate:
         self.metrics.queued.set(len(self._waiting))
         self.metrics.in_flight.set(len(self._running))
 
+    def close(self) -> None:
+        """Cancels every request, waiting or running: what has come of its answer is then all there will be."""
+        with self._changed:
+            calls = [*self._running, *(call for _, _, call in self._waiting)]
+        for call in calls:
+            call.cancel()
+
     def retry(self, call: Call, work: Callable[[], Any], secrets: Iterable[str] = ()) -> Any:
         """The result of `work`, tried again with growing pauses after transient errors (tenacity); raises the last.
 
@@ -6835,7 +6848,8 @@ class GeminiUpstream:
         threading.Thread(target=google_library, name="google-library", daemon=True).start()
 
     def close(self) -> None:
-        """Nothing to do: each call has a client of its own."""
+        """Ends what is running."""
+        self._gate.close()
 
     def default_model(self, call: Call) -> str:
         """What is asked where nobody names a model."""
@@ -7222,7 +7236,9 @@ class OpenAIUpstream:
     def start(self) -> None:
         """Nothing to do: the server is somebody else's."""
 
-    close = start
+    def close(self) -> None:
+        """Ends what is running."""
+        self._gate.close()
 
     def headers(self, call: Call) -> dict[str, str]:
         """What a request carries: the key of the settings, else the client's own authorization."""
@@ -7355,7 +7371,7 @@ class OpenAIUpstream:
             listed = None
         models = model_entries(listed)
         if models is None:
-            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} gave no list of models.")
+            raise UnreadableAnswer(f"The upstream at {shown_url(self.url)} gave no list of models.")
         return models
 
     def default_model(self, call: Call) -> str:
@@ -7608,6 +7624,7 @@ class LocalUpstream:
         """Ends the model's process, which also ends by itself when this one does."""
         with self._lock:
             self._closed = True
+        self._gate.close()
         if self._process:
             self._process.kill()
 
@@ -7697,6 +7714,14 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
         meant = f" Did you mean --upstream {with_scheme}?" if re.fullmatch(r"[\w.-]+(:\d+)?(/\S*)?", name) else ""
         raise SettingsError(f"--upstream {name!r} is no URL.{meant} {THREE_WAYS}")
     return OpenAIUpstream(name, settings.upstream_key, gate(single=is_loopback(name)), timeout)
+
+
+def make_summary_upstream(settings: Settings, chat: Upstream) -> Upstream:
+    """The upstream that writes summaries: one of its own where the settings name it, else that of the chat."""
+    if not settings.summary_upstream:
+        return chat
+    named = replace(settings, upstream=settings.summary_upstream, upstream_key=settings.summary_key)
+    return make_upstream(named, Metrics())  # its queue is not that of the turns
 
 
 # ======================================================================================================================
@@ -7913,6 +7938,7 @@ def report_header(report: PromptReport) -> str:
     """The value of the response header `X-Persona-Memory` for a turn."""
     recalled = f"recalled={len(report.recalled)} tokens={report.tokens['memories']}"
     figures = f"{recalled} history={report.history} summary={report.summaries}"
+    figures += " summaries=failing" if report.summary_error else ""
     return degraded_header(report.degraded, figures) if report.degraded else figures
 
 
@@ -8938,6 +8964,7 @@ class Summarizer:
         self._calls: deque[float] = deque()  # times of the last hour's requests
         self._call = Call()
         self._closed = False
+        self.failure: dict | None = None  # how the last request failed; None once one has not
 
     def start(self) -> None:
         """Goes on with what was due when the program ended; raises `StoreError`."""
@@ -8958,14 +8985,28 @@ class Summarizer:
     def consider(self, chat: Chat, plan: SummaryPlan, authorization: str) -> None:
         """Has the summaries brought up to date where enough messages have left the prompt; returns at once."""
         every = self._settings.summary_every
-        if not every or self._closed or plan.until - plan.first < every or not self._due(chat, plan):
+        if not every or self._closed or plan.until - plan.first < every:
             return
+        if self._due(chat, plan) or self._extract_to_improve(chat, plan):
+            self._plan(chat.id, plan, authorization)
+
+    def _plan(self, chat_id: str, plan: SummaryPlan, authorization: str, delay: float = 0.0) -> None:
+        """Has a chat's plan worked off behind those of the other chats, after a delay in seconds."""
         with self._lock:
-            waiting = chat.id in self._plans
-            self._plans[chat.id] = (plan, authorization)
-        if not waiting:
-            with contextlib.suppress(RuntimeError):  # the program ends
-                self._thread.submit(self._work_off, chat.id)
+            waiting = chat_id in self._plans
+            self._plans[chat_id] = (plan, authorization)
+        if waiting or self._closed:
+            return
+        if delay:
+            timer = threading.Timer(delay, self._submit, (chat_id,))
+            timer.daemon = True
+            timer.start()
+        else:
+            self._submit(chat_id)
+
+    def _submit(self, chat_id: str) -> None:
+        with contextlib.suppress(RuntimeError):  # the program ends
+            self._thread.submit(self._work_off, chat_id)
 
     def _due(self, chat: Chat, plan: SummaryPlan) -> bool:
         with chat.lock:
@@ -8989,7 +9030,10 @@ class Summarizer:
                     chat.store.commit(info={"story_due": asdict(plan)})
                     self._registry.catalogue.mark_due(chat_id, True)
                     self.summarize_branch(chat, plan, authorization)
-                    if not self._closed:
+                    again = None if self._closed else self._improve(chat, plan, authorization)
+                    if again is not None:
+                        self._plan(chat_id, plan, authorization, again)
+                    elif not self._closed and not self._extract_to_improve(chat, plan):
                         self._registry.catalogue.mark_due(chat_id, False)
         except Exception as error:
             note_failure("summary_failed", f"chat {chat_id}: a summary could not be made", error, chat_id)
@@ -9010,8 +9054,7 @@ class Summarizer:
             start, _ = next_gap(story, plan.first)
             messages = chat.store.read(path[start : start + every])
         behind = (plan.until - start) // every > BACKLOG  # an import: by its own sentences at once, then better
-        # Without the proxy no upstream was chosen for this chat: nothing is sent to one.
-        ask = None if behind or not self._settings.proxy else self._asker(plan, authorization)
+        ask = None if behind or not self._writes else self._asker(plan, authorization)
         fresh, facts = self._from_messages(chat, messages, start, plan, ask)
         made = [fresh, *(replace(s, since=fresh.end) for s in self._again(chat, story, plan, ask))]
         story = story_of([*made, *story], {message: i for i, message in enumerate(path)})
@@ -9031,6 +9074,57 @@ class Summarizer:
         )  # fmt: skip
         return bool(stored)
 
+    @property
+    def _writes(self) -> bool:
+        """Whether a model may be asked for a chat's summaries. Without the proxy no upstream was chosen for the chat:
+        nothing is sent to one, unless one was named for summaries."""
+        return self._settings.proxy or bool(self._settings.summary_upstream)
+
+    def _extract_to_improve(self, chat: Chat, plan: SummaryPlan) -> Summary | None:
+        """The oldest extract of a branch that a model may still replace; one that stands for several others comes after
+        those."""
+        if not self._writes:
+            return None
+        with chat.lock:
+            path, story = self._story(chat, plan)
+            stored = list(chat.store.summaries.values())
+        return oldest_extract(story, stored, {message: i for i, message in enumerate(path)})
+
+    def _improve(self, chat: Chat, plan: SummaryPlan, authorization: str) -> float | None:
+        """Has the model write one extract anew; returns the seconds after which to go on, None to end it for now.
+
+        It is shown together with the next summary, since a prompt's beginning should change rarely.
+        """
+        old = self._extract_to_improve(chat, plan)
+        if old is None:
+            return None
+        ask = self._asker(plan, authorization)
+        if ask is None:
+            return self._next_budget()
+        with chat.lock:
+            path, story = self._story(chat, plan)
+            start, _ = next_gap(story, plan.first)
+            indexes = {message: i for i, message in enumerate(path)}
+            messages = chat.store.read(path[old.start : old.end + 1]) if old.level == 1 else []
+            parts = taken_in(old, chat.store.summaries.values(), indexes)
+        failed = self.failure
+        if messages:
+            fresh, _ = self._from_messages(chat, messages, old.start, plan, ask)
+        else:
+            fresh = self._from_summaries(chat, parts, plan, ask)
+        if self._closed or (self.failure and self.failure is not failed):
+            return None  # the model is not to blame: it goes on with the next turn, or after a restart
+        since = start + self._settings.summary_every - 1
+        fresh = replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1, since=since)
+        with chat.lock:
+            if chat.store.summaries.get(old.id) == old:  # a user may have put words of their own in its place
+                chat.store.commit(summaries=[fresh])
+        return 0.0
+
+    def _next_budget(self) -> float | None:
+        """Seconds until the hour allows another request; None where that is not what keeps one from being made."""
+        return None if self._may_ask() else max(1.0, self._calls[0] + 3600 - time.monotonic())
+
     def _asker(
         self, plan: SummaryPlan, authorization: str, retry: bool = True
     ) -> Callable[[list[dict], int], dict] | None:
@@ -9038,7 +9132,8 @@ class Summarizer:
 
         Without the proxy the small embedded model is not loaded just to summarise: it writes no better than extracts.
         """
-        if not self._settings.proxy and self._settings.upstream in ("", "local"):
+        named = self._settings.summary_upstream or self._settings.upstream
+        if not self._settings.proxy and named in ("", "local"):
             return None
         if not self._may_ask():
             log_event("summary_budget", "This hour's summary requests are used up.", limit=self._settings.summary_calls)
@@ -9052,7 +9147,11 @@ class Summarizer:
 
     def _ask(self, model: str, authorization: str, retry: bool, messages: list[dict], tokens: int) -> dict:
         """The upstream's choice; asked again where a turn went first. Raises what the upstream raises."""
-        model = self._settings.summary_model or self._settings.model or model
+        if self._settings.summary_upstream:  # neither the chat's model nor its key are that one's
+            model, authorization = "", ""
+        else:
+            model = self._settings.model or model
+        model = self._settings.summary_model or model
         body = {"messages": messages, "max_tokens": tokens, "temperature": 0.3}
         for _ in range(GAVE_WAY_AT_MOST):
             call = Call(authorization, background=True, retry=retry)
@@ -9062,10 +9161,13 @@ class Summarizer:
                 self._calls.append(time.monotonic())
                 self._call = call
             try:
-                named = {"model": model or self._upstream.default_model(call)}
-                return self._upstream.complete(body | named, call)["choices"][0]
-            except PersonaMemoryError:
+                model = model or self._upstream.default_model(call)
+                choice = self._upstream.complete(body | {"model": model}, call)["choices"][0]
+                self.failure = None
+                return choice
+            except PersonaMemoryError as error:
                 if self._closed or not call.cancelled:
+                    self.failure = {"at": time.time(), "model": model, "status": error.status, "words": str(error)}
                     raise
         raise UpstreamUnavailable("The upstream was busy with turns.")
 
@@ -9184,7 +9286,25 @@ class Summarizer:
         with self._lock:
             self._closed = True
             self._call.cancel()
+        if self._settings.summary_upstream:
+            self._upstream.close()
         self._thread.shutdown(wait=True, cancel_futures=True)  # it may be writing; its request is cancelled
+
+
+def oldest_extract(story: Sequence[Summary], stored: Sequence[Summary], indexes: Mapping[str, int]) -> Summary | None:
+    """The oldest extract among summaries, and among those that they were made from, which go first."""
+    for summary in story:
+        parts = taken_in(summary, stored, indexes) if summary.level > 1 else ()
+        found = oldest_extract(parts, stored, indexes)
+        if found or (summary.source == "extract" and summary.tries < MOST_TRIES):
+            return found or summary
+    return None
+
+
+def taken_in(summary: Summary, stored: Iterable[Summary], indexes: Mapping[str, int]) -> list[Summary]:
+    """The summaries that a summary of a higher level was made from, oldest first."""
+    within = (s for s in stored if s.level < summary.level and summary.start <= s.start and s.end <= summary.end)
+    return story_of(within, indexes)
 
 
 # --------------------------------------------------------------------------------------------------------- status
@@ -9194,11 +9314,13 @@ class Status:
     """How things stand: metrics, troubles, how the last turn ended, and what to do about it."""
 
     def __init__(
-        self, settings: Settings, upstream: Upstream, embedder: Embedder, registry: ChatRegistry, metrics: Metrics
-    ):
+        self, settings: Settings, upstream: Upstream, embedder: Embedder, registry: ChatRegistry, metrics: Metrics,
+        summarizer: Summarizer,
+    ):  # fmt: skip
+        self._summarizer = summarizer
         self._settings, self._upstream, self._embedder, self._registry = settings, upstream, embedder, registry
         self.metrics = metrics
-        self.troubles = RecentWarnings((settings.upstream_key, settings.api_key))
+        self.troubles = RecentWarnings((settings.upstream_key, settings.api_key, settings.summary_key))
         self.last_turn: dict | None = None
         self._started = time.time()
 
@@ -9212,10 +9334,16 @@ class Status:
             "embedder": embedder, "chats": len(self._registry), "proxy": self._settings.proxy,
         }  # fmt: skip
 
+    @property
+    def summaries(self) -> dict | None:
+        """How the last request for a summary failed; None where it did not."""
+        return self._summarizer.failure
+
     def standing(self) -> dict:
         """How things stand: a level, what is the matter, and what to do; it may quote the upstream, as `health` must
         not, which needs no key."""
-        level, words, advice = diagnosis(self._upstream.describe(), self._embedder.status, self.last_turn or {})
+        turn, summaries = self.last_turn or {}, self.summaries or {}
+        level, words, advice = diagnosis(self._upstream.describe(), self._embedder.status, turn, summaries)
         return {"level": level, "words": words, "advice": advice}
 
     def details(self) -> dict:
@@ -9227,6 +9355,7 @@ class Status:
             "data": self._settings.data, "uptime": round(time.time() - self._started), "last_turn": self.last_turn,
             "queue": queue_now | {"limit": self._settings.upstream_limit},
             "turns": {o: figure("requests_total", outcome=o) for o in outcomes}, "troubles": self.troubles.newest(),
+            "summaries": self.summaries,
         }  # fmt: skip
 
     def options(self) -> list[dict]:
@@ -9273,10 +9402,13 @@ class Status:
         self.troubles.close()
 
 
-def diagnosis(upstream: Mapping, embedder: str, turn: Mapping) -> tuple[str, str, str]:
+def diagnosis(
+    upstream: Mapping, embedder: str, turn: Mapping, summaries: Mapping = MappingProxyType({})
+) -> tuple[str, str, str]:
     """How things stand: a level ("ok", "loading", "notice", "trouble"), what is the matter, and what to do about it.
 
-    `upstream` as it describes itself, `embedder` its status, `turn` as `Status.note_end` keeps the last one.
+    `upstream` as it describes itself, `embedder` its status, `turn` as `Status.note_end` keeps the last one,
+    `summaries` as `Summarizer.failure` is.
     """
     if upstream["status"].startswith("failed"):
         return "trouble", "The embedded model cannot be used.", upstream["status"].removeprefix("failed: ")
@@ -9290,7 +9422,16 @@ def diagnosis(upstream: Mapping, embedder: str, turn: Mapping) -> tuple[str, str
     if turn.get("outcome") == "degraded":
         reason = turn["why"].removeprefix("degraded; reason=")
         return "notice", f"The last turn went without its full memory: {reason}", "The chat itself is not affected."
+    if summaries:
+        words = f"The model {summaries['model']} could not write a summary: {summaries['words']}"
+        return "notice", words, f"{SUMMARY_ADVICE} {advice_on(summaries['status'], upstream)}"
     return "ok", "OK", ""
+
+
+SUMMARY_ADVICE = (
+    "Chats go on, and old messages are told in their own sentences until then. --summary-model names another model for "
+    "summaries, --summary-upstream another server."
+)
 
 
 def advice_on(status: int, upstream: Mapping) -> str:
@@ -9678,6 +9819,7 @@ class PromptBuilder:
             recalled=[recalled_row(m) for m in memory.memories], left_out=list(memory.recalled.left_out),
             mood=memory.mood and asdict(memory.mood), summaries=len(memory.story.summaries),
             facts=len(memory.story.facts), reminder=memory.reminder, reused=reused,
+            summary_error=(self._status.summaries or {}).get("words", ""),
             milliseconds=round(1000 * (time.perf_counter() - started), 1),
         )  # fmt: skip
         self._status.note_turn(turn.chat.id, report)
@@ -9731,12 +9873,13 @@ class PersonaMemory:
         self.upstream = make_upstream(settings, metrics)
         self.embedder = Embedder(settings.embedder)
         self.registry = ChatRegistry(Path(settings.data))
-        self.status = Status(settings, self.upstream, self.embedder, self.registry, metrics)
+        writer = make_summary_upstream(settings, self.upstream)
+        self.summarizer = Summarizer(settings, writer, self.embedder.name, self.registry)
+        self.status = Status(settings, self.upstream, self.embedder, self.registry, metrics, self.summarizer)
         self.vectors = Vectors(self.embedder, self.registry)
         self.archive = Archive(self.registry, self.vectors)
         self.feelings = Feelings(settings, self.vectors, self.registry)
         self.recaller = Recaller(self.vectors, self.feelings, self.registry)
-        self.summarizer = Summarizer(settings, self.upstream, self.embedder.name, self.registry)
         self.completions = Completions(settings, self.upstream, metrics)
         self.builder = PromptBuilder(
             settings, self.archive, self.vectors, self.feelings, self.recaller, self.completions, self.status
@@ -9849,7 +9992,7 @@ class PersonaMemory:
 
     def close(self) -> None:
         """Ends background work; what it leaves undone is done when the chat is used again."""
-        for service in (self.status, self.summarizer, self.feelings, self.vectors, self.registry):
+        for service in (self.status, self.summarizer, self.feelings, self.vectors, self.registry, self.upstream):
             service.close()
 
 
@@ -12157,6 +12300,7 @@ PAGE_HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }  # fmt: skip
 GUEST_PAGE = "/persona_memory/"  # where the memory page is on a server whose root is another's
+CLIENT_HEADERS = ("authorization", "bypass-tunnel-reminder", "content-type", "x-chat-id", "x-persona-memory")
 PREFLIGHT_SECONDS = 600  # for which a browser may keep the answer to a preflight; Chromium allows two hours at most
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -12448,9 +12592,37 @@ def raw_chunks(exchange: Exchange, relay: Relay) -> Iterator[bytes]:
 @proxy.get("/v1/models")
 @proxy.get("/models")
 def list_models() -> dict:
-    """The upstream's models."""
-    call, upstream = client_call(), engine().upstream
-    return {"object": "list", "data": wait_for(lambda: upstream.models(call), call, client_gone())}
+    """The upstream's models; where it lists none, the one that the settings name."""
+    call, memory = client_call(), engine()
+    try:
+        listed = wait_for(lambda: memory.upstream.models(call), call, client_gone())
+    except (UpstreamError, UnreadableAnswer) as error:
+        if not memory.settings.model or error.status in (401, 403):
+            raise
+        listed = [{"id": memory.settings.model, "object": "model", "created": 0, "owned_by": "upstream"}]
+    return {"object": "list", "data": listed}
+
+
+@proxy.get("/v1/models/<path:model>")
+@proxy.get("/models/<path:model>")
+def one_model(model: str) -> dict:
+    """One of the upstream's models."""
+    found = next((row for row in list_models()["data"] if row["id"] == model), None)
+    if found is None:
+        raise NotFound(f"The upstream lists no model {model!r}.", "model")
+    return found
+
+
+@proxy.post("/v1/completions")
+@proxy.post("/completions")
+@proxy.post("/v1/responses")
+@proxy.post("/responses")
+def other_apis() -> dict:
+    """OpenAI's other ways to ask for text, which tell no messages apart."""
+    raise NotFound(
+        f"{flask.request.path} is not served here: memory needs a chat's messages. Set your client to chat completions "
+        "(POST /v1/chat/completions)."
+    )
 
 
 api = flask.Blueprint("api", __name__, url_prefix="/api/persona_memory")
@@ -12750,10 +12922,15 @@ def check_origin() -> None:
         raise ForeignOrigin("Pages of other sites may not embed what this server answers.")
 
 
+def named_origins() -> list[str]:
+    """The web origins that the user has named."""
+    return [o.strip().rstrip("/") for o in engine().settings.allow_origin.split(",") if o.strip()]
+
+
 def allowed_origin(origin: str) -> bool:
     """Whether pages of an origin may call. Pages of this server may, also under https where a proxy in front of it adds
     that; `check_host` has excluded DNS rebinding."""
-    named = [o.strip().rstrip("/") for o in engine().settings.allow_origin.split(",") if o.strip()]
+    named = named_origins()
     own = origin in (f"http://{flask.request.host}", f"https://{flask.request.host}")
     return own or (origin in named if named else bool(LOCAL_ORIGIN.fullmatch(origin)))
 
@@ -12767,16 +12944,19 @@ def forbid_embedding(response: flask.Response) -> flask.Response:
 
 def allow_origins(response: flask.Response) -> flask.Response:
     """Lets pages of allowed origins read the answer (Fetch standard, "CORS protocol")."""
-    origin = flask.request.headers.get("Origin")
+    asked = flask.request.headers
+    origin, names = asked.get("Origin"), asked.get("Access-Control-Request-Headers", "")
     if origin and allowed_origin(origin):
+        # Clients send headers of their own (OpenAI's library x-stainless-*): those that were asked for are allowed too.
+        more = [name for name in re.split(r"[\s,]+", names.lower()) if re.fullmatch(r"[\w-]{1,60}", name)]
         response.headers["Access-Control-Allow-Origin"] = origin
         response.headers["Access-Control-Allow-Methods"] = "GET, POST, PATCH, DELETE, OPTIONS"
-        response.headers["Access-Control-Allow-Headers"] = (
-            "authorization, bypass-tunnel-reminder, content-type, x-chat-id, x-persona-memory"
-        )
-        response.headers["Access-Control-Expose-Headers"] = "X-Chat-Id, X-Persona-Memory"
+        response.headers["Access-Control-Allow-Headers"] = ", ".join(dict.fromkeys((*CLIENT_HEADERS, *more)))
+        response.headers["Access-Control-Expose-Headers"] = "X-Chat-Id, X-Persona-Memory, Retry-After, x-should-retry"
         response.headers["Access-Control-Max-Age"] = str(PREFLIGHT_SECONDS)
-    response.headers.add("Vary", "Origin")
+        if asked.get("Access-Control-Request-Private-Network") == "true" and origin in named_origins():
+            response.headers["Access-Control-Allow-Private-Network"] = "true"  # (WICG, "Private Network Access")
+    response.headers.add("Vary", "Origin, Access-Control-Request-Headers")
     return response
 
 
@@ -12784,7 +12964,10 @@ def show_error(error: Exception) -> tuple[flask.Response, int, dict]:
     """Any error as JSON in OpenAI's shape, without a traceback."""
     known = public_error(error)
     retry_after = getattr(known, "retry_after", None)
-    return flask.jsonify(known.body()), known.status, {"Retry-After": retry_after} if retry_after else {}
+    headers = {"Retry-After": retry_after} if retry_after else {}
+    if known.retried:  # OpenAI's libraries would try again, and so would each proxy between
+        headers["x-should-retry"] = "false"
+    return flask.jsonify(known.body()), known.status, headers
 
 
 class ChatId(BaseConverter):
@@ -12799,7 +12982,7 @@ class ChatId(BaseConverter):
 
 def exact_paths(app: Callable, prefix: str = "/api/", joined: bool = True) -> Callable:
     """WSGI middleware: paths under `prefix` stay quoted, since ids may hold slashes. Elsewhere, with `joined`, several
-    slashes count as one, since clients join URLs carelessly (`/v1//chat/completions`)."""
+    slashes count as one, and one at the end as none, since clients join URLs carelessly (`/v1//chat/completions/`)."""
 
     def wrapped(environ: dict, start_response: Callable) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -12808,7 +12991,8 @@ def exact_paths(app: Callable, prefix: str = "/api/", joined: bool = True) -> Ca
         if quoted.startswith(prefix):
             environ["PATH_INFO"] = quoted
         elif joined:
-            environ["PATH_INFO"] = re.sub("/{2,}", "/", path)
+            path = re.sub("/{2,}", "/", path)
+            environ["PATH_INFO"] = path if path == GUEST_PAGE else path.rstrip("/") or "/"
         return app(environ, start_response)
 
     return wrapped
@@ -12891,6 +13075,7 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
 # ======================================================================================================================
 
 START_DELAY = 1.0  # seconds from listening to loading the models
+SHUTDOWN_SECONDS = 2.0
 EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # hosts that mean all addresses, and one of them for URLs
 
 
@@ -12956,6 +13141,8 @@ def checked(settings: Settings) -> Settings:
         )
     if settings.port > 65535:
         raise SettingsError(f"--port is at most 65535, not {settings.port}.")
+    if settings.summary_upstream == "gemini" and not settings.summary_key:
+        raise SettingsError("The summaries' upstream gemini needs a key: set --summary-key.")
     if settings.upstream == "gemini" and not settings.upstream_key:
         raise SettingsError("The upstream gemini needs a key: set GEMINI_API_KEY or --upstream-key.")
     if not settings.upstream_limit or not settings.upstream_timeout:
@@ -13288,7 +13475,9 @@ def start_text(settings: Settings, port: int) -> str:
 def set_up_log(settings: Settings) -> None:
     """Sends the log to stderr, in the format of the settings."""
     handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter(settings.log_format, (settings.upstream_key, settings.api_key)))
+    handler.setFormatter(
+        LogFormatter(settings.log_format, (settings.upstream_key, settings.summary_key, settings.api_key))
+    )
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for library in ("httpx", "faiss", "sentence_transformers", "torch", "waitress"):
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -13315,10 +13504,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         log_event("started", greeting, port=int(server.effective_port))
     else:
         print(greeting, file=sys.stderr, flush=True)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
     with contextlib.suppress(KeyboardInterrupt):
-        server.run()
+        server.run()  # waits some seconds for the replies that are running
+    with contextlib.suppress(KeyboardInterrupt):  # who is in a hurry presses again
+        server.memory.upstream.close()  # what still runs is kept as far as it came
+        server.task_dispatcher.shutdown(timeout=SHUTDOWN_SECONDS)
     server.memory.close()
     return 0
+
+
+def interrupt(*_: Any) -> None:
+    """Ends the program as Ctrl-C does; for SIGTERM, which service managers and `docker stop` send."""
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
