@@ -3440,9 +3440,10 @@ class MemoryIndex:
             self._dense.add(np.stack([v for _, v in fresh]))
             rows = [self._rows[text_of_key(k)] for k, _ in fresh]
             self._dense_rows = np.concatenate([self._dense_rows, rows])
-            touched = {text_of_key(k) for k, _ in fresh}
-            self._embedded.update(h for h in touched if all(key in self._positions for key in self.keys_of([h])))
-            self._unembedded = {h: None for h in self._unembedded if h not in self._embedded}
+            for text_hash in {text_of_key(k) for k, _ in fresh}:
+                if all(key in self._positions for key in self.keys_of([text_hash])):
+                    self._embedded.add(text_hash)
+                    self._unembedded.pop(text_hash, None)
 
     @property
     def unembedded(self) -> list[str]:
@@ -3570,7 +3571,8 @@ class Chat:
 
     def nodes(self, ids: Iterable[str]) -> list[Node]:
         """The nodes of those messages."""
-        return [self.tree.nodes[i] for i in ids]
+        nodes = self.store.tree.nodes
+        return [nodes[i] for i in ids]
 
     def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
         """The index, made that of a whole branch, with the vectors that the store has."""
@@ -7791,10 +7793,11 @@ class TurnContext:
         """The newest user message."""
         return None if self.request.newest_user is None else self.request.turns[self.request.newest_user]
 
-    @property
+    @functools.cached_property
     def visible(self) -> list[Node]:
         """The messages of the branch that the prompt shows."""
-        return [n for i, n in enumerate(self.nodes[self.first :]) if self.layout.shows(i)]
+        anchor, hidden = self.layout.anchor, self.layout.hidden
+        return [n for i, n in enumerate(self.nodes[self.first + anchor :], anchor) if i not in hidden]
 
 
 @dataclass(frozen=True)
@@ -8598,13 +8601,14 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
     path = tree.path(alignment.base)
     messages = [replace(m, confirmed=True) for m in store.read([i for i in path if i in tree.unshown])]
     for turn in request.turns[alignment.skipped :]:
-        message = message_of_turn(path[-1] if path else ROOT, turn)
-        path.append(message.id)
-        node = tree.nodes.get(message.id)
+        parent = path[-1] if path else ROOT
+        key = message_id(parent, turn.digest)
+        path.append(key)
+        node = tree.nodes.get(key)
         if node is None:
-            messages.append(message)
+            messages.append(message_of_turn(parent, turn))
         elif not node.confirmed or node.shown != turn.fingerprint:
-            messages.append(shown_again(store.read([message.id])[0], message))
+            messages.append(shown_again(store.read([key])[0], message_of_turn(parent, turn)))
     return messages, path
 
 
@@ -9736,7 +9740,7 @@ class PromptBuilder:
         first, above = request.history_start, len(path) - len(request.turns)
         with chat.lock:
             nodes = chat.nodes(path)
-            layout, story, plan = self._laid_out(chat, path, request, context, shares, arrange)
+            layout, story, plan = self._laid_out(chat, nodes, request, context, shares, arrange)
         turn = TurnContext(chat, request, nodes, layout, deadline)
         recalled = self._recaller.recall(turn, {f.message for f in story.facts})
         if layout.window:
@@ -9753,12 +9757,12 @@ class PromptBuilder:
         return TurnMemory(turn, path, story, recalled, memories, mood, piece, block, older, plan, context)
 
     def _laid_out(
-        self, chat: Chat, path: Sequence[str], request: ChatRequest, context: int, shares: Sequence[float],
+        self, chat: Chat, nodes: Sequence[Node], request: ChatRequest, context: int, shares: Sequence[float],
         arrange: Callable[..., Layout],
     ) -> tuple[Layout, Story, SummaryPlan]:  # fmt: skip
         """The prompt's layout, the story in it, and what may be summarised now; hold the chat's lock."""
-        first, above = request.history_start, len(path) - len(request.turns)
-        shown, budget = chat.nodes(path[first:]), story_tokens(context, shares)
+        first, above = request.history_start, len(nodes) - len(request.turns)
+        path, shown, budget = [n.id for n in nodes], nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
         layout = arrange(request, context, shares, [n.tokens for n in shown], [n.role for n in shown], reserved)
         story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
