@@ -405,6 +405,15 @@ def message_id(parent: str, digest: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """What a user has made of a text. It holds wherever the same speaker's same words stand in the chat."""
+
+    pinned: bool = False  # repeated in every prompt that does not show it
+    forgotten: bool = False  # never recalled, summarised or restored
+    content: str | None = None  # words that count as memory in place of the client's
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """A message as the store keeps it.
 
@@ -423,14 +432,19 @@ class Message:
     confirmed: bool = True  # False: a reply that no request has shown yet
     complete: bool = True  # False: a reply that was cut off
     shown: str | None = None  # the client's words, where a user has put others in their place
-    pinned: bool = False  # repeated in every prompt that does not show it
-    forgotten: bool = False  # never recalled, summarised or restored
+    pinned: bool = False
+    forgotten: bool = False
     voice: str | None = None  # who speaks, where the text itself begins with that name, as in group chats
 
     @property
     def original(self) -> str:
         """The client's words."""
         return self.content if self.shown is None else self.shown
+
+    @property
+    def mark(self) -> Mark:
+        """What a user has made of its words."""
+        return Mark(self.pinned, self.forgotten, None if self.shown is None else self.content)
 
     @property
     def digest(self) -> str:
@@ -448,9 +462,14 @@ class Message:
         return f"{self.name}: {self.content}" if self.name else self.content
 
     @property
+    def named(self) -> str:
+        """Who spoke, by name and in lower case; empty where the client gives none."""
+        return (self.name or self.voice or "").lower()
+
+    @property
     def speaker(self) -> str:
         """Who spoke, in lower case: the name, or the role where the client gives none."""
-        return (self.name or self.voice or self.role).lower()
+        return self.named or self.role
 
     @property
     def said_at(self) -> float:
@@ -2890,10 +2909,11 @@ def stored_rows(cache: diskcache.Cache, prefix: str) -> dict[str, Any]:
 class ChatStore:
     """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
-    Rows: `m:<id>` a message (JSON), `s:<id>` a summary, `f:<id>` a fact, `v:<embedder>:<hash>` a vector (float32
-    bytes), `e:<reader>:<hash>` emotion scores, `p:<number>` a prompt report, `info` what is known of the chat, `format`
-    the rows' format, `generation` a counter of changes with `g:<n>` naming the messages (and the keys of summaries and
-    facts) that change n touched, so that another process on the same folder can catch up.
+    Rows: `m:<id>` a message (JSON), `k:<digest>` the marks of a text by speaker, `s:<id>` a summary, `f:<id>` a fact,
+    `v:<embedder>:<hash>` a vector (float32 bytes), `e:<reader>:<hash>` emotion scores, `p:<number>` a prompt report,
+    `info` what is known of the chat, `format` the rows' format, `generation` a counter of changes with `g:<n>` naming
+    the messages (and the keys of other rows) that change n touched, so that another process on the same folder can
+    catch up. Messages are written as their marks make them, so that whoever reads one reads it marked.
 
     Every method takes `lock`, which is the chat's; hold it across calls that belong together.
     """
@@ -2923,6 +2943,9 @@ class ChatStore:
                 self._remember(row)
             else:  # written after its chat was deleted and made anew: it belongs nowhere
                 log_event("orphan", f"Message {row['id']} hangs under none of its chat.", level=logging.WARNING)
+        self.marks: dict[str, dict[str, Mark]] = {}  # by the text's digest and the speaker
+        for key, row in stored_rows(cache, "k:").items():
+            self._take_over(key, row)
         self.summaries = {key[2:]: Summary(**row) for key, row in stored_rows(cache, "s:").items()}
         self.facts = {key[2:]: Fact(**row) for key, row in stored_rows(cache, "f:").items()}
         self._generation = cache.get("generation", 0)
@@ -2969,16 +2992,18 @@ class ChatStore:
             self._read_all(cache)
             return
         for key in itertools.chain.from_iterable(map(json.loads, changes)):
-            self._take_over(key, read_json(cache, key if key[:2] in ("s:", "f:") else f"m:{key}"))
+            self._take_over(key, read_json(cache, row_key(key)))
         self.info = read_json(cache, "info")
         self._generation = newest
 
     def _take_over(self, key: str, row: dict) -> None:
-        """Takes a row into RAM: a summary's, a fact's, or a message's under its bare id."""
+        """Takes a row into RAM: a mark's, a summary's, a fact's, or a message's under its bare id."""
         if key.startswith("s:"):
             self.summaries[key[2:]] = Summary(**row)
         elif key.startswith("f:"):
             self.facts[key[2:]] = Fact(**row)
+        elif key.startswith("k:"):
+            self.marks[key[2:]] = {speaker: Mark(**mark) for speaker, mark in row.items()}
         else:
             self._remember(row)
 
@@ -2989,16 +3014,24 @@ class ChatStore:
         report: PromptReport | None = None,
         summaries: Sequence[Summary] = (),
         facts: Sequence[Fact] = (),
+        marked: Sequence[Message] = (),
     ) -> None:
-        """Writes what is new or has changed (messages with parents first) in one durable transaction."""
+        """Writes what is new or has changed (messages with parents first) in one durable transaction.
+
+        A message is written with the marks that its words have in this chat; the marks that it brings hold where they
+        have none yet. `marked` are stored messages whose words get the marks that these have.
+        """
         with self._database.use() as cache:
             with cache.transact():
                 self._catch_up(cache)
                 generation, known = self._generation + 1, {**self.info, **info}
-                rows = {row["id"]: row for row in self._rows(messages)}
+                marks = changed_marks(self.marks, messages, marked)
+                messages = self._with_marks(cache, messages, marks)
+                rows = {f"k:{digest}": {n: asdict(m) for n, m in some.items()} for digest, some in marks.items()}
+                rows |= {row["id"]: row for row in self._rows(messages)}
                 rows |= {f"s:{s.id}": asdict(s) for s in summaries} | {f"f:{f.id}": asdict(f) for f in facts}
                 for key, row in rows.items():
-                    cache[key if key[:2] in ("s:", "f:") else f"m:{key}"] = json.dumps(row)
+                    cache[row_key(key)] = json.dumps(row)
                 if report:
                     number = known["reports"] = known.get("reports", 0) + 1
                     cache[f"p:{number}"] = json.dumps(asdict(report))
@@ -3011,6 +3044,17 @@ class ChatStore:
             self.info, self._generation = known, generation
             for key, row in rows.items():
                 self._take_over(key, row)
+
+    def _with_marks(
+        self, cache: diskcache.Cache, messages: Sequence[Message], marks: Mapping[str, Mapping[str, Mark]]
+    ) -> list[Message]:
+        """The messages, and all stored ones of the texts in `marks`, as the chat's marks make them."""
+        found = {m.id: m for m in messages}
+        for node in itertools.chain.from_iterable(self.tree.by_digest.get(digest, ()) for digest in marks):
+            if node not in found:
+                found[node] = message_of(read_json(cache, f"m:{node}"))
+        every = self.marks | marks
+        return [with_mark(m, mark_for(every.get(m.digest, {}), m)) for m in found.values()]
 
     def _rows(self, messages: Sequence[Message]) -> list[dict]:
         fresh, known = itertools.count(self._next_order), self.tree.nodes
@@ -3121,6 +3165,55 @@ def messages_holding(database: Path, words: Sequence[str]) -> Iterator[Message]:
             text = message.content.casefold()
             if message.confirmed and not message.forgotten and all(word in text for word in wanted):
                 yield message
+
+
+def row_key(key: str) -> str:
+    """The key of a row that a change names: a message by its bare id."""
+    return key if key[:2] in ("k:", "s:", "f:") else f"m:{key}"
+
+
+def mark_for(marks: Mapping[str, Mark], message: Message) -> Mark | None:
+    """The mark of a message among those of its text by speaker, None where it has none.
+
+    Clients begin and cease to give names, so a mark without a name holds for every speaker, and every speaker's for a
+    message without a name; a forgotten one goes first.
+    """
+    exact = marks.get(message.named)
+    near = [m for name, m in marks.items() if not (name and message.named)]
+    return exact or max(near, key=lambda m: (m.forgotten, m.pinned), default=None)
+
+
+def changed_marks(
+    marks: Mapping[str, Mapping[str, Mark]], brought: Sequence[Message], marked: Sequence[Message]
+) -> dict[str, dict[str, Mark]]:
+    """The marks of the texts whose marks change, by digest and speaker.
+
+    `marked` messages replace the marks of their words; `brought` ones add theirs where the words have none.
+    """
+    changed: dict[str, dict[str, Mark]] = {}
+    for message in marked:
+        some = changed.get(message.digest) or marks.get(message.digest, {})
+        others = {name: mark for name, mark in some.items() if name and message.named and name != message.named}
+        changed[message.digest] = others | {message.named: message.mark}
+    for message in sorted(brought, key=lambda m: not m.forgotten):
+        if message.mark != Mark():
+            some = changed.get(message.digest) or marks.get(message.digest, {})
+            if mark_for(some, message) is None:
+                changed[message.digest] = {**some, message.named: message.mark}
+    return changed
+
+
+def with_mark(message: Message, mark: Mark | None) -> Message:
+    """The message as a mark makes it, in the client's own words where that has no others for it."""
+    mark, own = mark or Mark(), message.original
+    content = own if mark.content is None else mark.content
+    shown, tokens = None if content == own else own, message.tokens
+    if shown is not None or message.shown is not None:  # the client's words where it shows them, the user's elsewhere
+        row = {"role": message.role} | ({"name": message.name} if message.name else {})
+        tokens = max(message_tokens({**row, "content": text}) for text in (content, own))
+    return replace(
+        message, content=content, shown=shown, tokens=tokens, pinned=mark.pinned, forgotten=mark.forgotten
+    )  # fmt: skip
 
 
 def message_of(row: Mapping) -> Message:
@@ -8377,7 +8470,7 @@ class Archive:
         return {"chat_id": chat_id, "added": len(fresh), "total": total}
 
     def change_message(self, chat_id: str, message_id: str, changes: Mapping[str, Any]) -> dict:
-        """Edits, pins or forgets a message, or takes that back; returns it as it is then.
+        """Edits, pins or forgets a message's words wherever they stand, or takes that back; returns it as it is then.
 
         `changes` holds any of `content` (other words that count as memory from now on; None takes the client's again),
         `pinned` and `forgotten`. The client goes on showing what it shows. Summaries that cover the message are made
@@ -8388,15 +8481,17 @@ class Archive:
                 if not chat.tree.is_confirmed(message_id):
                     raise NotFound(f"There is no message {message_id!r} in this chat.")
                 old = chat.store.read([message_id])[0]
-                new = replace(old, **{k: v for k, v in changes.items() if k != "content"})
-                new = edited(new, changes["content"]) if "content" in changes else new
+                new = with_mark(old, replace(old.mark, **changes))
+                same = chat.tree.by_digest[old.digest]
                 stale = []
                 if (new.content, new.forgotten) != (old.content, old.forgotten):
-                    covering = [s for s in chat.store.summaries.values() if covers(s, chat.tree, message_id)]
+                    every = chat.store.summaries.values()
+                    covering = [s for s in every if any(covers(s, chat.tree, i) for i in same)]
                     stale = [replace(s, stale=True) for s in covering if s.source != "user"]
-                chat.store.commit([new], summaries=stale)
+                chat.store.commit(summaries=stale, marked=[new])
                 row = message_row(new, chat.tree.nodes[message_id].depth)
-            self._vectors.later(chat, [message_id])
+                again = list(same)
+            self._vectors.later(chat, again)
         return row
 
     def export(self, chat_id: str) -> dict:
@@ -8473,8 +8568,12 @@ class Archive:
             fresh = [m for m in messages if m.id not in known or (m.confirmed and not known[m.id].confirmed)]
             old = {m.id: m for m in chat.store.read([m.id for m in fresh if m.id in known])}
             fresh = [replace(m, at=old[m.id].at) if m.id in old else m for m in fresh]
-            if fresh:
-                chat.store.commit(fresh)
+            there = {m.id for m in fresh}
+            store, unmarked = chat.store, Mark()
+            marked = [m for m in messages if m.mark != unmarked and m.id not in there]
+            marked = [m for m in marked if mark_for(store.marks.get(m.digest, {}), m) is None]
+            if fresh or marked:
+                store.commit(fresh, marked=marked)
             self._registry.enter(chat, [m.id for m in messages])  # also what a crash has kept out of the catalogue
         return sum(m.confirmed for m in fresh)
 
@@ -8527,19 +8626,7 @@ def new_message(parent: str, role: str, content: str, name: str | None = None) -
 
 def shown_again(old: Message, new: Message) -> Message:
     """A stored message as the client shows it now, with what a user has made of it."""
-    timestamp = new.timestamp or old.timestamp
-    new = replace(new, at=old.at, timestamp=timestamp, pinned=old.pinned, forgotten=old.forgotten)
-    return new if old.shown is None else edited(new, old.content)
-
-
-def edited(message: Message, content: str | None) -> Message:
-    """The message with other words in its place; with its own again where None."""
-    message = replace(message, content=message.original, shown=None)
-    if content is not None and content != message.content:
-        message = replace(message, content=content, shown=message.content)
-    plain = replace(message, forgotten=False)
-    sizes = (message_tokens(restored(replace(plain, content=text))) for text in (message.content, message.original))
-    return replace(message, tokens=max(sizes))  # the client's words where it shows them, the user's where it does not
+    return with_mark(replace(new, at=old.at, timestamp=new.timestamp or old.timestamp), old.mark)
 
 
 def read_in_batches(chat: Chat, ids: Sequence[str]) -> Iterator[Message]:
@@ -8612,7 +8699,8 @@ class Recaller:
         scores = weigh(query, evidence)
         found = admissible(scores["score"], relevance_bar(text, scores["score"], vector is None))
         shown = {n.fingerprint for n in turn.visible}
-        silent = {n.id for n in chat.nodes(chat.tree.marked) if n.forgotten or (n.pinned and n.id in quoted)}
+        told = {n.fingerprint for n in chat.nodes(quoted)}
+        silent = {n.id for n in chat.nodes(chat.tree.marked) if n.forgotten or (n.pinned and n.fingerprint in told)}
         found = [
             i for i in found if nodes[i].fingerprint not in shown and nodes[i].id not in silent and i >= turn.first
         ]
@@ -8802,10 +8890,12 @@ def shown_duplicates(chat: Chat, visible: Sequence[Node], memories: Sequence[Mem
 
 def branch_facts(chat: Chat, indexes: Mapping[str, int], before: float) -> list[tuple[Fact, Fact | None]]:
     """What holds on a branch before an index: the pinned messages, newest first, then the facts whose words their
-    messages still hold. `indexes` are the branch's message ids with their positions."""
+    messages still hold. `indexes` are the branch's message ids with their positions. Words that stand there more than
+    once are told once, and not at all where they stand from `before` on too."""
     marked = {node.id: node for node in chat.nodes(chat.tree.marked) if node.id in indexes}
-    pinned = [i for i, n in marked.items() if n.pinned and not n.forgotten and indexes[i] < before]
-    pinned = sorted(pinned, key=indexes.__getitem__, reverse=True)
+    pinned = sorted((n for n in marked.values() if n.pinned and not n.forgotten), key=lambda n: indexes[n.id])
+    newest = {n.fingerprint: n.id for n in pinned}
+    pinned = sorted((i for i in newest.values() if indexes[i] < before), key=indexes.__getitem__, reverse=True)
     rows = [(pinned_fact(m, indexes[m.id]), None) for m in chat.store.read(pinned)]
     facts = chat.store.facts.values()
     held = [f for f in facts if f.message not in marked or still_quotes(f, *chat.store.read([f.message]))]

@@ -677,8 +677,10 @@ def trees(draw) -> list[dict]:
             draw(st.floats(1e9, 2e9)), 0, role == "user" or draw(st.booleans()), draw(st.booleans()), None,
             draw(st.booleans()), draw(st.booleans()), voice,
         )  # fmt: skip
-        rows.setdefault(key, pm.edited(made, draw(SAID)) if draw(st.booleans()) else made)
-    return list(rows.values())
+        words = draw(st.none() | SAID)
+        rows.setdefault(key, pm.with_mark(made, pm.replace(made.mark, content=words)))
+    marks = pm.changed_marks({}, list(rows.values()), ())  # the same words have the same marks everywhere
+    return [pm.with_mark(m, pm.mark_for(marks.get(m.digest, {}), m)) for m in rows.values()]
 
 
 class Shelf:
