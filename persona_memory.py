@@ -640,16 +640,16 @@ class Mood:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a stretch of a branch told, from the message `first` at index `start` to `last` at index `end`.
+    """What a stretch of messages told.
 
-    A message's id stands for all messages above it, so a summary belongs to a branch when `last` is on it. Level 1 is
-    made from messages, each higher level from summaries of the one below.
+    It is known by the digests of the stretch's `texts`, and belongs to every branch where these stand side by side.
+    `start`, `end` and `since` are places of the branch that it was made on, or of the one that it is looked at on.
+    Level 1 is made from messages, each higher level from summaries of the one below.
     """
 
     id: str
     level: int
-    first: str
-    last: str
+    texts: tuple[str, ...]
     start: int  # 0-based indexes in the branch, both included
     end: int
     text: str
@@ -664,17 +664,21 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A lasting fact that a message told; a newer one `about` the same supersedes it."""
+    """A lasting fact that a message told; a newer one `about` the same supersedes it.
+
+    It holds wherever the message's words stand; `index`, `end` and `message` are those of a branch, as a summary's.
+    """
 
     id: str
     about: str
     text: str
     quote: str  # words of the message
-    message: str  # its id
-    index: int  # its 0-based index in the branch
+    digest: str  # of the message
+    index: int  # the message's 0-based index in the branch
     end: int  # the last index of the stretch that it was found in
     pinned: bool = False
     forgotten: bool = False
+    message: str = ""  # the message's id, where a branch is looked at
 
 
 @dataclass(frozen=True)
@@ -2707,7 +2711,7 @@ WORKING_MEMORY = 20  # messages of a branch that stay in RAM
 OPEN_BRANCHES = 8  # branches of a chat that have a working memory
 KEPT_REPORTS = 50
 KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
-STORE_FORMAT = 1  # of a chat's rows; a chat of a higher one was written by a newer version of this program
+STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
 DAMAGED = ("file is not a database", "malformed", "encrypted")  # SQLite's words for a file that it cannot read
@@ -2944,11 +2948,38 @@ class ChatStore:
             else:  # written after its chat was deleted and made anew: it belongs nowhere
                 log_event("orphan", f"Message {row['id']} hangs under none of its chat.", level=logging.WARNING)
         self.marks: dict[str, dict[str, Mark]] = {}  # by the text's digest and the speaker
-        for key, row in stored_rows(cache, "k:").items():
-            self._take_over(key, row)
-        self.summaries = {key[2:]: Summary(**row) for key, row in stored_rows(cache, "s:").items()}
-        self.facts = {key[2:]: Fact(**row) for key, row in stored_rows(cache, "f:").items()}
+        self.summaries: dict[str, Summary] = {}
+        self.facts: dict[str, Fact] = {}
         self._generation = cache.get("generation", 0)
+        if self.info and cache.get("format", 1) < STORE_FORMAT:
+            self._upgrade(cache)
+        for key, row in {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
+            self._take_over(key, row)
+
+    def _upgrade(self, cache: diskcache.Cache) -> None:
+        """Rewrites the rows of format 1 (version 0.1.0): marks were kept with each message alone, and summaries and
+        facts by the ids of messages."""
+        with cache.transact():
+            marked = [message_of(read_json(cache, f"m:{i}")) for i in self.tree.marked]
+            marks = changed_marks({}, marked, ())
+            for digest, some in marks.items():
+                cache[f"k:{digest}"] = json.dumps({name: asdict(mark) for name, mark in some.items()})
+            own, reworded = {m.id: m for m in marked}, set()
+            for message in self._with_marks(cache, (), marks):
+                if message != own.get(message.id):  # the same words elsewhere had no mark, or another one
+                    row = asdict(message) | {"order": self.tree.nodes[message.id].order}
+                    cache[f"m:{message.id}"] = json.dumps(row)
+                    self._remember(row)
+                    reworded.add(message.digest)
+            for key, row in {**stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
+                row = upgraded_row(row, self.tree)
+                if row is None:  # its branch is not there
+                    cache.delete(key)
+                    continue
+                if "texts" in row and row["source"] != "user" and reworded & set(row["texts"]):
+                    row["stale"] = True
+                cache[key] = json.dumps(row)
+            cache["format"] = STORE_FORMAT
 
     def was_replaced(self) -> bool:
         """Whether another process has deleted the chat since it was opened, or made it anew."""
@@ -2999,7 +3030,7 @@ class ChatStore:
     def _take_over(self, key: str, row: dict) -> None:
         """Takes a row into RAM: a mark's, a summary's, a fact's, or a message's under its bare id."""
         if key.startswith("s:"):
-            self.summaries[key[2:]] = Summary(**row)
+            self.summaries[key[2:]] = Summary(**row | {"texts": tuple(row["texts"])})
         elif key.startswith("f:"):
             self.facts[key[2:]] = Fact(**row)
         elif key.startswith("k:"):
@@ -3019,7 +3050,8 @@ class ChatStore:
         """Writes what is new or has changed (messages with parents first) in one durable transaction.
 
         A message is written with the marks that its words have in this chat; the marks that it brings hold where they
-        have none yet. `marked` are stored messages whose words get the marks that these have.
+        have none yet. `marked` are stored messages whose words get the marks that these have. Summaries that cover
+        words which are forgotten or reworded now are stale, except a user's own.
         """
         with self._database.use() as cache:
             with cache.transact():
@@ -3029,6 +3061,7 @@ class ChatStore:
                 messages = self._with_marks(cache, messages, marks)
                 rows = {f"k:{digest}": {n: asdict(m) for n, m in some.items()} for digest, some in marks.items()}
                 rows |= {row["id"]: row for row in self._rows(messages)}
+                rows |= {f"s:{s.id}": asdict(replace(s, stale=True)) for s in self._outdated(marks)}
                 rows |= {f"s:{s.id}": asdict(s) for s in summaries} | {f"f:{f.id}": asdict(f) for f in facts}
                 for key, row in rows.items():
                     cache[row_key(key)] = json.dumps(row)
@@ -3039,6 +3072,8 @@ class ChatStore:
                 cache[f"g:{generation}"] = json.dumps(list(rows))
                 cache.delete(f"g:{generation - KEPT_GENERATIONS}")
                 cache["generation"] = generation
+                if generation == 1:
+                    cache["format"] = STORE_FORMAT
                 if known != self.info:
                     cache["info"] = json.dumps(known)
             self.info, self._generation = known, generation
@@ -3055,6 +3090,12 @@ class ChatStore:
                 found[node] = message_of(read_json(cache, f"m:{node}"))
         every = self.marks | marks
         return [with_mark(m, mark_for(every.get(m.digest, {}), m)) for m in found.values()]
+
+    def _outdated(self, marks: Mapping[str, Mapping[str, Mark]]) -> list[Summary]:
+        """The summaries that cover a text which changed marks put other words for, or forget, or no longer do."""
+        changed = {d for d, some in marks.items() if memory_of(some) != memory_of(self.marks.get(d, {}))}
+        every = self.summaries.values() if changed else ()
+        return [s for s in every if s.source != "user" and not changed.isdisjoint(s.texts)]
 
     def _rows(self, messages: Sequence[Message]) -> list[dict]:
         fresh, known = itertools.count(self._next_order), self.tree.nodes
@@ -3203,6 +3244,11 @@ def changed_marks(
     return changed
 
 
+def memory_of(marks: Mapping[str, Mark]) -> dict[str, tuple[str | None, bool]]:
+    """What marks make of the memory of a text, by speaker; pinning it changes nothing of that."""
+    return {name: (m.content, m.forgotten) for name, m in marks.items() if m.content is not None or m.forgotten}
+
+
 def with_mark(message: Message, mark: Mark | None) -> Message:
     """The message as a mark makes it, in the client's own words where that has no others for it."""
     mark, own = mark or Mark(), message.original
@@ -3214,6 +3260,21 @@ def with_mark(message: Message, mark: Mark | None) -> Message:
     return replace(
         message, content=content, shown=shown, tokens=tokens, pinned=mark.pinned, forgotten=mark.forgotten
     )  # fmt: skip
+
+
+def upgraded_row(row: dict, tree: Tree) -> dict | None:
+    """A summary's or a fact's row, by texts where version 0.1.0 knew it by the ids of messages; None where these are
+    not in the tree."""
+    known = tree.nodes
+    if "texts" in row or "digest" in row:
+        return row
+    if "last" not in row:
+        return row | {"digest": known[row["message"]].digest} if row.get("message") in known else None
+    first, last = known.get(row.get("first")), known.get(row["last"])
+    if first is None or last is None or not tree.is_below(last.id, first.id):
+        return None
+    texts = [known[i].digest for i in tree.path(last.id)[first.depth :]]
+    return {k: v for k, v in row.items() if k not in ("first", "last")} | {"texts": texts}
 
 
 def message_of(row: Mapping) -> Message:
@@ -3640,6 +3701,10 @@ class Chat:
     def nodes(self, ids: Iterable[str]) -> list[Node]:
         """The nodes of those messages."""
         return [self.tree.nodes[i] for i in ids]
+
+    def texts(self, path: Iterable[str]) -> list[str]:
+        """The digests of those messages' texts."""
+        return [self.tree.nodes[i].digest for i in path]
 
     def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
         """The index, made that of a whole branch, with the vectors that the store has."""
@@ -4625,18 +4690,57 @@ def story_tokens(context: int, shares: Sequence[float]) -> int:
     return int(STORY_SHARE * shares[1] * context)
 
 
-def story_of(summaries: Iterable[Summary], indexes: Mapping[str, int]) -> list[Summary]:
+def placed(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
+    """The summaries whose texts stand side by side on a branch, each with its places there.
+
+    `texts` are the digests of the branch's messages.
+    """
+    spots: dict[str, list[int]] = defaultdict(list)
+    for index, digest in enumerate(texts):
+        spots[digest].append(index)
+    branch, found = tuple(texts), []
+    for summary in summaries:
+        free = 0
+        for start in spots.get(summary.texts[0], ()):
+            if start >= free and branch[start : start + len(summary.texts)] == summary.texts:
+                found.append(at_place(summary, start))
+                free = start + len(summary.texts)
+    return found
+
+
+def at_place(summary: Summary, start: int) -> Summary:
+    """A summary with the places that it has where its first message stands at index `start`."""
+    shift, end = start - summary.start, start + len(summary.texts) - 1
+    if (start, end) == (summary.start, summary.end):
+        return summary
+    moved = replace(summary, start=start, end=end, since=summary.since + shift)
+    return replace(moved, tokens=line_tokens(moved))
+
+
+def story_of(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
     """The story of a branch, oldest first: its summaries but those that a higher level has taken in.
 
-    `indexes` are the ids of the branch's messages with their 0-based positions.
+    `texts` are the digests of the branch's messages.
     """
-    standing = [s for s in summaries if indexes.get(s.last) == s.end and not s.stale]
+    standing = placed((s for s in summaries if not s.stale), texts)
     story, reach = [], -1
     for summary in sorted(standing, key=lambda s: (s.start, -s.level, -s.tries)):
         if summary.end > reach:
             story.append(summary)
             reach = summary.end
     return story
+
+
+def replaced_words(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
+    """A user's own summaries of stretches that have changed since then: half of what they cover stands on the branch,
+    but not side by side. They are at the places of what is left."""
+    own = [s for s in summaries if s.source == "user"]
+    standing, spots, found = {s.id for s in placed(own, texts)}, {d: i for i, d in enumerate(texts)}, []
+    for summary in own:
+        left = [spots[d] for d in summary.texts if d in spots]
+        if summary.id not in standing and 2 * len(left) >= len(summary.texts):
+            found.append(replace(summary, start=min(left), end=max(left)))
+    return sorted(found, key=lambda s: s.start)
 
 
 def next_gap(story: Sequence[Summary], first: int) -> tuple[int, float]:
@@ -4647,6 +4751,18 @@ def next_gap(story: Sequence[Summary], first: int) -> tuple[int, float]:
             return index, summary.start
         index = max(index, summary.end + 1)
     return index, math.inf
+
+
+def next_stretch(story: Sequence[Summary], first: int, until: int, every: int) -> range | None:
+    """The messages from index `first` to `until` that are to be summarised next, None where too few are left.
+
+    A gap inside the story, as a change of the chat leaves it, is filled whatever its length, in one piece where that
+    is not much longer than `every`.
+    """
+    start, before = next_gap(story, first)
+    if before <= until:
+        return range(start, int(before) if before - start <= 1.5 * every else start + every)
+    return range(start, start + every) if until - start >= every else None
 
 
 def to_condense(story: Sequence[Summary], budget: int) -> list[Summary]:
@@ -4840,32 +4956,38 @@ def checked_facts(found: Iterable[Any], messages: Sequence[Message], start: int)
         found_at = next((i for i in [*likeliest, *range(len(texts))] if stands_in(words, texts[i])), None)
         if found_at is not None:
             source = messages[found_at]
-            key = short_hash("fact", source.id, plain_words(about))
+            key = short_hash("fact", source.digest, plain_words(about))
             words_of = (about.strip()[:80], text.strip()[:240], quote.strip()[:240])
-            facts[key] = Fact(key, *words_of, source.id, start + found_at, start + len(messages) - 1)
+            facts[key] = Fact(key, *words_of, source.digest, start + found_at, start + len(messages) - 1)
     return list(facts.values())[:MOST_FACTS]
 
 
-def facts_of(facts: Iterable[Fact], indexes: Mapping[str, int], before: float) -> list[tuple[Fact, Fact | None]]:
+def facts_of(facts: Iterable[Fact], texts: Sequence[str], before: float) -> list[tuple[Fact, Fact | None]]:
     """A branch's facts that hold, pinned ones first, then the newest; each with the one that it superseded.
 
-    `indexes` are the branch's message ids with their positions; only facts from stretches that end before the index
-    `before` count, so that they come into the prompt together with their summary.
+    `texts` are the digests of the branch's messages. Only facts from stretches that end before the index `before`
+    count, so that they come into the prompt together with their summary; where words stand more than once, a fact is
+    at the last such place.
     """
+    spots: dict[str, list[int]] = defaultdict(list)
+    for index, digest in enumerate(texts):
+        spots[digest].append(index)
     topics: dict[str, list[Fact]] = defaultdict(list)
     for fact in facts:
-        if fact.message in indexes and fact.end < before and not fact.forgotten:
-            topics[plain_words(fact.about)].append(fact)
-    rows = [sorted(group, key=lambda f: (f.pinned, indexes[f.message]))[-2:] for group in topics.values()]
+        after = fact.end - fact.index
+        at = max((i for i in spots.get(fact.digest, ()) if i + after < before), default=None)
+        if at is not None and not fact.forgotten:
+            topics[plain_words(fact.about)].append(replace(fact, index=at, end=at + after))
+    rows = [sorted(group, key=lambda f: (f.pinned, f.index))[-2:] for group in topics.values()]
     held = [(row[-1], row[0] if len(row) > 1 else None) for row in rows]
-    return sorted(held, key=lambda row: (not row[0].pinned, -indexes[row[0].message]))
+    return sorted(held, key=lambda row: (not row[0].pinned, -row[0].index))
 
 
 def pinned_fact(message: Message, index: int) -> Fact:
     """A pinned message as a fact, for prompts that do not show it."""
     text = whole_sentences(message.content, PINNED_TOKENS)
     line = f"{message.name or SPEAKERS[message.role]}: {text}"
-    return Fact(message.id, "", line, "", message.id, index, index, pinned=True)
+    return Fact(message.id, "", line, "", message.digest, index, index, pinned=True, message=message.id)
 
 
 def still_quotes(fact: Fact, message: Message) -> bool:
@@ -4962,19 +5084,11 @@ def weighted_rows(
     return rows
 
 
-def new_summary(
-    level: int, first: str, last: str, start: int, end: int, text: str, covered: int, source: str
-) -> Summary:
-    """A summary under its range's own id."""
-    key = short_hash("summary", str(level), first, last)
-    made = Summary(key, level, first, last, start, end, text, 0, covered, source, since=end, at=time.time())
+def new_summary(level: int, texts: Sequence[str], start: int, text: str, covered: int, source: str) -> Summary:
+    """A summary of the texts of those digests, which begin at the index `start` of a branch."""
+    key, end = short_hash("summary", str(level), *texts), start + len(texts) - 1
+    made = Summary(key, level, tuple(texts), start, end, text, 0, covered, source, since=end, at=time.time())
     return replace(made, tokens=line_tokens(made))
-
-
-def covers(summary: Summary, tree: Tree, message: str) -> bool:
-    """Whether a summary covers a message."""
-    inside = summary.last in tree.nodes and summary.start <= tree.nodes[message].depth <= summary.end
-    return inside and tree.is_below(summary.last, message)
 
 
 # ======================================================================================================================
@@ -5381,7 +5495,9 @@ KEPT_INFO = {  # what an export holds of a chat beside its messages, with its ty
     "shows_history": bool, "persona": str,
 }  # fmt: skip
 LATEST = 2.0**36  # Unix seconds, in the year 4147
-FIELD_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "str | None": str | None}
+FIELD_TYPES = {
+    "str": str, "int": int, "float": float, "bool": bool, "str | None": str | None, "tuple[str, ...]": list
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -5637,15 +5753,33 @@ def read_export(data: Any) -> ChatCopy:
     info = read_info(data.get("chat"))
     messages = [checked_message(m, where) for m, where in records(data, "messages", Message)]
     check_tree(messages)
-    summaries = [s for s, _ in records(data, "summaries", Summary)]
-    facts = [f for f, _ in records(data, "facts", Fact)]
+    tree = Tree()
+    for order, message in enumerate(messages):
+        tree.put(message, order)
+    known = {name: by_texts(data.get(name), tree) for name in ("summaries", "facts")}
+    summaries = [replace(s, texts=tuple(s.texts)) for s, _ in records(known, "summaries", Summary)]
+    facts = [f for f, _ in records(known, "facts", Fact)]
+    if not all(s.texts and all(isinstance(d, str) for d in s.texts) for s in summaries):
+        raise InvalidRequest("A summary's texts must be digests.", "texts")
     head = typed_value(data["chat"].get("head", ROOT), str, "chat.head")
-    used = {head, *(s.last for s in summaries), *(s.first for s in summaries), *(f.message for f in facts)}
-    if not used <= {m.id for m in messages} | {ROOT}:
-        raise InvalidRequest("chat.head, a summary or a fact names a message that is not there.", "messages")
+    if head and head not in tree.nodes:
+        raise InvalidRequest("chat.head names a message that is not there.", "messages")
     if not all(re.fullmatch(r"[0-9A-Za-z_-]{1,64}", row.id) for row in (*summaries, *facts)):
         raise InvalidRequest("A summary or a fact has an id that is not valid.", "id")
     return ChatCopy(tuple(messages), head, info, tuple(summaries), tuple(facts))
+
+
+def by_texts(rows: Any, tree: Tree) -> Any:
+    """The rows of summaries or facts as this version writes them, whatever else they are; raises `InvalidRequest` for
+    one of version 0.1.0 that names a message which is not in the tree."""
+    if not isinstance(rows, list):
+        return rows
+    ids = [[row[k] for k in ("first", "last", "message") if k in row] if isinstance(row, dict) else [] for row in rows]
+    named = [bool(some) and all(isinstance(i, str) for i in some) for some in ids]
+    known = [upgraded_row(row, tree) if ok else row for row, ok in zip(rows, named, strict=True)]
+    if None in known:
+        raise InvalidRequest("A summary or a fact names a message that is not there.", "messages")
+    return known
 
 
 def read_info(info: Any) -> dict[str, Any]:
@@ -8383,9 +8517,9 @@ class Archive:
             messages = source.store.read(path)
             keys = [key for m in messages for key in embedded_texts(m)]
             vectors = source.store.vectors(self._vectors.embedder.name, keys)
-            indexes = {message: i for i, message in enumerate(path)}
-            summaries = [s for s in source.store.summaries.values() if indexes.get(s.last) == s.end]
-            facts = [f for f in source.store.facts.values() if f.message in indexes]
+            texts, every = source.texts(path), source.store.summaries.values()
+            summaries = [*placed(every, texts), *replaced_words(every, texts)]
+            facts = [f for f in source.store.facts.values() if f.digest in texts]
             family = source.store.family
         target.store.commit(messages, {"family": family}, summaries=summaries, facts=facts)
         target.put_vectors(self._vectors.embedder.name, vectors)
@@ -8482,16 +8616,10 @@ class Archive:
                     raise NotFound(f"There is no message {message_id!r} in this chat.")
                 old = chat.store.read([message_id])[0]
                 new = with_mark(old, replace(old.mark, **changes))
-                same = chat.tree.by_digest[old.digest]
-                stale = []
-                if (new.content, new.forgotten) != (old.content, old.forgotten):
-                    every = chat.store.summaries.values()
-                    covering = [s for s in every if any(covers(s, chat.tree, i) for i in same)]
-                    stale = [replace(s, stale=True) for s in covering if s.source != "user"]
-                chat.store.commit(summaries=stale, marked=[new])
+                chat.store.commit(marked=[new])
                 row = message_row(new, chat.tree.nodes[message_id].depth)
-                again = list(same)
-            self._vectors.later(chat, again)
+                same = list(chat.tree.by_digest[old.digest])
+            self._vectors.later(chat, same)
         return row
 
     def export(self, chat_id: str) -> dict:
@@ -8588,7 +8716,13 @@ class Archive:
             info |= {"updated": time.time()}
         if copy_goes_on(chat, copy):
             info |= {"head": copy.head}
+        ours = [with_mark(m, mark_for(store.marks.get(m.digest, {}), m)) for m in copy.messages]
+        pairs = zip(copy.messages, ours, strict=True)
+        changed = {a.digest for a, b in pairs if (a.content, a.forgotten) != (b.content, b.forgotten)}
         summaries = [s for s in copy.summaries if s.id not in store.summaries]
+        summaries = [
+            replace(s, stale=s.stale or (s.source != "user" and not changed.isdisjoint(s.texts))) for s in summaries
+        ]
         facts = [f for f in copy.facts if f.id not in store.facts]
         if summaries or facts or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(info=info, summaries=summaries, facts=facts)
@@ -8888,27 +9022,36 @@ def shown_duplicates(chat: Chat, visible: Sequence[Node], memories: Sequence[Mem
 # ------------------------------------------------------------------------------------------------------ summaries
 
 
-def branch_facts(chat: Chat, indexes: Mapping[str, int], before: float) -> list[tuple[Fact, Fact | None]]:
+def branch_facts(chat: Chat, path: Sequence[str], before: float) -> list[tuple[Fact, Fact | None]]:
     """What holds on a branch before an index: the pinned messages, newest first, then the facts whose words their
-    messages still hold. `indexes` are the branch's message ids with their positions. Words that stand there more than
-    once are told once, and not at all where they stand from `before` on too."""
+    messages still hold. Words that stand there more than once are told once, and not at all where they stand from
+    `before` on too."""
+    store, indexes = chat.store, {message: i for i, message in enumerate(path)}
     marked = {node.id: node for node in chat.nodes(chat.tree.marked) if node.id in indexes}
     pinned = sorted((n for n in marked.values() if n.pinned and not n.forgotten), key=lambda n: indexes[n.id])
     newest = {n.fingerprint: n.id for n in pinned}
     pinned = sorted((i for i in newest.values() if indexes[i] < before), key=indexes.__getitem__, reverse=True)
-    rows = [(pinned_fact(m, indexes[m.id]), None) for m in chat.store.read(pinned)]
-    facts = chat.store.facts.values()
-    held = [f for f in facts if f.message not in marked or still_quotes(f, *chat.store.read([f.message]))]
-    return [*rows, *facts_of(held, indexes, before)]
+    rows = [(pinned_fact(m, indexes[m.id]), None) for m in store.read(pinned)]
+    changed: dict[str, list[Message]] = defaultdict(list)
+    for message in store.read(list(marked)):
+        changed[message.digest].append(message)
+    facts = [f for f in store.facts.values() if all(still_quotes(f, m) for m in changed.get(f.digest, ()))]
+    held = facts_of(facts, chat.texts(path), before)
+    return rows + [(at_message(fact, path), before and at_message(before, path)) for fact, before in held]
+
+
+def at_message(fact: Fact, path: Sequence[str]) -> Fact:
+    """A fact with the id of its message on a branch."""
+    return replace(fact, message=path[fact.index])
 
 
 def branch_story(chat: Chat, path: Sequence[str], before: int, budget: int) -> Story:
     """The story of what stands before an index of the branch, in at most `budget` tokens."""
     if budget <= 0:
         return Story()
-    indexes = {message: i for i, message in enumerate(path)}
-    hidden = [s for s in chat.store.summaries.values() if s.since < before]
-    return render_story(story_of(hidden, indexes), branch_facts(chat, indexes, before), budget)
+    standing = placed(chat.store.summaries.values(), chat.texts(path))
+    hidden = [s for s in standing if s.since < before]
+    return render_story(story_of(hidden, chat.texts(path)), branch_facts(chat, path, before), budget)
 
 
 def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
@@ -8917,20 +9060,29 @@ def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
     store, tree = chat.store, chat.tree
     if not (store.summaries or store.facts or tree.marked):
         return 0
-    indexes = {message: i for i, message in enumerate(path)}
-    begun = any(indexes.get(s.last) == s.end for s in store.summaries.values())
-    begun = begun or any(f.message in indexes for f in store.facts.values())
-    return budget if begun or any(n.pinned and n.id in indexes for n in chat.nodes(tree.marked)) else 0
+    texts, ids = chat.texts(path), set(path)
+    begun = bool(placed(store.summaries.values(), texts))
+    begun = begun or not {f.digest for f in store.facts.values()}.isdisjoint(texts)
+    return budget if begun or any(n.pinned and n.id in ids for n in chat.nodes(tree.marked)) else 0
+
+
+def summary_row(summary: Summary) -> dict:
+    """A summary as the API shows it."""
+    return {k: v for k, v in asdict(summary).items() if k != "texts"}
 
 
 def story_rows(chat: Chat, path: Sequence[str]) -> dict:
-    """A branch's story and facts, as the API shows them; hold the chat's lock."""
-    indexes = {message: i for i, message in enumerate(path)}
-    story = story_of(chat.store.summaries.values(), indexes)
-    facts = [row for row in branch_facts(chat, indexes, math.inf) if row[0].quote]  # pinned messages quote nothing
+    """A branch's story and facts, as the API shows them; hold the chat's lock.
+
+    `replaced` are a user's own words for stretches that the client has changed since.
+    """
+    every, texts = chat.store.summaries.values(), chat.texts(path)
+    story = story_of(every, texts)
+    facts = [row for row in branch_facts(chat, path, math.inf) if row[0].quote]  # pinned messages quote nothing
     return {
         "summary": "\n".join(map(summary_line, story)),
-        "story": [asdict(s) for s in story],
+        "story": [summary_row(s) | {"first": path[s.start], "last": path[s.end]} for s in story],
+        "replaced": [summary_row(s) for s in replaced_words(every, texts)],
         "facts": [asdict(f) | {"supersedes": before and asdict(before)} for f, before in facts],
     }
 
@@ -8938,8 +9090,8 @@ def story_rows(chat: Chat, path: Sequence[str]) -> dict:
 class Summarizer:
     """Summarises chats in the background: one request at a time, and never before a turn.
 
-    What is due is noted on disk before it is done, so that a restart takes it up again. A summary has its range's own
-    id, so that it is made once.
+    What is due is noted on disk before it is done, so that a restart takes it up again. A summary is known by the texts
+    that it covers, so that it is made once.
     """
 
     def __init__(self, settings: Settings, upstream: Upstream, embedder: str, registry: ChatRegistry):
@@ -8981,15 +9133,14 @@ class Summarizer:
 
     def _due(self, chat: Chat, plan: SummaryPlan) -> bool:
         with chat.lock:
-            path, story = self._story(chat, plan)
-            start, before = next_gap(story, plan.first)
-        return min(plan.until, before, len(path)) - start >= self._settings.summary_every
+            return self._next(chat, plan)[2] is not None
 
-    @staticmethod
-    def _story(chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary]]:
-        """The plan's branch, and the summaries that stand for it."""
+    def _next(self, chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary], range | None]:
+        """The plan's branch, the summaries that stand for it, and the messages whose turn it is."""
         path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else []
-        return path, story_of(chat.store.summaries.values(), {message: i for i, message in enumerate(path)})
+        story = story_of(chat.store.summaries.values(), chat.texts(path))
+        until = min(plan.until, len(path))
+        return path, story, next_stretch(story, plan.first, until, self._settings.summary_every)
 
     def _work_off(self, chat_id: str) -> None:
         """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
@@ -9016,29 +9167,41 @@ class Summarizer:
 
         Says whether anything was stored: a user's own words are never replaced.
         """
-        every = self._settings.summary_every
         with chat.lock:
-            path, story = self._story(chat, plan)
-            start, _ = next_gap(story, plan.first)
-            messages = chat.store.read(path[start : start + every])
-        behind = (plan.until - start) // every > BACKLOG  # an import: by its own sentences at once, then better
+            path, story, stretch = self._next(chat, plan)
+            if stretch is None:
+                return False
+            messages, texts = chat.store.read(path[stretch.start : stretch.stop]), chat.texts(path)
+            marks = dict(chat.store.marks)
+        untold = plan.until - plan.first - sum(s.end + 1 - s.start for s in story)
+        behind = (
+            untold // self._settings.summary_every > BACKLOG
+        )  # an import: by its own sentences at once, then better
         # Without the proxy no upstream was chosen for this chat: nothing is sent to one.
         ask = None if behind or not self._settings.proxy else self._asker(plan, authorization)
-        fresh, facts = self._from_messages(chat, messages, start, plan, ask)
-        made = [fresh, *(replace(s, since=fresh.end) for s in self._again(chat, story, plan, ask))]
-        story = story_of([*made, *story], {message: i for i, message in enumerate(path)})
+        fresh, facts = self._from_messages(chat, messages, stretch.start, plan, ask)
+        made = [fresh, *(replace(s, since=max(s.end, fresh.end)) for s in self._again(chat, path, story, plan, ask))]
+        story = story_of([*made, *story], texts)
         while group := to_condense(story, summaries_share(plan.budget)):
-            made.append(replace(self._from_summaries(chat, group, plan, ask), since=fresh.end))
+            made.append(
+                replace(
+                    self._from_summaries(chat, path, group, plan, ask), since=max(fresh.end, *(s.since for s in group))
+                )
+            )
             story = sorted([*(s for s in story if s not in group), made[-1]], key=lambda s: s.start)
         if self._closed:
             return False
-        with chat.lock:  # a user may have put words of their own in a summary's place meanwhile
-            users = {(s.level, s.first, s.last) for s in chat.store.summaries.values() if s.source == "user"}
-            stored = [s for s in made if (s.level, s.first, s.last) not in users]
-            chat.store.commit(summaries=stored, facts=[f for f in facts if f.id not in chat.store.facts])
+        with chat.lock:  # a user may have put words of their own in a summary's place meanwhile, or forgotten others
+            chat.store.catch_up()
+            now = chat.store.marks
+            changed = {d for d in marks.keys() | now.keys() if marks.get(d) != now.get(d)}
+            users = {(s.level, s.texts) for s in chat.store.summaries.values() if s.source == "user"}
+            stored = [s for s in made if (s.level, s.texts) not in users and changed.isdisjoint(s.texts)]
+            found = [f for f in facts if f.id not in chat.store.facts and f.digest not in changed]
+            chat.store.commit(summaries=stored, facts=found)
         log_event(
-            "summary", f"chat {chat.id}: messages {start + 1}-{start + every} summarised", chat=chat.id,
-            first=start + 1, last=start + every, tokens=fresh.tokens, covered=fresh.covered, source=fresh.source,
+            "summary", f"chat {chat.id}: messages {stretch.start + 1}-{stretch.stop} summarised", chat=chat.id,
+            first=stretch.start + 1, last=stretch.stop, tokens=fresh.tokens, covered=fresh.covered, source=fresh.source,
             condensed=len(made) - 1, facts=len(facts),
         )  # fmt: skip
         return bool(stored)
@@ -9099,36 +9262,35 @@ class Summarizer:
         source = "model" if text else "extract"
         if not text:
             text = extract_summary(weighted_rows(kept, vectors, readings), room)
-        stretch = (messages[0].id, messages[-1].id, start, start + len(messages) - 1)
-        return new_summary(1, *stretch, text, covered, source), checked_facts(found, messages, start)
+        texts = [m.digest for m in messages]
+        return new_summary(1, texts, start, text, covered, source), checked_facts(found, messages, start)
 
-    def _from_summaries(self, chat: Chat, group: Sequence[Summary], plan: SummaryPlan, ask: Callable | None) -> Summary:
-        """One summary of several, checked against the messages that they cover."""
+    def _from_summaries(
+        self, chat: Chat, path: Sequence[str], group: Sequence[Summary], plan: SummaryPlan, ask: Callable | None
+    ) -> Summary:
+        """One summary of several of a branch, checked against the messages that they cover."""
+        stretch = path[group[0].start : group[-1].end + 1]
         covered = sum(s.tokens for s in group)
         room = summary_room(covered, plan.budget)
         text, _ = self._written([summary_line(s) for s in group], "summaries", room, plan, ask)
-        if text and flaw_of(text, self._covered_text(chat, group)):
+        if text and flaw_of(text, "\n".join(m.spoken for m in read_in_batches(chat, stretch) if not m.forgotten)):
             text = ""
         source = "model" if text else "extract"
         text = text or extract_summary([("", s.text, 0.5) for s in group], room)
-        stretch = (group[0].first, group[-1].last, group[0].start, group[-1].end)
-        return new_summary(max(s.level for s in group) + 1, *stretch, text, covered, source)
-
-    @staticmethod
-    def _covered_text(chat: Chat, group: Sequence[Summary]) -> str:
-        """The text of all messages that summaries cover, with their speakers."""
         with chat.lock:
-            path = chat.path(group[-1].last)
-        return "\n".join(m.spoken for m in read_in_batches(chat, path[group[0].start :]) if not m.forgotten)
+            texts = chat.texts(stretch)
+        return new_summary(max(s.level for s in group) + 1, texts, group[0].start, text, covered, source)
 
-    def _again(self, chat: Chat, story: Sequence[Summary], plan: SummaryPlan, ask: Callable | None) -> list[Summary]:
+    def _again(
+        self, chat: Chat, path: Sequence[str], story: Sequence[Summary], plan: SummaryPlan, ask: Callable | None
+    ) -> list[Summary]:
         """The newest extract of the story, made anew by the model; empty where there is none, or it fails again."""
         poor = [s for s in story if s.source == "extract" and s.level == 1 and s.tries < MOST_TRIES]
         if not poor or not ask or not self._may_ask():
             return []
         old = poor[-1]
         with chat.lock:
-            messages = chat.store.read(chat.path(old.last)[old.start :])
+            messages = chat.store.read(path[old.start : old.end + 1])
         fresh, _ = self._from_messages(chat, messages, old.start, plan, ask)
         return [replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1)]
 
@@ -9189,7 +9351,7 @@ class Summarizer:
             summary = replace(summary, text=text, source="user", stale=False)
             summary = replace(summary, tokens=line_tokens(summary))
             chat.store.commit(summaries=[summary])
-        return asdict(summary)
+        return summary_row(summary)
 
     def close(self) -> None:
         """Ends the thread; what is due is taken up at the next start."""
