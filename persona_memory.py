@@ -10171,6 +10171,23 @@ class PersonaMemory:
             self.record(turn)
         return answer
 
+    def sync(self, chat_id: str, body: Any) -> dict:
+        """Takes in a whole chat as its client shows it: what is missing was deleted, what is new is remembered.
+
+        Returns how many `messages` the branch has, the id of the `last`, and how many texts wait for their vectors.
+        Raises `InvalidRequest`.
+        """
+        if not isinstance(body, dict):
+            raise InvalidRequest("The request must be a JSON object.")
+        request, _ = parse_injection(body | {"chat_id": chat_id, "complete": True})
+        if not request.turns:
+            raise InvalidRequest("messages must hold a message of the user's or the assistant's.", "messages")
+        with self.archive.enter(request, chat_id, Deadline.after(SEARCH_SECONDS)) as (chat, path):
+            self.vectors.later(chat, path)
+            with chat.lock:
+                waiting = len(chat.follow(chat.nodes(path), self.embedder).unembedded)
+        return {"chat_id": chat_id, "messages": len(path), "last": path[-1], "unembedded": waiting}
+
     def chats(self) -> list[dict]:
         """A line for every chat, the last used first."""
         self.registry.start()
@@ -12056,6 +12073,7 @@ const NAME = 'persona_memory';
 const API = '/api/persona_memory';
 const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1 };
 const TIMEOUT_MS = 2000; // how long a reply may be delayed
+const SYNC_TIMEOUT_MS = 60000; // a long chat takes the server some seconds, and no reply waits for that
 const KINDS = ['normal', 'swipe', 'regenerate', 'continue', 'impersonate', 'quiet'];
 const IN_CHAT = 1; // SillyTavern's number for prompts that stand at a depth in the chat
 const ROLES = { system: 0, user: 1, assistant: 2 };
@@ -12066,6 +12084,8 @@ const LONGEST_SHOWN = 240; // characters of each
 const MIN_CONFIDENCE = 0.5; // a mood that is less likely than this is not shown
 
 const state = {
+    changed: true, // whether the open chat has changed in a way that a single request does not show
+    reading: Promise.resolve(), // ends when the server has read it in
     kind: null, // of the generation that has begun and not yet sent its request
     away: false, // whether the user has been told that the server does not answer
     proxy: false, // whether the server is one through which chats may go
@@ -12091,10 +12111,10 @@ class Refusal extends Error {}
 /** The server has not answered within TIMEOUT_MS: it may be away, or busy. */
 class Late extends Error {}
 
-/** JSON of the server; throws an Error with words for the user. Never waits longer than TIMEOUT_MS. */
-async function call(path, body, method = body ? 'POST' : 'GET') {
+/** JSON of the server; throws an Error with words for the user. Never waits longer than `timeout` milliseconds. */
+async function call(path, body, method = body ? 'POST' : 'GET', timeout = TIMEOUT_MS) {
     const { server, key } = settings();
-    const signal = AbortSignal.timeout(TIMEOUT_MS);
+    const signal = AbortSignal.timeout(timeout);
     const headers = body ? { 'Content-Type': 'application/json' } : {};
     if (key) headers.Authorization = `Bearer ${key}`;
     try {
@@ -12223,6 +12243,62 @@ function shownMessage(message) {
     };
 }
 
+// -------------------------------------------------------------------------------------------------- the whole chat
+
+/**
+ * The id that the server gives the last of those messages. Each id is a hash of the words and of the id before, so this
+ * one stands for the whole chat. Null where the browser does not hash: on pages that are not served securely.
+ */
+async function lastId(messages) {
+    if (!globalThis.crypto.subtle) return null;
+    const hash = async (...parts) => {
+        const bytes = await crypto.subtle.digest('SHA-256', new TextEncoder().encode(parts.join('\0')));
+        return Array.from(new Uint8Array(bytes), (byte) => byte.toString(16).padStart(2, '0')).join('').slice(0, 32);
+    };
+    let id = '';
+    for (const { role, content } of messages.filter((message) => message.role !== 'system')) {
+        id = await hash(id, await hash(role, content.normalize('NFC').replace(/\r\n?/g, '\n').trim()));
+    }
+    return id;
+}
+
+/** Has the server read the open chat in, where it does not know it as it stands. */
+async function readIn() {
+    const messages = settings().enabled ? shownMessages('normal') : [];
+    const who = messages.some((message) => message.role !== 'system') ? identity() : null;
+    if (!who) return;
+    state.changed = false;
+    try {
+        const last = await lastId(messages);
+        const known = last && await call(`${chatPath(who.id)}/messages?tip=${last}&limit=0`).catch(notKnown);
+        if (known) return;
+        const { name2: character } = client();
+        const shown = { parent_chat_id: who.parent || undefined, character, messages };
+        const answer = await call(`${chatPath(who.id)}/sync`, shown, 'POST', SYNC_TIMEOUT_MS);
+        if (identity()?.id === who.id) showStatus(true, `Connected; ${knownWords(answer)}.`);
+    } catch (error) {
+        state.changed = true; // the next reply tries again
+        showStatus(false, `${settings().server}: ${error.message}. The server knows only a part of this chat.`);
+    }
+}
+
+/** What a question for an unknown message is answered with; other errors go on. */
+function notKnown(error) {
+    if (error instanceof Refusal) return null;
+    throw error;
+}
+
+function knownWords({ messages, unembedded }) {
+    const known = `all ${messages} messages of this chat are known`;
+    return unembedded ? `${known}, ${unembedded} are still being indexed` : known;
+}
+
+/** The open chat has changed in a way that later requests may not show. Several changes are read in at once. */
+function onMessagesChanged() {
+    state.changed = true;
+    state.reading = state.reading.then(() => state.changed && readIn());
+}
+
 // ------------------------------------------------------------------------------------------- beside another API
 
 /** Puts prompts in, and takes out those put in before. */
@@ -12242,7 +12318,12 @@ function setPrompts(injections) {
 /** SillyTavern calls this before it makes a prompt, and waits for it. */
 async function remember(_chat, contextSize, _abort, type) {
     setPrompts([]);
-    if (!settings().enabled || isProxy(await modelAddress())) return;
+    if (!settings().enabled) return;
+    if (isProxy(await modelAddress())) { // its request shows only a part of the chat
+        if (state.changed) onMessagesChanged();
+        await Promise.race([state.reading, new Promise((done) => setTimeout(done, TIMEOUT_MS))]);
+        return;
+    }
     const messages = shownMessages(type ? kindOf(type) : state.kind);
     const who = messages.some((message) => message.role !== 'system') ? identity() : null;
     if (!who) return;
@@ -12495,6 +12576,7 @@ function onChatChanged() {
     showRecalled([], null);
     showChat();
     lookAtServer();
+    onMessagesChanged();
 }
 
 function start() {
@@ -12504,6 +12586,7 @@ function start() {
     listen('CHAT_COMPLETION_SETTINGS_READY', identify);
     listen('GENERATION_ENDED', () => { showChat(); showProxied(); });
     listen('CHAT_CHANGED', onChatChanged);
+    for (const name of ['MESSAGE_EDITED', 'MESSAGE_DELETED', 'MESSAGE_SWIPED']) listen(name, onMessagesChanged);
     buildPanel();
     lookAtServer();
 }
@@ -12912,6 +12995,12 @@ def search_all() -> dict:
     if not text.strip():
         raise InvalidRequest("q must say what to search for.", "q")
     return engine().find(text, number_argument("limit", 50))
+
+
+@api.post("/chats/<chat:chat>/sync")
+def sync(chat: str) -> dict:
+    """The whole chat as a client shows it."""
+    return engine().sync(chat, request_json())
 
 
 @api.post("/inject")
