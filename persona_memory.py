@@ -3034,7 +3034,7 @@ class ChatStore:
         elif key.startswith("f:"):
             self.facts[key[2:]] = Fact(**row)
         elif key.startswith("k:"):
-            self.marks[key[2:]] = {speaker: Mark(**mark) for speaker, mark in row.items()}
+            self.marks[key[2:]] = {name: Mark(**mark) for name, mark in row.items()}
         else:
             self._remember(row)
 
@@ -9180,7 +9180,8 @@ class Summarizer:
         # Without the proxy no upstream was chosen for this chat: nothing is sent to one.
         ask = None if behind or not self._settings.proxy else self._asker(plan, authorization)
         fresh, facts = self._from_messages(chat, messages, stretch.start, plan, ask)
-        made = [fresh, *(replace(s, since=max(s.end, fresh.end)) for s in self._again(chat, path, story, plan, ask))]
+        again = [] if story and stretch.start < story[-1].start else self._again(chat, path, story, plan, ask)
+        made = [fresh, *(replace(s, since=fresh.end) for s in again)]
         story = story_of([*made, *story], texts)
         while group := to_condense(story, summaries_share(plan.budget)):
             made.append(
