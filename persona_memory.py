@@ -9300,7 +9300,8 @@ class Summarizer:
         behind = left // self._settings.summary_every > BACKLOG  # an import: by its own sentences at once, then better
         ask = None if behind or not self._writes else self._asker(plan, authorization)
         fresh, facts = self._from_messages(chat, messages, stretch.start, plan, ask)
-        made = [fresh, *(replace(s, since=max(s.end, fresh.end)) for s in self._again(chat, path, story, plan, ask))]
+        again = [] if story and stretch.start < story[-1].start else self._again(chat, path, story, plan, ask)
+        made = [fresh, *(replace(s, since=fresh.end) for s in again)]
         story = story_of([*made, *story], texts)
         while group := to_condense(story, summaries_share(plan.budget)):
             condensed = self._from_summaries(chat, path, group, plan, ask)
