@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -39,9 +40,15 @@ def call(server, method: str, path: str, **how) -> httpx.Response:
 
 def take_in(server, text: str, **query) -> list[dict]:
     """Imports a file; what the answer says of its chats."""
-    answer = call(server, "POST", "import", content=text.encode(), params=query)
+    return answered(server, text, **query)["chats"]
+
+
+def answered(server, text: str | bytes, **query) -> dict:
+    """The whole answer to an import."""
+    raw = text if isinstance(text, bytes) else text.encode()
+    answer = call(server, "POST", "import", content=raw, params=query)
     assert answer.status_code == 200, answer.text
-    return answer.json()["chats"]
+    return answer.json()
 
 
 def tree(server, chat_id: str) -> dict[str, bool]:
@@ -503,21 +510,33 @@ def test_a_folder_of_chats_is_imported(tmp_path, server):
     (chats / "Helena" / "greeting.jsonl").write_text(written(line("Helena", "Come in.")))
     (chats / "group.jsonl").write_text(written(line("Borin", "Hm."), line("Robin", "Hello, Borin."), header={}))
     (chats / "settings.json").write_text('{"power_user": {}}')
-    (chats / "broken.jsonl").write_text(written(line("Robin", "Hello.")) + "\n{oops")
+    (chats / "broken.jsonl").write_text(written(line("Robin", "Half of it.")) + "\n{oops")
+    (chats / "none.jsonl").write_text("{oops")
+    for name in ("a.png", "b.png"):
+        (chats / name).write_bytes(b"")
     take_in(server, written(line("Robin", "Out and in."), line("Helena", "Again.")), chat_id="x")
     (chats / "export.json").write_text(json.dumps(export(server, "x")))
     done = run_import(data, chats)
-    assert done.returncode == 2 and "3 chats: 6 messages added, 0 already present. 1 of 5 files" in done.stderr
-    assert "broken.jsonl: line 3" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "4 chats: 7 messages added, 0 already present. 1 of 6 files" in done.stderr
+    assert "Traceback" not in done.stderr
+    for words in (
+        "one.jsonl: 2 messages, 2 of them new", "greeting.jsonl: passed over: it holds no message of the user",
+        "settings.json: passed over. This is no chat", "object with power_user", "broken.jsonl: passed over: line 3",
+        "none.jsonl: line 1", "2 files of other kinds were passed over (2 .png)",
+    ):  # fmt: skip
+        assert words in done.stderr
     assert "chats" in done.stderr and "vectors" in done.stderr  # the bars
-    (chats / "broken.jsonl").unlink()
+    for name in ("broken.jsonl", "none.jsonl"):
+        (chats / name).unlink()
     done = run_import(data, chats)
     assert done.returncode == 0 and "3 chats: 0 messages added, 6 already present." in done.stdout
     memory = pm.PersonaMemory(pm.Settings(data=str(data)))
+    assert len(memory.chats()) == 4
     for row in memory.chats():
         with memory.registry.borrow(row["chat_id"]) as chat:
             store = chat.store
-        assert len(store.vectors(memory.embedder.name, [n.fingerprint for n in store.tree.nodes.values()])) == 2
+        hashes = [n.fingerprint for n in store.tree.nodes.values()]
+        assert len(store.vectors(memory.embedder.name, hashes)) == len(hashes)
     memory.close()
 
 
@@ -547,7 +566,7 @@ def test_an_import_that_is_killed_goes_on_where_it_was(tmp_path):
         running.kill()
     memory = pm.PersonaMemory(pm.Settings(data=str(data)))
     written_by_then = sum(row["messages"] for row in memory.chats())
-    (chat,) = memory.archive.take_in(file.read_bytes(), embed=False)
+    (chat,) = memory.archive.take_in(file.read_bytes(), embed=False)["chats"]
     assert (
         chat["added"] <= 3000 - written_by_then
         and chat["total"] == 3000
@@ -587,18 +606,13 @@ ROW = {"id": ROW_ID, "parent": "", "role": "user", "content": "Hi"}
     [
         ("", "line 1"),
         ("{", "line 1"),
-        ("[1, 2]", "line 1"),
-        ("{}", "line 1"),
-        ('{"a": 1}', "line 1"),
-        (f"{GOOD}\nnonsense", "line 2"),
-        (f"{GOOD}\n\n{{}}", "line 3"),
-        (f'{GOOD}\n{{"mes": 5}}', "line 2"),
-        (f'{GOOD}\n{{"mes": "x", "is_user": "yes"}}', "line 2"),
-        (f'{GOOD}\n{{"mes": "x", "swipes": "no"}}', "line 2"),
-        (f'{GOOD}\n{{"mes": "x", "extra": []}}', "line 2"),
-        (f'{GOOD}\n{{"mes": NaN}}', "line 2"),
-        (f"{GOOD}\n" + "[" * 100_000, "line 2"),
-        (f"{GOOD}\n".encode() + b"\xff\xfe", "line 2"),
+        ("[1, 2]", "the file holds a list"),
+        ("{}", "an empty object"),
+        ("5", "a number"),
+        ('{"spec": "chara_card_v2", "data": {}}', "an object with spec, data"),
+        ('{"a": 1}\n{"a": 2}', "line 1"),
+        ('{"mes": 5}', "line 1"),
+        ('{"savedsettings": {}, "prompt": "Once upon a time.", "actions": []}', "story of KoboldAI Lite"),
         ('{\n  "format": "persona_memory",\n  "version": oops\n}', "line 3"),
         (json.dumps({**EXPORT, "version": 2}), "version"),
         (json.dumps({**EXPORT, "format": "other"}), "neither"),
@@ -609,7 +623,6 @@ ROW = {"id": ROW_ID, "parent": "", "role": "user", "content": "Hi"}
         (json.dumps({**EXPORT, "chat": {"chat_id": "x", "created": -1}}), "chat.created"),
         (json.dumps({**EXPORT, "chat": {"chat_id": "x", "updated": 5}}).replace("5", "1e999"), "not valid JSON"),
         (json.dumps({**EXPORT, "chat": {"chat_id": "x", "updated": 5}}).replace("5", "9" * 4000), "not valid JSON"),
-        (f'{GOOD}\n{{"mes": "x", "swipe_id": {"9" * 4000}}}', "line 2"),
         (json.dumps({**EXPORT, "messages": None}), "messages"),
         (json.dumps({**EXPORT, "messages": [None]}), "messages[0]"),
         (json.dumps({**EXPORT, "messages": [{}]}), "messages[0]"),
@@ -624,7 +637,7 @@ ROW = {"id": ROW_ID, "parent": "", "role": "user", "content": "Hi"}
         (json.dumps({**EXPORT, "facts": [{"id": "f"}]}), "facts[0]"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_refused_whole(shared_server, text, words):
+def test_a_file_of_which_nothing_can_be_read_is_refused(shared_server, text, words):
     """The error names the line or the field, and nothing is half imported."""
     before = call(shared_server, "GET", "chats").json()
     raw = text if isinstance(text, bytes) else text.encode()
@@ -633,6 +646,111 @@ def test_a_file_that_cannot_be_read_is_refused_whole(shared_server, text, words)
     assert answer.json()["error"]["type"] == "invalid_request_error"
     assert answer.json()["error"]["message"].startswith("a file.jsonl: ") and words in answer.json()["error"]["message"]
     assert call(shared_server, "GET", "chats").json() == before
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ("nonsense", "not valid JSON"),
+        ('{"name": "Robin", "is_us', "not valid JSON: Unterminated string at character 19"),
+        ("{}", "no text"),
+        ("[1, 2]", "a JSON object"),
+        ('{"mes": 5}', "no text"),
+        ('{"mes": null, "swipes": [5], "swipe_id": 0}', "no text"),
+        ('{"mes": "x", "is_user": "perhaps"}', "is_user"),
+        ('{"mes": NaN}', "not valid JSON: NaN"),
+        ("[" * 100_000, "nested"),
+        ('{"mes": "x", "swipe_id": ' + "9" * 4000 + "}", "too long"),
+        (b"\xff\xfe", "UTF-8"),
+        (b"\0" * 500, "zero bytes"),
+    ],
+    ids=lambda given: repr(given)[:30],
+)
+def test_a_bad_row_costs_that_row(shared_server, row, words):
+    """The others come in, and the answer names the file, the line and the reason."""
+    before, after = "Hello before it.", "And after it."
+    rows = [json.dumps(line("Robin", before)).encode(), row if isinstance(row, bytes) else row.encode()]
+    raw = b"\n".join([*rows, json.dumps(line("Helena", after)).encode()])
+    taken = answered(shared_server, raw, name="a file.jsonl", chat_id=f"bad row {words} {row!r:.50}")
+    (left,), (chat,) = taken["passed_over"], taken["chats"]
+    assert (
+        (left["file"], left["line"]) == ("a file.jsonl", 2)
+        and left["why"].startswith("line 2")
+        and words in left["why"]
+    )
+    assert branch_texts(shared_server.url, quote(chat["chat_id"], safe=""))[0] == before and chat["total"] == 2
+
+
+def test_a_header_that_was_cut_off_makes_no_group(server):
+    """Nor does it cost the names, which the messages hold too."""
+    (chat,) = take_in(
+        server, '{"user_name": "unused", "chara\n' + written(line("Robin", "Hello."), line("Helena", "Sit."), header={})
+    )
+    assert branch_texts(server.url, chat["chat_id"]) == ["Hello.", "Sit."]
+    assert [c["character"] for c in call(server, "GET", "chats").json()] == ["Helena"]
+
+
+def test_many_bad_rows_are_counted(server):
+    """An answer names the first ones."""
+    taken = answered(server, written(line("Robin", "Hello.")) + "\noops" * 200)
+    assert len(taken["passed_over"]) == 101 and "100 more" in taken["passed_over"][-1]["why"]
+
+
+def test_odd_types_are_read_where_their_meaning_is_clear(server):
+    """Numbers and words for flags, an empty text for none, a null in place of an object, a text inside an object."""
+    rows = [
+        {"name": "Robin", "is_user": 1, "mes": "One.", "extra": "", "is_system": ""},
+        {
+            "name": "Helena",
+            "is_user": "",
+            "mes": {"message": "Two."},
+            "swipes": [{"message": "Two."}, {"message": "B"}],
+        },
+        {"name": 5, "is_user": "true", "mes": "Three.", "swipes": "no", "swipe_info": 7, "extra": []},
+        {"is_user": False, "mes": None, "swipes": ["y", "Four."], "swipe_id": "1"},
+        {"is_user": None, "mes": "Five.", "swipes": [None, "Five.", 3], "swipe_id": 1.0, "send_date": {}},
+    ]
+    rows[1]["swipe_id"] = 0
+    taken = answered(server, written(*rows))
+    assert taken["passed_over"] == []
+    kept = export(server, taken["chats"][0]["chat_id"])["messages"]
+    assert [m["content"] for m in kept if m["confirmed"]] == ["One.", "Two.", "Three.", "Four.", "Five."]
+    assert [m["content"] for m in kept if not m["confirmed"]] == ["B", "y"]
+    assert [m["role"][0] for m in kept if m["confirmed"]] == ["u", "a", "u", "a", "a"]
+
+
+def test_tool_notices_and_thoughts_are_no_messages(server):
+    """A model's thoughts are cut out of its replies and swipes; a reply that was nothing else is none."""
+    notice = {"tool_invocations": [{"name": "roll", "result": "6"}], "isSmallSys": True}
+    reply = line(
+        "Helena", "<think>Lie to Robin.</think>\nSit.", swipes=["Stand.", "<think>Lie to Robin.</think>\nSit."]
+    )
+    file = written(
+        line("Robin", "Hello. <think>is a tag."),
+        line("SillyTavern System", "<details>Tool calls</details>", is_system=True, extra=notice),
+        {**reply, "swipe_id": 1},
+        line("Robin", "What is that?"),
+        line("Helena", "<think>I do not know"),
+    )
+    (chat,) = take_in(server, file)
+    kept = [(m["content"], m["confirmed"]) for m in export(server, chat["chat_id"])["messages"]]
+    assert kept == [("Hello. <think>is a tag.", True), ("Stand.", False), ("Sit.", True), ("What is that?", True)]
+
+
+@pytest.mark.parametrize(
+    "text, plain",
+    [
+        ("plain </details> text", "plain </details> text"),
+        ("<think>a</think>b", "b"),
+        ("a\n</think>\n\nb", "b"),
+        ("b <THINKING>a", "b"),
+        ("<reasoning>a<think>b</think>c</reasoning>d", "d"),
+        ('<details type="reasoning" done="true">\n<summary>x</summary>\na</details>\nb', "b"),
+        ("x <details>kept</details> <think >a</think> y", "x <details>kept</details>  y"),
+    ],
+)
+def test_thoughts_are_cut_out_of_texts(text, plain):
+    assert pm.without_thoughts(text) == plain
 
 
 VALUES = st.recursive(
@@ -647,12 +765,13 @@ KEYS = ("name", "is_user", "is_system", "mes", "extra", "swipes", "swipe_id", "s
 def test_odd_lines_are_read_or_refused(rows):
     """Whatever the lines hold, there is a chat or an error in words."""
     try:
-        copy = pm.read_chat_file("\n".join(json.dumps(row) for row in rows).encode())
+        copies, _ = pm.read_chats("\n".join(json.dumps(row) for row in rows).encode())
     except pm.InvalidRequest as error:
         assert str(error)
     else:
-        pm.check_tree(copy.messages)
-        assert all(m.confirmed for m in copy.path)
+        for copy in copies:
+            pm.check_tree(copy.messages)
+            assert all(m.confirmed for m in copy.path)
 
 
 # ---------------------------------------------------------------------------- there and back
@@ -722,7 +841,7 @@ def test_an_export_comes_back_as_it_was(folders, messages, data):
         exported = first.archive.export("a/b")
         second.archive.take_in(json.dumps(exported).encode())
         assert second.archive.export("a/b") == exported
-        assert second.archive.take_in(json.dumps(exported).encode())[0]["added"] == 0
+        assert second.archive.take_in(json.dumps(exported).encode())["chats"][0]["added"] == 0
         assert second.archive.export("a/b") == exported
     untouched = [{**m, "tokens": 0} for m in exported["messages"]]
     whole["messages"] = [{**m, "tokens": 0} for m in whole["messages"]]
@@ -743,7 +862,7 @@ def test_odd_exports_are_taken_in_or_refused(folders, data):
     part[data.draw(st.sampled_from(sorted(names)))] = data.draw(ODD | VALUES | st.just("0001-01-01T00:00:00"))
     with Shelf(folders()) as memory:
         try:
-            (chat,) = memory.archive.take_in(json.dumps(whole).encode())
+            (chat,) = memory.archive.take_in(json.dumps(whole).encode())["chats"]
         except pm.InvalidRequest as error:
             assert str(error)
         else:
@@ -773,9 +892,9 @@ def transcripts(draw) -> str:
 def test_a_chat_file_comes_back_as_it_was(folders, text):
     """Import, export as a chat file, import elsewhere: the same messages with the same swipes, names and dates."""
     with Shelf(folders()) as first, Shelf(folders()) as second:
-        (chat,) = first.archive.take_in(text.encode())
+        (chat,) = first.archive.take_in(text.encode())["chats"]
         back = first.archive.export_transcript(chat["chat_id"])
-        (again,) = second.archive.take_in(back.encode())
+        (again,) = second.archive.take_in(back.encode())["chats"]
         assert again == chat
 
         def kept(memory):
