@@ -5363,7 +5363,9 @@ def parse_json(text: str, where: str = "") -> Any:
         return json_value(text)
     except ValueError as error:
         line = where or f"line {getattr(error, 'lineno', 1)}"
-        words = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        words = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            words = f"{error.msg.removesuffix(' starting at')} at character {error.colno}"
         raise InvalidRequest(f"{line} is not valid JSON: {words[:200]}.", line) from None
 
 

@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import quote
 
 import httpx
 import pytest
@@ -673,19 +672,15 @@ def test_a_bad_row_costs_that_row(shared_server, row, words):
     raw = b"\n".join([*rows, json.dumps(line("Helena", after)).encode()])
     taken = answered(shared_server, raw, name="a file.jsonl", chat_id=f"bad row {words} {row!r:.50}")
     (left,), (chat,) = taken["passed_over"], taken["chats"]
-    assert (
-        (left["file"], left["line"]) == ("a file.jsonl", 2)
-        and left["why"].startswith("line 2")
-        and words in left["why"]
-    )
-    assert branch_texts(shared_server.url, quote(chat["chat_id"], safe=""))[0] == before and chat["total"] == 2
+    assert (left["file"], left["line"]) == ("a file.jsonl", 2)
+    assert left["why"].startswith("line 2") and words in left["why"]
+    assert branch_texts(shared_server.url, chat["chat_id"])[0] == before and chat["total"] == 2
 
 
 def test_a_header_that_was_cut_off_makes_no_group(server):
     """Nor does it cost the names, which the messages hold too."""
-    (chat,) = take_in(
-        server, '{"user_name": "unused", "chara\n' + written(line("Robin", "Hello."), line("Helena", "Sit."), header={})
-    )
+    rows = written(line("Robin", "Hello."), line("Helena", "Sit."), header={})
+    (chat,) = take_in(server, '{"user_name": "unused", "chara\n' + rows)
     assert branch_texts(server.url, chat["chat_id"]) == ["Hello.", "Sit."]
     assert [c["character"] for c in call(server, "GET", "chats").json()] == ["Helena"]
 
@@ -710,7 +705,7 @@ def test_odd_types_are_read_where_their_meaning_is_clear(server):
         {"is_user": False, "mes": None, "swipes": ["y", "Four."], "swipe_id": "1"},
         {"is_user": None, "mes": "Five.", "swipes": [None, "Five.", 3], "swipe_id": 1.0, "send_date": {}},
     ]
-    rows[1]["swipe_id"] = 0
+    rows[1] |= {"swipes": [{"message": "Two."}, {"message": "B"}], "swipe_id": 0}
     taken = answered(server, written(*rows))
     assert taken["passed_over"] == []
     kept = export(server, taken["chats"][0]["chat_id"])["messages"]
@@ -722,13 +717,11 @@ def test_odd_types_are_read_where_their_meaning_is_clear(server):
 def test_tool_notices_and_thoughts_are_no_messages(server):
     """A model's thoughts are cut out of its replies and swipes; a reply that was nothing else is none."""
     notice = {"tool_invocations": [{"name": "roll", "result": "6"}], "isSmallSys": True}
-    reply = line(
-        "Helena", "<think>Lie to Robin.</think>\nSit.", swipes=["Stand.", "<think>Lie to Robin.</think>\nSit."]
-    )
+    sit = "<think>Lie to Robin.</think>\nSit."
     file = written(
         line("Robin", "Hello. <think>is a tag."),
         line("SillyTavern System", "<details>Tool calls</details>", is_system=True, extra=notice),
-        {**reply, "swipe_id": 1},
+        line("Helena", sit, swipes=["Stand.", sit], swipe_id=1),
         line("Robin", "What is that?"),
         line("Helena", "<think>I do not know"),
     )
