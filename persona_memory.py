@@ -5780,8 +5780,9 @@ def kobold_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
     Raises `NoChatFile` where it is a story.
     """
     settings = data["savedsettings"]
-    user, characters = (str(settings.get(key) or "") for key in ("chatname", "chatopponent"))
-    names = [name for name in (user, *characters.split("||$||")) if name]
+    user, opponents = (str(settings.get(key) or "") for key in ("chatname", "chatopponent"))
+    characters = opponents.split("||$||")
+    names = [name for name in (user, *characters) if name]
     pieces = (text_in(piece) or "" for piece in (data.get("prompt"), *(data.get("actions") or ())))
     text = "".join(pieces)
     turns = KOBOLD_TURN.split(text)
@@ -5791,7 +5792,7 @@ def kobold_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
         raise NoChatFile("This is a story of KoboldAI Lite, not a chat: nothing in it says who speaks.")
     spoken = zip(("OUTPUT", *turns[1::2]), turns[::2], strict=True)
     rows = [{"is_user": who in ("INPUT", user), "mes": said.strip()} for who, said in spoken]
-    header = {"user_name": user, "character_name": names[-1] if names else ""}
+    header = {"user_name": user, "character_name": characters[0]}
     yield header, [(f"turn {i}", row) for i, row in enumerate(rows)]
 
 
@@ -8067,8 +8068,8 @@ class Prepared:
 def message_row(m: Message, index: int) -> dict:
     """A message as the API shows it; `index` is its 0-based position in the branch."""
     row = {
-        "id": m.id, "index": index, "role": m.role, "name": m.name, "content": m.content, "timestamp": m.timestamp,
-        "at": m.at, "tokens": m.tokens, "pinned": m.pinned, "forgotten": m.forgotten, "edited": m.shown is not None,
+        "id": m.id, "index": index, "role": m.role, "name": m.name or m.voice, "content": m.content,
+        "timestamp": m.timestamp, "at": m.at, "tokens": m.tokens, "pinned": m.pinned, "forgotten": m.forgotten, "edited": m.shown is not None,
     }  # fmt: skip
     return row if m.shown is None else row | {"original": m.shown}
 

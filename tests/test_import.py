@@ -302,6 +302,11 @@ def test_what_was_hidden_from_the_beginning_on_comes_back(server, upstream):
         ("2024-07-12T21:30:12.123Z", datetime.fromisoformat("2024-07-12T21:30:12.123+00:00")),
         (1720819812123, datetime.fromisoformat("2024-07-12T21:30:12.123+00:00")),
         ("1720819812123", datetime.fromisoformat("2024-07-12T21:30:12.123+00:00")),
+        (1720819812, datetime.fromisoformat("2024-07-12T21:30:12+00:00")),
+        ("7/12/2026, 2:18:29\u202fPM", datetime(2026, 7, 12, 14, 18, 29)),
+        ("Jul 12, 2026 2:18 PM", datetime(2026, 7, 12, 14, 18)),
+        ("12/07/2026, 14:18:29", datetime(2026, 7, 12, 14, 18, 29)),
+        ("12.7.2026, 14:18:29", datetime(2026, 7, 12, 14, 18, 29)),
     ],
 )
 def test_every_format_of_dates_is_read(given, expected):
@@ -477,6 +482,185 @@ def test_names_in_front_of_texts_are_speakers_in_groups_only():
     assert turns_of("Helena: hi", "Helena: hm", leading="Be her.") == [None, None]
     assert turns_of("Helena: hi", "Well: hm", "no name", leading="Be her.") == [None, None, None]
     assert turns_of("Helena: ", "Borin: x", leading=opening) == [None, "Borin"]
+
+
+# ---------------------------------------------------------------------------- import and life are one
+
+
+def chats(server) -> list[str]:
+    """The ids of all chats."""
+    return [c["chat_id"] for c in call(server, "GET", "chats").json()]
+
+
+def known(chat_id: str, header: dict | None = None) -> dict:
+    """A header as the extension leaves it in a chat that has that id."""
+    metadata = {"persona_memory": {"id": chat_id, "file": "Helena - 1", "main": "", "group": False}, **(header or {})}
+    return {"chat_metadata": metadata, "user_name": "unused", "character_name": "unused"}
+
+
+def test_a_file_whose_header_names_the_chat_is_that_chat(server):
+    """Also where the chat has not been met yet; a copy of the header in a branch names the branch's parent."""
+    rows = [line("Helena", "Come in."), line("Robin", "Hello, it is me.")]
+    (chat,) = take_in(server, written(*rows, header=known("st-1")))
+    assert chat == {"chat_id": "st-1", "added": 2, "total": 2}
+    other = [*rows, line("Helena", "Sit."), line("Robin", "Another way.")]
+    (branch,) = take_in(server, written(*other, header=known("st-1", {"main_chat": "Helena - 1"})))
+    assert branch["chat_id"] != "st-1" and sorted(chats(server)) == sorted(["st-1", branch["chat_id"]])
+
+
+@pytest.mark.parametrize("how", ["header", "extension", "file", "query"])
+def test_an_imported_chat_becomes_the_one_that_gets_its_id(server, upstream, how):
+    """However the id comes: the chat is listed once, and the same file adds nothing, with and without the id."""
+    client = Client(server.url, HELENA, window=4)
+    client.chat += [Line("user", TEXTS[0], "Robin"), Line("assistant", "*nods*", "Helena")]
+    for number in range(60):
+        client.chat += [Line("user", f"Night {number}: the wind turns, and the log has one more line.", "Robin")]
+        client.chat += [Line("assistant", f"*looks at wave {number} for a long while*", "Helena")]
+    text = client.file()
+    (chat,) = take_in(server, text)
+    named = written(*map(json.loads, text.splitlines()[1:]), header=known("st-1"))
+    if how == "header":
+        client.headers = {"X-Chat-Id": "st-1"}
+        client.send("What is my cat afraid of?")
+        assert client.answer.chat_id == "st-1" and TEXTS[0] in branch_texts(server.url, "st-1")
+    elif how == "extension":
+        turns = [{"role": m.role, "content": m.text} for m in client.chat] + [{"role": "user", "content": "Well?"}]
+        said = {"chat_id": "st-1", "complete": True, "messages": turns}
+        assert call(server, "POST", "inject", json=said).status_code == 200
+    else:
+        (line_,) = take_in(server, named) if how == "file" else take_in(server, text, chat_id="st-1")
+        assert line_ == {"chat_id": "st-1", "added": 0, "total": chat["total"]}
+    assert chats(server) == ["st-1"]
+    for again in (text, named):
+        assert take_in(server, again) == [{"chat_id": "st-1", "added": 0, "total": chat["total"]}]
+    assert chats(server) == ["st-1"]
+
+
+def test_the_marks_of_an_imported_chat_stay_with_it(server):
+    """Pinned and forgotten, and what stands on its rejected swipes."""
+    swipes = ["Sit.", "Stand."]
+    file = written(line("Robin", "Hello."), line("Helena", "Sit.", swipes=swipes, swipe_id=0), line("Robin", "Why?"))
+    (chat,) = take_in(server, file)
+    before = export(server, chat["chat_id"])["messages"]
+    path = f"chats/{chat['chat_id']}/messages/{before[0]['id']}"
+    assert call(server, "PATCH", path, json={"pinned": True, "content": "Good evening."}).status_code == 200
+    before = export(server, chat["chat_id"])["messages"]
+    take_in(server, file, chat_id="st-1")
+    assert export(server, "st-1")["messages"] == before and chats(server) == ["st-1"]
+
+
+def test_an_imported_chat_of_two_branches_becomes_two_chats(server):
+    """It stays until each of its branches is a named chat, and neither of those holds the other's end."""
+    rows = [line("Helena", "Come in."), line("Robin", "Hello, it is me."), line("Helena", "Sit.")]
+    one, two = ([*rows, line("Robin", f"The {way} way."), line("Helena", f"{way}.")] for way in ("First", "Second"))
+    for file in (one, two):
+        take_in(server, written(*file))
+    assert len(chats(server)) == 1
+    take_in(server, written(*one), chat_id="st-1")
+    assert len(chats(server)) == 2
+    take_in(server, written(*two), chat_id="st-2")
+    assert sorted(chats(server)) == ["st-1", "st-2"]
+    for chat_id, file in (("st-1", one), ("st-2", two)):
+        kept = [m["content"] for m in export(server, chat_id)["messages"]]
+        assert kept == [row["mes"] for row in file] == branch_texts(server.url, chat_id)
+
+
+def test_the_file_of_a_chat_that_was_lived_under_an_id_adds_what_is_new(server):
+    """Though nothing in the file names it; a file that only begins alike is another chat."""
+    client = lived(server, headers={"X-Chat-Id": "card-7"})
+    grown = take_in(server, client.file())
+    assert grown == [{"chat_id": "card-7", "added": 1, "total": len(client.chat)}]
+    assert take_in(server, client.file()) == [{**grown[0], "added": 0}] and chats(server) == ["card-7"]
+    other = [Line("user", f"Quite another evening, {n}.", "Robin") for n in range(12)]
+    client.chat[3:] = other
+    (line_,) = take_in(server, client.file())
+    assert line_["chat_id"] != "card-7"
+
+
+# ---------------------------------------------------------------------------- other programs
+
+WEBUI = {
+    "internal": [
+        ["<|BEGIN-VISIBLE-CHAT|>", "How can I help?"],
+        ["Where is the key?", "Under the mill."],
+        ["Thanks", ""],
+    ],
+    "visible": [["", "How can I help?"], ["Where is the key?", "Under the mill."], ["Thanks", ""]],
+    "metadata": {"user_1": {"timestamp": "Jul 12, 2026 14:18"}},
+}
+AGNAI = {
+    "name": "Exported", "greeting": "Hello",
+    "messages": [
+        {"_id": "1", "characterId": "c", "msg": "Hello", "handle": "Bea"},
+        {"_id": "2", "userId": "u", "msg": "Hi", "handle": "Ann", "createdAt": "2026-07-12T14:01:29.287Z"},
+    ],
+}  # fmt: skip
+CHARACTER_AI = {
+    "info": {"character": {"name": "Bea"}},
+    "histories": {"histories": [
+        {"msgs": [{"text": "Hello", "src": {"is_human": False}}, {"text": "Hi", "src": {"is_human": True}}]},
+        {"msgs": [{"text": "Hello", "src": {"is_human": False}}]},
+        {"msgs": [{"text": "Who?", "src": {"is_human": True}}, {"text": "Me.", "src": {"is_human": False}}]},
+    ]},
+}  # fmt: skip
+KOBOLD = {
+    "gamestarted": True, "prompt": "The door opens.", "actions": ["{{[INPUT]}}Hi{{[OUTPUT]}}", "Hello", "{{[INPUT]}}Bye"],
+    "savedsettings": {"chatname": "Ann", "chatopponent": "Bea||$||Cleo", "opmode": 4},
+}  # fmt: skip
+KOBOLD_NAMES = {**KOBOLD, "prompt": "", "actions": ["\nAnn: Hi", "\nBea: Hello\nthere", "\nCleo: Ho"]}
+RISU = {
+    "type": "risuChat", "ver": 1,
+    "data": {"name": "One", "note": "", "localLore": [], "message": [
+        {"role": "user", "data": "Hi", "time": 1783864889287}, {"role": "char", "data": "Hello", "saying": "x"},
+    ]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "document, expected",
+    [
+        (WEBUI, [["a How can I help?", "u Where is the key?", "a Under the mill.", "u Thanks"]]),
+        ({"data": WEBUI["internal"][:2], "data_visible": []},
+         [["a How can I help?", "u Where is the key?", "a Under the mill."]]),
+        (AGNAI, [["a Hello", "u Hi"]]),
+        (CHARACTER_AI, [["a Hello", "u Hi"], ["u Who?", "a Me."]]),
+        (KOBOLD, [["a The door opens.", "u Hi", "a Hello", "u Bye"]]),
+        (KOBOLD_NAMES, [["u Hi", "a Hello\nthere", "a Ho"]]),
+        (RISU, [["u Hi", "a Hello"]]),
+        ({**RISU, "type": "risuAllChats", "data": [RISU["data"], RISU["data"]]}, [["u Hi", "a Hello"]] * 2),
+    ],
+    ids=["webui", "old webui", "agnai", "character.ai", "kobold", "kobold by names", "risu", "all of risu"],
+)  # fmt: skip
+@pytest.mark.parametrize("indent", [None, 2])
+def test_chats_of_other_programs_are_read(document, expected, indent):
+    """On one line or on several."""
+    copies, _ = pm.read_chats(json.dumps(document, indent=indent).encode())
+    assert [[f"{m.role[0]} {m.content}" for m in copy.path] for copy in copies] == expected
+
+
+def test_names_and_dates_of_other_programs_are_read():
+    copies = [pm.read_chats(json.dumps(d).encode())[0][0] for d in (WEBUI, AGNAI, CHARACTER_AI, KOBOLD, RISU)]
+    names = [(copy.info.get("user_name"), copy.info.get("character")) for copy in copies]
+    assert names == [(None, None), ("Ann", "Bea"), (None, "Bea"), ("Ann", "Bea"), (None, None)]
+    dates = [pm.parse_send_date("Jul 12, 2026 14:18"), pm.parse_send_date(AGNAI["messages"][1]["createdAt"])]
+    assert [copies[0].path[1].timestamp, copies[1].path[1].timestamp] == dates
+    assert copies[4].path[0].timestamp == pm.parse_send_date(1783864889287)
+
+
+def test_a_bad_message_of_another_program_costs_that_message(server):
+    odd = {**AGNAI, "messages": [*AGNAI["messages"], {"msg": 5}, None]}
+    taken = answered(server, json.dumps(odd), name="a.json")
+    assert [left["why"].split(" ")[0] for left in taken["passed_over"]] == ["messages[2]", "messages[3]"]
+    assert taken["chats"][0]["total"] == 2
+
+
+def test_a_room_of_tavernai_keeps_its_speakers(server):
+    """Its header lists several characters; each reply begins with its speaker's name, as a group's does."""
+    header = {"user_name": "You", "character_names": ["Ilsa", "Bram"], "create_date": 1684669029632}
+    rows = [{"name": n, "is_user": n == "You", "mes": t} for n, t in (("Ilsa", "Hm."), ("You", "Hi."), ("Bram", "Ho."))]
+    (chat,) = take_in(server, written(*rows, header=header))
+    shown = call(server, "GET", f"chats/{chat['chat_id']}/messages").json()["messages"]
+    assert [(m["name"], m["content"]) for m in shown] == [("Ilsa", "Ilsa: Hm."), (None, "Hi."), ("Bram", "Bram: Ho.")]
 
 
 # ---------------------------------------------------------------------------- from the command line
