@@ -604,7 +604,7 @@ CHARACTER_AI = {
     ]},
 }  # fmt: skip
 KOBOLD = {
-    "gamestarted": True, "prompt": "The door opens.", "actions": ["{{[INPUT]}}Hi{{[OUTPUT]}}", "Hello", "{{[INPUT]}}Bye"],
+    "prompt": "The door opens.", "actions": ["{{[INPUT]}}Hi{{[OUTPUT]}}", "Hello", "{{[INPUT]}}Bye"],
     "savedsettings": {"chatname": "Ann", "chatopponent": "Bea||$||Cleo", "opmode": 4},
 }  # fmt: skip
 KOBOLD_NAMES = {**KOBOLD, "prompt": "", "actions": ["\nAnn: Hi", "\nBea: Hello\nthere", "\nCleo: Ho"]}
@@ -619,7 +619,7 @@ RISU = {
 @pytest.mark.parametrize(
     "document, expected",
     [
-        (WEBUI, [["a How can I help?", "u Where is the key?", "a Under the mill.", "u Thanks"]]),
+        (WEBUI, [["a How can I help?", "u Where is the key?", "a Under the mill.", "u Bye"]]),
         ({"data": WEBUI["internal"][:2], "data_visible": []},
          [["a How can I help?", "u Where is the key?", "a Under the mill."]]),
         (AGNAI, [["a Hello", "u Hi"]]),
