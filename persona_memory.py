@@ -2021,7 +2021,7 @@ PERSONA_PIECE = 60  # characters of a persona that are embedded together, where 
 SHORTEST_PIECE = 24  # "[Start a new Chat]" says nothing of anyone
 MOST_PIECES = 400
 MAX_EMBEDDED = 4000  # characters; MiniLM reads 256 tokens, and tokenizing megabytes to drop them takes seconds
-TURN, BACKGROUND = 0, 1  # priorities of encoding jobs
+TURN, QUERY, BACKGROUND = 0, 1, 2  # priorities of encoding jobs
 LATIN_END = "\u024f"
 # Questions with their answers: how near those are in a model, and others, tells what its cosines mean.
 KNOWN_PAIRS = (
@@ -8069,7 +8069,8 @@ def message_row(m: Message, index: int) -> dict:
     """A message as the API shows it; `index` is its 0-based position in the branch."""
     row = {
         "id": m.id, "index": index, "role": m.role, "name": m.name or m.voice, "content": m.content,
-        "timestamp": m.timestamp, "at": m.at, "tokens": m.tokens, "pinned": m.pinned, "forgotten": m.forgotten, "edited": m.shown is not None,
+        "timestamp": m.timestamp, "at": m.at, "tokens": m.tokens, "pinned": m.pinned, "forgotten": m.forgotten,
+        "edited": m.shown is not None,
     }  # fmt: skip
     return row if m.shown is None else row | {"original": m.shown}
 
@@ -8292,12 +8293,12 @@ class Vectors:
     def of_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of any texts, float32 [len(texts), dimensions]; raises `EmbedderUnavailable`.
 
-        A lone text is somebody's query; of many, a turn of a chat waits for no more than one job. An embedder that
-        is still loading is waited for: callers cannot proceed without the vectors.
+        A lone text is somebody's query, and goes before imports. A turn of a chat waits for no more than the job that
+        runs. An embedder that is still loading is waited for: callers cannot proceed without the vectors.
         """
         self.embedder.start()
         self.embedder.loaded.wait(SEARCH_SECONDS)
-        priority = TURN if len(texts) == 1 else BACKGROUND
+        priority = QUERY if len(texts) == 1 else BACKGROUND
         jobs = embedding_jobs(texts)
         found = [self.embedder.encode(job, timeout=SEARCH_SECONDS, priority=priority) for job in jobs]
         return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
@@ -12842,6 +12843,70 @@ def compute_embeddings() -> dict:
     return {"embedding": vectors if isinstance(given, list) else vectors[0]}
 
 
+# The embedder under the paths of other servers, so that clients can use it that know one of them: Vector Storage of
+# SillyTavern (its sources llama.cpp, vLLM, Ollama and KoboldCpp), and every OpenAI client.
+embeddings = flask.Blueprint("embeddings", __name__)
+
+
+def embedded(body: Mapping, name: str = "input") -> tuple[list[str], np.ndarray]:
+    """The texts of a body's field, which is one or a list, and their vectors; raises `InvalidRequest`."""
+    given = body.get(name)
+    texts = given if isinstance(given, list) else [given]
+    if not all(isinstance(text, str) for text in texts):
+        words = "a text or a list of texts"
+        if all(isinstance(item, int | list) for item in texts):
+            words += ", not of tokens: this model has others than the one that made them"
+        raise InvalidRequest(f"{name} must be {words}.", name)
+    return texts, engine().vectors.of_texts(texts)
+
+
+def embedding_list(body: Mapping) -> dict:
+    """The vectors of a body's `input` in OpenAI's form (its API reference, "Create embeddings")."""
+    form = body.get("encoding_format") or "float"
+    if form not in ("float", "base64"):
+        raise InvalidRequest("encoding_format is float or base64.", "encoding_format")
+    texts, vectors = embedded(body)
+    size = optional_field(body, "dimensions", int)
+    if size is not None and len(vectors) and size != vectors.shape[1]:
+        raise InvalidRequest(f"dimensions must be {vectors.shape[1]}: this model has no other size.", "dimensions")
+    rows = [base64.b64encode(v.astype("<f4").tobytes()).decode() if form == "base64" else v.tolist() for v in vectors]
+    tokens = sum(map(count_tokens, texts))
+    return {
+        "object": "list",
+        "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)],
+        "model": engine().embedder.name,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+
+
+@embeddings.post("/v1/embeddings")
+@embeddings.post("/embeddings")
+def openai_embeddings() -> dict:
+    """Vectors as OpenAI's API gives them; the model's name in the request does not matter."""
+    return embedding_list(request_object())
+
+
+@embeddings.post("/api/extra/embeddings")
+def kobold_embeddings() -> dict:
+    """Vectors as KoboldCpp gives them: OpenAI's form."""
+    return embedding_list(request_object())
+
+
+@embeddings.post("/api/embed")
+def ollama_embed() -> dict:
+    """Vectors as Ollama gives them."""
+    texts, vectors = embedded(request_object())
+    tokens = sum(map(count_tokens, texts))
+    return {"model": engine().embedder.name, "embeddings": vectors.tolist(), "prompt_eval_count": tokens}
+
+
+@embeddings.post("/api/embeddings")
+def ollama_embedding() -> dict:
+    """One vector as older versions of Ollama give it."""
+    prompt = require(request_object(), "prompt", str, blank=True)
+    return {"embedding": engine().vectors.of_texts([prompt])[0].tolist()}
+
+
 def health() -> dict:
     """What works. It needs no key; without the right one it tells no addresses, names of models or words of errors."""
     status = engine().status.health()
@@ -13004,6 +13069,7 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.add_url_rule("/extension.zip", view_func=extension_download)
     app.register_blueprint(api)
     app.register_blueprint(extras)
+    app.register_blueprint(embeddings)
     if settings.proxy:
         app.register_blueprint(proxy)
     app.wsgi_app = exact_paths(app.wsgi_app)

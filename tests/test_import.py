@@ -583,9 +583,9 @@ WEBUI = {
     "internal": [
         ["<|BEGIN-VISIBLE-CHAT|>", "How can I help?"],
         ["Where is the key?", "Under the mill."],
-        ["Thanks", ""],
+        ["Bye", ""],
     ],
-    "visible": [["", "How can I help?"], ["Where is the key?", "Under the mill."], ["Thanks", ""]],
+    "visible": [["", "How can I help?"], ["Where is the key?", "Under the mill."], ["Bye", ""]],
     "metadata": {"user_1": {"timestamp": "Jul 12, 2026 14:18"}},
 }
 AGNAI = {
