@@ -383,6 +383,50 @@ def normalise(text: str) -> str:
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
 
 
+LONGEST_NAME = 60  # characters of a name in a frame
+UNSEEN = re.compile(  # control characters, halves of characters, and what turns the direction of writing
+    "[\\x00-\\x08\\x0e-\\x1b\\x7f-\\x84\\x86-\\x9f\\ud800-\\udfff\\u061c\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]"
+)
+OTHER_LINE_ENDS = re.compile("\\r\\n|[\\r\\v\\f\\x1c-\\x1e\\x85\\u2028\\u2029]")  # those of `str.splitlines`
+FRAME_OPENINGS = (  # how the lines begin that this program sets around what it tells a model
+    "Earlier in this chat", "End of memories", "From another time", "The story so far", "End of the story so far",
+    "Keep in mind",
+)  # fmt: skip
+FRAMING = re.compile(
+    r"""<(?=[|｜]) | (?<=[|｜])>  # ChatML, Llama 3, Phi, Command R, GLM, DeepSeek: <|im_end|>
+    | </?(?:s|bos|eos|pad|unk|sep|mask|img|image|system|user|assistant|human|bot|model|tool|think(?:ing)?)>
+    | </?(?:start|end|begin)_of_\w{1,20}> | </?tool_\w{1,20}> | <(?:unused|reserved|extra_id)_?\d{1,6}>  # Gemma, Qwen, T5
+    | <</?SYS>> | \[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w{1,20}|THINK|IMG|[gs]?MASK|CLS|SEP|PAD|UNK|BOS|EOS)\]
+    | \#(?=\#{1,9}\s{0,9}(?:instruction|response|input|system|user|assistant|human)\b)  # Alpaca
+    | \[(?=[\W_]{0,9}(?:OPENINGS)\b)""".replace(
+        "OPENINGS", "|".join(re.sub(r"\W+", r"[\\W_]{1,9}", words) for words in FRAME_OPENINGS)
+    ),
+    re.IGNORECASE | re.VERBOSE,
+)
+HARMLESS = str.maketrans("<>[]#", "‹›()＃")
+
+
+def without_framing(text: str) -> str:
+    """The text with the control tokens of chat templates, and the lines that frame memories, in harmless brackets.
+
+    A backend that makes a prompt's text out of messages cannot tell such a token in a message from its own, and a model
+    cannot tell who closed a frame.
+    """
+    return FRAMING.sub(lambda found: found[0].translate(HARMLESS), text)
+
+
+def quoted(text: str) -> str:
+    """A text that is told within a frame: nothing unseen, no framing of its own, and further lines indented, so that
+    none can pass for a line of the frame."""
+    return without_framing(UNSEEN.sub("", OTHER_LINE_ENDS.sub("\n", text))).replace("\n", "\n  ")
+
+
+def one_line(text: str | None, limit: int = LONGEST_NAME) -> str:
+    """A name, or another label in a frame: one line of what can be seen, of so many characters at most."""
+    words = " ".join(UNSEEN.sub("", text or "").split())[:limit]
+    return without_framing(words).strip()
+
+
 def short_hash(*parts: str) -> str:
     """128 bits of SHA-256 over the parts, in hex."""
     raw = "\0".join(parts).encode("utf-8", "surrogatepass")
@@ -4598,8 +4642,8 @@ def summary_request(lines: Sequence[str], what: str, room: int, strict: bool) ->
 
 def numbered_line(message: Message, index: int, feeling: str = "") -> str:
     """A message as the model that summarises reads it."""
-    speaker = message.name or {"user": "User", "assistant": "Character"}[message.role]
-    return f"#{index + 1} {speaker}{f' ({feeling})' if feeling else ''}: " + " ".join(message.content.split())
+    speaker = one_line(message.name) or {"user": "User", "assistant": "Character"}[message.role]
+    return f"#{index + 1} {speaker}{f' ({feeling})' if feeling else ''}: " + " ".join(quoted(message.content).split())
 
 
 def clipped_lines(lines: Sequence[str], budget: int) -> list[str]:
@@ -4771,7 +4815,7 @@ def facts_of(facts: Iterable[Fact], indexes: Mapping[str, int], before: float) -
 def pinned_fact(message: Message, index: int) -> Fact:
     """A pinned message as a fact, for prompts that do not show it."""
     text = whole_sentences(message.content, PINNED_TOKENS)
-    line = f"{message.name or SPEAKERS[message.role]}: {text}"
+    line = f"{one_line(message.name) or SPEAKERS[message.role]}: {text}"
     return Fact(message.id, "", line, "", message.id, index, index, pinned=True)
 
 
@@ -4782,8 +4826,8 @@ def still_quotes(fact: Fact, message: Message) -> bool:
 
 def fact_line(fact: Fact, before: Fact | None) -> str:
     """A fact as the model reads it; what it superseded is said."""
-    earlier = f" (earlier, #{before.index + 1}: {before.text})" if before and before.text != fact.text else ""
-    return f"- #{fact.index + 1} {fact.text}{earlier}"
+    earlier = f" (earlier, #{before.index + 1}: {quoted(before.text)})" if before and before.text != fact.text else ""
+    return f"- #{fact.index + 1} {quoted(fact.text)}{earlier}"
 
 
 @dataclass(frozen=True)
@@ -4842,7 +4886,7 @@ def fitting_facts(rows: Sequence[tuple[Fact, Fact | None]], budget: int) -> list
 
 def summary_line(summary: Summary) -> str:
     """A summary as the model reads it."""
-    return f"(#{summary.start + 1}-{summary.end + 1}) {summary.text}"
+    return f"(#{summary.start + 1}-{summary.end + 1}) {quoted(summary.text)}"
 
 
 def line_tokens(summary: Summary) -> int:
@@ -4864,7 +4908,7 @@ def weighted_rows(
     rows = []
     for message, vector, reading in zip(messages, vectors, readings, strict=True):
         central = float(vector @ centre) if vector is not None else 0.5
-        speaker = message.name or {"user": "User", "assistant": "Character"}[message.role]
+        speaker = one_line(message.name) or {"user": "User", "assistant": "Character"}[message.role]
         rows.append((speaker, message.content, central + message_importance(message.content, reading)))
     return rows
 
@@ -5103,9 +5147,10 @@ def spoken_line(memory: Memory) -> str:
 
     A reply in a group begins with the speaker's name already.
     """
-    m, text = memory.message, memory.text.replace("\n", "\n  ")
-    named = m.voice and text.startswith(f"{m.voice}: ")
-    return text if named else f"{m.name or m.voice or SPEAKERS[m.role]}: {text}"
+    m, text = memory.message, quoted(memory.text)
+    voice = one_line(m.voice)
+    named = voice and text.startswith(f"{voice}: ")
+    return text if named else f"{one_line(m.name) or voice or SPEAKERS[m.role]}: {text}"
 
 
 def memory_line(memory: Memory) -> str:
@@ -5115,7 +5160,7 @@ def memory_line(memory: Memory) -> str:
 
 def given_day(memory: Memory) -> str:
     """The day that the client gives a message; empty where it gives none."""
-    return (memory.message.timestamp or "")[:10]
+    return one_line(memory.message.timestamp, 10)
 
 
 def neighbours(memories: Sequence[Memory]) -> list[list[Memory]]:
@@ -5186,7 +5231,7 @@ def memory_frame_tokens() -> int:
 def with_reminder(block: str, piece: str, room: int) -> tuple[str, str]:
     """What goes in front of the newest message, with a piece of the persona at its end where `room` tokens leave space
     for that; and the piece, empty where it was left out."""
-    line = f"[Keep in mind, from the description: {piece}]" if piece else ""
+    line = f"[Keep in mind, from the description: {quoted(piece)}]" if piece else ""
     free = room - (count_tokens(block) + FRAME_MARGIN if block else 0)
     if not line or count_tokens(line) + FRAME_MARGIN > min(free, REMINDER_TOKENS):
         return block, ""
@@ -8140,7 +8185,7 @@ class Feelings:
         """The line that tells the model how the user feels; empty where it has no room or nothing to say."""
         if self._settings.no_guidance or turn.pivot is None or turn.layout.room < GUIDANCE_TOKENS:
             return ""
-        line = guidance_line(mood, turn.pivot.name or SPEAKERS["user"])
+        line = guidance_line(mood, one_line(turn.pivot.name) or SPEAKERS["user"])
         return line if count_tokens(line) + MESSAGE_OVERHEAD + 2 <= GUIDANCE_TOKENS else ""
 
     def classify(self, text: str) -> EmotionReading:
