@@ -395,7 +395,7 @@ FRAME_OPENINGS = (  # how the lines begin that this program sets around what it 
 FRAMING = re.compile(
     r"""<(?=[|｜]) | (?<=[|｜])>  # ChatML, Llama 3, Phi, Command R, GLM, DeepSeek: <|im_end|>
     | </?(?:s|bos|eos|pad|unk|sep|mask|img|image|system|user|assistant|human|bot|model|tool|think(?:ing)?)>
-    | </?(?:start|end|begin)_of_\w{1,20}> | </?tool_\w{1,20}> | <(?:unused|reserved|extra_id)_?\d{1,6}>  # Gemma, Qwen, T5
+    | </?(?:start|end|begin)_of_\w{1,20}> | </?tool_\w{1,20}> | <(?:unused|reserved|extra_id)_?\d{1,6}>  # Gemma, T5
     | <</?SYS>> | \[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w{1,20}|THINK|IMG|[gs]?MASK|CLS|SEP|PAD|UNK|BOS|EOS)\]
     | \#(?=\#{1,9}\s{0,9}(?:instruction|response|input|system|user|assistant|human)\b)  # Alpaca
     | \[(?=[\W_]{0,9}(?:OPENINGS)\b)""".replace(
