@@ -3125,7 +3125,7 @@ class ChatStore:
         elif key.startswith("f:"):
             self.facts[key[2:]] = Fact(**row)
         elif key.startswith("k:"):
-            self.marks[key[2:]] = {speaker: Mark(**mark) for speaker, mark in row.items()}
+            self.marks[key[2:]] = {name: Mark(**mark) for name, mark in row.items()}
         else:
             self._remember(row)
 
@@ -9432,10 +9432,15 @@ class Summarizer:
 
     def _next(self, chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary], range | None]:
         """The plan's branch, the summaries that stand for it, and the messages whose turn it is."""
-        path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else []
-        story = story_of(chat.store.summaries.values(), chat.texts(path))
+        path, story = self._story(chat, plan)
         until = min(plan.until, len(path))
         return path, story, next_stretch(story, plan.first, until, self._settings.summary_every)
+
+    @staticmethod
+    def _story(chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary]]:
+        """The plan's branch, and the summaries that stand for it."""
+        path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else []
+        return path, story_of(chat.store.summaries.values(), chat.texts(path))
 
     def _work_off(self, chat_id: str) -> None:
         """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
@@ -9471,18 +9476,15 @@ class Summarizer:
                 return False
             messages, texts = chat.store.read(path[stretch.start : stretch.stop]), chat.texts(path)
             marks = dict(chat.store.marks)
-        untold = plan.until - plan.first - sum(s.end + 1 - s.start for s in story)
-        behind = untold // self._settings.summary_every > BACKLOG  # an import: by its own sentences, then better
+        left = plan.until - plan.first - sum(s.end + 1 - s.start for s in story)
+        behind = left // self._settings.summary_every > BACKLOG  # an import: by its own sentences at once, then better
         ask = None if behind or not self._writes else self._asker(plan, authorization)
         fresh, facts = self._from_messages(chat, messages, stretch.start, plan, ask)
         made = [fresh, *(replace(s, since=max(s.end, fresh.end)) for s in self._again(chat, path, story, plan, ask))]
         story = story_of([*made, *story], texts)
         while group := to_condense(story, summaries_share(plan.budget)):
-            made.append(
-                replace(
-                    self._from_summaries(chat, path, group, plan, ask), since=max(fresh.end, *(s.since for s in group))
-                )
-            )
+            condensed = self._from_summaries(chat, path, group, plan, ask)
+            made.append(replace(condensed, since=max(fresh.end, *(s.since for s in group))))
             story = sorted([*(s for s in story if s not in group), made[-1]], key=lambda s: s.start)
         if self._closed:
             return False
@@ -9514,8 +9516,7 @@ class Summarizer:
             return None
         with chat.lock:
             path, story = self._story(chat, plan)
-            stored = list(chat.store.summaries.values())
-        return oldest_extract(story, stored, {message: i for i, message in enumerate(path)})
+            return oldest_extract(story, list(chat.store.summaries.values()), chat.texts(path))
 
     def _improve(self, chat: Chat, plan: SummaryPlan, authorization: str) -> float | None:
         """Has the model write one extract anew; returns the seconds after which to go on, None to end it for now.
@@ -9531,20 +9532,20 @@ class Summarizer:
         with chat.lock:
             path, story = self._story(chat, plan)
             start, _ = next_gap(story, plan.first)
-            indexes = {message: i for i, message in enumerate(path)}
             messages = chat.store.read(path[old.start : old.end + 1]) if old.level == 1 else []
-            parts = taken_in(old, chat.store.summaries.values(), indexes)
+            parts = taken_in(old, chat.store.summaries.values(), chat.texts(path))
         failed = self.failure
         if messages:
             fresh, _ = self._from_messages(chat, messages, old.start, plan, ask)
         else:
-            fresh = self._from_summaries(chat, parts, plan, ask)
+            fresh = self._from_summaries(chat, path, parts, plan, ask)
         if self._closed or (self.failure and self.failure is not failed):
             return None  # the model is not to blame: it goes on with the next turn, or after a restart
         since = start + self._settings.summary_every - 1
         fresh = replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1, since=since)
         with chat.lock:
-            if chat.store.summaries.get(old.id) == old:  # a user may have put words of their own in its place
+            now = chat.store.summaries.get(old.id)
+            if now and (now.text, now.source) == (old.text, old.source):  # not replaced by a user's own words
                 chat.store.commit(summaries=[fresh])
         return 0.0
 
@@ -9720,20 +9721,23 @@ class Summarizer:
         self._thread.shutdown(wait=True, cancel_futures=True)  # it may be writing; its request is cancelled
 
 
-def oldest_extract(story: Sequence[Summary], stored: Sequence[Summary], indexes: Mapping[str, int]) -> Summary | None:
+def oldest_extract(story: Sequence[Summary], stored: Sequence[Summary], texts: Sequence[str]) -> Summary | None:
     """The oldest extract among summaries, and among those that they were made from, which go first."""
     for summary in story:
-        parts = taken_in(summary, stored, indexes) if summary.level > 1 else ()
-        found = oldest_extract(parts, stored, indexes)
+        parts = taken_in(summary, stored, texts) if summary.level > 1 else ()
+        found = oldest_extract(parts, stored, texts)
         if found or (summary.source == "extract" and summary.tries < MOST_TRIES):
             return found or summary
     return None
 
 
-def taken_in(summary: Summary, stored: Iterable[Summary], indexes: Mapping[str, int]) -> list[Summary]:
-    """The summaries that a summary of a higher level was made from, oldest first."""
-    within = (s for s in stored if s.level < summary.level and summary.start <= s.start and s.end <= summary.end)
-    return story_of(within, indexes)
+def taken_in(summary: Summary, stored: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
+    """The summaries that a summary of a higher level was made from, oldest first.
+
+    `texts` are the digests of the branch's messages.
+    """
+    lower = placed((s for s in stored if s.level < summary.level and not s.stale), texts)
+    return story_of((s for s in lower if summary.start <= s.start and s.end <= summary.end), texts)
 
 
 # --------------------------------------------------------------------------------------------------------- status
@@ -9978,7 +9982,7 @@ class Completions:
         report, left = prepared.report, ours - counted_usage(kept, ())["prompt_tokens"]
         tokens = report.tokens | {"history": max(0, report.tokens["history"] - left)}
         report = replace(report, history=max(0, report.history - gone), tokens=tokens)
-        return changed(replace(prepared, shortened=True, report=report), reason, kept)
+        return with_messages(replace(prepared, shortened=True, report=report), reason, kept)
 
     def _learn_ratio(self, prepared: Prepared, usage: Mapping) -> None:
         """Learns from a prompt's tokens as the model counts them.
@@ -10030,10 +10034,10 @@ def without_refused(prepared: Prepared, error: UpstreamError) -> Prepared:
     report = replace(report, recalled=recalled, tokens=report.tokens | ({shares: 0} if shares else {}))
     prepared = replace(prepared, report=report, history=fallback.history, fallbacks=tuple(fallbacks))
     reason = f"asked again without {fallback.without}, which the provider's filter refused: {error}"
-    return changed(replace(prepared, refused=fallback.without), reason, fallback.messages)
+    return with_messages(replace(prepared, refused=fallback.without), reason, fallback.messages)
 
 
-def changed(prepared: Prepared, reason: str, messages: Sequence[dict]) -> Prepared:
+def with_messages(prepared: Prepared, reason: str, messages: Sequence[dict]) -> Prepared:
     """The turn with other messages, and why; log, header and report say so."""
     log_event("degraded", f"chat {prepared.chat_id}: {reason}", level=logging.WARNING, chat=prepared.chat_id)
     report = replace(prepared.report, degraded=reason)
