@@ -863,6 +863,7 @@ class LogFormatter(logging.Formatter):
     """Lines for people, or JSON with one object a line; keys never stand in either.
 
     A message is one line, whatever stands in a chat's id or in an upstream's words: control characters are escaped.
+    Further lines of a traceback are indented, since an error's words may pass for a line of the log.
     """
 
     def __init__(self, kind: str, secrets: Iterable[str] = ()):
@@ -877,6 +878,11 @@ class LogFormatter(logging.Formatter):
         """The line without its traceback."""
         record.message = CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], record.message)
         return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """The traceback."""
+        lines = super().formatException(ei).split("\n")
+        return "\n".join("  " + CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], line) for line in lines)
 
     def _object(self, record: logging.LogRecord) -> str:
         line = {
