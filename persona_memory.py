@@ -193,6 +193,9 @@ class Settings:
     emotion_model: str = setting(
         "", "text-classification model that reads feelings instead: a path or a hub name", "the built-in reader"
     )
+    forget_after: int = setting(
+        30, "days until forgotten words are erased from the disk and cannot be remembered again; 0 erases at once"
+    )
     no_guidance: bool = setting(False, "do not tell the model how the user feels", "off")
     api_key: str = setting(
         "",
@@ -389,6 +392,50 @@ def normalise(text: str) -> str:
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
 
 
+LONGEST_NAME = 60  # characters of a name in a frame
+UNSEEN = re.compile(  # control characters, halves of characters, and what turns the direction of writing
+    "[\\x00-\\x08\\x0e-\\x1b\\x7f-\\x84\\x86-\\x9f\\ud800-\\udfff\\u061c\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]"
+)
+OTHER_LINE_ENDS = re.compile("\\r\\n|[\\r\\v\\f\\x1c-\\x1e\\x85\\u2028\\u2029]")  # those of `str.splitlines`
+FRAME_OPENINGS = (  # how the lines begin that this program sets around what it tells a model
+    "Earlier in this chat", "End of memories", "From another time", "The story so far", "End of the story so far",
+    "Keep in mind",
+)  # fmt: skip
+FRAMING = re.compile(
+    r"""<(?=[|｜]) | (?<=[|｜])>  # ChatML, Llama 3, Phi, Command R, GLM, DeepSeek: <|im_end|>
+    | </?(?:s|bos|eos|pad|unk|sep|mask|img|image|system|user|assistant|human|bot|model|tool|think(?:ing)?)>
+    | </?(?:start|end|begin)_of_\w{1,20}> | </?tool_\w{1,20}> | <(?:unused|reserved|extra_id)_?\d{1,6}>  # Gemma, T5
+    | <</?SYS>> | \[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w{1,20}|THINK|IMG|[gs]?MASK|CLS|SEP|PAD|UNK|BOS|EOS)\]
+    | \#(?=\#{1,9}\s{0,9}(?:instruction|response|input|system|user|assistant|human)\b)  # Alpaca
+    | \[(?=[\W_]{0,9}(?:OPENINGS)\b)""".replace(
+        "OPENINGS", "|".join(re.sub(r"\W+", r"[\\W_]{1,9}", words) for words in FRAME_OPENINGS)
+    ),
+    re.IGNORECASE | re.VERBOSE,
+)
+HARMLESS = str.maketrans("<>[]#", "‹›()＃")
+
+
+def without_framing(text: str) -> str:
+    """The text with the control tokens of chat templates, and the lines that frame memories, in harmless brackets.
+
+    A backend that makes a prompt's text out of messages cannot tell such a token in a message from its own, and a model
+    cannot tell who closed a frame.
+    """
+    return FRAMING.sub(lambda found: found[0].translate(HARMLESS), text)
+
+
+def quoted(text: str) -> str:
+    """A text that is told within a frame: nothing unseen, no framing of its own, and further lines indented, so that
+    none can pass for a line of the frame."""
+    return without_framing(UNSEEN.sub("", OTHER_LINE_ENDS.sub("\n", text))).replace("\n", "\n  ")
+
+
+def one_line(text: str | None, limit: int = LONGEST_NAME) -> str:
+    """A name, or another label in a frame: one line of what can be seen, of so many characters at most."""
+    words = " ".join(UNSEEN.sub("", text or "").split())[:limit]
+    return without_framing(words).strip()
+
+
 def short_hash(*parts: str) -> str:
     """128 bits of SHA-256 over the parts, in hex."""
     raw = "\0".join(parts).encode("utf-8", "surrogatepass")
@@ -417,6 +464,8 @@ class Mark:
     pinned: bool = False  # repeated in every prompt that does not show it
     forgotten: bool = False  # never recalled, summarised or restored
     content: str | None = None  # words that count as memory in place of the client's
+    erased: bool = False  # forgotten for good: the words are kept nowhere
+    at: float = field(default=0.0, compare=False)  # when it was made, in Unix seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -441,6 +490,7 @@ class Message:
     pinned: bool = False
     forgotten: bool = False
     voice: str | None = None  # who speaks, where the text itself begins with that name, as in group chats
+    erased: str = ""  # the words' digest, where they were forgotten for good
 
     @property
     def original(self) -> str:
@@ -450,12 +500,12 @@ class Message:
     @property
     def mark(self) -> Mark:
         """What a user has made of its words."""
-        return Mark(self.pinned, self.forgotten, None if self.shown is None else self.content)
+        return Mark(self.pinned, self.forgotten, None if self.shown is None else self.content, bool(self.erased))
 
     @property
     def digest(self) -> str:
         """What alignment compares: role and normalised text, as the client shows it."""
-        return message_digest(self.role, self.original)
+        return self.erased or message_digest(self.role, self.original)
 
     @property
     def fingerprint(self) -> str:
@@ -495,7 +545,7 @@ class Node:
     role: str
     digest: str
     fingerprint: str  # of the text that counts as memory
-    shown: str  # the same of the client's words
+    shown: str  # the same of the client's words; empty where they were erased
     depth: int  # the first message of a chat has depth 0
     # What follows may change. It takes no part in comparing branches: a pinned message need not be indexed anew.
     order: int = field(compare=False)  # messages are numbered in the order in which the store first saw them
@@ -813,6 +863,7 @@ class LogFormatter(logging.Formatter):
     """Lines for people, or JSON with one object a line; keys never stand in either.
 
     A message is one line, whatever stands in a chat's id or in an upstream's words: control characters are escaped.
+    Further lines of a traceback are indented, since an error's words may pass for a line of the log.
     """
 
     def __init__(self, kind: str, secrets: Iterable[str] = ()):
@@ -827,6 +878,11 @@ class LogFormatter(logging.Formatter):
         """The line without its traceback."""
         record.message = CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], record.message)
         return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """The traceback."""
+        lines = super().formatException(ei).split("\n")
+        return "\n".join("  " + CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], line) for line in lines)
 
     def _object(self, record: logging.LogRecord) -> str:
         line = {
@@ -2320,8 +2376,8 @@ class Tree:
         depth = self.nodes[message.parent].depth + 1 if message.parent else 0
         self.nodes[message.id] = Node(
             message.id, message.parent, message.role, message.digest, message.fingerprint,
-            text_fingerprint(message.name, message.original), depth, order, message.tokens, message.confirmed,
-            message.complete, message.pinned, message.forgotten,
+            "" if message.erased else text_fingerprint(message.name, message.original), depth, order, message.tokens,
+            message.confirmed, message.complete, message.pinned, message.forgotten,
         )  # fmt: skip
         if old is None:
             self.by_digest[self.nodes[message.id].digest].append(message.id)
@@ -2742,6 +2798,7 @@ KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it
 STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
+OWN_FOLDERS = ("chats", "catalogue", "characters")  # in the data folder
 DAMAGED = ("file is not a database", "malformed", "encrypted")  # SQLite's words for a file that it cannot read
 
 
@@ -2831,6 +2888,13 @@ class Database:
             yield cache
 
     def _open(self) -> SharedCache:
+        file = database_of(self.folder)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # what cannot be used is told by SQLite
+            if not file.exists():
+                file.touch(mode=0o600)
+            elif file.stat().st_mode & 0o077:
+                file.chmod(0o600)  # SQLite's other files follow
         cache = SharedCache(
             str(self.folder), timeout=LOCK_SECONDS, disk=TextDisk, eviction_policy="none", size_limit=FOREVER,
             cull_limit=0, disk_min_file_size=FOREVER, sqlite_synchronous=1, sqlite_secure_delete=1,
@@ -2911,6 +2975,16 @@ def is_damage(error: BaseException | None) -> bool:
     return isinstance(error, sqlite3.DatabaseError) and any(words in str(error) for words in DAMAGED)
 
 
+def make_private(*folders: Path) -> None:
+    """Makes folders where they are missing, and lets nobody but their owner into those that are new or this program's
+    own; raises `OSError`."""
+    for folder in folders:
+        if not folder.exists() or folder.name in OWN_FOLDERS:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with contextlib.suppress(PermissionError):  # another user's, or a file system without owners
+                folder.chmod(0o700)
+
+
 def set_aside(folder: Path) -> Path:
     """Renames a damaged folder, so that nothing in it is lost; returns its new path."""
     aside = folder.with_name(f"{folder.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
@@ -2989,7 +3063,7 @@ class ChatStore:
         facts by the ids of messages."""
         with cache.transact():
             marked = [message_of(read_json(cache, f"m:{i}")) for i in self.tree.marked]
-            marks = changed_marks({}, marked, ())
+            marks = changed_marks({}, marked, (), time.time())
             for digest, some in marks.items():
                 cache[f"k:{digest}"] = json.dumps({name: asdict(mark) for name, mark in some.items()})
             own, reworded = {m.id: m for m in marked}, set()
@@ -3085,7 +3159,7 @@ class ChatStore:
             with cache.transact():
                 self._catch_up(cache)
                 generation, known = self._generation + 1, {**self.info, **info}
-                marks = changed_marks(self.marks, messages, marked)
+                marks = changed_marks(self.marks, messages, marked, time.time())
                 messages = self._with_marks(cache, messages, marks)
                 rows = {f"k:{digest}": {n: asdict(m) for n, m in some.items()} for digest, some in marks.items()}
                 rows |= {row["id"]: row for row in self._rows(messages)}
@@ -3107,6 +3181,40 @@ class ChatStore:
             self.info, self._generation = known, generation
             for key, row in rows.items():
                 self._take_over(key, row)
+
+    def erase(self, digests: Collection[str] = (), facts: Collection[str] = ()) -> None:
+        """Erases words for good: those of forgotten texts, by digest, and of forgotten facts, by id; and what was made
+        of them. A user's own summaries stay. What is left of a message are its place and its digest, by which a client
+        that still shows it is understood.
+
+        The words are overwritten in the file too (SQLite, "PRAGMA secure_delete"), and the write-ahead log is emptied.
+        """
+        with self._database.use() as cache:
+            with cache.transact():
+                self._catch_up(cache)
+                known = self.read([i for digest in digests for i in self.tree.by_digest.get(digest, ())])
+                gone = [m for m in known if m.forgotten and not m.erased]
+                doomed = {m.digest for m in gone}
+                told = [s for s in self.summaries.values() if s.source != "user" and not doomed.isdisjoint(s.texts)]
+                held = [f for f in self.facts.values() if f.digest in doomed or f.id in facts]
+                persona = self.info.get("persona", "")  # of strict clients it is the chat's first message
+                self.commit(
+                    info={"persona": ""} if any(m.original.strip() in persona for m in gone) else {},
+                    marked=[replace(m, content=m.original, shown=None, erased=m.digest) for m in gone],
+                    summaries=[replace(s, text="", tokens=0, stale=True) for s in told],
+                    facts=[replace(f, about="", text="", quote="", forgotten=True) for f in held],
+                )
+                self._delete_arrays(cache, gone)
+            cache._sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _delete_arrays(self, cache: SharedCache, messages: Sequence[Message]) -> None:
+        """Deletes the vectors and readings of the messages' texts, those of texts that stand elsewhere excepted."""
+        texts = {text_fingerprint(m.name, text) for m in messages for text in (m.content, m.original)}
+        texts -= {f for n in self.tree.nodes.values() for f in (n.fingerprint, n.shown)}
+        keys = cache._sql("SELECT key FROM Cache WHERE (key >= 'v:' AND key < 'v;') OR (key >= 'e:' AND key < 'e;')")
+        for (key,) in keys.fetchall():
+            if text_of_key(key.rpartition(":")[2]) in texts:
+                cache.delete(key)
 
     def _with_marks(
         self, cache: diskcache.Cache, messages: Sequence[Message], marks: Mapping[str, Mapping[str, Mark]]
@@ -3253,9 +3361,9 @@ def mark_for(marks: Mapping[str, Mark], message: Message) -> Mark | None:
 
 
 def changed_marks(
-    marks: Mapping[str, Mapping[str, Mark]], brought: Sequence[Message], marked: Sequence[Message]
+    marks: Mapping[str, Mapping[str, Mark]], brought: Sequence[Message], marked: Sequence[Message], at: float
 ) -> dict[str, dict[str, Mark]]:
-    """The marks of the texts whose marks change, by digest and speaker.
+    """The marks of the texts whose marks change, by digest and speaker; those that change do so `at` that time.
 
     `marked` messages replace the marks of their words; `brought` ones add theirs where the words have none.
     """
@@ -3263,12 +3371,12 @@ def changed_marks(
     for message in marked:
         some = changed.get(message.digest) or marks.get(message.digest, {})
         others = {name: mark for name, mark in some.items() if name and message.named and name != message.named}
-        changed[message.digest] = others | {message.named: message.mark}
+        changed[message.digest] = others | {message.named: replace(message.mark, at=at)}
     for message in sorted(brought, key=lambda m: not m.forgotten):
         if message.mark != Mark():
             some = changed.get(message.digest) or marks.get(message.digest, {})
             if mark_for(some, message) is None:
-                changed[message.digest] = {**some, message.named: message.mark}
+                changed[message.digest] = {**some, message.named: replace(message.mark, at=at)}
     return changed
 
 
@@ -3278,8 +3386,12 @@ def memory_of(marks: Mapping[str, Mark]) -> dict[str, tuple[str | None, bool]]:
 
 
 def with_mark(message: Message, mark: Mark | None) -> Message:
-    """The message as a mark makes it, in the client's own words where that has no others for it."""
+    """The message as a mark makes it, in the client's own words where that has no others for it; without any where it
+    was forgotten for good."""
     mark, own = mark or Mark(), message.original
+    if message.erased or (mark.erased and mark.forgotten):
+        gone = replace(message, content="", shown=None, erased=message.digest)
+        return replace(gone, pinned=mark.pinned, forgotten=mark.forgotten)
     content = own if mark.content is None else mark.content
     shown, tokens = None if content == own else own, message.tokens
     if shown is not None or message.shown is not None:  # the client's words where it shows them, the user's elsewhere
@@ -3308,6 +3420,12 @@ def upgraded_row(row: dict, tree: Tree) -> dict | None:
 def message_of(row: Mapping) -> Message:
     """A message from its row in the store."""
     return Message(**{k: v for k, v in row.items() if k != "order"})
+
+
+def forgotten_before(marks: Mapping[str, Mapping[str, Mark]], moment: float) -> set[str]:
+    """The digests of texts that were forgotten before that moment, in Unix seconds, and are not erased yet."""
+    every = ((digest, mark) for digest, some in marks.items() for mark in some.values())
+    return {digest for digest, mark in every if mark.forgotten and not mark.erased and mark.at < moment}
 
 
 def chat_folder(chat_id: str) -> str:
@@ -3693,6 +3811,7 @@ OPEN_CHATS = 32
 LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
+ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 DELETED = ".deleted-"  # begins the name of a folder that is being deleted
 
 
@@ -3750,6 +3869,14 @@ class Chat:
             self.store.put_vectors(embedder, vectors)
             self.index.add_vectors(vectors)
 
+    def erase(self, digests: Collection[str]) -> None:
+        """Erases the words of forgotten texts, on disk and in RAM."""
+        with self.lock:
+            self.store.erase(digests)
+            self.index, self.last_prompt = MemoryIndex(), None
+            self.readings.clear()
+            self.word_readings.clear()
+
     def close(self) -> None:
         """Closes its files."""
         with self.lock:
@@ -3760,15 +3887,16 @@ class Catalogue:
     """What is known of all chats without opening them. Derived: a lost one is made anew from the chats.
 
     Rows: `c:<chat>` a line for the list, `d:<digest>` the chats without an explicit id that hold a text, `n:<digest>`
-    those with one, `u:<chat>` a chat whose summary is due, `embedder` whose vectors all chats have, `changes` a
-    counter.
+    those with one, `u:<chat>` a chat whose summary is due, `x:<chat>` since when a chat has forgotten words that are
+    not erased, `embedder` whose vectors all chats have, `changes` a counter.
     """
 
     def __init__(self, folder: Path, on_loss: Callable[[], None] = lambda: None):
         self._database = RebuiltDatabase(folder, 1, on_loss)
 
-    def enter(self, line: Mapping, digests: Sequence[str] = (), explicit: bool = False) -> None:
-        """Notes a chat's line in the list, and texts that it holds; `explicit` says that its client has named it."""
+    def enter(self, line: Mapping, digests: Sequence[str] = (), explicit: bool = False, forgetful: float = 0.0) -> None:
+        """Notes a chat's line in the list, texts that it holds, whether its client has named it (`explicit`), and since
+        when (Unix seconds; 0: it has none) it has forgotten words that are not erased."""
         chat_id, kind = line["chat_id"], "n" if explicit else "d"
         with self._database.transaction() as cache:
             for key in (f"{kind}:{digest}" for digest in digests):
@@ -3776,6 +3904,7 @@ class Catalogue:
                 if chat_id not in chats:
                     cache[key] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
             cache[f"c:{chat_id}"] = json.dumps(line)
+            cache.set(f"x:{chat_id}", forgetful) if forgetful else cache.delete(f"x:{chat_id}")
             cache.incr("changes", default=0)
 
     def remove(self, chat_id: str, digests: Iterable[str] | None) -> None:
@@ -3784,21 +3913,36 @@ class Catalogue:
         The files are closed then: that empties the write-ahead log, where the words would stand on.
         """
         with self._database.transaction() as cache:
-            if digests is None:
-                keys = [*stored_rows(cache, "d:"), *stored_rows(cache, "n:")]
-            else:
-                keys = [f"{kind}:{digest}" for digest in digests for kind in "dn"]
-            for key in keys:
-                chats = json.loads(cache.get(key, "[]"))
-                left = [c for c in chats if c != chat_id]
-                if left and left != chats:
-                    cache[key] = json.dumps(left)
-                elif not left and chats:
-                    cache.delete(key)
-            cache.delete(f"c:{chat_id}")
-            cache.delete(f"u:{chat_id}")
+            self._remove_texts(cache, chat_id, digests)
+            for kind in "cux":
+                cache.delete(f"{kind}:{chat_id}")
             cache.incr("changes", default=0)
         self._database.rest()
+
+    @staticmethod
+    def _remove_texts(cache: SharedCache, chat_id: str, digests: Iterable[str] | None) -> None:
+        if digests is None:
+            keys = [*stored_rows(cache, "d:"), *stored_rows(cache, "n:")]
+        else:
+            keys = [f"{kind}:{digest}" for digest in digests for kind in "dn"]
+        for key in keys:
+            chats = json.loads(cache.get(key, "[]"))
+            left = [c for c in chats if c != chat_id]
+            if left and left != chats:
+                cache[key] = json.dumps(left)
+            elif chats and not left:
+                cache.delete(key)
+
+    def remove_texts(self, chat_id: str, digests: Iterable[str]) -> None:
+        """Takes texts of a chat out, and closes the files, as `remove` does."""
+        with self._database.transaction() as cache:
+            self._remove_texts(cache, chat_id, digests)
+        self._database.rest()
+
+    def forgetful(self, before: float) -> list[str]:
+        """The chats that have forgotten words since before that moment, in Unix seconds, which are not erased."""
+        with self._database.use() as cache:
+            return [key[2:] for key, since in stored_rows(cache, "x:").items() if since < before]
 
     def chats(self) -> list[dict]:
         """A line for every chat, the last used first."""
@@ -3888,15 +4032,16 @@ class ChatRegistry:
     """
 
     def __init__(self, data: Path, most_open: int = OPEN_CHATS):
-        self.folder = data / "chats"
-        self.catalogue = Catalogue(data / "catalogue", self._relist)
-        self.characters = CharacterSettings(data / "characters")
+        self.folder, *others = (data / name for name in OWN_FOLDERS)
+        self.catalogue = Catalogue(others[0], self._relist)
+        self.characters = CharacterSettings(others[1])
         self._most_open = most_open
         self._lent: OrderedDict[str, Lending] = OrderedDict()  # by folder, the last used last
         self._lock = threading.Lock()
         self._starting = threading.Lock()
         self._started = self._closed = False
         self._listed = threading.Event()  # set when every chat is in the catalogue
+        self._ending = threading.Event()
 
     def start(self) -> None:
         """Opens the data folder, once; chats that the catalogue lacks are entered in the background."""
@@ -3906,7 +4051,7 @@ class ChatRegistry:
             if self._started:
                 return
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                make_private(self.folder.parent, *(self.folder.parent / name for name in OWN_FOLDERS))
                 folders = {entry.name: entry for entry in self.folder.iterdir() if entry.is_dir()}
             except OSError as error:
                 raise StoreError(f"store: {type(error).__name__}: {error}") from error
@@ -4047,8 +4192,38 @@ class ChatRegistry:
 
     def enter(self, chat: Chat, ids: Iterable[str]) -> None:
         """Notes a chat's new messages and its line in the catalogue; hold the chat's lock."""
-        digests = list({chat.tree.nodes[i].digest for i in ids})
-        self.catalogue.enter(chat.store.listing(), digests, chat.store.info["explicit"])
+        texts = list({node.digest for node in chat.nodes(ids) if node.shown})
+        kept = [m.at for some in chat.store.marks.values() for m in some.values() if m.forgotten and not m.erased]
+        self.catalogue.enter(chat.store.listing(), texts, chat.store.info["explicit"], min(kept, default=0.0))
+
+    def erase(self, chat_id: str, digests: Collection[str]) -> None:
+        """Erases the words of a chat's forgotten texts; raises `NotFound`."""
+        with self.borrow(chat_id) as chat, chat.lock:
+            chat.erase(digests)
+            self.catalogue.remove_texts(chat_id, digests)
+            self.enter(chat, ())
+
+    def erase_lapsed(self, days: int) -> None:
+        """Erases what was forgotten more than so many days ago."""
+        self.start()
+        moment = time.time() - days * 86400
+        for chat_id in self.catalogue.forgetful(moment):
+            with contextlib.suppress(NotFound), self.borrow(chat_id) as chat:
+                self.erase(chat_id, forgotten_before(chat.store.marks, moment))
+
+    def keep_erasing(self, days: int) -> None:
+        """Does that now and every hour, in a thread of its own, until the registry is closed."""
+
+        def work() -> None:
+            """One round an hour."""
+            while not self._ending.is_set():
+                try:
+                    self.erase_lapsed(days)
+                except Exception as error:
+                    log_event("erase_failed", f"Forgotten words are not erased yet: {error}", level=logging.WARNING)
+                self._ending.wait(ERASE_SECONDS)
+
+        threading.Thread(target=work, name="eraser", daemon=True).start()
 
     def find(self, words: Sequence[str], limit: int, seconds: float) -> Iterator[tuple[dict, Message]]:
         """Messages that hold all the words, by chat, the last used first: at most `limit` of a chat, each with the
@@ -4108,6 +4283,7 @@ class ChatRegistry:
 
     def close(self) -> None:
         """Closes all files; waits for a chat that is being opened."""
+        self._ending.set()
         with self._lock:
             self._closed = True
             lent = list(self._lent.values())
@@ -4844,8 +5020,8 @@ def summary_request(lines: Sequence[str], what: str, room: int, strict: bool) ->
 
 def numbered_line(message: Message, index: int, feeling: str = "") -> str:
     """A message as the model that summarises reads it."""
-    speaker = message.name or {"user": "User", "assistant": "Character"}[message.role]
-    return f"#{index + 1} {speaker}{f' ({feeling})' if feeling else ''}: " + " ".join(message.content.split())
+    speaker = one_line(message.name) or {"user": "User", "assistant": "Character"}[message.role]
+    return f"#{index + 1} {speaker}{f' ({feeling})' if feeling else ''}: " + " ".join(quoted(message.content).split())
 
 
 def clipped_lines(lines: Sequence[str], budget: int) -> list[str]:
@@ -5023,7 +5199,7 @@ def facts_of(facts: Iterable[Fact], texts: Sequence[str], before: float) -> list
 def pinned_fact(message: Message, index: int) -> Fact:
     """A pinned message as a fact, for prompts that do not show it."""
     text = whole_sentences(message.content, PINNED_TOKENS)
-    line = f"{message.name or SPEAKERS[message.role]}: {text}"
+    line = f"{one_line(message.name) or SPEAKERS[message.role]}: {text}"
     return Fact(message.id, "", line, "", message.digest, index, index, pinned=True, message=message.id)
 
 
@@ -5034,8 +5210,8 @@ def still_quotes(fact: Fact, message: Message) -> bool:
 
 def fact_line(fact: Fact, before: Fact | None) -> str:
     """A fact as the model reads it; what it superseded is said."""
-    earlier = f" (earlier, #{before.index + 1}: {before.text})" if before and before.text != fact.text else ""
-    return f"- #{fact.index + 1} {fact.text}{earlier}"
+    earlier = f" (earlier, #{before.index + 1}: {quoted(before.text)})" if before and before.text != fact.text else ""
+    return f"- #{fact.index + 1} {quoted(fact.text)}{earlier}"
 
 
 @dataclass(frozen=True)
@@ -5094,7 +5270,7 @@ def fitting_facts(rows: Sequence[tuple[Fact, Fact | None]], budget: int) -> list
 
 def summary_line(summary: Summary) -> str:
     """A summary as the model reads it."""
-    return f"(#{summary.start + 1}-{summary.end + 1}) {summary.text}"
+    return f"(#{summary.start + 1}-{summary.end + 1}) {quoted(summary.text)}"
 
 
 def line_tokens(summary: Summary) -> int:
@@ -5116,7 +5292,7 @@ def weighted_rows(
     rows = []
     for message, vector, reading in zip(messages, vectors, readings, strict=True):
         central = float(vector @ centre) if vector is not None else 0.5
-        speaker = message.name or {"user": "User", "assistant": "Character"}[message.role]
+        speaker = one_line(message.name) or {"user": "User", "assistant": "Character"}[message.role]
         rows.append((speaker, message.content, central + message_importance(message.content, reading)))
     return rows
 
@@ -5347,9 +5523,10 @@ def spoken_line(memory: Memory) -> str:
 
     A reply in a group begins with the speaker's name already.
     """
-    m, text = memory.message, memory.text.replace("\n", "\n  ")
-    named = m.voice and text.startswith(f"{m.voice}: ")
-    return text if named else f"{m.name or m.voice or SPEAKERS[m.role]}: {text}"
+    m, text = memory.message, quoted(memory.text)
+    voice = one_line(m.voice)
+    named = voice and text.startswith(f"{voice}: ")
+    return text if named else f"{one_line(m.name) or voice or SPEAKERS[m.role]}: {text}"
 
 
 def memory_line(memory: Memory) -> str:
@@ -5359,7 +5536,7 @@ def memory_line(memory: Memory) -> str:
 
 def given_day(memory: Memory) -> str:
     """The day that the client gives a message; empty where it gives none."""
-    return (memory.message.timestamp or "")[:10]
+    return one_line(memory.message.timestamp, 10)
 
 
 def neighbours(memories: Sequence[Memory]) -> list[list[Memory]]:
@@ -5430,7 +5607,7 @@ def memory_frame_tokens() -> int:
 def with_reminder(block: str, piece: str, room: int) -> tuple[str, str]:
     """What goes in front of the newest message, with a piece of the persona at its end where `room` tokens leave space
     for that; and the piece, empty where it was left out."""
-    line = f"[Keep in mind, from the description: {piece}]" if piece else ""
+    line = f"[Keep in mind, from the description: {quoted(piece)}]" if piece else ""
     free = room - (count_tokens(block) + FRAME_MARGIN if block else 0)
     if not line or count_tokens(line) + FRAME_MARGIN > min(free, REMINDER_TOKENS):
         return block, ""
@@ -6155,6 +6332,8 @@ def checked_message(message: Message, where: str) -> Message:
         raise InvalidRequest(f"{where}.role must be user or assistant.", f"{where}.role")
     if message.id != message_id(message.parent, message.digest):
         raise InvalidRequest(f"{where}.id is not that of its text under its parent.", f"{where}.id")
+    if message.erased and message.original:
+        raise InvalidRequest(f"{where}.erased is for messages without words.", f"{where}.erased")
     timestamp = parse_timestamp(message.timestamp, f"{where}.timestamp")
     check_time(message.at, f"{where}.at")
     row = {"role": message.role} | ({"name": message.name} if message.name else {})
@@ -8395,7 +8574,7 @@ def message_row(m: Message, index: int) -> dict:
     row = {
         "id": m.id, "index": index, "role": m.role, "name": m.name or m.voice, "content": m.content,
         "timestamp": m.timestamp, "at": m.at, "tokens": m.tokens, "pinned": m.pinned, "forgotten": m.forgotten,
-        "edited": m.shown is not None,
+        "edited": m.shown is not None, "erased": bool(m.erased),
     }  # fmt: skip
     return row if m.shown is None else row | {"original": m.shown}
 
@@ -8761,7 +8940,7 @@ class Feelings:
         """The line that tells the model how the user feels; empty where it has no room or nothing to say."""
         if self._settings.no_guidance or turn.pivot is None or turn.layout.room < GUIDANCE_TOKENS:
             return ""
-        line = guidance_line(mood, turn.pivot.name or SPEAKERS["user"])
+        line = guidance_line(mood, one_line(turn.pivot.name) or SPEAKERS["user"])
         return line if count_tokens(line) + MESSAGE_OVERHEAD + 2 <= GUIDANCE_TOKENS else ""
 
     def classify(self, text: str) -> EmotionReading:
@@ -8849,8 +9028,8 @@ NEARLY_ALL = 0.8  # share of two copies' texts that makes them one chat's: some 
 class Archive:
     """Writes what clients show, models answer and files hold into the chats, and reads it out again."""
 
-    def __init__(self, registry: ChatRegistry, vectors: Vectors):
-        self._registry, self._vectors = registry, vectors
+    def __init__(self, registry: ChatRegistry, vectors: Vectors, undo_days: int):
+        self._registry, self._vectors, self._undo_days = registry, vectors, undo_days
         self._creating = threading.Lock()
 
     @contextlib.contextmanager
@@ -8987,7 +9166,8 @@ class Archive:
         character = request.identity.character or speaker or named_in_prompt(persona)
         info = {"head": path[-1], "shows_history": shows}
         info |= {"character": character} if character else {}
-        info |= {"persona": persona} if request.persona else {}
+        erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
+        info |= {"persona": "" if erased else persona} if request.persona else {}
         if messages or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(messages, info | {"updated": time.time()})
             self._registry.enter(chat, [m.id for m in messages])
@@ -9038,12 +9218,12 @@ class Archive:
             self._vectors.later(chat, [m.id for m in fresh])
         return {"chat_id": chat_id, "added": len(fresh), "total": total}
 
-    def change_message(self, chat_id: str, message_id: str, changes: Mapping[str, Any]) -> dict:
+    def change_message(self, chat_id: str, message_id: str, changes: Mapping[str, Any], for_good: bool = False) -> dict:
         """Edits, pins or forgets a message's words wherever they stand, or takes that back; returns it as it is then.
 
         `changes` holds any of `content` (other words that count as memory from now on; None takes the client's again),
         `pinned` and `forgotten`. The client goes on showing what it shows. Summaries that cover the message are made
-        anew, except a user's own. Raises `NotFound`.
+        anew, except a user's own. What is forgotten `for_good` is erased at once. Raises `NotFound`.
         """
         with self._registry.borrow(chat_id) as chat:
             with chat.lock:
@@ -9052,7 +9232,10 @@ class Archive:
                 old = chat.store.read([message_id])[0]
                 new = with_mark(old, replace(old.mark, **changes))
                 chat.store.commit(marked=[new])
-                row = message_row(new, chat.tree.nodes[message_id].depth)
+                self._registry.enter(chat, ())
+                if new.forgotten and (for_good or not self._undo_days):
+                    self._registry.erase(chat_id, [old.digest])
+                row = message_row(*chat.store.read([message_id]), chat.tree.nodes[message_id].depth)
                 same = list(chat.tree.by_digest[old.digest])
             self._vectors.later(chat, same)
         return row
@@ -9194,7 +9377,7 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
         node = tree.nodes.get(key)
         if node is None:
             messages.append(message_of_turn(parent, turn))
-        elif not node.confirmed or node.shown != turn.fingerprint:
+        elif not node.confirmed or (node.shown != turn.fingerprint and not (node.forgotten and not node.shown)):
             messages.append(shown_again(store.read([key])[0], message_of_turn(parent, turn)))
     return messages, path
 
@@ -9316,7 +9499,7 @@ class Recaller:
         found = [
             i for i in found if nodes[i].fingerprint not in shown and nodes[i].id not in silent and i >= turn.first
         ]
-        asking = next(n for n in reversed(nodes) if n.shown == turn.pivot.fingerprint)
+        asking = next(n for n in reversed(nodes) if n.shown in (turn.pivot.fingerprint, ""))
         memories = self._memories(chat, nodes, scores, found, self._feelings.read(chat, [asking])[0])
         memories = [in_part(m, index, query, evidence, vector) for m in memories]
         kept, left_out = select_memories(chat, turn.visible, memories, room)
@@ -9893,7 +10076,10 @@ class Summarizer:
                 raise NotFound(f"There is no fact {fact_id!r} in this chat.")
             changes = {"text": text, "pinned": pinned, "forgotten": forgotten or None}
             fact = replace(fact, **{k: v for k, v in changes.items() if v is not None})
-            chat.store.commit(facts=[fact])
+            if forgotten:  # that cannot be taken back, so nothing of it is kept
+                chat.store.erase(facts=[fact_id])
+            else:
+                chat.store.commit(facts=[fact])
         return asdict(fact)
 
     def change_summary(self, chat_id: str, summary_id: str, text: str) -> dict:
@@ -10506,7 +10692,7 @@ class PersonaMemory:
         self.summarizer = Summarizer(settings, writer, self.embedder.name, self.registry)
         self.status = Status(settings, self.upstream, self.embedder, self.registry, metrics, self.summarizer)
         self.vectors = Vectors(self.embedder, self.registry)
-        self.archive = Archive(self.registry, self.vectors)
+        self.archive = Archive(self.registry, self.vectors, settings.forget_after)
         self.feelings = Feelings(settings, self.vectors, self.registry)
         self.recaller = Recaller(self.vectors, self.feelings, self.registry)
         self.completions = Completions(settings, self.upstream, metrics)
@@ -10522,6 +10708,7 @@ class PersonaMemory:
         token_encoding()
         with contextlib.suppress(StoreError):
             self.summarizer.start()
+        self.registry.keep_erasing(self.settings.forget_after)
 
     def record(self, prepared: Prepared, texts: Sequence[str] = (), complete: bool = True) -> None:
         """Notes what the upstream answered (one text per choice) and what the prompt held. Never raises."""
@@ -13477,8 +13664,9 @@ def message_change(chat: str, message: str) -> dict:
 
 @api.delete("/chats/<chat:chat>/messages/<message>")
 def message_forget(chat: str, message: str) -> dict:
-    """Forgets a message; `forgotten: false` remembers it again."""
-    return engine().archive.change_message(chat, message, {"forgotten": True})
+    """Forgets a message; `forgotten: false` remembers it again, unless it was forgotten with `for_good=on`."""
+    for_good = flask.request.args.get("for_good") == "on"
+    return engine().archive.change_message(chat, message, {"forgotten": True}, for_good)
 
 
 @api.patch("/chats/<chat:chat>/facts/<fact>")
@@ -14292,6 +14480,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_log(settings)
         if act(settings, argv):
             return 0
+        os.umask(0o077)  # whatever is written from now on is for the user's own eyes
         server = create_server(settings, START_DELAY)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)
