@@ -6136,14 +6136,14 @@ def read_document(data: Any) -> tuple[list[ChatCopy], list[dict]]:
     return with_users(copies, passed_over)
 
 
-def part(data: Any, *names: str) -> Any:
+def nested(data: Any, *names: str) -> Any:
     """What stands in nested objects under those names; None where something on the way is missing."""
     for name in names:
         data = data.get(name) if isinstance(data, dict) else None
     return data
 
 
-def items(data: Any, where: str) -> Iterator[tuple[str, Any]]:
+def list_items(data: Any, where: str) -> Iterator[tuple[str, Any]]:
     """The items of a list with where they stand; nothing where it is no list."""
     return ((f"{where}[{i}]", item) for i, item in enumerate(data if isinstance(data, list) else ()))
 
@@ -6151,12 +6151,12 @@ def items(data: Any, where: str) -> Iterator[tuple[str, Any]]:
 def webui_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
     """text-generation-webui's log: pairs of what the user and the model said (its modules/chat.py)."""
     rows = []
-    for number, (where, pair) in enumerate(items(data.get("internal") or data.get("data"), "internal")):
+    for number, (where, pair) in enumerate(list_items(data.get("internal") or data.get("data"), "internal")):
         if not isinstance(pair, list):
             rows.append((where, pair))
             continue
         for side, text in zip(("user", "assistant"), pair, strict=False):
-            date = part(data, "metadata", f"{side}_{number}", "timestamp")
+            date = nested(data, "metadata", f"{side}_{number}", "timestamp")
             if text and text != WEBUI_GREETING:
                 rows.append((where, {"is_user": side == "user", "mes": text, "send_date": date}))
     yield {}, rows
@@ -6165,22 +6165,22 @@ def webui_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
 def agnai_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
     """Agnai's export: a message is a character's, or else a user's."""
     rows = []
-    for where, said in items(data["messages"], "messages"):
-        row = {"is_user": not part(said, "characterId"), "mes": part(said, "msg"), "name": part(said, "handle")}
-        rows.append((where, row | {"send_date": part(said, "createdAt")}))
+    for where, said in list_items(data["messages"], "messages"):
+        row = {"is_user": not nested(said, "characterId"), "mes": nested(said, "msg"), "name": nested(said, "handle")}
+        rows.append((where, row | {"send_date": nested(said, "createdAt")}))
     yield {}, rows
 
 
 def character_ai_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
     """Character.AI's export, which holds several chats with one character."""
-    header = {"character_name": part(data, "info", "character", "name")}
-    for place, history in items(part(data, "histories", "histories"), "histories"):
+    header = {"character_name": nested(data, "info", "character", "name")}
+    for place, history in list_items(nested(data, "histories", "histories"), "histories"):
         rows = []
-        for where, said in items(part(history, "msgs"), f"{place}.msgs"):
+        for where, said in list_items(nested(history, "msgs"), f"{place}.msgs"):
             row = {
-                "is_user": part(said, "src", "is_human"),
-                "mes": part(said, "text"),
-                "send_date": part(said, "created"),
+                "is_user": nested(said, "src", "is_human"),
+                "mes": nested(said, "text"),
+                "send_date": nested(said, "created"),
             }
             rows.append((where, row))
         yield header, rows
@@ -6211,18 +6211,18 @@ def kobold_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
 def risu_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
     """RisuAI's export of one chat, or of all with a character."""
     chats = data["data"] if isinstance(data.get("data"), list) else [data.get("data")]
-    for place, chat in items(chats, "data"):
+    for place, chat in list_items(chats, "data"):
         rows = []
-        for where, said in items(part(chat, "message"), f"{place}.message"):
-            row = {"is_user": part(said, "role") == "user", "mes": part(said, "data"), "name": part(said, "name")}
-            rows.append((where, row | {"send_date": part(said, "time")}))
+        for where, said in list_items(nested(chat, "message"), f"{place}.message"):
+            row = {"is_user": nested(said, "role") == "user", "mes": nested(said, "data"), "name": nested(said, "name")}
+            rows.append((where, row | {"send_date": nested(said, "time")}))
         yield {}, rows
 
 
 DOCUMENTS: tuple[tuple[Callable[[Mapping], bool], Callable[[Mapping], Iterator[tuple[dict, list]]]], ...] = (
     (lambda data: "internal" in data or "data_visible" in data, webui_chats),
     (lambda data: any("msg" in m for m in data.get("messages") or () if isinstance(m, dict)), agnai_chats),
-    (lambda data: part(data, "histories", "histories") is not None, character_ai_chats),
+    (lambda data: nested(data, "histories", "histories") is not None, character_ai_chats),
     (lambda data: isinstance(data.get("savedsettings"), dict), kobold_chats),
     (lambda data: data.get("type") in ("risuChat", "risuAllChats"), risu_chats),
 )
