@@ -98,7 +98,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -2495,6 +2495,7 @@ def align_floating(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alig
 # Requests
 # ======================================================================================================================
 
+MAX_CONTEXT = 10**9  # tokens; no model reads more
 ABSENT_IDS = ("", "undefined", "null", "None")  # what scripts send where they have no id
 GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\]")  # SillyTavern's default words
 JAVASCRIPT_DATE = re.compile(
@@ -2538,8 +2539,8 @@ def parse_injection(body: Any) -> tuple[ChatRequest, int]:
     if identity.chat_id in ABSENT_IDS:
         raise InvalidRequest("chat_id must say which chat this is.", "chat_id")
     window = optional_field(body, "context_tokens", int)
-    if window is not None and window < 1:
-        raise InvalidRequest("context_tokens must be a whole number, 1 or more.", "context_tokens")
+    if window is not None and not 1 <= window <= MAX_CONTEXT:
+        raise InvalidRequest(f"context_tokens must be a whole number from 1 to {MAX_CONTEXT}.", "context_tokens")
     persona = optional_field(body, "persona", str) or ""
     turns, tail = shown_turns(messages)
     leading = ({"role": "system", "content": persona},) if persona.strip() else ()
@@ -2581,8 +2582,14 @@ def check_message(message: Any, where: str) -> None:
     if content is None or isinstance(content, str):
         return
     parts = content if isinstance(content, list) else [None]
-    if not all(isinstance(p, dict) and (p.get("type") != "text" or isinstance(p.get("text"), str)) for p in parts):
+    if not all(is_part(part) for part in parts):
         raise InvalidRequest(f"{where}.content must be a string or a list of content parts.", f"{where}.content")
+
+
+def is_part(part: Any) -> bool:
+    """Whether a value can be a part of a message's content: an object with a type, and with text where that is it."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    return isinstance(kind, str) and (kind != "text" or isinstance(part.get("text"), str))
 
 
 def check_options(body: Mapping) -> None:
@@ -2598,7 +2605,7 @@ def check_options(body: Mapping) -> None:
 def parse_identity(fields: Mapping, where: str = "") -> Identity:
     """The identity that those fields name; raises `InvalidRequest`. A kind that is not known is a normal one."""
     names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
-    said = {key: (optional_field(fields, name, str, where) or "").strip() for key, name in names.items()}
+    said = {key: sane_text(optional_field(fields, name, str, where) or "").strip() for key, name in names.items()}
     kind = said["kind"] if said["kind"] in KINDS or not said["kind"] else "normal"
     return Identity(**said | {"kind": kind}, complete=bool(optional_field(fields, "complete", bool, where)))
 
@@ -5302,17 +5309,7 @@ def preceded(message: dict, block: str) -> dict:
 EXPORT_FORMAT, EXPORT_VERSION = "persona_memory", 1
 NO_NAMES = (None, "", "unused")  # what headers hold where they name nobody; newer versions write "unused"
 STAND_IN_AVATAR = "img/ai4.png"  # SillyTavern's own; a message that has one carries its speaker's name into the prompt
-LONGEST_DATE = 64  # characters; one of the patterns below takes quadratic time on long texts
-SEND_DATES = (
-    re.compile(
-        r"(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})\s*@\s*(?P<hour>\d{1,2})h\s*(?P<minute>\d{1,2})m"
-        r"\s*(?P<second>\d{1,2})s(?:\s*(?P<thousandth>\d{1,3})ms)?"
-    ),
-    re.compile(
-        r"(?P<name>[A-Za-z]+) (?P<day>\d{1,2}), (?P<year>\d{4}) (?P<hour>\d{1,2}):(?P<minute>\d{2})(?P<half>[ap])m",
-        re.I,
-    ),
-)
+LONGEST_DATE = 64  # characters
 KEPT_INFO = {  # what an export holds of a chat beside its messages, with its types
     "chat_id": str, "explicit": bool, "created": float, "updated": float, "character": str, "user_name": str,
     "shows_history": bool, "persona": str,
@@ -5477,28 +5474,25 @@ def swipes_of(row: Mapping, parent: str, voice: str | None, now: float) -> dict[
 
 
 def parse_send_date(value: Any) -> str | None:
-    """A message's date in ISO 8601, from any of the formats that SillyTavern has used; None for anything else.
+    """A message's date in ISO 8601; None for what is not a date.
 
-    Dates without a zone are in the zone of the client that wrote them, which is taken to be this machine's.
+    SillyTavern has written 1720819812123, "2024-07-12 @21h 30m 12s 5ms", "July 12, 2024 9:30pm" and ISO 8601. Dates
+    without a zone are in the zone of the client that wrote them, which is taken to be this machine's.
     """
     with contextlib.suppress(ValueError, OverflowError, OSError):
         if isinstance(value, int | float) or (isinstance(value, str) and value.isdecimal()):
             return iso_date(datetime.fromtimestamp(float(value) / 1000).astimezone())
         if isinstance(value, str) and len(value) <= LONGEST_DATE:
-            found = next((f for pattern in SEND_DATES if (f := pattern.search(value))), None)
-            when = datetime(*date_parts(found.groupdict())) if found else datetime.fromisoformat(value)
+            text = "".join(value.split()).lower()  # some versions wrote no spaces
+            if "@" in text:
+                text, _, milliseconds = text.removesuffix("ms").partition("s")
+                when = datetime.strptime(text, "%Y-%m-%d@%Hh%Mm%S") + timedelta(milliseconds=int(milliseconds or 0))
+            elif text.endswith("m"):
+                when = datetime.strptime(text, "%B%d,%Y%I:%M%p")
+            else:
+                when = datetime.fromisoformat(value)
             return iso_date(when if when.tzinfo else when.astimezone())
     return None
-
-
-def date_parts(found: Mapping[str, str | None]) -> list[int]:
-    """Year, month, day, hour, minute, second and microsecond of a date in one of SillyTavern's formats."""
-    hour = int(found["hour"])
-    if found.get("half"):
-        hour = hour % 12 + 12 * (found["half"].lower() == "p")
-    month = MONTHS.index(found["name"].lower()) + 1 if found.get("name") else int(found["month"])
-    second, thousandth = int(found.get("second") or 0), int(found.get("thousandth") or 0)
-    return [int(found["year"]), month, int(found["day"]), hour, int(found["minute"]), second, 1000 * thousandth]
 
 
 def send_date(message: Message) -> str:
@@ -5508,10 +5502,8 @@ def send_date(message: Message) -> str:
         when = datetime.fromtimestamp(message.said_at).astimezone()
     except (ValueError, OverflowError, OSError):
         return ""
-    half = "pm" if when.hour >= 12 else "am"
-    return (
-        f"{MONTHS[when.month - 1].title()} {when.day}, {when.year:04d} {when.hour % 12 or 12}:{when.minute:02d}{half}"
-    )
+    clock = f"{when.hour % 12 or 12}:{when.minute:02d}{'pm' if when.hour >= 12 else 'am'}"
+    return f"{MONTHS[when.month - 1].title()} {when.day}, {when.year:04d} {clock}"
 
 
 def write_transcript(
@@ -9583,7 +9575,7 @@ class Completions:
         if usage:
             self._learn_ratio(prepared, usage)
         else:
-            usage = counted_usage(prepared.body["messages"], [texts[i] for i in sorted(texts)])
+            usage = counted_usage(prepared.body["messages"], [texts[i] for i in sorted(texts, key=str)])
         options = prepared.body.get("stream_options")
         asked = isinstance(options, dict) and options.get("include_usage")
         if asked and last["choices"]:  # OpenAI's last chunk then has usage and no choices
@@ -12292,7 +12284,6 @@ def extension_archive(address: str) -> bytes:
 SERVER_THREADS = 128  # a stream holds one for as long as it lasts
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
 LOCAL_ORIGIN = re.compile(r"https?://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 KEYLESS = ("health", "page")  # the page has no data in it, and asks for the key
 LINKED = ("page", "extension_download")  # what a link on any other page may lead to
 LONGEST_HEADER = 4096  # characters; clients refuse answers whose headers take much more than that
@@ -12673,7 +12664,7 @@ def search_all() -> dict:
 
 @api.post("/inject")
 def inject() -> dict:
-    """What a client that asks its model itself should add to its prompt."""
+    """What a client that calls its model directly should add to its prompt."""
     return engine().inject(request_json())
 
 
@@ -12851,11 +12842,11 @@ def compute_embeddings() -> dict:
 
 def health() -> dict:
     """What works. It needs no key; without the right one it tells no addresses, names of models or words of errors."""
-    told = engine().status.health()
+    status = engine().status.health()
     if not has_key():
         for part in ("upstream", "embedder"):
-            told[part] = {"status": told[part]["status"].partition(":")[0]}
-    return told
+            status[part] = {"status": status[part]["status"].partition(":")[0]}
+    return status
 
 
 def page() -> flask.Response:
@@ -13274,15 +13265,15 @@ def install_extras(_: Settings, folder: str) -> str:
     """Makes this file a module of the SillyTavern-Extras in a folder; raises `SettingsError`."""
     server, module = extras_files(folder)
     before = server.read_bytes()
-    bare = BLOCK_PATTERN.sub(b"", before)
-    runs = list(EXTRAS_RUN.finditer(bare))
-    if len(runs) != 1 or not all(re.search(sign, bare, re.M) for sign in EXTRAS_SIGNS):
+    unpatched = BLOCK_PATTERN.sub(b"", before)
+    runs = list(EXTRAS_RUN.finditer(unpatched))
+    if len(runs) != 1 or not all(re.search(sign, unpatched, re.M) for sign in EXTRAS_SIGNS):
         raise SettingsError(f"{server} does not look like SillyTavern-Extras' server.py, so it was left as it is.")
-    block = EXTRAS_BLOCK.encode().replace(b"\n", b"\r\n" if b"\r\n" in bare else b"\n")
-    wired = bare[: runs[0].start()] + block + bare[runs[0].start() :]
-    if wired != before:
-        backup_of(server).write_bytes(bare)
-        server.write_bytes(wired)
+    block = EXTRAS_BLOCK.encode().replace(b"\n", b"\r\n" if b"\r\n" in unpatched else b"\n")
+    patched = unpatched[: runs[0].start()] + block + unpatched[runs[0].start() :]
+    if patched != before:
+        backup_of(server).write_bytes(unpatched)
+        server.write_bytes(patched)
     if module.resolve() != Path(__file__).resolve():
         shutil.copyfile(__file__, module)
     return (
@@ -13295,10 +13286,10 @@ def install_extras(_: Settings, folder: str) -> str:
 def uninstall_extras(_: Settings, folder: str) -> str:
     """Removes this file from a SillyTavern-Extras; chats stay. Raises `SettingsError`."""
     server, module = extras_files(folder)
-    bare = BLOCK_PATTERN.sub(b"", server.read_bytes())
-    server.write_bytes(bare)
+    unpatched = BLOCK_PATTERN.sub(b"", server.read_bytes())
+    server.write_bytes(unpatched)
     backup = backup_of(server)
-    if backup.exists() and backup.read_bytes() == bare:  # else somebody has changed the file since: both are kept
+    if backup.exists() and backup.read_bytes() == unpatched:  # else somebody has changed the file since: both are kept
         backup.unlink()
     for made in (module, *(module.parent / "__pycache__").glob(f"{module.stem}.*.pyc")):
         made.unlink(missing_ok=True)
