@@ -6292,8 +6292,8 @@ def readable_payload(value: Any) -> dict | None:
     if not choices and not usage and (rows is None or rows):
         return None
     payload = {**value, "choices": choices}
-    for name in ("message", "response", "generated_text") if "choices" not in value else ():
-        payload.pop(name, None)
+    for name in ("error", *(("message", "response", "generated_text") if "choices" not in value else ())):
+        payload.pop(name, None)  # an error that is none, too: some clients end at the mere name
     if usage is not value.get("usage"):
         payload["usage"] = usage
     if isinstance(payload.get("model"), str):
