@@ -411,6 +411,15 @@ def message_id(parent: str, digest: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """What a user has made of a text. It holds wherever the same speaker's same words stand in the chat."""
+
+    pinned: bool = False  # repeated in every prompt that does not show it
+    forgotten: bool = False  # never recalled, summarised or restored
+    content: str | None = None  # words that count as memory in place of the client's
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """A message as the store keeps it.
 
@@ -429,14 +438,19 @@ class Message:
     confirmed: bool = True  # False: a reply that no request has shown yet
     complete: bool = True  # False: a reply that was cut off
     shown: str | None = None  # the client's words, where a user has put others in their place
-    pinned: bool = False  # repeated in every prompt that does not show it
-    forgotten: bool = False  # never recalled, summarised or restored
+    pinned: bool = False
+    forgotten: bool = False
     voice: str | None = None  # who speaks, where the text itself begins with that name, as in group chats
 
     @property
     def original(self) -> str:
         """The client's words."""
         return self.content if self.shown is None else self.shown
+
+    @property
+    def mark(self) -> Mark:
+        """What a user has made of its words."""
+        return Mark(self.pinned, self.forgotten, None if self.shown is None else self.content)
 
     @property
     def digest(self) -> str:
@@ -454,9 +468,14 @@ class Message:
         return f"{self.name}: {self.content}" if self.name else self.content
 
     @property
+    def named(self) -> str:
+        """Who spoke, by name and in lower case; empty where the client gives none."""
+        return (self.name or self.voice or "").lower()
+
+    @property
     def speaker(self) -> str:
         """Who spoke, in lower case: the name, or the role where the client gives none."""
-        return (self.name or self.voice or self.role).lower()
+        return self.named or self.role
 
     @property
     def said_at(self) -> float:
@@ -631,16 +650,16 @@ class Mood:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a stretch of a branch told, from the message `first` at index `start` to `last` at index `end`.
+    """What a stretch of messages told.
 
-    A message's id stands for all messages above it, so a summary belongs to a branch when `last` is on it. Level 1 is
-    made from messages, each higher level from summaries of the one below.
+    It is known by the digests of the stretch's `texts`, and belongs to every branch where these stand side by side.
+    `start`, `end` and `since` are places of the branch that it was made on, or of the one that it is looked at on.
+    Level 1 is made from messages, each higher level from summaries of the one below.
     """
 
     id: str
     level: int
-    first: str
-    last: str
+    texts: tuple[str, ...]
     start: int  # 0-based indexes in the branch, both included
     end: int
     text: str
@@ -655,17 +674,21 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A lasting fact that a message told; a newer one `about` the same supersedes it."""
+    """A lasting fact that a message told; a newer one `about` the same supersedes it.
+
+    It holds wherever the message's words stand; `index`, `end` and `message` are those of a branch, as a summary's.
+    """
 
     id: str
     about: str
     text: str
     quote: str  # words of the message
-    message: str  # its id
-    index: int  # its 0-based index in the branch
+    digest: str  # of the message
+    index: int  # the message's 0-based index in the branch
     end: int  # the last index of the stretch that it was found in
     pinned: bool = False
     forgotten: bool = False
+    message: str = ""  # the message's id, where a branch is looked at
 
 
 @dataclass(frozen=True)
@@ -2711,7 +2734,7 @@ WORKING_MEMORY = 20  # messages of a branch that stay in RAM
 OPEN_BRANCHES = 8  # branches of a chat that have a working memory
 KEPT_REPORTS = 50
 KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
-STORE_FORMAT = 1  # of a chat's rows; a chat of a higher one was written by a newer version of this program
+STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
 DAMAGED = ("file is not a database", "malformed", "encrypted")  # SQLite's words for a file that it cannot read
@@ -2913,10 +2936,11 @@ def stored_rows(cache: diskcache.Cache, prefix: str) -> dict[str, Any]:
 class ChatStore:
     """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
-    Rows: `m:<id>` a message (JSON), `s:<id>` a summary, `f:<id>` a fact, `v:<embedder>:<hash>` a vector (float32
-    bytes), `e:<reader>:<hash>` emotion scores, `p:<number>` a prompt report, `info` what is known of the chat, `format`
-    the rows' format, `generation` a counter of changes with `g:<n>` naming the messages (and the keys of summaries and
-    facts) that change n touched, so that another process on the same folder can catch up.
+    Rows: `m:<id>` a message (JSON), `k:<digest>` the marks of a text by speaker, `s:<id>` a summary, `f:<id>` a fact,
+    `v:<embedder>:<hash>` a vector (float32 bytes), `e:<reader>:<hash>` emotion scores, `p:<number>` a prompt report,
+    `info` what is known of the chat, `format` the rows' format, `generation` a counter of changes with `g:<n>` naming
+    the messages (and the keys of other rows) that change n touched, so that another process on the same folder can
+    catch up. Messages are written as their marks make them, so that whoever reads one reads it marked.
 
     Every method takes `lock`, which is the chat's; hold it across calls that belong together.
     """
@@ -2946,9 +2970,39 @@ class ChatStore:
                 self._remember(row)
             else:  # written after its chat was deleted and made anew: it belongs nowhere
                 log_event("orphan", f"Message {row['id']} hangs under none of its chat.", level=logging.WARNING)
-        self.summaries = {key[2:]: Summary(**row) for key, row in stored_rows(cache, "s:").items()}
-        self.facts = {key[2:]: Fact(**row) for key, row in stored_rows(cache, "f:").items()}
+        self.marks: dict[str, dict[str, Mark]] = {}  # by the text's digest and the speaker
+        self.summaries: dict[str, Summary] = {}
+        self.facts: dict[str, Fact] = {}
         self._generation = cache.get("generation", 0)
+        if self.info and cache.get("format", 1) < STORE_FORMAT:
+            self._upgrade(cache)
+        for key, row in {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
+            self._take_over(key, row)
+
+    def _upgrade(self, cache: diskcache.Cache) -> None:
+        """Rewrites the rows of format 1 (version 0.1.0): marks were kept with each message alone, and summaries and
+        facts by the ids of messages."""
+        with cache.transact():
+            marked = [message_of(read_json(cache, f"m:{i}")) for i in self.tree.marked]
+            marks = changed_marks({}, marked, ())
+            for digest, some in marks.items():
+                cache[f"k:{digest}"] = json.dumps({name: asdict(mark) for name, mark in some.items()})
+            own, reworded = {m.id: m for m in marked}, set()
+            for message in self._with_marks(cache, (), marks):
+                if message != own.get(message.id):  # the same words elsewhere had no mark, or another one
+                    row = asdict(message) | {"order": self.tree.nodes[message.id].order}
+                    cache[f"m:{message.id}"] = json.dumps(row)
+                    self._remember(row)
+                    reworded.add(message.digest)
+            for key, row in {**stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
+                row = upgraded_row(row, self.tree)
+                if row is None:  # its branch is not there
+                    cache.delete(key)
+                    continue
+                if "texts" in row and row["source"] != "user" and reworded & set(row["texts"]):
+                    row["stale"] = True
+                cache[key] = json.dumps(row)
+            cache["format"] = STORE_FORMAT
 
     def was_replaced(self) -> bool:
         """Whether another process has deleted the chat since it was opened, or made it anew."""
@@ -2992,16 +3046,18 @@ class ChatStore:
             self._read_all(cache)
             return
         for key in itertools.chain.from_iterable(map(json.loads, changes)):
-            self._take_over(key, read_json(cache, key if key[:2] in ("s:", "f:") else f"m:{key}"))
+            self._take_over(key, read_json(cache, row_key(key)))
         self.info = read_json(cache, "info")
         self._generation = newest
 
     def _take_over(self, key: str, row: dict) -> None:
-        """Takes a row into RAM: a summary's, a fact's, or a message's under its bare id."""
+        """Takes a row into RAM: a mark's, a summary's, a fact's, or a message's under its bare id."""
         if key.startswith("s:"):
-            self.summaries[key[2:]] = Summary(**row)
+            self.summaries[key[2:]] = Summary(**row | {"texts": tuple(row["texts"])})
         elif key.startswith("f:"):
             self.facts[key[2:]] = Fact(**row)
+        elif key.startswith("k:"):
+            self.marks[key[2:]] = {name: Mark(**mark) for name, mark in row.items()}
         else:
             self._remember(row)
 
@@ -3012,16 +3068,26 @@ class ChatStore:
         report: PromptReport | None = None,
         summaries: Sequence[Summary] = (),
         facts: Sequence[Fact] = (),
+        marked: Sequence[Message] = (),
     ) -> None:
-        """Writes what is new or has changed (messages with parents first) in one durable transaction."""
+        """Writes what is new or has changed (messages with parents first) in one durable transaction.
+
+        A message is written with the marks that its words have in this chat; the marks that it brings hold where they
+        have none yet. `marked` are stored messages whose words get the marks that these have. Summaries that cover
+        words which are forgotten or reworded now are stale, except a user's own.
+        """
         with self._database.use() as cache:
             with cache.transact():
                 self._catch_up(cache)
                 generation, known = self._generation + 1, {**self.info, **info}
-                rows = {row["id"]: row for row in self._rows(messages)}
+                marks = changed_marks(self.marks, messages, marked)
+                messages = self._with_marks(cache, messages, marks)
+                rows = {f"k:{digest}": {n: asdict(m) for n, m in some.items()} for digest, some in marks.items()}
+                rows |= {row["id"]: row for row in self._rows(messages)}
+                rows |= {f"s:{s.id}": asdict(replace(s, stale=True)) for s in self._outdated(marks)}
                 rows |= {f"s:{s.id}": asdict(s) for s in summaries} | {f"f:{f.id}": asdict(f) for f in facts}
                 for key, row in rows.items():
-                    cache[key if key[:2] in ("s:", "f:") else f"m:{key}"] = json.dumps(row)
+                    cache[row_key(key)] = json.dumps(row)
                 if report:
                     number = known["reports"] = known.get("reports", 0) + 1
                     cache[f"p:{number}"] = json.dumps(asdict(report))
@@ -3029,11 +3095,30 @@ class ChatStore:
                 cache[f"g:{generation}"] = json.dumps(list(rows))
                 cache.delete(f"g:{generation - KEPT_GENERATIONS}")
                 cache["generation"] = generation
+                if generation == 1:
+                    cache["format"] = STORE_FORMAT
                 if known != self.info:
                     cache["info"] = json.dumps(known)
             self.info, self._generation = known, generation
             for key, row in rows.items():
                 self._take_over(key, row)
+
+    def _with_marks(
+        self, cache: diskcache.Cache, messages: Sequence[Message], marks: Mapping[str, Mapping[str, Mark]]
+    ) -> list[Message]:
+        """The messages, and all stored ones of the texts in `marks`, as the chat's marks make them."""
+        found = {m.id: m for m in messages}
+        for node in itertools.chain.from_iterable(self.tree.by_digest.get(digest, ()) for digest in marks):
+            if node not in found:
+                found[node] = message_of(read_json(cache, f"m:{node}"))
+        every = self.marks | marks
+        return [with_mark(m, mark_for(every.get(m.digest, {}), m)) for m in found.values()]
+
+    def _outdated(self, marks: Mapping[str, Mapping[str, Mark]]) -> list[Summary]:
+        """The summaries that cover a text which changed marks put other words for, or forget, or no longer do."""
+        changed = {d for d, some in marks.items() if memory_of(some) != memory_of(self.marks.get(d, {}))}
+        every = self.summaries.values() if changed else ()
+        return [s for s in every if s.source != "user" and not changed.isdisjoint(s.texts)]
 
     def _rows(self, messages: Sequence[Message]) -> list[dict]:
         fresh, known = itertools.count(self._next_order), self.tree.nodes
@@ -3144,6 +3229,75 @@ def messages_holding(database: Path, words: Sequence[str]) -> Iterator[Message]:
             text = message.content.casefold()
             if message.confirmed and not message.forgotten and all(word in text for word in wanted):
                 yield message
+
+
+def row_key(key: str) -> str:
+    """The key of a row that a change names: a message by its bare id."""
+    return key if key[:2] in ("k:", "s:", "f:") else f"m:{key}"
+
+
+def mark_for(marks: Mapping[str, Mark], message: Message) -> Mark | None:
+    """The mark of a message among those of its text by speaker, None where it has none.
+
+    Clients begin and cease to give names, so a mark without a name holds for every speaker, and every speaker's for a
+    message without a name; a forgotten one goes first.
+    """
+    exact = marks.get(message.named)
+    near = [m for name, m in marks.items() if not (name and message.named)]
+    return exact or max(near, key=lambda m: (m.forgotten, m.pinned), default=None)
+
+
+def changed_marks(
+    marks: Mapping[str, Mapping[str, Mark]], brought: Sequence[Message], marked: Sequence[Message]
+) -> dict[str, dict[str, Mark]]:
+    """The marks of the texts whose marks change, by digest and speaker.
+
+    `marked` messages replace the marks of their words; `brought` ones add theirs where the words have none.
+    """
+    changed: dict[str, dict[str, Mark]] = {}
+    for message in marked:
+        some = changed.get(message.digest) or marks.get(message.digest, {})
+        others = {name: mark for name, mark in some.items() if name and message.named and name != message.named}
+        changed[message.digest] = others | {message.named: message.mark}
+    for message in sorted(brought, key=lambda m: not m.forgotten):
+        if message.mark != Mark():
+            some = changed.get(message.digest) or marks.get(message.digest, {})
+            if mark_for(some, message) is None:
+                changed[message.digest] = {**some, message.named: message.mark}
+    return changed
+
+
+def memory_of(marks: Mapping[str, Mark]) -> dict[str, tuple[str | None, bool]]:
+    """What marks make of the memory of a text, by speaker; pinning it changes nothing of that."""
+    return {name: (m.content, m.forgotten) for name, m in marks.items() if m.content is not None or m.forgotten}
+
+
+def with_mark(message: Message, mark: Mark | None) -> Message:
+    """The message as a mark makes it, in the client's own words where that has no others for it."""
+    mark, own = mark or Mark(), message.original
+    content = own if mark.content is None else mark.content
+    shown, tokens = None if content == own else own, message.tokens
+    if shown is not None or message.shown is not None:  # the client's words where it shows them, the user's elsewhere
+        row = {"role": message.role} | ({"name": message.name} if message.name else {})
+        tokens = max(message_tokens({**row, "content": text}) for text in (content, own))
+    return replace(
+        message, content=content, shown=shown, tokens=tokens, pinned=mark.pinned, forgotten=mark.forgotten
+    )  # fmt: skip
+
+
+def upgraded_row(row: dict, tree: Tree) -> dict | None:
+    """A summary's or a fact's row, by texts where version 0.1.0 knew it by the ids of messages; None where these are
+    not in the tree."""
+    known = tree.nodes
+    if "texts" in row or "digest" in row:
+        return row
+    if "last" not in row:
+        return row | {"digest": known[row["message"]].digest} if row.get("message") in known else None
+    first, last = known.get(row.get("first")), known.get(row["last"])
+    if first is None or last is None or not tree.is_below(last.id, first.id):
+        return None
+    texts = [known[i].digest for i in tree.path(last.id)[first.depth :]]
+    return {k: v for k, v in row.items() if k not in ("first", "last")} | {"texts": texts}
 
 
 def message_of(row: Mapping) -> Message:
@@ -3440,9 +3594,10 @@ class MemoryIndex:
             self._dense.add(np.stack([v for _, v in fresh]))
             rows = [self._rows[text_of_key(k)] for k, _ in fresh]
             self._dense_rows = np.concatenate([self._dense_rows, rows])
-            touched = {text_of_key(k) for k, _ in fresh}
-            self._embedded.update(h for h in touched if all(key in self._positions for key in self.keys_of([h])))
-            self._unembedded = {h: None for h in self._unembedded if h not in self._embedded}
+            for text_hash in {text_of_key(k) for k, _ in fresh}:
+                if all(key in self._positions for key in self.keys_of([text_hash])):
+                    self._embedded.add(text_hash)
+                    self._unembedded.pop(text_hash, None)
 
     @property
     def unembedded(self) -> list[str]:
@@ -3570,7 +3725,12 @@ class Chat:
 
     def nodes(self, ids: Iterable[str]) -> list[Node]:
         """The nodes of those messages."""
-        return [self.tree.nodes[i] for i in ids]
+        nodes = self.store.tree.nodes
+        return [nodes[i] for i in ids]
+
+    def texts(self, path: Iterable[str]) -> list[str]:
+        """The digests of those messages' texts."""
+        return [self.tree.nodes[i].digest for i in path]
 
     def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
         """The index, made that of a whole branch, with the vectors that the store has."""
@@ -4559,18 +4719,57 @@ def story_tokens(context: int, shares: Sequence[float]) -> int:
     return int(STORY_SHARE * shares[1] * context)
 
 
-def story_of(summaries: Iterable[Summary], indexes: Mapping[str, int]) -> list[Summary]:
+def placed(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
+    """The summaries whose texts stand side by side on a branch, each with its places there.
+
+    `texts` are the digests of the branch's messages.
+    """
+    spots: dict[str, list[int]] = defaultdict(list)
+    for index, digest in enumerate(texts):
+        spots[digest].append(index)
+    branch, found = tuple(texts), []
+    for summary in summaries:
+        free = 0
+        for start in spots.get(summary.texts[0], ()):
+            if start >= free and branch[start : start + len(summary.texts)] == summary.texts:
+                found.append(at_place(summary, start))
+                free = start + len(summary.texts)
+    return found
+
+
+def at_place(summary: Summary, start: int) -> Summary:
+    """A summary with the places that it has where its first message stands at index `start`."""
+    shift, end = start - summary.start, start + len(summary.texts) - 1
+    if (start, end) == (summary.start, summary.end):
+        return summary
+    moved = replace(summary, start=start, end=end, since=summary.since + shift)
+    return replace(moved, tokens=line_tokens(moved))
+
+
+def story_of(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
     """The story of a branch, oldest first: its summaries but those that a higher level has taken in.
 
-    `indexes` are the ids of the branch's messages with their 0-based positions.
+    `texts` are the digests of the branch's messages.
     """
-    standing = [s for s in summaries if indexes.get(s.last) == s.end and not s.stale]
+    standing = placed((s for s in summaries if not s.stale), texts)
     story, reach = [], -1
     for summary in sorted(standing, key=lambda s: (s.start, -s.level, -s.tries)):
         if summary.end > reach:
             story.append(summary)
             reach = summary.end
     return story
+
+
+def replaced_words(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
+    """A user's own summaries of stretches that have changed since then: half of what they cover stands on the branch,
+    but not side by side. They are at the places of what is left."""
+    own = [s for s in summaries if s.source == "user"]
+    standing, spots, found = {s.id for s in placed(own, texts)}, {d: i for i, d in enumerate(texts)}, []
+    for summary in own:
+        left = [spots[d] for d in summary.texts if d in spots]
+        if summary.id not in standing and 2 * len(left) >= len(summary.texts):
+            found.append(replace(summary, start=min(left), end=max(left)))
+    return sorted(found, key=lambda s: s.start)
 
 
 def next_gap(story: Sequence[Summary], first: int) -> tuple[int, float]:
@@ -4581,6 +4780,18 @@ def next_gap(story: Sequence[Summary], first: int) -> tuple[int, float]:
             return index, summary.start
         index = max(index, summary.end + 1)
     return index, math.inf
+
+
+def next_stretch(story: Sequence[Summary], first: int, until: int, every: int) -> range | None:
+    """The messages from index `first` to `until` that are to be summarised next, None where too few are left.
+
+    A gap inside the story, as a change of the chat leaves it, is filled whatever its length, in one piece where that
+    is not much longer than `every`.
+    """
+    start, before = next_gap(story, first)
+    if before <= until:
+        return range(start, int(before) if before - start <= 1.5 * every else start + every)
+    return range(start, start + every) if until - start >= every else None
 
 
 def to_condense(story: Sequence[Summary], budget: int) -> list[Summary]:
@@ -4774,32 +4985,38 @@ def checked_facts(found: Iterable[Any], messages: Sequence[Message], start: int)
         found_at = next((i for i in [*likeliest, *range(len(texts))] if stands_in(words, texts[i])), None)
         if found_at is not None:
             source = messages[found_at]
-            key = short_hash("fact", source.id, plain_words(about))
+            key = short_hash("fact", source.digest, plain_words(about))
             words_of = (about.strip()[:80], text.strip()[:240], quote.strip()[:240])
-            facts[key] = Fact(key, *words_of, source.id, start + found_at, start + len(messages) - 1)
+            facts[key] = Fact(key, *words_of, source.digest, start + found_at, start + len(messages) - 1)
     return list(facts.values())[:MOST_FACTS]
 
 
-def facts_of(facts: Iterable[Fact], indexes: Mapping[str, int], before: float) -> list[tuple[Fact, Fact | None]]:
+def facts_of(facts: Iterable[Fact], texts: Sequence[str], before: float) -> list[tuple[Fact, Fact | None]]:
     """A branch's facts that hold, pinned ones first, then the newest; each with the one that it superseded.
 
-    `indexes` are the branch's message ids with their positions; only facts from stretches that end before the index
-    `before` count, so that they come into the prompt together with their summary.
+    `texts` are the digests of the branch's messages. Only facts from stretches that end before the index `before`
+    count, so that they come into the prompt together with their summary; where words stand more than once, a fact is
+    at the last such place.
     """
+    spots: dict[str, list[int]] = defaultdict(list)
+    for index, digest in enumerate(texts):
+        spots[digest].append(index)
     topics: dict[str, list[Fact]] = defaultdict(list)
     for fact in facts:
-        if fact.message in indexes and fact.end < before and not fact.forgotten:
-            topics[plain_words(fact.about)].append(fact)
-    rows = [sorted(group, key=lambda f: (f.pinned, indexes[f.message]))[-2:] for group in topics.values()]
+        after = fact.end - fact.index
+        at = max((i for i in spots.get(fact.digest, ()) if i + after < before), default=None)
+        if at is not None and not fact.forgotten:
+            topics[plain_words(fact.about)].append(replace(fact, index=at, end=at + after))
+    rows = [sorted(group, key=lambda f: (f.pinned, f.index))[-2:] for group in topics.values()]
     held = [(row[-1], row[0] if len(row) > 1 else None) for row in rows]
-    return sorted(held, key=lambda row: (not row[0].pinned, -indexes[row[0].message]))
+    return sorted(held, key=lambda row: (not row[0].pinned, -row[0].index))
 
 
 def pinned_fact(message: Message, index: int) -> Fact:
     """A pinned message as a fact, for prompts that do not show it."""
     text = whole_sentences(message.content, PINNED_TOKENS)
     line = f"{message.name or SPEAKERS[message.role]}: {text}"
-    return Fact(message.id, "", line, "", message.id, index, index, pinned=True)
+    return Fact(message.id, "", line, "", message.digest, index, index, pinned=True, message=message.id)
 
 
 def still_quotes(fact: Fact, message: Message) -> bool:
@@ -4896,19 +5113,11 @@ def weighted_rows(
     return rows
 
 
-def new_summary(
-    level: int, first: str, last: str, start: int, end: int, text: str, covered: int, source: str
-) -> Summary:
-    """A summary under its range's own id."""
-    key = short_hash("summary", str(level), first, last)
-    made = Summary(key, level, first, last, start, end, text, 0, covered, source, since=end, at=time.time())
+def new_summary(level: int, texts: Sequence[str], start: int, text: str, covered: int, source: str) -> Summary:
+    """A summary of the texts of those digests, which begin at the index `start` of a branch."""
+    key, end = short_hash("summary", str(level), *texts), start + len(texts) - 1
+    made = Summary(key, level, tuple(texts), start, end, text, 0, covered, source, since=end, at=time.time())
     return replace(made, tokens=line_tokens(made))
-
-
-def covers(summary: Summary, tree: Tree, message: str) -> bool:
-    """Whether a summary covers a message."""
-    inside = summary.last in tree.nodes and summary.start <= tree.nodes[message].depth <= summary.end
-    return inside and tree.is_below(summary.last, message)
 
 
 # ======================================================================================================================
@@ -5315,7 +5524,9 @@ KEPT_INFO = {  # what an export holds of a chat beside its messages, with its ty
     "shows_history": bool, "persona": str,
 }  # fmt: skip
 LATEST = 2.0**36  # Unix seconds, in the year 4147
-FIELD_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "str | None": str | None}
+FIELD_TYPES = {
+    "str": str, "int": int, "float": float, "bool": bool, "str | None": str | None, "tuple[str, ...]": list
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -5571,15 +5782,33 @@ def read_export(data: Any) -> ChatCopy:
     info = read_info(data.get("chat"))
     messages = [checked_message(m, where) for m, where in records(data, "messages", Message)]
     check_tree(messages)
-    summaries = [s for s, _ in records(data, "summaries", Summary)]
-    facts = [f for f, _ in records(data, "facts", Fact)]
+    tree = Tree()
+    for order, message in enumerate(messages):
+        tree.put(message, order)
+    known = {name: by_texts(data.get(name), tree) for name in ("summaries", "facts")}
+    summaries = [replace(s, texts=tuple(s.texts)) for s, _ in records(known, "summaries", Summary)]
+    facts = [f for f, _ in records(known, "facts", Fact)]
+    if not all(s.texts and all(isinstance(d, str) for d in s.texts) for s in summaries):
+        raise InvalidRequest("A summary's texts must be digests.", "texts")
     head = typed_value(data["chat"].get("head", ROOT), str, "chat.head")
-    used = {head, *(s.last for s in summaries), *(s.first for s in summaries), *(f.message for f in facts)}
-    if not used <= {m.id for m in messages} | {ROOT}:
-        raise InvalidRequest("chat.head, a summary or a fact names a message that is not there.", "messages")
+    if head and head not in tree.nodes:
+        raise InvalidRequest("chat.head names a message that is not there.", "messages")
     if not all(re.fullmatch(r"[0-9A-Za-z_-]{1,64}", row.id) for row in (*summaries, *facts)):
         raise InvalidRequest("A summary or a fact has an id that is not valid.", "id")
     return ChatCopy(tuple(messages), head, info, tuple(summaries), tuple(facts))
+
+
+def by_texts(rows: Any, tree: Tree) -> Any:
+    """The rows of summaries or facts as this version writes them, whatever else they are; raises `InvalidRequest` for
+    one of version 0.1.0 that names a message which is not in the tree."""
+    if not isinstance(rows, list):
+        return rows
+    ids = [[row[k] for k in ("first", "last", "message") if k in row] if isinstance(row, dict) else [] for row in rows]
+    named = [bool(some) and all(isinstance(i, str) for i in some) for some in ids]
+    known = [upgraded_row(row, tree) if ok else row for row, ok in zip(rows, named, strict=True)]
+    if None in known:
+        raise InvalidRequest("A summary or a fact names a message that is not there.", "messages")
+    return known
 
 
 def read_info(info: Any) -> dict[str, Any]:
@@ -7794,10 +8023,11 @@ class TurnContext:
         """The newest user message."""
         return None if self.request.newest_user is None else self.request.turns[self.request.newest_user]
 
-    @property
+    @functools.cached_property
     def visible(self) -> list[Node]:
         """The messages of the branch that the prompt shows."""
-        return [n for i, n in enumerate(self.nodes[self.first :]) if self.layout.shows(i)]
+        anchor, hidden = self.layout.anchor, self.layout.hidden
+        return [n for i, n in enumerate(self.nodes[self.first + anchor :], anchor) if i not in hidden]
 
 
 @dataclass(frozen=True)
@@ -8389,9 +8619,9 @@ class Archive:
             messages = source.store.read(path)
             keys = [key for m in messages for key in embedded_texts(m)]
             vectors = source.store.vectors(self._vectors.embedder.name, keys)
-            indexes = {message: i for i, message in enumerate(path)}
-            summaries = [s for s in source.store.summaries.values() if indexes.get(s.last) == s.end]
-            facts = [f for f in source.store.facts.values() if f.message in indexes]
+            texts, every = source.texts(path), source.store.summaries.values()
+            summaries = [*placed(every, texts), *replaced_words(every, texts)]
+            facts = [f for f in source.store.facts.values() if f.digest in texts]
             family = source.store.family
         target.store.commit(messages, {"family": family}, summaries=summaries, facts=facts)
         target.put_vectors(self._vectors.embedder.name, vectors)
@@ -8476,7 +8706,7 @@ class Archive:
         return {"chat_id": chat_id, "added": len(fresh), "total": total}
 
     def change_message(self, chat_id: str, message_id: str, changes: Mapping[str, Any]) -> dict:
-        """Edits, pins or forgets a message, or takes that back; returns it as it is then.
+        """Edits, pins or forgets a message's words wherever they stand, or takes that back; returns it as it is then.
 
         `changes` holds any of `content` (other words that count as memory from now on; None takes the client's again),
         `pinned` and `forgotten`. The client goes on showing what it shows. Summaries that cover the message are made
@@ -8487,15 +8717,11 @@ class Archive:
                 if not chat.tree.is_confirmed(message_id):
                     raise NotFound(f"There is no message {message_id!r} in this chat.")
                 old = chat.store.read([message_id])[0]
-                new = replace(old, **{k: v for k, v in changes.items() if k != "content"})
-                new = edited(new, changes["content"]) if "content" in changes else new
-                stale = []
-                if (new.content, new.forgotten) != (old.content, old.forgotten):
-                    covering = [s for s in chat.store.summaries.values() if covers(s, chat.tree, message_id)]
-                    stale = [replace(s, stale=True) for s in covering if s.source != "user"]
-                chat.store.commit([new], summaries=stale)
+                new = with_mark(old, replace(old.mark, **changes))
+                chat.store.commit(marked=[new])
                 row = message_row(new, chat.tree.nodes[message_id].depth)
-            self._vectors.later(chat, [message_id])
+                same = list(chat.tree.by_digest[old.digest])
+            self._vectors.later(chat, same)
         return row
 
     def export(self, chat_id: str) -> dict:
@@ -8572,8 +8798,12 @@ class Archive:
             fresh = [m for m in messages if m.id not in known or (m.confirmed and not known[m.id].confirmed)]
             old = {m.id: m for m in chat.store.read([m.id for m in fresh if m.id in known])}
             fresh = [replace(m, at=old[m.id].at) if m.id in old else m for m in fresh]
-            if fresh:
-                chat.store.commit(fresh)
+            there = {m.id for m in fresh}
+            store, unmarked = chat.store, Mark()
+            marked = [m for m in messages if m.mark != unmarked and m.id not in there]
+            marked = [m for m in marked if mark_for(store.marks.get(m.digest, {}), m) is None]
+            if fresh or marked:
+                store.commit(fresh, marked=marked)
             self._registry.enter(chat, [m.id for m in messages])  # also what a crash has kept out of the catalogue
         return sum(m.confirmed for m in fresh)
 
@@ -8588,7 +8818,13 @@ class Archive:
             info |= {"updated": time.time()}
         if copy_goes_on(chat, copy):
             info |= {"head": copy.head}
+        ours = [with_mark(m, mark_for(store.marks.get(m.digest, {}), m)) for m in copy.messages]
+        pairs = zip(copy.messages, ours, strict=True)
+        changed = {a.digest for a, b in pairs if (a.content, a.forgotten) != (b.content, b.forgotten)}
         summaries = [s for s in copy.summaries if s.id not in store.summaries]
+        summaries = [
+            replace(s, stale=s.stale or (s.source != "user" and not changed.isdisjoint(s.texts))) for s in summaries
+        ]
         facts = [f for f in copy.facts if f.id not in store.facts]
         if summaries or facts or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(info=info, summaries=summaries, facts=facts)
@@ -8601,13 +8837,14 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
     path = tree.path(alignment.base)
     messages = [replace(m, confirmed=True) for m in store.read([i for i in path if i in tree.unshown])]
     for turn in request.turns[alignment.skipped :]:
-        message = message_of_turn(path[-1] if path else ROOT, turn)
-        path.append(message.id)
-        node = tree.nodes.get(message.id)
+        parent = path[-1] if path else ROOT
+        key = message_id(parent, turn.digest)
+        path.append(key)
+        node = tree.nodes.get(key)
         if node is None:
-            messages.append(message)
+            messages.append(message_of_turn(parent, turn))
         elif not node.confirmed or node.shown != turn.fingerprint:
-            messages.append(shown_again(store.read([message.id])[0], message))
+            messages.append(shown_again(store.read([key])[0], message_of_turn(parent, turn)))
     return messages, path
 
 
@@ -8626,19 +8863,7 @@ def new_message(parent: str, role: str, content: str, name: str | None = None) -
 
 def shown_again(old: Message, new: Message) -> Message:
     """A stored message as the client shows it now, with what a user has made of it."""
-    timestamp = new.timestamp or old.timestamp
-    new = replace(new, at=old.at, timestamp=timestamp, pinned=old.pinned, forgotten=old.forgotten)
-    return new if old.shown is None else edited(new, old.content)
-
-
-def edited(message: Message, content: str | None) -> Message:
-    """The message with other words in its place; with its own again where None."""
-    message = replace(message, content=message.original, shown=None)
-    if content is not None and content != message.content:
-        message = replace(message, content=content, shown=message.content)
-    plain = replace(message, forgotten=False)
-    sizes = (message_tokens(restored(replace(plain, content=text))) for text in (message.content, message.original))
-    return replace(message, tokens=max(sizes))  # the client's words where it shows them, the user's where it does not
+    return with_mark(replace(new, at=old.at, timestamp=new.timestamp or old.timestamp), old.mark)
 
 
 def read_in_batches(chat: Chat, ids: Sequence[str]) -> Iterator[Message]:
@@ -8711,7 +8936,8 @@ class Recaller:
         scores = weigh(query, evidence)
         found = admissible(scores["score"], relevance_bar(text, scores["score"], vector is None))
         shown = {n.fingerprint for n in turn.visible}
-        silent = {n.id for n in chat.nodes(chat.tree.marked) if n.forgotten or (n.pinned and n.id in quoted)}
+        told = {n.fingerprint for n in chat.nodes(quoted)}
+        silent = {n.id for n in chat.nodes(chat.tree.marked) if n.forgotten or (n.pinned and n.fingerprint in told)}
         found = [
             i for i in found if nodes[i].fingerprint not in shown and nodes[i].id not in silent and i >= turn.first
         ]
@@ -8899,25 +9125,36 @@ def shown_duplicates(chat: Chat, visible: Sequence[Node], memories: Sequence[Mem
 # ------------------------------------------------------------------------------------------------------ summaries
 
 
-def branch_facts(chat: Chat, indexes: Mapping[str, int], before: float) -> list[tuple[Fact, Fact | None]]:
+def branch_facts(chat: Chat, path: Sequence[str], before: float) -> list[tuple[Fact, Fact | None]]:
     """What holds on a branch before an index: the pinned messages, newest first, then the facts whose words their
-    messages still hold. `indexes` are the branch's message ids with their positions."""
+    messages still hold. Words that stand there more than once are told once, and not at all where they stand from
+    `before` on too."""
+    store, indexes = chat.store, {message: i for i, message in enumerate(path)}
     marked = {node.id: node for node in chat.nodes(chat.tree.marked) if node.id in indexes}
-    pinned = [i for i, n in marked.items() if n.pinned and not n.forgotten and indexes[i] < before]
-    pinned = sorted(pinned, key=indexes.__getitem__, reverse=True)
-    rows = [(pinned_fact(m, indexes[m.id]), None) for m in chat.store.read(pinned)]
-    facts = chat.store.facts.values()
-    held = [f for f in facts if f.message not in marked or still_quotes(f, *chat.store.read([f.message]))]
-    return [*rows, *facts_of(held, indexes, before)]
+    pinned = sorted((n for n in marked.values() if n.pinned and not n.forgotten), key=lambda n: indexes[n.id])
+    newest = {n.fingerprint: n.id for n in pinned}
+    pinned = sorted((i for i in newest.values() if indexes[i] < before), key=indexes.__getitem__, reverse=True)
+    rows = [(pinned_fact(m, indexes[m.id]), None) for m in store.read(pinned)]
+    changed: dict[str, list[Message]] = defaultdict(list)
+    for message in store.read(list(marked)):
+        changed[message.digest].append(message)
+    facts = [f for f in store.facts.values() if all(still_quotes(f, m) for m in changed.get(f.digest, ()))]
+    held = facts_of(facts, chat.texts(path), before)
+    return rows + [(at_message(fact, path), before and at_message(before, path)) for fact, before in held]
+
+
+def at_message(fact: Fact, path: Sequence[str]) -> Fact:
+    """A fact with the id of its message on a branch."""
+    return replace(fact, message=path[fact.index])
 
 
 def branch_story(chat: Chat, path: Sequence[str], before: int, budget: int) -> Story:
     """The story of what stands before an index of the branch, in at most `budget` tokens."""
     if budget <= 0:
         return Story()
-    indexes = {message: i for i, message in enumerate(path)}
-    hidden = [s for s in chat.store.summaries.values() if s.since < before]
-    return render_story(story_of(hidden, indexes), branch_facts(chat, indexes, before), budget)
+    standing = placed(chat.store.summaries.values(), chat.texts(path))
+    hidden = [s for s in standing if s.since < before]
+    return render_story(story_of(hidden, chat.texts(path)), branch_facts(chat, path, before), budget)
 
 
 def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
@@ -8926,20 +9163,29 @@ def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
     store, tree = chat.store, chat.tree
     if not (store.summaries or store.facts or tree.marked):
         return 0
-    indexes = {message: i for i, message in enumerate(path)}
-    begun = any(indexes.get(s.last) == s.end for s in store.summaries.values())
-    begun = begun or any(f.message in indexes for f in store.facts.values())
-    return budget if begun or any(n.pinned and n.id in indexes for n in chat.nodes(tree.marked)) else 0
+    texts, ids = chat.texts(path), set(path)
+    begun = bool(placed(store.summaries.values(), texts))
+    begun = begun or not {f.digest for f in store.facts.values()}.isdisjoint(texts)
+    return budget if begun or any(n.pinned and n.id in ids for n in chat.nodes(tree.marked)) else 0
+
+
+def summary_row(summary: Summary) -> dict:
+    """A summary as the API shows it."""
+    return {k: v for k, v in asdict(summary).items() if k != "texts"}
 
 
 def story_rows(chat: Chat, path: Sequence[str]) -> dict:
-    """A branch's story and facts, as the API shows them; hold the chat's lock."""
-    indexes = {message: i for i, message in enumerate(path)}
-    story = story_of(chat.store.summaries.values(), indexes)
-    facts = [row for row in branch_facts(chat, indexes, math.inf) if row[0].quote]  # pinned messages quote nothing
+    """A branch's story and facts, as the API shows them; hold the chat's lock.
+
+    `replaced` are a user's own words for stretches that the client has changed since.
+    """
+    every, texts = chat.store.summaries.values(), chat.texts(path)
+    story = story_of(every, texts)
+    facts = [row for row in branch_facts(chat, path, math.inf) if row[0].quote]  # pinned messages quote nothing
     return {
         "summary": "\n".join(map(summary_line, story)),
-        "story": [asdict(s) for s in story],
+        "story": [summary_row(s) | {"first": path[s.start], "last": path[s.end]} for s in story],
+        "replaced": [summary_row(s) for s in replaced_words(every, texts)],
         "facts": [asdict(f) | {"supersedes": before and asdict(before)} for f, before in facts],
     }
 
@@ -8947,8 +9193,8 @@ def story_rows(chat: Chat, path: Sequence[str]) -> dict:
 class Summarizer:
     """Summarises chats in the background: one request at a time, and never before a turn.
 
-    What is due is noted on disk before it is done, so that a restart takes it up again. A summary has its range's own
-    id, so that it is made once.
+    What is due is noted on disk before it is done, so that a restart takes it up again. A summary is known by the texts
+    that it covers, so that it is made once.
     """
 
     def __init__(self, settings: Settings, upstream: Upstream, embedder: str, registry: ChatRegistry):
@@ -9005,15 +9251,19 @@ class Summarizer:
 
     def _due(self, chat: Chat, plan: SummaryPlan) -> bool:
         with chat.lock:
-            path, story = self._story(chat, plan)
-            start, before = next_gap(story, plan.first)
-        return min(plan.until, before, len(path)) - start >= self._settings.summary_every
+            return self._next(chat, plan)[2] is not None
+
+    def _next(self, chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary], range | None]:
+        """The plan's branch, the summaries that stand for it, and the messages whose turn it is."""
+        path, story = self._story(chat, plan)
+        until = min(plan.until, len(path))
+        return path, story, next_stretch(story, plan.first, until, self._settings.summary_every)
 
     @staticmethod
     def _story(chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary]]:
         """The plan's branch, and the summaries that stand for it."""
         path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else []
-        return path, story_of(chat.store.summaries.values(), {message: i for i, message in enumerate(path)})
+        return path, story_of(chat.store.summaries.values(), chat.texts(path))
 
     def _work_off(self, chat_id: str) -> None:
         """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
@@ -9043,28 +9293,35 @@ class Summarizer:
 
         Says whether anything was stored: a user's own words are never replaced.
         """
-        every = self._settings.summary_every
         with chat.lock:
-            path, story = self._story(chat, plan)
-            start, _ = next_gap(story, plan.first)
-            messages = chat.store.read(path[start : start + every])
-        behind = (plan.until - start) // every > BACKLOG  # an import: by its own sentences at once, then better
+            path, story, stretch = self._next(chat, plan)
+            if stretch is None:
+                return False
+            messages, texts = chat.store.read(path[stretch.start : stretch.stop]), chat.texts(path)
+            marks = dict(chat.store.marks)
+        left = plan.until - plan.first - sum(s.end + 1 - s.start for s in story)
+        behind = left // self._settings.summary_every > BACKLOG  # an import: by its own sentences at once, then better
         ask = None if behind or not self._writes else self._asker(plan, authorization)
-        fresh, facts = self._from_messages(chat, messages, start, plan, ask)
-        made = [fresh, *(replace(s, since=fresh.end) for s in self._again(chat, story, plan, ask))]
-        story = story_of([*made, *story], {message: i for i, message in enumerate(path)})
+        fresh, facts = self._from_messages(chat, messages, stretch.start, plan, ask)
+        made = [fresh, *(replace(s, since=max(s.end, fresh.end)) for s in self._again(chat, path, story, plan, ask))]
+        story = story_of([*made, *story], texts)
         while group := to_condense(story, summaries_share(plan.budget)):
-            made.append(replace(self._from_summaries(chat, group, plan, ask), since=fresh.end))
+            condensed = self._from_summaries(chat, path, group, plan, ask)
+            made.append(replace(condensed, since=max(fresh.end, *(s.since for s in group))))
             story = sorted([*(s for s in story if s not in group), made[-1]], key=lambda s: s.start)
         if self._closed:
             return False
-        with chat.lock:  # a user may have put words of their own in a summary's place meanwhile
-            users = {(s.level, s.first, s.last) for s in chat.store.summaries.values() if s.source == "user"}
-            stored = [s for s in made if (s.level, s.first, s.last) not in users]
-            chat.store.commit(summaries=stored, facts=[f for f in facts if f.id not in chat.store.facts])
+        with chat.lock:  # a user may have put words of their own in a summary's place meanwhile, or forgotten others
+            chat.store.catch_up()
+            now = chat.store.marks
+            changed = {d for d in marks.keys() | now.keys() if marks.get(d) != now.get(d)}
+            users = {(s.level, s.texts) for s in chat.store.summaries.values() if s.source == "user"}
+            stored = [s for s in made if (s.level, s.texts) not in users and changed.isdisjoint(s.texts)]
+            found = [f for f in facts if f.id not in chat.store.facts and f.digest not in changed]
+            chat.store.commit(summaries=stored, facts=found)
         log_event(
-            "summary", f"chat {chat.id}: messages {start + 1}-{start + every} summarised", chat=chat.id,
-            first=start + 1, last=start + every, tokens=fresh.tokens, covered=fresh.covered, source=fresh.source,
+            "summary", f"chat {chat.id}: messages {stretch.start + 1}-{stretch.stop} summarised", chat=chat.id,
+            first=stretch.start + 1, last=stretch.stop, tokens=fresh.tokens, covered=fresh.covered, source=fresh.source,
             condensed=len(made) - 1, facts=len(facts),
         )  # fmt: skip
         return bool(stored)
@@ -9082,8 +9339,7 @@ class Summarizer:
             return None
         with chat.lock:
             path, story = self._story(chat, plan)
-            stored = list(chat.store.summaries.values())
-        return oldest_extract(story, stored, {message: i for i, message in enumerate(path)})
+            return oldest_extract(story, list(chat.store.summaries.values()), chat.texts(path))
 
     def _improve(self, chat: Chat, plan: SummaryPlan, authorization: str) -> float | None:
         """Has the model write one extract anew; returns the seconds after which to go on, None to end it for now.
@@ -9099,20 +9355,20 @@ class Summarizer:
         with chat.lock:
             path, story = self._story(chat, plan)
             start, _ = next_gap(story, plan.first)
-            indexes = {message: i for i, message in enumerate(path)}
             messages = chat.store.read(path[old.start : old.end + 1]) if old.level == 1 else []
-            parts = taken_in(old, chat.store.summaries.values(), indexes)
+            parts = taken_in(old, chat.store.summaries.values(), chat.texts(path))
         failed = self.failure
         if messages:
             fresh, _ = self._from_messages(chat, messages, old.start, plan, ask)
         else:
-            fresh = self._from_summaries(chat, parts, plan, ask)
+            fresh = self._from_summaries(chat, path, parts, plan, ask)
         if self._closed or (self.failure and self.failure is not failed):
             return None  # the model is not to blame: it goes on with the next turn, or after a restart
         since = start + self._settings.summary_every - 1
         fresh = replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1, since=since)
         with chat.lock:
-            if chat.store.summaries.get(old.id) == old:  # a user may have put words of their own in its place
+            now = chat.store.summaries.get(old.id)
+            if now and (now.text, now.source) == (old.text, old.source):  # not replaced by a user's own words
                 chat.store.commit(summaries=[fresh])
         return 0.0
 
@@ -9184,36 +9440,35 @@ class Summarizer:
         source = "model" if text else "extract"
         if not text:
             text = extract_summary(weighted_rows(kept, vectors, readings), room)
-        stretch = (messages[0].id, messages[-1].id, start, start + len(messages) - 1)
-        return new_summary(1, *stretch, text, covered, source), checked_facts(found, messages, start)
+        texts = [m.digest for m in messages]
+        return new_summary(1, texts, start, text, covered, source), checked_facts(found, messages, start)
 
-    def _from_summaries(self, chat: Chat, group: Sequence[Summary], plan: SummaryPlan, ask: Callable | None) -> Summary:
-        """One summary of several, checked against the messages that they cover."""
+    def _from_summaries(
+        self, chat: Chat, path: Sequence[str], group: Sequence[Summary], plan: SummaryPlan, ask: Callable | None
+    ) -> Summary:
+        """One summary of several of a branch, checked against the messages that they cover."""
+        stretch = path[group[0].start : group[-1].end + 1]
         covered = sum(s.tokens for s in group)
         room = summary_room(covered, plan.budget)
         text, _ = self._written([summary_line(s) for s in group], "summaries", room, plan, ask)
-        if text and flaw_of(text, self._covered_text(chat, group)):
+        if text and flaw_of(text, "\n".join(m.spoken for m in read_in_batches(chat, stretch) if not m.forgotten)):
             text = ""
         source = "model" if text else "extract"
         text = text or extract_summary([("", s.text, 0.5) for s in group], room)
-        stretch = (group[0].first, group[-1].last, group[0].start, group[-1].end)
-        return new_summary(max(s.level for s in group) + 1, *stretch, text, covered, source)
-
-    @staticmethod
-    def _covered_text(chat: Chat, group: Sequence[Summary]) -> str:
-        """The text of all messages that summaries cover, with their speakers."""
         with chat.lock:
-            path = chat.path(group[-1].last)
-        return "\n".join(m.spoken for m in read_in_batches(chat, path[group[0].start :]) if not m.forgotten)
+            texts = chat.texts(stretch)
+        return new_summary(max(s.level for s in group) + 1, texts, group[0].start, text, covered, source)
 
-    def _again(self, chat: Chat, story: Sequence[Summary], plan: SummaryPlan, ask: Callable | None) -> list[Summary]:
+    def _again(
+        self, chat: Chat, path: Sequence[str], story: Sequence[Summary], plan: SummaryPlan, ask: Callable | None
+    ) -> list[Summary]:
         """The newest extract of the story, made anew by the model; empty where there is none, or it fails again."""
         poor = [s for s in story if s.source == "extract" and s.level == 1 and s.tries < MOST_TRIES]
         if not poor or not ask or not self._may_ask():
             return []
         old = poor[-1]
         with chat.lock:
-            messages = chat.store.read(chat.path(old.last)[old.start :])
+            messages = chat.store.read(path[old.start : old.end + 1])
         fresh, _ = self._from_messages(chat, messages, old.start, plan, ask)
         return [replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1)]
 
@@ -9277,7 +9532,7 @@ class Summarizer:
             summary = replace(summary, text=text, source="user", stale=False)
             summary = replace(summary, tokens=line_tokens(summary))
             chat.store.commit(summaries=[summary])
-        return asdict(summary)
+        return summary_row(summary)
 
     def close(self) -> None:
         """Ends the thread; what is due is taken up at the next start."""
@@ -9289,20 +9544,23 @@ class Summarizer:
         self._thread.shutdown(wait=True, cancel_futures=True)  # it may be writing; its request is cancelled
 
 
-def oldest_extract(story: Sequence[Summary], stored: Sequence[Summary], indexes: Mapping[str, int]) -> Summary | None:
+def oldest_extract(story: Sequence[Summary], stored: Sequence[Summary], texts: Sequence[str]) -> Summary | None:
     """The oldest extract among summaries, and among those that they were made from, which go first."""
     for summary in story:
-        parts = taken_in(summary, stored, indexes) if summary.level > 1 else ()
-        found = oldest_extract(parts, stored, indexes)
+        parts = taken_in(summary, stored, texts) if summary.level > 1 else ()
+        found = oldest_extract(parts, stored, texts)
         if found or (summary.source == "extract" and summary.tries < MOST_TRIES):
             return found or summary
     return None
 
 
-def taken_in(summary: Summary, stored: Iterable[Summary], indexes: Mapping[str, int]) -> list[Summary]:
-    """The summaries that a summary of a higher level was made from, oldest first."""
-    within = (s for s in stored if s.level < summary.level and summary.start <= s.start and s.end <= summary.end)
-    return story_of(within, indexes)
+def taken_in(summary: Summary, stored: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
+    """The summaries that a summary of a higher level was made from, oldest first.
+
+    `texts` are the digests of the branch's messages.
+    """
+    lower = placed((s for s in stored if s.level < summary.level and not s.stale), texts)
+    return story_of((s for s in lower if summary.start <= s.start and s.end <= summary.end), texts)
 
 
 # --------------------------------------------------------------------------------------------------------- status
@@ -9547,7 +9805,7 @@ class Completions:
         report, left = prepared.report, ours - counted_usage(kept, ())["prompt_tokens"]
         tokens = report.tokens | {"history": max(0, report.tokens["history"] - left)}
         report = replace(report, history=max(0, report.history - gone), tokens=tokens)
-        return changed(replace(prepared, shortened=True, report=report), reason, kept)
+        return with_messages(replace(prepared, shortened=True, report=report), reason, kept)
 
     def _learn_ratio(self, prepared: Prepared, usage: Mapping) -> None:
         """Learns from a prompt's tokens as the model counts them.
@@ -9599,10 +9857,10 @@ def without_refused(prepared: Prepared, error: UpstreamError) -> Prepared:
     report = replace(report, recalled=recalled, tokens=report.tokens | ({shares: 0} if shares else {}))
     prepared = replace(prepared, report=report, history=fallback.history, fallbacks=tuple(fallbacks))
     reason = f"asked again without {fallback.without}, which the provider's filter refused: {error}"
-    return changed(replace(prepared, refused=fallback.without), reason, fallback.messages)
+    return with_messages(replace(prepared, refused=fallback.without), reason, fallback.messages)
 
 
-def changed(prepared: Prepared, reason: str, messages: Sequence[dict]) -> Prepared:
+def with_messages(prepared: Prepared, reason: str, messages: Sequence[dict]) -> Prepared:
     """The turn with other messages, and why; log, header and report say so."""
     log_event("degraded", f"chat {prepared.chat_id}: {reason}", level=logging.WARNING, chat=prepared.chat_id)
     report = replace(prepared.report, degraded=reason)
@@ -9742,7 +10000,7 @@ class PromptBuilder:
         first, above = request.history_start, len(path) - len(request.turns)
         with chat.lock:
             nodes = chat.nodes(path)
-            layout, story, plan = self._laid_out(chat, path, request, context, shares, arrange)
+            layout, story, plan = self._laid_out(chat, nodes, request, context, shares, arrange)
         turn = TurnContext(chat, request, nodes, layout, deadline)
         recalled = self._recaller.recall(turn, {f.message for f in story.facts})
         if layout.window:
@@ -9759,12 +10017,12 @@ class PromptBuilder:
         return TurnMemory(turn, path, story, recalled, memories, mood, piece, block, older, plan, context)
 
     def _laid_out(
-        self, chat: Chat, path: Sequence[str], request: ChatRequest, context: int, shares: Sequence[float],
+        self, chat: Chat, nodes: Sequence[Node], request: ChatRequest, context: int, shares: Sequence[float],
         arrange: Callable[..., Layout],
     ) -> tuple[Layout, Story, SummaryPlan]:  # fmt: skip
         """The prompt's layout, the story in it, and what may be summarised now; hold the chat's lock."""
-        first, above = request.history_start, len(path) - len(request.turns)
-        shown, budget = chat.nodes(path[first:]), story_tokens(context, shares)
+        first, above = request.history_start, len(nodes) - len(request.turns)
+        path, shown, budget = [n.id for n in nodes], nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
         layout = arrange(request, context, shares, [n.tokens for n in shown], [n.role for n in shown], reserved)
         story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
@@ -9918,6 +10176,23 @@ class PersonaMemory:
         if turn:
             self.record(turn)
         return answer
+
+    def sync(self, chat_id: str, body: Any) -> dict:
+        """Takes in a whole chat as its client shows it: what is missing was deleted, what is new is remembered.
+
+        Returns how many `messages` the branch has, the id of the `last`, and how many texts wait for their vectors.
+        Raises `InvalidRequest`.
+        """
+        if not isinstance(body, dict):
+            raise InvalidRequest("The request must be a JSON object.")
+        request, _ = parse_injection(body | {"chat_id": chat_id, "complete": True})
+        if not request.turns:
+            raise InvalidRequest("messages must hold a message of the user's or the assistant's.", "messages")
+        with self.archive.enter(request, chat_id, Deadline.after(SEARCH_SECONDS)) as (chat, path):
+            self.vectors.later(chat, path)
+            with chat.lock:
+                waiting = len(chat.follow(chat.nodes(path), self.embedder).unembedded)
+        return {"chat_id": chat_id, "messages": len(path), "last": path[-1], "unembedded": waiting}
 
     def chats(self) -> list[dict]:
         """A line for every chat, the last used first."""
@@ -11804,6 +12079,7 @@ const NAME = 'persona_memory';
 const API = '/api/persona_memory';
 const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1 };
 const TIMEOUT_MS = 2000; // how long a reply may be delayed
+const SYNC_TIMEOUT_MS = 60000; // a long chat takes the server some seconds, and no reply waits for that
 const KINDS = ['normal', 'swipe', 'regenerate', 'continue', 'impersonate', 'quiet'];
 const IN_CHAT = 1; // SillyTavern's number for prompts that stand at a depth in the chat
 const ROLES = { system: 0, user: 1, assistant: 2 };
@@ -11814,6 +12090,8 @@ const LONGEST_SHOWN = 240; // characters of each
 const MIN_CONFIDENCE = 0.5; // a mood that is less likely than this is not shown
 
 const state = {
+    changed: true, // whether the open chat has changed in a way that a single request does not show
+    reading: Promise.resolve(), // ends when the server has read it in
     kind: null, // of the generation that has begun and not yet sent its request
     away: false, // whether the user has been told that the server does not answer
     proxy: false, // whether the server is one through which chats may go
@@ -11839,10 +12117,10 @@ class Refusal extends Error {}
 /** The server has not answered within TIMEOUT_MS: it may be away, or busy. */
 class Late extends Error {}
 
-/** JSON of the server; throws an Error with words for the user. Never waits longer than TIMEOUT_MS. */
-async function call(path, body, method = body ? 'POST' : 'GET') {
+/** JSON of the server; throws an Error with words for the user. Never waits longer than `timeout` milliseconds. */
+async function call(path, body, method = body ? 'POST' : 'GET', timeout = TIMEOUT_MS) {
     const { server, key } = settings();
-    const signal = AbortSignal.timeout(TIMEOUT_MS);
+    const signal = AbortSignal.timeout(timeout);
     const headers = body ? { 'Content-Type': 'application/json' } : {};
     if (key) headers.Authorization = `Bearer ${key}`;
     try {
@@ -11971,6 +12249,62 @@ function shownMessage(message) {
     };
 }
 
+// -------------------------------------------------------------------------------------------------- the whole chat
+
+/**
+ * The id that the server gives the last of those messages. Each id is a hash of the words and of the id before, so this
+ * one stands for the whole chat. Null where the browser does not hash: on pages that are not served securely.
+ */
+async function lastId(messages) {
+    if (!globalThis.crypto.subtle) return null;
+    const hash = async (...parts) => {
+        const bytes = await crypto.subtle.digest('SHA-256', new TextEncoder().encode(parts.join('\0')));
+        return Array.from(new Uint8Array(bytes), (byte) => byte.toString(16).padStart(2, '0')).join('').slice(0, 32);
+    };
+    let id = '';
+    for (const { role, content } of messages.filter((message) => message.role !== 'system')) {
+        id = await hash(id, await hash(role, content.normalize('NFC').replace(/\r\n?/g, '\n').trim()));
+    }
+    return id;
+}
+
+/** Has the server read the open chat in, where it does not know it as it stands. */
+async function readIn() {
+    const messages = settings().enabled ? shownMessages('normal') : [];
+    const who = messages.some((message) => message.role !== 'system') ? identity() : null;
+    if (!who) return;
+    state.changed = false;
+    try {
+        const last = await lastId(messages);
+        const known = last && await call(`${chatPath(who.id)}/messages?tip=${last}&limit=0`).catch(notKnown);
+        if (known) return;
+        const { name2: character } = client();
+        const shown = { parent_chat_id: who.parent || undefined, character, messages };
+        const answer = await call(`${chatPath(who.id)}/sync`, shown, 'POST', SYNC_TIMEOUT_MS);
+        if (identity()?.id === who.id) showStatus(true, `Connected; ${knownWords(answer)}.`);
+    } catch (error) {
+        state.changed = true; // the next reply tries again
+        showStatus(false, `${settings().server}: ${error.message}. The server knows only a part of this chat.`);
+    }
+}
+
+/** What a question for an unknown message is answered with; other errors go on. */
+function notKnown(error) {
+    if (error instanceof Refusal) return null;
+    throw error;
+}
+
+function knownWords({ messages, unembedded }) {
+    const known = `all ${messages} messages of this chat are known`;
+    return unembedded ? `${known}, ${unembedded} are still being indexed` : known;
+}
+
+/** The open chat has changed in a way that later requests may not show. Several changes are read in at once. */
+function onMessagesChanged() {
+    state.changed = true;
+    state.reading = state.reading.then(() => state.changed && readIn());
+}
+
 // ------------------------------------------------------------------------------------------- beside another API
 
 /** Puts prompts in, and takes out those put in before. */
@@ -11990,7 +12324,12 @@ function setPrompts(injections) {
 /** SillyTavern calls this before it makes a prompt, and waits for it. */
 async function remember(_chat, contextSize, _abort, type) {
     setPrompts([]);
-    if (!settings().enabled || isProxy(await modelAddress())) return;
+    if (!settings().enabled) return;
+    if (isProxy(await modelAddress())) { // its request shows only a part of the chat
+        if (state.changed) onMessagesChanged();
+        await Promise.race([state.reading, new Promise((done) => setTimeout(done, TIMEOUT_MS))]);
+        return;
+    }
     const messages = shownMessages(type ? kindOf(type) : state.kind);
     const who = messages.some((message) => message.role !== 'system') ? identity() : null;
     if (!who) return;
@@ -12243,6 +12582,7 @@ function onChatChanged() {
     showRecalled([], null);
     showChat();
     lookAtServer();
+    onMessagesChanged();
 }
 
 function start() {
@@ -12252,6 +12592,7 @@ function start() {
     listen('CHAT_COMPLETION_SETTINGS_READY', identify);
     listen('GENERATION_ENDED', () => { showChat(); showProxied(); });
     listen('CHAT_CHANGED', onChatChanged);
+    for (const name of ['MESSAGE_EDITED', 'MESSAGE_DELETED', 'MESSAGE_SWIPED']) listen(name, onMessagesChanged);
     buildPanel();
     lookAtServer();
 }
@@ -12660,6 +13001,12 @@ def search_all() -> dict:
     if not text.strip():
         raise InvalidRequest("q must say what to search for.", "q")
     return engine().find(text, number_argument("limit", 50))
+
+
+@api.post("/chats/<chat:chat>/sync")
+def sync(chat: str) -> dict:
+    """The whole chat as a client shows it."""
+    return engine().sync(chat, request_json())
 
 
 @api.post("/inject")

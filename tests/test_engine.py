@@ -135,7 +135,7 @@ def test_a_turn_waits_no_longer_than_its_deadline_whatever_it_waits_for(memory, 
         raise pm.EmbedderUnavailable("embedder late")
 
     monkeypatch.setattr(memory.embedder, "encode", late)
-    monkeypatch.setattr(memory.completions, "context_length", lambda *_: 2048)
+    monkeypatch.setattr(memory.completions, "context_length", lambda *_: (2048, 2048))
     memory.recaller.change_character("Mira", True)
     for number in range(5):
         named = [m | ({"name": "Mira"} if m["role"] == "assistant" else {}) for m in LONG]
