@@ -4307,11 +4307,14 @@ def align_appended(chat: Chat, request: ChatRequest) -> Alignment | None:
     """Where the one message of a client that keeps no history goes; None for a client that shows history.
 
     The reply that the client had to its last message is then part of the chat. The same message again, when no whole
-    reply has reached the client, is the same turn again.
+    reply has reached the client, is the same turn again. A client that has shown its history before may send its newest
+    message alone, too; but its chat's first message alone is its history, shown from the beginning.
     """
     head, tree = chat.store.head, chat.tree
-    shows_history = request.identity.has_metadata or chat.store.info.get("shows_history")
-    if len(request.turns) != 1 or request.turns[0].role != "user" or shows_history or not head:
+    if len(request.turns) != 1 or request.turns[0].role != "user" or request.identity.has_metadata or not head:
+        return None
+    first = tree.nodes[chat.path()[0]]
+    if chat.store.info.get("shows_history") and first.digest == request.turns[0].digest:
         return None
     replies = tree.replies.get(head) or []
     answered = bool(replies) and tree.nodes[replies[-1]].complete
@@ -6991,8 +6994,8 @@ def readable_payload(value: Any) -> dict | None:
     if not choices and not usage and (rows is None or rows):
         return None
     payload = {**value, "choices": choices}
-    for name in ("message", "response", "generated_text") if "choices" not in value else ():
-        payload.pop(name, None)
+    for name in ("error", *(("message", "response", "generated_text") if "choices" not in value else ())):
+        payload.pop(name, None)  # an error that is none, too: some clients end at the mere name
     if usage is not value.get("usage"):
         payload["usage"] = usage
     if isinstance(payload.get("model"), str):
@@ -8029,8 +8032,8 @@ class OpenAIUpstream:
                 log_event("learned", f"The model {model} is asked in another way from now on: {error}")
             except NoReply as error:
                 more_room = error.spent and call.background and dialect.tries + 1 < len(ROOM_FOR_THOUGHTS)
-                if not more_room and (error.spent or blank):
-                    raise
+                if not more_room and (error.spent or blank or call.background):
+                    raise  # what writes summaries asks again in other words
                 blank = blank or not more_room
                 better = replace(dialect, tries=dialect.tries + more_room)
                 log_event("empty_reply", f"{error} It is asked once more.", level=logging.WARNING)
@@ -10046,6 +10049,9 @@ class Summarizer:
                 return "", []
             try:
                 choice = ask(summary_request(lines, what, room, strict), tokens)
+            except NoReply as error:
+                log_event("summary_rejected", f"A summary is not used: {error}", flaw="empty", strict=strict)
+                continue
             except PersonaMemoryError as error:
                 if self._closed or getattr(error, "status", 0) in (401, 403):  # a later turn brings the key
                     raise
@@ -10234,12 +10240,12 @@ def diagnosis(
         return "notice", words, f"{embedder.removeprefix('failed: ')}. See --embedder."
     if "loading" in (upstream["status"], embedder):
         return "loading", "Models are loading.", "Chats work already; memories are found by words until then."
-    if turn.get("outcome") == "degraded":
-        reason = turn["why"].removeprefix("degraded; reason=")
-        return "notice", f"The last turn went without its full memory: {reason}", "The chat itself is not affected."
     if summaries:
         words = f"The model {summaries['model']} could not write a summary: {summaries['words']}"
         return "notice", words, f"{SUMMARY_ADVICE} {advice_on(summaries['status'], upstream)}"
+    if turn.get("outcome") == "degraded":
+        reason = turn["why"].removeprefix("degraded; reason=")
+        return "notice", f"The last turn went without its full memory: {reason}", "The chat itself is not affected."
     return "ok", "OK", ""
 
 
