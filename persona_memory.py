@@ -891,458 +891,109 @@ READ_LIMIT = 3000  # characters; of a longer text the first and the last half of
 # The words under "neutral" are what a body does without feeling: they tell narration from talk.
 LEXICON = {
     "joy": """
-        3 overjoyed ecstatic elated euphoric jubilant blissful thrilled delighted exhilarated radiant beaming adore
-          rejoice wonderful fantastic marvelous marvellous magnificent splendid delightful hooray hurray hurrah yay
-          woohoo yippee woo_hoo joyful joyous joyfully over_the_moon on_cloud_nine best_day tears_of_joy happy_tears
-          weep..joy cry..joy cry..happiness cry..laugh burst..laughing burst_out_laughing burst_into_laughter
-          jump..for_joy jump..with_joy squeal..delight squeal..joy squeal..excitement clap..delight love_you adore_you
-          heart..soar heart..sing heart..swell heart..flutter heart..leap heart..overflow on_top_of_the_world lmao rofl
-          lmfao could_kiss could_hug happiest luckiest made..day make..so_happy head_over_heels bliss euphoria ecstasy
-          mean..the_world mean..everything dream_come_true
-          never_felt_so_alive couldn't_ask_for_more can't_stop_smiling
-          can't_stop_laughing can't_stop_grinning happy_dance victory_dance what_a_relief
-        2 happy glad joy happiness delight cheerful cheery merry jolly gleeful glee excited excitement excitedly
-          exciting smile grin laugh laughter giggle chuckle beam cackle snicker smiling laughing grinning love loving
-          beloved darling sweetheart amazing awesome brilliant excellent incredible gorgeous beautiful lovely
-          fabulous superb perfect glorious hilarious funny amused amusing amusement fun enjoy enjoyed enjoyable
-          grateful gratefully gratitude thankful thank thanks appreciate proud pride proudly relieved relief hopeful
-          optimistic celebrate celebration cheer cheers congratulations congrats bravo win victory triumphant
-          triumphantly haha hahaha hahahaha hehe heehee hihi lol xd charming adorable cute sweet sweetest affectionate
-          affectionately fondly fond tenderly tender cuddle snuggle nuzzle kiss hug embrace twirl giddy bubbly
-          playful playfully bliss content contented contentedly contentment cosy cozy dance..around bounce
-          skip..down skip..along hum..happily wag..tail purr coo swoon eyes..sparkle eyes..light eyes..shine
-          eyes..twinkle eyes..gleam eyes..glow eyes..bright face..light face..brighten face..glow light_up
-          lights_up can't_wait cannot_wait can_not_wait look..forward look_forward high_five fist..pump pump..fist
-          pumps_the_air punches_the_air throw..arms_around fling..arms_around wrap..arms_around lean..into..touch
-          lean_into rest..head..shoulder lay..head..shoulder good_news great_news good_job great_job well_done nice_job
-          nice_work feel..better feel..alive feel..at_home worth_it worth_every lucky blessed bless miracle butterflies
-          in_love fell..for_you fall..for_you crush_on be_mine marry_me proud_of best_friend hero savior saviour
-          you_did_it i_did_it we_did_it did_it we_won i_won you_won we_made_it made_it nailed_it so_good
-          so_much_better thank_god thank_goodness thank_heavens warm_glow warmth warmly cherish treasure admire
-          impressed impressive respect..you welcome_home home_at_last yes_yes finally_free free_at_last
-          not_bad no_complaints sings_happily wink flirt..back
-          beams_with dimples chortle guffaw titter belly_laugh snort..laughter laugh..hard laugh..loud
-          laugh..tears giggles_uncontrollably do..dance little_dance dances_around jig
-          good_luck best_luck happy_for got_the_job passed_the got_in_to stay_safe stay_strong can_hardly_wait we_did
-          helpful you_rock you_rule what_fun sounds_fun so_fun legend how_sweet how_lovely how_wonderful how_nice
-          how_kind over_joyed beyond_happy weight_off burden_lifted tears_of_happiness never_leave_you..love
-          yours_forever hear_hear to_us to_victory to_friendship raise..glass raise..tankard raise..mug clink
-          clap..back pat..shoulder pat..head scratch..behind..ears boop poke..playfully nudge..playfully spin..around
-          leap..for_joy jump_up_and_down bounces_on clap..hands bring..hands_together twirl..around dance..joy
-          throw..confetti blow..kiss peck..cheek hold_you_close squish glomp snuggles_up nestle tail..wagging
-          tail..wag ears..perk perk_up whoop holler whistle..happily whistle..cheerfully skip..beat..love
-        1 good great nice best better well fine hope enjoyable pleased pleasant pleasure pleasing like_you
-          favorite favourite friend warm cool welcome kind kindness comfort comforting comfortable safe_now
-          peaceful peace serene bright brightly lively lighthearted blush flirt flirty flirtatious tease teasingly
-          teasing mischievous mischievously smirk hum giggly interested entertained satisfied satisfying satisfaction
-          yum yummy delicious tasty savour savor gift present treat holiday birthday wedding festival feast
-          ok_with agree exactly true wish trust care caring support dear honey sweetie babe congratulate
-          encouraging encourage eager eagerly enthusiastic enthusiastically enthusiasm cuddly soft_smile aww awww aw
-          pat..back ruffle..hair hold..close stroke..hair stroke..cheek caress squeeze..hand take..hand squeal
-          yes! yes_please of_course gladly sure_thing promising inspiring inspired inspire graceful elegant
-          genius clever talented wise praise compliment adventure paradise heaven heavenly sunshine relax relaxed
-          relaxing sigh..contentedly sigh..happily sigh..contentment sigh..relief sigh..dreamily exhale..relief
-          breath..relief breathe..relief tail_wags desire want_you need_you long_for_you
-          like liked i_like luck interesting positive super sharing finally sounds_good sounds_great sounds_lovely
-          no_worries fair_enough safe tickle tickled merrily chin_up worth gracious noble hooked finest prefer_you
-          admirable
-        3 cancer_free all_clear she_said_yes he_said_yes it's_a_girl it's_a_boy we're_going_home going_home we're_safe
-          you_got_in i_got_in favourite_sound favorite_sound best_day_ever best..ever
-        2 newborn anniversary engaged ears..pink cheek..pink cheek..warm go..pink hide..smile hide..grin fight..smile
-          bite_back..grin bite_back..smile corner..mouth bite..smile hand_in_hand swing..hand forehead..against
-          rest..forehead..yours nose..nose you_came you're_home you're_back that's_my_girl that's_my_boy my_girl
-          stay_forever don't_go_yet full_marks champion trophy ribbon dance..kitchen dance..street slow_dance
-          arms_in_the_air arms_up wheeze toast..to here's_to first_time_since melt so_sweet so_happy mine_forever
-          let's_celebrate can_breathe_again breathe_again breath..finally wiggle unwind happily_ever home_sweet_home
-          you_remembered saved_you proudest beam..at yours_truly giddily squee smooch
-        1 dance sing sang song whistle fiddle spin puppy kitten picnic beach pancake strawberry cake cookie candle
-          blanket squeeze hold..hand cuddled snug sigh..happy squeak purring flutter dearest sunrise
-          garland bells ring..bells finish_line together lullaby
+        3 overjoyed ecstatic elated euphoric jubilant blissful thrilled delighted joyful joyous adore rejoice wonderful
+          fantastic marvellous marvelous magnificent delightful hooray hurray woohoo yay yippee happiest luckiest
+          love_you tears_of_joy weep..joy cry..joy cry..laugh over_the_moon on_cloud_nine dream_come_true
+        2 happy glad joy delight bliss cheerful merry jolly gleeful glee excited excitement smile grin laugh laughter
+          giggle chuckle beam cackle love beloved darling sweetheart amazing awesome brilliant excellent incredible
+          gorgeous beautiful lovely fabulous superb splendid perfect glorious hilarious funny amused amusing fun enjoy
+          grateful thankful thank thanks proud pride relieved relief hopeful celebrate cheer congratulations congrats
+          bravo win won victory triumphant haha hehe lol lmao adorable cute sweet affection fond tender cuddle snuggle
+          kiss hug embrace giddy playful content cosy cozy can't_wait look..forward good_news well_done good_job
+          best_friend did_it made_it thank_god thank_goodness whoop squeal cherish treasure admire impressed
+          appreciate eyes..sparkle eyes..shine eyes..light face..light heart..soar heart..swell heart..flutter
+          heart..leap jump..joy clap..hands throw..arms purr hero bless
+        1 good great nice best better well fine hope pleased pleasant pleasure favourite favorite friend warm welcome
+          kind comfort peace peaceful bright tease wink hum dance sing skip whistle satisfied yum delicious tasty gift
+          treat agree wish trust care dear honey babe eager inspire clever talented lucky luck like interesting cool
+          safe worth yes! finally gladly relax blush
         """,
     "sadness": """
-        3 heartbroken devastated grief grieve grieving mourn mourning sob weep bawl despair despairing miserable
-          misery anguish anguished inconsolable bereft desolate hopeless suicidal wretched heartbreak heartbreaking
-          broken_heart break..heart heart..break heart..broken heart..shatter heart..ache heart..sink burst_into_tears
-          burst..tears break_down_in_tears break..sobbing cry..eyes_out cry..to_sleep tears..stream tears..roll
-          tears..fall tears..run tears..spill tears..well tears..cheek tears..face tears..eyes eyes..tears eyes..tear_up
-          well..tears fill..tears brim..tears fight..tears blink..tears hold..tears choke..tears wipe..tears
-          wipe..tear wipe..eyes single_tear lone_tear all_my_fault i_failed fail..you lost_everything nothing_left
-          want_to_die wish..dead wish_i_was_dead wish_i_were_dead can't_go_on can't_do_this_anymore cannot_go_on
-          no_reason_to_live give_up_on_life all_alone so_alone never_coming_back isn't_coming_back not_coming_back
-          miss..so_much wish_you_were_here gone_forever rest_in_peace cried_myself cry_myself sorrow sorrowful
-          sorrowfully mournful mournfully
-          your_loss my_condolences condolences broke..heart never_came_back never_came_home never_came_to
-          didn't_make_it did_not_make_it not_going_to_wake never_wake_up drown..sorrow end_it_all tear..slip
-          tear..roll tear..run tear..fall tear..trickle tear..slide tear..drip tear..streak tear..stain tear..glisten
-        2 sad sadden saddened sadly sadness unhappy cry tears tearful tearfully teary depressed depressing depression
-          gloomy gloom lonely loneliness lonesome melancholy melancholic forlorn dejected despondent downcast
-          crestfallen downhearted disheartened discouraged disappointed disappointing disappointment disappoint
-          regret regretful remorse remorseful guilt guilty ashamed shame sorry apologize apologise apology
-          apologies heartache ache hurt wounded pain painful suffer sniffle whimper..sadly wail lament
-          pining miss_you misses_you miss_him miss_her miss_them miss_home missed_you homesick abandoned
-          abandon worthless useless failure unloved unwanted empty emptiness numb hollow tragic tragedy tragically
-          unfortunate unfortunately pity pitiful pitifully somber sombre sullen sulk mope pout..sadly blue..mood
-          feel..down feeling_down feel_low feel..empty feel..nothing left_me leave_me_alone..dark lost_her lost_him
-          lost_them lost_my lose..you losing_you lost_you passed_away died funeral grave graveside buried bury
-          goodbye farewell last_time..see tear_up choke..up choked_up voice..break voice..crack voice..catch
-          lip..quiver lip..tremble lower_lip chin..quiver chin..tremble shoulders..slump shoulders..sag
-          shoulders..droop shoulders..shake head..hang hang..head bow..head..shame drop..gaze ears..droop tail..droop
-          ears..flatten..sad smile..fade smile..falter smile..vanish smile..disappear smile..drop smile..die grin..fade
-          light..fade..eyes face..fall face..crumple sad_smile smile_sadly bitter_smile bittersweet wistful wistfully
-          hug..knees curl..up..ball curl_into_a_ball curl..bed slump..wall slide..down..wall sink..floor
-          sink..knees fall..knees collapse..knees bury..face bury..hands stare..blankly stare..nothing..eyes
-          stare_at_the_floor stare_at_the_ground stare_at_her_feet stare_at_his_feet look..feet look_away..sad gone_now
-          used_to_be..happy it's_over it_is_over it's_hopeless no_use what's_the_point what_is_the_point why_bother
-          give_up gave_up given_up can't_take_it can't_cope can't_sleep_at_night don't_matter doesn't_matter_anymore
-          nobody_cares no_one_cares no_one_loves nobody_loves no_one_would_miss nobody_would_miss nobody_came
-          no_one_came forgot_my_birthday forgot_about_me forgotten nobody_remembered my_fault..dead forgive_me
-          please_forgive so_sorry i'm_sorry too_late..now had_to_bury boo_hoo waah waaah forsaken betrayed..trusted
-          humiliated embarrassed mortified sigh..sadly sigh..heavily let..you_down let..everyone_down let..down
-          look_down..sad heavy_heart broken defeated defeat desolation woe moan..grief cries_out..grief
-          dead..because_of_me i_miss never_see..again never_hear..again voice_thick..tears voice_breaks
-          loss poor suffering hurt_me hurts_me hurt_you feel_terrible feel_awful feel_horrible feel..bad feels_bad
-          feel_like_a_failure no_family nobody_left no_one_left not_good_enough never_good_enough not_okay not_ok
-          not_fine don't_belong no_friends left_behind left_out broke_up dumped turned_me_down rejected rejection
-          wasn't_invited not_invited died_inside dead_inside why_me i_tried tried_everything didn't_call never_called
-          never_said_goodbye gone..forever slow_tears wet_eyes eyes..wet eyes..glisten eyes..glassy eyes..red
-          eyes..puffy eyes..hollow eyes..dull watery_eyes eyes..water misty_eyed choked_sob let_out_a_sob stifle..sob
-          shoulders..heave shaking_with_sobs rocks_back_and_forth stares_into_space stare..into_the_distance
-          voice..barely voice..small voice..hollow voice..flat voice..thick voice..hoarse whisper..brokenly brokenly
-          mutter..sadly looks_away look..away swallow..lump lump..throat weight..chest crush..spirit lay_down_and_die
-        1 alas lost lose losing alone gone miss missing sigh frown pout lament tired weary exhausted drained worn_out
-          sorely weak unlucky poor..thing poor_thing sick_of_life dull bleak bitter faded fade hopelessly weakly
-          wish_things had_been if_only wish_i_had wish_i_could used_to grieved hospital cancer dying die dead death
-          goodnight_forever rain..alone hug_me hold_me lonely_night silence..years without_you without_her
-          without_him shouldn't_have..left should_have_been_me should_have_been_there too_late over_now slump sag
-          droop hang_my_head down upset distant quietly..tears softly..crying sobbing sniff awkward awkwardly
-          embarrassing embarrassment shamefully sheepishly bad terrible..day rough_day rough_week hard_day long_day
-          mess..up messed_up screwed_up failed fail
-          hard rough mistake disaster oops unhappily never_again..see unlike_before silence pillow..hug nobody
-        3 miscarriage stillborn gravestone headstone tombstone only_one_left last_one_left last_of_her last_of_his
-          last_of_my no_one_comes nobody_comes better_off_without i'm_a_burden just_a_burden not_enough wasn't_enough
-          never_enough stop_looking..for empty_chair empty_cradle empty_bed empty_seat empty_house
-          wish_he_could wish_she_could one_more_day one_more_time so_tired_of
-          tired_of_trying want_to_disappear
-        2 widow widower orphan orphaned wreath urn hospice terminal lost..hope no_hope forgot..voice hollow_laugh
-          lower..eyes eyes_downcast lower..head forehead..window forehead..glass knees_to..chest knees_to..chin
-          draw..knees pull..knees press..lips_together wipe..face wipe..nose quiet..voice goes_quiet goes_very_quiet
-          just_friends moved_on move_on_without left_on_read by_myself on_my_own never_got_to never_told
-          never_once_said should_have_said should_have_been should_have_held would_have_been
-          used_to_be used_to_dance used_to_sing used_to_call there_used_to_be in_another_life another_life
-          deserve_better doesn't_matter voicemail
-          his_jacket his_coat his_watch her_coat still_waits wait..for_nobody won't_come_back couldn't_save
-          tried_to_save gone_cold went_cold never_came never_wrote no_answer packed..things let_go..hand
-          burned_down nothing_tastes not_hungry wither wilt no_one_writes nobody_writes couldn't_hold_on let_her_go
-          let_him_go
-        1 cemetery coffin ashes photograph photographs memory memories lantern river..go winter autumn rain silent
-          old_soldier once_had anymore dust quietly slowly closed shut last four_years years_ago remember
+        3 heartbroken devastated grief grieve mourn sob weep despair miserable misery anguish inconsolable bereft
+          hopeless suicidal wretched heartbreak sorrow condolences break..heart heart..ache heart..sink burst..tears
+          tears..eyes eyes..tears tears..cheek tears..face well..tears fill..tears so_alone all_alone
+          miss..so_much rest_in_peace cry..to_sleep
+        2 sad sadden unhappy cry tears tearful depressed depressing depression gloom gloomy lonely loneliness melancholy
+          dejected downcast crestfallen disheartened disappointed disappointing disappointment regret remorse guilt
+          guilty ashamed sorry apologise apologize apology ache hurt wounded pain painful suffer sniffle wail miss_you
+          miss_him miss_her miss_them miss_home homesick abandon worthless useless failure unwanted empty emptiness
+          numb hollow tragic tragedy unfortunate unfortunately pity pitiful funeral grave bury buried goodbye farewell
+          pass_away passed_away died widow orphan wistful voice..crack voice..break lip..quiver lip..tremble
+          chin..tremble shoulder..slump shoulder..sag head..hang smile..fade face..fall choke..up lump..throat
+          heavy_heart give_up what's_the_point no_use nobody_cares no_one_cares my_fault broken defeated humiliated
+          reject left_behind coming_back too_late last_time wipe..eyes knees..chest
+        1 alas lose lost loss alone gone miss sigh pout tired weary exhausted down upset bad hard rough mistake fail dead
+          die death hospital cancer memory remember without nobody used_to if_only wish_i silence fade anymore
+          never_again embarrass awkward
         """,
     "anger": """
-        3 furious enraged livid outraged irate seething seethe rage fury wrath wrathful incensed infuriated infuriating
-          infuriate fuming hate hatred loathing despise fuck fucker motherfucker bastard bitch asshole arsehole cunt
-          damn_you screw_you fuck_you fuck_off piss_off go_to_hell burn_in_hell rot_in_hell shut_up shut_your_mouth
-          shut_the how_dare dare_you get_out get_out_of_my_sight get_out_of_my out_of_my_face out_of_my_sight
-          get_away_from_me stay_away_from me_alone leave_me_alone see..red boil..blood blood..boil make..blood_boil
-          fed_up sick_of_your sick_of_you sick_of_this sick_and_tired had_enough enough_of_this enough_of_your
-          lose..temper lost..temper snap_at i'll_kill kill_you i_will_kill make_you_pay will_pay you'll_pay pay_for_this
-          you'll_regret tear_you_apart rip..apart wring..neck throttle slam..door slam..fist slam..hand slam..table
-          slam..desk slam..down slam..shut slam..wall bang..fist pound..fist pound..table punch..wall kick..door
-          kick..chair kick..wall throw..across throw..against throw..wall throw..floor hurl..across hurl..at hurl..wall
-          smash..against smash..wall smash..floor smash..glass flip..table flips_the_table clench..fist clench..jaw
-          clench..teeth fist..clench jaw..clench jaw..tighten jaw..set teeth..clench grit..teeth grind..teeth
-          gritted_teeth clenched_teeth bare..teeth bare..fangs nostrils..flare eyes..blaze eyes..narrow narrow..eyes
-          eyes..burn eyes..flash shake..with_rage shake..with_anger shaking_with_fury tremble..rage tremble..fury
-          tremble..anger red_with_rage face..red..anger spit..venom veins..bulge vein..throb storm..out stomp..out
-          storm..off stomp..off grab..collar grab..throat shove..against slap..face slap..hard liar traitor you_lied
-          lied_to_me you_betrayed betrayed_me betrayed_us stab..back backstab backstabber stfu wtf_is_wrong
-        2 angry anger angrily mad pissed annoyed annoying annoy irritated irritating irritate irritation frustrated
-          frustrating frustration aggravated aggravating exasperated exasperation resent resentful resentment hostile
-          hostility hostile spite spiteful vengeance revenge avenge vengeful indignant indignantly offended insulted
-          insult bitterly glare scowl snarl growl hiss sneer snap bark roar bellow yell shout scream_at yell_at
-          seethes huff bristle glower grumble mutter..curse swear..under curse stomp storm shove slam smash punch
-          slap kick throttle strangle stupid idiot idiotic moron fool imbecile dumbass jackass prick dick jerk scum
-          coward liar lying lies cheat cheater betray betrayal traitorous damn dammit damnit goddamn hell bullshit
-          crap shit ridiculous unacceptable unfair outrageous pathetic nonsense ugh_stop stop_it stop_that
-          cut_it_out knock_it_off don't_touch_me do_not_touch_me don't_you_dare back_off how_could_you how_can_you
-          what_were_you_thinking what's_wrong_with_you what_is_wrong_with_you are_you_kidding are_you_serious
-          are_you_insane are_you_stupid are_you_deaf none_of_your_business mind_your_own not_funny isn't_funny
-          never_forgive won't_forgive can't_forgive don't_forgive last_straw enough_is_enough for_the_last_time
-          i_told_you i_said_no who_do_you_think no_right lost..patience losing..patience run..out_of_patience
-          patience..thin test..patience cold_fury through_gritted cross..arms fold..arms arms_crossed roll..eyes
-          rolls_her_eyes throw..hands_up throws_up_his_hands point..finger..at jab..finger get_lost buzz_off
-          take_that_back drop_dead shut_it ruin..everything ruined_everything ruin stole_my your_fault
-          all_your_fault blame..you because_of_you..dead demand fight fighting attack threaten menacing menacingly
-          glaring cold_stare stare_daggers ice_in..voice voice..cold voice..ice wtf ffs hypocrite selfish arrogant
-          used_me using_me lied_to manipulate manipulative toxic grr grrr argh arghh gah
-          suck sucks shitty ass waste_of can't_stand cannot_stand don't_like not_true false racist boring who_asked
-          nobody_asked no_one_asked did_it_again you_always you_never keep_interrupting don't_care_about_anyone
-          pay_dearly going_to_pay gonna_pay you'll_be_sorry will_regret regret_this apologize_before break_your_bones
-          break_your_neck break_your take_your_hands hands_off keep_your_hands get_off_me let_go_of_me let_me_go
-          unhand out_of_my_way get_your get_that_thing give_it_back give_me_back give_that_back drives_me_crazy
-          drive..mad drive..insane driving_me gets_on_my_nerves on_my_nerves last_nerve rub..wrong_way treat_me_like
-          talk_to_me_like speak_to_me_like call_me_that say_that_again one_more_word another_word not_another_word
-          no_excuse no_excuses stop_lying stop_laughing stop_acting stop_treating stop_being stop_telling treachery
-          treason incompetent insolent insolence impudent disrespect disrespectful disgrace smack punches spit..face
-          bare..claws claws..extend hackles..rise hackles..raise fur..bristle ears..pin lash..tail tail..lash
-          pace..furiously pace..angrily draw..sword draw..blade draw..dagger point..sword raise..axe bring..axe..down
-          stab..into snatch yank crush..can crumple..letter crumple..paper tear..letter tear..contract rip..letter
-          rips_up tears_up vows_revenge through_her_teeth through_his_teeth face..darken expression..darken
-          voice..rise voice..low..dangerous dangerously_low ice_cold icy icily cold_eyes stern sternly scold scoff
-          mocking mockingly accuse accusingly snappish hands_on_hips tap..foot
-        1 upset cross disagree wrong problem complain complaint argue argument blame fault stop enough impatient
-          impatiently cold coldly harsh harshly sharp sharply sarcastic sarcastically dumb crazy worse worst lame
-          stubborn rude mean blunt bluntly hit break stab strike..down tch tsk hmph hmpf pfft bah bother disapprove
-          unbelievable how_many_times excuse_me kidding_me refuse never_again whatever tsks tuts
-          don't_believe nope fake irrelevant unjust injustice unpopular wrong_with_you sigh..frustration groan
-          groan..frustration eye_roll get_it_together no_more stop_it_now deserve
-        3 watch_your_tone watch_your_mouth wipe_that_smirk wipe_that_smile have_the_nerve the_nerve
-          sold_me_out sold_out behind_my_back choke_on_it swear_to_god you_promised you_swore
-          don't_you_walk don't_tell_me don't_lecture don't_patronize do_not_lecture try_me don't_call_me
-          stop_calling_me i'm_done_with so_done_with i'm_done had_it_with had_it_up say_it_again lied_to..face
-          to_my_face muscle..jaw jaw..work jaw..twitch jaw..flex nails..palms
-          lips..thin lips..white thin_line
-        2 thief murderer oathbreaker tyrant brat snap..in_two fling..at fling..feet throw..at
-          lunge crush..fist jab..chest stalk..up_and_down vein..temple vein..forehead you_think_this you_think_you_can
-          you_think_i do_you_think_i not_your_decision get_your_hands get_off_my stay_off touch..again
-          back_away_from_her blocked reported every_single_time every_single_day oh_brilliant oh_wonderful oh_great
-          oh_please how_convenient thanks_for_nothing good_for_you give_me_a_break you_let_her you_let_him you_let_me
-          you_stole you_stood you_burned you_used you_knew..let you_forgot you_chose you_sold you_killed
-          you_had_a_choice you_had_no how_could who_did_this who_dares dares you_dare that's_it i_quit
-          where's_my_money explain_yourself explain_now let_me_at is_this_my_thanks this_is_my_thanks
-          call_that_an morons fools cowards unleash riot
-        1 murder order blood..hands excuse excuses rip grind..out tear..off torn..off bang pound fists finger..chest
-          honour lie lecture again! hits growling patronize cheated stole steal
+        3 furious enraged livid outraged irate seethe rage fury wrath infuriate fuming hate hatred despise fuck bastard
+          bitch asshole arsehole cunt damn_you screw_you fuck_off piss_off go_to_hell shut_up how_dare get_out
+          leave_me_alone fed_up sick_of sick_and_tired had_enough i'll_kill kill_you pay_for_this regret_this slam
+          clench..fist clench..jaw clench..teeth grit..teeth jaw..clench fist..clench jaw..tighten eyes..blaze
+          eyes..narrow narrow..eyes you_lie lie_to_me liar traitor
+        2 angry anger mad pissed annoy irritate irritation frustrate frustration aggravate exasperate resent resentment
+          hostile spite vengeance revenge avenge indignant offend insult bitterly glare scowl snarl growl hiss sneer
+          snap roar bellow yell shout storm shove smash punch slap kick throttle strangle stupid idiot moron fool
+          imbecile jerk scum coward betray betrayal cheat damn dammit goddamn hell bullshit crap shit ridiculous
+          unacceptable unfair outrageous pathetic nonsense stop_it stop_that don't_touch you_dare back_off
+          how_could_you wrong_with_you are_you_kidding are_you_serious your_business not_funny never_forgive last_straw
+          enough who_do_you_think your_fault blame demand threaten attack fight hypocrite selfish arrogant disrespect
+          disgrace insolence incompetent can't_stand the_nerve roll..eyes cross..arms wtf ffs grr argh give_it_back
+          don't_tell_me let_go_of_me thanks_for_nothing
+        1 upset cross disagree wrong problem complain argue fault stop harsh sharp rude mean stubborn crazy worse worst
+          lame hit break stab tear rip throw fling bang pound murder steal thief excuse lie deserve refuse whatever
+          swear hmph tsk again!
         """,
     "fear": """
-        3 terrified terrifying terror horrified petrified panic panicked panicking panicky dread dreading dreadful
-          afraid scared scary scare frightened frightening fright fear fearful fearfully horror nightmare
-          scream..terror scream..fear shriek..fear scared_to_death scare..to_death scared_stiff frozen_in_fear
-          freeze..fear freeze..terror paralyzed..fear paralysed..fear shake..like_a_leaf shake..fear tremble..fear
-          shiver..fear cower huddle..corner back..into..corner back..away back..against..wall press..against..wall
-          scramble..back scramble..away scoot..back stumble..backward stumble..back hide..behind hide..under
-          crouch..behind hold..breath heart..pound heart..race heart..hammer heart..stop heart..skip..fear heart..thud
-          heart..in..throat blood..cold blood..ice blood..drain color..drain colour..drain face..pale go..pale
-          turn..pale turn_white white_as_a_sheet break..cold_sweat cold_sweat spine..tingle shiver..spine
-          chill..spine hair..stand_on_end hairs..neck goosebumps knees..weak knees..shake knees..knock knees..buckle
-          hands..shake hands..tremble fingers..tremble voice..tremble voice..shake voice..quiver trembling_voice
-          don't_kill please_don't_hurt don't_hurt_me please_don't_kill help_me somebody_help someone_help
-          is_anyone_there who's_there who_is_there run_for run_for_your_life we_have_to_run we_need_to_run
-          we_have_to_hide going_to_die gonna_die we're_all_going_to_die they're_coming it's_coming they_found_us
-          they'll_kill he'll_kill she'll_kill it'll_kill they'll_find he'll_find something's_out_there
-          something_out_there someone's_watching being_watched being_followed following_us following_me eek aaaah
-          aaah aah panic_attack can't_breathe cannot_breathe
-          don't_dare not_dare dare_not right_behind_you it's_behind behind_you make_it_stop knows_where_i_live
-          freak..out freaking_out heard_it_breathing hear_it_breathing something_moved something_is_moving
-          moved..in..dark someone_is_in someone's_in_the in_the_walls scared_out_of out_of_my_mind_with
-          going_to_kill_us going_to_kill_me gonna_kill going_to_find_us don't_feel_safe not_safe isn't_safe
-          never_felt_so_afraid wake..screaming white_knuckles knuckles..white grip..seat shake..uncontrollably
-          tremble..uncontrollably shaking_like trembling_like breath..hitch breath..quicken breath..catch..throat
-          breathe..fast hyperventilate heart..beat..fast heart..beating heart..jump heart..lurch throat..tighten
-          throat..dry mouth..dry teeth..chatter legs..shake legs..tremble legs..give frozen_in_place frozen_with
-          freeze..in_place freezes_in_place rooted..spot pressed_against..hide
-        2 anxious anxiously anxiety nervous nervously worried worry worrying worriedly uneasy unease apprehensive
-          apprehension alarmed frantic frantically spooked creepy creeped eerie ominous menace danger dangerous
-          threat cowardly timid timidly tremble shiver shudder quiver quake shake..head..no cringe..away flinch
-          whimper cower shrink..away shrink..back recoil..fear wince..fear flee run_away hide hiding trapped cornered
-          helpless helplessly vulnerable desperate desperately tense tensely on_edge edge_of..seat jump..at_the
-          startle..awake gulp swallow..hard swallow..nervously swallow..thickly sweat..palms palms..sweat
-          palms_sweaty wring..hands fidget..nervously fidget bite..nails chew..nails bite..lip..nervously
-          bite..lip..anxiously glance..over_shoulder look..over_shoulder glance..over..shoulder look..over..shoulder
-          eyes..dart darting_eyes wide..with_fear wide..with_terror eyes..fear eyes..terror clutch..tightly
-          cling..to clutch..arm grip..arm..tightly pull..blanket..head pulls_the_blanket pulls_the_covers
-          stomach..knot stomach..drop stomach..churn..fear pit..stomach what_if something's_wrong something_is_wrong
-          something's_not_right bad_feeling don't_leave_me don't_go don't_leave please_don't_go stay_with_me
-          don't_let_them don't_let_him don't_let_go i_can't_look did_you_hear what_was_that_noise what_was_that_sound
-          keep_quiet be_quiet..hear shh..hear they'll_hear it_heard hear_us it's_too_dark in_the_dark footsteps
-          shadow..move growl..dark monster ghost haunted demon..coming stalker stalk
-          paranoid phobia intimidated intimidating horrifying hysterical stammer stutter..fear voice_shaking
-          freaked worried_about worried_sick no_no_no please_no oh_no oh_god_oh_god get_away_from_it stay_back
-          stay_away keep_away go_away..please leave_me_alone..please they_know they_found be_found lock_the_doors
-          bar_the_door barricade close_the_door..quick take_cover get_down peek..out peer..nervously
-          step_back..nervously back_up..slowly ears..flat..head tail_tucked tail..between..legs huddle cling
-          hug..tightly..scared whisper..terrified whisper..fearfully tremulous shakily_breathes jittery jumpy
-          beyond_scared terrorized petrify shadows..creep crawl..under run..away run_away_from hide_from hide_from_him
-          lurk lurking prey hunted predator wolf..closer not_alone..here we're_not_alone we_are_not_alone
-        1 concern concerned careful caution cautious cautiously wary warily hesitant hesitantly hesitate tense
-          unsure insecure shy shyly pale dark..alone scream shriek beware escape survive risky risk suspicious
-          shaky shakily freeze frozen shaking emergency please_stop..hurting bomb gun..head blood knife..throat
-          run! hurry quick quickly..hide weapon beg plead unsafe timid
-        3 don't_move don't_make_a_sound not_a_sound don't_look_at_it don't_look_down don't_turn_around there's_someone
-          there's_somebody someone_in..house somebody_in..house somebody_is_in someone_has_been somebody_has_been
-          was_locked home_alone call_the_police pick_up_pick_up no_please don't_make_me_go
-          don't_hang_up don't_leave_me_here can't_go_in voice..thread press..flat flatten..against..wall doesn't_dare
-          did_not_dare dare..breathe not_breathe doesn't_breathe barely_breathe hands..won't_stop shaking_so
-          pulse..race heart..fast heart..mouth sweat..lip sweat..brow sweat..forehead count..to_ten squeeze..eyes_shut
-          hide_now want_to_die..not don't_want_to_die
-        2 biopsy abnormal test..back diagnosis tumour tumor mayday sos breach sirens siren intruder scratching
-          creak..stairs creak..door footprints basement crypt trapdoor scarecrow claw claws fang fangs
-          spider ambush patrol dogs..hear hunts hunts_by find_us find_me find_you sniff..door
-          breathe..neck breath..neck drag..itself gone_silent went_silent too_quiet whisper..name same_car behind_me
-          behind_us behind_him behind_her at_the_window at_the_gate outside_the_door on_the_stairs under_the_bed
-          in_the_wall in_the_corner in_the_closet end_of_the_bed turn_off_the_light lights..flicker
-          light..flicker torch..out candle..out something_in something's_in it_moved it_knows they_have_dogs cut_rope
-          can't_feel can't_move can't_get_out let_me_out hold_on..rope clutch..sleeve clutch..hand grip..rail
-          grip..arm cling..arm clutch..blanket clutch..teddy edge..back backs_away back..from_the
-          shrink..into swallow..voice hasn't_come hasn't_called
-          where_is_she..late take_us take_me_back should_not_be_here shouldn't_be_here
-          never_should_have_come what_are_you_going_to_do please_tell_me please_don't please_sir i_swear_i pray prayer
-          prayers what_do_you_want..from_me will_shoot they'll_shoot shoot_us he'll_kill_me braced brace turbulence
-          oxygen falling
-        1 knife gun rifle alarm surgery hospital..hours verdict interview locked creak shadow shadows dark darkness
-          growl howl wolves wolf witch cellar graveyard midnight screaming trap tunnel corpse surround closer
-          breathing ice..crack groan..ice thunder knock knocks
+        3 terrified terrify terror horrified horror petrified panic dread afraid scared scary scare frighten fright fear
+          fearful nightmare cower heart..pound heart..race heart..hammer blood..cold cold_sweat hands..shake
+          hands..tremble knees..shake voice..shake voice..tremble don't_hurt help_me who's_there out_there
+          being_watched follow_me can't_breathe going_to_die
+        2 anxious anxiety nervous worry worried uneasy unease apprehensive alarmed frantic spooked creepy eerie ominous
+          menace danger dangerous threat timid tremble shiver shudder quiver quake flinch whimper flee run_away hide
+          trapped cornered helpless vulnerable desperate tense on_edge gulp swallow..hard hold..breath go..pale
+          turn..pale back_away stumble..back press..wall glance..shoulder look..shoulder eyes..dart cling..to clutch
+          what_if something's_wrong bad_feeling don't_leave_me don't_go please_no oh_no footstep shadow monster ghost
+          haunted demon stalk paranoid phobia stammer freak..out stay_back did_you_hear be_quiet keep_quiet
+        1 careful beware hush shh quick hurry run dark darkness scream blood knife please noise behind closer kill breathe
+          shake whisper don't_move
         """,
     "surprise": """
-        3 astonished astonishing astonishment astounded astounding amazed amazement flabbergasted dumbfounded
-          stunned shocked shocking speechless thunderstruck startled startling surprised surprise surprising
-          surprisingly gobsmacked bewildered unbelievable unexpected unexpectedly incredulous incredulously gasp..shock
-          gasp..surprise gasp..amazement jaw..drop jaw..floor drop..jaw mouth..agape mouth..open mouth..hang
-          mouth..drop gape eyes..widen eyes..wide wide_eyed eyes..bulge eyes..round eyes..saucers blink..surprise
-          blink..disbelief blink..confusion blink..twice eyebrow..shoot brow..shoot brows..shoot brow..raise
-          eyebrows..raise raise..eyebrows..surprise eyebrows..rise brows..rise does_a_double_take do..double_take
-          double_take no_way can't_believe cannot_believe couldn't_believe can_not_believe don't_believe_it
-          didn't_expect did_not_expect never_expected wasn't_expecting was_not_expecting never_thought
-          never_imagined never_would_have_guessed never_would_have_thought out_of_nowhere out_of_the_blue
-          off_guard taken_aback blow..mind mind_blown blew_my_mind oh_my_god oh_my_gosh oh_my_goodness omg omfg
-          holy_shit holy_crap holy_cow holy_moly good_heavens good_lord good_gracious well_i_never i'll_be_damned
-          you're_kidding you_are_kidding you're_joking you_must_be_joking you've_got_to_be_kidding are_you_for_real
-          since_when wait_what what_the_hell..is what_the_heck where_did_you_come_from where_did_that_come_from
-          plot_twist who_would_have_thought who_knew of_all_people of_all_places never_seen..like
-          drop..glass..shock stare..disbelief stare..shock stare..shocked stare..disbelieving
-          disbelief shock lost_for_words i_have_no_words words_fail_me out_of_thin_air
-          would_i_have_expected never_would_i didn't_see_that not_see_that_coming never_saw_that_coming
-          had_it_all_wrong make_no_sense couldn't_be..real it_couldn't_be caught_by_surprise take..by_surprise
-          take..aback
-        2 gasp astonish astound wow whoa woah huh wha whaa whaaat whaat what?! eh gosh gee blimey crikey
-          jeez yikes bewilderment confused confusing confusion confuse baffled baffling puzzled puzzling perplexed
-          perplexing mystified stun startle double_takes blink..rapidly sudden suddenly abruptly strange strangely
-          weird odd oddly bizarre curious curiously curiosity intrigued intriguing wonder wondering impossible
-          how_is_that_possible how_is_this_possible how_can_that_be that_can't_be this_can't_be it_can't_be
-          that's_not_possible that's_impossible it_is_you is_it_really_you is_that_really_you is_that_really
-          is_this_real for_real seriously really? you_did_what he_did_what she_did_what they_did_what you_what
-          he_what she_what what_do_you_mean what_happened..here how_on_earth what_on_earth why_on_earth
-          what_in_the_world how_did_you how_did_he how_did_she no_idea had_no_idea..you you_knew you're_alive
-          you_are_alive he's_alive she's_alive you're_the you're_pregnant you're_a_what i_thought_you_were
-          i_thought_you_died thought_you_were_dead just_realized just_realised realize realise it_was_you_all_along
-          all_along all_this_time you_mean_to_tell freeze..mid_step freeze..mid stop..in..tracks stop_dead
-          stop_short nearly_drop almost_drop nearly_choke almost_choke nearly_fall..chair spit..drink spits_out
-          sputter splutter choke..on..drink choke..on..tea choke..coffee drop..cup drop..book drop..tray stagger..back
-          step_back..shock do_a_double tilt..head cock..head..confusion scratch..head raise..eyebrow raise..brow
-          hand..over..mouth hand_flies_to hands_fly_to cover..mouth clap..hand..mouth came_as_a revelation
-          twist..never_saw never_saw..coming didn't_see..coming did_not_see..coming actually_works it_worked it_moved
-          popped_up appear_out_of what_the jump..in_surprise yelp boggle do_my_eyes_deceive dumbstruck
-          expect expected not_what_i_expected i_thought_you thought_you_were thought_you'd thought_it_was no_clue
-          wide_open what_just_happened did_that_just did_you_just did_he_just did_she_just is_that_a_tail where_am_i
-          how_did_i_get how_did_that you_never_told_me never_told_me you_kept_it after_all_these_years it's_you
-          it_really_is_you is_that_you can_talk it_talks it_speaks you_can_see_me turned_into transform vanish_into
-          disappear_into appears_from materialize what_is_going_on what's_going_on what_is_happening what's_happening
-          what_happened by_the_gods by_the_stars great_scott holy_hell my_goodness my_word goodness_me good_god
-          gods_above dear_lord heavens heavens_above bloody_hell what_the_fuck well_well blink..owlishly
-          stares_at_you..shock head_snaps_up eyes..snap..open sit..up..suddenly sit..bolt stops_in_her_tracks
-          stops_in_his_tracks freezes_mid nearly_drops raise..eyebrows arches_an_eyebrow arch..brow arch..eyebrow
-          quirk..eyebrow quirk..brow double-take take_a_step_back
-        1 suddenly unreal mysterious interesting sure_about_that blink stare..at..what hmm unusual
-          rare remarkable extraordinary apparently turns_out unclear what_is_this what_is_that what's_this
-          what's_that who_are_you which..mean understand..why don't_understand didn't_know never_knew did_you_know
-          i_wonder how_come whatever_happened guess_what magic_trick
-          realized not_sure don't_know know_why thought doubt clue whichever ?_what
-        3 wait_you wait_so wait_since wait_when hold_on_you hold_up hang_on you're_telling_me you_mean_to_say
-          mean_to_say say_what come_again did_not_see_that didn't_see_that_coming had_no_clue no_clue_you
-          nobody_told_me no_one_told_me you_never_said well_i'll_be bless_my_soul knock_me_down who'd_have_thought
-          had_never_expected no_one_had_expected nobody_had_expected eyebrows..climb eyebrows..vanish
-          eyebrow..up stare..mouth lips_parted it_can_talk looks_again counts_again
-          checks_again reads..twice checks..again blinks_again count..again check..again blink..again see_that_coming
-          not_see_that
-        2 halfway_to stop..chewing stop..mid mid_sentence mid_step mid_bite slip..from..fingers slip..out_of..fingers
-          fall..from..fingers shatter..tiles shatter..floor lets_go..astonishment drop..spoon drop..fork drop..phone
-          drop..keys drop..bag drop..everything jump..a_foot nearly_walk almost_fall whirl..around spin..around..who
-          you_can_talk you_speak you_married you're_married you're_engaged not_possible
-          since_when_do already? for_once all_at_once it_can't twin twins turned_out turns_out_you
-          it_turned_out by_itself on_its_own never_before had_never had_always_been
-          supposed_to_be i_expected had_expected i_never_thought i_never_expected i_didn't_know_that
-          never_knew_you i_never_knew how_in_the_world how_did is_that_my is_that_mine you_were_here who_said_that
-          you're_the_one is_gone it's_gone just_gone are_you_sure..same it's_alive it_fits
-          stammer..thought
-        1 instead somehow actually literally sorry_what hidden secret disguise genie wink vanish..into blank
-          of_all_the for_real? huh? eh? me? twice open..mouth stare
+        3 surprised surprise shocked shocking astonish astonishment astound stunned flabbergasted dumbfounded speechless
+          startled gobsmacked omg oh_my_god my_god no_way can't_believe cannot_believe unexpected jaw..drop mouth..open
+          eyes..wide eyes..widen what_the_hell what_the_heck you're_kidding you're_joking since_when mind_blown gape
+          out_of_nowhere disbelief
+        2 gasp amazed amazement wow whoa woah huh what?! gosh blimey crikey bewilder confuse confusion baffle puzzle
+          perplex stun startle sudden suddenly strange weird odd bizarre curious curiosity intrigue wonder impossible
+          unbelievable seriously really? for_real how_is_that how_did no_idea realise realize blink double_take
+          stop_dead freeze..mid nearly_drop almost_drop raise..eyebrow tilt..head i_thought_you expected never_seen
+          twist didn't_know is_that_you it's_you come_again turned_out who_knew all_along what_on_earth how_on_earth
+          hold_on hang_on wait_what wait_you you_what jump..back
+        1 mysterious unusual rare hmm apparently turn_out actually somehow never_knew doubt stare twice guess_what
+          all_at_once by_itself already wait secret unclear why
         """,
     "disgust": """
-        3 disgusted disgusting disgust disgustedly revolting revolted revolt..stomach repulsed repulsive repulsion
-          repugnant nauseating nauseated nauseous nausea vomit puke gag retch barf sickening sickened vile loathsome
-          foul putrid rancid abhorrent abomination grotesque make..sick makes_me_sick made_me_sick make..skin_crawl
-          skin..crawl stomach..turn stomach..churn stomach..heave turn..stomach churn..stomach want_to_throw_up
-          want_to_vomit throw_up threw_up going_to_be_sick gonna_be_sick might_be_sick be_sick going_to_hurl
-          gonna_hurl feel..sick wrinkle..nose wrinkles_her_nose scrunch..nose nose..wrinkle crinkle..nose hold..nose
-          pinch..nose cover..nose lip..curl curl..lip lips..curl face..twist..disgust grimace..disgust recoil..disgust
-          shudder..disgust shudder..revulsion revulsion eww ewww eww_eww ew ewwww bleh blech yuck yucky icky gross
-          grossed grossest nasty ick spit..on..ground spit..at..feet spits_it_out spit..it_out spit..out..food bile
-          taste..bile swallow..bile can't_stomach cannot_stomach can't_even_look can't_bear_to_look
-          can't_stand_the_smell reek stench stink filthy filth slimy maggot maggots rotten rotting
-          get_it_off what_is_that_smell what's_that_smell what_died smells_like_death smell..awful smell..horrible
-          smell..terrible smell..rotten taste..like_dirt taste..awful taste..horrible taste..terrible taste..disgusting
-          you_disgust you_repulse repulse sicken you_sicken
-          what_died..here i'd_rather_drink covered_in_slime covered_in_shit covered_in_mud covered_in_blood..ew
-          crawling_with crawl..with_flies crawl..with_bugs swarm..flies festering fester lick..floor ate_it_off
-          spit..soup spit..wine spit..back bleurgh blargh eugh urk hurl..lunch lose..lunch dry_heave heaves gag..smell
-          choke..stench nose..in_disgust lip..disgust turn..nose_up hold..breath..stink at_arm's_length
-          tainted..touch wipe..kiss..off want_to_scrub scrub..off shudder..distaste makes..gag made..gag
-        2 distaste distasteful contempt contemptuous contemptuously disdain disdainful disdainfully loathe abhor detest
-          awful horrid hideous ugly obscene perverted pervert pervy creep lecherous sleazy slime sludge mucus snot
-          pus vermin cockroach roach cockroaches rat..food sewage sewer garbage trash dirty mold mould moldy mouldy
-          mildew grimy grubby tainted corrupt depraved degenerate despicable unsanitary unhygienic greasy oozing
-          ooze rot decay corpse carcass entrails guts..spill infested worm worms grime soiled shameful shameless
-          scrub..hands scrub..skin wipe..hand..on wipe..mouth..back push..plate_away pushes_the_plate shove..plate_away
-          turn..away..from_the_smell back_away..grimace keep_it_away keep_that_away don't_touch_that grimace
-          make..a_face makes_a_face pull..a_face pulls_a_face turn..green turns_green look..green sneer..disgust
-          horrible appalling appalled unnatural inhuman cruel..sick how_can_you_eat you_eat_that you_ate_that
-          eat_that hair_in_my in_my_soup in_my_food never_wash ought_to_be_ashamed beneath_me no_shame bugh blegh
-          ugh ughh urgh
-          lice louse flies fly..soup bugs bug..mattress bedbugs fleas flea cesspit cesspool latrine toilet outhouse
-          swill slop dung manure feces faeces poop piss pee pissed..on belch burp fart drool spittle earwax scab
-          boil..pus warts toad..lick bloated sour..milk spoiled curdled expired stale stained stain hairy..food
-          unwashed never_bathe last_bathe last_wash when_did_you_last vomited vomiting regurgitate chew..open leer
-          ogle grope predatory unsavory unsavoury crass vulgar tasteless sickly queasy
-        1 cringe cringy sick terrible unpleasant bad_taste stinky smelly smell sticky recoil wince worst whore slut
-          lewd creepy inappropriate disturbing weirdo freak trashy tacky sweaty unclean
-          worse weird ridiculous shame rude_noises
-        3 who_does_that wouldn't_touch would_not_touch rather_starve rather_eat barge_pole
-          wash_my_hands want..shower need..shower need..bath makes_me_want_to_wash want_to_wash
-          feel..dirty lower_than can't_look_at_you can't_share don't_breathe_on can't_swallow
-          couldn't_swallow still_twitching hair_in_it gone_bad went_bad gone_off gone_green thumb_and_forefinger
-          scrape..tongue scrub..cheek scrub..tongue breathe_through sleeve..nose shirt..nose hand..nose
-          sleeve..mouth brrr bleugh get_it_out_of_my_hair
-        2 crust clump chunk chunks scum grease hairball toenail toenails toenail_clippings nail_clippings spit saliva
-          phlegm diaper diapers nappy plunger clog leech slug grub grubs larva larvae parasite parasites fungus
-          squelch slurp twitch wriggle wriggling squirm blob jelly gelatinous clammy putrefy bloat sour dripping tick
-          ticks roaches rat rats tissue bandaid band-aids eyeball guts tongue..cheek
-          lick..spoon lick..knife lick..plate pick..nose pick..teeth pick..scab pop..pimple pimple
-          eat_with..mouth mouth_open..chew chew..mouth_open sneeze..into spit..into cough..into sweat..drip armpit
-          feet..smell smell_of_feet smell_of smells_of whiff avert..face avert..eyes turn..head_away turn..face_away
-          push..bowl push..plate floating_in float..in_it swim..in_it something_in_my in_my_salad
-          in_my_hair stepped_in step..in_it slaver slavers cannibal sold..medicine
-          trade_in_children like_cattle sick_joke it_was_sick lick..lips stains no_better_than
-          creature_like your_kind greasy_little snake_in toad swine pig hog hyena hyenas
-          tannery
-        1 damp brown green..meat green grey..meat meat fat lump fly drain swamp cheese cabbage egg..rotten mattress
-          sock socks boot..scrape bathtub beard wig wound rag bandage
+        3 disgusted disgusting disgust revolting revolted repulsed repulsive repulsion nauseating nauseous nausea vomit
+          puke gag retch sicken vile loathsome foul putrid rancid abhorrent abomination grotesque skin..crawl
+          stomach..turn stomach..churn make..sick throw_up threw_up be_sick wrinkle..nose hold..nose lip..curl
+          revulsion ew eww yuck gross nasty reek stench stink filth filthy slimy maggot rotten
+        2 distaste contempt disdain loathe abhor detest awful horrid hideous ugly obscene pervert creep lecherous slime
+          sludge snot pus vermin cockroach sewer sewage garbage dirty mould mold mouldy moldy grimy taint depraved
+          degenerate despicable unsanitary greasy ooze rot decay corpse entrails guts infest worm ick icky bleh ugh
+          grimace recoil spit lick drool belch fart unwashed toilet smell taste sticky sour stale stain slurp
+          vulgar crude sleazy leer horrible appalling shameless
+        1 cringe sick terrible unpleasant smelly wince shame crawl raw squelch wipe scrub chew
         """,
     "neutral": """
         1 nod walk sit stand look glance open close pick place put take hand point lean adjust check pour stir cook eat
-          drink read write type turn step enter leave arrive follow wait listen watch fetch bring carry hold set grab
-          pull push unlock lock tie fold pack sort count measure clean sweep wash hang light..lantern light..candle
-          light..fire ride drive travel head..to continue ask reply answer say tell explain describe mention
-          table chair door window room street road house kitchen cup book bag map key shelf counter coat boots
-          o'clock minute hour tomorrow today yesterday monday tuesday wednesday thursday friday saturday sunday
+          drink read write type turn step enter leave arrive follow listen watch fetch bring carry set pull push lock
+          unlock tie fold pack sort count measure clean sweep wash hang ride drive travel ask reply answer say tell
+          explain describe mention table chair door window room street road house kitchen cup book bag map key shelf
+          counter coat boots o'clock minute hour tomorrow today monday tuesday wednesday thursday friday saturday sunday
           morning afternoon evening week month year north south east west left right number list schedule meeting
-          report account order price coin copper silver mile okay alright
-          lean..against tilt..map roll..dice shrug clear..throat straighten..collar
-          fold..map fold..letter cross..room cross..street hold..door throw..log throw..cloak bury..seed
-          light_rain stare..out..window look_out look..window put..down sit..down lie..down set..down look..down..street
-          calm_down write..down
-        1 brb ooc timeskip wifi receipt appointment file link version bus train aisle form crate ladder rope harbour
-          cart saddle button lever screen scanner gate flour minutes percent menu timezone lane clockwise accounting
-          luggage ticket library recruit locker mast anchor sail visor gauge engine battery wrench nail bench tower
-          rider merchant route
+          report account order price coin mile okay alright ok file link bus train ticket form menu percent
+          clear..throat sit..down lie..down put..down write..down
         """,
 }
 IRREGULAR = """
@@ -1370,12 +1021,12 @@ INTENSIFIERS = """
 DAMPENERS = "slightly somewhat little bit kinda sorta maybe almost nearly fairly rather mildly faintly kind"
 EMOJI = {
     "joy": """😀😃😄😁😆😅😂🤣😊😇🙂🙃😉😌😍🥰😘😗😙😚😋😛😜🤪😝🤗🤭😎🤩🥳😏😺😸😹😻❤🧡💛💚💙💜🤍💕
-        💞💓💗💖💘💝♥💋👍👏🙌🎉🎊✨💪🌹🌈☀🌸💃🕺🏆🥂😼🫶🤤☺🥹🙈🐶🍀🎁🎈""",
-    "sadness": "😞😔😟😕🙁☹😣😖😫😩🥺😢😭💔😿😥😓🥀😪⚰🪦🕊",
-    "anger": "😤😠😡🤬👿😾🖕💢👊🔪😒🙄",
-    "fear": "😨😰😱😧😬🫣👻🙀🫨💀",
+        💞💓💗💖💘💝♥💋👍👏🙌🎉🎊✨💪💃🕺🏆🥂😼🫶🤤☺🥹🙈""",
+    "sadness": "😞😔😟😕🙁☹😣😖😫😩🥺😢😭💔😿😥😓😪",
+    "anger": "😤😠😡🤬👿😾🖕💢👊😒🙄",
+    "fear": "😨😰😱😧😬🫣🙀🫨",
     "surprise": "😮😯😲😳🤯😵🤨⁉‼🫢",
-    "disgust": "🤢🤮😷🤧💩🪳🐛🦠🥴😑",
+    "disgust": "🤢🤮😷🤧💩🥴😑",
 }
 KAOMOJI = {
     "joy": """:) :-) :D :-D =) =D ;) ;-) :P :-P xD XD <3 ^_^ ^^ ^-^ (^_^) :3 \\o/ (: c: uwu UwU owo OwO ♡ (◕‿◕)
@@ -1406,9 +1057,20 @@ SECOND_PERSON = "you your yours yourself u ya thee thou"
 THIRD_PERSON = "he she they him her them his hers their its it himself herself themselves"
 QUESTION_WORDS = "what why who where when how which whose"
 STRONG_NEGATORS = ("never", "nothing", "couldn't", "can't")
-SPEECH, ACTION, PICTURE, NEGATED = range(4)  # the channels of evidence; a picture is an emoji or a kaomoji
+OTHERS = f"""
+    {THIRD_PERSON} mum mom mother dad father parents sister brother son daughter wife husband boyfriend girlfriend
+    grandma grandpa gran nan aunt uncle cousin friend friends boss teacher neighbour neighbor neighbours neighbors kid
+    kids child children baby girl boy man woman lady lad people everyone everybody someone somebody crowd cat dog horse
+"""
+SEEMING = "be seem seems seemed look looks looked sound sounds sounded feel"  # "you seem sad" is not the speaker's grief
+SUPPOSING = "if would could might suppose imagine pretend whether unless used"
+LINGERING = "still yet anymore since once always every each just even last"
+HAS_BEEN = "was were had did been"
+# The channels of evidence: said, done or narrated, pictures (emoji and kaomoji), negated, somebody else's, supposed.
+SPEECH, ACTION, PICTURE, NEGATED, ANOTHERS, SUPPOSED = CHANNELS = range(6)
 PHRASE_GAP = 2  # words that `..` in a phrase may stand for
 NEGATION_REACH = 4  # words before a feeling in which a negator turns it
+SUBJECT_REACH = 8  # words before a feeling in which the one who feels it is looked for
 BOOST = 1.5  # what an intensifier, or shouting, does to a word's strength; a dampener divides by it
 
 
@@ -1565,12 +1227,37 @@ def boost_of(tokens: Sequence[str], start: int) -> float:
     return BOOST if any(token in word_set(INTENSIFIERS) for token in before) else 1.0
 
 
-def read_words(tokens: Sequence[str], channel: int, tally: list[list[float]]) -> None:
+def is_anothers(tokens: Sequence[str], start: int, names: Collection[str]) -> bool:
+    """Whether the person named last before a feeling, in its clause, is not the speaker: "my cat is afraid"."""
+    for i in range(start - 1, max(-1, start - 1 - SUBJECT_REACH), -1):
+        token = tokens[i]
+        if not token[0].isalpha() or token in ("i", "me", "myself", "we", "us"):
+            return False
+        if token in word_set(OTHERS) or token in names:
+            return True
+        if token in ("you", "u"):
+            return tokens[i + 1] in word_set(SEEMING)
+    return False
+
+
+def channel_of(tokens: Sequence[str], start: int, channel: int, names: Collection[str]) -> int:
+    """The channel that a feeling's word counts to, given that of its segment."""
+    if is_negated(tokens, start, tokens[start]):
+        return NEGATED
+    for token in reversed(tokens[:start]):
+        if token in word_set(SUPPOSING):
+            return SUPPOSED
+        if token in (".", "!", "?", "\n"):
+            break
+    return ANOTHERS if channel == SPEECH and is_anothers(tokens, start, names) else channel
+
+
+def read_words(tokens: Sequence[str], channel: int, names: Collection[str], tally: list[list[float]]) -> None:
     """Adds the evidence of a segment's words to the tally [channel][label]."""
     forms, entries = lexicon()
     bases = [forms.get(token, token) for token in tokens]
     hidden: set[int] = set()
-    clause: list[tuple[int, int, float]] = []  # what was found in the sentence so far
+    clause: list[tuple[int, int, float]] = []  # what was found in the segment so far
     for i, base in enumerate(bases):
         if tokens[i] in ("but", "however") and channel == SPEECH:
             clause = [(c, label, strength / 2) for c, label, strength in clause]  # what follows is what is meant
@@ -1583,7 +1270,7 @@ def read_words(tokens: Sequence[str], channel: int, tally: list[list[float]]) ->
             hidden.update(phrase[2])
             feelings = ((phrase[0], phrase[1] * 1.2),)
         if feelings:
-            into = NEGATED if is_negated(tokens, i, tokens[i]) else channel
+            into = channel_of(tokens, i, channel, names)
             boost = boost_of(tokens, i) / len(feelings)
             clause += [(into, label, strength * boost) for label, strength in feelings]
     for into, label, strength in clause:
@@ -1636,7 +1323,13 @@ def style_features(text: str, pieces: Sequence[tuple[int, str]], tokens: Sequenc
         float(bool(words) and words[0] in word_set(QUESTION_WORDS)),
         math.log1p(count_of(words, NEGATORS)),
         math.log1p(count_of(words, INTENSIFIERS)),
-        float(bool({"if", "would", "could"} & set(words))),
+        float(bool(word_set(SUPPOSING) & set(words))),
+        math.log1p(count_of(words, LINGERING)),
+        math.log1p(count_of(words, HAS_BEEN)),
+        math.log1p(sum(t.isdecimal() for t in tokens)),
+        math.log1p(sum(t in (".", "!", "?") for t in tokens)) / 2,
+        float(text[:1].islower()),
+        share_of(sum(len(p) for c, p in pieces if c == SPEECH and p[0] in '"“'), len(text)),
         float("[" in text or "http" in text),
     ]
 
@@ -1644,12 +1337,12 @@ def style_features(text: str, pieces: Sequence[tuple[int, str]], tokens: Sequenc
 def emotion_features(text: str) -> np.ndarray:
     """What the lexicon sees in a text, float32 [FEATURES]: evidence by channel and label, its shares, the style."""
     text = clip(text)
-    pieces = segments(text)
-    tally = [[0.0] * len(EMOTIONS) for _ in range(4)]
+    pieces, names = segments(text), names_in(text)
+    tally = [[0.0] * len(EMOTIONS) for _ in CHANNELS]
     everything: list[str] = []
     for channel, piece in pieces:
         tokens = word_tokens(ELONGATED.sub(r"\1", piece))
-        read_words(tokens, channel, tally)
+        read_words(tokens, channel, names, tally)
         everything += tokens
     read_pictures(text, tally)
     total = [tally[SPEECH][i] + tally[ACTION][i] + tally[PICTURE][i] for i in range(NEUTRAL)]
@@ -1665,7 +1358,7 @@ def emotion_features(text: str) -> np.ndarray:
 # head is two experts and a gate that says how much a text is like role play (a mixture of experts). Trained on
 # GoEmotions (Demszky et al. 2020, Google Research, CC BY 4.0) and on the lines of tests/bench/emotion_lines.jsonl; the
 # calibration's temperature is multiplied into the weights.
-FEATURES = 65  # length of what `emotion_features` returns
+FEATURES = 85  # length of what `emotion_features` returns
 VECTOR_SIZE = 384  # all-MiniLM-L6-v2's; another embedder's vectors mean nothing to the head
 OUTPUTS = 2 * len(EMOTIONS) + 1  # logits by the comments' expert, by the role play's, and the gate's
 HEADS = {"vector": (VECTOR_SIZE, FEATURES), "lexicon": (FEATURES,)}  # name -> sizes of the blocks of its input
