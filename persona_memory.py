@@ -893,45 +893,55 @@ LEXICON = {
     "joy": """
         3 overjoyed ecstatic elated euphoric jubilant blissful thrilled delighted joyful joyous adore rejoice wonderful
           fantastic marvellous marvelous magnificent delightful hooray hurray woohoo yay yippee happiest luckiest
-          love_you tears_of_joy weep..joy cry..joy cry..laugh over_the_moon on_cloud_nine dream_come_true
+          love_you tears_of_joy weep..joy cry..joy cry..laugh over_the_moon on_cloud_nine dream_come_true best_day
+          happy_for
         2 happy glad joy delight bliss cheerful merry jolly gleeful glee excited excitement smile grin laugh laughter
           giggle chuckle beam cackle love beloved darling sweetheart amazing awesome brilliant excellent incredible
           gorgeous beautiful lovely fabulous superb splendid perfect glorious hilarious funny amused amusing fun enjoy
           grateful thankful thank thanks proud pride relieved relief hopeful celebrate cheer congratulations congrats
           bravo win won victory triumphant haha hehe lol lmao adorable cute sweet affection fond tender cuddle snuggle
           kiss hug embrace giddy playful content cosy cozy can't_wait look..forward good_news well_done good_job
-          best_friend did_it made_it thank_god thank_goodness whoop squeal cherish treasure admire impressed
-          appreciate eyes..sparkle eyes..shine eyes..light face..light heart..soar heart..swell heart..flutter
-          heart..leap jump..joy clap..hands throw..arms purr hero bless
+          best_friend did_it made_it thank_god thank_goodness whoop squeal cherish treasure admire impressed appreciate
+          eyes..sparkle eyes..shine eyes..light face..light heart..soar heart..swell heart..flutter heart..leap
+          jump..joy clap..hands throw..arms purr hero bless great_job nice_job nice_work great_news good_luck stay_safe
+          helpful made..day impressive sweetest exciting excite genius happiness charming legend not_bad blessed
+          so_good so_much_better in_love welcome_home high_five feel..better wag..tail nuzzle twirl bounce eyes..bright
+          light_up lean..into aww heehee hahaha congratulate eyes..twinkle face..glow free_at_last
         1 good great nice best better well fine hope pleased pleasant pleasure favourite favorite friend warm welcome
           kind comfort peace peaceful bright tease wink hum dance sing skip whistle satisfied yum delicious tasty gift
           treat agree wish trust care dear honey babe eager inspire clever talented lucky luck like interesting cool
-          safe worth yes! finally gladly relax blush
+          safe worth yes! finally gladly relax blush fair_enough positive worth_it enthusiasm entertain satisfying
+          satisfy sunny sounds_good sounds_great promising squeeze..hand hold..close birthday giggly lively playfully
         """,
     "sadness": """
         3 heartbroken devastated grief grieve mourn sob weep despair miserable misery anguish inconsolable bereft
           hopeless suicidal wretched heartbreak sorrow condolences break..heart heart..ache heart..sink burst..tears
-          tears..eyes eyes..tears tears..cheek tears..face well..tears fill..tears so_alone all_alone
-          miss..so_much rest_in_peace cry..to_sleep
-        2 sad sadden unhappy cry tears tearful depressed depressing depression gloom gloomy lonely loneliness melancholy
-          dejected downcast crestfallen disheartened disappointed disappointing disappointment regret remorse guilt
-          guilty ashamed sorry apologise apologize apology ache hurt wounded pain painful suffer sniffle wail miss_you
-          miss_him miss_her miss_them miss_home homesick abandon worthless useless failure unwanted empty emptiness
-          numb hollow tragic tragedy unfortunate unfortunately pity pitiful funeral grave bury buried goodbye farewell
-          pass_away passed_away died widow orphan wistful voice..crack voice..break lip..quiver lip..tremble
+          tears..eyes eyes..tears tears..cheek tears..face well..tears fill..tears so_alone all_alone miss..so_much
+          rest_in_peace cry..to_sleep your_loss so_sorry
+        2 sad sadden unhappy cry tears tearful depressed depressing depression gloom gloomy lonely loneliness
+          melancholy dejected downcast crestfallen disheartened disappointed disappointing disappointment regret
+          remorse guilt guilty ashamed sorry apologise apologize apology ache hurt wounded pain painful suffer sniffle
+          wail miss_you miss_him miss_her miss_them miss_home homesick abandon worthless useless failure unwanted empty
+          emptiness numb hollow tragic tragedy unfortunate unfortunately pity pitiful funeral grave bury buried goodbye
+          farewell pass_away passed_away died widow orphan wistful voice..crack voice..break lip..quiver lip..tremble
           chin..tremble shoulder..slump shoulder..sag head..hang smile..fade face..fall choke..up lump..throat
           heavy_heart give_up what's_the_point no_use nobody_cares no_one_cares my_fault broken defeated humiliated
-          reject left_behind coming_back too_late last_time wipe..eyes knees..chest
-        1 alas lose lost loss alone gone miss sigh pout tired weary exhausted down upset bad hard rough mistake fail dead
-          die death hospital cancer memory remember without nobody used_to if_only wish_i silence fade anymore
-          never_again embarrass awkward
+          reject left_behind coming_back too_late last_time wipe..eyes knees..chest i_miss let..down feel..bad
+          nothing_left not_enough rejection look_away look..away hug..knees curl..up bow..head stare..floor
+          voice..small voice..hollow voice..flat sink..knees blink..tears tear..eye disappoint dump no_friends
+          by_myself on_my_own mope sulk feel..empty tear_up tear..roll single_tear goodnight
+        1 alas lose lost loss alone gone miss sigh pout tired weary exhausted down upset bad hard rough mistake fail
+          dead die death hospital cancer memory remember without nobody used_to if_only wish_i silence fade anymore
+          never_again embarrass awkward disaster poor shame i_tried unlucky would_have_been should_have deserve_better
+          weak bitter bleak dull oops look..down
         """,
     "anger": """
         3 furious enraged livid outraged irate seethe rage fury wrath infuriate fuming hate hatred despise fuck bastard
           bitch asshole arsehole cunt damn_you screw_you fuck_off piss_off go_to_hell shut_up how_dare get_out
           leave_me_alone fed_up sick_of sick_and_tired had_enough i'll_kill kill_you pay_for_this regret_this slam
           clench..fist clench..jaw clench..teeth grit..teeth jaw..clench fist..clench jaw..tighten eyes..blaze
-          eyes..narrow narrow..eyes you_lie lie_to_me liar traitor
+          eyes..narrow narrow..eyes you_lie lie_to_me liar traitor fuck_you shut_the i'm_done get_out_of_my how_can_you
+          motherfucker
         2 angry anger mad pissed annoy irritate irritation frustrate frustration aggravate exasperate resent resentment
           hostile spite vengeance revenge avenge indignant offend insult bitterly glare scowl snarl growl hiss sneer
           snap roar bellow yell shout storm shove smash punch slap kick throttle strangle stupid idiot moron fool
@@ -940,59 +950,78 @@ LEXICON = {
           how_could_you wrong_with_you are_you_kidding are_you_serious your_business not_funny never_forgive last_straw
           enough who_do_you_think your_fault blame demand threaten attack fight hypocrite selfish arrogant disrespect
           disgrace insolence incompetent can't_stand the_nerve roll..eyes cross..arms wtf ffs grr argh give_it_back
-          don't_tell_me let_go_of_me thanks_for_nothing
-        1 upset cross disagree wrong problem complain argue fault stop harsh sharp rude mean stubborn crazy worse worst
+          don't_tell_me let_go_of_me thanks_for_nothing boring suck sucks dumb dumbass ass shitty racist fake toxic
+          false ruin manipulate manipulative accuse mock curse waste_of don't_like not_true you_always you_never
+          i_told_you no_right stop_being out_of_my_way every_single prick jackass stomp huff bare..teeth nostril..flare
+          throw..hands point..finger hands_on_hips knuckle..crack to_my_face spit_it_out let_me_go hands_off stay_away
+          jaw..set lips..thin voice..cold
+        1 upset cross disagree wrong problem complain argue fault stop! harsh sharp rude mean stubborn crazy worse worst
           lame hit break stab tear rip throw fling bang pound murder steal thief excuse lie deserve refuse whatever
-          swear hmph tsk again!
+          swear hmph tsk again! don't_believe irrelevant excuse_me argument lecture nope blunt insist impatient
         """,
     "fear": """
-        3 terrified terrify terror horrified horror petrified panic dread afraid scared scary scare frighten fright fear
-          fearful nightmare cower heart..pound heart..race heart..hammer blood..cold cold_sweat hands..shake
+        3 terrified terrify terror horrified horror petrified panic dread afraid scared scary scare frighten fright
+          fear fearful nightmare cower heart..pound heart..race heart..hammer blood..cold cold_sweat hands..shake
           hands..tremble knees..shake voice..shake voice..tremble don't_hurt help_me who's_there out_there
-          being_watched follow_me can't_breathe going_to_die
+          being_watched follow_me can't_breathe going_to_die panic_attack run_for horrify scream..fear
         2 anxious anxiety nervous worry worried uneasy unease apprehensive alarmed frantic spooked creepy eerie ominous
           menace danger dangerous threat timid tremble shiver shudder quiver quake flinch whimper flee run_away hide
           trapped cornered helpless vulnerable desperate tense on_edge gulp swallow..hard hold..breath go..pale
           turn..pale back_away stumble..back press..wall glance..shoulder look..shoulder eyes..dart cling..to clutch
           what_if something's_wrong bad_feeling don't_leave_me don't_go please_no oh_no footstep shadow monster ghost
-          haunted demon stalk paranoid phobia stammer freak..out stay_back did_you_hear be_quiet keep_quiet
-        1 careful beware hush shh quick hurry run dark darkness scream blood knife please noise behind closer kill breathe
-          shake whisper don't_move
+          haunted demon stalk paranoid phobia stammer freak..out stay_back did_you_hear be_quiet keep_quiet cautious
+          concerned alarm freeze frozen beg please_don't behind_me behind_you no_no_no knuckles..white breath..hitch
+          heart..stop heart..beat..fast blood..drain shrink..back curl..ball goosebumps hair..stand teeth..chatter
+          stomach..drop stomach..knot throat..dry mouth..dry throat..tighten in_the_dark not_safe worry_about dreadful
+          fidget grip..tight huddle crouch sweat..palm
+        1 careful beware hush shh quick hurry run dark darkness scream blood knife please noise behind closer kill
+          breathe shake whisper don't_move trap escape peek creak lurk threaten_you howl unsafe risk
         """,
     "surprise": """
-        3 surprised surprise shocked shocking astonish astonishment astound stunned flabbergasted dumbfounded speechless
-          startled gobsmacked omg oh_my_god my_god no_way can't_believe cannot_believe unexpected jaw..drop mouth..open
-          eyes..wide eyes..widen what_the_hell what_the_heck you're_kidding you're_joking since_when mind_blown gape
-          out_of_nowhere disbelief
+        3 surprised surprise shocked shocking astonish astonishment astound stunned flabbergasted dumbfounded
+          speechless startled gobsmacked omg oh_my_god my_god no_way can't_believe cannot_believe unexpected jaw..drop
+          mouth..open eyes..wide eyes..widen what_the_hell what_the_heck you're_kidding you're_joking since_when
+          mind_blown gape out_of_nowhere disbelief surprising surprisingly holy_shit holy_crap oh_my_goodness
+          oh_my_gosh good_lord good_god plot_twist never_thought blow..mind
         2 gasp amazed amazement wow whoa woah huh what?! gosh blimey crikey bewilder confuse confusion baffle puzzle
           perplex stun startle sudden suddenly strange weird odd bizarre curious curiosity intrigue wonder impossible
           unbelievable seriously really? for_real how_is_that how_did no_idea realise realize blink double_take
           stop_dead freeze..mid nearly_drop almost_drop raise..eyebrow tilt..head i_thought_you expected never_seen
           twist didn't_know is_that_you it's_you come_again turned_out who_knew all_along what_on_earth how_on_earth
-          hold_on hang_on wait_what wait_you you_what jump..back
+          hold_on hang_on wait_what wait_you you_what jump..back what_is_going_on what's_going_on what_is_happening
+          what's_happening what_happened what_do_you_mean no_clue did_you_just this_can't_be it_can't_be that_can't_be
+          that's_impossible did_you_know don't_understand what_is_this what's_this what_is_that what's_that who_are_you
+          thought_it_was thought_you_were all_this_time never_expected didn't_expect stagger..back cover..mouth
+          hand..mouth stare..at sit..bolt choke..on stop..tracks step_back..shock for_once mean_to_tell you're_alive
+          you're_the
         1 mysterious unusual rare hmm apparently turn_out actually somehow never_knew doubt stare twice guess_what
-          all_at_once by_itself already wait secret unclear why
+          all_at_once by_itself already wait secret unclear why remarkable extraordinary unreal clue not_sure
+          don't_know interesting know_why thought me?
         """,
     "disgust": """
         3 disgusted disgusting disgust revolting revolted repulsed repulsive repulsion nauseating nauseous nausea vomit
           puke gag retch sicken vile loathsome foul putrid rancid abhorrent abomination grotesque skin..crawl
           stomach..turn stomach..churn make..sick throw_up threw_up be_sick wrinkle..nose hold..nose lip..curl
-          revulsion ew eww yuck gross nasty reek stench stink filth filthy slimy maggot rotten
+          revulsion ew eww yuck gross nasty reek stench stink filth filthy slimy maggot rotten can't_stomach
+          face..twist..disgust make_me_sick
         2 distaste contempt disdain loathe abhor detest awful horrid hideous ugly obscene pervert creep lecherous slime
           sludge snot pus vermin cockroach sewer sewage garbage dirty mould mold mouldy moldy grimy taint depraved
           degenerate despicable unsanitary greasy ooze rot decay corpse entrails guts infest worm ick icky bleh ugh
-          grimace recoil spit lick drool belch fart unwashed toilet smell taste sticky sour stale stain slurp
-          vulgar crude sleazy leer horrible appalling shameless
-        1 cringe sick terrible unpleasant smelly wince shame crawl raw squelch wipe scrub chew
+          grimace recoil spit lick drool belch fart unwashed toilet smell taste sticky sour stale stain slurp vulgar
+          crude sleazy leer horrible appalling shameless weirdo creepy freak disturb disturbing inappropriate corrupt
+          piss pee trashy whore slut cover..nose pinch..nose turn..green push..plate turn..away shudder stick..tongue
+          scum gunk mucus sleaze unclean predator swallow..back what_died get_it_off want_to_wash spit..out
+        1 cringe sick terrible unpleasant smelly wince shame crawl raw squelch wipe scrub chew weird worse worst damp
+          leech slug rat tacky
         """,
     "neutral": """
         1 nod walk sit stand look glance open close pick place put take hand point lean adjust check pour stir cook eat
           drink read write type turn step enter leave arrive follow listen watch fetch bring carry set pull push lock
           unlock tie fold pack sort count measure clean sweep wash hang ride drive travel ask reply answer say tell
           explain describe mention table chair door window room street road house kitchen cup book bag map key shelf
-          counter coat boots o'clock minute hour tomorrow today monday tuesday wednesday thursday friday saturday sunday
-          morning afternoon evening week month year north south east west left right number list schedule meeting
-          report account order price coin mile okay alright ok file link bus train ticket form menu percent
+          counter coat boots o'clock minute hour tomorrow today monday tuesday wednesday thursday friday saturday
+          sunday morning afternoon evening week month year north south east west left right number list schedule
+          meeting report account order price coin mile okay alright ok file link bus train ticket form menu percent
           clear..throat sit..down lie..down put..down write..down
         """,
 }
@@ -1062,7 +1091,7 @@ OTHERS = f"""
     grandma grandpa gran nan aunt uncle cousin friend friends boss teacher neighbour neighbor neighbours neighbors kid
     kids child children baby girl boy man woman lady lad people everyone everybody someone somebody crowd cat dog horse
 """
-SEEMING = "be seem seems seemed look looks looked sound sounds sounded feel"  # "you seem sad" is not the speaker's grief
+SEEMING = "be seem seems seemed look looks looked sound sounds sounded feel"  # "you seem sad" tells of somebody else
 SUPPOSING = "if would could might suppose imagine pretend whether unless used"
 LINGERING = "still yet anymore since once always every each just even last"
 HAS_BEEN = "was were had did been"
@@ -1593,17 +1622,18 @@ def importance_alone(text: str, feeling: float) -> float:
 
 
 MOOD_DECAY = 0.5  # what a message counts in the mood after each further one
-MOOD_FLOOR = 0.20  # probability from which on the strongest feeling is the mood, though neutral may be likelier
+MOOD_START = 0.45  # averaged probability from which on a feeling becomes the mood: a reader must agree with it
+MOOD_FLOOR = 0.20  # below which a mood is over
 MOOD_MARGIN = 0.05  # by which another feeling must be stronger than the mood, so that the mood does not flicker
 # label -> (the mood in a word, what the guidance line says of it, what it asks for, confidence from which it is said).
-# Politeness reads as joy and a question as surprise (GoEmotions counts curiosity to it): those two must be very sure.
+# Politeness reads as joy and a question as surprise (GoEmotions counts curiosity to it): those two must be surer.
 MOOD_WORDS = {
-    "joy": ("cheerful", "in good spirits", "share the lightness", 0.85),
-    "sadness": ("sad", "sad", "be gentle, leave room", 0.35),
-    "anger": ("angry", "angry", "take it seriously, stay steady", 0.35),
-    "fear": ("anxious", "anxious", "give safety, go slowly", 0.35),
-    "surprise": ("surprised", "taken by surprise", "let it sink in", 0.90),
-    "disgust": ("disgusted", "repelled", "respect the distance", 0.35),
+    "joy": ("cheerful", "in good spirits", "share the lightness", 0.70),
+    "sadness": ("sad", "sad", "be gentle, leave room", 0.50),
+    "anger": ("angry", "angry", "take it seriously, stay steady", 0.50),
+    "fear": ("anxious", "anxious", "give safety, go slowly", 0.50),
+    "surprise": ("surprised", "taken by surprise", "let it sink in", 0.80),
+    "disgust": ("disgusted", "repelled", "respect the distance", 0.50),
     "neutral": ("calm", "", "", math.inf),
 }
 
@@ -1611,14 +1641,17 @@ MOOD_WORDS = {
 def prevailing(average: Sequence[float], present: str) -> str:
     """The label of a mood's averaged scores, given the one that it had."""
     best = max(range(NEUTRAL), key=average.__getitem__)
-    if average[best] < MOOD_FLOOR:
-        return "neutral"
-    held = present != "neutral" and average[EMOTIONS.index(present)] > average[best] - MOOD_MARGIN
-    return present if held and average[EMOTIONS.index(present)] >= MOOD_FLOOR else EMOTIONS[best]
+    held = 0.0 if present == "neutral" else average[EMOTIONS.index(present)]
+    if average[best] >= max(MOOD_START, held + MOOD_MARGIN):
+        return EMOTIONS[best]
+    return present if held >= MOOD_FLOOR else "neutral"
 
 
 def moods(readings: Iterable[tuple[int, EmotionReading]]) -> Iterator[Mood]:
-    """The mood after each of a branch's user messages, given as (place in the branch, reading), oldest first."""
+    """The mood after each of a branch's user messages, given as (place in the branch, reading), oldest first.
+
+    A mood's confidence is the highest that it had since it began: what was plain once is believed until it fades.
+    """
     average, mood = None, None
     for index, reading in readings:
         scores = [reading.scores[label] for label in EMOTIONS]
@@ -1626,9 +1659,11 @@ def moods(readings: Iterable[tuple[int, EmotionReading]]) -> Iterator[Mood]:
             MOOD_DECAY * a + (1 - MOOD_DECAY) * s for a, s in zip(average, scores, strict=True)
         ]  # fmt: skip
         label = prevailing(average, mood.label if mood else "neutral")
-        same = mood is not None and mood.label == label
-        since, previous = (mood.since, mood.previous) if same else (index, mood.label if mood else None)
-        mood = Mood(label, average[EMOTIONS.index(label)], since, previous)
+        confidence = average[EMOTIONS.index(label)]
+        if mood is not None and mood.label == label:
+            mood = replace(mood, confidence=max(mood.confidence, confidence))
+        else:
+            mood = Mood(label, confidence, index, mood.label if mood else None)
         yield mood
 
 
@@ -8491,12 +8526,17 @@ function textBlock(text, { unfolded = new Set(), id = "", limit = LONG_TEXT } = 
   return block;
 }
 
-const moodChip = (label, strength) =>
+/** The labels as what somebody seems: "You seem surprised". */
+const SEEMING = {
+  joy: "happy", sadness: "sad", anger: "angry", fear: "afraid", surprise: "surprised", disgust: "disgusted",
+};
+
+const moodChip = (label, strength, word = label) =>
   h(
     "span",
     { class: "chip", vars: { tone: `var(--${label})` } },
     h("span", { class: "dot" }),
-    label,
+    word,
     strength !== undefined && h("span", { class: "numbers" }, percent(strength)),
   );
 
@@ -9096,7 +9136,7 @@ function chatHeading(row, chat) {
         row.branches > 1 && h("span", {}, `${number(row.branches)} branches`),
         h("span", {}, bytes(row.size)),
         h("span", {}, when(row.updated)),
-        row.mood && row.mood !== "neutral" && h("span", {}, "You seem ", moodChip(row.mood)),
+        SEEMING[row.mood] && h("span", {}, "You seem ", moodChip(row.mood, undefined, SEEMING[row.mood])),
       ),
       h("p", { class: "small muted id" }, row.chat_id),
     ),
