@@ -34,11 +34,12 @@ EMBEDDER = "all-MiniLM-L6-v2"
 SPEAKERS = ("User", "Robin", "Mira", "Anon", "Alex", "You", "Kai", "Elena")  # the program embeds "Robin: what she said"
 NAMED = 8000  # so many of the comments are seen a second time, under a speaker's name
 NAMED_WEIGHT = 0.5
-CLASS_POWER = 0.4  # classes are weighted by frequency ** -CLASS_POWER: between what is common and what is fair
+COMMENTS_POWER = 0.4  # comments' classes are weighted by frequency ** -this: between what is common and what is fair
+PLAYED_POWER = 0.8  # and the role play's: nearly alike, as neutral lines are plenty
 VECTOR_SCALE = 6.0  # brings a unit vector's 384 small numbers to the size of the features
 COMMENTS_DECAY = 5e-5  # L2 penalty on the weights of the comments' expert
-PLAYED_DECAY = 1e-3  # on the role play's: few lines, so that it is also what keeps their probabilities honest
-GATE_DECAY = 1e-2  # on the gate's: two sources are told apart all too easily
+PLAYED_DECAY = 1.5e-3  # on the role play's: few lines, so that it is also what keeps their probabilities honest
+GATE_DECAY = 3e-4  # on the gate's
 STEPS = 150
 CALIBRATION = 20  # every so manieth comment is kept back to set the temperature
 
@@ -177,8 +178,8 @@ def gate(comments: Examples, played: Examples, blocks: tuple[str, ...]) -> tuple
 def train(data: tuple[Examples, Examples, Examples], blocks: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     """A head over the blocks: the comments' expert, the role play's, and the gate."""
     comments, kept_back, played = data
-    first = calibrated(fit(comments, blocks, COMMENTS_DECAY, CLASS_POWER), kept_back, blocks)
-    parts = [first, fit(played, blocks, PLAYED_DECAY, CLASS_POWER), gate(comments, played, blocks)]
+    first = calibrated(fit(comments, blocks, COMMENTS_DECAY, COMMENTS_POWER), kept_back, blocks)
+    parts = [first, fit(played, blocks, PLAYED_DECAY, PLAYED_POWER), gate(comments, played, blocks)]
     weights, bias = (np.concatenate(part, axis=-1).astype(np.float32) for part in zip(*parts, strict=True))
     return weights, bias
 
