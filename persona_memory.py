@@ -1393,99 +1393,99 @@ OUTPUTS = 2 * len(EMOTIONS) + 1  # logits by the comments' expert, by the role p
 HEADS = {"vector": (VECTOR_SIZE, FEATURES), "lexicon": (FEATURES,)}  # name -> sizes of the blocks of its input
 # fmt: off
 EMOTION_WEIGHTS = """
-an1uh&L-bH6g#gxR*fk=x_Q1lbx009SF+AL!rHey8ZOB^h2y|H&9T%xho!4L%KqX!{(Z7MQnN%oNlOMix^f;o>HOh40MtM{NZxro_IN!!fJT@*w2u}%W
-6*9p#M2-=Ix>wr$1BP^yu+<KXH>*HnFGf>4$>k(x)SfdR^TW;jY|i>6lj1yEu#Ry-Qy8JGD^0;j4^9Ip+p+L1l?M{wG2@|#aE=i7^6o(lCrPB-P_MKA{
-pne?F1kE{YM%K`XJ>24fo*wY|{4c1UMHM6ukft5Jey0`TyzP6wDvNDI^ixBkuSi2-p1)xe@yX13~F9H1ZV22E6|D@601e``P~S2@2`KWf}bfDESx2CHm
-Db{nAC<F7V;UB{}a6<@g2e7}`z}?f>KQD=6#9B{erM-IA;KF8k;UD#Pd1`SvgjAH6jH39RNV8};M`?IRTc0Q}<VNEXZZ1{Un*-6#YG^BVFm*8|id0aMQ
-h-`~>-zY_8DPvQC?F5A};?b9Um#N$!aGYc`n12oqG;2qrC6Bz3W=ri;U?BN(98Rzu!6#)kh_R}l#9^r%x1r7)-ya)`%P3~;G=fy1CE&}e|1~tM4(nIkQ
-`4`YLB;Nbh0p1PHH3${m;=<$?B1hT`fkxdP{znE2CxIF#3E157BL622*+fj%2gnZ-`Uf5eCg|Mf1Jchh`T}vZMDfZZ0@(~v;vL)F5-b$b(jMp?4Kx)09
-n9@6=O!-!>Ke)-&k`OC_Zs=+*B=NR@2~wI>HE3(6FuN9%<%vMJN6eF>KOG0AKVq@O7`LM`wX{D&LjB$$q%szEd<{d7uOB*(mXuU%If$w8UgL!_ZZ>&80
--z<5b5>MO!*DqFA?9*>`BTt@DKpU-zxkJ;`j9!81wlb1or;g9{U;eFAdz;2kYkjK>7Cl4GQ13-0xE@8w?fp{`TA^1?>eR5#jA8<MZqy|Nh(&;tva`H1*
-*e3Fk2P@$l{c<}MlM@Aaz%1vnfA3HaUb@g(>`9nJ>?00#yv=IbW#78d^s^xy#QCj=BS7#r-6G|;e2<sktB?#U!Jvi?N410%ugG#Ucn<?9RxG|TV$-tGY
-t>kK6I?+yt51{U53GV|vJ8pa9{^98deE)WK~5<%(};W8qcwNT^`14b4G)aLW|4ju{n=MeY%_}AMU3?&2t6{0jk*81cNHqs*D3eg54<;C(V-9#rG)&c4p
-*c0UxAl%zG1otxv6_f%J(l|a6!x_30)*3|K_0KmO{@naF@deup<m&_-2mub=-aaAn0`S}Z5ER5F30L|p{@Slz-{~vz-zVEA<s;+~%scZH|3<Iu$MS1I=
-mQ(!IvC>PBLgz+2f+!q6E7{XOt<LwI1lyP5B&u|&i3*N?%omi3IOCW``_8)7!)n@R|Ves;>{~c?BEXJ@N3`b{TBGmDhU=A(<Ju>5$W>p2i5WkPyrpVu?
-Y!vykPD1{Q(BLJRUOH_skvK_SOT{Cj>ut8Z7wWF7DV9_7(FU_}r`c%nKmp1s2KXOe!$Z;J4Y<`xWp*^AGAw=oRtP#2UmH)bvpCF8%l0*D3zK{1gHR_4E
-Dx`{_OB1M3jTEBhk;%`Q9XGb_II!tNIZIOFCG;^4<U|3~!e{xj=9#QqHO2_zT@%G(YB2j(g9Bme8>+c5$k$2VX2ATjUe`1}Gg&=e;do81!a3*O@;6cXa
-+5()Gi3m!q_{2jRaWF8jD_42){^{w4NP}U3AAM?%^4=70m-u2E?5E!H=5cXBv3H%*P7}q4f@&6_xA0gDE>lG>E^fuM+9vA2z0rSla7S!-J{`%1x`tSTG
-?Dn-G%irWsBI55mxdGxD6}-#Nz%T1t_|*mZ_QxVc<qP!-zycsI@$mlh^&A@4`ri@w{tX-7=ko4H<v`>6QvWi^(9-!afhRW$=N8`i+92CI@agLJJ^?hXO
-AYo0^b!93O%k{s2!UWhS0M_?+4<}Z?f(+-6zRbkJ`lau6$!rh|0D|u4GjwkE)VMvr3L^J<p$0__!1WYs_<Iz072-{+6y4{6AK#(y9(y+_(jYR(>bdpfg
-U60{UY7?{~JQg5E%m*iaQ|W?E@S4;sxF@yV>gmQ2*@S(*Qvkyvk8Z7aqj~D(vA5^7`UT?Eb6SF~bA(9}B21<qi4$KPmvn0rMjJIu9(jw;}{TN4E(~CII
-38t|BSz3LWbp-y*LZ1OyT^_2(23raTnb<nVvL{m%I26Cm;J5kBtxpBgI;2r?w7B@Wv9LJJA)02=B5${*+`#S|Xm><R1v{SgW(8R^^&1?dwQJ_5Gr7z-B
-c1uP=u$p`Wd92)M~2>1R5TIJ}|vkfz~`!nVC4gC`60s93c0qH00@+{>W3%U;?E4mE-@a|70&%iPh;V0t^wz3L5<F?UU@*4d-IMl!63?t0|1Z1lm{p}Sk
-tmHw&SQXI-=H${$$N(h-46(9c#K;Ev&^6u&z)C^q=<w?&E$~Cj@8P^C8|4-sEe0FkC)EGo>_`~S9JDGA+~e8`8aemP`nV$ZCORD(7U1g#72*Ce1J2VU0
-nH5Z_vHT(9tZXz?!VY)-RSTxI33i_=otAi`t9j|3+)N`2M+QF(k;XCKLZRh>gC@t*e(SQ_u)q9_Et_962>FM1``w37$eCH+xqe+{>fIf+ba#l85{EBCH
->>}3Hkm5!u3ZG?*N?o*6kii>G9qr;@mXQP8l*UyyyrI(;gh%!4C2_EC2ui0000000000000001^ndy=q>OT*!VQe3kKir+`J4iB?Lns4<!S(w<9_X^t$
-LT{Uhp~6Ga&56)Q2t`$VV-9w0Z|2CNh4Cg>pf?)Ccg5bNUl5hOGVKj-}A63P!4*$B}k^&I*4F|8dq3hg%V6vY(pDirhq8SDGw(>3k#F!%Nz0P;`O9qtg
->^)tf%9wV;tBM?Q<2ay8Q<W%Yc{YMKv<kk}P3JC%T;_)Q#)*<d7?;!BwHvJdS^$P0j2kbD=Iqw!D66p&M)Bh3u@9*C^;!hpED(^TOy7c`OGtVv5C-Y&v
-{QK7^0QB-1FVx)@)C(K=Q3AXK3fTrM!79<=>G(Ma=N3r(NevXn{=@A6_4e}-BM1pM3=c8A#lROMwOT6B6#C)qCLH(f{2&hWCHTeqGrTI?1|jY27yuOk_
-~{(xFX;f;FX!?R>;v^W&(8(HKpx-v{uK-%*!kTYFY688^!z#T3MwcruFmov{T9F%5c~7;H~{P4>mnKRQZ~i$AI;tX+%-HNt28ViI^P1f4I&;L$uPzF`>
-)0NM<P7M1rrh;^~(M`9_hJ4Bf$Io)*Hv}6H^lv;F%uGWzyp8DC7JQ9qIV<70kwU@A(T5v*uOv7Z2gK0URp%JNL&c{2aL8tXl(Bfl-0{B0>)K{*nYH|MB
-1v{0IaS-6^U2HA5^qyXUzw>dg2H5(f<i<;?*u1|9tPwi50t>KzL3>;dHpassm<=;ageB;XOwEJa7a?zPH4y)B;^L0}gj`Rw);)H~O|+Z7Wzy93<h5g{h
-cf8N8wA|d1u1nvb<>EXxW3?mNA7xL#6<`2{fBn0*U81}{?4%`MJ!5;1286PO&w(k%r7%J@gAJf|q<S69|zAOpk;VJc0pz!Iz4FW#d(?l8@9VhVJ1J&`=
-`v3ST9{1*0-8AIY;Oh+m;_2IP-WMwe%<TIfKpwsot|IPO1R3Pi^H$aq^&gA&`gH`;8z&7L4Z8gG>?rT<9SZH=JTv;e7Sj+C$=y`|B?=J|-yZG+8v+pS-
-un&=`O6IS?<geF(JJ=j9y#XlyDu^q6|x=o6#ek;0Pzws+3X(!(+~0Z9Pj)8>=7c&5i!X2FzzV*-4(>tuK)#W$sfJi<M;;x5-tSv{a4Z-9nj+h@>col<0
-2tI-~Sw>6A&@_<lFKU$qy1r$0))nz~K)UN(tvP1>oin<_{h#Ti^=v;JXzI?JUD403_9|4G0MrP524-;v4M{<~%6T@#HAOA6(Wk1<Kg(gcwHG9T^TZ80Y
-u>^CsWQ74Bfq+aNPJDiy%#0QcQj^5XRA9?=gDFR~{h<Od`bx(OxJloSL#<O07n@w+k<=Sa-O#?N&g1nmIJ>I~;h1`#dgEJV-u1`5*t2Nn(<-RlG9Wc@7
-8<vkkQ81&Ngt}+%D0S2)B-y<OW-4W;u86Ve5*U-?v;@T=G12E++=G6lT>lgml+8qqwRq_Jz$@>K>1!f=&$M(MlsT|Y$<tY^V*WWGpRJbxG>*@0f>p<vA
->-*gO3h_MK?(;VY4%n~c+XOlnK=%YC(InCr%IPY;7d7kr2`LD_-VXvH<rV-j>;%>h{srLXBP`}GM7h@nIkE!o?fvRC6a@(n{89Phwg><cwqfl5p(Dz&9
-|#LEuni2h-wFLwy7ngj?C(`23NacS&#N6#9sC*cwcr5<Owqv)6b$;b@em>*4g(SR1{+AK_ZB4d_Wt<g7u(tr3q0=@!VU`Z4emfL-tac^D*FYm^Z&^pVh
-S1y1=QL@9qJ4J{W#O={1_7Fp%p;`^y~f5^)%U82ouo!7ySSI?k@ui!y4!HP07dPJ?11S^&TX?;`~%F(&!Du9{>mj6)4QSGa>!(71AUc3jyg5|1JOE-v9
-sr000000000000000W%$SJ{rlqw2{!xA`ttld-}fl-1g8BMK^+p-qz?G}02k&ly&&%)=_&BnAacsl_|!JM&?XqF1`;>w>=yz1)CeZV7#tYb7x2;M4%GY
-NQ|b2E@&FSX5z4n;0|W~c#_bly{wm}({p>0a{@f+d=keDK8b;O>>Olkc=OoDd6(P#}!d$~N3ibdTun+zx?%>MNe^WQp2NT%{-v2S<7BUZt<`CfYBqI09
-3I4hkFzOfo#wp?;&L0LD3Dze1?EDAm0husH<p~h>+6)ry9s1Vc1NqlRC&vl$<r4%+A<`u0;S(nm2om7@%RKR6%^6eX{pBzO2mU1M<pT2G{vZ+a2loXD1
-`^*4<m4y;Cdk(o4$~0A8a(?B1Rf{j;~mT-FUJQ3K=ah>3J(hx-u>1=-vJ!E?Hbh=H2?U`4%EUy^52LtW7iY%6z=69@%h35^8R1t=<5058vhje8w0!=!c
-pHT|Iz0U&pZsv3n}~W<TpRhzXcrmEFLBc2-NQi{KWAgAHg{X|2`w_1M2DB8waf=K%6(&3;fvwBjq6R8v_^b<Ng2}+ZWQ?CLbL3)gbIBE#2t}Z|~UF2I;
-)i*iP&f9v{6E0M|S7=-2`UG~X+_{>|_uB<>Z$AhXs9Dm=yQ#v|_d3P0-h*w9b<0pjEg^)kcsD-zHV)9w#W^(izW+TRAdHNGnZ3NRDR>-O#q7aQyi1OLk
-uFw!0x)Bol;&OsFy;{W~(+%4b*9Wc}%#S8EJ_zF1U2H!Qw<`xkauqpEd*&Fr>8#^KZ-=G#25cmcG7w_-+0|gwF1wQfz!v-(f0|efy{w783EdeUrz2N^r
-1UC_-+sYwJehCBWAWh2DBIF8zBsv@jCCTd@**L{4`WwaHDem_I3CKbk&*C8S<{*J1F%k<U0}%q|&g=$F=(fOc<s{|z`1SK47Z2+(0lx(o$u{H94^s6HP
-VlEm{L(4)Br77i1;!HoBI4@u7x^tK?x{Kh{m}8|E6@)|AnODURks+SEV}pv`v5CV2^q->L(%*C2Q?BM-@Y6K?i$Yo7$fWo;uWtcEHvyr2L}w-^A-dU1=
-!Lr6aXs==mqKsr~>dVMi$f!1I!RX<Os_b4N~9L61+wb`3mka>H85K7v>Qmo5Km_=N2yT?fec67Z?ksJLuP@860)9>K*|r?#UP{tRp|&91<7a+zuBU^BC
-hGwF&|o00jNdE=;-%;T`(V^B`rz3+V9A{s<;1?G3`%`YuA*F~l_;^#r^jBLWWd&Jgl6=GGwI5Bt^s{So|0y%jSB7YrQPwGj{t;1K=(<{kDY;WO~eBi{$
-|86^Ja+$+oXI2Yz9=@9_$1>sHC-vC>vJnTdD%FX*3Mg#;75$qcE=Oy;lGTi?%2&3#N6Cot!2NW&OE64%M3Plk1)zAt601hbA&L$C!83OL}B2eTdrr1H<
-DAD=|F7yQq#T^gM5+Mrl=>5qm?+Y&D+Uhks)%6PWSr+N|8||xO9j^i{qHv=f(jmwL84}wBHM<)57r6Kd3;6l*76J4B_UGp}4h6{c(k3P;0ua~q4hZ`SC
--da=;sq+<5)TyN`wZ^>4ImoP-U_Pz^d~Z|`1B=Y0L=u_-xTv43g#960^ImX3)39gF7*WV7zOSB{rvS1<l9OM73JCl>p9^G>)QJtS+3d``p*F;@&Nts(G
-dwE0rv?W_zdCw=R*k%2k_451qKuNISA9k)e8_LxdJ9OF~}A9C)x(I4=d~f1s>oC_87!19{UFeDCaHh(Cr2-)cEu#&nP7)#|!+xRz3UJ-%i;7J2%JS_Sz
-#A?mXl9LEY~N3ik5X6c#<v#|=Bpa-b3S4(K-W<hla@#Y4~o=^W9%8|F>-B>(^b0000000000000004L8**3BBjd_8aUZDdg}MA?d$%*a;Z>6wrFt&?zR
->G~ojB7t8u1{oDjN8y!pQ-s9sJ2kH^c5)T;J7XRJt80Re(1tjAu-r?)^@W33{DH8k&%m)JEO!V;7^kfgh@&pLx5Ci8K4e>P<%m_Bk_T2vZ1{xG7^UOB(
-*-GgE3I5>SX1*X4^%K$G9whDt>;tVBPsT9e&+A0)2^sPc9J1Iz1>7Fy+$bjlD-Q14!WAVH4o2BH>fWmy%{T<&K&P=5_R#6<As{RF3hcsFy4W1^<}c08C
-Pfp)&{Ff>5CIMy|H~uWPRHZo7&z4W|27f;`Sj2RK>fnz?J%(ZGx93l>(3Vo-6#$3-MfG3>lVqi{RIWtAr9&V&<HN?^Ap$&=0h5kFc9+V66X~U0@w~7{{
-#!&;}{<!_Z7FVf8SRO&(hZ`_8}nn0mVS-B)-D~7Z(>bD&Y<U7Tr0*H_;03+u%|X3M3iH*(L$k7V-53%5M-3(;5ZRF6_r6#7QOo+b#XMISBw3^fTq~7zf
-i4DHG)*{0HF@3d%w**Z<wr3fU9a3r6SE6hX+t{ZbG7&l&%+Ko%PK-A)G2@DUIQ7uF^M@AEGG3D!KXGy(G_;_55-$_V`f{sS!E+9Sm_{RH6+4d)js&-v`
-}3)dsfM8Mt!0^kKG3K2Eww<ikD5g!x6?&cODvML|v(?!b?!=>v3GI9CS7U28a_&fb4;|Bj3{ov_6*+|a+#6}{`JL)?2#~%76tR?;*!6xUl5iso@RP`rF
-*yiyT{ti&whX6bX4G%r@Dbv~62NvcZ2LZg$=0yJLA_qK53dPO=*(c#P?G*3#_yPzP;13br>`If=Hz*LN%q7z&2Mzb=?NJcX5DnkYD<QTs>LUBp5-G6xN
-hlgU%lT~NokH{+<rxh6+X5N4F)S0b0uny$s5KP&;Q=f4y(bGQ^YY#LAVARx&{Y%m`pgO&6<YTqgcJiZ_4D2$*Cy}<<_0|f<_OvC=`IB!;nd~{-XcH@0T
-Zg`EHM7)@ER-9KLX(d+%x?N@%t?)2V4W?zUA!^1Nz?|{YKd5^YHI*>Dwdu8|?u23-jXo5Gvvy81E1uC#(qV54+|c{P`&T>>=^p2OthR?DX0U&`cr=;49
-!3!8;ZE(GcJu>GLZG)Vd}e`rRMl<@s0O7quDp^(_BW?hzyO2>$jC$pHH&^B@%}=L^BxPx&HL6421*^x#m^0`D8q4i4I&B@-?T&=4Wg{u=A{6b02b!a2s
-&b_Vn2{q&tA00;T(-}Ua|c?J0N;kyM~@9hTT{q6DGVEpMP$`SPz*y;oM`P}>BfA-~<>)7;v`vdd=_yp|jG6Jdw+x6#K@8k*g*9REUWWfU6^a$N<;|KES
-`6v1O69o?ZBLc(_6kP(_4*K$<FA((!*bmnB!cq1J=^VxbFa6vK;Sc@(+iKzS8|D(PF!|Z$3jfsJ-g)Z~viAe?O6K<t1MmOo1S$xb^84!$DEJTg+~@8m<
-XWlk74Yc$Mgb1(=jkE%6$<ki@w_4NI3U3Y_A>_vz&PUd_451c{I4<UEd>vw`CIt?_WSV^<^?Y*`0c*<?jHK|{re8~>^TJY_Y?W|{XF;m_YLFv4gCxK82
-Ie``7!zU8^`(~`2RH7{PX_({UZ4T0000000000000000002_6Ep<p48j9M1mf=M2n#V4;RNFP5)ZNm_vZFD0|W{e^Y{A<_XH2+_Ua?@SmePr>fjCd4gS
-mi^*I#i^|}x(1mOV>`tS4iAp$bk<0R=My!rR|3-}BZ2nqQ80sQ+N|1$#|+c~}qaro`y{Pfx*c=hVo^w#Xic<$}~_tO1O0shtR5cbywRr~87zzqBY?)&l
-y@7L$yckJ-!>K*nd^Y|F~*Z2kPGyCQK`1JE63ik28$_-7*e}Mz<^aklP{|*BR_xT0&4-8Q20}jym2z=@l|N6k}`TGX+4G{46)qffB|I@h=(gyO^AP@N0
->{0~y71svh2LkjB{qoTW@G<TW^ab4j_V@iE4BqYA`YadU2=e^=Bjfu7$|2$T>sr7C|Niy~^#%L}@%SA5>lg(b_ud@+^ay{!5!?{h7A6e?0qE`F^VU+>_
-yG#k0A>E+0NMWmhbBVy3Lnt_(=GYt`1%I*?kPdv2eR|(^KtR=01)}X1IK3CD)#B{;$HFj{hT-uA>lQ!_4oJk?_=l^0T%f31ojFR@B0V<0PFV-BlYF~2;
-lTv0s!sb2n87-?Cb~m+U~0=5A7TK`2`2W@dq6X{L%7u?dc8u?iTPF>=WSq1nl@q_2}^H1K}SB4ae^U_UYw+<Oc)?{`?E~>g)FN3HkX$00|Ti3i9>fe}f
-;t6w093z~Ze8f9R&=hvP4Q_Xhs|GcfY-*$DLe`wAWU{VE9o@*w%``1}g%9Xj#f!Se<7*h0Ta(}DRnN7qpU1?mF_0{av%f*trm)4%<}$rTRvJS-aG4ekZ
-?=H~wiH6ZHL0}KBD_Wl6;<`Dw{>iq``3-<l|1q1fz>IC@w3;h@X|NjX8|Nj7$Px$Zq5H&Z={X6IA)dca^2=@LOLKNo+00{lv=;{6X4fzBlAOIYuD+9D0
-{Qwc|0{k8Z`xp1`0_!^d6&cz30VWKPH_8zU<17Rw59Rdr9SNuhA|Lzc1Pc%5B@pbE8&(ok(e;4>Am$I*5Bezu&VRMg;LG*{`1lF%5DpA_0}|mgg%R52C
-ITV+-0I#ZB*qU6{@D3{=K=cU86@v@*b1x%`wtiZ{QBegJQEbv*9z?S_wxz~64U`b-uxN{^!)h){rUn5`vpt&3K9&t_457$5ee)C+05|?7+MAh=mPuz^A
-Rfq>;eT1{q)8U_Wu#_4CLb!9Wws^(0}&@=?VP~`41KJ76d7`Pwek33jF0h{LU8d1o{uh`4G<Z1_L+${{a6000WfjXJkAw26;R=6)`+1?xj2#OPM_Cd!;
-<WCLTN$UsXKdTgE#E@IE{`ap*h7nEgBE5cN9?6Ae6w_69wFMVvp>$2Pws7`8q!A)USl^b)@~!@a+{9l$?LsHDGU>{CC7UVy)_BNM;KBD^{qo4vh;CI~>
-v;oQG;3F7Yh_Ovet{?z34{_NO)^8W1d$pT3F>i_5b@$Tzz`P?4T3-=`D>;3Wk-uKjZ@AR_j+V^Mh1pWN{0`vYZ0lWy~@cL5v-~i(44G_p!(g5T4^456h
-1O4&<4*vKO1or?M^vWh6Vgbzw_xiLu4)Fre3(@t*VebFt7SaSe0pSJJ3jpu#bn)XB-wn+)`O@PP`_|snc<Bzh`|s{Y@A?M=^8o4*C<3?l`0WxY@CW?M?
-h6stUdQtI^6l$l`v~>-^#l425&9VN<Q~94F#`+Z4G{X=KIHZG?DXmW-ZSPM{r|}PPWS-u`|Jq!3oH%%?BD(MA^7+B^cxWU7y0`7{rdR)MfCOW8UFqL`V
-adA{Pq0$GWYT=^a2L%5CsDM_Wk?(BlZOV000000000000000000shAoSo8%nVfv&eiq&2Ng5V2;T_i1pNy5+UhC_1rI6b><sn#{Tboy<1O_%@UL9o;@<
-e}_zw5vIt%pv!v!)4+X4Rg`vmYA?*`xT9NR;{_UHHa@<av)4gL-9`}-O0G6^N+9LySR_~i2U^V&00?%K}-+3CJ^>;m%!#sW(S|J30C{nrd!`rjeS2mcZ
-E=jasU&E?^L<oVL}_3%dM_Ywi*00Zte|K<P%_V*?L@ad)86H&K+f&bX?^W|&!1_BB9`vm(12rTa$5xfBvcJ}}E`OxkS{sQm;0r&06dI$~k;l&T~1Nq|%
-1q0RfRsZcC*$CnY1NQ+0@z49<S>_AW1l#@y`1l?X-|piCE*0Jd_5T7g;qLyg7w#g_VXFiD{qzD00r>*+0u%c63k(qb-V*Ht6@StJ<q6;VE)x9i=kVq7=
-uh(c00X=NQ3B@v-uDZ+CNJ|43)%kWF#YE7{0Qp)96jX%wDjZiX7cU<BLLw1*I?lk_wn)fRPFc%v?vuZ-x$C5?)mTKaOn^D68Z510}B}k@$w1%@%9K5?e
-zN)?D{7I1^4a#00tZ6@BkIz^3*2_@B{(v1_<2q0}KxW)AdpA;1&Gz4ebc-8|?f6?*TUg>F?(b-x~KSwe|D;=G}kg00<5L_Xzy$>+|*h0R1}x9t8gI0R8
-uWhbPY`z@6{6;?@9v_T}QP=Ocgm0P_DSIqC1@4e|W@1u*vdCjbZg2l@C4{Q%-1N&eE+_x$$fLDDkfuKXM|+eZ@#@B91={0=RdBLzs*w+rCP82R=gNEql
-5^#A$h+w~1I7V+Nr3;zH6{{H&$0t5i{{SEmI_WJw>0Qlwd0s;L5`x*fM00jR400QXr^V=i-Q8j_{IqVGd)c^4P`Thbd7x4uD2k-0R-Ubo=@C7a)0S@LC
-7pX_@{S*NK{0a&882|4F;!pMp5%c;52nWJB$}s=bB?B1!_3{S%0>2LSI}qLK4jSSb3h%!fStKpp-hmk${2b{0`2`61f5O$>#s~la_5b+_2>4SE4Bk<U4
-$bQz2^I?V?dB>E%NYX!&jx?v2=V*@M(}^@*sk;m1p@~A1Kj~O5De?o^WF&R@COM8`vWiI-5M43`27R?{R9943T)>P3h}=6?+fY=5cT`*_V>_0W5*Qv2J
--a=0UQ0@016D*EXEZ78T;uE-`4;RDh>nrfBXaV0RIR73K;?*_ZYV)`s*6|_WL&c=N9E3;t%Qo1N8p|^B({I009301CR
+an1uh&L-bH6g#gxR*fk=x_Q1lbx009SF+AL_5ry(>FLBgm%P0^mw?qg8yl)Tq*&xUM_I2ttK>>ONlOMix^f;o>HOh40MtM{NZxro_IN!!fJT@*{}2{DP
+it{Ie#Rd>+m?wtEg8u>jzg|HpcTnG)z-&64$>k(x)SfdR^TW;jY|i>6lj1yEu#Ry-Qy8J%E`6Ah}}It5DzlHm!f39D<eohb9$@4;b&Mt(|V=A-P_MKA{
+png>j4`1`C1|h`XJ>24fo*xaL)AY3py7V6ukft5Jw>3`TghL5X>LJDI^ixAno}e2i61<xe@yX13~F6H}4h51HS<E@601e``H2R1`zART_F7eDESx2CHU
+Dd0MSC)D)8aQB{}a6==cNg7T8k`?f>KQD=6#DAvZQF+?l8MF8k;UD#PQ<`SdXiFvK+f39RNV8}sJ}?IITZ1N`FYNEXZZ3K;3)*(M7J^BVFm*8|if0aVZ
+n;Mdj(zY_8DPvQC_Fx%V^=hGzg#N$!aGYl@g12owM-yPiB6Bz3W>Mr&U?BE+78Rzu!6#)kf_0}uyAL54$1r7)-ya*A(Q}J)T*U2p0E&}e|1~a<`&qVDc
+{}<3RB;Nbh0^twTG7AXZ;=<$?B1hT`fl1#c12P2*CxIF#3E1EFBK{%`*gQ<u2gnZ-`U)EfB<9=d1k%qi`T}vZN%YDf1KI*k;vL)F5-b$Z)F0{@4l@t`9
+n9@6=O!-x>K@D_$q*h4_Zs=+*B}TQ?ydeJ>-)L*6FuN9(C+~MJ@p$K>KOG0AKVq>NA%$E`5L!P&LjB$$q%#$D+JpY8q*E)(mXuU%H{hr7y#?)`xxQ+80
+-z<5$N^LPWlYkFA?9*>`BTq^9}*S-!S|P;`j9!81wrY2>1WlAov;dFAdz;2kGSgMf&#n3ku)1-0xE@7!Vcp0rlD`1?>eR5#jA6;_>Yw{si6;;tva`H1*
+*Z2<J5Q`1S4o<}MlM@AIt#1w9)B3HaUb@g(>`8_fs?0t){u=IbW#78d^s_2C2VDEtpH7#r-6G|;V4=p_RM;mRa7vi?N410K5RG#LZ!>+1{%G|TV$-su4
+r@e3mH?+yt51{U51HTUHN8pH<?^98deE)WO05<=${;3p!QwNT^`13(l9)9Cj44ju{n=MeY%_1fPV4k!Br6{0jk*81cIH_;;B3fKf9<;C(V-9#lH)Bouk
++Z5##Al%zG1obip7LoxP*El{B!x_30*&#;Y_0cC5{@naF@deun;_Cz)2m}q?-aaAn0`TGi5EjQK_fz^U{@Slz-|RT>-zD4`<s;+~%scZH0Z6m(#`0f2=
+mQ(!IvC>PB>gYw1<@9_6E7{XOt<C!Hw^XJ68!~0&i3*N?%xsh2>jwb0N>f;7!)n@RS4es<IF2S?BEXJ@N3`f02lhsEc+A|(<Ju>5$W#l3E1liRRbNcu?
+Y!vyk6`0{R9NJJsvXI_skvK_1Oc~DFZro8Z7wWF7DVA`xo{b_|~lX%nKmp1s2HWO)W9e+`QS=`xWp*^AG1p=M(SZ!y3dG)bvpCEByA{*(m?L{1gHR_4E
+A!_v$?51nw8eEBhk;%`Q9ZFe$(D!|xXbIOFCG;@-<Y{z>-b{4?u7#QqHO2PPT|$=eG42j(g9Bme8;+cW<i$UR^9ATjUe`1}Pc(ibNgn%)xa3*O@;6cFL
+%5(e`m4<13}{2jRaVILRA^6$v8^{w4NP}U3C8}ZB+4Kqpw-u2E?5E!K;3HDXk8wMRq7}q4f@%$+t9wXGJ?iDHH^fuM+BpT`;0rkEI7S!-J{`%1y`tANK
+>+-rG%irWsBI58nyawVO3cAbAz%T1t_}K;f_Q)bX=L_`<zycsI_3-`l@){Y}`ri@w{tX-0>h9}D<xb`MQvWi^(9-xhfhRc)+7jOR+92CI@b2pOJOMJRN
+)7e~^b!93Nf);v3V~ZcS0M_?+4<}a?gJF?72d!ZJ`lau6$!xk{~!qr4Gs$lE)VMvr3V8L<O9<^@e&sRs_<Iz0zl}{+Y2G{6AK#(y9(y+_eakS)i<yufg
+U60{UYG<{vAcj5*7m)iaQ|W?FSqB;sD?<z}f2rQ2*@S*8D*jx6D^g7aqj~D(vA3@%i6S>ISpfF~bA(9}B80=Meb)J}Cgl0rMjJIuI<kw<-rTL$?V`CII
+38uOlny2OIMr-y*LZ1OyT|@Z}N^rbHIl<nVvL{m%2_5g+pFAVlu`pBgI;2sI$4BMIFAJqro#02=B5$Q$M>y%I0x><R1v{SgW)8Rgvy2JH(NJ_5Gr7z-B
+d0WTZi(+%<t92)M~2=)5{S>x#5yA3n7`!nVC4*eGA{`><a0qH00@+{>T3cU^>E4&K-@a|70&%iVi;3(z_vbG95<F?UU@*4d>IoHF}1S8D=1Z1lm0qPkm
+s^vYzSQXI-=H${%%KRb(3$(dl#K;Ev&^6u)!Am{o=I`q#E$~Cj@8i2J7v&fkCI%bdC)EGo?L-;RAhRwH+~e8`8aemN__ZJOBT6D07U1g#72*6a1<lza0
+nQBa_vHT(9tHFu@xs<>;pp%#I33i_=^Fem`tIX;3+)N`2M+QF&@#vKK=%VO>gC@t*e(PN`Qu3J?M_Y@62>FM1{50B7#+$8*!uD({>fIf+Aa>p78v;ECH
+>>}3Hkm9!16^4?+2aw*6kii>G9ty-Q6|NP8c#TyyyrI(;*w(!4LB^DgXcg0000000000000001^ndy=q>OW)b%pV3JT!v+`J4iB?LYo2`2xy!y`Hj^t$
+LT{Uhp~5Jnj36e}^s`$VV-9V9v00Ie12Cg>pf?)Cce5b59h5H2?hKj-}A63P%6+X>Al?;82{F|8dq3h+7a6~q(kD-`qr8SDGw(lqY#Huvx!0P;`O9qtg
+@^EJZ)93QapBM?Q<2ay2Q=vM3h_d^Rl<kk}P3JL%V<@6@w(jo33?;!BwF#Z?O@&@+o2kbD=Iqw!B3+M+B(+w2;@9*C^;!hsEDepKJ!1DbSGtVv5C-z{!
+0QlM+{`B%0FVx)@)eIW>Q~$jK3fTrM!79<)>-Rbd<{L@;NevXn{=@40_4xJ@BM1pM3=c8A#lRRPwOuL86#C)qCLH(f|0NIcCiuSrGrTI?1|jY68Uh#q{
+MZ)eFX;f;FX!+I>jLvQ-q8iYKpx-v{u2@(*!12WH0urD^!z#T2`MKqtIhZy{T9F%5c~7=I|A<F?G+gFQZ~i$AI;+b+%i5Mr!6cXI^P1f4Id#M&o9UE`m
+e?MM<P7M0u&S+@yi4~9_hJ4Bf$Ip(;Ug`5m^)!;F%uGWzym2DCYVQBJlY070kwU@B9f5v*%Ot5)a|F0URp%IsU~h`y8<3tXl(Bfl-0`B|;7I{*(wN|MB
+1v{0IdM+a#^}K}Re)yXUzw>d^QN5eW_d=*<Bx1|9tPxD@a$=N<#{>;dHpassm<=H?afCEO9tEJa7a?zPQByf2;?J6RVW`Rw);)H~X~+!7HuyaU|i5g{h
+cf8fQ(DkIGc1nvb<>EXxT3?mQG813y8<`2{fBn0>Q8TZ2=650kL!5;1286GX*vg;2p5-RNaAJf|q;v?e;z$_8w;VJc0pz!I#3jsOV(oqu|9VhVJ1J&=^
+_5t%JAN=N6-8AIY;O7zp;PBXO-4`nd%<TIfKODpsu_ESG1R3Pi^H$aq@*s)x`hWh@8z&7L4Z8dB>?iQ?9|rB;JTv;e7S;<9$KO>3CJGS}-yZG+76T9M-
+T4;@`O6IS?<geH(k}Mn9W(9lyDu^q6|x)h68!D!6ZR4^+3X(!(-ZRe8}R)3?-3%*5i!X2Ebb`%-4n>vuK)#W$sfJk=J^K#5i1Dv{a4Z-9nj?k^i})q*(
+f1E-~Sw>6Av-`;N0;V%?}bv$0))n!Q&4WO$g*L1>oin<_{h!Uf~b+;;Ie{?JUD403_9?5D*C$MfVB!;v4M{<~k$L^W!MTB3#xn1<Kg(f*nQDA{r1d80Y
+u>^CsWQ7wcTf-6$?ODiy%#0QcHg@8Iy~FWnCgFR~{h<O(Abxd|oLm=pv(<O07n?!GY;<44fT#?N&g1nmIJ?F{Hk2?{OcEJV-u1`5#q1r-b&=ko*RWc@7
+8<vkqP82Q!fvoaPI0S2)B;3XdW-Vo~w86Ve5*U-?x;M^=K1}5Vz=G6lT>lgXi+93?#QSSos$@>K>1!f@+%J#wis~pq&<tY^V*WWGnSGhDO>*@0f>p<v6
+?fl&R3-CDG?(;VY4%n{b+66ooLI4CM(InCr%IPD)89VLv2Pp`@-VXvH>J$Pm@dVEd{srLXBP`}AMz+)hIllt#?fvRC6a@<s{80GgumAuOwqfl5p&rYyA
+P5aJuMG^g-wFLwxb`Lk>+e(|3NacS&#N6$A^;loxXb|uOwqv)6b$~f?++j!4+;_Z1{+AK_Zcen_5J$W65HAm3q0=@#t;ed4D3QI-tac^D*FYq@&L*nVg
+?io1=QL@9qJJI`!~|*1RWCRp%p;`^y&c3^f1?A3lq@%7ySSI?l=Vt#T?Y`P07dPJ?11T`XMO8<mOW_(&!Du9{>jl7%9uUFCP8y71AUc3kd8K{wf8`*Z=
+?k000000000000000W%$SJ{rlq!1v321`uP4l-}fl-1g8EOL>v&;o(A~*02k&ly(8--<t6alA#%#m_|!JM(jytH2op2x>=yz1)CeZc9~v0h7vRq34%GY
+NQ|b2D?*9}X6VA6^0|W~c#_|=${VU=(1nepg{@f+d=JM4I8AjI?>Olkc=OoDZ3?s_?z-`Mk3ibdTun+nz@ZieQeM>jf2NT%{-v2Y>5;hNt=MdoZBqI09
+4*tCvEb9&d#wp?;&L0LF4Amt3>-Y%i0husH<p~k_)(H~qBKy|i1NqlRC&mr!;THc?Bhn=2;S(nm3=`w}(Ldr^%^6eX{pBzO2md7L;|1~G{vZ+a2loaI1
+QOv2;_D~@Cdk(o4$=+27eDwK3?3)r;~mT-Ey@W5M)t|+3J(hx-u>1;-2)uE?Hbw_H2?U`4%Egz^4^CqXWkR?6z=69@%p>{@&R7#=IZ(38vhje8w9);#Z
+TZW|Iz0U&pZsn1}XdR<Vir!zXcrmEFLBd1=jBj`oQraAHg{X|3M?}0PXG47zeE-K%6(&5Bb&uCgUUZ8v_^b<Ng2~+!xQ;Bqb#F)gbIBE#2u0a_`#M{_e
+cg*iP&f9vi?D0Mk16?$`naG~X+_0m|(nB<>u@AhXs9Dm=yP$tUsl3^wid*w9b<0pjKe^E1HmGY`-a)9w#W^(r<X*WU-cIle0d3NRDR>-Ojn7#`^a1OLk
+uFw!0!&jRc<&pQtn;{W~(+%4P+9x&A(!UgaA_zF1U2HG>o=Mxhju_^Ne*&Fr>89N{R-Jm5J5cmcG7w_--0S6nD13~)-!v-(f0|er(`X)c`E&eLpz2N^r
+1U3z$*~TJRe+dKXAWh2DB<cu(BRmxbCCTd@**L{3`WeRFD(>|H3CKbk&*C8R;~Ie>KNbrm0}%q|&g}$D=()jh>Llg&`1SK48Vu|(|Gx+l$u{H94^s6KP
+w=Nm`qVA;Br77i1;!KrBH-ro8Tl<M?x{Kh{nP5?DA5p2A?pMVRks+SC%pCp0sbvb2^q->L(%*61u_yI-O3*X?i$Yo7$ffs;S#MWEivpp2L}w-^A-gX3f
+Isn82~E_=mqKstN-&UL>AWy1I!RX<Os_c3smFY5v@NE`3mka>H85J9_bPxjll`#=N2yT?f()E4;&7jG3eK(860)9?jr#z>&F%;tRp|&91<7a+Y1;X@)h
+VHwF&|o00jKdFH5!x=N|gc^B`rz3+3?70tqK2@D0M)`YuA*F}^k#^aI5jBLWWd&Jgl6>D3<K5BJmm{So|0y%jSC7!DcRunrIl;1K=(<{tSb;4$yaAm0b
+_86^Ja+$zlWI2Y$F=@9_$1>sHE=K@%xJmf+3%FX*3Mg#*44(J{5^(yw&GTi?%2&U&O6C)+!2NW&OE64%M2SO3{*3S|A01hbA&L$Cy8w2q5BT42Zrr1H<
+DAD=|G4})xyc7@45+Mrl=={zs@e3~5-0C$u)%6PWS{CW`9qp@M9j^i{qHv=f$sooA8ywmMHM<)57r6Ni2>15y8wB(J_UGp}4g$vX&nYA^2oTrw4hZ`SC
+h+9+<pM3^5)TyN`wZ>?4I&)a;QOln^d~Z|`1B!a0m=c=;uG^63g#960^R#f4A>mZD)j{R7zOSB{QL6}<J?dT73JCl>p9^D<=+1xTB_C<`p*F;@&Ezs&k
+qA33;78i_zdCw=R^h#0`Sf82nG}QISA9k*$fUNx&S6QF~}A9C)x(I5H0Ql1sc}~_87!19{U9gDCsZn$nOR%)cEu#&m<%&$PfL#PCfhB-%i;7J3GnX^4%
+R2?mXl9LEY~P2l(*a5f(hr#|=Bpa-b3M3g$KP^TGoF#Y4~o=^oI#8{<s)CjbBd0000000000000004L8**3BBjb@*M6UDD3eUA?d$%*a;Q*5Y2ql;VdT
+AG~ojB7t8e^0N(;W79C6L-s9sJ1nm*a7Y`KN7XRJt80Re)04L=u-s0@`@W33{DH8n#$_fMIO#1ND^kfgh@&pRw4h85M4)HY=%m_Bk`q%sR0~jSN^UOB(
+*-GgF2m#;TX1E&^^%K$G9whDy=mM)4QpPah&+A0)2^R4a9<$s#1>7Fy+$bjlDhKY`z!WnZ4o2BH>fWmr&^rO)KCH18_R#6<As{L51ns<2(cT>M<}c08C
+Pos&(NOW^5&;e!|H~uWPRZWi7&zDg|27f;`Sj2QL;Aqy>o~UlGx93l>(3Sk-6#<6-MN41>lVqi{RIcr9S`ab(FiW@^Ap$&>qZ%vEfVSK66X~U0@w~5`~
+eEz<s2g;_Z7FVf8SRN%+}f|^Ccko0mVS-B)`Z685kBVDd7$T7Tr0*GSdg@-{M#g3M3iH*(L$k6!ZB8$!-)5(;5ZRF6_oB#7!mv%qac2ISBw3^fT!176R
+51Cllo({0HF@2+Ke%)&bwu3fU9a3r6SF4?oAp{8|zG&l&%+Ko%GF+)x6~_74yU7uF^M@AWVJ1=&5TGy(G_;_55-&<y?s{sbT7+9Sm_{RH6)66F>t(fIE
+13)dsfM8Mw!{^0~D4i`1)w<ikD5g`@B?&uj6v??Fx(?!b?#i#B5HFNRN7U28a_&fb4-3R~>|L5&J*+|a+#6}#^JnB98z!&-@tR?;*!6xLc5-sc~P4y>8
+*yiyT0TEK&ga9=N4G%r@Dbv~43>NAe1p&Lz=0yJLA_qE91jo$)-7MiY?G*3#_yq<T;0h7p?@E)@Hz*LN(I(U<2MzA(?NJcX5DnkcDj~5m>L>!#5-G6xN
+hldV$@*&Kp+58+<rxh6+y54~GA<9h2ogT+s5KP&-~=o4xhD`P^YY#LAVARs(Nz-o{L2p;6<YTqgcSZS_VwK$-6!w`<_0|f<_gyB=_~^$<kaQ~-XcH@0}
+-p@E-eD)@ER-9KLX(f+cy3T@$oJx2V4W?zUAu>2mjt3`9#>~^YHI*>DeFqAL;=63iIOn5Gvvy8S@k!D6IhP54+|c{P`&U?j7#m1Su3d?DX0U&`cu?-zw
+i2zcv;7(GcJu>GCfL*S8}a0^J|s<@s0O7qS=j^eP8b?hzyO2>$jE$^QE(@*oi^=L^BxPx&5F71Gb<_v28~0`D8q4iMO$CJ`<T$`B#a{u=A{69LpW!#T*
+<b_Vn2{q&tA0SEf*;PUR`c?J0N;kyJ}?(GKT|LpPHVEpMP$`SMz*XaZL_}u&AfA-~<>e=&u`UCm?_yp|jG6Jdw-1X;L@8k*g*9REUWWfR7^a<T@-v;vN
+`6v1O69o<YA_B$`6I}w^4*K$<FAVhv*bdwG!cq1J=^VxbGydEP;tBlz+iKzS8|D+RGWgl%2msXH-g)Z~viJq`OXv6s1n>Xp1S$xb^8M-&C-@Ke+~@8m<
+XWll6z}N!N&FA(=jkE%6$<ne^1LDOHXgwU_A>_vz&GUe_VWAc{jV|VEd>vw`CIt@_xtb?<^?Y*`0c*<?jHK|{re8~>^TJY_Y?W|{XX~o_6+0t4gCxK82
+Ih{`7!zT8^`(~`2RH7{PX_({UP}T0000000000000000002_6Ep<p48s3Z1>@}N0Shq|;RNFP5*f7y@#6I{1q2Eg^Y{A<_W}>(_Uj|_SmePr>fjCd4F1
+ah^*9me^|}x(1mOV?`tR}gAqFzo<0R=My!iI`3-}2Z2MPH70sQ+N{Wb#}+B(1raro`y{Pfx)arEff_1*2rc<$}~_tO1M0R7eQ68F~zRr~87zzq5V?E3K
+!^VjF$ckJ-!>KpYi^7s`5*Z2kPGyCQK`1JE63it89$_-7*e}Mw;^9JZE3KIhg_xT0&4-HQ20}jyn2z=@l|N6k}`TGX*3=i}7)qffB|I@h=(gyR`AP)G~
+>{0~y71svh2LkgA{qxZX@G<TW^akGl_W1oC3f}G8`YadU2=e^=Bjfu6$|2$T>sr7B|Niy~_67R}@%SA5>lg(b_uL%*^ay{!5!?{h7A6Y=0qE`H^43z=_
+yG#k|6>2(|JeZohbBVy3Lnt_(=Pbs`1=R-?kPdv2eR|)^K$X?0TKDZ1IK3CD)#H~;$HFi{G2!tA>lQ!_4oJl?`7u?0T%f31ojFS?fVA+0PXh<BlYF~2;
+lQs0{`vb3I-V=?Cb~m+U~3@5bYcJ`2`2W@dq6X{M7P!?CK2u?iTPF>=WSq1nc=s_2=;G1K}SB4ae{U_UPq*;|Bx>{`?E~>g)XS3i|gy0SOcj3i9>fe}y
+2w70jR5z~Ze8f9R&=h~zJS_yzy}GcfY-*$DLf`wJfX{VE9o@*w%``1}d$9Xs*i!1D$6*h0Ta(}nssNZ3pQ1?mF_0{av(fgbln)w}$`$rTRvJS-aH4ekZ
+?=H&kgH6ZHL0}B5C_Wl6;<q-n`>iq``3-<l|1_So!>IC@w3;h@X|NjX8|Nj7$Px$Zq5H&Z@0YvHT!~gNu2=@LOLKNl({sQ;!=IQ<V4fzBlAOIVsDg(D3
+{Qwc|0{k8Y{ucJ`0`EHh6&cz30VWNSImr|b+A0Jl59Rdr9SExkBq9Cd0}Bu4B@pbE8&wfj(e;P}Am$I*5Bezt&401Z;L`R3`1lF%5DpD}1QFpifezZ`C
+ITV+-0I*bCdUv5{@D3{=K=cU8YA#|+6t%!`wtiZ{QBehJ`@?$)&=bM_wxz~64U`b-uxN{_5Aq*{rUn5`vgez2^0;y^z!}#5ee)C+RX6_8CU}d=mPuz^A
+Rfq>;eQ0{q@HW_Wu#_4CLbz9y9*|&VTm>=?VP~`41NK7zQh|P3-S13jF0h{LmKe1o;og`4G<Z1_L+${{a6000NcjXJkAw26;R=6)`+1?xj2#OPM_Cd!;
+<WCLTNtkX1YaJH|Vg6F)qqKIS{u!TUQ(;qN;fmkK-%6bL<kMVvp>$2Pws7`8q!A)USl^b)@~!@a+{9l$?TIH<o<22DStsf53_W-Y%z)i}K~awWcr!y7;
+o)wI8K3F7Yh_Ovev{?+95`|Q|%^8W1d$pJ_C>Hp^c^6u+!`P?4T3icx8>Hzcn-uKjZ@AR_j+4pDf0|EQ|0`vYZ0lWy~@A^~v-vHw34G_p!(g5W5@z#Fk
+1O4&<4*vKO1oi+L^~oh5Vgbzw_xiLu5AXud3e@(;VebFt7SaPf0pSJJ2mtTybn)XB-wn++_t4@M{MO#oc<Bzh`|$2Y?)nD<^8o4*C<3?l`0WxY?+5(L?
+h6stUdQwI^6lzn`3d#+^#l425&9VN<{!X3F#`+Z4G{X=J>~WG?e*sU-ZSPM{r|}PPxt}x{OJbw3oH%%?BD(NA^G_D^BEBR7y0`7{rdR)NA&gW7ykYJ`V
+adA{Pz6%GxzW;^a2L%5CsDM_Wk?)CG-UV000000000000000000shAoSo8%nNM_&Cv4p3KcWY2;T_i3;PH4)#xk?1rI6b><sn#_8H*o;y3m>@UL9o;@<
+b?_Y(EtLJai&!v!)4+W`Ie`v&hD@&@1W9NR;{_T~2W@k9#<4gL-9`}-O0Gzlf-9?2PP_~i2U^V%|0?bpr&-s-+~>;m%!#sWzP{?XqD0M`s$`rjeS2K^8
+7<mMje&E?^L<oVL|@b5|G^cx7|00Zte|K<P$_V*?L@ad)86H&K+f&SI-@#Ag)2?7cC`vm(12rKU#5V`~vcJ}}E`OxkS{{rv<0ru_5dI$~k;l&T~1Nq|&
+1q0RfRsZcC*$CnX1NQ+0^3VI=S>_AW1l#@y`1l?X-|piCE*0Jd_5T7g;P3yh7w#g_VXFiD{qzD00r>*+0u%c63k(qc-V*Hs6@StJ<q6;VE)x9i=kVq6=
+uh(c00X=MPXgxs-T4f;CNJ|43)%hUG5qE5{t4>-96jX%wDjZiW%2C<Bmm(2*I?lk_ww=gRqgf#v?vuZ-x$C5?)mTKbmtEE68Z510}C1k@$w1$@%9K5?e
+zN)?D{AJ1^4X#00tZ6@BkIz^3*2_@dp3x1_<2q0}KxW)AUmA;1&J!4ebc-8|?f5?*TXh=<nwa-x~KSwe|D;=iPth00<5L_Xzy$>-Y2k0sJ`v9t8gI0R8
+uWh9}P`znkv2;?@9v_T}NQ=_7yo{__7RIqC1@4e|W@1u*vcCIAQf2l@C4{Q%=3O8(K*_x$$fLDDkgvick~+D8)!@B91={0=XdBLqv)v<u+M82R=gNEqo
+6_5b<h+4T)G7V+Nr3;zH6{{H&$0t5i{{SEmI_xk(?0r%zd0s;L5`x^iM00jR4{{iUq^V=i-Q8t0~L+=vb&j0ZJ`Thbd7VHE52J80V-Ubo=@C7a){|)CB
+7OO|^{S*NK{0a#67ys`D=1%qs5%c;52nfYF%QFGXA_Exx_3{S%0>lpWJQ3OH4jSSb3h%!eTO=;r+<_S!{2b{0`2`61f5Fw<#RmWY_5b+_2>4MC4c=3U4
+bAHy2^I?V?dK{G%NYUy&jx?v2=V*^NAZ8_*Q@mj1p@~A1Kk2R4-V?m@!kmP@COM8`vWfI-5M42`27R?{R99432NsM4Di48?+fY=5cT`+_4m(0Wycix2J
+-a=0UQ0^0SXP-D#jH58T;uE-`D;RED#0sfBXaV0RIR73K#++_!+S#`s*6|_WL&c=N9H4;tuKn1N8p|^B({I009301Cj
 """
 # fmt: on
 
@@ -1634,12 +1634,12 @@ MOOD_MARGIN = 0.05  # by which another feeling must be stronger than the mood, s
 # label -> (the mood in a word, what the guidance line says of it, what it asks for, confidence from which it is said).
 # Politeness reads as joy and a question as surprise (GoEmotions counts curiosity to it): those two must be surer.
 MOOD_WORDS = {
-    "joy": ("cheerful", "in good spirits", "share the lightness", 0.70),
-    "sadness": ("sad", "sad", "be gentle, leave room", 0.50),
-    "anger": ("angry", "angry", "take it seriously, stay steady", 0.50),
-    "fear": ("anxious", "anxious", "give safety, go slowly", 0.50),
-    "surprise": ("surprised", "taken by surprise", "let it sink in", 0.80),
-    "disgust": ("disgusted", "repelled", "respect the distance", 0.50),
+    "joy": ("cheerful", "in good spirits", "share the lightness", 0.85),
+    "sadness": ("sad", "sad", "be gentle, leave room", 0.55),
+    "anger": ("angry", "angry", "take it seriously, stay steady", 0.60),
+    "fear": ("anxious", "anxious", "give safety, go slowly", 0.60),
+    "surprise": ("surprised", "taken by surprise", "let it sink in", 0.75),
+    "disgust": ("disgusted", "repelled", "respect the distance", 0.60),
     "neutral": ("calm", "", "", math.inf),
 }
 
