@@ -1394,7 +1394,7 @@ HEADS = {"vector": (VECTOR_SIZE, FEATURES), "lexicon": (FEATURES,)}  # name -> s
 # fmt: off
 EMOTION_WEIGHTS = """
 an1uh&L-bH6g#gxR*fk=x_Q1lbx009SF+AL_5ry(>FLBgm%P0^mw?qg8yl)Tq*&xUM_I2ttK>>ONlOMix^f;o>HOh40MtM{NZxro_IN!!fJT@*{}2{DP
-it{Ie#Rd>+m?wtEg8u>jzg|HpcTnG)z-&64$>k(x)SfdR^TW;jY|i>6lj1yEu#Ry-Qy8J%E`6Ah}}It5DzlHm!f39D<eohb9$@4;b&Mt(|V=A-P_MKA{
+it{Ie#Rd>+m?wtEg8u>jzg|HpcTnG)z-&64$>k(x)SfdR^TW;jY|i>6lj1yEu#Ry-Qy8J%E`6Ah}}It5DzlHm!f39D<eohb9$@4;b&Mt(|VP_-P_MKA{
 png>j4`1`C1|h`XJ>24fo*xaL)AY3py7V6ukft5Jw>3`TghL5X>LJDI^ixAno}e2i61<xe@yX13~F6H}4h51HS<E@601e``H2R1`zART_F7eDESx2CHU
 Dd0MSC)D)8aQB{}a6==cNg7T8k`?f>KQD=6#DAvZQF+?l8MF8k;UD#PQ<`SdXiFvK+f39RNV8}sJ}?IITZ1N`FYNEXZZ3K;3)*(M7J^BVFm*8|if0aVZ
 n;Mdj(zY_8DPvQC_Fx%V^=hGzg#N$!aGYl@g12owM-yPiB6Bz3W>Mr&U?BE+78Rzu!6#)kf_0}uyAL54$1r7)-ya*A(Q}J)T*U2p0E&}e|1~a<`&qVDc
@@ -1461,8 +1461,8 @@ i2zcv;7(GcJu>GCfL*S8}a0^J|s<@s0O7qS=j^eP8b?hzyO2>$jE$^QE(@*oi^=L^BxPx&5F71Gb<_v2
 `6v1O69o<YA_B$`6I}w^4*K$<FAVhv*bdwG!cq1J=^VxbGydEP;tBlz+iKzS8|D+RGWgl%2msXH-g)Z~viJq`OXv6s1n>Xp1S$xb^8M-&C-@Ke+~@8m<
 XWll6z}N!N&FA(=jkE%6$<ne^1LDOHXgwU_A>_vz&GUe_VWAc{jV|VEd>vw`CIt@_xtb?<^?Y*`0c*<?jHK|{re8~>^TJY_Y?W|{XX~o_6+0t4gCxK82
 Ih{`7!zT8^`(~`2RH7{PX_({UP}T0000000000000000002_6Ep<p48s3Z1>@}N0Shq|;RNFP5*f7y@#6I{1q2Eg^Y{A<_W}>(_Uj|_SmePr>fjCd4F1
-ah^*9me^|}x(1mOV?`tR}gAqFzo<0R=My!iI`3-}2Z2MPH70sQ+N{Wb#}+B(1raro`y{Pfx)arEff_1*2rc<$}~_tO1M0R7eQ68F~zRr~87zzq5V?E3K
-!^VjF$ckJ-!>KpYi^7s`5*Z2kPGyCQK`1JE63it89$_-7*e}Mw;^9JZE3KIhg_xT0&4-HQ20}jyn2z=@l|N6k}`TGX*3=i}7)qffB|I@h=(gyR`AP)G~
+ah^*9me^|}x(1mOV?`tR}gAqFzo<0R=My!iI`3-}2Z2MPH70sQ+N{Wb#}+B(1raro`y{Pfx)arEff_1zZ8c<$}~_tO1M0R7eQ5+K(GRr~87zzq5V?E3K
+!9M|XJckJ-!>KpYi^7s`k*Z2kPGyCQK`1JE63ilen$_-7*e}Mw;^9JZE3OoY}_xT0&4-HQ20}jyn2z=@l|N6k}`TGX*3=i}7)qffB|I@h=(gyR`AP)G~
 >{0~y71svh2LkgA{qxZX@G<TW^akGl_W1oC3f}G8`YadU2=e^=Bjfu6$|2$T>sr7B|Niy~_67R}@%SA5>lg(b_uL%*^ay{!5!?{h7A6Y=0qE`H^43z=_
 yG#k|6>2(|JeZohbBVy3Lnt_(=Pbs`1=R-?kPdv2eR|)^K$X?0TKDZ1IK3CD)#H~;$HFi{G2!tA>lQ!_4oJl?`7u?0T%f31ojFS?fVA+0PXh<BlYF~2;
 lQs0{`vb3I-V=?Cb~m+U~3@5bYcJ`2`2W@dq6X{M7P!?CK2u?iTPF>=WSq1nc=s_2=;G1K}SB4ae{U_UPq*;|Bx>{`?E~>g)XS3i|gy0SOcj3i9>fe}y
@@ -1472,12 +1472,12 @@ lQs0{`vb3I-V=?Cb~m+U~3@5bYcJ`2`2W@dq6X{M7P!?CK2u?iTPF>=WSq1nc=s_2=;G1K}SB4ae{U_U
 ITV+-0I*bCdUv5{@D3{=K=cU8YA#|+6t%!`wtiZ{QBehJ`@?$)&=bM_wxz~64U`b-uxN{_5Aq*{rUn5`vgez2^0;y^z!}#5ee)C+RX6_8CU}d=mPuz^A
 Rfq>;eQ0{q@HW_Wu#_4CLbz9y9*|&VTm>=?VP~`41NK7zQh|P3-S13jF0h{LmKe1o;og`4G<Z1_L+${{a6000NcjXJkAw26;R=6)`+1?xj2#OPM_Cd!;
 <WCLTNtkX1YaJH|Vg6F)qqKIS{u!TUQ(;qN;fmkK-%6bL<kMVvp>$2Pws7`8q!A)USl^b)@~!@a+{9l$?TIH<o<22DStsf53_W-Y%z)i}K~awWcr!y7;
-o)wI8K3F7Yh_Ovev{?+95`|Q|%^8W1d$pJ_C>Hp^c^6u+!`P?4T3icx8>Hzcn-uKjZ@AR_j+4pDf0|EQ|0`vYZ0lWy~@A^~v-vHw34G_p!(g5W5@z#Fk
+*s%gJ;3F7Yh_Ovev{?+95`|Q|%^8W1d$pJ_C>Hp^c^6u+!`P?4T3icx8>Hzcn-uKjZ@AR_j+4pDf0|EQ|0`vYZ0lWy~@A^~v-vHw34G_p!(g5W5@z#Fk
 1O4&<4*vKO1oi+L^~oh5Vgbzw_xiLu5AXud3e@(;VebFt7SaPf0pSJJ2mtTybn)XB-wn++_t4@M{MO#oc<Bzh`|$2Y?)nD<^8o4*C<3?l`0WxY?+5(L?
 h6stUdQwI^6lzn`3d#+^#l425&9VN<{!X3F#`+Z4G{X=J>~WG?e*sU-ZSPM{r|}PPxt}x{OJbw3oH%%?BD(NA^G_D^BEBR7y0`7{rdR)NA&gW7ykYJ`V
 adA{Pz6%GxzW;^a2L%5CsDM_Wk?)CG-UV000000000000000000shAoSo8%nNM_&Cv4p3KcWY2;T_i3;PH4)#xk?1rI6b><sn#_8H*o;y3m>@UL9o;@<
-b?_Y(EtLJai&!v!)4+W`Ie`v&hD@&@1W9NR;{_T~2W@k9#<4gL-9`}-O0Gzlf-9?2PP_~i2U^V%|0?bpr&-s-+~>;m%!#sWzP{?XqD0M`s$`rjeS2K^8
-7<mMje&E?^L<oVL|@b5|G^cx7|00Zte|K<P$_V*?L@ad)86H&K+f&SI-@#Ag)2?7cC`vm(12rKU#5V`~vcJ}}E`OxkS{{rv<0ru_5dI$~k;l&T~1Nq|&
+b?_Y(EtLJai&!v!)4+W`Ie`v&hD@&@1W9NR;{_T~2W@k9#<4gL-9`}-O0Gzlf-9?2PP_~i2U^V%|0?bpr&-U+^T>;m%!#sWzP{?XqD9@h+9`rjeS2K^8
+7<mMg*&E?^L<oVL|@b5|G^cyDR00Zte|K<P$_V*?L@CT*b6H&K+f&SI-@#Ag)C;|!h`vm(12rKU#5V`~vcJ}}E`OxkS{{rv<0ru_5dI$~k;l&T~1Nq|&
 1q0RfRsZcC*$CnX1NQ+0^3VI=S>_AW1l#@y`1l?X-|piCE*0Jd_5T7g;P3yh7w#g_VXFiD{qzD00r>*+0u%c63k(qc-V*Hs6@StJ<q6;VE)x9i=kVq6=
 uh(c00X=MPXgxs-T4f;CNJ|43)%hUG5qE5{t4>-96jX%wDjZiW%2C<Bmm(2*I?lk_ww=gRqgf#v?vuZ-x$C5?)mTKbmtEE68Z510}C1k@$w1$@%9K5?e
 zN)?D{AJ1^4X#00tZ6@BkIz^3*2_@dp3x1_<2q0}KxW)AUmA;1&J!4ebc-8|?f5?*TXh=<nwa-x~KSwe|D;=iPth00<5L_Xzy$>-Y2k0sJ`v9t8gI0R8

@@ -40,6 +40,8 @@ VECTOR_SCALE = 6.0  # brings a unit vector's 384 small numbers to the size of th
 COMMENTS_DECAY = 5e-5  # L2 penalty on the weights of the comments' expert
 PLAYED_DECAY = 1.5e-3  # on the role play's: few lines, so that it is also what keeps their probabilities honest
 GATE_DECAY = 3e-4  # on the gate's
+GATE_LEAN = 0.5  # added to the gate's log odds: a doubtful text is read as role play
+ANOTHERS_LEAN = 1.0  # and to its weights of others' feelings: comments are labelled by their tone, whoever feels it
 STEPS = 150
 CALIBRATION = 20  # every so manieth comment is kept back to set the temperature
 
@@ -165,14 +167,17 @@ def calibrated(head: tuple, data: Examples, blocks: tuple[str, ...]) -> tuple[np
 
 
 def gate(comments: Examples, played: Examples, blocks: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """A head of one output, the log odds that a text is role play; both sources count the same."""
+    """A head of one output, the log odds that a text is role play; both sources count the same, then it is leant."""
     evened = replace(played, weights=np.full_like(played.weights, comments.weights.sum() / len(played.weights)))
     data = joined([comments, evened])
     source = np.arange(len(data.weights)) >= len(comments.weights)
     weights, bias = fit(
         replace(data, targets=np.stack([~source, source], axis=1).astype(np.float32)), blocks, GATE_DECAY, 0.0
     )
-    return weights[:, 1:] - weights[:, :1], bias[1:] - bias[:1]
+    weights, bias = weights[:, 1:] - weights[:, :1], bias[1:] - bias[:1] + GATE_LEAN
+    anothers = len(weights) - pm.FEATURES + pm.ANOTHERS * len(pm.EMOTIONS)
+    weights[anothers : anothers + pm.NEUTRAL] += ANOTHERS_LEAN
+    return weights, bias
 
 
 def train(data: tuple[Examples, Examples, Examples], blocks: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
