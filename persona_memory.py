@@ -1760,8 +1760,8 @@ def importance_alone(text: str, feeling: float) -> float:
 
 
 MOOD_DECAY = 0.5  # what a message counts in the mood after each further one
-MOOD_START = 0.45  # averaged probability from which on a feeling becomes the mood: a reader must agree with it
-MOOD_FLOOR = 0.20  # below which a mood is over
+MOOD_START = 0.5  # probability that a message must have a feeling with for it to become the mood: likelier than not
+MOOD_FLOOR = 0.20  # averaged probability below which there is no mood
 MOOD_MARGIN = 0.05  # by which another feeling must be stronger than the mood, so that the mood does not flicker
 # label -> (the mood in a word, what the guidance line says of it, what it asks for, confidence from which it is said).
 # Politeness reads as joy and a question as surprise (GoEmotions counts curiosity to it): those two must be surer.
@@ -1776,11 +1776,11 @@ MOOD_WORDS = {
 }
 
 
-def prevailing(average: Sequence[float], present: str) -> str:
-    """The label of a mood's averaged scores, given the one that it had."""
+def prevailing(average: Sequence[float], scores: Sequence[float], present: str) -> str:
+    """The label of a mood, given its averaged scores, the newest message's own, and the label that it had."""
     best = max(range(NEUTRAL), key=average.__getitem__)
     held = 0.0 if present == "neutral" else average[EMOTIONS.index(present)]
-    if average[best] >= max(MOOD_START, held + MOOD_MARGIN):
+    if scores[best] >= MOOD_START and average[best] >= max(MOOD_FLOOR, held + MOOD_MARGIN):
         return EMOTIONS[best]
     return present if held >= MOOD_FLOOR else "neutral"
 
@@ -1788,7 +1788,7 @@ def prevailing(average: Sequence[float], present: str) -> str:
 def moods(readings: Iterable[tuple[int, EmotionReading]]) -> Iterator[Mood]:
     """The mood after each of a branch's user messages, given as (place in the branch, reading), oldest first.
 
-    A mood's confidence is the highest that it had since it began: what was plain once is believed until it fades.
+    A mood's confidence is that of its plainest message: what was plain once is believed until it fades.
     """
     average, mood = None, None
     for index, reading in readings:
@@ -1796,12 +1796,11 @@ def moods(readings: Iterable[tuple[int, EmotionReading]]) -> Iterator[Mood]:
         average = scores if average is None else [
             MOOD_DECAY * a + (1 - MOOD_DECAY) * s for a, s in zip(average, scores, strict=True)
         ]  # fmt: skip
-        label = prevailing(average, mood.label if mood else "neutral")
-        confidence = average[EMOTIONS.index(label)]
+        label = prevailing(average, scores, mood.label if mood else "neutral")
         if mood is not None and mood.label == label:
-            mood = replace(mood, confidence=max(mood.confidence, confidence))
+            mood = replace(mood, confidence=max(mood.confidence, reading.scores[label]))
         else:
-            mood = Mood(label, confidence, index, mood.label if mood else None)
+            mood = Mood(label, reading.scores[label], index, mood.label if mood else None)
         yield mood
 
 
