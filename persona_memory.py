@@ -9607,9 +9607,7 @@ class Summarizer:
         if self._closed:
             return False
         with chat.lock:  # a user may have put words of their own in a summary's place meanwhile, or forgotten others
-            chat.store.catch_up()
-            now = chat.store.marks
-            changed = {d for d in marks.keys() | now.keys() if marks.get(d) != now.get(d)}
+            changed = marked_since(chat, marks)
             users = {(s.level, s.texts) for s in chat.store.summaries.values() if s.source == "user"}
             stored = [s for s in made if (s.level, s.texts) not in users and changed.isdisjoint(s.texts)]
             found = [f for f in facts if f.id not in chat.store.facts and f.digest not in changed]
@@ -9650,6 +9648,7 @@ class Summarizer:
         with chat.lock:
             path, story = self._story(chat, plan)
             start, _ = next_gap(story, plan.first)
+            marks = dict(chat.store.marks)
             messages = chat.store.read(path[old.start : old.end + 1]) if old.level == 1 else []
             parts = taken_in(old, chat.store.summaries.values(), chat.texts(path))
         failed = self.failure
@@ -9662,8 +9661,9 @@ class Summarizer:
         since = start + self._settings.summary_every - 1
         fresh = replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1, since=since)
         with chat.lock:
-            now = chat.store.summaries.get(old.id)
-            if now and (now.text, now.source) == (old.text, old.source):  # not replaced by a user's own words
+            changed, now = marked_since(chat, marks), chat.store.summaries.get(old.id)
+            same = now and (now.text, now.source) == (old.text, old.source)  # not replaced by a user's own words
+            if same and changed.isdisjoint(fresh.texts):
                 chat.store.commit(summaries=[fresh])
         return 0.0
 
@@ -9840,6 +9840,16 @@ class Summarizer:
         if self._settings.summary_upstream:
             self._upstream.close()
         self._thread.shutdown(wait=True, cancel_futures=True)  # it may be writing; its request is cancelled
+
+
+def marked_since(chat: Chat, marks: Mapping[str, Mapping[str, Mark]]) -> set[str]:
+    """The digests of the texts whose marks are not as they were, in this process or in another; hold the chat's lock.
+
+    A summary that was being written meanwhile may hold words that are forgotten now.
+    """
+    chat.store.catch_up()
+    now = chat.store.marks
+    return {digest for digest in marks.keys() | now.keys() if marks.get(digest) != now.get(digest)}
 
 
 def oldest_extract(story: Sequence[Summary], stored: Sequence[Summary], texts: Sequence[str]) -> Summary | None:

@@ -108,6 +108,8 @@ class Request:
 class Player(Client):
     """A client that tells the machine what it sends."""
 
+    stored = ""  # the chat's id in the program
+
     def __init__(self, machine: "Machine", **options):
         super().__init__(machine.server.url, http=machine.http, max_tokens=MAX_TOKENS, **options)
         self.machine = machine
@@ -121,6 +123,7 @@ class Player(Client):
     def post(self, body, stop_after=None):
         answer = super().post(body, stop_after)
         self.machine.record(self.history, body, answer)
+        self.stored = answer.chat_id or self.stored
         return answer
 
     def shown_next(self) -> int:
@@ -147,6 +150,8 @@ class Machine(RuleBasedStateMachine):
         self.begun = self.sent = 0
         self.requests: list[Request] = []
         self.unjudged: list[Request] = []
+        self.forgotten: set[tuple[str, str, str]] = set()  # chat, role and text
+        self.marked = 0  # requests that there were when a mark was last changed
         upstream.reset()
         upstream.steer(reply=lambda body: self.text())
 
@@ -259,6 +264,27 @@ class Machine(RuleBasedStateMachine):
         first = chat.shown_next()
         chat.edit(first + place % (len(chat.chat) - first), self.line(short))
 
+    @rule(chat=chats, place=st.integers(0, 30), forget=st.sampled_from([True, True, False]))
+    def mark(self, chat, place, forget):
+        """A message is forgotten, or remembered again; the page can do that with the branch that was used last."""
+        role, text = chat.chat[place % len(chat.chat)].role, chat.chat[place % len(chat.chat)].text
+        path = f"/chats/{quote(chat.stored, safe='')}/messages"
+        rows = self.api(path, limit=1000)["messages"] if chat.stored else []
+        row = next((row for row in rows if (row["role"], row["content"]) == (role, text)), None)
+        if row:
+            url = f"{self.server.url}/api/persona_memory{path}/{row['id']}"
+            assert self.http.patch(url, json={"forgotten": forget}).status_code == 200
+            (self.forgotten.add if forget else self.forgotten.discard)((chat.stored, role, text))
+            self.marked = len(self.requests)
+
+    @rule(chat=chats, place=st.integers(0, 30), short=st.booleans())
+    def edit_above_a_mark(self, chat, place, short):
+        """Each later message then hangs under another one."""
+        first = chat.shown_next()
+        marked = [n for n, m in enumerate(chat.chat) if (chat.stored, m.role, m.text) in self.forgotten and n > first]
+        if marked:
+            chat.edit(first + place % (marked[-1] - first), self.line(short))
+
     @rule(chat=chats, count=st.integers(1, 8))
     def delete_tail(self, chat, count):
         chat.delete(max(1, len(chat.chat) - count))
@@ -307,6 +333,7 @@ class Machine(RuleBasedStateMachine):
             self.card_and_newest_message_stand(request)
             self.prompt_fits(request)
             self.prompt_shows_this_chat_only(request)
+            self.forgotten_words_are_in_no_prompt(request)
             self.history_is_the_end_of_the_chat(request)
         if requests and requests[-1].chat_id:  # an upstream's error names no chat
             self.whole_branch_is_listed(requests[-1])
@@ -329,15 +356,27 @@ class Machine(RuleBasedStateMachine):
         history = without_memories(request.prompt)[:-1]  # the last may be an instruction that quotes its neighbour
         assert not words([memories_in(request.prompt)]) & words(texts_of(history))
 
+    def forgotten_words_are_in_no_prompt(self, request: Request):
+        """Unless the client itself shows them, or they are part of what is remembered (a reply that was continued)."""
+        gone = {text for chat, _, text in self.forgotten if chat == request.chat_id}
+        rest = [*texts_of(request.body["messages"]), *(text for text in request.texts if text not in gone)]
+        assert words(texts_of(request.prompt)) <= words(rest)
+
     def history_is_the_end_of_the_chat(self, request: Request):
-        """The chat's messages in the prompt are its newest ones, whole and in order, wherever the client cut them."""
+        """The chat's messages in the prompt are its newest ones, whole and in order, wherever the client cut them; a
+        forgotten one keeps its place."""
         history = [
             (message["role"], message["content"])
             for message in without_memories(request.prompt)
             if message["role"] != "system"
         ]
         assert history
-        assert history == list(request.history[-len(history) :])
+        end = request.history[-len(history) :]
+        kept = [
+            (role, pm.FORGOTTEN if text == pm.FORGOTTEN and (request.chat_id, *said) in self.forgotten else said[1])
+            for (role, text), said in zip(history, end, strict=True)
+        ]
+        assert history == kept
 
     def whole_branch_is_listed(self, request: Request):
         """The store lists the chat, above the window too; only a reply not yet shown may follow."""
@@ -349,17 +388,18 @@ class Machine(RuleBasedStateMachine):
 
     def old_message_is_found(self, request: Request):
         """A message (another one at each step) is found by its word, and the search knows this branch only."""
-        texts = [text for text in request.texts if words([text])]
+        gone = {text for chat, _, text in self.forgotten if chat == request.chat_id}
+        texts = [text for text in request.texts if words([text]) and text not in gone]
         if not texts:
             return
         wanted = texts[len(self.requests) * 7 % len(texts)]
         found = self.api(f"/chats/{quote(request.chat_id, safe='')}/search", q=min(words([wanted])), k=5)["memories"]
         assert wanted in texts_of(found)
-        assert words(texts_of(found)) <= words(request.texts)
+        assert words(texts_of(found)) <= words(request.texts) and gone.isdisjoint(texts_of(found))
 
     def same_request_same_prompt(self):
         """The same request twice in a row is the same prompt, unless the embedder was late for one of them."""
-        if len(self.requests) > 1:
+        if len(self.requests) > self.marked + 1:
             before, now = self.requests[-2:]
             late = any("degraded" in (request.memory or "") for request in (before, now))
             assert before.body != now.body or before.prompt == now.prompt or late

@@ -1444,6 +1444,25 @@ def test_a_users_words_outlast_a_model_that_is_still_writing(small, chronicler):
     assert shown_now == ["My own words of it."]
 
 
+def test_words_that_are_forgotten_while_a_model_retells_them_are_in_no_summary(small, chronicler):
+    """What it writes is thrown away; the stretch is told anew without them."""
+    game, release = Game(small, "late").fill(16), threading.Event()
+    chronicler.page = {"hold": release}
+    game.turn(12, settled=False)
+    wait_until(lambda: chronicler.working, "the request at the upstream")
+    secret = httpx.get(f"{small.url}/api/{CHATS_OF}/late/messages?limit=1", timeout=PATIENCE).json()["messages"][0]
+    assert secret["content"] in source_of(chronicler.summaries[0])
+    assert call(small.url, "DELETE", f"{CHATS_OF}/late/messages/{secret['id']}").status_code == 200
+    chronicler.page = {}
+    release.set()
+    settle(small)
+    game.play(2)
+    told = game.about()
+    assert told["story"][0]["start"] == 0
+    assert secret["content"][:20] not in json.dumps([told["story"], told["facts"]])
+    assert all(secret["content"] not in source_of(body) for body in chronicler.summaries[1:])
+
+
 def test_facts_can_be_edited_and_pinned(small, chronicler):
     """The next prompt shows them so."""
     game = Game(small, "pin")
