@@ -595,7 +595,8 @@ class ChatRequest:
     `persona_in_first_turn` says that the request has no system message: strict clients fold their system prompt into
     the first turn. That turn is then in `turns` and, where it is not the only one, in `persona` too. `opening` is the
     placeholder that strict clients put in front of a history that begins with the assistant. `joined` says that the
-    client sent all of it as one user message. `aside` says why the request is no part of any chat, empty where it is.
+    client sent all of it as one user message. `account` is whose request it is, where OpenAI's `user` says that. `aside`
+    says why the request is no part of any chat, empty where it is.
     """
 
     body: dict
@@ -606,6 +607,7 @@ class ChatRequest:
     identity: Identity = Identity()
     opening: tuple[dict, ...] = ()
     joined: bool = False
+    account: str = ""
     aside: str = ""
 
     @property
@@ -624,12 +626,6 @@ class ChatRequest:
         """Whether the client itself uses a system message after the leading block."""
         later = itertools.chain(*(t.before for t in self.turns), self.tail)
         return not self.persona_in_first_turn and any(m["role"] in SYSTEM_ROLES for m in later)
-
-    @property
-    def account(self) -> str:
-        """Whose request it is, as OpenAI's `user` says: an account, which may have many chats; empty: not said."""
-        user = self.body.get("user")
-        return sane_text(user).strip() if isinstance(user, str) and user not in ABSENT_IDS else ""
 
     @property
     def lone(self) -> bool:
@@ -2630,10 +2626,12 @@ def parse_request(body: Any) -> ChatRequest:
     messages = checked_messages(body)
     check_options(body)
     identity = parse_identity(optional_field(body, "persona_memory", dict) or {}, "persona_memory.")
+    user = body.get("user")
+    account = sane_text(user).strip() if isinstance(user, str) and user not in ABSENT_IDS else ""
     if (joined := split_joined(messages, identity.character)) is not None:
         persona, turns, tail = joined
         aside = "" if turns else "a prompt in one message that does not say who speaks"
-        return ChatRequest(body, persona, turns, tail, False, identity, joined=True, aside=aside)
+        return ChatRequest(body, persona, turns, tail, False, identity, (), True, account, aside)
     leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
     begun = leading + (len(messages) > leading and is_placeholder(messages[leading]))
     turns, tail = split_turns(messages[begun:])
@@ -2641,7 +2639,7 @@ def parse_request(body: Any) -> ChatRequest:
     persona_in_first_turn = bool(turns) and begun == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
     opening, aside = tuple(messages[leading:begun]), "a task about a chat" if is_task(messages) else ""
     persona = tuple(messages[:leading])
-    request = ChatRequest(body, persona, turns, tail, persona_in_first_turn, identity, opening, False, aside)
+    request = ChatRequest(body, persona, turns, tail, persona_in_first_turn, identity, opening, False, account, aside)
     return replace(request, persona=(*turns[0].before, turns[0].raw)) if request.history_start else request
 
 
