@@ -595,8 +595,8 @@ class ChatRequest:
     `persona_in_first_turn` says that the request has no system message: strict clients fold their system prompt into
     the first turn. That turn is then in `turns` and, where it is not the only one, in `persona` too. `opening` is the
     placeholder that strict clients put in front of a history that begins with the assistant. `joined` says that the
-    client sent all of it as one user message. `account` is whose request it is, where OpenAI's `user` says that. `aside`
-    says why the request is no part of any chat, empty where it is.
+    client sent all of it as one user message. `account` is whose request it is, where OpenAI's `user` says that.
+    `aside` says why the request is no part of any chat, empty where it is.
     """
 
     body: dict
@@ -2366,6 +2366,29 @@ class Tree:
         marked = message.pinned or message.forgotten or message.shown is not None
         (self.marked.add if marked else self.marked.discard)(message.id)
 
+    def drop(self, ids: Iterable[str]) -> None:
+        """Takes messages out, all that hang under one of them among them."""
+        for node in sorted((self.nodes[i] for i in ids if i in self.nodes), key=lambda n: -n.depth):
+            del self.nodes[node.id]
+            for row in (self.by_digest[node.digest], self.children[node.parent]):
+                row.remove(node.id)
+            if node.id in self.replies[node.parent]:
+                self.replies[node.parent].remove(node.id)
+            self.marked.discard(node.id)
+            self.unshown.discard(node.id)
+            self._inner.discard(node.id)
+            self._confirmed -= node.confirmed
+            if not any(self.is_confirmed(i) for i in self.children[node.parent]):
+                self._inner.discard(node.parent)
+        self._trail = []
+
+    def below(self, node: str) -> list[str]:
+        """The message and all that hang under it."""
+        found = [node]
+        for upper in found:
+            found += self.children.get(upper, ())
+        return found
+
     def path(self, tip: str) -> list[str]:
         """Ids from the chat's first message to `tip`; empty for the root."""
         trail, ids = self._trail, []
@@ -2421,9 +2444,9 @@ class Tree:
 class Alignment:
     """Where a transcript hangs in a tree: under `base` stand the stored messages `kept`, then what is new.
 
-    `matches` are the indexes in the transcript of the messages that are stored where this alignment puts them, `users`
-    says how many of those a user wrote, and `skipped` how many messages in front are no part of the chat (a persona in
-    the first turn).
+    `matches` are the indexes in the transcript of the messages that are stored where this alignment puts them, or were
+    before others above them were deleted; `users` says how many of those a user wrote or answer one, and `skipped` how
+    many messages in front are no part of the chat (a persona in the first turn).
     """
 
     base: str = ROOT
@@ -2446,7 +2469,7 @@ class Alignment:
     def convincing(self) -> bool:
         """Whether a chat may be continued on this evidence alone, when no id names it.
 
-        A user's message must be among the matches: a greeting opens many chats. In the middle of a chat one message
+        A user's message, or an answer, must be among the matches: greetings open many chats. Further on one message
         is not enough, since lines such as "ok" stand in many.
         """
         return self.users > 0 and (self.run > 1 or (self.base == ROOT and 0 in self.matches))
@@ -2477,8 +2500,9 @@ def same_text(tree: Tree, digest: str) -> list[str]:
 
 
 def count_users(tree: Tree, ids: Iterable[str]) -> int:
-    """How many of the messages a user wrote."""
-    return sum(tree.nodes[i].role == "user" for i in ids)
+    """How many of the messages a user wrote, or answer what one wrote: many chats have the same greeting, which may
+    stand behind a persona."""
+    return sum(tree.nodes[i].role == "user" or tree.nodes[i].depth > 1 for i in ids)
 
 
 def exact_start(tree: Tree, digests: Sequence[str], head: str) -> Alignment | None:
@@ -2526,8 +2550,11 @@ def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
     shifted = shifted_start(tree, digests)
     if exact is None:
         return shifted
-    deleted_behind_first = tree.is_below(shifted.base, exact.kept[0])
-    return exact if deleted_behind_first or shifted.run <= len(exact.kept) else shifted
+    if shifted.base != exact.base and not tree.is_below(shifted.base, exact.kept[0]):
+        return exact if shifted.run <= len(exact.kept) else shifted
+    later = [i for i in shifted.matches if i >= len(exact.kept)]  # behind what was deleted or edited
+    users = exact.users + count_users(tree, (tree.by_digest[digests[i]][0] for i in later))
+    return replace(exact, matches=(*exact.matches, *later), users=users)
 
 
 def align_floating(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
@@ -2567,6 +2594,7 @@ DEFAULT_OPENING = {"role": "user", "content": "[Start a new chat]"}
 CUE = re.compile(r"(?:\A|\n)[^\W\d_][\w'’.-]*(?: [\w'’.-]+){0,3}:\s*\Z")  # a name for the model to go on from
 BRACKETED = re.compile(r"\[[^\[\]]*\]|\([^()]*\)|\{[^{}]*\}|<[^<>]*>", re.S)
 LONGEST_INSTRUCTION = 4000  # characters
+SHORTEST_NOTE = 8  # characters; what is shorter may be said by anyone, anywhere
 ABOUT_THE_REPLY = re.compile(
     r"\b(?:next (?:reply|response|message|turn|post)|(?:your|the|this|each|every) (?:reply|replies|responses?|output)|"
     r"(?:present|past) tense|(?:first|second|third)[- ]person|in character|role-?play(?:ing)?|ooc|out of character|"
@@ -2930,6 +2958,45 @@ def make_turn(message: dict, before: Sequence[dict] = ()) -> Turn:
     return Turn(message, role, content, message.get("name"), message_digest(role, bare_words(content)), tuple(before))
 
 
+def around(text: str, words: str) -> str:
+    """The paragraph or line that stands before or after the words in a text, and is all else in it; empty: none."""
+    text, words = normalise(text), normalise(words)
+    rest = ""
+    if words and text.startswith(words + "\n"):
+        rest = text[len(words) :].strip()
+    elif words and text.endswith("\n" + words):
+        rest = text[: -len(words)].strip()
+    return rest if SHORTEST_NOTE <= len(rest) <= LONGEST_INSTRUCTION else ""
+
+
+def around_end(text: str, note: str) -> bool:
+    """Whether a text begins or ends with a note, on lines of its own."""
+    text = normalise(text)
+    return text.endswith("\n" + note) or text.startswith(note + "\n")
+
+
+def without_notes(request: ChatRequest, notes: Sequence[str]) -> ChatRequest:
+    """A request without what is known to be no user's words: notes that are messages stand before the next turn then,
+    and notes around a user's words are no part of what was said. What the client sent is passed on all the same."""
+    turns: list[Turn] = []
+    before: tuple[dict, ...] = ()
+    for turn in request.turns if notes else ():
+        content = normalise(turn.content) if turn.role == "user" else ""
+        if content in notes:
+            before = (*before, *turn.before, turn.raw)
+            continue
+        for note in notes:
+            if content and around_end(content, note):
+                content = content.removeprefix(note + "\n").removesuffix("\n" + note).strip()
+                digest = message_digest("user", bare_words(content))
+                turn = replace(turn, content=content, digest=digest)
+        turns.append(replace(turn, before=(*before, *turn.before)))
+        before = ()
+    if not any(t.role == "user" for t in turns):
+        return request
+    return replace(request, turns=tuple(turns), tail=(*before, *request.tail))
+
+
 def persona_text(request: ChatRequest) -> str:
     """The client's leading block as one text."""
     return "\n\n".join(filter(None, (text_of(m.get("content")).strip() for m in request.persona)))
@@ -3154,7 +3221,8 @@ class ChatStore:
     Rows: `m:<id>` a message (JSON), `s:<id>` a summary, `f:<id>` a fact, `v:<embedder>:<hash>` a vector (float32
     bytes), `e:<reader>:<hash>` emotion scores, `p:<number>` a prompt report, `info` what is known of the chat, `format`
     the rows' format, `generation` a counter of changes with `g:<n>` naming the messages (and the keys of summaries and
-    facts) that change n touched, so that another process on the same folder can catch up.
+    facts, and `d:<id>` for a message that was taken out) that change n touched, so that another process on the same
+    folder can catch up.
 
     Every method takes `lock`, which is the chat's; hold it across calls that belong together.
     """
@@ -3229,7 +3297,10 @@ class ChatStore:
         if newest < self._generation or None in changes:  # too far behind
             self._read_all(cache)
             return
-        for key in itertools.chain.from_iterable(map(json.loads, changes)):
+        keys = list(itertools.chain.from_iterable(map(json.loads, changes)))
+        dropped = {key[2:] for key in keys if key.startswith("d:")}
+        self._drop([i for i in dropped if i in self.tree.nodes])
+        for key in (key for key in keys if key not in dropped and not key.startswith("d:")):
             self._take_over(key, read_json(cache, key if key[:2] in ("s:", "f:") else f"m:{key}"))
         self.info = read_json(cache, "info")
         self._generation = newest
@@ -3250,8 +3321,10 @@ class ChatStore:
         report: PromptReport | None = None,
         summaries: Sequence[Summary] = (),
         facts: Sequence[Fact] = (),
+        dropped: Sequence[str] = (),
     ) -> None:
-        """Writes what is new or has changed (messages with parents first) in one durable transaction."""
+        """Writes what is new or has changed (messages with parents first) in one durable transaction, and takes out
+        the messages `dropped`."""
         with self._database.use() as cache:
             with cache.transact():
                 self._catch_up(cache)
@@ -3260,11 +3333,13 @@ class ChatStore:
                 rows |= {f"s:{s.id}": asdict(s) for s in summaries} | {f"f:{f.id}": asdict(f) for f in facts}
                 for key, row in rows.items():
                     cache[key if key[:2] in ("s:", "f:") else f"m:{key}"] = json.dumps(row)
+                for message in dropped:
+                    cache.delete(f"m:{message}")
                 if report:
                     number = known["reports"] = known.get("reports", 0) + 1
                     cache[f"p:{number}"] = json.dumps(asdict(report))
                     cache.delete(f"p:{number - KEPT_REPORTS}")
-                cache[f"g:{generation}"] = json.dumps(list(rows))
+                cache[f"g:{generation}"] = json.dumps([*rows, *(f"d:{i}" for i in dropped)])
                 cache.delete(f"g:{generation - KEPT_GENERATIONS}")
                 cache["generation"] = generation
                 if known != self.info:
@@ -3272,6 +3347,12 @@ class ChatStore:
             self.info, self._generation = known, generation
             for key, row in rows.items():
                 self._take_over(key, row)
+            self._drop(dropped)
+
+    def _drop(self, ids: Sequence[str]) -> None:
+        self.tree.drop(ids)
+        for message in ids:
+            self._recent.pop(message, None)
 
     def _rows(self, messages: Sequence[Message]) -> list[dict]:
         fresh, known = itertools.count(self._next_order), self.tree.nodes
@@ -3337,7 +3418,7 @@ class ChatStore:
     def listing(self) -> dict:
         """The chat as lists of chats show it."""
         return {
-            "chat_id": self.id, "character": self.info.get("character"), "messages": self.tree.messages,
+            "chat_id": self.id, "character": self.info.get("character"), "messages": len(self.tree.path(self.head)),
             "branches": self.tree.branches, "updated": self.info.get("updated"), "family": self.family,
             "lone": self.info.get("lone", False) and self.tree.messages < 2,
         }  # fmt: skip
@@ -3772,7 +3853,11 @@ OPEN_CHATS = 32
 LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
+REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
 SURE_MATCHES = 3  # matching messages that name a chat whatever its persona says
+KEPT_NOTES = 8  # of a chat: texts that its client puts around or between a user's words
+REWORDED = 8  # newest messages that a client's rules for its display may show in other words at every turn
+SAME_SPEECH = 0.7  # of the shorter message's words
 SAME_PERSONA = 0.75  # of the shorter persona's words: two cards in one frame share about half
 DELETED = ".deleted-"  # begins the name of a folder that is being deleted
 
@@ -4208,6 +4293,11 @@ def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
     return Alignment() if strange and len(found.matches) < SURE_MATCHES else found
 
 
+def is_recent(chat: Chat, message: str) -> bool:
+    """Whether a message came within the last minutes."""
+    return time.time() - chat.store.read([message])[0].at < REGENERATE_SECONDS
+
+
 def same_persona(one: str, other: str) -> bool:
     """Whether two leading blocks may be one character's: most of their words are the same. Lorebook entries come and
     go; a client that gives no persona may be anyone's."""
@@ -4221,15 +4311,15 @@ def same_persona(one: str, other: str) -> bool:
 def align_appended(chat: Chat, request: ChatRequest) -> Alignment | None:
     """Where the one message of a client that keeps no history goes; None for a client that shows history.
 
-    The reply that the client had to its last message is then part of the chat. The same message again, when no whole
-    reply has reached the client, is the same turn again.
+    The reply that the client had to its last message is then part of the chat. The same message again is the same turn
+    again, when no whole reply has reached the client, or when it comes so soon that the user wants another reply.
     """
     head, tree = chat.store.head, chat.tree
     shows_history = request.identity.has_metadata or chat.store.info.get("shows_history")
     if len(request.turns) != 1 or request.turns[0].role != "user" or shows_history or not head:
         return None
     replies = tree.replies.get(head) or []
-    answered = bool(replies) and tree.nodes[replies[-1]].complete
+    answered = bool(replies) and tree.nodes[replies[-1]].complete and not is_recent(chat, replies[-1])
     if tree.nodes[head].digest == request.turns[0].digest and not answered:
         return Alignment(tree.nodes[head].parent, (head,))
     return Alignment(replies[-1] if replies else head)
@@ -5180,6 +5270,7 @@ MEMORY_HEADING = "[Earlier in this chat, oldest first. This is the past, for ref
 MEMORY_ENDING = "[End of memories]"
 CARRIED_HEADING = "[From another time, in another chat. Remembered, but not part of this story:]"
 FORGOTTEN = "…"  # what a forgotten message reads like
+SMALLEST_MEMORY = 24  # tokens; with less left beside the frame nothing is recalled
 FRAME_MARGIN = MESSAGE_OVERHEAD + 4  # what sets the block apart: a message of its own, or white space
 NEIGHBOURS = 2  # messages apart at most, to stand in one excerpt
 
@@ -5229,7 +5320,9 @@ def lay_out(
     first = request.history_start
     shown = len(request.turns) - first
     stored, counts = list(counts[: len(counts) - shown]), list(counts[len(counts) - shown :])
-    fixed = REPLY_PRIMING + sum(message_tokens(m) for m in request.persona) + option_tokens(request.body)
+    fixed = REPLY_PRIMING + sum(message_tokens(m) for m in request.persona)
+    if request.begins_with_user and roles[0] == "assistant":
+        fixed += sum(message_tokens(m) for m in request.opening or (DEFAULT_OPENING,))
     tail = sum(message_tokens(m) for m in request.tail)
     turns = [turn_tokens(t, n) for t, n in zip(request.turns[first:], counts, strict=True)]
     pivot = request.newest_user
@@ -5306,9 +5399,22 @@ def beyond_window(memories: Sequence[Memory], layout: Layout, story: int) -> lis
         memories = left
 
 
-def option_tokens(body: Mapping) -> int:
-    """Tokens of what else in a request ends up in the model's prompt: the tools it may call."""
-    return sum(count_tokens(json.dumps(body[k])) for k in ("tools", "functions") if body.get(k))
+def tool_tokens(body: Mapping) -> int:
+    """Tokens of the tools in a request, whose definitions end up in the model's prompt."""
+    tools = (body[name] for name in ("tools", "functions") if body.get(name))
+    return sum(count_tokens(json.dumps(some, ensure_ascii=False, separators=(",", ":"))) for some in tools)
+
+
+def beside_tools(context: int, tools: int, max_tokens: int = 0) -> int:
+    """What the tools' definitions leave of a context for everything else, which is divided as a context without tools
+    is. Raises `ContextLengthExceeded` where they leave too little for any chat."""
+    if tools and context - tools < max(2 * MIN_RESPONSE, max_tokens + MIN_RESPONSE):
+        raise ContextLengthExceeded(
+            f"This model's context length is {context} tokens, and the definitions of the tools in the request take "
+            f"{tools} of them. Send fewer tools, or raise --context where the model can read more.",
+            "tools",
+        )
+    return context - tools
 
 
 def turn_tokens(turn: Turn, counted: int) -> int:
@@ -8557,7 +8663,13 @@ class Archive:
                     named = self._create(request, chat_id, deadline)
                 chat = loans.enter_context(self._registry.borrow(named))
             with chat.lock:
+                notes = chat.store.info.get("notes", [])
+                request = without_notes(request, notes)
                 alignment = (chat_id and align_appended(chat, request)) or align_request(chat, request)
+                if note := learned_note(chat, alignment, request):
+                    chat.store.commit(info={"notes": [*notes, note][-KEPT_NOTES:]})
+                    request = without_notes(request, [note])
+                    alignment = align_request(chat, request)
                 path = self._write_branch(chat, alignment, request)
             yield chat, path, request
 
@@ -8650,8 +8762,14 @@ class Archive:
         info |= {"persona": persona} if request.persona else {}
         info |= {"account": request.account} if request.account and not store.info["explicit"] else {}
         info |= {"lone": lone} if (lone := is_lone(chat, request, path)) != store.info.get("lone", False) else {}
+        before = chat.path()
         if messages or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(messages, info | {"updated": time.time()})
+            left = superseded(chat, before, path)
+            rewordings = store.info.get("rewordings", 0) + 1 if left else 0
+            if rewordings != store.info.get("rewordings", 0):
+                # What is left by a single rewording may be a user's edit, which stays to be seen.
+                store.commit(info={"rewordings": rewordings}, dropped=left if rewordings > 1 else ())
             self._registry.enter(chat, [m.id for m in messages])
         store.keep_recent(path)
         return path
@@ -8819,6 +8937,60 @@ class Archive:
         if summaries or facts or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(info=info, summaries=summaries, facts=facts)
             self._registry.enter(chat, ())
+
+
+def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]:
+    """The messages that a client's other wording of its newest ones leaves behind: where the branch `old`, which the
+    chat was last on, goes on as the new one does, word for word or nearly. A client's rules for its display do that at
+    every turn. None where anything else hangs on them.
+    """
+    tree = chat.tree
+    fork = len(os.path.commonprefix([list(old), list(path)]))
+    left, now = old[fork:], path[fork:]
+    if not 0 < len(left) <= min(REWORDED, len(now)):
+        return []
+    below, summaries = tree.below(left[0]), chat.store.summaries.values()
+    used = {i for s in summaries for i in (s.first, s.last)} | {f.message for f in chat.store.facts.values()}
+    hanging = (tree.marked | used).intersection(below)
+    if hanging or any(tree.nodes[i].confirmed and i not in left for i in below):
+        return []
+    return below if all(same_speech(chat, a, b) for a, b in zip(left, now, strict=False)) else []
+
+
+def same_speech(chat: Chat, one: str, other: str) -> bool:
+    """Whether two messages are of one side, and most of the shorter one's words are the other's too."""
+    first, second = chat.nodes([one, other])
+    if first.role != second.role or first.digest == second.digest:
+        return first.role == second.role
+    words = [Counter(re.findall(r"\w+", m.original.lower())) for m in chat.store.read([one, other])]
+    return (words[0] & words[1]).total() >= SAME_SPEECH * max(1, min(words[0].total(), words[1].total()))
+
+
+def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
+    """A text that a client puts into its prompt at a place that moves, such as an author's note, as the first message
+    that differs from the stored ones gives it away; empty: none.
+
+    It was around a user's words that stand there without it now; or around other words than before; or it was a
+    message of its own, which stands further down now.
+    """
+    place = alignment.skipped + len(alignment.kept)
+    turn = request.turns[place] if place < len(request.turns) else None
+    if turn is None or turn.role != "user" and alignment.tip == ROOT:
+        return ""
+    tree = chat.tree
+    stood = [i for i in tree.children.get(alignment.tip, ()) if tree.is_confirmed(i) and tree.nodes[i].role == "user"]
+    later = Counter(t.digest for t in request.turns[place:])
+    for message in chat.store.read(stood[-REWORDED:]):
+        if around(message.original, turn.content):
+            return around(message.original, turn.content)
+        moved = any(tree.nodes[i].digest == turn.digest for i in tree.children.get(message.id, ()))
+        if moved and later[message.digest] == 1 and len(message.original) >= SHORTEST_NOTE:
+            return message.original.strip()
+        gained = around(turn.content, message.original)
+        near = [j for i in chat.path()[-2 * REWORDED :] for j in tree.siblings(i) if tree.nodes[j].role == "user"]
+        if gained and any(around_end(m.original, gained) for m in chat.store.read(near)):
+            return gained
+    return ""
 
 
 def is_lone(chat: Chat, request: ChatRequest, path: Sequence[str]) -> bool:
@@ -9708,9 +9880,11 @@ class PromptBuilder:
             request = self._archive.without_instruction(request, chat_id)
             if not request.turns:
                 return self._untouched(request, chat_id, call, untouched_header("a quiet prompt"))
+        tools = tool_tokens(request.body)
         context = self._completions.context_length(request.body.get("model") or "", call)
+        left = beside_tools(context, tools, request.max_tokens)
         with self._archive.enter(request, chat_id, deadline) as (chat, path, request):
-            memory = self._remember(chat, path, request, context, lay_out, deadline)
+            memory = self._remember(chat, path, request, left, lay_out, deadline)
             above = len(path) - len(request.turns)  # messages of the branch that the request does not show
             turns_from = request.history_start + max(0, memory.turn.layout.anchor - above)
             compose = functools.partial(compose_prompt, request, memory.turn.layout, memory.older, turns_from)
@@ -9718,7 +9892,7 @@ class PromptBuilder:
             with chat.lock:
                 before, chat.last_prompt = chat.last_prompt, sent_prompt(prompt, chat.last_prompt or ())
                 reused = None if before is None else round(prefix_reuse(before, chat.last_prompt), 4)
-        report = self._report(memory, reused, started)
+        report = self._report(memory, reused, started, tools)
         body = self._completions.body(request, prompt, call)
         unaided = tuple(compose("", memory.story.text)) if memory.block else ()
         summary = (replace(memory.plan, model=body.get("model") or ""), call.authorization)
@@ -9830,17 +10004,19 @@ class PromptBuilder:
             note_failure("reminder_failed", "The persona could not be looked at", error, chat.id)
             return ""
 
-    def _report(self, memory: TurnMemory, reused: float | None, started: float) -> PromptReport:
+    def _report(self, memory: TurnMemory, reused: float | None, started: float, tools: int = 0) -> PromptReport:
         """What went into a turn's prompt and why, which is also noted in log and metrics."""
         turn, layout, block = memory.turn, memory.turn.layout, memory.block
+        degraded = memory.recalled.degraded or short_of_room(layout, tools)
         tokens = {
             "persona": layout.budget.persona, "memories": count_tokens(block) + MESSAGE_OVERHEAD if block else 0,
             "history": layout.history_tokens, "response": layout.budget.response, "story": memory.story.tokens,
-        }  # fmt: skip
+        } | ({"tools": tools} if tools else {})  # fmt: skip
         report = PromptReport(
-            at=time.time(), tip=memory.path[-1], context=memory.context, budget=asdict(layout.budget), tokens=tokens,
+            at=time.time(), tip=memory.path[-1], context=memory.context + tools, budget=asdict(layout.budget),
+            tokens=tokens,
             history=len(memory.path) - turn.first - layout.anchor - len(layout.hidden),
-            hidden=layout.anchor + len(layout.hidden), degraded=memory.recalled.degraded,
+            hidden=layout.anchor + len(layout.hidden), degraded=degraded,
             recalled=[recalled_row(m) for m in memory.memories], left_out=list(memory.recalled.left_out),
             mood=memory.mood and asdict(memory.mood), summaries=len(memory.story.summaries),
             facts=len(memory.story.facts), reminder=memory.reminder, reused=reused,
@@ -9848,6 +10024,13 @@ class PromptBuilder:
         )  # fmt: skip
         self._status.note_turn(turn.chat.id, report)
         return report
+
+
+def short_of_room(layout: Layout, tools: int) -> str:
+    """Why a prompt has no room for memories, where messages are not in it and the tools take that room; else empty."""
+    if not tools or not layout.reach or layout.recalled >= memory_frame_tokens() + SMALLEST_MEMORY:
+        return ""
+    return f"no room for memories: tools take {tools} tokens"
 
 
 def without_shown(recalled: RecallResult, layout: Layout, story: int) -> RecallResult:
