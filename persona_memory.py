@@ -101,6 +101,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 try:
@@ -181,6 +182,10 @@ class Settings:
     budget: str = setting("20/25/35/20", "shares of the context in percent: persona/memories/history/response")
     summary_every: int = setting(20, "messages to a summary of what has left the prompt; 0 turns summaries off")
     summary_model: str = setting("", "model that writes summaries", "the chat's own")
+    summary_upstream: str = setting(
+        "", "another upstream that writes summaries, named as `--upstream`", "the chat's own"
+    )
+    summary_key: str = setting("", "key for the summaries' own upstream", "none", secret=True)
     summary_calls: int = setting(60, "summary requests an hour, for metered upstreams; 0 is no limit")
     embedder: str = setting(
         "all-MiniLM-L6-v2", "sentence-transformers model: a path, a hub name, or the default's bundled copy"
@@ -238,6 +243,7 @@ class PersonaMemoryError(Exception):
     status = 500
     type = "server_error"
     code: str | None = None
+    retried = False  # whether the program has tried again itself, as often as it does
 
     def __init__(self, message: str, param: str | None = None):
         super().__init__(message)
@@ -452,6 +458,15 @@ def message_id(parent: str, digest: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """What a user has made of a text. It holds wherever the same speaker's same words stand in the chat."""
+
+    pinned: bool = False  # repeated in every prompt that does not show it
+    forgotten: bool = False  # never recalled, summarised or restored
+    content: str | None = None  # words that count as memory in place of the client's
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """A message as the store keeps it.
 
@@ -470,14 +485,19 @@ class Message:
     confirmed: bool = True  # False: a reply that no request has shown yet
     complete: bool = True  # False: a reply that was cut off
     shown: str | None = None  # the client's words, where a user has put others in their place
-    pinned: bool = False  # repeated in every prompt that does not show it
-    forgotten: bool = False  # never recalled, summarised or restored
+    pinned: bool = False
+    forgotten: bool = False
     voice: str | None = None  # who speaks, where the text itself begins with that name, as in group chats
 
     @property
     def original(self) -> str:
         """The client's words."""
         return self.content if self.shown is None else self.shown
+
+    @property
+    def mark(self) -> Mark:
+        """What a user has made of its words."""
+        return Mark(self.pinned, self.forgotten, None if self.shown is None else self.content)
 
     @property
     def digest(self) -> str:
@@ -495,9 +515,14 @@ class Message:
         return f"{self.name}: {self.content}" if self.name else self.content
 
     @property
+    def named(self) -> str:
+        """Who spoke, by name and in lower case; empty where the client gives none."""
+        return (self.name or self.voice or "").lower()
+
+    @property
     def speaker(self) -> str:
         """Who spoke, in lower case: the name, or the role where the client gives none."""
-        return (self.name or self.voice or self.role).lower()
+        return self.named or self.role
 
     @property
     def said_at(self) -> float:
@@ -573,6 +598,10 @@ class Identity:
         return self.kind in EPHEMERAL_KINDS
 
 
+LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")  # of a reply; the older name and OpenAI's newer one
+LONGEST_MODEL_NAME = 200
+
+
 def whole_number(value: Any) -> int | None:
     """A whole number of a request: 512, 512.0 or "512"; None for anything else."""
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,9}", value.strip()):
@@ -584,7 +613,7 @@ def whole_number(value: Any) -> int | None:
 
 def reply_limit(body: Mapping) -> int:
     """The tokens that a chat completion request allows its reply; 0 for no limit, which clients also write as -1."""
-    limits = (whole_number(body.get(name)) or 0 for name in ("max_completion_tokens", "max_tokens"))
+    limits = (whole_number(body.get(name)) or 0 for name in reversed(LIMIT_FIELDS))
     return next((limit for limit in limits if limit > 0), 0)
 
 
@@ -694,16 +723,16 @@ class Mood:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a stretch of a branch told, from the message `first` at index `start` to `last` at index `end`.
+    """What a stretch of messages told.
 
-    A message's id stands for all messages above it, so a summary belongs to a branch when `last` is on it. Level 1 is
-    made from messages, each higher level from summaries of the one below.
+    It is known by the digests of the stretch's `texts`, and belongs to every branch where these stand side by side.
+    `start`, `end` and `since` are places of the branch that it was made on, or of the one that it is looked at on.
+    Level 1 is made from messages, each higher level from summaries of the one below.
     """
 
     id: str
     level: int
-    first: str
-    last: str
+    texts: tuple[str, ...]
     start: int  # 0-based indexes in the branch, both included
     end: int
     text: str
@@ -718,17 +747,21 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A lasting fact that a message told; a newer one `about` the same supersedes it."""
+    """A lasting fact that a message told; a newer one `about` the same supersedes it.
+
+    It holds wherever the message's words stand; `index`, `end` and `message` are those of a branch, as a summary's.
+    """
 
     id: str
     about: str
     text: str
     quote: str  # words of the message
-    message: str  # its id
-    index: int  # its 0-based index in the branch
+    digest: str  # of the message
+    index: int  # the message's 0-based index in the branch
     end: int  # the last index of the stretch that it was found in
     pinned: bool = False
     forgotten: bool = False
+    message: str = ""  # the message's id, where a branch is looked at
 
 
 @dataclass(frozen=True)
@@ -751,6 +784,7 @@ class PromptReport:
     reused: float | None = None  # share of the tokens that begin as the chat's last prompt did; None: there was none
     left_out: list[dict] = field(default_factory=list)  # what was worth recalling and is not in it, and why
     reminder: str = ""  # what of the persona was said again
+    summary_error: str = ""  # why summaries cannot be made lately, in the upstream's words
 
 
 @dataclass(frozen=True)
@@ -845,8 +879,14 @@ def log_event(event: str, sentence: str, *, level: int = logging.INFO, trace: bo
     log.log(level, sentence, extra={"event": event, "figures": figures}, exc_info=trace)
 
 
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+
+
 class LogFormatter(logging.Formatter):
-    """Lines for people, or JSON with one object a line; keys never stand in either."""
+    """Lines for people, or JSON with one object a line; keys never stand in either.
+
+    A message is one line, whatever stands in a chat's id or in an upstream's words: control characters are escaped.
+    """
 
     def __init__(self, kind: str, secrets: Iterable[str] = ()):
         super().__init__("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -855,6 +895,11 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
         return redact(self._object(record) if self._json else super().format(record), self._secrets)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's own name)
+        """The line without its traceback."""
+        record.message = CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], record.message)
+        return super().formatMessage(record)
 
     def _object(self, record: logging.LogRecord) -> str:
         line = {
@@ -971,9 +1016,9 @@ def plan_budget(
     left = context - response - persona
     if left < required:
         raise ContextLengthExceeded(
-            f"This model's context length is {context} tokens. The persona takes {persona}, the newest message with "
-            f"what follows it {required}, and {response} are kept for the reply: {persona + required + response} in "
-            "all. Shorten the persona or the message, lower max_tokens, or raise --context.",
+            f"This model's maximum context length is {context} tokens. The persona takes {persona}, the newest message "
+            f"with what follows it {required}, and {response} are kept for the reply: {persona + required + response} "
+            "in all. Shorten the persona or the message, lower max_tokens, or raise --context.",
             "messages",
         )
     memories = int(shares[1] * context) if wanted is None else min(wanted, int(shares[1] * context))
@@ -2815,11 +2860,12 @@ def is_part(part: Any) -> bool:
 
 def check_options(body: Mapping) -> None:
     """Raises `InvalidRequest` where an option that this program reads has another type."""
-    for name in ("max_tokens", "max_completion_tokens"):
+    for name in LIMIT_FIELDS:
         if body.get(name) is not None and whole_number(body[name]) is None:
             raise InvalidRequest(f"{name} must be a whole number.", name)
     optional_field(body, "stream", bool)
-    optional_field(body, "model", str)
+    if len(optional_field(body, "model", str) or "") > LONGEST_MODEL_NAME:
+        raise InvalidRequest(f"model must be no longer than {LONGEST_MODEL_NAME} characters.", "model")
 
 
 def parse_identity(fields: Mapping, where: str = "") -> Identity:
@@ -3016,7 +3062,7 @@ WORKING_MEMORY = 20  # messages of a branch that stay in RAM
 OPEN_BRANCHES = 8  # branches of a chat that have a working memory
 KEPT_REPORTS = 50
 KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
-STORE_FORMAT = 1  # of a chat's rows; a chat of a higher one was written by a newer version of this program
+STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
 DAMAGED = ("file is not a database", "malformed", "encrypted")  # SQLite's words for a file that it cannot read
@@ -3218,11 +3264,12 @@ def stored_rows(cache: diskcache.Cache, prefix: str) -> dict[str, Any]:
 class ChatStore:
     """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
-    Rows: `m:<id>` a message (JSON), `s:<id>` a summary, `f:<id>` a fact, `v:<embedder>:<hash>` a vector (float32
-    bytes), `e:<reader>:<hash>` emotion scores, `p:<number>` a prompt report, `info` what is known of the chat, `format`
-    the rows' format, `generation` a counter of changes with `g:<n>` naming the messages (and the keys of summaries and
-    facts, and `d:<id>` for a message that was taken out) that change n touched, so that another process on the same
-    folder can catch up.
+    Rows: `m:<id>` a message (JSON), `k:<digest>` the marks of a text by speaker, `s:<id>` a summary, `f:<id>` a fact,
+    `v:<embedder>:<hash>` a vector (float32 bytes), `e:<reader>:<hash>` emotion scores, `p:<number>` a prompt report,
+    `info` what is known of the chat, `format` the rows' format, `generation` a counter of changes with `g:<n>` naming
+    the messages (the keys of other rows, and `d:<id>` for a message taken out) that change n touched, so that another
+    process on the same folder can catch up. Messages are written as their marks make them, so that whoever reads one
+    reads it marked.
 
     Every method takes `lock`, which is the chat's; hold it across calls that belong together.
     """
@@ -3252,9 +3299,39 @@ class ChatStore:
                 self._remember(row)
             else:  # written after its chat was deleted and made anew: it belongs nowhere
                 log_event("orphan", f"Message {row['id']} hangs under none of its chat.", level=logging.WARNING)
-        self.summaries = {key[2:]: Summary(**row) for key, row in stored_rows(cache, "s:").items()}
-        self.facts = {key[2:]: Fact(**row) for key, row in stored_rows(cache, "f:").items()}
+        self.marks: dict[str, dict[str, Mark]] = {}  # by the text's digest and the speaker
+        self.summaries: dict[str, Summary] = {}
+        self.facts: dict[str, Fact] = {}
         self._generation = cache.get("generation", 0)
+        if self.info and cache.get("format", 1) < STORE_FORMAT:
+            self._upgrade(cache)
+        for key, row in {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
+            self._take_over(key, row)
+
+    def _upgrade(self, cache: diskcache.Cache) -> None:
+        """Rewrites the rows of format 1 (version 0.1.0): marks were kept with each message alone, and summaries and
+        facts by the ids of messages."""
+        with cache.transact():
+            marked = [message_of(read_json(cache, f"m:{i}")) for i in self.tree.marked]
+            marks = changed_marks({}, marked, ())
+            for digest, some in marks.items():
+                cache[f"k:{digest}"] = json.dumps({name: asdict(mark) for name, mark in some.items()})
+            own, reworded = {m.id: m for m in marked}, set()
+            for message in self._with_marks(cache, (), marks):
+                if message != own.get(message.id):  # the same words elsewhere had no mark, or another one
+                    row = asdict(message) | {"order": self.tree.nodes[message.id].order}
+                    cache[f"m:{message.id}"] = json.dumps(row)
+                    self._remember(row)
+                    reworded.add(message.digest)
+            for key, row in {**stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
+                row = upgraded_row(row, self.tree)
+                if row is None:  # its branch is not there
+                    cache.delete(key)
+                    continue
+                if "texts" in row and row["source"] != "user" and reworded & set(row["texts"]):
+                    row["stale"] = True
+                cache[key] = json.dumps(row)
+            cache["format"] = STORE_FORMAT
 
     def was_replaced(self) -> bool:
         """Whether another process has deleted the chat since it was opened, or made it anew."""
@@ -3301,16 +3378,18 @@ class ChatStore:
         dropped = {key[2:] for key in keys if key.startswith("d:")}
         self._drop([i for i in dropped if i in self.tree.nodes])
         for key in (key for key in keys if key not in dropped and not key.startswith("d:")):
-            self._take_over(key, read_json(cache, key if key[:2] in ("s:", "f:") else f"m:{key}"))
+            self._take_over(key, read_json(cache, row_key(key)))
         self.info = read_json(cache, "info")
         self._generation = newest
 
     def _take_over(self, key: str, row: dict) -> None:
-        """Takes a row into RAM: a summary's, a fact's, or a message's under its bare id."""
+        """Takes a row into RAM: a mark's, a summary's, a fact's, or a message's under its bare id."""
         if key.startswith("s:"):
-            self.summaries[key[2:]] = Summary(**row)
+            self.summaries[key[2:]] = Summary(**row | {"texts": tuple(row["texts"])})
         elif key.startswith("f:"):
             self.facts[key[2:]] = Fact(**row)
+        elif key.startswith("k:"):
+            self.marks[key[2:]] = {name: Mark(**mark) for name, mark in row.items()}
         else:
             self._remember(row)
 
@@ -3321,18 +3400,27 @@ class ChatStore:
         report: PromptReport | None = None,
         summaries: Sequence[Summary] = (),
         facts: Sequence[Fact] = (),
+        marked: Sequence[Message] = (),
         dropped: Sequence[str] = (),
     ) -> None:
-        """Writes what is new or has changed (messages with parents first) in one durable transaction, and takes out
-        the messages `dropped`."""
+        """Writes what is new or has changed (messages with parents first) in one durable transaction.
+
+        A message is written with the marks that its words have in this chat; the marks that it brings hold where they
+        have none yet. `marked` are stored messages whose words get the marks that these have. Summaries that cover
+        words which are forgotten or reworded now are stale, except a user's own. The messages `dropped` are taken out.
+        """
         with self._database.use() as cache:
             with cache.transact():
                 self._catch_up(cache)
                 generation, known = self._generation + 1, {**self.info, **info}
-                rows = {row["id"]: row for row in self._rows(messages)}
+                marks = changed_marks(self.marks, messages, marked)
+                messages = self._with_marks(cache, messages, marks)
+                rows = {f"k:{digest}": {n: asdict(m) for n, m in some.items()} for digest, some in marks.items()}
+                rows |= {row["id"]: row for row in self._rows(messages)}
+                rows |= {f"s:{s.id}": asdict(replace(s, stale=True)) for s in self._outdated(marks)}
                 rows |= {f"s:{s.id}": asdict(s) for s in summaries} | {f"f:{f.id}": asdict(f) for f in facts}
                 for key, row in rows.items():
-                    cache[key if key[:2] in ("s:", "f:") else f"m:{key}"] = json.dumps(row)
+                    cache[row_key(key)] = json.dumps(row)
                 for message in dropped:
                     cache.delete(f"m:{message}")
                 if report:
@@ -3342,6 +3430,8 @@ class ChatStore:
                 cache[f"g:{generation}"] = json.dumps([*rows, *(f"d:{i}" for i in dropped)])
                 cache.delete(f"g:{generation - KEPT_GENERATIONS}")
                 cache["generation"] = generation
+                if generation == 1:
+                    cache["format"] = STORE_FORMAT
                 if known != self.info:
                     cache["info"] = json.dumps(known)
             self.info, self._generation = known, generation
@@ -3353,6 +3443,23 @@ class ChatStore:
         self.tree.drop(ids)
         for message in ids:
             self._recent.pop(message, None)
+
+    def _with_marks(
+        self, cache: diskcache.Cache, messages: Sequence[Message], marks: Mapping[str, Mapping[str, Mark]]
+    ) -> list[Message]:
+        """The messages, and all stored ones of the texts in `marks`, as the chat's marks make them."""
+        found = {m.id: m for m in messages}
+        for node in itertools.chain.from_iterable(self.tree.by_digest.get(digest, ()) for digest in marks):
+            if node not in found:
+                found[node] = message_of(read_json(cache, f"m:{node}"))
+        every = self.marks | marks
+        return [with_mark(m, mark_for(every.get(m.digest, {}), m)) for m in found.values()]
+
+    def _outdated(self, marks: Mapping[str, Mapping[str, Mark]]) -> list[Summary]:
+        """The summaries that cover a text which changed marks put other words for, or forget, or no longer do."""
+        changed = {d for d, some in marks.items() if memory_of(some) != memory_of(self.marks.get(d, {}))}
+        every = self.summaries.values() if changed else ()
+        return [s for s in every if s.source != "user" and not changed.isdisjoint(s.texts)]
 
     def _rows(self, messages: Sequence[Message]) -> list[dict]:
         fresh, known = itertools.count(self._next_order), self.tree.nodes
@@ -3464,6 +3571,75 @@ def messages_holding(database: Path, words: Sequence[str]) -> Iterator[Message]:
             text = message.content.casefold()
             if message.confirmed and not message.forgotten and all(word in text for word in wanted):
                 yield message
+
+
+def row_key(key: str) -> str:
+    """The key of a row that a change names: a message by its bare id."""
+    return key if key[:2] in ("k:", "s:", "f:") else f"m:{key}"
+
+
+def mark_for(marks: Mapping[str, Mark], message: Message) -> Mark | None:
+    """The mark of a message among those of its text by speaker, None where it has none.
+
+    Clients begin and cease to give names, so a mark without a name holds for every speaker, and every speaker's for a
+    message without a name; a forgotten one goes first.
+    """
+    exact = marks.get(message.named)
+    near = [m for name, m in marks.items() if not (name and message.named)]
+    return exact or max(near, key=lambda m: (m.forgotten, m.pinned), default=None)
+
+
+def changed_marks(
+    marks: Mapping[str, Mapping[str, Mark]], brought: Sequence[Message], marked: Sequence[Message]
+) -> dict[str, dict[str, Mark]]:
+    """The marks of the texts whose marks change, by digest and speaker.
+
+    `marked` messages replace the marks of their words; `brought` ones add theirs where the words have none.
+    """
+    changed: dict[str, dict[str, Mark]] = {}
+    for message in marked:
+        some = changed.get(message.digest) or marks.get(message.digest, {})
+        others = {name: mark for name, mark in some.items() if name and message.named and name != message.named}
+        changed[message.digest] = others | {message.named: message.mark}
+    for message in sorted(brought, key=lambda m: not m.forgotten):
+        if message.mark != Mark():
+            some = changed.get(message.digest) or marks.get(message.digest, {})
+            if mark_for(some, message) is None:
+                changed[message.digest] = {**some, message.named: message.mark}
+    return changed
+
+
+def memory_of(marks: Mapping[str, Mark]) -> dict[str, tuple[str | None, bool]]:
+    """What marks make of the memory of a text, by speaker; pinning it changes nothing of that."""
+    return {name: (m.content, m.forgotten) for name, m in marks.items() if m.content is not None or m.forgotten}
+
+
+def with_mark(message: Message, mark: Mark | None) -> Message:
+    """The message as a mark makes it, in the client's own words where that has no others for it."""
+    mark, own = mark or Mark(), message.original
+    content = own if mark.content is None else mark.content
+    shown, tokens = None if content == own else own, message.tokens
+    if shown is not None or message.shown is not None:  # the client's words where it shows them, the user's elsewhere
+        row = {"role": message.role} | ({"name": message.name} if message.name else {})
+        tokens = max(message_tokens({**row, "content": text}) for text in (content, own))
+    return replace(
+        message, content=content, shown=shown, tokens=tokens, pinned=mark.pinned, forgotten=mark.forgotten
+    )  # fmt: skip
+
+
+def upgraded_row(row: dict, tree: Tree) -> dict | None:
+    """A summary's or a fact's row, by texts where version 0.1.0 knew it by the ids of messages; None where these are
+    not in the tree."""
+    known = tree.nodes
+    if "texts" in row or "digest" in row:
+        return row
+    if "last" not in row:
+        return row | {"digest": known[row["message"]].digest} if row.get("message") in known else None
+    first, last = known.get(row.get("first")), known.get(row["last"])
+    if first is None or last is None or not tree.is_below(last.id, first.id):
+        return None
+    texts = [known[i].digest for i in tree.path(last.id)[first.depth :]]
+    return {k: v for k, v in row.items() if k not in ("first", "last")} | {"texts": texts}
 
 
 def message_of(row: Mapping) -> Message:
@@ -3760,9 +3936,10 @@ class MemoryIndex:
             self._dense.add(np.stack([v for _, v in fresh]))
             rows = [self._rows[text_of_key(k)] for k, _ in fresh]
             self._dense_rows = np.concatenate([self._dense_rows, rows])
-            touched = {text_of_key(k) for k, _ in fresh}
-            self._embedded.update(h for h in touched if all(key in self._positions for key in self.keys_of([h])))
-            self._unembedded = {h: None for h in self._unembedded if h not in self._embedded}
+            for text_hash in {text_of_key(k) for k, _ in fresh}:
+                if all(key in self._positions for key in self.keys_of([text_hash])):
+                    self._embedded.add(text_hash)
+                    self._unembedded.pop(text_hash, None)
 
     @property
     def unembedded(self) -> list[str]:
@@ -3876,6 +4053,7 @@ class Chat:
         self.word_readings: dict[str, EmotionReading] = {}  # by words alone, until there is a vector
         self.persona_vectors: dict[str, np.ndarray | None] = {}  # by piece; None: being computed
         self.last_prompt: list[Sent] | None = None
+        self.refused: dict[str, frozenset[str]] = {}  # what of a prompt's parts, by ids, a provider's filter refused
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -3895,7 +4073,12 @@ class Chat:
 
     def nodes(self, ids: Iterable[str]) -> list[Node]:
         """The nodes of those messages."""
-        return [self.tree.nodes[i] for i in ids]
+        nodes = self.store.tree.nodes
+        return [nodes[i] for i in ids]
+
+    def texts(self, path: Iterable[str]) -> list[str]:
+        """The digests of those messages' texts."""
+        return [self.tree.nodes[i].digest for i in path]
 
     def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
         """The index, made that of a whole branch, with the vectors that the store has."""
@@ -4907,18 +5090,57 @@ def story_tokens(context: int, shares: Sequence[float]) -> int:
     return int(STORY_SHARE * shares[1] * context)
 
 
-def story_of(summaries: Iterable[Summary], indexes: Mapping[str, int]) -> list[Summary]:
+def placed(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
+    """The summaries whose texts stand side by side on a branch, each with its places there.
+
+    `texts` are the digests of the branch's messages.
+    """
+    spots: dict[str, list[int]] = defaultdict(list)
+    for index, digest in enumerate(texts):
+        spots[digest].append(index)
+    branch, found = tuple(texts), []
+    for summary in summaries:
+        free = 0
+        for start in spots.get(summary.texts[0], ()):
+            if start >= free and branch[start : start + len(summary.texts)] == summary.texts:
+                found.append(at_place(summary, start))
+                free = start + len(summary.texts)
+    return found
+
+
+def at_place(summary: Summary, start: int) -> Summary:
+    """A summary with the places that it has where its first message stands at index `start`."""
+    shift, end = start - summary.start, start + len(summary.texts) - 1
+    if (start, end) == (summary.start, summary.end):
+        return summary
+    moved = replace(summary, start=start, end=end, since=summary.since + shift)
+    return replace(moved, tokens=line_tokens(moved))
+
+
+def story_of(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
     """The story of a branch, oldest first: its summaries but those that a higher level has taken in.
 
-    `indexes` are the ids of the branch's messages with their 0-based positions.
+    `texts` are the digests of the branch's messages.
     """
-    standing = [s for s in summaries if indexes.get(s.last) == s.end and not s.stale]
+    standing = placed((s for s in summaries if not s.stale), texts)
     story, reach = [], -1
     for summary in sorted(standing, key=lambda s: (s.start, -s.level, -s.tries)):
         if summary.end > reach:
             story.append(summary)
             reach = summary.end
     return story
+
+
+def replaced_words(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
+    """A user's own summaries of stretches that have changed since then: half of what they cover stands on the branch,
+    but not side by side. They are at the places of what is left."""
+    own = [s for s in summaries if s.source == "user"]
+    standing, spots, found = {s.id for s in placed(own, texts)}, {d: i for i, d in enumerate(texts)}, []
+    for summary in own:
+        left = [spots[d] for d in summary.texts if d in spots]
+        if summary.id not in standing and 2 * len(left) >= len(summary.texts):
+            found.append(replace(summary, start=min(left), end=max(left)))
+    return sorted(found, key=lambda s: s.start)
 
 
 def next_gap(story: Sequence[Summary], first: int) -> tuple[int, float]:
@@ -4929,6 +5151,18 @@ def next_gap(story: Sequence[Summary], first: int) -> tuple[int, float]:
             return index, summary.start
         index = max(index, summary.end + 1)
     return index, math.inf
+
+
+def next_stretch(story: Sequence[Summary], first: int, until: int, every: int) -> range | None:
+    """The messages from index `first` to `until` that are to be summarised next, None where too few are left.
+
+    A gap inside the story, as a change of the chat leaves it, is filled whatever its length, in one piece where that
+    is not much longer than `every`.
+    """
+    start, before = next_gap(story, first)
+    if before <= until:
+        return range(start, int(before) if before - start <= 1.5 * every else start + every)
+    return range(start, start + every) if until - start >= every else None
 
 
 def to_condense(story: Sequence[Summary], budget: int) -> list[Summary]:
@@ -5122,32 +5356,38 @@ def checked_facts(found: Iterable[Any], messages: Sequence[Message], start: int)
         found_at = next((i for i in [*likeliest, *range(len(texts))] if stands_in(words, texts[i])), None)
         if found_at is not None:
             source = messages[found_at]
-            key = short_hash("fact", source.id, plain_words(about))
+            key = short_hash("fact", source.digest, plain_words(about))
             words_of = (about.strip()[:80], text.strip()[:240], quote.strip()[:240])
-            facts[key] = Fact(key, *words_of, source.id, start + found_at, start + len(messages) - 1)
+            facts[key] = Fact(key, *words_of, source.digest, start + found_at, start + len(messages) - 1)
     return list(facts.values())[:MOST_FACTS]
 
 
-def facts_of(facts: Iterable[Fact], indexes: Mapping[str, int], before: float) -> list[tuple[Fact, Fact | None]]:
+def facts_of(facts: Iterable[Fact], texts: Sequence[str], before: float) -> list[tuple[Fact, Fact | None]]:
     """A branch's facts that hold, pinned ones first, then the newest; each with the one that it superseded.
 
-    `indexes` are the branch's message ids with their positions; only facts from stretches that end before the index
-    `before` count, so that they come into the prompt together with their summary.
+    `texts` are the digests of the branch's messages. Only facts from stretches that end before the index `before`
+    count, so that they come into the prompt together with their summary; where words stand more than once, a fact is
+    at the last such place.
     """
+    spots: dict[str, list[int]] = defaultdict(list)
+    for index, digest in enumerate(texts):
+        spots[digest].append(index)
     topics: dict[str, list[Fact]] = defaultdict(list)
     for fact in facts:
-        if fact.message in indexes and fact.end < before and not fact.forgotten:
-            topics[plain_words(fact.about)].append(fact)
-    rows = [sorted(group, key=lambda f: (f.pinned, indexes[f.message]))[-2:] for group in topics.values()]
+        after = fact.end - fact.index
+        at = max((i for i in spots.get(fact.digest, ()) if i + after < before), default=None)
+        if at is not None and not fact.forgotten:
+            topics[plain_words(fact.about)].append(replace(fact, index=at, end=at + after))
+    rows = [sorted(group, key=lambda f: (f.pinned, f.index))[-2:] for group in topics.values()]
     held = [(row[-1], row[0] if len(row) > 1 else None) for row in rows]
-    return sorted(held, key=lambda row: (not row[0].pinned, -indexes[row[0].message]))
+    return sorted(held, key=lambda row: (not row[0].pinned, -row[0].index))
 
 
 def pinned_fact(message: Message, index: int) -> Fact:
     """A pinned message as a fact, for prompts that do not show it."""
     text = whole_sentences(message.content, PINNED_TOKENS)
     line = f"{message.name or SPEAKERS[message.role]}: {text}"
-    return Fact(message.id, "", line, "", message.id, index, index, pinned=True)
+    return Fact(message.id, "", line, "", message.digest, index, index, pinned=True, message=message.id)
 
 
 def still_quotes(fact: Fact, message: Message) -> bool:
@@ -5244,19 +5484,11 @@ def weighted_rows(
     return rows
 
 
-def new_summary(
-    level: int, first: str, last: str, start: int, end: int, text: str, covered: int, source: str
-) -> Summary:
-    """A summary under its range's own id."""
-    key = short_hash("summary", str(level), first, last)
-    made = Summary(key, level, first, last, start, end, text, 0, covered, source, since=end, at=time.time())
+def new_summary(level: int, texts: Sequence[str], start: int, text: str, covered: int, source: str) -> Summary:
+    """A summary of the texts of those digests, which begin at the index `start` of a branch."""
+    key, end = short_hash("summary", str(level), *texts), start + len(texts) - 1
+    made = Summary(key, level, tuple(texts), start, end, text, 0, covered, source, since=end, at=time.time())
     return replace(made, tokens=line_tokens(made))
-
-
-def covers(summary: Summary, tree: Tree, message: str) -> bool:
-    """Whether a summary covers a message."""
-    inside = summary.last in tree.nodes and summary.start <= tree.nodes[message].depth <= summary.end
-    return inside and tree.is_below(summary.last, message)
 
 
 # ======================================================================================================================
@@ -5700,7 +5932,9 @@ KEPT_INFO = {  # what an export holds of a chat beside its messages, with its ty
     "shows_history": bool, "persona": str,
 }  # fmt: skip
 LATEST = 2.0**36  # Unix seconds, in the year 4147
-FIELD_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "str | None": str | None}
+FIELD_TYPES = {
+    "str": str, "int": int, "float": float, "bool": bool, "str | None": str | None, "tuple[str, ...]": list
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -5956,15 +6190,33 @@ def read_export(data: Any) -> ChatCopy:
     info = read_info(data.get("chat"))
     messages = [checked_message(m, where) for m, where in records(data, "messages", Message)]
     check_tree(messages)
-    summaries = [s for s, _ in records(data, "summaries", Summary)]
-    facts = [f for f, _ in records(data, "facts", Fact)]
+    tree = Tree()
+    for order, message in enumerate(messages):
+        tree.put(message, order)
+    known = {name: by_texts(data.get(name), tree) for name in ("summaries", "facts")}
+    summaries = [replace(s, texts=tuple(s.texts)) for s, _ in records(known, "summaries", Summary)]
+    facts = [f for f, _ in records(known, "facts", Fact)]
+    if not all(s.texts and all(isinstance(d, str) for d in s.texts) for s in summaries):
+        raise InvalidRequest("A summary's texts must be digests.", "texts")
     head = typed_value(data["chat"].get("head", ROOT), str, "chat.head")
-    used = {head, *(s.last for s in summaries), *(s.first for s in summaries), *(f.message for f in facts)}
-    if not used <= {m.id for m in messages} | {ROOT}:
-        raise InvalidRequest("chat.head, a summary or a fact names a message that is not there.", "messages")
+    if head and head not in tree.nodes:
+        raise InvalidRequest("chat.head names a message that is not there.", "messages")
     if not all(re.fullmatch(r"[0-9A-Za-z_-]{1,64}", row.id) for row in (*summaries, *facts)):
         raise InvalidRequest("A summary or a fact has an id that is not valid.", "id")
     return ChatCopy(tuple(messages), head, info, tuple(summaries), tuple(facts))
+
+
+def by_texts(rows: Any, tree: Tree) -> Any:
+    """The rows of summaries or facts as this version writes them, whatever else they are; raises `InvalidRequest` for
+    one of version 0.1.0 that names a message which is not in the tree."""
+    if not isinstance(rows, list):
+        return rows
+    ids = [[row[k] for k in ("first", "last", "message") if k in row] if isinstance(row, dict) else [] for row in rows]
+    named = [bool(some) and all(isinstance(i, str) for i in some) for some in ids]
+    known = [upgraded_row(row, tree) if ok else row for row, ok in zip(rows, named, strict=True)]
+    if None in known:
+        raise InvalidRequest("A summary or a fact names a message that is not there.", "messages")
+    return known
 
 
 def read_info(info: Any) -> dict[str, Any]:
@@ -6057,6 +6309,7 @@ CONTEXT_FRESH_SECONDS = 300.0
 UNKNOWN_FRESH_SECONDS = 30.0
 LOCAL_SUFFIXES = (".localhost", ".local", ".lan", ".home", ".internal", ".home.arpa")
 KNOWN_MODELS = 100  # of an upstream
+MOST_RELAYED = 1000  # pieces of an answer that wait for a client which reads slowly
 
 
 class Call:
@@ -6187,6 +6440,13 @@ class Gate:
         self.metrics.queued.set(len(self._waiting))
         self.metrics.in_flight.set(len(self._running))
 
+    def close(self) -> None:
+        """Cancels every request, waiting or running: what has come of its answer is then all there will be."""
+        with self._changed:
+            calls = [*self._running, *(call for _, _, call in self._waiting)]
+        for call in calls:
+            call.cancel()
+
     def retry(self, call: Call, work: Callable[[], Any], secrets: Iterable[str] = ()) -> Any:
         """The result of `work`, tried again with growing pauses after transient errors (tenacity); raises the last.
 
@@ -6197,7 +6457,11 @@ class Gate:
             stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_before_delay(LONGEST_RETRIES_SECONDS),
             wait=pause_before_retry, sleep=call.sleep, before_sleep=self._note_retry, reraise=True,
         )  # fmt: skip
-        return retrying(self.counting_errors, work, secrets)
+        try:
+            return retrying(self.counting_errors, work, secrets)
+        except PersonaMemoryError as error:
+            error.retried = call.retry and is_transient(error)
+            raise
 
     def stream(
         self, call: Call, begin: Callable[[], tuple[list[dict], Iterator[dict]]], secrets: Iterable[str]
@@ -6270,21 +6534,30 @@ class Relay:
 
     def __init__(self, items: Iterable, call: Call, gone: Callable[[], bool]):
         self._call, self._gone = call, gone
-        self._queue: queue.Queue = queue.Queue()
+        self._queue: queue.Queue = queue.Queue(MOST_RELAYED)
         threading.Thread(target=self._pump, args=(items,), name="relay", daemon=True).start()
 
     def _pump(self, items: Iterable) -> None:
         try:
             for item in items:
-                self._queue.put((item, None))
+                self._put((item, None))
                 if self._call.cancelled:
                     break
-            self._queue.put((ENDED, None))
+            self._put((ENDED, None))
         except BaseException as error:  # raised again in the thread that reads
-            self._queue.put((None, error))
+            self._put((None, error))
         finally:
             if hasattr(items, "close"):  # a generator left half-way still holds its slot at the upstream
                 items.close()
+
+    def _put(self, entry: tuple[Any, BaseException | None]) -> None:
+        """Waits for room in the queue, for as long as somebody reads."""
+        while True:
+            try:
+                return self._queue.put(entry, timeout=POLL_SECONDS)
+            except queue.Full:
+                if self._call.cancelled:
+                    return None
 
     def next(self, seconds: float) -> Any:
         """The next item, `ENDED`, or `IDLE` when none has come in time.
@@ -6319,10 +6592,12 @@ class PerModel:
     def get(self, model: str) -> Any:
         """What is known of a model, else what is thought of one that is not known."""
         with self._lock:
-            return self._known[model] if model in self._known else self._unknown(model)
+            known = self._known.get(model[:LONGEST_MODEL_NAME])
+        return self._unknown(model) if known is None else known
 
     def put(self, model: str, value: Any) -> None:
         """Notes something of a model."""
+        model = model[:LONGEST_MODEL_NAME]
         with self._lock:
             self._known[model] = value
             self._known.move_to_end(model)
@@ -6394,11 +6669,16 @@ LONGEST_STREAM = 64 * 1024 * 1024  # bytes
 DEEPEST_JSON = 200  # brackets within brackets; json reads and writes some hundreds more
 LONGEST_ERROR = 2000  # characters of an upstream's words
 MOST_ERROR_PACKETS = 100  # that are read of an error's body
-LONGEST_MODEL_NAME = 200
 MOST_TOKENS = 10**9  # what a count of tokens may be
 NO_COMPLETION = "The upstream's answer cannot be read: it holds no completion. Is the address of the upstream right?"
 TOO_LARGE = "The upstream's answer is too large to be read."
 ALL_THOUGHTS = "The upstream's reply is empty: it used up its tokens before the first word. Raise max_tokens."
+BLOCKED_STATUSES = (400, 403, 422, 451)
+BLOCKED = re.compile(  # Azure's and OpenAI's codes, Gemini's reasons, OpenRouter's, DeepSeek's and Alibaba's words
+    r"content[ _](filter|policy|management policy|exists risk)|prohibited.?content|data_inspection_failed"
+    r"|inappropriate content|moderation|was flagged|safety (system|filter)",
+    re.IGNORECASE,
+)
 DONE, GARBLED = object(), object()  # a stream's own end; a piece that is no JSON
 EVENT_FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
 TEXT_PARTS, THOUGHT_PARTS = ("text", "output_text"), ("thinking", "reasoning", "thought")
@@ -6804,6 +7084,11 @@ def blocked(message: str) -> UpstreamError:
     return UpstreamError(400, {"message": message, "type": "invalid_request_error", "code": "content_filter"})
 
 
+def is_blocked(error: UpstreamError) -> bool:
+    """Whether a provider's filter refused the prompt, or stopped the reply before its first word."""
+    return error.status in BLOCKED_STATUSES and bool(BLOCKED.search(error_words(error)))
+
+
 def usage_object(prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> dict:
     """OpenAI's usage object, in tokens."""
     return {
@@ -6825,7 +7110,6 @@ OPTIONAL_FIELDS = (
     "include_reasoning", "reasoning", "enable_thinking", "thinking", "chat_template_kwargs", "verbosity", "typical_p",
     "tfs_z", "mirostat", "top_a", "max_completion_tokens", "max_tokens",
 )  # fmt: skip
-LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
 MENDED_STATUSES = (400, 422, 500, 501)  # 500: what chat templates say (llama.cpp)
 MOST_LESSONS = 6  # learned from one request
 ROOM_FOR_THOUGHTS = (0, 8192, 32768)  # tokens that a summary of a reasoning model gets beside its own, try by try
@@ -6966,8 +7250,11 @@ CONTEXT_TOKENS = (
     r"allowed[^0-9]{0,5}(\d{3,})", r"(?:maximum|limit)[^0-9]{0,30}(\d{3,})",
 )  # fmt: skip
 LARGEST_RATIO = 4.0  # of a model's tokens to ours
+LARGEST_USUAL_RATIO = 2.0  # that a count is believed; only an error says more
+UNKNOWN_RATIO = 1.5  # where a prompt was too long and nobody says by how much
 RATIO_STEP = 0.05  # ratios are rounded up, so that a prompt's budget does not change from turn to turn
 LEAST_MEASURED = 500  # tokens; in a shorter prompt a template's own count too much
+CONTEXT_STEP = 4096  # tokens in which a context of unknown length grows, so that budgets stay for many turns
 
 
 @dataclass(frozen=True)
@@ -7193,7 +7480,8 @@ class GeminiUpstream:
         threading.Thread(target=google_library, name="google-library", daemon=True).start()
 
     def close(self) -> None:
-        """Nothing to do: each call has a client of its own."""
+        """Ends what is running."""
+        self._gate.close()
 
     def default_model(self, call: Call) -> str:
         """What is asked where nobody names a model."""
@@ -7580,7 +7868,9 @@ class OpenAIUpstream:
     def start(self) -> None:
         """Nothing to do: the server is somebody else's."""
 
-    close = start
+    def close(self) -> None:
+        """Ends what is running."""
+        self._gate.close()
 
     def headers(self, call: Call) -> dict[str, str]:
         """What a request carries: the key of the settings, else the client's own authorization."""
@@ -7674,7 +7964,7 @@ class OpenAIUpstream:
                 better = dialect.learned(error, body, call.background)
                 if better is None:
                     raise self._explained(error) from error
-                log_event("learned", f"The model {model} is asked in another way: {error}", level=logging.WARNING)
+                log_event("learned", f"The model {model} is asked in another way from now on: {error}")
             except NoReply as error:
                 more_room = error.spent and call.background and dialect.tries + 1 < len(ROOM_FOR_THOUGHTS)
                 if not more_room and (error.spent or blank):
@@ -7713,7 +8003,7 @@ class OpenAIUpstream:
             listed = None
         models = model_entries(listed)
         if models is None:
-            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} gave no list of models.")
+            raise UnreadableAnswer(f"The upstream at {shown_url(self.url)} gave no list of models.")
         return models
 
     def default_model(self, call: Call) -> str:
@@ -7966,6 +8256,7 @@ class LocalUpstream:
         """Ends the model's process, which also ends by itself when this one does."""
         with self._lock:
             self._closed = True
+        self._gate.close()
         if self._process:
             self._process.kill()
 
@@ -8057,6 +8348,14 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
     return OpenAIUpstream(name, settings.upstream_key, gate(single=is_loopback(name)), timeout)
 
 
+def make_summary_upstream(settings: Settings, chat: Upstream) -> Upstream:
+    """The upstream that writes summaries: one of its own where the settings name it, else that of the chat."""
+    if not settings.summary_upstream:
+        return chat
+    named = replace(settings, upstream=settings.summary_upstream, upstream_key=settings.summary_key)
+    return make_upstream(named, Metrics())  # its queue is not that of the turns
+
+
 # ======================================================================================================================
 # Engine
 # ======================================================================================================================
@@ -8132,10 +8431,11 @@ class TurnContext:
         """The newest user message."""
         return None if self.request.newest_user is None else self.request.turns[self.request.newest_user]
 
-    @property
+    @functools.cached_property
     def visible(self) -> list[Node]:
         """The messages of the branch that the prompt shows."""
-        return [n for i, n in enumerate(self.nodes[self.first :]) if self.layout.shows(i)]
+        anchor, hidden = self.layout.anchor, self.layout.hidden
+        return [n for i, n in enumerate(self.nodes[self.first + anchor :], anchor) if i not in hidden]
 
 
 @dataclass(frozen=True)
@@ -8165,6 +8465,26 @@ class TurnMemory:
     plan: SummaryPlan
     context: int
 
+    @property
+    def parts(self) -> dict[str, frozenset[str]]:
+        """What memory adds to the prompt: the parts in the order in which a filter's refusal leaves them out, each with
+        the ids of what stands in it."""
+        found = {
+            "memories": frozenset(m.message.id for m in self.memories) or frozenset(["block"] if self.block else []),
+            "story": frozenset([s.id for s in self.story.summaries] + [f.id for f in self.story.facts]),
+            "restored history": frozenset(m.id for m in self.older),
+        }
+        return {part: ids for part, ids in found.items() if ids}
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """The messages of a prompt without one of its parts, and without those that the fallbacks before it leave out."""
+
+    without: str  # "memories", "story" or "restored history"
+    messages: tuple[dict, ...]
+    history: int  # as in `Prepared`
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -8175,7 +8495,11 @@ class Prepared:
     chat_id: str = ""
     tip: str = ROOT
     report: PromptReport | None = None
-    unaided: tuple[dict, ...] = ()  # the messages without recalled memories, where there are any
+    history: int | None = None  # where in the body's messages the chat itself begins
+    fallbacks: tuple[Fallback, ...] = ()  # what to ask where a filter refuses the body, one after the other
+    refused: str = ""  # the part without which the upstream took it
+    parts: Mapping[str, frozenset[str]] = field(default_factory=dict)  # see `TurnMemory.parts`
+    shortened: bool = False  # the prompt was too long for the model, and lost its oldest messages
     summary: tuple[SummaryPlan, str] | None = None  # what may be summarised now, and the client's authorization for it
     ephemeral: bool = False  # the reply will not become a message of the chat
 
@@ -8247,6 +8571,7 @@ def report_header(report: PromptReport) -> str:
     """The value of the response header `X-Persona-Memory` for a turn."""
     recalled = f"recalled={len(report.recalled)} tokens={report.tokens['memories']}"
     figures = f"{recalled} history={report.history} summary={report.summaries}"
+    figures += " summaries=failing" if report.summary_error else ""
     return degraded_header(report.degraded, figures) if report.degraded else figures
 
 
@@ -8724,9 +9049,9 @@ class Archive:
             messages = source.store.read(path)
             keys = [key for m in messages for key in embedded_texts(m)]
             vectors = source.store.vectors(self._vectors.embedder.name, keys)
-            indexes = {message: i for i, message in enumerate(path)}
-            summaries = [s for s in source.store.summaries.values() if indexes.get(s.last) == s.end]
-            facts = [f for f in source.store.facts.values() if f.message in indexes]
+            texts, every = source.texts(path), source.store.summaries.values()
+            summaries = [*placed(every, texts), *replaced_words(every, texts)]
+            facts = [f for f in source.store.facts.values() if f.digest in texts]
             family = source.store.family
         target.store.commit(messages, {"family": family}, summaries=summaries, facts=facts)
         target.put_vectors(self._vectors.embedder.name, vectors)
@@ -8820,7 +9145,7 @@ class Archive:
         return {"chat_id": chat_id, "added": len(fresh), "total": total}
 
     def change_message(self, chat_id: str, message_id: str, changes: Mapping[str, Any]) -> dict:
-        """Edits, pins or forgets a message, or takes that back; returns it as it is then.
+        """Edits, pins or forgets a message's words wherever they stand, or takes that back; returns it as it is then.
 
         `changes` holds any of `content` (other words that count as memory from now on; None takes the client's again),
         `pinned` and `forgotten`. The client goes on showing what it shows. Summaries that cover the message are made
@@ -8831,15 +9156,11 @@ class Archive:
                 if not chat.tree.is_confirmed(message_id):
                     raise NotFound(f"There is no message {message_id!r} in this chat.")
                 old = chat.store.read([message_id])[0]
-                new = replace(old, **{k: v for k, v in changes.items() if k != "content"})
-                new = edited(new, changes["content"]) if "content" in changes else new
-                stale = []
-                if (new.content, new.forgotten) != (old.content, old.forgotten):
-                    covering = [s for s in chat.store.summaries.values() if covers(s, chat.tree, message_id)]
-                    stale = [replace(s, stale=True) for s in covering if s.source != "user"]
-                chat.store.commit([new], summaries=stale)
+                new = with_mark(old, replace(old.mark, **changes))
+                chat.store.commit(marked=[new])
                 row = message_row(new, chat.tree.nodes[message_id].depth)
-            self._vectors.later(chat, [message_id])
+                same = list(chat.tree.by_digest[old.digest])
+            self._vectors.later(chat, same)
         return row
 
     def export(self, chat_id: str) -> dict:
@@ -8916,8 +9237,12 @@ class Archive:
             fresh = [m for m in messages if m.id not in known or (m.confirmed and not known[m.id].confirmed)]
             old = {m.id: m for m in chat.store.read([m.id for m in fresh if m.id in known])}
             fresh = [replace(m, at=old[m.id].at) if m.id in old else m for m in fresh]
-            if fresh:
-                chat.store.commit(fresh)
+            there = {m.id for m in fresh}
+            store, unmarked = chat.store, Mark()
+            marked = [m for m in messages if m.mark != unmarked and m.id not in there]
+            marked = [m for m in marked if mark_for(store.marks.get(m.digest, {}), m) is None]
+            if fresh or marked:
+                store.commit(fresh, marked=marked)
             self._registry.enter(chat, [m.id for m in messages])  # also what a crash has kept out of the catalogue
         return sum(m.confirmed for m in fresh)
 
@@ -8932,7 +9257,13 @@ class Archive:
             info |= {"updated": time.time()}
         if copy_goes_on(chat, copy):
             info |= {"head": copy.head}
+        ours = [with_mark(m, mark_for(store.marks.get(m.digest, {}), m)) for m in copy.messages]
+        pairs = zip(copy.messages, ours, strict=True)
+        changed = {a.digest for a, b in pairs if (a.content, a.forgotten) != (b.content, b.forgotten)}
         summaries = [s for s in copy.summaries if s.id not in store.summaries]
+        summaries = [
+            replace(s, stale=s.stale or (s.source != "user" and not changed.isdisjoint(s.texts))) for s in summaries
+        ]
         facts = [f for f in copy.facts if f.id not in store.facts]
         if summaries or facts or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(info=info, summaries=summaries, facts=facts)
@@ -8949,10 +9280,8 @@ def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]
     left, now = old[fork:], path[fork:]
     if not 0 < len(left) <= min(REWORDED, len(now)):
         return []
-    below, summaries = tree.below(left[0]), chat.store.summaries.values()
-    used = {i for s in summaries for i in (s.first, s.last)} | {f.message for f in chat.store.facts.values()}
-    hanging = (tree.marked | used).intersection(below)
-    if hanging or any(tree.nodes[i].confirmed and i not in left for i in below):
+    below = tree.below(left[0])
+    if tree.marked.intersection(below) or any(tree.nodes[i].confirmed and i not in left for i in below):
         return []
     return below if all(same_speech(chat, a, b) for a, b in zip(left, now, strict=False)) else []
 
@@ -9006,15 +9335,16 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
     messages = [replace(m, confirmed=True) for m in store.read([i for i in path if i in tree.unshown])]
     for turn in request.turns[alignment.skipped :]:
         parent = path[-1] if path else ROOT
-        message = message_of_turn(parent, turn)
-        path.append(tree.child(parent, turn.digest) or message.id)
+        path.append(tree.child(parent, turn.digest) or message_id(parent, message_digest(turn.role, turn.content)))
         node = tree.nodes.get(path[-1])
         if node is None:
-            messages.append(message)
-        elif node.id != message.id:  # the same words with another name or status around them: the first ones stay
+            messages.append(message_of_turn(parent, turn))
+        elif node.confirmed and node.shown == turn.fingerprint:
+            continue
+        elif node.id != (message := message_of_turn(parent, turn)).id:  # with another name or status: the first stays
             messages += [] if node.confirmed else [replace(store.read([node.id])[0], confirmed=True)]
-        elif not node.confirmed or node.shown != turn.fingerprint:
-            messages.append(shown_again(store.read([message.id])[0], message))
+        else:
+            messages.append(shown_again(store.read([node.id])[0], message))
     return messages, path
 
 
@@ -9033,19 +9363,7 @@ def new_message(parent: str, role: str, content: str, name: str | None = None) -
 
 def shown_again(old: Message, new: Message) -> Message:
     """A stored message as the client shows it now, with what a user has made of it."""
-    timestamp = new.timestamp or old.timestamp
-    new = replace(new, at=old.at, timestamp=timestamp, pinned=old.pinned, forgotten=old.forgotten)
-    return new if old.shown is None else edited(new, old.content)
-
-
-def edited(message: Message, content: str | None) -> Message:
-    """The message with other words in its place; with its own again where None."""
-    message = replace(message, content=message.original, shown=None)
-    if content is not None and content != message.content:
-        message = replace(message, content=content, shown=message.content)
-    plain = replace(message, forgotten=False)
-    sizes = (message_tokens(restored(replace(plain, content=text))) for text in (message.content, message.original))
-    return replace(message, tokens=max(sizes))  # the client's words where it shows them, the user's where it does not
+    return with_mark(replace(new, at=old.at, timestamp=new.timestamp or old.timestamp), old.mark)
 
 
 def read_in_batches(chat: Chat, ids: Sequence[str]) -> Iterator[Message]:
@@ -9118,7 +9436,8 @@ class Recaller:
         scores = weigh(query, evidence)
         found = admissible(scores["score"], relevance_bar(text, scores["score"], vector is None))
         shown = {n.fingerprint for n in turn.visible}
-        silent = {n.id for n in chat.nodes(chat.tree.marked) if n.forgotten or (n.pinned and n.id in quoted)}
+        told = {n.fingerprint for n in chat.nodes(quoted)}
+        silent = {n.id for n in chat.nodes(chat.tree.marked) if n.forgotten or (n.pinned and n.fingerprint in told)}
         found = [
             i for i in found if nodes[i].fingerprint not in shown and nodes[i].id not in silent and i >= turn.first
         ]
@@ -9306,25 +9625,36 @@ def shown_duplicates(chat: Chat, visible: Sequence[Node], memories: Sequence[Mem
 # ------------------------------------------------------------------------------------------------------ summaries
 
 
-def branch_facts(chat: Chat, indexes: Mapping[str, int], before: float) -> list[tuple[Fact, Fact | None]]:
+def branch_facts(chat: Chat, path: Sequence[str], before: float) -> list[tuple[Fact, Fact | None]]:
     """What holds on a branch before an index: the pinned messages, newest first, then the facts whose words their
-    messages still hold. `indexes` are the branch's message ids with their positions."""
+    messages still hold. Words that stand there more than once are told once, and not at all where they stand from
+    `before` on too."""
+    store, indexes = chat.store, {message: i for i, message in enumerate(path)}
     marked = {node.id: node for node in chat.nodes(chat.tree.marked) if node.id in indexes}
-    pinned = [i for i, n in marked.items() if n.pinned and not n.forgotten and indexes[i] < before]
-    pinned = sorted(pinned, key=indexes.__getitem__, reverse=True)
-    rows = [(pinned_fact(m, indexes[m.id]), None) for m in chat.store.read(pinned)]
-    facts = chat.store.facts.values()
-    held = [f for f in facts if f.message not in marked or still_quotes(f, *chat.store.read([f.message]))]
-    return [*rows, *facts_of(held, indexes, before)]
+    pinned = sorted((n for n in marked.values() if n.pinned and not n.forgotten), key=lambda n: indexes[n.id])
+    newest = {n.fingerprint: n.id for n in pinned}
+    pinned = sorted((i for i in newest.values() if indexes[i] < before), key=indexes.__getitem__, reverse=True)
+    rows = [(pinned_fact(m, indexes[m.id]), None) for m in store.read(pinned)]
+    changed: dict[str, list[Message]] = defaultdict(list)
+    for message in store.read(list(marked)):
+        changed[message.digest].append(message)
+    facts = [f for f in store.facts.values() if all(still_quotes(f, m) for m in changed.get(f.digest, ()))]
+    held = facts_of(facts, chat.texts(path), before)
+    return rows + [(at_message(fact, path), before and at_message(before, path)) for fact, before in held]
+
+
+def at_message(fact: Fact, path: Sequence[str]) -> Fact:
+    """A fact with the id of its message on a branch."""
+    return replace(fact, message=path[fact.index])
 
 
 def branch_story(chat: Chat, path: Sequence[str], before: int, budget: int) -> Story:
     """The story of what stands before an index of the branch, in at most `budget` tokens."""
     if budget <= 0:
         return Story()
-    indexes = {message: i for i, message in enumerate(path)}
-    hidden = [s for s in chat.store.summaries.values() if s.since < before]
-    return render_story(story_of(hidden, indexes), branch_facts(chat, indexes, before), budget)
+    standing = placed(chat.store.summaries.values(), chat.texts(path))
+    hidden = [s for s in standing if s.since < before]
+    return render_story(story_of(hidden, chat.texts(path)), branch_facts(chat, path, before), budget)
 
 
 def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
@@ -9333,20 +9663,29 @@ def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
     store, tree = chat.store, chat.tree
     if not (store.summaries or store.facts or tree.marked):
         return 0
-    indexes = {message: i for i, message in enumerate(path)}
-    begun = any(indexes.get(s.last) == s.end for s in store.summaries.values())
-    begun = begun or any(f.message in indexes for f in store.facts.values())
-    return budget if begun or any(n.pinned and n.id in indexes for n in chat.nodes(tree.marked)) else 0
+    texts, ids = chat.texts(path), set(path)
+    begun = bool(placed(store.summaries.values(), texts))
+    begun = begun or not {f.digest for f in store.facts.values()}.isdisjoint(texts)
+    return budget if begun or any(n.pinned and n.id in ids for n in chat.nodes(tree.marked)) else 0
+
+
+def summary_row(summary: Summary) -> dict:
+    """A summary as the API shows it."""
+    return {k: v for k, v in asdict(summary).items() if k != "texts"}
 
 
 def story_rows(chat: Chat, path: Sequence[str]) -> dict:
-    """A branch's story and facts, as the API shows them; hold the chat's lock."""
-    indexes = {message: i for i, message in enumerate(path)}
-    story = story_of(chat.store.summaries.values(), indexes)
-    facts = [row for row in branch_facts(chat, indexes, math.inf) if row[0].quote]  # pinned messages quote nothing
+    """A branch's story and facts, as the API shows them; hold the chat's lock.
+
+    `replaced` are a user's own words for stretches that the client has changed since.
+    """
+    every, texts = chat.store.summaries.values(), chat.texts(path)
+    story = story_of(every, texts)
+    facts = [row for row in branch_facts(chat, path, math.inf) if row[0].quote]  # pinned messages quote nothing
     return {
         "summary": "\n".join(map(summary_line, story)),
-        "story": [asdict(s) for s in story],
+        "story": [summary_row(s) | {"first": path[s.start], "last": path[s.end]} for s in story],
+        "replaced": [summary_row(s) for s in replaced_words(every, texts)],
         "facts": [asdict(f) | {"supersedes": before and asdict(before)} for f, before in facts],
     }
 
@@ -9354,8 +9693,8 @@ def story_rows(chat: Chat, path: Sequence[str]) -> dict:
 class Summarizer:
     """Summarises chats in the background: one request at a time, and never before a turn.
 
-    What is due is noted on disk before it is done, so that a restart takes it up again. A summary has its range's own
-    id, so that it is made once.
+    What is due is noted on disk before it is done, so that a restart takes it up again. A summary is known by the texts
+    that it covers, so that it is made once.
     """
 
     def __init__(self, settings: Settings, upstream: Upstream, embedder: str, registry: ChatRegistry):
@@ -9366,6 +9705,7 @@ class Summarizer:
         self._calls: deque[float] = deque()  # times of the last hour's requests
         self._call = Call()
         self._closed = False
+        self.failure: dict | None = None  # how the last request failed; None once one has not
 
     def start(self) -> None:
         """Goes on with what was due when the program ended; raises `StoreError`."""
@@ -9386,26 +9726,44 @@ class Summarizer:
     def consider(self, chat: Chat, plan: SummaryPlan, authorization: str) -> None:
         """Has the summaries brought up to date where enough messages have left the prompt; returns at once."""
         every = self._settings.summary_every
-        if not every or self._closed or plan.until - plan.first < every or not self._due(chat, plan):
+        if not every or self._closed or plan.until - plan.first < every:
             return
+        if self._due(chat, plan) or self._extract_to_improve(chat, plan):
+            self._plan(chat.id, plan, authorization)
+
+    def _plan(self, chat_id: str, plan: SummaryPlan, authorization: str, delay: float = 0.0) -> None:
+        """Has a chat's plan worked off behind those of the other chats, after a delay in seconds."""
         with self._lock:
-            waiting = chat.id in self._plans
-            self._plans[chat.id] = (plan, authorization)
-        if not waiting:
-            with contextlib.suppress(RuntimeError):  # the program ends
-                self._thread.submit(self._work_off, chat.id)
+            waiting = chat_id in self._plans
+            self._plans[chat_id] = (plan, authorization)
+        if waiting or self._closed:
+            return
+        if delay:
+            timer = threading.Timer(delay, self._submit, (chat_id,))
+            timer.daemon = True
+            timer.start()
+        else:
+            self._submit(chat_id)
+
+    def _submit(self, chat_id: str) -> None:
+        with contextlib.suppress(RuntimeError):  # the program ends
+            self._thread.submit(self._work_off, chat_id)
 
     def _due(self, chat: Chat, plan: SummaryPlan) -> bool:
         with chat.lock:
-            path, story = self._story(chat, plan)
-            start, before = next_gap(story, plan.first)
-        return min(plan.until, before, len(path)) - start >= self._settings.summary_every
+            return self._next(chat, plan)[2] is not None
+
+    def _next(self, chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary], range | None]:
+        """The plan's branch, the summaries that stand for it, and the messages whose turn it is."""
+        path, story = self._story(chat, plan)
+        until = min(plan.until, len(path))
+        return path, story, next_stretch(story, plan.first, until, self._settings.summary_every)
 
     @staticmethod
     def _story(chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary]]:
         """The plan's branch, and the summaries that stand for it."""
         path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else []
-        return path, story_of(chat.store.summaries.values(), {message: i for i, message in enumerate(path)})
+        return path, story_of(chat.store.summaries.values(), chat.texts(path))
 
     def _work_off(self, chat_id: str) -> None:
         """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
@@ -9417,7 +9775,10 @@ class Summarizer:
                     chat.store.commit(info={"story_due": asdict(plan)})
                     self._registry.catalogue.mark_due(chat_id, True)
                     self.summarize_branch(chat, plan, authorization)
-                    if not self._closed:
+                    again = None if self._closed else self._improve(chat, plan, authorization)
+                    if again is not None:
+                        self._plan(chat_id, plan, authorization, again)
+                    elif not self._closed and not self._extract_to_improve(chat, plan):
                         self._registry.catalogue.mark_due(chat_id, False)
         except Exception as error:
             note_failure("summary_failed", f"chat {chat_id}: a summary could not be made", error, chat_id)
@@ -9432,32 +9793,88 @@ class Summarizer:
 
         Says whether anything was stored: a user's own words are never replaced.
         """
-        every = self._settings.summary_every
         with chat.lock:
-            path, story = self._story(chat, plan)
-            start, _ = next_gap(story, plan.first)
-            messages = chat.store.read(path[start : start + every])
-        behind = (plan.until - start) // every > BACKLOG  # an import: by its own sentences at once, then better
-        # Without the proxy no upstream was chosen for this chat: nothing is sent to one.
-        ask = None if behind or not self._settings.proxy else self._asker(plan, authorization)
-        fresh, facts = self._from_messages(chat, messages, start, plan, ask)
-        made = [fresh, *(replace(s, since=fresh.end) for s in self._again(chat, story, plan, ask))]
-        story = story_of([*made, *story], {message: i for i, message in enumerate(path)})
+            path, story, stretch = self._next(chat, plan)
+            if stretch is None:
+                return False
+            messages, texts = chat.store.read(path[stretch.start : stretch.stop]), chat.texts(path)
+            marks = dict(chat.store.marks)
+        left = plan.until - plan.first - sum(s.end + 1 - s.start for s in story)
+        behind = left // self._settings.summary_every > BACKLOG  # an import: by its own sentences at once, then better
+        ask = None if behind or not self._writes else self._asker(plan, authorization)
+        fresh, facts = self._from_messages(chat, messages, stretch.start, plan, ask)
+        made = [fresh, *(replace(s, since=max(s.end, fresh.end)) for s in self._again(chat, path, story, plan, ask))]
+        story = story_of([*made, *story], texts)
         while group := to_condense(story, summaries_share(plan.budget)):
-            made.append(replace(self._from_summaries(chat, group, plan, ask), since=fresh.end))
+            condensed = self._from_summaries(chat, path, group, plan, ask)
+            made.append(replace(condensed, since=max(fresh.end, *(s.since for s in group))))
             story = sorted([*(s for s in story if s not in group), made[-1]], key=lambda s: s.start)
         if self._closed:
             return False
-        with chat.lock:  # a user may have put words of their own in a summary's place meanwhile
-            users = {(s.level, s.first, s.last) for s in chat.store.summaries.values() if s.source == "user"}
-            stored = [s for s in made if (s.level, s.first, s.last) not in users]
-            chat.store.commit(summaries=stored, facts=[f for f in facts if f.id not in chat.store.facts])
+        with chat.lock:  # a user may have put words of their own in a summary's place meanwhile, or forgotten others
+            chat.store.catch_up()
+            now = chat.store.marks
+            changed = {d for d in marks.keys() | now.keys() if marks.get(d) != now.get(d)}
+            users = {(s.level, s.texts) for s in chat.store.summaries.values() if s.source == "user"}
+            stored = [s for s in made if (s.level, s.texts) not in users and changed.isdisjoint(s.texts)]
+            found = [f for f in facts if f.id not in chat.store.facts and f.digest not in changed]
+            chat.store.commit(summaries=stored, facts=found)
         log_event(
-            "summary", f"chat {chat.id}: messages {start + 1}-{start + every} summarised", chat=chat.id,
-            first=start + 1, last=start + every, tokens=fresh.tokens, covered=fresh.covered, source=fresh.source,
+            "summary", f"chat {chat.id}: messages {stretch.start + 1}-{stretch.stop} summarised", chat=chat.id,
+            first=stretch.start + 1, last=stretch.stop, tokens=fresh.tokens, covered=fresh.covered, source=fresh.source,
             condensed=len(made) - 1, facts=len(facts),
         )  # fmt: skip
         return bool(stored)
+
+    @property
+    def _writes(self) -> bool:
+        """Whether a model may be asked for a chat's summaries. Without the proxy no upstream was chosen for the chat:
+        nothing is sent to one, unless one was named for summaries."""
+        return self._settings.proxy or bool(self._settings.summary_upstream)
+
+    def _extract_to_improve(self, chat: Chat, plan: SummaryPlan) -> Summary | None:
+        """The oldest extract of a branch that a model may still replace; one that stands for several others comes after
+        those."""
+        if not self._writes:
+            return None
+        with chat.lock:
+            path, story = self._story(chat, plan)
+            return oldest_extract(story, list(chat.store.summaries.values()), chat.texts(path))
+
+    def _improve(self, chat: Chat, plan: SummaryPlan, authorization: str) -> float | None:
+        """Has the model write one extract anew; returns the seconds after which to go on, None to end it for now.
+
+        It is shown together with the next summary, since a prompt's beginning should change rarely.
+        """
+        old = self._extract_to_improve(chat, plan)
+        if old is None:
+            return None
+        ask = self._asker(plan, authorization)
+        if ask is None:
+            return self._next_budget()
+        with chat.lock:
+            path, story = self._story(chat, plan)
+            start, _ = next_gap(story, plan.first)
+            messages = chat.store.read(path[old.start : old.end + 1]) if old.level == 1 else []
+            parts = taken_in(old, chat.store.summaries.values(), chat.texts(path))
+        failed = self.failure
+        if messages:
+            fresh, _ = self._from_messages(chat, messages, old.start, plan, ask)
+        else:
+            fresh = self._from_summaries(chat, path, parts, plan, ask)
+        if self._closed or (self.failure and self.failure is not failed):
+            return None  # the model is not to blame: it goes on with the next turn, or after a restart
+        since = start + self._settings.summary_every - 1
+        fresh = replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1, since=since)
+        with chat.lock:
+            now = chat.store.summaries.get(old.id)
+            if now and (now.text, now.source) == (old.text, old.source):  # not replaced by a user's own words
+                chat.store.commit(summaries=[fresh])
+        return 0.0
+
+    def _next_budget(self) -> float | None:
+        """Seconds until the hour allows another request; None where that is not what keeps one from being made."""
+        return None if self._may_ask() else max(1.0, self._calls[0] + 3600 - time.monotonic())
 
     def _asker(
         self, plan: SummaryPlan, authorization: str, retry: bool = True
@@ -9466,7 +9883,8 @@ class Summarizer:
 
         Without the proxy the small embedded model is not loaded just to summarise: it writes no better than extracts.
         """
-        if not self._settings.proxy and self._settings.upstream in ("", "local"):
+        named = self._settings.summary_upstream or self._settings.upstream
+        if not self._settings.proxy and named in ("", "local"):
             return None
         if not self._may_ask():
             log_event("summary_budget", "This hour's summary requests are used up.", limit=self._settings.summary_calls)
@@ -9480,7 +9898,11 @@ class Summarizer:
 
     def _ask(self, model: str, authorization: str, retry: bool, messages: list[dict], tokens: int) -> dict:
         """The upstream's choice; asked again where a turn went first. Raises what the upstream raises."""
-        model = self._settings.summary_model or self._settings.model or model
+        if self._settings.summary_upstream:  # neither the chat's model nor its key are that one's
+            model, authorization = "", ""
+        else:
+            model = self._settings.model or model
+        model = self._settings.summary_model or model
         body = {"messages": messages, "max_tokens": tokens, "temperature": 0.3}
         for _ in range(GAVE_WAY_AT_MOST):
             call = Call(authorization, background=True, retry=retry)
@@ -9490,10 +9912,13 @@ class Summarizer:
                 self._calls.append(time.monotonic())
                 self._call = call
             try:
-                named = {"model": model or self._upstream.default_model(call)}
-                return self._upstream.complete(body | named, call)["choices"][0]
-            except PersonaMemoryError:
+                model = model or self._upstream.default_model(call)
+                choice = self._upstream.complete(body | {"model": model}, call)["choices"][0]
+                self.failure = None
+                return choice
+            except PersonaMemoryError as error:
                 if self._closed or not call.cancelled:
+                    self.failure = {"at": time.time(), "model": model, "status": error.status, "words": str(error)}
                     raise
         raise UpstreamUnavailable("The upstream was busy with turns.")
 
@@ -9515,36 +9940,35 @@ class Summarizer:
         source = "model" if text else "extract"
         if not text:
             text = extract_summary(weighted_rows(kept, vectors, readings), room)
-        stretch = (messages[0].id, messages[-1].id, start, start + len(messages) - 1)
-        return new_summary(1, *stretch, text, covered, source), checked_facts(found, messages, start)
+        texts = [m.digest for m in messages]
+        return new_summary(1, texts, start, text, covered, source), checked_facts(found, messages, start)
 
-    def _from_summaries(self, chat: Chat, group: Sequence[Summary], plan: SummaryPlan, ask: Callable | None) -> Summary:
-        """One summary of several, checked against the messages that they cover."""
+    def _from_summaries(
+        self, chat: Chat, path: Sequence[str], group: Sequence[Summary], plan: SummaryPlan, ask: Callable | None
+    ) -> Summary:
+        """One summary of several of a branch, checked against the messages that they cover."""
+        stretch = path[group[0].start : group[-1].end + 1]
         covered = sum(s.tokens for s in group)
         room = summary_room(covered, plan.budget)
         text, _ = self._written([summary_line(s) for s in group], "summaries", room, plan, ask)
-        if text and flaw_of(text, self._covered_text(chat, group)):
+        if text and flaw_of(text, "\n".join(m.spoken for m in read_in_batches(chat, stretch) if not m.forgotten)):
             text = ""
         source = "model" if text else "extract"
         text = text or extract_summary([("", s.text, 0.5) for s in group], room)
-        stretch = (group[0].first, group[-1].last, group[0].start, group[-1].end)
-        return new_summary(max(s.level for s in group) + 1, *stretch, text, covered, source)
-
-    @staticmethod
-    def _covered_text(chat: Chat, group: Sequence[Summary]) -> str:
-        """The text of all messages that summaries cover, with their speakers."""
         with chat.lock:
-            path = chat.path(group[-1].last)
-        return "\n".join(m.spoken for m in read_in_batches(chat, path[group[0].start :]) if not m.forgotten)
+            texts = chat.texts(stretch)
+        return new_summary(max(s.level for s in group) + 1, texts, group[0].start, text, covered, source)
 
-    def _again(self, chat: Chat, story: Sequence[Summary], plan: SummaryPlan, ask: Callable | None) -> list[Summary]:
+    def _again(
+        self, chat: Chat, path: Sequence[str], story: Sequence[Summary], plan: SummaryPlan, ask: Callable | None
+    ) -> list[Summary]:
         """The newest extract of the story, made anew by the model; empty where there is none, or it fails again."""
         poor = [s for s in story if s.source == "extract" and s.level == 1 and s.tries < MOST_TRIES]
         if not poor or not ask or not self._may_ask():
             return []
         old = poor[-1]
         with chat.lock:
-            messages = chat.store.read(chat.path(old.last)[old.start :])
+            messages = chat.store.read(path[old.start : old.end + 1])
         fresh, _ = self._from_messages(chat, messages, old.start, plan, ask)
         return [replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1)]
 
@@ -9605,14 +10029,35 @@ class Summarizer:
             summary = replace(summary, text=text, source="user", stale=False)
             summary = replace(summary, tokens=line_tokens(summary))
             chat.store.commit(summaries=[summary])
-        return asdict(summary)
+        return summary_row(summary)
 
     def close(self) -> None:
         """Ends the thread; what is due is taken up at the next start."""
         with self._lock:
             self._closed = True
             self._call.cancel()
+        if self._settings.summary_upstream:
+            self._upstream.close()
         self._thread.shutdown(wait=True, cancel_futures=True)  # it may be writing; its request is cancelled
+
+
+def oldest_extract(story: Sequence[Summary], stored: Sequence[Summary], texts: Sequence[str]) -> Summary | None:
+    """The oldest extract among summaries, and among those that they were made from, which go first."""
+    for summary in story:
+        parts = taken_in(summary, stored, texts) if summary.level > 1 else ()
+        found = oldest_extract(parts, stored, texts)
+        if found or (summary.source == "extract" and summary.tries < MOST_TRIES):
+            return found or summary
+    return None
+
+
+def taken_in(summary: Summary, stored: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
+    """The summaries that a summary of a higher level was made from, oldest first.
+
+    `texts` are the digests of the branch's messages.
+    """
+    lower = placed((s for s in stored if s.level < summary.level and not s.stale), texts)
+    return story_of((s for s in lower if summary.start <= s.start and s.end <= summary.end), texts)
 
 
 # --------------------------------------------------------------------------------------------------------- status
@@ -9622,11 +10067,13 @@ class Status:
     """How things stand: metrics, troubles, how the last turn ended, and what to do about it."""
 
     def __init__(
-        self, settings: Settings, upstream: Upstream, embedder: Embedder, registry: ChatRegistry, metrics: Metrics
-    ):
+        self, settings: Settings, upstream: Upstream, embedder: Embedder, registry: ChatRegistry, metrics: Metrics,
+        summarizer: Summarizer,
+    ):  # fmt: skip
+        self._summarizer = summarizer
         self._settings, self._upstream, self._embedder, self._registry = settings, upstream, embedder, registry
         self.metrics = metrics
-        self.troubles = RecentWarnings((settings.upstream_key, settings.api_key))
+        self.troubles = RecentWarnings((settings.upstream_key, settings.api_key, settings.summary_key))
         self.last_turn: dict | None = None
         self._started = time.time()
 
@@ -9640,10 +10087,16 @@ class Status:
             "embedder": embedder, "chats": len(self._registry), "proxy": self._settings.proxy,
         }  # fmt: skip
 
+    @property
+    def summaries(self) -> dict | None:
+        """How the last request for a summary failed; None where it did not."""
+        return self._summarizer.failure
+
     def standing(self) -> dict:
         """How things stand: a level, what is the matter, and what to do; it may quote the upstream, as `health` must
         not, which needs no key."""
-        level, words, advice = diagnosis(self._upstream.describe(), self._embedder.status, self.last_turn or {})
+        turn, summaries = self.last_turn or {}, self.summaries or {}
+        level, words, advice = diagnosis(self._upstream.describe(), self._embedder.status, turn, summaries)
         return {"level": level, "words": words, "advice": advice}
 
     def details(self) -> dict:
@@ -9655,6 +10108,7 @@ class Status:
             "data": self._settings.data, "uptime": round(time.time() - self._started), "last_turn": self.last_turn,
             "queue": queue_now | {"limit": self._settings.upstream_limit},
             "turns": {o: figure("requests_total", outcome=o) for o in outcomes}, "troubles": self.troubles.newest(),
+            "summaries": self.summaries,
         }  # fmt: skip
 
     def options(self) -> list[dict]:
@@ -9701,10 +10155,13 @@ class Status:
         self.troubles.close()
 
 
-def diagnosis(upstream: Mapping, embedder: str, turn: Mapping) -> tuple[str, str, str]:
+def diagnosis(
+    upstream: Mapping, embedder: str, turn: Mapping, summaries: Mapping = MappingProxyType({})
+) -> tuple[str, str, str]:
     """How things stand: a level ("ok", "loading", "notice", "trouble"), what is the matter, and what to do about it.
 
-    `upstream` as it describes itself, `embedder` its status, `turn` as `Status.note_end` keeps the last one.
+    `upstream` as it describes itself, `embedder` its status, `turn` as `Status.note_end` keeps the last one,
+    `summaries` as `Summarizer.failure` is.
     """
     if upstream["status"].startswith("failed"):
         return "trouble", "The embedded model cannot be used.", upstream["status"].removeprefix("failed: ")
@@ -9718,7 +10175,16 @@ def diagnosis(upstream: Mapping, embedder: str, turn: Mapping) -> tuple[str, str
     if turn.get("outcome") == "degraded":
         reason = turn["why"].removeprefix("degraded; reason=")
         return "notice", f"The last turn went without its full memory: {reason}", "The chat itself is not affected."
+    if summaries:
+        words = f"The model {summaries['model']} could not write a summary: {summaries['words']}"
+        return "notice", words, f"{SUMMARY_ADVICE} {advice_on(summaries['status'], upstream)}"
     return "ok", "OK", ""
+
+
+SUMMARY_ADVICE = (
+    "Chats go on, and old messages are told in their own sentences until then. --summary-model names another model for "
+    "summaries, --summary-upstream another server."
+)
 
 
 def advice_on(status: int, upstream: Mapping) -> str:
@@ -9738,22 +10204,31 @@ def advice_on(status: int, upstream: Mapping) -> str:
 
 
 class Completions:
-    """Asks the upstream what was prepared, again without memories where its filter refuses those."""
+    """Asks the upstream what was prepared, and in another way where it refuses that: without the parts of the prompt
+    that its filter refuses, or without the oldest messages where the prompt was too long.
+
+    What a model takes, and how many tokens it counts for one of ours, is learned from its answers.
+    """
 
     def __init__(self, settings: Settings, upstream: Upstream, metrics: Metrics):
         self._settings, self._upstream, self._metrics = settings, upstream, metrics
         self._model = ""
+        self._limits = PerModel()  # context lengths that errors have told
+        self._ratios = PerModel(lambda _: (0, 1.0))  # a prompt's tokens as we count them, and the model's for one
 
-    def context_length(self, model: str, call: Call) -> int:
-        """The context length in tokens that prompts are made for.
+    def context_length(self, model: str, call: Call) -> tuple[int, float]:
+        """The context length that prompts are made for, and the longest that the model takes, in our tokens; the second
+        is infinite where nobody knows, and the first a guess then.
 
         --context overrides the server's value: some servers say what they do not mean. Gemini's limits are final.
         """
-        wanted = self._settings.context
-        if wanted and self._upstream.speaks_openai:
-            return wanted
-        offered = self._upstream.context_length(self._settings.model or model, call)
-        return min(offered, wanted or MAX_ASKED_CONTEXT) if offered else wanted or DEFAULT_CONTEXT
+        model, wanted = self._settings.model or model, self._settings.context
+        asked = not wanted or not self._upstream.speaks_openai
+        offered = self._upstream.context_length(model, call) if asked else None
+        most = min(filter(None, (offered or wanted, self._limits.get(model))), default=math.inf)
+        length = min(most, wanted or (MAX_ASKED_CONTEXT if offered else DEFAULT_CONTEXT))
+        ratio = self._ratios.get(model)[1]
+        return int(length / ratio), most / ratio
 
     def body(self, request: ChatRequest, messages: Sequence[dict], call: Call) -> dict:
         """A request's body for the upstream: with those messages, a model, and without our own fields."""
@@ -9767,12 +10242,15 @@ class Completions:
     def complete(self, prepared: Prepared, call: Call) -> tuple[Prepared, dict]:
         """What the upstream was asked in the end, and its whole answer; raises `UpstreamError`,
         `UpstreamUnavailable`."""
-        try:
-            answer = self._upstream.complete(prepared.body, call)
-        except UpstreamError as error:
-            prepared = without_memories(prepared, error)
-            answer = self._upstream.complete(prepared.body, call)
-        if not answer.get("usage"):
+        while True:
+            try:
+                answer = self._upstream.complete(prepared.body, call)
+                break
+            except UpstreamError as error:
+                prepared = self._mended(prepared, error)
+        if answer.get("usage"):
+            self._learn_ratio(prepared, answer["usage"])
+        else:
             texts = [text_of((c.get("message") or {}).get("content")) for c in answer["choices"]]
             answer["usage"] = counted_usage(prepared.body["messages"], texts)
         self._note_usage(answer["usage"])
@@ -9781,16 +10259,65 @@ class Completions:
     def stream(self, prepared: Prepared, call: Call) -> Iterator[Any]:
         """What the upstream was asked in the end (a `Prepared`), then the chunks of its answer; raises as `complete`,
         also in the middle."""
-        chunks = self._upstream.stream(prepared.body, call)
-        try:
-            first = next(chunks)
-        except UpstreamError as error:
-            prepared = without_memories(prepared, error)
-            chunks = self._upstream.stream(prepared.body, call)
-            first = next(chunks)
+        while True:
+            try:
+                chunks = self._upstream.stream(prepared.body, call)
+                first = next(chunks)
+                break
+            except UpstreamError as error:
+                prepared = self._mended(prepared, error)
         with contextlib.closing(chunks):
             yield prepared
             yield from self._with_usage(prepared, itertools.chain([first], chunks))
+
+    def _mended(self, prepared: Prepared, error: UpstreamError) -> Prepared:
+        """The turn as the upstream may take it after that error; raises the error where there is no such thing."""
+        overflow = exceeded_context(error)
+        if overflow and not prepared.shortened and prepared.history is not None:
+            return self._shortened(prepared, overflow, error)
+        if is_blocked(error) and prepared.fallbacks:
+            return without_refused(prepared, error)
+        raise error
+
+    def _shortened(self, prepared: Prepared, overflow: Overflow, error: UpstreamError) -> Prepared:
+        """The turn without its oldest messages: those that are too much for the model, and a tenth of the prompt at
+        least. What the error tells of the model is kept for the next turns."""
+        messages, model = prepared.body["messages"], prepared.body.get("model") or ""
+        ours = counted_usage(messages, ())["prompt_tokens"]
+        measured, ratio = self._ratios.get(model)
+        reply = reply_limit(prepared.body)
+        if overflow.prompt:
+            measured, ratio = ours, token_ratio(ours, overflow.prompt)
+        elif overflow.context and ours * ratio + reply < overflow.context:
+            ratio *= UNKNOWN_RATIO
+        limit = overflow.context or int(ours * ratio / UNKNOWN_RATIO) + reply
+        self._limits.put(model, limit)
+        self._ratios.put(model, (measured, min(ratio, LARGEST_RATIO)))
+        room = (limit - reply) / ratio
+        kept = without_oldest(messages, int(max(ours - room, ours / 10)), prepared.history)
+        gone = len(messages) - len(kept)
+        if not gone:
+            raise error
+        reason = f"the prompt was too long for the model and lost its oldest messages ({gone}): {error}"
+        report, left = prepared.report, ours - counted_usage(kept, ())["prompt_tokens"]
+        tokens = report.tokens | {"history": max(0, report.tokens["history"] - left)}
+        report = replace(report, history=max(0, report.history - gone), tokens=tokens)
+        return with_messages(replace(prepared, shortened=True, report=report), reason, kept)
+
+    def _learn_ratio(self, prepared: Prepared, usage: Mapping) -> None:
+        """Learns from a prompt's tokens as the model counts them.
+
+        The largest prompt tells most: what a provider adds to all of them counts least there. A small change is none,
+        for a prompt's budget, and with it its beginning, should stay as it is.
+        """
+        if prepared.report is None or any(other_parts(m.get("content")) for m in prepared.body["messages"]):
+            return
+        model = prepared.body.get("model") or ""
+        ours = sum(n for share, n in prepared.report.tokens.items() if share != "response")
+        before, known = self._ratios.get(model)
+        ratio = min(token_ratio(ours, usage["prompt_tokens"]), LARGEST_USUAL_RATIO)
+        if ours >= max(before, LEAST_MEASURED) and (ratio > known or ratio < known - 3 * RATIO_STEP):
+            self._ratios.put(model, (ours, ratio))
 
     def _with_usage(self, prepared: Prepared, chunks: Iterable[dict]) -> Iterator[dict]:
         """The chunks; where the client asks for usage and the upstream gives none, a last one counts it."""
@@ -9800,7 +10327,9 @@ class Completions:
             gather(texts, last)
             usage = last.get("usage") or usage
             yield last
-        if not usage:
+        if usage:
+            self._learn_ratio(prepared, usage)
+        else:
             usage = counted_usage(prepared.body["messages"], [texts[i] for i in sorted(texts, key=str)])
         options = prepared.body.get("stream_options")
         asked = isinstance(options, dict) and options.get("include_usage")
@@ -9817,16 +10346,23 @@ class Completions:
                 self._metrics.usage.labels(kind).inc(count)
 
 
-def without_memories(prepared: Prepared, error: UpstreamError) -> Prepared:
-    """The same turn without recalled memories, where those may be what the provider's filter refused; else raises
-    `error`."""
-    if error.error.get("code") != "content_filter" or not prepared.unaided:
-        raise error
-    reason = f"asked again without memories: {error}"
+def without_refused(prepared: Prepared, error: UpstreamError) -> Prepared:
+    """The same turn without the next part of its prompt that a provider's filter may have refused."""
+    (fallback, *fallbacks), report = prepared.fallbacks, prepared.report
+    shares = {"memories": "memories", "story": "story"}.get(fallback.without, "")
+    recalled = [] if fallback.without == "memories" else report.recalled
+    report = replace(report, recalled=recalled, tokens=report.tokens | ({shares: 0} if shares else {}))
+    prepared = replace(prepared, report=report, history=fallback.history, fallbacks=tuple(fallbacks))
+    reason = f"asked again without {fallback.without}, which the provider's filter refused: {error}"
+    return with_messages(replace(prepared, refused=fallback.without), reason, fallback.messages)
+
+
+def with_messages(prepared: Prepared, reason: str, messages: Sequence[dict]) -> Prepared:
+    """The turn with other messages, and why; log, header and report say so."""
     log_event("degraded", f"chat {prepared.chat_id}: {reason}", level=logging.WARNING, chat=prepared.chat_id)
-    report = replace(prepared.report, degraded=reason, recalled=[], tokens=prepared.report.tokens | {"memories": 0})
-    body = prepared.body | {"messages": list(prepared.unaided)}
-    return replace(prepared, body=body, header=report_header(report), report=report, unaided=())
+    report = replace(prepared.report, degraded=reason)
+    body = prepared.body | {"messages": list(messages)}
+    return replace(prepared, body=body, header=report_header(report), report=report)
 
 
 def counted_usage(messages: Sequence[Mapping], texts: Sequence[str]) -> dict:
@@ -9880,25 +10416,51 @@ class PromptBuilder:
             request = self._archive.without_instruction(request, chat_id)
             if not request.turns:
                 return self._untouched(request, chat_id, call, untouched_header("a quiet prompt"))
+        context, shares = self._context(request, call)
         tools = tool_tokens(request.body)
-        context = self._completions.context_length(request.body.get("model") or "", call)
         left = beside_tools(context, tools, request.max_tokens)
         with self._archive.enter(request, chat_id, deadline) as (chat, path, request):
-            memory = self._remember(chat, path, request, left, lay_out, deadline)
-            above = len(path) - len(request.turns)  # messages of the branch that the request does not show
-            turns_from = request.history_start + max(0, memory.turn.layout.anchor - above)
-            compose = functools.partial(compose_prompt, request, memory.turn.layout, memory.older, turns_from)
-            prompt = compose(memory.block, memory.story.text)
+            memory = self._remember(chat, path, request, left, shares, lay_out, deadline)
+            withheld, parts = known_refusals(chat, memory), memory.parts
+            prompt, history = composed(memory, [part for part in parts if part not in withheld])
             with chat.lock:
                 before, chat.last_prompt = chat.last_prompt, sent_prompt(prompt, chat.last_prompt or ())
                 reused = None if before is None else round(prefix_reuse(before, chat.last_prompt), 4)
         report = self._report(memory, reused, started, tools)
+        if withheld:
+            words = f"left out, since the provider's filter refused it: {', '.join(withheld)}"
+            report = replace(report, degraded="; ".join(filter(None, (report.degraded, words))))
         body = self._completions.body(request, prompt, call)
-        unaided = tuple(compose("", memory.story.text)) if memory.block else ()
         summary = (replace(memory.plan, model=body.get("model") or ""), call.authorization)
         return Prepared(
-            body, report_header(report), chat.id, path[-1], report, unaided, summary, request.identity.ephemeral
-        )
+            body, report_header(report), chat.id, path[-1], report, history, tuple(fallbacks(memory, withheld)),
+            summary=summary, ephemeral=request.identity.ephemeral, parts=parts,
+        )  # fmt: skip
+
+    def _context(self, request: ChatRequest, call: Call) -> tuple[int, Sequence[float]]:
+        """The context length to make the prompt for, and the shares of it.
+
+        Where nobody knows the model's length it is large enough for all that the client shows: a guess refuses and cuts
+        nothing. A model that takes more than prompts are usually made for gets more where persona, newest message and
+        reply need it. Memories and reply then have what they would have had.
+        """
+        length, most = self._completions.context_length(request.body.get("model") or "", call)
+        tools = tool_tokens(request.body)
+        characters = sum(len(t.content) for t in request.turns) + len(json.dumps(request.persona))
+        if most <= length or characters + tools < length:
+            return length, self._shares
+        _, memories, history, response = self._shares
+        shown = [*request.persona, *request.tail, *(m for t in request.turns for m in (*t.before, t.raw))]
+        unguessed = [*request.persona, *request.tail, *(t.raw for t in request.turns[-1:])]
+        needed = tools + sum(map(message_tokens, shown if most == math.inf else unguessed))
+        needed += max(request.max_tokens, int(response * length)) + int(memories * length) + REPLY_PRIMING
+        if most == math.inf:
+            needed /= 1 - HISTORY_BLOCK * history  # so that the blocks which are cut lie before what the client shows
+        if needed <= length:
+            return length, self._shares
+        context = min(most, math.ceil(needed / CONTEXT_STEP) * CONTEXT_STEP)
+        part = length / context
+        return int(context), (self._shares[0], memories * part, history, response * part)
 
     def inject(self, body: Any) -> tuple[dict, Prepared | None]:
         """What to add to the prompt of a client that makes its prompt itself and asks its model itself; and the turn,
@@ -9919,7 +10481,7 @@ class PromptBuilder:
         usual = self._settings.context or DEFAULT_CONTEXT
         context = int(window / (1 - self._shares[3])) if window else usual
         with self._archive.enter(request, request.identity.chat_id, deadline) as (chat, path, request):
-            memory = self._remember(chat, path, request, context, lay_out_window, deadline)
+            memory = self._remember(chat, path, request, context, self._shares, lay_out_window, deadline)
         report, pivot = self._report(memory, None, started), memory.turn.layout.pivot
         plan = replace(memory.plan, context=usual)
         turn = Prepared({}, report_header(report), chat.id, path[-1], report, summary=(plan, ""))
@@ -9929,8 +10491,8 @@ class PromptBuilder:
         return injection(chat.id, injections) | rows, turn
 
     def _remember(
-        self, chat: Chat, path: list[str], request: ChatRequest, context: int, arrange: Callable[..., Layout],
-        deadline: Deadline,
+        self, chat: Chat, path: list[str], request: ChatRequest, context: int, shares: Sequence[float],
+        arrange: Callable[..., Layout], deadline: Deadline,
     ) -> TurnMemory:  # fmt: skip
         """Looks up what to say of what the prompt will not show.
 
@@ -9939,7 +10501,7 @@ class PromptBuilder:
         first, above = request.history_start, len(path) - len(request.turns)
         with chat.lock:
             nodes = chat.nodes(path)
-            layout, story, plan = self._laid_out(chat, path, request, context, arrange)
+            layout, story, plan = self._laid_out(chat, nodes, request, context, shares, arrange)
         turn = TurnContext(chat, request, nodes, layout, deadline)
         recalled = self._recaller.recall(turn, {f.message for f in story.facts})
         if layout.window:
@@ -9956,17 +10518,18 @@ class PromptBuilder:
         return TurnMemory(turn, path, story, recalled, memories, mood, piece, block, older, plan, context)
 
     def _laid_out(
-        self, chat: Chat, path: Sequence[str], request: ChatRequest, context: int, arrange: Callable[..., Layout]
-    ) -> tuple[Layout, Story, SummaryPlan]:
+        self, chat: Chat, nodes: Sequence[Node], request: ChatRequest, context: int, shares: Sequence[float],
+        arrange: Callable[..., Layout],
+    ) -> tuple[Layout, Story, SummaryPlan]:  # fmt: skip
         """The prompt's layout, the story in it, and what may be summarised now; hold the chat's lock."""
-        first, above = request.history_start, len(path) - len(request.turns)
-        shown, budget = chat.nodes(path[first:]), story_tokens(context, self._shares)
+        first, above = request.history_start, len(nodes) - len(request.turns)
+        path, shown, budget = [n.id for n in nodes], nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
         counts = [n.tokens for n in shown]
         for i, turn in enumerate(request.turns[first:], above):
             if shown[i].shown != turn.fingerprint:  # the client shows it with something else around the words
                 counts[i] = message_tokens(turn.raw)
-        layout = arrange(request, context, self._shares, counts, [n.role for n in shown], reserved)
+        layout = arrange(request, context, shares, counts, [n.role for n in shown], reserved)
         story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
         # Without a persona and without history there is no message to attach the story to.
         attachable = request.persona or layout.anchor < above or layout.window
@@ -10020,6 +10583,7 @@ class PromptBuilder:
             recalled=[recalled_row(m) for m in memory.memories], left_out=list(memory.recalled.left_out),
             mood=memory.mood and asdict(memory.mood), summaries=len(memory.story.summaries),
             facts=len(memory.story.facts), reminder=memory.reminder, reused=reused,
+            summary_error=(self._status.summaries or {}).get("words", ""),
             milliseconds=round(1000 * (time.perf_counter() - started), 1),
         )  # fmt: skip
         self._status.note_turn(turn.chat.id, report)
@@ -10031,6 +10595,32 @@ def short_of_room(layout: Layout, tools: int) -> str:
     if not tools or not layout.reach or layout.recalled >= memory_frame_tokens() + SMALLEST_MEMORY:
         return ""
     return f"no room for memories: tools take {tools} tokens"
+
+
+def composed(memory: TurnMemory, parts: Collection[str]) -> tuple[list[dict], int]:
+    """A turn's messages with those parts of its memory, and where among them the chat begins."""
+    turn = memory.turn
+    request, layout = turn.request, turn.layout
+    story = memory.story.text if "story" in parts else ""
+    older = memory.older if "restored history" in parts else []
+    turns_from = request.history_start + max(0, layout.anchor - (len(memory.path) - len(request.turns)))
+    block = memory.block if "memories" in parts else ""
+    prompt = compose_prompt(request, layout, older, turns_from, block, story)
+    begins = len(with_story(request.persona, story)) or int(bool(story))
+    return prompt, begins + any(map(is_placeholder, prompt[begins : begins + 1]))
+
+
+def known_refusals(chat: Chat, memory: TurnMemory) -> list[str]:
+    """The parts of a turn's memory that hold something which the provider's filter has refused before."""
+    return [part for part, ids in memory.parts.items() if ids & chat.refused.get(part, frozenset())]
+
+
+def fallbacks(memory: TurnMemory, withheld: Collection[str]) -> Iterator[Fallback]:
+    """What to ask where a filter refuses the prompt: without one part more each time."""
+    parts = [part for part in memory.parts if part not in withheld]
+    for count, part in enumerate(parts, 1):
+        prompt, history = composed(memory, parts[count:])
+        yield Fallback(part, tuple(prompt), history)
 
 
 def without_shown(recalled: RecallResult, layout: Layout, story: int) -> RecallResult:
@@ -10055,12 +10645,13 @@ class PersonaMemory:
         self.upstream = make_upstream(settings, metrics)
         self.embedder = Embedder(settings.embedder)
         self.registry = ChatRegistry(Path(settings.data))
-        self.status = Status(settings, self.upstream, self.embedder, self.registry, metrics)
+        writer = make_summary_upstream(settings, self.upstream)
+        self.summarizer = Summarizer(settings, writer, self.embedder.name, self.registry)
+        self.status = Status(settings, self.upstream, self.embedder, self.registry, metrics, self.summarizer)
         self.vectors = Vectors(self.embedder, self.registry)
         self.archive = Archive(self.registry, self.vectors)
         self.feelings = Feelings(settings, self.vectors, self.registry)
         self.recaller = Recaller(self.vectors, self.feelings, self.registry)
-        self.summarizer = Summarizer(settings, self.upstream, self.embedder.name, self.registry)
         self.completions = Completions(settings, self.upstream, metrics)
         self.builder = PromptBuilder(
             settings, self.archive, self.vectors, self.feelings, self.recaller, self.completions, self.status
@@ -10081,6 +10672,11 @@ class PersonaMemory:
             return
         try:
             said = () if prepared.ephemeral else texts
+            if prepared.refused and texts:  # the next turn does not begin with it
+                with self.registry.lookup(prepared.chat_id) as chat:
+                    if chat:
+                        refused = chat.refused.get(prepared.refused, frozenset()) | prepared.parts[prepared.refused]
+                        chat.refused = {**chat.refused, prepared.refused: refused}
             for reply in self.archive.record(prepared.chat_id, prepared.tip, said, complete, prepared.report):
                 self.status.log_text(reply.role, reply.content)
             if prepared.summary:
@@ -10096,6 +10692,23 @@ class PersonaMemory:
         if turn:
             self.record(turn)
         return answer
+
+    def sync(self, chat_id: str, body: Any) -> dict:
+        """Takes in a whole chat as its client shows it: what is missing was deleted, what is new is remembered.
+
+        Returns how many `messages` the branch has, the id of the `last`, and how many texts wait for their vectors.
+        Raises `InvalidRequest`.
+        """
+        if not isinstance(body, dict):
+            raise InvalidRequest("The request must be a JSON object.")
+        request, _ = parse_injection(body | {"chat_id": chat_id, "complete": True})
+        if not request.turns:
+            raise InvalidRequest("messages must hold a message of the user's or the assistant's.", "messages")
+        with self.archive.enter(request, chat_id, Deadline.after(SEARCH_SECONDS)) as (chat, path):
+            self.vectors.later(chat, path)
+            with chat.lock:
+                waiting = len(chat.follow(chat.nodes(path), self.embedder).unembedded)
+        return {"chat_id": chat_id, "messages": len(path), "last": path[-1], "unembedded": waiting}
 
     def chats(self) -> list[dict]:
         """A line for every chat, the last used first."""
@@ -10168,7 +10781,7 @@ class PersonaMemory:
 
     def close(self) -> None:
         """Ends background work; what it leaves undone is done when the chat is used again."""
-        for service in (self.status, self.summarizer, self.feelings, self.vectors, self.registry):
+        for service in (self.status, self.summarizer, self.feelings, self.vectors, self.registry, self.upstream):
             service.close()
 
 
@@ -11982,6 +12595,7 @@ const NAME = 'persona_memory';
 const API = '/api/persona_memory';
 const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1 };
 const TIMEOUT_MS = 2000; // how long a reply may be delayed
+const SYNC_TIMEOUT_MS = 60000; // a long chat takes the server some seconds, and no reply waits for that
 const KINDS = ['normal', 'swipe', 'regenerate', 'continue', 'impersonate', 'quiet'];
 const IN_CHAT = 1; // SillyTavern's number for prompts that stand at a depth in the chat
 const ROLES = { system: 0, user: 1, assistant: 2 };
@@ -11992,6 +12606,8 @@ const LONGEST_SHOWN = 240; // characters of each
 const MIN_CONFIDENCE = 0.5; // a mood that is less likely than this is not shown
 
 const state = {
+    changed: true, // whether the open chat has changed in a way that a single request does not show
+    reading: Promise.resolve(), // ends when the server has read it in
     kind: null, // of the generation that has begun and not yet sent its request
     away: false, // whether the user has been told that the server does not answer
     proxy: false, // whether the server is one through which chats may go
@@ -12017,10 +12633,10 @@ class Refusal extends Error {}
 /** The server has not answered within TIMEOUT_MS: it may be away, or busy. */
 class Late extends Error {}
 
-/** JSON of the server; throws an Error with words for the user. Never waits longer than TIMEOUT_MS. */
-async function call(path, body, method = body ? 'POST' : 'GET') {
+/** JSON of the server; throws an Error with words for the user. Never waits longer than `timeout` milliseconds. */
+async function call(path, body, method = body ? 'POST' : 'GET', timeout = TIMEOUT_MS) {
     const { server, key } = settings();
-    const signal = AbortSignal.timeout(TIMEOUT_MS);
+    const signal = AbortSignal.timeout(timeout);
     const headers = body ? { 'Content-Type': 'application/json' } : {};
     if (key) headers.Authorization = `Bearer ${key}`;
     try {
@@ -12149,6 +12765,62 @@ function shownMessage(message) {
     };
 }
 
+// -------------------------------------------------------------------------------------------------- the whole chat
+
+/**
+ * The id that the server gives the last of those messages. Each id is a hash of the words and of the id before, so this
+ * one stands for the whole chat. Null where the browser does not hash: on pages that are not served securely.
+ */
+async function lastId(messages) {
+    if (!globalThis.crypto.subtle) return null;
+    const hash = async (...parts) => {
+        const bytes = await crypto.subtle.digest('SHA-256', new TextEncoder().encode(parts.join('\0')));
+        return Array.from(new Uint8Array(bytes), (byte) => byte.toString(16).padStart(2, '0')).join('').slice(0, 32);
+    };
+    let id = '';
+    for (const { role, content } of messages.filter((message) => message.role !== 'system')) {
+        id = await hash(id, await hash(role, content.normalize('NFC').replace(/\r\n?/g, '\n').trim()));
+    }
+    return id;
+}
+
+/** Has the server read the open chat in, where it does not know it as it stands. */
+async function readIn() {
+    const messages = settings().enabled ? shownMessages('normal') : [];
+    const who = messages.some((message) => message.role !== 'system') ? identity() : null;
+    if (!who) return;
+    state.changed = false;
+    try {
+        const last = await lastId(messages);
+        const known = last && await call(`${chatPath(who.id)}/messages?tip=${last}&limit=0`).catch(notKnown);
+        if (known) return;
+        const { name2: character } = client();
+        const shown = { parent_chat_id: who.parent || undefined, character, messages };
+        const answer = await call(`${chatPath(who.id)}/sync`, shown, 'POST', SYNC_TIMEOUT_MS);
+        if (identity()?.id === who.id) showStatus(true, `Connected; ${knownWords(answer)}.`);
+    } catch (error) {
+        state.changed = true; // the next reply tries again
+        showStatus(false, `${settings().server}: ${error.message}. The server knows only a part of this chat.`);
+    }
+}
+
+/** What a question for an unknown message is answered with; other errors go on. */
+function notKnown(error) {
+    if (error instanceof Refusal) return null;
+    throw error;
+}
+
+function knownWords({ messages, unembedded }) {
+    const known = `all ${messages} messages of this chat are known`;
+    return unembedded ? `${known}, ${unembedded} are still being indexed` : known;
+}
+
+/** The open chat has changed in a way that later requests may not show. Several changes are read in at once. */
+function onMessagesChanged() {
+    state.changed = true;
+    state.reading = state.reading.then(() => state.changed && readIn());
+}
+
 // ------------------------------------------------------------------------------------------- beside another API
 
 /** Puts prompts in, and takes out those put in before. */
@@ -12168,7 +12840,12 @@ function setPrompts(injections) {
 /** SillyTavern calls this before it makes a prompt, and waits for it. */
 async function remember(_chat, contextSize, _abort, type) {
     setPrompts([]);
-    if (!settings().enabled || isProxy(await modelAddress())) return;
+    if (!settings().enabled) return;
+    if (isProxy(await modelAddress())) { // its request shows only a part of the chat
+        if (state.changed) onMessagesChanged();
+        await Promise.race([state.reading, new Promise((done) => setTimeout(done, TIMEOUT_MS))]);
+        return;
+    }
     const messages = shownMessages(type ? kindOf(type) : state.kind);
     const who = messages.some((message) => message.role !== 'system') ? identity() : null;
     if (!who) return;
@@ -12421,6 +13098,7 @@ function onChatChanged() {
     showRecalled([], null);
     showChat();
     lookAtServer();
+    onMessagesChanged();
 }
 
 function start() {
@@ -12430,6 +13108,7 @@ function start() {
     listen('CHAT_COMPLETION_SETTINGS_READY', identify);
     listen('GENERATION_ENDED', () => { showChat(); showProxied(); });
     listen('CHAT_CHANGED', onChatChanged);
+    for (const name of ['MESSAGE_EDITED', 'MESSAGE_DELETED', 'MESSAGE_SWIPED']) listen(name, onMessagesChanged);
     buildPanel();
     lookAtServer();
 }
@@ -12475,6 +13154,7 @@ PAGE_HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }  # fmt: skip
 GUEST_PAGE = "/persona_memory/"  # where the memory page is on a server whose root is another's
+CLIENT_HEADERS = ("authorization", "bypass-tunnel-reminder", "content-type", "x-chat-id", "x-persona-memory")
 PREFLIGHT_SECONDS = 600  # for which a browser may keep the answer to a preflight; Chromium allows two hours at most
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -12771,9 +13451,37 @@ def raw_chunks(exchange: Exchange, relay: Relay) -> Iterator[bytes]:
 @proxy.get("/v1/models")
 @proxy.get("/models")
 def list_models() -> dict:
-    """The upstream's models."""
-    call, upstream = client_call(), engine().upstream
-    return {"object": "list", "data": wait_for(lambda: upstream.models(call), call, client_gone())}
+    """The upstream's models; where it lists none, the one that the settings name."""
+    call, memory = client_call(), engine()
+    try:
+        listed = wait_for(lambda: memory.upstream.models(call), call, client_gone())
+    except (UpstreamError, UnreadableAnswer) as error:
+        if not memory.settings.model or error.status in (401, 403):
+            raise
+        listed = [{"id": memory.settings.model, "object": "model", "created": 0, "owned_by": "upstream"}]
+    return {"object": "list", "data": listed}
+
+
+@proxy.get("/v1/models/<path:model>")
+@proxy.get("/models/<path:model>")
+def one_model(model: str) -> dict:
+    """One of the upstream's models."""
+    found = next((row for row in list_models()["data"] if row["id"] == model), None)
+    if found is None:
+        raise NotFound(f"The upstream lists no model {model!r}.", "model")
+    return found
+
+
+@proxy.post("/v1/completions")
+@proxy.post("/completions")
+@proxy.post("/v1/responses")
+@proxy.post("/responses")
+def other_apis() -> dict:
+    """OpenAI's other ways to ask for text, which tell no messages apart."""
+    raise NotFound(
+        f"{flask.request.path} is not served here: memory needs a chat's messages. Set your client to chat completions "
+        "(POST /v1/chat/completions)."
+    )
 
 
 api = flask.Blueprint("api", __name__, url_prefix="/api/persona_memory")
@@ -12814,6 +13522,12 @@ def search_all() -> dict:
     if not text.strip():
         raise InvalidRequest("q must say what to search for.", "q")
     return engine().find(text, number_argument("limit", 50))
+
+
+@api.post("/chats/<chat:chat>/sync")
+def sync(chat: str) -> dict:
+    """The whole chat as a client shows it."""
+    return engine().sync(chat, request_json())
 
 
 @api.post("/inject")
@@ -13073,10 +13787,15 @@ def check_origin() -> None:
         raise ForeignOrigin("Pages of other sites may not embed what this server answers.")
 
 
+def named_origins() -> list[str]:
+    """The web origins that the user has named."""
+    return [o.strip().rstrip("/") for o in engine().settings.allow_origin.split(",") if o.strip()]
+
+
 def allowed_origin(origin: str) -> bool:
     """Whether pages of an origin may call. Pages of this server may, also under https where a proxy in front of it adds
     that; `check_host` has excluded DNS rebinding."""
-    named = [o.strip().rstrip("/") for o in engine().settings.allow_origin.split(",") if o.strip()]
+    named = named_origins()
     own = origin in (f"http://{flask.request.host}", f"https://{flask.request.host}")
     return own or (origin in named if named else bool(LOCAL_ORIGIN.fullmatch(origin)))
 
@@ -13090,16 +13809,19 @@ def forbid_embedding(response: flask.Response) -> flask.Response:
 
 def allow_origins(response: flask.Response) -> flask.Response:
     """Lets pages of allowed origins read the answer (Fetch standard, "CORS protocol")."""
-    origin = flask.request.headers.get("Origin")
+    asked = flask.request.headers
+    origin, names = asked.get("Origin"), asked.get("Access-Control-Request-Headers", "")
     if origin and allowed_origin(origin):
+        # Clients send headers of their own (OpenAI's library x-stainless-*): those that were asked for are allowed too.
+        more = [name for name in re.split(r"[\s,]+", names.lower()) if re.fullmatch(r"[\w-]{1,60}", name)]
         response.headers["Access-Control-Allow-Origin"] = origin
         response.headers["Access-Control-Allow-Methods"] = "GET, POST, PATCH, DELETE, OPTIONS"
-        response.headers["Access-Control-Allow-Headers"] = (
-            "authorization, bypass-tunnel-reminder, content-type, x-chat-id, x-persona-memory"
-        )
-        response.headers["Access-Control-Expose-Headers"] = "X-Chat-Id, X-Persona-Memory"
+        response.headers["Access-Control-Allow-Headers"] = ", ".join(dict.fromkeys((*CLIENT_HEADERS, *more)))
+        response.headers["Access-Control-Expose-Headers"] = "X-Chat-Id, X-Persona-Memory, Retry-After, x-should-retry"
         response.headers["Access-Control-Max-Age"] = str(PREFLIGHT_SECONDS)
-    response.headers.add("Vary", "Origin")
+        if asked.get("Access-Control-Request-Private-Network") == "true" and origin in named_origins():
+            response.headers["Access-Control-Allow-Private-Network"] = "true"  # (WICG, "Private Network Access")
+    response.headers.add("Vary", "Origin, Access-Control-Request-Headers")
     return response
 
 
@@ -13107,7 +13829,10 @@ def show_error(error: Exception) -> tuple[flask.Response, int, dict]:
     """Any error as JSON in OpenAI's shape, without a traceback."""
     known = public_error(error)
     retry_after = getattr(known, "retry_after", None)
-    return flask.jsonify(known.body()), known.status, {"Retry-After": retry_after} if retry_after else {}
+    headers = {"Retry-After": retry_after} if retry_after else {}
+    if known.retried:  # OpenAI's libraries would try again, and so would each proxy between
+        headers["x-should-retry"] = "false"
+    return flask.jsonify(known.body()), known.status, headers
 
 
 class ChatId(BaseConverter):
@@ -13122,7 +13847,7 @@ class ChatId(BaseConverter):
 
 def exact_paths(app: Callable, prefix: str = "/api/", joined: bool = True) -> Callable:
     """WSGI middleware: paths under `prefix` stay quoted, since ids may hold slashes. Elsewhere, with `joined`, several
-    slashes count as one, since clients join URLs carelessly (`/v1//chat/completions`)."""
+    slashes count as one, and one at the end as none, since clients join URLs carelessly (`/v1//chat/completions/`)."""
 
     def wrapped(environ: dict, start_response: Callable) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -13131,7 +13856,8 @@ def exact_paths(app: Callable, prefix: str = "/api/", joined: bool = True) -> Ca
         if quoted.startswith(prefix):
             environ["PATH_INFO"] = quoted
         elif joined:
-            environ["PATH_INFO"] = re.sub("/{2,}", "/", path)
+            path = re.sub("/{2,}", "/", path)
+            environ["PATH_INFO"] = path if path == GUEST_PAGE else path.rstrip("/") or "/"
         return app(environ, start_response)
 
     return wrapped
@@ -13214,6 +13940,7 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
 # ======================================================================================================================
 
 START_DELAY = 1.0  # seconds from listening to loading the models
+SHUTDOWN_SECONDS = 2.0
 EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # hosts that mean all addresses, and one of them for URLs
 
 
@@ -13279,6 +14006,8 @@ def checked(settings: Settings) -> Settings:
         )
     if settings.port > 65535:
         raise SettingsError(f"--port is at most 65535, not {settings.port}.")
+    if settings.summary_upstream == "gemini" and not settings.summary_key:
+        raise SettingsError("The summaries' upstream gemini needs a key: set --summary-key.")
     if settings.upstream == "gemini" and not settings.upstream_key:
         raise SettingsError("The upstream gemini needs a key: set GEMINI_API_KEY or --upstream-key.")
     if not settings.upstream_limit or not settings.upstream_timeout:
@@ -13611,7 +14340,9 @@ def start_text(settings: Settings, port: int) -> str:
 def set_up_log(settings: Settings) -> None:
     """Sends the log to stderr, in the format of the settings."""
     handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter(settings.log_format, (settings.upstream_key, settings.api_key)))
+    handler.setFormatter(
+        LogFormatter(settings.log_format, (settings.upstream_key, settings.summary_key, settings.api_key))
+    )
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for library in ("httpx", "faiss", "sentence_transformers", "torch", "waitress"):
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -13638,10 +14369,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         log_event("started", greeting, port=int(server.effective_port))
     else:
         print(greeting, file=sys.stderr, flush=True)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
     with contextlib.suppress(KeyboardInterrupt):
-        server.run()
+        server.run()  # waits some seconds for the replies that are running
+    with contextlib.suppress(KeyboardInterrupt):  # who is in a hurry presses again
+        server.memory.upstream.close()  # what still runs is kept as far as it came
+        server.task_dispatcher.shutdown(timeout=SHUTDOWN_SECONDS)
     server.memory.close()
     return 0
+
+
+def interrupt(*_: Any) -> None:
+    """Ends the program as Ctrl-C does; for SIGTERM, which service managers and `docker stop` send."""
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 import functools
 import os
+import ssl
 import sys
 import threading
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -16,27 +18,47 @@ from fakes import LocalServer, Upstream, settings  # noqa: E402
 
 import persona_memory  # noqa: E402
 
+ssl.create_default_context = functools.cache(ssl.create_default_context)  # each client would read all certificates anew
+
 REAL_PAUSES = {name: getattr(persona_memory, name) for name in ("FIRST_PAUSE_SECONDS", "PAUSE_JITTER_SECONDS")}
 
 hypothesis.settings.register_profile("unhurried", deadline=None)  # how long a step takes is the benchmarks' matter
 hypothesis.settings.load_profile("unhurried")
 
 
+MOST_WORKERS = 4  # each loads the embedder
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """A process for each core runs the whole suite; a file or a test of it runs in this one, which is there already."""
+    whole = all(Path(given).is_dir() for given in config.args)
+    return min(os.cpu_count() or 1, MOST_WORKERS) if whole else 0
+
+
 class SharedModel:
-    """One loaded model for all servers of this process, used by one thread at a time as its tokenizer needs it."""
+    """One loaded model for all servers of this process, used by one thread at a time as its tokenizer needs it.
+
+    It embeds every text once: the tests' chats say the same words again and again.
+    """
 
     def __init__(self, model):
         self.model = model
         self.lock = threading.Lock()
+        self.known = {}
 
-    def encode(self, *args, **kwargs):
+    def encode(self, texts, **options):
+        """Vectors, float32 [len(texts), dimensions]."""
+        how = tuple(sorted(options.items()))
         with self.lock:
-            return self.model.encode(*args, **kwargs)
+            if fresh := [text for text in dict.fromkeys(texts) if (text, how) not in self.known]:
+                vectors = self.model.encode(fresh, **options)
+                self.known |= {(text, how): vector for text, vector in zip(fresh, vectors, strict=True)}
+            return np.stack([self.known[text, how] for text in texts])
 
 
 @pytest.fixture(scope="session", autouse=True)
 def load_the_embedder_once():
-    """The model is the real one, loaded when first needed; only loading it again for each server is saved."""
+    """The model is the real one, loaded when first needed; only doing the same work again for each server is saved."""
     load = persona_memory.load_sentence_transformer
     persona_memory.load_sentence_transformer = functools.cache(lambda name: SharedModel(load(name)))
     yield

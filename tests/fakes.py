@@ -66,6 +66,7 @@ STEERING = {
     "gzip": False,  # compress plain answers for clients that accept it
     "context": None,  # n_ctx in GET /props (llama.cpp); None: no such route
     "routes": None,  # dict: path -> JSON answer, or bytes sent as HTML: other backends' routes, odd answers
+    "raw": None,  # (status, content type or None, body): sent as it is for chat completions; or a callable on the body
     "models": None,  # the entries of GET /models; an empty list: no such route
 }
 
@@ -225,6 +226,10 @@ class Handler(BaseHTTPRequestHandler):
     def chat(self, body: dict):
         if self.steering["hold"]:
             self.hold(self.steering["hold"])
+        raw = self.steering["raw"]
+        raw = raw(body) if callable(raw) else raw
+        if raw is not None:
+            return self.send_raw(*raw)
         if self.steering["status"] != 200:
             return self.send_error_answer()
         make = self.steering["reply"]
@@ -275,6 +280,17 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.request_record["sent"] += content  # first: who has the answer may look at once
+        self.wfile.write(content)
+
+    def send_raw(self, status: int, kind: str | None, content: bytes):
+        """Bytes under any content type or none, then the end of the connection."""
+        self.close_connection = True
+        self.send_response(status)
+        if kind:
+            self.send_header("Content-Type", kind)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.request_record["sent"] += content
         self.wfile.write(content)
 
     def send_stream(self, body: dict, text: str):
@@ -331,7 +347,10 @@ def parsed(raw: bytes):
 
 
 def usage(body: dict, text: str) -> dict:
-    prompt = len(json.dumps(body.get("messages", []))) // 4
+    """Counted as the program counts, so that it learns no other ratio."""
+    from persona_memory import message_tokens
+
+    prompt = 3 + sum(map(message_tokens, body.get("messages", [])))
     return {"prompt_tokens": prompt, "completion_tokens": len(pieces(text)), "total_tokens": prompt + len(pieces(text))}
 
 

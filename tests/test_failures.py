@@ -348,9 +348,8 @@ CASES = [
     Case(
         "ended without an end",
         ({"error_after": (2, gemini.unavailable())},),
-        ({"events": FIRST_WORDS},),
+        None,
         words="cut off",
-        text={"gemini": "", "openai": "The lamp"},
         modes=STREAM,
         partial=True,
     ),
@@ -377,16 +376,15 @@ CASES = [
         ({"garbage_after": 0},),
         (openai_garbage,),
         status=502,
-        words={"gemini": "cannot be read", "openai": {"plain": "no completion", "stream": "cannot be read"}},
-        requests={"gemini": 1, "openai": {"plain": 1, "stream": 1}},
+        words="cannot be read",
     ),
     Case(
         "no candidates, no choices",
         ({"empty_candidates": True},),
         (openai_choiceless,),
         status=502,
-        words={"gemini": "empty", "openai": {"plain": "no completion", "stream": "empty"}},
-        requests={"gemini": 2, "openai": 1},
+        words="empty",
+        requests=2,
     ),
     Case(
         "no candidates once",
@@ -751,7 +749,12 @@ def tale(request) -> list[dict]:
         for n in range(1, 60)
     ]
     question = {"role": "user", "content": f"Who sold the mule? ({own})"}
-    return [{"role": "system", "content": "You are Mira."}, {"role": "user", "content": FACT}, *steps, question]
+    return [
+        {"role": "system", "content": "You are Mira."},
+        {"role": "user", "content": f"{FACT} ({own})"},
+        *steps,
+        question,
+    ]
 
 
 def has_memories(request: dict) -> bool:

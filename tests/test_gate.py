@@ -1,6 +1,7 @@
 """The way to an upstream: places, their order, who gives way, and when another try is made."""
 
 import contextlib
+import itertools
 import json
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -379,3 +380,22 @@ def test_who_hangs_up_while_the_model_loads_is_not_kept_waiting():
         waiting.result(TIMEOUT)
     loading.set_result("model")
     assert pm.Call().result(loading) == "model"
+
+
+def test_an_answer_that_nobody_reads_waits_for_its_reader():
+    """So many pieces and no more are held for a client that reads slowly; one that leaves ends it."""
+    taken, call = itertools.count(), pm.Call()
+    relay = pm.Relay((next(taken) for _ in range(10**6)), call, lambda: False)
+    wait_until(lambda: relay._queue.full())
+    assert [relay.next(TIMEOUT) for _ in range(3)] == [0, 1, 2]
+    relay.close()
+    assert next(taken) <= pm.MOST_RELAYED + 8
+
+
+def test_errors_say_whether_there_is_a_use_in_trying_again(monkeypatch):
+    """What was tried as often as it may be is no matter of another try; what was not, is the client's to decide."""
+    monkeypatch.setattr(pm.Call, "sleep", lambda call, seconds: None)
+    for error, retried in ((refusal(503), True), (refusal(400), False), (refusal(429, retry_after="90"), False)):
+        with pytest.raises(pm.UpstreamError) as failure:
+            pm.Gate(1, pm.Metrics()).retry(pm.Call(), failing([error] * 9))
+        assert failure.value.retried is retried

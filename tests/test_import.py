@@ -577,8 +577,9 @@ EXPORT = {
     "facts": [],
 }
 ROW_ID = pm.message_id("", pm.message_digest("user", "Hi"))
-FACT = pm.asdict(pm.Fact("f", "cat", "The cat is Miso.", "Miso", ROW_ID, 0, 0))
-SUMMARY = pm.asdict(pm.new_summary(1, ROW_ID, ROW_ID, 0, 0, "They met.", 9, "user"))
+TEXT = pm.message_digest("user", "Hi")
+FACT = pm.asdict(pm.Fact("f", "cat", "The cat is Miso.", "Miso", TEXT, 0, 0))
+SUMMARY = pm.asdict(pm.new_summary(1, [TEXT], 0, "They met.", 9, "user"))
 ROW = {"id": ROW_ID, "parent": "", "role": "user", "content": "Hi"}
 
 
@@ -677,8 +678,10 @@ def trees(draw) -> list[dict]:
             draw(st.floats(1e9, 2e9)), 0, role == "user" or draw(st.booleans()), draw(st.booleans()), None,
             draw(st.booleans()), draw(st.booleans()), voice,
         )  # fmt: skip
-        rows.setdefault(key, pm.edited(made, draw(SAID)) if draw(st.booleans()) else made)
-    return list(rows.values())
+        words = draw(st.none() | SAID)
+        rows.setdefault(key, pm.with_mark(made, pm.replace(made.mark, content=words)))
+    marks = pm.changed_marks({}, list(rows.values()), ())  # the same words have the same marks everywhere
+    return [pm.with_mark(m, pm.mark_for(marks.get(m.digest, {}), m)) for m in rows.values()]
 
 
 class Shelf:
@@ -706,10 +709,10 @@ def folders(tmp_path_factory):
 def test_an_export_comes_back_as_it_was(folders, messages, data):
     """Export, import into an empty folder, export: equal, whatever the tree."""
     tip = data.draw(st.sampled_from(["", *(m.id for m in messages)]))
-    end = data.draw(st.sampled_from(messages)).id
+    text = data.draw(st.sampled_from(messages)).digest
     told = {
-        "summaries": [pm.asdict(pm.new_summary(1, end, end, 0, 0, "They met.", 9, "user"))],
-        "facts": [pm.asdict(pm.Fact("f", "cat", "The cat is Miso.", "Miso", end, 0, 0, True, False))],
+        "summaries": [pm.asdict(pm.new_summary(1, [text], 0, "They met.", 9, "user"))],
+        "facts": [pm.asdict(pm.Fact("f", "cat", "The cat is Miso.", "Miso", text, 0, 0, True, False))],
     }
     whole = {
         "format": "persona_memory", "version": 1,

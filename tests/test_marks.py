@@ -144,6 +144,82 @@ def test_marks_survive_a_restart_and_the_clients_next_request(upstream, data_dir
         assert row["original"] == padded[0]["content"]
 
 
+def with_letter_changed(place: int) -> list[dict]:
+    """The history with one letter of a message changed."""
+    return [{**m, "content": m["content"] + ("!" if n == place else "")} for n, m in enumerate(HISTORY)]
+
+
+def test_marks_hold_on_a_branch_that_an_edit_above_them_makes(running, upstream):
+    """Each later message then hangs under another one; what was said of its words stays."""
+    ask(running, upstream)
+    change(running, 2, pinned=True)
+    change(running, 3, forgotten=True)
+    change(running, 4, content="The ferry sank at noon.")
+    shown = with_letter_changed(1)
+    prompt = ask(running, upstream, "Then keep it away from whom?", shown=shown)
+    assert "The red key opens the crypt" in prompt and "away from the abbot" not in prompt
+    rows = [row_of(running, place) for place in (2, 3, 4)]
+    assert [row["content"] for row in rows] == [TALK[2][1], TALK[3][1], "The ferry sank at noon."]
+    assert [(row["pinned"], row["forgotten"], row["edited"]) for row in rows] == [
+        (True, False, False), (False, True, False), (False, False, True)]  # fmt: skip
+    assert TALK[3][1] not in search(running, "keep away abbot")
+    change(running, 3, forgotten=False)
+    assert TALK[3][1] in search(running, "keep away abbot")
+    assert "away from the abbot" in ask(running, upstream, "Then keep it away from whom?")
+
+
+def test_words_that_stand_twice_have_one_mark_and_are_told_once(running, upstream):
+    """Wherever they stand, also where the client says them again later."""
+    again = {"role": "user", "content": TALK[2][1]}
+    shown = [*HISTORY[:6], again, *HISTORY[7:]]
+    ask(running, upstream, shown=shown)
+    change(running, 2, pinned=True)
+    assert row_of(running, 6)["pinned"] is True
+    prompt = ask(running, upstream, "Which key opens the crypt below the chapel?", shown=shown)
+    assert prompt.count("The red key opens the crypt") == 1
+    change(running, 6, pinned=False, forgotten=True)
+    assert "The red key" not in ask(running, upstream, "Which key opens the crypt?", shown=shown)
+    later = [*shown, {"role": "assistant", "content": "Well."}, again, {"role": "assistant", "content": "So it is."}]
+    ask(running, upstream, "Which key?", shown=later)
+    assert row_of(running, len(later) - 2)["forgotten"] is True
+
+
+def test_a_mark_is_one_speakers(data_dir):
+    """Two may say the same; a client that gives no names means either."""
+    store = pm.ChatStore(data_dir / "chat")
+    mira, tom, nobody = (pm.replace(pm.new_message(pm.ROOT, "assistant", "Yes.", n)) for n in ("Mira", "Tom", None))
+    below = [pm.new_message(mira.id, m.role, f"Yes.{' ' * n}", m.name) for n, m in enumerate((tom,))]
+    store.commit([mira, *below], {"chat_id": "x"})
+    store.commit(marked=[pm.with_mark(mira, pm.Mark(forgotten=True))])
+    assert [m.forgotten for m in store.read([mira.id, below[0].id])] == [True, False]
+    marks = store.marks[mira.digest]
+    assert pm.mark_for(marks, nobody) == pm.Mark(forgotten=True) and pm.mark_for(marks, tom) is None
+    store.commit(marked=[pm.with_mark(nobody, pm.Mark())])
+    assert not store.read([mira.id])[0].forgotten
+    store.close()
+
+
+def test_a_branch_a_copy_and_an_import_take_marks_along(running, upstream):
+    """And what the chat says of the words already stays."""
+    ask(running, upstream)
+    change(running, 0, forgotten=True)
+    copy = {"role": "system", "content": PERSONA["content"]}
+    body = {"chat_id": "branch", "persona_memory": {"parent_chat_id": "tale"}}
+    say(running.url, [copy, *HISTORY[:-2], {"role": "user", "content": ASKED}], stream=False, **body)
+    kept = call(running, "GET", "messages?limit=1", chat_id="branch").json()["messages"][0]
+    assert kept["forgotten"] is True
+    whole = call(running, "GET", "export").json()
+    assert httpx.request("DELETE", f"{running.url}/api/persona_memory/chats/tale", timeout=60).status_code == 200
+    ask(running, upstream)
+    change(running, 2, forgotten=True)
+    change(running, 2, forgotten=False, pinned=True)
+    whole["messages"][2]["forgotten"] = True
+    answer = httpx.post(f"{running.url}/api/persona_memory/import", json=whole, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert row_of(running, 0)["forgotten"] is True
+    assert (row_of(running, 2)["forgotten"], row_of(running, 2)["pinned"]) == (False, True)
+
+
 def test_another_process_on_the_same_folder_sees_the_change(upstream, data_dir):
     """The generation counter tells it to catch up."""
     given = settings(data_dir, upstream.url, context=1024, no_guidance=True)
@@ -180,7 +256,7 @@ def test_a_fact_follows_its_message():
     fact = pm.Fact("f", "mule", "The mule is sold.", "sold the mule", "m", 0, 3)
     message = pm.Message("m", pm.ROOT, "user", "Tomas sold the mule.")
     assert pm.still_quotes(fact, message)
-    assert not pm.still_quotes(fact, pm.edited(message, "Tomas kept the mule."))
+    assert not pm.still_quotes(fact, pm.with_mark(message, pm.Mark(content="Tomas kept the mule.")))
     assert not pm.still_quotes(fact, pm.replace(message, forgotten=True))
 
 

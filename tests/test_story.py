@@ -53,10 +53,10 @@ def branch(*texts: str) -> list[pm.Message]:
     return messages
 
 
-def summary(start: int, end: int, level: int = 1, text: str = SOUND, ids: list[str] | None = None) -> pm.Summary:
+def summary(start: int, end: int, level: int = 1, text: str = SOUND, texts: list[str] | None = None) -> pm.Summary:
     """A summary of those places of a branch."""
-    first, last = (ids[start], ids[end]) if ids else (f"m{start}", f"m{end}")
-    return pm.new_summary(level, first, last, start, end, text, 400, "model")
+    covered = texts[start : end + 1] if texts else [f"m{i}" for i in range(start, end + 1)]
+    return pm.new_summary(level, covered, start, text, 400, "model")
 
 
 def fact(about: str, text: str, index: int, **more) -> pm.Fact:
@@ -64,23 +64,58 @@ def fact(about: str, text: str, index: int, **more) -> pm.Fact:
     return pm.Fact(f"{about}{index}", about, text, "words", f"m{index}", index, index, **more)
 
 
-def places(count: int) -> dict[str, int]:
-    """The places of a branch of messages m0, m1, ..."""
-    return {f"m{i}": i for i in range(count)}
+def texts(count: int) -> list[str]:
+    """The texts of a branch of messages m0, m1, ..."""
+    return [f"m{i}" for i in range(count)]
 
 
 # ---------------------------------------------------------------------------- which summaries make the story
 
 
 def test_the_story_is_what_no_higher_level_has_taken_in():
-    """Oldest first; summaries whose last message is not on the branch, or elsewhere on it, are not in it."""
+    """Oldest first; summaries whose texts are not all on the branch, or not side by side, are not in it."""
     low = [summary(i, i + 3) for i in (0, 4, 8, 12)]
     high = summary(0, 7, 2)
-    elsewhere = replace(summary(16, 19), last="other")
-    moved = replace(summary(16, 19), last="m18")
-    assert pm.story_of([*reversed(low), elsewhere, moved, high], places(20)) == [high, *low[2:]]
-    assert pm.story_of([*low, high], places(7)) == low[:1]
-    assert pm.story_of([], places(3)) == []
+    elsewhere = replace(summary(16, 19), texts=("m16", "m17", "m18", "other"))
+    parted = replace(summary(16, 19), texts=("m16", "m17", "m19", "m18"))
+    assert pm.story_of([*reversed(low), elsewhere, parted, high], texts(20)) == [high, *low[2:]]
+    assert pm.story_of([*low, high], texts(7)) == low[:1]
+    assert pm.story_of([], texts(3)) == []
+
+
+def test_a_summary_moves_with_what_it_covers():
+    """Deleting or inserting above it changes its numbers and nothing else; what stands twice is told twice."""
+    low = summary(4, 7)
+    (moved,) = pm.story_of([low], texts(20)[2:])
+    assert (moved.start, moved.end, moved.since) == (2, 5, 5) and moved.tokens == pm.line_tokens(moved)
+    assert replace(moved, start=4, end=7, since=7, tokens=low.tokens) == low
+    assert [s.start for s in pm.story_of([low], [*texts(8), *texts(8)])] == [4, 12]
+    same = pm.new_summary(1, ["ok"] * 4, 0, SOUND, 400, "model")
+    assert [s.start for s in pm.story_of([same], ["ok"] * 10)] == [0, 4], "what stands side by side does not overlap"
+
+
+def test_a_gap_that_a_change_has_left_is_filled_whatever_its_length():
+    """One that is a little longer than a stretch is filled at once; behind the story it takes a whole stretch."""
+    story = [summary(20, 39), summary(40, 59)]
+    assert pm.next_stretch(story, 0, 70, 20) == range(20)
+    assert pm.next_stretch(story, 1, 70, 20) == range(1, 20)
+    assert pm.next_stretch(story[1:], 15, 70, 20) == range(15, 40)
+    assert pm.next_stretch(story[1:], 5, 70, 20) == range(5, 25)
+    assert pm.next_stretch(story, 20, 79, 20) is None
+    assert pm.next_stretch(story, 20, 80, 20) == range(60, 80)
+    assert pm.next_stretch(story[1:], 30, 35, 20) is None
+
+
+def test_a_users_words_are_kept_beside_what_has_replaced_them():
+    """As long as half of what they cover is on the branch; those that stand there are in the story."""
+    own = replace(summary(4, 7), source="user")
+    branch = texts(20)
+    assert pm.replaced_words([own], branch) == []
+    branch[5] = "other"
+    (kept,) = pm.replaced_words([own, summary(8, 11)], branch)
+    assert (kept.text, kept.start, kept.end) == (own.text, 4, 7)
+    assert pm.replaced_words([own], branch[6:]) == [replace(own, start=0, end=1)]
+    assert pm.replaced_words([own], branch[7:]) == []
 
 
 def test_the_next_gap_is_the_first_place_without_a_summary():
@@ -409,10 +444,10 @@ def row(quote: str, number: int = 1, about: str = "Tomas's home", text: str = "T
 def test_a_fact_stands_in_the_message_that_it_quotes():
     """Case and signs do not matter; a wrong number is mended, or none at all."""
     (found,) = pm.checked_facts([row("i live in PORTO", 11)], TOLD, 10)
-    assert (found.message, found.index, found.end) == (TOLD[0].id, 10, 13)
+    assert (found.digest, found.index, found.end) == (TOLD[0].digest, 10, 13)
     for number in (1, 12, 999, -4, "two", None, 12.0, [1]):
         (mended,) = pm.checked_facts([row("hates the rain", number)], TOLD, 10)
-        assert (mended.message, mended.index) == (TOLD[2].id, 12)
+        assert (mended.digest, mended.index) == (TOLD[2].digest, 12)
 
 
 @pytest.mark.parametrize(
@@ -443,7 +478,7 @@ def test_one_stretch_gives_few_facts():
 def test_a_newer_fact_supersedes_the_older_and_says_so():
     """The same thing under another spelling of its name; the older one stands behind it in the same line."""
     old, new = fact("Home of Tomas", "Tomas lives in Porto.", 2), fact("home of tomas!", "Tomas lives in Faro.", 9)
-    ((held, before),) = pm.facts_of([new, old], places(12), 12)
+    ((held, before),) = pm.facts_of([new, old], texts(12), 12)
     assert (held, before) == (new, old)
     assert pm.fact_line(held, before) == "- #10 Tomas lives in Faro. (earlier, #3: Tomas lives in Porto.)"
     assert pm.fact_line(held, None) == "- #10 Tomas lives in Faro."
@@ -457,14 +492,14 @@ def test_facts_come_pinned_first_then_the_newest():
         fact("d", "gone", 4, forgotten=True),
         fact("e", "elsewhere", 40), replace(fact("f", "still shown", 5), end=10),
     ]  # fmt: skip
-    assert [f.text for f, _ in pm.facts_of(facts, places(20), 10)] == ["pinned", "new", "old"]
+    assert [f.text for f, _ in pm.facts_of(facts, texts(20), 10)] == ["pinned", "new", "old"]
 
 
 def test_what_superseded_a_fact_can_be_forgotten():
     """Then the older one holds again; a pinned one holds against newer ones."""
     old, new = fact("home", "Porto", 2), fact("home", "Faro", 9)
-    assert pm.facts_of([old, replace(new, forgotten=True)], places(12), 12) == [(old, None)]
-    assert pm.facts_of([replace(old, pinned=True), new], places(12), 12)[0][0].text == "Porto"
+    assert pm.facts_of([old, replace(new, forgotten=True)], texts(12), 12) == [(old, None)]
+    assert pm.facts_of([replace(old, pinned=True), new], texts(12), 12)[0][0].text == "Porto"
 
 
 # ---------------------------------------------------------------------------- the story in the prompt
@@ -552,8 +587,8 @@ def told_trees(draw):
     for _ in range(draw(st.integers(1, 10))):
         path = draw(st.sampled_from(branches))
         start, end = sorted(draw(st.tuples(*[st.integers(0, len(path) - 1)] * 2)))
-        summaries.append(summary(start, end, draw(st.integers(1, 3)), ids=path))
-        facts.append(replace(fact(f"thing {len(facts)}", "so", start), message=path[start], end=end))
+        summaries.append(summary(start, end, draw(st.integers(1, 3)), texts=path))
+        facts.append(replace(fact(f"thing {len(facts)}", "so", start), digest=path[start], end=end))
     return branches, summaries, facts
 
 
@@ -563,12 +598,11 @@ def test_a_branchs_story_is_made_of_stretches_that_are_all_on_it(tree):
     """A summary stands on a branch exactly when all messages of its range do; none of them is told twice."""
     branches, summaries, _ = tree
     for path in branches:
-        spots = {key: place for place, key in enumerate(path)}
-        standing = [s for s in summaries if path[s.start : s.end + 1][-1:] == [s.last] and path[s.start] == s.first]
-        story = pm.story_of(summaries, spots)
+        standing = [s for s in summaries if path[s.start : s.end + 1] == list(s.texts)]
+        story = pm.story_of(summaries, path)
         assert set(story) <= set(standing)
         for one in standing:  # alone it would be told
-            assert pm.story_of([one], spots) == [one]
+            assert pm.story_of([one], path) == [one]
         covered = {place for s in story for place in range(s.start, s.end + 1)}
         assert covered == {place for s in standing for place in range(s.start, s.end + 1)}
 
@@ -579,9 +613,8 @@ def test_a_fact_holds_on_the_branches_that_its_message_is_on(tree):
     """And nowhere else, and not while its stretch still stands in the prompt."""
     branches, _, facts = tree
     for path in branches:
-        spots = {key: place for place, key in enumerate(path)}
-        held = {f.id for f, _ in pm.facts_of(facts, spots, len(path))}
-        assert held == {f.id for f in facts if f.message in spots and f.end < len(path)}
+        held = {f.id for f, _ in pm.facts_of(facts, path, len(path))}
+        assert held == {f.id for f in facts if f.digest in path and f.end < len(path)}
 
 
 # ---------------------------------------------------------------------------- an upstream that writes summaries
@@ -1005,8 +1038,8 @@ def test_stories_follow_branches_through_any_course_of_a_chat(small, chronicler)
         game.turn(7000 + step)
         about, store = game.about(), open_chat(small, "course").store
         path, hidden = store.tree.path(about["last_prompt"]["tip"]), about["last_prompt"]["hidden"]
-        standing = {pm.summary_line(s) for s in store.summaries.values() if path[s.start : s.end + 1][-1:] == [s.last]
-                    and s.end < hidden}  # fmt: skip
+        on_it = pm.placed(store.summaries.values(), [store.tree.nodes[i].digest for i in path])
+        standing = {pm.summary_line(s) for s in on_it if s.end < hidden}
         told = story_in(chronicler.prompts[-1]).split(pm.FACTS_HEADING)[0].splitlines()[1:]
         assert {one for one in told if one != pm.STORY_ENDING} <= standing
         assert_sound(about, game.contents)
@@ -1323,7 +1356,7 @@ def test_a_story_that_is_due_from_the_first_second_survives_too(chronicler, data
     given = settings(data_dir, chronicler.url, **SMALL)
     early = pm.PersonaMemory(given)  # not started yet
     body = {"messages": [*Game(None, "early").fill(16).messages, {"role": "user", "content": line(16)}]}
-    early.record(early.prepare(body, "early", pm.Call()), ["Mira nods."])
+    early.record(early.builder.prepare(body, "early", pm.Call()), ["Mira nods."])
     wait_until(lambda: chronicler.working, "the request for a summary at the upstream")
     early.close()
     assert chronicler.hangups.acquire(timeout=PATIENCE)
@@ -1455,7 +1488,7 @@ BAD_CALLS = [
     ("PATCH", "story", {"text": ""}, 400, "text"),
     ("PATCH", "story", {"text": "  "}, 400, "text"),
     ("PATCH", "story", {"text": 5}, 400, "text"),
-    ("PATCH", "story", [], 400, "text"),
+    ("PATCH", "story", [], 400, None),
     ("PATCH", "story/no-such", {"text": "Words."}, 404, None),
     ("PATCH", "facts", {"pinned": "yes"}, 400, "pinned"),
     ("PATCH", "facts", {"pinned": 1}, 400, "pinned"),
@@ -1549,7 +1582,8 @@ def test_the_stock_extension_gets_an_extract_of_a_failing_upstream(wide, name):
 def test_the_stock_extension_must_send_a_text(told_house, body):
     """Else it is told so."""
     got = call(told_house.running.url, "POST", "summarize", body)
-    assert got.status_code == 400 and got.json()["error"]["param"] == "text"
+    param = "text" if isinstance(body, dict) else None
+    assert got.status_code == 400 and got.json()["error"]["param"] == param
 
 
 # ---------------------------------------------------------------------------- two programs, one folder

@@ -7,7 +7,9 @@ import threading
 
 import httpx
 import pytest
-from fakes import LocalServer, Upstream, free_port, say, settings
+from fakes import LocalServer, Upstream, completion, free_port, say, settings
+from hypothesis import given
+from hypothesis import strategies as st
 
 import persona_memory
 
@@ -35,6 +37,12 @@ def chat(request) -> list[dict]:
         {"role": "system", "content": "You are Mira, a lighthouse keeper."},
         {"role": "user", "content": f"Good evening from {request.node.name}"},
     ]
+
+
+@pytest.fixture
+def model(request) -> str:
+    """A model of this test's own: what a model's context is gets asked once."""
+    return request.node.name
 
 
 class Reader(threading.Thread):
@@ -152,7 +160,7 @@ def test_reasoning_and_tool_call_deltas_pass(server, upstream, chat):
     ]
     upstream.events = [event({"choices": [{"index": 0, "delta": delta}]}) for delta in deltas] + [b"data: [DONE]\n\n"]
     received = payloads(Reader(server, chat).rest())
-    assert [payload["choices"][0]["delta"] for payload in received[:-1]] == deltas
+    assert [payload["choices"][0]["delta"] for payload in received[:-1]] == [*deltas, {}]  # the last one ends it
 
 
 def test_a_compressed_answer_is_readable(server, upstream, chat):
@@ -414,7 +422,7 @@ def forty_slow_streams(server, upstream, chat, steering):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("status", [400, 401, 404, 429, 500, 503])
+@pytest.mark.parametrize("status", [400, 401, 404, 429, 500, 503, 529])
 def test_upstream_errors_keep_status_and_message(server, upstream, chat, status, stream):
     upstream.steer(status=status, error=f"no luck, {status}")
     answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": chat, "stream": stream}, timeout=FOREVER)
@@ -489,18 +497,268 @@ def test_an_upstream_that_comes_back_is_used_again(data_dir):
             assert say(running.url, hello).text == second.last["answer"]
 
 
+@pytest.mark.parametrize(("base", "hint"), [("/openai", True), ("/v1", False)])
+def test_an_address_without_its_version_is_told_with_it(upstream, data_dir, chat, base, hint):
+    """A 404 for the address says what was meant; one for the model does not."""
+    upstream.steer(status=404, error="Not Found")
+    with LocalServer(settings(data_dir, upstream.root + base), ready=False) as running:
+        assert (f"Did you mean --upstream {upstream.root}{base}/v1?" in say(running.url, chat).error) is hint
+        upstream.error = "The model `x` does not exist"
+        assert "Did you mean" not in say(running.url, chat).error
+
+
+# ---------------------------------------------------------------------------- how a model wants to be asked
+
+
+def refusing(rules: list[tuple]):
+    """An upstream that refuses requests as the rules say: each a test of the body, and the error's words and fields."""
+
+    def answer(body):
+        for applies, message, more in rules:
+            if applies(body):
+                return 400, "application/json", json.dumps({"error": {"message": message, **more}}).encode()
+        return 200, "application/json", json.dumps(completion(body, "At last.")).encode()
+
+    return answer
+
+
+def has_role(role):
+    return lambda body: any(message["role"] == role for message in body["messages"])
+
+
+ASKED = {"max_tokens": 900, "temperature": 0.3, "top_p": 0.9, "seed": 7, "frequency_penalty": 0.5, "stop": ["x"]}
+NO_MAX_TOKENS = (
+    "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+)
+ONE_TEMPERATURE = (
+    "Unsupported value: 'temperature' does not support 0.3 with this model. Only the default (1) is supported."
+)
+TOO_MANY = "max_tokens is too large: 900. This model supports at most 512 completion tokens, whereas you provided 900."
+EXTRA = [{"loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]
+
+
+def asked_without(*names: str) -> dict:
+    return {name: value for name, value in ASKED.items() if name not in names}
+
+
+REFUSALS = {  # kind -> (rules, what is sent in the end, requests until then)
+    "max_tokens": (
+        [
+            (
+                lambda body: "max_tokens" in body,
+                NO_MAX_TOKENS,
+                {"param": "max_tokens", "code": "unsupported_parameter"},
+            ),
+            (lambda body: body.get("temperature", 1) != 1, ONE_TEMPERATURE, {"param": "temperature"}),
+        ],
+        asked_without("max_tokens", "temperature") | {"max_completion_tokens": 900},
+        3,
+    ),
+    "too many": (
+        [(lambda body: body["max_tokens"] > 512, TOO_MANY, {"param": "max_tokens"})],
+        ASKED | {"max_tokens": 512},
+        2,
+    ),
+    "penalties": (
+        [(lambda body: "frequency_penalty" in body, "Penalty is not enabled for this model", {})],
+        asked_without("frequency_penalty"),
+        2,
+    ),
+    "both": (
+        [(lambda body: "top_p" in body, "`temperature` and `top_p` cannot both be specified for this model.", {})],
+        asked_without("top_p"),
+        2,
+    ),
+    "extra": ([(lambda body: "seed" in body, "", {"detail": EXTRA})], asked_without("seed"), 2),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_what_a_model_refuses_is_learned_from_its_error(server, upstream, chat, model, kind, stream):
+    """It is asked again at once, and from then on in the right way."""
+    rules, sent, requests = REFUSALS[kind]
+    upstream.raw = refusing(rules)
+    for turn in (requests, requests + 1):
+        reply = say(server.url, chat, stream=stream, model=f"{model} {stream}", **ASKED)
+        assert (reply.text, reply.error, len(upstream.chats)) == ("At last.", None, turn)
+        assert {k: v for k, v in upstream.last["body"].items() if k in {**ASKED, "max_completion_tokens": 0}} == sent
+    say(server.url, chat, model=f"{model} another", **ASKED | {"seed": 8})
+    assert upstream.chats[turn]["body"]["seed"] == 8  # what one model refuses is none of another's business
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ("temperature must be between 0 and 1", None),
+        ("Invalid value for 'temperature'", "temperature"),
+        ("The model `x` does not support images", None),
+        ("Please stop, this is not supported", None),
+    ],
+)
+def test_other_refusals_are_the_clients_to_know(server, upstream, chat, model, message, param):
+    upstream.raw = refusing([(lambda body: True, message, {"param": param})])
+    reply = say(server.url, chat, model=model, **ASKED)
+    assert message in reply.error
+    assert len(upstream.chats) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "System role not supported",
+        "Developer instruction is not enabled for models/gemma-3-27b-it",
+        "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
+    ],
+)
+def test_a_model_without_a_system_role_reads_the_text_from_the_user(server, upstream, chat, model, words):
+    upstream.raw = refusing([(has_role("system"), words, {})])
+    say(server.url, chat, model=model)
+    (message,) = upstream.last["body"]["messages"]
+    assert message == {"role": "user", "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}
+
+
+def test_a_server_that_knows_no_developer_gets_a_system_message(server, upstream, chat, model):
+    upstream.raw = refusing([(has_role("developer"), "'developer' is not one of ['system', 'user', 'assistant']", {})])
+    say(server.url, [chat[0] | {"role": "developer"}, chat[1]], model=model)
+    assert upstream.last["body"]["messages"] == chat
+
+
+def test_system_text_without_a_user_to_say_it():
+    messages = [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "system", "content": "Late."}]
+    told = persona_memory.without_system([{"role": "system", "content": "Mira."}, *messages])
+    assert told[0]["content"] == [{"type": "text", "text": "Mira."}, {"type": "image_url"}]
+    assert told[1] == {"role": "user", "content": "Late."}
+
+
+class Thinker:
+    """A model that needs so many tokens before its first word."""
+
+    def __init__(self, needs: int, hidden: bool):
+        self.needs, self.hidden = needs, hidden
+
+    def __call__(self, body):
+        limit = body.get("max_tokens") or body.get("max_completion_tokens")
+        if limit >= self.needs:
+            answer = completion(body, "A summary.")
+        else:
+            answer = completion(body, "")
+            answer["choices"][0]["finish_reason"] = "length"
+            answer["choices"][0]["message"] |= {} if self.hidden else {"reasoning_content": "Hm. " * 40}
+        return 200, "application/json", json.dumps(answer).encode()
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_requests_of_our_own_get_room_for_thoughts(upstream, data_dir, hidden):
+    """A summary that was all thoughts is asked for with more room and low effort; the next one at once."""
+    asked = persona_memory.make_upstream(settings(data_dir, upstream.url), persona_memory.Metrics())
+    upstream.raw = Thinker(20_000, hidden)
+    body = {"model": "thinker", "messages": [{"role": "user", "content": "Summarise."}], "max_tokens": 400}
+    for requests in (3, 4):
+        answer = asked.complete(body, persona_memory.Call(background=True))
+        assert answer["choices"][0]["message"]["content"] == "A summary."
+        assert len(upstream.chats) == requests
+        assert upstream.last["body"]["reasoning_effort"] == "low"
+    assert "reasoning_effort" not in asked._dialects.get("thinker").request(body)  # a client's request is the client's
+
+
+def test_thoughts_without_end_are_given_up(upstream, data_dir):
+    """Three requests, and an error that says what to do."""
+    asked = persona_memory.make_upstream(settings(data_dir, upstream.url), persona_memory.Metrics())
+    upstream.raw = Thinker(10**9, False)
+    body = {"model": "thinker", "messages": [{"role": "user", "content": "Summarise."}], "max_tokens": 400}
+    with pytest.raises(persona_memory.NoReply, match="before the first word"):
+        asked.complete(body, persona_memory.Call(background=True))
+    assert len(upstream.chats) == 3
+
+
+# ---------------------------------------------------------------------------- filters
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "blocked"),
+    [
+        (400, {"message": "The response was filtered", "code": "content_filter"}, True),
+        (400, {"message": "Rejected.", "code": "content_policy_violation"}, True),
+        (400, {"message": "Content Exists Risk"}, True),
+        (400, {"message": "Output data may contain inappropriate content.", "code": "data_inspection_failed"}, True),
+        (403, {"message": 'm requires moderation. Your input was flagged for "violence".', "code": 403}, True),
+        (400, {"message": "Gemini refuses the prompt: PROHIBITED_CONTENT."}, True),
+        (400, {"message": "Invalid content type in messages[0]"}, False),
+        (429, {"message": "moderation is busy"}, False),
+        (401, {"message": "invalid key", "code": "invalid_api_key"}, False),
+    ],
+)
+def test_what_a_filter_refused(status, error, blocked):
+    assert persona_memory.is_blocked(persona_memory.UpstreamError(status, error)) is blocked
+
+
+# ---------------------------------------------------------------------------- prompts too long
+
+REQUESTED = (
+    "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens (4000 in the "
+    "messages, 1000 in the completion)."
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "more", "prompt", "context"),
+    [
+        ("maximum context length is 8192 tokens. However, your messages resulted in 9000 tokens.", {}, 9000, 8192),
+        (REQUESTED, {"code": "context_length_exceeded"}, 4000, 4096),
+        ("the request exceeds the available context size", {"n_prompt_tokens": 9000, "n_ctx": 2048}, 9000, 2048),
+        ("the request exceeds the available context size (9000 tokens, 2048)", {}, 9000, 2048),
+        ("request (8230 tokens) exceeds the available context size (8192 tokens), try increasing it", {}, 8230, 8192),
+        ("prompt is too long: 208310 tokens > 200000 maximum", {}, 208310, 200000),
+        ("The input token count (120000) exceeds the maximum number of tokens allowed (104857).", {}, 120000, 104857),
+        ("`inputs` tokens + `max_new_tokens` must be <= 2048. Given: 1900", {}, 0, 2048),
+        ("Too long.", {"code": "context_length_exceeded"}, 0, 0),
+    ],
+)  # fmt: skip
+def test_how_much_a_prompt_was_too_long(message, more, prompt, context):
+    error = persona_memory.UpstreamError(400, {"message": message, **more})
+    assert persona_memory.exceeded_context(error) == persona_memory.Overflow(prompt, context)
+
+
+@pytest.mark.parametrize(
+    "message", ["max_tokens is too large: 8000. This model supports at most 4096.", "no such model", ""]
+)
+def test_other_errors_are_about_no_length(message):
+    assert persona_memory.exceeded_context(persona_memory.UpstreamError(400, {"message": message})) is None
+
+
+@given(
+    roles=st.lists(st.sampled_from(["system", "user", "assistant", "tool"]), min_size=1, max_size=12),
+    tokens=st.integers(0, 200),
+)
+def test_without_the_oldest(roles, tokens):
+    """What stays is the head up to the first message of the chat, and an end that holds the newest user message; no
+    tool's result begins it."""
+    messages = [{"role": role, "content": f"{role} {place} says some words"} for place, role in enumerate(roles)]
+    first = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
+    kept = persona_memory.without_oldest(messages, tokens, first)
+    gone = len(messages) - len(kept)
+    assert kept == [*messages[:first], *messages[first + gone :]]
+    newest = [m for m in messages if m["role"] == "user"][-1:]
+    assert not newest or newest[0] in kept
+    if gone and first < len(kept):
+        assert kept[first]["role"] != "tool"
+        assert newest[0] is kept[first] or not (roles[first] == "user" and kept[first]["role"] == "assistant")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "ratio"), [(1000, 1000, 1), (1000, 700, 1), (1000, 1210, 1.25), (1000, 9000, 4), (100, 300, 1)]
+)
+def test_the_ratio_of_a_models_tokens_to_ours(ours, theirs, ratio):
+    assert persona_memory.token_ratio(ours, theirs) == pytest.approx(ratio)
+
+
 # ---------------------------------------------------------------------------- context size
 
 LONG = [
     {"role": "user" if n % 2 else "assistant", "content": f"Line {n}: " + "the rain goes on over the grey sea " * 4}
     for n in range(1, 302)
 ]
-
-
-@pytest.fixture
-def model(request) -> str:
-    """A model of this test's own: what a model's context is gets asked once."""
-    return request.node.name
 
 
 def words_sent(running, upstream, model: str) -> int:
@@ -553,13 +811,81 @@ def test_the_context_size_is_asked_of_the_upstream(server, upstream, model, back
     assert 300 < words_sent(server, upstream, model) < 1500
 
 
-def test_without_an_answer_the_context_is_8192_tokens(server, upstream, model):
-    assert 1640 < words_sent(server, upstream, model) < 8192
+WHOLE = 9900  # words of the long chat
+
+
+def test_a_guessed_context_cuts_nothing(server, upstream, model):
+    """Where nobody says how much a model takes, all that the client shows is sent."""
+    assert words_sent(server, upstream, model) > WHOLE
+
+
+@pytest.mark.parametrize("max_tokens", [300, 9000])
+def test_a_guessed_context_refuses_nothing(server, upstream, model, max_tokens):
+    """A card of twice the guess, and a reply that is longer than it."""
+    card = {"role": "system", "content": "The tower has another floor. " * 2500}
+    reply = say(server.url, [card, *LONG[-3:]], model=model, max_tokens=max_tokens)
+    assert (reply.status, reply.error) == (200, None)
+    assert [m["content"] for m in upstream.last["body"]["messages"][:1]] == [card["content"]]
+
+
+def test_a_known_context_refuses_only_what_the_model_cannot_take(server, upstream, model):
+    """Prompts are made for 32768 tokens; a card that is larger than that fits into a model that takes more."""
+    card = {"role": "system", "content": "The tower has another floor. " * 6000}
+    upstream.models = [{"id": model, "context_length": 131072}, {"id": f"{model} small", "context_length": 32768}]
+    assert say(server.url, [card, *LONG[-3:]], model=model).status == 200
+    refused = say(server.url, [card, *LONG[-3:]], model=f"{model} small")
+    assert refused.status == 400
+    assert "maximum context length is 32768 tokens" in refused.error  # the words that clients' libraries look for
+
+
+class Narrow:
+    """A model that counts more tokens than this program, and takes so many of them."""
+
+    def __init__(self, context: int, ratio: float = 1.0, says: bool = True):
+        self.context, self.ratio, self.says = context, ratio, says
+
+    def __call__(self, body):
+        tokens = int(self.ratio * sum(map(persona_memory.message_tokens, body["messages"])))
+        if tokens > self.context:
+            numbers = {"n_prompt_tokens": tokens, "n_ctx": self.context} if self.says else {}
+            error = {"message": "The context size is exceeded.", "type": "exceed_context_size_error", **numbers}
+            return 400, "application/json", json.dumps({"error": error}).encode()
+        answer = completion(body, "It fits.") | {"usage": {"prompt_tokens": tokens, "completion_tokens": 3}}
+        return 200, "application/json", json.dumps(answer).encode()
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_a_prompt_that_is_too_long_loses_its_oldest_messages(server, upstream, model, says):
+    """It is asked once more, and says so; card and question stay, and the next turn is made to fit."""
+    upstream.raw = Narrow(6000, 1.3, says)
+    card = {"role": "system", "content": "You are Mira."}
+    for turn, requests in enumerate((2, 3)):
+        question = {"role": "user", "content": f"What do you see, {turn}?"}
+        reply = say(server.url, [card, *LONG[-120:], question], stream=False, model=model, max_tokens=100)
+        assert (reply.text, len(upstream.chats)) == ("It fits.", requests)
+        sent = upstream.last["body"]["messages"]
+        assert sent[0] == card and sent[-1]["content"].endswith(question["content"])
+        assert sent[1:-1] == LONG[-len(sent[1:-1]) :]
+        assert ("lost its oldest messages" in reply.memory) is (turn == 0)
+
+
+def test_a_prompt_that_stays_too_long_is_an_error(server, upstream, model):
+    upstream.raw = Narrow(10)
+    reply = say(server.url, [{"role": "system", "content": "You are Mira."}, *LONG[-9:]], model=model)
+    assert "context size" in reply.error
+    assert len(upstream.chats) == 2
+
+
+def test_a_models_tokens_are_learned_from_its_answers(server, upstream, model):
+    """A model that counts 1.5 tokens for one of ours gets two thirds of the prompt, before it has to refuse one."""
+    upstream.steer(raw=Narrow(10**6, 1.5), models=[{"id": model, "context_length": 6000}])
+    words = [words_sent(server, upstream, model) for _ in range(2)]
+    assert 0.5 * words[0] < words[1] < 0.8 * words[0]
 
 
 def test_a_refused_model_list_does_not_fail_the_turn(server, upstream, model):
     upstream.models = []
-    assert 1640 < words_sent(server, upstream, model) < 8192
+    assert words_sent(server, upstream, model) > WHOLE
 
 
 def test_an_answer_that_makes_no_sense_is_not_believed(server, upstream, model):
@@ -570,7 +896,7 @@ def test_an_answer_that_makes_no_sense_is_not_believed(server, upstream, model):
         "/api/v0/models": [],
         "/api/ps": None,
     }
-    assert 1640 < words_sent(server, upstream, model) < 8192
+    assert words_sent(server, upstream, model) > WHOLE
 
 
 def test_a_context_that_the_upstream_names_too_large_is_capped(server, upstream, model):

@@ -1,0 +1,303 @@
+"""The services around a chat: what they do when replies come late, models fail, and several things happen at once."""
+
+import threading
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+from chats import open_chat
+from fakes import LocalServer, say, settings, wait_until
+from hypothesis import given
+from hypothesis import strategies as st
+
+import persona_memory as pm
+
+API = "/api/persona_memory"
+PERSONA = {"role": "system", "content": "You are Mira, keeper of the light."}
+LONG = [
+    {"role": pm.CHAT_ROLES[i % 2], "content": f"Line {i}: the ferry came in at {i % 12} o'clock with salt and letters."}
+    for i in range(60)
+]
+
+
+def call(running, method: str, path: str, body=None) -> httpx.Response:
+    """One call of the API."""
+    return httpx.request(method, f"{running.url}{API}/{path}", json=body, timeout=60)
+
+
+def contents(running, chat_id: str) -> list[str]:
+    """The current branch."""
+    return [m["content"] for m in call(running, "GET", f"chats/{chat_id}/messages").json()["messages"]]
+
+
+@pytest.fixture
+def memory(data_dir):
+    """An engine without a server; nobody asks its upstream."""
+    made = pm.PersonaMemory(pm.Settings(data=str(data_dir), upstream="http://127.0.0.1:9/v1"))
+    yield made
+    made.close()
+
+
+# ---------------------------------------------------------------------------- replies and requests
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_reply_to_a_deleted_chat_is_dropped(server, upstream, anew):
+    """Also where the chat was made anew under its id meanwhile: it opens, goes on and can be deleted."""
+    go_on, replies = threading.Event(), []
+    first = [PERSONA, {"role": "user", "content": "Who goes there?"}]
+    upstream.steer(hold=go_on)
+    asking = threading.Thread(target=lambda: replies.append(say(server.url, first, chat_id="tale")))
+    asking.start()
+    upstream.wait_for_chats(1)
+    assert call(server, "DELETE", "chats/tale").status_code == 200
+    if anew:
+        call(server, "POST", "chats/tale/messages", {"messages": [{"role": "user", "content": "Another beginning."}]})
+    upstream.steer(hold=None)
+    go_on.set()
+    asking.join(60)
+    assert [reply.status for reply in replies] == [200]
+    server.server.memory.registry.close()  # as at the program's end; read again from disk:
+    again = pm.ChatRegistry(server.server.memory.registry.folder.parent)
+    with again.lookup("tale") as chat:
+        found = [m.content for m in chat.store.read(list(chat.tree.nodes))] if chat else None
+    assert found == (["Another beginning."] if anew else None)
+    if anew:
+        again.delete("tale")
+    assert len(again) == 0
+
+
+def test_a_quiet_prompt_in_the_users_role_is_no_message(server, upstream):
+    """Strict post-processing turns SillyTavern's quiet prompts into user messages."""
+    shown = [PERSONA, {"role": "user", "content": "Good evening."}, {"role": "assistant", "content": "Sit down."}]
+    say(server.url, [*shown, {"role": "user", "content": "Thank you."}], chat_id="quiet")
+    before = contents(server, "quiet")
+    instruction = {"role": "user", "content": "[Pause the roleplay. Summarise the story so far.]"}
+    asked = [*shown, {"role": "user", "content": "Thank you."}, instruction]
+    body = {"persona_memory": {"chat_id": "quiet", "kind": "quiet"}}
+    say(server.url, asked, stream=False, **body)
+    assert contents(server, "quiet") == before
+    assert upstream.last["body"]["messages"][-1]["content"].endswith(instruction["content"])
+    assert call(server, "GET", "chats/quiet").json()["stored"] == len(before) + 1  # and the first reply
+
+
+def test_appending_what_is_there_keeps_what_the_user_made_of_it(server):
+    """A pin, other words and a forgotten message outlive the same message appended under the same parent."""
+    said = {"role": "user", "content": "My cat is called Miso."}
+    call(server, "POST", "chats/c/messages", {"messages": [said]})
+    (row,) = call(server, "GET", "chats/c/messages").json()["messages"]
+    changed = call(server, "PATCH", f"chats/c/messages/{row['id']}", {"pinned": True, "content": "The cat is Miso."})
+    assert changed.status_code == 200
+    with server.server.memory.registry.borrow("c") as chat:
+        chat.store.commit(info={"head": pm.ROOT})
+    call(server, "POST", "chats/c/messages", {"messages": [said]})
+    (again,) = call(server, "GET", "chats/c/messages").json()["messages"]
+    assert (again["pinned"], again["content"], again["original"]) == (True, "The cat is Miso.", said["content"])
+
+
+def test_two_first_requests_with_one_explicit_id_make_one_branch(memory):
+    """Both may come before either has written anything."""
+    body = {"messages": [PERSONA, *LONG[:9]], "model": "m"}
+    barrier, made = threading.Barrier(6), []
+
+    def ask(chat_id: str):
+        barrier.wait(60)
+        made.append(memory.builder.prepare(body, chat_id, pm.Call("")).chat_id)
+
+    threads = [threading.Thread(target=ask, args=(chat_id,)) for chat_id in ("named", "") for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(set(made)) == 2 and made.count("named") == 3
+    for chat_id in set(made):
+        assert memory.describe(chat_id)["stored"] == 9
+
+
+def test_content_of_null_takes_a_block_in_front():
+    """A message that only calls tools has no text."""
+    assert pm.preceded({"role": "assistant", "content": None}, "BLOCK")["content"] == "BLOCK"
+
+
+# ---------------------------------------------------------------------------- one deadline a turn
+
+
+def test_a_turn_waits_no_longer_than_its_deadline_whatever_it_waits_for(memory, monkeypatch):
+    """Own vectors and those of five other chats: each wait gets what the ones before it have left."""
+    clock = SimpleNamespace(now=1000.0, waits=[])
+    monkeypatch.setattr(pm, "time", SimpleNamespace(**{**vars(pm.time), "monotonic": lambda: clock.now}))
+
+    def late(texts, timeout=None, priority=pm.TURN):
+        if priority == pm.TURN and timeout is not None:
+            clock.waits.append(timeout)
+            clock.now += timeout
+        raise pm.EmbedderUnavailable("embedder late")
+
+    monkeypatch.setattr(memory.embedder, "encode", late)
+    monkeypatch.setattr(memory.completions, "context_length", lambda *_: (2048, 2048))
+    memory.recaller.change_character("Mira", True)
+    for number in range(5):
+        named = [m | ({"name": "Mira"} if m["role"] == "assistant" else {}) for m in LONG]
+        memory.archive.append(f"other {number}", named)
+    started = clock.now
+    walked = [{**m, "content": f"Step {i}: we walk on through the wet grass."} for i, m in enumerate(LONG * 3)]
+    asked = [PERSONA, *walked, {"role": "user", "content": "Do you remember when the ferry came in with letters?"}]
+    body = {"messages": asked, "model": "m", "persona_memory": {"chat_id": "now", "character": "Mira"}}
+    prepared = memory.builder.prepare(body, "now", pm.Call(""))
+    assert prepared.header.startswith("degraded")
+    assert clock.now - started <= pm.RECALL_SECONDS + 1e-6 and len(clock.waits) > 1
+
+
+def test_a_deadline_never_gives_negative_time():
+    """What has passed leaves nothing."""
+    assert pm.Deadline.after(-5).left == 0.0 < pm.Deadline.after(60).left <= 60
+
+
+# ---------------------------------------------------------------------------- vectors
+
+
+@given(st.lists(st.text(max_size=40) | st.integers(1, 5000).map("x".__mul__), max_size=60))
+def test_background_jobs_hold_all_texts_in_order_and_are_small(texts):
+    """A turn's query waits for one of them at most."""
+    jobs = pm.embedding_jobs(texts)
+    assert [text for job in jobs for text in job] == texts
+    for job in jobs:
+        assert 0 < len(job) <= pm.EMBED_BATCH
+        assert len(job) == 1 or sum(map(len, job)) <= pm.JOB_CHARACTERS
+
+
+def test_an_emotion_model_that_fails_stops_no_vectors(shared_upstream, data_dir):
+    """Feelings are then read by the built-in reader, and the model is not loaded again for each message."""
+    given_settings = settings(data_dir, shared_upstream.url, emotion_model=str(data_dir / "no model"))
+    with LocalServer(given_settings) as running:
+        call(running, "POST", "chats/long/messages", {"messages": LONG[:31]})
+        index = open_chat(running, "long")
+        keys = [n.fingerprint for n in index.nodes(index.path())]
+        vectors = running.server.memory.vectors
+        wait_until(
+            lambda: len(index.store.vectors(vectors.embedder.name, keys)) == len(set(keys)), "the vectors of all"
+        )
+        rows = call(running, "GET", "chats/long/emotions").json()["messages"]
+        assert len(rows) == 31
+        model = running.server.memory.feelings._model
+        assert model._failed
+        with pytest.raises(pm.EmbedderUnavailable, match="no model"):
+            model.read(["again"])
+
+
+def test_a_message_is_looked_up_on_disk_once_where_the_embedder_has_failed(memory, monkeypatch):
+    """Not three to five times a turn, for ever."""
+    monkeypatch.setattr(memory.vectors, "later", lambda *_: None)  # whose job looks them up too
+    memory.archive.append("c", LONG)
+    with memory.registry.borrow("c") as chat:
+        asked, vectors = [], chat.store.vectors
+        monkeypatch.setattr(chat.store, "vectors", lambda name, keys: asked.extend(keys) or vectors(name, keys))
+        for _ in range(3):
+            with chat.lock:
+                chat.follow(chat.nodes(chat.path()), memory.embedder)
+        assert len(asked) == len(set(asked)) == len(LONG)
+        assert len(chat.index.unembedded) == len(LONG)
+
+
+def test_a_pin_makes_no_index_anew(memory, monkeypatch):
+    """What a user marks changes no word."""
+    memory.archive.append("c", LONG)
+    with memory.registry.borrow("c") as chat:
+        with chat.lock:
+            chat.follow(chat.nodes(chat.path()), memory.embedder)
+        memory.archive.change_message("c", chat.path()[1], {"pinned": True})
+        monkeypatch.setattr(chat.index, "_swap_words", lambda *_: pytest.fail("the index was made anew"))
+        with chat.lock:
+            chat.follow(chat.nodes(chat.path()), memory.embedder)
+
+
+def test_an_index_lets_go_of_what_has_left_its_branch():
+    """A chat that is swiped and edited for months holds no more than its branch."""
+    index, nodes = pm.MemoryIndex(), []
+    store = {}
+    for number in range(3 * pm.STALE_ROWS):
+        message = pm.new_message(pm.ROOT, "user", f"swipe {number}")
+        tree = pm.Tree()
+        tree.put(message, 0)
+        store[message.id] = message
+        nodes = list(tree.nodes.values())
+        index.follow(nodes, lambda ids: [store[i] for i in ids])
+        index.add_vectors({nodes[0].fingerprint: np.ones(1, np.float32)})
+    assert len(index._rows) <= pm.STALE_ROWS + 3
+    assert index.vector(nodes[0].fingerprint) is not None
+
+
+def test_clauses_are_read_in_linear_time():
+    """Each character is looked at once: counted, not timed."""
+    steps = [m.end() - m.start() for m in pm.CLAUSES.finditer("word " * 600)]
+    assert sum(steps) == 3000
+    assert pm.message_traits("Really?? Yes")[0] == pytest.approx(8 / 12)
+
+
+# ---------------------------------------------------------------------------- other chats
+
+
+def test_chats_of_one_family_are_not_opened_to_carry_over(memory, monkeypatch):
+    """A hundred branches of one chat: their lines say whose they are."""
+    named = [m | ({"name": "Mira"} if m["role"] == "assistant" else {}) for m in LONG[:4]]
+    memory.archive.append("root", named)
+    for number in range(12):
+        memory.registry.create(f"branch {number}", explicit=True)
+        with memory.registry.borrow(f"branch {number}") as chat, chat.lock:
+            chat.store.commit(info={"family": "root", "character": "Mira"})
+            memory.registry.enter(chat, ())
+    memory.recaller.change_character("Mira", True)
+    with memory.registry.borrow("root") as chat:
+        opened, take = [], memory.registry._take
+        monkeypatch.setattr(memory.registry, "_take", lambda folder: opened.append(folder) or take(folder))
+        assert memory.recaller._related_chats(chat) == [] and opened == []
+
+
+def test_what_is_found_is_dated_as_it_was_said(server):
+    """Not as it was imported."""
+    said = {"role": "user", "content": "The heron stood in the reeds.", "timestamp": "2021-05-04T10:00:00+00:00"}
+    call(server, "POST", "chats/old/messages", {"messages": [said]})
+    (found,) = call(server, "GET", "search?q=heron").json()["found"]
+    assert found["at"] == 1620122400.0
+
+
+# ---------------------------------------------------------------------------- summaries
+
+
+def summarised(memory, chat_id: str) -> tuple[pm.Chat, pm.SummaryPlan]:
+    """A chat with summaries, and the plan that made them."""
+    memory.archive.append(chat_id, LONG)
+    with memory.registry.borrow(chat_id) as chat:
+        plan = pm.SummaryPlan(chat.store.head, 0, 40, 1200, 8192)
+        memory.summarizer.summarize_branch(chat, plan)
+        return chat, plan
+
+
+def test_a_users_words_for_a_stale_summary_end_its_making(memory):
+    """They stand for the stretch, which is due no more: nothing is made over and over."""
+    chat, plan = summarised(memory, "c")
+    first = next(s for s in chat.store.summaries.values() if s.start == 0)
+    memory.archive.change_message("c", chat.path()[2], {"content": "Other words."})
+    assert chat.store.summaries[first.id].stale
+    memory.summarizer.change_summary("c", first.id, "My own words of it.")
+    assert not memory.summarizer._due(chat, plan)
+    memory.summarizer.summarize_branch(chat, plan)
+    assert chat.store.summaries[first.id].text == "My own words of it."
+
+
+def test_a_summary_that_can_not_be_stored_is_not_tried_for_ever(memory):
+    """As where an older version has left a user's summary stale."""
+    chat, plan = summarised(memory, "c")
+    first = next(s for s in chat.store.summaries.values() if s.start == 0)
+    chat.store.commit(summaries=[pm.replace(first, source="user", stale=True)])
+    memory.summarizer.summarize_branch(chat, plan)
+    assert chat.store.summaries[first.id].source == "user"
+
+
+def test_after_closing_no_model_is_asked(memory, monkeypatch):
+    """A summary that was about to ask finds out that the program ends."""
+    monkeypatch.setattr(memory.upstream, "complete", lambda *_: pytest.fail("the model was asked"))
+    memory.summarizer.close()
+    with pytest.raises(pm.UpstreamUnavailable):
+        memory.summarizer._ask("m", "", True, [], 10)

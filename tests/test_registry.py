@@ -1,0 +1,127 @@
+"""Many turns at once: no chat waits for another, whatever its turn waits for, and what is open stays bounded."""
+
+import os
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from chats import chat as messages_of
+from fakes import PATIENCE, LocalServer, branch_texts, say, settings
+
+import persona_memory as pm
+
+OPEN_FILES = Path("/proc/self/fd")
+API = "api/persona_memory"
+PERSONA = {"role": "system", "content": "You are Mira, keeper of the light."}
+MULE = "My brother Tomas sold the mule in Ostrava."
+
+
+def told(chat_id: str) -> list[dict]:
+    """A chat whose beginning has left the prompt, with a question for it."""
+    steps = [f"Step {n} of {chat_id}: we walk on and count the posts along the road to the ferry." for n in range(40)]
+    rows = [MULE, "He always loved a bargain more than an animal.", *steps, "Who sold the mule?"]
+    return [PERSONA, *({"role": pm.CHAT_ROLES[n % 2], "content": row} for n, row in enumerate(rows))]
+
+
+class Gate:
+    """The real model, which answers nobody while the gate is shut; `entered` is released by each who asks."""
+
+    def __init__(self, model):
+        self.model = model
+        self.open, self.entered = threading.Event(), threading.Semaphore(0)
+        self.open.set()
+
+    def encode(self, *args, **kwargs):
+        self.entered.release()
+        assert self.open.wait(PATIENCE)
+        return self.model.encode(*args, **kwargs)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """The gate before the embedder of every server that begins in the test."""
+    gate, load = Gate(None), pm.load_sentence_transformer
+
+    def gated(name: str) -> Gate:
+        gate.model = load(name)
+        return gate
+
+    monkeypatch.setattr(pm, "load_sentence_transformer", gated)
+    yield gate
+    gate.open.set()
+
+
+def test_a_turn_in_the_embedder_keeps_nobody_waiting(gate, data_dir, upstream, monkeypatch):
+    """While one chat's turn stands in the embedder, another chat has its turn, and the same chat another, a new chat
+    begins, and what is kept can be read and changed."""
+    with LocalServer(settings(data_dir, upstream.url, context=1024)) as running, ThreadPoolExecutor(1) as thread:
+        for chat_id in ("one", "two"):
+            assert say(running.url, told(chat_id), chat_id=chat_id).status == 200
+            found = httpx.get(f"{running.url}/{API}/chats/{chat_id}/search", params={"q": "mule"}, timeout=PATIENCE)
+            assert found.json()["unread"] == 0
+        gate.open.clear()
+        while gate.entered.acquire(blocking=False):
+            pass
+        monkeypatch.setattr(pm, "RECALL_SECONDS", PATIENCE)
+        stuck = thread.submit(say, running.url, [*told("one"), *told("more")[1:]], chat_id="one")
+        assert gate.entered.acquire(timeout=PATIENCE)
+        monkeypatch.setattr(pm, "RECALL_SECONDS", 0.0)
+        for chat_id, shown in (("two", [*told("two"), *told("on")[1:]]), ("one", told("one")), ("new", told("new"))):
+            reply = say(running.url, shown, chat_id=chat_id)
+            assert reply.status == 200 and "late" in reply.memory, (chat_id, reply)
+        assert say(running.url, told("nameless")).status == 200
+        row = httpx.get(f"{running.url}/{API}/chats/one/messages", timeout=PATIENCE).json()["messages"][0]
+        address = f"{running.url}/{API}/chats/one/messages/{row['id']}"
+        assert httpx.patch(address, json={"pinned": True}, timeout=PATIENCE).status_code == 200
+        listed = httpx.get(f"{running.url}/{API}/chats", timeout=PATIENCE).json()
+        assert {"one", "two", "new"} < {line["chat_id"] for line in listed}
+        assert httpx.delete(f"{running.url}/{API}/chats/new", timeout=PATIENCE).status_code == 200
+        assert not stuck.done()
+        gate.open.set()
+        reply = stuck.result(PATIENCE)
+        assert reply.status == 200 and "late" not in reply.memory
+        assert branch_texts(running.url, "two")[:2] == [MULE, told("two")[2]["content"]]
+
+
+def chats_in_open_files() -> set[str]:
+    """The folders of the chats whose files this process has open."""
+    targets = []
+    for handle in OPEN_FILES.iterdir():
+        try:
+            targets.append(os.readlink(handle))
+        except FileNotFoundError:  # the handle of this very listing, or closed by now
+            continue
+    return {found[1] for target in targets if (found := re.search(r"/chats/([^/]+)/", target))}
+
+
+@pytest.mark.skipif(not OPEN_FILES.is_dir(), reason="open files are looked up under /proc")
+def test_files_stay_few_however_many_chats_are_used(tmp_path):
+    """Threads that write into 300 chats, each chat twice: beside those in use a few stay open, and no word is lost."""
+    most_open, threads, chats = 4, 8, 300
+    registry, seen = pm.ChatRegistry(tmp_path, most_open=most_open), []
+    begun, more = messages_of(("Mira", "Good evening."), ("Robin", "I brought the key."))
+
+    def write(number: int):
+        chat_id, message = f"chat {number % chats}", (begun, more)[number // chats]
+        if message is begun:
+            registry.create(chat_id, explicit=True)
+        with registry.borrow(chat_id) as chat, chat.lock:
+            chat.store.commit([message], {"head": message.id})
+            registry.enter(chat, [message.id])
+        if number % 50 == 0:
+            seen.append(len(chats_in_open_files()))
+
+    with ThreadPoolExecutor(threads) as pool:
+        for first in (0, chats):
+            list(pool.map(write, range(first, first + chats)))
+    # Beside those that may stay open each thread has one in use, and may be closing another.
+    assert max(seen) <= most_open + 2 * threads, seen
+    assert len(chats_in_open_files()) == most_open
+    for number in range(chats):
+        with registry.borrow(f"chat {number}") as chat:
+            assert [m.content for m in chat.store.read(chat.path())] == [begun.content, more.content]
+    registry.close()
+    assert chats_in_open_files() == set()
