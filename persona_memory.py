@@ -671,9 +671,9 @@ class ChatRequest:
     def begins_with_user(self) -> bool:
         """Whether the client keeps to the strict order of an optional system message, then user and assistant by
         turns, the user first."""
-        roles = [t.role for t in self.turns[self.history_start :]]
-        by_turns = all(role == CHAT_ROLES[i % 2] for i, role in enumerate(roles))
-        return bool(self.opening) or (by_turns and len(roles) > 2 and len(self.persona) < 2 and not self.system_later)
+        by_turns = all(turn.role == CHAT_ROLES[i % 2] for i, turn in enumerate(self.turns))
+        strict = not self.system_later and not self.persona_in_first_turn and len(self.persona) < 2
+        return bool(self.opening) or (strict and by_turns and len(self.turns) > 2)
 
     @property
     def max_tokens(self) -> int:
