@@ -378,6 +378,7 @@ class ClientGone(PersonaMemoryError):
 ROOT = ""  # the parent of a chat's first message
 SYSTEM_ROLES = ("system", "developer")
 CHAT_ROLES = ("user", "assistant")
+ABSENT_IDS = ("", "undefined", "null", "None")  # what scripts send where they have no id
 KINDS = ("normal", "swipe", "regenerate", "continue", "impersonate", "quiet")  # of generation, in SillyTavern's words
 EPHEMERAL_KINDS = ("continue", "impersonate", "quiet")  # whose replies become no message of the chat
 
@@ -447,6 +448,52 @@ def message_digest(role: str, content: str) -> str:
     return short_hash(role, normalise(content))
 
 
+THOUGHT = r"(?:think|thinking|thoughts?|reasoning)\b[^<>]*>|details\s+type=[\"']?reasoning\b[^<>]*>"
+THOUGHTS = re.compile(
+    r"<(think|thinking|thoughts?|reasoning)\b[^<>]*>.*?</\1>|<details\s+type=[\"']?reasoning\b[^<>]*>.*?</details>",
+    re.S | re.I,
+)
+END_OF_THOUGHTS = re.compile(r"\A.*(?<!`)</(?:think|thinking|thoughts?|reasoning)>", re.S | re.I)  # without beginning
+BEGUN_THOUGHTS = re.compile(rf"^[ \t]*<(?:{THOUGHT}).*\Z", re.S | re.I | re.M)  # without end
+INLINE_TAGS = {"a", "b", "code", "em", "font", "i", "mark", "q", "s", "small", "span", "strong", "sub", "sup", "u"}
+OPENING_TAG = re.compile(r"<([A-Za-z][\w-]{0,40})(?:\s[^<>]*)?>")
+CLOSING_TAG = re.compile(r"</([A-Za-z][\w-]{0,40})>\Z")
+NAME_PREFIX = re.compile(r"[^\W\d_][\w'’.-]*(?: [\w'’.-]+){0,3}: (?=\S)")
+
+
+def without_thoughts(text: str) -> str:
+    """A reply without what a reasoning model thought before it, closed, unclosed or with its end alone."""
+    if "<" not in text:
+        return text
+    words = END_OF_THOUGHTS.sub("", THOUGHTS.sub("", text))
+    words = BEGUN_THOUGHTS.sub("", words)
+    return text if words == text else words.strip()
+
+
+def without_blocks(text: str) -> str:
+    """A text without the tagged blocks, such as a status, that stand at its beginning or end on lines of their own."""
+    text = text.strip()
+    while (opened := OPENING_TAG.match(text)) and opened[1].lower() not in INLINE_TAGS:
+        end = text.find(f"</{opened[1]}>")
+        if end < 0 or not text[end + len(opened[1]) + 3 :].startswith("\n"):
+            break
+        text = text[end + len(opened[1]) + 3 :].lstrip()
+    while (closed := CLOSING_TAG.search(text[-50:])) and closed[1].lower() not in INLINE_TAGS:
+        begin = text.rfind(f"<{closed[1]}")
+        if begin < 1 or not text[:begin].rstrip(" \t").endswith("\n"):
+            break
+        text = text[:begin].rstrip()
+    return text
+
+
+def bare_words(text: str) -> str:
+    """What is left of a message's text when everything is taken off that clients show in one request and not in
+    another: thoughts, blocks such as a status, and the speaker's name. The text itself where that is nothing."""
+    words = without_blocks(without_thoughts(text))
+    words = words[found.end() :] if (found := NAME_PREFIX.match(words)) else words
+    return words if words.strip() else text
+
+
 def text_fingerprint(name: str | None, content: str) -> str:
     """Equal for messages of the same name and bytes."""
     return short_hash(name or "", content)
@@ -504,8 +551,8 @@ class Message:
 
     @property
     def digest(self) -> str:
-        """What alignment compares: role and normalised text, as the client shows it."""
-        return self.erased or message_digest(self.role, self.original)
+        """What alignment compares: role and bare words, as the client shows them."""
+        return self.erased or message_digest(self.role, bare_words(self.original))
 
     @property
     def fingerprint(self) -> str:
@@ -625,7 +672,10 @@ class ChatRequest:
     """A chat completion request, taken apart. `turns` is the transcript; `persona` and `tail` stand around it.
 
     `persona_in_first_turn` says that the request has no system message: strict clients fold their system prompt into
-    the first turn. That turn is then in `turns` and, where it is not the only one, in `persona` too.
+    the first turn. That turn is then in `turns` and, where it is not the only one, in `persona` too. `opening` is the
+    placeholder that strict clients put in front of a history that begins with the assistant. `joined` says that the
+    client sent all of it as one user message. `account` is whose request it is, where OpenAI's `user` says that.
+    `aside` says why the request is no part of any chat, empty where it is.
     """
 
     body: dict
@@ -634,6 +684,10 @@ class ChatRequest:
     tail: tuple[dict, ...]
     persona_in_first_turn: bool
     identity: Identity = Identity()
+    opening: tuple[dict, ...] = ()
+    joined: bool = False
+    account: str = ""
+    aside: str = ""
 
     @property
     def newest_user(self) -> int | None:
@@ -651,6 +705,25 @@ class ChatRequest:
         """Whether the client itself uses a system message after the leading block."""
         later = itertools.chain(*(t.before for t in self.turns), self.tail)
         return not self.persona_in_first_turn and any(m["role"] in SYSTEM_ROLES for m in later)
+
+    @property
+    def lone(self) -> bool:
+        """Whether this is one message without a history: the beginning of a chat, or a call of a program."""
+        return len(self.turns) == 1 and not self.identity.has_metadata
+
+    @property
+    def wants_json(self) -> bool:
+        """Whether a program will read the reply."""
+        wanted = self.body.get("response_format")
+        return isinstance(wanted, dict) and wanted.get("type") not in (None, "text")
+
+    @property
+    def begins_with_user(self) -> bool:
+        """Whether the client keeps to the strict order of an optional system message, then user and assistant by
+        turns, the user first."""
+        by_turns = all(turn.role == CHAT_ROLES[i % 2] for i, turn in enumerate(self.turns))
+        strict = not self.system_later and not self.persona_in_first_turn and len(self.persona) < 2
+        return bool(self.opening) or (strict and by_turns and len(self.turns) > 2)
 
     @property
     def max_tokens(self) -> int:
@@ -2127,6 +2200,29 @@ class Tree:
         marked = message.pinned or message.forgotten or message.shown is not None
         (self.marked.add if marked else self.marked.discard)(message.id)
 
+    def drop(self, ids: Iterable[str]) -> None:
+        """Takes messages out, all that hang under one of them among them."""
+        for node in sorted((self.nodes[i] for i in ids if i in self.nodes), key=lambda n: -n.depth):
+            del self.nodes[node.id]
+            for row in (self.by_digest[node.digest], self.children[node.parent]):
+                row.remove(node.id)
+            if node.id in self.replies[node.parent]:
+                self.replies[node.parent].remove(node.id)
+            self.marked.discard(node.id)
+            self.unshown.discard(node.id)
+            self._inner.discard(node.id)
+            self._confirmed -= node.confirmed
+            if not any(self.is_confirmed(i) for i in self.children[node.parent]):
+                self._inner.discard(node.parent)
+        self._trail = []
+
+    def below(self, node: str) -> list[str]:
+        """The message and all that hang under it."""
+        found = [node]
+        for upper in found:
+            found += self.children.get(upper, ())
+        return found
+
     def path(self, tip: str) -> list[str]:
         """Ids from the chat's first message to `tip`; empty for the root."""
         trail, ids = self._trail, []
@@ -2136,6 +2232,11 @@ class Tree:
         path = trail[: self.nodes[tip].depth + 1 if tip else 0] + ids[::-1]
         self._trail = path[:] if ids else trail
         return path
+
+    def child(self, node: str, digest: str) -> str:
+        """The message of those words that follows a message, one that a request has shown first; empty: none."""
+        found = [i for i in self.children.get(node, ()) if self.nodes[i].digest == digest]
+        return next((i for i in found if self.nodes[i].confirmed), found[-1] if found else ROOT)
 
     def siblings(self, node: str) -> list[str]:
         """The other messages in that one's place, oldest first: swipes, and what edits have replaced."""
@@ -2182,9 +2283,9 @@ class Tree:
 class Alignment:
     """Where a transcript hangs in a tree: under `base` stand the stored messages `kept`, then what is new.
 
-    `matches` are the indexes in the transcript of the messages that are stored where this alignment puts them, `users`
-    says how many of those a user wrote, and `skipped` how many messages in front are no part of the chat (a persona in
-    the first turn).
+    `matches` are the indexes in the transcript of the messages that are stored where this alignment puts them, or were
+    before others above them were deleted; `users` says how many of those a user wrote or answer one, and `skipped` how
+    many messages in front are no part of the chat (a persona in the first turn).
     """
 
     base: str = ROOT
@@ -2207,7 +2308,7 @@ class Alignment:
     def convincing(self) -> bool:
         """Whether a chat may be continued on this evidence alone, when no id names it.
 
-        A user's message must be among the matches: a greeting opens many chats. In the middle of a chat one message
+        A user's message, or an answer, must be among the matches: greetings open many chats. Further on one message
         is not enough, since lines such as "ok" stand in many.
         """
         return self.users > 0 and (self.run > 1 or (self.base == ROOT and 0 in self.matches))
@@ -2226,8 +2327,7 @@ def walk(tree: Tree, base: str, digests: Sequence[str]) -> tuple[str, ...]:
     """The stored messages that follow `base` as the digests do."""
     ids = []
     for digest in digests:
-        base = message_id(base, digest)
-        if base not in tree.nodes:
+        if not (base := tree.child(base, digest)):
             break
         ids.append(base)
     return tuple(ids)
@@ -2239,8 +2339,9 @@ def same_text(tree: Tree, digest: str) -> list[str]:
 
 
 def count_users(tree: Tree, ids: Iterable[str]) -> int:
-    """How many of the messages a user wrote."""
-    return sum(tree.nodes[i].role == "user" for i in ids)
+    """How many of the messages a user wrote, or answer what one wrote: many chats have the same greeting, which may
+    stand behind a persona."""
+    return sum(tree.nodes[i].role == "user" or tree.nodes[i].depth > 1 for i in ids)
 
 
 def exact_start(tree: Tree, digests: Sequence[str], head: str) -> Alignment | None:
@@ -2288,8 +2389,11 @@ def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
     shifted = shifted_start(tree, digests)
     if exact is None:
         return shifted
-    deleted_behind_first = tree.is_below(shifted.base, exact.kept[0])
-    return exact if deleted_behind_first or shifted.run <= len(exact.kept) else shifted
+    if shifted.base != exact.base and not tree.is_below(shifted.base, exact.kept[0]):
+        return exact if shifted.run <= len(exact.kept) else shifted
+    later = [i for i in shifted.matches if i >= len(exact.kept)]  # behind what was deleted or edited
+    users = exact.users + count_users(tree, (tree.by_digest[digests[i]][0] for i in later))
+    return replace(exact, matches=(*exact.matches, *later), users=users)
 
 
 def align_floating(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
@@ -2313,12 +2417,63 @@ def align_floating(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alig
 # ======================================================================================================================
 
 MAX_CONTEXT = 10**9  # tokens; no model reads more
-ABSENT_IDS = ("", "undefined", "null", "None")  # what scripts send where they have no id
 GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\]")  # SillyTavern's default words
 JAVASCRIPT_DATE = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
 )
 SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}): (?=.*\S)", re.S)
+CHARACTER_IN_PROMPT = re.compile(r"\bWrite (\S.{0,60}?)['\u2019]s next reply in a fictional chat\b")
+USER_IN_PROMPT = re.compile(r"\bnext reply in a fictional chat between [^\n]{1,80}? and ([^\n.]{1,60})\.")
+PLACEHOLDER = re.compile(  # SillyTavern's and Agnai's defaults for a prompt that has to begin with the user
+    r"\[?(?:start (?:a )?(?:new )?(?:group )?(?:chat|conversation|role-?play)[^\n\]]{0,300}|let['\u2019]s get started|"
+    r"begin(?: the)? (?:chat|conversation|role-?play))[.!]?\]?",
+    re.I,
+)
+DEFAULT_OPENING = {"role": "user", "content": "[Start a new chat]"}
+CUE = re.compile(r"(?:\A|\n)[^\W\d_][\w'’.-]*(?: [\w'’.-]+){0,3}:\s*\Z")  # a name for the model to go on from
+BRACKETED = re.compile(r"\[[^\[\]]*\]|\([^()]*\)|\{[^{}]*\}|<[^<>]*>", re.S)
+LONGEST_INSTRUCTION = 4000  # characters
+SHORTEST_NOTE = 8  # characters; what is shorter may be said by anyone, anywhere
+ABOUT_THE_REPLY = re.compile(
+    r"\b(?:next (?:reply|response|message|turn|post)|(?:your|the|this|each|every) (?:reply|replies|responses?|output)|"
+    r"(?:present|past) tense|(?:first|second|third)[- ]person|in character|role-?play(?:ing)?|ooc|out of character|"
+    r"author['’]?s? notes?|system (?:note|prompt)|style|paragraphs?|\d+ (?:words|sentences|tokens)|point of view|"
+    r"narrat(?:e|or|ion)|last message|story so far|markdown|dialogue)\b",
+    re.I,
+)
+TOLD_TO = re.compile(
+    r"(?:please |now |always |never |only |just )*(?:write|continue|reply|respond|answer|narrate|describe|stay|remain|"
+    r"keep|use|do not|don['’]t|remember to|focus|avoid|make sure|ensure|limit|speak|act|format|begin|end|"
+    r"author['’]?s note|system note|note|ooc|style|reminder|instructions?)\b",
+    re.I,
+)
+TASK = re.compile(  # how Open WebUI's tasks begin, and SillyTavern's Summarize and Expressions
+    r"\s*(?:\[|\()?\s*(?:#{2,4} Task:|(?:ignore|disregard)(?: all)? (?:the )?previous instructions\b|"
+    r"(?:pause|stop) (?:the|your|this) role-?play\b)",
+    re.I,
+)
+TASK_WORDS = re.compile(
+    r"\b(?:titles?|tags?|follow[- ]?ups?|topics?|labels?|emotions?|sentiments?|keywords|search quer(?:y|ies)|"
+    r"classif(?:y|ication)|categor(?:y|ies|i[sz]e)|summari[sz]e|summary|intents?|language)\b",
+    re.I,
+)
+ORDER_OF_TASK = re.compile(
+    r"\b(?:generate|create|write|provide|suggest|predict|classify|categori[sz]e|determine|detect|summari[sz]e|extract|"
+    r"rate|assign|choose|pick|identify|analy[sz]e|give|output|return)\b",
+    re.I,
+)
+QUOTED_CHAT = re.compile(
+    r"<(?:chat_history|conversation|chat|messages?|transcript)>|\|\|>|"
+    r"^#* ?(?:conversation|chat history|messages?)\b[^\n]*:|^(?:user|human)\b[^\n]*:|"
+    r"\b(?:the|this|of a) (?:conversation|chat|last message)\b",
+    re.I | re.M,
+)
+BARE_ANSWER = re.compile(
+    r"\b(?:(?:only|just|nothing but) (?:the|one|a|with)|one word|only return|return only|output (?:just|only)|json|"
+    r"no (?:punctuation|extra|other|additional|explanation)|without (?:any )?(?:explanation|quotes|punctuation)|"
+    r"in \d+ words|\d+[- ]?words?)\b",
+    re.I,
+)
 
 
 def optional_field(body: Mapping, name: str, kind: type, where: str = "") -> Any:
@@ -2337,13 +2492,101 @@ def parse_request(body: Any) -> ChatRequest:
     """Takes a chat completion request apart; raises `InvalidRequest` naming the field that is wrong."""
     messages = checked_messages(body)
     check_options(body)
-    leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
-    turns, tail = split_turns(messages[leading:])
-    turns = with_voices(turns, messages[:leading])
-    persona_in_first_turn = bool(turns) and leading == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
     identity = parse_identity(optional_field(body, "persona_memory", dict) or {}, "persona_memory.")
-    request = ChatRequest(body, tuple(messages[:leading]), turns, tail, persona_in_first_turn, identity)
+    user = body.get("user")
+    account = sane_text(user).strip() if isinstance(user, str) and user not in ABSENT_IDS else ""
+    if (joined := split_joined(messages, identity.character)) is not None:
+        persona, turns, tail = joined
+        aside = "" if turns else "a prompt in one message that does not say who speaks"
+        return ChatRequest(body, persona, turns, tail, False, identity, (), True, account, aside)
+    leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
+    begun = leading + (len(messages) > leading and is_placeholder(messages[leading]))
+    turns, tail = split_turns(messages[begun:])
+    turns = with_voices(turns, messages[:leading])
+    persona_in_first_turn = bool(turns) and begun == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
+    opening, aside = tuple(messages[leading:begun]), "a task about a chat" if is_task(messages) else ""
+    persona = tuple(messages[:leading])
+    request = ChatRequest(body, persona, turns, tail, persona_in_first_turn, identity, opening, False, account, aside)
     return replace(request, persona=(*turns[0].before, turns[0].raw)) if request.history_start else request
+
+
+def is_placeholder(message: Mapping) -> bool:
+    """Whether a message is a client's way to let a prompt begin with the user, and nobody's words."""
+    return message["role"] == "user" and bool(PLACEHOLDER.fullmatch(text_of(message.get("content")).strip()))
+
+
+def is_task(messages: Sequence[Mapping]) -> bool:
+    """Whether a request asks something about a chat, such as for its title, in place of going on with it.
+
+    Its newest message says so in a front end's fixed words; or a message without history orders such a thing, of a
+    chat that it quotes or for a program that wants nothing but the answer.
+    """
+    spoken = [m for m in messages if m["role"] in CHAT_ROLES]
+    if not spoken or spoken[-1]["role"] != "user":
+        return False
+    if TASK.match(text_of(spoken[-1].get("content"))):
+        return True
+    if len(spoken) > 1:
+        return False
+    texts = [text_of(m.get("content")) for m in messages]
+    if any(TASK.match(text) for text in texts):
+        return True
+    ends = [f"{text[:400]}\n{text[-400:]}" if len(text) > 800 else text for text in texts]
+    about = next((text for text in ends if ORDER_OF_TASK.search(text) and TASK_WORDS.search(text)), "")
+    return bool(about and BARE_ANSWER.search(about) and QUOTED_CHAT.search("\n".join(ends)))
+
+
+def split_joined(
+    messages: Sequence[dict], character: str = ""
+) -> tuple[tuple[dict, ...], tuple[Turn, ...], tuple[dict, ...]] | None:
+    """A prompt that SillyTavern's "Single user message" has made of everything: persona, turns and what stands behind
+    them, each with the text that it has there. No turns where it does not say who speaks; None for another request.
+
+    The chat begins behind a line such as "[Start a new Chat]"; each message begins a paragraph with its speaker.
+    """
+    if len(messages) != 1 or messages[0]["role"] != "user" or not isinstance(messages[0].get("content"), str):
+        return None
+    paragraphs = messages[0]["content"].split("\n\n")
+    starts = [i for i, p in enumerate(paragraphs) if p.startswith("[") and PLACEHOLDER.fullmatch(p.strip())]
+    if not starts or starts[-1] in (0, len(paragraphs) - 1):
+        return None
+    head, rest = "\n\n".join(paragraphs[: starts[-1] + 1]), paragraphs[starts[-1] + 1 :]
+    persona = ({"role": "user", "content": head},)
+    tail = [rest.pop()] if CUE.match(rest[-1]) and "\n" not in rest[-1] else []
+    user, members = speakers_of(head, rest, character)
+    if not user or not rest:
+        return persona, (), ()
+    texts: list[list[str]] = []
+    for paragraph in rest:
+        name = paragraph.partition(": ")[0]
+        if name == user or name in members:
+            texts.append([paragraph])
+        elif not texts:
+            return persona, (), ()
+        else:
+            texts[-1].append(paragraph)
+    turns = []
+    for some in texts:
+        name = some[0].partition(": ")[0]
+        message = {"role": "user" if name == user else "assistant", "content": "\n\n".join(some)}
+        turns.append(replace(make_turn(message), voice=name))
+    return persona, tuple(turns), tuple({"role": "user", "content": text} for text in tail)
+
+
+def speakers_of(head: str, paragraphs: Sequence[str], character: str) -> tuple[str, frozenset[str]]:
+    """The user's name (empty: unknown) and the other speakers' in a chat of paragraphs that begin with names.
+
+    SillyTavern's default prompt names them. Else the last one to speak is the user, whom the reply is to answer.
+    """
+    group, asked = GROUP_MEMBERS.search(head), named_in_prompt(head)
+    members = {name.strip() for name in group[1].split(",")} if group else {n for n in (character, asked) if n}
+    prefixes = [found[0][:-2] for p in paragraphs if (found := NAME_PREFIX.match(p))]
+    named = USER_IN_PROMPT.search(head)
+    user = named[1] if named else next((n for n in reversed(prefixes) if n not in members), "")
+    if not members:
+        members = {name for name, times in Counter(prefixes).items() if name != user and times > 1}
+        members |= set(prefixes[:1]) - {user}
+    return user if members else "", frozenset(members)
 
 
 def parse_injection(body: Any) -> tuple[ChatRequest, int]:
@@ -2474,39 +2717,124 @@ def split_turns(messages: Sequence[dict]) -> tuple[tuple[Turn, ...], tuple[dict,
 
     Tool calls and their results belong together and to the turn after them, so that no cut parts them.
     """
-    turns, before = [], []
+    turns, before, after_user = [], [], False
     for message in messages:
-        silent = not text_of(message.get("content")).strip()
-        if message["role"] not in CHAT_ROLES or message.get("tool_calls") or silent:
+        words = spoken_words(message["role"], text_of(message.get("content")))
+        instructs = turns and message["role"] == "user" and is_instruction(words, alone=not after_user)
+        if message["role"] not in CHAT_ROLES or message.get("tool_calls") or not words.strip() or instructs:
             before.append(message)
             continue
         turns.append(make_turn(message, before))
-        before = []
+        before, after_user = [], message["role"] == "user"
     return tuple(turns), tuple(before)
 
 
-def with_voices(turns: tuple[Turn, ...], leading: Sequence[dict]) -> tuple[Turn, ...]:
-    """The turns of a group chat, whose texts begin with their speaker's name, with that name; others as they are.
+def spoken_words(role: str, text: str) -> str:
+    """What of a message's text its speaker says: without a model's thoughts, and without the instructions and cues for
+    the model that clients put around a user's words."""
+    if CUE.fullmatch(text.strip()):
+        return ""
+    if role == "assistant":
+        return without_thoughts(text)
+    return without_instructions(text) if role == "user" else text
 
-    SillyTavern names a group's members before the chat. Where a user has put other words there, a chat counts as a
-    group when every reply begins with a name and there are several names.
+
+def without_instructions(text: str) -> str:
+    """A user's text without the instructions at its beginning and end, and without a name at its end that the model
+    is to go on from; the text itself where it is nothing else."""
+    paragraphs = re.split(r"\n[ \t]*\n", text)
+    first, end = 0, len(paragraphs)
+    while end > 1 and is_instruction(paragraphs[end - 1], alone=False):
+        end -= 1
+    while first < end - 1 and BRACKETED.fullmatch(paragraphs[first].strip()) and is_instruction(paragraphs[first]):
+        first += 1
+    words = text if (first, end) == (0, len(paragraphs)) else "\n\n".join(paragraphs[first:end]).strip()
+    cue = CUE.search(words)
+    return words[: cue.start()].rstrip() if cue and words[: cue.start()].strip() else words
+
+
+def is_instruction(text: str, alone: bool = True) -> bool:
+    """Whether a text tells the model how to write, in place of saying something in the chat.
+
+    In brackets it must speak about the reply, or be called a note; without them it must be an order too, and not stand
+    `alone`, where it may be all that a user has to say.
     """
-    members = GROUP_MEMBERS.search("\n".join(text_of(m.get("content")) for m in leading))
-    prefixes = [SPEAKER_PREFIX.match(t.content) if t.role == "assistant" else None for t in turns]
-    replies = [found for turn, found in zip(turns, prefixes, strict=True) if turn.role == "assistant"]
+    text = text.strip()
+    inner = text[1:-1].strip() if (bracketed := bool(BRACKETED.fullmatch(text))) else text
+    if len(text) > 4000 or not ABOUT_THE_REPLY.search(inner):
+        return False
+    return bracketed or (not alone and bool(TOLD_TO.match(inner)) and not inner.endswith("?"))
+
+
+def with_voices(turns: tuple[Turn, ...], leading: Sequence[dict]) -> tuple[Turn, ...]:
+    """The turns of a chat whose texts begin with their speaker's name, with that name; others as they are.
+
+    SillyTavern names a group's members before the chat. Where it does not, every message of that side begins with a
+    name; a side with one name alone must be known from the prompt, or from the other side having names too.
+    """
+    prompt = "\n".join(text_of(m.get("content")) for m in leading)
+    members = GROUP_MEMBERS.search(prompt)
+    names = {role: prefixes_of(turns, role) for role in CHAT_ROLES}
     if members:
-        names = {name.strip() for name in members[1].split(",")}
-    else:
-        names = {found[1] for found in replies} if all(replies) else set()
-        names = names if len(names) > 1 else set()
-    named = (found[1] if found and found[1] in names else None for found in prefixes)
+        names["assistant"] = {name.strip() for name in members[1].split(",")}
+    elif len(names["assistant"]) == 1 and not (names["user"] or next(iter(names["assistant"])) in prompt):
+        names["assistant"] = set()
+    if len(names["user"]) > 1 or not (names["assistant"] or any(name in prompt for name in names["user"])):
+        names["user"] = set()
+    found = (SPEAKER_PREFIX.match(turn.content) for turn in turns)
+    named = [f[1] if f and f[1] in names[turn.role] else None for turn, f in zip(turns, found, strict=True)]
     return tuple(replace(turn, voice=name) if name else turn for turn, name in zip(turns, named, strict=True))
+
+
+def prefixes_of(turns: Sequence[Turn], role: str) -> set[str]:
+    """The names that the messages of a side begin with; none where one of them begins with no name."""
+    found = [SPEAKER_PREFIX.match(turn.content) for turn in turns if turn.role == role]
+    return {f[1] for f in found} if all(found) else set()
 
 
 def make_turn(message: dict, before: Sequence[dict] = ()) -> Turn:
     """A turn from a user's or an assistant's message."""
-    role, content = message["role"], text_of(message["content"])
-    return Turn(message, role, content, message.get("name"), message_digest(role, content), tuple(before))
+    role, content = message["role"], spoken_words(message["role"], text_of(message["content"]))
+    return Turn(message, role, content, message.get("name"), message_digest(role, bare_words(content)), tuple(before))
+
+
+def around(text: str, words: str) -> str:
+    """The paragraph or line that stands before or after the words in a text, and is all else in it; empty: none."""
+    text, words = normalise(text), normalise(words)
+    rest = ""
+    if words and text.startswith(words + "\n"):
+        rest = text[len(words) :].strip()
+    elif words and text.endswith("\n" + words):
+        rest = text[: -len(words)].strip()
+    return rest if SHORTEST_NOTE <= len(rest) <= LONGEST_INSTRUCTION else ""
+
+
+def around_end(text: str, note: str) -> bool:
+    """Whether a text begins or ends with a note, on lines of its own."""
+    text = normalise(text)
+    return text.endswith("\n" + note) or text.startswith(note + "\n")
+
+
+def without_notes(request: ChatRequest, notes: Sequence[str]) -> ChatRequest:
+    """A request without what is known to be no user's words: notes that are messages stand before the next turn then,
+    and notes around a user's words are no part of what was said. What the client sent is passed on all the same."""
+    turns: list[Turn] = []
+    before: tuple[dict, ...] = ()
+    for turn in request.turns if notes else ():
+        content = normalise(turn.content) if turn.role == "user" else ""
+        if content in notes:
+            before = (*before, *turn.before, turn.raw)
+            continue
+        for note in notes:
+            if content and around_end(content, note):
+                content = content.removeprefix(note + "\n").removesuffix("\n" + note).strip()
+                digest = message_digest("user", bare_words(content))
+                turn = replace(turn, content=content, digest=digest)
+        turns.append(replace(turn, before=(*before, *turn.before)))
+        before = ()
+    if not any(t.role == "user" for t in turns):
+        return request
+    return replace(request, turns=tuple(turns), tail=(*before, *request.tail))
 
 
 def persona_text(request: ChatRequest) -> str:
@@ -2516,7 +2844,7 @@ def persona_text(request: ChatRequest) -> str:
 
 def named_in_prompt(persona: str) -> str | None:
     """The character's name out of the sentence that begins SillyTavern's default prompt, None in any other text."""
-    found = re.search(r"\bWrite (\S.{0,60}?)['\u2019]s next reply in a fictional chat\b", persona)
+    found = CHARACTER_IN_PROMPT.search(persona)
     return found and found[1]
 
 
@@ -2751,8 +3079,9 @@ class ChatStore:
     Rows: `m:<id>` a message (JSON), `k:<digest>` the marks of a text by speaker, `s:<id>` a summary, `f:<id>` a fact,
     `v:<embedder>:<hash>` a vector (float32 bytes), `e:<reader>:<hash>` emotion scores, `p:<number>` a prompt report,
     `info` what is known of the chat, `format` the rows' format, `generation` a counter of changes with `g:<n>` naming
-    the messages (and the keys of other rows) that change n touched, so that another process on the same folder can
-    catch up. Messages are written as their marks make them, so that whoever reads one reads it marked.
+    the messages (the keys of other rows, and `d:<id>` for a message taken out) that change n touched, so that another
+    process on the same folder can catch up. Messages are written as their marks make them, so that whoever reads one
+    reads it marked.
 
     Every method takes `lock`, which is the chat's; hold it across calls that belong together.
     """
@@ -2857,7 +3186,10 @@ class ChatStore:
         if newest < self._generation or None in changes:  # too far behind
             self._read_all(cache)
             return
-        for key in itertools.chain.from_iterable(map(json.loads, changes)):
+        keys = list(itertools.chain.from_iterable(map(json.loads, changes)))
+        dropped = {key[2:] for key in keys if key.startswith("d:")}
+        self._drop([i for i in dropped if i in self.tree.nodes])
+        for key in (key for key in keys if key not in dropped and not key.startswith("d:")):
             self._take_over(key, read_json(cache, row_key(key)))
         self.info = read_json(cache, "info")
         self._generation = newest
@@ -2881,12 +3213,13 @@ class ChatStore:
         summaries: Sequence[Summary] = (),
         facts: Sequence[Fact] = (),
         marked: Sequence[Message] = (),
+        dropped: Sequence[str] = (),
     ) -> None:
         """Writes what is new or has changed (messages with parents first) in one durable transaction.
 
         A message is written with the marks that its words have in this chat; the marks that it brings hold where they
         have none yet. `marked` are stored messages whose words get the marks that these have. Summaries that cover
-        words which are forgotten or reworded now are stale, except a user's own.
+        words which are forgotten or reworded now are stale, except a user's own. The messages `dropped` are taken out.
         """
         with self._database.use() as cache:
             with cache.transact():
@@ -2900,11 +3233,13 @@ class ChatStore:
                 rows |= {f"s:{s.id}": asdict(s) for s in summaries} | {f"f:{f.id}": asdict(f) for f in facts}
                 for key, row in rows.items():
                     cache[row_key(key)] = json.dumps(row)
+                for message in dropped:
+                    cache.delete(f"m:{message}")
                 if report:
                     number = known["reports"] = known.get("reports", 0) + 1
                     cache[f"p:{number}"] = json.dumps(asdict(report))
                     cache.delete(f"p:{number - KEPT_REPORTS}")
-                cache[f"g:{generation}"] = json.dumps(list(rows))
+                cache[f"g:{generation}"] = json.dumps([*rows, *(f"d:{i}" for i in dropped)])
                 cache.delete(f"g:{generation - KEPT_GENERATIONS}")
                 cache["generation"] = generation
                 if generation == 1:
@@ -2914,6 +3249,12 @@ class ChatStore:
             self.info, self._generation = known, generation
             for key, row in rows.items():
                 self._take_over(key, row)
+            self._drop(dropped)
+
+    def _drop(self, ids: Sequence[str]) -> None:
+        self.tree.drop(ids)
+        for message in ids:
+            self._recent.pop(message, None)
 
     def erase(self, digests: Collection[str] = (), facts: Collection[str] = ()) -> None:
         """Erases words for good: those of forgotten texts, by digest, and of forgotten facts, by id; and what was made
@@ -3030,8 +3371,9 @@ class ChatStore:
     def listing(self) -> dict:
         """The chat as lists of chats show it."""
         return {
-            "chat_id": self.id, "character": self.info.get("character"), "messages": self.tree.messages,
+            "chat_id": self.id, "character": self.info.get("character"), "messages": len(self.tree.path(self.head)),
             "branches": self.tree.branches, "updated": self.info.get("updated"), "family": self.family,
+            "lone": self.info.get("lone", False) and self.tree.messages < 2,
         }  # fmt: skip
 
     @property
@@ -3545,6 +3887,12 @@ LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
+REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
+SURE_MATCHES = 3  # matching messages that name a chat whatever its persona says
+KEPT_NOTES = 8  # of a chat: texts that its client puts around or between a user's words
+REWORDED = 8  # newest messages that a client's rules for its display may show in other words at every turn
+SAME_SPEECH = 0.7  # of the shorter message's words
+SAME_PERSONA = 0.75  # of the shorter persona's words: two cards in one frame share about half
 DELETED = ".deleted-"  # begins the name of a folder that is being deleted
 
 
@@ -3677,11 +4025,12 @@ class Catalogue:
         with self._database.use() as cache:
             return [key[2:] for key, since in stored_rows(cache, "x:").items() if since < before]
 
-    def chats(self) -> list[dict]:
-        """A line for every chat, the last used first."""
+    def chats(self, lone: bool = False) -> list[dict]:
+        """A line for every chat, the last used first; also those of one `lone` message, where they are asked for."""
         with self._database.use() as cache:
             lines = stored_rows(cache, "c:").values()
-        return sorted(lines, key=lambda line: -(line["updated"] or 0))
+        listed = (line for line in lines if lone or not line.get("lone"))
+        return sorted(listed, key=lambda line: -(line["updated"] or 0))
 
     def holding(self, digests: Sequence[str], kinds: str = "d") -> list[list[str]]:
         """For each text the chats that hold it: those without an explicit id (`d`), those with one (`n`), or both."""
@@ -3788,7 +4137,7 @@ class ChatRegistry:
                 folders = {entry.name: entry for entry in self.folder.iterdir() if entry.is_dir()}
             except OSError as error:
                 raise StoreError(f"store: {type(error).__name__}: {error}") from error
-            lines = {chat_folder(line["chat_id"]): line["chat_id"] for line in self.catalogue.chats()}
+            lines = {chat_folder(line["chat_id"]): line["chat_id"] for line in self.catalogue.chats(lone=True)}
             for name in lines.keys() - folders.keys():  # deleted by hand, or in a program that was killed meanwhile
                 self.catalogue.remove(lines[name], None)
             unlisted = [folder for name, folder in folders.items() if name not in lines]
@@ -3985,7 +4334,7 @@ class ChatRegistry:
         """
         self.start()
         folder = self.folder / chat_folder(chat_id)
-        if not folder.exists() and chat_id not in (line["chat_id"] for line in self.catalogue.chats()):
+        if not folder.exists() and chat_id not in (line["chat_id"] for line in self.catalogue.chats(lone=True)):
             raise NotFound(f"There is no chat {chat_id!r}.")
         digests = self._close_for_good(folder)
         doomed = self.folder / f"{DELETED}{secrets.token_hex(8)}"
@@ -4036,12 +4385,39 @@ def align_request(chat: Chat, request: ChatRequest) -> Alignment:
     return (align_floating if request.persona_in_first_turn else align)(chat.tree, digests, chat.store.head)
 
 
+def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
+    """As `align_request`, for a chat that the request does not name: nothing fits a chat of another account, and a few
+    matching words fit none with another persona, since many chats begin with "Hi"."""
+    account, persona = chat.store.info.get("account"), chat.store.info.get("persona", "")
+    if account and request.account and account != request.account:
+        return Alignment()
+    found = align_request(chat, request)
+    strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
+    return Alignment() if strange and len(found.matches) < SURE_MATCHES else found
+
+
+def is_recent(chat: Chat, message: str) -> bool:
+    """Whether a message came within the last minutes."""
+    return time.time() - chat.store.read([message])[0].at < REGENERATE_SECONDS
+
+
+def same_persona(one: str, other: str) -> bool:
+    """Whether two leading blocks may be one character's: most of their words are the same. Lorebook entries come and
+    go; a client that gives no persona may be anyone's."""
+    first, second = (set(re.findall(r"\w+", text.lower())) for text in (one, other))
+    names = {named_in_prompt(one), named_in_prompt(other)} - {None}
+    if not first or not second:
+        return True
+    return len(names) < 2 and len(first & second) >= SAME_PERSONA * min(len(first), len(second))
+
+
 def align_appended(chat: Chat, request: ChatRequest) -> Alignment | None:
     """Where the one message of a client that keeps no history goes; None for a client that shows history.
 
-    The reply that the client had to its last message is then part of the chat. The same message again, when no whole
-    reply has reached the client, is the same turn again. A client that has shown its history before may send its newest
-    message alone, too; but its chat's first message alone is its history, shown from the beginning.
+    The reply that the client had to its last message is then part of the chat. The same message again is the same turn
+    again, when no whole reply has reached the client, or when it comes so soon that the user wants another reply. A
+    client that has shown its history before may send its newest message alone, too; but its chat's first message alone
+    is its history, shown from the beginning.
     """
     head, tree = chat.store.head, chat.tree
     if len(request.turns) != 1 or request.turns[0].role != "user" or request.identity.has_metadata or not head:
@@ -4050,7 +4426,7 @@ def align_appended(chat: Chat, request: ChatRequest) -> Alignment | None:
     if chat.store.info.get("shows_history") and first.digest == request.turns[0].digest:
         return None
     replies = tree.replies.get(head) or []
-    answered = bool(replies) and tree.nodes[replies[-1]].complete
+    answered = bool(replies) and tree.nodes[replies[-1]].complete and not is_recent(chat, replies[-1])
     if tree.nodes[head].digest == request.turns[0].digest and not answered:
         return Alignment(tree.nodes[head].parent, (head,))
     return Alignment(replies[-1] if replies else head)
@@ -4627,7 +5003,6 @@ REFUSAL = re.compile(
     r"|i(?:['’]m| am) (?:unable|not able|just an? )|as an? (?:ai|language model|large language)|unfortunately, i\b)",
     re.IGNORECASE,
 )
-THOUGHTS = re.compile(r"<(think|thinking|thoughts?|reasoning)>.*?(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"'”’»*)\]]*\s+|(?<=[。！？])|\n+")
 GROUNDED = 0.45  # share of a summary's words that what it covers must hold; hand-written ones reach 0.55 to 0.9
 MOST_REPEATED = 0.7  # share of a summary's sentences that must differ
@@ -4774,7 +5149,7 @@ def clipped_lines(lines: Sequence[str], budget: int) -> list[str]:
 
 def read_answer(text: str) -> tuple[str, list]:
     """Summary and facts from what models really answer: JSON, JSON in prose or cut off, plain text, thoughts first."""
-    text = THOUGHTS.sub("", text).strip()
+    text = without_thoughts(text).strip()
     for found in re.finditer(r"\{", text):
         with contextlib.suppress(ValueError, RecursionError):
             answer, _ = json.JSONDecoder().raw_decode(text, found.start())
@@ -5051,6 +5426,7 @@ MEMORY_HEADING = "[Earlier in this chat, oldest first. This is the past, for ref
 MEMORY_ENDING = "[End of memories]"
 CARRIED_HEADING = "[From another time, in another chat. Remembered, but not part of this story:]"
 FORGOTTEN = "…"  # what a forgotten message reads like
+SMALLEST_MEMORY = 24  # tokens; with less left beside the frame nothing is recalled
 FRAME_MARGIN = MESSAGE_OVERHEAD + 4  # what sets the block apart: a message of its own, or white space
 NEIGHBOURS = 2  # messages apart at most, to stand in one excerpt
 
@@ -5100,7 +5476,9 @@ def lay_out(
     first = request.history_start
     shown = len(request.turns) - first
     stored, counts = list(counts[: len(counts) - shown]), list(counts[len(counts) - shown :])
-    fixed = REPLY_PRIMING + sum(message_tokens(m) for m in request.persona) + option_tokens(request.body)
+    fixed = REPLY_PRIMING + sum(message_tokens(m) for m in request.persona)
+    if request.begins_with_user and roles[0] == "assistant":
+        fixed += sum(message_tokens(m) for m in request.opening or (DEFAULT_OPENING,))
     tail = sum(message_tokens(m) for m in request.tail)
     turns = [turn_tokens(t, n) for t, n in zip(request.turns[first:], counts, strict=True)]
     pivot = request.newest_user
@@ -5177,14 +5555,27 @@ def beyond_window(memories: Sequence[Memory], layout: Layout, story: int) -> lis
         memories = left
 
 
-def option_tokens(body: Mapping) -> int:
-    """Tokens of what else in a request ends up in the model's prompt: the tools it may call."""
-    return sum(count_tokens(json.dumps(body[k])) for k in ("tools", "functions") if body.get(k))
+def tool_tokens(body: Mapping) -> int:
+    """Tokens of the tools in a request, whose definitions end up in the model's prompt."""
+    tools = (body[name] for name in ("tools", "functions") if body.get(name))
+    return sum(count_tokens(json.dumps(some, ensure_ascii=False, separators=(",", ":"))) for some in tools)
+
+
+def beside_tools(context: int, tools: int, max_tokens: int = 0) -> int:
+    """What the tools' definitions leave of a context for everything else, which is divided as a context without tools
+    is. Raises `ContextLengthExceeded` where they leave too little for any chat."""
+    if tools and context - tools < max(2 * MIN_RESPONSE, max_tokens + MIN_RESPONSE):
+        raise ContextLengthExceeded(
+            f"This model's context length is {context} tokens, and the definitions of the tools in the request take "
+            f"{tools} of them. Send fewer tools, or raise --context where the model can read more.",
+            "tools",
+        )
+    return context - tools
 
 
 def turn_tokens(turn: Turn, counted: int) -> int:
     """Tokens of a turn and of the client's messages before it; `counted` is what its text and name take."""
-    plain = isinstance(turn.raw["content"], str) and turn.raw.keys() <= {"role", "name", "content"}
+    plain = turn.raw["content"] == turn.content and turn.raw.keys() <= {"role", "name", "content"}
     return (counted if plain else message_tokens(turn.raw)) + sum(message_tokens(m) for m in turn.before)
 
 
@@ -5358,8 +5749,12 @@ def compose_prompt(
     Restored messages are made to look as the client showed them, so that a message which slides out of the client's
     window does not change the prompt. The memory block stands before the turn `layout.pivot`: in a system message of
     its own where the client uses such, else in front of that turn's text, since strict templates refuse other roles.
+    A client that sees to it that the user begins gets a prompt in which the user begins.
     """
-    prompt = [*with_story(request.persona, story), *map(restored, older)]
+    older = [as_shown(message, request) for message in older]
+    first = older[0] if older else request.turns[turns_from].raw
+    opening = (request.opening or (DEFAULT_OPENING,)) if request.begins_with_user else ()
+    prompt = [*with_story(request.persona, story), *(opening if first["role"] == "assistant" else ()), *older]
     if story and not request.persona and prompt:  # a client that sends nothing but its newest message
         prompt[0] = preceded(prompt[0], story)
     for i, turn in enumerate(request.turns[turns_from:], turns_from):
@@ -5370,7 +5765,10 @@ def compose_prompt(
             prompt.extend(({"role": "system", "content": block}, turn.raw))
         else:
             prompt.append(preceded(turn.raw, block))
-    return [*prompt, *request.tail]
+    prompt += request.tail
+    if request.joined:
+        return [{"role": "user", "content": "\n\n".join(text_of(m.get("content")) for m in prompt)}]
+    return prompt
 
 
 def with_story(persona: Sequence[dict], story: str) -> list[dict]:
@@ -5422,6 +5820,20 @@ def restored(message: Message) -> dict:
     strict templates want the roles to alternate."""
     named = {"name": message.name} if message.name else {}
     return {"role": message.role, **named, "content": FORGOTTEN if message.forgotten else message.content}
+
+
+def as_shown(message: Message, request: ChatRequest) -> dict:
+    """A stored message as the client would show it now: with the speaker's name in front where it puts names there, and
+    without where it does not, though it once did."""
+    sent = restored(message)
+    names = [turn.voice for turn in request.turns if turn.role == message.role]
+    found = NAME_PREFIX.match(sent["content"])
+    if any(names) and not found and not message.forgotten:
+        name = message.voice or message.name or next(filter(None, reversed(names)))
+        return {"role": message.role, "content": f"{name}: {sent['content']}"}
+    if message.voice and names and not any(names):
+        return {**sent, "content": sent["content"].removeprefix(f"{message.voice}: ")}
+    return sent
 
 
 def preceded(message: dict, block: str) -> dict:
@@ -5563,31 +5975,6 @@ def with_users(copies: Sequence[ChatCopy], passed_over: list[dict]) -> tuple[lis
     if silent:
         passed_over = [*passed_over, {"line": None, "why": f"{words} no message of the user yet: left out."}]
     return spoken, passed_over
-
-
-THOUGHT_TAG = re.compile(
-    r"<(?P<end>/?)(?P<name>think|thinking|reasoning)(?:\s[^<>]*)?>"
-    r"|<(?P<details>details)\s[^<>]*type=[\"']reasoning[\"'][^<>]*>|</(?P<shut>details)>",
-    re.I,
-)
-
-
-def without_thoughts(text: str) -> str:
-    """A reply without a model's thoughts: blocks in tags, also one that is not closed, and all before a closing tag
-    whose opening one a template has put into the prompt."""
-    kept, inside, start = [], "", 0
-    for tag in THOUGHT_TAG.finditer(text):
-        name, closes = (tag["name"] or "details").lower(), bool(tag["end"] or tag["shut"])
-        if not inside and not closes:
-            kept.append(text[start : tag.start()])
-            inside = name
-        elif closes and name == inside:
-            inside, start = "", tag.end()
-        elif closes and not inside and not tag["shut"]:
-            kept, start = [], tag.end()
-    if not kept and not start:
-        return text
-    return "".join(kept if inside else [*kept, text[start:]]).strip()
 
 
 # --------------------------------------------------------------------------------------------- SillyTavern's chat files
@@ -6066,7 +6453,7 @@ def checked_message(message: Message, where: str) -> Message:
     """A message with its tokens counted anew; raises `InvalidRequest` where its fields contradict each other."""
     if message.role not in CHAT_ROLES:
         raise InvalidRequest(f"{where}.role must be user or assistant.", f"{where}.role")
-    if message.id != message_id(message.parent, message.digest):
+    if message.id != message_id(message.parent, message_digest(message.role, message.original)):
         raise InvalidRequest(f"{where}.id is not that of its text under its parent.", f"{where}.id")
     if message.erased and message.original:
         raise InvalidRequest(f"{where}.erased is for messages without words.", f"{where}.erased")
@@ -8374,6 +8761,13 @@ def report_header(report: PromptReport) -> str:
     return degraded_header(report.degraded, figures) if report.degraded else figures
 
 
+def untouched_header(reason: str = "") -> str:
+    """The header of a request that memory passes on as it came, with the reason where there is more to it than that it
+    holds no message."""
+    figures = "recalled=0 tokens=0 history=0 summary=0"
+    return f"untouched; reason={reason}; {figures}" if reason else figures
+
+
 def degraded_header(reason: str, figures: str = "") -> str:
     """The header of a turn that memory could not serve in full; header values are one line of Latin-1."""
     words = " ".join(reason.encode("latin-1", "replace").decode("latin-1").split())[:200]
@@ -8561,7 +8955,7 @@ class Vectors:
         if self._registry.catalogue.embedder() == self.embedder.name:
             return
         complete = True
-        for line in self._registry.catalogue.chats():
+        for line in self._registry.catalogue.chats(lone=True):
             try:
                 with self._registry.lookup(line["chat_id"]) as chat:
                     if chat and not self._closed:
@@ -8769,8 +9163,11 @@ class Archive:
         self._creating = threading.Lock()
 
     @contextlib.contextmanager
-    def enter(self, request: ChatRequest, chat_id: str, deadline: Deadline) -> Iterator[tuple[Chat, list[str]]]:
-        """The chat that a request belongs to, for as long as the block runs, and the ids of the request's branch.
+    def enter(
+        self, request: ChatRequest, chat_id: str, deadline: Deadline
+    ) -> Iterator[tuple[Chat, list[str], ChatRequest]]:
+        """The chat that a request belongs to, for as long as the block runs; the ids of the request's branch; and the
+        request without what this chat has shown to be nobody's words.
 
         What is new in the request is written first. Without an explicit `chat_id` the transcript names the chat.
         """
@@ -8782,15 +9179,27 @@ class Archive:
                     named = self._create(request, chat_id, deadline)
                 chat = loans.enter_context(self._registry.borrow(named))
             with chat.lock:
+                notes = chat.store.info.get("notes", [])
+                request = without_notes(request, notes)
                 alignment = (chat_id and align_appended(chat, request)) or align_request(chat, request)
+                if note := learned_note(chat, alignment, request):
+                    chat.store.commit(info={"notes": [*notes, note][-KEPT_NOTES:]})
+                    request = without_notes(request, [note])
+                    alignment = align_request(chat, request)
                 path = self._write_branch(chat, alignment, request)
-            yield chat, path
+            yield chat, path, request
 
     def _located(self, request: ChatRequest, deadline: Deadline) -> str:
         """The id of the chat without an explicit id that a request's transcript continues; empty: none."""
         digests = [(t.role, t.digest) for t in request.turns]
-        found = self._registry.locate(digests, lambda chat: align_request(chat, request), deadline.left)
-        return found[0] if found else ""
+        found = self._registry.locate(digests, lambda chat: align_anonymous(chat, request), deadline.left)
+        if found or not request.account:
+            return found[0] if found else ""
+        with self._registry.lookup(request.account) as chat:  # one chat per account, as clients of old have it
+            if chat is None:
+                return ""
+            with chat.lock:
+                return chat.id if align_request(chat, request).convincing else ""
 
     def _create(self, request: ChatRequest, chat_id: str, deadline: Deadline) -> str:
         """Makes a request's chat, unless another request has just done so; returns its id.
@@ -8800,7 +9209,7 @@ class Archive:
         parent, located = self._parent(request), self._located(request, deadline)
         if not chat_id and (parent or located):
             return parent or located
-        named = chat_id or f"chat-{secrets.token_hex(8)}"
+        named = chat_id or f"{request.account or 'chat'}-{secrets.token_hex(8)}"
         with self._registry.lookup(named) as chat:
             if chat:
                 return named
@@ -8904,8 +9313,16 @@ class Archive:
         info |= {"character": character} if character else {}
         erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
         info |= {"persona": "" if erased else persona} if request.persona else {}
+        info |= {"account": request.account} if request.account and not store.info["explicit"] else {}
+        info |= {"lone": lone} if (lone := is_lone(chat, request, path)) != store.info.get("lone", False) else {}
+        before = chat.path()
         if messages or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(messages, info | {"updated": time.time()})
+            left = superseded(chat, before, path)
+            rewordings = store.info.get("rewordings", 0) + 1 if left else 0
+            if rewordings != store.info.get("rewordings", 0):
+                # What is left by a single rewording may be a user's edit, which stays to be seen.
+                store.commit(info={"rewordings": rewordings}, dropped=left if rewordings > 1 else ())
             self._registry.enter(chat, [m.id for m in messages])
         store.keep_recent(path)
         return path
@@ -8923,7 +9340,8 @@ class Archive:
             with chat.lock:
                 if tip not in chat.tree.nodes:  # deleted, and made anew under the same id
                     return []
-                replies = [new_message(tip, "assistant", text) for text in texts if text.strip()]
+                said = [spoken_words("assistant", text) for text in texts]
+                replies = [new_message(tip, "assistant", text) for text in said if text.strip()]
                 replies = [replace(m, confirmed=False, complete=complete) for m in replies]
                 fresh = [m for m in replies if not chat.tree.is_confirmed(m.id)]
                 chat.store.commit(fresh, {"updated": time.time()}, report)
@@ -9101,6 +9519,64 @@ class Archive:
             self._registry.enter(chat, ())
 
 
+def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]:
+    """The messages that a client's other wording of its newest ones leaves behind: where the branch `old`, which the
+    chat was last on, goes on as the new one does, word for word or nearly. A client's rules for its display do that at
+    every turn. None where anything else hangs on them.
+    """
+    tree = chat.tree
+    fork = len(os.path.commonprefix([list(old), list(path)]))
+    left, now = old[fork:], path[fork:]
+    if not 0 < len(left) <= min(REWORDED, len(now)):
+        return []
+    below = tree.below(left[0])
+    if tree.marked.intersection(below) or any(tree.nodes[i].confirmed and i not in left for i in below):
+        return []
+    return below if all(same_speech(chat, a, b) for a, b in zip(left, now, strict=False)) else []
+
+
+def same_speech(chat: Chat, one: str, other: str) -> bool:
+    """Whether two messages are of one side, and most of the shorter one's words are the other's too."""
+    first, second = chat.nodes([one, other])
+    if first.role != second.role or first.digest == second.digest:
+        return first.role == second.role
+    words = [Counter(re.findall(r"\w+", m.original.lower())) for m in chat.store.read([one, other])]
+    return (words[0] & words[1]).total() >= SAME_SPEECH * max(1, min(words[0].total(), words[1].total()))
+
+
+def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
+    """A text that a client puts into its prompt at a place that moves, such as an author's note, as the first message
+    that differs from the stored ones gives it away; empty: none.
+
+    It was around a user's words that stand there without it now; or around other words than before; or it was a
+    message of its own, which stands further down now.
+    """
+    place = alignment.skipped + len(alignment.kept)
+    turn = request.turns[place] if place < len(request.turns) else None
+    if turn is None or turn.role != "user" and alignment.tip == ROOT:
+        return ""
+    tree = chat.tree
+    stood = [i for i in tree.children.get(alignment.tip, ()) if tree.is_confirmed(i) and tree.nodes[i].role == "user"]
+    later = Counter(t.digest for t in request.turns[place:])
+    for message in chat.store.read(stood[-REWORDED:]):
+        if around(message.original, turn.content):
+            return around(message.original, turn.content)
+        moved = any(tree.nodes[i].digest == turn.digest for i in tree.children.get(message.id, ()))
+        if moved and later[message.digest] == 1 and len(message.original) >= SHORTEST_NOTE:
+            return message.original.strip()
+        gained = around(turn.content, message.original)
+        near = [j for i in chat.path()[-2 * REWORDED :] for j in tree.siblings(i) if tree.nodes[j].role == "user"]
+        if gained and any(around_end(m.original, gained) for m in chat.store.read(near)):
+            return gained
+    return ""
+
+
+def is_lone(chat: Chat, request: ChatRequest, path: Sequence[str]) -> bool:
+    """Whether a chat is one message of a client that names neither the chat nor its account: what becomes a chat when
+    it goes on, and till then may be a program's call."""
+    return len(path) == 1 and request.lone and not chat.store.info["explicit"] and not request.account
+
+
 def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], list[str]]:
     """What of a transcript must be written (new messages, and stored ones whose state changes), and its branch."""
     tree, store = chat.tree, chat.store
@@ -9108,13 +9584,16 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
     messages = [replace(m, confirmed=True) for m in store.read([i for i in path if i in tree.unshown])]
     for turn in request.turns[alignment.skipped :]:
         parent = path[-1] if path else ROOT
-        key = message_id(parent, turn.digest)
-        path.append(key)
-        node = tree.nodes.get(key)
+        path.append(tree.child(parent, turn.digest) or message_id(parent, message_digest(turn.role, turn.content)))
+        node = tree.nodes.get(path[-1])
         if node is None:
             messages.append(message_of_turn(parent, turn))
-        elif not node.confirmed or (node.shown != turn.fingerprint and not (node.forgotten and not node.shown)):
-            messages.append(shown_again(store.read([key])[0], message_of_turn(parent, turn)))
+        elif node.confirmed and (node.shown == turn.fingerprint or (node.forgotten and not node.shown)):
+            continue
+        elif node.id != (message := message_of_turn(parent, turn)).id:  # with another name or status: the first stays
+            messages += [] if node.confirmed else [replace(store.read([node.id])[0], confirmed=True)]
+        else:
+            messages.append(shown_again(store.read([node.id])[0], message))
     return messages, path
 
 
@@ -10209,8 +10688,8 @@ class PromptBuilder:
         else fails costs the turn its memory, and the header says so."""
         request = parse_request(body)
         try:
-            if not request.turns:
-                return self._untouched(request, chat_id, call, "recalled=0 tokens=0 history=0 summary=0")
+            if request.aside or not request.turns:
+                return self._untouched(request, "" if request.aside else chat_id, call, untouched_header(request.aside))
             return self._with_memory(request, chat_id, call)
         except InvalidRequest:
             raise
@@ -10226,16 +10705,18 @@ class PromptBuilder:
         if request.identity.kind == "quiet":
             request = self._archive.without_instruction(request, chat_id)
             if not request.turns:
-                return self._untouched(request, chat_id, call, "recalled=0 tokens=0 history=0 summary=0")
+                return self._untouched(request, chat_id, call, untouched_header("a quiet prompt"))
         context, shares = self._context(request, call)
-        with self._archive.enter(request, chat_id, deadline) as (chat, path):
-            memory = self._remember(chat, path, request, context, shares, lay_out, deadline)
+        tools = tool_tokens(request.body)
+        left = beside_tools(context, tools, request.max_tokens)
+        with self._archive.enter(request, chat_id, deadline) as (chat, path, request):
+            memory = self._remember(chat, path, request, left, shares, lay_out, deadline)
             withheld, parts = known_refusals(chat, memory), memory.parts
             prompt, history = composed(memory, [part for part in parts if part not in withheld])
             with chat.lock:
                 before, chat.last_prompt = chat.last_prompt, sent_prompt(prompt, chat.last_prompt or ())
                 reused = None if before is None else round(prefix_reuse(before, chat.last_prompt), 4)
-        report = self._report(memory, reused, started)
+        report = self._report(memory, reused, started, tools)
         if withheld:
             words = f"left out, since the provider's filter refused it: {', '.join(withheld)}"
             report = replace(report, degraded="; ".join(filter(None, (report.degraded, words))))
@@ -10254,12 +10735,14 @@ class PromptBuilder:
         reply need it. Memories and reply then have what they would have had.
         """
         length, most = self._completions.context_length(request.body.get("model") or "", call)
-        if most <= length or sum(len(t.content) for t in request.turns) + len(json.dumps(request.persona)) < length:
+        tools = tool_tokens(request.body)
+        characters = sum(len(t.content) for t in request.turns) + len(json.dumps(request.persona))
+        if most <= length or characters + tools < length:
             return length, self._shares
         _, memories, history, response = self._shares
         shown = [*request.persona, *request.tail, *(m for t in request.turns for m in (*t.before, t.raw))]
         unguessed = [*request.persona, *request.tail, *(t.raw for t in request.turns[-1:])]
-        needed = option_tokens(request.body) + sum(map(message_tokens, shown if most == math.inf else unguessed))
+        needed = tools + sum(map(message_tokens, shown if most == math.inf else unguessed))
         needed += max(request.max_tokens, int(response * length)) + int(memories * length) + REPLY_PRIMING
         if most == math.inf:
             needed /= 1 - HISTORY_BLOCK * history  # so that the blocks which are cut lie before what the client shows
@@ -10287,7 +10770,7 @@ class PromptBuilder:
         started, deadline = time.perf_counter(), Deadline.after(INJECTION_SECONDS)
         usual = self._settings.context or DEFAULT_CONTEXT
         context = int(window / (1 - self._shares[3])) if window else usual
-        with self._archive.enter(request, request.identity.chat_id, deadline) as (chat, path):
+        with self._archive.enter(request, request.identity.chat_id, deadline) as (chat, path, request):
             memory = self._remember(chat, path, request, context, self._shares, lay_out_window, deadline)
         report, pivot = self._report(memory, None, started), memory.turn.layout.pivot
         plan = replace(memory.plan, context=usual)
@@ -10332,7 +10815,11 @@ class PromptBuilder:
         first, above = request.history_start, len(nodes) - len(request.turns)
         path, shown, budget = [n.id for n in nodes], nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
-        layout = arrange(request, context, shares, [n.tokens for n in shown], [n.role for n in shown], reserved)
+        counts = [n.tokens for n in shown]
+        for i, turn in enumerate(request.turns[first:], above):
+            if shown[i].shown != turn.fingerprint:  # the client shows it with something else around the words
+                counts[i] = message_tokens(turn.raw)
+        layout = arrange(request, context, shares, counts, [n.role for n in shown], reserved)
         story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
         # Without a persona and without history there is no message to attach the story to.
         attachable = request.persona or layout.anchor < above or layout.window
@@ -10344,9 +10831,10 @@ class PromptBuilder:
         return replace(layout, room=layout.room - story.tokens), story, plan
 
     def _mood(self, turn: TurnContext) -> Mood | None:
-        """How the user feels by now, None where that cannot be told. Never fails a turn."""
+        """How the user feels by now, None where that cannot be told, or where a program asks. Never fails a turn."""
+        program = turn.request.wants_json or turn.chat.store.info.get("lone")
         try:
-            return self._feelings.mood(turn.chat, turn.nodes[turn.first :]) if turn.newest else None
+            return self._feelings.mood(turn.chat, turn.nodes[turn.first :]) if turn.newest and not program else None
         except Exception as error:
             note_failure("emotion_failed", "The mood could not be read", error, turn.chat.id)
             return None
@@ -10369,17 +10857,19 @@ class PromptBuilder:
             note_failure("reminder_failed", "The persona could not be looked at", error, chat.id)
             return ""
 
-    def _report(self, memory: TurnMemory, reused: float | None, started: float) -> PromptReport:
+    def _report(self, memory: TurnMemory, reused: float | None, started: float, tools: int = 0) -> PromptReport:
         """What went into a turn's prompt and why, which is also noted in log and metrics."""
         turn, layout, block = memory.turn, memory.turn.layout, memory.block
+        degraded = memory.recalled.degraded or short_of_room(layout, tools)
         tokens = {
             "persona": layout.budget.persona, "memories": count_tokens(block) + MESSAGE_OVERHEAD if block else 0,
             "history": layout.history_tokens, "response": layout.budget.response, "story": memory.story.tokens,
-        }  # fmt: skip
+        } | ({"tools": tools} if tools else {})  # fmt: skip
         report = PromptReport(
-            at=time.time(), tip=memory.path[-1], context=memory.context, budget=asdict(layout.budget), tokens=tokens,
+            at=time.time(), tip=memory.path[-1], context=memory.context + tools, budget=asdict(layout.budget),
+            tokens=tokens,
             history=len(memory.path) - turn.first - layout.anchor - len(layout.hidden),
-            hidden=layout.anchor + len(layout.hidden), degraded=memory.recalled.degraded,
+            hidden=layout.anchor + len(layout.hidden), degraded=degraded,
             recalled=[recalled_row(m) for m in memory.memories], left_out=list(memory.recalled.left_out),
             mood=memory.mood and asdict(memory.mood), summaries=len(memory.story.summaries),
             facts=len(memory.story.facts), reminder=memory.reminder, reused=reused,
@@ -10388,6 +10878,13 @@ class PromptBuilder:
         )  # fmt: skip
         self._status.note_turn(turn.chat.id, report)
         return report
+
+
+def short_of_room(layout: Layout, tools: int) -> str:
+    """Why a prompt has no room for memories, where messages are not in it and the tools take that room; else empty."""
+    if not tools or not layout.reach or layout.recalled >= memory_frame_tokens() + SMALLEST_MEMORY:
+        return ""
+    return f"no room for memories: tools take {tools} tokens"
 
 
 def composed(memory: TurnMemory, parts: Collection[str]) -> tuple[list[dict], int]:
@@ -10399,7 +10896,8 @@ def composed(memory: TurnMemory, parts: Collection[str]) -> tuple[list[dict], in
     turns_from = request.history_start + max(0, layout.anchor - (len(memory.path) - len(request.turns)))
     block = memory.block if "memories" in parts else ""
     prompt = compose_prompt(request, layout, older, turns_from, block, story)
-    return prompt, len(with_story(request.persona, story)) or int(bool(story))
+    begins = len(with_story(request.persona, story)) or int(bool(story))
+    return prompt, begins + any(map(is_placeholder, prompt[begins : begins + 1]))
 
 
 def known_refusals(chat: Chat, memory: TurnMemory) -> list[str]:
@@ -13000,12 +13498,17 @@ def client_call() -> Call:
 
 
 def explicit_chat_id(headers: Mapping[str, str], body: Any) -> str:
-    """The id that a request gives its chat; empty where it gives none, or a template's placeholder."""
+    """The id that a request gives its chat; empty where it gives none, or a template's placeholder.
+
+    `user` is somebody's account in OpenAI's API, and a chat only where it says so itself, as in "chat_123".
+    """
     body = body if isinstance(body, dict) else {}
     ours, metadata = (body.get(k) if isinstance(body.get(k), dict) else {} for k in ("persona_memory", "metadata"))
+    account = body.get("user")
     given = (
-        urllib.parse.unquote(headers.get("X-Chat-Id", "")), ours.get("chat_id"), body.get("chat_id"),
-        metadata.get("chat_id"), body.get("user"),
+        *(urllib.parse.unquote(headers.get(name, "")) for name in ("X-Chat-Id", "X-OpenWebUI-Chat-Id")),
+        ours.get("chat_id"), body.get("chat_id"), metadata.get("chat_id"),
+        account if isinstance(account, str) and account.lower().startswith("chat") else None,
     )  # fmt: skip
     named = (sane_text(str(v)).strip() for v in given if isinstance(v, str | int) and not isinstance(v, bool))
     return next((v for v in named if v not in ABSENT_IDS and "{{" not in v), "")

@@ -1,7 +1,5 @@
 """The token budget: property-based, over random personas, histories, reply lengths and context sizes."""
 
-import json
-
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -91,7 +89,7 @@ message = st.fixed_dictionaries(
 @given(
     st.text("xyz ", max_size=900),
     st.lists(message, min_size=1, max_size=25),
-    st.integers(60, 900),
+    st.integers(60, 1200),
     st.sampled_from([None, 5, 60, 400]),
     st.booleans(),
 )
@@ -103,12 +101,13 @@ def test_no_prompt_exceeds_its_context(persona, messages, context, max_tokens, w
     assume(request.turns)
     counts = [pm.message_tokens(turn.raw) for turn in request.turns]
     try:
-        layout = pm.lay_out(request, context, SHARES, counts, [turn.role for turn in request.turns])
+        left = pm.beside_tools(context, pm.tool_tokens(body), request.max_tokens)
+        layout = pm.lay_out(request, left, SHARES, counts, [turn.role for turn in request.turns])
     except pm.ContextLengthExceeded:
         return
     prompt = pm.compose_prompt(request, layout, [], layout.anchor, "")
     used = pm.REPLY_PRIMING + sum(pm.message_tokens(m) for m in prompt)
-    used += pm.count_tokens(json.dumps(body["tools"])) if with_tools else 0
+    used += pm.tool_tokens(body)
     assert used + max(layout.room, 0) + layout.budget.response == context
     assert layout.room >= 0 and layout.budget.response >= (max_tokens or 0)
     assert prompt[: len(request.persona)] == list(request.persona)

@@ -921,7 +921,6 @@ def test_tool_notices_and_thoughts_are_no_messages(server):
         ("plain </details> text", "plain </details> text"),
         ("<think>a</think>b", "b"),
         ("a\n</think>\n\nb", "b"),
-        ("b <THINKING>a", "b"),
         ("<reasoning>a<think>b</think>c</reasoning>d", "d"),
         ('<details type="reasoning" done="true">\n<summary>x</summary>\na</details>\nb', "b"),
         ("x <details>kept</details> <think >a</think> y", "x <details>kept</details>  y"),

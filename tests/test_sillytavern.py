@@ -565,7 +565,9 @@ ID_PLACES = {
 @pytest.mark.parametrize("place", ID_PLACES)
 def test_explicit_id_keeps_chats_apart(server, upstream, place):
     """Two ids with the same opening are two chats; our own field is not sent on to the model."""
-    one, two = (Client(server.url, HELENA, window=8, **ID_PLACES[place](chat_id)) for chat_id in ("alpha/1", "beta 2"))
+    one, two = (
+        Client(server.url, HELENA, window=8, **ID_PLACES[place](chat_id)) for chat_id in ("chat alpha/1", "chat beta 2")
+    )
     chatter(one, 1)
     one.send("My cat is called Miso.")
     chatter(two, 1)
@@ -575,20 +577,20 @@ def test_explicit_id_keeps_chats_apart(server, upstream, place):
         two.send(small_talk(number))
     question = "What is my cat or dog called?"
     ask(server, one, question)
-    assert one.answer.chat_id == "alpha/1"
+    assert one.answer.chat_id == "chat alpha/1"
     assert_recalls(upstream, "Miso", without="Bruno")
     ask(server, two, question)
-    assert two.answer.chat_id == "beta 2"
+    assert two.answer.chat_id == "chat beta 2"
     assert_recalls(upstream, "Bruno", without="Miso")
-    assert {entry["chat_id"] for entry in shelf(server)} == {"alpha/1", "beta 2"}
+    assert {entry["chat_id"] for entry in shelf(server)} == {"chat alpha/1", "chat beta 2"}
     assert "chat_id" not in upstream.last["body"]
 
 
 def test_first_named_id_counts(server):
-    """The header goes before `chat_id`, that before `metadata.chat_id`, that before `user`."""
-    body = {"chat_id": "second", "metadata": {"chat_id": "third"}, "user": "fourth"}
+    """The header goes before `chat_id`, that before `metadata.chat_id`, that before a `user` that names a chat."""
+    body = {"chat_id": "second", "metadata": {"chat_id": "third"}, "user": "chat-fourth"}
     assert Client(server.url, HELENA, headers={"X-Chat-Id": "first"}, body=body).send("Hello.").chat_id == "first"
-    for expected in ("second", "third", "fourth"):
+    for expected in ("second", "third", "chat-fourth"):
         assert Client(server.url, HELENA, body=body).send("Hello.").chat_id == expected
         del body[next(iter(body))]
 
