@@ -9370,7 +9370,7 @@ class Summarizer:
             now = chat.store.summaries.get(old.id)
             if now and (now.text, now.source) == (old.text, old.source):  # not replaced by a user's own words
                 chat.store.commit(summaries=[fresh])
-        return 0.0
+        return 0.0 if fresh.source == "model" else None  # a model that writes badly is not asked on and on
 
     def _next_budget(self) -> float | None:
         """Seconds until the hour allows another request; None where that is not what keeps one from being made."""
