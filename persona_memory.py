@@ -10145,7 +10145,7 @@ class Summarizer:
             same = now and (now.text, now.source) == (old.text, old.source)  # not replaced by a user's own words
             if same and changed.isdisjoint(fresh.texts):
                 chat.store.commit(summaries=[fresh])
-        return 0.0
+        return 0.0 if fresh.source == "model" else None  # a model that writes badly is not asked on and on
 
     def _next_budget(self) -> float | None:
         """Seconds until the hour allows another request; None where that is not what keeps one from being made."""

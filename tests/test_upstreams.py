@@ -861,7 +861,8 @@ def test_a_prompt_that_is_too_long_loses_its_oldest_messages(server, upstream, m
     card = {"role": "system", "content": "You are Mira."}
     for turn, requests in enumerate((2, 3)):
         question = {"role": "user", "content": f"What do you see, {turn}?"}
-        reply = say(server.url, [card, *LONG[-120:], question], stream=False, model=model, max_tokens=100)
+        shown = [card, *LONG[-120:], question]
+        reply = say(server.url, shown, stream=False, model=model, max_tokens=100, chat_id=model)
         assert (reply.text, len(upstream.chats)) == ("It fits.", requests)
         sent = upstream.last["body"]["messages"]
         assert sent[0] == card and sent[-1]["content"].endswith(question["content"])
