@@ -14025,23 +14025,101 @@ def backup_of(server: Path) -> Path:
 # -------------------------------------------------------------------------------------------- the SillyTavern extension
 
 
-def extension_homes(root: Path) -> list[Path]:
+FIRST_USER = "default-user"  # whom SillyTavern makes at its first start
+HOME_PLACES = (  # in the home folder, where people clone to and launchers put it
+    "sillytavern", "SillyTavern-Launcher/SillyTavern", "Documents/SillyTavern", "Desktop/SillyTavern",
+    "Downloads/SillyTavern", "git/SillyTavern", "projects/SillyTavern",
+)  # fmt: skip
+
+
+def extension_homes(folder: Path) -> list[Path]:
     """The folders of the extension in a SillyTavern: one for each user, or a common one in versions without users.
 
-    Raises `SettingsError` where the folder is not a SillyTavern.
+    `folder` is a git clone, an npm package or what holds it, a data root, a user's folder, or a folder with Docker's
+    volumes. Only folders that the client reads are given. Raises `SettingsError` where it is none of these.
     """
-    package = read_json_file(root / "package.json")
-    if package.get("name") != "sillytavern" or not (root / "public" / "scripts").is_dir():
+    if is_user(folder):
+        return [folder / "extensions" / EXTENSION]
+    package = read_json_file(folder / "package.json")
+    if package.get("name") == "sillytavern" and (folder / "public" / "scripts").is_dir():
+        return homes_of_program(folder, str(package.get("version")))
+    for inner in ("node_modules/sillytavern", "lib/node_modules/sillytavern"):
+        if (folder / inner / "package.json").is_file():
+            return extension_homes(folder / inner)
+    users = [*users_in(folder), *users_in(folder / "data")]
+    if not users and (folder / "config" / "config.yaml").is_file() and (folder / "data").is_dir():
+        users = [folder / "data" / FIRST_USER]  # volumes of a container that has not been used yet
+    if not users:
         raise SettingsError(
-            f"{root} is not a SillyTavern: name the folder that holds its package.json, its server.js and its public/."
+            f"{folder} is not a SillyTavern: name the folder that holds its package.json, its server.js and its "
+            "public/, or the one that holds its users' data."
         )
-    data = data_root(root)
-    users = [f for f in sorted(data.iterdir()) if f.name[0] not in "._" and f.is_dir()] if data.is_dir() else []
-    users = [f for f in users if (f / "settings.json").exists() or (f / "characters").is_dir()]
-    version = tuple(map(int, re.findall(r"\d+", str(package.get("version")))[:2]))
-    if users or version >= (1, 12):  # such versions make the user "default-user" at their first start
-        return [user / "extensions" / EXTENSION for user in users or [data / "default-user"]]
+    return [user / "extensions" / EXTENSION for user in users]
+
+
+def homes_of_program(root: Path, version: str) -> list[Path]:
+    """The folders of the extension for a SillyTavern's program folder.
+
+    Started as a command of npm or npx, it keeps its users' data in the system's own place (its src/command-line.js),
+    and reads `data/` beside itself only where somebody starts its server.js.
+    """
+    packaged = "node_modules" in root.parts
+    roots = [global_data_root()] if packaged else [data_root(root)]
+    more = [root / "data"] if packaged else [root / "docker" / "data"]
+    users = [user for place in (*roots, *more) for user in users_in(place)]
+    if users or packaged or tuple(map(int, re.findall(r"\d+", version)[:2])) >= (1, 12):  # they have users
+        return [user / "extensions" / EXTENSION for user in users or [roots[0] / FIRST_USER]]
     return [root / "public" / "scripts" / "extensions" / "third-party" / EXTENSION]
+
+
+def is_user(folder: Path) -> bool:
+    """Whether a folder holds the data of one user of a SillyTavern."""
+    return (folder / "characters").is_dir() or ((folder / "settings.json").is_file() and (folder / "chats").is_dir())
+
+
+def users_in(folder: Path) -> list[Path]:
+    """The folders of a data root's users."""
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    users = [f for f in inside if f.name[0] not in "._" and f.is_dir()]
+    return [f for f in users if (f / "settings.json").exists() or (f / "characters").is_dir()]
+
+
+def global_data_root() -> Path:
+    """Where a SillyTavern that npm has installed keeps its users' data (npm's "env-paths")."""
+    home = Path.home()
+    if sys.platform == "win32":
+        place = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "SillyTavern" / "Data"
+    elif sys.platform == "darwin":
+        place = home / "Library" / "Application Support" / "SillyTavern"
+    else:
+        place = Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share") / "SillyTavern"
+    return place / "data"
+
+
+def usual_places() -> list[Path]:
+    """Where a SillyTavern usually is: beside this program, where one is working, in the home folder, npm's data."""
+    around = [Path.cwd(), *(folder / "SillyTavern" for folder in (Path.cwd(), HERE, HERE.parent, Path.home()))]
+    home = [Path.home() / inner for inner in HOME_PLACES]
+    return list(dict.fromkeys(place.absolute() for place in (*around, *home, global_data_root())))
+
+
+def seen_homes() -> list[Path]:
+    """The folders of the extension in all of the usual places."""
+    found: dict[Path, None] = {}
+    for place in usual_places():
+        with contextlib.suppress(SettingsError, OSError):
+            found |= dict.fromkeys(home.resolve() for home in extension_homes(place))
+    return list(found)
+
+
+def chosen_homes(folder: str) -> list[Path]:
+    """The extension's folders in the SillyTavern that the user has named, or in all that are found where none is."""
+    if folder:
+        return extension_homes(Path(folder).absolute())
+    if not (homes := seen_homes()):
+        looked = "\n".join(f"  {place}" for place in usual_places())
+        raise SettingsError(f"No SillyTavern was found. Name its folder: --install-extension DIR. Looked in\n{looked}")
+    return homes
 
 
 def data_root(root: Path) -> Path:
@@ -14068,28 +14146,33 @@ def is_ours(home: Path) -> bool:
 
 def install_extension(settings: Settings, folder: str) -> str:
     """Writes the extension's files into a SillyTavern, over an older version of them; raises `SettingsError`."""
-    address = local_url(settings, settings.port)
-    homes = extension_homes(Path(folder))
+    address, homes = local_url(settings, settings.port), chosen_homes(folder)
     for home in homes:
         if home.is_symlink() or (home.exists() and any(home.iterdir()) and not is_ours(home)):
             raise SettingsError(f"{home} holds something else; nothing was installed there.")
+        if (home / ".git").exists():
+            raise SettingsError(f"{home} was installed from a git address; update it in SillyTavern's own list.")
         home.mkdir(parents=True, exist_ok=True)
         for name, content in extension_files(address).items():
             (home / name).write_bytes(content)
-    places = "\n".join(f"  {home}" for home in homes)
-    return f"The extension for {address} is in\n{places}\nReload SillyTavern's page to use it."
+    others = [home for home in seen_homes() if home not in [mine.resolve() for mine in homes]]
+    lines = [f"The extension for {address} is in", *(f"  {home}" for home in homes)]
+    if others:
+        lines += ["Left alone, though a SillyTavern reads these too:", *(f"  {home}" for home in others)]
+    return "\n".join([*lines, "Reload SillyTavern's page to use it."])
 
 
 def uninstall_extension(_: Settings, folder: str) -> str:
     """Removes the extension's files from a SillyTavern, and nothing else; raises `SettingsError`."""
-    gone = [home for home in extension_homes(Path(folder)) if not home.is_symlink() and is_ours(home)]
+    gone = [home for home in chosen_homes(folder) if not home.is_symlink() and is_ours(home)]
+    gone = [home for home in gone if not (home / ".git").exists()]  # SillyTavern's own list removes those
     for home in gone:
         for name in extension_files(""):
             (home / name).unlink(missing_ok=True)
         if not any(home.iterdir()):
             home.rmdir()
     if not gone:
-        return f"The extension is not in {folder}."
+        return f"The extension is not in {folder or 'any SillyTavern that was found'}."
     return "\n".join(["The extension was removed from", *(f"  {home}" for home in gone)])
 
 
@@ -14098,13 +14181,14 @@ def uninstall_extension(_: Settings, folder: str) -> str:
 
 @dataclass(frozen=True)
 class Action:
-    """Something that the program does instead of serving: the name of its argument (of which there may be `many`), its
-    help text, and the function that does it and returns a sentence for the user."""
+    """Something that the program does instead of serving: the name of its argument (of which there may be `many`, or
+    which may be left out), its help text, and the function that does it and returns a sentence for the user."""
 
     argument: str
     help: str
     run: Callable[[Settings, Any], str]
     many: bool = False
+    optional: bool = False
 
 
 ACTIONS = {
@@ -14112,9 +14196,14 @@ ACTIONS = {
     "install_extras": Action("DIR", "become a module of the SillyTavern-Extras in that folder", install_extras),
     "uninstall_extras": Action("DIR", "remove the module from it again", uninstall_extras),
     "install_extension": Action(
-        "DIR", "put the SillyTavern extension into the SillyTavern in that folder", install_extension
+        "DIR",
+        "put the SillyTavern extension into the SillyTavern in that folder, or into all that are found",
+        install_extension,
+        optional=True,
     ),
-    "uninstall_extension": Action("DIR", "remove the SillyTavern extension from it again", uninstall_extension),
+    "uninstall_extension": Action(
+        "DIR", "remove the SillyTavern extension from there again", uninstall_extension, optional=True
+    ),
 }
 
 
@@ -14144,7 +14233,7 @@ def argument_parser() -> argparse.ArgumentParser:
         parser.add_argument(flag_of(f.name), default=None, help=text, **action)
     group = parser.add_argument_group("instead of serving")
     for name, action in ACTIONS.items():
-        many = {"nargs": "+"} if action.many else {}
+        many = {"nargs": "+"} if action.many else {"nargs": "?", "const": ""} if action.optional else {}
         group.add_argument(flag_of(name), metavar=action.argument, help=action.help, **many)
     return parser
 

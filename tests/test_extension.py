@@ -97,6 +97,112 @@ def test_where_it_goes(tmp_path, version, users, config, home):
     assert [f.resolve() for f in pm.extension_homes(root)] == [expected.resolve()]
 
 
+def user(folder: Path) -> Path:
+    """A user's data as SillyTavern makes it; where our extension goes in it."""
+    for name in ("characters", "chats", "extensions"):
+        (folder / name).mkdir(parents=True)
+    (folder / "settings.json").write_text("{}")
+    return folder / "extensions" / "persona_memory"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty home folder, in which one works."""
+    place = tmp_path / "home"
+    place.mkdir()
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(place))
+    for name in ("XDG_DATA_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(place)
+    return place
+
+
+def test_of_an_npm_installation_the_users_data_folder_is_meant(home):
+    """Whatever is named of it; the package's own folder is not read, but where its server.js was started."""
+    package = sillytavern(home / ".nvm" / "lib" / "node_modules" / "sillytavern", "1.19.0")
+    data = home / ".local/share/SillyTavern/data"
+    for named in (package, home / ".nvm"):
+        assert pm.extension_homes(named) == [data / "default-user/extensions/persona_memory"]
+    ada, own = user(data / "ada"), user(package / "data" / "default-user")
+    for named in (package, home / ".nvm"):
+        assert pm.extension_homes(named) == [ada, own]
+    assert pm.extension_homes(data) == [ada]
+
+
+@pytest.mark.parametrize(
+    "system, variable, place",
+    [
+        ("linux", "XDG_DATA_HOME", "SillyTavern/data"),
+        ("linux", None, ".local/share/SillyTavern/data"),
+        ("darwin", None, "Library/Application Support/SillyTavern/data"),
+        ("win32", "LOCALAPPDATA", "SillyTavern/Data/data"),
+        ("win32", None, "AppData/Local/SillyTavern/Data/data"),
+    ],
+)
+def test_each_system_has_its_place_for_data(home, monkeypatch, system, variable, place):
+    monkeypatch.setattr(sys, "platform", system)
+    if variable:
+        monkeypatch.setenv(variable, str(home / "elsewhere"))
+    assert pm.global_data_root() == (home / "elsewhere" if variable else home) / place
+
+
+@pytest.mark.parametrize("named", ["a data root", "a user's folder", "volumes", "a clone with volumes", "new volumes"])
+def test_it_goes_where_the_client_reads(home, named):
+    """Data roots, users' folders, Docker's volumes beside a compose file, or in the clone's docker folder."""
+    root = home / "st"
+    if named == "a data root":
+        expected, folder = [user(root / "ada"), user(root / "default-user")], root
+        (root / "_cache").mkdir()
+    elif named == "a user's folder":
+        expected, folder = [user(root / "ada")], root / "ada"
+    elif named == "volumes":
+        expected, folder = [user(root / "data" / "default-user")], root
+        (root / "docker-compose.yml").write_text("services: {}")
+    elif named == "a clone with volumes":
+        folder = sillytavern(root, "1.19.0")
+        expected = [user(root / "docker" / "data" / "default-user")]
+    else:
+        expected, folder = [root / "data" / "default-user" / "extensions" / "persona_memory"], root
+        (root / "data").mkdir(parents=True)
+        (root / "config").mkdir()
+        (root / "config" / "config.yaml").write_text("port: 8000")
+    said = pm.install_extension(pm.Settings(), str(folder))
+    assert all(str(place) in said and (place / "manifest.json").is_file() for place in expected)
+    assert len(list(home.rglob("manifest.json"))) == len(expected)
+
+
+def test_without_a_folder_the_usual_places_are_looked_through(home):
+    """All that are found get it; where there is none, the refusal says where it was looked for."""
+    done = run("--install-extension")
+    assert done.returncode == 2 and "Name its folder" in done.stderr and str(home / "SillyTavern") in done.stderr
+    clone = sillytavern(home / "SillyTavern", "1.19.0", users=("default-user",))
+    ada = user(home / ".local/share/SillyTavern/data/ada")
+    done = run("--install-extension")
+    places = [ada, clone / "data" / "default-user" / "extensions" / "persona_memory"]
+    assert done.returncode == 0 and all(str(place) in done.stdout for place in places)
+    assert all((place / "index.js").is_file() for place in places)
+    assert run("--uninstall-extension").returncode == 0
+    assert not any((place / "index.js").exists() for place in places)
+
+
+def test_what_else_is_there_is_named_and_left_alone(home):
+    clone = sillytavern(home / "SillyTavern", "1.19.0", users=("default-user",))
+    ada = user(home / ".local/share/SillyTavern/data/ada")
+    done = run("--install-extension", clone)
+    assert "Left alone" in done.stdout and str(ada) in done.stdout.partition("Left alone")[2]
+    assert not ada.exists() and (clone / "data/default-user/extensions/persona_memory/index.js").is_file()
+
+
+def test_a_folder_that_git_keeps_is_left_to_it(home):
+    """SillyTavern updates what it has installed from an address; files written into that would stop it."""
+    place = user(home / "ada")
+    (place / ".git").mkdir(parents=True)
+    (place / "manifest.json").write_text(json.dumps(pm.EXTENSION_MANIFEST))
+    with pytest.raises(pm.SettingsError, match="git address"):
+        pm.install_extension(pm.Settings(), str(home / "ada"))
+
+
 @pytest.mark.parametrize("package", [None, "{}", '{"name": "other"}', "[]", "not json"])
 def test_a_folder_that_is_no_sillytavern_is_refused_with_a_sentence(tmp_path, package):
     if package is not None:
