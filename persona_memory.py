@@ -94,6 +94,7 @@ import unicodedata
 import urllib.parse
 import warnings
 import zipfile
+import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12409,6 +12410,8 @@ def source_hash(text: str) -> str:
 
 EXTENSION = "persona_memory"  # its folder, and its name in SillyTavern
 EXTENSION_ADDRESS = "http://127.0.0.1:5100"  # the server that its script looks for by default
+EXTENSION_BRANCH = b"refs/heads/main"
+EXTENSION_TIME = 1767225600  # Unix seconds, the date of all its commits
 EXTENSION_MANIFEST = {
     "display_name": "Persona Memory",
     "loading_order": 120,  # after Vector Storage, which rearranges the chat
@@ -12907,6 +12910,88 @@ def extension_archive(address: str) -> bytes:
     return packed.getvalue()
 
 
+def extension_repository(folder: Path, address: str) -> Any:
+    """The extension for a server at that address as a bare git repository (a `dulwich.repo.Repo`), kept in a folder.
+
+    Each version that was ever asked for is a commit after the one before, so that SillyTavern can update what it has
+    cloned. Author and date are fixed: what is made anew from the same files has the same ids.
+    """
+    from dulwich import objects, repo
+
+    found = repo.Repo(str(folder)) if (folder / "HEAD").exists() else repo.Repo.init_bare(str(folder), mkdir=True)
+    blobs = {name: objects.Blob.from_string(content) for name, content in extension_files(address).items()}
+    tree = objects.Tree()
+    for name, blob in blobs.items():
+        tree.add(name.encode(), 0o100644, blob.id)
+    last = found.refs.read_ref(EXTENSION_BRANCH)
+    if last is None or found[last].tree != tree.id:
+        commit = objects.Commit()
+        commit.tree, commit.parents = tree.id, [last] if last else []
+        commit.author = commit.committer = b"persona_memory <persona_memory@localhost>"
+        commit.author_time = commit.commit_time = EXTENSION_TIME
+        commit.author_timezone = commit.commit_timezone = 0
+        commit.encoding, commit.message = b"UTF-8", f"Persona Memory {__version__}\n".encode()
+        found.object_store.add_objects([(made, None) for made in (*blobs.values(), tree, commit)])
+        found.refs[EXTENSION_BRANCH] = commit.id
+        found.refs.set_symbolic_ref(b"HEAD", EXTENSION_BRANCH)
+    return found
+
+
+def git_refs(repository: Any) -> bytes:
+    """What a clone begins with: the newest commit, and what `upload_pack` can do (git's gitprotocol-http)."""
+    from dulwich.protocol import pkt_line
+
+    newest = repository.refs[EXTENSION_BRANCH]
+    able = b"shallow side-band-64k no-progress symref=HEAD:" + EXTENSION_BRANCH
+    refs = (newest + b" HEAD\0" + able + b"\n", newest + b" " + EXTENSION_BRANCH + b"\n")
+    return b"".join(map(pkt_line, (b"# service=git-upload-pack\n", None, *refs, None)))
+
+
+def upload_pack(repository: Any, asked: bytes) -> bytes:
+    """The answer to what a client asks of the repository, over stateless HTTP (git's gitprotocol-pack).
+
+    All of its history is sent, or as much as a shallow clone wants: it is small, so nothing that the client has is left
+    out. dulwich's own handler does not understand a shallow clone that pulls.
+    """
+    from dulwich import protocol
+
+    answer, words = io.BytesIO(), []
+    lines = protocol.Protocol(io.BytesIO(asked).read, answer.write)
+    with contextlib.suppress(protocol.HangupException, protocol.GitProtocolError, ValueError):
+        while True:
+            words.append((lines.read_pkt_line() or b"").split())
+    said = {name: [w[1] for w in words if len(w) > 1 and w[0] == name] for name in (b"want", b"have", b"deepen")}
+    ids = [entry.commit.id for entry in repository.get_walker()]  # newest first
+    if not said[b"want"] or said[b"want"][0] not in ids:
+        lines.write_pkt_line(b"ERR this is no version of the extension")
+        return answer.getvalue()
+    commits, common = ids[ids.index(said[b"want"][0]) :], next((i for i in said[b"have"] if i in ids), None)
+    depth = max(0, whole_number(b"".join(said[b"deepen"][:1]).decode("latin-1")) or 0)
+    if depth:
+        if commits[depth:]:
+            lines.write_pkt_line(b"shallow " + commits[depth - 1])
+        lines.write_pkt_line(None)
+        commits = commits[:depth]
+    done = [b"done"] in words
+    if done or said[b"have"]:
+        lines.write_pkt_line(b"ACK " + common + b"\n" if common else b"NAK\n")
+    if done:
+        lines.write_sideband(protocol.SIDE_BAND_CHANNEL_DATA, packed(repository, commits))
+        lines.write_pkt_line(None)
+    return answer.getvalue()
+
+
+def packed(repository: Any, commits: Sequence[bytes]) -> bytes:
+    """Commits with their files as a git pack."""
+    from dulwich.pack import write_pack_from_container
+
+    store, found = repository.object_store, io.BytesIO()
+    trees = [store[store[commit].tree] for commit in commits]
+    ids = dict.fromkeys([*commits, *(tree.id for tree in trees), *(e.sha for tree in trees for e in tree.items())])
+    write_pack_from_container(found.write, store, [(i, None) for i in ids], object_format=repository.object_format)
+    return found.getvalue()
+
+
 # ======================================================================================================================
 # Web
 # ======================================================================================================================
@@ -12914,7 +12999,9 @@ def extension_archive(address: str) -> bytes:
 SERVER_THREADS = 128  # a stream holds one for as long as it lasts
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
 LOCAL_ORIGIN = re.compile(r"https?://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
-KEYLESS = ("health", "page")  # the page has no data in it, and asks for the key
+KEYLESS = (  # what has no data in it: the page asks for the key, and git can send none
+    "health", "page", "extension_refs", "extension_pack"
+)  # fmt: skip
 LINKED = ("page", "extension_download")  # what a link on any other page may lead to
 LONGEST_HEADER = 4096  # characters; clients refuse answers whose headers take much more than that
 PAGE_POLICY = (
@@ -13563,6 +13650,59 @@ def extension_download() -> flask.Response:
     return flask.Response(packed, mimetype="application/zip", headers=headers)
 
 
+EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # hosts that mean all addresses, and one of them for URLs
+
+
+def local_url(settings: Settings, port: int) -> str:
+    """The address at which programs on this machine reach the server."""
+    host = EVERY_ADDRESS.get(settings.host, settings.host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"  # RFC 3986, 3.2.2
+
+
+EXTENSION_GIT = f"/{EXTENSION}.git"  # clients name the extension's folder after it
+extension_updates = threading.Lock()  # two requests make no two commits of one version
+MOST_ASKED = 2**20  # bytes of a request for the extension that are read
+
+
+def extension_refs() -> flask.Response:
+    """What git asks first: which commit the extension's repository has, and what its server can do."""
+    if flask.request.args.get("service") != "git-upload-pack":
+        raise NotFound("This git repository can be cloned over git's smart HTTP protocol, and not be written to.")
+    with extension_repo() as repository:
+        body = git_refs(repository)
+    return git_response(body, "advertisement")
+
+
+def extension_pack() -> flask.Response:
+    """The extension's files for git."""
+    raw = flask.request.get_data()
+    if flask.request.headers.get("Content-Encoding") == "gzip":
+        try:
+            raw = zlib.decompressobj(wbits=31).decompress(raw, MOST_ASKED)
+        except zlib.error:
+            raise InvalidRequest("The request says that it is compressed by gzip, and is not.") from None
+    with extension_repo() as repository:
+        body = upload_pack(repository, raw[:MOST_ASKED])
+    return git_response(body, "result")
+
+
+def git_response(body: bytes, kind: str) -> flask.Response:
+    """An answer of git's smart HTTP protocol, which nobody may keep (git's gitprotocol-http)."""
+    response = flask.Response(body, mimetype=f"application/x-git-upload-pack-{kind}")
+    response.headers["Cache-Control"] = "no-cache"
+    return response
+
+
+@contextlib.contextmanager
+def extension_repo() -> Iterator[Any]:
+    """The extension's repository, at its newest version, for as long as the block runs."""
+    settings, port = engine().settings, int(flask.request.environ["SERVER_PORT"])
+    with extension_updates:
+        repository = extension_repository(Path(settings.data, "extension.git"), local_url(settings, port))
+    with contextlib.closing(repository):
+        yield repository
+
+
 def has_key() -> bool:
     """Whether the request has the key that the settings ask for, if any."""
     key = engine().settings.api_key
@@ -13707,6 +13847,8 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.add_url_rule("/health", view_func=health)
     app.add_url_rule("/metrics", view_func=show_metrics)
     app.add_url_rule("/extension.zip", view_func=extension_download)
+    app.add_url_rule(f"{EXTENSION_GIT}/info/refs", view_func=extension_refs)
+    app.add_url_rule(f"{EXTENSION_GIT}/git-upload-pack", view_func=extension_pack, methods=["POST"])
     app.register_blueprint(api)
     app.register_blueprint(extras)
     app.register_blueprint(embeddings)
@@ -13769,7 +13911,6 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
 
 START_DELAY = 1.0  # seconds from listening to loading the models
 SHUTDOWN_SECONDS = 2.0
-EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # hosts that mean all addresses, and one of them for URLs
 
 
 def parse_setting(name: str, text: str) -> Any:
@@ -14236,12 +14377,6 @@ def argument_parser() -> argparse.ArgumentParser:
         many = {"nargs": "+"} if action.many else {"nargs": "?", "const": ""} if action.optional else {}
         group.add_argument(flag_of(name), metavar=action.argument, help=action.help, **many)
     return parser
-
-
-def local_url(settings: Settings, port: int) -> str:
-    """The address at which programs on this machine reach the server."""
-    host = EVERY_ADDRESS.get(settings.host, settings.host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"  # RFC 3986, 3.2.2
 
 
 def start_text(settings: Settings, port: int) -> str:

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from fakes import PROGRAM, LocalServer, Server, branch_texts, clean_environment,
 import persona_memory as pm
 
 TIMEOUT = 60
+NOWHERE = "http://127.0.0.1:9/v1"  # an upstream that is not there
 CLIENT = (Path(__file__).parent / "data" / "client.html").read_bytes()
 SCRIPT_PATH = "/scripts/extensions/third-party/persona_memory/index.js"
 
@@ -235,6 +238,83 @@ def test_the_download_holds_the_same_files(server):
         found = {name: archive.read(name) for name in archive.namelist()}
     assert found == {f"persona_memory/{name}": content for name, content in pm.extension_files(server.url).items()}
     assert httpx.get(f"{server.url}/extension.zip", timeout=TIMEOUT).content == answer.content
+
+
+def git(folder: Path, *arguments) -> str:
+    """What git says; it must succeed."""
+    named = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_TERMINAL_PROMPT": "0"}
+    done = subprocess.run(
+        ["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | named
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def newer(monkeypatch, version: str) -> None:
+    """The program is another version by now."""
+    monkeypatch.setitem(pm.EXTENSION_MANIFEST, "version", version)
+    monkeypatch.setattr(pm, "__version__", version)
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="no git here")
+def test_git_clones_the_extension_and_pulls_the_next_version(tmp_path, data_dir, monkeypatch):
+    """As SillyTavern does it, with depth 1; and without, and after restarts, which make no new commits."""
+    with LocalServer(settings(data_dir, NOWHERE), ready=False) as server:
+        address = f"{server.url}/persona_memory.git"
+        git(tmp_path, "clone", "--depth", "1", address, tmp_path / "shallow")
+        git(tmp_path, "clone", address, tmp_path / "whole")
+        assert snapshot_of(tmp_path / "shallow") == pm.extension_files(server.url)
+        first, port = git(tmp_path / "shallow", "rev-parse", "HEAD"), server.server.effective_port
+    for version in ("0.2.0", "0.3.0"):
+        newer(monkeypatch, version)
+        with LocalServer(settings(data_dir, NOWHERE, port=port), ready=False) as server:
+            for folder in ("shallow", "whole"):
+                git(tmp_path / folder, "pull")
+                assert snapshot_of(tmp_path / folder) == pm.extension_files(server.url)
+                assert git(tmp_path / folder, "fsck", "--strict") == ""
+            git(tmp_path, "clone", "--depth", "2", address, tmp_path / version)
+            assert git(tmp_path / version, "status", "--porcelain") == ""
+    names = ["Persona Memory 0.3.0", "Persona Memory 0.2.0", "Persona Memory 0.1.0"]
+    for folder, expected in (("shallow", names), ("whole", names), ("0.3.0", names[:2])):
+        assert git(tmp_path / folder, "log", "--format=%s").split("\n") == expected
+    assert git(tmp_path / "whole", "rev-parse", "HEAD~2") == first
+    with LocalServer(
+        settings(tmp_path / "other", NOWHERE, port=port), ready=False
+    ) as server:  # the same files make the same commit
+        newer(monkeypatch, "0.1.0")
+        assert git(tmp_path, "ls-remote", address, "HEAD").split()[0] == first  # the same files make the same commit
+
+
+def snapshot_of(clone: Path) -> dict[str, bytes]:
+    """A clone's files without git's own."""
+    return {f.name: f.read_bytes() for f in clone.iterdir() if f.is_file()}
+
+
+def pkt(text: str) -> str:
+    """A line as git's protocol frames it."""
+    return f"{len(text) + 4:04x}{text}"
+
+
+def test_the_repository_can_be_read_only_and_needs_no_key(data_dir):
+    """Git can send none, and it holds no data; what is not asked in git's words is refused without harm."""
+    with LocalServer(settings(data_dir, NOWHERE, api_key="sesame"), ready=False) as server:
+        address = f"{server.url}/persona_memory.git"
+        refs = httpx.get(f"{address}/info/refs", params={"service": "git-upload-pack"}, timeout=TIMEOUT)
+        assert refs.status_code == 200 and refs.headers["content-type"] == "application/x-git-upload-pack-advertisement"
+        newest = refs.content.split(b"0000", 1)[1][4:44].decode()
+        for path in ("info/refs", "info/refs?service=git-receive-pack"):
+            assert httpx.get(f"{address}/{path}", timeout=TIMEOUT).status_code == 404
+        for path in ("HEAD", "objects/info/packs", "git-receive-pack", "config"):
+            assert httpx.get(f"{address}/{path}", timeout=TIMEOUT).status_code in (401, 404)
+        want, done = pkt(f"want {newest} side-band-64k\n"), "0000" + pkt("done\n")
+        strange = ["", "0000", "nonsense", "zzzz", pkt("done\n"), pkt(f"want {'0' * 40}\n") + done, "0005", "0032want "]
+        depths = [want + pkt(f"deepen {n}\n") + done for n in ("-5", "99", "xx", "")]
+        for asked, expected in [(a, b"ERR ") for a in strange] + [(a, b"PACK") for a in (want + done, *depths)]:
+            answer = httpx.post(f"{address}/git-upload-pack", content=asked.encode(), timeout=TIMEOUT)
+            assert answer.status_code == 200 and expected in answer.content
+        headers = {"Content-Encoding": "gzip"}
+        broken = httpx.post(f"{address}/git-upload-pack", content=b"plain text", headers=headers, timeout=TIMEOUT)
+        assert broken.status_code == 400
 
 
 def test_the_manifest_names_what_the_script_has():
