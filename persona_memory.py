@@ -531,7 +531,8 @@ class Turn:
 class Identity:
     """What a client says of a request beside its messages; empty where it does not say.
 
-    `parent` is the chat that this one was branched off, `kind` one of KINDS, and `complete` says that the messages are
+    `parent` is the chat that this one was branched off, `title` what the client calls the chat, `group` the name of a
+    group or of its members, `kind` one of KINDS, and `complete` says that the messages are
     the whole chat, so that what is missing in front was deleted.
     """
 
@@ -539,6 +540,8 @@ class Identity:
     parent: str = ""
     character: str = ""
     kind: str = ""
+    title: str = ""
+    group: str = ""
     complete: bool = False
 
     @property
@@ -2634,6 +2637,7 @@ def check_options(body: Mapping) -> None:
 def parse_identity(fields: Mapping, where: str = "") -> Identity:
     """The identity that those fields name; raises `InvalidRequest`. A kind that is not known is a normal one."""
     names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
+    names |= {"title": "title", "group": "group"}
     said = {key: sane_text(optional_field(fields, name, str, where) or "").strip() for key, name in names.items()}
     kind = said["kind"] if said["kind"] in KINDS or not said["kind"] else "normal"
     return Identity(**said | {"kind": kind}, complete=bool(optional_field(fields, "complete", bool, where)))
@@ -3188,9 +3192,11 @@ class ChatStore:
             return [json.loads(text) for n in numbers if (text := cache.get(f"p:{n}"))]
 
     def listing(self) -> dict:
-        """The chat as lists of chats show it."""
+        """The chat as lists of chats show it: `title` is what its client calls it, `name` whom it is with."""
+        name = self.info.get("group") or self.info.get("character") or self.id
         return {
-            "chat_id": self.id, "character": self.info.get("character"), "messages": self.tree.messages,
+            "chat_id": self.id, "title": self.info.get("title"), "name": name,
+            "character": self.info.get("character"), "messages": self.tree.messages,
             "branches": self.tree.branches, "updated": self.info.get("updated"), "family": self.family,
         }  # fmt: skip
 
@@ -5535,7 +5541,7 @@ DATE_FORMATS = (  # without spaces: SillyTavern, text-generation-webui, and what
 )  # fmt: skip
 KEPT_INFO = {  # what an export holds of a chat beside its messages, with its types
     "chat_id": str, "explicit": bool, "created": float, "updated": float, "character": str, "user_name": str,
-    "shows_history": bool, "persona": str,
+    "shows_history": bool, "persona": str, "title": str, "group": str,
 }  # fmt: skip
 LATEST = 2.0**36  # Unix seconds, in the year 4147
 FIELD_TYPES = {
@@ -5780,6 +5786,7 @@ def copy_of_rows(header: Mapping | None, rows: Sequence[Mapping]) -> ChatCopy:
         messages += siblings.values()
         head = next(m.id for m in siblings.values() if m.confirmed)
     info = {"user_name": user, "character": character or "".join(names[0][-1:])}
+    info |= {"group": ", ".join(dict.fromkeys(names[0]))} if group and len(set(names[0])) > 1 else {}
     info = {k: sane_text(v) for k, v in info.items() if v} | named_in_header(header or {})
     return ChatCopy(tuple(messages), head, info)
 
@@ -8842,7 +8849,8 @@ class Feelings:
 # -------------------------------------------------------------------------------------------------------- archive
 
 
-BECOMING = ("created", "character", "user_name", "persona", "title", "imported")  # what an imported chat hands over
+# What an imported chat hands over to the one that it becomes.
+BECOMING = ("created", "character", "user_name", "persona", "title", "group", "imported")
 MOST_PASSED_OVER = 100  # lines of a file that an answer names
 NEARLY_ALL = 0.8  # share of two copies' texts that makes them one chat's: some are edited, swiped or deleted
 
@@ -8989,6 +8997,9 @@ class Archive:
         info = {"head": path[-1], "shows_history": shows}
         info |= {"character": character} if character else {}
         info |= {"persona": persona} if request.persona else {}
+        info |= {"title": request.identity.title} if request.identity.title else {}
+        group = request.identity.group or members(store.info.get("group", ""), (t.voice for t in request.turns))
+        info |= {"group": group} if group else {}
         if messages or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(messages, info | {"updated": time.time()})
             self._registry.enter(chat, [m.id for m in messages])
@@ -9080,15 +9091,18 @@ class Archive:
             siblings[message.parent].append(message)
         return write_transcript(info, [messages[i] for i in path], siblings)
 
-    def take_in(self, raw: bytes, chat_id: str = "", embed: bool = True) -> dict:
+    def take_in(self, raw: bytes, chat_id: str = "", embed: bool = True, title: str = "") -> dict:
         """Adds what a chat file or an export holds to its chat: that of `chat_id`, the one that the file names, or the
-        one that the transcript names. The same again adds nothing. Raises `InvalidRequest`, `StoreError`.
+        one that the transcript names. The same again adds nothing. `title` is what its client calls it: the file's
+        name. Raises `InvalidRequest`, `StoreError`.
 
         Returns `chats`, a line for each: its id, how many messages are new, and how many its branch has; and
         `passed_over`, a line for all that could not be read: its number in the file, and why. Vectors are computed in
         the background, unless not to `embed`.
         """
         copies, passed_over = read_chats(raw)
+        for copy in copies if title else ():
+            copy.info.setdefault("title", sane_text(title))
         more = len(passed_over) - MOST_PASSED_OVER
         if more > 0:
             why = f"{more} more lines were left out for reasons like these."
@@ -9211,6 +9225,12 @@ def new_message(parent: str, role: str, content: str, name: str | None = None) -
     shown = {"role": role, "content": content} | ({"name": name} if name else {})
     key = message_id(parent, message_digest(role, content))
     return Message(key, parent, role, content, name, at=time.time(), tokens=message_tokens(shown))
+
+
+def members(known: str, voices: Iterable[str | None]) -> str:
+    """The names of a group's members, as far as they have spoken; those already known first. Empty for one alone."""
+    names = list(dict.fromkeys([*filter(None, known.split(", ")), *filter(None, voices)]))
+    return ", ".join(names) if len(names) > 1 else known
 
 
 def shown_again(old: Message, new: Message) -> Message:
@@ -10571,7 +10591,8 @@ class PersonaMemory:
             try:
                 for line, m in itertools.islice(rows, limit):
                     row = {"chat_id": line["chat_id"], "character": line["character"], "id": m.id, "role": m.role}
-                    found.append(row | {"name": m.name, "content": m.content, "at": m.said_at})
+                    row |= {"title": line.get("title"), "chat": line.get("name") or line["character"]}
+                    found.append(row | {"name": m.name or m.voice, "content": m.content, "at": m.said_at})
             except TimeoutError:
                 complete = False
         return {"found": found, "complete": complete}
@@ -11083,7 +11104,8 @@ const percent = (share) => `${Math.round(100 * share)} %`;
 const plural = (count, word, many = `${word}s`) => `${number(count)} ${count === 1 ? word : many}`;
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1).replaceAll('_', ' ');
 const nameOf = (row) => String(row.name || (row.role === 'user' ? 'You' : row.character || 'Character'));
-const characterOf = (chat) => String(chat.character ?? '') || 'Unnamed character';
+const namedIn = (chat) => (chat.name === chat.chat_id ? '' : chat.name); // without any name it is the id
+const characterOf = (chat) => String(namedIn(chat) || chat.character || 'Unnamed character');
 
 function bytes(count) {
     const units = ['B', 'kB', 'MB', 'GB'];
@@ -11410,13 +11432,13 @@ function chatRow(chat) {
 function chatLine(chat, title, messages, mood) {
     const branches = chat.branches > 1 && `${number(chat.branches)} branches`;
     const figures = figuresLine([messages, branches, bytes(chat.size), when(chat.updated), mood]);
-    const about = h('div.about', title, figures, h('p.small.muted.id', chat.chat_id));
+    const about = h('div.about', title, figures, h('p.small.muted.id', chat.title || chat.chat_id));
     return [avatar(characterOf(chat)), about];
 }
 
 const searchHit = (row, text) =>
     h('li', h('a.hit', { href: chatLink(row.chat_id, `/messages?id=${row.id}`) },
-        h('span.row.small.muted', h('b', nameOf(row)), `in ${row.character || row.chat_id}`, when(row.at)),
+        h('span.row.small.muted', h('b', nameOf(row)), `in ${row.chat || row.chat_id}`, when(row.at)),
         h('span.text', excerpt(row.content, text))));
 
 /** The part of a text around the first word that was searched for, all of them marked. */
@@ -12570,6 +12592,12 @@ function keep(who) {
     return who;
 }
 
+/** The open group's name; none where one character is open. */
+function groupName() {
+    const { groupId, groups } = client();
+    return groups?.find((group) => group.id === groupId)?.name;
+}
+
 function randomHex() {
     return Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, '0')).join('');
 }
@@ -12629,7 +12657,8 @@ async function remember(_chat, contextSize, _abort, type) {
     if (!who) return;
     const context = client();
     const request = {
-        chat_id: who.id, parent_chat_id: who.parent || undefined, character: context.name2, messages, complete: true,
+        chat_id: who.id, parent_chat_id: who.parent || undefined, title: who.file, group: groupName(),
+        character: context.name2, messages, complete: true,
         // What the prompt holds before the chat, so that the server knows how much of the chat still fits.
         persona: context.substituteParams?.('{{description}}\n{{personality}}\n{{scenario}}\n{{persona}}') ?? '',
         context_tokens: Math.floor(contextSize) || undefined,
@@ -12670,7 +12699,10 @@ function identify(request) {
     if (!settings().enabled || request.chat_completion_source !== 'custom' || !isProxy(request.custom_url)) return;
     const who = identity();
     if (!who) return;
-    const said = { chat_id: who.id, parent_chat_id: who.parent || undefined, character: client().name2, kind };
+    const said = {
+        chat_id: who.id, parent_chat_id: who.parent || undefined, title: who.file, group: groupName(),
+        character: client().name2, kind,
+    };
     request.custom_include_body = withField(request.custom_include_body ?? '', NAME, said);
     state.proxied = who.id;
 }
@@ -13433,7 +13465,8 @@ def chat_import() -> dict:
     """Imports a chat file, or an export. The answer names the lines that were passed over."""
     name, raw = flask.request.args.get("name", ""), flask.request.get_data()
     try:
-        taken = engine().archive.take_in(raw, flask.request.args.get("chat_id", "").strip())
+        chat_id = flask.request.args.get("chat_id", "").strip()
+        taken = engine().archive.take_in(raw, chat_id, title=Path(name.replace("\\", "/")).stem)
         return taken | {"passed_over": [{"file": name} | line for line in taken["passed_over"]]}
     except InvalidRequest as error:
         raise InvalidRequest(f"{name}: {error}" if name else str(error), error.param) from None
@@ -14037,7 +14070,7 @@ def tell(file: str | Path, words: Any) -> None:
 
 def import_file(memory: PersonaMemory, file: Path) -> list[dict]:
     """Imports one file and tells the user what came of it; returns a line for each of its chats."""
-    taken = memory.archive.take_in(file.read_bytes(), embed=False)
+    taken = memory.archive.take_in(file.read_bytes(), embed=False, title=file.stem)
     for line in taken["chats"]:
         tell(file, f"{line['total']} messages, {line['added']} of them new")
     for left in taken["passed_over"]:

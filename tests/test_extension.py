@@ -630,8 +630,16 @@ class TestThroughTheProxy:
     def test_a_request_names_its_chat_and_nothing_is_placed(self, client):
         long_chat(client)
         assert client.generate() == {}
-        assert self.said(client) == {"chat_id": client.id, "character": "Mira", "kind": "normal"}
+        named = {"chat_id": client.id, "title": "Mira - 1", "character": "Mira"}
+        assert self.said(client) == {**named, "kind": "normal"}
         assert client.do("stand.context.chatCompletionSettings.custom_include_body ?? null") is None
+
+    def test_a_groups_name_is_told(self, client):
+        client.do("stand.context.groups = [{ id: 'g1', name: 'The crew' }, { id: 'g2', name: 'Others' }]")
+        client.do("stand.context.groupId = 'g1'")
+        client.talk("Good morning.")
+        client.generate()
+        assert self.said(client)["group"] == "The crew"
 
     @pytest.mark.parametrize("kind", ["normal", "swipe", "regenerate", "continue", "impersonate", "quiet"])
     def test_the_kind_of_generation(self, client, kind):
