@@ -8912,7 +8912,7 @@ class Archive:
         info = {"head": path[-1], "shows_history": shows}
         info |= {"character": character} if character else {}
         info |= {"title": request.identity.title} if request.identity.title else {}
-        group = request.identity.group or members(store.info.get("group", ""), (t.voice for t in request.turns))
+        group = request.identity.group or names_of_group(store.info.get("group", ""), (t.voice for t in request.turns))
         info |= {"group": group} if group else {}
         erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
         info |= {"persona": "" if erased else persona} if request.persona else {}
@@ -9146,7 +9146,7 @@ def new_message(parent: str, role: str, content: str, name: str | None = None) -
     return Message(key, parent, role, content, name, at=time.time(), tokens=message_tokens(shown))
 
 
-def members(known: str, voices: Iterable[str | None]) -> str:
+def names_of_group(known: str, voices: Iterable[str | None]) -> str:
     """The names of a group's members, as far as they have spoken; those already known first. Empty for one alone."""
     names = list(dict.fromkeys([*filter(None, known.split(", ")), *filter(None, voices)]))
     return ", ".join(names) if len(names) > 1 else known
@@ -12609,7 +12609,8 @@ async function readIn() {
         const known = last && await call(`${chatPath(who.id)}/messages?tip=${last}&limit=0`).catch(notKnown);
         if (known) return;
         const { name2: character } = client();
-        const shown = { parent_chat_id: who.parent || undefined, character, messages };
+        const named = { title: who.file, group: groupName(), character };
+        const shown = { parent_chat_id: who.parent || undefined, ...named, messages };
         const answer = await call(`${chatPath(who.id)}/sync`, shown, 'POST', SYNC_TIMEOUT_MS);
         if (identity()?.id === who.id) showStatus(true, `Connected; ${knownWords(answer)}.`);
     } catch (error) {
