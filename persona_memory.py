@@ -200,7 +200,8 @@ class Settings:
     no_guidance: bool = setting(False, "do not tell the model how the user feels", "off")
     api_key: str = setting(
         "",
-        "when set, every route but /health and the empty memory page needs `Authorization: Bearer <key>`",
+        "when set, every route but /health, the empty memory page and the extension's git repository needs "
+        "`Authorization: Bearer <key>`",
         "none",
         secret=True,
     )
