@@ -94,6 +94,7 @@ import unicodedata
 import urllib.parse
 import warnings
 import zipfile
+import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -199,7 +200,8 @@ class Settings:
     no_guidance: bool = setting(False, "do not tell the model how the user feels", "off")
     api_key: str = setting(
         "",
-        "when set, every route but /health and the empty memory page needs `Authorization: Bearer <key>`",
+        "when set, every route but /health, the empty memory page and the extension's git repository needs "
+        "`Authorization: Bearer <key>`",
         "none",
         secret=True,
     )
@@ -628,7 +630,8 @@ class Turn:
 class Identity:
     """What a client says of a request beside its messages; empty where it does not say.
 
-    `parent` is the chat that this one was branched off, `kind` one of KINDS, and `complete` says that the messages are
+    `parent` is the chat that this one was branched off, `title` what the client calls the chat, `group` the name of a
+    group or of its members, `kind` one of KINDS, and `complete` says that the messages are
     the whole chat, so that what is missing in front was deleted.
     """
 
@@ -636,6 +639,8 @@ class Identity:
     parent: str = ""
     character: str = ""
     kind: str = ""
+    title: str = ""
+    group: str = ""
     complete: bool = False
 
     @property
@@ -2666,6 +2671,7 @@ def check_options(body: Mapping) -> None:
 def parse_identity(fields: Mapping, where: str = "") -> Identity:
     """The identity that those fields name; raises `InvalidRequest`. A kind that is not known is a normal one."""
     names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
+    names |= {"title": "title", "group": "group"}
     said = {key: sane_text(optional_field(fields, name, str, where) or "").strip() for key, name in names.items()}
     kind = said["kind"] if said["kind"] in KINDS or not said["kind"] else "normal"
     return Identity(**said | {"kind": kind}, complete=bool(optional_field(fields, "complete", bool, where)))
@@ -3370,9 +3376,11 @@ class ChatStore:
             return [json.loads(text) for n in numbers if (text := cache.get(f"p:{n}"))]
 
     def listing(self) -> dict:
-        """The chat as lists of chats show it."""
+        """The chat as lists of chats show it: `title` is what its client calls it, `name` whom it is with."""
+        name = self.info.get("group") or self.info.get("character") or self.id
         return {
-            "chat_id": self.id, "character": self.info.get("character"), "messages": len(self.tree.path(self.head)),
+            "chat_id": self.id, "title": self.info.get("title"), "name": name,
+            "character": self.info.get("character"), "messages": len(self.tree.path(self.head)),
             "branches": self.tree.branches, "updated": self.info.get("updated"), "family": self.family,
             "lone": self.info.get("lone", False) and self.tree.messages < 2,
         }  # fmt: skip
@@ -5860,7 +5868,7 @@ DATE_FORMATS = (  # without spaces: SillyTavern, text-generation-webui, and what
 )  # fmt: skip
 KEPT_INFO = {  # what an export holds of a chat beside its messages, with its types
     "chat_id": str, "explicit": bool, "created": float, "updated": float, "character": str, "user_name": str,
-    "shows_history": bool, "persona": str,
+    "shows_history": bool, "persona": str, "title": str, "group": str,
 }  # fmt: skip
 LATEST = 2.0**36  # Unix seconds, in the year 4147
 FIELD_TYPES = {
@@ -6080,6 +6088,7 @@ def copy_of_rows(header: Mapping | None, rows: Sequence[Mapping]) -> ChatCopy:
         messages += siblings.values()
         head = next(m.id for m in siblings.values() if m.confirmed)
     info = {"user_name": user, "character": character or "".join(names[0][-1:])}
+    info |= {"group": ", ".join(dict.fromkeys(names[0]))} if group and len(set(names[0])) > 1 else {}
     info = {k: sane_text(v) for k, v in info.items() if v} | named_in_header(header or {})
     return ChatCopy(tuple(messages), head, info)
 
@@ -9151,7 +9160,8 @@ class Feelings:
 # -------------------------------------------------------------------------------------------------------- archive
 
 
-BECOMING = ("created", "character", "user_name", "persona", "title", "imported")  # what an imported chat hands over
+# What an imported chat hands over to the one that it becomes.
+BECOMING = ("created", "character", "user_name", "persona", "title", "group", "imported")
 MOST_PASSED_OVER = 100  # lines of a file that an answer names
 NEARLY_ALL = 0.8  # share of two copies' texts that makes them one chat's: some are edited, swiped or deleted
 
@@ -9312,6 +9322,9 @@ class Archive:
         character = request.identity.character or speaker or named_in_prompt(persona)
         info = {"head": path[-1], "shows_history": shows}
         info |= {"character": character} if character else {}
+        info |= {"title": request.identity.title} if request.identity.title else {}
+        group = request.identity.group or names_of_group(store.info.get("group", ""), (t.voice for t in request.turns))
+        info |= {"group": group} if group else {}
         erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
         info |= {"persona": "" if erased else persona} if request.persona else {}
         info |= {"account": request.account} if request.account and not store.info["explicit"] else {}
@@ -9417,15 +9430,18 @@ class Archive:
             siblings[message.parent].append(message)
         return write_transcript(info, [messages[i] for i in path], siblings)
 
-    def take_in(self, raw: bytes, chat_id: str = "", embed: bool = True) -> dict:
+    def take_in(self, raw: bytes, chat_id: str = "", embed: bool = True, title: str = "") -> dict:
         """Adds what a chat file or an export holds to its chat: that of `chat_id`, the one that the file names, or the
-        one that the transcript names. The same again adds nothing. Raises `InvalidRequest`, `StoreError`.
+        one that the transcript names. The same again adds nothing. `title` is what its client calls it: the file's
+        name. Raises `InvalidRequest`, `StoreError`.
 
         Returns `chats`, a line for each: its id, how many messages are new, and how many its branch has; and
         `passed_over`, a line for all that could not be read: its number in the file, and why. Vectors are computed in
         the background, unless not to `embed`.
         """
         copies, passed_over = read_chats(raw)
+        for copy in copies if title else ():
+            copy.info.setdefault("title", sane_text(title))
         more = len(passed_over) - MOST_PASSED_OVER
         if more > 0:
             why = f"{more} more lines were left out for reasons like these."
@@ -9609,6 +9625,12 @@ def new_message(parent: str, role: str, content: str, name: str | None = None) -
     shown = {"role": role, "content": content} | ({"name": name} if name else {})
     key = message_id(parent, message_digest(role, content))
     return Message(key, parent, role, content, name, at=time.time(), tokens=message_tokens(shown))
+
+
+def names_of_group(known: str, voices: Iterable[str | None]) -> str:
+    """The names of a group's members, as far as they have spoken; those already known first. Empty for one alone."""
+    names = list(dict.fromkeys([*filter(None, known.split(", ")), *filter(None, voices)]))
+    return ", ".join(names) if len(names) > 1 else known
 
 
 def shown_again(old: Message, new: Message) -> Message:
@@ -11023,7 +11045,8 @@ class PersonaMemory:
             try:
                 for line, m in itertools.islice(rows, limit):
                     row = {"chat_id": line["chat_id"], "character": line["character"], "id": m.id, "role": m.role}
-                    found.append(row | {"name": m.name, "content": m.content, "at": m.said_at})
+                    row |= {"title": line.get("title"), "chat": line.get("name") or line["character"]}
+                    found.append(row | {"name": m.name or m.voice, "content": m.content, "at": m.said_at})
             except TimeoutError:
                 complete = False
         return {"found": found, "complete": complete}
@@ -11535,7 +11558,8 @@ const percent = (share) => `${Math.round(100 * share)} %`;
 const plural = (count, word, many = `${word}s`) => `${number(count)} ${count === 1 ? word : many}`;
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1).replaceAll('_', ' ');
 const nameOf = (row) => String(row.name || (row.role === 'user' ? 'You' : row.character || 'Character'));
-const characterOf = (chat) => String(chat.character ?? '') || 'Unnamed character';
+const namedIn = (chat) => (chat.name === chat.chat_id ? '' : chat.name); // without any name it is the id
+const characterOf = (chat) => String(namedIn(chat) || chat.character || 'Unnamed character');
 
 function bytes(count) {
     const units = ['B', 'kB', 'MB', 'GB'];
@@ -11862,13 +11886,13 @@ function chatRow(chat) {
 function chatLine(chat, title, messages, mood) {
     const branches = chat.branches > 1 && `${number(chat.branches)} branches`;
     const figures = figuresLine([messages, branches, bytes(chat.size), when(chat.updated), mood]);
-    const about = h('div.about', title, figures, h('p.small.muted.id', chat.chat_id));
+    const about = h('div.about', title, figures, h('p.small.muted.id', chat.title || chat.chat_id));
     return [avatar(characterOf(chat)), about];
 }
 
 const searchHit = (row, text) =>
     h('li', h('a.hit', { href: chatLink(row.chat_id, `/messages?id=${row.id}`) },
-        h('span.row.small.muted', h('b', nameOf(row)), `in ${row.character || row.chat_id}`, when(row.at)),
+        h('span.row.small.muted', h('b', nameOf(row)), `in ${row.chat || row.chat_id}`, when(row.at)),
         h('span.text', excerpt(row.content, text))));
 
 /** The part of a text around the first word that was searched for, all of them marked. */
@@ -12862,6 +12886,8 @@ def source_hash(text: str) -> str:
 
 EXTENSION = "persona_memory"  # its folder, and its name in SillyTavern
 EXTENSION_ADDRESS = "http://127.0.0.1:5100"  # the server that its script looks for by default
+EXTENSION_BRANCH = b"refs/heads/main"
+EXTENSION_TIME = 1767225600  # Unix seconds, the date of all its commits
 EXTENSION_MANIFEST = {
     "display_name": "Persona Memory",
     "loading_order": 120,  # after Vector Storage, which rearranges the chat
@@ -13023,6 +13049,12 @@ function keep(who) {
     return who;
 }
 
+/** The open group's name; none where one character is open. */
+function groupName() {
+    const { groupId, groups } = client();
+    return groups?.find((group) => group.id === groupId)?.name;
+}
+
 function randomHex() {
     return Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, '0')).join('');
 }
@@ -13087,7 +13119,8 @@ async function readIn() {
         const known = last && await call(`${chatPath(who.id)}/messages?tip=${last}&limit=0`).catch(notKnown);
         if (known) return;
         const { name2: character } = client();
-        const shown = { parent_chat_id: who.parent || undefined, character, messages };
+        const named = { title: who.file, group: groupName(), character };
+        const shown = { parent_chat_id: who.parent || undefined, ...named, messages };
         const answer = await call(`${chatPath(who.id)}/sync`, shown, 'POST', SYNC_TIMEOUT_MS);
         if (identity()?.id === who.id) showStatus(true, `Connected; ${knownWords(answer)}.`);
     } catch (error) {
@@ -13143,7 +13176,8 @@ async function remember(_chat, contextSize, _abort, type) {
     if (!who) return;
     const context = client();
     const request = {
-        chat_id: who.id, parent_chat_id: who.parent || undefined, character: context.name2, messages, complete: true,
+        chat_id: who.id, parent_chat_id: who.parent || undefined, title: who.file, group: groupName(),
+        character: context.name2, messages, complete: true,
         // What the prompt holds before the chat, so that the server knows how much of the chat still fits.
         persona: context.substituteParams?.('{{description}}\n{{personality}}\n{{scenario}}\n{{persona}}') ?? '',
         context_tokens: Math.floor(contextSize) || undefined,
@@ -13184,7 +13218,10 @@ function identify(request) {
     if (!settings().enabled || request.chat_completion_source !== 'custom' || !isProxy(request.custom_url)) return;
     const who = identity();
     if (!who) return;
-    const said = { chat_id: who.id, parent_chat_id: who.parent || undefined, character: client().name2, kind };
+    const said = {
+        chat_id: who.id, parent_chat_id: who.parent || undefined, title: who.file, group: groupName(),
+        character: client().name2, kind,
+    };
     request.custom_include_body = withField(request.custom_include_body ?? '', NAME, said);
     state.proxied = who.id;
 }
@@ -13426,6 +13463,88 @@ def extension_archive(address: str) -> bytes:
     return packed.getvalue()
 
 
+def extension_repository(folder: Path, address: str) -> Any:
+    """The extension for a server at that address as a bare git repository (a `dulwich.repo.Repo`), kept in a folder.
+
+    Each version that was ever asked for is a commit after the one before, so that SillyTavern can update what it has
+    cloned. Author and date are fixed: what is made anew from the same files has the same ids.
+    """
+    from dulwich import objects, repo
+
+    found = repo.Repo(str(folder)) if (folder / "HEAD").exists() else repo.Repo.init_bare(str(folder), mkdir=True)
+    blobs = {name: objects.Blob.from_string(content) for name, content in extension_files(address).items()}
+    tree = objects.Tree()
+    for name, blob in blobs.items():
+        tree.add(name.encode(), 0o100644, blob.id)
+    last = found.refs.read_ref(EXTENSION_BRANCH)
+    if last is None or found[last].tree != tree.id:
+        commit = objects.Commit()
+        commit.tree, commit.parents = tree.id, [last] if last else []
+        commit.author = commit.committer = b"persona_memory <persona_memory@localhost>"
+        commit.author_time = commit.commit_time = EXTENSION_TIME
+        commit.author_timezone = commit.commit_timezone = 0
+        commit.encoding, commit.message = b"UTF-8", f"Persona Memory {__version__}\n".encode()
+        found.object_store.add_objects([(made, None) for made in (*blobs.values(), tree, commit)])
+        found.refs[EXTENSION_BRANCH] = commit.id
+        found.refs.set_symbolic_ref(b"HEAD", EXTENSION_BRANCH)
+    return found
+
+
+def git_refs(repository: Any) -> bytes:
+    """What a clone begins with: the newest commit, and what `upload_pack` can do (git's gitprotocol-http)."""
+    from dulwich.protocol import pkt_line
+
+    newest = repository.refs[EXTENSION_BRANCH]
+    able = b"shallow side-band-64k no-progress symref=HEAD:" + EXTENSION_BRANCH
+    refs = (newest + b" HEAD\0" + able + b"\n", newest + b" " + EXTENSION_BRANCH + b"\n")
+    return b"".join(map(pkt_line, (b"# service=git-upload-pack\n", None, *refs, None)))
+
+
+def upload_pack(repository: Any, asked: bytes) -> bytes:
+    """The answer to what a client asks of the repository, over stateless HTTP (git's gitprotocol-pack).
+
+    All of its history is sent, or as much as a shallow clone wants: it is small, so nothing that the client has is left
+    out. dulwich's own handler does not understand a shallow clone that pulls.
+    """
+    from dulwich import protocol
+
+    answer, words = io.BytesIO(), []
+    lines = protocol.Protocol(io.BytesIO(asked).read, answer.write)
+    with contextlib.suppress(protocol.HangupException, protocol.GitProtocolError, ValueError):
+        while True:
+            words.append((lines.read_pkt_line() or b"").split())
+    said = {name: [w[1] for w in words if len(w) > 1 and w[0] == name] for name in (b"want", b"have", b"deepen")}
+    ids = [entry.commit.id for entry in repository.get_walker()]  # newest first
+    if not said[b"want"] or said[b"want"][0] not in ids:
+        lines.write_pkt_line(b"ERR this is no version of the extension")
+        return answer.getvalue()
+    commits, common = ids[ids.index(said[b"want"][0]) :], next((i for i in said[b"have"] if i in ids), None)
+    depth = max(0, whole_number(b"".join(said[b"deepen"][:1]).decode("latin-1")) or 0)
+    if depth:
+        if commits[depth:]:
+            lines.write_pkt_line(b"shallow " + commits[depth - 1])
+        lines.write_pkt_line(None)
+        commits = commits[:depth]
+    done = [b"done"] in words
+    if done or said[b"have"]:
+        lines.write_pkt_line(b"ACK " + common + b"\n" if common else b"NAK\n")
+    if done:
+        lines.write_sideband(protocol.SIDE_BAND_CHANNEL_DATA, packed(repository, commits))
+        lines.write_pkt_line(None)
+    return answer.getvalue()
+
+
+def packed(repository: Any, commits: Sequence[bytes]) -> bytes:
+    """Commits with their files as a git pack."""
+    from dulwich.pack import write_pack_from_container
+
+    store, found = repository.object_store, io.BytesIO()
+    trees = [store[store[commit].tree] for commit in commits]
+    ids = dict.fromkeys([*commits, *(tree.id for tree in trees), *(e.sha for tree in trees for e in tree.items())])
+    write_pack_from_container(found.write, store, [(i, None) for i in ids], object_format=repository.object_format)
+    return found.getvalue()
+
+
 # ======================================================================================================================
 # Web
 # ======================================================================================================================
@@ -13433,7 +13552,9 @@ def extension_archive(address: str) -> bytes:
 SERVER_THREADS = 128  # a stream holds one for as long as it lasts
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
 LOCAL_ORIGIN = re.compile(r"https?://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
-KEYLESS = ("health", "page")  # the page has no data in it, and asks for the key
+KEYLESS = (  # what has no data in it: the page asks for the key, and git can send none
+    "health", "page", "extension_refs", "extension_pack"
+)  # fmt: skip
 LINKED = ("page", "extension_download")  # what a link on any other page may lead to
 LONGEST_HEADER = 4096  # characters; clients refuse answers whose headers take much more than that
 PAGE_POLICY = (
@@ -13876,7 +13997,8 @@ def chat_import() -> dict:
     """Imports a chat file, or an export. The answer names the lines that were passed over."""
     name, raw = flask.request.args.get("name", ""), flask.request.get_data()
     try:
-        taken = engine().archive.take_in(raw, flask.request.args.get("chat_id", "").strip())
+        chat_id = flask.request.args.get("chat_id", "").strip()
+        taken = engine().archive.take_in(raw, chat_id, title=Path(name.replace("\\", "/")).stem)
         return taken | {"passed_over": [{"file": name} | line for line in taken["passed_over"]]}
     except InvalidRequest as error:
         raise InvalidRequest(f"{name}: {error}" if name else str(error), error.param) from None
@@ -14094,6 +14216,59 @@ def extension_download() -> flask.Response:
     return flask.Response(packed, mimetype="application/zip", headers=headers)
 
 
+EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # hosts that mean all addresses, and one of them for URLs
+
+
+def local_url(settings: Settings, port: int) -> str:
+    """The address at which programs on this machine reach the server."""
+    host = EVERY_ADDRESS.get(settings.host, settings.host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"  # RFC 3986, 3.2.2
+
+
+EXTENSION_GIT = f"/{EXTENSION}.git"  # clients name the extension's folder after it
+extension_updates = threading.Lock()  # two requests make no two commits of one version
+MOST_ASKED = 2**20  # bytes of a request for the extension that are read
+
+
+def extension_refs() -> flask.Response:
+    """What git asks first: which commit the extension's repository has, and what its server can do."""
+    if flask.request.args.get("service") != "git-upload-pack":
+        raise NotFound("This git repository can be cloned over git's smart HTTP protocol, and not be written to.")
+    with extension_repo() as repository:
+        body = git_refs(repository)
+    return git_response(body, "advertisement")
+
+
+def extension_pack() -> flask.Response:
+    """The extension's files for git."""
+    raw = flask.request.get_data()
+    if flask.request.headers.get("Content-Encoding") == "gzip":
+        try:
+            raw = zlib.decompressobj(wbits=31).decompress(raw, MOST_ASKED)
+        except zlib.error:
+            raise InvalidRequest("The request says that it is compressed by gzip, and is not.") from None
+    with extension_repo() as repository:
+        body = upload_pack(repository, raw[:MOST_ASKED])
+    return git_response(body, "result")
+
+
+def git_response(body: bytes, kind: str) -> flask.Response:
+    """An answer of git's smart HTTP protocol, which nobody may keep (git's gitprotocol-http)."""
+    response = flask.Response(body, mimetype=f"application/x-git-upload-pack-{kind}")
+    response.headers["Cache-Control"] = "no-cache"
+    return response
+
+
+@contextlib.contextmanager
+def extension_repo() -> Iterator[Any]:
+    """The extension's repository, at its newest version, for as long as the block runs."""
+    settings, port = engine().settings, int(flask.request.environ["SERVER_PORT"])
+    with extension_updates:
+        repository = extension_repository(Path(settings.data, "extension.git"), local_url(settings, port))
+    with contextlib.closing(repository):
+        yield repository
+
+
 def has_key() -> bool:
     """Whether the request has the key that the settings ask for, if any."""
     key = engine().settings.api_key
@@ -14238,6 +14413,8 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.add_url_rule("/health", view_func=health)
     app.add_url_rule("/metrics", view_func=show_metrics)
     app.add_url_rule("/extension.zip", view_func=extension_download)
+    app.add_url_rule(f"{EXTENSION_GIT}/info/refs", view_func=extension_refs)
+    app.add_url_rule(f"{EXTENSION_GIT}/git-upload-pack", view_func=extension_pack, methods=["POST"])
     app.register_blueprint(api)
     app.register_blueprint(extras)
     app.register_blueprint(embeddings)
@@ -14300,7 +14477,6 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
 
 START_DELAY = 1.0  # seconds from listening to loading the models
 SHUTDOWN_SECONDS = 2.0
-EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # hosts that mean all addresses, and one of them for URLs
 
 
 def parse_setting(name: str, text: str) -> Any:
@@ -14427,7 +14603,7 @@ def tell(file: str | Path, words: Any) -> None:
 
 def import_file(memory: PersonaMemory, file: Path) -> list[dict]:
     """Imports one file and tells the user what came of it; returns a line for each of its chats."""
-    taken = memory.archive.take_in(file.read_bytes(), embed=False)
+    taken = memory.archive.take_in(file.read_bytes(), embed=False, title=file.stem)
     for line in taken["chats"]:
         tell(file, f"{line['total']} messages, {line['added']} of them new")
     for left in taken["passed_over"]:
@@ -14556,23 +14732,101 @@ def backup_of(server: Path) -> Path:
 # -------------------------------------------------------------------------------------------- the SillyTavern extension
 
 
-def extension_homes(root: Path) -> list[Path]:
+FIRST_USER = "default-user"  # whom SillyTavern makes at its first start
+HOME_PLACES = (  # in the home folder, where people clone to and launchers put it
+    "sillytavern", "SillyTavern-Launcher/SillyTavern", "Documents/SillyTavern", "Desktop/SillyTavern",
+    "Downloads/SillyTavern", "git/SillyTavern", "projects/SillyTavern",
+)  # fmt: skip
+
+
+def extension_homes(folder: Path) -> list[Path]:
     """The folders of the extension in a SillyTavern: one for each user, or a common one in versions without users.
 
-    Raises `SettingsError` where the folder is not a SillyTavern.
+    `folder` is a git clone, an npm package or what holds it, a data root, a user's folder, or a folder with Docker's
+    volumes. Only folders that the client reads are given. Raises `SettingsError` where it is none of these.
     """
-    package = read_json_file(root / "package.json")
-    if package.get("name") != "sillytavern" or not (root / "public" / "scripts").is_dir():
+    if is_user(folder):
+        return [folder / "extensions" / EXTENSION]
+    package = read_json_file(folder / "package.json")
+    if package.get("name") == "sillytavern" and (folder / "public" / "scripts").is_dir():
+        return homes_of_program(folder, str(package.get("version")))
+    for inner in ("node_modules/sillytavern", "lib/node_modules/sillytavern"):
+        if (folder / inner / "package.json").is_file():
+            return extension_homes(folder / inner)
+    users = [*users_in(folder), *users_in(folder / "data")]
+    if not users and (folder / "config" / "config.yaml").is_file() and (folder / "data").is_dir():
+        users = [folder / "data" / FIRST_USER]  # volumes of a container that has not been used yet
+    if not users:
         raise SettingsError(
-            f"{root} is not a SillyTavern: name the folder that holds its package.json, its server.js and its public/."
+            f"{folder} is not a SillyTavern: name the folder that holds its package.json, its server.js and its "
+            "public/, or the one that holds its users' data."
         )
-    data = data_root(root)
-    users = [f for f in sorted(data.iterdir()) if f.name[0] not in "._" and f.is_dir()] if data.is_dir() else []
-    users = [f for f in users if (f / "settings.json").exists() or (f / "characters").is_dir()]
-    version = tuple(map(int, re.findall(r"\d+", str(package.get("version")))[:2]))
-    if users or version >= (1, 12):  # such versions make the user "default-user" at their first start
-        return [user / "extensions" / EXTENSION for user in users or [data / "default-user"]]
+    return [user / "extensions" / EXTENSION for user in users]
+
+
+def homes_of_program(root: Path, version: str) -> list[Path]:
+    """The folders of the extension for a SillyTavern's program folder.
+
+    Started as a command of npm or npx, it keeps its users' data in the system's own place (its src/command-line.js),
+    and reads `data/` beside itself only where somebody starts its server.js.
+    """
+    packaged = "node_modules" in root.parts
+    roots = [global_data_root()] if packaged else [data_root(root)]
+    more = [root / "data"] if packaged else [root / "docker" / "data"]
+    users = [user for place in (*roots, *more) for user in users_in(place)]
+    if users or packaged or tuple(map(int, re.findall(r"\d+", version)[:2])) >= (1, 12):  # they have users
+        return [user / "extensions" / EXTENSION for user in users or [roots[0] / FIRST_USER]]
     return [root / "public" / "scripts" / "extensions" / "third-party" / EXTENSION]
+
+
+def is_user(folder: Path) -> bool:
+    """Whether a folder holds the data of one user of a SillyTavern."""
+    return (folder / "characters").is_dir() or ((folder / "settings.json").is_file() and (folder / "chats").is_dir())
+
+
+def users_in(folder: Path) -> list[Path]:
+    """The folders of a data root's users."""
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    users = [f for f in inside if f.name[0] not in "._" and f.is_dir()]
+    return [f for f in users if (f / "settings.json").exists() or (f / "characters").is_dir()]
+
+
+def global_data_root() -> Path:
+    """Where a SillyTavern that npm has installed keeps its users' data (npm's "env-paths")."""
+    home = Path.home()
+    if sys.platform == "win32":
+        place = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "SillyTavern" / "Data"
+    elif sys.platform == "darwin":
+        place = home / "Library" / "Application Support" / "SillyTavern"
+    else:
+        place = Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share") / "SillyTavern"
+    return place / "data"
+
+
+def usual_places() -> list[Path]:
+    """Where a SillyTavern usually is: beside this program, where one is working, in the home folder, npm's data."""
+    around = [Path.cwd(), *(folder / "SillyTavern" for folder in (Path.cwd(), HERE, HERE.parent, Path.home()))]
+    home = [Path.home() / inner for inner in HOME_PLACES]
+    return list(dict.fromkeys(place.absolute() for place in (*around, *home, global_data_root())))
+
+
+def seen_homes() -> list[Path]:
+    """The folders of the extension in all of the usual places."""
+    found: dict[Path, None] = {}
+    for place in usual_places():
+        with contextlib.suppress(SettingsError, OSError):
+            found |= dict.fromkeys(home.resolve() for home in extension_homes(place))
+    return list(found)
+
+
+def chosen_homes(folder: str) -> list[Path]:
+    """The extension's folders in the SillyTavern that the user has named, or in all that are found where none is."""
+    if folder:
+        return extension_homes(Path(folder).absolute())
+    if not (homes := seen_homes()):
+        looked = "\n".join(f"  {place}" for place in usual_places())
+        raise SettingsError(f"No SillyTavern was found. Name its folder: --install-extension DIR. Looked in\n{looked}")
+    return homes
 
 
 def data_root(root: Path) -> Path:
@@ -14599,28 +14853,33 @@ def is_ours(home: Path) -> bool:
 
 def install_extension(settings: Settings, folder: str) -> str:
     """Writes the extension's files into a SillyTavern, over an older version of them; raises `SettingsError`."""
-    address = local_url(settings, settings.port)
-    homes = extension_homes(Path(folder))
+    address, homes = local_url(settings, settings.port), chosen_homes(folder)
     for home in homes:
         if home.is_symlink() or (home.exists() and any(home.iterdir()) and not is_ours(home)):
             raise SettingsError(f"{home} holds something else; nothing was installed there.")
+        if (home / ".git").exists():
+            raise SettingsError(f"{home} was installed from a git address; update it in SillyTavern's own list.")
         home.mkdir(parents=True, exist_ok=True)
         for name, content in extension_files(address).items():
             (home / name).write_bytes(content)
-    places = "\n".join(f"  {home}" for home in homes)
-    return f"The extension for {address} is in\n{places}\nReload SillyTavern's page to use it."
+    others = [home for home in seen_homes() if home not in [mine.resolve() for mine in homes]]
+    lines = [f"The extension for {address} is in", *(f"  {home}" for home in homes)]
+    if others:
+        lines += ["Left alone, though a SillyTavern reads these too:", *(f"  {home}" for home in others)]
+    return "\n".join([*lines, "Reload SillyTavern's page to use it."])
 
 
 def uninstall_extension(_: Settings, folder: str) -> str:
     """Removes the extension's files from a SillyTavern, and nothing else; raises `SettingsError`."""
-    gone = [home for home in extension_homes(Path(folder)) if not home.is_symlink() and is_ours(home)]
+    gone = [home for home in chosen_homes(folder) if not home.is_symlink() and is_ours(home)]
+    gone = [home for home in gone if not (home / ".git").exists()]  # SillyTavern's own list removes those
     for home in gone:
         for name in extension_files(""):
             (home / name).unlink(missing_ok=True)
         if not any(home.iterdir()):
             home.rmdir()
     if not gone:
-        return f"The extension is not in {folder}."
+        return f"The extension is not in {folder or 'any SillyTavern that was found'}."
     return "\n".join(["The extension was removed from", *(f"  {home}" for home in gone)])
 
 
@@ -14629,13 +14888,14 @@ def uninstall_extension(_: Settings, folder: str) -> str:
 
 @dataclass(frozen=True)
 class Action:
-    """Something that the program does instead of serving: the name of its argument (of which there may be `many`), its
-    help text, and the function that does it and returns a sentence for the user."""
+    """Something that the program does instead of serving: the name of its argument (of which there may be `many`, or
+    which may be left out), its help text, and the function that does it and returns a sentence for the user."""
 
     argument: str
     help: str
     run: Callable[[Settings, Any], str]
     many: bool = False
+    optional: bool = False
 
 
 ACTIONS = {
@@ -14643,9 +14903,14 @@ ACTIONS = {
     "install_extras": Action("DIR", "become a module of the SillyTavern-Extras in that folder", install_extras),
     "uninstall_extras": Action("DIR", "remove the module from it again", uninstall_extras),
     "install_extension": Action(
-        "DIR", "put the SillyTavern extension into the SillyTavern in that folder", install_extension
+        "DIR",
+        "put the SillyTavern extension into the SillyTavern in that folder, or into all that are found",
+        install_extension,
+        optional=True,
     ),
-    "uninstall_extension": Action("DIR", "remove the SillyTavern extension from it again", uninstall_extension),
+    "uninstall_extension": Action(
+        "DIR", "remove the SillyTavern extension from there again", uninstall_extension, optional=True
+    ),
 }
 
 
@@ -14675,15 +14940,9 @@ def argument_parser() -> argparse.ArgumentParser:
         parser.add_argument(flag_of(f.name), default=None, help=text, **action)
     group = parser.add_argument_group("instead of serving")
     for name, action in ACTIONS.items():
-        many = {"nargs": "+"} if action.many else {}
+        many = {"nargs": "+"} if action.many else {"nargs": "?", "const": ""} if action.optional else {}
         group.add_argument(flag_of(name), metavar=action.argument, help=action.help, **many)
     return parser
-
-
-def local_url(settings: Settings, port: int) -> str:
-    """The address at which programs on this machine reach the server."""
-    host = EVERY_ADDRESS.get(settings.host, settings.host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"  # RFC 3986, 3.2.2
 
 
 def start_text(settings: Settings, port: int) -> str:

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from fakes import PROGRAM, LocalServer, Server, branch_texts, clean_environment,
 import persona_memory as pm
 
 TIMEOUT = 60
+NOWHERE = "http://127.0.0.1:9/v1"  # an upstream that is not there
 CLIENT = (Path(__file__).parent / "data" / "client.html").read_bytes()
 SCRIPT_PATH = "/scripts/extensions/third-party/persona_memory/index.js"
 
@@ -97,6 +100,112 @@ def test_where_it_goes(tmp_path, version, users, config, home):
     assert [f.resolve() for f in pm.extension_homes(root)] == [expected.resolve()]
 
 
+def user(folder: Path) -> Path:
+    """A user's data as SillyTavern makes it; where our extension goes in it."""
+    for name in ("characters", "chats", "extensions"):
+        (folder / name).mkdir(parents=True)
+    (folder / "settings.json").write_text("{}")
+    return folder / "extensions" / "persona_memory"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty home folder, in which one works."""
+    place = tmp_path / "home"
+    place.mkdir()
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(place))
+    for name in ("XDG_DATA_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(place)
+    return place
+
+
+def test_of_an_npm_installation_the_users_data_folder_is_meant(home):
+    """Whatever is named of it; the package's own folder is not read, but where its server.js was started."""
+    package = sillytavern(home / ".nvm" / "lib" / "node_modules" / "sillytavern", "1.19.0")
+    data = home / ".local/share/SillyTavern/data"
+    for named in (package, home / ".nvm"):
+        assert pm.extension_homes(named) == [data / "default-user/extensions/persona_memory"]
+    ada, own = user(data / "ada"), user(package / "data" / "default-user")
+    for named in (package, home / ".nvm"):
+        assert pm.extension_homes(named) == [ada, own]
+    assert pm.extension_homes(data) == [ada]
+
+
+@pytest.mark.parametrize(
+    "system, variable, place",
+    [
+        ("linux", "XDG_DATA_HOME", "SillyTavern/data"),
+        ("linux", None, ".local/share/SillyTavern/data"),
+        ("darwin", None, "Library/Application Support/SillyTavern/data"),
+        ("win32", "LOCALAPPDATA", "SillyTavern/Data/data"),
+        ("win32", None, "AppData/Local/SillyTavern/Data/data"),
+    ],
+)
+def test_each_system_has_its_place_for_data(home, monkeypatch, system, variable, place):
+    monkeypatch.setattr(sys, "platform", system)
+    if variable:
+        monkeypatch.setenv(variable, str(home / "elsewhere"))
+    assert pm.global_data_root() == (home / "elsewhere" if variable else home) / place
+
+
+@pytest.mark.parametrize("named", ["a data root", "a user's folder", "volumes", "a clone with volumes", "new volumes"])
+def test_it_goes_where_the_client_reads(home, named):
+    """Data roots, users' folders, Docker's volumes beside a compose file, or in the clone's docker folder."""
+    root = home / "st"
+    if named == "a data root":
+        expected, folder = [user(root / "ada"), user(root / "default-user")], root
+        (root / "_cache").mkdir()
+    elif named == "a user's folder":
+        expected, folder = [user(root / "ada")], root / "ada"
+    elif named == "volumes":
+        expected, folder = [user(root / "data" / "default-user")], root
+        (root / "docker-compose.yml").write_text("services: {}")
+    elif named == "a clone with volumes":
+        folder = sillytavern(root, "1.19.0")
+        expected = [user(root / "docker" / "data" / "default-user")]
+    else:
+        expected, folder = [root / "data" / "default-user" / "extensions" / "persona_memory"], root
+        (root / "data").mkdir(parents=True)
+        (root / "config").mkdir()
+        (root / "config" / "config.yaml").write_text("port: 8000")
+    said = pm.install_extension(pm.Settings(), str(folder))
+    assert all(str(place) in said and (place / "manifest.json").is_file() for place in expected)
+    assert len(list(home.rglob("manifest.json"))) == len(expected)
+
+
+def test_without_a_folder_the_usual_places_are_looked_through(home):
+    """All that are found get it; where there is none, the refusal says where it was looked for."""
+    done = run("--install-extension")
+    assert done.returncode == 2 and "Name its folder" in done.stderr and str(home / "SillyTavern") in done.stderr
+    clone = sillytavern(home / "SillyTavern", "1.19.0", users=("default-user",))
+    ada = user(home / ".local/share/SillyTavern/data/ada")
+    done = run("--install-extension")
+    places = [ada, clone / "data" / "default-user" / "extensions" / "persona_memory"]
+    assert done.returncode == 0 and all(str(place) in done.stdout for place in places)
+    assert all((place / "index.js").is_file() for place in places)
+    assert run("--uninstall-extension").returncode == 0
+    assert not any((place / "index.js").exists() for place in places)
+
+
+def test_what_else_is_there_is_named_and_left_alone(home):
+    clone = sillytavern(home / "SillyTavern", "1.19.0", users=("default-user",))
+    ada = user(home / ".local/share/SillyTavern/data/ada")
+    done = run("--install-extension", clone)
+    assert "Left alone" in done.stdout and str(ada) in done.stdout.partition("Left alone")[2]
+    assert not ada.exists() and (clone / "data/default-user/extensions/persona_memory/index.js").is_file()
+
+
+def test_a_folder_that_git_keeps_is_left_to_it(home):
+    """SillyTavern updates what it has installed from an address; files written into that would stop it."""
+    place = user(home / "ada")
+    (place / ".git").mkdir(parents=True)
+    (place / "manifest.json").write_text(json.dumps(pm.EXTENSION_MANIFEST))
+    with pytest.raises(pm.SettingsError, match="git address"):
+        pm.install_extension(pm.Settings(), str(home / "ada"))
+
+
 @pytest.mark.parametrize("package", [None, "{}", '{"name": "other"}', "[]", "not json"])
 def test_a_folder_that_is_no_sillytavern_is_refused_with_a_sentence(tmp_path, package):
     if package is not None:
@@ -129,6 +238,83 @@ def test_the_download_holds_the_same_files(server):
         found = {name: archive.read(name) for name in archive.namelist()}
     assert found == {f"persona_memory/{name}": content for name, content in pm.extension_files(server.url).items()}
     assert httpx.get(f"{server.url}/extension.zip", timeout=TIMEOUT).content == answer.content
+
+
+def git(folder: Path, *arguments) -> str:
+    """What git says; it must succeed."""
+    named = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_TERMINAL_PROMPT": "0"}
+    done = subprocess.run(
+        ["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | named
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def newer(monkeypatch, version: str) -> None:
+    """The program is another version by now."""
+    monkeypatch.setitem(pm.EXTENSION_MANIFEST, "version", version)
+    monkeypatch.setattr(pm, "__version__", version)
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="no git here")
+def test_git_clones_the_extension_and_pulls_the_next_version(tmp_path, data_dir, monkeypatch):
+    """As SillyTavern does it, with depth 1; and without, and after restarts, which make no new commits."""
+    with LocalServer(settings(data_dir, NOWHERE), ready=False) as server:
+        address = f"{server.url}/persona_memory.git"
+        git(tmp_path, "clone", "--depth", "1", address, tmp_path / "shallow")
+        git(tmp_path, "clone", address, tmp_path / "whole")
+        assert snapshot_of(tmp_path / "shallow") == pm.extension_files(server.url)
+        first, port = git(tmp_path / "shallow", "rev-parse", "HEAD"), server.server.effective_port
+    for version in ("0.2.0", "0.3.0"):
+        newer(monkeypatch, version)
+        with LocalServer(settings(data_dir, NOWHERE, port=port), ready=False) as server:
+            for folder in ("shallow", "whole"):
+                git(tmp_path / folder, "pull")
+                assert snapshot_of(tmp_path / folder) == pm.extension_files(server.url)
+                assert git(tmp_path / folder, "fsck", "--strict") == ""
+            git(tmp_path, "clone", "--depth", "2", address, tmp_path / version)
+            assert git(tmp_path / version, "status", "--porcelain") == ""
+    names = ["Persona Memory 0.3.0", "Persona Memory 0.2.0", "Persona Memory 0.1.0"]
+    for folder, expected in (("shallow", names), ("whole", names), ("0.3.0", names[:2])):
+        assert git(tmp_path / folder, "log", "--format=%s").split("\n") == expected
+    assert git(tmp_path / "whole", "rev-parse", "HEAD~2") == first
+    with LocalServer(
+        settings(tmp_path / "other", NOWHERE, port=port), ready=False
+    ) as server:  # the same files make the same commit
+        newer(monkeypatch, "0.1.0")
+        assert git(tmp_path, "ls-remote", address, "HEAD").split()[0] == first  # the same files make the same commit
+
+
+def snapshot_of(clone: Path) -> dict[str, bytes]:
+    """A clone's files without git's own."""
+    return {f.name: f.read_bytes() for f in clone.iterdir() if f.is_file()}
+
+
+def pkt(text: str) -> str:
+    """A line as git's protocol frames it."""
+    return f"{len(text) + 4:04x}{text}"
+
+
+def test_the_repository_can_be_read_only_and_needs_no_key(data_dir):
+    """Git can send none, and it holds no data; what is not asked in git's words is refused without harm."""
+    with LocalServer(settings(data_dir, NOWHERE, api_key="sesame"), ready=False) as server:
+        address = f"{server.url}/persona_memory.git"
+        refs = httpx.get(f"{address}/info/refs", params={"service": "git-upload-pack"}, timeout=TIMEOUT)
+        assert refs.status_code == 200 and refs.headers["content-type"] == "application/x-git-upload-pack-advertisement"
+        newest = refs.content.split(b"0000", 1)[1][4:44].decode()
+        for path in ("info/refs", "info/refs?service=git-receive-pack"):
+            assert httpx.get(f"{address}/{path}", timeout=TIMEOUT).status_code == 404
+        for path in ("HEAD", "objects/info/packs", "git-receive-pack", "config"):
+            assert httpx.get(f"{address}/{path}", timeout=TIMEOUT).status_code in (401, 404)
+        want, done = pkt(f"want {newest} side-band-64k\n"), "0000" + pkt("done\n")
+        strange = ["", "0000", "nonsense", "zzzz", pkt("done\n"), pkt(f"want {'0' * 40}\n") + done, "0005", "0032want "]
+        depths = [want + pkt(f"deepen {n}\n") + done for n in ("-5", "99", "xx", "")]
+        for asked, expected in [(a, b"ERR ") for a in strange] + [(a, b"PACK") for a in (want + done, *depths)]:
+            answer = httpx.post(f"{address}/git-upload-pack", content=asked.encode(), timeout=TIMEOUT)
+            assert answer.status_code == 200 and expected in answer.content
+        headers = {"Content-Encoding": "gzip"}
+        broken = httpx.post(f"{address}/git-upload-pack", content=b"plain text", headers=headers, timeout=TIMEOUT)
+        assert broken.status_code == 400
 
 
 def test_the_manifest_names_what_the_script_has():
@@ -493,8 +679,16 @@ class TestThroughTheProxy:
     def test_a_request_names_its_chat_and_nothing_is_placed(self, client):
         long_chat(client)
         assert client.generate() == {}
-        assert self.said(client) == {"chat_id": client.id, "character": "Mira", "kind": "normal"}
+        named = {"chat_id": client.id, "title": "Mira - 1", "character": "Mira"}
+        assert self.said(client) == {**named, "kind": "normal"}
         assert client.do("stand.context.chatCompletionSettings.custom_include_body ?? null") is None
+
+    def test_a_groups_name_is_told(self, client):
+        client.do("stand.context.groups = [{ id: 'g1', name: 'The crew' }, { id: 'g2', name: 'Others' }]")
+        client.do("stand.context.groupId = 'g1'")
+        client.talk("Good morning.")
+        client.generate()
+        assert self.said(client)["group"] == "The crew"
 
     @pytest.mark.parametrize("kind", ["normal", "swipe", "regenerate", "continue", "impersonate", "quiet"])
     def test_the_kind_of_generation(self, client, kind):

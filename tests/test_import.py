@@ -577,6 +577,35 @@ def test_the_file_of_a_chat_that_was_lived_under_an_id_adds_what_is_new(server):
     assert line_["chat_id"] != "card-7"
 
 
+def named(server) -> list[tuple]:
+    """What the list calls its chats."""
+    return [(c["title"], c["name"], c["character"]) for c in call(server, "GET", "chats").json()]
+
+
+def test_chats_are_called_what_their_clients_call_them(server):
+    """The file's name is the chat's title; a group is called by its members; without any name the id must do."""
+    take_in(server, written(line("Robin", "Hello."), line("Helena", "Sit.")), name="Helena - 2026-07-12.jsonl")
+    assert named(server) == [("Helena - 2026-07-12", "Helena", "Helena")]
+    rows = [line(name, "Hm.", original_avatar=f"{name}.png") for name in ("Helena", "Borin", "Helena")]
+    (chat,) = take_in(server, written(*rows, line("Robin", "Hello, all."), header=NAMELESS), name="C:\\chats\\g.jsonl")
+    assert ("g", "Helena, Borin", "Helena") in named(server)
+    assert call(server, "GET", f"chats/{chat['chat_id']}").json()["name"] == "Helena, Borin"
+    turns = {"messages": [{"role": "user", "content": "A chat of nobody."}]}
+    said = {"chat_id": "st-9", "title": "The harbour", "group": "The crew", "complete": True, **turns}
+    assert call(server, "POST", "inject", json=said).status_code == 200
+    assert ("The harbour", "The crew", None) in named(server)
+    call(server, "POST", "inject", json={"chat_id": "st-10", "complete": True, **turns})
+    assert (None, "st-10", None) in named(server)
+    hit = call(server, "GET", "search", params={"q": "all"}).json()["found"][0]
+    assert (hit["chat"], hit["title"]) == ("Helena, Borin", "g")
+
+
+def test_a_group_that_is_lived_is_called_by_its_members(server):
+    client = group(server.url)
+    (line_,) = call(server, "GET", "chats").json()
+    assert line_["name"] == "Helena, Borin" and line_["chat_id"] == client.answer.chat_id
+
+
 # ---------------------------------------------------------------------------- other programs
 
 WEBUI = {
@@ -975,7 +1004,7 @@ def trees(draw) -> list[dict]:
         )  # fmt: skip
         words = draw(st.none() | SAID)
         rows.setdefault(key, pm.with_mark(made, pm.replace(made.mark, content=words)))
-    marks = pm.changed_marks({}, list(rows.values()), ())  # the same words have the same marks everywhere
+    marks = pm.changed_marks({}, list(rows.values()), (), 0.0)  # the same words have the same marks everywhere
     return [pm.with_mark(m, pm.mark_for(marks.get(m.digest, {}), m)) for m in rows.values()]
 
 
