@@ -2791,6 +2791,7 @@ OPEN_BRANCHES = 8  # branches of a chat that have a working memory
 KEPT_REPORTS = 50
 KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
 STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
+UNWRITTEN = sys.maxsize  # changes, where RAM may hold what the disk does not: the chat is read anew
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
 OWN_FOLDERS = ("chats", "catalogue", "characters")  # in the data folder
@@ -2901,7 +2902,7 @@ class Database:
     def _roll_back(self) -> None:
         """Ends a transaction that a full disk has left open, which would keep out every later one."""
         connection = None if self._cache is None else self._cache._connection
-        if connection and connection.in_transaction:
+        if connection and connection.in_transaction and self._cache._txn_id is None:  # else its own block ends it
             with contextlib.suppress(sqlite3.Error):
                 connection.rollback()
 
@@ -3110,6 +3111,19 @@ class ChatStore:
         """Takes over what another process has written to this chat; costs one read when there is nothing."""
         with self._database.use() as cache:
             self._catch_up(cache)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """What the block reads and writes is one step, for other processes on the same folder too: where a message goes
+        depends on what stands there already."""
+        with self._database.use() as cache:
+            try:
+                with cache.transact():
+                    self._catch_up(cache)
+                    yield
+            except BaseException:
+                self._generation = UNWRITTEN
+                raise
 
     def _catch_up(self, cache: diskcache.Cache) -> None:
         newest = cache.get("generation", 0)
@@ -8748,7 +8762,7 @@ class Archive:
                 with self._creating:
                     named = self._create(request, chat_id, deadline)
                 chat = loans.enter_context(self._registry.borrow(named))
-            with chat.lock:
+            with chat.lock, chat.store.transaction():
                 alignment = (chat_id and align_appended(chat, request)) or align_request(chat, request)
                 path = self._write_branch(chat, alignment, request)
             yield chat, path
@@ -8777,8 +8791,9 @@ class Archive:
             original = loans.enter_context(self._registry.lookup(source)) if source else None
             if original:
                 self._copy_branch(original, chat, request)
-            with chat.lock:  # before anyone else may look for it
-                self._write_branch(chat, align_request(chat, request), request)
+            with chat.lock, chat.store.transaction():  # before anyone else may look for it
+                if not chat.tree.nodes:  # another program may have made it at the same time
+                    self._write_branch(chat, align_request(chat, request), request)
         return named
 
     def _parent(self, request: ChatRequest) -> str:
@@ -8870,7 +8885,7 @@ class Archive:
                 if chat is None:
                     self._registry.create(chat_id, explicit=True)
                     chat = loans.enter_context(self._registry.borrow(chat_id))
-            with chat.lock:
+            with chat.lock, chat.store.transaction():
                 parent, fresh = chat.store.head, []
                 for turn in turns:
                     message = message_of_turn(parent, turn)
