@@ -2122,7 +2122,7 @@ PERSONA_PIECE = 60  # characters of a persona that are embedded together, where 
 SHORTEST_PIECE = 24  # "[Start a new Chat]" says nothing of anyone
 MOST_PIECES = 400
 MAX_EMBEDDED = 4000  # characters; MiniLM reads 256 tokens, and tokenizing megabytes to drop them takes seconds
-TURN, BACKGROUND = 0, 1  # priorities of encoding jobs
+TURN, QUERY, BACKGROUND = 0, 1, 2  # priorities of encoding jobs
 LATIN_END = "\u024f"
 # Questions with their answers: how near those are in a model, and others, tells what its cosines mean.
 KNOWN_PAIRS = (
@@ -2433,6 +2433,11 @@ class Tree:
     def messages(self) -> int:
         """How many messages are part of the chat: those that some request has shown."""
         return self._confirmed
+
+    @property
+    def ends(self) -> set[str]:
+        """The confirmed messages that have no confirmed one after them: the ends of the branches."""
+        return {i for i, node in self.nodes.items() if node.confirmed} - self._inner
 
     @property
     def branches(self) -> int:
@@ -3895,23 +3900,23 @@ class Chat:
 class Catalogue:
     """What is known of all chats without opening them. Derived: a lost one is made anew from the chats.
 
-    Rows: `c:<chat>` a line for the list, `d:<digest>` the chats without an explicit id that hold a text, `u:<chat>` a
-    chat whose summary is due, `x:<chat>` since when a chat has forgotten words that are not erased, `embedder` whose
-    vectors all chats have, `changes` a counter.
+    Rows: `c:<chat>` a line for the list, `d:<digest>` the chats without an explicit id that hold a text, `n:<digest>`
+    those with one, `u:<chat>` a chat whose summary is due, `x:<chat>` since when a chat has forgotten words that are
+    not erased, `embedder` whose vectors all chats have, `changes` a counter.
     """
 
     def __init__(self, folder: Path, on_loss: Callable[[], None] = lambda: None):
         self._database = RebuiltDatabase(folder, 1, on_loss)
 
-    def enter(self, line: Mapping, digests: Sequence[str] = (), forgetful: float = 0.0) -> None:
-        """Notes a chat's line in the list, texts that it holds, and since when (Unix seconds; 0: it has none) it has
-        forgotten words that are not erased."""
-        chat_id = line["chat_id"]
+    def enter(self, line: Mapping, digests: Sequence[str] = (), explicit: bool = False, forgetful: float = 0.0) -> None:
+        """Notes a chat's line in the list, texts that it holds, whether its client has named it (`explicit`), and since
+        when (Unix seconds; 0: it has none) it has forgotten words that are not erased."""
+        chat_id, kind = line["chat_id"], "n" if explicit else "d"
         with self._database.transaction() as cache:
-            for digest in digests:
-                chats = json.loads(cache.get(f"d:{digest}", "[]"))
+            for key in (f"{kind}:{digest}" for digest in digests):
+                chats = json.loads(cache.get(key, "[]"))
                 if chat_id not in chats:
-                    cache[f"d:{digest}"] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
+                    cache[key] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
             cache[f"c:{chat_id}"] = json.dumps(line)
             cache.set(f"x:{chat_id}", forgetful) if forgetful else cache.delete(f"x:{chat_id}")
             cache.incr("changes", default=0)
@@ -3930,13 +3935,16 @@ class Catalogue:
 
     @staticmethod
     def _remove_texts(cache: SharedCache, chat_id: str, digests: Iterable[str] | None) -> None:
-        keys = [f"d:{d}" for d in digests] if digests is not None else list(stored_rows(cache, "d:"))
+        if digests is None:
+            keys = [*stored_rows(cache, "d:"), *stored_rows(cache, "n:")]
+        else:
+            keys = [f"{kind}:{digest}" for digest in digests for kind in "dn"]
         for key in keys:
             chats = json.loads(cache.get(key, "[]"))
             left = [c for c in chats if c != chat_id]
             if left and left != chats:
                 cache[key] = json.dumps(left)
-            elif not left:
+            elif chats and not left:
                 cache.delete(key)
 
     def remove_texts(self, chat_id: str, digests: Iterable[str]) -> None:
@@ -3956,10 +3964,10 @@ class Catalogue:
             lines = stored_rows(cache, "c:").values()
         return sorted(lines, key=lambda line: -(line["updated"] or 0))
 
-    def holding(self, digests: Sequence[str]) -> list[list[str]]:
-        """For each text the chats without an explicit id that hold it."""
+    def holding(self, digests: Sequence[str], kinds: str = "d") -> list[list[str]]:
+        """For each text the chats that hold it: those without an explicit id (`d`), those with one (`n`), or both."""
         with self._database.use() as cache:
-            return [json.loads(cache.get(f"d:{d}", "[]")) for d in digests]
+            return [[c for kind in kinds for c in json.loads(cache.get(f"{kind}:{d}", "[]"))] for d in digests]
 
     def changes(self) -> int:
         """A number that grows with every change of the list, whichever process makes it."""
@@ -4165,9 +4173,11 @@ class ChatRegistry:
             self._give_back(folder.name, lending)
 
     def locate(
-        self, digests: Sequence[tuple[str, str]], align: Callable[[Chat], Alignment], timeout: float | None = None
-    ) -> tuple[str, Alignment] | None:
-        """The id of the chat without an explicit id that a transcript of (role, digest) continues, and where in it.
+        self, digests: Sequence[tuple[str, str]], align: Callable[[Chat], Alignment], timeout: float | None = None,
+        kinds: str = "d",
+    ) -> tuple[str, Alignment] | None:  # fmt: skip
+        """The id of the chat that a transcript of (role, digest) continues, and where in it. Only chats without an
+        explicit id are looked for, but with `kinds` (see `Catalogue.holding`).
 
         Chats that share the most of the newest texts are looked at; those that share fewer than one which convinces
         are not even opened (a reply that no request has shown yet is not counted: one more may be shared). Among
@@ -4178,7 +4188,7 @@ class ChatRegistry:
         self._listed.wait(timeout)
         wanted = digests[-LOCATED_BY:]
         shared: Counter = Counter()
-        for (role, _), chats in zip(wanted, self.catalogue.holding([d for _, d in wanted]), strict=True):
+        for (role, _), chats in zip(wanted, self.catalogue.holding([d for _, d in wanted], kinds), strict=True):
             shared.update(dict.fromkeys(chats, 1 + (role == "user")))
         found: list[tuple[int, tuple, str, Alignment]] = []
         for chat_id, count in shared.most_common(LOCATED_CHATS):
@@ -4196,10 +4206,9 @@ class ChatRegistry:
 
     def enter(self, chat: Chat, ids: Iterable[str]) -> None:
         """Notes a chat's new messages and its line in the catalogue; hold the chat's lock."""
-        nodes = [] if chat.store.info["explicit"] else chat.nodes(ids)
-        texts = list({node.digest for node in nodes if node.shown})
+        texts = list({node.digest for node in chat.nodes(ids) if node.shown})
         kept = [m.at for some in chat.store.marks.values() for m in some.values() if m.forgotten and not m.erased]
-        self.catalogue.enter(chat.store.listing(), texts, min(kept, default=0.0))
+        self.catalogue.enter(chat.store.listing(), texts, chat.store.info["explicit"], min(kept, default=0.0))
 
     def erase(self, chat_id: str, digests: Collection[str]) -> None:
         """Erases the words of a chat's forgotten texts; raises `NotFound`."""
@@ -5709,6 +5718,11 @@ EXPORT_FORMAT, EXPORT_VERSION = "persona_memory", 1
 NO_NAMES = (None, "", "unused")  # what headers hold where they name nobody; newer versions write "unused"
 STAND_IN_AVATAR = "img/ai4.png"  # SillyTavern's own; a message that has one carries its speaker's name into the prompt
 LONGEST_DATE = 64  # characters
+FIRST_MILLISECONDS = 1e11  # a smaller number is a date in seconds; so many milliseconds are in 1973
+DATE_FORMATS = (  # without spaces: SillyTavern, text-generation-webui, and what browsers write in several countries
+    "%B%d,%Y%I:%M%p", "%b%d,%Y%I:%M%p", "%b%d,%Y%I:%M:%S%p", "%b%d,%Y%H:%M", "%m/%d/%Y,%I:%M:%S%p",
+    "%d/%m/%Y,%H:%M:%S", "%d.%m.%Y,%H:%M:%S", "%Y/%m/%d%H:%M:%S",
+)  # fmt: skip
 KEPT_INFO = {  # what an export holds of a chat beside its messages, with its types
     "chat_id": str, "explicit": bool, "created": float, "updated": float, "character": str, "user_name": str,
     "shows_history": bool, "persona": str,
@@ -5775,44 +5789,178 @@ def parse_json(text: str, where: str = "") -> Any:
         return json_value(text)
     except ValueError as error:
         line = where or f"line {getattr(error, 'lineno', 1)}"
-        raise InvalidRequest(f"{line} is not valid JSON: {str(error)[:200]}.", line) from None
+        words = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            words = f"{error.msg.removesuffix(' starting at')} at character {error.colno}"
+        raise InvalidRequest(f"{line} is not valid JSON: {words[:200]}.", line) from None
 
 
-def read_chat_file(raw: bytes) -> ChatCopy:
-    """The chat in an export or in a SillyTavern chat file; raises `InvalidRequest` naming the line or the field."""
+class NoChatFile(InvalidRequest):
+    """A file is whole, but what it holds is no chat that this program can read; the words say what was seen."""
+
+
+def read_chats(raw: bytes) -> tuple[list[ChatCopy], list[dict]]:
+    """The chats in a file, and a line for all in it that was passed over: its number (None where it has none), and why.
+
+    A bad row costs that row. A chat without any message of the user is passed over: no request would have shown it.
+    Raises `InvalidRequest` naming the line or the field where nothing can be read.
+    """
+    text = decoded(raw)
+    opening = value_or_none(next((line for line in text.split("\n") if line.strip()), ""))
+    document = None if is_chat_line(opening) else value_or_none(text)
+    if document is not None:
+        return read_document(document)
+    copy, passed_over = read_transcript(text)
+    if copy is None:
+        if opening is None:
+            parse_json(text)  # raises: a document on several lines, and this names the broken one
+        raise InvalidRequest(passed_over[0]["why"])
+    return with_users([copy], passed_over)
+
+
+def decoded(raw: bytes) -> str:
+    """A file's text. Bytes that are not UTF-8 become lone surrogates, so that they cost their line only."""
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return raw.decode("utf-16", "replace")
+    return raw.decode("utf-8-sig", "surrogateescape")
+
+
+def value_or_none(text: str) -> Any:
+    """The value of a JSON text, None where it is not JSON."""
     try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = raw.count(b"\n", 0, error.start) + 1
-        where = f"line {number}"
-        raise InvalidRequest(f"{where} is not UTF-8.", where) from None
-    try:
-        opening = json_value(text.lstrip().partition("\n")[0])
+        return json_value(text)
     except ValueError:
-        opening = None  # an export on several lines, or no JSON at all
-    if opening is None or (isinstance(opening, dict) and "format" in opening):
-        return read_export(parse_json(text))
-    return read_transcript(text)
+        return None
+
+
+def with_users(copies: Sequence[ChatCopy], passed_over: list[dict]) -> tuple[list[ChatCopy], list[dict]]:
+    """The copies in which the user has said anything; the others are noted."""
+    spoken = [copy for copy in copies if any(m.role == "user" for m in copy.messages)]
+    silent = len(copies) - len(spoken)
+    words = f"{silent} chats in it hold" if silent > 1 else "it holds"
+    if silent:
+        passed_over = [*passed_over, {"line": None, "why": f"{words} no message of the user yet: left out."}]
+    return spoken, passed_over
+
+
+THOUGHT_TAG = re.compile(
+    r"<(?P<end>/?)(?P<name>think|thinking|reasoning)(?:\s[^<>]*)?>"
+    r"|<(?P<details>details)\s[^<>]*type=[\"']reasoning[\"'][^<>]*>|</(?P<shut>details)>",
+    re.I,
+)
+
+
+def without_thoughts(text: str) -> str:
+    """A reply without a model's thoughts: blocks in tags, also one that is not closed, and all before a closing tag
+    whose opening one a template has put into the prompt."""
+    kept, inside, start = [], "", 0
+    for tag in THOUGHT_TAG.finditer(text):
+        name, closes = (tag["name"] or "details").lower(), bool(tag["end"] or tag["shut"])
+        if not inside and not closes:
+            kept.append(text[start : tag.start()])
+            inside = name
+        elif closes and name == inside:
+            inside, start = "", tag.end()
+        elif closes and not inside and not tag["shut"]:
+            kept, start = [], tag.end()
+    if not kept and not start:
+        return text
+    return "".join(kept if inside else [*kept, text[start:]]).strip()
 
 
 # --------------------------------------------------------------------------------------------- SillyTavern's chat files
 
 
-def read_transcript(text: str) -> ChatCopy:
-    """The chat in a SillyTavern chat file: a header (older versions write none for groups), then a message a line.
+def read_transcript(text: str) -> tuple[ChatCopy | None, list[dict]]:
+    """The chat in a SillyTavern chat file (TavernAI and Chub write such too), and what was passed over.
+
+    That is a header (older versions write none for groups), then a message a line. None where no line can be read.
+    """
+    rows, passed_over = [], []
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for number, line in lines:
+        where = f"line {number}"
+        try:
+            row = read_line(line, where)
+            rows.append(row if number == lines[0][0] and is_header(row) else chat_row(row, where))
+        except InvalidRequest as error:
+            passed_over.append({"line": number, "why": str(error)})
+    if not rows:
+        return None, passed_over or [{"line": 1, "why": "line 1 is empty, as is all of the file."}]
+    header = rows.pop(0) if is_header(rows[0]) else None
+    if header is None and passed_over and passed_over[0]["line"] == lines[0][0]:
+        header = {}  # there was one, and it cannot be read
+    return copy_of_rows(header, rows), passed_over
+
+
+def read_line(line: str, where: str) -> Any:
+    """The value of a line; raises `InvalidRequest` saying what is wrong with it."""
+    if not line.strip(" \t\r\0"):
+        raise InvalidRequest(f"{where} holds only zero bytes: the file was not written to its end.", where)
+    if re.search("[\udc80-\udcff]", line):
+        raise InvalidRequest(f"{where} is not UTF-8.", where)
+    return parse_json(line, where)
+
+
+def is_header(row: Any) -> bool:
+    """Whether a line of a chat file is its header."""
+    names = ("user_name", "character_name", "character_names", "chat_metadata", "create_date")
+    return isinstance(row, dict) and "mes" not in row and any(name in row for name in names)
+
+
+def is_chat_line(row: Any) -> bool:
+    """Whether a value is a line of a chat file."""
+    return is_header(row) or (isinstance(row, dict) and "mes" in row)
+
+
+def chat_row(row: Any, where: str) -> dict:
+    """A message's line with its fields in SillyTavern's types, which other programs and older versions do not keep to.
+
+    Raises `InvalidRequest` where it is not clear what was said, or by which side.
+    """
+    if not isinstance(row, dict):
+        raise InvalidRequest(f"{where} must be a JSON object.", where)
+    swipes = [text_in(swipe) for swipe in row["swipes"]] if isinstance(row.get("swipes"), list) else []
+    at = whole_number(row.get("swipe_id"))
+    chosen = at if at is not None and 0 <= at < len(swipes) else len(swipes)
+    text = text_in(row.get("mes"))
+    if text is None:
+        text = next(iter(swipes[chosen : chosen + 1]), None)
+    if text is None:
+        raise InvalidRequest(f"{where} holds no text: mes is missing or of another type.", where)
+    by_user = truth(row.get("is_user"))
+    if by_user is None:
+        raise InvalidRequest(f"{where}: is_user must be true or false.", where)
+    typed = {"name": str, "extra": dict, "swipe_info": list, "force_avatar": str, "original_avatar": str}
+    kept = {name: row[name] for name, kind in typed.items() if isinstance(row.get(name), kind)}
+    swipes[chosen : chosen + 1] = [text]
+    kept |= {"swipes": [text] if by_user else swipes, "chosen": 0 if by_user else chosen}
+    return kept | {"mes": text, "is_user": by_user, "send_date": row.get("send_date")}
+
+
+def text_in(value: Any) -> str | None:
+    """A text, or that of an object which holds one as `message`, as Chub's exports do; None for anything else."""
+    text = value.get("message") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def truth(value: Any) -> bool | None:
+    """What a flag says, which some write as a number or a word, and leave empty for no; None where it says nothing."""
+    words = {"": False, "none": False, "0": False, "false": False, "1": True, "true": True}
+    return words.get(str(value).lower()) if isinstance(value, str | int | None) else None
+
+
+def copy_of_rows(header: Mapping | None, rows: Sequence[Mapping]) -> ChatCopy:
+    """The chat of a header (None where the file has none) and its messages' rows.
 
     Chosen swipes make the branch, rejected ones are their siblings.
     """
-    lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    rows = [(where, parse_json(line, where)) for where, line in lines]
-    for index, (where, row) in enumerate(rows):
-        check_row(row, where, may_be_header=index == 0)
-    header = rows[0][1] if rows and "mes" not in rows[0][1] else {}
-    said = [row for _, row in rows[bool(header) :] if is_message(row)]
-    user, character = ("" if header.get(k) in NO_NAMES else header[k] for k in ("user_name", "character_name"))
-    replies = [row for row in said if not row.get("is_user")]
-    group = not header or (not character and bool(replies) and all(row.get("original_avatar") for row in replies))
-    names = {side: [row["name"] for row in said if row.get("is_user") == side and row.get("name")] for side in (1, 0)}
+    said = [row for row in map(without_row_thoughts, rows) if is_message(row)]
+    names = {side: [row["name"] for row in said if row["is_user"] == side and row.get("name")] for side in (1, 0)}
+    user, character = (header_name(header or {}, key) for key in ("user_name", "character_name"))
+    replies = [row for row in said if not row["is_user"]]
+    lent = bool(replies) and all(row.get("original_avatar") for row in replies)  # by members of a group
+    group = header is None or "character_names" in header or (not character and lent)
     user = "".join(names[1][-1:]) if group or not user else user
     messages, head, now = [], ROOT, time.time()
     for row in said:
@@ -5822,51 +5970,64 @@ def read_transcript(text: str) -> ChatCopy:
         messages += siblings.values()
         head = next(m.id for m in siblings.values() if m.confirmed)
     info = {"user_name": user, "character": character or "".join(names[0][-1:])}
-    return ChatCopy(tuple(messages), head, {k: sane_text(v) for k, v in info.items() if v})
+    info = {k: sane_text(v) for k, v in info.items() if v} | named_in_header(header or {})
+    return ChatCopy(tuple(messages), head, info)
 
 
-def check_row(row: Any, where: str, may_be_header: bool) -> None:
-    """Raises `InvalidRequest` where a line of a chat file is not what SillyTavern writes."""
-    if not isinstance(row, dict):
-        raise InvalidRequest(f"{where} must be a JSON object.", where)
-    if "mes" not in row and may_be_header:
-        types = {"user_name": str | None, "character_name": str | None}
-        if not any(key in row for key in (*types, "chat_metadata", "create_date")):
-            raise InvalidRequest(f"{where} is neither a chat's header nor a message.", where)
-    else:
-        types = {"mes": str, "name": str | None, "is_user": bool | None, "is_system": bool | None}
-        types |= {"swipes": list | None, "extra": dict | None, "swipe_id": int | None, "swipe_info": list | None}
-    for name, kind in types.items():
-        if not isinstance(row.get(name), kind):
-            raise InvalidRequest(f"{where}: {name} is missing or of another type.", where)
+def header_name(header: Mapping, key: str) -> str:
+    """A name in a header; empty where it names nobody."""
+    name = header.get(key)
+    return name if isinstance(name, str) and name not in NO_NAMES else ""
+
+
+def named_in_header(header: Mapping) -> dict[str, Any]:
+    """The chat's id, where our extension has put it into the header's metadata.
+
+    Branches and checkpoints are made with a copy of their chat's metadata; what the extension noted of `main_chat` when
+    it made the id tells them apart.
+    """
+    metadata = header.get("chat_metadata")
+    known = metadata.get(EXPORT_FORMAT) if isinstance(metadata, dict) else None
+    named = known.get("id") if isinstance(known, dict) else None
+    if not isinstance(named, str) or not named.strip() or sane_text(named) != named:
+        return {}
+    same = (known.get("main") or "") == (metadata.get("main_chat") or "")
+    return {"chat_id": named.strip(), "explicit": True} if same else {}
 
 
 def is_message(row: Mapping) -> bool:
     """Whether a line of a chat file is a message of the chat.
 
-    Narrator lines, comments and the client's own notices are not; they have a type. Messages that the user has hidden
-    from the prompt are: what the prompt has no room for is what a memory is there for.
+    Narrator lines, comments and the client's own notices are not; they have a type. Neither are the notices of tools.
+    Messages that the user has hidden from the prompt are: what the prompt has no room for is what a memory is there
+    for.
     """
-    return bool(row["mes"].strip()) and not (row.get("extra") or {}).get("type")
+    extra = row.get("extra") or {}
+    return bool(row["mes"].strip()) and not extra.get("type") and not extra.get("tool_invocations")
+
+
+def without_row_thoughts(row: dict) -> dict:
+    """A line without a model's thoughts in the texts of replies."""
+    if row["is_user"]:
+        return row
+    swipes = [text if text is None else without_thoughts(text) for text in row["swipes"]]
+    return row | {"mes": without_thoughts(row["mes"]), "swipes": swipes}
 
 
 def swipes_of(row: Mapping, parent: str, voice: str | None, now: float) -> dict[str, Message]:
     """A line's swipes by id, in their order, as the client would send them; the chosen one is confirmed."""
-    swipes = [s for s in row.get("swipes") or () if isinstance(s, str)]
-    at = row.get("swipe_id")
-    chosen = at if isinstance(at, int) and 0 <= at < len(swipes) else len(swipes)
-    swipes[chosen : chosen + 1] = [row["mes"]]
-    if row.get("is_user"):
-        swipes, chosen = [row["mes"]], 0
+    swipes, chosen = row["swipes"], row["chosen"]
     details = [d if isinstance(d, dict) else {} for d in row.get("swipe_info") or ()]
     details += [{}] * (len(swipes) - len(details))
     details[chosen] = row
-    role = "user" if row.get("is_user") else "assistant"
+    role = "user" if row["is_user"] else "assistant"
     found: dict[str, Message] = {}
     for index, (text, detail) in enumerate(zip(swipes, details, strict=False)):
+        if text is None or not text.strip():
+            continue
         content = (f"{voice}: {text}" if voice else text).replace("\r", "")
         key = message_id(parent, message_digest(role, content))
-        if text.strip() and (index == chosen or key not in found):
+        if index == chosen or key not in found:
             found[key] = Message(
                 key, parent, role, content, timestamp=parse_send_date(detail.get("send_date")), at=now,
                 tokens=message_tokens({"role": role, "content": content}), confirmed=index == chosen, voice=voice,
@@ -5877,22 +6038,29 @@ def swipes_of(row: Mapping, parent: str, voice: str | None, now: float) -> dict[
 def parse_send_date(value: Any) -> str | None:
     """A message's date in ISO 8601; None for what is not a date.
 
-    SillyTavern has written 1720819812123, "2024-07-12 @21h 30m 12s 5ms", "July 12, 2024 9:30pm" and ISO 8601. Dates
-    without a zone are in the zone of the client that wrote them, which is taken to be this machine's.
+    SillyTavern has written 1720819812123, "2024-07-12 @21h 30m 12s 5ms", "July 12, 2024 9:30pm" and ISO 8601; other
+    programs write seconds, or what DATE_FORMATS lists. Dates without a zone are in the zone of the client that wrote
+    them, which is taken to be this machine's.
     """
     with contextlib.suppress(ValueError, OverflowError, OSError):
         if isinstance(value, int | float) or (isinstance(value, str) and value.isdecimal()):
-            return iso_date(datetime.fromtimestamp(float(value) / 1000).astimezone())
+            number = float(value)
+            seconds = number if abs(number) < FIRST_MILLISECONDS else number / 1000
+            return iso_date(datetime.fromtimestamp(seconds).astimezone())
         if isinstance(value, str) and len(value) <= LONGEST_DATE:
-            text = "".join(value.split()).lower()  # some versions wrote no spaces
-            if "@" in text:
-                text, _, milliseconds = text.removesuffix("ms").partition("s")
-                when = datetime.strptime(text, "%Y-%m-%d@%Hh%Mm%S") + timedelta(milliseconds=int(milliseconds or 0))
-            elif text.endswith("m"):
-                when = datetime.strptime(text, "%B%d,%Y%I:%M%p")
-            else:
-                when = datetime.fromisoformat(value)
+            when = local_date("".join(value.split()).lower()) or datetime.fromisoformat(value)
             return iso_date(when if when.tzinfo else when.astimezone())
+    return None
+
+
+def local_date(text: str) -> datetime | None:
+    """A date written for people, without its spaces and in lower case; None where it is in none of DATE_FORMATS."""
+    if "@" in text:
+        text, _, milliseconds = text.removesuffix("ms").partition("s")
+        return datetime.strptime(text, "%Y-%m-%d@%Hh%Mm%S") + timedelta(milliseconds=int(milliseconds or 0))
+    for form in DATE_FORMATS:
+        with contextlib.suppress(ValueError):
+            return datetime.strptime(text, form)
     return None
 
 
@@ -5948,6 +6116,130 @@ def transcript_row(message: Message, siblings: Sequence[Message], name: str) -> 
 def unprefixed(message: Message) -> str:
     """The client's text of a message, without the name that the client puts in front of it."""
     return message.original.removeprefix(f"{message.voice}: ") if message.voice else message.original
+
+
+# ---------------------------------------------------------------------------------------------- other programs' files
+
+MOST_NAMED = 8  # fields of an unknown file that its refusal names
+WEBUI_GREETING = "<|BEGIN-VISIBLE-CHAT|>"  # stands where the user has said nothing before the first reply
+KOBOLD_TURN = re.compile(r"\{\{\[(INPUT|OUTPUT)(?:_END)?\]\}\}")
+
+
+def read_document(data: Any) -> tuple[list[ChatCopy], list[dict]]:
+    """The chats in a file that is one JSON value, and what was passed over; raises `InvalidRequest`.
+
+    Other programs' messages are brought into the form of SillyTavern's lines, and read as those are.
+    """
+    if isinstance(data, dict) and "format" in data:
+        return [read_export(data)], []
+    reader = next((read for fits, read in DOCUMENTS if isinstance(data, dict) and fits(data)), None)
+    if reader is None:
+        fields = list(map(sane_text, data))[:MOST_NAMED] if isinstance(data, dict) else []
+        kinds = {dict: "an empty object", list: "a list", str: "a text"}
+        seen = f"an object with {', '.join(fields)}" if fields else kinds.get(type(data), "a number")
+        raise NoChatFile(f"This is no chat that can be read: the file holds {seen}.")
+    copies, passed_over = [], []
+    for header, rows in reader(data):
+        kept = []
+        for where, row in rows:
+            try:
+                kept.append(chat_row(row, where))
+            except InvalidRequest as error:
+                passed_over.append({"line": None, "why": str(error)})
+        copies.append(copy_of_rows(header, kept))
+    return with_users(copies, passed_over)
+
+
+def nested(data: Any, *names: str) -> Any:
+    """What stands in nested objects under those names; None where something on the way is missing."""
+    for name in names:
+        data = data.get(name) if isinstance(data, dict) else None
+    return data
+
+
+def list_items(data: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """The items of a list with where they stand; nothing where it is no list."""
+    return ((f"{where}[{i}]", item) for i, item in enumerate(data if isinstance(data, list) else ()))
+
+
+def webui_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
+    """text-generation-webui's log: pairs of what the user and the model said (its modules/chat.py)."""
+    rows = []
+    for number, (where, pair) in enumerate(list_items(data.get("internal") or data.get("data"), "internal")):
+        if not isinstance(pair, list):
+            rows.append((where, pair))
+            continue
+        for side, text in zip(("user", "assistant"), pair, strict=False):
+            date = nested(data, "metadata", f"{side}_{number}", "timestamp")
+            if text and text != WEBUI_GREETING:
+                rows.append((where, {"is_user": side == "user", "mes": text, "send_date": date}))
+    yield {}, rows
+
+
+def agnai_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
+    """Agnai's export: a message is a character's, or else a user's."""
+    rows = []
+    for where, said in list_items(data["messages"], "messages"):
+        row = {"is_user": not nested(said, "characterId"), "mes": nested(said, "msg"), "name": nested(said, "handle")}
+        rows.append((where, row | {"send_date": nested(said, "createdAt")}))
+    yield {}, rows
+
+
+def character_ai_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
+    """Character.AI's export, which holds several chats with one character."""
+    header = {"character_name": nested(data, "info", "character", "name")}
+    for place, history in list_items(nested(data, "histories", "histories"), "histories"):
+        rows = []
+        for where, said in list_items(nested(history, "msgs"), f"{place}.msgs"):
+            row = {
+                "is_user": nested(said, "src", "is_human"),
+                "mes": nested(said, "text"),
+                "send_date": nested(said, "created"),
+            }
+            rows.append((where, row))
+        yield header, rows
+
+
+def kobold_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
+    """KoboldAI Lite's save: one text, in which marks or names in front of lines tell who speaks.
+
+    Raises `NoChatFile` where it is a story.
+    """
+    settings = data["savedsettings"]
+    user, opponents = (str(settings.get(key) or "") for key in ("chatname", "chatopponent"))
+    characters = opponents.split("||$||")
+    names = [name for name in (user, *characters) if name]
+    pieces = (text_in(piece) or "" for piece in (data.get("prompt"), *(data.get("actions") or ())))
+    text = "".join(pieces)
+    turns = KOBOLD_TURN.split(text)
+    if len(turns) == 1 and names:
+        turns = re.split(rf"^({'|'.join(map(re.escape, names))}): ?", text, flags=re.M)
+    if len(turns) == 1:
+        raise NoChatFile("This is a story of KoboldAI Lite, not a chat: nothing in it says who speaks.")
+    spoken = zip(("OUTPUT", *turns[1::2]), turns[::2], strict=True)
+    rows = [{"is_user": who in ("INPUT", user), "mes": said.strip()} for who, said in spoken]
+    header = {"user_name": user, "character_name": characters[0]}
+    yield header, [(f"turn {i}", row) for i, row in enumerate(rows)]
+
+
+def risu_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
+    """RisuAI's export of one chat, or of all with a character."""
+    chats = data["data"] if isinstance(data.get("data"), list) else [data.get("data")]
+    for place, chat in list_items(chats, "data"):
+        rows = []
+        for where, said in list_items(nested(chat, "message"), f"{place}.message"):
+            row = {"is_user": nested(said, "role") == "user", "mes": nested(said, "data"), "name": nested(said, "name")}
+            rows.append((where, row | {"send_date": nested(said, "time")}))
+        yield {}, rows
+
+
+DOCUMENTS: tuple[tuple[Callable[[Mapping], bool], Callable[[Mapping], Iterator[tuple[dict, list]]]], ...] = (
+    (lambda data: "internal" in data or "data_visible" in data, webui_chats),
+    (lambda data: any("msg" in m for m in data.get("messages") or () if isinstance(m, dict)), agnai_chats),
+    (lambda data: nested(data, "histories", "histories") is not None, character_ai_chats),
+    (lambda data: isinstance(data.get("savedsettings"), dict), kobold_chats),
+    (lambda data: data.get("type") in ("risuChat", "risuAllChats"), risu_chats),
+)
 
 
 # ----------------------------------------------------------------------------------------------------------- exports
@@ -8294,9 +8586,9 @@ class Prepared:
 def message_row(m: Message, index: int) -> dict:
     """A message as the API shows it; `index` is its 0-based position in the branch."""
     row = {
-        "id": m.id, "index": index, "role": m.role, "name": m.name, "content": m.content, "timestamp": m.timestamp,
-        "at": m.at, "tokens": m.tokens, "pinned": m.pinned, "forgotten": m.forgotten, "edited": m.shown is not None,
-        "erased": bool(m.erased),
+        "id": m.id, "index": index, "role": m.role, "name": m.name or m.voice, "content": m.content,
+        "timestamp": m.timestamp, "at": m.at, "tokens": m.tokens, "pinned": m.pinned, "forgotten": m.forgotten,
+        "edited": m.shown is not None, "erased": bool(m.erased),
     }  # fmt: skip
     return row if m.shown is None else row | {"original": m.shown}
 
@@ -8520,12 +8812,12 @@ class Vectors:
     def of_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of any texts, float32 [len(texts), dimensions]; raises `EmbedderUnavailable`.
 
-        A lone text is somebody's query; of many, a turn of a chat waits for no more than one job. An embedder that
-        is still loading is waited for: callers cannot proceed without the vectors.
+        A lone text is somebody's query, and goes before imports. A turn of a chat waits for no more than the job that
+        runs. An embedder that is still loading is waited for: callers cannot proceed without the vectors.
         """
         self.embedder.start()
         self.embedder.loaded.wait(SEARCH_SECONDS)
-        priority = TURN if len(texts) == 1 else BACKGROUND
+        priority = QUERY if len(texts) == 1 else BACKGROUND
         jobs = embedding_jobs(texts)
         found = [self.embedder.encode(job, timeout=SEARCH_SECONDS, priority=priority) for job in jobs]
         return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
@@ -8742,6 +9034,11 @@ class Feelings:
 # -------------------------------------------------------------------------------------------------------- archive
 
 
+BECOMING = ("created", "character", "user_name", "persona", "title", "imported")  # what an imported chat hands over
+MOST_PASSED_OVER = 100  # lines of a file that an answer names
+NEARLY_ALL = 0.8  # share of two copies' texts that makes them one chat's: some are edited, swiped or deleted
+
+
 class Archive:
     """Writes what clients show, models answer and files hold into the chats, and reads it out again."""
 
@@ -8776,21 +9073,21 @@ class Archive:
     def _create(self, request: ChatRequest, chat_id: str, deadline: Deadline) -> str:
         """Makes a request's chat, unless another request has just done so; returns its id.
 
-        A new explicit id adopts a copy of the branch that its transcript continues.
+        A new explicit id adopts a copy of the branch that its transcript continues; an imported chat becomes it.
         """
-        source = self._parent(request) or self._located(request, deadline)
-        if source and not chat_id:
-            return source
+        parent, located = self._parent(request), self._located(request, deadline)
+        if not chat_id and (parent or located):
+            return parent or located
         named = chat_id or f"chat-{secrets.token_hex(8)}"
         with self._registry.lookup(named) as chat:
             if chat:
                 return named
         self._registry.create(named, explicit=bool(chat_id))
-        with contextlib.ExitStack() as loans:
-            chat = loans.enter_context(self._registry.borrow(named))
-            original = loans.enter_context(self._registry.lookup(source)) if source else None
-            if original:
-                self._copy_branch(original, chat, request)
+        with self._registry.borrow(named) as chat:
+            if parent:
+                self._adopt(parent, chat, lambda source: align_request(source, request))
+            if located:
+                self._become(located, chat, lambda source: align_request(source, request), copy=not parent)
             with chat.lock, chat.store.transaction():  # before anyone else may look for it
                 if not chat.tree.nodes:  # another program may have made it at the same time
                     self._write_branch(chat, align_request(chat, request), request)
@@ -8806,15 +9103,51 @@ class Archive:
             with chat.lock:
                 return chat.id if align_request(chat, request).matches else ""
 
-    def _copy_branch(self, source: Chat, target: Chat, request: ChatRequest) -> None:
-        """Copies the messages that a request shares with a chat, with all that is known of them, into a new chat."""
+    def _adopt(self, source_id: str, target: Chat, align: Callable[[Chat], Alignment]) -> None:
+        """Copies what a new chat shares with another one, if that is still there."""
+        with self._registry.lookup(source_id) as source:
+            if source:
+                with source.lock:
+                    path = source.path(align(source).tip)
+                self._copy_messages(source, target, path)
+
+    def _become(self, source_id: str, target: Chat, align: Callable[[Chat], Alignment], copy: bool = True) -> None:
+        """Has an imported chat become the named one: all around the branch that they share moves there.
+
+        Of a chat that was no import the branch is copied, unless not to `copy`. Files that begin alike share a chat as
+        its branches: it stays until each of them has become a named one.
+        """
+        with self._registry.lookup(source_id) as source:
+            if source is None or not source.store.info.get("imported"):
+                if source and copy:
+                    self._adopt(source_id, target, align)
+                return
+            with source.lock:
+                tip = align(source).tip
+                ids = around_branch(source.tree, tip) if tip else []
+                taken = set(source.store.info.get("taken", ())) | (source.tree.ends & set(ids))
+                info = {k: v for k, v in source.store.info.items() if k in BECOMING and k not in target.store.info}
+                left = source.tree.ends - taken
+                source.store.commit(info={"taken": sorted(taken)})
+            self._copy_messages(source, target, ids)
+            with target.lock:
+                target.store.commit(info=info)
+                self._registry.enter(target, ids)
+            self._vectors.later(target, ids)
+        if not left:
+            self._registry.delete(source_id)
+
+    def _copy_messages(self, source: Chat, target: Chat, ids: Sequence[str]) -> None:
+        """Copies messages, parents first, with all that is known of them, into a chat: also a user's own words for a
+        stretch of which half is left."""
         with source.lock:
-            path = source.path(align_request(source, request).tip)
-            messages = source.store.read(path)
+            messages = source.store.read([i for i in ids if not target.tree.is_confirmed(i)])
             keys = [key for m in messages for key in embedded_texts(m)]
             vectors = source.store.vectors(self._vectors.embedder.name, keys)
-            texts, every = source.texts(path), source.store.summaries.values()
-            summaries = [*placed(every, texts), *replaced_words(every, texts)]
+            texts, every = set(source.texts(ids)), source.store.summaries.values()
+            summaries = [
+                s for s in every if len(texts & set(s.texts)) >= len(set(s.texts)) / (1 + (s.source == "user"))
+            ]
             facts = [f for f in source.store.facts.values() if f.digest in texts]
             family = source.store.family
         target.store.commit(messages, {"family": family}, summaries=summaries, facts=facts)
@@ -8944,31 +9277,41 @@ class Archive:
             siblings[message.parent].append(message)
         return write_transcript(info, [messages[i] for i in path], siblings)
 
-    def take_in(self, raw: bytes, chat_id: str = "", embed: bool = True) -> list[dict]:
-        """Adds what a chat file or an export holds to its chat: that of `chat_id`, of an export's own id, or the one
-        that the transcript names. The same again adds nothing. Raises `InvalidRequest`, `StoreError`.
+    def take_in(self, raw: bytes, chat_id: str = "", embed: bool = True) -> dict:
+        """Adds what a chat file or an export holds to its chat: that of `chat_id`, the one that the file names, or the
+        one that the transcript names. The same again adds nothing. Raises `InvalidRequest`, `StoreError`.
 
-        Returns a line for each chat: its id, how many messages are new, and how many its branch has. Their vectors are
-        computed in the background, unless not to `embed`.
+        Returns `chats`, a line for each: its id, how many messages are new, and how many its branch has; and
+        `passed_over`, a line for all that could not be read: its number in the file, and why. Vectors are computed in
+        the background, unless not to `embed`.
         """
-        copy = read_chat_file(raw)
-        if "chat_id" not in copy.info and not any(m.role == "user" for m in copy.messages):
-            return []  # a greeting alone: no request would have shown it
+        copies, passed_over = read_chats(raw)
+        more = len(passed_over) - MOST_PASSED_OVER
+        if more > 0:
+            why = f"{more} more lines were left out for reasons like these."
+            passed_over = [*passed_over[:MOST_PASSED_OVER], {"line": None, "why": why}]
+        return {"chats": [self._take_copy(copy, chat_id, embed) for copy in copies], "passed_over": passed_over}
+
+    def _take_copy(self, copy: ChatCopy, chat_id: str, embed: bool) -> dict:
+        """Adds a chat's copy to its chat; returns its line."""
         with contextlib.ExitStack() as loans:
             with self._creating:
                 named, created = self._chat_of_copy(copy, chat_id)
                 chat = loans.enter_context(self._registry.borrow(named))
+                if chat.store.info["explicit"] and (anonymous := self._located_copy(copy, "d")):
+                    digests = [m.digest for m in copy.path]
+                    self._become(anonymous, chat, lambda source: align(source.tree, digests), copy=False)
             added = sum(self._add_messages(chat, some) for some in batches(copy.messages, IMPORT_BATCH))
             with chat.lock:
                 self._add_rest(chat, copy, created, bool(added))
                 total = len(chat.path(copy.head)) if copy.head else 0
             if embed:
                 self._vectors.later(chat, [m.id for m in copy.path])
-        return [{"chat_id": named, "added": added, "total": total}]
+        return {"chat_id": named, "added": added, "total": total}
 
     def _chat_of_copy(self, copy: ChatCopy, chat_id: str) -> tuple[str, bool]:
         """The id of the chat that a file's belongs to, and whether it was made for it."""
-        named = chat_id or copy.info.get("chat_id", "") or self._located_copy(copy)
+        named = chat_id or copy.info.get("chat_id", "") or self._located_copy(copy, "dn")
         if not named:  # derived, so that an import that was interrupted finds its chat again
             first_user = next((m.id for m in copy.path if m.role == "user"), copy.head)
             named = f"chat-{first_user[:16]}"
@@ -8978,15 +9321,22 @@ class Archive:
         self._registry.create(named, bool(chat_id) or copy.info.get("explicit", False))
         return named, True
 
-    def _located_copy(self, copy: ChatCopy) -> str:
-        """The id of the chat without an explicit id that a file continues, or branches off from; empty: none.
+    def _located_copy(self, copy: ChatCopy, kinds: str) -> str:
+        """The id of the chat that a file continues, or branches off from; empty: none.
 
-        A file shows all of its chat, so its beginning is looked up as well as its end.
+        A file shows all of its chat, so its beginning is looked up as well as its end. Chats with an explicit id share
+        no store with another one: such a chat must be the file's own. `kinds` as in `Catalogue.holding`.
         """
         digests, found = [(m.role, m.digest) for m in copy.path], []
+
+        def where(chat: Chat, texts: Sequence[str]) -> Alignment:
+            """Where a part of the file hangs in a chat."""
+            foreign = chat.store.info["explicit"] and not is_chat_of(chat, copy)
+            return Alignment() if foreign else align(chat.tree, texts, chat.store.head)
+
         for window in (digests[:LOCATED_BY], digests[-LOCATED_BY:]) if digests else ():
             texts = [digest for _, digest in window]
-            found.append(self._registry.locate(window, lambda chat, t=texts: align(chat.tree, t, chat.store.head)))
+            found.append(self._registry.locate(window, lambda chat, t=texts: where(chat, t), kinds=kinds))
         return max(filter(None, found), key=lambda row: len(row[1].matches), default=("",))[0]
 
     def _add_messages(self, chat: Chat, messages: Sequence[Message]) -> int:
@@ -9009,6 +9359,7 @@ class Archive:
         """Takes over what a file knows beside the messages; what the chat knows already stays."""
         store = chat.store
         known = {k: v for k, v in copy.info.items() if k not in ("chat_id", "explicit")}
+        known |= {} if store.info["explicit"] else {"imported": True}
         info = known if created else {k: v for k, v in known.items() if k not in store.info}
         if created:
             info = {"updated": copy.path[-1].said_at if copy.head else time.time()} | info
@@ -9068,6 +9419,30 @@ def read_in_batches(chat: Chat, ids: Sequence[str]) -> Iterator[Message]:
     """A chat's messages, read so that a turn of the chat may come between."""
     for some in batches(ids, READ_AT_ONCE):
         yield from chat.store.read(some)
+
+
+def around_branch(tree: Tree, tip: str) -> list[str]:
+    """The ids of a branch's messages, of all below its end, and of the replies beside it that no request has shown;
+    parents first."""
+    above, below = set(tree.path(tip)), {tip}
+    found = []
+    for node in tree.nodes.values():
+        if node.parent in below:
+            below.add(node.id)
+        beside = not node.confirmed and (node.parent in above or node.parent == ROOT)
+        if node.id in above or node.id in below or beside:
+            found.append(node.id)
+    return found
+
+
+def is_chat_of(chat: Chat, copy: ChatCopy) -> bool:
+    """Whether a file is a copy of that very chat, from earlier or later: the shorter one of the two is nearly all in
+    the longer one. What was imported once is known by one message of the user, anything else by two."""
+    nodes = chat.nodes(chat.path())
+    shared = {node.digest for node in nodes} & {m.digest for m in copy.path}
+    users = sum(node.role == "user" and node.digest in shared for node in nodes)
+    shorter = min(len({node.digest for node in nodes}), len({m.digest for m in copy.path}))
+    return users >= (1 if chat.store.info.get("imported") else 2) and len(shared) >= NEARLY_ALL * shorter
 
 
 def copy_goes_on(chat: Chat, copy: ChatCopy) -> bool:
@@ -9501,7 +9876,8 @@ class Summarizer:
         behind = left // self._settings.summary_every > BACKLOG  # an import: by its own sentences at once, then better
         ask = None if behind or not self._writes else self._asker(plan, authorization)
         fresh, facts = self._from_messages(chat, messages, stretch.start, plan, ask)
-        made = [fresh, *(replace(s, since=max(s.end, fresh.end)) for s in self._again(chat, path, story, plan, ask))]
+        again = [] if story and stretch.start < story[-1].start else self._again(chat, path, story, plan, ask)
+        made = [fresh, *(replace(s, since=fresh.end) for s in again)]
         story = story_of([*made, *story], texts)
         while group := to_condense(story, summaries_share(plan.budget)):
             condensed = self._from_summaries(chat, path, group, plan, ask)
@@ -10375,6 +10751,23 @@ class PersonaMemory:
         if turn:
             self.record(turn)
         return answer
+
+    def sync(self, chat_id: str, body: Any) -> dict:
+        """Takes in a whole chat as its client shows it: what is missing was deleted, what is new is remembered.
+
+        Returns how many `messages` the branch has, the id of the `last`, and how many texts wait for their vectors.
+        Raises `InvalidRequest`.
+        """
+        if not isinstance(body, dict):
+            raise InvalidRequest("The request must be a JSON object.")
+        request, _ = parse_injection(body | {"chat_id": chat_id, "complete": True})
+        if not request.turns:
+            raise InvalidRequest("messages must hold a message of the user's or the assistant's.", "messages")
+        with self.archive.enter(request, chat_id, Deadline.after(SEARCH_SECONDS)) as (chat, path):
+            self.vectors.later(chat, path)
+            with chat.lock:
+                waiting = len(chat.follow(chat.nodes(path), self.embedder).unembedded)
+        return {"chat_id": chat_id, "messages": len(path), "last": path[-1], "unembedded": waiting}
 
     def chats(self) -> list[dict]:
         """A line for every chat, the last used first."""
@@ -12261,6 +12654,7 @@ const NAME = 'persona_memory';
 const API = '/api/persona_memory';
 const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1 };
 const TIMEOUT_MS = 2000; // how long a reply may be delayed
+const SYNC_TIMEOUT_MS = 60000; // a long chat takes the server some seconds, and no reply waits for that
 const KINDS = ['normal', 'swipe', 'regenerate', 'continue', 'impersonate', 'quiet'];
 const IN_CHAT = 1; // SillyTavern's number for prompts that stand at a depth in the chat
 const ROLES = { system: 0, user: 1, assistant: 2 };
@@ -12271,6 +12665,8 @@ const LONGEST_SHOWN = 240; // characters of each
 const MIN_CONFIDENCE = 0.5; // a mood that is less likely than this is not shown
 
 const state = {
+    changed: true, // whether the open chat has changed in a way that a single request does not show
+    reading: Promise.resolve(), // ends when the server has read it in
     kind: null, // of the generation that has begun and not yet sent its request
     away: false, // whether the user has been told that the server does not answer
     proxy: false, // whether the server is one through which chats may go
@@ -12296,10 +12692,10 @@ class Refusal extends Error {}
 /** The server has not answered within TIMEOUT_MS: it may be away, or busy. */
 class Late extends Error {}
 
-/** JSON of the server; throws an Error with words for the user. Never waits longer than TIMEOUT_MS. */
-async function call(path, body, method = body ? 'POST' : 'GET') {
+/** JSON of the server; throws an Error with words for the user. Never waits longer than `timeout` milliseconds. */
+async function call(path, body, method = body ? 'POST' : 'GET', timeout = TIMEOUT_MS) {
     const { server, key } = settings();
-    const signal = AbortSignal.timeout(TIMEOUT_MS);
+    const signal = AbortSignal.timeout(timeout);
     const headers = body ? { 'Content-Type': 'application/json' } : {};
     if (key) headers.Authorization = `Bearer ${key}`;
     try {
@@ -12428,6 +12824,62 @@ function shownMessage(message) {
     };
 }
 
+// -------------------------------------------------------------------------------------------------- the whole chat
+
+/**
+ * The id that the server gives the last of those messages. Each id is a hash of the words and of the id before, so this
+ * one stands for the whole chat. Null where the browser does not hash: on pages that are not served securely.
+ */
+async function lastId(messages) {
+    if (!globalThis.crypto.subtle) return null;
+    const hash = async (...parts) => {
+        const bytes = await crypto.subtle.digest('SHA-256', new TextEncoder().encode(parts.join('\0')));
+        return Array.from(new Uint8Array(bytes), (byte) => byte.toString(16).padStart(2, '0')).join('').slice(0, 32);
+    };
+    let id = '';
+    for (const { role, content } of messages.filter((message) => message.role !== 'system')) {
+        id = await hash(id, await hash(role, content.normalize('NFC').replace(/\r\n?/g, '\n').trim()));
+    }
+    return id;
+}
+
+/** Has the server read the open chat in, where it does not know it as it stands. */
+async function readIn() {
+    const messages = settings().enabled ? shownMessages('normal') : [];
+    const who = messages.some((message) => message.role !== 'system') ? identity() : null;
+    if (!who) return;
+    state.changed = false;
+    try {
+        const last = await lastId(messages);
+        const known = last && await call(`${chatPath(who.id)}/messages?tip=${last}&limit=0`).catch(notKnown);
+        if (known) return;
+        const { name2: character } = client();
+        const shown = { parent_chat_id: who.parent || undefined, character, messages };
+        const answer = await call(`${chatPath(who.id)}/sync`, shown, 'POST', SYNC_TIMEOUT_MS);
+        if (identity()?.id === who.id) showStatus(true, `Connected; ${knownWords(answer)}.`);
+    } catch (error) {
+        state.changed = true; // the next reply tries again
+        showStatus(false, `${settings().server}: ${error.message}. The server knows only a part of this chat.`);
+    }
+}
+
+/** What a question for an unknown message is answered with; other errors go on. */
+function notKnown(error) {
+    if (error instanceof Refusal) return null;
+    throw error;
+}
+
+function knownWords({ messages, unembedded }) {
+    const known = `all ${messages} messages of this chat are known`;
+    return unembedded ? `${known}, ${unembedded} are still being indexed` : known;
+}
+
+/** The open chat has changed in a way that later requests may not show. Several changes are read in at once. */
+function onMessagesChanged() {
+    state.changed = true;
+    state.reading = state.reading.then(() => state.changed && readIn());
+}
+
 // ------------------------------------------------------------------------------------------- beside another API
 
 /** Puts prompts in, and takes out those put in before. */
@@ -12447,7 +12899,12 @@ function setPrompts(injections) {
 /** SillyTavern calls this before it makes a prompt, and waits for it. */
 async function remember(_chat, contextSize, _abort, type) {
     setPrompts([]);
-    if (!settings().enabled || isProxy(await modelAddress())) return;
+    if (!settings().enabled) return;
+    if (isProxy(await modelAddress())) { // its request shows only a part of the chat
+        if (state.changed) onMessagesChanged();
+        await Promise.race([state.reading, new Promise((done) => setTimeout(done, TIMEOUT_MS))]);
+        return;
+    }
     const messages = shownMessages(type ? kindOf(type) : state.kind);
     const who = messages.some((message) => message.role !== 'system') ? identity() : null;
     if (!who) return;
@@ -12700,6 +13157,7 @@ function onChatChanged() {
     showRecalled([], null);
     showChat();
     lookAtServer();
+    onMessagesChanged();
 }
 
 function start() {
@@ -12709,6 +13167,7 @@ function start() {
     listen('CHAT_COMPLETION_SETTINGS_READY', identify);
     listen('GENERATION_ENDED', () => { showChat(); showProxied(); });
     listen('CHAT_CHANGED', onChatChanged);
+    for (const name of ['MESSAGE_EDITED', 'MESSAGE_DELETED', 'MESSAGE_SWIPED']) listen(name, onMessagesChanged);
     buildPanel();
     lookAtServer();
 }
@@ -13119,6 +13578,12 @@ def search_all() -> dict:
     return engine().find(text, number_argument("limit", 50))
 
 
+@api.post("/chats/<chat:chat>/sync")
+def sync(chat: str) -> dict:
+    """The whole chat as a client shows it."""
+    return engine().sync(chat, request_json())
+
+
 @api.post("/inject")
 def inject() -> dict:
     """What a client that calls its model directly should add to its prompt."""
@@ -13170,10 +13635,11 @@ def chat_export(chat: str) -> dict | flask.Response:
 
 @api.post("/import")
 def chat_import() -> dict:
-    """Imports a SillyTavern chat file, or an export."""
+    """Imports a chat file, or an export. The answer names the lines that were passed over."""
     name, raw = flask.request.args.get("name", ""), flask.request.get_data()
     try:
-        return {"chats": engine().archive.take_in(raw, flask.request.args.get("chat_id", "").strip())}
+        taken = engine().archive.take_in(raw, flask.request.args.get("chat_id", "").strip())
+        return taken | {"passed_over": [{"file": name} | line for line in taken["passed_over"]]}
     except InvalidRequest as error:
         raise InvalidRequest(f"{name}: {error}" if name else str(error), error.param) from None
 
@@ -13296,6 +13762,70 @@ def compute_embeddings() -> dict:
         raise InvalidRequest("text must be a string or a list of strings.", "text")
     vectors = engine().vectors.of_texts(texts).tolist()
     return {"embedding": vectors if isinstance(given, list) else vectors[0]}
+
+
+# The embedder under the paths of other servers, so that clients can use it that know one of them: Vector Storage of
+# SillyTavern (its sources llama.cpp, vLLM, Ollama and KoboldCpp), and every OpenAI client.
+embeddings = flask.Blueprint("embeddings", __name__)
+
+
+def embedded(body: Mapping, name: str = "input") -> tuple[list[str], np.ndarray]:
+    """The texts of a body's field, which is one or a list, and their vectors; raises `InvalidRequest`."""
+    given = body.get(name)
+    texts = given if isinstance(given, list) else [given]
+    if not all(isinstance(text, str) for text in texts):
+        words = "a text or a list of texts"
+        if all(isinstance(item, int | list) for item in texts):
+            words += ", not of tokens: this model has others than the one that made them"
+        raise InvalidRequest(f"{name} must be {words}.", name)
+    return texts, engine().vectors.of_texts(texts)
+
+
+def embedding_list(body: Mapping) -> dict:
+    """The vectors of a body's `input` in OpenAI's form (its API reference, "Create embeddings")."""
+    form = body.get("encoding_format") or "float"
+    if form not in ("float", "base64"):
+        raise InvalidRequest("encoding_format is float or base64.", "encoding_format")
+    texts, vectors = embedded(body)
+    size = optional_field(body, "dimensions", int)
+    if size is not None and len(vectors) and size != vectors.shape[1]:
+        raise InvalidRequest(f"dimensions must be {vectors.shape[1]}: this model has no other size.", "dimensions")
+    rows = [base64.b64encode(v.astype("<f4").tobytes()).decode() if form == "base64" else v.tolist() for v in vectors]
+    tokens = sum(map(count_tokens, texts))
+    return {
+        "object": "list",
+        "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)],
+        "model": engine().embedder.name,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+
+
+@embeddings.post("/v1/embeddings")
+@embeddings.post("/embeddings")
+def openai_embeddings() -> dict:
+    """Vectors as OpenAI's API gives them; the model's name in the request does not matter."""
+    return embedding_list(request_object())
+
+
+@embeddings.post("/api/extra/embeddings")
+def kobold_embeddings() -> dict:
+    """Vectors as KoboldCpp gives them: OpenAI's form."""
+    return embedding_list(request_object())
+
+
+@embeddings.post("/api/embed")
+def ollama_embed() -> dict:
+    """Vectors as Ollama gives them."""
+    texts, vectors = embedded(request_object())
+    tokens = sum(map(count_tokens, texts))
+    return {"model": engine().embedder.name, "embeddings": vectors.tolist(), "prompt_eval_count": tokens}
+
+
+@embeddings.post("/api/embeddings")
+def ollama_embedding() -> dict:
+    """One vector as older versions of Ollama give it."""
+    prompt = require(request_object(), "prompt", str, blank=True)
+    return {"embedding": engine().vectors.of_texts([prompt])[0].tolist()}
 
 
 def health() -> dict:
@@ -13472,6 +14002,7 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.add_url_rule("/extension.zip", view_func=extension_download)
     app.register_blueprint(api)
     app.register_blueprint(extras)
+    app.register_blueprint(embeddings)
     if settings.proxy:
         app.register_blueprint(proxy)
     app.wsgi_app = exact_paths(app.wsgi_app)
@@ -13616,24 +14147,27 @@ def import_files(settings: Settings, names: Sequence[str]) -> str:
     """Imports chat files and exports, and folders with all below them. A file that fails is named and does not keep
     the others out; raises `InvalidRequest` at the end where there was one.
 
-    Interrupted, it can be run again: messages that are there already are not added twice.
+    What is passed over is named too: lines that cannot be read, and the JSON in a folder that is no chat. Interrupted,
+    it can be run again: messages that are there already are not added twice.
     """
     memory, counts, chats = PersonaMemory(settings), Counter(), {}
 
     def failed(file: str | Path, error: Exception) -> None:
         """Tells the user of a file that could not be imported."""
-        tqdm.write(f"{file}: {error}", sys.stderr)
+        tell(file, error)
         counts["failed"] += 1
 
     try:
-        files = [file for name in names for file in chat_files(name, failed)]
-        for file in tqdm(files, "chats", unit="file"):
+        files = [(file, file != Path(name)) for name in names for file in chat_files(name, failed)]
+        for file, in_folder in tqdm(files, "chats", unit="file"):
             try:
-                for line in memory.archive.take_in(file.read_bytes(), embed=False):
-                    counts.update(added=line["added"], total=line["total"])
-                    chats[line["chat_id"]] = True
-                counts["read"] += 1
+                lines = import_file(memory, file)
+                counts.update(read=1, **{k: sum(line[k] for line in lines) for k in ("added", "total")})
+                chats |= {line["chat_id"]: True for line in lines}
             except Exception as error:
+                if in_folder and isinstance(error, NoChatFile):
+                    tell(file, f"passed over. {error}")
+                    continue
                 if not isinstance(error, PersonaMemoryError | OSError):  # a fault of this program
                     log_event("import_failed", f"{file} cannot be imported", level=logging.ERROR, trace=True)
                 failed(file, error)
@@ -13648,27 +14182,41 @@ def import_files(settings: Settings, names: Sequence[str]) -> str:
     return done
 
 
+def tell(file: str | Path, words: Any) -> None:
+    """Tells the user something about a file, above the progress bar."""
+    tqdm.write(f"{file}: {words}", sys.stderr)
+
+
+def import_file(memory: PersonaMemory, file: Path) -> list[dict]:
+    """Imports one file and tells the user what came of it; returns a line for each of its chats."""
+    taken = memory.archive.take_in(file.read_bytes(), embed=False)
+    for line in taken["chats"]:
+        tell(file, f"{line['total']} messages, {line['added']} of them new")
+    for left in taken["passed_over"]:
+        tell(file, f"passed over: {left['why']}")
+    return taken["chats"]
+
+
 def chat_files(name: str, failed: Callable[[str | Path, Exception], None]) -> list[Path]:
-    """The file of that name, or the chat files and exports in the folder of that name, which may be nested. What cannot
-    be looked at is given to `failed`."""
+    """The file of that name, or all that may hold chats in the folder of that name, which may be nested. What cannot
+    be looked at is given to `failed`; files of other kinds are counted for the user."""
     if not Path(name).is_dir():
         return [Path(name)]
-    found = []
+    found, others = [], Counter()
     for folder, folders, names in os.walk(name, onerror=lambda error: failed(error.filename, error)):
         folders.sort()
         for file in sorted(Path(folder, n) for n in names):
             try:
-                if file.is_file() and (file.suffix == ".jsonl" or (file.suffix == ".json" and is_export_file(file))):
+                if file.is_file() and file.suffix.lower() in (".jsonl", ".json"):
                     found.append(file)
+                else:
+                    others[file.suffix or "without an ending"] += 1
             except OSError as error:
                 failed(file, error)
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
+        tell(name, f"{others.total()} files of other kinds were passed over ({kinds})")
     return found
-
-
-def is_export_file(file: Path) -> bool:
-    """Whether a file begins like an export: the folders of clients hold much other JSON."""
-    with file.open("rb") as opened:
-        return bool(re.match(rb'\s*\{\s*"(format|chat)"', opened.read(200)))
 
 
 def embed_chats(memory: PersonaMemory, chats: Iterable[str]) -> None:
@@ -13853,7 +14401,7 @@ class Action:
 
 
 ACTIONS = {
-    "import": Action("FILE", "import SillyTavern chat files and exports, or folders of them", import_files, many=True),
+    "import": Action("FILE", "import chat files and exports, or folders of them", import_files, many=True),
     "install_extras": Action("DIR", "become a module of the SillyTavern-Extras in that folder", install_extras),
     "uninstall_extras": Action("DIR", "remove the module from it again", uninstall_extras),
     "install_extension": Action(

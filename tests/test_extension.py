@@ -374,6 +374,55 @@ class TestBesideAnotherApi:
 
 
 @needs_chromium
+class TestTheWholeChat:
+    """The server knows a chat as it stands, whatever its requests show."""
+
+    def opened(self, client, script: str) -> None:
+        """Runs a script, and waits for what the extension sends because of it."""
+        with client.page.expect_response(lambda response: "/sync" in response.url and response.ok):
+            client.do(script)
+
+    def test_it_is_read_in_when_it_is_opened(self, client, server):
+        long_chat(client)
+        self.opened(client, "await stand.open('Mira - 1', {})")
+        assert branch_texts(server.url, client.id) == client.do("stand.context.chat.map((m) => m.mes)")
+        client.page.get_by_text("messages of this chat are known").wait_for(state="attached")
+
+    def test_what_the_server_knows_is_not_sent_again(self, client, server):
+        long_chat(client)
+        self.opened(client, "await stand.open('Mira - 1', {})")
+        sent = []
+        client.page.on("request", lambda request: sent.append(request.url))
+        with client.page.expect_response(lambda response: "tip=" in response.url and response.ok):
+            client.do("await stand.open('Mira - 1', stand.context.chatMetadata)")
+        client.generate()  # which waits for whatever is being read in
+        assert not [url for url in sent if url.endswith("/sync")]
+
+    def test_an_edit_above_the_window_is_known(self, client, server):
+        long_chat(client)
+        self.opened(client, "await stand.open('Mira - 1', {})")
+        client.do("stand.context.chat[0].mes = 'There is no password.'")
+        self.opened(client, "await stand.context.eventSource.emit('message_edited', 0)")
+        assert branch_texts(server.url, client.id)[0] == "There is no password."
+
+    def test_a_chat_through_the_proxy_is_known_before_its_first_reply(self, client, server):
+        """Its requests show a part of it only."""
+        long_chat(client)
+        client.do("Object.assign(stand.context, {mainApi: 'openai'})")
+        client.do(f"stand.context.chatCompletionSettings.custom_url = '{server.url}/v1'")
+        client.generate()
+        assert branch_texts(server.url, client.id)[0] == ELVEN
+        assert client.do("stand.requests.length") == 1
+
+    def test_what_is_off_is_not_read_in(self, client):
+        long_chat(client)
+        client.set("enabled", False)
+        client.do("await stand.open('Mira - 1', {})")
+        client.generate()
+        assert client.id is None
+
+
+@needs_chromium
 class TestWhoTheChatIs:
     """An id of its own for each chat, kept with the chat."""
 

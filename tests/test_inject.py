@@ -453,3 +453,48 @@ def test_both_ways_are_one_memory(shared_server, upstream, chat_id):
     assert ELVEN in str(upstream.last["body"]["messages"])
     assert branch_texts(shared_server.url, chat_id) == [m["content"] for m in LONG]
     assert figure(shared_server, "recalled_messages_count") >= 2
+
+
+# ---------------------------------------------------------------------------- the whole chat
+
+
+def sync(server, chat_id: str, messages: list[dict], status: int = 200) -> dict:
+    """The whole chat as a client shows it."""
+    address = f"{server.url}/api/persona_memory/chats/{quote(chat_id)}/sync"
+    answer = httpx.post(address, json={"messages": messages}, timeout=TIMEOUT)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+def test_a_chat_that_is_read_in_is_known_as_it_stands(shared_server, upstream, chat_id):
+    """From the first window on that a request shows; an edit, a deletion and a swipe above it count."""
+    answer = sync(shared_server, chat_id, LONG)
+    assert (answer["chat_id"], answer["messages"]) == (chat_id, len(LONG))
+    assert branch_texts(shared_server.url, chat_id) == [m["content"] for m in LONG]
+    changed = [*LONG[:3], *LONG[5:50], {**LONG[50], "content": "Other words."}, *LONG[51:]]
+    again = sync(shared_server, chat_id, changed)
+    assert branch_texts(shared_server.url, chat_id) == [m["content"] for m in changed]
+    assert again["last"] != answer["last"]
+    spoken(shared_server, [*changed[-20:], ASKED], chat_id=chat_id)
+    assert branch_texts(shared_server.url, chat_id) == [m["content"] for m in [*changed, ASKED]]
+
+
+def test_reading_in_the_same_chat_again_writes_nothing(shared_server, chat_id):
+    """Its last message's id stands for all of it."""
+    first = sync(shared_server, chat_id, LONG[:30])
+    address = f"{shared_server.url}/api/persona_memory/chats/{quote(chat_id)}"
+    before = httpx.get(address, timeout=TIMEOUT).json()
+    assert sync(shared_server, chat_id, LONG[:30])["last"] == first["last"]
+    after = httpx.get(address, timeout=TIMEOUT).json()
+    assert (after["changes"], after["stored"], after["branches"]) == (before["changes"], 30, 1)
+    tip = httpx.get(f"{address}/messages", params={"tip": first["last"], "limit": 0}, timeout=TIMEOUT)
+    assert (tip.status_code, tip.json()["total"]) == (200, 30)
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "system", "content": "x"}], "x", [{"role": "user", "content": 5}]])
+def test_what_is_no_chat_is_not_read_in(shared_server, chat_id, messages):
+    """400, and no chat is made."""
+    assert sync(shared_server, chat_id, messages, status=400)["error"]["message"]
+    assert (
+        httpx.get(f"{shared_server.url}/api/persona_memory/chats/{quote(chat_id)}", timeout=TIMEOUT).status_code == 404
+    )
