@@ -9088,8 +9088,8 @@ class Archive:
                 self._adopt(parent, chat, lambda source: align_request(source, request))
             if located:
                 self._become(located, chat, lambda source: align_request(source, request), copy=not parent)
-            with chat.lock, chat.store.transaction():  # before anyone else may look for it
-                if not chat.tree.nodes:  # another program may have made it at the same time
+            if not chat_id:
+                with chat.lock:  # before anyone else may look for it
                     self._write_branch(chat, align_request(chat, request), request)
         return named
 
