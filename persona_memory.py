@@ -68,6 +68,7 @@ import base64
 import binascii
 import codecs
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -303,6 +304,28 @@ class NotFound(PersonaMemoryError):
 
 class StoreError(PersonaMemoryError):
     """A chat's store cannot be read or written."""
+
+    status = 503
+    code = "store_unavailable"
+
+
+class DiskFull(StoreError):
+    """There is no room for anything new."""
+
+    status = 507  # RFC 4918, 11.5
+    code = "disk_full"
+
+
+class StoreDamaged(StoreError):
+    """A store's file holds what this program did not write."""
+
+    code = "chat_damaged"
+
+
+class NewerFormat(StoreError):
+    """A chat was written by a newer version of this program."""
+
+    code = "newer_version"
 
 
 class EmbedderUnavailable(PersonaMemoryError):
@@ -2794,13 +2817,18 @@ def named_in_prompt(persona: str) -> str | None:
 WORKING_MEMORY = 20  # messages of a branch that stay in RAM
 OPEN_BRANCHES = 8  # branches of a chat that have a working memory
 KEPT_REPORTS = 50
+MOST_UNREADABLE = 10_000  # rows of a damaged chat
 KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
 STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
 UNWRITTEN = sys.maxsize  # changes, where RAM may hold what the disk does not: the chat is read anew
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
 OWN_FOLDERS = ("chats", "catalogue", "characters")  # in the data folder
-DAMAGED = ("file is not a database", "malformed", "encrypted")  # SQLite's words for a file that it cannot read
+DAMAGED = (
+    "file is not a database", "malformed", "encrypted", "no such table", "no such column", "decode to utf-8",
+    "unsupported file format",
+)  # fmt: skip
+# SQLite's words for a file that it cannot read
 
 
 class TextDisk(diskcache.Disk):
@@ -2813,7 +2841,7 @@ class TextDisk(diskcache.Disk):
 
     def get(self, key: Any, raw: bool) -> Any:
         if not raw:
-            raise StoreError("The store holds a pickled key; it was not written by this program.")
+            raise StoreDamaged("The store holds a pickled key; it was not written by this program.")
         return super().get(key, raw)
 
     def store(self, value: Any, read: bool, key: Any = diskcache.UNKNOWN) -> tuple:
@@ -2823,7 +2851,7 @@ class TextDisk(diskcache.Disk):
 
     def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
         if mode != diskcache.core.MODE_RAW:
-            raise StoreError("The store holds a pickle or names a file; it was not written by this program.")
+            raise StoreDamaged("The store holds a pickle or names a file; it was not written by this program.")
         return super().fetch(mode, filename, value, read)
 
 
@@ -2863,6 +2891,7 @@ class Database:
     """
 
     _closed = False
+    damaged = False  # whether something in it could not be read
 
     def __init__(self, folder: Path, synchronous: int, lock: threading.RLock | None = None):
         self.folder, self.lock = folder, lock or threading.RLock()
@@ -2880,7 +2909,9 @@ class Database:
                 yield self._cache
             except (OSError, sqlite3.Error, diskcache.Timeout, ValueError, KeyError, TypeError) as error:
                 self._roll_back()
-                raise StoreError(f"store: {type(error).__name__}: {error}") from error
+                told = store_error(error, self.folder)
+                self.damaged = self.damaged or isinstance(told, StoreDamaged)
+                raise told from error
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[SharedCache]:
@@ -2940,7 +2971,7 @@ class RebuiltDatabase(Database):
             with super().use() as cache:
                 yield cache
         except StoreError as error:
-            if is_damage(error.__cause__):
+            if isinstance(error, StoreDamaged):
                 with self.lock:
                     self._set_aside()
                     self._on_loss()
@@ -2949,8 +2980,10 @@ class RebuiltDatabase(Database):
     def _open(self) -> SharedCache:
         try:
             return self._checked(super()._open())
-        except sqlite3.DatabaseError as error:
-            if not is_damage(error):  # locked, or the disk is full: it may be whole
+        except (sqlite3.DatabaseError, TypeError, ValueError, KeyError, StoreDamaged) as error:
+            if isinstance(error, sqlite3.Error) and not is_damage(
+                error
+            ):  # locked, or the disk is full: it may be whole
                 raise
             self._set_aside()
             return super()._open()
@@ -2973,7 +3006,27 @@ class RebuiltDatabase(Database):
 
 def is_damage(error: BaseException | None) -> bool:
     """Whether SQLite means that a file is damaged, not that it cannot be read just now."""
-    return isinstance(error, sqlite3.DatabaseError) and any(words in str(error) for words in DAMAGED)
+    return isinstance(error, sqlite3.DatabaseError) and any(words in str(error).lower() for words in DAMAGED)
+
+
+def store_error(error: Exception, folder: Path) -> StoreError:
+    """What went wrong with a folder's store, in words that say what to do."""
+    said = error.__context__ if isinstance(error, diskcache.Timeout) and error.__context__ else error
+    words, number = f"{type(said).__name__}: {said}", getattr(said, "errno", None)
+    if is_damage(said):
+        return StoreDamaged(f"The file in {folder} is damaged ({words}). Other chats are not affected.")
+    if "full" in words or number in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull("Nothing new can be kept: the disk is full. Free some space; it goes on by itself then.")
+    if "readonly" in words or "read-only" in words or number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return StoreError(
+            f"Nothing new can be kept: {folder} cannot be written. Check its rights, or name another --data."
+        )
+    if "locked" in words or "locking" in words:
+        return StoreError(
+            "The chat's file is locked. Another program may hold it; network drives without file locks (NFS, SMB) "
+            "cannot hold chats: name a folder of this machine with --data."
+        )
+    return StoreError(f"store: {words}")
 
 
 def make_private(*folders: Path) -> None:
@@ -3036,10 +3089,14 @@ class ChatStore:
             except StoreError:
                 self._database.close()
                 raise
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+                self._database.close()
+                words = f"A row in {directory} is damaged ({type(error).__name__}: {error})."
+                raise StoreDamaged(f"{words} Other chats are not affected.") from error
 
     def _read_all(self, cache: diskcache.Cache) -> None:
         if cache.get("format", STORE_FORMAT) > STORE_FORMAT:
-            raise StoreError("This chat was written by a newer version of persona_memory: install that to use it.")
+            raise NewerFormat("This chat was written by a newer version of persona_memory: install that to use it.")
         self.tree = Tree()
         self._recent: OrderedDict[str, Message] = OrderedDict()
         self.info: dict[str, Any] = json.loads(cache.get("info", "{}"))
@@ -3083,6 +3140,11 @@ class ChatStore:
                     row["stale"] = True
                 cache[key] = json.dumps(row)
             cache["format"] = STORE_FORMAT
+
+    @property
+    def damaged(self) -> bool:
+        """Whether something in it could not be read since it was opened."""
+        return self._database.damaged
 
     def was_replaced(self) -> bool:
         """Whether another process has deleted the chat since it was opened, or made it anew."""
@@ -3313,6 +3375,7 @@ class ChatStore:
         return {
             "chat_id": self.id, "character": self.info.get("character"), "messages": self.tree.messages,
             "branches": self.tree.branches, "updated": self.info.get("updated"), "family": self.family,
+            "salvaged": self.info.get("salvaged"),
         }  # fmt: skip
 
     @property
@@ -3323,6 +3386,57 @@ class ChatStore:
     def close(self) -> None:
         """Closes the files."""
         self._database.close()
+
+
+def readable_rows(database: Path) -> Iterator[tuple[str, Any]]:
+    """The keys and JSON values of a damaged database that can be read, whatever stands between them."""
+    address = f"{database.absolute().as_uri()}?mode=ro"
+    with contextlib.closing(sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)) as connection:
+        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        last, failures = 0, 0
+        while failures < MOST_UNREADABLE:
+            try:
+                sql = "SELECT rowid, key, value FROM Cache NOT INDEXED WHERE rowid > ? ORDER BY rowid"
+                for row, key, value in connection.execute(sql, (last,)):
+                    last = row
+                    if isinstance(key, str) and isinstance(value, str):
+                        with contextlib.suppress(ValueError, RecursionError):
+                            yield key, json.loads(value)
+                return
+            except sqlite3.Error as error:
+                if "malformed" not in str(error) and "I/O" not in str(error):  # nothing in it can be read
+                    return
+                last, failures = last + 1, failures + 1
+
+
+def salvaged(rows: Iterable[tuple[str, Any]]) -> tuple[list[Message], list[Summary], list[Fact], dict]:
+    """The messages, parents first, summaries, facts and info among the rows of a damaged chat.
+
+    A message whose parent is lost hangs under the one that was written before it.
+    """
+    found, summaries, facts, info = [], [], [], {}
+    for key, row in rows:
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            if key.startswith("m:"):
+                message = message_of(row)
+                normalise(message.content + (message.shown or "") + (message.name or ""))
+                if message.role in CHAT_ROLES and message.id == message_id(message.parent, message.digest):
+                    found.append(
+                        (int(row["order"]), replace(message, at=float(message.at), tokens=int(message.tokens)))
+                    )
+            elif key.startswith("s:"):
+                summaries.append(Summary(**row | {"texts": tuple(row["texts"])}))
+            elif key.startswith("f:"):
+                facts.append(Fact(**row))
+            elif key == "info":
+                info = dict(row)
+    messages, moved = [], {ROOT: ROOT}
+    for _, message in sorted(found, key=lambda row: row[0]):
+        parent = moved.get(message.parent, messages[-1].id if messages else ROOT)
+        moved[message.id] = message_id(parent, message.digest)
+        messages.append(replace(message, id=moved[message.id], parent=parent))
+    newest = messages[-1].id if messages else ROOT
+    return messages, summaries, facts, info | {"head": moved.get(info.get("head", ""), newest) or newest}
 
 
 def database_of(directory: Path) -> Path:
@@ -3825,6 +3939,7 @@ OPEN_CHATS = 32
 LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
+SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 DELETED = ".deleted-"  # begins the name of a folder that is being deleted
 
@@ -4030,7 +4145,10 @@ class Lending:
     @property
     def outdated(self) -> bool:
         """Whether the chat on disk is another one by now, or gone."""
-        return self.chat.done() and not self.chat.exception() and self.chat.result().store.was_replaced()
+        if not self.chat.done() or self.chat.exception():
+            return False
+        store = self.chat.result().store
+        return store.damaged or store.was_replaced()
 
     def close(self) -> None:
         """Closes the chat, where it could be opened."""
@@ -4056,6 +4174,7 @@ class ChatRegistry:
         self._started = self._closed = False
         self._listed = threading.Event()  # set when every chat is in the catalogue
         self._ending = threading.Event()
+        self._troubles: dict[str, StoreError] = {}  # of chats that cannot be used, by folder
 
     def start(self) -> None:
         """Opens the data folder, once; chats that the catalogue lacks are entered in the background."""
@@ -4072,7 +4191,9 @@ class ChatRegistry:
             lines = {chat_folder(line["chat_id"]): line["chat_id"] for line in self.catalogue.chats()}
             for name in lines.keys() - folders.keys():  # deleted by hand, or in a program that was killed meanwhile
                 self.catalogue.remove(lines[name], None)
-            unlisted = [folder for name, folder in folders.items() if name not in lines]
+            # What is named otherwise is a damaged chat that was set aside.
+            ours = {n: f for n, f in folders.items() if "." not in n or n.startswith(DELETED)}
+            unlisted = [folder for name, folder in ours.items() if name not in lines]
             with contextlib.suppress(StoreError):  # damage shows now; without it chats go on
                 self.characters.get("")
             self._started = True
@@ -4134,17 +4255,47 @@ class ChatRegistry:
         with self._lock:
             lending = self._lent.get(folder.name)
             opens = lending is None or lending.outdated
+            if lending and opens and lending.chat.result().store.damaged:
+                self._troubles[folder.name] = StoreDamaged("This chat's file is damaged.")
             if opens:
                 lending = self._lent[folder.name] = Lending()
             lending.borrowers += 1
             self._lent.move_to_end(folder.name)
         if opens:
             try:
-                lending.chat.set_result(Chat(folder))
+                lending.chat.set_result(self._opened(folder))
+                self._troubles.pop(folder.name, None)
             except BaseException as error:
+                if isinstance(error, StoreError):
+                    self._troubles[folder.name] = error
                 lending.chat.set_exception(error)
                 self._forget(folder.name, lending)
         return lending
+
+    def _opened(self, folder: Path) -> Chat:
+        """A chat; a damaged one is set aside, and made anew of the rows that can be read."""
+        try:
+            if not isinstance(self._troubles.get(folder.name), StoreDamaged):
+                return Chat(folder)
+        except StoreDamaged as error:
+            self._troubles[folder.name] = error
+        names = {chat_folder(line["chat_id"]): line for line in self.catalogue.chats()}
+        messages, summaries, facts, info = salvaged(readable_rows(database_of(folder)))
+        info = {"explicit": True, "updated": time.time()} | names.get(folder.name, {}) | info
+        if chat_folder(str(info.get("chat_id"))) != folder.name:  # nothing says which chat this is
+            raise self._troubles[folder.name]
+        info = {k: v for k, v in info.items() if k not in ("messages", "branches", "reports")}
+        aside = set_aside(folder)
+        words = f"{len(messages)} messages of a damaged file could be read. It is kept as {aside}."
+        info |= {"salvaged": words}
+        chat = Chat(folder)
+        for some in batches(messages, SALVAGED_AT_ONCE):
+            chat.store.commit(some)
+        chat.store.commit(info=info, summaries=summaries, facts=facts)
+        with chat.lock:
+            self.enter(chat, list(chat.tree.nodes))
+        log_event("salvaged", f"Chat {chat.id}: {words}", level=logging.WARNING, chat=chat.id, messages=len(messages))
+        return chat
 
     def _forget(self, name: str, lending: Lending) -> None:
         with self._lock:
@@ -4214,6 +4365,8 @@ class ChatRegistry:
         """Erases the words of a chat's forgotten texts; raises `NotFound`."""
         with self.borrow(chat_id) as chat, chat.lock:
             chat.erase(digests)
+            for copy in self.folder.glob(f"{chat_folder(chat_id)}.damaged-*"):  # the words stand there too
+                shutil.rmtree(copy, ignore_errors=True)
             self.catalogue.remove_texts(chat_id, digests)
             self.enter(chat, ())
 
@@ -4251,6 +4404,14 @@ class ChatRegistry:
                 found = messages_holding(database_of(self.folder / chat_folder(line["chat_id"])), words)
                 yield from ((line, message) for message in itertools.islice(found, limit))
 
+    def standing(self, line: Mapping) -> dict:
+        """How a chat of the list stands: its `state` is "ok", "salvaged" or an error's code, and where it is another
+        than "ok" there are `words` on it."""
+        error = self._troubles.get(chat_folder(line["chat_id"]))
+        if error:
+            return {"state": error.code, "words": str(error)}
+        return {"state": "salvaged", "words": line["salvaged"]} if line.get("salvaged") else {"state": "ok"}
+
     def size(self, chat_id: str) -> int:
         """Bytes that a chat takes on disk."""
         return size_on_disk(self.folder / chat_folder(chat_id))
@@ -4276,7 +4437,9 @@ class ChatRegistry:
         except OSError as error:
             raise StoreError(f"The chat could not be deleted: {error}") from error
         self.catalogue.remove(chat_id, digests)
-        shutil.rmtree(doomed, ignore_errors=True)
+        self._troubles.pop(folder.name, None)
+        for gone in (doomed, *self.folder.glob(f"{folder.name}.damaged-*")):
+            shutil.rmtree(gone, ignore_errors=True)
 
     def _close_for_good(self, folder: Path) -> set[str] | None:
         """Closes a chat that is to be deleted; returns its texts' digests, None where they cannot be read."""
@@ -10772,7 +10935,8 @@ class PersonaMemory:
     def chats(self) -> list[dict]:
         """A line for every chat, the last used first."""
         self.registry.start()
-        return [line | {"size": self.registry.size(line["chat_id"])} for line in self.registry.catalogue.chats()]
+        lines, registry = self.registry.catalogue.chats(), self.registry
+        return [line | {"size": registry.size(line["chat_id"])} | registry.standing(line) for line in lines]
 
     def state(self, chat_id: str = "") -> dict:
         """Whether anything is new, in a few bytes for a page that polls: counters that grow, and how things stand."""
