@@ -2553,6 +2553,8 @@ KEPT_REPORTS = 50
 MOST_UNREADABLE = 10_000  # rows of a damaged chat
 KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
 STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
+UNKEPT = "Nothing new can be kept"
+WRITE_AGAIN_SECONDS = 5.0  # until a file that could only be read is tried again
 UNWRITTEN = sys.maxsize  # changes, where RAM may hold what the disk does not: the chat is read anew
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
@@ -2616,6 +2618,37 @@ class SharedCache(diskcache.Cache):
             self._connection = None
 
 
+def read_only(database: Path) -> sqlite3.Connection:
+    """A connection that writes nothing; raises `sqlite3.Error`.
+
+    Where SQLite's other files cannot be made either, what stands in them is not seen (SQLite, "immutable").
+    """
+    for mode in ("mode=ro", "mode=ro&immutable=1"):
+        address = f"{database.absolute().as_uri()}?{mode}"
+        connection = sqlite3.connect(address, LOCK_SECONDS, isolation_level=None, check_same_thread=False, uri=True)
+        try:
+            connection.execute("SELECT rowid FROM Cache LIMIT 1").fetchall()
+            return connection
+        except sqlite3.Error as error:
+            connection.close()
+            failure = error
+    raise failure
+
+
+class ReadOnlyCache(SharedCache):
+    """The same of a file that cannot be written: the disk is full, or not this user's. Reading is all that works."""
+
+    def __init__(self, directory: str):  # diskcache's own writes settings
+        self._directory, self._timeout, self._txn_id = directory, LOCK_SECONDS, None
+        self._local, self._disk = threading.local(), TextDisk(directory, min_file_size=FOREVER)
+        self.statistics, self.eviction_policy = 0, "none"
+
+    @property
+    def _con(self) -> sqlite3.Connection:
+        self._connection = self._connection or read_only(database_of(Path(self._directory)))
+        return self._connection
+
+
 class Database:
     """A folder's diskcache that forgets nothing: one connection, one lock, and failures as `StoreError`.
 
@@ -2625,6 +2658,7 @@ class Database:
 
     _closed = False
     damaged = False  # whether something in it could not be read
+    _try_again = 0.0  # when a file that could only be read is tried again, by the monotonic clock
 
     def __init__(self, folder: Path, synchronous: int, lock: threading.RLock | None = None):
         self.folder, self.lock = folder, lock or threading.RLock()
@@ -2638,6 +2672,8 @@ class Database:
             if self._closed:
                 raise StoreError("store: closed")
             try:
+                if isinstance(self._cache, ReadOnlyCache) and time.monotonic() > self._try_again:
+                    self.rest()
                 self._cache = self._open() if self._cache is None else self._cache
                 yield self._cache
             except (OSError, sqlite3.Error, diskcache.Timeout, ValueError, KeyError, TypeError) as error:
@@ -2653,6 +2689,17 @@ class Database:
             yield cache
 
     def _open(self) -> SharedCache:
+        try:
+            return self._open_for_writing()
+        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+            if isinstance(store_error(error, self.folder), StoreDamaged) or not database_of(self.folder).exists():
+                raise
+            cache = ReadOnlyCache(str(self.folder))
+            cache.get("")
+            self._try_again = time.monotonic() + WRITE_AGAIN_SECONDS
+            return cache
+
+    def _open_for_writing(self) -> SharedCache:
         file = database_of(self.folder)
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.suppress(OSError):  # what cannot be used is told by SQLite
@@ -2749,15 +2796,15 @@ def store_error(error: Exception, folder: Path) -> StoreError:
     if is_damage(said):
         return StoreDamaged(f"The file in {folder} is damaged ({words}). Other chats are not affected.")
     if "full" in words or number in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFull("Nothing new can be kept: the disk is full. Free some space; it goes on by itself then.")
+        return DiskFull(f"{UNKEPT}: the disk is full. Free some space; it goes on by itself then.")
     if "readonly" in words or "read-only" in words or number in (errno.EROFS, errno.EACCES, errno.EPERM):
         return StoreError(
             f"Nothing new can be kept: {folder} cannot be written. Check its rights, or name another --data."
         )
     if "locked" in words or "locking" in words:
         return StoreError(
-            "The chat's file is locked. Another program may hold it; network drives without file locks (NFS, SMB) "
-            "cannot hold chats: name a folder of this machine with --data."
+            f"{UNKEPT}: the chat's file is locked. Another program may hold it; network drives without file locks "
+            "(NFS, SMB) cannot hold chats: name a folder of this machine with --data."
         )
     return StoreError(f"store: {words}")
 
@@ -2768,7 +2815,7 @@ def make_private(*folders: Path) -> None:
     for folder in folders:
         if not folder.exists() or folder.name in OWN_FOLDERS:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with contextlib.suppress(PermissionError):  # another user's, or a file system without owners
+            with contextlib.suppress(OSError):  # another user's, read-only, or a file system without owners
                 folder.chmod(0o700)
 
 
@@ -2810,6 +2857,9 @@ class ChatStore:
 
     Every method takes `lock`, which is the chat's; hold it across calls that belong together.
     """
+
+    unwritten = ""  # why the last turn's messages could not be written
+    _in_ram = False
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -2921,9 +2971,20 @@ class ChatStore:
                 with cache.transact():
                     self._catch_up(cache)
                     yield
+                self.unwritten = ""
             except BaseException:
                 self._generation = UNWRITTEN
                 raise
+
+    @contextlib.contextmanager
+    def in_ram(self, reason: str) -> Iterator[None]:
+        """What the block commits is kept in RAM alone, until the chat is next used: for a turn whose messages the disk
+        does not take. `reason` says why; `unwritten` holds it until something is written again."""
+        self._in_ram, self.unwritten = True, reason
+        try:
+            yield
+        finally:
+            self._in_ram, self._generation = False, UNWRITTEN
 
     def _catch_up(self, cache: diskcache.Cache) -> None:
         newest = cache.get("generation", 0)
@@ -2964,6 +3025,9 @@ class ChatStore:
         have none yet. `marked` are stored messages whose words get the marks that these have. Summaries that cover
         words which are forgotten or reworded now are stale, except a user's own.
         """
+        if self._in_ram:
+            self._keep_in_ram(messages, info)
+            return
         with self._database.use() as cache:
             with cache.transact():
                 self._catch_up(cache)
@@ -2990,6 +3054,12 @@ class ChatStore:
             self.info, self._generation = known, generation
             for key, row in rows.items():
                 self._take_over(key, row)
+
+    def _keep_in_ram(self, messages: Sequence[Message], info: Mapping) -> None:
+        for row in self._rows([with_mark(m, mark_for(self.marks.get(m.digest, {}), m)) for m in messages]):
+            self._remember(row)
+            self._recent[row["id"]] = message_of(row)
+        self.info = {**self.info, **info}
 
     def erase(self, digests: Collection[str] = (), facts: Collection[str] = ()) -> None:
         """Erases words for good: those of forgotten texts, by digest, and of forgotten facts, by id; and what was made
@@ -3196,8 +3266,7 @@ def messages_holding(database: Path, words: Sequence[str]) -> Iterator[Message]:
     holding = " AND ".join("(" + " OR ".join("value LIKE ? ESCAPE '!'" for _ in some) + ")" for some in patterns)
     sql = f"SELECT value FROM Cache WHERE key >= 'm:' AND key < 'm;' AND {holding} ORDER BY store_time DESC, rowid DESC"
     wanted = [word.casefold() for word in words]
-    address = f"{database.absolute().as_uri()}?mode=ro"
-    with contextlib.closing(sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)) as rows:
+    with contextlib.closing(read_only(database)) as rows:
         for (value,) in rows.execute(sql, [pattern for some in patterns for pattern in some]):
             message = message_of(json.loads(value))
             text = message.content.casefold()
@@ -3923,7 +3992,8 @@ class ChatRegistry:
                 raise StoreError(f"store: {type(error).__name__}: {error}") from error
             lines = {chat_folder(line["chat_id"]): line["chat_id"] for line in self.catalogue.chats()}
             for name in lines.keys() - folders.keys():  # deleted by hand, or in a program that was killed meanwhile
-                self.catalogue.remove(lines[name], None)
+                with contextlib.suppress(StoreError):
+                    self.catalogue.remove(lines[name], None)
             # What is named otherwise is a damaged chat that was set aside.
             ours = {n: f for n, f in folders.items() if "." not in n or n.startswith(DELETED)}
             unlisted = [folder for name, folder in ours.items() if name not in lines]
@@ -8958,10 +9028,28 @@ class Archive:
                 with self._creating:
                     named = self._create(request, chat_id, deadline)
                 chat = loans.enter_context(self._registry.borrow(named))
-            with chat.lock, chat.store.transaction():
-                alignment = (chat_id and align_appended(chat, request)) or align_request(chat, request)
-                path = self._write_branch(chat, alignment, request)
+            with chat.lock:
+                path = self._place(chat, chat_id, request)
             yield chat, path
+
+    def _place(self, chat: Chat, chat_id: str, request: ChatRequest) -> list[str]:
+        """The ids of a request's branch, which is written where the disk takes it; hold the chat's lock."""
+
+        def write() -> list[str]:
+            """Finds the place, and writes what is new."""
+            alignment = (chat_id and align_appended(chat, request)) or align_request(chat, request)
+            return self._write_branch(chat, alignment, request)
+
+        try:
+            with chat.store.transaction():
+                return write()
+        except StoreDamaged:
+            raise
+        except StoreError as error:  # the turn goes on with what can be read
+            log_event("unwritten", f"A turn is not kept: {error}", level=logging.WARNING, chat=chat.id)
+            chat.store.catch_up()
+            with chat.store.in_ram(str(error)):
+                return write()
 
     def _located(self, request: ChatRequest, deadline: Deadline) -> str:
         """The id of the chat without an explicit id that a request's transcript continues; empty: none."""
@@ -9084,7 +9172,8 @@ class Archive:
         info |= {"persona": "" if erased else persona} if request.persona else {}
         if messages or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(messages, info | {"updated": time.time()})
-            self._registry.enter(chat, [m.id for m in messages])
+            if not store.unwritten:
+                self._registry.enter(chat, [m.id for m in messages])
         store.keep_recent(path)
         return path
 
@@ -10156,6 +10245,8 @@ def diagnosis(
         return "notice", words, f"{SUMMARY_ADVICE} {advice_on(summaries['status'], upstream)}"
     if turn.get("outcome") == "degraded":
         reason = turn["why"].removeprefix("degraded; reason=")
+        if reason.startswith(UNKEPT):
+            return "trouble", reason, "Chats go on, but what is said now will not be remembered."
         return "notice", f"The last turn went without its full memory: {reason}", "The chat itself is not affected."
     return "ok", "OK", ""
 
@@ -10547,7 +10638,8 @@ class PromptBuilder:
         report = PromptReport(
             at=time.time(), tip=memory.path[-1], context=memory.context, budget=asdict(layout.budget), tokens=tokens,
             history=len(memory.path) - turn.first - layout.anchor - len(layout.hidden),
-            hidden=layout.anchor + len(layout.hidden), degraded=memory.recalled.degraded,
+            hidden=layout.anchor + len(layout.hidden),
+            degraded=memory.recalled.degraded or turn.chat.store.unwritten,
             recalled=[recalled_row(m) for m in memory.memories], left_out=list(memory.recalled.left_out),
             mood=memory.mood and asdict(memory.mood), summaries=len(memory.story.summaries),
             facts=len(memory.story.facts), reminder=memory.reminder, reused=reused,

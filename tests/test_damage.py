@@ -1,6 +1,10 @@
 """Files that are damaged or of a newer version, and disks that take nothing: what can be read is read, and said."""
 
+import os
 import random
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 from fakes import settings
@@ -109,3 +113,78 @@ def test_a_chat_of_a_newer_version_says_so_and_is_left_alone(tmp_path):
     memory.registry.delete("hurt")
     assert [line["chat_id"] for line in memory.chats()] == ["well"]
     memory.close()
+
+
+@pytest.fixture
+def unwritable(tmp_path):
+    """The two chats on a disk that takes nothing, and a context that says so of every connection opened."""
+    memory = written(tmp_path)
+    yield memory
+    memory.close()
+
+
+def refuse(chat: pm.Chat, how: str) -> None:
+    """Has SQLite refuse what is written over a chat's connection."""
+    with chat.store._database.use() as cache:
+        pages = cache._sql("PRAGMA page_count").fetchone()[0]
+        cache._sql(f"PRAGMA max_page_count = {pages}" if how == "full" else "PRAGMA query_only = 1")
+
+
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_a_turn_on_a_disk_that_takes_nothing_has_its_memory(unwritable, how):
+    """It is answered with what can be read, says why it is not kept, and is kept as soon as the disk takes it."""
+    archive, long = unwritable.archive, "A very long word. " * 4000
+    shown = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(LINES)]
+    request = pm.parse_request({"messages": [*shown, {"role": "user", "content": long}]})
+    with archive.enter(request, "hurt", pm.Deadline.after(60)) as (chat, _):
+        assert chat.store.unwritten == ""
+    request = pm.parse_request({"messages": [*shown, {"role": "user", "content": long + "Again."}]})
+    refuse(chat, how)
+    with archive.enter(request, "hurt", pm.Deadline.after(60)) as (chat, path):
+        assert chat.store.unwritten.startswith(pm.UNKEPT)
+        assert [m.content for m in chat.store.read(path)] == [*LINES, long + "Again."]
+    with pytest.raises(pm.StoreError) as refused:
+        archive.append("hurt", [{"role": "user", "content": long + "And again."}])
+    assert refused.value.status == (507 if how == "full" else 503) and pm.UNKEPT in str(refused.value)
+    assert unwritable.messages("hurt")["total"] == len(LINES) + 1
+    chat.store._database.rest()
+    with archive.enter(request, "hurt", pm.Deadline.after(60)) as (chat, path):
+        assert chat.store.unwritten == ""
+    assert unwritable.messages("hurt")["messages"][-1]["content"] == long + "Again."
+
+
+def test_a_folder_that_cannot_be_written_can_be_read():
+    """Lists, messages and searches work from a start on; what would change something is refused in words."""
+    data = Path(tempfile.mkdtemp(prefix="unwritable-"))
+    memory = written(data)
+    memory.close()
+    user = os.geteuid()
+    for place in (data, *data.rglob("*")):
+        os.chown(place, 65534, 65534) if user == 0 else None
+        place.chmod(0o500 if place.is_dir() else 0o400)
+    try:
+        os.seteuid(65534) if user == 0 else None
+        memory = pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1"))
+        assert {line["chat_id"]: line["state"] for line in memory.chats()} == {"hurt": "ok", "well": "ok"}
+        assert memory.messages("hurt")["total"] == len(LINES)
+        assert memory.find("ferry abbot")["found"]
+        assert memory.state("hurt")["chat"]
+        with pytest.raises(pm.StoreError) as refused:
+            memory.archive.append("hurt", [{"role": "user", "content": "No."}])
+        assert refused.value.status == 503 and "cannot be written" in str(refused.value)
+        request = pm.parse_request({"messages": [{"role": "user", "content": LINES[0]}]})
+        with memory.archive.enter(request, "hurt", pm.Deadline.after(60)) as (chat, _):
+            assert chat.store.unwritten.startswith(pm.UNKEPT)
+        memory.close()
+    finally:
+        os.seteuid(user) if user == 0 else None
+        for place in (data, *data.rglob("*")):
+            place.chmod(0o700)
+        shutil.rmtree(data)
+
+
+def test_a_page_is_told_that_nothing_is_kept():
+    """It never says OK then."""
+    turn = {"outcome": "degraded", "status": 200, "why": f"degraded; reason={pm.UNKEPT}: the disk is full."}
+    level, words, _ = pm.diagnosis({"status": "ready"}, "ready", turn)
+    assert (level, words) == ("trouble", f"{pm.UNKEPT}: the disk is full.")
