@@ -157,7 +157,7 @@ def test_a_store_that_cannot_be_read(data_dir, store, upstream, damage):
         assert not other.memory.startswith("degraded")
         assert contents(running, "other")[: len(TALK)] == [message["content"] for message in TALK]
         chats = httpx.get(f"{running.url}/api/persona_memory/chats", timeout=TIMEOUT).json()
-        assert {c["chat_id"]: c["state"] for c in chats} == {"tale": "salvaged", "other": "ok"}
+        assert {c["chat_id"]: c["state"] for c in chats} == {"tale": "salvaged", "other": "ok", "long": "ok"}
         assert health(running.url)["status"] == "ok"
     (aside,) = store.parent.glob(f"{store.name}.damaged-*")
     assert damaged[:4096] == (aside / "cache.db").read_bytes()[:4096]
