@@ -68,6 +68,7 @@ import base64
 import binascii
 import codecs
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -305,6 +306,28 @@ class NotFound(PersonaMemoryError):
 
 class StoreError(PersonaMemoryError):
     """A chat's store cannot be read or written."""
+
+    status = 503
+    code = "store_unavailable"
+
+
+class DiskFull(StoreError):
+    """There is no room for anything new."""
+
+    status = 507  # RFC 4918, 11.5
+    code = "disk_full"
+
+
+class StoreDamaged(StoreError):
+    """A store's file holds what this program did not write."""
+
+    code = "chat_damaged"
+
+
+class NewerFormat(StoreError):
+    """A chat was written by a newer version of this program."""
+
+    code = "newer_version"
 
 
 class EmbedderUnavailable(PersonaMemoryError):
@@ -2862,12 +2885,20 @@ def named_in_prompt(persona: str) -> str | None:
 WORKING_MEMORY = 20  # messages of a branch that stay in RAM
 OPEN_BRANCHES = 8  # branches of a chat that have a working memory
 KEPT_REPORTS = 50
+MOST_UNREADABLE = 10_000  # rows of a damaged chat
 KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
 STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
+UNKEPT = "Nothing new can be kept"
+WRITE_AGAIN_SECONDS = 5.0  # until a file that could only be read is tried again
+UNWRITTEN = sys.maxsize  # changes, where RAM may hold what the disk does not: the chat is read anew
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
 OWN_FOLDERS = ("chats", "catalogue", "characters")  # in the data folder
-DAMAGED = ("file is not a database", "malformed", "encrypted")  # SQLite's words for a file that it cannot read
+DAMAGED = (
+    "file is not a database", "malformed", "encrypted", "no such table", "no such column", "decode to utf-8",
+    "unsupported file format",
+)  # fmt: skip
+# SQLite's words for a file that it cannot read
 
 
 class TextDisk(diskcache.Disk):
@@ -2880,7 +2911,7 @@ class TextDisk(diskcache.Disk):
 
     def get(self, key: Any, raw: bool) -> Any:
         if not raw:
-            raise StoreError("The store holds a pickled key; it was not written by this program.")
+            raise StoreDamaged("The store holds a pickled key; it was not written by this program.")
         return super().get(key, raw)
 
     def store(self, value: Any, read: bool, key: Any = diskcache.UNKNOWN) -> tuple:
@@ -2890,7 +2921,7 @@ class TextDisk(diskcache.Disk):
 
     def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
         if mode != diskcache.core.MODE_RAW:
-            raise StoreError("The store holds a pickle or names a file; it was not written by this program.")
+            raise StoreDamaged("The store holds a pickle or names a file; it was not written by this program.")
         return super().fetch(mode, filename, value, read)
 
 
@@ -2922,6 +2953,37 @@ class SharedCache(diskcache.Cache):
             self._connection = None
 
 
+def read_only(database: Path) -> sqlite3.Connection:
+    """A connection that writes nothing; raises `sqlite3.Error`.
+
+    Where SQLite's other files cannot be made either, what stands in them is not seen (SQLite, "immutable").
+    """
+    for mode in ("mode=ro", "mode=ro&immutable=1"):
+        address = f"{database.absolute().as_uri()}?{mode}"
+        connection = sqlite3.connect(address, LOCK_SECONDS, isolation_level=None, check_same_thread=False, uri=True)
+        try:
+            connection.execute("SELECT rowid FROM Cache LIMIT 1").fetchall()
+            return connection
+        except sqlite3.Error as error:
+            connection.close()
+            failure = error
+    raise failure
+
+
+class ReadOnlyCache(SharedCache):
+    """The same of a file that cannot be written: the disk is full, or not this user's. Reading is all that works."""
+
+    def __init__(self, directory: str):  # diskcache's own writes settings
+        self._directory, self._timeout, self._txn_id = directory, LOCK_SECONDS, None
+        self._local, self._disk = threading.local(), TextDisk(directory, min_file_size=FOREVER)
+        self.statistics, self.eviction_policy = 0, "none"
+
+    @property
+    def _con(self) -> sqlite3.Connection:
+        self._connection = self._connection or read_only(database_of(Path(self._directory)))
+        return self._connection
+
+
 class Database:
     """A folder's diskcache that forgets nothing: one connection, one lock, and failures as `StoreError`.
 
@@ -2930,6 +2992,8 @@ class Database:
     """
 
     _closed = False
+    damaged = False  # whether something in it could not be read
+    _try_again = 0.0  # when a file that could only be read is tried again, by the monotonic clock
 
     def __init__(self, folder: Path, synchronous: int, lock: threading.RLock | None = None):
         self.folder, self.lock = folder, lock or threading.RLock()
@@ -2943,11 +3007,15 @@ class Database:
             if self._closed:
                 raise StoreError("store: closed")
             try:
+                if isinstance(self._cache, ReadOnlyCache) and time.monotonic() > self._try_again:
+                    self.rest()
                 self._cache = self._open() if self._cache is None else self._cache
                 yield self._cache
             except (OSError, sqlite3.Error, diskcache.Timeout, ValueError, KeyError, TypeError) as error:
                 self._roll_back()
-                raise StoreError(f"store: {type(error).__name__}: {error}") from error
+                told = store_error(error, self.folder)
+                self.damaged = self.damaged or isinstance(told, StoreDamaged)
+                raise told from error
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[SharedCache]:
@@ -2956,6 +3024,17 @@ class Database:
             yield cache
 
     def _open(self) -> SharedCache:
+        try:
+            return self._open_for_writing()
+        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+            if isinstance(store_error(error, self.folder), StoreDamaged) or not database_of(self.folder).exists():
+                raise
+            cache = ReadOnlyCache(str(self.folder))
+            cache.get("")
+            self._try_again = time.monotonic() + WRITE_AGAIN_SECONDS
+            return cache
+
+    def _open_for_writing(self) -> SharedCache:
         file = database_of(self.folder)
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.suppress(OSError):  # what cannot be used is told by SQLite
@@ -2974,7 +3053,7 @@ class Database:
     def _roll_back(self) -> None:
         """Ends a transaction that a full disk has left open, which would keep out every later one."""
         connection = None if self._cache is None else self._cache._connection
-        if connection and connection.in_transaction:
+        if connection and connection.in_transaction and self._cache._txn_id is None:  # else its own block ends it
             with contextlib.suppress(sqlite3.Error):
                 connection.rollback()
 
@@ -3007,7 +3086,7 @@ class RebuiltDatabase(Database):
             with super().use() as cache:
                 yield cache
         except StoreError as error:
-            if is_damage(error.__cause__):
+            if isinstance(error, StoreDamaged):
                 with self.lock:
                     self._set_aside()
                     self._on_loss()
@@ -3016,8 +3095,10 @@ class RebuiltDatabase(Database):
     def _open(self) -> SharedCache:
         try:
             return self._checked(super()._open())
-        except sqlite3.DatabaseError as error:
-            if not is_damage(error):  # locked, or the disk is full: it may be whole
+        except (sqlite3.DatabaseError, TypeError, ValueError, KeyError, StoreDamaged) as error:
+            if isinstance(error, sqlite3.Error) and not is_damage(
+                error
+            ):  # locked, or the disk is full: it may be whole
                 raise
             self._set_aside()
             return super()._open()
@@ -3040,7 +3121,27 @@ class RebuiltDatabase(Database):
 
 def is_damage(error: BaseException | None) -> bool:
     """Whether SQLite means that a file is damaged, not that it cannot be read just now."""
-    return isinstance(error, sqlite3.DatabaseError) and any(words in str(error) for words in DAMAGED)
+    return isinstance(error, sqlite3.DatabaseError) and any(words in str(error).lower() for words in DAMAGED)
+
+
+def store_error(error: Exception, folder: Path) -> StoreError:
+    """What went wrong with a folder's store, in words that say what to do."""
+    said = error.__context__ if isinstance(error, diskcache.Timeout) and error.__context__ else error
+    words, number = f"{type(said).__name__}: {said}", getattr(said, "errno", None)
+    if is_damage(said):
+        return StoreDamaged(f"The file in {folder} is damaged ({words}). Other chats are not affected.")
+    if "full" in words or number in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(f"{UNKEPT}: the disk is full. Free some space; it goes on by itself then.")
+    if "readonly" in words or "read-only" in words or number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return StoreError(
+            f"Nothing new can be kept: {folder} cannot be written. Check its rights, or name another --data."
+        )
+    if "locked" in words or "locking" in words:
+        return StoreError(
+            f"{UNKEPT}: the chat's file is locked. Another program may hold it; network drives without file locks "
+            "(NFS, SMB) cannot hold chats: name a folder of this machine with --data."
+        )
+    return StoreError(f"store: {words}")
 
 
 def make_private(*folders: Path) -> None:
@@ -3049,7 +3150,7 @@ def make_private(*folders: Path) -> None:
     for folder in folders:
         if not folder.exists() or folder.name in OWN_FOLDERS:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with contextlib.suppress(PermissionError):  # another user's, or a file system without owners
+            with contextlib.suppress(OSError):  # another user's, read-only, or a file system without owners
                 folder.chmod(0o700)
 
 
@@ -3093,6 +3194,9 @@ class ChatStore:
     Every method takes `lock`, which is the chat's; hold it across calls that belong together.
     """
 
+    unwritten = ""  # why the last turn's messages could not be written
+    _in_ram = False
+
     def __init__(self, directory: Path):
         self.directory = directory
         self.lock = threading.RLock()
@@ -3104,10 +3208,14 @@ class ChatStore:
             except StoreError:
                 self._database.close()
                 raise
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+                self._database.close()
+                words = f"A row in {directory} is damaged ({type(error).__name__}: {error})."
+                raise StoreDamaged(f"{words} Other chats are not affected.") from error
 
     def _read_all(self, cache: diskcache.Cache) -> None:
         if cache.get("format", STORE_FORMAT) > STORE_FORMAT:
-            raise StoreError("This chat was written by a newer version of persona_memory: install that to use it.")
+            raise NewerFormat("This chat was written by a newer version of persona_memory: install that to use it.")
         self.tree = Tree()
         self._recent: OrderedDict[str, Message] = OrderedDict()
         self.info: dict[str, Any] = json.loads(cache.get("info", "{}"))
@@ -3152,6 +3260,11 @@ class ChatStore:
                 cache[key] = json.dumps(row)
             cache["format"] = STORE_FORMAT
 
+    @property
+    def damaged(self) -> bool:
+        """Whether something in it could not be read since it was opened."""
+        return self._database.damaged
+
     def was_replaced(self) -> bool:
         """Whether another process has deleted the chat since it was opened, or made it anew."""
         try:
@@ -3184,6 +3297,30 @@ class ChatStore:
         """Takes over what another process has written to this chat; costs one read when there is nothing."""
         with self._database.use() as cache:
             self._catch_up(cache)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """What the block reads and writes is one step, for other processes on the same folder too: where a message goes
+        depends on what stands there already."""
+        with self._database.use() as cache:
+            try:
+                with cache.transact():
+                    self._catch_up(cache)
+                    yield
+                self.unwritten = ""
+            except BaseException:
+                self._generation = UNWRITTEN
+                raise
+
+    @contextlib.contextmanager
+    def in_ram(self, reason: str) -> Iterator[None]:
+        """What the block commits is kept in RAM alone, until the chat is next used: for a turn whose messages the disk
+        does not take. `reason` says why; `unwritten` holds it until something is written again."""
+        self._in_ram, self.unwritten = True, reason
+        try:
+            yield
+        finally:
+            self._in_ram, self._generation = False, UNWRITTEN
 
     def _catch_up(self, cache: diskcache.Cache) -> None:
         newest = cache.get("generation", 0)
@@ -3228,6 +3365,9 @@ class ChatStore:
         have none yet. `marked` are stored messages whose words get the marks that these have. Summaries that cover
         words which are forgotten or reworded now are stale, except a user's own. The messages `dropped` are taken out.
         """
+        if self._in_ram:
+            self._keep_in_ram(messages, info)
+            return
         with self._database.use() as cache:
             with cache.transact():
                 self._catch_up(cache)
@@ -3262,6 +3402,12 @@ class ChatStore:
         self.tree.drop(ids)
         for message in ids:
             self._recent.pop(message, None)
+
+    def _keep_in_ram(self, messages: Sequence[Message], info: Mapping) -> None:
+        for row in self._rows([with_mark(m, mark_for(self.marks.get(m.digest, {}), m)) for m in messages]):
+            self._remember(row)
+            self._recent[row["id"]] = message_of(row)
+        self.info = {**self.info, **info}
 
     def erase(self, digests: Collection[str] = (), facts: Collection[str] = ()) -> None:
         """Erases words for good: those of forgotten texts, by digest, and of forgotten facts, by id; and what was made
@@ -3383,6 +3529,7 @@ class ChatStore:
             "character": self.info.get("character"), "messages": len(self.tree.path(self.head)),
             "branches": self.tree.branches, "updated": self.info.get("updated"), "family": self.family,
             "lone": self.info.get("lone", False) and self.tree.messages < 2,
+            "salvaged": self.info.get("salvaged"),
         }  # fmt: skip
 
     @property
@@ -3393,6 +3540,57 @@ class ChatStore:
     def close(self) -> None:
         """Closes the files."""
         self._database.close()
+
+
+def readable_rows(database: Path) -> Iterator[tuple[str, Any]]:
+    """The keys and JSON values of a damaged database that can be read, whatever stands between them."""
+    address = f"{database.absolute().as_uri()}?mode=ro"
+    with contextlib.closing(sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)) as connection:
+        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        last, failures = 0, 0
+        while failures < MOST_UNREADABLE:
+            try:
+                sql = "SELECT rowid, key, value FROM Cache NOT INDEXED WHERE rowid > ? ORDER BY rowid"
+                for row, key, value in connection.execute(sql, (last,)):
+                    last = row
+                    if isinstance(key, str) and isinstance(value, str):
+                        with contextlib.suppress(ValueError, RecursionError):
+                            yield key, json.loads(value)
+                return
+            except sqlite3.Error as error:
+                if "malformed" not in str(error) and "I/O" not in str(error):  # nothing in it can be read
+                    return
+                last, failures = last + 1, failures + 1
+
+
+def salvaged(rows: Iterable[tuple[str, Any]]) -> tuple[list[Message], list[Summary], list[Fact], dict]:
+    """The messages, parents first, summaries, facts and info among the rows of a damaged chat.
+
+    A message whose parent is lost hangs under the one that was written before it.
+    """
+    found, summaries, facts, info = [], [], [], {}
+    for key, row in rows:
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            if key.startswith("m:"):
+                message = message_of(row)
+                normalise(message.content + (message.shown or "") + (message.name or ""))
+                if message.role in CHAT_ROLES and message.id == message_id(message.parent, message.digest):
+                    found.append(
+                        (int(row["order"]), replace(message, at=float(message.at), tokens=int(message.tokens)))
+                    )
+            elif key.startswith("s:"):
+                summaries.append(Summary(**row | {"texts": tuple(row["texts"])}))
+            elif key.startswith("f:"):
+                facts.append(Fact(**row))
+            elif key == "info":
+                info = dict(row)
+    messages, moved = [], {ROOT: ROOT}
+    for _, message in sorted(found, key=lambda row: row[0]):
+        parent = moved.get(message.parent, messages[-1].id if messages else ROOT)
+        moved[message.id] = message_id(parent, message.digest)
+        messages.append(replace(message, id=moved[message.id], parent=parent))
+    newest = messages[-1].id if messages else ROOT
+    return messages, summaries, facts, info | {"head": moved.get(info.get("head", ""), newest) or newest}
 
 
 def database_of(directory: Path) -> Path:
@@ -3419,8 +3617,7 @@ def messages_holding(database: Path, words: Sequence[str]) -> Iterator[Message]:
     holding = " AND ".join("(" + " OR ".join("value LIKE ? ESCAPE '!'" for _ in some) + ")" for some in patterns)
     sql = f"SELECT value FROM Cache WHERE key >= 'm:' AND key < 'm;' AND {holding} ORDER BY store_time DESC, rowid DESC"
     wanted = [word.casefold() for word in words]
-    address = f"{database.absolute().as_uri()}?mode=ro"
-    with contextlib.closing(sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)) as rows:
+    with contextlib.closing(read_only(database)) as rows:
         for (value,) in rows.execute(sql, [pattern for some in patterns for pattern in some]):
             message = message_of(json.loads(value))
             text = message.content.casefold()
@@ -3895,6 +4092,7 @@ OPEN_CHATS = 32
 LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
+SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
 SURE_MATCHES = 3  # matching messages that name a chat whatever its persona says
@@ -4107,7 +4305,10 @@ class Lending:
     @property
     def outdated(self) -> bool:
         """Whether the chat on disk is another one by now, or gone."""
-        return self.chat.done() and not self.chat.exception() and self.chat.result().store.was_replaced()
+        if not self.chat.done() or self.chat.exception():
+            return False
+        store = self.chat.result().store
+        return store.damaged or store.was_replaced()
 
     def close(self) -> None:
         """Closes the chat, where it could be opened."""
@@ -4133,6 +4334,7 @@ class ChatRegistry:
         self._started = self._closed = False
         self._listed = threading.Event()  # set when every chat is in the catalogue
         self._ending = threading.Event()
+        self._troubles: dict[str, StoreError] = {}  # of chats that cannot be used, by folder
 
     def start(self) -> None:
         """Opens the data folder, once; chats that the catalogue lacks are entered in the background."""
@@ -4148,8 +4350,11 @@ class ChatRegistry:
                 raise StoreError(f"store: {type(error).__name__}: {error}") from error
             lines = {chat_folder(line["chat_id"]): line["chat_id"] for line in self.catalogue.chats(lone=True)}
             for name in lines.keys() - folders.keys():  # deleted by hand, or in a program that was killed meanwhile
-                self.catalogue.remove(lines[name], None)
-            unlisted = [folder for name, folder in folders.items() if name not in lines]
+                with contextlib.suppress(StoreError):
+                    self.catalogue.remove(lines[name], None)
+            # What is named otherwise is a damaged chat that was set aside.
+            ours = {n: f for n, f in folders.items() if "." not in n or n.startswith(DELETED)}
+            unlisted = [folder for name, folder in ours.items() if name not in lines]
             with contextlib.suppress(StoreError):  # damage shows now; without it chats go on
                 self.characters.get("")
             self._started = True
@@ -4211,17 +4416,47 @@ class ChatRegistry:
         with self._lock:
             lending = self._lent.get(folder.name)
             opens = lending is None or lending.outdated
+            if lending and opens and lending.chat.result().store.damaged:
+                self._troubles[folder.name] = StoreDamaged("This chat's file is damaged.")
             if opens:
                 lending = self._lent[folder.name] = Lending()
             lending.borrowers += 1
             self._lent.move_to_end(folder.name)
         if opens:
             try:
-                lending.chat.set_result(Chat(folder))
+                lending.chat.set_result(self._opened(folder))
+                self._troubles.pop(folder.name, None)
             except BaseException as error:
+                if isinstance(error, StoreError):
+                    self._troubles[folder.name] = error
                 lending.chat.set_exception(error)
                 self._forget(folder.name, lending)
         return lending
+
+    def _opened(self, folder: Path) -> Chat:
+        """A chat; a damaged one is set aside, and made anew of the rows that can be read."""
+        try:
+            if not isinstance(self._troubles.get(folder.name), StoreDamaged):
+                return Chat(folder)
+        except StoreDamaged as error:
+            self._troubles[folder.name] = error
+        names = {chat_folder(line["chat_id"]): line for line in self.catalogue.chats()}
+        messages, summaries, facts, info = salvaged(readable_rows(database_of(folder)))
+        info = {"explicit": True, "updated": time.time()} | names.get(folder.name, {}) | info
+        if chat_folder(str(info.get("chat_id"))) != folder.name:  # nothing says which chat this is
+            raise self._troubles[folder.name]
+        info = {k: v for k, v in info.items() if k not in ("messages", "branches", "reports")}
+        aside = set_aside(folder)
+        words = f"{len(messages)} messages of a damaged file could be read. It is kept as {aside}."
+        info |= {"salvaged": words}
+        chat = Chat(folder)
+        for some in batches(messages, SALVAGED_AT_ONCE):
+            chat.store.commit(some)
+        chat.store.commit(info=info, summaries=summaries, facts=facts)
+        with chat.lock:
+            self.enter(chat, list(chat.tree.nodes))
+        log_event("salvaged", f"Chat {chat.id}: {words}", level=logging.WARNING, chat=chat.id, messages=len(messages))
+        return chat
 
     def _forget(self, name: str, lending: Lending) -> None:
         with self._lock:
@@ -4291,6 +4526,8 @@ class ChatRegistry:
         """Erases the words of a chat's forgotten texts; raises `NotFound`."""
         with self.borrow(chat_id) as chat, chat.lock:
             chat.erase(digests)
+            for copy in self.folder.glob(f"{chat_folder(chat_id)}.damaged-*"):  # the words stand there too
+                shutil.rmtree(copy, ignore_errors=True)
             self.catalogue.remove_texts(chat_id, digests)
             self.enter(chat, ())
 
@@ -4328,6 +4565,14 @@ class ChatRegistry:
                 found = messages_holding(database_of(self.folder / chat_folder(line["chat_id"])), words)
                 yield from ((line, message) for message in itertools.islice(found, limit))
 
+    def standing(self, line: Mapping) -> dict:
+        """How a chat of the list stands: its `state` is "ok", "salvaged" or an error's code, and where it is another
+        than "ok" there are `words` on it."""
+        error = self._troubles.get(chat_folder(line["chat_id"]))
+        if error:
+            return {"state": error.code, "words": str(error)}
+        return {"state": "salvaged", "words": line["salvaged"]} if line.get("salvaged") else {"state": "ok"}
+
     def size(self, chat_id: str) -> int:
         """Bytes that a chat takes on disk."""
         return size_on_disk(self.folder / chat_folder(chat_id))
@@ -4353,7 +4598,9 @@ class ChatRegistry:
         except OSError as error:
             raise StoreError(f"The chat could not be deleted: {error}") from error
         self.catalogue.remove(chat_id, digests)
-        shutil.rmtree(doomed, ignore_errors=True)
+        self._troubles.pop(folder.name, None)
+        for gone in (doomed, *self.folder.glob(f"{folder.name}.damaged-*")):
+            shutil.rmtree(gone, ignore_errors=True)
 
     def _close_for_good(self, folder: Path) -> set[str] | None:
         """Closes a chat that is to be deleted; returns its texts' digests, None where they cannot be read."""
@@ -9190,15 +9437,34 @@ class Archive:
                     named = self._create(request, chat_id, deadline)
                 chat = loans.enter_context(self._registry.borrow(named))
             with chat.lock:
-                notes = chat.store.info.get("notes", [])
-                request = without_notes(request, notes)
-                alignment = (chat_id and align_appended(chat, request)) or align_request(chat, request)
-                if note := learned_note(chat, alignment, request):
-                    chat.store.commit(info={"notes": [*notes, note][-KEPT_NOTES:]})
-                    request = without_notes(request, [note])
-                    alignment = align_request(chat, request)
-                path = self._write_branch(chat, alignment, request)
+                path, request = self._place(chat, chat_id, request)
             yield chat, path, request
+
+    def _place(self, chat: Chat, chat_id: str, request: ChatRequest) -> tuple[list[str], ChatRequest]:
+        """The ids of a request's branch, which is written where the disk takes it, and the request without what this
+        chat has shown to be nobody's words; hold the chat's lock."""
+
+        def write() -> tuple[list[str], ChatRequest]:
+            """Finds the place, and writes what is new."""
+            notes = chat.store.info.get("notes", [])
+            spoken = without_notes(request, notes)
+            alignment = (chat_id and align_appended(chat, spoken)) or align_request(chat, spoken)
+            if note := learned_note(chat, alignment, spoken):
+                chat.store.commit(info={"notes": [*notes, note][-KEPT_NOTES:]})
+                spoken = without_notes(spoken, [note])
+                alignment = align_request(chat, spoken)
+            return self._write_branch(chat, alignment, spoken), spoken
+
+        try:
+            with chat.store.transaction():
+                return write()
+        except StoreDamaged:
+            raise
+        except StoreError as error:  # the turn goes on with what can be read
+            log_event("unwritten", f"A turn is not kept: {error}", level=logging.WARNING, chat=chat.id)
+            chat.store.catch_up()
+            with chat.store.in_ram(str(error)):
+                return write()
 
     def _located(self, request: ChatRequest, deadline: Deadline) -> str:
         """The id of the chat without an explicit id that a request's transcript continues; empty: none."""
@@ -9230,8 +9496,9 @@ class Archive:
                 self._adopt(parent, chat, lambda source: align_request(source, request))
             if located:
                 self._become(located, chat, lambda source: align_request(source, request), copy=not parent)
-            with chat.lock:  # before anyone else may look for it
-                self._write_branch(chat, align_request(chat, request), request)
+            if not chat_id:
+                with chat.lock:  # before anyone else may look for it
+                    self._write_branch(chat, align_request(chat, request), request)
         return named
 
     def _parent(self, request: ChatRequest) -> str:
@@ -9337,7 +9604,8 @@ class Archive:
             if rewordings != store.info.get("rewordings", 0):
                 # What is left by a single rewording may be a user's edit, which stays to be seen.
                 store.commit(info={"rewordings": rewordings}, dropped=left if rewordings > 1 else ())
-            self._registry.enter(chat, [m.id for m in messages])
+            if not store.unwritten:
+                self._registry.enter(chat, [m.id for m in messages])
         store.keep_recent(path)
         return path
 
@@ -9371,7 +9639,7 @@ class Archive:
                 if chat is None:
                     self._registry.create(chat_id, explicit=True)
                     chat = loans.enter_context(self._registry.borrow(chat_id))
-            with chat.lock:
+            with chat.lock, chat.store.transaction():
                 parent, fresh = chat.store.head, []
                 for turn in turns:
                     message = message_of_turn(parent, turn)
@@ -10490,6 +10758,8 @@ def diagnosis(
         return "notice", words, f"{SUMMARY_ADVICE} {advice_on(summaries['status'], upstream)}"
     if turn.get("outcome") == "degraded":
         reason = turn["why"].removeprefix("degraded; reason=")
+        if reason.startswith(UNKEPT):
+            return "trouble", reason, "Chats go on, but what is said now will not be remembered."
         return "notice", f"The last turn went without its full memory: {reason}", "The chat itself is not affected."
     return "ok", "OK", ""
 
@@ -10883,7 +11153,7 @@ class PromptBuilder:
     def _report(self, memory: TurnMemory, reused: float | None, started: float, tools: int = 0) -> PromptReport:
         """What went into a turn's prompt and why, which is also noted in log and metrics."""
         turn, layout, block = memory.turn, memory.turn.layout, memory.block
-        degraded = memory.recalled.degraded or short_of_room(layout, tools)
+        degraded = memory.recalled.degraded or turn.chat.store.unwritten or short_of_room(layout, tools)
         tokens = {
             "persona": layout.budget.persona, "memories": count_tokens(block) + MESSAGE_OVERHEAD if block else 0,
             "history": layout.history_tokens, "response": layout.budget.response, "story": memory.story.tokens,
@@ -11027,7 +11297,8 @@ class PersonaMemory:
     def chats(self) -> list[dict]:
         """A line for every chat, the last used first."""
         self.registry.start()
-        return [line | {"size": self.registry.size(line["chat_id"])} for line in self.registry.catalogue.chats()]
+        lines, registry = self.registry.catalogue.chats(), self.registry
+        return [line | {"size": registry.size(line["chat_id"])} | registry.standing(line) for line in lines]
 
     def state(self, chat_id: str = "") -> dict:
         """Whether anything is new, in a few bytes for a page that polls: counters that grow, and how things stand."""
