@@ -2881,18 +2881,21 @@ class ChatStore:
         summaries: Sequence[Summary] = (),
         facts: Sequence[Fact] = (),
         marked: Sequence[Message] = (),
+        marks: Mapping[str, Mapping[str, Mark]] = {},
     ) -> None:
         """Writes what is new or has changed (messages with parents first) in one durable transaction.
 
-        A message is written with the marks that its words have in this chat; the marks that it brings hold where they
-        have none yet. `marked` are stored messages whose words get the marks that these have. Summaries that cover
+        A message is written with the marks that its words have in this chat; the marks that it brings, and another
+        chat's `marks`, hold where they have none yet. `marked` are stored messages whose words get the marks that these
+        have. Summaries that cover
         words which are forgotten or reworded now are stale, except a user's own.
         """
         with self._database.use() as cache:
             with cache.transact():
                 self._catch_up(cache)
                 generation, known = self._generation + 1, {**self.info, **info}
-                marks = changed_marks(self.marks, messages, marked, time.time())
+                marks = {digest: some for digest, some in marks.items() if digest not in self.marks}
+                marks |= changed_marks(self.marks | marks, messages, marked, time.time())
                 messages = self._with_marks(cache, messages, marks)
                 rows = {f"k:{digest}": {n: asdict(m) for n, m in some.items()} for digest, some in marks.items()}
                 rows |= {row["id"]: row for row in self._rows(messages)}
@@ -8870,8 +8873,8 @@ class Archive:
                 s for s in every if len(texts & set(s.texts)) >= len(set(s.texts)) / (1 + (s.source == "user"))
             ]
             facts = [f for f in source.store.facts.values() if f.digest in texts]
-            family = source.store.family
-        target.store.commit(messages, {"family": family}, summaries=summaries, facts=facts)
+            family, marks = source.store.family, dict(source.store.marks)  # also of words that come back only later
+        target.store.commit(messages, {"family": family}, summaries=summaries, facts=facts, marks=marks)
         target.put_vectors(self._vectors.embedder.name, vectors)
 
     def without_instruction(self, request: ChatRequest, chat_id: str) -> ChatRequest:

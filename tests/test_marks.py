@@ -220,6 +220,20 @@ def test_a_branch_a_copy_and_an_import_take_marks_along(running, upstream):
     assert (row_of(running, 2)["forgotten"], row_of(running, 2)["pinned"]) == (False, True)
 
 
+def test_a_branch_that_changes_a_message_takes_the_marks_below_it_along(running, upstream):
+    """The words below the change come from the client, the marks from the chat that it was branched off."""
+    ask(running, upstream)
+    change(running, 3, forgotten=True)
+    change(running, 2, pinned=True)
+    body = {"chat_id": "other", "persona_memory": {"parent_chat_id": "tale"}}
+    messages = [PERSONA, *with_letter_changed(1), {"role": "user", "content": "Keep what away from whom?"}]
+    say(running.url, messages, stream=False, **body)
+    rows = call(running, "GET", "messages?limit=4", chat_id="other").json()["messages"]
+    assert [(row["pinned"], row["forgotten"]) for row in rows] == [(False, False)] * 2 + [(True, False), (False, True)]
+    prompt = "\n".join(m["content"] for m in upstream.last["body"]["messages"])
+    assert "The red key opens the crypt" in prompt and "away from the abbot" not in prompt
+
+
 def test_another_process_on_the_same_folder_sees_the_change(upstream, data_dir):
     """The generation counter tells it to catch up."""
     given = settings(data_dir, upstream.url, context=1024, no_guidance=True)
