@@ -4652,11 +4652,13 @@ def placed(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
         spots[digest].append(index)
     branch, found = tuple(texts), []
     for summary in summaries:
+        count = len(summary.texts)
+        rarest = min(range(count), key=lambda n: len(spots.get(summary.texts[n], ())))  # "ok" stands in many places
         free = 0
-        for start in spots.get(summary.texts[0], ()):
-            if start >= free and branch[start : start + len(summary.texts)] == summary.texts:
+        for start in (index - rarest for index in spots.get(summary.texts[rarest], ())):
+            if start >= free and branch[start : start + count] == summary.texts:
                 found.append(at_place(summary, start))
-                free = start + len(summary.texts)
+                free = start + count
     return found
 
 
@@ -9433,7 +9435,8 @@ def branch_facts(chat: Chat, path: Sequence[str], before: float) -> list[tuple[F
     pinned = sorted((i for i in newest.values() if indexes[i] < before), key=indexes.__getitem__, reverse=True)
     rows = [(pinned_fact(m, indexes[m.id]), None) for m in store.read(pinned)]
     changed: dict[str, list[Message]] = defaultdict(list)
-    for message in store.read(list(marked)):
+    told = {f.digest for f in store.facts.values()}
+    for message in store.read([n.id for n in marked.values() if n.digest in told]):
         changed[message.digest].append(message)
     facts = [f for f in store.facts.values() if all(still_quotes(f, m) for m in changed.get(f.digest, ()))]
     held = facts_of(facts, chat.texts(path), before)
