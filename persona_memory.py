@@ -2529,6 +2529,10 @@ OPEN_BRANCHES = 8  # branches of a chat that have a working memory
 KEPT_REPORTS = 50
 KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
 STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
+NEWER = "This chat was written by a newer version of persona_memory: install that to use it."
+NEWER_ROW = (
+    "s:newer"  # version 0.1.0 looks at no format, but stumbles over this summary's only field, and says its name
+)
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
 OWN_FOLDERS = ("chats", "catalogue", "characters")  # in the data folder
@@ -2771,7 +2775,7 @@ class ChatStore:
 
     def _read_all(self, cache: diskcache.Cache) -> None:
         if cache.get("format", STORE_FORMAT) > STORE_FORMAT:
-            raise StoreError("This chat was written by a newer version of persona_memory: install that to use it.")
+            raise StoreError(NEWER)
         self.tree = Tree()
         self._recent: OrderedDict[str, Message] = OrderedDict()
         self.info: dict[str, Any] = json.loads(cache.get("info", "{}"))
@@ -2789,7 +2793,8 @@ class ChatStore:
         if self.info and cache.get("format", 1) < STORE_FORMAT:
             self._upgrade(cache)
         for key, row in {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
-            self._take_over(key, row)
+            if key != NEWER_ROW:
+                self._take_over(key, row)
 
     def _upgrade(self, cache: diskcache.Cache) -> None:
         """Rewrites the rows of format 1 (version 0.1.0): marks were kept with each message alone, and summaries and
@@ -2814,7 +2819,9 @@ class ChatStore:
                 if "texts" in row and row["source"] != "user" and reworded & set(row["texts"]):
                     row["stale"] = True
                 cache[key] = json.dumps(row)
-            cache["format"] = STORE_FORMAT
+            self._generation += 1  # without a list of changes: other processes read the chat anew
+            cache["generation"] = self._generation
+            note_format(cache)
 
     def was_replaced(self) -> bool:
         """Whether another process has deleted the chat since it was opened, or made it anew."""
@@ -2911,7 +2918,7 @@ class ChatStore:
                 cache.delete(f"g:{generation - KEPT_GENERATIONS}")
                 cache["generation"] = generation
                 if generation == 1:
-                    cache["format"] = STORE_FORMAT
+                    note_format(cache)
                 if known != self.info:
                     cache["info"] = json.dumps(known)
             self.info, self._generation = known, generation
@@ -3078,6 +3085,12 @@ def messages_holding(database: Path, words: Sequence[str]) -> Iterator[Message]:
             text = message.content.casefold()
             if message.confirmed and not message.forgotten and all(word in text for word in wanted):
                 yield message
+
+
+def note_format(cache: diskcache.Cache) -> None:
+    """Has older programs refuse the chat."""
+    cache["format"] = STORE_FORMAT
+    cache[NEWER_ROW] = json.dumps({NEWER: ""})
 
 
 def row_key(key: str) -> str:
