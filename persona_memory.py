@@ -2530,9 +2530,8 @@ KEPT_REPORTS = 50
 KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
 STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
 NEWER = "This chat was written by a newer version of persona_memory: install that to use it."
-NEWER_ROW = (
-    "s:newer"  # version 0.1.0 looks at no format, but stumbles over this summary's only field, and says its name
-)
+# Version 0.1.0 looks at no format, but stumbles over a summary with an unknown field, and says its name.
+NEWER_ROW = "s:!"  # before all other summaries
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
 OWN_FOLDERS = ("chats", "catalogue", "characters")  # in the data folder
