@@ -976,7 +976,7 @@ def trees(draw) -> list[dict]:
         )  # fmt: skip
         words = draw(st.none() | SAID)
         rows.setdefault(key, pm.with_mark(made, pm.replace(made.mark, content=words)))
-    marks = pm.changed_marks({}, list(rows.values()), ())  # the same words have the same marks everywhere
+    marks = pm.changed_marks({}, list(rows.values()), (), 0.0)  # the same words have the same marks everywhere
     return [pm.with_mark(m, pm.mark_for(marks.get(m.digest, {}), m)) for m in rows.values()]
 
 
