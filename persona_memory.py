@@ -2891,6 +2891,9 @@ STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a ne
 UNKEPT = "Nothing new can be kept"
 WRITE_AGAIN_SECONDS = 5.0  # until a file that could only be read is tried again
 UNWRITTEN = sys.maxsize  # changes, where RAM may hold what the disk does not: the chat is read anew
+NEWER = "This chat was written by a newer version of persona_memory: install that to use it."
+# Version 0.1.0 looks at no format, but stumbles over a summary with an unknown field, and says its name.
+NEWER_ROW = "s:!"  # before all other summaries
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
 OWN_FOLDERS = ("chats", "catalogue", "characters")  # in the data folder
@@ -3215,7 +3218,7 @@ class ChatStore:
 
     def _read_all(self, cache: diskcache.Cache) -> None:
         if cache.get("format", STORE_FORMAT) > STORE_FORMAT:
-            raise NewerFormat("This chat was written by a newer version of persona_memory: install that to use it.")
+            raise NewerFormat(NEWER)
         self.tree = Tree()
         self._recent: OrderedDict[str, Message] = OrderedDict()
         self.info: dict[str, Any] = json.loads(cache.get("info", "{}"))
@@ -3233,7 +3236,8 @@ class ChatStore:
         if self.info and cache.get("format", 1) < STORE_FORMAT:
             self._upgrade(cache)
         for key, row in {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
-            self._take_over(key, row)
+            if key != NEWER_ROW:
+                self._take_over(key, row)
 
     def _upgrade(self, cache: diskcache.Cache) -> None:
         """Rewrites the rows of format 1 (version 0.1.0): marks were kept with each message alone, and summaries and
@@ -3258,7 +3262,9 @@ class ChatStore:
                 if "texts" in row and row["source"] != "user" and reworded & set(row["texts"]):
                     row["stale"] = True
                 cache[key] = json.dumps(row)
-            cache["format"] = STORE_FORMAT
+            self._generation += 1  # without a list of changes: other processes read the chat anew
+            cache["generation"] = self._generation
+            note_format(cache)
 
     @property
     def damaged(self) -> bool:
@@ -3358,12 +3364,14 @@ class ChatStore:
         facts: Sequence[Fact] = (),
         marked: Sequence[Message] = (),
         dropped: Sequence[str] = (),
+        marks: Mapping[str, Mapping[str, Mark]] = {},
     ) -> None:
         """Writes what is new or has changed (messages with parents first) in one durable transaction.
 
-        A message is written with the marks that its words have in this chat; the marks that it brings hold where they
-        have none yet. `marked` are stored messages whose words get the marks that these have. Summaries that cover
-        words which are forgotten or reworded now are stale, except a user's own. The messages `dropped` are taken out.
+        A message is written with the marks that its words have in this chat; the marks that it brings, and another
+        chat's `marks`, hold where they have none yet. `marked` are stored messages whose words get the marks that these
+        have. Summaries that cover words which are forgotten or reworded now are stale, except a user's own. The
+        messages `dropped` are taken out.
         """
         if self._in_ram:
             self._keep_in_ram(messages, info)
@@ -3372,7 +3380,8 @@ class ChatStore:
             with cache.transact():
                 self._catch_up(cache)
                 generation, known = self._generation + 1, {**self.info, **info}
-                marks = changed_marks(self.marks, messages, marked, time.time())
+                marks = {digest: some for digest, some in marks.items() if digest not in self.marks}
+                marks |= changed_marks(self.marks | marks, messages, marked, time.time())
                 messages = self._with_marks(cache, messages, marks)
                 rows = {f"k:{digest}": {n: asdict(m) for n, m in some.items()} for digest, some in marks.items()}
                 rows |= {row["id"]: row for row in self._rows(messages)}
@@ -3390,7 +3399,7 @@ class ChatStore:
                 cache.delete(f"g:{generation - KEPT_GENERATIONS}")
                 cache["generation"] = generation
                 if generation == 1:
-                    cache["format"] = STORE_FORMAT
+                    note_format(cache)
                 if known != self.info:
                     cache["info"] = json.dumps(known)
             self.info, self._generation = known, generation
@@ -3623,6 +3632,12 @@ def messages_holding(database: Path, words: Sequence[str]) -> Iterator[Message]:
             text = message.content.casefold()
             if message.confirmed and not message.forgotten and all(word in text for word in wanted):
                 yield message
+
+
+def note_format(cache: diskcache.Cache) -> None:
+    """Has older programs refuse the chat."""
+    cache["format"] = STORE_FORMAT
+    cache[NEWER_ROW] = json.dumps({NEWER: ""})
 
 
 def row_key(key: str) -> str:
@@ -5280,11 +5295,13 @@ def placed(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
         spots[digest].append(index)
     branch, found = tuple(texts), []
     for summary in summaries:
+        count = len(summary.texts)
+        rarest = min(range(count), key=lambda n: len(spots.get(summary.texts[n], ())))  # "ok" stands in many places
         free = 0
-        for start in spots.get(summary.texts[0], ()):
-            if start >= free and branch[start : start + len(summary.texts)] == summary.texts:
+        for start in (index - rarest for index in spots.get(summary.texts[rarest], ())):
+            if start >= free and branch[start : start + count] == summary.texts:
                 found.append(at_place(summary, start))
-                free = start + len(summary.texts)
+                free = start + count
     return found
 
 
@@ -9557,8 +9574,8 @@ class Archive:
                 s for s in every if len(texts & set(s.texts)) >= len(set(s.texts)) / (1 + (s.source == "user"))
             ]
             facts = [f for f in source.store.facts.values() if f.digest in texts]
-            family = source.store.family
-        target.store.commit(messages, {"family": family}, summaries=summaries, facts=facts)
+            family, marks = source.store.family, dict(source.store.marks)  # also of words that come back only later
+        target.store.commit(messages, {"family": family}, summaries=summaries, facts=facts, marks=marks)
         target.put_vectors(self._vectors.embedder.name, vectors)
 
     def without_instruction(self, request: ChatRequest, chat_id: str) -> ChatRequest:
@@ -10200,7 +10217,8 @@ def branch_facts(chat: Chat, path: Sequence[str], before: float) -> list[tuple[F
     pinned = sorted((i for i in newest.values() if indexes[i] < before), key=indexes.__getitem__, reverse=True)
     rows = [(pinned_fact(m, indexes[m.id]), None) for m in store.read(pinned)]
     changed: dict[str, list[Message]] = defaultdict(list)
-    for message in store.read(list(marked)):
+    told = {f.digest for f in store.facts.values()}
+    for message in store.read([n.id for n in marked.values() if n.digest in told]):
         changed[message.digest].append(message)
     facts = [f for f in store.facts.values() if all(still_quotes(f, m) for m in changed.get(f.digest, ()))]
     held = facts_of(facts, chat.texts(path), before)

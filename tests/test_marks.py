@@ -1,9 +1,12 @@
 """What users make of messages: other words, pins, forgetting, and taking all of that back."""
 
 import httpx
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 from chats import open_chat
 from fakes import LocalServer, branch_texts, say, settings
+from hypothesis import given
 
 import persona_memory as pm
 
@@ -199,6 +202,60 @@ def test_a_mark_is_one_speakers(data_dir):
     store.close()
 
 
+TEXTS, NAMES = ("ok", "The mule is sold.", "The red key."), (None, "Mira", "Tom")
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("say"), st.integers(0, 9), st.sampled_from(TEXTS), st.sampled_from(NAMES)),
+        st.tuples(st.just("mark"), st.integers(0, 9), st.sampled_from([pm.Mark(), pm.Mark(True), pm.Mark(False, True),
+                                                                       pm.Mark(content="Other words.")])),
+        st.tuples(st.just("reopen")),
+    ),
+    max_size=30,
+)  # fmt: skip
+
+
+@hypothesis.settings(max_examples=60)
+@given(steps=STEPS)
+def test_words_have_one_mark_on_all_branches_and_in_all_processes(tmp_path_factory, steps):
+    """Whatever is said and marked in whatever order, by two processes in turn: the newest mark of a speaker's words
+    holds for each message of these words, in RAM and on disk."""
+    folder = tmp_path_factory.mktemp("store") / "chat"
+    stores, said, newest = [pm.ChatStore(folder) for _ in range(2)], [pm.ROOT], {}
+    stores[0].commit(info={"chat_id": "tale"})
+    for number, (step, *what) in enumerate(steps):
+        store = stores[number % 2]
+        store.catch_up()
+        if step == "say":
+            place, text, name = what
+            message = pm.new_message(said[place % len(said)], "user", text, name)
+            if message.id not in store.tree.nodes:
+                store.commit([message])
+                said.append(message.id)
+        elif step == "mark" and len(said) > 1:
+            place, mark = what
+            (message,) = store.read([said[1:][place % (len(said) - 1)]])
+            store.commit(marked=[pm.with_mark(message, mark)])
+            others = [key for key in newest if key[0] == message.digest]
+            for _, name in others if not message.named else [k for k in others if k[1] in ("", message.named)]:
+                del newest[message.digest, name]
+            newest[message.digest, message.named] = mark
+        elif step == "reopen":
+            store.close()
+            stores[number % 2] = pm.ChatStore(folder)
+    for store in stores:
+        store.catch_up()
+        for message in store.read(said[1:]):
+            exact = newest.get((message.digest, message.named))
+            near = [
+                m for (digest, name), m in newest.items() if digest == message.digest and not (name and message.named)
+            ]
+            assert message.mark == exact if exact else message.mark in (near or [pm.Mark()])
+            node = store.tree.nodes[message.id]
+            assert (node.pinned, node.forgotten) == (message.pinned, message.forgotten)
+            assert (message.id in store.tree.marked) == (message.mark != pm.Mark())
+        store.close()
+
+
 def test_a_branch_a_copy_and_an_import_take_marks_along(running, upstream):
     """And what the chat says of the words already stays."""
     ask(running, upstream)
@@ -218,6 +275,20 @@ def test_a_branch_a_copy_and_an_import_take_marks_along(running, upstream):
     assert answer.status_code == 200, answer.text
     assert row_of(running, 0)["forgotten"] is True
     assert (row_of(running, 2)["forgotten"], row_of(running, 2)["pinned"]) == (False, True)
+
+
+def test_a_branch_that_changes_a_message_takes_the_marks_below_it_along(running, upstream):
+    """The words below the change come from the client, the marks from the chat that it was branched off."""
+    ask(running, upstream)
+    change(running, 3, forgotten=True)
+    change(running, 2, pinned=True)
+    body = {"chat_id": "other", "persona_memory": {"parent_chat_id": "tale"}}
+    messages = [PERSONA, *with_letter_changed(1), {"role": "user", "content": "Keep what away from whom?"}]
+    say(running.url, messages, stream=False, **body)
+    rows = call(running, "GET", "messages?limit=4", chat_id="other").json()["messages"]
+    assert [(row["pinned"], row["forgotten"]) for row in rows] == [(False, False)] * 2 + [(True, False), (False, True)]
+    prompt = "\n".join(m["content"] for m in upstream.last["body"]["messages"])
+    assert "The red key opens the crypt" in prompt and "away from the abbot" not in prompt
 
 
 def test_another_process_on_the_same_folder_sees_the_change(upstream, data_dir):

@@ -1006,6 +1006,54 @@ def test_an_edit_inside_a_range_retires_its_summary(small, chronicler):
     assert_sound(game.about(), game.contents)
 
 
+def changed_above(game: Game, change: str) -> Game:
+    """The same chat with a message above its second one: another one, none, or one more."""
+    other = edited(game, 1, "Line 5000: no such thing was ever said in this place.")
+    if change == "deletion":
+        del other.messages[game.first + 1]
+    elif change == "insertion":
+        other.messages.insert(game.first + 1, dict(game.messages[game.first + 1]))
+    return other
+
+
+@pytest.mark.parametrize("change", ["edit", "deletion", "insertion"])
+def test_a_change_above_the_story_costs_one_stretch(small, chronicler, change):
+    """What the other summaries cover still stands there: they stay as they are, at their new places."""
+    game = Game(small, "above")
+    game.until_told(5)
+    before = game.about()
+    asked, other = len(chronicler.summaries), changed_above(game, change)
+    look(other, chronicler)
+    after = other.about()
+    shift = {"edit": 0, "deletion": -1, "insertion": 1}[change]
+    assert len(chronicler.summaries) - asked <= 2
+    assert [s["text"] for s in after["story"][1:]][: len(before["story"]) - 1] == [
+        s["text"] for s in before["story"][1:]
+    ]
+    assert [s["start"] for s in after["story"]][:2] == [0, 4 + shift]
+    assert after["story"][0]["id"] != before["story"][0]["id"]
+    facts = {(f["text"], f["index"] + shift) for f in before["facts"] if f["index"] > 3}
+    assert facts <= {(f["text"], f["index"]) for f in after["facts"]}
+    assert_sound(after, other.contents)
+    kept = look(game, chronicler), game.about()
+    assert kept[1]["story"][0]["id"] == before["story"][0]["id"], "and going back brings the old one back"
+
+
+def test_a_users_words_are_kept_when_what_they_cover_changes(small, chronicler):
+    """They are told as long as the client shows what they are about; then the API shows them beside the new ones."""
+    game, own = Game(small, "kept"), "The lantern was never theirs."
+    game.until_told(2)
+    assert call(small.url, "PATCH", story_path(game), {"text": own}).status_code == 200
+    lower = edited(game, 5, "Line 5000: no such thing was ever said in this place.")
+    assert own in look(lower, chronicler), "nothing that it covers has changed"
+    other = edited(game, 2, "Line 5000: no such thing was ever said in this place.")
+    told = look(other, chronicler)
+    about = other.about()
+    assert own not in told and own not in about["summary"]
+    assert [(s["text"], s["source"], s["start"]) for s in about["replaced"]] == [(own, "user", 0)]
+    assert own in look(game, chronicler) and game.about()["replaced"] == []
+
+
 def test_a_swipe_of_the_newest_reply_keeps_the_story(small, chronicler):
     """It is below all that the story covers."""
     game = Game(small, "swipe")

@@ -83,6 +83,8 @@ def test_the_folder_is_of_the_new_format_then(old_data):
     pm.ChatStore(folder).close()
     assert rows_of(old_data, "format") == {"format": pm.STORE_FORMAT}
     assert len(rows_of(old_data, "k:")) == 3
+    with pytest.raises(TypeError, match="newer version"):  # so version 0.1.0 reads summaries
+        pm.Summary(**json.loads(rows_of(old_data, pm.NEWER_ROW)[pm.NEWER_ROW]))
     now = rows_of(old_data, "")
     store = pm.ChatStore(folder)
     assert {s.source for s in store.summaries.values()} >= {"model", "extract", "user"}
