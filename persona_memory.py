@@ -1992,6 +1992,7 @@ class Embedder:
         self._jobs: queue.PriorityQueue = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._started = threading.Lock()
+        self._closed = False
 
     def start(self) -> None:
         """Begins to load; a second call does nothing."""
@@ -2007,6 +2008,8 @@ class Embedder:
         if timeout is not None and not self.loaded.is_set():
             raise EmbedderUnavailable("embedder still loading")
         self._jobs.put((priority, next(self._numbers), list(texts), job))
+        if self._closed:
+            self._refuse_all()
         try:
             return job.result(timeout)
         except TimeoutError:
@@ -2019,6 +2022,21 @@ class Embedder:
         letters = [c for c in text if c.isalpha()]
         return self.name not in BUNDLED_EMBEDDERS or 2 * sum(c > LATIN_END for c in letters) <= len(letters)
 
+    def close(self) -> None:
+        """Answers nobody any more. Who waits goes on without vectors: the program could not end before."""
+        self._closed = True
+        self._refuse_all()
+        nobody: Future = Future()
+        nobody.cancel()
+        self._jobs.put((TURN, next(self._numbers), [], nobody))  # wakes the thread, which then ends
+
+    def _refuse_all(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                *_, job = self._jobs.get_nowait()
+                if job.set_running_or_notify_cancel():
+                    job.set_exception(EmbedderUnavailable("embedder closed"))
+
     def _run(self) -> None:
         try:
             model = load_sentence_transformer(self.name)
@@ -2030,7 +2048,7 @@ class Embedder:
             log_event("embedder_failed", words, level=logging.ERROR, model=self.name)
             model = None
         self.loaded.set()
-        while True:
+        while not self._closed:
             _, _, texts, job = self._jobs.get()
             if job.set_running_or_notify_cancel():
                 self._work(model, texts, job)
@@ -9089,7 +9107,8 @@ class Vectors:
             if not self._closed:
                 work(*args)
         except Exception as error:
-            note_failure("vectors_failed", "Vectors could not be computed", error, "")
+            if not self._closed:
+                note_failure("vectors_failed", "Vectors could not be computed", error, "")
 
     def _embed_awaiting(self, chat_id: str) -> None:
         with self._registry.lookup(chat_id) as chat:
@@ -9252,6 +9271,7 @@ class Vectors:
         """Ends the background's work; what it leaves undone is done when a chat is used again."""
         self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self.embedder.close()
 
 
 def newest_of(hashes: Sequence[str], nodes: Sequence[Node]) -> dict[str, str]:

@@ -301,3 +301,20 @@ def test_after_closing_no_model_is_asked(memory, monkeypatch):
     memory.summarizer.close()
     with pytest.raises(pm.UpstreamUnavailable):
         memory.summarizer._ask("m", "", True, [], 10)
+
+
+def test_the_end_waits_for_no_embedder(data_dir, shared_upstream, monkeypatch, caplog):
+    """Python joins a pool's thread before it ends: one that waits for a model that is still loading has to go on."""
+    loading, load = threading.Event(), pm.load_sentence_transformer
+    monkeypatch.setattr(pm, "load_sentence_transformer", lambda name: loading.wait(60) and load(name))
+    with LocalServer(settings(data_dir, shared_upstream.url), ready=False) as running:
+        vectors = running.server.memory.vectors
+        assert say(running.url, [PERSONA, *LONG, LONG[0]], chat_id="long").status == 200
+        wait_until(lambda: not vectors.embedder._jobs.empty(), "the background to want vectors")
+        (thread,) = vectors._thread._threads
+    thread.join(30)
+    assert not thread.is_alive()
+    with pytest.raises(pm.EmbedderUnavailable):
+        vectors.embedder.encode(["what comes too late"])
+    loading.set()
+    assert "could not be computed" not in caplog.text

@@ -27,34 +27,41 @@ def told(chat_id: str) -> list[dict]:
 
 
 class Gate:
-    """The real model, which answers nobody while the gate is shut; `entered` is released by each who asks."""
+    """The real model, which answers nobody while the gate is shut."""
 
-    def __init__(self, model):
-        self.model = model
-        self.open, self.entered = threading.Event(), threading.Semaphore(0)
-        self.open.set()
+    def __init__(self, model, is_open: threading.Event):
+        self.model, self.is_open = model, is_open
 
     def encode(self, *args, **kwargs):
-        self.entered.release()
-        assert self.open.wait(PATIENCE)
+        assert self.is_open.wait(PATIENCE)
         return self.model.encode(*args, **kwargs)
 
 
 @pytest.fixture
 def gate(monkeypatch):
-    """The gate before the embedder of every server that begins in the test."""
-    gate, load = Gate(None), pm.load_sentence_transformer
-
-    def gated(name: str) -> Gate:
-        gate.model = load(name)
-        return gate
-
-    monkeypatch.setattr(pm, "load_sentence_transformer", gated)
-    yield gate
-    gate.open.set()
+    """The gate before the embedder of every server that begins in the test; it is open at first."""
+    is_open, load = threading.Event(), pm.load_sentence_transformer
+    is_open.set()
+    monkeypatch.setattr(pm, "load_sentence_transformer", lambda name: Gate(load(name), is_open))
+    yield is_open
+    is_open.set()
 
 
-def test_a_turn_in_the_embedder_keeps_nobody_waiting(gate, data_dir, upstream, monkeypatch):
+@pytest.fixture
+def patient_turn(monkeypatch):
+    """Set as soon as a turn that may wait long stands in the embedder."""
+    stands, encode = threading.Event(), pm.Embedder.encode
+
+    def noted(self, texts, timeout=None, **how):
+        if timeout and timeout > PATIENCE / 2:
+            stands.set()
+        return encode(self, texts, timeout, **how)
+
+    monkeypatch.setattr(pm.Embedder, "encode", noted)
+    return stands
+
+
+def test_a_turn_in_the_embedder_keeps_nobody_waiting(gate, patient_turn, data_dir, upstream, monkeypatch):
     """While one chat's turn stands in the embedder, another chat has its turn, and the same chat another, a new chat
     begins, and what is kept can be read and changed."""
     with LocalServer(settings(data_dir, upstream.url, context=1024)) as running, ThreadPoolExecutor(1) as thread:
@@ -62,12 +69,11 @@ def test_a_turn_in_the_embedder_keeps_nobody_waiting(gate, data_dir, upstream, m
             assert say(running.url, told(chat_id), chat_id=chat_id).status == 200
             found = httpx.get(f"{running.url}/{API}/chats/{chat_id}/search", params={"q": "mule"}, timeout=PATIENCE)
             assert found.json()["unread"] == 0
-        gate.open.clear()
-        while gate.entered.acquire(blocking=False):
-            pass
+        gate.clear()
+        patient_turn.clear()  # a search is patient too
         monkeypatch.setattr(pm, "RECALL_SECONDS", PATIENCE)
         stuck = thread.submit(say, running.url, [*told("one"), *told("more")[1:]], chat_id="one")
-        assert gate.entered.acquire(timeout=PATIENCE)
+        assert patient_turn.wait(PATIENCE)
         monkeypatch.setattr(pm, "RECALL_SECONDS", 0.0)
         for chat_id, shown in (("two", [*told("two"), *told("on")[1:]]), ("one", told("one")), ("new", told("new"))):
             reply = say(running.url, shown, chat_id=chat_id)
@@ -80,7 +86,7 @@ def test_a_turn_in_the_embedder_keeps_nobody_waiting(gate, data_dir, upstream, m
         assert {"one", "two", "new"} < {line["chat_id"] for line in listed}
         assert httpx.delete(f"{running.url}/{API}/chats/new", timeout=PATIENCE).status_code == 200
         assert not stuck.done()
-        gate.open.set()
+        gate.set()
         reply = stuck.result(PATIENCE)
         assert reply.status == 200 and "late" not in reply.memory
         assert branch_texts(running.url, "two")[:2] == [MULE, told("two")[2]["content"]]
