@@ -58,6 +58,7 @@ FILLER = (
     "there is fog over the harbour this morning and the bell buoy sounds closer than it could possibly be",
     "supper is barley soup with leeks, a heel of rye bread and the last of the hard cheese from the market",
 )
+MARKS = [{"forgotten": True}, {"forgotten": True}, {"forgotten": False}, {"pinned": True}, {"pinned": False}]
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstv" for vowel in "aeiou"]
 MADE_UP = re.compile(r"zq(?:[bdfgklmnprstv][aeiou]){2}")
 
@@ -151,6 +152,7 @@ class Machine(RuleBasedStateMachine):
         self.requests: list[Request] = []
         self.unjudged: list[Request] = []
         self.forgotten: set[tuple[str, str, str]] = set()  # chat, role and text
+        self.pinned: set[tuple[str, str, str]] = set()
         self.marked = 0  # requests that there were when a mark was last changed
         upstream.reset()
         upstream.steer(reply=lambda body: self.text())
@@ -264,17 +266,19 @@ class Machine(RuleBasedStateMachine):
         first = chat.shown_next()
         chat.edit(first + place % (len(chat.chat) - first), self.line(short))
 
-    @rule(chat=chats, place=st.integers(0, 30), forget=st.sampled_from([True, True, False]))
-    def mark(self, chat, place, forget):
-        """A message is forgotten, or remembered again; the page can do that with the branch that was used last."""
+    @rule(chat=chats, place=st.integers(0, 30), mark=st.sampled_from(MARKS))
+    def mark(self, chat, place, mark):
+        """A message is forgotten or pinned, or no longer; the page can do that with the branch that was used last."""
         role, text = chat.chat[place % len(chat.chat)].role, chat.chat[place % len(chat.chat)].text
         path = f"/chats/{quote(chat.stored, safe='')}/messages"
         rows = self.api(path, limit=1000)["messages"] if chat.stored else []
         row = next((row for row in rows if (row["role"], row["content"]) == (role, text)), None)
         if row:
             url = f"{self.server.url}/api/persona_memory{path}/{row['id']}"
-            assert self.http.patch(url, json={"forgotten": forget}).status_code == 200
-            (self.forgotten.add if forget else self.forgotten.discard)((chat.stored, role, text))
+            assert self.http.patch(url, json=mark).status_code == 200
+            for name, value in mark.items():
+                marked = {"forgotten": self.forgotten, "pinned": self.pinned}[name]
+                (marked.add if value else marked.discard)((chat.stored, role, text))
             self.marked = len(self.requests)
 
     @rule(chat=chats, place=st.integers(0, 30), short=st.booleans())
@@ -334,6 +338,7 @@ class Machine(RuleBasedStateMachine):
             self.prompt_fits(request)
             self.prompt_shows_this_chat_only(request)
             self.forgotten_words_are_in_no_prompt(request)
+            self.pinned_words_are_told_once(request)
             self.history_is_the_end_of_the_chat(request)
         if requests and requests[-1].chat_id:  # an upstream's error names no chat
             self.whole_branch_is_listed(requests[-1])
@@ -341,8 +346,9 @@ class Machine(RuleBasedStateMachine):
         self.same_request_same_prompt()
 
     def card_and_newest_message_stand(self, request: Request):
-        card = leading(request.body["messages"])
-        assert request.prompt[: len(card)] == card
+        card, front = leading(request.body["messages"]), leading(request.prompt)
+        story = front[0]["content"].removeprefix(card[0]["content"])
+        assert [card[0], *front[1 : len(card)]] == card and (not story or story.strip().startswith(pm.STORY_HEADING))
         newest = [text for role, text in request.history if role == "user"][-1]
         sent = [message["content"] for message in request.prompt if message["role"] == "user"][-1]
         assert sent.endswith(newest)
@@ -361,6 +367,13 @@ class Machine(RuleBasedStateMachine):
         gone = {text for chat, _, text in self.forgotten if chat == request.chat_id}
         rest = [*texts_of(request.body["messages"]), *(text for text in request.texts if text not in gone)]
         assert words(texts_of(request.prompt)) <= words(rest)
+
+    def pinned_words_are_told_once(self, request: Request):
+        """Also where they stand in the chat more than once; the client's own prompt is as it is."""
+        whole, shown = "\n".join(texts_of(request.prompt)), "\n".join(texts_of(request.body["messages"]))
+        for chat, _, text in self.pinned:
+            if chat == request.chat_id and words([text]):
+                assert whole.count(text) <= max(1, shown.count(text))
 
     def history_is_the_end_of_the_chat(self, request: Request):
         """The chat's messages in the prompt are its newest ones, whole and in order, wherever the client cut them; a
@@ -408,7 +421,7 @@ class Machine(RuleBasedStateMachine):
 def test_random_games(upstream, data_dir):
     """Send, swipe, edit, delete, branch, stop, fail, retry, continue: in any order, over several chats."""
     with (
-        LocalServer(settings(data_dir, upstream.url, context=CONTEXT)) as server,
+        LocalServer(settings(data_dir, upstream.url, context=CONTEXT, no_guidance=True)) as server,
         httpx.Client(timeout=PATIENCE) as http,
     ):
         run_state_machine_as_test(lambda: Machine(server, upstream, http), settings=PROFILE)
