@@ -12246,6 +12246,9 @@ async function importFiles(files) {
         for (const { added } of answer?.chats ?? []) {
             toast(`${file.name}: ${added ? `${plural(added, 'message')} imported` : 'no new messages'}.`);
         }
+        const [first, ...others] = answer?.passed_over ?? [];
+        const more = others.length ? ` And ${others.length} more.` : '';
+        if (first) toast(`${file.name}, passed over: ${first.why}${more}`);
     }
     await live.refresh();
 }

@@ -205,6 +205,9 @@ def test_a_chat_goes_out_as_a_file_and_comes_in_again(visit, told, server):
     )
     expect(other.locator(".toast").last).to_have_text("Dropped.jsonl: no new messages.")
     expect(other.locator(".chats > li")).to_have_count(1)
+    half = {**chosen, "name": "half.jsonl", "buffer": b'{"mes": "Hm.", "is_user": true}\n{"mes": "cut'}
+    other.locator("input[type=file]").set_input_files(half)
+    expect(other.locator(".toast").last).to_contain_text("half.jsonl, passed over: line 2 is not valid JSON")
     other.locator("input[type=file]").set_input_files({**chosen, "name": "broken.json", "buffer": b"no chat"})
     expect(other.locator(".toast").last).to_contain_text("broken.json")
 
