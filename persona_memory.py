@@ -443,7 +443,8 @@ def bare_words(text: str) -> str:
     """What is left of a message's text when everything is taken off that clients show in one request and not in
     another: thoughts, blocks such as a status, and the speaker's name. The text itself where that is nothing."""
     words = without_blocks(without_thoughts(text))
-    words = words[found.end() :] if (found := NAME_PREFIX.match(words)) else words
+    while found := NAME_PREFIX.match(words):
+        words = words[found.end() :]
     return words if words.strip() else text
 
 
@@ -10570,7 +10571,7 @@ class PromptBuilder:
     def _report(self, memory: TurnMemory, reused: float | None, started: float, tools: int = 0) -> PromptReport:
         """What went into a turn's prompt and why, which is also noted in log and metrics."""
         turn, layout, block = memory.turn, memory.turn.layout, memory.block
-        degraded = memory.recalled.degraded or short_of_room(layout, tools)
+        degraded = "; ".join(filter(None, (memory.recalled.degraded, short_of_room(layout, tools))))
         tokens = {
             "persona": layout.budget.persona, "memories": count_tokens(block) + MESSAGE_OVERHEAD if block else 0,
             "history": layout.history_tokens, "response": layout.budget.response, "story": memory.story.tokens,
@@ -10591,10 +10592,10 @@ class PromptBuilder:
 
 
 def short_of_room(layout: Layout, tools: int) -> str:
-    """Why a prompt has no room for memories, where messages are not in it and the tools take that room; else empty."""
+    """Why a prompt has little room for memories, where messages are not in it and tools take that room; else empty."""
     if not tools or not layout.reach or layout.recalled >= memory_frame_tokens() + SMALLEST_MEMORY:
         return ""
-    return f"no room for memories: tools take {tools} tokens"
+    return f"tools take {tools} tokens and leave little room for memories"
 
 
 def composed(memory: TurnMemory, parts: Collection[str]) -> tuple[list[dict], int]:
