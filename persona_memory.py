@@ -5503,7 +5503,7 @@ MEMORY_HEADING = "[Earlier in this chat, oldest first. This is the past, for ref
 MEMORY_ENDING = "[End of memories]"
 CARRIED_HEADING = "[From another time, in another chat. Remembered, but not part of this story:]"
 FORGOTTEN = "…"  # what a forgotten message reads like
-SMALLEST_MEMORY = 24  # tokens; with less left beside the frame nothing is recalled
+LITTLE_ROOM = 64  # tokens beside the frame: one or two memories
 FRAME_MARGIN = MESSAGE_OVERHEAD + 4  # what sets the block apart: a message of its own, or white space
 NEIGHBOURS = 2  # messages apart at most, to stand in one excerpt
 
@@ -10593,7 +10593,7 @@ class PromptBuilder:
 
 def short_of_room(layout: Layout, tools: int) -> str:
     """Why a prompt has little room for memories, where messages are not in it and tools take that room; else empty."""
-    if not tools or not layout.reach or layout.recalled >= memory_frame_tokens() + SMALLEST_MEMORY:
+    if not tools or not layout.reach or layout.recalled >= memory_frame_tokens() + LITTLE_ROOM:
         return ""
     return f"tools take {tools} tokens and leave little room for memories"
 

@@ -182,7 +182,8 @@ def test_words_survive_any_dress(words, thought, tag):
     """However a client shows a reply: thoughts before it, a status behind it, the name in front."""
     plain = pm.make_turn(assistant(words))
     for dressed in (f"<{tag}>{thought}</{tag}>{words}", f"{words}\n<status>\n{thought}\n</status>", f"Mira: {words}",
-                    f"Mira: Robin: {words}", f"<{tag}>{thought}</{tag}>\n\nMira: {words}\n\n<status>{thought}</status>"):  # fmt: skip
+                    f"Mira: Robin: {words}",
+                    f"<{tag}>{thought}</{tag}>\n\nMira: {words}\n\n<status>{thought}</status>"):  # fmt: skip
         turn = pm.make_turn(assistant(dressed))
         assert turn.digest == plain.digest and f"<{tag}>" not in turn.content and turn.raw["content"] == dressed
 
