@@ -193,6 +193,9 @@ class Settings:
     emotion_model: str = setting(
         "", "text-classification model that reads feelings instead: a path or a hub name", "the built-in reader"
     )
+    forget_after: int = setting(
+        30, "days until forgotten words are erased from the disk and cannot be remembered again; 0 erases at once"
+    )
     no_guidance: bool = setting(False, "do not tell the model how the user feels", "off")
     api_key: str = setting(
         "",
@@ -390,6 +393,50 @@ def normalise(text: str) -> str:
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
 
 
+LONGEST_NAME = 60  # characters of a name in a frame
+UNSEEN = re.compile(  # control characters, halves of characters, and what turns the direction of writing
+    "[\\x00-\\x08\\x0e-\\x1b\\x7f-\\x84\\x86-\\x9f\\ud800-\\udfff\\u061c\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]"
+)
+OTHER_LINE_ENDS = re.compile("\\r\\n|[\\r\\v\\f\\x1c-\\x1e\\x85\\u2028\\u2029]")  # those of `str.splitlines`
+FRAME_OPENINGS = (  # how the lines begin that this program sets around what it tells a model
+    "Earlier in this chat", "End of memories", "From another time", "The story so far", "End of the story so far",
+    "Keep in mind",
+)  # fmt: skip
+FRAMING = re.compile(
+    r"""<(?=[|｜]) | (?<=[|｜])>  # ChatML, Llama 3, Phi, Command R, GLM, DeepSeek: <|im_end|>
+    | </?(?:s|bos|eos|pad|unk|sep|mask|img|image|system|user|assistant|human|bot|model|tool|think(?:ing)?)>
+    | </?(?:start|end|begin)_of_\w{1,20}> | </?tool_\w{1,20}> | <(?:unused|reserved|extra_id)_?\d{1,6}>  # Gemma, T5
+    | <</?SYS>> | \[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w{1,20}|THINK|IMG|[gs]?MASK|CLS|SEP|PAD|UNK|BOS|EOS)\]
+    | \#(?=\#{1,9}\s{0,9}(?:instruction|response|input|system|user|assistant|human)\b)  # Alpaca
+    | \[(?=[\W_]{0,9}(?:OPENINGS)\b)""".replace(
+        "OPENINGS", "|".join(re.sub(r"\W+", r"[\\W_]{1,9}", words) for words in FRAME_OPENINGS)
+    ),
+    re.IGNORECASE | re.VERBOSE,
+)
+HARMLESS = str.maketrans("<>[]#", "‹›()＃")
+
+
+def without_framing(text: str) -> str:
+    """The text with the control tokens of chat templates, and the lines that frame memories, in harmless brackets.
+
+    A backend that makes a prompt's text out of messages cannot tell such a token in a message from its own, and a model
+    cannot tell who closed a frame.
+    """
+    return FRAMING.sub(lambda found: found[0].translate(HARMLESS), text)
+
+
+def quoted(text: str) -> str:
+    """A text that is told within a frame: nothing unseen, no framing of its own, and further lines indented, so that
+    none can pass for a line of the frame."""
+    return without_framing(UNSEEN.sub("", OTHER_LINE_ENDS.sub("\n", text))).replace("\n", "\n  ")
+
+
+def one_line(text: str | None, limit: int = LONGEST_NAME) -> str:
+    """A name, or another label in a frame: one line of what can be seen, of so many characters at most."""
+    words = " ".join(UNSEEN.sub("", text or "").split())[:limit]
+    return without_framing(words).strip()
+
+
 def short_hash(*parts: str) -> str:
     """128 bits of SHA-256 over the parts, in hex."""
     raw = "\0".join(parts).encode("utf-8", "surrogatepass")
@@ -407,7 +454,7 @@ THOUGHTS = re.compile(
     re.S | re.I,
 )
 END_OF_THOUGHTS = re.compile(r"\A.*(?<!`)</(?:think|thinking|thoughts?|reasoning)>", re.S | re.I)  # without beginning
-BEGUN_THOUGHTS = re.compile(rf"^[ \t]*<(?:{THOUGHT}).*\Z", re.S | re.I | re.M)  # without end
+BEGUN_THOUGHTS = re.compile(rf"(?<!`)<(?:{THOUGHT}).*\Z", re.S | re.I)  # without end
 INLINE_TAGS = {"a", "b", "code", "em", "font", "i", "mark", "q", "s", "small", "span", "strong", "sub", "sup", "u"}
 OPENING_TAG = re.compile(r"<([A-Za-z][\w-]{0,40})(?:\s[^<>]*)?>")
 CLOSING_TAG = re.compile(r"</([A-Za-z][\w-]{0,40})>\Z")
@@ -465,6 +512,8 @@ class Mark:
     pinned: bool = False  # repeated in every prompt that does not show it
     forgotten: bool = False  # never recalled, summarised or restored
     content: str | None = None  # words that count as memory in place of the client's
+    erased: bool = False  # forgotten for good: the words are kept nowhere
+    at: float = field(default=0.0, compare=False)  # when it was made, in Unix seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -489,6 +538,7 @@ class Message:
     pinned: bool = False
     forgotten: bool = False
     voice: str | None = None  # who speaks, where the text itself begins with that name, as in group chats
+    erased: str = ""  # the words' digest, where they were forgotten for good
 
     @property
     def original(self) -> str:
@@ -498,12 +548,12 @@ class Message:
     @property
     def mark(self) -> Mark:
         """What a user has made of its words."""
-        return Mark(self.pinned, self.forgotten, None if self.shown is None else self.content)
+        return Mark(self.pinned, self.forgotten, None if self.shown is None else self.content, bool(self.erased))
 
     @property
     def digest(self) -> str:
         """What alignment compares: role and bare words, as the client shows them."""
-        return message_digest(self.role, bare_words(self.original))
+        return self.erased or message_digest(self.role, bare_words(self.original))
 
     @property
     def fingerprint(self) -> str:
@@ -543,7 +593,7 @@ class Node:
     role: str
     digest: str
     fingerprint: str  # of the text that counts as memory
-    shown: str  # the same of the client's words
+    shown: str  # the same of the client's words; empty where they were erased
     depth: int  # the first message of a chat has depth 0
     # What follows may change. It takes no part in comparing branches: a pinned message need not be indexed anew.
     order: int = field(compare=False)  # messages are numbered in the order in which the store first saw them
@@ -887,6 +937,7 @@ class LogFormatter(logging.Formatter):
     """Lines for people, or JSON with one object a line; keys never stand in either.
 
     A message is one line, whatever stands in a chat's id or in an upstream's words: control characters are escaped.
+    Further lines of a traceback are indented, since an error's words may pass for a line of the log.
     """
 
     def __init__(self, kind: str, secrets: Iterable[str] = ()):
@@ -901,6 +952,11 @@ class LogFormatter(logging.Formatter):
         """The line without its traceback."""
         record.message = CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], record.message)
         return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """The traceback."""
+        lines = super().formatException(ei).split("\n")
+        return "\n".join("  " + CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], line) for line in lines)
 
     def _object(self, record: logging.LogRecord) -> str:
         line = {
@@ -1041,458 +1097,138 @@ READ_LIMIT = 3000  # characters; of a longer text the first and the last half of
 # The words under "neutral" are what a body does without feeling: they tell narration from talk.
 LEXICON = {
     "joy": """
-        3 overjoyed ecstatic elated euphoric jubilant blissful thrilled delighted exhilarated radiant beaming adore
-          rejoice wonderful fantastic marvelous marvellous magnificent splendid delightful hooray hurray hurrah yay
-          woohoo yippee woo_hoo joyful joyous joyfully over_the_moon on_cloud_nine best_day tears_of_joy happy_tears
-          weep..joy cry..joy cry..happiness cry..laugh burst..laughing burst_out_laughing burst_into_laughter
-          jump..for_joy jump..with_joy squeal..delight squeal..joy squeal..excitement clap..delight love_you adore_you
-          heart..soar heart..sing heart..swell heart..flutter heart..leap heart..overflow on_top_of_the_world lmao rofl
-          lmfao could_kiss could_hug happiest luckiest made..day make..so_happy head_over_heels bliss euphoria ecstasy
-          mean..the_world mean..everything dream_come_true
-          never_felt_so_alive couldn't_ask_for_more can't_stop_smiling
-          can't_stop_laughing can't_stop_grinning happy_dance victory_dance what_a_relief
-        2 happy glad joy happiness delight cheerful cheery merry jolly gleeful glee excited excitement excitedly
-          exciting smile grin laugh laughter giggle chuckle beam cackle snicker smiling laughing grinning love loving
-          beloved darling sweetheart amazing awesome brilliant excellent incredible gorgeous beautiful lovely
-          fabulous superb perfect glorious hilarious funny amused amusing amusement fun enjoy enjoyed enjoyable
-          grateful gratefully gratitude thankful thank thanks appreciate proud pride proudly relieved relief hopeful
-          optimistic celebrate celebration cheer cheers congratulations congrats bravo win victory triumphant
-          triumphantly haha hahaha hahahaha hehe heehee hihi lol xd charming adorable cute sweet sweetest affectionate
-          affectionately fondly fond tenderly tender cuddle snuggle nuzzle kiss hug embrace twirl giddy bubbly
-          playful playfully bliss content contented contentedly contentment cosy cozy dance..around bounce
-          skip..down skip..along hum..happily wag..tail purr coo swoon eyes..sparkle eyes..light eyes..shine
-          eyes..twinkle eyes..gleam eyes..glow eyes..bright face..light face..brighten face..glow light_up
-          lights_up can't_wait cannot_wait can_not_wait look..forward look_forward high_five fist..pump pump..fist
-          pumps_the_air punches_the_air throw..arms_around fling..arms_around wrap..arms_around lean..into..touch
-          lean_into rest..head..shoulder lay..head..shoulder good_news great_news good_job great_job well_done nice_job
-          nice_work feel..better feel..alive feel..at_home worth_it worth_every lucky blessed bless miracle butterflies
-          in_love fell..for_you fall..for_you crush_on be_mine marry_me proud_of best_friend hero savior saviour
-          you_did_it i_did_it we_did_it did_it we_won i_won you_won we_made_it made_it nailed_it so_good
-          so_much_better thank_god thank_goodness thank_heavens warm_glow warmth warmly cherish treasure admire
-          impressed impressive respect..you welcome_home home_at_last yes_yes finally_free free_at_last
-          not_bad no_complaints sings_happily wink flirt..back
-          beams_with dimples chortle guffaw titter belly_laugh snort..laughter laugh..hard laugh..loud
-          laugh..tears giggles_uncontrollably do..dance little_dance dances_around jig
-          good_luck best_luck happy_for got_the_job passed_the got_in_to stay_safe stay_strong can_hardly_wait we_did
-          helpful you_rock you_rule what_fun sounds_fun so_fun legend how_sweet how_lovely how_wonderful how_nice
-          how_kind over_joyed beyond_happy weight_off burden_lifted tears_of_happiness never_leave_you..love
-          yours_forever hear_hear to_us to_victory to_friendship raise..glass raise..tankard raise..mug clink
-          clap..back pat..shoulder pat..head scratch..behind..ears boop poke..playfully nudge..playfully spin..around
-          leap..for_joy jump_up_and_down bounces_on clap..hands bring..hands_together twirl..around dance..joy
-          throw..confetti blow..kiss peck..cheek hold_you_close squish glomp snuggles_up nestle tail..wagging
-          tail..wag ears..perk perk_up whoop holler whistle..happily whistle..cheerfully skip..beat..love
-        1 good great nice best better well fine hope enjoyable pleased pleasant pleasure pleasing like_you
-          favorite favourite friend warm cool welcome kind kindness comfort comforting comfortable safe_now
-          peaceful peace serene bright brightly lively lighthearted blush flirt flirty flirtatious tease teasingly
-          teasing mischievous mischievously smirk hum giggly interested entertained satisfied satisfying satisfaction
-          yum yummy delicious tasty savour savor gift present treat holiday birthday wedding festival feast
-          ok_with agree exactly true wish trust care caring support dear honey sweetie babe congratulate
-          encouraging encourage eager eagerly enthusiastic enthusiastically enthusiasm cuddly soft_smile aww awww aw
-          pat..back ruffle..hair hold..close stroke..hair stroke..cheek caress squeeze..hand take..hand squeal
-          yes! yes_please of_course gladly sure_thing promising inspiring inspired inspire graceful elegant
-          genius clever talented wise praise compliment adventure paradise heaven heavenly sunshine relax relaxed
-          relaxing sigh..contentedly sigh..happily sigh..contentment sigh..relief sigh..dreamily exhale..relief
-          breath..relief breathe..relief tail_wags desire want_you need_you long_for_you
-          like liked i_like luck interesting positive super sharing finally sounds_good sounds_great sounds_lovely
-          no_worries fair_enough safe tickle tickled merrily chin_up worth gracious noble hooked finest prefer_you
-          admirable
-        3 cancer_free all_clear she_said_yes he_said_yes it's_a_girl it's_a_boy we're_going_home going_home we're_safe
-          you_got_in i_got_in favourite_sound favorite_sound best_day_ever best..ever
-        2 newborn anniversary engaged ears..pink cheek..pink cheek..warm go..pink hide..smile hide..grin fight..smile
-          bite_back..grin bite_back..smile corner..mouth bite..smile hand_in_hand swing..hand forehead..against
-          rest..forehead..yours nose..nose you_came you're_home you're_back that's_my_girl that's_my_boy my_girl
-          stay_forever don't_go_yet full_marks champion trophy ribbon dance..kitchen dance..street slow_dance
-          arms_in_the_air arms_up wheeze toast..to here's_to first_time_since melt so_sweet so_happy mine_forever
-          let's_celebrate can_breathe_again breathe_again breath..finally wiggle unwind happily_ever home_sweet_home
-          you_remembered saved_you proudest beam..at yours_truly giddily squee smooch
-        1 dance sing sang song whistle fiddle spin puppy kitten picnic beach pancake strawberry cake cookie candle
-          blanket squeeze hold..hand cuddled snug sigh..happy squeak purring flutter dearest sunrise
-          garland bells ring..bells finish_line together lullaby
+        3 overjoyed ecstatic elated euphoric jubilant blissful thrilled delighted joyful joyous adore rejoice wonderful
+          fantastic marvellous marvelous magnificent delightful hooray hurray woohoo yay yippee happiest luckiest
+          love_you tears_of_joy weep..joy cry..joy cry..laugh over_the_moon on_cloud_nine dream_come_true best_day
+          happy_for
+        2 happy glad joy delight bliss cheerful merry jolly gleeful glee excited excitement smile grin laugh laughter
+          giggle chuckle beam cackle love beloved darling sweetheart amazing awesome brilliant excellent incredible
+          gorgeous beautiful lovely fabulous superb splendid perfect glorious hilarious funny amused amusing fun enjoy
+          grateful thankful thank thanks proud pride relieved relief hopeful celebrate cheer congratulations congrats
+          bravo win won victory triumphant haha hehe lol lmao adorable cute sweet affection fond tender cuddle snuggle
+          kiss hug embrace giddy playful content cosy cozy can't_wait look..forward good_news well_done good_job
+          best_friend did_it made_it thank_god thank_goodness whoop squeal cherish treasure admire impressed appreciate
+          eyes..sparkle eyes..shine eyes..light face..light heart..soar heart..swell heart..flutter heart..leap
+          jump..joy clap..hands throw..arms purr hero bless great_job nice_job nice_work great_news good_luck stay_safe
+          helpful made..day impressive sweetest exciting excite genius happiness charming legend not_bad blessed
+          so_good so_much_better in_love welcome_home high_five feel..better wag..tail nuzzle twirl bounce eyes..bright
+          light_up lean..into aww heehee hahaha congratulate eyes..twinkle face..glow free_at_last
+        1 good great nice best better well fine hope pleased pleasant pleasure favourite favorite friend warm welcome
+          kind comfort peace peaceful bright tease wink hum dance sing skip whistle satisfied yum delicious tasty gift
+          treat agree wish trust care dear honey babe eager inspire clever talented lucky luck like interesting cool
+          safe worth yes! finally gladly relax blush fair_enough positive worth_it enthusiasm entertain satisfying
+          satisfy sunny sounds_good sounds_great promising squeeze..hand hold..close birthday giggly lively playfully
         """,
     "sadness": """
-        3 heartbroken devastated grief grieve grieving mourn mourning sob weep bawl despair despairing miserable
-          misery anguish anguished inconsolable bereft desolate hopeless suicidal wretched heartbreak heartbreaking
-          broken_heart break..heart heart..break heart..broken heart..shatter heart..ache heart..sink burst_into_tears
-          burst..tears break_down_in_tears break..sobbing cry..eyes_out cry..to_sleep tears..stream tears..roll
-          tears..fall tears..run tears..spill tears..well tears..cheek tears..face tears..eyes eyes..tears eyes..tear_up
-          well..tears fill..tears brim..tears fight..tears blink..tears hold..tears choke..tears wipe..tears
-          wipe..tear wipe..eyes single_tear lone_tear all_my_fault i_failed fail..you lost_everything nothing_left
-          want_to_die wish..dead wish_i_was_dead wish_i_were_dead can't_go_on can't_do_this_anymore cannot_go_on
-          no_reason_to_live give_up_on_life all_alone so_alone never_coming_back isn't_coming_back not_coming_back
-          miss..so_much wish_you_were_here gone_forever rest_in_peace cried_myself cry_myself sorrow sorrowful
-          sorrowfully mournful mournfully
-          your_loss my_condolences condolences broke..heart never_came_back never_came_home never_came_to
-          didn't_make_it did_not_make_it not_going_to_wake never_wake_up drown..sorrow end_it_all tear..slip
-          tear..roll tear..run tear..fall tear..trickle tear..slide tear..drip tear..streak tear..stain tear..glisten
-        2 sad sadden saddened sadly sadness unhappy cry tears tearful tearfully teary depressed depressing depression
-          gloomy gloom lonely loneliness lonesome melancholy melancholic forlorn dejected despondent downcast
-          crestfallen downhearted disheartened discouraged disappointed disappointing disappointment disappoint
-          regret regretful remorse remorseful guilt guilty ashamed shame sorry apologize apologise apology
-          apologies heartache ache hurt wounded pain painful suffer sniffle whimper..sadly wail lament
-          pining miss_you misses_you miss_him miss_her miss_them miss_home missed_you homesick abandoned
-          abandon worthless useless failure unloved unwanted empty emptiness numb hollow tragic tragedy tragically
-          unfortunate unfortunately pity pitiful pitifully somber sombre sullen sulk mope pout..sadly blue..mood
-          feel..down feeling_down feel_low feel..empty feel..nothing left_me leave_me_alone..dark lost_her lost_him
-          lost_them lost_my lose..you losing_you lost_you passed_away died funeral grave graveside buried bury
-          goodbye farewell last_time..see tear_up choke..up choked_up voice..break voice..crack voice..catch
-          lip..quiver lip..tremble lower_lip chin..quiver chin..tremble shoulders..slump shoulders..sag
-          shoulders..droop shoulders..shake head..hang hang..head bow..head..shame drop..gaze ears..droop tail..droop
-          ears..flatten..sad smile..fade smile..falter smile..vanish smile..disappear smile..drop smile..die grin..fade
-          light..fade..eyes face..fall face..crumple sad_smile smile_sadly bitter_smile bittersweet wistful wistfully
-          hug..knees curl..up..ball curl_into_a_ball curl..bed slump..wall slide..down..wall sink..floor
-          sink..knees fall..knees collapse..knees bury..face bury..hands stare..blankly stare..nothing..eyes
-          stare_at_the_floor stare_at_the_ground stare_at_her_feet stare_at_his_feet look..feet look_away..sad gone_now
-          used_to_be..happy it's_over it_is_over it's_hopeless no_use what's_the_point what_is_the_point why_bother
-          give_up gave_up given_up can't_take_it can't_cope can't_sleep_at_night don't_matter doesn't_matter_anymore
-          nobody_cares no_one_cares no_one_loves nobody_loves no_one_would_miss nobody_would_miss nobody_came
-          no_one_came forgot_my_birthday forgot_about_me forgotten nobody_remembered my_fault..dead forgive_me
-          please_forgive so_sorry i'm_sorry too_late..now had_to_bury boo_hoo waah waaah forsaken betrayed..trusted
-          humiliated embarrassed mortified sigh..sadly sigh..heavily let..you_down let..everyone_down let..down
-          look_down..sad heavy_heart broken defeated defeat desolation woe moan..grief cries_out..grief
-          dead..because_of_me i_miss never_see..again never_hear..again voice_thick..tears voice_breaks
-          loss poor suffering hurt_me hurts_me hurt_you feel_terrible feel_awful feel_horrible feel..bad feels_bad
-          feel_like_a_failure no_family nobody_left no_one_left not_good_enough never_good_enough not_okay not_ok
-          not_fine don't_belong no_friends left_behind left_out broke_up dumped turned_me_down rejected rejection
-          wasn't_invited not_invited died_inside dead_inside why_me i_tried tried_everything didn't_call never_called
-          never_said_goodbye gone..forever slow_tears wet_eyes eyes..wet eyes..glisten eyes..glassy eyes..red
-          eyes..puffy eyes..hollow eyes..dull watery_eyes eyes..water misty_eyed choked_sob let_out_a_sob stifle..sob
-          shoulders..heave shaking_with_sobs rocks_back_and_forth stares_into_space stare..into_the_distance
-          voice..barely voice..small voice..hollow voice..flat voice..thick voice..hoarse whisper..brokenly brokenly
-          mutter..sadly looks_away look..away swallow..lump lump..throat weight..chest crush..spirit lay_down_and_die
-        1 alas lost lose losing alone gone miss missing sigh frown pout lament tired weary exhausted drained worn_out
-          sorely weak unlucky poor..thing poor_thing sick_of_life dull bleak bitter faded fade hopelessly weakly
-          wish_things had_been if_only wish_i_had wish_i_could used_to grieved hospital cancer dying die dead death
-          goodnight_forever rain..alone hug_me hold_me lonely_night silence..years without_you without_her
-          without_him shouldn't_have..left should_have_been_me should_have_been_there too_late over_now slump sag
-          droop hang_my_head down upset distant quietly..tears softly..crying sobbing sniff awkward awkwardly
-          embarrassing embarrassment shamefully sheepishly bad terrible..day rough_day rough_week hard_day long_day
-          mess..up messed_up screwed_up failed fail
-          hard rough mistake disaster oops unhappily never_again..see unlike_before silence pillow..hug nobody
-        3 miscarriage stillborn gravestone headstone tombstone only_one_left last_one_left last_of_her last_of_his
-          last_of_my no_one_comes nobody_comes better_off_without i'm_a_burden just_a_burden not_enough wasn't_enough
-          never_enough stop_looking..for empty_chair empty_cradle empty_bed empty_seat empty_house
-          wish_he_could wish_she_could one_more_day one_more_time so_tired_of
-          tired_of_trying want_to_disappear
-        2 widow widower orphan orphaned wreath urn hospice terminal lost..hope no_hope forgot..voice hollow_laugh
-          lower..eyes eyes_downcast lower..head forehead..window forehead..glass knees_to..chest knees_to..chin
-          draw..knees pull..knees press..lips_together wipe..face wipe..nose quiet..voice goes_quiet goes_very_quiet
-          just_friends moved_on move_on_without left_on_read by_myself on_my_own never_got_to never_told
-          never_once_said should_have_said should_have_been should_have_held would_have_been
-          used_to_be used_to_dance used_to_sing used_to_call there_used_to_be in_another_life another_life
-          deserve_better doesn't_matter voicemail
-          his_jacket his_coat his_watch her_coat still_waits wait..for_nobody won't_come_back couldn't_save
-          tried_to_save gone_cold went_cold never_came never_wrote no_answer packed..things let_go..hand
-          burned_down nothing_tastes not_hungry wither wilt no_one_writes nobody_writes couldn't_hold_on let_her_go
-          let_him_go
-        1 cemetery coffin ashes photograph photographs memory memories lantern river..go winter autumn rain silent
-          old_soldier once_had anymore dust quietly slowly closed shut last four_years years_ago remember
+        3 heartbroken devastated grief grieve mourn sob weep despair miserable misery anguish inconsolable bereft
+          hopeless suicidal wretched heartbreak sorrow condolences break..heart heart..ache heart..sink burst..tears
+          tears..eyes eyes..tears tears..cheek tears..face well..tears fill..tears so_alone all_alone miss..so_much
+          rest_in_peace cry..to_sleep your_loss so_sorry
+        2 sad sadden unhappy cry tears tearful depressed depressing depression gloom gloomy lonely loneliness
+          melancholy dejected downcast crestfallen disheartened disappointed disappointing disappointment regret
+          remorse guilt guilty ashamed sorry apologise apologize apology ache hurt wounded pain painful suffer sniffle
+          wail miss_you miss_him miss_her miss_them miss_home homesick abandon worthless useless failure unwanted empty
+          emptiness numb hollow tragic tragedy unfortunate unfortunately pity pitiful funeral grave bury buried goodbye
+          farewell pass_away passed_away died widow orphan wistful voice..crack voice..break lip..quiver lip..tremble
+          chin..tremble shoulder..slump shoulder..sag head..hang smile..fade face..fall choke..up lump..throat
+          heavy_heart give_up what's_the_point no_use nobody_cares no_one_cares my_fault broken defeated humiliated
+          reject left_behind coming_back too_late last_time wipe..eyes knees..chest i_miss let..down feel..bad
+          nothing_left not_enough rejection look_away look..away hug..knees curl..up bow..head stare..floor
+          voice..small voice..hollow voice..flat sink..knees blink..tears tear..eye disappoint dump no_friends
+          by_myself on_my_own mope sulk feel..empty tear_up tear..roll single_tear goodnight
+        1 alas lose lost loss alone gone miss sigh pout tired weary exhausted down upset bad hard rough mistake fail
+          dead die death hospital cancer memory remember without nobody used_to if_only wish_i silence fade anymore
+          never_again embarrass awkward disaster poor shame i_tried unlucky would_have_been should_have deserve_better
+          weak bitter bleak dull oops look..down
         """,
     "anger": """
-        3 furious enraged livid outraged irate seething seethe rage fury wrath wrathful incensed infuriated infuriating
-          infuriate fuming hate hatred loathing despise fuck fucker motherfucker bastard bitch asshole arsehole cunt
-          damn_you screw_you fuck_you fuck_off piss_off go_to_hell burn_in_hell rot_in_hell shut_up shut_your_mouth
-          shut_the how_dare dare_you get_out get_out_of_my_sight get_out_of_my out_of_my_face out_of_my_sight
-          get_away_from_me stay_away_from me_alone leave_me_alone see..red boil..blood blood..boil make..blood_boil
-          fed_up sick_of_your sick_of_you sick_of_this sick_and_tired had_enough enough_of_this enough_of_your
-          lose..temper lost..temper snap_at i'll_kill kill_you i_will_kill make_you_pay will_pay you'll_pay pay_for_this
-          you'll_regret tear_you_apart rip..apart wring..neck throttle slam..door slam..fist slam..hand slam..table
-          slam..desk slam..down slam..shut slam..wall bang..fist pound..fist pound..table punch..wall kick..door
-          kick..chair kick..wall throw..across throw..against throw..wall throw..floor hurl..across hurl..at hurl..wall
-          smash..against smash..wall smash..floor smash..glass flip..table flips_the_table clench..fist clench..jaw
-          clench..teeth fist..clench jaw..clench jaw..tighten jaw..set teeth..clench grit..teeth grind..teeth
-          gritted_teeth clenched_teeth bare..teeth bare..fangs nostrils..flare eyes..blaze eyes..narrow narrow..eyes
-          eyes..burn eyes..flash shake..with_rage shake..with_anger shaking_with_fury tremble..rage tremble..fury
-          tremble..anger red_with_rage face..red..anger spit..venom veins..bulge vein..throb storm..out stomp..out
-          storm..off stomp..off grab..collar grab..throat shove..against slap..face slap..hard liar traitor you_lied
-          lied_to_me you_betrayed betrayed_me betrayed_us stab..back backstab backstabber stfu wtf_is_wrong
-        2 angry anger angrily mad pissed annoyed annoying annoy irritated irritating irritate irritation frustrated
-          frustrating frustration aggravated aggravating exasperated exasperation resent resentful resentment hostile
-          hostility hostile spite spiteful vengeance revenge avenge vengeful indignant indignantly offended insulted
-          insult bitterly glare scowl snarl growl hiss sneer snap bark roar bellow yell shout scream_at yell_at
-          seethes huff bristle glower grumble mutter..curse swear..under curse stomp storm shove slam smash punch
-          slap kick throttle strangle stupid idiot idiotic moron fool imbecile dumbass jackass prick dick jerk scum
-          coward liar lying lies cheat cheater betray betrayal traitorous damn dammit damnit goddamn hell bullshit
-          crap shit ridiculous unacceptable unfair outrageous pathetic nonsense ugh_stop stop_it stop_that
-          cut_it_out knock_it_off don't_touch_me do_not_touch_me don't_you_dare back_off how_could_you how_can_you
-          what_were_you_thinking what's_wrong_with_you what_is_wrong_with_you are_you_kidding are_you_serious
-          are_you_insane are_you_stupid are_you_deaf none_of_your_business mind_your_own not_funny isn't_funny
-          never_forgive won't_forgive can't_forgive don't_forgive last_straw enough_is_enough for_the_last_time
-          i_told_you i_said_no who_do_you_think no_right lost..patience losing..patience run..out_of_patience
-          patience..thin test..patience cold_fury through_gritted cross..arms fold..arms arms_crossed roll..eyes
-          rolls_her_eyes throw..hands_up throws_up_his_hands point..finger..at jab..finger get_lost buzz_off
-          take_that_back drop_dead shut_it ruin..everything ruined_everything ruin stole_my your_fault
-          all_your_fault blame..you because_of_you..dead demand fight fighting attack threaten menacing menacingly
-          glaring cold_stare stare_daggers ice_in..voice voice..cold voice..ice wtf ffs hypocrite selfish arrogant
-          used_me using_me lied_to manipulate manipulative toxic grr grrr argh arghh gah
-          suck sucks shitty ass waste_of can't_stand cannot_stand don't_like not_true false racist boring who_asked
-          nobody_asked no_one_asked did_it_again you_always you_never keep_interrupting don't_care_about_anyone
-          pay_dearly going_to_pay gonna_pay you'll_be_sorry will_regret regret_this apologize_before break_your_bones
-          break_your_neck break_your take_your_hands hands_off keep_your_hands get_off_me let_go_of_me let_me_go
-          unhand out_of_my_way get_your get_that_thing give_it_back give_me_back give_that_back drives_me_crazy
-          drive..mad drive..insane driving_me gets_on_my_nerves on_my_nerves last_nerve rub..wrong_way treat_me_like
-          talk_to_me_like speak_to_me_like call_me_that say_that_again one_more_word another_word not_another_word
-          no_excuse no_excuses stop_lying stop_laughing stop_acting stop_treating stop_being stop_telling treachery
-          treason incompetent insolent insolence impudent disrespect disrespectful disgrace smack punches spit..face
-          bare..claws claws..extend hackles..rise hackles..raise fur..bristle ears..pin lash..tail tail..lash
-          pace..furiously pace..angrily draw..sword draw..blade draw..dagger point..sword raise..axe bring..axe..down
-          stab..into snatch yank crush..can crumple..letter crumple..paper tear..letter tear..contract rip..letter
-          rips_up tears_up vows_revenge through_her_teeth through_his_teeth face..darken expression..darken
-          voice..rise voice..low..dangerous dangerously_low ice_cold icy icily cold_eyes stern sternly scold scoff
-          mocking mockingly accuse accusingly snappish hands_on_hips tap..foot
-        1 upset cross disagree wrong problem complain complaint argue argument blame fault stop enough impatient
-          impatiently cold coldly harsh harshly sharp sharply sarcastic sarcastically dumb crazy worse worst lame
-          stubborn rude mean blunt bluntly hit break stab strike..down tch tsk hmph hmpf pfft bah bother disapprove
-          unbelievable how_many_times excuse_me kidding_me refuse never_again whatever tsks tuts
-          don't_believe nope fake irrelevant unjust injustice unpopular wrong_with_you sigh..frustration groan
-          groan..frustration eye_roll get_it_together no_more stop_it_now deserve
-        3 watch_your_tone watch_your_mouth wipe_that_smirk wipe_that_smile have_the_nerve the_nerve
-          sold_me_out sold_out behind_my_back choke_on_it swear_to_god you_promised you_swore
-          don't_you_walk don't_tell_me don't_lecture don't_patronize do_not_lecture try_me don't_call_me
-          stop_calling_me i'm_done_with so_done_with i'm_done had_it_with had_it_up say_it_again lied_to..face
-          to_my_face muscle..jaw jaw..work jaw..twitch jaw..flex nails..palms
-          lips..thin lips..white thin_line
-        2 thief murderer oathbreaker tyrant brat snap..in_two fling..at fling..feet throw..at
-          lunge crush..fist jab..chest stalk..up_and_down vein..temple vein..forehead you_think_this you_think_you_can
-          you_think_i do_you_think_i not_your_decision get_your_hands get_off_my stay_off touch..again
-          back_away_from_her blocked reported every_single_time every_single_day oh_brilliant oh_wonderful oh_great
-          oh_please how_convenient thanks_for_nothing good_for_you give_me_a_break you_let_her you_let_him you_let_me
-          you_stole you_stood you_burned you_used you_knew..let you_forgot you_chose you_sold you_killed
-          you_had_a_choice you_had_no how_could who_did_this who_dares dares you_dare that's_it i_quit
-          where's_my_money explain_yourself explain_now let_me_at is_this_my_thanks this_is_my_thanks
-          call_that_an morons fools cowards unleash riot
-        1 murder order blood..hands excuse excuses rip grind..out tear..off torn..off bang pound fists finger..chest
-          honour lie lecture again! hits growling patronize cheated stole steal
+        3 furious enraged livid outraged irate seethe rage fury wrath infuriate fuming hate hatred despise fuck bastard
+          bitch asshole arsehole cunt damn_you screw_you fuck_off piss_off go_to_hell shut_up how_dare get_out
+          leave_me_alone fed_up sick_of sick_and_tired had_enough i'll_kill kill_you pay_for_this regret_this slam
+          clench..fist clench..jaw clench..teeth grit..teeth jaw..clench fist..clench jaw..tighten eyes..blaze
+          eyes..narrow narrow..eyes you_lie lie_to_me liar traitor fuck_you shut_the i'm_done get_out_of_my how_can_you
+          motherfucker
+        2 angry anger mad pissed annoy irritate irritation frustrate frustration aggravate exasperate resent resentment
+          hostile spite vengeance revenge avenge indignant offend insult bitterly glare scowl snarl growl hiss sneer
+          snap roar bellow yell shout storm shove smash punch slap kick throttle strangle stupid idiot moron fool
+          imbecile jerk scum coward betray betrayal cheat damn dammit goddamn hell bullshit crap shit ridiculous
+          unacceptable unfair outrageous pathetic nonsense stop_it stop_that don't_touch you_dare back_off
+          how_could_you wrong_with_you are_you_kidding are_you_serious your_business not_funny never_forgive last_straw
+          enough who_do_you_think your_fault blame demand threaten attack fight hypocrite selfish arrogant disrespect
+          disgrace insolence incompetent can't_stand the_nerve roll..eyes cross..arms wtf ffs grr argh give_it_back
+          don't_tell_me let_go_of_me thanks_for_nothing boring suck sucks dumb dumbass ass shitty racist fake toxic
+          false ruin manipulate manipulative accuse mock curse waste_of don't_like not_true you_always you_never
+          i_told_you no_right stop_being out_of_my_way every_single prick jackass stomp huff bare..teeth nostril..flare
+          throw..hands point..finger hands_on_hips knuckle..crack to_my_face spit_it_out let_me_go hands_off stay_away
+          jaw..set lips..thin voice..cold
+        1 upset cross disagree wrong problem complain argue fault stop! harsh sharp rude mean stubborn crazy worse worst
+          lame hit break stab tear rip throw fling bang pound murder steal thief excuse lie deserve refuse whatever
+          swear hmph tsk again! don't_believe irrelevant excuse_me argument lecture nope blunt insist impatient
         """,
     "fear": """
-        3 terrified terrifying terror horrified petrified panic panicked panicking panicky dread dreading dreadful
-          afraid scared scary scare frightened frightening fright fear fearful fearfully horror nightmare
-          scream..terror scream..fear shriek..fear scared_to_death scare..to_death scared_stiff frozen_in_fear
-          freeze..fear freeze..terror paralyzed..fear paralysed..fear shake..like_a_leaf shake..fear tremble..fear
-          shiver..fear cower huddle..corner back..into..corner back..away back..against..wall press..against..wall
-          scramble..back scramble..away scoot..back stumble..backward stumble..back hide..behind hide..under
-          crouch..behind hold..breath heart..pound heart..race heart..hammer heart..stop heart..skip..fear heart..thud
-          heart..in..throat blood..cold blood..ice blood..drain color..drain colour..drain face..pale go..pale
-          turn..pale turn_white white_as_a_sheet break..cold_sweat cold_sweat spine..tingle shiver..spine
-          chill..spine hair..stand_on_end hairs..neck goosebumps knees..weak knees..shake knees..knock knees..buckle
-          hands..shake hands..tremble fingers..tremble voice..tremble voice..shake voice..quiver trembling_voice
-          don't_kill please_don't_hurt don't_hurt_me please_don't_kill help_me somebody_help someone_help
-          is_anyone_there who's_there who_is_there run_for run_for_your_life we_have_to_run we_need_to_run
-          we_have_to_hide going_to_die gonna_die we're_all_going_to_die they're_coming it's_coming they_found_us
-          they'll_kill he'll_kill she'll_kill it'll_kill they'll_find he'll_find something's_out_there
-          something_out_there someone's_watching being_watched being_followed following_us following_me eek aaaah
-          aaah aah panic_attack can't_breathe cannot_breathe
-          don't_dare not_dare dare_not right_behind_you it's_behind behind_you make_it_stop knows_where_i_live
-          freak..out freaking_out heard_it_breathing hear_it_breathing something_moved something_is_moving
-          moved..in..dark someone_is_in someone's_in_the in_the_walls scared_out_of out_of_my_mind_with
-          going_to_kill_us going_to_kill_me gonna_kill going_to_find_us don't_feel_safe not_safe isn't_safe
-          never_felt_so_afraid wake..screaming white_knuckles knuckles..white grip..seat shake..uncontrollably
-          tremble..uncontrollably shaking_like trembling_like breath..hitch breath..quicken breath..catch..throat
-          breathe..fast hyperventilate heart..beat..fast heart..beating heart..jump heart..lurch throat..tighten
-          throat..dry mouth..dry teeth..chatter legs..shake legs..tremble legs..give frozen_in_place frozen_with
-          freeze..in_place freezes_in_place rooted..spot pressed_against..hide
-        2 anxious anxiously anxiety nervous nervously worried worry worrying worriedly uneasy unease apprehensive
-          apprehension alarmed frantic frantically spooked creepy creeped eerie ominous menace danger dangerous
-          threat cowardly timid timidly tremble shiver shudder quiver quake shake..head..no cringe..away flinch
-          whimper cower shrink..away shrink..back recoil..fear wince..fear flee run_away hide hiding trapped cornered
-          helpless helplessly vulnerable desperate desperately tense tensely on_edge edge_of..seat jump..at_the
-          startle..awake gulp swallow..hard swallow..nervously swallow..thickly sweat..palms palms..sweat
-          palms_sweaty wring..hands fidget..nervously fidget bite..nails chew..nails bite..lip..nervously
-          bite..lip..anxiously glance..over_shoulder look..over_shoulder glance..over..shoulder look..over..shoulder
-          eyes..dart darting_eyes wide..with_fear wide..with_terror eyes..fear eyes..terror clutch..tightly
-          cling..to clutch..arm grip..arm..tightly pull..blanket..head pulls_the_blanket pulls_the_covers
-          stomach..knot stomach..drop stomach..churn..fear pit..stomach what_if something's_wrong something_is_wrong
-          something's_not_right bad_feeling don't_leave_me don't_go don't_leave please_don't_go stay_with_me
-          don't_let_them don't_let_him don't_let_go i_can't_look did_you_hear what_was_that_noise what_was_that_sound
-          keep_quiet be_quiet..hear shh..hear they'll_hear it_heard hear_us it's_too_dark in_the_dark footsteps
-          shadow..move growl..dark monster ghost haunted demon..coming stalker stalk
-          paranoid phobia intimidated intimidating horrifying hysterical stammer stutter..fear voice_shaking
-          freaked worried_about worried_sick no_no_no please_no oh_no oh_god_oh_god get_away_from_it stay_back
-          stay_away keep_away go_away..please leave_me_alone..please they_know they_found be_found lock_the_doors
-          bar_the_door barricade close_the_door..quick take_cover get_down peek..out peer..nervously
-          step_back..nervously back_up..slowly ears..flat..head tail_tucked tail..between..legs huddle cling
-          hug..tightly..scared whisper..terrified whisper..fearfully tremulous shakily_breathes jittery jumpy
-          beyond_scared terrorized petrify shadows..creep crawl..under run..away run_away_from hide_from hide_from_him
-          lurk lurking prey hunted predator wolf..closer not_alone..here we're_not_alone we_are_not_alone
-        1 concern concerned careful caution cautious cautiously wary warily hesitant hesitantly hesitate tense
-          unsure insecure shy shyly pale dark..alone scream shriek beware escape survive risky risk suspicious
-          shaky shakily freeze frozen shaking emergency please_stop..hurting bomb gun..head blood knife..throat
-          run! hurry quick quickly..hide weapon beg plead unsafe timid
-        3 don't_move don't_make_a_sound not_a_sound don't_look_at_it don't_look_down don't_turn_around there's_someone
-          there's_somebody someone_in..house somebody_in..house somebody_is_in someone_has_been somebody_has_been
-          was_locked home_alone call_the_police pick_up_pick_up no_please don't_make_me_go
-          don't_hang_up don't_leave_me_here can't_go_in voice..thread press..flat flatten..against..wall doesn't_dare
-          did_not_dare dare..breathe not_breathe doesn't_breathe barely_breathe hands..won't_stop shaking_so
-          pulse..race heart..fast heart..mouth sweat..lip sweat..brow sweat..forehead count..to_ten squeeze..eyes_shut
-          hide_now want_to_die..not don't_want_to_die
-        2 biopsy abnormal test..back diagnosis tumour tumor mayday sos breach sirens siren intruder scratching
-          creak..stairs creak..door footprints basement crypt trapdoor scarecrow claw claws fang fangs
-          spider ambush patrol dogs..hear hunts hunts_by find_us find_me find_you sniff..door
-          breathe..neck breath..neck drag..itself gone_silent went_silent too_quiet whisper..name same_car behind_me
-          behind_us behind_him behind_her at_the_window at_the_gate outside_the_door on_the_stairs under_the_bed
-          in_the_wall in_the_corner in_the_closet end_of_the_bed turn_off_the_light lights..flicker
-          light..flicker torch..out candle..out something_in something's_in it_moved it_knows they_have_dogs cut_rope
-          can't_feel can't_move can't_get_out let_me_out hold_on..rope clutch..sleeve clutch..hand grip..rail
-          grip..arm cling..arm clutch..blanket clutch..teddy edge..back backs_away back..from_the
-          shrink..into swallow..voice hasn't_come hasn't_called
-          where_is_she..late take_us take_me_back should_not_be_here shouldn't_be_here
-          never_should_have_come what_are_you_going_to_do please_tell_me please_don't please_sir i_swear_i pray prayer
-          prayers what_do_you_want..from_me will_shoot they'll_shoot shoot_us he'll_kill_me braced brace turbulence
-          oxygen falling
-        1 knife gun rifle alarm surgery hospital..hours verdict interview locked creak shadow shadows dark darkness
-          growl howl wolves wolf witch cellar graveyard midnight screaming trap tunnel corpse surround closer
-          breathing ice..crack groan..ice thunder knock knocks
+        3 terrified terrify terror horrified horror petrified panic dread afraid scared scary scare frighten fright
+          fear fearful nightmare cower heart..pound heart..race heart..hammer blood..cold cold_sweat hands..shake
+          hands..tremble knees..shake voice..shake voice..tremble don't_hurt help_me who's_there out_there
+          being_watched follow_me can't_breathe going_to_die panic_attack run_for horrify scream..fear
+        2 anxious anxiety nervous worry worried uneasy unease apprehensive alarmed frantic spooked creepy eerie ominous
+          menace danger dangerous threat timid tremble shiver shudder quiver quake flinch whimper flee run_away hide
+          trapped cornered helpless vulnerable desperate tense on_edge gulp swallow..hard hold..breath go..pale
+          turn..pale back_away stumble..back press..wall glance..shoulder look..shoulder eyes..dart cling..to clutch
+          what_if something's_wrong bad_feeling don't_leave_me don't_go please_no oh_no footstep shadow monster ghost
+          haunted demon stalk paranoid phobia stammer freak..out stay_back did_you_hear be_quiet keep_quiet cautious
+          concerned alarm freeze frozen beg please_don't behind_me behind_you no_no_no knuckles..white breath..hitch
+          heart..stop heart..beat..fast blood..drain shrink..back curl..ball goosebumps hair..stand teeth..chatter
+          stomach..drop stomach..knot throat..dry mouth..dry throat..tighten in_the_dark not_safe worry_about dreadful
+          fidget grip..tight huddle crouch sweat..palm
+        1 careful beware hush shh quick hurry run dark darkness scream blood knife please noise behind closer kill
+          breathe shake whisper don't_move trap escape peek creak lurk threaten_you howl unsafe risk
         """,
     "surprise": """
-        3 astonished astonishing astonishment astounded astounding amazed amazement flabbergasted dumbfounded
-          stunned shocked shocking speechless thunderstruck startled startling surprised surprise surprising
-          surprisingly gobsmacked bewildered unbelievable unexpected unexpectedly incredulous incredulously gasp..shock
-          gasp..surprise gasp..amazement jaw..drop jaw..floor drop..jaw mouth..agape mouth..open mouth..hang
-          mouth..drop gape eyes..widen eyes..wide wide_eyed eyes..bulge eyes..round eyes..saucers blink..surprise
-          blink..disbelief blink..confusion blink..twice eyebrow..shoot brow..shoot brows..shoot brow..raise
-          eyebrows..raise raise..eyebrows..surprise eyebrows..rise brows..rise does_a_double_take do..double_take
-          double_take no_way can't_believe cannot_believe couldn't_believe can_not_believe don't_believe_it
-          didn't_expect did_not_expect never_expected wasn't_expecting was_not_expecting never_thought
-          never_imagined never_would_have_guessed never_would_have_thought out_of_nowhere out_of_the_blue
-          off_guard taken_aback blow..mind mind_blown blew_my_mind oh_my_god oh_my_gosh oh_my_goodness omg omfg
-          holy_shit holy_crap holy_cow holy_moly good_heavens good_lord good_gracious well_i_never i'll_be_damned
-          you're_kidding you_are_kidding you're_joking you_must_be_joking you've_got_to_be_kidding are_you_for_real
-          since_when wait_what what_the_hell..is what_the_heck where_did_you_come_from where_did_that_come_from
-          plot_twist who_would_have_thought who_knew of_all_people of_all_places never_seen..like
-          drop..glass..shock stare..disbelief stare..shock stare..shocked stare..disbelieving
-          disbelief shock lost_for_words i_have_no_words words_fail_me out_of_thin_air
-          would_i_have_expected never_would_i didn't_see_that not_see_that_coming never_saw_that_coming
-          had_it_all_wrong make_no_sense couldn't_be..real it_couldn't_be caught_by_surprise take..by_surprise
-          take..aback
-        2 gasp astonish astound wow whoa woah huh wha whaa whaaat whaat what?! eh gosh gee blimey crikey
-          jeez yikes bewilderment confused confusing confusion confuse baffled baffling puzzled puzzling perplexed
-          perplexing mystified stun startle double_takes blink..rapidly sudden suddenly abruptly strange strangely
-          weird odd oddly bizarre curious curiously curiosity intrigued intriguing wonder wondering impossible
-          how_is_that_possible how_is_this_possible how_can_that_be that_can't_be this_can't_be it_can't_be
-          that's_not_possible that's_impossible it_is_you is_it_really_you is_that_really_you is_that_really
-          is_this_real for_real seriously really? you_did_what he_did_what she_did_what they_did_what you_what
-          he_what she_what what_do_you_mean what_happened..here how_on_earth what_on_earth why_on_earth
-          what_in_the_world how_did_you how_did_he how_did_she no_idea had_no_idea..you you_knew you're_alive
-          you_are_alive he's_alive she's_alive you're_the you're_pregnant you're_a_what i_thought_you_were
-          i_thought_you_died thought_you_were_dead just_realized just_realised realize realise it_was_you_all_along
-          all_along all_this_time you_mean_to_tell freeze..mid_step freeze..mid stop..in..tracks stop_dead
-          stop_short nearly_drop almost_drop nearly_choke almost_choke nearly_fall..chair spit..drink spits_out
-          sputter splutter choke..on..drink choke..on..tea choke..coffee drop..cup drop..book drop..tray stagger..back
-          step_back..shock do_a_double tilt..head cock..head..confusion scratch..head raise..eyebrow raise..brow
-          hand..over..mouth hand_flies_to hands_fly_to cover..mouth clap..hand..mouth came_as_a revelation
-          twist..never_saw never_saw..coming didn't_see..coming did_not_see..coming actually_works it_worked it_moved
-          popped_up appear_out_of what_the jump..in_surprise yelp boggle do_my_eyes_deceive dumbstruck
-          expect expected not_what_i_expected i_thought_you thought_you_were thought_you'd thought_it_was no_clue
-          wide_open what_just_happened did_that_just did_you_just did_he_just did_she_just is_that_a_tail where_am_i
-          how_did_i_get how_did_that you_never_told_me never_told_me you_kept_it after_all_these_years it's_you
-          it_really_is_you is_that_you can_talk it_talks it_speaks you_can_see_me turned_into transform vanish_into
-          disappear_into appears_from materialize what_is_going_on what's_going_on what_is_happening what's_happening
-          what_happened by_the_gods by_the_stars great_scott holy_hell my_goodness my_word goodness_me good_god
-          gods_above dear_lord heavens heavens_above bloody_hell what_the_fuck well_well blink..owlishly
-          stares_at_you..shock head_snaps_up eyes..snap..open sit..up..suddenly sit..bolt stops_in_her_tracks
-          stops_in_his_tracks freezes_mid nearly_drops raise..eyebrows arches_an_eyebrow arch..brow arch..eyebrow
-          quirk..eyebrow quirk..brow double-take take_a_step_back
-        1 suddenly unreal mysterious interesting sure_about_that blink stare..at..what hmm unusual
-          rare remarkable extraordinary apparently turns_out unclear what_is_this what_is_that what's_this
-          what's_that who_are_you which..mean understand..why don't_understand didn't_know never_knew did_you_know
-          i_wonder how_come whatever_happened guess_what magic_trick
-          realized not_sure don't_know know_why thought doubt clue whichever ?_what
-        3 wait_you wait_so wait_since wait_when hold_on_you hold_up hang_on you're_telling_me you_mean_to_say
-          mean_to_say say_what come_again did_not_see_that didn't_see_that_coming had_no_clue no_clue_you
-          nobody_told_me no_one_told_me you_never_said well_i'll_be bless_my_soul knock_me_down who'd_have_thought
-          had_never_expected no_one_had_expected nobody_had_expected eyebrows..climb eyebrows..vanish
-          eyebrow..up stare..mouth lips_parted it_can_talk looks_again counts_again
-          checks_again reads..twice checks..again blinks_again count..again check..again blink..again see_that_coming
-          not_see_that
-        2 halfway_to stop..chewing stop..mid mid_sentence mid_step mid_bite slip..from..fingers slip..out_of..fingers
-          fall..from..fingers shatter..tiles shatter..floor lets_go..astonishment drop..spoon drop..fork drop..phone
-          drop..keys drop..bag drop..everything jump..a_foot nearly_walk almost_fall whirl..around spin..around..who
-          you_can_talk you_speak you_married you're_married you're_engaged not_possible
-          since_when_do already? for_once all_at_once it_can't twin twins turned_out turns_out_you
-          it_turned_out by_itself on_its_own never_before had_never had_always_been
-          supposed_to_be i_expected had_expected i_never_thought i_never_expected i_didn't_know_that
-          never_knew_you i_never_knew how_in_the_world how_did is_that_my is_that_mine you_were_here who_said_that
-          you're_the_one is_gone it's_gone just_gone are_you_sure..same it's_alive it_fits
-          stammer..thought
-        1 instead somehow actually literally sorry_what hidden secret disguise genie wink vanish..into blank
-          of_all_the for_real? huh? eh? me? twice open..mouth stare
+        3 surprised surprise shocked shocking astonish astonishment astound stunned flabbergasted dumbfounded
+          speechless startled gobsmacked omg oh_my_god my_god no_way can't_believe cannot_believe unexpected jaw..drop
+          mouth..open eyes..wide eyes..widen what_the_hell what_the_heck you're_kidding you're_joking since_when
+          mind_blown gape out_of_nowhere disbelief surprising surprisingly holy_shit holy_crap oh_my_goodness
+          oh_my_gosh good_lord good_god plot_twist never_thought blow..mind
+        2 gasp amazed amazement wow whoa woah huh what?! gosh blimey crikey bewilder confuse confusion baffle puzzle
+          perplex stun startle sudden suddenly strange weird odd bizarre curious curiosity intrigue wonder impossible
+          unbelievable seriously really? for_real how_is_that how_did no_idea realise realize blink double_take
+          stop_dead freeze..mid nearly_drop almost_drop raise..eyebrow tilt..head i_thought_you expected never_seen
+          twist didn't_know is_that_you it's_you come_again turned_out who_knew all_along what_on_earth how_on_earth
+          hold_on hang_on wait_what wait_you you_what jump..back what_is_going_on what's_going_on what_is_happening
+          what's_happening what_happened what_do_you_mean no_clue did_you_just this_can't_be it_can't_be that_can't_be
+          that's_impossible did_you_know don't_understand what_is_this what's_this what_is_that what's_that who_are_you
+          thought_it_was thought_you_were all_this_time never_expected didn't_expect stagger..back cover..mouth
+          hand..mouth stare..at sit..bolt choke..on stop..tracks step_back..shock for_once mean_to_tell you're_alive
+          you're_the
+        1 mysterious unusual rare hmm apparently turn_out actually somehow never_knew doubt stare twice guess_what
+          all_at_once by_itself already wait secret unclear why remarkable extraordinary unreal clue not_sure
+          don't_know interesting know_why thought me?
         """,
     "disgust": """
-        3 disgusted disgusting disgust disgustedly revolting revolted revolt..stomach repulsed repulsive repulsion
-          repugnant nauseating nauseated nauseous nausea vomit puke gag retch barf sickening sickened vile loathsome
-          foul putrid rancid abhorrent abomination grotesque make..sick makes_me_sick made_me_sick make..skin_crawl
-          skin..crawl stomach..turn stomach..churn stomach..heave turn..stomach churn..stomach want_to_throw_up
-          want_to_vomit throw_up threw_up going_to_be_sick gonna_be_sick might_be_sick be_sick going_to_hurl
-          gonna_hurl feel..sick wrinkle..nose wrinkles_her_nose scrunch..nose nose..wrinkle crinkle..nose hold..nose
-          pinch..nose cover..nose lip..curl curl..lip lips..curl face..twist..disgust grimace..disgust recoil..disgust
-          shudder..disgust shudder..revulsion revulsion eww ewww eww_eww ew ewwww bleh blech yuck yucky icky gross
-          grossed grossest nasty ick spit..on..ground spit..at..feet spits_it_out spit..it_out spit..out..food bile
-          taste..bile swallow..bile can't_stomach cannot_stomach can't_even_look can't_bear_to_look
-          can't_stand_the_smell reek stench stink filthy filth slimy maggot maggots rotten rotting
-          get_it_off what_is_that_smell what's_that_smell what_died smells_like_death smell..awful smell..horrible
-          smell..terrible smell..rotten taste..like_dirt taste..awful taste..horrible taste..terrible taste..disgusting
-          you_disgust you_repulse repulse sicken you_sicken
-          what_died..here i'd_rather_drink covered_in_slime covered_in_shit covered_in_mud covered_in_blood..ew
-          crawling_with crawl..with_flies crawl..with_bugs swarm..flies festering fester lick..floor ate_it_off
-          spit..soup spit..wine spit..back bleurgh blargh eugh urk hurl..lunch lose..lunch dry_heave heaves gag..smell
-          choke..stench nose..in_disgust lip..disgust turn..nose_up hold..breath..stink at_arm's_length
-          tainted..touch wipe..kiss..off want_to_scrub scrub..off shudder..distaste makes..gag made..gag
-        2 distaste distasteful contempt contemptuous contemptuously disdain disdainful disdainfully loathe abhor detest
-          awful horrid hideous ugly obscene perverted pervert pervy creep lecherous sleazy slime sludge mucus snot
-          pus vermin cockroach roach cockroaches rat..food sewage sewer garbage trash dirty mold mould moldy mouldy
-          mildew grimy grubby tainted corrupt depraved degenerate despicable unsanitary unhygienic greasy oozing
-          ooze rot decay corpse carcass entrails guts..spill infested worm worms grime soiled shameful shameless
-          scrub..hands scrub..skin wipe..hand..on wipe..mouth..back push..plate_away pushes_the_plate shove..plate_away
-          turn..away..from_the_smell back_away..grimace keep_it_away keep_that_away don't_touch_that grimace
-          make..a_face makes_a_face pull..a_face pulls_a_face turn..green turns_green look..green sneer..disgust
-          horrible appalling appalled unnatural inhuman cruel..sick how_can_you_eat you_eat_that you_ate_that
-          eat_that hair_in_my in_my_soup in_my_food never_wash ought_to_be_ashamed beneath_me no_shame bugh blegh
-          ugh ughh urgh
-          lice louse flies fly..soup bugs bug..mattress bedbugs fleas flea cesspit cesspool latrine toilet outhouse
-          swill slop dung manure feces faeces poop piss pee pissed..on belch burp fart drool spittle earwax scab
-          boil..pus warts toad..lick bloated sour..milk spoiled curdled expired stale stained stain hairy..food
-          unwashed never_bathe last_bathe last_wash when_did_you_last vomited vomiting regurgitate chew..open leer
-          ogle grope predatory unsavory unsavoury crass vulgar tasteless sickly queasy
-        1 cringe cringy sick terrible unpleasant bad_taste stinky smelly smell sticky recoil wince worst whore slut
-          lewd creepy inappropriate disturbing weirdo freak trashy tacky sweaty unclean
-          worse weird ridiculous shame rude_noises
-        3 who_does_that wouldn't_touch would_not_touch rather_starve rather_eat barge_pole
-          wash_my_hands want..shower need..shower need..bath makes_me_want_to_wash want_to_wash
-          feel..dirty lower_than can't_look_at_you can't_share don't_breathe_on can't_swallow
-          couldn't_swallow still_twitching hair_in_it gone_bad went_bad gone_off gone_green thumb_and_forefinger
-          scrape..tongue scrub..cheek scrub..tongue breathe_through sleeve..nose shirt..nose hand..nose
-          sleeve..mouth brrr bleugh get_it_out_of_my_hair
-        2 crust clump chunk chunks scum grease hairball toenail toenails toenail_clippings nail_clippings spit saliva
-          phlegm diaper diapers nappy plunger clog leech slug grub grubs larva larvae parasite parasites fungus
-          squelch slurp twitch wriggle wriggling squirm blob jelly gelatinous clammy putrefy bloat sour dripping tick
-          ticks roaches rat rats tissue bandaid band-aids eyeball guts tongue..cheek
-          lick..spoon lick..knife lick..plate pick..nose pick..teeth pick..scab pop..pimple pimple
-          eat_with..mouth mouth_open..chew chew..mouth_open sneeze..into spit..into cough..into sweat..drip armpit
-          feet..smell smell_of_feet smell_of smells_of whiff avert..face avert..eyes turn..head_away turn..face_away
-          push..bowl push..plate floating_in float..in_it swim..in_it something_in_my in_my_salad
-          in_my_hair stepped_in step..in_it slaver slavers cannibal sold..medicine
-          trade_in_children like_cattle sick_joke it_was_sick lick..lips stains no_better_than
-          creature_like your_kind greasy_little snake_in toad swine pig hog hyena hyenas
-          tannery
-        1 damp brown green..meat green grey..meat meat fat lump fly drain swamp cheese cabbage egg..rotten mattress
-          sock socks boot..scrape bathtub beard wig wound rag bandage
+        3 disgusted disgusting disgust revolting revolted repulsed repulsive repulsion nauseating nauseous nausea vomit
+          puke gag retch sicken vile loathsome foul putrid rancid abhorrent abomination grotesque skin..crawl
+          stomach..turn stomach..churn make..sick throw_up threw_up be_sick wrinkle..nose hold..nose lip..curl
+          revulsion ew eww yuck gross nasty reek stench stink filth filthy slimy maggot rotten can't_stomach
+          face..twist..disgust make_me_sick
+        2 distaste contempt disdain loathe abhor detest awful horrid hideous ugly obscene pervert creep lecherous slime
+          sludge snot pus vermin cockroach sewer sewage garbage dirty mould mold mouldy moldy grimy taint depraved
+          degenerate despicable unsanitary greasy ooze rot decay corpse entrails guts infest worm ick icky bleh ugh
+          grimace recoil spit lick drool belch fart unwashed toilet smell taste sticky sour stale stain slurp vulgar
+          crude sleazy leer horrible appalling shameless weirdo creepy freak disturb disturbing inappropriate corrupt
+          piss pee trashy whore slut cover..nose pinch..nose turn..green push..plate turn..away shudder stick..tongue
+          scum gunk mucus sleaze unclean predator swallow..back what_died get_it_off want_to_wash spit..out
+        1 cringe sick terrible unpleasant smelly wince shame crawl raw squelch wipe scrub chew weird worse worst damp
+          leech slug rat tacky
         """,
     "neutral": """
         1 nod walk sit stand look glance open close pick place put take hand point lean adjust check pour stir cook eat
-          drink read write type turn step enter leave arrive follow wait listen watch fetch bring carry hold set grab
-          pull push unlock lock tie fold pack sort count measure clean sweep wash hang light..lantern light..candle
-          light..fire ride drive travel head..to continue ask reply answer say tell explain describe mention
-          table chair door window room street road house kitchen cup book bag map key shelf counter coat boots
-          o'clock minute hour tomorrow today yesterday monday tuesday wednesday thursday friday saturday sunday
-          morning afternoon evening week month year north south east west left right number list schedule meeting
-          report account order price coin copper silver mile okay alright
-          lean..against tilt..map roll..dice shrug clear..throat straighten..collar
-          fold..map fold..letter cross..room cross..street hold..door throw..log throw..cloak bury..seed
-          light_rain stare..out..window look_out look..window put..down sit..down lie..down set..down look..down..street
-          calm_down write..down
-        1 brb ooc timeskip wifi receipt appointment file link version bus train aisle form crate ladder rope harbour
-          cart saddle button lever screen scanner gate flour minutes percent menu timezone lane clockwise accounting
-          luggage ticket library recruit locker mast anchor sail visor gauge engine battery wrench nail bench tower
-          rider merchant route
+          drink read write type turn step enter leave arrive follow listen watch fetch bring carry set pull push lock
+          unlock tie fold pack sort count measure clean sweep wash hang ride drive travel ask reply answer say tell
+          explain describe mention table chair door window room street road house kitchen cup book bag map key shelf
+          counter coat boots o'clock minute hour tomorrow today monday tuesday wednesday thursday friday saturday
+          sunday morning afternoon evening week month year north south east west left right number list schedule
+          meeting report account order price coin mile okay alright ok file link bus train ticket form menu percent
+          clear..throat sit..down lie..down put..down write..down
         """,
 }
 IRREGULAR = """
@@ -1520,12 +1256,12 @@ INTENSIFIERS = """
 DAMPENERS = "slightly somewhat little bit kinda sorta maybe almost nearly fairly rather mildly faintly kind"
 EMOJI = {
     "joy": """😀😃😄😁😆😅😂🤣😊😇🙂🙃😉😌😍🥰😘😗😙😚😋😛😜🤪😝🤗🤭😎🤩🥳😏😺😸😹😻❤🧡💛💚💙💜🤍💕
-        💞💓💗💖💘💝♥💋👍👏🙌🎉🎊✨💪🌹🌈☀🌸💃🕺🏆🥂😼🫶🤤☺🥹🙈🐶🍀🎁🎈""",
-    "sadness": "😞😔😟😕🙁☹😣😖😫😩🥺😢😭💔😿😥😓🥀😪⚰🪦🕊",
-    "anger": "😤😠😡🤬👿😾🖕💢👊🔪😒🙄",
-    "fear": "😨😰😱😧😬🫣👻🙀🫨💀",
+        💞💓💗💖💘💝♥💋👍👏🙌🎉🎊✨💪💃🕺🏆🥂😼🫶🤤☺🥹🙈""",
+    "sadness": "😞😔😟😕🙁☹😣😖😫😩🥺😢😭💔😿😥😓😪",
+    "anger": "😤😠😡🤬👿😾🖕💢👊😒🙄",
+    "fear": "😨😰😱😧😬🫣🙀🫨",
     "surprise": "😮😯😲😳🤯😵🤨⁉‼🫢",
-    "disgust": "🤢🤮😷🤧💩🪳🐛🦠🥴😑",
+    "disgust": "🤢🤮😷🤧💩🥴😑",
 }
 KAOMOJI = {
     "joy": """:) :-) :D :-D =) =D ;) ;-) :P :-P xD XD <3 ^_^ ^^ ^-^ (^_^) :3 \\o/ (: c: uwu UwU owo OwO ♡ (◕‿◕)
@@ -1556,9 +1292,20 @@ SECOND_PERSON = "you your yours yourself u ya thee thou"
 THIRD_PERSON = "he she they him her them his hers their its it himself herself themselves"
 QUESTION_WORDS = "what why who where when how which whose"
 STRONG_NEGATORS = ("never", "nothing", "couldn't", "can't")
-SPEECH, ACTION, PICTURE, NEGATED = range(4)  # the channels of evidence; a picture is an emoji or a kaomoji
+OTHERS = f"""
+    {THIRD_PERSON} mum mom mother dad father parents sister brother son daughter wife husband boyfriend girlfriend
+    grandma grandpa gran nan aunt uncle cousin friend friends boss teacher neighbour neighbor neighbours neighbors kid
+    kids child children baby girl boy man woman lady lad people everyone everybody someone somebody crowd cat dog horse
+"""
+SEEMING = "be seem seems seemed look looks looked sound sounds sounded feel"  # "you seem sad" tells of somebody else
+SUPPOSING = "if would could might suppose imagine pretend whether unless used"
+LINGERING = "still yet anymore since once always every each just even last"
+HAS_BEEN = "was were had did been"
+# The channels of evidence: said, done or narrated, pictures (emoji and kaomoji), negated, somebody else's, supposed.
+SPEECH, ACTION, PICTURE, NEGATED, ANOTHERS, SUPPOSED = CHANNELS = range(6)
 PHRASE_GAP = 2  # words that `..` in a phrase may stand for
 NEGATION_REACH = 4  # words before a feeling in which a negator turns it
+SUBJECT_REACH = 8  # words before a feeling in which the one who feels it is looked for
 BOOST = 1.5  # what an intensifier, or shouting, does to a word's strength; a dampener divides by it
 
 
@@ -1715,12 +1462,37 @@ def boost_of(tokens: Sequence[str], start: int) -> float:
     return BOOST if any(token in word_set(INTENSIFIERS) for token in before) else 1.0
 
 
-def read_words(tokens: Sequence[str], channel: int, tally: list[list[float]]) -> None:
+def is_anothers(tokens: Sequence[str], start: int, names: Collection[str]) -> bool:
+    """Whether the person named last before a feeling, in its clause, is not the speaker: "my cat is afraid"."""
+    for i in range(start - 1, max(-1, start - 1 - SUBJECT_REACH), -1):
+        token = tokens[i]
+        if not token[0].isalpha() or token in ("i", "me", "myself", "we", "us"):
+            return False
+        if token in word_set(OTHERS) or token in names:
+            return True
+        if token in ("you", "u"):
+            return tokens[i + 1] in word_set(SEEMING)
+    return False
+
+
+def channel_of(tokens: Sequence[str], start: int, channel: int, names: Collection[str]) -> int:
+    """The channel that a feeling's word counts to, given that of its segment."""
+    if is_negated(tokens, start, tokens[start]):
+        return NEGATED
+    for token in reversed(tokens[:start]):
+        if token in word_set(SUPPOSING):
+            return SUPPOSED
+        if token in (".", "!", "?", "\n"):
+            break
+    return ANOTHERS if channel == SPEECH and is_anothers(tokens, start, names) else channel
+
+
+def read_words(tokens: Sequence[str], channel: int, names: Collection[str], tally: list[list[float]]) -> None:
     """Adds the evidence of a segment's words to the tally [channel][label]."""
     forms, entries = lexicon()
     bases = [forms.get(token, token) for token in tokens]
     hidden: set[int] = set()
-    clause: list[tuple[int, int, float]] = []  # what was found in the sentence so far
+    clause: list[tuple[int, int, float]] = []  # what was found in the segment so far
     for i, base in enumerate(bases):
         if tokens[i] in ("but", "however") and channel == SPEECH:
             clause = [(c, label, strength / 2) for c, label, strength in clause]  # what follows is what is meant
@@ -1733,7 +1505,7 @@ def read_words(tokens: Sequence[str], channel: int, tally: list[list[float]]) ->
             hidden.update(phrase[2])
             feelings = ((phrase[0], phrase[1] * 1.2),)
         if feelings:
-            into = NEGATED if is_negated(tokens, i, tokens[i]) else channel
+            into = channel_of(tokens, i, channel, names)
             boost = boost_of(tokens, i) / len(feelings)
             clause += [(into, label, strength * boost) for label, strength in feelings]
     for into, label, strength in clause:
@@ -1786,7 +1558,13 @@ def style_features(text: str, pieces: Sequence[tuple[int, str]], tokens: Sequenc
         float(bool(words) and words[0] in word_set(QUESTION_WORDS)),
         math.log1p(count_of(words, NEGATORS)),
         math.log1p(count_of(words, INTENSIFIERS)),
-        float(bool({"if", "would", "could"} & set(words))),
+        float(bool(word_set(SUPPOSING) & set(words))),
+        math.log1p(count_of(words, LINGERING)),
+        math.log1p(count_of(words, HAS_BEEN)),
+        math.log1p(sum(t.isdecimal() for t in tokens)),
+        math.log1p(sum(t in (".", "!", "?") for t in tokens)) / 2,
+        float(text[:1].islower()),
+        share_of(sum(len(p) for c, p in pieces if c == SPEECH and p[0] in '"“'), len(text)),
         float("[" in text or "http" in text),
     ]
 
@@ -1794,12 +1572,12 @@ def style_features(text: str, pieces: Sequence[tuple[int, str]], tokens: Sequenc
 def emotion_features(text: str) -> np.ndarray:
     """What the lexicon sees in a text, float32 [FEATURES]: evidence by channel and label, its shares, the style."""
     text = clip(text)
-    pieces = segments(text)
-    tally = [[0.0] * len(EMOTIONS) for _ in range(4)]
+    pieces, names = segments(text), names_in(text)
+    tally = [[0.0] * len(EMOTIONS) for _ in CHANNELS]
     everything: list[str] = []
     for channel, piece in pieces:
         tokens = word_tokens(ELONGATED.sub(r"\1", piece))
-        read_words(tokens, channel, tally)
+        read_words(tokens, channel, names, tally)
         everything += tokens
     read_pictures(text, tally)
     total = [tally[SPEECH][i] + tally[ACTION][i] + tally[PICTURE][i] for i in range(NEUTRAL)]
@@ -1813,101 +1591,107 @@ def emotion_features(text: str) -> np.ndarray:
 # The trained part, as tests/bench/train_emotion.py writes it: for each head of HEADS its weights' int8 scales, its bias
 # (float32) and its int8 weights, in base85. Comments and role play differ in style and in what counts as neutral, so a
 # head is two experts and a gate that says how much a text is like role play (a mixture of experts). Trained on
-# GoEmotions (Demszky et al. 2020, Google Research, CC BY 4.0) and on the lines of tests/bench/emotion_lines.jsonl; the
+# GoEmotions (Demszky et al. 2020, Google Research, CC BY 4.0) and on the role-play lines of tests/bench; the
 # calibration's temperature is multiplied into the weights.
-FEATURES = 65  # length of what `emotion_features` returns
+FEATURES = 85  # length of what `emotion_features` returns
 VECTOR_SIZE = 384  # all-MiniLM-L6-v2's; another embedder's vectors mean nothing to the head
 OUTPUTS = 2 * len(EMOTIONS) + 1  # logits by the comments' expert, by the role play's, and the gate's
 HEADS = {"vector": (VECTOR_SIZE, FEATURES), "lexicon": (FEATURES,)}  # name -> sizes of the blocks of its input
 # fmt: off
 EMOTION_WEIGHTS = """
-?{m~VaU+;K*Or((6YtzSYFnW^pF`L@I2fTkPripdch%B7O46P@<D&UI!lTGMwCe~xRL!0|Hdo9%FAVuRKH&^Jg>%+B=r0L8G9P$6WeWy8lzoRg6Q$xi>
-MEc+(?jz+{iE7DvGc<_a<a`koxaUGcidq+n9m$QVP?I*Xo*2S{fHRA5gB$r4jTc$zUUD^YKmb$9r@e75)rw+&M?@&$<z`*YzE%HAf+%s@?p)t*W=eOEf
-?$9>Hz~4?Liv?0~`M53hvq~J_q^n!b1Wd5!Ler5#<`+0TvM5{>n1GEiVb&+dbqC^yCyGwH*Qz1Sj)3;1CPP1sL)J=*%TV^WP2n-VFQx7X13}CHN@2H2v
-R1!{;U`C+gY2EGi2M?)c#_;{^)%@%rfRIw0cL2P5%M>(I~nDF5vQFTCgAE!`Os49_|P7oOG|Cn@bAvL*f_<_5arTO8N*9pDcO`1}I+?k@d6!~)U`@gXA
-o>fQzus}u70N8;Qw9LgpX!@(=>$IMF5OjGLq>LJo0+!*8I{T%KWBH7Lg74$Xw9og{m2@?NK^z9bh0_c+l{Rt8zybtY^Qx6mDK;AIlGw|8+071?k_v`!|
-`WDVY7Sa^RD(DH|79-9D<Fns496r(<#y#N$7X14RA%Qn04aemdizpWy;wx6l{kR4o^-aP0JlqS^5Yo{)1@&RI@7CrIHxcG4%pvQ}5-}>R85+~<B`ym84
-bb8^=QhI#^ELk$z9B9Q2@2-#(_Qi~_off|3G}1_13L6L&eRVE84nfl?i}d?EYKwW0_5;8|N6{FzbW_s#}ml<?=I>Y@$wD%=O9he(>L=6FyYzz<ss+>{O
-}CxAk+`v9RwQ8FC696={~|NBpCzF>+tgv+WP(>`}y+x9`X4W?G764DIL_*1_9OfR1NpM5E9D3=mjP~As6W_{mS+p1>Fc59q{NN0OJ7}0^R-<;1wU3Fze
-qH77^q40<Y@!<To?k@D_&y;Xp4L9s1Py=^^M>GqVx%7Wpm~<=-j-3lRAs3)3dgA<PFl5+Lr4HOR*`I2Y{Y*8dkVuo^zT_h03_DE9XD-{lDjQOfK00r~A
-31KTbd?H~>O5&h;7Egb317}XOQ>;|hJAr<D|%`Vn72?#8k!$;x@4im!zC+-0g_#FoW*dXcz$NtOm8cE;-5R^YV(hTA*wE!{+`0+Cu*~I23=36=5$r|<Y
-F)ZN?8spkN|K$%l_tFgg|1?k%tpv;w>oHc+`10l@_v!se>IBo?2lf!}5dY`l1xy$5-21x-0PYGe?iBt+0NkcY>l-Zey&>%y@gnOA*)7}@`yJWi69E|_^
-brp0I|R@C4f`_z@54B`9y&L@GQPGBKKdB_-pLA9)dc7D>;UY#C*%b_1=rB#6e%wHA2Ha}CE*wn@Z=QA0$=3)>gNa9LGSb&z9I(?`sp;z3Bx82Bm^Y5#}
-5Zh$!7-c?&=ZD9xF5H^2QA7@#Ed{=R+7~6FKhWC-}@;0rxNW(#gm9w-^=S6d%wV4f+2K?CId(_8ajq`#9Gy$LuNs=o_~i!}(M43HK4w@+|<w_YdzS`|$
-Sd>F)*kFYxxhMC~o>(>@UV)A1MmB>5fsK;h#L)(F!+*&ZF+05sxIuk{P}DF`_8uL=b33+^J~C;{T?zyuinD)=@2EHLiW`T7(H()0Wb7Rnjn65iGw91qk
-S@<!Ae_aRN!`w7wTTR8~e64t}N<f+zJPuC5}{qhqC74<d&*8;v%2_U^s8tM4aHSQHx8_pfY@6=%uC)?z-3mHK4*fi7b&0Hl9_Tae?AkgtD00Gw>)$|J#
-{sy%s!Pf3m8P)GW)7btM1Hr+#z)Iq6`|RR4BGv3B>iY5n$^;`S&H~Tr1xWfM^xP%<@C6>^_#*l`)C}SOWcx|Vz0>#|?hzl`@Cw%i-W%>Q{<78^MGGCVN
-C^fE=m-1&8XD*=_`4f3R66|2$OYK~=+XD-ITp?qIRD<k6a=I%E)(|X`V|WOHYf1|m@Vrg1qRv#2NVSR!u3P#D+K4`(-tu97ZoQ6vJBn$B?-^~2Mnekg%
-&B`^({mE6xkEn9~A{1ibfFg?>Yqq?fl;$$I{shXaMTv?cp{)zu_q}7$3p~CHdN21T(Dt0sP6=Ps8#18ynaD@+IK&IUxkE{_QC4R2IwM(=QE2E3P0?2><
-*2g&pz=0v!$i+bgRU1Pdq=^rd0|)(9-d{{?@&3(tz$Hb(y$$r$<jqYX6%7*YS^*)+{9Hvksq2Nvx9sxtBg;}s6~*9ZFT0VW(7&Bx&<I{^a}PxZmg8w)J
-H2`&HJAqMXd8WZc@7Xl*oMFXk;$QeDT3`4^C;x4x61|Jah{OCRM_zmsZHNEE?A?f?~{QNX7<ia&V>m2&qs@4!d->u(F{G=8jAnFg{4=Tm?@m9zaB;zz5
-%H<c-R5sfN+}_JR#_J&O9N*GvySokkyg*ATm*@io3jysaE9*qS_z3<s>hc2kBpWg0D%R)RLOK7x3)3V2)#Kj+CN=`uA?*151`rV~8sPZ}`_dgfA))mV{
-O}L__TTOn8$tCg-0sX%%-ixgKPT41@Dd~#3+}#u4&w_01O@Nh3O?TN68{P_>)QGq$toB8^879E=`K+e4!IV|2}1w%4EEa&-SX>D^1WoMwjL7GJs8#zC+
-gzs0u2W))aV`t`~9x_+~+1!*7EiQ1_ejM2K`DXwD1K2&Rk4^_4Vl!IRF3v0000000000000001nle+;w$VmweBJ9C+Xhz;>G$c8W<EX<}mfV0SZtK^|9
-g=14Z4x+yEyi5i>Z&<w~9$Mlm|w1%XugB;_Rg=l1v9`tAcK{{<BZW#<aw0leYx@*EK&!xHxNEuj`Y2=U|c2{Zlp5EtzW6W<Erv@aPU+Uy4r_Uc^28}b$
-*2{_f$`X|)$At6i47=Z)JB0lH;;YasU<Ky)O1{(AH*a{p0=P&;x$1CXNW6&hH7#8#W`{N|xIOP{QHowOX@+J8A^X$$p?OE;OO8o!^=@0r5F3TX>DCj5{
-`X0O>{qOl1C+FB8<K`y-857bH7v~ony(H52%^)uJ5Y#I2U=$F_3%4Z*A=S+q4bS{a1}q}ZptlYi5jFD59{}s%Ga2&d1@;{b7XrBmH@r2$3m@nW6DKs#)
-#(oBMe6R#K<(!CBl7qq;n)STKpO$w5Ht2H+t>al`t}sm{|g)T*-zC@0<-D*1r@~(5c&e{Mf>{n=KUA%bUU^A5y-PXqYe~7tp+d}DDm>c_cHS)-t_wp?W
-)EGMmIIY=NR8@yv!O9BIdM3D!v8o<tP2gC=&c1{mB62I^H(aDe>+k)BgSeA+6Y6{^~;_x8*74DGl+p1S1sy{~+@$1nR*0s(&L$fm4ReGF>~>@qr~R>Fe
-Sl_yEEP{2sp+Eix-a!12Ev^CIxw#TyzZ?#~7<1sC!I)zAV<1^M#;<^AdJY$mfTzRvYg73&DdEnr}+?yaaftzyjp`AHZY@%Zf^$5F(g>?;v9(+lR`77Ho
-KYt7H%ME>{k67&{H@7KcC1^`6;{<+W(-3H?i69)GdDAVT}``!g6%pUpCBlZRZ;0g>5Cphf(8rjbm>OsjNu@?OH*g*Vin&<Jl-|$lF?K1Zh87Tq4Be*ya
-?&#<Z{O8$p^FGzq;0)mX=;jwg@){}o<K6Ec@qeZVwjSL_3@6pV@@>jJ7T&}6_(&AVGc58f9I>St{~ZGQ2m<HbPAu}XG2ZbL-3B2Q2>mn)-~{{l_uX0n<
-M|69_sSOR+9)>5++^VC8XNBHrz}bm9-{`iCjUnd!4VEW+vz0+#`)qQ6!;9{IRG=z1v=RB2KOTO{q7dkzYrB+(h$hr{Q&PU3hV*$B3H&33Ca)rB@_P+of
-R8g<^UU!84gbr)ArOC0u3iZv>?GL0`L0_3GN#d2=e;x;Q~Ac1M?rh69otg*c{a%{T##zC+h42IQ0<j;U5V6>{TY}&j1V66>GgS@7>z&<NZCuDEA#59_j
-S<^DfuY<@#^J<{T(RI2ok@)(jpR4fFi;<lYYsAh<6S**Qe&o$xC2z!UvL*aW*f4&xm3`u-fnxXyVZ{P+Ek%3AOjF!ws|E<VWr?HL)=1_%=Z_w)<qR`WT
-?-7huf00-CU&nF-i`1r^9!SDbP6d>UC5-reL)YsAr47TYu1qtOf;L`vA@E9`$tP<V%J^u#s!~6;=0~sUN#4`F1v@7ES%OeQ;5(oeDB<=11?&bRp<~Z^l
-4H(++4fhbw^ZZl}0?euW`a|Rn_Wlbo$s*kr&oBFjATI9+4KE3~;{pCBFh$zn2kP+d_xR!XA1LPGEynB%7y$e2-~r!26AIcly(tdi{u=-tz-ILdly&op9
-0A=i)c+Ks@&oZ}$V>Ro1OXa23pExiy{sbSArdX~$ORJqW6;S61QNH+?h+UFZ2uGP`5suU?LiR+<`>}b{nok_B|hRF{NOFm5%x+D*zG#z85{Sd(c}CTQw
-A6Z7R}N%GuRc(3P$7^v<wsImMKQ{^Ft1~^CH7e>kqj4AM_9c1{?7R)i<#VOQpo(Me!pw^$Y>>_xCd|&G{6`1r0j-3lj~!5$gBx5ZfOT1rsUu@dWPl*8l
-(j000000000000000dHl}P{QTQN6y55+AP^=))%q&>3zYC9Asg-bw<!Px4+iBly72A={XPBP{C~LK=*~p7BLg6{5-Qg1<R|t5&kHFA4)*p0|Np|+A?o$
-$NAfVp4CXZM9ND900woL_wDKUwAPf2D0qs8-0LdoF2>bB?>nP$F=u!#+;}gmg2;k5X2`j-w00H6;y%`x4?&Ia&Y#Tqn4i(}E(=#dFCGhvD+Zy5a6&wh{
-ASnbJ{ngG7wkGX5${7{NRoh0s+Y2<``;<vA_74OeG56r&4hzuN`vloWFURmr!srxN|IZ=o$RH{z@)4;D?-edM!4^;H@AEYp<{tys>^%_F4<8Zl4EVzY5
-J}Ye@a`V<B+lXiBEKZJ037`?7atty-zU8>6WamZS@-q~3knMt-Uiql?inBjzaHHiF!U106u<pOy)(b&82khL3+wYK=(X|x@%>5h8Q%-^8}AJW?-cv+*&
-Y!t{>tSZ$1@uKFAL`H**Fx^ru-@bFd6m{1M%uA+Uw;f9LFpN{1z4T7$eW&M-HGbGNnY<Dby!HxA*q!5)K;n*#h)4@$KUV5C;(Wza;NA8{-GjXCdCw7wW
-m*>{R6oEAZ76)F&+Z{NfuCALt~!FUbQ1AM6pY9iiVGA~?S}-URg%3FH3u($-u2|LOJF{So;W1`Nv-)B_ee^T%5^^6A|1BeOdDA~h4W<O%fz{So*V1QFR
-08O1Fm<n`1M^;Q!K+yxB~%rxc^WEiyY^2zb!0trRg5cCQd%@zA2@iFxbvL@~vBPt;98LAlX81?=17XawU7XmiQ`3wUAp%z2d1PtGx8Wt)5D*iCgzs~_o
-2r)01>DDd^Q3V6oGD*$UALsGZ_Zv42D%<iS(=E6t=~UdgBmMvg3)Dj;#p6N?&K1QT;4cp{?kD{4vPJ4Iwi3m5<|Nbc1NZSG+fEu9&&v-gy*2U8Cqnw;B
-K5mX4(bEyJ}ei}0mr=-EhqiS6c#Tl=c+Oa=lmPn_y7JFAl(okbEP1YDzfP>68`-X4J5??RLA}(5+uDp_0Kj1@F&U#_B7}59V@OE2m$U?3K0dx@)r{R<O
-<e35&=LB>I%>b)7TmrEC|#w4Z$rk<^R`82s8EI0KFj&^#k=J^7989C+H04@!$yN=^Q%V@U=M37!n8HEacz3957(5%K`Zy7zNn^jv`Ll9~C5@(B?un>m=
-bJkrDwS{S6}4?`Y-txb^+D^b>B!8zZ0T>QEFF1rMm&_9jr@D#;HB_a)UdDFh7^%kJz5@e(!30PWHU{S50)!4L%yE#MmS;t&E9@ErR3;@lG&?<(!_7T)^
-&7#|4h<Q2p89Wm1=><j(&_tj&)J;@6Y58xp8$<qE4JPSA63<VYH`ULRSGu!kn50c$Y01PGZDiJ~1HP7<QJyPi8;m0og5fwJF$Q>UT+5`vR4;}3sr{+@P
-7uVY~BpuxQzWOD}4iXpM@(Rj1$`1=Q+v!3^$p88E5)&)%^a0dKE}{oDrEZo&<16PU_{PWhPq`@p7^(VM*ZlJY#^~!D^Xu9(3?`HP^cEjA^bX?t@c$PG=
-JOmg<>~_U7#bes>;L8pJnI3=3hT)L`!pn-1^&-VNc_U%1RCxP5Z53M1K1QJ3fLjf9qRx2Gym!SQZ42bkLWMn8ROdr;6CBP@8B=)LCNh7?#UQ3@%5|e><
-uylBgg_I^A6P;+CL}l@gLRWAO08oO$64x+(!!I&kPO|Ilms+H_jO3<46Dg3F_t!02a6{5c>uu6p%#!67d5m;Rf*?(<w1LkOb^4E<py(>O;!+9QpkL{_q
-eF<znCaIo#tW83q9f1Ewy_)Eqm<e~~WeD8@b6BdY)Wz*N)=>--D2J@D}gAOHXW0000000000000004Mol~`^n}9^fn0(>)7cMBKW^@zzYce$KQYD_xvQ
-eH}ClC8qU}Q7}G8u6Chja+1%V8LdyQx04EF78u-}l3+gxa(jW0r?)Llh0Kx?5EF%#juhlE(Pv!g2@MkKo`5gY@?<fc55a~!3#sWaS^Yszv7zYCr`ME^#
-<T&!t{3Z;|KgaV202b5S4Ke-h(AWz)7_CLi)6qoq4L#$~<?1pM<LD9B*ElKu8Rysi0vZY-5KiVX_u#7fBK=g;|C90}0odO5|1w7g3cwBo{oNS`+9}+{I
-V2U&-!t4PCjkg1|H3WS2>!(s2qMxa5JwdO_Ta`}6TklW;}_8aO7bt{=EGR-^8^+2&%Jl&$O!Gi3rG8?<qPa#3==o?>k!NjFD>fALHW$r6YCWP4agrIF4
-F_)^9LC;=_;wYY}kJa6aBdU)dVE)`O_)hDCF8YE%xOF^z9rEA?FyqH2(Ab#|;}01vV4Z$`}UP1@YuO>?{Ei)+-FVB<rX&8!_De&nfwqKN<2G`VRvJ6b#
-z?0}t390s!d|7|Sjh02#6o1>6<U5kcYFFYWHu{Y(J^(jf!39wz?@yeI?WD-ag-C(jxG^Eq7S^u+M!GyUH<%<eD=0R7|q00bZM)hy0M`UB$eCc*>={0`6
-V_TWCrS*sM=&&~T@1pP(&x(Oe(B~&Q=ffoxMp(YR5**)P0=FiX)Bq;gI7}5UQ|2g*=4(0a*3+eMW%0bff$3@}1EiNVi&>9FSt|$-;#2(PVGXxdt6!|Af
->&5U4B_3t}nBWlm1o|-mBIVWB^Zz6g0Or}p<VXYU78CO-3isR<;YZs>@D=v&0pT^__Ymk7=|G?0EI#wR10c>o;MNe@>st`f6$#b45E!Ow2L}ewASbT;G
-A-^g=?wby?GE!U+A97A$;uPlI1UHH9S>FNpgI2jq#Qd0ydwb<0Poux8Y#X82SfGc^Z5@PAW-ieg%Af1=Kd1=^BwvJ;}<UT;bJBB+0^w6&&kyT^%_D6^y
-t#~@=Npo?JF+aJLuf!5Dxbc_Wm+5{agR#y5tA`JSf`-qZio#<N)kr-M~$~PVV==`u5lY2S~;(EcpBP9pwW753l134gEYc{1Eu{=nM!o=IG!B)=E7m=^W
-tsxegZq+Wg-+-yzs2`V!<7^ynbv-1b-E==u-r3Mttj?-wlf4D9sottJcr1v~vR?G(1wLiAkr=kOZm`T;}G5A77x2`K#W^!5P|vl=nS10vY<|M{sv+C0V
-Oe*yO5{ot)j0r;*K4eYbwe*@<F($DyE?J>{O?(XL0WC80a!}AGK{LAm|1m*wifAr+G<?ici_4el<>-GodGWopz>HzRq&jK#t>HQ+yf3xSt_7%~3@k;gV
-^(p`I9O)(Q6#DcJBxwKT3i{!!e-rM`#0cT*%U0_Q`2@)eboj*g8qpc{<ZR~l5!vyzU+CQq1_t8c?rr!Pr0y9FDefh)9_9A@7A)(j;~wDgatF%*)d=Si?
-rXO3Hs`eSWc)7h@b41#7$y@F0IML|JyXpD03Z$n**fd*{`K_z1;#P!Aq5J&^MC3C<PFaq^93Ie{Q21Cv48pD`SA<-`4$5D{1V{m_k8U3*a`Fg2K@#83E
-$`O{eSz}725+D`U4r~-{<}R`d{J(0000000000000000002?7di&#2*wUA6wvGe{1P(_?Dy#c2`Z){-r40<5CaPt`1kP(`qvc+;@(0GJ@L#h^XCF4$mg
-*B_<tep4Ak-*2KoZm`uq&~BnTtx?g;fR!~^l|1OWFW3J?4O`uz74+S(U3%|7K1d&&yq0L~nC00YX=_3XsaYwzv(2gmGx`sn%S^9#HONA&~>@ZsWB1LOV
-h2LAi`Q1SS{?dkD<>if$e`0DKDE%*HD?Ckb_@!=D^7X}*VUa{r*^XKq?-8~Bf^6>`z2m$Q;5E9`Jv;-IO^!paw+&~xi8PWXj1San91OeFd8~*_k0qF1f
-_r^T?2L$-M=xprZ8W{cj?dk|6^BDCA!8`H({o4E9RR09l`R)Ax;9}QN2=oR22<;E>C-e65?=0dE5f%sY^4vwWBKh*>_075Iv;lwMnElh&B76n7F#a1I^
-!Mrm;QIXfM)dp<2nzTL{^<uH*Vq*x>kF{x`r_V0!!OCS4K79K4lD!e0t^8B5(cj&15D)I_|M=S67?N72<rv)0RIol^Yt+q@$vx%_z3*$`V->|`vvv;2?
-Pl9`S}q21?l(!{r?014F3TC0|5R20F*ua^7|h^{s;vL3hVgK@Yx9b{t`<3=MDe_7wx6${rw901}qd#)Y1tO_%8YY2Lk*91rhNg4GI6dQt<~1^!o)LHqu
-kb2KdC*_!S8E_4^s;=QJwj^Xn@Q6yq-v;(-(e4+0<dzZ4?o3d#@pECkC!*YOwm2m|{1|ML<e`VHzk&ney)(d8foCjQ9UEgk2=Bo-9Y`hVpE_SVfO4m0-
-y*hcpi6$AVH*Yz0^{`dOzul@Y@0tyA`2;br%B;gL{_6^PV1_eC+0^s)$-$8+%*jzlWGhsZl-6uRBL3=!z50*R$uwFb9)w?^-z(73rQy)Ct20=V6BRxEW
-2sk`J=tVpa7y3J`wiY}^=Al3C<E6fS&X+!n;6%TIV+Oy5TbI9+oSr|gOcB1yRf9eda!<c6HXgtESx>)I7(>6cusA^YJ+(e=2I%ni?UP>x@3;&J&)V95^
-!oDYv-fuLE#1_^0_*W=``;(E@b6pi)D7nW;`ZWy?DU=G-|KAb3)>v?{Qvta1FHG={0U9e<qpyH2OiIVoZ!X&Ahdt=9sltA5&`ce>ly1A0pBbnUjWz(_3
-xE`7vt5>3&R4@VCn_+2D%1w_1NSauOaXBZ1v|8#`MW%{?i2e2;Jo5a`g|F?h^(u{TGrS?*IA|C-SB24$K!y47&)-0|5)+cB1Ml>#Fc}>Kys^^8)w|E&>
-ec=osEdV*m)~3lsXwUe@yL1@Y(z=``UQ0R6H2f8P=13zZG}2o?wa_uTZyfAjM6(h39r3Ih840`d6vfBDhH3H$#5{RsU6<M8kNfBCZ#^9}>{3;^%++wb%
-FcE1Dw000000000000000000adCimkFwH!|a)5{#w5*RDm0_P3VBmEN9&)jqn1`R3n>I3Ti&^80i)qDjh_`pi->(4H**B<rZauxRu)%PO^)&=VJ{0Qqm
-`Umgx3hPI*0m-fZ?`$>(5B?1B{PrKn5DqcUJI)k;(fr~5(-3?l1-`ud+~M11_4M}vuI*_8+x`0663!4s_W%Rt<qSmu;0wzF_x<=x?fS3j@cDT6^{pQR@
-9XR}^z!rU?h8`%(+kHG3>@H7n&|QT<@jsN90LdP@CX1B?EUf;6!Z?%0}1a0_!r#Q3knYv?+E?>8S3x@8q)d@1^o^5@#+2h)Ft}{0{_GFKG+5|7W@3~^$
-8yD4;lx&BJ~3J=K1G5`4_wZ>;wt&D%c?m{SNdB;~3~2?)vuzDDfr)0qy<#<64Fq{ulA%1-R$o_<!uo-0b2OWC^_-`V$=T`|K3M_znA2^YjV+3Hbv5@f#
-HV)&f89;o0u?>ghq&I?lZmCLruO9|`XI{t5gP1gkk4JnOI^-{Ttr_6=k#;|}BX0SDal`Y#Li?gtF}4Epo;3-kW|1pNIA{t({v>MHjX^ZNk){{a6H|Na0
-2|NjF3<n8>}9sqwBxa}S$1?H>&?*0Dz140_u5%m!G_0HV{6aDcAPXaRT4&@WgfAatd2>b#90s|okBm;p|_Wlp`{QWQx>_*rh4~zr-2?6}{2oBfxGXwk(
-;{p*N+#wC-iVI5(4gTJsC?EeB-u?Fl0|-RV;}YU7{QdR${SX@Y3jP@2FT)VY>K+Fm598t;9M;$+9s|q=f8Yx2?7>D0GZ5~s1_ulQ2KxxU3LX;q@8JWv2
-k7|%4fh@b+}{)(02Jo_0P+9?@-ZXs3%(7^bc6
+an1uh&L-bH6g#gxR*fk=x_Q1lbx009SF+AL_5ry(>FLBgm%P0^mw?qg8yl)Tq*&xUM_I2ttK>>ONlOMix^f;o>HOh40MtM{NZxro_IN!!fJT@*{}2{DP
+it{Ie#Rd>+m?wtEg8u>jzg|HpcTnG)z-&64$>k(x)SfdR^TW;jY|i>6lj1yEu#Ry-Qy8J%E`6Ah}}It5DzlHm!f39D<eohb9$@4;b&Mt(|VP_-P_MKA{
+png>j4`1`C1|h`XJ>24fo*xaL)AY3py7V6ukft5Jw>3`TghL5X>LJDI^ixAno}e2i61<xe@yX13~F6H}4h51HS<E@601e``H2R1`zART_F7eDESx2CHU
+Dd0MSC)D)8aQB{}a6==cNg7T8k`?f>KQD=6#DAvZQF+?l8MF8k;UD#PQ<`SdXiFvK+f39RNV8}sJ}?IITZ1N`FYNEXZZ3K;3)*(M7J^BVFm*8|if0aVZ
+n;Mdj(zY_8DPvQC_Fx%V^=hGzg#N$!aGYl@g12owM-yPiB6Bz3W>Mr&U?BE+78Rzu!6#)kf_0}uyAL54$1r7)-ya*A(Q}J)T*U2p0E&}e|1~a<`&qVDc
+{}<3RB;Nbh0^twTG7AXZ;=<$?B1hT`fl1#c12P2*CxIF#3E1EFBK{%`*gQ<u2gnZ-`U)EfB<9=d1k%qi`T}vZN%YDf1KI*k;vL)F5-b$Z)F0{@4l@t`9
+n9@6=O!-x>K@D_$q*h4_Zs=+*B}TQ?ydeJ>-)L*6FuN9(C+~MJ@p$K>KOG0AKVq>NA%$E`5L!P&LjB$$q%#$D+JpY8q*E)(mXuU%H{hr7y#?)`xxQ+80
+-z<5$N^LPWlYkFA?9*>`BTq^9}*S-!S|P;`j9!81wrY2>1WlAov;dFAdz;2kGSgMf&#n3ku)1-0xE@7!Vcp0rlD`1?>eR5#jA6;_>Yw{si6;;tva`H1*
+*Z2<J5Q`1S4o<}MlM@AIt#1w9)B3HaUb@g(>`8_fs?0t){u=IbW#78d^s_2C2VDEtpH7#r-6G|;V4=p_RM;mRa7vi?N410K5RG#LZ!>+1{%G|TV$-su4
+r@e3mH?+yt51{U51HTUHN8pH<?^98deE)WO05<=${;3p!QwNT^`13(l9)9Cj44ju{n=MeY%_1fPV4k!Br6{0jk*81cIH_;;B3fKf9<;C(V-9#lH)Bouk
++Z5##Al%zG1obip7LoxP*El{B!x_30*&#;Y_0cC5{@naF@deun;_Cz)2m}q?-aaAn0`TGi5EjQK_fz^U{@Slz-|RT>-zD4`<s;+~%scZH0Z6m(#`0f2=
+mQ(!IvC>PB>gYw1<@9_6E7{XOt<C!Hw^XJ68!~0&i3*N?%xsh2>jwb0N>f;7!)n@RS4es<IF2S?BEXJ@N3`f02lhsEc+A|(<Ju>5$W#l3E1liRRbNcu?
+Y!vyk6`0{R9NJJsvXI_skvK_1Oc~DFZro8Z7wWF7DVA`xo{b_|~lX%nKmp1s2HWO)W9e+`QS=`xWp*^AG1p=M(SZ!y3dG)bvpCEByA{*(m?L{1gHR_4E
+A!_v$?51nw8eEBhk;%`Q9ZFe$(D!|xXbIOFCG;@-<Y{z>-b{4?u7#QqHO2PPT|$=eG42j(g9Bme8;+cW<i$UR^9ATjUe`1}Pc(ibNgn%)xa3*O@;6cFL
+%5(e`m4<13}{2jRaVILRA^6$v8^{w4NP}U3C8}ZB+4Kqpw-u2E?5E!K;3HDXk8wMRq7}q4f@%$+t9wXGJ?iDHH^fuM+BpT`;0rkEI7S!-J{`%1y`tANK
+>+-rG%irWsBI58nyawVO3cAbAz%T1t_}K;f_Q)bX=L_`<zycsI_3-`l@){Y}`ri@w{tX-0>h9}D<xb`MQvWi^(9-xhfhRc)+7jOR+92CI@b2pOJOMJRN
+)7e~^b!93Nf);v3V~ZcS0M_?+4<}a?gJF?72d!ZJ`lau6$!xk{~!qr4Gs$lE)VMvr3V8L<O9<^@e&sRs_<Iz0zl}{+Y2G{6AK#(y9(y+_eakS)i<yufg
+U60{UYG<{vAcj5*7m)iaQ|W?FSqB;sD?<z}f2rQ2*@S*8D*jx6D^g7aqj~D(vA3@%i6S>ISpfF~bA(9}B80=Meb)J}Cgl0rMjJIuI<kw<-rTL$?V`CII
+38uOlny2OIMr-y*LZ1OyT|@Z}N^rbHIl<nVvL{m%2_5g+pFAVlu`pBgI;2sI$4BMIFAJqro#02=B5$Q$M>y%I0x><R1v{SgW)8Rgvy2JH(NJ_5Gr7z-B
+d0WTZi(+%<t92)M~2=)5{S>x#5yA3n7`!nVC4*eGA{`><a0qH00@+{>T3cU^>E4&K-@a|70&%iVi;3(z_vbG95<F?UU@*4d>IoHF}1S8D=1Z1lm0qPkm
+s^vYzSQXI-=H${%%KRb(3$(dl#K;Ev&^6u)!Am{o=I`q#E$~Cj@8i2J7v&fkCI%bdC)EGo?L-;RAhRwH+~e8`8aemN__ZJOBT6D07U1g#72*6a1<lza0
+nQBa_vHT(9tHFu@xs<>;pp%#I33i_=^Fem`tIX;3+)N`2M+QF&@#vKK=%VO>gC@t*e(PN`Qu3J?M_Y@62>FM1{50B7#+$8*!uD({>fIf+Aa>p78v;ECH
+>>}3Hkm9!16^4?+2aw*6kii>G9ty-Q6|NP8c#TyyyrI(;*w(!4LB^DgXcg0000000000000001^ndy=q>OW)b%pV3JT!v+`J4iB?LYo2`2xy!y`Hj^t$
+LT{Uhp~5Jnj36e}^s`$VV-9V9v00Ie12Cg>pf?)Cce5b59h5H2?hKj-}A63P%6+X>Al?;82{F|8dq3h+7a6~q(kD-`qr8SDGw(lqY#Huvx!0P;`O9qtg
+@^EJZ)93QapBM?Q<2ay2Q=vM3h_d^Rl<kk}P3JL%V<@6@w(jo33?;!BwF#Z?O@&@+o2kbD=Iqw!B3+M+B(+w2;@9*C^;!hsEDepKJ!1DbSGtVv5C-z{!
+0QlM+{`B%0FVx)@)eIW>Q~$jK3fTrM!79<)>-Rbd<{L@;NevXn{=@40_4xJ@BM1pM3=c8A#lRRPwOuL86#C)qCLH(f|0NIcCiuSrGrTI?1|jY68Uh#q{
+MZ)eFX;f;FX!+I>jLvQ-q8iYKpx-v{u2@(*!12WH0urD^!z#T2`MKqtIhZy{T9F%5c~7=I|A<F?G+gFQZ~i$AI;+b+%i5Mr!6cXI^P1f4Id#M&o9UE`m
+e?MM<P7M0u&S+@yi4~9_hJ4Bf$Ip(;Ug`5m^)!;F%uGWzym2DCYVQBJlY070kwU@B9f5v*%Ot5)a|F0URp%IsU~h`y8<3tXl(Bfl-0`B|;7I{*(wN|MB
+1v{0IdM+a#^}K}Re)yXUzw>d^QN5eW_d=*<Bx1|9tPxD@a$=N<#{>;dHpassm<=H?afCEO9tEJa7a?zPQByf2;?J6RVW`Rw);)H~X~+!7HuyaU|i5g{h
+cf8fQ(DkIGc1nvb<>EXxT3?mQG813y8<`2{fBn0>Q8TZ2=650kL!5;1286GX*vg;2p5-RNaAJf|q;v?e;z$_8w;VJc0pz!I#3jsOV(oqu|9VhVJ1J&=^
+_5t%JAN=N6-8AIY;O7zp;PBXO-4`nd%<TIfKODpsu_ESG1R3Pi^H$aq@*s)x`hWh@8z&7L4Z8dB>?iQ?9|rB;JTv;e7S;<9$KO>3CJGS}-yZG+76T9M-
+T4;@`O6IS?<geH(k}Mn9W(9lyDu^q6|x)h68!D!6ZR4^+3X(!(-ZRe8}R)3?-3%*5i!X2Ebb`%-4n>vuK)#W$sfJk=J^K#5i1Dv{a4Z-9nj?k^i})q*(
+f1E-~Sw>6Av-`;N0;V%?}bv$0))n!Q&4WO$g*L1>oin<_{h!Uf~b+;;Ie{?JUD403_9?5D*C$MfVB!;v4M{<~k$L^W!MTB3#xn1<Kg(f*nQDA{r1d80Y
+u>^CsWQ7wcTf-6$?ODiy%#0QcHg@8Iy~FWnCgFR~{h<O(Abxd|oLm=pv(<O07n?!GY;<44fT#?N&g1nmIJ?F{Hk2?{OcEJV-u1`5#q1r-b&=ko*RWc@7
+8<vkqP82Q!fvoaPI0S2)B;3XdW-Vo~w86Ve5*U-?x;M^=K1}5Vz=G6lT>lgXi+93?#QSSos$@>K>1!f@+%J#wis~pq&<tY^V*WWGnSGhDO>*@0f>p<v6
+?fl&R3-CDG?(;VY4%n{b+66ooLI4CM(InCr%IPD)89VLv2Pp`@-VXvH>J$Pm@dVEd{srLXBP`}AMz+)hIllt#?fvRC6a@<s{80GgumAuOwqfl5p&rYyA
+P5aJuMG^g-wFLwxb`Lk>+e(|3NacS&#N6$A^;loxXb|uOwqv)6b$~f?++j!4+;_Z1{+AK_Zcen_5J$W65HAm3q0=@#t;ed4D3QI-tac^D*FYq@&L*nVg
+?io1=QL@9qJJI`!~|*1RWCRp%p;`^y&c3^f1?A3lq@%7ySSI?l=Vt#T?Y`P07dPJ?11T`XMO8<mOW_(&!Du9{>jl7%9uUFCP8y71AUc3kd8K{wf8`*Z=
+?k000000000000000W%$SJ{rlq!1v321`uP4l-}fl-1g8EOL>v&;o(A~*02k&ly(8--<t6alA#%#m_|!JM(jytH2op2x>=yz1)CeZc9~v0h7vRq34%GY
+NQ|b2D?*9}X6VA6^0|W~c#_|=${VU=(1nepg{@f+d=JM4I8AjI?>Olkc=OoDZ3?s_?z-`Mk3ibdTun+nz@ZieQeM>jf2NT%{-v2Y>5;hNt=MdoZBqI09
+4*tCvEb9&d#wp?;&L0LF4Amt3>-Y%i0husH<p~k_)(H~qBKy|i1NqlRC&mr!;THc?Bhn=2;S(nm3=`w}(Ldr^%^6eX{pBzO2md7L;|1~G{vZ+a2loaI1
+QOv2;_D~@Cdk(o4$=+27eDwK3?3)r;~mT-Ey@W5M)t|+3J(hx-u>1;-2)uE?Hbw_H2?U`4%Egz^4^CqXWkR?6z=69@%p>{@&R7#=IZ(38vhje8w9);#Z
+TZW|Iz0U&pZsn1}XdR<Vir!zXcrmEFLBd1=jBj`oQraAHg{X|3M?}0PXG47zeE-K%6(&5Bb&uCgUUZ8v_^b<Ng2~+!xQ;Bqb#F)gbIBE#2u0a_`#M{_e
+cg*iP&f9vi?D0Mk16?$`naG~X+_0m|(nB<>u@AhXs9Dm=yP$tUsl3^wid*w9b<0pjKe^E1HmGY`-a)9w#W^(r<X*WU-cIle0d3NRDR>-Ojn7#`^a1OLk
+uFw!0!&jRc<&pQtn;{W~(+%4P+9x&A(!UgaA_zF1U2HG>o=Mxhju_^Ne*&Fr>89N{R-Jm5J5cmcG7w_--0S6nD13~)-!v-(f0|er(`X)c`E&eLpz2N^r
+1U3z$*~TJRe+dKXAWh2DB<cu(BRmxbCCTd@**L{3`WeRFD(>|H3CKbk&*C8R;~Ie>KNbrm0}%q|&g}$D=()jh>Llg&`1SK48Vu|(|Gx+l$u{H94^s6KP
+w=Nm`qVA;Br77i1;!KrBH-ro8Tl<M?x{Kh{nP5?DA5p2A?pMVRks+SC%pCp0sbvb2^q->L(%*61u_yI-O3*X?i$Yo7$ffs;S#MWEivpp2L}w-^A-gX3f
+Isn82~E_=mqKstN-&UL>AWy1I!RX<Os_c3smFY5v@NE`3mka>H85J9_bPxjll`#=N2yT?f()E4;&7jG3eK(860)9?jr#z>&F%;tRp|&91<7a+Y1;X@)h
+VHwF&|o00jKdFH5!x=N|gc^B`rz3+3?70tqK2@D0M)`YuA*F}^k#^aI5jBLWWd&Jgl6>D3<K5BJmm{So|0y%jSC7!DcRunrIl;1K=(<{tSb;4$yaAm0b
+_86^Ja+$zlWI2Y$F=@9_$1>sHE=K@%xJmf+3%FX*3Mg#*44(J{5^(yw&GTi?%2&U&O6C)+!2NW&OE64%M2SO3{*3S|A01hbA&L$Cy8w2q5BT42Zrr1H<
+DAD=|G4})xyc7@45+Mrl=={zs@e3~5-0C$u)%6PWS{CW`9qp@M9j^i{qHv=f$sooA8ywmMHM<)57r6Ni2>15y8wB(J_UGp}4g$vX&nYA^2oTrw4hZ`SC
+h+9+<pM3^5)TyN`wZ>?4I&)a;QOln^d~Z|`1B!a0m=c=;uG^63g#960^R#f4A>mZD)j{R7zOSB{QL6}<J?dT73JCl>p9^D<=+1xTB_C<`p*F;@&Ezs&k
+qA33;78i_zdCw=R^h#0`Sf82nG}QISA9k*$fUNx&S6QF~}A9C)x(I5H0Ql1sc}~_87!19{U9gDCsZn$nOR%)cEu#&m<%&$PfL#PCfhB-%i;7J3GnX^4%
+R2?mXl9LEY~P2l(*a5f(hr#|=Bpa-b3M3g$KP^TGoF#Y4~o=^oI#8{<s)CjbBd0000000000000004L8**3BBjb@*M6UDD3eUA?d$%*a;Q*5Y2ql;VdT
+AG~ojB7t8e^0N(;W79C6L-s9sJ1nm*a7Y`KN7XRJt80Re)04L=u-s0@`@W33{DH8n#$_fMIO#1ND^kfgh@&pRw4h85M4)HY=%m_Bk`q%sR0~jSN^UOB(
+*-GgF2m#;TX1E&^^%K$G9whDy=mM)4QpPah&+A0)2^R4a9<$s#1>7Fy+$bjlDhKY`z!WnZ4o2BH>fWmr&^rO)KCH18_R#6<As{L51ns<2(cT>M<}c08C
+Pos&(NOW^5&;e!|H~uWPRZWi7&zDg|27f;`Sj2QL;Aqy>o~UlGx93l>(3Sk-6#<6-MN41>lVqi{RIcr9S`ab(FiW@^Ap$&>qZ%vEfVSK66X~U0@w~5`~
+eEz<s2g;_Z7FVf8SRN%+}f|^Ccko0mVS-B)`Z685kBVDd7$T7Tr0*GSdg@-{M#g3M3iH*(L$k6!ZB8$!-)5(;5ZRF6_oB#7!mv%qac2ISBw3^fT!176R
+51Cllo({0HF@2+Ke%)&bwu3fU9a3r6SF4?oAp{8|zG&l&%+Ko%GF+)x6~_74yU7uF^M@AWVJ1=&5TGy(G_;_55-&<y?s{sbT7+9Sm_{RH6)66F>t(fIE
+13)dsfM8Mw!{^0~D4i`1)w<ikD5g`@B?&uj6v??Fx(?!b?#i#B5HFNRN7U28a_&fb4-3R~>|L5&J*+|a+#6}#^JnB98z!&-@tR?;*!6xLc5-sc~P4y>8
+*yiyT0TEK&ga9=N4G%r@Dbv~43>NAe1p&Lz=0yJLA_qE91jo$)-7MiY?G*3#_yq<T;0h7p?@E)@Hz*LN(I(U<2MzA(?NJcX5DnkcDj~5m>L>!#5-G6xN
+hldV$@*&Kp+58+<rxh6+y54~GA<9h2ogT+s5KP&-~=o4xhD`P^YY#LAVARs(Nz-o{L2p;6<YTqgcSZS_VwK$-6!w`<_0|f<_gyB=_~^$<kaQ~-XcH@0}
+-p@E-eD)@ER-9KLX(f+cy3T@$oJx2V4W?zUAu>2mjt3`9#>~^YHI*>DeFqAL;=63iIOn5Gvvy8S@k!D6IhP54+|c{P`&U?j7#m1Su3d?DX0U&`cu?-zw
+i2zcv;7(GcJu>GCfL*S8}a0^J|s<@s0O7qS=j^eP8b?hzyO2>$jE$^QE(@*oi^=L^BxPx&5F71Gb<_v28~0`D8q4iMO$CJ`<T$`B#a{u=A{69LpW!#T*
+<b_Vn2{q&tA0SEf*;PUR`c?J0N;kyJ}?(GKT|LpPHVEpMP$`SMz*XaZL_}u&AfA-~<>e=&u`UCm?_yp|jG6Jdw-1X;L@8k*g*9REUWWfR7^a<T@-v;vN
+`6v1O69o<YA_B$`6I}w^4*K$<FAVhv*bdwG!cq1J=^VxbGydEP;tBlz+iKzS8|D+RGWgl%2msXH-g)Z~viJq`OXv6s1n>Xp1S$xb^8M-&C-@Ke+~@8m<
+XWll6z}N!N&FA(=jkE%6$<ne^1LDOHXgwU_A>_vz&GUe_VWAc{jV|VEd>vw`CIt@_xtb?<^?Y*`0c*<?jHK|{re8~>^TJY_Y?W|{XX~o_6+0t4gCxK82
+Ih{`7!zT8^`(~`2RH7{PX_({UP}T0000000000000000002_6Ep<p48s3Z1>@}N0Shq|;RNFP5*f7y@#6I{1q2Eg^Y{A<_W}>(_Uj|_SmePr>fjCd4F1
+ah^*9me^|}x(1mOV?`tR}gAqFzo<0R=My!iI`3-}2Z2MPH70sQ+N{Wb#}+B(1raro`y{Pfx)arEff_1zZ8c<$}~_tO1M0R7eQ5+K(GRr~87zzq5V?E3K
+!9M|XJckJ-!>KpYi^7s`k*Z2kPGyCQK`1JE63ilen$_-7*e}Mw;^9JZE3OoY}_xT0&4-HQ20}jyn2z=@l|N6k}`TGX*3=i}7)qffB|I@h=(gyR`AP)G~
+>{0~y71svh2LkgA{qxZX@G<TW^akGl_W1oC3f}G8`YadU2=e^=Bjfu6$|2$T>sr7B|Niy~_67R}@%SA5>lg(b_uL%*^ay{!5!?{h7A6Y=0qE`H^43z=_
+yG#k|6>2(|JeZohbBVy3Lnt_(=Pbs`1=R-?kPdv2eR|)^K$X?0TKDZ1IK3CD)#H~;$HFi{G2!tA>lQ!_4oJl?`7u?0T%f31ojFS?fVA+0PXh<BlYF~2;
+lQs0{`vb3I-V=?Cb~m+U~3@5bYcJ`2`2W@dq6X{M7P!?CK2u?iTPF>=WSq1nc=s_2=;G1K}SB4ae{U_UPq*;|Bx>{`?E~>g)XS3i|gy0SOcj3i9>fe}y
+2w70jR5z~Ze8f9R&=h~zJS_yzy}GcfY-*$DLf`wJfX{VE9o@*w%``1}d$9Xs*i!1D$6*h0Ta(}nssNZ3pQ1?mF_0{av(fgbln)w}$`$rTRvJS-aH4ekZ
+?=H&kgH6ZHL0}B5C_Wl6;<q-n`>iq``3-<l|1_So!>IC@w3;h@X|NjX8|Nj7$Px$Zq5H&Z@0YvHT!~gNu2=@LOLKNl({sQ;!=IQ<V4fzBlAOIVsDg(D3
+{Qwc|0{k8Y{ucJ`0`EHh6&cz30VWNSImr|b+A0Jl59Rdr9SExkBq9Cd0}Bu4B@pbE8&wfj(e;P}Am$I*5Bezt&401Z;L`R3`1lF%5DpD}1QFpifezZ`C
+ITV+-0I*bCdUv5{@D3{=K=cU8YA#|+6t%!`wtiZ{QBehJ`@?$)&=bM_wxz~64U`b-uxN{_5Aq*{rUn5`vgez2^0;y^z!}#5ee)C+RX6_8CU}d=mPuz^A
+Rfq>;eQ0{q@HW_Wu#_4CLbz9y9*|&VTm>=?VP~`41NK7zQh|P3-S13jF0h{LmKe1o;og`4G<Z1_L+${{a6000NcjXJkAw26;R=6)`+1?xj2#OPM_Cd!;
+<WCLTNtkX1YaJH|Vg6F)qqKIS{u!TUQ(;qN;fmkK-%6bL<kMVvp>$2Pws7`8q!A)USl^b)@~!@a+{9l$?TIH<o<22DStsf53_W-Y%z)i}K~awWcr!y7;
+*s%gJ;3F7Yh_Ovev{?+95`|Q|%^8W1d$pJ_C>Hp^c^6u+!`P?4T3icx8>Hzcn-uKjZ@AR_j+4pDf0|EQ|0`vYZ0lWy~@A^~v-vHw34G_p!(g5W5@z#Fk
+1O4&<4*vKO1oi+L^~oh5Vgbzw_xiLu5AXud3e@(;VebFt7SaPf0pSJJ2mtTybn)XB-wn++_t4@M{MO#oc<Bzh`|$2Y?)nD<^8o4*C<3?l`0WxY?+5(L?
+h6stUdQwI^6lzn`3d#+^#l425&9VN<{!X3F#`+Z4G{X=J>~WG?e*sU-ZSPM{r|}PPxt}x{OJbw3oH%%?BD(NA^G_D^BEBR7y0`7{rdR)NA&gW7ykYJ`V
+adA{Pz6%GxzW;^a2L%5CsDM_Wk?)CG-UV000000000000000000shAoSo8%nNM_&Cv4p3KcWY2;T_i3;PH4)#xk?1rI6b><sn#_8H*o;y3m>@UL9o;@<
+b?_Y(EtLJai&!v!)4+W`Ie`v&hD@&@1W9NR;{_T~2W@k9#<4gL-9`}-O0Gzlf-9?2PP_~i2U^V%|0?bpr&-U+^T>;m%!#sWzP{?XqD9@h+9`rjeS2K^8
+7<mMg*&E?^L<oVL|@b5|G^cyDR00Zte|K<P$_V*?L@CT*b6H&K+f&SI-@#Ag)C;|!h`vm(12rKU#5V`~vcJ}}E`OxkS{{rv<0ru_5dI$~k;l&T~1Nq|&
+1q0RfRsZcC*$CnX1NQ+0^3VI=S>_AW1l#@y`1l?X-|piCE*0Jd_5T7g;P3yh7w#g_VXFiD{qzD00r>*+0u%c63k(qc-V*Hs6@StJ<q6;VE)x9i=kVq6=
+uh(c00X=MPXgxs-T4f;CNJ|43)%hUG5qE5{t4>-96jX%wDjZiW%2C<Bmm(2*I?lk_ww=gRqgf#v?vuZ-x$C5?)mTKbmtEE68Z510}C1k@$w1$@%9K5?e
+zN)?D{AJ1^4X#00tZ6@BkIz^3*2_@dp3x1_<2q0}KxW)AUmA;1&J!4ebc-8|?f5?*TXh=<nwa-x~KSwe|D;=iPth00<5L_Xzy$>-Y2k0sJ`v9t8gI0R8
+uWh9}P`znkv2;?@9v_T}NQ=_7yo{__7RIqC1@4e|W@1u*vcCIAQf2l@C4{Q%=3O8(K*_x$$fLDDkgvick~+D8)!@B91={0=XdBLqv)v<u+M82R=gNEqo
+6_5b<h+4T)G7V+Nr3;zH6{{H&$0t5i{{SEmI_xk(?0r%zd0s;L5`x^iM00jR4{{iUq^V=i-Q8t0~L+=vb&j0ZJ`Thbd7VHE52J80V-Ubo=@C7a){|)CB
+7OO|^{S*NK{0a#67ys`D=1%qs5%c;52nfYF%QFGXA_Exx_3{S%0>lpWJQ3OH4jSSb3h%!eTO=;r+<_S!{2b{0`2`61f5Fw<#RmWY_5b+_2>4MC4c=3U4
+bAHy2^I?V?dK{G%NYUy&jx?v2=V*^NAZ8_*Q@mj1p@~A1Kk2R4-V?m@!kmP@COM8`vWfI-5M42`27R?{R99432NsM4Di48?+fY=5cT`+_4m(0Wycix2J
+-a=0UQ0^0SXP-D#jH58T;uE-`D;RED#0sfBXaV0RIR73K#++_!+S#`s*6|_WL&c=N9H4;tuKn1N8p|^B({I009301Cj
 """
 # fmt: on
 
@@ -2050,42 +1834,47 @@ def importance_alone(text: str, feeling: float) -> float:
 
 
 MOOD_DECAY = 0.5  # what a message counts in the mood after each further one
-MOOD_FLOOR = 0.20  # probability from which on the strongest feeling is the mood, though neutral may be likelier
+MOOD_START = 0.5  # probability that a message must have a feeling with for it to become the mood: likelier than not
+MOOD_FLOOR = 0.20  # averaged probability below which there is no mood
 MOOD_MARGIN = 0.05  # by which another feeling must be stronger than the mood, so that the mood does not flicker
 # label -> (the mood in a word, what the guidance line says of it, what it asks for, confidence from which it is said).
-# Politeness reads as joy and a question as surprise (GoEmotions counts curiosity to it): those two must be very sure.
+# Politeness reads as joy and a question as surprise (GoEmotions counts curiosity to it): those two must be surer.
 MOOD_WORDS = {
     "joy": ("cheerful", "in good spirits", "share the lightness", 0.85),
-    "sadness": ("sad", "sad", "be gentle, leave room", 0.35),
-    "anger": ("angry", "angry", "take it seriously, stay steady", 0.35),
-    "fear": ("anxious", "anxious", "give safety, go slowly", 0.35),
-    "surprise": ("surprised", "taken by surprise", "let it sink in", 0.90),
-    "disgust": ("disgusted", "repelled", "respect the distance", 0.35),
+    "sadness": ("sad", "sad", "be gentle, leave room", 0.55),
+    "anger": ("angry", "angry", "take it seriously, stay steady", 0.60),
+    "fear": ("anxious", "anxious", "give safety, go slowly", 0.60),
+    "surprise": ("surprised", "taken by surprise", "let it sink in", 0.75),
+    "disgust": ("disgusted", "repelled", "respect the distance", 0.60),
     "neutral": ("calm", "", "", math.inf),
 }
 
 
-def prevailing(average: Sequence[float], present: str) -> str:
-    """The label of a mood's averaged scores, given the one that it had."""
+def prevailing(average: Sequence[float], scores: Sequence[float], present: str) -> str:
+    """The label of a mood, given its averaged scores, the newest message's own, and the label that it had."""
     best = max(range(NEUTRAL), key=average.__getitem__)
-    if average[best] < MOOD_FLOOR:
-        return "neutral"
-    held = present != "neutral" and average[EMOTIONS.index(present)] > average[best] - MOOD_MARGIN
-    return present if held and average[EMOTIONS.index(present)] >= MOOD_FLOOR else EMOTIONS[best]
+    held = 0.0 if present == "neutral" else average[EMOTIONS.index(present)]
+    if scores[best] >= MOOD_START and average[best] >= max(MOOD_FLOOR, held + MOOD_MARGIN):
+        return EMOTIONS[best]
+    return present if held >= MOOD_FLOOR else "neutral"
 
 
 def moods(readings: Iterable[tuple[int, EmotionReading]]) -> Iterator[Mood]:
-    """The mood after each of a branch's user messages, given as (place in the branch, reading), oldest first."""
+    """The mood after each of a branch's user messages, given as (place in the branch, reading), oldest first.
+
+    A mood's confidence is that of its plainest message: what was plain once is believed until it fades.
+    """
     average, mood = None, None
     for index, reading in readings:
         scores = [reading.scores[label] for label in EMOTIONS]
         average = scores if average is None else [
             MOOD_DECAY * a + (1 - MOOD_DECAY) * s for a, s in zip(average, scores, strict=True)
         ]  # fmt: skip
-        label = prevailing(average, mood.label if mood else "neutral")
-        same = mood is not None and mood.label == label
-        since, previous = (mood.since, mood.previous) if same else (index, mood.label if mood else None)
-        mood = Mood(label, average[EMOTIONS.index(label)], since, previous)
+        label = prevailing(average, scores, mood.label if mood else "neutral")
+        if mood is not None and mood.label == label:
+            mood = replace(mood, confidence=max(mood.confidence, reading.scores[label]))
+        else:
+            mood = Mood(label, reading.scores[label], index, mood.label if mood else None)
         yield mood
 
 
@@ -2140,7 +1929,7 @@ PERSONA_PIECE = 60  # characters of a persona that are embedded together, where 
 SHORTEST_PIECE = 24  # "[Start a new Chat]" says nothing of anyone
 MOST_PIECES = 400
 MAX_EMBEDDED = 4000  # characters; MiniLM reads 256 tokens, and tokenizing megabytes to drop them takes seconds
-TURN, BACKGROUND = 0, 1  # priorities of encoding jobs
+TURN, QUERY, BACKGROUND = 0, 1, 2  # priorities of encoding jobs
 LATIN_END = "\u024f"
 # Questions with their answers: how near those are in a model, and others, tells what its cosines mean.
 KNOWN_PAIRS = (
@@ -2394,8 +2183,8 @@ class Tree:
         depth = self.nodes[message.parent].depth + 1 if message.parent else 0
         self.nodes[message.id] = Node(
             message.id, message.parent, message.role, message.digest, message.fingerprint,
-            text_fingerprint(message.name, message.original), depth, order, message.tokens, message.confirmed,
-            message.complete, message.pinned, message.forgotten,
+            "" if message.erased else text_fingerprint(message.name, message.original), depth, order, message.tokens,
+            message.confirmed, message.complete, message.pinned, message.forgotten,
         )  # fmt: skip
         if old is None:
             self.by_digest[self.nodes[message.id].digest].append(message.id)
@@ -2479,6 +2268,11 @@ class Tree:
     def messages(self) -> int:
         """How many messages are part of the chat: those that some request has shown."""
         return self._confirmed
+
+    @property
+    def ends(self) -> set[str]:
+        """The confirmed messages that have no confirmed one after them: the ends of the branches."""
+        return {i for i, node in self.nodes.items() if node.confirmed} - self._inner
 
     @property
     def branches(self) -> int:
@@ -3066,6 +2860,7 @@ KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it
 STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
+OWN_FOLDERS = ("chats", "catalogue", "characters")  # in the data folder
 DAMAGED = ("file is not a database", "malformed", "encrypted")  # SQLite's words for a file that it cannot read
 
 
@@ -3155,6 +2950,13 @@ class Database:
             yield cache
 
     def _open(self) -> SharedCache:
+        file = database_of(self.folder)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # what cannot be used is told by SQLite
+            if not file.exists():
+                file.touch(mode=0o600)
+            elif file.stat().st_mode & 0o077:
+                file.chmod(0o600)  # SQLite's other files follow
         cache = SharedCache(
             str(self.folder), timeout=LOCK_SECONDS, disk=TextDisk, eviction_policy="none", size_limit=FOREVER,
             cull_limit=0, disk_min_file_size=FOREVER, sqlite_synchronous=1, sqlite_secure_delete=1,
@@ -3233,6 +3035,16 @@ class RebuiltDatabase(Database):
 def is_damage(error: BaseException | None) -> bool:
     """Whether SQLite means that a file is damaged, not that it cannot be read just now."""
     return isinstance(error, sqlite3.DatabaseError) and any(words in str(error) for words in DAMAGED)
+
+
+def make_private(*folders: Path) -> None:
+    """Makes folders where they are missing, and lets nobody but their owner into those that are new or this program's
+    own; raises `OSError`."""
+    for folder in folders:
+        if not folder.exists() or folder.name in OWN_FOLDERS:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with contextlib.suppress(PermissionError):  # another user's, or a file system without owners
+                folder.chmod(0o700)
 
 
 def set_aside(folder: Path) -> Path:
@@ -3314,7 +3126,7 @@ class ChatStore:
         facts by the ids of messages."""
         with cache.transact():
             marked = [message_of(read_json(cache, f"m:{i}")) for i in self.tree.marked]
-            marks = changed_marks({}, marked, ())
+            marks = changed_marks({}, marked, (), time.time())
             for digest, some in marks.items():
                 cache[f"k:{digest}"] = json.dumps({name: asdict(mark) for name, mark in some.items()})
             own, reworded = {m.id: m for m in marked}, set()
@@ -3414,7 +3226,7 @@ class ChatStore:
             with cache.transact():
                 self._catch_up(cache)
                 generation, known = self._generation + 1, {**self.info, **info}
-                marks = changed_marks(self.marks, messages, marked)
+                marks = changed_marks(self.marks, messages, marked, time.time())
                 messages = self._with_marks(cache, messages, marks)
                 rows = {f"k:{digest}": {n: asdict(m) for n, m in some.items()} for digest, some in marks.items()}
                 rows |= {row["id"]: row for row in self._rows(messages)}
@@ -3444,6 +3256,40 @@ class ChatStore:
         self.tree.drop(ids)
         for message in ids:
             self._recent.pop(message, None)
+
+    def erase(self, digests: Collection[str] = (), facts: Collection[str] = ()) -> None:
+        """Erases words for good: those of forgotten texts, by digest, and of forgotten facts, by id; and what was made
+        of them. A user's own summaries stay. What is left of a message are its place and its digest, by which a client
+        that still shows it is understood.
+
+        The words are overwritten in the file too (SQLite, "PRAGMA secure_delete"), and the write-ahead log is emptied.
+        """
+        with self._database.use() as cache:
+            with cache.transact():
+                self._catch_up(cache)
+                known = self.read([i for digest in digests for i in self.tree.by_digest.get(digest, ())])
+                gone = [m for m in known if m.forgotten and not m.erased]
+                doomed = {m.digest for m in gone}
+                told = [s for s in self.summaries.values() if s.source != "user" and not doomed.isdisjoint(s.texts)]
+                held = [f for f in self.facts.values() if f.digest in doomed or f.id in facts]
+                persona = self.info.get("persona", "")  # of strict clients it is the chat's first message
+                self.commit(
+                    info={"persona": ""} if any(m.original.strip() in persona for m in gone) else {},
+                    marked=[replace(m, content=m.original, shown=None, erased=m.digest) for m in gone],
+                    summaries=[replace(s, text="", tokens=0, stale=True) for s in told],
+                    facts=[replace(f, about="", text="", quote="", forgotten=True) for f in held],
+                )
+                self._delete_arrays(cache, gone)
+            cache._sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _delete_arrays(self, cache: SharedCache, messages: Sequence[Message]) -> None:
+        """Deletes the vectors and readings of the messages' texts, those of texts that stand elsewhere excepted."""
+        texts = {text_fingerprint(m.name, text) for m in messages for text in (m.content, m.original)}
+        texts -= {f for n in self.tree.nodes.values() for f in (n.fingerprint, n.shown)}
+        keys = cache._sql("SELECT key FROM Cache WHERE (key >= 'v:' AND key < 'v;') OR (key >= 'e:' AND key < 'e;')")
+        for (key,) in keys.fetchall():
+            if text_of_key(key.rpartition(":")[2]) in texts:
+                cache.delete(key)
 
     def _with_marks(
         self, cache: diskcache.Cache, messages: Sequence[Message], marks: Mapping[str, Mapping[str, Mark]]
@@ -3591,9 +3437,9 @@ def mark_for(marks: Mapping[str, Mark], message: Message) -> Mark | None:
 
 
 def changed_marks(
-    marks: Mapping[str, Mapping[str, Mark]], brought: Sequence[Message], marked: Sequence[Message]
+    marks: Mapping[str, Mapping[str, Mark]], brought: Sequence[Message], marked: Sequence[Message], at: float
 ) -> dict[str, dict[str, Mark]]:
-    """The marks of the texts whose marks change, by digest and speaker.
+    """The marks of the texts whose marks change, by digest and speaker; those that change do so `at` that time.
 
     `marked` messages replace the marks of their words; `brought` ones add theirs where the words have none.
     """
@@ -3601,12 +3447,12 @@ def changed_marks(
     for message in marked:
         some = changed.get(message.digest) or marks.get(message.digest, {})
         others = {name: mark for name, mark in some.items() if name and message.named and name != message.named}
-        changed[message.digest] = others | {message.named: message.mark}
+        changed[message.digest] = others | {message.named: replace(message.mark, at=at)}
     for message in sorted(brought, key=lambda m: not m.forgotten):
         if message.mark != Mark():
             some = changed.get(message.digest) or marks.get(message.digest, {})
             if mark_for(some, message) is None:
-                changed[message.digest] = {**some, message.named: message.mark}
+                changed[message.digest] = {**some, message.named: replace(message.mark, at=at)}
     return changed
 
 
@@ -3616,8 +3462,12 @@ def memory_of(marks: Mapping[str, Mark]) -> dict[str, tuple[str | None, bool]]:
 
 
 def with_mark(message: Message, mark: Mark | None) -> Message:
-    """The message as a mark makes it, in the client's own words where that has no others for it."""
+    """The message as a mark makes it, in the client's own words where that has no others for it; without any where it
+    was forgotten for good."""
     mark, own = mark or Mark(), message.original
+    if message.erased or (mark.erased and mark.forgotten):
+        gone = replace(message, content="", shown=None, erased=message.digest)
+        return replace(gone, pinned=mark.pinned, forgotten=mark.forgotten)
     content = own if mark.content is None else mark.content
     shown, tokens = None if content == own else own, message.tokens
     if shown is not None or message.shown is not None:  # the client's words where it shows them, the user's elsewhere
@@ -3646,6 +3496,12 @@ def upgraded_row(row: dict, tree: Tree) -> dict | None:
 def message_of(row: Mapping) -> Message:
     """A message from its row in the store."""
     return Message(**{k: v for k, v in row.items() if k != "order"})
+
+
+def forgotten_before(marks: Mapping[str, Mapping[str, Mark]], moment: float) -> set[str]:
+    """The digests of texts that were forgotten before that moment, in Unix seconds, and are not erased yet."""
+    every = ((digest, mark) for digest, some in marks.items() for mark in some.values())
+    return {digest for digest, mark in every if mark.forgotten and not mark.erased and mark.at < moment}
 
 
 def chat_folder(chat_id: str) -> str:
@@ -4037,6 +3893,7 @@ KEPT_NOTES = 8  # of a chat: texts that its client puts around or between a user
 REWORDED = 8  # newest messages that a client's rules for its display may show in other words at every turn
 SAME_SPEECH = 0.7  # of the shorter message's words
 SAME_PERSONA = 0.75  # of the shorter persona's words: two cards in one frame share about half
+ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 DELETED = ".deleted-"  # begins the name of a folder that is being deleted
 
 
@@ -4094,6 +3951,14 @@ class Chat:
             self.store.put_vectors(embedder, vectors)
             self.index.add_vectors(vectors)
 
+    def erase(self, digests: Collection[str]) -> None:
+        """Erases the words of forgotten texts, on disk and in RAM."""
+        with self.lock:
+            self.store.erase(digests)
+            self.index, self.last_prompt = MemoryIndex(), None
+            self.readings.clear()
+            self.word_readings.clear()
+
     def close(self) -> None:
         """Closes its files."""
         with self.lock:
@@ -4103,22 +3968,25 @@ class Chat:
 class Catalogue:
     """What is known of all chats without opening them. Derived: a lost one is made anew from the chats.
 
-    Rows: `c:<chat>` a line for the list, `d:<digest>` the chats without an explicit id that hold a text, `u:<chat>` a
-    chat whose summary is due, `embedder` whose vectors all chats have, `changes` a counter.
+    Rows: `c:<chat>` a line for the list, `d:<digest>` the chats without an explicit id that hold a text, `n:<digest>`
+    those with one, `u:<chat>` a chat whose summary is due, `x:<chat>` since when a chat has forgotten words that are
+    not erased, `embedder` whose vectors all chats have, `changes` a counter.
     """
 
     def __init__(self, folder: Path, on_loss: Callable[[], None] = lambda: None):
         self._database = RebuiltDatabase(folder, 1, on_loss)
 
-    def enter(self, line: Mapping, digests: Sequence[str] = ()) -> None:
-        """Notes a chat's line in the list, and texts that it holds."""
-        chat_id = line["chat_id"]
+    def enter(self, line: Mapping, digests: Sequence[str] = (), explicit: bool = False, forgetful: float = 0.0) -> None:
+        """Notes a chat's line in the list, texts that it holds, whether its client has named it (`explicit`), and since
+        when (Unix seconds; 0: it has none) it has forgotten words that are not erased."""
+        chat_id, kind = line["chat_id"], "n" if explicit else "d"
         with self._database.transaction() as cache:
-            for digest in digests:
-                chats = json.loads(cache.get(f"d:{digest}", "[]"))
+            for key in (f"{kind}:{digest}" for digest in digests):
+                chats = json.loads(cache.get(key, "[]"))
                 if chat_id not in chats:
-                    cache[f"d:{digest}"] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
+                    cache[key] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
             cache[f"c:{chat_id}"] = json.dumps(line)
+            cache.set(f"x:{chat_id}", forgetful) if forgetful else cache.delete(f"x:{chat_id}")
             cache.incr("changes", default=0)
 
     def remove(self, chat_id: str, digests: Iterable[str] | None) -> None:
@@ -4127,18 +3995,36 @@ class Catalogue:
         The files are closed then: that empties the write-ahead log, where the words would stand on.
         """
         with self._database.transaction() as cache:
-            keys = [f"d:{d}" for d in digests] if digests is not None else list(stored_rows(cache, "d:"))
-            for key in keys:
-                chats = json.loads(cache.get(key, "[]"))
-                left = [c for c in chats if c != chat_id]
-                if left and left != chats:
-                    cache[key] = json.dumps(left)
-                elif not left:
-                    cache.delete(key)
-            cache.delete(f"c:{chat_id}")
-            cache.delete(f"u:{chat_id}")
+            self._remove_texts(cache, chat_id, digests)
+            for kind in "cux":
+                cache.delete(f"{kind}:{chat_id}")
             cache.incr("changes", default=0)
         self._database.rest()
+
+    @staticmethod
+    def _remove_texts(cache: SharedCache, chat_id: str, digests: Iterable[str] | None) -> None:
+        if digests is None:
+            keys = [*stored_rows(cache, "d:"), *stored_rows(cache, "n:")]
+        else:
+            keys = [f"{kind}:{digest}" for digest in digests for kind in "dn"]
+        for key in keys:
+            chats = json.loads(cache.get(key, "[]"))
+            left = [c for c in chats if c != chat_id]
+            if left and left != chats:
+                cache[key] = json.dumps(left)
+            elif chats and not left:
+                cache.delete(key)
+
+    def remove_texts(self, chat_id: str, digests: Iterable[str]) -> None:
+        """Takes texts of a chat out, and closes the files, as `remove` does."""
+        with self._database.transaction() as cache:
+            self._remove_texts(cache, chat_id, digests)
+        self._database.rest()
+
+    def forgetful(self, before: float) -> list[str]:
+        """The chats that have forgotten words since before that moment, in Unix seconds, which are not erased."""
+        with self._database.use() as cache:
+            return [key[2:] for key, since in stored_rows(cache, "x:").items() if since < before]
 
     def chats(self, lone: bool = False) -> list[dict]:
         """A line for every chat, the last used first; also those of one `lone` message, where they are asked for."""
@@ -4147,10 +4033,10 @@ class Catalogue:
         listed = (line for line in lines if lone or not line.get("lone"))
         return sorted(listed, key=lambda line: -(line["updated"] or 0))
 
-    def holding(self, digests: Sequence[str]) -> list[list[str]]:
-        """For each text the chats without an explicit id that hold it."""
+    def holding(self, digests: Sequence[str], kinds: str = "d") -> list[list[str]]:
+        """For each text the chats that hold it: those without an explicit id (`d`), those with one (`n`), or both."""
         with self._database.use() as cache:
-            return [json.loads(cache.get(f"d:{d}", "[]")) for d in digests]
+            return [[c for kind in kinds for c in json.loads(cache.get(f"{kind}:{d}", "[]"))] for d in digests]
 
     def changes(self) -> int:
         """A number that grows with every change of the list, whichever process makes it."""
@@ -4229,15 +4115,16 @@ class ChatRegistry:
     """
 
     def __init__(self, data: Path, most_open: int = OPEN_CHATS):
-        self.folder = data / "chats"
-        self.catalogue = Catalogue(data / "catalogue", self._relist)
-        self.characters = CharacterSettings(data / "characters")
+        self.folder, *others = (data / name for name in OWN_FOLDERS)
+        self.catalogue = Catalogue(others[0], self._relist)
+        self.characters = CharacterSettings(others[1])
         self._most_open = most_open
         self._lent: OrderedDict[str, Lending] = OrderedDict()  # by folder, the last used last
         self._lock = threading.Lock()
         self._starting = threading.Lock()
         self._started = self._closed = False
         self._listed = threading.Event()  # set when every chat is in the catalogue
+        self._ending = threading.Event()
 
     def start(self) -> None:
         """Opens the data folder, once; chats that the catalogue lacks are entered in the background."""
@@ -4247,7 +4134,7 @@ class ChatRegistry:
             if self._started:
                 return
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                make_private(self.folder.parent, *(self.folder.parent / name for name in OWN_FOLDERS))
                 folders = {entry.name: entry for entry in self.folder.iterdir() if entry.is_dir()}
             except OSError as error:
                 raise StoreError(f"store: {type(error).__name__}: {error}") from error
@@ -4355,9 +4242,11 @@ class ChatRegistry:
             self._give_back(folder.name, lending)
 
     def locate(
-        self, digests: Sequence[tuple[str, str]], align: Callable[[Chat], Alignment], timeout: float | None = None
-    ) -> tuple[str, Alignment] | None:
-        """The id of the chat without an explicit id that a transcript of (role, digest) continues, and where in it.
+        self, digests: Sequence[tuple[str, str]], align: Callable[[Chat], Alignment], timeout: float | None = None,
+        kinds: str = "d",
+    ) -> tuple[str, Alignment] | None:  # fmt: skip
+        """The id of the chat that a transcript of (role, digest) continues, and where in it. Only chats without an
+        explicit id are looked for, but with `kinds` (see `Catalogue.holding`).
 
         Chats that share the most of the newest texts are looked at; those that share fewer than one which convinces
         are not even opened (a reply that no request has shown yet is not counted: one more may be shared). Among
@@ -4368,7 +4257,7 @@ class ChatRegistry:
         self._listed.wait(timeout)
         wanted = digests[-LOCATED_BY:]
         shared: Counter = Counter()
-        for (role, _), chats in zip(wanted, self.catalogue.holding([d for _, d in wanted]), strict=True):
+        for (role, _), chats in zip(wanted, self.catalogue.holding([d for _, d in wanted], kinds), strict=True):
             shared.update(dict.fromkeys(chats, 1 + (role == "user")))
         found: list[tuple[int, tuple, str, Alignment]] = []
         for chat_id, count in shared.most_common(LOCATED_CHATS):
@@ -4386,8 +4275,38 @@ class ChatRegistry:
 
     def enter(self, chat: Chat, ids: Iterable[str]) -> None:
         """Notes a chat's new messages and its line in the catalogue; hold the chat's lock."""
-        digests = [] if chat.store.info["explicit"] else list({chat.tree.nodes[i].digest for i in ids})
-        self.catalogue.enter(chat.store.listing(), digests)
+        texts = list({node.digest for node in chat.nodes(ids) if node.shown})
+        kept = [m.at for some in chat.store.marks.values() for m in some.values() if m.forgotten and not m.erased]
+        self.catalogue.enter(chat.store.listing(), texts, chat.store.info["explicit"], min(kept, default=0.0))
+
+    def erase(self, chat_id: str, digests: Collection[str]) -> None:
+        """Erases the words of a chat's forgotten texts; raises `NotFound`."""
+        with self.borrow(chat_id) as chat, chat.lock:
+            chat.erase(digests)
+            self.catalogue.remove_texts(chat_id, digests)
+            self.enter(chat, ())
+
+    def erase_lapsed(self, days: int) -> None:
+        """Erases what was forgotten more than so many days ago."""
+        self.start()
+        moment = time.time() - days * 86400
+        for chat_id in self.catalogue.forgetful(moment):
+            with contextlib.suppress(NotFound), self.borrow(chat_id) as chat:
+                self.erase(chat_id, forgotten_before(chat.store.marks, moment))
+
+    def keep_erasing(self, days: int) -> None:
+        """Does that now and every hour, in a thread of its own, until the registry is closed."""
+
+        def work() -> None:
+            """One round an hour."""
+            while not self._ending.is_set():
+                try:
+                    self.erase_lapsed(days)
+                except Exception as error:
+                    log_event("erase_failed", f"Forgotten words are not erased yet: {error}", level=logging.WARNING)
+                self._ending.wait(ERASE_SECONDS)
+
+        threading.Thread(target=work, name="eraser", daemon=True).start()
 
     def find(self, words: Sequence[str], limit: int, seconds: float) -> Iterator[tuple[dict, Message]]:
         """Messages that hold all the words, by chat, the last used first: at most `limit` of a chat, each with the
@@ -4447,6 +4366,7 @@ class ChatRegistry:
 
     def close(self) -> None:
         """Closes all files; waits for a chat that is being opened."""
+        self._ending.set()
         with self._lock:
             self._closed = True
             lent = list(self._lent.values())
@@ -4496,11 +4416,15 @@ def align_appended(chat: Chat, request: ChatRequest) -> Alignment | None:
     """Where the one message of a client that keeps no history goes; None for a client that shows history.
 
     The reply that the client had to its last message is then part of the chat. The same message again is the same turn
-    again, when no whole reply has reached the client, or when it comes so soon that the user wants another reply.
+    again, when no whole reply has reached the client, or when it comes so soon that the user wants another reply. A
+    client that has shown its history before may send its newest message alone, too; but its chat's first message alone
+    is its history, shown from the beginning.
     """
     head, tree = chat.store.head, chat.tree
-    shows_history = request.identity.has_metadata or chat.store.info.get("shows_history")
-    if len(request.turns) != 1 or request.turns[0].role != "user" or shows_history or not head:
+    if len(request.turns) != 1 or request.turns[0].role != "user" or request.identity.has_metadata or not head:
+        return None
+    first = tree.nodes[chat.path()[0]]
+    if chat.store.info.get("shows_history") and first.digest == request.turns[0].digest:
         return None
     replies = tree.replies.get(head) or []
     answered = bool(replies) and tree.nodes[replies[-1]].complete and not is_recent(chat, replies[-1])
@@ -5208,8 +5132,8 @@ def summary_request(lines: Sequence[str], what: str, room: int, strict: bool) ->
 
 def numbered_line(message: Message, index: int, feeling: str = "") -> str:
     """A message as the model that summarises reads it."""
-    speaker = message.name or {"user": "User", "assistant": "Character"}[message.role]
-    return f"#{index + 1} {speaker}{f' ({feeling})' if feeling else ''}: " + " ".join(message.content.split())
+    speaker = one_line(message.name) or {"user": "User", "assistant": "Character"}[message.role]
+    return f"#{index + 1} {speaker}{f' ({feeling})' if feeling else ''}: " + " ".join(quoted(message.content).split())
 
 
 def clipped_lines(lines: Sequence[str], budget: int) -> list[str]:
@@ -5387,7 +5311,7 @@ def facts_of(facts: Iterable[Fact], texts: Sequence[str], before: float) -> list
 def pinned_fact(message: Message, index: int) -> Fact:
     """A pinned message as a fact, for prompts that do not show it."""
     text = whole_sentences(message.content, PINNED_TOKENS)
-    line = f"{message.name or SPEAKERS[message.role]}: {text}"
+    line = f"{one_line(message.name) or SPEAKERS[message.role]}: {text}"
     return Fact(message.id, "", line, "", message.digest, index, index, pinned=True, message=message.id)
 
 
@@ -5398,8 +5322,8 @@ def still_quotes(fact: Fact, message: Message) -> bool:
 
 def fact_line(fact: Fact, before: Fact | None) -> str:
     """A fact as the model reads it; what it superseded is said."""
-    earlier = f" (earlier, #{before.index + 1}: {before.text})" if before and before.text != fact.text else ""
-    return f"- #{fact.index + 1} {fact.text}{earlier}"
+    earlier = f" (earlier, #{before.index + 1}: {quoted(before.text)})" if before and before.text != fact.text else ""
+    return f"- #{fact.index + 1} {quoted(fact.text)}{earlier}"
 
 
 @dataclass(frozen=True)
@@ -5458,7 +5382,7 @@ def fitting_facts(rows: Sequence[tuple[Fact, Fact | None]], budget: int) -> list
 
 def summary_line(summary: Summary) -> str:
     """A summary as the model reads it."""
-    return f"(#{summary.start + 1}-{summary.end + 1}) {summary.text}"
+    return f"(#{summary.start + 1}-{summary.end + 1}) {quoted(summary.text)}"
 
 
 def line_tokens(summary: Summary) -> int:
@@ -5480,7 +5404,7 @@ def weighted_rows(
     rows = []
     for message, vector, reading in zip(messages, vectors, readings, strict=True):
         central = float(vector @ centre) if vector is not None else 0.5
-        speaker = message.name or {"user": "User", "assistant": "Character"}[message.role]
+        speaker = one_line(message.name) or {"user": "User", "assistant": "Character"}[message.role]
         rows.append((speaker, message.content, central + message_importance(message.content, reading)))
     return rows
 
@@ -5727,9 +5651,10 @@ def spoken_line(memory: Memory) -> str:
 
     A reply in a group begins with the speaker's name already.
     """
-    m, text = memory.message, memory.text.replace("\n", "\n  ")
-    named = m.voice and text.startswith(f"{m.voice}: ")
-    return text if named else f"{m.name or m.voice or SPEAKERS[m.role]}: {text}"
+    m, text = memory.message, quoted(memory.text)
+    voice = one_line(m.voice)
+    named = voice and text.startswith(f"{voice}: ")
+    return text if named else f"{one_line(m.name) or voice or SPEAKERS[m.role]}: {text}"
 
 
 def memory_line(memory: Memory) -> str:
@@ -5739,7 +5664,7 @@ def memory_line(memory: Memory) -> str:
 
 def given_day(memory: Memory) -> str:
     """The day that the client gives a message; empty where it gives none."""
-    return (memory.message.timestamp or "")[:10]
+    return one_line(memory.message.timestamp, 10)
 
 
 def neighbours(memories: Sequence[Memory]) -> list[list[Memory]]:
@@ -5810,7 +5735,7 @@ def memory_frame_tokens() -> int:
 def with_reminder(block: str, piece: str, room: int) -> tuple[str, str]:
     """What goes in front of the newest message, with a piece of the persona at its end where `room` tokens leave space
     for that; and the piece, empty where it was left out."""
-    line = f"[Keep in mind, from the description: {piece}]" if piece else ""
+    line = f"[Keep in mind, from the description: {quoted(piece)}]" if piece else ""
     free = room - (count_tokens(block) + FRAME_MARGIN if block else 0)
     if not line or count_tokens(line) + FRAME_MARGIN > min(free, REMINDER_TOKENS):
         return block, ""
@@ -5928,6 +5853,11 @@ EXPORT_FORMAT, EXPORT_VERSION = "persona_memory", 1
 NO_NAMES = (None, "", "unused")  # what headers hold where they name nobody; newer versions write "unused"
 STAND_IN_AVATAR = "img/ai4.png"  # SillyTavern's own; a message that has one carries its speaker's name into the prompt
 LONGEST_DATE = 64  # characters
+FIRST_MILLISECONDS = 1e11  # a smaller number is a date in seconds; so many milliseconds are in 1973
+DATE_FORMATS = (  # without spaces: SillyTavern, text-generation-webui, and what browsers write in several countries
+    "%B%d,%Y%I:%M%p", "%b%d,%Y%I:%M%p", "%b%d,%Y%I:%M:%S%p", "%b%d,%Y%H:%M", "%m/%d/%Y,%I:%M:%S%p",
+    "%d/%m/%Y,%H:%M:%S", "%d.%m.%Y,%H:%M:%S", "%Y/%m/%d%H:%M:%S",
+)  # fmt: skip
 KEPT_INFO = {  # what an export holds of a chat beside its messages, with its types
     "chat_id": str, "explicit": bool, "created": float, "updated": float, "character": str, "user_name": str,
     "shows_history": bool, "persona": str,
@@ -5994,44 +5924,153 @@ def parse_json(text: str, where: str = "") -> Any:
         return json_value(text)
     except ValueError as error:
         line = where or f"line {getattr(error, 'lineno', 1)}"
-        raise InvalidRequest(f"{line} is not valid JSON: {str(error)[:200]}.", line) from None
+        words = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            words = f"{error.msg.removesuffix(' starting at')} at character {error.colno}"
+        raise InvalidRequest(f"{line} is not valid JSON: {words[:200]}.", line) from None
 
 
-def read_chat_file(raw: bytes) -> ChatCopy:
-    """The chat in an export or in a SillyTavern chat file; raises `InvalidRequest` naming the line or the field."""
+class NoChatFile(InvalidRequest):
+    """A file is whole, but what it holds is no chat that this program can read; the words say what was seen."""
+
+
+def read_chats(raw: bytes) -> tuple[list[ChatCopy], list[dict]]:
+    """The chats in a file, and a line for all in it that was passed over: its number (None where it has none), and why.
+
+    A bad row costs that row. A chat without any message of the user is passed over: no request would have shown it.
+    Raises `InvalidRequest` naming the line or the field where nothing can be read.
+    """
+    text = decoded(raw)
+    opening = value_or_none(next((line for line in text.split("\n") if line.strip()), ""))
+    document = None if is_chat_line(opening) else value_or_none(text)
+    if document is not None:
+        return read_document(document)
+    copy, passed_over = read_transcript(text)
+    if copy is None:
+        if opening is None:
+            parse_json(text)  # raises: a document on several lines, and this names the broken one
+        raise InvalidRequest(passed_over[0]["why"])
+    return with_users([copy], passed_over)
+
+
+def decoded(raw: bytes) -> str:
+    """A file's text. Bytes that are not UTF-8 become lone surrogates, so that they cost their line only."""
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return raw.decode("utf-16", "replace")
+    return raw.decode("utf-8-sig", "surrogateescape")
+
+
+def value_or_none(text: str) -> Any:
+    """The value of a JSON text, None where it is not JSON."""
     try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = raw.count(b"\n", 0, error.start) + 1
-        where = f"line {number}"
-        raise InvalidRequest(f"{where} is not UTF-8.", where) from None
-    try:
-        opening = json_value(text.lstrip().partition("\n")[0])
+        return json_value(text)
     except ValueError:
-        opening = None  # an export on several lines, or no JSON at all
-    if opening is None or (isinstance(opening, dict) and "format" in opening):
-        return read_export(parse_json(text))
-    return read_transcript(text)
+        return None
+
+
+def with_users(copies: Sequence[ChatCopy], passed_over: list[dict]) -> tuple[list[ChatCopy], list[dict]]:
+    """The copies in which the user has said anything; the others are noted."""
+    spoken = [copy for copy in copies if any(m.role == "user" for m in copy.messages)]
+    silent = len(copies) - len(spoken)
+    words = f"{silent} chats in it hold" if silent > 1 else "it holds"
+    if silent:
+        passed_over = [*passed_over, {"line": None, "why": f"{words} no message of the user yet: left out."}]
+    return spoken, passed_over
 
 
 # --------------------------------------------------------------------------------------------- SillyTavern's chat files
 
 
-def read_transcript(text: str) -> ChatCopy:
-    """The chat in a SillyTavern chat file: a header (older versions write none for groups), then a message a line.
+def read_transcript(text: str) -> tuple[ChatCopy | None, list[dict]]:
+    """The chat in a SillyTavern chat file (TavernAI and Chub write such too), and what was passed over.
+
+    That is a header (older versions write none for groups), then a message a line. None where no line can be read.
+    """
+    rows, passed_over = [], []
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for number, line in lines:
+        where = f"line {number}"
+        try:
+            row = read_line(line, where)
+            rows.append(row if number == lines[0][0] and is_header(row) else chat_row(row, where))
+        except InvalidRequest as error:
+            passed_over.append({"line": number, "why": str(error)})
+    if not rows:
+        return None, passed_over or [{"line": 1, "why": "line 1 is empty, as is all of the file."}]
+    header = rows.pop(0) if is_header(rows[0]) else None
+    if header is None and passed_over and passed_over[0]["line"] == lines[0][0]:
+        header = {}  # there was one, and it cannot be read
+    return copy_of_rows(header, rows), passed_over
+
+
+def read_line(line: str, where: str) -> Any:
+    """The value of a line; raises `InvalidRequest` saying what is wrong with it."""
+    if not line.strip(" \t\r\0"):
+        raise InvalidRequest(f"{where} holds only zero bytes: the file was not written to its end.", where)
+    if re.search("[\udc80-\udcff]", line):
+        raise InvalidRequest(f"{where} is not UTF-8.", where)
+    return parse_json(line, where)
+
+
+def is_header(row: Any) -> bool:
+    """Whether a line of a chat file is its header."""
+    names = ("user_name", "character_name", "character_names", "chat_metadata", "create_date")
+    return isinstance(row, dict) and "mes" not in row and any(name in row for name in names)
+
+
+def is_chat_line(row: Any) -> bool:
+    """Whether a value is a line of a chat file."""
+    return is_header(row) or (isinstance(row, dict) and "mes" in row)
+
+
+def chat_row(row: Any, where: str) -> dict:
+    """A message's line with its fields in SillyTavern's types, which other programs and older versions do not keep to.
+
+    Raises `InvalidRequest` where it is not clear what was said, or by which side.
+    """
+    if not isinstance(row, dict):
+        raise InvalidRequest(f"{where} must be a JSON object.", where)
+    swipes = [text_in(swipe) for swipe in row["swipes"]] if isinstance(row.get("swipes"), list) else []
+    at = whole_number(row.get("swipe_id"))
+    chosen = at if at is not None and 0 <= at < len(swipes) else len(swipes)
+    text = text_in(row.get("mes"))
+    if text is None:
+        text = next(iter(swipes[chosen : chosen + 1]), None)
+    if text is None:
+        raise InvalidRequest(f"{where} holds no text: mes is missing or of another type.", where)
+    by_user = truth(row.get("is_user"))
+    if by_user is None:
+        raise InvalidRequest(f"{where}: is_user must be true or false.", where)
+    typed = {"name": str, "extra": dict, "swipe_info": list, "force_avatar": str, "original_avatar": str}
+    kept = {name: row[name] for name, kind in typed.items() if isinstance(row.get(name), kind)}
+    swipes[chosen : chosen + 1] = [text]
+    kept |= {"swipes": [text] if by_user else swipes, "chosen": 0 if by_user else chosen}
+    return kept | {"mes": text, "is_user": by_user, "send_date": row.get("send_date")}
+
+
+def text_in(value: Any) -> str | None:
+    """A text, or that of an object which holds one as `message`, as Chub's exports do; None for anything else."""
+    text = value.get("message") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def truth(value: Any) -> bool | None:
+    """What a flag says, which some write as a number or a word, and leave empty for no; None where it says nothing."""
+    words = {"": False, "none": False, "0": False, "false": False, "1": True, "true": True}
+    return words.get(str(value).lower()) if isinstance(value, str | int | None) else None
+
+
+def copy_of_rows(header: Mapping | None, rows: Sequence[Mapping]) -> ChatCopy:
+    """The chat of a header (None where the file has none) and its messages' rows.
 
     Chosen swipes make the branch, rejected ones are their siblings.
     """
-    lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    rows = [(where, parse_json(line, where)) for where, line in lines]
-    for index, (where, row) in enumerate(rows):
-        check_row(row, where, may_be_header=index == 0)
-    header = rows[0][1] if rows and "mes" not in rows[0][1] else {}
-    said = [row for _, row in rows[bool(header) :] if is_message(row)]
-    user, character = ("" if header.get(k) in NO_NAMES else header[k] for k in ("user_name", "character_name"))
-    replies = [row for row in said if not row.get("is_user")]
-    group = not header or (not character and bool(replies) and all(row.get("original_avatar") for row in replies))
-    names = {side: [row["name"] for row in said if row.get("is_user") == side and row.get("name")] for side in (1, 0)}
+    said = [row for row in map(without_row_thoughts, rows) if is_message(row)]
+    names = {side: [row["name"] for row in said if row["is_user"] == side and row.get("name")] for side in (1, 0)}
+    user, character = (header_name(header or {}, key) for key in ("user_name", "character_name"))
+    replies = [row for row in said if not row["is_user"]]
+    lent = bool(replies) and all(row.get("original_avatar") for row in replies)  # by members of a group
+    group = header is None or "character_names" in header or (not character and lent)
     user = "".join(names[1][-1:]) if group or not user else user
     messages, head, now = [], ROOT, time.time()
     for row in said:
@@ -6041,51 +6080,64 @@ def read_transcript(text: str) -> ChatCopy:
         messages += siblings.values()
         head = next(m.id for m in siblings.values() if m.confirmed)
     info = {"user_name": user, "character": character or "".join(names[0][-1:])}
-    return ChatCopy(tuple(messages), head, {k: sane_text(v) for k, v in info.items() if v})
+    info = {k: sane_text(v) for k, v in info.items() if v} | named_in_header(header or {})
+    return ChatCopy(tuple(messages), head, info)
 
 
-def check_row(row: Any, where: str, may_be_header: bool) -> None:
-    """Raises `InvalidRequest` where a line of a chat file is not what SillyTavern writes."""
-    if not isinstance(row, dict):
-        raise InvalidRequest(f"{where} must be a JSON object.", where)
-    if "mes" not in row and may_be_header:
-        types = {"user_name": str | None, "character_name": str | None}
-        if not any(key in row for key in (*types, "chat_metadata", "create_date")):
-            raise InvalidRequest(f"{where} is neither a chat's header nor a message.", where)
-    else:
-        types = {"mes": str, "name": str | None, "is_user": bool | None, "is_system": bool | None}
-        types |= {"swipes": list | None, "extra": dict | None, "swipe_id": int | None, "swipe_info": list | None}
-    for name, kind in types.items():
-        if not isinstance(row.get(name), kind):
-            raise InvalidRequest(f"{where}: {name} is missing or of another type.", where)
+def header_name(header: Mapping, key: str) -> str:
+    """A name in a header; empty where it names nobody."""
+    name = header.get(key)
+    return name if isinstance(name, str) and name not in NO_NAMES else ""
+
+
+def named_in_header(header: Mapping) -> dict[str, Any]:
+    """The chat's id, where our extension has put it into the header's metadata.
+
+    Branches and checkpoints are made with a copy of their chat's metadata; what the extension noted of `main_chat` when
+    it made the id tells them apart.
+    """
+    metadata = header.get("chat_metadata")
+    known = metadata.get(EXPORT_FORMAT) if isinstance(metadata, dict) else None
+    named = known.get("id") if isinstance(known, dict) else None
+    if not isinstance(named, str) or not named.strip() or sane_text(named) != named:
+        return {}
+    same = (known.get("main") or "") == (metadata.get("main_chat") or "")
+    return {"chat_id": named.strip(), "explicit": True} if same else {}
 
 
 def is_message(row: Mapping) -> bool:
     """Whether a line of a chat file is a message of the chat.
 
-    Narrator lines, comments and the client's own notices are not; they have a type. Messages that the user has hidden
-    from the prompt are: what the prompt has no room for is what a memory is there for.
+    Narrator lines, comments and the client's own notices are not; they have a type. Neither are the notices of tools.
+    Messages that the user has hidden from the prompt are: what the prompt has no room for is what a memory is there
+    for.
     """
-    return bool(row["mes"].strip()) and not (row.get("extra") or {}).get("type")
+    extra = row.get("extra") or {}
+    return bool(row["mes"].strip()) and not extra.get("type") and not extra.get("tool_invocations")
+
+
+def without_row_thoughts(row: dict) -> dict:
+    """A line without a model's thoughts in the texts of replies."""
+    if row["is_user"]:
+        return row
+    swipes = [text if text is None else without_thoughts(text) for text in row["swipes"]]
+    return row | {"mes": without_thoughts(row["mes"]), "swipes": swipes}
 
 
 def swipes_of(row: Mapping, parent: str, voice: str | None, now: float) -> dict[str, Message]:
     """A line's swipes by id, in their order, as the client would send them; the chosen one is confirmed."""
-    swipes = [s for s in row.get("swipes") or () if isinstance(s, str)]
-    at = row.get("swipe_id")
-    chosen = at if isinstance(at, int) and 0 <= at < len(swipes) else len(swipes)
-    swipes[chosen : chosen + 1] = [row["mes"]]
-    if row.get("is_user"):
-        swipes, chosen = [row["mes"]], 0
+    swipes, chosen = row["swipes"], row["chosen"]
     details = [d if isinstance(d, dict) else {} for d in row.get("swipe_info") or ()]
     details += [{}] * (len(swipes) - len(details))
     details[chosen] = row
-    role = "user" if row.get("is_user") else "assistant"
+    role = "user" if row["is_user"] else "assistant"
     found: dict[str, Message] = {}
     for index, (text, detail) in enumerate(zip(swipes, details, strict=False)):
+        if text is None or not text.strip():
+            continue
         content = (f"{voice}: {text}" if voice else text).replace("\r", "")
         key = message_id(parent, message_digest(role, content))
-        if text.strip() and (index == chosen or key not in found):
+        if index == chosen or key not in found:
             found[key] = Message(
                 key, parent, role, content, timestamp=parse_send_date(detail.get("send_date")), at=now,
                 tokens=message_tokens({"role": role, "content": content}), confirmed=index == chosen, voice=voice,
@@ -6096,22 +6148,29 @@ def swipes_of(row: Mapping, parent: str, voice: str | None, now: float) -> dict[
 def parse_send_date(value: Any) -> str | None:
     """A message's date in ISO 8601; None for what is not a date.
 
-    SillyTavern has written 1720819812123, "2024-07-12 @21h 30m 12s 5ms", "July 12, 2024 9:30pm" and ISO 8601. Dates
-    without a zone are in the zone of the client that wrote them, which is taken to be this machine's.
+    SillyTavern has written 1720819812123, "2024-07-12 @21h 30m 12s 5ms", "July 12, 2024 9:30pm" and ISO 8601; other
+    programs write seconds, or what DATE_FORMATS lists. Dates without a zone are in the zone of the client that wrote
+    them, which is taken to be this machine's.
     """
     with contextlib.suppress(ValueError, OverflowError, OSError):
         if isinstance(value, int | float) or (isinstance(value, str) and value.isdecimal()):
-            return iso_date(datetime.fromtimestamp(float(value) / 1000).astimezone())
+            number = float(value)
+            seconds = number if abs(number) < FIRST_MILLISECONDS else number / 1000
+            return iso_date(datetime.fromtimestamp(seconds).astimezone())
         if isinstance(value, str) and len(value) <= LONGEST_DATE:
-            text = "".join(value.split()).lower()  # some versions wrote no spaces
-            if "@" in text:
-                text, _, milliseconds = text.removesuffix("ms").partition("s")
-                when = datetime.strptime(text, "%Y-%m-%d@%Hh%Mm%S") + timedelta(milliseconds=int(milliseconds or 0))
-            elif text.endswith("m"):
-                when = datetime.strptime(text, "%B%d,%Y%I:%M%p")
-            else:
-                when = datetime.fromisoformat(value)
+            when = local_date("".join(value.split()).lower()) or datetime.fromisoformat(value)
             return iso_date(when if when.tzinfo else when.astimezone())
+    return None
+
+
+def local_date(text: str) -> datetime | None:
+    """A date written for people, without its spaces and in lower case; None where it is in none of DATE_FORMATS."""
+    if "@" in text:
+        text, _, milliseconds = text.removesuffix("ms").partition("s")
+        return datetime.strptime(text, "%Y-%m-%d@%Hh%Mm%S") + timedelta(milliseconds=int(milliseconds or 0))
+    for form in DATE_FORMATS:
+        with contextlib.suppress(ValueError):
+            return datetime.strptime(text, form)
     return None
 
 
@@ -6167,6 +6226,130 @@ def transcript_row(message: Message, siblings: Sequence[Message], name: str) -> 
 def unprefixed(message: Message) -> str:
     """The client's text of a message, without the name that the client puts in front of it."""
     return message.original.removeprefix(f"{message.voice}: ") if message.voice else message.original
+
+
+# ---------------------------------------------------------------------------------------------- other programs' files
+
+MOST_NAMED = 8  # fields of an unknown file that its refusal names
+WEBUI_GREETING = "<|BEGIN-VISIBLE-CHAT|>"  # stands where the user has said nothing before the first reply
+KOBOLD_TURN = re.compile(r"\{\{\[(INPUT|OUTPUT)(?:_END)?\]\}\}")
+
+
+def read_document(data: Any) -> tuple[list[ChatCopy], list[dict]]:
+    """The chats in a file that is one JSON value, and what was passed over; raises `InvalidRequest`.
+
+    Other programs' messages are brought into the form of SillyTavern's lines, and read as those are.
+    """
+    if isinstance(data, dict) and "format" in data:
+        return [read_export(data)], []
+    reader = next((read for fits, read in DOCUMENTS if isinstance(data, dict) and fits(data)), None)
+    if reader is None:
+        fields = list(map(sane_text, data))[:MOST_NAMED] if isinstance(data, dict) else []
+        kinds = {dict: "an empty object", list: "a list", str: "a text"}
+        seen = f"an object with {', '.join(fields)}" if fields else kinds.get(type(data), "a number")
+        raise NoChatFile(f"This is no chat that can be read: the file holds {seen}.")
+    copies, passed_over = [], []
+    for header, rows in reader(data):
+        kept = []
+        for where, row in rows:
+            try:
+                kept.append(chat_row(row, where))
+            except InvalidRequest as error:
+                passed_over.append({"line": None, "why": str(error)})
+        copies.append(copy_of_rows(header, kept))
+    return with_users(copies, passed_over)
+
+
+def nested(data: Any, *names: str) -> Any:
+    """What stands in nested objects under those names; None where something on the way is missing."""
+    for name in names:
+        data = data.get(name) if isinstance(data, dict) else None
+    return data
+
+
+def list_items(data: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """The items of a list with where they stand; nothing where it is no list."""
+    return ((f"{where}[{i}]", item) for i, item in enumerate(data if isinstance(data, list) else ()))
+
+
+def webui_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
+    """text-generation-webui's log: pairs of what the user and the model said (its modules/chat.py)."""
+    rows = []
+    for number, (where, pair) in enumerate(list_items(data.get("internal") or data.get("data"), "internal")):
+        if not isinstance(pair, list):
+            rows.append((where, pair))
+            continue
+        for side, text in zip(("user", "assistant"), pair, strict=False):
+            date = nested(data, "metadata", f"{side}_{number}", "timestamp")
+            if text and text != WEBUI_GREETING:
+                rows.append((where, {"is_user": side == "user", "mes": text, "send_date": date}))
+    yield {}, rows
+
+
+def agnai_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
+    """Agnai's export: a message is a character's, or else a user's."""
+    rows = []
+    for where, said in list_items(data["messages"], "messages"):
+        row = {"is_user": not nested(said, "characterId"), "mes": nested(said, "msg"), "name": nested(said, "handle")}
+        rows.append((where, row | {"send_date": nested(said, "createdAt")}))
+    yield {}, rows
+
+
+def character_ai_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
+    """Character.AI's export, which holds several chats with one character."""
+    header = {"character_name": nested(data, "info", "character", "name")}
+    for place, history in list_items(nested(data, "histories", "histories"), "histories"):
+        rows = []
+        for where, said in list_items(nested(history, "msgs"), f"{place}.msgs"):
+            row = {
+                "is_user": nested(said, "src", "is_human"),
+                "mes": nested(said, "text"),
+                "send_date": nested(said, "created"),
+            }
+            rows.append((where, row))
+        yield header, rows
+
+
+def kobold_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
+    """KoboldAI Lite's save: one text, in which marks or names in front of lines tell who speaks.
+
+    Raises `NoChatFile` where it is a story.
+    """
+    settings = data["savedsettings"]
+    user, opponents = (str(settings.get(key) or "") for key in ("chatname", "chatopponent"))
+    characters = opponents.split("||$||")
+    names = [name for name in (user, *characters) if name]
+    pieces = (text_in(piece) or "" for piece in (data.get("prompt"), *(data.get("actions") or ())))
+    text = "".join(pieces)
+    turns = KOBOLD_TURN.split(text)
+    if len(turns) == 1 and names:
+        turns = re.split(rf"^({'|'.join(map(re.escape, names))}): ?", text, flags=re.M)
+    if len(turns) == 1:
+        raise NoChatFile("This is a story of KoboldAI Lite, not a chat: nothing in it says who speaks.")
+    spoken = zip(("OUTPUT", *turns[1::2]), turns[::2], strict=True)
+    rows = [{"is_user": who in ("INPUT", user), "mes": said.strip()} for who, said in spoken]
+    header = {"user_name": user, "character_name": characters[0]}
+    yield header, [(f"turn {i}", row) for i, row in enumerate(rows)]
+
+
+def risu_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
+    """RisuAI's export of one chat, or of all with a character."""
+    chats = data["data"] if isinstance(data.get("data"), list) else [data.get("data")]
+    for place, chat in list_items(chats, "data"):
+        rows = []
+        for where, said in list_items(nested(chat, "message"), f"{place}.message"):
+            row = {"is_user": nested(said, "role") == "user", "mes": nested(said, "data"), "name": nested(said, "name")}
+            rows.append((where, row | {"send_date": nested(said, "time")}))
+        yield {}, rows
+
+
+DOCUMENTS: tuple[tuple[Callable[[Mapping], bool], Callable[[Mapping], Iterator[tuple[dict, list]]]], ...] = (
+    (lambda data: "internal" in data or "data_visible" in data, webui_chats),
+    (lambda data: any("msg" in m for m in data.get("messages") or () if isinstance(m, dict)), agnai_chats),
+    (lambda data: nested(data, "histories", "histories") is not None, character_ai_chats),
+    (lambda data: isinstance(data.get("savedsettings"), dict), kobold_chats),
+    (lambda data: data.get("type") in ("risuChat", "risuAllChats"), risu_chats),
+)
 
 
 # ----------------------------------------------------------------------------------------------------------- exports
@@ -6273,6 +6456,8 @@ def checked_message(message: Message, where: str) -> Message:
         raise InvalidRequest(f"{where}.role must be user or assistant.", f"{where}.role")
     if message.id != message_id(message.parent, message_digest(message.role, message.original)):
         raise InvalidRequest(f"{where}.id is not that of its text under its parent.", f"{where}.id")
+    if message.erased and message.original:
+        raise InvalidRequest(f"{where}.erased is for messages without words.", f"{where}.erased")
     timestamp = parse_timestamp(message.timestamp, f"{where}.timestamp")
     check_time(message.at, f"{where}.at")
     row = {"role": message.role} | ({"name": message.name} if message.name else {})
@@ -6930,8 +7115,8 @@ def readable_payload(value: Any) -> dict | None:
     if not choices and not usage and (rows is None or rows):
         return None
     payload = {**value, "choices": choices}
-    for name in ("message", "response", "generated_text") if "choices" not in value else ():
-        payload.pop(name, None)
+    for name in ("error", *(("message", "response", "generated_text") if "choices" not in value else ())):
+        payload.pop(name, None)  # an error that is none, too: some clients end at the mere name
     if usage is not value.get("usage"):
         payload["usage"] = usage
     if isinstance(payload.get("model"), str):
@@ -7968,8 +8153,8 @@ class OpenAIUpstream:
                 log_event("learned", f"The model {model} is asked in another way from now on: {error}")
             except NoReply as error:
                 more_room = error.spent and call.background and dialect.tries + 1 < len(ROOM_FOR_THOUGHTS)
-                if not more_room and (error.spent or blank):
-                    raise
+                if not more_room and (error.spent or blank or call.background):
+                    raise  # what writes summaries asks again in other words
                 blank = blank or not more_room
                 better = replace(dialect, tries=dialect.tries + more_room)
                 log_event("empty_reply", f"{error} It is asked once more.", level=logging.WARNING)
@@ -8511,8 +8696,9 @@ class Prepared:
 def message_row(m: Message, index: int) -> dict:
     """A message as the API shows it; `index` is its 0-based position in the branch."""
     row = {
-        "id": m.id, "index": index, "role": m.role, "name": m.name, "content": m.content, "timestamp": m.timestamp,
-        "at": m.at, "tokens": m.tokens, "pinned": m.pinned, "forgotten": m.forgotten, "edited": m.shown is not None,
+        "id": m.id, "index": index, "role": m.role, "name": m.name or m.voice, "content": m.content,
+        "timestamp": m.timestamp, "at": m.at, "tokens": m.tokens, "pinned": m.pinned, "forgotten": m.forgotten,
+        "edited": m.shown is not None, "erased": bool(m.erased),
     }  # fmt: skip
     return row if m.shown is None else row | {"original": m.shown}
 
@@ -8743,12 +8929,12 @@ class Vectors:
     def of_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of any texts, float32 [len(texts), dimensions]; raises `EmbedderUnavailable`.
 
-        A lone text is somebody's query; of many, a turn of a chat waits for no more than one job. An embedder that
-        is still loading is waited for: callers cannot proceed without the vectors.
+        A lone text is somebody's query, and goes before imports. A turn of a chat waits for no more than the job that
+        runs. An embedder that is still loading is waited for: callers cannot proceed without the vectors.
         """
         self.embedder.start()
         self.embedder.loaded.wait(SEARCH_SECONDS)
-        priority = TURN if len(texts) == 1 else BACKGROUND
+        priority = QUERY if len(texts) == 1 else BACKGROUND
         jobs = embedding_jobs(texts)
         found = [self.embedder.encode(job, timeout=SEARCH_SECONDS, priority=priority) for job in jobs]
         return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
@@ -8885,7 +9071,7 @@ class Feelings:
         """The line that tells the model how the user feels; empty where it has no room or nothing to say."""
         if self._settings.no_guidance or turn.pivot is None or turn.layout.room < GUIDANCE_TOKENS:
             return ""
-        line = guidance_line(mood, turn.pivot.name or SPEAKERS["user"])
+        line = guidance_line(mood, one_line(turn.pivot.name) or SPEAKERS["user"])
         return line if count_tokens(line) + MESSAGE_OVERHEAD + 2 <= GUIDANCE_TOKENS else ""
 
     def classify(self, text: str) -> EmotionReading:
@@ -8965,11 +9151,16 @@ class Feelings:
 # -------------------------------------------------------------------------------------------------------- archive
 
 
+BECOMING = ("created", "character", "user_name", "persona", "title", "imported")  # what an imported chat hands over
+MOST_PASSED_OVER = 100  # lines of a file that an answer names
+NEARLY_ALL = 0.8  # share of two copies' texts that makes them one chat's: some are edited, swiped or deleted
+
+
 class Archive:
     """Writes what clients show, models answer and files hold into the chats, and reads it out again."""
 
-    def __init__(self, registry: ChatRegistry, vectors: Vectors):
-        self._registry, self._vectors = registry, vectors
+    def __init__(self, registry: ChatRegistry, vectors: Vectors, undo_days: int):
+        self._registry, self._vectors, self._undo_days = registry, vectors, undo_days
         self._creating = threading.Lock()
 
     @contextlib.contextmanager
@@ -9014,21 +9205,21 @@ class Archive:
     def _create(self, request: ChatRequest, chat_id: str, deadline: Deadline) -> str:
         """Makes a request's chat, unless another request has just done so; returns its id.
 
-        A new explicit id adopts a copy of the branch that its transcript continues.
+        A new explicit id adopts a copy of the branch that its transcript continues; an imported chat becomes it.
         """
-        source = self._parent(request) or self._located(request, deadline)
-        if source and not chat_id:
-            return source
+        parent, located = self._parent(request), self._located(request, deadline)
+        if not chat_id and (parent or located):
+            return parent or located
         named = chat_id or f"{request.account or 'chat'}-{secrets.token_hex(8)}"
         with self._registry.lookup(named) as chat:
             if chat:
                 return named
         self._registry.create(named, explicit=bool(chat_id))
-        with contextlib.ExitStack() as loans:
-            chat = loans.enter_context(self._registry.borrow(named))
-            original = loans.enter_context(self._registry.lookup(source)) if source else None
-            if original:
-                self._copy_branch(original, chat, request)
+        with self._registry.borrow(named) as chat:
+            if parent:
+                self._adopt(parent, chat, lambda source: align_request(source, request))
+            if located:
+                self._become(located, chat, lambda source: align_request(source, request), copy=not parent)
             with chat.lock:  # before anyone else may look for it
                 self._write_branch(chat, align_request(chat, request), request)
         return named
@@ -9043,15 +9234,51 @@ class Archive:
             with chat.lock:
                 return chat.id if align_request(chat, request).matches else ""
 
-    def _copy_branch(self, source: Chat, target: Chat, request: ChatRequest) -> None:
-        """Copies the messages that a request shares with a chat, with all that is known of them, into a new chat."""
+    def _adopt(self, source_id: str, target: Chat, align: Callable[[Chat], Alignment]) -> None:
+        """Copies what a new chat shares with another one, if that is still there."""
+        with self._registry.lookup(source_id) as source:
+            if source:
+                with source.lock:
+                    path = source.path(align(source).tip)
+                self._copy_messages(source, target, path)
+
+    def _become(self, source_id: str, target: Chat, align: Callable[[Chat], Alignment], copy: bool = True) -> None:
+        """Has an imported chat become the named one: all around the branch that they share moves there.
+
+        Of a chat that was no import the branch is copied, unless not to `copy`. Files that begin alike share a chat as
+        its branches: it stays until each of them has become a named one.
+        """
+        with self._registry.lookup(source_id) as source:
+            if source is None or not source.store.info.get("imported"):
+                if source and copy:
+                    self._adopt(source_id, target, align)
+                return
+            with source.lock:
+                tip = align(source).tip
+                ids = around_branch(source.tree, tip) if tip else []
+                taken = set(source.store.info.get("taken", ())) | (source.tree.ends & set(ids))
+                info = {k: v for k, v in source.store.info.items() if k in BECOMING and k not in target.store.info}
+                left = source.tree.ends - taken
+                source.store.commit(info={"taken": sorted(taken)})
+            self._copy_messages(source, target, ids)
+            with target.lock:
+                target.store.commit(info=info)
+                self._registry.enter(target, ids)
+            self._vectors.later(target, ids)
+        if not left:
+            self._registry.delete(source_id)
+
+    def _copy_messages(self, source: Chat, target: Chat, ids: Sequence[str]) -> None:
+        """Copies messages, parents first, with all that is known of them, into a chat: also a user's own words for a
+        stretch of which half is left."""
         with source.lock:
-            path = source.path(align_request(source, request).tip)
-            messages = source.store.read(path)
+            messages = source.store.read([i for i in ids if not target.tree.is_confirmed(i)])
             keys = [key for m in messages for key in embedded_texts(m)]
             vectors = source.store.vectors(self._vectors.embedder.name, keys)
-            texts, every = source.texts(path), source.store.summaries.values()
-            summaries = [*placed(every, texts), *replaced_words(every, texts)]
+            texts, every = set(source.texts(ids)), source.store.summaries.values()
+            summaries = [
+                s for s in every if len(texts & set(s.texts)) >= len(set(s.texts)) / (1 + (s.source == "user"))
+            ]
             facts = [f for f in source.store.facts.values() if f.digest in texts]
             family = source.store.family
         target.store.commit(messages, {"family": family}, summaries=summaries, facts=facts)
@@ -9085,7 +9312,8 @@ class Archive:
         character = request.identity.character or speaker or named_in_prompt(persona)
         info = {"head": path[-1], "shows_history": shows}
         info |= {"character": character} if character else {}
-        info |= {"persona": persona} if request.persona else {}
+        erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
+        info |= {"persona": "" if erased else persona} if request.persona else {}
         info |= {"account": request.account} if request.account and not store.info["explicit"] else {}
         info |= {"lone": lone} if (lone := is_lone(chat, request, path)) != store.info.get("lone", False) else {}
         before = chat.path()
@@ -9145,12 +9373,12 @@ class Archive:
             self._vectors.later(chat, [m.id for m in fresh])
         return {"chat_id": chat_id, "added": len(fresh), "total": total}
 
-    def change_message(self, chat_id: str, message_id: str, changes: Mapping[str, Any]) -> dict:
+    def change_message(self, chat_id: str, message_id: str, changes: Mapping[str, Any], for_good: bool = False) -> dict:
         """Edits, pins or forgets a message's words wherever they stand, or takes that back; returns it as it is then.
 
         `changes` holds any of `content` (other words that count as memory from now on; None takes the client's again),
         `pinned` and `forgotten`. The client goes on showing what it shows. Summaries that cover the message are made
-        anew, except a user's own. Raises `NotFound`.
+        anew, except a user's own. What is forgotten `for_good` is erased at once. Raises `NotFound`.
         """
         with self._registry.borrow(chat_id) as chat:
             with chat.lock:
@@ -9159,7 +9387,10 @@ class Archive:
                 old = chat.store.read([message_id])[0]
                 new = with_mark(old, replace(old.mark, **changes))
                 chat.store.commit(marked=[new])
-                row = message_row(new, chat.tree.nodes[message_id].depth)
+                self._registry.enter(chat, ())
+                if new.forgotten and (for_good or not self._undo_days):
+                    self._registry.erase(chat_id, [old.digest])
+                row = message_row(*chat.store.read([message_id]), chat.tree.nodes[message_id].depth)
                 same = list(chat.tree.by_digest[old.digest])
             self._vectors.later(chat, same)
         return row
@@ -9186,31 +9417,41 @@ class Archive:
             siblings[message.parent].append(message)
         return write_transcript(info, [messages[i] for i in path], siblings)
 
-    def take_in(self, raw: bytes, chat_id: str = "", embed: bool = True) -> list[dict]:
-        """Adds what a chat file or an export holds to its chat: that of `chat_id`, of an export's own id, or the one
-        that the transcript names. The same again adds nothing. Raises `InvalidRequest`, `StoreError`.
+    def take_in(self, raw: bytes, chat_id: str = "", embed: bool = True) -> dict:
+        """Adds what a chat file or an export holds to its chat: that of `chat_id`, the one that the file names, or the
+        one that the transcript names. The same again adds nothing. Raises `InvalidRequest`, `StoreError`.
 
-        Returns a line for each chat: its id, how many messages are new, and how many its branch has. Their vectors are
-        computed in the background, unless not to `embed`.
+        Returns `chats`, a line for each: its id, how many messages are new, and how many its branch has; and
+        `passed_over`, a line for all that could not be read: its number in the file, and why. Vectors are computed in
+        the background, unless not to `embed`.
         """
-        copy = read_chat_file(raw)
-        if "chat_id" not in copy.info and not any(m.role == "user" for m in copy.messages):
-            return []  # a greeting alone: no request would have shown it
+        copies, passed_over = read_chats(raw)
+        more = len(passed_over) - MOST_PASSED_OVER
+        if more > 0:
+            why = f"{more} more lines were left out for reasons like these."
+            passed_over = [*passed_over[:MOST_PASSED_OVER], {"line": None, "why": why}]
+        return {"chats": [self._take_copy(copy, chat_id, embed) for copy in copies], "passed_over": passed_over}
+
+    def _take_copy(self, copy: ChatCopy, chat_id: str, embed: bool) -> dict:
+        """Adds a chat's copy to its chat; returns its line."""
         with contextlib.ExitStack() as loans:
             with self._creating:
                 named, created = self._chat_of_copy(copy, chat_id)
                 chat = loans.enter_context(self._registry.borrow(named))
+                if chat.store.info["explicit"] and (anonymous := self._located_copy(copy, "d")):
+                    digests = [m.digest for m in copy.path]
+                    self._become(anonymous, chat, lambda source: align(source.tree, digests), copy=False)
             added = sum(self._add_messages(chat, some) for some in batches(copy.messages, IMPORT_BATCH))
             with chat.lock:
                 self._add_rest(chat, copy, created, bool(added))
                 total = len(chat.path(copy.head)) if copy.head else 0
             if embed:
                 self._vectors.later(chat, [m.id for m in copy.path])
-        return [{"chat_id": named, "added": added, "total": total}]
+        return {"chat_id": named, "added": added, "total": total}
 
     def _chat_of_copy(self, copy: ChatCopy, chat_id: str) -> tuple[str, bool]:
         """The id of the chat that a file's belongs to, and whether it was made for it."""
-        named = chat_id or copy.info.get("chat_id", "") or self._located_copy(copy)
+        named = chat_id or copy.info.get("chat_id", "") or self._located_copy(copy, "dn")
         if not named:  # derived, so that an import that was interrupted finds its chat again
             first_user = next((m.id for m in copy.path if m.role == "user"), copy.head)
             named = f"chat-{first_user[:16]}"
@@ -9220,15 +9461,22 @@ class Archive:
         self._registry.create(named, bool(chat_id) or copy.info.get("explicit", False))
         return named, True
 
-    def _located_copy(self, copy: ChatCopy) -> str:
-        """The id of the chat without an explicit id that a file continues, or branches off from; empty: none.
+    def _located_copy(self, copy: ChatCopy, kinds: str) -> str:
+        """The id of the chat that a file continues, or branches off from; empty: none.
 
-        A file shows all of its chat, so its beginning is looked up as well as its end.
+        A file shows all of its chat, so its beginning is looked up as well as its end. Chats with an explicit id share
+        no store with another one: such a chat must be the file's own. `kinds` as in `Catalogue.holding`.
         """
         digests, found = [(m.role, m.digest) for m in copy.path], []
+
+        def where(chat: Chat, texts: Sequence[str]) -> Alignment:
+            """Where a part of the file hangs in a chat."""
+            foreign = chat.store.info["explicit"] and not is_chat_of(chat, copy)
+            return Alignment() if foreign else align(chat.tree, texts, chat.store.head)
+
         for window in (digests[:LOCATED_BY], digests[-LOCATED_BY:]) if digests else ():
             texts = [digest for _, digest in window]
-            found.append(self._registry.locate(window, lambda chat, t=texts: align(chat.tree, t, chat.store.head)))
+            found.append(self._registry.locate(window, lambda chat, t=texts: where(chat, t), kinds=kinds))
         return max(filter(None, found), key=lambda row: len(row[1].matches), default=("",))[0]
 
     def _add_messages(self, chat: Chat, messages: Sequence[Message]) -> int:
@@ -9251,6 +9499,7 @@ class Archive:
         """Takes over what a file knows beside the messages; what the chat knows already stays."""
         store = chat.store
         known = {k: v for k, v in copy.info.items() if k not in ("chat_id", "explicit")}
+        known |= {} if store.info["explicit"] else {"imported": True}
         info = known if created else {k: v for k, v in known.items() if k not in store.info}
         if created:
             info = {"updated": copy.path[-1].said_at if copy.head else time.time()} | info
@@ -9340,7 +9589,7 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
         node = tree.nodes.get(path[-1])
         if node is None:
             messages.append(message_of_turn(parent, turn))
-        elif node.confirmed and node.shown == turn.fingerprint:
+        elif node.confirmed and (node.shown == turn.fingerprint or (node.forgotten and not node.shown)):
             continue
         elif node.id != (message := message_of_turn(parent, turn)).id:  # with another name or status: the first stays
             messages += [] if node.confirmed else [replace(store.read([node.id])[0], confirmed=True)]
@@ -9371,6 +9620,30 @@ def read_in_batches(chat: Chat, ids: Sequence[str]) -> Iterator[Message]:
     """A chat's messages, read so that a turn of the chat may come between."""
     for some in batches(ids, READ_AT_ONCE):
         yield from chat.store.read(some)
+
+
+def around_branch(tree: Tree, tip: str) -> list[str]:
+    """The ids of a branch's messages, of all below its end, and of the replies beside it that no request has shown;
+    parents first."""
+    above, below = set(tree.path(tip)), {tip}
+    found = []
+    for node in tree.nodes.values():
+        if node.parent in below:
+            below.add(node.id)
+        beside = not node.confirmed and (node.parent in above or node.parent == ROOT)
+        if node.id in above or node.id in below or beside:
+            found.append(node.id)
+    return found
+
+
+def is_chat_of(chat: Chat, copy: ChatCopy) -> bool:
+    """Whether a file is a copy of that very chat, from earlier or later: the shorter one of the two is nearly all in
+    the longer one. What was imported once is known by one message of the user, anything else by two."""
+    nodes = chat.nodes(chat.path())
+    shared = {node.digest for node in nodes} & {m.digest for m in copy.path}
+    users = sum(node.role == "user" and node.digest in shared for node in nodes)
+    shorter = min(len({node.digest for node in nodes}), len({m.digest for m in copy.path}))
+    return users >= (1 if chat.store.info.get("imported") else 2) and len(shared) >= NEARLY_ALL * shorter
 
 
 def copy_goes_on(chat: Chat, copy: ChatCopy) -> bool:
@@ -9442,7 +9715,7 @@ class Recaller:
         found = [
             i for i in found if nodes[i].fingerprint not in shown and nodes[i].id not in silent and i >= turn.first
         ]
-        asking = next(n for n in reversed(nodes) if n.shown == turn.pivot.fingerprint)
+        asking = next(n for n in reversed(nodes) if n.shown in (turn.pivot.fingerprint, ""))
         memories = self._memories(chat, nodes, scores, found, self._feelings.read(chat, [asking])[0])
         memories = [in_part(m, index, query, evidence, vector) for m in memories]
         kept, left_out = select_memories(chat, turn.visible, memories, room)
@@ -9804,7 +10077,8 @@ class Summarizer:
         behind = left // self._settings.summary_every > BACKLOG  # an import: by its own sentences at once, then better
         ask = None if behind or not self._writes else self._asker(plan, authorization)
         fresh, facts = self._from_messages(chat, messages, stretch.start, plan, ask)
-        made = [fresh, *(replace(s, since=max(s.end, fresh.end)) for s in self._again(chat, path, story, plan, ask))]
+        again = [] if story and stretch.start < story[-1].start else self._again(chat, path, story, plan, ask)
+        made = [fresh, *(replace(s, since=fresh.end) for s in again)]
         story = story_of([*made, *story], texts)
         while group := to_condense(story, summaries_share(plan.budget)):
             condensed = self._from_summaries(chat, path, group, plan, ask)
@@ -9988,6 +10262,9 @@ class Summarizer:
                 return "", []
             try:
                 choice = ask(summary_request(lines, what, room, strict), tokens)
+            except NoReply as error:
+                log_event("summary_rejected", f"A summary is not used: {error}", flaw="empty", strict=strict)
+                continue
             except PersonaMemoryError as error:
                 if self._closed or getattr(error, "status", 0) in (401, 403):  # a later turn brings the key
                     raise
@@ -10018,7 +10295,10 @@ class Summarizer:
                 raise NotFound(f"There is no fact {fact_id!r} in this chat.")
             changes = {"text": text, "pinned": pinned, "forgotten": forgotten or None}
             fact = replace(fact, **{k: v for k, v in changes.items() if v is not None})
-            chat.store.commit(facts=[fact])
+            if forgotten:  # that cannot be taken back, so nothing of it is kept
+                chat.store.erase(facts=[fact_id])
+            else:
+                chat.store.commit(facts=[fact])
         return asdict(fact)
 
     def change_summary(self, chat_id: str, summary_id: str, text: str) -> dict:
@@ -10173,12 +10453,12 @@ def diagnosis(
         return "notice", words, f"{embedder.removeprefix('failed: ')}. See --embedder."
     if "loading" in (upstream["status"], embedder):
         return "loading", "Models are loading.", "Chats work already; memories are found by words until then."
-    if turn.get("outcome") == "degraded":
-        reason = turn["why"].removeprefix("degraded; reason=")
-        return "notice", f"The last turn went without its full memory: {reason}", "The chat itself is not affected."
     if summaries:
         words = f"The model {summaries['model']} could not write a summary: {summaries['words']}"
         return "notice", words, f"{SUMMARY_ADVICE} {advice_on(summaries['status'], upstream)}"
+    if turn.get("outcome") == "degraded":
+        reason = turn["why"].removeprefix("degraded; reason=")
+        return "notice", f"The last turn went without its full memory: {reason}", "The chat itself is not affected."
     return "ok", "OK", ""
 
 
@@ -10650,7 +10930,7 @@ class PersonaMemory:
         self.summarizer = Summarizer(settings, writer, self.embedder.name, self.registry)
         self.status = Status(settings, self.upstream, self.embedder, self.registry, metrics, self.summarizer)
         self.vectors = Vectors(self.embedder, self.registry)
-        self.archive = Archive(self.registry, self.vectors)
+        self.archive = Archive(self.registry, self.vectors, settings.forget_after)
         self.feelings = Feelings(settings, self.vectors, self.registry)
         self.recaller = Recaller(self.vectors, self.feelings, self.registry)
         self.completions = Completions(settings, self.upstream, metrics)
@@ -10666,6 +10946,7 @@ class PersonaMemory:
         token_encoding()
         with contextlib.suppress(StoreError):
             self.summarizer.start()
+        self.registry.keep_erasing(self.settings.forget_after)
 
     def record(self, prepared: Prepared, texts: Sequence[str] = (), complete: bool = True) -> None:
         """Notes what the upstream answered (one text per choice) and what the prompt held. Never raises."""
@@ -13582,10 +13863,11 @@ def chat_export(chat: str) -> dict | flask.Response:
 
 @api.post("/import")
 def chat_import() -> dict:
-    """Imports a SillyTavern chat file, or an export."""
+    """Imports a chat file, or an export. The answer names the lines that were passed over."""
     name, raw = flask.request.args.get("name", ""), flask.request.get_data()
     try:
-        return {"chats": engine().archive.take_in(raw, flask.request.args.get("chat_id", "").strip())}
+        taken = engine().archive.take_in(raw, flask.request.args.get("chat_id", "").strip())
+        return taken | {"passed_over": [{"file": name} | line for line in taken["passed_over"]]}
     except InvalidRequest as error:
         raise InvalidRequest(f"{name}: {error}" if name else str(error), error.param) from None
 
@@ -13625,8 +13907,9 @@ def message_change(chat: str, message: str) -> dict:
 
 @api.delete("/chats/<chat:chat>/messages/<message>")
 def message_forget(chat: str, message: str) -> dict:
-    """Forgets a message; `forgotten: false` remembers it again."""
-    return engine().archive.change_message(chat, message, {"forgotten": True})
+    """Forgets a message; `forgotten: false` remembers it again, unless it was forgotten with `for_good=on`."""
+    for_good = flask.request.args.get("for_good") == "on"
+    return engine().archive.change_message(chat, message, {"forgotten": True}, for_good)
 
 
 @api.patch("/chats/<chat:chat>/facts/<fact>")
@@ -13707,6 +13990,70 @@ def compute_embeddings() -> dict:
         raise InvalidRequest("text must be a string or a list of strings.", "text")
     vectors = engine().vectors.of_texts(texts).tolist()
     return {"embedding": vectors if isinstance(given, list) else vectors[0]}
+
+
+# The embedder under the paths of other servers, so that clients can use it that know one of them: Vector Storage of
+# SillyTavern (its sources llama.cpp, vLLM, Ollama and KoboldCpp), and every OpenAI client.
+embeddings = flask.Blueprint("embeddings", __name__)
+
+
+def embedded(body: Mapping, name: str = "input") -> tuple[list[str], np.ndarray]:
+    """The texts of a body's field, which is one or a list, and their vectors; raises `InvalidRequest`."""
+    given = body.get(name)
+    texts = given if isinstance(given, list) else [given]
+    if not all(isinstance(text, str) for text in texts):
+        words = "a text or a list of texts"
+        if all(isinstance(item, int | list) for item in texts):
+            words += ", not of tokens: this model has others than the one that made them"
+        raise InvalidRequest(f"{name} must be {words}.", name)
+    return texts, engine().vectors.of_texts(texts)
+
+
+def embedding_list(body: Mapping) -> dict:
+    """The vectors of a body's `input` in OpenAI's form (its API reference, "Create embeddings")."""
+    form = body.get("encoding_format") or "float"
+    if form not in ("float", "base64"):
+        raise InvalidRequest("encoding_format is float or base64.", "encoding_format")
+    texts, vectors = embedded(body)
+    size = optional_field(body, "dimensions", int)
+    if size is not None and len(vectors) and size != vectors.shape[1]:
+        raise InvalidRequest(f"dimensions must be {vectors.shape[1]}: this model has no other size.", "dimensions")
+    rows = [base64.b64encode(v.astype("<f4").tobytes()).decode() if form == "base64" else v.tolist() for v in vectors]
+    tokens = sum(map(count_tokens, texts))
+    return {
+        "object": "list",
+        "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)],
+        "model": engine().embedder.name,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+
+
+@embeddings.post("/v1/embeddings")
+@embeddings.post("/embeddings")
+def openai_embeddings() -> dict:
+    """Vectors as OpenAI's API gives them; the model's name in the request does not matter."""
+    return embedding_list(request_object())
+
+
+@embeddings.post("/api/extra/embeddings")
+def kobold_embeddings() -> dict:
+    """Vectors as KoboldCpp gives them: OpenAI's form."""
+    return embedding_list(request_object())
+
+
+@embeddings.post("/api/embed")
+def ollama_embed() -> dict:
+    """Vectors as Ollama gives them."""
+    texts, vectors = embedded(request_object())
+    tokens = sum(map(count_tokens, texts))
+    return {"model": engine().embedder.name, "embeddings": vectors.tolist(), "prompt_eval_count": tokens}
+
+
+@embeddings.post("/api/embeddings")
+def ollama_embedding() -> dict:
+    """One vector as older versions of Ollama give it."""
+    prompt = require(request_object(), "prompt", str, blank=True)
+    return {"embedding": engine().vectors.of_texts([prompt])[0].tolist()}
 
 
 def health() -> dict:
@@ -13883,6 +14230,7 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.add_url_rule("/extension.zip", view_func=extension_download)
     app.register_blueprint(api)
     app.register_blueprint(extras)
+    app.register_blueprint(embeddings)
     if settings.proxy:
         app.register_blueprint(proxy)
     app.wsgi_app = exact_paths(app.wsgi_app)
@@ -14027,24 +14375,27 @@ def import_files(settings: Settings, names: Sequence[str]) -> str:
     """Imports chat files and exports, and folders with all below them. A file that fails is named and does not keep
     the others out; raises `InvalidRequest` at the end where there was one.
 
-    Interrupted, it can be run again: messages that are there already are not added twice.
+    What is passed over is named too: lines that cannot be read, and the JSON in a folder that is no chat. Interrupted,
+    it can be run again: messages that are there already are not added twice.
     """
     memory, counts, chats = PersonaMemory(settings), Counter(), {}
 
     def failed(file: str | Path, error: Exception) -> None:
         """Tells the user of a file that could not be imported."""
-        tqdm.write(f"{file}: {error}", sys.stderr)
+        tell(file, error)
         counts["failed"] += 1
 
     try:
-        files = [file for name in names for file in chat_files(name, failed)]
-        for file in tqdm(files, "chats", unit="file"):
+        files = [(file, file != Path(name)) for name in names for file in chat_files(name, failed)]
+        for file, in_folder in tqdm(files, "chats", unit="file"):
             try:
-                for line in memory.archive.take_in(file.read_bytes(), embed=False):
-                    counts.update(added=line["added"], total=line["total"])
-                    chats[line["chat_id"]] = True
-                counts["read"] += 1
+                lines = import_file(memory, file)
+                counts.update(read=1, **{k: sum(line[k] for line in lines) for k in ("added", "total")})
+                chats |= {line["chat_id"]: True for line in lines}
             except Exception as error:
+                if in_folder and isinstance(error, NoChatFile):
+                    tell(file, f"passed over. {error}")
+                    continue
                 if not isinstance(error, PersonaMemoryError | OSError):  # a fault of this program
                     log_event("import_failed", f"{file} cannot be imported", level=logging.ERROR, trace=True)
                 failed(file, error)
@@ -14059,27 +14410,41 @@ def import_files(settings: Settings, names: Sequence[str]) -> str:
     return done
 
 
+def tell(file: str | Path, words: Any) -> None:
+    """Tells the user something about a file, above the progress bar."""
+    tqdm.write(f"{file}: {words}", sys.stderr)
+
+
+def import_file(memory: PersonaMemory, file: Path) -> list[dict]:
+    """Imports one file and tells the user what came of it; returns a line for each of its chats."""
+    taken = memory.archive.take_in(file.read_bytes(), embed=False)
+    for line in taken["chats"]:
+        tell(file, f"{line['total']} messages, {line['added']} of them new")
+    for left in taken["passed_over"]:
+        tell(file, f"passed over: {left['why']}")
+    return taken["chats"]
+
+
 def chat_files(name: str, failed: Callable[[str | Path, Exception], None]) -> list[Path]:
-    """The file of that name, or the chat files and exports in the folder of that name, which may be nested. What cannot
-    be looked at is given to `failed`."""
+    """The file of that name, or all that may hold chats in the folder of that name, which may be nested. What cannot
+    be looked at is given to `failed`; files of other kinds are counted for the user."""
     if not Path(name).is_dir():
         return [Path(name)]
-    found = []
+    found, others = [], Counter()
     for folder, folders, names in os.walk(name, onerror=lambda error: failed(error.filename, error)):
         folders.sort()
         for file in sorted(Path(folder, n) for n in names):
             try:
-                if file.is_file() and (file.suffix == ".jsonl" or (file.suffix == ".json" and is_export_file(file))):
+                if file.is_file() and file.suffix.lower() in (".jsonl", ".json"):
                     found.append(file)
+                else:
+                    others[file.suffix or "without an ending"] += 1
             except OSError as error:
                 failed(file, error)
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
+        tell(name, f"{others.total()} files of other kinds were passed over ({kinds})")
     return found
-
-
-def is_export_file(file: Path) -> bool:
-    """Whether a file begins like an export: the folders of clients hold much other JSON."""
-    with file.open("rb") as opened:
-        return bool(re.match(rb'\s*\{\s*"(format|chat)"', opened.read(200)))
 
 
 def embed_chats(memory: PersonaMemory, chats: Iterable[str]) -> None:
@@ -14264,7 +14629,7 @@ class Action:
 
 
 ACTIONS = {
-    "import": Action("FILE", "import SillyTavern chat files and exports, or folders of them", import_files, many=True),
+    "import": Action("FILE", "import chat files and exports, or folders of them", import_files, many=True),
     "install_extras": Action("DIR", "become a module of the SillyTavern-Extras in that folder", install_extras),
     "uninstall_extras": Action("DIR", "remove the module from it again", uninstall_extras),
     "install_extension": Action(
@@ -14358,6 +14723,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_log(settings)
         if act(settings, argv):
             return 0
+        os.umask(0o077)  # whatever is written from now on is for the user's own eyes
         server = create_server(settings, START_DELAY)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)

@@ -1,6 +1,8 @@
 """Reading feelings, the mood of a branch, and what is worth remembering."""
 
+import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 import persona_memory as pm
 
 LINES = Path(__file__).resolve().parent / "bench" / "emotion_lines.jsonl"
+SCENES = LINES.with_name("emotion_scenes.jsonl")
 
 texts = st.one_of(
     st.text(max_size=400),
@@ -39,7 +42,7 @@ def sure(label: str, confidence: float = 0.9) -> pm.EmotionReading:
 
 def evidence(text: str) -> dict[str, float]:
     """What the lexicon finds, as "channel label" -> strength."""
-    channels = ("speech", "action", "picture", "negated")
+    channels = ("speech", "action", "picture", "negated", "anothers", "supposed")
     names = [f"{channel} {label}" for channel in channels for label in pm.EMOTIONS]
     return {n: float(v) for n, v in zip(names, pm.emotion_features(text), strict=False) if v and "neutral" not in n}
 
@@ -95,6 +98,17 @@ def test_the_weights_fit_the_code():
         ("I'm not really all that happy", {"negated joy"}),
         ("She is no longer afraid", {"negated fear"}),
         ("He isn't angry", {"negated anger"}),
+        ("My cat is afraid of thunder", {"anothers fear"}),
+        ("I think that he was angry", {"anothers anger"}),
+        ("You look sad", {"anothers sadness"}),
+        ("Last night Elena was scared", {"anothers fear"}),
+        ("My heart is broken", {"speech sadness"}),
+        ("I am afraid of him", {"speech fear"}),
+        ("I hate my boss", {"speech anger"}),
+        ("If I were angry, I would go", {"supposed anger"}),
+        ("Suppose that you were terrified", {"supposed fear"}),
+        ("I used to be happy. Now I am sad", {"supposed joy", "speech sadness"}),
+        ("*ties off the bandage*", set()),
         ("I have never been happier", {"speech joy"}),
         ("I have never been so scared", {"speech fear"}),
         ("I have never been happy", {"negated joy"}),
@@ -146,6 +160,8 @@ FEELINGS = [
     ("*wrinkles her nose* Eww, gross!", "disgust"),
 ]
 NARRATION = [
+    "My cat is afraid of thunder.",
+    "*ties off the bandage*",
     "She opens the door and walks in.",
     "*He puts the cup on the table and looks out of the window.*",
     "*nods*",
@@ -165,6 +181,24 @@ def test_role_play_is_read_with_and_without_vectors(vectors, text, label):
     """Feelings are found in actions, talk and emoji; narration says nothing."""
     assert pm.read_emotion(text, vectors([text])[0]).label == label
     assert pm.read_emotion(text).label == label
+
+
+def test_the_scenes_cover_the_labels():
+    """Many lines of each label in both halves, none twice, none among the older lines."""
+    older = {json.loads(line)["text"] for line in LINES.read_text(encoding="utf8").splitlines()}
+    rows = [json.loads(line) for line in SCENES.read_text(encoding="utf8").splitlines()]
+    texts = {row["text"] for row in rows}
+    assert len(texts) == len(rows) >= 3000 and not texts & older
+    halves = Counter((hashlib.sha256(row["scene"].encode()).digest()[0] % 2, row["label"]) for row in rows)
+    assert len(halves) == 2 * len(pm.EMOTIONS) and min(halves.values()) >= 150
+
+
+def test_the_lexicon_is_short_and_says_nothing_twice():
+    """General words: few of them, and a word of one label has one strength."""
+    assert sum(block.count("\n") for block in pm.LEXICON.values()) <= 150
+    for block in pm.LEXICON.values():
+        words = [word for word in block.split() if not word.isdecimal()]
+        assert len(set(words)) == len(words)
 
 
 def test_the_role_play_lines_cover_the_labels():
@@ -229,6 +263,14 @@ def test_a_mood_settles_and_fades():
     turned = pm.mood_of(chat("joy", "joy", "joy", "anger", "anger", "anger"))
     assert (turned.label, turned.previous, turned.since) == ("anger", "joy", 8)
     assert pm.mood_of(chat("anger", *["neutral"] * 6)).label == "neutral"
+
+
+def test_an_unsure_feeling_is_no_mood():
+    """Nobody would say of it that the user is angry; twice as sure, it is one, and lasts a calm message."""
+    assert pm.mood_of([(0, sure("anger", pm.MOOD_START - 0.01))]).label == "neutral"
+    mood = pm.mood_of([(0, sure("anger")), (2, sure("neutral", 1.0))])
+    assert (mood.label, mood.confidence) == ("anger", pytest.approx(0.9))
+    assert pm.guidance_line(mood).startswith("[User seems angry since #1")
 
 
 def test_a_mood_lasts_from_where_it_began():

@@ -1,5 +1,6 @@
 """The Extras API as SillyTavern's stock extensions call it, and the memory as a module of a SillyTavern-Extras."""
 
+import base64
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import openai
 import pytest
 from fakes import PATIENCE, PROGRAM, LocalServer, clean_environment, figure, free_port, settings, wait_until
 
@@ -91,6 +93,87 @@ def test_what_is_no_text_is_refused(extras, body):
     """With the field's name."""
     answer = httpx.post(f"{extras.url}/api/embeddings/compute", json=body, timeout=PATIENCE)
     assert answer.status_code == 400 and answer.json()["error"]["param"] == ("text" if isinstance(body, dict) else None)
+
+
+# ---------------------------------------------------------------------------- the same vectors under other paths
+
+
+def post(url: str, path: str, body, **how) -> httpx.Response:
+    """A request as it is."""
+    return httpx.post(f"{url}{path}", timeout=PATIENCE, **(how or {"json": body}))
+
+
+def test_the_openai_client_gets_embeddings(extras):
+    """With and without --proxy; in both encodings, and for one text as for several."""
+    client = openai.OpenAI(base_url=f"{extras.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
+    expected = np.array(embed(extras.url, [SEA, CAKE]).json()["embedding"])
+    for how in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"}, {"dimensions": 384}):
+        answer = client.embeddings.create(model="text-embedding-3-small", input=[SEA, CAKE], **how)
+        vectors = [
+            np.frombuffer(base64.b64decode(d.embedding), "<f4") if isinstance(d.embedding, str) else d.embedding
+            for d in answer.data
+        ]
+        assert np.allclose(vectors, expected, atol=1e-4) and [d.index for d in answer.data] == [0, 1]
+        tokens = pm.count_tokens(SEA) + pm.count_tokens(CAKE)
+        assert answer.usage.total_tokens == answer.usage.prompt_tokens == tokens and answer.model
+    one = client.embeddings.create(model="any", input=CAKE)
+    assert len(one.data) == 1 and np.allclose(one.data[0].embedding, expected[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1//embeddings", "/embeddings", "/api/extra/embeddings"])
+def test_vector_storage_gets_embeddings(extras, path):
+    """Without a model, without a JSON content type, and of no text at all, as the client asks KoboldCpp first."""
+    for body in ({"input": []}, {"input": [SEA, CAKE]}):
+        answer = post(extras.url, path, body, content=pm.json.dumps(body), headers={"Content-Type": "text/plain"})
+        assert answer.status_code == 200 and answer.json()["model"]
+        assert [(d["index"], len(d["embedding"])) for d in answer.json()["data"]] == [
+            (n, 384) for n in range(len(body["input"]))
+        ]
+
+
+def test_clients_of_ollama_get_embeddings(extras):
+    """As /api/embed gives them, and as /api/embeddings did."""
+    expected = embed(extras.url, [SEA, CAKE]).json()["embedding"]
+    body = {"model": "x", "input": [SEA, CAKE], "truncate": True, "keep_alive": -1}
+    assert np.allclose(post(extras.url, "/api/embed", body).json()["embeddings"], expected, atol=1e-4)
+    assert len(post(extras.url, "/api/embed", {"input": SEA}).json()["embeddings"]) == 1
+    assert post(extras.url, "/api/embed", {"input": []}).json()["embeddings"] == []
+    older = post(extras.url, "/api/embeddings", {"model": "x", "prompt": CAKE}).json()["embedding"]
+    assert np.allclose(older, expected[1], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "path, body, param, words",
+    [
+        ("/v1/embeddings", {}, "input", "a text"),
+        ("/v1/embeddings", {"input": None}, "input", "a text"),
+        ("/v1/embeddings", {"input": [1, 2]}, "input", "not of tokens"),
+        ("/v1/embeddings", {"input": [[1, 2], [3]]}, "input", "not of tokens"),
+        ("/v1/embeddings", {"input": ["a", None]}, "input", "a text"),
+        ("/v1/embeddings", {"input": "a", "encoding_format": "int8"}, "encoding_format", "base64"),
+        ("/v1/embeddings", {"input": "a", "dimensions": 3}, "dimensions", "384"),
+        ("/v1/embeddings", ["a"], None, "object"),
+        ("/api/extra/embeddings", {"input": 5}, "input", "a text"),
+        ("/api/embed", {"prompt": "a"}, "input", "a text"),
+        ("/api/embeddings", {"input": "a"}, "prompt", "prompt"),
+    ],
+)
+def test_what_cannot_be_embedded_is_refused_in_words(extras, path, body, param, words):
+    answer = post(extras.url, path, body)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == param and words in error["message"]
+
+
+def test_embeddings_of_clients_never_go_before_a_turn(shared_server, monkeypatch):
+    """Lone texts wait behind turns and go before imports; lists are the background's."""
+    seen, encode = [], shared_server.server.memory.embedder.encode
+    monkeypatch.setattr(
+        shared_server.server.memory.embedder, "encode",
+        lambda texts, timeout=None, priority=pm.TURN: (seen.append(priority), encode(texts, timeout, priority))[1],
+    )  # fmt: skip
+    post(shared_server.url, "/v1/embeddings", {"input": SEA})
+    post(shared_server.url, "/v1/embeddings", {"input": [SEA, LAMP]})
+    assert seen == [pm.QUERY, pm.BACKGROUND] and pm.TURN < pm.QUERY < pm.BACKGROUND
 
 
 def test_an_embedder_that_loads_is_waited_for(shared_upstream, data_dir, monkeypatch):

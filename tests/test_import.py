@@ -39,9 +39,15 @@ def call(server, method: str, path: str, **how) -> httpx.Response:
 
 def take_in(server, text: str, **query) -> list[dict]:
     """Imports a file; what the answer says of its chats."""
-    answer = call(server, "POST", "import", content=text.encode(), params=query)
+    return answered(server, text, **query)["chats"]
+
+
+def answered(server, text: str | bytes, **query) -> dict:
+    """The whole answer to an import."""
+    raw = text if isinstance(text, bytes) else text.encode()
+    answer = call(server, "POST", "import", content=raw, params=query)
     assert answer.status_code == 200, answer.text
-    return answer.json()["chats"]
+    return answer.json()
 
 
 def tree(server, chat_id: str) -> dict[str, bool]:
@@ -296,6 +302,11 @@ def test_what_was_hidden_from_the_beginning_on_comes_back(server, upstream):
         ("2024-07-12T21:30:12.123Z", datetime.fromisoformat("2024-07-12T21:30:12.123+00:00")),
         (1720819812123, datetime.fromisoformat("2024-07-12T21:30:12.123+00:00")),
         ("1720819812123", datetime.fromisoformat("2024-07-12T21:30:12.123+00:00")),
+        (1720819812, datetime.fromisoformat("2024-07-12T21:30:12+00:00")),
+        ("7/12/2026, 2:18:29\u202fPM", datetime(2026, 7, 12, 14, 18, 29)),
+        ("Jul 12, 2026 2:18 PM", datetime(2026, 7, 12, 14, 18)),
+        ("12/07/2026, 14:18:29", datetime(2026, 7, 12, 14, 18, 29)),
+        ("12.7.2026, 14:18:29", datetime(2026, 7, 12, 14, 18, 29)),
     ],
 )
 def test_every_format_of_dates_is_read(given, expected):
@@ -473,6 +484,185 @@ def test_names_in_front_of_texts_are_speakers_in_groups_only():
     assert turns_of("Helena: ", "Borin: x", leading=opening) == [None, "Borin"]
 
 
+# ---------------------------------------------------------------------------- import and life are one
+
+
+def chats(server) -> list[str]:
+    """The ids of all chats."""
+    return [c["chat_id"] for c in call(server, "GET", "chats").json()]
+
+
+def known(chat_id: str, header: dict | None = None) -> dict:
+    """A header as the extension leaves it in a chat that has that id."""
+    metadata = {"persona_memory": {"id": chat_id, "file": "Helena - 1", "main": "", "group": False}, **(header or {})}
+    return {"chat_metadata": metadata, "user_name": "unused", "character_name": "unused"}
+
+
+def test_a_file_whose_header_names_the_chat_is_that_chat(server):
+    """Also where the chat has not been met yet; a copy of the header in a branch names the branch's parent."""
+    rows = [line("Helena", "Come in."), line("Robin", "Hello, it is me.")]
+    (chat,) = take_in(server, written(*rows, header=known("st-1")))
+    assert chat == {"chat_id": "st-1", "added": 2, "total": 2}
+    other = [*rows, line("Helena", "Sit."), line("Robin", "Another way.")]
+    (branch,) = take_in(server, written(*other, header=known("st-1", {"main_chat": "Helena - 1"})))
+    assert branch["chat_id"] != "st-1" and sorted(chats(server)) == sorted(["st-1", branch["chat_id"]])
+
+
+@pytest.mark.parametrize("how", ["header", "extension", "file", "query"])
+def test_an_imported_chat_becomes_the_one_that_gets_its_id(server, upstream, how):
+    """However the id comes: the chat is listed once, and the same file adds nothing, with and without the id."""
+    client = Client(server.url, HELENA, window=4)
+    client.chat += [Line("user", TEXTS[0], "Robin"), Line("assistant", "*nods*", "Helena")]
+    for number in range(60):
+        client.chat += [Line("user", f"Night {number}: the wind turns, and the log has one more line.", "Robin")]
+        client.chat += [Line("assistant", f"*looks at wave {number} for a long while*", "Helena")]
+    text = client.file()
+    (chat,) = take_in(server, text)
+    named = written(*map(json.loads, text.splitlines()[1:]), header=known("st-1"))
+    if how == "header":
+        client.headers = {"X-Chat-Id": "st-1"}
+        client.send("What is my cat afraid of?")
+        assert client.answer.chat_id == "st-1" and TEXTS[0] in branch_texts(server.url, "st-1")
+    elif how == "extension":
+        turns = [{"role": m.role, "content": m.text} for m in client.chat] + [{"role": "user", "content": "Well?"}]
+        said = {"chat_id": "st-1", "complete": True, "messages": turns}
+        assert call(server, "POST", "inject", json=said).status_code == 200
+    else:
+        (line_,) = take_in(server, named) if how == "file" else take_in(server, text, chat_id="st-1")
+        assert line_ == {"chat_id": "st-1", "added": 0, "total": chat["total"]}
+    assert chats(server) == ["st-1"]
+    for again in (text, named):
+        assert take_in(server, again) == [{"chat_id": "st-1", "added": 0, "total": chat["total"]}]
+    assert chats(server) == ["st-1"]
+
+
+def test_the_marks_of_an_imported_chat_stay_with_it(server):
+    """Pinned and forgotten, and what stands on its rejected swipes."""
+    swipes = ["Sit.", "Stand."]
+    file = written(line("Robin", "Hello."), line("Helena", "Sit.", swipes=swipes, swipe_id=0), line("Robin", "Why?"))
+    (chat,) = take_in(server, file)
+    before = export(server, chat["chat_id"])["messages"]
+    path = f"chats/{chat['chat_id']}/messages/{before[0]['id']}"
+    assert call(server, "PATCH", path, json={"pinned": True, "content": "Good evening."}).status_code == 200
+    before = export(server, chat["chat_id"])["messages"]
+    take_in(server, file, chat_id="st-1")
+    assert export(server, "st-1")["messages"] == before and chats(server) == ["st-1"]
+
+
+def test_an_imported_chat_of_two_branches_becomes_two_chats(server):
+    """It stays until each of its branches is a named chat, and neither of those holds the other's end."""
+    rows = [line("Helena", "Come in."), line("Robin", "Hello, it is me."), line("Helena", "Sit.")]
+    one, two = ([*rows, line("Robin", f"The {way} way."), line("Helena", f"{way}.")] for way in ("First", "Second"))
+    for file in (one, two):
+        take_in(server, written(*file))
+    assert len(chats(server)) == 1
+    take_in(server, written(*one), chat_id="st-1")
+    assert len(chats(server)) == 2
+    take_in(server, written(*two), chat_id="st-2")
+    assert sorted(chats(server)) == ["st-1", "st-2"]
+    for chat_id, file in (("st-1", one), ("st-2", two)):
+        kept = [m["content"] for m in export(server, chat_id)["messages"]]
+        assert kept == [row["mes"] for row in file] == branch_texts(server.url, chat_id)
+
+
+def test_the_file_of_a_chat_that_was_lived_under_an_id_adds_what_is_new(server):
+    """Though nothing in the file names it; a file that only begins alike is another chat."""
+    client = lived(server, headers={"X-Chat-Id": "card-7"})
+    grown = take_in(server, client.file())
+    assert grown == [{"chat_id": "card-7", "added": 1, "total": len(client.chat)}]
+    assert take_in(server, client.file()) == [{**grown[0], "added": 0}] and chats(server) == ["card-7"]
+    other = [Line("user", f"Quite another evening, {n}.", "Robin") for n in range(12)]
+    client.chat[3:] = other
+    (line_,) = take_in(server, client.file())
+    assert line_["chat_id"] != "card-7"
+
+
+# ---------------------------------------------------------------------------- other programs
+
+WEBUI = {
+    "internal": [
+        ["<|BEGIN-VISIBLE-CHAT|>", "How can I help?"],
+        ["Where is the key?", "Under the mill."],
+        ["Bye", ""],
+    ],
+    "visible": [["", "How can I help?"], ["Where is the key?", "Under the mill."], ["Bye", ""]],
+    "metadata": {"user_1": {"timestamp": "Jul 12, 2026 14:18"}},
+}
+AGNAI = {
+    "name": "Exported", "greeting": "Hello",
+    "messages": [
+        {"_id": "1", "characterId": "c", "msg": "Hello", "handle": "Bea"},
+        {"_id": "2", "userId": "u", "msg": "Hi", "handle": "Ann", "createdAt": "2026-07-12T14:01:29.287Z"},
+    ],
+}  # fmt: skip
+CHARACTER_AI = {
+    "info": {"character": {"name": "Bea"}},
+    "histories": {"histories": [
+        {"msgs": [{"text": "Hello", "src": {"is_human": False}}, {"text": "Hi", "src": {"is_human": True}}]},
+        {"msgs": [{"text": "Hello", "src": {"is_human": False}}]},
+        {"msgs": [{"text": "Who?", "src": {"is_human": True}}, {"text": "Me.", "src": {"is_human": False}}]},
+    ]},
+}  # fmt: skip
+KOBOLD = {
+    "prompt": "The door opens.", "actions": ["{{[INPUT]}}Hi{{[OUTPUT]}}", "Hello", "{{[INPUT]}}Bye"],
+    "savedsettings": {"chatname": "Ann", "chatopponent": "Bea||$||Cleo", "opmode": 4},
+}  # fmt: skip
+KOBOLD_NAMES = {**KOBOLD, "prompt": "", "actions": ["\nAnn: Hi", "\nBea: Hello\nthere", "\nCleo: Ho"]}
+RISU = {
+    "type": "risuChat", "ver": 1,
+    "data": {"name": "One", "note": "", "localLore": [], "message": [
+        {"role": "user", "data": "Hi", "time": 1783864889287}, {"role": "char", "data": "Hello", "saying": "x"},
+    ]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "document, expected",
+    [
+        (WEBUI, [["a How can I help?", "u Where is the key?", "a Under the mill.", "u Bye"]]),
+        ({"data": WEBUI["internal"][:2], "data_visible": []},
+         [["a How can I help?", "u Where is the key?", "a Under the mill."]]),
+        (AGNAI, [["a Hello", "u Hi"]]),
+        (CHARACTER_AI, [["a Hello", "u Hi"], ["u Who?", "a Me."]]),
+        (KOBOLD, [["a The door opens.", "u Hi", "a Hello", "u Bye"]]),
+        (KOBOLD_NAMES, [["u Hi", "a Hello\nthere", "a Ho"]]),
+        (RISU, [["u Hi", "a Hello"]]),
+        ({**RISU, "type": "risuAllChats", "data": [RISU["data"], RISU["data"]]}, [["u Hi", "a Hello"]] * 2),
+    ],
+    ids=["webui", "old webui", "agnai", "character.ai", "kobold", "kobold by names", "risu", "all of risu"],
+)  # fmt: skip
+@pytest.mark.parametrize("indent", [None, 2])
+def test_chats_of_other_programs_are_read(document, expected, indent):
+    """On one line or on several."""
+    copies, _ = pm.read_chats(json.dumps(document, indent=indent).encode())
+    assert [[f"{m.role[0]} {m.content}" for m in copy.path] for copy in copies] == expected
+
+
+def test_names_and_dates_of_other_programs_are_read():
+    copies = [pm.read_chats(json.dumps(d).encode())[0][0] for d in (WEBUI, AGNAI, CHARACTER_AI, KOBOLD, RISU)]
+    names = [(copy.info.get("user_name"), copy.info.get("character")) for copy in copies]
+    assert names == [(None, None), ("Ann", "Bea"), (None, "Bea"), ("Ann", "Bea"), (None, None)]
+    dates = [pm.parse_send_date("Jul 12, 2026 14:18"), pm.parse_send_date(AGNAI["messages"][1]["createdAt"])]
+    assert [copies[0].path[1].timestamp, copies[1].path[1].timestamp] == dates
+    assert copies[4].path[0].timestamp == pm.parse_send_date(1783864889287)
+
+
+def test_a_bad_message_of_another_program_costs_that_message(server):
+    odd = {**AGNAI, "messages": [*AGNAI["messages"], {"msg": 5}, None]}
+    taken = answered(server, json.dumps(odd), name="a.json")
+    assert [left["why"].split(" ")[0] for left in taken["passed_over"]] == ["messages[2]", "messages[3]"]
+    assert taken["chats"][0]["total"] == 2
+
+
+def test_a_room_of_tavernai_keeps_its_speakers(server):
+    """Its header lists several characters; each reply begins with its speaker's name, as a group's does."""
+    header = {"user_name": "You", "character_names": ["Ilsa", "Bram"], "create_date": 1684669029632}
+    rows = [{"name": n, "is_user": n == "You", "mes": t} for n, t in (("Ilsa", "Hm."), ("You", "Hi."), ("Bram", "Ho."))]
+    (chat,) = take_in(server, written(*rows, header=header))
+    shown = call(server, "GET", f"chats/{chat['chat_id']}/messages").json()["messages"]
+    assert [(m["name"], m["content"]) for m in shown] == [("Ilsa", "Ilsa: Hm."), (None, "Hi."), ("Bram", "Bram: Ho.")]
+
+
 # ---------------------------------------------------------------------------- from the command line
 
 
@@ -503,21 +693,33 @@ def test_a_folder_of_chats_is_imported(tmp_path, server):
     (chats / "Helena" / "greeting.jsonl").write_text(written(line("Helena", "Come in.")))
     (chats / "group.jsonl").write_text(written(line("Borin", "Hm."), line("Robin", "Hello, Borin."), header={}))
     (chats / "settings.json").write_text('{"power_user": {}}')
-    (chats / "broken.jsonl").write_text(written(line("Robin", "Hello.")) + "\n{oops")
+    (chats / "broken.jsonl").write_text(written(line("Robin", "Half of it.")) + "\n{oops")
+    (chats / "none.jsonl").write_text("{oops")
+    for name in ("a.png", "b.png"):
+        (chats / name).write_bytes(b"")
     take_in(server, written(line("Robin", "Out and in."), line("Helena", "Again.")), chat_id="x")
     (chats / "export.json").write_text(json.dumps(export(server, "x")))
     done = run_import(data, chats)
-    assert done.returncode == 2 and "3 chats: 6 messages added, 0 already present. 1 of 5 files" in done.stderr
-    assert "broken.jsonl: line 3" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "4 chats: 7 messages added, 0 already present. 1 of 6 files" in done.stderr
+    assert "Traceback" not in done.stderr
+    for words in (
+        "one.jsonl: 2 messages, 2 of them new", "greeting.jsonl: passed over: it holds no message of the user",
+        "settings.json: passed over. This is no chat", "object with power_user", "broken.jsonl: passed over: line 3",
+        "none.jsonl: line 1", "2 files of other kinds were passed over (2 .png)",
+    ):  # fmt: skip
+        assert words in done.stderr
     assert "chats" in done.stderr and "vectors" in done.stderr  # the bars
-    (chats / "broken.jsonl").unlink()
+    for name in ("broken.jsonl", "none.jsonl"):
+        (chats / name).unlink()
     done = run_import(data, chats)
     assert done.returncode == 0 and "3 chats: 0 messages added, 6 already present." in done.stdout
     memory = pm.PersonaMemory(pm.Settings(data=str(data)))
+    assert len(memory.chats()) == 4
     for row in memory.chats():
         with memory.registry.borrow(row["chat_id"]) as chat:
             store = chat.store
-        assert len(store.vectors(memory.embedder.name, [n.fingerprint for n in store.tree.nodes.values()])) == 2
+        hashes = [n.fingerprint for n in store.tree.nodes.values()]
+        assert len(store.vectors(memory.embedder.name, hashes)) == len(hashes)
     memory.close()
 
 
@@ -547,7 +749,7 @@ def test_an_import_that_is_killed_goes_on_where_it_was(tmp_path):
         running.kill()
     memory = pm.PersonaMemory(pm.Settings(data=str(data)))
     written_by_then = sum(row["messages"] for row in memory.chats())
-    (chat,) = memory.archive.take_in(file.read_bytes(), embed=False)
+    (chat,) = memory.archive.take_in(file.read_bytes(), embed=False)["chats"]
     assert (
         chat["added"] <= 3000 - written_by_then
         and chat["total"] == 3000
@@ -588,18 +790,13 @@ ROW = {"id": ROW_ID, "parent": "", "role": "user", "content": "Hi"}
     [
         ("", "line 1"),
         ("{", "line 1"),
-        ("[1, 2]", "line 1"),
-        ("{}", "line 1"),
-        ('{"a": 1}', "line 1"),
-        (f"{GOOD}\nnonsense", "line 2"),
-        (f"{GOOD}\n\n{{}}", "line 3"),
-        (f'{GOOD}\n{{"mes": 5}}', "line 2"),
-        (f'{GOOD}\n{{"mes": "x", "is_user": "yes"}}', "line 2"),
-        (f'{GOOD}\n{{"mes": "x", "swipes": "no"}}', "line 2"),
-        (f'{GOOD}\n{{"mes": "x", "extra": []}}', "line 2"),
-        (f'{GOOD}\n{{"mes": NaN}}', "line 2"),
-        (f"{GOOD}\n" + "[" * 100_000, "line 2"),
-        (f"{GOOD}\n".encode() + b"\xff\xfe", "line 2"),
+        ("[1, 2]", "the file holds a list"),
+        ("{}", "an empty object"),
+        ("5", "a number"),
+        ('{"spec": "chara_card_v2", "data": {}}', "an object with spec, data"),
+        ('{"a": 1}\n{"a": 2}', "line 1"),
+        ('{"mes": 5}', "line 1"),
+        ('{"savedsettings": {}, "prompt": "Once upon a time.", "actions": []}', "story of KoboldAI Lite"),
         ('{\n  "format": "persona_memory",\n  "version": oops\n}', "line 3"),
         (json.dumps({**EXPORT, "version": 2}), "version"),
         (json.dumps({**EXPORT, "format": "other"}), "neither"),
@@ -610,7 +807,6 @@ ROW = {"id": ROW_ID, "parent": "", "role": "user", "content": "Hi"}
         (json.dumps({**EXPORT, "chat": {"chat_id": "x", "created": -1}}), "chat.created"),
         (json.dumps({**EXPORT, "chat": {"chat_id": "x", "updated": 5}}).replace("5", "1e999"), "not valid JSON"),
         (json.dumps({**EXPORT, "chat": {"chat_id": "x", "updated": 5}}).replace("5", "9" * 4000), "not valid JSON"),
-        (f'{GOOD}\n{{"mes": "x", "swipe_id": {"9" * 4000}}}', "line 2"),
         (json.dumps({**EXPORT, "messages": None}), "messages"),
         (json.dumps({**EXPORT, "messages": [None]}), "messages[0]"),
         (json.dumps({**EXPORT, "messages": [{}]}), "messages[0]"),
@@ -625,7 +821,7 @@ ROW = {"id": ROW_ID, "parent": "", "role": "user", "content": "Hi"}
         (json.dumps({**EXPORT, "facts": [{"id": "f"}]}), "facts[0]"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_refused_whole(shared_server, text, words):
+def test_a_file_of_which_nothing_can_be_read_is_refused(shared_server, text, words):
     """The error names the line or the field, and nothing is half imported."""
     before = call(shared_server, "GET", "chats").json()
     raw = text if isinstance(text, bytes) else text.encode()
@@ -634,6 +830,105 @@ def test_a_file_that_cannot_be_read_is_refused_whole(shared_server, text, words)
     assert answer.json()["error"]["type"] == "invalid_request_error"
     assert answer.json()["error"]["message"].startswith("a file.jsonl: ") and words in answer.json()["error"]["message"]
     assert call(shared_server, "GET", "chats").json() == before
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ("nonsense", "not valid JSON"),
+        ('{"name": "Robin", "is_us', "not valid JSON: Unterminated string at character 19"),
+        ("{}", "no text"),
+        ("[1, 2]", "a JSON object"),
+        ('{"mes": 5}', "no text"),
+        ('{"mes": null, "swipes": [5], "swipe_id": 0}', "no text"),
+        ('{"mes": "x", "is_user": "perhaps"}', "is_user"),
+        ('{"mes": NaN}', "not valid JSON: NaN"),
+        ("[" * 100_000, "nested"),
+        ('{"mes": "x", "swipe_id": ' + "9" * 4000 + "}", "too long"),
+        (b"\xff\xfe", "UTF-8"),
+        (b"\0" * 500, "zero bytes"),
+    ],
+    ids=lambda given: repr(given)[:30],
+)
+def test_a_bad_row_costs_that_row(shared_server, row, words):
+    """The others come in, and the answer names the file, the line and the reason."""
+    before, after = "Hello before it.", "And after it."
+    rows = [json.dumps(line("Robin", before)).encode(), row if isinstance(row, bytes) else row.encode()]
+    raw = b"\n".join([*rows, json.dumps(line("Helena", after)).encode()])
+    taken = answered(shared_server, raw, name="a file.jsonl", chat_id=f"bad row {words} {row!r:.50}")
+    (left,), (chat,) = taken["passed_over"], taken["chats"]
+    assert (left["file"], left["line"]) == ("a file.jsonl", 2)
+    assert left["why"].startswith("line 2") and words in left["why"]
+    assert branch_texts(shared_server.url, chat["chat_id"])[0] == before and chat["total"] == 2
+
+
+def test_a_header_that_was_cut_off_makes_no_group(server):
+    """Nor does it cost the names, which the messages hold too."""
+    rows = written(line("Robin", "Hello."), line("Helena", "Sit."), header={})
+    (chat,) = take_in(server, '{"user_name": "unused", "chara\n' + rows)
+    assert branch_texts(server.url, chat["chat_id"]) == ["Hello.", "Sit."]
+    assert [c["character"] for c in call(server, "GET", "chats").json()] == ["Helena"]
+
+
+def test_many_bad_rows_are_counted(server):
+    """An answer names the first ones."""
+    taken = answered(server, written(line("Robin", "Hello.")) + "\noops" * 200)
+    assert len(taken["passed_over"]) == 101 and "100 more" in taken["passed_over"][-1]["why"]
+
+
+def test_odd_types_are_read_where_their_meaning_is_clear(server):
+    """Numbers and words for flags, an empty text for none, a null in place of an object, a text inside an object."""
+    rows = [
+        {"name": "Robin", "is_user": 1, "mes": "One.", "extra": "", "is_system": ""},
+        {
+            "name": "Helena",
+            "is_user": "",
+            "mes": {"message": "Two."},
+            "swipes": [{"message": "Two."}, {"message": "B"}],
+        },
+        {"name": 5, "is_user": "true", "mes": "Three.", "swipes": "no", "swipe_info": 7, "extra": []},
+        {"is_user": False, "mes": None, "swipes": ["y", "Four."], "swipe_id": "1"},
+        {"is_user": None, "mes": "Five.", "swipes": [None, "Five.", 3], "swipe_id": 1.0, "send_date": {}},
+    ]
+    rows[1] |= {"swipes": [{"message": "Two."}, {"message": "B"}], "swipe_id": 0}
+    taken = answered(server, written(*rows))
+    assert taken["passed_over"] == []
+    kept = export(server, taken["chats"][0]["chat_id"])["messages"]
+    assert [m["content"] for m in kept if m["confirmed"]] == ["One.", "Two.", "Three.", "Four.", "Five."]
+    assert [m["content"] for m in kept if not m["confirmed"]] == ["B", "y"]
+    assert [m["role"][0] for m in kept if m["confirmed"]] == ["u", "a", "u", "a", "a"]
+
+
+def test_tool_notices_and_thoughts_are_no_messages(server):
+    """A model's thoughts are cut out of its replies and swipes; a reply that was nothing else is none."""
+    notice = {"tool_invocations": [{"name": "roll", "result": "6"}], "isSmallSys": True}
+    sit = "<think>Lie to Robin.</think>\nSit."
+    file = written(
+        line("Robin", "Hello. <think>is a tag."),
+        line("SillyTavern System", "<details>Tool calls</details>", is_system=True, extra=notice),
+        line("Helena", sit, swipes=["Stand.", sit], swipe_id=1),
+        line("Robin", "What is that?"),
+        line("Helena", "<think>I do not know"),
+    )
+    (chat,) = take_in(server, file)
+    kept = [(m["content"], m["confirmed"]) for m in export(server, chat["chat_id"])["messages"]]
+    assert kept == [("Hello. <think>is a tag.", True), ("Stand.", False), ("Sit.", True), ("What is that?", True)]
+
+
+@pytest.mark.parametrize(
+    "text, plain",
+    [
+        ("plain </details> text", "plain </details> text"),
+        ("<think>a</think>b", "b"),
+        ("a\n</think>\n\nb", "b"),
+        ("b <THINKING>a", "b"),
+        ("<reasoning>a<think>b</think>c</reasoning>d", "d"),
+        ('<details type="reasoning" done="true">\n<summary>x</summary>\na</details>\nb', "b"),
+        ("x <details>kept</details> <think >a</think> y", "x <details>kept</details>  y"),
+    ],
+)
+def test_thoughts_are_cut_out_of_texts(text, plain):
+    assert pm.without_thoughts(text) == plain
 
 
 VALUES = st.recursive(
@@ -648,12 +943,13 @@ KEYS = ("name", "is_user", "is_system", "mes", "extra", "swipes", "swipe_id", "s
 def test_odd_lines_are_read_or_refused(rows):
     """Whatever the lines hold, there is a chat or an error in words."""
     try:
-        copy = pm.read_chat_file("\n".join(json.dumps(row) for row in rows).encode())
+        copies, _ = pm.read_chats("\n".join(json.dumps(row) for row in rows).encode())
     except pm.InvalidRequest as error:
         assert str(error)
     else:
-        pm.check_tree(copy.messages)
-        assert all(m.confirmed for m in copy.path)
+        for copy in copies:
+            pm.check_tree(copy.messages)
+            assert all(m.confirmed for m in copy.path)
 
 
 # ---------------------------------------------------------------------------- there and back
@@ -725,7 +1021,7 @@ def test_an_export_comes_back_as_it_was(folders, messages, data):
         exported = first.archive.export("a/b")
         second.archive.take_in(json.dumps(exported).encode())
         assert second.archive.export("a/b") == exported
-        assert second.archive.take_in(json.dumps(exported).encode())[0]["added"] == 0
+        assert second.archive.take_in(json.dumps(exported).encode())["chats"][0]["added"] == 0
         assert second.archive.export("a/b") == exported
     untouched = [{**m, "tokens": 0} for m in exported["messages"]]
     whole["messages"] = [{**m, "tokens": 0} for m in whole["messages"]]
@@ -746,7 +1042,7 @@ def test_odd_exports_are_taken_in_or_refused(folders, data):
     part[data.draw(st.sampled_from(sorted(names)))] = data.draw(ODD | VALUES | st.just("0001-01-01T00:00:00"))
     with Shelf(folders()) as memory:
         try:
-            (chat,) = memory.archive.take_in(json.dumps(whole).encode())
+            (chat,) = memory.archive.take_in(json.dumps(whole).encode())["chats"]
         except pm.InvalidRequest as error:
             assert str(error)
         else:
@@ -776,9 +1072,9 @@ def transcripts(draw) -> str:
 def test_a_chat_file_comes_back_as_it_was(folders, text):
     """Import, export as a chat file, import elsewhere: the same messages with the same swipes, names and dates."""
     with Shelf(folders()) as first, Shelf(folders()) as second:
-        (chat,) = first.archive.take_in(text.encode())
+        (chat,) = first.archive.take_in(text.encode())["chats"]
         back = first.archive.export_transcript(chat["chat_id"])
-        (again,) = second.archive.take_in(back.encode())
+        (again,) = second.archive.take_in(back.encode())["chats"]
         assert again == chat
 
         def kept(memory):

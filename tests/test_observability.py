@@ -234,3 +234,18 @@ def test_the_client_gets_usage_from_the_upstream(server, upstream):
     """What the upstream counts goes before what is counted here."""
     answer = client(server.url).chat.completions.create(model="m", messages=turn("hello"))
     assert answer.usage.completion_tokens == len(upstream.last["answer"].split())
+
+
+def test_what_others_say_forges_no_line_of_the_log_and_steers_no_terminal():
+    """Ids and the words of an upstream's error stand in log lines; an exception's words in tracebacks."""
+    forged = "x\n12:00:00 INFO forged\x1b[2J\u2028y\r\x85z"
+    for words, error in ((forged, None), ("A request failed", ValueError(forged))):
+        record = logging.LogRecord(
+            "persona_memory", logging.INFO, "", 1, words, None, error and (type(error), error, None)
+        )
+        lines = pm.LogFormatter("text").format(record).splitlines()
+        assert [line for line in lines if line.startswith("12:00:00 INFO forged")] == []
+        assert "\x1b" not in "".join(lines)
+        assert all(line.startswith("  ") for line in lines[1:])
+        (line,) = pm.LogFormatter("json").format(record).splitlines()
+        assert "\x1b" not in line

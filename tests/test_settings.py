@@ -44,7 +44,7 @@ def test_the_http_table_lists_the_routes_of_the_code(tmp_path):
     """Every route of the app is in the README's table, and every call of the table is a route."""
     app = pm.create_app(pm.Settings(proxy=True, data=str(tmp_path), upstream="http://127.0.0.1:9/v1"))
     rules = ((method, str(rule)) for rule in app.url_map.iter_rules() for method in rule.methods - {"HEAD", "OPTIONS"})
-    routes = {f"{method} {rule.replace('<chat:', '<')}" for method, rule in rules}
+    routes = {f"{method} {re.sub('<[a-z]+:', '<', rule)}" for method, rule in rules}
     calls = re.findall(r"`((?:GET|POST|PATCH|DELETE) [^`?]+)", "\n".join(row[0] for row in table_rows("HTTP")))
     assert set(calls) == routes
 

@@ -167,7 +167,7 @@ THOUGHTS = {
     "She lies.</think>I do not know.": "I do not know.",
     "<think>a<think>b</think>c</think>I do not know.": "I do not know.",
     "<think>She lies about": "",
-    "Write <think> to think.": "Write <think> to think.",
+    "Write `<think>` to think.": "Write `<think>` to think.",
     "1 < 2": "1 < 2",
 }
 

@@ -76,6 +76,7 @@ class Crowd:
         given = {"proxy": True, "host": "127.0.0.1", "port": 0, "data": self.folder.name, "context": 1024}
         settings = program.Settings(upstream=self.upstream.url, upstream_limit=256, summary_every=0, **given)
         self.server = LocalServer(settings)
+        self.api = httpx.Client(timeout=120, limits=httpx.Limits(max_connections=None))
 
     def reply(self, body: dict) -> str:
         self.arrived.setdefault(MARK.findall(body["messages"][-1]["content"])[-1], time.perf_counter())
@@ -85,7 +86,7 @@ class Crowd:
         """Seconds from a turn's request to its arrival at the upstream, and the header of its answer."""
         body = {"model": "fake-model", "messages": [PERSONA, *history, {"role": "user", "content": line(chat, turn)}]}
         started, address = time.perf_counter(), f"{self.server.url}/v1/chat/completions"
-        answer = httpx.post(address, json=body, headers={"X-Chat-Id": f"chat {chat}"}, timeout=120)
+        answer = self.api.post(address, json=body, headers={"X-Chat-Id": f"chat {chat}"})
         answer.raise_for_status()
         arrived = self.arrived[str(chat), str(turn)]
         return arrived - started, answer.headers["X-Persona-Memory"]
@@ -96,6 +97,7 @@ class Crowd:
 
     def __exit__(self, *_):
         self.model.gate.set()
+        self.api.close()
         self.server.close()
         self.upstream.close()
         self.folder.cleanup()
