@@ -9180,11 +9180,11 @@ class Archive:
                     named = self._create(request, chat_id, deadline)
                 chat = loans.enter_context(self._registry.borrow(named))
             with chat.lock:
-                notes = chat.store.info.get("notes", [])
-                request = without_notes(request, notes)
+                known = [] if request.identity.complete else chat.store.info.get("notes", [])
+                request = without_notes(request, known)
                 alignment = (chat_id and align_appended(chat, request)) or align_request(chat, request)
-                if note := learned_note(chat, alignment, request):
-                    chat.store.commit(info={"notes": [*notes, note][-KEPT_NOTES:]})
+                if note := "" if request.identity.complete else learned_note(chat, alignment, request):
+                    chat.store.commit(info={"notes": [*known, note][-KEPT_NOTES:]})
                     request = without_notes(request, [note])
                     alignment = align_request(chat, request)
                 path = self._write_branch(chat, alignment, request)
@@ -9319,7 +9319,7 @@ class Archive:
         before = chat.path()
         if messages or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(messages, info | {"updated": time.time()})
-            left = superseded(chat, before, path)
+            left = [] if request.identity.complete else superseded(chat, before, path)
             rewordings = store.info.get("rewordings", 0) + 1 if left else 0
             if rewordings != store.info.get("rewordings", 0):
                 # What is left by a single rewording may be a user's edit, which stays to be seen.
@@ -10986,7 +10986,7 @@ class PersonaMemory:
         request, _ = parse_injection(body | {"chat_id": chat_id, "complete": True})
         if not request.turns:
             raise InvalidRequest("messages must hold a message of the user's or the assistant's.", "messages")
-        with self.archive.enter(request, chat_id, Deadline.after(SEARCH_SECONDS)) as (chat, path):
+        with self.archive.enter(request, chat_id, Deadline.after(SEARCH_SECONDS)) as (chat, path, _):
             self.vectors.later(chat, path)
             with chat.lock:
                 waiting = len(chat.follow(chat.nodes(path), self.embedder).unembedded)
