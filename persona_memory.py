@@ -10823,7 +10823,8 @@ class PromptBuilder:
 
     def _mood(self, turn: TurnContext) -> Mood | None:
         """How the user feels by now, None where that cannot be told, or where a program asks. Never fails a turn."""
-        program = turn.request.wants_json or turn.chat.store.info.get("lone")
+        request = turn.request
+        program = request.wants_json or request.identity.kind == "quiet" or turn.chat.store.info.get("lone")
         try:
             return self._feelings.mood(turn.chat, turn.nodes[turn.first :]) if turn.newest and not program else None
         except Exception as error:
