@@ -2613,7 +2613,8 @@ def parse_appended(messages: Any) -> list[Turn]:
     turns = []
     for i, message in enumerate(checked_messages({"messages": messages})):
         where = f"messages[{i}]"
-        if message["role"] not in CHAT_ROLES or not text_of(message.get("content")).strip():
+        words = spoken_words(message["role"], text_of(message.get("content")))
+        if message["role"] not in CHAT_ROLES or not words.strip():
             raise InvalidRequest(f"{where} must be a user's or an assistant's, and say something.", where)
         timestamp = parse_timestamp(message.get("timestamp"), f"{where}.timestamp")
         turns.append(replace(make_turn(message), timestamp=timestamp))
