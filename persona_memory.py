@@ -9529,7 +9529,7 @@ def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]
     tree = chat.tree
     fork = len(os.path.commonprefix([list(old), list(path)]))
     left, now = old[fork:], path[fork:]
-    if not 0 < len(left) <= min(REWORDED, len(now)):
+    if not 0 < len(left) <= REWORDED or len(left) >= len(now):  # the chat has not gone on: the user edits
         return []
     below = tree.below(left[0])
     if tree.marked.intersection(below) or any(tree.nodes[i].confirmed and i not in left for i in below):
