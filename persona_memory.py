@@ -2781,7 +2781,8 @@ def with_voices(turns: tuple[Turn, ...], leading: Sequence[dict]) -> tuple[Turn,
         names["assistant"] = {name.strip() for name in members[1].split(",")}
     elif len(names["assistant"]) == 1 and not (names["user"] or next(iter(names["assistant"])) in prompt):
         names["assistant"] = set()
-    if len(names["user"]) > 1 or not (names["assistant"] or any(name in prompt for name in names["user"])):
+    alone = not members and len(names["assistant"]) < 2  # in groups the user is nobody's character
+    if not alone or len(names["user"]) > 1 or not (names["assistant"] or any(n in prompt for n in names["user"])):
         names["user"] = set()
     found = (SPEAKER_PREFIX.match(turn.content) for turn in turns)
     named = [f[1] if f and f[1] in names[turn.role] else None for turn, f in zip(turns, found, strict=True)]
@@ -9322,9 +9323,10 @@ class Archive:
             store.commit(messages, info | {"updated": time.time()})
             left = [] if request.identity.complete else superseded(chat, before, path)
             rewordings = store.info.get("rewordings", 0) + 1 if left else 0
-            if rewordings != store.info.get("rewordings", 0):
-                # What is left by a single rewording may be a user's edit, which stays to be seen.
-                store.commit(info={"rewordings": rewordings}, dropped=left if rewordings > 1 else ())
+            dropped = left if rewordings > 1 else []  # a single one may be a user's edit, which stays to be seen
+            dropped += [twin for m in messages for twin in unshown_twins(chat, m) if twin not in dropped]
+            if dropped or rewordings != store.info.get("rewordings", 0):
+                store.commit(info={"rewordings": rewordings}, dropped=dropped)
             self._registry.enter(chat, [m.id for m in messages])
         store.keep_recent(path)
         return path
@@ -9521,6 +9523,12 @@ class Archive:
             self._registry.enter(chat, ())
 
 
+def unshown_twins(chat: Chat, message: Message) -> list[str]:
+    """The replies that nobody has shown and that a message, which has been, says with other things around the words."""
+    twins = [i for i in chat.tree.replies.get(message.parent, ()) if chat.tree.nodes[i].digest == message.digest]
+    return [i for i in twins if i != message.id and not chat.tree.children.get(i)]
+
+
 def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]:
     """The messages that a client's other wording of its newest ones leaves behind: where the branch `old`, which the
     chat was last on, goes on as the new one does, word for word or nearly. A client's rules for its display do that at
@@ -9586,14 +9594,18 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
     messages = [replace(m, confirmed=True) for m in store.read([i for i in path if i in tree.unshown])]
     for turn in request.turns[alignment.skipped :]:
         parent = path[-1] if path else ROOT
-        path.append(tree.child(parent, turn.digest) or message_id(parent, message_digest(turn.role, turn.content)))
+        known = tree.child(parent, turn.digest)  # a reply that nobody has shown yet lacks the name of who speaks
+        own = message_id(parent, message_digest(turn.role, turn.content))
+        path.append(known if tree.is_confirmed(known) else own)
         node = tree.nodes.get(path[-1])
         if node is None:
             messages.append(message_of_turn(parent, turn))
-        elif node.confirmed and (node.shown == turn.fingerprint or (node.forgotten and not node.shown)):
+        elif (
+            node.confirmed
+            and (node.shown == turn.fingerprint or (node.forgotten and not node.shown))
+            or node.id != (message := message_of_turn(parent, turn)).id
+        ):
             continue
-        elif node.id != (message := message_of_turn(parent, turn)).id:  # with another name or status: the first stays
-            messages += [] if node.confirmed else [replace(store.read([node.id])[0], confirmed=True)]
         else:
             messages.append(shown_again(store.read([node.id])[0], message))
     return messages, path
