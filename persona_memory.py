@@ -9600,14 +9600,11 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
         node = tree.nodes.get(path[-1])
         if node is None:
             messages.append(message_of_turn(parent, turn))
-        elif (
-            node.confirmed
-            and (node.shown == turn.fingerprint or (node.forgotten and not node.shown))
-            or node.id != (message := message_of_turn(parent, turn)).id
-        ):
             continue
-        else:
-            messages.append(shown_again(store.read([node.id])[0], message))
+        erased = node.forgotten and not node.shown
+        # The same words with another name or status around them stay as they were shown first.
+        if not node.confirmed or (node.id == own and node.shown != turn.fingerprint and not erased):
+            messages.append(shown_again(store.read([node.id])[0], message_of_turn(parent, turn)))
     return messages, path
 
 
@@ -9728,7 +9725,7 @@ class Recaller:
         found = [
             i for i in found if nodes[i].fingerprint not in shown and nodes[i].id not in silent and i >= turn.first
         ]
-        asking = next(n for n in reversed(nodes) if n.shown in (turn.pivot.fingerprint, ""))
+        asking = nodes[turn.layout.pivot - len(turn.request.turns)]
         memories = self._memories(chat, nodes, scores, found, self._feelings.read(chat, [asking])[0])
         memories = [in_part(m, index, query, evidence, vector) for m in memories]
         kept, left_out = select_memories(chat, turn.visible, memories, room)
