@@ -479,7 +479,7 @@ THOUGHTS = re.compile(
     re.S | re.I,
 )
 END_OF_THOUGHTS = re.compile(r"\A.*(?<!`)</(?:think|thinking|thoughts?|reasoning)>", re.S | re.I)  # without beginning
-BEGUN_THOUGHTS = re.compile(rf"^[ \t]*<(?:{THOUGHT}).*\Z", re.S | re.I | re.M)  # without end
+BEGUN_THOUGHTS = re.compile(rf"(?<!`)<(?:{THOUGHT}).*\Z", re.S | re.I)  # without end
 INLINE_TAGS = {"a", "b", "code", "em", "font", "i", "mark", "q", "s", "small", "span", "strong", "sub", "sup", "u"}
 OPENING_TAG = re.compile(r"<([A-Za-z][\w-]{0,40})(?:\s[^<>]*)?>")
 CLOSING_TAG = re.compile(r"</([A-Za-z][\w-]{0,40})>\Z")
@@ -516,7 +516,8 @@ def bare_words(text: str) -> str:
     """What is left of a message's text when everything is taken off that clients show in one request and not in
     another: thoughts, blocks such as a status, and the speaker's name. The text itself where that is nothing."""
     words = without_blocks(without_thoughts(text))
-    words = words[found.end() :] if (found := NAME_PREFIX.match(words)) else words
+    while found := NAME_PREFIX.match(words):
+        words = words[found.end() :]
     return words if words.strip() else text
 
 
@@ -2659,7 +2660,8 @@ def parse_appended(messages: Any) -> list[Turn]:
     turns = []
     for i, message in enumerate(checked_messages({"messages": messages})):
         where = f"messages[{i}]"
-        if message["role"] not in CHAT_ROLES or not text_of(message.get("content")).strip():
+        words = spoken_words(message["role"], text_of(message.get("content")))
+        if message["role"] not in CHAT_ROLES or not words.strip():
             raise InvalidRequest(f"{where} must be a user's or an assistant's, and say something.", where)
         timestamp = parse_timestamp(message.get("timestamp"), f"{where}.timestamp")
         turns.append(replace(make_turn(message), timestamp=timestamp))
@@ -2827,7 +2829,8 @@ def with_voices(turns: tuple[Turn, ...], leading: Sequence[dict]) -> tuple[Turn,
         names["assistant"] = {name.strip() for name in members[1].split(",")}
     elif len(names["assistant"]) == 1 and not (names["user"] or next(iter(names["assistant"])) in prompt):
         names["assistant"] = set()
-    if len(names["user"]) > 1 or not (names["assistant"] or any(name in prompt for name in names["user"])):
+    alone = not members and len(names["assistant"]) < 2  # in groups the user is nobody's character
+    if not alone or len(names["user"]) > 1 or not (names["assistant"] or any(n in prompt for n in names["user"])):
         names["user"] = set()
     found = (SPEAKER_PREFIX.match(turn.content) for turn in turns)
     named = [f[1] if f and f[1] in names[turn.role] else None for turn, f in zip(turns, found, strict=True)]
@@ -5717,7 +5720,7 @@ MEMORY_HEADING = "[Earlier in this chat, oldest first. This is the past, for ref
 MEMORY_ENDING = "[End of memories]"
 CARRIED_HEADING = "[From another time, in another chat. Remembered, but not part of this story:]"
 FORGOTTEN = "…"  # what a forgotten message reads like
-SMALLEST_MEMORY = 24  # tokens; with less left beside the frame nothing is recalled
+LITTLE_ROOM = 64  # tokens beside the frame: one or two memories
 FRAME_MARGIN = MESSAGE_OVERHEAD + 4  # what sets the block apart: a message of its own, or white space
 NEIGHBOURS = 2  # messages apart at most, to stand in one excerpt
 
@@ -9483,11 +9486,11 @@ class Archive:
 
         def write() -> tuple[list[str], ChatRequest]:
             """Finds the place, and writes what is new."""
-            notes = chat.store.info.get("notes", [])
-            spoken = without_notes(request, notes)
+            known = [] if request.identity.complete else chat.store.info.get("notes", [])
+            spoken = without_notes(request, known)
             alignment = (chat_id and align_appended(chat, spoken)) or align_request(chat, spoken)
-            if note := learned_note(chat, alignment, spoken):
-                chat.store.commit(info={"notes": [*notes, note][-KEPT_NOTES:]})
+            if note := "" if request.identity.complete else learned_note(chat, alignment, spoken):
+                chat.store.commit(info={"notes": [*known, note][-KEPT_NOTES:]})
                 spoken = without_notes(spoken, [note])
                 alignment = align_request(chat, spoken)
             return self._write_branch(chat, alignment, spoken), spoken
@@ -9636,11 +9639,12 @@ class Archive:
         before = chat.path()
         if messages or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(messages, info | {"updated": time.time()})
-            left = superseded(chat, before, path)
+            left = [] if request.identity.complete else superseded(chat, before, path)
             rewordings = store.info.get("rewordings", 0) + 1 if left else 0
-            if rewordings != store.info.get("rewordings", 0):
-                # What is left by a single rewording may be a user's edit, which stays to be seen.
-                store.commit(info={"rewordings": rewordings}, dropped=left if rewordings > 1 else ())
+            dropped = left if rewordings > 1 else []  # a single one may be a user's edit, which stays to be seen
+            dropped += [twin for m in messages for twin in unshown_twins(chat, m) if twin not in dropped]
+            if dropped or rewordings != store.info.get("rewordings", 0):
+                store.commit(info={"rewordings": rewordings}, dropped=dropped)
             if not store.unwritten:
                 self._registry.enter(chat, [m.id for m in messages])
         store.keep_recent(path)
@@ -9841,6 +9845,12 @@ class Archive:
             self._registry.enter(chat, ())
 
 
+def unshown_twins(chat: Chat, message: Message) -> list[str]:
+    """The replies that nobody has shown and that a message, which has been, says with other things around the words."""
+    twins = [i for i in chat.tree.replies.get(message.parent, ()) if chat.tree.nodes[i].digest == message.digest]
+    return [i for i in twins if i != message.id and not chat.tree.children.get(i)]
+
+
 def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]:
     """The messages that a client's other wording of its newest ones leaves behind: where the branch `old`, which the
     chat was last on, goes on as the new one does, word for word or nearly. A client's rules for its display do that at
@@ -9849,7 +9859,7 @@ def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]
     tree = chat.tree
     fork = len(os.path.commonprefix([list(old), list(path)]))
     left, now = old[fork:], path[fork:]
-    if not 0 < len(left) <= min(REWORDED, len(now)):
+    if not 0 < len(left) <= REWORDED or len(left) >= len(now):  # the chat has not gone on: the user edits
         return []
     below = tree.below(left[0])
     if tree.marked.intersection(below) or any(tree.nodes[i].confirmed and i not in left for i in below):
@@ -9906,16 +9916,17 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
     messages = [replace(m, confirmed=True) for m in store.read([i for i in path if i in tree.unshown])]
     for turn in request.turns[alignment.skipped :]:
         parent = path[-1] if path else ROOT
-        path.append(tree.child(parent, turn.digest) or message_id(parent, message_digest(turn.role, turn.content)))
+        known = tree.child(parent, turn.digest)  # a reply that nobody has shown yet lacks the name of who speaks
+        own = message_id(parent, message_digest(turn.role, turn.content))
+        path.append(known if tree.is_confirmed(known) else own)
         node = tree.nodes.get(path[-1])
         if node is None:
             messages.append(message_of_turn(parent, turn))
-        elif node.confirmed and (node.shown == turn.fingerprint or (node.forgotten and not node.shown)):
             continue
-        elif node.id != (message := message_of_turn(parent, turn)).id:  # with another name or status: the first stays
-            messages += [] if node.confirmed else [replace(store.read([node.id])[0], confirmed=True)]
-        else:
-            messages.append(shown_again(store.read([node.id])[0], message))
+        erased = node.forgotten and not node.shown
+        # The same words with another name or status around them stay as they were shown first.
+        if not node.confirmed or (node.id == own and node.shown != turn.fingerprint and not erased):
+            messages.append(shown_again(store.read([node.id])[0], message_of_turn(parent, turn)))
     return messages, path
 
 
@@ -10042,7 +10053,7 @@ class Recaller:
         found = [
             i for i in found if nodes[i].fingerprint not in shown and nodes[i].id not in silent and i >= turn.first
         ]
-        asking = next(n for n in reversed(nodes) if n.shown in (turn.pivot.fingerprint, ""))
+        asking = nodes[turn.layout.pivot - len(turn.request.turns)]
         memories = self._memories(chat, nodes, scores, found, self._feelings.read(chat, [asking])[0])
         memories = [in_part(m, index, query, evidence, vector) for m in memories]
         kept, left_out = select_memories(chat, turn.visible, memories, room)
@@ -11163,7 +11174,8 @@ class PromptBuilder:
 
     def _mood(self, turn: TurnContext) -> Mood | None:
         """How the user feels by now, None where that cannot be told, or where a program asks. Never fails a turn."""
-        program = turn.request.wants_json or turn.chat.store.info.get("lone")
+        request = turn.request
+        program = request.wants_json or request.identity.kind == "quiet" or turn.chat.store.info.get("lone")
         try:
             return self._feelings.mood(turn.chat, turn.nodes[turn.first :]) if turn.newest and not program else None
         except Exception as error:
@@ -11191,7 +11203,8 @@ class PromptBuilder:
     def _report(self, memory: TurnMemory, reused: float | None, started: float, tools: int = 0) -> PromptReport:
         """What went into a turn's prompt and why, which is also noted in log and metrics."""
         turn, layout, block = memory.turn, memory.turn.layout, memory.block
-        degraded = memory.recalled.degraded or turn.chat.store.unwritten or short_of_room(layout, tools)
+        reasons = memory.recalled.degraded, turn.chat.store.unwritten, short_of_room(layout, tools)
+        degraded = "; ".join(filter(None, reasons))
         tokens = {
             "persona": layout.budget.persona, "memories": count_tokens(block) + MESSAGE_OVERHEAD if block else 0,
             "history": layout.history_tokens, "response": layout.budget.response, "story": memory.story.tokens,
@@ -11212,10 +11225,10 @@ class PromptBuilder:
 
 
 def short_of_room(layout: Layout, tools: int) -> str:
-    """Why a prompt has no room for memories, where messages are not in it and the tools take that room; else empty."""
-    if not tools or not layout.reach or layout.recalled >= memory_frame_tokens() + SMALLEST_MEMORY:
+    """Why a prompt has little room for memories, where messages are not in it and tools take that room; else empty."""
+    if not tools or not layout.reach or layout.recalled >= memory_frame_tokens() + LITTLE_ROOM:
         return ""
-    return f"no room for memories: tools take {tools} tokens"
+    return f"tools take {tools} tokens and leave little room for memories"
 
 
 def composed(memory: TurnMemory, parts: Collection[str]) -> tuple[list[dict], int]:
@@ -11326,7 +11339,7 @@ class PersonaMemory:
         request, _ = parse_injection(body | {"chat_id": chat_id, "complete": True})
         if not request.turns:
             raise InvalidRequest("messages must hold a message of the user's or the assistant's.", "messages")
-        with self.archive.enter(request, chat_id, Deadline.after(SEARCH_SECONDS)) as (chat, path):
+        with self.archive.enter(request, chat_id, Deadline.after(SEARCH_SECONDS)) as (chat, path, _):
             self.vectors.later(chat, path)
             with chat.lock:
                 waiting = len(chat.follow(chat.nodes(path), self.embedder).unembedded)

@@ -210,7 +210,7 @@ def test_checkpoints_share_a_tree_and_their_vectors(server, other):
     memory.vectors._thread.submit(len, ()).result(PATIENCE)  # behind the jobs that compute vectors
     assert set(seen) == {m.text for m in (*client.chat, *branch.chat)} and max(seen.values()) == 1
     described = call(other, "GET", f"chats/{first['chat_id']}").json()
-    assert (described["branches"], described["messages"]) == (2, len(client.chat) + 1)
+    assert (described["branches"], described["messages"]) == (2, len(client.chat))
 
 
 def test_an_old_checkpoint_does_not_turn_the_chat_back(server):
@@ -474,14 +474,14 @@ def turns_of(*contents: str, leading: str = "") -> list[str | None]:
     ]
 
 
-def test_names_in_front_of_texts_are_speakers_in_groups_only():
-    """A colon alone makes no group: the client says so, or every reply has a name and there are several."""
+def test_names_in_front_of_texts_are_speakers():
+    """A colon alone names nobody: the client says who is in a group, or every text of a side begins with a name."""
     opening = "[Start a new group chat. Group members: Helena, Borin]"
     assert turns_of("Helena: hi", "Note: closed", "hm", leading=opening) == ["Helena", None, None]
     assert turns_of("Helena: hi", "Borin: hm", leading="Be both.") == ["Helena", "Borin"]
-    assert turns_of("Helena: hi", "Helena: hm", leading="Be her.") == [None, None]
+    assert turns_of("Helena: hi", "Helena: hm", leading="Be her.") == ["Helena", "Helena"]
     assert turns_of("Helena: hi", "Well: hm", "no name", leading="Be her.") == [None, None, None]
-    assert turns_of("Helena: ", "Borin: x", leading=opening) == [None, "Borin"]
+    assert turns_of("Helena: ", "Borin: x", leading=opening) == ["Borin"]  # the first is nobody's words
 
 
 # ---------------------------------------------------------------------------- import and life are one

@@ -169,9 +169,9 @@ def test_reuse_is_a_share(before, now):
 def test_reports_say_how_much_was_reused(server, upstream):
     """None for the first prompt of a chat, then nearly all of a chat that grows."""
     chat = [{"role": "system", "content": "You are a lighthouse keeper. " * 40}, FIRST]
-    say(server.url, chat, user="grown")
+    say(server.url, chat, chat_id="grown")
     chat += [{"role": "assistant", "content": upstream.last["answer"]}, {"role": "user", "content": "Come in."}]
-    say(server.url, chat, user="grown")
+    say(server.url, chat, chat_id="grown")
     newest, first = call(server, "/chats/grown/prompts")["prompts"]
     assert first["reused"] is None
     assert 0.8 < newest["reused"] < 1

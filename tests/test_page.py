@@ -157,7 +157,7 @@ def test_a_search_finds_words_in_every_chat_and_jumps_there(visit, told):
 def test_deleting_names_what_goes_and_waits_for_a_yes(visit, server):
     """Keep keeps; the second time the chat is gone from the page, the API and the disk."""
     for name in ("first", "second"):
-        say(server.url, [SYSTEM, {"role": "user", "content": f"Hello {name}"}], user=name)
+        say(server.url, [SYSTEM, {"role": "user", "content": f"Hello {name}"}], chat_id=name)
     page = visit(server.url)
     row = page.locator(".chats > li").filter(has_text="first")
     row.get_by_role("button", name="Delete").click()
@@ -217,7 +217,7 @@ def test_a_message_of_another_branch_is_shown_by_itself(visit, server, upstream)
     upstream.steer(reply=lambda body: "Aye.")
     reply, last = {"role": "assistant", "content": "Aye."}, {"role": "user", "content": "Then light it."}
     for said in ("Is the copper lamp lit?", "Is the silver lamp lit?"):
-        say(server.url, [SYSTEM, {"role": "user", "content": said}, reply, last], user="edited")
+        say(server.url, [SYSTEM, {"role": "user", "content": said}, reply, last], chat_id="edited")
     page = visit(server.url)
     page.get_by_label("Search all chats").fill("copper")
     page.locator(".hit").click()
@@ -740,7 +740,7 @@ def test_pages_of_other_sites_can_change_nothing(visit, told):
 def test_the_pages_own_calls_work_whatever_other_origins_are_named(visit, upstream, data_dir):
     """--allow-origin names others; the page is at home."""
     with LocalServer(settings(data_dir, upstream.url, allow_origin="http://tavern.example")) as server:
-        say(server.url, [SYSTEM, {"role": "user", "content": "Hello"}], user="own")
+        say(server.url, [SYSTEM, {"role": "user", "content": "Hello"}], chat_id="own")
         page = visit(server.url)
         page.get_by_role("button", name="Delete").click()
         page.get_by_role("dialog").get_by_role("button", name="Delete the chat").click()
@@ -753,7 +753,7 @@ def test_a_server_with_a_key_lets_nobody_see_anything_without_it(visit, upstream
         say(
             server.url,
             [SYSTEM, {"role": "user", "content": "Hello"}],
-            user="x",
+            chat_id="x",
             headers={"Authorization": "Bearer open sesame"},
         )
         assert httpx.get(server.url).status_code == 200
@@ -837,7 +837,7 @@ def test_an_address_of_no_chat_says_so_until_there_is_one(visit, server):
     """With the way out; the extension leads to a chat that may not have said anything yet."""
     page = visit(f"{server.url}/#/chat/nobody/messages")
     expect(page.get_by_role("heading", level=1)).to_have_text("Not found")
-    say(server.url, [SYSTEM, {"role": "user", "content": "Here I am."}], user="nobody")
+    say(server.url, [SYSTEM, {"role": "user", "content": "Here I am."}], chat_id="nobody")
     expect(page.locator(".message[aria-posinset='1']")).to_contain_text("Here I am.")
     page.goto(f"{server.url}/#/chat/%E0%A4%A/prompts")
     expect(page.get_by_role("heading", level=1)).to_have_text("Not found")

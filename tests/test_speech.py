@@ -167,7 +167,7 @@ THOUGHTS = {
     "She lies.</think>I do not know.": "I do not know.",
     "<think>a<think>b</think>c</think>I do not know.": "I do not know.",
     "<think>She lies about": "",
-    "Write <think> to think.": "Write <think> to think.",
+    "Write `<think>` to think.": "Write `<think>` to think.",
     "1 < 2": "1 < 2",
 }
 
@@ -182,6 +182,7 @@ def test_words_survive_any_dress(words, thought, tag):
     """However a client shows a reply: thoughts before it, a status behind it, the name in front."""
     plain = pm.make_turn(assistant(words))
     for dressed in (f"<{tag}>{thought}</{tag}>{words}", f"{words}\n<status>\n{thought}\n</status>", f"Mira: {words}",
+                    f"Mira: Robin: {words}",
                     f"<{tag}>{thought}</{tag}>\n\nMira: {words}\n\n<status>{thought}</status>"):  # fmt: skip
         turn = pm.make_turn(assistant(dressed))
         assert turn.digest == plain.digest and f"<{tag}>" not in turn.content and turn.raw["content"] == dressed
@@ -374,6 +375,6 @@ def test_tools_take_a_share_of_their_own(running, upstream):
     assert "The brass key lies under the mill." in str(upstream.last["body"]["messages"])
     most = max(n for n in range(40) if 2048 - pm.tool_tokens({"tools": tools(n)}) >= 2 * pm.MIN_RESPONSE)
     answer = say(running.url, [CARD, *said, question], stream=False, chat_id="tools", max_tokens=100, tools=tools(most))
-    assert "no room for memories: tools take" in answer.memory
+    assert "leave little room for memories" in answer.memory
     refused = say(running.url, [CARD, user("Hello.")], stream=False, chat_id="tools", tools=tools(40))
     assert refused.status == 400 and "tools" in refused.error
