@@ -13875,6 +13875,10 @@ def packed(repository: Any, commits: Sequence[bytes]) -> bytes:
 # ======================================================================================================================
 
 SERVER_THREADS = 128  # a stream holds one for as long as it lasts
+MOST_CONNECTIONS = 4000  # at once, where the system allows as many open files
+FEWEST_CONNECTIONS = 64
+OTHER_FILES = 400  # chats, models, and connections to upstreams
+IDLE_SECONDS = 30  # after which a connection that asks nothing, or stops in the middle of asking, is closed
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
 LOCAL_ORIGIN = re.compile(r"https?://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
 KEYLESS = (  # what has no data in it: the page asks for the key, and git can send none
@@ -14769,6 +14773,24 @@ def add_hooks(app: flask.Flask, memory: PersonaMemory, secure: bool) -> None:
     app.wsgi_app = exact_paths(app.wsgi_app, f"{api.url_prefix}/", joined=False)
 
 
+def most_connections() -> int:
+    """How many connections may be open at once: as many as the system lets this process have, which is asked to let it
+    have more. Waitress' own limit of 100 is reached by a hundred idle browsers, and then nobody is answered."""
+    try:
+        import resource  # no such module on Windows
+    except ImportError:
+        return MOST_CONNECTIONS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_CONNECTIONS + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = wanted if soft == resource.RLIM_INFINITY else soft
+    return max(FEWEST_CONNECTIONS, min(MOST_CONNECTIONS, files - OTHER_FILES))
+
+
 def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
     """A waitress server for the settings, bound, not yet running: `.run()`, `.close()`, `.effective_port`, `.memory`.
 
@@ -14779,7 +14801,8 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
     try:
         server = waitress.create_server(
             app, host=settings.host, port=settings.port, threads=SERVER_THREADS, ident="persona_memory",
-            channel_request_lookahead=1, asyncore_use_poll=True,
+            channel_request_lookahead=1, asyncore_use_poll=True, connection_limit=most_connections(),
+            channel_timeout=IDLE_SECONDS, cleanup_interval=IDLE_SECONDS // 6,
         )  # fmt: skip
     except (OSError, ValueError) as error:  # ValueError: no such host
         app.extensions["persona_memory"].close()

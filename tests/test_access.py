@@ -1,0 +1,104 @@
+"""Who may call which route, from where, and how much it may send: one table of every route."""
+
+import re
+
+import pytest
+
+import persona_memory as pm
+
+KEY = "a-key-of-the-tests"
+ROUTES = {  # "anyone": also without the key; "key": only with it
+    "GET /": "anyone",
+    "POST /api/classify": "key",
+    "GET /api/classify/labels": "key",
+    "POST /api/embed": "key",
+    "POST /api/embeddings": "key",
+    "POST /api/embeddings/compute": "key",
+    "POST /api/extra/embeddings": "key",
+    "GET /api/modules": "key",
+    "GET /api/persona_memory/characters/<chat:character>": "key",
+    "PATCH /api/persona_memory/characters/<chat:character>": "key",
+    "GET /api/persona_memory/chats": "key",
+    "GET /api/persona_memory/chats/<chat:chat>": "key",
+    "DELETE /api/persona_memory/chats/<chat:chat>": "key",
+    "GET /api/persona_memory/chats/<chat:chat>/emotions": "key",
+    "GET /api/persona_memory/chats/<chat:chat>/export": "key",
+    "PATCH /api/persona_memory/chats/<chat:chat>/facts/<fact>": "key",
+    "DELETE /api/persona_memory/chats/<chat:chat>/facts/<fact>": "key",
+    "GET /api/persona_memory/chats/<chat:chat>/messages": "key",
+    "POST /api/persona_memory/chats/<chat:chat>/messages": "key",
+    "PATCH /api/persona_memory/chats/<chat:chat>/messages/<message>": "key",
+    "DELETE /api/persona_memory/chats/<chat:chat>/messages/<message>": "key",
+    "GET /api/persona_memory/chats/<chat:chat>/prompts": "key",
+    "GET /api/persona_memory/chats/<chat:chat>/search": "key",
+    "PATCH /api/persona_memory/chats/<chat:chat>/story/<summary>": "key",
+    "POST /api/persona_memory/chats/<chat:chat>/sync": "key",
+    "GET /api/persona_memory/health": "key",
+    "POST /api/persona_memory/import": "key",
+    "POST /api/persona_memory/inject": "key",
+    "GET /api/persona_memory/search": "key",
+    "GET /api/persona_memory/settings": "key",
+    "GET /api/persona_memory/state": "key",
+    "POST /api/summarize": "key",
+    "POST /chat/completions": "key",
+    "POST /completions": "key",
+    "POST /embeddings": "key",
+    "GET /extension.zip": "key",
+    "GET /health": "anyone",
+    "GET /metrics": "key",
+    "GET /models": "key",
+    "GET /models/<path:model>": "key",
+    "GET /persona_memory/": "anyone",
+    "POST /responses": "key",
+    "POST /v1/chat/completions": "key",
+    "POST /v1/completions": "key",
+    "POST /v1/embeddings": "key",
+    "GET /v1/models": "key",
+    "GET /v1/models/<path:model>": "key",
+    "POST /v1/responses": "key",
+}
+
+
+@pytest.fixture(scope="module")
+def apps(tmp_path_factory):
+    """The app with a key, and the one without."""
+    data = tmp_path_factory.mktemp("access")
+    made = [pm.Settings(proxy=True, data=str(data / k), upstream="http://127.0.0.1:9/v1", api_key=k) for k in (KEY, "")]
+    apps = [pm.create_app(settings) for settings in made]
+    yield apps
+    for app in apps:
+        app.extensions["persona_memory"].close()
+
+
+def refusal(app, route: str, **headers) -> int:
+    """The status of a call that does nothing, since its body is too large, with more headers."""
+    method, rule = route.split()
+    path = re.sub("<[^>]+>", "x", rule)
+    body = {"content_length": str(pm.MAX_REQUEST_BYTES + 1)} if method in ("POST", "PATCH") else {}
+    return app.test_client().open(path, method=method, headers={"Host": "127.0.0.1:5100"} | headers, **body).status_code
+
+
+def test_the_table_lists_every_route(apps):
+    """A new route needs a line here."""
+    rules = apps[0].url_map.iter_rules()
+    assert ROUTES.keys() == {f"{m} {rule}" for rule in rules for m in rule.methods - {"HEAD", "OPTIONS"}}
+
+
+@pytest.mark.parametrize(("route", "who"), ROUTES.items(), ids=list(ROUTES))
+def test_who_may_call_a_route_and_from_where(apps, route, who):
+    """Without the key, with a wrong one, from a foreign page, under a foreign name, and embedded by another site."""
+    locked, free = apps
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY[:-1]}):
+        assert (refusal(locked, route, **headers) == 401) == (who == "key")
+    foreign = {"Origin": "https://evil.example"}
+    assert refusal(locked, route, Authorization=f"Bearer {KEY}", **foreign) == 403
+    assert refusal(free, route, **foreign) == 403
+    assert refusal(free, route, Host="evil.example") == 403
+    assert refusal(free, route, **{"Sec-Fetch-Site": "cross-site"}) == 403
+
+
+@pytest.mark.parametrize("route", [r for r in ROUTES if r.split()[0] in ("POST", "PATCH")])
+def test_a_body_that_is_too_large_is_refused_unread(apps, route):
+    """Everywhere; what this program does not offer is not read at all."""
+    offered = not route.endswith(("/responses", "POST /completions", "v1/completions"))
+    assert refusal(apps[1], route) == (413 if offered else 404)
