@@ -33,6 +33,9 @@ class SharedModel:
         with self.lock:
             return self.model.encode(*args, **kwargs)
 
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def load_the_embedder_once():
