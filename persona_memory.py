@@ -3250,7 +3250,58 @@ CAPITAL = re.compile(r"[A-Z\u00c0-\u00de\u0410-\u042f\u0391-\u03a9]")
 SUBSTANTIAL, MOST_NEEDED = 1.3, 15
 ASKING_MARKS = ("?", "\uff1f", "\u061f")
 CLAUSES = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*(?:[.!?:;\n\uff1f\u3002\u061f]|\Z)")  # linear: it never fails
+# By language: words that ask, that call something to mind, that mean the speaker and the one spoken to, and that tell
+# of a change. Nothing else in recall depends on a language.
+ASKING, REMINDING_OF, ONESELF, ADDRESSED, CHANGES = range(5)
+SPEECH_WORDS = {
+    "en": ("who whom whose what when where which why how", "remember remind recall forgot forget tell told",
+           "i me my mine myself", "you your yours yourself",
+           "now anymore more longer instead moved changed switched quit sold renamed new actually"),
+    "de": ("wer wem wen wessen was wann wo wohin woher welche welcher welches welchen warum wieso weshalb wie",
+           "erinnerst erinnere erinnern weißt", "ich mich mir mein meine meinen meinem meiner",
+           "du dich dir dein deine deinen deinem deiner sie ihr ihnen ihre ihren",
+           "jetzt nun mehr stattdessen umgezogen geändert gewechselt gekündigt verkauft neu neue neuen neues"),
+    "es": ("quién quiénes qué cuándo dónde cuál cuáles cómo cuánto cuánta cuántos cuántas",
+           "recuerdas acuerdas recuerda recuérdame", "yo me mí mi mis mío mía",
+           "tú te ti tu tus tuyo tuya usted su sus",
+           "ahora ya mudé cambié cambiado dejé vendí nuevo nueva"),
+    "fr": ("qui quoi que quand où quel quelle quels quelles pourquoi comment combien", "souviens rappelle rappelles",
+           "je j me m moi mon ma mes", "tu te t toi ton ta tes vous votre vos",
+           "maintenant plus désormais déménagé changé quitté vendu nouveau nouvelle"),
+    "it": ("chi che cosa quando dove quale quali perché come quanto quanti quante", "ricordi ricorda ricordami",
+           "io mi me mio mia miei mie", "tu ti te tuo tua tuoi tue",
+           "ora adesso più invece trasferito cambiato venduto nuovo"),
+    "pt": ("quem que quê quando onde qual quais porquê como quanto quantos quantas", "lembras lembra lembrar",
+           "eu me mim meu minha meus minhas", "tu te ti teu tua você seu sua",
+           "agora mais mudei mudou vendi novo nova"),
+    "pl": ("kto kogo komu co czego kiedy gdzie skąd który która które dlaczego jak ile czyj", "pamiętasz przypomnij",
+           "ja mnie mi mój moja moje mojego mojej", "ty ciebie cię ci twój twoja twoje twojego twojej",
+           "teraz już zamiast przeprowadziłem zmieniłem sprzedałem nowy nowa nowe"),
+    "ru": ("кто кого кому что чего когда где куда откуда какой какая какое какие почему зачем как сколько чей",
+           "помнишь вспомни напомни", "я меня мне мой моя моё мои моего моей",
+           "ты тебя тебе твой твоя твоё твои вы вас вам ваш",
+           "теперь больше вместо переехал переехала сменил сменила продал новый новая"),
+    "zh": ("谁 什么 哪 几 多少 怎么 为什么 吗", "记得 想起", "我", "你 您", "现在 不再 改 搬 换 新"),
+    "ja": ("誰 何 いつ どこ どの どれ どう なぜ いくつ いくら", "覚え 思い出", "私 僕 俺 わたし", "あなた 君 きみ お前",
+           "今 もう 変え 引っ越 新し"),
+    "ko": ("누구 누가 무엇 뭐 언제 어디 어느 왜 어떻게 몇 얼마", "기억",
+           "나는 내가 나를 나의 내 저는 제가", "너는 네가 너를 너의 네 당신",
+           "이제 지금 더이상 바꿨 이사 새"),
+}  # fmt: skip
+UNSPACED_LANGUAGES = ("zh", "ja", "ko")
 TRAITS = ("question", "answer", "name", "substance", "change")
+
+
+@functools.cache
+def word_pattern(language: str, kind: int) -> re.Pattern:
+    """What finds a language's words of a kind."""
+    words = "|".join(map(re.escape, SPEECH_WORDS.get(language, SPEECH_WORDS["en"])[kind].split()))
+    return re.compile(f"(?:{words})" if language in UNSPACED_LANGUAGES else rf"\b(?:{words})\b", re.I)
+
+
+def says(text: str, kind: int, language: str) -> bool:
+    """Whether a text has one of a language's words of a kind, see SPEECH_WORDS."""
+    return bool(word_pattern(language, kind).search(text))
 
 
 def message_traits(text: str, language: str = "en") -> tuple[float, ...]:
@@ -3394,7 +3445,7 @@ class Evidence:
     deviation above it. So models whose cosines all lie near 0.8 score as others do.
     """
 
-    cosine: np.ndarray  # float32 [n], of the message; 0 where it has no vector yet
+    cosine: np.ndarray  # float32 [n], of the message; where it has no vector yet, the mean of those that have
     sentence: np.ndarray  # float32 [n], of its best sentence; that of the message where it is but one
     terms: np.ndarray  # float32 [w, n]: BM25 by word
     rarity: np.ndarray  # float32 [w]: the words' BM25 idf; 0 for one that stands nowhere
@@ -3657,7 +3708,9 @@ class MemoryIndex:
         whole = self._dense.best(query, len(self._rows))
         parts = self._sentences.best(query, len(self._rows))
         mean, spread = self.noise()
-        whole = np.where(np.isfinite(whole), (whole - mean) / spread, 0).astype(np.float32)
+        known = whole[np.isfinite(whole)]
+        whole = np.where(np.isfinite(whole), whole, known.mean() if len(known) else mean)
+        whole = ((whole - mean) / spread).astype(np.float32)
         return whole, np.where(np.isfinite(parts), (parts - mean) / spread, whole).astype(np.float32)
 
     def noise(self) -> tuple[float, float]:
@@ -4144,45 +4197,6 @@ def align_appended(chat: Chat, request: ChatRequest) -> Alignment | None:
 # Recall
 # ======================================================================================================================
 
-# By language: words that ask, that call something to mind, that mean the speaker and the one spoken to, and that tell
-# of a change. Nothing else in recall depends on a language.
-ASKING, REMINDING_OF, ONESELF, ADDRESSED, CHANGES = range(5)
-SPEECH_WORDS = {
-    "en": ("who whom whose what when where which why how", "remember remind recall forgot forget tell",
-           "i me my mine myself", "you your yours yourself",
-           "now anymore longer instead moved changed switched quit sold renamed new actually"),
-    "de": ("wer wem wen wessen was wann wo wohin woher welche welcher welches welchen warum wieso weshalb wie",
-           "erinnerst erinnere erinnern weißt", "ich mich mir mein meine meinen meinem meiner",
-           "du dich dir dein deine deinen deinem deiner sie ihr ihnen ihre ihren",
-           "jetzt nun mehr stattdessen umgezogen geändert gewechselt gekündigt verkauft neu neue neuen neues"),
-    "es": ("quién quiénes qué cuándo dónde cuál cuáles cómo cuánto cuánta cuántos cuántas",
-           "recuerdas acuerdas recuerda recuérdame", "yo me mí mi mis mío mía",
-           "tú te ti tu tus tuyo tuya usted su sus",
-           "ahora ya mudé cambié cambiado dejé vendí nuevo nueva"),
-    "fr": ("qui quoi que quand où quel quelle quels quelles pourquoi comment combien", "souviens rappelle rappelles",
-           "je j me m moi mon ma mes", "tu te t toi ton ta tes vous votre vos",
-           "maintenant plus désormais déménagé changé quitté vendu nouveau nouvelle"),
-    "it": ("chi che cosa quando dove quale quali perché come quanto quanti quante", "ricordi ricorda ricordami",
-           "io mi me mio mia miei mie", "tu ti te tuo tua tuoi tue",
-           "ora adesso più invece trasferito cambiato venduto nuovo"),
-    "pt": ("quem que quê quando onde qual quais porquê como quanto quantos quantas", "lembras lembra lembrar",
-           "eu me mim meu minha meus minhas", "tu te ti teu tua você seu sua",
-           "agora mais mudei mudou vendi novo nova"),
-    "pl": ("kto kogo komu co czego kiedy gdzie skąd który która które dlaczego jak ile czyj", "pamiętasz przypomnij",
-           "ja mnie mi mój moja moje mojego mojej", "ty ciebie cię ci twój twoja twoje twojego twojej",
-           "teraz już zamiast przeprowadziłem zmieniłem sprzedałem nowy nowa nowe"),
-    "ru": ("кто кого кому что чего когда где куда откуда какой какая какое какие почему зачем как сколько чей",
-           "помнишь вспомни напомни", "я меня мне мой моя моё мои моего моей",
-           "ты тебя тебе твой твоя твоё твои вы вас вам ваш",
-           "теперь больше вместо переехал переехала сменил сменила продал новый новая"),
-    "zh": ("谁 什么 哪 几 多少 怎么 为什么 吗", "记得 想起", "我", "你 您", "现在 不再 改 搬 换 新"),
-    "ja": ("誰 何 いつ どこ どの どれ どう なぜ いくつ いくら", "覚え 思い出", "私 僕 俺 わたし", "あなた 君 きみ お前",
-           "今 もう 変え 引っ越 新し"),
-    "ko": ("누구 누가 무엇 뭐 언제 어디 어느 왜 어떻게 몇 얼마", "기억",
-           "나는 내가 나를 나의 내 저는 제가", "너는 네가 너를 너의 네 당신",
-           "이제 지금 더이상 바꿨 이사 새"),
-}  # fmt: skip
-UNSPACED_LANGUAGES = ("zh", "ja", "ko")
 GESTURE = re.compile(r"\s*(?:\*[^*]+\*\s*)+\Z")
 MONTHS = (
     "january", "february", "march", "april", "may", "june",
@@ -4206,18 +4220,6 @@ class Query:
     about: frozenset[str] = frozenset()  # the speakers, in lower case, whose words are asked for; empty: anyone's
     dates: tuple[tuple[float, float], ...] = ()  # named spans of time, in days since 1970
     asks: int = TELLS  # TELLS, DOUBTFUL or ASKS
-
-
-@functools.cache
-def word_pattern(language: str, kind: int) -> re.Pattern:
-    """What finds a language's words of a kind."""
-    words = "|".join(map(re.escape, SPEECH_WORDS.get(language, SPEECH_WORDS["en"])[kind].split()))
-    return re.compile(f"(?:{words})" if language in UNSPACED_LANGUAGES else rf"\b(?:{words})\b", re.I)
-
-
-def says(text: str, kind: int, language: str) -> bool:
-    """Whether a text has one of a language's words of a kind, see SPEECH_WORDS."""
-    return bool(word_pattern(language, kind).search(text))
 
 
 def participant_words(speakers: Iterable[str]) -> dict[str, set[str]]:
@@ -4302,7 +4304,8 @@ def how_it_asks(text: str, asked: str, language: str) -> int:
     word that asks. Both are answered from memory only where something stands out.
     """
     mostly = len(asked) >= MOSTLY_ASKS * len(text.strip()) or says(asked, ASKING, language)
-    return ASKS if mostly and len(query_words(asked, (), language)) > 1 else DOUBTFUL
+    clear = len(query_words(asked, (), language)) > 1 or says(text, REMINDING_OF, language)
+    return ASKS if mostly and clear else DOUBTFUL
 
 
 def day_number(year: int, month: int, day: int = 1) -> float:
@@ -4475,7 +4478,7 @@ SIGNALS = {
 # and of what is most like a remark, nine tenths by less than 6.3 and all by less than 8.7.
 STANDING_OUT = (9.0, 6.6, 3.3)
 TELLING_MEMORIES = 1
-FEW_MESSAGES, USUAL = 60, 1.0  # with so few messages the median is no baseline: this is taken instead
+FEW_MESSAGES, USUAL = 60, 0.0  # with so few messages the median may be on the topic: this is taken at most
 WORDS_ALONE = 0.4  # of all these, where there is no vector: what the words' signals can add up to
 # How likely a message of a score is evidence: logistic regression on the development chats.
 NEED_SCORE, NEED_BELOW, NEED_BIAS = 0.33, 0.77, -3.7
@@ -4537,7 +4540,8 @@ def relevance_bar(query: Query, scores: np.ndarray, by_words_alone: bool = False
     """What a memory for that query must score at least, among messages of those scores: so much above the chat's usual
     one, the median, for friendly talk is like everything in a friendly chat."""
     factor = WORDS_ALONE if by_words_alone else 1.0
-    usual = float(np.median(scores)) if len(scores) >= FEW_MESSAGES else factor * USUAL
+    usual = float(np.median(scores)) if len(scores) else 0.0
+    usual = usual if len(scores) >= FEW_MESSAGES else min(usual, USUAL)
     return usual + factor * STANDING_OUT[query.asks]
 
 
@@ -8832,7 +8836,7 @@ class Recaller:
         index = chat.follow(nodes, self._vectors.embedder)
         evidence = index.evidence(query.words, vector, turn.first + turn.layout.reach)
         scores = weigh(query, evidence)
-        found = admissible(query, scores["score"], vector is None)
+        found = admissible(query, scores["score"], not evidence.cosine.any())
         shown = {n.fingerprint for n in turn.visible}
         silent = {n.id for n in chat.nodes(chat.tree.marked) if n.forgotten or (n.pinned and n.id in quoted)}
         found = [
@@ -8948,7 +8952,7 @@ class Recaller:
                 index = chat.follow(nodes, self._vectors.embedder)
                 evidence = index.evidence(query.words, vector)
                 scores = weigh(query, evidence)
-                found = admissible(query, scores["score"], vector is None)
+                found = admissible(query, scores["score"], not evidence.cosine.any())
                 found = [i for i in found if not nodes[i].forgotten][:MOST_MEMORIES]
                 memories = self._memories(chat, nodes, scores, found, read_emotion(text))
                 memories = [replace(in_part(m, index, query, evidence, vector), chat=chat_id) for m in memories]
@@ -9707,7 +9711,10 @@ class PromptBuilder:
             now = recalled.vector if recalled.vector is not None else chat.index.vector(turn.pivot.fingerprint)
             now = now if embedder.reads(turn.pivot.content) else None
             (mean, spread), known = chat.index.noise(), now is not None
-            cosines = [(float(v @ now) - mean) / spread if known and v is not None else 0.0 for v in vectors]
+            factor = USUAL_SPREAD / spread
+            cosines = [
+                factor * (float(v @ now) - mean) + USUAL_MEAN if known and v is not None else 0.0 for v in vectors
+            ]
             return reminder_of(pieces, cosines, recalled.words or tuple(query_words(turn.pivot.content)))
         except Exception as error:
             note_failure("reminder_failed", "The persona could not be looked at", error, chat.id)

@@ -517,7 +517,7 @@ def test_a_folder_of_chats_is_imported(tmp_path, server):
     for row in memory.chats():
         with memory.registry.borrow(row["chat_id"]) as chat:
             store = chat.store
-        assert len(store.vectors(memory.embedder.name, [n.fingerprint for n in store.tree.nodes.values()])) == 2
+        assert len(store.vectors(memory.embedder.key, [n.fingerprint for n in store.tree.nodes.values()])) == 2
     memory.close()
 
 

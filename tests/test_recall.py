@@ -483,7 +483,7 @@ def test_a_model_in_which_everything_is_near_scores_as_others_do(encode):
         index.add_vectors(dict(zip(texts, vectors, strict=False)))
         found.append(index.evidence((), vectors[-1]).cosine)
     assert np.allclose(found[0], found[1], atol=0.1)
-    assert found[0].std() > 0.3
+    assert found[0].std() > 0.2
 
 
 def test_the_default_reads_latin_letters(encode):
