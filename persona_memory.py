@@ -4265,8 +4265,11 @@ def asked_clauses(text: str, language: str) -> str:
 def without_preamble(question: str, language: str) -> str:
     """ "Do you remember where I live?" asks where I live."""
     found = word_pattern(language, REMINDING_OF).search(question)
-    rest = question[found.end() :].strip() if found and found.start() < PREAMBLE else ""
-    return rest if query_words(rest, (), language) else question
+    if not found or (found.start() >= PREAMBLE and language not in UNSPACED_LANGUAGES):
+        return question
+    sides = (question[found.end() :].strip(), question[: found.start()].strip())  # Japanese says the verb last
+    said = [len(query_words(side, (), language)) for side in sides]
+    return sides[int(said[1] > said[0])] if any(said) else question
 
 
 def understand(

@@ -161,13 +161,15 @@ def test_neighbours_are_one_excerpt_with_its_speakers(running, shared_upstream):
     """Oldest first, framed as the past, numbered once."""
     talk = [
         *TALK,
-        ("user", "Which name did the smith give his anvil?"),
-        ("assistant", "The smith calls his anvil Bertha."),
+        ("user", "The smith brought a new anvil from Brest today."),
+        ("assistant", "The smith calls his new anvil Bertha."),
     ]
-    block = memories_in(ask(running, shared_upstream, "What is the name of the smith's anvil?", talk))
+    block = memories_in(ask(running, shared_upstream, "What do we know of the smith's new anvil?", talk))
     assert block.startswith(pm.MEMORY_HEADING)
     (excerpt,) = re.findall(r"^#\d+-\d+ (.*?)(?=^#|^\[End)", block, re.M | re.S)
-    assert "User: Which name did the smith give his anvil?\nYou: The smith calls his anvil Bertha.\n" in excerpt
+    assert (
+        "User: The smith brought a new anvil from Brest today.\nYou: The smith calls his new anvil Bertha.\n" in excerpt
+    )
 
 
 def test_scores_by_signal_add_up_in_search_and_prompts(running, shared_upstream):
