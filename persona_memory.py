@@ -9713,11 +9713,7 @@ class PromptBuilder:
                 return ""
             now = recalled.vector if recalled.vector is not None else chat.index.vector(turn.pivot.fingerprint)
             now = now if embedder.reads(turn.pivot.content) else None
-            (mean, spread), known = chat.index.noise(), now is not None
-            factor = USUAL_SPREAD / spread
-            cosines = [
-                factor * (float(v @ now) - mean) + USUAL_MEAN if known and v is not None else 0.0 for v in vectors
-            ]
+            cosines = [0.0 if v is None or now is None else float(v @ now) for v in vectors]
             return reminder_of(pieces, cosines, recalled.words or tuple(query_words(turn.pivot.content)))
         except Exception as error:
             note_failure("reminder_failed", "The persona could not be looked at", error, chat.id)

@@ -9,7 +9,7 @@ Per question: which of its annotated evidence turns are among the first 5 and 10
     written        the role-play chats of tests/data, and those in other languages, by words alone and with vectors
     speed          milliseconds in a chat of 10,000 messages
 
-    python tests/bench/recall.py --data roleplay_dev.json locomo_dev.json [--parts table ablation] [--embedder PATH_OR_NAME]
+    python tests/bench/recall.py --data roleplay_dev.json locomo_dev.json [--parts table ablation] [--embedder NAME]
 
 The baselines: BM25 as FTS5 has it (k1 1.2, b 0.75, Porter's stemmer); the cosine of question and "Speaker: text" by the
 same embedder; their plain sum, cosine + BM25 / (2 * the best BM25); SillyTavern's Vector Storage as it is shipped; and
