@@ -45,7 +45,7 @@ def indexed(messages, encode=None):
     if encode:
         texts = {key: text for m in messages for key, text in pm.embedded_texts(m).items()}
         index.add_vectors(dict(zip(texts, encode(list(texts.values())), strict=True)))
-        index.scale = encode.embedder.scale  # known once the model is loaded
+        index.add_sentences({m.fingerprint: encode(parts) for m in messages if (parts := pm.sentences(m.content))})
     return index
 
 
@@ -64,7 +64,7 @@ class Encoder:
 
 def asked(index, text, asker="", encode=None, before=()):
     """Places, best first, and the scores by signal."""
-    query = pm.understand(text, asker, index.speakers, index.now, before)
+    query = pm.understand(text, asker, index.speakers, index.now, before, index.language)
     vector = encode([query.spoken])[0] if encode and encode.embedder.reads(query.spoken) else None
     scores = pm.weigh(query, index.evidence(query.words, vector))
     return np.argsort(-scores["score"], kind="stable").tolist(), scores

@@ -55,6 +55,9 @@ class SharedModel:
                 self.known |= {(text, how): vector for text, vector in zip(fresh, vectors, strict=True)}
             return np.stack([self.known[text, how] for text in texts])
 
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def load_the_embedder_once():

@@ -748,7 +748,7 @@ def test_a_folder_of_chats_is_imported(tmp_path, server):
         with memory.registry.borrow(row["chat_id"]) as chat:
             store = chat.store
         hashes = [n.fingerprint for n in store.tree.nodes.values()]
-        assert len(store.vectors(memory.embedder.name, hashes)) == len(hashes)
+        assert len(store.vectors(memory.embedder.key, hashes)) == len(hashes)
     memory.close()
 
 

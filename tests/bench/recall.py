@@ -9,7 +9,7 @@ Per question: which of its annotated evidence turns are among the first 5 and 10
     written        the role-play chats of tests/data, and those in other languages, by words alone and with vectors
     speed          milliseconds in a chat of 10,000 messages
 
-    python tests/bench/recall.py --data locomo_dev.json [--parts table ablation] [--embedder PATH_OR_NAME]
+    python tests/bench/recall.py --data roleplay_dev.json locomo_dev.json [--parts table ablation] [--embedder NAME]
 
 The baselines: BM25 as FTS5 has it (k1 1.2, b 0.75, Porter's stemmer); the cosine of question and "Speaker: text" by the
 same embedder; their plain sum, cosine + BM25 / (2 * the best BM25); SillyTavern's Vector Storage as it is shipped; and
@@ -26,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,8 @@ def as_partner(question: str, speakers: list[str]) -> tuple[str, str]:
 class Conversation:
     """A recorded conversation in the program's own index."""
 
-    def __init__(self, recorded: dict):
+    def __init__(self, recorded: dict, kind: str):
+        self.kind = kind
         self.id, self.speakers = recorded["id"], recorded["speakers"]
         self.messages = list(chain(recorded))
         place = {turn["id"]: i for i, turn in enumerate(recorded["turns"])}
@@ -106,7 +108,8 @@ class Conversation:
     def evidence(self, style: str) -> list[tuple[pm.Query, pm.Evidence]]:
         """For every question what it asks, and what speaks for each message."""
         index = self.index
-        queries = [pm.understand(text, asker, index.speakers, index.now) for text, asker in self.asked(style)]
+        asked = self.asked(style)
+        queries = [pm.understand(t, a, index.speakers, index.now, (), index.language) for t, a in asked]
         vectors = encode([q.spoken for q in queries])
         return [(q, index.evidence(q.words, v)) for q, v in zip(queries, vectors, strict=True)]
 
@@ -242,21 +245,9 @@ def likeliest(scores, gold, blank):
     return -(gold * torch.log_softmax(scores, 1).masked_fill(blank, 0)).sum(1)
 
 
-def first(scores, gold, blank, softness: float = 0.3):
-    """Loss per question: the evidence should stand above the 5th, 10th and 25th of what is none (recall itself, made
-    smooth), with a little of `likeliest`."""
-    import torch
-
-    others = scores.masked_fill(gold > 0, -1e9).topk(25, 1).values
-    missed = (
-        a * torch.sigmoid((others[:, k - 1 : k] - scores) / softness) for k, a in ((5, 0.3), (10, 0.4), (25, 0.3))
-    )
-    return (gold * sum(missed)).sum(1) + 0.15 * likeliest(scores, gold, blank)
-
-
 def fitted(conversations: list[Conversation], rows: list[list[np.ndarray]]) -> np.ndarray:
-    """Weights that put the evidence first, in units of `meaning`. Adversarial questions count for less: in them the
-    evidence is another speaker's."""
+    """Weights that put the evidence first, in units of `meaning`; every kind of talk (data file) counts as much.
+    Adversarial questions count for less: in them the evidence is another speaker's."""
     import torch
 
     torch.set_num_threads(1)
@@ -269,17 +260,18 @@ def fitted(conversations: list[Conversation], rows: list[list[np.ndarray]]) -> n
         values[i, : len(v)], blank[i, : len(v)], gold[i, sorted(g)] = v, False, 1 / len(g)
     spread = values[~blank].std(axis=0) + 1e-6
     values, gold, blank = torch.tensor(values / spread), torch.tensor(gold), torch.tensor(blank)
-    counts = torch.tensor([0.3 if q["category"] == 5 else 1.0 for *_, q in items])
+    sizes = Counter(c.kind for c in conversations for _ in c.gold)
+    counts = torch.tensor([1 / sizes[c.kind] for c in conversations for _ in c.gold]) * len(items) / len(sizes)
+    counts *= torch.tensor([0.3 if q["category"] == 5 else 1.0 for *_, q in items])
     weights = torch.zeros(len(spread), requires_grad=True)
-    for loss_of, steps, pace in ((likeliest, 150, 0.05), (first, 50, 0.02)):
-        adam = torch.optim.Adam([weights], lr=pace)
-        falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.05, steps)
-        for _ in range(steps):
-            adam.zero_grad()
-            scores = (values @ weights).masked_fill(blank, -1e9)
-            loss = (counts * loss_of(scores, gold, blank)).mean() + 2e-3 * (weights**2).sum()
-            loss.backward()
-            adam.step(), falling.step()
+    adam = torch.optim.Adam([weights], lr=0.05)
+    falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.05, 200)
+    for _ in range(200):
+        adam.zero_grad()
+        scores = (values @ weights).masked_fill(blank, -1e9)
+        loss = (counts * likeliest(scores, gold, blank)).mean() + 2e-3 * (weights**2).sum()
+        loss.backward()
+        adam.step(), falling.step()
     found = weights.detach().numpy() / spread
     return found / found[list(pm.SIGNALS).index("meaning")]
 
@@ -300,7 +292,7 @@ def ablation_rows(conversations: list[Conversation], style: str) -> tuple[list[s
 
 def show_fit(conversations: list[Conversation]) -> None:
     """Weights fitted to all conversations."""
-    rows = signal_rows(conversations, "third person")
+    rows = signal_rows(conversations, "partner")
     weights = fitted(conversations, rows)
     print(head("weights fitted to all"))
     print(line("", table(conversations, weighted(rows, weights))["1-4"]))
@@ -326,7 +318,7 @@ def show_ablation(conversations: list[Conversation]) -> None:
 
 def show_left_out(conversations: list[Conversation]) -> None:
     """Weights fitted to all but one conversation, judged on that one."""
-    rows = signal_rows(conversations, "third person")
+    rows = signal_rows(conversations, "partner")
     all_in = weighted(rows, fitted(conversations, rows))
     out = []
     for place in range(len(conversations)):
@@ -336,6 +328,9 @@ def show_left_out(conversations: list[Conversation]) -> None:
     print(head("categories 1-4, weights fitted to"))
     print(line("all conversations", table(conversations, all_in)["1-4"]))
     print(line("all but the judged one", table(conversations, out)["1-4"]))
+    print(head("each, by the others' weights, and by its cosines alone"))
+    for c, scores, near in zip(conversations, out, (cosine(c, "partner") for c in conversations), strict=True):
+        print(line(f"  {c.id}", table([c], [scores])["1-4"]), line("", table([c], [near])["1-4"]).strip())
 
 
 # ---------------------------------------------------------------------------- speed
@@ -368,6 +363,8 @@ def show_speed(count: int) -> None:
         index.follow(nodes[: n + 1], lambda ids: [by_id[i] for i in ids])
         adding.append(time.perf_counter() - start)
     index.add_vectors({n.fingerprint: v for n, v in zip(nodes, vectors, strict=True)})
+    index._split.clear()  # made-up sentences, three to a message
+    index.add_sentences({n.fingerprint: vectors[[i, i - 1, i - 2]] for i, n in enumerate(nodes)})
     asking = []
     for _ in range(200):
         start = time.perf_counter()
@@ -375,7 +372,7 @@ def show_speed(count: int) -> None:
         topics = " ".join(dice.choice(vocabulary[50:], 6, p=often[50:] / often[50:].sum()))  # the first are stop words
         query = pm.understand(f"When did Ann say {topics}?", "Bo", index.speakers, index.now)
         scores = pm.weigh(query, index.evidence(query.words, vectors[0]))["score"]
-        pm.admissible(scores, pm.relevance_bar("When?", scores))
+        pm.admissible(query, scores)
         asking.append(time.perf_counter() - start)
     for label, times in (("a turn's recall", asking), ("adding a message", adding)):
         ms = 1000 * np.array(times)
@@ -419,8 +416,8 @@ def main() -> None:
     args = parser.parse_args()
     parts = args.parts or [*PARTS, "written", "speed"]
     encode = Encoder(args.embedder)
-    recorded = [c for path in args.data for c in json.loads(path.read_text("utf-8"))["conversations"]]
-    conversations = [Conversation(c) for c in recorded]
+    files = {path.stem: json.loads(path.read_text("utf-8"))["conversations"] for path in args.data}
+    conversations = [Conversation(c, kind) for kind, recorded in files.items() for c in recorded]
     if args.fit:
         parts = show_fit(conversations) or []
     for name, show in PARTS.items():
