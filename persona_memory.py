@@ -2039,7 +2039,7 @@ class Embedder:
         self._refuse_all()
         nobody: Future = Future()
         nobody.cancel()
-        self._jobs.put((TURN, next(self._numbers), [], nobody))  # wakes the thread, which then ends
+        self._jobs.put((TURN, next(self._numbers), [], [], nobody))  # wakes the thread, which then ends
 
     def _refuse_all(self) -> None:
         with contextlib.suppress(queue.Empty):

@@ -128,7 +128,7 @@ def test_a_turn_waits_no_longer_than_its_deadline_whatever_it_waits_for(memory, 
     clock = SimpleNamespace(now=1000.0, waits=[])
     monkeypatch.setattr(pm, "time", SimpleNamespace(**{**vars(pm.time), "monotonic": lambda: clock.now}))
 
-    def late(texts, timeout=None, priority=pm.TURN):
+    def late(texts, timeout=None, priority=pm.TURN, queries=()):
         if priority == pm.TURN and timeout is not None:
             clock.waits.append(timeout)
             clock.now += timeout
