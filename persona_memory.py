@@ -5261,7 +5261,7 @@ SIGNALS = {
 # By how much a memory's score must stand above the chat's usual one: for a message that tells, for a doubtful question,
 # and for one that asks. On the development chats nine tenths of the questions' best messages stand out by 3.9 and more,
 # and of what is most like a remark, nine tenths by less than 6.3 and all by less than 8.7.
-STANDING_OUT = (9.0, 6.6, 3.3)
+STANDING_OUT = (9.0, 6.6, 2.0)
 TELLING_MEMORIES = 1
 FEW_MESSAGES, USUAL = 60, 0.0  # with so few messages the median may be on the topic: this is taken at most
 WORDS_ALONE = 0.4  # of all these, where there is no vector: what the words' signals can add up to
