@@ -6946,7 +6946,8 @@ def checked_message(message: Message, where: str) -> Message:
     """A message with its tokens counted anew; raises `InvalidRequest` where its fields contradict each other."""
     if message.role not in CHAT_ROLES:
         raise InvalidRequest(f"{where}.role must be user or assistant.", f"{where}.role")
-    if message.id != message_id(message.parent, message_digest(message.role, message.original)):
+    own_id = message_id(message.parent, message_digest(message.role, message.original))
+    if message.id != own_id and not message.erased:
         raise InvalidRequest(f"{where}.id is not that of its text under its parent.", f"{where}.id")
     if message.erased and message.original:
         raise InvalidRequest(f"{where}.erased is for messages without words.", f"{where}.erased")

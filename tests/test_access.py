@@ -49,6 +49,8 @@ ROUTES = {  # "anyone": also without the key; "key": only with it
     "GET /models": "key",
     "GET /models/<path:model>": "key",
     "GET /persona_memory/": "anyone",
+    "GET /persona_memory.git/info/refs": "anyone",  # the extension's code, for git, which sends no key
+    "POST /persona_memory.git/git-upload-pack": "anyone",
     "POST /responses": "key",
     "POST /v1/chat/completions": "key",
     "POST /v1/completions": "key",

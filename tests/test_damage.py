@@ -136,11 +136,11 @@ def test_a_turn_on_a_disk_that_takes_nothing_has_its_memory(unwritable, how):
     archive, long = unwritable.archive, "A very long word. " * 4000
     shown = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(LINES)]
     request = pm.parse_request({"messages": [*shown, {"role": "user", "content": long}]})
-    with archive.enter(request, "hurt", pm.Deadline.after(60)) as (chat, _):
+    with archive.enter(request, "hurt", pm.Deadline.after(60)) as (chat, *_):
         assert chat.store.unwritten == ""
     request = pm.parse_request({"messages": [*shown, {"role": "user", "content": long + "Again."}]})
     refuse(chat, how)
-    with archive.enter(request, "hurt", pm.Deadline.after(60)) as (chat, path):
+    with archive.enter(request, "hurt", pm.Deadline.after(60)) as (chat, path, _):
         assert chat.store.unwritten.startswith(pm.UNKEPT)
         assert [m.content for m in chat.store.read(path)] == [*LINES, long + "Again."]
     with pytest.raises(pm.StoreError) as refused:
@@ -148,7 +148,7 @@ def test_a_turn_on_a_disk_that_takes_nothing_has_its_memory(unwritable, how):
     assert refused.value.status == (507 if how == "full" else 503) and pm.UNKEPT in str(refused.value)
     assert unwritable.messages("hurt")["total"] == len(LINES) + 1
     chat.store._database.rest()
-    with archive.enter(request, "hurt", pm.Deadline.after(60)) as (chat, path):
+    with archive.enter(request, "hurt", pm.Deadline.after(60)) as (chat, path, _):
         assert chat.store.unwritten == ""
     assert unwritable.messages("hurt")["messages"][-1]["content"] == long + "Again."
 
@@ -173,7 +173,7 @@ def test_a_folder_that_cannot_be_written_can_be_read():
             memory.archive.append("hurt", [{"role": "user", "content": "No."}])
         assert refused.value.status == 503 and "cannot be written" in str(refused.value)
         request = pm.parse_request({"messages": [{"role": "user", "content": LINES[0]}]})
-        with memory.archive.enter(request, "hurt", pm.Deadline.after(60)) as (chat, _):
+        with memory.archive.enter(request, "hurt", pm.Deadline.after(60)) as (chat, *_):
             assert chat.store.unwritten.startswith(pm.UNKEPT)
         memory.close()
     finally:

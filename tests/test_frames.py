@@ -71,7 +71,7 @@ def test_a_block_begins_and_ends_as_this_program_wrote_it(rows):
 @given(TEXTS, TEXTS)
 def test_a_story_begins_and_ends_as_this_program_wrote_it(text, other):
     """Summaries and facts are told within one frame."""
-    summary = pm.new_summary(1, "a", "b", 0, 3, text, 100, "model")
+    summary = pm.new_summary(1, ["a", "b"], 0, text, 100, "model")
     fact = pm.Fact("f", "x", other, "", "m", 0, 0)
     story = pm.render_story([summary], [(fact, None)], 4000).text
     assert story.splitlines()[0] == pm.STORY_HEADING and story.splitlines()[-1] == pm.STORY_ENDING

@@ -213,7 +213,7 @@ def test_a_client_that_leaves_the_queue_is_never_asked_for(upstream, data_dir):
         pool.submit(say, running.url, [{"role": "user", "content": "slow"}])
         upstream.wait_for_chats(1)
         with pytest.raises(httpx.ReadTimeout):  # a client that loses patience while it waits
-            body = {"messages": [{"role": "user", "content": "leaver"}], "user": "gone"}
+            body = {"messages": [{"role": "user", "content": "leaver"}], "chat_id": "gone"}
             httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=1, headers={"Connection": "close"})
         wait_until(lambda: figure(running, 'requests_total{outcome="client_gone"}') == 1, "the leaver's leave noticed")
         assert figure(running, "upstream_queued") == 0

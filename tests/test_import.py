@@ -189,7 +189,7 @@ def test_an_import_that_was_cut_off_goes_on(server, monkeypatch):
         return add(store, messages)
 
     monkeypatch.setattr(archive, "_add_messages", cut)
-    assert call(server, "POST", "import", content=text.encode()).status_code == 500
+    assert call(server, "POST", "import", content=text.encode()).status_code == 503
     monkeypatch.setattr(archive, "_add_messages", add)
     (line,) = take_in(server, text)
     assert (line["added"], line["total"]) == (len(client.chat) - 8, len(client.chat))

@@ -127,7 +127,9 @@ def test_a_newcomer_is_led_to_the_first_chat_which_then_shows_by_itself(visit, s
     page.get_by_role("button", name="Copy").click()
     expect(page.get_by_text("Copied.")).to_be_visible()
     assert page.evaluate("navigator.clipboard.readText()") == f"{server.url}/v1"
-    say(server.url, [SYSTEM, {"role": "user", "content": "Is the lamp lit?"}])
+    first = {"role": "user", "content": "Is the lamp lit?"}
+    reply = {"role": "assistant", "content": say(server.url, [SYSTEM, first]).text}
+    say(server.url, [SYSTEM, first, reply, {"role": "user", "content": "Good."}])  # a lone prompt is no chat yet
     expect(page.get_by_role("link", name="Unnamed character")).to_be_visible()
     expect(page.get_by_text("Waiting for the first request")).to_be_hidden()
 

@@ -36,6 +36,9 @@ class Gate:
         assert self.is_open.wait(PATIENCE)
         return self.model.encode(*args, **kwargs)
 
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
 
 @pytest.fixture
 def gate(monkeypatch):

@@ -634,7 +634,7 @@ def line(number: int, words: int = 20) -> str:
 
 def asks_for_summary(body: dict) -> bool:
     """Whether a request is one of the program's own."""
-    return str(body["messages"][0]["content"]).startswith(TASK)
+    return bool(body) and str(body["messages"][0]["content"]).startswith(TASK)
 
 
 def source_of(body: dict) -> str:
