@@ -5268,6 +5268,7 @@ WORDS_ALONE = 0.4  # of all these, where there is no vector: what the words' sig
 # How likely a message of a score is evidence: logistic regression on the development chats.
 NEED_SCORE, NEED_BELOW, NEED_BIAS = 0.33, 0.77, -3.7
 SUPERSEDING = 0.5  # share of the best score from which a newer statement may stand before it
+SUPERSEDING_NEAR = -0.25  # how near to the question it must be, in units of the chat's noise; 0 is what is usual there
 COST_PER_TOKEN = 1e-4  # a memory must be as likely relevant, for each of its tokens, as this
 NEAR_DUPLICATE = 0.95  # cosine above which two memories say the same
 REMEMBERING_SHARE = 2.0  # of what recalled memories may take, where the history leaves it
@@ -5305,7 +5306,7 @@ def supersedes(query: Query, e: Evidence, scores: np.ndarray) -> np.ndarray:
         return lift
     best = int(scores.argmax())
     later = (np.arange(len(scores)) > best) & (e.traits["change"] > 0) & (e.speakers == e.speakers[best])
-    later &= scores >= SUPERSEDING * scores[best]
+    later &= (scores >= SUPERSEDING * scores[best]) & (np.maximum(e.cosine, e.sentence) > SUPERSEDING_NEAR)
     if later.any():
         newer = int(np.where(later, scores, -np.inf).argmax())
         lift[newer] = scores[best] - scores[newer] + 0.01
