@@ -14018,6 +14018,7 @@ def extension_repository(folder: Path, address: str) -> Any:
     """
     from dulwich import objects, repo
 
+    folder.parent.mkdir(parents=True, exist_ok=True)
     found = repo.Repo(str(folder)) if (folder / "HEAD").exists() else repo.Repo.init_bare(str(folder), mkdir=True)
     blobs = {name: objects.Blob.from_string(content) for name, content in extension_files(address).items()}
     tree = objects.Tree()
@@ -15576,7 +15577,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print(greeting, file=sys.stderr, flush=True)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs begin with SIGINT ignored
+            signal.signal(number, interrupt)
     with contextlib.suppress(KeyboardInterrupt):
         server.run()  # waits some seconds for the replies that are running
     with contextlib.suppress(KeyboardInterrupt):  # who is in a hurry presses again
