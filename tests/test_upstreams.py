@@ -859,14 +859,15 @@ def test_a_prompt_that_is_too_long_loses_its_oldest_messages(server, upstream, m
     """It is asked once more, and says so; card and question stay, and the next turn is made to fit."""
     upstream.raw = Narrow(6000, 1.3, says)
     card = {"role": "system", "content": "You are Mira."}
+    lines = [{**m, "content": f"{m['content']}({says})"} for m in LONG[-120:]]  # no other test's chat begins alike
     for turn, requests in enumerate((2, 3)):
         question = {"role": "user", "content": f"What do you see, {turn}?"}
-        shown = [card, *LONG[-120:], question]
+        shown = [card, *lines, question]
         reply = say(server.url, shown, stream=False, model=model, max_tokens=100, chat_id=model)
         assert (reply.text, len(upstream.chats)) == ("It fits.", requests)
         sent = upstream.last["body"]["messages"]
         assert sent[0] == card and sent[-1]["content"].endswith(question["content"])
-        assert sent[1:-1] == LONG[-len(sent[1:-1]) :]
+        assert sent[1:-1] == lines[-len(sent[1:-1]) :]
         assert ("lost its oldest messages" in reply.memory) is (turn == 0)
 
 
