@@ -1,5 +1,6 @@
 """The memory page in Chromium: every thing it offers is done as a user does it, and what then shows is looked at."""
 
+import contextlib
 import json
 import re
 import threading
@@ -764,9 +765,18 @@ def test_a_server_with_a_key_lets_nobody_see_anything_without_it(visit, upstream
         page = visit(server.url)
         expect(page.get_by_label("API key")).to_be_focused()
         page.keyboard.press("Escape")
-        page.get_by_label("API key").fill("wrong")
-        page.get_by_role("button", name="Open").click()
-        expect(page.get_by_text("That key was refused.")).to_be_visible()
+        expect(page.get_by_label("API key")).to_be_focused()  # the dialog comes back, and clears what it said
+
+        def refused() -> bool:
+            """Whether a wrong key is refused; one typed while the dialog came back may have been lost."""
+            page.get_by_label("API key").fill("wrong")
+            page.get_by_role("button", name="Open").click()
+            with contextlib.suppress(AssertionError):
+                expect(page.get_by_text("That key was refused.")).to_be_visible(timeout=10_000)
+                return True
+            return False
+
+        assert any(refused() for _ in range(3))
         page.get_by_label("API key").fill("open sesame")
         page.keyboard.press("Enter")
         expect(page.get_by_role("link", name="Unnamed character")).to_be_visible()
