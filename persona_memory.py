@@ -612,6 +612,11 @@ class Message:
         return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
 
 
+def key_of(message: Message, parent: str) -> str:
+    """The id that a message's words have under a parent; of words that were erased nothing is left but their digest."""
+    return message_id(parent, message.erased or message_digest(message.role, message.original))
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """What stays in RAM of every stored message: its place in the tree, and what comparing and budgeting need."""
@@ -2979,6 +2984,7 @@ UNWRITTEN = sys.maxsize  # changes, where RAM may hold what the disk does not: t
 NEWER = "This chat was written by a newer version of persona_memory: install that to use it."
 # Version 0.1.0 looks at no format, but stumbles over a summary with an unknown field, and says its name.
 NEWER_ROW = "s:!"  # before all other summaries
+NAMING_MESSAGES = ("first", "last", "message")  # fields of its summaries and facts
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
 OWN_FOLDERS = ("chats", "catalogue", "characters")  # in the data folder
@@ -3325,9 +3331,10 @@ class ChatStore:
                 self._take_over(key, row)
 
     def _upgrade(self, cache: diskcache.Cache) -> None:
-        """Rewrites the rows of format 1 (version 0.1.0): marks were kept with each message alone, and summaries and
-        facts by the ids of messages."""
+        """Rewrites the rows of format 1 (version 0.1.0): a model's thoughts were kept with its words, marks with each
+        message alone, and summaries and facts by the ids of messages."""
         with cache.transact():
+            moved = self._take_thoughts_out(cache)
             marked = [message_of(read_json(cache, f"m:{i}")) for i in self.tree.marked]
             marks = changed_marks({}, marked, (), time.time())
             for digest, some in marks.items():
@@ -3340,7 +3347,7 @@ class ChatStore:
                     self._remember(row)
                     reworded.add(message.digest)
             for key, row in {**stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
-                row = upgraded_row(row, self.tree)
+                row = upgraded_row(row | {k: moved.get(row[k], row[k]) for k in NAMING_MESSAGES if k in row}, self.tree)
                 if row is None:  # its branch is not there
                     cache.delete(key)
                     continue
@@ -3350,6 +3357,24 @@ class ChatStore:
             self._generation += 1  # without a list of changes: other processes read the chat anew
             cache["generation"] = self._generation
             note_format(cache)
+
+    def _take_thoughts_out(self, cache: diskcache.Cache) -> dict[str, str]:
+        """Leaves nothing but the words in the replies; returns the ids that messages have then, by those before."""
+        old = [self.tree.nodes[i] for i in self.tree.nodes]
+        messages, moved = rehung(worded(message_of(read_json(cache, f"m:{node.id}"))) for node in old)
+        orders = {moved[node.id]: node.order for node in reversed(old)}  # a twin's is that of the first
+        if all(before == now for before, now in moved.items()):
+            return moved
+        for node in old:
+            cache.delete(f"m:{node.id}")
+        self.tree, self._recent = Tree(), OrderedDict()
+        for message in messages:
+            row = asdict(message) | {"order": orders[message.id]}
+            cache[f"m:{message.id}"] = json.dumps(row)
+            self._remember(row)
+        self.info["head"] = moved.get(self.head, ROOT)
+        cache["info"] = json.dumps(self.info)
+        return moved
 
     @property
     def damaged(self) -> bool:
@@ -3685,7 +3710,7 @@ def salvaged(rows: Iterable[tuple[str, Any]]) -> tuple[list[Message], list[Summa
             if key.startswith("m:"):
                 message = message_of(row)
                 normalise(message.content + (message.shown or "") + (message.name or ""))
-                if message.role in CHAT_ROLES and message.id == message_id(message.parent, message.digest):
+                if message.role in CHAT_ROLES and (message.erased or message.id == key_of(message, message.parent)):
                     found.append(
                         (int(row["order"]), replace(message, at=float(message.at), tokens=int(message.tokens)))
                     )
@@ -3695,13 +3720,30 @@ def salvaged(rows: Iterable[tuple[str, Any]]) -> tuple[list[Message], list[Summa
                 facts.append(Fact(**row))
             elif key == "info":
                 info = dict(row)
-    messages, moved = [], {ROOT: ROOT}
-    for _, message in sorted(found, key=lambda row: row[0]):
-        parent = moved.get(message.parent, messages[-1].id if messages else ROOT)
-        moved[message.id] = message_id(parent, message.digest)
-        messages.append(replace(message, id=moved[message.id], parent=parent))
+    messages, moved = rehung(message for _, message in sorted(found, key=lambda row: row[0]))
     newest = messages[-1].id if messages else ROOT
     return messages, summaries, facts, info | {"head": moved.get(info.get("head", ""), newest) or newest}
+
+
+def rehung(messages: Iterable[Message]) -> tuple[list[Message], dict[str, str]]:
+    """Messages, parents first, with the ids that their words have where they hang by now; and these ids by the old.
+
+    A message whose parent is lost hangs under the one before it. Of two that say the same in one place one is left, and
+    none that says nothing.
+    """
+    hung: dict[str, Message] = {}
+    moved, last = {ROOT: ROOT}, ROOT
+    for message in messages:
+        parent = moved.get(message.parent, last)
+        if not (message.original.strip() or message.erased):
+            moved[message.id] = parent
+            continue
+        last = moved[message.id] = (
+            message.id if parent == message.parent and message.erased else key_of(message, parent)
+        )
+        twin = hung.get(last, message)
+        hung[last] = replace(twin, id=last, parent=parent, confirmed=twin.confirmed or message.confirmed)
+    return list(hung.values()), moved
 
 
 def database_of(directory: Path) -> Path:
@@ -3798,6 +3840,17 @@ def with_mark(message: Message, mark: Mark | None) -> Message:
     return replace(
         message, content=content, shown=shown, tokens=tokens, pinned=mark.pinned, forgotten=mark.forgotten
     )  # fmt: skip
+
+
+def worded(message: Message) -> Message:
+    """The message without a model's thoughts, which version 0.1.0 kept."""
+    texts = (message.content, message.original)
+    content, original = texts if message.role == "user" else map(without_thoughts, texts)
+    if (content, original) == texts:
+        return message
+    shown = None if message.shown is None or content == original else original
+    tokens = message_tokens({"role": message.role, "content": max(content, original, key=len)})
+    return replace(message, content=content, shown=shown, tokens=tokens)
 
 
 def upgraded_row(row: dict, tree: Tree) -> dict | None:
@@ -6880,7 +6933,8 @@ def read_export(data: Any) -> ChatCopy:
         raise InvalidRequest("chat.head names a message that is not there.", "messages")
     if not all(re.fullmatch(r"[0-9A-Za-z_-]{1,64}", row.id) for row in (*summaries, *facts)):
         raise InvalidRequest("A summary or a fact has an id that is not valid.", "id")
-    return ChatCopy(tuple(messages), head, info, tuple(summaries), tuple(facts))
+    messages, moved = rehung(map(worded, messages))
+    return ChatCopy(tuple(messages), moved[head], info, tuple(summaries), tuple(facts))
 
 
 def by_texts(rows: Any, tree: Tree) -> Any:
@@ -6888,7 +6942,7 @@ def by_texts(rows: Any, tree: Tree) -> Any:
     one of version 0.1.0 that names a message which is not in the tree."""
     if not isinstance(rows, list):
         return rows
-    ids = [[row[k] for k in ("first", "last", "message") if k in row] if isinstance(row, dict) else [] for row in rows]
+    ids = [[row[k] for k in NAMING_MESSAGES if k in row] if isinstance(row, dict) else [] for row in rows]
     named = [bool(some) and all(isinstance(i, str) for i in some) for some in ids]
     known = [upgraded_row(row, tree) if ok else row for row, ok in zip(rows, named, strict=True)]
     if None in known:
@@ -6947,8 +7001,7 @@ def checked_message(message: Message, where: str) -> Message:
     """A message with its tokens counted anew; raises `InvalidRequest` where its fields contradict each other."""
     if message.role not in CHAT_ROLES:
         raise InvalidRequest(f"{where}.role must be user or assistant.", f"{where}.role")
-    own_id = message_id(message.parent, message_digest(message.role, message.original))
-    if message.id != own_id and not message.erased:
+    if message.id != key_of(message, message.parent) and not message.erased:
         raise InvalidRequest(f"{where}.id is not that of its text under its parent.", f"{where}.id")
     if message.erased and message.original:
         raise InvalidRequest(f"{where}.erased is for messages without words.", f"{where}.erased")
