@@ -112,7 +112,6 @@ def keep_thoughts(folder: Path) -> None:
     lone = {**reply, "id": "lone", "content": "<think>Nothing to say.</think>"}
     before = [pm.message_of(row) for row in rows]
     messages, moved = pm.rehung([*map(with_thoughts, before), pm.message_of(twin), pm.message_of(lone)])
-    names = {old: new for old, new in moved.items()}
     (database,) = folder.glob("chats/*/cache.db")
     with sqlite3.connect(database) as cache:
         cache.execute("DELETE FROM Cache WHERE key GLOB 'm:*'")
@@ -122,7 +121,7 @@ def keep_thoughts(folder: Path) -> None:
         for key, value in cache.execute(
             "SELECT key, value FROM Cache WHERE key GLOB '[sf]:*' OR key = 'info'"
         ).fetchall():
-            for old, new in names.items():
+            for old, new in moved.items():
                 value = value.replace(f'"{old}"', f'"{new}"')
             cache.execute("UPDATE Cache SET value = ? WHERE key = ?", (value, key))
 
