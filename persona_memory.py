@@ -4466,6 +4466,7 @@ ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
 ANY_ID = "dne"  # kinds of ids, see Catalogue
 MET = -1  # an index of no message
+LEAST_SHARE = 4  # of a request's messages one in so many is known to the chat that it goes on
 SURE_MATCHES = 3  # matching messages that name a chat whatever its persona says
 KEPT_NOTES = 8  # of a chat: texts that its client puts around or between a user's words
 REWORDED = 8  # newest messages that a client's rules for its display may show in other words at every turn
@@ -5020,17 +5021,6 @@ def align_request(chat: Chat, request: ChatRequest) -> Alignment:
     return (align_floating if request.persona_in_first_turn else align)(chat.tree, digests, chat.store.head)
 
 
-def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
-    """As `align_request`, for a chat that the request does not name: nothing fits a chat of another account, and a few
-    matching words fit none with another persona, since many chats begin with "Hi"."""
-    account, persona = chat.store.info.get("account"), chat.store.info.get("persona", "")
-    if account and request.account and account != request.account:
-        return Alignment()
-    found = align_request(chat, request)
-    strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
-    return Alignment() if strange and len(found.matches) < SURE_MATCHES else found
-
-
 def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     """A request with the messages of the chat that its client keeps out of the prompt, each in its place, as the client
     told when it last showed the whole chat: they stay part of it."""
@@ -5110,6 +5100,20 @@ def part_of(turn: Turn, text: str) -> Turn:
         turn, raw={**turn.raw, "content": text}, content=text, digest=message_digest(turn.role, bare_words(text)),
         voice=found[0][:-2] if found else turn.voice,
     )  # fmt: skip
+
+
+def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
+    """As `align_request`, for a chat that the request does not name: nothing fits a chat of another account, a few
+    matching words fit none with another persona, since many chats begin with "Hi", and one that knows nearly
+    nothing of what is shown is another chat."""
+    account, persona = chat.store.info.get("account"), chat.store.info.get("persona", "")
+    if account and request.account and account != request.account:
+        return Alignment()
+    request = unmerged(chat, request)
+    found = align_request(chat, request)
+    few = len(found.matches) * LEAST_SHARE < len(request.turns) - 1
+    strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
+    return Alignment() if few or strange and len(found.matches) < SURE_MATCHES else found
 
 
 def is_recent(chat: Chat, message: str) -> bool:
