@@ -9952,6 +9952,7 @@ class Archive:
                 return named
         self._registry.create(named, explicit=bool(chat_id))
         with self._registry.borrow(named) as chat:
+            chat.store.commit(info=extension_info(chat, request))
             if parent:
                 self._adopt(parent, chat, lambda source: align_request(source, request))
             if located:
@@ -9997,7 +9998,7 @@ class Archive:
                 return
             with source.lock:
                 tip = align(source).tip
-                whole = whole and bool(tip) and not source.store.info.get("imported")
+                whole = whole and bool(tip)
                 ids = list(source.tree.nodes) if whole else around_branch(source.tree, tip) if tip else []
                 taken = set(source.store.info.get("taken", ())) | (source.tree.ends & set(ids))
                 info = {k: v for k, v in source.store.info.items() if k in BECOMING and k not in target.store.info}
@@ -10053,7 +10054,7 @@ class Archive:
         persona = persona_text(request)
         speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
         character = request.identity.character or speaker or named_in_prompt(persona)
-        info = {"head": path[-1], "shows_history": shows}
+        info = {"head": path[-1], "shows_history": shows} | extension_info(chat, request)
         info |= {"character": character} if character else {}
         info |= {"title": request.identity.title} if request.identity.title else {}
         if request.identity.complete:
@@ -10063,7 +10064,7 @@ class Archive:
         erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
         info |= {"persona": "" if erased else persona} if request.persona else {}
         info |= {"account": request.account} if request.account and not store.info["explicit"] else {}
-        info |= {"extension": True} if request.identity.has_metadata and store.info["explicit"] else {}
+        first_told = extension_info(chat, request) and not store.info.get("extension")
         info |= {"lone": lone} if (lone := is_lone(chat, request, path)) != store.info.get("lone", False) else {}
         before = chat.path()
         if messages or any(store.info.get(k) != v for k, v in info.items()):
@@ -10075,7 +10076,7 @@ class Archive:
             if dropped or rewordings != store.info.get("rewordings", 0):
                 store.commit(info={"rewordings": rewordings}, dropped=dropped)
             if not store.unwritten:
-                self._registry.enter(chat, [m.id for m in messages])
+                self._registry.enter(chat, chat.tree.nodes if first_told else [m.id for m in messages])
         store.keep_recent(path)
         return path
 
@@ -10272,6 +10273,11 @@ class Archive:
         if summaries or facts or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(info=info, summaries=summaries, facts=facts)
             self._registry.enter(chat, ())
+
+
+def extension_info(chat: Chat, request: ChatRequest) -> dict:
+    """What a chat whose id comes from our extension notes of that: the chat is found without its id too."""
+    return {"extension": True} if request.identity.has_metadata and chat.store.info["explicit"] else {}
 
 
 def unshown_twins(chat: Chat, message: Message) -> list[str]:
