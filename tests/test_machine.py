@@ -142,6 +142,7 @@ class Player(Client):
     own_id = main_chat = parent = ""  # what the chat's metadata say
     kind = "normal"
     joins = False
+    before: History = ()
 
     def __init__(self, machine: "Machine", **options):
         super().__init__(machine.server.url, http=machine.http, max_tokens=MAX_TOKENS, **options)
@@ -260,6 +261,7 @@ class Machine(RuleBasedStateMachine):
         self.pinned: set[tuple[str, str, str]] = set()
         self.reworded: dict[tuple[str, str, str], str] = {}
         self.ids: set[str] = set()  # of chats
+        self.left: set[str] = set()  # chats of which nothing is shown any more
         self.marked = 0  # requests that there were when a mark was last changed
         upstream.reset()
         upstream.steer(reply=lambda body: self.text())
@@ -313,6 +315,7 @@ class Machine(RuleBasedStateMachine):
         marks go along."""
         old = player.stored
         player.stored = chat_id
+        assert chat_id in self.ids or player.extension or old in ("", chat_id), "an unknown chat goes on in its own"
         if old in ("", chat_id) or chat_id in self.ids:
             self.ids.add(chat_id)
             return
@@ -327,8 +330,13 @@ class Machine(RuleBasedStateMachine):
         """Keep a request for the invariants."""
         history = player.history
         self.known.add(history)
+        aside = bool(answer.memory) and not answer.chat_id
+        if not player.extension and not aside and len(set(player.before) & set(history[:-1])) < 3:
+            self.left.add(player.stored)  # it may be a new chat, for all that the client shows
+            player.stored = ""
         if answer.chat_id:
             self.rename(player, answer.chat_id)
+        player.before = history
         chats = self.upstream.chats
         sent, attempts = chats[-1], chats[self.sent :]
         self.sent = len(chats)
@@ -343,7 +351,7 @@ class Machine(RuleBasedStateMachine):
             shaped,
             sent["body"]["messages"],
             answer.chat_id or player.stored,  # an upstream's error names none
-            bool(answer.memory) and not answer.chat_id,
+            aside,
             answer.memory,
             sent["answer"] or "",
         )
@@ -562,7 +570,7 @@ class Machine(RuleBasedStateMachine):
         """A client whose turns have all failed does not know its chat's id yet."""
         listed, lived = {line["chat_id"] for line in self.api("/chats")}, {p.stored for p in self.players if p.stored}
         assert lived <= listed
-        assert len(listed - lived) <= sum(bool(p.sent) and not p.stored for p in self.players)
+        assert len(listed - lived - self.left) <= sum(bool(p.sent) and not p.stored for p in self.players)
 
     def told(self, request: Request, role: str, text: str) -> str:
         """What counts as memory of a message."""
@@ -575,8 +583,8 @@ class Machine(RuleBasedStateMachine):
     def card_and_newest_message_stand(self, request: Request):
         card, front = leading(request.body["messages"]), leading(request.prompt)
         newest = [text for role, text in request.history if role == "user"][-1]
-        sent = [message["content"] for message in request.prompt if message["role"] == "user"][-1]
-        assert newest in sent
+        sent = [message["content"] for message in request.prompt if message["role"] == "user"]
+        assert any(newest in text for text in sent[-2:])  # behind it an instruction may stand as the user's
         if card:
             story = front[0]["content"].removeprefix(card[0]["content"])
             assert [card[0], *front[1 : len(card)]] == card and (
@@ -657,12 +665,14 @@ class Machine(RuleBasedStateMachine):
     def old_message_is_found(self, request: Request):
         """A message (another one at each step) is found by its word, and the search knows this branch only."""
         gone = self.gone(request)
-        told = [self.told(request, *said) for said in request.history if said[1] not in gone]
-        texts = [text for text in told if len(words([text])) > 1]  # no reply that was stopped at its first word
+        known = request.player.history_of(request.player.chat) if request.player.extension else request.history
+        told = [self.told(request, *said) for said in known if said[1] not in gone]
+        there = [self.told(request, *said) for said in request.history if said[1] not in gone and said in known]
+        texts = [text for text in there if len(words([text])) > 1]  # no reply that was stopped at its first word
         if not texts:
             return
         wanted = texts[len(self.requests) * 7 % len(texts)]
-        found = self.api(f"/chats/{quote(request.chat_id, safe='')}/search", q=min(words([wanted])), k=5)["memories"]
+        found = self.api(f"/chats/{quote(request.chat_id, safe='')}/search", q=min(words([wanted])), k=50)["memories"]
         assert words([wanted]) <= words(texts_of(found))
         assert words(texts_of(found)) <= words(told)
 
