@@ -5143,9 +5143,13 @@ def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
         return Alignment()
     request = unmerged(chat, request)
     found = align_request(chat, request)
-    few = len(found.matches) * LEAST_SHARE < len(request.turns) - 1
     strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
-    return Alignment() if few or strange and len(found.matches) < SURE_MATCHES else found
+    return Alignment() if strange and len(found.matches) < SURE_MATCHES else unless_few(found, len(request.turns) - 1)
+
+
+def unless_few(found: Alignment, shown: int) -> Alignment:
+    """An alignment, unless it knows nearly nothing of so many messages: these are another chat's then."""
+    return found if len(found.matches) * LEAST_SHARE >= shown else Alignment()
 
 
 def is_recent(chat: Chat, message: str) -> bool:
@@ -10266,7 +10270,7 @@ class Archive:
         def where(chat: Chat, texts: Sequence[str]) -> Alignment:
             """Where a part of the file hangs in a chat."""
             foreign = chat.store.info["explicit"] and not is_chat_of(chat, copy)
-            return Alignment() if foreign else align(chat.tree, texts, chat.store.head)
+            return Alignment() if foreign else unless_few(align(chat.tree, texts, chat.store.head), len(texts))
 
         for window in (digests[:LOCATED_BY], digests[-LOCATED_BY:]) if digests else ():
             texts = [digest for _, digest in window]

@@ -310,9 +310,21 @@ class Machine(RuleBasedStateMachine):
 
     def learn(self, player: Player, chat_id: str):
         """Note that the program knows a whole chat, and under which id it does."""
-        self.known.add(player.history_of(player.chat))
+        history = player.history_of(player.chat)
+        self.known.add(history)
         self.marked = len(self.requests)
+        if chat_id not in self.ids:
+            self.part(player, history)
         self.rename(player, chat_id)
+        player.before = history
+
+    def part(self, player: Player, shown: History) -> bool:
+        """Whether what a client shows may be a new chat, since nearly nothing of it was shown before."""
+        new = len(set(player.before) & set(shown)) < 3
+        if new:
+            self.left.add(player.stored)
+            player.stored = ""
+        return new
 
     def copies(self) -> bool:
         """Whether chats of the extension may hold copies of each other's messages."""
@@ -340,9 +352,7 @@ class Machine(RuleBasedStateMachine):
         self.known.add(history)
         aside = bool(answer.memory) and not answer.chat_id
         anonymous = not player.extension
-        if anonymous and not aside and len(set(player.before) & set(history[:-1])) < 3:
-            self.left.add(player.stored)  # it may be a new chat, for all that the client shows
-            player.stored = ""
+        if anonymous and not aside and self.part(player, history[:-1]):
             self.unnamed += not answer.chat_id
         if answer.chat_id:
             self.rename(player, answer.chat_id)
@@ -424,8 +434,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule(chat=chats)
     def import_file(self, chat):
-        """The chat's file comes in; when it comes again, it adds nothing."""
-        if chat.has_user():
+        """The file of a chat comes in, one that does not begin as others do; when it comes again, it adds nothing."""
+        if chat.has_user() and (len(chat.chat) > 4 or not chat.stored):
             for again in (False, True):
                 answer = self.write("POST", "/import", content=chat.file().encode(), params={"name": chat.name})
                 (line,) = answer["chats"]
@@ -578,7 +588,8 @@ class Machine(RuleBasedStateMachine):
 
     def one_chat_is_listed_for_one_lived(self):
         """Of a chat that begins with a turn that fails the client does not learn the id."""
-        listed, lived = {line["chat_id"] for line in self.api("/chats")}, {p.stored for p in self.players if p.stored}
+        listed = {line["chat_id"] for line in self.api("/chats")}
+        lived = {name for p in self.players for name in (p.stored, p.own_id) if name}
         assert lived <= listed
         assert len(listed - lived - self.left) <= self.unnamed
 
