@@ -1962,6 +1962,7 @@ MOST_PIECES = 400
 DIGEST_PIECES, DIGEST_PIECE = 16, 4096  # of a weights file that tell it from others, and the bytes of each
 MAX_EMBEDDED = 4000  # characters; MiniLM reads 256 tokens, and tokenizing megabytes to drop them takes seconds
 TURN, QUERY, BACKGROUND = 0, 1, 2  # priorities of encoding jobs
+FIRST_PACE = 0.1  # seconds that an urgent job is thought to take until the first has been timed
 LATIN_END = "\u024f"
 MOST_SENTENCES = 64  # of a message that have vectors of their own; what stands behind is found by its chunk
 SHORTEST_SENTENCE = 14  # letters; a shorter one ("Yes.") is taken together with its neighbour
@@ -1987,6 +1988,8 @@ class Embedder:
         self._numbers = itertools.count()
         self._started = threading.Lock()
         self._closed = False
+        self._urgent: set[Future] = set()  # jobs that somebody waits for with a timeout
+        self._pace = FIRST_PACE  # seconds that a job takes which is not the background's; the newest count most
 
     def start(self) -> None:
         """Begins to load; a second call does nothing."""
@@ -2010,7 +2013,7 @@ class Embedder:
         """Unit vectors of texts, then of queries, float32 [len(texts) + len(queries), dimensions].
 
         Where the model has prompts of its own for queries and for documents, they are put in front. Raises
-        `EmbedderUnavailable` when loading, failed or late.
+        `EmbedderUnavailable` when loading, failed or late; at once where so many wait that it would be late.
         """
         self.start()
         job: Future = Future()
@@ -2018,6 +2021,10 @@ class Embedder:
             raise EmbedderUnavailable(f"embedder {self.status}")
         if timeout is not None and not self.loaded.is_set():
             raise EmbedderUnavailable("embedder still loading")
+        if timeout is not None and len(self._urgent) * self._pace > timeout:
+            raise EmbedderUnavailable("embedder late")
+        if timeout is not None:
+            self._urgent.add(job)
         self._jobs.put((priority, next(self._numbers), list(texts), list(queries), job))
         if self._closed:
             self._refuse_all()
@@ -2026,6 +2033,8 @@ class Embedder:
         except TimeoutError:
             job.cancel()
             raise EmbedderUnavailable("embedder late") from None
+        finally:
+            self._urgent.discard(job)
 
     def reads(self, text: str) -> bool:
         """Whether its vector of a text says anything: the default knows English, and sees letters of other scripts
@@ -2059,9 +2068,12 @@ class Embedder:
             model = None
         self.loaded.set()
         while not self._closed:
-            _, _, texts, queries, job = self._jobs.get()
+            priority, _, texts, queries, job = self._jobs.get()
             if job.set_running_or_notify_cancel():
+                started = time.monotonic()
                 self._work(model, texts, queries, job)
+                if priority != BACKGROUND:
+                    self._pace = (self._pace + time.monotonic() - started) / 2
 
     def _work(self, model: Any, texts: list[str], queries: list[str], job: Future) -> None:
         if model is None:
