@@ -482,6 +482,7 @@ THOUGHTS = re.compile(
 )
 END_OF_THOUGHTS = re.compile(r"\A.*(?<!`)</(?:think|thinking|thoughts?|reasoning)>", re.S | re.I)  # without beginning
 BEGUN_THOUGHTS = re.compile(rf"(?<!`)<(?:{THOUGHT}).*\Z", re.S | re.I)  # without end
+OTHER_TAGS = re.compile(r"\[/?THINK\]|\u25c1/?think\u25b7|</?seed:think>")  # Magistral's, Kimi's, Seed's
 INLINE_TAGS = {"a", "b", "code", "em", "font", "i", "mark", "q", "s", "small", "span", "strong", "sub", "sup", "u"}
 OPENING_TAG = re.compile(r"<([A-Za-z][\w-]{0,40})(?:\s[^<>]*)?>")
 CLOSING_TAG = re.compile(r"</([A-Za-z][\w-]{0,40})>\Z")
@@ -491,11 +492,12 @@ NAME_PREFIX = re.compile(rf"{LETTERS}(?: {LETTERS}){{0,3}}: (?=\S)")  # no digit
 
 def without_thoughts(text: str) -> str:
     """A reply without what a reasoning model thought before it, closed, unclosed or with its end alone."""
-    if "<" not in text:
+    tagged = OTHER_TAGS.sub(lambda found: f"<{'/' * ('/' in found[0])}think>", text)
+    if "<" not in tagged:
         return text
-    words = END_OF_THOUGHTS.sub("", THOUGHTS.sub("", text))
+    words = END_OF_THOUGHTS.sub("", THOUGHTS.sub("", tagged))
     words = BEGUN_THOUGHTS.sub("", words)
-    return text if words == text else words.strip()
+    return text if words == tagged else words.strip()
 
 
 def without_blocks(text: str) -> str:
@@ -612,6 +614,11 @@ class Message:
         return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
 
 
+def key_of(message: Message, parent: str) -> str:
+    """The id that a message's words have under a parent; of words that were erased nothing is left but their digest."""
+    return message_id(parent, message.erased or message_digest(message.role, message.original))
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """What stays in RAM of every stored message: its place in the tree, and what comparing and budgeting need."""
@@ -706,8 +713,9 @@ class ChatRequest:
     `persona_in_first_turn` says that the request has no system message: strict clients fold their system prompt into
     the first turn. That turn is then in `turns` and, where it is not the only one, in `persona` too. `opening` is the
     placeholder that strict clients put in front of a history that begins with the assistant. `joined` says that the
-    client sent all of it as one user message. `account` is whose request it is, where OpenAI's `user` says that.
-    `aside` says why the request is no part of any chat, empty where it is.
+    client sent all of it as one user message, `merges` that it sent neighbours by one side as one message, which
+    `turns` tells apart. `account` is whose request it is, where OpenAI's `user` says that. `aside` says why the request
+    is no part of any chat, empty where it is.
     """
 
     body: dict
@@ -720,6 +728,7 @@ class ChatRequest:
     joined: bool = False
     account: str = ""
     aside: str = ""
+    merges: bool = False
 
     @property
     def newest_user(self) -> int | None:
@@ -750,12 +759,24 @@ class ChatRequest:
         return isinstance(wanted, dict) and wanted.get("type") not in (None, "text")
 
     @property
+    def by_turns(self) -> bool:
+        """Whether no two neighbours in what the client shows are by one side."""
+        roles = [turn.role for turn in self.turns if not turn.hidden]
+        return self.merges or all(one != other for one, other in itertools.pairwise(roles))
+
+    @property
     def begins_with_user(self) -> bool:
         """Whether the client keeps to the strict order of an optional system message, then user and assistant by
         turns, the user first."""
-        by_turns = all(turn.role == CHAT_ROLES[i % 2] for i, turn in enumerate(self.turns))
         strict = not self.system_later and not self.persona_in_first_turn and len(self.persona) < 2
-        return bool(self.opening) or (strict and by_turns and len(self.turns) > 2)
+        ordered = self.by_turns and self.turns[0].role == "user" and len(self.turns) > 2
+        return bool(self.opening) or (strict and ordered)
+
+    @property
+    def strict(self) -> bool:
+        """Whether two neighbours by one side in its prompt would be something that the client takes care to avoid."""
+        folded = self.persona_in_first_turn or any(m["role"] not in SYSTEM_ROLES for m in self.persona)
+        return self.merges or (self.by_turns and (self.begins_with_user or folded))
 
     @property
     def max_tokens(self) -> int:
@@ -2553,6 +2574,7 @@ PLACEHOLDER = re.compile(  # SillyTavern's and Agnai's defaults for a prompt tha
     r"begin(?: the)? (?:chat|conversation|role-?play))[.!]?\]?",
     re.I,
 )
+PROMPT_END = re.compile(r"(?<=\n)\[start (?:a )?(?:new )?(?:group )?chat[^\n\]]{0,300}\](?=\n|\Z)", re.I)
 DEFAULT_OPENING = {"role": "user", "content": "[Start a new chat]"}
 CUE = re.compile(r"(?:\A|\n)[^\W\d_][\w'’.-]*(?: [\w'’.-]+){0,3}:\s*\Z")  # a name for the model to go on from
 BRACKETED = re.compile(r"\[[^\[\]]*\]|\([^()]*\)|\{[^{}]*\}|<[^<>]*>", re.S)
@@ -2589,7 +2611,7 @@ ORDER_OF_TASK = re.compile(
 QUOTED_CHAT = re.compile(
     r"<(?:chat_history|conversation|chat|messages?|transcript)>|\|\|>|"
     r"^#* ?(?:conversation|chat history|messages?)\b[^\n]*:|^(?:user|human)\b[^\n]*:|"
-    r"\b(?:the|this|of a) (?:conversation|chat|last message)\b",
+    r"\b(?:the|this|of a) (?:conversation|chat|last message)\b|\bthe following (?:query|message|prompt)\b",
     re.I | re.M,
 )
 BARE_ANSWER = re.compile(
@@ -2623,15 +2645,32 @@ def parse_request(body: Any) -> ChatRequest:
         persona, turns, tail = joined
         aside = "" if turns else "a prompt in one message that does not say who speaks"
         return ChatRequest(body, persona, turns, tail, False, identity, (), True, account, aside)
-    leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
+    aside = "a task about a chat" if is_task(messages) else ""
+    messages, folded = unfolded(messages)
+    leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages)) or folded
     begun = leading + (len(messages) > leading and is_placeholder(messages[leading]))
-    turns, tail = split_turns(messages[begun:])
+    turns, tail = split_turns(messages[begun:], begun > 0)
     turns = with_voices(turns, messages[:leading])
     persona_in_first_turn = bool(turns) and begun == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
-    opening, aside = tuple(messages[leading:begun]), "a task about a chat" if is_task(messages) else ""
-    persona = tuple(messages[:leading])
+    opening, persona = tuple(messages[leading:begun]), tuple(messages[:leading])
     request = ChatRequest(body, persona, turns, tail, persona_in_first_turn, identity, opening, False, account, aside)
     return replace(request, persona=(*turns[0].before, turns[0].raw)) if request.history_start else request
+
+
+def unfolded(messages: Sequence[dict]) -> tuple[Sequence[dict], int]:
+    """The messages of a request, and how many at its beginning are a system prompt in the user's role (0 or 1).
+
+    Clients that send no system messages fold it into the first one, whose own words are parted from it here: a line
+    such as "[Start a new chat]" ends the prompt.
+    """
+    first = messages[0]
+    text = first["content"] if first["role"] == "user" and isinstance(first.get("content"), str) else ""
+    ends = [found.end() for found in PROMPT_END.finditer(text)]
+    if not ends or len(messages) == 1:
+        return messages, 0
+    said = text[ends[-1] :].strip()
+    parts = [{**first, "content": part} for part in (text[: ends[-1]], said) if part]
+    return [*parts, *messages[1:]], 1
 
 
 def is_placeholder(message: Mapping) -> bool:
@@ -2838,15 +2877,16 @@ def shown_turns(messages: Sequence[dict]) -> tuple[tuple[Turn, ...], tuple[dict,
     return tuple(replace(t, **more[id(t.raw)]) for t in turns), tail
 
 
-def split_turns(messages: Sequence[dict]) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
-    """The chat's turns, each with the client's other messages before it; and what stands behind the last turn.
+def split_turns(messages: Sequence[dict], led: bool = False) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
+    """The chat's turns, each with the client's other messages before it; and what stands behind the last turn. Where a
+    system prompt has `led` to them, the first may be an instruction too.
 
     Tool calls and their results belong together and to the turn after them, so that no cut parts them.
     """
     turns, before, after_user = [], [], False
     for message in messages:
         words = spoken_words(message["role"], text_of(message.get("content")))
-        instructs = turns and message["role"] == "user" and is_instruction(words, alone=not after_user)
+        instructs = (turns or led) and message["role"] == "user" and is_instruction(words, alone=not after_user)
         if message["role"] not in CHAT_ROLES or message.get("tool_calls") or not words.strip() or instructs:
             before.append(message)
             continue
@@ -2991,6 +3031,7 @@ UNWRITTEN = sys.maxsize  # changes, where RAM may hold what the disk does not: t
 NEWER = "This chat was written by a newer version of persona_memory: install that to use it."
 # Version 0.1.0 looks at no format, but stumbles over a summary with an unknown field, and says its name.
 NEWER_ROW = "s:!"  # before all other summaries
+NAMING_MESSAGES = ("first", "last", "message")  # fields of its summaries and facts
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
 OWN_FOLDERS = ("chats", "catalogue", "characters")  # in the data folder
@@ -3337,9 +3378,10 @@ class ChatStore:
                 self._take_over(key, row)
 
     def _upgrade(self, cache: diskcache.Cache) -> None:
-        """Rewrites the rows of format 1 (version 0.1.0): marks were kept with each message alone, and summaries and
-        facts by the ids of messages."""
+        """Rewrites the rows of format 1 (version 0.1.0): a model's thoughts were kept with its words, marks with each
+        message alone, and summaries and facts by the ids of messages."""
         with cache.transact():
+            moved = self._take_thoughts_out(cache)
             marked = [message_of(read_json(cache, f"m:{i}")) for i in self.tree.marked]
             marks = changed_marks({}, marked, (), time.time())
             for digest, some in marks.items():
@@ -3352,7 +3394,7 @@ class ChatStore:
                     self._remember(row)
                     reworded.add(message.digest)
             for key, row in {**stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
-                row = upgraded_row(row, self.tree)
+                row = upgraded_row(row | {k: moved.get(row[k], row[k]) for k in NAMING_MESSAGES if k in row}, self.tree)
                 if row is None:  # its branch is not there
                     cache.delete(key)
                     continue
@@ -3362,6 +3404,24 @@ class ChatStore:
             self._generation += 1  # without a list of changes: other processes read the chat anew
             cache["generation"] = self._generation
             note_format(cache)
+
+    def _take_thoughts_out(self, cache: diskcache.Cache) -> dict[str, str]:
+        """Leaves nothing but the words in the replies; returns the ids that messages have then, by those before."""
+        old = [self.tree.nodes[i] for i in self.tree.nodes]
+        messages, moved = rehung(worded(message_of(read_json(cache, f"m:{node.id}"))) for node in old)
+        orders = {moved[node.id]: node.order for node in reversed(old)}  # a twin's is that of the first
+        if all(before == now for before, now in moved.items()):
+            return moved
+        for node in old:
+            cache.delete(f"m:{node.id}")
+        self.tree, self._recent = Tree(), OrderedDict()
+        for message in messages:
+            row = asdict(message) | {"order": orders[message.id]}
+            cache[f"m:{message.id}"] = json.dumps(row)
+            self._remember(row)
+        self.info["head"] = moved.get(self.head, ROOT)
+        cache["info"] = json.dumps(self.info)
+        return moved
 
     @property
     def damaged(self) -> bool:
@@ -3697,7 +3757,7 @@ def salvaged(rows: Iterable[tuple[str, Any]]) -> tuple[list[Message], list[Summa
             if key.startswith("m:"):
                 message = message_of(row)
                 normalise(message.content + (message.shown or "") + (message.name or ""))
-                if message.role in CHAT_ROLES and message.id == message_id(message.parent, message.digest):
+                if message.role in CHAT_ROLES and (message.erased or message.id == key_of(message, message.parent)):
                     found.append(
                         (int(row["order"]), replace(message, at=float(message.at), tokens=int(message.tokens)))
                     )
@@ -3707,13 +3767,30 @@ def salvaged(rows: Iterable[tuple[str, Any]]) -> tuple[list[Message], list[Summa
                 facts.append(Fact(**row))
             elif key == "info":
                 info = dict(row)
-    messages, moved = [], {ROOT: ROOT}
-    for _, message in sorted(found, key=lambda row: row[0]):
-        parent = moved.get(message.parent, messages[-1].id if messages else ROOT)
-        moved[message.id] = message_id(parent, message.digest)
-        messages.append(replace(message, id=moved[message.id], parent=parent))
+    messages, moved = rehung(message for _, message in sorted(found, key=lambda row: row[0]))
     newest = messages[-1].id if messages else ROOT
     return messages, summaries, facts, info | {"head": moved.get(info.get("head", ""), newest) or newest}
+
+
+def rehung(messages: Iterable[Message]) -> tuple[list[Message], dict[str, str]]:
+    """Messages, parents first, with the ids that their words have where they hang by now; and these ids by the old.
+
+    A message whose parent is lost hangs under the one before it. Of two that say the same in one place one is left, and
+    none that says nothing.
+    """
+    hung: dict[str, Message] = {}
+    moved, last = {ROOT: ROOT}, ROOT
+    for message in messages:
+        parent = moved.get(message.parent, last)
+        if not (message.original.strip() or message.erased):
+            moved[message.id] = parent
+            continue
+        last = moved[message.id] = (
+            message.id if parent == message.parent and message.erased else key_of(message, parent)
+        )
+        twin = hung.get(last, message)
+        hung[last] = replace(twin, id=last, parent=parent, confirmed=twin.confirmed or message.confirmed)
+    return list(hung.values()), moved
 
 
 def database_of(directory: Path) -> Path:
@@ -3810,6 +3887,17 @@ def with_mark(message: Message, mark: Mark | None) -> Message:
     return replace(
         message, content=content, shown=shown, tokens=tokens, pinned=mark.pinned, forgotten=mark.forgotten
     )  # fmt: skip
+
+
+def worded(message: Message) -> Message:
+    """The message without a model's thoughts, which version 0.1.0 kept."""
+    texts = (message.content, message.original)
+    content, original = texts if message.role == "user" else map(without_thoughts, texts)
+    if (content, original) == texts:
+        return message
+    shown = None if message.shown is None or content == original else original
+    tokens = message_tokens({"role": message.role, "content": max(content, original, key=len)})
+    return replace(message, content=content, shown=shown, tokens=tokens)
 
 
 def upgraded_row(row: dict, tree: Tree) -> dict | None:
@@ -4388,6 +4476,9 @@ CHATS_PER_TEXT = 64  # chats that one text is looked up for
 SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
+ANY_ID = "dne"  # kinds of ids, see Catalogue
+MET = -1  # an index of no message
+LEAST_SHARE = 4  # of a request's messages one in so many is known to the chat that it goes on
 SURE_MATCHES = 3  # matching messages that name a chat whatever its persona says
 KEPT_NOTES = 8  # of a chat: texts that its client puts around or between a user's words
 REWORDED = 8  # newest messages that a client's rules for its display may show in other words at every turn
@@ -4474,17 +4565,18 @@ class Catalogue:
     """What is known of all chats without opening them. Derived: a lost one is made anew from the chats.
 
     Rows: `c:<chat>` a line for the list, `d:<digest>` the chats without an explicit id that hold a text, `n:<digest>`
-    those with one, `u:<chat>` a chat whose summary is due, `x:<chat>` since when a chat has forgotten words that are
-    not erased, `embedder` whose vectors all chats have, `changes` a counter.
+    those with one, `e:<digest>` those whose id comes from our extension, `u:<chat>` a chat whose summary is due,
+    `x:<chat>` since when a chat has forgotten words that are not erased, `embedder` whose vectors all chats have,
+    `changes` a counter.
     """
 
     def __init__(self, folder: Path, on_loss: Callable[[], None] = lambda: None):
         self._database = RebuiltDatabase(folder, 1, on_loss)
 
-    def enter(self, line: Mapping, digests: Sequence[str] = (), explicit: bool = False, forgetful: float = 0.0) -> None:
-        """Notes a chat's line in the list, texts that it holds, whether its client has named it (`explicit`), and since
-        when (Unix seconds; 0: it has none) it has forgotten words that are not erased."""
-        chat_id, kind = line["chat_id"], "n" if explicit else "d"
+    def enter(self, line: Mapping, digests: Sequence[str] = (), kind: str = "d", forgetful: float = 0.0) -> None:
+        """Notes a chat's line in the list, texts that it holds, the kind of its id (`d`, `n` or `e`), and since when
+        (Unix seconds; 0: it has none) it has forgotten words that are not erased."""
+        chat_id = line["chat_id"]
         with self._database.transaction() as cache:
             for key in (f"{kind}:{digest}" for digest in digests):
                 chats = json.loads(cache.get(key, "[]"))
@@ -4509,9 +4601,9 @@ class Catalogue:
     @staticmethod
     def _remove_texts(cache: SharedCache, chat_id: str, digests: Iterable[str] | None) -> None:
         if digests is None:
-            keys = [*stored_rows(cache, "d:"), *stored_rows(cache, "n:")]
+            keys = [key for kind in ANY_ID for key in stored_rows(cache, f"{kind}:")]
         else:
-            keys = [f"{kind}:{digest}" for digest in digests for kind in "dn"]
+            keys = [f"{kind}:{digest}" for digest in digests for kind in ANY_ID]
         for key in keys:
             chats = json.loads(cache.get(key, "[]"))
             left = [c for c in chats if c != chat_id]
@@ -4539,7 +4631,7 @@ class Catalogue:
         return sorted(listed, key=lambda line: -(line["updated"] or 0))
 
     def holding(self, digests: Sequence[str], kinds: str = "d") -> list[list[str]]:
-        """For each text the chats that hold it: those without an explicit id (`d`), those with one (`n`), or both."""
+        """For each text the chats that hold it, with ids of those kinds."""
         with self._database.use() as cache:
             return [[c for kind in kinds for c in json.loads(cache.get(f"{kind}:{d}", "[]"))] for d in digests]
 
@@ -4788,7 +4880,7 @@ class ChatRegistry:
         kinds: str = "d",
     ) -> tuple[str, Alignment] | None:  # fmt: skip
         """The id of the chat that a transcript of (role, digest) continues, and where in it. Only chats without an
-        explicit id are looked for, but with `kinds` (see `Catalogue.holding`).
+        explicit id are looked for, but with `kinds` (see `Catalogue`).
 
         Chats that share the most of the newest texts are looked at; those that share fewer than one which convinces
         are not even opened (a reply that no request has shown yet is not counted: one more may be shared). Among
@@ -4819,7 +4911,8 @@ class ChatRegistry:
         """Notes a chat's new messages and its line in the catalogue; hold the chat's lock."""
         texts = list({node.digest for node in chat.nodes(ids) if node.shown})
         kept = [m.at for some in chat.store.marks.values() for m in some.values() if m.forgotten and not m.erased]
-        self.catalogue.enter(chat.store.listing(), texts, chat.store.info["explicit"], min(kept, default=0.0))
+        kind = "d" if not chat.store.info["explicit"] else "e" if chat.store.info.get("extension") else "n"
+        self.catalogue.enter(chat.store.listing(), texts, kind, min(kept, default=0.0))
 
     def erase(self, chat_id: str, digests: Collection[str]) -> None:
         """Erases the words of a chat's forgotten texts; raises `NotFound`."""
@@ -4940,15 +5033,99 @@ def align_request(chat: Chat, request: ChatRequest) -> Alignment:
     return (align_floating if request.persona_in_first_turn else align)(chat.tree, digests, chat.store.head)
 
 
+def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
+    """A request with the messages of the chat that its client keeps out of the prompt, each in its place, as the client
+    told when it last showed the whole chat: they stay part of it."""
+    path, first = chat.path(), request.history_start
+    away, turns = set(chat.store.info.get("hidden", ())).intersection(path), request.turns[first:]
+    if not away or not turns:
+        return request
+    said, asked = chat.texts(path), [t.digest for t in turns]
+    starts = [at for at, digest in enumerate(said) if digest == asked[0]][-SAME_TEXT:]
+    walks = (walk_past(said, asked, start, {at for at, node in enumerate(path) if node in away}) for start in starts)
+    places = max(walks, key=lambda found: found.count(MET), default=[])
+    shown = iter(turns)
+    placed = [next(shown) if at == MET else hidden_turn(*chat.store.read([path[at]])) for at in places]
+    return replace(request, turns=(*request.turns[:first], *placed, *shown))
+
+
+def walk_past(said: Sequence[str], asked: Sequence[str], start: int, away: Collection[int]) -> list[int]:
+    """Follows the texts `asked` for through those that were `said`, past the ones that may be missing (`away`): MET for
+    each one that is there, and the index of each that is passed by."""
+    found: list[int] = []
+    met = 0
+    for at in range(start, len(said)):
+        if met < len(asked) and said[at] == asked[met]:
+            met += 1
+            found.append(MET)
+        elif at in away and met < len(asked):  # what follows the last one is not asked about
+            found.append(at)
+        else:
+            break
+    return found
+
+
+def hidden_turn(message: Message) -> Turn:
+    """A stored message as a turn that the client does not show."""
+    raw = {"role": message.role, "content": message.original}
+    return Turn(raw, message.role, message.original, message.name, message.digest, (), message.voice, hidden=True)
+
+
+def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
+    """A request in whose turns no neighbours are joined: clients that keep to strict roles make one message of several
+    by one side, as after a turn that failed, or in a group.
+
+    A turn is parted where its first paragraphs are a message of the chat that follows on the turn before, and the rest
+    is what follows on that one, or what nothing has followed on yet.
+    """
+    tree, turns = chat.tree, []
+    for turn in request.turns:
+        before = turns[-1].digest if turns else ""
+        turns += parted(tree, turn, before) if "\n\n" in turn.content and turn.digest not in tree.by_digest else [turn]
+    return replace(request, turns=tuple(turns), merges=True) if len(turns) > len(request.turns) else request
+
+
+def parted(tree: Tree, turn: Turn, before: str) -> list[Turn]:
+    """The turns that a turn is made of, as `unmerged` tells them; `before` is the digest of the turn before it."""
+    for cut in re.finditer(r"\n\n", turn.content):
+        first, rest = (part_of(turn, text) for text in (turn.content[: cut.start()], turn.content[cut.end() :]))
+        rest = replace(rest, before=())
+        named = turn.role == "user" or NAME_PREFIX.match(rest.content)  # else a reply that was continued
+        if not named or not rest.content.strip() or not first.content.strip():
+            continue
+        for node in same_text(tree, first.digest):
+            parent, below = tree.nodes[node].parent, [i for i in tree.children.get(node, ()) if tree.is_confirmed(i)]
+            if before and (not parent or tree.nodes[parent].digest != before):
+                continue
+            if not below or any(tree.nodes[i].digest == rest.digest for i in below):
+                return [first, rest]
+            more = parted(tree, rest, first.digest)
+            if len(more) > 1:
+                return [first, *more]
+    return [turn]
+
+
+def part_of(turn: Turn, text: str) -> Turn:
+    """A part of a turn as a turn of its own."""
+    found = NAME_PREFIX.match(text) if turn.voice else None
+    return replace(
+        turn, raw={**turn.raw, "content": text}, content=text, digest=message_digest(turn.role, bare_words(text)),
+        voice=found[0][:-2] if found else turn.voice,
+    )  # fmt: skip
+
+
 def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
-    """As `align_request`, for a chat that the request does not name: nothing fits a chat of another account, and a few
-    matching words fit none with another persona, since many chats begin with "Hi"."""
+    """As `align_request`, for a chat that the request does not name: nothing fits a chat of another account, a few
+    matching words fit none with another persona, since many chats begin with "Hi", and one that knows nearly
+    nothing of what is shown is another chat."""
     account, persona = chat.store.info.get("account"), chat.store.info.get("persona", "")
     if account and request.account and account != request.account:
         return Alignment()
+    request = unmerged(chat, request)
     found = align_request(chat, request)
+    few = len(found.matches) * LEAST_SHARE < len(request.turns) - 1
     strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
-    return Alignment() if strange and len(found.matches) < SURE_MATCHES else found
+    return Alignment() if few or strange and len(found.matches) < SURE_MATCHES else found
 
 
 def is_recent(chat: Chat, message: str) -> bool:
@@ -5975,8 +6152,8 @@ def lay_out(
     """Divides the context between persona, history, memories and reply.
 
     `counts` and `roles` are those of the branch's messages as the store has them, from its first message that is no
-    persona to the request's last turn; `story` is what is kept for the story so far, in tokens. Raises
-    `ContextLengthExceeded`.
+    persona to the request's last turn; one that the client hides counts 0. `story` is what is kept for the story so
+    far, in tokens. Raises `ContextLengthExceeded`.
     """
     first = request.history_start
     shown = len(request.turns) - first
@@ -6001,7 +6178,8 @@ def lay_out(
     full = history > NEARLY_FULL * budget.history
     leaving = next_cut([*stored, *counts], starts, anchor, block, latest) if full else anchor
     room = budget.memories + budget.history - history
-    return Layout(budget, anchor, pivot, history, room, min(recalled, budget.memories), leaving)
+    hidden = frozenset(i for i in range(anchor, len(sizes)) if not sizes[i])
+    return Layout(budget, anchor, pivot, history, room, min(recalled, budget.memories), leaving, hidden)
 
 
 def lay_out_window(
@@ -6257,12 +6435,13 @@ def compose_prompt(
     A client that sees to it that the user begins gets a prompt in which the user begins.
     """
     older = [as_shown(message, request) for message in older]
-    first = older[0] if older else request.turns[turns_from].raw
+    turns = [(i, turn) for i, turn in enumerate(request.turns[turns_from:], turns_from) if not turn.hidden]
+    first = older[0] if older else turns[0][1].raw
     opening = (request.opening or (DEFAULT_OPENING,)) if request.begins_with_user else ()
     prompt = [*with_story(request.persona, story), *(opening if first["role"] == "assistant" else ()), *older]
     if story and not request.persona and prompt:  # a client that sends nothing but its newest message
         prompt[0] = preceded(prompt[0], story)
-    for i, turn in enumerate(request.turns[turns_from:], turns_from):
+    for i, turn in turns:
         prompt.extend(turn.before)
         if not block or i != layout.pivot:
             prompt.append(turn.raw)
@@ -6271,9 +6450,24 @@ def compose_prompt(
         else:
             prompt.append(preceded(turn.raw, block))
     prompt += request.tail
+    if request.strict:
+        prompt = merged(prompt)
     if request.joined:
         return [{"role": "user", "content": "\n\n".join(text_of(m.get("content")) for m in prompt)}]
     return prompt
+
+
+def merged(messages: Sequence[dict]) -> list[dict]:
+    """The messages with neighbours by one side as one message, as clients that keep to strict roles send them."""
+    found: list[dict] = []
+    for message in messages:
+        last = found[-1] if found else {}
+        plain = all(isinstance(m.get("content"), str) and not m.get("tool_calls") for m in (last, message))
+        if plain and message["role"] in CHAT_ROLES and last["role"] == message["role"]:
+            found[-1] = {**last, "content": f"{last['content']}\n\n{message['content']}"}
+        else:
+            found.append(message)
+    return found
 
 
 def with_story(persona: Sequence[dict], story: str) -> list[dict]:
@@ -6892,7 +7086,8 @@ def read_export(data: Any) -> ChatCopy:
         raise InvalidRequest("chat.head names a message that is not there.", "messages")
     if not all(re.fullmatch(r"[0-9A-Za-z_-]{1,64}", row.id) for row in (*summaries, *facts)):
         raise InvalidRequest("A summary or a fact has an id that is not valid.", "id")
-    return ChatCopy(tuple(messages), head, info, tuple(summaries), tuple(facts))
+    messages, moved = rehung(map(worded, messages))
+    return ChatCopy(tuple(messages), moved[head], info, tuple(summaries), tuple(facts))
 
 
 def by_texts(rows: Any, tree: Tree) -> Any:
@@ -6900,7 +7095,7 @@ def by_texts(rows: Any, tree: Tree) -> Any:
     one of version 0.1.0 that names a message which is not in the tree."""
     if not isinstance(rows, list):
         return rows
-    ids = [[row[k] for k in ("first", "last", "message") if k in row] if isinstance(row, dict) else [] for row in rows]
+    ids = [[row[k] for k in NAMING_MESSAGES if k in row] if isinstance(row, dict) else [] for row in rows]
     named = [bool(some) and all(isinstance(i, str) for i in some) for some in ids]
     known = [upgraded_row(row, tree) if ok else row for row, ok in zip(rows, named, strict=True)]
     if None in known:
@@ -6959,8 +7154,7 @@ def checked_message(message: Message, where: str) -> Message:
     """A message with its tokens counted anew; raises `InvalidRequest` where its fields contradict each other."""
     if message.role not in CHAT_ROLES:
         raise InvalidRequest(f"{where}.role must be user or assistant.", f"{where}.role")
-    own_id = message_id(message.parent, message_digest(message.role, message.original))
-    if message.id != own_id and not message.erased:
+    if message.id != key_of(message, message.parent) and not message.erased:
         raise InvalidRequest(f"{where}.id is not that of its text under its parent.", f"{where}.id")
     if message.erased and message.original:
         raise InvalidRequest(f"{where}.erased is for messages without words.", f"{where}.erased")
@@ -9704,7 +9898,7 @@ class Archive:
         What is new in the request is written first. Without an explicit `chat_id` the transcript names the chat.
         """
         with contextlib.ExitStack() as loans:
-            named = chat_id or self._located(request, deadline)
+            named = chat_id or self._located(request, "", deadline)
             chat = loans.enter_context(self._registry.lookup(named)) if named else None
             if chat is None:
                 with self._creating:
@@ -9722,6 +9916,8 @@ class Archive:
             """Finds the place, and writes what is new."""
             known = [] if request.identity.complete else chat.store.info.get("notes", [])
             spoken = without_notes(request, known)
+            if not request.identity.complete:
+                spoken = with_hidden(chat, unmerged(chat, spoken))
             alignment = (chat_id and align_appended(chat, spoken)) or align_request(chat, spoken)
             if note := "" if request.identity.complete else learned_note(chat, alignment, spoken):
                 chat.store.commit(info={"notes": [*known, note][-KEPT_NOTES:]})
@@ -9740,10 +9936,12 @@ class Archive:
             with chat.store.in_ram(str(error)):
                 return write()
 
-    def _located(self, request: ChatRequest, deadline: Deadline) -> str:
-        """The id of the chat without an explicit id that a request's transcript continues; empty: none."""
+    def _located(self, request: ChatRequest, chat_id: str, deadline: Deadline) -> str:
+        """The id of the chat without an explicit id that a request's transcript continues, or of one whose id comes
+        from our extension, which may be off by now or see a copy of the chat; empty: none."""
         digests = [(t.role, t.digest) for t in request.turns]
-        found = self._registry.locate(digests, lambda chat: align_anonymous(chat, request), deadline.left)
+        kinds = "de" if not chat_id or request.identity.has_metadata else "d"
+        found = self._registry.locate(digests, lambda chat: align_anonymous(chat, request), deadline.left, kinds)
         if found or not request.account:
             return found[0] if found else ""
         with self._registry.lookup(request.account) as chat:  # one chat per account, as clients of old have it
@@ -9757,7 +9955,7 @@ class Archive:
 
         A new explicit id adopts a copy of the branch that its transcript continues; an imported chat becomes it.
         """
-        parent, located = self._parent(request), self._located(request, deadline)
+        parent, located = self._parent(request), self._located(request, chat_id, deadline)
         if not chat_id and (parent or located):
             return parent or located
         named = chat_id or f"{request.account or 'chat'}-{secrets.token_hex(8)}"
@@ -9769,7 +9967,8 @@ class Archive:
             if parent:
                 self._adopt(parent, chat, lambda source: align_request(source, request))
             if located:
-                self._become(located, chat, lambda source: align_request(source, request), copy=not parent)
+                sure = request.identity.has_metadata
+                self._become(located, chat, lambda source: align_request(source, request), copy=not parent, whole=sure)
             if not chat_id:
                 with chat.lock:  # before anyone else may look for it
                     self._write_branch(chat, align_request(chat, request), request)
@@ -9793,20 +9992,25 @@ class Archive:
                     path = source.path(align(source).tip)
                 self._copy_messages(source, target, path)
 
-    def _become(self, source_id: str, target: Chat, align: Callable[[Chat], Alignment], copy: bool = True) -> None:
-        """Has an imported chat become the named one: all around the branch that they share moves there.
+    def _become(
+        self, source_id: str, target: Chat, align: Callable[[Chat], Alignment], copy: bool = True, whole: bool = False
+    ) -> None:
+        """Has an imported chat become the named one: all around the branch that they share moves there. Of one that was
+        lived without an id the `whole` moves, where it is certain which chat goes on.
 
-        Of a chat that was no import the branch is copied, unless not to `copy`. Files that begin alike share a chat as
-        its branches: it stays until each of them has become a named one.
+        Of other chats the branch is copied, unless not to `copy`. Files that begin alike share a chat as its branches:
+        it stays until each of them has become a named one.
         """
         with self._registry.lookup(source_id) as source:
-            if source is None or not source.store.info.get("imported"):
+            lived = source is not None and not source.store.info["explicit"]
+            if not lived or not (whole or source.store.info.get("imported")):
                 if source and copy:
                     self._adopt(source_id, target, align)
                 return
             with source.lock:
                 tip = align(source).tip
-                ids = around_branch(source.tree, tip) if tip else []
+                whole = whole and bool(tip) and not source.store.info.get("imported")
+                ids = list(source.tree.nodes) if whole else around_branch(source.tree, tip) if tip else []
                 taken = set(source.store.info.get("taken", ())) | (source.tree.ends & set(ids))
                 info = {k: v for k, v in source.store.info.items() if k in BECOMING and k not in target.store.info}
                 left = source.tree.ends - taken
@@ -9864,11 +10068,14 @@ class Archive:
         info = {"head": path[-1], "shows_history": shows}
         info |= {"character": character} if character else {}
         info |= {"title": request.identity.title} if request.identity.title else {}
+        if request.identity.complete:
+            info["hidden"] = [i for i, t in zip(path[-len(request.turns) :], request.turns, strict=True) if t.hidden]
         group = request.identity.group or names_of_group(store.info.get("group", ""), (t.voice for t in request.turns))
         info |= {"group": group} if group else {}
         erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
         info |= {"persona": "" if erased else persona} if request.persona else {}
         info |= {"account": request.account} if request.account and not store.info["explicit"] else {}
+        info |= {"extension": True} if request.identity.has_metadata and store.info["explicit"] else {}
         info |= {"lone": lone} if (lone := is_lone(chat, request, path)) != store.info.get("lone", False) else {}
         before = chat.path()
         if messages or any(store.info.get(k) != v for k, v in info.items()):
@@ -10010,7 +10217,7 @@ class Archive:
 
     def _chat_of_copy(self, copy: ChatCopy, chat_id: str) -> tuple[str, bool]:
         """The id of the chat that a file's belongs to, and whether it was made for it."""
-        named = chat_id or copy.info.get("chat_id", "") or self._located_copy(copy, "dn")
+        named = chat_id or copy.info.get("chat_id", "") or self._located_copy(copy, ANY_ID)
         if not named:  # derived, so that an import that was interrupted finds its chat again
             first_user = next((m.id for m in copy.path if m.role == "user"), copy.head)
             named = f"chat-{first_user[:16]}"
@@ -11376,7 +11583,8 @@ class PromptBuilder:
         with chat.lock:
             mood = self._mood(turn)
             piece = self._reminder(turn, story, recalled)
-            older = chat.store.read([n.id for n in nodes[first + layout.anchor : first + above]])
+            above_window = enumerate(nodes[first + layout.anchor : first + above], layout.anchor)
+            older = chat.store.read([n.id for i, n in above_window if i not in layout.hidden])
         memories = [*recalled.memories, *self._recaller.carry_over(turn, recalled.memories)]
         carried = memories[len(recalled.memories) :]
         parts = (memory_block(recalled.memories), carried_block(carried), self._feelings.guidance(turn, mood))
@@ -11392,9 +11600,11 @@ class PromptBuilder:
         first, above = request.history_start, len(nodes) - len(request.turns)
         path, shown, budget = [n.id for n in nodes], nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
-        counts = [n.tokens for n in shown]
+        away = set(chat.store.info.get("hidden", ()))
+        counts = [0 if n.id in away else n.tokens for n in shown[:above]]
+        counts += [0 if t.hidden else n.tokens for t, n in zip(request.turns[first:], shown[above:], strict=True)]
         for i, turn in enumerate(request.turns[first:], above):
-            if shown[i].shown != turn.fingerprint:  # the client shows it with something else around the words
+            if shown[i].shown != turn.fingerprint and not turn.hidden:  # with something else around the words
                 counts[i] = message_tokens(turn.raw)
         layout = arrange(request, context, shares, counts, [n.role for n in shown], reserved)
         story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
