@@ -273,8 +273,7 @@ class SettingsError(PersonaMemoryError):
 class InvalidRequest(PersonaMemoryError):
     """The client's request cannot be understood."""
 
-    status = 400
-    type = "invalid_request_error"
+    status, type = 400, "invalid_request_error"
 
 
 class ContextLengthExceeded(InvalidRequest):
@@ -286,38 +285,31 @@ class ContextLengthExceeded(InvalidRequest):
 class NotAuthenticated(PersonaMemoryError):
     """The key that `--api-key` asks for is missing or wrong."""
 
-    status = 401
-    type = "authentication_error"
-    code = "invalid_api_key"
+    status, type, code = 401, "authentication_error", "invalid_api_key"
 
 
 class ForeignOrigin(PersonaMemoryError):
     """A web page of another origin, or a foreign name that points to this machine, tries to use the server."""
 
-    status = 403
-    type = "permission_error"
+    status, type = 403, "permission_error"
 
 
 class NotFound(PersonaMemoryError):
     """No such chat, message or route."""
 
-    status = 404
-    type = "invalid_request_error"
-    code = "not_found"
+    status, type, code = 404, "invalid_request_error", "not_found"
 
 
 class StoreError(PersonaMemoryError):
     """A chat's store cannot be read or written."""
 
-    status = 503
-    code = "store_unavailable"
+    status, code = 503, "store_unavailable"
 
 
 class DiskFull(StoreError):
     """There is no room for anything new."""
 
-    status = 507  # RFC 4918, 11.5
-    code = "disk_full"
+    status, code = 507, "disk_full"  # RFC 4918, 11.5
 
 
 class StoreDamaged(StoreError):
