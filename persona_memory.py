@@ -273,8 +273,7 @@ class SettingsError(PersonaMemoryError):
 class InvalidRequest(PersonaMemoryError):
     """The client's request cannot be understood."""
 
-    status = 400
-    type = "invalid_request_error"
+    status, type = 400, "invalid_request_error"
 
 
 class ContextLengthExceeded(InvalidRequest):
@@ -286,38 +285,31 @@ class ContextLengthExceeded(InvalidRequest):
 class NotAuthenticated(PersonaMemoryError):
     """The key that `--api-key` asks for is missing or wrong."""
 
-    status = 401
-    type = "authentication_error"
-    code = "invalid_api_key"
+    status, type, code = 401, "authentication_error", "invalid_api_key"
 
 
 class ForeignOrigin(PersonaMemoryError):
     """A web page of another origin, or a foreign name that points to this machine, tries to use the server."""
 
-    status = 403
-    type = "permission_error"
+    status, type = 403, "permission_error"
 
 
 class NotFound(PersonaMemoryError):
     """No such chat, message or route."""
 
-    status = 404
-    type = "invalid_request_error"
-    code = "not_found"
+    status, type, code = 404, "invalid_request_error", "not_found"
 
 
 class StoreError(PersonaMemoryError):
     """A chat's store cannot be read or written."""
 
-    status = 503
-    code = "store_unavailable"
+    status, code = 503, "store_unavailable"
 
 
 class DiskFull(StoreError):
     """There is no room for anything new."""
 
-    status = 507  # RFC 4918, 11.5
-    code = "disk_full"
+    status, code = 507, "disk_full"  # RFC 4918, 11.5
 
 
 class StoreDamaged(StoreError):
@@ -4480,6 +4472,7 @@ ANY_ID = "dne"  # kinds of ids, see Catalogue
 MET = -1  # an index of no message
 LEAST_SHARE = 4  # of a request's messages one in so many is known to the chat that it goes on
 SURE_MATCHES = 3  # matching messages that name a chat whatever its persona says
+MOST_REFUSED = 500  # ids of what a filter refused, for each part of a prompt
 KEPT_NOTES = 8  # of a chat: texts that its client puts around or between a user's words
 REWORDED = 8  # newest messages that a client's rules for its display may show in other words at every turn
 SAME_SPEECH = 0.7  # of the shorter message's words
@@ -4501,7 +4494,6 @@ class Chat:
         self.word_readings: dict[str, EmotionReading] = {}  # by words alone, until there is a vector
         self.persona_vectors: dict[str, np.ndarray | None] = {}  # by piece; None: being computed
         self.last_prompt: list[Sent] | None = None
-        self.refused: dict[str, frozenset[str]] = {}  # what of a prompt's parts, by ids, a provider's filter refused
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -4514,6 +4506,16 @@ class Chat:
     def tree(self) -> Tree:
         """Its messages."""
         return self.store.tree
+
+    def refused(self, part: str) -> list[str]:
+        """What of a part of the prompt a provider's filter has refused, by ids, newest last."""
+        return self.store.info.get("refused", {}).get(part, [])
+
+    def refuse(self, part: str, ids: Collection[str]) -> None:
+        """Notes what a provider's filter has refused, so that the next turn does not begin with it."""
+        with self.lock:
+            known = list(dict.fromkeys([*self.refused(part), *sorted(ids)]))[-MOST_REFUSED:]
+            self.store.commit(info={"refused": {**self.store.info.get("refused", {}), part: known}})
 
     def path(self, tip: str = "") -> list[str]:
         """The ids of the current branch, or of the one that ends with `tip`; oldest first."""
@@ -5852,7 +5854,8 @@ def content_terms(text: str) -> set[str]:
     words = (w.casefold() for w in re.findall(r"[^\W\d_]+", text) if len(w) > 3 and ord(w[0]) < 0x2E80)
     signs = re.findall(r"[\u2e80-\uffef\U00020000-\U0003ffff]+", text)
     pairs = {run[i : i + 2] for run in signs for i in range(len(run) - 1)}
-    return {w[:5] for w in words if w not in stop_words(language_of(text))} | pairs
+    stops = stop_words(language_of(text))
+    return {w[:5] for w in words if w not in stops} | pairs
 
 
 def flaw_of(text: str, source: str) -> str:
@@ -7568,7 +7571,13 @@ BLOCKED = re.compile(  # Azure's and OpenAI's codes, Gemini's reasons, OpenRoute
 DONE, GARBLED = object(), object()  # a stream's own end; a piece that is no JSON
 EVENT_FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
 TEXT_PARTS, THOUGHT_PARTS = ("text", "output_text"), ("thinking", "reasoning", "thought")
+NO_REASONS = ("", "null", "None", "none")  # why a reply ended, where servers say so before it has
 USAGE_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+ERROR_WORDS = (  # where the words of an error stand; `base_resp` is MiniMax's frame around its own
+    "message", "error", "msg", "detail", "errors", "error_msg", "error_message", "errorMessage", "status_msg",
+    "base_resp",
+)  # fmt: skip
+ERROR_CODES = ("code", "status", "status_code", "error_code", "type")
 ERROR_STATUSES = {  # the status of errors that come inside a 200 and name only their kind
     "rate_limit_error": 429, "rate_limit_exceeded": 429, "resource_exhausted": 429, "insufficient_quota": 429,
     "authentication_error": 401, "invalid_api_key": 401, "unauthenticated": 401, "permission_error": 403,
@@ -7665,7 +7674,7 @@ def is_bare_error(value: Any) -> bool:
 
 def event_value(raw: bytes) -> Any:
     """The one value of some text; `DONE` or `GARBLED` where it is none."""
-    text = raw.decode("utf-8", "replace").strip()
+    text = raw.decode("utf-8", "replace").strip("\ufeff \t\r\n").removeprefix("data:").strip()
     if text == "[DONE]":
         return DONE
     try:
@@ -7738,15 +7747,16 @@ def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
     """The chunks among a body's values. The last one of each choice says why it ended: a body that just ends after
     some words is a proper end, one with garbled pieces is a cut."""
     unfinished: dict[int, bool] = {}
-    last, garbled = None, False
+    last, garbled, begun = None, False, False
     for value in values:
         if value is DONE:
             break
-        chunk = None if value is GARBLED else as_chunk(value)
+        chunk = None if value is GARBLED else as_chunk(value, begun)
         garbled = garbled or value is GARBLED
         if chunk is None:
             continue
         last = chunk
+        begun = begun or any(says_something(c["delta"]) for c in chunk["choices"])
         unfinished |= {c["index"]: not c.get("finish_reason") for c in chunk["choices"]}
         yield chunk
     if last is None:
@@ -7759,13 +7769,16 @@ def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
         yield {k: v for k, v in last.items() if k != "usage"} | {"choices": ends}
 
 
-def as_chunk(value: Any) -> dict | None:
-    """A value of a stream as one chunk; None where it is none, such as a ping. Raises `UpstreamError`."""
+def as_chunk(value: Any, begun: bool = False) -> dict | None:
+    """A value of a stream as one chunk; None where it is none, such as a ping. Raises `UpstreamError`.
+
+    In a stream that has `begun` a whole message beside a delta repeats what was said (Perplexity).
+    """
     payload = readable_payload(value)
     if payload is None:
         return None
     choices = [
-        {k: v for k, v in choice.items() if k not in ("message", "text")} | {"delta": choice_message(choice)}
+        {k: v for k, v in choice.items() if k not in ("message", "text")} | {"delta": choice_message(choice, begun)}
         for choice in payload["choices"]
     ]
     if is_whole(payload):
@@ -7792,7 +7805,7 @@ def is_whole(payload: Mapping) -> bool:
     """Whether a value is a whole answer and no chunk of a stream."""
     choices = payload.get("choices")
     rows = choices if isinstance(choices, list) else [choices]
-    return any(isinstance(row, dict) and "message" in row and "delta" not in row for row in rows)
+    return any(isinstance(row, dict) and row.get("message") and not row.get("delta") for row in rows)
 
 
 def finish_of(choice: Mapping) -> str:
@@ -7808,7 +7821,7 @@ def readable_payload(value: Any) -> dict | None:
     if not isinstance(value, dict):
         return None
     rows = choices_in(value)
-    if value.get("error") or (rows is None and is_error(value)):
+    if is_told(value.get("error")) or (rows is None and is_error(value)):
         raise embedded_error(value)
     choices = [readable_choice(row, place) for place, row in enumerate(rows or []) if isinstance(row, dict)]
     usage = readable_usage(value.get("usage"))
@@ -7819,7 +7832,10 @@ def readable_payload(value: Any) -> dict | None:
         payload.pop(name, None)  # an error that is none, too: some clients end at the mere name
     if usage is not value.get("usage"):
         payload["usage"] = usage
-    if isinstance(payload.get("model"), str):
+    for name, kind in (("id", str), ("model", str), ("created", int)):  # some clients check their types
+        if not isinstance(payload.get(name, kind()), kind):
+            payload.pop(name)
+    if "model" in payload:
         payload["model"] = payload["model"][:LONGEST_MODEL_NAME]
     return payload
 
@@ -7845,29 +7861,34 @@ def choices_in(payload: Mapping) -> list | None:
 def readable_choice(choice: dict, place: int) -> dict:
     """A choice with its place as `index` and a reason to have finished that is text; raises `UpstreamError`."""
     finish, index = choice.get("finish_reason"), whole_number(choice.get("index"))
-    if choice.get("error") or finish == "error":
-        raise embedded_error(choice if choice.get("error") else {"error": "The upstream ended its reply in an error."})
+    if is_told(choice.get("error")) or finish == "error":
+        told = is_told(choice.get("error"))
+        raise embedded_error(choice if told else {"error": "The upstream ended its reply in an error."})
     choice = choice if index == choice.get("index") and index is not None else {**choice, "index": index or place}
-    if finish is None or (isinstance(finish, str) and finish):
+    if finish is None or (isinstance(finish, str) and finish not in NO_REASONS):
         return choice
-    return {**choice, "finish_reason": "stop" if finish else None}
+    return {**choice, "finish_reason": None if finish in NO_REASONS or not finish else "stop"}
 
 
-def choice_message(choice: Mapping) -> dict:
+def choice_message(choice: Mapping, begun: bool = False) -> dict:
     """What a choice says, as a message or a delta of OpenAI's shape: the content is text, thoughts stand beside it."""
-    said = choice.get("delta") or choice.get("message") or choice.get("text")
+    delta = choice.get("delta")
+    said = delta if delta or (begun and delta is not None) else choice.get("message") or choice.get("text")
     if isinstance(said, str | list):
         said = {"content": said}
     if not isinstance(said, dict):
         return {}
+    if said.get("role") not in (None, "assistant"):
+        said = {**said, "role": "assistant"}
     content = said.get("content")
     if content is None or isinstance(content, str):
         return said
     rows = content if isinstance(content, list) else [content]
-    parts = [row if isinstance(row, dict) else {"type": "text", "text": str(row)} for row in rows if row is not None]
-    thoughts = "".join(part_text(p) for p in parts if p.get("type") in THOUGHT_PARTS)
-    others = [p for p in parts if p.get("type", "text") not in TEXT_PARTS + THOUGHT_PARTS]
-    text = "".join(part_text(p) for p in parts if p not in others and p.get("type") not in THOUGHT_PARTS)
+    parts = [row if isinstance(row, dict) else {"text": str(row)} for row in rows if row is not None]
+    parts = [p if isinstance(p.get("type"), str) else {**p, "type": "text"} for p in parts]
+    thoughts = "".join(part_text(p) for p in parts if p["type"] in THOUGHT_PARTS)
+    others = [p for p in parts if p["type"] not in TEXT_PARTS + THOUGHT_PARTS]
+    text = "".join(part_text(p) for p in parts if p["type"] in TEXT_PARTS)
     said = {**said, "content": [{"type": "text", "text": text}, *others] if others else text}
     return said | ({"reasoning_content": thoughts} if thoughts else {})
 
@@ -7903,15 +7924,30 @@ def joined_chunks(chunks: Sequence[Mapping]) -> dict:
         for key, value in choice["delta"].items():
             if key == "tool_calls" and isinstance(value, list):
                 join_tool_calls(message.setdefault("tool_calls", []), value)
+            elif key == "content" and list in (type(value), type(message[key])):  # pictures among the words
+                message[key] = [*content_parts(message[key]), *content_parts(value)]
             elif isinstance(value, str) and key != "role":
-                message[key] = (message.get(key) or "") + value
+                before = message.get(key)
+                message[key] = (before if isinstance(before, str) else "") + value
             elif value is not None:
                 message[key] = value
         finish[choice["index"]] = choice.get("finish_reason") or finish.get(choice["index"]) or "stop"
     usage = next((c["usage"] for c in reversed(chunks) if c.get("usage")), None)
+    for message in messages.values():
+        message |= {k: whole_characters(v) for k, v in message.items() if isinstance(v, str)}
     choices = [{"index": i, "message": messages[i], "finish_reason": finish[i]} for i in sorted(messages)]
     answer = {**chunks[-1], "object": "chat.completion", "choices": choices}
     return answer | {"usage": usage} if usage else answer
+
+
+def content_parts(content: Any) -> list[dict]:
+    """A reply's content as a list of parts."""
+    return content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
+
+
+def whole_characters(text: str) -> str:
+    """The text with the halves of characters beyond U+FFFF joined, which some streams part; clients show them so."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
 def join_tool_calls(calls: list[dict], more: Sequence[Any]) -> None:
@@ -8138,6 +8174,7 @@ CONTEXT_TOKENS = (
 LARGEST_RATIO = 4.0  # of a model's tokens to ours
 LARGEST_USUAL_RATIO = 2.0  # that a count is believed; only an error says more
 UNKNOWN_RATIO = 1.5  # where a prompt was too long and nobody says by how much
+MOST_SHORTENED = 3  # times that a prompt is made shorter: by two thirds and more where nobody says by how much
 RATIO_STEP = 0.05  # ratios are rounded up, so that a prompt's budget does not change from turn to turn
 LEAST_MEASURED = 500  # tokens; in a shorter prompt a template's own count too much
 CONTEXT_STEP = 4096  # tokens in which a context of unknown length grows, so that budgets stay for many turns
@@ -8200,18 +8237,23 @@ def without_oldest(messages: Sequence[dict], tokens: int, first: int) -> list[di
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
+def is_told(error: Any) -> bool:
+    """Whether an `error` field tells of one; some gateways send theirs in every answer, with nothing in it."""
+    return any(error.values()) if isinstance(error, dict) else bool(error)
+
+
 def is_error(payload: Mapping) -> bool:
     """Whether a value without choices is an error that has no `error` field: FastAPI's `detail`, Cloudflare's list,
-    or a bare message."""
+    a bare message under one of its names."""
     named = "error" in (payload.get("object"), payload.get("type"))
-    return named or isinstance(payload.get("message"), str) or any(payload.get(k) for k in ("detail", "errors"))
+    return named or isinstance(payload.get("message"), str) or any(payload.get(k) for k in ERROR_WORDS[2:])
 
 
 def embedded_error(payload: Mapping) -> UpstreamError:
     """The error inside a 200, or inside a stream; its status is what its code, or its kind, says."""
     error = error_of(payload)
     places = (error, payload, *(p.get("metadata") for p in (error, payload) if isinstance(p.get("metadata"), dict)))
-    for value in (place.get(name) for place in places for name in ("code", "status", "status_code", "type")):
+    for value in (place.get(name) for place in places for name in ERROR_CODES):
         status = whole_number(value) or (ERROR_STATUSES.get(value.lower()) if isinstance(value, str) else None)
         if status and 400 <= status < 600:
             return UpstreamError(status, error)
@@ -8235,7 +8277,7 @@ def error_of(body: Any) -> dict:
     error = body if isinstance(body, dict) else {"message": str(body)}
     while isinstance(error.get("error"), dict):
         error = error["error"]
-    words = next((error[k] for k in ("message", "msg", "error", "detail", "errors") if error.get(k)), "")
+    words = next((error[k] for k in ERROR_WORDS if error.get(k)), "")
     if isinstance(words, list):
         words = "; ".join(located(row) for row in words)
     elif isinstance(words, dict):
@@ -9253,6 +9295,7 @@ ENCODED_AT_ONCE = 8  # missing vectors that a turn computes itself, the newest; 
 READ_AT_ONCE = 256  # messages that a long job reads under a chat's lock before a turn may come between
 BACKLOG = 5  # stretches that are summarised by the model one after the other; of more, the older by extraction
 MOST_TRIES = 3  # of a model at one stretch
+MOST_FLAWED = 2  # stretches in a row of which a model may write nothing usable before users are told
 GAVE_WAY_AT_MOST = 50  # times that a summary gives way to turns
 SUMMARY_OVERHEAD = 900  # tokens of the task, the facts, and of what other tokenizers count more
 LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
@@ -9385,7 +9428,8 @@ class Prepared:
     fallbacks: tuple[Fallback, ...] = ()  # what to ask where a filter refuses the body, one after the other
     refused: str = ""  # the part without which the upstream took it
     parts: Mapping[str, frozenset[str]] = field(default_factory=dict)  # see `TurnMemory.parts`
-    shortened: bool = False  # the prompt was too long for the model, and lost its oldest messages
+    shortened: int = 0  # how often the prompt was too long for the model, and lost its oldest messages
+    limit: int = 0  # a context length that the model seems to have, though nobody has said so; 0: none is guessed
     summary: tuple[SummaryPlan, str] | None = None  # what may be summarised now, and the client's authorization for it
     ephemeral: bool = False  # the reply will not become a message of the chat
 
@@ -10104,7 +10148,7 @@ class Archive:
             with chat.lock:
                 if tip not in chat.tree.nodes:  # deleted, and made anew under the same id
                     return []
-                said = [spoken_words("assistant", text) for text in texts]
+                said = [spoken_words("assistant", whole_characters(text)) for text in texts]
                 replies = [new_message(tip, "assistant", text) for text in said if text.strip()]
                 replies = [replace(m, confirmed=False, complete=complete) for m in replies]
                 fresh = [m for m in replies if not chat.tree.is_confirmed(m.id)]
@@ -10761,6 +10805,8 @@ class Summarizer:
         self._call = Call()
         self._closed = False
         self.failure: dict | None = None  # how the last request failed; None once one has not
+        self._asked = ""  # the model that was asked last
+        self._flawed = 0  # stretches in a row that it has written nothing usable of
 
     def start(self) -> None:
         """Goes on with what was due when the program ended; raises `StoreError`."""
@@ -10887,13 +10933,12 @@ class Summarizer:
         return self._settings.proxy or bool(self._settings.summary_upstream)
 
     def _extract_to_improve(self, chat: Chat, plan: SummaryPlan) -> Summary | None:
-        """The oldest extract of a branch that a model may still replace; one that stands for several others comes after
-        those."""
+        """The extract of a branch that a model replaces next; one that stands for several others comes after those."""
         if not self._writes:
             return None
         with chat.lock:
             path, story = self._story(chat, plan)
-            return oldest_extract(story, list(chat.store.summaries.values()), chat.texts(path))
+            return extract_to_improve(story, list(chat.store.summaries.values()), chat.texts(path))
 
     def _improve(self, chat: Chat, plan: SummaryPlan, authorization: str) -> float | None:
         """Has the model write one extract anew; returns the seconds after which to go on, None to end it for now.
@@ -10917,7 +10962,7 @@ class Summarizer:
             fresh, _ = self._from_messages(chat, messages, old.start, plan, ask)
         else:
             fresh = self._from_summaries(chat, path, parts, plan, ask)
-        if self._closed or (self.failure and self.failure is not failed):
+        if self._closed or (self.failure and self.failure is not failed and self.failure["status"]):
             return None  # the model is not to blame: it goes on with the next turn, or after a restart
         since = start + self._settings.summary_every - 1
         fresh = replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1, since=since)
@@ -10969,14 +11014,25 @@ class Summarizer:
                 self._call = call
             try:
                 model = model or self._upstream.default_model(call)
-                choice = self._upstream.complete(body | {"model": model}, call)["choices"][0]
-                self.failure = None
-                return choice
+                self._asked = model
+                return self._upstream.complete(body | {"model": model}, call)["choices"][0]
+            except NoReply:
+                raise  # a flaw of the model's, as others are
             except PersonaMemoryError as error:
                 if self._closed or not call.cancelled:
-                    self.failure = {"at": time.time(), "model": model, "status": error.status, "words": str(error)}
+                    self._note_failure(error.status, str(error))
                     raise
         raise UpstreamUnavailable("The upstream was busy with turns.")
+
+    def _note_failure(self, status: int, words: str) -> None:
+        """Notes why the model that was asked last writes no summaries; `status` is 0 where it answers, but badly."""
+        self.failure = {"at": time.time(), "model": self._asked, "status": status, "words": words}
+
+    def _note_flaw(self, flaw: str) -> None:
+        """Notes what is wrong with what the model writes, which one bad answer does not show."""
+        self._flawed += 1
+        if self._flawed >= MOST_FLAWED:
+            self._note_failure(0, f"What it wrote {self._flawed} times in a row could not be used: {flaw}.")
 
     def _from_messages(
         self, chat: Chat, messages: Sequence[Message], start: int, plan: SummaryPlan, ask: Callable | None
@@ -11037,6 +11093,7 @@ class Summarizer:
             return "", []
         lines = clipped_lines(lines, budget)
         plain_only = getattr(self._upstream, "model", "") == LOCAL_MODEL  # too small for JSON, and slow
+        flaw = ""
         for strict in (True,) if plain_only else (False, True):
             tokens = 2 * room + (0 if strict else 80 * MOST_FACTS)
             if not self._may_ask():
@@ -11044,6 +11101,7 @@ class Summarizer:
             try:
                 choice = ask(summary_request(lines, what, room, strict), tokens)
             except NoReply as error:
+                flaw = str(error).removesuffix(".")
                 log_event("summary_rejected", f"A summary is not used: {error}", flaw="empty", strict=strict)
                 continue
             except PersonaMemoryError as error:
@@ -11055,8 +11113,10 @@ class Summarizer:
             text = whole_sentences(text, room, choice.get("finish_reason") == "length")
             flaw = flaw_of(text, "\n".join(lines))
             if not flaw:
+                self.failure, self._flawed = None, 0
                 return text, facts
             log_event("summary_rejected", f"A summary is not used: {flaw}.", flaw=flaw, strict=strict)
+        self._note_flaw(flaw)
         return "", []
 
     def summarize(self, text: str, authorization: str) -> str:
@@ -11113,11 +11173,13 @@ def marked_since(chat: Chat, marks: Mapping[str, Mapping[str, Mark]]) -> set[str
     return {digest for digest in marks.keys() | now.keys() if marks.get(digest) != now.get(digest)}
 
 
-def oldest_extract(story: Sequence[Summary], stored: Sequence[Summary], texts: Sequence[str]) -> Summary | None:
-    """The oldest extract among summaries, and among those that they were made from, which go first."""
+def extract_to_improve(story: Sequence[Summary], stored: Sequence[Summary], texts: Sequence[str]) -> Summary | None:
+    """The first extract among summaries, and among those that they were made from, which go first: of the story's
+    oldest line, the part that tells most."""
     for summary in story:
         parts = taken_in(summary, stored, texts) if summary.level > 1 else ()
-        found = oldest_extract(parts, stored, texts)
+        parts = sorted(parts, key=lambda s: -importance_alone(s.text, 0.0))
+        found = extract_to_improve(parts, stored, texts)
         if found or (summary.source == "extract" and summary.tries < MOST_TRIES):
             return found or summary
     return None
@@ -11157,6 +11219,7 @@ class Status:
         return {
             "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
             "embedder": embedder, "chats": len(self._registry), "proxy": self._settings.proxy,
+            "summaries": "failing" if self.summaries else "ok",  # the page says why, in words that need a key
         }  # fmt: skip
 
     @property
@@ -11180,7 +11243,7 @@ class Status:
             "data": self._settings.data, "uptime": round(time.time() - self._started), "last_turn": self.last_turn,
             "queue": queue_now | {"limit": self._settings.upstream_limit},
             "turns": {o: figure("requests_total", outcome=o) for o in outcomes}, "troubles": self.troubles.newest(),
-            "summaries": self.summaries,
+            "summary_failure": self.summaries,
         }  # fmt: skip
 
     def options(self) -> list[dict]:
@@ -11246,7 +11309,8 @@ def diagnosis(
         return "loading", "Models are loading.", "Chats work already; memories are found by words until then."
     if summaries:
         words = f"The model {summaries['model']} could not write a summary: {summaries['words']}"
-        return "notice", words, f"{SUMMARY_ADVICE} {advice_on(summaries['status'], upstream)}"
+        advice = advice_on(summaries["status"], upstream) if summaries["status"] else ""
+        return "notice", words, f"{SUMMARY_ADVICE} {advice}".rstrip()
     if turn.get("outcome") == "degraded":
         reason = turn["why"].removeprefix("degraded; reason=")
         if reason.startswith(UNKEPT):
@@ -11322,6 +11386,7 @@ class Completions:
                 break
             except UpstreamError as error:
                 prepared = self._mended(prepared, error)
+        self._learn_limit(prepared)
         if answer.get("usage"):
             self._learn_ratio(prepared, answer["usage"])
         else:
@@ -11340,6 +11405,7 @@ class Completions:
                 break
             except UpstreamError as error:
                 prepared = self._mended(prepared, error)
+        self._learn_limit(prepared)
         with contextlib.closing(chunks):
             yield prepared
             yield from self._with_usage(prepared, itertools.chain([first], chunks))
@@ -11347,36 +11413,47 @@ class Completions:
     def _mended(self, prepared: Prepared, error: UpstreamError) -> Prepared:
         """The turn as the upstream may take it after that error; raises the error where there is no such thing."""
         overflow = exceeded_context(error)
-        if overflow and not prepared.shortened and prepared.history is not None:
+        if overflow and prepared.shortened < MOST_SHORTENED and prepared.history is not None:
             return self._shortened(prepared, overflow, error)
         if is_blocked(error) and prepared.fallbacks:
-            return without_refused(prepared, error)
+            refused = replace(prepared, refused=prepared.fallbacks[0].without)
+            return without_part(refused, f"which the provider's filter refused: {error}")
         raise error
 
     def _shortened(self, prepared: Prepared, overflow: Overflow, error: UpstreamError) -> Prepared:
         """The turn without its oldest messages: those that are too much for the model, and a tenth of the prompt at
-        least. What the error tells of the model is kept for the next turns."""
-        messages, model = prepared.body["messages"], prepared.body.get("model") or ""
-        ours = counted_usage(messages, ())["prompt_tokens"]
+        least. Where none are left to go, memory goes, part by part. What the error tells of the model is kept for the
+        next turns."""
+        model, reply = prepared.body.get("model") or "", reply_limit(prepared.body)
+        ours = prompt_tokens(prepared.body["messages"])
         measured, ratio = self._ratios.get(model)
-        reply = reply_limit(prepared.body)
         if overflow.prompt:
             measured, ratio = ours, token_ratio(ours, overflow.prompt)
         elif overflow.context and ours * ratio + reply < overflow.context:
             ratio *= UNKNOWN_RATIO
+        ratio = min(ratio, LARGEST_RATIO)
+        self._ratios.put(model, (measured, ratio))
+        if overflow.context:
+            self._limits.put(model, overflow.context)
         limit = overflow.context or int(ours * ratio / UNKNOWN_RATIO) + reply
-        self._limits.put(model, limit)
-        self._ratios.put(model, (measured, min(ratio, LARGEST_RATIO)))
-        room = (limit - reply) / ratio
-        kept = without_oldest(messages, int(max(ours - room, ours / 10)), prepared.history)
-        gone = len(messages) - len(kept)
-        if not gone:
-            raise error
-        reason = f"the prompt was too long for the model and lost its oldest messages ({gone}): {error}"
-        report, left = prepared.report, ours - counted_usage(kept, ())["prompt_tokens"]
-        tokens = report.tokens | {"history": max(0, report.tokens["history"] - left)}
-        report = replace(report, history=max(0, report.history - gone), tokens=tokens)
-        return with_messages(replace(prepared, shortened=True, report=report), reason, kept)
+        prepared = replace(prepared, shortened=prepared.shortened + 1, limit=0 if overflow.context else limit)
+        room = min((limit - reply) / ratio, 0.9 * ours)
+        while prepared.shortened == MOST_SHORTENED and prepared.fallbacks:  # the last try is the client's own prompt
+            prepared = without_part(prepared, f"for which the model has no room: {error}")
+        while True:
+            messages = prepared.body["messages"]
+            kept = without_oldest(messages, math.ceil(prompt_tokens(messages) - room), prepared.history)
+            left = prompt_tokens(kept)
+            if left < ours:
+                return without_messages(prepared, kept, error)
+            if not prepared.fallbacks:
+                raise error
+            prepared = without_part(prepared, f"for which the model has no room: {error}")
+
+    def _learn_limit(self, prepared: Prepared) -> None:
+        """A guessed context length holds only once a prompt has fitted into it: the guess refuses prompts."""
+        if prepared.limit:
+            self._limits.put(prepared.body.get("model") or "", prepared.limit)
 
     def _learn_ratio(self, prepared: Prepared, usage: Mapping) -> None:
         """Learns from a prompt's tokens as the model counts them.
@@ -11420,15 +11497,26 @@ class Completions:
                 self._metrics.usage.labels(kind).inc(count)
 
 
-def without_refused(prepared: Prepared, error: UpstreamError) -> Prepared:
-    """The same turn without the next part of its prompt that a provider's filter may have refused."""
+def without_part(prepared: Prepared, why: str) -> Prepared:
+    """The same turn without the next part of what memory adds to its prompt."""
     (fallback, *fallbacks), report = prepared.fallbacks, prepared.report
     shares = {"memories": "memories", "story": "story"}.get(fallback.without, "")
     recalled = [] if fallback.without == "memories" else report.recalled
     report = replace(report, recalled=recalled, tokens=report.tokens | ({shares: 0} if shares else {}))
     prepared = replace(prepared, report=report, history=fallback.history, fallbacks=tuple(fallbacks))
-    reason = f"asked again without {fallback.without}, which the provider's filter refused: {error}"
-    return with_messages(replace(prepared, refused=fallback.without), reason, fallback.messages)
+    return with_messages(prepared, f"asked again without {fallback.without}, {why}", fallback.messages)
+
+
+def without_messages(prepared: Prepared, kept: Sequence[dict], error: UpstreamError) -> Prepared:
+    """The same turn with those of its messages that are kept, since a prompt was too long."""
+    messages, report = prepared.body["messages"], prepared.report
+    gone, left = len(messages) - len(kept), prompt_tokens(messages) - prompt_tokens(kept)
+    if not gone:
+        return prepared
+    tokens = report.tokens | {"history": max(0, report.tokens["history"] - left)}
+    report = replace(report, history=max(0, report.history - gone), tokens=tokens)
+    reason = f"the prompt was too long for the model and lost its oldest messages ({gone}): {error}"
+    return with_messages(replace(prepared, report=report), reason, kept)
 
 
 def with_messages(prepared: Prepared, reason: str, messages: Sequence[dict]) -> Prepared:
@@ -11439,10 +11527,14 @@ def with_messages(prepared: Prepared, reason: str, messages: Sequence[dict]) -> 
     return replace(prepared, body=body, header=report_header(report), report=report)
 
 
+def prompt_tokens(messages: Sequence[Mapping]) -> int:
+    """A prompt's tokens as they are counted here."""
+    return REPLY_PRIMING + sum(map(message_tokens, messages))
+
+
 def counted_usage(messages: Sequence[Mapping], texts: Sequence[str]) -> dict:
     """OpenAI's usage object, counted here, for upstreams that give none."""
-    prompt = REPLY_PRIMING + sum(map(message_tokens, messages))
-    return usage_object(prompt, sum(map(count_tokens, texts)))
+    return usage_object(prompt_tokens(messages), sum(map(count_tokens, texts)))
 
 
 def gather(texts: defaultdict[int, str], chunk: Mapping) -> None:
@@ -11690,7 +11782,7 @@ def composed(memory: TurnMemory, parts: Collection[str]) -> tuple[list[dict], in
 
 def known_refusals(chat: Chat, memory: TurnMemory) -> list[str]:
     """The parts of a turn's memory that hold something which the provider's filter has refused before."""
-    return [part for part, ids in memory.parts.items() if ids & chat.refused.get(part, frozenset())]
+    return [part for part, ids in memory.parts.items() if not ids.isdisjoint(chat.refused(part))]
 
 
 def fallbacks(memory: TurnMemory, withheld: Collection[str]) -> Iterator[Fallback]:
@@ -11754,8 +11846,7 @@ class PersonaMemory:
             if prepared.refused and texts:  # the next turn does not begin with it
                 with self.registry.lookup(prepared.chat_id) as chat:
                     if chat:
-                        refused = chat.refused.get(prepared.refused, frozenset()) | prepared.parts[prepared.refused]
-                        chat.refused = {**chat.refused, prepared.refused: refused}
+                        chat.refuse(prepared.refused, prepared.parts[prepared.refused])
             for reply in self.archive.record(prepared.chat_id, prepared.tip, said, complete, prepared.report):
                 self.status.log_text(reply.role, reply.content)
             if prepared.summary:
