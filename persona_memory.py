@@ -192,7 +192,9 @@ class Settings:
     summary_key: str = setting("", "key for the summaries' own upstream", "none", secret=True)
     summary_calls: int = setting(60, "summary requests an hour, for metered upstreams; 0 is no limit")
     embedder: str = setting(
-        "all-MiniLM-L6-v2", "sentence-transformers model: a path, a hub name, or the default's bundled copy"
+        "all-MiniLM-L6-v2",
+        "sentence-transformers model: a path, a hub name, or the default's bundled copy; `@256` behind a Matryoshka "
+        "model's name takes its first 256 dimensions",
     )
     emotion_model: str = setting(
         "", "text-classification model that reads feelings instead: a path or a hub name", "the built-in reader"
@@ -2106,8 +2108,16 @@ def embedding_jobs(texts: Sequence[str]) -> list[list[str]]:
     return jobs
 
 
+def sized_name(name: str) -> tuple[str, int | None]:
+    """A model's name, and of how many dimensions its vectors shall be where "@256" behind it says so: the first ones of
+    a Matryoshka embedder (Kusupati et al. 2022) are a smaller vector that means the same."""
+    found = re.fullmatch(r"(.+)@(\d+)", name)
+    return (found[1], int(found[2])) if found else (name, None)
+
+
 def embedder_path(name: str) -> str:
     """Where the model of that name lies: in the installed package that carries it, else that path or hub name."""
+    name, _ = sized_name(name)
     package = importlib.util.find_spec(BUNDLED_EMBEDDERS[name]) if name in BUNDLED_EMBEDDERS else None
     return str(Path(package.origin).parent / "model") if package else name
 
@@ -2119,7 +2129,7 @@ def weights_digest(name: str) -> str:
     """
     folder = Path(embedder_path(name))
     if not folder.is_dir():
-        return hub_revision(name)
+        return hub_revision(embedder_path(name))
     digest = hashlib.sha256()
     for file in sorted(f for f in folder.rglob("*") if f.suffix in (".safetensors", ".bin", ".onnx")):
         size = file.stat().st_size
@@ -2144,8 +2154,8 @@ def hub_revision(name: str) -> str:
 
 def load_sentence_transformer(name: str) -> Any:
     """The model of that name: the copy that an installed package carries, else a path or a hub name."""
-    path = embedder_path(name)
-    if path != name:
+    path, (bare, size) = embedder_path(name), sized_name(name)
+    if path != bare:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a complete local copy needs no look at the hub
     import torch
     from sentence_transformers import SentenceTransformer
@@ -2154,7 +2164,7 @@ def load_sentence_transformer(name: str) -> Any:
     disable_progress_bar()  # the log's lines are whole lines
     # Half of the cores: torch's threads wait for each other, and stall when a model on this machine takes the rest.
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-    return SentenceTransformer(path, device="cpu")
+    return SentenceTransformer(path, device="cpu", truncate_dim=size)
 
 
 def chunk_spans(text: str) -> Iterator[tuple[int, int]]:

@@ -1,8 +1,10 @@
 """What a turn's prompt gets of the past, through real turns: what is asked, what is chosen, and how it reads."""
 
 import re
+import shutil
 
 import httpx
+import numpy as np
 import pytest
 from chats import LANGUAGES, Encoder, open_chat, read_chat, recall_at, tiny_bert
 from fakes import LocalServer, say, settings, wait_until
@@ -360,6 +362,26 @@ def vectors_of(server, messages) -> dict:
     store = open_chat(server, "tale").store
     found = store.vectors(server.server.memory.embedder.key, [m.fingerprint for m in messages])
     return found if len(found) == len({m.fingerprint for m in messages}) else {}
+
+
+def test_changed_weights_have_another_key_and_at_takes_first_dimensions(tmp_path, multilingual):
+    """The same path with other weights makes vectors anew; `@64` shortens them, to unit length."""
+    from sentence_transformers import SentenceTransformer
+
+    whole, short = pm.Embedder(multilingual), pm.Embedder(f"{multilingual}@64")
+    (long,), (first,) = whole.encode(["El mar"]), short.encode(["El mar"])
+    assert first == pytest.approx(long[:64] / np.linalg.norm(long[:64]), abs=1e-5)
+    assert whole.key != short.key and whole.key.partition("#")[2] == short.key.partition("#")[2] != ""
+    shutil.copytree(multilingual, tmp_path / "model")
+    before = pm.Embedder(str(tmp_path / "model")).key
+    model = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    model[0].embedding.weight.data *= 1.5
+    model.prompts = {"query": "la casa ", "document": ""}
+    model.save(str(tmp_path / "model"))
+    changed = pm.Embedder(str(tmp_path / "model"))
+    assert changed.key != before
+    document, asked = changed.encode(["El mar"], queries=["El mar"])  # a model's own prompt stands before a query
+    assert document == pytest.approx(long, abs=1e-5) and asked != pytest.approx(long, abs=1e-2)
 
 
 def test_turns_go_on_by_words_while_vectors_are_computed(shared_upstream, tmp_path, multilingual):
