@@ -192,10 +192,15 @@ class Settings:
     summary_key: str = setting("", "key for the summaries' own upstream", "none", secret=True)
     summary_calls: int = setting(60, "summary requests an hour, for metered upstreams; 0 is no limit")
     embedder: str = setting(
-        "all-MiniLM-L6-v2", "sentence-transformers model: a path, a hub name, or the default's bundled copy"
+        "all-MiniLM-L6-v2",
+        "sentence-transformers model: a path, a hub name, or the default's bundled copy; `@256` behind a Matryoshka "
+        "model's name takes its first 256 dimensions",
     )
     emotion_model: str = setting(
         "", "text-classification model that reads feelings instead: a path or a hub name", "the built-in reader"
+    )
+    reranker: str = setting(
+        "", "sentence-transformers CrossEncoder that puts the best memories in order: a path or a hub name", "none"
     )
     forget_after: int = setting(
         30, "days until forgotten words are erased from the disk and cannot be remembered again; 0 erases at once"
@@ -2128,8 +2133,16 @@ def embedding_jobs(texts: Sequence[str]) -> list[list[str]]:
     return jobs
 
 
+def sized_name(name: str) -> tuple[str, int | None]:
+    """A model's name, and of how many dimensions its vectors shall be where "@256" behind it says so: the first ones of
+    a Matryoshka embedder (Kusupati et al. 2022) are a smaller vector that means the same."""
+    found = re.fullmatch(r"(.+)@(\d+)", name)
+    return (found[1], int(found[2])) if found else (name, None)
+
+
 def embedder_path(name: str) -> str:
     """Where the model of that name lies: in the installed package that carries it, else that path or hub name."""
+    name, _ = sized_name(name)
     package = importlib.util.find_spec(BUNDLED_EMBEDDERS[name]) if name in BUNDLED_EMBEDDERS else None
     return str(Path(package.origin).parent / "model") if package else name
 
@@ -2141,7 +2154,7 @@ def weights_digest(name: str) -> str:
     """
     folder = Path(embedder_path(name))
     if not folder.is_dir():
-        return hub_revision(name)
+        return hub_revision(embedder_path(name))
     digest = hashlib.sha256()
     for file in sorted(f for f in folder.rglob("*") if f.suffix in (".safetensors", ".bin", ".onnx")):
         size = file.stat().st_size
@@ -2166,8 +2179,8 @@ def hub_revision(name: str) -> str:
 
 def load_sentence_transformer(name: str) -> Any:
     """The model of that name: the copy that an installed package carries, else a path or a hub name."""
-    path = embedder_path(name)
-    if path != name:
+    path, (bare, size) = embedder_path(name), sized_name(name)
+    if path != bare:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a complete local copy needs no look at the hub
     import torch
     from sentence_transformers import SentenceTransformer
@@ -2176,7 +2189,7 @@ def load_sentence_transformer(name: str) -> Any:
     disable_progress_bar()  # the log's lines are whole lines
     # Half of the cores: torch's threads wait for each other, and stall when a model on this machine takes the rest.
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-    return SentenceTransformer(path, device="cpu")
+    return SentenceTransformer(path, device="cpu", truncate_dim=size)
 
 
 def chunk_spans(text: str) -> Iterator[tuple[int, int]]:
@@ -2246,44 +2259,100 @@ def embedded_texts(message: Message) -> dict[str, str]:
     return {key: replace(message, content=piece).spoken for key, piece in zip(keys, pieces, strict=True)}
 
 
-class EmotionModel:
-    """A text-classification model of the user's choice (transformers), which reads feelings in a thread of its own."""
+class OwnModel:
+    """A model of the user's choice beside the embedder, in a thread of its own; loaded when it is first needed."""
+
+    kind = "model"  # how messages name it
 
     def __init__(self, name: str):
         self.name = name
         self._failed = ""  # why it cannot be used: a model that does not load is not tried at every message
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="emotion-model")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=self.kind.replace(" ", "-"))
 
-    def read(self, texts: Sequence[str], timeout: float | None = None) -> list[EmotionReading]:
-        """What those texts feel; raises `EmbedderUnavailable` where the model cannot be used, or is late."""
+    def ask(self, work: Callable[[], Any], timeout: float | None = None) -> Any:
+        """What `work` gives in the model's thread; raises `EmbedderUnavailable` where that cannot be done, or is
+        late."""
         if self._failed:
             raise EmbedderUnavailable(self._failed)
-        job = self._thread.submit(self._read, texts)
+        job = self._thread.submit(self._work, work)
         try:
             return job.result(timeout)
         except TimeoutError:
             job.cancel()
-            raise EmbedderUnavailable("emotion model late") from None
+            raise EmbedderUnavailable(f"{self.kind} late") from None
 
-    def _read(self, texts: Sequence[str]) -> list[EmotionReading]:
+    def _work(self, work: Callable[[], Any]) -> Any:
         try:
-            pipeline = self._pipeline
+            self.model  # noqa: B018 - loads it
         except Exception as error:  # whatever a model's loader raises
-            self._failed = f"The emotion model {self.name} cannot be used: {type(error).__name__}: {error}"
-            log_event("emotion_model_failed", self._failed, level=logging.WARNING, model=self.name)
+            self._failed = f"The {self.kind} {self.name} cannot be used: {type(error).__name__}: {error}"
+            log_event(f"{self._event}_failed", self._failed, level=logging.WARNING, model=self.name)
             raise EmbedderUnavailable(self._failed) from error
-        rows = pipeline([sane_text(t[:MAX_EMBEDDED]) for t in texts], top_k=None, truncation=True)
-        return [grouped_reading((row["label"], row["score"]) for row in rows_of_one) for rows_of_one in rows]
+        try:
+            return work()
+        except Exception as error:
+            log_event(f"{self._event}_failed", f"The {self.kind} failed", level=logging.ERROR, trace=True)
+            raise EmbedderUnavailable(f"{self.kind} failed: {type(error).__name__}") from error
+
+    @property
+    def _event(self) -> str:
+        return self.kind.replace(" ", "_")
 
     @functools.cached_property
-    def _pipeline(self) -> Any:
-        from transformers import pipeline
-
-        return pipeline("text-classification", model=self.name, device="cpu")
+    def model(self) -> Any:
+        """The loaded model."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Ends the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+class EmotionModel(OwnModel):
+    """A text-classification model (transformers), which reads feelings."""
+
+    kind = "emotion model"
+
+    def read(self, texts: Sequence[str], timeout: float | None = None) -> list[EmotionReading]:
+        """What those texts feel; raises `EmbedderUnavailable` where the model cannot be used, or is late."""
+        rows = self.ask(
+            lambda: self.model([sane_text(t[:MAX_EMBEDDED]) for t in texts], top_k=None, truncation=True), timeout
+        )
+        return [grouped_reading((row["label"], row["score"]) for row in rows_of_one) for rows_of_one in rows]
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """transformers' pipeline."""
+        from transformers import pipeline
+
+        return pipeline("text-classification", model=self.name, device="cpu")
+
+
+class Reranker(OwnModel):
+    """A sentence-transformers CrossEncoder, which reads a question and a memory together (Nogueira & Cho 2019,
+    "Passage Re-ranking with BERT")."""
+
+    kind = "reranker"
+
+    def start(self) -> None:
+        """Begins to load; a turn that comes before that is done goes on with recall's own order."""
+        self._thread.submit(self._work, lambda: None)
+
+    def order(self, question: str, texts: Sequence[str], timeout: float) -> list[int]:
+        """The positions of the texts, the one that answers best first; raises `EmbedderUnavailable`."""
+        pairs = [(sane_text(question[:MAX_EMBEDDED]), sane_text(text[:MAX_EMBEDDED])) for text in texts]
+        scores = self.ask(lambda: self.model.predict(pairs, batch_size=EMBED_BATCH, show_progress_bar=False), timeout)
+        return np.argsort(-np.asarray(scores, np.float32), kind="stable").tolist()
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The CrossEncoder; raises `ValueError` for one that gives more than one score a pair."""
+        from sentence_transformers import CrossEncoder
+
+        model = CrossEncoder(self.name, device="cpu")
+        if model.num_labels != 1:
+            raise ValueError(f"a reranker gives one score a pair, this one {model.num_labels}")
+        return model
 
 
 def sane_text(text: str) -> str:
@@ -5171,12 +5240,6 @@ def align_appended(chat: Chat, request: ChatRequest) -> Alignment | None:
 # ======================================================================================================================
 
 GESTURE = re.compile(r"\s*(?:\*[^*]+\*\s*)+\Z")
-MONTHS = (
-    "january", "february", "march", "april", "may", "june",
-    "july", "august", "september", "october", "november", "december",
-)  # fmt: skip
-
-
 TELLS, DOUBTFUL, ASKS = range(3)  # how a message asks for the past
 MOSTLY_ASKS = 0.7  # of a text's characters
 PREAMBLE = 30  # characters within which a question names that it is one of remembering
@@ -5193,6 +5256,7 @@ class Query:
     about: frozenset[str] = frozenset()  # the speakers, in lower case, whose words are asked for; empty: anyone's
     dates: tuple[tuple[float, float], ...] = ()  # named spans of time, in days since 1970
     asks: int = TELLS  # TELLS, DOUBTFUL or ASKS
+    asked: str = ""  # what of the text asks, in its own words; empty where nothing does
 
 
 def participant_words(speakers: Iterable[str]) -> dict[str, set[str]]:
@@ -5270,7 +5334,7 @@ def understand(
         return Query(words, spoken)
     asked = without_preamble(asked, language)
     about = asked_about(asked, asker, speakers, language)
-    return Query(words, spoken, about, named_dates(text, now), how_it_asks(text, asked, language))
+    return Query(words, spoken, about, named_dates(text, now, language), how_it_asks(text, asked, language), asked)
 
 
 def how_it_asks(text: str, asked: str, language: str) -> int:
@@ -5294,73 +5358,199 @@ def month_span(year: int, month: int) -> tuple[float, float]:
     return day_number(year, month), day_number(year + month // 12, month % 12 + 1)
 
 
-NAMED_MONTH = rf"(?P<month>{'|'.join(MONTHS)})"
+@dataclass(frozen=True)
+class Calendar:
+    """How a language names times: words in order, as patterns; `U` in a phrase is a unit, `N` a number."""
+
+    months: str  # twelve
+    weekdays: str  # from Monday on
+    seasons: str  # from spring on
+    units: str  # day, week, month, year; then weekend
+    numbers: str  # from one on; then "a few"
+    yesterday: str
+    ago: str
+    last: tuple[str, ...]
+    before_month: str = ""  # what must stand before a month that is named without a day: "it may march"
+
+
+# Names of months and days: Unicode CLDR, their inflected forms too.
+CALENDARS = {
+    "en": Calendar(
+        "january february march april may june july august september october november december",
+        "mondays? tuesdays? wednesdays? thursdays? fridays? saturdays? sundays?",
+        "spring summer (?:autumn|fall) winter", "days? weeks? months? years? weekend",
+        r"(?:an?|one) two three four five six (?:a\s)?(?:few|couple\sof)", "yesterday|last night", "N U ago",
+        ("last U",), r"(?:in|of|by|during|since|until|early|late|mid|around|last|this|next)[ -]",
+    ),
+    "de": Calendar(
+        "januar februar märz april mai juni juli august september oktober november dezember",
+        "montags? dienstags? mittwochs? donnerstags? freitags? (?:samstags?|sonnabends?) sonntags?",
+        "(?:frühling|frühjahr) sommer herbst winter", "tag(?:en?)? wochen? monat(?:en?)? jahr(?:en?)? wochenende",
+        r"eine[mnr]? zwei drei vier fünf sechs (?:ein\s)?paar", "gestern", "vor N U",
+        (r"(?:letzt|vorig|vergangen)e[nmrs]? U",),
+    ),
+    "es": Calendar(
+        "enero febrero marzo abril mayo junio julio agosto sep?tiembre octubre noviembre diciembre",
+        "lunes martes miércoles jueves viernes sábado domingo", "primavera verano otoño invierno",
+        r"días? semanas? mes(?:es)? años? (?:fin\sde\ssemana)", "una? dos tres cuatro cinco seis unos|unas",
+        "ayer|anoche", "hace N U", ("U (?:pasad|últim)[oa]", "últim[oa] U"),
+    ),
+    "fr": Calendar(
+        "janvier février mars avril mai juin juillet août septembre octobre novembre décembre",
+        "lundi mardi mercredi jeudi vendredi samedi dimanche", "printemps été automne hiver",
+        "jours? semaines? mois (?:ans?|années?) week-end", "une? deux trois quatre cinq six quelques",
+        "hier", "il y a N U", ("U (?:derni(?:er|ère)|passée?)",),
+    ),
+    "it": Calendar(
+        "gennaio febbraio marzo aprile maggio giugno luglio agosto settembre ottobre novembre dicembre",
+        "lunedì martedì mercoledì giovedì venerdì sabato domenica", "primavera estate autunno inverno",
+        r"giorn[oi] settiman[ae] mes[ei] ann[oi] (?:fine\ssettimana)", "un[oa]? due tre quattro cinque sei qualche",
+        "ieri", "N U fa", ("U (?:scors|passat)[oa]", "scors[oa] U"),
+    ),
+    "pt": Calendar(
+        "janeiro fevereiro março abril maio junho julho agosto setembro outubro novembro dezembro",
+        "segunda terça quarta quinta sexta sábado domingo", "primavera verão outono inverno",
+        r"dias? semanas? m[êe]s(?:es)? anos? (?:fim\sde\ssemana)",
+        "uma? (?:dois|duas) três quatro cinco seis alguns|algumas",
+        "ontem", r"(?:há )?N U(?: atrás)?", ("U passad[oa]", "últim[oa] U"),
+    ),
+    "pl": Calendar(
+        r"stycz\w+ lut(?:y|ego|ym) mar(?:zec|ca|cu) kwie\w+ maj[au]? czerw(?:iec|ca|cu) lip(?:iec|ca|cu) sierp\w+"
+        r" wrze\w+ październik\w* listopad\w* grud(?:zień|nia|niu)",
+        "poniedział\\w+ wtor\\w+ środ\\w+ czwart\\w+ piąt\\w+ sobot\\w+ niedziel\\w+",
+        r"wiosn\w+ lat(?:o|a|em) jesie\w+ zim\w+",
+        r"(?:dzień|dni|dniem) (?:tydzień|tygod\w+) miesi\w+ (?:rok|roku|lata?) weekend\w*",
+        "jeden (?:dwa|dwie) trzy cztery pięć sześć kilka", "wczoraj", "N U temu",
+        (r"(?:zeszł|ubiegł|ostatni)\w+ U",),
+    ),
+    "ru": Calendar(
+        r"январ\w+ феврал\w+ март\w* апрел\w+ ма[йяе] июн\w июл\w август\w* сентябр\w октябр\w ноябр\w декабр\w",
+        r"понедельник\w* вторник\w* сред[уы] четверг\w* пятниц\w суббот\w воскресень\w",
+        r"весн\w+ лет(?:о|ом) осен\w+ зим\w+",
+        r"(?:день|дня|дней) недел\w* месяц\w* (?:год\w*|лет) выходны\w+",
+        "(?:один|одну) (?:два|две) три четыре пять шесть несколько", "вчера", "(?:N )?U назад", (r"прошл\w+ U",),
+    ),
+    "zh": Calendar(
+        "", "(?:星期|周)一 (?:星期|周)二 (?:星期|周)三 (?:星期|周)四 (?:星期|周)五 (?:星期|周)六 (?:星期|周)[日天]",
+        "春天? 夏天? 秋天? 冬天?", "天 (?:周|个?星期) 个?月 年 周末", "一 [二两] 三 四 五 六 几", "昨天|昨晚", "N ?U前",
+        ("上个?U", "去(?:年的?)?U"),
+    ),
+    "ja": Calendar(
+        "", "月曜日? 火曜日? 水曜日? 木曜日? 金曜日? 土曜日? 日曜日?", "春 夏 秋 冬",
+        "日 週間? (?:[かヶカ]月|月) 年 週末",
+        "一 二 三 四 五 六 数", "昨日|昨夜", "N ?U前", ("(?:[去昨]年の|この前の)U", "[先去昨]U"),
+    ),
+    "ko": Calendar(
+        "", "월요일 화요일 수요일 목요일 금요일 토요일 일요일", "봄 여름 가을 겨울",
+        "일 주일? (?:달|개월) (?:년|해) 주말",
+        "한 두 세 네 다섯 여섯 몇", "어제", "N ?U ?전", ("작년 U", "지난 ?U", "작U"),
+    ),
+}  # fmt: skip
+MONTHS = CALENDARS["en"].months.split()
+UNIT_DAYS = (1, 7, 30, 365)
+MONTH, YEARLY = 3, 4  # places of those units
+A_FEW = 3
 YEAR = r"(?P<year>(?:19|20)\d\d)"
-DATES = (  # the most exact first; what one has found, the others leave alone
-    rf"\b(?P<day>\d{{1,2}})(?:st|nd|rd|th)?(?: of)? {NAMED_MONTH}\b(?:,? {YEAR})?",
-    rf"\b{NAMED_MONTH} (?P<day>\d{{1,2}})(?:st|nd|rd|th)?\b(?:,? {YEAR})?",
+NUMBERED_DATES = (  # in any language
     rf"\b{YEAR}-(?P<number>\d\d)-(?P<day>\d\d)\b",
-    rf"\b(?:in|of|by|during|since|until|early|late|mid|around|last|this|next)[ -]{NAMED_MONTH}\b(?:,? {YEAR})?",
-    rf"\b{NAMED_MONTH},? {YEAR}",
-    rf"\b(?:in|of|by|during|since|summer|winter|spring|fall|autumn)(?: of)? {YEAR}\b",
-)
-SEASONS = {"spring": 3, "summer": 6, "autumn": 9, "fall": 9, "winter": 12}  # first months, northern
-COUNTS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "few": 3, "couple of": 2}
-UNITS = {"day": 1, "week": 7, "month": 30, "year": 365}
-RELATIVE = re.compile(
-    rf"\b(?:(?P<yesterday>yesterday|last night)|last (?P<unit>week|month|year|weekend|{'|'.join(SEASONS)})"
-    rf"|(?P<count>\d{{1,2}}|{'|'.join(COUNTS)}) (?P<units>day|week|month|year)s? ago)\b",
-    re.I,
+    rf"(?:{YEAR} ?[年년] ?)?(?P<number>\d\d?) ?[月월](?: ?(?P<day>\d\d?) ?[日号號일])?",
+    rf"{YEAR} ?[年년]",
 )
 
 
-def named_dates(text: str, now: float) -> tuple[tuple[float, float], ...]:
+@functools.cache
+def date_patterns(language: str) -> tuple[str, ...]:
+    """What finds a language's dates, the most exact first; what one has found, the others leave alone."""
+    calendar = CALENDARS.get(language, CALENDARS["en"])
+    bare = rf"\b(?:in|of|by|during|since|en|em|im|nel|w|в|summer|winter|spring|fall|autumn)(?: of)? {YEAR}\b"
+    if not calendar.months:
+        return NUMBERED_DATES
+    month, of = rf"(?P<month>{calendar.months.replace(' ', '|')})", r"(?:,|\.| of| de)? ?"
+    return (
+        rf"\b(?P<day>\d\d?)(?:st|nd|rd|th|er|\.|º)?(?: of| de)? {month}\b(?:{of}{YEAR})?",
+        rf"\b{month} (?P<day>\d\d?)(?:st|nd|rd|th)?\b(?:,? {YEAR})?",
+        rf"\b{calendar.before_month}{month}\b(?:{of}{YEAR})?",
+        rf"\b{month},? {YEAR}",
+        *NUMBERED_DATES,
+        bare,
+    )
+
+
+@functools.cache
+def relative_pattern(language: str) -> re.Pattern:
+    """What finds a language's times that are told from today: `yesterday`, `count` and `unit`, or `last`."""
+    calendar = CALENDARS.get(language, CALENDARS["en"])
+    choice = lambda words: "|".join(words.split(" "))  # noqa: E731
+    units, numbers = choice(calendar.units), choice(calendar.numbers)
+    ago = calendar.ago.replace("N", rf"(?P<count>\d\d?|{numbers})").replace("U", rf"(?P<unit>{units})")
+    whole = f"{choice(calendar.weekdays)}|{choice(calendar.seasons)}|{units}"
+    last = [phrase.replace("U", f"(?P<last{i}>{whole})") for i, phrase in enumerate(calendar.last)]
+    edge = "" if language in UNSPACED_LANGUAGES else r"\b"
+    return re.compile(rf"{edge}(?:(?P<yesterday>{calendar.yesterday})|{ago}|{'|'.join(last)}){edge}", re.I)
+
+
+def named_dates(text: str, now: float, language: str = "en") -> tuple[tuple[float, float], ...]:
     """The spans of time that a text names, from (included) and to (excluded), in days since 1970.
 
     A date without a year may mean that of `now` or the one before; relative ones need `now`.
     """
     spans: list[tuple[float, float]] = []
     this_year = datetime.fromtimestamp(now * DAY, UTC).year
-    text = text.lower()
-    for pattern in DATES:
+    text = clip(text).lower()
+    for pattern in date_patterns(language):
         for found in re.finditer(pattern, text):
             years = [int(found["year"])] if found["year"] else [this_year - 1, this_year]
-            spans += [span for year in years if (span := span_of(found.groupdict(), year))]
+            spans += [span for year in years if (span := span_of(found.groupdict(), year, language))]
         text = re.sub(pattern, " ", text)
-    return (*spans, *(relative_span(found, now) for found in RELATIVE.finditer(text) if now))
+    relative = relative_pattern(language).finditer(text) if now else ()
+    return (*spans, *(relative_span(found.groupdict(), now, language) for found in relative))
 
 
-def span_of(found: Mapping[str, str | None], year: int) -> tuple[float, float] | None:
-    """The span that a match of DATES means in a year; None for a day that does not exist."""
-    month = MONTHS.index(found["month"]) + 1 if found.get("month") else int(found.get("number") or 0)
-    if not month:
-        return day_number(year, 1), day_number(year + 1, 1)
-    if not found.get("day"):
-        return month_span(year, month)
+def word_place(words: str, word: str) -> int:
+    """The place of the pattern among a calendar's that a word fits, from 1 on; 0 where none does."""
+    return next((i for i, form in enumerate(words.split(" "), 1) if re.fullmatch(form, word)), 0)
+
+
+def span_of(found: Mapping[str, str | None], year: int, language: str) -> tuple[float, float] | None:
+    """The span that a date means in a year; None for a day that does not exist."""
+    months = CALENDARS.get(language, CALENDARS["en"]).months
+    month = word_place(months, found["month"]) if found.get("month") else int(found.get("number") or 0)
     with contextlib.suppress(ValueError):
+        if not month:
+            return day_number(year, 1), day_number(year + 1, 1)
+        if not found.get("day"):
+            return month_span(year, month)
         start = day_number(year, month, int(found["day"]))
         return start, start + 1
     return None
 
 
-def relative_span(found: re.Match, now: float) -> tuple[float, float]:
-    """The span that a match of RELATIVE means, told on day `now`."""
-    today = float(int(now))
+def relative_span(found: Mapping[str, str | None], now: float, language: str) -> tuple[float, float]:
+    """The span that is meant by a time that is told from the day `now`."""
+    today, calendar = float(int(now)), CALENDARS.get(language, CALENDARS["en"])
     if found["yesterday"]:
         return today - 1, today
-    if found["count"]:
-        words = found["count"].lower()
-        length = UNITS[found["units"].lower()]
-        middle = today - (COUNTS.get(words) or int(words)) * length
+    if found["unit"]:
+        count = found["count"] or "1"
+        number = int(count) if count.isdecimal() else word_place(calendar.numbers, count)
+        length = UNIT_DAYS[word_place(calendar.units, found["unit"]) - 1]
+        middle = today - (number if number < 7 or count.isdecimal() else A_FEW) * length
         return middle - length / 3, middle + length / 3 + 1
-    unit = found["unit"].lower()
-    if unit in SEASONS:
+    word = next(w for name, w in found.items() if name.startswith("last") and w)
+    if day := word_place(calendar.weekdays, word):  # 1970 began on a Thursday
+        start = today - ((today + 3 - (day - 1)) % 7 or 7)
+        return start, start + 1
+    if season := word_place(calendar.seasons, word):
         at = datetime.fromtimestamp(now * DAY, UTC)
-        start = day_number(at.year, SEASONS[unit])
-        start = start if start + 90 <= now else day_number(at.year - 1, SEASONS[unit])
+        start = day_number(at.year, 3 * season)  # northern
+        start = start if start + 90 <= now else day_number(at.year - 1, 3 * season)
         return start, start + 92
-    length = UNITS.get(unit, 7)
-    return today - 2 * length, today - length / 2
+    unit = word_place(calendar.units, word)
+    if unit in (MONTH, YEARLY):
+        at = datetime.fromtimestamp(now * DAY, UTC)
+        before = month_span(at.year - (at.month == 1), (at.month - 2) % 12 + 1)
+        return before if unit == MONTH else (day_number(at.year - 1, 1), day_number(at.year, 1))
+    return today - 14, today - 3  # a week or a weekend
 
 
 # ------------------------------------------------------------------------------------------------------ the signals
@@ -5466,6 +5656,7 @@ REMEMBERING_SHARE = 2.0  # of what recalled memories may take, where the history
 ASKING_SHARE = 1.5
 TELLING_SHARE = 0.5  # each recalled token is evaluated anew every turn
 MOST_MEMORIES = 64  # of a turn; beyond that the tail is noise
+RERANKED = 20  # candidates that a reranker reads: one of 22 million parameters takes about half a second for them
 NO_ROOM = "no room"
 LEFT_OUT = 12  # memories that a report names which did not get into the prompt
 LONG_MESSAGE = 1350  # characters from which a message is recalled in part: a chunk and a half
@@ -5537,6 +5728,11 @@ def with_tie_breakers(memory: Memory, values: Mapping[str, float]) -> Memory:
     """The memory with what breaks ties, `values` by name as 0 to 1, among its scores."""
     more = {name: weight * values[name] for name, weight in TIE_BREAKERS.items() if values.get(name)}
     return replace(memory, score=memory.score + sum(more.values()), scores=memory.scores | more)
+
+
+def with_score(memory: Memory, name: str, score: float) -> Memory:
+    """The memory with that score, and what `name` has added to it among its scores."""
+    return replace(memory, score=score, scores=memory.scores | {name: score - memory.score})
 
 
 def relevance_probability(score: float, best: float) -> float:
@@ -10490,8 +10686,19 @@ def copy_goes_on(chat: Chat, copy: ChatCopy) -> bool:
 class Recaller:
     """Finds what a turn or a question needs of the past: in its own chat, and in others with the same character."""
 
-    def __init__(self, vectors: Vectors, feelings: Feelings, registry: ChatRegistry):
+    def __init__(self, vectors: Vectors, feelings: Feelings, registry: ChatRegistry, reranker: str = ""):
         self._vectors, self._feelings, self._registry = vectors, feelings, registry
+        self._reranker = Reranker(reranker) if reranker else None
+
+    def start(self) -> None:
+        """Begins to load the reranker, where there is one."""
+        if self._reranker:
+            self._reranker.start()
+
+    def close(self) -> None:
+        """Ends the reranker's thread."""
+        if self._reranker:
+            self._reranker.close()
 
     def recall(self, turn: TurnContext, quoted: Collection[str] = ()) -> RecallResult:
         """What a turn remembers; `quoted` are the ids of messages that the story quotes. Never fails a turn.
@@ -10509,7 +10716,12 @@ class Recaller:
                 self._vectors.later(chat, [n.id for n in turn.nodes[-ENCODED_AT_ONCE:]])
                 return RecallResult()
             with chat.lock:
-                return replace(self._answer(turn, query, vector, room, quoted), degraded=degraded)
+                memories = self._candidates(turn, query, vector, quoted)
+            memories, late = self._reranked(query, memories, turn.deadline.left)
+            with chat.lock:
+                kept, left_out = select_memories(chat, turn.visible, memories, room)
+            degraded = "; ".join(filter(None, (degraded, late)))
+            return RecallResult(tuple(kept), tuple(left_out), degraded, query.words, vector)
         except Exception as error:
             with chat.lock:
                 chat.index = MemoryIndex()  # derived: the next turn makes it anew
@@ -10524,10 +10736,25 @@ class Recaller:
             name, text = turn.pivot.name or "", turn.pivot.content
             return understand(text, name, index.speakers, index.now, before, index.language)
 
-    def _answer(
-        self, turn: TurnContext, query: Query, vector: np.ndarray | None, room: int, quoted: Collection[str]
-    ) -> RecallResult:
-        """What answers a turn's query in at most `room` tokens."""
+    def _reranked(self, query: Query, memories: list[Memory], timeout: float) -> tuple[list[Memory], str]:
+        """Memories in the reranker's order, the best RERANKED of them, and what kept it from that.
+
+        The first gets the best score, the second the next: a score keeps its meaning, whatever the reranker's are.
+        """
+        best = memories[:RERANKED]
+        if self._reranker is None or query.asks == TELLS or len(best) < 2:
+            return memories, ""
+        try:
+            order = self._reranker.order(query.asked or query.spoken, [m.text for m in best], timeout)
+        except EmbedderUnavailable as error:
+            return memories, str(error)
+        moved = [with_score(best[i], "reranker", memory.score) for i, memory in zip(order, best, strict=True)]
+        return moved + memories[RERANKED:], ""
+
+    def _candidates(
+        self, turn: TurnContext, query: Query, vector: np.ndarray | None, quoted: Collection[str]
+    ) -> list[Memory]:
+        """What answers a turn's query, best first, of long messages the part that does; hold the chat's lock."""
         chat, nodes = turn.chat, turn.nodes
         index = chat.follow(nodes, self._vectors.embedder)
         evidence = index.evidence(query.words, vector, turn.first + turn.layout.reach)
@@ -10541,9 +10768,7 @@ class Recaller:
         ]
         asking = nodes[turn.layout.pivot - len(turn.request.turns)]
         memories = self._memories(chat, nodes, scores, found, self._feelings.read(chat, [asking])[0])
-        memories = [in_part(m, index, query, evidence, vector) for m in memories]
-        kept, left_out = select_memories(chat, turn.visible, memories, room)
-        return RecallResult(tuple(kept), tuple(left_out), "", query.words, vector)
+        return [in_part(m, index, query, evidence, vector) for m in memories]
 
     def _memories(
         self, chat: Chat, nodes: Sequence[Node], scores: Mapping[str, np.ndarray], indexes: Sequence[int],
@@ -10583,7 +10808,9 @@ class Recaller:
                 ranked = np.argsort(-scores["score"], kind="stable").tolist()
                 some = [i for i in ranked if not nodes[i].forgotten][: max(k, MOST_MEMORIES)]
                 memories = self._memories(chat, nodes, scores, some, read_emotion(text))
-                duplicates = duplicates_among(index, memories)
+            memories, _ = self._reranked(query, memories, SEARCH_SECONDS if wait else RECALL_SECONDS)
+            with chat.lock:
+                duplicates = duplicates_among(chat.index, memories)
         if not tokens:
             return memories[:k]
         best = max((m.score for m in memories), default=0.0)
@@ -11821,7 +12048,7 @@ class PersonaMemory:
         self.vectors = Vectors(self.embedder, self.registry)
         self.archive = Archive(self.registry, self.vectors, settings.forget_after)
         self.feelings = Feelings(settings, self.vectors, self.registry)
-        self.recaller = Recaller(self.vectors, self.feelings, self.registry)
+        self.recaller = Recaller(self.vectors, self.feelings, self.registry, settings.reranker)
         self.completions = Completions(settings, self.upstream, metrics)
         self.builder = PromptBuilder(
             settings, self.archive, self.vectors, self.feelings, self.recaller, self.completions, self.status
@@ -11832,6 +12059,7 @@ class PersonaMemory:
         if self.settings.proxy:
             self.upstream.start()
         self.vectors.start()
+        self.recaller.start()
         token_encoding()
         with contextlib.suppress(StoreError):
             self.summarizer.start()
@@ -11953,7 +12181,8 @@ class PersonaMemory:
 
     def close(self) -> None:
         """Ends background work; what it leaves undone is done when the chat is used again."""
-        for service in (self.status, self.summarizer, self.feelings, self.vectors, self.registry, self.upstream):
+        services = (self.status, self.summarizer, self.feelings, self.recaller, self.vectors, self.registry)
+        for service in (*services, self.upstream):
             service.close()
 
 
