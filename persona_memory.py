@@ -849,7 +849,8 @@ class Summary:
 class Fact:
     """A lasting fact that a message told; a newer one `about` the same supersedes it.
 
-    It holds wherever the message's words stand; `index`, `end` and `message` are those of a branch, as a summary's.
+    It holds wherever the message's words stand; `index`, `end` and `message` are those of a branch, as a summary's. A
+    user's own note is a fact without a message: it quotes nothing, has no digest, and stands at -1.
     """
 
     id: str
@@ -2829,6 +2830,16 @@ def parse_injection(body: Any) -> tuple[ChatRequest, int]:
     turns, tail = shown_turns(messages)
     leading = ({"role": "system", "content": persona},) if persona.strip() else ()
     return ChatRequest(body, leading, turns, tail, False, identity), window or 0
+
+
+def parse_whole_chat(chat_id: str, body: Any) -> ChatRequest:
+    """A request that shows a chat from its first message on; raises `InvalidRequest`."""
+    if not isinstance(body, dict):
+        raise InvalidRequest("The request must be a JSON object.")
+    request, _ = parse_injection(body | {"chat_id": chat_id, "complete": True})
+    if not request.turns:
+        raise InvalidRequest("messages must hold a message of the user's or the assistant's.", "messages")
+    return request
 
 
 def parse_appended(messages: Any) -> list[Turn]:
@@ -6172,9 +6183,9 @@ def facts_of(facts: Iterable[Fact], texts: Sequence[str], before: float) -> list
 
     `texts` are the digests of the branch's messages. Only facts from stretches that end before the index `before`
     count, so that they come into the prompt together with their summary; where words stand more than once, a fact is
-    at the last such place.
+    at the last such place. A user's note, which has no message, holds everywhere.
     """
-    spots: dict[str, list[int]] = defaultdict(list)
+    spots: dict[str, list[int]] = defaultdict(list, {"": [-1]})
     for index, digest in enumerate(texts):
         spots[digest].append(index)
     topics: dict[str, list[Fact]] = defaultdict(list)
@@ -6182,7 +6193,7 @@ def facts_of(facts: Iterable[Fact], texts: Sequence[str], before: float) -> list
         after = fact.end - fact.index
         at = max((i for i in spots.get(fact.digest, ()) if i + after < before), default=None)
         if at is not None and not fact.forgotten:
-            topics[plain_words(fact.about)].append(replace(fact, index=at, end=at + after))
+            topics[plain_words(fact.about) or fact.id].append(replace(fact, index=at, end=at + after))
     rows = [sorted(group, key=lambda f: (f.pinned, f.index))[-2:] for group in topics.values()]
     held = [(row[-1], row[0] if len(row) > 1 else None) for row in rows]
     return sorted(held, key=lambda row: (not row[0].pinned, -row[0].index))
@@ -6203,7 +6214,8 @@ def still_quotes(fact: Fact, message: Message) -> bool:
 def fact_line(fact: Fact, before: Fact | None) -> str:
     """A fact as the model reads it; what it superseded is said."""
     earlier = f" (earlier, #{before.index + 1}: {quoted(before.text)})" if before and before.text != fact.text else ""
-    return f"- #{fact.index + 1} {quoted(fact.text)}{earlier}"
+    place = f"#{fact.index + 1} " if fact.digest else ""
+    return f"- {place}{quoted(fact.text)}{earlier}"
 
 
 @dataclass(frozen=True)
@@ -10274,7 +10286,7 @@ class Archive:
             summaries = [
                 s for s in every if len(texts & set(s.texts)) >= len(set(s.texts)) / (1 + (s.source == "user"))
             ]
-            facts = [f for f in source.store.facts.values() if f.digest in texts]
+            facts = [f for f in source.store.facts.values() if not f.digest or f.digest in texts]
             family, marks = source.store.family, dict(source.store.marks)  # also of words that come back only later
         target.store.commit(messages, {"family": family}, summaries=summaries, facts=facts, marks=marks)
         target.put_vectors(self._vectors.embedder.key, vectors)
@@ -10970,8 +10982,8 @@ def branch_facts(chat: Chat, path: Sequence[str], before: float) -> list[tuple[F
 
 
 def at_message(fact: Fact, path: Sequence[str]) -> Fact:
-    """A fact with the id of its message on a branch."""
-    return replace(fact, message=path[fact.index])
+    """A fact with the id of its message on a branch; a user's note has none."""
+    return replace(fact, message=path[fact.index] if fact.digest else "")
 
 
 def branch_story(chat: Chat, path: Sequence[str], before: int, budget: int) -> Story:
@@ -10991,7 +11003,7 @@ def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
         return 0
     texts, ids = chat.texts(path), set(path)
     begun = bool(placed(store.summaries.values(), texts))
-    begun = begun or not {f.digest for f in store.facts.values()}.isdisjoint(texts)
+    begun = begun or not {f.digest for f in store.facts.values()}.isdisjoint({*texts, ""})
     return budget if begun or any(n.pinned and n.id in ids for n in chat.nodes(tree.marked)) else 0
 
 
@@ -11007,7 +11019,8 @@ def story_rows(chat: Chat, path: Sequence[str]) -> dict:
     """
     every, texts = chat.store.summaries.values(), chat.texts(path)
     story = story_of(every, texts)
-    facts = [row for row in branch_facts(chat, path, math.inf) if row[0].quote]  # pinned messages quote nothing
+    rows = branch_facts(chat, path, math.inf)
+    facts = [row for row in rows if row[0].quote or not row[0].digest]  # pinned messages quote nothing
     return {
         "summary": "\n".join(map(summary_line, story)),
         "story": [summary_row(s) | {"first": path[s.start], "last": path[s.end]} for s in story],
@@ -11354,6 +11367,13 @@ class Summarizer:
         plan = SummaryPlan(ROOT, 0, 0, 0, self._settings.context or DEFAULT_CONTEXT)
         written, _ = self._written(lines, "lines", room, plan, self._asker(plan, authorization, retry=False))
         return written or extract_summary([("", line, 0.0) for line in lines], room)
+
+    def add_note(self, chat_id: str, text: str) -> dict:
+        """Adds a fact that a user tells, which every prompt of the chat repeats; returns it. Raises `NotFound`."""
+        note = Fact(secrets.token_hex(8), "", sane_text(text).strip(), "", "", -1, -1, pinned=True)
+        with self._registry.borrow(chat_id) as chat, chat.lock:
+            chat.store.commit(facts=[note])
+        return asdict(note)
 
     def change_fact(self, chat_id: str, fact_id: str, text: str | None, pinned: bool | None, forgotten: bool) -> dict:
         """Edits, pins or forgets a fact; returns it as it is then. Raises `NotFound`."""
@@ -12097,16 +12117,24 @@ class PersonaMemory:
         Returns how many `messages` the branch has, the id of the `last`, and how many texts wait for their vectors.
         Raises `InvalidRequest`.
         """
-        if not isinstance(body, dict):
-            raise InvalidRequest("The request must be a JSON object.")
-        request, _ = parse_injection(body | {"chat_id": chat_id, "complete": True})
-        if not request.turns:
-            raise InvalidRequest("messages must hold a message of the user's or the assistant's.", "messages")
+        request = parse_whole_chat(chat_id, body)
         with self.archive.enter(request, chat_id, Deadline.after(SEARCH_SECONDS)) as (chat, path, _):
             self.vectors.later(chat, path)
             with chat.lock:
                 waiting = len(chat.follow(chat.nodes(path), self.embedder).unembedded)
         return {"chat_id": chat_id, "messages": len(path), "last": path[-1], "unembedded": waiting}
+
+    def known(self, chat_id: str, body: Any) -> dict:
+        """How much of a whole chat, as its client shows it, is there: of its `messages` the first `known`; whether that
+        is the `current` branch; and how many of its texts wait for their vectors. Raises `InvalidRequest`."""
+        request = parse_whole_chat(chat_id, body)
+        counts = {"messages": len(request.turns), "known": 0, "current": False, "unembedded": 0}
+        with self.registry.lookup(chat_id) as chat, chat.lock if chat else contextlib.nullcontext():
+            if chat:
+                kept, path = align_request(chat, request).kept, chat.path()
+                counts |= {"known": len(kept), "current": len(kept) == len(request.turns) and list(kept) == path}
+                counts["unembedded"] = len(chat.follow(chat.nodes(path), self.embedder).unembedded)
+        return counts
 
     def chats(self) -> list[dict]:
         """A line for every chat, the last used first."""
@@ -13111,14 +13139,15 @@ function factRow(chat, fact) {
         await live.refresh();
     };
     return h('li',
-        meta(h('b', fact.about), h('a', { href: messageLink(chat, fact.index) }, `#${fact.index + 1}`),
+        meta(h('b', fact.about || 'Your note'),
+            fact.digest && h('a', { href: messageLink(chat, fact.index) }, `#${fact.index + 1}`),
             fact.pinned && h('span.chip', 'Pinned'),
             tools(
                 quiet('Edit', () => edit(text, 'Fact', fact.text, save)),
                 quiet(fact.pinned ? 'Unpin' : 'Pin', () => attempt(() => change(path, { pinned: !fact.pinned }))),
                 quiet('Forget', () => attempt(forget)))),
         text,
-        h('p.small.muted', `“${fact.quote}”`),
+        fact.quote && h('p.small.muted', `“${fact.quote}”`),
         fact.supersedes && h('p.small.muted', `Before: ${fact.supersedes.text}`));
 }
 
@@ -13977,6 +14006,7 @@ EXTENSION = "persona_memory"  # its folder, and its name in SillyTavern
 EXTENSION_ADDRESS = "http://127.0.0.1:5100"  # the server that its script looks for by default
 EXTENSION_BRANCH = b"refs/heads/main"
 EXTENSION_TIME = 1767225600  # Unix seconds, the date of all its commits
+EXTENSION_LANGUAGES = ("de-de", "es-es", "ru-ru", "zh-cn", "ja-jp")  # by SillyTavern's names
 EXTENSION_MANIFEST = {
     "display_name": "Persona Memory",
     "loading_order": 120,  # after Vector Storage, which rearranges the chat
@@ -13984,9 +14014,13 @@ EXTENSION_MANIFEST = {
     "optional": [],
     "generate_interceptor": "personaMemoryInterceptor",
     "js": "index.js",
+    "css": "style.css",
     "author": "persona_memory",
     "version": __version__,
     "auto_update": False,
+    "minimum_client_version": "1.12.6",  # what it was tried with
+    "i18n": {language: f"{language}.json" for language in EXTENSION_LANGUAGES},
+    "hooks": {"clean": "clean"},
 }
 EXTENSION_SCRIPT = r"""
 // persona_memory for SillyTavern. Two ways in, one memory behind both:
@@ -14000,7 +14034,7 @@ EXTENSION_SCRIPT = r"""
 
 const NAME = 'persona_memory';
 const API = '/api/persona_memory';
-const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1 };
+const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1, role: 'system' };
 const TIMEOUT_MS = 2000; // how long a reply may be delayed
 const SYNC_TIMEOUT_MS = 60000; // a long chat takes the server some seconds, and no reply waits for that
 const KINDS = ['normal', 'swipe', 'regenerate', 'continue', 'impersonate', 'quiet'];
@@ -14008,9 +14042,12 @@ const IN_CHAT = 1; // SillyTavern's number for prompts that stand at a depth in 
 const ROLES = { system: 0, user: 1, assistant: 2 };
 const LOOPBACK = ['127.0.0.1', 'localhost', '[::1]'];
 const REVERSIBLE = ['openai', 'claude', 'mistralai', 'makersuite', 'vertexai', 'deepseek', 'xai'];
+const VECTORS = '3_vectors', SUMMARY = '1_memory'; // what stock extensions put into the prompt stands under these keys
 const MOST_SHOWN = 8; // memories listed in the panel
 const LONGEST_SHOWN = 240; // characters of each
 const MIN_CONFIDENCE = 0.5; // a mood that is less likely than this is not shown
+const NEAR = 50; // messages before and behind its place among which a message is looked for
+const REPORTS = 50; // of so many prompts the server keeps what went into them
 
 const state = {
     changed: true, // whether the open chat has changed in a way that a single request does not show
@@ -14024,12 +14061,23 @@ const state = {
 
 const client = () => globalThis.SillyTavern.getContext();
 
+/** A template literal in the user's language, as SillyTavern itself translates; in English where that has none. */
+function t(words, ...values) {
+    return client().t?.(words, ...values) ?? String.raw({ raw: words }, ...values);
+}
+
 /** The extension's own settings, as SillyTavern keeps them. */
 function settings() {
     const all = client().extensionSettings;
     all[NAME] ??= {};
     for (const [name, value] of Object.entries(DEFAULTS)) all[NAME][name] ??= value;
     return all[NAME];
+}
+
+/** SillyTavern calls this where the user has the extension's data removed. */
+export function clean() {
+    delete client().extensionSettings[NAME];
+    client().saveSettingsDebounced();
 }
 
 // ------------------------------------------------------------------------------------------------------ the server
@@ -14055,17 +14103,23 @@ async function call(path, body, method = body ? 'POST' : 'GET', timeout = TIMEOU
         return answer;
     } catch (error) {
         if (error instanceof Refusal) throw error;
-        if (signal.aborted) throw new Late('no answer in time');
-        throw new Error('no answer', { cause: error });
+        if (signal.aborted) throw new Late(t`no answer in time`);
+        throw new Error(t`no answer`, { cause: error });
     }
 }
 
 /** Says that the server does not answer: once, until it has answered again. */
 function serverFailed(error) {
-    showStatus(false, `${settings().server}: ${error.message}`);
+    const { server } = settings();
+    showStatus(false, `${server}: ${error.message}`);
     if (state.away) return;
     state.away = true;
-    globalThis.toastr?.warning(`The chat goes on without memories (${settings().server}: ${error.message}).`, NAME);
+    globalThis.toastr?.warning(t`The chat goes on without memories (${server}: ${error.message}).`, NAME);
+}
+
+/** Says that something which the user asked for could not be done. */
+function complain(error) {
+    globalThis.toastr?.error(error.message, NAME);
 }
 
 /** Host and port of an address, with one name for this machine; null where it is not an address. */
@@ -14138,14 +14192,19 @@ function keep(who) {
     return who;
 }
 
-/** The open group's name; none where one character is open. */
-function groupName() {
-    const { groupId, groups } = client();
-    return groups?.find((group) => group.id === groupId)?.name;
-}
-
 function randomHex() {
     return Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, '0')).join('');
+}
+
+/** What each request says of the chat that it belongs to. */
+function saidOf(who) {
+    const { groupId, groups, name2: character } = client();
+    const group = groups?.find(({ id }) => id === groupId)?.name;
+    return { chat_id: who.id, parent_chat_id: who.parent || undefined, title: who.file, group, character };
+}
+
+function chatPath(id) {
+    return `${API}/chats/${encodeURIComponent(id)}`;
 }
 
 /** SillyTavern's type of a generation in the server's words. */
@@ -14153,11 +14212,13 @@ function kindOf(type) {
     return KINDS.includes(type) ? type : 'normal';
 }
 
-/** The chat as it is shown, without the reply that a swipe replaces; hidden messages say that they are. */
-function shownMessages(kind) {
+/** The open chat as it is shown, without the reply that a swipe replaces; null where nothing has been said in it. */
+function shownChat(kind = 'normal') {
     const shown = client().chat.slice();
     if (kind === 'swipe' && shown.length && !shown.at(-1).is_user) shown.pop();
-    return shown.filter(isOfTheChat).map(shownMessage);
+    const messages = shown.filter(isOfTheChat).map(shownMessage);
+    const who = messages.some(isSpoken) ? identity() : null;
+    return who && { ...saidOf(who), messages };
 }
 
 /** Not SillyTavern's own notices (a group's beginning, help, comments), which have a type. */
@@ -14165,6 +14226,11 @@ function isOfTheChat(message) {
     return Boolean(message.mes?.trim()) && !(message.is_system && message.extra?.type);
 }
 
+function isSpoken({ role }) {
+    return role !== 'system';
+}
+
+/** A message for the server; a hidden one says that it is. */
 function shownMessage(message) {
     const narrator = message.extra?.type === 'narrator';
     const role = narrator ? 'system' : message.is_user ? 'user' : 'assistant';
@@ -14178,61 +14244,235 @@ function shownMessage(message) {
     };
 }
 
+/** Who has said a message of the server's. */
+function speakerOf({ name, role }) {
+    return name || (role === 'user' ? client().name1 : client().name2);
+}
+
 // -------------------------------------------------------------------------------------------------- the whole chat
 
-/**
- * The id that the server gives the last of those messages. Each id is a hash of the words and of the id before, so this
- * one stands for the whole chat. Null where the browser does not hash: on pages that are not served securely.
- */
-async function lastId(messages) {
-    if (!globalThis.crypto.subtle) return null;
-    const hash = async (...parts) => {
-        const bytes = await crypto.subtle.digest('SHA-256', new TextEncoder().encode(parts.join('\0')));
-        return Array.from(new Uint8Array(bytes), (byte) => byte.toString(16).padStart(2, '0')).join('').slice(0, 32);
-    };
-    let id = '';
-    for (const { role, content } of messages.filter((message) => message.role !== 'system')) {
-        id = await hash(id, await hash(role, content.normalize('NFC').replace(/\r\n?/g, '\n').trim()));
-    }
-    return id;
+/** What the server knows of the open chat: `{messages, known, current, unembedded}`; null where it is empty. */
+async function lookAtChat() {
+    const shown = settings().enabled ? shownChat() : null;
+    const found = shown && await call(`${chatPath(shown.chat_id)}/known`, shown, 'POST', SYNC_TIMEOUT_MS);
+    if (settledIdentity()?.id === shown?.chat_id) showKnown(found);
+    return found;
 }
 
 /** Has the server read the open chat in, where it does not know it as it stands. */
 async function readIn() {
-    const messages = settings().enabled ? shownMessages('normal') : [];
-    const who = messages.some((message) => message.role !== 'system') ? identity() : null;
-    if (!who) return;
     state.changed = false;
     try {
-        const last = await lastId(messages);
-        const known = last && await call(`${chatPath(who.id)}/messages?tip=${last}&limit=0`).catch(notKnown);
-        if (known) return;
-        const { name2: character } = client();
-        const named = { title: who.file, group: groupName(), character };
-        const shown = { parent_chat_id: who.parent || undefined, ...named, messages };
-        const answer = await call(`${chatPath(who.id)}/sync`, shown, 'POST', SYNC_TIMEOUT_MS);
-        if (identity()?.id === who.id) showStatus(true, `Connected; ${knownWords(answer)}.`);
+        const shown = settings().enabled ? shownChat() : null;
+        if (!shown || (await lookAtChat()).current) return;
+        const read = await call(`${chatPath(shown.chat_id)}/sync`, shown, 'POST', SYNC_TIMEOUT_MS);
+        if (settledIdentity()?.id === shown.chat_id) showKnown({ ...read, known: read.messages });
     } catch (error) {
         state.changed = true; // the next reply tries again
-        showStatus(false, `${settings().server}: ${error.message}. The server knows only a part of this chat.`);
+        showStatus(false, `${settings().server}: ${error.message}`);
     }
-}
-
-/** What a question for an unknown message is answered with; other errors go on. */
-function notKnown(error) {
-    if (error instanceof Refusal) return null;
-    throw error;
-}
-
-function knownWords({ messages, unembedded }) {
-    const known = `all ${messages} messages of this chat are known`;
-    return unembedded ? `${known}, ${unembedded} are still being indexed` : known;
 }
 
 /** The open chat has changed in a way that later requests may not show. Several changes are read in at once. */
 function onMessagesChanged() {
     state.changed = true;
     state.reading = state.reading.then(() => state.changed && readIn());
+    return state.reading;
+}
+
+function knownWords({ messages, known, unembedded }) {
+    if (known < messages) return t`${messages - known} of ${messages} messages of this chat are not known yet.`;
+    return unembedded
+        ? t`All ${messages} messages of this chat are known, ${unembedded} are still being indexed.`
+        : t`All ${messages} messages of this chat are known.`;
+}
+
+// -------------------------------------------------------------------------------------------------- single messages
+
+/** Words as they are compared: an edit of the server's own (of thoughts, of white space) makes no other message. */
+function plain(text) {
+    return (text ?? '').normalize('NFC').replace(/\s+/g, ' ').trim();
+}
+
+/**
+ * The server's row of a message of the open chat, and the row before it: what stands near the same place and holds the
+ * same words. The chat is read in where the server does not know it; throws an Error where it still does not then.
+ */
+async function rowsOf(id, again = false) {
+    const shown = client().chat;
+    const found = shown[id] && isOfTheChat(shown[id]) ? shownMessage(shown[id]) : null;
+    if (found && isSpoken(found)) {
+        const place = shown.slice(0, id).filter(isOfTheChat).map(shownMessage).filter(isSpoken).length;
+        const page = `messages?offset=${Math.max(0, place - NEAR)}&limit=${2 * NEAR}`;
+        const { messages: rows } = await call(`${chatPath(identity().id)}/${page}`).catch(noMessages);
+        const words = plain(found.content);
+        const same = ({ role, original, content }) => role === found.role && isSame(plain(original ?? content), words);
+        const row = rows.filter(same).sort((a, b) => Math.abs(a.index - place) - Math.abs(b.index - place))[0];
+        if (row) return [row, rows.find(({ index }) => index === row.index - 1)];
+        if (!again) return onMessagesChanged().then(() => rowsOf(id, true));
+    }
+    throw new Error(t`The server does not know this message.`);
+}
+
+/** What a question for a chat that the server does not know is answered with; other errors go on. */
+function noMessages(error) {
+    if (error instanceof Refusal) return { messages: [] };
+    throw error;
+}
+
+function isSame(stored, shown) {
+    return stored ? shown.includes(stored) : !shown;
+}
+
+/** Pins or forgets a message of the server's, or takes that back. */
+async function mark(row, changes) {
+    const path = `${chatPath(row.chat_id ?? identity().id)}/messages/${row.id}`;
+    const { pinned, forgotten } = await call(path, changes, 'PATCH');
+    return Object.assign(row, { pinned, forgotten });
+}
+
+/** Buttons that pin or forget a message of the server's, or take it back. `then` is told when that is done. */
+function markButtons(row, then) {
+    const button = (name, icon, title) => {
+        const onclick = () => mark(row, { [name]: !row[name] }).then(then, complain);
+        return element('div', { className: `menu_button fa-solid fa-${icon}`, title, onclick });
+    };
+    return element('span', { className: `${NAME}_marks` },
+        button('pinned', 'thumbtack', row.pinned ? t`Unpin` : t`Pin`),
+        button('forgotten', row.forgotten ? 'rotate-left' : 'eraser', row.forgotten ? t`Remember again` : t`Forget`));
+}
+
+/** A memory as a line of a list, with its buttons. */
+function memoryLine(row) {
+    const line = element('li', { value: row.index + 1 });
+    const words = row.content ?? '...';
+    const said = `${speakerOf(row)}: ${words.length > LONGEST_SHOWN ? `${words.slice(0, LONGEST_SHOWN)} ...` : words}`;
+    const fill = () => {
+        line.className = row.forgotten ? `${NAME}_forgotten` : '';
+        const text = element('span', { textContent: row.chat_id ? t`In another chat, ${said}` : said });
+        line.replaceChildren(text, markButtons(row, fill));
+    };
+    fill();
+    return line;
+}
+
+/** The rows of a prompt's report with the words that it leaves out; what was carried over is another chat's. */
+function withWords(rows, chat) {
+    return Promise.all(rows.slice(0, MOST_SHOWN).map(async (row) => {
+        const page = await call(`${chatPath(row.chat_id ?? chat)}/messages?offset=${row.index}&limit=1`);
+        const { content, pinned, forgotten } = page.messages[0]?.id === row.id ? page.messages[0] : {};
+        return { ...row, content, pinned, forgotten };
+    }));
+}
+
+/** What went into the prompt that a message answers, as far as that is kept. */
+async function whySaid(row, before) {
+    const { prompts } = await call(`${chatPath(identity().id)}/prompts?limit=${REPORTS}`);
+    const report = prompts.find(({ tip }) => tip === before?.id || tip === row.id);
+    if (!report) return [t`Nothing is kept of what went into the prompt of this reply.`];
+    const { history, summaries, facts, recalled: { length: memories } } = report;
+    const lines = (await withWords(report.recalled, identity().id)).map(memoryLine);
+    return [
+        t`The prompt held ${history} messages, ${summaries} summaries, ${facts} facts and ${memories} memories.`,
+        element('ol', { className: `${NAME}_recalled` }, ...lines),
+    ];
+}
+
+/** Shows what the server makes of a message, and lets the user pin or forget it. */
+async function showMessage(id) {
+    try {
+        const [row, before] = await rowsOf(id);
+        const title = element('h3', { textContent: t`Message ${row.index + 1}, ${speakerOf(row)}` });
+        const marks = element('div');
+        const fill = () => marks.replaceChildren(markButtons(row, fill));
+        fill();
+        const why = row.role === 'assistant' ? await whySaid(row, before) : [];
+        const heading = element('b', { textContent: why.length ? t`Why this was said` : '' });
+        const told = element('div', {}, ...why);
+        const body = element('div', { className: `${NAME}_message` }, title, marks, heading, told);
+        const { callGenericPopup, POPUP_TYPE } = client();
+        await callGenericPopup?.(body, POPUP_TYPE?.TEXT ?? 1, '', { leftAlign: true, allowVerticalScrolling: true });
+    } catch (error) {
+        complain(error);
+    }
+}
+
+/** SillyTavern makes each message from a template, so the button goes into that, and into those that are there. */
+function addMessageButtons() {
+    for (const place of document.querySelectorAll('#message_template .extraMesButtons, #chat .extraMesButtons')) {
+        const className = `mes_button ${NAME}_button fa-solid fa-brain`;
+        place.prepend(element('div', { className, title: t`Memory: pin, forget, why was this said` }));
+    }
+    document.addEventListener('click', ({ target }) => {
+        const message = target.closest?.(`.${NAME}_button`)?.closest('.mes');
+        if (message) showMessage(Number(message.getAttribute('mesid')));
+    });
+}
+
+// --------------------------------------------------------------------------------------------------- slash commands
+
+/** The ids of the messages that a command names: one, a range, or the last. */
+function namedIds(text) {
+    if (!text.trim()) return [client().chat.length - 1];
+    const [, first, last = first] = /^\s*(\d+)(?:\s*-\s*(\d+))?\s*$/.exec(text) ?? [];
+    if (first === undefined) throw new Error(t`Name a message by its number, or several as 3-7.`);
+    return Array.from({ length: Number(last) - Number(first) + 1 }, (_, i) => Number(first) + i);
+}
+
+/** Marks the messages that a command names; how many those are. */
+async function markNamed(text, changes) {
+    const ids = namedIds(text);
+    for (const id of ids) await mark((await rowsOf(id))[0], changes);
+    return String(ids.length);
+}
+
+function openId() {
+    const who = identity();
+    if (!who) throw new Error(t`No chat is open.`);
+    return who.id;
+}
+
+const COMMANDS = {
+    async recall({ limit = 5, as }, text) {
+        const asked = new URLSearchParams({ q: text, k: limit });
+        const { memories } = await call(`${chatPath(openId())}/search?${asked}`);
+        if (as === 'json') return JSON.stringify(memories);
+        return memories.map((row) => `${speakerOf(row)}: ${row.content}`).join('\n');
+    },
+    pin: ({ undo }, text) => markNamed(text, { pinned: undo !== 'true' }),
+    forget: ({ undo }, text) => markNamed(text, { forgotten: undo !== 'true' }),
+    async note(_, text) {
+        await onMessagesChanged(); // the chat may be new to the server
+        return (await call(`${chatPath(openId())}/facts`, { text })).text;
+    },
+    async state({ as }) {
+        openId();
+        const found = (await lookAtChat()) ?? { messages: 0, known: 0, current: true, unembedded: 0 };
+        return as === 'json' ? JSON.stringify(found) : knownWords(found);
+    },
+};
+
+function addCommands() {
+    const { SlashCommandParser, SlashCommand, SlashCommandArgument, SlashCommandNamedArgument } = client();
+    if (!SlashCommandParser?.addCommandObject) return;
+    const add = (name, helpString, returns, argument, named) => SlashCommandParser.addCommandObject(
+        SlashCommand.fromProps({
+            name: `pm-${name}`, helpString, returns,
+            callback: (given, text) => COMMANDS[name](given, String(text ?? '')),
+            unnamedArgumentList: argument ? [SlashCommandArgument.fromProps(argument)] : [],
+            namedArgumentList: named.map(SlashCommandNamedArgument.fromProps),
+        }));
+    const which = { description: t`the number of a message, or several as 3-7; else the last message` };
+    const as = { name: 'as', description: t`text or json`, enumList: ['text', 'json'], defaultValue: 'text' };
+    const limit = { name: 'limit', description: t`how many at most`, defaultValue: '5' };
+    const undo = { name: 'undo', description: t`take it back`, enumList: ['true', 'false'], defaultValue: 'false' };
+    const text = { description: t`a text`, isRequired: true };
+    add('recall', t`Recalls what this chat remembers of a text.`, t`the memories, one a line`, text, [limit, as]);
+    const count = t`how many messages`;
+    add('pin', t`Pins messages: every prompt that does not show them repeats them.`, count, which, [undo]);
+    add('forget', t`Forgets messages: they are not recalled again.`, count, which, [undo]);
+    add('note', t`Notes something that every prompt of this chat is to repeat.`, t`the note`, text, []);
+    add('state', t`Says how much of this chat the server knows.`, t`a sentence`, null, [as]);
 }
 
 // ------------------------------------------------------------------------------------------- beside another API
@@ -14240,13 +14480,14 @@ function onMessagesChanged() {
 /** Puts prompts in, and takes out those put in before. */
 function setPrompts(injections) {
     const { setExtensionPrompt } = client();
+    const own = settings();
     for (const key of state.placed) setExtensionPrompt(key, '', IN_CHAT, 0);
     state.placed.clear();
     for (const { key, text, position, depth, role } of injections) {
         const inChat = position === IN_CHAT;
-        const at = inChat ? Math.max(0, depth + Number(settings().depth) - 1) : 0;
+        const at = inChat ? Math.max(0, depth + Number(own.depth) - 1) : 0;
         // SillyTavern fills in macros here; braces in a message are not macros.
-        setExtensionPrompt(key, text.replaceAll('{{', '{ {'), position, at, false, ROLES[role] ?? ROLES.system);
+        setExtensionPrompt(key, text.replaceAll('{{', '{ {'), position, at, false, ROLES[inChat ? own.role : role]);
         state.placed.add(key);
     }
 }
@@ -14260,29 +14501,27 @@ async function remember(_chat, contextSize, _abort, type) {
         await Promise.race([state.reading, new Promise((done) => setTimeout(done, TIMEOUT_MS))]);
         return;
     }
-    const messages = shownMessages(type ? kindOf(type) : state.kind);
-    const who = messages.some((message) => message.role !== 'system') ? identity() : null;
-    if (!who) return;
-    const context = client();
+    const shown = shownChat(type ? kindOf(type) : state.kind);
+    if (!shown) return;
     const request = {
-        chat_id: who.id, parent_chat_id: who.parent || undefined, title: who.file, group: groupName(),
-        character: context.name2, messages, complete: true,
+        ...shown, complete: true,
         // What the prompt holds before the chat, so that the server knows how much of the chat still fits.
-        persona: context.substituteParams?.('{{description}}\n{{personality}}\n{{scenario}}\n{{persona}}') ?? '',
+        persona: client().substituteParams?.('{{description}}\n{{personality}}\n{{scenario}}\n{{persona}}') ?? '',
         context_tokens: Math.floor(contextSize) || undefined,
     };
     try {
         const answer = await call(`${API}/inject`, request);
         state.away = false;
-        if (identity()?.id !== who.id) return; // another chat was opened meanwhile
+        if (identity()?.id !== shown.chat_id) return; // another chat was opened meanwhile
         setPrompts(answer.injections);
-        showStatus(true, `Connected; ${answer.report.degraded || 'memories are placed in the prompt'}.`);
-        showRecalled(answer.recalled, answer.emotion);
+        const { degraded } = answer.report;
+        showStatus(true, degraded ? t`Connected; ${degraded}.` : t`Connected; memories are placed in the prompt.`);
+        showRecalled(answer.recalled, answer.emotion, answer.report.summaries);
     } catch (error) {
         showRecalled([], null);
         if (!(error instanceof Late)) return serverFailed(error);
         // Indexing a long chat takes its time once. The reply does not wait for the answer to this.
-        showStatus(false, 'Too late for this reply: the server is still indexing the chat.');
+        showStatus(false, t`Too late for this reply: the server is still indexing the chat.`);
         call('/api/modules').catch(serverFailed);
     }
 }
@@ -14307,11 +14546,7 @@ function identify(request) {
     if (!settings().enabled || request.chat_completion_source !== 'custom' || !isProxy(request.custom_url)) return;
     const who = identity();
     if (!who) return;
-    const said = {
-        chat_id: who.id, parent_chat_id: who.parent || undefined, title: who.file, group: groupName(),
-        character: client().name2, kind,
-    };
-    request.custom_include_body = withField(request.custom_include_body ?? '', NAME, said);
+    request.custom_include_body = withField(request.custom_include_body ?? '', NAME, { ...saidOf(who), kind });
     state.proxied = who.id;
 }
 
@@ -14330,31 +14565,20 @@ function withField(yaml, name, value) {
     return `${yaml.replace(/\s+$/, '')}\n${indent}${item}${name}: ${json}`;
 }
 
-/** What the proxy recalled for the reply that has just ended, with the words that its report leaves out. */
+/** Shows what the proxy recalled for the reply that has just ended. */
 async function showProxied() {
     const id = state.proxied;
     if (!id) return;
     try {
-        const chat = await call(chatPath(id));
-        const rows = (chat.last_prompt?.recalled ?? []).slice(0, MOST_SHOWN);
-        const found = await Promise.all(rows.map(withWords));
+        const { last_prompt: report, mood } = await call(chatPath(id));
+        const found = await withWords(report?.recalled ?? [], id);
         if (identity()?.id !== id) return;
         state.away = false;
-        showStatus(true, 'Connected; chats go through the proxy.');
-        showRecalled(found, chat.mood);
+        showStatus(true, t`Connected; chats go through the proxy.`);
+        showRecalled(found, mood, report?.summaries);
     } catch (error) {
         showStatus(false, `${settings().server}: ${error.message}`);
     }
-}
-
-/** A row of a report with the message's words; a memory that was carried over is another chat's. */
-async function withWords(row) {
-    const page = await call(`${chatPath(row.chat_id ?? state.proxied)}/messages?offset=${row.index}&limit=1`);
-    return { ...row, content: page.messages[0]?.id === row.id ? page.messages[0].content : '...' };
-}
-
-function chatPath(id) {
-    return `${API}/chats/${encodeURIComponent(id)}`;
 }
 
 // ------------------------------------------------------------------------------------------------------- the panel
@@ -14372,54 +14596,57 @@ function buildPanel() {
     const root = document.querySelector('#extensions_settings2') ?? document.querySelector('#extensions_settings');
     if (!root || document.getElementById(`${NAME}_settings`)) return;
     parts.dot = element('i', { className: 'fa-solid fa-circle' });
-    parts.status = element('span', { textContent: 'Looking for the server ...' });
+    parts.status = element('span', { textContent: t`Looking for the server ...` });
+    parts.known = element('div', { className: `${NAME}_known` });
+    parts.twice = element('div', { className: `${NAME}_twice` });
     parts.mood = element('span');
     parts.recalled = element('ol', { className: `${NAME}_recalled` });
     parts.carry = element('input', { type: 'checkbox', disabled: true, onchange: onCarryOver });
     parts.carryFor = element('span');
+    parts.placing = element('div', {}, // how memories are placed: the proxy does that itself
+        field('depth', t`Depth`, { type: 'number', min: 0, max: 100 }, t`messages from the end`),
+        choice('role', t`Role`, { system: t`System`, user: t`User` }));
     parts.link = element('a', { className: 'menu_button menu_button_icon', target: '_blank', rel: 'noopener' },
-        element('i', { className: 'fa-solid fa-book-open' }), element('span', { textContent: 'Open the memory page' }));
+        element('i', { className: 'fa-solid fa-book-open' }), t`Open the memory page`);
     const content = element('div', { className: 'inline-drawer-content' },
-        element('div', { className: `${NAME}_status` }, parts.dot, parts.status),
-        checkbox('enabled', 'Remember my chats'),
-        field('server', 'Server', { type: 'url', placeholder: DEFAULTS.server, spellcheck: false }),
-        field('key', 'Key', { type: 'password', placeholder: 'where the server asks for one', autocomplete: 'off' }),
-        field('depth', 'Depth', { type: 'number', min: 0, max: 100 }, 'messages from the end'),
+        element('div', { className: `${NAME}_status` }, parts.dot, parts.status), parts.known, parts.twice,
+        checkbox('enabled', t`Remember my chats`),
+        field('server', t`Server`, { type: 'url', placeholder: DEFAULTS.server, spellcheck: false }),
+        field('key', t`Key`, { type: 'password', placeholder: t`where the server asks for one`, autocomplete: 'off' }),
+        parts.placing,
         element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor),
         element('hr'),
-        element('div', {}, element('b', { textContent: 'For the last reply' })),
+        element('div', {}, element('b', { textContent: t`For the last reply` })),
         parts.mood, parts.recalled, parts.link);
-    const header = element('div', { className: 'inline-drawer-toggle inline-drawer-header', onclick: lookAtServer },
+    const onclick = () => lookAtServer().then(lookAtChat).catch(() => {}); // lookAtServer has said why
+    const header = element('div', { className: 'inline-drawer-toggle inline-drawer-header', onclick },
         element('b', { textContent: 'Persona Memory' }),
         element('div', { className: 'inline-drawer-icon fa-solid fa-circle-chevron-down down' }));
-    root.append(element('div', { id: `${NAME}_settings` }, element('style', { textContent: STYLE }),
-        element('div', { className: 'inline-drawer' }, header, content)));
+    const drawer = element('div', { className: 'inline-drawer' }, header, content);
+    root.append(element('div', { id: `${NAME}_settings` }, drawer));
     showRecalled([], null);
     showChat();
 }
 
-const STYLE = `
-#persona_memory_settings label { margin: 4px 0; }
-#persona_memory_settings .persona_memory_row { display: flex; align-items: center; gap: 8px; margin: 4px 0; }
-#persona_memory_settings .persona_memory_row > span:first-child { flex: 0 0 4em; }
-#persona_memory_settings .persona_memory_row input { flex: 1 1 auto; min-width: 0; margin: 0; }
-#persona_memory_settings .persona_memory_row input[type="number"] { flex: 0 0 5em; }
-#persona_memory_settings .persona_memory_status { display: flex; align-items: baseline; gap: 8px; margin: 4px 0 8px; }
-#persona_memory_settings .persona_memory_status i { font-size: 0.7em; opacity: 0.8; }
-#persona_memory_settings .persona_memory_status.good i { color: #4caf50; }
-#persona_memory_settings .persona_memory_status.bad i { color: #e57373; }
-#persona_memory_settings .persona_memory_recalled { margin: 4px 0 10px; padding-left: 2em; font-size: 0.9em; }
-#persona_memory_settings .persona_memory_recalled:empty { display: none; }
-#persona_memory_settings .persona_memory_recalled li { margin: 3px 0; overflow-wrap: anywhere; }
-#persona_memory_settings a.menu_button { width: fit-content; text-decoration: none; }
-`;
-
-/** A row with a setting that is typed in. */
-function field(name, label, properties, after = '') {
-    const input = element('input', { className: 'text_pole', value: settings()[name], ...properties });
-    const given = () => (properties.type === 'number' ? Math.max(0, Number(input.value) || 0) : input.value.trim());
+/** A row with a label, an input for a setting, and words behind it. */
+function labelled(name, label, input, given, after = '') {
     input.onchange = () => change(name, given());
     return element('label', { className: `${NAME}_row` }, element('span', { textContent: label }), input, after);
+}
+
+/** A row with a setting that is typed in. */
+function field(name, label, properties, after) {
+    const input = element('input', { className: 'text_pole', value: settings()[name], ...properties });
+    const given = () => (properties.type === 'number' ? Math.max(0, Number(input.value) || 0) : input.value.trim());
+    return labelled(name, label, input, given, after);
+}
+
+/** A row with a setting that is one of several, by their labels. */
+function choice(name, label, labels) {
+    const options = Object.entries(labels).map(([value, words]) => new Option(words, value));
+    const input = element('select', { className: 'text_pole' }, ...options);
+    input.value = settings()[name];
+    return labelled(name, label, input, () => input.value);
 }
 
 /** A row with a setting that is on or off. */
@@ -14439,15 +14666,16 @@ function change(name, value) {
 
 /** Shows whether the server answers and takes the key, and the character's setting. */
 async function lookAtServer() {
-    if (!settings().enabled) return showStatus(null, 'Off.');
+    if (!settings().enabled) return showStatus(null, t`Off.`);
     try {
         const health = await call('/health').catch(() => ({})); // inside SillyTavern-Extras there is none
         state.proxy = Boolean(health.proxy);
         await call('/api/modules'); // needs the key
         state.away = false;
         const proxied = isProxy(await modelAddress());
-        const way = proxied ? 'chats go through the proxy' : 'memories are placed in the prompt';
-        showStatus(true, `${health.status === 'loading' ? 'Connected, still loading' : 'Connected'}; ${way}.`);
+        parts.placing.hidden = proxied;
+        showStatus(true, health.status === 'loading' ? t`Connected, still loading.`
+            : proxied ? t`Connected; chats go through the proxy.` : t`Connected; memories are placed in the prompt.`);
         await showCarryOver();
     } catch (error) {
         showStatus(false, `${settings().server}: ${error.message}`);
@@ -14461,18 +14689,34 @@ function showStatus(good, text) {
     parts.status.parentElement.className = `${NAME}_status ${good === null ? '' : good ? 'good' : 'bad'}`;
 }
 
-function showRecalled(memories, emotion) {
+/** How much of the open chat the server knows, and a button that has it read the rest. */
+function showKnown(found) {
+    if (!parts.known) return;
+    parts.known.replaceChildren(found ? element('span', { textContent: knownWords(found) }) : '');
+    if (!found || found.known === found.messages) return;
+    const button = { className: 'menu_button', textContent: t`Read them in`, onclick: onMessagesChanged };
+    parts.known.append(element('div', button));
+}
+
+/** What was recalled for a reply, and whether a story of the chat was told. */
+function showRecalled(memories, emotion, story = 0) {
     if (!parts.recalled) return;
     const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= MIN_CONFIDENCE;
-    const mood = sure ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'unclear';
-    parts.mood.textContent = `Your mood: ${mood}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
+    const mood = sure ? `${t([emotion.label])} (${Math.round(100 * emotion.confidence)} %)` : t`unclear`;
+    const recalled = memories.length ? t`Recalled:` : t`Nothing was recalled.`;
+    parts.mood.textContent = `${t`Your mood: ${mood}.`} ${recalled}`;
     const inOrder = memories.slice(0, MOST_SHOWN).sort((a, b) => a.index - b.index);
-    const rows = inOrder.map(({ index, name, role, content, chat_id: elsewhere }) => {
-        const text = content.length > LONGEST_SHOWN ? `${content.slice(0, LONGEST_SHOWN)} ...` : content;
-        const where = elsewhere ? 'In another chat, ' : '';
-        return element('li', { value: index + 1, textContent: `${where}${name ?? role}: ${text}` });
-    });
-    parts.recalled.replaceChildren(...rows);
+    parts.recalled.replaceChildren(...inOrder.map(memoryLine));
+    const others = toldTwice(memories, story).join(', ');
+    parts.twice.textContent = others && t`${others} tells the model the same. Switch one of the two off.`;
+}
+
+/** The names of the stock extensions that put into the prompt what we put into it too. */
+function toldTwice(memories, story) {
+    const prompts = client().extensionPrompts ?? {};
+    const [vectors, summary] = [VECTORS, SUMMARY].map((key) => plain(prompts[key]?.value));
+    const same = memories.some(({ content }) => content && vectors.includes(plain(content)));
+    return [same ? 'Vector Storage' : '', story && summary ? 'Summarize' : ''].filter(Boolean);
 }
 
 /** Links to the open chat's page. A chat that has no id yet gets none by that. */
@@ -14491,8 +14735,8 @@ function characterName() {
 
 /** Whether this character's chats recall from each other: one setting for the character, which the server keeps. */
 async function showCarryOver() {
-    const name = characterName();
-    parts.carryFor.textContent = `Recall from other chats with ${name || 'a character'} too`;
+    const name = characterName(), who = name || t`a character`;
+    parts.carryFor.textContent = t`Recall from other chats with ${who} too`;
     parts.carry.disabled = true;
     parts.carry.checked = false;
     if (!name) return;
@@ -14504,7 +14748,7 @@ async function showCarryOver() {
 
 async function onCarryOver() {
     const path = `${API}/characters/${encodeURIComponent(characterName())}`;
-    await call(path, { carry_over: parts.carry.checked }, 'PATCH').catch(serverFailed);
+    await call(path, { carry_over: parts.carry.checked }, 'PATCH').catch(complain);
     await showCarryOver();
 }
 
@@ -14514,6 +14758,7 @@ function onChatChanged() {
     setPrompts([]);
     state.proxied = '';
     showRecalled([], null);
+    showKnown(null);
     showChat();
     lookAtServer();
     onMessagesChanged();
@@ -14528,18 +14773,508 @@ function start() {
     listen('CHAT_CHANGED', onChatChanged);
     for (const name of ['MESSAGE_EDITED', 'MESSAGE_DELETED', 'MESSAGE_SWIPED']) listen(name, onMessagesChanged);
     buildPanel();
+    addMessageButtons();
+    addCommands();
     lookAtServer();
 }
 
 start();
 """
+EXTENSION_STYLE = r"""
+#persona_memory_settings label { margin: 4px 0; }
+#persona_memory_settings .persona_memory_row { display: flex; align-items: center; gap: 8px; margin: 4px 0; }
+#persona_memory_settings .persona_memory_row > span:first-child { flex: 0 0 6em; }
+#persona_memory_settings .persona_memory_row > * { margin: 0; min-width: 0; }
+#persona_memory_settings .persona_memory_row input { flex: 1 1 auto; }
+#persona_memory_settings .persona_memory_row input[type="number"] { flex: 0 0 5em; }
+#persona_memory_settings .persona_memory_status { display: flex; align-items: baseline; gap: 8px; margin: 4px 0 8px; }
+#persona_memory_settings .persona_memory_status i { font-size: 0.7em; opacity: 0.8; }
+#persona_memory_settings .persona_memory_status.good i { color: #4caf50; }
+#persona_memory_settings .persona_memory_status.bad i { color: #e57373; }
+#persona_memory_settings .persona_memory_known { display: flex; align-items: center; gap: 8px; }
+#persona_memory_settings .persona_memory_known .menu_button { white-space: nowrap; }
+#persona_memory_settings .persona_memory_twice:not(:empty) { margin: 4px 0; color: #e0a030; }
+#persona_memory_settings a.menu_button { width: fit-content; text-decoration: none; }
+.persona_memory_recalled { margin: 4px 0 10px; padding-left: 2em; font-size: 0.9em; }
+.persona_memory_recalled:empty { display: none; }
+.persona_memory_recalled li { margin: 3px 0; overflow-wrap: anywhere; }
+.persona_memory_forgotten > span:first-child { text-decoration: line-through; opacity: 0.6; }
+.persona_memory_marks { display: inline-flex; gap: 4px; margin-left: 6px; vertical-align: middle; }
+.persona_memory_marks .menu_button { margin: 0; padding: 3px 5px; font-size: 0.8em; }
+.persona_memory_message { text-align: left; }
+"""
+EXTENSION_WORDS = """
+Remember my chats
+Meine Chats merken
+Recordar mis chats
+Запоминать мои чаты
+记住我的聊天
+チャットを記憶する
+
+Server
+Server
+Servidor
+Сервер
+服务器
+サーバー
+
+Key
+Schlüssel
+Clave
+Ключ
+密钥
+キー
+
+where the server asks for one
+wo der Server einen verlangt
+si el servidor la pide
+если сервер его требует
+服务器要求时填写
+サーバーが求める場合
+
+Depth
+Tiefe
+Profundidad
+Глубина
+深度
+深さ
+
+messages from the end
+Nachrichten vom Ende an
+mensajes desde el final
+сообщений от конца
+条消息(从末尾数起)
+件(末尾から)
+
+Role
+Rolle
+Rol
+Роль
+角色
+ロール
+
+System
+System
+Sistema
+Система
+系统
+システム
+
+User
+Nutzer
+Usuario
+Пользователь
+用户
+ユーザー
+
+Recall from other chats with ${0} too
+Auch aus anderen Chats mit ${0} erinnern
+Recordar también de otros chats con ${0}
+Вспоминать и из других чатов с ${0}
+也回忆与 ${0} 的其他聊天
+${0} との他のチャットからも思い出す
+
+a character
+einer Figur
+un personaje
+персонажем
+某个角色
+キャラクター
+
+For the last reply
+Für die letzte Antwort
+Para la última respuesta
+Для последнего ответа
+最近一次回复
+直前の返答について
+
+Open the memory page
+Gedächtnisseite öffnen
+Abrir la página de memoria
+Открыть страницу памяти
+打开记忆页面
+記憶ページを開く
+
+Looking for the server ...
+Der Server wird gesucht ...
+Buscando el servidor ...
+Поиск сервера ...
+正在寻找服务器……
+サーバーを探しています……
+
+Off.
+Aus.
+Desactivado.
+Выключено.
+已关闭。
+オフ。
+
+Connected; ${0}.
+Verbunden; ${0}.
+Conectado; ${0}.
+Подключено; ${0}.
+已连接;${0}。
+接続済み。${0}。
+
+Connected, still loading.
+Verbunden, lädt noch.
+Conectado, aún cargando.
+Подключено, ещё загружается.
+已连接,仍在加载。
+接続済み、読み込み中。
+
+Connected; chats go through the proxy.
+Verbunden; Chats gehen durch den Proxy.
+Conectado; los chats pasan por el proxy.
+Подключено; чаты идут через прокси.
+已连接;聊天经由代理。
+接続済み。チャットはプロキシを通ります。
+
+Connected; memories are placed in the prompt.
+Verbunden; Erinnerungen kommen in den Prompt.
+Conectado; los recuerdos se añaden al prompt.
+Подключено; воспоминания добавляются в промпт.
+已连接;记忆会放入提示词。
+接続済み。記憶はプロンプトに入ります。
+
+no answer in time
+keine Antwort in der Zeit
+sin respuesta a tiempo
+нет ответа вовремя
+未及时回应
+時間内に応答なし
+
+no answer
+keine Antwort
+sin respuesta
+нет ответа
+没有回应
+応答なし
+
+The chat goes on without memories (${0}: ${1}).
+Der Chat geht ohne Erinnerungen weiter (${0}: ${1}).
+El chat sigue sin recuerdos (${0}: ${1}).
+Чат продолжается без воспоминаний (${0}: ${1}).
+聊天继续,但没有记忆(${0}:${1})。
+チャットは記憶なしで続きます(${0}: ${1})。
+
+Too late for this reply: the server is still indexing the chat.
+Zu spät für diese Antwort: Der Server liest den Chat noch ein.
+Tarde para esta respuesta: el servidor aún indexa el chat.
+Поздно для этого ответа: сервер ещё индексирует чат.
+这次回复来不及了:服务器仍在为聊天建立索引。
+この返答には間に合いません。サーバーがまだ索引を作成中です。
+
+${0} of ${1} messages of this chat are not known yet.
+${0} von ${1} Nachrichten dieses Chats sind noch nicht bekannt.
+Aún no se conocen ${0} de los ${1} mensajes de este chat.
+Пока не известно сообщений этого чата: ${0} из ${1}.
+此聊天的 ${1} 条消息中有 ${0} 条尚未读入。
+このチャットの ${1} 件中 ${0} 件はまだ読み込まれていません。
+
+All ${0} messages of this chat are known.
+Alle ${0} Nachrichten dieses Chats sind bekannt.
+Se conocen los ${0} mensajes de este chat.
+Известны все сообщения этого чата: ${0}.
+此聊天的 ${0} 条消息已全部读入。
+このチャットの ${0} 件はすべて読み込まれています。
+
+All ${0} messages of this chat are known, ${1} are still being indexed.
+Alle ${0} Nachrichten dieses Chats sind bekannt, ${1} werden noch eingelesen.
+Se conocen los ${0} mensajes de este chat; ${1} aún se indexan.
+Известны все сообщения этого чата: ${0}; ещё индексируется: ${1}.
+此聊天的 ${0} 条消息已全部读入,${1} 条仍在建立索引。
+このチャットの ${0} 件はすべて読み込まれ、${1} 件は索引を作成中です。
+
+Read them in
+Einlesen
+Leerlos
+Прочитать
+读入
+読み込む
+
+Your mood: ${0}.
+Deine Stimmung: ${0}.
+Tu ánimo: ${0}.
+Ваше настроение: ${0}.
+你的心情:${0}。
+あなたの気分: ${0}。
+
+unclear
+unklar
+poco claro
+неясно
+不明确
+不明
+
+joy
+Freude
+alegría
+радость
+喜悦
+喜び
+
+sadness
+Trauer
+tristeza
+грусть
+悲伤
+悲しみ
+
+anger
+Ärger
+enfado
+гнев
+愤怒
+怒り
+
+fear
+Angst
+miedo
+страх
+恐惧
+恐れ
+
+surprise
+Überraschung
+sorpresa
+удивление
+惊讶
+驚き
+
+disgust
+Ekel
+asco
+отвращение
+厌恶
+嫌悪
+
+Recalled:
+Erinnert wurde:
+Recordado:
+Вспомнилось:
+回忆起:
+思い出したこと:
+
+Nothing was recalled.
+Nichts wurde erinnert.
+No se recordó nada.
+Ничего не вспомнилось.
+没有回忆起什么。
+何も思い出しませんでした。
+
+In another chat, ${0}
+In einem anderen Chat, ${0}
+En otro chat, ${0}
+В другом чате, ${0}
+另一个聊天中,${0}
+別のチャットで、${0}
+
+${0} tells the model the same. Switch one of the two off.
+${0} sagt dem Modell dasselbe. Schalte eines von beiden aus.
+${0} le dice lo mismo al modelo. Desactiva uno de los dos.
+${0} сообщает модели то же самое. Выключите одно из двух.
+${0} 告诉模型同样的内容。请关闭其中之一。
+${0} も同じことをモデルに伝えています。どちらかを切ってください。
+
+Pin
+Anheften
+Fijar
+Закрепить
+固定
+固定する
+
+Unpin
+Lösen
+Soltar
+Открепить
+取消固定
+固定を解除
+
+Forget
+Vergessen
+Olvidar
+Забыть
+遗忘
+忘れる
+
+Remember again
+Wieder erinnern
+Volver a recordar
+Вспоминать снова
+重新记住
+また記憶する
+
+Memory: pin, forget, why was this said
+Gedächtnis: anheften, vergessen, warum das gesagt wurde
+Memoria: fijar, olvidar, por qué se dijo esto
+Память: закрепить, забыть, почему это сказано
+记忆:固定、遗忘、为何这样说
+記憶: 固定、忘却、なぜこう言ったか
+
+Message ${0}, ${1}
+Nachricht ${0}, ${1}
+Mensaje ${0}, ${1}
+Сообщение ${0}, ${1}
+消息 ${0},${1}
+メッセージ ${0}、${1}
+
+Why this was said
+Warum das gesagt wurde
+Por qué se dijo esto
+Почему это сказано
+为何这样说
+なぜこう言ったか
+
+The prompt held ${0} messages, ${1} summaries, ${2} facts and ${3} memories.
+Im Prompt standen: Nachrichten ${0}, Zusammenfassungen ${1}, Fakten ${2}, Erinnerungen ${3}.
+El prompt contenía: mensajes ${0}, resúmenes ${1}, hechos ${2}, recuerdos ${3}.
+В промпте было: сообщений ${0}, сводок ${1}, фактов ${2}, воспоминаний ${3}.
+提示词包含:消息 ${0},摘要 ${1},事实 ${2},记忆 ${3}。
+プロンプトの内容: メッセージ ${0}、要約 ${1}、事実 ${2}、記憶 ${3}。
+
+Nothing is kept of what went into the prompt of this reply.
+Was im Prompt dieser Antwort stand, ist nicht aufbewahrt.
+No se conserva lo que contenía el prompt de esta respuesta.
+Содержимое промпта этого ответа не сохранилось.
+这次回复的提示词内容没有保留。
+この返答のプロンプトの内容は残っていません。
+
+The server does not know this message.
+Der Server kennt diese Nachricht nicht.
+El servidor no conoce este mensaje.
+Сервер не знает этого сообщения.
+服务器不认识这条消息。
+サーバーはこのメッセージを知りません。
+
+Name a message by its number, or several as 3-7.
+Nenne eine Nachricht mit ihrer Nummer, oder mehrere als 3-7.
+Indica un mensaje por su número, o varios como 3-7.
+Назовите номер сообщения или несколько: 3-7.
+请用编号指明消息,多条写作 3-7。
+メッセージを番号で、複数なら 3-7 のように指定してください。
+
+No chat is open.
+Kein Chat ist offen.
+No hay ningún chat abierto.
+Ни один чат не открыт.
+没有打开的聊天。
+チャットが開かれていません。
+
+Recalls what this chat remembers of a text.
+Erinnert, was dieser Chat zu einem Text weiß.
+Recuerda lo que este chat sabe de un texto.
+Вспоминает, что этот чат помнит о тексте.
+回忆此聊天对一段文字的记忆。
+ある文についてこのチャットが覚えていることを思い出す。
+
+Pins messages: every prompt that does not show them repeats them.
+Heftet Nachrichten an: Jeder Prompt, der sie nicht zeigt, wiederholt sie.
+Fija mensajes: cada prompt que no los muestre los repetirá.
+Закрепляет сообщения: их повторяет каждый промпт, где их нет.
+固定消息:未显示它们的提示词都会重复它们。
+メッセージを固定する。表示しないプロンプトでは繰り返される。
+
+Forgets messages: they are not recalled again.
+Vergisst Nachrichten: Sie werden nicht mehr erinnert.
+Olvida mensajes: ya no se recordarán.
+Забывает сообщения: они больше не вспоминаются.
+遗忘消息:不再回忆它们。
+メッセージを忘れる。もう思い出されない。
+
+Notes something that every prompt of this chat is to repeat.
+Notiert etwas, das jeder Prompt dieses Chats wiederholen soll.
+Anota algo que cada prompt de este chat debe repetir.
+Записывает то, что должен повторять каждый промпт этого чата.
+记下此聊天的每个提示词都要重复的内容。
+このチャットのどのプロンプトでも繰り返すことを書き留める。
+
+Says how much of this chat the server knows.
+Sagt, wie viel von diesem Chat der Server kennt.
+Dice cuánto de este chat conoce el servidor.
+Говорит, сколько из этого чата знает сервер.
+说明服务器知道此聊天的多少内容。
+サーバーがこのチャットをどこまで知っているかを言う。
+
+the memories, one a line
+die Erinnerungen, eine je Zeile
+los recuerdos, uno por línea
+воспоминания, по одному в строке
+各条记忆,每行一条
+記憶、一行に一つ
+
+how many messages
+wie viele Nachrichten
+cuántos mensajes
+сколько сообщений
+消息条数
+メッセージの数
+
+the note
+die Notiz
+la nota
+запись
+所记内容
+書き留めたこと
+
+a sentence
+ein Satz
+una frase
+предложение
+一句话
+一つの文
+
+a text
+ein Text
+un texto
+текст
+一段文字
+文
+
+the number of a message, or several as 3-7; else the last message
+die Nummer einer Nachricht, oder mehrere als 3-7; sonst die letzte
+el número de un mensaje, o varios como 3-7; si no, el último
+номер сообщения или несколько: 3-7; иначе последнее
+消息编号,多条写作 3-7;否则为最后一条
+メッセージの番号、複数なら 3-7。なければ最後のもの
+
+how many at most
+wie viele höchstens
+cuántos como máximo
+сколько самое большее
+最多几条
+最大いくつ
+
+take it back
+zurücknehmen
+deshacerlo
+отменить
+撤销
+取り消す
+
+text or json
+text oder json
+text o json
+text или json
+text 或 json
+text または json
+"""  # what the script says in English, then in each of those languages
+
+
+def extension_words() -> dict[str, dict[str, str]]:
+    """What the extension says, by language and by its English words."""
+    rows = [block.split("\n") for block in EXTENSION_WORDS.strip().split("\n\n")]
+    return {language: {row[0]: row[i] for row in rows} for i, language in enumerate(EXTENSION_LANGUAGES, 1)}
 
 
 def extension_files(address: str) -> dict[str, bytes]:
     """The SillyTavern extension's files by name, for a server at that address."""
-    return {
-        "manifest.json": (json.dumps(EXTENSION_MANIFEST, indent=4) + "\n").encode(),
+    manifest = EXTENSION_MANIFEST | {"homePage": f"{address}/persona_memory/"}
+    words = {f"{language}.json": said for language, said in extension_words().items()}
+    rows = {"manifest.json": manifest} | words
+    return {name: (json.dumps(row, indent=4, ensure_ascii=False) + "\n").encode() for name, row in rows.items()} | {
         "index.js": EXTENSION_SCRIPT.lstrip().replace(EXTENSION_ADDRESS, address).encode(),
+        "style.css": EXTENSION_STYLE.lstrip().encode(),
     }
 
 
@@ -15037,6 +15772,12 @@ def sync(chat: str) -> dict:
     return engine().sync(chat, request_json())
 
 
+@api.post("/chats/<chat:chat>/known")
+def chat_known(chat: str) -> dict:
+    """How much is known of the whole chat as a client shows it."""
+    return engine().known(chat, request_json())
+
+
 @api.post("/inject")
 def inject() -> dict:
     """What a client that calls its model directly should add to its prompt."""
@@ -15136,6 +15877,12 @@ def message_forget(chat: str, message: str) -> dict:
     """Forgets a message; `forgotten: false` remembers it again, unless it was forgotten with `for_good=on`."""
     for_good = flask.request.args.get("for_good") == "on"
     return engine().archive.change_message(chat, message, {"forgotten": True}, for_good)
+
+
+@api.post("/chats/<chat:chat>/facts")
+def note_add(chat: str) -> dict:
+    """Adds a fact that the user tells."""
+    return engine().summarizer.add_note(chat, require(request_object(), "text", str))
 
 
 @api.patch("/chats/<chat:chat>/facts/<fact>")
