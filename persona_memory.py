@@ -5127,8 +5127,8 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     walks = (walk_past(said, asked, start, {at for at, node in enumerate(path) if node in away}) for start in starts)
     places = max(walks, key=lambda found: found.count(MET), default=[])
     shown = iter(turns)
-    placed = [next(shown) if at == MET else hidden_turn(*chat.store.read([path[at]])) for at in places]
-    return replace(request, turns=(*request.turns[:first], *placed, *shown))
+    every = [next(shown) if at == MET else hidden_turn(*chat.store.read([path[at]])) for at in places]
+    return replace(request, turns=(*request.turns[:first], *every, *shown))
 
 
 def walk_past(said: Sequence[str], asked: Sequence[str], start: int, away: Collection[int]) -> list[int]:
