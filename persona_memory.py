@@ -13494,7 +13494,7 @@ const NAME = 'persona_memory';
 const API = '/api/persona_memory';
 const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1, role: 'system' };
 const TIMEOUT_MS = 2000; // how long a reply may be delayed
-const SYNC_TIMEOUT_MS = 60000; // a long chat takes the server some seconds, and no reply waits for that
+const PATIENCE_MS = 60000; // a long chat takes the server some seconds: for what no reply waits for
 const KINDS = ['normal', 'swipe', 'regenerate', 'continue', 'impersonate', 'quiet'];
 const IN_CHAT = 1; // SillyTavern's number for prompts that stand at a depth in the chat
 const ROLES = { system: 0, user: 1, assistant: 2 };
@@ -13712,7 +13712,7 @@ function speakerOf({ name, role }) {
 /** What the server knows of the open chat: `{messages, known, current, unembedded}`; null where it is empty. */
 async function lookAtChat() {
     const shown = settings().enabled ? shownChat() : null;
-    const found = shown && await call(`${chatPath(shown.chat_id)}/known`, shown, 'POST', SYNC_TIMEOUT_MS);
+    const found = shown && await call(`${chatPath(shown.chat_id)}/known`, shown, 'POST', PATIENCE_MS);
     if (settledIdentity()?.id === shown?.chat_id) showKnown(found);
     return found;
 }
@@ -13723,7 +13723,7 @@ async function readIn() {
     try {
         const shown = settings().enabled ? shownChat() : null;
         if (!shown || (await lookAtChat()).current) return;
-        const read = await call(`${chatPath(shown.chat_id)}/sync`, shown, 'POST', SYNC_TIMEOUT_MS);
+        const read = await call(`${chatPath(shown.chat_id)}/sync`, shown, 'POST', PATIENCE_MS);
         if (settledIdentity()?.id === shown.chat_id) showKnown({ ...read, known: read.messages });
     } catch (error) {
         state.changed = true; // the next reply tries again
@@ -13814,6 +13814,11 @@ function memoryLine(row) {
     return line;
 }
 
+/** Memories as the lines of a list, in the order in which they were said. */
+function memoryLines(rows) {
+    return rows.slice(0, MOST_SHOWN).sort((a, b) => a.index - b.index).map(memoryLine);
+}
+
 /** The rows of a prompt's report with the words that it leaves out; what was carried over is another chat's. */
 function withWords(rows, chat) {
     return Promise.all(rows.slice(0, MOST_SHOWN).map(async (row) => {
@@ -13829,7 +13834,7 @@ async function whySaid(row, before) {
     const report = prompts.find(({ tip }) => tip === before?.id || tip === row.id);
     if (!report) return [t`Nothing is kept of what went into the prompt of this reply.`];
     const { history, summaries, facts, recalled: { length: memories } } = report;
-    const lines = (await withWords(report.recalled, identity().id)).map(memoryLine);
+    const lines = memoryLines(await withWords(report.recalled, identity().id));
     return [
         t`The prompt held ${history} messages, ${summaries} summaries, ${facts} facts and ${memories} memories.`,
         element('ol', { className: `${NAME}_recalled` }, ...lines),
@@ -13893,7 +13898,7 @@ function openId() {
 const COMMANDS = {
     async recall({ limit = 5, as }, text) {
         const asked = new URLSearchParams({ q: text, k: limit });
-        const { memories } = await call(`${chatPath(openId())}/search?${asked}`);
+        const { memories } = await call(`${chatPath(openId())}/search?${asked}`, null, 'GET', PATIENCE_MS);
         if (as === 'json') return JSON.stringify(memories);
         return memories.map((row) => `${speakerOf(row)}: ${row.content}`).join('\n');
     },
@@ -14163,8 +14168,7 @@ function showRecalled(memories, emotion, story = 0) {
     const mood = sure ? `${t([emotion.label])} (${Math.round(100 * emotion.confidence)} %)` : t`unclear`;
     const recalled = memories.length ? t`Recalled:` : t`Nothing was recalled.`;
     parts.mood.textContent = `${t`Your mood: ${mood}.`} ${recalled}`;
-    const inOrder = memories.slice(0, MOST_SHOWN).sort((a, b) => a.index - b.index);
-    parts.recalled.replaceChildren(...inOrder.map(memoryLine));
+    parts.recalled.replaceChildren(...memoryLines(memories));
     const others = toldTwice(memories, story).join(', ');
     parts.twice.textContent = others && t`${others} tells the model the same. Switch one of the two off.`;
 }
@@ -14508,14 +14512,14 @@ asco
 嫌悪
 
 Recalled:
-Erinnert wurde:
+Erinnerungen:
 Recordado:
 Вспомнилось:
 回忆起:
 思い出したこと:
 
 Nothing was recalled.
-Nichts wurde erinnert.
+Keine Erinnerungen.
 No se recordó nada.
 Ничего не вспомнилось.
 没有回忆起什么。

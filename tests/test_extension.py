@@ -889,7 +889,7 @@ class TestPanel:
         with open_client(browser, server.url, f"(stand.words = {words}, null)") as client:
             long_chat(client)
             client.generate()
-            for said in ("Meine Chats merken", "Erinnerungen kommen in den Prompt", "Erinnert wurde:"):
+            for said in ("Meine Chats merken", "Erinnerungen kommen in den Prompt", "Erinnerungen:"):
                 client.page.get_by_text(said).wait_for(state="attached")
 
     def test_what_the_proxy_does_itself_is_not_asked(self, client, server):
