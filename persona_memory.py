@@ -192,10 +192,15 @@ class Settings:
     summary_key: str = setting("", "key for the summaries' own upstream", "none", secret=True)
     summary_calls: int = setting(60, "summary requests an hour, for metered upstreams; 0 is no limit")
     embedder: str = setting(
-        "all-MiniLM-L6-v2", "sentence-transformers model: a path, a hub name, or the default's bundled copy"
+        "all-MiniLM-L6-v2",
+        "sentence-transformers model: a path, a hub name, or the default's bundled copy; `@256` behind a Matryoshka "
+        "model's name takes its first 256 dimensions",
     )
     emotion_model: str = setting(
         "", "text-classification model that reads feelings instead: a path or a hub name", "the built-in reader"
+    )
+    reranker: str = setting(
+        "", "sentence-transformers CrossEncoder that puts the best memories in order: a path or a hub name", "none"
     )
     forget_after: int = setting(
         30, "days until forgotten words are erased from the disk and cannot be remembered again; 0 erases at once"
@@ -273,8 +278,7 @@ class SettingsError(PersonaMemoryError):
 class InvalidRequest(PersonaMemoryError):
     """The client's request cannot be understood."""
 
-    status = 400
-    type = "invalid_request_error"
+    status, type = 400, "invalid_request_error"
 
 
 class ContextLengthExceeded(InvalidRequest):
@@ -286,38 +290,31 @@ class ContextLengthExceeded(InvalidRequest):
 class NotAuthenticated(PersonaMemoryError):
     """The key that `--api-key` asks for is missing or wrong."""
 
-    status = 401
-    type = "authentication_error"
-    code = "invalid_api_key"
+    status, type, code = 401, "authentication_error", "invalid_api_key"
 
 
 class ForeignOrigin(PersonaMemoryError):
     """A web page of another origin, or a foreign name that points to this machine, tries to use the server."""
 
-    status = 403
-    type = "permission_error"
+    status, type = 403, "permission_error"
 
 
 class NotFound(PersonaMemoryError):
     """No such chat, message or route."""
 
-    status = 404
-    type = "invalid_request_error"
-    code = "not_found"
+    status, type, code = 404, "invalid_request_error", "not_found"
 
 
 class StoreError(PersonaMemoryError):
     """A chat's store cannot be read or written."""
 
-    status = 503
-    code = "store_unavailable"
+    status, code = 503, "store_unavailable"
 
 
 class DiskFull(StoreError):
     """There is no room for anything new."""
 
-    status = 507  # RFC 4918, 11.5
-    code = "disk_full"
+    status, code = 507, "disk_full"  # RFC 4918, 11.5
 
 
 class StoreDamaged(StoreError):
@@ -482,6 +479,7 @@ THOUGHTS = re.compile(
 )
 END_OF_THOUGHTS = re.compile(r"\A.*(?<!`)</(?:think|thinking|thoughts?|reasoning)>", re.S | re.I)  # without beginning
 BEGUN_THOUGHTS = re.compile(rf"(?<!`)<(?:{THOUGHT}).*\Z", re.S | re.I)  # without end
+OTHER_TAGS = re.compile(r"\[/?THINK\]|\u25c1/?think\u25b7|</?seed:think>")  # Magistral's, Kimi's, Seed's
 INLINE_TAGS = {"a", "b", "code", "em", "font", "i", "mark", "q", "s", "small", "span", "strong", "sub", "sup", "u"}
 OPENING_TAG = re.compile(r"<([A-Za-z][\w-]{0,40})(?:\s[^<>]*)?>")
 CLOSING_TAG = re.compile(r"</([A-Za-z][\w-]{0,40})>\Z")
@@ -491,11 +489,12 @@ NAME_PREFIX = re.compile(rf"{LETTERS}(?: {LETTERS}){{0,3}}: (?=\S)")  # no digit
 
 def without_thoughts(text: str) -> str:
     """A reply without what a reasoning model thought before it, closed, unclosed or with its end alone."""
-    if "<" not in text:
+    tagged = OTHER_TAGS.sub(lambda found: f"<{'/' * ('/' in found[0])}think>", text)
+    if "<" not in tagged:
         return text
-    words = END_OF_THOUGHTS.sub("", THOUGHTS.sub("", text))
+    words = END_OF_THOUGHTS.sub("", THOUGHTS.sub("", tagged))
     words = BEGUN_THOUGHTS.sub("", words)
-    return text if words == text else words.strip()
+    return text if words == tagged else words.strip()
 
 
 def without_blocks(text: str) -> str:
@@ -612,6 +611,11 @@ class Message:
         return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
 
 
+def key_of(message: Message, parent: str) -> str:
+    """The id that a message's words have under a parent; of words that were erased nothing is left but their digest."""
+    return message_id(parent, message.erased or message_digest(message.role, message.original))
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """What stays in RAM of every stored message: its place in the tree, and what comparing and budgeting need."""
@@ -706,8 +710,9 @@ class ChatRequest:
     `persona_in_first_turn` says that the request has no system message: strict clients fold their system prompt into
     the first turn. That turn is then in `turns` and, where it is not the only one, in `persona` too. `opening` is the
     placeholder that strict clients put in front of a history that begins with the assistant. `joined` says that the
-    client sent all of it as one user message. `account` is whose request it is, where OpenAI's `user` says that.
-    `aside` says why the request is no part of any chat, empty where it is.
+    client sent all of it as one user message, `merges` that it sent neighbours by one side as one message, which
+    `turns` tells apart. `account` is whose request it is, where OpenAI's `user` says that. `aside` says why the request
+    is no part of any chat, empty where it is.
     """
 
     body: dict
@@ -720,6 +725,7 @@ class ChatRequest:
     joined: bool = False
     account: str = ""
     aside: str = ""
+    merges: bool = False
 
     @property
     def newest_user(self) -> int | None:
@@ -750,12 +756,24 @@ class ChatRequest:
         return isinstance(wanted, dict) and wanted.get("type") not in (None, "text")
 
     @property
+    def by_turns(self) -> bool:
+        """Whether no two neighbours in what the client shows are by one side."""
+        roles = [turn.role for turn in self.turns if not turn.hidden]
+        return self.merges or all(one != other for one, other in itertools.pairwise(roles))
+
+    @property
     def begins_with_user(self) -> bool:
         """Whether the client keeps to the strict order of an optional system message, then user and assistant by
         turns, the user first."""
-        by_turns = all(turn.role == CHAT_ROLES[i % 2] for i, turn in enumerate(self.turns))
         strict = not self.system_later and not self.persona_in_first_turn and len(self.persona) < 2
-        return bool(self.opening) or (strict and by_turns and len(self.turns) > 2)
+        ordered = self.by_turns and self.turns[0].role == "user" and len(self.turns) > 2
+        return bool(self.opening) or (strict and ordered)
+
+    @property
+    def strict(self) -> bool:
+        """Whether two neighbours by one side in its prompt would be something that the client takes care to avoid."""
+        folded = self.persona_in_first_turn or any(m["role"] not in SYSTEM_ROLES for m in self.persona)
+        return self.merges or (self.by_turns and (self.begins_with_user or folded))
 
     @property
     def max_tokens(self) -> int:
@@ -1963,6 +1981,7 @@ MOST_PIECES = 400
 DIGEST_PIECES, DIGEST_PIECE = 16, 4096  # of a weights file that tell it from others, and the bytes of each
 MAX_EMBEDDED = 4000  # characters; MiniLM reads 256 tokens, and tokenizing megabytes to drop them takes seconds
 TURN, QUERY, BACKGROUND = 0, 1, 2  # priorities of encoding jobs
+FIRST_PACE = 0.1  # seconds that an urgent job is thought to take until the first has been timed
 LATIN_END = "\u024f"
 MOST_SENTENCES = 64  # of a message that have vectors of their own; what stands behind is found by its chunk
 SHORTEST_SENTENCE = 14  # letters; a shorter one ("Yes.") is taken together with its neighbour
@@ -1988,6 +2007,8 @@ class Embedder:
         self._numbers = itertools.count()
         self._started = threading.Lock()
         self._closed = False
+        self._urgent: set[Future] = set()  # jobs that somebody waits for with a timeout
+        self._pace = FIRST_PACE  # seconds that a job takes which is not the background's; the newest count most
 
     def start(self) -> None:
         """Begins to load; a second call does nothing."""
@@ -2011,7 +2032,7 @@ class Embedder:
         """Unit vectors of texts, then of queries, float32 [len(texts) + len(queries), dimensions].
 
         Where the model has prompts of its own for queries and for documents, they are put in front. Raises
-        `EmbedderUnavailable` when loading, failed or late.
+        `EmbedderUnavailable` when loading, failed or late; at once where so many wait that it would be late.
         """
         self.start()
         job: Future = Future()
@@ -2019,6 +2040,10 @@ class Embedder:
             raise EmbedderUnavailable(f"embedder {self.status}")
         if timeout is not None and not self.loaded.is_set():
             raise EmbedderUnavailable("embedder still loading")
+        if timeout is not None and len(self._urgent) * self._pace > timeout:
+            raise EmbedderUnavailable("embedder late")
+        if timeout is not None:
+            self._urgent.add(job)
         self._jobs.put((priority, next(self._numbers), list(texts), list(queries), job))
         if self._closed:
             self._refuse_all()
@@ -2027,6 +2052,8 @@ class Embedder:
         except TimeoutError:
             job.cancel()
             raise EmbedderUnavailable("embedder late") from None
+        finally:
+            self._urgent.discard(job)
 
     def reads(self, text: str) -> bool:
         """Whether its vector of a text says anything: the default knows English, and sees letters of other scripts
@@ -2060,9 +2087,12 @@ class Embedder:
             model = None
         self.loaded.set()
         while not self._closed:
-            _, _, texts, queries, job = self._jobs.get()
+            priority, _, texts, queries, job = self._jobs.get()
             if job.set_running_or_notify_cancel():
+                started = time.monotonic()
                 self._work(model, texts, queries, job)
+                if priority != BACKGROUND:
+                    self._pace = (self._pace + time.monotonic() - started) / 2
 
     def _work(self, model: Any, texts: list[str], queries: list[str], job: Future) -> None:
         if model is None:
@@ -2104,8 +2134,16 @@ def embedding_jobs(texts: Sequence[str]) -> list[list[str]]:
     return jobs
 
 
+def sized_name(name: str) -> tuple[str, int | None]:
+    """A model's name, and of how many dimensions its vectors shall be where "@256" behind it says so: the first ones of
+    a Matryoshka embedder (Kusupati et al. 2022) are a smaller vector that means the same."""
+    found = re.fullmatch(r"(.+)@(\d+)", name)
+    return (found[1], int(found[2])) if found else (name, None)
+
+
 def embedder_path(name: str) -> str:
     """Where the model of that name lies: in the installed package that carries it, else that path or hub name."""
+    name, _ = sized_name(name)
     package = importlib.util.find_spec(BUNDLED_EMBEDDERS[name]) if name in BUNDLED_EMBEDDERS else None
     return str(Path(package.origin).parent / "model") if package else name
 
@@ -2117,7 +2155,7 @@ def weights_digest(name: str) -> str:
     """
     folder = Path(embedder_path(name))
     if not folder.is_dir():
-        return hub_revision(name)
+        return hub_revision(embedder_path(name))
     digest = hashlib.sha256()
     for file in sorted(f for f in folder.rglob("*") if f.suffix in (".safetensors", ".bin", ".onnx")):
         size = file.stat().st_size
@@ -2142,8 +2180,8 @@ def hub_revision(name: str) -> str:
 
 def load_sentence_transformer(name: str) -> Any:
     """The model of that name: the copy that an installed package carries, else a path or a hub name."""
-    path = embedder_path(name)
-    if path != name:
+    path, (bare, size) = embedder_path(name), sized_name(name)
+    if path != bare:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a complete local copy needs no look at the hub
     import torch
     from sentence_transformers import SentenceTransformer
@@ -2152,7 +2190,7 @@ def load_sentence_transformer(name: str) -> Any:
     disable_progress_bar()  # the log's lines are whole lines
     # Half of the cores: torch's threads wait for each other, and stall when a model on this machine takes the rest.
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-    return SentenceTransformer(path, device="cpu")
+    return SentenceTransformer(path, device="cpu", truncate_dim=size)
 
 
 def chunk_spans(text: str) -> Iterator[tuple[int, int]]:
@@ -2222,44 +2260,100 @@ def embedded_texts(message: Message) -> dict[str, str]:
     return {key: replace(message, content=piece).spoken for key, piece in zip(keys, pieces, strict=True)}
 
 
-class EmotionModel:
-    """A text-classification model of the user's choice (transformers), which reads feelings in a thread of its own."""
+class OwnModel:
+    """A model of the user's choice beside the embedder, in a thread of its own; loaded when it is first needed."""
+
+    kind = "model"  # how messages name it
 
     def __init__(self, name: str):
         self.name = name
         self._failed = ""  # why it cannot be used: a model that does not load is not tried at every message
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="emotion-model")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=self.kind.replace(" ", "-"))
 
-    def read(self, texts: Sequence[str], timeout: float | None = None) -> list[EmotionReading]:
-        """What those texts feel; raises `EmbedderUnavailable` where the model cannot be used, or is late."""
+    def ask(self, work: Callable[[], Any], timeout: float | None = None) -> Any:
+        """What `work` gives in the model's thread; raises `EmbedderUnavailable` where that cannot be done, or is
+        late."""
         if self._failed:
             raise EmbedderUnavailable(self._failed)
-        job = self._thread.submit(self._read, texts)
+        job = self._thread.submit(self._work, work)
         try:
             return job.result(timeout)
         except TimeoutError:
             job.cancel()
-            raise EmbedderUnavailable("emotion model late") from None
+            raise EmbedderUnavailable(f"{self.kind} late") from None
 
-    def _read(self, texts: Sequence[str]) -> list[EmotionReading]:
+    def _work(self, work: Callable[[], Any]) -> Any:
         try:
-            pipeline = self._pipeline
+            self.model  # noqa: B018 - loads it
         except Exception as error:  # whatever a model's loader raises
-            self._failed = f"The emotion model {self.name} cannot be used: {type(error).__name__}: {error}"
-            log_event("emotion_model_failed", self._failed, level=logging.WARNING, model=self.name)
+            self._failed = f"The {self.kind} {self.name} cannot be used: {type(error).__name__}: {error}"
+            log_event(f"{self._event}_failed", self._failed, level=logging.WARNING, model=self.name)
             raise EmbedderUnavailable(self._failed) from error
-        rows = pipeline([sane_text(t[:MAX_EMBEDDED]) for t in texts], top_k=None, truncation=True)
-        return [grouped_reading((row["label"], row["score"]) for row in rows_of_one) for rows_of_one in rows]
+        try:
+            return work()
+        except Exception as error:
+            log_event(f"{self._event}_failed", f"The {self.kind} failed", level=logging.ERROR, trace=True)
+            raise EmbedderUnavailable(f"{self.kind} failed: {type(error).__name__}") from error
+
+    @property
+    def _event(self) -> str:
+        return self.kind.replace(" ", "_")
 
     @functools.cached_property
-    def _pipeline(self) -> Any:
-        from transformers import pipeline
-
-        return pipeline("text-classification", model=self.name, device="cpu")
+    def model(self) -> Any:
+        """The loaded model."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Ends the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+class EmotionModel(OwnModel):
+    """A text-classification model (transformers), which reads feelings."""
+
+    kind = "emotion model"
+
+    def read(self, texts: Sequence[str], timeout: float | None = None) -> list[EmotionReading]:
+        """What those texts feel; raises `EmbedderUnavailable` where the model cannot be used, or is late."""
+        rows = self.ask(
+            lambda: self.model([sane_text(t[:MAX_EMBEDDED]) for t in texts], top_k=None, truncation=True), timeout
+        )
+        return [grouped_reading((row["label"], row["score"]) for row in rows_of_one) for rows_of_one in rows]
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """transformers' pipeline."""
+        from transformers import pipeline
+
+        return pipeline("text-classification", model=self.name, device="cpu")
+
+
+class Reranker(OwnModel):
+    """A sentence-transformers CrossEncoder, which reads a question and a memory together (Nogueira & Cho 2019,
+    "Passage Re-ranking with BERT")."""
+
+    kind = "reranker"
+
+    def start(self) -> None:
+        """Begins to load; a turn that comes before that is done goes on with recall's own order."""
+        self._thread.submit(self._work, lambda: None)
+
+    def order(self, question: str, texts: Sequence[str], timeout: float) -> list[int]:
+        """The positions of the texts, the one that answers best first; raises `EmbedderUnavailable`."""
+        pairs = [(sane_text(question[:MAX_EMBEDDED]), sane_text(text[:MAX_EMBEDDED])) for text in texts]
+        scores = self.ask(lambda: self.model.predict(pairs, batch_size=EMBED_BATCH, show_progress_bar=False), timeout)
+        return np.argsort(-np.asarray(scores, np.float32), kind="stable").tolist()
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The CrossEncoder; raises `ValueError` for one that gives more than one score a pair."""
+        from sentence_transformers import CrossEncoder
+
+        model = CrossEncoder(self.name, device="cpu")
+        if model.num_labels != 1:
+            raise ValueError(f"a reranker gives one score a pair, this one {model.num_labels}")
+        return model
 
 
 def sane_text(text: str) -> str:
@@ -2542,6 +2636,7 @@ PLACEHOLDER = re.compile(  # SillyTavern's and Agnai's defaults for a prompt tha
     r"begin(?: the)? (?:chat|conversation|role-?play))[.!]?\]?",
     re.I,
 )
+PROMPT_END = re.compile(r"(?<=\n)\[start (?:a )?(?:new )?(?:group )?chat[^\n\]]{0,300}\](?=\n|\Z)", re.I)
 DEFAULT_OPENING = {"role": "user", "content": "[Start a new chat]"}
 CUE = re.compile(r"(?:\A|\n)[^\W\d_][\w'’.-]*(?: [\w'’.-]+){0,3}:\s*\Z")  # a name for the model to go on from
 BRACKETED = re.compile(r"\[[^\[\]]*\]|\([^()]*\)|\{[^{}]*\}|<[^<>]*>", re.S)
@@ -2578,7 +2673,7 @@ ORDER_OF_TASK = re.compile(
 QUOTED_CHAT = re.compile(
     r"<(?:chat_history|conversation|chat|messages?|transcript)>|\|\|>|"
     r"^#* ?(?:conversation|chat history|messages?)\b[^\n]*:|^(?:user|human)\b[^\n]*:|"
-    r"\b(?:the|this|of a) (?:conversation|chat|last message)\b",
+    r"\b(?:the|this|of a) (?:conversation|chat|last message)\b|\bthe following (?:query|message|prompt)\b",
     re.I | re.M,
 )
 BARE_ANSWER = re.compile(
@@ -2612,15 +2707,32 @@ def parse_request(body: Any) -> ChatRequest:
         persona, turns, tail = joined
         aside = "" if turns else "a prompt in one message that does not say who speaks"
         return ChatRequest(body, persona, turns, tail, False, identity, (), True, account, aside)
-    leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
+    aside = "a task about a chat" if is_task(messages) else ""
+    messages, folded = unfolded(messages)
+    leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages)) or folded
     begun = leading + (len(messages) > leading and is_placeholder(messages[leading]))
-    turns, tail = split_turns(messages[begun:])
+    turns, tail = split_turns(messages[begun:], begun > 0)
     turns = with_voices(turns, messages[:leading])
     persona_in_first_turn = bool(turns) and begun == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
-    opening, aside = tuple(messages[leading:begun]), "a task about a chat" if is_task(messages) else ""
-    persona = tuple(messages[:leading])
+    opening, persona = tuple(messages[leading:begun]), tuple(messages[:leading])
     request = ChatRequest(body, persona, turns, tail, persona_in_first_turn, identity, opening, False, account, aside)
     return replace(request, persona=(*turns[0].before, turns[0].raw)) if request.history_start else request
+
+
+def unfolded(messages: Sequence[dict]) -> tuple[Sequence[dict], int]:
+    """The messages of a request, and how many at its beginning are a system prompt in the user's role (0 or 1).
+
+    Clients that send no system messages fold it into the first one, whose own words are parted from it here: a line
+    such as "[Start a new chat]" ends the prompt.
+    """
+    first = messages[0]
+    text = first["content"] if first["role"] == "user" and isinstance(first.get("content"), str) else ""
+    ends = [found.end() for found in PROMPT_END.finditer(text)]
+    if not ends or len(messages) == 1:
+        return messages, 0
+    said = text[ends[-1] :].strip()
+    parts = [{**first, "content": part} for part in (text[: ends[-1]], said) if part]
+    return [*parts, *messages[1:]], 1
 
 
 def is_placeholder(message: Mapping) -> bool:
@@ -2837,15 +2949,16 @@ def shown_turns(messages: Sequence[dict]) -> tuple[tuple[Turn, ...], tuple[dict,
     return tuple(replace(t, **more[id(t.raw)]) for t in turns), tail
 
 
-def split_turns(messages: Sequence[dict]) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
-    """The chat's turns, each with the client's other messages before it; and what stands behind the last turn.
+def split_turns(messages: Sequence[dict], led: bool = False) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
+    """The chat's turns, each with the client's other messages before it; and what stands behind the last turn. Where a
+    system prompt has `led` to them, the first may be an instruction too.
 
     Tool calls and their results belong together and to the turn after them, so that no cut parts them.
     """
     turns, before, after_user = [], [], False
     for message in messages:
         words = spoken_words(message["role"], text_of(message.get("content")))
-        instructs = turns and message["role"] == "user" and is_instruction(words, alone=not after_user)
+        instructs = (turns or led) and message["role"] == "user" and is_instruction(words, alone=not after_user)
         if message["role"] not in CHAT_ROLES or message.get("tool_calls") or not words.strip() or instructs:
             before.append(message)
             continue
@@ -2990,6 +3103,7 @@ UNWRITTEN = sys.maxsize  # changes, where RAM may hold what the disk does not: t
 NEWER = "This chat was written by a newer version of persona_memory: install that to use it."
 # Version 0.1.0 looks at no format, but stumbles over a summary with an unknown field, and says its name.
 NEWER_ROW = "s:!"  # before all other summaries
+NAMING_MESSAGES = ("first", "last", "message")  # fields of its summaries and facts
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
 OWN_FOLDERS = ("chats", "catalogue", "characters")  # in the data folder
@@ -3336,9 +3450,10 @@ class ChatStore:
                 self._take_over(key, row)
 
     def _upgrade(self, cache: diskcache.Cache) -> None:
-        """Rewrites the rows of format 1 (version 0.1.0): marks were kept with each message alone, and summaries and
-        facts by the ids of messages."""
+        """Rewrites the rows of format 1 (version 0.1.0): a model's thoughts were kept with its words, marks with each
+        message alone, and summaries and facts by the ids of messages."""
         with cache.transact():
+            moved = self._take_thoughts_out(cache)
             marked = [message_of(read_json(cache, f"m:{i}")) for i in self.tree.marked]
             marks = changed_marks({}, marked, (), time.time())
             for digest, some in marks.items():
@@ -3351,7 +3466,7 @@ class ChatStore:
                     self._remember(row)
                     reworded.add(message.digest)
             for key, row in {**stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
-                row = upgraded_row(row, self.tree)
+                row = upgraded_row(row | {k: moved.get(row[k], row[k]) for k in NAMING_MESSAGES if k in row}, self.tree)
                 if row is None:  # its branch is not there
                     cache.delete(key)
                     continue
@@ -3361,6 +3476,24 @@ class ChatStore:
             self._generation += 1  # without a list of changes: other processes read the chat anew
             cache["generation"] = self._generation
             note_format(cache)
+
+    def _take_thoughts_out(self, cache: diskcache.Cache) -> dict[str, str]:
+        """Leaves nothing but the words in the replies; returns the ids that messages have then, by those before."""
+        old = [self.tree.nodes[i] for i in self.tree.nodes]
+        messages, moved = rehung(worded(message_of(read_json(cache, f"m:{node.id}"))) for node in old)
+        orders = {moved[node.id]: node.order for node in reversed(old)}  # a twin's is that of the first
+        if all(before == now for before, now in moved.items()):
+            return moved
+        for node in old:
+            cache.delete(f"m:{node.id}")
+        self.tree, self._recent = Tree(), OrderedDict()
+        for message in messages:
+            row = asdict(message) | {"order": orders[message.id]}
+            cache[f"m:{message.id}"] = json.dumps(row)
+            self._remember(row)
+        self.info["head"] = moved.get(self.head, ROOT)
+        cache["info"] = json.dumps(self.info)
+        return moved
 
     @property
     def damaged(self) -> bool:
@@ -3696,7 +3829,7 @@ def salvaged(rows: Iterable[tuple[str, Any]]) -> tuple[list[Message], list[Summa
             if key.startswith("m:"):
                 message = message_of(row)
                 normalise(message.content + (message.shown or "") + (message.name or ""))
-                if message.role in CHAT_ROLES and message.id == message_id(message.parent, message.digest):
+                if message.role in CHAT_ROLES and (message.erased or message.id == key_of(message, message.parent)):
                     found.append(
                         (int(row["order"]), replace(message, at=float(message.at), tokens=int(message.tokens)))
                     )
@@ -3706,13 +3839,30 @@ def salvaged(rows: Iterable[tuple[str, Any]]) -> tuple[list[Message], list[Summa
                 facts.append(Fact(**row))
             elif key == "info":
                 info = dict(row)
-    messages, moved = [], {ROOT: ROOT}
-    for _, message in sorted(found, key=lambda row: row[0]):
-        parent = moved.get(message.parent, messages[-1].id if messages else ROOT)
-        moved[message.id] = message_id(parent, message.digest)
-        messages.append(replace(message, id=moved[message.id], parent=parent))
+    messages, moved = rehung(message for _, message in sorted(found, key=lambda row: row[0]))
     newest = messages[-1].id if messages else ROOT
     return messages, summaries, facts, info | {"head": moved.get(info.get("head", ""), newest) or newest}
+
+
+def rehung(messages: Iterable[Message]) -> tuple[list[Message], dict[str, str]]:
+    """Messages, parents first, with the ids that their words have where they hang by now; and these ids by the old.
+
+    A message whose parent is lost hangs under the one before it. Of two that say the same in one place one is left, and
+    none that says nothing.
+    """
+    hung: dict[str, Message] = {}
+    moved, last = {ROOT: ROOT}, ROOT
+    for message in messages:
+        parent = moved.get(message.parent, last)
+        if not (message.original.strip() or message.erased):
+            moved[message.id] = parent
+            continue
+        last = moved[message.id] = (
+            message.id if parent == message.parent and message.erased else key_of(message, parent)
+        )
+        twin = hung.get(last, message)
+        hung[last] = replace(twin, id=last, parent=parent, confirmed=twin.confirmed or message.confirmed)
+    return list(hung.values()), moved
 
 
 def database_of(directory: Path) -> Path:
@@ -3809,6 +3959,17 @@ def with_mark(message: Message, mark: Mark | None) -> Message:
     return replace(
         message, content=content, shown=shown, tokens=tokens, pinned=mark.pinned, forgotten=mark.forgotten
     )  # fmt: skip
+
+
+def worded(message: Message) -> Message:
+    """The message without a model's thoughts, which version 0.1.0 kept."""
+    texts = (message.content, message.original)
+    content, original = texts if message.role == "user" else map(without_thoughts, texts)
+    if (content, original) == texts:
+        return message
+    shown = None if message.shown is None or content == original else original
+    tokens = message_tokens({"role": message.role, "content": max(content, original, key=len)})
+    return replace(message, content=content, shown=shown, tokens=tokens)
 
 
 def upgraded_row(row: dict, tree: Tree) -> dict | None:
@@ -4387,7 +4548,11 @@ CHATS_PER_TEXT = 64  # chats that one text is looked up for
 SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
+ANY_ID = "dne"  # kinds of ids, see Catalogue
+MET = -1  # an index of no message
+LEAST_SHARE = 4  # of a request's messages one in so many is known to the chat that it goes on
 SURE_MATCHES = 3  # matching messages that name a chat whatever its persona says
+MOST_REFUSED = 500  # ids of what a filter refused, for each part of a prompt
 KEPT_NOTES = 8  # of a chat: texts that its client puts around or between a user's words
 REWORDED = 8  # newest messages that a client's rules for its display may show in other words at every turn
 SAME_SPEECH = 0.7  # of the shorter message's words
@@ -4409,7 +4574,6 @@ class Chat:
         self.word_readings: dict[str, EmotionReading] = {}  # by words alone, until there is a vector
         self.persona_vectors: dict[str, np.ndarray | None] = {}  # by piece; None: being computed
         self.last_prompt: list[Sent] | None = None
-        self.refused: dict[str, frozenset[str]] = {}  # what of a prompt's parts, by ids, a provider's filter refused
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -4422,6 +4586,16 @@ class Chat:
     def tree(self) -> Tree:
         """Its messages."""
         return self.store.tree
+
+    def refused(self, part: str) -> list[str]:
+        """What of a part of the prompt a provider's filter has refused, by ids, newest last."""
+        return self.store.info.get("refused", {}).get(part, [])
+
+    def refuse(self, part: str, ids: Collection[str]) -> None:
+        """Notes what a provider's filter has refused, so that the next turn does not begin with it."""
+        with self.lock:
+            known = list(dict.fromkeys([*self.refused(part), *sorted(ids)]))[-MOST_REFUSED:]
+            self.store.commit(info={"refused": {**self.store.info.get("refused", {}), part: known}})
 
     def path(self, tip: str = "") -> list[str]:
         """The ids of the current branch, or of the one that ends with `tip`; oldest first."""
@@ -4473,17 +4647,18 @@ class Catalogue:
     """What is known of all chats without opening them. Derived: a lost one is made anew from the chats.
 
     Rows: `c:<chat>` a line for the list, `d:<digest>` the chats without an explicit id that hold a text, `n:<digest>`
-    those with one, `u:<chat>` a chat whose summary is due, `x:<chat>` since when a chat has forgotten words that are
-    not erased, `embedder` whose vectors all chats have, `changes` a counter.
+    those with one, `e:<digest>` those whose id comes from our extension, `u:<chat>` a chat whose summary is due,
+    `x:<chat>` since when a chat has forgotten words that are not erased, `embedder` whose vectors all chats have,
+    `changes` a counter.
     """
 
     def __init__(self, folder: Path, on_loss: Callable[[], None] = lambda: None):
         self._database = RebuiltDatabase(folder, 1, on_loss)
 
-    def enter(self, line: Mapping, digests: Sequence[str] = (), explicit: bool = False, forgetful: float = 0.0) -> None:
-        """Notes a chat's line in the list, texts that it holds, whether its client has named it (`explicit`), and since
-        when (Unix seconds; 0: it has none) it has forgotten words that are not erased."""
-        chat_id, kind = line["chat_id"], "n" if explicit else "d"
+    def enter(self, line: Mapping, digests: Sequence[str] = (), kind: str = "d", forgetful: float = 0.0) -> None:
+        """Notes a chat's line in the list, texts that it holds, the kind of its id (`d`, `n` or `e`), and since when
+        (Unix seconds; 0: it has none) it has forgotten words that are not erased."""
+        chat_id = line["chat_id"]
         with self._database.transaction() as cache:
             for key in (f"{kind}:{digest}" for digest in digests):
                 chats = json.loads(cache.get(key, "[]"))
@@ -4508,9 +4683,9 @@ class Catalogue:
     @staticmethod
     def _remove_texts(cache: SharedCache, chat_id: str, digests: Iterable[str] | None) -> None:
         if digests is None:
-            keys = [*stored_rows(cache, "d:"), *stored_rows(cache, "n:")]
+            keys = [key for kind in ANY_ID for key in stored_rows(cache, f"{kind}:")]
         else:
-            keys = [f"{kind}:{digest}" for digest in digests for kind in "dn"]
+            keys = [f"{kind}:{digest}" for digest in digests for kind in ANY_ID]
         for key in keys:
             chats = json.loads(cache.get(key, "[]"))
             left = [c for c in chats if c != chat_id]
@@ -4538,7 +4713,7 @@ class Catalogue:
         return sorted(listed, key=lambda line: -(line["updated"] or 0))
 
     def holding(self, digests: Sequence[str], kinds: str = "d") -> list[list[str]]:
-        """For each text the chats that hold it: those without an explicit id (`d`), those with one (`n`), or both."""
+        """For each text the chats that hold it, with ids of those kinds."""
         with self._database.use() as cache:
             return [[c for kind in kinds for c in json.loads(cache.get(f"{kind}:{d}", "[]"))] for d in digests]
 
@@ -4787,7 +4962,7 @@ class ChatRegistry:
         kinds: str = "d",
     ) -> tuple[str, Alignment] | None:  # fmt: skip
         """The id of the chat that a transcript of (role, digest) continues, and where in it. Only chats without an
-        explicit id are looked for, but with `kinds` (see `Catalogue.holding`).
+        explicit id are looked for, but with `kinds` (see `Catalogue`).
 
         Chats that share the most of the newest texts are looked at; those that share fewer than one which convinces
         are not even opened (a reply that no request has shown yet is not counted: one more may be shared). Among
@@ -4818,7 +4993,8 @@ class ChatRegistry:
         """Notes a chat's new messages and its line in the catalogue; hold the chat's lock."""
         texts = list({node.digest for node in chat.nodes(ids) if node.shown})
         kept = [m.at for some in chat.store.marks.values() for m in some.values() if m.forgotten and not m.erased]
-        self.catalogue.enter(chat.store.listing(), texts, chat.store.info["explicit"], min(kept, default=0.0))
+        kind = "d" if not chat.store.info["explicit"] else "e" if chat.store.info.get("extension") else "n"
+        self.catalogue.enter(chat.store.listing(), texts, kind, min(kept, default=0.0))
 
     def erase(self, chat_id: str, digests: Collection[str]) -> None:
         """Erases the words of a chat's forgotten texts; raises `NotFound`."""
@@ -4939,15 +5115,99 @@ def align_request(chat: Chat, request: ChatRequest) -> Alignment:
     return (align_floating if request.persona_in_first_turn else align)(chat.tree, digests, chat.store.head)
 
 
+def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
+    """A request with the messages of the chat that its client keeps out of the prompt, each in its place, as the client
+    told when it last showed the whole chat: they stay part of it."""
+    path, first = chat.path(), request.history_start
+    away, turns = set(chat.store.info.get("hidden", ())).intersection(path), request.turns[first:]
+    if not away or not turns:
+        return request
+    said, asked = chat.texts(path), [t.digest for t in turns]
+    starts = [at for at, digest in enumerate(said) if digest == asked[0]][-SAME_TEXT:]
+    walks = (walk_past(said, asked, start, {at for at, node in enumerate(path) if node in away}) for start in starts)
+    places = max(walks, key=lambda found: found.count(MET), default=[])
+    shown = iter(turns)
+    every = [next(shown) if at == MET else hidden_turn(*chat.store.read([path[at]])) for at in places]
+    return replace(request, turns=(*request.turns[:first], *every, *shown))
+
+
+def walk_past(said: Sequence[str], asked: Sequence[str], start: int, away: Collection[int]) -> list[int]:
+    """Follows the texts `asked` for through those that were `said`, past the ones that may be missing (`away`): MET for
+    each one that is there, and the index of each that is passed by."""
+    found: list[int] = []
+    met = 0
+    for at in range(start, len(said)):
+        if met < len(asked) and said[at] == asked[met]:
+            met += 1
+            found.append(MET)
+        elif at in away and met < len(asked):  # what follows the last one is not asked about
+            found.append(at)
+        else:
+            break
+    return found
+
+
+def hidden_turn(message: Message) -> Turn:
+    """A stored message as a turn that the client does not show."""
+    raw = {"role": message.role, "content": message.original}
+    return Turn(raw, message.role, message.original, message.name, message.digest, (), message.voice, hidden=True)
+
+
+def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
+    """A request in whose turns no neighbours are joined: clients that keep to strict roles make one message of several
+    by one side, as after a turn that failed, or in a group.
+
+    A turn is parted where its first paragraphs are a message of the chat that follows on the turn before, and the rest
+    is what follows on that one, or what nothing has followed on yet.
+    """
+    tree, turns = chat.tree, []
+    for turn in request.turns:
+        before = turns[-1].digest if turns else ""
+        turns += parted(tree, turn, before) if "\n\n" in turn.content and turn.digest not in tree.by_digest else [turn]
+    return replace(request, turns=tuple(turns), merges=True) if len(turns) > len(request.turns) else request
+
+
+def parted(tree: Tree, turn: Turn, before: str) -> list[Turn]:
+    """The turns that a turn is made of, as `unmerged` tells them; `before` is the digest of the turn before it."""
+    for cut in re.finditer(r"\n\n", turn.content):
+        first, rest = (part_of(turn, text) for text in (turn.content[: cut.start()], turn.content[cut.end() :]))
+        rest = replace(rest, before=())
+        named = turn.role == "user" or NAME_PREFIX.match(rest.content)  # else a reply that was continued
+        if not named or not rest.content.strip() or not first.content.strip():
+            continue
+        for node in same_text(tree, first.digest):
+            parent, below = tree.nodes[node].parent, [i for i in tree.children.get(node, ()) if tree.is_confirmed(i)]
+            if before and (not parent or tree.nodes[parent].digest != before):
+                continue
+            if not below or any(tree.nodes[i].digest == rest.digest for i in below):
+                return [first, rest]
+            more = parted(tree, rest, first.digest)
+            if len(more) > 1:
+                return [first, *more]
+    return [turn]
+
+
+def part_of(turn: Turn, text: str) -> Turn:
+    """A part of a turn as a turn of its own."""
+    found = NAME_PREFIX.match(text) if turn.voice else None
+    return replace(
+        turn, raw={**turn.raw, "content": text}, content=text, digest=message_digest(turn.role, bare_words(text)),
+        voice=found[0][:-2] if found else turn.voice,
+    )  # fmt: skip
+
+
 def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
-    """As `align_request`, for a chat that the request does not name: nothing fits a chat of another account, and a few
-    matching words fit none with another persona, since many chats begin with "Hi"."""
+    """As `align_request`, for a chat that the request does not name: nothing fits a chat of another account, a few
+    matching words fit none with another persona, since many chats begin with "Hi", and one that knows nearly
+    nothing of what is shown is another chat."""
     account, persona = chat.store.info.get("account"), chat.store.info.get("persona", "")
     if account and request.account and account != request.account:
         return Alignment()
+    request = unmerged(chat, request)
     found = align_request(chat, request)
+    few = len(found.matches) * LEAST_SHARE < len(request.turns) - 1
     strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
-    return Alignment() if strange and len(found.matches) < SURE_MATCHES else found
+    return Alignment() if few or strange and len(found.matches) < SURE_MATCHES else found
 
 
 def is_recent(chat: Chat, message: str) -> bool:
@@ -4991,12 +5251,6 @@ def align_appended(chat: Chat, request: ChatRequest) -> Alignment | None:
 # ======================================================================================================================
 
 GESTURE = re.compile(r"\s*(?:\*[^*]+\*\s*)+\Z")
-MONTHS = (
-    "january", "february", "march", "april", "may", "june",
-    "july", "august", "september", "october", "november", "december",
-)  # fmt: skip
-
-
 TELLS, DOUBTFUL, ASKS = range(3)  # how a message asks for the past
 MOSTLY_ASKS = 0.7  # of a text's characters
 PREAMBLE = 30  # characters within which a question names that it is one of remembering
@@ -5013,6 +5267,7 @@ class Query:
     about: frozenset[str] = frozenset()  # the speakers, in lower case, whose words are asked for; empty: anyone's
     dates: tuple[tuple[float, float], ...] = ()  # named spans of time, in days since 1970
     asks: int = TELLS  # TELLS, DOUBTFUL or ASKS
+    asked: str = ""  # what of the text asks, in its own words; empty where nothing does
 
 
 def participant_words(speakers: Iterable[str]) -> dict[str, set[str]]:
@@ -5090,7 +5345,7 @@ def understand(
         return Query(words, spoken)
     asked = without_preamble(asked, language)
     about = asked_about(asked, asker, speakers, language)
-    return Query(words, spoken, about, named_dates(text, now), how_it_asks(text, asked, language))
+    return Query(words, spoken, about, named_dates(text, now, language), how_it_asks(text, asked, language), asked)
 
 
 def how_it_asks(text: str, asked: str, language: str) -> int:
@@ -5114,73 +5369,199 @@ def month_span(year: int, month: int) -> tuple[float, float]:
     return day_number(year, month), day_number(year + month // 12, month % 12 + 1)
 
 
-NAMED_MONTH = rf"(?P<month>{'|'.join(MONTHS)})"
+@dataclass(frozen=True)
+class Calendar:
+    """How a language names times: words in order, as patterns; `U` in a phrase is a unit, `N` a number."""
+
+    months: str  # twelve
+    weekdays: str  # from Monday on
+    seasons: str  # from spring on
+    units: str  # day, week, month, year; then weekend
+    numbers: str  # from one on; then "a few"
+    yesterday: str
+    ago: str
+    last: tuple[str, ...]
+    before_month: str = ""  # what must stand before a month that is named without a day: "it may march"
+
+
+# Names of months and days: Unicode CLDR, their inflected forms too.
+CALENDARS = {
+    "en": Calendar(
+        "january february march april may june july august september october november december",
+        "mondays? tuesdays? wednesdays? thursdays? fridays? saturdays? sundays?",
+        "spring summer (?:autumn|fall) winter", "days? weeks? months? years? weekend",
+        r"(?:an?|one) two three four five six (?:a\s)?(?:few|couple\sof)", "yesterday|last night", "N U ago",
+        ("last U",), r"(?:in|of|by|during|since|until|early|late|mid|around|last|this|next)[ -]",
+    ),
+    "de": Calendar(
+        "januar februar märz april mai juni juli august september oktober november dezember",
+        "montags? dienstags? mittwochs? donnerstags? freitags? (?:samstags?|sonnabends?) sonntags?",
+        "(?:frühling|frühjahr) sommer herbst winter", "tag(?:en?)? wochen? monat(?:en?)? jahr(?:en?)? wochenende",
+        r"eine[mnr]? zwei drei vier fünf sechs (?:ein\s)?paar", "gestern", "vor N U",
+        (r"(?:letzt|vorig|vergangen)e[nmrs]? U",),
+    ),
+    "es": Calendar(
+        "enero febrero marzo abril mayo junio julio agosto sep?tiembre octubre noviembre diciembre",
+        "lunes martes miércoles jueves viernes sábado domingo", "primavera verano otoño invierno",
+        r"días? semanas? mes(?:es)? años? (?:fin\sde\ssemana)", "una? dos tres cuatro cinco seis unos|unas",
+        "ayer|anoche", "hace N U", ("U (?:pasad|últim)[oa]", "últim[oa] U"),
+    ),
+    "fr": Calendar(
+        "janvier février mars avril mai juin juillet août septembre octobre novembre décembre",
+        "lundi mardi mercredi jeudi vendredi samedi dimanche", "printemps été automne hiver",
+        "jours? semaines? mois (?:ans?|années?) week-end", "une? deux trois quatre cinq six quelques",
+        "hier", "il y a N U", ("U (?:derni(?:er|ère)|passée?)",),
+    ),
+    "it": Calendar(
+        "gennaio febbraio marzo aprile maggio giugno luglio agosto settembre ottobre novembre dicembre",
+        "lunedì martedì mercoledì giovedì venerdì sabato domenica", "primavera estate autunno inverno",
+        r"giorn[oi] settiman[ae] mes[ei] ann[oi] (?:fine\ssettimana)", "un[oa]? due tre quattro cinque sei qualche",
+        "ieri", "N U fa", ("U (?:scors|passat)[oa]", "scors[oa] U"),
+    ),
+    "pt": Calendar(
+        "janeiro fevereiro março abril maio junho julho agosto setembro outubro novembro dezembro",
+        "segunda terça quarta quinta sexta sábado domingo", "primavera verão outono inverno",
+        r"dias? semanas? m[êe]s(?:es)? anos? (?:fim\sde\ssemana)",
+        "uma? (?:dois|duas) três quatro cinco seis alguns|algumas",
+        "ontem", r"(?:há )?N U(?: atrás)?", ("U passad[oa]", "últim[oa] U"),
+    ),
+    "pl": Calendar(
+        r"stycz\w+ lut(?:y|ego|ym) mar(?:zec|ca|cu) kwie\w+ maj[au]? czerw(?:iec|ca|cu) lip(?:iec|ca|cu) sierp\w+"
+        r" wrze\w+ październik\w* listopad\w* grud(?:zień|nia|niu)",
+        "poniedział\\w+ wtor\\w+ środ\\w+ czwart\\w+ piąt\\w+ sobot\\w+ niedziel\\w+",
+        r"wiosn\w+ lat(?:o|a|em) jesie\w+ zim\w+",
+        r"(?:dzień|dni|dniem) (?:tydzień|tygod\w+) miesi\w+ (?:rok|roku|lata?) weekend\w*",
+        "jeden (?:dwa|dwie) trzy cztery pięć sześć kilka", "wczoraj", "N U temu",
+        (r"(?:zeszł|ubiegł|ostatni)\w+ U",),
+    ),
+    "ru": Calendar(
+        r"январ\w+ феврал\w+ март\w* апрел\w+ ма[йяе] июн\w июл\w август\w* сентябр\w октябр\w ноябр\w декабр\w",
+        r"понедельник\w* вторник\w* сред[уы] четверг\w* пятниц\w суббот\w воскресень\w",
+        r"весн\w+ лет(?:о|ом) осен\w+ зим\w+",
+        r"(?:день|дня|дней) недел\w* месяц\w* (?:год\w*|лет) выходны\w+",
+        "(?:один|одну) (?:два|две) три четыре пять шесть несколько", "вчера", "(?:N )?U назад", (r"прошл\w+ U",),
+    ),
+    "zh": Calendar(
+        "", "(?:星期|周)一 (?:星期|周)二 (?:星期|周)三 (?:星期|周)四 (?:星期|周)五 (?:星期|周)六 (?:星期|周)[日天]",
+        "春天? 夏天? 秋天? 冬天?", "天 (?:周|个?星期) 个?月 年 周末", "一 [二两] 三 四 五 六 几", "昨天|昨晚", "N ?U前",
+        ("上个?U", "去(?:年的?)?U"),
+    ),
+    "ja": Calendar(
+        "", "月曜日? 火曜日? 水曜日? 木曜日? 金曜日? 土曜日? 日曜日?", "春 夏 秋 冬",
+        "日 週間? (?:[かヶカ]月|月) 年 週末",
+        "一 二 三 四 五 六 数", "昨日|昨夜", "N ?U前", ("(?:[去昨]年の|この前の)U", "[先去昨]U"),
+    ),
+    "ko": Calendar(
+        "", "월요일 화요일 수요일 목요일 금요일 토요일 일요일", "봄 여름 가을 겨울",
+        "일 주일? (?:달|개월) (?:년|해) 주말",
+        "한 두 세 네 다섯 여섯 몇", "어제", "N ?U ?전", ("작년 U", "지난 ?U", "작U"),
+    ),
+}  # fmt: skip
+MONTHS = CALENDARS["en"].months.split()
+UNIT_DAYS = (1, 7, 30, 365)
+MONTH, YEARLY = 3, 4  # places of those units
+A_FEW = 3
 YEAR = r"(?P<year>(?:19|20)\d\d)"
-DATES = (  # the most exact first; what one has found, the others leave alone
-    rf"\b(?P<day>\d{{1,2}})(?:st|nd|rd|th)?(?: of)? {NAMED_MONTH}\b(?:,? {YEAR})?",
-    rf"\b{NAMED_MONTH} (?P<day>\d{{1,2}})(?:st|nd|rd|th)?\b(?:,? {YEAR})?",
+NUMBERED_DATES = (  # in any language
     rf"\b{YEAR}-(?P<number>\d\d)-(?P<day>\d\d)\b",
-    rf"\b(?:in|of|by|during|since|until|early|late|mid|around|last|this|next)[ -]{NAMED_MONTH}\b(?:,? {YEAR})?",
-    rf"\b{NAMED_MONTH},? {YEAR}",
-    rf"\b(?:in|of|by|during|since|summer|winter|spring|fall|autumn)(?: of)? {YEAR}\b",
-)
-SEASONS = {"spring": 3, "summer": 6, "autumn": 9, "fall": 9, "winter": 12}  # first months, northern
-COUNTS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "few": 3, "couple of": 2}
-UNITS = {"day": 1, "week": 7, "month": 30, "year": 365}
-RELATIVE = re.compile(
-    rf"\b(?:(?P<yesterday>yesterday|last night)|last (?P<unit>week|month|year|weekend|{'|'.join(SEASONS)})"
-    rf"|(?P<count>\d{{1,2}}|{'|'.join(COUNTS)}) (?P<units>day|week|month|year)s? ago)\b",
-    re.I,
+    rf"(?:{YEAR} ?[年년] ?)?(?P<number>\d\d?) ?[月월](?: ?(?P<day>\d\d?) ?[日号號일])?",
+    rf"{YEAR} ?[年년]",
 )
 
 
-def named_dates(text: str, now: float) -> tuple[tuple[float, float], ...]:
+@functools.cache
+def date_patterns(language: str) -> tuple[str, ...]:
+    """What finds a language's dates, the most exact first; what one has found, the others leave alone."""
+    calendar = CALENDARS.get(language, CALENDARS["en"])
+    bare = rf"\b(?:in|of|by|during|since|en|em|im|nel|w|в|summer|winter|spring|fall|autumn)(?: of)? {YEAR}\b"
+    if not calendar.months:
+        return NUMBERED_DATES
+    month, of = rf"(?P<month>{calendar.months.replace(' ', '|')})", r"(?:,|\.| of| de)? ?"
+    return (
+        rf"\b(?P<day>\d\d?)(?:st|nd|rd|th|er|\.|º)?(?: of| de)? {month}\b(?:{of}{YEAR})?",
+        rf"\b{month} (?P<day>\d\d?)(?:st|nd|rd|th)?\b(?:,? {YEAR})?",
+        rf"\b{calendar.before_month}{month}\b(?:{of}{YEAR})?",
+        rf"\b{month},? {YEAR}",
+        *NUMBERED_DATES,
+        bare,
+    )
+
+
+@functools.cache
+def relative_pattern(language: str) -> re.Pattern:
+    """What finds a language's times that are told from today: `yesterday`, `count` and `unit`, or `last`."""
+    calendar = CALENDARS.get(language, CALENDARS["en"])
+    choice = lambda words: "|".join(words.split(" "))  # noqa: E731
+    units, numbers = choice(calendar.units), choice(calendar.numbers)
+    ago = calendar.ago.replace("N", rf"(?P<count>\d\d?|{numbers})").replace("U", rf"(?P<unit>{units})")
+    whole = f"{choice(calendar.weekdays)}|{choice(calendar.seasons)}|{units}"
+    last = [phrase.replace("U", f"(?P<last{i}>{whole})") for i, phrase in enumerate(calendar.last)]
+    edge = "" if language in UNSPACED_LANGUAGES else r"\b"
+    return re.compile(rf"{edge}(?:(?P<yesterday>{calendar.yesterday})|{ago}|{'|'.join(last)}){edge}", re.I)
+
+
+def named_dates(text: str, now: float, language: str = "en") -> tuple[tuple[float, float], ...]:
     """The spans of time that a text names, from (included) and to (excluded), in days since 1970.
 
     A date without a year may mean that of `now` or the one before; relative ones need `now`.
     """
     spans: list[tuple[float, float]] = []
     this_year = datetime.fromtimestamp(now * DAY, UTC).year
-    text = text.lower()
-    for pattern in DATES:
+    text = clip(text).lower()
+    for pattern in date_patterns(language):
         for found in re.finditer(pattern, text):
             years = [int(found["year"])] if found["year"] else [this_year - 1, this_year]
-            spans += [span for year in years if (span := span_of(found.groupdict(), year))]
+            spans += [span for year in years if (span := span_of(found.groupdict(), year, language))]
         text = re.sub(pattern, " ", text)
-    return (*spans, *(relative_span(found, now) for found in RELATIVE.finditer(text) if now))
+    relative = relative_pattern(language).finditer(text) if now else ()
+    return (*spans, *(relative_span(found.groupdict(), now, language) for found in relative))
 
 
-def span_of(found: Mapping[str, str | None], year: int) -> tuple[float, float] | None:
-    """The span that a match of DATES means in a year; None for a day that does not exist."""
-    month = MONTHS.index(found["month"]) + 1 if found.get("month") else int(found.get("number") or 0)
-    if not month:
-        return day_number(year, 1), day_number(year + 1, 1)
-    if not found.get("day"):
-        return month_span(year, month)
+def word_place(words: str, word: str) -> int:
+    """The place of the pattern among a calendar's that a word fits, from 1 on; 0 where none does."""
+    return next((i for i, form in enumerate(words.split(" "), 1) if re.fullmatch(form, word)), 0)
+
+
+def span_of(found: Mapping[str, str | None], year: int, language: str) -> tuple[float, float] | None:
+    """The span that a date means in a year; None for a day that does not exist."""
+    months = CALENDARS.get(language, CALENDARS["en"]).months
+    month = word_place(months, found["month"]) if found.get("month") else int(found.get("number") or 0)
     with contextlib.suppress(ValueError):
+        if not month:
+            return day_number(year, 1), day_number(year + 1, 1)
+        if not found.get("day"):
+            return month_span(year, month)
         start = day_number(year, month, int(found["day"]))
         return start, start + 1
     return None
 
 
-def relative_span(found: re.Match, now: float) -> tuple[float, float]:
-    """The span that a match of RELATIVE means, told on day `now`."""
-    today = float(int(now))
+def relative_span(found: Mapping[str, str | None], now: float, language: str) -> tuple[float, float]:
+    """The span that is meant by a time that is told from the day `now`."""
+    today, calendar = float(int(now)), CALENDARS.get(language, CALENDARS["en"])
     if found["yesterday"]:
         return today - 1, today
-    if found["count"]:
-        words = found["count"].lower()
-        length = UNITS[found["units"].lower()]
-        middle = today - (COUNTS.get(words) or int(words)) * length
+    if found["unit"]:
+        count = found["count"] or "1"
+        number = int(count) if count.isdecimal() else word_place(calendar.numbers, count)
+        length = UNIT_DAYS[word_place(calendar.units, found["unit"]) - 1]
+        middle = today - (number if number < 7 or count.isdecimal() else A_FEW) * length
         return middle - length / 3, middle + length / 3 + 1
-    unit = found["unit"].lower()
-    if unit in SEASONS:
+    word = next(w for name, w in found.items() if name.startswith("last") and w)
+    if day := word_place(calendar.weekdays, word):  # 1970 began on a Thursday
+        start = today - ((today + 3 - (day - 1)) % 7 or 7)
+        return start, start + 1
+    if season := word_place(calendar.seasons, word):
         at = datetime.fromtimestamp(now * DAY, UTC)
-        start = day_number(at.year, SEASONS[unit])
-        start = start if start + 90 <= now else day_number(at.year - 1, SEASONS[unit])
+        start = day_number(at.year, 3 * season)  # northern
+        start = start if start + 90 <= now else day_number(at.year - 1, 3 * season)
         return start, start + 92
-    length = UNITS.get(unit, 7)
-    return today - 2 * length, today - length / 2
+    unit = word_place(calendar.units, word)
+    if unit in (MONTH, YEARLY):
+        at = datetime.fromtimestamp(now * DAY, UTC)
+        before = month_span(at.year - (at.month == 1), (at.month - 2) % 12 + 1)
+        return before if unit == MONTH else (day_number(at.year - 1, 1), day_number(at.year, 1))
+    return today - 14, today - 3  # a week or a weekend
 
 
 # ------------------------------------------------------------------------------------------------------ the signals
@@ -5286,6 +5667,7 @@ REMEMBERING_SHARE = 2.0  # of what recalled memories may take, where the history
 ASKING_SHARE = 1.5
 TELLING_SHARE = 0.5  # each recalled token is evaluated anew every turn
 MOST_MEMORIES = 64  # of a turn; beyond that the tail is noise
+RERANKED = 20  # candidates that a reranker reads: one of 22 million parameters takes about half a second for them
 NO_ROOM = "no room"
 LEFT_OUT = 12  # memories that a report names which did not get into the prompt
 LONG_MESSAGE = 1350  # characters from which a message is recalled in part: a chunk and a half
@@ -5357,6 +5739,11 @@ def with_tie_breakers(memory: Memory, values: Mapping[str, float]) -> Memory:
     """The memory with what breaks ties, `values` by name as 0 to 1, among its scores."""
     more = {name: weight * values[name] for name, weight in TIE_BREAKERS.items() if values.get(name)}
     return replace(memory, score=memory.score + sum(more.values()), scores=memory.scores | more)
+
+
+def with_score(memory: Memory, name: str, score: float) -> Memory:
+    """The memory with that score, and what `name` has added to it among its scores."""
+    return replace(memory, score=score, scores=memory.scores | {name: score - memory.score})
 
 
 def relevance_probability(score: float, best: float) -> float:
@@ -5674,7 +6061,8 @@ def content_terms(text: str) -> set[str]:
     words = (w.casefold() for w in re.findall(r"[^\W\d_]+", text) if len(w) > 3 and ord(w[0]) < 0x2E80)
     signs = re.findall(r"[\u2e80-\uffef\U00020000-\U0003ffff]+", text)
     pairs = {run[i : i + 2] for run in signs for i in range(len(run) - 1)}
-    return {w[:5] for w in words if w not in stop_words(language_of(text))} | pairs
+    stops = stop_words(language_of(text))
+    return {w[:5] for w in words if w not in stops} | pairs
 
 
 def flaw_of(text: str, source: str) -> str:
@@ -5975,8 +6363,8 @@ def lay_out(
     """Divides the context between persona, history, memories and reply.
 
     `counts` and `roles` are those of the branch's messages as the store has them, from its first message that is no
-    persona to the request's last turn; `story` is what is kept for the story so far, in tokens. Raises
-    `ContextLengthExceeded`.
+    persona to the request's last turn; one that the client hides counts 0. `story` is what is kept for the story so
+    far, in tokens. Raises `ContextLengthExceeded`.
     """
     first = request.history_start
     shown = len(request.turns) - first
@@ -6001,7 +6389,8 @@ def lay_out(
     full = history > NEARLY_FULL * budget.history
     leaving = next_cut([*stored, *counts], starts, anchor, block, latest) if full else anchor
     room = budget.memories + budget.history - history
-    return Layout(budget, anchor, pivot, history, room, min(recalled, budget.memories), leaving)
+    hidden = frozenset(i for i in range(anchor, len(sizes)) if not sizes[i])
+    return Layout(budget, anchor, pivot, history, room, min(recalled, budget.memories), leaving, hidden)
 
 
 def lay_out_window(
@@ -6257,12 +6646,13 @@ def compose_prompt(
     A client that sees to it that the user begins gets a prompt in which the user begins.
     """
     older = [as_shown(message, request) for message in older]
-    first = older[0] if older else request.turns[turns_from].raw
+    turns = [(i, turn) for i, turn in enumerate(request.turns[turns_from:], turns_from) if not turn.hidden]
+    first = older[0] if older else turns[0][1].raw
     opening = (request.opening or (DEFAULT_OPENING,)) if request.begins_with_user else ()
     prompt = [*with_story(request.persona, story), *(opening if first["role"] == "assistant" else ()), *older]
     if story and not request.persona and prompt:  # a client that sends nothing but its newest message
         prompt[0] = preceded(prompt[0], story)
-    for i, turn in enumerate(request.turns[turns_from:], turns_from):
+    for i, turn in turns:
         prompt.extend(turn.before)
         if not block or i != layout.pivot:
             prompt.append(turn.raw)
@@ -6271,9 +6661,24 @@ def compose_prompt(
         else:
             prompt.append(preceded(turn.raw, block))
     prompt += request.tail
+    if request.strict:
+        prompt = merged(prompt)
     if request.joined:
         return [{"role": "user", "content": "\n\n".join(text_of(m.get("content")) for m in prompt)}]
     return prompt
+
+
+def merged(messages: Sequence[dict]) -> list[dict]:
+    """The messages with neighbours by one side as one message, as clients that keep to strict roles send them."""
+    found: list[dict] = []
+    for message in messages:
+        last = found[-1] if found else {}
+        plain = all(isinstance(m.get("content"), str) and not m.get("tool_calls") for m in (last, message))
+        if plain and message["role"] in CHAT_ROLES and last["role"] == message["role"]:
+            found[-1] = {**last, "content": f"{last['content']}\n\n{message['content']}"}
+        else:
+            found.append(message)
+    return found
 
 
 def with_story(persona: Sequence[dict], story: str) -> list[dict]:
@@ -6892,7 +7297,8 @@ def read_export(data: Any) -> ChatCopy:
         raise InvalidRequest("chat.head names a message that is not there.", "messages")
     if not all(re.fullmatch(r"[0-9A-Za-z_-]{1,64}", row.id) for row in (*summaries, *facts)):
         raise InvalidRequest("A summary or a fact has an id that is not valid.", "id")
-    return ChatCopy(tuple(messages), head, info, tuple(summaries), tuple(facts))
+    messages, moved = rehung(map(worded, messages))
+    return ChatCopy(tuple(messages), moved[head], info, tuple(summaries), tuple(facts))
 
 
 def by_texts(rows: Any, tree: Tree) -> Any:
@@ -6900,7 +7306,7 @@ def by_texts(rows: Any, tree: Tree) -> Any:
     one of version 0.1.0 that names a message which is not in the tree."""
     if not isinstance(rows, list):
         return rows
-    ids = [[row[k] for k in ("first", "last", "message") if k in row] if isinstance(row, dict) else [] for row in rows]
+    ids = [[row[k] for k in NAMING_MESSAGES if k in row] if isinstance(row, dict) else [] for row in rows]
     named = [bool(some) and all(isinstance(i, str) for i in some) for some in ids]
     known = [upgraded_row(row, tree) if ok else row for row, ok in zip(rows, named, strict=True)]
     if None in known:
@@ -6959,8 +7365,7 @@ def checked_message(message: Message, where: str) -> Message:
     """A message with its tokens counted anew; raises `InvalidRequest` where its fields contradict each other."""
     if message.role not in CHAT_ROLES:
         raise InvalidRequest(f"{where}.role must be user or assistant.", f"{where}.role")
-    own_id = message_id(message.parent, message_digest(message.role, message.original))
-    if message.id != own_id and not message.erased:
+    if message.id != key_of(message, message.parent) and not message.erased:
         raise InvalidRequest(f"{where}.id is not that of its text under its parent.", f"{where}.id")
     if message.erased and message.original:
         raise InvalidRequest(f"{where}.erased is for messages without words.", f"{where}.erased")
@@ -7374,7 +7779,13 @@ BLOCKED = re.compile(  # Azure's and OpenAI's codes, Gemini's reasons, OpenRoute
 DONE, GARBLED = object(), object()  # a stream's own end; a piece that is no JSON
 EVENT_FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
 TEXT_PARTS, THOUGHT_PARTS = ("text", "output_text"), ("thinking", "reasoning", "thought")
+NO_REASONS = ("", "null", "None", "none")  # why a reply ended, where servers say so before it has
 USAGE_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+ERROR_WORDS = (  # where the words of an error stand; `base_resp` is MiniMax's frame around its own
+    "message", "error", "msg", "detail", "errors", "error_msg", "error_message", "errorMessage", "status_msg",
+    "base_resp",
+)  # fmt: skip
+ERROR_CODES = ("code", "status", "status_code", "error_code", "type")
 ERROR_STATUSES = {  # the status of errors that come inside a 200 and name only their kind
     "rate_limit_error": 429, "rate_limit_exceeded": 429, "resource_exhausted": 429, "insufficient_quota": 429,
     "authentication_error": 401, "invalid_api_key": 401, "unauthenticated": 401, "permission_error": 403,
@@ -7471,7 +7882,7 @@ def is_bare_error(value: Any) -> bool:
 
 def event_value(raw: bytes) -> Any:
     """The one value of some text; `DONE` or `GARBLED` where it is none."""
-    text = raw.decode("utf-8", "replace").strip()
+    text = raw.decode("utf-8", "replace").strip("\ufeff \t\r\n").removeprefix("data:").strip()
     if text == "[DONE]":
         return DONE
     try:
@@ -7544,15 +7955,16 @@ def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
     """The chunks among a body's values. The last one of each choice says why it ended: a body that just ends after
     some words is a proper end, one with garbled pieces is a cut."""
     unfinished: dict[int, bool] = {}
-    last, garbled = None, False
+    last, garbled, begun = None, False, False
     for value in values:
         if value is DONE:
             break
-        chunk = None if value is GARBLED else as_chunk(value)
+        chunk = None if value is GARBLED else as_chunk(value, begun)
         garbled = garbled or value is GARBLED
         if chunk is None:
             continue
         last = chunk
+        begun = begun or any(says_something(c["delta"]) for c in chunk["choices"])
         unfinished |= {c["index"]: not c.get("finish_reason") for c in chunk["choices"]}
         yield chunk
     if last is None:
@@ -7565,13 +7977,16 @@ def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
         yield {k: v for k, v in last.items() if k != "usage"} | {"choices": ends}
 
 
-def as_chunk(value: Any) -> dict | None:
-    """A value of a stream as one chunk; None where it is none, such as a ping. Raises `UpstreamError`."""
+def as_chunk(value: Any, begun: bool = False) -> dict | None:
+    """A value of a stream as one chunk; None where it is none, such as a ping. Raises `UpstreamError`.
+
+    In a stream that has `begun` a whole message beside a delta repeats what was said (Perplexity).
+    """
     payload = readable_payload(value)
     if payload is None:
         return None
     choices = [
-        {k: v for k, v in choice.items() if k not in ("message", "text")} | {"delta": choice_message(choice)}
+        {k: v for k, v in choice.items() if k not in ("message", "text")} | {"delta": choice_message(choice, begun)}
         for choice in payload["choices"]
     ]
     if is_whole(payload):
@@ -7598,7 +8013,7 @@ def is_whole(payload: Mapping) -> bool:
     """Whether a value is a whole answer and no chunk of a stream."""
     choices = payload.get("choices")
     rows = choices if isinstance(choices, list) else [choices]
-    return any(isinstance(row, dict) and "message" in row and "delta" not in row for row in rows)
+    return any(isinstance(row, dict) and row.get("message") and not row.get("delta") for row in rows)
 
 
 def finish_of(choice: Mapping) -> str:
@@ -7614,7 +8029,7 @@ def readable_payload(value: Any) -> dict | None:
     if not isinstance(value, dict):
         return None
     rows = choices_in(value)
-    if value.get("error") or (rows is None and is_error(value)):
+    if is_told(value.get("error")) or (rows is None and is_error(value)):
         raise embedded_error(value)
     choices = [readable_choice(row, place) for place, row in enumerate(rows or []) if isinstance(row, dict)]
     usage = readable_usage(value.get("usage"))
@@ -7625,7 +8040,10 @@ def readable_payload(value: Any) -> dict | None:
         payload.pop(name, None)  # an error that is none, too: some clients end at the mere name
     if usage is not value.get("usage"):
         payload["usage"] = usage
-    if isinstance(payload.get("model"), str):
+    for name, kind in (("id", str), ("model", str), ("created", int)):  # some clients check their types
+        if not isinstance(payload.get(name, kind()), kind):
+            payload.pop(name)
+    if "model" in payload:
         payload["model"] = payload["model"][:LONGEST_MODEL_NAME]
     return payload
 
@@ -7651,29 +8069,34 @@ def choices_in(payload: Mapping) -> list | None:
 def readable_choice(choice: dict, place: int) -> dict:
     """A choice with its place as `index` and a reason to have finished that is text; raises `UpstreamError`."""
     finish, index = choice.get("finish_reason"), whole_number(choice.get("index"))
-    if choice.get("error") or finish == "error":
-        raise embedded_error(choice if choice.get("error") else {"error": "The upstream ended its reply in an error."})
+    if is_told(choice.get("error")) or finish == "error":
+        told = is_told(choice.get("error"))
+        raise embedded_error(choice if told else {"error": "The upstream ended its reply in an error."})
     choice = choice if index == choice.get("index") and index is not None else {**choice, "index": index or place}
-    if finish is None or (isinstance(finish, str) and finish):
+    if finish is None or (isinstance(finish, str) and finish not in NO_REASONS):
         return choice
-    return {**choice, "finish_reason": "stop" if finish else None}
+    return {**choice, "finish_reason": None if finish in NO_REASONS or not finish else "stop"}
 
 
-def choice_message(choice: Mapping) -> dict:
+def choice_message(choice: Mapping, begun: bool = False) -> dict:
     """What a choice says, as a message or a delta of OpenAI's shape: the content is text, thoughts stand beside it."""
-    said = choice.get("delta") or choice.get("message") or choice.get("text")
+    delta = choice.get("delta")
+    said = delta if delta or (begun and delta is not None) else choice.get("message") or choice.get("text")
     if isinstance(said, str | list):
         said = {"content": said}
     if not isinstance(said, dict):
         return {}
+    if said.get("role") not in (None, "assistant"):
+        said = {**said, "role": "assistant"}
     content = said.get("content")
     if content is None or isinstance(content, str):
         return said
     rows = content if isinstance(content, list) else [content]
-    parts = [row if isinstance(row, dict) else {"type": "text", "text": str(row)} for row in rows if row is not None]
-    thoughts = "".join(part_text(p) for p in parts if p.get("type") in THOUGHT_PARTS)
-    others = [p for p in parts if p.get("type", "text") not in TEXT_PARTS + THOUGHT_PARTS]
-    text = "".join(part_text(p) for p in parts if p not in others and p.get("type") not in THOUGHT_PARTS)
+    parts = [row if isinstance(row, dict) else {"text": str(row)} for row in rows if row is not None]
+    parts = [p if isinstance(p.get("type"), str) else {**p, "type": "text"} for p in parts]
+    thoughts = "".join(part_text(p) for p in parts if p["type"] in THOUGHT_PARTS)
+    others = [p for p in parts if p["type"] not in TEXT_PARTS + THOUGHT_PARTS]
+    text = "".join(part_text(p) for p in parts if p["type"] in TEXT_PARTS)
     said = {**said, "content": [{"type": "text", "text": text}, *others] if others else text}
     return said | ({"reasoning_content": thoughts} if thoughts else {})
 
@@ -7709,15 +8132,30 @@ def joined_chunks(chunks: Sequence[Mapping]) -> dict:
         for key, value in choice["delta"].items():
             if key == "tool_calls" and isinstance(value, list):
                 join_tool_calls(message.setdefault("tool_calls", []), value)
+            elif key == "content" and list in (type(value), type(message[key])):  # pictures among the words
+                message[key] = [*content_parts(message[key]), *content_parts(value)]
             elif isinstance(value, str) and key != "role":
-                message[key] = (message.get(key) or "") + value
+                before = message.get(key)
+                message[key] = (before if isinstance(before, str) else "") + value
             elif value is not None:
                 message[key] = value
         finish[choice["index"]] = choice.get("finish_reason") or finish.get(choice["index"]) or "stop"
     usage = next((c["usage"] for c in reversed(chunks) if c.get("usage")), None)
+    for message in messages.values():
+        message |= {k: whole_characters(v) for k, v in message.items() if isinstance(v, str)}
     choices = [{"index": i, "message": messages[i], "finish_reason": finish[i]} for i in sorted(messages)]
     answer = {**chunks[-1], "object": "chat.completion", "choices": choices}
     return answer | {"usage": usage} if usage else answer
+
+
+def content_parts(content: Any) -> list[dict]:
+    """A reply's content as a list of parts."""
+    return content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
+
+
+def whole_characters(text: str) -> str:
+    """The text with the halves of characters beyond U+FFFF joined, which some streams part; clients show them so."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
 def join_tool_calls(calls: list[dict], more: Sequence[Any]) -> None:
@@ -7944,6 +8382,7 @@ CONTEXT_TOKENS = (
 LARGEST_RATIO = 4.0  # of a model's tokens to ours
 LARGEST_USUAL_RATIO = 2.0  # that a count is believed; only an error says more
 UNKNOWN_RATIO = 1.5  # where a prompt was too long and nobody says by how much
+MOST_SHORTENED = 3  # times that a prompt is made shorter: by two thirds and more where nobody says by how much
 RATIO_STEP = 0.05  # ratios are rounded up, so that a prompt's budget does not change from turn to turn
 LEAST_MEASURED = 500  # tokens; in a shorter prompt a template's own count too much
 CONTEXT_STEP = 4096  # tokens in which a context of unknown length grows, so that budgets stay for many turns
@@ -8006,18 +8445,23 @@ def without_oldest(messages: Sequence[dict], tokens: int, first: int) -> list[di
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
+def is_told(error: Any) -> bool:
+    """Whether an `error` field tells of one; some gateways send theirs in every answer, with nothing in it."""
+    return any(error.values()) if isinstance(error, dict) else bool(error)
+
+
 def is_error(payload: Mapping) -> bool:
     """Whether a value without choices is an error that has no `error` field: FastAPI's `detail`, Cloudflare's list,
-    or a bare message."""
+    a bare message under one of its names."""
     named = "error" in (payload.get("object"), payload.get("type"))
-    return named or isinstance(payload.get("message"), str) or any(payload.get(k) for k in ("detail", "errors"))
+    return named or isinstance(payload.get("message"), str) or any(payload.get(k) for k in ERROR_WORDS[2:])
 
 
 def embedded_error(payload: Mapping) -> UpstreamError:
     """The error inside a 200, or inside a stream; its status is what its code, or its kind, says."""
     error = error_of(payload)
     places = (error, payload, *(p.get("metadata") for p in (error, payload) if isinstance(p.get("metadata"), dict)))
-    for value in (place.get(name) for place in places for name in ("code", "status", "status_code", "type")):
+    for value in (place.get(name) for place in places for name in ERROR_CODES):
         status = whole_number(value) or (ERROR_STATUSES.get(value.lower()) if isinstance(value, str) else None)
         if status and 400 <= status < 600:
             return UpstreamError(status, error)
@@ -8041,7 +8485,7 @@ def error_of(body: Any) -> dict:
     error = body if isinstance(body, dict) else {"message": str(body)}
     while isinstance(error.get("error"), dict):
         error = error["error"]
-    words = next((error[k] for k in ("message", "msg", "error", "detail", "errors") if error.get(k)), "")
+    words = next((error[k] for k in ERROR_WORDS if error.get(k)), "")
     if isinstance(words, list):
         words = "; ".join(located(row) for row in words)
     elif isinstance(words, dict):
@@ -9059,6 +9503,7 @@ ENCODED_AT_ONCE = 8  # missing vectors that a turn computes itself, the newest; 
 READ_AT_ONCE = 256  # messages that a long job reads under a chat's lock before a turn may come between
 BACKLOG = 5  # stretches that are summarised by the model one after the other; of more, the older by extraction
 MOST_TRIES = 3  # of a model at one stretch
+MOST_FLAWED = 2  # stretches in a row of which a model may write nothing usable before users are told
 GAVE_WAY_AT_MOST = 50  # times that a summary gives way to turns
 SUMMARY_OVERHEAD = 900  # tokens of the task, the facts, and of what other tokenizers count more
 LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
@@ -9191,7 +9636,8 @@ class Prepared:
     fallbacks: tuple[Fallback, ...] = ()  # what to ask where a filter refuses the body, one after the other
     refused: str = ""  # the part without which the upstream took it
     parts: Mapping[str, frozenset[str]] = field(default_factory=dict)  # see `TurnMemory.parts`
-    shortened: bool = False  # the prompt was too long for the model, and lost its oldest messages
+    shortened: int = 0  # how often the prompt was too long for the model, and lost its oldest messages
+    limit: int = 0  # a context length that the model seems to have, though nobody has said so; 0: none is guessed
     summary: tuple[SummaryPlan, str] | None = None  # what may be summarised now, and the client's authorization for it
     ephemeral: bool = False  # the reply will not become a message of the chat
 
@@ -9704,7 +10150,7 @@ class Archive:
         What is new in the request is written first. Without an explicit `chat_id` the transcript names the chat.
         """
         with contextlib.ExitStack() as loans:
-            named = chat_id or self._located(request, deadline)
+            named = chat_id or self._located(request, "", deadline)
             chat = loans.enter_context(self._registry.lookup(named)) if named else None
             if chat is None:
                 with self._creating:
@@ -9722,6 +10168,8 @@ class Archive:
             """Finds the place, and writes what is new."""
             known = [] if request.identity.complete else chat.store.info.get("notes", [])
             spoken = without_notes(request, known)
+            if not request.identity.complete:
+                spoken = with_hidden(chat, unmerged(chat, spoken))
             alignment = (chat_id and align_appended(chat, spoken)) or align_request(chat, spoken)
             if note := "" if request.identity.complete else learned_note(chat, alignment, spoken):
                 chat.store.commit(info={"notes": [*known, note][-KEPT_NOTES:]})
@@ -9740,10 +10188,12 @@ class Archive:
             with chat.store.in_ram(str(error)):
                 return write()
 
-    def _located(self, request: ChatRequest, deadline: Deadline) -> str:
-        """The id of the chat without an explicit id that a request's transcript continues; empty: none."""
+    def _located(self, request: ChatRequest, chat_id: str, deadline: Deadline) -> str:
+        """The id of the chat without an explicit id that a request's transcript continues, or of one whose id comes
+        from our extension, which may be off by now or see a copy of the chat; empty: none."""
         digests = [(t.role, t.digest) for t in request.turns]
-        found = self._registry.locate(digests, lambda chat: align_anonymous(chat, request), deadline.left)
+        kinds = "de" if not chat_id or request.identity.has_metadata else "d"
+        found = self._registry.locate(digests, lambda chat: align_anonymous(chat, request), deadline.left, kinds)
         if found or not request.account:
             return found[0] if found else ""
         with self._registry.lookup(request.account) as chat:  # one chat per account, as clients of old have it
@@ -9757,7 +10207,7 @@ class Archive:
 
         A new explicit id adopts a copy of the branch that its transcript continues; an imported chat becomes it.
         """
-        parent, located = self._parent(request), self._located(request, deadline)
+        parent, located = self._parent(request), self._located(request, chat_id, deadline)
         if not chat_id and (parent or located):
             return parent or located
         named = chat_id or f"{request.account or 'chat'}-{secrets.token_hex(8)}"
@@ -9769,7 +10219,8 @@ class Archive:
             if parent:
                 self._adopt(parent, chat, lambda source: align_request(source, request))
             if located:
-                self._become(located, chat, lambda source: align_request(source, request), copy=not parent)
+                sure = request.identity.has_metadata
+                self._become(located, chat, lambda source: align_request(source, request), copy=not parent, whole=sure)
             if not chat_id:
                 with chat.lock:  # before anyone else may look for it
                     self._write_branch(chat, align_request(chat, request), request)
@@ -9793,20 +10244,25 @@ class Archive:
                     path = source.path(align(source).tip)
                 self._copy_messages(source, target, path)
 
-    def _become(self, source_id: str, target: Chat, align: Callable[[Chat], Alignment], copy: bool = True) -> None:
-        """Has an imported chat become the named one: all around the branch that they share moves there.
+    def _become(
+        self, source_id: str, target: Chat, align: Callable[[Chat], Alignment], copy: bool = True, whole: bool = False
+    ) -> None:
+        """Has an imported chat become the named one: all around the branch that they share moves there. Of one that was
+        lived without an id the `whole` moves, where it is certain which chat goes on.
 
-        Of a chat that was no import the branch is copied, unless not to `copy`. Files that begin alike share a chat as
-        its branches: it stays until each of them has become a named one.
+        Of other chats the branch is copied, unless not to `copy`. Files that begin alike share a chat as its branches:
+        it stays until each of them has become a named one.
         """
         with self._registry.lookup(source_id) as source:
-            if source is None or not source.store.info.get("imported"):
+            lived = source is not None and not source.store.info["explicit"]
+            if not lived or not (whole or source.store.info.get("imported")):
                 if source and copy:
                     self._adopt(source_id, target, align)
                 return
             with source.lock:
                 tip = align(source).tip
-                ids = around_branch(source.tree, tip) if tip else []
+                whole = whole and bool(tip) and not source.store.info.get("imported")
+                ids = list(source.tree.nodes) if whole else around_branch(source.tree, tip) if tip else []
                 taken = set(source.store.info.get("taken", ())) | (source.tree.ends & set(ids))
                 info = {k: v for k, v in source.store.info.items() if k in BECOMING and k not in target.store.info}
                 left = source.tree.ends - taken
@@ -9864,11 +10320,14 @@ class Archive:
         info = {"head": path[-1], "shows_history": shows}
         info |= {"character": character} if character else {}
         info |= {"title": request.identity.title} if request.identity.title else {}
+        if request.identity.complete:
+            info["hidden"] = [i for i, t in zip(path[-len(request.turns) :], request.turns, strict=True) if t.hidden]
         group = request.identity.group or names_of_group(store.info.get("group", ""), (t.voice for t in request.turns))
         info |= {"group": group} if group else {}
         erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
         info |= {"persona": "" if erased else persona} if request.persona else {}
         info |= {"account": request.account} if request.account and not store.info["explicit"] else {}
+        info |= {"extension": True} if request.identity.has_metadata and store.info["explicit"] else {}
         info |= {"lone": lone} if (lone := is_lone(chat, request, path)) != store.info.get("lone", False) else {}
         before = chat.path()
         if messages or any(store.info.get(k) != v for k, v in info.items()):
@@ -9897,7 +10356,7 @@ class Archive:
             with chat.lock:
                 if tip not in chat.tree.nodes:  # deleted, and made anew under the same id
                     return []
-                said = [spoken_words("assistant", text) for text in texts]
+                said = [spoken_words("assistant", whole_characters(text)) for text in texts]
                 replies = [new_message(tip, "assistant", text) for text in said if text.strip()]
                 replies = [replace(m, confirmed=False, complete=complete) for m in replies]
                 fresh = [m for m in replies if not chat.tree.is_confirmed(m.id)]
@@ -10010,7 +10469,7 @@ class Archive:
 
     def _chat_of_copy(self, copy: ChatCopy, chat_id: str) -> tuple[str, bool]:
         """The id of the chat that a file's belongs to, and whether it was made for it."""
-        named = chat_id or copy.info.get("chat_id", "") or self._located_copy(copy, "dn")
+        named = chat_id or copy.info.get("chat_id", "") or self._located_copy(copy, ANY_ID)
         if not named:  # derived, so that an import that was interrupted finds its chat again
             first_user = next((m.id for m in copy.path if m.role == "user"), copy.head)
             named = f"chat-{first_user[:16]}"
@@ -10239,8 +10698,19 @@ def copy_goes_on(chat: Chat, copy: ChatCopy) -> bool:
 class Recaller:
     """Finds what a turn or a question needs of the past: in its own chat, and in others with the same character."""
 
-    def __init__(self, vectors: Vectors, feelings: Feelings, registry: ChatRegistry):
+    def __init__(self, vectors: Vectors, feelings: Feelings, registry: ChatRegistry, reranker: str = ""):
         self._vectors, self._feelings, self._registry = vectors, feelings, registry
+        self._reranker = Reranker(reranker) if reranker else None
+
+    def start(self) -> None:
+        """Begins to load the reranker, where there is one."""
+        if self._reranker:
+            self._reranker.start()
+
+    def close(self) -> None:
+        """Ends the reranker's thread."""
+        if self._reranker:
+            self._reranker.close()
 
     def recall(self, turn: TurnContext, quoted: Collection[str] = ()) -> RecallResult:
         """What a turn remembers; `quoted` are the ids of messages that the story quotes. Never fails a turn.
@@ -10258,7 +10728,12 @@ class Recaller:
                 self._vectors.later(chat, [n.id for n in turn.nodes[-ENCODED_AT_ONCE:]])
                 return RecallResult()
             with chat.lock:
-                return replace(self._answer(turn, query, vector, room, quoted), degraded=degraded)
+                memories = self._candidates(turn, query, vector, quoted)
+            memories, late = self._reranked(query, memories, turn.deadline.left)
+            with chat.lock:
+                kept, left_out = select_memories(chat, turn.visible, memories, room)
+            degraded = "; ".join(filter(None, (degraded, late)))
+            return RecallResult(tuple(kept), tuple(left_out), degraded, query.words, vector)
         except Exception as error:
             with chat.lock:
                 chat.index = MemoryIndex()  # derived: the next turn makes it anew
@@ -10273,10 +10748,25 @@ class Recaller:
             name, text = turn.pivot.name or "", turn.pivot.content
             return understand(text, name, index.speakers, index.now, before, index.language)
 
-    def _answer(
-        self, turn: TurnContext, query: Query, vector: np.ndarray | None, room: int, quoted: Collection[str]
-    ) -> RecallResult:
-        """What answers a turn's query in at most `room` tokens."""
+    def _reranked(self, query: Query, memories: list[Memory], timeout: float) -> tuple[list[Memory], str]:
+        """Memories in the reranker's order, the best RERANKED of them, and what kept it from that.
+
+        The first gets the best score, the second the next: a score keeps its meaning, whatever the reranker's are.
+        """
+        best = memories[:RERANKED]
+        if self._reranker is None or query.asks == TELLS or len(best) < 2:
+            return memories, ""
+        try:
+            order = self._reranker.order(query.asked or query.spoken, [m.text for m in best], timeout)
+        except EmbedderUnavailable as error:
+            return memories, str(error)
+        moved = [with_score(best[i], "reranker", memory.score) for i, memory in zip(order, best, strict=True)]
+        return moved + memories[RERANKED:], ""
+
+    def _candidates(
+        self, turn: TurnContext, query: Query, vector: np.ndarray | None, quoted: Collection[str]
+    ) -> list[Memory]:
+        """What answers a turn's query, best first, of long messages the part that does; hold the chat's lock."""
         chat, nodes = turn.chat, turn.nodes
         index = chat.follow(nodes, self._vectors.embedder)
         evidence = index.evidence(query.words, vector, turn.first + turn.layout.reach)
@@ -10290,9 +10780,7 @@ class Recaller:
         ]
         asking = nodes[turn.layout.pivot - len(turn.request.turns)]
         memories = self._memories(chat, nodes, scores, found, self._feelings.read(chat, [asking])[0])
-        memories = [in_part(m, index, query, evidence, vector) for m in memories]
-        kept, left_out = select_memories(chat, turn.visible, memories, room)
-        return RecallResult(tuple(kept), tuple(left_out), "", query.words, vector)
+        return [in_part(m, index, query, evidence, vector) for m in memories]
 
     def _memories(
         self, chat: Chat, nodes: Sequence[Node], scores: Mapping[str, np.ndarray], indexes: Sequence[int],
@@ -10332,7 +10820,9 @@ class Recaller:
                 ranked = np.argsort(-scores["score"], kind="stable").tolist()
                 some = [i for i in ranked if not nodes[i].forgotten][: max(k, MOST_MEMORIES)]
                 memories = self._memories(chat, nodes, scores, some, read_emotion(text))
-                duplicates = duplicates_among(index, memories)
+            memories, _ = self._reranked(query, memories, SEARCH_SECONDS if wait else RECALL_SECONDS)
+            with chat.lock:
+                duplicates = duplicates_among(chat.index, memories)
         if not tokens:
             return memories[:k]
         best = max((m.score for m in memories), default=0.0)
@@ -10555,6 +11045,8 @@ class Summarizer:
         self._call = Call()
         self._closed = False
         self.failure: dict | None = None  # how the last request failed; None once one has not
+        self._asked = ""  # the model that was asked last
+        self._flawed = 0  # stretches in a row that it has written nothing usable of
 
     def start(self) -> None:
         """Goes on with what was due when the program ended; raises `StoreError`."""
@@ -10681,13 +11173,12 @@ class Summarizer:
         return self._settings.proxy or bool(self._settings.summary_upstream)
 
     def _extract_to_improve(self, chat: Chat, plan: SummaryPlan) -> Summary | None:
-        """The oldest extract of a branch that a model may still replace; one that stands for several others comes after
-        those."""
+        """The extract of a branch that a model replaces next; one that stands for several others comes after those."""
         if not self._writes:
             return None
         with chat.lock:
             path, story = self._story(chat, plan)
-            return oldest_extract(story, list(chat.store.summaries.values()), chat.texts(path))
+            return extract_to_improve(story, list(chat.store.summaries.values()), chat.texts(path))
 
     def _improve(self, chat: Chat, plan: SummaryPlan, authorization: str) -> float | None:
         """Has the model write one extract anew; returns the seconds after which to go on, None to end it for now.
@@ -10711,7 +11202,7 @@ class Summarizer:
             fresh, _ = self._from_messages(chat, messages, old.start, plan, ask)
         else:
             fresh = self._from_summaries(chat, path, parts, plan, ask)
-        if self._closed or (self.failure and self.failure is not failed):
+        if self._closed or (self.failure and self.failure is not failed and self.failure["status"]):
             return None  # the model is not to blame: it goes on with the next turn, or after a restart
         since = start + self._settings.summary_every - 1
         fresh = replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1, since=since)
@@ -10763,14 +11254,25 @@ class Summarizer:
                 self._call = call
             try:
                 model = model or self._upstream.default_model(call)
-                choice = self._upstream.complete(body | {"model": model}, call)["choices"][0]
-                self.failure = None
-                return choice
+                self._asked = model
+                return self._upstream.complete(body | {"model": model}, call)["choices"][0]
+            except NoReply:
+                raise  # a flaw of the model's, as others are
             except PersonaMemoryError as error:
                 if self._closed or not call.cancelled:
-                    self.failure = {"at": time.time(), "model": model, "status": error.status, "words": str(error)}
+                    self._note_failure(error.status, str(error))
                     raise
         raise UpstreamUnavailable("The upstream was busy with turns.")
+
+    def _note_failure(self, status: int, words: str) -> None:
+        """Notes why the model that was asked last writes no summaries; `status` is 0 where it answers, but badly."""
+        self.failure = {"at": time.time(), "model": self._asked, "status": status, "words": words}
+
+    def _note_flaw(self, flaw: str) -> None:
+        """Notes what is wrong with what the model writes, which one bad answer does not show."""
+        self._flawed += 1
+        if self._flawed >= MOST_FLAWED:
+            self._note_failure(0, f"What it wrote {self._flawed} times in a row could not be used: {flaw}.")
 
     def _from_messages(
         self, chat: Chat, messages: Sequence[Message], start: int, plan: SummaryPlan, ask: Callable | None
@@ -10831,6 +11333,7 @@ class Summarizer:
             return "", []
         lines = clipped_lines(lines, budget)
         plain_only = getattr(self._upstream, "model", "") == LOCAL_MODEL  # too small for JSON, and slow
+        flaw = ""
         for strict in (True,) if plain_only else (False, True):
             tokens = 2 * room + (0 if strict else 80 * MOST_FACTS)
             if not self._may_ask():
@@ -10838,6 +11341,7 @@ class Summarizer:
             try:
                 choice = ask(summary_request(lines, what, room, strict), tokens)
             except NoReply as error:
+                flaw = str(error).removesuffix(".")
                 log_event("summary_rejected", f"A summary is not used: {error}", flaw="empty", strict=strict)
                 continue
             except PersonaMemoryError as error:
@@ -10849,8 +11353,10 @@ class Summarizer:
             text = whole_sentences(text, room, choice.get("finish_reason") == "length")
             flaw = flaw_of(text, "\n".join(lines))
             if not flaw:
+                self.failure, self._flawed = None, 0
                 return text, facts
             log_event("summary_rejected", f"A summary is not used: {flaw}.", flaw=flaw, strict=strict)
+        self._note_flaw(flaw)
         return "", []
 
     def summarize(self, text: str, authorization: str) -> str:
@@ -10914,11 +11420,13 @@ def marked_since(chat: Chat, marks: Mapping[str, Mapping[str, Mark]]) -> set[str
     return {digest for digest in marks.keys() | now.keys() if marks.get(digest) != now.get(digest)}
 
 
-def oldest_extract(story: Sequence[Summary], stored: Sequence[Summary], texts: Sequence[str]) -> Summary | None:
-    """The oldest extract among summaries, and among those that they were made from, which go first."""
+def extract_to_improve(story: Sequence[Summary], stored: Sequence[Summary], texts: Sequence[str]) -> Summary | None:
+    """The first extract among summaries, and among those that they were made from, which go first: of the story's
+    oldest line, the part that tells most."""
     for summary in story:
         parts = taken_in(summary, stored, texts) if summary.level > 1 else ()
-        found = oldest_extract(parts, stored, texts)
+        parts = sorted(parts, key=lambda s: -importance_alone(s.text, 0.0))
+        found = extract_to_improve(parts, stored, texts)
         if found or (summary.source == "extract" and summary.tries < MOST_TRIES):
             return found or summary
     return None
@@ -10958,6 +11466,7 @@ class Status:
         return {
             "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
             "embedder": embedder, "chats": len(self._registry), "proxy": self._settings.proxy,
+            "summaries": "failing" if self.summaries else "ok",  # the page says why, in words that need a key
         }  # fmt: skip
 
     @property
@@ -10981,7 +11490,7 @@ class Status:
             "data": self._settings.data, "uptime": round(time.time() - self._started), "last_turn": self.last_turn,
             "queue": queue_now | {"limit": self._settings.upstream_limit},
             "turns": {o: figure("requests_total", outcome=o) for o in outcomes}, "troubles": self.troubles.newest(),
-            "summaries": self.summaries,
+            "summary_failure": self.summaries,
         }  # fmt: skip
 
     def options(self) -> list[dict]:
@@ -11047,7 +11556,8 @@ def diagnosis(
         return "loading", "Models are loading.", "Chats work already; memories are found by words until then."
     if summaries:
         words = f"The model {summaries['model']} could not write a summary: {summaries['words']}"
-        return "notice", words, f"{SUMMARY_ADVICE} {advice_on(summaries['status'], upstream)}"
+        advice = advice_on(summaries["status"], upstream) if summaries["status"] else ""
+        return "notice", words, f"{SUMMARY_ADVICE} {advice}".rstrip()
     if turn.get("outcome") == "degraded":
         reason = turn["why"].removeprefix("degraded; reason=")
         if reason.startswith(UNKEPT):
@@ -11123,6 +11633,7 @@ class Completions:
                 break
             except UpstreamError as error:
                 prepared = self._mended(prepared, error)
+        self._learn_limit(prepared)
         if answer.get("usage"):
             self._learn_ratio(prepared, answer["usage"])
         else:
@@ -11141,6 +11652,7 @@ class Completions:
                 break
             except UpstreamError as error:
                 prepared = self._mended(prepared, error)
+        self._learn_limit(prepared)
         with contextlib.closing(chunks):
             yield prepared
             yield from self._with_usage(prepared, itertools.chain([first], chunks))
@@ -11148,36 +11660,47 @@ class Completions:
     def _mended(self, prepared: Prepared, error: UpstreamError) -> Prepared:
         """The turn as the upstream may take it after that error; raises the error where there is no such thing."""
         overflow = exceeded_context(error)
-        if overflow and not prepared.shortened and prepared.history is not None:
+        if overflow and prepared.shortened < MOST_SHORTENED and prepared.history is not None:
             return self._shortened(prepared, overflow, error)
         if is_blocked(error) and prepared.fallbacks:
-            return without_refused(prepared, error)
+            refused = replace(prepared, refused=prepared.fallbacks[0].without)
+            return without_part(refused, f"which the provider's filter refused: {error}")
         raise error
 
     def _shortened(self, prepared: Prepared, overflow: Overflow, error: UpstreamError) -> Prepared:
         """The turn without its oldest messages: those that are too much for the model, and a tenth of the prompt at
-        least. What the error tells of the model is kept for the next turns."""
-        messages, model = prepared.body["messages"], prepared.body.get("model") or ""
-        ours = counted_usage(messages, ())["prompt_tokens"]
+        least. Where none are left to go, memory goes, part by part. What the error tells of the model is kept for the
+        next turns."""
+        model, reply = prepared.body.get("model") or "", reply_limit(prepared.body)
+        ours = prompt_tokens(prepared.body["messages"])
         measured, ratio = self._ratios.get(model)
-        reply = reply_limit(prepared.body)
         if overflow.prompt:
             measured, ratio = ours, token_ratio(ours, overflow.prompt)
         elif overflow.context and ours * ratio + reply < overflow.context:
             ratio *= UNKNOWN_RATIO
+        ratio = min(ratio, LARGEST_RATIO)
+        self._ratios.put(model, (measured, ratio))
+        if overflow.context:
+            self._limits.put(model, overflow.context)
         limit = overflow.context or int(ours * ratio / UNKNOWN_RATIO) + reply
-        self._limits.put(model, limit)
-        self._ratios.put(model, (measured, min(ratio, LARGEST_RATIO)))
-        room = (limit - reply) / ratio
-        kept = without_oldest(messages, int(max(ours - room, ours / 10)), prepared.history)
-        gone = len(messages) - len(kept)
-        if not gone:
-            raise error
-        reason = f"the prompt was too long for the model and lost its oldest messages ({gone}): {error}"
-        report, left = prepared.report, ours - counted_usage(kept, ())["prompt_tokens"]
-        tokens = report.tokens | {"history": max(0, report.tokens["history"] - left)}
-        report = replace(report, history=max(0, report.history - gone), tokens=tokens)
-        return with_messages(replace(prepared, shortened=True, report=report), reason, kept)
+        prepared = replace(prepared, shortened=prepared.shortened + 1, limit=0 if overflow.context else limit)
+        room = min((limit - reply) / ratio, 0.9 * ours)
+        while prepared.shortened == MOST_SHORTENED and prepared.fallbacks:  # the last try is the client's own prompt
+            prepared = without_part(prepared, f"for which the model has no room: {error}")
+        while True:
+            messages = prepared.body["messages"]
+            kept = without_oldest(messages, math.ceil(prompt_tokens(messages) - room), prepared.history)
+            left = prompt_tokens(kept)
+            if left < ours:
+                return without_messages(prepared, kept, error)
+            if not prepared.fallbacks:
+                raise error
+            prepared = without_part(prepared, f"for which the model has no room: {error}")
+
+    def _learn_limit(self, prepared: Prepared) -> None:
+        """A guessed context length holds only once a prompt has fitted into it: the guess refuses prompts."""
+        if prepared.limit:
+            self._limits.put(prepared.body.get("model") or "", prepared.limit)
 
     def _learn_ratio(self, prepared: Prepared, usage: Mapping) -> None:
         """Learns from a prompt's tokens as the model counts them.
@@ -11221,15 +11744,26 @@ class Completions:
                 self._metrics.usage.labels(kind).inc(count)
 
 
-def without_refused(prepared: Prepared, error: UpstreamError) -> Prepared:
-    """The same turn without the next part of its prompt that a provider's filter may have refused."""
+def without_part(prepared: Prepared, why: str) -> Prepared:
+    """The same turn without the next part of what memory adds to its prompt."""
     (fallback, *fallbacks), report = prepared.fallbacks, prepared.report
     shares = {"memories": "memories", "story": "story"}.get(fallback.without, "")
     recalled = [] if fallback.without == "memories" else report.recalled
     report = replace(report, recalled=recalled, tokens=report.tokens | ({shares: 0} if shares else {}))
     prepared = replace(prepared, report=report, history=fallback.history, fallbacks=tuple(fallbacks))
-    reason = f"asked again without {fallback.without}, which the provider's filter refused: {error}"
-    return with_messages(replace(prepared, refused=fallback.without), reason, fallback.messages)
+    return with_messages(prepared, f"asked again without {fallback.without}, {why}", fallback.messages)
+
+
+def without_messages(prepared: Prepared, kept: Sequence[dict], error: UpstreamError) -> Prepared:
+    """The same turn with those of its messages that are kept, since a prompt was too long."""
+    messages, report = prepared.body["messages"], prepared.report
+    gone, left = len(messages) - len(kept), prompt_tokens(messages) - prompt_tokens(kept)
+    if not gone:
+        return prepared
+    tokens = report.tokens | {"history": max(0, report.tokens["history"] - left)}
+    report = replace(report, history=max(0, report.history - gone), tokens=tokens)
+    reason = f"the prompt was too long for the model and lost its oldest messages ({gone}): {error}"
+    return with_messages(replace(prepared, report=report), reason, kept)
 
 
 def with_messages(prepared: Prepared, reason: str, messages: Sequence[dict]) -> Prepared:
@@ -11240,10 +11774,14 @@ def with_messages(prepared: Prepared, reason: str, messages: Sequence[dict]) -> 
     return replace(prepared, body=body, header=report_header(report), report=report)
 
 
+def prompt_tokens(messages: Sequence[Mapping]) -> int:
+    """A prompt's tokens as they are counted here."""
+    return REPLY_PRIMING + sum(map(message_tokens, messages))
+
+
 def counted_usage(messages: Sequence[Mapping], texts: Sequence[str]) -> dict:
     """OpenAI's usage object, counted here, for upstreams that give none."""
-    prompt = REPLY_PRIMING + sum(map(message_tokens, messages))
-    return usage_object(prompt, sum(map(count_tokens, texts)))
+    return usage_object(prompt_tokens(messages), sum(map(count_tokens, texts)))
 
 
 def gather(texts: defaultdict[int, str], chunk: Mapping) -> None:
@@ -11384,7 +11922,8 @@ class PromptBuilder:
         with chat.lock:
             mood = self._mood(turn)
             piece = self._reminder(turn, story, recalled)
-            older = chat.store.read([n.id for n in nodes[first + layout.anchor : first + above]])
+            above_window = enumerate(nodes[first + layout.anchor : first + above], layout.anchor)
+            older = chat.store.read([n.id for i, n in above_window if i not in layout.hidden])
         memories = [*recalled.memories, *self._recaller.carry_over(turn, recalled.memories)]
         carried = memories[len(recalled.memories) :]
         parts = (memory_block(recalled.memories), carried_block(carried), self._feelings.guidance(turn, mood))
@@ -11400,9 +11939,11 @@ class PromptBuilder:
         first, above = request.history_start, len(nodes) - len(request.turns)
         path, shown, budget = [n.id for n in nodes], nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
-        counts = [n.tokens for n in shown]
+        away = set(chat.store.info.get("hidden", ()))
+        counts = [0 if n.id in away else n.tokens for n in shown[:above]]
+        counts += [0 if t.hidden else n.tokens for t, n in zip(request.turns[first:], shown[above:], strict=True)]
         for i, turn in enumerate(request.turns[first:], above):
-            if shown[i].shown != turn.fingerprint:  # the client shows it with something else around the words
+            if shown[i].shown != turn.fingerprint and not turn.hidden:  # with something else around the words
                 counts[i] = message_tokens(turn.raw)
         layout = arrange(request, context, shares, counts, [n.role for n in shown], reserved)
         story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
@@ -11488,7 +12029,7 @@ def composed(memory: TurnMemory, parts: Collection[str]) -> tuple[list[dict], in
 
 def known_refusals(chat: Chat, memory: TurnMemory) -> list[str]:
     """The parts of a turn's memory that hold something which the provider's filter has refused before."""
-    return [part for part, ids in memory.parts.items() if ids & chat.refused.get(part, frozenset())]
+    return [part for part, ids in memory.parts.items() if not ids.isdisjoint(chat.refused(part))]
 
 
 def fallbacks(memory: TurnMemory, withheld: Collection[str]) -> Iterator[Fallback]:
@@ -11527,7 +12068,7 @@ class PersonaMemory:
         self.vectors = Vectors(self.embedder, self.registry)
         self.archive = Archive(self.registry, self.vectors, settings.forget_after)
         self.feelings = Feelings(settings, self.vectors, self.registry)
-        self.recaller = Recaller(self.vectors, self.feelings, self.registry)
+        self.recaller = Recaller(self.vectors, self.feelings, self.registry, settings.reranker)
         self.completions = Completions(settings, self.upstream, metrics)
         self.builder = PromptBuilder(
             settings, self.archive, self.vectors, self.feelings, self.recaller, self.completions, self.status
@@ -11538,6 +12079,7 @@ class PersonaMemory:
         if self.settings.proxy:
             self.upstream.start()
         self.vectors.start()
+        self.recaller.start()
         token_encoding()
         with contextlib.suppress(StoreError):
             self.summarizer.start()
@@ -11552,8 +12094,7 @@ class PersonaMemory:
             if prepared.refused and texts:  # the next turn does not begin with it
                 with self.registry.lookup(prepared.chat_id) as chat:
                     if chat:
-                        refused = chat.refused.get(prepared.refused, frozenset()) | prepared.parts[prepared.refused]
-                        chat.refused = {**chat.refused, prepared.refused: refused}
+                        chat.refuse(prepared.refused, prepared.parts[prepared.refused])
             for reply in self.archive.record(prepared.chat_id, prepared.tip, said, complete, prepared.report):
                 self.status.log_text(reply.role, reply.content)
             if prepared.summary:
@@ -11668,7 +12209,8 @@ class PersonaMemory:
 
     def close(self) -> None:
         """Ends background work; what it leaves undone is done when the chat is used again."""
-        for service in (self.status, self.summarizer, self.feelings, self.vectors, self.registry, self.upstream):
+        services = (self.status, self.summarizer, self.feelings, self.recaller, self.vectors, self.registry)
+        for service in (*services, self.upstream):
             service.close()
 
 
