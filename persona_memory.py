@@ -12126,13 +12126,16 @@ class PersonaMemory:
 
     def known(self, chat_id: str, body: Any) -> dict:
         """How much of a whole chat, as its client shows it, is there: of its `messages` the first `known`; whether that
-        is the `current` branch; and how many of its texts wait for their vectors. Raises `InvalidRequest`."""
+        is the `current` branch, with the same ones hidden; and how many of its texts wait for their vectors. Raises
+        `InvalidRequest`."""
         request = parse_whole_chat(chat_id, body)
         counts = {"messages": len(request.turns), "known": 0, "current": False, "unembedded": 0}
         with self.registry.lookup(chat_id) as chat, chat.lock if chat else contextlib.nullcontext():
             if chat:
-                kept, path = align_request(chat, request).kept, chat.path()
-                counts |= {"known": len(kept), "current": len(kept) == len(request.turns) and list(kept) == path}
+                kept, path = list(align_request(chat, request).kept), chat.path()
+                away = [i for i, t in zip(kept, request.turns, strict=False) if t.hidden]
+                same = len(kept) == len(request.turns) and kept == path and away == chat.store.info.get("hidden", [])
+                counts |= {"known": len(kept), "current": same}
                 counts["unembedded"] = len(chat.follow(chat.nodes(path), self.embedder).unembedded)
         return counts
 
@@ -14051,6 +14054,7 @@ const REPORTS = 50; // of so many prompts the server keeps what went into them
 
 const state = {
     changed: true, // whether the open chat has changed in a way that a single request does not show
+    outline: [], // of the chat as the server has last read it
     reading: Promise.resolve(), // ends when the server has read it in
     kind: null, // of the generation that has begun and not yet sent its request
     away: false, // whether the user has been told that the server does not answer
@@ -14259,9 +14263,21 @@ async function lookAtChat() {
     return found;
 }
 
+/** Of each message what changes with it; there is no event for hiding one. */
+function outline() {
+    return client().chat.map(({ is_system: hidden, mes }) => `${Boolean(hidden)} ${mes?.length}`);
+}
+
+/** Whether the open chat has changed above its end since it was read in. */
+function hasChanged() {
+    const now = outline();
+    return state.changed || state.outline.slice(0, -1).some((was, place) => was !== now[place]);
+}
+
 /** Has the server read the open chat in, where it does not know it as it stands. */
 async function readIn() {
     state.changed = false;
+    state.outline = outline();
     try {
         const shown = settings().enabled ? shownChat() : null;
         if (!shown || (await lookAtChat()).current) return;
@@ -14502,7 +14518,7 @@ async function remember(_chat, contextSize, _abort, type) {
     setPrompts([]);
     if (!settings().enabled) return;
     if (isProxy(await modelAddress())) { // its request shows only a part of the chat
-        if (state.changed) onMessagesChanged();
+        if (hasChanged()) onMessagesChanged();
         await Promise.race([state.reading, new Promise((done) => setTimeout(done, TIMEOUT_MS))]);
         return;
     }
