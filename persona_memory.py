@@ -12237,13 +12237,16 @@ class PersonaMemory:
 
     def known(self, chat_id: str, body: Any) -> dict:
         """How much of a whole chat, as its client shows it, is there: of its `messages` the first `known`; whether that
-        is the `current` branch; and how many of its texts wait for their vectors. Raises `InvalidRequest`."""
+        is the `current` branch, with the same ones hidden; and how many of its texts wait for their vectors. Raises
+        `InvalidRequest`."""
         request = parse_whole_chat(chat_id, body)
         counts = {"messages": len(request.turns), "known": 0, "current": False, "unembedded": 0}
         with self.registry.lookup(chat_id) as chat, chat.lock if chat else contextlib.nullcontext():
             if chat:
-                kept, path = align_request(chat, request).kept, chat.path()
-                counts |= {"known": len(kept), "current": len(kept) == len(request.turns) and list(kept) == path}
+                kept, path = list(align_request(chat, request).kept), chat.path()
+                away = [i for i, t in zip(kept, request.turns, strict=False) if t.hidden]
+                same = len(kept) == len(request.turns) and kept == path and away == chat.store.info.get("hidden", [])
+                counts |= {"known": len(kept), "current": same}
                 counts["unembedded"] = len(chat.follow(chat.nodes(path), self.embedder).unembedded)
         return counts
 
@@ -14147,7 +14150,7 @@ const NAME = 'persona_memory';
 const API = '/api/persona_memory';
 const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1, role: 'system' };
 const TIMEOUT_MS = 2000; // how long a reply may be delayed
-const SYNC_TIMEOUT_MS = 60000; // a long chat takes the server some seconds, and no reply waits for that
+const PATIENCE_MS = 60000; // a long chat takes the server some seconds: for what no reply waits for
 const KINDS = ['normal', 'swipe', 'regenerate', 'continue', 'impersonate', 'quiet'];
 const IN_CHAT = 1; // SillyTavern's number for prompts that stand at a depth in the chat
 const ROLES = { system: 0, user: 1, assistant: 2 };
@@ -14162,6 +14165,7 @@ const REPORTS = 50; // of so many prompts the server keeps what went into them
 
 const state = {
     changed: true, // whether the open chat has changed in a way that a single request does not show
+    outline: [], // of the chat as the server has last read it
     reading: Promise.resolve(), // ends when the server has read it in
     kind: null, // of the generation that has begun and not yet sent its request
     away: false, // whether the user has been told that the server does not answer
@@ -14365,18 +14369,30 @@ function speakerOf({ name, role }) {
 /** What the server knows of the open chat: `{messages, known, current, unembedded}`; null where it is empty. */
 async function lookAtChat() {
     const shown = settings().enabled ? shownChat() : null;
-    const found = shown && await call(`${chatPath(shown.chat_id)}/known`, shown, 'POST', SYNC_TIMEOUT_MS);
+    const found = shown && await call(`${chatPath(shown.chat_id)}/known`, shown, 'POST', PATIENCE_MS);
     if (settledIdentity()?.id === shown?.chat_id) showKnown(found);
     return found;
+}
+
+/** Of each message what changes with it; there is no event for hiding one. */
+function outline() {
+    return client().chat.map(({ is_system: hidden, mes }) => `${Boolean(hidden)} ${mes?.length}`);
+}
+
+/** Whether the open chat has changed above its end since it was read in. */
+function hasChanged() {
+    const now = outline();
+    return state.changed || state.outline.slice(0, -1).some((was, place) => was !== now[place]);
 }
 
 /** Has the server read the open chat in, where it does not know it as it stands. */
 async function readIn() {
     state.changed = false;
+    state.outline = outline();
     try {
         const shown = settings().enabled ? shownChat() : null;
         if (!shown || (await lookAtChat()).current) return;
-        const read = await call(`${chatPath(shown.chat_id)}/sync`, shown, 'POST', SYNC_TIMEOUT_MS);
+        const read = await call(`${chatPath(shown.chat_id)}/sync`, shown, 'POST', PATIENCE_MS);
         if (settledIdentity()?.id === shown.chat_id) showKnown({ ...read, known: read.messages });
     } catch (error) {
         state.changed = true; // the next reply tries again
@@ -14467,6 +14483,11 @@ function memoryLine(row) {
     return line;
 }
 
+/** Memories as the lines of a list, in the order in which they were said. */
+function memoryLines(rows) {
+    return rows.slice(0, MOST_SHOWN).sort((a, b) => a.index - b.index).map(memoryLine);
+}
+
 /** The rows of a prompt's report with the words that it leaves out; what was carried over is another chat's. */
 function withWords(rows, chat) {
     return Promise.all(rows.slice(0, MOST_SHOWN).map(async (row) => {
@@ -14482,7 +14503,7 @@ async function whySaid(row, before) {
     const report = prompts.find(({ tip }) => tip === before?.id || tip === row.id);
     if (!report) return [t`Nothing is kept of what went into the prompt of this reply.`];
     const { history, summaries, facts, recalled: { length: memories } } = report;
-    const lines = (await withWords(report.recalled, identity().id)).map(memoryLine);
+    const lines = memoryLines(await withWords(report.recalled, identity().id));
     return [
         t`The prompt held ${history} messages, ${summaries} summaries, ${facts} facts and ${memories} memories.`,
         element('ol', { className: `${NAME}_recalled` }, ...lines),
@@ -14546,7 +14567,7 @@ function openId() {
 const COMMANDS = {
     async recall({ limit = 5, as }, text) {
         const asked = new URLSearchParams({ q: text, k: limit });
-        const { memories } = await call(`${chatPath(openId())}/search?${asked}`);
+        const { memories } = await call(`${chatPath(openId())}/search?${asked}`, null, 'GET', PATIENCE_MS);
         if (as === 'json') return JSON.stringify(memories);
         return memories.map((row) => `${speakerOf(row)}: ${row.content}`).join('\n');
     },
@@ -14608,7 +14629,7 @@ async function remember(_chat, contextSize, _abort, type) {
     setPrompts([]);
     if (!settings().enabled) return;
     if (isProxy(await modelAddress())) { // its request shows only a part of the chat
-        if (state.changed) onMessagesChanged();
+        if (hasChanged()) onMessagesChanged();
         await Promise.race([state.reading, new Promise((done) => setTimeout(done, TIMEOUT_MS))]);
         return;
     }
@@ -14816,8 +14837,7 @@ function showRecalled(memories, emotion, story = 0) {
     const mood = sure ? `${t([emotion.label])} (${Math.round(100 * emotion.confidence)} %)` : t`unclear`;
     const recalled = memories.length ? t`Recalled:` : t`Nothing was recalled.`;
     parts.mood.textContent = `${t`Your mood: ${mood}.`} ${recalled}`;
-    const inOrder = memories.slice(0, MOST_SHOWN).sort((a, b) => a.index - b.index);
-    parts.recalled.replaceChildren(...inOrder.map(memoryLine));
+    parts.recalled.replaceChildren(...memoryLines(memories));
     const others = toldTwice(memories, story).join(', ');
     parts.twice.textContent = others && t`${others} tells the model the same. Switch one of the two off.`;
 }
@@ -15161,14 +15181,14 @@ asco
 嫌悪
 
 Recalled:
-Erinnert wurde:
+Erinnerungen:
 Recordado:
 Вспомнилось:
 回忆起:
 思い出したこと:
 
 Nothing was recalled.
-Nichts wurde erinnert.
+Keine Erinnerungen.
 No se recordó nada.
 Ничего не вспомнилось.
 没有回忆起什么。

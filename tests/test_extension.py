@@ -622,6 +622,17 @@ class TestTheWholeChat:
         assert branch_texts(server.url, client.id)[0] == ELVEN
         assert client.do("stand.requests.length") == 1
 
+    def test_a_message_that_was_hidden_without_an_event_is_known_as_hidden(self, client, server):
+        long_chat(client)
+        client.do("Object.assign(stand.context, {mainApi: 'openai'})")
+        client.do(f"stand.context.chatCompletionSettings.custom_url = '{server.url}/v1'")
+        client.generate()
+        before = branch_texts(server.url, client.id)
+        client.do("stand.context.chat[0].is_system = true")
+        self.opened(client, "await stand.generate({})")
+        assert branch_texts(server.url, client.id) == before
+        assert "All" in client.panel()
+
     def test_what_is_off_is_not_read_in(self, client):
         long_chat(client)
         client.set("enabled", False)
@@ -889,7 +900,7 @@ class TestPanel:
         with open_client(browser, server.url, f"(stand.words = {words}, null)") as client:
             long_chat(client)
             client.generate()
-            for said in ("Meine Chats merken", "Erinnerungen kommen in den Prompt", "Erinnert wurde:"):
+            for said in ("Meine Chats merken", "Erinnerungen kommen in den Prompt", "Erinnerungen:"):
                 client.page.get_by_text(said).wait_for(state="attached")
 
     def test_what_the_proxy_does_itself_is_not_asked(self, client, server):
