@@ -2277,6 +2277,8 @@ def hub_revision(name: str) -> str:
 def load_sentence_transformer(name: str) -> Any:
     """The model of that name: the copy that an installed package carries, else a path or a hub name."""
     path, (bare, size) = embedder_path(name), sized_name(name)
+    if Path(path).is_absolute() and not Path(path).exists():  # no hub's name; the libraries take seconds to say so
+        raise FileNotFoundError(f"there is no {path}")
     if path != bare:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a complete local copy needs no look at the hub
     import torch
