@@ -794,18 +794,22 @@ class ChatRequest:
         return self.merges or all(one != other for one, other in itertools.pairwise(roles))
 
     @property
+    def folded(self) -> bool:
+        """Whether the system prompt stands in the user's first message."""
+        return self.persona_in_first_turn or any(m["role"] not in SYSTEM_ROLES for m in self.persona)
+
+    @property
     def begins_with_user(self) -> bool:
         """Whether the client keeps to the strict order of an optional system message, then user and assistant by
         turns, the user first."""
-        strict = not self.system_later and not self.persona_in_first_turn and len(self.persona) < 2
+        strict = not self.system_later and not self.folded and len(self.persona) < 2
         ordered = self.by_turns and self.turns[0].role == "user" and len(self.turns) > 2
         return bool(self.opening) or (strict and ordered)
 
     @property
     def strict(self) -> bool:
         """Whether two neighbours by one side in its prompt would be something that the client takes care to avoid."""
-        folded = self.persona_in_first_turn or any(m["role"] not in SYSTEM_ROLES for m in self.persona)
-        return self.merges or (self.by_turns and (self.begins_with_user or folded))
+        return self.merges or (self.by_turns and (self.begins_with_user or self.folded))
 
     @property
     def max_tokens(self) -> int:
@@ -2699,7 +2703,8 @@ def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
         return shifted
     if shifted.base != exact.base and not tree.is_below(shifted.base, exact.kept[0]):
         return exact if shifted.run <= len(exact.kept) else shifted
-    later = [i for i in shifted.matches if i >= len(exact.kept)]  # behind what was deleted or edited
+    # Behind what was deleted or edited. The newest message alone says nothing: it is new, whatever it repeats.
+    later = [i for i in shifted.matches if len(exact.kept) <= i < len(digests) - 1]
     users = exact.users + count_users(tree, (tree.by_digest[digests[i]][0] for i in later))
     return replace(exact, matches=(*exact.matches, *later), users=users)
 
@@ -2897,11 +2902,14 @@ def split_joined(
             return persona, (), ()
         else:
             texts[-1].append(paragraph)
+    while len(texts[-1]) > 1 and is_instruction(texts[-1][-1]):
+        tail.insert(0, texts[-1].pop())
     turns = []
     for some in texts:
         name = some[0].partition(": ")[0]
-        message = {"role": "user" if name == user else "assistant", "content": "\n\n".join(some)}
-        turns.append(replace(make_turn(message), voice=name))
+        said, raw = ({"role": "user" if name == user else "assistant", "content": "\n\n".join(part)} for part in (
+            [p for i, p in enumerate(some) if not i or not is_instruction(p)], some))  # fmt: skip
+        turns.append(replace(make_turn(said), raw=raw, voice=name))
     return persona, tuple(turns), tuple({"role": "user", "content": text} for text in tail)
 
 
@@ -3107,9 +3115,10 @@ def is_instruction(text: str, alone: bool = True) -> bool:
     """
     text = text.strip()
     inner = text[1:-1].strip() if (bracketed := bool(BRACKETED.fullmatch(text))) else text
-    if len(text) > 4000 or not ABOUT_THE_REPLY.search(inner):
+    if len(text) > LONGEST_INSTRUCTION or not (TASK.match(text) or ABOUT_THE_REPLY.search(inner)):
         return False
-    return bracketed or (not alone and bool(TOLD_TO.match(inner)) and not inner.endswith("?"))
+    told = TASK.match(text) or TOLD_TO.match(inner)
+    return bracketed or (not alone and bool(told) and not inner.endswith("?"))
 
 
 def with_voices(turns: tuple[Turn, ...], leading: Sequence[dict]) -> tuple[Turn, ...]:
@@ -3168,15 +3177,16 @@ def without_notes(request: ChatRequest, notes: Sequence[str]) -> ChatRequest:
     turns: list[Turn] = []
     before: tuple[dict, ...] = ()
     for turn in request.turns if notes else ():
-        content = normalise(turn.content) if turn.role == "user" else ""
+        said = content = normalise(turn.content) if turn.role == "user" else ""
         if content in notes:
             before = (*before, *turn.before, turn.raw)
             continue
         for note in notes:
+            content = content.replace(f"\n\n{note}\n\n", "\n\n")
             if content and around_end(content, note):
                 content = content.removeprefix(note + "\n").removesuffix("\n" + note).strip()
-                digest = message_digest("user", bare_words(content))
-                turn = replace(turn, content=content, digest=digest)
+        if content != said:
+            turn = replace(turn, content=content, digest=message_digest("user", bare_words(content)))
         turns.append(replace(turn, before=(*before, *turn.before)))
         before = ()
     if not any(t.role == "user" for t in turns):
@@ -5239,8 +5249,8 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     walks = (walk_past(said, asked, start, {at for at, node in enumerate(path) if node in away}) for start in starts)
     places = max(walks, key=lambda found: found.count(MET), default=[])
     shown = iter(turns)
-    every = [next(shown) if at == MET else hidden_turn(*chat.store.read([path[at]])) for at in places]
-    return replace(request, turns=(*request.turns[:first], *every, *shown))
+    whole = [next(shown) if at == MET else hidden_turn(*chat.store.read([path[at]])) for at in places]
+    return replace(request, turns=(*request.turns[:first], *whole, *shown))
 
 
 def walk_past(said: Sequence[str], asked: Sequence[str], start: int, away: Collection[int]) -> list[int]:
@@ -5267,43 +5277,65 @@ def hidden_turn(message: Message) -> Turn:
 
 def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
     """A request in whose turns no neighbours are joined: clients that keep to strict roles make one message of several
-    by one side, as after a turn that failed, or in a group.
+    by one side, as after a turn that failed, in a group, or where what stood between them is hidden.
 
     A turn is parted where its first paragraphs are a message of the chat that follows on the turn before, and the rest
     is what follows on that one, or what nothing has followed on yet.
     """
-    tree, turns = chat.tree, []
+    tree, away, turns = chat.tree, set(chat.store.info.get("hidden", ())), []
     for turn in request.turns:
         before = turns[-1].digest if turns else ""
-        turns += parted(tree, turn, before) if "\n\n" in turn.content and turn.digest not in tree.by_digest else [turn]
+        known = "\n\n" not in turn.content or turn.digest in tree.by_digest
+        turns += [turn] if known else parted(tree, turn, before, away)
     return replace(request, turns=tuple(turns), merges=True) if len(turns) > len(request.turns) else request
 
 
-def parted(tree: Tree, turn: Turn, before: str) -> list[Turn]:
-    """The turns that a turn is made of, as `unmerged` tells them; `before` is the digest of the turn before it."""
+def parted(tree: Tree, turn: Turn, before: str, away: Collection[str]) -> list[Turn]:
+    """The turns that a turn is made of, as `unmerged` tells them; `before` is the digest of the turn before it, and
+    `away` are the messages that the client hides."""
+    sent = text_of(turn.raw["content"])
     for cut in re.finditer(r"\n\n", turn.content):
         first, rest = (part_of(turn, text) for text in (turn.content[: cut.start()], turn.content[cut.end() :]))
-        rest = replace(rest, before=())
+        at = sent.find("\n\n" + rest.content.partition("\n\n")[0], len(first.content) // 2)  # notes may stand between
+        first = replace(first, raw={**turn.raw, "content": sent[:at]} if at >= 0 else first.raw)
+        rest = replace(rest, raw={**turn.raw, "content": sent[at + 2 :]} if at >= 0 else rest.raw, before=())
         named = turn.role == "user" or NAME_PREFIX.match(rest.content)  # else a reply that was continued
         if not named or not rest.content.strip() or not first.content.strip():
             continue
         for node in same_text(tree, first.digest):
-            parent, below = tree.nodes[node].parent, [i for i in tree.children.get(node, ()) if tree.is_confirmed(i)]
-            if before and (not parent or tree.nodes[parent].digest != before):
+            below = shown_below(tree, node, away)
+            if before and before != shown_above(tree, node, away):
                 continue
             if not below or any(tree.nodes[i].digest == rest.digest for i in below):
                 return [first, rest]
-            more = parted(tree, rest, first.digest)
+            more = parted(tree, rest, first.digest, away)
             if len(more) > 1:
                 return [first, *more]
     return [turn]
 
 
+def shown_above(tree: Tree, node: str, away: Collection[str]) -> str:
+    """The digest of the message before one, those that are hidden left out; empty at the beginning."""
+    parent = tree.nodes[node].parent
+    while parent in away:
+        parent = tree.nodes[parent].parent
+    return tree.nodes[parent].digest if parent else ""
+
+
+def shown_below(tree: Tree, node: str, away: Collection[str]) -> list[str]:
+    """The messages that follow on one, and on those behind it that are hidden."""
+    found, rest = [], [node]
+    for upper in rest:
+        for child in tree.children.get(upper, ()):
+            (rest if child in away else found).append(child)
+    return [child for child in found if tree.is_confirmed(child)]
+
+
 def part_of(turn: Turn, text: str) -> Turn:
     """A part of a turn as a turn of its own."""
-    found = NAME_PREFIX.match(text) if turn.voice else None
+    found, words = NAME_PREFIX.match(text) if turn.voice else None, spoken_words(turn.role, text)
     return replace(
-        turn, raw={**turn.raw, "content": text}, content=text, digest=message_digest(turn.role, bare_words(text)),
+        turn, raw={**turn.raw, "content": text}, content=words, digest=message_digest(turn.role, bare_words(words)),
         voice=found[0][:-2] if found else turn.voice,
     )  # fmt: skip
 
@@ -10303,8 +10335,15 @@ class Archive:
         """The id of the chat without an explicit id that a request's transcript continues, or of one whose id comes
         from our extension, which may be off by now or see a copy of the chat; empty: none."""
         digests = [(t.role, t.digest) for t in request.turns]
+
+        def where(chat: Chat) -> Alignment:
+            """Where the request hangs in a chat. Those with an id of their own are each others' copies at most, unless
+            one holds what was lived without an id."""
+            other = chat_id and chat.store.info["explicit"] and not chat.store.info.get("gathered")
+            return Alignment() if other else align_anonymous(chat, request)
+
         kinds = "de" if not chat_id or request.identity.has_metadata else "d"
-        found = self._registry.locate(digests, lambda chat: align_anonymous(chat, request), deadline.left, kinds)
+        found = self._registry.locate(digests, where, deadline.left, kinds)
         if found or not request.account:
             return found[0] if found else ""
         with self._registry.lookup(request.account) as chat:  # one chat per account, as clients of old have it
@@ -10327,6 +10366,7 @@ class Archive:
                 return named
         self._registry.create(named, explicit=bool(chat_id))
         with self._registry.borrow(named) as chat:
+            chat.store.commit(info=extension_info(chat, request))
             if parent:
                 self._adopt(parent, chat, lambda source: align_request(source, request))
             if located:
@@ -10372,7 +10412,7 @@ class Archive:
                 return
             with source.lock:
                 tip = align(source).tip
-                whole = whole and bool(tip) and not source.store.info.get("imported")
+                whole = whole and bool(tip)
                 ids = list(source.tree.nodes) if whole else around_branch(source.tree, tip) if tip else []
                 taken = set(source.store.info.get("taken", ())) | (source.tree.ends & set(ids))
                 info = {k: v for k, v in source.store.info.items() if k in BECOMING and k not in target.store.info}
@@ -10380,7 +10420,7 @@ class Archive:
                 source.store.commit(info={"taken": sorted(taken)})
             self._copy_messages(source, target, ids)
             with target.lock:
-                target.store.commit(info=info)
+                target.store.commit(info=info | ({"gathered": True} if whole else {}))
                 self._registry.enter(target, ids)
             self._vectors.later(target, ids)
         if not left:
@@ -10428,7 +10468,7 @@ class Archive:
         persona = persona_text(request)
         speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
         character = request.identity.character or speaker or named_in_prompt(persona)
-        info = {"head": path[-1], "shows_history": shows}
+        info = {"head": path[-1], "shows_history": shows} | extension_info(chat, request)
         info |= {"character": character} if character else {}
         info |= {"title": request.identity.title} if request.identity.title else {}
         if request.identity.complete:
@@ -10438,7 +10478,7 @@ class Archive:
         erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
         info |= {"persona": "" if erased else persona} if request.persona else {}
         info |= {"account": request.account} if request.account and not store.info["explicit"] else {}
-        info |= {"extension": True} if request.identity.has_metadata and store.info["explicit"] else {}
+        first_told = extension_info(chat, request) and not store.info.get("extension")
         info |= {"lone": lone} if (lone := is_lone(chat, request, path)) != store.info.get("lone", False) else {}
         before = chat.path()
         if messages or any(store.info.get(k) != v for k, v in info.items()):
@@ -10450,7 +10490,7 @@ class Archive:
             if dropped or rewordings != store.info.get("rewordings", 0):
                 store.commit(info={"rewordings": rewordings}, dropped=dropped)
             if not store.unwritten:
-                self._registry.enter(chat, [m.id for m in messages])
+                self._registry.enter(chat, chat.tree.nodes if first_told else [m.id for m in messages])
         store.keep_recent(path)
         return path
 
@@ -10647,6 +10687,11 @@ class Archive:
         if summaries or facts or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(info=info, summaries=summaries, facts=facts)
             self._registry.enter(chat, ())
+
+
+def extension_info(chat: Chat, request: ChatRequest) -> dict:
+    """What a chat whose id comes from our extension notes of that: the chat is found without its id too."""
+    return {"extension": True} if request.identity.has_metadata and chat.store.info["explicit"] else {}
 
 
 def unshown_twins(chat: Chat, message: Message) -> list[str]:
