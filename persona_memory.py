@@ -4663,6 +4663,7 @@ OPEN_CHATS = 32
 LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
+BEGUN_SECONDS = 60.0  # after which a chat without a message is none that is just being made
 SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
@@ -4941,13 +4942,13 @@ class ChatRegistry:
                 folders = {entry.name: entry for entry in self.folder.iterdir() if entry.is_dir()}
             except OSError as error:
                 raise StoreError(f"store: {type(error).__name__}: {error}") from error
-            lines = {chat_folder(line["chat_id"]): line["chat_id"] for line in self.catalogue.chats(lone=True)}
+            lines = {chat_folder(line["chat_id"]): line for line in self.catalogue.chats(lone=True)}
             for name in lines.keys() - folders.keys():  # deleted by hand, or in a program that was killed meanwhile
                 with contextlib.suppress(StoreError):
-                    self.catalogue.remove(lines[name], None)
+                    self.catalogue.remove(lines[name]["chat_id"], None)
             # What is named otherwise is a damaged chat that was set aside.
             ours = {n: f for n, f in folders.items() if "." not in n or n.startswith(DELETED)}
-            unlisted = [folder for name, folder in ours.items() if name not in lines]
+            unlisted = [folder for name, folder in ours.items() if not lines.get(name, {}).get("messages")]
             with contextlib.suppress(StoreError):  # damage shows now; without it chats go on
                 self.characters.get("")
             self._started = True
@@ -4965,15 +4966,28 @@ class ChatRegistry:
         for folder in folders:
             if folder.name.startswith(DELETED):
                 shutil.rmtree(folder, ignore_errors=True)
-            elif database_of(folder).exists() and not self._closed:
+            elif not self._closed:
                 try:
-                    with self._borrow_folder(folder) as chat:
-                        if chat:
-                            self.enter(chat, list(chat.tree.nodes))
-                except StoreError as error:
+                    self._enter_or_remove(folder)
+                except (StoreError, OSError) as error:
                     words = f"The chat in {folder} cannot be listed: {error}"
                     log_event("unlisted", words, level=logging.WARNING)
         self._listed.set()
+
+    def _enter_or_remove(self, folder: Path) -> None:
+        """Enters a chat in the catalogue; one without a message is what is left of a program that was killed as it made
+        the chat, and removed, unless another program may be at it at this moment."""
+        begun = time.time() - folder.stat().st_mtime > BEGUN_SECONDS
+        with self._borrow_folder(folder) as chat:
+            if chat:
+                with chat.lock:
+                    self.enter(chat, list(chat.tree.nodes))
+            chat_id, empty = chat.id if chat else "", not (chat and chat.tree.nodes)
+        if empty and begun:
+            self._close_for_good(folder)
+            folder.rename(doomed := self.folder / f"{DELETED}{secrets.token_hex(8)}")
+            shutil.rmtree(doomed, ignore_errors=True)
+            self.catalogue.remove(chat_id, ())
 
     @contextlib.contextmanager
     def borrow(self, chat_id: str) -> Iterator[Chat]:
@@ -16397,6 +16411,7 @@ extension_updates = threading.Lock()  # two requests make no two commits of one 
 MOST_ASKED = 2**20  # bytes of a request for the extension that are read
 
 
+@gives(200, NotFound.status, media="application/x-git-upload-pack-advertisement")
 def extension_refs() -> flask.Response:
     """What git asks first: which commit the extension's repository has, and what its server can do."""
     if flask.request.args.get("service") != "git-upload-pack":
@@ -16406,6 +16421,7 @@ def extension_refs() -> flask.Response:
     return git_response(body, "advertisement")
 
 
+@gives(200, media="application/x-git-upload-pack-result")
 def extension_pack() -> flask.Response:
     """The extension's files for git."""
     raw = flask.request.get_data()
