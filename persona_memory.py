@@ -107,6 +107,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+# Half of the cores: BLAS's threads wait for each other where other work takes the rest.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
+
 try:
     import diskcache
     import dotenv
@@ -2486,7 +2489,7 @@ class Tree:
             self._confirmed -= node.confirmed
             if not any(self.is_confirmed(i) for i in self.children[node.parent]):
                 self._inner.discard(node.parent)
-        self._trail = []
+            self._trail = []
 
     def below(self, node: str) -> list[str]:
         """The message and all that hang under it."""
@@ -2497,13 +2500,26 @@ class Tree:
 
     def path(self, tip: str) -> list[str]:
         """Ids from the chat's first message to `tip`; empty for the root."""
+        return self._walked(tip)[: self.length(tip)]
+
+    def length(self, tip: str) -> int:
+        """How many messages a branch has."""
+        return self.nodes[tip].depth + 1 if tip else 0
+
+    def stands_on(self, tip: str, node: str) -> bool:
+        """Whether a message is on the branch that ends with `tip`."""
+        depth = self.nodes[node].depth
+        return depth < self.length(tip) and self._walked(tip)[depth] == node
+
+    def _walked(self, tip: str) -> list[str]:
+        """The trail, which then begins with the path to `tip`."""
         trail, ids = self._trail, []
         while tip and trail[(depth := self.nodes[tip].depth) : depth + 1] != [tip]:
             ids.append(tip)
             tip = self.nodes[tip].parent
-        path = trail[: self.nodes[tip].depth + 1 if tip else 0] + ids[::-1]
-        self._trail = path[:] if ids else trail
-        return path
+        if ids:
+            trail[self.length(tip) :] = ids[::-1]
+        return trail
 
     def child(self, node: str, digest: str) -> str:
         """The message of those words that follows a message, one that a request has shown first; empty: none."""
@@ -2622,11 +2638,10 @@ def exact_start(tree: Tree, digests: Sequence[str], head: str) -> Alignment | No
     Among equals the chat's very beginning is taken (it has nothing above it that could leak), then the branch that
     the chat was last on, then the newest.
     """
-    current = set(tree.path(head))
 
     def rank(found: Alignment) -> tuple:
         first = found.kept[0]
-        return len(found.kept), found.base == ROOT, first in current, tree.nodes[first].order
+        return len(found.kept), found.base == ROOT, tree.stands_on(head, first), tree.nodes[first].order
 
     bases = (tree.nodes[n].parent for n in same_text(tree, digests[0]))
     runs = ((base, walk(tree, base, digests)) for base in bases)
@@ -3159,6 +3174,7 @@ def named_in_prompt(persona: str) -> str | None:
 WORKING_MEMORY = 20  # messages of a branch that stay in RAM
 OPEN_BRANCHES = 8  # branches of a chat that have a working memory
 KEPT_REPORTS = 50
+KEYS_AT_ONCE = 500  # in one query: older SQLites take 999
 MOST_UNREADABLE = 10_000  # rows of a damaged chat
 KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
 STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
@@ -3459,6 +3475,18 @@ def stored_rows(cache: diskcache.Cache, prefix: str) -> dict[str, Any]:
     }
 
 
+def values_of(cache: SharedCache, prefix: str, names: Iterable[str]) -> dict[str, Any]:
+    """The values (text, bytes or numbers) of those keys under a prefix such as "m:", by name and as far as they are
+    there: in one query for hundreds of keys, of which diskcache would make one each."""
+    found = {}
+    for some in batches(list(names), KEYS_AT_ONCE):
+        sql = f"SELECT key, raw, mode, filename, value FROM Cache WHERE key IN ({','.join('?' * len(some))})"
+        for key, raw, mode, filename, value in cache._sql(sql, [prefix + name for name in some]).fetchall():
+            name = cache.disk.get(key, raw).removeprefix(prefix)
+            found[name] = cache.disk.fetch(mode, filename, value, False)
+    return found
+
+
 class ChatStore:
     """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
@@ -3687,7 +3715,7 @@ class ChatStore:
                     cache.delete(f"m:{message}")
                 if report:
                     number = known["reports"] = known.get("reports", 0) + 1
-                    cache[f"p:{number}"] = json.dumps(asdict(report))
+                    cache[f"p:{number}"] = json.dumps(vars(report))  # plain data: `asdict` would copy all of it
                     cache.delete(f"p:{number - KEPT_REPORTS}")
                 cache[f"g:{generation}"] = json.dumps([*rows, *(f"d:{i}" for i in dropped)])
                 cache.delete(f"g:{generation - KEPT_GENERATIONS}")
@@ -3770,11 +3798,12 @@ class ChatStore:
     def read(self, ids: Sequence[str]) -> list[Message]:
         """The messages of those ids, from working memory where they are in it."""
         with self.lock:
-            missing = [i for i in ids if i not in self._recent]
+            missing = [i for i in dict.fromkeys(ids) if i not in self._recent]
             found = {}
             if missing:
                 with self._database.use() as cache:
-                    found = {i: message_of(read_json(cache, f"m:{i}")) for i in missing}
+                    rows = values_of(cache, "m:", missing)
+                    found = {i: message_of(json.loads(rows[i])) for i in missing}
             return [found.get(i) or self._recent[i] for i in ids]
 
     def keep_recent(self, path: Sequence[str]) -> None:
@@ -3789,8 +3818,8 @@ class ChatStore:
     def _arrays(self, prefix: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The float32 arrays under a prefix and those hashes; bytes that hold none are left out."""
         with self._database.use() as cache:
-            raw = ((h, cache.get(f"{prefix}:{h}")) for h in hashes)
-            return {h: np.frombuffer(v, np.float32) for h, v in raw if isinstance(v, bytes) and not len(v) % 4}
+            raw = values_of(cache, f"{prefix}:", hashes)
+            return {h: np.frombuffer(v, np.float32) for h, v in raw.items() if isinstance(v, bytes) and not len(v) % 4}
 
     def _put_arrays(self, prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
         with self._database.transaction() as cache:
@@ -3800,7 +3829,7 @@ class ChatStore:
     def vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The stored vectors of those text hashes, float32; those without one of unit length are left out."""
         found = self._arrays(f"v:{embedder}", hashes)
-        return {h: v for h, v in found.items() if np.isclose(np.linalg.norm(v), 1.0, atol=1e-3)}
+        return {h: v for h, v in found.items() if abs(float(v @ v) - 1.0) < 2e-3}
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores vectors by text hash: a text is embedded once, on however many branches it stands."""
@@ -3809,13 +3838,14 @@ class ChatStore:
     def sentence_vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The stored vectors of the sentences of those text hashes, float32 [sentences, dimensions] each."""
         with self._database.use() as cache:
-            raw = {h: v for h in hashes if isinstance(v := cache.get(f"c:{embedder}:{h}"), bytes) and len(v) > 4}
+            every = values_of(cache, f"c:{embedder}:", hashes)
+        raw = {h: v for h, v in every.items() if isinstance(v, bytes) and len(v) > 4}
         found = {}
         for text_hash, value in raw.items():
             count = int.from_bytes(value[:4], "little")
             if count and not (len(value) - 4) % (2 * count):
                 found[text_hash] = np.frombuffer(value, np.float16, offset=4).astype(np.float32).reshape(count, -1)
-        return {h: v for h, v in found.items() if np.allclose(np.linalg.norm(v, axis=1), 1.0, atol=1e-2)}
+        return {h: v for h, v in found.items() if np.abs((v * v).sum(axis=1) - 1.0).max() < 2e-2}
 
     def put_sentence_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores the vectors of texts' sentences by text hash, as float16: half of the disk for 0.0005 of a cosine."""
@@ -3846,7 +3876,7 @@ class ChatStore:
         name = self.info.get("group") or self.info.get("character") or self.id
         return {
             "chat_id": self.id, "title": self.info.get("title"), "name": name,
-            "character": self.info.get("character"), "messages": len(self.tree.path(self.head)),
+            "character": self.info.get("character"), "messages": self.tree.length(self.head),
             "branches": self.tree.branches, "updated": self.info.get("updated"), "family": self.family,
             "lone": self.info.get("lone", False) and self.tree.messages < 2,
             "salvaged": self.info.get("salvaged"),
@@ -5183,8 +5213,9 @@ def align_request(chat: Chat, request: ChatRequest) -> Alignment:
 def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     """A request with the messages of the chat that its client keeps out of the prompt, each in its place, as the client
     told when it last showed the whole chat: they stay part of it."""
-    path, first = chat.path(), request.history_start
-    away, turns = set(chat.store.info.get("hidden", ())).intersection(path), request.turns[first:]
+    first, hidden = request.history_start, chat.store.info.get("hidden", ())
+    path, turns = chat.path() if hidden else [], request.turns[first:]
+    away = set(hidden).intersection(path)
     if not away or not turns:
         return request
     said, asked = chat.texts(path), [t.digest for t in turns]
@@ -5301,7 +5332,7 @@ def align_appended(chat: Chat, request: ChatRequest) -> Alignment | None:
     head, tree = chat.store.head, chat.tree
     if len(request.turns) != 1 or request.turns[0].role != "user" or request.identity.has_metadata or not head:
         return None
-    first = tree.nodes[chat.path()[0]]
+    first = tree.nodes[tree.path(head)[0]]
     if chat.store.info.get("shows_history") and first.digest == request.turns[0].digest:
         return None
     replies = tree.replies.get(head) or []
@@ -10614,7 +10645,7 @@ def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]
     every turn. None where anything else hangs on them.
     """
     tree = chat.tree
-    fork = len(os.path.commonprefix([list(old), list(path)]))
+    fork = shared_front(old, path)
     left, now = old[fork:], path[fork:]
     if not 0 < len(left) <= REWORDED or len(left) >= len(now):  # the chat has not gone on: the user edits
         return []
@@ -10923,7 +10954,7 @@ class Recaller:
             likely = [relevance_probability(m.score, ranked[0][0].score) for m, _ in ranked]
             costs = [memory_cost(m) for m, _ in ranked]
             texts, vectors = [m.message.content for m, _ in ranked], [v for _, v in ranked]
-            chosen, _ = choose(likely, costs, lambda a, b: same_news(texts[a], texts[b], vectors[a], vectors[b]), room)
+            chosen, _ = choose(likely, costs, alike(texts, vectors), room)
             return fitting([ranked[i][0] for i in chosen], room, carried_block)[0]
         except Exception as error:
             note_failure("carry_over_failed", "Nothing could be carried over", error, turn.chat.id)
@@ -10980,16 +11011,19 @@ def in_part(
     return replace(memory, excerpt=best_excerpt(memory.message.content, query.words, evidence.rarity, cosines))
 
 
-def same_news(a: str, b: str, vector_a: np.ndarray, vector_b: np.ndarray) -> bool:
-    """Whether two texts are near-duplicates. Vectors are compared only if they cover the whole text (zeros: none)."""
-    whole = all(len(text) <= CHUNK and vector.any() for text, vector in ((a, vector_a), (b, vector_b)))
-    return is_duplicate(a, b, float(vector_a @ vector_b) if whole else None)
+def alike(texts: Sequence[str], vectors: np.ndarray | Sequence[np.ndarray]) -> Callable[[int, int], bool]:
+    """Tells of two texts, by their positions, whether they are near-duplicates. Vectors are compared only if they cover
+    the whole text (zeros: none)."""
+    every = np.stack(vectors) if len(texts) else np.zeros((0, 0), np.float32)
+    whole = [len(text) <= CHUNK and has for text, has in zip(texts, every.any(axis=1).tolist(), strict=True)]
+    cosines = every @ every.T
+    return lambda a, b: is_duplicate(texts[a], texts[b], float(cosines[a, b]) if whole[a] and whole[b] else None)
 
 
 def duplicates_among(index: MemoryIndex, memories: Sequence[Memory]) -> Callable[[int, int], bool]:
     """Tells of two of those memories, by their positions, whether they are near-duplicates."""
     texts, vectors = [m.message.content for m in memories], index.vectors([m.message.fingerprint for m in memories])
-    return lambda a, b: same_news(texts[a], texts[b], vectors[a], vectors[b])
+    return alike(texts, vectors)
 
 
 def select_memories(
