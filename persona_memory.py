@@ -206,6 +206,7 @@ class Settings:
     reranker: str = setting(
         "", "sentence-transformers CrossEncoder that puts the best memories in order: a path or a hub name", "none"
     )
+    lean: bool = setting(False, "recall less: what is likeliest to matter, in half of the tokens", "off")
     forget_after: int = setting(
         30, "days until forgotten words are erased from the disk and cannot be remembered again; 0 erases at once"
     )
@@ -946,6 +947,69 @@ class Metrics:
     def text(self) -> bytes:
         """All figures in Prometheus' text format."""
         return prometheus_client.generate_latest(self.registry)
+
+
+KEPT_STEPS = 32  # the newest ones, by which a rate is told
+
+
+class LongWork:
+    """How far one kind of long work in the background has come; of `least` things that wait it is worth a word."""
+
+    def __init__(self, kind: str, words: str, least: int):
+        self.kind, self._words, self._least = kind, words, least
+        self._left: dict[str, float] = {}  # by whom or what it is for
+        self._done = 0.0
+        self._steps: deque[tuple[float, float]] = deque(maxlen=KEPT_STEPS)  # when, and how much was done
+        self._lock = threading.Lock()
+
+    def expect(self, whose: str, left: float) -> None:
+        """Notes how much of one's work is left; what is less than before was done."""
+        with self._lock:
+            done = self._left.get(whose, 0.0) - left
+            self._left[whose] = left
+            if done > 0:
+                self._done += done
+                self._steps.append((time.monotonic(), done))
+            if left <= 0:
+                del self._left[whose]
+            if not self._left:
+                self._done = 0.0
+                self._steps.clear()
+
+    def row(self) -> dict | None:
+        """How things stand, None where hardly anything waits: `waiting`, `done`, `rate` a second, `seconds` that are
+        left, and all of it in `words`."""
+        with self._lock:
+            waiting, done, steps = math.ceil(sum(self._left.values())), round(self._done), list(self._steps)
+        if waiting < self._least:
+            return None
+        passed = steps[-1][0] - steps[0][0] if steps else 0.0
+        rate = sum(count for _, count in steps[1:]) / passed if passed > 0 else None
+        seconds = round(waiting / rate) if rate else None
+        about = "" if seconds is None else f", about {seconds} s" if seconds < 90 else f", about {seconds // 60} min"
+        words = f"{waiting:,} {self._words}{about}."
+        rate = rate and round(rate, 2)
+        return {"kind": self.kind, "waiting": waiting, "done": done, "rate": rate, "seconds": seconds, "words": words}
+
+
+class Background:
+    """The long work behind the turns, and whether it may go on."""
+
+    def __init__(self) -> None:
+        self.going = threading.Event()  # cleared while it is paused
+        self.going.set()
+        self.vectors = LongWork("vectors", "messages wait until they can be found by meaning", 16)
+        self.summaries = LongWork("summaries", "stretches of chats wait to be summarised", 1)
+
+    @property
+    def paused(self) -> bool:
+        """Whether it was paused."""
+        return not self.going.is_set()
+
+    def progress(self) -> dict:
+        """Whether it is `paused`, and the `work` that waits."""
+        rows = (self.vectors.row(), self.summaries.row())
+        return {"paused": self.paused, "work": [row for row in rows if row]}
 
 
 KEPT_WARNINGS = 20
@@ -2272,6 +2336,11 @@ def chunk_spans(text: str) -> Iterator[tuple[int, int]]:
         yield start, end
         start = end - CHUNK_OVERLAP
     yield start, len(text)
+
+
+def chunk_count(text: str) -> int:
+    """How many chunks of a text are embedded."""
+    return 1 if len(text) <= CHUNK else sum(1 for _ in itertools.islice(chunk_spans(text), MOST_CHUNKS))
 
 
 def chunks(text: str) -> list[str]:
@@ -4243,6 +4312,8 @@ def stemmer(language: str) -> Any:
 def topic_words(text: str, language: str) -> float:
     """How many words with a topic a text has; in a script without spaces two characters are about a word."""
     words, stops = re.findall(r"\w+", text.lower()), stop_words(language)
+    if text.isascii():
+        return float(sum(w not in stops for w in words))
     unspaced = sum(len(run) for run in UNSPACED.findall(text))
     return sum(w not in stops for w in words if not UNSPACED.match(w)) + unspaced / 2
 
@@ -4452,12 +4523,13 @@ class MemoryIndex:
             setattr(self, name, getattr(self, name)[:kept])
         fresh, self._nodes = nodes[kept:], list(nodes)
         messages = read([n.id for n in fresh]) if fresh else []
-        hashes = [n.fingerprint for n in fresh]
-        self._swap_words(gone, dict(zip(hashes, messages, strict=True)))
-        self._append(hashes, messages)
+        hashes, usual = [n.fingerprint for n in fresh], self.language
+        languages = [language_of(clip(m.content), usual) for m in messages]
+        self._swap_words(gone, dict(zip(hashes, messages, strict=True)), dict(zip(hashes, languages, strict=True)))
+        self._append(hashes, messages, languages)
         return [h for h in dict.fromkeys(hashes) if h in self._unembedded or h in self._unsplit]
 
-    def _swap_words(self, gone: Sequence[str], come: Mapping[str, Message]) -> None:
+    def _swap_words(self, gone: Sequence[str], come: Mapping[str, Message], spoken: Mapping[str, str]) -> None:
         """Takes texts off the lexical table, and puts others on it."""
         before = set(self._uses)
         self._uses.subtract(gone)
@@ -4467,7 +4539,6 @@ class MemoryIndex:
         for text_hash in come:
             self._rows.setdefault(text_hash, len(self._rows))
         self._words.executemany("DELETE FROM texts WHERE rowid = ?", [(self._rows[h],) for h in left])
-        spoken = {h: language_of(clip(m.content), self.language) for h, m in come.items()}
         self._languages.update(spoken.values())
         rows = [(self._rows[h], lexical_text(come[h].content, spoken[h])) for h in fresh]
         self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
@@ -4475,12 +4546,12 @@ class MemoryIndex:
             del self._uses[text_hash]
             self._unembedded.pop(text_hash, None)
             self._unsplit.pop(text_hash, None)
-        self._chunks.update((h, len(embedded_texts(m))) for h, m in come.items())
+        self._chunks.update((h, chunk_count(m.content)) for h, m in come.items())
         self._unembedded.update((h, None) for h in come if h not in self._embedded)
         self._split.update(h for h, m in come.items() if not sentences(m.content))
         self._unsplit.update((h, None) for h in come if h not in self._split)
 
-    def _append(self, hashes: Sequence[str], messages: Sequence[Message]) -> None:
+    def _append(self, hashes: Sequence[str], messages: Sequence[Message], languages: Sequence[str]) -> None:
         self._hashes.extend(hashes)
         self._uses.update(hashes)
         if not messages:
@@ -4488,7 +4559,7 @@ class MemoryIndex:
         for m in messages:
             self.speakers.setdefault(m.speaker, m.role)
         codes = {name: code for code, name in enumerate(self.speakers)}
-        traits = [message_traits(m.content, language_of(clip(m.content), self.language)) for m in messages]
+        traits = [message_traits(m.content, language) for m, language in zip(messages, languages, strict=True)]
         self._traits = np.concatenate([self._traits, np.array(traits, np.float32)])
         asks = self._traits[:, TRAITS.index("question")] > 0
         self._traits[:, TRAITS.index("answer")] = displaced(asks.astype(np.float32), 1)
@@ -5758,6 +5829,8 @@ NEED_SCORE, NEED_BELOW, NEED_BIAS = 0.33, 0.77, -3.7
 SUPERSEDING = 0.5  # share of the best score from which a newer statement may stand before it
 SUPERSEDING_NEAR = -0.25  # how near to the question it must be, in units of the chat's noise; 0 is what is usual there
 COST_PER_TOKEN = 1e-4  # a memory must be as likely relevant, for each of its tokens, as this
+LEAN_COST_PER_TOKEN = 2e-3  # the same with --lean
+LEAN_SHARE = 0.5  # of the tokens that memories may take otherwise
 NEAR_DUPLICATE = 0.95  # cosine above which two memories say the same
 REMEMBERING_SHARE = 2.0  # of what recalled memories may take, where the history leaves it
 ASKING_SHARE = 1.5
@@ -9842,9 +9915,10 @@ def injection(chat_id: str, texts: Sequence[tuple[str, str, int, int]] = ()) -> 
 class Vectors:
     """Computes the vectors of messages: a turn's own at once, all others in a thread of the background."""
 
-    def __init__(self, embedder: Embedder, registry: ChatRegistry):
-        self.embedder, self._registry = embedder, registry
+    def __init__(self, embedder: Embedder, registry: ChatRegistry, background: Background):
+        self.embedder, self._registry, self._background = embedder, registry, background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectors")
+        self._held: set[str] = set()  # chats whose vectors wait until the background goes on
         self._closed = False
 
     def later(self, chat: Chat, ids: Iterable[str]) -> None:
@@ -9869,32 +9943,62 @@ class Vectors:
 
     def _embed_awaiting(self, chat_id: str) -> None:
         with self._registry.lookup(chat_id) as chat:
-            if chat:
-                with chat.lock:  # a chat that was closed meanwhile has forgotten which: then its branch
-                    ids, chat.awaiting_vectors = chat.awaiting_vectors or chat.path(), set()
-                self.embed(chat, ids)
+            if chat is None:
+                return
+            with chat.lock:  # a chat that was closed meanwhile has forgotten which: then its branch
+                ids, chat.awaiting_vectors = chat.awaiting_vectors or chat.path(), set()
+            try:
+                self.embed(chat, ids, lambda: self._closed or self._background.paused)
+            finally:
+                if self._background.paused:
+                    self._held.add(chat_id)
+                    with chat.lock:
+                        chat.awaiting_vectors |= set(ids)
 
-    def embed(self, chat: Chat, ids: Iterable[str]) -> None:
-        """Computes and stores the vectors that messages of a chat still lack, here and now.
+    def go_on(self) -> None:
+        """Takes up what was left when the background was paused."""
+        while self._held:
+            self._submit(self._embed_awaiting, self._held.pop())
+
+    def embed(
+        self, chat: Chat, ids: Iterable[str], stop: Callable[[], bool] | None = None, behind: int = 0
+    ) -> None:  # fmt: skip
+        """Computes and stores the vectors that messages of a chat still lack, here and now, or until it shall `stop`.
+        `behind` so many messages come later, for which the progress is told.
 
         Waits for the embedder to be loaded; raises `EmbedderUnavailable`.
         """
-        ids = list(ids)
-        with chat.embedding:  # whoever comes second finds the vectors there
-            for some in batches(ids, READ_AT_ONCE):
-                for messages in batches(self._without_vectors(chat, some), EMBED_BATCH):
-                    if self._closed:
-                        return
-                    texts = {key: text for m in messages for key, text in embedded_texts(m).items()}
-                    chat.put_vectors(self.embedder.key, self._encode_in_background(texts))
-            for some in batches(ids, READ_AT_ONCE):  # after all messages: those find more
-                for messages in batches(self._without_sentences(chat, some), EMBED_BATCH):
-                    if self._closed:
-                        return
-                    parts = {m.fingerprint: sentences(m.content) for m in messages}
-                    found = self._encode_in_background({(h, i): t for h, p in parts.items() for i, t in enumerate(p)})
-                    rows = {h: np.stack([found[h, i] for i in range(len(p))]) for h, p in parts.items()}
-                    chat.put_sentences(self.embedder.key, rows)
+        ids, stop = list(ids), stop or (lambda: self._closed)
+        try:
+            with chat.embedding:  # whoever comes second finds the vectors there
+                for some in self._stretches(chat, ids, behind + len(ids)):
+                    self._embed_messages(chat, some, stop)
+                for some in self._stretches(chat, ids, behind + len(ids) / 2):  # after all messages: those find more
+                    self._embed_sentences(chat, some, stop)
+        finally:
+            self._background.vectors.expect(chat.id, behind)
+
+    def _stretches(self, chat: Chat, ids: Sequence[str], left: float) -> Iterator[Sequence[str]]:
+        """The ids in stretches, each of which is half of the work on its messages, of which so many are `left`."""
+        for start in range(0, len(ids), READ_AT_ONCE):
+            self._background.vectors.expect(chat.id, left - start / 2)
+            yield ids[start : start + READ_AT_ONCE]
+
+    def _embed_messages(self, chat: Chat, ids: Sequence[str], stop: Callable[[], bool]) -> None:
+        for messages in batches(self._without_vectors(chat, ids), EMBED_BATCH):
+            if stop():
+                return
+            texts = {key: text for m in messages for key, text in embedded_texts(m).items()}
+            chat.put_vectors(self.embedder.key, self._encode_in_background(texts))
+
+    def _embed_sentences(self, chat: Chat, ids: Sequence[str], stop: Callable[[], bool]) -> None:
+        for messages in batches(self._without_sentences(chat, ids), EMBED_BATCH):
+            if stop():
+                return
+            parts = {m.fingerprint: sentences(m.content) for m in messages}
+            found = self._encode_in_background({(h, i): t for h, p in parts.items() for i, t in enumerate(p)})
+            rows = {h: np.stack([found[h, i] for i in range(len(p))]) for h, p in parts.items()}
+            chat.put_sentences(self.embedder.key, rows)
 
     def _encode_in_background(self, texts: Mapping[Any, str]) -> dict[Any, np.ndarray]:
         """The vectors of texts by their keys; turns come between."""
@@ -10015,9 +10119,13 @@ class Vectors:
         with self._registry.borrow(chat_id) as chat:
             with chat.lock:
                 ids = [n.id for n in chat.tree.nodes.values() if n.confirmed]
-            for some in batches(ids, EMBED_BATCH):
-                self.embed(chat, some)
-                yield len(some)
+            try:
+                for start in range(0, len(ids), EMBED_BATCH):
+                    some = ids[start : start + EMBED_BATCH]
+                    self.embed(chat, some, behind=len(ids) - start - len(some))
+                    yield len(some)
+            finally:
+                self._background.vectors.expect(chat.id, 0)
 
     def of_all_chats(self) -> None:
         """Gives the chats, last used first, the vectors of another embedder than they had; recall goes on meanwhile
@@ -10027,6 +10135,7 @@ class Vectors:
             return
         complete = True
         for line in self._registry.catalogue.chats(lone=True):
+            self._background.going.wait()
             try:
                 with self._registry.lookup(line["chat_id"]) as chat:
                     if chat and not self._closed:
@@ -10793,9 +10902,10 @@ def copy_goes_on(chat: Chat, copy: ChatCopy) -> bool:
 class Recaller:
     """Finds what a turn or a question needs of the past: in its own chat, and in others with the same character."""
 
-    def __init__(self, vectors: Vectors, feelings: Feelings, registry: ChatRegistry, reranker: str = ""):
+    def __init__(self, settings: Settings, vectors: Vectors, feelings: Feelings, registry: ChatRegistry):
         self._vectors, self._feelings, self._registry = vectors, feelings, registry
-        self._reranker = Reranker(reranker) if reranker else None
+        self._reranker = Reranker(settings.reranker) if settings.reranker else None
+        self._share, self._price = (LEAN_SHARE, LEAN_COST_PER_TOKEN) if settings.lean else (1.0, COST_PER_TOKEN)
 
     def start(self) -> None:
         """Begins to load the reranker, where there is one."""
@@ -10813,7 +10923,7 @@ class Recaller:
         Waits for vectors, also where nothing can be recalled: the newest message's mood is read from its own.
         """
         chat, layout = turn.chat, turn.layout
-        share = memory_share(turn.pivot.content) if turn.pivot else 0
+        share = self._share * memory_share(turn.pivot.content) if turn.pivot else 0
         room = min(layout.room - GUIDANCE_TOKENS, int(share * layout.recalled))
         recalls = bool(layout.reach) and room > memory_frame_tokens()
         try:
@@ -10826,7 +10936,7 @@ class Recaller:
                 memories = self._candidates(turn, query, vector, quoted)
             memories, late = self._reranked(query, memories, turn.deadline.left)
             with chat.lock:
-                kept, left_out = select_memories(chat, turn.visible, memories, room)
+                kept, left_out = select_memories(chat, turn.visible, memories, room, self._price)
             degraded = "; ".join(filter(None, (degraded, late)))
             return RecallResult(tuple(kept), tuple(left_out), degraded, query.words, vector)
         except Exception as error:
@@ -11027,15 +11137,15 @@ def duplicates_among(index: MemoryIndex, memories: Sequence[Memory]) -> Callable
 
 
 def select_memories(
-    chat: Chat, visible: Sequence[Node], memories: Sequence[Memory], room: int
+    chat: Chat, visible: Sequence[Node], memories: Sequence[Memory], room: int, price: float
 ) -> tuple[list[Memory], list[dict]]:
-    """Of candidates, best first, the memories that fit into `room` tokens and repeat neither each other nor what
-    the history shows; and what is left out, with the reason."""
+    """Of candidates, best first, the memories that fit into `room` tokens, are worth their `price` a token, and repeat
+    neither each other nor what the history shows; and what is left out, with the reason."""
     shown = shown_duplicates(chat, visible, memories)
     left_out = [(memories[i], f"says the same as #{n.depth + 1}, which the prompt shows") for i, n in shown.items()]
     fresh = [m for i, m in enumerate(memories) if i not in shown]
     likely, costs = [relevance_probability(m.score, fresh[0].score) for m in fresh], list(map(memory_cost, fresh))
-    chosen, left = choose(likely, costs, duplicates_among(chat.index, fresh), room - memory_frame_tokens())
+    chosen, left = choose(likely, costs, duplicates_among(chat.index, fresh), room - memory_frame_tokens(), price)
     kept, over = fitting([fresh[i] for i in chosen], room)
     left_out += [(m, NO_ROOM) for m in over]
     for i, same in left.items():
@@ -11134,8 +11244,11 @@ class Summarizer:
     that it covers, so that it is made once.
     """
 
-    def __init__(self, settings: Settings, upstream: Upstream, embedder: str, registry: ChatRegistry):
+    def __init__(
+        self, settings: Settings, upstream: Upstream, embedder: str, registry: ChatRegistry, background: Background
+    ):
         self._settings, self._upstream, self._embedder, self._registry = settings, upstream, embedder, registry
+        self._background = background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="summarizer")
         self._plans: dict[str, tuple[SummaryPlan, str]] = {}  # by chat
         self._lock = threading.Lock()  # of the plans and the request under way
@@ -11208,6 +11321,7 @@ class Summarizer:
         """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
         with self._lock:
             plan, authorization = self._plans.pop(chat_id)
+        self._background.going.wait()
         try:
             with self._registry.lookup(chat_id) as chat:
                 if chat:
@@ -11221,11 +11335,13 @@ class Summarizer:
                         self._registry.catalogue.mark_due(chat_id, False)
         except Exception as error:
             note_failure("summary_failed", f"chat {chat_id}: a summary could not be made", error, chat_id)
+        finally:
+            self._background.summaries.expect(chat_id, 0)
 
     def summarize_branch(self, chat: Chat, plan: SummaryPlan, authorization: str = "") -> None:
         """Makes the summaries up to the plan's end, here and now."""
         while not self._closed and self._due(chat, plan) and self._summarize_next(chat, plan, authorization):
-            pass
+            self._background.going.wait()
 
     def _summarize_next(self, chat: Chat, plan: SummaryPlan, authorization: str) -> bool:
         """Summarises the next stretch, condenses what has grown too long, and tries one extract again.
@@ -11239,6 +11355,7 @@ class Summarizer:
             messages, texts = chat.store.read(path[stretch.start : stretch.stop]), chat.texts(path)
             marks = dict(chat.store.marks)
         left = plan.until - plan.first - sum(s.end + 1 - s.start for s in story)
+        self._background.summaries.expect(chat.id, left // self._settings.summary_every)
         behind = left // self._settings.summary_every > BACKLOG  # an import: by its own sentences at once, then better
         ask = None if behind or not self._writes else self._asker(plan, authorization)
         fresh, facts = self._from_messages(chat, messages, stretch.start, plan, ask)
@@ -11547,9 +11664,9 @@ class Status:
 
     def __init__(
         self, settings: Settings, upstream: Upstream, embedder: Embedder, registry: ChatRegistry, metrics: Metrics,
-        summarizer: Summarizer,
+        summarizer: Summarizer, background: Background,
     ):  # fmt: skip
-        self._summarizer = summarizer
+        self._summarizer, self._background = summarizer, background
         self._settings, self._upstream, self._embedder, self._registry = settings, upstream, embedder, registry
         self.metrics = metrics
         self.troubles = RecentWarnings((settings.upstream_key, settings.api_key, settings.summary_key))
@@ -11564,6 +11681,7 @@ class Status:
         return {
             "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
             "embedder": embedder, "chats": len(self._registry), "proxy": self._settings.proxy,
+            "progress": self._background.progress(),
             "summaries": "failing" if self.summaries else "ok",  # the page says why, in words that need a key
         }  # fmt: skip
 
@@ -11577,7 +11695,7 @@ class Status:
         not, which needs no key."""
         turn, summaries = self.last_turn or {}, self.summaries or {}
         level, words, advice = diagnosis(self._upstream.describe(), self._embedder.status, turn, summaries)
-        return {"level": level, "words": words, "advice": advice}
+        return {"level": level, "words": words, "advice": advice, "progress": self._background.progress()}
 
     def details(self) -> dict:
         """What works, the queue before the upstream, and what went wrong lately."""
@@ -12161,12 +12279,15 @@ class PersonaMemory:
         self.embedder = Embedder(settings.embedder)
         self.registry = ChatRegistry(Path(settings.data))
         writer = make_summary_upstream(settings, self.upstream)
-        self.summarizer = Summarizer(settings, writer, self.embedder.key, self.registry)
-        self.status = Status(settings, self.upstream, self.embedder, self.registry, metrics, self.summarizer)
-        self.vectors = Vectors(self.embedder, self.registry)
+        self.background = Background()
+        self.summarizer = Summarizer(settings, writer, self.embedder.key, self.registry, self.background)
+        self.status = Status(
+            settings, self.upstream, self.embedder, self.registry, metrics, self.summarizer, self.background
+        )
+        self.vectors = Vectors(self.embedder, self.registry, self.background)
         self.archive = Archive(self.registry, self.vectors, settings.forget_after)
         self.feelings = Feelings(settings, self.vectors, self.registry)
-        self.recaller = Recaller(self.vectors, self.feelings, self.registry, settings.reranker)
+        self.recaller = Recaller(settings, self.vectors, self.feelings, self.registry)
         self.completions = Completions(settings, self.upstream, metrics)
         self.builder = PromptBuilder(
             settings, self.archive, self.vectors, self.feelings, self.recaller, self.completions, self.status
@@ -12305,11 +12426,22 @@ class PersonaMemory:
         with self.registry.borrow(chat_id) as chat:
             return chat.store.reports(limit)
 
+    def pause(self, paused: bool) -> dict:
+        """Stops vectors and summaries in the background, or lets them go on; turns still make their own vectors.
+        Returns the progress then."""
+        if paused:
+            self.background.going.clear()
+        else:
+            self.background.going.set()
+            self.vectors.go_on()
+        return self.background.progress()
+
     def close(self) -> None:
         """Ends background work; what it leaves undone is done when the chat is used again."""
         services = (self.status, self.summarizer, self.feelings, self.recaller, self.vectors, self.registry)
         for service in (*services, self.upstream):
             service.close()
+        self.background.going.set()  # whoever waits sees that it is over
 
 
 # ======================================================================================================================
@@ -15841,6 +15973,16 @@ def state_now() -> flask.Response:
     response = flask.jsonify(engine().state(flask.request.args.get("chat", "")))
     response.add_etag()
     return response.make_conditional(flask.request)
+
+
+@api.post("/pause")
+def pause_background() -> dict:
+    """Stops vectors and summaries in the background (`paused`: true), or lets them go on; answers their progress."""
+    body = request_json()
+    paused = body.get("paused") if isinstance(body, dict) else None
+    if not isinstance(paused, bool):
+        raise InvalidRequest("paused must be true or false.", "paused")
+    return {"progress": engine().pause(paused)}
 
 
 @api.get("/health")
