@@ -8217,6 +8217,7 @@ def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
     """The chunks among a body's values. The last one of each choice says why it ended: a body that just ends after
     some words is a proper end, one with garbled pieces is a cut."""
     unfinished: dict[int, bool] = {}
+    halves: dict[tuple, str] = {}
     last, garbled, begun = None, False, False
     for value in values:
         if value is DONE:
@@ -8226,6 +8227,8 @@ def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
         if chunk is None:
             continue
         last = chunk
+        for choice in chunk["choices"]:
+            choice["delta"] = whole_characters(choice["delta"], choice["index"], halves)
         begun = begun or any(says_something(c["delta"]) for c in chunk["choices"])
         unfinished |= {c["index"]: not c.get("finish_reason") for c in chunk["choices"]}
         yield chunk
@@ -8237,6 +8240,21 @@ def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
     if open_ends:
         ends = [{"index": index, "delta": {}, "finish_reason": "stop"} for index in open_ends]
         yield {k: v for k, v in last.items() if k != "usage"} | {"choices": ends}
+
+
+def whole_characters(delta: dict, index: int, halves: dict[tuple, str]) -> dict:
+    """A delta whose texts have whole characters: strict readers of JSON refuse a half of one beyond U+FFFF.
+
+    `halves` are those of the same choice's texts that wait for the next delta.
+    """
+    for name, text in delta.items():
+        if isinstance(text, str) and not text.isascii() or (index, name) in halves:
+            text = halves.pop((index, name), "") + (text if isinstance(text, str) else "")
+            if "\ud800" <= text[-1:] <= "\udbff":
+                text, halves[index, name] = text[:-1], text[-1]
+            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            delta = delta if whole == delta[name] else {**delta, name: whole}
+    return delta
 
 
 def as_chunk(value: Any, begun: bool = False) -> dict | None:
@@ -8266,7 +8284,7 @@ def as_answer(value: dict) -> dict:
     for choice in payload["choices"]:
         message = choice_message(choice)
         rest = {k: v for k, v in choice.items() if k not in ("delta", "text")}
-        message = message if message.get("role") else {"role": "assistant", **message}
+        message = whole_characters(message if message.get("role") else {"role": "assistant", **message}, 0, {})
         choices.append(rest | {"message": message, "finish_reason": finish_of({**choice, "delta": message})})
     return {**payload, "choices": choices}
 
@@ -8403,8 +8421,6 @@ def joined_chunks(chunks: Sequence[Mapping]) -> dict:
                 message[key] = value
         finish[choice["index"]] = choice.get("finish_reason") or finish.get(choice["index"]) or "stop"
     usage = next((c["usage"] for c in reversed(chunks) if c.get("usage")), None)
-    for message in messages.values():
-        message |= {k: whole_characters(v) for k, v in message.items() if isinstance(v, str)}
     choices = [{"index": i, "message": messages[i], "finish_reason": finish[i]} for i in sorted(messages)]
     answer = {**chunks[-1], "object": "chat.completion", "choices": choices}
     return answer | {"usage": usage} if usage else answer
@@ -8413,11 +8429,6 @@ def joined_chunks(chunks: Sequence[Mapping]) -> dict:
 def content_parts(content: Any) -> list[dict]:
     """A reply's content as a list of parts."""
     return content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
-
-
-def whole_characters(text: str) -> str:
-    """The text with the halves of characters beyond U+FFFF joined, which some streams part; clients show them so."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
 def join_tool_calls(calls: list[dict], more: Sequence[Any]) -> None:
@@ -10661,7 +10672,7 @@ class Archive:
             with chat.lock:
                 if tip not in chat.tree.nodes:  # deleted, and made anew under the same id
                     return []
-                said = [spoken_words("assistant", whole_characters(text)) for text in texts]
+                said = [spoken_words("assistant", text) for text in texts]
                 replies = [new_message(tip, "assistant", text) for text in said if text.strip()]
                 replies = [replace(m, confirmed=False, complete=complete) for m in replies]
                 fresh = [m for m in replies if not chat.tree.is_confirmed(m.id)]
