@@ -200,10 +200,15 @@ class Settings:
     summary_key: str = setting("", "API key for `--summary-upstream`", "none", secret=True)
     summary_calls: int = setting(60, "most requests for summaries in an hour; 0 is no limit")
     embedder: str = setting(
-        "all-MiniLM-L6-v2", "sentence-transformers model that finds memories by meaning: a path or a hub name"
+        "all-MiniLM-L6-v2",
+        "sentence-transformers model that finds memories by meaning: a path or a hub name; `@256` behind a Matryoshka "
+        "model's name takes its first 256 dimensions",
     )
     emotion_model: str = setting(
         "", "text-classification model that reads feelings: a path or a hub name", "the built-in reader"
+    )
+    reranker: str = setting(
+        "", "sentence-transformers CrossEncoder that puts the best memories in order: a path or a hub name", "none"
     )
     forget_after: int = setting(30, "days until forgotten messages are erased from the disk for good; 0 is at once")
     no_guidance: bool = setting(False, "do not tell the model how the user feels", "off")
@@ -279,8 +284,7 @@ class SettingsError(PersonaMemoryError):
 class InvalidRequest(PersonaMemoryError):
     """The client's request cannot be understood."""
 
-    status = 400
-    type = "invalid_request_error"
+    status, type = 400, "invalid_request_error"
 
 
 class ContextLengthExceeded(InvalidRequest):
@@ -292,38 +296,31 @@ class ContextLengthExceeded(InvalidRequest):
 class NotAuthenticated(PersonaMemoryError):
     """The key that `--api-key` asks for is missing or wrong."""
 
-    status = 401
-    type = "authentication_error"
-    code = "invalid_api_key"
+    status, type, code = 401, "authentication_error", "invalid_api_key"
 
 
 class ForeignOrigin(PersonaMemoryError):
     """A web page of another origin, or a foreign name that points to this machine, tries to use the server."""
 
-    status = 403
-    type = "permission_error"
+    status, type = 403, "permission_error"
 
 
 class NotFound(PersonaMemoryError):
     """No such chat, message or route."""
 
-    status = 404
-    type = "invalid_request_error"
-    code = "not_found"
+    status, type, code = 404, "invalid_request_error", "not_found"
 
 
 class StoreError(PersonaMemoryError):
     """A chat's store cannot be read or written."""
 
-    status = 503
-    code = "store_unavailable"
+    status, code = 503, "store_unavailable"
 
 
 class DiskFull(StoreError):
     """There is no room for anything new."""
 
-    status = 507  # RFC 4918, 11.5
-    code = "disk_full"
+    status, code = 507, "disk_full"  # RFC 4918, 11.5
 
 
 class StoreDamaged(StoreError):
@@ -488,6 +485,7 @@ THOUGHTS = re.compile(
 )
 END_OF_THOUGHTS = re.compile(r"\A.*(?<!`)</(?:think|thinking|thoughts?|reasoning)>", re.S | re.I)  # without beginning
 BEGUN_THOUGHTS = re.compile(rf"(?<!`)<(?:{THOUGHT}).*\Z", re.S | re.I)  # without end
+OTHER_TAGS = re.compile(r"\[/?THINK\]|\u25c1/?think\u25b7|</?seed:think>")  # Magistral's, Kimi's, Seed's
 INLINE_TAGS = {"a", "b", "code", "em", "font", "i", "mark", "q", "s", "small", "span", "strong", "sub", "sup", "u"}
 OPENING_TAG = re.compile(r"<([A-Za-z][\w-]{0,40})(?:\s[^<>]*)?>")
 CLOSING_TAG = re.compile(r"</([A-Za-z][\w-]{0,40})>\Z")
@@ -497,11 +495,12 @@ NAME_PREFIX = re.compile(rf"{LETTERS}(?: {LETTERS}){{0,3}}: (?=\S)")  # no digit
 
 def without_thoughts(text: str) -> str:
     """A reply without what a reasoning model thought before it, closed, unclosed or with its end alone."""
-    if "<" not in text:
+    tagged = OTHER_TAGS.sub(lambda found: f"<{'/' * ('/' in found[0])}think>", text)
+    if "<" not in tagged:
         return text
-    words = END_OF_THOUGHTS.sub("", THOUGHTS.sub("", text))
+    words = END_OF_THOUGHTS.sub("", THOUGHTS.sub("", tagged))
     words = BEGUN_THOUGHTS.sub("", words)
-    return text if words == text else words.strip()
+    return text if words == tagged else words.strip()
 
 
 def without_blocks(text: str) -> str:
@@ -618,6 +617,11 @@ class Message:
         return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
 
 
+def key_of(message: Message, parent: str) -> str:
+    """The id that a message's words have under a parent; of words that were erased nothing is left but their digest."""
+    return message_id(parent, message.erased or message_digest(message.role, message.original))
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """What stays in RAM of every stored message: its place in the tree, and what comparing and budgeting need."""
@@ -712,8 +716,9 @@ class ChatRequest:
     `persona_in_first_turn` says that the request has no system message: strict clients fold their system prompt into
     the first turn. That turn is then in `turns` and, where it is not the only one, in `persona` too. `opening` is the
     placeholder that strict clients put in front of a history that begins with the assistant. `joined` says that the
-    client sent all of it as one user message. `account` is whose request it is, where OpenAI's `user` says that.
-    `aside` says why the request is no part of any chat, empty where it is.
+    client sent all of it as one user message, `merges` that it sent neighbours by one side as one message, which
+    `turns` tells apart. `account` is whose request it is, where OpenAI's `user` says that. `aside` says why the request
+    is no part of any chat, empty where it is.
     """
 
     body: dict
@@ -726,6 +731,7 @@ class ChatRequest:
     joined: bool = False
     account: str = ""
     aside: str = ""
+    merges: bool = False
 
     @property
     def newest_user(self) -> int | None:
@@ -756,12 +762,24 @@ class ChatRequest:
         return isinstance(wanted, dict) and wanted.get("type") not in (None, "text")
 
     @property
+    def by_turns(self) -> bool:
+        """Whether no two neighbours in what the client shows are by one side."""
+        roles = [turn.role for turn in self.turns if not turn.hidden]
+        return self.merges or all(one != other for one, other in itertools.pairwise(roles))
+
+    @property
     def begins_with_user(self) -> bool:
         """Whether the client keeps to the strict order of an optional system message, then user and assistant by
         turns, the user first."""
-        by_turns = all(turn.role == CHAT_ROLES[i % 2] for i, turn in enumerate(self.turns))
         strict = not self.system_later and not self.persona_in_first_turn and len(self.persona) < 2
-        return bool(self.opening) or (strict and by_turns and len(self.turns) > 2)
+        ordered = self.by_turns and self.turns[0].role == "user" and len(self.turns) > 2
+        return bool(self.opening) or (strict and ordered)
+
+    @property
+    def strict(self) -> bool:
+        """Whether two neighbours by one side in its prompt would be something that the client takes care to avoid."""
+        folded = self.persona_in_first_turn or any(m["role"] not in SYSTEM_ROLES for m in self.persona)
+        return self.merges or (self.by_turns and (self.begins_with_user or folded))
 
     @property
     def max_tokens(self) -> int:
@@ -837,7 +855,8 @@ class Summary:
 class Fact:
     """A lasting fact that a message told; a newer one `about` the same supersedes it.
 
-    It holds wherever the message's words stand; `index`, `end` and `message` are those of a branch, as a summary's.
+    It holds wherever the message's words stand; `index`, `end` and `message` are those of a branch, as a summary's. A
+    user's own note is a fact without a message: it quotes nothing, has no digest, and stands at -1.
     """
 
     id: str
@@ -1968,6 +1987,7 @@ MOST_PIECES = 400
 DIGEST_PIECES, DIGEST_PIECE = 16, 4096  # of a weights file that tell it from others, and the bytes of each
 MAX_EMBEDDED = 4000  # characters; MiniLM reads 256 tokens, and tokenizing megabytes to drop them takes seconds
 TURN, QUERY, BACKGROUND = 0, 1, 2  # priorities of encoding jobs
+FIRST_PACE = 0.1  # seconds that an urgent job is thought to take until the first has been timed
 LATIN_END = "\u024f"
 MOST_SENTENCES = 64  # of a message that have vectors of their own; what stands behind is found by its chunk
 SHORTEST_SENTENCE = 14  # letters; a shorter one ("Yes.") is taken together with its neighbour
@@ -1993,6 +2013,8 @@ class Embedder:
         self._numbers = itertools.count()
         self._started = threading.Lock()
         self._closed = False
+        self._urgent: set[Future] = set()  # jobs that somebody waits for with a timeout
+        self._pace = FIRST_PACE  # seconds that a job takes which is not the background's; the newest count most
 
     def start(self) -> None:
         """Begins to load; a second call does nothing."""
@@ -2016,7 +2038,7 @@ class Embedder:
         """Unit vectors of texts, then of queries, float32 [len(texts) + len(queries), dimensions].
 
         Where the model has prompts of its own for queries and for documents, they are put in front. Raises
-        `EmbedderUnavailable` when loading, failed or late.
+        `EmbedderUnavailable` when loading, failed or late; at once where so many wait that it would be late.
         """
         self.start()
         job: Future = Future()
@@ -2024,6 +2046,10 @@ class Embedder:
             raise EmbedderUnavailable(f"the embedder {self.status}")
         if timeout is not None and not self.loaded.is_set():
             raise EmbedderUnavailable("the embedder is still loading")
+        if timeout is not None and len(self._urgent) * self._pace > timeout:
+            raise EmbedderUnavailable("the embedder is too slow")
+        if timeout is not None:
+            self._urgent.add(job)
         self._jobs.put((priority, next(self._numbers), list(texts), list(queries), job))
         if self._closed:
             self._refuse_all()
@@ -2031,7 +2057,9 @@ class Embedder:
             return job.result(timeout)
         except TimeoutError:
             job.cancel()
-            raise EmbedderUnavailable("the embedder was too slow") from None
+            raise EmbedderUnavailable("the embedder is too slow") from None
+        finally:
+            self._urgent.discard(job)
 
     def reads(self, text: str) -> bool:
         """Whether its vector of a text says anything: the default knows English, and sees letters of other scripts
@@ -2065,9 +2093,12 @@ class Embedder:
             model = None
         self.loaded.set()
         while not self._closed:
-            _, _, texts, queries, job = self._jobs.get()
+            priority, _, texts, queries, job = self._jobs.get()
             if job.set_running_or_notify_cancel():
+                started = time.monotonic()
                 self._work(model, texts, queries, job)
+                if priority != BACKGROUND:
+                    self._pace = (self._pace + time.monotonic() - started) / 2
 
     def _work(self, model: Any, texts: list[str], queries: list[str], job: Future) -> None:
         if model is None:
@@ -2109,8 +2140,16 @@ def embedding_jobs(texts: Sequence[str]) -> list[list[str]]:
     return jobs
 
 
+def sized_name(name: str) -> tuple[str, int | None]:
+    """A model's name, and of how many dimensions its vectors shall be where "@256" behind it says so: the first ones of
+    a Matryoshka embedder (Kusupati et al. 2022) are a smaller vector that means the same."""
+    found = re.fullmatch(r"(.+)@(\d+)", name)
+    return (found[1], int(found[2])) if found else (name, None)
+
+
 def embedder_path(name: str) -> str:
     """Where the model of that name lies: in the installed package that carries it, else that path or hub name."""
+    name, _ = sized_name(name)
     package = importlib.util.find_spec(BUNDLED_EMBEDDERS[name]) if name in BUNDLED_EMBEDDERS else None
     return str(Path(package.origin).parent / "model") if package else name
 
@@ -2122,7 +2161,7 @@ def weights_digest(name: str) -> str:
     """
     folder = Path(embedder_path(name))
     if not folder.is_dir():
-        return hub_revision(name)
+        return hub_revision(embedder_path(name))
     digest = hashlib.sha256()
     for file in sorted(f for f in folder.rglob("*") if f.suffix in (".safetensors", ".bin", ".onnx")):
         size = file.stat().st_size
@@ -2147,8 +2186,8 @@ def hub_revision(name: str) -> str:
 
 def load_sentence_transformer(name: str) -> Any:
     """The model of that name: the copy that an installed package carries, else a path or a hub name."""
-    path = embedder_path(name)
-    if path != name:
+    path, (bare, size) = embedder_path(name), sized_name(name)
+    if path != bare:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a complete local copy needs no look at the hub
     import torch
     from sentence_transformers import SentenceTransformer
@@ -2157,7 +2196,7 @@ def load_sentence_transformer(name: str) -> Any:
     disable_progress_bar()  # the log's lines are whole lines
     # Half of the cores: torch's threads wait for each other, and stall when a model on this machine takes the rest.
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-    return SentenceTransformer(path, device="cpu")
+    return SentenceTransformer(path, device="cpu", truncate_dim=size)
 
 
 def chunk_spans(text: str) -> Iterator[tuple[int, int]]:
@@ -2227,44 +2266,100 @@ def embedded_texts(message: Message) -> dict[str, str]:
     return {key: replace(message, content=piece).spoken for key, piece in zip(keys, pieces, strict=True)}
 
 
-class EmotionModel:
-    """A text-classification model of the user's choice (transformers), which reads feelings in a thread of its own."""
+class OwnModel:
+    """A model of the user's choice beside the embedder, in a thread of its own; loaded when it is first needed."""
+
+    kind = "model"  # how messages name it
 
     def __init__(self, name: str):
         self.name = name
         self._failed = ""  # why it cannot be used: a model that does not load is not tried at every message
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="emotion-model")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=self.kind.replace(" ", "-"))
 
-    def read(self, texts: Sequence[str], timeout: float | None = None) -> list[EmotionReading]:
-        """What those texts feel; raises `EmbedderUnavailable` where the model cannot be used, or is late."""
+    def ask(self, work: Callable[[], Any], timeout: float | None = None) -> Any:
+        """What `work` gives in the model's thread; raises `EmbedderUnavailable` where that cannot be done, or is
+        late."""
         if self._failed:
             raise EmbedderUnavailable(self._failed)
-        job = self._thread.submit(self._read, texts)
+        job = self._thread.submit(self._work, work)
         try:
             return job.result(timeout)
         except TimeoutError:
             job.cancel()
-            raise EmbedderUnavailable("the emotion model was too slow") from None
+            raise EmbedderUnavailable(f"the {self.kind} is too slow") from None
 
-    def _read(self, texts: Sequence[str]) -> list[EmotionReading]:
+    def _work(self, work: Callable[[], Any]) -> Any:
         try:
-            pipeline = self._pipeline
+            self.model  # noqa: B018 - loads it
         except Exception as error:  # whatever a model's loader raises
-            self._failed = f"The emotion model {self.name} cannot be used: {type(error).__name__}: {error}"
-            log_event("emotion_model_failed", self._failed, level=logging.WARNING, model=self.name)
+            self._failed = f"The {self.kind} {self.name} cannot be used: {type(error).__name__}: {error}"
+            log_event(f"{self._event}_failed", self._failed, level=logging.WARNING, model=self.name)
             raise EmbedderUnavailable(self._failed) from error
-        rows = pipeline([sane_text(t[:MAX_EMBEDDED]) for t in texts], top_k=None, truncation=True)
-        return [grouped_reading((row["label"], row["score"]) for row in rows_of_one) for rows_of_one in rows]
+        try:
+            return work()
+        except Exception as error:
+            log_event(f"{self._event}_failed", f"The {self.kind} failed", level=logging.ERROR, trace=True)
+            raise EmbedderUnavailable(f"the {self.kind} failed: {type(error).__name__}") from error
+
+    @property
+    def _event(self) -> str:
+        return self.kind.replace(" ", "_")
 
     @functools.cached_property
-    def _pipeline(self) -> Any:
-        from transformers import pipeline
-
-        return pipeline("text-classification", model=self.name, device="cpu")
+    def model(self) -> Any:
+        """The loaded model."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Ends the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+class EmotionModel(OwnModel):
+    """A text-classification model (transformers), which reads feelings."""
+
+    kind = "emotion model"
+
+    def read(self, texts: Sequence[str], timeout: float | None = None) -> list[EmotionReading]:
+        """What those texts feel; raises `EmbedderUnavailable` where the model cannot be used, or is late."""
+        rows = self.ask(
+            lambda: self.model([sane_text(t[:MAX_EMBEDDED]) for t in texts], top_k=None, truncation=True), timeout
+        )
+        return [grouped_reading((row["label"], row["score"]) for row in rows_of_one) for rows_of_one in rows]
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """transformers' pipeline."""
+        from transformers import pipeline
+
+        return pipeline("text-classification", model=self.name, device="cpu")
+
+
+class Reranker(OwnModel):
+    """A sentence-transformers CrossEncoder, which reads a question and a memory together (Nogueira & Cho 2019,
+    "Passage Re-ranking with BERT")."""
+
+    kind = "reranker"
+
+    def start(self) -> None:
+        """Begins to load; a turn that comes before that is done goes on with recall's own order."""
+        self._thread.submit(self._work, lambda: None)
+
+    def order(self, question: str, texts: Sequence[str], timeout: float) -> list[int]:
+        """The positions of the texts, the one that answers best first; raises `EmbedderUnavailable`."""
+        pairs = [(sane_text(question[:MAX_EMBEDDED]), sane_text(text[:MAX_EMBEDDED])) for text in texts]
+        scores = self.ask(lambda: self.model.predict(pairs, batch_size=EMBED_BATCH, show_progress_bar=False), timeout)
+        return np.argsort(-np.asarray(scores, np.float32), kind="stable").tolist()
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The CrossEncoder; raises `ValueError` for one that gives more than one score a pair."""
+        from sentence_transformers import CrossEncoder
+
+        model = CrossEncoder(self.name, device="cpu")
+        if model.num_labels != 1:
+            raise ValueError(f"a reranker gives one score a pair, this one {model.num_labels}")
+        return model
 
 
 def sane_text(text: str) -> str:
@@ -2547,6 +2642,7 @@ PLACEHOLDER = re.compile(  # SillyTavern's and Agnai's defaults for a prompt tha
     r"begin(?: the)? (?:chat|conversation|role-?play))[.!]?\]?",
     re.I,
 )
+PROMPT_END = re.compile(r"(?<=\n)\[start (?:a )?(?:new )?(?:group )?chat[^\n\]]{0,300}\](?=\n|\Z)", re.I)
 DEFAULT_OPENING = {"role": "user", "content": "[Start a new chat]"}
 CUE = re.compile(r"(?:\A|\n)[^\W\d_][\w'’.-]*(?: [\w'’.-]+){0,3}:\s*\Z")  # a name for the model to go on from
 BRACKETED = re.compile(r"\[[^\[\]]*\]|\([^()]*\)|\{[^{}]*\}|<[^<>]*>", re.S)
@@ -2583,7 +2679,7 @@ ORDER_OF_TASK = re.compile(
 QUOTED_CHAT = re.compile(
     r"<(?:chat_history|conversation|chat|messages?|transcript)>|\|\|>|"
     r"^#* ?(?:conversation|chat history|messages?)\b[^\n]*:|^(?:user|human)\b[^\n]*:|"
-    r"\b(?:the|this|of a) (?:conversation|chat|last message)\b",
+    r"\b(?:the|this|of a) (?:conversation|chat|last message)\b|\bthe following (?:query|message|prompt)\b",
     re.I | re.M,
 )
 BARE_ANSWER = re.compile(
@@ -2617,15 +2713,32 @@ def parse_request(body: Any) -> ChatRequest:
         persona, turns, tail = joined
         aside = "" if turns else "a prompt in one message that does not say who speaks"
         return ChatRequest(body, persona, turns, tail, False, identity, (), True, account, aside)
-    leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
+    aside = "a task about a chat" if is_task(messages) else ""
+    messages, folded = unfolded(messages)
+    leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages)) or folded
     begun = leading + (len(messages) > leading and is_placeholder(messages[leading]))
-    turns, tail = split_turns(messages[begun:])
+    turns, tail = split_turns(messages[begun:], begun > 0)
     turns = with_voices(turns, messages[:leading])
     persona_in_first_turn = bool(turns) and begun == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
-    opening, aside = tuple(messages[leading:begun]), "a task about a chat" if is_task(messages) else ""
-    persona = tuple(messages[:leading])
+    opening, persona = tuple(messages[leading:begun]), tuple(messages[:leading])
     request = ChatRequest(body, persona, turns, tail, persona_in_first_turn, identity, opening, False, account, aside)
     return replace(request, persona=(*turns[0].before, turns[0].raw)) if request.history_start else request
+
+
+def unfolded(messages: Sequence[dict]) -> tuple[Sequence[dict], int]:
+    """The messages of a request, and how many at its beginning are a system prompt in the user's role (0 or 1).
+
+    Clients that send no system messages fold it into the first one, whose own words are parted from it here: a line
+    such as "[Start a new chat]" ends the prompt.
+    """
+    first = messages[0]
+    text = first["content"] if first["role"] == "user" and isinstance(first.get("content"), str) else ""
+    ends = [found.end() for found in PROMPT_END.finditer(text)]
+    if not ends or len(messages) == 1:
+        return messages, 0
+    said = text[ends[-1] :].strip()
+    parts = [{**first, "content": part} for part in (text[: ends[-1]], said) if part]
+    return [*parts, *messages[1:]], 1
 
 
 def is_placeholder(message: Mapping) -> bool:
@@ -2723,6 +2836,16 @@ def parse_injection(body: Any) -> tuple[ChatRequest, int]:
     turns, tail = shown_turns(messages)
     leading = ({"role": "system", "content": persona},) if persona.strip() else ()
     return ChatRequest(body, leading, turns, tail, False, identity), window or 0
+
+
+def parse_whole_chat(chat_id: str, body: Any) -> ChatRequest:
+    """A request that shows a chat from its first message on; raises `InvalidRequest`."""
+    if not isinstance(body, dict):
+        raise InvalidRequest("The request must be a JSON object.")
+    request, _ = parse_injection(body | {"chat_id": chat_id, "complete": True})
+    if not request.turns:
+        raise InvalidRequest("messages must hold a message with the role user or assistant.", "messages")
+    return request
 
 
 def parse_appended(messages: Any) -> list[Turn]:
@@ -2832,15 +2955,16 @@ def shown_turns(messages: Sequence[dict]) -> tuple[tuple[Turn, ...], tuple[dict,
     return tuple(replace(t, **more[id(t.raw)]) for t in turns), tail
 
 
-def split_turns(messages: Sequence[dict]) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
-    """The chat's turns, each with the client's other messages before it; and what stands behind the last turn.
+def split_turns(messages: Sequence[dict], led: bool = False) -> tuple[tuple[Turn, ...], tuple[dict, ...]]:
+    """The chat's turns, each with the client's other messages before it; and what stands behind the last turn. Where a
+    system prompt has `led` to them, the first may be an instruction too.
 
     Tool calls and their results belong together and to the turn after them, so that no cut parts them.
     """
     turns, before, after_user = [], [], False
     for message in messages:
         words = spoken_words(message["role"], text_of(message.get("content")))
-        instructs = turns and message["role"] == "user" and is_instruction(words, alone=not after_user)
+        instructs = (turns or led) and message["role"] == "user" and is_instruction(words, alone=not after_user)
         if message["role"] not in CHAT_ROLES or message.get("tool_calls") or not words.strip() or instructs:
             before.append(message)
             continue
@@ -2985,6 +3109,7 @@ UNWRITTEN = sys.maxsize  # changes, where RAM may hold what the disk does not: t
 NEWER = "This chat was written by a newer version of persona_memory: install that to use it."
 # Version 0.1.0 looks at no format, but stumbles over a summary with an unknown field, and says its name.
 NEWER_ROW = "s:!"  # before all other summaries
+NAMING_MESSAGES = ("first", "last", "message")  # fields of its summaries and facts
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
 OWN_FOLDERS = ("chats", "catalogue", "characters")  # in the data folder
@@ -3331,9 +3456,10 @@ class ChatStore:
                 self._take_over(key, row)
 
     def _upgrade(self, cache: diskcache.Cache) -> None:
-        """Rewrites the rows of format 1 (version 0.1.0): marks were kept with each message alone, and summaries and
-        facts by the ids of messages."""
+        """Rewrites the rows of format 1 (version 0.1.0): a model's thoughts were kept with its words, marks with each
+        message alone, and summaries and facts by the ids of messages."""
         with cache.transact():
+            moved = self._take_thoughts_out(cache)
             marked = [message_of(read_json(cache, f"m:{i}")) for i in self.tree.marked]
             marks = changed_marks({}, marked, (), time.time())
             for digest, some in marks.items():
@@ -3346,7 +3472,7 @@ class ChatStore:
                     self._remember(row)
                     reworded.add(message.digest)
             for key, row in {**stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
-                row = upgraded_row(row, self.tree)
+                row = upgraded_row(row | {k: moved.get(row[k], row[k]) for k in NAMING_MESSAGES if k in row}, self.tree)
                 if row is None:  # its branch is not there
                     cache.delete(key)
                     continue
@@ -3356,6 +3482,24 @@ class ChatStore:
             self._generation += 1  # without a list of changes: other processes read the chat anew
             cache["generation"] = self._generation
             note_format(cache)
+
+    def _take_thoughts_out(self, cache: diskcache.Cache) -> dict[str, str]:
+        """Leaves nothing but the words in the replies; returns the ids that messages have then, by those before."""
+        old = [self.tree.nodes[i] for i in self.tree.nodes]
+        messages, moved = rehung(worded(message_of(read_json(cache, f"m:{node.id}"))) for node in old)
+        orders = {moved[node.id]: node.order for node in reversed(old)}  # a twin's is that of the first
+        if all(before == now for before, now in moved.items()):
+            return moved
+        for node in old:
+            cache.delete(f"m:{node.id}")
+        self.tree, self._recent = Tree(), OrderedDict()
+        for message in messages:
+            row = asdict(message) | {"order": orders[message.id]}
+            cache[f"m:{message.id}"] = json.dumps(row)
+            self._remember(row)
+        self.info["head"] = moved.get(self.head, ROOT)
+        cache["info"] = json.dumps(self.info)
+        return moved
 
     @property
     def damaged(self) -> bool:
@@ -3691,7 +3835,7 @@ def salvaged(rows: Iterable[tuple[str, Any]]) -> tuple[list[Message], list[Summa
             if key.startswith("m:"):
                 message = message_of(row)
                 normalise(message.content + (message.shown or "") + (message.name or ""))
-                if message.role in CHAT_ROLES and message.id == message_id(message.parent, message.digest):
+                if message.role in CHAT_ROLES and (message.erased or message.id == key_of(message, message.parent)):
                     found.append(
                         (int(row["order"]), replace(message, at=float(message.at), tokens=int(message.tokens)))
                     )
@@ -3701,13 +3845,30 @@ def salvaged(rows: Iterable[tuple[str, Any]]) -> tuple[list[Message], list[Summa
                 facts.append(Fact(**row))
             elif key == "info":
                 info = dict(row)
-    messages, moved = [], {ROOT: ROOT}
-    for _, message in sorted(found, key=lambda row: row[0]):
-        parent = moved.get(message.parent, messages[-1].id if messages else ROOT)
-        moved[message.id] = message_id(parent, message.digest)
-        messages.append(replace(message, id=moved[message.id], parent=parent))
+    messages, moved = rehung(message for _, message in sorted(found, key=lambda row: row[0]))
     newest = messages[-1].id if messages else ROOT
     return messages, summaries, facts, info | {"head": moved.get(info.get("head", ""), newest) or newest}
+
+
+def rehung(messages: Iterable[Message]) -> tuple[list[Message], dict[str, str]]:
+    """Messages, parents first, with the ids that their words have where they hang by now; and these ids by the old.
+
+    A message whose parent is lost hangs under the one before it. Of two that say the same in one place one is left, and
+    none that says nothing.
+    """
+    hung: dict[str, Message] = {}
+    moved, last = {ROOT: ROOT}, ROOT
+    for message in messages:
+        parent = moved.get(message.parent, last)
+        if not (message.original.strip() or message.erased):
+            moved[message.id] = parent
+            continue
+        last = moved[message.id] = (
+            message.id if parent == message.parent and message.erased else key_of(message, parent)
+        )
+        twin = hung.get(last, message)
+        hung[last] = replace(twin, id=last, parent=parent, confirmed=twin.confirmed or message.confirmed)
+    return list(hung.values()), moved
 
 
 def database_of(directory: Path) -> Path:
@@ -3804,6 +3965,17 @@ def with_mark(message: Message, mark: Mark | None) -> Message:
     return replace(
         message, content=content, shown=shown, tokens=tokens, pinned=mark.pinned, forgotten=mark.forgotten
     )  # fmt: skip
+
+
+def worded(message: Message) -> Message:
+    """The message without a model's thoughts, which version 0.1.0 kept."""
+    texts = (message.content, message.original)
+    content, original = texts if message.role == "user" else map(without_thoughts, texts)
+    if (content, original) == texts:
+        return message
+    shown = None if message.shown is None or content == original else original
+    tokens = message_tokens({"role": message.role, "content": max(content, original, key=len)})
+    return replace(message, content=content, shown=shown, tokens=tokens)
 
 
 def upgraded_row(row: dict, tree: Tree) -> dict | None:
@@ -4382,7 +4554,11 @@ CHATS_PER_TEXT = 64  # chats that one text is looked up for
 SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
+ANY_ID = "dne"  # kinds of ids, see Catalogue
+MET = -1  # an index of no message
+LEAST_SHARE = 4  # of a request's messages one in so many is known to the chat that it goes on
 SURE_MATCHES = 3  # matching messages that name a chat whatever its persona says
+MOST_REFUSED = 500  # ids of what a filter refused, for each part of a prompt
 KEPT_NOTES = 8  # of a chat: texts that its client puts around or between a user's words
 REWORDED = 8  # newest messages that a client's rules for its display may show in other words at every turn
 SAME_SPEECH = 0.7  # of the shorter message's words
@@ -4404,7 +4580,6 @@ class Chat:
         self.word_readings: dict[str, EmotionReading] = {}  # by words alone, until there is a vector
         self.persona_vectors: dict[str, np.ndarray | None] = {}  # by piece; None: being computed
         self.last_prompt: list[Sent] | None = None
-        self.refused: dict[str, frozenset[str]] = {}  # what of a prompt's parts, by ids, a provider's filter refused
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -4417,6 +4592,16 @@ class Chat:
     def tree(self) -> Tree:
         """Its messages."""
         return self.store.tree
+
+    def refused(self, part: str) -> list[str]:
+        """What of a part of the prompt a provider's filter has refused, by ids, newest last."""
+        return self.store.info.get("refused", {}).get(part, [])
+
+    def refuse(self, part: str, ids: Collection[str]) -> None:
+        """Notes what a provider's filter has refused, so that the next turn does not begin with it."""
+        with self.lock:
+            known = list(dict.fromkeys([*self.refused(part), *sorted(ids)]))[-MOST_REFUSED:]
+            self.store.commit(info={"refused": {**self.store.info.get("refused", {}), part: known}})
 
     def path(self, tip: str = "") -> list[str]:
         """The ids of the current branch, or of the one that ends with `tip`; oldest first."""
@@ -4468,17 +4653,18 @@ class Catalogue:
     """What is known of all chats without opening them. Derived: a lost one is made anew from the chats.
 
     Rows: `c:<chat>` a line for the list, `d:<digest>` the chats without an explicit id that hold a text, `n:<digest>`
-    those with one, `u:<chat>` a chat whose summary is due, `x:<chat>` since when a chat has forgotten words that are
-    not erased, `embedder` whose vectors all chats have, `changes` a counter.
+    those with one, `e:<digest>` those whose id comes from our extension, `u:<chat>` a chat whose summary is due,
+    `x:<chat>` since when a chat has forgotten words that are not erased, `embedder` whose vectors all chats have,
+    `changes` a counter.
     """
 
     def __init__(self, folder: Path, on_loss: Callable[[], None] = lambda: None):
         self._database = RebuiltDatabase(folder, 1, on_loss)
 
-    def enter(self, line: Mapping, digests: Sequence[str] = (), explicit: bool = False, forgetful: float = 0.0) -> None:
-        """Notes a chat's line in the list, texts that it holds, whether its client has named it (`explicit`), and since
-        when (Unix seconds; 0: it has none) it has forgotten words that are not erased."""
-        chat_id, kind = line["chat_id"], "n" if explicit else "d"
+    def enter(self, line: Mapping, digests: Sequence[str] = (), kind: str = "d", forgetful: float = 0.0) -> None:
+        """Notes a chat's line in the list, texts that it holds, the kind of its id (`d`, `n` or `e`), and since when
+        (Unix seconds; 0: it has none) it has forgotten words that are not erased."""
+        chat_id = line["chat_id"]
         with self._database.transaction() as cache:
             for key in (f"{kind}:{digest}" for digest in digests):
                 chats = json.loads(cache.get(key, "[]"))
@@ -4503,9 +4689,9 @@ class Catalogue:
     @staticmethod
     def _remove_texts(cache: SharedCache, chat_id: str, digests: Iterable[str] | None) -> None:
         if digests is None:
-            keys = [*stored_rows(cache, "d:"), *stored_rows(cache, "n:")]
+            keys = [key for kind in ANY_ID for key in stored_rows(cache, f"{kind}:")]
         else:
-            keys = [f"{kind}:{digest}" for digest in digests for kind in "dn"]
+            keys = [f"{kind}:{digest}" for digest in digests for kind in ANY_ID]
         for key in keys:
             chats = json.loads(cache.get(key, "[]"))
             left = [c for c in chats if c != chat_id]
@@ -4533,7 +4719,7 @@ class Catalogue:
         return sorted(listed, key=lambda line: -(line["updated"] or 0))
 
     def holding(self, digests: Sequence[str], kinds: str = "d") -> list[list[str]]:
-        """For each text the chats that hold it: those without an explicit id (`d`), those with one (`n`), or both."""
+        """For each text the chats that hold it, with ids of those kinds."""
         with self._database.use() as cache:
             return [[c for kind in kinds for c in json.loads(cache.get(f"{kind}:{d}", "[]"))] for d in digests]
 
@@ -4782,7 +4968,7 @@ class ChatRegistry:
         kinds: str = "d",
     ) -> tuple[str, Alignment] | None:  # fmt: skip
         """The id of the chat that a transcript of (role, digest) continues, and where in it. Only chats without an
-        explicit id are looked for, but with `kinds` (see `Catalogue.holding`).
+        explicit id are looked for, but with `kinds` (see `Catalogue`).
 
         Chats that share the most of the newest texts are looked at; those that share fewer than one which convinces
         are not even opened (a reply that no request has shown yet is not counted: one more may be shared). Among
@@ -4813,7 +4999,8 @@ class ChatRegistry:
         """Notes a chat's new messages and its line in the catalogue; hold the chat's lock."""
         texts = list({node.digest for node in chat.nodes(ids) if node.shown})
         kept = [m.at for some in chat.store.marks.values() for m in some.values() if m.forgotten and not m.erased]
-        self.catalogue.enter(chat.store.listing(), texts, chat.store.info["explicit"], min(kept, default=0.0))
+        kind = "d" if not chat.store.info["explicit"] else "e" if chat.store.info.get("extension") else "n"
+        self.catalogue.enter(chat.store.listing(), texts, kind, min(kept, default=0.0))
 
     def erase(self, chat_id: str, digests: Collection[str]) -> None:
         """Erases the words of a chat's forgotten texts; raises `NotFound`."""
@@ -4936,15 +5123,99 @@ def align_request(chat: Chat, request: ChatRequest) -> Alignment:
     return (align_floating if request.persona_in_first_turn else align)(chat.tree, digests, chat.store.head)
 
 
+def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
+    """A request with the messages of the chat that its client keeps out of the prompt, each in its place, as the client
+    told when it last showed the whole chat: they stay part of it."""
+    path, first = chat.path(), request.history_start
+    away, turns = set(chat.store.info.get("hidden", ())).intersection(path), request.turns[first:]
+    if not away or not turns:
+        return request
+    said, asked = chat.texts(path), [t.digest for t in turns]
+    starts = [at for at, digest in enumerate(said) if digest == asked[0]][-SAME_TEXT:]
+    walks = (walk_past(said, asked, start, {at for at, node in enumerate(path) if node in away}) for start in starts)
+    places = max(walks, key=lambda found: found.count(MET), default=[])
+    shown = iter(turns)
+    every = [next(shown) if at == MET else hidden_turn(*chat.store.read([path[at]])) for at in places]
+    return replace(request, turns=(*request.turns[:first], *every, *shown))
+
+
+def walk_past(said: Sequence[str], asked: Sequence[str], start: int, away: Collection[int]) -> list[int]:
+    """Follows the texts `asked` for through those that were `said`, past the ones that may be missing (`away`): MET for
+    each one that is there, and the index of each that is passed by."""
+    found: list[int] = []
+    met = 0
+    for at in range(start, len(said)):
+        if met < len(asked) and said[at] == asked[met]:
+            met += 1
+            found.append(MET)
+        elif at in away and met < len(asked):  # what follows the last one is not asked about
+            found.append(at)
+        else:
+            break
+    return found
+
+
+def hidden_turn(message: Message) -> Turn:
+    """A stored message as a turn that the client does not show."""
+    raw = {"role": message.role, "content": message.original}
+    return Turn(raw, message.role, message.original, message.name, message.digest, (), message.voice, hidden=True)
+
+
+def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
+    """A request in whose turns no neighbours are joined: clients that keep to strict roles make one message of several
+    by one side, as after a turn that failed, or in a group.
+
+    A turn is parted where its first paragraphs are a message of the chat that follows on the turn before, and the rest
+    is what follows on that one, or what nothing has followed on yet.
+    """
+    tree, turns = chat.tree, []
+    for turn in request.turns:
+        before = turns[-1].digest if turns else ""
+        turns += parted(tree, turn, before) if "\n\n" in turn.content and turn.digest not in tree.by_digest else [turn]
+    return replace(request, turns=tuple(turns), merges=True) if len(turns) > len(request.turns) else request
+
+
+def parted(tree: Tree, turn: Turn, before: str) -> list[Turn]:
+    """The turns that a turn is made of, as `unmerged` tells them; `before` is the digest of the turn before it."""
+    for cut in re.finditer(r"\n\n", turn.content):
+        first, rest = (part_of(turn, text) for text in (turn.content[: cut.start()], turn.content[cut.end() :]))
+        rest = replace(rest, before=())
+        named = turn.role == "user" or NAME_PREFIX.match(rest.content)  # else a reply that was continued
+        if not named or not rest.content.strip() or not first.content.strip():
+            continue
+        for node in same_text(tree, first.digest):
+            parent, below = tree.nodes[node].parent, [i for i in tree.children.get(node, ()) if tree.is_confirmed(i)]
+            if before and (not parent or tree.nodes[parent].digest != before):
+                continue
+            if not below or any(tree.nodes[i].digest == rest.digest for i in below):
+                return [first, rest]
+            more = parted(tree, rest, first.digest)
+            if len(more) > 1:
+                return [first, *more]
+    return [turn]
+
+
+def part_of(turn: Turn, text: str) -> Turn:
+    """A part of a turn as a turn of its own."""
+    found = NAME_PREFIX.match(text) if turn.voice else None
+    return replace(
+        turn, raw={**turn.raw, "content": text}, content=text, digest=message_digest(turn.role, bare_words(text)),
+        voice=found[0][:-2] if found else turn.voice,
+    )  # fmt: skip
+
+
 def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
-    """As `align_request`, for a chat that the request does not name: nothing fits a chat of another account, and a few
-    matching words fit none with another persona, since many chats begin with "Hi"."""
+    """As `align_request`, for a chat that the request does not name: nothing fits a chat of another account, a few
+    matching words fit none with another persona, since many chats begin with "Hi", and one that knows nearly
+    nothing of what is shown is another chat."""
     account, persona = chat.store.info.get("account"), chat.store.info.get("persona", "")
     if account and request.account and account != request.account:
         return Alignment()
+    request = unmerged(chat, request)
     found = align_request(chat, request)
+    few = len(found.matches) * LEAST_SHARE < len(request.turns) - 1
     strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
-    return Alignment() if strange and len(found.matches) < SURE_MATCHES else found
+    return Alignment() if few or strange and len(found.matches) < SURE_MATCHES else found
 
 
 def is_recent(chat: Chat, message: str) -> bool:
@@ -4988,12 +5259,6 @@ def align_appended(chat: Chat, request: ChatRequest) -> Alignment | None:
 # ======================================================================================================================
 
 GESTURE = re.compile(r"\s*(?:\*[^*]+\*\s*)+\Z")
-MONTHS = (
-    "january", "february", "march", "april", "may", "june",
-    "july", "august", "september", "october", "november", "december",
-)  # fmt: skip
-
-
 TELLS, DOUBTFUL, ASKS = range(3)  # how a message asks for the past
 MOSTLY_ASKS = 0.7  # of a text's characters
 PREAMBLE = 30  # characters within which a question names that it is one of remembering
@@ -5010,6 +5275,7 @@ class Query:
     about: frozenset[str] = frozenset()  # the speakers, in lower case, whose words are asked for; empty: anyone's
     dates: tuple[tuple[float, float], ...] = ()  # named spans of time, in days since 1970
     asks: int = TELLS  # TELLS, DOUBTFUL or ASKS
+    asked: str = ""  # what of the text asks, in its own words; empty where nothing does
 
 
 def participant_words(speakers: Iterable[str]) -> dict[str, set[str]]:
@@ -5087,7 +5353,7 @@ def understand(
         return Query(words, spoken)
     asked = without_preamble(asked, language)
     about = asked_about(asked, asker, speakers, language)
-    return Query(words, spoken, about, named_dates(text, now), how_it_asks(text, asked, language))
+    return Query(words, spoken, about, named_dates(text, now, language), how_it_asks(text, asked, language), asked)
 
 
 def how_it_asks(text: str, asked: str, language: str) -> int:
@@ -5111,73 +5377,199 @@ def month_span(year: int, month: int) -> tuple[float, float]:
     return day_number(year, month), day_number(year + month // 12, month % 12 + 1)
 
 
-NAMED_MONTH = rf"(?P<month>{'|'.join(MONTHS)})"
+@dataclass(frozen=True)
+class Calendar:
+    """How a language names times: words in order, as patterns; `U` in a phrase is a unit, `N` a number."""
+
+    months: str  # twelve
+    weekdays: str  # from Monday on
+    seasons: str  # from spring on
+    units: str  # day, week, month, year; then weekend
+    numbers: str  # from one on; then "a few"
+    yesterday: str
+    ago: str
+    last: tuple[str, ...]
+    before_month: str = ""  # what must stand before a month that is named without a day: "it may march"
+
+
+# Names of months and days: Unicode CLDR, their inflected forms too.
+CALENDARS = {
+    "en": Calendar(
+        "january february march april may june july august september october november december",
+        "mondays? tuesdays? wednesdays? thursdays? fridays? saturdays? sundays?",
+        "spring summer (?:autumn|fall) winter", "days? weeks? months? years? weekend",
+        r"(?:an?|one) two three four five six (?:a\s)?(?:few|couple\sof)", "yesterday|last night", "N U ago",
+        ("last U",), r"(?:in|of|by|during|since|until|early|late|mid|around|last|this|next)[ -]",
+    ),
+    "de": Calendar(
+        "januar februar märz april mai juni juli august september oktober november dezember",
+        "montags? dienstags? mittwochs? donnerstags? freitags? (?:samstags?|sonnabends?) sonntags?",
+        "(?:frühling|frühjahr) sommer herbst winter", "tag(?:en?)? wochen? monat(?:en?)? jahr(?:en?)? wochenende",
+        r"eine[mnr]? zwei drei vier fünf sechs (?:ein\s)?paar", "gestern", "vor N U",
+        (r"(?:letzt|vorig|vergangen)e[nmrs]? U",),
+    ),
+    "es": Calendar(
+        "enero febrero marzo abril mayo junio julio agosto sep?tiembre octubre noviembre diciembre",
+        "lunes martes miércoles jueves viernes sábado domingo", "primavera verano otoño invierno",
+        r"días? semanas? mes(?:es)? años? (?:fin\sde\ssemana)", "una? dos tres cuatro cinco seis unos|unas",
+        "ayer|anoche", "hace N U", ("U (?:pasad|últim)[oa]", "últim[oa] U"),
+    ),
+    "fr": Calendar(
+        "janvier février mars avril mai juin juillet août septembre octobre novembre décembre",
+        "lundi mardi mercredi jeudi vendredi samedi dimanche", "printemps été automne hiver",
+        "jours? semaines? mois (?:ans?|années?) week-end", "une? deux trois quatre cinq six quelques",
+        "hier", "il y a N U", ("U (?:derni(?:er|ère)|passée?)",),
+    ),
+    "it": Calendar(
+        "gennaio febbraio marzo aprile maggio giugno luglio agosto settembre ottobre novembre dicembre",
+        "lunedì martedì mercoledì giovedì venerdì sabato domenica", "primavera estate autunno inverno",
+        r"giorn[oi] settiman[ae] mes[ei] ann[oi] (?:fine\ssettimana)", "un[oa]? due tre quattro cinque sei qualche",
+        "ieri", "N U fa", ("U (?:scors|passat)[oa]", "scors[oa] U"),
+    ),
+    "pt": Calendar(
+        "janeiro fevereiro março abril maio junho julho agosto setembro outubro novembro dezembro",
+        "segunda terça quarta quinta sexta sábado domingo", "primavera verão outono inverno",
+        r"dias? semanas? m[êe]s(?:es)? anos? (?:fim\sde\ssemana)",
+        "uma? (?:dois|duas) três quatro cinco seis alguns|algumas",
+        "ontem", r"(?:há )?N U(?: atrás)?", ("U passad[oa]", "últim[oa] U"),
+    ),
+    "pl": Calendar(
+        r"stycz\w+ lut(?:y|ego|ym) mar(?:zec|ca|cu) kwie\w+ maj[au]? czerw(?:iec|ca|cu) lip(?:iec|ca|cu) sierp\w+"
+        r" wrze\w+ październik\w* listopad\w* grud(?:zień|nia|niu)",
+        "poniedział\\w+ wtor\\w+ środ\\w+ czwart\\w+ piąt\\w+ sobot\\w+ niedziel\\w+",
+        r"wiosn\w+ lat(?:o|a|em) jesie\w+ zim\w+",
+        r"(?:dzień|dni|dniem) (?:tydzień|tygod\w+) miesi\w+ (?:rok|roku|lata?) weekend\w*",
+        "jeden (?:dwa|dwie) trzy cztery pięć sześć kilka", "wczoraj", "N U temu",
+        (r"(?:zeszł|ubiegł|ostatni)\w+ U",),
+    ),
+    "ru": Calendar(
+        r"январ\w+ феврал\w+ март\w* апрел\w+ ма[йяе] июн\w июл\w август\w* сентябр\w октябр\w ноябр\w декабр\w",
+        r"понедельник\w* вторник\w* сред[уы] четверг\w* пятниц\w суббот\w воскресень\w",
+        r"весн\w+ лет(?:о|ом) осен\w+ зим\w+",
+        r"(?:день|дня|дней) недел\w* месяц\w* (?:год\w*|лет) выходны\w+",
+        "(?:один|одну) (?:два|две) три четыре пять шесть несколько", "вчера", "(?:N )?U назад", (r"прошл\w+ U",),
+    ),
+    "zh": Calendar(
+        "", "(?:星期|周)一 (?:星期|周)二 (?:星期|周)三 (?:星期|周)四 (?:星期|周)五 (?:星期|周)六 (?:星期|周)[日天]",
+        "春天? 夏天? 秋天? 冬天?", "天 (?:周|个?星期) 个?月 年 周末", "一 [二两] 三 四 五 六 几", "昨天|昨晚", "N ?U前",
+        ("上个?U", "去(?:年的?)?U"),
+    ),
+    "ja": Calendar(
+        "", "月曜日? 火曜日? 水曜日? 木曜日? 金曜日? 土曜日? 日曜日?", "春 夏 秋 冬",
+        "日 週間? (?:[かヶカ]月|月) 年 週末",
+        "一 二 三 四 五 六 数", "昨日|昨夜", "N ?U前", ("(?:[去昨]年の|この前の)U", "[先去昨]U"),
+    ),
+    "ko": Calendar(
+        "", "월요일 화요일 수요일 목요일 금요일 토요일 일요일", "봄 여름 가을 겨울",
+        "일 주일? (?:달|개월) (?:년|해) 주말",
+        "한 두 세 네 다섯 여섯 몇", "어제", "N ?U ?전", ("작년 U", "지난 ?U", "작U"),
+    ),
+}  # fmt: skip
+MONTHS = CALENDARS["en"].months.split()
+UNIT_DAYS = (1, 7, 30, 365)
+MONTH, YEARLY = 3, 4  # places of those units
+A_FEW = 3
 YEAR = r"(?P<year>(?:19|20)\d\d)"
-DATES = (  # the most exact first; what one has found, the others leave alone
-    rf"\b(?P<day>\d{{1,2}})(?:st|nd|rd|th)?(?: of)? {NAMED_MONTH}\b(?:,? {YEAR})?",
-    rf"\b{NAMED_MONTH} (?P<day>\d{{1,2}})(?:st|nd|rd|th)?\b(?:,? {YEAR})?",
+NUMBERED_DATES = (  # in any language
     rf"\b{YEAR}-(?P<number>\d\d)-(?P<day>\d\d)\b",
-    rf"\b(?:in|of|by|during|since|until|early|late|mid|around|last|this|next)[ -]{NAMED_MONTH}\b(?:,? {YEAR})?",
-    rf"\b{NAMED_MONTH},? {YEAR}",
-    rf"\b(?:in|of|by|during|since|summer|winter|spring|fall|autumn)(?: of)? {YEAR}\b",
-)
-SEASONS = {"spring": 3, "summer": 6, "autumn": 9, "fall": 9, "winter": 12}  # first months, northern
-COUNTS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "few": 3, "couple of": 2}
-UNITS = {"day": 1, "week": 7, "month": 30, "year": 365}
-RELATIVE = re.compile(
-    rf"\b(?:(?P<yesterday>yesterday|last night)|last (?P<unit>week|month|year|weekend|{'|'.join(SEASONS)})"
-    rf"|(?P<count>\d{{1,2}}|{'|'.join(COUNTS)}) (?P<units>day|week|month|year)s? ago)\b",
-    re.I,
+    rf"(?:{YEAR} ?[年년] ?)?(?P<number>\d\d?) ?[月월](?: ?(?P<day>\d\d?) ?[日号號일])?",
+    rf"{YEAR} ?[年년]",
 )
 
 
-def named_dates(text: str, now: float) -> tuple[tuple[float, float], ...]:
+@functools.cache
+def date_patterns(language: str) -> tuple[str, ...]:
+    """What finds a language's dates, the most exact first; what one has found, the others leave alone."""
+    calendar = CALENDARS.get(language, CALENDARS["en"])
+    bare = rf"\b(?:in|of|by|during|since|en|em|im|nel|w|в|summer|winter|spring|fall|autumn)(?: of)? {YEAR}\b"
+    if not calendar.months:
+        return NUMBERED_DATES
+    month, of = rf"(?P<month>{calendar.months.replace(' ', '|')})", r"(?:,|\.| of| de)? ?"
+    return (
+        rf"\b(?P<day>\d\d?)(?:st|nd|rd|th|er|\.|º)?(?: of| de)? {month}\b(?:{of}{YEAR})?",
+        rf"\b{month} (?P<day>\d\d?)(?:st|nd|rd|th)?\b(?:,? {YEAR})?",
+        rf"\b{calendar.before_month}{month}\b(?:{of}{YEAR})?",
+        rf"\b{month},? {YEAR}",
+        *NUMBERED_DATES,
+        bare,
+    )
+
+
+@functools.cache
+def relative_pattern(language: str) -> re.Pattern:
+    """What finds a language's times that are told from today: `yesterday`, `count` and `unit`, or `last`."""
+    calendar = CALENDARS.get(language, CALENDARS["en"])
+    choice = lambda words: "|".join(words.split(" "))  # noqa: E731
+    units, numbers = choice(calendar.units), choice(calendar.numbers)
+    ago = calendar.ago.replace("N", rf"(?P<count>\d\d?|{numbers})").replace("U", rf"(?P<unit>{units})")
+    whole = f"{choice(calendar.weekdays)}|{choice(calendar.seasons)}|{units}"
+    last = [phrase.replace("U", f"(?P<last{i}>{whole})") for i, phrase in enumerate(calendar.last)]
+    edge = "" if language in UNSPACED_LANGUAGES else r"\b"
+    return re.compile(rf"{edge}(?:(?P<yesterday>{calendar.yesterday})|{ago}|{'|'.join(last)}){edge}", re.I)
+
+
+def named_dates(text: str, now: float, language: str = "en") -> tuple[tuple[float, float], ...]:
     """The spans of time that a text names, from (included) and to (excluded), in days since 1970.
 
     A date without a year may mean that of `now` or the one before; relative ones need `now`.
     """
     spans: list[tuple[float, float]] = []
     this_year = datetime.fromtimestamp(now * DAY, UTC).year
-    text = text.lower()
-    for pattern in DATES:
+    text = clip(text).lower()
+    for pattern in date_patterns(language):
         for found in re.finditer(pattern, text):
             years = [int(found["year"])] if found["year"] else [this_year - 1, this_year]
-            spans += [span for year in years if (span := span_of(found.groupdict(), year))]
+            spans += [span for year in years if (span := span_of(found.groupdict(), year, language))]
         text = re.sub(pattern, " ", text)
-    return (*spans, *(relative_span(found, now) for found in RELATIVE.finditer(text) if now))
+    relative = relative_pattern(language).finditer(text) if now else ()
+    return (*spans, *(relative_span(found.groupdict(), now, language) for found in relative))
 
 
-def span_of(found: Mapping[str, str | None], year: int) -> tuple[float, float] | None:
-    """The span that a match of DATES means in a year; None for a day that does not exist."""
-    month = MONTHS.index(found["month"]) + 1 if found.get("month") else int(found.get("number") or 0)
-    if not month:
-        return day_number(year, 1), day_number(year + 1, 1)
-    if not found.get("day"):
-        return month_span(year, month)
+def word_place(words: str, word: str) -> int:
+    """The place of the pattern among a calendar's that a word fits, from 1 on; 0 where none does."""
+    return next((i for i, form in enumerate(words.split(" "), 1) if re.fullmatch(form, word)), 0)
+
+
+def span_of(found: Mapping[str, str | None], year: int, language: str) -> tuple[float, float] | None:
+    """The span that a date means in a year; None for a day that does not exist."""
+    months = CALENDARS.get(language, CALENDARS["en"]).months
+    month = word_place(months, found["month"]) if found.get("month") else int(found.get("number") or 0)
     with contextlib.suppress(ValueError):
+        if not month:
+            return day_number(year, 1), day_number(year + 1, 1)
+        if not found.get("day"):
+            return month_span(year, month)
         start = day_number(year, month, int(found["day"]))
         return start, start + 1
     return None
 
 
-def relative_span(found: re.Match, now: float) -> tuple[float, float]:
-    """The span that a match of RELATIVE means, told on day `now`."""
-    today = float(int(now))
+def relative_span(found: Mapping[str, str | None], now: float, language: str) -> tuple[float, float]:
+    """The span that is meant by a time that is told from the day `now`."""
+    today, calendar = float(int(now)), CALENDARS.get(language, CALENDARS["en"])
     if found["yesterday"]:
         return today - 1, today
-    if found["count"]:
-        words = found["count"].lower()
-        length = UNITS[found["units"].lower()]
-        middle = today - (COUNTS.get(words) or int(words)) * length
+    if found["unit"]:
+        count = found["count"] or "1"
+        number = int(count) if count.isdecimal() else word_place(calendar.numbers, count)
+        length = UNIT_DAYS[word_place(calendar.units, found["unit"]) - 1]
+        middle = today - (number if number < 7 or count.isdecimal() else A_FEW) * length
         return middle - length / 3, middle + length / 3 + 1
-    unit = found["unit"].lower()
-    if unit in SEASONS:
+    word = next(w for name, w in found.items() if name.startswith("last") and w)
+    if day := word_place(calendar.weekdays, word):  # 1970 began on a Thursday
+        start = today - ((today + 3 - (day - 1)) % 7 or 7)
+        return start, start + 1
+    if season := word_place(calendar.seasons, word):
         at = datetime.fromtimestamp(now * DAY, UTC)
-        start = day_number(at.year, SEASONS[unit])
-        start = start if start + 90 <= now else day_number(at.year - 1, SEASONS[unit])
+        start = day_number(at.year, 3 * season)  # northern
+        start = start if start + 90 <= now else day_number(at.year - 1, 3 * season)
         return start, start + 92
-    length = UNITS.get(unit, 7)
-    return today - 2 * length, today - length / 2
+    unit = word_place(calendar.units, word)
+    if unit in (MONTH, YEARLY):
+        at = datetime.fromtimestamp(now * DAY, UTC)
+        before = month_span(at.year - (at.month == 1), (at.month - 2) % 12 + 1)
+        return before if unit == MONTH else (day_number(at.year - 1, 1), day_number(at.year, 1))
+    return today - 14, today - 3  # a week or a weekend
 
 
 # ------------------------------------------------------------------------------------------------------ the signals
@@ -5283,6 +5675,7 @@ REMEMBERING_SHARE = 2.0  # of what recalled memories may take, where the history
 ASKING_SHARE = 1.5
 TELLING_SHARE = 0.5  # each recalled token is evaluated anew every turn
 MOST_MEMORIES = 64  # of a turn; beyond that the tail is noise
+RERANKED = 20  # candidates that a reranker reads: one of 22 million parameters takes about half a second for them
 NO_ROOM = "no room"
 LEFT_OUT = 12  # memories that a report names which did not get into the prompt
 LONG_MESSAGE = 1350  # characters from which a message is recalled in part: a chunk and a half
@@ -5354,6 +5747,11 @@ def with_tie_breakers(memory: Memory, values: Mapping[str, float]) -> Memory:
     """The memory with what breaks ties, `values` by name as 0 to 1, among its scores."""
     more = {name: weight * values[name] for name, weight in TIE_BREAKERS.items() if values.get(name)}
     return replace(memory, score=memory.score + sum(more.values()), scores=memory.scores | more)
+
+
+def with_score(memory: Memory, name: str, score: float) -> Memory:
+    """The memory with that score, and what `name` has added to it among its scores."""
+    return replace(memory, score=score, scores=memory.scores | {name: score - memory.score})
 
 
 def relevance_probability(score: float, best: float) -> float:
@@ -5671,7 +6069,8 @@ def content_terms(text: str) -> set[str]:
     words = (w.casefold() for w in re.findall(r"[^\W\d_]+", text) if len(w) > 3 and ord(w[0]) < 0x2E80)
     signs = re.findall(r"[\u2e80-\uffef\U00020000-\U0003ffff]+", text)
     pairs = {run[i : i + 2] for run in signs for i in range(len(run) - 1)}
-    return {w[:5] for w in words if w not in stop_words(language_of(text))} | pairs
+    stops = stop_words(language_of(text))
+    return {w[:5] for w in words if w not in stops} | pairs
 
 
 def flaw_of(text: str, source: str) -> str:
@@ -5792,9 +6191,9 @@ def facts_of(facts: Iterable[Fact], texts: Sequence[str], before: float) -> list
 
     `texts` are the digests of the branch's messages. Only facts from stretches that end before the index `before`
     count, so that they come into the prompt together with their summary; where words stand more than once, a fact is
-    at the last such place.
+    at the last such place. A user's note, which has no message, holds everywhere.
     """
-    spots: dict[str, list[int]] = defaultdict(list)
+    spots: dict[str, list[int]] = defaultdict(list, {"": [-1]})
     for index, digest in enumerate(texts):
         spots[digest].append(index)
     topics: dict[str, list[Fact]] = defaultdict(list)
@@ -5802,7 +6201,7 @@ def facts_of(facts: Iterable[Fact], texts: Sequence[str], before: float) -> list
         after = fact.end - fact.index
         at = max((i for i in spots.get(fact.digest, ()) if i + after < before), default=None)
         if at is not None and not fact.forgotten:
-            topics[plain_words(fact.about)].append(replace(fact, index=at, end=at + after))
+            topics[plain_words(fact.about) or fact.id].append(replace(fact, index=at, end=at + after))
     rows = [sorted(group, key=lambda f: (f.pinned, f.index))[-2:] for group in topics.values()]
     held = [(row[-1], row[0] if len(row) > 1 else None) for row in rows]
     return sorted(held, key=lambda row: (not row[0].pinned, -row[0].index))
@@ -5823,7 +6222,8 @@ def still_quotes(fact: Fact, message: Message) -> bool:
 def fact_line(fact: Fact, before: Fact | None) -> str:
     """A fact as the model reads it; what it superseded is said."""
     earlier = f" (earlier, #{before.index + 1}: {quoted(before.text)})" if before and before.text != fact.text else ""
-    return f"- #{fact.index + 1} {quoted(fact.text)}{earlier}"
+    place = f"#{fact.index + 1} " if fact.digest else ""
+    return f"- {place}{quoted(fact.text)}{earlier}"
 
 
 @dataclass(frozen=True)
@@ -5971,8 +6371,8 @@ def lay_out(
     """Divides the context between persona, history, memories and reply.
 
     `counts` and `roles` are those of the branch's messages as the store has them, from its first message that is no
-    persona to the request's last turn; `story` is what is kept for the story so far, in tokens. Raises
-    `ContextLengthExceeded`.
+    persona to the request's last turn; one that the client hides counts 0. `story` is what is kept for the story so
+    far, in tokens. Raises `ContextLengthExceeded`.
     """
     first = request.history_start
     shown = len(request.turns) - first
@@ -5997,7 +6397,8 @@ def lay_out(
     full = history > NEARLY_FULL * budget.history
     leaving = next_cut([*stored, *counts], starts, anchor, block, latest) if full else anchor
     room = budget.memories + budget.history - history
-    return Layout(budget, anchor, pivot, history, room, min(recalled, budget.memories), leaving)
+    hidden = frozenset(i for i in range(anchor, len(sizes)) if not sizes[i])
+    return Layout(budget, anchor, pivot, history, room, min(recalled, budget.memories), leaving, hidden)
 
 
 def lay_out_window(
@@ -6253,12 +6654,13 @@ def compose_prompt(
     A client that sees to it that the user begins gets a prompt in which the user begins.
     """
     older = [as_shown(message, request) for message in older]
-    first = older[0] if older else request.turns[turns_from].raw
+    turns = [(i, turn) for i, turn in enumerate(request.turns[turns_from:], turns_from) if not turn.hidden]
+    first = older[0] if older else turns[0][1].raw
     opening = (request.opening or (DEFAULT_OPENING,)) if request.begins_with_user else ()
     prompt = [*with_story(request.persona, story), *(opening if first["role"] == "assistant" else ()), *older]
     if story and not request.persona and prompt:  # a client that sends nothing but its newest message
         prompt[0] = preceded(prompt[0], story)
-    for i, turn in enumerate(request.turns[turns_from:], turns_from):
+    for i, turn in turns:
         prompt.extend(turn.before)
         if not block or i != layout.pivot:
             prompt.append(turn.raw)
@@ -6267,9 +6669,24 @@ def compose_prompt(
         else:
             prompt.append(preceded(turn.raw, block))
     prompt += request.tail
+    if request.strict:
+        prompt = merged(prompt)
     if request.joined:
         return [{"role": "user", "content": "\n\n".join(text_of(m.get("content")) for m in prompt)}]
     return prompt
+
+
+def merged(messages: Sequence[dict]) -> list[dict]:
+    """The messages with neighbours by one side as one message, as clients that keep to strict roles send them."""
+    found: list[dict] = []
+    for message in messages:
+        last = found[-1] if found else {}
+        plain = all(isinstance(m.get("content"), str) and not m.get("tool_calls") for m in (last, message))
+        if plain and message["role"] in CHAT_ROLES and last["role"] == message["role"]:
+            found[-1] = {**last, "content": f"{last['content']}\n\n{message['content']}"}
+        else:
+            found.append(message)
+    return found
 
 
 def with_story(persona: Sequence[dict], story: str) -> list[dict]:
@@ -6894,7 +7311,8 @@ def read_export(data: Any) -> ChatCopy:
         raise InvalidRequest("chat.head names a message that is not there.", "messages")
     if not all(re.fullmatch(r"[0-9A-Za-z_-]{1,64}", row.id) for row in (*summaries, *facts)):
         raise InvalidRequest("A summary or a fact has an id that is not valid.", "id")
-    return ChatCopy(tuple(messages), head, info, tuple(summaries), tuple(facts))
+    messages, moved = rehung(map(worded, messages))
+    return ChatCopy(tuple(messages), moved[head], info, tuple(summaries), tuple(facts))
 
 
 def by_texts(rows: Any, tree: Tree) -> Any:
@@ -6902,7 +7320,7 @@ def by_texts(rows: Any, tree: Tree) -> Any:
     one of version 0.1.0 that names a message which is not in the tree."""
     if not isinstance(rows, list):
         return rows
-    ids = [[row[k] for k in ("first", "last", "message") if k in row] if isinstance(row, dict) else [] for row in rows]
+    ids = [[row[k] for k in NAMING_MESSAGES if k in row] if isinstance(row, dict) else [] for row in rows]
     named = [bool(some) and all(isinstance(i, str) for i in some) for some in ids]
     known = [upgraded_row(row, tree) if ok else row for row, ok in zip(rows, named, strict=True)]
     if None in known:
@@ -6961,8 +7379,7 @@ def checked_message(message: Message, where: str) -> Message:
     """A message with its tokens counted anew; raises `InvalidRequest` where its fields contradict each other."""
     if message.role not in CHAT_ROLES:
         raise InvalidRequest(f"{where}.role must be user or assistant.", f"{where}.role")
-    own_id = message_id(message.parent, message_digest(message.role, message.original))
-    if message.id != own_id and not message.erased:
+    if message.id != key_of(message, message.parent) and not message.erased:
         raise InvalidRequest(f"{where}.id is not that of its text under its parent.", f"{where}.id")
     if message.erased and message.original:
         raise InvalidRequest(f"{where}.erased is for messages without words.", f"{where}.erased")
@@ -7376,7 +7793,13 @@ BLOCKED = re.compile(  # Azure's and OpenAI's codes, Gemini's reasons, OpenRoute
 DONE, GARBLED = object(), object()  # a stream's own end; a piece that is no JSON
 EVENT_FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
 TEXT_PARTS, THOUGHT_PARTS = ("text", "output_text"), ("thinking", "reasoning", "thought")
+NO_REASONS = ("", "null", "None", "none")  # why a reply ended, where servers say so before it has
 USAGE_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+ERROR_WORDS = (  # where the words of an error stand; `base_resp` is MiniMax's frame around its own
+    "message", "error", "msg", "detail", "errors", "error_msg", "error_message", "errorMessage", "status_msg",
+    "base_resp",
+)  # fmt: skip
+ERROR_CODES = ("code", "status", "status_code", "error_code", "type")
 ERROR_STATUSES = {  # the status of errors that come inside a 200 and name only their kind
     "rate_limit_error": 429, "rate_limit_exceeded": 429, "resource_exhausted": 429, "insufficient_quota": 429,
     "authentication_error": 401, "invalid_api_key": 401, "unauthenticated": 401, "permission_error": 403,
@@ -7473,7 +7896,7 @@ def is_bare_error(value: Any) -> bool:
 
 def event_value(raw: bytes) -> Any:
     """The one value of some text; `DONE` or `GARBLED` where it is none."""
-    text = raw.decode("utf-8", "replace").strip()
+    text = raw.decode("utf-8", "replace").strip("\ufeff \t\r\n").removeprefix("data:").strip()
     if text == "[DONE]":
         return DONE
     try:
@@ -7546,15 +7969,16 @@ def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
     """The chunks among a body's values. The last one of each choice says why it ended: a body that just ends after
     some words is a proper end, one with garbled pieces is a cut."""
     unfinished: dict[int, bool] = {}
-    last, garbled = None, False
+    last, garbled, begun = None, False, False
     for value in values:
         if value is DONE:
             break
-        chunk = None if value is GARBLED else as_chunk(value)
+        chunk = None if value is GARBLED else as_chunk(value, begun)
         garbled = garbled or value is GARBLED
         if chunk is None:
             continue
         last = chunk
+        begun = begun or any(says_something(c["delta"]) for c in chunk["choices"])
         unfinished |= {c["index"]: not c.get("finish_reason") for c in chunk["choices"]}
         yield chunk
     if last is None:
@@ -7567,13 +7991,16 @@ def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
         yield {k: v for k, v in last.items() if k != "usage"} | {"choices": ends}
 
 
-def as_chunk(value: Any) -> dict | None:
-    """A value of a stream as one chunk; None where it is none, such as a ping. Raises `UpstreamError`."""
+def as_chunk(value: Any, begun: bool = False) -> dict | None:
+    """A value of a stream as one chunk; None where it is none, such as a ping. Raises `UpstreamError`.
+
+    In a stream that has `begun` a whole message beside a delta repeats what was said (Perplexity).
+    """
     payload = readable_payload(value)
     if payload is None:
         return None
     choices = [
-        {k: v for k, v in choice.items() if k not in ("message", "text")} | {"delta": choice_message(choice)}
+        {k: v for k, v in choice.items() if k not in ("message", "text")} | {"delta": choice_message(choice, begun)}
         for choice in payload["choices"]
     ]
     if is_whole(payload):
@@ -7600,7 +8027,7 @@ def is_whole(payload: Mapping) -> bool:
     """Whether a value is a whole answer and no chunk of a stream."""
     choices = payload.get("choices")
     rows = choices if isinstance(choices, list) else [choices]
-    return any(isinstance(row, dict) and "message" in row and "delta" not in row for row in rows)
+    return any(isinstance(row, dict) and row.get("message") and not row.get("delta") for row in rows)
 
 
 def finish_of(choice: Mapping) -> str:
@@ -7616,7 +8043,7 @@ def readable_payload(value: Any) -> dict | None:
     if not isinstance(value, dict):
         return None
     rows = choices_in(value)
-    if value.get("error") or (rows is None and is_error(value)):
+    if is_told(value.get("error")) or (rows is None and is_error(value)):
         raise embedded_error(value)
     choices = [readable_choice(row, place) for place, row in enumerate(rows or []) if isinstance(row, dict)]
     usage = readable_usage(value.get("usage"))
@@ -7627,7 +8054,10 @@ def readable_payload(value: Any) -> dict | None:
         payload.pop(name, None)  # an error that is none, too: some clients end at the mere name
     if usage is not value.get("usage"):
         payload["usage"] = usage
-    if isinstance(payload.get("model"), str):
+    for name, kind in (("id", str), ("model", str), ("created", int)):  # some clients check their types
+        if not isinstance(payload.get(name, kind()), kind):
+            payload.pop(name)
+    if "model" in payload:
         payload["model"] = payload["model"][:LONGEST_MODEL_NAME]
     return payload
 
@@ -7653,29 +8083,34 @@ def choices_in(payload: Mapping) -> list | None:
 def readable_choice(choice: dict, place: int) -> dict:
     """A choice with its place as `index` and a reason to have finished that is text; raises `UpstreamError`."""
     finish, index = choice.get("finish_reason"), whole_number(choice.get("index"))
-    if choice.get("error") or finish == "error":
-        raise embedded_error(choice if choice.get("error") else {"error": "The upstream ended its reply in an error."})
+    if is_told(choice.get("error")) or finish == "error":
+        told = is_told(choice.get("error"))
+        raise embedded_error(choice if told else {"error": "The upstream ended its reply in an error."})
     choice = choice if index == choice.get("index") and index is not None else {**choice, "index": index or place}
-    if finish is None or (isinstance(finish, str) and finish):
+    if finish is None or (isinstance(finish, str) and finish not in NO_REASONS):
         return choice
-    return {**choice, "finish_reason": "stop" if finish else None}
+    return {**choice, "finish_reason": None if finish in NO_REASONS or not finish else "stop"}
 
 
-def choice_message(choice: Mapping) -> dict:
+def choice_message(choice: Mapping, begun: bool = False) -> dict:
     """What a choice says, as a message or a delta of OpenAI's shape: the content is text, thoughts stand beside it."""
-    said = choice.get("delta") or choice.get("message") or choice.get("text")
+    delta = choice.get("delta")
+    said = delta if delta or (begun and delta is not None) else choice.get("message") or choice.get("text")
     if isinstance(said, str | list):
         said = {"content": said}
     if not isinstance(said, dict):
         return {}
+    if said.get("role") not in (None, "assistant"):
+        said = {**said, "role": "assistant"}
     content = said.get("content")
     if content is None or isinstance(content, str):
         return said
     rows = content if isinstance(content, list) else [content]
-    parts = [row if isinstance(row, dict) else {"type": "text", "text": str(row)} for row in rows if row is not None]
-    thoughts = "".join(part_text(p) for p in parts if p.get("type") in THOUGHT_PARTS)
-    others = [p for p in parts if p.get("type", "text") not in TEXT_PARTS + THOUGHT_PARTS]
-    text = "".join(part_text(p) for p in parts if p not in others and p.get("type") not in THOUGHT_PARTS)
+    parts = [row if isinstance(row, dict) else {"text": str(row)} for row in rows if row is not None]
+    parts = [p if isinstance(p.get("type"), str) else {**p, "type": "text"} for p in parts]
+    thoughts = "".join(part_text(p) for p in parts if p["type"] in THOUGHT_PARTS)
+    others = [p for p in parts if p["type"] not in TEXT_PARTS + THOUGHT_PARTS]
+    text = "".join(part_text(p) for p in parts if p["type"] in TEXT_PARTS)
     said = {**said, "content": [{"type": "text", "text": text}, *others] if others else text}
     return said | ({"reasoning_content": thoughts} if thoughts else {})
 
@@ -7711,15 +8146,30 @@ def joined_chunks(chunks: Sequence[Mapping]) -> dict:
         for key, value in choice["delta"].items():
             if key == "tool_calls" and isinstance(value, list):
                 join_tool_calls(message.setdefault("tool_calls", []), value)
+            elif key == "content" and list in (type(value), type(message[key])):  # pictures among the words
+                message[key] = [*content_parts(message[key]), *content_parts(value)]
             elif isinstance(value, str) and key != "role":
-                message[key] = (message.get(key) or "") + value
+                before = message.get(key)
+                message[key] = (before if isinstance(before, str) else "") + value
             elif value is not None:
                 message[key] = value
         finish[choice["index"]] = choice.get("finish_reason") or finish.get(choice["index"]) or "stop"
     usage = next((c["usage"] for c in reversed(chunks) if c.get("usage")), None)
+    for message in messages.values():
+        message |= {k: whole_characters(v) for k, v in message.items() if isinstance(v, str)}
     choices = [{"index": i, "message": messages[i], "finish_reason": finish[i]} for i in sorted(messages)]
     answer = {**chunks[-1], "object": "chat.completion", "choices": choices}
     return answer | {"usage": usage} if usage else answer
+
+
+def content_parts(content: Any) -> list[dict]:
+    """A reply's content as a list of parts."""
+    return content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
+
+
+def whole_characters(text: str) -> str:
+    """The text with the halves of characters beyond U+FFFF joined, which some streams part; clients show them so."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
 def join_tool_calls(calls: list[dict], more: Sequence[Any]) -> None:
@@ -7946,6 +8396,7 @@ CONTEXT_TOKENS = (
 LARGEST_RATIO = 4.0  # of a model's tokens to ours
 LARGEST_USUAL_RATIO = 2.0  # that a count is believed; only an error says more
 UNKNOWN_RATIO = 1.5  # where a prompt was too long and nobody says by how much
+MOST_SHORTENED = 3  # times that a prompt is made shorter: by two thirds and more where nobody says by how much
 RATIO_STEP = 0.05  # ratios are rounded up, so that a prompt's budget does not change from turn to turn
 LEAST_MEASURED = 500  # tokens; in a shorter prompt a template's own count too much
 CONTEXT_STEP = 4096  # tokens in which a context of unknown length grows, so that budgets stay for many turns
@@ -8008,18 +8459,23 @@ def without_oldest(messages: Sequence[dict], tokens: int, first: int) -> list[di
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
+def is_told(error: Any) -> bool:
+    """Whether an `error` field tells of one; some gateways send theirs in every answer, with nothing in it."""
+    return any(error.values()) if isinstance(error, dict) else bool(error)
+
+
 def is_error(payload: Mapping) -> bool:
     """Whether a value without choices is an error that has no `error` field: FastAPI's `detail`, Cloudflare's list,
-    or a bare message."""
+    a bare message under one of its names."""
     named = "error" in (payload.get("object"), payload.get("type"))
-    return named or isinstance(payload.get("message"), str) or any(payload.get(k) for k in ("detail", "errors"))
+    return named or isinstance(payload.get("message"), str) or any(payload.get(k) for k in ERROR_WORDS[2:])
 
 
 def embedded_error(payload: Mapping) -> UpstreamError:
     """The error inside a 200, or inside a stream; its status is what its code, or its kind, says."""
     error = error_of(payload)
     places = (error, payload, *(p.get("metadata") for p in (error, payload) if isinstance(p.get("metadata"), dict)))
-    for value in (place.get(name) for place in places for name in ("code", "status", "status_code", "type")):
+    for value in (place.get(name) for place in places for name in ERROR_CODES):
         status = whole_number(value) or (ERROR_STATUSES.get(value.lower()) if isinstance(value, str) else None)
         if status and 400 <= status < 600:
             return UpstreamError(status, error)
@@ -8043,7 +8499,7 @@ def error_of(body: Any) -> dict:
     error = body if isinstance(body, dict) else {"message": str(body)}
     while isinstance(error.get("error"), dict):
         error = error["error"]
-    words = next((error[k] for k in ("message", "msg", "error", "detail", "errors") if error.get(k)), "")
+    words = next((error[k] for k in ERROR_WORDS if error.get(k)), "")
     if isinstance(words, list):
         words = "; ".join(located(row) for row in words)
     elif isinstance(words, dict):
@@ -9068,6 +9524,7 @@ ENCODED_AT_ONCE = 8  # missing vectors that a turn computes itself, the newest; 
 READ_AT_ONCE = 256  # messages that a long job reads under a chat's lock before a turn may come between
 BACKLOG = 5  # stretches that are summarised by the model one after the other; of more, the older by extraction
 MOST_TRIES = 3  # of a model at one stretch
+MOST_FLAWED = 2  # stretches in a row of which a model may write nothing usable before users are told
 GAVE_WAY_AT_MOST = 50  # times that a summary gives way to turns
 SUMMARY_OVERHEAD = 900  # tokens of the task, the facts, and of what other tokenizers count more
 LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
@@ -9200,7 +9657,8 @@ class Prepared:
     fallbacks: tuple[Fallback, ...] = ()  # what to ask where a filter refuses the body, one after the other
     refused: str = ""  # the part without which the upstream took it
     parts: Mapping[str, frozenset[str]] = field(default_factory=dict)  # see `TurnMemory.parts`
-    shortened: bool = False  # the prompt was too long for the model, and lost its oldest messages
+    shortened: int = 0  # how often the prompt was too long for the model, and lost its oldest messages
+    limit: int = 0  # a context length that the model seems to have, though nobody has said so; 0: none is guessed
     summary: tuple[SummaryPlan, str] | None = None  # what may be summarised now, and the client's authorization for it
     ephemeral: bool = False  # the reply will not become a message of the chat
 
@@ -9713,7 +10171,7 @@ class Archive:
         What is new in the request is written first. Without an explicit `chat_id` the transcript names the chat.
         """
         with contextlib.ExitStack() as loans:
-            named = chat_id or self._located(request, deadline)
+            named = chat_id or self._located(request, "", deadline)
             chat = loans.enter_context(self._registry.lookup(named)) if named else None
             if chat is None:
                 with self._creating:
@@ -9731,6 +10189,8 @@ class Archive:
             """Finds the place, and writes what is new."""
             known = [] if request.identity.complete else chat.store.info.get("notes", [])
             spoken = without_notes(request, known)
+            if not request.identity.complete:
+                spoken = with_hidden(chat, unmerged(chat, spoken))
             alignment = (chat_id and align_appended(chat, spoken)) or align_request(chat, spoken)
             if note := "" if request.identity.complete else learned_note(chat, alignment, spoken):
                 chat.store.commit(info={"notes": [*known, note][-KEPT_NOTES:]})
@@ -9749,10 +10209,12 @@ class Archive:
             with chat.store.in_ram(str(error)):
                 return write()
 
-    def _located(self, request: ChatRequest, deadline: Deadline) -> str:
-        """The id of the chat without an explicit id that a request's transcript continues; empty: none."""
+    def _located(self, request: ChatRequest, chat_id: str, deadline: Deadline) -> str:
+        """The id of the chat without an explicit id that a request's transcript continues, or of one whose id comes
+        from our extension, which may be off by now or see a copy of the chat; empty: none."""
         digests = [(t.role, t.digest) for t in request.turns]
-        found = self._registry.locate(digests, lambda chat: align_anonymous(chat, request), deadline.left)
+        kinds = "de" if not chat_id or request.identity.has_metadata else "d"
+        found = self._registry.locate(digests, lambda chat: align_anonymous(chat, request), deadline.left, kinds)
         if found or not request.account:
             return found[0] if found else ""
         with self._registry.lookup(request.account) as chat:  # one chat per account, as clients of old have it
@@ -9766,7 +10228,7 @@ class Archive:
 
         A new explicit id adopts a copy of the branch that its transcript continues; an imported chat becomes it.
         """
-        parent, located = self._parent(request), self._located(request, deadline)
+        parent, located = self._parent(request), self._located(request, chat_id, deadline)
         if not chat_id and (parent or located):
             return parent or located
         named = chat_id or f"{request.account or 'chat'}-{secrets.token_hex(8)}"
@@ -9778,7 +10240,8 @@ class Archive:
             if parent:
                 self._adopt(parent, chat, lambda source: align_request(source, request))
             if located:
-                self._become(located, chat, lambda source: align_request(source, request), copy=not parent)
+                sure = request.identity.has_metadata
+                self._become(located, chat, lambda source: align_request(source, request), copy=not parent, whole=sure)
             if not chat_id:
                 with chat.lock:  # before anyone else may look for it
                     self._write_branch(chat, align_request(chat, request), request)
@@ -9802,20 +10265,25 @@ class Archive:
                     path = source.path(align(source).tip)
                 self._copy_messages(source, target, path)
 
-    def _become(self, source_id: str, target: Chat, align: Callable[[Chat], Alignment], copy: bool = True) -> None:
-        """Has an imported chat become the named one: all around the branch that they share moves there.
+    def _become(
+        self, source_id: str, target: Chat, align: Callable[[Chat], Alignment], copy: bool = True, whole: bool = False
+    ) -> None:
+        """Has an imported chat become the named one: all around the branch that they share moves there. Of one that was
+        lived without an id the `whole` moves, where it is certain which chat goes on.
 
-        Of a chat that was no import the branch is copied, unless not to `copy`. Files that begin alike share a chat as
-        its branches: it stays until each of them has become a named one.
+        Of other chats the branch is copied, unless not to `copy`. Files that begin alike share a chat as its branches:
+        it stays until each of them has become a named one.
         """
         with self._registry.lookup(source_id) as source:
-            if source is None or not source.store.info.get("imported"):
+            lived = source is not None and not source.store.info["explicit"]
+            if not lived or not (whole or source.store.info.get("imported")):
                 if source and copy:
                     self._adopt(source_id, target, align)
                 return
             with source.lock:
                 tip = align(source).tip
-                ids = around_branch(source.tree, tip) if tip else []
+                whole = whole and bool(tip) and not source.store.info.get("imported")
+                ids = list(source.tree.nodes) if whole else around_branch(source.tree, tip) if tip else []
                 taken = set(source.store.info.get("taken", ())) | (source.tree.ends & set(ids))
                 info = {k: v for k, v in source.store.info.items() if k in BECOMING and k not in target.store.info}
                 left = source.tree.ends - taken
@@ -9839,7 +10307,7 @@ class Archive:
             summaries = [
                 s for s in every if len(texts & set(s.texts)) >= len(set(s.texts)) / (1 + (s.source == "user"))
             ]
-            facts = [f for f in source.store.facts.values() if f.digest in texts]
+            facts = [f for f in source.store.facts.values() if not f.digest or f.digest in texts]
             family, marks = source.store.family, dict(source.store.marks)  # also of words that come back only later
         target.store.commit(messages, {"family": family}, summaries=summaries, facts=facts, marks=marks)
         target.put_vectors(self._vectors.embedder.key, vectors)
@@ -9873,11 +10341,14 @@ class Archive:
         info = {"head": path[-1], "shows_history": shows}
         info |= {"character": character} if character else {}
         info |= {"title": request.identity.title} if request.identity.title else {}
+        if request.identity.complete:
+            info["hidden"] = [i for i, t in zip(path[-len(request.turns) :], request.turns, strict=True) if t.hidden]
         group = request.identity.group or names_of_group(store.info.get("group", ""), (t.voice for t in request.turns))
         info |= {"group": group} if group else {}
         erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
         info |= {"persona": "" if erased else persona} if request.persona else {}
         info |= {"account": request.account} if request.account and not store.info["explicit"] else {}
+        info |= {"extension": True} if request.identity.has_metadata and store.info["explicit"] else {}
         info |= {"lone": lone} if (lone := is_lone(chat, request, path)) != store.info.get("lone", False) else {}
         before = chat.path()
         if messages or any(store.info.get(k) != v for k, v in info.items()):
@@ -9906,7 +10377,7 @@ class Archive:
             with chat.lock:
                 if tip not in chat.tree.nodes:  # deleted, and made anew under the same id
                     return []
-                said = [spoken_words("assistant", text) for text in texts]
+                said = [spoken_words("assistant", whole_characters(text)) for text in texts]
                 replies = [new_message(tip, "assistant", text) for text in said if text.strip()]
                 replies = [replace(m, confirmed=False, complete=complete) for m in replies]
                 fresh = [m for m in replies if not chat.tree.is_confirmed(m.id)]
@@ -10019,7 +10490,7 @@ class Archive:
 
     def _chat_of_copy(self, copy: ChatCopy, chat_id: str) -> tuple[str, bool]:
         """The id of the chat that a file's belongs to, and whether it was made for it."""
-        named = chat_id or copy.info.get("chat_id", "") or self._located_copy(copy, "dn")
+        named = chat_id or copy.info.get("chat_id", "") or self._located_copy(copy, ANY_ID)
         if not named:  # derived, so that an import that was interrupted finds its chat again
             first_user = next((m.id for m in copy.path if m.role == "user"), copy.head)
             named = f"chat-{first_user[:16]}"
@@ -10248,8 +10719,19 @@ def copy_goes_on(chat: Chat, copy: ChatCopy) -> bool:
 class Recaller:
     """Finds what a turn or a question needs of the past: in its own chat, and in others with the same character."""
 
-    def __init__(self, vectors: Vectors, feelings: Feelings, registry: ChatRegistry):
+    def __init__(self, vectors: Vectors, feelings: Feelings, registry: ChatRegistry, reranker: str = ""):
         self._vectors, self._feelings, self._registry = vectors, feelings, registry
+        self._reranker = Reranker(reranker) if reranker else None
+
+    def start(self) -> None:
+        """Begins to load the reranker, where there is one."""
+        if self._reranker:
+            self._reranker.start()
+
+    def close(self) -> None:
+        """Ends the reranker's thread."""
+        if self._reranker:
+            self._reranker.close()
 
     def recall(self, turn: TurnContext, quoted: Collection[str] = ()) -> RecallResult:
         """What a turn remembers; `quoted` are the ids of messages that the story quotes. Never fails a turn.
@@ -10267,7 +10749,12 @@ class Recaller:
                 self._vectors.later(chat, [n.id for n in turn.nodes[-ENCODED_AT_ONCE:]])
                 return RecallResult()
             with chat.lock:
-                return replace(self._answer(turn, query, vector, room, quoted), degraded=degraded)
+                memories = self._candidates(turn, query, vector, quoted)
+            memories, late = self._reranked(query, memories, turn.deadline.left)
+            with chat.lock:
+                kept, left_out = select_memories(chat, turn.visible, memories, room)
+            degraded = "; ".join(filter(None, (degraded, late)))
+            return RecallResult(tuple(kept), tuple(left_out), degraded, query.words, vector)
         except Exception as error:
             with chat.lock:
                 chat.index = MemoryIndex()  # derived: the next turn makes it anew
@@ -10282,10 +10769,25 @@ class Recaller:
             name, text = turn.pivot.name or "", turn.pivot.content
             return understand(text, name, index.speakers, index.now, before, index.language)
 
-    def _answer(
-        self, turn: TurnContext, query: Query, vector: np.ndarray | None, room: int, quoted: Collection[str]
-    ) -> RecallResult:
-        """What answers a turn's query in at most `room` tokens."""
+    def _reranked(self, query: Query, memories: list[Memory], timeout: float) -> tuple[list[Memory], str]:
+        """Memories in the reranker's order, the best RERANKED of them, and what kept it from that.
+
+        The first gets the best score, the second the next: a score keeps its meaning, whatever the reranker's are.
+        """
+        best = memories[:RERANKED]
+        if self._reranker is None or query.asks == TELLS or len(best) < 2:
+            return memories, ""
+        try:
+            order = self._reranker.order(query.asked or query.spoken, [m.text for m in best], timeout)
+        except EmbedderUnavailable as error:
+            return memories, str(error)
+        moved = [with_score(best[i], "reranker", memory.score) for i, memory in zip(order, best, strict=True)]
+        return moved + memories[RERANKED:], ""
+
+    def _candidates(
+        self, turn: TurnContext, query: Query, vector: np.ndarray | None, quoted: Collection[str]
+    ) -> list[Memory]:
+        """What answers a turn's query, best first, of long messages the part that does; hold the chat's lock."""
         chat, nodes = turn.chat, turn.nodes
         index = chat.follow(nodes, self._vectors.embedder)
         evidence = index.evidence(query.words, vector, turn.first + turn.layout.reach)
@@ -10299,9 +10801,7 @@ class Recaller:
         ]
         asking = nodes[turn.layout.pivot - len(turn.request.turns)]
         memories = self._memories(chat, nodes, scores, found, self._feelings.read(chat, [asking])[0])
-        memories = [in_part(m, index, query, evidence, vector) for m in memories]
-        kept, left_out = select_memories(chat, turn.visible, memories, room)
-        return RecallResult(tuple(kept), tuple(left_out), "", query.words, vector)
+        return [in_part(m, index, query, evidence, vector) for m in memories]
 
     def _memories(
         self, chat: Chat, nodes: Sequence[Node], scores: Mapping[str, np.ndarray], indexes: Sequence[int],
@@ -10341,7 +10841,9 @@ class Recaller:
                 ranked = np.argsort(-scores["score"], kind="stable").tolist()
                 some = [i for i in ranked if not nodes[i].forgotten][: max(k, MOST_MEMORIES)]
                 memories = self._memories(chat, nodes, scores, some, read_emotion(text))
-                duplicates = duplicates_among(index, memories)
+            memories, _ = self._reranked(query, memories, SEARCH_SECONDS if wait else RECALL_SECONDS)
+            with chat.lock:
+                duplicates = duplicates_among(chat.index, memories)
         if not tokens:
             return memories[:k]
         best = max((m.score for m in memories), default=0.0)
@@ -10501,8 +11003,8 @@ def branch_facts(chat: Chat, path: Sequence[str], before: float) -> list[tuple[F
 
 
 def at_message(fact: Fact, path: Sequence[str]) -> Fact:
-    """A fact with the id of its message on a branch."""
-    return replace(fact, message=path[fact.index])
+    """A fact with the id of its message on a branch; a user's note has none."""
+    return replace(fact, message=path[fact.index] if fact.digest else "")
 
 
 def branch_story(chat: Chat, path: Sequence[str], before: int, budget: int) -> Story:
@@ -10522,7 +11024,7 @@ def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
         return 0
     texts, ids = chat.texts(path), set(path)
     begun = bool(placed(store.summaries.values(), texts))
-    begun = begun or not {f.digest for f in store.facts.values()}.isdisjoint(texts)
+    begun = begun or not {f.digest for f in store.facts.values()}.isdisjoint({*texts, ""})
     return budget if begun or any(n.pinned and n.id in ids for n in chat.nodes(tree.marked)) else 0
 
 
@@ -10538,7 +11040,8 @@ def story_rows(chat: Chat, path: Sequence[str]) -> dict:
     """
     every, texts = chat.store.summaries.values(), chat.texts(path)
     story = story_of(every, texts)
-    facts = [row for row in branch_facts(chat, path, math.inf) if row[0].quote]  # pinned messages quote nothing
+    rows = branch_facts(chat, path, math.inf)
+    facts = [row for row in rows if row[0].quote or not row[0].digest]  # pinned messages quote nothing
     return {
         "summary": "\n".join(map(summary_line, story)),
         "story": [summary_row(s) | {"first": path[s.start], "last": path[s.end]} for s in story],
@@ -10563,6 +11066,8 @@ class Summarizer:
         self._call = Call()
         self._closed = False
         self.failure: dict | None = None  # how the last request failed; None once one has not
+        self._asked = ""  # the model that was asked last
+        self._flawed = 0  # stretches in a row that it has written nothing usable of
 
     def start(self) -> None:
         """Goes on with what was due when the program ended; raises `StoreError`."""
@@ -10689,13 +11194,12 @@ class Summarizer:
         return self._settings.proxy or bool(self._settings.summary_upstream)
 
     def _extract_to_improve(self, chat: Chat, plan: SummaryPlan) -> Summary | None:
-        """The oldest extract of a branch that a model may still replace; one that stands for several others comes after
-        those."""
+        """The extract of a branch that a model replaces next; one that stands for several others comes after those."""
         if not self._writes:
             return None
         with chat.lock:
             path, story = self._story(chat, plan)
-            return oldest_extract(story, list(chat.store.summaries.values()), chat.texts(path))
+            return extract_to_improve(story, list(chat.store.summaries.values()), chat.texts(path))
 
     def _improve(self, chat: Chat, plan: SummaryPlan, authorization: str) -> float | None:
         """Has the model write one extract anew; returns the seconds after which to go on, None to end it for now.
@@ -10719,7 +11223,7 @@ class Summarizer:
             fresh, _ = self._from_messages(chat, messages, old.start, plan, ask)
         else:
             fresh = self._from_summaries(chat, path, parts, plan, ask)
-        if self._closed or (self.failure and self.failure is not failed):
+        if self._closed or (self.failure and self.failure is not failed and self.failure["status"]):
             return None  # the model is not to blame: it goes on with the next turn, or after a restart
         since = start + self._settings.summary_every - 1
         fresh = replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1, since=since)
@@ -10775,14 +11279,25 @@ class Summarizer:
                 self._call = call
             try:
                 model = model or self._upstream.default_model(call)
-                choice = self._upstream.complete(body | {"model": model}, call)["choices"][0]
-                self.failure = None
-                return choice
+                self._asked = model
+                return self._upstream.complete(body | {"model": model}, call)["choices"][0]
+            except NoReply:
+                raise  # a flaw of the model's, as others are
             except PersonaMemoryError as error:
                 if self._closed or not call.cancelled:
-                    self.failure = {"at": time.time(), "model": model, "status": error.status, "words": str(error)}
+                    self._note_failure(error.status, str(error))
                     raise
         raise UpstreamUnavailable("The upstream was busy with replies.")
+
+    def _note_failure(self, status: int, words: str) -> None:
+        """Notes why the model that was asked last writes no summaries; `status` is 0 where it answers, but badly."""
+        self.failure = {"at": time.time(), "model": self._asked, "status": status, "words": words}
+
+    def _note_flaw(self, flaw: str) -> None:
+        """Notes what is wrong with what the model writes, which one bad answer does not show."""
+        self._flawed += 1
+        if self._flawed >= MOST_FLAWED:
+            self._note_failure(0, f"What it wrote {self._flawed} times in a row could not be used: {flaw}.")
 
     def _from_messages(
         self, chat: Chat, messages: Sequence[Message], start: int, plan: SummaryPlan, ask: Callable | None
@@ -10843,6 +11358,7 @@ class Summarizer:
             return "", []
         lines = clipped_lines(lines, budget)
         plain_only = getattr(self._upstream, "model", "") == LOCAL_MODEL  # too small for JSON, and slow
+        flaw = ""
         for strict in (True,) if plain_only else (False, True):
             tokens = 2 * room + (0 if strict else 80 * MOST_FACTS)
             if not self._may_ask():
@@ -10850,6 +11366,7 @@ class Summarizer:
             try:
                 choice = ask(summary_request(lines, what, room, strict), tokens)
             except NoReply as error:
+                flaw = str(error).removesuffix(".")
                 log_event("summary_rejected", f"A summary is not used: {error}", flaw="empty", strict=strict)
                 continue
             except PersonaMemoryError as error:
@@ -10861,8 +11378,10 @@ class Summarizer:
             text = whole_sentences(text, room, choice.get("finish_reason") == "length")
             flaw = flaw_of(text, "\n".join(lines))
             if not flaw:
+                self.failure, self._flawed = None, 0
                 return text, facts
             log_event("summary_rejected", f"A summary is not used: {flaw}.", flaw=flaw, strict=strict)
+        self._note_flaw(flaw)
         return "", []
 
     def summarize(self, text: str, authorization: str) -> str:
@@ -10873,6 +11392,13 @@ class Summarizer:
         plan = SummaryPlan(ROOT, 0, 0, 0, self._settings.context or DEFAULT_CONTEXT)
         written, _ = self._written(lines, "lines", room, plan, self._asker(plan, authorization, retry=False))
         return written or extract_summary([("", line, 0.0) for line in lines], room)
+
+    def add_note(self, chat_id: str, text: str) -> dict:
+        """Adds a fact that a user tells, which every prompt of the chat repeats; returns it. Raises `NotFound`."""
+        note = Fact(secrets.token_hex(8), "", sane_text(text).strip(), "", "", -1, -1, pinned=True)
+        with self._registry.borrow(chat_id) as chat, chat.lock:
+            chat.store.commit(facts=[note])
+        return asdict(note)
 
     def change_fact(self, chat_id: str, fact_id: str, text: str | None, pinned: bool | None, forgotten: bool) -> dict:
         """Edits, pins or forgets a fact; returns it as it is then. Raises `NotFound`."""
@@ -10919,11 +11445,13 @@ def marked_since(chat: Chat, marks: Mapping[str, Mapping[str, Mark]]) -> set[str
     return {digest for digest in marks.keys() | now.keys() if marks.get(digest) != now.get(digest)}
 
 
-def oldest_extract(story: Sequence[Summary], stored: Sequence[Summary], texts: Sequence[str]) -> Summary | None:
-    """The oldest extract among summaries, and among those that they were made from, which go first."""
+def extract_to_improve(story: Sequence[Summary], stored: Sequence[Summary], texts: Sequence[str]) -> Summary | None:
+    """The first extract among summaries, and among those that they were made from, which go first: of the story's
+    oldest line, the part that tells most."""
     for summary in story:
         parts = taken_in(summary, stored, texts) if summary.level > 1 else ()
-        found = oldest_extract(parts, stored, texts)
+        parts = sorted(parts, key=lambda s: -importance_alone(s.text, 0.0))
+        found = extract_to_improve(parts, stored, texts)
         if found or (summary.source == "extract" and summary.tries < MOST_TRIES):
             return found or summary
     return None
@@ -10963,6 +11491,7 @@ class Status:
         return {
             "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
             "embedder": embedder, "chats": len(self._registry), "proxy": self._settings.proxy,
+            "summaries": "failing" if self.summaries else "ok",  # the page says why, in words that need a key
         }  # fmt: skip
 
     @property
@@ -10986,7 +11515,7 @@ class Status:
             "data": self._settings.data, "uptime": round(time.time() - self._started), "last_turn": self.last_turn,
             "queue": queue_now | {"limit": self._settings.upstream_limit},
             "turns": {o: figure("requests_total", outcome=o) for o in outcomes}, "troubles": self.troubles.newest(),
-            "summaries": self.summaries,
+            "summary_failure": self.summaries,
         }  # fmt: skip
 
     def options(self) -> list[dict]:
@@ -11052,7 +11581,8 @@ def diagnosis(
         return "loading", "Models are loading.", "Chats work already. Until then, memories are found by words only."
     if summaries:
         words = f"The model {summaries['model']} could not write a summary: {summaries['words']}"
-        return "notice", words, f"{SUMMARY_ADVICE} {advice_on(summaries['status'], upstream)}"
+        advice = advice_on(summaries["status"], upstream) if summaries["status"] else ""
+        return "notice", words, f"{SUMMARY_ADVICE} {advice}".rstrip()
     if turn.get("outcome") == "degraded":
         reason = turn["why"].removeprefix("degraded; reason=")
         if reason.startswith(UNKEPT):
@@ -11128,6 +11658,7 @@ class Completions:
                 break
             except UpstreamError as error:
                 prepared = self._mended(prepared, error)
+        self._learn_limit(prepared)
         if answer.get("usage"):
             self._learn_ratio(prepared, answer["usage"])
         else:
@@ -11146,6 +11677,7 @@ class Completions:
                 break
             except UpstreamError as error:
                 prepared = self._mended(prepared, error)
+        self._learn_limit(prepared)
         with contextlib.closing(chunks):
             yield prepared
             yield from self._with_usage(prepared, itertools.chain([first], chunks))
@@ -11153,36 +11685,47 @@ class Completions:
     def _mended(self, prepared: Prepared, error: UpstreamError) -> Prepared:
         """The turn as the upstream may take it after that error; raises the error where there is no such thing."""
         overflow = exceeded_context(error)
-        if overflow and not prepared.shortened and prepared.history is not None:
+        if overflow and prepared.shortened < MOST_SHORTENED and prepared.history is not None:
             return self._shortened(prepared, overflow, error)
         if is_blocked(error) and prepared.fallbacks:
-            return without_refused(prepared, error)
+            refused = replace(prepared, refused=prepared.fallbacks[0].without)
+            return without_part(refused, f"which the provider's filter refused: {error}")
         raise error
 
     def _shortened(self, prepared: Prepared, overflow: Overflow, error: UpstreamError) -> Prepared:
         """The turn without its oldest messages: those that are too much for the model, and a tenth of the prompt at
-        least. What the error tells of the model is kept for the next turns."""
-        messages, model = prepared.body["messages"], prepared.body.get("model") or ""
-        ours = counted_usage(messages, ())["prompt_tokens"]
+        least. Where none are left to go, memory goes, part by part. What the error tells of the model is kept for the
+        next turns."""
+        model, reply = prepared.body.get("model") or "", reply_limit(prepared.body)
+        ours = prompt_tokens(prepared.body["messages"])
         measured, ratio = self._ratios.get(model)
-        reply = reply_limit(prepared.body)
         if overflow.prompt:
             measured, ratio = ours, token_ratio(ours, overflow.prompt)
         elif overflow.context and ours * ratio + reply < overflow.context:
             ratio *= UNKNOWN_RATIO
+        ratio = min(ratio, LARGEST_RATIO)
+        self._ratios.put(model, (measured, ratio))
+        if overflow.context:
+            self._limits.put(model, overflow.context)
         limit = overflow.context or int(ours * ratio / UNKNOWN_RATIO) + reply
-        self._limits.put(model, limit)
-        self._ratios.put(model, (measured, min(ratio, LARGEST_RATIO)))
-        room = (limit - reply) / ratio
-        kept = without_oldest(messages, int(max(ours - room, ours / 10)), prepared.history)
-        gone = len(messages) - len(kept)
-        if not gone:
-            raise error
-        reason = f"the prompt was too long for the model and lost its oldest messages ({gone}): {error}"
-        report, left = prepared.report, ours - counted_usage(kept, ())["prompt_tokens"]
-        tokens = report.tokens | {"history": max(0, report.tokens["history"] - left)}
-        report = replace(report, history=max(0, report.history - gone), tokens=tokens)
-        return with_messages(replace(prepared, shortened=True, report=report), reason, kept)
+        prepared = replace(prepared, shortened=prepared.shortened + 1, limit=0 if overflow.context else limit)
+        room = min((limit - reply) / ratio, 0.9 * ours)
+        while prepared.shortened == MOST_SHORTENED and prepared.fallbacks:  # the last try is the client's own prompt
+            prepared = without_part(prepared, f"for which the model has no room: {error}")
+        while True:
+            messages = prepared.body["messages"]
+            kept = without_oldest(messages, math.ceil(prompt_tokens(messages) - room), prepared.history)
+            left = prompt_tokens(kept)
+            if left < ours:
+                return without_messages(prepared, kept, error)
+            if not prepared.fallbacks:
+                raise error
+            prepared = without_part(prepared, f"for which the model has no room: {error}")
+
+    def _learn_limit(self, prepared: Prepared) -> None:
+        """A guessed context length holds only once a prompt has fitted into it: the guess refuses prompts."""
+        if prepared.limit:
+            self._limits.put(prepared.body.get("model") or "", prepared.limit)
 
     def _learn_ratio(self, prepared: Prepared, usage: Mapping) -> None:
         """Learns from a prompt's tokens as the model counts them.
@@ -11226,15 +11769,26 @@ class Completions:
                 self._metrics.usage.labels(kind).inc(count)
 
 
-def without_refused(prepared: Prepared, error: UpstreamError) -> Prepared:
-    """The same turn without the next part of its prompt that a provider's filter may have refused."""
+def without_part(prepared: Prepared, why: str) -> Prepared:
+    """The same turn without the next part of what memory adds to its prompt."""
     (fallback, *fallbacks), report = prepared.fallbacks, prepared.report
     shares = {"memories": "memories", "story": "story"}.get(fallback.without, "")
     recalled = [] if fallback.without == "memories" else report.recalled
     report = replace(report, recalled=recalled, tokens=report.tokens | ({shares: 0} if shares else {}))
     prepared = replace(prepared, report=report, history=fallback.history, fallbacks=tuple(fallbacks))
-    reason = f"asked again without {fallback.without}, which the provider's filter refused: {error}"
-    return with_messages(replace(prepared, refused=fallback.without), reason, fallback.messages)
+    return with_messages(prepared, f"asked again without {fallback.without}, {why}", fallback.messages)
+
+
+def without_messages(prepared: Prepared, kept: Sequence[dict], error: UpstreamError) -> Prepared:
+    """The same turn with those of its messages that are kept, since a prompt was too long."""
+    messages, report = prepared.body["messages"], prepared.report
+    gone, left = len(messages) - len(kept), prompt_tokens(messages) - prompt_tokens(kept)
+    if not gone:
+        return prepared
+    tokens = report.tokens | {"history": max(0, report.tokens["history"] - left)}
+    report = replace(report, history=max(0, report.history - gone), tokens=tokens)
+    reason = f"the prompt was too long for the model and lost its oldest messages ({gone}): {error}"
+    return with_messages(replace(prepared, report=report), reason, kept)
 
 
 def with_messages(prepared: Prepared, reason: str, messages: Sequence[dict]) -> Prepared:
@@ -11245,10 +11799,14 @@ def with_messages(prepared: Prepared, reason: str, messages: Sequence[dict]) -> 
     return replace(prepared, body=body, header=report_header(report), report=report)
 
 
+def prompt_tokens(messages: Sequence[Mapping]) -> int:
+    """A prompt's tokens as they are counted here."""
+    return REPLY_PRIMING + sum(map(message_tokens, messages))
+
+
 def counted_usage(messages: Sequence[Mapping], texts: Sequence[str]) -> dict:
     """OpenAI's usage object, counted here, for upstreams that give none."""
-    prompt = REPLY_PRIMING + sum(map(message_tokens, messages))
-    return usage_object(prompt, sum(map(count_tokens, texts)))
+    return usage_object(prompt_tokens(messages), sum(map(count_tokens, texts)))
 
 
 def gather(texts: defaultdict[int, str], chunk: Mapping) -> None:
@@ -11389,7 +11947,8 @@ class PromptBuilder:
         with chat.lock:
             mood = self._mood(turn)
             piece = self._reminder(turn, story, recalled)
-            older = chat.store.read([n.id for n in nodes[first + layout.anchor : first + above]])
+            above_window = enumerate(nodes[first + layout.anchor : first + above], layout.anchor)
+            older = chat.store.read([n.id for i, n in above_window if i not in layout.hidden])
         memories = [*recalled.memories, *self._recaller.carry_over(turn, recalled.memories)]
         carried = memories[len(recalled.memories) :]
         parts = (memory_block(recalled.memories), carried_block(carried), self._feelings.guidance(turn, mood))
@@ -11405,9 +11964,11 @@ class PromptBuilder:
         first, above = request.history_start, len(nodes) - len(request.turns)
         path, shown, budget = [n.id for n in nodes], nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
-        counts = [n.tokens for n in shown]
+        away = set(chat.store.info.get("hidden", ()))
+        counts = [0 if n.id in away else n.tokens for n in shown[:above]]
+        counts += [0 if t.hidden else n.tokens for t, n in zip(request.turns[first:], shown[above:], strict=True)]
         for i, turn in enumerate(request.turns[first:], above):
-            if shown[i].shown != turn.fingerprint:  # the client shows it with something else around the words
+            if shown[i].shown != turn.fingerprint and not turn.hidden:  # with something else around the words
                 counts[i] = message_tokens(turn.raw)
         layout = arrange(request, context, shares, counts, [n.role for n in shown], reserved)
         story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
@@ -11493,7 +12054,7 @@ def composed(memory: TurnMemory, parts: Collection[str]) -> tuple[list[dict], in
 
 def known_refusals(chat: Chat, memory: TurnMemory) -> list[str]:
     """The parts of a turn's memory that hold something which the provider's filter has refused before."""
-    return [part for part, ids in memory.parts.items() if ids & chat.refused.get(part, frozenset())]
+    return [part for part, ids in memory.parts.items() if not ids.isdisjoint(chat.refused(part))]
 
 
 def fallbacks(memory: TurnMemory, withheld: Collection[str]) -> Iterator[Fallback]:
@@ -11532,7 +12093,7 @@ class PersonaMemory:
         self.vectors = Vectors(self.embedder, self.registry)
         self.archive = Archive(self.registry, self.vectors, settings.forget_after)
         self.feelings = Feelings(settings, self.vectors, self.registry)
-        self.recaller = Recaller(self.vectors, self.feelings, self.registry)
+        self.recaller = Recaller(self.vectors, self.feelings, self.registry, settings.reranker)
         self.completions = Completions(settings, self.upstream, metrics)
         self.builder = PromptBuilder(
             settings, self.archive, self.vectors, self.feelings, self.recaller, self.completions, self.status
@@ -11543,6 +12104,7 @@ class PersonaMemory:
         if self.settings.proxy:
             self.upstream.start()
         self.vectors.start()
+        self.recaller.start()
         token_encoding()
         with contextlib.suppress(StoreError):
             self.summarizer.start()
@@ -11557,8 +12119,7 @@ class PersonaMemory:
             if prepared.refused and texts:  # the next turn does not begin with it
                 with self.registry.lookup(prepared.chat_id) as chat:
                     if chat:
-                        refused = chat.refused.get(prepared.refused, frozenset()) | prepared.parts[prepared.refused]
-                        chat.refused = {**chat.refused, prepared.refused: refused}
+                        chat.refuse(prepared.refused, prepared.parts[prepared.refused])
             for reply in self.archive.record(prepared.chat_id, prepared.tip, said, complete, prepared.report):
                 self.status.log_text(reply.role, reply.content)
             if prepared.summary:
@@ -11581,16 +12142,24 @@ class PersonaMemory:
         Returns how many `messages` the branch has, the id of the `last`, and how many texts wait for their vectors.
         Raises `InvalidRequest`.
         """
-        if not isinstance(body, dict):
-            raise InvalidRequest("The request must be a JSON object.")
-        request, _ = parse_injection(body | {"chat_id": chat_id, "complete": True})
-        if not request.turns:
-            raise InvalidRequest("messages must hold a message with the role user or assistant.", "messages")
+        request = parse_whole_chat(chat_id, body)
         with self.archive.enter(request, chat_id, Deadline.after(SEARCH_SECONDS)) as (chat, path, _):
             self.vectors.later(chat, path)
             with chat.lock:
                 waiting = len(chat.follow(chat.nodes(path), self.embedder).unembedded)
         return {"chat_id": chat_id, "messages": len(path), "last": path[-1], "unembedded": waiting}
+
+    def known(self, chat_id: str, body: Any) -> dict:
+        """How much of a whole chat, as its client shows it, is there: of its `messages` the first `known`; whether that
+        is the `current` branch; and how many of its texts wait for their vectors. Raises `InvalidRequest`."""
+        request = parse_whole_chat(chat_id, body)
+        counts = {"messages": len(request.turns), "known": 0, "current": False, "unembedded": 0}
+        with self.registry.lookup(chat_id) as chat, chat.lock if chat else contextlib.nullcontext():
+            if chat:
+                kept, path = align_request(chat, request).kept, chat.path()
+                counts |= {"known": len(kept), "current": len(kept) == len(request.turns) and list(kept) == path}
+                counts["unembedded"] = len(chat.follow(chat.nodes(path), self.embedder).unembedded)
+        return counts
 
     def chats(self) -> list[dict]:
         """A line for every chat, the last used first."""
@@ -11665,7 +12234,8 @@ class PersonaMemory:
 
     def close(self) -> None:
         """Ends background work; what it leaves undone is done when the chat is used again."""
-        for service in (self.status, self.summarizer, self.feelings, self.vectors, self.registry, self.upstream):
+        services = (self.status, self.summarizer, self.feelings, self.recaller, self.vectors, self.registry)
+        for service in (*services, self.upstream):
             service.close()
 
 
@@ -12646,14 +13216,15 @@ function factRow(chat, fact) {
         await live.refresh();
     };
     return h('li',
-        meta(h('b', fact.about), h('a', { href: messageLink(chat, fact.index) }, `#${fact.index + 1}`),
+        meta(h('b', fact.about || 'Your note'),
+            fact.digest && h('a', { href: messageLink(chat, fact.index) }, `#${fact.index + 1}`),
             fact.pinned && h('span.chip', 'Pinned'),
             tools(
                 quiet('Edit', () => edit(text, 'Fact', fact.text, save)),
                 quiet(fact.pinned ? 'Unpin' : 'Pin', () => attempt(() => change(path, { pinned: !fact.pinned }))),
                 quiet('Forget', () => attempt(forget)))),
         text,
-        h('p.small.muted', `“${fact.quote}”`),
+        fact.quote && h('p.small.muted', `“${fact.quote}”`),
         fact.supersedes && h('p.small.muted', `Before: ${fact.supersedes.text}`));
 }
 
@@ -13548,6 +14119,7 @@ EXTENSION = "persona_memory"  # its folder, and its name in SillyTavern
 EXTENSION_ADDRESS = "http://127.0.0.1:5100"  # the server that its script looks for by default
 EXTENSION_BRANCH = b"refs/heads/main"
 EXTENSION_TIME = 1767225600  # Unix seconds, the date of all its commits
+EXTENSION_LANGUAGES = ("de-de", "es-es", "ru-ru", "zh-cn", "ja-jp")  # by SillyTavern's names
 EXTENSION_MANIFEST = {
     "display_name": "Persona Memory",
     "loading_order": 120,  # after Vector Storage, which rearranges the chat
@@ -13555,9 +14127,13 @@ EXTENSION_MANIFEST = {
     "optional": [],
     "generate_interceptor": "personaMemoryInterceptor",
     "js": "index.js",
+    "css": "style.css",
     "author": "persona_memory",
     "version": __version__,
     "auto_update": False,
+    "minimum_client_version": "1.12.6",  # what it was tried with
+    "i18n": {language: f"{language}.json" for language in EXTENSION_LANGUAGES},
+    "hooks": {"clean": "clean"},
 }
 EXTENSION_SCRIPT = r"""
 // persona_memory for SillyTavern. Two ways in, one memory behind both:
@@ -13571,7 +14147,7 @@ EXTENSION_SCRIPT = r"""
 
 const NAME = 'persona_memory';
 const API = '/api/persona_memory';
-const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1 };
+const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1, role: 'system' };
 const TIMEOUT_MS = 2000; // how long a reply may be delayed
 const SYNC_TIMEOUT_MS = 60000; // a long chat takes the server some seconds, and no reply waits for that
 const KINDS = ['normal', 'swipe', 'regenerate', 'continue', 'impersonate', 'quiet'];
@@ -13579,9 +14155,12 @@ const IN_CHAT = 1; // SillyTavern's number for prompts that stand at a depth in 
 const ROLES = { system: 0, user: 1, assistant: 2 };
 const LOOPBACK = ['127.0.0.1', 'localhost', '[::1]'];
 const REVERSIBLE = ['openai', 'claude', 'mistralai', 'makersuite', 'vertexai', 'deepseek', 'xai'];
+const VECTORS = '3_vectors', SUMMARY = '1_memory'; // what stock extensions put into the prompt stands under these keys
 const MOST_SHOWN = 8; // memories listed in the panel
 const LONGEST_SHOWN = 240; // characters of each
 const MIN_CONFIDENCE = 0.5; // a mood that is less likely than this is not shown
+const NEAR = 50; // messages before and behind its place among which a message is looked for
+const REPORTS = 50; // of so many prompts the server keeps what went into them
 
 const state = {
     changed: true, // whether the open chat has changed in a way that a single request does not show
@@ -13595,12 +14174,23 @@ const state = {
 
 const client = () => globalThis.SillyTavern.getContext();
 
+/** A template literal in the user's language, as SillyTavern itself translates; in English where that has none. */
+function t(words, ...values) {
+    return client().t?.(words, ...values) ?? String.raw({ raw: words }, ...values);
+}
+
 /** The extension's own settings, as SillyTavern keeps them. */
 function settings() {
     const all = client().extensionSettings;
     all[NAME] ??= {};
     for (const [name, value] of Object.entries(DEFAULTS)) all[NAME][name] ??= value;
     return all[NAME];
+}
+
+/** SillyTavern calls this where the user has the extension's data removed. */
+export function clean() {
+    delete client().extensionSettings[NAME];
+    client().saveSettingsDebounced();
 }
 
 // ------------------------------------------------------------------------------------------------------ the server
@@ -13626,17 +14216,23 @@ async function call(path, body, method = body ? 'POST' : 'GET', timeout = TIMEOU
         return answer;
     } catch (error) {
         if (error instanceof Refusal) throw error;
-        if (signal.aborted) throw new Late('no answer in time');
-        throw new Error('no answer', { cause: error });
+        if (signal.aborted) throw new Late(t`no answer in time`);
+        throw new Error(t`no answer`, { cause: error });
     }
 }
 
 /** Says that the server does not answer: once, until it has answered again. */
 function serverFailed(error) {
-    showStatus(false, `${settings().server}: ${error.message}`);
+    const { server } = settings();
+    showStatus(false, `${server}: ${error.message}`);
     if (state.away) return;
     state.away = true;
-    globalThis.toastr?.warning(`The chat goes on without memories (${settings().server}: ${error.message}).`, NAME);
+    globalThis.toastr?.warning(t`The chat goes on without memories (${server}: ${error.message}).`, NAME);
+}
+
+/** Says that something which the user asked for could not be done. */
+function complain(error) {
+    globalThis.toastr?.error(error.message, NAME);
 }
 
 /** Host and port of an address, with one name for this machine; null where it is not an address. */
@@ -13709,14 +14305,19 @@ function keep(who) {
     return who;
 }
 
-/** The open group's name; none where one character is open. */
-function groupName() {
-    const { groupId, groups } = client();
-    return groups?.find((group) => group.id === groupId)?.name;
-}
-
 function randomHex() {
     return Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, '0')).join('');
+}
+
+/** What each request says of the chat that it belongs to. */
+function saidOf(who) {
+    const { groupId, groups, name2: character } = client();
+    const group = groups?.find(({ id }) => id === groupId)?.name;
+    return { chat_id: who.id, parent_chat_id: who.parent || undefined, title: who.file, group, character };
+}
+
+function chatPath(id) {
+    return `${API}/chats/${encodeURIComponent(id)}`;
 }
 
 /** SillyTavern's type of a generation in the server's words. */
@@ -13724,11 +14325,13 @@ function kindOf(type) {
     return KINDS.includes(type) ? type : 'normal';
 }
 
-/** The chat as it is shown, without the reply that a swipe replaces; hidden messages say that they are. */
-function shownMessages(kind) {
+/** The open chat as it is shown, without the reply that a swipe replaces; null where nothing has been said in it. */
+function shownChat(kind = 'normal') {
     const shown = client().chat.slice();
     if (kind === 'swipe' && shown.length && !shown.at(-1).is_user) shown.pop();
-    return shown.filter(isOfTheChat).map(shownMessage);
+    const messages = shown.filter(isOfTheChat).map(shownMessage);
+    const who = messages.some(isSpoken) ? identity() : null;
+    return who && { ...saidOf(who), messages };
 }
 
 /** Not SillyTavern's own notices (a group's beginning, help, comments), which have a type. */
@@ -13736,6 +14339,11 @@ function isOfTheChat(message) {
     return Boolean(message.mes?.trim()) && !(message.is_system && message.extra?.type);
 }
 
+function isSpoken({ role }) {
+    return role !== 'system';
+}
+
+/** A message for the server; a hidden one says that it is. */
 function shownMessage(message) {
     const narrator = message.extra?.type === 'narrator';
     const role = narrator ? 'system' : message.is_user ? 'user' : 'assistant';
@@ -13749,61 +14357,235 @@ function shownMessage(message) {
     };
 }
 
+/** Who has said a message of the server's. */
+function speakerOf({ name, role }) {
+    return name || (role === 'user' ? client().name1 : client().name2);
+}
+
 // -------------------------------------------------------------------------------------------------- the whole chat
 
-/**
- * The id that the server gives the last of those messages. Each id is a hash of the words and of the id before, so this
- * one stands for the whole chat. Null where the browser does not hash: on pages that are not served securely.
- */
-async function lastId(messages) {
-    if (!globalThis.crypto.subtle) return null;
-    const hash = async (...parts) => {
-        const bytes = await crypto.subtle.digest('SHA-256', new TextEncoder().encode(parts.join('\0')));
-        return Array.from(new Uint8Array(bytes), (byte) => byte.toString(16).padStart(2, '0')).join('').slice(0, 32);
-    };
-    let id = '';
-    for (const { role, content } of messages.filter((message) => message.role !== 'system')) {
-        id = await hash(id, await hash(role, content.normalize('NFC').replace(/\r\n?/g, '\n').trim()));
-    }
-    return id;
+/** What the server knows of the open chat: `{messages, known, current, unembedded}`; null where it is empty. */
+async function lookAtChat() {
+    const shown = settings().enabled ? shownChat() : null;
+    const found = shown && await call(`${chatPath(shown.chat_id)}/known`, shown, 'POST', SYNC_TIMEOUT_MS);
+    if (settledIdentity()?.id === shown?.chat_id) showKnown(found);
+    return found;
 }
 
 /** Has the server read the open chat in, where it does not know it as it stands. */
 async function readIn() {
-    const messages = settings().enabled ? shownMessages('normal') : [];
-    const who = messages.some((message) => message.role !== 'system') ? identity() : null;
-    if (!who) return;
     state.changed = false;
     try {
-        const last = await lastId(messages);
-        const known = last && await call(`${chatPath(who.id)}/messages?tip=${last}&limit=0`).catch(notKnown);
-        if (known) return;
-        const { name2: character } = client();
-        const named = { title: who.file, group: groupName(), character };
-        const shown = { parent_chat_id: who.parent || undefined, ...named, messages };
-        const answer = await call(`${chatPath(who.id)}/sync`, shown, 'POST', SYNC_TIMEOUT_MS);
-        if (identity()?.id === who.id) showStatus(true, `Connected; ${knownWords(answer)}.`);
+        const shown = settings().enabled ? shownChat() : null;
+        if (!shown || (await lookAtChat()).current) return;
+        const read = await call(`${chatPath(shown.chat_id)}/sync`, shown, 'POST', SYNC_TIMEOUT_MS);
+        if (settledIdentity()?.id === shown.chat_id) showKnown({ ...read, known: read.messages });
     } catch (error) {
         state.changed = true; // the next reply tries again
-        showStatus(false, `${settings().server}: ${error.message}. The server knows only a part of this chat.`);
+        showStatus(false, `${settings().server}: ${error.message}`);
     }
-}
-
-/** What a question for an unknown message is answered with; other errors go on. */
-function notKnown(error) {
-    if (error instanceof Refusal) return null;
-    throw error;
-}
-
-function knownWords({ messages, unembedded }) {
-    const known = `all ${messages} messages of this chat are known`;
-    return unembedded ? `${known}, ${unembedded} are still being indexed` : known;
 }
 
 /** The open chat has changed in a way that later requests may not show. Several changes are read in at once. */
 function onMessagesChanged() {
     state.changed = true;
     state.reading = state.reading.then(() => state.changed && readIn());
+    return state.reading;
+}
+
+function knownWords({ messages, known, unembedded }) {
+    if (known < messages) return t`${messages - known} of ${messages} messages of this chat are not known yet.`;
+    return unembedded
+        ? t`All ${messages} messages of this chat are known, ${unembedded} are still being indexed.`
+        : t`All ${messages} messages of this chat are known.`;
+}
+
+// -------------------------------------------------------------------------------------------------- single messages
+
+/** Words as they are compared: an edit of the server's own (of thoughts, of white space) makes no other message. */
+function plain(text) {
+    return (text ?? '').normalize('NFC').replace(/\s+/g, ' ').trim();
+}
+
+/**
+ * The server's row of a message of the open chat, and the row before it: what stands near the same place and holds the
+ * same words. The chat is read in where the server does not know it; throws an Error where it still does not then.
+ */
+async function rowsOf(id, again = false) {
+    const shown = client().chat;
+    const found = shown[id] && isOfTheChat(shown[id]) ? shownMessage(shown[id]) : null;
+    if (found && isSpoken(found)) {
+        const place = shown.slice(0, id).filter(isOfTheChat).map(shownMessage).filter(isSpoken).length;
+        const page = `messages?offset=${Math.max(0, place - NEAR)}&limit=${2 * NEAR}`;
+        const { messages: rows } = await call(`${chatPath(identity().id)}/${page}`).catch(noMessages);
+        const words = plain(found.content);
+        const same = ({ role, original, content }) => role === found.role && isSame(plain(original ?? content), words);
+        const row = rows.filter(same).sort((a, b) => Math.abs(a.index - place) - Math.abs(b.index - place))[0];
+        if (row) return [row, rows.find(({ index }) => index === row.index - 1)];
+        if (!again) return onMessagesChanged().then(() => rowsOf(id, true));
+    }
+    throw new Error(t`The server does not know this message.`);
+}
+
+/** What a question for a chat that the server does not know is answered with; other errors go on. */
+function noMessages(error) {
+    if (error instanceof Refusal) return { messages: [] };
+    throw error;
+}
+
+function isSame(stored, shown) {
+    return stored ? shown.includes(stored) : !shown;
+}
+
+/** Pins or forgets a message of the server's, or takes that back. */
+async function mark(row, changes) {
+    const path = `${chatPath(row.chat_id ?? identity().id)}/messages/${row.id}`;
+    const { pinned, forgotten } = await call(path, changes, 'PATCH');
+    return Object.assign(row, { pinned, forgotten });
+}
+
+/** Buttons that pin or forget a message of the server's, or take it back. `then` is told when that is done. */
+function markButtons(row, then) {
+    const button = (name, icon, title) => {
+        const onclick = () => mark(row, { [name]: !row[name] }).then(then, complain);
+        return element('div', { className: `menu_button fa-solid fa-${icon}`, title, onclick });
+    };
+    return element('span', { className: `${NAME}_marks` },
+        button('pinned', 'thumbtack', row.pinned ? t`Unpin` : t`Pin`),
+        button('forgotten', row.forgotten ? 'rotate-left' : 'eraser', row.forgotten ? t`Remember again` : t`Forget`));
+}
+
+/** A memory as a line of a list, with its buttons. */
+function memoryLine(row) {
+    const line = element('li', { value: row.index + 1 });
+    const words = row.content ?? '...';
+    const said = `${speakerOf(row)}: ${words.length > LONGEST_SHOWN ? `${words.slice(0, LONGEST_SHOWN)} ...` : words}`;
+    const fill = () => {
+        line.className = row.forgotten ? `${NAME}_forgotten` : '';
+        const text = element('span', { textContent: row.chat_id ? t`In another chat, ${said}` : said });
+        line.replaceChildren(text, markButtons(row, fill));
+    };
+    fill();
+    return line;
+}
+
+/** The rows of a prompt's report with the words that it leaves out; what was carried over is another chat's. */
+function withWords(rows, chat) {
+    return Promise.all(rows.slice(0, MOST_SHOWN).map(async (row) => {
+        const page = await call(`${chatPath(row.chat_id ?? chat)}/messages?offset=${row.index}&limit=1`);
+        const { content, pinned, forgotten } = page.messages[0]?.id === row.id ? page.messages[0] : {};
+        return { ...row, content, pinned, forgotten };
+    }));
+}
+
+/** What went into the prompt that a message answers, as far as that is kept. */
+async function whySaid(row, before) {
+    const { prompts } = await call(`${chatPath(identity().id)}/prompts?limit=${REPORTS}`);
+    const report = prompts.find(({ tip }) => tip === before?.id || tip === row.id);
+    if (!report) return [t`Nothing is kept of what went into the prompt of this reply.`];
+    const { history, summaries, facts, recalled: { length: memories } } = report;
+    const lines = (await withWords(report.recalled, identity().id)).map(memoryLine);
+    return [
+        t`The prompt held ${history} messages, ${summaries} summaries, ${facts} facts and ${memories} memories.`,
+        element('ol', { className: `${NAME}_recalled` }, ...lines),
+    ];
+}
+
+/** Shows what the server makes of a message, and lets the user pin or forget it. */
+async function showMessage(id) {
+    try {
+        const [row, before] = await rowsOf(id);
+        const title = element('h3', { textContent: t`Message ${row.index + 1}, ${speakerOf(row)}` });
+        const marks = element('div');
+        const fill = () => marks.replaceChildren(markButtons(row, fill));
+        fill();
+        const why = row.role === 'assistant' ? await whySaid(row, before) : [];
+        const heading = element('b', { textContent: why.length ? t`Why this was said` : '' });
+        const told = element('div', {}, ...why);
+        const body = element('div', { className: `${NAME}_message` }, title, marks, heading, told);
+        const { callGenericPopup, POPUP_TYPE } = client();
+        await callGenericPopup?.(body, POPUP_TYPE?.TEXT ?? 1, '', { leftAlign: true, allowVerticalScrolling: true });
+    } catch (error) {
+        complain(error);
+    }
+}
+
+/** SillyTavern makes each message from a template, so the button goes into that, and into those that are there. */
+function addMessageButtons() {
+    for (const place of document.querySelectorAll('#message_template .extraMesButtons, #chat .extraMesButtons')) {
+        const className = `mes_button ${NAME}_button fa-solid fa-brain`;
+        place.prepend(element('div', { className, title: t`Memory: pin, forget, why was this said` }));
+    }
+    document.addEventListener('click', ({ target }) => {
+        const message = target.closest?.(`.${NAME}_button`)?.closest('.mes');
+        if (message) showMessage(Number(message.getAttribute('mesid')));
+    });
+}
+
+// --------------------------------------------------------------------------------------------------- slash commands
+
+/** The ids of the messages that a command names: one, a range, or the last. */
+function namedIds(text) {
+    if (!text.trim()) return [client().chat.length - 1];
+    const [, first, last = first] = /^\s*(\d+)(?:\s*-\s*(\d+))?\s*$/.exec(text) ?? [];
+    if (first === undefined) throw new Error(t`Name a message by its number, or several as 3-7.`);
+    return Array.from({ length: Number(last) - Number(first) + 1 }, (_, i) => Number(first) + i);
+}
+
+/** Marks the messages that a command names; how many those are. */
+async function markNamed(text, changes) {
+    const ids = namedIds(text);
+    for (const id of ids) await mark((await rowsOf(id))[0], changes);
+    return String(ids.length);
+}
+
+function openId() {
+    const who = identity();
+    if (!who) throw new Error(t`No chat is open.`);
+    return who.id;
+}
+
+const COMMANDS = {
+    async recall({ limit = 5, as }, text) {
+        const asked = new URLSearchParams({ q: text, k: limit });
+        const { memories } = await call(`${chatPath(openId())}/search?${asked}`);
+        if (as === 'json') return JSON.stringify(memories);
+        return memories.map((row) => `${speakerOf(row)}: ${row.content}`).join('\n');
+    },
+    pin: ({ undo }, text) => markNamed(text, { pinned: undo !== 'true' }),
+    forget: ({ undo }, text) => markNamed(text, { forgotten: undo !== 'true' }),
+    async note(_, text) {
+        await onMessagesChanged(); // the chat may be new to the server
+        return (await call(`${chatPath(openId())}/facts`, { text })).text;
+    },
+    async state({ as }) {
+        openId();
+        const found = (await lookAtChat()) ?? { messages: 0, known: 0, current: true, unembedded: 0 };
+        return as === 'json' ? JSON.stringify(found) : knownWords(found);
+    },
+};
+
+function addCommands() {
+    const { SlashCommandParser, SlashCommand, SlashCommandArgument, SlashCommandNamedArgument } = client();
+    if (!SlashCommandParser?.addCommandObject) return;
+    const add = (name, helpString, returns, argument, named) => SlashCommandParser.addCommandObject(
+        SlashCommand.fromProps({
+            name: `pm-${name}`, helpString, returns,
+            callback: (given, text) => COMMANDS[name](given, String(text ?? '')),
+            unnamedArgumentList: argument ? [SlashCommandArgument.fromProps(argument)] : [],
+            namedArgumentList: named.map(SlashCommandNamedArgument.fromProps),
+        }));
+    const which = { description: t`the number of a message, or several as 3-7; else the last message` };
+    const as = { name: 'as', description: t`text or json`, enumList: ['text', 'json'], defaultValue: 'text' };
+    const limit = { name: 'limit', description: t`how many at most`, defaultValue: '5' };
+    const undo = { name: 'undo', description: t`take it back`, enumList: ['true', 'false'], defaultValue: 'false' };
+    const text = { description: t`a text`, isRequired: true };
+    add('recall', t`Recalls what this chat remembers of a text.`, t`the memories, one a line`, text, [limit, as]);
+    const count = t`how many messages`;
+    add('pin', t`Pins messages: every prompt that does not show them repeats them.`, count, which, [undo]);
+    add('forget', t`Forgets messages: they are not recalled again.`, count, which, [undo]);
+    add('note', t`Notes something that every prompt of this chat is to repeat.`, t`the note`, text, []);
+    add('state', t`Says how much of this chat the server knows.`, t`a sentence`, null, [as]);
 }
 
 // ------------------------------------------------------------------------------------------- beside another API
@@ -13811,13 +14593,14 @@ function onMessagesChanged() {
 /** Puts prompts in, and takes out those put in before. */
 function setPrompts(injections) {
     const { setExtensionPrompt } = client();
+    const own = settings();
     for (const key of state.placed) setExtensionPrompt(key, '', IN_CHAT, 0);
     state.placed.clear();
     for (const { key, text, position, depth, role } of injections) {
         const inChat = position === IN_CHAT;
-        const at = inChat ? Math.max(0, depth + Number(settings().depth) - 1) : 0;
+        const at = inChat ? Math.max(0, depth + Number(own.depth) - 1) : 0;
         // SillyTavern fills in macros here; braces in a message are not macros.
-        setExtensionPrompt(key, text.replaceAll('{{', '{ {'), position, at, false, ROLES[role] ?? ROLES.system);
+        setExtensionPrompt(key, text.replaceAll('{{', '{ {'), position, at, false, ROLES[inChat ? own.role : role]);
         state.placed.add(key);
     }
 }
@@ -13831,29 +14614,27 @@ async function remember(_chat, contextSize, _abort, type) {
         await Promise.race([state.reading, new Promise((done) => setTimeout(done, TIMEOUT_MS))]);
         return;
     }
-    const messages = shownMessages(type ? kindOf(type) : state.kind);
-    const who = messages.some((message) => message.role !== 'system') ? identity() : null;
-    if (!who) return;
-    const context = client();
+    const shown = shownChat(type ? kindOf(type) : state.kind);
+    if (!shown) return;
     const request = {
-        chat_id: who.id, parent_chat_id: who.parent || undefined, title: who.file, group: groupName(),
-        character: context.name2, messages, complete: true,
+        ...shown, complete: true,
         // What the prompt holds before the chat, so that the server knows how much of the chat still fits.
-        persona: context.substituteParams?.('{{description}}\n{{personality}}\n{{scenario}}\n{{persona}}') ?? '',
+        persona: client().substituteParams?.('{{description}}\n{{personality}}\n{{scenario}}\n{{persona}}') ?? '',
         context_tokens: Math.floor(contextSize) || undefined,
     };
     try {
         const answer = await call(`${API}/inject`, request);
         state.away = false;
-        if (identity()?.id !== who.id) return; // another chat was opened meanwhile
+        if (identity()?.id !== shown.chat_id) return; // another chat was opened meanwhile
         setPrompts(answer.injections);
-        showStatus(true, `Connected; ${answer.report.degraded || 'memories are placed in the prompt'}.`);
-        showRecalled(answer.recalled, answer.emotion);
+        const { degraded } = answer.report;
+        showStatus(true, degraded ? t`Connected; ${degraded}.` : t`Connected; memories are placed in the prompt.`);
+        showRecalled(answer.recalled, answer.emotion, answer.report.summaries);
     } catch (error) {
         showRecalled([], null);
         if (!(error instanceof Late)) return serverFailed(error);
         // Indexing a long chat takes its time once. The reply does not wait for the answer to this.
-        showStatus(false, 'Too late for this reply: the server is still indexing the chat.');
+        showStatus(false, t`Too late for this reply: the server is still indexing the chat.`);
         call('/api/modules').catch(serverFailed);
     }
 }
@@ -13878,11 +14659,7 @@ function identify(request) {
     if (!settings().enabled || request.chat_completion_source !== 'custom' || !isProxy(request.custom_url)) return;
     const who = identity();
     if (!who) return;
-    const said = {
-        chat_id: who.id, parent_chat_id: who.parent || undefined, title: who.file, group: groupName(),
-        character: client().name2, kind,
-    };
-    request.custom_include_body = withField(request.custom_include_body ?? '', NAME, said);
+    request.custom_include_body = withField(request.custom_include_body ?? '', NAME, { ...saidOf(who), kind });
     state.proxied = who.id;
 }
 
@@ -13901,31 +14678,20 @@ function withField(yaml, name, value) {
     return `${yaml.replace(/\s+$/, '')}\n${indent}${item}${name}: ${json}`;
 }
 
-/** What the proxy recalled for the reply that has just ended, with the words that its report leaves out. */
+/** Shows what the proxy recalled for the reply that has just ended. */
 async function showProxied() {
     const id = state.proxied;
     if (!id) return;
     try {
-        const chat = await call(chatPath(id));
-        const rows = (chat.last_prompt?.recalled ?? []).slice(0, MOST_SHOWN);
-        const found = await Promise.all(rows.map(withWords));
+        const { last_prompt: report, mood } = await call(chatPath(id));
+        const found = await withWords(report?.recalled ?? [], id);
         if (identity()?.id !== id) return;
         state.away = false;
-        showStatus(true, 'Connected; chats go through the proxy.');
-        showRecalled(found, chat.mood);
+        showStatus(true, t`Connected; chats go through the proxy.`);
+        showRecalled(found, mood, report?.summaries);
     } catch (error) {
         showStatus(false, `${settings().server}: ${error.message}`);
     }
-}
-
-/** A row of a report with the message's words; a memory that was carried over is another chat's. */
-async function withWords(row) {
-    const page = await call(`${chatPath(row.chat_id ?? state.proxied)}/messages?offset=${row.index}&limit=1`);
-    return { ...row, content: page.messages[0]?.id === row.id ? page.messages[0].content : '...' };
-}
-
-function chatPath(id) {
-    return `${API}/chats/${encodeURIComponent(id)}`;
 }
 
 // ------------------------------------------------------------------------------------------------------- the panel
@@ -13943,54 +14709,57 @@ function buildPanel() {
     const root = document.querySelector('#extensions_settings2') ?? document.querySelector('#extensions_settings');
     if (!root || document.getElementById(`${NAME}_settings`)) return;
     parts.dot = element('i', { className: 'fa-solid fa-circle' });
-    parts.status = element('span', { textContent: 'Looking for the server ...' });
+    parts.status = element('span', { textContent: t`Looking for the server ...` });
+    parts.known = element('div', { className: `${NAME}_known` });
+    parts.twice = element('div', { className: `${NAME}_twice` });
     parts.mood = element('span');
     parts.recalled = element('ol', { className: `${NAME}_recalled` });
     parts.carry = element('input', { type: 'checkbox', disabled: true, onchange: onCarryOver });
     parts.carryFor = element('span');
+    parts.placing = element('div', {}, // how memories are placed: the proxy does that itself
+        field('depth', t`Depth`, { type: 'number', min: 0, max: 100 }, t`messages from the end`),
+        choice('role', t`Role`, { system: t`System`, user: t`User` }));
     parts.link = element('a', { className: 'menu_button menu_button_icon', target: '_blank', rel: 'noopener' },
-        element('i', { className: 'fa-solid fa-book-open' }), element('span', { textContent: 'Open the memory page' }));
+        element('i', { className: 'fa-solid fa-book-open' }), t`Open the memory page`);
     const content = element('div', { className: 'inline-drawer-content' },
-        element('div', { className: `${NAME}_status` }, parts.dot, parts.status),
-        checkbox('enabled', 'Remember my chats'),
-        field('server', 'Server', { type: 'url', placeholder: DEFAULTS.server, spellcheck: false }),
-        field('key', 'Key', { type: 'password', placeholder: 'where the server asks for one', autocomplete: 'off' }),
-        field('depth', 'Depth', { type: 'number', min: 0, max: 100 }, 'messages from the end'),
+        element('div', { className: `${NAME}_status` }, parts.dot, parts.status), parts.known, parts.twice,
+        checkbox('enabled', t`Remember my chats`),
+        field('server', t`Server`, { type: 'url', placeholder: DEFAULTS.server, spellcheck: false }),
+        field('key', t`Key`, { type: 'password', placeholder: t`where the server asks for one`, autocomplete: 'off' }),
+        parts.placing,
         element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor),
         element('hr'),
-        element('div', {}, element('b', { textContent: 'For the last reply' })),
+        element('div', {}, element('b', { textContent: t`For the last reply` })),
         parts.mood, parts.recalled, parts.link);
-    const header = element('div', { className: 'inline-drawer-toggle inline-drawer-header', onclick: lookAtServer },
+    const onclick = () => lookAtServer().then(lookAtChat).catch(() => {}); // lookAtServer has said why
+    const header = element('div', { className: 'inline-drawer-toggle inline-drawer-header', onclick },
         element('b', { textContent: 'Persona Memory' }),
         element('div', { className: 'inline-drawer-icon fa-solid fa-circle-chevron-down down' }));
-    root.append(element('div', { id: `${NAME}_settings` }, element('style', { textContent: STYLE }),
-        element('div', { className: 'inline-drawer' }, header, content)));
+    const drawer = element('div', { className: 'inline-drawer' }, header, content);
+    root.append(element('div', { id: `${NAME}_settings` }, drawer));
     showRecalled([], null);
     showChat();
 }
 
-const STYLE = `
-#persona_memory_settings label { margin: 4px 0; }
-#persona_memory_settings .persona_memory_row { display: flex; align-items: center; gap: 8px; margin: 4px 0; }
-#persona_memory_settings .persona_memory_row > span:first-child { flex: 0 0 4em; }
-#persona_memory_settings .persona_memory_row input { flex: 1 1 auto; min-width: 0; margin: 0; }
-#persona_memory_settings .persona_memory_row input[type="number"] { flex: 0 0 5em; }
-#persona_memory_settings .persona_memory_status { display: flex; align-items: baseline; gap: 8px; margin: 4px 0 8px; }
-#persona_memory_settings .persona_memory_status i { font-size: 0.7em; opacity: 0.8; }
-#persona_memory_settings .persona_memory_status.good i { color: #4caf50; }
-#persona_memory_settings .persona_memory_status.bad i { color: #e57373; }
-#persona_memory_settings .persona_memory_recalled { margin: 4px 0 10px; padding-left: 2em; font-size: 0.9em; }
-#persona_memory_settings .persona_memory_recalled:empty { display: none; }
-#persona_memory_settings .persona_memory_recalled li { margin: 3px 0; overflow-wrap: anywhere; }
-#persona_memory_settings a.menu_button { width: fit-content; text-decoration: none; }
-`;
-
-/** A row with a setting that is typed in. */
-function field(name, label, properties, after = '') {
-    const input = element('input', { className: 'text_pole', value: settings()[name], ...properties });
-    const given = () => (properties.type === 'number' ? Math.max(0, Number(input.value) || 0) : input.value.trim());
+/** A row with a label, an input for a setting, and words behind it. */
+function labelled(name, label, input, given, after = '') {
     input.onchange = () => change(name, given());
     return element('label', { className: `${NAME}_row` }, element('span', { textContent: label }), input, after);
+}
+
+/** A row with a setting that is typed in. */
+function field(name, label, properties, after) {
+    const input = element('input', { className: 'text_pole', value: settings()[name], ...properties });
+    const given = () => (properties.type === 'number' ? Math.max(0, Number(input.value) || 0) : input.value.trim());
+    return labelled(name, label, input, given, after);
+}
+
+/** A row with a setting that is one of several, by their labels. */
+function choice(name, label, labels) {
+    const options = Object.entries(labels).map(([value, words]) => new Option(words, value));
+    const input = element('select', { className: 'text_pole' }, ...options);
+    input.value = settings()[name];
+    return labelled(name, label, input, () => input.value);
 }
 
 /** A row with a setting that is on or off. */
@@ -14010,15 +14779,16 @@ function change(name, value) {
 
 /** Shows whether the server answers and takes the key, and the character's setting. */
 async function lookAtServer() {
-    if (!settings().enabled) return showStatus(null, 'Off.');
+    if (!settings().enabled) return showStatus(null, t`Off.`);
     try {
         const health = await call('/health').catch(() => ({})); // inside SillyTavern-Extras there is none
         state.proxy = Boolean(health.proxy);
         await call('/api/modules'); // needs the key
         state.away = false;
         const proxied = isProxy(await modelAddress());
-        const way = proxied ? 'chats go through the proxy' : 'memories are placed in the prompt';
-        showStatus(true, `${health.status === 'loading' ? 'Connected, still loading' : 'Connected'}; ${way}.`);
+        parts.placing.hidden = proxied;
+        showStatus(true, health.status === 'loading' ? t`Connected, still loading.`
+            : proxied ? t`Connected; chats go through the proxy.` : t`Connected; memories are placed in the prompt.`);
         await showCarryOver();
     } catch (error) {
         showStatus(false, `${settings().server}: ${error.message}`);
@@ -14032,18 +14802,34 @@ function showStatus(good, text) {
     parts.status.parentElement.className = `${NAME}_status ${good === null ? '' : good ? 'good' : 'bad'}`;
 }
 
-function showRecalled(memories, emotion) {
+/** How much of the open chat the server knows, and a button that has it read the rest. */
+function showKnown(found) {
+    if (!parts.known) return;
+    parts.known.replaceChildren(found ? element('span', { textContent: knownWords(found) }) : '');
+    if (!found || found.known === found.messages) return;
+    const button = { className: 'menu_button', textContent: t`Read them in`, onclick: onMessagesChanged };
+    parts.known.append(element('div', button));
+}
+
+/** What was recalled for a reply, and whether a story of the chat was told. */
+function showRecalled(memories, emotion, story = 0) {
     if (!parts.recalled) return;
     const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= MIN_CONFIDENCE;
-    const mood = sure ? `${emotion.label} (${Math.round(100 * emotion.confidence)} %)` : 'unclear';
-    parts.mood.textContent = `Your mood: ${mood}. ${memories.length ? 'Recalled:' : 'Nothing was recalled.'}`;
+    const mood = sure ? `${t([emotion.label])} (${Math.round(100 * emotion.confidence)} %)` : t`unclear`;
+    const recalled = memories.length ? t`Recalled:` : t`Nothing was recalled.`;
+    parts.mood.textContent = `${t`Your mood: ${mood}.`} ${recalled}`;
     const inOrder = memories.slice(0, MOST_SHOWN).sort((a, b) => a.index - b.index);
-    const rows = inOrder.map(({ index, name, role, content, chat_id: elsewhere }) => {
-        const text = content.length > LONGEST_SHOWN ? `${content.slice(0, LONGEST_SHOWN)} ...` : content;
-        const where = elsewhere ? 'In another chat, ' : '';
-        return element('li', { value: index + 1, textContent: `${where}${name ?? role}: ${text}` });
-    });
-    parts.recalled.replaceChildren(...rows);
+    parts.recalled.replaceChildren(...inOrder.map(memoryLine));
+    const others = toldTwice(memories, story).join(', ');
+    parts.twice.textContent = others && t`${others} tells the model the same. Switch one of the two off.`;
+}
+
+/** The names of the stock extensions that put into the prompt what we put into it too. */
+function toldTwice(memories, story) {
+    const prompts = client().extensionPrompts ?? {};
+    const [vectors, summary] = [VECTORS, SUMMARY].map((key) => plain(prompts[key]?.value));
+    const same = memories.some(({ content }) => content && vectors.includes(plain(content)));
+    return [same ? 'Vector Storage' : '', story && summary ? 'Summarize' : ''].filter(Boolean);
 }
 
 /** Links to the open chat's page. A chat that has no id yet gets none by that. */
@@ -14062,8 +14848,8 @@ function characterName() {
 
 /** Whether this character's chats recall from each other: one setting for the character, which the server keeps. */
 async function showCarryOver() {
-    const name = characterName();
-    parts.carryFor.textContent = `Recall from other chats with ${name || 'a character'} too`;
+    const name = characterName(), who = name || t`a character`;
+    parts.carryFor.textContent = t`Recall from other chats with ${who} too`;
     parts.carry.disabled = true;
     parts.carry.checked = false;
     if (!name) return;
@@ -14075,7 +14861,7 @@ async function showCarryOver() {
 
 async function onCarryOver() {
     const path = `${API}/characters/${encodeURIComponent(characterName())}`;
-    await call(path, { carry_over: parts.carry.checked }, 'PATCH').catch(serverFailed);
+    await call(path, { carry_over: parts.carry.checked }, 'PATCH').catch(complain);
     await showCarryOver();
 }
 
@@ -14085,6 +14871,7 @@ function onChatChanged() {
     setPrompts([]);
     state.proxied = '';
     showRecalled([], null);
+    showKnown(null);
     showChat();
     lookAtServer();
     onMessagesChanged();
@@ -14099,18 +14886,508 @@ function start() {
     listen('CHAT_CHANGED', onChatChanged);
     for (const name of ['MESSAGE_EDITED', 'MESSAGE_DELETED', 'MESSAGE_SWIPED']) listen(name, onMessagesChanged);
     buildPanel();
+    addMessageButtons();
+    addCommands();
     lookAtServer();
 }
 
 start();
 """
+EXTENSION_STYLE = r"""
+#persona_memory_settings label { margin: 4px 0; }
+#persona_memory_settings .persona_memory_row { display: flex; align-items: center; gap: 8px; margin: 4px 0; }
+#persona_memory_settings .persona_memory_row > span:first-child { flex: 0 0 6em; }
+#persona_memory_settings .persona_memory_row > * { margin: 0; min-width: 0; }
+#persona_memory_settings .persona_memory_row input { flex: 1 1 auto; }
+#persona_memory_settings .persona_memory_row input[type="number"] { flex: 0 0 5em; }
+#persona_memory_settings .persona_memory_status { display: flex; align-items: baseline; gap: 8px; margin: 4px 0 8px; }
+#persona_memory_settings .persona_memory_status i { font-size: 0.7em; opacity: 0.8; }
+#persona_memory_settings .persona_memory_status.good i { color: #4caf50; }
+#persona_memory_settings .persona_memory_status.bad i { color: #e57373; }
+#persona_memory_settings .persona_memory_known { display: flex; align-items: center; gap: 8px; }
+#persona_memory_settings .persona_memory_known .menu_button { white-space: nowrap; }
+#persona_memory_settings .persona_memory_twice:not(:empty) { margin: 4px 0; color: #e0a030; }
+#persona_memory_settings a.menu_button { width: fit-content; text-decoration: none; }
+.persona_memory_recalled { margin: 4px 0 10px; padding-left: 2em; font-size: 0.9em; }
+.persona_memory_recalled:empty { display: none; }
+.persona_memory_recalled li { margin: 3px 0; overflow-wrap: anywhere; }
+.persona_memory_forgotten > span:first-child { text-decoration: line-through; opacity: 0.6; }
+.persona_memory_marks { display: inline-flex; gap: 4px; margin-left: 6px; vertical-align: middle; }
+.persona_memory_marks .menu_button { margin: 0; padding: 3px 5px; font-size: 0.8em; }
+.persona_memory_message { text-align: left; }
+"""
+EXTENSION_WORDS = """
+Remember my chats
+Meine Chats merken
+Recordar mis chats
+Запоминать мои чаты
+记住我的聊天
+チャットを記憶する
+
+Server
+Server
+Servidor
+Сервер
+服务器
+サーバー
+
+Key
+Schlüssel
+Clave
+Ключ
+密钥
+キー
+
+where the server asks for one
+wo der Server einen verlangt
+si el servidor la pide
+если сервер его требует
+服务器要求时填写
+サーバーが求める場合
+
+Depth
+Tiefe
+Profundidad
+Глубина
+深度
+深さ
+
+messages from the end
+Nachrichten vom Ende an
+mensajes desde el final
+сообщений от конца
+条消息(从末尾数起)
+件(末尾から)
+
+Role
+Rolle
+Rol
+Роль
+角色
+ロール
+
+System
+System
+Sistema
+Система
+系统
+システム
+
+User
+Nutzer
+Usuario
+Пользователь
+用户
+ユーザー
+
+Recall from other chats with ${0} too
+Auch aus anderen Chats mit ${0} erinnern
+Recordar también de otros chats con ${0}
+Вспоминать и из других чатов с ${0}
+也回忆与 ${0} 的其他聊天
+${0} との他のチャットからも思い出す
+
+a character
+einer Figur
+un personaje
+персонажем
+某个角色
+キャラクター
+
+For the last reply
+Für die letzte Antwort
+Para la última respuesta
+Для последнего ответа
+最近一次回复
+直前の返答について
+
+Open the memory page
+Gedächtnisseite öffnen
+Abrir la página de memoria
+Открыть страницу памяти
+打开记忆页面
+記憶ページを開く
+
+Looking for the server ...
+Der Server wird gesucht ...
+Buscando el servidor ...
+Поиск сервера ...
+正在寻找服务器……
+サーバーを探しています……
+
+Off.
+Aus.
+Desactivado.
+Выключено.
+已关闭。
+オフ。
+
+Connected; ${0}.
+Verbunden; ${0}.
+Conectado; ${0}.
+Подключено; ${0}.
+已连接;${0}。
+接続済み。${0}。
+
+Connected, still loading.
+Verbunden, lädt noch.
+Conectado, aún cargando.
+Подключено, ещё загружается.
+已连接,仍在加载。
+接続済み、読み込み中。
+
+Connected; chats go through the proxy.
+Verbunden; Chats gehen durch den Proxy.
+Conectado; los chats pasan por el proxy.
+Подключено; чаты идут через прокси.
+已连接;聊天经由代理。
+接続済み。チャットはプロキシを通ります。
+
+Connected; memories are placed in the prompt.
+Verbunden; Erinnerungen kommen in den Prompt.
+Conectado; los recuerdos se añaden al prompt.
+Подключено; воспоминания добавляются в промпт.
+已连接;记忆会放入提示词。
+接続済み。記憶はプロンプトに入ります。
+
+no answer in time
+keine Antwort in der Zeit
+sin respuesta a tiempo
+нет ответа вовремя
+未及时回应
+時間内に応答なし
+
+no answer
+keine Antwort
+sin respuesta
+нет ответа
+没有回应
+応答なし
+
+The chat goes on without memories (${0}: ${1}).
+Der Chat geht ohne Erinnerungen weiter (${0}: ${1}).
+El chat sigue sin recuerdos (${0}: ${1}).
+Чат продолжается без воспоминаний (${0}: ${1}).
+聊天继续,但没有记忆(${0}:${1})。
+チャットは記憶なしで続きます(${0}: ${1})。
+
+Too late for this reply: the server is still indexing the chat.
+Zu spät für diese Antwort: Der Server liest den Chat noch ein.
+Tarde para esta respuesta: el servidor aún indexa el chat.
+Поздно для этого ответа: сервер ещё индексирует чат.
+这次回复来不及了:服务器仍在为聊天建立索引。
+この返答には間に合いません。サーバーがまだ索引を作成中です。
+
+${0} of ${1} messages of this chat are not known yet.
+${0} von ${1} Nachrichten dieses Chats sind noch nicht bekannt.
+Aún no se conocen ${0} de los ${1} mensajes de este chat.
+Пока не известно сообщений этого чата: ${0} из ${1}.
+此聊天的 ${1} 条消息中有 ${0} 条尚未读入。
+このチャットの ${1} 件中 ${0} 件はまだ読み込まれていません。
+
+All ${0} messages of this chat are known.
+Alle ${0} Nachrichten dieses Chats sind bekannt.
+Se conocen los ${0} mensajes de este chat.
+Известны все сообщения этого чата: ${0}.
+此聊天的 ${0} 条消息已全部读入。
+このチャットの ${0} 件はすべて読み込まれています。
+
+All ${0} messages of this chat are known, ${1} are still being indexed.
+Alle ${0} Nachrichten dieses Chats sind bekannt, ${1} werden noch eingelesen.
+Se conocen los ${0} mensajes de este chat; ${1} aún se indexan.
+Известны все сообщения этого чата: ${0}; ещё индексируется: ${1}.
+此聊天的 ${0} 条消息已全部读入,${1} 条仍在建立索引。
+このチャットの ${0} 件はすべて読み込まれ、${1} 件は索引を作成中です。
+
+Read them in
+Einlesen
+Leerlos
+Прочитать
+读入
+読み込む
+
+Your mood: ${0}.
+Deine Stimmung: ${0}.
+Tu ánimo: ${0}.
+Ваше настроение: ${0}.
+你的心情:${0}。
+あなたの気分: ${0}。
+
+unclear
+unklar
+poco claro
+неясно
+不明确
+不明
+
+joy
+Freude
+alegría
+радость
+喜悦
+喜び
+
+sadness
+Trauer
+tristeza
+грусть
+悲伤
+悲しみ
+
+anger
+Ärger
+enfado
+гнев
+愤怒
+怒り
+
+fear
+Angst
+miedo
+страх
+恐惧
+恐れ
+
+surprise
+Überraschung
+sorpresa
+удивление
+惊讶
+驚き
+
+disgust
+Ekel
+asco
+отвращение
+厌恶
+嫌悪
+
+Recalled:
+Erinnert wurde:
+Recordado:
+Вспомнилось:
+回忆起:
+思い出したこと:
+
+Nothing was recalled.
+Nichts wurde erinnert.
+No se recordó nada.
+Ничего не вспомнилось.
+没有回忆起什么。
+何も思い出しませんでした。
+
+In another chat, ${0}
+In einem anderen Chat, ${0}
+En otro chat, ${0}
+В другом чате, ${0}
+另一个聊天中,${0}
+別のチャットで、${0}
+
+${0} tells the model the same. Switch one of the two off.
+${0} sagt dem Modell dasselbe. Schalte eines von beiden aus.
+${0} le dice lo mismo al modelo. Desactiva uno de los dos.
+${0} сообщает модели то же самое. Выключите одно из двух.
+${0} 告诉模型同样的内容。请关闭其中之一。
+${0} も同じことをモデルに伝えています。どちらかを切ってください。
+
+Pin
+Anheften
+Fijar
+Закрепить
+固定
+固定する
+
+Unpin
+Lösen
+Soltar
+Открепить
+取消固定
+固定を解除
+
+Forget
+Vergessen
+Olvidar
+Забыть
+遗忘
+忘れる
+
+Remember again
+Wieder erinnern
+Volver a recordar
+Вспоминать снова
+重新记住
+また記憶する
+
+Memory: pin, forget, why was this said
+Gedächtnis: anheften, vergessen, warum das gesagt wurde
+Memoria: fijar, olvidar, por qué se dijo esto
+Память: закрепить, забыть, почему это сказано
+记忆:固定、遗忘、为何这样说
+記憶: 固定、忘却、なぜこう言ったか
+
+Message ${0}, ${1}
+Nachricht ${0}, ${1}
+Mensaje ${0}, ${1}
+Сообщение ${0}, ${1}
+消息 ${0},${1}
+メッセージ ${0}、${1}
+
+Why this was said
+Warum das gesagt wurde
+Por qué se dijo esto
+Почему это сказано
+为何这样说
+なぜこう言ったか
+
+The prompt held ${0} messages, ${1} summaries, ${2} facts and ${3} memories.
+Im Prompt standen: Nachrichten ${0}, Zusammenfassungen ${1}, Fakten ${2}, Erinnerungen ${3}.
+El prompt contenía: mensajes ${0}, resúmenes ${1}, hechos ${2}, recuerdos ${3}.
+В промпте было: сообщений ${0}, сводок ${1}, фактов ${2}, воспоминаний ${3}.
+提示词包含:消息 ${0},摘要 ${1},事实 ${2},记忆 ${3}。
+プロンプトの内容: メッセージ ${0}、要約 ${1}、事実 ${2}、記憶 ${3}。
+
+Nothing is kept of what went into the prompt of this reply.
+Was im Prompt dieser Antwort stand, ist nicht aufbewahrt.
+No se conserva lo que contenía el prompt de esta respuesta.
+Содержимое промпта этого ответа не сохранилось.
+这次回复的提示词内容没有保留。
+この返答のプロンプトの内容は残っていません。
+
+The server does not know this message.
+Der Server kennt diese Nachricht nicht.
+El servidor no conoce este mensaje.
+Сервер не знает этого сообщения.
+服务器不认识这条消息。
+サーバーはこのメッセージを知りません。
+
+Name a message by its number, or several as 3-7.
+Nenne eine Nachricht mit ihrer Nummer, oder mehrere als 3-7.
+Indica un mensaje por su número, o varios como 3-7.
+Назовите номер сообщения или несколько: 3-7.
+请用编号指明消息,多条写作 3-7。
+メッセージを番号で、複数なら 3-7 のように指定してください。
+
+No chat is open.
+Kein Chat ist offen.
+No hay ningún chat abierto.
+Ни один чат не открыт.
+没有打开的聊天。
+チャットが開かれていません。
+
+Recalls what this chat remembers of a text.
+Erinnert, was dieser Chat zu einem Text weiß.
+Recuerda lo que este chat sabe de un texto.
+Вспоминает, что этот чат помнит о тексте.
+回忆此聊天对一段文字的记忆。
+ある文についてこのチャットが覚えていることを思い出す。
+
+Pins messages: every prompt that does not show them repeats them.
+Heftet Nachrichten an: Jeder Prompt, der sie nicht zeigt, wiederholt sie.
+Fija mensajes: cada prompt que no los muestre los repetirá.
+Закрепляет сообщения: их повторяет каждый промпт, где их нет.
+固定消息:未显示它们的提示词都会重复它们。
+メッセージを固定する。表示しないプロンプトでは繰り返される。
+
+Forgets messages: they are not recalled again.
+Vergisst Nachrichten: Sie werden nicht mehr erinnert.
+Olvida mensajes: ya no se recordarán.
+Забывает сообщения: они больше не вспоминаются.
+遗忘消息:不再回忆它们。
+メッセージを忘れる。もう思い出されない。
+
+Notes something that every prompt of this chat is to repeat.
+Notiert etwas, das jeder Prompt dieses Chats wiederholen soll.
+Anota algo que cada prompt de este chat debe repetir.
+Записывает то, что должен повторять каждый промпт этого чата.
+记下此聊天的每个提示词都要重复的内容。
+このチャットのどのプロンプトでも繰り返すことを書き留める。
+
+Says how much of this chat the server knows.
+Sagt, wie viel von diesem Chat der Server kennt.
+Dice cuánto de este chat conoce el servidor.
+Говорит, сколько из этого чата знает сервер.
+说明服务器知道此聊天的多少内容。
+サーバーがこのチャットをどこまで知っているかを言う。
+
+the memories, one a line
+die Erinnerungen, eine je Zeile
+los recuerdos, uno por línea
+воспоминания, по одному в строке
+各条记忆,每行一条
+記憶、一行に一つ
+
+how many messages
+wie viele Nachrichten
+cuántos mensajes
+сколько сообщений
+消息条数
+メッセージの数
+
+the note
+die Notiz
+la nota
+запись
+所记内容
+書き留めたこと
+
+a sentence
+ein Satz
+una frase
+предложение
+一句话
+一つの文
+
+a text
+ein Text
+un texto
+текст
+一段文字
+文
+
+the number of a message, or several as 3-7; else the last message
+die Nummer einer Nachricht, oder mehrere als 3-7; sonst die letzte
+el número de un mensaje, o varios como 3-7; si no, el último
+номер сообщения или несколько: 3-7; иначе последнее
+消息编号,多条写作 3-7;否则为最后一条
+メッセージの番号、複数なら 3-7。なければ最後のもの
+
+how many at most
+wie viele höchstens
+cuántos como máximo
+сколько самое большее
+最多几条
+最大いくつ
+
+take it back
+zurücknehmen
+deshacerlo
+отменить
+撤销
+取り消す
+
+text or json
+text oder json
+text o json
+text или json
+text 或 json
+text または json
+"""  # what the script says in English, then in each of those languages
+
+
+def extension_words() -> dict[str, dict[str, str]]:
+    """What the extension says, by language and by its English words."""
+    rows = [block.split("\n") for block in EXTENSION_WORDS.strip().split("\n\n")]
+    return {language: {row[0]: row[i] for row in rows} for i, language in enumerate(EXTENSION_LANGUAGES, 1)}
 
 
 def extension_files(address: str) -> dict[str, bytes]:
     """The SillyTavern extension's files by name, for a server at that address."""
-    return {
-        "manifest.json": (json.dumps(EXTENSION_MANIFEST, indent=4) + "\n").encode(),
+    manifest = EXTENSION_MANIFEST | {"homePage": f"{address}/persona_memory/"}
+    words = {f"{language}.json": said for language, said in extension_words().items()}
+    rows = {"manifest.json": manifest} | words
+    return {name: (json.dumps(row, indent=4, ensure_ascii=False) + "\n").encode() for name, row in rows.items()} | {
         "index.js": EXTENSION_SCRIPT.lstrip().replace(EXTENSION_ADDRESS, address).encode(),
+        "style.css": EXTENSION_STYLE.lstrip().encode(),
     }
 
 
@@ -14608,6 +15885,12 @@ def sync(chat: str) -> dict:
     return engine().sync(chat, request_json())
 
 
+@api.post("/chats/<chat:chat>/known")
+def chat_known(chat: str) -> dict:
+    """How much is known of the whole chat as a client shows it."""
+    return engine().known(chat, request_json())
+
+
 @api.post("/inject")
 def inject() -> dict:
     """What a client that calls its model directly should add to its prompt."""
@@ -14707,6 +15990,12 @@ def message_forget(chat: str, message: str) -> dict:
     """Forgets a message; `forgotten: false` remembers it again, unless it was forgotten with `for_good=on`."""
     for_good = flask.request.args.get("for_good") == "on"
     return engine().archive.change_message(chat, message, {"forgotten": True}, for_good)
+
+
+@api.post("/chats/<chat:chat>/facts")
+def note_add(chat: str) -> dict:
+    """Adds a fact that the user tells."""
+    return engine().summarizer.add_note(chat, require(request_object(), "text", str))
 
 
 @api.patch("/chats/<chat:chat>/facts/<fact>")

@@ -576,10 +576,10 @@ def say(base_url: str, messages: list[dict], stream: bool = True, headers: dict 
         try:
             answer = api.chat.completions.with_raw_response.create(
                 model=body.pop("model", "fake-model"),
-                messages=messages,
+                messages=[],
                 stream=stream,
                 extra_headers=headers,
-                extra_body=body,
+                extra_body={"messages": messages, **body},  # as they are: 0.1 s less for a thousand messages
             )
         except openai.APIStatusError as failure:
             return _reply("", failure.response, failure.message)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sqlite3
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import httpx
@@ -90,6 +91,54 @@ def test_the_folder_is_of_the_new_format_then(old_data):
     assert {s.source for s in store.summaries.values()} >= {"model", "extract", "user"}
     store.close()
     assert rows_of(old_data, "") == now
+
+
+def with_thoughts(message: pm.Message, thought: str = "<think>I distrust him.</think>\n") -> pm.Message:
+    """A reply as version 0.1.0 kept it."""
+    return replace(message, content=thought + message.content) if message.role == "assistant" else message
+
+
+def old_messages(folder: Path) -> list[dict]:
+    """The rows of the chat's messages, oldest first."""
+    return sorted(map(json.loads, rows_of(folder, "m:").values()), key=lambda row: row["order"])
+
+
+def keep_thoughts(folder: Path) -> None:
+    """Has an old chat hold thoughts: in each reply, in two swipes with the same words, and in a reply that is nothing
+    else; with the ids that this version gave them."""
+    rows = old_messages(folder)
+    reply = next(row for row in rows if row["role"] == "assistant" and not row["confirmed"])
+    twin = {**reply, "id": "twin", "content": "<think>Or do I?</think>" + reply["content"]}
+    lone = {**reply, "id": "lone", "content": "<think>Nothing to say.</think>"}
+    before = [pm.message_of(row) for row in rows]
+    messages, moved = pm.rehung([*map(with_thoughts, before), pm.message_of(twin), pm.message_of(lone)])
+    (database,) = folder.glob("chats/*/cache.db")
+    with sqlite3.connect(database) as cache:
+        cache.execute("DELETE FROM Cache WHERE key GLOB 'm:*'")
+        put = "INSERT INTO Cache (key, raw, mode, value, store_time) VALUES (?, 1, 1, ?, 0)"
+        for order, message in enumerate(messages):
+            cache.execute(put, (f"m:{message.id}", json.dumps(asdict(message) | {"order": order})))
+        for key, value in cache.execute(
+            "SELECT key, value FROM Cache WHERE key GLOB '[sf]:*' OR key = 'info'"
+        ).fetchall():
+            for old, new in moved.items():
+                value = value.replace(f'"{old}"', f'"{new}"')
+            cache.execute("UPDATE Cache SET value = ? WHERE key = ?", (value, key))
+
+
+def test_thoughts_that_the_old_version_kept_are_taken_out(old_data, tmp_path):
+    """The chat is then what it would have been without them: ids, marks, summaries and facts."""
+    shutil.copytree(old_data, tmp_path / "thoughtful")
+    keep_thoughts(tmp_path / "thoughtful")
+    assert any("<think>" in row["content"] for row in old_messages(tmp_path / "thoughtful"))
+    opened = [pm.ChatStore(next(f.glob("chats/*"))) for f in (old_data, tmp_path / "thoughtful")]
+    plain, thoughtful = [(s.tree.nodes, s.head, s.marks.keys(), s.summaries, s.facts) for s in opened]
+    for store in opened:
+        store.close()
+    assert plain[:3] == thoughtful[:3] and plain[3:] == thoughtful[3:]
+    again = pm.ChatStore(next((tmp_path / "thoughtful").glob("chats/*")))
+    assert all("think" not in m.content for m in again.read(list(again.tree.nodes)))
+    again.close()
 
 
 def test_an_old_export_comes_in_with_all_of_it(upstream, tmp_path, old_data):
