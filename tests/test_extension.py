@@ -19,7 +19,7 @@ import httpx
 import pytest
 import yaml
 from browser import needs_chromium, open_browser
-from fakes import PROGRAM, LocalServer, Server, branch_texts, clean_environment, settings
+from fakes import LocalServer, branch_texts, free_port, run_program, settings
 
 import persona_memory as pm
 
@@ -41,12 +41,6 @@ def sillytavern(root: Path, version: str = "1.12.6", users: tuple[str, ...] = ()
     return root
 
 
-def run(*arguments) -> subprocess.CompletedProcess:
-    """The program as a user runs it."""
-    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
-    return subprocess.run(command, env=clean_environment(None), capture_output=True, text=True, timeout=TIMEOUT)
-
-
 def snapshot(root: Path) -> dict[str, bytes | None]:
     """All files of a folder with their bytes, and its folders."""
     return {str(f.relative_to(root)): f.read_bytes() if f.is_file() else None for f in sorted(root.rglob("*"))}
@@ -56,7 +50,7 @@ def test_the_extension_goes_to_every_user_and_out_again(tmp_path):
     root = sillytavern(tmp_path / "st", users=("default-user", "ada"))
     (root / "data" / "_storage").mkdir()
     before = snapshot(root)
-    done = run("--install-extension", root, "--port", 5321)
+    done = run_program("--install-extension", root, "--port", 5321)
     assert (done.returncode, done.stderr) == (0, "")
     files = pm.extension_files("http://127.0.0.1:5321")
     for user in ("default-user", "ada"):
@@ -65,11 +59,11 @@ def test_the_extension_goes_to_every_user_and_out_again(tmp_path):
         assert snapshot(home) == files
     assert len(snapshot(root)) == len(before) + 2 * (1 + len(files))
     installed = snapshot(root)
-    assert run("--install-extension", root, "--port", 5321).returncode == 0
+    assert run_program("--install-extension", root, "--port", 5321).returncode == 0
     assert snapshot(root) == installed
-    assert run("--uninstall-extension", root).returncode == 0
+    assert run_program("--uninstall-extension", root).returncode == 0
     assert snapshot(root) == before
-    again = run("--uninstall-extension", root)
+    again = run_program("--uninstall-extension", root)
     assert (again.returncode, "is not in" in again.stdout) == (0, True)
     assert snapshot(root) == before
 
@@ -179,22 +173,22 @@ def test_it_goes_where_the_client_reads(home, named):
 
 def test_without_a_folder_the_usual_places_are_looked_through(home):
     """All that are found get it; where there is none, the refusal says where it was looked for."""
-    done = run("--install-extension")
+    done = run_program("--install-extension")
     assert done.returncode == 2 and "Name its folder" in done.stderr and str(home / "SillyTavern") in done.stderr
     clone = sillytavern(home / "SillyTavern", "1.19.0", users=("default-user",))
     ada = user(home / ".local/share/SillyTavern/data/ada")
-    done = run("--install-extension")
+    done = run_program("--install-extension")
     places = [ada, clone / "data" / "default-user" / "extensions" / "persona_memory"]
     assert done.returncode == 0 and all(str(place) in done.stdout for place in places)
     assert all((place / "index.js").is_file() for place in places)
-    assert run("--uninstall-extension").returncode == 0
+    assert run_program("--uninstall-extension").returncode == 0
     assert not any((place / "index.js").exists() for place in places)
 
 
 def test_what_else_is_there_is_named_and_left_alone(home):
     clone = sillytavern(home / "SillyTavern", "1.19.0", users=("default-user",))
     ada = user(home / ".local/share/SillyTavern/data/ada")
-    done = run("--install-extension", clone)
+    done = run_program("--install-extension", clone)
     assert "Left alone" in done.stdout and str(ada) in done.stdout.partition("Left alone")[2]
     assert not ada.exists() and (clone / "data/default-user/extensions/persona_memory/index.js").is_file()
 
@@ -213,7 +207,7 @@ def test_a_folder_that_is_no_sillytavern_is_refused_with_a_sentence(tmp_path, pa
     if package is not None:
         (tmp_path / "package.json").write_text(package)
     before = snapshot(tmp_path)
-    done = run("--install-extension", tmp_path)
+    done = run_program("--install-extension", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "is not a SillyTavern" in done.stderr
     assert "Traceback" not in done.stderr
@@ -622,6 +616,17 @@ class TestTheWholeChat:
         assert branch_texts(server.url, client.id)[0] == ELVEN
         assert client.do("stand.requests.length") == 1
 
+    def test_a_message_that_was_hidden_without_an_event_is_known_as_hidden(self, client, server):
+        long_chat(client)
+        client.do("Object.assign(stand.context, {mainApi: 'openai'})")
+        client.do(f"stand.context.chatCompletionSettings.custom_url = '{server.url}/v1'")
+        client.generate()
+        before = branch_texts(server.url, client.id)
+        client.do("stand.context.chat[0].is_system = true")
+        self.opened(client, "await stand.generate({})")
+        assert branch_texts(server.url, client.id) == before
+        assert "All" in client.panel()
+
     def test_what_is_off_is_not_read_in(self, client):
         long_chat(client)
         client.set("enabled", False)
@@ -807,17 +812,12 @@ class TestServerAway:
     """The chat goes on, and the user is told once."""
 
     def test_one_notice_until_it_is_back(self, browser, tmp_path, shared_upstream):
-        running = Server(tmp_path / "data", shared_upstream.url, "--no-guidance")
-        with running, open_client(browser, running.url) as client:
-            running.wait_ready()
-            long_chat(client)
-            for change, there, notices in (
-                (lambda: None, True, 0),
-                (running.kill, False, 1),
-                (lambda: running.start().wait_ready(), True, 1),
-                (running.kill, False, 2),
-            ):
-                change()
+        given = settings(tmp_path / "data", shared_upstream.url, no_guidance=True, port=free_port())
+        with open_client(browser, f"http://127.0.0.1:{given.port}") as client, contextlib.ExitStack() as stack:
+            for there, notices in ((True, 0), (False, 1), (True, 1), (False, 2)):
+                stack.enter_context(LocalServer(given)) if there else stack.close()
+                if not notices:
+                    long_chat(client)
                 for _ in range(2):
                     assert ("silverthorn" in placed_text(client.generate())) == there
                 assert len(client.notices) == notices
@@ -889,7 +889,7 @@ class TestPanel:
         with open_client(browser, server.url, f"(stand.words = {words}, null)") as client:
             long_chat(client)
             client.generate()
-            for said in ("Meine Chats merken", "Erinnerungen kommen in den Prompt", "Erinnert wurde:"):
+            for said in ("Meine Chats merken", "Erinnerungen kommen in den Prompt", "Erinnerungen:"):
                 client.page.get_by_text(said).wait_for(state="attached")
 
     def test_what_the_proxy_does_itself_is_not_asked(self, client, server):

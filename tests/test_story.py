@@ -1392,8 +1392,7 @@ def test_a_summary_that_a_crash_interrupted_is_made_after_it(chronicler, data_di
     release = threading.Event()
     chronicler.page = {"hold": release}
     small = ("--context", "2048", "--summary-every", "4", "--budget", SMALL["budget"])
-    with Server(data_dir, chronicler.url, *small) as running:
-        running.wait_ready()
+    with Server(data_dir, chronicler.url, *small, embedder=False) as running:
         game = Game(running, "crash").fill(16)
         game.turn(12, settled=False)
         wait_until(lambda: chronicler.working, "the request for a summary at the upstream")

@@ -22,6 +22,14 @@ from fakes import Server, Upstream, say  # noqa: E402
 import persona_memory as pm  # noqa: E402
 
 
+def held(pid: int) -> dict:
+    """What a process holds: megabytes in RAM, threads, open files."""
+    proc = Path(f"/proc/{pid}")
+    pages = int((proc / "statm").read_text().split()[1])
+    counts = {name: len(list((proc / place).iterdir())) for name, place in (("threads", "task"), ("files", "fd"))}
+    return {"MB": pages * resource.getpagesize() / 2**20, **counts}
+
+
 def connections(idle: int = 1000, half: int = 200) -> None:
     """Opens so many sockets that ask nothing, and so many that stop in the middle of asking; times what others get."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
