@@ -9,7 +9,7 @@ import persona_memory as pm
 
 DATA = Path(__file__).resolve().parent / "data"
 ROLE_PLAY = ("keep", "city", "star")
-LANGUAGES = ("de", "es", "ja", "ru", "zh")
+LANGUAGES = ("de", "es", "fr", "ja", "ru", "zh")
 
 
 def chat(*lines, at=None):
@@ -98,3 +98,23 @@ def open_chat(running, chat_id: str) -> pm.Chat:
     """An open chat of a server in this process; it stays open, since a test has few."""
     with running.server.memory.registry.borrow(chat_id) as chat:
         return chat
+
+
+def tiny_bert(folder: Path, labels=("answers",), seed=7):
+    """A BERT classifier of a few hundred weights, untrained, and its tokenizer of letters, saved in a folder."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    words += [f"##{letter}" for letter in words[5:]]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)},
+        max_position_embeddings=64, initializer_range=1.0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = BertForSequenceClassification(config)
+    model.save_pretrained(folder)
+    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
+    return model

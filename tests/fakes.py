@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
+import io
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import unittest.mock
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -394,10 +396,30 @@ def clean_environment(extra: dict | None) -> dict:
     return {key: value for key, value in os.environ.items() if not key.startswith(ours)} | (extra or {})
 
 
-class Server:
-    """persona_memory.py --proxy as a process of its own; keeps its port and its log over restarts."""
+def run_program(*arguments, env: dict | None = None) -> subprocess.CompletedProcess:
+    """What the program's command does and says; in this process, where its libraries are loaded already."""
+    import persona_memory
 
-    def __init__(self, data_dir, upstream_url: str, *extra_args: str, env: dict | None = None):
+    said, complained = io.StringIO(), io.StringIO()
+    with (
+        unittest.mock.patch.dict(os.environ, clean_environment(env), clear=True),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(complained),
+    ):
+        try:
+            code = persona_memory.main([*map(str, arguments)])
+        except SystemExit as end:
+            code = end.code
+    return subprocess.CompletedProcess(arguments, code, said.getvalue(), complained.getvalue())
+
+
+class Server:
+    """persona_memory.py --proxy as a process of its own; keeps its port and its log over restarts.
+
+    Without `embedder` it does not spend seconds on loading one.
+    """
+
+    def __init__(self, data_dir, upstream_url: str, *extra_args: str, env: dict | None = None, embedder: bool = True):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.command = [
@@ -412,6 +434,7 @@ class Server:
             upstream_url,
             "--summary-every",  # off: nothing comes between a test's own requests unless it asks for that
             "0",
+            *(() if embedder else ("--embedder", "/nowhere/model")),
             *map(str, extra_args),
         ]
         self.env = clean_environment(env)
@@ -576,10 +599,10 @@ def say(base_url: str, messages: list[dict], stream: bool = True, headers: dict 
         try:
             answer = api.chat.completions.with_raw_response.create(
                 model=body.pop("model", "fake-model"),
-                messages=messages,
+                messages=[],
                 stream=stream,
                 extra_headers=headers,
-                extra_body=body,
+                extra_body={"messages": messages, **body},  # as they are: 0.1 s less for a thousand messages
             )
         except openai.APIStatusError as failure:
             return _reply("", failure.response, failure.message)

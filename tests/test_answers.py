@@ -11,10 +11,11 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from fakes import LocalServer, settings
+from fakes import settings
 
 import persona_memory as pm
 
+ONE_SERVER = True
 FOREVER = 60
 WORDS = "The lamp burns low."
 
@@ -115,6 +116,14 @@ SHAPES = [
     Shape("a number that JSON has not", whole()[:-1] + b', "score": NaN}'),
     Shape("a name of 100,000 letters", whole(model="m" * 100_000)),
     Shape("error: null beside the answer", whole(error=None)),
+    Shape("an error of nothing beside the answer", whole(error={"message": "", "type": "", "param": "", "code": None})),
+    Shape("an empty delta beside the message", whole(choice={"delta": {}, "message": {"content": WORDS}})),
+    Shape("a delta of null beside the message", whole(choice={"delta": None, "message": {"content": WORDS}})),
+    Shape("an id, a time and a model of other types", whole(id=7, created="now", model=["m"])),
+    Shape("another role", whole({"role": "model", "content": WORDS})),
+    Shape("tool calls of null", whole({"role": "assistant", "content": WORDS, "tool_calls": None, "refusal": None})),
+    Shape("a finish reason of no reason", whole(finish="null")),
+    Shape("odd parts", whole({"content": [None, {"type": "text"}, {"type": "text", "text": None}, WORDS]})),
     Shape("Ollama's own shape", b'{"message": {"role": "assistant", "content": "The lamp burns low."}, "done": true}'),
     Shape("Ollama's lines", b'{"message": {"content": "The lamp "}, "done": false}\n'
                             b'{"message": {"content": "burns low."}, "done": true}\n'),
@@ -139,6 +148,25 @@ SHAPES = [
         piece({"content": [{"type": "text", "text": "The lamp "}]}), piece({"content": ["burns low."]}, "stop"))),
     Shape("pings", streamed({"object": "ping"}, *map(piece, TWO), {"choices": None}, piece({}, "stop"))),
     Shape("garbage among the chunks", streamed(piece(TWO[0]), b"<oops>", piece(TWO[1]), piece({}, "stop"))),
+    Shape("messages that repeat the deltas", streamed(
+        piece(TWO[0], message={"content": TWO[0]["content"]}), piece(TWO[1], message={"content": WORDS}),
+        piece({}, "stop", message={"content": WORDS}))),
+    Shape("a finish reason of no reason in each chunk", streamed(*(piece(p, "null") for p in TWO), piece({}, "stop"))),
+    Shape("data: twice", GOOD_STREAM.replace(b"data: ", b"data: data: ")),
+    Shape("a byte order mark in each event", GOOD_STREAM.replace(b"data: ", b"data: \xef\xbb\xbf")),
+    Shape("no blank behind data:", GOOD_STREAM.replace(b"data: ", b"data:")),
+    Shape("events after [DONE]", GOOD_STREAM + streamed(piece({"content": " More."}))),
+    Shape("[DONE] twice", GOOD_STREAM + line(b"[DONE]")),
+    Shape("payloads of nothing", streamed(None, 0, [], "", {}, *map(piece, TWO), piece({}, "stop"))),
+    Shape("two events in one", line(json.dumps(piece(TWO[0])).encode() + b"\ndata: " + json.dumps(
+        piece(TWO[1], "stop")).encode()) + line(b"[DONE]")),
+    Shape("JSON over several lines of data", b"".join(
+        b"data: " + row + b"\n" for row in json.dumps(piece({"content": WORDS}, "stop"), indent=1).encode().split(b"\n")
+    ) + b"\n" + line(b"[DONE]")),
+    Shape("chunks without data:", b"\n".join(json.dumps(piece(p)).encode() for p in TWO)),
+    Shape("a mark in two halves", streamed(piece({"content": "\ud83d"}), piece({"content": "\ude00"}, "stop")),
+          words="\U0001f600"),
+    Shape("half a mark", whole({"role": "assistant", "content": f"\ud83d{WORDS}"}), words=f"\ufffd{WORDS}"),
     Shape("usage first", streamed({"choices": [], "usage": {"prompt_tokens": 3}}, *map(piece, TWO), piece({}, "stop"))),
     Shape("odd usage in a stream", streamed(*map(piece, TWO), {**piece({}, "stop"), "usage": [{}]})),
     # errors inside a 200
@@ -154,6 +182,12 @@ SHAPES = [
     failing("FastAPI's detail", b'{"detail": [{"loc": ["body", "seed"], "msg": "field required"}]}', 502,
             "'seed': field required", RETRIES),
     failing("Cloudflare's errors", b'{"errors": [{"code": 7003, "message": "no route"}]}', 502, "no route", RETRIES),
+    failing("MiniMax's frame", b'{"choices": null, "base_resp": {"status_code": 1008, "status_msg": "no balance"}}',
+            502, "no balance", RETRIES),
+    failing("a code and a msg", b'{"code": 1210, "msg": "the API is busy"}', 502, "the API is busy", RETRIES),
+    failing("Baidu's names", b'{"error_code": 18, "error_msg": "QPS limit"}', 502, "QPS limit", RETRIES),
+    failing("no success", b'{"success": false, "error": {"message": "bad model", "status": 404}}', 404, "bad model"),
+    failing("an error of a list", b'{"error": ["a", "wrong turn"]}', 502, "wrong turn", RETRIES),
     failing("a flat error", b'{"object": "error", "message": "bad key", "code": 401}', 401, "bad key"),
     failing("an error after some words", streamed(piece(TWO[0]), {"error": {"message": "idle", "code": 504}}), 504,
             "idle", RETRIES, after_words=True),
@@ -181,22 +215,6 @@ SHAPES = [
     failing("null content", whole({"content": None}), 502, "empty", 2),
     failing("all tokens used up", whole({"content": ""}, "length"), 502, "Raise max_tokens"),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server(shared_upstream, tmp_path_factory):
-    """One proxy for all of them."""
-    data = tmp_path_factory.mktemp("answers") / "data"
-    with LocalServer(settings(data, shared_upstream.url, no_guidance=True)) as running:
-        yield running
-
-
-@pytest.fixture
-def upstream(shared_upstream):
-    """The module's upstream, well-behaved and with nothing recorded."""
-    shared_upstream.reset()
-    yield shared_upstream
-    shared_upstream.reset()
 
 
 def shape_rows():

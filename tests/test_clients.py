@@ -9,21 +9,8 @@ import openai
 import pytest
 from fakes import LocalServer, Server, Upstream, branch_texts, client, say, settings
 
+ONE_SERVER = True
 FOREVER = 60
-
-
-@pytest.fixture
-def upstream(shared_upstream):
-    """The module's upstream, well-behaved and with nothing recorded."""
-    shared_upstream.reset()
-    yield shared_upstream
-    shared_upstream.reset()
-
-
-@pytest.fixture(scope="module")
-def server(shared_server):
-    """One proxy for the whole module: nothing here depends on what was said before."""
-    return shared_server
 
 
 @pytest.fixture
@@ -185,7 +172,7 @@ def test_a_client_that_sends_only_its_newest_message_has_its_history(server, ups
 def test_a_reply_is_kept_as_far_as_it_came(data_dir, number):
     """The program is ended in the middle of a stream: what the client has seen is there after the next start."""
     with Upstream(hold_after=(3, threading.Event())) as upstream:
-        server = Server(data_dir, upstream.url)
+        server = Server(data_dir, upstream.url, embedder=False)
         with server:
             lines, stream = [], {"messages": [{"role": "user", "content": "Go on."}], "stream": True, "chat_id": "cut"}
             with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=stream, timeout=FOREVER) as answer:
@@ -197,7 +184,7 @@ def test_a_reply_is_kept_as_far_as_it_came(data_dir, number):
                 assert server.process.wait(FOREVER) == 0
             shown = "".join(json.loads(line[5:])["choices"][0]["delta"]["content"] for line in lines)
         upstream.hold_after = None
-        with server:
+        with LocalServer(settings(data_dir, upstream.url), ready=False) as server:
             assert branch_texts(server.url, "cut") == ["Go on."]
             chat = httpx.get(f"{server.url}/api/persona_memory/chats/cut", timeout=FOREVER).json()
             assert [row["content"] for row in chat["replies"]] == [shown]

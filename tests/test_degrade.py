@@ -45,13 +45,11 @@ SMALL = 1024
 def template(tmp_path_factory):
     """A data folder with one remembered chat, made by a server that has ended."""
     data_dir = tmp_path_factory.mktemp("template") / "data"
-    with Upstream() as fake, Server(data_dir, fake.url) as running:
-        running.wait_ready()
+    with Upstream() as fake, LocalServer(settings(data_dir, fake.url)) as running:
         assert say(running.url, [PERSONA, *TALK], chat_id="tale").status == 200
         assert say(running.url, LONG[:-1], chat_id="long").status == 200
         for chat_id in ("tale", "long"):
             assert search(running, chat_id, "who sold an animal?")  # computes the vectors that are missing
-        running.kill()
     return data_dir
 
 
@@ -258,7 +256,7 @@ def test_a_data_folder_that_goes_away(data_dir, store, upstream):
 
 def test_a_full_disk(data_dir, store, upstream):
     """No file can grow: the reply comes, nothing is acknowledged; with room again all goes on."""
-    with Server(data_dir, upstream.url) as running:
+    with Server(data_dir, upstream.url, embedder=False) as running:
         assert contents(running, "tale")
         limits = resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (0, limits[1]))
@@ -290,7 +288,7 @@ def test_what_stands_beside_the_chats_is_made_anew_where_it_is_broken(data_dir, 
 def test_a_data_folder_that_cannot_be_used_from_the_start(data_dir, upstream):
     """The reply comes, the log names the folder without a traceback; with the folder usable memory begins."""
     data_dir.write_text("a file where the folder should be")
-    with Server(data_dir, upstream.url) as running:
+    with Server(data_dir, upstream.url, embedder=False) as running:
         assert_degraded(say(running.url, QUESTION, chat_id="tale"), upstream, QUESTION)
         assert httpx.get(f"{running.url}/api/persona_memory/chats", timeout=TIMEOUT).status_code >= 500
         assert str(data_dir) in running.log()
@@ -431,7 +429,7 @@ def test_a_turn_does_not_wait_for_a_busy_embedder_or_a_search(data_dir, upstream
 
 def test_kill_9_right_after_a_reply_loses_nothing(data_dir, upstream):
     """A client that sends only its newest message: user and reply of every turn are there after each crash."""
-    said, running = [], Server(data_dir, upstream.url)
+    said, running = [], Server(data_dir, upstream.url, embedder=False)
     try:
         for stream in (True, False):
             running.start()
@@ -472,7 +470,7 @@ def test_a_reply_is_on_disk_before_the_client_sees_its_end(data_dir, upstream, m
 
 def test_kill_9_in_the_middle_of_a_reply(data_dir, upstream):
     """The user's message is kept before the model has answered it."""
-    with Server(data_dir, upstream.url) as running:
+    with Server(data_dir, upstream.url, embedder=False) as running:
         upstream.hold_after = (2, threading.Event())
         turn = threading.Thread(target=interrupted, args=(running.url,), daemon=True)
         turn.start()

@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,7 +19,7 @@ import httpx
 import pytest
 import yaml
 from browser import needs_chromium, open_browser
-from fakes import PROGRAM, LocalServer, Server, branch_texts, clean_environment, settings
+from fakes import LocalServer, branch_texts, free_port, run_program, settings
 
 import persona_memory as pm
 
@@ -39,12 +41,6 @@ def sillytavern(root: Path, version: str = "1.12.6", users: tuple[str, ...] = ()
     return root
 
 
-def run(*arguments) -> subprocess.CompletedProcess:
-    """The program as a user runs it."""
-    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
-    return subprocess.run(command, env=clean_environment(None), capture_output=True, text=True, timeout=TIMEOUT)
-
-
 def snapshot(root: Path) -> dict[str, bytes | None]:
     """All files of a folder with their bytes, and its folders."""
     return {str(f.relative_to(root)): f.read_bytes() if f.is_file() else None for f in sorted(root.rglob("*"))}
@@ -54,7 +50,7 @@ def test_the_extension_goes_to_every_user_and_out_again(tmp_path):
     root = sillytavern(tmp_path / "st", users=("default-user", "ada"))
     (root / "data" / "_storage").mkdir()
     before = snapshot(root)
-    done = run("--install-extension", root, "--port", 5321)
+    done = run_program("--install-extension", root, "--port", 5321)
     assert (done.returncode, done.stderr) == (0, "")
     files = pm.extension_files("http://127.0.0.1:5321")
     for user in ("default-user", "ada"):
@@ -63,11 +59,11 @@ def test_the_extension_goes_to_every_user_and_out_again(tmp_path):
         assert snapshot(home) == files
     assert len(snapshot(root)) == len(before) + 2 * (1 + len(files))
     installed = snapshot(root)
-    assert run("--install-extension", root, "--port", 5321).returncode == 0
+    assert run_program("--install-extension", root, "--port", 5321).returncode == 0
     assert snapshot(root) == installed
-    assert run("--uninstall-extension", root).returncode == 0
+    assert run_program("--uninstall-extension", root).returncode == 0
     assert snapshot(root) == before
-    again = run("--uninstall-extension", root)
+    again = run_program("--uninstall-extension", root)
     assert (again.returncode, "is not in" in again.stdout) == (0, True)
     assert snapshot(root) == before
 
@@ -177,22 +173,22 @@ def test_it_goes_where_the_client_reads(home, named):
 
 def test_without_a_folder_the_usual_places_are_looked_through(home):
     """All that are found get it; where there is none, the refusal says where it was looked for."""
-    done = run("--install-extension")
+    done = run_program("--install-extension")
     assert done.returncode == 2 and "Name its folder" in done.stderr and str(home / "SillyTavern") in done.stderr
     clone = sillytavern(home / "SillyTavern", "1.19.0", users=("default-user",))
     ada = user(home / ".local/share/SillyTavern/data/ada")
-    done = run("--install-extension")
+    done = run_program("--install-extension")
     places = [ada, clone / "data" / "default-user" / "extensions" / "persona_memory"]
     assert done.returncode == 0 and all(str(place) in done.stdout for place in places)
     assert all((place / "index.js").is_file() for place in places)
-    assert run("--uninstall-extension").returncode == 0
+    assert run_program("--uninstall-extension").returncode == 0
     assert not any((place / "index.js").exists() for place in places)
 
 
 def test_what_else_is_there_is_named_and_left_alone(home):
     clone = sillytavern(home / "SillyTavern", "1.19.0", users=("default-user",))
     ada = user(home / ".local/share/SillyTavern/data/ada")
-    done = run("--install-extension", clone)
+    done = run_program("--install-extension", clone)
     assert "Left alone" in done.stdout and str(ada) in done.stdout.partition("Left alone")[2]
     assert not ada.exists() and (clone / "data/default-user/extensions/persona_memory/index.js").is_file()
 
@@ -211,7 +207,7 @@ def test_a_folder_that_is_no_sillytavern_is_refused_with_a_sentence(tmp_path, pa
     if package is not None:
         (tmp_path / "package.json").write_text(package)
     before = snapshot(tmp_path)
-    done = run("--install-extension", tmp_path)
+    done = run_program("--install-extension", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "is not a SillyTavern" in done.stderr
     assert "Traceback" not in done.stderr
@@ -323,6 +319,26 @@ def test_the_manifest_names_what_the_script_has():
     assert manifest["js"] in files
     assert f"globalThis.{manifest['generate_interceptor']} =" in files["index.js"].decode()
     assert (manifest["version"], manifest["auto_update"], manifest["requires"]) == (pm.__version__, False, [])
+    assert {manifest["css"], *manifest["i18n"].values()} < set(files)
+    assert all(f"export function {name}(" in files["index.js"].decode() for name in manifest["hooks"].values())
+    assert manifest["loading_order"] > 100, "Vector Storage, which takes messages out of the chat, comes first"
+
+
+def placeholders(text: str) -> list[str]:
+    """The places of values in a sentence, whatever their order."""
+    return sorted(re.findall(r"\$\{\d\}", text))
+
+
+def test_all_that_the_script_says_is_said_in_every_language():
+    said = set()
+    for words in re.findall(r"(?<!\w)t`([^`]*)`", pm.EXTENSION_SCRIPT):
+        numbers = itertools.count()
+        said.add(re.sub(r"\$\{[^}]*\}", lambda _, n=numbers: f"${{{next(n)}}}", words))
+    said |= set(pm.EMOTIONS) - {"neutral"}
+    for language, words in pm.extension_words().items():
+        assert set(words) == said, language
+        assert all(placeholders(theirs) == placeholders(english) for english, theirs in words.items()), language
+        assert len(set(words.values())) == len(words), language
 
 
 # ---------------------------------------------------------------------------- the script
@@ -579,7 +595,7 @@ class TestTheWholeChat:
         self.opened(client, "await stand.open('Mira - 1', {})")
         sent = []
         client.page.on("request", lambda request: sent.append(request.url))
-        with client.page.expect_response(lambda response: "tip=" in response.url and response.ok):
+        with client.page.expect_response(lambda response: response.url.endswith("/known") and response.ok):
             client.do("await stand.open('Mira - 1', stand.context.chatMetadata)")
         client.generate()  # which waits for whatever is being read in
         assert not [url for url in sent if url.endswith("/sync")]
@@ -599,6 +615,17 @@ class TestTheWholeChat:
         client.generate()
         assert branch_texts(server.url, client.id)[0] == ELVEN
         assert client.do("stand.requests.length") == 1
+
+    def test_a_message_that_was_hidden_without_an_event_is_known_as_hidden(self, client, server):
+        long_chat(client)
+        client.do("Object.assign(stand.context, {mainApi: 'openai'})")
+        client.do(f"stand.context.chatCompletionSettings.custom_url = '{server.url}/v1'")
+        client.generate()
+        before = branch_texts(server.url, client.id)
+        client.do("stand.context.chat[0].is_system = true")
+        self.opened(client, "await stand.generate({})")
+        assert branch_texts(server.url, client.id) == before
+        assert "All" in client.panel()
 
     def test_what_is_off_is_not_read_in(self, client):
         long_chat(client)
@@ -785,17 +812,12 @@ class TestServerAway:
     """The chat goes on, and the user is told once."""
 
     def test_one_notice_until_it_is_back(self, browser, tmp_path, shared_upstream):
-        running = Server(tmp_path / "data", shared_upstream.url, "--no-guidance")
-        with running, open_client(browser, running.url) as client:
-            running.wait_ready()
-            long_chat(client)
-            for change, there, notices in (
-                (lambda: None, True, 0),
-                (running.kill, False, 1),
-                (lambda: running.start().wait_ready(), True, 1),
-                (running.kill, False, 2),
-            ):
-                change()
+        given = settings(tmp_path / "data", shared_upstream.url, no_guidance=True, port=free_port())
+        with open_client(browser, f"http://127.0.0.1:{given.port}") as client, contextlib.ExitStack() as stack:
+            for there, notices in ((True, 0), (False, 1), (True, 1), (False, 2)):
+                stack.enter_context(LocalServer(given)) if there else stack.close()
+                if not notices:
+                    long_chat(client)
                 for _ in range(2):
                     assert ("silverthorn" in placed_text(client.generate())) == there
                 assert len(client.notices) == notices
@@ -862,6 +884,149 @@ class TestPanel:
             "url => fetch(url).then((r) => r.json()).then((answer) => !answer.carry_over)", arg=url
         )
 
+    def test_it_speaks_the_users_language(self, browser, server):
+        words = json.dumps(pm.extension_words()["de-de"])
+        with open_client(browser, server.url, f"(stand.words = {words}, null)") as client:
+            long_chat(client)
+            client.generate()
+            for said in ("Meine Chats merken", "Erinnerungen:"):
+                client.page.get_by_text(said).wait_for(state="attached")
+
+    def test_what_the_proxy_does_itself_is_not_asked(self, client, server):
+        depth = client.page.get_by_text("messages from the end")
+        depth.wait_for()
+        client.do("Object.assign(stand.context, {mainApi: 'openai'})")
+        client.do("stand.context.chatCompletionSettings.custom_url = a", f"{server.url}/v1")
+        client.do("await stand.open('Mira - 1', {})")
+        depth.wait_for(state="hidden")
+
+    def test_the_role_is_the_users(self, client):
+        client.page.get_by_label("Role").select_option("user")
+        long_chat(client)
+        assert client.generate()["persona_memory_memories"]["role"] == 1
+
+    def test_how_much_is_known_is_said_in_words(self, client, server):
+        """A chat that changed while the server was away; the button has it read in."""
+        client.talk("One.", "Two.", "Three.", "Four.")
+        client.generate()
+        client.talk("Five.", "Six.")
+        client.do("stand.context.chat[3].mes = 'Four, changed.'")
+        client.page.locator("#persona_memory_settings .inline-drawer-header").click()
+        client.page.get_by_text("3 of 6 messages of this chat are not known yet.").wait_for()
+        client.page.get_by_text("Read them in").click()
+        client.page.get_by_text("All 6 messages of this chat are known").wait_for()
+        assert branch_texts(server.url, client.id)[3:] == ["Four, changed.", "Five.", "Six."]
+
+    def test_a_recalled_line_names_its_speaker_and_can_be_forgotten_and_pinned(self, client, server):
+        long_chat(client)
+        client.generate()
+        row = client.page.locator("#persona_memory_settings li", has_text="silverthorn")
+        assert row.text_content().startswith(f"Robin: {ELVEN}")
+        for title, other in (("Forget", "Remember again"), ("Remember again", "Forget"), ("Pin", "Unpin")):
+            row.get_by_title(title, exact=True).dispatch_event("click")
+            row.get_by_title(other, exact=True).wait_for(state="attached")
+        first = rows(server, client)[0]
+        assert (first["pinned"], first["forgotten"]) == (True, False)
+
+    def test_it_says_so_when_another_extension_puts_the_same_into_the_prompt(self, client):
+        long_chat(client)
+        notice = client.page.get_by_text("tells the model the same")
+        for prompt, told in (("Something else.", False), (f"Past events:\n  Robin: {ELVEN}", True), ("", False)):
+            client.do("(stand.context.extensionPrompts['3_vectors'] = { value: a }, null)", prompt)
+            client.generate()
+            assert (notice.count() == 1) == told
+        assert "Vector Storage" not in client.panel()
+
+    def test_its_data_can_be_removed(self, client):
+        client.set("depth", 4)
+        client.do("(await import(a)).clean()", SCRIPT_PATH)
+        assert client.do("stand.context.extensionSettings.persona_memory ?? null") is None
+
     def test_it_is_there_once(self, client):
         client.do("await import(a).then(() => null)", SCRIPT_PATH + "?again")
         assert client.page.locator("#persona_memory_settings").count() == 1
+
+
+def rows(server, client) -> list[dict]:
+    """The open chat's messages as the server has them."""
+    address = f"{server.url}/api/persona_memory/chats/{client.id}/messages"
+    return httpx.get(address, timeout=TIMEOUT).json()["messages"]
+
+
+@needs_chromium
+class TestMessages:
+    """A message's button, and the slash commands."""
+
+    @staticmethod
+    def look_at(client, number: int):
+        """What the button of that message shows."""
+        client.do(
+            "(document.querySelector('#chat').replaceChildren(stand.message(a)),"
+            " document.querySelector('#chat .persona_memory_button').click(), null)",
+            number,
+        )
+        shown = client.page.locator("#chat .persona_memory_message")
+        shown.wait_for()
+        return shown
+
+    def test_a_message_is_pinned_and_forgotten(self, client, server):
+        """One that the server does not know yet is read in first."""
+        client.talk("One.", "<think>Hm.</think>Two.", "One.")
+        shown = self.look_at(client, 1)
+        shown.get_by_title("Pin", exact=True).dispatch_event("click")
+        shown.get_by_title("Unpin", exact=True).wait_for(state="attached")
+        shown = self.look_at(client, 1)
+        assert shown.locator("h3").text_content() == "Message 2, Mira"
+        shown.get_by_title("Forget", exact=True).dispatch_event("click")
+        shown.get_by_title("Remember again", exact=True).wait_for(state="attached")
+        assert [(row["pinned"], row["forgotten"]) for row in rows(server, client)][1] == (True, True)
+        assert self.look_at(client, 2).locator("h3").text_content() == "Message 3, Robin"
+
+    def test_why_a_reply_was_said(self, client):
+        long_chat(client)
+        client.generate()
+        client.talk("x", "Silverthorn.")
+        client.do("(stand.context.chat.splice(-2, 1), null)")
+        shown = self.look_at(client, client.do("stand.context.chat.length - 1"))
+        assert "Why this was said" in shown.text_content()
+        assert f"Robin: {ELVEN}" in shown.locator("li").first.text_content()
+        assert "Nothing is kept" in self.look_at(client, 3).text_content()
+
+    def test_what_is_no_message_of_the_chat_is_refused_in_words(self, client):
+        client.talk("One.")
+        client.do("stand.say(false, 'Night falls.', {extra: {type: 'narrator'}})")
+        client.do(
+            "(document.querySelector('#chat').replaceChildren(stand.message(1)),"
+            " document.querySelector('#chat .persona_memory_button').click(), null)"
+        )
+        client.page.wait_for_function("stand.notices.length")
+        assert client.notices == ["The server does not know this message."]
+
+    @staticmethod
+    def command(client, name: str, text: str = "", **named: str) -> str:
+        """What a slash command returns."""
+        return client.do("await stand.commands[a[0]].callback(a[1], a[2])", [f"pm-{name}", named, text])
+
+    def test_commands_return_values_for_scripts(self, client, server):
+        long_chat(client)
+        assert self.command(client, "state") == "83 of 83 messages of this chat are not known yet."
+        said = self.command(client, "note", "Mira has a scar.")
+        assert said == "Mira has a scar."
+        assert "All" in self.command(client, "state")
+        assert json.loads(self.command(client, "state", **{"as": "json"}))["current"] is True
+        found = self.command(client, "recall", "the password of the northern gate", limit="2").split("\n")
+        assert found[0] == f"Robin: {ELVEN}" and len(found) == 2
+        assert json.loads(self.command(client, "recall", "gate", **{"as": "json"}))[0]["id"]
+        assert self.command(client, "pin", "0-2") == "3"
+        assert self.command(client, "forget", "1") == "1"
+        assert self.command(client, "pin", "2", undo="true") == "1"
+        assert self.command(client, "pin") == "1"
+        kept = [(row["pinned"], row["forgotten"]) for row in rows(server, client)]
+        assert kept[:4] + kept[-1:] == [(True, False), (True, True), (False, False), (False, False), (True, False)]
+        assert "Mira has a scar." in placed_text(client.generate())
+
+    @pytest.mark.parametrize("name, text, words", [("pin", "one", "number"), ("forget", "99", "does not know")])
+    def test_commands_say_what_is_wrong(self, client, name, text, words):
+        client.talk("One.")
+        with pytest.raises(Exception, match=words):
+            self.command(client, name, text)

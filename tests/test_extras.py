@@ -11,7 +11,17 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from fakes import PATIENCE, PROGRAM, LocalServer, clean_environment, figure, free_port, settings, wait_until
+from fakes import (
+    PATIENCE,
+    PROGRAM,
+    LocalServer,
+    clean_environment,
+    figure,
+    free_port,
+    run_program,
+    settings,
+    wait_until,
+)
 
 import persona_memory as pm
 
@@ -351,8 +361,7 @@ def write_host(folder: Path) -> Path:
 
 def install(folder: Path, flag: str = "--install-extras") -> subprocess.CompletedProcess:
     """The program's own command."""
-    command = [sys.executable, str(PROGRAM), flag, str(folder)]
-    return subprocess.run(command, env=clean_environment(None), capture_output=True, text=True, timeout=PATIENCE)
+    return run_program(flag, folder)
 
 
 class Host:

@@ -801,3 +801,17 @@ def test_other_refusals_are_not_asked_again_without_memories(house, narrow, tale
     house.api.play(google(gemini.invalid_argument("no")) if house.kind == "gemini" else refused(400, "no"))
     assert say(narrow[house.kind].url, tale).status == 400
     assert [has_memories(request) for request in house.api.chats] == [True]
+
+
+def test_what_was_refused_stays_out_also_after_a_restart(house, tale, tmp_path):
+    """The next turn does not begin with the memories that the provider's filter refused, and says so."""
+    given = settings_for(house.kind, tmp_path / "data", house.api.url, context=SMALL)
+    for turn, with_memories in enumerate(([True, False], [False], [False])):
+        house.api.play(*blocks_memories(house.kind) if turn == 0 or house.kind == "gemini" else [GOOD])
+        if turn != 1:  # the first two turns share a server
+            proxy = LocalServer(given).start()
+        reply = say(proxy.url, tale, stream=False)
+        if turn != 0:
+            proxy.close()
+        assert (reply.status, [has_memories(request) for request in house.api.chats]) == (200, with_memories)
+        assert ("left out, since the provider's filter refused it: memories" in reply.memory) is (turn > 0)

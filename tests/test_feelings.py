@@ -2,6 +2,7 @@
 
 import httpx
 import pytest
+from chats import tiny_bert
 from fakes import LocalServer, branch_texts, say, settings, wait_until
 
 import persona_memory as pm
@@ -219,21 +220,12 @@ def test_the_extras_api_is_there_without_the_proxy(upstream, data_dir):
 def own_model(tmp_path_factory) -> str:
     """A text-classification model as transformers saves it: tiny, untrained but for its bias, which says "grief"."""
     import torch
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("model")
-    labels = dict(enumerate(["grief", "amusement", "boredom"]))
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
-        id2label=labels, label2id={v: k for k, v in labels.items()}, max_position_embeddings=64,
-    )  # fmt: skip
-    model = BertForSequenceClassification(config)
+    model = tiny_bert(folder, ("grief", "amusement", "boredom"))
     model.classifier.weight.data.zero_()
     model.classifier.bias.data = torch.tensor([3.0, 0.0, 3.0])
     model.save_pretrained(folder)
-    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
     return str(folder)
 
 

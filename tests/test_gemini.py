@@ -686,7 +686,7 @@ def test_hanging_up_in_the_middle_ends_the_request(server, api, chat, header):
 def test_the_process_says_nothing_about_googles_library(api, chat, data_dir):
     """As a user starts it: key and address from the environment, an answer, and a log without warnings or the key."""
     environment = {"GEMINI_API_KEY": KEY, "GOOGLE_GEMINI_BASE_URL": api.url}
-    with Server(data_dir, "gemini", env=environment) as running:
+    with Server(data_dir, "gemini", env=environment, embedder=False) as running:
         for stream in (False, True):
             assert say(running.url, chat, stream=stream, model="gemini-flash-latest").text == api.last["answer"]
         wait_until(lambda: "ok" in running.log(), "the turns in the log")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fakes import PATIENCE, PROGRAM, LocalServer, branch_texts, clean_environment, settings, wait_until
+from fakes import PATIENCE, PROGRAM, LocalServer, branch_texts, clean_environment, run_program, settings, wait_until
 from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
@@ -702,9 +702,7 @@ def command(data: Path, *names) -> list[str]:
 
 def run_import(data: Path, *names) -> subprocess.CompletedProcess:
     """An import that is waited for."""
-    return subprocess.run(
-        command(data, *names), env=clean_environment(None), capture_output=True, text=True, timeout=PATIENCE
-    )
+    return run_program("--data", data, "--import", *names)
 
 
 def long_file(count: int) -> str:
@@ -728,13 +726,15 @@ def test_a_folder_of_chats_is_imported(tmp_path, server):
         (chats / name).write_bytes(b"")
     take_in(server, written(line("Robin", "Out and in."), line("Helena", "Again.")), chat_id="x")
     (chats / "export.json").write_text(json.dumps(export(server, "x")))
-    done = run_import(data, chats)
+    done = subprocess.run(  # as a user does it
+        command(data, chats), env=clean_environment(None), capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 2 and "4 chats: 7 messages added, 0 already present. 1 of 6 files" in done.stderr
     assert "Traceback" not in done.stderr
     for words in (
-        "one.jsonl: 2 messages, 2 of them new", "greeting.jsonl: passed over: it holds no message of the user",
-        "settings.json: passed over. This is no chat", "object with power_user", "broken.jsonl: passed over: line 3",
-        "none.jsonl: line 1", "2 files of other kinds were passed over (2 .png)",
+        "one.jsonl: 2 messages, 2 of them new", "greeting.jsonl: skipped: it holds no message of the user",
+        "settings.json: skipped. This is not a chat", "object with power_user", "broken.jsonl: skipped: line 3",
+        "none.jsonl: line 1", "2 files of other kinds were skipped (2 .png)",
     ):  # fmt: skip
         assert words in done.stderr
     assert "chats" in done.stderr and "vectors" in done.stderr  # the bars

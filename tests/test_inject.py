@@ -11,6 +11,7 @@ from chats import open_chat
 from fakes import LocalServer, branch_texts, figure, say, settings, wait_until
 
 INJECT = "/api/persona_memory/inject"
+ONE_SERVER = True
 TIMEOUT = 60
 NUMBERS = itertools.count(1)
 ELVEN = "The password of the northern gate is silverthorn, and only Mira's brother Aldo knows it besides us."
@@ -340,14 +341,6 @@ def test_the_key_is_asked_for(tmp_path, shared_upstream):
 CARD = {"role": "system", "content": "You are Mira, keeper of the light."}
 
 
-@pytest.fixture
-def upstream(shared_upstream):
-    """The module's upstream, with nothing recorded."""
-    shared_upstream.reset()
-    yield shared_upstream
-    shared_upstream.reset()
-
-
 def plain(messages: list[dict]) -> list[dict]:
     """Messages as chat completions have them."""
     return [{"role": m["role"], "content": m["content"]} for m in messages]
@@ -498,3 +491,55 @@ def test_what_is_no_chat_is_not_read_in(shared_server, chat_id, messages):
     assert (
         httpx.get(f"{shared_server.url}/api/persona_memory/chats/{quote(chat_id)}", timeout=TIMEOUT).status_code == 404
     )
+
+
+def known(server, chat_id: str, messages: list[dict]) -> tuple[int, int, bool]:
+    """Of how many messages how many are known, and whether they are the chat as it stands."""
+    address = f"{server.url}/api/persona_memory/chats/{quote(chat_id)}/known"
+    answer = httpx.post(address, json={"messages": messages}, timeout=TIMEOUT).raise_for_status().json()
+    return answer["messages"], answer["known"], answer["current"]
+
+
+def test_how_much_of_a_chat_is_known_is_told_and_nothing_is_written(shared_server, chat_id):
+    shown = LONG[:10]
+    assert known(shared_server, chat_id, shown) == (10, 0, False)
+    assert httpx.get(f"{shared_server.url}/api/persona_memory/chats/{chat_id}", timeout=TIMEOUT).status_code == 404
+    inject(shared_server, chat_id, shown[:4])
+    assert known(shared_server, chat_id, shown) == (10, 4, False)
+    assert branch_texts(shared_server.url, chat_id) == [m["content"] for m in shown[:4]]
+    inject(shared_server, chat_id, shown)
+    assert known(shared_server, chat_id, shown) == (10, 10, True)
+    assert known(shared_server, chat_id, shown[:6]) == (6, 6, False), "deleted at the end"
+    assert known(shared_server, chat_id, [*shown[:9], {**shown[9], "hidden": True}]) == (10, 10, False)
+    assert known(shared_server, chat_id, [line("user", "Changed."), *shown[1:]]) == (10, 0, False)
+
+
+def test_thoughts_in_a_shown_message_make_it_no_unknown_one(shared_server, chat_id):
+    """The server keeps only what was said."""
+    shown = [LONG[0], line("assistant", "<think>He trusts me.</think>Then I will guard it well."), *LONG[2:6]]
+    inject(shared_server, chat_id, shown)
+    assert known(shared_server, chat_id, shown) == (6, 6, True)
+
+
+NOTE = "Mira has a scar on her left hand."
+
+
+def test_a_users_note_is_in_every_prompt(hook, chat_id):
+    """From the first one on, also in a branch, after an export and an import; until it is forgotten."""
+    api = f"{hook.url}/api/persona_memory"
+    assert httpx.post(f"{api}/chats/{chat_id}/facts", json={"text": NOTE}, timeout=TIMEOUT).status_code == 404
+    inject(hook, chat_id, LONG[:2])
+    note = httpx.post(f"{api}/chats/{chat_id}/facts", json={"text": f" {NOTE} "}, timeout=TIMEOUT).json()
+    other = httpx.post(f"{api}/chats/{chat_id}/facts", json={"text": "He fears bells."}, timeout=TIMEOUT).json()
+    for shown in (LONG[:3], [line("user", "Another beginning."), *LONG[:3]]):
+        told = texts(inject(hook, chat_id, shown))
+        assert told.count(NOTE) == 1 and "He fears bells." in told and "#0" not in told
+    assert NOTE in texts(inject(hook, f"{chat_id}-branch", LONG[:3], parent_chat_id=chat_id))
+    exported = httpx.get(f"{api}/chats/{chat_id}/export", timeout=TIMEOUT).content
+    taken = httpx.post(f"{api}/import", params={"chat_id": f"{chat_id}-copy"}, content=exported, timeout=TIMEOUT)
+    assert taken.status_code == 200, taken.text
+    assert NOTE in texts(inject(hook, f"{chat_id}-copy", LONG[:3]))
+    assert httpx.delete(f"{api}/chats/{chat_id}/facts/{note['id']}", timeout=TIMEOUT).status_code == 200
+    told = texts(inject(hook, chat_id, LONG[:5]))
+    assert NOTE not in told and other["text"] in told
+    assert httpx.post(f"{api}/chats/{chat_id}/facts", json={"text": " "}, timeout=TIMEOUT).status_code == 400

@@ -131,7 +131,7 @@ def test_every_line_is_an_object_and_none_holds_text(process, upstream):
 def test_text_is_logged_only_when_asked_for(upstream, data_dir):
     """`--log-text` shows what was said, in the console that people read."""
     upstream.steer(reply=lambda body: "Aye.")
-    with Server(data_dir, upstream.url, "--log-text") as running:
+    with Server(data_dir, upstream.url, "--log-text", embedder=False) as running:
         say(running.url, turn(WORDS))
         assert f"user: {WORDS}" in running.log()
         assert not running.log().startswith("{")
@@ -179,7 +179,8 @@ def assert_silent(running, data_dir, *replies):
 def test_openai_keys_stay_hidden(upstream, data_dir, log_format):
     """An upstream that quotes the key which it refuses, in an error, in a stream, and for a request passed through."""
     quote = {"error": {"message": f"Incorrect API key provided: {KEY}", "details": [KEY]}}
-    with Server(data_dir, upstream.url, "--upstream-key", KEY, "--log-format", log_format) as running:
+    flags = "--upstream-key", KEY, "--log-format", log_format
+    with Server(data_dir, upstream.url, *flags, embedder=False) as running:
         replies = [say(running.url, turn("hello"))]
         for stream in (True, False):
             upstream.steer(status=401, error=quote)
@@ -193,7 +194,7 @@ def test_openai_keys_stay_hidden(upstream, data_dir, log_format):
 
 def test_the_clients_own_key_stays_hidden(upstream, data_dir):
     """It goes to the upstream and nowhere else."""
-    with Server(data_dir, upstream.url) as running:
+    with Server(data_dir, upstream.url, embedder=False) as running:
         replies = []
         for status in (200, 401):
             upstream.steer(status=status, error=f"Incorrect API key provided: {CLIENT_KEY}")
@@ -206,7 +207,7 @@ def test_geminis_key_stays_hidden(data_dir):
     """Google quotes a suspended key in three places of one error."""
     with Gemini() as api:
         env = {"GEMINI_API_KEY": KEY, "GOOGLE_GEMINI_BASE_URL": api.url}
-        with Server(data_dir, "gemini", env=env) as running:
+        with Server(data_dir, "gemini", env=env, embedder=False) as running:
             replies = [say(running.url, turn("hello"), model=pm.GEMINI_MODEL)]
             api.steer(error=permission_denied(KEY))
             replies += [say(running.url, turn("again"), stream, model=pm.GEMINI_MODEL) for stream in (True, False)]
@@ -218,7 +219,7 @@ def test_a_password_in_the_upstreams_address_is_not_shown(data_dir):
     """Neither by /health nor by the error of an upstream that is not there."""
     with Upstream() as upstream:
         address = upstream.url.replace("http://", f"http://me:{KEY}@")
-    with Server(data_dir, address) as running:
+    with Server(data_dir, address, embedder=False) as running:
         reply = say(running.url, turn("hello"), model=pm.GEMINI_MODEL)
         assert reply.status == 502
         assert KEY not in everything(running, None) + running.log() + repr(reply)

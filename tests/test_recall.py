@@ -111,6 +111,30 @@ def test_named_times(text, first, last):
     assert (days, more) == ([first, last], [])
 
 
+@pytest.mark.parametrize(
+    ("language", "phrases"),
+    [
+        ("de", ("am 5. Mai 2023", "im Mai 2023", "vor drei Tagen", "letzten Winter", "gestern", "letzten Freitag")),
+        ("es", ("el 5 de mayo de 2023", "en mayo de 2023", "hace tres días", "el invierno pasado", "ayer",
+                "el viernes pasado")),
+        ("fr", ("le 5 mai 2023", "en mai 2023", "il y a trois jours", "l'hiver dernier", "hier", "vendredi dernier")),
+        ("it", ("il 5 maggio 2023", "a maggio 2023", "tre giorni fa", "lo scorso inverno", "ieri", "venerdì scorso")),
+        ("pt", ("em 5 de maio de 2023", "em maio de 2023", "três dias atrás", "no inverno passado", "ontem",
+                "na sexta passada")),
+        ("pl", ("5 maja 2023", "w maju 2023", "trzy dni temu", "zeszłej zimy", "wczoraj", "w zeszły piątek")),
+        ("ru", ("5 мая 2023", "в мае 2023", "три дня назад", "прошлой зимой", "вчера", "в прошлую пятницу")),
+        ("zh", ("2023年5月5日", "2023年5月", "三天前", "去年冬天", "昨天", "上周五")),
+        ("ja", ("2023年5月5日", "2023年5月", "三日前", "去年の冬", "昨日", "この前の金曜日")),
+        ("ko", ("2023년 5월 5일", "2023년 5월", "3일 전", "지난 겨울", "어제", "지난 금요일")),
+    ],
+)  # fmt: skip
+def test_named_times_in_other_languages(language, phrases):
+    """A day, a month, days ago, a season, yesterday and a day of the week."""
+    spans = [pm.named_dates(phrase, NOW, language) for phrase in phrases]
+    days = [[datetime.fromtimestamp(start * pm.DAY, UTC).date().isoformat() for start, _ in span] for span in spans]
+    assert days == [["2023-05-05"], ["2023-05-01"], ["2024-03-11"], ["2023-12-01"], ["2024-03-14"], ["2024-03-08"]]
+
+
 def test_a_day_without_a_year_may_be_of_this_year_or_the_last():
     starts = [start for start, _ in pm.named_dates("on 5 May", NOW)]
     assert starts == [pm.day_number(2023, 5, 5), pm.day_number(2024, 5, 5)]

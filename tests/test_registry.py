@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 from chats import chat as messages_of
-from fakes import PATIENCE, LocalServer, branch_texts, say, settings
+from fakes import PATIENCE, LocalServer, branch_texts, say, settings, wait_until
 
 import persona_memory as pm
 
@@ -93,6 +93,24 @@ def test_a_turn_in_the_embedder_keeps_nobody_waiting(gate, patient_turn, data_di
         reply = stuck.result(PATIENCE)
         assert reply.status == 200 and "late" not in reply.memory
         assert branch_texts(running.url, "two")[:2] == [MULE, told("two")[2]["content"]]
+
+
+def test_nobody_waits_for_vectors_in_vain(gate):
+    """Where those who wait already take longer than somebody may wait, memory goes on without vectors at once."""
+    embedder = pm.Embedder("all-MiniLM-L6-v2")
+    embedder.start()
+    assert embedder.loaded.wait(PATIENCE)
+    gate.clear()
+    with ThreadPoolExecutor(9) as threads:
+        waiting = [threads.submit(embedder.encode, ["the mule"], PATIENCE) for _ in range(8)]
+        wait_until(lambda: len(embedder._urgent) == 8)
+        embedder._pace = PATIENCE
+        late = threads.submit(embedder.encode, ["the inn"], 2 * PATIENCE)
+        with pytest.raises(pm.EmbedderUnavailable, match="late"):
+            late.result(PATIENCE)
+        gate.set()
+        assert [job.result(PATIENCE).shape for job in waiting] == [(1, 384)] * 8
+    embedder.close()
 
 
 def chats_in_open_files() -> set[str]:

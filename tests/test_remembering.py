@@ -1,10 +1,12 @@
 """What a turn's prompt gets of the past, through real turns: what is asked, what is chosen, and how it reads."""
 
 import re
+import shutil
 
 import httpx
+import numpy as np
 import pytest
-from chats import LANGUAGES, Encoder, open_chat, read_chat, recall_at
+from chats import LANGUAGES, Encoder, open_chat, read_chat, recall_at, tiny_bert
 from fakes import LocalServer, say, settings, wait_until
 from multilingual import write_model, written_texts
 from sillytavern import memories_in
@@ -105,6 +107,43 @@ def test_do_you_remember_recalls_more(running, shared_upstream):
     plain = memories_in(ask(running, shared_upstream, "We saw so much from the deck of the Heron.", talk))
     asking = memories_in(ask(running, shared_upstream, "Do you remember when we sailed on the Heron?", talk))
     assert pm.count_tokens(asking) > pm.count_tokens(plain)
+
+
+# ---------------------------------------------------------------------------- a reranker
+
+
+def test_a_reranker_puts_the_best_memories_in_its_order(shared_upstream, data_dir, tmp_path):
+    """A search's first ones stand as the CrossEncoder reads them; they keep the scores of their places."""
+    from sentence_transformers import CrossEncoder
+
+    tiny_bert(tmp_path)
+    model = CrossEncoder(str(tmp_path), device="cpu")
+    with LocalServer(settings(data_dir, shared_upstream.url, reranker=str(tmp_path), context=2048)) as server:
+        question = "Where does Clara sell her maps?"
+        ask(server, shared_upstream, question)
+        report = report_of(server, shared_upstream)
+        chat_id = httpx.get(f"{server.url}/api/persona_memory/chats", timeout=60).json()[0]["chat_id"]
+        path = f"{server.url}/api/persona_memory/chats/{chat_id}/search"
+        found = httpx.get(path, params={"q": question, "k": 40}, timeout=60).json()["memories"]
+    head, tail = found[: pm.RERANKED], found[pm.RERANKED :]
+    read = model.predict([(question, row["content"]) for row in head])
+    assert sorted(read, reverse=True) == pytest.approx(read)
+    assert [row["score"] for row in found] == sorted((row["score"] for row in found), reverse=True)
+    assert any("reranker" in row["scores"] for row in head) and not any("reranker" in row["scores"] for row in tail)
+    assert report["recalled"] and any("reranker" in row["scores"] for row in report["recalled"])
+    assert report["degraded"] == ""
+
+
+def test_a_reranker_that_cannot_be_used_costs_nothing_but_its_order(shared_upstream, data_dir, tmp_path):
+    """Recall goes on in its own order, and the report says so; one that is late likewise."""
+    with LocalServer(settings(data_dir, shared_upstream.url, reranker=str(tmp_path / "none"), context=2048)) as server:
+        prompt = ask(server, shared_upstream, "Where does Clara sell her maps?")
+        degraded = report_of(server, shared_upstream)["degraded"]
+    assert "I met Clara at the harbour" in memories_in(prompt)
+    assert "The reranker" in degraded and "cannot be used" in degraded
+    tiny_bert(tmp_path)
+    with pytest.raises(pm.EmbedderUnavailable, match="reranker late"):
+        pm.Reranker(str(tmp_path)).order("Where?", ["here", "there"], timeout=0)
 
 
 # ---------------------------------------------------------------------------- what is chosen
@@ -325,6 +364,26 @@ def vectors_of(server, messages) -> dict:
     store = open_chat(server, "tale").store
     found = store.vectors(server.server.memory.embedder.key, [m.fingerprint for m in messages])
     return found if len(found) == len({m.fingerprint for m in messages}) else {}
+
+
+def test_changed_weights_have_another_key_and_at_takes_first_dimensions(tmp_path, multilingual):
+    """The same path with other weights makes vectors anew; `@64` shortens them, to unit length."""
+    from sentence_transformers import SentenceTransformer
+
+    whole, short = pm.Embedder(multilingual), pm.Embedder(f"{multilingual}@64")
+    (long,), (first,) = whole.encode(["El mar"]), short.encode(["El mar"])
+    assert first == pytest.approx(long[:64] / np.linalg.norm(long[:64]), abs=1e-5)
+    assert whole.key != short.key and whole.key.partition("#")[2] == short.key.partition("#")[2] != ""
+    shutil.copytree(multilingual, tmp_path / "model")
+    before = pm.Embedder(str(tmp_path / "model")).key
+    model = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    model[0].embedding.weight.data *= 1.5
+    model.prompts = {"query": "la casa ", "document": ""}
+    model.save(str(tmp_path / "model"))
+    changed = pm.Embedder(str(tmp_path / "model"))
+    assert changed.key != before
+    document, asked = changed.encode(["El mar"], queries=["El mar"])  # a model's own prompt stands before a query
+    assert document == pytest.approx(long, abs=1e-5) and asked != pytest.approx(long, abs=1e-2)
 
 
 def test_turns_go_on_by_words_while_vectors_are_computed(shared_upstream, tmp_path, multilingual):

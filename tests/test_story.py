@@ -83,6 +83,22 @@ def test_the_story_is_what_no_higher_level_has_taken_in():
     assert pm.story_of([], texts(3)) == []
 
 
+def test_the_oldest_line_is_improved_first_and_in_it_what_tells_most():
+    """Then the line itself, out of its better parts; then the next line. Who has failed too often is left alone."""
+    told = ["It rained.", "Tomas promised Mira, crying, never to leave her.", "They ate.", "Then they slept."]
+    parts = [replace(summary(4 * i, 4 * i + 3, text=text), source="extract") for i, text in enumerate(told)]
+    line, newer = replace(summary(0, 15, 2), source="extract"), replace(summary(16, 19), source="extract")
+    branch, order = texts(20), []
+    stored = {s.id: s for s in (*parts, line, newer)}
+    while found := pm.extract_to_improve([line, newer], list(stored.values()), branch):
+        order.append(found)
+        stored[found.id] = replace(found, source="model")
+        line, newer = stored[line.id], stored[newer.id]
+    assert order[0].text == told[1]
+    assert {s.id for s in order[:4]} == {s.id for s in parts} and [s.id for s in order[4:]] == [line.id, newer.id]
+    assert pm.extract_to_improve([replace(parts[0], tries=pm.MOST_TRIES)], [], branch) is None
+
+
 def test_a_summary_moves_with_what_it_covers():
     """Deleting or inserting above it changes its numbers and nothing else; what stands twice is told twice."""
     low = summary(4, 7)
@@ -1376,8 +1392,7 @@ def test_a_summary_that_a_crash_interrupted_is_made_after_it(chronicler, data_di
     release = threading.Event()
     chronicler.page = {"hold": release}
     small = ("--context", "2048", "--summary-every", "4", "--budget", SMALL["budget"])
-    with Server(data_dir, chronicler.url, *small) as running:
-        running.wait_ready()
+    with Server(data_dir, chronicler.url, *small, embedder=False) as running:
         game = Game(running, "crash").fill(16)
         game.turn(12, settled=False)
         wait_until(lambda: chronicler.working, "the request for a summary at the upstream")

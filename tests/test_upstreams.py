@@ -13,21 +13,8 @@ from hypothesis import strategies as st
 
 import persona_memory
 
+ONE_SERVER = True
 FOREVER = 60
-
-
-@pytest.fixture
-def upstream(shared_upstream):
-    """The module's upstream, well-behaved and with nothing recorded."""
-    shared_upstream.reset()
-    yield shared_upstream
-    shared_upstream.reset()
-
-
-@pytest.fixture(scope="module")
-def server(shared_server):
-    """One proxy for the whole module: nothing here depends on what was said before."""
-    return shared_server
 
 
 @pytest.fixture
@@ -854,13 +841,13 @@ class Narrow:
         return 200, "application/json", json.dumps(answer).encode()
 
 
-@pytest.mark.parametrize("says", [True, False])
-def test_a_prompt_that_is_too_long_loses_its_oldest_messages(server, upstream, model, says):
-    """It is asked once more, and says so; card and question stay, and the next turn is made to fit."""
-    upstream.raw = Narrow(6000, 1.3, says)
+@pytest.mark.parametrize(("says", "context", "tries"), [(True, 6000, 2), (False, 6000, 2), (False, 2600, 4)])
+def test_a_prompt_that_is_too_long_loses_its_oldest_messages(server, upstream, model, says, context, tries):
+    """It is asked again, and says so; card and question stay, and the next turn is made to fit."""
+    upstream.raw = Narrow(context, 1.3, says)
     card = {"role": "system", "content": "You are Mira."}
-    lines = [{**m, "content": f"{m['content']}({says})"} for m in LONG[-120:]]  # no other test's chat begins alike
-    for turn, requests in enumerate((2, 3)):
+    lines = [{**m, "content": f"{m['content']}({says}, {context})"} for m in LONG[-120:]]  # a chat of its own
+    for turn, requests in enumerate((tries, tries + 1)):
         question = {"role": "user", "content": f"What do you see, {turn}?"}
         shown = [card, *lines, question]
         reply = say(server.url, shown, stream=False, model=model, max_tokens=100, chat_id=model)
@@ -871,11 +858,35 @@ def test_a_prompt_that_is_too_long_loses_its_oldest_messages(server, upstream, m
         assert ("lost its oldest messages" in reply.memory) is (turn == 0)
 
 
+@pytest.mark.parametrize("says", [True, False])
+def test_what_memory_adds_goes_before_the_turn_fails(server, upstream, model, says):
+    """A client that shows only its newest message is answered by a model that has no room for the chat behind it."""
+    card, question = {"role": "system", "content": "You are Mira."}, {"role": "user", "content": f"Line 7? ({says})"}
+    lines = [{**m, "content": f"{m['content']}({says}, {model})"} for m in LONG[:100]]
+    say(server.url, [card, *lines[1:], lines[0]], stream=False, model=f"wide {model}", chat_id=model)
+    upstream.reset()
+    upstream.raw = Narrow(persona_memory.prompt_tokens([card, question]) + 10, says=says)
+    reply = say(server.url, [card, question], stream=False, model=model, max_tokens=1, chat_id=model)
+    assert (reply.status, reply.text) == (200, "It fits.")
+    prompts = [request["body"]["messages"] for request in upstream.chats]
+    assert len(prompts[0]) > 50 and prompts[-1] == [card, question]
+    assert all(prompt[0]["content"].startswith(card["content"]) for prompt in prompts)
+
+
 def test_a_prompt_that_stays_too_long_is_an_error(server, upstream, model):
     upstream.raw = Narrow(10)
     reply = say(server.url, [{"role": "system", "content": "You are Mira."}, *LONG[-9:]], model=model)
     assert "context size" in reply.error
     assert len(upstream.chats) == 2
+
+
+def test_a_false_alarm_makes_no_prompt_shorter(server, upstream, model):
+    """A server that refuses every prompt for its length, without a number, has told nothing of the model."""
+    upstream.raw = Narrow(0, says=False)
+    assert "context size" in say(server.url, LONG, model=model).error
+    assert len(upstream.chats) == 1 + persona_memory.MOST_SHORTENED
+    upstream.reset()
+    assert words_sent(server, upstream, model) > WHOLE
 
 
 def test_a_models_tokens_are_learned_from_its_answers(server, upstream, model):

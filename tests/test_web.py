@@ -3,34 +3,30 @@
 import json
 import re
 import subprocess
-import sys
 import threading
 from urllib.parse import quote, unquote
 
 import httpx
 import pytest
-from fakes import PROGRAM, LocalServer, Server, chunk, clean_environment, figure, free_port, say, settings, wait_until
+from fakes import (
+    LocalServer,
+    Server,
+    chunk,
+    figure,
+    free_port,
+    run_program,
+    say,
+    settings,
+    wait_until,
+)
 from gemini import Gemini
 from werkzeug.test import create_environ
 
 import persona_memory
 
+ONE_SERVER = True
 TIMEOUT = 60
 CHATS = "/api/persona_memory/chats"
-
-
-@pytest.fixture
-def upstream(shared_upstream):
-    """The module's upstream, well-behaved and with nothing recorded."""
-    shared_upstream.reset()
-    yield shared_upstream
-    shared_upstream.reset()
-
-
-@pytest.fixture(scope="module")
-def server(shared_server):
-    """One proxy for the whole module; every test has chats of its own."""
-    return shared_server
 
 
 @pytest.fixture
@@ -221,10 +217,10 @@ def known(api, chat_id, server):
 
 
 @pytest.fixture(scope="module")
-def shared(server):
+def shared(shared_server):
     """One such chat for all who leave its first two messages as they are."""
-    with httpx.Client(base_url=server.url, timeout=TIMEOUT) as bare:
-        return remembered(bare, server, "shared")
+    with httpx.Client(base_url=shared_server.url, timeout=TIMEOUT) as bare:
+        return remembered(bare, shared_server, "shared")
 
 
 def remembered(api, server, chat_id: str) -> str:
@@ -642,8 +638,7 @@ def test_the_right_key_opens(locked, upstream):
 
 def start(tmp_path, *arguments) -> subprocess.CompletedProcess:
     """Start the program where it should end by itself."""
-    command = [sys.executable, str(PROGRAM), *arguments_for(tmp_path), *arguments]
-    return subprocess.run(command, env=clean_environment(None), capture_output=True, text=True, timeout=TIMEOUT)
+    return run_program(*arguments_for(tmp_path), *arguments)
 
 
 def arguments_for(tmp_path) -> list[str]:
@@ -692,7 +687,8 @@ def test_a_port_that_is_taken_is_a_readable_error(tmp_path, upstream):
 
 
 def test_listening_to_the_network_with_a_key(data_dir, upstream):
-    with Server(data_dir, upstream.url, "--host", "0.0.0.0", "--api-key", "open-sesame") as running:
+    flags = "--host", "0.0.0.0", "--api-key", "open-sesame"
+    with Server(data_dir, upstream.url, *flags, embedder=False) as running:
         assert httpx.get(running.url + CHATS, timeout=TIMEOUT).status_code == 401
 
 
@@ -945,7 +941,7 @@ ODD_IDS = [
     "{}",
     "<script>",
     "a;b=c",
-    "x" * 3000,
+    "x" * persona_memory.LONGEST_ID,
     "~",
     "-",
     "line\nbreak",
@@ -1194,7 +1190,7 @@ def test_message_text_never_reaches_the_log(data_dir, upstream):
     secret = "quartzword-7319"
     upstream.reply = lambda body: f"I keep {secret} well."
     talk = [{"role": "user", "name": secret, "content": f"The word is {secret}."}]
-    with Server(data_dir, upstream.url) as running:
+    with Server(data_dir, upstream.url, embedder=False) as running:
         assert say(running.url, talk).status == 200
         upstream.steer(status=500, error="broken")
         assert say(running.url, talk).status == 500

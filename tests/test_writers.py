@@ -4,7 +4,7 @@ import re
 
 import httpx
 import pytest
-from fakes import PATIENCE, LocalServer, Upstream, say, settings, wait_until
+from fakes import PATIENCE, LocalServer, Upstream, health, say, settings, wait_until
 
 import persona_memory as pm
 
@@ -98,17 +98,34 @@ def test_summaries_that_fail_are_told(upstream, writer, data_dir):
     given = settings(data_dir, upstream.url, summary_upstream=writer.url, **SMALL)
     with LocalServer(given) as running:
         turn(running, "failing", 60)
-        wait_until(lambda: details(running)["summaries"], "the failure in the health")
+        wait_until(lambda: details(running)["summary_failure"], "the failure in the health")
         told = details(running)
-        assert (told["level"], told["summaries"]["model"]) == ("notice", "scribe")
+        assert (told["level"], told["summary_failure"]["model"]) == ("notice", "scribe")
         assert "is retired" in told["words"] and "--summary-model" in told["advice"]
         reply = turn(running, "failing", 62)
         assert (reply.status, reply.text) == (200, upstream.last["answer"])
         assert "summaries=failing" in reply.memory
         writer.steer(status=200)
         turn(running, "failing", 80)
-        wait_until(lambda: details(running)["summaries"] is None, "the failure gone")
+        wait_until(lambda: details(running)["summary_failure"] is None, "the failure gone")
         assert "retired" not in details(running)["words"]
+
+
+@pytest.mark.parametrize("bad", ["I cannot help with that.", ""])
+def test_a_model_that_writes_no_usable_summary_is_told_of(upstream, data_dir, bad):
+    """It answers every request, so that nothing else says so; the health that needs no key quotes nobody."""
+    upstream.steer(reply=lambda body: bad if is_summary(body) else "Mira nods.")
+    with LocalServer(settings(data_dir, upstream.url, **SMALL)) as running:
+        turn(running, "useless", 60)
+        wait_until(lambda: details(running)["summary_failure"], "the failure")
+        told = details(running)
+        assert told["level"] == "notice" and "times in a row could not be used: " in told["words"]
+        assert "--summary-model" in told["advice"] and "server" not in told["advice"].removeprefix(pm.SUMMARY_ADVICE)
+        assert health(running.url)["summaries"] == "failing"
+        assert "summaries=failing" in turn(running, "useless", 62).memory
+        upstream.steer(reply=summary)
+        turn(running, "useless", 80)
+        wait_until(lambda: health(running.url)["summaries"] == "ok", "a usable one")
 
 
 def test_extracts_are_replaced_over_time_and_after_a_restart(upstream, data_dir):

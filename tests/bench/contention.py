@@ -46,15 +46,16 @@ class SlowModel:
     """The embedder's model; each encode takes some seconds more, and none ends while `gate` is shut."""
 
     def __init__(self, model, seconds: float):
-        self.model, self.seconds = model, seconds
+        self.model, self.seconds, self.encode_at_once = model, seconds, model.encode
         self.gate, self.entered = threading.Event(), threading.Event()
         self.gate.set()
+        model.encode = self.encode  # the rest of the model stays as it is
 
     def encode(self, *args, **kwargs):
         self.entered.set()
         time.sleep(self.seconds)
         self.gate.wait()
-        return self.model.encode(*args, **kwargs)
+        return self.encode_at_once(*args, **kwargs)
 
 
 def line(chat: int, turn: int) -> str:
@@ -70,7 +71,7 @@ class Crowd:
         self.arrived: dict[tuple[str, ...], float] = {}
         load = program.load_sentence_transformer
         self.model = SlowModel(load("all-MiniLM-L6-v2"), seconds)
-        program.load_sentence_transformer = lambda name: self.model
+        program.load_sentence_transformer = lambda name: self.model.model
         limit_open_chats(program, open_chats)
         self.folder, self.upstream = tempfile.TemporaryDirectory(), Upstream(reply=self.reply)
         given = {"proxy": True, "host": "127.0.0.1", "port": 0, "data": self.folder.name, "context": 1024}
