@@ -5363,9 +5363,9 @@ def align_request(chat: Chat, request: ChatRequest) -> Alignment:
 def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     """A request with the messages of the chat that its client keeps out of the prompt, each in its place, as the client
     told when it last showed the whole chat: they stay part of it."""
-    first, hidden = request.history_start, chat.store.info.get("hidden", ())
+    first, hidden = request.history_start, hidden_from(chat, request)
     path, turns = chat.path() if hidden else [], request.turns[first:]
-    away = set(hidden).intersection(path)
+    away = hidden.intersection(path)
     if not away or not turns:
         return request
     said, asked = chat.texts(path), [t.digest for t in turns]
@@ -5375,6 +5375,11 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     shown = iter(turns)
     whole = [next(shown) if at == MET else hidden_turn(*chat.store.read([path[at]])) for at in places]
     return replace(request, turns=(*request.turns[:first], *whole, *shown))
+
+
+def hidden_from(chat: Chat, request: ChatRequest) -> set[str]:
+    """The ids of the messages that a request's client has told to be hidden from its prompts."""
+    return set(chat.store.info.get("hidden", ())) if request.identity.has_metadata else set()
 
 
 def walk_past(said: Sequence[str], asked: Sequence[str], start: int, away: Collection[int]) -> list[int]:
@@ -5406,7 +5411,7 @@ def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
     A turn is parted where its first paragraphs are a message of the chat that follows on the turn before, and the rest
     is what follows on that one, or what nothing has followed on yet.
     """
-    tree, away, turns = chat.tree, set(chat.store.info.get("hidden", ())), []
+    tree, away, turns = chat.tree, hidden_from(chat, request), []
     for turn in request.turns:
         before = turns[-1].digest if turns else ""
         known = "\n\n" not in turn.content or turn.digest in tree.by_digest
@@ -12303,7 +12308,7 @@ class PromptBuilder:
         first, above = request.history_start, len(nodes) - len(request.turns)
         path, shown, budget = [n.id for n in nodes], nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
-        away = set(chat.store.info.get("hidden", ()))
+        away = hidden_from(chat, request)
         counts = [0 if n.id in away else n.tokens for n in shown[:above]]
         counts += [0 if t.hidden else n.tokens for t, n in zip(request.turns[first:], shown[above:], strict=True)]
         for i, turn in enumerate(request.turns[first:], above):
