@@ -10668,11 +10668,13 @@ class Archive:
             if chat is None:
                 return replace(request, turns=())
             with chat.lock:
-                alignment = align_request(chat, request)
+                seen = with_hidden(chat, unmerged(chat, without_notes(request, chat.store.info.get("notes", []))))
+                alignment = align_request(chat, seen)
+                held = alignment.skipped + len(alignment.kept) == len(seen.turns) or learned_note(chat, alignment, seen)
         if not alignment.matches:
             return replace(request, turns=())
         last = request.turns[-1]
-        if last.role != "user" or alignment.skipped + len(alignment.kept) == len(request.turns):
+        if last.role != "user" or held:
             return request
         return replace(request, turns=request.turns[:-1], tail=(*last.before, last.raw, *request.tail))
 
