@@ -79,6 +79,7 @@ import codecs
 import contextlib
 import errno
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -508,6 +509,7 @@ BEGUN_THOUGHTS = re.compile(rf"(?<!`)<(?:{THOUGHT}).*\Z", re.S | re.I)  # withou
 OTHER_TAGS = re.compile(r"\[/?THINK\]|\u25c1/?think\u25b7|</?seed:think>")  # Magistral's, Kimi's, Seed's
 INLINE_TAGS = {"a", "b", "code", "em", "font", "i", "mark", "q", "s", "small", "span", "strong", "sub", "sup", "u"}
 OPENING_TAG = re.compile(r"<([A-Za-z][\w-]{0,40})(?:\s[^<>]*)?>")
+MOST_BLOCKS = 20  # at either end of a text
 CLOSING_TAG = re.compile(r"</([A-Za-z][\w-]{0,40})>\Z")
 LETTERS = r"[^\W\d_](?:[^\W\d_]|['’.-]){0,30}"
 NAME_PREFIX = re.compile(rf"{LETTERS}(?: {LETTERS}){{0,3}}: (?=\S)")  # no digits: "Day 3: we sail" names nobody
@@ -541,12 +543,18 @@ def without_closed_thoughts(text: str) -> str:
 def without_blocks(text: str) -> str:
     """A text without the tagged blocks, such as a status, that stand at its beginning or end on lines of their own."""
     text = text.strip()
-    while (opened := OPENING_TAG.match(text)) and opened[1].lower() not in INLINE_TAGS:
+    for _ in range(MOST_BLOCKS):
+        opened = OPENING_TAG.match(text)
+        if not opened or opened[1].lower() in INLINE_TAGS:
+            break
         end = text.find(f"</{opened[1]}>")
         if end < 0 or not text[end + len(opened[1]) + 3 :].startswith("\n"):
             break
         text = text[end + len(opened[1]) + 3 :].lstrip()
-    while (closed := CLOSING_TAG.search(text[-50:])) and closed[1].lower() not in INLINE_TAGS:
+    for _ in range(MOST_BLOCKS):
+        closed = CLOSING_TAG.search(text[-50:])
+        if not closed or closed[1].lower() in INLINE_TAGS:
+            break
         begin = text.rfind(f"<{closed[1]}")
         if begin < 1 or not text[:begin].rstrip(" \t").endswith("\n"):
             break
@@ -557,10 +565,10 @@ def without_blocks(text: str) -> str:
 def bare_words(text: str) -> str:
     """What is left of a message's text when everything is taken off that clients show in one request and not in
     another: thoughts, blocks such as a status, and the speaker's name. The text itself where that is nothing."""
-    words = without_blocks(without_thoughts(text))
-    while found := NAME_PREFIX.match(words):
-        words = words[found.end() :]
-    return words if words.strip() else text
+    words, at = without_blocks(without_thoughts(text)), 0
+    while found := NAME_PREFIX.match(words, at):
+        at = found.end()
+    return words[at:] if words[at:].strip() else text
 
 
 def text_fingerprint(name: str | None, content: str) -> str:
@@ -2820,6 +2828,8 @@ def align_floating(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alig
 # ======================================================================================================================
 
 MAX_CONTEXT = 10**9  # tokens; no model reads more
+LONGEST_MESSAGE = 1_000_000  # characters of its text
+MOST_VALUES = 800_000  # in one JSON text: Python reads so many in 0.2 s, and does nothing else meanwhile
 GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\]")  # SillyTavern's default words
 JAVASCRIPT_DATE = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
@@ -3081,10 +3091,12 @@ def check_message(message: Any, where: str) -> None:
     check_length(optional_field(message, "name", str, f"{where}."), f"{where}.name")
     content = message.get("content")
     if content is None or isinstance(content, str):
+        check_length(content, f"{where}.content", LONGEST_MESSAGE)
         return
     parts = content if isinstance(content, list) else [None]
     if not all(is_part(part) for part in parts):
         raise InvalidRequest(f"{where}.content must be a string or a list of content parts.", f"{where}.content")
+    check_length(text_of(content), f"{where}.content", LONGEST_MESSAGE)
 
 
 def is_part(part: Any) -> bool:
@@ -6146,6 +6158,7 @@ SUMMARIES_IN_STORY = 6  # that fit beside each other at their largest
 COMPRESSION = 0.26  # a summary's size against what it covers, at most
 CONDENSED_AT_ONCE = 4  # summaries that become one of the next level
 SHORTEST_SUMMARY = 24  # tokens
+LONGEST_WRITTEN = 20_000  # characters of a model's summary and facts that are read
 MOST_FACTS = 6  # from one stretch
 SHORTEST_QUOTE = 6  # characters that prove something; half of that where characters say more
 WORDS_PER_TOKEN = 0.7  # of English prose in cl100k_base
@@ -6314,7 +6327,7 @@ def clipped_lines(lines: Sequence[str], budget: int) -> list[str]:
 
 def read_answer(text: str) -> tuple[str, list]:
     """Summary and facts from what models really answer: JSON, JSON in prose or cut off, plain text, thoughts first."""
-    text = without_thoughts(text).strip()
+    text = without_thoughts(text).strip()[:LONGEST_WRITTEN]
     for found in re.finditer(r"\{", text):
         with contextlib.suppress(ValueError, RecursionError):
             answer, _ = json.JSONDecoder().raw_decode(text, found.start())
@@ -7036,6 +7049,7 @@ EXPORT_FORMAT, EXPORT_VERSION = "persona_memory", 1
 NO_NAMES = (None, "", "unused")  # what headers hold where they name nobody; newer versions write "unused"
 STAND_IN_AVATAR = "img/ai4.png"  # SillyTavern's own; a message that has one carries its speaker's name into the prompt
 LONGEST_DATE = 64  # characters
+MOST_SWIPES = 1000  # of a message
 FIRST_MILLISECONDS = 1e11  # a smaller number is a date in seconds; so many milliseconds are in 1973
 DATE_FORMATS = (  # without spaces: SillyTavern, text-generation-webui, and what browsers write in several countries
     "%B%d,%Y%I:%M%p", "%b%d,%Y%I:%M%p", "%b%d,%Y%I:%M:%S%p", "%b%d,%Y%H:%M", "%m/%d/%Y,%I:%M:%S%p",
@@ -7075,15 +7089,22 @@ class ChatCopy:
         return path[::-1]
 
 
-def json_value(text: str | bytes) -> Any:
-    """The value of a JSON text (RFC 8259); raises `ValueError`.
+def json_value(text: str | bytes, most: float = MOST_VALUES) -> Any:
+    """The value of a JSON text (RFC 8259), which may hold so many commas; raises `ValueError`.
 
     Python's parser alone would let NaN, the infinities and integers of any length pass, which few others read.
     """
+    if text.count("," if isinstance(text, str) else b",") > most:
+        raise ValueError(f"it holds more than {most} values")
+    collecting = gc.isenabled()
+    gc.disable()  # what is read is no garbage, and looking through it again and again takes most of the time
     try:
         return json.loads(text, parse_constant=finite_number, parse_float=finite_number, parse_int=short_integer)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def finite_number(text: str) -> float:
@@ -7146,7 +7167,7 @@ def decoded(raw: bytes) -> str:
 def value_or_none(text: str) -> Any:
     """The value of a JSON text, None where it is not JSON."""
     try:
-        return json_value(text)
+        return json_value(text, math.inf)  # a whole export may be large
     except ValueError:
         return None
 
@@ -7216,7 +7237,8 @@ def chat_row(row: Any, where: str) -> dict:
     """
     if not isinstance(row, dict):
         raise InvalidRequest(f"{where} must be a JSON object.", where)
-    swipes = [text_in(swipe) for swipe in row["swipes"]] if isinstance(row.get("swipes"), list) else []
+    given = row["swipes"] if isinstance(row.get("swipes"), list) else []
+    swipes = [text_in(swipe) for swipe in given[:MOST_SWIPES]]
     at = whole_number(row.get("swipe_id"))
     chosen = at if at is not None and 0 <= at < len(swipes) else len(swipes)
     text = text_in(row.get("mes"))
@@ -7224,11 +7246,14 @@ def chat_row(row: Any, where: str) -> dict:
         text = next(iter(swipes[chosen : chosen + 1]), None)
     if text is None:
         raise InvalidRequest(f"{where} holds no text: mes is missing or of another type.", where)
+    for said in (text, *swipes):
+        check_length(said, where, LONGEST_MESSAGE)
     by_user = truth(row.get("is_user"))
     if by_user is None:
         raise InvalidRequest(f"{where}: is_user must be true or false.", where)
     typed = {"name": str, "extra": dict, "swipe_info": list, "force_avatar": str, "original_avatar": str}
     kept = {name: row[name] for name, kind in typed.items() if isinstance(row.get(name), kind)}
+    kept |= {"name": kept["name"][:LONGEST_ID]} if "name" in kept else {}
     swipes[chosen : chosen + 1] = [text]
     kept |= {"swipes": [text] if by_user else swipes, "chosen": 0 if by_user else chosen}
     return kept | {"mes": text, "is_user": by_user, "send_date": row.get("send_date")}
@@ -7274,7 +7299,7 @@ def copy_of_rows(header: Mapping | None, rows: Sequence[Mapping]) -> ChatCopy:
 def header_name(header: Mapping, key: str) -> str:
     """A name in a header; empty where it names nobody."""
     name = header.get(key)
-    return name if isinstance(name, str) and name not in NO_NAMES else ""
+    return name[:LONGEST_ID] if isinstance(name, str) and name not in NO_NAMES else ""
 
 
 def named_in_header(header: Mapping) -> dict[str, Any]:
@@ -7286,7 +7311,7 @@ def named_in_header(header: Mapping) -> dict[str, Any]:
     metadata = header.get("chat_metadata")
     known = metadata.get(EXPORT_FORMAT) if isinstance(metadata, dict) else None
     named = known.get("id") if isinstance(known, dict) else None
-    if not isinstance(named, str) or not named.strip() or sane_text(named) != named:
+    if not isinstance(named, str) or not 0 < len(named.strip()) <= LONGEST_ID or sane_text(named) != named:
         return {}
     same = (known.get("main") or "") == (metadata.get("main_chat") or "")
     return {"chat_id": named.strip(), "explicit": True} if same else {}
@@ -8192,7 +8217,7 @@ def is_shallow(text: str) -> bool:
     if text.count("{") + text.count("[") <= DEEPEST_JSON:
         return True
     depth = deepest = 0
-    for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):
+    for found in re.finditer(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
         deepest = max(deepest, depth)
     return deepest <= DEEPEST_JSON
