@@ -10290,7 +10290,7 @@ class Feelings:
 
     def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
         """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
-        users = [n for n in nodes if n.role == "user"][-MOOD_SPAN:]
+        users = list(itertools.islice((n for n in reversed(nodes) if n.role == "user"), MOOD_SPAN))[::-1]
         readings = self.read(chat, users)
         return mood_of([(n.depth, r) for n, r in zip(users, readings, strict=True)])
 
@@ -12179,7 +12179,7 @@ class PromptBuilder:
         first, above = request.history_start, len(path) - len(request.turns)
         with chat.lock:
             nodes = chat.nodes(path)
-            layout, story, plan = self._laid_out(chat, nodes, request, context, shares, arrange)
+            layout, story, plan = self._laid_out(chat, path, nodes, request, context, shares, arrange)
         turn = TurnContext(chat, request, nodes, layout, deadline)
         recalled = self._recaller.recall(turn, {f.message for f in story.facts})
         if layout.window:
@@ -12197,15 +12197,15 @@ class PromptBuilder:
         return TurnMemory(turn, path, story, recalled, memories, mood, piece, block, older, plan, context)
 
     def _laid_out(
-        self, chat: Chat, nodes: Sequence[Node], request: ChatRequest, context: int, shares: Sequence[float],
-        arrange: Callable[..., Layout],
+        self, chat: Chat, path: Sequence[str], nodes: Sequence[Node], request: ChatRequest, context: int,
+        shares: Sequence[float], arrange: Callable[..., Layout],
     ) -> tuple[Layout, Story, SummaryPlan]:  # fmt: skip
         """The prompt's layout, the story in it, and what may be summarised now; hold the chat's lock."""
         first, above = request.history_start, len(nodes) - len(request.turns)
-        path, shown, budget = [n.id for n in nodes], nodes[first:], story_tokens(context, shares)
+        shown, budget = nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
         away = set(chat.store.info.get("hidden", ()))
-        counts = [0 if n.id in away else n.tokens for n in shown[:above]]
+        counts = [0 if away and n.id in away else n.tokens for n in shown[:above]]
         counts += [0 if t.hidden else n.tokens for t, n in zip(request.turns[first:], shown[above:], strict=True)]
         for i, turn in enumerate(request.turns[first:], above):
             if shown[i].shown != turn.fingerprint and not turn.hidden:  # with something else around the words
