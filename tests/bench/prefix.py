@@ -9,8 +9,8 @@ and they are compared as ChatML text in cl100k tokens:
     python tests/bench/prefix.py --embedded                     and what the embedded model says that it had cached
     python tests/bench/prefix.py --embedded model.gguf          the same, without fetching the model
 
-`evaluated` are the tokens a turn that a backend computes anew once the chat has outgrown the prompt. Beside it what most
-memories do: the same memories at the top, behind the persona, and as many of the newest messages as made our prompt.
+`evaluated` are the tokens a turn that a backend computes anew once the chat has outgrown the prompt. Beside it what
+most memories do: the same memories at the top, behind the persona, and as many newest messages as made our prompt.
 """
 
 import argparse
@@ -379,7 +379,8 @@ def top_injected(prompt: list[dict], messages: list[dict]) -> list[dict]:
 
 def evaluated(tokens: list[list[int]]) -> list[int]:
     """The tokens of each prompt that stand behind what it shares with the one before."""
-    return [len(now) - round(shared_prefix(before, now) * len(now)) for before, now in zip([[], *tokens], tokens)]
+    pairs = zip([[], *tokens], tokens, strict=False)
+    return [len(now) - round(shared_prefix(before, now) * len(now)) for before, now in pairs]
 
 
 def beside_top_injection(messages: list[dict], prompts: list[list[dict]], tokens: list, late: slice) -> dict:
