@@ -4767,6 +4767,7 @@ class MemoryIndex:
 #     Database.lock          the catalogue's and the characters' connection
 
 OPEN_CHATS = 32
+OPEN_MESSAGES = 100_000  # in open chats, all in all; each takes about 5 KB of RAM with its vectors
 LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
@@ -5011,6 +5012,11 @@ class Lending:
         store = self.chat.result().store
         return store.damaged or store.was_replaced()
 
+    @property
+    def messages(self) -> int:
+        """How many messages it holds in RAM."""
+        return len(self.chat.result().tree.nodes) if self.chat.done() and not self.chat.exception() else 0
+
     def close(self) -> None:
         """Closes the chat, where it could be opened."""
         if not self.chat.exception():
@@ -5020,8 +5026,9 @@ class Lending:
 class ChatRegistry:
     """All chats of a data folder: lends them out, finds the one that a transcript belongs to, and deletes them.
 
-    At most `most_open` chats stay open beside those in use; a chat is never closed while somebody has it, and closed
-    when it has to go. Methods raise `StoreError` while the data folder cannot be used.
+    At most `most_open` chats stay open beside those in use, and of long ones fewer (OPEN_MESSAGES). A chat is never
+    closed while somebody has it, and closed when it has to go. Methods raise `StoreError` while the data folder cannot
+    be used.
     """
 
     def __init__(self, data: Path, most_open: int = OPEN_CHATS):
@@ -5183,7 +5190,12 @@ class ChatRegistry:
             lending.borrowers -= 1
             unused = [] if lending.borrowers or self._lent.get(name) is lending else [lending]
             idle = [other for other, lent in self._lent.items() if not lent.borrowers]
-            unused += [self._lent.pop(other) for other in idle[: max(0, len(self._lent) - self._most_open)]]
+            messages = sum(lent.messages for lent in self._lent.values())
+            for other in idle:
+                newest = other == next(reversed(self._lent))
+                if len(self._lent) > self._most_open or (messages > OPEN_MESSAGES and not newest):
+                    messages -= self._lent[other].messages
+                    unused.append(self._lent.pop(other))
         for lent in unused:
             lent.close()
 
