@@ -17051,6 +17051,7 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
 # ======================================================================================================================
 
 START_DELAY = 1.0  # seconds from listening to loading the models
+SWITCH_SECONDS = 0.001  # a turn gets the interpreter back so soon from what loads models and makes vectors beside it
 SHUTDOWN_SECONDS = 2.0
 
 
@@ -17790,6 +17791,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if act(settings, argv):
             return 0
         os.umask(0o077)  # whatever is written from now on is for the user's own eyes
+        sys.setswitchinterval(SWITCH_SECONDS)
         server = create_server(settings, START_DELAY)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)
