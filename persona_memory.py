@@ -4779,6 +4779,7 @@ class MemoryIndex:
 #     Database.lock          the catalogue's and the characters' connection
 
 OPEN_CHATS = 32
+OPEN_MESSAGES = 100_000  # in open chats, all in all; each takes about 5 KB of RAM with its vectors
 LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
@@ -5023,6 +5024,11 @@ class Lending:
         store = self.chat.result().store
         return store.damaged or store.was_replaced()
 
+    @property
+    def messages(self) -> int:
+        """How many messages it holds in RAM."""
+        return len(self.chat.result().tree.nodes) if self.chat.done() and not self.chat.exception() else 0
+
     def close(self) -> None:
         """Closes the chat, where it could be opened."""
         if not self.chat.exception():
@@ -5032,8 +5038,9 @@ class Lending:
 class ChatRegistry:
     """All chats of a data folder: lends them out, finds the one that a transcript belongs to, and deletes them.
 
-    At most `most_open` chats stay open beside those in use; a chat is never closed while somebody has it, and closed
-    when it has to go. Methods raise `StoreError` while the data folder cannot be used.
+    At most `most_open` chats stay open beside those in use, and of long ones fewer (OPEN_MESSAGES). A chat is never
+    closed while somebody has it, and closed when it has to go. Methods raise `StoreError` while the data folder cannot
+    be used.
     """
 
     def __init__(self, data: Path, most_open: int = OPEN_CHATS):
@@ -5195,7 +5202,12 @@ class ChatRegistry:
             lending.borrowers -= 1
             unused = [] if lending.borrowers or self._lent.get(name) is lending else [lending]
             idle = [other for other, lent in self._lent.items() if not lent.borrowers]
-            unused += [self._lent.pop(other) for other in idle[: max(0, len(self._lent) - self._most_open)]]
+            messages = sum(lent.messages for lent in self._lent.values())
+            for other in idle:
+                newest = other == next(reversed(self._lent))
+                if len(self._lent) > self._most_open or (messages > OPEN_MESSAGES and not newest):
+                    messages -= self._lent[other].messages
+                    unused.append(self._lent.pop(other))
         for lent in unused:
             lent.close()
 
@@ -10397,7 +10409,7 @@ class Feelings:
 
     def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
         """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
-        users = [n for n in nodes if n.role == "user"][-MOOD_SPAN:]
+        users = list(itertools.islice((n for n in reversed(nodes) if n.role == "user"), MOOD_SPAN))[::-1]
         readings = self.read(chat, users)
         return mood_of([(n.depth, r) for n, r in zip(users, readings, strict=True)])
 
@@ -12303,7 +12315,7 @@ class PromptBuilder:
         first, above = request.history_start, len(path) - len(request.turns)
         with chat.lock:
             nodes = chat.nodes(path)
-            layout, story, plan = self._laid_out(chat, nodes, request, context, shares, arrange)
+            layout, story, plan = self._laid_out(chat, path, nodes, request, context, shares, arrange)
         turn = TurnContext(chat, request, nodes, layout, deadline)
         recalled = self._recaller.recall(turn, {f.message for f in story.facts})
         if layout.window:
@@ -12321,15 +12333,15 @@ class PromptBuilder:
         return TurnMemory(turn, path, story, recalled, memories, mood, piece, block, older, plan, context)
 
     def _laid_out(
-        self, chat: Chat, nodes: Sequence[Node], request: ChatRequest, context: int, shares: Sequence[float],
-        arrange: Callable[..., Layout],
+        self, chat: Chat, path: Sequence[str], nodes: Sequence[Node], request: ChatRequest, context: int,
+        shares: Sequence[float], arrange: Callable[..., Layout],
     ) -> tuple[Layout, Story, SummaryPlan]:  # fmt: skip
         """The prompt's layout, the story in it, and what may be summarised now; hold the chat's lock."""
         first, above = request.history_start, len(nodes) - len(request.turns)
-        path, shown, budget = [n.id for n in nodes], nodes[first:], story_tokens(context, shares)
+        shown, budget = nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
         away = set(chat.store.info.get("hidden", ()))
-        counts = [0 if n.id in away else n.tokens for n in shown[:above]]
+        counts = [0 if away and n.id in away else n.tokens for n in shown[:above]]
         counts += [0 if t.hidden else n.tokens for t, n in zip(request.turns[first:], shown[above:], strict=True)]
         for i, turn in enumerate(request.turns[first:], above):
             if shown[i].shown != turn.fingerprint and not turn.hidden:  # with something else around the words
@@ -17068,6 +17080,7 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
 # ======================================================================================================================
 
 START_DELAY = 1.0  # seconds from listening to loading the models
+SWITCH_SECONDS = 0.001  # a turn gets the interpreter back so soon from what loads models and makes vectors beside it
 SHUTDOWN_SECONDS = 2.0
 
 
@@ -17807,6 +17820,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if act(settings, argv):
             return 0
         os.umask(0o077)  # whatever is written from now on is for the user's own eyes
+        sys.setswitchinterval(SWITCH_SECONDS)
         server = create_server(settings, START_DELAY)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)
