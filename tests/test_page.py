@@ -119,20 +119,45 @@ def scrolled(page, index):
 # ---------------------------------------------------------------------------- all chats
 
 
-def test_a_newcomer_is_led_to_the_first_chat_which_then_shows_by_itself(visit, server):
-    """Three steps, the address to copy, and no reload."""
+def test_a_newcomer_is_led_to_the_first_chat_by_three_steps_that_tick_themselves_off(visit, server, upstream):
+    """The model, the address to copy, the chat; all without a reload. A lone prompt is no chat yet, and the page says
+    so."""
+    upstream.steer(models=[])
     page = visit(server.url, permissions=["clipboard-read", "clipboard-write"])
     steps = page.get_by_role("list").get_by_role("listitem")
     expect(steps).to_have_count(3)
+    expect(page.get_by_text("Waiting for the model")).to_be_visible()
+    expect(steps.nth(0)).not_to_contain_text("Done")
+    upstream.steer(models=None)  # the page looks again by itself
+    expect(steps.nth(0)).to_contain_text("Done: A model that answers")
+    expect(steps.nth(0)).to_contain_text(upstream.url)
     expect(page.get_by_text("Waiting for the first request")).to_be_visible()
     page.get_by_role("button", name="Copy").click()
     expect(page.get_by_text("Copied.")).to_be_visible()
     assert page.evaluate("navigator.clipboard.readText()") == f"{server.url}/v1"
     first = {"role": "user", "content": "Is the lamp lit?"}
     reply = {"role": "assistant", "content": say(server.url, [SYSTEM, first]).text}
-    say(server.url, [SYSTEM, first, reply, {"role": "user", "content": "Good."}])  # a lone prompt is no chat yet
+    expect(steps.nth(1)).to_contain_text("Done: Connect your client")
+    expect(page.get_by_text("A message has arrived.")).to_be_visible()
+    say(server.url, [SYSTEM, first, reply, {"role": "user", "content": "Good."}])
     expect(page.get_by_role("link", name="Unnamed character")).to_be_visible()
-    expect(page.get_by_text("Waiting for the first request")).to_be_hidden()
+    expect(page.get_by_text("It works: your first chat is here.")).to_be_visible()
+    expect(steps).to_have_count(1)
+
+
+def test_the_first_step_says_why_the_model_does_not_answer(visit, server, upstream):
+    """With what to do. A key that the upstream refuses is not one that this page asks for."""
+    upstream.steer(status=401, error="Wrong key.")
+    say(server.url, [SYSTEM, {"role": "user", "content": "Hello"}])
+    page = visit("about:blank")
+    refused = {"error": {"message": "Incorrect API key", "code": "invalid_api_key"}}
+    page.route("**/v1/models", lambda route: route.fulfill(status=401, json=refused))
+    page.goto(server.url)
+    expect(page.get_by_role("listitem").nth(0)).to_contain_text("Wrong key. The key was refused")
+    upstream.steer(status=200)
+    say(server.url, [SYSTEM, {"role": "user", "content": "Hello"}])
+    expect(page.get_by_role("listitem").nth(0)).to_contain_text("Incorrect API key")
+    expect(page.get_by_label("API key")).to_have_count(0)
 
 
 def test_the_list_says_what_each_chat_is_and_leads_there(visit, told):
@@ -210,7 +235,7 @@ def test_a_chat_goes_out_as_a_file_and_comes_in_again(visit, told, server):
     expect(other.locator(".chats > li")).to_have_count(1)
     half = {**chosen, "name": "half.jsonl", "buffer": b'{"mes": "Hm.", "is_user": true}\n{"mes": "cut'}
     other.locator("input[type=file]").set_input_files(half)
-    expect(other.locator(".toast").last).to_contain_text("half.jsonl, passed over: line 2 is not valid JSON")
+    expect(other.locator(".toast").last).to_contain_text("half.jsonl, skipped: line 2 is not valid JSON")
     other.locator("input[type=file]").set_input_files({**chosen, "name": "broken.json", "buffer": b"no chat"})
     expect(other.locator(".toast").last).to_contain_text("broken.json")
 
@@ -299,6 +324,61 @@ def test_a_message_is_edited_pinned_and_forgotten_and_all_of_it_taken_back(visit
     assert not told.row(6)["forgotten"]
 
 
+def test_a_forgotten_message_is_erased_after_a_question(visit, server):
+    """Nothing is left to take back; the row keeps its place and says so."""
+    for said in ("The spare key is under the third step.", "Good to know."):
+        say(server.url, [SYSTEM, {"role": "user", "content": said}], chat_id="erased")
+    path = f"{server.url}/api/persona_memory/chats/erased"
+    row = httpx.get(f"{path}/messages").json()["messages"][0]
+    httpx.delete(f"{path}/messages/{row['id']}")
+    page = visit(f"{server.url}/#/chat/erased")
+    forgotten = page.locator(".card").filter(has=page.get_by_role("heading", name="Forgotten messages"))
+    expect(forgotten).to_contain_text("third step")
+    forgotten.get_by_role("button", name="Erase").click()
+    page.get_by_role("dialog").get_by_role("button", name="Keep").click()
+    expect(forgotten.get_by_role("button", name="Remember again")).to_be_visible()
+    forgotten.get_by_role("button", name="Erase").click()
+    page.get_by_role("dialog").get_by_role("button", name="Erase it").click()
+    expect(forgotten).to_contain_text("erased from the disk")
+    expect(forgotten.get_by_role("button")).to_have_count(0)
+    assert "third step" not in httpx.get(f"{path}/messages").text
+    page.goto(f"{server.url}/#/chat/erased/messages")
+    erased = page.locator(".message[aria-posinset='1']")
+    expect(erased.get_by_text("Erased", exact=True)).to_be_visible()
+    expect(erased.get_by_role("button")).to_have_count(0)
+
+
+def test_a_summary_of_the_users_whose_messages_have_changed_is_shown_as_such(visit, told):
+    """Its words are not lost; they only do not count."""
+    own = told.get()["story"][0] | {"id": "own", "text": "My own words for the storm.", "start": 0, "end": 4}
+    page = visit("about:blank")
+    spoil(page, "/chats/[^/]+\\?", lambda chat: chat | {"replaced": [own]})
+    page.goto(told.link())
+    card = page.locator(".card").filter(has=page.get_by_role("heading", name="Your summaries of changed messages"))
+    expect(card).to_contain_text("#1 to #5")
+    expect(card).to_contain_text("My own words for the storm.")
+    clean = visit(told.link())
+    expect(clean.get_by_role("heading", name="Facts")).to_be_visible()
+    expect(clean.get_by_role("heading", name="Your summaries of changed messages")).to_be_hidden()
+
+
+def test_a_damaged_chat_says_so_in_the_list(visit, upstream, data_dir):
+    """In words, beside the chats that are well."""
+    given = settings(data_dir, upstream.url)
+    with LocalServer(given) as server:
+        for name in ("sound", "broken"):
+            say(server.url, [SYSTEM, {"role": "user", "content": "Hello"}], chat_id=name)
+    pm.database_of(data_dir / "chats" / pm.chat_folder("broken")).write_bytes(b"no database" * 1000)
+    with LocalServer(given) as server:
+        httpx.get(f"{server.url}/api/persona_memory/chats/broken")
+        page = visit(server.url)
+        row = page.locator(".chats > li").filter(has_text="broken")
+        state = next(c for c in httpx.get(f"{server.url}/api/persona_memory/chats").json() if c["chat_id"] == "broken")
+        expect(row.locator(".chip")).to_have_text("Damaged" if state["state"] == "chat_damaged" else "Repaired")
+        expect(row).to_contain_text(state["words"])
+        expect(page.locator(".chats > li").filter(has_text="sound").locator(".chip")).to_have_count(0)
+
+
 def test_a_message_shows_who_spoke_what_it_feels_and_how_much_it_matters(visit, told):
     """The feeling stands there as a word, never as a colour alone; importance as a picture with words."""
     page = visit(told.link("/messages"))
@@ -338,7 +418,7 @@ def test_swipes_are_marked_and_stand_side_by_side(visit, server, upstream):
     expect(versions.nth(0)).to_contain_text("A traveller from Harrowmere.")
     expect(versions.nth(0)).to_contain_text("Come in, then.")
     expect(versions.nth(1)).to_contain_text("A ghost with wet boots.")
-    expect(versions.nth(1)).to_contain_text("Nothing came after it")
+    expect(versions.nth(1)).to_contain_text("The chat went no further here")
     page.go_back()  # a dialog belongs to its view
     expect(page.get_by_role("dialog")).to_be_hidden()
 
@@ -563,7 +643,7 @@ def test_the_connection_to_the_model_can_be_checked(visit, server, upstream):
     """The model's server is really asked."""
     page = visit(f"{server.url}/#/health")
     page.get_by_role("button", name="Check the upstream").click()
-    expect(page.get_by_text("It answers, and offers 1 model.")).to_be_visible()
+    expect(page.get_by_text("It answers, with 1 model.")).to_be_visible()
     expect(page.locator("main")).to_contain_text(upstream.url)
     expect(page.locator("main")).to_contain_text(pm.__version__)
 
@@ -610,7 +690,7 @@ def test_a_reply_that_the_client_has_not_sent_back_is_marked_as_pending(visit, s
     first = {"role": "user", "content": "Is the lamp lit?"}
     chat = say(server.url, [SYSTEM, first]).chat_id
     page = visit(f"{server.url}/#/chat/{chat}/messages")
-    expect(page.locator(".message.provisional")).to_contain_text("Pending: not yet sent back by the client")
+    expect(page.locator(".message.provisional")).to_contain_text("Not memory yet")
     reply = {"role": "assistant", "content": "The lamp is lit."}
     upstream.steer(reply=lambda body: "Good.")
     say(server.url, [SYSTEM, first, reply, {"role": "user", "content": "Good night."}])
@@ -747,7 +827,7 @@ def test_the_pages_own_calls_work_whatever_other_origins_are_named(visit, upstre
         page = visit(server.url)
         page.get_by_role("button", name="Delete").click()
         page.get_by_role("dialog").get_by_role("button", name="Delete the chat").click()
-        expect(page.get_by_text("Waiting for the first request")).to_be_visible()
+        expect(page.get_by_role("heading", name="Three steps to your first chat")).to_be_visible()
 
 
 def test_a_server_with_a_key_lets_nobody_see_anything_without_it(visit, upstream, data_dir):
@@ -772,7 +852,7 @@ def test_a_server_with_a_key_lets_nobody_see_anything_without_it(visit, upstream
             page.get_by_label("API key").fill("wrong")
             page.get_by_role("button", name="Open").click()
             with contextlib.suppress(AssertionError):
-                expect(page.get_by_text("That key was refused.")).to_be_visible(timeout=10_000)
+                expect(page.get_by_text("This is not the key.")).to_be_visible(timeout=10_000)
                 return True
             return False
 
@@ -813,6 +893,19 @@ def test_no_view_has_a_barrier(visit, asked, view):
     assert barriers(page, runOnly={"type": "rule", "values": ["color-contrast", "link-in-text-block"]}) == []
     page.set_viewport_size(PHONE)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
+def test_every_view_says_in_one_sentence_what_it_is(visit, asked):
+    """Help at hand; short, and different everywhere."""
+    help_texts = set()
+    page = visit("about:blank")
+    for view in VIEWS:
+        page.goto("about:blank")  # else the view before is still there for a moment
+        page.goto(address_of(asked, view))
+        line = page.locator("main p.muted:not(.figures, .id)").filter(visible=True)
+        expect(line.first).to_be_visible()
+        help_texts.add(line.first.inner_text())
+    assert len(help_texts) == len(VIEWS) and max(map(len, help_texts)) < 130
 
 
 def barriers(page, **options) -> list:

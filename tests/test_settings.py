@@ -2,12 +2,14 @@
 
 import re
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
-from fakes import LocalServer, settings
+from fakes import PROGRAM, LocalServer, free_port, settings
 
 import persona_memory as pm
 
@@ -54,6 +56,29 @@ def test_every_flag_and_variable_that_the_readme_names_exists():
     flags = {pm.flag_of(n) for n in (*NAMES, *pm.ACTIONS)}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= flags
     assert set(re.findall(r"PERSONA_MEMORY_[A-Z_]+", README + EXAMPLE)) == {pm.variable_of(n) for n in NAMES}
+
+
+def test_the_errors_table_lists_the_codes_of_the_code():
+    """Each code with its status, and no other."""
+    own = {c.code: c.status for c in vars(pm).values() if isinstance(c, type) and issubclass(c, pm.PersonaMemoryError)}
+    source = Path(pm.__file__).read_text(encoding="utf8")
+    made = re.findall(r'UpstreamError\(\s*(\d+), [^)]*?"code": "(\w+)"', source)
+    expected = {(f"`{code}`", str(status)) for code, status in own.items() if code} | {(f"`{c}`", n) for n, c in made}
+    assert {(code, status) for code, status, _ in table_rows("Errors")} == expected
+
+
+def test_the_readme_names_the_extensions_slash_commands():
+    """All of them, and none that it does not have."""
+    known = {f"/pm-{name}" for name in re.findall(r"\badd\('([a-z]+)'", pm.EXTENSION_SCRIPT)}
+    assert known and set(re.findall(r"/pm-[a-z]+", README)) == known
+
+
+def test_the_readmes_pictures_are_there():
+    """And no picture lies in the tests' data that nothing shows."""
+    folder = Path(pm.__file__).parent
+    shown = set(re.findall(r"\]\((tests/data/[^)]+)\)|src=\"([^\"]+)\"", README))
+    names = {Path(a or b).name for a, b in shown}
+    assert names == {file.name for file in (folder / "tests" / "data").glob("*.png")}
 
 
 def test_flags_go_before_the_environment_and_that_before_the_env_file(tmp_path):
@@ -215,3 +240,123 @@ def test_a_key_given_as_a_flag_warns_that_others_can_see_it():
     assert "PERSONA_MEMORY_API_KEY" in pm.start_text(by_flag, 5100)
     assert "as a flag" not in pm.start_text(by_variable, 5100)
     assert "open sesame" not in pm.start_text(by_flag, 5100)
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize("upstream", ["local", "gemini", "http://127.0.0.1:9/v1"])
+@pytest.mark.parametrize("proxy", [True, False])
+def test_the_start_text_names_page_base_url_model_and_next_step_in_six_lines(upstream, proxy):
+    """Also with keys given as flags, whose warning is the sixth."""
+    keys = dict.fromkeys(("api_key", "upstream_key", "summary_key"), "flag --x")
+    given = pm.Settings(upstream=upstream, proxy=proxy, model="m", api_key="k", host="0.0.0.0", sources=keys)
+    text = pm.start_text(given, 5100)
+    assert text.count("\n") <= 5
+    assert "Memory page: http://127.0.0.1:5100/" in text and "Next:" in text
+    assert ("http://127.0.0.1:5100/v1" in text, "Model:" in text) == (proxy, proxy)
+
+
+def test_the_help_shows_every_option_once_in_its_group_and_examples():
+    """The groups name no option that is gone."""
+    text = pm.argument_parser().format_help()
+    for name in (*NAMES, *pm.ACTIONS):
+        assert len(re.findall(rf"^  {pm.flag_of(name)}\b(?!-)", text, re.MULTILINE)) == 1, name
+    assert {n for names in pm.OPTION_GROUPS.values() for n in names} <= set(NAMES)
+    assert text.index("examples:") < text.index("\nserver:") < text.index("\nmodel:") < text.index("\nmemory:")
+
+
+def test_an_older_python_is_told_what_it_lacks():
+    """Not by a traceback of an import."""
+    older = "import sys; sys.hexversion = 0x030A00F0; import persona_memory"
+    ended = subprocess.run([sys.executable, "-c", older], cwd=PROGRAM.parent, capture_output=True, text=True)
+    assert "needs Python 3.11 or newer" in ended.stderr
+
+
+def examined(given: pm.Settings, capsys) -> tuple[int, dict[str, list[str]]]:
+    """What --doctor says: whether something is wrong, and its lines by what they are about."""
+    try:
+        pm.run_doctor(given, "")
+        failed = 0
+    except pm.SettingsError:
+        failed = 1
+    found, subject = {}, ""
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("  "):
+            found[subject][-1] += line
+        else:
+            level, rest = line.split(maxsplit=1)
+            subject = rest.partition(":")[0]
+            found.setdefault(subject, []).append(f"{level} {rest}")
+    return failed, found
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder of nobody, and the working one too."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.chdir(tmp_path / "home")
+    return tmp_path / "home"
+
+
+def test_the_doctor_finds_all_well_and_leaves_nothing_behind(upstream, home, data_dir, capsys):
+    """A turn is asked for, and nothing is kept of it; the extension is looked for where SillyTavern is."""
+    user = home / "SillyTavern" / "data" / "default-user"
+    (user / "characters").mkdir(parents=True)
+    upstream.steer(reply=lambda body: "Hello!")
+    given = settings(data_dir, upstream.url, port=free_port())
+    failed, found = examined(given, capsys)
+    assert not failed
+    assert {"Python", "Packages", "Data folder", "Server", "Embedder", "Upstream", "A turn"} <= set(found)
+    assert all(
+        lines[0].startswith("ok") for subject, lines in found.items() if subject not in ("Extension", "Packages")
+    )
+    assert "Hello!" in found["A turn"][0]
+    assert found["Extension"][0].startswith("note") and "--install-extension" in found["Extension"][0]
+    assert not data_dir.exists()
+    pm.install_extension(given, "")
+    assert examined(given, capsys)[1]["Extension"] == [f"ok Extension: {user / 'extensions' / pm.EXTENSION}"]
+    moved = examined(replace(given, port=free_port()), capsys)[1]["Extension"][0]
+    assert moved.startswith("note") and "another address" in moved
+
+
+def test_the_programs_own_data_is_not_taken_for_a_sillytavern(home):
+    """It lies in the folder that the program is started in, and has a part named `characters` too."""
+    memory = pm.PersonaMemory(settings(home / "data", "http://127.0.0.1:9/v1"))
+    memory.recaller.change_character("Mira", True)
+    memory.close()
+    assert (home / "data" / "characters").exists()
+    assert pm.seen_homes() == []
+
+
+def test_the_doctor_says_what_is_wrong_and_what_to_do(upstream, home, data_dir, capsys):
+    """An upstream that refuses the key, one that is not there, one that knows no such model; a foreign server."""
+    upstream.steer(status=401, error="Invalid API key")
+    failed, found = examined(settings(data_dir, upstream.url, port=upstream.port, upstream_key="sk-wrong"), capsys)
+    assert failed and "another program" in found["Server"][0] and "--port" in found["Server"][0]
+    assert any("Invalid API key" in line and "--upstream-key" in line for line in found["Upstream"])
+    failed, found = examined(settings(data_dir, upstream.url, model="absent"), capsys)
+    assert not failed and any(line.startswith("note") and "own key" in line for line in found["Upstream"])
+    assert any("does not list the model absent" in line for line in found["Upstream"])
+    gone = f"http://127.0.0.1:{free_port()}/v1"
+    failed, found = examined(settings(data_dir, gone, summary_upstream="no url"), capsys)
+    assert failed and "cannot be reached" in found["Upstream"][0] and "What to do" in found["Upstream"][0]
+    assert "three ways" in found["Upstream of the summaries"][0]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no folder that nobody can write to")
+def test_the_doctor_names_a_folder_that_cannot_be_written(upstream, home, capsys):
+    """With what to do."""
+    failed, found = examined(settings("/proc/none", upstream.url), capsys)
+    assert failed and found["Data folder"][0].startswith("WRONG") and "--data" in found["Data folder"][0]
+
+
+def test_the_doctors_exit_status_tells_scripts(upstream, home, data_dir, monkeypatch, capsys):
+    """0 when all is well, 2 when something is wrong."""
+    monkeypatch.setattr(pm, "set_up_log", lambda settings: None)
+    ports = ["--port", str(free_port()), "--data", str(data_dir)]
+    assert pm.main(["--doctor", "--upstream", upstream.url, *ports]) == 0
+    assert pm.main(["--doctor", "--upstream", f"http://127.0.0.1:{free_port()}/v1", *ports]) == 2
+    assert "Not everything works yet. Look at: Upstream." in capsys.readouterr().err

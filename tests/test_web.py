@@ -941,7 +941,7 @@ ODD_IDS = [
     "{}",
     "<script>",
     "a;b=c",
-    "x" * 3000,
+    "x" * persona_memory.LONGEST_ID,
     "~",
     "-",
     "line\nbreak",
