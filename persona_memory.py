@@ -8726,7 +8726,11 @@ AT_MOST = re.compile(
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a model wants to be asked, as far as its own errors have told."""
+    """How a model wants to be asked, as far as its own errors have told.
+
+    A restart forgets it: that costs one refused request each, for which nobody pays, and another model may answer to
+    the same name by then.
+    """
 
     renamed: Mapping[str, str] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
@@ -12204,9 +12208,9 @@ class Completions:
         raise error
 
     def _shortened(self, prepared: Prepared, overflow: Overflow, error: UpstreamError) -> Prepared:
-        """The turn without its oldest messages: those that are too much for the model, and a tenth of the prompt at
-        least. Where none are left to go, memory goes, part by part. What the error tells of the model is kept for the
-        next turns."""
+        """The turn without its oldest messages, of which restored ones are the first: those that are too much for the
+        model, and a tenth of the prompt at least. Where none are left to go, and for the last try, what memory adds
+        goes too. What the error tells of the model is kept for the next turns."""
         model, reply = prepared.body.get("model") or "", reply_limit(prepared.body)
         ours = prompt_tokens(prepared.body["messages"])
         measured, ratio = self._ratios.get(model)
