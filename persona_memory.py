@@ -116,6 +116,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+# Half of the cores: BLAS's threads wait for each other where other work takes the rest.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
+
 try:
     import diskcache
     import dotenv
@@ -211,6 +214,7 @@ class Settings:
     reranker: str = setting(
         "", "sentence-transformers CrossEncoder that puts the best memories in order: a path or a hub name", "none"
     )
+    lean: bool = setting(False, "recall less: what is likeliest to matter, in half of the tokens", "off")
     forget_after: int = setting(30, "days until forgotten messages are erased from the disk for good; 0 is at once")
     no_guidance: bool = setting(False, "do not tell the model how the user feels", "off")
     api_key: str = setting(
@@ -801,18 +805,22 @@ class ChatRequest:
         return self.merges or all(one != other for one, other in itertools.pairwise(roles))
 
     @property
+    def folded(self) -> bool:
+        """Whether the system prompt stands in the user's first message."""
+        return self.persona_in_first_turn or any(m["role"] not in SYSTEM_ROLES for m in self.persona)
+
+    @property
     def begins_with_user(self) -> bool:
         """Whether the client keeps to the strict order of an optional system message, then user and assistant by
         turns, the user first."""
-        strict = not self.system_later and not self.persona_in_first_turn and len(self.persona) < 2
+        strict = not self.system_later and not self.folded and len(self.persona) < 2
         ordered = self.by_turns and self.turns[0].role == "user" and len(self.turns) > 2
         return bool(self.opening) or (strict and ordered)
 
     @property
     def strict(self) -> bool:
         """Whether two neighbours by one side in its prompt would be something that the client takes care to avoid."""
-        folded = self.persona_in_first_turn or any(m["role"] not in SYSTEM_ROLES for m in self.persona)
-        return self.merges or (self.by_turns and (self.begins_with_user or folded))
+        return self.merges or (self.by_turns and (self.begins_with_user or self.folded))
 
     @property
     def max_tokens(self) -> int:
@@ -981,6 +989,69 @@ class Metrics:
     def text(self) -> bytes:
         """All figures in Prometheus' text format."""
         return prometheus_client.generate_latest(self.registry)
+
+
+KEPT_STEPS = 32  # the newest ones, by which a rate is told
+
+
+class LongWork:
+    """How far one kind of long work in the background has come; of `least` things that wait it is worth a word."""
+
+    def __init__(self, kind: str, words: str, least: int):
+        self.kind, self._words, self._least = kind, words, least
+        self._left: dict[str, float] = {}  # by whom or what it is for
+        self._done = 0.0
+        self._steps: deque[tuple[float, float]] = deque(maxlen=KEPT_STEPS)  # when, and how much was done
+        self._lock = threading.Lock()
+
+    def expect(self, whose: str, left: float) -> None:
+        """Notes how much of one's work is left; what is less than before was done."""
+        with self._lock:
+            done = self._left.get(whose, 0.0) - left
+            self._left[whose] = left
+            if done > 0:
+                self._done += done
+                self._steps.append((time.monotonic(), done))
+            if left <= 0:
+                del self._left[whose]
+            if not self._left:
+                self._done = 0.0
+                self._steps.clear()
+
+    def row(self) -> dict | None:
+        """How things stand, None where hardly anything waits: `waiting`, `done`, `rate` a second, `seconds` that are
+        left, and all of it in `words`."""
+        with self._lock:
+            waiting, done, steps = math.ceil(sum(self._left.values())), round(self._done), list(self._steps)
+        if waiting < self._least:
+            return None
+        passed = steps[-1][0] - steps[0][0] if steps else 0.0
+        rate = sum(count for _, count in steps[1:]) / passed if passed > 0 else None
+        seconds = round(waiting / rate) if rate else None
+        about = "" if seconds is None else f", about {seconds} s" if seconds < 90 else f", about {seconds // 60} min"
+        words = f"{waiting:,} {self._words}{about}."
+        rate = rate and round(rate, 2)
+        return {"kind": self.kind, "waiting": waiting, "done": done, "rate": rate, "seconds": seconds, "words": words}
+
+
+class Background:
+    """The long work behind the turns, and whether it may go on."""
+
+    def __init__(self) -> None:
+        self.going = threading.Event()  # cleared while it is paused
+        self.going.set()
+        self.vectors = LongWork("vectors", "messages wait until they can be found by meaning", 16)
+        self.summaries = LongWork("summaries", "stretches of chats wait to be summarised", 1)
+
+    @property
+    def paused(self) -> bool:
+        """Whether it was paused."""
+        return not self.going.is_set()
+
+    def progress(self) -> dict:
+        """Whether it is `paused`, and the `work` that waits."""
+        rows = (self.vectors.row(), self.summaries.row())
+        return {"paused": self.paused, "work": [row for row in rows if row]}
 
 
 KEPT_WARNINGS = 20
@@ -2311,6 +2382,11 @@ def chunk_spans(text: str) -> Iterator[tuple[int, int]]:
     yield start, len(text)
 
 
+def chunk_count(text: str) -> int:
+    """How many chunks of a text are embedded."""
+    return 1 if len(text) <= CHUNK else sum(1 for _ in itertools.islice(chunk_spans(text), MOST_CHUNKS))
+
+
 def chunks(text: str) -> list[str]:
     """The chunks of a text that are embedded; the last of very many takes what is left, as far as it is read."""
     spans = list(itertools.islice(chunk_spans(text), MOST_CHUNKS))
@@ -2529,7 +2605,7 @@ class Tree:
             self._confirmed -= node.confirmed
             if not any(self.is_confirmed(i) for i in self.children[node.parent]):
                 self._inner.discard(node.parent)
-        self._trail = []
+            self._trail = []
 
     def below(self, node: str) -> list[str]:
         """The message and all that hang under it."""
@@ -2540,13 +2616,26 @@ class Tree:
 
     def path(self, tip: str) -> list[str]:
         """Ids from the chat's first message to `tip`; empty for the root."""
+        return self._walked(tip)[: self.length(tip)]
+
+    def length(self, tip: str) -> int:
+        """How many messages a branch has."""
+        return self.nodes[tip].depth + 1 if tip else 0
+
+    def stands_on(self, tip: str, node: str) -> bool:
+        """Whether a message is on the branch that ends with `tip`."""
+        depth = self.nodes[node].depth
+        return depth < self.length(tip) and self._walked(tip)[depth] == node
+
+    def _walked(self, tip: str) -> list[str]:
+        """The trail, which then begins with the path to `tip`."""
         trail, ids = self._trail, []
         while tip and trail[(depth := self.nodes[tip].depth) : depth + 1] != [tip]:
             ids.append(tip)
             tip = self.nodes[tip].parent
-        path = trail[: self.nodes[tip].depth + 1 if tip else 0] + ids[::-1]
-        self._trail = path[:] if ids else trail
-        return path
+        if ids:
+            trail[self.length(tip) :] = ids[::-1]
+        return trail
 
     def child(self, node: str, digest: str) -> str:
         """The message of those words that follows a message, one that a request has shown first; empty: none."""
@@ -2665,11 +2754,10 @@ def exact_start(tree: Tree, digests: Sequence[str], head: str) -> Alignment | No
     Among equals the chat's very beginning is taken (it has nothing above it that could leak), then the branch that
     the chat was last on, then the newest.
     """
-    current = set(tree.path(head))
 
     def rank(found: Alignment) -> tuple:
         first = found.kept[0]
-        return len(found.kept), found.base == ROOT, first in current, tree.nodes[first].order
+        return len(found.kept), found.base == ROOT, tree.stands_on(head, first), tree.nodes[first].order
 
     bases = (tree.nodes[n].parent for n in same_text(tree, digests[0]))
     runs = ((base, walk(tree, base, digests)) for base in bases)
@@ -2706,7 +2794,8 @@ def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
         return shifted
     if shifted.base != exact.base and not tree.is_below(shifted.base, exact.kept[0]):
         return exact if shifted.run <= len(exact.kept) else shifted
-    later = [i for i in shifted.matches if i >= len(exact.kept)]  # behind what was deleted or edited
+    # Behind what was deleted or edited. The newest message alone says nothing: it is new, whatever it repeats.
+    later = [i for i in shifted.matches if len(exact.kept) <= i < len(digests) - 1]
     users = exact.users + count_users(tree, (tree.by_digest[digests[i]][0] for i in later))
     return replace(exact, matches=(*exact.matches, *later), users=users)
 
@@ -2904,11 +2993,14 @@ def split_joined(
             return persona, (), ()
         else:
             texts[-1].append(paragraph)
+    while len(texts[-1]) > 1 and is_instruction(texts[-1][-1]):
+        tail.insert(0, texts[-1].pop())
     turns = []
     for some in texts:
         name = some[0].partition(": ")[0]
-        message = {"role": "user" if name == user else "assistant", "content": "\n\n".join(some)}
-        turns.append(replace(make_turn(message), voice=name))
+        said, raw = ({"role": "user" if name == user else "assistant", "content": "\n\n".join(part)} for part in (
+            [p for i, p in enumerate(some) if not i or not is_instruction(p)], some))  # fmt: skip
+        turns.append(replace(make_turn(said), raw=raw, voice=name))
     return persona, tuple(turns), tuple({"role": "user", "content": text} for text in tail)
 
 
@@ -3119,9 +3211,10 @@ def is_instruction(text: str, alone: bool = True) -> bool:
     """
     text = text.strip()
     inner = text[1:-1].strip() if (bracketed := bool(BRACKETED.fullmatch(text))) else text
-    if len(text) > 4000 or not ABOUT_THE_REPLY.search(inner):
+    if len(text) > LONGEST_INSTRUCTION or not (TASK.match(text) or ABOUT_THE_REPLY.search(inner)):
         return False
-    return bracketed or (not alone and bool(TOLD_TO.match(inner)) and not inner.endswith("?"))
+    told = TASK.match(text) or TOLD_TO.match(inner)
+    return bracketed or (not alone and bool(told) and not inner.endswith("?"))
 
 
 def with_voices(turns: tuple[Turn, ...], leading: Sequence[dict]) -> tuple[Turn, ...]:
@@ -3180,15 +3273,16 @@ def without_notes(request: ChatRequest, notes: Sequence[str]) -> ChatRequest:
     turns: list[Turn] = []
     before: tuple[dict, ...] = ()
     for turn in request.turns if notes else ():
-        content = normalise(turn.content) if turn.role == "user" else ""
+        said = content = normalise(turn.content) if turn.role == "user" else ""
         if content in notes:
             before = (*before, *turn.before, turn.raw)
             continue
         for note in notes:
+            content = content.replace(f"\n\n{note}\n\n", "\n\n")
             if content and around_end(content, note):
                 content = content.removeprefix(note + "\n").removesuffix("\n" + note).strip()
-                digest = message_digest("user", bare_words(content))
-                turn = replace(turn, content=content, digest=digest)
+        if content != said:
+            turn = replace(turn, content=content, digest=message_digest("user", bare_words(content)))
         turns.append(replace(turn, before=(*before, *turn.before)))
         before = ()
     if not any(t.role == "user" for t in turns):
@@ -3214,6 +3308,7 @@ def named_in_prompt(persona: str) -> str | None:
 WORKING_MEMORY = 20  # messages of a branch that stay in RAM
 OPEN_BRANCHES = 8  # branches of a chat that have a working memory
 KEPT_REPORTS = 50
+KEYS_AT_ONCE = 500  # in one query: older SQLites take 999
 MOST_UNREADABLE = 10_000  # rows of a damaged chat
 KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
 STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
@@ -3514,6 +3609,18 @@ def stored_rows(cache: diskcache.Cache, prefix: str) -> dict[str, Any]:
     }
 
 
+def values_of(cache: SharedCache, prefix: str, names: Iterable[str]) -> dict[str, Any]:
+    """The values (text, bytes or numbers) of those keys under a prefix such as "m:", by name and as far as they are
+    there: in one query for hundreds of keys, of which diskcache would make one each."""
+    found = {}
+    for some in batches(list(names), KEYS_AT_ONCE):
+        sql = f"SELECT key, raw, mode, filename, value FROM Cache WHERE key IN ({','.join('?' * len(some))})"
+        for key, raw, mode, filename, value in cache._sql(sql, [prefix + name for name in some]).fetchall():
+            name = cache.disk.get(key, raw).removeprefix(prefix)
+            found[name] = cache.disk.fetch(mode, filename, value, False)
+    return found
+
+
 class ChatStore:
     """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
@@ -3742,7 +3849,7 @@ class ChatStore:
                     cache.delete(f"m:{message}")
                 if report:
                     number = known["reports"] = known.get("reports", 0) + 1
-                    cache[f"p:{number}"] = json.dumps(asdict(report))
+                    cache[f"p:{number}"] = json.dumps(vars(report))  # plain data: `asdict` would copy all of it
                     cache.delete(f"p:{number - KEPT_REPORTS}")
                 cache[f"g:{generation}"] = json.dumps([*rows, *(f"d:{i}" for i in dropped)])
                 cache.delete(f"g:{generation - KEPT_GENERATIONS}")
@@ -3825,11 +3932,12 @@ class ChatStore:
     def read(self, ids: Sequence[str]) -> list[Message]:
         """The messages of those ids, from working memory where they are in it."""
         with self.lock:
-            missing = [i for i in ids if i not in self._recent]
+            missing = [i for i in dict.fromkeys(ids) if i not in self._recent]
             found = {}
             if missing:
                 with self._database.use() as cache:
-                    found = {i: message_of(read_json(cache, f"m:{i}")) for i in missing}
+                    rows = values_of(cache, "m:", missing)
+                    found = {i: message_of(json.loads(rows[i])) for i in missing}
             return [found.get(i) or self._recent[i] for i in ids]
 
     def keep_recent(self, path: Sequence[str]) -> None:
@@ -3844,8 +3952,8 @@ class ChatStore:
     def _arrays(self, prefix: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The float32 arrays under a prefix and those hashes; bytes that hold none are left out."""
         with self._database.use() as cache:
-            raw = ((h, cache.get(f"{prefix}:{h}")) for h in hashes)
-            return {h: np.frombuffer(v, np.float32) for h, v in raw if isinstance(v, bytes) and not len(v) % 4}
+            raw = values_of(cache, f"{prefix}:", hashes)
+            return {h: np.frombuffer(v, np.float32) for h, v in raw.items() if isinstance(v, bytes) and not len(v) % 4}
 
     def _put_arrays(self, prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
         with self._database.transaction() as cache:
@@ -3855,7 +3963,7 @@ class ChatStore:
     def vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The stored vectors of those text hashes, float32; those without one of unit length are left out."""
         found = self._arrays(f"v:{embedder}", hashes)
-        return {h: v for h, v in found.items() if np.isclose(np.linalg.norm(v), 1.0, atol=1e-3)}
+        return {h: v for h, v in found.items() if abs(float(v @ v) - 1.0) < 2e-3}
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores vectors by text hash: a text is embedded once, on however many branches it stands."""
@@ -3864,13 +3972,14 @@ class ChatStore:
     def sentence_vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The stored vectors of the sentences of those text hashes, float32 [sentences, dimensions] each."""
         with self._database.use() as cache:
-            raw = {h: v for h in hashes if isinstance(v := cache.get(f"c:{embedder}:{h}"), bytes) and len(v) > 4}
+            every = values_of(cache, f"c:{embedder}:", hashes)
+        raw = {h: v for h, v in every.items() if isinstance(v, bytes) and len(v) > 4}
         found = {}
         for text_hash, value in raw.items():
             count = int.from_bytes(value[:4], "little")
             if count and not (len(value) - 4) % (2 * count):
                 found[text_hash] = np.frombuffer(value, np.float16, offset=4).astype(np.float32).reshape(count, -1)
-        return {h: v for h, v in found.items() if np.allclose(np.linalg.norm(v, axis=1), 1.0, atol=1e-2)}
+        return {h: v for h, v in found.items() if np.abs((v * v).sum(axis=1) - 1.0).max() < 2e-2}
 
     def put_sentence_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores the vectors of texts' sentences by text hash, as float16: half of the disk for 0.0005 of a cosine."""
@@ -3901,7 +4010,7 @@ class ChatStore:
         name = self.info.get("group") or self.info.get("character") or self.id
         return {
             "chat_id": self.id, "title": self.info.get("title"), "name": name,
-            "character": self.info.get("character"), "messages": len(self.tree.path(self.head)),
+            "character": self.info.get("character"), "messages": self.tree.length(self.head),
             "branches": self.tree.branches, "updated": self.info.get("updated"), "family": self.family,
             "lone": self.info.get("lone", False) and self.tree.messages < 2,
             "salvaged": self.info.get("salvaged"), "picture": self.info.get("picture"),
@@ -4268,6 +4377,8 @@ def stemmer(language: str) -> Any:
 def topic_words(text: str, language: str) -> float:
     """How many words with a topic a text has; in a script without spaces two characters are about a word."""
     words, stops = re.findall(r"\w+", text.lower()), stop_words(language)
+    if text.isascii():
+        return float(sum(w not in stops for w in words))
     unspaced = sum(len(run) for run in UNSPACED.findall(text))
     return sum(w not in stops for w in words if not UNSPACED.match(w)) + unspaced / 2
 
@@ -4477,12 +4588,13 @@ class MemoryIndex:
             setattr(self, name, getattr(self, name)[:kept])
         fresh, self._nodes = nodes[kept:], list(nodes)
         messages = read([n.id for n in fresh]) if fresh else []
-        hashes = [n.fingerprint for n in fresh]
-        self._swap_words(gone, dict(zip(hashes, messages, strict=True)))
-        self._append(hashes, messages)
+        hashes, usual = [n.fingerprint for n in fresh], self.language
+        languages = [language_of(clip(m.content), usual) for m in messages]
+        self._swap_words(gone, dict(zip(hashes, messages, strict=True)), dict(zip(hashes, languages, strict=True)))
+        self._append(hashes, messages, languages)
         return [h for h in dict.fromkeys(hashes) if h in self._unembedded or h in self._unsplit]
 
-    def _swap_words(self, gone: Sequence[str], come: Mapping[str, Message]) -> None:
+    def _swap_words(self, gone: Sequence[str], come: Mapping[str, Message], spoken: Mapping[str, str]) -> None:
         """Takes texts off the lexical table, and puts others on it."""
         before = set(self._uses)
         self._uses.subtract(gone)
@@ -4492,7 +4604,6 @@ class MemoryIndex:
         for text_hash in come:
             self._rows.setdefault(text_hash, len(self._rows))
         self._words.executemany("DELETE FROM texts WHERE rowid = ?", [(self._rows[h],) for h in left])
-        spoken = {h: language_of(clip(m.content), self.language) for h, m in come.items()}
         self._languages.update(spoken.values())
         rows = [(self._rows[h], lexical_text(come[h].content, spoken[h])) for h in fresh]
         self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
@@ -4500,12 +4611,12 @@ class MemoryIndex:
             del self._uses[text_hash]
             self._unembedded.pop(text_hash, None)
             self._unsplit.pop(text_hash, None)
-        self._chunks.update((h, len(embedded_texts(m))) for h, m in come.items())
+        self._chunks.update((h, chunk_count(m.content)) for h, m in come.items())
         self._unembedded.update((h, None) for h in come if h not in self._embedded)
         self._split.update(h for h, m in come.items() if not sentences(m.content))
         self._unsplit.update((h, None) for h in come if h not in self._split)
 
-    def _append(self, hashes: Sequence[str], messages: Sequence[Message]) -> None:
+    def _append(self, hashes: Sequence[str], messages: Sequence[Message], languages: Sequence[str]) -> None:
         self._hashes.extend(hashes)
         self._uses.update(hashes)
         if not messages:
@@ -4513,7 +4624,7 @@ class MemoryIndex:
         for m in messages:
             self.speakers.setdefault(m.speaker, m.role)
         codes = {name: code for code, name in enumerate(self.speakers)}
-        traits = [message_traits(m.content, language_of(clip(m.content), self.language)) for m in messages]
+        traits = [message_traits(m.content, language) for m, language in zip(messages, languages, strict=True)]
         self._traits = np.concatenate([self._traits, np.array(traits, np.float32)])
         asks = self._traits[:, TRAITS.index("question")] > 0
         self._traits[:, TRAITS.index("answer")] = displaced(asks.astype(np.float32), 1)
@@ -4665,6 +4776,7 @@ OPEN_CHATS = 32
 LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
+BEGUN_SECONDS = 60.0  # after which a chat without a message is none that is just being made
 SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
@@ -4943,13 +5055,13 @@ class ChatRegistry:
                 folders = {entry.name: entry for entry in self.folder.iterdir() if entry.is_dir()}
             except OSError as error:
                 raise StoreError(f"the chat's file cannot be used: {type(error).__name__}: {error}") from error
-            lines = {chat_folder(line["chat_id"]): line["chat_id"] for line in self.catalogue.chats(lone=True)}
+            lines = {chat_folder(line["chat_id"]): line for line in self.catalogue.chats(lone=True)}
             for name in lines.keys() - folders.keys():  # deleted by hand, or in a program that was killed meanwhile
                 with contextlib.suppress(StoreError):
-                    self.catalogue.remove(lines[name], None)
+                    self.catalogue.remove(lines[name]["chat_id"], None)
             # What is named otherwise is a damaged chat that was set aside.
             ours = {n: f for n, f in folders.items() if "." not in n or n.startswith(DELETED)}
-            unlisted = [folder for name, folder in ours.items() if name not in lines]
+            unlisted = [folder for name, folder in ours.items() if not lines.get(name, {}).get("messages")]
             with contextlib.suppress(StoreError):  # damage shows now; without it chats go on
                 self.characters.get("")
             self._started = True
@@ -4967,15 +5079,28 @@ class ChatRegistry:
         for folder in folders:
             if folder.name.startswith(DELETED):
                 shutil.rmtree(folder, ignore_errors=True)
-            elif database_of(folder).exists() and not self._closed:
+            elif not self._closed:
                 try:
-                    with self._borrow_folder(folder) as chat:
-                        if chat:
-                            self.enter(chat, list(chat.tree.nodes))
-                except StoreError as error:
+                    self._enter_or_remove(folder)
+                except (StoreError, OSError) as error:
                     words = f"The chat in {folder} cannot be read, so it is not listed: {error}"
                     log_event("unlisted", words, level=logging.WARNING)
         self._listed.set()
+
+    def _enter_or_remove(self, folder: Path) -> None:
+        """Enters a chat in the catalogue; one without a message is what is left of a program that was killed as it made
+        the chat, and removed, unless another program may be at it at this moment."""
+        begun = time.time() - folder.stat().st_mtime > BEGUN_SECONDS
+        with self._borrow_folder(folder) as chat:
+            if chat:
+                with chat.lock:
+                    self.enter(chat, list(chat.tree.nodes))
+            chat_id, empty = chat.id if chat else "", not (chat and chat.tree.nodes)
+        if empty and begun:
+            self._close_for_good(folder)
+            folder.rename(doomed := self.folder / f"{DELETED}{secrets.token_hex(8)}")
+            shutil.rmtree(doomed, ignore_errors=True)
+            self.catalogue.remove(chat_id, ())
 
     @contextlib.contextmanager
     def borrow(self, chat_id: str) -> Iterator[Chat]:
@@ -5244,8 +5369,9 @@ def align_request(chat: Chat, request: ChatRequest) -> Alignment:
 def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     """A request with the messages of the chat that its client keeps out of the prompt, each in its place, as the client
     told when it last showed the whole chat: they stay part of it."""
-    path, first = chat.path(), request.history_start
-    away, turns = set(chat.store.info.get("hidden", ())).intersection(path), request.turns[first:]
+    first, hidden = request.history_start, chat.store.info.get("hidden", ())
+    path, turns = chat.path() if hidden else [], request.turns[first:]
+    away = set(hidden).intersection(path)
     if not away or not turns:
         return request
     said, asked = chat.texts(path), [t.digest for t in turns]
@@ -5253,8 +5379,8 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     walks = (walk_past(said, asked, start, {at for at, node in enumerate(path) if node in away}) for start in starts)
     places = max(walks, key=lambda found: found.count(MET), default=[])
     shown = iter(turns)
-    every = [next(shown) if at == MET else hidden_turn(*chat.store.read([path[at]])) for at in places]
-    return replace(request, turns=(*request.turns[:first], *every, *shown))
+    whole = [next(shown) if at == MET else hidden_turn(*chat.store.read([path[at]])) for at in places]
+    return replace(request, turns=(*request.turns[:first], *whole, *shown))
 
 
 def walk_past(said: Sequence[str], asked: Sequence[str], start: int, away: Collection[int]) -> list[int]:
@@ -5281,43 +5407,65 @@ def hidden_turn(message: Message) -> Turn:
 
 def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
     """A request in whose turns no neighbours are joined: clients that keep to strict roles make one message of several
-    by one side, as after a turn that failed, or in a group.
+    by one side, as after a turn that failed, in a group, or where what stood between them is hidden.
 
     A turn is parted where its first paragraphs are a message of the chat that follows on the turn before, and the rest
     is what follows on that one, or what nothing has followed on yet.
     """
-    tree, turns = chat.tree, []
+    tree, away, turns = chat.tree, set(chat.store.info.get("hidden", ())), []
     for turn in request.turns:
         before = turns[-1].digest if turns else ""
-        turns += parted(tree, turn, before) if "\n\n" in turn.content and turn.digest not in tree.by_digest else [turn]
+        known = "\n\n" not in turn.content or turn.digest in tree.by_digest
+        turns += [turn] if known else parted(tree, turn, before, away)
     return replace(request, turns=tuple(turns), merges=True) if len(turns) > len(request.turns) else request
 
 
-def parted(tree: Tree, turn: Turn, before: str) -> list[Turn]:
-    """The turns that a turn is made of, as `unmerged` tells them; `before` is the digest of the turn before it."""
+def parted(tree: Tree, turn: Turn, before: str, away: Collection[str]) -> list[Turn]:
+    """The turns that a turn is made of, as `unmerged` tells them; `before` is the digest of the turn before it, and
+    `away` are the messages that the client hides."""
+    sent = text_of(turn.raw["content"])
     for cut in re.finditer(r"\n\n", turn.content):
         first, rest = (part_of(turn, text) for text in (turn.content[: cut.start()], turn.content[cut.end() :]))
-        rest = replace(rest, before=())
+        at = sent.find("\n\n" + rest.content.partition("\n\n")[0], len(first.content) // 2)  # notes may stand between
+        first = replace(first, raw={**turn.raw, "content": sent[:at]} if at >= 0 else first.raw)
+        rest = replace(rest, raw={**turn.raw, "content": sent[at + 2 :]} if at >= 0 else rest.raw, before=())
         named = turn.role == "user" or NAME_PREFIX.match(rest.content)  # else a reply that was continued
         if not named or not rest.content.strip() or not first.content.strip():
             continue
         for node in same_text(tree, first.digest):
-            parent, below = tree.nodes[node].parent, [i for i in tree.children.get(node, ()) if tree.is_confirmed(i)]
-            if before and (not parent or tree.nodes[parent].digest != before):
+            below = shown_below(tree, node, away)
+            if before and before != shown_above(tree, node, away):
                 continue
             if not below or any(tree.nodes[i].digest == rest.digest for i in below):
                 return [first, rest]
-            more = parted(tree, rest, first.digest)
+            more = parted(tree, rest, first.digest, away)
             if len(more) > 1:
                 return [first, *more]
     return [turn]
 
 
+def shown_above(tree: Tree, node: str, away: Collection[str]) -> str:
+    """The digest of the message before one, those that are hidden left out; empty at the beginning."""
+    parent = tree.nodes[node].parent
+    while parent in away:
+        parent = tree.nodes[parent].parent
+    return tree.nodes[parent].digest if parent else ""
+
+
+def shown_below(tree: Tree, node: str, away: Collection[str]) -> list[str]:
+    """The messages that follow on one, and on those behind it that are hidden."""
+    found, rest = [], [node]
+    for upper in rest:
+        for child in tree.children.get(upper, ()):
+            (rest if child in away else found).append(child)
+    return [child for child in found if tree.is_confirmed(child)]
+
+
 def part_of(turn: Turn, text: str) -> Turn:
     """A part of a turn as a turn of its own."""
-    found = NAME_PREFIX.match(text) if turn.voice else None
+    found, words = NAME_PREFIX.match(text) if turn.voice else None, spoken_words(turn.role, text)
     return replace(
-        turn, raw={**turn.raw, "content": text}, content=text, digest=message_digest(turn.role, bare_words(text)),
+        turn, raw={**turn.raw, "content": text}, content=words, digest=message_digest(turn.role, bare_words(words)),
         voice=found[0][:-2] if found else turn.voice,
     )  # fmt: skip
 
@@ -5362,7 +5510,7 @@ def align_appended(chat: Chat, request: ChatRequest) -> Alignment | None:
     head, tree = chat.store.head, chat.tree
     if len(request.turns) != 1 or request.turns[0].role != "user" or request.identity.has_metadata or not head:
         return None
-    first = tree.nodes[chat.path()[0]]
+    first = tree.nodes[tree.path(head)[0]]
     if chat.store.info.get("shows_history") and first.digest == request.turns[0].digest:
         return None
     replies = tree.replies.get(head) or []
@@ -5788,6 +5936,8 @@ NEED_SCORE, NEED_BELOW, NEED_BIAS = 0.33, 0.77, -3.7
 SUPERSEDING = 0.5  # share of the best score from which a newer statement may stand before it
 SUPERSEDING_NEAR = -0.25  # how near to the question it must be, in units of the chat's noise; 0 is what is usual there
 COST_PER_TOKEN = 1e-4  # a memory must be as likely relevant, for each of its tokens, as this
+LEAN_COST_PER_TOKEN = 2e-3  # the same with --lean
+LEAN_SHARE = 0.5  # of the tokens that memories may take otherwise
 NEAR_DUPLICATE = 0.95  # cosine above which two memories say the same
 REMEMBERING_SHARE = 2.0  # of what recalled memories may take, where the history leaves it
 ASKING_SHARE = 1.5
@@ -8087,6 +8237,7 @@ def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
     """The chunks among a body's values. The last one of each choice says why it ended: a body that just ends after
     some words is a proper end, one with garbled pieces is a cut."""
     unfinished: dict[int, bool] = {}
+    halves: dict[tuple, str] = {}
     last, garbled, begun = None, False, False
     for value in values:
         if value is DONE:
@@ -8096,6 +8247,8 @@ def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
         if chunk is None:
             continue
         last = chunk
+        for choice in chunk["choices"]:
+            choice["delta"] = whole_characters(choice["delta"], choice["index"], halves)
         begun = begun or any(says_something(c["delta"]) for c in chunk["choices"])
         unfinished |= {c["index"]: not c.get("finish_reason") for c in chunk["choices"]}
         yield chunk
@@ -8107,6 +8260,21 @@ def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
     if open_ends:
         ends = [{"index": index, "delta": {}, "finish_reason": "stop"} for index in open_ends]
         yield {k: v for k, v in last.items() if k != "usage"} | {"choices": ends}
+
+
+def whole_characters(delta: dict, index: int, halves: dict[tuple, str]) -> dict:
+    """A delta whose texts have whole characters: strict readers of JSON refuse a half of one beyond U+FFFF.
+
+    `halves` are those of the same choice's texts that wait for the next delta.
+    """
+    for name, text in delta.items():
+        if isinstance(text, str) and not text.isascii() or (index, name) in halves:
+            text = halves.pop((index, name), "") + (text if isinstance(text, str) else "")
+            if "\ud800" <= text[-1:] <= "\udbff":
+                text, halves[index, name] = text[:-1], text[-1]
+            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            delta = delta if whole == delta[name] else {**delta, name: whole}
+    return delta
 
 
 def as_chunk(value: Any, begun: bool = False) -> dict | None:
@@ -8136,7 +8304,7 @@ def as_answer(value: dict) -> dict:
     for choice in payload["choices"]:
         message = choice_message(choice)
         rest = {k: v for k, v in choice.items() if k not in ("delta", "text")}
-        message = message if message.get("role") else {"role": "assistant", **message}
+        message = whole_characters(message if message.get("role") else {"role": "assistant", **message}, 0, {})
         choices.append(rest | {"message": message, "finish_reason": finish_of({**choice, "delta": message})})
     return {**payload, "choices": choices}
 
@@ -8273,8 +8441,6 @@ def joined_chunks(chunks: Sequence[Mapping]) -> dict:
                 message[key] = value
         finish[choice["index"]] = choice.get("finish_reason") or finish.get(choice["index"]) or "stop"
     usage = next((c["usage"] for c in reversed(chunks) if c.get("usage")), None)
-    for message in messages.values():
-        message |= {k: whole_characters(v) for k, v in message.items() if isinstance(v, str)}
     choices = [{"index": i, "message": messages[i], "finish_reason": finish[i]} for i in sorted(messages)]
     answer = {**chunks[-1], "object": "chat.completion", "choices": choices}
     return answer | {"usage": usage} if usage else answer
@@ -8283,11 +8449,6 @@ def joined_chunks(chunks: Sequence[Mapping]) -> dict:
 def content_parts(content: Any) -> list[dict]:
     """A reply's content as a list of parts."""
     return content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
-
-
-def whole_characters(text: str) -> str:
-    """The text with the halves of characters beyond U+FFFF joined, which some streams part; clients show them so."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
 def join_tool_calls(calls: list[dict], more: Sequence[Any]) -> None:
@@ -9885,9 +10046,10 @@ def injection(chat_id: str, texts: Sequence[tuple[str, str, int, int]] = ()) -> 
 class Vectors:
     """Computes the vectors of messages: a turn's own at once, all others in a thread of the background."""
 
-    def __init__(self, embedder: Embedder, registry: ChatRegistry):
-        self.embedder, self._registry = embedder, registry
+    def __init__(self, embedder: Embedder, registry: ChatRegistry, background: Background):
+        self.embedder, self._registry, self._background = embedder, registry, background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectors")
+        self._held: set[str] = set()  # chats whose vectors wait until the background goes on
         self._closed = False
 
     def later(self, chat: Chat, ids: Iterable[str]) -> None:
@@ -9912,32 +10074,62 @@ class Vectors:
 
     def _embed_awaiting(self, chat_id: str) -> None:
         with self._registry.lookup(chat_id) as chat:
-            if chat:
-                with chat.lock:  # a chat that was closed meanwhile has forgotten which: then its branch
-                    ids, chat.awaiting_vectors = chat.awaiting_vectors or chat.path(), set()
-                self.embed(chat, ids)
+            if chat is None:
+                return
+            with chat.lock:  # a chat that was closed meanwhile has forgotten which: then its branch
+                ids, chat.awaiting_vectors = chat.awaiting_vectors or chat.path(), set()
+            try:
+                self.embed(chat, ids, lambda: self._closed or self._background.paused)
+            finally:
+                if self._background.paused:
+                    self._held.add(chat_id)
+                    with chat.lock:
+                        chat.awaiting_vectors |= set(ids)
 
-    def embed(self, chat: Chat, ids: Iterable[str]) -> None:
-        """Computes and stores the vectors that messages of a chat still lack, here and now.
+    def go_on(self) -> None:
+        """Takes up what was left when the background was paused."""
+        while self._held:
+            self._submit(self._embed_awaiting, self._held.pop())
+
+    def embed(
+        self, chat: Chat, ids: Iterable[str], stop: Callable[[], bool] | None = None, behind: int = 0
+    ) -> None:  # fmt: skip
+        """Computes and stores the vectors that messages of a chat still lack, here and now, or until it shall `stop`.
+        `behind` so many messages come later, for which the progress is told.
 
         Waits for the embedder to be loaded; raises `EmbedderUnavailable`.
         """
-        ids = list(ids)
-        with chat.embedding:  # whoever comes second finds the vectors there
-            for some in batches(ids, READ_AT_ONCE):
-                for messages in batches(self._without_vectors(chat, some), EMBED_BATCH):
-                    if self._closed:
-                        return
-                    texts = {key: text for m in messages for key, text in embedded_texts(m).items()}
-                    chat.put_vectors(self.embedder.key, self._encode_in_background(texts))
-            for some in batches(ids, READ_AT_ONCE):  # after all messages: those find more
-                for messages in batches(self._without_sentences(chat, some), EMBED_BATCH):
-                    if self._closed:
-                        return
-                    parts = {m.fingerprint: sentences(m.content) for m in messages}
-                    found = self._encode_in_background({(h, i): t for h, p in parts.items() for i, t in enumerate(p)})
-                    rows = {h: np.stack([found[h, i] for i in range(len(p))]) for h, p in parts.items()}
-                    chat.put_sentences(self.embedder.key, rows)
+        ids, stop = list(ids), stop or (lambda: self._closed)
+        try:
+            with chat.embedding:  # whoever comes second finds the vectors there
+                for some in self._stretches(chat, ids, behind + len(ids)):
+                    self._embed_messages(chat, some, stop)
+                for some in self._stretches(chat, ids, behind + len(ids) / 2):  # after all messages: those find more
+                    self._embed_sentences(chat, some, stop)
+        finally:
+            self._background.vectors.expect(chat.id, behind)
+
+    def _stretches(self, chat: Chat, ids: Sequence[str], left: float) -> Iterator[Sequence[str]]:
+        """The ids in stretches, each of which is half of the work on its messages, of which so many are `left`."""
+        for start in range(0, len(ids), READ_AT_ONCE):
+            self._background.vectors.expect(chat.id, left - start / 2)
+            yield ids[start : start + READ_AT_ONCE]
+
+    def _embed_messages(self, chat: Chat, ids: Sequence[str], stop: Callable[[], bool]) -> None:
+        for messages in batches(self._without_vectors(chat, ids), EMBED_BATCH):
+            if stop():
+                return
+            texts = {key: text for m in messages for key, text in embedded_texts(m).items()}
+            chat.put_vectors(self.embedder.key, self._encode_in_background(texts))
+
+    def _embed_sentences(self, chat: Chat, ids: Sequence[str], stop: Callable[[], bool]) -> None:
+        for messages in batches(self._without_sentences(chat, ids), EMBED_BATCH):
+            if stop():
+                return
+            parts = {m.fingerprint: sentences(m.content) for m in messages}
+            found = self._encode_in_background({(h, i): t for h, p in parts.items() for i, t in enumerate(p)})
+            rows = {h: np.stack([found[h, i] for i in range(len(p))]) for h, p in parts.items()}
+            chat.put_sentences(self.embedder.key, rows)
 
     def _encode_in_background(self, texts: Mapping[Any, str]) -> dict[Any, np.ndarray]:
         """The vectors of texts by their keys; turns come between."""
@@ -10058,9 +10250,13 @@ class Vectors:
         with self._registry.borrow(chat_id) as chat:
             with chat.lock:
                 ids = [n.id for n in chat.tree.nodes.values() if n.confirmed]
-            for some in batches(ids, EMBED_BATCH):
-                self.embed(chat, some)
-                yield len(some)
+            try:
+                for start in range(0, len(ids), EMBED_BATCH):
+                    some = ids[start : start + EMBED_BATCH]
+                    self.embed(chat, some, behind=len(ids) - start - len(some))
+                    yield len(some)
+            finally:
+                self._background.vectors.expect(chat.id, 0)
 
     def of_all_chats(self) -> None:
         """Gives the chats, last used first, the vectors of another embedder than they had; recall goes on meanwhile
@@ -10070,6 +10266,7 @@ class Vectors:
             return
         complete = True
         for line in self._registry.catalogue.chats(lone=True):
+            self._background.going.wait()
             try:
                 with self._registry.lookup(line["chat_id"]) as chat:
                     if chat and not self._closed:
@@ -10330,8 +10527,15 @@ class Archive:
         """The id of the chat without an explicit id that a request's transcript continues, or of one whose id comes
         from our extension, which may be off by now or see a copy of the chat; empty: none."""
         digests = [(t.role, t.digest) for t in request.turns]
+
+        def where(chat: Chat) -> Alignment:
+            """Where the request hangs in a chat. Those with an id of their own are each others' copies at most, unless
+            one holds what was lived without an id."""
+            other = chat_id and chat.store.info["explicit"] and not chat.store.info.get("gathered")
+            return Alignment() if other else align_anonymous(chat, request)
+
         kinds = "de" if not chat_id or request.identity.has_metadata else "d"
-        found = self._registry.locate(digests, lambda chat: align_anonymous(chat, request), deadline.left, kinds)
+        found = self._registry.locate(digests, where, deadline.left, kinds)
         if found or not request.account:
             return found[0] if found else ""
         with self._registry.lookup(request.account) as chat:  # one chat per account, as clients of old have it
@@ -10354,6 +10558,7 @@ class Archive:
                 return named
         self._registry.create(named, explicit=bool(chat_id))
         with self._registry.borrow(named) as chat:
+            chat.store.commit(info=extension_info(chat, request))
             if parent:
                 self._adopt(parent, chat, lambda source: align_request(source, request))
             if located:
@@ -10399,7 +10604,7 @@ class Archive:
                 return
             with source.lock:
                 tip = align(source).tip
-                whole = whole and bool(tip) and not source.store.info.get("imported")
+                whole = whole and bool(tip)
                 ids = list(source.tree.nodes) if whole else around_branch(source.tree, tip) if tip else []
                 taken = set(source.store.info.get("taken", ())) | (source.tree.ends & set(ids))
                 info = {k: v for k, v in source.store.info.items() if k in BECOMING and k not in target.store.info}
@@ -10407,7 +10612,7 @@ class Archive:
                 source.store.commit(info={"taken": sorted(taken)})
             self._copy_messages(source, target, ids)
             with target.lock:
-                target.store.commit(info=info)
+                target.store.commit(info=info | ({"gathered": True} if whole else {}))
                 self._registry.enter(target, ids)
             self._vectors.later(target, ids)
         if not left:
@@ -10455,7 +10660,7 @@ class Archive:
         persona = persona_text(request)
         speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
         character = request.identity.character or speaker or named_in_prompt(persona)
-        info = {"head": path[-1], "shows_history": shows}
+        info = {"head": path[-1], "shows_history": shows} | extension_info(chat, request)
         info |= {"character": character} if character else {}
         info |= {k: v for k in ("title", "picture") if (v := getattr(request.identity, k))}
         if request.identity.complete:
@@ -10465,7 +10670,7 @@ class Archive:
         erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
         info |= {"persona": "" if erased else persona} if request.persona else {}
         info |= {"account": request.account} if request.account and not store.info["explicit"] else {}
-        info |= {"extension": True} if request.identity.has_metadata and store.info["explicit"] else {}
+        first_told = extension_info(chat, request) and not store.info.get("extension")
         info |= {"lone": lone} if (lone := is_lone(chat, request, path)) != store.info.get("lone", False) else {}
         before = chat.path()
         if messages or any(store.info.get(k) != v for k, v in info.items()):
@@ -10477,7 +10682,7 @@ class Archive:
             if dropped or rewordings != store.info.get("rewordings", 0):
                 store.commit(info={"rewordings": rewordings}, dropped=dropped)
             if not store.unwritten:
-                self._registry.enter(chat, [m.id for m in messages])
+                self._registry.enter(chat, chat.tree.nodes if first_told else [m.id for m in messages])
         store.keep_recent(path)
         return path
 
@@ -10494,7 +10699,7 @@ class Archive:
             with chat.lock:
                 if tip not in chat.tree.nodes:  # deleted, and made anew under the same id
                     return []
-                said = [spoken_words("assistant", whole_characters(text)) for text in texts]
+                said = [spoken_words("assistant", text) for text in texts]
                 replies = [new_message(tip, "assistant", text) for text in said if text.strip()]
                 replies = [replace(m, confirmed=False, complete=complete) for m in replies]
                 fresh = [m for m in replies if not chat.tree.is_confirmed(m.id)]
@@ -10676,6 +10881,11 @@ class Archive:
             self._registry.enter(chat, ())
 
 
+def extension_info(chat: Chat, request: ChatRequest) -> dict:
+    """What a chat whose id comes from our extension notes of that: the chat is found without its id too."""
+    return {"extension": True} if request.identity.has_metadata and chat.store.info["explicit"] else {}
+
+
 def unshown_twins(chat: Chat, message: Message) -> list[str]:
     """The replies that nobody has shown and that a message, which has been, says with other things around the words."""
     twins = [i for i in chat.tree.replies.get(message.parent, ()) if chat.tree.nodes[i].digest == message.digest]
@@ -10688,7 +10898,7 @@ def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]
     every turn. None where anything else hangs on them.
     """
     tree = chat.tree
-    fork = len(os.path.commonprefix([list(old), list(path)]))
+    fork = shared_front(old, path)
     left, now = old[fork:], path[fork:]
     if not 0 < len(left) <= REWORDED or len(left) >= len(now):  # the chat has not gone on: the user edits
         return []
@@ -10836,9 +11046,10 @@ def copy_goes_on(chat: Chat, copy: ChatCopy) -> bool:
 class Recaller:
     """Finds what a turn or a question needs of the past: in its own chat, and in others with the same character."""
 
-    def __init__(self, vectors: Vectors, feelings: Feelings, registry: ChatRegistry, reranker: str = ""):
+    def __init__(self, settings: Settings, vectors: Vectors, feelings: Feelings, registry: ChatRegistry):
         self._vectors, self._feelings, self._registry = vectors, feelings, registry
-        self._reranker = Reranker(reranker) if reranker else None
+        self._reranker = Reranker(settings.reranker) if settings.reranker else None
+        self._share, self._price = (LEAN_SHARE, LEAN_COST_PER_TOKEN) if settings.lean else (1.0, COST_PER_TOKEN)
 
     def start(self) -> None:
         """Begins to load the reranker, where there is one."""
@@ -10856,7 +11067,7 @@ class Recaller:
         Waits for vectors, also where nothing can be recalled: the newest message's mood is read from its own.
         """
         chat, layout = turn.chat, turn.layout
-        share = memory_share(turn.pivot.content) if turn.pivot else 0
+        share = self._share * memory_share(turn.pivot.content) if turn.pivot else 0
         room = min(layout.room - GUIDANCE_TOKENS, int(share * layout.recalled))
         recalls = bool(layout.reach) and room > memory_frame_tokens()
         try:
@@ -10869,7 +11080,7 @@ class Recaller:
                 memories = self._candidates(turn, query, vector, quoted)
             memories, late = self._reranked(query, memories, turn.deadline.left)
             with chat.lock:
-                kept, left_out = select_memories(chat, turn.visible, memories, room)
+                kept, left_out = select_memories(chat, turn.visible, memories, room, self._price)
             degraded = "; ".join(filter(None, (degraded, late)))
             return RecallResult(tuple(kept), tuple(left_out), degraded, query.words, vector)
         except Exception as error:
@@ -10997,7 +11208,7 @@ class Recaller:
             likely = [relevance_probability(m.score, ranked[0][0].score) for m, _ in ranked]
             costs = [memory_cost(m) for m, _ in ranked]
             texts, vectors = [m.message.content for m, _ in ranked], [v for _, v in ranked]
-            chosen, _ = choose(likely, costs, lambda a, b: same_news(texts[a], texts[b], vectors[a], vectors[b]), room)
+            chosen, _ = choose(likely, costs, alike(texts, vectors), room)
             return fitting([ranked[i][0] for i in chosen], room, carried_block)[0]
         except Exception as error:
             note_failure("carry_over_failed", "Memories of other chats could not be recalled", error, turn.chat.id)
@@ -11054,28 +11265,31 @@ def in_part(
     return replace(memory, excerpt=best_excerpt(memory.message.content, query.words, evidence.rarity, cosines))
 
 
-def same_news(a: str, b: str, vector_a: np.ndarray, vector_b: np.ndarray) -> bool:
-    """Whether two texts are near-duplicates. Vectors are compared only if they cover the whole text (zeros: none)."""
-    whole = all(len(text) <= CHUNK and vector.any() for text, vector in ((a, vector_a), (b, vector_b)))
-    return is_duplicate(a, b, float(vector_a @ vector_b) if whole else None)
+def alike(texts: Sequence[str], vectors: np.ndarray | Sequence[np.ndarray]) -> Callable[[int, int], bool]:
+    """Tells of two texts, by their positions, whether they are near-duplicates. Vectors are compared only if they cover
+    the whole text (zeros: none)."""
+    every = np.stack(vectors) if len(texts) else np.zeros((0, 0), np.float32)
+    whole = [len(text) <= CHUNK and has for text, has in zip(texts, every.any(axis=1).tolist(), strict=True)]
+    cosines = every @ every.T
+    return lambda a, b: is_duplicate(texts[a], texts[b], float(cosines[a, b]) if whole[a] and whole[b] else None)
 
 
 def duplicates_among(index: MemoryIndex, memories: Sequence[Memory]) -> Callable[[int, int], bool]:
     """Tells of two of those memories, by their positions, whether they are near-duplicates."""
     texts, vectors = [m.message.content for m in memories], index.vectors([m.message.fingerprint for m in memories])
-    return lambda a, b: same_news(texts[a], texts[b], vectors[a], vectors[b])
+    return alike(texts, vectors)
 
 
 def select_memories(
-    chat: Chat, visible: Sequence[Node], memories: Sequence[Memory], room: int
+    chat: Chat, visible: Sequence[Node], memories: Sequence[Memory], room: int, price: float
 ) -> tuple[list[Memory], list[dict]]:
-    """Of candidates, best first, the memories that fit into `room` tokens and repeat neither each other nor what
-    the history shows; and what is left out, with the reason."""
+    """Of candidates, best first, the memories that fit into `room` tokens, are worth their `price` a token, and repeat
+    neither each other nor what the history shows; and what is left out, with the reason."""
     shown = shown_duplicates(chat, visible, memories)
     left_out = [(memories[i], f"says the same as #{n.depth + 1}, which the prompt shows") for i, n in shown.items()]
     fresh = [m for i, m in enumerate(memories) if i not in shown]
     likely, costs = [relevance_probability(m.score, fresh[0].score) for m in fresh], list(map(memory_cost, fresh))
-    chosen, left = choose(likely, costs, duplicates_among(chat.index, fresh), room - memory_frame_tokens())
+    chosen, left = choose(likely, costs, duplicates_among(chat.index, fresh), room - memory_frame_tokens(), price)
     kept, over = fitting([fresh[i] for i in chosen], room)
     left_out += [(m, NO_ROOM) for m in over]
     for i, same in left.items():
@@ -11174,8 +11388,11 @@ class Summarizer:
     that it covers, so that it is made once.
     """
 
-    def __init__(self, settings: Settings, upstream: Upstream, embedder: str, registry: ChatRegistry):
+    def __init__(
+        self, settings: Settings, upstream: Upstream, embedder: str, registry: ChatRegistry, background: Background
+    ):
         self._settings, self._upstream, self._embedder, self._registry = settings, upstream, embedder, registry
+        self._background = background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="summarizer")
         self._plans: dict[str, tuple[SummaryPlan, str]] = {}  # by chat
         self._lock = threading.Lock()  # of the plans and the request under way
@@ -11248,6 +11465,7 @@ class Summarizer:
         """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
         with self._lock:
             plan, authorization = self._plans.pop(chat_id)
+        self._background.going.wait()
         try:
             with self._registry.lookup(chat_id) as chat:
                 if chat:
@@ -11261,11 +11479,13 @@ class Summarizer:
                         self._registry.catalogue.mark_due(chat_id, False)
         except Exception as error:
             note_failure("summary_failed", f"chat {chat_id}: a summary could not be made", error, chat_id)
+        finally:
+            self._background.summaries.expect(chat_id, 0)
 
     def summarize_branch(self, chat: Chat, plan: SummaryPlan, authorization: str = "") -> None:
         """Makes the summaries up to the plan's end, here and now."""
         while not self._closed and self._due(chat, plan) and self._summarize_next(chat, plan, authorization):
-            pass
+            self._background.going.wait()
 
     def _summarize_next(self, chat: Chat, plan: SummaryPlan, authorization: str) -> bool:
         """Summarises the next stretch, condenses what has grown too long, and tries one extract again.
@@ -11279,6 +11499,7 @@ class Summarizer:
             messages, texts = chat.store.read(path[stretch.start : stretch.stop]), chat.texts(path)
             marks = dict(chat.store.marks)
         left = plan.until - plan.first - sum(s.end + 1 - s.start for s in story)
+        self._background.summaries.expect(chat.id, left // self._settings.summary_every)
         behind = left // self._settings.summary_every > BACKLOG  # an import: by its own sentences at once, then better
         ask = None if behind or not self._writes else self._asker(plan, authorization)
         fresh, facts = self._from_messages(chat, messages, stretch.start, plan, ask)
@@ -11591,9 +11812,9 @@ class Status:
 
     def __init__(
         self, settings: Settings, upstream: Upstream, embedder: Embedder, registry: ChatRegistry, metrics: Metrics,
-        summarizer: Summarizer,
+        summarizer: Summarizer, background: Background,
     ):  # fmt: skip
-        self._summarizer = summarizer
+        self._summarizer, self._background = summarizer, background
         self._settings, self._upstream, self._embedder, self._registry = settings, upstream, embedder, registry
         self.metrics = metrics
         self.troubles = RecentWarnings((settings.upstream_key, settings.api_key, settings.summary_key))
@@ -11608,6 +11829,7 @@ class Status:
         return {
             "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
             "embedder": embedder, "chats": len(self._registry), "proxy": self._settings.proxy,
+            "progress": self._background.progress(),
             "summaries": "failing" if self.summaries else "ok",  # the page says why, in words that need a key
         }  # fmt: skip
 
@@ -11621,7 +11843,7 @@ class Status:
         not, which needs no key."""
         turn, summaries = self.last_turn or {}, self.summaries or {}
         level, words, advice = diagnosis(self._upstream.describe(), self._embedder.status, turn, summaries)
-        return {"level": level, "words": words, "advice": advice}
+        return {"level": level, "words": words, "advice": advice, "progress": self._background.progress()}
 
     def details(self) -> dict:
         """What works, the queue before the upstream, and what went wrong lately."""
@@ -12207,12 +12429,15 @@ class PersonaMemory:
         self.embedder = Embedder(settings.embedder)
         self.registry = ChatRegistry(Path(settings.data))
         writer = make_summary_upstream(settings, self.upstream)
-        self.summarizer = Summarizer(settings, writer, self.embedder.key, self.registry)
-        self.status = Status(settings, self.upstream, self.embedder, self.registry, metrics, self.summarizer)
-        self.vectors = Vectors(self.embedder, self.registry)
+        self.background = Background()
+        self.summarizer = Summarizer(settings, writer, self.embedder.key, self.registry, self.background)
+        self.status = Status(
+            settings, self.upstream, self.embedder, self.registry, metrics, self.summarizer, self.background
+        )
+        self.vectors = Vectors(self.embedder, self.registry, self.background)
         self.archive = Archive(self.registry, self.vectors, settings.forget_after)
         self.feelings = Feelings(settings, self.vectors, self.registry)
-        self.recaller = Recaller(self.vectors, self.feelings, self.registry, settings.reranker)
+        self.recaller = Recaller(settings, self.vectors, self.feelings, self.registry)
         self.completions = Completions(settings, self.upstream, metrics)
         self.builder = PromptBuilder(
             settings, self.archive, self.vectors, self.feelings, self.recaller, self.completions, self.status
@@ -12354,11 +12579,22 @@ class PersonaMemory:
         with self.registry.borrow(chat_id) as chat:
             return chat.store.reports(limit)
 
+    def pause(self, paused: bool) -> dict:
+        """Stops vectors and summaries in the background, or lets them go on; turns still make their own vectors.
+        Returns the progress then."""
+        if paused:
+            self.background.going.clear()
+        else:
+            self.background.going.set()
+            self.vectors.go_on()
+        return self.background.progress()
+
     def close(self) -> None:
         """Ends background work; what it leaves undone is done when the chat is used again."""
         services = (self.status, self.summarizer, self.feelings, self.recaller, self.vectors, self.registry)
         for service in (*services, self.upstream):
             service.close()
+        self.background.going.set()  # whoever waits sees that it is over
 
 
 # ======================================================================================================================
@@ -16181,6 +16417,16 @@ def state_now(chat: str) -> flask.Response:
     return response.make_conditional(flask.request)
 
 
+@api.post("/pause")
+def pause_background() -> dict:
+    """Stops vectors and summaries in the background (`paused`: true), or lets them go on; answers their progress."""
+    body = request_json()
+    paused = body.get("paused") if isinstance(body, dict) else None
+    if not isinstance(paused, bool):
+        raise InvalidRequest("paused must be true or false.", "paused")
+    return {"progress": engine().pause(paused)}
+
+
 @api.get("/health")
 def health_details() -> dict:
     """What works, what waits, and what went wrong lately."""
@@ -16523,6 +16769,7 @@ extension_updates = threading.Lock()  # two requests make no two commits of one 
 MOST_ASKED = 2**20  # bytes of a request for the extension that are read
 
 
+@gives(200, NotFound.status, media="application/x-git-upload-pack-advertisement")
 def extension_refs() -> flask.Response:
     """What git asks first: which commit the extension's repository has, and what its server can do."""
     if flask.request.args.get("service") != "git-upload-pack":
@@ -16532,6 +16779,7 @@ def extension_refs() -> flask.Response:
     return git_response(body, "advertisement")
 
 
+@gives(200, media="application/x-git-upload-pack-result")
 def extension_pack() -> flask.Response:
     """The extension's files for git."""
     raw = flask.request.get_data()

@@ -9,7 +9,7 @@ import persona_memory as pm
 
 DATA = Path(__file__).resolve().parent / "data"
 ROLE_PLAY = ("keep", "city", "star")
-LANGUAGES = ("de", "es", "ja", "ru", "zh")
+LANGUAGES = ("de", "es", "fr", "ja", "ru", "zh")
 
 
 def chat(*lines, at=None):

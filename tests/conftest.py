@@ -2,14 +2,21 @@
 
 import functools
 import os
+import shutil
 import ssl
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
+
+# Hundreds of data folders are written durably: in RAM, where there is room, no test waits for a disk.
+IN_RAM, ROOM = Path("/dev/shm"), 2 << 30
+if "TMPDIR" not in os.environ and IN_RAM.is_dir() and shutil.disk_usage(IN_RAM).free > ROOM:
+    os.environ["TMPDIR"] = tempfile.tempdir = str(IN_RAM)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -74,11 +81,23 @@ def short_pauses():
     persona_memory.FIRST_PAUSE_SECONDS, persona_memory.PAUSE_JITTER_SECONDS = 0.01, 0.01
 
 
+def shares(request) -> bool:
+    """Whether a module's tests share one upstream and one proxy, since nothing there depends on what was said before:
+    it says `ONE_SERVER = True`."""
+    return getattr(request.module, "ONE_SERVER", False)
+
+
 @pytest.fixture
-def upstream():
-    """A recording upstream."""
-    with Upstream() as fake:
-        yield fake
+def upstream(request):
+    """A recording upstream, well-behaved and with nothing recorded."""
+    if not shares(request):
+        with Upstream() as fake:
+            yield fake
+        return
+    fake = request.getfixturevalue("shared_upstream")
+    fake.reset()
+    yield fake
+    fake.reset()
 
 
 @pytest.fixture
@@ -88,8 +107,11 @@ def data_dir(tmp_path) -> Path:
 
 
 @pytest.fixture
-def server(upstream, data_dir):
+def server(request, upstream, data_dir):
     """The program in this process, ready to answer."""
+    if shares(request):
+        yield request.getfixturevalue("shared_server")
+        return
     with LocalServer(settings(data_dir, upstream.url)) as running:
         yield running
 

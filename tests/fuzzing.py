@@ -17,6 +17,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, strategies
 from hypothesis import settings as run_settings
 from schemathesis import GenerationMode
+from schemathesis.core.failures import FailureGroup
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_schema_conformance,
@@ -139,6 +140,12 @@ class Fuzz:
         made = [o.as_strategy(mode) for o in self.operations.values() for mode in modes if may_be(o, mode)]
         self.cases = strategies.one_of(made)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.session.close()
+
     def run(self, count: int, number: int = 0, share: float = 0.5) -> None:
         """So many requests, that share of them by schemathesis, by the number of the run."""
 
@@ -159,18 +166,18 @@ class Fuzz:
             answer = case.call(base_url=self.url, session=self.session, timeout=120)
         except (requests.exceptions.InvalidHeader, requests.exceptions.InvalidURL, UnicodeError):
             return  # no client can send it
-        self.note(f"{case.method} {case.formatted_path}", answer.status_code, answer.headers, answer.text)
+        self.note(f"{case.method} {case.formatted_path}", answer.status_code, answer.headers, answer.content)
         try:
             case.validate_response(answer, checks=CHECKS)
-        except Exception as failure:
-            self.wrong.append(f"{case.method} {case.path}: {str(failure)[:600]}")
+        except FailureGroup as group:
+            self.wrong += [f"{case.method} {case.path}: {failure}"[:600] for failure in group.exceptions]
 
     def send_broken(self, request) -> None:
         """Sends a broken request."""
         method, path, raw, headers = request
         headers = {"Content-Type": "application/json"} | headers
         answer = self.session.request(method, self.url + path, data=raw, headers=headers, timeout=120)
-        self.note(f"{method} {path} {raw[:300]!r}", answer.status_code, answer.headers, answer.text)
+        self.note(f"{method} {path} {raw[:300]!r}", answer.status_code, answer.headers, answer.content)
         declared = self.declared(method, path)
         if not {str(answer.status_code), "default"} & declared:
             self.wrong.append(f"{method} {path} {raw[:300]!r}: {answer.status_code} is not declared")
@@ -186,12 +193,12 @@ class Fuzz:
                 return set(operation.definition.raw["responses"])
         raise KeyError(path)
 
-    def note(self, what: str, status: int, headers, text: str) -> None:
+    def note(self, what: str, status: int, headers, content: bytes) -> None:
         """Counts an answer, and notes what no input may bring about."""
         self.sent += 1
         self.statuses[status] += 1
-        memory = {k.lower(): v for k, v in headers.items()}.get("x-persona-memory", "")
-        if status == 500 or "Something went wrong" in text:
+        memory = "".join({k.lower(): v for k, v in headers.items()}.get("x-persona-memory", ()))
+        if status == 500 or b"Something went wrong" in content:
             self.wrong.append(f"{what}: {status}")
         elif memory.startswith("degraded") and not UNDER_WAY.search(memory):
             self.wrong.append(f"{what}: {memory}")

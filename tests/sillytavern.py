@@ -57,9 +57,13 @@ class Client:
 
     `note` and `note_depth`: the author's note and how many messages stand after it. `group`: the members' names;
     replies then carry their speaker's name. `strict`: system messages become user messages and neighbours of one
-    role are merged. `headers` and `body` are what the user's "include headers / body" settings add. `answer` is the
-    last request's answer, `sent` holds the bodies of all requests.
+    role are merged, as versions before 1.13 do it. `processing` is the post-processing of newer ones: "merge", "semi",
+    "strict" or "single"; `names` says that all texts begin with their speaker's name. `headers` and `body` are what the
+    user's "include headers / body" settings add. `answer` is the last request's answer, `sent` holds the bodies of all
+    requests.
     """
+
+    processing, names = "", False
 
     def __init__(
         self,
@@ -196,7 +200,22 @@ class Client:
         if self.group:
             ending = [*ending, f"[Write the next reply only as {self.character.name}.]"]
         messages += [system(text) for text in (self.character.post_history, *ending) if text]
-        return self.shaped(merged(messages) if self.strict else messages)
+        return self.shaped(merged(messages) if self.strict else self.processed(messages))
+
+    def processed(self, messages: list[dict]) -> list[dict]:
+        """The messages after the post-processing of version 1.19."""
+        speakers = {"user": self.user, "assistant": self.character.name}
+        if self.processing == "single":
+            texts = [(speakers.get(m["role"]), m["content"]) for m in messages]
+            said = [f"{name}: {text}" if name and not text.startswith(f"{name}: ") else text for name, text in texts]
+            return [{"role": "user", "content": "\n\n".join(said)}]
+        messages = squashed(messages) if self.processing else messages
+        if self.processing in ("semi", "strict"):
+            messages = [{**m, "role": "user"} if i and m["role"] == "system" else m for i, m in enumerate(messages)]
+            if self.processing == "strict" and len(messages) > 1 and messages[1]["role"] != "user":
+                messages.insert(1, {"role": "user", "content": "[Start a new chat]"})
+            messages = squashed(messages)
+        return messages
 
     def shaped(self, messages: list[dict]) -> dict:
         return {
@@ -239,10 +258,10 @@ class Client:
         return messages
 
     def line(self, message: Message) -> str:
-        return self.spoken(message.name, message.text) if message.role == "assistant" else message.text
+        return self.spoken(message.name, message.text) if message.role == "assistant" or self.names else message.text
 
     def spoken(self, name: str, text: str) -> str:
-        return f"{name}: {text}" if self.group else text
+        return f"{name}: {text}" if self.group or self.names else text
 
     # -- the wire
 
@@ -280,14 +299,13 @@ def system(text: str) -> dict:
 
 def merged(messages: list[dict]) -> list[dict]:
     """Strict post-processing: no system messages, names written into the text, no neighbours of one role."""
-    result: list[dict] = []
-    for message in messages:
-        role = "user" if message["role"] == "system" else message["role"]
-        if result and result[-1]["role"] == role:
-            result[-1]["content"] += "\n\n" + message["content"]
-        else:
-            result.append({"role": role, "content": message["content"]})
-    return result
+    return squashed([{**m, "role": "user" if m["role"] == "system" else m["role"]} for m in messages])
+
+
+def squashed(messages: list[dict]) -> list[dict]:
+    """The messages with neighbours of one role as one."""
+    runs = itertools.groupby(messages, key=lambda message: message["role"])
+    return [{"role": role, "content": "\n\n".join(m["content"] for m in run)} for role, run in runs]
 
 
 def pieces(lines):

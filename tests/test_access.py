@@ -39,6 +39,7 @@ ROUTES = {  # "anyone": also without the key; "key": only with it
     "GET /api/persona_memory/health": "key",
     "POST /api/persona_memory/import": "key",
     "POST /api/persona_memory/inject": "key",
+    "POST /api/persona_memory/pause": "key",
     "GET /api/persona_memory/search": "key",
     "GET /api/persona_memory/settings": "key",
     "GET /api/persona_memory/state": "key",

@@ -168,6 +168,34 @@ def test_a_turn_comes_between_the_slices_of_a_background_job(memory):
     assert len(vectors) == len(texts) and np.allclose(vectors[7:9], alone, atol=0.02)
 
 
+def test_the_background_can_be_paused_and_tells_how_far_it_is(server):
+    """Nothing is lost by that: it goes on where it stopped."""
+    assert call(server, "POST", "pause", {"paused": True}).json() == {"progress": {"paused": True, "work": []}}
+    assert call(server, "POST", "pause", {"paused": "yes"}).status_code == 400
+    call(server, "POST", "chats/long/messages", {"messages": LONG})
+    vectors, index = server.server.memory.vectors, open_chat(server, "long").index
+    wait_until(lambda: "long" in vectors._held)
+    assert not index.vectors([pm.text_fingerprint(None, LONG[0]["content"])]).any()
+    assert call(server, "POST", "pause", {"paused": False}).json()["progress"]["paused"] is False
+    wait_until(lambda: index.vector(pm.text_fingerprint(None, LONG[-1]["content"])) is not None)
+
+
+def test_long_work_tells_what_is_left_and_how_long_it_takes():
+    """By the rate of its newest steps; of little that waits nothing is told."""
+    work = pm.LongWork("vectors", "messages wait", 2)
+    assert work.row() is None
+    work.expect("a", 100)
+    assert work.row()["seconds"] is None
+    for left in (60, 30, 10):
+        work.expect("a", left)
+    work.expect("b", 5)
+    row = work.row()
+    assert (row["waiting"], row["done"]) == (15, 90) and row["rate"] > 0 and "15 messages wait" in row["words"]
+    work.expect("a", 0)
+    work.expect("b", 0)
+    assert work.row() is None
+
+
 def test_an_emotion_model_that_fails_stops_no_vectors(shared_upstream, data_dir):
     """Feelings are then read by the built-in reader, and the model is not loaded again for each message."""
     given_settings = settings(data_dir, shared_upstream.url, emotion_model=str(data_dir / "no model"))

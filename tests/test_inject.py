@@ -11,6 +11,7 @@ from chats import open_chat
 from fakes import LocalServer, branch_texts, figure, say, settings, wait_until
 
 INJECT = "/api/persona_memory/inject"
+ONE_SERVER = True
 TIMEOUT = 60
 NUMBERS = itertools.count(1)
 ELVEN = "The password of the northern gate is silverthorn, and only Mira's brother Aldo knows it besides us."
@@ -338,14 +339,6 @@ def test_the_key_is_asked_for(tmp_path, shared_upstream):
 # ---------------------------------------------------------------------------- named requests through the proxy
 
 CARD = {"role": "system", "content": "You are Mira, keeper of the light."}
-
-
-@pytest.fixture
-def upstream(shared_upstream):
-    """The module's upstream, with nothing recorded."""
-    shared_upstream.reset()
-    yield shared_upstream
-    shared_upstream.reset()
 
 
 def plain(messages: list[dict]) -> list[dict]:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import persona_memory as pm
 
+ONE_SERVER = True
 TIMEOUT = 60
 WORDS = st.lists(st.sampled_from(["the", "old", "mill", "hides", "a", "brass", "key", "under", "water"]), min_size=3)
 SENTENCES = WORDS.map(lambda words: " ".join(words).capitalize() + ".")
@@ -68,14 +69,6 @@ def test_a_front_ends_task_is_told_from_a_chat(messages):
 @pytest.mark.parametrize("messages", NO_TASKS.values(), ids=NO_TASKS)
 def test_a_users_own_wish_is_no_task(messages):
     assert not taken_apart(*messages).aside
-
-
-@pytest.fixture
-def upstream(shared_upstream):
-    """The module's upstream, with nothing recorded."""
-    shared_upstream.reset()
-    yield shared_upstream
-    shared_upstream.reset()
 
 
 @pytest.fixture(scope="module")

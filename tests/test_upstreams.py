@@ -13,21 +13,8 @@ from hypothesis import strategies as st
 
 import persona_memory
 
+ONE_SERVER = True
 FOREVER = 60
-
-
-@pytest.fixture
-def upstream(shared_upstream):
-    """The module's upstream, well-behaved and with nothing recorded."""
-    shared_upstream.reset()
-    yield shared_upstream
-    shared_upstream.reset()
-
-
-@pytest.fixture(scope="module")
-def server(shared_server):
-    """One proxy for the whole module: nothing here depends on what was said before."""
-    return shared_server
 
 
 @pytest.fixture

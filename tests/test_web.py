@@ -24,22 +24,9 @@ from werkzeug.test import create_environ
 
 import persona_memory
 
+ONE_SERVER = True
 TIMEOUT = 60
 CHATS = "/api/persona_memory/chats"
-
-
-@pytest.fixture
-def upstream(shared_upstream):
-    """The module's upstream, well-behaved and with nothing recorded."""
-    shared_upstream.reset()
-    yield shared_upstream
-    shared_upstream.reset()
-
-
-@pytest.fixture(scope="module")
-def server(shared_server):
-    """One proxy for the whole module; every test has chats of its own."""
-    return shared_server
 
 
 @pytest.fixture
@@ -230,10 +217,10 @@ def known(api, chat_id, server):
 
 
 @pytest.fixture(scope="module")
-def shared(server):
+def shared(shared_server):
     """One such chat for all who leave its first two messages as they are."""
-    with httpx.Client(base_url=server.url, timeout=TIMEOUT) as bare:
-        return remembered(bare, server, "shared")
+    with httpx.Client(base_url=shared_server.url, timeout=TIMEOUT) as bare:
+        return remembered(bare, shared_server, "shared")
 
 
 def remembered(api, server, chat_id: str) -> str:

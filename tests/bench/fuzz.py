@@ -3,6 +3,7 @@
 python tests/bench/fuzz.py [REQUESTS]
 """
 
+import contextlib
 import sys
 import tempfile
 import time
@@ -22,9 +23,11 @@ SETTLED = 2000  # requests after which the program's memory is taken as its usua
 def main(count: int = 20_000) -> None:
     """Sends so many requests, in rounds; prints how memory goes on, and at the end what was wrong."""
     started, settled = time.monotonic(), 0.0
-    with tempfile.TemporaryDirectory() as data, Upstream() as upstream, Server(Path(data), upstream.url) as running:
+    with contextlib.ExitStack() as held_open:
+        data, upstream = map(held_open.enter_context, (tempfile.TemporaryDirectory(), Upstream()))
+        running = held_open.enter_context(Server(Path(data), upstream.url))
         running.wait_ready()
-        fuzz = Fuzz(running.url)
+        fuzz = held_open.enter_context(Fuzz(running.url))
         for number in range(count):
             fuzz.run(ROUND, number)
             upstream.requests.clear()

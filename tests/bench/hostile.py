@@ -1,16 +1,21 @@
 """What the program bears: idle connections, half-sent requests, damaged files. Prints figures.
 
 python tests/bench/hostile.py connections [IDLE] [HALF]
+python tests/bench/hostile.py streams [STREAMS] [POLLS] [IDLE]
+python tests/bench/hostile.py soak [MINUTES] [MESSAGES A MINUTE]
 python tests/bench/hostile.py corruptions [ROUNDS]
 """
 
 import contextlib
 import resource
 import socket
+import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -52,6 +57,88 @@ def connections(idle: int = 1000, half: int = 200) -> None:
             print(f"{idle} idle, {half} half-sent: {name} after {time.monotonic() - started:.2f} s")
 
 
+def streams(count: int = 50, polls: int = 50, idle: int = 200) -> None:
+    """So many streams and polls at once beside so many idle sockets: what completes, and how long a new /health takes
+    meanwhile."""
+    gate, stop, waits, polled = threading.Event(), threading.Event(), [], []
+    with tempfile.TemporaryDirectory() as data, Upstream() as upstream, contextlib.ExitStack() as held_open:
+        running = held_open.enter_context(
+            Server(Path(data) / "data", upstream.url, "--upstream-limit", count)
+        ).wait_ready()
+        upstream.steer(reply=lambda body: "The lamp is lit, and the ferry is late. " * 20, hold_after=(20, gate))
+        address = urlsplit(running.url)
+        for _ in range(idle):
+            held_open.enter_context(socket.create_connection((address.hostname, address.port), 60))
+
+        def stream(number: int) -> bool:
+            """A turn of a chat of its own; whether all of it came."""
+            reply = say(running.url, [{"role": "user", "content": f"Tale {number}: hello."}], chat_id=f"tale {number}")
+            return reply.status == 200 and reply.text == upstream.reply({}) and not reply.error
+
+        def poll(number: int) -> None:
+            """Asks for news until everything is over."""
+            with httpx.Client(base_url=running.url, timeout=120) as api:
+                while not stop.is_set():
+                    started = time.monotonic()
+                    api.get("/api/persona_memory/state", params={"chat": f"tale {number}"}).raise_for_status()
+                    polled.append(time.monotonic() - started)
+                    stop.wait(0.5)
+
+        with ThreadPoolExecutor(count + polls) as threads:
+            told = [threads.submit(stream, number) for number in range(count)]
+            asked = [threads.submit(poll, number) for number in range(polls)]
+            upstream.wait_for_chats(count)
+            for _ in range(20):
+                started = time.monotonic()
+                httpx.get(f"{running.url}/health", timeout=120, verify=False)
+                waits.append(time.monotonic() - started)
+            gate.set()
+            complete = sum(f.result() for f in told)
+            stop.set()
+            failed = sum(f.exception() is not None for f in asked)
+        print(f"{complete} of {count} streams complete, {failed} of {polls} polls failed, {idle} idle sockets")
+        for name, times in (("a new /health", waits), ("polls", polled)):
+            print(f"{name}: median {statistics.median(times):.2f} s, most {max(times):.2f} s of {len(times)}")
+
+
+def soak(minutes: int = 30, pace: int = 69) -> None:
+    """Turns at a pace for so long, in chats that grow to 200 messages; what the program holds, minute by minute. Each
+    turn is two messages: the user's and the reply that it shows later."""
+    persona = {"role": "system", "content": "You are Maren, keeper of the lighthouse on the Teeth. " * 8}
+    with tempfile.TemporaryDirectory() as data, Upstream() as upstream:
+        server = Server(Path(data) / "data", upstream.url, "--context", 4096)
+        server.command[server.command.index("--summary-every") + 1] = "20"
+        with server as running, httpx.Client(base_url=running.url, timeout=120) as api:
+            running.wait_ready()
+            started, turns, rows, counts = time.monotonic(), 0, [], Counter()
+            shown: dict[int, list[dict]] = {}
+            while (passed := time.monotonic() - started) < 60 * minutes:
+                chat = turns % 8 + 8 * (turns // 800)
+                history = shown.setdefault(chat, [])
+                words = f"Evening {turns}: I count {turns * 7 % 90} boats at {TOWNS[turns % len(TOWNS)]}, and the keys."
+                history.append({"role": "user", "content": words})
+                body = {"model": "fake-model", "messages": [persona, *history[-60:]]}
+                answer = api.post("/v1/chat/completions", json=body, headers={"X-Chat-Id": f"tale {chat}"})
+                counts[answer.status_code, answer.headers.get("X-Persona-Memory", "").partition(" ")[0][:8]] += 1
+                history.append({"role": "assistant", "content": answer.json()["choices"][0]["message"]["content"]})
+                api.get("/api/persona_memory/state")
+                turns += 1
+                if passed > 60 * len(rows):
+                    rows.append(held(running.process.pid))
+                    words = ", ".join(f"{name} {value:.0f}" for name, value in rows[-1].items())
+                    print(f"minute {len(rows) - 1}: {2 * turns} messages, {words}, {dict(counts)}", flush=True)
+                    upstream.requests.clear()
+                time.sleep(max(0.0, started + turns * 120 / pace - time.monotonic()))
+            third = len(rows) // 3
+            for name in rows[-1]:
+                early, late = (statistics.mean(row[name] for row in some) for some in (rows[3:third], rows[-third:]))
+                print(f"{name}: first third {early:.0f}, last {late:.0f} ({100 * (late / early - 1):+.1f} %)")
+            print(f"{running.log().count('Traceback')} tracebacks, {dict(counts)}")
+
+
+TOWNS = ("Harrowmere", "Saltmarsh", "Thornwick", "Dunmoor", "Eastfold")
+
+
 def corruptions(rounds: int = 250) -> None:
     """Damages each kind of file so many times; counts how often the other chat had its memory at once, and what became
     of the damaged one."""
@@ -83,4 +170,5 @@ def corruptions(rounds: int = 250) -> None:
 
 
 if __name__ == "__main__":
-    {"connections": connections, "corruptions": corruptions}[sys.argv[1]](*map(int, sys.argv[2:]))
+    parts = {f.__name__: f for f in (connections, streams, soak, corruptions)}
+    parts[sys.argv[1]](*map(int, sys.argv[2:]))
