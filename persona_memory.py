@@ -710,8 +710,8 @@ class Identity:
     """What a client says of a request beside its messages; empty where it does not say.
 
     `parent` is the chat that this one was branched off, `title` what the client calls the chat, `group` the name of a
-    group or of its members, `kind` one of KINDS, and `complete` says that the messages are
-    the whole chat, so that what is missing in front was deleted.
+    group or of its members, `kind` one of KINDS, `picture` the character's as a data URL, and `complete` says that the
+    messages are the whole chat, so that what is missing in front was deleted.
     """
 
     chat_id: str = ""
@@ -720,6 +720,7 @@ class Identity:
     kind: str = ""
     title: str = ""
     group: str = ""
+    picture: str = ""
     complete: bool = False
 
     @property
@@ -3114,13 +3115,18 @@ def check_options(body: Mapping) -> None:
     check_length(optional_field(body, "model", str), "model", LONGEST_MODEL_NAME)
 
 
+PICTURE = re.compile(r"(?:data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/=]{1,8000})?")  # it is sent with each list
+
+
 def parse_identity(fields: Mapping, where: str = "") -> Identity:
     """The identity that those fields name; raises `InvalidRequest`. A kind that is not known is a normal one."""
     names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
-    names |= {"title": "title", "group": "group"}
+    names |= {"title": "title", "group": "group", "picture": "picture"}
     said = {key: sane_text(optional_field(fields, name, str, where) or "").strip() for key, name in names.items()}
     for key in ("chat_id", "parent", "character"):
         check_length(said[key], where + names[key])
+    if not PICTURE.fullmatch(said["picture"]):
+        raise InvalidRequest(f"{where}picture must be a small PNG, JPEG or WebP as a data URL.", f"{where}picture")
     kind = said["kind"] if said["kind"] in KINDS or not said["kind"] else "normal"
     return Identity(**said | {"kind": kind}, complete=bool(optional_field(fields, "complete", bool, where)))
 
@@ -4019,7 +4025,7 @@ class ChatStore:
             "character": self.info.get("character"), "messages": self.tree.length(self.head),
             "branches": self.tree.branches, "updated": self.info.get("updated"), "family": self.family,
             "lone": self.info.get("lone", False) and self.tree.messages < 2,
-            "salvaged": self.info.get("salvaged"),
+            "salvaged": self.info.get("salvaged"), "picture": self.info.get("picture"),
         }  # fmt: skip
 
     @property
@@ -10838,7 +10844,7 @@ class Archive:
         character = request.identity.character or speaker or named_in_prompt(persona)
         info = {"head": path[-1], "shows_history": shows} | extension_info(chat, request)
         info |= {"character": character} if character else {}
-        info |= {"title": request.identity.title} if request.identity.title else {}
+        info |= {k: v for k in ("title", "picture") if (v := getattr(request.identity, k))}
         if request.identity.complete:
             info["hidden"] = [i for i, t in zip(path[-len(request.turns) :], request.turns, strict=True) if t.hidden]
         group = request.identity.group or names_of_group(store.info.get("group", ""), (t.voice for t in request.turns))
@@ -12898,6 +12904,13 @@ nav a[aria-current] { color: var(--ink); background: var(--sunken); font-weight:
 [data-level="trouble"] { --tone: var(--bad); }
 main { max-width: var(--wide); margin: 0 auto; padding: 28px 20px 96px; }
 .head, .lead { margin-bottom: 20px; }
+#work {
+  display: flex; align-items: center; gap: 4px 20px; max-width: var(--wide); margin: 12px auto -12px; padding: 0 20px;
+  color: var(--muted); font-size: 0.88rem;
+}
+#work ul { flex: 1; min-width: 0; }
+#work li { display: flex; flex-wrap: wrap; align-items: center; gap: 2px 12px; }
+#work progress { width: 7rem; accent-color: var(--accent); }
 .tabs {
   overflow-x: auto; margin-bottom: 20px; padding: 3px 0; border-bottom: 1px solid var(--line); scrollbar-width: none;
 }
@@ -12916,6 +12929,7 @@ main { max-width: var(--wide); margin: 0 auto; padding: 28px 20px 96px; }
   background: light-dark(hsl(var(--hue) 45% 90%), hsl(var(--hue) 25% 26%));
   color: light-dark(hsl(var(--hue) 55% 26%), hsl(var(--hue) 70% 86%)); font-weight: 700;
 }
+img.avatar { object-fit: cover; }
 .empty { padding: 32px 20px; text-align: center; color: var(--muted); }
 .none { display: none; color: var(--muted); }
 :empty + .none { display: block; }
@@ -13289,7 +13303,8 @@ function importance(share) {
     return h('span.weight', { role: 'img', 'aria-label': words, title: words }, bars);
 }
 
-function avatar(name) {
+function avatar(name, picture) {
+    if (String(picture ?? '').startsWith('data:image/')) return h('img.avatar', { src: picture, alt: '' });
     const hue = [...name].reduce((sum, letter) => (31 * sum + letter.codePointAt(0)) % 360, 7);
     return h('span.avatar', { 'aria-hidden': 'true', vars: { hue } }, ([...name][0] ?? '?').toUpperCase());
 }
@@ -13514,7 +13529,7 @@ async function chatsView() {
         const chats = await get('/chats');
         keyed(list, chats, chatRow, (chat) => chat.chat_id);
         if (!chats.length) await showSteps(parts);
-        else if (newcomer) toast('It works: your first chat is here.');
+        else if (newcomer && parts.client.classList.contains('done')) toast('It works: your first chat is here.');
         newcomer = !chats.length;
         parts.none.hidden = !newcomer;
         parts.some.hidden = newcomer;
@@ -13607,7 +13622,7 @@ function chatLine(chat, title, messages, mood) {
     const figures = figuresLine([messages, branches, bytes(chat.size), when(chat.updated), mood]);
     const trouble = chat.words && h('p.small.state', h('span.chip', STATES[chat.state] ?? 'Problem'), ' ', chat.words);
     const about = h('div.about', title, figures, h('p.small.muted.id', chat.title || chat.chat_id), trouble);
-    return [avatar(characterOf(chat)), about];
+    return [avatar(characterOf(chat), chat.picture), about];
 }
 
 const searchHit = (row, text) =>
@@ -14349,6 +14364,23 @@ function shownValue({ value, source, default: words }) {
 
 // ------------------------------------------------------------------------------------------------------------- live
 
+const workBar = document.getElementById('work');
+
+/** What is being done in the background, how far it is, and a button that stops it for now. */
+function showWork({ paused, work } = { paused: false, work: [] }) {
+    const [list, pause] = workBar.children;
+    const jobs = work.length ? work : [{ kind: 'none', words: 'Work in the background is paused.' }];
+    workBar.hidden = !work.length && !paused;
+    keyed(list, jobs, workRow, (job) => job.kind);
+    pause.textContent = paused ? 'Resume' : 'Pause';
+    pause.onclick = () => attempt(async () => showWork(await send('POST', '/pause', { paused: !paused })));
+}
+
+const workRow = ({ kind, waiting, done, rate, words }) => h('li',
+    waiting > 0 && h('progress', { max: done + waiting, value: done, 'aria-label': capital(kind) }),
+    h('span', words),
+    rate > 0 && h('span.numbers', `${number(rate)} a second`));
+
 const POLL_SECONDS = 1.5;
 const light = document.querySelector('.light');
 
@@ -14388,7 +14420,8 @@ const live = {
         this.seen = seen;
     },
 
-    show({ level, words, advice }) {
+    show({ level, words, advice, progress }) {
+        showWork(progress);
         const title = `${words} ${advice}`;
         if (light.dataset.level === level && light.title === title) return;
         light.dataset.level = level;
@@ -14491,6 +14524,10 @@ PAGE = f"""<!doctype html>
   </a>
   <button class="quiet" id="theme" type="button"><span class="label">Theme: </span><span>auto</span></button>
 </header>
+<section id="work" aria-label="Work in the background" hidden>
+  <ul></ul>
+  <button class="quiet" type="button">Pause</button>
+</section>
 <main id="main" tabindex="-1"></main>
 <div id="toasts" role="status" aria-live="polite"></div>
 
@@ -14690,6 +14727,7 @@ const ROLES = { system: 0, user: 1, assistant: 2 };
 const LOOPBACK = ['127.0.0.1', 'localhost', '[::1]'];
 const REVERSIBLE = ['openai', 'claude', 'mistralai', 'makersuite', 'vertexai', 'deepseek', 'xai'];
 const VECTORS = '3_vectors', SUMMARY = '1_memory'; // what stock extensions put into the prompt stands under these keys
+const PICTURE_SIDE = 84; // pixels: twice those that the memory page shows
 const MOST_SHOWN = 8; // memories listed in the panel
 const LONGEST_SHOWN = 240; // characters of each
 const MIN_CONFIDENCE = 0.5; // a mood that is less likely than this is not shown
@@ -14918,6 +14956,25 @@ function hasChanged() {
     return state.changed || state.outline.slice(0, -1).some((was, place) => was !== now[place]);
 }
 
+/** The character's picture, small enough for a list of chats; undefined where there is none. */
+async function picture() {
+    const { characters, characterId, groupId } = client();
+    const file = groupId ? '' : characters?.[characterId]?.avatar;
+    if (!file || file === 'none') return undefined;
+    try {
+        const signal = AbortSignal.timeout(TIMEOUT_MS);
+        const response = await fetch(`/thumbnail?type=avatar&file=${encodeURIComponent(file)}`, { signal });
+        const image = await createImageBitmap(await response.blob());
+        const side = Math.min(image.width, image.height);
+        const canvas = element('canvas', { width: PICTURE_SIDE, height: PICTURE_SIDE });
+        const whole = [(image.width - side) / 2, 0, side, side, 0, 0, PICTURE_SIDE, PICTURE_SIDE];
+        canvas.getContext('2d').drawImage(image, ...whole); // of a tall card the upper part: there is the face
+        return canvas.toDataURL('image/jpeg', 0.8);
+    } catch {
+        return undefined; // it is an ornament
+    }
+}
+
 /** Has the server read the open chat in, where it does not know it as it stands. */
 async function readIn() {
     state.changed = false;
@@ -14925,7 +14982,8 @@ async function readIn() {
     try {
         const shown = settings().enabled ? shownChat() : null;
         if (!shown || (await lookAtChat()).current) return;
-        const read = await call(`${chatPath(shown.chat_id)}/sync`, shown, 'POST', PATIENCE_MS);
+        const whole = { ...shown, picture: await picture() };
+        const read = await call(`${chatPath(shown.chat_id)}/sync`, whole, 'POST', PATIENCE_MS);
         if (settledIdentity()?.id === shown.chat_id) showKnown({ ...read, known: read.messages });
     } catch (error) {
         state.changed = true; // the next reply tries again
