@@ -3115,7 +3115,7 @@ def check_options(body: Mapping) -> None:
     check_length(optional_field(body, "model", str), "model", LONGEST_MODEL_NAME)
 
 
-PICTURE = re.compile(r"(?:data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/=]{1,8000})?")  # it is sent with each list
+AVATAR = re.compile(r"(?:data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/=]{1,8000})?")  # it is sent with each list
 
 
 def parse_identity(fields: Mapping, where: str = "") -> Identity:
@@ -3125,7 +3125,7 @@ def parse_identity(fields: Mapping, where: str = "") -> Identity:
     said = {key: sane_text(optional_field(fields, name, str, where) or "").strip() for key, name in names.items()}
     for key in ("chat_id", "parent", "character"):
         check_length(said[key], where + names[key])
-    if not PICTURE.fullmatch(said["picture"]):
+    if not AVATAR.fullmatch(said["picture"]):
         raise InvalidRequest(f"{where}picture must be a small PNG, JPEG or WebP as a data URL.", f"{where}picture")
     kind = said["kind"] if said["kind"] in KINDS or not said["kind"] else "normal"
     return Identity(**said | {"kind": kind}, complete=bool(optional_field(fields, "complete", bool, where)))
@@ -6038,7 +6038,7 @@ def trait(name: str) -> Callable[[Query, Evidence], np.ndarray]:
     return lambda query, e: e.traits[name]
 
 
-def gives(name: str) -> Callable[[Query, Evidence], np.ndarray]:
+def of_kind(name: str) -> Callable[[Query, Evidence], np.ndarray]:
     """A signal: whether the message has the trait that the query wants."""
     return lambda query, e: e.traits[name] * np.float32(name in query.wants)
 
@@ -6085,8 +6085,8 @@ SIGNALS = {
     "substance": Signal(5.67, trait("substance"), -2.87),
     "short_answer": Signal(-0.75, short_answer, 3.68),
     "name": Signal(0.58, trait("name")),
-    "time": Signal(1.57, gives("time")),
-    "number": Signal(1.22, gives("number")),
+    "time": Signal(1.57, of_kind("time")),
+    "number": Signal(1.22, of_kind("number")),
     "question": Signal(-1.52, trait("question")),
 }
 # By how much a memory's score must stand above the chat's usual one: for a message that tells, for a doubtful question,
