@@ -554,6 +554,17 @@ class LocalServer:
         self.close()
 
 
+def hang_up_later(server, body: dict, header: bytes = b"") -> socket.socket:
+    """Send a request on a bare socket and return the socket, still waiting."""
+    raw = json.dumps(body).encode()
+    sock = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
+    sock.sendall(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"%sContent-Length: %d\r\n\r\n%s" % (header, len(raw), raw)
+    )
+    return sock
+
+
 def branch_texts(url: str, chat_id: str) -> list[str]:
     """The texts on a chat's current branch, oldest first."""
     address = f"{url}/api/persona_memory/chats/{quote(chat_id, safe='')}/messages"
