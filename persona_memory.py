@@ -6336,6 +6336,7 @@ COMPRESSION = 0.26  # a summary's size against what it covers, at most
 CONDENSED_AT_ONCE = 4  # summaries that become one of the next level
 SHORTEST_SUMMARY = 24  # tokens
 LONGEST_WRITTEN = 20_000  # characters of a model's summary and facts that are read
+MOST_BRACES = 20  # in them, at which their JSON may begin
 MOST_FACTS = 6  # from one stretch
 SHORTEST_QUOTE = 6  # characters that prove something; half of that where characters say more
 WORDS_PER_TOKEN = 0.7  # of English prose in cl100k_base
@@ -6505,7 +6506,7 @@ def clipped_lines(lines: Sequence[str], budget: int) -> list[str]:
 def read_answer(text: str) -> tuple[str, list]:
     """Summary and facts from what models really answer: JSON, JSON in prose or cut off, plain text, thoughts first."""
     text = without_thoughts(text).strip()[:LONGEST_WRITTEN]
-    for found in re.finditer(r"\{", text):
+    for found in itertools.islice(re.finditer(r"\{", text), MOST_BRACES):
         with contextlib.suppress(ValueError, RecursionError):
             answer, _ = json.JSONDecoder().raw_decode(text, found.start())
             if isinstance(answer, dict) and isinstance(answer.get("summary"), str):
