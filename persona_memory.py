@@ -1152,6 +1152,15 @@ def token_encoding() -> Any:
 
 def count_tokens(text: str) -> int:
     """Tokens of a text (cl100k_base; other models' tokenizers differ by some percent)."""
+    return counted(text) if len(text) <= SHORT_TEXT else len(token_encoding().encode_ordinary(text))
+
+
+SHORT_TEXT = 2000  # characters
+
+
+@functools.lru_cache(1 << 13)
+def counted(text: str) -> int:
+    """Tokens of a short text: a turn counts the lines of the same memories as those before it."""
     return len(token_encoding().encode_ordinary(text))
 
 
