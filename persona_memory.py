@@ -1161,6 +1161,15 @@ def token_encoding() -> Any:
 
 def count_tokens(text: str) -> int:
     """Tokens of a text (cl100k_base; other models' tokenizers differ by some percent)."""
+    return counted(text) if len(text) <= SHORT_TEXT else len(token_encoding().encode_ordinary(text))
+
+
+SHORT_TEXT = 2000  # characters
+
+
+@functools.lru_cache(1 << 13)
+def counted(text: str) -> int:
+    """Tokens of a short text: a turn counts the lines of the same memories as those before it."""
     return len(token_encoding().encode_ordinary(text))
 
 
@@ -1694,8 +1703,7 @@ def share_of(part: int, whole: int) -> float:
 
 def count_of(words: Iterable[str], listed: str) -> int:
     """How many of the words are in one of the lists above."""
-    known = word_set(listed)
-    return sum(word in known for word in words)
+    return sum(map(word_set(listed).__contains__, words))
 
 
 def style_features(text: str, pieces: Sequence[tuple[int, str]], tokens: Sequence[str]) -> list[float]:
@@ -10126,11 +10134,11 @@ class TurnMemory:
 
 @dataclass(frozen=True)
 class Fallback:
-    """The messages of a prompt without one of its parts, and without those that the fallbacks before it leave out."""
+    """A prompt without one of its parts, and without those that the fallbacks before it leave out. Few turns need it:
+    it is composed only then."""
 
     without: str  # "memories", "story" or "restored history"
-    messages: tuple[dict, ...]
-    history: int  # as in `Prepared`
+    compose: Callable[[], tuple[list[dict], int]]  # gives the messages, and `history` as in `Prepared`
 
 
 @dataclass(frozen=True)
@@ -12336,8 +12344,9 @@ def without_part(prepared: Prepared, why: str) -> Prepared:
     shares = {"memories": "memories", "story": "story"}.get(fallback.without, "")
     recalled = [] if fallback.without == "memories" else report.recalled
     report = replace(report, recalled=recalled, tokens=report.tokens | ({shares: 0} if shares else {}))
-    prepared = replace(prepared, report=report, history=fallback.history, fallbacks=tuple(fallbacks))
-    return with_messages(prepared, f"asked again without {fallback.without}, {why}", fallback.messages)
+    messages, history = fallback.compose()
+    prepared = replace(prepared, report=report, history=history, fallbacks=tuple(fallbacks))
+    return with_messages(prepared, f"asked again without {fallback.without}, {why}", messages)
 
 
 def without_messages(prepared: Prepared, kept: Sequence[dict], error: UpstreamError) -> Prepared:
@@ -12624,8 +12633,7 @@ def fallbacks(memory: TurnMemory, withheld: Collection[str]) -> Iterator[Fallbac
     """What to ask where a filter refuses the prompt: without one part more each time."""
     parts = [part for part in memory.parts if part not in withheld]
     for count, part in enumerate(parts, 1):
-        prompt, history = composed(memory, parts[count:])
-        yield Fallback(part, tuple(prompt), history)
+        yield Fallback(part, functools.partial(composed, memory, parts[count:]))
 
 
 def without_shown(recalled: RecallResult, layout: Layout, story: int) -> RecallResult:
