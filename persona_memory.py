@@ -79,6 +79,7 @@ import codecs
 import contextlib
 import errno
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -508,6 +509,7 @@ BEGUN_THOUGHTS = re.compile(rf"(?<!`)<(?:{THOUGHT}).*\Z", re.S | re.I)  # withou
 OTHER_TAGS = re.compile(r"\[/?THINK\]|\u25c1/?think\u25b7|</?seed:think>")  # Magistral's, Kimi's, Seed's
 INLINE_TAGS = {"a", "b", "code", "em", "font", "i", "mark", "q", "s", "small", "span", "strong", "sub", "sup", "u"}
 OPENING_TAG = re.compile(r"<([A-Za-z][\w-]{0,40})(?:\s[^<>]*)?>")
+MOST_BLOCKS = 20  # at either end of a text
 CLOSING_TAG = re.compile(r"</([A-Za-z][\w-]{0,40})>\Z")
 LETTERS = r"[^\W\d_](?:[^\W\d_]|['’.-]){0,30}"
 NAME_PREFIX = re.compile(rf"{LETTERS}(?: {LETTERS}){{0,3}}: (?=\S)")  # no digits: "Day 3: we sail" names nobody
@@ -541,12 +543,18 @@ def without_closed_thoughts(text: str) -> str:
 def without_blocks(text: str) -> str:
     """A text without the tagged blocks, such as a status, that stand at its beginning or end on lines of their own."""
     text = text.strip()
-    while (opened := OPENING_TAG.match(text)) and opened[1].lower() not in INLINE_TAGS:
+    for _ in range(MOST_BLOCKS):
+        opened = OPENING_TAG.match(text)
+        if not opened or opened[1].lower() in INLINE_TAGS:
+            break
         end = text.find(f"</{opened[1]}>")
         if end < 0 or not text[end + len(opened[1]) + 3 :].startswith("\n"):
             break
         text = text[end + len(opened[1]) + 3 :].lstrip()
-    while (closed := CLOSING_TAG.search(text[-50:])) and closed[1].lower() not in INLINE_TAGS:
+    for _ in range(MOST_BLOCKS):
+        closed = CLOSING_TAG.search(text[-50:])
+        if not closed or closed[1].lower() in INLINE_TAGS:
+            break
         begin = text.rfind(f"<{closed[1]}")
         if begin < 1 or not text[:begin].rstrip(" \t").endswith("\n"):
             break
@@ -557,10 +565,10 @@ def without_blocks(text: str) -> str:
 def bare_words(text: str) -> str:
     """What is left of a message's text when everything is taken off that clients show in one request and not in
     another: thoughts, blocks such as a status, and the speaker's name. The text itself where that is nothing."""
-    words = without_blocks(without_thoughts(text))
-    while found := NAME_PREFIX.match(words):
-        words = words[found.end() :]
-    return words if words.strip() else text
+    words, at = without_blocks(without_thoughts(text)), 0
+    while found := NAME_PREFIX.match(words, at):
+        at = found.end()
+    return words[at:] if words[at:].strip() else text
 
 
 def text_fingerprint(name: str | None, content: str) -> str:
@@ -702,8 +710,8 @@ class Identity:
     """What a client says of a request beside its messages; empty where it does not say.
 
     `parent` is the chat that this one was branched off, `title` what the client calls the chat, `group` the name of a
-    group or of its members, `kind` one of KINDS, and `complete` says that the messages are
-    the whole chat, so that what is missing in front was deleted.
+    group or of its members, `kind` one of KINDS, `picture` the character's as a data URL, and `complete` says that the
+    messages are the whole chat, so that what is missing in front was deleted.
     """
 
     chat_id: str = ""
@@ -712,6 +720,7 @@ class Identity:
     kind: str = ""
     title: str = ""
     group: str = ""
+    picture: str = ""
     complete: bool = False
 
     @property
@@ -2820,6 +2829,8 @@ def align_floating(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alig
 # ======================================================================================================================
 
 MAX_CONTEXT = 10**9  # tokens; no model reads more
+LONGEST_MESSAGE = 1_000_000  # characters of its text
+MOST_VALUES = 800_000  # in one JSON text: Python reads so many in 0.2 s, and does nothing else meanwhile
 GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\]")  # SillyTavern's default words
 JAVASCRIPT_DATE = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
@@ -3081,10 +3092,12 @@ def check_message(message: Any, where: str) -> None:
     check_length(optional_field(message, "name", str, f"{where}."), f"{where}.name")
     content = message.get("content")
     if content is None or isinstance(content, str):
+        check_length(content, f"{where}.content", LONGEST_MESSAGE)
         return
     parts = content if isinstance(content, list) else [None]
     if not all(is_part(part) for part in parts):
         raise InvalidRequest(f"{where}.content must be a string or a list of content parts.", f"{where}.content")
+    check_length(text_of(content), f"{where}.content", LONGEST_MESSAGE)
 
 
 def is_part(part: Any) -> bool:
@@ -3102,13 +3115,18 @@ def check_options(body: Mapping) -> None:
     check_length(optional_field(body, "model", str), "model", LONGEST_MODEL_NAME)
 
 
+AVATAR = re.compile(r"(?:data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/=]{1,8000})?")  # it is sent with each list
+
+
 def parse_identity(fields: Mapping, where: str = "") -> Identity:
     """The identity that those fields name; raises `InvalidRequest`. A kind that is not known is a normal one."""
     names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
-    names |= {"title": "title", "group": "group"}
+    names |= {"title": "title", "group": "group", "picture": "picture"}
     said = {key: sane_text(optional_field(fields, name, str, where) or "").strip() for key, name in names.items()}
     for key in ("chat_id", "parent", "character"):
         check_length(said[key], where + names[key])
+    if not AVATAR.fullmatch(said["picture"]):
+        raise InvalidRequest(f"{where}picture must be a small PNG, JPEG or WebP as a data URL.", f"{where}picture")
     kind = said["kind"] if said["kind"] in KINDS or not said["kind"] else "normal"
     return Identity(**said | {"kind": kind}, complete=bool(optional_field(fields, "complete", bool, where)))
 
@@ -4007,7 +4025,7 @@ class ChatStore:
             "character": self.info.get("character"), "messages": self.tree.length(self.head),
             "branches": self.tree.branches, "updated": self.info.get("updated"), "family": self.family,
             "lone": self.info.get("lone", False) and self.tree.messages < 2,
-            "salvaged": self.info.get("salvaged"),
+            "salvaged": self.info.get("salvaged"), "picture": self.info.get("picture"),
         }  # fmt: skip
 
     @property
@@ -4946,6 +4964,7 @@ class MemoryIndex:
 #     Database.lock          the catalogue's and the characters' connection
 
 OPEN_CHATS = 32
+OPEN_MESSAGES = 100_000  # in open chats, all in all; each takes about 5 KB of RAM with its vectors
 LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
@@ -5190,6 +5209,11 @@ class Lending:
         store = self.chat.result().store
         return store.damaged or store.was_replaced()
 
+    @property
+    def messages(self) -> int:
+        """How many messages it holds in RAM."""
+        return len(self.chat.result().tree.nodes) if self.chat.done() and not self.chat.exception() else 0
+
     def close(self) -> None:
         """Closes the chat, where it could be opened."""
         if not self.chat.exception():
@@ -5199,8 +5223,9 @@ class Lending:
 class ChatRegistry:
     """All chats of a data folder: lends them out, finds the one that a transcript belongs to, and deletes them.
 
-    At most `most_open` chats stay open beside those in use; a chat is never closed while somebody has it, and closed
-    when it has to go. Methods raise `StoreError` while the data folder cannot be used.
+    At most `most_open` chats stay open beside those in use, and of long ones fewer (OPEN_MESSAGES). A chat is never
+    closed while somebody has it, and closed when it has to go. Methods raise `StoreError` while the data folder cannot
+    be used.
     """
 
     def __init__(self, data: Path, most_open: int = OPEN_CHATS):
@@ -5362,7 +5387,12 @@ class ChatRegistry:
             lending.borrowers -= 1
             unused = [] if lending.borrowers or self._lent.get(name) is lending else [lending]
             idle = [other for other, lent in self._lent.items() if not lent.borrowers]
-            unused += [self._lent.pop(other) for other in idle[: max(0, len(self._lent) - self._most_open)]]
+            messages = sum(lent.messages for lent in self._lent.values())
+            for other in idle:
+                newest = other == next(reversed(self._lent))
+                if len(self._lent) > self._most_open or (messages > OPEN_MESSAGES and not newest):
+                    messages -= self._lent[other].messages
+                    unused.append(self._lent.pop(other))
         for lent in unused:
             lent.close()
 
@@ -5652,9 +5682,13 @@ def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
         return Alignment()
     request = unmerged(chat, request)
     found = align_request(chat, request)
-    few = len(found.matches) * LEAST_SHARE < len(request.turns) - 1
     strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
-    return Alignment() if few or strange and len(found.matches) < SURE_MATCHES else found
+    return Alignment() if strange and len(found.matches) < SURE_MATCHES else unless_few(found, len(request.turns) - 1)
+
+
+def unless_few(found: Alignment, shown: int) -> Alignment:
+    """An alignment, unless it knows nearly nothing of so many messages: these are another chat's then."""
+    return found if len(found.matches) * LEAST_SHARE >= shown else Alignment()
 
 
 def is_recent(chat: Chat, message: str) -> bool:
@@ -6004,7 +6038,7 @@ def trait(name: str) -> Callable[[Query, Evidence], np.ndarray]:
     return lambda query, e: e.traits[name]
 
 
-def gives(name: str) -> Callable[[Query, Evidence], np.ndarray]:
+def of_kind(name: str) -> Callable[[Query, Evidence], np.ndarray]:
     """A signal: whether the message has the trait that the query wants."""
     return lambda query, e: e.traits[name] * np.float32(name in query.wants)
 
@@ -6051,8 +6085,8 @@ SIGNALS = {
     "substance": Signal(5.67, trait("substance"), -2.87),
     "short_answer": Signal(-0.75, short_answer, 3.68),
     "name": Signal(0.58, trait("name")),
-    "time": Signal(1.57, gives("time")),
-    "number": Signal(1.22, gives("number")),
+    "time": Signal(1.57, of_kind("time")),
+    "number": Signal(1.22, of_kind("number")),
     "question": Signal(-1.52, trait("question")),
 }
 # By how much a memory's score must stand above the chat's usual one: for a message that tells, for a doubtful question,
@@ -6279,6 +6313,7 @@ SUMMARIES_IN_STORY = 6  # that fit beside each other at their largest
 COMPRESSION = 0.26  # a summary's size against what it covers, at most
 CONDENSED_AT_ONCE = 4  # summaries that become one of the next level
 SHORTEST_SUMMARY = 24  # tokens
+LONGEST_WRITTEN = 20_000  # characters of a model's summary and facts that are read
 MOST_FACTS = 6  # from one stretch
 SHORTEST_QUOTE = 6  # characters that prove something; half of that where characters say more
 WORDS_PER_TOKEN = 0.7  # of English prose in cl100k_base
@@ -6447,7 +6482,7 @@ def clipped_lines(lines: Sequence[str], budget: int) -> list[str]:
 
 def read_answer(text: str) -> tuple[str, list]:
     """Summary and facts from what models really answer: JSON, JSON in prose or cut off, plain text, thoughts first."""
-    text = without_thoughts(text).strip()
+    text = without_thoughts(text).strip()[:LONGEST_WRITTEN]
     for found in re.finditer(r"\{", text):
         with contextlib.suppress(ValueError, RecursionError):
             answer, _ = json.JSONDecoder().raw_decode(text, found.start())
@@ -7169,6 +7204,7 @@ EXPORT_FORMAT, EXPORT_VERSION = "persona_memory", 1
 NO_NAMES = (None, "", "unused")  # what headers hold where they name nobody; newer versions write "unused"
 STAND_IN_AVATAR = "img/ai4.png"  # SillyTavern's own; a message that has one carries its speaker's name into the prompt
 LONGEST_DATE = 64  # characters
+MOST_SWIPES = 1000  # of a message
 FIRST_MILLISECONDS = 1e11  # a smaller number is a date in seconds; so many milliseconds are in 1973
 DATE_FORMATS = (  # without spaces: SillyTavern, text-generation-webui, and what browsers write in several countries
     "%B%d,%Y%I:%M%p", "%b%d,%Y%I:%M%p", "%b%d,%Y%I:%M:%S%p", "%b%d,%Y%H:%M", "%m/%d/%Y,%I:%M:%S%p",
@@ -7208,15 +7244,22 @@ class ChatCopy:
         return path[::-1]
 
 
-def json_value(text: str | bytes) -> Any:
-    """The value of a JSON text (RFC 8259); raises `ValueError`.
+def json_value(text: str | bytes, most: float = MOST_VALUES) -> Any:
+    """The value of a JSON text (RFC 8259), which may hold so many commas; raises `ValueError`.
 
     Python's parser alone would let NaN, the infinities and integers of any length pass, which few others read.
     """
+    if text.count("," if isinstance(text, str) else b",") > most:
+        raise ValueError(f"it holds more than {most} values")
+    collecting = gc.isenabled()
+    gc.disable()  # what is read is no garbage, and looking through it again and again takes most of the time
     try:
         return json.loads(text, parse_constant=finite_number, parse_float=finite_number, parse_int=short_integer)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def finite_number(text: str) -> float:
@@ -7279,7 +7322,7 @@ def decoded(raw: bytes) -> str:
 def value_or_none(text: str) -> Any:
     """The value of a JSON text, None where it is not JSON."""
     try:
-        return json_value(text)
+        return json_value(text, math.inf)  # a whole export may be large
     except ValueError:
         return None
 
@@ -7349,7 +7392,8 @@ def chat_row(row: Any, where: str) -> dict:
     """
     if not isinstance(row, dict):
         raise InvalidRequest(f"{where} must be a JSON object.", where)
-    swipes = [text_in(swipe) for swipe in row["swipes"]] if isinstance(row.get("swipes"), list) else []
+    given = row["swipes"] if isinstance(row.get("swipes"), list) else []
+    swipes = [text_in(swipe) for swipe in given[:MOST_SWIPES]]
     at = whole_number(row.get("swipe_id"))
     chosen = at if at is not None and 0 <= at < len(swipes) else len(swipes)
     text = text_in(row.get("mes"))
@@ -7357,11 +7401,14 @@ def chat_row(row: Any, where: str) -> dict:
         text = next(iter(swipes[chosen : chosen + 1]), None)
     if text is None:
         raise InvalidRequest(f"{where} holds no text: mes is missing or of another type.", where)
+    for said in (text, *swipes):
+        check_length(said, where, LONGEST_MESSAGE)
     by_user = truth(row.get("is_user"))
     if by_user is None:
         raise InvalidRequest(f"{where}: is_user must be true or false.", where)
     typed = {"name": str, "extra": dict, "swipe_info": list, "force_avatar": str, "original_avatar": str}
     kept = {name: row[name] for name, kind in typed.items() if isinstance(row.get(name), kind)}
+    kept |= {"name": kept["name"][:LONGEST_ID]} if "name" in kept else {}
     swipes[chosen : chosen + 1] = [text]
     kept |= {"swipes": [text] if by_user else swipes, "chosen": 0 if by_user else chosen}
     return kept | {"mes": text, "is_user": by_user, "send_date": row.get("send_date")}
@@ -7407,7 +7454,7 @@ def copy_of_rows(header: Mapping | None, rows: Sequence[Mapping]) -> ChatCopy:
 def header_name(header: Mapping, key: str) -> str:
     """A name in a header; empty where it names nobody."""
     name = header.get(key)
-    return name if isinstance(name, str) and name not in NO_NAMES else ""
+    return name[:LONGEST_ID] if isinstance(name, str) and name not in NO_NAMES else ""
 
 
 def named_in_header(header: Mapping) -> dict[str, Any]:
@@ -7419,7 +7466,7 @@ def named_in_header(header: Mapping) -> dict[str, Any]:
     metadata = header.get("chat_metadata")
     known = metadata.get(EXPORT_FORMAT) if isinstance(metadata, dict) else None
     named = known.get("id") if isinstance(known, dict) else None
-    if not isinstance(named, str) or not named.strip() or sane_text(named) != named:
+    if not isinstance(named, str) or not 0 < len(named.strip()) <= LONGEST_ID or sane_text(named) != named:
         return {}
     same = (known.get("main") or "") == (metadata.get("main_chat") or "")
     return {"chat_id": named.strip(), "explicit": True} if same else {}
@@ -8325,7 +8372,7 @@ def is_shallow(text: str) -> bool:
     if text.count("{") + text.count("[") <= DEEPEST_JSON:
         return True
     depth = deepest = 0
-    for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):
+    for found in re.finditer(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
         deepest = max(deepest, depth)
     return deepest <= DEEPEST_JSON
@@ -8685,7 +8732,11 @@ AT_MOST = re.compile(
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a model wants to be asked, as far as its own errors have told."""
+    """How a model wants to be asked, as far as its own errors have told.
+
+    A restart forgets it: that costs one refused request each, for which nobody pays, and another model may answer to
+    the same name by then.
+    """
 
     renamed: Mapping[str, str] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
@@ -10505,7 +10556,7 @@ class Feelings:
 
     def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
         """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
-        users = [n for n in nodes if n.role == "user"][-MOOD_SPAN:]
+        users = list(itertools.islice((n for n in reversed(nodes) if n.role == "user"), MOOD_SPAN))[::-1]
         readings = self.read(chat, users)
         return mood_of([(n.depth, r) for n, r in zip(users, readings, strict=True)])
 
@@ -10793,7 +10844,7 @@ class Archive:
         character = request.identity.character or speaker or named_in_prompt(persona)
         info = {"head": path[-1], "shows_history": shows} | extension_info(chat, request)
         info |= {"character": character} if character else {}
-        info |= {"title": request.identity.title} if request.identity.title else {}
+        info |= {k: v for k in ("title", "picture") if (v := getattr(request.identity, k))}
         if request.identity.complete:
             info["hidden"] = [i for i, t in zip(path[-len(request.turns) :], request.turns, strict=True) if t.hidden]
         group = request.identity.group or names_of_group(store.info.get("group", ""), (t.voice for t in request.turns))
@@ -10964,7 +11015,7 @@ class Archive:
         def where(chat: Chat, texts: Sequence[str]) -> Alignment:
             """Where a part of the file hangs in a chat."""
             foreign = chat.store.info["explicit"] and not is_chat_of(chat, copy)
-            return Alignment() if foreign else align(chat.tree, texts, chat.store.head)
+            return Alignment() if foreign else unless_few(align(chat.tree, texts, chat.store.head), len(texts))
 
         for window in (digests[:LOCATED_BY], digests[-LOCATED_BY:]) if digests else ():
             texts = [digest for _, digest in window]
@@ -12163,9 +12214,9 @@ class Completions:
         raise error
 
     def _shortened(self, prepared: Prepared, overflow: Overflow, error: UpstreamError) -> Prepared:
-        """The turn without its oldest messages: those that are too much for the model, and a tenth of the prompt at
-        least. Where none are left to go, memory goes, part by part. What the error tells of the model is kept for the
-        next turns."""
+        """The turn without its oldest messages, of which restored ones are the first: those that are too much for the
+        model, and a tenth of the prompt at least. Where none are left to go, and for the last try, what memory adds
+        goes too. What the error tells of the model is kept for the next turns."""
         model, reply = prepared.body.get("model") or "", reply_limit(prepared.body)
         ours = prompt_tokens(prepared.body["messages"])
         measured, ratio = self._ratios.get(model)
@@ -12411,7 +12462,7 @@ class PromptBuilder:
         first, above = request.history_start, len(path) - len(request.turns)
         with chat.lock:
             nodes = chat.nodes(path)
-            layout, story, plan = self._laid_out(chat, nodes, request, context, shares, arrange)
+            layout, story, plan = self._laid_out(chat, path, nodes, request, context, shares, arrange)
         turn = TurnContext(chat, request, nodes, layout, deadline)
         recalled = self._recaller.recall(turn, {f.message for f in story.facts})
         if layout.window:
@@ -12429,15 +12480,15 @@ class PromptBuilder:
         return TurnMemory(turn, path, story, recalled, memories, mood, piece, block, older, plan, context)
 
     def _laid_out(
-        self, chat: Chat, nodes: Sequence[Node], request: ChatRequest, context: int, shares: Sequence[float],
-        arrange: Callable[..., Layout],
+        self, chat: Chat, path: Sequence[str], nodes: Sequence[Node], request: ChatRequest, context: int,
+        shares: Sequence[float], arrange: Callable[..., Layout],
     ) -> tuple[Layout, Story, SummaryPlan]:  # fmt: skip
         """The prompt's layout, the story in it, and what may be summarised now; hold the chat's lock."""
         first, above = request.history_start, len(nodes) - len(request.turns)
-        path, shown, budget = [n.id for n in nodes], nodes[first:], story_tokens(context, shares)
+        shown, budget = nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
         away = set(chat.store.info.get("hidden", ()))
-        counts = [0 if n.id in away else n.tokens for n in shown[:above]]
+        counts = [0 if away and n.id in away else n.tokens for n in shown[:above]]
         counts += [0 if t.hidden else n.tokens for t, n in zip(request.turns[first:], shown[above:], strict=True)]
         for i, turn in enumerate(request.turns[first:], above):
             if shown[i].shown != turn.fingerprint and not turn.hidden:  # with something else around the words
@@ -12853,6 +12904,13 @@ nav a[aria-current] { color: var(--ink); background: var(--sunken); font-weight:
 [data-level="trouble"] { --tone: var(--bad); }
 main { max-width: var(--wide); margin: 0 auto; padding: 28px 20px 96px; }
 .head, .lead { margin-bottom: 20px; }
+#work {
+  display: flex; align-items: center; gap: 4px 20px; max-width: var(--wide); margin: 12px auto -12px; padding: 0 20px;
+  color: var(--muted); font-size: 0.88rem;
+}
+#work ul { flex: 1; min-width: 0; }
+#work li { display: flex; flex-wrap: wrap; align-items: center; gap: 2px 12px; }
+#work progress { width: 7rem; accent-color: var(--accent); }
 .tabs {
   overflow-x: auto; margin-bottom: 20px; padding: 3px 0; border-bottom: 1px solid var(--line); scrollbar-width: none;
 }
@@ -12871,6 +12929,7 @@ main { max-width: var(--wide); margin: 0 auto; padding: 28px 20px 96px; }
   background: light-dark(hsl(var(--hue) 45% 90%), hsl(var(--hue) 25% 26%));
   color: light-dark(hsl(var(--hue) 55% 26%), hsl(var(--hue) 70% 86%)); font-weight: 700;
 }
+img.avatar { object-fit: cover; }
 .empty { padding: 32px 20px; text-align: center; color: var(--muted); }
 .none { display: none; color: var(--muted); }
 :empty + .none { display: block; }
@@ -13244,7 +13303,8 @@ function importance(share) {
     return h('span.weight', { role: 'img', 'aria-label': words, title: words }, bars);
 }
 
-function avatar(name) {
+function avatar(name, picture) {
+    if (String(picture ?? '').startsWith('data:image/')) return h('img.avatar', { src: picture, alt: '' });
     const hue = [...name].reduce((sum, letter) => (31 * sum + letter.codePointAt(0)) % 360, 7);
     return h('span.avatar', { 'aria-hidden': 'true', vars: { hue } }, ([...name][0] ?? '?').toUpperCase());
 }
@@ -13469,7 +13529,7 @@ async function chatsView() {
         const chats = await get('/chats');
         keyed(list, chats, chatRow, (chat) => chat.chat_id);
         if (!chats.length) await showSteps(parts);
-        else if (newcomer) toast('It works: your first chat is here.');
+        else if (newcomer && parts.client.classList.contains('done')) toast('It works: your first chat is here.');
         newcomer = !chats.length;
         parts.none.hidden = !newcomer;
         parts.some.hidden = newcomer;
@@ -13562,7 +13622,7 @@ function chatLine(chat, title, messages, mood) {
     const figures = figuresLine([messages, branches, bytes(chat.size), when(chat.updated), mood]);
     const trouble = chat.words && h('p.small.state', h('span.chip', STATES[chat.state] ?? 'Problem'), ' ', chat.words);
     const about = h('div.about', title, figures, h('p.small.muted.id', chat.title || chat.chat_id), trouble);
-    return [avatar(characterOf(chat)), about];
+    return [avatar(characterOf(chat), chat.picture), about];
 }
 
 const searchHit = (row, text) =>
@@ -14304,6 +14364,23 @@ function shownValue({ value, source, default: words }) {
 
 // ------------------------------------------------------------------------------------------------------------- live
 
+const workBar = document.getElementById('work');
+
+/** What is being done in the background, how far it is, and a button that stops it for now. */
+function showWork({ paused, work } = { paused: false, work: [] }) {
+    const [list, pause] = workBar.children;
+    const jobs = work.length ? work : [{ kind: 'none', words: 'Work in the background is paused.' }];
+    workBar.hidden = !work.length && !paused;
+    keyed(list, jobs, workRow, (job) => job.kind);
+    pause.textContent = paused ? 'Resume' : 'Pause';
+    pause.onclick = () => attempt(async () => showWork(await send('POST', '/pause', { paused: !paused })));
+}
+
+const workRow = ({ kind, waiting, done, rate, words }) => h('li',
+    waiting > 0 && h('progress', { max: done + waiting, value: done, 'aria-label': capital(kind) }),
+    h('span', words),
+    rate > 0 && h('span.numbers', `${number(rate)} a second`));
+
 const POLL_SECONDS = 1.5;
 const light = document.querySelector('.light');
 
@@ -14343,7 +14420,8 @@ const live = {
         this.seen = seen;
     },
 
-    show({ level, words, advice }) {
+    show({ level, words, advice, progress }) {
+        showWork(progress);
         const title = `${words} ${advice}`;
         if (light.dataset.level === level && light.title === title) return;
         light.dataset.level = level;
@@ -14446,6 +14524,10 @@ PAGE = f"""<!doctype html>
   </a>
   <button class="quiet" id="theme" type="button"><span class="label">Theme: </span><span>auto</span></button>
 </header>
+<section id="work" aria-label="Work in the background" hidden>
+  <ul></ul>
+  <button class="quiet" type="button">Pause</button>
+</section>
 <main id="main" tabindex="-1"></main>
 <div id="toasts" role="status" aria-live="polite"></div>
 
@@ -14645,6 +14727,7 @@ const ROLES = { system: 0, user: 1, assistant: 2 };
 const LOOPBACK = ['127.0.0.1', 'localhost', '[::1]'];
 const REVERSIBLE = ['openai', 'claude', 'mistralai', 'makersuite', 'vertexai', 'deepseek', 'xai'];
 const VECTORS = '3_vectors', SUMMARY = '1_memory'; // what stock extensions put into the prompt stands under these keys
+const PICTURE_SIDE = 84; // pixels: twice those that the memory page shows
 const MOST_SHOWN = 8; // memories listed in the panel
 const LONGEST_SHOWN = 240; // characters of each
 const MIN_CONFIDENCE = 0.5; // a mood that is less likely than this is not shown
@@ -14873,6 +14956,25 @@ function hasChanged() {
     return state.changed || state.outline.slice(0, -1).some((was, place) => was !== now[place]);
 }
 
+/** The character's picture, small enough for a list of chats; undefined where there is none. */
+async function picture() {
+    const { characters, characterId, groupId } = client();
+    const file = groupId ? '' : characters?.[characterId]?.avatar;
+    if (!file || file === 'none') return undefined;
+    try {
+        const signal = AbortSignal.timeout(TIMEOUT_MS);
+        const response = await fetch(`/thumbnail?type=avatar&file=${encodeURIComponent(file)}`, { signal });
+        const image = await createImageBitmap(await response.blob());
+        const side = Math.min(image.width, image.height);
+        const canvas = element('canvas', { width: PICTURE_SIDE, height: PICTURE_SIDE });
+        const whole = [(image.width - side) / 2, 0, side, side, 0, 0, PICTURE_SIDE, PICTURE_SIDE];
+        canvas.getContext('2d').drawImage(image, ...whole); // of a tall card the upper part: there is the face
+        return canvas.toDataURL('image/jpeg', 0.8);
+    } catch {
+        return undefined; // it is an ornament
+    }
+}
+
 /** Has the server read the open chat in, where it does not know it as it stands. */
 async function readIn() {
     state.changed = false;
@@ -14880,7 +14982,8 @@ async function readIn() {
     try {
         const shown = settings().enabled ? shownChat() : null;
         if (!shown || (await lookAtChat()).current) return;
-        const read = await call(`${chatPath(shown.chat_id)}/sync`, shown, 'POST', PATIENCE_MS);
+        const whole = { ...shown, picture: await picture() };
+        const read = await call(`${chatPath(shown.chat_id)}/sync`, whole, 'POST', PATIENCE_MS);
         if (settledIdentity()?.id === shown.chat_id) showKnown({ ...read, known: read.messages });
     } catch (error) {
         state.changed = true; // the next reply tries again
@@ -17176,6 +17279,7 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
 # ======================================================================================================================
 
 START_DELAY = 1.0  # seconds from listening to loading the models
+SWITCH_SECONDS = 0.001  # a turn gets the interpreter back so soon from what loads models and makes vectors beside it
 SHUTDOWN_SECONDS = 2.0
 
 
@@ -17915,6 +18019,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if act(settings, argv):
             return 0
         os.umask(0o077)  # whatever is written from now on is for the user's own eyes
+        sys.setswitchinterval(SWITCH_SECONDS)
         server = create_server(settings, START_DELAY)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)
