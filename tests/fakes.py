@@ -218,7 +218,8 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/props" and steering["context"]:
             self.send_json(200, {"default_generation_settings": {"n_ctx": steering["context"]}, "total_slots": 1})
         elif path.endswith("/chat/completions"):
-            self.chat(self.request_record["body"] or {})
+            body = self.request_record["body"]
+            self.chat(body if isinstance(body, dict) else {})
         elif path == "/v1/models" and steering["models"] != []:
             entries = steering["models"] or [{"id": "fake-model", "object": "model", "owned_by": "tests"}]
             self.send_json(200, {"object": "list", "data": entries})

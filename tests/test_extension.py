@@ -590,6 +590,21 @@ class TestTheWholeChat:
         assert branch_texts(server.url, client.id) == client.do("stand.context.chat.map((m) => m.mes)")
         client.page.get_by_text("messages of this chat are known").wait_for(state="attached")
 
+    def test_the_characters_picture_goes_with_it(self, client, server):
+        """Small, from the client's own thumbnail; where there is none the chat goes without."""
+        asked = []
+
+        def thumbnail(route):
+            asked.append(route.request.url)
+            route.fulfill(path=Path(pm.__file__).parent / "tests" / "data" / "page_prompts.png")
+
+        client.page.route("**/thumbnail?*", thumbnail)
+        long_chat(client)
+        self.opened(client, "await stand.open('Mira - 1', {})")
+        assert asked[0].endswith("/thumbnail?type=avatar&file=mira.png")
+        chats = {row["chat_id"]: row for row in httpx.get(f"{server.url}/api/persona_memory/chats").json()}
+        assert chats[client.id]["picture"].startswith("data:image/jpeg;base64,")
+
     def test_what_the_server_knows_is_not_sent_again(self, client, server):
         long_chat(client)
         self.opened(client, "await stand.open('Mira - 1', {})")
