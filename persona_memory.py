@@ -6386,9 +6386,9 @@ def placed(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
         spots[digest].append(index)
     branch, found = tuple(texts), []
     for summary in summaries:
-        count = len(summary.texts)
-        rarest = min(range(count), key=lambda n: len(spots.get(summary.texts[n], ())))  # "ok" stands in many places
-        free = 0
+        count, free, rarest = len(summary.texts), 0, 0
+        if len(spots.get(summary.texts[0], ())) > 1:  # "ok" stands in many places
+            rarest = min(range(count), key=lambda n: len(spots.get(summary.texts[n], ())))
         for start in (index - rarest for index in spots.get(summary.texts[rarest], ())):
             if start >= free and branch[start : start + count] == summary.texts:
                 found.append(at_place(summary, start))
