@@ -3103,7 +3103,9 @@ def check_options(body: Mapping) -> None:
     check_length(optional_field(body, "model", str), "model", LONGEST_MODEL_NAME)
 
 
-PICTURE = re.compile(r"(?:data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/=]{1,8000})?")  # it is sent with each list
+PICTURE_URL = re.compile(
+    r"(?:data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/=]{1,8000})?"
+)  # it is sent with each list
 
 
 def parse_identity(fields: Mapping, where: str = "") -> Identity:
@@ -3113,7 +3115,7 @@ def parse_identity(fields: Mapping, where: str = "") -> Identity:
     said = {key: sane_text(optional_field(fields, name, str, where) or "").strip() for key, name in names.items()}
     for key in ("chat_id", "parent", "character"):
         check_length(said[key], where + names[key])
-    if not PICTURE.fullmatch(said["picture"]):
+    if not PICTURE_URL.fullmatch(said["picture"]):
         raise InvalidRequest(f"{where}picture must be a small PNG, JPEG or WebP as a data URL.", f"{where}picture")
     kind = said["kind"] if said["kind"] in KINDS or not said["kind"] else "normal"
     return Identity(**said | {"kind": kind}, complete=bool(optional_field(fields, "complete", bool, where)))
@@ -14191,7 +14193,7 @@ function showWork({ paused, work } = { paused: false, work: [] }) {
     workBar.hidden = !work.length && !paused;
     keyed(list, jobs, workRow, (job) => job.kind);
     pause.textContent = paused ? 'Resume' : 'Pause';
-    pause.onclick = () => attempt(async () => showWork(await send('POST', '/pause', { paused: !paused })));
+    pause.onclick = () => attempt(async () => showWork((await send('POST', '/pause', { paused: !paused })).progress));
 }
 
 const workRow = ({ kind, waiting, done, rate, words }) => h('li',

@@ -688,7 +688,7 @@ def test_work_in_the_background_shows_how_far_it_is_and_can_be_paused(visit, tol
     def pause(route):
         asked.append(route.request.post_data_json)
         progress["paused"] = asked[-1]["paused"]
-        route.fulfill(json=progress)
+        route.fulfill(json={"progress": progress})
 
     def state(route):
         headers = {name: value for name, value in route.request.headers.items() if name != "if-none-match"}
