@@ -125,7 +125,7 @@ class Request:
     shaped: bool  # whether the client joins messages, or ever did in this chat
     prompt: list[dict]
     chat_id: str
-    aside: bool  # whether it was passed on untouched, as a task that is no part of the chat
+    judged: bool  # not where it was passed on untouched, as a task, or failed, and several chats hold what it shows
     memory: str | None  # the response header that says how recall went
     reply: str
 
@@ -192,7 +192,10 @@ class Player(Client):
             self.machine.learn(self, self.own_id)
 
     def switch(self, on: bool):
-        """Turns the extension on or off."""
+        """Turns the extension on or off; what is hidden is shown again before, since nobody would tell of that."""
+        if not on:
+            self.hidden = set()
+            self.sync()
         self.extension = on
         if on:
             self.own_id = self.own_id or f"st-{self.name}"
@@ -225,7 +228,7 @@ class Player(Client):
         if self.extension:
             return 0
         hidden = len(list(itertools.takewhile(lambda message: id(message) in self.hidden, self.chat)))
-        return max(hidden, len(self.chat) + 1 - self.window if self.window else 0)
+        return min(max(hidden, len(self.chat) + 1 - self.window if self.window else 0), len(self.chat) - 1)
 
     def has_reply(self) -> bool:
         """Whether the chat ends with a reply to a message of the user."""
@@ -261,6 +264,7 @@ class Machine(RuleBasedStateMachine):
         self.pinned: set[tuple[str, str, str]] = set()
         self.reworded: dict[tuple[str, str, str], str] = {}
         self.ids: set[str] = set()  # of chats
+        self.unnamed = 0  # chats that began with a turn that failed
         self.left: set[str] = set()  # chats of which nothing is shown any more
         self.marked = 0  # requests that there were when a mark was last changed
         upstream.reset()
@@ -306,9 +310,25 @@ class Machine(RuleBasedStateMachine):
 
     def learn(self, player: Player, chat_id: str):
         """Note that the program knows a whole chat, and under which id it does."""
-        self.known.add(player.history_of(player.chat))
+        history = player.history_of(player.chat)
+        self.known.add(history)
         self.marked = len(self.requests)
+        if chat_id not in self.ids:
+            self.part(player, history)
         self.rename(player, chat_id)
+        player.before = history
+
+    def part(self, player: Player, shown: History) -> bool:
+        """Whether what a client shows may be a new chat, since nearly nothing of it was shown before."""
+        new = len(set(player.before) & set(shown)) < 3
+        if new:
+            self.left.add(player.stored)
+            player.stored = ""
+        return new
+
+    def copies(self) -> bool:
+        """Whether chats of the extension may hold copies of each other's messages."""
+        return len([chat for chat in self.ids if chat.startswith("st-")]) > 1
 
     def rename(self, player: Player, chat_id: str):
         """What was lived without an id becomes the chat with one, for all that share it; other chats are copied. The
@@ -331,9 +351,9 @@ class Machine(RuleBasedStateMachine):
         history = player.history
         self.known.add(history)
         aside = bool(answer.memory) and not answer.chat_id
-        if not player.extension and not aside and len(set(player.before) & set(history[:-1])) < 3:
-            self.left.add(player.stored)  # it may be a new chat, for all that the client shows
-            player.stored = ""
+        anonymous = not player.extension
+        if anonymous and not aside and self.part(player, history[:-1]):
+            self.unnamed += not answer.chat_id
         if answer.chat_id:
             self.rename(player, answer.chat_id)
         player.before = history
@@ -351,7 +371,7 @@ class Machine(RuleBasedStateMachine):
             shaped,
             sent["body"]["messages"],
             answer.chat_id or player.stored,  # an upstream's error names none
-            aside,
+            bool(answer.chat_id) or not (aside or (anonymous and self.copies())),
             answer.memory,
             sent["answer"] or "",
         )
@@ -371,7 +391,7 @@ class Machine(RuleBasedStateMachine):
                 if any(role == "user" for role, _ in same):
                     agrees = known[:offset] == history[:start]
                     best[agrees] = max(best[agrees], len(same))
-        return not start or best[True] > best[False]
+        return not start or best[True] > max(1, best[False])
 
     # -- what users do
 
@@ -407,19 +427,19 @@ class Machine(RuleBasedStateMachine):
         if self.begun == MOST_CHATS:
             return multiple()
         chat = self.new_player(window=None, **STYLES[style])
-        for n in range(turns):
+        for _ in range(turns):
             chat.chat += [Line("user", self.line(False), chat.user), Line("assistant", self.text(), "Helena")]
         self.import_file(chat)
         return chat
 
     @rule(chat=chats)
     def import_file(self, chat):
-        """The chat's file comes in; when it comes again, it adds nothing."""
-        if chat.has_user():
+        """The file of a chat comes in, one that does not begin as others do; when it comes again, it adds nothing."""
+        if chat.has_user() and (len(chat.chat) > 4 or not chat.stored):
             for again in (False, True):
                 answer = self.write("POST", "/import", content=chat.file().encode(), params={"name": chat.name})
                 (line,) = answer["chats"]
-                assert line["chat_id"] == (chat.own_id or chat.stored or line["chat_id"])
+                assert line["chat_id"] == (chat.own_id or chat.stored or line["chat_id"]) or self.copies()
                 assert line["added"] == 0 or not again
                 assert line["total"] == len(chat.chat)
                 self.learn(chat, line["chat_id"])
@@ -435,7 +455,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(chat=chats, start=st.integers(0, 12), count=st.integers(0, 6))
     def hide(self, chat, start, count):
-        """Messages are hidden from the prompt, and others no longer. Without the extension only those in front can be."""
+        """Messages are hidden from the prompt, and others no longer; without the extension those in front."""
         start = start if chat.extension else 0
         chat.hidden = {id(message) for message in chat.chat[start : min(start + count, len(chat.chat) - 4)]}
         chat.sync()
@@ -553,13 +573,13 @@ class Machine(RuleBasedStateMachine):
         requests, self.unjudged = self.unjudged, []
         for request in requests:
             self.prompt_fits(request)
-            if not request.aside:
+            if request.judged:
                 self.card_and_newest_message_stand(request)
                 self.prompt_shows_this_chat_only(request)
                 self.forgotten_words_are_in_no_prompt(request)
                 self.pinned_words_are_told_once(request)
                 self.history_is_the_end_of_the_chat(request)
-        if requests and requests[-1].chat_id and not requests[-1].aside:
+        if requests and requests[-1].judged and requests[-1].chat_id:
             self.whole_branch_is_listed(requests[-1])
             self.old_message_is_found(requests[-1])
         if requests or len(self.requests) == self.marked:
@@ -567,10 +587,11 @@ class Machine(RuleBasedStateMachine):
         self.same_request_same_prompt()
 
     def one_chat_is_listed_for_one_lived(self):
-        """A client whose turns have all failed does not know its chat's id yet."""
-        listed, lived = {line["chat_id"] for line in self.api("/chats")}, {p.stored for p in self.players if p.stored}
+        """Of a chat that begins with a turn that fails the client does not learn the id."""
+        listed = {line["chat_id"] for line in self.api("/chats")}
+        lived = {name for p in self.players for name in (p.stored, p.own_id) if name}
         assert lived <= listed
-        assert len(listed - lived - self.left) <= sum(bool(p.sent) and not p.stored for p in self.players)
+        assert len(listed - lived - self.left) <= self.unnamed
 
     def told(self, request: Request, role: str, text: str) -> str:
         """What counts as memory of a message."""
@@ -685,7 +706,7 @@ class Machine(RuleBasedStateMachine):
 
 
 def test_random_games(upstream, data_dir):
-    """Send, swipe, edit, delete, branch, hide, import, stop, fail, retry, continue: in any order, over several chats."""
+    """Send, swipe, edit, delete, branch, hide, import, stop, fail, continue: in any order, over several chats."""
     with LocalServer(settings(data_dir, upstream.url, context=CONTEXT, no_guidance=True)) as server:
         transport = httpx.WSGITransport(server.server.application)  # no wire between the client and the program
         with httpx.Client(transport=transport, timeout=PATIENCE) as http:
