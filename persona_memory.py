@@ -215,7 +215,7 @@ class Settings:
     reranker: str = setting(
         "", "sentence-transformers CrossEncoder that puts the best memories in order: a path or a hub name", "none"
     )
-    lean: bool = setting(False, "recall less: what is likeliest to matter, in half of the tokens", "off")
+    lean: bool = setting(False, "recall less: only the likeliest memories, in half of the tokens", "off")
     forget_after: int = setting(30, "days until forgotten messages are erased from the disk for good; 0 is at once")
     no_guidance: bool = setting(False, "do not tell the model how the user feels", "off")
     api_key: str = setting(
@@ -1049,7 +1049,7 @@ class Background:
         self.going = threading.Event()  # cleared while it is paused
         self.going.set()
         self.vectors = LongWork("vectors", "messages wait until they can be found by meaning", 16)
-        self.summaries = LongWork("summaries", "stretches of chats wait to be summarised", 1)
+        self.summaries = LongWork("summaries", "parts of chats wait to be summarised", 1)
 
     @property
     def paused(self) -> bool:
@@ -14421,7 +14421,7 @@ function showWork({ paused, work } = { paused: false, work: [] }) {
     workBar.hidden = !work.length && !paused;
     keyed(list, jobs, workRow, (job) => job.kind);
     pause.textContent = paused ? 'Resume' : 'Pause';
-    pause.onclick = () => attempt(async () => showWork(await send('POST', '/pause', { paused: !paused })));
+    pause.onclick = () => attempt(async () => showWork((await send('POST', '/pause', { paused: !paused })).progress));
 }
 
 const workRow = ({ kind, waiting, done, rate, words }) => h('li',
