@@ -218,7 +218,8 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/props" and steering["context"]:
             self.send_json(200, {"default_generation_settings": {"n_ctx": steering["context"]}, "total_slots": 1})
         elif path.endswith("/chat/completions"):
-            self.chat(self.request_record["body"] or {})
+            body = self.request_record["body"]
+            self.chat(body if isinstance(body, dict) else {})
         elif path == "/v1/models" and steering["models"] != []:
             entries = steering["models"] or [{"id": "fake-model", "object": "model", "owned_by": "tests"}]
             self.send_json(200, {"object": "list", "data": entries})
@@ -551,6 +552,17 @@ class LocalServer:
 
     def __exit__(self, *_):
         self.close()
+
+
+def hang_up_later(server, body: dict, header: bytes = b"") -> socket.socket:
+    """Send a request on a bare socket and return the socket, still waiting."""
+    raw = json.dumps(body).encode()
+    sock = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
+    sock.sendall(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"%sContent-Length: %d\r\n\r\n%s" % (header, len(raw), raw)
+    )
+    return sock
 
 
 def branch_texts(url: str, chat_id: str) -> list[str]:

@@ -590,6 +590,21 @@ class TestTheWholeChat:
         assert branch_texts(server.url, client.id) == client.do("stand.context.chat.map((m) => m.mes)")
         client.page.get_by_text("messages of this chat are known").wait_for(state="attached")
 
+    def test_the_characters_picture_goes_with_it(self, client, server):
+        """Small, from the client's own thumbnail; where there is none the chat goes without."""
+        asked = []
+
+        def thumbnail(route):
+            asked.append(route.request.url)
+            route.fulfill(path=Path(pm.__file__).parent / "tests" / "data" / "page_prompts.png")
+
+        client.page.route("**/thumbnail?*", thumbnail)
+        long_chat(client)
+        self.opened(client, "await stand.open('Mira - 1', {})")
+        assert asked[0].endswith("/thumbnail?type=avatar&file=mira.png")
+        chats = {row["chat_id"]: row for row in httpx.get(f"{server.url}/api/persona_memory/chats").json()}
+        assert chats[client.id]["picture"].startswith("data:image/jpeg;base64,")
+
     def test_what_the_server_knows_is_not_sent_again(self, client, server):
         long_chat(client)
         self.opened(client, "await stand.open('Mira - 1', {})")
@@ -746,22 +761,19 @@ class TestThroughTheProxy:
         client.generate()
         assert self.said(client)["parent_chat_id"] == parent
 
-    @pytest.mark.parametrize(
-        "text",
-        [
+    def test_what_the_user_has_in_the_body_stays(self, client):
+        for text in (
             "", "   \n", "# a comment\n", "min_p: 0.05\ntop_k: 40\n", "# mine\nmin_p: 0.05", "---\nmin_p: 0.05\n",
             "  min_p: 0.05\n  top_k: 40", "- min_p: 0.05\n- top_k: 40", '{"min_p": 0.05, "top_k": 40}', "{min_p: 0.05}",
             "[{min_p: 0.05}, {top_k: 40}]", "stop: |\n  one\n  two\n", "stop: [one, two]", "a:\n  b:\n    - c",
             "min_p: 0.05 # with a remark\n\n",
-        ],
-    )  # fmt: skip
-    def test_what_the_user_has_in_the_body_stays(self, client, text):
-        client.talk("Good morning.")
-        client.do("stand.context.chatCompletionSettings.custom_include_body = a", text)
-        client.generate()
-        sent = client.do("stand.requests.at(-1).custom_include_body")
-        assert merged(sent).pop("persona_memory")["chat_id"] == client.id
-        assert {k: v for k, v in merged(sent).items() if k != "persona_memory"} == merged(text)
+        ):  # fmt: skip
+            client.talk("Good morning.")
+            client.do("stand.context.chatCompletionSettings.custom_include_body = a", text)
+            client.generate()
+            sent = client.do("stand.requests.at(-1).custom_include_body")
+            assert merged(sent).pop("persona_memory")["chat_id"] == client.id
+            assert {k: v for k, v in merged(sent).items() if k != "persona_memory"} == merged(text), text
 
     def test_this_machine_has_several_names(self, client, server):
         client.talk("Good morning.")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-import socket
 import threading
 
 import httpx
 import openai
 import pytest
-from fakes import LocalServer, Server, client, say, settings, wait_until
+from fakes import LocalServer, Server, client, hang_up_later, say, settings, wait_until
 from gemini import Gemini, model_entry, prompt_text
 from hypothesis import given
 from hypothesis import strategies as st
@@ -645,22 +644,11 @@ def test_off_fails_as_readably(server, api, chat, stream):
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
-def bare_request(server, body: dict, header: bytes = b"") -> socket.socket:
-    """A request on a bare socket, whose answer is still to come."""
-    raw = json.dumps(body).encode()
-    sock = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
-    sock.sendall(
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        b"%sContent-Length: %d\r\n\r\n%s" % (header, len(raw), raw)
-    )
-    return sock
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_hanging_up_before_the_first_byte_ends_the_request(server, api, chat, stream):
     """Gemini need not think on for nobody."""
     api.hold = threading.Event()
-    sock = bare_request(server, {"messages": chat, "stream": stream})
+    sock = hang_up_later(server, {"messages": chat, "stream": stream})
     api.wait_for_chats(1)
     sock.close()
     assert api.hangups.acquire(timeout=FOREVER)
@@ -671,7 +659,7 @@ def test_hanging_up_before_the_first_byte_ends_the_request(server, api, chat, st
 def test_hanging_up_in_the_middle_ends_the_request(server, api, chat, header):
     """The connection to Gemini is closed, and the next turn of the chat works."""
     api.hold_after = (3, threading.Event())
-    sock = bare_request(server, {"messages": chat, "stream": True}, header)
+    sock = hang_up_later(server, {"messages": chat, "stream": True}, header)
     received = b""
     while received.count(b"data:") < 3:
         packet = sock.recv(65536)

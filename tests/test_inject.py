@@ -144,7 +144,7 @@ def test_narration_is_no_part_of_the_chat_but_takes_its_place(hook, chat_id):
 
 
 def test_dates_and_names_are_kept(hook, chat_id):
-    shown = [line("user", ELVEN, timestamp="2026-03-01T20:15:00+01:00"), *LONG[1:]]
+    shown = [message | {"timestamp": "2026-03-01T20:15:00+01:00"} for message in LONG]
     answer = inject(hook, chat_id, shown, context_tokens=2000)
     assert "2026-03-01 Robin: " + ELVEN in texts(answer)
     chat = httpx.get(f"{hook.url}/api/persona_memory/chats/{chat_id}", timeout=TIMEOUT).json()

@@ -69,6 +69,24 @@ def test_a_chat_tells_its_size_its_marked_messages_and_the_waiting_replies(serve
     assert chat["size"] > 10_000 and call(server, "/chats")[0]["size"] > 10_000
 
 
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42m"
+    "Nk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+def test_a_chat_is_listed_with_the_picture_that_its_client_gives(server):
+    """A small one of a kind that a page may show; anything else is refused, and so is what does not come as data."""
+    shown = {"messages": [{"role": "user", "content": "Who goes there?"}, {"role": "assistant", "content": "A ghost."}]}
+    address = f"{server.url}/api/persona_memory/chats/seen/sync"
+    assert httpx.post(address, json=shown | {"picture": PIXEL}, timeout=60).status_code == 200
+    assert httpx.post(address, json=shown, timeout=60).status_code == 200
+    assert [row["picture"] for row in call(server, "/chats")] == [PIXEL]
+    for odd in ("http://127.0.0.1/a.png", "data:image/svg+xml;base64,AAAA", "data:image/png;base64," + "A" * 9000):
+        refused = httpx.post(address, json=shown | {"picture": odd}, timeout=60)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "picture")
+
+
 def test_a_chat_without_names_is_listed_by_the_name_in_sillytaverns_prompt(server):
     """A plain SillyTavern sends no names; its main prompt, unless it was changed, says whose reply it is."""
     client = Client(server.url, Character("Mira Vale", "A baker.", "Good morning!"))

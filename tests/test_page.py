@@ -16,6 +16,7 @@ from chats import open_chat
 from fakes import LocalServer, Upstream, branch_texts, say, settings, wait_until
 from playwright.sync_api import expect
 from roleplay import PERSONA, messages, play
+from test_looking import PIXEL
 
 import persona_memory as pm
 
@@ -169,6 +170,19 @@ def test_the_list_says_what_each_chat_is_and_leads_there(visit, told):
     expect(row.locator("time")).to_have_attribute("datetime", re.compile(r"\d{4}-\d\d-\d\dT"))
     row.get_by_role("link", name="Maren").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("Maren")
+
+
+def test_a_chat_shows_the_picture_that_its_client_gave(visit, server):
+    """In the list and above the chat, as an ornament: the name stands beside it."""
+    shown = {"messages": [{"role": "user", "content": "Hello"}], "character": "Mira", "picture": PIXEL}
+    address = f"{server.url}/api/persona_memory/chats/seen/sync"
+    assert httpx.post(address, json=shown, timeout=60).status_code == 200
+    page = visit(server.url)
+    for _ in range(2):
+        expect(page.locator("img.avatar")).to_have_attribute("alt", "")
+        wait_until(lambda: page.locator("img.avatar").evaluate("image => image.naturalWidth === 1"), "the picture")
+        page.goto(f"{server.url}/#/chat/seen")
+        expect(page.get_by_role("heading", level=1)).to_have_text("Mira")
 
 
 def test_a_search_finds_words_in_every_chat_and_jumps_there(visit, told):
@@ -664,6 +678,51 @@ def test_settings_are_shown_with_where_they_come_from_and_without_secrets(visit,
         assert "sk-very-secret" not in page.content()
 
 
+def test_work_in_the_background_shows_how_far_it_is_and_can_be_paused(visit, told):
+    """On every page, in the server's words, with the rate; the button says what it will do."""
+    progress = {"paused": False, "work": [{
+        "kind": "vectors", "waiting": 300, "done": 100, "rate": 81.5, "seconds": 4, "words": "300 messages to go."
+    }]}  # fmt: skip
+    asked = []
+
+    def pause(route):
+        asked.append(route.request.post_data_json)
+        progress["paused"] = asked[-1]["paused"]
+        route.fulfill(json={"progress": progress})
+
+    def state(route):
+        headers = {name: value for name, value in route.request.headers.items() if name != "if-none-match"}
+        answer = route.fetch(headers=headers)
+        route.fulfill(response=answer, json=answer.json() | {"progress": progress})
+
+    page = visit("about:blank")
+    page.route("**/api/persona_memory/state*", state)
+    page.route("**/api/persona_memory/pause", pause)
+    page.goto(told.url)
+    bar = page.get_by_role("region", name="Work in the background")
+    expect(bar).to_contain_text("300 messages to go.")
+    expect(bar).to_contain_text("81.5 a second")
+    assert bar.get_by_role("progressbar", name="Vectors").evaluate("bar => bar.value / bar.max") == 0.25
+    bar.get_by_role("button", name="Pause").click()
+    expect(bar.get_by_role("button", name="Resume")).to_be_visible()
+    bar.get_by_role("button", name="Resume").click()
+    expect(bar.get_by_role("button", name="Pause")).to_be_visible()
+    assert asked == [{"paused": True}, {"paused": False}]
+
+
+def test_a_pause_is_the_servers_own_until_it_is_ended(visit, told):
+    """Who comes later sees it, too; where nothing is to be done there is no bar."""
+    page = visit(told.url)
+    bar = page.get_by_role("region", name="Work in the background")
+    expect(page.get_by_role("heading", level=1)).to_be_visible()
+    expect(bar).to_be_hidden()
+    assert httpx.post(f"{told.url}/api/persona_memory/pause", json={"paused": True}).status_code == 200
+    expect(bar).to_contain_text("paused")
+    bar.get_by_role("button", name="Resume").click()
+    expect(bar).to_be_hidden()
+    assert not told.server.server.memory.pause(False)["paused"]
+
+
 # ---------------------------------------------------------------------------- while a chat goes on
 
 
@@ -890,7 +949,7 @@ def test_no_view_has_a_barrier(visit, asked, view):
     assert barriers(page) == []
     page.emulate_media(color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") != light
-    assert barriers(page, runOnly=["cat.color"]) == []
+    assert barriers(page, runOnly={"type": "rule", "values": ["color-contrast", "link-in-text-block"]}) == []
     page.set_viewport_size(PHONE)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
 

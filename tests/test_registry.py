@@ -152,3 +152,17 @@ def test_files_stay_few_however_many_chats_are_used(tmp_path):
             assert [m.content for m in chat.store.read(chat.path())] == [begun.content, more.content]
     registry.close()
     assert chats_in_open_files() == set()
+
+
+@pytest.mark.skipif(not OPEN_FILES.is_dir(), reason="open files are looked up under /proc")
+def test_long_chats_close_sooner_but_the_last_used_one_stays(tmp_path, monkeypatch):
+    """What is open takes memory by its messages, not by its chats."""
+    monkeypatch.setattr(pm, "OPEN_MESSAGES", 3)
+    registry = pm.ChatRegistry(tmp_path)
+    for chat_id, count in (("short", 1), ("long", 3), ("longer", 4)):
+        registry.create(chat_id, explicit=True)
+        with registry.borrow(chat_id) as chat, chat.lock:
+            chat.store.commit(messages_of(*[("Mira", f"Line {n}.") for n in range(count)]))
+        assert pm.chat_folder(chat_id) in chats_in_open_files()
+    assert len(chats_in_open_files()) == 1
+    registry.close()

@@ -928,11 +928,12 @@ def test_levels_keep_a_growing_story_in_its_share(chronicler, data_dir):
     assert ranges[0][0] == 1 and all(end + 1 == start for (_, end), (start, _) in pairwise(ranges))
 
 
-def test_a_thousand_messages_tell_one_story(chronicler, data_dir):
+def test_five_hundred_messages_tell_one_story(chronicler, data_dir):
     """An imported chat's story is told at once, the most of it by its own sentences, and stays inside its share."""
-    contents = [line(number, 12) for number in range(1040)]
+    contents = [line(number, 12) for number in range(520)]
+    given = {"context": 2048, "summary_every": 20, "summary_calls": 30, "no_guidance": True}
     rows = [{"role": pm.CHAT_ROLES[i % 2], "content": content} for i, content in enumerate(contents)]
-    with LocalServer(settings(data_dir, chronicler.url, context=2048, summary_every=20, no_guidance=True)) as running:
+    with LocalServer(settings(data_dir, chronicler.url, **given)) as running:
         for start in range(0, len(rows), 260):
             call(running.url, "POST", f"{CHATS_OF}/import/messages", {"messages": rows[start : start + 260]})
         for number in (2000, 2001, 2002):
@@ -941,12 +942,12 @@ def test_a_thousand_messages_tell_one_story(chronicler, data_dir):
             settle(running)
             about = chat_of(running.url, "import")
         assert_sound(about, contents)
-        assert about["story"][-1]["end"] >= 900 and max(one["level"] for one in about["story"]) >= 3
+        assert about["story"][-1]["end"] >= 440 and max(one["level"] for one in about["story"]) >= 3
         assert about["last_prompt"]["tokens"]["story"] <= pm.story_tokens(2048, SHARES)
         ranges = shown_ranges(chronicler.prompts[-1])
         assert len(ranges) == shown(reply) and ranges[0][0] == 1
         assert all(end + 1 == start for (_, end), (start, _) in pairwise(ranges))
-        assert len(chronicler.summaries) <= 60, "an import asks for no more than an hour's requests"
+        assert len(chronicler.summaries) <= 30, "an import asks for no more than an hour's requests"
 
 
 def test_a_client_that_sends_only_its_newest_message_has_a_story_too(small, chronicler):

@@ -7,7 +7,7 @@ import threading
 
 import httpx
 import pytest
-from fakes import LocalServer, Upstream, completion, free_port, say, settings
+from fakes import LocalServer, Upstream, completion, free_port, hang_up_later, say, settings
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,17 +78,6 @@ def content(lines) -> str:
         for payload in payloads(lines)
         if payload != "[DONE]" and payload.get("choices")
     )
-
-
-def hang_up_later(server, body: dict, header: bytes = b"") -> socket.socket:
-    """Send a request on a bare socket and return the socket, still waiting."""
-    raw = json.dumps(body).encode()
-    sock = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
-    sock.sendall(
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        b"%sContent-Length: %d\r\n\r\n%s" % (header, len(raw), raw)
-    )
-    return sock
 
 
 # ---------------------------------------------------------------------------- pass-through

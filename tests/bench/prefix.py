@@ -8,6 +8,9 @@ and they are compared as ChatML text in cl100k tokens:
     python tests/bench/prefix.py --data conversations.json      a recorded conversation (LoCoMo's form), not a made one
     python tests/bench/prefix.py --embedded                     and what the embedded model says that it had cached
     python tests/bench/prefix.py --embedded model.gguf          the same, without fetching the model
+
+`evaluated` are the tokens a turn that a backend computes anew once the chat has outgrown the prompt. Beside it what
+most memories do: the same memories at the top, behind the persona, and as many newest messages as made our prompt.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -360,6 +364,38 @@ def summary(values: list[float]) -> dict:
     }
 
 
+MEMORIES = re.compile(r"\[Earlier in this chat.*?\[End of memories\]", re.S)
+
+
+def top_injected(prompt: list[dict], messages: list[dict]) -> list[dict]:
+    """A prompt as long as that one, of the chat's `messages` so far: its memories at the top, and a sliding window."""
+    found = MEMORIES.search(chatml(prompt))
+    top = [{"role": "system", "content": PERSONA}, *([{"role": "system", "content": found[0]}] if found else [])]
+    left, start = count(chatml(prompt)) - count(chatml(top)), len(messages)
+    while start and (size := count(chatml(messages[start - 1 : start]))) <= left:
+        left, start = left - size, start - 1
+    return [*top, *messages[start:]]
+
+
+def evaluated(tokens: list[list[int]]) -> list[int]:
+    """The tokens of each prompt that stand behind what it shares with the one before."""
+    pairs = zip([[], *tokens], tokens, strict=False)
+    return [len(now) - round(shared_prefix(before, now) * len(now)) for before, now in pairs]
+
+
+def beside_top_injection(messages: list[dict], prompts: list[list[dict]], tokens: list, late: slice) -> dict:
+    """Mean tokens evaluated a turn, here and with the same memories at the top of a sliding window."""
+    ends = [end for end, message in enumerate(messages, 1) if message["role"] == "user"]
+    others = [top_injected(prompt, messages[:end]) for prompt, end in zip(prompts, ends, strict=True)]
+    ours, top = evaluated(tokens)[late], evaluated([encode(chatml(other)) for other in others])[late]
+    if not ours:
+        return {}
+    return {
+        "ours": round(statistics.mean(ours)), "top_injection": round(statistics.mean(top)),
+        "share": round(sum(ours) / sum(top), 3),
+    }  # fmt: skip
+
+
 def figures(messages: list[dict], prompts: list[list[dict]], shares: list[float], tokens: list, embedded: list) -> dict:
     start = overflow_turn(prompts, messages)
     late = slice(len(prompts) if start is None else start, None)
@@ -371,6 +407,7 @@ def figures(messages: list[dict], prompts: list[list[dict]], shares: list[float]
         "whole_chat": summary(shares[1:]),
         "since_overflow": summary(shares[late]),
         "turns_below_half": sum(share < 0.5 for share in shares[late]),
+        "evaluated": beside_top_injection(messages, prompts, tokens, late),
     }
     if embedded:
         found["embedded"] = summary([turn["share"] for turn in embedded[late]]) | {

@@ -38,6 +38,7 @@ import chats  # noqa: E402
 import persona_memory as pm  # noqa: E402
 
 DEPTH = 60  # memories asked for
+RIDGE = 0.004
 CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
 COLUMNS = ("r@5", "r@10", "b@500", "b@1000")
 STYLES = ("third person", "partner")
@@ -122,6 +123,22 @@ class Conversation:
         given["importance"][best] = self.importance[best]
         given["recency"][best] = best / size
         return {name: np.float32(pm.TIE_BREAKERS[name]) * values for name, values in given.items()}
+
+
+class Written(Conversation):
+    """One of the role-play chats of tests/data."""
+
+    def __init__(self, name: str):
+        self.id, self.kind, self.speakers = name, "written", ["", ""]
+        self.messages, asks = chats.read_chat(f"roleplay_{name}")
+        self.questions = [{"question": text, "asker": "" if a == "user" else a, "category": 4} for a, text, *_ in asks]
+        self.gold = [set(evidence) for _, _, evidence, _ in asks]
+        self.costs = [pm.count_tokens(f"{m.speaker}: {m.content}\n") for m in self.messages]
+        self.index = chats.indexed(self.messages, encode)
+
+    def asked(self, style: str) -> list[tuple[str, str]]:
+        """Every question and who asks it."""
+        return [(q["question"], q["asker"]) for q in self.questions]
 
 
 def chain(recorded: dict):
@@ -226,12 +243,23 @@ def head(title: str) -> str:
 # ---------------------------------------------------------------------------- weights
 
 
+COLUMNS_FITTED = [  # a signal's weight in any chat, and what a coherent chat adds to it, where it has that
+    (name, coherent)
+    for name, s in pm.SIGNALS.items()
+    for coherent in (False, True)
+    if (s.coherent if coherent else s.weight)
+]
+
+
 def signal_rows(conversations: list[Conversation], style: str) -> list[list[np.ndarray]]:
-    """Per conversation and question the value of every signal, float32 [n, signals]."""
-    return [
-        [np.stack([s.of(q, e) for s in pm.SIGNALS.values()], axis=1) for q, e in c.evidence(style)]
-        for c in conversations
-    ]
+    """Per conversation and question the value of every column, float32 [n, columns]."""
+    return [[signal_columns(q, e) for q, e in c.evidence(style)] for c in conversations]
+
+
+def signal_columns(q: pm.Query, e: pm.Evidence) -> np.ndarray:
+    """What COLUMNS_FITTED name, float32 [n, columns]."""
+    values = {name: s.of(q, e) for name, s in pm.SIGNALS.items()}
+    return np.stack([values[name] * (e.coherence if coherent else 1) for name, coherent in COLUMNS_FITTED], axis=1)
 
 
 def weighted(rows: list[list[np.ndarray]], weights: np.ndarray) -> list[list[np.ndarray]]:
@@ -239,14 +267,18 @@ def weighted(rows: list[list[np.ndarray]], weights: np.ndarray) -> list[list[np.
 
 
 def likeliest(scores, gold, blank):
-    """Loss per question: the evidence should be likely (softmax over a conversation's messages)."""
+    """Loss per question: each piece of evidence should be likely beside what is none (softmax over the messages)."""
     import torch
 
-    return -(gold * torch.log_softmax(scores, 1).masked_fill(blank, 0)).sum(1)
+    others = torch.logsumexp(scores.masked_fill(gold > 0, -1e9), 1, keepdim=True)
+    return (gold * torch.nn.functional.softplus(others - scores).masked_fill(blank, 0)).sum(1)
+
+
+WRITTEN_SHARE = 0.3  # what the chats of tests/data weigh beside a kind of talk
 
 
 def fitted(conversations: list[Conversation], rows: list[list[np.ndarray]]) -> np.ndarray:
-    """Weights that put the evidence first, in units of `meaning`; every kind of talk (data file) counts as much.
+    """Weights that put the evidence first; every kind of talk (data file) counts as much, the written chats less.
     Adversarial questions count for less: in them the evidence is another speaker's."""
     import torch
 
@@ -254,26 +286,29 @@ def fitted(conversations: list[Conversation], rows: list[list[np.ndarray]]) -> n
     width = max(len(c.messages) for c in conversations)
     items = [(v, g, q) for c, r in zip(conversations, rows, strict=True)
              for v, g, q in zip(r, c.gold, c.questions, strict=True)]  # fmt: skip
-    values = np.zeros((len(items), width, len(pm.SIGNALS)), np.float32)
+    values = np.zeros((len(items), width, len(COLUMNS_FITTED)), np.float32)
     gold, blank = np.zeros((len(items), width), np.float32), np.ones((len(items), width), bool)
     for i, (v, g, _) in enumerate(items):
         values[i, : len(v)], blank[i, : len(v)], gold[i, sorted(g)] = v, False, 1 / len(g)
-    spread = values[~blank].std(axis=0) + 1e-6
+    spread = values[~blank].std(axis=0) + 1e-3
+    ridge = torch.tensor([RIDGE * (1.5 if coherent else 1) for _, coherent in COLUMNS_FITTED])
     values, gold, blank = torch.tensor(values / spread), torch.tensor(gold), torch.tensor(blank)
-    sizes = Counter(c.kind for c in conversations for _ in c.gold)
-    counts = torch.tensor([1 / sizes[c.kind] for c in conversations for _ in c.gold]) * len(items) / len(sizes)
-    counts *= torch.tensor([0.3 if q["category"] == 5 else 1.0 for *_, q in items])
+    sizes = Counter(c.kind for c in conversations for q in c.questions if q["category"] != 5)
+    shares = [(WRITTEN_SHARE if c.kind == "written" else 1) / sizes[c.kind] for c in conversations for _ in c.gold]
+    counts = torch.tensor(shares) * torch.tensor([0.3 if q["category"] == 5 else 1.0 for *_, q in items])
+    counts /= counts.sum()
     weights = torch.zeros(len(spread), requires_grad=True)
-    adam = torch.optim.Adam([weights], lr=0.05)
-    falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.05, 200)
-    for _ in range(200):
-        adam.zero_grad()
+    optimiser = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
         scores = (values @ weights).masked_fill(blank, -1e9)
-        loss = (counts * likeliest(scores, gold, blank)).mean() + 2e-3 * (weights**2).sum()
-        loss.backward()
-        adam.step(), falling.step()
-    found = weights.detach().numpy() / spread
-    return found / found[list(pm.SIGNALS).index("meaning")]
+        value = (counts * likeliest(scores, gold, blank)).sum() + (ridge * weights**2).sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    return weights.detach().numpy() / spread
 
 
 def ablation_rows(conversations: list[Conversation], style: str) -> tuple[list[str], list[list[np.ndarray]]]:
@@ -296,8 +331,9 @@ def show_fit(conversations: list[Conversation]) -> None:
     weights = fitted(conversations, rows)
     print(head("weights fitted to all"))
     print(line("", table(conversations, weighted(rows, weights))["1-4"]))
-    for name, weight in zip(pm.SIGNALS, weights, strict=True):
-        print(f"{name:34s}{weight:8.3f}   (now {pm.SIGNALS[name].weight})")
+    for (name, coherent), weight in zip(COLUMNS_FITTED, weights, strict=True):
+        now = pm.SIGNALS[name].coherent if coherent else pm.SIGNALS[name].weight
+        print(f"{name + ', where coherent' * coherent:34s}{weight:8.2f}   (now {now})")
 
 
 def show_ablation(conversations: list[Conversation]) -> None:
@@ -419,7 +455,7 @@ def main() -> None:
     files = {path.stem: json.loads(path.read_text("utf-8"))["conversations"] for path in args.data}
     conversations = [Conversation(c, kind) for kind, recorded in files.items() for c in recorded]
     if args.fit:
-        parts = show_fit(conversations) or []
+        parts = show_fit(conversations + [Written(name) for name in chats.ROLE_PLAY]) or []
     for name, show in PARTS.items():
         if conversations and name in parts:
             show(conversations)

@@ -40,6 +40,7 @@ SHOWN = 60  # messages that the client shows
 BUSY = 3000  # messages of the chat whose vectors are made beside
 NOISE = 0.1  # length of what is added to a copied vector
 TOPICS = ("the camping trip", "the painting class", "the old dog", "the concert", "my grandmother", "the new job")
+PAUSE = 0.4  # seconds before each turn, in which the vectors of the one before are made: nobody reads and writes faster
 APPENDED = 2000  # messages to a request
 ROOM = re.compile(r"^# =+\n# (.+)\n# =+$", re.M)
 
@@ -119,6 +120,7 @@ def added(client, urls, messages, asked, turns) -> tuple[list[float], int]:
     """Milliseconds that each turn took longer than its twin, and how many turns were degraded."""
     found, degraded = [], 0
     for _ in range(turns):
+        time.sleep(PAUSE)
         request = body(messages, next(asked))
         alone, _ = timed(client, urls[1], request)
         through, header = timed(client, urls[0], request)
@@ -137,10 +139,12 @@ def rooms() -> tuple[list[int], list[str]]:
 def split(memory: pm.PersonaMemory, messages: list[dict], asked, turns: int) -> dict[str, float]:
     """Milliseconds a turn that its thread spent in each room, the innermost frame of the program's counting."""
     starts, names = rooms()
-    counts, over, thread = Counter(), threading.Event(), threading.get_ident()
+    counts, over, thread, spent = Counter(), threading.Event(), threading.get_ident(), 0.0
+    running = threading.Event()
 
     def sample() -> None:
         while not over.wait(0.0005):
+            running.wait()
             frame = sys._current_frames()[thread]
             while frame and frame.f_code.co_filename != pm.__file__:
                 frame = frame.f_back
@@ -150,11 +154,15 @@ def split(memory: pm.PersonaMemory, messages: list[dict], asked, turns: int) -> 
     memory.builder.prepare(body(messages, next(asked)), "chat-0", pm.Call(""))
     sampler = threading.Thread(target=sample)
     sampler.start()
-    begun = time.perf_counter()
     for _ in range(turns):
+        time.sleep(PAUSE)
+        running.set()
+        begun = time.perf_counter()
         memory.record(memory.builder.prepare(body(messages, next(asked)), "chat-0", pm.Call("")), ["I do."])
-    spent = 1000 * (time.perf_counter() - begun) / turns
+        spent += 1000 * (time.perf_counter() - begun) / turns
+        running.clear()
     over.set()
+    running.set()
     sampler.join()
     return {room: round(spent * n / counts.total(), 1) for room, n in counts.most_common(8)}
 
@@ -188,7 +196,7 @@ def measure(stock: Stock, count: int, turns: int) -> list[dict]:
 def row(count: int, state: str, found: list[float], degraded: int) -> dict:
     return {
         "messages": count, "state": state, "added ms": round(statistics.median(found), 1),
-        "90 %": round(percentile(found, 0.9), 1), "degraded": degraded, "split": {},
+        "least": round(min(found), 1), "90 %": round(percentile(found, 0.9), 1), "degraded": degraded, "split": {},
     }  # fmt: skip
 
 
