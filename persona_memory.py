@@ -5712,8 +5712,30 @@ def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
         return Alignment()
     request = unmerged(chat, request)
     found = align_request(chat, request)
+    if found.users and not found.convincing:
+        found = with_reworded(chat, found, request)
     strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
     return Alignment() if strange and len(found.matches) < SURE_MATCHES else unless_few(found, len(request.turns) - 1)
+
+
+def with_reworded(chat: Chat, found: Alignment, request: ChatRequest) -> Alignment:
+    """An alignment with the neighbours of its matches among these where they say nearly the same as the stored ones: a
+    client's rules for its display may reword each of the few messages that a chat begins with."""
+    tree, turns, near = chat.tree, request.turns, set(found.matches)
+    for i in found.matches:
+        for node in same_text(tree, turns[i].digest):
+            beside = [(i - 1, tree.nodes[node].parent), *((i + 1, child) for child in tree.children.get(node, ()))]
+            known = [(at, other) for at, other in beside if other and 0 <= at < len(turns) - 1]
+            for (at, _), message in zip(known, chat.store.read([other for _, other in known]), strict=True):
+                if message.role == turns[at].role and nearly_same(message.original, turns[at].content):
+                    near.add(at)
+    return replace(found, matches=tuple(sorted(near)))
+
+
+def nearly_same(one: str, other: str) -> bool:
+    """Whether most of the shorter text's words are the other's too."""
+    first, second = (Counter(re.findall(r"\w+", text.lower())) for text in (one, other))
+    return (first & second).total() >= SAME_SPEECH * max(1, min(first.total(), second.total()))
 
 
 def unless_few(found: Alignment, shown: int) -> Alignment:
@@ -11143,8 +11165,7 @@ def same_speech(chat: Chat, one: str, other: str) -> bool:
     first, second = chat.nodes([one, other])
     if first.role != second.role or first.digest == second.digest:
         return first.role == second.role
-    words = [Counter(re.findall(r"\w+", m.original.lower())) for m in chat.store.read([one, other])]
-    return (words[0] & words[1]).total() >= SAME_SPEECH * max(1, min(words[0].total(), words[1].total()))
+    return nearly_same(*(m.original for m in chat.store.read([one, other])))
 
 
 def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
