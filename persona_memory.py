@@ -4981,6 +4981,7 @@ SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
 ANY_ID = "dne"  # kinds of ids, see Catalogue
+MOST_PARAGRAPHS = 24  # behind which a joined message is looked for
 MET = -1  # an index of no message
 LEAST_SHARE = 4  # of a request's messages one in so many is known to the chat that it goes on
 SURE_MATCHES = 3  # matching messages that name a chat whatever its persona says
@@ -5656,16 +5657,18 @@ def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
 def parted(tree: Tree, turn: Turn, before: str, away: Collection[str]) -> list[Turn]:
     """The turns that a turn is made of, as `unmerged` tells them; `before` is the digest of the turn before it, and
     `away` are the messages that the client hides."""
-    sent = text_of(turn.raw["content"])
-    for cut in re.finditer(r"\n\n", turn.content):
-        first, rest = (part_of(turn, text) for text in (turn.content[: cut.start()], turn.content[cut.end() :]))
+    sent = turn.raw["content"]
+    for cut in itertools.islice(re.finditer(r"\n\n", turn.content), MOST_PARAGRAPHS if isinstance(sent, str) else 0):
+        first = part_of(turn, turn.content[: cut.start()])
+        if not (known := same_text(tree, first.digest) if first.content.strip() else ()):
+            continue
+        rest = part_of(turn, turn.content[cut.end() :])
+        if not rest.content.strip() or not (turn.role == "user" or NAME_PREFIX.match(rest.content)):
+            continue  # without a name it is a reply that was continued
         at = sent.find("\n\n" + rest.content.partition("\n\n")[0], len(first.content) // 2)  # notes may stand between
         first = replace(first, raw={**turn.raw, "content": sent[:at]} if at >= 0 else first.raw)
         rest = replace(rest, raw={**turn.raw, "content": sent[at + 2 :]} if at >= 0 else rest.raw, before=())
-        named = turn.role == "user" or NAME_PREFIX.match(rest.content)  # else a reply that was continued
-        if not named or not rest.content.strip() or not first.content.strip():
-            continue
-        for node in same_text(tree, first.digest):
+        for node in known:
             below = shown_below(tree, node, away)
             if before and before != shown_above(tree, node, away):
                 continue

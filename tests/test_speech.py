@@ -456,6 +456,26 @@ def test_a_chat_lived_without_the_extension_becomes_its_chat_and_goes_on_without
     assert enter(archive, [CARD, *said], "st-2") == "st-2", "the extension says that it is another one"
 
 
+RULES = {
+    "capitals": lambda text, turn: text.replace("and", "AND THEN"),
+    "a footer": lambda text, turn: f"{text}\n\n---\nDay {turn} | inn | calm",
+    "a status": lambda text, turn: f"{text}\n<status>\nday {turn}\n</status>",
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_window_whose_newest_replies_are_reworded_stores_each_message_about_once(archive, rule):
+    """From the first turn on; the client shows twenty messages, and its rule changes the two newest replies."""
+    said = [assistant("*Helena lifts the lantern and the latch.* Come in and sit, dear guest.")]
+    for turn in range(60):
+        said.append(user(f"On day {turn} we walk to cliff {turn * 7 % 11} and count {turn + 2} gulls there."))
+        enter(archive, [CARD, *newest_changed(said[-20:], lambda text, now=turn: RULES[rule](text, now))])
+        said.append(assistant(f"So cliff {turn * 7 % 11} it was, she says, and lights lamp {turn} and smiles at you."))
+    (chat,) = archive._registry.catalogue.chats()
+    assert chat["messages"] == len(said) - 1
+    assert len(archive.export(chat["chat_id"])["messages"]) <= 1.1 * len(said)
+
+
 def test_a_few_lines_in_common_make_no_chat_of_two(archive):
     """Two long chats in which the same was said once."""
     common = [user("I hid the ring."), assistant("Where?"), user("Under the stair."), assistant("I will not tell.")]
