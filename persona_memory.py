@@ -5742,8 +5742,10 @@ def nearly_same(one: str, other: str) -> bool:
 
 
 def unless_few(found: Alignment, shown: int) -> Alignment:
-    """An alignment, unless it knows nearly nothing of so many messages: these are another chat's then."""
-    return found if len(found.matches) * LEAST_SHARE >= shown else Alignment()
+    """An alignment, unless it knows nearly nothing of so many messages from its first match on: these are another
+    chat's then. What was never shown before may come in front."""
+    known = len(found.matches) * LEAST_SHARE
+    return found if not found.matches or known >= shown - found.matches[0] else Alignment()
 
 
 def is_recent(chat: Chat, message: str) -> bool:
