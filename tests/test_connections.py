@@ -5,14 +5,14 @@ import socket
 from urllib.parse import urlsplit
 
 import httpx
-from fakes import LocalServer, say, settings
+from fakes import LocalServer, say, settings, wait_until
 
 IDLE, HALF = 300, 100
 
 
 def test_idle_connections_and_half_requests_leave_the_server_alive(upstream, data_dir):
     """Health, the page and a turn, each on a new connection."""
-    with contextlib.ExitStack() as open_sockets, LocalServer(settings(data_dir, upstream.url)) as running:
+    with LocalServer(settings(data_dir, upstream.url)) as running, contextlib.ExitStack() as open_sockets:
         address = urlsplit(running.url)
         for number in range(IDLE + HALF):
             sock = open_sockets.enter_context(socket.create_connection((address.hostname, address.port), 60))
@@ -22,3 +22,5 @@ def test_idle_connections_and_half_requests_leave_the_server_alive(upstream, dat
         assert httpx.get(f"{running.url}/", timeout=60).status_code == 200
         reply = say(running.url, [{"role": "user", "content": "Hello."}], chat_id="tale")
         assert (reply.status, reply.text) == (200, upstream.last["answer"])
+        open_sockets.close()  # the server's loop ends when its connections have
+        wait_until(lambda: not running.server.active_channels, "the end of the connections")
