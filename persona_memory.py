@@ -2100,6 +2100,7 @@ EMBED_BATCH = 128  # messages whose vectors are asked for and stored together
 MODEL_BATCH = 16  # texts that a model of the user's choice, which may be slow, reads together
 SLICE_SECONDS = 0.03  # of work that nothing interrupts: a turn's query waits for no more
 SLICE_BYTES = 256, 1600, 16_384  # of texts that one slice takes: at least, at first, at most
+MOST_COPIED = 500_000_000  # parameters of a model that is tried in another precision, beside itself
 SAME_VECTORS = 0.999  # cosine from which on a faster model is as good
 SAMPLES = tuple(
     f"{'The lighthouse keeper counts the boats and writes down the wind. ' * n}What did {name} say about the storm?"
@@ -2305,15 +2306,15 @@ def faster(model: Any) -> Any:
     """
     import torch
 
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or sum(p.numel() for p in model.parameters()) > MOST_COPIED:
         return model
-    candidate = deepcopy(model)
-    for layer in candidate.modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.to(torch.bfloat16)
-            layer.register_forward_pre_hook(lambda _, given: (given[0].to(torch.bfloat16), *given[1:]))
-            layer.register_forward_hook(lambda _, given, found: found.float())
-    with contextlib.suppress(Exception):  # layers that are used in another way
+    with contextlib.suppress(Exception):  # what cannot be copied, or uses its layers in another way
+        candidate = deepcopy(model)
+        for layer in candidate.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.to(torch.bfloat16)
+                layer.register_forward_pre_hook(lambda _, given: (given[0].to(torch.bfloat16), *given[1:]))
+                layer.register_forward_hook(lambda _, given, found: found.float())
         made, spent = [], []
         for some in (model, candidate) * 3:  # the fastest of three: something else may run beside
             started = time.perf_counter()
