@@ -10321,16 +10321,20 @@ class Vectors:
         ids, stop = list(ids), stop or (lambda: self._closed)
         try:
             with chat.embedding:  # whoever comes second finds the vectors there
-                for some in self._stretches(chat, ids, behind + len(ids)):
+                for some in self._stretches(chat, ids, behind + len(ids), stop):
                     self._embed_messages(chat, some, stop)
-                for some in self._stretches(chat, ids, behind + len(ids) / 2):  # after all messages: those find more
+                for some in self._stretches(chat, ids, behind + len(ids) / 2, stop):  # after all messages: those find more
                     self._embed_sentences(chat, some, stop)
         finally:
             self._background.vectors.expect(chat.id, behind)
 
-    def _stretches(self, chat: Chat, ids: Sequence[str], left: float) -> Iterator[Sequence[str]]:
+    def _stretches(
+        self, chat: Chat, ids: Sequence[str], left: float, stop: Callable[[], bool]
+    ) -> Iterator[Sequence[str]]:  # fmt: skip
         """The ids in stretches, each of which is half of the work on its messages, of which so many are `left`."""
         for start in range(0, len(ids), READ_AT_ONCE):
+            if stop():
+                return
             self._background.vectors.expect(chat.id, left - start / 2)
             yield ids[start : start + READ_AT_ONCE]
 
