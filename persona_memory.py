@@ -10323,7 +10323,7 @@ class Vectors:
             with chat.embedding:  # whoever comes second finds the vectors there
                 for some in self._stretches(chat, ids, behind + len(ids), stop):
                     self._embed_messages(chat, some, stop)
-                for some in self._stretches(chat, ids, behind + len(ids) / 2, stop):  # after all messages: those find more
+                for some in self._stretches(chat, ids, behind + len(ids) / 2, stop):  # later: they find less
                     self._embed_sentences(chat, some, stop)
         finally:
             self._background.vectors.expect(chat.id, behind)
