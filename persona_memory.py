@@ -2100,6 +2100,7 @@ EMBED_BATCH = 128  # messages whose vectors are asked for and stored together
 MODEL_BATCH = 16  # texts that a model of the user's choice, which may be slow, reads together
 SLICE_SECONDS = 0.03  # of work that nothing interrupts: a turn's query waits for no more
 SLICE_BYTES = 256, 1600, 16_384  # of texts that one slice takes: at least, at first, at most
+MOST_COPIED = 500_000_000  # parameters of a model that is tried in another precision, beside itself
 SAME_VECTORS = 0.999  # cosine from which on a faster model is as good
 SAMPLES = tuple(
     f"{'The lighthouse keeper counts the boats and writes down the wind. ' * n}What did {name} say about the storm?"
@@ -2305,15 +2306,15 @@ def faster(model: Any) -> Any:
     """
     import torch
 
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or sum(p.numel() for p in model.parameters()) > MOST_COPIED:
         return model
-    candidate = deepcopy(model)
-    for layer in candidate.modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.to(torch.bfloat16)
-            layer.register_forward_pre_hook(lambda _, given: (given[0].to(torch.bfloat16), *given[1:]))
-            layer.register_forward_hook(lambda _, given, found: found.float())
-    with contextlib.suppress(Exception):  # layers that are used in another way
+    with contextlib.suppress(Exception):  # what cannot be copied, or uses its layers in another way
+        candidate = deepcopy(model)
+        for layer in candidate.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.to(torch.bfloat16)
+                layer.register_forward_pre_hook(lambda _, given: (given[0].to(torch.bfloat16), *given[1:]))
+                layer.register_forward_hook(lambda _, given, found: found.float())
         made, spent = [], []
         for some in (model, candidate) * 3:  # the fastest of three: something else may run beside
             started = time.perf_counter()
@@ -10345,16 +10346,20 @@ class Vectors:
         ids, stop = list(ids), stop or (lambda: self._closed)
         try:
             with chat.embedding:  # whoever comes second finds the vectors there
-                for some in self._stretches(chat, ids, behind + len(ids)):
+                for some in self._stretches(chat, ids, behind + len(ids), stop):
                     self._embed_messages(chat, some, stop)
-                for some in self._stretches(chat, ids, behind + len(ids) / 2):  # after all messages: those find more
+                for some in self._stretches(chat, ids, behind + len(ids) / 2, stop):  # later: they find less
                     self._embed_sentences(chat, some, stop)
         finally:
             self._background.vectors.expect(chat.id, behind)
 
-    def _stretches(self, chat: Chat, ids: Sequence[str], left: float) -> Iterator[Sequence[str]]:
+    def _stretches(
+        self, chat: Chat, ids: Sequence[str], left: float, stop: Callable[[], bool]
+    ) -> Iterator[Sequence[str]]:  # fmt: skip
         """The ids in stretches, each of which is half of the work on its messages, of which so many are `left`."""
         for start in range(0, len(ids), READ_AT_ONCE):
+            if stop():
+                return
             self._background.vectors.expect(chat.id, left - start / 2)
             yield ids[start : start + READ_AT_ONCE]
 
