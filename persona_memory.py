@@ -4297,56 +4297,67 @@ SUBSTANTIAL, MOST_NEEDED = 1.3, 15
 ASKING_MARKS = ("?", "\uff1f", "\u061f")
 CLAUSES = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*(?:[.!?:;\n\uff1f\u3002\u061f]|\Z)")  # linear: it never fails
 # By language: words that ask, that call something to mind, that mean the speaker and the one spoken to, that tell of a
-# change, and that ask for a time and for a number (`_` is a space). Beside CALENDARS nothing in recall depends on a
-# language.
-ASKING, REMINDING_OF, ONESELF, ADDRESSED, CHANGES, ASKING_WHEN, ASKING_HOW_MANY = range(7)
+# change, and that ask for a time, for a number and for what holds now (`_` is a space). Beside CALENDARS nothing in
+# recall depends on a language.
+ASKING, REMINDING_OF, ONESELF, ADDRESSED, CHANGES, ASKING_WHEN, ASKING_HOW_MANY, ASKING_NOW = range(8)
 SPEECH_WORDS = {
     "en": ("who whom whose what when where which why how", "remember remind recall forgot forget tell told",
            "i me my mine myself", "you your yours yourself",
            "now anymore more longer instead moved changed switched quit sold renamed new actually",
            "when what_day what_date what_time what_month what_year "
            "which_day which_month which_year how_long",
-           "how_many how_much how_old how_long how_often"),
+           "how_many how_much how_old how_long how_often",
+           "now currently current still these_days left anymore any_more any_longer nowadays"),
     "de": ("wer wem wen wessen was wann wo wohin woher welche welcher welches welchen warum wieso weshalb wie",
            "erinnerst erinnere erinnern weißt", "ich mich mir mein meine meinen meinem meiner",
            "du dich dir dein deine deinen deinem deiner sie ihr ihnen ihre ihren",
            "jetzt nun mehr stattdessen umgezogen geändert gewechselt gekündigt verkauft neu neue neuen neues",
-           "wann", "wie_viele wie_viel wie_alt wie_lange wie_oft"),
+           "wann", "wie_viele wie_viel wie_alt wie_lange wie_oft",
+           "jetzt nun noch derzeit inzwischen mittlerweile aktuell übrig"),
     "es": ("quién quiénes qué cuándo dónde cuál cuáles cómo cuánto cuánta cuántos cuántas",
            "recuerdas acuerdas recuerda recuérdame", "yo me mí mi mis mío mía",
            "tú te ti tu tus tuyo tuya usted su sus",
            "ahora ya mudé cambié cambiado dejé vendí nuevo nueva",
-           "cuándo", "cuánto cuánta cuántos cuántas"),
+           "cuándo", "cuánto cuánta cuántos cuántas",
+           "ahora todavía aún actualmente hoy_en_día queda quedan"),
     "fr": ("qui quoi que quand où quel quelle quels quelles pourquoi comment combien", "souviens rappelle rappelles",
            "je j me m moi mon ma mes", "tu te t toi ton ta tes vous votre vos",
            "maintenant plus désormais déménagé changé quitté vendu nouveau nouvelle",
-           "quand", "combien quel_âge"),
+           "quand", "combien quel_âge",
+           "maintenant encore actuellement désormais reste restent"),
     "it": ("chi che cosa quando dove quale quali perché come quanto quanti quante", "ricordi ricorda ricordami",
            "io mi me mio mia miei mie", "tu ti te tuo tua tuoi tue",
            "ora adesso più invece trasferito cambiato venduto nuovo",
-           "quando", "quanto quanta quanti quante"),
+           "quando", "quanto quanta quanti quante",
+           "ora adesso ancora attualmente ormai resta restano rimane rimangono"),
     "pt": ("quem que quê quando onde qual quais porquê como quanto quantos quantas", "lembras lembra lembrar",
            "eu me mim meu minha meus minhas", "tu te ti teu tua você seu sua",
            "agora mais mudei mudou vendi novo nova",
-           "quando", "quanto quanta quantos quantas"),
+           "quando", "quanto quanta quantos quantas",
+           "agora ainda atualmente hoje_em_dia resta restam"),
     "pl": ("kto kogo komu co czego kiedy gdzie skąd który która które dlaczego jak ile czyj", "pamiętasz przypomnij",
            "ja mnie mi mój moja moje mojego mojej", "ty ciebie cię ci twój twoja twoje twojego twojej",
            "teraz już zamiast przeprowadziłem zmieniłem sprzedałem nowy nowa nowe",
-           "kiedy", "ile"),
+           "kiedy", "ile",
+           "teraz jeszcze nadal wciąż obecnie zostało"),
     "ru": ("кто кого кому что чего когда где куда откуда какой какая какое какие почему зачем как сколько чей",
            "помнишь вспомни напомни", "я меня мне мой моя моё мои моего моей",
            "ты тебя тебе твой твоя твоё твои вы вас вам ваш",
            "теперь больше вместо переехал переехала сменил сменила продал новый новая",
-           "когда", "сколько"),
+           "когда", "сколько",
+           "теперь сейчас ещё до_сих_пор осталось остался"),
     "zh": ("谁 什么 哪 几 多少 怎么 为什么 吗", "记得 想起", "我", "你 您", "现在 不再 改 搬 换 新",
-           "什么时候 何时 几点 哪天 哪年", "多少 几 多大 多久"),
+           "什么时候 何时 几点 哪天 哪年", "多少 几 多大 多久",
+           "现在 目前 还 剩"),
     "ja": ("誰 何 いつ どこ どの どれ どう なぜ いくつ いくら", "覚え 思い出", "私 僕 俺 わたし", "あなた 君 きみ お前",
            "今 もう 変え 引っ越 新し",
-           "いつ", "いくつ いくら 何人 何年 何歳 どのくらい"),
+           "いつ", "いくつ いくら 何人 何年 何歳 どのくらい",
+           "今 まだ 残"),
     "ko": ("누구 누가 무엇 뭐 언제 어디 어느 왜 어떻게 몇 얼마", "기억",
            "나는 내가 나를 나의 내 저는 제가", "너는 네가 너를 너의 네 당신",
            "이제 지금 더이상 바꿨 이사 새",
-           "언제", "몇 얼마"),
+           "언제", "몇 얼마",
+           "지금 이제 아직 남"),
 }  # fmt: skip
 
 
@@ -5804,7 +5815,7 @@ class Query:
     about: frozenset[str] = frozenset()  # the speakers, in lower case, whose words are asked for; empty: anyone's
     dates: tuple[tuple[float, float], ...] = ()  # named spans of time, in days since 1970
     asks: int = TELLS  # TELLS, DOUBTFUL or ASKS
-    wants: frozenset[str] = frozenset()  # traits that an answer has: "time", "number"
+    wants: frozenset[str] = frozenset()  # what an answer has: "time", "number"; "now": it is the newest that holds
     asked: str = ""  # what of the text asks, in its own words; empty where nothing does
 
 
@@ -5893,7 +5904,7 @@ def understand(
     about = asked_about(asked, asker, speakers, language)
     if language == "en" and len(about) == 1 and not (says(asked, ADDRESSED, "en") or says(asked, ONESELF, "en")):
         spoken = in_first_person(spoken, [w for w, of in participant_words(speakers).items() if of == about])
-    wants = {"time": ASKING_WHEN, "number": ASKING_HOW_MANY}
+    wants = {"time": ASKING_WHEN, "number": ASKING_HOW_MANY, "now": ASKING_NOW}
     wants = frozenset(trait for trait, kind in wants.items() if says(asked, kind, language))
     dates, asks = named_dates(text, now, language), how_it_asks(text, asked, language)
     return Query(words, spoken, about, dates, asks, wants, asked)
@@ -6099,6 +6110,11 @@ def of_kind(name: str) -> Callable[[Query, Evidence], np.ndarray]:
     return lambda query, e: e.traits[name] * np.float32(name in query.wants)
 
 
+def lately(query: Query, e: Evidence) -> np.ndarray:
+    """How late in the chat it was said, 0 to 1, where the query asks for what holds now."""
+    return np.linspace(0, 1, len(e.days), dtype=np.float32) * np.float32("now" in query.wants)
+
+
 def short_answer(query: Query, e: Evidence) -> np.ndarray:
     """What a message lacks in substance, where the one before asks: "Seven years!" holds a fact."""
     return e.traits["answer"] * (1 - e.traits["substance"])
@@ -6143,6 +6159,8 @@ SIGNALS = {
     "name": Signal(0.58, trait("name")),
     "time": Signal(1.57, of_kind("time")),
     "number": Signal(1.22, of_kind("number")),
+    "lately": Signal(2.89, lately),
+    "change": Signal(0.36, trait("change")),
     "question": Signal(-1.52, trait("question")),
 }
 # By how much a memory's score must stand above the chat's usual one: for a message that tells, for a doubtful question,
