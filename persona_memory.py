@@ -215,7 +215,7 @@ class Settings:
     reranker: str = setting(
         "", "sentence-transformers CrossEncoder that puts the best memories in order: a path or a hub name", "none"
     )
-    lean: bool = setting(False, "recall less: what is likeliest to matter, in half of the tokens", "off")
+    lean: bool = setting(False, "recall less: only the likeliest memories, in half of the tokens", "off")
     forget_after: int = setting(30, "days until forgotten messages are erased from the disk for good; 0 is at once")
     no_guidance: bool = setting(False, "do not tell the model how the user feels", "off")
     api_key: str = setting(
@@ -1049,7 +1049,7 @@ class Background:
         self.going = threading.Event()  # cleared while it is paused
         self.going.set()
         self.vectors = LongWork("vectors", "messages wait until they can be found by meaning", 16)
-        self.summaries = LongWork("summaries", "stretches of chats wait to be summarised", 1)
+        self.summaries = LongWork("summaries", "parts of chats wait to be summarised", 1)
 
     @property
     def paused(self) -> bool:
@@ -1161,6 +1161,15 @@ def token_encoding() -> Any:
 
 def count_tokens(text: str) -> int:
     """Tokens of a text (cl100k_base; other models' tokenizers differ by some percent)."""
+    return counted(text) if len(text) <= SHORT_TEXT else len(token_encoding().encode_ordinary(text))
+
+
+SHORT_TEXT = 2000  # characters
+
+
+@functools.lru_cache(1 << 13)
+def counted(text: str) -> int:
+    """Tokens of a short text: a turn counts the lines of the same memories as those before it."""
     return len(token_encoding().encode_ordinary(text))
 
 
@@ -1694,8 +1703,7 @@ def share_of(part: int, whole: int) -> float:
 
 def count_of(words: Iterable[str], listed: str) -> int:
     """How many of the words are in one of the lists above."""
-    known = word_set(listed)
-    return sum(word in known for word in words)
+    return sum(map(word_set(listed).__contains__, words))
 
 
 def style_features(text: str, pieces: Sequence[tuple[int, str]], tokens: Sequence[str]) -> list[float]:
@@ -5443,7 +5451,7 @@ class ChatRegistry:
 
     def enter(self, chat: Chat, ids: Iterable[str]) -> None:
         """Notes a chat's new messages and its line in the catalogue; hold the chat's lock."""
-        texts = list({node.digest for node in chat.nodes(ids) if node.shown})
+        texts = list({node.digest for node in chat.nodes(ids) if node.shown}) + header_marks(chat.store.info)
         kept = [m.at for some in chat.store.marks.values() for m in some.values() if m.forgotten and not m.erased]
         kind = "d" if not chat.store.info["explicit"] else "e" if chat.store.info.get("extension") else "n"
         self.catalogue.enter(chat.store.listing(), texts, kind, min(kept, default=0.0))
@@ -5538,7 +5546,7 @@ class ChatRegistry:
         try:
             chat = lending.chat.result()
             with chat.lock:
-                digests = {node.digest for node in chat.tree.nodes.values()}
+                digests = {node.digest for node in chat.tree.nodes.values()} | set(header_marks(chat.store.info))
                 chat.close()
             return digests
         except StoreError:
@@ -5560,6 +5568,23 @@ class ChatRegistry:
         self.characters.close()
 
 
+# What SillyTavern tells chat files by, in the metadata of their headers: version 1.13 and newer, older ones; and the
+# name of the chat that a branch or a checkpoint was made of, which bears the same marks.
+HEADER_NAMES = ("integrity", "chat_id_hash", "main_chat")
+
+
+def header_marks(info: Mapping) -> list[str]:
+    """What a chat's file is looked up by beside its texts, from the header that `info` holds."""
+    header = info.get("header", {})
+    return [short_hash("header", kind, header[kind]) for kind in HEADER_NAMES[:2] if header.get(kind)]
+
+
+def told_apart(one: Mapping, other: Mapping) -> bool:
+    """Whether two chats' headers say that they are two, by the first mark that both have."""
+    pairs = ((one.get("header", {}).get(kind), other.get("header", {}).get(kind)) for kind in HEADER_NAMES[:2])
+    return next((a != b for a, b in pairs if a and b), False)
+
+
 def align_request(chat: Chat, request: ChatRequest) -> Alignment:
     """Where a request's transcript hangs in a chat; a complete one begins where the chat begins."""
     digests = [t.digest for t in request.turns]
@@ -5572,9 +5597,9 @@ def align_request(chat: Chat, request: ChatRequest) -> Alignment:
 def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     """A request with the messages of the chat that its client keeps out of the prompt, each in its place, as the client
     told when it last showed the whole chat: they stay part of it."""
-    first, hidden = request.history_start, chat.store.info.get("hidden", ())
+    first, hidden = request.history_start, hidden_from(chat, request)
     path, turns = chat.path() if hidden else [], request.turns[first:]
-    away = set(hidden).intersection(path)
+    away = hidden.intersection(path)
     if not away or not turns:
         return request
     said, asked = chat.texts(path), [t.digest for t in turns]
@@ -5584,6 +5609,11 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     shown = iter(turns)
     whole = [next(shown) if at == MET else hidden_turn(*chat.store.read([path[at]])) for at in places]
     return replace(request, turns=(*request.turns[:first], *whole, *shown))
+
+
+def hidden_from(chat: Chat, request: ChatRequest) -> set[str]:
+    """The ids of the messages that a request's client has told to be hidden from its prompts."""
+    return set(chat.store.info.get("hidden", ())) if request.identity.has_metadata else set()
 
 
 def walk_past(said: Sequence[str], asked: Sequence[str], start: int, away: Collection[int]) -> list[int]:
@@ -5615,7 +5645,7 @@ def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
     A turn is parted where its first paragraphs are a message of the chat that follows on the turn before, and the rest
     is what follows on that one, or what nothing has followed on yet.
     """
-    tree, away, turns = chat.tree, set(chat.store.info.get("hidden", ())), []
+    tree, away, turns = chat.tree, hidden_from(chat, request), []
     for turn in request.turns:
         before = turns[-1].digest if turns else ""
         known = "\n\n" not in turn.content or turn.digest in tree.by_digest
@@ -6314,6 +6344,7 @@ COMPRESSION = 0.26  # a summary's size against what it covers, at most
 CONDENSED_AT_ONCE = 4  # summaries that become one of the next level
 SHORTEST_SUMMARY = 24  # tokens
 LONGEST_WRITTEN = 20_000  # characters of a model's summary and facts that are read
+MOST_BRACES = 20  # in them, at which their JSON may begin
 MOST_FACTS = 6  # from one stretch
 SHORTEST_QUOTE = 6  # characters that prove something; half of that where characters say more
 WORDS_PER_TOKEN = 0.7  # of English prose in cl100k_base
@@ -6483,7 +6514,7 @@ def clipped_lines(lines: Sequence[str], budget: int) -> list[str]:
 def read_answer(text: str) -> tuple[str, list]:
     """Summary and facts from what models really answer: JSON, JSON in prose or cut off, plain text, thoughts first."""
     text = without_thoughts(text).strip()[:LONGEST_WRITTEN]
-    for found in re.finditer(r"\{", text):
+    for found in itertools.islice(re.finditer(r"\{", text), MOST_BRACES):
         with contextlib.suppress(ValueError, RecursionError):
             answer, _ = json.JSONDecoder().raw_decode(text, found.start())
             if isinstance(answer, dict) and isinstance(answer.get("summary"), str):
@@ -7458,18 +7489,23 @@ def header_name(header: Mapping, key: str) -> str:
 
 
 def named_in_header(header: Mapping) -> dict[str, Any]:
-    """The chat's id, where our extension has put it into the header's metadata.
+    """The chat's id, where our extension has put it into the header's metadata, and what SillyTavern itself tells files
+    by there (see HEADER_NAMES).
 
     Branches and checkpoints are made with a copy of their chat's metadata; what the extension noted of `main_chat` when
     it made the id tells them apart.
     """
-    metadata = header.get("chat_metadata")
-    known = metadata.get(EXPORT_FORMAT) if isinstance(metadata, dict) else None
+    metadata = header.get("chat_metadata") if isinstance(header.get("chat_metadata"), dict) else {}
+    told = {
+        k: sane_text(str(metadata[k]))[:LONGEST_NAME] for k in HEADER_NAMES if isinstance(metadata.get(k), str | int)
+    }
+    info = {"header": told} if told.keys() - {"main_chat"} else {}
+    known = metadata.get(EXPORT_FORMAT)
     named = known.get("id") if isinstance(known, dict) else None
     if not isinstance(named, str) or not 0 < len(named.strip()) <= LONGEST_ID or sane_text(named) != named:
-        return {}
+        return info
     same = (known.get("main") or "") == (metadata.get("main_chat") or "")
-    return {"chat_id": named.strip(), "explicit": True} if same else {}
+    return info | ({"chat_id": named.strip(), "explicit": True} if same else {})
 
 
 def is_message(row: Mapping) -> bool:
@@ -10098,11 +10134,11 @@ class TurnMemory:
 
 @dataclass(frozen=True)
 class Fallback:
-    """The messages of a prompt without one of its parts, and without those that the fallbacks before it leave out."""
+    """A prompt without one of its parts, and without those that the fallbacks before it leave out. Few turns need it:
+    it is composed only then."""
 
     without: str  # "memories", "story" or "restored history"
-    messages: tuple[dict, ...]
-    history: int  # as in `Prepared`
+    compose: Callable[[], tuple[list[dict], int]]  # gives the messages, and `history` as in `Prepared`
 
 
 @dataclass(frozen=True)
@@ -10645,7 +10681,7 @@ class Feelings:
 
 
 # What an imported chat hands over to the one that it becomes.
-BECOMING = ("created", "character", "user_name", "persona", "title", "group", "imported")
+BECOMING = ("created", "character", "user_name", "persona", "title", "group", "imported", "header")
 MOST_PASSED_OVER = 100  # lines of a file that an answer names
 NEARLY_ALL = 0.8  # share of two copies' texts that makes them one chat's: some are edited, swiped or deleted
 
@@ -10825,11 +10861,13 @@ class Archive:
             if chat is None:
                 return replace(request, turns=())
             with chat.lock:
-                alignment = align_request(chat, request)
+                seen = with_hidden(chat, unmerged(chat, without_notes(request, chat.store.info.get("notes", []))))
+                alignment = align_request(chat, seen)
+                held = alignment.skipped + len(alignment.kept) == len(seen.turns) or learned_note(chat, alignment, seen)
         if not alignment.matches:
             return replace(request, turns=())
         last = request.turns[-1]
-        if last.role != "user" or alignment.skipped + len(alignment.kept) == len(request.turns):
+        if last.role != "user" or held:
             return request
         return replace(request, turns=request.turns[:-1], tail=(*last.before, last.raw, *request.tail))
 
@@ -10994,15 +11032,24 @@ class Archive:
 
     def _chat_of_copy(self, copy: ChatCopy, chat_id: str) -> tuple[str, bool]:
         """The id of the chat that a file's belongs to, and whether it was made for it."""
-        named = chat_id or copy.info.get("chat_id", "") or self._located_copy(copy, ANY_ID)
+        named = chat_id or copy.info.get("chat_id", "") or self._marked_copy(copy) or self._located_copy(copy, ANY_ID)
         if not named:  # derived, so that an import that was interrupted finds its chat again
             first_user = next((m.id for m in copy.path if m.role == "user"), copy.head)
-            named = f"chat-{first_user[:16]}"
+            named = f"chat-{short_hash(first_user, *header_marks(copy.info))[:16]}"
         with self._registry.lookup(named) as chat:
             if chat:
                 return named, False
         self._registry.create(named, bool(chat_id) or copy.info.get("explicit", False))
         return named, True
+
+    def _marked_copy(self, copy: ChatCopy) -> str:
+        """The id of the chat whose file had the same header; empty: none, or it was made of that one."""
+        for chat_id in itertools.chain(*self._registry.catalogue.holding(header_marks(copy.info), ANY_ID)):
+            with self._registry.lookup(chat_id) as chat:
+                ours = chat.store.info.get("header", {}) if chat else None
+                if ours is not None and ours.get("main_chat") == copy.info["header"].get("main_chat"):
+                    return chat_id
+        return ""
 
     def _located_copy(self, copy: ChatCopy, kinds: str) -> str:
         """The id of the chat that a file continues, or branches off from; empty: none.
@@ -11014,7 +11061,8 @@ class Archive:
 
         def where(chat: Chat, texts: Sequence[str]) -> Alignment:
             """Where a part of the file hangs in a chat."""
-            foreign = chat.store.info["explicit"] and not is_chat_of(chat, copy)
+            foreign = told_apart(chat.store.info, copy.info)
+            foreign = foreign or (chat.store.info["explicit"] and not is_chat_of(chat, copy))
             return Alignment() if foreign else unless_few(align(chat.tree, texts, chat.store.head), len(texts))
 
         for window in (digests[:LOCATED_BY], digests[-LOCATED_BY:]) if digests else ():
@@ -12296,8 +12344,9 @@ def without_part(prepared: Prepared, why: str) -> Prepared:
     shares = {"memories": "memories", "story": "story"}.get(fallback.without, "")
     recalled = [] if fallback.without == "memories" else report.recalled
     report = replace(report, recalled=recalled, tokens=report.tokens | ({shares: 0} if shares else {}))
-    prepared = replace(prepared, report=report, history=fallback.history, fallbacks=tuple(fallbacks))
-    return with_messages(prepared, f"asked again without {fallback.without}, {why}", fallback.messages)
+    messages, history = fallback.compose()
+    prepared = replace(prepared, report=report, history=history, fallbacks=tuple(fallbacks))
+    return with_messages(prepared, f"asked again without {fallback.without}, {why}", messages)
 
 
 def without_messages(prepared: Prepared, kept: Sequence[dict], error: UpstreamError) -> Prepared:
@@ -12487,7 +12536,7 @@ class PromptBuilder:
         first, above = request.history_start, len(nodes) - len(request.turns)
         shown, budget = nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
-        away = set(chat.store.info.get("hidden", ()))
+        away = hidden_from(chat, request)
         counts = [0 if away and n.id in away else n.tokens for n in shown[:above]]
         counts += [0 if t.hidden else n.tokens for t, n in zip(request.turns[first:], shown[above:], strict=True)]
         for i, turn in enumerate(request.turns[first:], above):
@@ -12584,8 +12633,7 @@ def fallbacks(memory: TurnMemory, withheld: Collection[str]) -> Iterator[Fallbac
     """What to ask where a filter refuses the prompt: without one part more each time."""
     parts = [part for part in memory.parts if part not in withheld]
     for count, part in enumerate(parts, 1):
-        prompt, history = composed(memory, parts[count:])
-        yield Fallback(part, tuple(prompt), history)
+        yield Fallback(part, functools.partial(composed, memory, parts[count:]))
 
 
 def without_shown(recalled: RecallResult, layout: Layout, story: int) -> RecallResult:
@@ -14373,7 +14421,7 @@ function showWork({ paused, work } = { paused: false, work: [] }) {
     workBar.hidden = !work.length && !paused;
     keyed(list, jobs, workRow, (job) => job.kind);
     pause.textContent = paused ? 'Resume' : 'Pause';
-    pause.onclick = () => attempt(async () => showWork(await send('POST', '/pause', { paused: !paused })));
+    pause.onclick = () => attempt(async () => showWork((await send('POST', '/pause', { paused: !paused })).progress));
 }
 
 const workRow = ({ kind, waiting, done, rate, words }) => h('li',

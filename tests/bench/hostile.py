@@ -1,12 +1,15 @@
 """What the program bears: idle connections, half-sent requests, damaged files. Prints figures.
 
 python tests/bench/hostile.py connections [IDLE] [HALF]
+python tests/bench/hostile.py watchdog [CHARACTERS] [SECONDS]
 python tests/bench/hostile.py streams [STREAMS] [POLLS] [IDLE]
 python tests/bench/hostile.py soak [MINUTES] [MESSAGES A MINUTE]
 python tests/bench/hostile.py corruptions [ROUNDS]
 """
 
 import contextlib
+import json
+import multiprocessing
 import resource
 import socket
 import statistics
@@ -15,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -22,7 +26,8 @@ from urllib.parse import urlsplit
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent.parent)]
 
 import httpx  # noqa: E402
-from fakes import Server, Upstream, say  # noqa: E402
+from fakes import LocalServer, Server, Upstream, say, settings  # noqa: E402
+from hostiles import SEEDS, chat_file, repeated, turn  # noqa: E402
 
 import persona_memory as pm  # noqa: E402
 
@@ -55,6 +60,65 @@ def connections(idle: int = 1000, half: int = 200) -> None:
             started = time.monotonic()
             call()
             print(f"{idle} idle, {half} half-sent: {name} after {time.monotonic() - started:.2f} s")
+
+
+def hostile_requests(length: int) -> Iterator[tuple[str, str, bytes]]:
+    """A name, a path and a body for each: texts of that length in turns and chat files, JSON that is hard to read."""
+    for name, raw in (
+        ("deep", b"[" * 30 * length), ("values", b"[" + b"[]," * (pm.MOST_VALUES - 1) + b"1]"),
+        ("objects", b"[" + b'{"a":1},' * (pm.MOST_VALUES - 1) + b"1]"), ("digits", b"9" * 10 * length),
+        ("escapes", b'"' + b"\\u00e9" * 10 * length + b'"'), ("too many values", b"[" + b"1," * 20 * length + b"1]"),
+    ):  # fmt: skip
+        yield f"JSON: {name}", "/v1/chat/completions", raw
+    for seed in SEEDS:
+        text = repeated(seed, length)
+        yield f"a turn of {seed!r}", "/v1/chat/completions", json.dumps(turn(text)).encode()
+        yield f"a file of {seed!r}", "/api/persona_memory/import", chat_file(repeated(seed, length // 4))
+
+
+def send_hostile(pipe, length: int, seconds: int) -> None:
+    """Sends them all to the address that the pipe gives, telling it the name of each, as far as the time goes."""
+    url, started = pipe.recv(), time.monotonic()
+    with httpx.Client(base_url=url, timeout=600) as api:
+        for name, path, raw in hostile_requests(length):
+            if time.monotonic() - started > seconds:
+                break
+            pipe.send(name)
+            answer = api.post(path, content=raw, headers={"Content-Type": "application/json"})
+            pipe.send(str(answer.status_code))
+    pipe.send("")
+
+
+def watchdog(length: int = pm.LONGEST_MESSAGE, seconds: int = 200) -> None:
+    """The longest times for which no other thread of the program could run, while another process sends it texts of
+    that length."""
+    pipe, end = multiprocessing.Pipe()
+    client = multiprocessing.get_context("fork").Process(target=send_hostile, args=(end, length, seconds), daemon=True)
+    client.start()
+    holds, statuses, doing, over = Counter(), Counter(), ["nothing"], threading.Event()
+
+    def watch() -> None:
+        """Wakes every five milliseconds, if it is let."""
+        while not over.is_set():
+            before = time.perf_counter()
+            time.sleep(0.005)
+            holds[doing[0]] = max(holds[doing[0]], time.perf_counter() - before - 0.005)
+
+    with tempfile.TemporaryDirectory() as data, Upstream() as upstream:
+        given = settings(data, upstream.url, embedder="/nonexistent")  # the embedder itself lets others run
+        with LocalServer(given, ready=False) as running:
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            pipe.send(running.url)
+            while name := pipe.recv():
+                doing[0] = name
+                statuses[pipe.recv()] += 1
+                upstream.requests.clear()
+            over.set()
+            watcher.join()
+    for name, hold in holds.most_common(15):
+        print(f"{1000 * hold:5.0f} ms  {name}")
+    print(f"longest hold {max(holds.values()):.3f} s in {statuses.total()} requests, {dict(statuses)}")
 
 
 def streams(count: int = 50, polls: int = 50, idle: int = 200) -> None:
@@ -170,5 +234,5 @@ def corruptions(rounds: int = 250) -> None:
 
 
 if __name__ == "__main__":
-    parts = {f.__name__: f for f in (connections, streams, soak, corruptions)}
+    parts = {f.__name__: f for f in (connections, watchdog, streams, soak, corruptions)}
     parts[sys.argv[1]](*map(int, sys.argv[2:]))

@@ -1,0 +1,109 @@
+"""No text takes the square of its length: eight times as long takes about eight times the work, whatever it holds.
+
+What is measured is the thread's own CPU time, of two sizes against each other, so that a slow or busy machine does not
+matter. `bench/hostile.py watchdog` prints how long the interpreter is held by texts of the largest size.
+"""
+
+import contextlib
+import json
+import time
+
+import pytest
+from hostiles import SEEDS, chat_file, repeated, turn
+
+import persona_memory as pm
+
+SHORT, LONG = 2000, 16_000  # characters
+LINEAR = LONG / SHORT
+WORTH_A_LOOK = 0.03  # seconds of CPU time; all that is linear takes a few milliseconds
+
+
+def summary_of(text: str) -> None:
+    """A model's answer is read as a summary."""
+    words, _ = pm.read_answer(text)
+    pm.flaw_of(pm.whole_sentences(words, 400), text)
+
+
+WORK = {
+    "a turn": lambda text: pm.parse_request(turn(text)),
+    "a chat's only message": lambda text: pm.parse_request({"messages": [{"role": "user", "content": text}]}),
+    "a chat file": lambda text: pm.read_chats(chat_file(text)),
+    "any file": lambda text: pm.read_chats(text.encode("utf8", "surrogatepass")),
+    "sentences and words": lambda text: (pm.sentences(text), pm.chunks(text), pm.lexical_words(text)),
+    "a question": lambda text: (pm.query_words(text), pm.asked_clauses(text, "en"), pm.named_dates(text, 20_000.0)),
+    "a feeling": lambda text: pm.message_importance(text, pm.read_emotion(text)),
+    "a frame": lambda text: (pm.quoted(text), pm.one_line(text), pm.normalise(text), pm.count_tokens(text)),
+    "a summary": summary_of,
+    "an error of the upstream": lambda text: pm.exceeded_context(pm.UpstreamError(400, {"message": text})),
+    "an upstream's JSON": lambda text: pm.is_shallow(text + "[" * pm.DEEPEST_JSON + "{"),
+}
+
+
+def seconds(work, text: str) -> float:
+    """CPU time that the work takes for the text; it may be refused."""
+    started = time.thread_time()
+    with contextlib.suppress(pm.PersonaMemoryError, ValueError):
+        work(text)
+    return time.thread_time() - started
+
+
+def is_square(work, seed: str) -> bool:
+    """Whether the work for a text of the seed grows with the square of its length, each time that it is tried."""
+    for _ in range(3):
+        long = seconds(work, repeated(seed, LONG))
+        if long < WORTH_A_LOOK or long < 3 * LINEAR * seconds(work, repeated(seed, SHORT)):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_no_text_takes_the_square_of_its_length(name):
+    """Such a text of a megabyte would stop every chat for hours."""
+    seconds(WORK[name], "to load what is loaded once")
+    assert [seed for seed in SEEDS if is_square(WORK[name], seed)] == []
+
+
+def messages(content) -> dict:
+    """A request of one message."""
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+def test_a_message_has_a_longest_length():
+    """The stated one, as one text or in parts; in a chat file it costs its line only, and swipes beyond the stated
+    number are passed over."""
+    most = "x" * pm.LONGEST_MESSAGE
+    assert pm.parse_request(messages(most)).turns[0].content == most
+    for content in (most + "x", [{"type": "text", "text": most}, {"type": "text", "text": "x"}]):
+        with pytest.raises(pm.InvalidRequest) as refused:
+            pm.parse_request(messages(content))
+        assert refused.value.param == "messages[0].content"
+    rows = [{"name": "Ann", "is_user": True, "mes": most + "x"}, {"name": "Ann", "is_user": True, "mes": "Hello."}]
+    swiped = {"name": "Maren", "is_user": False, "mes": "Aye.", "swipes": [f"No. {n}" for n in range(5000)]}
+    raw = "\n".join(map(json.dumps, [{"user_name": "Ann"}, *rows, swiped | {"swipe_id": 4000}])).encode()
+    [copy], passed_over = pm.read_chats(raw)
+    assert [m.content for m in copy.path] == ["Hello.", "Aye."] and len(copy.messages) == pm.MOST_SWIPES + 2
+    assert [row["line"] for row in passed_over] == [2]
+
+
+@pytest.mark.parametrize("raw", ["[" + "1," * pm.MOST_VALUES + "1, 2]", "[" * 100_000, "9" * 4000])
+def test_json_that_would_hold_everything_up_is_refused(raw):
+    """Too many values, too deep, too long a number."""
+    for text in (raw, raw.encode()):
+        with pytest.raises(ValueError):
+            pm.json_value(text)
+    assert len(pm.json_value("[" + "1," * (pm.MOST_VALUES - 1) + "1]")) == pm.MOST_VALUES
+
+
+def test_a_heap_of_marks_keeps_its_first():
+    """A letter with a few marks is put in order; of a thousand only as many are kept as a text may have."""
+    assert pm.normalise("e\u0301") == "\u00e9"
+    heap = pm.normalise("\u3042" + "\u0316\u0301" * 500 + "!")
+    assert len(heap) == pm.MOST_MARKS + 2 and heap.endswith("!")
+    emoji = "\U0001f600" * 200
+    assert pm.normalise(emoji) == emoji
+
+
+def test_thoughts_end_where_their_own_end_stands():
+    """Others within are part of them; one without an end goes on to the text's."""
+    assert pm.without_thoughts("<think>a<reasoning>b</think>c</reasoning>d <think>e</think>f") == "d f"
+    assert pm.without_thoughts("<THINK>a</think>b<details type='reasoning' x>c</DETAILS>d") == "bd"
