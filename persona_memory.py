@@ -9566,7 +9566,7 @@ class OpenAIUpstream:
         except httpx.HTTPError as error:
             words = str(error) or type(error).__name__
             raise UpstreamUnavailable(
-                f"The upstream at {shown_url(self.url)} broke off in the middle of its answer: {words}."
+                f"The upstream at {shown_url(self.url)} broke off in the middle of its answer: {words.rstrip('.')}."
             ) from error
 
     def _unreachable(self, error: Exception) -> UpstreamUnavailable:
