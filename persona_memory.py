@@ -12279,13 +12279,11 @@ class Completions:
         limit = overflow.context or int(ours * ratio / UNKNOWN_RATIO) + reply
         prepared = replace(prepared, shortened=prepared.shortened + 1, limit=0 if overflow.context else limit)
         room = min((limit - reply) / ratio, 0.9 * ours)
-        while prepared.shortened == MOST_SHORTENED and prepared.fallbacks:  # the last try is the client's own prompt
-            prepared = without_part(prepared, f"for which the model has no room: {error}")
+        last = prepared.shortened == MOST_SHORTENED  # then it is the client's own prompt
         while True:
             messages = prepared.body["messages"]
             kept = without_oldest(messages, math.ceil(prompt_tokens(messages) - room), prepared.history)
-            left = prompt_tokens(kept)
-            if left < ours:
+            if prompt_tokens(kept) < ours and not (last and prepared.fallbacks):
                 return without_messages(prepared, kept, error)
             if not prepared.fallbacks:
                 raise error
