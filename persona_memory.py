@@ -9610,7 +9610,7 @@ class OpenAIUpstream:
         except httpx.HTTPError as error:
             words = str(error) or type(error).__name__
             raise UpstreamUnavailable(
-                f"The upstream at {shown_url(self.url)} broke off in the middle of its answer: {words}."
+                f"The upstream at {shown_url(self.url)} broke off in the middle of its answer: {words.rstrip('.')}."
             ) from error
 
     def _unreachable(self, error: Exception) -> UpstreamUnavailable:
@@ -12326,13 +12326,11 @@ class Completions:
         limit = overflow.context or int(ours * ratio / UNKNOWN_RATIO) + reply
         prepared = replace(prepared, shortened=prepared.shortened + 1, limit=0 if overflow.context else limit)
         room = min((limit - reply) / ratio, 0.9 * ours)
-        while prepared.shortened == MOST_SHORTENED and prepared.fallbacks:  # the last try is the client's own prompt
-            prepared = without_part(prepared, f"for which the model has no room: {error}")
+        last = prepared.shortened == MOST_SHORTENED  # then it is the client's own prompt
         while True:
             messages = prepared.body["messages"]
             kept = without_oldest(messages, math.ceil(prompt_tokens(messages) - room), prepared.history)
-            left = prompt_tokens(kept)
-            if left < ours:
+            if prompt_tokens(kept) < ours and not (last and prepared.fallbacks):
                 return without_messages(prepared, kept, error)
             if not prepared.fallbacks:
                 raise error
