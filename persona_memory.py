@@ -2100,6 +2100,7 @@ EMBED_BATCH = 128  # messages whose vectors are asked for and stored together
 MODEL_BATCH = 16  # texts that a model of the user's choice, which may be slow, reads together
 SLICE_SECONDS = 0.03  # of work that nothing interrupts: a turn's query waits for no more
 SLICE_BYTES = 256, 1600, 16_384  # of texts that one slice takes: at least, at first, at most
+MOST_COPIED = 500_000_000  # parameters of a model that is tried in another precision, beside itself
 SAME_VECTORS = 0.999  # cosine from which on a faster model is as good
 SAMPLES = tuple(
     f"{'The lighthouse keeper counts the boats and writes down the wind. ' * n}What did {name} say about the storm?"
@@ -2305,15 +2306,15 @@ def faster(model: Any) -> Any:
     """
     import torch
 
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or sum(p.numel() for p in model.parameters()) > MOST_COPIED:
         return model
-    candidate = deepcopy(model)
-    for layer in candidate.modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.to(torch.bfloat16)
-            layer.register_forward_pre_hook(lambda _, given: (given[0].to(torch.bfloat16), *given[1:]))
-            layer.register_forward_hook(lambda _, given, found: found.float())
-    with contextlib.suppress(Exception):  # layers that are used in another way
+    with contextlib.suppress(Exception):  # what cannot be copied, or uses its layers in another way
+        candidate = deepcopy(model)
+        for layer in candidate.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.to(torch.bfloat16)
+                layer.register_forward_pre_hook(lambda _, given: (given[0].to(torch.bfloat16), *given[1:]))
+                layer.register_forward_hook(lambda _, given, found: found.float())
         made, spent = [], []
         for some in (model, candidate) * 3:  # the fastest of three: something else may run beside
             started = time.perf_counter()
@@ -4296,56 +4297,67 @@ SUBSTANTIAL, MOST_NEEDED = 1.3, 15
 ASKING_MARKS = ("?", "\uff1f", "\u061f")
 CLAUSES = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*(?:[.!?:;\n\uff1f\u3002\u061f]|\Z)")  # linear: it never fails
 # By language: words that ask, that call something to mind, that mean the speaker and the one spoken to, that tell of a
-# change, and that ask for a time and for a number (`_` is a space). Beside CALENDARS nothing in recall depends on a
-# language.
-ASKING, REMINDING_OF, ONESELF, ADDRESSED, CHANGES, ASKING_WHEN, ASKING_HOW_MANY = range(7)
+# change, and that ask for a time, for a number and for what holds now (`_` is a space). Beside CALENDARS nothing in
+# recall depends on a language.
+ASKING, REMINDING_OF, ONESELF, ADDRESSED, CHANGES, ASKING_WHEN, ASKING_HOW_MANY, ASKING_NOW = range(8)
 SPEECH_WORDS = {
     "en": ("who whom whose what when where which why how", "remember remind recall forgot forget tell told",
            "i me my mine myself", "you your yours yourself",
            "now anymore more longer instead moved changed switched quit sold renamed new actually",
            "when what_day what_date what_time what_month what_year "
            "which_day which_month which_year how_long",
-           "how_many how_much how_old how_long how_often"),
+           "how_many how_much how_old how_long how_often",
+           "now currently current still these_days left anymore any_more any_longer nowadays"),
     "de": ("wer wem wen wessen was wann wo wohin woher welche welcher welches welchen warum wieso weshalb wie",
            "erinnerst erinnere erinnern weißt", "ich mich mir mein meine meinen meinem meiner",
            "du dich dir dein deine deinen deinem deiner sie ihr ihnen ihre ihren",
            "jetzt nun mehr stattdessen umgezogen geändert gewechselt gekündigt verkauft neu neue neuen neues",
-           "wann", "wie_viele wie_viel wie_alt wie_lange wie_oft"),
+           "wann", "wie_viele wie_viel wie_alt wie_lange wie_oft",
+           "jetzt nun noch derzeit inzwischen mittlerweile aktuell übrig"),
     "es": ("quién quiénes qué cuándo dónde cuál cuáles cómo cuánto cuánta cuántos cuántas",
            "recuerdas acuerdas recuerda recuérdame", "yo me mí mi mis mío mía",
            "tú te ti tu tus tuyo tuya usted su sus",
            "ahora ya mudé cambié cambiado dejé vendí nuevo nueva",
-           "cuándo", "cuánto cuánta cuántos cuántas"),
+           "cuándo", "cuánto cuánta cuántos cuántas",
+           "ahora todavía aún actualmente hoy_en_día queda quedan"),
     "fr": ("qui quoi que quand où quel quelle quels quelles pourquoi comment combien", "souviens rappelle rappelles",
            "je j me m moi mon ma mes", "tu te t toi ton ta tes vous votre vos",
            "maintenant plus désormais déménagé changé quitté vendu nouveau nouvelle",
-           "quand", "combien quel_âge"),
+           "quand", "combien quel_âge",
+           "maintenant encore actuellement désormais reste restent"),
     "it": ("chi che cosa quando dove quale quali perché come quanto quanti quante", "ricordi ricorda ricordami",
            "io mi me mio mia miei mie", "tu ti te tuo tua tuoi tue",
            "ora adesso più invece trasferito cambiato venduto nuovo",
-           "quando", "quanto quanta quanti quante"),
+           "quando", "quanto quanta quanti quante",
+           "ora adesso ancora attualmente ormai resta restano rimane rimangono"),
     "pt": ("quem que quê quando onde qual quais porquê como quanto quantos quantas", "lembras lembra lembrar",
            "eu me mim meu minha meus minhas", "tu te ti teu tua você seu sua",
            "agora mais mudei mudou vendi novo nova",
-           "quando", "quanto quanta quantos quantas"),
+           "quando", "quanto quanta quantos quantas",
+           "agora ainda atualmente hoje_em_dia resta restam"),
     "pl": ("kto kogo komu co czego kiedy gdzie skąd który która które dlaczego jak ile czyj", "pamiętasz przypomnij",
            "ja mnie mi mój moja moje mojego mojej", "ty ciebie cię ci twój twoja twoje twojego twojej",
            "teraz już zamiast przeprowadziłem zmieniłem sprzedałem nowy nowa nowe",
-           "kiedy", "ile"),
+           "kiedy", "ile",
+           "teraz jeszcze nadal wciąż obecnie zostało"),
     "ru": ("кто кого кому что чего когда где куда откуда какой какая какое какие почему зачем как сколько чей",
            "помнишь вспомни напомни", "я меня мне мой моя моё мои моего моей",
            "ты тебя тебе твой твоя твоё твои вы вас вам ваш",
            "теперь больше вместо переехал переехала сменил сменила продал новый новая",
-           "когда", "сколько"),
+           "когда", "сколько",
+           "теперь сейчас ещё до_сих_пор осталось остался"),
     "zh": ("谁 什么 哪 几 多少 怎么 为什么 吗", "记得 想起", "我", "你 您", "现在 不再 改 搬 换 新",
-           "什么时候 何时 几点 哪天 哪年", "多少 几 多大 多久"),
+           "什么时候 何时 几点 哪天 哪年", "多少 几 多大 多久",
+           "现在 目前 还 剩"),
     "ja": ("誰 何 いつ どこ どの どれ どう なぜ いくつ いくら", "覚え 思い出", "私 僕 俺 わたし", "あなた 君 きみ お前",
            "今 もう 変え 引っ越 新し",
-           "いつ", "いくつ いくら 何人 何年 何歳 どのくらい"),
+           "いつ", "いくつ いくら 何人 何年 何歳 どのくらい",
+           "今 まだ 残"),
     "ko": ("누구 누가 무엇 뭐 언제 어디 어느 왜 어떻게 몇 얼마", "기억",
            "나는 내가 나를 나의 내 저는 제가", "너는 네가 너를 너의 네 당신",
            "이제 지금 더이상 바꿨 이사 새",
-           "언제", "몇 얼마"),
+           "언제", "몇 얼마",
+           "지금 이제 아직 남"),
 }  # fmt: skip
 
 
@@ -5805,7 +5817,7 @@ class Query:
     about: frozenset[str] = frozenset()  # the speakers, in lower case, whose words are asked for; empty: anyone's
     dates: tuple[tuple[float, float], ...] = ()  # named spans of time, in days since 1970
     asks: int = TELLS  # TELLS, DOUBTFUL or ASKS
-    wants: frozenset[str] = frozenset()  # traits that an answer has: "time", "number"
+    wants: frozenset[str] = frozenset()  # what an answer has: "time", "number"; "now": it is the newest that holds
     asked: str = ""  # what of the text asks, in its own words; empty where nothing does
 
 
@@ -5894,7 +5906,7 @@ def understand(
     about = asked_about(asked, asker, speakers, language)
     if language == "en" and len(about) == 1 and not (says(asked, ADDRESSED, "en") or says(asked, ONESELF, "en")):
         spoken = in_first_person(spoken, [w for w, of in participant_words(speakers).items() if of == about])
-    wants = {"time": ASKING_WHEN, "number": ASKING_HOW_MANY}
+    wants = {"time": ASKING_WHEN, "number": ASKING_HOW_MANY, "now": ASKING_NOW}
     wants = frozenset(trait for trait, kind in wants.items() if says(asked, kind, language))
     dates, asks = named_dates(text, now, language), how_it_asks(text, asked, language)
     return Query(words, spoken, about, dates, asks, wants, asked)
@@ -6100,6 +6112,11 @@ def of_kind(name: str) -> Callable[[Query, Evidence], np.ndarray]:
     return lambda query, e: e.traits[name] * np.float32(name in query.wants)
 
 
+def lately(query: Query, e: Evidence) -> np.ndarray:
+    """How late in the chat it was said, 0 to 1, where the query asks for what holds now."""
+    return np.linspace(0, 1, len(e.days), dtype=np.float32) * np.float32("now" in query.wants)
+
+
 def short_answer(query: Query, e: Evidence) -> np.ndarray:
     """What a message lacks in substance, where the one before asks: "Seven years!" holds a fact."""
     return e.traits["answer"] * (1 - e.traits["substance"])
@@ -6144,6 +6161,8 @@ SIGNALS = {
     "name": Signal(0.58, trait("name")),
     "time": Signal(1.57, of_kind("time")),
     "number": Signal(1.22, of_kind("number")),
+    "lately": Signal(2.89, lately),
+    "change": Signal(0.36, trait("change")),
     "question": Signal(-1.52, trait("question")),
 }
 # By how much a memory's score must stand above the chat's usual one: for a message that tells, for a doubtful question,
@@ -9593,7 +9612,7 @@ class OpenAIUpstream:
         except httpx.HTTPError as error:
             words = str(error) or type(error).__name__
             raise UpstreamUnavailable(
-                f"The upstream at {shown_url(self.url)} broke off in the middle of its answer: {words}."
+                f"The upstream at {shown_url(self.url)} broke off in the middle of its answer: {words.rstrip('.')}."
             ) from error
 
     def _unreachable(self, error: Exception) -> UpstreamUnavailable:
@@ -10347,16 +10366,20 @@ class Vectors:
         ids, stop = list(ids), stop or (lambda: self._closed)
         try:
             with chat.embedding:  # whoever comes second finds the vectors there
-                for some in self._stretches(chat, ids, behind + len(ids)):
+                for some in self._stretches(chat, ids, behind + len(ids), stop):
                     self._embed_messages(chat, some, stop)
-                for some in self._stretches(chat, ids, behind + len(ids) / 2):  # after all messages: those find more
+                for some in self._stretches(chat, ids, behind + len(ids) / 2, stop):  # later: they find less
                     self._embed_sentences(chat, some, stop)
         finally:
             self._background.vectors.expect(chat.id, behind)
 
-    def _stretches(self, chat: Chat, ids: Sequence[str], left: float) -> Iterator[Sequence[str]]:
+    def _stretches(
+        self, chat: Chat, ids: Sequence[str], left: float, stop: Callable[[], bool]
+    ) -> Iterator[Sequence[str]]:  # fmt: skip
         """The ids in stretches, each of which is half of the work on its messages, of which so many are `left`."""
         for start in range(0, len(ids), READ_AT_ONCE):
+            if stop():
+                return
             self._background.vectors.expect(chat.id, left - start / 2)
             yield ids[start : start + READ_AT_ONCE]
 
@@ -12305,13 +12328,11 @@ class Completions:
         limit = overflow.context or int(ours * ratio / UNKNOWN_RATIO) + reply
         prepared = replace(prepared, shortened=prepared.shortened + 1, limit=0 if overflow.context else limit)
         room = min((limit - reply) / ratio, 0.9 * ours)
-        while prepared.shortened == MOST_SHORTENED and prepared.fallbacks:  # the last try is the client's own prompt
-            prepared = without_part(prepared, f"for which the model has no room: {error}")
+        last = prepared.shortened == MOST_SHORTENED  # then it is the client's own prompt
         while True:
             messages = prepared.body["messages"]
             kept = without_oldest(messages, math.ceil(prompt_tokens(messages) - room), prepared.history)
-            left = prompt_tokens(kept)
-            if left < ours:
+            if prompt_tokens(kept) < ours and not (last and prepared.fallbacks):
                 return without_messages(prepared, kept, error)
             if not prepared.fallbacks:
                 raise error
