@@ -2785,10 +2785,11 @@ def exact_start(tree: Tree, digests: Sequence[str], head: str) -> Alignment | No
 def shifted_start(tree: Tree, digests: Sequence[str]) -> Alignment:
     """For a transcript whose front was changed: hung under the base that most of its later messages agree on.
 
-    A message at index i that is stored somewhere speaks for the base i + 1 levels above it.
+    A message at index i that is stored somewhere speaks for the base i + 1 levels above it. The newest says nothing: it
+    is new, whatever it repeats.
     """
     votes: dict[str, dict[int, str]] = defaultdict(dict)
-    for i, digest in enumerate(digests[:FRONT]):
+    for i, digest in enumerate(digests[: min(FRONT, len(digests) - 1)]):
         for node in same_text(tree, digest):
             votes[tree.ancestor(node, i + 1)].setdefault(i, node)
     newest = {base: max(tree.nodes[n].order for n in nodes.values()) for base, nodes in votes.items()}
@@ -2811,8 +2812,7 @@ def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
         return shifted
     if shifted.base != exact.base and not tree.is_below(shifted.base, exact.kept[0]):
         return exact if shifted.run <= len(exact.kept) else shifted
-    # Behind what was deleted or edited. The newest message alone says nothing: it is new, whatever it repeats.
-    later = [i for i in shifted.matches if len(exact.kept) <= i < len(digests) - 1]
+    later = [i for i in shifted.matches if i >= len(exact.kept)]  # behind what was deleted or edited
     users = exact.users + count_users(tree, (tree.by_digest[digests[i]][0] for i in later))
     return replace(exact, matches=(*exact.matches, *later), users=users)
 
@@ -4996,6 +4996,7 @@ ANY_ID = "dne"  # kinds of ids, see Catalogue
 MOST_PARAGRAPHS = 24  # behind which a joined message is looked for
 MET = -1  # an index of no message
 LEAST_SHARE = 4  # of a request's messages one in so many is known to the chat that it goes on
+TELLING_BYTES = 40  # of fewer matching messages' texts
 SURE_MATCHES = 3  # matching messages that name a chat whatever its persona says
 MOST_REFUSED = 500  # ids of what a filter refused, for each part of a prompt
 KEPT_NOTES = 8  # of a chat: texts that its client puts around or between a user's words
@@ -5727,10 +5728,14 @@ def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
         return Alignment()
     request = unmerged(chat, request)
     found = align_request(chat, request)
-    if found.users and not found.convincing:
+    if found.users and found.base == ROOT and not found.convincing:
         found = with_reworded(chat, found, request)
     strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
-    return Alignment() if strange and len(found.matches) < SURE_MATCHES else unless_few(found, len(request.turns) - 1)
+    said = sum(len(request.turns[i].content.encode()) for i in found.matches)
+    usual = found.base != ROOT and said < TELLING_BYTES  # words that may stand in the middle of any chat
+    if len(found.matches) < SURE_MATCHES and (strange or usual):
+        return Alignment()
+    return unless_few(found, len(request.turns) - 1)
 
 
 def with_reworded(chat: Chat, found: Alignment, request: ChatRequest) -> Alignment:
