@@ -2785,11 +2785,10 @@ def exact_start(tree: Tree, digests: Sequence[str], head: str) -> Alignment | No
 def shifted_start(tree: Tree, digests: Sequence[str]) -> Alignment:
     """For a transcript whose front was changed: hung under the base that most of its later messages agree on.
 
-    A message at index i that is stored somewhere speaks for the base i + 1 levels above it. The newest says nothing: it
-    is new, whatever it repeats.
+    A message at index i that is stored somewhere speaks for the base i + 1 levels above it.
     """
     votes: dict[str, dict[int, str]] = defaultdict(dict)
-    for i, digest in enumerate(digests[: min(FRONT, len(digests) - 1)]):
+    for i, digest in enumerate(digests[:FRONT]):
         for node in same_text(tree, digest):
             votes[tree.ancestor(node, i + 1)].setdefault(i, node)
     newest = {base: max(tree.nodes[n].order for n in nodes.values()) for base, nodes in votes.items()}
@@ -5728,6 +5727,9 @@ def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
         return Alignment()
     request = unmerged(chat, request)
     found = align_request(chat, request)
+    last, whole = len(request.turns) - 1, found.skipped + len(found.kept) == len(request.turns)
+    if not whole and last in found.matches and request.turns[last].role == "user":  # it is new, whatever it repeats
+        found = replace(found, matches=found.matches[:-1], users=found.users - 1)
     if found.users and found.base == ROOT and not found.convincing:
         found = with_reworded(chat, found, request)
     strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
