@@ -215,7 +215,7 @@ class Settings:
     reranker: str = setting(
         "", "sentence-transformers CrossEncoder that puts the best memories in order: a path or a hub name", "none"
     )
-    lean: bool = setting(False, "recall less: what is likeliest to matter, in half of the tokens", "off")
+    lean: bool = setting(False, "recall less: only the likeliest memories, in half of the tokens", "off")
     forget_after: int = setting(30, "days until forgotten messages are erased from the disk for good; 0 is at once")
     no_guidance: bool = setting(False, "do not tell the model how the user feels", "off")
     api_key: str = setting(
@@ -1049,7 +1049,7 @@ class Background:
         self.going = threading.Event()  # cleared while it is paused
         self.going.set()
         self.vectors = LongWork("vectors", "messages wait until they can be found by meaning", 16)
-        self.summaries = LongWork("summaries", "stretches of chats wait to be summarised", 1)
+        self.summaries = LongWork("summaries", "parts of chats wait to be summarised", 1)
 
     @property
     def paused(self) -> bool:
@@ -1161,6 +1161,15 @@ def token_encoding() -> Any:
 
 def count_tokens(text: str) -> int:
     """Tokens of a text (cl100k_base; other models' tokenizers differ by some percent)."""
+    return counted(text) if len(text) <= SHORT_TEXT else len(token_encoding().encode_ordinary(text))
+
+
+SHORT_TEXT = 2000  # characters
+
+
+@functools.lru_cache(1 << 13)
+def counted(text: str) -> int:
+    """Tokens of a short text: a turn counts the lines of the same memories as those before it."""
     return len(token_encoding().encode_ordinary(text))
 
 
@@ -1694,8 +1703,7 @@ def share_of(part: int, whole: int) -> float:
 
 def count_of(words: Iterable[str], listed: str) -> int:
     """How many of the words are in one of the lists above."""
-    known = word_set(listed)
-    return sum(word in known for word in words)
+    return sum(map(word_set(listed).__contains__, words))
 
 
 def style_features(text: str, pieces: Sequence[tuple[int, str]], tokens: Sequence[str]) -> list[float]:
@@ -2092,6 +2100,7 @@ EMBED_BATCH = 128  # messages whose vectors are asked for and stored together
 MODEL_BATCH = 16  # texts that a model of the user's choice, which may be slow, reads together
 SLICE_SECONDS = 0.03  # of work that nothing interrupts: a turn's query waits for no more
 SLICE_BYTES = 256, 1600, 16_384  # of texts that one slice takes: at least, at first, at most
+MOST_COPIED = 500_000_000  # parameters of a model that is tried in another precision, beside itself
 SAME_VECTORS = 0.999  # cosine from which on a faster model is as good
 SAMPLES = tuple(
     f"{'The lighthouse keeper counts the boats and writes down the wind. ' * n}What did {name} say about the storm?"
@@ -2297,15 +2306,15 @@ def faster(model: Any) -> Any:
     """
     import torch
 
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or sum(p.numel() for p in model.parameters()) > MOST_COPIED:
         return model
-    candidate = deepcopy(model)
-    for layer in candidate.modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.to(torch.bfloat16)
-            layer.register_forward_pre_hook(lambda _, given: (given[0].to(torch.bfloat16), *given[1:]))
-            layer.register_forward_hook(lambda _, given, found: found.float())
-    with contextlib.suppress(Exception):  # layers that are used in another way
+    with contextlib.suppress(Exception):  # what cannot be copied, or uses its layers in another way
+        candidate = deepcopy(model)
+        for layer in candidate.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.to(torch.bfloat16)
+                layer.register_forward_pre_hook(lambda _, given: (given[0].to(torch.bfloat16), *given[1:]))
+                layer.register_forward_hook(lambda _, given, found: found.float())
         made, spent = [], []
         for some in (model, candidate) * 3:  # the fastest of three: something else may run beside
             started = time.perf_counter()
@@ -4288,56 +4297,67 @@ SUBSTANTIAL, MOST_NEEDED = 1.3, 15
 ASKING_MARKS = ("?", "\uff1f", "\u061f")
 CLAUSES = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*(?:[.!?:;\n\uff1f\u3002\u061f]|\Z)")  # linear: it never fails
 # By language: words that ask, that call something to mind, that mean the speaker and the one spoken to, that tell of a
-# change, and that ask for a time and for a number (`_` is a space). Beside CALENDARS nothing in recall depends on a
-# language.
-ASKING, REMINDING_OF, ONESELF, ADDRESSED, CHANGES, ASKING_WHEN, ASKING_HOW_MANY = range(7)
+# change, and that ask for a time, for a number and for what holds now (`_` is a space). Beside CALENDARS nothing in
+# recall depends on a language.
+ASKING, REMINDING_OF, ONESELF, ADDRESSED, CHANGES, ASKING_WHEN, ASKING_HOW_MANY, ASKING_NOW = range(8)
 SPEECH_WORDS = {
     "en": ("who whom whose what when where which why how", "remember remind recall forgot forget tell told",
            "i me my mine myself", "you your yours yourself",
            "now anymore more longer instead moved changed switched quit sold renamed new actually",
            "when what_day what_date what_time what_month what_year "
            "which_day which_month which_year how_long",
-           "how_many how_much how_old how_long how_often"),
+           "how_many how_much how_old how_long how_often",
+           "now currently current still these_days left anymore any_more any_longer nowadays"),
     "de": ("wer wem wen wessen was wann wo wohin woher welche welcher welches welchen warum wieso weshalb wie",
            "erinnerst erinnere erinnern weißt", "ich mich mir mein meine meinen meinem meiner",
            "du dich dir dein deine deinen deinem deiner sie ihr ihnen ihre ihren",
            "jetzt nun mehr stattdessen umgezogen geändert gewechselt gekündigt verkauft neu neue neuen neues",
-           "wann", "wie_viele wie_viel wie_alt wie_lange wie_oft"),
+           "wann", "wie_viele wie_viel wie_alt wie_lange wie_oft",
+           "jetzt nun noch derzeit inzwischen mittlerweile aktuell übrig"),
     "es": ("quién quiénes qué cuándo dónde cuál cuáles cómo cuánto cuánta cuántos cuántas",
            "recuerdas acuerdas recuerda recuérdame", "yo me mí mi mis mío mía",
            "tú te ti tu tus tuyo tuya usted su sus",
            "ahora ya mudé cambié cambiado dejé vendí nuevo nueva",
-           "cuándo", "cuánto cuánta cuántos cuántas"),
+           "cuándo", "cuánto cuánta cuántos cuántas",
+           "ahora todavía aún actualmente hoy_en_día queda quedan"),
     "fr": ("qui quoi que quand où quel quelle quels quelles pourquoi comment combien", "souviens rappelle rappelles",
            "je j me m moi mon ma mes", "tu te t toi ton ta tes vous votre vos",
            "maintenant plus désormais déménagé changé quitté vendu nouveau nouvelle",
-           "quand", "combien quel_âge"),
+           "quand", "combien quel_âge",
+           "maintenant encore actuellement désormais reste restent"),
     "it": ("chi che cosa quando dove quale quali perché come quanto quanti quante", "ricordi ricorda ricordami",
            "io mi me mio mia miei mie", "tu ti te tuo tua tuoi tue",
            "ora adesso più invece trasferito cambiato venduto nuovo",
-           "quando", "quanto quanta quanti quante"),
+           "quando", "quanto quanta quanti quante",
+           "ora adesso ancora attualmente ormai resta restano rimane rimangono"),
     "pt": ("quem que quê quando onde qual quais porquê como quanto quantos quantas", "lembras lembra lembrar",
            "eu me mim meu minha meus minhas", "tu te ti teu tua você seu sua",
            "agora mais mudei mudou vendi novo nova",
-           "quando", "quanto quanta quantos quantas"),
+           "quando", "quanto quanta quantos quantas",
+           "agora ainda atualmente hoje_em_dia resta restam"),
     "pl": ("kto kogo komu co czego kiedy gdzie skąd który która które dlaczego jak ile czyj", "pamiętasz przypomnij",
            "ja mnie mi mój moja moje mojego mojej", "ty ciebie cię ci twój twoja twoje twojego twojej",
            "teraz już zamiast przeprowadziłem zmieniłem sprzedałem nowy nowa nowe",
-           "kiedy", "ile"),
+           "kiedy", "ile",
+           "teraz jeszcze nadal wciąż obecnie zostało"),
     "ru": ("кто кого кому что чего когда где куда откуда какой какая какое какие почему зачем как сколько чей",
            "помнишь вспомни напомни", "я меня мне мой моя моё мои моего моей",
            "ты тебя тебе твой твоя твоё твои вы вас вам ваш",
            "теперь больше вместо переехал переехала сменил сменила продал новый новая",
-           "когда", "сколько"),
+           "когда", "сколько",
+           "теперь сейчас ещё до_сих_пор осталось остался"),
     "zh": ("谁 什么 哪 几 多少 怎么 为什么 吗", "记得 想起", "我", "你 您", "现在 不再 改 搬 换 新",
-           "什么时候 何时 几点 哪天 哪年", "多少 几 多大 多久"),
+           "什么时候 何时 几点 哪天 哪年", "多少 几 多大 多久",
+           "现在 目前 还 剩"),
     "ja": ("誰 何 いつ どこ どの どれ どう なぜ いくつ いくら", "覚え 思い出", "私 僕 俺 わたし", "あなた 君 きみ お前",
            "今 もう 変え 引っ越 新し",
-           "いつ", "いくつ いくら 何人 何年 何歳 どのくらい"),
+           "いつ", "いくつ いくら 何人 何年 何歳 どのくらい",
+           "今 まだ 残"),
     "ko": ("누구 누가 무엇 뭐 언제 어디 어느 왜 어떻게 몇 얼마", "기억",
            "나는 내가 나를 나의 내 저는 제가", "너는 네가 너를 너의 네 당신",
            "이제 지금 더이상 바꿨 이사 새",
-           "언제", "몇 얼마"),
+           "언제", "몇 얼마",
+           "지금 이제 아직 남"),
 }  # fmt: skip
 
 
@@ -4973,6 +4993,7 @@ SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
 ANY_ID = "dne"  # kinds of ids, see Catalogue
+MOST_PARAGRAPHS = 24  # behind which a joined message is looked for
 MET = -1  # an index of no message
 LEAST_SHARE = 4  # of a request's messages one in so many is known to the chat that it goes on
 SURE_MATCHES = 3  # matching messages that name a chat whatever its persona says
@@ -5443,7 +5464,7 @@ class ChatRegistry:
 
     def enter(self, chat: Chat, ids: Iterable[str]) -> None:
         """Notes a chat's new messages and its line in the catalogue; hold the chat's lock."""
-        texts = list({node.digest for node in chat.nodes(ids) if node.shown})
+        texts = list({node.digest for node in chat.nodes(ids) if node.shown}) + header_marks(chat.store.info)
         kept = [m.at for some in chat.store.marks.values() for m in some.values() if m.forgotten and not m.erased]
         kind = "d" if not chat.store.info["explicit"] else "e" if chat.store.info.get("extension") else "n"
         self.catalogue.enter(chat.store.listing(), texts, kind, min(kept, default=0.0))
@@ -5538,7 +5559,7 @@ class ChatRegistry:
         try:
             chat = lending.chat.result()
             with chat.lock:
-                digests = {node.digest for node in chat.tree.nodes.values()}
+                digests = {node.digest for node in chat.tree.nodes.values()} | set(header_marks(chat.store.info))
                 chat.close()
             return digests
         except StoreError:
@@ -5560,6 +5581,23 @@ class ChatRegistry:
         self.characters.close()
 
 
+# What SillyTavern tells chat files by, in the metadata of their headers: version 1.13 and newer, older ones; and the
+# name of the chat that a branch or a checkpoint was made of, which bears the same marks.
+HEADER_NAMES = ("integrity", "chat_id_hash", "main_chat")
+
+
+def header_marks(info: Mapping) -> list[str]:
+    """What a chat's file is looked up by beside its texts, from the header that `info` holds."""
+    header = info.get("header", {})
+    return [short_hash("header", kind, header[kind]) for kind in HEADER_NAMES[:2] if header.get(kind)]
+
+
+def told_apart(one: Mapping, other: Mapping) -> bool:
+    """Whether two chats' headers say that they are two, by the first mark that both have."""
+    pairs = ((one.get("header", {}).get(kind), other.get("header", {}).get(kind)) for kind in HEADER_NAMES[:2])
+    return next((a != b for a, b in pairs if a and b), False)
+
+
 def align_request(chat: Chat, request: ChatRequest) -> Alignment:
     """Where a request's transcript hangs in a chat; a complete one begins where the chat begins."""
     digests = [t.digest for t in request.turns]
@@ -5572,9 +5610,9 @@ def align_request(chat: Chat, request: ChatRequest) -> Alignment:
 def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     """A request with the messages of the chat that its client keeps out of the prompt, each in its place, as the client
     told when it last showed the whole chat: they stay part of it."""
-    first, hidden = request.history_start, chat.store.info.get("hidden", ())
+    first, hidden = request.history_start, hidden_from(chat, request)
     path, turns = chat.path() if hidden else [], request.turns[first:]
-    away = set(hidden).intersection(path)
+    away = hidden.intersection(path)
     if not away or not turns:
         return request
     said, asked = chat.texts(path), [t.digest for t in turns]
@@ -5584,6 +5622,11 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     shown = iter(turns)
     whole = [next(shown) if at == MET else hidden_turn(*chat.store.read([path[at]])) for at in places]
     return replace(request, turns=(*request.turns[:first], *whole, *shown))
+
+
+def hidden_from(chat: Chat, request: ChatRequest) -> set[str]:
+    """The ids of the messages that a request's client has told to be hidden from its prompts."""
+    return set(chat.store.info.get("hidden", ())) if request.identity.has_metadata else set()
 
 
 def walk_past(said: Sequence[str], asked: Sequence[str], start: int, away: Collection[int]) -> list[int]:
@@ -5615,7 +5658,7 @@ def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
     A turn is parted where its first paragraphs are a message of the chat that follows on the turn before, and the rest
     is what follows on that one, or what nothing has followed on yet.
     """
-    tree, away, turns = chat.tree, set(chat.store.info.get("hidden", ())), []
+    tree, away, turns = chat.tree, hidden_from(chat, request), []
     for turn in request.turns:
         before = turns[-1].digest if turns else ""
         known = "\n\n" not in turn.content or turn.digest in tree.by_digest
@@ -5626,16 +5669,18 @@ def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
 def parted(tree: Tree, turn: Turn, before: str, away: Collection[str]) -> list[Turn]:
     """The turns that a turn is made of, as `unmerged` tells them; `before` is the digest of the turn before it, and
     `away` are the messages that the client hides."""
-    sent = text_of(turn.raw["content"])
-    for cut in re.finditer(r"\n\n", turn.content):
-        first, rest = (part_of(turn, text) for text in (turn.content[: cut.start()], turn.content[cut.end() :]))
+    sent = turn.raw["content"]
+    for cut in itertools.islice(re.finditer(r"\n\n", turn.content), MOST_PARAGRAPHS if isinstance(sent, str) else 0):
+        first = part_of(turn, turn.content[: cut.start()])
+        if not (known := same_text(tree, first.digest) if first.content.strip() else ()):
+            continue
+        rest = part_of(turn, turn.content[cut.end() :])
+        if not rest.content.strip() or not (turn.role == "user" or NAME_PREFIX.match(rest.content)):
+            continue  # without a name it is a reply that was continued
         at = sent.find("\n\n" + rest.content.partition("\n\n")[0], len(first.content) // 2)  # notes may stand between
         first = replace(first, raw={**turn.raw, "content": sent[:at]} if at >= 0 else first.raw)
         rest = replace(rest, raw={**turn.raw, "content": sent[at + 2 :]} if at >= 0 else rest.raw, before=())
-        named = turn.role == "user" or NAME_PREFIX.match(rest.content)  # else a reply that was continued
-        if not named or not rest.content.strip() or not first.content.strip():
-            continue
-        for node in same_text(tree, first.digest):
+        for node in known:
             below = shown_below(tree, node, away)
             if before and before != shown_above(tree, node, away):
                 continue
@@ -5682,8 +5727,30 @@ def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
         return Alignment()
     request = unmerged(chat, request)
     found = align_request(chat, request)
+    if found.users and not found.convincing:
+        found = with_reworded(chat, found, request)
     strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
     return Alignment() if strange and len(found.matches) < SURE_MATCHES else unless_few(found, len(request.turns) - 1)
+
+
+def with_reworded(chat: Chat, found: Alignment, request: ChatRequest) -> Alignment:
+    """An alignment with the neighbours of its matches among these where they say nearly the same as the stored ones: a
+    client's rules for its display may reword each of the few messages that a chat begins with."""
+    tree, turns, near = chat.tree, request.turns, set(found.matches)
+    for i in found.matches:
+        for node in same_text(tree, turns[i].digest):
+            beside = [(i - 1, tree.nodes[node].parent), *((i + 1, child) for child in tree.children.get(node, ()))]
+            known = [(at, other) for at, other in beside if other and 0 <= at < len(turns) - 1]
+            for (at, _), message in zip(known, chat.store.read([other for _, other in known]), strict=True):
+                if message.role == turns[at].role and nearly_same(message.original, turns[at].content):
+                    near.add(at)
+    return replace(found, matches=tuple(sorted(near)))
+
+
+def nearly_same(one: str, other: str) -> bool:
+    """Whether most of the shorter text's words are the other's too."""
+    first, second = (Counter(re.findall(r"\w+", text.lower())) for text in (one, other))
+    return (first & second).total() >= SAME_SPEECH * max(1, min(first.total(), second.total()))
 
 
 def unless_few(found: Alignment, shown: int) -> Alignment:
@@ -5748,7 +5815,7 @@ class Query:
     about: frozenset[str] = frozenset()  # the speakers, in lower case, whose words are asked for; empty: anyone's
     dates: tuple[tuple[float, float], ...] = ()  # named spans of time, in days since 1970
     asks: int = TELLS  # TELLS, DOUBTFUL or ASKS
-    wants: frozenset[str] = frozenset()  # traits that an answer has: "time", "number"
+    wants: frozenset[str] = frozenset()  # what an answer has: "time", "number"; "now": it is the newest that holds
     asked: str = ""  # what of the text asks, in its own words; empty where nothing does
 
 
@@ -5837,7 +5904,7 @@ def understand(
     about = asked_about(asked, asker, speakers, language)
     if language == "en" and len(about) == 1 and not (says(asked, ADDRESSED, "en") or says(asked, ONESELF, "en")):
         spoken = in_first_person(spoken, [w for w, of in participant_words(speakers).items() if of == about])
-    wants = {"time": ASKING_WHEN, "number": ASKING_HOW_MANY}
+    wants = {"time": ASKING_WHEN, "number": ASKING_HOW_MANY, "now": ASKING_NOW}
     wants = frozenset(trait for trait, kind in wants.items() if says(asked, kind, language))
     dates, asks = named_dates(text, now, language), how_it_asks(text, asked, language)
     return Query(words, spoken, about, dates, asks, wants, asked)
@@ -6043,6 +6110,11 @@ def of_kind(name: str) -> Callable[[Query, Evidence], np.ndarray]:
     return lambda query, e: e.traits[name] * np.float32(name in query.wants)
 
 
+def lately(query: Query, e: Evidence) -> np.ndarray:
+    """How late in the chat it was said, 0 to 1, where the query asks for what holds now."""
+    return np.linspace(0, 1, len(e.days), dtype=np.float32) * np.float32("now" in query.wants)
+
+
 def short_answer(query: Query, e: Evidence) -> np.ndarray:
     """What a message lacks in substance, where the one before asks: "Seven years!" holds a fact."""
     return e.traits["answer"] * (1 - e.traits["substance"])
@@ -6087,6 +6159,8 @@ SIGNALS = {
     "name": Signal(0.58, trait("name")),
     "time": Signal(1.57, of_kind("time")),
     "number": Signal(1.22, of_kind("number")),
+    "lately": Signal(2.89, lately),
+    "change": Signal(0.36, trait("change")),
     "question": Signal(-1.52, trait("question")),
 }
 # By how much a memory's score must stand above the chat's usual one: for a message that tells, for a doubtful question,
@@ -6356,9 +6430,9 @@ def placed(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
         spots[digest].append(index)
     branch, found = tuple(texts), []
     for summary in summaries:
-        count = len(summary.texts)
-        rarest = min(range(count), key=lambda n: len(spots.get(summary.texts[n], ())))  # "ok" stands in many places
-        free = 0
+        count, free, rarest = len(summary.texts), 0, 0
+        if len(spots.get(summary.texts[0], ())) > 1:  # "ok" stands in many places
+            rarest = min(range(count), key=lambda n: len(spots.get(summary.texts[n], ())))
         for start in (index - rarest for index in spots.get(summary.texts[rarest], ())):
             if start >= free and branch[start : start + count] == summary.texts:
                 found.append(at_place(summary, start))
@@ -7459,18 +7533,23 @@ def header_name(header: Mapping, key: str) -> str:
 
 
 def named_in_header(header: Mapping) -> dict[str, Any]:
-    """The chat's id, where our extension has put it into the header's metadata.
+    """The chat's id, where our extension has put it into the header's metadata, and what SillyTavern itself tells files
+    by there (see HEADER_NAMES).
 
     Branches and checkpoints are made with a copy of their chat's metadata; what the extension noted of `main_chat` when
     it made the id tells them apart.
     """
-    metadata = header.get("chat_metadata")
-    known = metadata.get(EXPORT_FORMAT) if isinstance(metadata, dict) else None
+    metadata = header.get("chat_metadata") if isinstance(header.get("chat_metadata"), dict) else {}
+    told = {
+        k: sane_text(str(metadata[k]))[:LONGEST_NAME] for k in HEADER_NAMES if isinstance(metadata.get(k), str | int)
+    }
+    info = {"header": told} if told.keys() - {"main_chat"} else {}
+    known = metadata.get(EXPORT_FORMAT)
     named = known.get("id") if isinstance(known, dict) else None
     if not isinstance(named, str) or not 0 < len(named.strip()) <= LONGEST_ID or sane_text(named) != named:
-        return {}
+        return info
     same = (known.get("main") or "") == (metadata.get("main_chat") or "")
-    return {"chat_id": named.strip(), "explicit": True} if same else {}
+    return info | ({"chat_id": named.strip(), "explicit": True} if same else {})
 
 
 def is_message(row: Mapping) -> bool:
@@ -9531,7 +9610,7 @@ class OpenAIUpstream:
         except httpx.HTTPError as error:
             words = str(error) or type(error).__name__
             raise UpstreamUnavailable(
-                f"The upstream at {shown_url(self.url)} broke off in the middle of its answer: {words}."
+                f"The upstream at {shown_url(self.url)} broke off in the middle of its answer: {words.rstrip('.')}."
             ) from error
 
     def _unreachable(self, error: Exception) -> UpstreamUnavailable:
@@ -10099,11 +10178,11 @@ class TurnMemory:
 
 @dataclass(frozen=True)
 class Fallback:
-    """The messages of a prompt without one of its parts, and without those that the fallbacks before it leave out."""
+    """A prompt without one of its parts, and without those that the fallbacks before it leave out. Few turns need it:
+    it is composed only then."""
 
     without: str  # "memories", "story" or "restored history"
-    messages: tuple[dict, ...]
-    history: int  # as in `Prepared`
+    compose: Callable[[], tuple[list[dict], int]]  # gives the messages, and `history` as in `Prepared`
 
 
 @dataclass(frozen=True)
@@ -10285,16 +10364,20 @@ class Vectors:
         ids, stop = list(ids), stop or (lambda: self._closed)
         try:
             with chat.embedding:  # whoever comes second finds the vectors there
-                for some in self._stretches(chat, ids, behind + len(ids)):
+                for some in self._stretches(chat, ids, behind + len(ids), stop):
                     self._embed_messages(chat, some, stop)
-                for some in self._stretches(chat, ids, behind + len(ids) / 2):  # after all messages: those find more
+                for some in self._stretches(chat, ids, behind + len(ids) / 2, stop):  # later: they find less
                     self._embed_sentences(chat, some, stop)
         finally:
             self._background.vectors.expect(chat.id, behind)
 
-    def _stretches(self, chat: Chat, ids: Sequence[str], left: float) -> Iterator[Sequence[str]]:
+    def _stretches(
+        self, chat: Chat, ids: Sequence[str], left: float, stop: Callable[[], bool]
+    ) -> Iterator[Sequence[str]]:  # fmt: skip
         """The ids in stretches, each of which is half of the work on its messages, of which so many are `left`."""
         for start in range(0, len(ids), READ_AT_ONCE):
+            if stop():
+                return
             self._background.vectors.expect(chat.id, left - start / 2)
             yield ids[start : start + READ_AT_ONCE]
 
@@ -10646,7 +10729,7 @@ class Feelings:
 
 
 # What an imported chat hands over to the one that it becomes.
-BECOMING = ("created", "character", "user_name", "persona", "title", "group", "imported")
+BECOMING = ("created", "character", "user_name", "persona", "title", "group", "imported", "header")
 MOST_PASSED_OVER = 100  # lines of a file that an answer names
 NEARLY_ALL = 0.8  # share of two copies' texts that makes them one chat's: some are edited, swiped or deleted
 
@@ -10826,11 +10909,13 @@ class Archive:
             if chat is None:
                 return replace(request, turns=())
             with chat.lock:
-                alignment = align_request(chat, request)
+                seen = with_hidden(chat, unmerged(chat, without_notes(request, chat.store.info.get("notes", []))))
+                alignment = align_request(chat, seen)
+                held = alignment.skipped + len(alignment.kept) == len(seen.turns) or learned_note(chat, alignment, seen)
         if not alignment.matches:
             return replace(request, turns=())
         last = request.turns[-1]
-        if last.role != "user" or alignment.skipped + len(alignment.kept) == len(request.turns):
+        if last.role != "user" or held:
             return request
         return replace(request, turns=request.turns[:-1], tail=(*last.before, last.raw, *request.tail))
 
@@ -10995,15 +11080,24 @@ class Archive:
 
     def _chat_of_copy(self, copy: ChatCopy, chat_id: str) -> tuple[str, bool]:
         """The id of the chat that a file's belongs to, and whether it was made for it."""
-        named = chat_id or copy.info.get("chat_id", "") or self._located_copy(copy, ANY_ID)
+        named = chat_id or copy.info.get("chat_id", "") or self._marked_copy(copy) or self._located_copy(copy, ANY_ID)
         if not named:  # derived, so that an import that was interrupted finds its chat again
             first_user = next((m.id for m in copy.path if m.role == "user"), copy.head)
-            named = f"chat-{first_user[:16]}"
+            named = f"chat-{short_hash(first_user, *header_marks(copy.info))[:16]}"
         with self._registry.lookup(named) as chat:
             if chat:
                 return named, False
         self._registry.create(named, bool(chat_id) or copy.info.get("explicit", False))
         return named, True
+
+    def _marked_copy(self, copy: ChatCopy) -> str:
+        """The id of the chat whose file had the same header; empty: none, or it was made of that one."""
+        for chat_id in itertools.chain(*self._registry.catalogue.holding(header_marks(copy.info), ANY_ID)):
+            with self._registry.lookup(chat_id) as chat:
+                ours = chat.store.info.get("header", {}) if chat else None
+                if ours is not None and ours.get("main_chat") == copy.info["header"].get("main_chat"):
+                    return chat_id
+        return ""
 
     def _located_copy(self, copy: ChatCopy, kinds: str) -> str:
         """The id of the chat that a file continues, or branches off from; empty: none.
@@ -11015,7 +11109,8 @@ class Archive:
 
         def where(chat: Chat, texts: Sequence[str]) -> Alignment:
             """Where a part of the file hangs in a chat."""
-            foreign = chat.store.info["explicit"] and not is_chat_of(chat, copy)
+            foreign = told_apart(chat.store.info, copy.info)
+            foreign = foreign or (chat.store.info["explicit"] and not is_chat_of(chat, copy))
             return Alignment() if foreign else unless_few(align(chat.tree, texts, chat.store.head), len(texts))
 
         for window in (digests[:LOCATED_BY], digests[-LOCATED_BY:]) if digests else ():
@@ -11096,8 +11191,7 @@ def same_speech(chat: Chat, one: str, other: str) -> bool:
     first, second = chat.nodes([one, other])
     if first.role != second.role or first.digest == second.digest:
         return first.role == second.role
-    words = [Counter(re.findall(r"\w+", m.original.lower())) for m in chat.store.read([one, other])]
-    return (words[0] & words[1]).total() >= SAME_SPEECH * max(1, min(words[0].total(), words[1].total()))
+    return nearly_same(*(m.original for m in chat.store.read([one, other])))
 
 
 def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
@@ -12232,13 +12326,11 @@ class Completions:
         limit = overflow.context or int(ours * ratio / UNKNOWN_RATIO) + reply
         prepared = replace(prepared, shortened=prepared.shortened + 1, limit=0 if overflow.context else limit)
         room = min((limit - reply) / ratio, 0.9 * ours)
-        while prepared.shortened == MOST_SHORTENED and prepared.fallbacks:  # the last try is the client's own prompt
-            prepared = without_part(prepared, f"for which the model has no room: {error}")
+        last = prepared.shortened == MOST_SHORTENED  # then it is the client's own prompt
         while True:
             messages = prepared.body["messages"]
             kept = without_oldest(messages, math.ceil(prompt_tokens(messages) - room), prepared.history)
-            left = prompt_tokens(kept)
-            if left < ours:
+            if prompt_tokens(kept) < ours and not (last and prepared.fallbacks):
                 return without_messages(prepared, kept, error)
             if not prepared.fallbacks:
                 raise error
@@ -12297,8 +12389,9 @@ def without_part(prepared: Prepared, why: str) -> Prepared:
     shares = {"memories": "memories", "story": "story"}.get(fallback.without, "")
     recalled = [] if fallback.without == "memories" else report.recalled
     report = replace(report, recalled=recalled, tokens=report.tokens | ({shares: 0} if shares else {}))
-    prepared = replace(prepared, report=report, history=fallback.history, fallbacks=tuple(fallbacks))
-    return with_messages(prepared, f"asked again without {fallback.without}, {why}", fallback.messages)
+    messages, history = fallback.compose()
+    prepared = replace(prepared, report=report, history=history, fallbacks=tuple(fallbacks))
+    return with_messages(prepared, f"asked again without {fallback.without}, {why}", messages)
 
 
 def without_messages(prepared: Prepared, kept: Sequence[dict], error: UpstreamError) -> Prepared:
@@ -12488,7 +12581,7 @@ class PromptBuilder:
         first, above = request.history_start, len(nodes) - len(request.turns)
         shown, budget = nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
-        away = set(chat.store.info.get("hidden", ()))
+        away = hidden_from(chat, request)
         counts = [0 if away and n.id in away else n.tokens for n in shown[:above]]
         counts += [0 if t.hidden else n.tokens for t, n in zip(request.turns[first:], shown[above:], strict=True)]
         for i, turn in enumerate(request.turns[first:], above):
@@ -12585,8 +12678,7 @@ def fallbacks(memory: TurnMemory, withheld: Collection[str]) -> Iterator[Fallbac
     """What to ask where a filter refuses the prompt: without one part more each time."""
     parts = [part for part in memory.parts if part not in withheld]
     for count, part in enumerate(parts, 1):
-        prompt, history = composed(memory, parts[count:])
-        yield Fallback(part, tuple(prompt), history)
+        yield Fallback(part, functools.partial(composed, memory, parts[count:]))
 
 
 def without_shown(recalled: RecallResult, layout: Layout, story: int) -> RecallResult:
@@ -14374,7 +14466,7 @@ function showWork({ paused, work } = { paused: false, work: [] }) {
     workBar.hidden = !work.length && !paused;
     keyed(list, jobs, workRow, (job) => job.kind);
     pause.textContent = paused ? 'Resume' : 'Pause';
-    pause.onclick = () => attempt(async () => showWork(await send('POST', '/pause', { paused: !paused })));
+    pause.onclick = () => attempt(async () => showWork((await send('POST', '/pause', { paused: !paused })).progress));
 }
 
 const workRow = ({ kind, waiting, done, rate, words }) => h('li',

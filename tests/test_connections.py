@@ -12,7 +12,7 @@ IDLE, HALF = 300, 100
 
 def test_idle_connections_and_half_requests_leave_the_server_alive(upstream, data_dir):
     """Health, the page and a turn, each on a new connection."""
-    with contextlib.ExitStack() as open_sockets, LocalServer(settings(data_dir, upstream.url)) as running:
+    with LocalServer(settings(data_dir, upstream.url)) as running, contextlib.ExitStack() as open_sockets:
         address = urlsplit(running.url)
         for number in range(IDLE + HALF):
             sock = open_sockets.enter_context(socket.create_connection((address.hostname, address.port), 60))

@@ -173,11 +173,12 @@ def test_the_background_can_be_paused_and_tells_how_far_it_is(server):
     assert call(server, "POST", "pause", {"paused": True}).json() == {"progress": {"paused": True, "work": []}}
     assert call(server, "POST", "pause", {"paused": "yes"}).status_code == 400
     call(server, "POST", "chats/long/messages", {"messages": LONG})
-    vectors, index = server.server.memory.vectors, open_chat(server, "long").index
+    vectors, store = server.server.memory.vectors, open_chat(server, "long").store
+    texts = [pm.text_fingerprint(None, m["content"]) for m in LONG]
     wait_until(lambda: "long" in vectors._held)
-    assert not index.vectors([pm.text_fingerprint(None, LONG[0]["content"])]).any()
+    assert not store.vectors(vectors.embedder.key, texts)
     assert call(server, "POST", "pause", {"paused": False}).json()["progress"]["paused"] is False
-    wait_until(lambda: index.vector(pm.text_fingerprint(None, LONG[-1]["content"])) is not None)
+    wait_until(lambda: len(store.vectors(vectors.embedder.key, texts)) == len(LONG))
 
 
 def test_long_work_tells_what_is_left_and_how_long_it_takes():

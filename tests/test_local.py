@@ -33,7 +33,7 @@ def local(models, tmp_path_factory):
 
     data = tmp_path_factory.mktemp("data")
     (data / "models").symlink_to(models)
-    with Server(data, "local", env={"GEMINI_API_KEY": "", "GOOGLE_API_KEY": ""}) as server:
+    with Server(data, "local", env={"GEMINI_API_KEY": "", "GOOGLE_API_KEY": ""}, embedder=False) as server:
         yield server.wait_ready()
 
 

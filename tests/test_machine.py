@@ -572,8 +572,8 @@ class Machine(RuleBasedStateMachine):
         """Each request of the last step is judged; what the store holds, by the newest."""
         requests, self.unjudged = self.unjudged, []
         for request in requests:
-            self.prompt_fits(request)
             if request.judged:
+                self.prompt_fits(request)
                 self.card_and_newest_message_stand(request)
                 self.prompt_shows_this_chat_only(request)
                 self.forgotten_words_are_in_no_prompt(request)

@@ -688,7 +688,7 @@ def test_work_in_the_background_shows_how_far_it_is_and_can_be_paused(visit, tol
     def pause(route):
         asked.append(route.request.post_data_json)
         progress["paused"] = asked[-1]["paused"]
-        route.fulfill(json=progress)
+        route.fulfill(json={"progress": progress})
 
     def state(route):
         headers = {name: value for name, value in route.request.headers.items() if name != "if-none-match"}
@@ -708,9 +708,19 @@ def test_work_in_the_background_shows_how_far_it_is_and_can_be_paused(visit, tol
     bar.get_by_role("button", name="Resume").click()
     expect(bar.get_by_role("button", name="Pause")).to_be_visible()
     assert asked == [{"paused": True}, {"paused": False}]
-    quiet = visit(told.url)
-    expect(quiet.get_by_role("heading", level=1)).to_be_visible()
-    expect(quiet.get_by_role("region", name="Work in the background")).to_be_hidden()
+
+
+def test_a_pause_is_the_servers_own_until_it_is_ended(visit, told):
+    """Who comes later sees it, too; where nothing is to be done there is no bar."""
+    page = visit(told.url)
+    bar = page.get_by_role("region", name="Work in the background")
+    expect(page.get_by_role("heading", level=1)).to_be_visible()
+    expect(bar).to_be_hidden()
+    assert httpx.post(f"{told.url}/api/persona_memory/pause", json={"paused": True}).status_code == 200
+    expect(bar).to_contain_text("paused")
+    bar.get_by_role("button", name="Resume").click()
+    expect(bar).to_be_hidden()
+    assert not told.server.server.memory.pause(False)["paused"]
 
 
 # ---------------------------------------------------------------------------- while a chat goes on

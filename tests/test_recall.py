@@ -26,8 +26,8 @@ def encode():
 @pytest.mark.parametrize(
     ("text", "asker", "about", "spoken"),
     [
-        ("Where did Ann grow up?", "", {"ann"}, "Where did Ann grow up?"),
-        ("What is Bo Lind’s job?", "", {"bo lind"}, "What is Bo Lind’s job?"),
+        ("Where did Ann grow up?", "", {"ann"}, "Where did I grow up?"),
+        ("What is Bo Lind’s job?", "", {"bo lind"}, "What is my job?"),
         ("Did you sell your boat?", "Ann", {"bo lind"}, "Did you sell your boat?"),
         ("Did you sell your boat?", "", {"bo lind"}, "Did you sell your boat?"),
         ("Where do I work?", "Ann", {"ann"}, "Where do I work?"),
@@ -42,7 +42,8 @@ def encode():
     ],
 )
 def test_who_is_asked_about(text, asker, about, spoken):
-    """Names, "you" and "I" say whose words are wanted, in the chat's language; a preamble is not embedded."""
+    """Names, "you" and "I" say whose words are wanted, in the chat's language; a preamble is not embedded, and a name
+    stands as "I"."""
     query = pm.understand(text, asker, PAIR)
     assert (query.about, query.spoken) == (about, spoken)
 
@@ -313,6 +314,53 @@ def test_signals_are_finite_and_of_the_branchs_length(texts):
     index = indexed(chat(*((("Ann", "Bo")[i % 2], t) for i, t in enumerate(texts))))
     scores = asked(index, "When did Ann see the sea in Kent, yesterday?")[1]
     assert all(len(v) == len(texts) and np.isfinite(v).all() for v in scores.values())
+
+
+# ---------------------------------------------------------------------------- what a chat is like
+
+
+FILLER = (
+    "the wind turns over the grey water and the gulls go round the old mast while the kettle sings on the stove and"
+)
+
+
+def test_a_short_fact_stands_before_long_lines_that_everyone_says(encode):
+    """What counts as substance is how rare the words are here, not how many they are."""
+    lines = [
+        ("User" if i % 2 else "Mira", f"{FILLER} we count the posts by the ferry, number {i}, as ever.")
+        for i in range(60)
+    ]
+    lines[21] = ("User", "I am a cartographer from Brindle.")
+    index = indexed(chat(*lines), encode)
+    assert asked(index, "Do you recall my trade and where I live?", "User", encode)[0][0] == 21
+    assert index.substance()[21] == pytest.approx(1.0) and index.substance()[20] < 1
+
+
+def test_coherence_tells_whether_neighbours_are_about_the_same(encode):
+    """The same lines by topic and shuffled."""
+    topics = [
+        ("bread", "flour", "oven", "dough", "crust", "yeast", "baker", "butter"),
+        ("ship", "sail", "harbour", "anchor", "captain", "mast", "tide", "rope"),
+        ("violin", "melody", "concert", "bow", "orchestra", "song", "string", "choir"),
+        ("snow", "mountain", "glacier", "summit", "climb", "avalanche", "ridge", "ice"),
+    ]
+    ordered = [f"I was thinking about the {word} all day." for words in topics for word in words]
+    shuffled = [ordered[i] for i in np.random.default_rng(3).permutation(len(ordered))]
+    by_topic, mixed = (
+        indexed(chat(*((("Ann", "Bo")[i % 2], text) for i, text in enumerate(lines))), encode).coherence()
+        for lines in (ordered, shuffled)
+    )
+    assert by_topic > 0.65 and mixed < 0.35
+    assert pm.MemoryIndex().coherence() == pm.USUAL_COHERENCE
+
+
+def test_a_question_for_a_time_or_a_number_lifts_what_names_one():
+    said = ("We saw the red barge again.", "We saw the red barge on Tuesday.", "We saw the red barge with three dogs.")
+    lines = [line for text in said for line in (("Ann", text), ("Bo", "I see."))]
+    index = indexed(chat(*lines))
+    assert asked(index, "When did you see the red barge?", "Bo")[0][0] == 2
+    assert asked(index, "How many dogs were on the red barge?", "Bo")[0][0] == 4
+    assert pm.understand("¿Cuándo viste la barca?", "Bo", PAIR, language="es").wants == {"time"}
 
 
 # ---------------------------------------------------------------------------- the index

@@ -142,7 +142,7 @@ def test_a_reranker_that_cannot_be_used_costs_nothing_but_its_order(shared_upstr
     assert "I met Clara at the harbour" in memories_in(prompt)
     assert "The reranker" in degraded and "cannot be used" in degraded
     tiny_bert(tmp_path)
-    with pytest.raises(pm.EmbedderUnavailable, match="reranker late"):
+    with pytest.raises(pm.EmbedderUnavailable, match="too slow"):
         pm.Reranker(str(tmp_path)).order("Where?", ["here", "there"], timeout=0)
 
 
@@ -321,10 +321,11 @@ def multilingual(tmp_path_factory):
 
 # Share of the evidence among the first three and the first ten found: by words alone; by another embedder.
 LEAST = {
-    "de": (25, 75, 50, 75),
-    "es": (62, 100, 75, 100),
-    "ja": (75, 87, 87, 100),
-    "ru": (55, 88, 55, 77),
+    "de": (22, 50, 35, 65),
+    "es": (20, 42, 32, 55),
+    "fr": (25, 47, 37, 65),
+    "ja": (87, 100, 87, 100),
+    "ru": (43, 53, 43, 65),
     "zh": (88, 100, 88, 100),
 }
 
