@@ -4987,7 +4987,7 @@ OPEN_MESSAGES = 100_000  # in open chats, all in all; each takes about 5 KB of R
 LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
-BEGUN_SECONDS = 60.0  # after which a chat without a message is none that is just being made
+BEGUN_SECONDS = 60.0  # without a write, after which a chat without a branch is none that is just being made
 SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
@@ -5307,15 +5307,15 @@ class ChatRegistry:
         self._listed.set()
 
     def _enter_or_remove(self, folder: Path) -> None:
-        """Enters a chat in the catalogue; one without a message is what is left of a program that was killed as it made
-        the chat, and removed, unless another program may be at it at this moment."""
-        begun = time.time() - folder.stat().st_mtime > BEGUN_SECONDS
+        """Enters a chat in the catalogue; one without a branch is what is left of a program that was killed as it made
+        or imported the chat, and removed, unless another program may be at it at this moment."""
+        written = max(file.stat().st_mtime for file in (folder, *folder.iterdir()))
         with self._borrow_folder(folder) as chat:
             if chat:
                 with chat.lock:
                     self.enter(chat, list(chat.tree.nodes))
-            chat_id, empty = chat.id if chat else "", not (chat and chat.tree.nodes)
-        if empty and begun:
+            chat_id, begun = chat.id if chat else "", not (chat and chat.store.head)
+        if begun and time.time() - written > BEGUN_SECONDS:
             self._close_for_good(folder)
             folder.rename(doomed := self.folder / f"{DELETED}{secrets.token_hex(8)}")
             shutil.rmtree(doomed, ignore_errors=True)
