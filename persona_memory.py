@@ -4297,56 +4297,67 @@ SUBSTANTIAL, MOST_NEEDED = 1.3, 15
 ASKING_MARKS = ("?", "\uff1f", "\u061f")
 CLAUSES = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*(?:[.!?:;\n\uff1f\u3002\u061f]|\Z)")  # linear: it never fails
 # By language: words that ask, that call something to mind, that mean the speaker and the one spoken to, that tell of a
-# change, and that ask for a time and for a number (`_` is a space). Beside CALENDARS nothing in recall depends on a
-# language.
-ASKING, REMINDING_OF, ONESELF, ADDRESSED, CHANGES, ASKING_WHEN, ASKING_HOW_MANY = range(7)
+# change, and that ask for a time, for a number and for what holds now (`_` is a space). Beside CALENDARS nothing in
+# recall depends on a language.
+ASKING, REMINDING_OF, ONESELF, ADDRESSED, CHANGES, ASKING_WHEN, ASKING_HOW_MANY, ASKING_NOW = range(8)
 SPEECH_WORDS = {
     "en": ("who whom whose what when where which why how", "remember remind recall forgot forget tell told",
            "i me my mine myself", "you your yours yourself",
            "now anymore more longer instead moved changed switched quit sold renamed new actually",
            "when what_day what_date what_time what_month what_year "
            "which_day which_month which_year how_long",
-           "how_many how_much how_old how_long how_often"),
+           "how_many how_much how_old how_long how_often",
+           "now currently current still these_days left anymore any_more any_longer nowadays"),
     "de": ("wer wem wen wessen was wann wo wohin woher welche welcher welches welchen warum wieso weshalb wie",
            "erinnerst erinnere erinnern weißt", "ich mich mir mein meine meinen meinem meiner",
            "du dich dir dein deine deinen deinem deiner sie ihr ihnen ihre ihren",
            "jetzt nun mehr stattdessen umgezogen geändert gewechselt gekündigt verkauft neu neue neuen neues",
-           "wann", "wie_viele wie_viel wie_alt wie_lange wie_oft"),
+           "wann", "wie_viele wie_viel wie_alt wie_lange wie_oft",
+           "jetzt nun noch derzeit inzwischen mittlerweile aktuell übrig"),
     "es": ("quién quiénes qué cuándo dónde cuál cuáles cómo cuánto cuánta cuántos cuántas",
            "recuerdas acuerdas recuerda recuérdame", "yo me mí mi mis mío mía",
            "tú te ti tu tus tuyo tuya usted su sus",
            "ahora ya mudé cambié cambiado dejé vendí nuevo nueva",
-           "cuándo", "cuánto cuánta cuántos cuántas"),
+           "cuándo", "cuánto cuánta cuántos cuántas",
+           "ahora todavía aún actualmente hoy_en_día queda quedan"),
     "fr": ("qui quoi que quand où quel quelle quels quelles pourquoi comment combien", "souviens rappelle rappelles",
            "je j me m moi mon ma mes", "tu te t toi ton ta tes vous votre vos",
            "maintenant plus désormais déménagé changé quitté vendu nouveau nouvelle",
-           "quand", "combien quel_âge"),
+           "quand", "combien quel_âge",
+           "maintenant encore actuellement désormais reste restent"),
     "it": ("chi che cosa quando dove quale quali perché come quanto quanti quante", "ricordi ricorda ricordami",
            "io mi me mio mia miei mie", "tu ti te tuo tua tuoi tue",
            "ora adesso più invece trasferito cambiato venduto nuovo",
-           "quando", "quanto quanta quanti quante"),
+           "quando", "quanto quanta quanti quante",
+           "ora adesso ancora attualmente ormai resta restano rimane rimangono"),
     "pt": ("quem que quê quando onde qual quais porquê como quanto quantos quantas", "lembras lembra lembrar",
            "eu me mim meu minha meus minhas", "tu te ti teu tua você seu sua",
            "agora mais mudei mudou vendi novo nova",
-           "quando", "quanto quanta quantos quantas"),
+           "quando", "quanto quanta quantos quantas",
+           "agora ainda atualmente hoje_em_dia resta restam"),
     "pl": ("kto kogo komu co czego kiedy gdzie skąd który która które dlaczego jak ile czyj", "pamiętasz przypomnij",
            "ja mnie mi mój moja moje mojego mojej", "ty ciebie cię ci twój twoja twoje twojego twojej",
            "teraz już zamiast przeprowadziłem zmieniłem sprzedałem nowy nowa nowe",
-           "kiedy", "ile"),
+           "kiedy", "ile",
+           "teraz jeszcze nadal wciąż obecnie zostało"),
     "ru": ("кто кого кому что чего когда где куда откуда какой какая какое какие почему зачем как сколько чей",
            "помнишь вспомни напомни", "я меня мне мой моя моё мои моего моей",
            "ты тебя тебе твой твоя твоё твои вы вас вам ваш",
            "теперь больше вместо переехал переехала сменил сменила продал новый новая",
-           "когда", "сколько"),
+           "когда", "сколько",
+           "теперь сейчас ещё до_сих_пор осталось остался"),
     "zh": ("谁 什么 哪 几 多少 怎么 为什么 吗", "记得 想起", "我", "你 您", "现在 不再 改 搬 换 新",
-           "什么时候 何时 几点 哪天 哪年", "多少 几 多大 多久"),
+           "什么时候 何时 几点 哪天 哪年", "多少 几 多大 多久",
+           "现在 目前 还 剩"),
     "ja": ("誰 何 いつ どこ どの どれ どう なぜ いくつ いくら", "覚え 思い出", "私 僕 俺 わたし", "あなた 君 きみ お前",
            "今 もう 変え 引っ越 新し",
-           "いつ", "いくつ いくら 何人 何年 何歳 どのくらい"),
+           "いつ", "いくつ いくら 何人 何年 何歳 どのくらい",
+           "今 まだ 残"),
     "ko": ("누구 누가 무엇 뭐 언제 어디 어느 왜 어떻게 몇 얼마", "기억",
            "나는 내가 나를 나의 내 저는 제가", "너는 네가 너를 너의 네 당신",
            "이제 지금 더이상 바꿨 이사 새",
-           "언제", "몇 얼마"),
+           "언제", "몇 얼마",
+           "지금 이제 아직 남"),
 }  # fmt: skip
 
 
@@ -4982,6 +4993,7 @@ SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
 ANY_ID = "dne"  # kinds of ids, see Catalogue
+MOST_PARAGRAPHS = 24  # behind which a joined message is looked for
 MET = -1  # an index of no message
 LEAST_SHARE = 4  # of a request's messages one in so many is known to the chat that it goes on
 SURE_MATCHES = 3  # matching messages that name a chat whatever its persona says
@@ -5657,16 +5669,18 @@ def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
 def parted(tree: Tree, turn: Turn, before: str, away: Collection[str]) -> list[Turn]:
     """The turns that a turn is made of, as `unmerged` tells them; `before` is the digest of the turn before it, and
     `away` are the messages that the client hides."""
-    sent = text_of(turn.raw["content"])
-    for cut in re.finditer(r"\n\n", turn.content):
-        first, rest = (part_of(turn, text) for text in (turn.content[: cut.start()], turn.content[cut.end() :]))
+    sent = turn.raw["content"]
+    for cut in itertools.islice(re.finditer(r"\n\n", turn.content), MOST_PARAGRAPHS if isinstance(sent, str) else 0):
+        first = part_of(turn, turn.content[: cut.start()])
+        if not (known := same_text(tree, first.digest) if first.content.strip() else ()):
+            continue
+        rest = part_of(turn, turn.content[cut.end() :])
+        if not rest.content.strip() or not (turn.role == "user" or NAME_PREFIX.match(rest.content)):
+            continue  # without a name it is a reply that was continued
         at = sent.find("\n\n" + rest.content.partition("\n\n")[0], len(first.content) // 2)  # notes may stand between
         first = replace(first, raw={**turn.raw, "content": sent[:at]} if at >= 0 else first.raw)
         rest = replace(rest, raw={**turn.raw, "content": sent[at + 2 :]} if at >= 0 else rest.raw, before=())
-        named = turn.role == "user" or NAME_PREFIX.match(rest.content)  # else a reply that was continued
-        if not named or not rest.content.strip() or not first.content.strip():
-            continue
-        for node in same_text(tree, first.digest):
+        for node in known:
             below = shown_below(tree, node, away)
             if before and before != shown_above(tree, node, away):
                 continue
@@ -5713,8 +5727,30 @@ def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
         return Alignment()
     request = unmerged(chat, request)
     found = align_request(chat, request)
+    if found.users and not found.convincing:
+        found = with_reworded(chat, found, request)
     strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
     return Alignment() if strange and len(found.matches) < SURE_MATCHES else unless_few(found, len(request.turns) - 1)
+
+
+def with_reworded(chat: Chat, found: Alignment, request: ChatRequest) -> Alignment:
+    """An alignment with the neighbours of its matches among these where they say nearly the same as the stored ones: a
+    client's rules for its display may reword each of the few messages that a chat begins with."""
+    tree, turns, near = chat.tree, request.turns, set(found.matches)
+    for i in found.matches:
+        for node in same_text(tree, turns[i].digest):
+            beside = [(i - 1, tree.nodes[node].parent), *((i + 1, child) for child in tree.children.get(node, ()))]
+            known = [(at, other) for at, other in beside if other and 0 <= at < len(turns) - 1]
+            for (at, _), message in zip(known, chat.store.read([other for _, other in known]), strict=True):
+                if message.role == turns[at].role and nearly_same(message.original, turns[at].content):
+                    near.add(at)
+    return replace(found, matches=tuple(sorted(near)))
+
+
+def nearly_same(one: str, other: str) -> bool:
+    """Whether most of the shorter text's words are the other's too."""
+    first, second = (Counter(re.findall(r"\w+", text.lower())) for text in (one, other))
+    return (first & second).total() >= SAME_SPEECH * max(1, min(first.total(), second.total()))
 
 
 def unless_few(found: Alignment, shown: int) -> Alignment:
@@ -5779,7 +5815,7 @@ class Query:
     about: frozenset[str] = frozenset()  # the speakers, in lower case, whose words are asked for; empty: anyone's
     dates: tuple[tuple[float, float], ...] = ()  # named spans of time, in days since 1970
     asks: int = TELLS  # TELLS, DOUBTFUL or ASKS
-    wants: frozenset[str] = frozenset()  # traits that an answer has: "time", "number"
+    wants: frozenset[str] = frozenset()  # what an answer has: "time", "number"; "now": it is the newest that holds
     asked: str = ""  # what of the text asks, in its own words; empty where nothing does
 
 
@@ -5868,7 +5904,7 @@ def understand(
     about = asked_about(asked, asker, speakers, language)
     if language == "en" and len(about) == 1 and not (says(asked, ADDRESSED, "en") or says(asked, ONESELF, "en")):
         spoken = in_first_person(spoken, [w for w, of in participant_words(speakers).items() if of == about])
-    wants = {"time": ASKING_WHEN, "number": ASKING_HOW_MANY}
+    wants = {"time": ASKING_WHEN, "number": ASKING_HOW_MANY, "now": ASKING_NOW}
     wants = frozenset(trait for trait, kind in wants.items() if says(asked, kind, language))
     dates, asks = named_dates(text, now, language), how_it_asks(text, asked, language)
     return Query(words, spoken, about, dates, asks, wants, asked)
@@ -6074,6 +6110,11 @@ def of_kind(name: str) -> Callable[[Query, Evidence], np.ndarray]:
     return lambda query, e: e.traits[name] * np.float32(name in query.wants)
 
 
+def lately(query: Query, e: Evidence) -> np.ndarray:
+    """How late in the chat it was said, 0 to 1, where the query asks for what holds now."""
+    return np.linspace(0, 1, len(e.days), dtype=np.float32) * np.float32("now" in query.wants)
+
+
 def short_answer(query: Query, e: Evidence) -> np.ndarray:
     """What a message lacks in substance, where the one before asks: "Seven years!" holds a fact."""
     return e.traits["answer"] * (1 - e.traits["substance"])
@@ -6118,6 +6159,8 @@ SIGNALS = {
     "name": Signal(0.58, trait("name")),
     "time": Signal(1.57, of_kind("time")),
     "number": Signal(1.22, of_kind("number")),
+    "lately": Signal(2.89, lately),
+    "change": Signal(0.36, trait("change")),
     "question": Signal(-1.52, trait("question")),
 }
 # By how much a memory's score must stand above the chat's usual one: for a message that tells, for a doubtful question,
@@ -9567,7 +9610,7 @@ class OpenAIUpstream:
         except httpx.HTTPError as error:
             words = str(error) or type(error).__name__
             raise UpstreamUnavailable(
-                f"The upstream at {shown_url(self.url)} broke off in the middle of its answer: {words}."
+                f"The upstream at {shown_url(self.url)} broke off in the middle of its answer: {words.rstrip('.')}."
             ) from error
 
     def _unreachable(self, error: Exception) -> UpstreamUnavailable:
@@ -11156,8 +11199,7 @@ def same_speech(chat: Chat, one: str, other: str) -> bool:
     first, second = chat.nodes([one, other])
     if first.role != second.role or first.digest == second.digest:
         return first.role == second.role
-    words = [Counter(re.findall(r"\w+", m.original.lower())) for m in chat.store.read([one, other])]
-    return (words[0] & words[1]).total() >= SAME_SPEECH * max(1, min(words[0].total(), words[1].total()))
+    return nearly_same(*(m.original for m in chat.store.read([one, other])))
 
 
 def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
@@ -12292,13 +12334,11 @@ class Completions:
         limit = overflow.context or int(ours * ratio / UNKNOWN_RATIO) + reply
         prepared = replace(prepared, shortened=prepared.shortened + 1, limit=0 if overflow.context else limit)
         room = min((limit - reply) / ratio, 0.9 * ours)
-        while prepared.shortened == MOST_SHORTENED and prepared.fallbacks:  # the last try is the client's own prompt
-            prepared = without_part(prepared, f"for which the model has no room: {error}")
+        last = prepared.shortened == MOST_SHORTENED  # then it is the client's own prompt
         while True:
             messages = prepared.body["messages"]
             kept = without_oldest(messages, math.ceil(prompt_tokens(messages) - room), prepared.history)
-            left = prompt_tokens(kept)
-            if left < ours:
+            if prompt_tokens(kept) < ours and not (last and prepared.fallbacks):
                 return without_messages(prepared, kept, error)
             if not prepared.fallbacks:
                 raise error

@@ -543,6 +543,9 @@ class LocalServer:
 
     def close(self):
         self.server.close()
+        for channel in list(self.server.active_channels.values()):  # browsers keep theirs, and the loop waits for them
+            with contextlib.suppress(OSError, AttributeError):  # it may be gone by itself
+                channel.socket.shutdown(socket.SHUT_RDWR)
         self.thread.join(10)
         self.server.task_dispatcher.shutdown()  # ends its threads; a test run has hundreds of servers
         self.server.memory.close()

@@ -175,3 +175,23 @@ def test_a_path_is_the_way_to_the_root_whatever_was_walked_before(parents, data)
         assert walked == slow
         walked.append("no part of the tree")
     assert tree.unshown == {i for i, (_, confirmed) in zip(ids, parents, strict=True) if not confirmed}
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 10**6), st.sampled_from(["", "Helena: ", "<status>\nwet\n</status>\n"])), min_size=2
+    )
+)
+def test_messages_that_are_hung_anew_stay_where_they_are(written):
+    """With names and blocks around their words too; what can still be read of a chat whose parents are lost follows on
+    what was written before it."""
+    messages, parent = [], pm.ROOT
+    for number, (n, dress) in enumerate(written):
+        messages.append(pm.new_message(parent, role(number), f"{dress}line {n}"))
+        parent = messages[-1].id
+    hung, moved = pm.rehung(messages)
+    assert hung == messages and all(old == new for old, new in moved.items())
+    rows = [(f"m:{m.id}", {**pm.asdict(m), "order": i}) for i, m in enumerate(messages)]
+    left, *_ = pm.salvaged(rows[:1] + rows[2:])
+    assert [m.content for m in left] == [m.content for m in messages[:1] + messages[2:]]
+    assert [m.parent for m in left] == [pm.ROOT, *(m.id for m in left[:-1])]

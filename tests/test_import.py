@@ -508,6 +508,26 @@ def test_a_file_whose_header_names_the_chat_is_that_chat(server):
     assert branch["chat_id"] != "st-1" and sorted(chats(server)) == sorted(["st-1", branch["chat_id"]])
 
 
+def test_files_that_their_headers_tell_apart_are_two_chats(server):
+    """Though they begin alike; and one that a header names is that chat, whatever has become of its messages."""
+    rows = [line("Helena", "Come in."), line("Robin", "Hi."), line("Helena", "Sit.")]
+    files = {way: [*rows, *(line("Robin", f"{way} {n}.") for n in range(6))] for way in ("left", "right")}
+
+    def taken(rows: list[dict], **metadata) -> str:
+        (chat,) = take_in(server, written(*rows, header={"user_name": "unused", "chat_metadata": metadata}))
+        return chat["chat_id"]
+
+    found = {way: taken(rows, integrity=way) for way, rows in files.items()}
+    assert sorted(chats(server)) == sorted(set(found.values())) and len(found) == 2
+    assert {way: taken(rows, integrity=way) for way, rows in files.items()} == found
+    edited = [{**row, "mes": row["mes"] + " So."} for row in files["left"]]
+    assert taken(edited, integrity="left") == found["left"]
+    assert taken([*files["left"][:5], line("Robin", "Back.")], integrity="left", main_chat="left") == found["left"]
+    assert taken(files["right"], chat_id_hash=4077425931751214) == found["right"]
+    assert taken(files["right"], integrity="right", chat_id_hash=1) == found["right"]
+    assert len(chats(server)) == 2
+
+
 @pytest.mark.parametrize("how", ["header", "extension", "file", "query"])
 def test_an_imported_chat_becomes_the_one_that_gets_its_id(server, upstream, how):
     """However the id comes: the chat is listed once, and the same file adds nothing, with and without the id."""

@@ -142,7 +142,7 @@ def test_a_reranker_that_cannot_be_used_costs_nothing_but_its_order(shared_upstr
     assert "I met Clara at the harbour" in memories_in(prompt)
     assert "The reranker" in degraded and "cannot be used" in degraded
     tiny_bert(tmp_path)
-    with pytest.raises(pm.EmbedderUnavailable, match="reranker late"):
+    with pytest.raises(pm.EmbedderUnavailable, match="too slow"):
         pm.Reranker(str(tmp_path)).order("Where?", ["here", "there"], timeout=0)
 
 
@@ -324,9 +324,9 @@ LEAST = {
     "de": (22, 50, 35, 65),
     "es": (20, 42, 32, 55),
     "fr": (25, 47, 37, 65),
-    "ja": (87, 100, 100, 100),
+    "ja": (87, 100, 87, 100),
     "ru": (43, 53, 43, 65),
-    "zh": (100, 100, 100, 100),
+    "zh": (88, 100, 88, 100),
 }
 
 

@@ -1,5 +1,7 @@
 """What is no chat and what is no speech: small bodies in the shapes that real clients send, taken apart and sent."""
 
+import itertools
+
 import httpx
 import pytest
 from fakes import LocalServer, branch_texts, say, settings
@@ -52,6 +54,8 @@ TASKS = {
                                           "Less. No Punctuation.\n\n||>User:\n\"Hi\"\n||>Response:\n\"Hello\"")],
     "expression": [system("Ignore previous instructions. Classify the emotion of the last message. Output just one "
                           "word, e.g. \"joy\"."), user("I am so terribly happy today!")],
+    "title of a query": [user("Create a concise, 3-5 word phrase as a header for the following query, avoiding the use "
+                              "of the word 'title': My sister is Vera.")],
     "summary": [CARD, user("Hello."), assistant("Hm."), user("[Pause your roleplay. Summarize the story so far.]")],
 }  # fmt: skip
 NO_TASKS = {
@@ -160,6 +164,9 @@ THOUGHTS = {
     "She lies.</think>I do not know.": "I do not know.",
     "<think>a<think>b</think>c</think>I do not know.": "I do not know.",
     "<think>She lies about": "",
+    "[THINK]She lies.[/THINK]I do not know.": "I do not know.",
+    "\u25c1think\u25b7She lies.\u25c1/think\u25b7 I do not know.": "I do not know.",
+    "<seed:think>She lies.</seed:think>I do not know.": "I do not know.",
     "Write `<think>` to think.": "Write `<think>` to think.",
     "1 < 2": "1 < 2",
 }
@@ -323,6 +330,160 @@ def test_one_chat_lived_is_one_chat_stored(running, upstream, shape):
     spare = get(running, f"/chats/{chat_id}")["stored"] - len(texts)
     assert spare <= (30 if shape in ("note", "hidden") else 12)
     assert not any(LONG_NOTE in text for text in texts[-6:])
+
+
+def named(said: list[dict]) -> list[dict]:
+    """With its speaker's name in front of each text."""
+    names = {"user": "Robin", "assistant": "Helena"}
+    return [{**m, "content": f"{names[m['role']]}: {m['content']}"} for m in said]
+
+
+def squashed(said: list[dict]) -> list[dict]:
+    """With neighbours of one role as one message."""
+    return [
+        {"role": role, "content": "\n\n".join(m["content"] for m in run)}
+        for role, run in itertools.groupby(said, key=lambda m: m["role"])
+    ]
+
+
+START = "[Start a new Chat]"
+PROMPTS = {  # what SillyTavern makes of a chat that begins with the greeting, by its post-processing
+    "none": lambda said: [CARD, system(START), *said],
+    "merge": lambda said: squashed([CARD, system(START), *said]),
+    "strict": lambda said: squashed(
+        [CARD, system(START), *([user(START)] if said[0]["role"] != "user" else []), *said]
+    ),
+    "folded": lambda said: squashed([user(f"{CARD['content']}\n\n{START}"), *said]),
+    "single": lambda said: [user("\n\n".join([HEAD, START, *(m["content"] for m in named(said))]))],
+}
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """The program's archive, without models: it is all that a chat's identity takes."""
+    memory = pm.PersonaMemory(settings(tmp_path, "http://127.0.0.1:9/v1"))
+    yield memory.archive
+    memory.close()
+
+
+def enter(archive, messages: list[dict], chat_id: str = "") -> str:
+    """Has the archive place a request, which the extension names where there is an id; returns its chat's id."""
+    said = {"chat_id": chat_id, "kind": "normal"} if chat_id else {}
+    request = pm.parse_request({"messages": messages, "persona_memory": said})
+    with archive.enter(request, chat_id, pm.Deadline.after(60)) as (chat, *_):
+        return chat.id
+
+
+def lived(archive) -> list[list[str]]:
+    """The texts of each listed chat's branch, without the names in front."""
+    chats = [archive.export(line["chat_id"]) for line in archive._registry.catalogue.chats()]
+    found = []
+    for chat in chats:
+        by_id, at, texts = {m["id"]: m for m in chat["messages"]}, chat["chat"]["head"], []
+        while at:
+            texts.append(by_id[at]["content"].removeprefix("Helena: ").removeprefix("Robin: "))
+            at = by_id[at]["parent"]
+        found.append(texts[::-1])
+    return found
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_chat_stays_one_whatever_the_client_makes_of_it_from_turn_to_turn(archive, window):
+    """Post-processing and names in front change; turns that failed leave neighbours, which some of it joins."""
+    said, ways = [assistant("*Helena lifts the lantern.* Come in.")], list(PROMPTS)
+    for turn in range(25):
+        for failed in (True, False) if turn % 3 == 0 else (False,):
+            said.append(user(f"Line {turn}{' again' * failed}: we walk to the cliff and count {turn} gulls."))
+            shown = said[-window:] if window else said
+            way = ways[turn * 3 % 5]
+            enter(archive, PROMPTS[way](named(shown) if turn % 2 and way != "single" else shown))
+        said.append(assistant(f"Reply {turn}: so it was, she says, and lights lamp {turn}."))
+    enter(archive, PROMPTS["none"]([*said, user("The end.")]))
+    assert lived(archive) == [[m["content"] for m in said] + ["The end."]]
+
+
+def test_a_prompt_in_the_users_role_is_no_message():
+    """A line such as "[Start a new Chat]" ends it; what the user says behind that is the chat's first message."""
+    request = taken_apart(user(f"{HEAD}\n\n{START}\n\nGood evening."), assistant("Hm."), user("Well?"))
+    assert spoken(request) == ["Good evening.", "Hm.", "Well?"] and not request.persona_in_first_turn
+    assert pm.text_of(request.persona[0]["content"]).endswith(START) and request.strict
+
+
+def test_what_stands_between_joined_messages_reaches_the_model(archive):
+    """A note in the middle of joined messages is neither said nor lost."""
+    enter(archive, [CARD, assistant("Come in."), user("I hid the key.")])
+    note = "[Author's note: it is raining.]"
+    whole = f"I hid the key.\n\n{note}\n\nAre you there?"
+    request = taken_apart(CARD, assistant("Come in."), user(whole))
+    with archive.enter(request, "", pm.Deadline.after(60)) as (_, path, seen):
+        assert spoken(seen) == ["Come in.", "I hid the key.", "Are you there?"] and len(path) == 3
+        shown = pm.merged([turn.raw for turn in seen.turns])
+    assert [m["content"] for m in shown] == ["Come in.", whole]
+
+
+def test_what_is_hidden_keeps_its_place_where_the_extension_tells_of_it(archive):
+    """In a chat that goes through the proxy; other clients' requests and what is shown again are taken as they are."""
+    said = [assistant("Come in."), *(user(f"Line {n}.") if n % 2 else assistant(f"Reply {n}.") for n in range(1, 12))]
+    rows = [{**m, "hidden": 2 < n < 7} for n, m in enumerate(said)]
+    request, _ = pm.parse_injection({"chat_id": "st-1", "complete": True, "messages": rows})
+    with archive.enter(request, "st-1", pm.Deadline.after(60)) as (chat, path, _):
+        assert len(path) == len(said)
+    left = [m for m, row in zip(said, rows, strict=True) if not row["hidden"]]
+    told = {"chat_id": "st-1", "kind": "normal"}
+    request = pm.parse_request({"messages": [CARD, *left, user("And then?")], "persona_memory": told})
+    with archive.enter(request, "st-1", pm.Deadline.after(60)) as (chat, path, seen):
+        assert [t.hidden for t in seen.turns] == [row["hidden"] for row in rows] + [False]
+        assert [m.content for m in chat.store.read(path)] == [m["content"] for m in said] + ["And then?"]
+    enter(archive, [CARD, *said, user("Shown again?")], "st-1")
+    assert lived(archive) == [[m["content"] for m in said] + ["Shown again?"]]
+    enter(archive, [CARD, *left, user("Without it?")])
+    assert lived(archive) == [[m["content"] for m in left] + ["Without it?"]]
+
+
+def test_a_chat_lived_without_the_extension_becomes_its_chat_and_goes_on_without_it(archive):
+    """Listed once all the time, with its marks, and with what was edited before."""
+    said = [assistant("Come in."), *(user(f"Line {n}.") if n % 2 else assistant(f"Reply {n}.") for n in range(1, 8))]
+    old = enter(archive, [CARD, *said])
+    said[1] = user("Line 1, edited.")
+    enter(archive, [CARD, *said])
+    archive.change_message(old, archive.export(old)["messages"][2]["id"], {"forgotten": True})
+    said += [assistant("Reply 8."), user("Line 9.")]
+    assert enter(archive, [CARD, *said], "st-1") == "st-1"
+    assert [m["forgotten"] for m in archive.export("st-1")["messages"]].count(True) == 2, "on both branches"
+    said += [assistant("Reply 10."), user("Line 11.")]
+    assert enter(archive, [CARD, *said[-5:]]) == "st-1"
+    assert lived(archive) == [[m["content"] for m in said]]
+    assert enter(archive, [CARD, *said], "st-2") == "st-2", "the extension says that it is another one"
+
+
+RULES = {
+    "capitals": lambda text, turn: text.replace("and", "AND THEN"),
+    "a footer": lambda text, turn: f"{text}\n\n---\nDay {turn} | inn | calm",
+    "a status": lambda text, turn: f"{text}\n<status>\nday {turn}\n</status>",
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_window_whose_newest_replies_are_reworded_stores_each_message_about_once(archive, rule):
+    """From the first turn on; the client shows twenty messages, and its rule changes the two newest replies."""
+    said = [assistant("*Helena lifts the lantern and the latch.* Come in and sit, dear guest.")]
+    for turn in range(60):
+        said.append(user(f"On day {turn} we walk to cliff {turn * 7 % 11} and count {turn + 2} gulls there."))
+        enter(archive, [CARD, *newest_changed(said[-20:], lambda text, now=turn: RULES[rule](text, now))])
+        said.append(assistant(f"So cliff {turn * 7 % 11} it was, she says, and lights lamp {turn} and smiles at you."))
+    (chat,) = archive._registry.catalogue.chats()
+    assert chat["messages"] == len(said) - 1
+    assert len(archive.export(chat["chat_id"])["messages"]) <= 1.1 * len(said)
+
+
+def test_a_few_lines_in_common_make_no_chat_of_two(archive):
+    """Two long chats in which the same was said once."""
+    common = [user("I hid the ring."), assistant("Where?"), user("Under the stair."), assistant("I will not tell.")]
+    for place, way in ((8, "left"), (2, "right")):
+        said = [assistant(f"You go {way}.")]
+        said += [user(f"{way} {n}.") if n % 2 else assistant(f"To the {way} {n}.") for n in range(1, 21)]
+        enter(archive, [CARD, *said[: 2 * place - 1], *common, *said[2 * place - 1 :], user("And then?")])
+    assert sorted(map(len, lived(archive))) == [26, 26]
 
 
 def test_a_regenerate_without_history_replaces_the_reply(running, upstream):
