@@ -10349,13 +10349,21 @@ class Vectors:
                 return
             with chat.lock:  # a chat that was closed meanwhile has forgotten which: then its branch
                 ids, chat.awaiting_vectors = chat.awaiting_vectors or chat.path(), set()
-            try:
-                self.embed(chat, ids, lambda: self._closed or self._background.paused)
-            finally:
+            halted = threading.Event()  # what has been paused does not go on by itself
+
+            def stop() -> bool:
+                """Whether the program ends, or the background was paused."""
                 if self._background.paused:
-                    self._held.add(chat_id)
-                    with chat.lock:
-                        chat.awaiting_vectors |= set(ids)
+                    halted.set()
+                return self._closed or halted.is_set()
+
+            self.embed(chat, ids, stop)
+            if halted.is_set():
+                with chat.lock:
+                    chat.awaiting_vectors |= set(ids)
+                self._held.add(chat_id)
+                if not self._background.paused:  # it was let go on meanwhile
+                    self.go_on()
 
     def go_on(self) -> None:
         """Takes up what was left when the background was paused."""
