@@ -6172,7 +6172,7 @@ FEW_MESSAGES, USUAL = 60, 0.0  # with so few messages the median may be on the t
 WORDS_ALONE = 0.4  # of all these, where there is no vector: what the words' signals can add up to
 # How likely a message of a score is evidence: logistic regression on the development chats.
 NEED_SCORE, NEED_BELOW, NEED_BIAS = 0.22, 0.93, -2.36
-SUPERSEDING = 0.5  # share of the best score from which a newer statement may stand before it
+SUPERSEDING = 0.65  # of what the best stands above the usual score by: what a newer statement must, to go first
 SUPERSEDING_NEAR = -0.25  # how near to the question it must be, in units of the chat's noise; 0 is what is usual there
 COST_PER_TOKEN = 1e-4  # a memory must be as likely relevant, for each of its tokens, as this
 LEAN_COST_PER_TOKEN = 2e-3  # the same with --lean
@@ -6210,11 +6210,13 @@ def supersedes(query: Query, e: Evidence, scores: np.ndarray) -> np.ndarray:
     the same speaker that tell of a change, the best one goes first where it is about the question nearly as much.
     """
     lift = np.zeros(len(scores), np.float32)
-    if query.asks == TELLS or query.dates or not len(scores):
+    if query.asks == TELLS or query.dates or "time" in query.wants or not len(scores):
         return lift
     best = int(scores.argmax())
     later = (np.arange(len(scores)) > best) & (e.traits["change"] > 0) & (e.speakers == e.speakers[best])
-    later &= (scores >= SUPERSEDING * scores[best]) & (np.maximum(e.cosine, e.sentence) > SUPERSEDING_NEAR)
+    later &= np.maximum(e.cosine, e.sentence) > SUPERSEDING_NEAR
+    above = scores - np.median(scores)
+    later &= above >= SUPERSEDING * above[best]
     if later.any():
         newer = int(np.where(later, scores, -np.inf).argmax())
         lift[newer] = scores[best] - scores[newer] + 0.01
