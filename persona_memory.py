@@ -1776,7 +1776,7 @@ HEADS = {"vector": (VECTOR_SIZE, FEATURES), "lexicon": (FEATURES,)}  # name -> s
 # fmt: off
 EMOTION_WEIGHTS = """
 an1uh&L-bH6g#gxR*fk=x_Q1lbx009SF+AL_5ry(>FLBgm%P0^mw?qg8yl)Tq*&xUM_I2ttK>>ONlOMix^f;o>HOh40MtM{NZxro_IN!!fJT@*{}2{DP
-it{Ie#Rd>+m?wtEg8u>jzg|HpcTnG)z-&64$>k(x)SfdR^TW;jY|i>6lj1yEu#Ry-Qy8J%E`6Ah}}It5DzlHm!f39D<eohb9$@4;b&Mt(|VP_-P_MKA{
+it{Ie#Rd>+m?wtEg8u>jzg|HpcTnG)z-&6bT}zMhu{0ZR^TW;jY}uM;WUjulL;rlLrNGx%E`6Ah}}It5DzlHm!f39D<eohb9$@4;b&Mt(|X0g-P_MKA{
 png>j4`1`C1|h`XJ>24fo*xaL)AY3py7V6ukft5Jw>3`TghL5X>LJDI^ixAno}e2i61<xe@yX13~F6H}4h51HS<E@601e``H2R1`zART_F7eDESx2CHU
 Dd0MSC)D)8aQB{}a6==cNg7T8k`?f>KQD=6#DAvZQF+?l8MF8k;UD#PQ<`SdXiFvK+f39RNV8}sJ}?IITZ1N`FYNEXZZ3K;3)*(M7J^BVFm*8|if0aVZ
 n;Mdj(zY_8DPvQC_Fx%V^=hGzg#N$!aGYl@g12owM-yPiB6Bz3W>Mr&U?BE+78Rzu!6#)kf_0}uyAL54$1r7)-ya*A(Q}J)T*U2p0E&}e|1~a<`&qVDc
@@ -6181,7 +6181,7 @@ FEW_MESSAGES, USUAL = 60, 0.0  # with so few messages the median may be on the t
 WORDS_ALONE = 0.4  # of all these, where there is no vector: what the words' signals can add up to
 # How likely a message of a score is evidence: logistic regression on the development chats.
 NEED_SCORE, NEED_BELOW, NEED_BIAS = 0.22, 0.93, -2.36
-SUPERSEDING = 0.5  # share of the best score from which a newer statement may stand before it
+SUPERSEDING = 0.65  # of what the best stands above the usual score by: what a newer statement must, to go first
 SUPERSEDING_NEAR = -0.25  # how near to the question it must be, in units of the chat's noise; 0 is what is usual there
 COST_PER_TOKEN = 1e-4  # a memory must be as likely relevant, for each of its tokens, as this
 LEAN_COST_PER_TOKEN = 2e-3  # the same with --lean
@@ -6219,11 +6219,13 @@ def supersedes(query: Query, e: Evidence, scores: np.ndarray) -> np.ndarray:
     the same speaker that tell of a change, the best one goes first where it is about the question nearly as much.
     """
     lift = np.zeros(len(scores), np.float32)
-    if query.asks == TELLS or query.dates or not len(scores):
+    if query.asks == TELLS or query.dates or "time" in query.wants or not len(scores):
         return lift
     best = int(scores.argmax())
     later = (np.arange(len(scores)) > best) & (e.traits["change"] > 0) & (e.speakers == e.speakers[best])
-    later &= (scores >= SUPERSEDING * scores[best]) & (np.maximum(e.cosine, e.sentence) > SUPERSEDING_NEAR)
+    later &= np.maximum(e.cosine, e.sentence) > SUPERSEDING_NEAR
+    above = scores - np.median(scores)
+    later &= above >= SUPERSEDING * above[best]
     if later.any():
         newer = int(np.where(later, scores, -np.inf).argmax())
         lift[newer] = scores[best] - scores[newer] + 0.01
