@@ -1776,7 +1776,7 @@ HEADS = {"vector": (VECTOR_SIZE, FEATURES), "lexicon": (FEATURES,)}  # name -> s
 # fmt: off
 EMOTION_WEIGHTS = """
 an1uh&L-bH6g#gxR*fk=x_Q1lbx009SF+AL_5ry(>FLBgm%P0^mw?qg8yl)Tq*&xUM_I2ttK>>ONlOMix^f;o>HOh40MtM{NZxro_IN!!fJT@*{}2{DP
-it{Ie#Rd>+m?wtEg8u>jzg|HpcTnG)z-&64$>k(x)SfdR^TW;jY|i>6lj1yEu#Ry-Qy8J%E`6Ah}}It5DzlHm!f39D<eohb9$@4;b&Mt(|VP_-P_MKA{
+it{Ie#Rd>+m?wtEg8u>jzg|HpcTnG)z-&6bT}zMhu{0ZR^TW;jY}uM;WUjulL;rlLrNGx%E`6Ah}}It5DzlHm!f39D<eohb9$@4;b&Mt(|X0g-P_MKA{
 png>j4`1`C1|h`XJ>24fo*xaL)AY3py7V6ukft5Jw>3`TghL5X>LJDI^ixAno}e2i61<xe@yX13~F6H}4h51HS<E@601e``H2R1`zART_F7eDESx2CHU
 Dd0MSC)D)8aQB{}a6==cNg7T8k`?f>KQD=6#DAvZQF+?l8MF8k;UD#PQ<`SdXiFvK+f39RNV8}sJ}?IITZ1N`FYNEXZZ3K;3)*(M7J^BVFm*8|if0aVZ
 n;Mdj(zY_8DPvQC_Fx%V^=hGzg#N$!aGYl@g12owM-yPiB6Bz3W>Mr&U?BE+78Rzu!6#)kf_0}uyAL54$1r7)-ya*A(Q}J)T*U2p0E&}e|1~a<`&qVDc
@@ -4987,7 +4987,7 @@ OPEN_MESSAGES = 100_000  # in open chats, all in all; each takes about 5 KB of R
 LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
-BEGUN_SECONDS = 60.0  # after which a chat without a message is none that is just being made
+BEGUN_SECONDS = 60.0  # without a write, after which a chat without a branch is none that is just being made
 SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
@@ -5308,15 +5308,15 @@ class ChatRegistry:
         self._listed.set()
 
     def _enter_or_remove(self, folder: Path) -> None:
-        """Enters a chat in the catalogue; one without a message is what is left of a program that was killed as it made
-        the chat, and removed, unless another program may be at it at this moment."""
-        begun = time.time() - folder.stat().st_mtime > BEGUN_SECONDS
+        """Enters a chat in the catalogue; one without a branch is what is left of a program that was killed as it made
+        or imported the chat, and removed, unless another program may be at it at this moment."""
+        written = max(file.stat().st_mtime for file in (folder, *folder.iterdir()))
         with self._borrow_folder(folder) as chat:
             if chat:
                 with chat.lock:
                     self.enter(chat, list(chat.tree.nodes))
-            chat_id, empty = chat.id if chat else "", not (chat and chat.tree.nodes)
-        if empty and begun:
+            chat_id, begun = chat.id if chat else "", not (chat and chat.store.head)
+        if begun and time.time() - written > BEGUN_SECONDS:
             self._close_for_good(folder)
             folder.rename(doomed := self.folder / f"{DELETED}{secrets.token_hex(8)}")
             shutil.rmtree(doomed, ignore_errors=True)
@@ -6183,7 +6183,7 @@ FEW_MESSAGES, USUAL = 60, 0.0  # with so few messages the median may be on the t
 WORDS_ALONE = 0.4  # of all these, where there is no vector: what the words' signals can add up to
 # How likely a message of a score is evidence: logistic regression on the development chats.
 NEED_SCORE, NEED_BELOW, NEED_BIAS = 0.22, 0.93, -2.36
-SUPERSEDING = 0.5  # share of the best score from which a newer statement may stand before it
+SUPERSEDING = 0.65  # of what the best stands above the usual score by: what a newer statement must, to go first
 SUPERSEDING_NEAR = -0.25  # how near to the question it must be, in units of the chat's noise; 0 is what is usual there
 COST_PER_TOKEN = 1e-4  # a memory must be as likely relevant, for each of its tokens, as this
 LEAN_COST_PER_TOKEN = 2e-3  # the same with --lean
@@ -6221,11 +6221,13 @@ def supersedes(query: Query, e: Evidence, scores: np.ndarray) -> np.ndarray:
     the same speaker that tell of a change, the best one goes first where it is about the question nearly as much.
     """
     lift = np.zeros(len(scores), np.float32)
-    if query.asks == TELLS or query.dates or not len(scores):
+    if query.asks == TELLS or query.dates or "time" in query.wants or not len(scores):
         return lift
     best = int(scores.argmax())
     later = (np.arange(len(scores)) > best) & (e.traits["change"] > 0) & (e.speakers == e.speakers[best])
-    later &= (scores >= SUPERSEDING * scores[best]) & (np.maximum(e.cosine, e.sentence) > SUPERSEDING_NEAR)
+    later &= np.maximum(e.cosine, e.sentence) > SUPERSEDING_NEAR
+    above = scores - np.median(scores)
+    later &= above >= SUPERSEDING * above[best]
     if later.any():
         newer = int(np.where(later, scores, -np.inf).argmax())
         lift[newer] = scores[best] - scores[newer] + 0.01
@@ -10351,13 +10353,21 @@ class Vectors:
                 return
             with chat.lock:  # a chat that was closed meanwhile has forgotten which: then its branch
                 ids, chat.awaiting_vectors = chat.awaiting_vectors or chat.path(), set()
-            try:
-                self.embed(chat, ids, lambda: self._closed or self._background.paused)
-            finally:
+            halted = threading.Event()  # what has been paused does not go on by itself
+
+            def stop() -> bool:
+                """Whether the program ends, or the background was paused."""
                 if self._background.paused:
-                    self._held.add(chat_id)
-                    with chat.lock:
-                        chat.awaiting_vectors |= set(ids)
+                    halted.set()
+                return self._closed or halted.is_set()
+
+            self.embed(chat, ids, stop)
+            if halted.is_set():
+                with chat.lock:
+                    chat.awaiting_vectors |= set(ids)
+                self._held.add(chat_id)
+                if not self._background.paused:  # it was let go on meanwhile
+                    self.go_on()
 
     def go_on(self) -> None:
         """Takes up what was left when the background was paused."""
