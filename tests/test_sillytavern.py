@@ -495,10 +495,10 @@ def test_group_is_one_chat(server, upstream):
 
 @pytest.mark.parametrize("window", [None, 8, 9])
 def test_strict_roles_stay_strict(server, upstream, window):
-    """Without any system message: the first message verbatim, roles alternating, no message introduced.
+    """Without any system message: the card verbatim, roles alternating, no message introduced.
 
     With an even window a reply follows the card's message; with an odd one the oldest user message shown is merged
-    into it, so that it changes at every turn.
+    into it, and told apart from it here, so that the beginning does not change at every turn.
     """
     chat = Client(server.url, HELENA, strict=True, window=window)
     chat.send("My cat is called Miso.")
@@ -506,7 +506,8 @@ def test_strict_roles_stay_strict(server, upstream, window):
     ask(server, chat, "What is my cat called?")
     for sent, request in zip(chat.sent, upstream.chats, strict=True):
         messages = request["body"]["messages"]
-        assert messages[0] == sent["messages"][0]
+        card, marker, _ = sent["messages"][0]["content"].partition("[Start a new Chat]")
+        assert messages[0]["role"] == "user" and messages[0]["content"].startswith(card + marker)
         assert [message["role"] for message in messages] == (["user", "assistant"] * len(messages))[: len(messages)]
         assert "Thornwick" not in text_of(messages[1:])
     assert "Miso" in memories_in(prompt(upstream)[-1:])
