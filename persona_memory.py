@@ -1776,7 +1776,7 @@ HEADS = {"vector": (VECTOR_SIZE, FEATURES), "lexicon": (FEATURES,)}  # name -> s
 # fmt: off
 EMOTION_WEIGHTS = """
 an1uh&L-bH6g#gxR*fk=x_Q1lbx009SF+AL_5ry(>FLBgm%P0^mw?qg8yl)Tq*&xUM_I2ttK>>ONlOMix^f;o>HOh40MtM{NZxro_IN!!fJT@*{}2{DP
-it{Ie#Rd>+m?wtEg8u>jzg|HpcTnG)z-&64$>k(x)SfdR^TW;jY|i>6lj1yEu#Ry-Qy8J%E`6Ah}}It5DzlHm!f39D<eohb9$@4;b&Mt(|VP_-P_MKA{
+it{Ie#Rd>+m?wtEg8u>jzg|HpcTnG)z-&6bT}zMhu{0ZR^TW;jY}uM;WUjulL;rlLrNGx%E`6Ah}}It5DzlHm!f39D<eohb9$@4;b&Mt(|X0g-P_MKA{
 png>j4`1`C1|h`XJ>24fo*xaL)AY3py7V6ukft5Jw>3`TghL5X>LJDI^ixAno}e2i61<xe@yX13~F6H}4h51HS<E@601e``H2R1`zART_F7eDESx2CHU
 Dd0MSC)D)8aQB{}a6==cNg7T8k`?f>KQD=6#DAvZQF+?l8MF8k;UD#PQ<`SdXiFvK+f39RNV8}sJ}?IITZ1N`FYNEXZZ3K;3)*(M7J^BVFm*8|if0aVZ
 n;Mdj(zY_8DPvQC_Fx%V^=hGzg#N$!aGYl@g12owM-yPiB6Bz3W>Mr&U?BE+78Rzu!6#)kf_0}uyAL54$1r7)-ya*A(Q}J)T*U2p0E&}e|1~a<`&qVDc
@@ -2811,8 +2811,7 @@ def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
         return shifted
     if shifted.base != exact.base and not tree.is_below(shifted.base, exact.kept[0]):
         return exact if shifted.run <= len(exact.kept) else shifted
-    # Behind what was deleted or edited. The newest message alone says nothing: it is new, whatever it repeats.
-    later = [i for i in shifted.matches if len(exact.kept) <= i < len(digests) - 1]
+    later = [i for i in shifted.matches if i >= len(exact.kept)]  # behind what was deleted or edited
     users = exact.users + count_users(tree, (tree.by_digest[digests[i]][0] for i in later))
     return replace(exact, matches=(*exact.matches, *later), users=users)
 
@@ -4996,6 +4995,7 @@ ANY_ID = "dne"  # kinds of ids, see Catalogue
 MOST_PARAGRAPHS = 24  # behind which a joined message is looked for
 MET = -1  # an index of no message
 LEAST_SHARE = 4  # of a request's messages one in so many is known to the chat that it goes on
+TELLING_BYTES = 40  # of fewer matching messages' texts
 SURE_MATCHES = 3  # matching messages that name a chat whatever its persona says
 MOST_REFUSED = 500  # ids of what a filter refused, for each part of a prompt
 KEPT_NOTES = 8  # of a chat: texts that its client puts around or between a user's words
@@ -5727,10 +5727,17 @@ def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
         return Alignment()
     request = unmerged(chat, request)
     found = align_request(chat, request)
-    if found.users and not found.convincing:
+    last, whole = len(request.turns) - 1, found.skipped + len(found.kept) == len(request.turns)
+    if not whole and last in found.matches and request.turns[last].role == "user":  # it is new, whatever it repeats
+        found = replace(found, matches=found.matches[:-1], users=found.users - 1)
+    if found.users and found.base == ROOT and not found.convincing:
         found = with_reworded(chat, found, request)
     strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
-    return Alignment() if strange and len(found.matches) < SURE_MATCHES else unless_few(found, len(request.turns) - 1)
+    said = sum(len(request.turns[i].content.encode()) for i in found.matches)
+    usual = found.base != ROOT and said < TELLING_BYTES  # words that may stand in the middle of any chat
+    if len(found.matches) < SURE_MATCHES and (strange or usual):
+        return Alignment()
+    return unless_few(found, len(request.turns) - 1)
 
 
 def with_reworded(chat: Chat, found: Alignment, request: ChatRequest) -> Alignment:
@@ -5754,8 +5761,10 @@ def nearly_same(one: str, other: str) -> bool:
 
 
 def unless_few(found: Alignment, shown: int) -> Alignment:
-    """An alignment, unless it knows nearly nothing of so many messages: these are another chat's then."""
-    return found if len(found.matches) * LEAST_SHARE >= shown else Alignment()
+    """An alignment, unless it knows nearly nothing of so many messages from its first match on: these are another
+    chat's then. What was never shown before may come in front."""
+    known = len(found.matches) * LEAST_SHARE
+    return found if not found.matches or known >= shown - found.matches[0] else Alignment()
 
 
 def is_recent(chat: Chat, message: str) -> bool:
@@ -6172,7 +6181,7 @@ FEW_MESSAGES, USUAL = 60, 0.0  # with so few messages the median may be on the t
 WORDS_ALONE = 0.4  # of all these, where there is no vector: what the words' signals can add up to
 # How likely a message of a score is evidence: logistic regression on the development chats.
 NEED_SCORE, NEED_BELOW, NEED_BIAS = 0.22, 0.93, -2.36
-SUPERSEDING = 0.5  # share of the best score from which a newer statement may stand before it
+SUPERSEDING = 0.65  # of what the best stands above the usual score by: what a newer statement must, to go first
 SUPERSEDING_NEAR = -0.25  # how near to the question it must be, in units of the chat's noise; 0 is what is usual there
 COST_PER_TOKEN = 1e-4  # a memory must be as likely relevant, for each of its tokens, as this
 LEAN_COST_PER_TOKEN = 2e-3  # the same with --lean
@@ -6210,11 +6219,13 @@ def supersedes(query: Query, e: Evidence, scores: np.ndarray) -> np.ndarray:
     the same speaker that tell of a change, the best one goes first where it is about the question nearly as much.
     """
     lift = np.zeros(len(scores), np.float32)
-    if query.asks == TELLS or query.dates or not len(scores):
+    if query.asks == TELLS or query.dates or "time" in query.wants or not len(scores):
         return lift
     best = int(scores.argmax())
     later = (np.arange(len(scores)) > best) & (e.traits["change"] > 0) & (e.speakers == e.speakers[best])
-    later &= (scores >= SUPERSEDING * scores[best]) & (np.maximum(e.cosine, e.sentence) > SUPERSEDING_NEAR)
+    later &= np.maximum(e.cosine, e.sentence) > SUPERSEDING_NEAR
+    above = scores - np.median(scores)
+    later &= above >= SUPERSEDING * above[best]
     if later.any():
         newer = int(np.where(later, scores, -np.inf).argmax())
         lift[newer] = scores[best] - scores[newer] + 0.01
@@ -10340,13 +10351,21 @@ class Vectors:
                 return
             with chat.lock:  # a chat that was closed meanwhile has forgotten which: then its branch
                 ids, chat.awaiting_vectors = chat.awaiting_vectors or chat.path(), set()
-            try:
-                self.embed(chat, ids, lambda: self._closed or self._background.paused)
-            finally:
+            halted = threading.Event()  # what has been paused does not go on by itself
+
+            def stop() -> bool:
+                """Whether the program ends, or the background was paused."""
                 if self._background.paused:
-                    self._held.add(chat_id)
-                    with chat.lock:
-                        chat.awaiting_vectors |= set(ids)
+                    halted.set()
+                return self._closed or halted.is_set()
+
+            self.embed(chat, ids, stop)
+            if halted.is_set():
+                with chat.lock:
+                    chat.awaiting_vectors |= set(ids)
+                self._held.add(chat_id)
+                if not self._background.paused:  # it was let go on meanwhile
+                    self.go_on()
 
     def go_on(self) -> None:
         """Takes up what was left when the background was paused."""
