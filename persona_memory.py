@@ -16273,7 +16273,11 @@ MESSAGE = {
     "properties": {
         "role": {"type": "string"},
         "name": {"type": "string", "maxLength": LONGEST_ID},
-        "content": {"type": ["string", "array", "null"], "items": {"type": "object", "required": ["type"]}},
+        "content": {
+            "type": ["string", "array", "null"],
+            "items": {"type": "object", "required": ["type"]},
+            "description": f"at most {LONGEST_MESSAGE} characters of text",
+        },
         "timestamp": {"type": ["string", "null"], "description": "ISO 8601"},
     },
 }
