@@ -2811,8 +2811,7 @@ def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
         return shifted
     if shifted.base != exact.base and not tree.is_below(shifted.base, exact.kept[0]):
         return exact if shifted.run <= len(exact.kept) else shifted
-    # Behind what was deleted or edited. The newest message alone says nothing: it is new, whatever it repeats.
-    later = [i for i in shifted.matches if len(exact.kept) <= i < len(digests) - 1]
+    later = [i for i in shifted.matches if i >= len(exact.kept)]  # behind what was deleted or edited
     users = exact.users + count_users(tree, (tree.by_digest[digests[i]][0] for i in later))
     return replace(exact, matches=(*exact.matches, *later), users=users)
 
@@ -4988,7 +4987,7 @@ OPEN_MESSAGES = 100_000  # in open chats, all in all; each takes about 5 KB of R
 LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
-BEGUN_SECONDS = 60.0  # after which a chat without a message is none that is just being made
+BEGUN_SECONDS = 60.0  # without a write, after which a chat without a branch is none that is just being made
 SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
@@ -4996,6 +4995,7 @@ ANY_ID = "dne"  # kinds of ids, see Catalogue
 MOST_PARAGRAPHS = 24  # behind which a joined message is looked for
 MET = -1  # an index of no message
 LEAST_SHARE = 4  # of a request's messages one in so many is known to the chat that it goes on
+TELLING_BYTES = 40  # of fewer matching messages' texts
 SURE_MATCHES = 3  # matching messages that name a chat whatever its persona says
 MOST_REFUSED = 500  # ids of what a filter refused, for each part of a prompt
 KEPT_NOTES = 8  # of a chat: texts that its client puts around or between a user's words
@@ -5307,15 +5307,15 @@ class ChatRegistry:
         self._listed.set()
 
     def _enter_or_remove(self, folder: Path) -> None:
-        """Enters a chat in the catalogue; one without a message is what is left of a program that was killed as it made
-        the chat, and removed, unless another program may be at it at this moment."""
-        begun = time.time() - folder.stat().st_mtime > BEGUN_SECONDS
+        """Enters a chat in the catalogue; one without a branch is what is left of a program that was killed as it made
+        or imported the chat, and removed, unless another program may be at it at this moment."""
+        written = max(file.stat().st_mtime for file in (folder, *folder.iterdir()))
         with self._borrow_folder(folder) as chat:
             if chat:
                 with chat.lock:
                     self.enter(chat, list(chat.tree.nodes))
-            chat_id, empty = chat.id if chat else "", not (chat and chat.tree.nodes)
-        if empty and begun:
+            chat_id, begun = chat.id if chat else "", not (chat and chat.store.head)
+        if begun and time.time() - written > BEGUN_SECONDS:
             self._close_for_good(folder)
             folder.rename(doomed := self.folder / f"{DELETED}{secrets.token_hex(8)}")
             shutil.rmtree(doomed, ignore_errors=True)
@@ -5727,10 +5727,17 @@ def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
         return Alignment()
     request = unmerged(chat, request)
     found = align_request(chat, request)
-    if found.users and not found.convincing:
+    last, whole = len(request.turns) - 1, found.skipped + len(found.kept) == len(request.turns)
+    if not whole and last in found.matches and request.turns[last].role == "user":  # it is new, whatever it repeats
+        found = replace(found, matches=found.matches[:-1], users=found.users - 1)
+    if found.users and found.base == ROOT and not found.convincing:
         found = with_reworded(chat, found, request)
     strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
-    return Alignment() if strange and len(found.matches) < SURE_MATCHES else unless_few(found, len(request.turns) - 1)
+    said = sum(len(request.turns[i].content.encode()) for i in found.matches)
+    usual = found.base != ROOT and said < TELLING_BYTES  # words that may stand in the middle of any chat
+    if len(found.matches) < SURE_MATCHES and (strange or usual):
+        return Alignment()
+    return unless_few(found, len(request.turns) - 1)
 
 
 def with_reworded(chat: Chat, found: Alignment, request: ChatRequest) -> Alignment:
@@ -5754,8 +5761,10 @@ def nearly_same(one: str, other: str) -> bool:
 
 
 def unless_few(found: Alignment, shown: int) -> Alignment:
-    """An alignment, unless it knows nearly nothing of so many messages: these are another chat's then."""
-    return found if len(found.matches) * LEAST_SHARE >= shown else Alignment()
+    """An alignment, unless it knows nearly nothing of so many messages from its first match on: these are another
+    chat's then. What was never shown before may come in front."""
+    known = len(found.matches) * LEAST_SHARE
+    return found if not found.matches or known >= shown - found.matches[0] else Alignment()
 
 
 def is_recent(chat: Chat, message: str) -> bool:
@@ -10346,13 +10355,21 @@ class Vectors:
                 return
             with chat.lock:  # a chat that was closed meanwhile has forgotten which: then its branch
                 ids, chat.awaiting_vectors = chat.awaiting_vectors or chat.path(), set()
-            try:
-                self.embed(chat, ids, lambda: self._closed or self._background.paused)
-            finally:
+            halted = threading.Event()  # what has been paused does not go on by itself
+
+            def stop() -> bool:
+                """Whether the program ends, or the background was paused."""
                 if self._background.paused:
-                    self._held.add(chat_id)
-                    with chat.lock:
-                        chat.awaiting_vectors |= set(ids)
+                    halted.set()
+                return self._closed or halted.is_set()
+
+            self.embed(chat, ids, stop)
+            if halted.is_set():
+                with chat.lock:
+                    chat.awaiting_vectors |= set(ids)
+                self._held.add(chat_id)
+                if not self._background.paused:  # it was let go on meanwhile
+                    self.go_on()
 
     def go_on(self) -> None:
         """Takes up what was left when the background was paused."""
