@@ -13416,7 +13416,7 @@ function importance(share) {
 }
 
 function avatar(name, picture) {
-    if (String(picture ?? '').startsWith('data:image/')) return h('img.avatar', { src: picture, alt: '' });
+    if (String(picture ?? '').startsWith('data:image/')) return h('img.avatar', { src: picture, 'aria-hidden': 'true' });
     const hue = [...name].reduce((sum, letter) => (31 * sum + letter.codePointAt(0)) % 360, 7);
     return h('span.avatar', { 'aria-hidden': 'true', vars: { hue } }, ([...name][0] ?? '?').toUpperCase());
 }
