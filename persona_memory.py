@@ -13426,9 +13426,10 @@ function importance(share) {
 }
 
 function avatar(name, picture) {
-    if (String(picture ?? '').startsWith('data:image/')) return h('img.avatar', { src: picture, alt: '' });
+    const ornament = { 'aria-hidden': 'true' };
+    if (String(picture ?? '').startsWith('data:image/')) return h('img.avatar', { src: picture, ...ornament });
     const hue = [...name].reduce((sum, letter) => (31 * sum + letter.codePointAt(0)) % 360, 7);
-    return h('span.avatar', { 'aria-hidden': 'true', vars: { hue } }, ([...name][0] ?? '?').toUpperCase());
+    return h('span.avatar', { vars: { hue }, ...ornament }, ([...name][0] ?? '?').toUpperCase());
 }
 
 // ---------------------------------------------------------------------------------------------- dialogs and toasts
