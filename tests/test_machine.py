@@ -34,7 +34,7 @@ from sillytavern import Message as Line
 import persona_memory as pm
 
 PROFILES = {
-    "quick": profile(max_examples=16, stateful_step_count=40, derandomize=True),
+    "quick": profile(max_examples=12, stateful_step_count=40, derandomize=True),
     "thorough": profile(max_examples=100, stateful_step_count=50, print_blob=True),
 }
 PROFILE = profile(
