@@ -1776,7 +1776,7 @@ HEADS = {"vector": (VECTOR_SIZE, FEATURES), "lexicon": (FEATURES,)}  # name -> s
 # fmt: off
 EMOTION_WEIGHTS = """
 an1uh&L-bH6g#gxR*fk=x_Q1lbx009SF+AL_5ry(>FLBgm%P0^mw?qg8yl)Tq*&xUM_I2ttK>>ONlOMix^f;o>HOh40MtM{NZxro_IN!!fJT@*{}2{DP
-it{Ie#Rd>+m?wtEg8u>jzg|HpcTnG)z-&64$>k(x)SfdR^TW;jY|i>6lj1yEu#Ry-Qy8J%E`6Ah}}It5DzlHm!f39D<eohb9$@4;b&Mt(|VP_-P_MKA{
+it{Ie#Rd>+m?wtEg8u>jzg|HpcTnG)z-&6bT}zMhu{0ZR^TW;jY}uM;WUjulL;rlLrNGx%E`6Ah}}It5DzlHm!f39D<eohb9$@4;b&Mt(|X0g-P_MKA{
 png>j4`1`C1|h`XJ>24fo*xaL)AY3py7V6ukft5Jw>3`TghL5X>LJDI^ixAno}e2i61<xe@yX13~F6H}4h51HS<E@601e``H2R1`zART_F7eDESx2CHU
 Dd0MSC)D)8aQB{}a6==cNg7T8k`?f>KQD=6#DAvZQF+?l8MF8k;UD#PQ<`SdXiFvK+f39RNV8}sJ}?IITZ1N`FYNEXZZ3K;3)*(M7J^BVFm*8|if0aVZ
 n;Mdj(zY_8DPvQC_Fx%V^=hGzg#N$!aGYl@g12owM-yPiB6Bz3W>Mr&U?BE+78Rzu!6#)kf_0}uyAL54$1r7)-ya*A(Q}J)T*U2p0E&}e|1~a<`&qVDc
@@ -2811,8 +2811,7 @@ def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
         return shifted
     if shifted.base != exact.base and not tree.is_below(shifted.base, exact.kept[0]):
         return exact if shifted.run <= len(exact.kept) else shifted
-    # Behind what was deleted or edited. The newest message alone says nothing: it is new, whatever it repeats.
-    later = [i for i in shifted.matches if len(exact.kept) <= i < len(digests) - 1]
+    later = [i for i in shifted.matches if i >= len(exact.kept)]  # behind what was deleted or edited
     users = exact.users + count_users(tree, (tree.by_digest[digests[i]][0] for i in later))
     return replace(exact, matches=(*exact.matches, *later), users=users)
 
@@ -4988,14 +4987,16 @@ OPEN_MESSAGES = 100_000  # in open chats, all in all; each takes about 5 KB of R
 LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
-BEGUN_SECONDS = 60.0  # after which a chat without a message is none that is just being made
+BEGUN_SECONDS = 60.0  # without a write, after which a chat without a branch is none that is just being made
 SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
 ANY_ID = "dne"  # kinds of ids, see Catalogue
+JOINED = 4  # paragraphs of the newest message that are looked up: one may be a turn before it that failed
 MOST_PARAGRAPHS = 24  # behind which a joined message is looked for
 MET = -1  # an index of no message
 LEAST_SHARE = 4  # of a request's messages one in so many is known to the chat that it goes on
+TELLING_BYTES = 40  # of fewer matching messages' texts
 SURE_MATCHES = 3  # matching messages that name a chat whatever its persona says
 MOST_REFUSED = 500  # ids of what a filter refused, for each part of a prompt
 KEPT_NOTES = 8  # of a chat: texts that its client puts around or between a user's words
@@ -5307,15 +5308,15 @@ class ChatRegistry:
         self._listed.set()
 
     def _enter_or_remove(self, folder: Path) -> None:
-        """Enters a chat in the catalogue; one without a message is what is left of a program that was killed as it made
-        the chat, and removed, unless another program may be at it at this moment."""
-        begun = time.time() - folder.stat().st_mtime > BEGUN_SECONDS
+        """Enters a chat in the catalogue; one without a branch is what is left of a program that was killed as it made
+        or imported the chat, and removed, unless another program may be at it at this moment."""
+        written = max(file.stat().st_mtime for file in (folder, *folder.iterdir()))
         with self._borrow_folder(folder) as chat:
             if chat:
                 with chat.lock:
                     self.enter(chat, list(chat.tree.nodes))
-            chat_id, empty = chat.id if chat else "", not (chat and chat.tree.nodes)
-        if empty and begun:
+            chat_id, begun = chat.id if chat else "", not (chat and chat.store.head)
+        if begun and time.time() - written > BEGUN_SECONDS:
             self._close_for_good(folder)
             folder.rename(doomed := self.folder / f"{DELETED}{secrets.token_hex(8)}")
             shutil.rmtree(doomed, ignore_errors=True)
@@ -5656,19 +5657,20 @@ def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
     by one side, as after a turn that failed, in a group, or where what stood between them is hidden.
 
     A turn is parted where its first paragraphs are a message of the chat that follows on the turn before, and the rest
-    is what follows on that one, or what nothing has followed on yet.
+    is what follows on that one, or what nothing has followed on yet; of a client that is known to be strict, whatever
+    the rest is.
     """
     tree, away, turns = chat.tree, hidden_from(chat, request), []
     for turn in request.turns:
         before = turns[-1].digest if turns else ""
         known = "\n\n" not in turn.content or turn.digest in tree.by_digest
-        turns += [turn] if known else parted(tree, turn, before, away)
+        turns += [turn] if known else parted(tree, turn, before, away, request.strict)
     return replace(request, turns=tuple(turns), merges=True) if len(turns) > len(request.turns) else request
 
 
-def parted(tree: Tree, turn: Turn, before: str, away: Collection[str]) -> list[Turn]:
-    """The turns that a turn is made of, as `unmerged` tells them; `before` is the digest of the turn before it, and
-    `away` are the messages that the client hides."""
+def parted(tree: Tree, turn: Turn, before: str, away: Collection[str], strict: bool) -> list[Turn]:
+    """The turns that a turn is made of, as `unmerged` tells them; `before` is the digest of the turn before it, `away`
+    are the messages that the client hides."""
     sent = turn.raw["content"]
     for cut in itertools.islice(re.finditer(r"\n\n", turn.content), MOST_PARAGRAPHS if isinstance(sent, str) else 0):
         first = part_of(turn, turn.content[: cut.start()])
@@ -5686,8 +5688,8 @@ def parted(tree: Tree, turn: Turn, before: str, away: Collection[str]) -> list[T
                 continue
             if not below or any(tree.nodes[i].digest == rest.digest for i in below):
                 return [first, rest]
-            more = parted(tree, rest, first.digest, away)
-            if len(more) > 1:
+            more = parted(tree, rest, first.digest, away, strict)
+            if strict or len(more) > 1:
                 return [first, *more]
     return [turn]
 
@@ -5727,10 +5729,17 @@ def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
         return Alignment()
     request = unmerged(chat, request)
     found = align_request(chat, request)
-    if found.users and not found.convincing:
+    last, whole = len(request.turns) - 1, found.skipped + len(found.kept) == len(request.turns)
+    if not whole and last in found.matches and request.turns[last].role == "user":  # it is new, whatever it repeats
+        found = replace(found, matches=found.matches[:-1], users=found.users - 1)
+    if found.users and found.base == ROOT and not found.convincing:
         found = with_reworded(chat, found, request)
     strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
-    return Alignment() if strange and len(found.matches) < SURE_MATCHES else unless_few(found, len(request.turns) - 1)
+    said = sum(len(request.turns[i].content.encode()) for i in found.matches)
+    usual = found.base != ROOT and said < TELLING_BYTES  # words that may stand in the middle of any chat
+    if len(found.matches) < SURE_MATCHES and (strange or usual):
+        return Alignment()
+    return unless_few(found, len(request.turns) - 1)
 
 
 def with_reworded(chat: Chat, found: Alignment, request: ChatRequest) -> Alignment:
@@ -5754,8 +5763,10 @@ def nearly_same(one: str, other: str) -> bool:
 
 
 def unless_few(found: Alignment, shown: int) -> Alignment:
-    """An alignment, unless it knows nearly nothing of so many messages: these are another chat's then."""
-    return found if len(found.matches) * LEAST_SHARE >= shown else Alignment()
+    """An alignment, unless it knows nearly nothing of so many messages from its first match on: these are another
+    chat's then. What was never shown before may come in front."""
+    known = len(found.matches) * LEAST_SHARE
+    return found if not found.matches or known >= shown - found.matches[0] else Alignment()
 
 
 def is_recent(chat: Chat, message: str) -> bool:
@@ -5913,11 +5924,15 @@ def understand(
 def how_it_asks(text: str, asked: str, language: str) -> int:
     """Whether a text that has a question asks for the past, or doubtfully so: about what is here and now.
 
-    "What's for supper?" has one word with a topic, and a line that tells and ends with "Shall I bank the fire?" has no
-    word that asks. Both are answered from memory only where something stands out.
+    "What's for supper?" has one word with a topic, where "Where do I live?" asks after somebody, and a line that tells
+    and ends with "Shall I bank the fire?" has no word that asks. Those are answered from memory only where something
+    stands out.
     """
     mostly = len(asked) >= MOSTLY_ASKS * len(text.strip()) or says(asked, ASKING, language)
-    clear = len(query_words(asked, (), language)) > 1 or says(text, REMINDING_OF, language)
+    somebody = says(asked, ONESELF, language) or says(asked, ADDRESSED, language)
+    enough = 1 if somebody and says(asked, ASKING, language) else 2
+    topics = len(query_words(asked, (), language))
+    clear = topics >= enough or says(text, REMINDING_OF, language)
     return ASKS if mostly and clear else DOUBTFUL
 
 
@@ -6166,13 +6181,13 @@ SIGNALS = {
 # By how much a memory's score must stand above the chat's usual one: for a message that tells, for a doubtful question,
 # and for one that asks. On the development chats the best messages of 98 questions in a hundred stand out by 4.1 and
 # more, and of what is most like a remark, nine tenths by less than 7.3 and all by less than 8.9.
-STANDING_OUT = (9.0, 7.0, 2.5)
+STANDING_OUT = (9.5, 7.5, 2.5)
 TELLING_MEMORIES = 1
 FEW_MESSAGES, USUAL = 60, 0.0  # with so few messages the median may be on the topic: this is taken at most
 WORDS_ALONE = 0.4  # of all these, where there is no vector: what the words' signals can add up to
 # How likely a message of a score is evidence: logistic regression on the development chats.
 NEED_SCORE, NEED_BELOW, NEED_BIAS = 0.22, 0.93, -2.36
-SUPERSEDING = 0.5  # share of the best score from which a newer statement may stand before it
+SUPERSEDING = 0.65  # of what the best stands above the usual score by: what a newer statement must, to go first
 SUPERSEDING_NEAR = -0.25  # how near to the question it must be, in units of the chat's noise; 0 is what is usual there
 COST_PER_TOKEN = 1e-4  # a memory must be as likely relevant, for each of its tokens, as this
 LEAN_COST_PER_TOKEN = 2e-3  # the same with --lean
@@ -6210,11 +6225,13 @@ def supersedes(query: Query, e: Evidence, scores: np.ndarray) -> np.ndarray:
     the same speaker that tell of a change, the best one goes first where it is about the question nearly as much.
     """
     lift = np.zeros(len(scores), np.float32)
-    if query.asks == TELLS or query.dates or not len(scores):
+    if query.asks == TELLS or query.dates or "time" in query.wants or not len(scores):
         return lift
     best = int(scores.argmax())
     later = (np.arange(len(scores)) > best) & (e.traits["change"] > 0) & (e.speakers == e.speakers[best])
-    later &= (scores >= SUPERSEDING * scores[best]) & (np.maximum(e.cosine, e.sentence) > SUPERSEDING_NEAR)
+    later &= np.maximum(e.cosine, e.sentence) > SUPERSEDING_NEAR
+    above = scores - np.median(scores)
+    later &= above >= SUPERSEDING * above[best]
     if later.any():
         newer = int(np.where(later, scores, -np.inf).argmax())
         lift[newer] = scores[best] - scores[newer] + 0.01
@@ -10340,13 +10357,21 @@ class Vectors:
                 return
             with chat.lock:  # a chat that was closed meanwhile has forgotten which: then its branch
                 ids, chat.awaiting_vectors = chat.awaiting_vectors or chat.path(), set()
-            try:
-                self.embed(chat, ids, lambda: self._closed or self._background.paused)
-            finally:
+            halted = threading.Event()  # what has been paused does not go on by itself
+
+            def stop() -> bool:
+                """Whether the program ends, or the background was paused."""
                 if self._background.paused:
-                    self._held.add(chat_id)
-                    with chat.lock:
-                        chat.awaiting_vectors |= set(ids)
+                    halted.set()
+                return self._closed or halted.is_set()
+
+            self.embed(chat, ids, stop)
+            if halted.is_set():
+                with chat.lock:
+                    chat.awaiting_vectors |= set(ids)
+                self._held.add(chat_id)
+                if not self._background.paused:  # it was let go on meanwhile
+                    self.go_on()
 
     def go_on(self) -> None:
         """Takes up what was left when the background was paused."""
@@ -10793,6 +10818,10 @@ class Archive:
         """The id of the chat without an explicit id that a request's transcript continues, or of one whose id comes
         from our extension, which may be off by now or see a copy of the chat; empty: none."""
         digests = [(t.role, t.digest) for t in request.turns]
+        last = request.turns[-1]
+        digests += [
+            (last.role, part_of(last, p).digest) for p in last.content.split("\n\n")[:JOINED] if p != last.content
+        ]
 
         def where(chat: Chat) -> Alignment:
             """Where the request hangs in a chat. Those with an id of their own are each others' copies at most, unless
@@ -13401,9 +13430,10 @@ function importance(share) {
 }
 
 function avatar(name, picture) {
-    if (String(picture ?? '').startsWith('data:image/')) return h('img.avatar', { src: picture, alt: '' });
+    const ornament = { 'aria-hidden': 'true' };
+    if (String(picture ?? '').startsWith('data:image/')) return h('img.avatar', { src: picture, ...ornament });
     const hue = [...name].reduce((sum, letter) => (31 * sum + letter.codePointAt(0)) % 360, 7);
-    return h('span.avatar', { 'aria-hidden': 'true', vars: { hue } }, ([...name][0] ?? '?').toUpperCase());
+    return h('span.avatar', { vars: { hue }, ...ornament }, ([...name][0] ?? '?').toUpperCase());
 }
 
 // ---------------------------------------------------------------------------------------------- dialogs and toasts
@@ -16252,7 +16282,11 @@ MESSAGE = {
     "properties": {
         "role": {"type": "string"},
         "name": {"type": "string", "maxLength": LONGEST_ID},
-        "content": {"type": ["string", "array", "null"], "items": {"type": "object", "required": ["type"]}},
+        "content": {
+            "type": ["string", "array", "null"],
+            "items": {"type": "object", "required": ["type"]},
+            "description": f"at most {LONGEST_MESSAGE} characters of text",
+        },
         "timestamp": {"type": ["string", "null"], "description": "ISO 8601"},
     },
 }

@@ -1,7 +1,7 @@
 """The program killed in the middle of everything, again and again, and what its clients can count on afterwards.
 
 A `Scene` is one data folder and clients that work on it at once: turns in named and unnamed chats, imports, chats made
-and deleted; summaries and vectors go on behind them. Each round forks a server, lets the clients work for a moment,
+and deleted; summaries and vectors go on behind them. Each round starts a server, lets the clients work for a moment,
 kills it as a power cut would, and has another one tell what is there.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import os
 import random
 import threading
 import time
@@ -24,6 +25,8 @@ import persona_memory as pm
 
 API = "/api/persona_memory"
 PERSONA = {"role": "system", "content": "You are Maren, keeper of the lighthouse on the Teeth."}
+PROCESSES = multiprocessing.get_context("forkserver")  # a server starts at once: all is imported already
+PROCESSES.set_forkserver_preload(["killing"])
 FILLER = "The ferry leaves at noon, and the red key stays with the abbot until the lamps are lit again."
 
 
@@ -66,7 +69,7 @@ class Scene:
         """A server's address for as long as the block runs; it is killed at its end."""
         port, embedder = free_port(), self.embedders[self.round // 4 % len(self.embedders)]
         given = settings(self.data, self.upstream_url, port=port, summary_every=4, context=1024, embedder=embedder)
-        self.process = multiprocessing.get_context("fork").Process(target=serve, args=(given,), daemon=True)
+        self.process = PROCESSES.Process(target=serve, args=(given,), daemon=True)
         self.process.start()
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: health(url), "the server's /health")
@@ -131,7 +134,7 @@ class Scene:
     def look(self, url: str, everything: bool = False) -> None:
         """Compares what is there with what was acknowledged, in this round or, with `everything`, ever."""
         with httpx.Client(base_url=url, timeout=PATIENCE) as api:
-            listed = wait_until(lambda: self.listed(api), "the list of chats")
+            [listed] = wait_until(lambda: self.listed(api), "the list of chats")
             for chat, shown in self.said.items():
                 if everything or chat in ("tale", f"unnamed {self.round // 5}"):
                     self.look_at_turns(api, chat, shown, listed)
@@ -142,22 +145,33 @@ class Scene:
                 answer = api.get(f"{API}/chats/{quote(line['chat_id'], safe='')}")
                 self.counts["ghosts"] += answer.status_code == 404
                 self.counts["not open"] += answer.status_code not in (200, 404)
-            folders = {f.name for f in (self.data / "chats").iterdir() if f.is_dir() and (f / "cache.db").exists()}
-            known = {pm.chat_folder(line["chat_id"]) for line in listed}
-            self.counts["ghosts"] += len(strange := {f for f in folders if "." not in f} - known)
-            print("STRANGE", strange, listed)
             for chat in [c for c in self.deleted if everything or c.startswith(f"doomed {self.round}-")]:
                 self.counts["undeleted"] += chat in {line["chat_id"] for line in listed}
             if everything:
                 raw = b"".join(file.read_bytes() for file in self.data.rglob("*") if file.is_file())
                 self.counts["undeleted"] += sum(text.encode() in raw for text in self.deleted.values())
 
-    def listed(self, api: httpx.Client) -> list[dict] | None:
-        """The list of chats, as soon as it is whole."""
+    def finish(self) -> dict:
+        """A last look at everything, some minutes later: what was only begun is gone then. Returns the counts."""
+        for file in (self.data / "chats").rglob("*"):
+            os.utime(file, (0, 0))
+        with self.server() as url, httpx.Client(base_url=url, timeout=PATIENCE) as api:
+            wait_until(lambda: not self.orphans(api), "no chat that was only begun")
+            self.look(url, everything=True)
+        return dict(self.counts)
+
+    def orphans(self, api: httpx.Client) -> set[str]:
+        """Folders that no listed chat is in, and listed chats without a message."""
+        lines = api.get(f"{API}/chats").json()
+        folders = {folder.name for folder in (self.data / "chats").iterdir() if "." not in folder.name}
+        return folders ^ {pm.chat_folder(line["chat_id"]) for line in lines if line["messages"]}
+
+    def listed(self, api: httpx.Client) -> list[list[dict]]:
+        """The list of chats, if it can be had."""
         answer = api.get(f"{API}/chats")
         if answer.status_code != 200:
             self.counts["not open"] += 1
-        return answer.json() if answer.status_code == 200 else None
+        return [answer.json()] if answer.status_code == 200 else []
 
     def texts(self, api: httpx.Client, chat: str) -> list[str]:
         """The texts of all of a chat's messages, on every branch."""

@@ -74,6 +74,7 @@ SHAPES = ["", "merge", "semi", "strict", "single"]  # post-processing
 CONSTANT = re.compile(
     r"\n*(?:\[Author's note: it is raining\.\]|Stay calm\.)\n*"
 )  # what the styles put around messages
+STORY = re.compile(r"\[The story so far.*?\[End of the story so far\]", re.S)
 TASK = "[Pause your roleplay. Summarize the most important facts and events in the story so far.]"
 SPEAKERS = {"user": "Robin: ", "assistant": "Helena: "}
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstv" for vowel in "aeiou"]
@@ -313,8 +314,10 @@ class Machine(RuleBasedStateMachine):
         history = player.history_of(player.chat)
         self.known.add(history)
         self.marked = len(self.requests)
-        if chat_id not in self.ids:
-            self.part(player, history)
+        if chat_id not in self.ids and player.parent in self.ids:
+            player.stored = player.parent  # the client says what it was branched off
+        elif chat_id not in self.ids and player.stored in {line["chat_id"] for line in self.api("/chats")}:
+            self.part(player, history)  # else it was recognised
         self.rename(player, chat_id)
         player.before = history
 
@@ -661,9 +664,9 @@ class Machine(RuleBasedStateMachine):
 
     def words_are_the_end_of_the_chat(self, request: Request, history, expected):
         """The same by the made-up words, where the client joins messages."""
-        quoted = texts_of(request.prompt)[-1].startswith("[Continue") or "\n[Continue" in texts_of(request.prompt)[-1]
-        shown = MADE_UP.findall("\n".join(text.partition("[Continue the following")[0] for _, text in history))
-        for role, text in reversed(expected) if not quoted or shown else ():
+        told = [STORY.sub("", text).partition("[Continue the following")[0] for _, text in history]
+        shown = MADE_UP.findall("\n".join(told))
+        for role, text in reversed(expected):
             versions = [MADE_UP.findall(text), MADE_UP.findall(self.told(request, role, text))]
             found = next((v for v in versions if v and shown[-len(v) :] == v), None)
             assert found or not versions[0] or text in self.gone(request) or not shown

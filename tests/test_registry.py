@@ -80,7 +80,7 @@ def test_a_turn_in_the_embedder_keeps_nobody_waiting(gate, patient_turn, data_di
         monkeypatch.setattr(pm, "RECALL_SECONDS", 0.0)
         for chat_id, shown in (("two", [*told("two"), *told("on")[1:]]), ("one", told("one")), ("new", told("new"))):
             reply = say(running.url, shown, chat_id=chat_id)
-            assert reply.status == 200 and "late" in reply.memory, (chat_id, reply)
+            assert reply.status == 200 and "too slow" in reply.memory, (chat_id, reply)
         assert say(running.url, told("nameless")).status == 200
         row = httpx.get(f"{running.url}/{API}/chats/one/messages", timeout=PATIENCE).json()["messages"][0]
         address = f"{running.url}/{API}/chats/one/messages/{row['id']}"
@@ -91,7 +91,7 @@ def test_a_turn_in_the_embedder_keeps_nobody_waiting(gate, patient_turn, data_di
         assert not stuck.done()
         gate.set()
         reply = stuck.result(PATIENCE)
-        assert reply.status == 200 and "late" not in reply.memory
+        assert reply.status == 200 and "too slow" not in reply.memory
         assert branch_texts(running.url, "two")[:2] == [MULE, told("two")[2]["content"]]
 
 
@@ -106,7 +106,7 @@ def test_nobody_waits_for_vectors_in_vain(gate):
         wait_until(lambda: len(embedder._urgent) == 8)
         embedder._pace = PATIENCE
         late = threads.submit(embedder.encode, ["the inn"], 2 * PATIENCE)
-        with pytest.raises(pm.EmbedderUnavailable, match="late"):
+        with pytest.raises(pm.EmbedderUnavailable, match="too slow"):
             late.result(PATIENCE)
         gate.set()
         assert [job.result(PATIENCE).shape for job in waiting] == [(1, 384)] * 8

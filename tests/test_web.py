@@ -1192,8 +1192,8 @@ def test_message_text_never_reaches_the_log(data_dir, upstream):
     talk = [{"role": "user", "name": secret, "content": f"The word is {secret}."}]
     with Server(data_dir, upstream.url, embedder=False) as running:
         assert say(running.url, talk).status == 200
-        upstream.steer(status=500, error="broken")
-        assert say(running.url, talk).status == 500
+        upstream.steer(status=400, error="broken")
+        assert say(running.url, talk).status == 400
         for raw in (json.dumps({"messages": [{"role": "user", "content": {secret: 1}}]}), f'{{"messages": "{secret}"'):
             answer = httpx.post(f"{running.url}/v1/chat/completions", content=raw.encode(), timeout=TIMEOUT)
             assert answer.status_code == 400

@@ -11,6 +11,7 @@ import contextlib
 import json
 import multiprocessing
 import resource
+import shutil
 import socket
 import statistics
 import sys
@@ -20,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -166,36 +168,43 @@ def streams(count: int = 50, polls: int = 50, idle: int = 200) -> None:
 
 
 def soak(minutes: int = 30, pace: int = 69) -> None:
-    """Turns at a pace for so long, in chats that grow to 200 messages; what the program holds, minute by minute. Each
-    turn is two messages: the user's and the reply that it shows later."""
+    """Turns at a pace for so long, on as many chats as may be open and more; what the program holds, minute by minute,
+    once each has had a few turns. A turn is two messages: the user's and the reply that it shows later."""
     persona = {"role": "system", "content": "You are Maren, keeper of the lighthouse on the Teeth. " * 8}
+    chats, counts, rows = pm.OPEN_CHATS + 8, Counter(), []
+    shown: dict[int, list[dict]] = {chat: [] for chat in range(chats)}
+
+    def take_turn(number: int) -> None:
+        """One turn, in the chat that it is the turn of, and a look for news."""
+        history = shown[number % chats]
+        words = f"Evening {number}: I count {number * 7 % 90} boats at {TOWNS[number % len(TOWNS)]}, and the keys."
+        history.append({"role": "user", "content": words})
+        body = {"model": "fake-model", "messages": [persona, *history[-60:]]}
+        answer = api.post("/v1/chat/completions", json=body, headers={"X-Chat-Id": f"tale {number % chats}"})
+        counts[answer.status_code, answer.headers.get("X-Persona-Memory", "").partition("=")[0]] += 1
+        history.append({"role": "assistant", "content": answer.json()["choices"][0]["message"]["content"]})
+        api.get("/api/persona_memory/state")
+
     with tempfile.TemporaryDirectory() as data, Upstream() as upstream:
         server = Server(Path(data) / "data", upstream.url, "--context", 4096)
         server.command[server.command.index("--summary-every") + 1] = "20"
         with server as running, httpx.Client(base_url=running.url, timeout=120) as api:
             running.wait_ready()
-            started, turns, rows, counts = time.monotonic(), 0, [], Counter()
-            shown: dict[int, list[dict]] = {}
-            while (passed := time.monotonic() - started) < 60 * minutes:
-                chat = turns % 8 + 8 * (turns // 800)
-                history = shown.setdefault(chat, [])
-                words = f"Evening {turns}: I count {turns * 7 % 90} boats at {TOWNS[turns % len(TOWNS)]}, and the keys."
-                history.append({"role": "user", "content": words})
-                body = {"model": "fake-model", "messages": [persona, *history[-60:]]}
-                answer = api.post("/v1/chat/completions", json=body, headers={"X-Chat-Id": f"tale {chat}"})
-                counts[answer.status_code, answer.headers.get("X-Persona-Memory", "").partition(" ")[0][:8]] += 1
-                history.append({"role": "assistant", "content": answer.json()["choices"][0]["message"]["content"]})
-                api.get("/api/persona_memory/state")
-                turns += 1
-                if passed > 60 * len(rows):
+            for number in range(10 * chats):
+                take_turn(number)
+            started = time.monotonic()
+            for turns in range(minutes * pace // 2 + 1):
+                take_turn(10 * chats + turns)
+                passed = time.monotonic() - started
+                if passed >= 60 * len(rows):
                     rows.append(held(running.process.pid))
                     words = ", ".join(f"{name} {value:.0f}" for name, value in rows[-1].items())
                     print(f"minute {len(rows) - 1}: {2 * turns} messages, {words}, {dict(counts)}", flush=True)
                     upstream.requests.clear()
-                time.sleep(max(0.0, started + turns * 120 / pace - time.monotonic()))
+                time.sleep(max(0.0, (turns + 1) * 120 / pace - passed))
             third = len(rows) // 3
             for name in rows[-1]:
-                early, late = (statistics.mean(row[name] for row in some) for some in (rows[3:third], rows[-third:]))
+                early, late = (statistics.mean(row[name] for row in some) for some in (rows[:third], rows[-third:]))
                 print(f"{name}: first third {early:.0f}, last {late:.0f} ({100 * (late / early - 1):+.1f} %)")
             print(f"{running.log().count('Traceback')} tracebacks, {dict(counts)}")
 
@@ -208,29 +217,36 @@ def corruptions(rounds: int = 250) -> None:
     of the damaged one."""
     from test_damage import corrupt, file_of, written
 
-    for part in ("chats", "catalogue", "characters"):
-        counts = Counter()
-        for number in range(rounds):
-            with tempfile.TemporaryDirectory() as folder:
-                data = Path(folder)
-                memory = written(data)
-                corrupt(file_of(data, "hurt") if part == "chats" else pm.database_of(data / part), number)
-                for _ in range(2):
-                    try:
-                        memory.archive.append("well", [{"role": "user", "content": "It goes on."}])
-                        counts["other chat at once" if not _ else "other chat at the second try"] += 1
-                        break
-                    except pm.StoreError:
-                        continue
-                try:
-                    counts["messages of the damaged chat"] += memory.describe("hurt", mood=False)["branch_length"]
-                    counts["damaged chat usable"] += 1
-                except pm.PersonaMemoryError as error:
-                    counts[type(error).__name__] += 1
-                memory.registry.delete("hurt")
-                counts["deleted"] += 1
-                memory.close()
-        print(part, rounds, dict(counts))
+    given = settings("", "http://127.0.0.1:9/v1", embedder="/nonexistent")  # no model is loaded a thousand times
+    with tempfile.TemporaryDirectory() as whole:
+        written(Path(whole)).close()
+        for part in ("chats", "catalogue", "characters"):
+            counts = Counter()
+            for number in range(rounds):
+                with tempfile.TemporaryDirectory() as folder:
+                    data = Path(shutil.copytree(whole, Path(folder) / "data"))
+                    corrupt(file_of(data, "hurt") if part == "chats" else pm.database_of(data / part), number)
+                    counts.update(after_damage(pm.PersonaMemory(replace(given, data=str(data)))))
+            print(part, rounds, dict(counts), flush=True)
+
+
+def after_damage(memory: pm.PersonaMemory) -> Iterator[str]:
+    """What came of the other chat and of the damaged one."""
+    for once_more in range(2):
+        try:
+            memory.archive.append("well", [{"role": "user", "content": "It goes on."}])
+            yield "other chat at the second try" if once_more else "other chat at once"
+            break
+        except pm.StoreError:
+            continue
+    try:
+        messages = memory.describe("hurt", mood=False)["branch_length"]
+        yield "damaged chat whole" if messages == 60 else "damaged chat salvaged"
+    except pm.StoreError as error:
+        yield f"damaged chat refused in words: {type(error).__name__}"
+    memory.registry.delete("hurt")
+    yield "damaged chat deleted"
+    memory.close()
 
 
 if __name__ == "__main__":

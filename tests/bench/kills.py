@@ -12,12 +12,13 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent.parent)]
 
 from fakes import Upstream  # noqa: E402
-from killing import Scene  # noqa: E402
+from killing import PROCESSES, Scene  # noqa: E402
 
 
 def main(kills: int = 200, number: int = 0) -> None:
     """So many rounds on one data folder; every fourth round the embedder is another one."""
     started, dice = time.monotonic(), random.Random(number)
+    PROCESSES.set_forkserver_preload(["killing", "sentence_transformers"])
     with tempfile.TemporaryDirectory() as folder, Upstream() as upstream:
         embedders = [static_model(Path(folder) / f"static-{n}", n) for n in (1, 2)]
         scene = Scene(Path(folder) / "data", upstream.url, embedders, number)
@@ -26,9 +27,7 @@ def main(kills: int = 200, number: int = 0) -> None:
             upstream.requests.clear()
             if count % 10 == 0 or count == kills:
                 print(f"{count} kills, {time.monotonic() - started:.0f} s: {dict(scene.counts)}", flush=True)
-        with scene.server() as url:
-            scene.look(url, everything=True)
-        print(f"{kills} kills: {dict(scene.counts)}")
+        print(f"{kills} kills: {scene.finish()}")
 
 
 def static_model(folder: Path, number: int) -> str:
