@@ -11273,7 +11273,9 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
         erased = node.forgotten and not node.shown
         # The same words with another name or status around them stay as they were shown first.
         if not node.confirmed or (node.id == own and node.shown != turn.fingerprint and not erased):
-            messages.append(shown_again(store.read([node.id])[0], message_of_turn(parent, turn)))
+            old = store.read([node.id])[0]
+            if not node.confirmed or turn.name or old.original != turn.content:
+                messages.append(shown_again(old, message_of_turn(parent, turn)))
     return messages, path
 
 
@@ -11297,8 +11299,10 @@ def names_of_group(known: str, voices: Iterable[str | None]) -> str:
 
 
 def shown_again(old: Message, new: Message) -> Message:
-    """A stored message as the client shows it now, with what a user has made of it."""
-    return with_mark(replace(new, at=old.at, timestamp=new.timestamp or old.timestamp), old.mark)
+    """A stored message as the client shows it now, with what a user has made of it, and with the name and the date that
+    another of the client's ways has told."""
+    known = {"name": new.name or old.name, "timestamp": new.timestamp or old.timestamp}
+    return with_mark(replace(new, at=old.at, **known), old.mark)
 
 
 def read_in_batches(chat: Chat, ids: Sequence[str]) -> Iterator[Message]:

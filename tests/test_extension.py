@@ -952,7 +952,7 @@ class TestPanel:
     def test_its_data_can_be_removed(self, client):
         client.set("depth", 4)
         client.do("(await import(a)).clean()", SCRIPT_PATH)
-        assert client.do("stand.context.extensionSettings.persona_memory ?? null") is None
+        assert client.do("stand.context.extensionSettings.persona_memory?.depth ?? 1") == 1
 
     def test_it_is_there_once(self, client):
         client.do("await import(a).then(() => null)", SCRIPT_PATH + "?again")

@@ -543,3 +543,85 @@ def test_a_users_note_is_in_every_prompt(hook, chat_id):
     told = texts(inject(hook, chat_id, LONG[:5]))
     assert NOTE not in told and other["text"] in told
     assert httpx.post(f"{api}/chats/{chat_id}/facts", json={"text": " "}, timeout=TIMEOUT).status_code == 400
+
+
+# ---------------------------------------------------------------------------- one chat, however it is sent
+
+
+def prompt_of(shown: list[dict], processing: str, names: bool, members: tuple[str, ...] = ()) -> list[dict]:
+    """A chat as SillyTavern sends it with one of its "prompt post-processings", with or without names in the texts."""
+    start = f"[Start a new group chat. Group members: {', '.join(members)}]" if members else "[Start a new Chat]"
+    prompt = [CARD, {"role": "system", "content": start}]
+    named = [m["name"] for m in shown if names and (m["role"] == "assistant" or not members)]  # as it does by default
+    prompt += [
+        {"role": m["role"], "content": f"{m['name']}: {m['content']}" if m["name"] in named else m["content"]}
+        for m in shown
+    ]
+    if processing == "strict":
+        prompt.insert(2, {"role": "user", "content": "Let's get started."})
+    if processing in ("none", "single"):
+        joined = [{"role": "user", "content": "\n\n".join(m["content"] for m in prompt)}]
+        return joined if processing == "single" else prompt
+    merged: list[dict] = []
+    for m in prompt:
+        m = {**m, "role": "user"} if m["role"] == "system" and merged and merged[-1]["role"] != "system" else m
+        if merged and merged[-1]["role"] == m["role"]:
+            merged[-1] = {**m, "content": f"{merged[-1]['content']}\n\n{m['content']}"}
+        else:
+            merged.append(m)
+    return merged
+
+
+def holds(server, chat_id: str, shown: list[dict]) -> bool:
+    """Whether a chat's branch is what is shown, wherever the names stood; no name is a wrong one."""
+    address = f"{server.url}/api/persona_memory/chats/{chat_id}/messages"
+    rows = httpx.get(address, timeout=TIMEOUT).json()["messages"]
+    texts = [row["content"].removeprefix(f"{row['name']}: ") for row in rows]
+    named = all(row["name"] in (None, m["name"]) for row, m in zip(rows, shown, strict=False))
+    return named and texts == [m["content"] for m in shown]
+
+
+STYLES = [(p, n) for p in ("none", "merge", "semi", "strict", "single") for n in (False, True) if p != "single" or n]
+
+
+def test_switching_the_post_processing_leaves_one_branch(shared_server, upstream, chat_id):
+    """A chat that the extension has had read in, with a turn that was stopped: two user messages in a row."""
+    shown = [*LONG[:20], line("user", "I was stopped here."), *LONG[20:30], line("user", "Is it late?")]
+    sync(shared_server, chat_id, shown)
+    for turn, (processing, names) in enumerate([*STYLES, *STYLES[::-1]]):
+        shown = [*shown, line("assistant", f"Reply {turn}, she says."), line("user", f"Question {turn}, he asks?")]
+        reply = say(
+            shared_server.url,
+            prompt_of(shown[-16:], processing, names),
+            persona_memory={"chat_id": chat_id, "character": "Mira", "kind": "normal"},
+        )
+        assert reply.status == 200
+        assert holds(shared_server, chat_id, shown), (processing, names)
+    address = f"{shared_server.url}/api/persona_memory/chats/{chat_id}"
+    described = httpx.get(address, timeout=TIMEOUT).json()
+    assert (described["branches"], described["branch_length"]) == (1, len(shown))
+    first = httpx.get(f"{address}/messages", params={"limit": 1}, timeout=TIMEOUT).json()["messages"][0]
+    assert first["name"] == "Robin", "who speaks is known from the extension, though no request has said it"
+
+
+def test_a_group_is_one_branch_through_the_proxy_and_the_hook(shared_server, upstream, chat_id):
+    """Names stand in front of the texts in the one, and beside them in the other."""
+    members = ("Mira", "Borin")
+    shown = [line("user", "Borin, where is the spare key?")]
+    for turn in range(12):
+        name = members[turn % 2]
+        shown += [{**line("assistant", f"Line {turn} about the harbour and the key."), "name": name}]
+        if turn % 3 == 0:
+            shown += [line("user", f"Walk {turn} with both of you.")]
+        if turn % 4 < 2:
+            answer = inject(shared_server, chat_id, shown, character=name, group="The crew")
+            assert answer["report"]["degraded"] == "" or "embedder" in answer["report"]["degraded"]
+        else:
+            say(
+                shared_server.url,
+                prompt_of(shown, "merge" if turn % 4 == 2 else "none", True, members),
+                persona_memory={"chat_id": chat_id, "character": name, "group": "The crew", "kind": "normal"},
+            )
+        assert holds(shared_server, chat_id, shown), turn
+    described = httpx.get(f"{shared_server.url}/api/persona_memory/chats/{chat_id}", timeout=TIMEOUT).json()
+    assert (described["branches"], described["branch_length"]) == (1, len(shown))
