@@ -5547,7 +5547,8 @@ class ChatRegistry:
                 folder.rename(doomed)
         except OSError as error:
             raise StoreError(f"The chat could not be deleted: {error}") from error
-        self.catalogue.remove(chat_id, digests)
+        with contextlib.suppress(StoreDamaged):  # it is made anew then, of the chats that are left
+            self.catalogue.remove(chat_id, digests)
         self._troubles.pop(folder.name, None)
         for gone in (doomed, *self.folder.glob(f"{folder.name}.damaged-*")):
             shutil.rmtree(gone, ignore_errors=True)

@@ -48,14 +48,18 @@ class Scene:
         self.deleted: dict[str, str] = {}  # by chat: a text of it
         self.round = 0
 
-    def play(self, seconds: float) -> None:
-        """One round: a server, work, the kill, another server, a look at everything that was worked on."""
+    def play(self, seconds: float, soon: bool = False) -> None:
+        """One round: a server, work, the kill so many seconds after the first acknowledgement, or as soon as the server
+        answers; another server, a look at everything that was worked on."""
         self.round += 1
         with self.server() as url:
             stop, works = threading.Event(), (self.turns, self.unnamed_turns, self.imports, self.deletions)
             threads = [threading.Thread(target=self.until, args=(stop, work, url), daemon=True) for work in works]
             for thread in threads:
                 thread.start()
+            before = self.counts["acknowledged"]
+            if not soon:
+                wait_until(lambda: self.counts["acknowledged"] > before, "the first acknowledgement")
             time.sleep(seconds)
             self.process.kill()
             stop.set()

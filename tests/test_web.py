@@ -1007,7 +1007,7 @@ def test_half_a_character_in_an_id_costs_nothing(api, upstream, where):
 
 def test_an_id_that_no_header_can_hold_is_left_out_of_it(api, upstream):
     """Clients refuse answers with too long headers; the chat is kept all the same."""
-    chat_id = "\u00e9" * 3000
+    chat_id = "\U0001f600" * persona_memory.LONGEST_ID
     answer = api.post("/v1/chat/completions", json={"messages": HISTORY, "chat_id": chat_id})
     assert answer.status_code == 200 and "X-Chat-Id" not in answer.headers
     assert contents(api, chat_id)[:2] == REMEMBERED

@@ -23,7 +23,7 @@ def main(kills: int = 200, number: int = 0) -> None:
         embedders = [static_model(Path(folder) / f"static-{n}", n) for n in (1, 2)]
         scene = Scene(Path(folder) / "data", upstream.url, embedders, number)
         for count in range(1, kills + 1):
-            scene.play(dice.uniform(0.1, 1.5))
+            scene.play(dice.uniform(0.05, 1.5), soon=count % 5 == 0)
             upstream.requests.clear()
             if count % 10 == 0 or count == kills:
                 print(f"{count} kills, {time.monotonic() - started:.0f} s: {dict(scene.counts)}", flush=True)
