@@ -1776,7 +1776,7 @@ HEADS = {"vector": (VECTOR_SIZE, FEATURES), "lexicon": (FEATURES,)}  # name -> s
 # fmt: off
 EMOTION_WEIGHTS = """
 an1uh&L-bH6g#gxR*fk=x_Q1lbx009SF+AL_5ry(>FLBgm%P0^mw?qg8yl)Tq*&xUM_I2ttK>>ONlOMix^f;o>HOh40MtM{NZxro_IN!!fJT@*{}2{DP
-it{Ie#Rd>+m?wtEg8u>jzg|HpcTnG)z-&6bT}zMhu{0ZR^TW;jY}uM;WUjulL;rlLrNGx%E`6Ah}}It5DzlHm!f39D<eohb9$@4;b&Mt(|X0g-P_MKA{
+it{Ie#Rd>+m?wtEg8u>jzg|HpcTnG)z-&6bT}zMhu{0ZR^TW;jY}uM;WUjulL;rlLrNGx%E`6Ah}}It5DzlHm!f39D<eohb9$@4;b&Mt(|WbQ-P_MKA{
 png>j4`1`C1|h`XJ>24fo*xaL)AY3py7V6ukft5Jw>3`TghL5X>LJDI^ixAno}e2i61<xe@yX13~F6H}4h51HS<E@601e``H2R1`zART_F7eDESx2CHU
 Dd0MSC)D)8aQB{}a6==cNg7T8k`?f>KQD=6#DAvZQF+?l8MF8k;UD#PQ<`SdXiFvK+f39RNV8}sJ}?IITZ1N`FYNEXZZ3K;3)*(M7J^BVFm*8|if0aVZ
 n;Mdj(zY_8DPvQC_Fx%V^=hGzg#N$!aGYl@g12owM-yPiB6Bz3W>Mr&U?BE+78Rzu!6#)kf_0}uyAL54$1r7)-ya*A(Q}J)T*U2p0E&}e|1~a<`&qVDc
@@ -2016,7 +2016,7 @@ MOOD_MARGIN = 0.05  # by which another feeling must be stronger than the mood, s
 # label -> (the mood in a word, what the guidance line says of it, what it asks for, confidence from which it is said).
 # Politeness reads as joy and a question as surprise (GoEmotions counts curiosity to it): those two must be surer.
 MOOD_WORDS = {
-    "joy": ("cheerful", "in good spirits", "share the lightness", 0.85),
+    "joy": ("cheerful", "in good spirits", "share the lightness", 0.92),
     "sadness": ("sad", "sad", "be gentle, leave room", 0.55),
     "anger": ("angry", "angry", "take it seriously, stay steady", 0.60),
     "fear": ("anxious", "anxious", "give safety, go slowly", 0.60),
