@@ -4992,6 +4992,7 @@ SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
 ANY_ID = "dne"  # kinds of ids, see Catalogue
+JOINED = 4  # paragraphs of the newest message that are looked up: one may be a turn before it that failed
 MOST_PARAGRAPHS = 24  # behind which a joined message is looked for
 MET = -1  # an index of no message
 LEAST_SHARE = 4  # of a request's messages one in so many is known to the chat that it goes on
@@ -5656,19 +5657,20 @@ def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
     by one side, as after a turn that failed, in a group, or where what stood between them is hidden.
 
     A turn is parted where its first paragraphs are a message of the chat that follows on the turn before, and the rest
-    is what follows on that one, or what nothing has followed on yet.
+    is what follows on that one, or what nothing has followed on yet; of a client that is known to be strict, whatever
+    the rest is.
     """
     tree, away, turns = chat.tree, hidden_from(chat, request), []
     for turn in request.turns:
         before = turns[-1].digest if turns else ""
         known = "\n\n" not in turn.content or turn.digest in tree.by_digest
-        turns += [turn] if known else parted(tree, turn, before, away)
+        turns += [turn] if known else parted(tree, turn, before, away, request.strict)
     return replace(request, turns=tuple(turns), merges=True) if len(turns) > len(request.turns) else request
 
 
-def parted(tree: Tree, turn: Turn, before: str, away: Collection[str]) -> list[Turn]:
-    """The turns that a turn is made of, as `unmerged` tells them; `before` is the digest of the turn before it, and
-    `away` are the messages that the client hides."""
+def parted(tree: Tree, turn: Turn, before: str, away: Collection[str], strict: bool) -> list[Turn]:
+    """The turns that a turn is made of, as `unmerged` tells them; `before` is the digest of the turn before it, `away`
+    are the messages that the client hides."""
     sent = turn.raw["content"]
     for cut in itertools.islice(re.finditer(r"\n\n", turn.content), MOST_PARAGRAPHS if isinstance(sent, str) else 0):
         first = part_of(turn, turn.content[: cut.start()])
@@ -5686,8 +5688,8 @@ def parted(tree: Tree, turn: Turn, before: str, away: Collection[str]) -> list[T
                 continue
             if not below or any(tree.nodes[i].digest == rest.digest for i in below):
                 return [first, rest]
-            more = parted(tree, rest, first.digest, away)
-            if len(more) > 1:
+            more = parted(tree, rest, first.digest, away, strict)
+            if strict or len(more) > 1:
                 return [first, *more]
     return [turn]
 
@@ -5922,11 +5924,15 @@ def understand(
 def how_it_asks(text: str, asked: str, language: str) -> int:
     """Whether a text that has a question asks for the past, or doubtfully so: about what is here and now.
 
-    "What's for supper?" has one word with a topic, and a line that tells and ends with "Shall I bank the fire?" has no
-    word that asks. Both are answered from memory only where something stands out.
+    "What's for supper?" has one word with a topic, where "Where do I live?" asks after somebody, and a line that tells
+    and ends with "Shall I bank the fire?" has no word that asks. Those are answered from memory only where something
+    stands out.
     """
     mostly = len(asked) >= MOSTLY_ASKS * len(text.strip()) or says(asked, ASKING, language)
-    clear = len(query_words(asked, (), language)) > 1 or says(text, REMINDING_OF, language)
+    somebody = says(asked, ONESELF, language) or says(asked, ADDRESSED, language)
+    enough = 1 if somebody and says(asked, ASKING, language) else 2
+    topics = len(query_words(asked, (), language))
+    clear = topics >= enough or says(text, REMINDING_OF, language)
     return ASKS if mostly and clear else DOUBTFUL
 
 
@@ -6175,7 +6181,7 @@ SIGNALS = {
 # By how much a memory's score must stand above the chat's usual one: for a message that tells, for a doubtful question,
 # and for one that asks. On the development chats the best messages of 98 questions in a hundred stand out by 4.1 and
 # more, and of what is most like a remark, nine tenths by less than 7.3 and all by less than 8.9.
-STANDING_OUT = (9.0, 7.0, 2.5)
+STANDING_OUT = (9.5, 7.5, 2.5)
 TELLING_MEMORIES = 1
 FEW_MESSAGES, USUAL = 60, 0.0  # with so few messages the median may be on the topic: this is taken at most
 WORDS_ALONE = 0.4  # of all these, where there is no vector: what the words' signals can add up to
@@ -10812,6 +10818,10 @@ class Archive:
         """The id of the chat without an explicit id that a request's transcript continues, or of one whose id comes
         from our extension, which may be off by now or see a copy of the chat; empty: none."""
         digests = [(t.role, t.digest) for t in request.turns]
+        last = request.turns[-1]
+        digests += [
+            (last.role, part_of(last, p).digest) for p in last.content.split("\n\n")[:JOINED] if p != last.content
+        ]
 
         def where(chat: Chat) -> Alignment:
             """Where the request hangs in a chat. Those with an id of their own are each others' copies at most, unless
@@ -13416,9 +13426,10 @@ function importance(share) {
 }
 
 function avatar(name, picture) {
-    if (String(picture ?? '').startsWith('data:image/')) return h('img.avatar', { src: picture, alt: '' });
+    const ornament = { 'aria-hidden': 'true' };
+    if (String(picture ?? '').startsWith('data:image/')) return h('img.avatar', { src: picture, ...ornament });
     const hue = [...name].reduce((sum, letter) => (31 * sum + letter.codePointAt(0)) % 360, 7);
-    return h('span.avatar', { 'aria-hidden': 'true', vars: { hue } }, ([...name][0] ?? '?').toUpperCase());
+    return h('span.avatar', { vars: { hue }, ...ornament }, ([...name][0] ?? '?').toUpperCase());
 }
 
 // ---------------------------------------------------------------------------------------------- dialogs and toasts
@@ -16267,7 +16278,11 @@ MESSAGE = {
     "properties": {
         "role": {"type": "string"},
         "name": {"type": "string", "maxLength": LONGEST_ID},
-        "content": {"type": ["string", "array", "null"], "items": {"type": "object", "required": ["type"]}},
+        "content": {
+            "type": ["string", "array", "null"],
+            "items": {"type": "object", "required": ["type"]},
+            "description": f"at most {LONGEST_MESSAGE} characters of text",
+        },
         "timestamp": {"type": ["string", "null"], "description": "ISO 8601"},
     },
 }

@@ -39,7 +39,7 @@ def written(data) -> pm.PersonaMemory:
     for chat in ("hurt", "well"):
         rows = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(LINES)]
         memory.archive.append(chat, rows)
-    memory.registry.close()
+    memory.close()
     return pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1"))
 
 

@@ -316,8 +316,8 @@ class Machine(RuleBasedStateMachine):
         self.marked = len(self.requests)
         if chat_id not in self.ids and player.parent in self.ids:
             player.stored = player.parent  # the client says what it was branched off
-        elif chat_id not in self.ids:
-            self.part(player, history)
+        elif chat_id not in self.ids and player.stored in {line["chat_id"] for line in self.api("/chats")}:
+            self.part(player, history)  # else it was recognised
         self.rename(player, chat_id)
         player.before = history
 

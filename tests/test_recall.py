@@ -58,6 +58,8 @@ def test_who_is_asked_about(text, asker, about, spoken):
         ("Weißt du noch, wo mein Bruder wohnt?", pm.ASKS),
         ("あなたの妹はどこに住んでいますか", pm.ASKS),
         ("What's for supper? No, let me guess.", pm.DOUBTFUL),
+        ("Where do I live?", pm.ASKS),
+        ("Where are you?", pm.DOUBTFUL),
         ("It's nearly dark and the wind is up. Shall I bank the fire?", pm.DOUBTFUL),
         ("You look tired, don't you?", pm.TELLS),
         ("*I pull my hat down over my ears*", pm.TELLS),

@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -216,6 +217,7 @@ def corruptions(rounds: int = 250) -> None:
     of the damaged one."""
     from test_damage import corrupt, file_of, written
 
+    given = settings("", "http://127.0.0.1:9/v1", embedder="/nonexistent")  # no model is loaded a thousand times
     with tempfile.TemporaryDirectory() as whole:
         written(Path(whole)).close()
         for part in ("chats", "catalogue", "characters"):
@@ -224,7 +226,7 @@ def corruptions(rounds: int = 250) -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     data = Path(shutil.copytree(whole, Path(folder) / "data"))
                     corrupt(file_of(data, "hurt") if part == "chats" else pm.database_of(data / part), number)
-                    counts.update(after_damage(pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1"))))
+                    counts.update(after_damage(pm.PersonaMemory(replace(given, data=str(data)))))
             print(part, rounds, dict(counts), flush=True)
 
 

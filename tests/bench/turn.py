@@ -223,6 +223,7 @@ def main() -> None:
     for count in given.messages:
         progress(f"{count} messages")
         rows += measure(stock, count, given.turns)
+        progress("\n".join(map(json.dumps, rows[-2:])))
     encode = encode_ms(embedder, questions())
     for found in rows:
         found["encodes"] = round(found["added ms"] / encode, 1)
