@@ -8957,7 +8957,7 @@ LARGEST_USUAL_RATIO = 2.0  # that a count is believed; only an error says more
 UNKNOWN_RATIO = 1.5  # where a prompt was too long and nobody says by how much
 MOST_SHORTENED = 3  # times that a prompt is made shorter: by two thirds and more where nobody says by how much
 RATIO_STEP = 0.05  # ratios are rounded up, so that a prompt's budget does not change from turn to turn
-LEAST_MEASURED = 500  # tokens; in a shorter prompt a template's own count too much
+LEAST_MEASURED = 500  # tokens; of a shorter prompt only an error is believed: a template's own count much there
 CONTEXT_STEP = 4096  # tokens in which a context of unknown length grows, so that budgets stay for many turns
 
 
@@ -8989,7 +8989,7 @@ def first_number(patterns: Sequence[str], text: str) -> int:
 
 def token_ratio(ours: int, theirs: int) -> float:
     """How many tokens a model counts for one of ours, rounded up, 1 at least: prompts are never made longer by it."""
-    if ours < LEAST_MEASURED or theirs <= ours:
+    if theirs <= ours:
         return 1.0
     return min(LARGEST_RATIO, math.ceil(theirs / ours / RATIO_STEP) * RATIO_STEP)
 

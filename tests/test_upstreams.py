@@ -723,7 +723,8 @@ def test_without_the_oldest(roles, tokens):
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "ratio"), [(1000, 1000, 1), (1000, 700, 1), (1000, 1210, 1.25), (1000, 9000, 4), (100, 300, 1)]
+    ("ours", "theirs", "ratio"),
+    [(1000, 1000, 1), (1000, 700, 1), (1000, 1210, 1.25), (1000, 9000, 4), (300, 520, 1.75)],
 )
 def test_the_ratio_of_a_models_tokens_to_ours(ours, theirs, ratio):
     assert persona_memory.token_ratio(ours, theirs) == pytest.approx(ratio)
@@ -860,6 +861,16 @@ def test_what_memory_adds_goes_before_the_turn_fails(server, upstream, model, sa
     prompts = [request["body"]["messages"] for request in upstream.chats]
     assert len(prompts[0]) > 50 and prompts[-1] == [card, question]
     assert all(prompt[0]["content"].startswith(card["content"]) for prompt in prompts)
+
+
+def test_a_small_models_tokens_are_learned_from_its_error(server, upstream, model):
+    """Also where a whole prompt has some hundred tokens: it is refused once, not at every turn."""
+    upstream.steer(raw=Narrow(512, 1.8), models=[{"id": model, "context_length": 512}])
+    card = {"role": "system", "content": "You are Mira."}
+    for turn, requests in enumerate((2, 3)):
+        shown = [card, *LONG[-15:], {"role": "user", "content": f"And now, {turn}?"}]
+        reply = say(server.url, shown, stream=False, model=model, max_tokens=16, chat_id=model)
+        assert (reply.status, len(upstream.chats)) == (200, requests)
 
 
 def test_a_prompt_that_stays_too_long_is_an_error(server, upstream, model):
