@@ -815,7 +815,7 @@ class ChatRequest:
     @property
     def folded(self) -> bool:
         """Whether the system prompt stands in the user's first message."""
-        return self.persona_in_first_turn or any(m["role"] not in SYSTEM_ROLES for m in self.persona)
+        return self.history_start > 0 or any(m["role"] not in SYSTEM_ROLES for m in self.persona)
 
     @property
     def begins_with_user(self) -> bool:
