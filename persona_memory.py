@@ -5827,7 +5827,8 @@ class Query:
     about: frozenset[str] = frozenset()  # the speakers, in lower case, whose words are asked for; empty: anyone's
     dates: tuple[tuple[float, float], ...] = ()  # named spans of time, in days since 1970
     asks: int = TELLS  # TELLS, DOUBTFUL or ASKS
-    wants: frozenset[str] = frozenset()  # what an answer has: "time", "number"; "now": it is the newest that holds
+    wants: frozenset[str] = frozenset()  # what an answer has: "time", "number"; "now": it is the newest that holds;
+    # "day": the time that the query names is all that it asks for
     asked: str = ""  # what of the text asks, in its own words; empty where nothing does
 
 
@@ -5919,6 +5920,8 @@ def understand(
     wants = {"time": ASKING_WHEN, "number": ASKING_HOW_MANY, "now": ASKING_NOW}
     wants = frozenset(trait for trait, kind in wants.items() if says(asked, kind, language))
     dates, asks = named_dates(text, now, language), how_it_asks(text, asked, language)
+    if dates and not query_words(without_dates(asked, language), participant_words(speakers), language):
+        wants, asks = wants | {"day"}, ASKS  # "What did we do yesterday?"
     return Query(words, spoken, about, dates, asks, wants, asked)
 
 
@@ -6004,6 +6007,14 @@ def named_dates(text: str, now: float, language: str = "en") -> tuple[tuple[floa
         text = re.sub(pattern, " ", text)
     relative = relative_pattern(language).finditer(text) if now else ()
     return (*spans, *(relative_span(found.groupdict(), now, language) for found in relative))
+
+
+def without_dates(text: str, language: str = "en") -> str:
+    """The text, in lower case, without the times that it names."""
+    text = text.lower()
+    for pattern in (*date_patterns(language), relative_pattern(language)):
+        text = re.sub(pattern, " ", text)
+    return text
 
 
 def word_place(words: str, word: str) -> int:
@@ -6116,6 +6127,12 @@ def when_said(query: Query, e: Evidence) -> np.ndarray:
     return (near - near.min(initial=1.0)).astype(np.float32)  # where all were said at one time, it says nothing
 
 
+def that_day(query: Query, e: Evidence) -> np.ndarray:
+    """Whether it was said at the time that the query names, where that is all it asks for."""
+    days, spans = np.floor(e.days), query.dates if "day" in query.wants else ()
+    return sum(((start <= days) & (days < end) for start, end in spans), np.zeros(len(days), bool)).astype(np.float32)
+
+
 def trait(name: str) -> Callable[[Query, Evidence], np.ndarray]:
     """A signal: what the message is like, whatever is asked; see `message_traits`."""
     return lambda query, e: e.traits[name]
@@ -6170,6 +6187,9 @@ SIGNALS = {
     "answers": Signal(2.09, answers),
     "speaker": Signal(1.67, speaker),
     "when": Signal(4.13, when_said),
+    "that_day": Signal(
+        6.0, that_day
+    ),  # set by hand, above what substance can add: no development question is of the kind
     "substance": Signal(5.67, trait("substance"), -2.87),
     "short_answer": Signal(-0.75, short_answer, 3.68),
     "name": Signal(0.58, trait("name")),

@@ -305,6 +305,20 @@ def test_a_named_day_lifts_what_was_said_on_it():
     assert asked(index, "Where did we walk the dog on 9 March?")[0][0] == 1
 
 
+@pytest.mark.parametrize("text", ["What did we do yesterday?", "Was haben wir gestern gemacht?"])
+def test_a_question_for_nothing_but_a_day_is_answered_by_that_day(text):
+    """Whatever stands out otherwise; and it asks for the past, though it has no word with a topic."""
+    days = [f"2024-03-{day}T12:00:00" for day in (12, 13, 14, 15)]
+    long = "Bo keeps forty hives in Kent, and sold the honey of nineteen of them to the baker Alder for a silver clock."
+    index = indexed(
+        chat(("Ann", long), ("Bo", long[::-1]), ("Ann", "We pried open the cellar."), ("Bo", long), at=days)
+    )
+    order, scores = asked(index, text)
+    assert order[0] == 2 and scores["that_day"][2] > 0 == scores["that_day"][1]
+    assert pm.understand(text, "", {}, NOW).asks == pm.ASKS
+    assert "that_day" not in asked(index, "What did Bo sell yesterday?")[1]
+
+
 def test_messages_of_one_time_are_all_the_same_to_a_named_day():
     index = indexed(chat(*TALK, at=["2023-05-05T10:00:00"] * len(TALK)))
     assert "when" not in asked(index, "What happened on 5 May 2023?")[1]
