@@ -5827,8 +5827,9 @@ class Query:
     about: frozenset[str] = frozenset()  # the speakers, in lower case, whose words are asked for; empty: anyone's
     dates: tuple[tuple[float, float], ...] = ()  # named spans of time, in days since 1970
     asks: int = TELLS  # TELLS, DOUBTFUL or ASKS
-    wants: frozenset[str] = frozenset()  # what an answer has: "time", "number"; "now": it is the newest that holds;
-    # "day": the time that the query names is all that it asks for
+    # What an answer has: "time", "number"; "now": it is the newest that holds; "day": it was said at a named time, which
+    # is all that the query asks for.
+    wants: frozenset[str] = frozenset()
     asked: str = ""  # what of the text asks, in its own words; empty where nothing does
 
 
@@ -6187,9 +6188,8 @@ SIGNALS = {
     "answers": Signal(2.09, answers),
     "speaker": Signal(1.67, speaker),
     "when": Signal(4.13, when_said),
-    "that_day": Signal(
-        6.0, that_day
-    ),  # set by hand, above what substance can add: no development question is of the kind
+    # Set by hand, above what substance can add: no question of the development chats is of that kind.
+    "that_day": Signal(6.0, that_day),
     "substance": Signal(5.67, trait("substance"), -2.87),
     "short_answer": Signal(-0.75, short_answer, 3.68),
     "name": Signal(0.58, trait("name")),
