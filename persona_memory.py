@@ -5827,8 +5827,8 @@ class Query:
     about: frozenset[str] = frozenset()  # the speakers, in lower case, whose words are asked for; empty: anyone's
     dates: tuple[tuple[float, float], ...] = ()  # named spans of time, in days since 1970
     asks: int = TELLS  # TELLS, DOUBTFUL or ASKS
-    # What an answer has: "time", "number"; "now": it is the newest that holds; "day": it was said at a named time, which
-    # is all that the query asks for.
+    # What an answer has: "time", "number"; "now": it is the newest that holds; "day": it was said at the time that the
+    # query names, which is all that it asks for.
     wants: frozenset[str] = frozenset()
     asked: str = ""  # what of the text asks, in its own words; empty where nothing does
 
