@@ -6047,7 +6047,8 @@ def relative_span(found: Mapping[str, str | None], now: float, language: str) ->
         number = int(count) if count.isdecimal() else word_place(calendar.numbers, count)
         length = UNIT_DAYS[word_place(calendar.units, found["unit"]) - 1]
         middle = today - (number if number < 7 or count.isdecimal() else A_FEW) * length
-        return middle - length / 3, middle + length / 3 + 1
+        slack = length / 3 if length > 1 else 0  # "three days ago" means that day, "two weeks ago" about then
+        return middle - slack, middle + slack + 1
     word = next(w for name, w in found.items() if name.startswith("last") and w)
     if day := word_place(calendar.weekdays, word):  # 1970 began on a Thursday
         start = today - ((today + 3 - (day - 1)) % 7 or 7)
@@ -11410,6 +11411,7 @@ class Recaller:
             with chat.lock:
                 memories = self._candidates(turn, query, vector, quoted)
             memories, late = self._reranked(query, memories, turn.deadline.left)
+            memories = [narrowed(m, query.words, room - memory_frame_tokens()) for m in memories]
             with chat.lock:
                 kept, left_out = select_memories(chat, turn.visible, memories, room, self._price)
             degraded = "; ".join(filter(None, (degraded, late)))
@@ -11594,6 +11596,19 @@ def in_part(
     """The memory, of a long message only what the query is about."""
     cosines = index.chunk_cosines(memory.message.fingerprint, vector)
     return replace(memory, excerpt=best_excerpt(memory.message.content, query.words, evidence.rarity, cosines))
+
+
+def narrowed(memory: Memory, words: Sequence[str], room: int) -> Memory:
+    """The memory; where it does not fit into `room` tokens, the sentence of it that says most of a query's words, with
+    its neighbours. In a small context a long message would else never be recalled."""
+    if memory_cost(memory) <= room:
+        return memory
+    spans = sentence_spans(memory.text)
+    said = [share_said(words, [1.0] * len(words), memory.text[start:end]) for start, end in spans]
+    best = said.index(max(said))
+    return (
+        replace(memory, excerpt=joined_spans(memory.text, spans[max(0, best - 1) : best + 2])) if said[best] else memory
+    )
 
 
 def alike(texts: Sequence[str], vectors: np.ndarray | Sequence[np.ndarray]) -> Callable[[int, int], bool]:

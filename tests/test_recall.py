@@ -135,7 +135,7 @@ def test_named_times_in_other_languages(language, phrases):
     """A day, a month, days ago, a season, yesterday and a day of the week."""
     spans = [pm.named_dates(phrase, NOW, language) for phrase in phrases]
     days = [[datetime.fromtimestamp(start * pm.DAY, UTC).date().isoformat() for start, _ in span] for span in spans]
-    assert days == [["2023-05-05"], ["2023-05-01"], ["2024-03-11"], ["2023-12-01"], ["2024-03-14"], ["2024-03-08"]]
+    assert days == [["2023-05-05"], ["2023-05-01"], ["2024-03-12"], ["2023-12-01"], ["2024-03-14"], ["2024-03-08"]]
 
 
 def test_a_day_without_a_year_may_be_of_this_year_or_the_last():
@@ -537,6 +537,16 @@ def test_an_excerpt_holds_what_is_asked_for_wherever_it_stands():
     assert pm.best_excerpt("short", ["short"], [1.0], []) == ""
     third = list(pm.chunk_spans(page))[3]
     assert page[third[0] + 200 : third[1] - 1] in pm.best_excerpt(page, [], [], [0, 0, 0, 1.0])
+
+
+def test_what_does_not_fit_is_cut_to_the_sentence_that_is_asked_for():
+    """With its neighbours; what fits, and what says nothing of the query, stays as it is."""
+    page = "Rain fell on the hills and nobody came. " * 20
+    memory = pm.Memory(pm.new_message(pm.ROOT, "user", f"{page}The crown lies in Ashford mill. {page}"), 0, 1.0, {})
+    assert pm.narrowed(memory, ["crown"], 1000) == memory
+    part = pm.narrowed(memory, ["crown"], 60)
+    assert "The crown lies in Ashford mill." in part.text and pm.memory_cost(part) <= 60
+    assert pm.narrowed(memory, ["walrus"], 60).text == memory.text.strip()
 
 
 def test_a_persona_falls_into_sentences():
