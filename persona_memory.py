@@ -11411,9 +11411,8 @@ class Recaller:
             with chat.lock:
                 memories = self._candidates(turn, query, vector, quoted)
             memories, late = self._reranked(query, memories, turn.deadline.left)
-            memories = [narrowed(m, query.words, room - memory_frame_tokens()) for m in memories]
             with chat.lock:
-                kept, left_out = select_memories(chat, turn.visible, memories, room, self._price)
+                kept, left_out = select_memories(chat, turn.visible, memories, query.words, room, self._price)
             degraded = "; ".join(filter(None, (degraded, late)))
             return RecallResult(tuple(kept), tuple(left_out), degraded, query.words, vector)
         except Exception as error:
@@ -11599,16 +11598,16 @@ def in_part(
 
 
 def narrowed(memory: Memory, words: Sequence[str], room: int) -> Memory:
-    """The memory; where it does not fit into `room` tokens, the sentence of it that says most of a query's words, with
-    its neighbours. In a small context a long message would else never be recalled."""
-    if memory_cost(memory) <= room:
-        return memory
+    """Of a memory the sentence that says most of a query's words, with its neighbours where they fit into `room` tokens
+    too; all of it where no sentence says any."""
     spans = sentence_spans(memory.text)
     said = [share_said(words, [1.0] * len(words), memory.text[start:end]) for start, end in spans]
     best = said.index(max(said))
-    return (
-        replace(memory, excerpt=joined_spans(memory.text, spans[max(0, best - 1) : best + 2])) if said[best] else memory
-    )
+    if not said[best]:
+        return memory
+    around, alone = (joined_spans(memory.text, spans[max(0, best - n) : best + n + 1]) for n in (1, 0))
+    part = replace(memory, excerpt=around)
+    return part if memory_cost(part) <= room else replace(memory, excerpt=alone)
 
 
 def alike(texts: Sequence[str], vectors: np.ndarray | Sequence[np.ndarray]) -> Callable[[int, int], bool]:
@@ -11627,15 +11626,20 @@ def duplicates_among(index: MemoryIndex, memories: Sequence[Memory]) -> Callable
 
 
 def select_memories(
-    chat: Chat, visible: Sequence[Node], memories: Sequence[Memory], room: int, price: float
+    chat: Chat, visible: Sequence[Node], memories: Sequence[Memory], words: Sequence[str], room: int, price: float
 ) -> tuple[list[Memory], list[dict]]:
     """Of candidates, best first, the memories that fit into `room` tokens, are worth their `price` a token, and repeat
-    neither each other nor what the history shows; and what is left out, with the reason."""
+    neither each other nor what the history shows; and what is left out, with the reason. Of one that is longer than
+    `room` the sentence that says most of the query's `words` is taken."""
     shown = shown_duplicates(chat, visible, memories)
     left_out = [(memories[i], f"says the same as #{n.depth + 1}, which the prompt shows") for i, n in shown.items()]
     fresh = [m for i, m in enumerate(memories) if i not in shown]
     likely, costs = [relevance_probability(m.score, fresh[0].score) for m in fresh], list(map(memory_cost, fresh))
-    chosen, left = choose(likely, costs, duplicates_among(chat.index, fresh), room - memory_frame_tokens(), price)
+    most = room - memory_frame_tokens()
+    for i in [i for i, cost in enumerate(costs) if cost > most]:  # in a small context, a long message would never fit
+        fresh[i] = narrowed(fresh[i], words, most)
+        costs[i] = memory_cost(fresh[i])
+    chosen, left = choose(likely, costs, duplicates_among(chat.index, fresh), most, price)
     kept, over = fitting([fresh[i] for i in chosen], room)
     left_out += [(m, NO_ROOM) for m in over]
     for i, same in left.items():

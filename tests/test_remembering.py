@@ -196,6 +196,16 @@ def test_of_a_very_long_message_the_relevant_part_is_recalled(running, shared_up
     assert row["part"] is True
 
 
+def test_where_no_part_of_a_long_message_fits_its_sentence_is_recalled(shared_upstream, data_dir):
+    """In a small context."""
+    page = "The harvest was poor and the roads were bad, so the tax collectors came late to the valley this year. "
+    letter = page * 20 + "Old Bertram hid the crown jewels beneath the mill wheel at Ashford. " + page * 20
+    talk = [("user", letter), ("assistant", "A long letter."), *TALK]
+    with LocalServer(settings(data_dir, shared_upstream.url, context=900, no_guidance=True)) as server:
+        block = memories_in(ask(server, shared_upstream, "Where did Bertram hide the crown jewels?", talk))
+    assert "beneath the mill wheel at Ashford" in block and block.count("The harvest was poor") < 3
+
+
 def test_neighbours_are_one_excerpt_with_its_speakers(running, shared_upstream):
     """Oldest first, framed as the past, numbered once."""
     talk = [

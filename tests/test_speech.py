@@ -522,29 +522,14 @@ def test_tools_take_a_share_of_their_own(running, upstream):
     for n in range(60):
         said += [user(f"Day {n}: rain on the roof and gulls on the wall."), assistant(f"Day {n} was wet, she says.")]
     question = user("Where does the brass key lie?")
-    say(
-        running.url,
-        [CARD, *said, question],
-        stream=False,
-        chat_id="tools",
-        model="with-tools",
-        max_tokens=100,
-        tools=tools(12),
-    )
+    sent = {"chat_id": "tools", "model": "with-tools", "max_tokens": 100, "stream": False}
+    say(running.url, [CARD, *said, question], tools=tools(12), **sent)
     report = get(running, "/chats/tools/prompts?limit=1")["prompts"][0]
     few = pm.tool_tokens({"tools": tools(12)})
     assert report["tokens"]["tools"] == few and report["context"] == 2048
     assert "The brass key lies under the mill." in str(upstream.last["body"]["messages"])
     most = max(n for n in range(40) if 2048 - pm.tool_tokens({"tools": tools(n)}) >= 2 * pm.MIN_RESPONSE)
-    answer = say(
-        running.url,
-        [CARD, *said, question],
-        stream=False,
-        chat_id="tools",
-        model="with-tools",
-        max_tokens=100,
-        tools=tools(most),
-    )
+    answer = say(running.url, [CARD, *said, question], tools=tools(most), **sent)
     assert "leave little room for memories" in answer.memory
     refused = say(running.url, [CARD, user("Hello.")], stream=False, chat_id="tools", tools=tools(40))
     assert refused.status == 400 and "tools" in refused.error
