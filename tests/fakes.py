@@ -542,13 +542,17 @@ class LocalServer:
                 service._settings = memory.settings
 
     def close(self):
+        self._hang_up()  # a task that answers nobody ends soon
+        self.server.task_dispatcher.shutdown()  # before the loop's trigger is closed: a task pulls it at its end
         self.server.close()
-        for channel in list(self.server.active_channels.values()):  # browsers keep theirs, and the loop waits for them
+        self._hang_up()  # browsers keep their connections, and the loop waits for them
+        self.thread.join(10)
+        self.server.memory.close()
+
+    def _hang_up(self):
+        for channel in list(self.server.active_channels.values()):
             with contextlib.suppress(OSError, AttributeError):  # it may be gone by itself
                 channel.socket.shutdown(socket.SHUT_RDWR)
-        self.thread.join(10)
-        self.server.task_dispatcher.shutdown()  # ends its threads; a test run has hundreds of servers
-        self.server.memory.close()
 
     def __enter__(self):
         return self.start()

@@ -51,7 +51,9 @@ def visit(browser):
     yield open_page
     for context in contexts:
         context.close()
-    assert [c for c in complaints if "Failed to load resource" not in c] == []
+    # A server may stop before the pages that ask it: what a page says then is no fault of its own.
+    gone = ("Failed to load resource", "The server does not answer.")
+    assert [c for c in complaints if not c.startswith(gone)] == []
 
 
 class Told:
