@@ -513,6 +513,7 @@ MOST_BLOCKS = 20  # at either end of a text
 CLOSING_TAG = re.compile(r"</([A-Za-z][\w-]{0,40})>\Z")
 LETTERS = r"[^\W\d_](?:[^\W\d_]|['’.-]){0,30}"
 NAME_PREFIX = re.compile(rf"{LETTERS}(?: {LETTERS}){{0,3}}: (?=\S)")  # no digits: "Day 3: we sail" names nobody
+SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}): (?=.*\S)", re.S)
 
 
 def without_thoughts(text: str) -> str:
@@ -571,6 +572,11 @@ def bare_words(text: str) -> str:
     return words[at:] if words[at:].strip() else text
 
 
+def unprefixed(text: str, voice: str | None) -> str:
+    """A text without the speaker's name in front of it."""
+    return text.removeprefix(f"{voice}: ") if voice else text
+
+
 def text_fingerprint(name: str | None, content: str) -> str:
     """Equal for messages of the same name and bytes."""
     return short_hash(name or "", content)
@@ -622,9 +628,14 @@ class Message:
         return self.content if self.shown is None else self.shown
 
     @property
+    def words(self) -> str:
+        """`content` without the name that stands in front of it."""
+        return unprefixed(self.content, self.voice)
+
+    @property
     def mark(self) -> Mark:
         """What a user has made of its words."""
-        return Mark(self.pinned, self.forgotten, None if self.shown is None else self.content, bool(self.erased))
+        return Mark(self.pinned, self.forgotten, None if self.shown is None else self.words, bool(self.erased))
 
     @property
     def digest(self) -> str:
@@ -683,6 +694,7 @@ class Node:
     complete: bool = field(compare=False)
     pinned: bool = field(compare=False)
     forgotten: bool = field(compare=False)
+    voice: str | None = field(default=None, compare=False)  # as a message's
 
 
 @dataclass(frozen=True, slots=True)
@@ -709,14 +721,16 @@ class Turn:
 class Identity:
     """What a client says of a request beside its messages; empty where it does not say.
 
-    `parent` is the chat that this one was branched off, `title` what the client calls the chat, `group` the name of a
-    group or of its members, `kind` one of KINDS, `picture` the character's as a data URL, and `complete` says that the
-    messages are the whole chat, so that what is missing in front was deleted.
+    `user` and `character` are the names of those who speak, `parent` is the chat that this one was branched off,
+    `title` what the client calls the chat, `group` the name of a group or of its members, `kind` one of KINDS,
+    `picture` the character's as a data URL, and `complete` says that the messages are the whole chat, so that what is
+    missing in front was deleted.
     """
 
     chat_id: str = ""
     parent: str = ""
     character: str = ""
+    user: str = ""
     kind: str = ""
     title: str = ""
     group: str = ""
@@ -799,6 +813,11 @@ class ChatRequest:
     def lone(self) -> bool:
         """Whether this is one message without a history: the beginning of a chat, or a call of a program."""
         return len(self.turns) == 1 and not self.identity.has_metadata
+
+    @property
+    def prefixed(self) -> bool:
+        """Whether a text begins with what may be a speaker's name, and is not taken for one yet."""
+        return any(SPEAKER_PREFIX.match(t.content) for t in self.turns if not t.voice)
 
     @property
     def wants_json(self) -> bool:
@@ -2591,7 +2610,7 @@ class Tree:
         self.nodes[message.id] = Node(
             message.id, message.parent, message.role, message.digest, message.fingerprint,
             "" if message.erased else text_fingerprint(message.name, message.original), depth, order, message.tokens,
-            message.confirmed, message.complete, message.pinned, message.forgotten,
+            message.confirmed, message.complete, message.pinned, message.forgotten, message.voice,
         )  # fmt: skip
         if old is None:
             self.by_digest[self.nodes[message.id].digest].append(message.id)
@@ -2843,7 +2862,6 @@ GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\
 JAVASCRIPT_DATE = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
 )
-SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}): (?=.*\S)", re.S)
 CHARACTER_IN_PROMPT = re.compile(r"\bWrite (\S.{0,60}?)['\u2019]s next reply in a fictional chat\b")
 USER_IN_PROMPT = re.compile(r"\bnext reply in a fictional chat between [^\n]{1,80}? and ([^\n.]{1,60})\.")
 PLACEHOLDER = re.compile(  # SillyTavern's and Agnai's defaults for a prompt that has to begin with the user
@@ -2854,6 +2872,12 @@ PLACEHOLDER = re.compile(  # SillyTavern's and Agnai's defaults for a prompt tha
 PROMPT_END = re.compile(r"(?<=\n)\[start (?:a )?(?:new )?(?:group )?chat[^\n\]]{0,300}\](?=\n|\Z)", re.I)
 DEFAULT_OPENING = {"role": "user", "content": "[Start a new chat]"}
 CUE = re.compile(r"(?:\A|\n)[^\W\d_][\w'’.-]*(?: [\w'’.-]+){0,3}:\s*\Z")  # a name for the model to go on from
+NO_SPEAKER = re.compile(  # what begins a text with a colon behind it, and names nobody
+    r"notes?|nb|p\.?p?\.?s\.?|ooc|ic|btw|fyi|edit|re|fwd|[qa]|question|answer|hint|tip|warning|reminder|update|todo|time|"
+    r"date|day|place|location|setting|scene|act|action|thoughts?|mood|weather|summary|title|status|attention|example|"
+    r"remember|yes|no|ok|okay|well|so|listen|look|see|hm+|but|and",
+    re.I,
+)
 BRACKETED = re.compile(r"\[[^\[\]]*\]|\([^()]*\)|\{[^{}]*\}|<[^<>]*>", re.S)
 LONGEST_INSTRUCTION = 4000  # characters
 SHORTEST_NOTE = 8  # characters; what is shorter may be said by anyone, anywhere
@@ -2933,11 +2957,11 @@ def parse_request(body: Any) -> ChatRequest:
     leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages)) or folded
     begun = leading + (len(messages) > leading and is_placeholder(messages[leading]))
     turns, tail = split_turns(messages[begun:], begun > 0)
-    turns = with_voices(turns, messages[:leading])
     persona_in_first_turn = bool(turns) and begun == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
     opening, persona = tuple(messages[leading:begun]), tuple(messages[:leading])
     request = ChatRequest(body, persona, turns, tail, persona_in_first_turn, identity, opening, False, account, aside)
-    return replace(request, persona=(*turns[0].before, turns[0].raw)) if request.history_start else request
+    request = replace(request, persona=(*turns[0].before, turns[0].raw)) if request.history_start else request
+    return with_names(request) if request.prefixed else request
 
 
 def unfolded(messages: Sequence[dict]) -> tuple[Sequence[dict], int]:
@@ -3129,9 +3153,9 @@ AVATAR = re.compile(r"(?:data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/=]{1,80
 def parse_identity(fields: Mapping, where: str = "") -> Identity:
     """The identity that those fields name; raises `InvalidRequest`. A kind that is not known is a normal one."""
     names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
-    names |= {"title": "title", "group": "group", "picture": "picture"}
+    names |= {"title": "title", "group": "group", "picture": "picture", "user": "user"}
     said = {key: sane_text(optional_field(fields, name, str, where) or "").strip() for key, name in names.items()}
-    for key in ("chat_id", "parent", "character"):
+    for key in ("chat_id", "parent", "character", "user"):
         check_length(said[key], where + names[key])
     if not AVATAR.fullmatch(said["picture"]):
         raise InvalidRequest(f"{where}picture must be a small PNG, JPEG or WebP as a data URL.", f"{where}picture")
@@ -3237,31 +3261,57 @@ def is_instruction(text: str, alone: bool = True) -> bool:
     return bracketed or (not alone and bool(told) and not inner.endswith("?"))
 
 
-def with_voices(turns: tuple[Turn, ...], leading: Sequence[dict]) -> tuple[Turn, ...]:
-    """The turns of a chat whose texts begin with their speaker's name, with that name; others as they are.
+def with_names(request: ChatRequest, known: Mapping[str, Collection[str]] = MappingProxyType({})) -> ChatRequest:
+    """The request with the names of the speakers whose texts begin with these.
 
-    SillyTavern names a group's members before the chat. Where it does not, every message of that side begins with a
-    name; a side with one name alone must be known from the prompt, or from the other side having names too.
+    Names are certain where the request tells them, or where they are `known`, by role. Others count where every text of
+    a side begins with one: one of them must stand in the prompt, or begin several texts, or stand beside names of the
+    other side.
     """
-    prompt = "\n".join(text_of(m.get("content")) for m in leading)
-    members = GROUP_MEMBERS.search(prompt)
-    names = {role: prefixes_of(turns, role) for role in CHAT_ROLES}
-    if members:
-        names["assistant"] = {name.strip() for name in members[1].split(",")}
-    elif len(names["assistant"]) == 1 and not (names["user"] or next(iter(names["assistant"])) in prompt):
-        names["assistant"] = set()
-    alone = not members and len(names["assistant"]) < 2  # in groups the user is nobody's character
-    if not alone or len(names["user"]) > 1 or not (names["assistant"] or any(n in prompt for n in names["user"])):
-        names["user"] = set()
-    found = (SPEAKER_PREFIX.match(turn.content) for turn in turns)
-    named = [f[1] if f and f[1] in names[turn.role] else None for turn, f in zip(turns, found, strict=True)]
-    return tuple(replace(turn, voice=name) if name else turn for turn, name in zip(turns, named, strict=True))
+    said, prompt = request.turns[request.history_start :], persona_text(request)
+    sure = {role: names | set(known.get(role, ())) for role, names in names_told(request).items()}
+    sure["user"] -= sure["assistant"]
+    every = {role: prefixes_of(said, role) for role in CHAT_ROLES}
+    asked = {n for n in every["user"] if n not in sure["assistant"] and not NO_SPEAKER.fullmatch(n)}
+    replied = {n for n in every["assistant"] if n not in sure["user"] and not NO_SPEAKER.fullmatch(n)}
+    told = {n for n in asked | replied if re.search(rf"(?<!\w){re.escape(n)}(?!\w)", prompt)}
+    alone = len(sure["assistant"] | replied) < 2  # in groups the user is nobody's character
+    if asked & sure["user"] or any(every["user"][n] > 1 for n in asked):
+        sure["user"] |= every["user"].keys() - sure["assistant"]
+    elif alone and (asked & told or (replied and len(asked) == 1)):
+        sure["user"] |= asked
+    if len(replied) > 1 or replied & (told | sure["assistant"]) or (replied and asked & sure["user"]):
+        sure["assistant"] |= every["assistant"].keys() - sure["user"]
+    found = [SPEAKER_PREFIX.match(turn.content) for turn in said]
+    voiced = [
+        replace(turn, voice=f[1]) if f and f[1] in sure[turn.role] else turn
+        for turn, f in zip(said, found, strict=True)
+    ]
+    return replace(request, turns=(*request.turns[: request.history_start], *voiced))
 
 
-def prefixes_of(turns: Sequence[Turn], role: str) -> set[str]:
-    """The names that the messages of a side begin with; none where one of them begins with no name."""
+def prefixes_of(turns: Sequence[Turn], role: str) -> Counter[str]:
+    """The names that the messages of a side begin with, and how many begin so; none where one begins with no name."""
     found = [SPEAKER_PREFIX.match(turn.content) for turn in turns if turn.role == role]
-    return {f[1] for f in found} if all(found) else set()
+    return Counter(f[1] for f in found) if all(found) else Counter()
+
+
+def names_told(request: ChatRequest) -> dict[str, set[str]]:
+    """The names that a request gives to those who speak in it, by role: in its identity, in SillyTavern's default
+    prompt, as its messages' names, and as what the model is to stop at, which is the user's turn."""
+    prompt, stops = persona_text(request), request.body.get("stop")
+    user, character, group = (p.search(prompt) for p in (USER_IN_PROMPT, CHARACTER_IN_PROMPT, GROUP_MEMBERS))
+    names = {
+        "user": {request.identity.user, user and user[1]},
+        "assistant": {request.identity.character, character and character[1]},
+    }
+    names["assistant"].update(name.strip() for name in (group[1] if group else "").split(","))
+    for turn in request.turns:
+        names[turn.role].add(turn.name)
+    for stop in stops if isinstance(stops, list) else [stops]:
+        found = re.fullmatch(r"\s*([^\n:]{1,60}):\s*", stop) if isinstance(stop, str) else None
+        names["user"].add(found and found[1])
+    return {role: set(filter(None, some)) for role, some in names.items()}
 
 
 def make_turn(message: dict, before: Sequence[dict] = ()) -> Turn:
@@ -4200,7 +4250,8 @@ def with_mark(message: Message, mark: Mark | None) -> Message:
     if message.erased or (mark.erased and mark.forgotten):
         gone = replace(message, content="", shown=None, erased=message.digest)
         return replace(gone, pinned=mark.pinned, forgotten=mark.forgotten)
-    content = own if mark.content is None else mark.content
+    named = f"{message.voice}: " if message.voice else ""
+    content = own if mark.content is None else named + unprefixed(mark.content, message.voice)
     shown, tokens = None if content == own else own, message.tokens
     if shown is not None or message.shown is not None:  # the client's words where it shows them, the user's elsewhere
         row = {"role": message.role} | ({"name": message.name} if message.name else {})
@@ -7289,16 +7340,17 @@ def restored(message: Message) -> dict:
 
 
 def as_shown(message: Message, request: ChatRequest) -> dict:
-    """A stored message as the client would show it now: with the speaker's name in front where it puts names there, and
-    without where it does not, though it once did."""
-    sent = restored(message)
-    names = [turn.voice for turn in request.turns if turn.role == message.role]
-    found = NAME_PREFIX.match(sent["content"])
-    if any(names) and not found and not message.forgotten:
-        name = message.voice or message.name or next(filter(None, reversed(names)))
+    """A stored message as the client would show it now: with the speaker's name in front, or beside the text, where it
+    puts names there, and without where it does not, though it once did."""
+    sent, turns = restored(message), [turn for turn in request.turns if turn.role == message.role]
+    voices, found = [turn.voice for turn in turns], NAME_PREFIX.match(sent["content"])
+    if turns and not any(turn.name for turn in turns):
+        sent.pop("name", None)
+    if any(voices) and not found and not message.forgotten:
+        name = message.voice or message.name or next(filter(None, reversed(voices)))
         return {"role": message.role, "content": f"{name}: {sent['content']}"}
-    if message.voice and names and not any(names):
-        return {**sent, "content": sent["content"].removeprefix(f"{message.voice}: ")}
+    if message.voice and voices and not any(voices):
+        return {**sent, "content": unprefixed(sent["content"], message.voice)}
     return sent
 
 
@@ -7695,23 +7747,18 @@ def transcript_row(message: Message, siblings: Sequence[Message], name: str) -> 
     """A message with its swipes as a line of a SillyTavern chat file."""
     row = {
         "name": name, "is_user": message.role == "user", "is_system": False, "send_date": send_date(message),
-        "mes": unprefixed(message), "extra": {},
+        "mes": unprefixed(message.original, message.voice), "extra": {},
     }  # fmt: skip
     if message.voice:
         row["force_avatar"] = STAND_IN_AVATAR
     if message.role == "assistant":
         replies = [m for m in siblings if m is message or (m.role == "assistant" and not m.confirmed)]
-        texts = [(m, unprefixed(replace(m, voice=message.voice))) for m in replies]
+        texts = [(m, unprefixed(m.original, message.voice)) for m in replies]
         swipes = [(m, text) for m, text in texts if m is message or text != row["mes"]]
         row["swipe_id"] = [m for m, _ in swipes].index(message)
         row["swipes"] = [text for _, text in swipes]
         row["swipe_info"] = [{"send_date": send_date(m), "extra": {}} for m, _ in swipes]
     return row
-
-
-def unprefixed(message: Message) -> str:
-    """The client's text of a message, without the name that the client puts in front of it."""
-    return message.original.removeprefix(f"{message.voice}: ") if message.voice else message.original
 
 
 # ---------------------------------------------------------------------------------------------- other programs' files
@@ -10249,11 +10296,11 @@ class Prepared:
 def message_row(m: Message, index: int) -> dict:
     """A message as the API shows it; `index` is its 0-based position in the branch."""
     row = {
-        "id": m.id, "index": index, "role": m.role, "name": m.name or m.voice, "content": m.content,
+        "id": m.id, "index": index, "role": m.role, "name": m.name or m.voice, "content": m.words,
         "timestamp": m.timestamp, "at": m.at, "tokens": m.tokens, "pinned": m.pinned, "forgotten": m.forgotten,
         "edited": m.shown is not None, "erased": bool(m.erased),
     }  # fmt: skip
-    return row if m.shown is None else row | {"original": m.shown}
+    return row if m.shown is None else row | {"original": unprefixed(m.shown, m.voice)}
 
 
 def message_rows(chat: Chat, ids: Sequence[str]) -> list[dict]:
@@ -10266,7 +10313,7 @@ def memory_row(memory: Memory) -> dict:
     m = memory.message
     elsewhere = {"chat_id": memory.chat} if memory.chat else {}
     return elsewhere | {
-        "id": m.id, "index": memory.index, "role": m.role, "name": m.name, "content": m.content,
+        "id": m.id, "index": memory.index, "role": m.role, "name": m.name or m.voice, "content": m.words,
         "timestamp": m.timestamp, "score": round(memory.score, 4),
         "scores": {k: round(v, 4) for k, v in memory.scores.items()},
     }  # fmt: skip
@@ -10778,6 +10825,7 @@ class Feelings:
 # What an imported chat hands over to the one that it becomes.
 BECOMING = ("created", "character", "user_name", "persona", "title", "group", "imported", "header")
 MOST_PASSED_OVER = 100  # lines of a file that an answer names
+TELL_NAMES = 24  # newest messages of a chat that tell who speaks in it
 NEARLY_ALL = 0.8  # share of two copies' texts that makes them one chat's: some are edited, swiped or deleted
 
 
@@ -10816,6 +10864,7 @@ class Archive:
             """Finds the place, and writes what is new."""
             known = [] if request.identity.complete else chat.store.info.get("notes", [])
             spoken = without_notes(request, known)
+            spoken = with_names(spoken, names_in_chat(chat)) if spoken.prefixed else spoken
             if not request.identity.complete:
                 spoken = with_hidden(chat, unmerged(chat, spoken))
             alignment = (chat_id and align_appended(chat, spoken)) or align_request(chat, spoken)
@@ -10981,10 +11030,11 @@ class Archive:
         character = request.identity.character or speaker or named_in_prompt(persona)
         info = {"head": path[-1], "shows_history": shows} | extension_info(chat, request)
         info |= {"character": character} if character else {}
-        info |= {k: v for k in ("title", "picture") if (v := getattr(request.identity, k))}
+        told = {"title": "title", "picture": "picture", "user_name": "user"}
+        info |= {k: v for k, field in told.items() if (v := getattr(request.identity, field))}
         if request.identity.complete:
             info["hidden"] = [i for i, t in zip(path[-len(request.turns) :], request.turns, strict=True) if t.hidden]
-        group = request.identity.group or names_of_group(store.info.get("group", ""), (t.voice for t in request.turns))
+        group = request.identity.group or names_of_group(store.info.get("group", ""), request.turns)
         info |= {"group": group} if group else {}
         erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
         info |= {"persona": "" if erased else persona} if request.persona else {}
@@ -11293,12 +11343,27 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
             messages.append(message_of_turn(parent, turn))
             continue
         erased = node.forgotten and not node.shown
+        if node.confirmed and not erased and (voice := voice_told(node, turn, own)):
+            old = store.read([node.id])[0]
+            messages.append(with_mark(replace(old, voice=voice), old.mark))
+            continue
         # The same words with another name or status around them stay as they were shown first.
         if not node.confirmed or (node.id == own and node.shown != turn.fingerprint and not erased):
             old = store.read([node.id])[0]
             if not node.confirmed or turn.name or old.original != turn.content:
                 messages.append(shown_again(old, message_of_turn(parent, turn)))
     return messages, path
+
+
+def voice_told(node: Node, turn: Turn, own: str) -> str:
+    """The name that a stored text begins with, where only this turn tells that it is one; empty: none. `own` is the
+    turn's id in that place."""
+    if node.voice:
+        return ""
+    if turn.voice and node.id == own:
+        return turn.voice
+    prefixed = turn.name and text_fingerprint(None, f"{turn.name}: {turn.content}") == node.shown
+    return turn.name if prefixed else ""
 
 
 def message_of_turn(parent: str, turn: Turn) -> Message:
@@ -11314,8 +11379,18 @@ def new_message(parent: str, role: str, content: str, name: str | None = None) -
     return Message(key, parent, role, content, name, at=time.time(), tokens=message_tokens(shown))
 
 
-def names_of_group(known: str, voices: Iterable[str | None]) -> str:
+def names_in_chat(chat: Chat) -> dict[str, set[str]]:
+    """The names of those who speak in a chat, by role: of its newest messages, and as its client or its file says."""
+    info = chat.store.info
+    names = {"user": {info.get("user_name")}, "assistant": {info.get("character"), *info.get("group", "").split(", ")}}
+    for message in chat.store.read(chat.path()[-TELL_NAMES:]):
+        names[message.role].add(message.name or message.voice)
+    return {role: set(filter(None, some)) for role, some in names.items()}
+
+
+def names_of_group(known: str, turns: Iterable[Turn]) -> str:
     """The names of a group's members, as far as they have spoken; those already known first. Empty for one alone."""
+    voices = (t.voice for t in turns if t.role == "assistant")
     names = list(dict.fromkeys([*filter(None, known.split(", ")), *filter(None, voices)]))
     return ", ".join(names) if len(names) > 1 else known
 
@@ -12879,7 +12954,7 @@ class PersonaMemory:
                 for line, m in itertools.islice(rows, limit):
                     row = {"chat_id": line["chat_id"], "character": line["character"], "id": m.id, "role": m.role}
                     row |= {"title": line.get("title"), "chat": line.get("name") or line["character"]}
-                    found.append(row | {"name": m.name or m.voice, "content": m.content, "at": m.said_at})
+                    found.append(row | {"name": m.name or m.voice, "content": m.words, "at": m.said_at})
             except TimeoutError:
                 complete = False
         return {"found": found, "complete": complete}
@@ -15051,9 +15126,9 @@ function randomHex() {
 
 /** What each request says of the chat that it belongs to. */
 function saidOf(who) {
-    const { groupId, groups, name2: character } = client();
+    const { groupId, groups, name1: user, name2: character } = client();
     const group = groups?.find(({ id }) => id === groupId)?.name;
-    return { chat_id: who.id, parent_chat_id: who.parent || undefined, title: who.file, group, character };
+    return { chat_id: who.id, parent_chat_id: who.parent || undefined, title: who.file, group, character, user };
 }
 
 function chatPath(id) {
@@ -16334,6 +16409,7 @@ MESSAGES = {"type": "array", "minItems": 1, "items": {"$ref": "#/components/sche
 TEXTS = {"type": ["string", "array"], "items": {"type": "string"}}
 ON_OR_OFF = ("on", "off")
 IDENTITY = {name: {"type": "string", "maxLength": LONGEST_ID} for name in ("chat_id", "parent_chat_id", "character")}
+IDENTITY |= {"user": IDENTITY["character"]}
 IDENTITY |= {name: {"type": "string"} for name in ("title", "group")} | {"kind": {"enum": list(KINDS)}}
 
 
