@@ -36,15 +36,23 @@ Contents, bottom-up (a room uses only the rooms above it)::
     Protocol       OpenAI's protocol as servers really speak it: how each wants to be asked, answers of any shape
     Gemini         Google's models
     Upstreams      OpenAI-compatible servers, the embedded model, and the choice among all kinds
-    Engine         the services around a chat, and PersonaMemory, which builds and closes them
-    Assets         the memory page and the files of the SillyTavern extension
+    Turns          what a turn knows on its way, and the rows in which the API shows it
+    Readings       the vectors and the feelings of an open chat's messages
+    Archive        what clients show, models answer and files hold, written into chats
+    Recaller       what a turn needs of the past, found
+    Summarizer     summaries, written in the background
+    Status         how things stand, in figures and in words
+    Completions    the prompt of a turn, built, asked, and asked again without a part
+    Engine         PersonaMemory, which builds the services and closes them
+    Page           the memory page
+    Extension      the files of the SillyTavern extension, and the git repository that serves them
     Web            Flask blueprints and the server
     Command line   main(), importing, and becoming a module of SillyTavern-Extras
 
 The way of a turn::
 
      1  chat_completions         Web: the request's JSON, the client's call
-     2  PromptBuilder.prepare    Engine: the frame of a turn; a failure costs its memory
+     2  PromptBuilder.prepare    Completions: the frame of a turn; a failure costs its memory
      3  parse_request            Requests: persona, turns, tail, identity
      4  Archive.enter            finds the chat (ChatRegistry.locate) or makes it, and borrows it
      5  align_request            Branches: where the transcript hangs in the tree; what is new is written
@@ -10141,7 +10149,7 @@ def make_summary_upstream(settings: Settings, chat: Upstream) -> Upstream:
 
 
 # ======================================================================================================================
-# Engine
+# Turns
 # ======================================================================================================================
 
 RECALL_SECONDS = 2.0  # what a turn may wait for vectors, its own and those of other chats, all in all
@@ -10149,20 +10157,7 @@ INJECTION_SECONDS = 0.7  # the same for an injection: a client gives it two seco
 SEARCH_SECONDS = 120.0  # a search waits longer than a turn: it was asked for
 ENCODED_AT_ONCE = 8  # missing vectors that a turn computes itself, the newest; more are left to the background
 READ_AT_ONCE = 256  # messages that a long job reads under a chat's lock before a turn may come between
-BACKLOG = 5  # stretches that are summarised by the model one after the other; of more, the older by extraction
-MOST_TRIES = 3  # of a model at one stretch
-MOST_FLAWED = 2  # stretches in a row of which a model may write nothing usable before users are told
-GAVE_WAY_AT_MOST = 50  # times that a summary gives way to turns
-SUMMARY_OVERHEAD = 900  # tokens of the task, the facts, and of what other tokenizers count more
-LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
-CARRIED_CHATS = 4  # with the same character, the last used, that a turn may recall from
-CARRIED_SHARE = 1 / 3  # of the memories' tokens that may come from there
-MOST_PERSONA_VECTORS = 4000  # in RAM, a chat
-MOOD_SPAN = 200  # user messages that a mood is followed over
 GUIDANCE_TOKENS = 48  # what is kept free for the line on the user's mood
-IMPORT_BATCH = 500  # messages to a transaction
-FIND_SECONDS = 3.0  # what a search across all chats may take
-FOUND_PER_CHAT = 5
 
 
 def note_failure(event: str, words: str, error: Exception, chat_id: str) -> str:
@@ -10388,7 +10383,15 @@ def injection(chat_id: str, texts: Sequence[tuple[str, str, int, int]] = ()) -> 
     return {"chat_id": chat_id, "injections": rows, "recalled": [], "emotion": None, "report": {"degraded": ""}}
 
 
-# ------------------------------------------------------------------------------------------------------- vectors
+# ======================================================================================================================
+# Readings
+# ======================================================================================================================
+
+MOST_PERSONA_VECTORS = 4000  # in RAM, a chat
+MOOD_SPAN = 200  # user messages that a mood is followed over
+
+
+# -------------------------------------------------------------------------------------------------------------- vectors
 
 
 class Vectors:
@@ -10819,9 +10822,11 @@ class Feelings:
             self._model.close()
 
 
-# -------------------------------------------------------------------------------------------------------- archive
+# ======================================================================================================================
+# Archive
+# ======================================================================================================================
 
-
+IMPORT_BATCH = 500  # messages to a transaction
 # What an imported chat hands over to the one that it becomes.
 BECOMING = ("created", "character", "user_name", "persona", "title", "group", "imported", "header")
 MOST_PASSED_OVER = 100  # lines of a file that an answer names
@@ -11447,7 +11452,12 @@ def copy_goes_on(chat: Chat, copy: ChatCopy) -> bool:
     return theirs.said_at > ours.said_at
 
 
-# --------------------------------------------------------------------------------------------------------- recall
+# ======================================================================================================================
+# Recaller
+# ======================================================================================================================
+
+CARRIED_CHATS = 4  # with the same character, the last used, that a turn may recall from
+CARRIED_SHARE = 1 / 3  # of the memories' tokens that may come from there
 
 
 class Recaller:
@@ -11736,7 +11746,16 @@ def shown_duplicates(chat: Chat, visible: Sequence[Node], memories: Sequence[Mem
     return found
 
 
-# ------------------------------------------------------------------------------------------------------ summaries
+# ======================================================================================================================
+# Summarizer
+# ======================================================================================================================
+
+BACKLOG = 5  # stretches that are summarised by the model one after the other; of more, the older by extraction
+MOST_TRIES = 3  # of a model at one stretch
+MOST_FLAWED = 2  # stretches in a row of which a model may write nothing usable before users are told
+GAVE_WAY_AT_MOST = 50  # times that a summary gives way to turns
+SUMMARY_OVERHEAD = 900  # tokens of the task, the facts, and of what other tokenizers count more
+LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 
 
 def branch_facts(chat: Chat, path: Sequence[str], before: float) -> list[tuple[Fact, Fact | None]]:
@@ -12229,7 +12248,9 @@ def taken_in(summary: Summary, stored: Iterable[Summary], texts: Sequence[str]) 
     return story_of((s for s in lower if summary.start <= s.start and s.end <= summary.end), texts)
 
 
-# --------------------------------------------------------------------------------------------------------- status
+# ======================================================================================================================
+# Status
+# ======================================================================================================================
 
 
 class Status:
@@ -12374,7 +12395,9 @@ def advice_on(status: int, upstream: Mapping) -> str:
     }.get(status, "The upstream refused the request or failed. Its own log may say more.")
 
 
-# ---------------------------------------------------------------------------------------------------- completions
+# ======================================================================================================================
+# Completions
+# ======================================================================================================================
 
 
 class Completions:
@@ -12836,7 +12859,12 @@ def without_shown(recalled: RecallResult, layout: Layout, story: int) -> RecallR
     return replace(recalled, memories=tuple(kept), left_out=(*recalled.left_out, *shown))
 
 
-# --------------------------------------------------------------------------------------------------------- facade
+# ======================================================================================================================
+# Engine
+# ======================================================================================================================
+
+FIND_SECONDS = 3.0  # what a search across all chats may take
+FOUND_PER_CHAT = 5
 
 
 class PersonaMemory:
@@ -13021,7 +13049,7 @@ class PersonaMemory:
 
 
 # ======================================================================================================================
-# Assets
+# Page
 # ======================================================================================================================
 
 PAGE_STYLE = r"""
@@ -14927,6 +14955,10 @@ def source_hash(text: str) -> str:
     """How a Content-Security-Policy names an inline script or style (CSP level 3, "hash-source")."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
+
+# ======================================================================================================================
+# Extension
+# ======================================================================================================================
 
 EXTENSION = "persona_memory"  # its folder, and its name in SillyTavern
 EXTENSION_ADDRESS = "http://127.0.0.1:5100"  # the server that its script looks for by default
