@@ -674,7 +674,7 @@ GROUP = "[Start a new group chat. Group members: Mira, Borin]"
         (("Robin: Hi.",), {"prompt": GROUP, "persona_memory": {"user": "Robin"}}, ["Robin"]),
         (("Robin: Hi.", "Mira: Hm.", "no name", "Borin: Ho."), {"prompt": GROUP, "stop": "Robin:"},
          ["Robin", "Mira", None, "Borin"]),
-        (("Ann: Hi.", "Hello all.", "Bob: Hi.", "Yes.", "Ann: Who is it?"), {"prompt": "Be kind to all in this channel."},
+        (("Ann: Hi.", "Hello all.", "Bob: Hi.", "Yes.", "Ann: Who is it?"), {"prompt": "Be kind to all here."},
          ["Ann", None, "Bob", None, "Ann"]),
         (("Robin: Note: it rains.", "Mira: Hm."), {"prompt": "You are Mira. Robin is late."}, ["Robin", "Mira"]),
         # What names nobody.
