@@ -5672,7 +5672,7 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     """A request with the messages of the chat that its client keeps out of the prompt, each in its place, as the client
     told when it last showed the whole chat: they stay part of it."""
     first, hidden = request.history_start, hidden_from(chat, request)
-    path, turns = chat.path() if hidden else [], request.turns[first:]
+    path, turns = path_with(chat, hidden) if hidden else [], request.turns[first:]
     away = hidden.intersection(path)
     if not away or not turns:
         return request
@@ -5683,6 +5683,15 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     shown = iter(turns)
     whole = [next(shown) if at == MET else hidden_turn(*chat.store.read([path[at]])) for at in places]
     return replace(request, turns=(*request.turns[:first], *whole, *shown))
+
+
+def path_with(chat: Chat, hidden: Collection[str]) -> list[str]:
+    """The ids of the chat's branch; where another client, which does not know of what is hidden, has made another one
+    without it, those of the newest branch that holds it."""
+    path = chat.path()
+    there = [i for i in hidden if i in chat.tree.nodes] if hidden.isdisjoint(path) else []
+    newest = max(there, key=lambda i: chat.tree.nodes[i].order, default="")
+    return chat.path(chat.tree.newest_tip(newest)) if newest else path
 
 
 def hidden_from(chat: Chat, request: ChatRequest) -> set[str]:
@@ -5723,7 +5732,7 @@ def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
     tree, away, turns = chat.tree, hidden_from(chat, request), []
     for turn in request.turns:
         before = turns[-1].digest if turns else ""
-        known = "\n\n" not in turn.content or turn.digest in tree.by_digest
+        known = "\n\n" not in turn.content or bool(tree.by_digest.get(turn.digest))
         turns += [turn] if known else parted(tree, turn, before, away, request.strict)
     return replace(request, turns=tuple(turns), merges=True) if len(turns) > len(request.turns) else request
 
@@ -10876,7 +10885,7 @@ class Archive:
             if note := "" if request.identity.complete else learned_note(chat, alignment, spoken):
                 chat.store.commit(info={"notes": [*known, note][-KEPT_NOTES:]})
                 spoken = without_notes(spoken, [note])
-                alignment = align_request(chat, spoken)
+                alignment = below_note(chat, align_request(chat, spoken), spoken, note)
             return self._write_branch(chat, alignment, spoken), spoken
 
         try:
@@ -11039,6 +11048,8 @@ class Archive:
         info |= {k: v for k, field in told.items() if (v := getattr(request.identity, field))}
         if request.identity.complete:
             info["hidden"] = [i for i, t in zip(path[-len(request.turns) :], request.turns, strict=True) if t.hidden]
+        elif away := [i for i, t in zip(path[::-1], request.turns[::-1], strict=False) if t.hidden]:
+            info["hidden"] = list(dict.fromkeys([*store.info.get("hidden", ()), *away]))  # on another branch by now
         group = request.identity.group or names_of_group(store.info.get("group", ""), request.turns)
         info |= {"group": group} if group else {}
         erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
@@ -11052,9 +11063,11 @@ class Archive:
             left = [] if request.identity.complete else superseded(chat, before, path)
             rewordings = store.info.get("rewordings", 0) + 1 if left else 0
             dropped = left if rewordings > 1 else []  # a single one may be a user's edit, which stays to be seen
+            apart, marked = parted_now(chat, before, path)
+            dropped += [i for i in apart if i not in dropped]
             dropped += [twin for m in messages for twin in unshown_twins(chat, m) if twin not in dropped]
-            if dropped or rewordings != store.info.get("rewordings", 0):
-                store.commit(info={"rewordings": rewordings}, dropped=dropped)
+            if dropped or marked or rewordings != store.info.get("rewordings", 0):
+                store.commit(info={"rewordings": rewordings}, dropped=dropped, marked=marked)
             if not store.unwritten:
                 self._registry.enter(chat, chat.tree.nodes if first_told else [m.id for m in messages])
         store.keep_recent(path)
@@ -11292,6 +11305,52 @@ def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]
     return below if all(same_speech(chat, a, b) for a, b in zip(left, now, strict=False)) else []
 
 
+def parted_now(chat: Chat, old: Sequence[str], path: Sequence[str]) -> tuple[list[str], list[Message]]:
+    """What is left behind where a client shows apart what it has joined into one message before, or ceases to show a
+    note among the messages: the branch `old`, which the chat was last on, says nothing but what the new one says. And
+    the parts that are to bear the marks of what was joined. Nothing where the old branch goes on otherwise."""
+    tree, fork = chat.tree, shared_front(old, path)
+    left, now = old[fork:], path[fork:]
+    if not left or len(now) < 2 or tree.nodes[left[0]].digest == tree.nodes[now[0]].digest:
+        return [], []
+    notes = chat.store.info.get("notes", ())
+    beginning = [m for m in chat.store.read(left[:2]) if normalise(m.original) not in notes]
+    if not beginning or not letters_of(beginning[0]).startswith(letters_of(*chat.store.read(now[:1]))):
+        return [], []
+    said = [m for m in chat.store.read(left) if normalise(m.original) not in notes]
+    parts = parts_of(said, chat.store.read(now))
+    marked = [
+        with_mark(part, Mark(pinned=whole.pinned, forgotten=whole.forgotten))
+        for whole, some in zip(said, parts, strict=False)
+        for part in some
+        if len(some) > 1 and (whole.pinned or whole.forgotten)
+    ]
+    below = tree.below(left[0]) if parts else []
+    others = any(tree.is_confirmed(i) and i not in left for i in below)
+    return [] if others else below, marked
+
+
+def parts_of(said: Sequence[Message], now: Sequence[Message]) -> list[list[Message]]:
+    """The messages `now` that each of those that were `said` is made of; none where they do not say the same."""
+    found: list[list[Message]] = []
+    at = 0
+    for whole in said:
+        wanted, text, some = letters_of(whole), "", []
+        while text != wanted and at < len(now) and now[at].role == whole.role:
+            text += letters_of(now[at])
+            some.append(now[at])
+            at += 1
+        if text != wanted:
+            return []
+        found.append(some)
+    return found
+
+
+def letters_of(message: Message) -> str:
+    """A message's text without white space and the names at the beginnings of its paragraphs."""
+    return "".join("".join(bare_words(part).split()) for part in message.original.split("\n\n"))
+
+
 def same_speech(chat: Chat, one: str, other: str) -> bool:
     """Whether two messages are of one side, and most of the shorter one's words are the other's too."""
     first, second = chat.nodes([one, other])
@@ -11305,8 +11364,10 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
     that differs from the stored ones gives it away; empty: none.
 
     It was around a user's words that stand there without it now; or around other words than before; or it was a
-    message of its own, which stands further down now.
+    message of its own, perhaps the very first, which stands further down now.
     """
+    if note := moved_from_top(chat, request):
+        return note
     place = alignment.skipped + len(alignment.kept)
     turn = request.turns[place] if place < len(request.turns) else None
     if turn is None or turn.role != "user" and alignment.tip == ROOT:
@@ -11315,8 +11376,9 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
     stood = [i for i in tree.children.get(alignment.tip, ()) if tree.is_confirmed(i) and tree.nodes[i].role == "user"]
     later = Counter(t.digest for t in request.turns[place:])
     for message in chat.store.read(stood[-REWORDED:]):
-        if around(message.original, turn.content):
-            return around(message.original, turn.content)
+        rest = around(message.original, turn.content)
+        if rest and (place + 1 == len(request.turns) or normalise(request.turns[place + 1].content) != rest):
+            return rest
         moved = any(tree.nodes[i].digest == turn.digest for i in tree.children.get(message.id, ()))
         if moved and later[message.digest] == 1 and len(message.original) >= SHORTEST_NOTE:
             return message.original.strip()
@@ -11325,6 +11387,30 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
         if gained and any(around_end(m.original, gained) for m in chat.store.read(near)):
             return gained
     return ""
+
+
+def moved_from_top(chat: Chat, request: ChatRequest) -> str:
+    """The text of the user that stood before the chat's first message, where a request begins with that and has the
+    text further down; empty: none."""
+    top, shown = chat.path()[:2], request.turns[request.history_start : request.newest_user]
+    if len(top) < 2 or len(shown) < 2:
+        return ""
+    first, second = chat.nodes(top)
+    moved = second.digest == shown[0].digest and any(t.digest == first.digest for t in shown[1:])
+    words = chat.store.read(top[:1])[0].original.strip() if moved and first.role == "user" else ""
+    return words if len(words) >= SHORTEST_NOTE else ""
+
+
+def below_note(chat: Chat, found: Alignment, request: ChatRequest, note: str) -> Alignment:
+    """An alignment under the chat's beginning where what stood before its first message is a note."""
+    if (
+        not found.base
+        or chat.tree.nodes[found.base].parent
+        or normalise(chat.store.read([found.base])[0].original) != note
+    ):
+        return found
+    kept = walk(chat.tree, ROOT, [t.digest for t in request.turns])
+    return replace(found, base=ROOT, kept=kept)
 
 
 def is_lone(chat: Chat, request: ChatRequest, path: Sequence[str]) -> bool:

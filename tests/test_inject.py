@@ -703,3 +703,56 @@ def test_restored_messages_bear_names_where_the_client_puts_them(shared_server, 
         assert len(sent) > 6, "messages are restored"
         assert all(m["content"].startswith(("Robin: ", "Mira: ")) == names for m in sent[:-1])
         assert all(("name" in m) == beside for m in sent)
+
+
+def test_what_was_joined_is_one_chat_when_it_is_parted(shared_server, upstream, chat_id):
+    """A client that joins neighbours from the first message on; the marks of a joined message hold for its parts."""
+    api = f"{shared_server.url}/api/persona_memory/chats/{chat_id}"
+    shown = [line("assistant", "Come in.")]
+    for turn in range(6):
+        shown += [line("user", f"Walk {turn} along the harbour."), line("user", f"Extra {turn}: the gulls are loud.")]
+        say(shared_server.url, prompt_of(shown, "strict", False), chat_id=chat_id)
+        shown += [line("assistant", f"Reply {turn}, she says.")]
+    rows = httpx.get(f"{api}/messages", timeout=TIMEOUT).json()["messages"]
+    assert [row["content"] for row in rows][1] == "Walk 0 along the harbour.\n\nExtra 0: the gulls are loud."
+    for index, mark in ((1, "forgotten"), (3, "pinned")):
+        assert httpx.patch(f"{api}/messages/{rows[index]['id']}", json={mark: True}, timeout=TIMEOUT).status_code == 200
+    shown += [line("user", "Is it late?")]
+    for processing in ("none", "strict", "none"):
+        say(shared_server.url, prompt_of(shown, processing, False), chat_id=chat_id)
+        assert holds(shared_server, chat_id, shown)
+        described = httpx.get(api, timeout=TIMEOUT).json()
+        assert described["branches"] == 1 and described["stored"] <= len(shown) + 3, "and the replies to the last three"
+        shown += [line("assistant", "It is."), line("user", "Then good night.")]
+    rows = httpx.get(f"{api}/messages", timeout=TIMEOUT).json()["messages"]
+    assert [row["index"] for row in rows if row["forgotten"]] == [1, 2]
+    assert [row["index"] for row in rows if row["pinned"]] == [4, 5]
+
+
+def test_a_note_before_the_first_message_is_none_when_it_has_moved(shared_server, upstream, chat_id):
+    """An author's note in the user's role, in plain words, at a depth that the young chat does not have yet."""
+    note = line("user", "It rains in the town and all are tired.")
+    shown = [line("assistant", "Come in."), line("user", "Hello.")]
+    for turn in range(5):
+        prompt = [CARD, *plain([*shown[:-4], note, *shown[-4:]])]
+        say(shared_server.url, prompt, chat_id=chat_id)
+        shown += [line("assistant", f"Reply {turn}, she says."), line("user", f"Question {turn}, he asks?")]
+    assert holds(shared_server, chat_id, shown[:-2])
+    described = httpx.get(f"{shared_server.url}/api/persona_memory/chats/{chat_id}", timeout=TIMEOUT).json()
+    assert (described["branches"], described["stored"]) == (1, len(shown) - 1)
+
+
+def test_hidden_messages_stay_when_another_client_has_gone_on_without_them(shared_server, upstream, chat_id):
+    """It knows nothing of them; who knows shows them in no prompt, and they are memory again."""
+    hidden = [{**m, "hidden": True} for m in LONG[:4]]
+    sync(shared_server, chat_id, [*hidden, *LONG[4:20]])
+    shown = [*LONG[4:20], line("user", "Good morning.")]
+    say(shared_server.url, [CARD, *plain(shown)], chat_id=chat_id)
+    assert holds(shared_server, chat_id, [*LONG[:4], *shown]), "the beginning may be missing anywhere"
+    cut = [*LONG[4:8], *LONG[10:20], *shown[16:], line("assistant", "So it is."), line("user", "Is it?")]
+    sync(shared_server, chat_id, [*LONG[:8], *({**m, "hidden": True} for m in LONG[8:10]), *LONG[10:20]])
+    say(shared_server.url, [CARD, *plain(cut)], chat_id=chat_id)
+    for _ in range(2):
+        cut += [line("assistant", "It is."), line("user", "Then I stay.")]
+        say(shared_server.url, [CARD, *plain(cut)], persona_memory={"chat_id": chat_id, "character": "Mira"})
+        assert holds(shared_server, chat_id, [*LONG[:20], *cut[14:]])
