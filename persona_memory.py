@@ -3578,8 +3578,8 @@ class Database:
 
 
 class RebuiltDatabase(Database):
-    """A database that the chats can do without. A damaged one is set aside, at its opening or at the first error, and
-    made anew; `on_loss` is called where that happens later than at the opening."""
+    """A database that the chats can do without. A damaged one is set aside, at its opening or at the first row that
+    cannot be understood, and made anew; `on_loss` is called where that happens later than at the opening."""
 
     def __init__(self, folder: Path, synchronous: int, on_loss: Callable[[], None] = lambda: None):
         super().__init__(folder, synchronous)
@@ -3592,11 +3592,12 @@ class RebuiltDatabase(Database):
             with super().use() as cache:
                 yield cache
         except StoreError as error:
-            if isinstance(error, StoreDamaged):
-                with self.lock:
-                    self._set_aside()
-                    self._on_loss()
-            raise
+            if not isinstance(error, StoreDamaged) and not isinstance(error.__cause__, KeyError | TypeError):
+                raise
+            with self.lock:
+                self._set_aside()
+                self._on_loss()
+            raise StoreDamaged(str(error)) from error
 
     def _open(self) -> SharedCache:
         try:
@@ -3626,8 +3627,11 @@ class RebuiltDatabase(Database):
 
 
 def is_damage(error: BaseException | None) -> bool:
-    """Whether SQLite means that a file is damaged, not that it cannot be read just now."""
-    return isinstance(error, sqlite3.DatabaseError) and any(words in str(error).lower() for words in DAMAGED)
+    """Whether SQLite means that a file is damaged, not that it cannot be read just now; or a row is no text or no JSON,
+    which this program never wrote."""
+    if isinstance(error, sqlite3.DatabaseError):
+        return any(words in str(error).lower() for words in DAMAGED)
+    return isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
 
 
 def store_error(error: Exception, folder: Path) -> StoreError:
@@ -5051,6 +5055,7 @@ SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
 ANY_ID = "dne"  # kinds of ids, see Catalogue
+LINE_FIELDS = frozenset(("chat_id", "name", "character", "messages", "branches", "updated"))  # of a chat in the list
 JOINED = 4  # paragraphs of the newest message that are looked up: one may be a turn before it that failed
 MOST_PARAGRAPHS = 24  # behind which a joined message is looked for
 MET = -1  # an index of no message
@@ -5213,9 +5218,11 @@ class Catalogue:
     def chats(self, lone: bool = False) -> list[dict]:
         """A line for every chat, the last used first; also those of one `lone` message, where they are asked for."""
         with self._database.use() as cache:
-            lines = stored_rows(cache, "c:").values()
-        listed = (line for line in lines if lone or not line.get("lone"))
-        return sorted(listed, key=lambda line: -(line["updated"] or 0))
+            lines = list(stored_rows(cache, "c:").values())
+            if not all(isinstance(line["chat_id"], str) and LINE_FIELDS <= line.keys() for line in lines):
+                raise TypeError("a line of the list lacks what every line has")
+            listed = [line for line in lines if lone or not line.get("lone")]
+            return sorted(listed, key=lambda line: -(line["updated"] or 0))
 
     def holding(self, digests: Sequence[str], kinds: str = "d") -> list[list[str]]:
         """For each text the chats that hold it, with ids of those kinds."""
@@ -5362,8 +5369,9 @@ class ChatRegistry:
                 try:
                     self._enter_or_remove(folder)
                 except (StoreError, OSError) as error:
-                    words = f"The chat in {folder} cannot be read, so it is not listed: {error}"
-                    log_event("unlisted", words, level=logging.WARNING)
+                    if folder.exists():  # else it was deleted meanwhile
+                        words = f"The chat in {folder} cannot be read, so it is not listed: {error}"
+                        log_event("unlisted", words, level=logging.WARNING)
         self._listed.set()
 
     def _enter_or_remove(self, folder: Path) -> None:

@@ -1,8 +1,10 @@
 """Files that are damaged or of a newer version, and disks that take nothing: what can be read is read, and said."""
 
+import contextlib
 import os
 import random
 import shutil
+import sqlite3
 import tempfile
 from pathlib import Path
 
@@ -78,6 +80,52 @@ def test_a_damaged_file_harms_no_other_chat_and_can_be_got_rid_of(tmp_path, part
         assert memory.describe("hurt", mood=False)["stored"] == 1
         memory.close()
     assert max(read) == len(LINES)
+
+
+ROWS = {  # tables that can be made anew, and keys in them, each of which something reads
+    "catalogue": ("c:well", "c:hurt", "d:{digest}", "n:{digest}", "u:well", "x:well", "changes", "embedder"),
+    "characters": ("Maren",),
+}
+
+
+@pytest.mark.parametrize("value", ["[1", "[7]", '{"chat_id": 5}', b"\xff\xfe"])
+def test_a_row_that_nobody_can_have_written_is_damage_too(tmp_path, value):
+    """SQLite finds nothing wrong with a file in which only words have changed. Each row in turn is such a one: memory
+    is on for every chat at the second try at the latest, and every chat is listed and deleted."""
+    written(tmp_path / "whole").close()
+    digest = pm.message_digest("user", LINES[0])
+    for part, keys in ROWS.items():
+        for key in (key.replace("{digest}", digest) for key in keys):
+            data = shutil.copytree(tmp_path / "whole", tmp_path / f"{part} {key[:2]}{key[-4:]}")
+            with contextlib.closing(sqlite3.connect(pm.database_of(data / part), isolation_level=None)) as connection:
+                connection.execute("DELETE FROM Cache WHERE key = ?", (key,))
+                row = key, 1, 0.0, 0.0, 0, 0, 1, None, value
+                connection.execute(
+                    "INSERT INTO Cache (key, raw, store_time, access_time, access_count, size, mode, filename, value) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row,
+                )  # fmt: skip
+            memory = pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1"))
+            uses = {
+                "append": lambda: memory.archive.append("well", [{"role": "user", "content": "It goes on."}]),
+                "turn": lambda: memory.builder.prepare(
+                    {"messages": [{"role": "user", "content": LINES[0]}]}, "", pm.Call()
+                ),
+                "carry-over": lambda: memory.recaller.change_character("Maren", True),
+                "list": memory.chats,
+                "find": lambda: memory.find("ferry"),
+                "erase": lambda: memory.registry.erase_lapsed(0),
+            }
+            for use in uses.values():
+                try:
+                    use()
+                except pm.StoreError:  # the first to notice
+                    use()
+            memory.registry._listed.wait(60)
+            assert {"well", "hurt"} <= {line["chat_id"] for line in memory.chats()}, key
+            for chat in ("well", "hurt"):
+                memory.registry.delete(chat)
+            assert not {"well", "hurt"} & {line["chat_id"] for line in memory.chats()}, key
+            memory.close()
 
 
 def test_rows_that_can_be_read_are_salvaged(tmp_path):
