@@ -88,6 +88,19 @@ ROWS = {  # tables that can be made anew, and keys in them, each of which someth
 }
 
 
+def uses_of(memory: pm.PersonaMemory) -> list:
+    """What is done with chats, as calls that read and write every table."""
+    turn = {"messages": [{"role": "user", "content": LINES[0]}]}
+    return [
+        lambda: memory.archive.append("well", [{"role": "user", "content": "It goes on."}]),
+        lambda: memory.builder.prepare(turn, "", pm.Call()),
+        lambda: memory.recaller.change_character("Maren", True),
+        memory.chats,
+        lambda: memory.find("ferry"),
+        lambda: memory.registry.erase_lapsed(0),
+    ]
+
+
 @pytest.mark.parametrize("value", ["[1", "[7]", '{"chat_id": 5}', b"\xff\xfe"])
 def test_a_row_that_nobody_can_have_written_is_damage_too(tmp_path, value):
     """SQLite finds nothing wrong with a file in which only words have changed. Each row in turn is such a one: memory
@@ -105,17 +118,7 @@ def test_a_row_that_nobody_can_have_written_is_damage_too(tmp_path, value):
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row,
                 )  # fmt: skip
             memory = pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1"))
-            uses = {
-                "append": lambda: memory.archive.append("well", [{"role": "user", "content": "It goes on."}]),
-                "turn": lambda: memory.builder.prepare(
-                    {"messages": [{"role": "user", "content": LINES[0]}]}, "", pm.Call()
-                ),
-                "carry-over": lambda: memory.recaller.change_character("Maren", True),
-                "list": memory.chats,
-                "find": lambda: memory.find("ferry"),
-                "erase": lambda: memory.registry.erase_lapsed(0),
-            }
-            for use in uses.values():
+            for use in uses_of(memory):
                 try:
                     use()
                 except pm.StoreError:  # the first to notice
