@@ -447,13 +447,13 @@ def in_pieces(work: Callable[[str], str], text: str) -> str:
     return "".join(work(piece[0]) for piece in PIECES.finditer(text))
 
 
-READ_AT_ONCE = 200_000  # names and values of a JSON text, which take Python's reader in C up to 0.15 s
+JSON_AT_ONCE = 200_000  # names and values of a JSON text, which take Python's reader in C up to 0.15 s
 
 
 def json_reader(text: str, **hooks: Callable) -> json.JSONDecoder:
     """What reads a JSON text: of a large one the module's other reader, in Python, which lets other threads run."""
     reader = json.JSONDecoder(**hooks)
-    if text.count(",") + text.count(":") > READ_AT_ONCE:
+    if text.count(",") + text.count(":") > JSON_AT_ONCE:
         reader.parse_object, reader.parse_array = json.decoder.JSONObject, json.decoder.JSONArray
         reader.scan_once = json.scanner.py_make_scanner(reader)
     return reader
@@ -3389,6 +3389,8 @@ DAMAGED = (
     "unsupported file format",
 )  # fmt: skip
 # SQLite's words for a file that it cannot read
+SENSELESS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError)
+# what rows raise in which only words have changed
 
 
 class TextDisk(diskcache.Disk):
@@ -3501,7 +3503,7 @@ class Database:
                     self.rest()
                 self._cache = self._open() if self._cache is None else self._cache
                 yield self._cache
-            except (OSError, sqlite3.Error, diskcache.Timeout, ValueError, KeyError, TypeError) as error:
+            except (OSError, sqlite3.Error, diskcache.Timeout, *SENSELESS) as error:
                 self._roll_back()
                 told = store_error(error, self.folder)
                 self.damaged = self.damaged or isinstance(told, StoreDamaged)
@@ -3516,6 +3518,8 @@ class Database:
     def _open(self) -> SharedCache:
         try:
             return self._open_for_writing()
+        except SENSELESS as error:
+            raise damage_of(self.folder, error) from error
         except (OSError, sqlite3.Error, diskcache.Timeout) as error:
             if isinstance(store_error(error, self.folder), StoreDamaged) or not database_of(self.folder).exists():
                 raise
@@ -3576,7 +3580,8 @@ class RebuiltDatabase(Database):
             with super().use() as cache:
                 yield cache
         except StoreError as error:
-            if not isinstance(error, StoreDamaged) and not isinstance(error.__cause__, KeyError | TypeError):
+            senseless = isinstance(error.__cause__, SENSELESS) and not isinstance(error.__cause__, UnicodeEncodeError)
+            if not isinstance(error, StoreDamaged) and not senseless:
                 raise
             with self.lock:
                 self._set_aside()
@@ -3586,10 +3591,8 @@ class RebuiltDatabase(Database):
     def _open(self) -> SharedCache:
         try:
             return self._checked(super()._open())
-        except (sqlite3.DatabaseError, TypeError, ValueError, KeyError, StoreDamaged) as error:
-            if isinstance(error, sqlite3.Error) and not is_damage(
-                error
-            ):  # locked, or the disk is full: it may be whole
+        except (sqlite3.DatabaseError, StoreDamaged) as error:
+            if isinstance(error, sqlite3.Error) and not is_damage(error):  # locked, or the disk is full
                 raise
             self._set_aside()
             return super()._open()
@@ -3614,8 +3617,15 @@ def is_damage(error: BaseException | None) -> bool:
     """Whether SQLite means that a file is damaged, not that it cannot be read just now; or a row is no text or no JSON,
     which this program never wrote."""
     if isinstance(error, sqlite3.DatabaseError):
-        return any(words in str(error).lower() for words in DAMAGED)
+        said = str(error).lower()
+        return said.startswith("near ") or any(words in said for words in DAMAGED)  # diskcache runs its stored settings
     return isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
+
+
+def damage_of(folder: Path, error: BaseException) -> StoreDamaged:
+    """What to say of a damaged file, with what it raised."""
+    words = f"{type(error).__name__}: {error}"
+    return StoreDamaged(f"The file in {folder} is damaged ({words}). Other chats are not affected.")
 
 
 def store_error(error: Exception, folder: Path) -> StoreError:
@@ -3623,7 +3633,7 @@ def store_error(error: Exception, folder: Path) -> StoreError:
     said = error.__context__ if isinstance(error, diskcache.Timeout) and error.__context__ else error
     words, number = f"{type(said).__name__}: {said}", getattr(said, "errno", None)
     if is_damage(said):
-        return StoreDamaged(f"The file in {folder} is damaged ({words}). Other chats are not affected.")
+        return damage_of(folder, said)
     if "full" in words or number in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(f"{UNKEPT}: the disk is full. Chats go on, but are not remembered until there is space again.")
     if "readonly" in words or "read-only" in words or number in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -3714,10 +3724,9 @@ class ChatStore:
             except StoreError:
                 self._database.close()
                 raise
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            except SENSELESS as error:
                 self._database.close()
-                words = f"A row of the chat's file in {directory} is damaged ({type(error).__name__}: {error})."
-                raise StoreDamaged(f"{words} Other chats are not affected.") from error
+                raise damage_of(directory, error) from error
 
     def _read_all(self, cache: diskcache.Cache) -> None:
         if cache.get("format", STORE_FORMAT) > STORE_FORMAT:

@@ -131,6 +131,24 @@ def test_a_row_that_nobody_can_have_written_is_damage_too(tmp_path, value):
             memory.close()
 
 
+@pytest.mark.parametrize("part", ["chats", "catalogue", "characters"])
+@pytest.mark.parametrize(("name", "value"), [("key", None), ("value", b"\xff"), ("value", "many"), ("key", 7)])
+def test_settings_that_make_no_sense_are_damage(tmp_path, part, name, value):
+    """diskcache keeps its settings in a table of the file and believes them: some are spoiled, in each kind of file."""
+    memory = written(tmp_path)
+    file = file_of(tmp_path, "hurt") if part == "chats" else pm.database_of(tmp_path / part)
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        rows = connection.execute("SELECT key, value FROM Settings").fetchall()
+        connection.execute("DROP TABLE Settings")  # it is made again without what forbids such rows
+        connection.execute("CREATE TABLE Settings (key, value)")
+        connection.executemany("INSERT INTO Settings VALUES (?, ?)", rows)
+        connection.execute(f"UPDATE Settings SET {name} = ? WHERE rowid % 2 = 0", (value,))
+    assert memory.messages("hurt")["total"] == len(LINES)
+    for use in uses_of(memory):
+        use()
+    memory.close()
+
+
 def test_rows_that_can_be_read_are_salvaged(tmp_path):
     """One page of the file is lost: the messages on the others are still there, in their order, on one branch."""
     memory = written(tmp_path)

@@ -96,8 +96,8 @@ def test_json_that_would_hold_everything_up_is_refused(raw):
 
 def test_large_json_is_read_by_what_lets_others_run():
     """As many names and values as are read in one call into C, and one more; both readers read the same."""
-    few = "[" + "0," * pm.READ_AT_ONCE + "1]"
-    many = "{" + ",".join(f'"{n}":[]' for n in range(pm.READ_AT_ONCE // 2 + 2)) + "}"
+    few = "[" + "0," * pm.JSON_AT_ONCE + "1]"
+    many = "{" + ",".join(f'"{n}":[]' for n in range(pm.JSON_AT_ONCE // 2 + 2)) + "}"
     in_python = type(json.scanner.py_make_scanner(json.JSONDecoder()))
     assert not isinstance(pm.json_reader(few).scan_once, in_python)
     assert isinstance(pm.json_reader(many).scan_once, in_python)
