@@ -436,16 +436,41 @@ MOST_MARKS = 30  # on one letter (Unicode Standard Annex 15, "Stream-Safe Text F
 MARKED = re.compile(rf"[^\w\x00-\x7f]{{{MOST_MARKS + 1},}}")
 
 
+PIECE = 50_000  # characters, for which one call into C takes some milliseconds
+PIECES = re.compile(rf"(?s:.{{1,{PIECE}}})(?=\s|\Z)|(?s:.{{1,{PIECE}}})")  # at white space, where there is any
+
+
+def in_pieces(work: Callable[[str], str], text: str) -> str:
+    """What `work` makes of a text, of a long one piece by piece: other threads stand still during one call into C."""
+    if len(text) <= PIECE:
+        return work(text)
+    return "".join(work(piece[0]) for piece in PIECES.finditer(text))
+
+
+JSON_AT_ONCE = 200_000  # names and values of a JSON text, which take Python's reader in C up to 0.15 s
+
+
+def json_reader(text: str, **hooks: Callable) -> json.JSONDecoder:
+    """What reads a JSON text: of a large one the module's other reader, in Python, which lets other threads run."""
+    reader = json.JSONDecoder(**hooks)
+    if text.count(",") + text.count(":") > JSON_AT_ONCE:
+        reader.parse_object, reader.parse_array = json.decoder.JSONObject, json.decoder.JSONArray
+        reader.scan_once = json.scanner.py_make_scanner(reader)
+    return reader
+
+
 def normal_form(text: str, form: str) -> str:
     """Text in a Unicode normal form. Of a longer heap of marks the first are kept: putting them in order takes the
     square of their number, and a thousand times a thousand of them would stop everything else."""
+    if text.isascii():
+        return text
 
     def fewer(run: re.Match) -> str:
         """The run with what stands on one letter cut."""
         heaps = itertools.groupby(run[0], lambda sign: unicodedata.combining(sign) > 0)
         return "".join("".join(itertools.islice(some, MOST_MARKS) if marks else some) for marks, some in heaps)
 
-    return unicodedata.normalize(form, MARKED.sub(fewer, text))
+    return in_pieces(lambda piece: unicodedata.normalize(form, MARKED.sub(fewer, piece)), text)
 
 
 def normalise(text: str) -> str:
@@ -465,7 +490,8 @@ FRAME_OPENINGS = (  # how the lines begin that this program sets around what it 
 FRAMING = re.compile(
     r"""<(?=[|｜]) | (?<=[|｜])>  # ChatML, Llama 3, Phi, Command R, GLM, DeepSeek: <|im_end|>
     | </?(?:s|bos|eos|pad|unk|sep|mask|img|image|system|user|assistant|human|bot|model|tool|think(?:ing)?)>
-    | </?(?:start|end|begin)_of_\w{1,20}> | </?tool_\w{1,20}> | <(?:unused|reserved|extra_id)_?\d{1,6}>  # Gemma, T5
+    | </?(?:start|end|begin(?:ning)?)_of_\w{1,20}> | </?seed:\w{1,20}> | \[(?=e~\[) | \](?=~!?b[\[\]])  # Seed, MiniMax
+    | </?tool_\w{1,20}> | <(?:unused|reserved|extra_id)_?\d{1,6}>
     | <</?SYS>> | \[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w{1,20}|THINK|IMG|[gs]?MASK|CLS|SEP|PAD|UNK|BOS|EOS)\]
     | \#(?=\#{1,9}\s{0,9}(?:instruction|response|input|system|user|assistant|human)\b)  # Alpaca
     | \[(?=[\W_]{0,9}(?:OPENINGS)\b)""".replace(
@@ -1937,6 +1963,7 @@ def read_emotion(text: str, vector: np.ndarray | None = None) -> EmotionReading:
     `vector` is the message's unit vector float32 [384] by all-MiniLM-L6-v2; without one, or with another embedder's,
     the lexicon alone is asked.
     """
+    text = clip(text)
     if not any(c.isalnum() for c in text) and not pictures()[0].search(text) and not re.search(r"[!?]", text):
         return reading_of([0.0] * NEUTRAL + [1.0])  # says nothing, so it feels nothing
     features = emotion_features(text)
@@ -2586,7 +2613,14 @@ class Reranker(OwnModel):
 
 def sane_text(text: str) -> str:
     """The text without lone surrogates and NUL, which tokenizers and SQLite do not take."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", " ")
+    if text.isascii():
+        return text.replace("\0", " ")
+
+    def whole(piece: str) -> str:
+        """Halves that belong together are joined; others are replaced."""
+        return piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", " ")
+
+    return in_pieces(whole, text)
 
 
 # ======================================================================================================================
@@ -2865,7 +2899,7 @@ def align_floating(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alig
 
 MAX_CONTEXT = 10**9  # tokens; no model reads more
 LONGEST_MESSAGE = 1_000_000  # characters of its text
-MOST_VALUES = 800_000  # in one JSON text: Python reads so many in 0.2 s, and does nothing else meanwhile
+MOST_VALUES = 800_000  # in one JSON text
 GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\]")  # SillyTavern's default words
 JAVASCRIPT_DATE = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
@@ -3405,6 +3439,8 @@ DAMAGED = (
     "unsupported file format",
 )  # fmt: skip
 # SQLite's words for a file that it cannot read
+SENSELESS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError)
+# what rows raise in which only words have changed
 
 
 class TextDisk(diskcache.Disk):
@@ -3517,7 +3553,7 @@ class Database:
                     self.rest()
                 self._cache = self._open() if self._cache is None else self._cache
                 yield self._cache
-            except (OSError, sqlite3.Error, diskcache.Timeout, ValueError, KeyError, TypeError) as error:
+            except (OSError, sqlite3.Error, diskcache.Timeout, *SENSELESS) as error:
                 self._roll_back()
                 told = store_error(error, self.folder)
                 self.damaged = self.damaged or isinstance(told, StoreDamaged)
@@ -3532,6 +3568,8 @@ class Database:
     def _open(self) -> SharedCache:
         try:
             return self._open_for_writing()
+        except SENSELESS as error:
+            raise damage_of(self.folder, error) from error
         except (OSError, sqlite3.Error, diskcache.Timeout) as error:
             if isinstance(store_error(error, self.folder), StoreDamaged) or not database_of(self.folder).exists():
                 raise
@@ -3592,7 +3630,8 @@ class RebuiltDatabase(Database):
             with super().use() as cache:
                 yield cache
         except StoreError as error:
-            if not isinstance(error, StoreDamaged) and not isinstance(error.__cause__, KeyError | TypeError):
+            senseless = isinstance(error.__cause__, SENSELESS) and not isinstance(error.__cause__, UnicodeEncodeError)
+            if not isinstance(error, StoreDamaged) and not senseless:
                 raise
             with self.lock:
                 self._set_aside()
@@ -3602,10 +3641,8 @@ class RebuiltDatabase(Database):
     def _open(self) -> SharedCache:
         try:
             return self._checked(super()._open())
-        except (sqlite3.DatabaseError, TypeError, ValueError, KeyError, StoreDamaged) as error:
-            if isinstance(error, sqlite3.Error) and not is_damage(
-                error
-            ):  # locked, or the disk is full: it may be whole
+        except (sqlite3.DatabaseError, StoreDamaged) as error:
+            if isinstance(error, sqlite3.Error) and not is_damage(error):  # locked, or the disk is full
                 raise
             self._set_aside()
             return super()._open()
@@ -3630,8 +3667,15 @@ def is_damage(error: BaseException | None) -> bool:
     """Whether SQLite means that a file is damaged, not that it cannot be read just now; or a row is no text or no JSON,
     which this program never wrote."""
     if isinstance(error, sqlite3.DatabaseError):
-        return any(words in str(error).lower() for words in DAMAGED)
+        said = str(error).lower()
+        return said.startswith("near ") or any(words in said for words in DAMAGED)  # diskcache runs its stored settings
     return isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
+
+
+def damage_of(folder: Path, error: BaseException) -> StoreDamaged:
+    """What to say of a damaged file, with what it raised."""
+    words = f"{type(error).__name__}: {error}"
+    return StoreDamaged(f"The file in {folder} is damaged ({words}). Other chats are not affected.")
 
 
 def store_error(error: Exception, folder: Path) -> StoreError:
@@ -3639,7 +3683,7 @@ def store_error(error: Exception, folder: Path) -> StoreError:
     said = error.__context__ if isinstance(error, diskcache.Timeout) and error.__context__ else error
     words, number = f"{type(said).__name__}: {said}", getattr(said, "errno", None)
     if is_damage(said):
-        return StoreDamaged(f"The file in {folder} is damaged ({words}). Other chats are not affected.")
+        return damage_of(folder, said)
     if "full" in words or number in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(f"{UNKEPT}: the disk is full. Chats go on, but are not remembered until there is space again.")
     if "readonly" in words or "read-only" in words or number in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -3730,10 +3774,9 @@ class ChatStore:
             except StoreError:
                 self._database.close()
                 raise
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            except SENSELESS as error:
                 self._database.close()
-                words = f"A row of the chat's file in {directory} is damaged ({type(error).__name__}: {error})."
-                raise StoreDamaged(f"{words} Other chats are not affected.") from error
+                raise damage_of(directory, error) from error
 
     def _read_all(self, cache: diskcache.Cache) -> None:
         if cache.get("format", STORE_FORMAT) > STORE_FORMAT:
@@ -4614,13 +4657,18 @@ def word_stems(word: str) -> str:
 
 def lexical_text(text: str, language: str = "en") -> str:
     """The text as FTS5 gets it: stems, and pairs where a script has no spaces."""
-    text = sane_text(text).lower()
-    if not text.isascii():
-        text = UNSPACED.sub(lambda run: pairs_of(run[0]), normal_form(text, "NFKC"))
-        text = INFLECTED_WORD.sub(lambda word: word_stems(word[0]), text)
-    if language in STEMMERS:
-        text = re.sub(r"[^\W\d_]+", lambda word: stemmed(word[0], language), text)
-    return text
+
+    def read(piece: str) -> str:
+        """The same of a piece."""
+        piece = sane_text(piece).lower()
+        if not piece.isascii():
+            piece = UNSPACED.sub(lambda run: pairs_of(run[0]), normal_form(piece, "NFKC"))
+            piece = INFLECTED_WORD.sub(lambda word: word_stems(word[0]), piece)
+        if language in STEMMERS:
+            piece = re.sub(r"[^\W\d_]+", lambda word: stemmed(word[0], language), piece)
+        return piece
+
+    return in_pieces(read, text)
 
 
 def lexical_words(text: str, language: str = "en") -> list[str]:
@@ -5219,7 +5267,7 @@ class Catalogue:
         """A line for every chat, the last used first; also those of one `lone` message, where they are asked for."""
         with self._database.use() as cache:
             lines = list(stored_rows(cache, "c:").values())
-            if not all(isinstance(line["chat_id"], str) and LINE_FIELDS <= line.keys() for line in lines):
+            if not all(isinstance(line["chat_id"], str) and line.keys() >= LINE_FIELDS for line in lines):
                 raise TypeError("a line of the list lacks what every line has")
             listed = [line for line in lines if lone or not line.get("lone")]
             return sorted(listed, key=lambda line: -(line["updated"] or 0))
@@ -6655,7 +6703,8 @@ def summary_request(lines: Sequence[str], what: str, room: int, strict: bool) ->
 def numbered_line(message: Message, index: int, feeling: str = "") -> str:
     """A message as the model that summarises reads it."""
     speaker = one_line(message.name) or {"user": "User", "assistant": "Character"}[message.role]
-    return f"#{index + 1} {speaker}{f' ({feeling})' if feeling else ''}: " + " ".join(quoted(message.content).split())
+    words = " ".join(quoted(message.content).split())
+    return without_framing(f"#{index + 1} {speaker}{f' ({feeling})' if feeling else ''}: {words}")
 
 
 def clipped_lines(lines: Sequence[str], budget: int) -> list[str]:
@@ -7184,7 +7233,7 @@ def spoken_line(memory: Memory) -> str:
 
 def memory_line(memory: Memory) -> str:
     """A memory as the model reads it: its number in the chat (or its date), who spoke, and what."""
-    return f"{given_day(memory) or f'#{memory.index + 1}'} {spoken_line(memory)}"
+    return without_framing(f"{given_day(memory) or f'#{memory.index + 1}'} {spoken_line(memory)}")
 
 
 def given_day(memory: Memory) -> str:
@@ -7212,7 +7261,7 @@ def excerpt_text(group: Sequence[Memory]) -> str:
     for before, memory in itertools.pairwise(group):
         lines += [GAP] if memory.index - before.index > 1 else []
         lines.append(spoken_line(memory))
-    return "\n".join(lines)
+    return without_framing("\n".join(lines))  # a date, a name and a text may make one together
 
 
 def memory_cost(memory: Memory) -> int:
@@ -7442,10 +7491,13 @@ def json_value(text: str | bytes, most: float = MOST_VALUES) -> Any:
     """
     if text.count("," if isinstance(text, str) else b",") > most:
         raise ValueError(f"it holds more than {most} values")
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text), "surrogatepass")
+    reader = json_reader(text, parse_constant=finite_number, parse_float=finite_number, parse_int=short_integer)
     collecting = gc.isenabled()
     gc.disable()  # what is read is no garbage, and looking through it again and again takes most of the time
     try:
-        return json.loads(text, parse_constant=finite_number, parse_float=finite_number, parse_int=short_integer)
+        return reader.decode(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     finally:
@@ -8428,6 +8480,7 @@ BLOCKED = re.compile(  # Azure's and OpenAI's codes, Gemini's reasons, OpenRoute
     re.IGNORECASE,
 )
 DONE, GARBLED = object(), object()  # a stream's own end; a piece that is no JSON
+BETWEEN_VALUES = re.compile(r"\s*(?:data:)?\s*")
 EVENT_FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
 TEXT_PARTS, THOUGHT_PARTS = ("text", "output_text"), ("thinking", "reasoning", "thought")
 NO_REASONS = ("", "null", "None", "none")  # why a reply ended, where servers say so before it has
@@ -8537,7 +8590,7 @@ def event_value(raw: bytes) -> Any:
     if text == "[DONE]":
         return DONE
     try:
-        return json.loads(text, parse_constant=lambda _: None) if is_shallow(text) else GARBLED
+        return json_reader(text, parse_constant=lambda _: None).decode(text) if is_shallow(text) else GARBLED
     except (ValueError, RecursionError):
         return GARBLED
 
@@ -8545,17 +8598,20 @@ def event_value(raw: bytes) -> Any:
 def joined_values(raw: bytes) -> Iterator[Any]:
     """The values of a body that holds JSON, several behind each other too; some gateways put `data: [DONE]` last."""
     text = raw.decode("utf-8", "replace").strip()
-    decoder = json.JSONDecoder(parse_constant=lambda _: None)
-    while text:
-        if text.startswith("[DONE]"):
+    if not is_shallow(text):
+        yield GARBLED
+        return
+    reader, at = json_reader(text, parse_constant=lambda _: None), 0
+    while at < len(text):
+        if text.startswith("[DONE]", at):
             yield DONE
             return
         try:
-            value, end = decoder.raw_decode(text) if is_shallow(text) else (GARBLED, len(text))
+            value, at = reader.raw_decode(text, at)
         except (ValueError, RecursionError):
-            value, end = GARBLED, len(text)
+            value, at = GARBLED, len(text)
         yield from value if isinstance(value, list) else [value]
-        text = text[end:].lstrip().removeprefix("data:").lstrip()
+        at = BETWEEN_VALUES.match(text, at).end()
 
 
 def is_shallow(text: str) -> bool:
@@ -8598,8 +8654,13 @@ def refuse_status(reply: UpstreamReply) -> None:
         raw = b"".join(itertools.islice(reply.chunks, MOST_ERROR_PACKETS))
         raise UpstreamError(reply.status, error_object(raw), reply.headers.get("retry-after"))
     if reply.status >= 300:
-        words = f"The upstream redirects to {reply.headers.get('location')}. Set --upstream to that address."
-        raise UpstreamError(502, {"message": words})
+        raise redirect_refused(reply.headers)
+
+
+def redirect_refused(headers: Mapping[str, str]) -> UpstreamError:
+    """The error for an upstream that names another address: the user's key and words go to none but the user's own."""
+    words = f"The upstream redirects to {str(headers.get('location'))[:LONGEST_ERROR]}."
+    return UpstreamError(502, {"message": f"{words} Set its address to that one, if you trust it."})
 
 
 def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
@@ -9241,6 +9302,8 @@ def cancellable_adapter() -> type:
         def send(self, request: Any, **kwargs: Any) -> Any:
             """The answer; raises `UpstreamError`."""
             response = super().send(request, **kwargs | {"timeout": self._timeouts})
+            if response.is_redirect:  # requests would follow it, with Google's key in a header that it knows nothing of
+                raise redirect_refused(response.headers)
             if response.status_code >= 400:
                 retry_after = response.headers.get("retry-after")
                 raise UpstreamError(response.status_code, google_error(response.content), retry_after)
@@ -9791,10 +9854,30 @@ class OpenAIUpstream:
         return UpstreamError(error.status, error.error | {"message": words}, error.retry_after)
 
     def get(self, url: str, call: Call, timeout: float, body: Mapping | None = None) -> Any:
-        """The JSON at an address of the upstream; raises `httpx.HTTPError`, `ValueError`."""
+        """The JSON at an address of the upstream; raises `httpx.HTTPError`, `ValueError`.
+
+        httpx's time-out starts again with each byte: what comes a byte at a time is cut off all the same.
+        """
         method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
-        with httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(url)) as client:
-            return client.request(method, url, content=content, headers=self.headers(call)).raise_for_status().json()
+        asked = Call()
+        late = threading.Timer(timeout, asked.cancel)
+        with (
+            httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(url)) as client,
+            contextlib.ExitStack() as ending,
+        ):
+            late.start()
+            ending.callback(late.cancel)
+            response = ending.enter_context(
+                client.stream(
+                    method, url, content=content, headers=self.headers(call), extensions={"trace": asked.trace}
+                )
+            )
+            if response.has_redirect_location:
+                raise redirect_refused(response.headers)
+            raw = b"\n".join(bounded_lines(response.iter_bytes()))
+            httpx.Response(response.status_code, content=raw, request=response.request).raise_for_status()
+        text = raw.decode("utf-8-sig", "replace")
+        return json_reader(text).decode(text)
 
     def models(self, call: Call, timeout: float = LIST_SECONDS) -> list[dict]:
         """The models that the upstream lists; raises `UpstreamError`, `UpstreamUnavailable`."""
@@ -17631,6 +17714,7 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
             app, host=settings.host, port=settings.port, threads=SERVER_THREADS, ident="persona_memory",
             channel_request_lookahead=1, asyncore_use_poll=True, connection_limit=most_connections(),
             channel_timeout=IDLE_SECONDS, cleanup_interval=IDLE_SECONDS // 6,
+            max_request_body_size=2 * MAX_REQUEST_BYTES,  # what is told no length is kept on disk until it has ended
         )  # fmt: skip
     except (OSError, ValueError) as error:  # ValueError: no such host
         app.extensions["persona_memory"].close()

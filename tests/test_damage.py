@@ -88,6 +88,19 @@ ROWS = {  # tables that can be made anew, and keys in them, each of which someth
 }
 
 
+def uses_of(memory: pm.PersonaMemory) -> list:
+    """What is done with chats, as calls that read and write every table."""
+    turn = {"messages": [{"role": "user", "content": LINES[0]}]}
+    return [
+        lambda: memory.archive.append("well", [{"role": "user", "content": "It goes on."}]),
+        lambda: memory.builder.prepare(turn, "", pm.Call()),
+        lambda: memory.recaller.change_character("Maren", True),
+        memory.chats,
+        lambda: memory.find("ferry"),
+        lambda: memory.registry.erase_lapsed(0),
+    ]
+
+
 @pytest.mark.parametrize("value", ["[1", "[7]", '{"chat_id": 5}', b"\xff\xfe"])
 def test_a_row_that_nobody_can_have_written_is_damage_too(tmp_path, value):
     """SQLite finds nothing wrong with a file in which only words have changed. Each row in turn is such a one: memory
@@ -105,17 +118,7 @@ def test_a_row_that_nobody_can_have_written_is_damage_too(tmp_path, value):
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row,
                 )  # fmt: skip
             memory = pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1"))
-            uses = {
-                "append": lambda: memory.archive.append("well", [{"role": "user", "content": "It goes on."}]),
-                "turn": lambda: memory.builder.prepare(
-                    {"messages": [{"role": "user", "content": LINES[0]}]}, "", pm.Call()
-                ),
-                "carry-over": lambda: memory.recaller.change_character("Maren", True),
-                "list": memory.chats,
-                "find": lambda: memory.find("ferry"),
-                "erase": lambda: memory.registry.erase_lapsed(0),
-            }
-            for use in uses.values():
+            for use in uses_of(memory):
                 try:
                     use()
                 except pm.StoreError:  # the first to notice
@@ -126,6 +129,24 @@ def test_a_row_that_nobody_can_have_written_is_damage_too(tmp_path, value):
                 memory.registry.delete(chat)
             assert not {"well", "hurt"} & {line["chat_id"] for line in memory.chats()}, key
             memory.close()
+
+
+@pytest.mark.parametrize("part", ["chats", "catalogue", "characters"])
+@pytest.mark.parametrize(("name", "value"), [("key", None), ("value", b"\xff"), ("value", "many"), ("key", 7)])
+def test_settings_that_make_no_sense_are_damage(tmp_path, part, name, value):
+    """diskcache keeps its settings in a table of the file and believes them: some are spoiled, in each kind of file."""
+    memory = written(tmp_path)
+    file = file_of(tmp_path, "hurt") if part == "chats" else pm.database_of(tmp_path / part)
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        rows = connection.execute("SELECT key, value FROM Settings").fetchall()
+        connection.execute("DROP TABLE Settings")  # it is made again without what forbids such rows
+        connection.execute("CREATE TABLE Settings (key, value)")
+        connection.executemany("INSERT INTO Settings VALUES (?, ?)", rows)
+        connection.execute(f"UPDATE Settings SET {name} = ? WHERE rowid % 2 = 0", (value,))
+    assert memory.messages("hurt")["total"] == len(LINES)
+    for use in uses_of(memory):
+        use()
+    memory.close()
 
 
 def test_rows_that_can_be_read_are_salvaged(tmp_path):
