@@ -85,6 +85,7 @@ import base64
 import binascii
 import codecs
 import contextlib
+import difflib
 import errno
 import functools
 import gc
@@ -123,7 +124,7 @@ from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 # Half of the cores: BLAS's threads wait for each other where other work takes the rest.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
@@ -992,6 +993,7 @@ class PromptReport:
     facts: int = 0
     reused: float | None = None  # share of the tokens that begin as the chat's last prompt did; None: there was none
     left_out: list[dict] = field(default_factory=list)  # what was worth recalling and is not in it, and why
+    nothing: str = ""  # why nothing was recalled, where that is so and nothing went wrong
     reminder: str = ""  # what of the persona was said again
     summary_error: str = ""  # why summaries cannot be made lately, in the upstream's words
 
@@ -1090,7 +1092,7 @@ class LongWork:
         rate = sum(count for _, count in steps[1:]) / passed if passed > 0 else None
         seconds = round(waiting / rate) if rate else None
         about = "" if seconds is None else f", about {seconds} s" if seconds < 90 else f", about {seconds // 60} min"
-        words = f"{waiting:,} {self._words}{about}."
+        words = f"{self._words}: {waiting:,}{about}."
         rate = rate and round(rate, 2)
         return {"kind": self.kind, "waiting": waiting, "done": done, "rate": rate, "seconds": seconds, "words": words}
 
@@ -1101,8 +1103,8 @@ class Background:
     def __init__(self) -> None:
         self.going = threading.Event()  # cleared while it is paused
         self.going.set()
-        self.vectors = LongWork("vectors", "messages wait until they can be found by meaning", 16)
-        self.summaries = LongWork("summaries", "parts of chats wait to be summarised", 1)
+        self.vectors = LongWork("vectors", "Messages that cannot be found by meaning yet", 16)
+        self.summaries = LongWork("summaries", "Parts of chats that are not summarised yet", 1)
 
     @property
     def paused(self) -> bool:
@@ -6344,7 +6346,7 @@ ASKING_SHARE = 1.5
 TELLING_SHARE = 0.5  # each recalled token is evaluated anew every turn
 MOST_MEMORIES = 64  # of a turn; beyond that the tail is noise
 RERANKED = 20  # candidates that a reranker reads: one of 22 million parameters takes about half a second for them
-NO_ROOM = "no room"
+NO_ROOM = "no room left in the memories' share of the context"
 LEFT_OUT = 12  # memories that a report names which did not get into the prompt
 LONG_MESSAGE = 1350  # characters from which a message is recalled in part: a chunk and a half
 EXCERPT_CHUNKS = 2
@@ -9789,7 +9791,9 @@ class OpenAIUpstream:
 
     def _unreachable(self, error: Exception) -> UpstreamUnavailable:
         words = re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__  # the words alone
-        return UpstreamUnavailable(f"The upstream at {shown_url(self.url)} cannot be reached: {words}. Is it running?")
+        return UpstreamUnavailable(
+            f"persona_memory cannot reach your model's server at {shown_url(self.url)}: {words}. Is it running?"
+        )
 
     def complete(self, body: Mapping, call: Call) -> dict:
         """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
@@ -10027,7 +10031,9 @@ except Exception as error:
 sys.stdin.read()  # ends when the program that started this one does
 os._exit(0)
 """
-MOST_CRASHES = 3  # of the embedded model, after which it is not started again
+LOCAL_MODEL_DEFAULTS = {"repeat_penalty": 1.2}  # without it, so small a model soon says the same word for ever
+WHOLE_GGUF = "Check that the file is a whole GGUF model, and that there is enough memory for it and for --context."
+MOST_CRASHES = 3  # of the model, after which it is not started again
 ILLEGAL_INSTRUCTION = (-4, 0xC000001D)  # SIGILL; Windows' STATUS_ILLEGAL_INSTRUCTION
 KILLED = (-9, 137)
 
@@ -10055,6 +10061,15 @@ class LocalUpstream:
         """The model's name."""
         return self._gguf.stem if self._gguf else LOCAL_MODEL
 
+    @property
+    def _advice(self) -> str:
+        """What to do where it cannot be used."""
+        return f"{WHOLE_GGUF} {THREE_WAYS}" if self._gguf else THREE_WAYS
+
+    def _asked(self, body: Mapping) -> dict:
+        """A request as the model takes it."""
+        return {**({} if self._gguf else LOCAL_MODEL_DEFAULTS), **body, "model": self.model}
+
     def describe(self) -> dict:
         """The upstream as /health shows it."""
         status, ready = "loading", self._ready
@@ -10078,11 +10093,11 @@ class LocalUpstream:
             gguf = self._gguf or fetch_local_model(self._folder)
             self._process, address = start_llama(gguf, self.model, self._context, key)
         except Exception as error:  # no wheel for this machine, no network, no memory: all end in the same advice
-            words = f"The embedded model cannot be used: {error}. {THREE_WAYS}"
+            words = f"The model {self.model} cannot be used: {error}. {self._advice}"
             log_event("model_failed", words, level=logging.ERROR, model=self.model)
             self._ready.set_exception(UpstreamUnavailable(words))
             return
-        log_event("model_ready", f"The embedded model {self.model} is ready.", model=self.model)
+        log_event("model_ready", f"The model {self.model} is ready.", model=self.model)
         self._ready.set_result(OpenAIUpstream(address, key, self._gate, self._timeout))
         self._process.wait()
         with self._lock:
@@ -10095,7 +10110,8 @@ class LocalUpstream:
         log_event("model_failed", str(self._ended()), level=logging.ERROR, model=self.model)
 
     def _ended(self) -> UpstreamUnavailable:
-        return UpstreamUnavailable(f"The embedded model ended: {why_ended(self._process.returncode)}. {THREE_WAYS}")
+        words = why_ended(self._process.returncode)
+        return UpstreamUnavailable(f"The model {self.model} has ended: {words}. {self._advice}")
 
     @contextlib.contextmanager
     def _inner(self, call: Call) -> Iterator[OpenAIUpstream]:
@@ -10123,12 +10139,12 @@ class LocalUpstream:
     def complete(self, body: Mapping, call: Call) -> dict:
         """As `OpenAIUpstream.complete`."""
         with self._inner(call) as inner:
-            return inner.complete({**body, "model": self.model}, call)
+            return inner.complete(self._asked(body), call)
 
     def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
         """As `OpenAIUpstream.stream`."""
         with self._inner(call) as inner:
-            yield from inner.stream({**body, "model": self.model}, call)
+            yield from inner.stream(self._asked(body), call)
 
     def default_model(self, call: Call) -> str:
         """The one model."""
@@ -10156,8 +10172,6 @@ def start_llama(gguf: Path, name: str, context: int, key: str) -> tuple[subproce
 
     Raises `RuntimeError` or `OSError` with the reason where it cannot be had.
     """
-    if not gguf.is_file():
-        raise FileNotFoundError(f"there is no model file {gguf}")
     process = subprocess.Popen(
         [sys.executable, "-c", LLAMA_PROGRAM, str(gguf), name, str(context)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -10232,6 +10246,8 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
         endpoint, key = settings.gemini_endpoint, settings.upstream_key
         return GeminiUpstream(endpoint, key, settings.gemini_safety, gate(), timeout)
     if name.lower().endswith(".gguf"):
+        if not Path(name).is_file():
+            raise SettingsError(f"There is no model file {Path(name).absolute()}. Check the path given as upstream.")
         return LocalUpstream(models, Path(name), settings.context, gate(single=True), timeout)
     if not name.startswith(("http://", "https://")):
         with_scheme = ("http://" if is_on_local_network(f"http://{name}") else "https://") + name
@@ -10325,6 +10341,7 @@ class RecallResult:
     memories: tuple[Memory, ...] = ()
     left_out: tuple[dict, ...] = ()  # what was worth it and is not among them, and why
     degraded: str = ""  # what kept recall from being all it could be
+    nothing: str = ""  # why there are none, where nothing went wrong
     words: tuple[str, ...] = ()  # the query's
     vector: np.ndarray | None = None  # the query's
 
@@ -11635,6 +11652,12 @@ def copy_goes_on(chat: Chat, copy: ChatCopy) -> bool:
 
 CARRIED_CHATS = 4  # with the same character, the last used, that a turn may recall from
 CARRIED_SHARE = 1 / 3  # of the memories' tokens that may come from there
+# Why a turn recalls nothing.
+ALL_SHOWN = "everything is still in the prompt"
+TOO_SMALL = "the memories' share of the context is too small"
+TALK = "your message asks for nothing, and no older message fits it well enough"
+NOTHING_FITS = "no older message fits what you asked well enough"
+SEE_LEFT_OUT = "see what was left out, and why"
 
 
 class Recaller:
@@ -11664,19 +11687,21 @@ class Recaller:
         share = self._share * memory_share(turn.pivot.content) if turn.pivot else 0
         room = min(layout.room - GUIDANCE_TOKENS, int(share * layout.recalled))
         recalls = bool(layout.reach) and room > memory_frame_tokens()
+        nothing = TOO_SMALL if layout.reach else ALL_SHOWN
         try:
             query = self._query(turn) if recalls else None
             vector, degraded = self._vectors.for_turn(chat, turn.nodes, turn.newest, query, turn.deadline)
             if query is None:
                 self._vectors.later(chat, [n.id for n in turn.nodes[-ENCODED_AT_ONCE:]])
-                return RecallResult()
+                return RecallResult(nothing=nothing)
             with chat.lock:
                 memories = self._candidates(turn, query, vector, quoted)
             memories, late = self._reranked(query, memories, turn.deadline.left)
             with chat.lock:
                 kept, left_out = select_memories(chat, turn.visible, memories, query.words, room, self._price)
             degraded = "; ".join(filter(None, (degraded, late)))
-            return RecallResult(tuple(kept), tuple(left_out), degraded, query.words, vector)
+            nothing = "" if kept else SEE_LEFT_OUT if left_out else TALK if query.asks == TELLS else NOTHING_FITS
+            return RecallResult(tuple(kept), tuple(left_out), degraded, nothing, query.words, vector)
         except Exception as error:
             with chat.lock:
                 chat.index = MemoryIndex()  # derived: the next turn makes it anew
@@ -12453,6 +12478,7 @@ class Status:
             "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
             "embedder": embedder, "chats": len(self._registry), "proxy": self._settings.proxy,
             "progress": self._background.progress(),
+            "last_reply": (self.last_turn or {}).get("outcome", "none"),
             "summaries": "failing" if self.summaries else "ok",  # the page says why, in words that need a key
         }  # fmt: skip
 
@@ -12533,9 +12559,12 @@ def diagnosis(
     `summaries` as `Summarizer.failure` is.
     """
     if upstream["status"].startswith("failed"):
-        return "trouble", "The embedded model cannot be used.", upstream["status"].removeprefix("failed: ")
+        return "trouble", f"The model {upstream['model']} cannot be used.", upstream["status"].removeprefix("failed: ")
     if turn.get("outcome") in ("upstream_error", "failed"):
         return "trouble", f"The last turn failed: {turn['why']}", advice_on(turn["status"], upstream)
+    reason = turn["why"].removeprefix("degraded; reason=") if turn.get("outcome") == "degraded" else ""
+    if reason.startswith(UNKEPT):
+        return "trouble", reason, "Chats go on, but new messages are not remembered."
     if embedder.startswith("failed"):
         words = "The embedder could not be loaded: memories are found by words alone, not by meaning."
         return "notice", words, f"{embedder.removeprefix('failed: ')}. See --embedder."
@@ -12545,10 +12574,7 @@ def diagnosis(
         words = f"The model {summaries['model']} could not write a summary: {summaries['words']}"
         advice = advice_on(summaries["status"], upstream) if summaries["status"] else ""
         return "notice", words, f"{SUMMARY_ADVICE} {advice}".rstrip()
-    if turn.get("outcome") == "degraded":
-        reason = turn["why"].removeprefix("degraded; reason=")
-        if reason.startswith(UNKEPT):
-            return "trouble", reason, "Chats go on, but new messages are not remembered."
+    if reason:
         return "notice", f"The last reply was made without all of memory: {reason}", "The chat itself is not affected."
     return "ok", "OK", ""
 
@@ -12561,7 +12587,9 @@ SUMMARY_ADVICE = (
 
 def advice_on(status: int, upstream: Mapping) -> str:
     """What to do about an upstream that failed with that status."""
-    where = upstream.get("url") or upstream.get("model")
+    where = upstream.get("url")
+    if status == 502 and not where:
+        return f"The model {upstream.get('model')} does not run. The program's log says why."
     return {
         401: "The key was refused: check it in your client, or set --upstream-key.",
         403: "The key was refused: check it in your client, or set --upstream-key.",
@@ -12988,6 +13016,7 @@ class PromptBuilder:
             history=len(memory.path) - turn.first - layout.anchor - len(layout.hidden),
             hidden=layout.anchor + len(layout.hidden), degraded=degraded,
             recalled=[recalled_row(m) for m in memory.memories], left_out=list(memory.recalled.left_out),
+            nothing="" if memory.memories else memory.recalled.nothing,
             mood=memory.mood and asdict(memory.mood), summaries=len(memory.story.summaries),
             facts=len(memory.story.facts), reminder=memory.reminder, reused=reused,
             summary_error=(self._status.summaries or {}).get("words", ""),
@@ -14663,9 +14692,11 @@ function timelineLane(label, base, points, width) {
 
 /** What takes up the context, in this order: the report's names, and how they are shown. */
 const SHARES = {
-    persona: 'Persona', story: 'Summary', memories: 'Memories', history: 'History', response: 'Kept for the reply',
-    free: 'Free',
+    persona: 'Persona', story: 'Summary and facts', memories: 'Memories and mood', history: 'History',
+    response: 'Kept for the reply', tools: 'Tools', free: 'Free',
 };
+
+const COUNTED = 'Tokens are counted here. Where your model counts more of them, prompts are made that much shorter.';
 
 async function promptsTab(chat) {
     const { root, list } = template('prompts');
@@ -14694,7 +14725,7 @@ function promptCard(chat, report) {
         h('div.row',
             h('h2', `Prompt for the reply to #${report.history + report.hidden}`),
             h('span.muted.small', when(report.at)),
-            h('span.muted.numbers.push', `${number(used)} of ${number(report.context)} tokens`)),
+            h('span.muted.numbers.push', { title: COUNTED }, `${number(used)} of ${number(report.context)} tokens`)),
         report.degraded && h('p', `Not all of memory could be used: ${report.degraded}`),
         h('div.share', { role: 'img', 'aria-label': 'Tokens by share, as listed below' },
             shares.filter(({ count }) => count).map(({ words, count, tone }) =>
@@ -14703,13 +14734,14 @@ function promptCard(chat, report) {
             h('li', { vars: { tone } }, h('span.swatch'), words, h('b', number(count))))),
         figuresLine(figures),
         report.reminder && h('p.small', 'Repeated from the persona: ', h('i', report.reminder)),
-        memoriesOf(chat, `${plural(report.recalled.length, 'memory', 'memories')} recalled`, report.recalled),
+        report.recalled.length
+            ? memoriesOf(chat, `${plural(report.recalled.length, 'memory', 'memories')} recalled`, report.recalled)
+            : h('p.muted.small', `Nothing was recalled${report.nothing ? `: ${report.nothing}` : ''}.`),
         left.length > 0 && memoriesOf(chat, `${number(left.length)} left out`, left));
 }
 
 /** Recalled or left out messages; their texts are fetched when they are looked at. */
 function memoriesOf(chat, title, memories) {
-    if (!memories.length) return h('p.muted.small', 'Nothing was recalled.');
     const list = h('ul.list');
     const textOf = ({ index, id, chat_id = chat.chat_id }) =>
         get(`${chatPath(chat_id)}/messages`, { tip: id, offset: index, limit: 1 }).then(
@@ -16854,7 +16886,9 @@ def public_error(error: Exception) -> PersonaMemoryError:
     if isinstance(error, PersonaMemoryError):
         return error
     if isinstance(error, HTTPException):
-        shown = InvalidRequest(f"{error.code} {error.name}: {flask.request.method} {flask.request.path}")
+        words = f"{error.code} {error.name}: {flask.request.method} {flask.request.path}"
+        hint = ". Start persona_memory with --proxy to use it as a model's server."
+        shown = InvalidRequest(words + (hint if error.code == 404 and flask.request.path.startswith("/v1/") else ""))
         shown.status = error.code
         return shown
     log_event("failed", "A request failed", level=logging.ERROR, trace=True)
@@ -17516,7 +17550,8 @@ def check_access() -> None:
         return
     if flask.request.endpoint not in KEYLESS and not has_key():
         raise NotAuthenticated(
-            "This server was started with --api-key: send that key as `Authorization: Bearer <key>`."
+            "persona_memory was started with --api-key: enter that key as the API key in your client, which sends it "
+            "as `Authorization: Bearer <key>`."
         )
     if not engine().settings.api_key:
         check_host("--api-key SECRET")
@@ -17763,18 +17798,40 @@ def read_dotenv(file: Path | None) -> dict[str, str]:
         return {}
     try:
         raw = file.read_bytes()
+    except OSError as error:
+        words = f"{file} cannot be read: {error.strerror}. Give yourself the right to read it, or remove it."
+        raise SettingsError(words) from error
+    try:
         text = raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
         if "\0" in text:
             raise UnicodeError("it is not a text file")
-    except (OSError, UnicodeError) as error:
+    except UnicodeError as error:
         raise SettingsError(f"{file} cannot be read: {error}. Save it as UTF-8, or remove it.") from error
+    logging.getLogger("dotenv.main").setLevel(logging.ERROR)  # it would warn without the file's name
+    for line in (b.original.line for b in dotenv.parser.parse_stream(io.StringIO(text)) if b.error):
+        log_event("dotenv", f"{file}, line {line}: this is not NAME=VALUE, so it is not used.", level=logging.WARNING)
     return {k: v for k, v in dotenv.dotenv_values(stream=io.StringIO(text)).items() if v}
+
+
+NEARLY_SPELT = 0.85  # difflib's ratio; container systems set variables of their own that begin like ours
+LEAST_CONTEXT = 256  # tokens, in which a message and a reply may just fit
+
+
+def misspelt_variables(names: Iterable[str]) -> Iterator[str]:
+    """A sentence for each of those variables that looks like one of ours and is none."""
+    known = [variable_of(f.name) for f in OPTIONS]
+    for name in sorted(names):
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+            for meant in difflib.get_close_matches(name, known, 1, NEARLY_SPELT):
+                yield f"There is no setting {name}, so it is not used. Did you mean {meant}?"
 
 
 def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: Path | None = None) -> Settings:
     """Settings from flags, then environment variables, then the `.env` file, then defaults; raises `SettingsError`."""
     known = {k: (v, f".env {k}") for k, v in read_dotenv(dotenv_file).items()}
     known |= {k: (v, f"variable {k}") for k, v in environ.items()}
+    for sentence in misspelt_variables(known):
+        log_event("misspelt", sentence, level=logging.WARNING)
     found = {f.name: known.get(variable_of(f.name), ("", "")) for f in OPTIONS}
     values = {name: parse_setting(name, text) for name, (text, _) in found.items() if text}
     sources = {name: found[name][1] for name in values}
@@ -17800,6 +17857,8 @@ def checked(settings: Settings) -> Settings:
             f"Listening on {settings.host} would let everyone on the network read your chats. "
             "Set --api-key SECRET (clients then send it as their API key), or use --host 127.0.0.1."
         )
+    if 0 < settings.context < LEAST_CONTEXT:
+        raise SettingsError(f"--context must be at least {LEAST_CONTEXT} tokens, not {settings.context}.")
     if settings.port > 65535:
         raise SettingsError(f"--port must be at most 65535, not {settings.port}.")
     if settings.summary_upstream == "gemini" and not settings.summary_key:
@@ -17897,7 +17956,7 @@ def chat_files(name: str, failed: Callable[[str | Path, Exception], None]) -> li
 def embed_chats(memory: PersonaMemory, chats: Iterable[str]) -> None:
     """Computes the vectors of chats, with a progress bar. Without an embedder they are computed when a chat goes on."""
     sizes = {chat: memory.describe(chat, mood=False)["messages"] for chat in chats}
-    with tqdm(total=sum(sizes.values()), desc="vectors", unit="message") as bar:
+    with tqdm(total=sum(sizes.values()), desc="vectors", unit="message", disable=not sizes) as bar:
         try:
             for chat in sizes:
                 for done in memory.vectors.of_chat(chat):
@@ -18397,11 +18456,22 @@ EPILOG = """Every option has a variable too: --summary-every is PERSONA_MEMORY_S
 or in a file named .env beside the program. Options go before variables, and variables before .env."""
 
 
+class CommandLine(argparse.ArgumentParser):
+    """A parser that names the option which a misspelt one may have meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with the usage and what is wrong."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        meant = [near[0] for flag in unknown if (near := difflib.get_close_matches(flag, flags, 1))]
+        super().error(message + (f". Did you mean {', '.join(meant)}?" if meant else ""))
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """The command line's parser, made from the fields of `Settings` and from `ACTIONS`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="persona_memory.py", usage="python persona_memory.py [--proxy] [options]", description=DESCRIPTION,
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=__version__)
     group_of = {name: group for group, names in OPTION_GROUPS.items() for name in names}
@@ -18475,6 +18545,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_log(settings)
         if act(settings, argv):
             return 0
+        check_folder(settings)
         os.umask(0o077)  # whatever is written from now on is for the user's own eyes
         sys.setswitchinterval(SWITCH_SECONDS)
         server = create_server(settings, START_DELAY)
@@ -18499,6 +18570,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.task_dispatcher.shutdown(timeout=SHUTDOWN_SECONDS)
     server.memory.close()
     return 0
+
+
+def check_folder(settings: Settings) -> None:
+    """Raises `SettingsError` where the data folder can be neither used nor made. One that holds chats and cannot be
+    written to is read all the same."""
+    wrong = next((f for f in check_data(settings) if f.level == "wrong"), None)
+    if wrong is None:
+        return
+    if not (Path(settings.data) / "chats").is_dir():
+        raise SettingsError(f"{wrong.words} What to do: {wrong.advice}")
+    log_event("read_only", f"{wrong.words} {UNKEPT}. What to do: {wrong.advice}", level=logging.WARNING)
 
 
 def interrupt(*_: Any) -> None:
