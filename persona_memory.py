@@ -15213,6 +15213,7 @@ const VECTORS = '3_vectors', SUMMARY = '1_memory'; // what stock extensions put 
 const PICTURE_SIDE = 84; // pixels: twice those that the memory page shows
 const MOST_SHOWN = 8; // memories listed in the panel
 const LONGEST_SHOWN = 240; // characters of each
+const LONGEST_NOTICE = 600; // characters of what a command shows
 const MIN_CONFIDENCE = 0.5; // a mood that is less likely than this is not shown
 const NEAR = 50; // messages before and behind its place among which a message is looked for
 const REPORTS = 50; // of so many prompts the server keeps what went into them
@@ -15273,7 +15274,7 @@ async function call(path, body, method = body ? 'POST' : 'GET', timeout = TIMEOU
     } catch (error) {
         if (error instanceof Refusal) throw error;
         if (signal.aborted) throw new Late(t`no answer in time`);
-        throw new Error(t`no answer`, { cause: error });
+        throw new Error(t`no answer: is persona_memory running?`, { cause: error });
     }
 }
 
@@ -15536,7 +15537,9 @@ async function mark(row, changes) {
 function markButtons(row, then) {
     const button = (name, icon, title) => {
         const onclick = () => mark(row, { [name]: !row[name] }).then(then, complain);
-        return element('div', { className: `menu_button fa-solid fa-${icon}`, title, onclick });
+        const properties = { className: 'menu_button menu_button_icon', title, onclick };
+        return element('div', properties, element('i', { className: `fa-solid fa-${icon}` }),
+            element('span', { textContent: title }));
     };
     return element('span', { className: `${NAME}_marks` },
         button('pinned', 'thumbtack', row.pinned ? t`Unpin` : t`Pin`),
@@ -15545,7 +15548,7 @@ function markButtons(row, then) {
 
 /** A memory as a line of a list, with its buttons. */
 function memoryLine(row) {
-    const line = element('li', { value: row.index + 1 });
+    const line = element('li', { value: row.index }); // SillyTavern counts its messages from 0
     const words = row.content ?? '...';
     const said = `${speakerOf(row)}: ${words.length > LONGEST_SHOWN ? `${words.slice(0, LONGEST_SHOWN)} ...` : words}`;
     const fill = () => {
@@ -15588,7 +15591,7 @@ async function whySaid(row, before) {
 async function showMessage(id) {
     try {
         const [row, before] = await rowsOf(id);
-        const title = element('h3', { textContent: t`Message ${row.index + 1}, ${speakerOf(row)}` });
+        const title = element('h3', { textContent: t`Message #${id}, ${speakerOf(row)}` });
         const marks = element('div');
         const fill = () => marks.replaceChildren(markButtons(row, fill));
         fill();
@@ -15625,11 +15628,17 @@ function namedIds(text) {
     return Array.from({ length: Number(last) - Number(first) + 1 }, (_, i) => Number(first) + i);
 }
 
-/** Marks the messages that a command names; how many those are. */
-async function markNamed(text, changes) {
-    const ids = namedIds(text);
-    for (const id of ids) await mark((await rowsOf(id))[0], changes);
-    return String(ids.length);
+/** Marks the messages that a command names, or takes that back; how many those are, and which. */
+async function markNamed(name, [does, undoes], { undo }, text) {
+    const late = /\s*\bundo=true\s*$/; // typed behind the numbers it is a part of the text
+    const back = undo === 'true' || late.test(text);
+    const ids = namedIds(text.replace(late, ''));
+    const lines = [];
+    for (const id of ids) {
+        const row = await mark((await rowsOf(id))[0], { [name]: !back });
+        lines.push(`${back ? undoes : does}: #${id} ${speakerOf(row)}: ${row.content ?? '...'}`);
+    }
+    return [String(ids.length), lines.join('\n')];
 }
 
 function openId() {
@@ -15642,21 +15651,31 @@ const COMMANDS = {
     async recall({ limit = 5, as }, text) {
         const asked = new URLSearchParams({ q: text, k: limit });
         const { memories } = await call(`${chatPath(openId())}/search?${asked}`, null, 'GET', PATIENCE_MS);
-        if (as === 'json') return JSON.stringify(memories);
-        return memories.map((row) => `${speakerOf(row)}: ${row.content}`).join('\n');
+        const lines = memories.map((row) => `${speakerOf(row)}: ${row.content}`).join('\n');
+        return [as === 'json' ? JSON.stringify(memories) : lines, lines || t`Nothing was recalled.`];
     },
-    pin: ({ undo }, text) => markNamed(text, { pinned: undo !== 'true' }),
-    forget: ({ undo }, text) => markNamed(text, { forgotten: undo !== 'true' }),
+    pin: (given, text) => markNamed('pinned', [t`Pin`, t`Unpin`], given, text),
+    forget: (given, text) => markNamed('forgotten', [t`Forget`, t`Remember again`], given, text),
     async note(_, text) {
         await onMessagesChanged(); // the chat may be new to the server
-        return (await call(`${chatPath(openId())}/facts`, { text })).text;
+        const { text: noted } = await call(`${chatPath(openId())}/facts`, { text });
+        return [noted, noted];
     },
     async state({ as }) {
         openId();
         const found = (await lookAtChat()) ?? { messages: 0, known: 0, current: true, unembedded: 0 };
-        return as === 'json' ? JSON.stringify(found) : knownWords(found);
+        return [as === 'json' ? JSON.stringify(found) : knownWords(found), knownWords(found)];
     },
 };
+
+/** Does what a command says, and shows it; a script gets the value. */
+async function obey(name, given, text, needsText) {
+    if (needsText && !text.trim()) throw new Error(t`Write a text behind the command.`);
+    const [value, words] = await COMMANDS[name](given, text);
+    const shown = words.length > LONGEST_NOTICE ? `${words.slice(0, LONGEST_NOTICE)} ...` : words;
+    if (given.quiet !== 'true') globalThis.toastr?.info(shown, 'Persona Memory', { escapeHtml: true });
+    return value;
+}
 
 function addCommands() {
     const { SlashCommandParser, SlashCommand, SlashCommandArgument, SlashCommandNamedArgument } = client();
@@ -15664,14 +15683,16 @@ function addCommands() {
     const add = (name, helpString, returns, argument, named) => SlashCommandParser.addCommandObject(
         SlashCommand.fromProps({
             name: `pm-${name}`, helpString, returns,
-            callback: (given, text) => COMMANDS[name](given, String(text ?? '')),
+            callback: (given, words) => obey(name, given, String(words ?? ''), argument?.isRequired),
             unnamedArgumentList: argument ? [SlashCommandArgument.fromProps(argument)] : [],
-            namedArgumentList: named.map(SlashCommandNamedArgument.fromProps),
+            namedArgumentList: [...named, quiet].map(SlashCommandNamedArgument.fromProps),
         }));
-    const which = { description: t`the number of a message, or several as 3-7; else the last message` };
+    const description = t`the number of a message (SillyTavern counts from 0), or several as 3-7; else the last one`;
+    const which = { description };
     const as = { name: 'as', description: t`text or json`, enumList: ['text', 'json'], defaultValue: 'text' };
     const limit = { name: 'limit', description: t`how many at most`, defaultValue: '5' };
     const undo = { name: 'undo', description: t`take it back`, enumList: ['true', 'false'], defaultValue: 'false' };
+    const quiet = { name: 'quiet', description: t`show nothing`, enumList: ['true', 'false'], defaultValue: 'false' };
     const text = { description: t`a text`, isRequired: true };
     add('recall', t`Recalls what this chat remembers of a text.`, t`the memories, one a line`, text, [limit, as]);
     const count = t`how many messages`;
@@ -15782,6 +15803,7 @@ async function showProxied() {
         state.away = false;
         showStatus(true, t`Connected; chats go through the proxy.`);
         showRecalled(found, mood, report?.summaries);
+        await lookAtChat();
     } catch (error) {
         showStatus(false, `${settings().server}: ${error.message}`);
     }
@@ -15807,6 +15829,8 @@ function buildPanel() {
     parts.twice = element('div', { className: `${NAME}_twice` });
     parts.mood = element('span');
     parts.recalled = element('ol', { className: `${NAME}_recalled` });
+    parts.reply = element('div', {}, element('div', {}, element('b', { textContent: t`For the last reply` })),
+        parts.mood, parts.recalled);
     parts.carry = element('input', { type: 'checkbox', disabled: true, onchange: onCarryOver });
     parts.carryFor = element('span');
     parts.placing = element('div', {}, // how memories are placed: the proxy does that itself
@@ -15821,16 +15845,14 @@ function buildPanel() {
         field('key', t`Key`, { type: 'password', placeholder: t`where the server asks for one`, autocomplete: 'off' }),
         parts.placing,
         element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor),
-        element('hr'),
-        element('div', {}, element('b', { textContent: t`For the last reply` })),
-        parts.mood, parts.recalled, parts.link);
+        element('hr'), parts.reply, parts.link);
     const onclick = () => lookAtServer().then(lookAtChat).catch(() => {}); // lookAtServer has said why
     const header = element('div', { className: 'inline-drawer-toggle inline-drawer-header', onclick },
         element('b', { textContent: 'Persona Memory' }),
         element('div', { className: 'inline-drawer-icon fa-solid fa-circle-chevron-down down' }));
     const drawer = element('div', { className: 'inline-drawer' }, header, content);
     root.append(element('div', { id: `${NAME}_settings` }, drawer));
-    showRecalled([], null);
+    showRecalled(null);
     showChat();
 }
 
@@ -15880,7 +15902,9 @@ async function lookAtServer() {
         state.away = false;
         const proxied = isProxy(await modelAddress());
         parts.placing.hidden = proxied;
-        showStatus(true, health.status === 'loading' ? t`Connected, still loading.`
+        const cut = proxied && client().onlineStatus === 'no_connection';
+        showStatus(!cut, cut ? t`The server answers, but SillyTavern is not connected: API Connections > Connect.`
+            : health.status === 'loading' ? t`Connected, still loading.`
             : proxied ? t`Connected; chats go through the proxy.` : t`Connected; memories are placed in the prompt.`);
         await showCarryOver();
     } catch (error) {
@@ -15904,9 +15928,11 @@ function showKnown(found) {
     parts.known.append(element('div', button));
 }
 
-/** What was recalled for a reply, and whether a story of the chat was told. */
+/** What was recalled for a reply (null: there was none yet), and whether a story of the chat was told. */
 function showRecalled(memories, emotion, story = 0) {
     if (!parts.recalled) return;
+    parts.reply.hidden = !memories;
+    if (!memories) return;
     const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= MIN_CONFIDENCE;
     const mood = sure ? `${t([emotion.label])} (${Math.round(100 * emotion.confidence)} %)` : t`unclear`;
     const recalled = memories.length ? t`Recalled:` : t`Nothing was recalled.`;
@@ -15940,8 +15966,9 @@ function characterName() {
 
 /** Whether this character's chats recall from each other: one setting for the character, which the server keeps. */
 async function showCarryOver() {
-    const name = characterName(), who = name || t`a character`;
-    parts.carryFor.textContent = t`Recall from other chats with ${who} too`;
+    const name = characterName();
+    parts.carryFor.textContent = t`Recall from other chats with ${name} too`;
+    parts.carry.parentElement.hidden = !name;
     parts.carry.disabled = true;
     parts.carry.checked = false;
     if (!name) return;
@@ -15962,7 +15989,7 @@ async function onCarryOver() {
 function onChatChanged() {
     setPrompts([]);
     state.proxied = '';
-    showRecalled([], null);
+    showRecalled(null);
     showKnown(null);
     showChat();
     lookAtServer();
@@ -15976,6 +16003,7 @@ function start() {
     listen('CHAT_COMPLETION_SETTINGS_READY', identify);
     listen('GENERATION_ENDED', () => { showChat(); showProxied(); });
     listen('CHAT_CHANGED', onChatChanged);
+    listen('ONLINE_STATUS_CHANGED', lookAtServer);
     for (const name of ['MESSAGE_EDITED', 'MESSAGE_DELETED', 'MESSAGE_SWIPED']) listen(name, onMessagesChanged);
     buildPanel();
     addMessageButtons();
@@ -16006,6 +16034,7 @@ EXTENSION_STYLE = r"""
 .persona_memory_forgotten > span:first-child { text-decoration: line-through; opacity: 0.6; }
 .persona_memory_marks { display: inline-flex; gap: 4px; margin-left: 6px; vertical-align: middle; }
 .persona_memory_marks .menu_button { margin: 0; padding: 3px 5px; font-size: 0.8em; }
+.persona_memory_recalled .persona_memory_marks span { display: none; }
 .persona_memory_message { text-align: left; }
 """
 EXTENSION_WORDS = """
@@ -16079,13 +16108,6 @@ Recordar también de otros chats con ${0}
 也回忆与 ${0} 的其他聊天
 ${0} との他のチャットからも思い出す
 
-a character
-einer Figur
-un personaje
-персонажем
-某个角色
-キャラクター
-
 For the last reply
 Für die letzte Antwort
 Para la última respuesta
@@ -16149,12 +16171,33 @@ sin respuesta a tiempo
 未及时回应
 時間内に応答なし
 
-no answer
-keine Antwort
-sin respuesta
-нет ответа
-没有回应
-応答なし
+no answer: is persona_memory running?
+keine Antwort: Läuft persona_memory?
+sin respuesta: ¿está en marcha persona_memory?
+нет ответа: запущен ли persona_memory?
+没有回应:persona_memory 在运行吗?
+応答なし: persona_memory は起動していますか?
+
+The server answers, but SillyTavern is not connected: API Connections > Connect.
+Der Server antwortet, aber SillyTavern ist nicht verbunden: API-Verbindungen > Verbinden.
+El servidor responde, pero SillyTavern no está conectado: Conexiones de API > Conectar.
+Сервер отвечает, но SillyTavern не подключена: Подключения к API > Подключиться.
+服务器有回应,但 SillyTavern 未连接:API 连接 > 连接。
+サーバーは応答していますが、SillyTavern が接続されていません: API 接続 > 接続。
+
+Write a text behind the command.
+Schreibe einen Text hinter den Befehl.
+Escribe un texto detrás de la orden.
+Напишите текст после команды.
+请在命令后写上文字。
+コマンドの後に文を書いてください。
+
+show nothing
+nichts anzeigen
+no mostrar nada
+ничего не показывать
+不显示
+何も表示しない
 
 The chat goes on without memories (${0}: ${1}).
 Der Chat geht ohne Erinnerungen weiter (${0}: ${1}).
@@ -16317,12 +16360,12 @@ Memoria: fijar, olvidar, por qué se dijo esto
 记忆:固定、遗忘、为何这样说
 記憶: 固定、忘却、なぜこう言ったか
 
-Message ${0}, ${1}
-Nachricht ${0}, ${1}
-Mensaje ${0}, ${1}
-Сообщение ${0}, ${1}
-消息 ${0},${1}
-メッセージ ${0}、${1}
+Message #${0}, ${1}
+Nachricht #${0}, ${1}
+Mensaje #${0}, ${1}
+Сообщение #${0}, ${1}
+消息 #${0},${1}
+メッセージ #${0}、${1}
 
 Why this was said
 Warum das gesagt wurde
@@ -16436,12 +16479,12 @@ un texto
 一段文字
 文
 
-the number of a message, or several as 3-7; else the last message
-die Nummer einer Nachricht, oder mehrere als 3-7; sonst die letzte
-el número de un mensaje, o varios como 3-7; si no, el último
-номер сообщения или несколько: 3-7; иначе последнее
-消息编号,多条写作 3-7;否则为最后一条
-メッセージの番号、複数なら 3-7。なければ最後のもの
+the number of a message (SillyTavern counts from 0), or several as 3-7; else the last one
+die Nummer einer Nachricht (SillyTavern zählt ab 0), oder mehrere als 3-7; sonst die letzte
+el número de un mensaje (SillyTavern cuenta desde 0), o varios como 3-7; si no, el último
+номер сообщения (SillyTavern считает с 0) или несколько: 3-7; иначе последнее
+消息编号(SillyTavern 从 0 开始),多条写作 3-7;否则为最后一条
+メッセージの番号(SillyTavern は 0 から数えます)、複数なら 3-7。なければ最後のもの
 
 how many at most
 wie viele höchstens
