@@ -12882,7 +12882,7 @@ class PromptBuilder:
             nodes = chat.nodes(path)
             layout, story, plan = self._laid_out(chat, path, nodes, request, context, shares, arrange)
         turn = TurnContext(chat, request, nodes, layout, deadline)
-        recalled = self._recaller.recall(turn, {f.message for f in story.facts})
+        recalled = self._recaller.recall(turn, {f.message for f in story.facts if f.message})  # a note quotes nobody
         if layout.window:
             recalled = without_shown(recalled, layout, story.tokens)
         with chat.lock:

@@ -536,6 +536,10 @@ def test_a_users_note_is_in_every_prompt(hook, chat_id):
     for shown in (LONG[:3], [line("user", "Another beginning."), *LONG[:3]]):
         told = texts(inject(hook, chat_id, shown))
         assert told.count(NOTE) == 1 and "He fears bells." in told and "#0" not in told
+    answer = inject(hook, chat_id, LONG, context_tokens=1500)
+    assert NOTE in texts(answer) and [m["content"] for m in answer["recalled"]][:1] == [ELVEN], (
+        "recall goes on beside it"
+    )
     assert NOTE in texts(inject(hook, f"{chat_id}-branch", LONG[:3], parent_chat_id=chat_id))
     exported = httpx.get(f"{api}/chats/{chat_id}/export", timeout=TIMEOUT).content
     taken = httpx.post(f"{api}/import", params={"chat_id": f"{chat_id}-copy"}, content=exported, timeout=TIMEOUT)
