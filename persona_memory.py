@@ -3330,8 +3330,8 @@ def with_names(request: ChatRequest, known: Mapping[str, Collection[str]] = Mapp
     """The request with the names of the speakers whose texts begin with these.
 
     Names are certain where the request tells them, or where they are `known`, by role. Others count where every text of
-    a side begins with one: one of them must stand in the prompt, or begin several texts, or stand beside names of the
-    other side.
+    a side begins with one: one of them must stand in the prompt, or begin several texts beside other names, or stand
+    beside names of the other side.
     """
     said, prompt = request.turns[request.history_start :], persona_text(request)
     sure = {role: names | set(known.get(role, ())) for role, names in names_told(request).items()}
@@ -3341,7 +3341,8 @@ def with_names(request: ChatRequest, known: Mapping[str, Collection[str]] = Mapp
     replied = {n for n in every["assistant"] if n not in sure["user"] and may_be_name(n)}
     told = {n for n in asked | replied if re.search(rf"(?<!\w){re.escape(n)}(?!\w)", prompt)}
     alone = len(sure["assistant"] | replied) < 2  # in groups the user is nobody's character
-    if asked & sure["user"] or any(every["user"][n] > 1 for n in asked):
+    several = len(asked) > 1 or replied or sure["assistant"] & every["assistant"].keys()  # who could be told apart
+    if asked & sure["user"] or (several and any(every["user"][n] > 1 for n in asked)):
         sure["user"] |= every["user"].keys() - sure["assistant"]
     elif alone and (asked & told or (replied and len(asked) == 1)):
         sure["user"] |= asked

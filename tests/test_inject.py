@@ -689,6 +689,7 @@ GROUP = "[Start a new group chat. Group members: Mira, Borin]"
          {"prompt": "You are Mira.", "persona_memory": {"character": "Mira"}}, [None, None]),
         (("Hi.", "Robin: come here! *she calls*"), {"prompt": "You are Mira. Robin is late.",
                                                     "persona_memory": {"user": "Robin"}}, [None, None]),
+        (("Translate: eggs.", "Oeufs.", "Translate: milk.", "Lait."), {"prompt": "Be brief."}, [None] * 4),
         (("My list: eggs.", "Hm.", "Go on: what else?", "So."), {}, [None] * 4),
         (("Hi.", "*Day 1: she waits.*", "Hm.", "She smiles: well.", "So?", "*Day 3: rain.*"), {}, [None] * 6),
     ],
