@@ -2828,16 +2828,27 @@ def count_users(tree: Tree, ids: Iterable[str]) -> int:
     return sum(tree.nodes[i].role == "user" or tree.nodes[i].depth > 1 for i in ids)
 
 
+def goes_on(found: Alignment, digests: Sequence[str], head: str) -> bool:
+    """Whether a window of a chat shows its end as it was, the reply to that, which may be known, and a new message."""
+    new = len(digests) - len(found.kept)
+    return found.base != ROOT and (new == 2 and found.kept[-1] == head or new == 1 and head in found.kept[-2:])
+
+
 def exact_start(tree: Tree, digests: Sequence[str], head: str) -> Alignment | None:
     """The longest match that begins with the transcript's first message, at whatever depth: clients drop what is old.
 
     Among equals the chat's very beginning is taken (it has nothing above it that could leak), then the branch that
-    the chat was last on, then the newest.
+    the chat was last on, then the newest. Where the same few words come again and again, it goes on from its end.
     """
 
     def rank(found: Alignment) -> tuple:
         first = found.kept[0]
-        return len(found.kept), found.base == ROOT, tree.stands_on(head, first), tree.nodes[first].order
+        return (
+            len(found.kept) + (2 if goes_on(found, digests, head) else 0),
+            found.base == ROOT,
+            tree.stands_on(head, first),
+            tree.nodes[first].order,
+        )
 
     bases = (tree.nodes[n].parent for n in same_text(tree, digests[0]))
     runs = ((base, walk(tree, base, digests)) for base in bases)
@@ -2860,19 +2871,29 @@ def shifted_start(tree: Tree, digests: Sequence[str]) -> Alignment:
     return Alignment(base, walk(tree, base, digests), tuple(agreed), count_users(tree, agreed.values()))
 
 
+def inserted(tree: Tree, digests: Sequence[str], exact: Alignment, shifted: Alignment) -> bool:
+    """Whether insertions explain why later messages agree on a base further up: they stand behind the exact match."""
+    later = [i for i in shifted.matches if i >= len(exact.kept)]
+    nodes = [n for i in later for n in same_text(tree, digests[i]) if tree.ancestor(n, i + 1) == shifted.base]
+    above = shifted.base == ROOT or tree.is_below(exact.base, shifted.base)
+    return bool(nodes) and above and all(tree.is_below(n, exact.kept[-1]) for n in nodes)
+
+
 def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
     """Where a transcript (at least one message) hangs in a tree whose chat was last at `head`.
 
-    A match of the first message wins, unless a run of later messages is longer and agrees on a base that deletions
-    behind the first message do not explain. From the base on, the first message that differs starts a new branch.
+    A match of the first message wins, unless a run of later messages is longer and agrees on a base that deletions and
+    insertions behind the first message do not explain. From the base on, the first message that differs starts a new
+    branch.
     """
     exact = exact_start(tree, digests, head)
-    if exact and len(exact.kept) == len(digests):
+    if exact and (len(exact.kept) == len(digests) or goes_on(exact, digests, head)):
         return exact
     shifted = shifted_start(tree, digests)
     if exact is None:
         return shifted
-    if shifted.base != exact.base and not tree.is_below(shifted.base, exact.kept[0]):
+    explained = tree.is_below(shifted.base, exact.kept[0]) or inserted(tree, digests, exact, shifted)
+    if shifted.base != exact.base and not explained:
         return exact if shifted.run <= len(exact.kept) else shifted
     later = [i for i in shifted.matches if i >= len(exact.kept)]  # behind what was deleted or edited
     users = exact.users + count_users(tree, (tree.by_digest[digests[i]][0] for i in later))
@@ -3309,18 +3330,19 @@ def with_names(request: ChatRequest, known: Mapping[str, Collection[str]] = Mapp
     """The request with the names of the speakers whose texts begin with these.
 
     Names are certain where the request tells them, or where they are `known`, by role. Others count where every text of
-    a side begins with one: one of them must stand in the prompt, or begin several texts, or stand beside names of the
-    other side.
+    a side begins with one: one of them must stand in the prompt, or begin several texts beside other names, or stand
+    beside names of the other side.
     """
     said, prompt = request.turns[request.history_start :], persona_text(request)
     sure = {role: names | set(known.get(role, ())) for role, names in names_told(request).items()}
     sure["user"] -= sure["assistant"]
     every = {role: prefixes_of(said, role) for role in CHAT_ROLES}
-    asked = {n for n in every["user"] if n not in sure["assistant"] and not NO_SPEAKER.fullmatch(n)}
-    replied = {n for n in every["assistant"] if n not in sure["user"] and not NO_SPEAKER.fullmatch(n)}
+    asked = {n for n in every["user"] if n not in sure["assistant"] and may_be_name(n)}
+    replied = {n for n in every["assistant"] if n not in sure["user"] and may_be_name(n)}
     told = {n for n in asked | replied if re.search(rf"(?<!\w){re.escape(n)}(?!\w)", prompt)}
     alone = len(sure["assistant"] | replied) < 2  # in groups the user is nobody's character
-    if asked & sure["user"] or any(every["user"][n] > 1 for n in asked):
+    several = len(asked) > 1 or replied or sure["assistant"] & every["assistant"].keys()  # who could be told apart
+    if asked & sure["user"] or (several and any(every["user"][n] > 1 for n in asked)):
         sure["user"] |= every["user"].keys() - sure["assistant"]
     elif alone and (asked & told or (replied and len(asked) == 1)):
         sure["user"] |= asked
@@ -3332,6 +3354,13 @@ def with_names(request: ChatRequest, known: Mapping[str, Collection[str]] = Mapp
         for turn, f in zip(said, found, strict=True)
     ]
     return replace(request, turns=(*request.turns[: request.history_start], *voiced))
+
+
+def may_be_name(text: str) -> bool:
+    """Whether a text with a colon behind it may be a name, going by its form: few words without digits or signs, the
+    last one with a capital where its script has them."""
+    form = NAME_PREFIX.match(f"{text}: x")
+    return bool(form) and not text.split()[-1][0].islower() and not NO_SPEAKER.fullmatch(text)
 
 
 def prefixes_of(turns: Sequence[Turn], role: str) -> Counter[str]:
@@ -5788,11 +5817,26 @@ def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
     the rest is.
     """
     tree, away, turns = chat.tree, hidden_from(chat, request), []
-    for turn in request.turns:
+    for turn in with_whole_front(chat, request.turns, request.history_start):
         before = turns[-1].digest if turns else ""
         known = "\n\n" not in turn.content or bool(tree.by_digest.get(turn.digest))
         turns += [turn] if known else parted(tree, turn, before, away, request.strict)
-    return replace(request, turns=tuple(turns), merges=True) if len(turns) > len(request.turns) else request
+    merges = request.merges or len(turns) > len(request.turns)
+    return replace(request, turns=tuple(turns), merges=merges)
+
+
+def with_whole_front(chat: Chat, turns: Sequence[Turn], first: int) -> Sequence[Turn]:
+    """The turns, the `first` of a chat's window with all that was joined with it: a window is cut between messages, and
+    neighbours are joined after that."""
+    tree = chat.tree
+    if len(turns) < first + 2 or tree.by_digest.get(turns[first].digest):
+        return turns
+    cut, parents = turns[first], (tree.nodes[i].parent for i in same_text(tree, turns[first + 1].digest))
+    for whole in chat.store.read([p for p in parents if p and tree.nodes[p].role == cut.role]):
+        if normalise(whole.original).endswith("\n\n" + normalise(unprefixed(cut.content, cut.voice))):
+            joined = replace(cut, content=whole.original, digest=whole.digest)
+            return [*turns[:first], joined, *turns[first + 1 :]]
+    return turns
 
 
 def parted(tree: Tree, turn: Turn, before: str, away: Collection[str], strict: bool) -> list[Turn]:
@@ -5859,7 +5903,7 @@ def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
     last, whole = len(request.turns) - 1, found.skipped + len(found.kept) == len(request.turns)
     if not whole and last in found.matches and request.turns[last].role == "user":  # it is new, whatever it repeats
         found = replace(found, matches=found.matches[:-1], users=found.users - 1)
-    if found.users and found.base == ROOT and not found.convincing:
+    if found.users and chat.tree.length(found.base) < 2 and not found.convincing:
         found = with_reworded(chat, found, request)
     strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
     said = sum(len(request.turns[i].content.encode()) for i in found.matches)
@@ -11297,6 +11341,8 @@ class Archive:
                 if chat.store.info["explicit"] and (anonymous := self._located_copy(copy, "d")):
                     digests = [m.digest for m in copy.path]
                     self._become(anonymous, chat, lambda source: align(source.tree, digests), copy=False)
+            with chat.lock:
+                copy = hung_on(chat, copy)
             added = sum(self._add_messages(chat, some) for some in batches(copy.messages, IMPORT_BATCH))
             with chat.lock:
                 self._add_rest(chat, copy, created, bool(added))
@@ -11499,14 +11545,16 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
 
 def moved_from_top(chat: Chat, request: ChatRequest) -> str:
     """The text of the user that stood before the chat's first message, where a request begins with that and has the
-    text further down; empty: none."""
+    text further down, alone or around a user's words; empty: none."""
     top, shown = chat.path()[:2], request.turns[request.history_start : request.newest_user]
     if len(top) < 2 or len(shown) < 2:
         return ""
     first, second = chat.nodes(top)
-    moved = second.digest == shown[0].digest and any(t.digest == first.digest for t in shown[1:])
-    words = chat.store.read(top[:1])[0].original.strip() if moved and first.role == "user" else ""
-    return words if len(words) >= SHORTEST_NOTE else ""
+    if first.role != "user" or second.digest != shown[0].digest:
+        return ""
+    words = chat.store.read(top[:1])[0].original.strip()
+    moved = any(t.digest == first.digest or t.role == "user" and around_end(t.content, words) for t in shown[1:])
+    return words if moved and len(words) >= SHORTEST_NOTE else ""
 
 
 def below_note(chat: Chat, found: Alignment, request: ChatRequest, note: str) -> Alignment:
@@ -11619,6 +11667,26 @@ def around_branch(tree: Tree, tip: str) -> list[str]:
         if node.id in above or node.id in below or beside:
             found.append(node.id)
     return found
+
+
+def hung_on(chat: Chat, copy: ChatCopy) -> ChatCopy:
+    """A file's chat as it hangs in the chat that it belongs to: what says the same in the same place is there already,
+    though names, thoughts or a status stand around its words in one of the two. Hold the chat's lock."""
+    tree, moved = chat.tree, {ROOT: ROOT}
+    found: dict[str, Message] = {}
+    for message in copy.messages:
+        parent = moved[message.parent]
+        own = message.id if parent == message.parent else key_of(message, parent)
+        key = moved[message.id] = own if own in tree.nodes else tree.child(parent, message.digest) or own
+        if key != own:
+            (there,) = chat.store.read([key])
+            mark = there.mark if message.mark == Mark() else message.mark
+            here = replace(there, timestamp=there.timestamp or message.timestamp, confirmed=message.confirmed)
+            message = with_mark(here, mark)
+        twin = found.get(key)
+        confirmed = message.confirmed or bool(twin and twin.confirmed)
+        found[key] = replace(message, id=key, parent=parent, confirmed=confirmed)
+    return replace(copy, messages=tuple(found.values()), head=moved[copy.head])
 
 
 def is_chat_of(chat: Chat, copy: ChatCopy) -> bool:
@@ -12934,7 +13002,7 @@ class PromptBuilder:
             nodes = chat.nodes(path)
             layout, story, plan = self._laid_out(chat, path, nodes, request, context, shares, arrange)
         turn = TurnContext(chat, request, nodes, layout, deadline)
-        recalled = self._recaller.recall(turn, {f.message for f in story.facts})
+        recalled = self._recaller.recall(turn, {f.message for f in story.facts if f.message})  # a note quotes nobody
         if layout.window:
             recalled = without_shown(recalled, layout, story.tokens)
         with chat.lock:
@@ -15741,6 +15809,8 @@ async function remember(_chat, contextSize, _abort, type) {
         state.away = false;
         if (identity()?.id !== shown.chat_id) return; // another chat was opened meanwhile
         setPrompts(answer.injections);
+        const messages = shown.messages.filter(isSpoken).length;
+        showKnown({ messages, known: messages, unembedded: 0 });
         const { degraded } = answer.report;
         showStatus(true, degraded ? t`Connected; ${degraded}.` : t`Connected; memories are placed in the prompt.`);
         showRecalled(answer.recalled, answer.emotion, answer.report.summaries);
@@ -15803,7 +15873,7 @@ async function showProxied() {
         state.away = false;
         showStatus(true, t`Connected; chats go through the proxy.`);
         showRecalled(found, mood, report?.summaries);
-        await lookAtChat();
+        if (parts.known?.offsetParent) await lookAtChat(); // somebody sees it
     } catch (error) {
         showStatus(false, `${settings().server}: ${error.message}`);
     }

@@ -721,7 +721,7 @@ class TestThroughTheProxy:
     def test_a_request_names_its_chat_and_nothing_is_placed(self, client):
         long_chat(client)
         assert client.generate() == {}
-        named = {"chat_id": client.id, "title": "Mira - 1", "character": "Mira"}
+        named = {"chat_id": client.id, "title": "Mira - 1", "character": "Mira", "user": "Robin"}
         assert self.said(client) == {**named, "kind": "normal"}
         assert client.do("stand.context.chatCompletionSettings.custom_include_body ?? null") is None
 
