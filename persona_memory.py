@@ -10446,6 +10446,7 @@ class Vectors:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectors")
         self._held: set[str] = set()  # chats whose vectors wait until the background goes on
         self._closed = False
+        self._missed = 0  # jobs that were left undone since the embedder last worked
 
     def later(self, chat: Chat, ids: Iterable[str]) -> None:
         """Has the vectors that messages still lack computed in the background, by one job a chat."""
@@ -10463,9 +10464,25 @@ class Vectors:
         try:
             if not self._closed:
                 work(*args)
+                self._note_missing("")
+        except EmbedderUnavailable as error:
+            self._note_missing(str(error))
         except Exception as error:
             if not self._closed:
                 note_failure("vectors_failed", "Vectors could not be computed", error, "")
+
+    def _note_missing(self, reason: str) -> None:
+        """Says that messages get no vectors, and why: the first time, the tenth, the hundredth; and that they get them
+        again. Without a `reason` a job was done, which need not have asked the embedder."""
+        if self._closed or (not reason and self.embedder.status != "ready"):
+            return
+        if not reason and self._missed:
+            log_event("vectors_again", f"Messages get vectors again. {self._missed} times they got none.")
+        self._missed = self._missed + 1 if reason else 0
+        if reason and str(self._missed).strip("0") == "1":
+            times = f" ({self._missed} times by now)" if self._missed > 1 else ""
+            words = f"Messages get no vectors, so they are found by their words alone: {reason}.{times}"
+            log_event("vectors_failed", words, level=logging.WARNING, times=self._missed)
 
     def _embed_awaiting(self, chat_id: str) -> None:
         with self._registry.lookup(chat_id) as chat:
@@ -18005,7 +18022,7 @@ class Finding:
 
 def run_doctor(settings: Settings, _: str) -> str:
     """Checks what a chat needs, one line a finding; raises `SettingsError` at the end where something is wrong."""
-    checks = (check_packages, check_data, check_port, check_embedder, check_upstreams, check_extension)
+    checks = (check_packages, check_data, check_chats, check_port, check_embedder, check_upstreams, check_extension)
     findings = []
     for check in checks:
         for finding in check(settings):
@@ -18059,6 +18076,52 @@ def check_data(settings: Settings) -> Iterator[Finding]:
     chats = len(list((folder / "chats").iterdir())) if (folder / "chats").is_dir() else 0
     words = f"{chats} chats in {folder}, {free / 1e9:.1f} GB free"
     yield Finding("ok" if free > LITTLE_DISK else "note", "Data folder", words)
+
+
+SHOWN_DAMAGED = 5  # chats that a finding names
+
+
+def check_chats(settings: Settings) -> Iterator[Finding]:
+    """Whether the chats' files can be read, and what is kept of those that could not. Nothing is changed."""
+    folder = Path(settings.data, "chats")
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    files = [database_of(folder / name) for name in names if "." not in name]
+    damaged = [chat_in(file) for file in files if file.exists() and not is_sound(file)]
+    copies = [name for name in names if ".damaged-" in name]
+    if damaged:
+        shown = ", ".join(damaged[:SHOWN_DAMAGED]) + (" and others" if len(damaged) > SHOWN_DAMAGED else "")
+        advice = (
+            "open each on the memory page. What can be read of it is saved then, and a copy of the file is kept. "
+            "Where that fails, delete the chat there. Other chats are not affected."
+        )
+        yield Finding("note", "Chats", f"{len(damaged)} of {len(files)} are damaged: {shown}.", advice)
+    elif files:
+        yield Finding("ok", "Chats", f"all {len(files)} can be read")
+    if copies:
+        words = f"{len(copies)} copies of damaged files are kept in {folder}, named ....damaged-DATE."
+        yield Finding("note", "Copies", words, "delete them when you miss nothing in their chats.")
+
+
+def is_sound(database: Path) -> bool:
+    """Whether a chat's file can be read to its end; one that is locked or not this user's may well be."""
+    try:
+        with contextlib.closing(read_only(database)) as connection:
+            rows = connection.execute("SELECT value FROM Cache WHERE key >= 'm:' AND key < 'm;'")
+            readable = all(isinstance(json.loads(value), dict) for (value,) in rows)
+            return readable and connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+    except sqlite3.Error as error:
+        return not is_damage(error)
+    except SENSELESS:
+        return False
+
+
+def chat_in(database: Path) -> str:
+    """The id of the chat in a damaged file, else its folder."""
+    with contextlib.suppress(sqlite3.Error):
+        for key, value in readable_rows(database):
+            if key == "info" and isinstance(value, dict) and isinstance(value.get("chat_id"), str):
+                return one_line(value["chat_id"])
+    return str(database.parent)
 
 
 def check_port(settings: Settings) -> Iterator[Finding]:

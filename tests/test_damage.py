@@ -167,6 +167,24 @@ def test_rows_that_can_be_read_are_salvaged(tmp_path):
     memory.close()
 
 
+@pytest.mark.parametrize("number", range(4))
+def test_the_doctor_names_damaged_chats_and_kept_copies(tmp_path, number):
+    """It changes nothing: the chat is salvaged when it is next used, or refused, and then the copy is told of."""
+    written(tmp_path).close()
+    given = settings(tmp_path, "http://127.0.0.1:9/v1")
+    assert [str(finding).split()[:3] for finding in pm.check_chats(given)] == [["ok", "Chats:", "all"]]
+    file, raw = file_of(tmp_path, "hurt"), file_of(tmp_path, "hurt").read_bytes()
+    corrupt(file, 10 + number)
+    spoiled = file.read_bytes()
+    assert spoiled != raw
+    [finding] = pm.check_chats(given)
+    assert finding.level == "note" and "1 of 2 are damaged" in finding.words
+    assert "hurt." in finding.words or str(file.parent) in finding.words
+    assert file.read_bytes() == spoiled
+    pm.set_aside(file.parent)
+    assert [f.subject for f in pm.check_chats(given)] == ["Chats", "Copies"]
+
+
 def test_a_chat_of_a_newer_version_says_so_and_is_left_alone(tmp_path):
     """It is not salvaged, since nothing is wrong with it; it can be deleted."""
     memory = written(tmp_path)
