@@ -459,6 +459,18 @@ def json_reader(text: str, **hooks: Callable) -> json.JSONDecoder:
     return reader
 
 
+def json_text(value: Mapping[str, Any]) -> str:
+    """A JSON object as `json.dumps` writes it, with one call into C for each of its values and of its lists' items."""
+    parts = []
+    for name, part in value.items():
+        if isinstance(part, list | tuple):
+            written = f"[{', '.join([json.dumps(item) for item in part])}]"
+        else:
+            written = json.dumps(part)
+        parts.append(f"{json.dumps(name)}: {written}")
+    return f"{{{', '.join(parts)}}}"
+
+
 def normal_form(text: str, form: str) -> str:
     """Text in a Unicode normal form. Of a longer heap of marks the first are kept: putting them in order takes the
     square of their number, and a thousand times a thousand of them would stop everything else."""
@@ -9741,7 +9753,7 @@ class OpenAIUpstream:
             return self._gate.retry(call, lambda: self._ask(body, call, self._answer), self.secrets(call))
 
     def _answer(self, body: Mapping, call: Call) -> dict:
-        with self._post(json.dumps(body).encode(), call) as reply:
+        with self._post(json_text(body).encode(), call) as reply:
             answer = read_whole(reply)
         if call.background and not any(says_something({"content": text_of_choice(c)}) for c in answer["choices"]):
             raise NoReply(ALL_THOUGHTS, spent=True)
@@ -9757,7 +9769,7 @@ class OpenAIUpstream:
             yield from self._gate.stream(call, begin, self.secrets(call))
 
     def _begin(self, body: Mapping, call: Call) -> tuple[list[dict], Iterator[dict]]:
-        return until_first_token(self._chunks(json.dumps(body).encode(), call))
+        return until_first_token(self._chunks(json_text(body).encode(), call))
 
     def _chunks(self, raw: bytes, call: Call) -> Iterator[dict]:
         with self._post(raw, call) as reply:
@@ -16452,6 +16464,11 @@ def request_object() -> dict:
     return body
 
 
+def large_object(value: Mapping) -> flask.Response:
+    """A JSON object that may hold a whole chat, as an answer."""
+    return flask.Response(json_text(value), mimetype="application/json")
+
+
 TEXT = {"type": "string", "pattern": r"\S", "description": "a string that is not blank"}
 ANY_TEXT = {"type": "string", "description": "a string"}
 TEXT_OR_NULL = {"type": ["string", "null"], "pattern": r"\S", "description": "a string that is not blank, or null"}
@@ -16991,9 +17008,9 @@ def chat_delete(chat: str) -> dict:
 
 @api.get("/chats/<chat:chat>/messages")
 @takes_query(offset=0, limit=1000, tip="")
-def chat_messages(chat: str, offset: int, limit: int, tip: str) -> dict:
+def chat_messages(chat: str, offset: int, limit: int, tip: str) -> flask.Response:
     """The chat's current branch."""
-    return engine().messages(chat, offset, limit, tip)
+    return large_object(engine().messages(chat, offset, limit, tip))
 
 
 @api.post("/chats/<chat:chat>/messages")
@@ -17006,10 +17023,10 @@ def chat_append(chat: str) -> dict:
 @api.get("/chats/<chat:chat>/export")
 @takes_query(format=("json", "sillytavern"))
 @gives(200, also="application/jsonl")
-def chat_export(chat: str, format: str) -> dict | flask.Response:
+def chat_export(chat: str, format: str) -> flask.Response:
     """The whole chat as JSON, or its current branch as a SillyTavern chat file."""
     if format == "json":
-        return engine().archive.export(chat)
+        return large_object(engine().archive.export(chat))
     return flask.Response(engine().archive.export_transcript(chat), mimetype="application/jsonl")
 
 
