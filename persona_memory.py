@@ -3542,7 +3542,7 @@ class Database:
 
     def _open_for_writing(self) -> SharedCache:
         file = database_of(self.folder)
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(self.folder)
         with contextlib.suppress(OSError):  # what cannot be used is told by SQLite
             if not file.exists():
                 file.touch(mode=0o600)
@@ -3584,10 +3584,15 @@ class RebuiltDatabase(Database):
     def __init__(self, folder: Path, synchronous: int, on_loss: Callable[[], None] = lambda: None):
         super().__init__(folder, synchronous)
         self._on_loss = on_loss
+        self._file = 0  # which file it was when it was opened
 
     @contextlib.contextmanager
     def use(self) -> Iterator[SharedCache]:
-        """As `Database.use`."""
+        """As `Database.use`. A file that somebody has removed is not written any longer, though SQLite would."""
+        with self.lock:
+            if self._cache is not None and file_number(self.folder) != self._file:
+                self.rest()
+                self._on_loss()
         try:
             with super().use() as cache:
                 yield cache
@@ -3601,6 +3606,12 @@ class RebuiltDatabase(Database):
             raise StoreDamaged(str(error)) from error
 
     def _open(self) -> SharedCache:
+        cache = self._whole()
+        self._file = file_number(self.folder)
+        return cache
+
+    def _whole(self) -> SharedCache:
+        """The cache, made anew where it was damaged."""
         try:
             return self._checked(super()._open())
         except (sqlite3.DatabaseError, StoreDamaged) as error:
@@ -3660,12 +3671,21 @@ def store_error(error: Exception, folder: Path) -> StoreError:
     return StoreError(f"The chat's file cannot be used: {words}")
 
 
+def file_number(folder: Path) -> int:
+    """Which file a folder's database is, by its system's number; 0 where there is none."""
+    try:
+        return database_of(folder).stat().st_ino
+    except FileNotFoundError:
+        return 0
+
+
 def make_private(*folders: Path) -> None:
     """Makes folders where they are missing, and lets nobody but their owner into those that are new or this program's
     own; raises `OSError`."""
     for folder in folders:
         if not folder.exists() or folder.name in OWN_FOLDERS:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for place in (*reversed(folder.parents), folder):  # `parents=True` would let others into those between
+                place.mkdir(mode=0o700, exist_ok=True) if not place.exists() else None
             with contextlib.suppress(OSError):  # another user's, read-only, or a file system without owners
                 folder.chmod(0o700)
 
@@ -3730,7 +3750,7 @@ class ChatStore:
         self.lock = threading.RLock()
         self._database = Database(directory, 2, self.lock)
         with self._database.use() as cache:
-            self._file = database_of(directory).stat().st_ino
+            self._file = file_number(directory)
             try:
                 self._read_all(cache)
             except StoreError:
@@ -3816,10 +3836,7 @@ class ChatStore:
 
     def was_replaced(self) -> bool:
         """Whether another process has deleted the chat since it was opened, or made it anew."""
-        try:
-            return database_of(self.directory).stat().st_ino != self._file
-        except FileNotFoundError:
-            return True
+        return file_number(self.directory) != self._file
 
     def _remember(self, row: dict) -> None:
         message = message_of(row)
@@ -16329,6 +16346,19 @@ def extension_archive(address: str) -> bytes:
 
 
 def extension_repository(folder: Path, address: str) -> Any:
+    """The extension's repository in a folder (see `newest_extension`); a damaged one is made anew."""
+    try:
+        return newest_extension(folder, address)
+    except OSError:
+        raise
+    except Exception as error:
+        words = f"{folder} was damaged ({type(error).__name__}), and is made again."
+        log_event("renewed", words, level=logging.WARNING)
+        shutil.rmtree(folder)
+        return newest_extension(folder, address)
+
+
+def newest_extension(folder: Path, address: str) -> Any:
     """The extension for a server at that address as a bare git repository (a `dulwich.repo.Repo`), kept in a folder.
 
     Each version that was ever asked for is a commit after the one before, so that SillyTavern can update what it has
@@ -16336,8 +16366,8 @@ def extension_repository(folder: Path, address: str) -> Any:
     """
     from dulwich import objects, repo
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    found = repo.Repo(str(folder)) if (folder / "HEAD").exists() else repo.Repo.init_bare(str(folder), mkdir=True)
+    make_private(folder)
+    found = repo.Repo(str(folder)) if (folder / "HEAD").exists() else repo.Repo.init_bare(str(folder))
     blobs = {name: objects.Blob.from_string(content) for name, content in extension_files(address).items()}
     tree = objects.Tree()
     for name, blob in blobs.items():
