@@ -1139,12 +1139,16 @@ class RecentWarnings(logging.Filter):
         log.removeFilter(self)
 
 
-def log_event(event: str, sentence: str, *, level: int = logging.INFO, trace: bool = False, **figures: Any) -> None:
-    """One line in the log: `sentence` for people; `event` and `figures` (ids, times, counts) for machines."""
-    log.log(level, sentence, extra={"event": event, "figures": figures}, exc_info=trace)
-
-
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def log_event(event: str, sentence: str, *, level: int = logging.INFO, trace: bool = False, **figures: Any) -> None:
+    """One line in the log: `sentence` for people; `event` and `figures` (ids, times, counts) for machines.
+
+    Another program's log, of which this one is a module, may not escape what stands in a chat's id.
+    """
+    sentence = CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], sentence)
+    log.log(level, sentence, extra={"event": event, "figures": figures}, exc_info=trace)
 
 
 class LogFormatter(logging.Formatter):
@@ -4133,7 +4137,11 @@ class ChatStore:
 def readable_rows(database: Path) -> Iterator[tuple[str, Any]]:
     """The keys and JSON values of a damaged database that can be read, whatever stands between them."""
     address = f"{database.absolute().as_uri()}?mode=ro"
-    with contextlib.closing(sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)) as connection:
+    try:
+        opened = sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)
+    except sqlite3.Error:
+        return
+    with contextlib.closing(opened) as connection:
         connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
         last, failures = 0, 0
         while failures < MOST_UNREADABLE:
@@ -5449,7 +5457,8 @@ class ChatRegistry:
         with self._lock:
             lending = self._lent.get(folder.name)
             opens = lending is None or lending.outdated
-            if lending and opens and lending.chat.result().store.damaged:
+            store = lending.chat.result().store if lending and opens else None
+            if store and store.damaged and not store.was_replaced():
                 self._troubles[folder.name] = StoreDamaged("This chat's file is damaged.")
             if opens:
                 lending = self._lent[folder.name] = Lending()
@@ -5468,18 +5477,22 @@ class ChatRegistry:
 
     def _opened(self, folder: Path) -> Chat:
         """A chat; a damaged one is set aside, and made anew of the rows that can be read."""
-        try:
-            if not isinstance(self._troubles.get(folder.name), StoreDamaged):
+        tries = 0 if isinstance(self._troubles.get(folder.name), StoreDamaged) else 2
+        for _ in range(tries):  # at the first another process may have been deleting the chat
+            try:
                 return Chat(folder)
-        except StoreDamaged as error:
-            self._troubles[folder.name] = error
+            except StoreDamaged as error:
+                self._troubles[folder.name] = error
         names = {chat_folder(line["chat_id"]): line for line in self.catalogue.chats()}
         messages, summaries, facts, info = salvaged(readable_rows(database_of(folder)))
         info = {"explicit": True, "updated": time.time()} | names.get(folder.name, {}) | info
         if chat_folder(str(info.get("chat_id"))) != folder.name:  # nothing says which chat this is
             raise self._troubles[folder.name]
         info = {k: v for k, v in info.items() if k not in ("messages", "branches", "reports")}
-        aside = set_aside(folder)
+        try:
+            aside = set_aside(folder)
+        except OSError as error:
+            raise store_error(error, folder) from error
         words = f"{len(messages)} messages could be saved from a damaged file, which is kept as {aside}."
         info |= {"salvaged": words}
         chat = Chat(folder)

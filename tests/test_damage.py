@@ -275,3 +275,19 @@ def test_a_page_is_told_that_nothing_is_kept():
     turn = {"outcome": "degraded", "status": 200, "why": f"degraded; reason={pm.UNKEPT}: the disk is full."}
     level, words, _ = pm.diagnosis({"status": "ready"}, "ready", turn)
     assert (level, words) == ("trouble", f"{pm.UNKEPT}: the disk is full.")
+
+
+def test_a_chat_that_another_process_has_made_anew_is_not_salvaged(tmp_path):
+    """Who still has the deleted file open may find it broken: that says nothing of the new one."""
+    one, other = written(tmp_path), pm.PersonaMemory(settings(tmp_path, "http://127.0.0.1:9/v1"))
+    with one.registry.borrow("hurt") as chat:
+        chat.store.read(chat.path())
+    other.registry.delete("hurt")
+    other.archive.append("hurt", [{"role": "user", "content": "Anew."}])
+    with pytest.raises(pm.StoreDamaged), chat.store._database.use():
+        raise sqlite3.DatabaseError("no such table: Cache")
+    assert [row["content"] for row in one.messages("hurt")["messages"]] == ["Anew."]
+    assert not list((tmp_path / "chats").glob("*.damaged-*"))
+    assert list(pm.readable_rows(tmp_path / "none" / "cache.db")) == []
+    one.close()
+    other.close()

@@ -252,6 +252,13 @@ def test_what_others_say_forges_no_line_of_the_log_and_steers_no_terminal():
         assert "\x1b" not in line
 
 
+def test_another_programs_log_is_not_forged_either(caplog):
+    """As a module of SillyTavern-Extras this program does not format its own lines."""
+    caplog.set_level(logging.INFO, "persona_memory")
+    pm.log_event("request", "chat x\n12:00:00 INFO forged\x1b[2J\u2028: ok")
+    assert caplog.records[-1].getMessage() == r"chat x\n12:00:00 INFO forged\x1b[2J\u2028: ok"
+
+
 def test_a_missing_embedder_is_told_of_now_and_then(data_dir, caplog, monkeypatch):
     """The first job that it costs its vectors, the tenth; and once that they are made again. Other errors always."""
     memory = pm.PersonaMemory(settings(data_dir, "http://127.0.0.1:9/v1", embedder="/nonexistent"))
