@@ -85,6 +85,7 @@ import base64
 import binascii
 import codecs
 import contextlib
+import difflib
 import errno
 import functools
 import gc
@@ -123,7 +124,7 @@ from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 # Half of the cores: BLAS's threads wait for each other where other work takes the rest.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
@@ -559,6 +560,7 @@ MOST_BLOCKS = 20  # at either end of a text
 CLOSING_TAG = re.compile(r"</([A-Za-z][\w-]{0,40})>\Z")
 LETTERS = r"[^\W\d_](?:[^\W\d_]|['’.-]){0,30}"
 NAME_PREFIX = re.compile(rf"{LETTERS}(?: {LETTERS}){{0,3}}: (?=\S)")  # no digits: "Day 3: we sail" names nobody
+SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}): (?=.*\S)", re.S)
 
 
 def without_thoughts(text: str) -> str:
@@ -617,6 +619,11 @@ def bare_words(text: str) -> str:
     return words[at:] if words[at:].strip() else text
 
 
+def unprefixed(text: str, voice: str | None) -> str:
+    """A text without the speaker's name in front of it."""
+    return text.removeprefix(f"{voice}: ") if voice else text
+
+
 def text_fingerprint(name: str | None, content: str) -> str:
     """Equal for messages of the same name and bytes."""
     return short_hash(name or "", content)
@@ -668,9 +675,14 @@ class Message:
         return self.content if self.shown is None else self.shown
 
     @property
+    def words(self) -> str:
+        """`content` without the name that stands in front of it."""
+        return unprefixed(self.content, self.voice)
+
+    @property
     def mark(self) -> Mark:
         """What a user has made of its words."""
-        return Mark(self.pinned, self.forgotten, None if self.shown is None else self.content, bool(self.erased))
+        return Mark(self.pinned, self.forgotten, None if self.shown is None else self.words, bool(self.erased))
 
     @property
     def digest(self) -> str:
@@ -729,6 +741,7 @@ class Node:
     complete: bool = field(compare=False)
     pinned: bool = field(compare=False)
     forgotten: bool = field(compare=False)
+    voice: str | None = field(default=None, compare=False)  # as a message's
 
 
 @dataclass(frozen=True, slots=True)
@@ -755,14 +768,16 @@ class Turn:
 class Identity:
     """What a client says of a request beside its messages; empty where it does not say.
 
-    `parent` is the chat that this one was branched off, `title` what the client calls the chat, `group` the name of a
-    group or of its members, `kind` one of KINDS, `picture` the character's as a data URL, and `complete` says that the
-    messages are the whole chat, so that what is missing in front was deleted.
+    `user` and `character` are the names of those who speak, `parent` is the chat that this one was branched off,
+    `title` what the client calls the chat, `group` the name of a group or of its members, `kind` one of KINDS,
+    `picture` the character's as a data URL, and `complete` says that the messages are the whole chat, so that what is
+    missing in front was deleted.
     """
 
     chat_id: str = ""
     parent: str = ""
     character: str = ""
+    user: str = ""
     kind: str = ""
     title: str = ""
     group: str = ""
@@ -845,6 +860,11 @@ class ChatRequest:
     def lone(self) -> bool:
         """Whether this is one message without a history: the beginning of a chat, or a call of a program."""
         return len(self.turns) == 1 and not self.identity.has_metadata
+
+    @property
+    def prefixed(self) -> bool:
+        """Whether a text begins with what may be a speaker's name, and is not taken for one yet."""
+        return any(SPEAKER_PREFIX.match(t.content) for t in self.turns if not t.voice)
 
     @property
     def wants_json(self) -> bool:
@@ -985,6 +1005,7 @@ class PromptReport:
     facts: int = 0
     reused: float | None = None  # share of the tokens that begin as the chat's last prompt did; None: there was none
     left_out: list[dict] = field(default_factory=list)  # what was worth recalling and is not in it, and why
+    nothing: str = ""  # why nothing was recalled, where that is so and nothing went wrong
     reminder: str = ""  # what of the persona was said again
     summary_error: str = ""  # why summaries cannot be made lately, in the upstream's words
 
@@ -1083,7 +1104,7 @@ class LongWork:
         rate = sum(count for _, count in steps[1:]) / passed if passed > 0 else None
         seconds = round(waiting / rate) if rate else None
         about = "" if seconds is None else f", about {seconds} s" if seconds < 90 else f", about {seconds // 60} min"
-        words = f"{waiting:,} {self._words}{about}."
+        words = f"{self._words}: {waiting:,}{about}."
         rate = rate and round(rate, 2)
         return {"kind": self.kind, "waiting": waiting, "done": done, "rate": rate, "seconds": seconds, "words": words}
 
@@ -1094,8 +1115,8 @@ class Background:
     def __init__(self) -> None:
         self.going = threading.Event()  # cleared while it is paused
         self.going.set()
-        self.vectors = LongWork("vectors", "messages wait until they can be found by meaning", 16)
-        self.summaries = LongWork("summaries", "parts of chats wait to be summarised", 1)
+        self.vectors = LongWork("vectors", "Messages that cannot be found by meaning yet", 16)
+        self.summaries = LongWork("summaries", "Parts of chats that are not summarised yet", 1)
 
     @property
     def paused(self) -> bool:
@@ -2649,7 +2670,7 @@ class Tree:
         self.nodes[message.id] = Node(
             message.id, message.parent, message.role, message.digest, message.fingerprint,
             "" if message.erased else text_fingerprint(message.name, message.original), depth, order, message.tokens,
-            message.confirmed, message.complete, message.pinned, message.forgotten,
+            message.confirmed, message.complete, message.pinned, message.forgotten, message.voice,
         )  # fmt: skip
         if old is None:
             self.by_digest[self.nodes[message.id].digest].append(message.id)
@@ -2901,7 +2922,6 @@ GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\
 JAVASCRIPT_DATE = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
 )
-SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}): (?=.*\S)", re.S)
 CHARACTER_IN_PROMPT = re.compile(r"\bWrite (\S.{0,60}?)['\u2019]s next reply in a fictional chat\b")
 USER_IN_PROMPT = re.compile(r"\bnext reply in a fictional chat between [^\n]{1,80}? and ([^\n.]{1,60})\.")
 PLACEHOLDER = re.compile(  # SillyTavern's and Agnai's defaults for a prompt that has to begin with the user
@@ -2912,6 +2932,12 @@ PLACEHOLDER = re.compile(  # SillyTavern's and Agnai's defaults for a prompt tha
 PROMPT_END = re.compile(r"(?<=\n)\[start (?:a )?(?:new )?(?:group )?chat[^\n\]]{0,300}\](?=\n|\Z)", re.I)
 DEFAULT_OPENING = {"role": "user", "content": "[Start a new chat]"}
 CUE = re.compile(r"(?:\A|\n)[^\W\d_][\w'’.-]*(?: [\w'’.-]+){0,3}:\s*\Z")  # a name for the model to go on from
+NO_SPEAKER = re.compile(  # what begins a text with a colon behind it, and names nobody
+    r"notes?|nb|p\.?p?\.?s\.?|ooc|ic|btw|fyi|edit|re|fwd|[qa]|question|answer|hint|tip|warning|reminder|update|todo|time|"
+    r"date|day|place|location|setting|scene|act|action|thoughts?|mood|weather|summary|title|status|attention|example|"
+    r"remember|yes|no|ok|okay|well|so|listen|look|see|hm+|but|and",
+    re.I,
+)
 BRACKETED = re.compile(r"\[[^\[\]]*\]|\([^()]*\)|\{[^{}]*\}|<[^<>]*>", re.S)
 LONGEST_INSTRUCTION = 4000  # characters
 SHORTEST_NOTE = 8  # characters; what is shorter may be said by anyone, anywhere
@@ -2991,11 +3017,11 @@ def parse_request(body: Any) -> ChatRequest:
     leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages)) or folded
     begun = leading + (len(messages) > leading and is_placeholder(messages[leading]))
     turns, tail = split_turns(messages[begun:], begun > 0)
-    turns = with_voices(turns, messages[:leading])
     persona_in_first_turn = bool(turns) and begun == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
     opening, persona = tuple(messages[leading:begun]), tuple(messages[:leading])
     request = ChatRequest(body, persona, turns, tail, persona_in_first_turn, identity, opening, False, account, aside)
-    return replace(request, persona=(*turns[0].before, turns[0].raw)) if request.history_start else request
+    request = replace(request, persona=(*turns[0].before, turns[0].raw)) if request.history_start else request
+    return with_names(request) if request.prefixed else request
 
 
 def unfolded(messages: Sequence[dict]) -> tuple[Sequence[dict], int]:
@@ -3187,9 +3213,9 @@ AVATAR = re.compile(r"(?:data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/=]{1,80
 def parse_identity(fields: Mapping, where: str = "") -> Identity:
     """The identity that those fields name; raises `InvalidRequest`. A kind that is not known is a normal one."""
     names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
-    names |= {"title": "title", "group": "group", "picture": "picture"}
+    names |= {"title": "title", "group": "group", "picture": "picture", "user": "user"}
     said = {key: sane_text(optional_field(fields, name, str, where) or "").strip() for key, name in names.items()}
-    for key in ("chat_id", "parent", "character"):
+    for key in ("chat_id", "parent", "character", "user"):
         check_length(said[key], where + names[key])
     if not AVATAR.fullmatch(said["picture"]):
         raise InvalidRequest(f"{where}picture must be a small PNG, JPEG or WebP as a data URL.", f"{where}picture")
@@ -3295,31 +3321,57 @@ def is_instruction(text: str, alone: bool = True) -> bool:
     return bracketed or (not alone and bool(told) and not inner.endswith("?"))
 
 
-def with_voices(turns: tuple[Turn, ...], leading: Sequence[dict]) -> tuple[Turn, ...]:
-    """The turns of a chat whose texts begin with their speaker's name, with that name; others as they are.
+def with_names(request: ChatRequest, known: Mapping[str, Collection[str]] = MappingProxyType({})) -> ChatRequest:
+    """The request with the names of the speakers whose texts begin with these.
 
-    SillyTavern names a group's members before the chat. Where it does not, every message of that side begins with a
-    name; a side with one name alone must be known from the prompt, or from the other side having names too.
+    Names are certain where the request tells them, or where they are `known`, by role. Others count where every text of
+    a side begins with one: one of them must stand in the prompt, or begin several texts, or stand beside names of the
+    other side.
     """
-    prompt = "\n".join(text_of(m.get("content")) for m in leading)
-    members = GROUP_MEMBERS.search(prompt)
-    names = {role: prefixes_of(turns, role) for role in CHAT_ROLES}
-    if members:
-        names["assistant"] = {name.strip() for name in members[1].split(",")}
-    elif len(names["assistant"]) == 1 and not (names["user"] or next(iter(names["assistant"])) in prompt):
-        names["assistant"] = set()
-    alone = not members and len(names["assistant"]) < 2  # in groups the user is nobody's character
-    if not alone or len(names["user"]) > 1 or not (names["assistant"] or any(n in prompt for n in names["user"])):
-        names["user"] = set()
-    found = (SPEAKER_PREFIX.match(turn.content) for turn in turns)
-    named = [f[1] if f and f[1] in names[turn.role] else None for turn, f in zip(turns, found, strict=True)]
-    return tuple(replace(turn, voice=name) if name else turn for turn, name in zip(turns, named, strict=True))
+    said, prompt = request.turns[request.history_start :], persona_text(request)
+    sure = {role: names | set(known.get(role, ())) for role, names in names_told(request).items()}
+    sure["user"] -= sure["assistant"]
+    every = {role: prefixes_of(said, role) for role in CHAT_ROLES}
+    asked = {n for n in every["user"] if n not in sure["assistant"] and not NO_SPEAKER.fullmatch(n)}
+    replied = {n for n in every["assistant"] if n not in sure["user"] and not NO_SPEAKER.fullmatch(n)}
+    told = {n for n in asked | replied if re.search(rf"(?<!\w){re.escape(n)}(?!\w)", prompt)}
+    alone = len(sure["assistant"] | replied) < 2  # in groups the user is nobody's character
+    if asked & sure["user"] or any(every["user"][n] > 1 for n in asked):
+        sure["user"] |= every["user"].keys() - sure["assistant"]
+    elif alone and (asked & told or (replied and len(asked) == 1)):
+        sure["user"] |= asked
+    if len(replied) > 1 or replied & (told | sure["assistant"]) or (replied and asked & sure["user"]):
+        sure["assistant"] |= every["assistant"].keys() - sure["user"]
+    found = [SPEAKER_PREFIX.match(turn.content) for turn in said]
+    voiced = [
+        replace(turn, voice=f[1]) if f and f[1] in sure[turn.role] else turn
+        for turn, f in zip(said, found, strict=True)
+    ]
+    return replace(request, turns=(*request.turns[: request.history_start], *voiced))
 
 
-def prefixes_of(turns: Sequence[Turn], role: str) -> set[str]:
-    """The names that the messages of a side begin with; none where one of them begins with no name."""
+def prefixes_of(turns: Sequence[Turn], role: str) -> Counter[str]:
+    """The names that the messages of a side begin with, and how many begin so; none where one begins with no name."""
     found = [SPEAKER_PREFIX.match(turn.content) for turn in turns if turn.role == role]
-    return {f[1] for f in found} if all(found) else set()
+    return Counter(f[1] for f in found) if all(found) else Counter()
+
+
+def names_told(request: ChatRequest) -> dict[str, set[str]]:
+    """The names that a request gives to those who speak in it, by role: in its identity, in SillyTavern's default
+    prompt, as its messages' names, and as what the model is to stop at, which is the user's turn."""
+    prompt, stops = persona_text(request), request.body.get("stop")
+    user, character, group = (p.search(prompt) for p in (USER_IN_PROMPT, CHARACTER_IN_PROMPT, GROUP_MEMBERS))
+    names = {
+        "user": {request.identity.user, user and user[1]},
+        "assistant": {request.identity.character, character and character[1]},
+    }
+    names["assistant"].update(name.strip() for name in (group[1] if group else "").split(","))
+    for turn in request.turns:
+        names[turn.role].add(turn.name)
+    for stop in stops if isinstance(stops, list) else [stops]:
+        found = re.fullmatch(r"\s*([^\n:]{1,60}):\s*", stop) if isinstance(stop, str) else None
+        names["user"].add(found and found[1])
+    return {role: set(filter(None, some)) for role, some in names.items()}
 
 
 def make_turn(message: dict, before: Sequence[dict] = ()) -> Turn:
@@ -4292,7 +4344,8 @@ def with_mark(message: Message, mark: Mark | None) -> Message:
     if message.erased or (mark.erased and mark.forgotten):
         gone = replace(message, content="", shown=None, erased=message.digest)
         return replace(gone, pinned=mark.pinned, forgotten=mark.forgotten)
-    content = own if mark.content is None else mark.content
+    named = f"{message.voice}: " if message.voice else ""
+    content = own if mark.content is None else named + unprefixed(mark.content, message.voice)
     shown, tokens = None if content == own else own, message.tokens
     if shown is not None or message.shown is not None:  # the client's words where it shows them, the user's elsewhere
         row = {"role": message.role} | ({"name": message.name} if message.name else {})
@@ -5719,7 +5772,7 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     """A request with the messages of the chat that its client keeps out of the prompt, each in its place, as the client
     told when it last showed the whole chat: they stay part of it."""
     first, hidden = request.history_start, hidden_from(chat, request)
-    path, turns = chat.path() if hidden else [], request.turns[first:]
+    path, turns = path_with(chat, hidden) if hidden else [], request.turns[first:]
     away = hidden.intersection(path)
     if not away or not turns:
         return request
@@ -5730,6 +5783,15 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     shown = iter(turns)
     whole = [next(shown) if at == MET else hidden_turn(*chat.store.read([path[at]])) for at in places]
     return replace(request, turns=(*request.turns[:first], *whole, *shown))
+
+
+def path_with(chat: Chat, hidden: Collection[str]) -> list[str]:
+    """The ids of the chat's branch; where another client, which does not know of what is hidden, has made another one
+    without it, those of the newest branch that holds it."""
+    path = chat.path()
+    there = [i for i in hidden if i in chat.tree.nodes] if hidden.isdisjoint(path) else []
+    newest = max(there, key=lambda i: chat.tree.nodes[i].order, default="")
+    return chat.path(chat.tree.newest_tip(newest)) if newest else path
 
 
 def hidden_from(chat: Chat, request: ChatRequest) -> set[str]:
@@ -5770,7 +5832,7 @@ def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
     tree, away, turns = chat.tree, hidden_from(chat, request), []
     for turn in request.turns:
         before = turns[-1].digest if turns else ""
-        known = "\n\n" not in turn.content or turn.digest in tree.by_digest
+        known = "\n\n" not in turn.content or bool(tree.by_digest.get(turn.digest))
         turns += [turn] if known else parted(tree, turn, before, away, request.strict)
     return replace(request, turns=tuple(turns), merges=True) if len(turns) > len(request.turns) else request
 
@@ -6326,7 +6388,7 @@ ASKING_SHARE = 1.5
 TELLING_SHARE = 0.5  # each recalled token is evaluated anew every turn
 MOST_MEMORIES = 64  # of a turn; beyond that the tail is noise
 RERANKED = 20  # candidates that a reranker reads: one of 22 million parameters takes about half a second for them
-NO_ROOM = "no room"
+NO_ROOM = "no room left in the memories' share of the context"
 LEFT_OUT = 12  # memories that a report names which did not get into the prompt
 LONG_MESSAGE = 1350  # characters from which a message is recalled in part: a chunk and a half
 EXCERPT_CHUNKS = 2
@@ -7396,16 +7458,17 @@ def restored(message: Message) -> dict:
 
 
 def as_shown(message: Message, request: ChatRequest) -> dict:
-    """A stored message as the client would show it now: with the speaker's name in front where it puts names there, and
-    without where it does not, though it once did."""
-    sent = restored(message)
-    names = [turn.voice for turn in request.turns if turn.role == message.role]
-    found = NAME_PREFIX.match(sent["content"])
-    if any(names) and not found and not message.forgotten:
-        name = message.voice or message.name or next(filter(None, reversed(names)))
+    """A stored message as the client would show it now: with the speaker's name in front, or beside the text, where it
+    puts names there, and without where it does not, though it once did."""
+    sent, turns = restored(message), [turn for turn in request.turns if turn.role == message.role]
+    voices, found = [turn.voice for turn in turns], NAME_PREFIX.match(sent["content"])
+    if turns and not any(turn.name for turn in turns):
+        sent.pop("name", None)
+    if any(voices) and not found and not message.forgotten:
+        name = message.voice or message.name or next(filter(None, reversed(voices)))
         return {"role": message.role, "content": f"{name}: {sent['content']}"}
-    if message.voice and names and not any(names):
-        return {**sent, "content": sent["content"].removeprefix(f"{message.voice}: ")}
+    if message.voice and voices and not any(voices):
+        return {**sent, "content": unprefixed(sent["content"], message.voice)}
     return sent
 
 
@@ -7805,23 +7868,18 @@ def transcript_row(message: Message, siblings: Sequence[Message], name: str) -> 
     """A message with its swipes as a line of a SillyTavern chat file."""
     row = {
         "name": name, "is_user": message.role == "user", "is_system": False, "send_date": send_date(message),
-        "mes": unprefixed(message), "extra": {},
+        "mes": unprefixed(message.original, message.voice), "extra": {},
     }  # fmt: skip
     if message.voice:
         row["force_avatar"] = STAND_IN_AVATAR
     if message.role == "assistant":
         replies = [m for m in siblings if m is message or (m.role == "assistant" and not m.confirmed)]
-        texts = [(m, unprefixed(replace(m, voice=message.voice))) for m in replies]
+        texts = [(m, unprefixed(m.original, message.voice)) for m in replies]
         swipes = [(m, text) for m, text in texts if m is message or text != row["mes"]]
         row["swipe_id"] = [m for m, _ in swipes].index(message)
         row["swipes"] = [text for _, text in swipes]
         row["swipe_info"] = [{"send_date": send_date(m), "extra": {}} for m, _ in swipes]
     return row
-
-
-def unprefixed(message: Message) -> str:
-    """The client's text of a message, without the name that the client puts in front of it."""
-    return message.original.removeprefix(f"{message.voice}: ") if message.voice else message.original
 
 
 # ---------------------------------------------------------------------------------------------- other programs' files
@@ -9775,7 +9833,9 @@ class OpenAIUpstream:
 
     def _unreachable(self, error: Exception) -> UpstreamUnavailable:
         words = re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__  # the words alone
-        return UpstreamUnavailable(f"The upstream at {shown_url(self.url)} cannot be reached: {words}. Is it running?")
+        return UpstreamUnavailable(
+            f"persona_memory cannot reach your model's server at {shown_url(self.url)}: {words}. Is it running?"
+        )
 
     def complete(self, body: Mapping, call: Call) -> dict:
         """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
@@ -10013,7 +10073,9 @@ except Exception as error:
 sys.stdin.read()  # ends when the program that started this one does
 os._exit(0)
 """
-MOST_CRASHES = 3  # of the embedded model, after which it is not started again
+LOCAL_MODEL_DEFAULTS = {"repeat_penalty": 1.2}  # without it, so small a model soon says the same word for ever
+WHOLE_GGUF = "Check that the file is a whole GGUF model, and that there is enough memory for it and for --context."
+MOST_CRASHES = 3  # of the model, after which it is not started again
 ILLEGAL_INSTRUCTION = (-4, 0xC000001D)  # SIGILL; Windows' STATUS_ILLEGAL_INSTRUCTION
 KILLED = (-9, 137)
 
@@ -10041,6 +10103,15 @@ class LocalUpstream:
         """The model's name."""
         return self._gguf.stem if self._gguf else LOCAL_MODEL
 
+    @property
+    def _advice(self) -> str:
+        """What to do where it cannot be used."""
+        return f"{WHOLE_GGUF} {THREE_WAYS}" if self._gguf else THREE_WAYS
+
+    def _asked(self, body: Mapping) -> dict:
+        """A request as the model takes it."""
+        return {**({} if self._gguf else LOCAL_MODEL_DEFAULTS), **body, "model": self.model}
+
     def describe(self) -> dict:
         """The upstream as /health shows it."""
         status, ready = "loading", self._ready
@@ -10064,11 +10135,11 @@ class LocalUpstream:
             gguf = self._gguf or fetch_local_model(self._folder)
             self._process, address = start_llama(gguf, self.model, self._context, key)
         except Exception as error:  # no wheel for this machine, no network, no memory: all end in the same advice
-            words = f"The embedded model cannot be used: {error}. {THREE_WAYS}"
+            words = f"The model {self.model} cannot be used: {error}. {self._advice}"
             log_event("model_failed", words, level=logging.ERROR, model=self.model)
             self._ready.set_exception(UpstreamUnavailable(words))
             return
-        log_event("model_ready", f"The embedded model {self.model} is ready.", model=self.model)
+        log_event("model_ready", f"The model {self.model} is ready.", model=self.model)
         self._ready.set_result(OpenAIUpstream(address, key, self._gate, self._timeout))
         self._process.wait()
         with self._lock:
@@ -10081,7 +10152,8 @@ class LocalUpstream:
         log_event("model_failed", str(self._ended()), level=logging.ERROR, model=self.model)
 
     def _ended(self) -> UpstreamUnavailable:
-        return UpstreamUnavailable(f"The embedded model ended: {why_ended(self._process.returncode)}. {THREE_WAYS}")
+        words = why_ended(self._process.returncode)
+        return UpstreamUnavailable(f"The model {self.model} has ended: {words}. {self._advice}")
 
     @contextlib.contextmanager
     def _inner(self, call: Call) -> Iterator[OpenAIUpstream]:
@@ -10109,12 +10181,12 @@ class LocalUpstream:
     def complete(self, body: Mapping, call: Call) -> dict:
         """As `OpenAIUpstream.complete`."""
         with self._inner(call) as inner:
-            return inner.complete({**body, "model": self.model}, call)
+            return inner.complete(self._asked(body), call)
 
     def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
         """As `OpenAIUpstream.stream`."""
         with self._inner(call) as inner:
-            yield from inner.stream({**body, "model": self.model}, call)
+            yield from inner.stream(self._asked(body), call)
 
     def default_model(self, call: Call) -> str:
         """The one model."""
@@ -10142,8 +10214,6 @@ def start_llama(gguf: Path, name: str, context: int, key: str) -> tuple[subproce
 
     Raises `RuntimeError` or `OSError` with the reason where it cannot be had.
     """
-    if not gguf.is_file():
-        raise FileNotFoundError(f"there is no model file {gguf}")
     process = subprocess.Popen(
         [sys.executable, "-c", LLAMA_PROGRAM, str(gguf), name, str(context)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -10218,6 +10288,8 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
         endpoint, key = settings.gemini_endpoint, settings.upstream_key
         return GeminiUpstream(endpoint, key, settings.gemini_safety, gate(), timeout)
     if name.lower().endswith(".gguf"):
+        if not Path(name).is_file():
+            raise SettingsError(f"There is no model file {Path(name).absolute()}. Check the path given as upstream.")
         return LocalUpstream(models, Path(name), settings.context, gate(single=True), timeout)
     if not name.startswith(("http://", "https://")):
         with_scheme = ("http://" if is_on_local_network(f"http://{name}") else "https://") + name
@@ -10311,6 +10383,7 @@ class RecallResult:
     memories: tuple[Memory, ...] = ()
     left_out: tuple[dict, ...] = ()  # what was worth it and is not among them, and why
     degraded: str = ""  # what kept recall from being all it could be
+    nothing: str = ""  # why there are none, where nothing went wrong
     words: tuple[str, ...] = ()  # the query's
     vector: np.ndarray | None = None  # the query's
 
@@ -10377,11 +10450,11 @@ class Prepared:
 def message_row(m: Message, index: int) -> dict:
     """A message as the API shows it; `index` is its 0-based position in the branch."""
     row = {
-        "id": m.id, "index": index, "role": m.role, "name": m.name or m.voice, "content": m.content,
+        "id": m.id, "index": index, "role": m.role, "name": m.name or m.voice, "content": m.words,
         "timestamp": m.timestamp, "at": m.at, "tokens": m.tokens, "pinned": m.pinned, "forgotten": m.forgotten,
         "edited": m.shown is not None, "erased": bool(m.erased),
     }  # fmt: skip
-    return row if m.shown is None else row | {"original": m.shown}
+    return row if m.shown is None else row | {"original": unprefixed(m.shown, m.voice)}
 
 
 def message_rows(chat: Chat, ids: Sequence[str]) -> list[dict]:
@@ -10394,7 +10467,7 @@ def memory_row(memory: Memory) -> dict:
     m = memory.message
     elsewhere = {"chat_id": memory.chat} if memory.chat else {}
     return elsewhere | {
-        "id": m.id, "index": memory.index, "role": m.role, "name": m.name, "content": m.content,
+        "id": m.id, "index": memory.index, "role": m.role, "name": m.name or m.voice, "content": m.words,
         "timestamp": m.timestamp, "score": round(memory.score, 4),
         "scores": {k: round(v, 4) for k, v in memory.scores.items()},
     }  # fmt: skip
@@ -10933,6 +11006,7 @@ IMPORT_BATCH = 500  # messages to a transaction
 # What an imported chat hands over to the one that it becomes.
 BECOMING = ("created", "character", "user_name", "persona", "title", "group", "imported", "header")
 MOST_PASSED_OVER = 100  # lines of a file that an answer names
+TELL_NAMES = 24  # newest messages of a chat that tell who speaks in it
 NEARLY_ALL = 0.8  # share of two copies' texts that makes them one chat's: some are edited, swiped or deleted
 
 
@@ -10971,13 +11045,14 @@ class Archive:
             """Finds the place, and writes what is new."""
             known = [] if request.identity.complete else chat.store.info.get("notes", [])
             spoken = without_notes(request, known)
+            spoken = with_names(spoken, names_in_chat(chat)) if spoken.prefixed else spoken
             if not request.identity.complete:
                 spoken = with_hidden(chat, unmerged(chat, spoken))
             alignment = (chat_id and align_appended(chat, spoken)) or align_request(chat, spoken)
             if note := "" if request.identity.complete else learned_note(chat, alignment, spoken):
                 chat.store.commit(info={"notes": [*known, note][-KEPT_NOTES:]})
                 spoken = without_notes(spoken, [note])
-                alignment = align_request(chat, spoken)
+                alignment = below_note(chat, align_request(chat, spoken), spoken, note)
             return self._write_branch(chat, alignment, spoken), spoken
 
         try:
@@ -11136,10 +11211,13 @@ class Archive:
         character = request.identity.character or speaker or named_in_prompt(persona)
         info = {"head": path[-1], "shows_history": shows} | extension_info(chat, request)
         info |= {"character": character} if character else {}
-        info |= {k: v for k in ("title", "picture") if (v := getattr(request.identity, k))}
+        told = {"title": "title", "picture": "picture", "user_name": "user"}
+        info |= {k: v for k, field in told.items() if (v := getattr(request.identity, field))}
         if request.identity.complete:
             info["hidden"] = [i for i, t in zip(path[-len(request.turns) :], request.turns, strict=True) if t.hidden]
-        group = request.identity.group or names_of_group(store.info.get("group", ""), (t.voice for t in request.turns))
+        elif away := [i for i, t in zip(path[::-1], request.turns[::-1], strict=False) if t.hidden]:
+            info["hidden"] = list(dict.fromkeys([*store.info.get("hidden", ()), *away]))  # on another branch by now
+        group = request.identity.group or names_of_group(store.info.get("group", ""), request.turns)
         info |= {"group": group} if group else {}
         erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
         info |= {"persona": "" if erased else persona} if request.persona else {}
@@ -11152,9 +11230,11 @@ class Archive:
             left = [] if request.identity.complete else superseded(chat, before, path)
             rewordings = store.info.get("rewordings", 0) + 1 if left else 0
             dropped = left if rewordings > 1 else []  # a single one may be a user's edit, which stays to be seen
+            apart, marked = parted_now(chat, before, path)
+            dropped += [i for i in apart if i not in dropped]
             dropped += [twin for m in messages for twin in unshown_twins(chat, m) if twin not in dropped]
-            if dropped or rewordings != store.info.get("rewordings", 0):
-                store.commit(info={"rewordings": rewordings}, dropped=dropped)
+            if dropped or marked or rewordings != store.info.get("rewordings", 0):
+                store.commit(info={"rewordings": rewordings}, dropped=dropped, marked=marked)
             if not store.unwritten:
                 self._registry.enter(chat, chat.tree.nodes if first_told else [m.id for m in messages])
         store.keep_recent(path)
@@ -11392,6 +11472,52 @@ def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]
     return below if all(same_speech(chat, a, b) for a, b in zip(left, now, strict=False)) else []
 
 
+def parted_now(chat: Chat, old: Sequence[str], path: Sequence[str]) -> tuple[list[str], list[Message]]:
+    """What is left behind where a client shows apart what it has joined into one message before, or ceases to show a
+    note among the messages: the branch `old`, which the chat was last on, says nothing but what the new one says. And
+    the parts that are to bear the marks of what was joined. Nothing where the old branch goes on otherwise."""
+    tree, fork = chat.tree, shared_front(old, path)
+    left, now = old[fork:], path[fork:]
+    if not left or len(now) < 2 or tree.nodes[left[0]].digest == tree.nodes[now[0]].digest:
+        return [], []
+    notes = chat.store.info.get("notes", ())
+    beginning = [m for m in chat.store.read(left[:2]) if normalise(m.original) not in notes]
+    if not beginning or not letters_of(beginning[0]).startswith(letters_of(*chat.store.read(now[:1]))):
+        return [], []
+    said = [m for m in chat.store.read(left) if normalise(m.original) not in notes]
+    parts = parts_of(said, chat.store.read(now))
+    marked = [
+        with_mark(part, Mark(pinned=whole.pinned, forgotten=whole.forgotten))
+        for whole, some in zip(said, parts, strict=False)
+        for part in some
+        if len(some) > 1 and (whole.pinned or whole.forgotten)
+    ]
+    below = tree.below(left[0]) if parts else []
+    others = any(tree.is_confirmed(i) and i not in left for i in below)
+    return [] if others else below, marked
+
+
+def parts_of(said: Sequence[Message], now: Sequence[Message]) -> list[list[Message]]:
+    """The messages `now` that each of those that were `said` is made of; none where they do not say the same."""
+    found: list[list[Message]] = []
+    at = 0
+    for whole in said:
+        wanted, text, some = letters_of(whole), "", []
+        while text != wanted and at < len(now) and now[at].role == whole.role:
+            text += letters_of(now[at])
+            some.append(now[at])
+            at += 1
+        if text != wanted:
+            return []
+        found.append(some)
+    return found
+
+
+def letters_of(message: Message) -> str:
+    """A message's text without white space and the names at the beginnings of its paragraphs."""
+    return "".join("".join(bare_words(part).split()) for part in message.original.split("\n\n"))
+
+
 def same_speech(chat: Chat, one: str, other: str) -> bool:
     """Whether two messages are of one side, and most of the shorter one's words are the other's too."""
     first, second = chat.nodes([one, other])
@@ -11405,8 +11531,10 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
     that differs from the stored ones gives it away; empty: none.
 
     It was around a user's words that stand there without it now; or around other words than before; or it was a
-    message of its own, which stands further down now.
+    message of its own, perhaps the very first, which stands further down now.
     """
+    if note := moved_from_top(chat, request):
+        return note
     place = alignment.skipped + len(alignment.kept)
     turn = request.turns[place] if place < len(request.turns) else None
     if turn is None or turn.role != "user" and alignment.tip == ROOT:
@@ -11415,8 +11543,9 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
     stood = [i for i in tree.children.get(alignment.tip, ()) if tree.is_confirmed(i) and tree.nodes[i].role == "user"]
     later = Counter(t.digest for t in request.turns[place:])
     for message in chat.store.read(stood[-REWORDED:]):
-        if around(message.original, turn.content):
-            return around(message.original, turn.content)
+        rest = around(message.original, turn.content)
+        if rest and (place + 1 == len(request.turns) or normalise(request.turns[place + 1].content) != rest):
+            return rest
         moved = any(tree.nodes[i].digest == turn.digest for i in tree.children.get(message.id, ()))
         if moved and later[message.digest] == 1 and len(message.original) >= SHORTEST_NOTE:
             return message.original.strip()
@@ -11425,6 +11554,30 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
         if gained and any(around_end(m.original, gained) for m in chat.store.read(near)):
             return gained
     return ""
+
+
+def moved_from_top(chat: Chat, request: ChatRequest) -> str:
+    """The text of the user that stood before the chat's first message, where a request begins with that and has the
+    text further down; empty: none."""
+    top, shown = chat.path()[:2], request.turns[request.history_start : request.newest_user]
+    if len(top) < 2 or len(shown) < 2:
+        return ""
+    first, second = chat.nodes(top)
+    moved = second.digest == shown[0].digest and any(t.digest == first.digest for t in shown[1:])
+    words = chat.store.read(top[:1])[0].original.strip() if moved and first.role == "user" else ""
+    return words if len(words) >= SHORTEST_NOTE else ""
+
+
+def below_note(chat: Chat, found: Alignment, request: ChatRequest, note: str) -> Alignment:
+    """An alignment under the chat's beginning where what stood before its first message is a note."""
+    if (
+        not found.base
+        or chat.tree.nodes[found.base].parent
+        or normalise(chat.store.read([found.base])[0].original) != note
+    ):
+        return found
+    kept = walk(chat.tree, ROOT, [t.digest for t in request.turns])
+    return replace(found, base=ROOT, kept=kept)
 
 
 def is_lone(chat: Chat, request: ChatRequest, path: Sequence[str]) -> bool:
@@ -11448,12 +11601,27 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
             messages.append(message_of_turn(parent, turn))
             continue
         erased = node.forgotten and not node.shown
+        if node.confirmed and not erased and (voice := voice_told(node, turn, own)):
+            old = store.read([node.id])[0]
+            messages.append(with_mark(replace(old, voice=voice), old.mark))
+            continue
         # The same words with another name or status around them stay as they were shown first.
         if not node.confirmed or (node.id == own and node.shown != turn.fingerprint and not erased):
             old = store.read([node.id])[0]
             if not node.confirmed or turn.name or old.original != turn.content:
                 messages.append(shown_again(old, message_of_turn(parent, turn)))
     return messages, path
+
+
+def voice_told(node: Node, turn: Turn, own: str) -> str:
+    """The name that a stored text begins with, where only this turn tells that it is one; empty: none. `own` is the
+    turn's id in that place."""
+    if node.voice:
+        return ""
+    if turn.voice and node.id == own:
+        return turn.voice
+    prefixed = turn.name and text_fingerprint(None, f"{turn.name}: {turn.content}") == node.shown
+    return turn.name if prefixed else ""
 
 
 def message_of_turn(parent: str, turn: Turn) -> Message:
@@ -11469,8 +11637,18 @@ def new_message(parent: str, role: str, content: str, name: str | None = None) -
     return Message(key, parent, role, content, name, at=time.time(), tokens=message_tokens(shown))
 
 
-def names_of_group(known: str, voices: Iterable[str | None]) -> str:
+def names_in_chat(chat: Chat) -> dict[str, set[str]]:
+    """The names of those who speak in a chat, by role: of its newest messages, and as its client or its file says."""
+    info = chat.store.info
+    names = {"user": {info.get("user_name")}, "assistant": {info.get("character"), *info.get("group", "").split(", ")}}
+    for message in chat.store.read(chat.path()[-TELL_NAMES:]):
+        names[message.role].add(message.name or message.voice)
+    return {role: set(filter(None, some)) for role, some in names.items()}
+
+
+def names_of_group(known: str, turns: Iterable[Turn]) -> str:
     """The names of a group's members, as far as they have spoken; those already known first. Empty for one alone."""
+    voices = (t.voice for t in turns if t.role == "assistant")
     names = list(dict.fromkeys([*filter(None, known.split(", ")), *filter(None, voices)]))
     return ", ".join(names) if len(names) > 1 else known
 
@@ -11533,6 +11711,12 @@ def copy_goes_on(chat: Chat, copy: ChatCopy) -> bool:
 
 CARRIED_CHATS = 4  # with the same character, the last used, that a turn may recall from
 CARRIED_SHARE = 1 / 3  # of the memories' tokens that may come from there
+# Why a turn recalls nothing.
+ALL_SHOWN = "everything is still in the prompt"
+TOO_SMALL = "the memories' share of the context is too small"
+TALK = "your message asks for nothing, and no older message fits it well enough"
+NOTHING_FITS = "no older message fits what you asked well enough"
+SEE_LEFT_OUT = "see what was left out, and why"
 
 
 class Recaller:
@@ -11562,19 +11746,21 @@ class Recaller:
         share = self._share * memory_share(turn.pivot.content) if turn.pivot else 0
         room = min(layout.room - GUIDANCE_TOKENS, int(share * layout.recalled))
         recalls = bool(layout.reach) and room > memory_frame_tokens()
+        nothing = TOO_SMALL if layout.reach else ALL_SHOWN
         try:
             query = self._query(turn) if recalls else None
             vector, degraded = self._vectors.for_turn(chat, turn.nodes, turn.newest, query, turn.deadline)
             if query is None:
                 self._vectors.later(chat, [n.id for n in turn.nodes[-ENCODED_AT_ONCE:]])
-                return RecallResult()
+                return RecallResult(nothing=nothing)
             with chat.lock:
                 memories = self._candidates(turn, query, vector, quoted)
             memories, late = self._reranked(query, memories, turn.deadline.left)
             with chat.lock:
                 kept, left_out = select_memories(chat, turn.visible, memories, query.words, room, self._price)
             degraded = "; ".join(filter(None, (degraded, late)))
-            return RecallResult(tuple(kept), tuple(left_out), degraded, query.words, vector)
+            nothing = "" if kept else SEE_LEFT_OUT if left_out else TALK if query.asks == TELLS else NOTHING_FITS
+            return RecallResult(tuple(kept), tuple(left_out), degraded, nothing, query.words, vector)
         except Exception as error:
             with chat.lock:
                 chat.index = MemoryIndex()  # derived: the next turn makes it anew
@@ -12351,6 +12537,7 @@ class Status:
             "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
             "embedder": embedder, "chats": len(self._registry), "proxy": self._settings.proxy,
             "progress": self._background.progress(),
+            "last_reply": (self.last_turn or {}).get("outcome", "none"),
             "summaries": "failing" if self.summaries else "ok",  # the page says why, in words that need a key
         }  # fmt: skip
 
@@ -12431,9 +12618,12 @@ def diagnosis(
     `summaries` as `Summarizer.failure` is.
     """
     if upstream["status"].startswith("failed"):
-        return "trouble", "The embedded model cannot be used.", upstream["status"].removeprefix("failed: ")
+        return "trouble", f"The model {upstream['model']} cannot be used.", upstream["status"].removeprefix("failed: ")
     if turn.get("outcome") in ("upstream_error", "failed"):
         return "trouble", f"The last turn failed: {turn['why']}", advice_on(turn["status"], upstream)
+    reason = turn["why"].removeprefix("degraded; reason=") if turn.get("outcome") == "degraded" else ""
+    if reason.startswith(UNKEPT):
+        return "trouble", reason, "Chats go on, but new messages are not remembered."
     if embedder.startswith("failed"):
         words = "The embedder could not be loaded: memories are found by words alone, not by meaning."
         return "notice", words, f"{embedder.removeprefix('failed: ')}. See --embedder."
@@ -12443,10 +12633,7 @@ def diagnosis(
         words = f"The model {summaries['model']} could not write a summary: {summaries['words']}"
         advice = advice_on(summaries["status"], upstream) if summaries["status"] else ""
         return "notice", words, f"{SUMMARY_ADVICE} {advice}".rstrip()
-    if turn.get("outcome") == "degraded":
-        reason = turn["why"].removeprefix("degraded; reason=")
-        if reason.startswith(UNKEPT):
-            return "trouble", reason, "Chats go on, but new messages are not remembered."
+    if reason:
         return "notice", f"The last reply was made without all of memory: {reason}", "The chat itself is not affected."
     return "ok", "OK", ""
 
@@ -12459,7 +12646,9 @@ SUMMARY_ADVICE = (
 
 def advice_on(status: int, upstream: Mapping) -> str:
     """What to do about an upstream that failed with that status."""
-    where = upstream.get("url") or upstream.get("model")
+    where = upstream.get("url")
+    if status == 502 and not where:
+        return f"The model {upstream.get('model')} does not run. The program's log says why."
     return {
         401: "The key was refused: check it in your client, or set --upstream-key.",
         403: "The key was refused: check it in your client, or set --upstream-key.",
@@ -12886,6 +13075,7 @@ class PromptBuilder:
             history=len(memory.path) - turn.first - layout.anchor - len(layout.hidden),
             hidden=layout.anchor + len(layout.hidden), degraded=degraded,
             recalled=[recalled_row(m) for m in memory.memories], left_out=list(memory.recalled.left_out),
+            nothing="" if memory.memories else memory.recalled.nothing,
             mood=memory.mood and asdict(memory.mood), summaries=len(memory.story.summaries),
             facts=len(memory.story.facts), reminder=memory.reminder, reused=reused,
             summary_error=(self._status.summaries or {}).get("words", ""),
@@ -13057,7 +13247,7 @@ class PersonaMemory:
                 for line, m in itertools.islice(rows, limit):
                     row = {"chat_id": line["chat_id"], "character": line["character"], "id": m.id, "role": m.role}
                     row |= {"title": line.get("title"), "chat": line.get("name") or line["character"]}
-                    found.append(row | {"name": m.name or m.voice, "content": m.content, "at": m.said_at})
+                    found.append(row | {"name": m.name or m.voice, "content": m.words, "at": m.said_at})
             except TimeoutError:
                 complete = False
         return {"found": found, "complete": complete}
@@ -14561,9 +14751,11 @@ function timelineLane(label, base, points, width) {
 
 /** What takes up the context, in this order: the report's names, and how they are shown. */
 const SHARES = {
-    persona: 'Persona', story: 'Summary', memories: 'Memories', history: 'History', response: 'Kept for the reply',
-    free: 'Free',
+    persona: 'Persona', story: 'Summary and facts', memories: 'Memories and mood', history: 'History',
+    response: 'Kept for the reply', tools: 'Tools', free: 'Free',
 };
+
+const COUNTED = 'Tokens are counted here. Where your model counts more of them, prompts are made that much shorter.';
 
 async function promptsTab(chat) {
     const { root, list } = template('prompts');
@@ -14592,7 +14784,7 @@ function promptCard(chat, report) {
         h('div.row',
             h('h2', `Prompt for the reply to #${report.history + report.hidden}`),
             h('span.muted.small', when(report.at)),
-            h('span.muted.numbers.push', `${number(used)} of ${number(report.context)} tokens`)),
+            h('span.muted.numbers.push', { title: COUNTED }, `${number(used)} of ${number(report.context)} tokens`)),
         report.degraded && h('p', `Not all of memory could be used: ${report.degraded}`),
         h('div.share', { role: 'img', 'aria-label': 'Tokens by share, as listed below' },
             shares.filter(({ count }) => count).map(({ words, count, tone }) =>
@@ -14601,13 +14793,14 @@ function promptCard(chat, report) {
             h('li', { vars: { tone } }, h('span.swatch'), words, h('b', number(count))))),
         figuresLine(figures),
         report.reminder && h('p.small', 'Repeated from the persona: ', h('i', report.reminder)),
-        memoriesOf(chat, `${plural(report.recalled.length, 'memory', 'memories')} recalled`, report.recalled),
+        report.recalled.length
+            ? memoriesOf(chat, `${plural(report.recalled.length, 'memory', 'memories')} recalled`, report.recalled)
+            : h('p.muted.small', `Nothing was recalled${report.nothing ? `: ${report.nothing}` : ''}.`),
         left.length > 0 && memoriesOf(chat, `${number(left.length)} left out`, left));
 }
 
 /** Recalled or left out messages; their texts are fetched when they are looked at. */
 function memoriesOf(chat, title, memories) {
-    if (!memories.length) return h('p.muted.small', 'Nothing was recalled.');
     const list = h('ul.list');
     const textOf = ({ index, id, chat_id = chat.chat_id }) =>
         get(`${chatPath(chat_id)}/messages`, { tip: id, offset: index, limit: 1 }).then(
@@ -15233,9 +15426,9 @@ function randomHex() {
 
 /** What each request says of the chat that it belongs to. */
 function saidOf(who) {
-    const { groupId, groups, name2: character } = client();
+    const { groupId, groups, name1: user, name2: character } = client();
     const group = groups?.find(({ id }) => id === groupId)?.name;
-    return { chat_id: who.id, parent_chat_id: who.parent || undefined, title: who.file, group, character };
+    return { chat_id: who.id, parent_chat_id: who.parent || undefined, title: who.file, group, character, user };
 }
 
 function chatPath(id) {
@@ -16534,6 +16727,7 @@ MESSAGES = {"type": "array", "minItems": 1, "items": {"$ref": "#/components/sche
 TEXTS = {"type": ["string", "array"], "items": {"type": "string"}}
 ON_OR_OFF = ("on", "off")
 IDENTITY = {name: {"type": "string", "maxLength": LONGEST_ID} for name in ("chat_id", "parent_chat_id", "character")}
+IDENTITY |= {"user": IDENTITY["character"]}
 IDENTITY |= {name: {"type": "string"} for name in ("title", "group")} | {"kind": {"enum": list(KINDS)}}
 
 
@@ -16769,7 +16963,9 @@ def public_error(error: Exception) -> PersonaMemoryError:
     if isinstance(error, PersonaMemoryError):
         return error
     if isinstance(error, HTTPException):
-        shown = InvalidRequest(f"{error.code} {error.name}: {flask.request.method} {flask.request.path}")
+        words = f"{error.code} {error.name}: {flask.request.method} {flask.request.path}"
+        hint = ". Start persona_memory with --proxy to use it as a model's server."
+        shown = InvalidRequest(words + (hint if error.code == 404 and flask.request.path.startswith("/v1/") else ""))
         shown.status = error.code
         return shown
     log_event("failed", "A request failed", level=logging.ERROR, trace=True)
@@ -17431,7 +17627,8 @@ def check_access() -> None:
         return
     if flask.request.endpoint not in KEYLESS and not has_key():
         raise NotAuthenticated(
-            "This server was started with --api-key: send that key as `Authorization: Bearer <key>`."
+            "persona_memory was started with --api-key: enter that key as the API key in your client, which sends it "
+            "as `Authorization: Bearer <key>`."
         )
     if not engine().settings.api_key:
         check_host("--api-key SECRET")
@@ -17678,18 +17875,40 @@ def read_dotenv(file: Path | None) -> dict[str, str]:
         return {}
     try:
         raw = file.read_bytes()
+    except OSError as error:
+        words = f"{file} cannot be read: {error.strerror}. Give yourself the right to read it, or remove it."
+        raise SettingsError(words) from error
+    try:
         text = raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
         if "\0" in text:
             raise UnicodeError("it is not a text file")
-    except (OSError, UnicodeError) as error:
+    except UnicodeError as error:
         raise SettingsError(f"{file} cannot be read: {error}. Save it as UTF-8, or remove it.") from error
+    logging.getLogger("dotenv.main").setLevel(logging.ERROR)  # it would warn without the file's name
+    for line in (b.original.line for b in dotenv.parser.parse_stream(io.StringIO(text)) if b.error):
+        log_event("dotenv", f"{file}, line {line}: this is not NAME=VALUE, so it is not used.", level=logging.WARNING)
     return {k: v for k, v in dotenv.dotenv_values(stream=io.StringIO(text)).items() if v}
+
+
+NEARLY_SPELT = 0.85  # difflib's ratio; container systems set variables of their own that begin like ours
+LEAST_CONTEXT = 256  # tokens, in which a message and a reply may just fit
+
+
+def misspelt_variables(names: Iterable[str]) -> Iterator[str]:
+    """A sentence for each of those variables that looks like one of ours and is none."""
+    known = [variable_of(f.name) for f in OPTIONS]
+    for name in sorted(names):
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+            for meant in difflib.get_close_matches(name, known, 1, NEARLY_SPELT):
+                yield f"There is no setting {name}, so it is not used. Did you mean {meant}?"
 
 
 def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: Path | None = None) -> Settings:
     """Settings from flags, then environment variables, then the `.env` file, then defaults; raises `SettingsError`."""
     known = {k: (v, f".env {k}") for k, v in read_dotenv(dotenv_file).items()}
     known |= {k: (v, f"variable {k}") for k, v in environ.items()}
+    for sentence in misspelt_variables(known):
+        log_event("misspelt", sentence, level=logging.WARNING)
     found = {f.name: known.get(variable_of(f.name), ("", "")) for f in OPTIONS}
     values = {name: parse_setting(name, text) for name, (text, _) in found.items() if text}
     sources = {name: found[name][1] for name in values}
@@ -17715,6 +17934,8 @@ def checked(settings: Settings) -> Settings:
             f"Listening on {settings.host} would let everyone on the network read your chats. "
             "Set --api-key SECRET (clients then send it as their API key), or use --host 127.0.0.1."
         )
+    if 0 < settings.context < LEAST_CONTEXT:
+        raise SettingsError(f"--context must be at least {LEAST_CONTEXT} tokens, not {settings.context}.")
     if settings.port > 65535:
         raise SettingsError(f"--port must be at most 65535, not {settings.port}.")
     if settings.summary_upstream == "gemini" and not settings.summary_key:
@@ -17812,7 +18033,7 @@ def chat_files(name: str, failed: Callable[[str | Path, Exception], None]) -> li
 def embed_chats(memory: PersonaMemory, chats: Iterable[str]) -> None:
     """Computes the vectors of chats, with a progress bar. Without an embedder they are computed when a chat goes on."""
     sizes = {chat: memory.describe(chat, mood=False)["messages"] for chat in chats}
-    with tqdm(total=sum(sizes.values()), desc="vectors", unit="message") as bar:
+    with tqdm(total=sum(sizes.values()), desc="vectors", unit="message", disable=not sizes) as bar:
         try:
             for chat in sizes:
                 for done in memory.vectors.of_chat(chat):
@@ -18358,11 +18579,22 @@ EPILOG = """Every option has a variable too: --summary-every is PERSONA_MEMORY_S
 or in a file named .env beside the program. Options go before variables, and variables before .env."""
 
 
+class CommandLine(argparse.ArgumentParser):
+    """A parser that names the option which a misspelt one may have meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with the usage and what is wrong."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        meant = [near[0] for flag in unknown if (near := difflib.get_close_matches(flag, flags, 1))]
+        super().error(message + (f". Did you mean {', '.join(meant)}?" if meant else ""))
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """The command line's parser, made from the fields of `Settings` and from `ACTIONS`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="persona_memory.py", usage="python persona_memory.py [--proxy] [options]", description=DESCRIPTION,
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=__version__)
     group_of = {name: group for group, names in OPTION_GROUPS.items() for name in names}
@@ -18436,6 +18668,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_log(settings)
         if act(settings, argv):
             return 0
+        check_folder(settings)
         os.umask(0o077)  # whatever is written from now on is for the user's own eyes
         sys.setswitchinterval(SWITCH_SECONDS)
         server = create_server(settings, START_DELAY)
@@ -18460,6 +18693,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.task_dispatcher.shutdown(timeout=SHUTDOWN_SECONDS)
     server.memory.close()
     return 0
+
+
+def check_folder(settings: Settings) -> None:
+    """Raises `SettingsError` where the data folder can be neither used nor made. One that holds chats and cannot be
+    written to is read all the same."""
+    wrong = next((f for f in check_data(settings) if f.level == "wrong"), None)
+    if wrong is None:
+        return
+    if not (Path(settings.data) / "chats").is_dir():
+        raise SettingsError(f"{wrong.words} What to do: {wrong.advice}")
+    log_event("read_only", f"{wrong.words} {UNKEPT}. What to do: {wrong.advice}", level=logging.WARNING)
 
 
 def interrupt(*_: Any) -> None:
