@@ -8512,7 +8512,8 @@ LONGEST_ANSWER = 16 * 1024 * 1024  # bytes of a JSON answer, or of one line of a
 LONGEST_STREAM = 64 * 1024 * 1024  # bytes
 DEEPEST_JSON = 200  # brackets within brackets; json reads and writes some hundreds more
 LONGEST_ERROR = 2000  # characters of an upstream's words
-MOST_ERROR_PACKETS = 100  # that are read of an error's body
+MOST_OF_ERROR = 2**20  # bytes that are read of an error's body
+MOST_ERROR_PACKETS = 100  # the same in pieces
 MOST_TOKENS = 10**9  # what a count of tokens may be
 NO_COMPLETION = "The upstream's answer cannot be read: it is not a chat completion. Is its address right?"
 TOO_LARGE = "The upstream's answer is too large to be read."
@@ -8695,10 +8696,20 @@ def read_whole(reply: UpstreamReply) -> dict:
 def refuse_status(reply: UpstreamReply) -> None:
     """Raises `UpstreamError` for an answer whose status is no success, with the upstream's own words."""
     if reply.status >= 400:
-        raw = b"".join(itertools.islice(reply.chunks, MOST_ERROR_PACKETS))
-        raise UpstreamError(reply.status, error_object(raw), reply.headers.get("retry-after"))
+        raise UpstreamError(reply.status, error_object(start_of(reply.chunks)), reply.headers.get("retry-after"))
     if reply.status >= 300:
         raise redirect_refused(reply.headers)
+
+
+def start_of(chunks: Iterable[bytes]) -> bytes:
+    """As much of an error's body as is read: one that is compressed may be a thousand times as long as what came."""
+    found, room = [], MOST_OF_ERROR
+    for chunk in itertools.islice(chunks, MOST_ERROR_PACKETS):
+        found.append(chunk[:room])
+        room -= len(chunk)
+        if room <= 0:
+            break
+    return b"".join(found)
 
 
 def redirect_refused(headers: Mapping[str, str]) -> UpstreamError:
@@ -9350,7 +9361,8 @@ def cancellable_adapter() -> type:
                 raise redirect_refused(response.headers)
             if response.status_code >= 400:
                 retry_after = response.headers.get("retry-after")
-                raise UpstreamError(response.status_code, google_error(response.content), retry_after)
+                said = start_of(response.iter_content(2**16))
+                raise UpstreamError(response.status_code, google_error(said), retry_after)
             return response
 
     return CancellableAdapter

@@ -28,10 +28,10 @@ def endless(handler, piece: bytes, pause: float = 0.0, header: bytes = b"") -> N
         ended.wait(pause)
 
 
-def bomb(handler) -> None:
+def bomb(handler, status: int = 200) -> None:
     """A quarter of a gigabyte of blanks in a few hundred kilobytes."""
     packed = gzip.compress(b"[" + b" " * 2**28, 1)
-    handler.send_response(200)
+    handler.send_response(status)
     handler.send_header("Content-Encoding", "gzip")
     handler.send_header("Content-Length", str(len(packed)))
     handler.end_headers()
@@ -51,6 +51,17 @@ def test_a_list_of_models_without_end_is_read_to_a_limit(upstream, answer):
         openai(upstream).models(pm.Call())
     assert pm.TOO_LARGE in str(refused.value)
     assert openai(upstream).context_length("fake-model", pm.Call()) is None
+
+
+def test_an_errors_body_is_read_to_a_limit(upstream):
+    """The piece that goes beyond it is the last that is asked for; small ones are counted."""
+    large, small = iter([b"x" * 2**19] * 9), iter([b"x"] * 999)
+    assert len(pm.start_of(large)) == pm.MOST_OF_ERROR and len(list(large)) == 7
+    assert len(pm.start_of(small)) == pm.MOST_ERROR_PACKETS and len(list(small)) == 899
+    upstream.steer(routes={"/v1/chat/completions": lambda h: bomb(h, 400)})
+    with pytest.raises(pm.UpstreamError) as refused:
+        openai(upstream).complete(TURN, pm.Call(retry=False))
+    assert refused.value.status == 400
 
 
 @pytest.mark.parametrize("header", [b"", b"X-Slow: "])
