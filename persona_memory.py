@@ -4205,7 +4205,7 @@ def readable_rows(database: Path) -> Iterator[tuple[str, Any]]:
                         with contextlib.suppress(ValueError, RecursionError):
                             yield key, json.loads(value)
                 return
-            except sqlite3.Error as error:
+            except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's words may quote what is no text
                 if "malformed" not in str(error) and "I/O" not in str(error):  # nothing in it can be read
                     return
                 last, failures = last + 1, failures + 1

@@ -37,12 +37,12 @@ def corrupt(file, number: int) -> None:
 
 def written(data) -> pm.PersonaMemory:
     """A program with two chats on its disk, none of them open."""
-    memory = pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1"))
+    memory = pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1", embedder="/nonexistent"))
     for chat in ("hurt", "well"):
         rows = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(LINES)]
         memory.archive.append(chat, rows)
     memory.close()
-    return pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1"))
+    return pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1", embedder="/nonexistent"))
 
 
 def file_of(data, chat: str):
@@ -117,7 +117,7 @@ def test_a_row_that_nobody_can_have_written_is_damage_too(tmp_path, value):
                     "INSERT INTO Cache (key, raw, store_time, access_time, access_count, size, mode, filename, value) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row,
                 )  # fmt: skip
-            memory = pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1"))
+            memory = pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1", embedder="/nonexistent"))
             for use in uses_of(memory):
                 try:
                     use()
@@ -251,7 +251,7 @@ def test_a_folder_that_cannot_be_written_can_be_read():
         place.chmod(0o500 if place.is_dir() else 0o400)
     try:
         os.seteuid(65534) if user == 0 else None
-        memory = pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1"))
+        memory = pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1", embedder="/nonexistent"))
         assert {line["chat_id"]: line["state"] for line in memory.chats()} == {"hurt": "ok", "well": "ok"}
         assert memory.messages("hurt")["total"] == len(LINES)
         assert memory.find("ferry abbot")["found"]
@@ -275,6 +275,26 @@ def test_a_page_is_told_that_nothing_is_kept():
     turn = {"outcome": "degraded", "status": 200, "why": f"degraded; reason={pm.UNKEPT}: the disk is full."}
     level, words, _ = pm.diagnosis({"status": "ready"}, "ready", turn)
     assert (level, words) == ("trouble", f"{pm.UNKEPT}: the disk is full.")
+
+
+@pytest.mark.parametrize("part", ["chats", "catalogue", "characters"])
+@pytest.mark.parametrize("broken", [b"CREATE TABLX \x88ache", b"CREATE TABLE \x88ache", b"\xff" * 18])
+def test_a_schema_that_is_no_text_is_damage(tmp_path, part, broken):
+    """SQLite quotes it in its error, which Python then cannot decode."""
+    memory = written(tmp_path)
+    file = file_of(tmp_path, "hurt") if part == "chats" else pm.database_of(tmp_path / part)
+    whole = file.read_bytes()
+    assert len(broken) == 18 and b"CREATE TABLE Cache" in whole
+    file.write_bytes(whole.replace(b"CREATE TABLE Cache", broken))
+    for use in uses_of(memory):
+        use()
+    if part == "chats":
+        assert [(f.level, f.subject) for f in pm.check_chats(memory.settings)] == [("note", "Chats")]
+        assert memory.messages("hurt")["messages"] == []
+        [line] = [line for line in memory.chats() if line["chat_id"] == "hurt"]
+        assert line["state"] == "salvaged" and line["words"].startswith("0 messages could be saved")
+        assert [(f.level, f.subject) for f in pm.check_chats(memory.settings)] == [("ok", "Chats"), ("note", "Copies")]
+    memory.close()
 
 
 def test_a_chat_that_another_process_has_made_anew_is_not_salvaged(tmp_path):
