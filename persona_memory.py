@@ -460,6 +460,18 @@ def json_reader(text: str, **hooks: Callable) -> json.JSONDecoder:
     return reader
 
 
+def json_text(value: Mapping[str, Any]) -> str:
+    """A JSON object as `json.dumps` writes it, with one call into C for each of its values and of its lists' items."""
+    parts = []
+    for name, part in value.items():
+        if isinstance(part, list | tuple):
+            written = f"[{', '.join([json.dumps(item) for item in part])}]"
+        else:
+            written = json.dumps(part)
+        parts.append(f"{json.dumps(name)}: {written}")
+    return f"{{{', '.join(parts)}}}"
+
+
 def normal_form(text: str, form: str) -> str:
     """Text in a Unicode normal form. Of a longer heap of marks the first are kept: putting them in order takes the
     square of their number, and a thousand times a thousand of them would stop everything else."""
@@ -1148,12 +1160,16 @@ class RecentWarnings(logging.Filter):
         log.removeFilter(self)
 
 
-def log_event(event: str, sentence: str, *, level: int = logging.INFO, trace: bool = False, **figures: Any) -> None:
-    """One line in the log: `sentence` for people; `event` and `figures` (ids, times, counts) for machines."""
-    log.log(level, sentence, extra={"event": event, "figures": figures}, exc_info=trace)
-
-
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def log_event(event: str, sentence: str, *, level: int = logging.INFO, trace: bool = False, **figures: Any) -> None:
+    """One line in the log: `sentence` for people; `event` and `figures` (ids, times, counts) for machines.
+
+    Another program's log, of which this one is a module, may not escape what stands in a chat's id.
+    """
+    sentence = CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], sentence)
+    log.log(level, sentence, extra={"event": event, "figures": figures}, exc_info=trace)
 
 
 class LogFormatter(logging.Formatter):
@@ -3611,7 +3627,7 @@ class Database:
 
     def _open_for_writing(self) -> SharedCache:
         file = database_of(self.folder)
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(self.folder)
         with contextlib.suppress(OSError):  # what cannot be used is told by SQLite
             if not file.exists():
                 file.touch(mode=0o600)
@@ -3653,10 +3669,15 @@ class RebuiltDatabase(Database):
     def __init__(self, folder: Path, synchronous: int, on_loss: Callable[[], None] = lambda: None):
         super().__init__(folder, synchronous)
         self._on_loss = on_loss
+        self._file = 0  # which file it was when it was opened
 
     @contextlib.contextmanager
     def use(self) -> Iterator[SharedCache]:
-        """As `Database.use`."""
+        """As `Database.use`. A file that somebody has removed is not written any longer, though SQLite would."""
+        with self.lock:
+            if self._cache is not None and file_number(self.folder) != self._file:
+                self.rest()
+                self._on_loss()
         try:
             with super().use() as cache:
                 yield cache
@@ -3670,6 +3691,12 @@ class RebuiltDatabase(Database):
             raise StoreDamaged(str(error)) from error
 
     def _open(self) -> SharedCache:
+        cache = self._whole()
+        self._file = file_number(self.folder)
+        return cache
+
+    def _whole(self) -> SharedCache:
+        """The cache, made anew where it was damaged."""
         try:
             return self._checked(super()._open())
         except (sqlite3.DatabaseError, StoreDamaged) as error:
@@ -3729,12 +3756,21 @@ def store_error(error: Exception, folder: Path) -> StoreError:
     return StoreError(f"The chat's file cannot be used: {words}")
 
 
+def file_number(folder: Path) -> int:
+    """Which file a folder's database is, by its system's number; 0 where there is none."""
+    try:
+        return database_of(folder).stat().st_ino
+    except FileNotFoundError:
+        return 0
+
+
 def make_private(*folders: Path) -> None:
     """Makes folders where they are missing, and lets nobody but their owner into those that are new or this program's
     own; raises `OSError`."""
     for folder in folders:
         if not folder.exists() or folder.name in OWN_FOLDERS:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for place in (*reversed(folder.parents), folder):  # `parents=True` would let others into those between
+                place.mkdir(mode=0o700, exist_ok=True) if not place.exists() else None
             with contextlib.suppress(OSError):  # another user's, read-only, or a file system without owners
                 folder.chmod(0o700)
 
@@ -3799,7 +3835,7 @@ class ChatStore:
         self.lock = threading.RLock()
         self._database = Database(directory, 2, self.lock)
         with self._database.use() as cache:
-            self._file = database_of(directory).stat().st_ino
+            self._file = file_number(directory)
             try:
                 self._read_all(cache)
             except StoreError:
@@ -3885,10 +3921,7 @@ class ChatStore:
 
     def was_replaced(self) -> bool:
         """Whether another process has deleted the chat since it was opened, or made it anew."""
-        try:
-            return database_of(self.directory).stat().st_ino != self._file
-        except FileNotFoundError:
-            return True
+        return file_number(self.directory) != self._file
 
     def _remember(self, row: dict) -> None:
         message = message_of(row)
@@ -4185,7 +4218,11 @@ class ChatStore:
 def readable_rows(database: Path) -> Iterator[tuple[str, Any]]:
     """The keys and JSON values of a damaged database that can be read, whatever stands between them."""
     address = f"{database.absolute().as_uri()}?mode=ro"
-    with contextlib.closing(sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)) as connection:
+    try:
+        opened = sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)
+    except sqlite3.Error:
+        return
+    with contextlib.closing(opened) as connection:
         connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
         last, failures = 0, 0
         while failures < MOST_UNREADABLE:
@@ -4197,7 +4234,7 @@ def readable_rows(database: Path) -> Iterator[tuple[str, Any]]:
                         with contextlib.suppress(ValueError, RecursionError):
                             yield key, json.loads(value)
                 return
-            except sqlite3.Error as error:
+            except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's words may quote what is no text
                 if "malformed" not in str(error) and "I/O" not in str(error):  # nothing in it can be read
                     return
                 last, failures = last + 1, failures + 1
@@ -5502,7 +5539,8 @@ class ChatRegistry:
         with self._lock:
             lending = self._lent.get(folder.name)
             opens = lending is None or lending.outdated
-            if lending and opens and lending.chat.result().store.damaged:
+            store = lending.chat.result().store if lending and opens else None
+            if store and store.damaged and not store.was_replaced():
                 self._troubles[folder.name] = StoreDamaged("This chat's file is damaged.")
             if opens:
                 lending = self._lent[folder.name] = Lending()
@@ -5521,18 +5559,22 @@ class ChatRegistry:
 
     def _opened(self, folder: Path) -> Chat:
         """A chat; a damaged one is set aside, and made anew of the rows that can be read."""
-        try:
-            if not isinstance(self._troubles.get(folder.name), StoreDamaged):
+        tries = 0 if isinstance(self._troubles.get(folder.name), StoreDamaged) else 2
+        for _ in range(tries):  # at the first another process may have been deleting the chat
+            try:
                 return Chat(folder)
-        except StoreDamaged as error:
-            self._troubles[folder.name] = error
+            except StoreDamaged as error:
+                self._troubles[folder.name] = error
         names = {chat_folder(line["chat_id"]): line for line in self.catalogue.chats()}
         messages, summaries, facts, info = salvaged(readable_rows(database_of(folder)))
         info = {"explicit": True, "updated": time.time()} | names.get(folder.name, {}) | info
         if chat_folder(str(info.get("chat_id"))) != folder.name:  # nothing says which chat this is
             raise self._troubles[folder.name]
         info = {k: v for k, v in info.items() if k not in ("messages", "branches", "reports")}
-        aside = set_aside(folder)
+        try:
+            aside = set_aside(folder)
+        except OSError as error:
+            raise store_error(error, folder) from error
         words = f"{len(messages)} messages could be saved from a damaged file, which is kept as {aside}."
         info |= {"salvaged": words}
         chat = Chat(folder)
@@ -8514,7 +8556,8 @@ LONGEST_ANSWER = 16 * 1024 * 1024  # bytes of a JSON answer, or of one line of a
 LONGEST_STREAM = 64 * 1024 * 1024  # bytes
 DEEPEST_JSON = 200  # brackets within brackets; json reads and writes some hundreds more
 LONGEST_ERROR = 2000  # characters of an upstream's words
-MOST_ERROR_PACKETS = 100  # that are read of an error's body
+MOST_OF_ERROR = 2**20  # bytes that are read of an error's body
+MOST_ERROR_PACKETS = 100  # the same in pieces
 MOST_TOKENS = 10**9  # what a count of tokens may be
 NO_COMPLETION = "The upstream's answer cannot be read: it is not a chat completion. Is its address right?"
 TOO_LARGE = "The upstream's answer is too large to be read."
@@ -8697,10 +8740,20 @@ def read_whole(reply: UpstreamReply) -> dict:
 def refuse_status(reply: UpstreamReply) -> None:
     """Raises `UpstreamError` for an answer whose status is no success, with the upstream's own words."""
     if reply.status >= 400:
-        raw = b"".join(itertools.islice(reply.chunks, MOST_ERROR_PACKETS))
-        raise UpstreamError(reply.status, error_object(raw), reply.headers.get("retry-after"))
+        raise UpstreamError(reply.status, error_object(start_of(reply.chunks)), reply.headers.get("retry-after"))
     if reply.status >= 300:
         raise redirect_refused(reply.headers)
+
+
+def start_of(chunks: Iterable[bytes]) -> bytes:
+    """As much of an error's body as is read: one that is compressed may be a thousand times as long as what came."""
+    found, room = [], MOST_OF_ERROR
+    for chunk in itertools.islice(chunks, MOST_ERROR_PACKETS):
+        found.append(chunk[:room])
+        room -= len(chunk)
+        if room <= 0:
+            break
+    return b"".join(found)
 
 
 def redirect_refused(headers: Mapping[str, str]) -> UpstreamError:
@@ -9352,7 +9405,8 @@ def cancellable_adapter() -> type:
                 raise redirect_refused(response.headers)
             if response.status_code >= 400:
                 retry_after = response.headers.get("retry-after")
-                raise UpstreamError(response.status_code, google_error(response.content), retry_after)
+                said = start_of(response.iter_content(2**16))
+                raise UpstreamError(response.status_code, google_error(said), retry_after)
             return response
 
     return CancellableAdapter
@@ -9845,7 +9899,7 @@ class OpenAIUpstream:
             return self._gate.retry(call, lambda: self._ask(body, call, self._answer), self.secrets(call))
 
     def _answer(self, body: Mapping, call: Call) -> dict:
-        with self._post(json.dumps(body).encode(), call) as reply:
+        with self._post(json_text(body).encode(), call) as reply:
             answer = read_whole(reply)
         if call.background and not any(says_something({"content": text_of_choice(c)}) for c in answer["choices"]):
             raise NoReply(ALL_THOUGHTS, spent=True)
@@ -9861,7 +9915,7 @@ class OpenAIUpstream:
             yield from self._gate.stream(call, begin, self.secrets(call))
 
     def _begin(self, body: Mapping, call: Call) -> tuple[list[dict], Iterator[dict]]:
-        return until_first_token(self._chunks(json.dumps(body).encode(), call))
+        return until_first_token(self._chunks(json_text(body).encode(), call))
 
     def _chunks(self, raw: bytes, call: Call) -> Iterator[dict]:
         with self._post(raw, call) as reply:
@@ -10563,6 +10617,7 @@ class Vectors:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectors")
         self._held: set[str] = set()  # chats whose vectors wait until the background goes on
         self._closed = False
+        self._missed = 0  # jobs that were left undone since the embedder last worked
 
     def later(self, chat: Chat, ids: Iterable[str]) -> None:
         """Has the vectors that messages still lack computed in the background, by one job a chat."""
@@ -10580,9 +10635,25 @@ class Vectors:
         try:
             if not self._closed:
                 work(*args)
+                self._note_missing("")
+        except EmbedderUnavailable as error:
+            self._note_missing(str(error))
         except Exception as error:
             if not self._closed:
                 note_failure("vectors_failed", "Vectors could not be computed", error, "")
+
+    def _note_missing(self, reason: str) -> None:
+        """Says that messages get no vectors, and why: the first time, the tenth, the hundredth; and that they get them
+        again. Without a `reason` a job was done, which need not have asked the embedder."""
+        if self._closed or (not reason and self.embedder.status != "ready"):
+            return
+        if not reason and self._missed:
+            log_event("vectors_again", f"Messages get vectors again. {self._missed} times they got none.")
+        self._missed = self._missed + 1 if reason else 0
+        if reason and str(self._missed).strip("0") == "1":
+            times = f" ({self._missed} times by now)" if self._missed > 1 else ""
+            words = f"Messages get no vectors, so they are found by their words alone: {reason}.{times}"
+            log_event("vectors_failed", words, level=logging.WARNING, times=self._missed)
 
     def _embed_awaiting(self, chat_id: str) -> None:
         with self._registry.lookup(chat_id) as chat:
@@ -16606,6 +16677,19 @@ def extension_archive(address: str) -> bytes:
 
 
 def extension_repository(folder: Path, address: str) -> Any:
+    """The extension's repository in a folder (see `newest_extension`); a damaged one is made anew."""
+    try:
+        return newest_extension(folder, address)
+    except OSError:
+        raise
+    except Exception as error:
+        words = f"{folder} was damaged ({type(error).__name__}), and is made again."
+        log_event("renewed", words, level=logging.WARNING)
+        shutil.rmtree(folder)
+        return newest_extension(folder, address)
+
+
+def newest_extension(folder: Path, address: str) -> Any:
     """The extension for a server at that address as a bare git repository (a `dulwich.repo.Repo`), kept in a folder.
 
     Each version that was ever asked for is a commit after the one before, so that SillyTavern can update what it has
@@ -16613,8 +16697,8 @@ def extension_repository(folder: Path, address: str) -> Any:
     """
     from dulwich import objects, repo
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    found = repo.Repo(str(folder)) if (folder / "HEAD").exists() else repo.Repo.init_bare(str(folder), mkdir=True)
+    make_private(folder)
+    found = repo.Repo(str(folder)) if (folder / "HEAD").exists() else repo.Repo.init_bare(str(folder))
     blobs = {name: objects.Blob.from_string(content) for name, content in extension_files(address).items()}
     tree = objects.Tree()
     for name, blob in blobs.items():
@@ -16739,6 +16823,11 @@ def request_object() -> dict:
     if not isinstance(body, dict):
         raise InvalidRequest("The request must be a JSON object.")
     return body
+
+
+def large_object(value: Mapping) -> flask.Response:
+    """A JSON object that may hold a whole chat, as an answer."""
+    return flask.Response(json_text(value), mimetype="application/json")
 
 
 TEXT = {"type": "string", "pattern": r"\S", "description": "a string that is not blank"}
@@ -17283,9 +17372,9 @@ def chat_delete(chat: str) -> dict:
 
 @api.get("/chats/<chat:chat>/messages")
 @takes_query(offset=0, limit=1000, tip="")
-def chat_messages(chat: str, offset: int, limit: int, tip: str) -> dict:
+def chat_messages(chat: str, offset: int, limit: int, tip: str) -> flask.Response:
     """The chat's current branch."""
-    return engine().messages(chat, offset, limit, tip)
+    return large_object(engine().messages(chat, offset, limit, tip))
 
 
 @api.post("/chats/<chat:chat>/messages")
@@ -17298,10 +17387,10 @@ def chat_append(chat: str) -> dict:
 @api.get("/chats/<chat:chat>/export")
 @takes_query(format=("json", "sillytavern"))
 @gives(200, also="application/jsonl")
-def chat_export(chat: str, format: str) -> dict | flask.Response:
+def chat_export(chat: str, format: str) -> flask.Response:
     """The whole chat as JSON, or its current branch as a SillyTavern chat file."""
     if format == "json":
-        return engine().archive.export(chat)
+        return large_object(engine().archive.export(chat))
     return flask.Response(engine().archive.export_transcript(chat), mimetype="application/jsonl")
 
 
@@ -18339,7 +18428,7 @@ class Finding:
 
 def run_doctor(settings: Settings, _: str) -> str:
     """Checks what a chat needs, one line a finding; raises `SettingsError` at the end where something is wrong."""
-    checks = (check_packages, check_data, check_port, check_embedder, check_upstreams, check_extension)
+    checks = (check_packages, check_data, check_chats, check_port, check_embedder, check_upstreams, check_extension)
     findings = []
     for check in checks:
         for finding in check(settings):
@@ -18393,6 +18482,52 @@ def check_data(settings: Settings) -> Iterator[Finding]:
     chats = len(list((folder / "chats").iterdir())) if (folder / "chats").is_dir() else 0
     words = f"{chats} chats in {folder}, {free / 1e9:.1f} GB free"
     yield Finding("ok" if free > LITTLE_DISK else "note", "Data folder", words)
+
+
+SHOWN_DAMAGED = 5  # chats that a finding names
+
+
+def check_chats(settings: Settings) -> Iterator[Finding]:
+    """Whether the chats' files can be read, and what is kept of those that could not. Nothing is changed."""
+    folder = Path(settings.data, "chats")
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    files = [database_of(folder / name) for name in names if "." not in name]
+    damaged = [chat_in(file) for file in files if file.exists() and not is_sound(file)]
+    copies = [name for name in names if ".damaged-" in name]
+    if damaged:
+        shown = ", ".join(damaged[:SHOWN_DAMAGED]) + (" and others" if len(damaged) > SHOWN_DAMAGED else "")
+        advice = (
+            "open each on the memory page. What can be read of it is saved then, and a copy of the file is kept. "
+            "Where that fails, delete the chat there. Other chats are not affected."
+        )
+        yield Finding("note", "Chats", f"{len(damaged)} of {len(files)} are damaged: {shown}.", advice)
+    elif files:
+        yield Finding("ok", "Chats", f"all {len(files)} can be read")
+    if copies:
+        words = f"{len(copies)} copies of damaged files are kept in {folder}, named ....damaged-DATE."
+        yield Finding("note", "Copies", words, "delete them when you miss nothing in their chats.")
+
+
+def is_sound(database: Path) -> bool:
+    """Whether a chat's file can be read to its end; one that is locked or not this user's may well be."""
+    try:
+        with contextlib.closing(read_only(database)) as connection:
+            rows = connection.execute("SELECT value FROM Cache WHERE key >= 'm:' AND key < 'm;'")
+            readable = all(isinstance(json.loads(value), dict) for (value,) in rows)
+            return readable and connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+    except sqlite3.Error as error:
+        return not is_damage(error)
+    except SENSELESS:
+        return False
+
+
+def chat_in(database: Path) -> str:
+    """The id of the chat in a damaged file, else its folder."""
+    with contextlib.suppress(sqlite3.Error):
+        for key, value in readable_rows(database):
+            if key == "info" and isinstance(value, dict) and isinstance(value.get("chat_id"), str):
+                return one_line(value["chat_id"])
+    return str(database.parent)
 
 
 def check_port(settings: Settings) -> Iterator[Finding]:

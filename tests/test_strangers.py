@@ -1,7 +1,10 @@
 """What a determined stranger tries, at the server's socket, from the upstream's side, and with the data folder."""
 
 import gzip
+import os
+import shutil
 import threading
+import time
 
 import httpx
 import pytest
@@ -25,10 +28,10 @@ def endless(handler, piece: bytes, pause: float = 0.0, header: bytes = b"") -> N
         ended.wait(pause)
 
 
-def bomb(handler) -> None:
+def bomb(handler, status: int = 200) -> None:
     """A quarter of a gigabyte of blanks in a few hundred kilobytes."""
     packed = gzip.compress(b"[" + b" " * 2**28, 1)
-    handler.send_response(200)
+    handler.send_response(status)
     handler.send_header("Content-Encoding", "gzip")
     handler.send_header("Content-Length", str(len(packed)))
     handler.end_headers()
@@ -48,6 +51,17 @@ def test_a_list_of_models_without_end_is_read_to_a_limit(upstream, answer):
         openai(upstream).models(pm.Call())
     assert pm.TOO_LARGE in str(refused.value)
     assert openai(upstream).context_length("fake-model", pm.Call()) is None
+
+
+def test_an_errors_body_is_read_to_a_limit(upstream):
+    """The piece that goes beyond it is the last that is asked for; small ones are counted."""
+    large, small = iter([b"x" * 2**19] * 9), iter([b"x"] * 999)
+    assert len(pm.start_of(large)) == pm.MOST_OF_ERROR and len(list(large)) == 7
+    assert len(pm.start_of(small)) == pm.MOST_ERROR_PACKETS and len(list(small)) == 899
+    upstream.steer(routes={"/v1/chat/completions": lambda h: bomb(h, 400)})
+    with pytest.raises(pm.UpstreamError) as refused:
+        openai(upstream).complete(TURN, pm.Call(retry=False))
+    assert refused.value.status == 400
 
 
 @pytest.mark.parametrize("header", [b"", b"X-Slow: "])
@@ -96,3 +110,87 @@ def gemini_paths():
     yield "/v1beta/models"
     for method in ("", ":generateContent", ":streamGenerateContent"):
         yield f"/v1beta/models/{model}{method}"
+
+
+def turn(running, text: str, *shown: str) -> str:
+    """A turn of the chat "tale"; what memory says of it."""
+    messages = [{"role": ("user", "assistant")[n % 2], "content": words} for n, words in enumerate((*shown, text))]
+    answer = httpx.post(
+        f"{running.url}/v1/chat/completions", json={"messages": messages, "chat_id": "tale"}, timeout=60
+    )
+    return answer.raise_for_status().headers["X-Persona-Memory"]
+
+
+@pytest.fixture
+def running(upstream, data_dir):
+    """A server that finds memories by their words."""
+    given = settings(data_dir / "deep" / "data", upstream.url, embedder="/nonexistent")
+    with LocalServer(given, ready=False) as running:
+        yield running
+
+
+@pytest.fixture
+def open_mask():
+    """A process whose files are everybody's, where nothing is said about it."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_every_folder_is_its_owners_whatever_the_umask_is(open_mask, running, data_dir):
+    """Also those that are made again after somebody has removed them all."""
+    api = f"{running.url}/api/persona_memory"
+    for _ in range(2):
+        assert not turn(running, "Hello.").startswith("degraded")
+        httpx.patch(f"{api}/characters/Maren", json={"carry_over": True}).raise_for_status()
+        refs = f"{running.url}/persona_memory.git/info/refs?service=git-upload-pack"
+        assert httpx.get(refs).status_code == 200
+        data = data_dir / "deep" / "data"
+        folders = [data_dir, data.parent, data, *(f for f in data.iterdir() if f.is_dir())]
+        assert len(folders) == 7
+        assert [f for f in folders if f.stat().st_mode & 0o077] == []
+        shutil.rmtree(data_dir)
+
+
+def test_what_is_set_after_the_data_was_removed_is_kept(running, data_dir):
+    """SQLite would go on writing into files that no longer have a name; and no chat is listed that is gone."""
+    api = f"{running.url}/api/persona_memory"
+    turn(running, "Hello.")
+    httpx.patch(f"{api}/characters/Maren", json={"carry_over": True}).raise_for_status()
+    shutil.rmtree(data_dir)
+    assert httpx.get(f"{api}/chats").json() == []
+    assert httpx.get(f"{api}/characters/Maren").json()["carry_over"] is False
+    httpx.patch(f"{api}/characters/Maren", json={"carry_over": True}).raise_for_status()
+    httpx.post(f"{api}/chats/other/messages", json=TURN).raise_for_status()
+    again = pm.PersonaMemory(running.server.memory.settings)
+    assert again.recaller.character("Maren")["carry_over"] is True
+    assert [line["chat_id"] for line in again.chats()] == ["other"]
+    again.close()
+
+
+def test_a_damaged_copy_of_the_extension_is_made_anew(running, data_dir):
+    """It is derived from the program; git gets the same commit as before."""
+    refs = f"{running.url}/persona_memory.git/info/refs?service=git-upload-pack"
+    before = httpx.get(refs).content
+    folder = data_dir / "deep" / "data" / "extension.git"
+    for file in [folder / "HEAD", folder / "config", *folder.glob("refs/heads/*"), *folder.glob("objects/pack/*")]:
+        file.chmod(0o600)
+        file.write_bytes(b"\xff[")
+        answer = httpx.get(refs)
+        assert (answer.status_code, answer.content) == (200, before), file
+
+
+def test_a_clock_that_jumps_costs_no_turn_its_memory(running, monkeypatch):
+    """Ten years back, sixty ahead: a chat goes on, keeps its order, and can be exported and taken in."""
+    real, said = time.time, []
+    for number, years in enumerate((0, -10, 60, 0)):
+        monkeypatch.setattr(time, "time", lambda years=years: real() + years * 365 * 86_400)
+        said.append(f"Evening {number}: we count the boats.")
+        assert not turn(running, said[-1]).startswith("degraded")
+    api = f"{running.url}/api/persona_memory"
+    rows = httpx.get(f"{api}/chats/tale/messages").json()["messages"]
+    assert [row["content"] for row in rows if row["role"] == "user"] == said
+    whole = httpx.get(f"{api}/chats/tale/export").content
+    [taken] = httpx.post(f"{api}/import", params={"chat_id": "copy"}, content=whole).json()["chats"]
+    assert taken["added"] == len(rows)

@@ -109,6 +109,12 @@ def test_large_json_is_read_by_what_lets_others_run():
             pm.json_value(broken)
 
 
+def test_large_json_is_written_item_by_item():
+    """As json writes it."""
+    for value in ({}, {"a": []}, {"a": [1, {"b": "\u00e9\ud800"}], "c": (None,), "d": {"e": [1.5]}, "f": "x"}):
+        assert pm.json_text(value) == json.dumps(value)
+
+
 @pytest.mark.parametrize("unit", ["\ufdfa", "\ufdfa ", "e\u0301", "caf\u00e9 ", "\u3042", "ab\ud800", "\U0001f600 x"])
 def test_long_texts_are_worked_at_in_pieces(unit, monkeypatch):
     """None is longer than what takes a few milliseconds, nothing is lost between them, and where there is white space
