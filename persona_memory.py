@@ -515,7 +515,7 @@ FRAMING = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 HARMLESS = str.maketrans("<>[]#", "‹›()＃")
-FRAMERS = re.compile(r"[<>\[#]")  # with one of them each of those begins: most texts hold none
+FRAMERS = re.compile(r"[<>\[\]#]")  # with one of them each of those begins: most texts hold none
 
 
 def without_framing(text: str) -> str:
@@ -6760,10 +6760,10 @@ def story_of(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary
 
     `texts` are the digests of the branch's messages.
     """
-    return told(placed(summaries, texts))
+    return told_story(placed(summaries, texts))
 
 
-def told(standing: Iterable[Summary]) -> list[Summary]:
+def told_story(standing: Iterable[Summary]) -> list[Summary]:
     """The story of a branch, of the summaries that stand on it."""
     story, reach = [], -1
     for summary in sorted((s for s in standing if not s.stale), key=lambda s: (s.start, -s.level, -s.tries)):
@@ -12210,7 +12210,7 @@ def branch_story(chat: Chat, path: Sequence[str], before: int, budget: int) -> S
         return Story()
     standing = places_on(chat, path).placed(chat.store.summaries.values())
     hidden = [s for s in standing if s.since < before]
-    return render_story(told(hidden), branch_facts(chat, path, before), budget)
+    return render_story(told_story(hidden), branch_facts(chat, path, before), budget)
 
 
 def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
@@ -12326,7 +12326,7 @@ class Summarizer:
     def _story(chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary]]:
         """The plan's branch, and the summaries that stand for it."""
         path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else []
-        return path, told(places_on(chat, path).placed(chat.store.summaries.values()))
+        return path, told_story(places_on(chat, path).placed(chat.store.summaries.values()))
 
     def _work_off(self, chat_id: str) -> None:
         """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
@@ -12665,7 +12665,7 @@ def extract_to_improve(story: Sequence[Summary], stored: Sequence[Summary], plac
 def taken_in(summary: Summary, stored: Iterable[Summary], places: Places) -> list[Summary]:
     """The summaries that a summary of a higher level was made from, oldest first."""
     lower = places.placed(s for s in stored if s.level < summary.level)
-    return told(s for s in lower if summary.start <= s.start and s.end <= summary.end)
+    return told_story(s for s in lower if summary.start <= s.start and s.end <= summary.end)
 
 
 # ======================================================================================================================
