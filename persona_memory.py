@@ -13503,6 +13503,7 @@ PAGE_STYLE = r"""
   --story: var(--surprise);
   --memories: var(--joy);
   --history: var(--sadness);
+  --tools: var(--disgust);
   --response: var(--neutral);
   --free: var(--sunken);
   --radius: 12px;
@@ -14242,18 +14243,21 @@ async function chatsView() {
         return results.replaceChildren(count, found.length ? rows : '');
     }
 
-    const address = `${location.origin}/v1`;
-    const copy = async () => {
+    const copied = async (address) => {
         await navigator.clipboard.writeText(address);
         toast('Copied.');
+    };
+    const offer = (code, button, address) => {
+        code.textContent = address;
+        button.onclick = () => attempt(() => copied(address));
     };
     const drop = (event) => {
         event.preventDefault();
         root.classList.toggle('dropping', event.type === 'dragover');
         if (event.type === 'drop') importFiles([...event.dataTransfer.files]);
     };
-    parts.address.textContent = address;
-    parts.copy.onclick = () => attempt(copy);
+    offer(parts.address, parts.copy, `${location.origin}/v1`);
+    offer(parts.repository, parts.copyRepository, `${location.origin}/persona_memory.git`);
     parts.extension.onclick = () => attempt(() => download('/extension.zip', 'persona_memory.zip'));
     parts.choose.onclick = () => files.click();
     files.onchange = () => importFiles([...files.files]).finally(() => { files.value = ''; });
@@ -14640,7 +14644,7 @@ function messageRow(chat, row, index, unfolded, found) {
             h('span.small.muted', when(row.timestamp ?? row.at)),
             row.feeling && moodChip(...row.feeling),
             row.weight !== undefined && importance(row.weight),
-            row.pinned && h('span.chip', 'Pinned'),
+            row.pinned && !row.forgotten && h('span.chip', 'Pinned'),
             row.forgotten && h('span.chip', row.erased ? 'Erased' : 'Forgotten'),
             messageTools(chat, row, text)),
         text));
@@ -14929,8 +14933,8 @@ async function promptsTab(chat) {
 function promptCard(chat, report) {
     const used = Object.values(report.tokens).reduce((sum, tokens) => sum + tokens, 0);
     const tokens = { ...report.tokens, free: Math.max(0, report.context - used) };
-    const shares = Object.entries(SHARES).map(([name, words]) =>
-        ({ words, count: tokens[name] ?? 0, tone: `var(--${name})` }));
+    const shown = Object.entries(SHARES).filter(([name]) => name !== 'tools' || tokens.tools);
+    const shares = shown.map(([name, words]) => ({ words, count: tokens[name] ?? 0, tone: `var(--${name})` }));
     const left = report.left_out ?? [];
     const figures = [
         Number.isFinite(report.reused) && `${percent(report.reused)} reused from the previous prompt`,
@@ -15258,7 +15262,8 @@ PAGE = f"""<!doctype html>
           In SillyTavern: API Connections, API “Chat Completion”, source “Custom (OpenAI-compatible)”. Paste this as the
           endpoint; every other OpenAI-compatible client calls it the base URL.
         </p>
-        <p class="copy"><code data-part="address"></code><button type="button" data-part="copy">Copy</button></p>
+        <p class="copy"><code data-part="address"></code><button type="button" data-part="copy"
+          aria-label="Copy the base URL">Copy</button></p>
         <p data-part="needsProxy">
           It works once persona_memory is started with <code>--proxy</code>. Without that, use the extension below.
         </p>
@@ -15269,8 +15274,12 @@ PAGE = f"""<!doctype html>
       </li>
     </ol>
     <p class="small muted row">
-      For SillyTavern there is an extension too. It tells chats apart by name, and shows what was recalled:
-      <button type="button" data-part="extension">download it</button>
+      For SillyTavern there is an extension too. It tells chats apart by name, and shows what was recalled. In
+      SillyTavern: Extensions, Install extension, and this address
+      (or <button type="button" data-part="extension">download it</button>):
+    </p>
+    <p class="copy"><code data-part="repository"></code><button type="button"
+      data-part="copyRepository" aria-label="Copy the extension's address">Copy</button>
     </p>
     <p class="waiting"><span class="dot"></span><span role="status" data-part="waiting"></span></p>
   </section>
@@ -15331,7 +15340,7 @@ PAGE = f"""<!doctype html>
 </div></template>
 
 <template id="recall"><div class="stack">
-  <p class="muted">Write a message to see which memories it would bring into the prompt, and why.</p>
+  <p class="muted">Write a message to see what memory finds for it, best first. A prompt takes the first that fit.</p>
   <input type="search" aria-label="What does it remember?" data-part="field"
     placeholder="Write what you would say in the chat: “where did we first meet?”">
   <p class="muted small" role="status" data-part="status"></p>
@@ -18190,7 +18199,7 @@ def import_files(settings: Settings, names: Sequence[str]) -> str:
     finally:
         memory.close()
     known = counts["total"] - counts["added"]
-    done = f"{len(chats)} chats: {counts['added']} messages added, {known} already present."
+    done = f"Chats: {len(chats)}. Messages: {counts['added']} added, {known} already present."
     if counts["failed"]:
         files = counts["failed"] + counts["read"]
         raise InvalidRequest(f"{done} {counts['failed']} of {files} files could not be read.")
@@ -18559,7 +18568,7 @@ def check_data(settings: Settings) -> Iterator[Finding]:
         yield Finding("wrong", "Data folder", f"{folder} cannot be written to: {error.strerror or error}.", advice)
         return
     chats = len(list((folder / "chats").iterdir())) if (folder / "chats").is_dir() else 0
-    words = f"{chats} chats in {folder}, {free / 1e9:.1f} GB free"
+    words = f"{folder} (chats: {chats}), {free / 1e9:.1f} GB free"
     yield Finding("ok" if free > LITTLE_DISK else "note", "Data folder", words)
 
 

@@ -777,7 +777,7 @@ def test_a_folder_of_chats_is_imported(tmp_path, server):
     done = subprocess.run(  # as a user does it
         command(data, chats), env=clean_environment(None), capture_output=True, text=True, timeout=PATIENCE
     )
-    assert done.returncode == 2 and "4 chats: 7 messages added, 0 already present. 1 of 6 files" in done.stderr
+    assert done.returncode == 2 and "Chats: 4. Messages: 7 added, 0 already present. 1 of 6 files" in done.stderr
     assert "Traceback" not in done.stderr
     for words in (
         "one.jsonl: 2 messages, 2 of them new", "greeting.jsonl: skipped: it holds no message of the user",
@@ -789,7 +789,7 @@ def test_a_folder_of_chats_is_imported(tmp_path, server):
     for name in ("broken.jsonl", "none.jsonl"):
         (chats / name).unlink()
     done = run_import(data, chats)
-    assert done.returncode == 0 and "3 chats: 0 messages added, 6 already present." in done.stdout
+    assert done.returncode == 0 and "Chats: 3. Messages: 0 added, 6 already present." in done.stdout
     memory = pm.PersonaMemory(pm.Settings(data=str(data)))
     assert len(memory.chats()) == 4
     for row in memory.chats():
@@ -812,7 +812,7 @@ def test_files_that_cannot_be_read_cost_only_themselves(tmp_path):
         (chats / name).symlink_to(UNREADABLE)
     (chats / "c.jsonl").write_text(written(line("Robin", "Hello."), line("Helena", "Sit.")))
     done = run_import(tmp_path / "data", tmp_path / "nowhere.jsonl", chats)
-    assert done.returncode == 2 and "1 chats: 2 messages added, 0 already present. 3 of 4 files" in done.stderr
+    assert done.returncode == 2 and "Chats: 1. Messages: 2 added, 0 already present. 3 of 4 files" in done.stderr
     assert all(name in done.stderr for name in ("nowhere.jsonl", "a.json:", "b.jsonl:"))
     assert "Traceback" not in done.stderr
 

@@ -135,7 +135,7 @@ def test_a_newcomer_is_led_to_the_first_chat_by_three_steps_that_tick_themselves
     expect(steps.nth(0)).to_contain_text("Done: A model that answers")
     expect(steps.nth(0)).to_contain_text(upstream.url)
     expect(page.get_by_text("Waiting for the first request")).to_be_visible()
-    page.get_by_role("button", name="Copy").click()
+    page.get_by_role("button", name="Copy the base URL").click()
     expect(page.get_by_text("Copied.")).to_be_visible()
     assert page.evaluate("navigator.clipboard.readText()") == f"{server.url}/v1"
     first = {"role": "user", "content": "Is the lamp lit?"}
@@ -500,7 +500,7 @@ def test_a_prompt_says_what_went_in_and_what_it_cost(visit, asked):
     expect(card).to_be_visible()
     parts = card.locator(".share i").evaluate_all("all => all.map(i => Number(i.style.getPropertyValue('--share')))")
     assert sum(parts) == report["context"]
-    shown = {"persona": "Persona", "story": "Summary", "memories": "Memories", "history": "History"}
+    shown = {"persona": "Persona", "story": "Summary and facts", "memories": "Memories and mood", "history": "History"}
     for share, word in shown.items():
         expect(card.locator(".legend")).to_contain_text(f"{word}{report['tokens'][share]:,}")
     expect(card).to_contain_text(f"{int(100 * report['reused'] + 0.5)} % reused from the previous prompt")
