@@ -2871,9 +2871,8 @@ def count_users(tree: Tree, ids: Iterable[str]) -> int:
 
 
 def goes_on(found: Alignment, digests: Sequence[str], head: str) -> bool:
-    """Whether a window of a chat shows its end as it was, the reply to that, which may be known, and a new message."""
-    new = len(digests) - len(found.kept)
-    return found.base != ROOT and (new == 2 and found.kept[-1] == head or new == 1 and head in found.kept[-2:])
+    """Whether a window of a chat shows its end as it was, the reply that was given to that, and a new message."""
+    return found.base != ROOT and len(found.kept) == len(digests) - 1 and head in found.kept[-2:-1]
 
 
 def exact_start(tree: Tree, digests: Sequence[str], head: str) -> Alignment | None:
