@@ -2844,16 +2844,27 @@ def count_users(tree: Tree, ids: Iterable[str]) -> int:
     return sum(tree.nodes[i].role == "user" or tree.nodes[i].depth > 1 for i in ids)
 
 
+def goes_on(found: Alignment, digests: Sequence[str], head: str) -> bool:
+    """Whether a window of a chat shows its end as it was, the reply to that, which may be known, and a new message."""
+    new = len(digests) - len(found.kept)
+    return found.base != ROOT and (new == 2 and found.kept[-1] == head or new == 1 and head in found.kept[-2:])
+
+
 def exact_start(tree: Tree, digests: Sequence[str], head: str) -> Alignment | None:
     """The longest match that begins with the transcript's first message, at whatever depth: clients drop what is old.
 
     Among equals the chat's very beginning is taken (it has nothing above it that could leak), then the branch that
-    the chat was last on, then the newest.
+    the chat was last on, then the newest. Where the same few words come again and again, it goes on from its end.
     """
 
     def rank(found: Alignment) -> tuple:
         first = found.kept[0]
-        return len(found.kept), found.base == ROOT, tree.stands_on(head, first), tree.nodes[first].order
+        return (
+            len(found.kept) + (2 if goes_on(found, digests, head) else 0),
+            found.base == ROOT,
+            tree.stands_on(head, first),
+            tree.nodes[first].order,
+        )
 
     bases = (tree.nodes[n].parent for n in same_text(tree, digests[0]))
     runs = ((base, walk(tree, base, digests)) for base in bases)
@@ -2876,19 +2887,29 @@ def shifted_start(tree: Tree, digests: Sequence[str]) -> Alignment:
     return Alignment(base, walk(tree, base, digests), tuple(agreed), count_users(tree, agreed.values()))
 
 
+def inserted(tree: Tree, digests: Sequence[str], exact: Alignment, shifted: Alignment) -> bool:
+    """Whether insertions explain why later messages agree on a base further up: they stand behind the exact match."""
+    later = [i for i in shifted.matches if i >= len(exact.kept)]
+    nodes = [n for i in later for n in same_text(tree, digests[i]) if tree.ancestor(n, i + 1) == shifted.base]
+    above = shifted.base == ROOT or tree.is_below(exact.base, shifted.base)
+    return bool(nodes) and above and all(tree.is_below(n, exact.kept[-1]) for n in nodes)
+
+
 def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
     """Where a transcript (at least one message) hangs in a tree whose chat was last at `head`.
 
-    A match of the first message wins, unless a run of later messages is longer and agrees on a base that deletions
-    behind the first message do not explain. From the base on, the first message that differs starts a new branch.
+    A match of the first message wins, unless a run of later messages is longer and agrees on a base that deletions and
+    insertions behind the first message do not explain. From the base on, the first message that differs starts a new
+    branch.
     """
     exact = exact_start(tree, digests, head)
-    if exact and len(exact.kept) == len(digests):
+    if exact and (len(exact.kept) == len(digests) or goes_on(exact, digests, head)):
         return exact
     shifted = shifted_start(tree, digests)
     if exact is None:
         return shifted
-    if shifted.base != exact.base and not tree.is_below(shifted.base, exact.kept[0]):
+    explained = tree.is_below(shifted.base, exact.kept[0]) or inserted(tree, digests, exact, shifted)
+    if shifted.base != exact.base and not explained:
         return exact if shifted.run <= len(exact.kept) else shifted
     later = [i for i in shifted.matches if i >= len(exact.kept)]  # behind what was deleted or edited
     users = exact.users + count_users(tree, (tree.by_digest[digests[i]][0] for i in later))
@@ -3325,18 +3346,19 @@ def with_names(request: ChatRequest, known: Mapping[str, Collection[str]] = Mapp
     """The request with the names of the speakers whose texts begin with these.
 
     Names are certain where the request tells them, or where they are `known`, by role. Others count where every text of
-    a side begins with one: one of them must stand in the prompt, or begin several texts, or stand beside names of the
-    other side.
+    a side begins with one: one of them must stand in the prompt, or begin several texts beside other names, or stand
+    beside names of the other side.
     """
     said, prompt = request.turns[request.history_start :], persona_text(request)
     sure = {role: names | set(known.get(role, ())) for role, names in names_told(request).items()}
     sure["user"] -= sure["assistant"]
     every = {role: prefixes_of(said, role) for role in CHAT_ROLES}
-    asked = {n for n in every["user"] if n not in sure["assistant"] and not NO_SPEAKER.fullmatch(n)}
-    replied = {n for n in every["assistant"] if n not in sure["user"] and not NO_SPEAKER.fullmatch(n)}
+    asked = {n for n in every["user"] if n not in sure["assistant"] and may_be_name(n)}
+    replied = {n for n in every["assistant"] if n not in sure["user"] and may_be_name(n)}
     told = {n for n in asked | replied if re.search(rf"(?<!\w){re.escape(n)}(?!\w)", prompt)}
     alone = len(sure["assistant"] | replied) < 2  # in groups the user is nobody's character
-    if asked & sure["user"] or any(every["user"][n] > 1 for n in asked):
+    several = len(asked) > 1 or replied or sure["assistant"] & every["assistant"].keys()  # who could be told apart
+    if asked & sure["user"] or (several and any(every["user"][n] > 1 for n in asked)):
         sure["user"] |= every["user"].keys() - sure["assistant"]
     elif alone and (asked & told or (replied and len(asked) == 1)):
         sure["user"] |= asked
@@ -3348,6 +3370,13 @@ def with_names(request: ChatRequest, known: Mapping[str, Collection[str]] = Mapp
         for turn, f in zip(said, found, strict=True)
     ]
     return replace(request, turns=(*request.turns[: request.history_start], *voiced))
+
+
+def may_be_name(text: str) -> bool:
+    """Whether a text with a colon behind it may be a name, going by its form: few words without digits or signs, the
+    last one with a capital where its script has them."""
+    form = NAME_PREFIX.match(f"{text}: x")
+    return bool(form) and not text.split()[-1][0].islower() and not NO_SPEAKER.fullmatch(text)
 
 
 def prefixes_of(turns: Sequence[Turn], role: str) -> Counter[str]:
@@ -5830,11 +5859,26 @@ def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
     the rest is.
     """
     tree, away, turns = chat.tree, hidden_from(chat, request), []
-    for turn in request.turns:
+    for turn in with_whole_front(chat, request.turns, request.history_start):
         before = turns[-1].digest if turns else ""
         known = "\n\n" not in turn.content or bool(tree.by_digest.get(turn.digest))
         turns += [turn] if known else parted(tree, turn, before, away, request.strict)
-    return replace(request, turns=tuple(turns), merges=True) if len(turns) > len(request.turns) else request
+    merges = request.merges or len(turns) > len(request.turns)
+    return replace(request, turns=tuple(turns), merges=merges)
+
+
+def with_whole_front(chat: Chat, turns: Sequence[Turn], first: int) -> Sequence[Turn]:
+    """The turns, the `first` of a chat's window with all that was joined with it: a window is cut between messages, and
+    neighbours are joined after that."""
+    tree = chat.tree
+    if len(turns) < first + 2 or tree.by_digest.get(turns[first].digest):
+        return turns
+    cut, parents = turns[first], (tree.nodes[i].parent for i in same_text(tree, turns[first + 1].digest))
+    for whole in chat.store.read([p for p in parents if p and tree.nodes[p].role == cut.role]):
+        if normalise(whole.original).endswith("\n\n" + normalise(unprefixed(cut.content, cut.voice))):
+            joined = replace(cut, content=whole.original, digest=whole.digest)
+            return [*turns[:first], joined, *turns[first + 1 :]]
+    return turns
 
 
 def parted(tree: Tree, turn: Turn, before: str, away: Collection[str], strict: bool) -> list[Turn]:
@@ -5901,7 +5945,7 @@ def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
     last, whole = len(request.turns) - 1, found.skipped + len(found.kept) == len(request.turns)
     if not whole and last in found.matches and request.turns[last].role == "user":  # it is new, whatever it repeats
         found = replace(found, matches=found.matches[:-1], users=found.users - 1)
-    if found.users and found.base == ROOT and not found.convincing:
+    if found.users and chat.tree.length(found.base) < 2 and not found.convincing:
         found = with_reworded(chat, found, request)
     strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
     said = sum(len(request.turns[i].content.encode()) for i in found.matches)
@@ -11370,6 +11414,8 @@ class Archive:
                 if chat.store.info["explicit"] and (anonymous := self._located_copy(copy, "d")):
                     digests = [m.digest for m in copy.path]
                     self._become(anonymous, chat, lambda source: align(source.tree, digests), copy=False)
+            with chat.lock:
+                copy = hung_on(chat, copy)
             added = sum(self._add_messages(chat, some) for some in batches(copy.messages, IMPORT_BATCH))
             with chat.lock:
                 self._add_rest(chat, copy, created, bool(added))
@@ -11572,14 +11618,16 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
 
 def moved_from_top(chat: Chat, request: ChatRequest) -> str:
     """The text of the user that stood before the chat's first message, where a request begins with that and has the
-    text further down; empty: none."""
+    text further down, alone or around a user's words; empty: none."""
     top, shown = chat.path()[:2], request.turns[request.history_start : request.newest_user]
     if len(top) < 2 or len(shown) < 2:
         return ""
     first, second = chat.nodes(top)
-    moved = second.digest == shown[0].digest and any(t.digest == first.digest for t in shown[1:])
-    words = chat.store.read(top[:1])[0].original.strip() if moved and first.role == "user" else ""
-    return words if len(words) >= SHORTEST_NOTE else ""
+    if first.role != "user" or second.digest != shown[0].digest:
+        return ""
+    words = chat.store.read(top[:1])[0].original.strip()
+    moved = any(t.digest == first.digest or t.role == "user" and around_end(t.content, words) for t in shown[1:])
+    return words if moved and len(words) >= SHORTEST_NOTE else ""
 
 
 def below_note(chat: Chat, found: Alignment, request: ChatRequest, note: str) -> Alignment:
@@ -11692,6 +11740,26 @@ def around_branch(tree: Tree, tip: str) -> list[str]:
         if node.id in above or node.id in below or beside:
             found.append(node.id)
     return found
+
+
+def hung_on(chat: Chat, copy: ChatCopy) -> ChatCopy:
+    """A file's chat as it hangs in the chat that it belongs to: what says the same in the same place is there already,
+    though names, thoughts or a status stand around its words in one of the two. Hold the chat's lock."""
+    tree, moved = chat.tree, {ROOT: ROOT}
+    found: dict[str, Message] = {}
+    for message in copy.messages:
+        parent = moved[message.parent]
+        own = message.id if parent == message.parent else key_of(message, parent)
+        key = moved[message.id] = own if own in tree.nodes else tree.child(parent, message.digest) or own
+        if key != own:
+            (there,) = chat.store.read([key])
+            mark = there.mark if message.mark == Mark() else message.mark
+            here = replace(there, timestamp=there.timestamp or message.timestamp, confirmed=message.confirmed)
+            message = with_mark(here, mark)
+        twin = found.get(key)
+        confirmed = message.confirmed or bool(twin and twin.confirmed)
+        found[key] = replace(message, id=key, parent=parent, confirmed=confirmed)
+    return replace(copy, messages=tuple(found.values()), head=moved[copy.head])
 
 
 def is_chat_of(chat: Chat, copy: ChatCopy) -> bool:
@@ -13007,7 +13075,7 @@ class PromptBuilder:
             nodes = chat.nodes(path)
             layout, story, plan = self._laid_out(chat, path, nodes, request, context, shares, arrange)
         turn = TurnContext(chat, request, nodes, layout, deadline)
-        recalled = self._recaller.recall(turn, {f.message for f in story.facts})
+        recalled = self._recaller.recall(turn, {f.message for f in story.facts if f.message})  # a note quotes nobody
         if layout.window:
             recalled = without_shown(recalled, layout, story.tokens)
         with chat.lock:
@@ -15286,6 +15354,7 @@ const VECTORS = '3_vectors', SUMMARY = '1_memory'; // what stock extensions put 
 const PICTURE_SIDE = 84; // pixels: twice those that the memory page shows
 const MOST_SHOWN = 8; // memories listed in the panel
 const LONGEST_SHOWN = 240; // characters of each
+const LONGEST_NOTICE = 600; // characters of what a command shows
 const MIN_CONFIDENCE = 0.5; // a mood that is less likely than this is not shown
 const NEAR = 50; // messages before and behind its place among which a message is looked for
 const REPORTS = 50; // of so many prompts the server keeps what went into them
@@ -15346,7 +15415,7 @@ async function call(path, body, method = body ? 'POST' : 'GET', timeout = TIMEOU
     } catch (error) {
         if (error instanceof Refusal) throw error;
         if (signal.aborted) throw new Late(t`no answer in time`);
-        throw new Error(t`no answer`, { cause: error });
+        throw new Error(t`no answer: is persona_memory running?`, { cause: error });
     }
 }
 
@@ -15609,7 +15678,9 @@ async function mark(row, changes) {
 function markButtons(row, then) {
     const button = (name, icon, title) => {
         const onclick = () => mark(row, { [name]: !row[name] }).then(then, complain);
-        return element('div', { className: `menu_button fa-solid fa-${icon}`, title, onclick });
+        const properties = { className: 'menu_button menu_button_icon', title, onclick };
+        return element('div', properties, element('i', { className: `fa-solid fa-${icon}` }),
+            element('span', { textContent: title }));
     };
     return element('span', { className: `${NAME}_marks` },
         button('pinned', 'thumbtack', row.pinned ? t`Unpin` : t`Pin`),
@@ -15618,7 +15689,7 @@ function markButtons(row, then) {
 
 /** A memory as a line of a list, with its buttons. */
 function memoryLine(row) {
-    const line = element('li', { value: row.index + 1 });
+    const line = element('li', { value: row.index }); // SillyTavern counts its messages from 0
     const words = row.content ?? '...';
     const said = `${speakerOf(row)}: ${words.length > LONGEST_SHOWN ? `${words.slice(0, LONGEST_SHOWN)} ...` : words}`;
     const fill = () => {
@@ -15661,7 +15732,7 @@ async function whySaid(row, before) {
 async function showMessage(id) {
     try {
         const [row, before] = await rowsOf(id);
-        const title = element('h3', { textContent: t`Message ${row.index + 1}, ${speakerOf(row)}` });
+        const title = element('h3', { textContent: t`Message #${id}, ${speakerOf(row)}` });
         const marks = element('div');
         const fill = () => marks.replaceChildren(markButtons(row, fill));
         fill();
@@ -15698,11 +15769,17 @@ function namedIds(text) {
     return Array.from({ length: Number(last) - Number(first) + 1 }, (_, i) => Number(first) + i);
 }
 
-/** Marks the messages that a command names; how many those are. */
-async function markNamed(text, changes) {
-    const ids = namedIds(text);
-    for (const id of ids) await mark((await rowsOf(id))[0], changes);
-    return String(ids.length);
+/** Marks the messages that a command names, or takes that back; how many those are, and which. */
+async function markNamed(name, [does, undoes], { undo }, text) {
+    const late = /\s*\bundo=true\s*$/; // typed behind the numbers it is a part of the text
+    const back = undo === 'true' || late.test(text);
+    const ids = namedIds(text.replace(late, ''));
+    const lines = [];
+    for (const id of ids) {
+        const row = await mark((await rowsOf(id))[0], { [name]: !back });
+        lines.push(`${back ? undoes : does}: #${id} ${speakerOf(row)}: ${row.content ?? '...'}`);
+    }
+    return [String(ids.length), lines.join('\n')];
 }
 
 function openId() {
@@ -15715,21 +15792,31 @@ const COMMANDS = {
     async recall({ limit = 5, as }, text) {
         const asked = new URLSearchParams({ q: text, k: limit });
         const { memories } = await call(`${chatPath(openId())}/search?${asked}`, null, 'GET', PATIENCE_MS);
-        if (as === 'json') return JSON.stringify(memories);
-        return memories.map((row) => `${speakerOf(row)}: ${row.content}`).join('\n');
+        const lines = memories.map((row) => `${speakerOf(row)}: ${row.content}`).join('\n');
+        return [as === 'json' ? JSON.stringify(memories) : lines, lines || t`Nothing was recalled.`];
     },
-    pin: ({ undo }, text) => markNamed(text, { pinned: undo !== 'true' }),
-    forget: ({ undo }, text) => markNamed(text, { forgotten: undo !== 'true' }),
+    pin: (given, text) => markNamed('pinned', [t`Pin`, t`Unpin`], given, text),
+    forget: (given, text) => markNamed('forgotten', [t`Forget`, t`Remember again`], given, text),
     async note(_, text) {
         await onMessagesChanged(); // the chat may be new to the server
-        return (await call(`${chatPath(openId())}/facts`, { text })).text;
+        const { text: noted } = await call(`${chatPath(openId())}/facts`, { text });
+        return [noted, noted];
     },
     async state({ as }) {
         openId();
         const found = (await lookAtChat()) ?? { messages: 0, known: 0, current: true, unembedded: 0 };
-        return as === 'json' ? JSON.stringify(found) : knownWords(found);
+        return [as === 'json' ? JSON.stringify(found) : knownWords(found), knownWords(found)];
     },
 };
+
+/** Does what a command says, and shows it; a script gets the value. */
+async function obey(name, given, text, needsText) {
+    if (needsText && !text.trim()) throw new Error(t`Write a text behind the command.`);
+    const [value, words] = await COMMANDS[name](given, text);
+    const shown = words.length > LONGEST_NOTICE ? `${words.slice(0, LONGEST_NOTICE)} ...` : words;
+    if (given.quiet !== 'true') globalThis.toastr?.info(shown, 'Persona Memory', { escapeHtml: true });
+    return value;
+}
 
 function addCommands() {
     const { SlashCommandParser, SlashCommand, SlashCommandArgument, SlashCommandNamedArgument } = client();
@@ -15737,14 +15824,16 @@ function addCommands() {
     const add = (name, helpString, returns, argument, named) => SlashCommandParser.addCommandObject(
         SlashCommand.fromProps({
             name: `pm-${name}`, helpString, returns,
-            callback: (given, text) => COMMANDS[name](given, String(text ?? '')),
+            callback: (given, words) => obey(name, given, String(words ?? ''), argument?.isRequired),
             unnamedArgumentList: argument ? [SlashCommandArgument.fromProps(argument)] : [],
-            namedArgumentList: named.map(SlashCommandNamedArgument.fromProps),
+            namedArgumentList: [...named, quiet].map(SlashCommandNamedArgument.fromProps),
         }));
-    const which = { description: t`the number of a message, or several as 3-7; else the last message` };
+    const description = t`the number of a message (SillyTavern counts from 0), or several as 3-7; else the last one`;
+    const which = { description };
     const as = { name: 'as', description: t`text or json`, enumList: ['text', 'json'], defaultValue: 'text' };
     const limit = { name: 'limit', description: t`how many at most`, defaultValue: '5' };
     const undo = { name: 'undo', description: t`take it back`, enumList: ['true', 'false'], defaultValue: 'false' };
+    const quiet = { name: 'quiet', description: t`show nothing`, enumList: ['true', 'false'], defaultValue: 'false' };
     const text = { description: t`a text`, isRequired: true };
     add('recall', t`Recalls what this chat remembers of a text.`, t`the memories, one a line`, text, [limit, as]);
     const count = t`how many messages`;
@@ -15793,6 +15882,8 @@ async function remember(_chat, contextSize, _abort, type) {
         state.away = false;
         if (identity()?.id !== shown.chat_id) return; // another chat was opened meanwhile
         setPrompts(answer.injections);
+        const messages = shown.messages.filter(isSpoken).length;
+        showKnown({ messages, known: messages, unembedded: 0 });
         const { degraded } = answer.report;
         showStatus(true, degraded ? t`Connected; ${degraded}.` : t`Connected; memories are placed in the prompt.`);
         showRecalled(answer.recalled, answer.emotion, answer.report.summaries);
@@ -15855,6 +15946,7 @@ async function showProxied() {
         state.away = false;
         showStatus(true, t`Connected; chats go through the proxy.`);
         showRecalled(found, mood, report?.summaries);
+        if (parts.known?.offsetParent) await lookAtChat(); // somebody sees it
     } catch (error) {
         showStatus(false, `${settings().server}: ${error.message}`);
     }
@@ -15880,6 +15972,8 @@ function buildPanel() {
     parts.twice = element('div', { className: `${NAME}_twice` });
     parts.mood = element('span');
     parts.recalled = element('ol', { className: `${NAME}_recalled` });
+    parts.reply = element('div', {}, element('div', {}, element('b', { textContent: t`For the last reply` })),
+        parts.mood, parts.recalled);
     parts.carry = element('input', { type: 'checkbox', disabled: true, onchange: onCarryOver });
     parts.carryFor = element('span');
     parts.placing = element('div', {}, // how memories are placed: the proxy does that itself
@@ -15894,16 +15988,14 @@ function buildPanel() {
         field('key', t`Key`, { type: 'password', placeholder: t`where the server asks for one`, autocomplete: 'off' }),
         parts.placing,
         element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor),
-        element('hr'),
-        element('div', {}, element('b', { textContent: t`For the last reply` })),
-        parts.mood, parts.recalled, parts.link);
+        element('hr'), parts.reply, parts.link);
     const onclick = () => lookAtServer().then(lookAtChat).catch(() => {}); // lookAtServer has said why
     const header = element('div', { className: 'inline-drawer-toggle inline-drawer-header', onclick },
         element('b', { textContent: 'Persona Memory' }),
         element('div', { className: 'inline-drawer-icon fa-solid fa-circle-chevron-down down' }));
     const drawer = element('div', { className: 'inline-drawer' }, header, content);
     root.append(element('div', { id: `${NAME}_settings` }, drawer));
-    showRecalled([], null);
+    showRecalled(null);
     showChat();
 }
 
@@ -15953,7 +16045,9 @@ async function lookAtServer() {
         state.away = false;
         const proxied = isProxy(await modelAddress());
         parts.placing.hidden = proxied;
-        showStatus(true, health.status === 'loading' ? t`Connected, still loading.`
+        const cut = proxied && client().onlineStatus === 'no_connection';
+        showStatus(!cut, cut ? t`The server answers, but SillyTavern is not connected: API Connections > Connect.`
+            : health.status === 'loading' ? t`Connected, still loading.`
             : proxied ? t`Connected; chats go through the proxy.` : t`Connected; memories are placed in the prompt.`);
         await showCarryOver();
     } catch (error) {
@@ -15977,9 +16071,11 @@ function showKnown(found) {
     parts.known.append(element('div', button));
 }
 
-/** What was recalled for a reply, and whether a story of the chat was told. */
+/** What was recalled for a reply (null: there was none yet), and whether a story of the chat was told. */
 function showRecalled(memories, emotion, story = 0) {
     if (!parts.recalled) return;
+    parts.reply.hidden = !memories;
+    if (!memories) return;
     const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= MIN_CONFIDENCE;
     const mood = sure ? `${t([emotion.label])} (${Math.round(100 * emotion.confidence)} %)` : t`unclear`;
     const recalled = memories.length ? t`Recalled:` : t`Nothing was recalled.`;
@@ -16013,8 +16109,9 @@ function characterName() {
 
 /** Whether this character's chats recall from each other: one setting for the character, which the server keeps. */
 async function showCarryOver() {
-    const name = characterName(), who = name || t`a character`;
-    parts.carryFor.textContent = t`Recall from other chats with ${who} too`;
+    const name = characterName();
+    parts.carryFor.textContent = t`Recall from other chats with ${name} too`;
+    parts.carry.parentElement.hidden = !name;
     parts.carry.disabled = true;
     parts.carry.checked = false;
     if (!name) return;
@@ -16035,7 +16132,7 @@ async function onCarryOver() {
 function onChatChanged() {
     setPrompts([]);
     state.proxied = '';
-    showRecalled([], null);
+    showRecalled(null);
     showKnown(null);
     showChat();
     lookAtServer();
@@ -16049,6 +16146,7 @@ function start() {
     listen('CHAT_COMPLETION_SETTINGS_READY', identify);
     listen('GENERATION_ENDED', () => { showChat(); showProxied(); });
     listen('CHAT_CHANGED', onChatChanged);
+    listen('ONLINE_STATUS_CHANGED', lookAtServer);
     for (const name of ['MESSAGE_EDITED', 'MESSAGE_DELETED', 'MESSAGE_SWIPED']) listen(name, onMessagesChanged);
     buildPanel();
     addMessageButtons();
@@ -16079,6 +16177,7 @@ EXTENSION_STYLE = r"""
 .persona_memory_forgotten > span:first-child { text-decoration: line-through; opacity: 0.6; }
 .persona_memory_marks { display: inline-flex; gap: 4px; margin-left: 6px; vertical-align: middle; }
 .persona_memory_marks .menu_button { margin: 0; padding: 3px 5px; font-size: 0.8em; }
+.persona_memory_recalled .persona_memory_marks span { display: none; }
 .persona_memory_message { text-align: left; }
 """
 EXTENSION_WORDS = """
@@ -16152,13 +16251,6 @@ Recordar también de otros chats con ${0}
 也回忆与 ${0} 的其他聊天
 ${0} との他のチャットからも思い出す
 
-a character
-einer Figur
-un personaje
-персонажем
-某个角色
-キャラクター
-
 For the last reply
 Für die letzte Antwort
 Para la última respuesta
@@ -16222,12 +16314,33 @@ sin respuesta a tiempo
 未及时回应
 時間内に応答なし
 
-no answer
-keine Antwort
-sin respuesta
-нет ответа
-没有回应
-応答なし
+no answer: is persona_memory running?
+keine Antwort: Läuft persona_memory?
+sin respuesta: ¿está en marcha persona_memory?
+нет ответа: запущен ли persona_memory?
+没有回应:persona_memory 在运行吗?
+応答なし: persona_memory は起動していますか?
+
+The server answers, but SillyTavern is not connected: API Connections > Connect.
+Der Server antwortet, aber SillyTavern ist nicht verbunden: API-Verbindungen > Verbinden.
+El servidor responde, pero SillyTavern no está conectado: Conexiones de API > Conectar.
+Сервер отвечает, но SillyTavern не подключена: Подключения к API > Подключиться.
+服务器有回应,但 SillyTavern 未连接:API 连接 > 连接。
+サーバーは応答していますが、SillyTavern が接続されていません: API 接続 > 接続。
+
+Write a text behind the command.
+Schreibe einen Text hinter den Befehl.
+Escribe un texto detrás de la orden.
+Напишите текст после команды.
+请在命令后写上文字。
+コマンドの後に文を書いてください。
+
+show nothing
+nichts anzeigen
+no mostrar nada
+ничего не показывать
+不显示
+何も表示しない
 
 The chat goes on without memories (${0}: ${1}).
 Der Chat geht ohne Erinnerungen weiter (${0}: ${1}).
@@ -16390,12 +16503,12 @@ Memoria: fijar, olvidar, por qué se dijo esto
 记忆:固定、遗忘、为何这样说
 記憶: 固定、忘却、なぜこう言ったか
 
-Message ${0}, ${1}
-Nachricht ${0}, ${1}
-Mensaje ${0}, ${1}
-Сообщение ${0}, ${1}
-消息 ${0},${1}
-メッセージ ${0}、${1}
+Message #${0}, ${1}
+Nachricht #${0}, ${1}
+Mensaje #${0}, ${1}
+Сообщение #${0}, ${1}
+消息 #${0},${1}
+メッセージ #${0}、${1}
 
 Why this was said
 Warum das gesagt wurde
@@ -16509,12 +16622,12 @@ un texto
 一段文字
 文
 
-the number of a message, or several as 3-7; else the last message
-die Nummer einer Nachricht, oder mehrere als 3-7; sonst die letzte
-el número de un mensaje, o varios como 3-7; si no, el último
-номер сообщения или несколько: 3-7; иначе последнее
-消息编号,多条写作 3-7;否则为最后一条
-メッセージの番号、複数なら 3-7。なければ最後のもの
+the number of a message (SillyTavern counts from 0), or several as 3-7; else the last one
+die Nummer einer Nachricht (SillyTavern zählt ab 0), oder mehrere als 3-7; sonst die letzte
+el número de un mensaje (SillyTavern cuenta desde 0), o varios como 3-7; si no, el último
+номер сообщения (SillyTavern считает с 0) или несколько: 3-7; иначе последнее
+消息编号(SillyTavern 从 0 开始),多条写作 3-7;否则为最后一条
+メッセージの番号(SillyTavern は 0 から数えます)、複数なら 3-7。なければ最後のもの
 
 how many at most
 wie viele höchstens
