@@ -483,7 +483,9 @@ def normal_form(text: str, form: str) -> str:
         heaps = itertools.groupby(run[0], lambda sign: unicodedata.combining(sign) > 0)
         return "".join("".join(itertools.islice(some, MOST_MARKS) if marks else some) for marks, some in heaps)
 
-    return in_pieces(lambda piece: unicodedata.normalize(form, MARKED.sub(fewer, piece)), text)
+    return (
+        text if text.isascii() else in_pieces(lambda piece: unicodedata.normalize(form, MARKED.sub(fewer, piece)), text)
+    )
 
 
 def normalise(text: str) -> str:
@@ -513,6 +515,7 @@ FRAMING = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 HARMLESS = str.maketrans("<>[]#", "‹›()＃")
+FRAMERS = re.compile(r"[<>\[\]#]")  # with one of them each of those begins: most texts hold none
 
 
 def without_framing(text: str) -> str:
@@ -521,7 +524,7 @@ def without_framing(text: str) -> str:
     A backend that makes a prompt's text out of messages cannot tell such a token in a message from its own, and a model
     cannot tell who closed a frame.
     """
-    return FRAMING.sub(lambda found: found[0].translate(HARMLESS), text)
+    return FRAMING.sub(lambda found: found[0].translate(HARMLESS), text) if FRAMERS.search(text) else text
 
 
 def quoted(text: str) -> str:
@@ -762,6 +765,11 @@ class Turn:
     def fingerprint(self) -> str:
         """Changes with any byte of name and text, where `digest` only changes with the words."""
         return text_fingerprint(self.name, self.content)
+
+    @property
+    def own_digest(self) -> str:
+        """That of all that the turn says: `digest` is of its words alone."""
+        return message_digest(self.role, self.content)
 
 
 @dataclass(frozen=True)
@@ -1232,7 +1240,7 @@ def token_encoding() -> Any:
 
 def count_tokens(text: str) -> int:
     """Tokens of a text (cl100k_base; other models' tokenizers differ by some percent)."""
-    return counted(text) if len(text) <= SHORT_TEXT else len(token_encoding().encode_ordinary(text))
+    return counted(text) if len(text) <= SHORT_TEXT else counted_long(text)
 
 
 SHORT_TEXT = 2000  # characters
@@ -1241,6 +1249,13 @@ SHORT_TEXT = 2000  # characters
 @functools.lru_cache(1 << 13)
 def counted(text: str) -> int:
     """Tokens of a short text: a turn counts the lines of the same memories as those before it."""
+    return len(token_encoding().encode_ordinary(text))
+
+
+@functools.lru_cache(32)
+def counted_long(text: str) -> int:
+    """Tokens of a long text: a turn counts its memories' block, and the persona that it shares with others, again and
+    again."""
     return len(token_encoding().encode_ordinary(text))
 
 
@@ -1634,17 +1649,26 @@ def lexicon_entries(items: Iterable[tuple[int, float, str]], forms: Mapping[str,
     }
 
 
+UNCOMMON = re.compile(r"""[^\w\s.,!?'"\u2018\u2019\u201c\u201d*\u2026\u2013\u2014-]|_""")  # in plain prose
+
+
 @functools.cache
-def pictures() -> tuple[re.Pattern, dict[str, int]]:
-    """What finds emoji and kaomoji, and the place in EMOTIONS of the label that each stands for."""
+def pictures() -> tuple[re.Pattern, re.Pattern, dict[str, int]]:
+    """What finds emoji and kaomoji; what finds those of letters and common marks alone, of which there are few; and the
+    place in EMOTIONS of the label that each stands for."""
     labels = {p: EMOTIONS.index(label) for label, block in KAOMOJI.items() for p in block.split()}
     labels |= {p: EMOTIONS.index(label) for label, block in EMOJI.items() for p in block if not p.isspace()}
-    edged = [
-        r"(?<!\w)" * p[0].isalnum() + re.escape(p) + r"(?![\w/])" * (p[-1].isalnum() or p[-1] == "/")
-        for p in sorted(labels, key=len, reverse=True)
-    ]
-    first = "".join(re.escape(c) for c in sorted({p[0] for p in labels}))
-    return re.compile(f"(?=[{first}])(?:{'|'.join(edged)})"), labels
+
+    def finding(some: Collection[str]) -> re.Pattern:
+        """A pattern of those pictures, the longest first."""
+        edged = [
+            r"(?<!\w)" * p[0].isalnum() + re.escape(p) + r"(?![\w/])" * (p[-1].isalnum() or p[-1] == "/")
+            for p in sorted(some, key=len, reverse=True)
+        ]
+        first = "".join(re.escape(c) for c in sorted({p[0] for p in some}))
+        return re.compile(f"(?=[{first}])(?:{'|'.join(edged)})")
+
+    return finding(labels), finding([p for p in labels if not UNCOMMON.search(p)]), labels
 
 
 def clip(text: str) -> str:
@@ -1762,7 +1786,8 @@ def read_words(tokens: Sequence[str], channel: int, names: Collection[str], tall
 
 def read_pictures(text: str, tally: list[list[float]]) -> None:
     """Adds the evidence of emoji and kaomoji to the tally; the same one again adds less."""
-    pattern, labels = pictures()
+    every, plain, labels = pictures()
+    pattern = every if UNCOMMON.search(text) else plain  # ten times as fast
     for picture, times in Counter(pattern.findall(text)).items():
         tally[PICTURE][labels[picture]] += 2 + math.log(times)
 
@@ -2114,13 +2139,14 @@ def moods(readings: Iterable[tuple[int, EmotionReading]]) -> Iterator[Mood]:
     """
     average, mood = None, None
     for index, reading in readings:
-        scores = [reading.scores[label] for label in EMOTIONS]
+        scores = list(map(reading.scores.__getitem__, EMOTIONS))
         average = scores if average is None else [
             MOOD_DECAY * a + (1 - MOOD_DECAY) * s for a, s in zip(average, scores, strict=True)
         ]  # fmt: skip
         label = prevailing(average, scores, mood.label if mood else "neutral")
         if mood is not None and mood.label == label:
-            mood = replace(mood, confidence=max(mood.confidence, reading.scores[label]))
+            if reading.scores[label] > mood.confidence:
+                mood = replace(mood, confidence=reading.scores[label])
         else:
             mood = Mood(label, reading.scores[label], index, mood.label if mood else None)
         yield mood
@@ -2776,7 +2802,7 @@ class Tree:
     @property
     def branches(self) -> int:
         """How many of them have nothing after them."""
-        return self._confirmed - len(self._inner - {ROOT})
+        return self._confirmed - len(self._inner) + (ROOT in self._inner)
 
 
 @dataclass(frozen=True)
@@ -5201,6 +5227,7 @@ class Chat:
         self.persona_vectors: dict[str, np.ndarray | None] = {}  # by piece; None: being computed
         self.last_prompt: list[Sent] | None = None
         self.awaiting_vectors: set[str] = set()  # messages for the background
+        self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
     @property
@@ -6671,24 +6698,52 @@ def story_tokens(context: int, shares: Sequence[float]) -> int:
     return int(STORY_SHARE * shares[1] * context)
 
 
-def placed(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
-    """The summaries whose texts stand side by side on a branch, each with its places there.
+class Places:
+    """Where summaries stand on a branch: those whose texts stand side by side there. What was found is kept, since a
+    turn asks several times, and a long chat has hundreds.
 
     `texts` are the digests of the branch's messages.
     """
-    spots: dict[str, list[int]] = defaultdict(list)
-    for index, digest in enumerate(texts):
-        spots[digest].append(index)
-    branch, found = tuple(texts), []
-    for summary in summaries:
-        count, free, rarest = len(summary.texts), 0, 0
-        if len(spots.get(summary.texts[0], ())) > 1:  # "ok" stands in many places
-            rarest = min(range(count), key=lambda n: len(spots.get(summary.texts[n], ())))
-        for start in (index - rarest for index in spots.get(summary.texts[rarest], ())):
-            if start >= free and branch[start : start + count] == summary.texts:
+
+    def __init__(self, texts: Sequence[str]):
+        self.texts = tuple(texts)
+        self._last = dict(zip(texts, range(len(texts)), strict=True))
+        self._first = dict(zip(reversed(texts), range(len(texts) - 1, -1, -1), strict=True))
+        self._many: dict[str, list[int]] = {}  # where a text stands that stands in several places
+        self._found: dict[int, tuple[Summary, list[Summary]]] = {}  # by the object: a changed summary is another
+
+    def _spots(self, digest: str) -> Sequence[int]:
+        """The indexes at which a text stands."""
+        first, last = self._first.get(digest), self._last.get(digest)
+        if first == last:
+            return () if first is None else (first,)
+        if digest not in self._many:
+            self._many[digest] = [i for i in range(first, last + 1) if self.texts[i] == digest]
+        return self._many[digest]
+
+    def of(self, summary: Summary) -> list[Summary]:
+        """A summary with its places, as often as it stands on the branch."""
+        known, found = self._found.get(id(summary), (None, []))
+        if known is summary:
+            return found
+        count, free, rarest, found = len(summary.texts), 0, 0, []
+        if len(self._spots(summary.texts[0])) > 1:  # "ok" stands in many places
+            rarest = min(range(count), key=lambda n: len(self._spots(summary.texts[n])))
+        for start in (index - rarest for index in self._spots(summary.texts[rarest])):
+            if start >= free and self.texts[start : start + count] == summary.texts:
                 found.append(at_place(summary, start))
                 free = start + count
-    return found
+        self._found[id(summary)] = summary, found
+        return found
+
+    def placed(self, summaries: Iterable[Summary]) -> list[Summary]:
+        """Those of the summaries that stand on the branch, each with its places there."""
+        return [at for summary in summaries for at in self.of(summary)]
+
+
+def placed(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
+    """The summaries that stand on a branch, see `Places`."""
+    return Places(texts).placed(summaries)
 
 
 def at_place(summary: Summary, start: int) -> Summary:
@@ -6705,9 +6760,13 @@ def story_of(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary
 
     `texts` are the digests of the branch's messages.
     """
-    standing = placed((s for s in summaries if not s.stale), texts)
+    return told_story(placed(summaries, texts))
+
+
+def told_story(standing: Iterable[Summary]) -> list[Summary]:
+    """The story of a branch, of the summaries that stand on it."""
     story, reach = [], -1
-    for summary in sorted(standing, key=lambda s: (s.start, -s.level, -s.tries)):
+    for summary in sorted((s for s in standing if not s.stale), key=lambda s: (s.start, -s.level, -s.tries)):
         if summary.end > reach:
             story.append(summary)
             reach = summary.end
@@ -7149,14 +7208,14 @@ def lay_out(
     budget, required = fit_budget(context, shares, fixed, request.max_tokens, needs, story + recalled)
     if required != needs[0] or (pivot is not None and pivot < first):
         pivot = None
-    sizes = [*stored, *turns]
+    sizes, steady = [*stored, *turns], [*stored, *counts]
     block = max(1, int(HISTORY_BLOCK * shares[2] * context))
     latest = len(sizes) - 1 if pivot is None else len(stored) + pivot - first
     starts = [role == roles[0] for role in roles]  # strict templates refuse a history that begins on the other side
-    anchor = history_anchor(sizes, [*stored, *counts], starts, budget.history - tail, block, latest)
+    anchor = history_anchor(sizes, steady, starts, budget.history - tail, block, latest)
     history = sum(sizes[anchor:]) + tail
     full = history > NEARLY_FULL * budget.history
-    leaving = next_cut([*stored, *counts], starts, anchor, block, latest) if full else anchor
+    leaving = next_cut(steady, starts, anchor, block, latest) if full else anchor
     room = budget.memories + budget.history - history
     hidden = frozenset(i for i in range(anchor, len(sizes)) if not sizes[i])
     return Layout(budget, anchor, pivot, history, room, min(recalled, budget.memories), leaving, hidden)
@@ -7273,18 +7332,17 @@ def history_anchor(
     the beginning of the prompt that a backend has in its cache. `sizes` are what the messages take in this prompt;
     `starts` says where a history may begin.
     """
-    left = sum(sizes)
-    if left <= budget:
-        return 0
-    start, due = 0, block
-    for index in range(latest + 1):
-        if start >= due and starts[index]:
-            due = (start // block + 1) * block
-            if left <= budget:
-                return index
-        left -= sizes[index]
-        start += steady[index]
     tail = tail_start(sizes, budget)
+    if not tail:
+        return 0
+    before = next((index for index in range(tail - 1, 0, -1) if starts[index]), 0)
+    start, cut = sum(steady[:before]), 0
+    for index in range(before, latest + 1):
+        if starts[index]:
+            if index >= tail and start // block > cut:  # the first one of its block that a history may begin with
+                return index
+            cut = start // block
+        start += steady[index]
     return next((index for index in range(tail, latest + 1) if starts[index]), tail)
 
 
@@ -7414,7 +7472,8 @@ def compose_prompt(
     its own where the client uses such, else in front of that turn's text, since strict templates refuse other roles.
     A client that sees to it that the user begins gets a prompt in which the user begins.
     """
-    older = [as_shown(message, request) for message in older]
+    styles = {role: name_style([t for t in request.turns if t.role == role]) for role in CHAT_ROLES}
+    older = [as_shown(message, *styles[message.role]) for message in older]
     turns = [(i, turn) for i, turn in enumerate(request.turns[turns_from:], turns_from) if not turn.hidden]
     first = older[0] if older else turns[0][1].raw
     opening = (request.opening or (DEFAULT_OPENING,)) if request.begins_with_user else ()
@@ -7467,26 +7526,27 @@ def with_story(persona: Sequence[dict], story: str) -> list[dict]:
 class Sent:
     """A message of a prompt as it was sent: what comparing it with the next prompt needs."""
 
-    digest: str
+    key: Any  # equal for messages that are the same, byte for byte
     text: str
     tokens: int
 
 
 def sent_prompt(prompt: Sequence[Mapping], before: Sequence[Sent] = ()) -> list[Sent]:
     """The prompt's messages; tokens are counted only of those that the prompt `before` did not hold."""
-    counted = {s.digest: s.tokens for s in before}
+    counted = {s.key: s.tokens for s in before}
     sent = []
     for message in prompt:
-        digest = short_hash(json.dumps(message))
-        tokens = counted[digest] if digest in counted else message_tokens(message)
-        sent.append(Sent(digest, text_of(message.get("content")), tokens))
+        plain = isinstance(message.get("content"), str) and list(message) == ["role", "content"]
+        key = tuple(message.values()) if plain else json.dumps(message)
+        tokens = counted[key] if key in counted else message_tokens(message)
+        sent.append(Sent(key, text_of(message.get("content")), tokens))
     return sent
 
 
 def prefix_reuse(before: Sequence[Sent], now: Sequence[Sent]) -> float:
     """The share of a prompt's tokens, 0 to 1, that begins exactly as the prompt before: what a backend has in its
     cache. Of the first message that differs, the letters in common count."""
-    same = shared_front([s.digest for s in before], [s.digest for s in now])
+    same = shared_front([s.key for s in before], [s.key for s in now])
     tokens = float(sum(s.tokens for s in now[:same]))
     if same < min(len(before), len(now)):
         old, new = before[same].text, now[same]
@@ -7501,17 +7561,24 @@ def restored(message: Message) -> dict:
     return {"role": message.role, **named, "content": FORGOTTEN if message.forgotten else message.content}
 
 
-def as_shown(message: Message, request: ChatRequest) -> dict:
+def name_style(turns: Sequence[Turn]) -> tuple[bool | None, str | None]:
+    """How a client names the speakers of those turns of one role: whether any has a name beside its text (None: there
+    are no turns), and the last name that begins a text."""
+    voice = next((turn.voice for turn in reversed(turns) if turn.voice), None)
+    return (any(turn.name for turn in turns) if turns else None), voice
+
+
+def as_shown(message: Message, named: bool | None, voice: str | None) -> dict:
     """A stored message as the client would show it now: with the speaker's name in front, or beside the text, where it
-    puts names there, and without where it does not, though it once did."""
-    sent, turns = restored(message), [turn for turn in request.turns if turn.role == message.role]
-    voices, found = [turn.voice for turn in turns], NAME_PREFIX.match(sent["content"])
-    if turns and not any(turn.name for turn in turns):
+    puts names there, and without where it does not, though it once did. `named` and `voice` as in `name_style`."""
+    sent = restored(message)
+    found = NAME_PREFIX.match(sent["content"])
+    if named is False:
         sent.pop("name", None)
-    if any(voices) and not found and not message.forgotten:
-        name = message.voice or message.name or next(filter(None, reversed(voices)))
+    if voice and not found and not message.forgotten:
+        name = message.voice or message.name or voice
         return {"role": message.role, "content": f"{name}: {sent['content']}"}
-    if message.voice and voices and not any(voices):
+    if message.voice and named is not None and not voice:
         return {**sent, "content": unprefixed(sent["content"], message.voice)}
     return sent
 
@@ -11652,35 +11719,38 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
     """What of a transcript must be written (new messages, and stored ones whose state changes), and its branch."""
     tree, store = chat.tree, chat.store
     path = tree.path(alignment.base)
-    messages = [replace(m, confirmed=True) for m in store.read([i for i in path if i in tree.unshown])]
+    unshown = [i for i in tree.unshown if tree.stands_on(alignment.base, i)]
+    unshown.sort(key=lambda i: tree.nodes[i].depth)
+    messages = [replace(m, confirmed=True) for m in store.read(unshown)]
     for turn in request.turns[alignment.skipped :]:
         parent = path[-1] if path else ROOT
         known = tree.child(parent, turn.digest)  # a reply that nobody has shown yet lacks the name of who speaks
-        own = message_id(parent, message_digest(turn.role, turn.content))
-        path.append(known if tree.is_confirmed(known) else own)
+        path.append(known if tree.is_confirmed(known) else message_id(parent, turn.own_digest))
         node = tree.nodes.get(path[-1])
         if node is None:
             messages.append(message_of_turn(parent, turn))
             continue
         erased = node.forgotten and not node.shown
-        if node.confirmed and not erased and (voice := voice_told(node, turn, own)):
+        if node.confirmed and not erased and (voice := voice_told(node, turn, parent)):
             old = store.read([node.id])[0]
             messages.append(with_mark(replace(old, voice=voice), old.mark))
             continue
+        if node.confirmed and (node.shown == turn.fingerprint or erased):
+            continue
         # The same words with another name or status around them stay as they were shown first.
-        if not node.confirmed or (node.id == own and node.shown != turn.fingerprint and not erased):
+        if not node.confirmed or node.id == message_id(parent, turn.own_digest):
             old = store.read([node.id])[0]
             if not node.confirmed or turn.name or old.original != turn.content:
                 messages.append(shown_again(old, message_of_turn(parent, turn)))
     return messages, path
 
 
-def voice_told(node: Node, turn: Turn, own: str) -> str:
-    """The name that a stored text begins with, where only this turn tells that it is one; empty: none. `own` is the
-    turn's id in that place."""
+def voice_told(node: Node, turn: Turn, parent: str) -> str:
+    """The name that a stored text begins with, where only this turn, in that place, tells that it is one; empty:
+    none."""
     if node.voice:
         return ""
-    if turn.voice and node.id == own:
+    if turn.voice and node.id == message_id(parent, turn.own_digest):
         return turn.voice
     prefixed = turn.name and text_fingerprint(None, f"{turn.name}: {turn.content}") == node.shown
     return turn.name if prefixed else ""
@@ -11959,11 +12029,12 @@ class Recaller:
         What the turn's own chat remembers goes first; no lock of it is held: two chats may recall from each other.
         """
         layout = turn.layout
-        taken = count_tokens(memory_block(memories)) + GUIDANCE_TOKENS + FRAME_MARGIN
-        room = min(layout.room - taken, layout.recalled - taken, int(CARRIED_SHARE * layout.recalled))
         try:
-            others = self._related_chats(turn.chat) if turn.pivot and room > 0 else []
-            found = [row for chat_id in others for row in self._found_in(chat_id, turn)]
+            if not (others := self._related_chats(turn.chat) if turn.pivot else []):
+                return []
+            taken = count_tokens(memory_block(memories)) + GUIDANCE_TOKENS + FRAME_MARGIN
+            room = min(layout.room - taken, layout.recalled - taken, int(CARRIED_SHARE * layout.recalled))
+            found = [row for chat_id in others for row in self._found_in(chat_id, turn)] if room > 0 else []
             ranked = sorted(found, key=lambda row: -row[0].score)
             likely = [relevance_probability(m.score, ranked[0][0].score) for m, _ in ranked]
             costs = [memory_cost(m) for m, _ in ranked]
@@ -12021,6 +12092,8 @@ def in_part(
     memory: Memory, index: MemoryIndex, query: Query, evidence: Evidence, vector: np.ndarray | None
 ) -> Memory:  # fmt: skip
     """The memory, of a long message only what the query is about."""
+    if len(memory.message.content) <= LONG_MESSAGE:
+        return memory
     cosines = index.chunk_cosines(memory.message.fingerprint, vector)
     return replace(memory, excerpt=best_excerpt(memory.message.content, query.words, evidence.rarity, cosines))
 
@@ -12101,22 +12174,30 @@ SUMMARY_OVERHEAD = 900  # tokens of the task, the facts, and of what other token
 LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 
 
+def places_on(chat: Chat, path: Sequence[str]) -> Places:
+    """Where the chat's summaries stand on a branch; kept until another one is asked for. Hold the chat's lock."""
+    known, places = chat.places
+    if places is None or known != path:
+        chat.places = list(path), Places(chat.texts(path))
+    return chat.places[1]
+
+
 def branch_facts(chat: Chat, path: Sequence[str], before: float) -> list[tuple[Fact, Fact | None]]:
     """What holds on a branch before an index: the pinned messages, newest first, then the facts whose words their
     messages still hold. Words that stand there more than once are told once, and not at all where they stand from
     `before` on too."""
-    store, indexes = chat.store, {message: i for i, message in enumerate(path)}
-    marked = {node.id: node for node in chat.nodes(chat.tree.marked) if node.id in indexes}
-    pinned = sorted((n for n in marked.values() if n.pinned and not n.forgotten), key=lambda n: indexes[n.id])
-    newest = {n.fingerprint: n.id for n in pinned}
-    pinned = sorted((i for i in newest.values() if indexes[i] < before), key=indexes.__getitem__, reverse=True)
-    rows = [(pinned_fact(m, indexes[m.id]), None) for m in store.read(pinned)]
+    store, tree, tip = chat.store, chat.tree, path[-1] if path else ROOT
+    marked = {node.id: node for node in chat.nodes(tree.marked) if tree.stands_on(tip, node.id)}
+    pinned = sorted((n for n in marked.values() if n.pinned and not n.forgotten), key=lambda n: n.depth)
+    newest = {n.fingerprint: n for n in pinned}
+    pinned = sorted((n for n in newest.values() if n.depth < before), key=lambda n: n.depth, reverse=True)
+    rows = [(pinned_fact(m, tree.nodes[m.id].depth), None) for m in store.read([n.id for n in pinned])]
     changed: dict[str, list[Message]] = defaultdict(list)
     told = {f.digest for f in store.facts.values()}
     for message in store.read([n.id for n in marked.values() if n.digest in told]):
         changed[message.digest].append(message)
     facts = [f for f in store.facts.values() if all(still_quotes(f, m) for m in changed.get(f.digest, ()))]
-    held = facts_of(facts, chat.texts(path), before)
+    held = facts_of(facts, places_on(chat, path).texts, before) if facts else []
     return rows + [(at_message(fact, path), before and at_message(before, path)) for fact, before in held]
 
 
@@ -12129,9 +12210,9 @@ def branch_story(chat: Chat, path: Sequence[str], before: int, budget: int) -> S
     """The story of what stands before an index of the branch, in at most `budget` tokens."""
     if budget <= 0:
         return Story()
-    standing = placed(chat.store.summaries.values(), chat.texts(path))
+    standing = places_on(chat, path).placed(chat.store.summaries.values())
     hidden = [s for s in standing if s.since < before]
-    return render_story(story_of(hidden, chat.texts(path)), branch_facts(chat, path, before), budget)
+    return render_story(told_story(hidden), branch_facts(chat, path, before), budget)
 
 
 def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
@@ -12140,10 +12221,11 @@ def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
     store, tree = chat.store, chat.tree
     if not (store.summaries or store.facts or tree.marked):
         return 0
-    texts, ids = chat.texts(path), set(path)
-    begun = bool(placed(store.summaries.values(), texts))
-    begun = begun or not {f.digest for f in store.facts.values()}.isdisjoint({*texts, ""})
-    return budget if begun or any(n.pinned and n.id in ids for n in chat.nodes(tree.marked)) else 0
+    begun = any(map(places_on(chat, path).of, store.summaries.values()))
+    quoted_texts = {f.digest for f in store.facts.values()}
+    begun = begun or "" in quoted_texts or not quoted_texts.isdisjoint(places_on(chat, path).texts)
+    pinned = (n for n in chat.nodes(tree.marked) if n.pinned)
+    return budget if begun or any(tree.stands_on(path[-1], n.id) for n in pinned) else 0
 
 
 def summary_row(summary: Summary) -> dict:
@@ -12246,7 +12328,7 @@ class Summarizer:
     def _story(chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary]]:
         """The plan's branch, and the summaries that stand for it."""
         path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else []
-        return path, story_of(chat.store.summaries.values(), chat.texts(path))
+        return path, told_story(places_on(chat, path).placed(chat.store.summaries.values()))
 
     def _work_off(self, chat_id: str) -> None:
         """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
@@ -12324,7 +12406,7 @@ class Summarizer:
             return None
         with chat.lock:
             path, story = self._story(chat, plan)
-            return extract_to_improve(story, list(chat.store.summaries.values()), chat.texts(path))
+            return extract_to_improve(story, list(chat.store.summaries.values()), places_on(chat, path))
 
     def _improve(self, chat: Chat, plan: SummaryPlan, authorization: str) -> float | None:
         """Has the model write one extract anew; returns the seconds after which to go on, None to end it for now.
@@ -12342,7 +12424,7 @@ class Summarizer:
             start, _ = next_gap(story, plan.first)
             marks = dict(chat.store.marks)
             messages = chat.store.read(path[old.start : old.end + 1]) if old.level == 1 else []
-            parts = taken_in(old, chat.store.summaries.values(), chat.texts(path))
+            parts = taken_in(old, chat.store.summaries.values(), places_on(chat, path))
         failed = self.failure
         if messages:
             fresh, _ = self._from_messages(chat, messages, old.start, plan, ask)
@@ -12570,25 +12652,22 @@ def marked_since(chat: Chat, marks: Mapping[str, Mapping[str, Mark]]) -> set[str
     return {digest for digest in marks.keys() | now.keys() if marks.get(digest) != now.get(digest)}
 
 
-def extract_to_improve(story: Sequence[Summary], stored: Sequence[Summary], texts: Sequence[str]) -> Summary | None:
+def extract_to_improve(story: Sequence[Summary], stored: Sequence[Summary], places: Places) -> Summary | None:
     """The first extract among summaries, and among those that they were made from, which go first: of the story's
     oldest line, the part that tells most."""
     for summary in story:
-        parts = taken_in(summary, stored, texts) if summary.level > 1 else ()
+        parts = taken_in(summary, stored, places) if summary.level > 1 else ()
         parts = sorted(parts, key=lambda s: -importance_alone(s.text, 0.0))
-        found = extract_to_improve(parts, stored, texts)
+        found = extract_to_improve(parts, stored, places)
         if found or (summary.source == "extract" and summary.tries < MOST_TRIES):
             return found or summary
     return None
 
 
-def taken_in(summary: Summary, stored: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
-    """The summaries that a summary of a higher level was made from, oldest first.
-
-    `texts` are the digests of the branch's messages.
-    """
-    lower = placed((s for s in stored if s.level < summary.level and not s.stale), texts)
-    return story_of((s for s in lower if summary.start <= s.start and s.end <= summary.end), texts)
+def taken_in(summary: Summary, stored: Iterable[Summary], places: Places) -> list[Summary]:
+    """The summaries that a summary of a higher level was made from, oldest first."""
+    lower = places.placed(s for s in stored if s.level < summary.level)
+    return told_story(s for s in lower if summary.start <= s.start and s.end <= summary.end)
 
 
 # ======================================================================================================================
@@ -13099,7 +13178,7 @@ class PromptBuilder:
         shown, budget = nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
         away = hidden_from(chat, request)
-        counts = [0 if away and n.id in away else n.tokens for n in shown[:above]]
+        counts = [0 if n.id in away else n.tokens for n in shown[:above]] if away else [n.tokens for n in shown[:above]]
         counts += [0 if t.hidden else n.tokens for t, n in zip(request.turns[first:], shown[above:], strict=True)]
         for i, turn in enumerate(request.turns[first:], above):
             if shown[i].shown != turn.fingerprint and not turn.hidden:  # with something else around the words
