@@ -10043,6 +10043,8 @@ class OpenAIUpstream:
             if response.has_redirect_location:
                 raise redirect_refused(response.headers)
             raw = b"\n".join(bounded_lines(response.iter_bytes()))
+            if asked.cancelled:  # an answer without a stated length seems to have ended there
+                raise httpx.ReadTimeout(f"no whole answer within {timeout:.0f} seconds")
             httpx.Response(response.status_code, content=raw, request=response.request).raise_for_status()
         text = raw.decode("utf-8-sig", "replace")
         return json_reader(text).decode(text)

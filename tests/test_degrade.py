@@ -285,10 +285,12 @@ def test_what_stands_beside_the_chats_is_made_anew_where_it_is_broken(data_dir, 
         assert [chat["chat_id"] for chat in listed] == [chat_id]
 
 
-def test_a_data_folder_that_cannot_be_used_from_the_start(data_dir, upstream):
-    """The reply comes, the log names the folder without a traceback; with the folder usable memory begins."""
-    data_dir.write_text("a file where the folder should be")
+def test_a_data_folder_that_cannot_be_used_before_the_first_turn(data_dir, upstream):
+    """The reply comes, the log names the folder without a traceback; with the folder usable memory begins. (A server
+    that finds it so at its start says that in place of serving.)"""
     with Server(data_dir, upstream.url, embedder=False) as running:
+        shutil.rmtree(data_dir, ignore_errors=True)
+        data_dir.write_text("a file where the folder should be")
         assert_degraded(say(running.url, QUESTION, chat_id="tale"), upstream, QUESTION)
         assert httpx.get(f"{running.url}/api/persona_memory/chats", timeout=TIMEOUT).status_code >= 500
         assert str(data_dir) in running.log()
