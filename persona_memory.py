@@ -2209,6 +2209,7 @@ class Embedder:
         self._closed = False
         self._urgent: set[Future] = set()  # jobs that somebody waits for with a timeout
         self._pace = FIRST_PACE  # seconds that a job takes which is not the background's; the newest count most
+        self._model: Any = None
         self._slice = float(SLICE_BYTES[1])  # bytes that the model reads in SLICE_SECONDS; measured as it works
 
     def start(self) -> None:
@@ -2277,27 +2278,32 @@ class Embedder:
 
     def _run(self) -> None:
         try:
-            model = load_sentence_transformer(self.name)
+            self._model = load_sentence_transformer(self.name)
             self.status = "ready"
         except Exception as error:  # whatever a model's loader raises: the chats go on without vectors
             self.status = f"failed: {type(error).__name__}: {error}"
             words = f"The embedder {self.name} cannot be loaded, so memories are found by words alone: {error}"
             log_event("embedder_failed", words, level=logging.ERROR, model=self.name)
-            model = None
         self.loaded.set()
+        if self._model and not self._closed:  # what is there works: turns need not wait for something better
+            threading.Thread(target=self._quicken, name="quicken").start()  # no daemon: torch must not end in between
         while not self._closed:
             priority, number, job = self._jobs.get()
             if not job.wanted:
                 continue
             started = time.monotonic()
-            self._work(model, job)
+            self._work(job)
             if not job.future.done():  # what is more urgent goes before its next slice
                 self._jobs.put((priority, number, job))
             elif priority != BACKGROUND:
                 self._pace = (self._pace + time.monotonic() - started) / 2
         self._refuse_all()
 
-    def _work(self, model: Any, job: EncodingJob) -> None:
+    def _quicken(self) -> None:
+        self._model = faster(self._model)
+
+    def _work(self, job: EncodingJob) -> None:
+        model = self._model
         if model is None:
             return job.future.set_exception(EmbedderUnavailable(f"the embedder {self.status}"))
         try:
@@ -2345,8 +2351,7 @@ def faster(model: Any) -> Any:
         for layer in candidate.modules():
             if isinstance(layer, torch.nn.Linear):
                 layer.to(torch.bfloat16)
-                layer.register_forward_pre_hook(lambda _, given: (given[0].to(torch.bfloat16), *given[1:]))
-                layer.register_forward_hook(lambda _, given, found: found.float())
+                layer.forward = functools.partial(linear_in_bfloat16, layer)
         made, spent = [], []
         for some in (model, candidate) * 3:  # the fastest of three: something else may run beside
             started = time.perf_counter()
@@ -2355,6 +2360,13 @@ def faster(model: Any) -> Any:
         same = (made[0] * made[1]).sum(axis=1).min() >= SAME_VECTORS
         return candidate if same and min(spent[1::2]) < min(spent[::2]) else model
     return model
+
+
+def linear_in_bfloat16(layer: Any, given: Any) -> Any:
+    """What a linear layer in bfloat16 makes of float32 values; without hooks, each of which costs as much again."""
+    import torch
+
+    return torch.nn.functional.linear(given.to(torch.bfloat16), layer.weight, layer.bias).float()
 
 
 def sized_name(name: str) -> tuple[str, int | None]:
@@ -2415,7 +2427,7 @@ def load_sentence_transformer(name: str) -> Any:
     disable_progress_bar()  # the log's lines are whole lines
     # Half of the cores: torch's threads wait for each other, and stall when a model on this machine takes the rest.
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-    return faster(SentenceTransformer(path, device="cpu", truncate_dim=size))
+    return SentenceTransformer(path, device="cpu", truncate_dim=size)
 
 
 def chunk_spans(text: str) -> Iterator[tuple[int, int]]:
@@ -6554,10 +6566,10 @@ def story_of(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary
 
     `texts` are the digests of the branch's messages.
     """
-    return told(placed(summaries, texts))
+    return uppermost(placed(summaries, texts))
 
 
-def told(standing: Iterable[Summary]) -> list[Summary]:
+def uppermost(standing: Iterable[Summary]) -> list[Summary]:
     """The story of a branch, of the summaries that stand on it."""
     story, reach = [], -1
     for summary in sorted((s for s in standing if not s.stale), key=lambda s: (s.start, -s.level, -s.tries)):
@@ -11783,7 +11795,7 @@ def branch_story(chat: Chat, path: Sequence[str], before: int, budget: int) -> S
         return Story()
     standing = places_on(chat, path).placed(chat.store.summaries.values())
     hidden = [s for s in standing if s.since < before]
-    return render_story(told(hidden), branch_facts(chat, path, before), budget)
+    return render_story(uppermost(hidden), branch_facts(chat, path, before), budget)
 
 
 def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
@@ -11899,7 +11911,7 @@ class Summarizer:
     def _story(chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary]]:
         """The plan's branch, and the summaries that stand for it."""
         path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else []
-        return path, told(places_on(chat, path).placed(chat.store.summaries.values()))
+        return path, uppermost(places_on(chat, path).placed(chat.store.summaries.values()))
 
     def _work_off(self, chat_id: str) -> None:
         """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
@@ -12238,7 +12250,7 @@ def extract_to_improve(story: Sequence[Summary], stored: Sequence[Summary], plac
 def taken_in(summary: Summary, stored: Iterable[Summary], places: Places) -> list[Summary]:
     """The summaries that a summary of a higher level was made from, oldest first."""
     lower = places.placed(s for s in stored if s.level < summary.level)
-    return told(s for s in lower if summary.start <= s.start and s.end <= summary.end)
+    return uppermost(s for s in lower if summary.start <= s.start and s.end <= summary.end)
 
 
 # ======================================================================================================================
