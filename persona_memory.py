@@ -2626,6 +2626,7 @@ class Tree:
         self.unshown: set[str] = set()  # messages that no request has shown
         self._inner: set[str] = set()  # messages with a confirmed message below them
         self._trail: list[str] = []  # the path that was last walked: the next one is nearly the same
+        self._line: list[Node] = []  # its nodes
         self._confirmed = 0
 
     def put(self, message: Message, order: int) -> None:
@@ -2637,6 +2638,8 @@ class Tree:
             "" if message.erased else text_fingerprint(message.name, message.original), depth, order, message.tokens,
             message.confirmed, message.complete, message.pinned, message.forgotten,
         )  # fmt: skip
+        if self._trail[depth : depth + 1] == [message.id]:
+            self._line[depth] = self.nodes[message.id]
         if old is None:
             self.by_digest[self.nodes[message.id].digest].append(message.id)
             self.children[message.parent].append(message.id)
@@ -2666,7 +2669,7 @@ class Tree:
             self._confirmed -= node.confirmed
             if not any(self.is_confirmed(i) for i in self.children[node.parent]):
                 self._inner.discard(node.parent)
-            self._trail = []
+            self._trail, self._line = [], []
 
     def below(self, node: str) -> list[str]:
         """The message and all that hang under it."""
@@ -2695,8 +2698,15 @@ class Tree:
             ids.append(tip)
             tip = self.nodes[tip].parent
         if ids:
-            trail[self.length(tip) :] = ids[::-1]
+            kept = self.length(tip)
+            trail[kept:] = ids[::-1]
+            self._line[kept:] = [self.nodes[i] for i in reversed(ids)]
         return trail
+
+    def branch(self, tip: str) -> list[Node]:
+        """The nodes from the chat's first message to `tip`. Looking each one up would take ten times as long."""
+        self._walked(tip)
+        return self._line[: self.length(tip)]
 
     def child(self, node: str, digest: str) -> str:
         """The message of those words that follows a message, one that a request has shown first; empty: none."""
@@ -4620,7 +4630,8 @@ def query_words(text: str, without: Collection[str] = (), language: str = "en") 
 def shared_front(a: Sequence[str], b: Sequence[str]) -> int:
     """How many items two sequences share from the start."""
     end = min(len(a), len(b))
-    if a[:end] == b[:end]:  # the usual case: a branch that has grown
+    first, second = (some if len(some) == end else some[:end] for some in (a, b))
+    if first == second:  # the usual case: a branch that has grown
         return end
     low = 0
     while end - low > 1:  # what is shared stands in front, so it can be halved
@@ -6985,6 +6996,19 @@ class Layout:
         return index >= self.anchor and index not in self.hidden
 
 
+class Seen(Sequence):
+    """The items of a sequence as a function sees them, each when it is asked for: of a long branch few are."""
+
+    def __init__(self, items: Sequence, see: Callable[[Any], Any]):
+        self._items, self._see = items, see
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._see(self._items[index])
+
+
 def lay_out(
     request: ChatRequest,
     context: int,
@@ -7016,7 +7040,7 @@ def lay_out(
     sizes, steady = [*stored, *turns], [*stored, *counts]
     block = max(1, int(HISTORY_BLOCK * shares[2] * context))
     latest = len(sizes) - 1 if pivot is None else len(stored) + pivot - first
-    starts = [role == roles[0] for role in roles]  # strict templates refuse a history that begins on the other side
+    starts = Seen(roles, roles[0].__eq__)  # strict templates refuse a history that begins on the other side
     anchor = history_anchor(sizes, steady, starts, budget.history - tail, block, latest)
     history = sum(sizes[anchor:]) + tail
     full = history > NEARLY_FULL * budget.history
@@ -11596,7 +11620,7 @@ class Recaller:
     ) -> tuple[list[Node], Query, np.ndarray | None]:
         """A chat's current branch, what a text asks of it, and the vector of that, which is waited for."""
         with chat.lock:
-            nodes = chat.nodes(chat.path())
+            nodes = chat.tree.branch(chat.store.head)
             index = chat.follow(nodes, self._vectors.embedder)
             query = understand(text, asker, index.speakers, index.now, (), index.language)
         return nodes, query, self._vectors.of_query(query.spoken, timeout)
@@ -12731,7 +12755,7 @@ class PromptBuilder:
         """
         first, above = request.history_start, len(path) - len(request.turns)
         with chat.lock:
-            nodes = chat.nodes(path)
+            nodes = chat.tree.branch(path[-1])
             layout, story, plan = self._laid_out(chat, path, nodes, request, context, shares, arrange)
         turn = TurnContext(chat, request, nodes, layout, deadline)
         recalled = self._recaller.recall(turn, {f.message for f in story.facts})
@@ -12763,7 +12787,8 @@ class PromptBuilder:
         for i, turn in enumerate(request.turns[first:], above):
             if shown[i].shown != turn.fingerprint and not turn.hidden:  # with something else around the words
                 counts[i] = message_tokens(turn.raw)
-        layout = arrange(request, context, shares, counts, [n.role for n in shown], reserved)
+        roles = Seen(shown, lambda node: node.role)
+        layout = arrange(request, context, shares, counts, roles, reserved)
         story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
         # Without a persona and without history there is no message to attach the story to.
         attachable = request.persona or layout.anchor < above or layout.window
