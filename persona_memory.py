@@ -85,6 +85,7 @@ import base64
 import binascii
 import codecs
 import contextlib
+import difflib
 import errno
 import functools
 import gc
@@ -123,7 +124,7 @@ from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 # Half of the cores: BLAS's threads wait for each other where other work takes the rest.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
@@ -436,16 +437,55 @@ MOST_MARKS = 30  # on one letter (Unicode Standard Annex 15, "Stream-Safe Text F
 MARKED = re.compile(rf"[^\w\x00-\x7f]{{{MOST_MARKS + 1},}}")
 
 
+PIECE = 50_000  # characters, for which one call into C takes some milliseconds
+PIECES = re.compile(rf"(?s:.{{1,{PIECE}}})(?=\s|\Z)|(?s:.{{1,{PIECE}}})")  # at white space, where there is any
+
+
+def in_pieces(work: Callable[[str], str], text: str) -> str:
+    """What `work` makes of a text, of a long one piece by piece: other threads stand still during one call into C."""
+    if len(text) <= PIECE:
+        return work(text)
+    return "".join(work(piece[0]) for piece in PIECES.finditer(text))
+
+
+JSON_AT_ONCE = 200_000  # names and values of a JSON text, which take Python's reader in C up to 0.15 s
+
+
+def json_reader(text: str, **hooks: Callable) -> json.JSONDecoder:
+    """What reads a JSON text: of a large one the module's other reader, in Python, which lets other threads run."""
+    reader = json.JSONDecoder(**hooks)
+    if text.count(",") + text.count(":") > JSON_AT_ONCE:
+        reader.parse_object, reader.parse_array = json.decoder.JSONObject, json.decoder.JSONArray
+        reader.scan_once = json.scanner.py_make_scanner(reader)
+    return reader
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """A JSON object as `json.dumps` writes it, with one call into C for each of its values and of its lists' items."""
+    parts = []
+    for name, part in value.items():
+        if isinstance(part, list | tuple):
+            written = f"[{', '.join([json.dumps(item) for item in part])}]"
+        else:
+            written = json.dumps(part)
+        parts.append(f"{json.dumps(name)}: {written}")
+    return f"{{{', '.join(parts)}}}"
+
+
 def normal_form(text: str, form: str) -> str:
     """Text in a Unicode normal form. Of a longer heap of marks the first are kept: putting them in order takes the
     square of their number, and a thousand times a thousand of them would stop everything else."""
+    if text.isascii():
+        return text
 
     def fewer(run: re.Match) -> str:
         """The run with what stands on one letter cut."""
         heaps = itertools.groupby(run[0], lambda sign: unicodedata.combining(sign) > 0)
         return "".join("".join(itertools.islice(some, MOST_MARKS) if marks else some) for marks, some in heaps)
 
-    return text if text.isascii() else unicodedata.normalize(form, MARKED.sub(fewer, text))
+    return (
+        text if text.isascii() else in_pieces(lambda piece: unicodedata.normalize(form, MARKED.sub(fewer, piece)), text)
+    )
 
 
 def normalise(text: str) -> str:
@@ -465,7 +505,8 @@ FRAME_OPENINGS = (  # how the lines begin that this program sets around what it 
 FRAMING = re.compile(
     r"""<(?=[|｜]) | (?<=[|｜])>  # ChatML, Llama 3, Phi, Command R, GLM, DeepSeek: <|im_end|>
     | </?(?:s|bos|eos|pad|unk|sep|mask|img|image|system|user|assistant|human|bot|model|tool|think(?:ing)?)>
-    | </?(?:start|end|begin)_of_\w{1,20}> | </?tool_\w{1,20}> | <(?:unused|reserved|extra_id)_?\d{1,6}>  # Gemma, T5
+    | </?(?:start|end|begin(?:ning)?)_of_\w{1,20}> | </?seed:\w{1,20}> | \[(?=e~\[) | \](?=~!?b[\[\]])  # Seed, MiniMax
+    | </?tool_\w{1,20}> | <(?:unused|reserved|extra_id)_?\d{1,6}>
     | <</?SYS>> | \[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w{1,20}|THINK|IMG|[gs]?MASK|CLS|SEP|PAD|UNK|BOS|EOS)\]
     | \#(?=\#{1,9}\s{0,9}(?:instruction|response|input|system|user|assistant|human)\b)  # Alpaca
     | \[(?=[\W_]{0,9}(?:OPENINGS)\b)""".replace(
@@ -474,7 +515,7 @@ FRAMING = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 HARMLESS = str.maketrans("<>[]#", "‹›()＃")
-FRAMERS = re.compile(r"[<>\[#]")  # with one of them each of those begins: most texts hold none
+FRAMERS = re.compile(r"[<>\[\]#]")  # with one of them each of those begins: most texts hold none
 
 
 def without_framing(text: str) -> str:
@@ -522,6 +563,7 @@ MOST_BLOCKS = 20  # at either end of a text
 CLOSING_TAG = re.compile(r"</([A-Za-z][\w-]{0,40})>\Z")
 LETTERS = r"[^\W\d_](?:[^\W\d_]|['’.-]){0,30}"
 NAME_PREFIX = re.compile(rf"{LETTERS}(?: {LETTERS}){{0,3}}: (?=\S)")  # no digits: "Day 3: we sail" names nobody
+SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}): (?=.*\S)", re.S)
 
 
 def without_thoughts(text: str) -> str:
@@ -580,6 +622,11 @@ def bare_words(text: str) -> str:
     return words[at:] if words[at:].strip() else text
 
 
+def unprefixed(text: str, voice: str | None) -> str:
+    """A text without the speaker's name in front of it."""
+    return text.removeprefix(f"{voice}: ") if voice else text
+
+
 def text_fingerprint(name: str | None, content: str) -> str:
     """Equal for messages of the same name and bytes."""
     return short_hash(name or "", content)
@@ -631,9 +678,14 @@ class Message:
         return self.content if self.shown is None else self.shown
 
     @property
+    def words(self) -> str:
+        """`content` without the name that stands in front of it."""
+        return unprefixed(self.content, self.voice)
+
+    @property
     def mark(self) -> Mark:
         """What a user has made of its words."""
-        return Mark(self.pinned, self.forgotten, None if self.shown is None else self.content, bool(self.erased))
+        return Mark(self.pinned, self.forgotten, None if self.shown is None else self.words, bool(self.erased))
 
     @property
     def digest(self) -> str:
@@ -692,6 +744,7 @@ class Node:
     complete: bool = field(compare=False)
     pinned: bool = field(compare=False)
     forgotten: bool = field(compare=False)
+    voice: str | None = field(default=None, compare=False)  # as a message's
 
 
 @dataclass(frozen=True, slots=True)
@@ -723,14 +776,16 @@ class Turn:
 class Identity:
     """What a client says of a request beside its messages; empty where it does not say.
 
-    `parent` is the chat that this one was branched off, `title` what the client calls the chat, `group` the name of a
-    group or of its members, `kind` one of KINDS, `picture` the character's as a data URL, and `complete` says that the
-    messages are the whole chat, so that what is missing in front was deleted.
+    `user` and `character` are the names of those who speak, `parent` is the chat that this one was branched off,
+    `title` what the client calls the chat, `group` the name of a group or of its members, `kind` one of KINDS,
+    `picture` the character's as a data URL, and `complete` says that the messages are the whole chat, so that what is
+    missing in front was deleted.
     """
 
     chat_id: str = ""
     parent: str = ""
     character: str = ""
+    user: str = ""
     kind: str = ""
     title: str = ""
     group: str = ""
@@ -813,6 +868,11 @@ class ChatRequest:
     def lone(self) -> bool:
         """Whether this is one message without a history: the beginning of a chat, or a call of a program."""
         return len(self.turns) == 1 and not self.identity.has_metadata
+
+    @property
+    def prefixed(self) -> bool:
+        """Whether a text begins with what may be a speaker's name, and is not taken for one yet."""
+        return any(SPEAKER_PREFIX.match(t.content) for t in self.turns if not t.voice)
 
     @property
     def wants_json(self) -> bool:
@@ -953,6 +1013,7 @@ class PromptReport:
     facts: int = 0
     reused: float | None = None  # share of the tokens that begin as the chat's last prompt did; None: there was none
     left_out: list[dict] = field(default_factory=list)  # what was worth recalling and is not in it, and why
+    nothing: str = ""  # why nothing was recalled, where that is so and nothing went wrong
     reminder: str = ""  # what of the persona was said again
     summary_error: str = ""  # why summaries cannot be made lately, in the upstream's words
 
@@ -1051,7 +1112,7 @@ class LongWork:
         rate = sum(count for _, count in steps[1:]) / passed if passed > 0 else None
         seconds = round(waiting / rate) if rate else None
         about = "" if seconds is None else f", about {seconds} s" if seconds < 90 else f", about {seconds // 60} min"
-        words = f"{waiting:,} {self._words}{about}."
+        words = f"{self._words}: {waiting:,}{about}."
         rate = rate and round(rate, 2)
         return {"kind": self.kind, "waiting": waiting, "done": done, "rate": rate, "seconds": seconds, "words": words}
 
@@ -1062,8 +1123,8 @@ class Background:
     def __init__(self) -> None:
         self.going = threading.Event()  # cleared while it is paused
         self.going.set()
-        self.vectors = LongWork("vectors", "messages wait until they can be found by meaning", 16)
-        self.summaries = LongWork("summaries", "parts of chats wait to be summarised", 1)
+        self.vectors = LongWork("vectors", "Messages that cannot be found by meaning yet", 16)
+        self.summaries = LongWork("summaries", "Parts of chats that are not summarised yet", 1)
 
     @property
     def paused(self) -> bool:
@@ -1107,12 +1168,16 @@ class RecentWarnings(logging.Filter):
         log.removeFilter(self)
 
 
-def log_event(event: str, sentence: str, *, level: int = logging.INFO, trace: bool = False, **figures: Any) -> None:
-    """One line in the log: `sentence` for people; `event` and `figures` (ids, times, counts) for machines."""
-    log.log(level, sentence, extra={"event": event, "figures": figures}, exc_info=trace)
-
-
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def log_event(event: str, sentence: str, *, level: int = logging.INFO, trace: bool = False, **figures: Any) -> None:
+    """One line in the log: `sentence` for people; `event` and `figures` (ids, times, counts) for machines.
+
+    Another program's log, of which this one is a module, may not escape what stands in a chat's id.
+    """
+    sentence = CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], sentence)
+    log.log(level, sentence, extra={"event": event, "figures": figures}, exc_info=trace)
 
 
 class LogFormatter(logging.Formatter):
@@ -1941,6 +2006,7 @@ def read_emotion(text: str, vector: np.ndarray | None = None) -> EmotionReading:
     `vector` is the message's unit vector float32 [384] by all-MiniLM-L6-v2; without one, or with another embedder's,
     the lexicon alone is asked.
     """
+    text = clip(text)
     if not any(c.isalnum() for c in text) and not pictures()[0].search(text) and not re.search(r"[!?]", text):
         return reading_of([0.0] * NEUTRAL + [1.0])  # says nothing, so it feels nothing
     features = emotion_features(text)
@@ -2603,7 +2669,14 @@ class Reranker(OwnModel):
 
 def sane_text(text: str) -> str:
     """The text without lone surrogates and NUL, which tokenizers and SQLite do not take."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", " ")
+    if text.isascii():
+        return text.replace("\0", " ")
+
+    def whole(piece: str) -> str:
+        """Halves that belong together are joined; others are replaced."""
+        return piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", " ")
+
+    return in_pieces(whole, text)
 
 
 # ======================================================================================================================
@@ -2636,7 +2709,7 @@ class Tree:
         self.nodes[message.id] = Node(
             message.id, message.parent, message.role, message.digest, message.fingerprint,
             "" if message.erased else text_fingerprint(message.name, message.original), depth, order, message.tokens,
-            message.confirmed, message.complete, message.pinned, message.forgotten,
+            message.confirmed, message.complete, message.pinned, message.forgotten, message.voice,
         )  # fmt: skip
         if self._trail[depth : depth + 1] == [message.id]:
             self._line[depth] = self.nodes[message.id]
@@ -2819,16 +2892,27 @@ def count_users(tree: Tree, ids: Iterable[str]) -> int:
     return sum(tree.nodes[i].role == "user" or tree.nodes[i].depth > 1 for i in ids)
 
 
+def goes_on(found: Alignment, digests: Sequence[str], head: str) -> bool:
+    """Whether a window of a chat shows its end as it was, the reply to that, which may be known, and a new message."""
+    new = len(digests) - len(found.kept)
+    return found.base != ROOT and (new == 2 and found.kept[-1] == head or new == 1 and head in found.kept[-2:])
+
+
 def exact_start(tree: Tree, digests: Sequence[str], head: str) -> Alignment | None:
     """The longest match that begins with the transcript's first message, at whatever depth: clients drop what is old.
 
     Among equals the chat's very beginning is taken (it has nothing above it that could leak), then the branch that
-    the chat was last on, then the newest.
+    the chat was last on, then the newest. Where the same few words come again and again, it goes on from its end.
     """
 
     def rank(found: Alignment) -> tuple:
         first = found.kept[0]
-        return len(found.kept), found.base == ROOT, tree.stands_on(head, first), tree.nodes[first].order
+        return (
+            len(found.kept) + (2 if goes_on(found, digests, head) else 0),
+            found.base == ROOT,
+            tree.stands_on(head, first),
+            tree.nodes[first].order,
+        )
 
     bases = (tree.nodes[n].parent for n in same_text(tree, digests[0]))
     runs = ((base, walk(tree, base, digests)) for base in bases)
@@ -2851,19 +2935,29 @@ def shifted_start(tree: Tree, digests: Sequence[str]) -> Alignment:
     return Alignment(base, walk(tree, base, digests), tuple(agreed), count_users(tree, agreed.values()))
 
 
+def inserted(tree: Tree, digests: Sequence[str], exact: Alignment, shifted: Alignment) -> bool:
+    """Whether insertions explain why later messages agree on a base further up: they stand behind the exact match."""
+    later = [i for i in shifted.matches if i >= len(exact.kept)]
+    nodes = [n for i in later for n in same_text(tree, digests[i]) if tree.ancestor(n, i + 1) == shifted.base]
+    above = shifted.base == ROOT or tree.is_below(exact.base, shifted.base)
+    return bool(nodes) and above and all(tree.is_below(n, exact.kept[-1]) for n in nodes)
+
+
 def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
     """Where a transcript (at least one message) hangs in a tree whose chat was last at `head`.
 
-    A match of the first message wins, unless a run of later messages is longer and agrees on a base that deletions
-    behind the first message do not explain. From the base on, the first message that differs starts a new branch.
+    A match of the first message wins, unless a run of later messages is longer and agrees on a base that deletions and
+    insertions behind the first message do not explain. From the base on, the first message that differs starts a new
+    branch.
     """
     exact = exact_start(tree, digests, head)
-    if exact and len(exact.kept) == len(digests):
+    if exact and (len(exact.kept) == len(digests) or goes_on(exact, digests, head)):
         return exact
     shifted = shifted_start(tree, digests)
     if exact is None:
         return shifted
-    if shifted.base != exact.base and not tree.is_below(shifted.base, exact.kept[0]):
+    explained = tree.is_below(shifted.base, exact.kept[0]) or inserted(tree, digests, exact, shifted)
+    if shifted.base != exact.base and not explained:
         return exact if shifted.run <= len(exact.kept) else shifted
     later = [i for i in shifted.matches if i >= len(exact.kept)]  # behind what was deleted or edited
     users = exact.users + count_users(tree, (tree.by_digest[digests[i]][0] for i in later))
@@ -2892,12 +2986,11 @@ def align_floating(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alig
 
 MAX_CONTEXT = 10**9  # tokens; no model reads more
 LONGEST_MESSAGE = 1_000_000  # characters of its text
-MOST_VALUES = 800_000  # in one JSON text: Python reads so many in 0.2 s, and does nothing else meanwhile
+MOST_VALUES = 800_000  # in one JSON text
 GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\]")  # SillyTavern's default words
 JAVASCRIPT_DATE = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
 )
-SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}): (?=.*\S)", re.S)
 CHARACTER_IN_PROMPT = re.compile(r"\bWrite (\S.{0,60}?)['\u2019]s next reply in a fictional chat\b")
 USER_IN_PROMPT = re.compile(r"\bnext reply in a fictional chat between [^\n]{1,80}? and ([^\n.]{1,60})\.")
 PLACEHOLDER = re.compile(  # SillyTavern's and Agnai's defaults for a prompt that has to begin with the user
@@ -2908,6 +3001,12 @@ PLACEHOLDER = re.compile(  # SillyTavern's and Agnai's defaults for a prompt tha
 PROMPT_END = re.compile(r"(?<=\n)\[start (?:a )?(?:new )?(?:group )?chat[^\n\]]{0,300}\](?=\n|\Z)", re.I)
 DEFAULT_OPENING = {"role": "user", "content": "[Start a new chat]"}
 CUE = re.compile(r"(?:\A|\n)[^\W\d_][\w'’.-]*(?: [\w'’.-]+){0,3}:\s*\Z")  # a name for the model to go on from
+NO_SPEAKER = re.compile(  # what begins a text with a colon behind it, and names nobody
+    r"notes?|nb|p\.?p?\.?s\.?|ooc|ic|btw|fyi|edit|re|fwd|[qa]|question|answer|hint|tip|warning|reminder|update|todo|time|"
+    r"date|day|place|location|setting|scene|act|action|thoughts?|mood|weather|summary|title|status|attention|example|"
+    r"remember|yes|no|ok|okay|well|so|listen|look|see|hm+|but|and",
+    re.I,
+)
 BRACKETED = re.compile(r"\[[^\[\]]*\]|\([^()]*\)|\{[^{}]*\}|<[^<>]*>", re.S)
 LONGEST_INSTRUCTION = 4000  # characters
 SHORTEST_NOTE = 8  # characters; what is shorter may be said by anyone, anywhere
@@ -2987,11 +3086,11 @@ def parse_request(body: Any) -> ChatRequest:
     leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages)) or folded
     begun = leading + (len(messages) > leading and is_placeholder(messages[leading]))
     turns, tail = split_turns(messages[begun:], begun > 0)
-    turns = with_voices(turns, messages[:leading])
     persona_in_first_turn = bool(turns) and begun == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
     opening, persona = tuple(messages[leading:begun]), tuple(messages[:leading])
     request = ChatRequest(body, persona, turns, tail, persona_in_first_turn, identity, opening, False, account, aside)
-    return replace(request, persona=(*turns[0].before, turns[0].raw)) if request.history_start else request
+    request = replace(request, persona=(*turns[0].before, turns[0].raw)) if request.history_start else request
+    return with_names(request) if request.prefixed else request
 
 
 def unfolded(messages: Sequence[dict]) -> tuple[Sequence[dict], int]:
@@ -3183,9 +3282,9 @@ AVATAR = re.compile(r"(?:data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/=]{1,80
 def parse_identity(fields: Mapping, where: str = "") -> Identity:
     """The identity that those fields name; raises `InvalidRequest`. A kind that is not known is a normal one."""
     names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
-    names |= {"title": "title", "group": "group", "picture": "picture"}
+    names |= {"title": "title", "group": "group", "picture": "picture", "user": "user"}
     said = {key: sane_text(optional_field(fields, name, str, where) or "").strip() for key, name in names.items()}
-    for key in ("chat_id", "parent", "character"):
+    for key in ("chat_id", "parent", "character", "user"):
         check_length(said[key], where + names[key])
     if not AVATAR.fullmatch(said["picture"]):
         raise InvalidRequest(f"{where}picture must be a small PNG, JPEG or WebP as a data URL.", f"{where}picture")
@@ -3291,31 +3390,65 @@ def is_instruction(text: str, alone: bool = True) -> bool:
     return bracketed or (not alone and bool(told) and not inner.endswith("?"))
 
 
-def with_voices(turns: tuple[Turn, ...], leading: Sequence[dict]) -> tuple[Turn, ...]:
-    """The turns of a chat whose texts begin with their speaker's name, with that name; others as they are.
+def with_names(request: ChatRequest, known: Mapping[str, Collection[str]] = MappingProxyType({})) -> ChatRequest:
+    """The request with the names of the speakers whose texts begin with these.
 
-    SillyTavern names a group's members before the chat. Where it does not, every message of that side begins with a
-    name; a side with one name alone must be known from the prompt, or from the other side having names too.
+    Names are certain where the request tells them, or where they are `known`, by role. Others count where every text of
+    a side begins with one: one of them must stand in the prompt, or begin several texts beside other names, or stand
+    beside names of the other side.
     """
-    prompt = "\n".join(text_of(m.get("content")) for m in leading)
-    members = GROUP_MEMBERS.search(prompt)
-    names = {role: prefixes_of(turns, role) for role in CHAT_ROLES}
-    if members:
-        names["assistant"] = {name.strip() for name in members[1].split(",")}
-    elif len(names["assistant"]) == 1 and not (names["user"] or next(iter(names["assistant"])) in prompt):
-        names["assistant"] = set()
-    alone = not members and len(names["assistant"]) < 2  # in groups the user is nobody's character
-    if not alone or len(names["user"]) > 1 or not (names["assistant"] or any(n in prompt for n in names["user"])):
-        names["user"] = set()
-    found = (SPEAKER_PREFIX.match(turn.content) for turn in turns)
-    named = [f[1] if f and f[1] in names[turn.role] else None for turn, f in zip(turns, found, strict=True)]
-    return tuple(replace(turn, voice=name) if name else turn for turn, name in zip(turns, named, strict=True))
+    said, prompt = request.turns[request.history_start :], persona_text(request)
+    sure = {role: names | set(known.get(role, ())) for role, names in names_told(request).items()}
+    sure["user"] -= sure["assistant"]
+    every = {role: prefixes_of(said, role) for role in CHAT_ROLES}
+    asked = {n for n in every["user"] if n not in sure["assistant"] and may_be_name(n)}
+    replied = {n for n in every["assistant"] if n not in sure["user"] and may_be_name(n)}
+    told = {n for n in asked | replied if re.search(rf"(?<!\w){re.escape(n)}(?!\w)", prompt)}
+    alone = len(sure["assistant"] | replied) < 2  # in groups the user is nobody's character
+    several = len(asked) > 1 or replied or sure["assistant"] & every["assistant"].keys()  # who could be told apart
+    if asked & sure["user"] or (several and any(every["user"][n] > 1 for n in asked)):
+        sure["user"] |= every["user"].keys() - sure["assistant"]
+    elif alone and (asked & told or (replied and len(asked) == 1)):
+        sure["user"] |= asked
+    if len(replied) > 1 or replied & (told | sure["assistant"]) or (replied and asked & sure["user"]):
+        sure["assistant"] |= every["assistant"].keys() - sure["user"]
+    found = [SPEAKER_PREFIX.match(turn.content) for turn in said]
+    voiced = [
+        replace(turn, voice=f[1]) if f and f[1] in sure[turn.role] else turn
+        for turn, f in zip(said, found, strict=True)
+    ]
+    return replace(request, turns=(*request.turns[: request.history_start], *voiced))
 
 
-def prefixes_of(turns: Sequence[Turn], role: str) -> set[str]:
-    """The names that the messages of a side begin with; none where one of them begins with no name."""
+def may_be_name(text: str) -> bool:
+    """Whether a text with a colon behind it may be a name, going by its form: few words without digits or signs, the
+    last one with a capital where its script has them."""
+    form = NAME_PREFIX.match(f"{text}: x")
+    return bool(form) and not text.split()[-1][0].islower() and not NO_SPEAKER.fullmatch(text)
+
+
+def prefixes_of(turns: Sequence[Turn], role: str) -> Counter[str]:
+    """The names that the messages of a side begin with, and how many begin so; none where one begins with no name."""
     found = [SPEAKER_PREFIX.match(turn.content) for turn in turns if turn.role == role]
-    return {f[1] for f in found} if all(found) else set()
+    return Counter(f[1] for f in found) if all(found) else Counter()
+
+
+def names_told(request: ChatRequest) -> dict[str, set[str]]:
+    """The names that a request gives to those who speak in it, by role: in its identity, in SillyTavern's default
+    prompt, as its messages' names, and as what the model is to stop at, which is the user's turn."""
+    prompt, stops = persona_text(request), request.body.get("stop")
+    user, character, group = (p.search(prompt) for p in (USER_IN_PROMPT, CHARACTER_IN_PROMPT, GROUP_MEMBERS))
+    names = {
+        "user": {request.identity.user, user and user[1]},
+        "assistant": {request.identity.character, character and character[1]},
+    }
+    names["assistant"].update(name.strip() for name in (group[1] if group else "").split(","))
+    for turn in request.turns:
+        names[turn.role].add(turn.name)
+    for stop in stops if isinstance(stops, list) else [stops]:
+        found = re.fullmatch(r"\s*([^\n:]{1,60}):\s*", stop) if isinstance(stop, str) else None
+        names["user"].add(found and found[1])
+    return {role: set(filter(None, some)) for role, some in names.items()}
 
 
 def make_turn(message: dict, before: Sequence[dict] = ()) -> Turn:
@@ -3401,6 +3534,8 @@ DAMAGED = (
     "unsupported file format",
 )  # fmt: skip
 # SQLite's words for a file that it cannot read
+SENSELESS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError)
+# what rows raise in which only words have changed
 
 
 class TextDisk(diskcache.Disk):
@@ -3513,7 +3648,7 @@ class Database:
                     self.rest()
                 self._cache = self._open() if self._cache is None else self._cache
                 yield self._cache
-            except (OSError, sqlite3.Error, diskcache.Timeout, ValueError, KeyError, TypeError) as error:
+            except (OSError, sqlite3.Error, diskcache.Timeout, *SENSELESS) as error:
                 self._roll_back()
                 told = store_error(error, self.folder)
                 self.damaged = self.damaged or isinstance(told, StoreDamaged)
@@ -3528,6 +3663,8 @@ class Database:
     def _open(self) -> SharedCache:
         try:
             return self._open_for_writing()
+        except SENSELESS as error:
+            raise damage_of(self.folder, error) from error
         except (OSError, sqlite3.Error, diskcache.Timeout) as error:
             if isinstance(store_error(error, self.folder), StoreDamaged) or not database_of(self.folder).exists():
                 raise
@@ -3538,7 +3675,7 @@ class Database:
 
     def _open_for_writing(self) -> SharedCache:
         file = database_of(self.folder)
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(self.folder)
         with contextlib.suppress(OSError):  # what cannot be used is told by SQLite
             if not file.exists():
                 file.touch(mode=0o600)
@@ -3574,33 +3711,44 @@ class Database:
 
 
 class RebuiltDatabase(Database):
-    """A database that the chats can do without. A damaged one is set aside, at its opening or at the first error, and
-    made anew; `on_loss` is called where that happens later than at the opening."""
+    """A database that the chats can do without. A damaged one is set aside, at its opening or at the first row that
+    cannot be understood, and made anew; `on_loss` is called where that happens later than at the opening."""
 
     def __init__(self, folder: Path, synchronous: int, on_loss: Callable[[], None] = lambda: None):
         super().__init__(folder, synchronous)
         self._on_loss = on_loss
+        self._file = 0  # which file it was when it was opened
 
     @contextlib.contextmanager
     def use(self) -> Iterator[SharedCache]:
-        """As `Database.use`."""
+        """As `Database.use`. A file that somebody has removed is not written any longer, though SQLite would."""
+        with self.lock:
+            if self._cache is not None and file_number(self.folder) != self._file:
+                self.rest()
+                self._on_loss()
         try:
             with super().use() as cache:
                 yield cache
         except StoreError as error:
-            if isinstance(error, StoreDamaged):
-                with self.lock:
-                    self._set_aside()
-                    self._on_loss()
-            raise
+            senseless = isinstance(error.__cause__, SENSELESS) and not isinstance(error.__cause__, UnicodeEncodeError)
+            if not isinstance(error, StoreDamaged) and not senseless:
+                raise
+            with self.lock:
+                self._set_aside()
+                self._on_loss()
+            raise StoreDamaged(str(error)) from error
 
     def _open(self) -> SharedCache:
+        cache = self._whole()
+        self._file = file_number(self.folder)
+        return cache
+
+    def _whole(self) -> SharedCache:
+        """The cache, made anew where it was damaged."""
         try:
             return self._checked(super()._open())
-        except (sqlite3.DatabaseError, TypeError, ValueError, KeyError, StoreDamaged) as error:
-            if isinstance(error, sqlite3.Error) and not is_damage(
-                error
-            ):  # locked, or the disk is full: it may be whole
+        except (sqlite3.DatabaseError, StoreDamaged) as error:
+            if isinstance(error, sqlite3.Error) and not is_damage(error):  # locked, or the disk is full
                 raise
             self._set_aside()
             return super()._open()
@@ -3622,8 +3770,18 @@ class RebuiltDatabase(Database):
 
 
 def is_damage(error: BaseException | None) -> bool:
-    """Whether SQLite means that a file is damaged, not that it cannot be read just now."""
-    return isinstance(error, sqlite3.DatabaseError) and any(words in str(error).lower() for words in DAMAGED)
+    """Whether SQLite means that a file is damaged, not that it cannot be read just now; or a row is no text or no JSON,
+    which this program never wrote."""
+    if isinstance(error, sqlite3.DatabaseError):
+        said = str(error).lower()
+        return said.startswith("near ") or any(words in said for words in DAMAGED)  # diskcache runs its stored settings
+    return isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
+
+
+def damage_of(folder: Path, error: BaseException) -> StoreDamaged:
+    """What to say of a damaged file, with what it raised."""
+    words = f"{type(error).__name__}: {error}"
+    return StoreDamaged(f"The file in {folder} is damaged ({words}). Other chats are not affected.")
 
 
 def store_error(error: Exception, folder: Path) -> StoreError:
@@ -3631,7 +3789,7 @@ def store_error(error: Exception, folder: Path) -> StoreError:
     said = error.__context__ if isinstance(error, diskcache.Timeout) and error.__context__ else error
     words, number = f"{type(said).__name__}: {said}", getattr(said, "errno", None)
     if is_damage(said):
-        return StoreDamaged(f"The file in {folder} is damaged ({words}). Other chats are not affected.")
+        return damage_of(folder, said)
     if "full" in words or number in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(f"{UNKEPT}: the disk is full. Chats go on, but are not remembered until there is space again.")
     if "readonly" in words or "read-only" in words or number in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -3646,12 +3804,21 @@ def store_error(error: Exception, folder: Path) -> StoreError:
     return StoreError(f"The chat's file cannot be used: {words}")
 
 
+def file_number(folder: Path) -> int:
+    """Which file a folder's database is, by its system's number; 0 where there is none."""
+    try:
+        return database_of(folder).stat().st_ino
+    except FileNotFoundError:
+        return 0
+
+
 def make_private(*folders: Path) -> None:
     """Makes folders where they are missing, and lets nobody but their owner into those that are new or this program's
     own; raises `OSError`."""
     for folder in folders:
         if not folder.exists() or folder.name in OWN_FOLDERS:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for place in (*reversed(folder.parents), folder):  # `parents=True` would let others into those between
+                place.mkdir(mode=0o700, exist_ok=True) if not place.exists() else None
             with contextlib.suppress(OSError):  # another user's, read-only, or a file system without owners
                 folder.chmod(0o700)
 
@@ -3716,16 +3883,15 @@ class ChatStore:
         self.lock = threading.RLock()
         self._database = Database(directory, 2, self.lock)
         with self._database.use() as cache:
-            self._file = database_of(directory).stat().st_ino
+            self._file = file_number(directory)
             try:
                 self._read_all(cache)
             except StoreError:
                 self._database.close()
                 raise
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            except SENSELESS as error:
                 self._database.close()
-                words = f"A row of the chat's file in {directory} is damaged ({type(error).__name__}: {error})."
-                raise StoreDamaged(f"{words} Other chats are not affected.") from error
+                raise damage_of(directory, error) from error
 
     def _read_all(self, cache: diskcache.Cache) -> None:
         if cache.get("format", STORE_FORMAT) > STORE_FORMAT:
@@ -3803,10 +3969,7 @@ class ChatStore:
 
     def was_replaced(self) -> bool:
         """Whether another process has deleted the chat since it was opened, or made it anew."""
-        try:
-            return database_of(self.directory).stat().st_ino != self._file
-        except FileNotFoundError:
-            return True
+        return file_number(self.directory) != self._file
 
     def _remember(self, row: dict) -> None:
         message = message_of(row)
@@ -4103,7 +4266,11 @@ class ChatStore:
 def readable_rows(database: Path) -> Iterator[tuple[str, Any]]:
     """The keys and JSON values of a damaged database that can be read, whatever stands between them."""
     address = f"{database.absolute().as_uri()}?mode=ro"
-    with contextlib.closing(sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)) as connection:
+    try:
+        opened = sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)
+    except sqlite3.Error:
+        return
+    with contextlib.closing(opened) as connection:
         connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
         last, failures = 0, 0
         while failures < MOST_UNREADABLE:
@@ -4115,7 +4282,7 @@ def readable_rows(database: Path) -> Iterator[tuple[str, Any]]:
                         with contextlib.suppress(ValueError, RecursionError):
                             yield key, json.loads(value)
                 return
-            except sqlite3.Error as error:
+            except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's words may quote what is no text
                 if "malformed" not in str(error) and "I/O" not in str(error):  # nothing in it can be read
                     return
                 last, failures = last + 1, failures + 1
@@ -4254,7 +4421,8 @@ def with_mark(message: Message, mark: Mark | None) -> Message:
     if message.erased or (mark.erased and mark.forgotten):
         gone = replace(message, content="", shown=None, erased=message.digest)
         return replace(gone, pinned=mark.pinned, forgotten=mark.forgotten)
-    content = own if mark.content is None else mark.content
+    named = f"{message.voice}: " if message.voice else ""
+    content = own if mark.content is None else named + unprefixed(mark.content, message.voice)
     shown, tokens = None if content == own else own, message.tokens
     if shown is not None or message.shown is not None:  # the client's words where it shows them, the user's elsewhere
         row = {"role": message.role} | ({"name": message.name} if message.name else {})
@@ -4605,13 +4773,18 @@ def word_stems(word: str) -> str:
 
 def lexical_text(text: str, language: str = "en") -> str:
     """The text as FTS5 gets it: stems, and pairs where a script has no spaces."""
-    text = sane_text(text).lower()
-    if not text.isascii():
-        text = UNSPACED.sub(lambda run: pairs_of(run[0]), normal_form(text, "NFKC"))
-        text = INFLECTED_WORD.sub(lambda word: word_stems(word[0]), text)
-    if language in STEMMERS:
-        text = re.sub(r"[^\W\d_]+", lambda word: stemmed(word[0], language), text)
-    return text
+
+    def read(piece: str) -> str:
+        """The same of a piece."""
+        piece = sane_text(piece).lower()
+        if not piece.isascii():
+            piece = UNSPACED.sub(lambda run: pairs_of(run[0]), normal_form(piece, "NFKC"))
+            piece = INFLECTED_WORD.sub(lambda word: word_stems(word[0]), piece)
+        if language in STEMMERS:
+            piece = re.sub(r"[^\W\d_]+", lambda word: stemmed(word[0], language), piece)
+        return piece
+
+    return in_pieces(read, text)
 
 
 def lexical_words(text: str, language: str = "en") -> list[str]:
@@ -5047,6 +5220,7 @@ SALVAGED_AT_ONCE = 500  # messages to a transaction
 ERASE_SECONDS = 3600.0  # from one look for words to erase to the next
 REGENERATE_SECONDS = 600  # after a reply; the same words again are a regenerate, where a client shows no history
 ANY_ID = "dne"  # kinds of ids, see Catalogue
+LINE_FIELDS = frozenset(("chat_id", "name", "character", "messages", "branches", "updated"))  # of a chat in the list
 JOINED = 4  # paragraphs of the newest message that are looked up: one may be a turn before it that failed
 MOST_PARAGRAPHS = 24  # behind which a joined message is looked for
 MET = -1  # an index of no message
@@ -5210,9 +5384,11 @@ class Catalogue:
     def chats(self, lone: bool = False) -> list[dict]:
         """A line for every chat, the last used first; also those of one `lone` message, where they are asked for."""
         with self._database.use() as cache:
-            lines = stored_rows(cache, "c:").values()
-        listed = (line for line in lines if lone or not line.get("lone"))
-        return sorted(listed, key=lambda line: -(line["updated"] or 0))
+            lines = list(stored_rows(cache, "c:").values())
+            if not all(isinstance(line["chat_id"], str) and line.keys() >= LINE_FIELDS for line in lines):
+                raise TypeError("a line of the list lacks what every line has")
+            listed = [line for line in lines if lone or not line.get("lone")]
+            return sorted(listed, key=lambda line: -(line["updated"] or 0))
 
     def holding(self, digests: Sequence[str], kinds: str = "d") -> list[list[str]]:
         """For each text the chats that hold it, with ids of those kinds."""
@@ -5359,8 +5535,9 @@ class ChatRegistry:
                 try:
                     self._enter_or_remove(folder)
                 except (StoreError, OSError) as error:
-                    words = f"The chat in {folder} cannot be read, so it is not listed: {error}"
-                    log_event("unlisted", words, level=logging.WARNING)
+                    if folder.exists():  # else it was deleted meanwhile
+                        words = f"The chat in {folder} cannot be read, so it is not listed: {error}"
+                        log_event("unlisted", words, level=logging.WARNING)
         self._listed.set()
 
     def _enter_or_remove(self, folder: Path) -> None:
@@ -5412,7 +5589,8 @@ class ChatRegistry:
         with self._lock:
             lending = self._lent.get(folder.name)
             opens = lending is None or lending.outdated
-            if lending and opens and lending.chat.result().store.damaged:
+            store = lending.chat.result().store if lending and opens else None
+            if store and store.damaged and not store.was_replaced():
                 self._troubles[folder.name] = StoreDamaged("This chat's file is damaged.")
             if opens:
                 lending = self._lent[folder.name] = Lending()
@@ -5431,18 +5609,22 @@ class ChatRegistry:
 
     def _opened(self, folder: Path) -> Chat:
         """A chat; a damaged one is set aside, and made anew of the rows that can be read."""
-        try:
-            if not isinstance(self._troubles.get(folder.name), StoreDamaged):
+        tries = 0 if isinstance(self._troubles.get(folder.name), StoreDamaged) else 2
+        for _ in range(tries):  # at the first another process may have been deleting the chat
+            try:
                 return Chat(folder)
-        except StoreDamaged as error:
-            self._troubles[folder.name] = error
+            except StoreDamaged as error:
+                self._troubles[folder.name] = error
         names = {chat_folder(line["chat_id"]): line for line in self.catalogue.chats()}
         messages, summaries, facts, info = salvaged(readable_rows(database_of(folder)))
         info = {"explicit": True, "updated": time.time()} | names.get(folder.name, {}) | info
         if chat_folder(str(info.get("chat_id"))) != folder.name:  # nothing says which chat this is
             raise self._troubles[folder.name]
         info = {k: v for k, v in info.items() if k not in ("messages", "branches", "reports")}
-        aside = set_aside(folder)
+        try:
+            aside = set_aside(folder)
+        except OSError as error:
+            raise store_error(error, folder) from error
         words = f"{len(messages)} messages could be saved from a damaged file, which is kept as {aside}."
         info |= {"salvaged": words}
         chat = Chat(folder)
@@ -5669,7 +5851,7 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     """A request with the messages of the chat that its client keeps out of the prompt, each in its place, as the client
     told when it last showed the whole chat: they stay part of it."""
     first, hidden = request.history_start, hidden_from(chat, request)
-    path, turns = chat.path() if hidden else [], request.turns[first:]
+    path, turns = path_with(chat, hidden) if hidden else [], request.turns[first:]
     away = hidden.intersection(path)
     if not away or not turns:
         return request
@@ -5680,6 +5862,15 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     shown = iter(turns)
     whole = [next(shown) if at == MET else hidden_turn(*chat.store.read([path[at]])) for at in places]
     return replace(request, turns=(*request.turns[:first], *whole, *shown))
+
+
+def path_with(chat: Chat, hidden: Collection[str]) -> list[str]:
+    """The ids of the chat's branch; where another client, which does not know of what is hidden, has made another one
+    without it, those of the newest branch that holds it."""
+    path = chat.path()
+    there = [i for i in hidden if i in chat.tree.nodes] if hidden.isdisjoint(path) else []
+    newest = max(there, key=lambda i: chat.tree.nodes[i].order, default="")
+    return chat.path(chat.tree.newest_tip(newest)) if newest else path
 
 
 def hidden_from(chat: Chat, request: ChatRequest) -> set[str]:
@@ -5718,11 +5909,26 @@ def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
     the rest is.
     """
     tree, away, turns = chat.tree, hidden_from(chat, request), []
-    for turn in request.turns:
+    for turn in with_whole_front(chat, request.turns, request.history_start):
         before = turns[-1].digest if turns else ""
-        known = "\n\n" not in turn.content or turn.digest in tree.by_digest
+        known = "\n\n" not in turn.content or bool(tree.by_digest.get(turn.digest))
         turns += [turn] if known else parted(tree, turn, before, away, request.strict)
-    return replace(request, turns=tuple(turns), merges=True) if len(turns) > len(request.turns) else request
+    merges = request.merges or len(turns) > len(request.turns)
+    return replace(request, turns=tuple(turns), merges=merges)
+
+
+def with_whole_front(chat: Chat, turns: Sequence[Turn], first: int) -> Sequence[Turn]:
+    """The turns, the `first` of a chat's window with all that was joined with it: a window is cut between messages, and
+    neighbours are joined after that."""
+    tree = chat.tree
+    if len(turns) < first + 2 or tree.by_digest.get(turns[first].digest):
+        return turns
+    cut, parents = turns[first], (tree.nodes[i].parent for i in same_text(tree, turns[first + 1].digest))
+    for whole in chat.store.read([p for p in parents if p and tree.nodes[p].role == cut.role]):
+        if normalise(whole.original).endswith("\n\n" + normalise(unprefixed(cut.content, cut.voice))):
+            joined = replace(cut, content=whole.original, digest=whole.digest)
+            return [*turns[:first], joined, *turns[first + 1 :]]
+    return turns
 
 
 def parted(tree: Tree, turn: Turn, before: str, away: Collection[str], strict: bool) -> list[Turn]:
@@ -5789,7 +5995,7 @@ def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
     last, whole = len(request.turns) - 1, found.skipped + len(found.kept) == len(request.turns)
     if not whole and last in found.matches and request.turns[last].role == "user":  # it is new, whatever it repeats
         found = replace(found, matches=found.matches[:-1], users=found.users - 1)
-    if found.users and found.base == ROOT and not found.convincing:
+    if found.users and chat.tree.length(found.base) < 2 and not found.convincing:
         found = with_reworded(chat, found, request)
     strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
     said = sum(len(request.turns[i].content.encode()) for i in found.matches)
@@ -6276,7 +6482,7 @@ ASKING_SHARE = 1.5
 TELLING_SHARE = 0.5  # each recalled token is evaluated anew every turn
 MOST_MEMORIES = 64  # of a turn; beyond that the tail is noise
 RERANKED = 20  # candidates that a reranker reads: one of 22 million parameters takes about half a second for them
-NO_ROOM = "no room"
+NO_ROOM = "no room left in the memories' share of the context"
 LEFT_OUT = 12  # memories that a report names which did not get into the prompt
 LONG_MESSAGE = 1350  # characters from which a message is recalled in part: a chunk and a half
 EXCERPT_CHUNKS = 2
@@ -6577,10 +6783,10 @@ def story_of(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary
 
     `texts` are the digests of the branch's messages.
     """
-    return uppermost(placed(summaries, texts))
+    return told_story(placed(summaries, texts))
 
 
-def uppermost(standing: Iterable[Summary]) -> list[Summary]:
+def told_story(standing: Iterable[Summary]) -> list[Summary]:
     """The story of a branch, of the summaries that stand on it."""
     story, reach = [], -1
     for summary in sorted((s for s in standing if not s.stale), key=lambda s: (s.start, -s.level, -s.tries)):
@@ -6667,7 +6873,8 @@ def summary_request(lines: Sequence[str], what: str, room: int, strict: bool) ->
 def numbered_line(message: Message, index: int, feeling: str = "") -> str:
     """A message as the model that summarises reads it."""
     speaker = one_line(message.name) or {"user": "User", "assistant": "Character"}[message.role]
-    return f"#{index + 1} {speaker}{f' ({feeling})' if feeling else ''}: " + " ".join(quoted(message.content).split())
+    words = " ".join(quoted(message.content).split())
+    return without_framing(f"#{index + 1} {speaker}{f' ({feeling})' if feeling else ''}: {words}")
 
 
 def clipped_lines(lines: Sequence[str], budget: int) -> list[str]:
@@ -7208,7 +7415,7 @@ def spoken_line(memory: Memory) -> str:
 
 def memory_line(memory: Memory) -> str:
     """A memory as the model reads it: its number in the chat (or its date), who spoke, and what."""
-    return f"{given_day(memory) or f'#{memory.index + 1}'} {spoken_line(memory)}"
+    return without_framing(f"{given_day(memory) or f'#{memory.index + 1}'} {spoken_line(memory)}")
 
 
 def given_day(memory: Memory) -> str:
@@ -7236,7 +7443,7 @@ def excerpt_text(group: Sequence[Memory]) -> str:
     for before, memory in itertools.pairwise(group):
         lines += [GAP] if memory.index - before.index > 1 else []
         lines.append(spoken_line(memory))
-    return "\n".join(lines)
+    return without_framing("\n".join(lines))  # a date, a name and a text may make one together
 
 
 def memory_cost(memory: Memory) -> int:
@@ -7301,8 +7508,8 @@ def compose_prompt(
     its own where the client uses such, else in front of that turn's text, since strict templates refuse other roles.
     A client that sees to it that the user begins gets a prompt in which the user begins.
     """
-    voices = {role: [turn.voice for turn in request.turns if turn.role == role] for role in CHAT_ROLES}
-    older = [as_shown(message, voices[message.role]) for message in older]
+    styles = {role: name_style([t for t in request.turns if t.role == role]) for role in CHAT_ROLES}
+    older = [as_shown(message, *styles[message.role]) for message in older]
     turns = [(i, turn) for i, turn in enumerate(request.turns[turns_from:], turns_from) if not turn.hidden]
     first = older[0] if older else turns[0][1].raw
     opening = (request.opening or (DEFAULT_OPENING,)) if request.begins_with_user else ()
@@ -7390,16 +7597,25 @@ def restored(message: Message) -> dict:
     return {"role": message.role, **named, "content": FORGOTTEN if message.forgotten else message.content}
 
 
-def as_shown(message: Message, names: Sequence[str | None]) -> dict:
-    """A stored message as the client would show it now: with the speaker's name in front where it puts names there, and
-    without where it does not, though it once did. `names` are those that begin its turns of that role."""
+def name_style(turns: Sequence[Turn]) -> tuple[bool | None, str | None]:
+    """How a client names the speakers of those turns of one role: whether any has a name beside its text (None: there
+    are no turns), and the last name that begins a text."""
+    voice = next((turn.voice for turn in reversed(turns) if turn.voice), None)
+    return (any(turn.name for turn in turns) if turns else None), voice
+
+
+def as_shown(message: Message, named: bool | None, voice: str | None) -> dict:
+    """A stored message as the client would show it now: with the speaker's name in front, or beside the text, where it
+    puts names there, and without where it does not, though it once did. `named` and `voice` as in `name_style`."""
     sent = restored(message)
     found = NAME_PREFIX.match(sent["content"])
-    if any(names) and not found and not message.forgotten:
-        name = message.voice or message.name or next(filter(None, reversed(names)))
+    if named is False:
+        sent.pop("name", None)
+    if voice and not found and not message.forgotten:
+        name = message.voice or message.name or voice
         return {"role": message.role, "content": f"{name}: {sent['content']}"}
-    if message.voice and names and not any(names):
-        return {**sent, "content": sent["content"].removeprefix(f"{message.voice}: ")}
+    if message.voice and named is not None and not voice:
+        return {**sent, "content": unprefixed(sent["content"], message.voice)}
     return sent
 
 
@@ -7466,10 +7682,13 @@ def json_value(text: str | bytes, most: float = MOST_VALUES) -> Any:
     """
     if text.count("," if isinstance(text, str) else b",") > most:
         raise ValueError(f"it holds more than {most} values")
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text), "surrogatepass")
+    reader = json_reader(text, parse_constant=finite_number, parse_float=finite_number, parse_int=short_integer)
     collecting = gc.isenabled()
     gc.disable()  # what is read is no garbage, and looking through it again and again takes most of the time
     try:
-        return json.loads(text, parse_constant=finite_number, parse_float=finite_number, parse_int=short_integer)
+        return reader.decode(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     finally:
@@ -7796,23 +8015,18 @@ def transcript_row(message: Message, siblings: Sequence[Message], name: str) -> 
     """A message with its swipes as a line of a SillyTavern chat file."""
     row = {
         "name": name, "is_user": message.role == "user", "is_system": False, "send_date": send_date(message),
-        "mes": unprefixed(message), "extra": {},
+        "mes": unprefixed(message.original, message.voice), "extra": {},
     }  # fmt: skip
     if message.voice:
         row["force_avatar"] = STAND_IN_AVATAR
     if message.role == "assistant":
         replies = [m for m in siblings if m is message or (m.role == "assistant" and not m.confirmed)]
-        texts = [(m, unprefixed(replace(m, voice=message.voice))) for m in replies]
+        texts = [(m, unprefixed(m.original, message.voice)) for m in replies]
         swipes = [(m, text) for m, text in texts if m is message or text != row["mes"]]
         row["swipe_id"] = [m for m, _ in swipes].index(message)
         row["swipes"] = [text for _, text in swipes]
         row["swipe_info"] = [{"send_date": send_date(m), "extra": {}} for m, _ in swipes]
     return row
-
-
-def unprefixed(message: Message) -> str:
-    """The client's text of a message, without the name that the client puts in front of it."""
-    return message.original.removeprefix(f"{message.voice}: ") if message.voice else message.original
 
 
 # ---------------------------------------------------------------------------------------------- other programs' files
@@ -8445,7 +8659,8 @@ LONGEST_ANSWER = 16 * 1024 * 1024  # bytes of a JSON answer, or of one line of a
 LONGEST_STREAM = 64 * 1024 * 1024  # bytes
 DEEPEST_JSON = 200  # brackets within brackets; json reads and writes some hundreds more
 LONGEST_ERROR = 2000  # characters of an upstream's words
-MOST_ERROR_PACKETS = 100  # that are read of an error's body
+MOST_OF_ERROR = 2**20  # bytes that are read of an error's body
+MOST_ERROR_PACKETS = 100  # the same in pieces
 MOST_TOKENS = 10**9  # what a count of tokens may be
 NO_COMPLETION = "The upstream's answer cannot be read: it is not a chat completion. Is its address right?"
 TOO_LARGE = "The upstream's answer is too large to be read."
@@ -8457,6 +8672,7 @@ BLOCKED = re.compile(  # Azure's and OpenAI's codes, Gemini's reasons, OpenRoute
     re.IGNORECASE,
 )
 DONE, GARBLED = object(), object()  # a stream's own end; a piece that is no JSON
+BETWEEN_VALUES = re.compile(r"\s*(?:data:)?\s*")
 EVENT_FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
 TEXT_PARTS, THOUGHT_PARTS = ("text", "output_text"), ("thinking", "reasoning", "thought")
 NO_REASONS = ("", "null", "None", "none")  # why a reply ended, where servers say so before it has
@@ -8566,7 +8782,7 @@ def event_value(raw: bytes) -> Any:
     if text == "[DONE]":
         return DONE
     try:
-        return json.loads(text, parse_constant=lambda _: None) if is_shallow(text) else GARBLED
+        return json_reader(text, parse_constant=lambda _: None).decode(text) if is_shallow(text) else GARBLED
     except (ValueError, RecursionError):
         return GARBLED
 
@@ -8574,17 +8790,20 @@ def event_value(raw: bytes) -> Any:
 def joined_values(raw: bytes) -> Iterator[Any]:
     """The values of a body that holds JSON, several behind each other too; some gateways put `data: [DONE]` last."""
     text = raw.decode("utf-8", "replace").strip()
-    decoder = json.JSONDecoder(parse_constant=lambda _: None)
-    while text:
-        if text.startswith("[DONE]"):
+    if not is_shallow(text):
+        yield GARBLED
+        return
+    reader, at = json_reader(text, parse_constant=lambda _: None), 0
+    while at < len(text):
+        if text.startswith("[DONE]", at):
             yield DONE
             return
         try:
-            value, end = decoder.raw_decode(text) if is_shallow(text) else (GARBLED, len(text))
+            value, at = reader.raw_decode(text, at)
         except (ValueError, RecursionError):
-            value, end = GARBLED, len(text)
+            value, at = GARBLED, len(text)
         yield from value if isinstance(value, list) else [value]
-        text = text[end:].lstrip().removeprefix("data:").lstrip()
+        at = BETWEEN_VALUES.match(text, at).end()
 
 
 def is_shallow(text: str) -> bool:
@@ -8624,11 +8843,26 @@ def read_whole(reply: UpstreamReply) -> dict:
 def refuse_status(reply: UpstreamReply) -> None:
     """Raises `UpstreamError` for an answer whose status is no success, with the upstream's own words."""
     if reply.status >= 400:
-        raw = b"".join(itertools.islice(reply.chunks, MOST_ERROR_PACKETS))
-        raise UpstreamError(reply.status, error_object(raw), reply.headers.get("retry-after"))
+        raise UpstreamError(reply.status, error_object(start_of(reply.chunks)), reply.headers.get("retry-after"))
     if reply.status >= 300:
-        words = f"The upstream redirects to {reply.headers.get('location')}. Set --upstream to that address."
-        raise UpstreamError(502, {"message": words})
+        raise redirect_refused(reply.headers)
+
+
+def start_of(chunks: Iterable[bytes]) -> bytes:
+    """As much of an error's body as is read: one that is compressed may be a thousand times as long as what came."""
+    found, room = [], MOST_OF_ERROR
+    for chunk in itertools.islice(chunks, MOST_ERROR_PACKETS):
+        found.append(chunk[:room])
+        room -= len(chunk)
+        if room <= 0:
+            break
+    return b"".join(found)
+
+
+def redirect_refused(headers: Mapping[str, str]) -> UpstreamError:
+    """The error for an upstream that names another address: the user's key and words go to none but the user's own."""
+    words = f"The upstream redirects to {str(headers.get('location'))[:LONGEST_ERROR]}."
+    return UpstreamError(502, {"message": f"{words} Set its address to that one, if you trust it."})
 
 
 def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
@@ -9270,9 +9504,12 @@ def cancellable_adapter() -> type:
         def send(self, request: Any, **kwargs: Any) -> Any:
             """The answer; raises `UpstreamError`."""
             response = super().send(request, **kwargs | {"timeout": self._timeouts})
+            if response.is_redirect:  # requests would follow it, with Google's key in a header that it knows nothing of
+                raise redirect_refused(response.headers)
             if response.status_code >= 400:
                 retry_after = response.headers.get("retry-after")
-                raise UpstreamError(response.status_code, google_error(response.content), retry_after)
+                said = start_of(response.iter_content(2**16))
+                raise UpstreamError(response.status_code, google_error(said), retry_after)
             return response
 
     return CancellableAdapter
@@ -9755,7 +9992,9 @@ class OpenAIUpstream:
 
     def _unreachable(self, error: Exception) -> UpstreamUnavailable:
         words = re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__  # the words alone
-        return UpstreamUnavailable(f"The upstream at {shown_url(self.url)} cannot be reached: {words}. Is it running?")
+        return UpstreamUnavailable(
+            f"persona_memory cannot reach your model's server at {shown_url(self.url)}: {words}. Is it running?"
+        )
 
     def complete(self, body: Mapping, call: Call) -> dict:
         """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
@@ -9763,7 +10002,7 @@ class OpenAIUpstream:
             return self._gate.retry(call, lambda: self._ask(body, call, self._answer), self.secrets(call))
 
     def _answer(self, body: Mapping, call: Call) -> dict:
-        with self._post(json.dumps(body).encode(), call) as reply:
+        with self._post(json_text(body).encode(), call) as reply:
             answer = read_whole(reply)
         if call.background and not any(says_something({"content": text_of_choice(c)}) for c in answer["choices"]):
             raise NoReply(ALL_THOUGHTS, spent=True)
@@ -9779,7 +10018,7 @@ class OpenAIUpstream:
             yield from self._gate.stream(call, begin, self.secrets(call))
 
     def _begin(self, body: Mapping, call: Call) -> tuple[list[dict], Iterator[dict]]:
-        return until_first_token(self._chunks(json.dumps(body).encode(), call))
+        return until_first_token(self._chunks(json_text(body).encode(), call))
 
     def _chunks(self, raw: bytes, call: Call) -> Iterator[dict]:
         with self._post(raw, call) as reply:
@@ -9820,10 +10059,30 @@ class OpenAIUpstream:
         return UpstreamError(error.status, error.error | {"message": words}, error.retry_after)
 
     def get(self, url: str, call: Call, timeout: float, body: Mapping | None = None) -> Any:
-        """The JSON at an address of the upstream; raises `httpx.HTTPError`, `ValueError`."""
+        """The JSON at an address of the upstream; raises `httpx.HTTPError`, `ValueError`.
+
+        httpx's time-out starts again with each byte: what comes a byte at a time is cut off all the same.
+        """
         method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
-        with httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(url)) as client:
-            return client.request(method, url, content=content, headers=self.headers(call)).raise_for_status().json()
+        asked = Call()
+        late = threading.Timer(timeout, asked.cancel)
+        with (
+            httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(url)) as client,
+            contextlib.ExitStack() as ending,
+        ):
+            late.start()
+            ending.callback(late.cancel)
+            response = ending.enter_context(
+                client.stream(
+                    method, url, content=content, headers=self.headers(call), extensions={"trace": asked.trace}
+                )
+            )
+            if response.has_redirect_location:
+                raise redirect_refused(response.headers)
+            raw = b"\n".join(bounded_lines(response.iter_bytes()))
+            httpx.Response(response.status_code, content=raw, request=response.request).raise_for_status()
+        text = raw.decode("utf-8-sig", "replace")
+        return json_reader(text).decode(text)
 
     def models(self, call: Call, timeout: float = LIST_SECONDS) -> list[dict]:
         """The models that the upstream lists; raises `UpstreamError`, `UpstreamUnavailable`."""
@@ -9973,7 +10232,9 @@ except Exception as error:
 sys.stdin.read()  # ends when the program that started this one does
 os._exit(0)
 """
-MOST_CRASHES = 3  # of the embedded model, after which it is not started again
+LOCAL_MODEL_DEFAULTS = {"repeat_penalty": 1.2}  # without it, so small a model soon says the same word for ever
+WHOLE_GGUF = "Check that the file is a whole GGUF model, and that there is enough memory for it and for --context."
+MOST_CRASHES = 3  # of the model, after which it is not started again
 ILLEGAL_INSTRUCTION = (-4, 0xC000001D)  # SIGILL; Windows' STATUS_ILLEGAL_INSTRUCTION
 KILLED = (-9, 137)
 
@@ -10001,6 +10262,15 @@ class LocalUpstream:
         """The model's name."""
         return self._gguf.stem if self._gguf else LOCAL_MODEL
 
+    @property
+    def _advice(self) -> str:
+        """What to do where it cannot be used."""
+        return f"{WHOLE_GGUF} {THREE_WAYS}" if self._gguf else THREE_WAYS
+
+    def _asked(self, body: Mapping) -> dict:
+        """A request as the model takes it."""
+        return {**({} if self._gguf else LOCAL_MODEL_DEFAULTS), **body, "model": self.model}
+
     def describe(self) -> dict:
         """The upstream as /health shows it."""
         status, ready = "loading", self._ready
@@ -10024,11 +10294,11 @@ class LocalUpstream:
             gguf = self._gguf or fetch_local_model(self._folder)
             self._process, address = start_llama(gguf, self.model, self._context, key)
         except Exception as error:  # no wheel for this machine, no network, no memory: all end in the same advice
-            words = f"The embedded model cannot be used: {error}. {THREE_WAYS}"
+            words = f"The model {self.model} cannot be used: {error}. {self._advice}"
             log_event("model_failed", words, level=logging.ERROR, model=self.model)
             self._ready.set_exception(UpstreamUnavailable(words))
             return
-        log_event("model_ready", f"The embedded model {self.model} is ready.", model=self.model)
+        log_event("model_ready", f"The model {self.model} is ready.", model=self.model)
         self._ready.set_result(OpenAIUpstream(address, key, self._gate, self._timeout))
         self._process.wait()
         with self._lock:
@@ -10041,7 +10311,8 @@ class LocalUpstream:
         log_event("model_failed", str(self._ended()), level=logging.ERROR, model=self.model)
 
     def _ended(self) -> UpstreamUnavailable:
-        return UpstreamUnavailable(f"The embedded model ended: {why_ended(self._process.returncode)}. {THREE_WAYS}")
+        words = why_ended(self._process.returncode)
+        return UpstreamUnavailable(f"The model {self.model} has ended: {words}. {self._advice}")
 
     @contextlib.contextmanager
     def _inner(self, call: Call) -> Iterator[OpenAIUpstream]:
@@ -10069,12 +10340,12 @@ class LocalUpstream:
     def complete(self, body: Mapping, call: Call) -> dict:
         """As `OpenAIUpstream.complete`."""
         with self._inner(call) as inner:
-            return inner.complete({**body, "model": self.model}, call)
+            return inner.complete(self._asked(body), call)
 
     def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
         """As `OpenAIUpstream.stream`."""
         with self._inner(call) as inner:
-            yield from inner.stream({**body, "model": self.model}, call)
+            yield from inner.stream(self._asked(body), call)
 
     def default_model(self, call: Call) -> str:
         """The one model."""
@@ -10102,8 +10373,6 @@ def start_llama(gguf: Path, name: str, context: int, key: str) -> tuple[subproce
 
     Raises `RuntimeError` or `OSError` with the reason where it cannot be had.
     """
-    if not gguf.is_file():
-        raise FileNotFoundError(f"there is no model file {gguf}")
     process = subprocess.Popen(
         [sys.executable, "-c", LLAMA_PROGRAM, str(gguf), name, str(context)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -10178,6 +10447,8 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
         endpoint, key = settings.gemini_endpoint, settings.upstream_key
         return GeminiUpstream(endpoint, key, settings.gemini_safety, gate(), timeout)
     if name.lower().endswith(".gguf"):
+        if not Path(name).is_file():
+            raise SettingsError(f"There is no model file {Path(name).absolute()}. Check the path given as upstream.")
         return LocalUpstream(models, Path(name), settings.context, gate(single=True), timeout)
     if not name.startswith(("http://", "https://")):
         with_scheme = ("http://" if is_on_local_network(f"http://{name}") else "https://") + name
@@ -10271,6 +10542,7 @@ class RecallResult:
     memories: tuple[Memory, ...] = ()
     left_out: tuple[dict, ...] = ()  # what was worth it and is not among them, and why
     degraded: str = ""  # what kept recall from being all it could be
+    nothing: str = ""  # why there are none, where nothing went wrong
     words: tuple[str, ...] = ()  # the query's
     vector: np.ndarray | None = None  # the query's
 
@@ -10337,11 +10609,11 @@ class Prepared:
 def message_row(m: Message, index: int) -> dict:
     """A message as the API shows it; `index` is its 0-based position in the branch."""
     row = {
-        "id": m.id, "index": index, "role": m.role, "name": m.name or m.voice, "content": m.content,
+        "id": m.id, "index": index, "role": m.role, "name": m.name or m.voice, "content": m.words,
         "timestamp": m.timestamp, "at": m.at, "tokens": m.tokens, "pinned": m.pinned, "forgotten": m.forgotten,
         "edited": m.shown is not None, "erased": bool(m.erased),
     }  # fmt: skip
-    return row if m.shown is None else row | {"original": m.shown}
+    return row if m.shown is None else row | {"original": unprefixed(m.shown, m.voice)}
 
 
 def message_rows(chat: Chat, ids: Sequence[str]) -> list[dict]:
@@ -10354,7 +10626,7 @@ def memory_row(memory: Memory) -> dict:
     m = memory.message
     elsewhere = {"chat_id": memory.chat} if memory.chat else {}
     return elsewhere | {
-        "id": m.id, "index": memory.index, "role": m.role, "name": m.name, "content": m.content,
+        "id": m.id, "index": memory.index, "role": m.role, "name": m.name or m.voice, "content": m.words,
         "timestamp": m.timestamp, "score": round(memory.score, 4),
         "scores": {k: round(v, 4) for k, v in memory.scores.items()},
     }  # fmt: skip
@@ -10448,6 +10720,7 @@ class Vectors:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectors")
         self._held: set[str] = set()  # chats whose vectors wait until the background goes on
         self._closed = False
+        self._missed = 0  # jobs that were left undone since the embedder last worked
 
     def later(self, chat: Chat, ids: Iterable[str]) -> None:
         """Has the vectors that messages still lack computed in the background, by one job a chat."""
@@ -10465,9 +10738,25 @@ class Vectors:
         try:
             if not self._closed:
                 work(*args)
+                self._note_missing("")
+        except EmbedderUnavailable as error:
+            self._note_missing(str(error))
         except Exception as error:
             if not self._closed:
                 note_failure("vectors_failed", "Vectors could not be computed", error, "")
+
+    def _note_missing(self, reason: str) -> None:
+        """Says that messages get no vectors, and why: the first time, the tenth, the hundredth; and that they get them
+        again. Without a `reason` a job was done, which need not have asked the embedder."""
+        if self._closed or (not reason and self.embedder.status != "ready"):
+            return
+        if not reason and self._missed:
+            log_event("vectors_again", f"Messages get vectors again. {self._missed} times they got none.")
+        self._missed = self._missed + 1 if reason else 0
+        if reason and str(self._missed).strip("0") == "1":
+            times = f" ({self._missed} times by now)" if self._missed > 1 else ""
+            words = f"Messages get no vectors, so they are found by their words alone: {reason}.{times}"
+            log_event("vectors_failed", words, level=logging.WARNING, times=self._missed)
 
     def _embed_awaiting(self, chat_id: str) -> None:
         with self._registry.lookup(chat_id) as chat:
@@ -10876,6 +11165,7 @@ IMPORT_BATCH = 500  # messages to a transaction
 # What an imported chat hands over to the one that it becomes.
 BECOMING = ("created", "character", "user_name", "persona", "title", "group", "imported", "header")
 MOST_PASSED_OVER = 100  # lines of a file that an answer names
+TELL_NAMES = 24  # newest messages of a chat that tell who speaks in it
 NEARLY_ALL = 0.8  # share of two copies' texts that makes them one chat's: some are edited, swiped or deleted
 
 
@@ -10914,13 +11204,14 @@ class Archive:
             """Finds the place, and writes what is new."""
             known = [] if request.identity.complete else chat.store.info.get("notes", [])
             spoken = without_notes(request, known)
+            spoken = with_names(spoken, names_in_chat(chat)) if spoken.prefixed else spoken
             if not request.identity.complete:
                 spoken = with_hidden(chat, unmerged(chat, spoken))
             alignment = (chat_id and align_appended(chat, spoken)) or align_request(chat, spoken)
             if note := "" if request.identity.complete else learned_note(chat, alignment, spoken):
                 chat.store.commit(info={"notes": [*known, note][-KEPT_NOTES:]})
                 spoken = without_notes(spoken, [note])
-                alignment = align_request(chat, spoken)
+                alignment = below_note(chat, align_request(chat, spoken), spoken, note)
             return self._write_branch(chat, alignment, spoken), spoken
 
         try:
@@ -11079,10 +11370,13 @@ class Archive:
         character = request.identity.character or speaker or named_in_prompt(persona)
         info = {"head": path[-1], "shows_history": shows} | extension_info(chat, request)
         info |= {"character": character} if character else {}
-        info |= {k: v for k in ("title", "picture") if (v := getattr(request.identity, k))}
+        told = {"title": "title", "picture": "picture", "user_name": "user"}
+        info |= {k: v for k, field in told.items() if (v := getattr(request.identity, field))}
         if request.identity.complete:
             info["hidden"] = [i for i, t in zip(path[-len(request.turns) :], request.turns, strict=True) if t.hidden]
-        group = request.identity.group or names_of_group(store.info.get("group", ""), (t.voice for t in request.turns))
+        elif away := [i for i, t in zip(path[::-1], request.turns[::-1], strict=False) if t.hidden]:
+            info["hidden"] = list(dict.fromkeys([*store.info.get("hidden", ()), *away]))  # on another branch by now
+        group = request.identity.group or names_of_group(store.info.get("group", ""), request.turns)
         info |= {"group": group} if group else {}
         erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
         info |= {"persona": "" if erased else persona} if request.persona else {}
@@ -11095,9 +11389,11 @@ class Archive:
             left = [] if request.identity.complete else superseded(chat, before, path)
             rewordings = store.info.get("rewordings", 0) + 1 if left else 0
             dropped = left if rewordings > 1 else []  # a single one may be a user's edit, which stays to be seen
+            apart, marked = parted_now(chat, before, path)
+            dropped += [i for i in apart if i not in dropped]
             dropped += [twin for m in messages for twin in unshown_twins(chat, m) if twin not in dropped]
-            if dropped or rewordings != store.info.get("rewordings", 0):
-                store.commit(info={"rewordings": rewordings}, dropped=dropped)
+            if dropped or marked or rewordings != store.info.get("rewordings", 0):
+                store.commit(info={"rewordings": rewordings}, dropped=dropped, marked=marked)
             if not store.unwritten:
                 self._registry.enter(chat, chat.tree.nodes if first_told else [m.id for m in messages])
         store.keep_recent(path)
@@ -11219,6 +11515,8 @@ class Archive:
                 if chat.store.info["explicit"] and (anonymous := self._located_copy(copy, "d")):
                     digests = [m.digest for m in copy.path]
                     self._become(anonymous, chat, lambda source: align(source.tree, digests), copy=False)
+            with chat.lock:
+                copy = hung_on(chat, copy)
             added = sum(self._add_messages(chat, some) for some in batches(copy.messages, IMPORT_BATCH))
             with chat.lock:
                 self._add_rest(chat, copy, created, bool(added))
@@ -11335,6 +11633,52 @@ def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]
     return below if all(same_speech(chat, a, b) for a, b in zip(left, now, strict=False)) else []
 
 
+def parted_now(chat: Chat, old: Sequence[str], path: Sequence[str]) -> tuple[list[str], list[Message]]:
+    """What is left behind where a client shows apart what it has joined into one message before, or ceases to show a
+    note among the messages: the branch `old`, which the chat was last on, says nothing but what the new one says. And
+    the parts that are to bear the marks of what was joined. Nothing where the old branch goes on otherwise."""
+    tree, fork = chat.tree, shared_front(old, path)
+    left, now = old[fork:], path[fork:]
+    if not left or len(now) < 2 or tree.nodes[left[0]].digest == tree.nodes[now[0]].digest:
+        return [], []
+    notes = chat.store.info.get("notes", ())
+    beginning = [m for m in chat.store.read(left[:2]) if normalise(m.original) not in notes]
+    if not beginning or not letters_of(beginning[0]).startswith(letters_of(*chat.store.read(now[:1]))):
+        return [], []
+    said = [m for m in chat.store.read(left) if normalise(m.original) not in notes]
+    parts = parts_of(said, chat.store.read(now))
+    marked = [
+        with_mark(part, Mark(pinned=whole.pinned, forgotten=whole.forgotten))
+        for whole, some in zip(said, parts, strict=False)
+        for part in some
+        if len(some) > 1 and (whole.pinned or whole.forgotten)
+    ]
+    below = tree.below(left[0]) if parts else []
+    others = any(tree.is_confirmed(i) and i not in left for i in below)
+    return [] if others else below, marked
+
+
+def parts_of(said: Sequence[Message], now: Sequence[Message]) -> list[list[Message]]:
+    """The messages `now` that each of those that were `said` is made of; none where they do not say the same."""
+    found: list[list[Message]] = []
+    at = 0
+    for whole in said:
+        wanted, text, some = letters_of(whole), "", []
+        while text != wanted and at < len(now) and now[at].role == whole.role:
+            text += letters_of(now[at])
+            some.append(now[at])
+            at += 1
+        if text != wanted:
+            return []
+        found.append(some)
+    return found
+
+
+def letters_of(message: Message) -> str:
+    """A message's text without white space and the names at the beginnings of its paragraphs."""
+    return "".join("".join(bare_words(part).split()) for part in message.original.split("\n\n"))
+
+
 def same_speech(chat: Chat, one: str, other: str) -> bool:
     """Whether two messages are of one side, and most of the shorter one's words are the other's too."""
     first, second = chat.nodes([one, other])
@@ -11348,8 +11692,10 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
     that differs from the stored ones gives it away; empty: none.
 
     It was around a user's words that stand there without it now; or around other words than before; or it was a
-    message of its own, which stands further down now.
+    message of its own, perhaps the very first, which stands further down now.
     """
+    if note := moved_from_top(chat, request):
+        return note
     place = alignment.skipped + len(alignment.kept)
     turn = request.turns[place] if place < len(request.turns) else None
     if turn is None or turn.role != "user" and alignment.tip == ROOT:
@@ -11358,8 +11704,9 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
     stood = [i for i in tree.children.get(alignment.tip, ()) if tree.is_confirmed(i) and tree.nodes[i].role == "user"]
     later = Counter(t.digest for t in request.turns[place:])
     for message in chat.store.read(stood[-REWORDED:]):
-        if around(message.original, turn.content):
-            return around(message.original, turn.content)
+        rest = around(message.original, turn.content)
+        if rest and (place + 1 == len(request.turns) or normalise(request.turns[place + 1].content) != rest):
+            return rest
         moved = any(tree.nodes[i].digest == turn.digest for i in tree.children.get(message.id, ()))
         if moved and later[message.digest] == 1 and len(message.original) >= SHORTEST_NOTE:
             return message.original.strip()
@@ -11368,6 +11715,32 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
         if gained and any(around_end(m.original, gained) for m in chat.store.read(near)):
             return gained
     return ""
+
+
+def moved_from_top(chat: Chat, request: ChatRequest) -> str:
+    """The text of the user that stood before the chat's first message, where a request begins with that and has the
+    text further down, alone or around a user's words; empty: none."""
+    top, shown = chat.path()[:2], request.turns[request.history_start : request.newest_user]
+    if len(top) < 2 or len(shown) < 2:
+        return ""
+    first, second = chat.nodes(top)
+    if first.role != "user" or second.digest != shown[0].digest:
+        return ""
+    words = chat.store.read(top[:1])[0].original.strip()
+    moved = any(t.digest == first.digest or t.role == "user" and around_end(t.content, words) for t in shown[1:])
+    return words if moved and len(words) >= SHORTEST_NOTE else ""
+
+
+def below_note(chat: Chat, found: Alignment, request: ChatRequest, note: str) -> Alignment:
+    """An alignment under the chat's beginning where what stood before its first message is a note."""
+    if (
+        not found.base
+        or chat.tree.nodes[found.base].parent
+        or normalise(chat.store.read([found.base])[0].original) != note
+    ):
+        return found
+    kept = walk(chat.tree, ROOT, [t.digest for t in request.turns])
+    return replace(found, base=ROOT, kept=kept)
 
 
 def is_lone(chat: Chat, request: ChatRequest, path: Sequence[str]) -> bool:
@@ -11391,7 +11764,12 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
         if node is None:
             messages.append(message_of_turn(parent, turn))
             continue
-        if node.confirmed and (node.shown == turn.fingerprint or (node.forgotten and not node.shown)):  # or erased
+        erased = node.forgotten and not node.shown
+        if node.confirmed and not erased and (voice := voice_told(node, turn, parent)):
+            old = store.read([node.id])[0]
+            messages.append(with_mark(replace(old, voice=voice), old.mark))
+            continue
+        if node.confirmed and (node.shown == turn.fingerprint or erased):
             continue
         # The same words with another name or status around them stay as they were shown first.
         if not node.confirmed or node.id == message_id(parent, turn.own_digest):
@@ -11399,6 +11777,17 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
             if not node.confirmed or turn.name or old.original != turn.content:
                 messages.append(shown_again(old, message_of_turn(parent, turn)))
     return messages, path
+
+
+def voice_told(node: Node, turn: Turn, parent: str) -> str:
+    """The name that a stored text begins with, where only this turn, in that place, tells that it is one; empty:
+    none."""
+    if node.voice:
+        return ""
+    if turn.voice and node.id == message_id(parent, turn.own_digest):
+        return turn.voice
+    prefixed = turn.name and text_fingerprint(None, f"{turn.name}: {turn.content}") == node.shown
+    return turn.name if prefixed else ""
 
 
 def message_of_turn(parent: str, turn: Turn) -> Message:
@@ -11414,8 +11803,18 @@ def new_message(parent: str, role: str, content: str, name: str | None = None) -
     return Message(key, parent, role, content, name, at=time.time(), tokens=message_tokens(shown))
 
 
-def names_of_group(known: str, voices: Iterable[str | None]) -> str:
+def names_in_chat(chat: Chat) -> dict[str, set[str]]:
+    """The names of those who speak in a chat, by role: of its newest messages, and as its client or its file says."""
+    info = chat.store.info
+    names = {"user": {info.get("user_name")}, "assistant": {info.get("character"), *info.get("group", "").split(", ")}}
+    for message in chat.store.read(chat.path()[-TELL_NAMES:]):
+        names[message.role].add(message.name or message.voice)
+    return {role: set(filter(None, some)) for role, some in names.items()}
+
+
+def names_of_group(known: str, turns: Iterable[Turn]) -> str:
     """The names of a group's members, as far as they have spoken; those already known first. Empty for one alone."""
+    voices = (t.voice for t in turns if t.role == "assistant")
     names = list(dict.fromkeys([*filter(None, known.split(", ")), *filter(None, voices)]))
     return ", ".join(names) if len(names) > 1 else known
 
@@ -11445,6 +11844,26 @@ def around_branch(tree: Tree, tip: str) -> list[str]:
         if node.id in above or node.id in below or beside:
             found.append(node.id)
     return found
+
+
+def hung_on(chat: Chat, copy: ChatCopy) -> ChatCopy:
+    """A file's chat as it hangs in the chat that it belongs to: what says the same in the same place is there already,
+    though names, thoughts or a status stand around its words in one of the two. Hold the chat's lock."""
+    tree, moved = chat.tree, {ROOT: ROOT}
+    found: dict[str, Message] = {}
+    for message in copy.messages:
+        parent = moved[message.parent]
+        own = message.id if parent == message.parent else key_of(message, parent)
+        key = moved[message.id] = own if own in tree.nodes else tree.child(parent, message.digest) or own
+        if key != own:
+            (there,) = chat.store.read([key])
+            mark = there.mark if message.mark == Mark() else message.mark
+            here = replace(there, timestamp=there.timestamp or message.timestamp, confirmed=message.confirmed)
+            message = with_mark(here, mark)
+        twin = found.get(key)
+        confirmed = message.confirmed or bool(twin and twin.confirmed)
+        found[key] = replace(message, id=key, parent=parent, confirmed=confirmed)
+    return replace(copy, messages=tuple(found.values()), head=moved[copy.head])
 
 
 def is_chat_of(chat: Chat, copy: ChatCopy) -> bool:
@@ -11478,6 +11897,12 @@ def copy_goes_on(chat: Chat, copy: ChatCopy) -> bool:
 
 CARRIED_CHATS = 4  # with the same character, the last used, that a turn may recall from
 CARRIED_SHARE = 1 / 3  # of the memories' tokens that may come from there
+# Why a turn recalls nothing.
+ALL_SHOWN = "everything is still in the prompt"
+TOO_SMALL = "the memories' share of the context is too small"
+TALK = "your message asks for nothing, and no older message fits it well enough"
+NOTHING_FITS = "no older message fits what you asked well enough"
+SEE_LEFT_OUT = "see what was left out, and why"
 
 
 class Recaller:
@@ -11507,19 +11932,21 @@ class Recaller:
         share = self._share * memory_share(turn.pivot.content) if turn.pivot else 0
         room = min(layout.room - GUIDANCE_TOKENS, int(share * layout.recalled))
         recalls = bool(layout.reach) and room > memory_frame_tokens()
+        nothing = TOO_SMALL if layout.reach else ALL_SHOWN
         try:
             query = self._query(turn) if recalls else None
             vector, degraded = self._vectors.for_turn(chat, turn.nodes, turn.newest, query, turn.deadline)
             if query is None:
                 self._vectors.later(chat, [n.id for n in turn.nodes[-ENCODED_AT_ONCE:]])
-                return RecallResult()
+                return RecallResult(nothing=nothing)
             with chat.lock:
                 memories = self._candidates(turn, query, vector, quoted)
             memories, late = self._reranked(query, memories, turn.deadline.left)
             with chat.lock:
                 kept, left_out = select_memories(chat, turn.visible, memories, query.words, room, self._price)
             degraded = "; ".join(filter(None, (degraded, late)))
-            return RecallResult(tuple(kept), tuple(left_out), degraded, query.words, vector)
+            nothing = "" if kept else SEE_LEFT_OUT if left_out else TALK if query.asks == TELLS else NOTHING_FITS
+            return RecallResult(tuple(kept), tuple(left_out), degraded, nothing, query.words, vector)
         except Exception as error:
             with chat.lock:
                 chat.index = MemoryIndex()  # derived: the next turn makes it anew
@@ -11819,7 +12246,7 @@ def branch_story(chat: Chat, path: Sequence[str], before: int, budget: int) -> S
         return Story()
     standing = places_on(chat, path).placed(chat.store.summaries.values())
     hidden = [s for s in standing if s.since < before]
-    return render_story(uppermost(hidden), branch_facts(chat, path, before), budget)
+    return render_story(told_story(hidden), branch_facts(chat, path, before), budget)
 
 
 def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
@@ -11935,7 +12362,7 @@ class Summarizer:
     def _story(chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary]]:
         """The plan's branch, and the summaries that stand for it."""
         path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else []
-        return path, uppermost(places_on(chat, path).placed(chat.store.summaries.values()))
+        return path, told_story(places_on(chat, path).placed(chat.store.summaries.values()))
 
     def _work_off(self, chat_id: str) -> None:
         """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
@@ -12274,7 +12701,7 @@ def extract_to_improve(story: Sequence[Summary], stored: Sequence[Summary], plac
 def taken_in(summary: Summary, stored: Iterable[Summary], places: Places) -> list[Summary]:
     """The summaries that a summary of a higher level was made from, oldest first."""
     lower = places.placed(s for s in stored if s.level < summary.level)
-    return uppermost(s for s in lower if summary.start <= s.start and s.end <= summary.end)
+    return told_story(s for s in lower if summary.start <= s.start and s.end <= summary.end)
 
 
 # ======================================================================================================================
@@ -12305,6 +12732,7 @@ class Status:
             "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
             "embedder": embedder, "chats": len(self._registry), "proxy": self._settings.proxy,
             "progress": self._background.progress(),
+            "last_reply": (self.last_turn or {}).get("outcome", "none"),
             "summaries": "failing" if self.summaries else "ok",  # the page says why, in words that need a key
         }  # fmt: skip
 
@@ -12385,9 +12813,12 @@ def diagnosis(
     `summaries` as `Summarizer.failure` is.
     """
     if upstream["status"].startswith("failed"):
-        return "trouble", "The embedded model cannot be used.", upstream["status"].removeprefix("failed: ")
+        return "trouble", f"The model {upstream['model']} cannot be used.", upstream["status"].removeprefix("failed: ")
     if turn.get("outcome") in ("upstream_error", "failed"):
         return "trouble", f"The last turn failed: {turn['why']}", advice_on(turn["status"], upstream)
+    reason = turn["why"].removeprefix("degraded; reason=") if turn.get("outcome") == "degraded" else ""
+    if reason.startswith(UNKEPT):
+        return "trouble", reason, "Chats go on, but new messages are not remembered."
     if embedder.startswith("failed"):
         words = "The embedder could not be loaded: memories are found by words alone, not by meaning."
         return "notice", words, f"{embedder.removeprefix('failed: ')}. See --embedder."
@@ -12397,10 +12828,7 @@ def diagnosis(
         words = f"The model {summaries['model']} could not write a summary: {summaries['words']}"
         advice = advice_on(summaries["status"], upstream) if summaries["status"] else ""
         return "notice", words, f"{SUMMARY_ADVICE} {advice}".rstrip()
-    if turn.get("outcome") == "degraded":
-        reason = turn["why"].removeprefix("degraded; reason=")
-        if reason.startswith(UNKEPT):
-            return "trouble", reason, "Chats go on, but new messages are not remembered."
+    if reason:
         return "notice", f"The last reply was made without all of memory: {reason}", "The chat itself is not affected."
     return "ok", "OK", ""
 
@@ -12413,7 +12841,9 @@ SUMMARY_ADVICE = (
 
 def advice_on(status: int, upstream: Mapping) -> str:
     """What to do about an upstream that failed with that status."""
-    where = upstream.get("url") or upstream.get("model")
+    where = upstream.get("url")
+    if status == 502 and not where:
+        return f"The model {upstream.get('model')} does not run. The program's log says why."
     return {
         401: "The key was refused: check it in your client, or set --upstream-key.",
         403: "The key was refused: check it in your client, or set --upstream-key.",
@@ -12758,7 +13188,7 @@ class PromptBuilder:
             nodes = chat.tree.branch(path[-1])
             layout, story, plan = self._laid_out(chat, path, nodes, request, context, shares, arrange)
         turn = TurnContext(chat, request, nodes, layout, deadline)
-        recalled = self._recaller.recall(turn, {f.message for f in story.facts})
+        recalled = self._recaller.recall(turn, {f.message for f in story.facts if f.message})  # a note quotes nobody
         if layout.window:
             recalled = without_shown(recalled, layout, story.tokens)
         with chat.lock:
@@ -12841,6 +13271,7 @@ class PromptBuilder:
             history=len(memory.path) - turn.first - layout.anchor - len(layout.hidden),
             hidden=layout.anchor + len(layout.hidden), degraded=degraded,
             recalled=[recalled_row(m) for m in memory.memories], left_out=list(memory.recalled.left_out),
+            nothing="" if memory.memories else memory.recalled.nothing,
             mood=memory.mood and asdict(memory.mood), summaries=len(memory.story.summaries),
             facts=len(memory.story.facts), reminder=memory.reminder, reused=reused,
             summary_error=(self._status.summaries or {}).get("words", ""),
@@ -13012,7 +13443,7 @@ class PersonaMemory:
                 for line, m in itertools.islice(rows, limit):
                     row = {"chat_id": line["chat_id"], "character": line["character"], "id": m.id, "role": m.role}
                     row |= {"title": line.get("title"), "chat": line.get("name") or line["character"]}
-                    found.append(row | {"name": m.name or m.voice, "content": m.content, "at": m.said_at})
+                    found.append(row | {"name": m.name or m.voice, "content": m.words, "at": m.said_at})
             except TimeoutError:
                 complete = False
         return {"found": found, "complete": complete}
@@ -14516,9 +14947,11 @@ function timelineLane(label, base, points, width) {
 
 /** What takes up the context, in this order: the report's names, and how they are shown. */
 const SHARES = {
-    persona: 'Persona', story: 'Summary', memories: 'Memories', history: 'History', response: 'Kept for the reply',
-    free: 'Free',
+    persona: 'Persona', story: 'Summary and facts', memories: 'Memories and mood', history: 'History',
+    response: 'Kept for the reply', tools: 'Tools', free: 'Free',
 };
+
+const COUNTED = 'Tokens are counted here. Where your model counts more of them, prompts are made that much shorter.';
 
 async function promptsTab(chat) {
     const { root, list } = template('prompts');
@@ -14547,7 +14980,7 @@ function promptCard(chat, report) {
         h('div.row',
             h('h2', `Prompt for the reply to #${report.history + report.hidden}`),
             h('span.muted.small', when(report.at)),
-            h('span.muted.numbers.push', `${number(used)} of ${number(report.context)} tokens`)),
+            h('span.muted.numbers.push', { title: COUNTED }, `${number(used)} of ${number(report.context)} tokens`)),
         report.degraded && h('p', `Not all of memory could be used: ${report.degraded}`),
         h('div.share', { role: 'img', 'aria-label': 'Tokens by share, as listed below' },
             shares.filter(({ count }) => count).map(({ words, count, tone }) =>
@@ -14556,13 +14989,14 @@ function promptCard(chat, report) {
             h('li', { vars: { tone } }, h('span.swatch'), words, h('b', number(count))))),
         figuresLine(figures),
         report.reminder && h('p.small', 'Repeated from the persona: ', h('i', report.reminder)),
-        memoriesOf(chat, `${plural(report.recalled.length, 'memory', 'memories')} recalled`, report.recalled),
+        report.recalled.length
+            ? memoriesOf(chat, `${plural(report.recalled.length, 'memory', 'memories')} recalled`, report.recalled)
+            : h('p.muted.small', `Nothing was recalled${report.nothing ? `: ${report.nothing}` : ''}.`),
         left.length > 0 && memoriesOf(chat, `${number(left.length)} left out`, left));
 }
 
 /** Recalled or left out messages; their texts are fetched when they are looked at. */
 function memoriesOf(chat, title, memories) {
-    if (!memories.length) return h('p.muted.small', 'Nothing was recalled.');
     const list = h('ul.list');
     const textOf = ({ index, id, chat_id = chat.chat_id }) =>
         get(`${chatPath(chat_id)}/messages`, { tip: id, offset: index, limit: 1 }).then(
@@ -15034,6 +15468,7 @@ const VECTORS = '3_vectors', SUMMARY = '1_memory'; // what stock extensions put 
 const PICTURE_SIDE = 84; // pixels: twice those that the memory page shows
 const MOST_SHOWN = 8; // memories listed in the panel
 const LONGEST_SHOWN = 240; // characters of each
+const LONGEST_NOTICE = 600; // characters of what a command shows
 const MIN_CONFIDENCE = 0.5; // a mood that is less likely than this is not shown
 const NEAR = 50; // messages before and behind its place among which a message is looked for
 const REPORTS = 50; // of so many prompts the server keeps what went into them
@@ -15094,7 +15529,7 @@ async function call(path, body, method = body ? 'POST' : 'GET', timeout = TIMEOU
     } catch (error) {
         if (error instanceof Refusal) throw error;
         if (signal.aborted) throw new Late(t`no answer in time`);
-        throw new Error(t`no answer`, { cause: error });
+        throw new Error(t`no answer: is persona_memory running?`, { cause: error });
     }
 }
 
@@ -15188,9 +15623,9 @@ function randomHex() {
 
 /** What each request says of the chat that it belongs to. */
 function saidOf(who) {
-    const { groupId, groups, name2: character } = client();
+    const { groupId, groups, name1: user, name2: character } = client();
     const group = groups?.find(({ id }) => id === groupId)?.name;
-    return { chat_id: who.id, parent_chat_id: who.parent || undefined, title: who.file, group, character };
+    return { chat_id: who.id, parent_chat_id: who.parent || undefined, title: who.file, group, character, user };
 }
 
 function chatPath(id) {
@@ -15357,7 +15792,9 @@ async function mark(row, changes) {
 function markButtons(row, then) {
     const button = (name, icon, title) => {
         const onclick = () => mark(row, { [name]: !row[name] }).then(then, complain);
-        return element('div', { className: `menu_button fa-solid fa-${icon}`, title, onclick });
+        const properties = { className: 'menu_button menu_button_icon', title, onclick };
+        return element('div', properties, element('i', { className: `fa-solid fa-${icon}` }),
+            element('span', { textContent: title }));
     };
     return element('span', { className: `${NAME}_marks` },
         button('pinned', 'thumbtack', row.pinned ? t`Unpin` : t`Pin`),
@@ -15366,7 +15803,7 @@ function markButtons(row, then) {
 
 /** A memory as a line of a list, with its buttons. */
 function memoryLine(row) {
-    const line = element('li', { value: row.index + 1 });
+    const line = element('li', { value: row.index }); // SillyTavern counts its messages from 0
     const words = row.content ?? '...';
     const said = `${speakerOf(row)}: ${words.length > LONGEST_SHOWN ? `${words.slice(0, LONGEST_SHOWN)} ...` : words}`;
     const fill = () => {
@@ -15409,7 +15846,7 @@ async function whySaid(row, before) {
 async function showMessage(id) {
     try {
         const [row, before] = await rowsOf(id);
-        const title = element('h3', { textContent: t`Message ${row.index + 1}, ${speakerOf(row)}` });
+        const title = element('h3', { textContent: t`Message #${id}, ${speakerOf(row)}` });
         const marks = element('div');
         const fill = () => marks.replaceChildren(markButtons(row, fill));
         fill();
@@ -15446,11 +15883,17 @@ function namedIds(text) {
     return Array.from({ length: Number(last) - Number(first) + 1 }, (_, i) => Number(first) + i);
 }
 
-/** Marks the messages that a command names; how many those are. */
-async function markNamed(text, changes) {
-    const ids = namedIds(text);
-    for (const id of ids) await mark((await rowsOf(id))[0], changes);
-    return String(ids.length);
+/** Marks the messages that a command names, or takes that back; how many those are, and which. */
+async function markNamed(name, [does, undoes], { undo }, text) {
+    const late = /\s*\bundo=true\s*$/; // typed behind the numbers it is a part of the text
+    const back = undo === 'true' || late.test(text);
+    const ids = namedIds(text.replace(late, ''));
+    const lines = [];
+    for (const id of ids) {
+        const row = await mark((await rowsOf(id))[0], { [name]: !back });
+        lines.push(`${back ? undoes : does}: #${id} ${speakerOf(row)}: ${row.content ?? '...'}`);
+    }
+    return [String(ids.length), lines.join('\n')];
 }
 
 function openId() {
@@ -15463,21 +15906,31 @@ const COMMANDS = {
     async recall({ limit = 5, as }, text) {
         const asked = new URLSearchParams({ q: text, k: limit });
         const { memories } = await call(`${chatPath(openId())}/search?${asked}`, null, 'GET', PATIENCE_MS);
-        if (as === 'json') return JSON.stringify(memories);
-        return memories.map((row) => `${speakerOf(row)}: ${row.content}`).join('\n');
+        const lines = memories.map((row) => `${speakerOf(row)}: ${row.content}`).join('\n');
+        return [as === 'json' ? JSON.stringify(memories) : lines, lines || t`Nothing was recalled.`];
     },
-    pin: ({ undo }, text) => markNamed(text, { pinned: undo !== 'true' }),
-    forget: ({ undo }, text) => markNamed(text, { forgotten: undo !== 'true' }),
+    pin: (given, text) => markNamed('pinned', [t`Pin`, t`Unpin`], given, text),
+    forget: (given, text) => markNamed('forgotten', [t`Forget`, t`Remember again`], given, text),
     async note(_, text) {
         await onMessagesChanged(); // the chat may be new to the server
-        return (await call(`${chatPath(openId())}/facts`, { text })).text;
+        const { text: noted } = await call(`${chatPath(openId())}/facts`, { text });
+        return [noted, noted];
     },
     async state({ as }) {
         openId();
         const found = (await lookAtChat()) ?? { messages: 0, known: 0, current: true, unembedded: 0 };
-        return as === 'json' ? JSON.stringify(found) : knownWords(found);
+        return [as === 'json' ? JSON.stringify(found) : knownWords(found), knownWords(found)];
     },
 };
+
+/** Does what a command says, and shows it; a script gets the value. */
+async function obey(name, given, text, needsText) {
+    if (needsText && !text.trim()) throw new Error(t`Write a text behind the command.`);
+    const [value, words] = await COMMANDS[name](given, text);
+    const shown = words.length > LONGEST_NOTICE ? `${words.slice(0, LONGEST_NOTICE)} ...` : words;
+    if (given.quiet !== 'true') globalThis.toastr?.info(shown, 'Persona Memory', { escapeHtml: true });
+    return value;
+}
 
 function addCommands() {
     const { SlashCommandParser, SlashCommand, SlashCommandArgument, SlashCommandNamedArgument } = client();
@@ -15485,14 +15938,16 @@ function addCommands() {
     const add = (name, helpString, returns, argument, named) => SlashCommandParser.addCommandObject(
         SlashCommand.fromProps({
             name: `pm-${name}`, helpString, returns,
-            callback: (given, text) => COMMANDS[name](given, String(text ?? '')),
+            callback: (given, words) => obey(name, given, String(words ?? ''), argument?.isRequired),
             unnamedArgumentList: argument ? [SlashCommandArgument.fromProps(argument)] : [],
-            namedArgumentList: named.map(SlashCommandNamedArgument.fromProps),
+            namedArgumentList: [...named, quiet].map(SlashCommandNamedArgument.fromProps),
         }));
-    const which = { description: t`the number of a message, or several as 3-7; else the last message` };
+    const description = t`the number of a message (SillyTavern counts from 0), or several as 3-7; else the last one`;
+    const which = { description };
     const as = { name: 'as', description: t`text or json`, enumList: ['text', 'json'], defaultValue: 'text' };
     const limit = { name: 'limit', description: t`how many at most`, defaultValue: '5' };
     const undo = { name: 'undo', description: t`take it back`, enumList: ['true', 'false'], defaultValue: 'false' };
+    const quiet = { name: 'quiet', description: t`show nothing`, enumList: ['true', 'false'], defaultValue: 'false' };
     const text = { description: t`a text`, isRequired: true };
     add('recall', t`Recalls what this chat remembers of a text.`, t`the memories, one a line`, text, [limit, as]);
     const count = t`how many messages`;
@@ -15541,6 +15996,8 @@ async function remember(_chat, contextSize, _abort, type) {
         state.away = false;
         if (identity()?.id !== shown.chat_id) return; // another chat was opened meanwhile
         setPrompts(answer.injections);
+        const messages = shown.messages.filter(isSpoken).length;
+        showKnown({ messages, known: messages, unembedded: 0 });
         const { degraded } = answer.report;
         showStatus(true, degraded ? t`Connected; ${degraded}.` : t`Connected; memories are placed in the prompt.`);
         showRecalled(answer.recalled, answer.emotion, answer.report.summaries);
@@ -15603,6 +16060,7 @@ async function showProxied() {
         state.away = false;
         showStatus(true, t`Connected; chats go through the proxy.`);
         showRecalled(found, mood, report?.summaries);
+        if (parts.known?.offsetParent) await lookAtChat(); // somebody sees it
     } catch (error) {
         showStatus(false, `${settings().server}: ${error.message}`);
     }
@@ -15628,6 +16086,8 @@ function buildPanel() {
     parts.twice = element('div', { className: `${NAME}_twice` });
     parts.mood = element('span');
     parts.recalled = element('ol', { className: `${NAME}_recalled` });
+    parts.reply = element('div', {}, element('div', {}, element('b', { textContent: t`For the last reply` })),
+        parts.mood, parts.recalled);
     parts.carry = element('input', { type: 'checkbox', disabled: true, onchange: onCarryOver });
     parts.carryFor = element('span');
     parts.placing = element('div', {}, // how memories are placed: the proxy does that itself
@@ -15642,16 +16102,14 @@ function buildPanel() {
         field('key', t`Key`, { type: 'password', placeholder: t`where the server asks for one`, autocomplete: 'off' }),
         parts.placing,
         element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor),
-        element('hr'),
-        element('div', {}, element('b', { textContent: t`For the last reply` })),
-        parts.mood, parts.recalled, parts.link);
+        element('hr'), parts.reply, parts.link);
     const onclick = () => lookAtServer().then(lookAtChat).catch(() => {}); // lookAtServer has said why
     const header = element('div', { className: 'inline-drawer-toggle inline-drawer-header', onclick },
         element('b', { textContent: 'Persona Memory' }),
         element('div', { className: 'inline-drawer-icon fa-solid fa-circle-chevron-down down' }));
     const drawer = element('div', { className: 'inline-drawer' }, header, content);
     root.append(element('div', { id: `${NAME}_settings` }, drawer));
-    showRecalled([], null);
+    showRecalled(null);
     showChat();
 }
 
@@ -15701,7 +16159,9 @@ async function lookAtServer() {
         state.away = false;
         const proxied = isProxy(await modelAddress());
         parts.placing.hidden = proxied;
-        showStatus(true, health.status === 'loading' ? t`Connected, still loading.`
+        const cut = proxied && client().onlineStatus === 'no_connection';
+        showStatus(!cut, cut ? t`The server answers, but SillyTavern is not connected: API Connections > Connect.`
+            : health.status === 'loading' ? t`Connected, still loading.`
             : proxied ? t`Connected; chats go through the proxy.` : t`Connected; memories are placed in the prompt.`);
         await showCarryOver();
     } catch (error) {
@@ -15725,9 +16185,11 @@ function showKnown(found) {
     parts.known.append(element('div', button));
 }
 
-/** What was recalled for a reply, and whether a story of the chat was told. */
+/** What was recalled for a reply (null: there was none yet), and whether a story of the chat was told. */
 function showRecalled(memories, emotion, story = 0) {
     if (!parts.recalled) return;
+    parts.reply.hidden = !memories;
+    if (!memories) return;
     const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= MIN_CONFIDENCE;
     const mood = sure ? `${t([emotion.label])} (${Math.round(100 * emotion.confidence)} %)` : t`unclear`;
     const recalled = memories.length ? t`Recalled:` : t`Nothing was recalled.`;
@@ -15761,8 +16223,9 @@ function characterName() {
 
 /** Whether this character's chats recall from each other: one setting for the character, which the server keeps. */
 async function showCarryOver() {
-    const name = characterName(), who = name || t`a character`;
-    parts.carryFor.textContent = t`Recall from other chats with ${who} too`;
+    const name = characterName();
+    parts.carryFor.textContent = t`Recall from other chats with ${name} too`;
+    parts.carry.parentElement.hidden = !name;
     parts.carry.disabled = true;
     parts.carry.checked = false;
     if (!name) return;
@@ -15783,7 +16246,7 @@ async function onCarryOver() {
 function onChatChanged() {
     setPrompts([]);
     state.proxied = '';
-    showRecalled([], null);
+    showRecalled(null);
     showKnown(null);
     showChat();
     lookAtServer();
@@ -15797,6 +16260,7 @@ function start() {
     listen('CHAT_COMPLETION_SETTINGS_READY', identify);
     listen('GENERATION_ENDED', () => { showChat(); showProxied(); });
     listen('CHAT_CHANGED', onChatChanged);
+    listen('ONLINE_STATUS_CHANGED', lookAtServer);
     for (const name of ['MESSAGE_EDITED', 'MESSAGE_DELETED', 'MESSAGE_SWIPED']) listen(name, onMessagesChanged);
     buildPanel();
     addMessageButtons();
@@ -15827,6 +16291,7 @@ EXTENSION_STYLE = r"""
 .persona_memory_forgotten > span:first-child { text-decoration: line-through; opacity: 0.6; }
 .persona_memory_marks { display: inline-flex; gap: 4px; margin-left: 6px; vertical-align: middle; }
 .persona_memory_marks .menu_button { margin: 0; padding: 3px 5px; font-size: 0.8em; }
+.persona_memory_recalled .persona_memory_marks span { display: none; }
 .persona_memory_message { text-align: left; }
 """
 EXTENSION_WORDS = """
@@ -15900,13 +16365,6 @@ Recordar también de otros chats con ${0}
 也回忆与 ${0} 的其他聊天
 ${0} との他のチャットからも思い出す
 
-a character
-einer Figur
-un personaje
-персонажем
-某个角色
-キャラクター
-
 For the last reply
 Für die letzte Antwort
 Para la última respuesta
@@ -15970,12 +16428,33 @@ sin respuesta a tiempo
 未及时回应
 時間内に応答なし
 
-no answer
-keine Antwort
-sin respuesta
-нет ответа
-没有回应
-応答なし
+no answer: is persona_memory running?
+keine Antwort: Läuft persona_memory?
+sin respuesta: ¿está en marcha persona_memory?
+нет ответа: запущен ли persona_memory?
+没有回应:persona_memory 在运行吗?
+応答なし: persona_memory は起動していますか?
+
+The server answers, but SillyTavern is not connected: API Connections > Connect.
+Der Server antwortet, aber SillyTavern ist nicht verbunden: API-Verbindungen > Verbinden.
+El servidor responde, pero SillyTavern no está conectado: Conexiones de API > Conectar.
+Сервер отвечает, но SillyTavern не подключена: Подключения к API > Подключиться.
+服务器有回应,但 SillyTavern 未连接:API 连接 > 连接。
+サーバーは応答していますが、SillyTavern が接続されていません: API 接続 > 接続。
+
+Write a text behind the command.
+Schreibe einen Text hinter den Befehl.
+Escribe un texto detrás de la orden.
+Напишите текст после команды.
+请在命令后写上文字。
+コマンドの後に文を書いてください。
+
+show nothing
+nichts anzeigen
+no mostrar nada
+ничего не показывать
+不显示
+何も表示しない
 
 The chat goes on without memories (${0}: ${1}).
 Der Chat geht ohne Erinnerungen weiter (${0}: ${1}).
@@ -16138,12 +16617,12 @@ Memoria: fijar, olvidar, por qué se dijo esto
 记忆:固定、遗忘、为何这样说
 記憶: 固定、忘却、なぜこう言ったか
 
-Message ${0}, ${1}
-Nachricht ${0}, ${1}
-Mensaje ${0}, ${1}
-Сообщение ${0}, ${1}
-消息 ${0},${1}
-メッセージ ${0}、${1}
+Message #${0}, ${1}
+Nachricht #${0}, ${1}
+Mensaje #${0}, ${1}
+Сообщение #${0}, ${1}
+消息 #${0},${1}
+メッセージ #${0}、${1}
 
 Why this was said
 Warum das gesagt wurde
@@ -16257,12 +16736,12 @@ un texto
 一段文字
 文
 
-the number of a message, or several as 3-7; else the last message
-die Nummer einer Nachricht, oder mehrere als 3-7; sonst die letzte
-el número de un mensaje, o varios como 3-7; si no, el último
-номер сообщения или несколько: 3-7; иначе последнее
-消息编号,多条写作 3-7;否则为最后一条
-メッセージの番号、複数なら 3-7。なければ最後のもの
+the number of a message (SillyTavern counts from 0), or several as 3-7; else the last one
+die Nummer einer Nachricht (SillyTavern zählt ab 0), oder mehrere als 3-7; sonst die letzte
+el número de un mensaje (SillyTavern cuenta desde 0), o varios como 3-7; si no, el último
+номер сообщения (SillyTavern считает с 0) или несколько: 3-7; иначе последнее
+消息编号(SillyTavern 从 0 开始),多条写作 3-7;否则为最后一条
+メッセージの番号(SillyTavern は 0 から数えます)、複数なら 3-7。なければ最後のもの
 
 how many at most
 wie viele höchstens
@@ -16314,6 +16793,19 @@ def extension_archive(address: str) -> bytes:
 
 
 def extension_repository(folder: Path, address: str) -> Any:
+    """The extension's repository in a folder (see `newest_extension`); a damaged one is made anew."""
+    try:
+        return newest_extension(folder, address)
+    except OSError:
+        raise
+    except Exception as error:
+        words = f"{folder} was damaged ({type(error).__name__}), and is made again."
+        log_event("renewed", words, level=logging.WARNING)
+        shutil.rmtree(folder)
+        return newest_extension(folder, address)
+
+
+def newest_extension(folder: Path, address: str) -> Any:
     """The extension for a server at that address as a bare git repository (a `dulwich.repo.Repo`), kept in a folder.
 
     Each version that was ever asked for is a commit after the one before, so that SillyTavern can update what it has
@@ -16321,8 +16813,8 @@ def extension_repository(folder: Path, address: str) -> Any:
     """
     from dulwich import objects, repo
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    found = repo.Repo(str(folder)) if (folder / "HEAD").exists() else repo.Repo.init_bare(str(folder), mkdir=True)
+    make_private(folder)
+    found = repo.Repo(str(folder)) if (folder / "HEAD").exists() else repo.Repo.init_bare(str(folder))
     blobs = {name: objects.Blob.from_string(content) for name, content in extension_files(address).items()}
     tree = objects.Tree()
     for name, blob in blobs.items():
@@ -16449,6 +16941,11 @@ def request_object() -> dict:
     return body
 
 
+def large_object(value: Mapping) -> flask.Response:
+    """A JSON object that may hold a whole chat, as an answer."""
+    return flask.Response(json_text(value), mimetype="application/json")
+
+
 TEXT = {"type": "string", "pattern": r"\S", "description": "a string that is not blank"}
 ANY_TEXT = {"type": "string", "description": "a string"}
 TEXT_OR_NULL = {"type": ["string", "null"], "pattern": r"\S", "description": "a string that is not blank, or null"}
@@ -16471,6 +16968,7 @@ MESSAGES = {"type": "array", "minItems": 1, "items": {"$ref": "#/components/sche
 TEXTS = {"type": ["string", "array"], "items": {"type": "string"}}
 ON_OR_OFF = ("on", "off")
 IDENTITY = {name: {"type": "string", "maxLength": LONGEST_ID} for name in ("chat_id", "parent_chat_id", "character")}
+IDENTITY |= {"user": IDENTITY["character"]}
 IDENTITY |= {name: {"type": "string"} for name in ("title", "group")} | {"kind": {"enum": list(KINDS)}}
 
 
@@ -16706,7 +17204,9 @@ def public_error(error: Exception) -> PersonaMemoryError:
     if isinstance(error, PersonaMemoryError):
         return error
     if isinstance(error, HTTPException):
-        shown = InvalidRequest(f"{error.code} {error.name}: {flask.request.method} {flask.request.path}")
+        words = f"{error.code} {error.name}: {flask.request.method} {flask.request.path}"
+        hint = ". Start persona_memory with --proxy to use it as a model's server."
+        shown = InvalidRequest(words + (hint if error.code == 404 and flask.request.path.startswith("/v1/") else ""))
         shown.status = error.code
         return shown
     log_event("failed", "A request failed", level=logging.ERROR, trace=True)
@@ -16988,9 +17488,9 @@ def chat_delete(chat: str) -> dict:
 
 @api.get("/chats/<chat:chat>/messages")
 @takes_query(offset=0, limit=1000, tip="")
-def chat_messages(chat: str, offset: int, limit: int, tip: str) -> dict:
+def chat_messages(chat: str, offset: int, limit: int, tip: str) -> flask.Response:
     """The chat's current branch."""
-    return engine().messages(chat, offset, limit, tip)
+    return large_object(engine().messages(chat, offset, limit, tip))
 
 
 @api.post("/chats/<chat:chat>/messages")
@@ -17003,10 +17503,10 @@ def chat_append(chat: str) -> dict:
 @api.get("/chats/<chat:chat>/export")
 @takes_query(format=("json", "sillytavern"))
 @gives(200, also="application/jsonl")
-def chat_export(chat: str, format: str) -> dict | flask.Response:
+def chat_export(chat: str, format: str) -> flask.Response:
     """The whole chat as JSON, or its current branch as a SillyTavern chat file."""
     if format == "json":
-        return engine().archive.export(chat)
+        return large_object(engine().archive.export(chat))
     return flask.Response(engine().archive.export_transcript(chat), mimetype="application/jsonl")
 
 
@@ -17368,7 +17868,8 @@ def check_access() -> None:
         return
     if flask.request.endpoint not in KEYLESS and not has_key():
         raise NotAuthenticated(
-            "This server was started with --api-key: send that key as `Authorization: Bearer <key>`."
+            "persona_memory was started with --api-key: enter that key as the API key in your client, which sends it "
+            "as `Authorization: Bearer <key>`."
         )
     if not engine().settings.api_key:
         check_host("--api-key SECRET")
@@ -17566,6 +18067,7 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
             app, host=settings.host, port=settings.port, threads=SERVER_THREADS, ident="persona_memory",
             channel_request_lookahead=1, asyncore_use_poll=True, connection_limit=most_connections(),
             channel_timeout=IDLE_SECONDS, cleanup_interval=IDLE_SECONDS // 6,
+            max_request_body_size=2 * MAX_REQUEST_BYTES,  # what is told no length is kept on disk until it has ended
         )  # fmt: skip
     except (OSError, ValueError) as error:  # ValueError: no such host
         app.extensions["persona_memory"].close()
@@ -17614,18 +18116,40 @@ def read_dotenv(file: Path | None) -> dict[str, str]:
         return {}
     try:
         raw = file.read_bytes()
+    except OSError as error:
+        words = f"{file} cannot be read: {error.strerror}. Give yourself the right to read it, or remove it."
+        raise SettingsError(words) from error
+    try:
         text = raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
         if "\0" in text:
             raise UnicodeError("it is not a text file")
-    except (OSError, UnicodeError) as error:
+    except UnicodeError as error:
         raise SettingsError(f"{file} cannot be read: {error}. Save it as UTF-8, or remove it.") from error
+    logging.getLogger("dotenv.main").setLevel(logging.ERROR)  # it would warn without the file's name
+    for line in (b.original.line for b in dotenv.parser.parse_stream(io.StringIO(text)) if b.error):
+        log_event("dotenv", f"{file}, line {line}: this is not NAME=VALUE, so it is not used.", level=logging.WARNING)
     return {k: v for k, v in dotenv.dotenv_values(stream=io.StringIO(text)).items() if v}
+
+
+NEARLY_SPELT = 0.85  # difflib's ratio; container systems set variables of their own that begin like ours
+LEAST_CONTEXT = 256  # tokens, in which a message and a reply may just fit
+
+
+def misspelt_variables(names: Iterable[str]) -> Iterator[str]:
+    """A sentence for each of those variables that looks like one of ours and is none."""
+    known = [variable_of(f.name) for f in OPTIONS]
+    for name in sorted(names):
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+            for meant in difflib.get_close_matches(name, known, 1, NEARLY_SPELT):
+                yield f"There is no setting {name}, so it is not used. Did you mean {meant}?"
 
 
 def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: Path | None = None) -> Settings:
     """Settings from flags, then environment variables, then the `.env` file, then defaults; raises `SettingsError`."""
     known = {k: (v, f".env {k}") for k, v in read_dotenv(dotenv_file).items()}
     known |= {k: (v, f"variable {k}") for k, v in environ.items()}
+    for sentence in misspelt_variables(known):
+        log_event("misspelt", sentence, level=logging.WARNING)
     found = {f.name: known.get(variable_of(f.name), ("", "")) for f in OPTIONS}
     values = {name: parse_setting(name, text) for name, (text, _) in found.items() if text}
     sources = {name: found[name][1] for name in values}
@@ -17651,6 +18175,8 @@ def checked(settings: Settings) -> Settings:
             f"Listening on {settings.host} would let everyone on the network read your chats. "
             "Set --api-key SECRET (clients then send it as their API key), or use --host 127.0.0.1."
         )
+    if 0 < settings.context < LEAST_CONTEXT:
+        raise SettingsError(f"--context must be at least {LEAST_CONTEXT} tokens, not {settings.context}.")
     if settings.port > 65535:
         raise SettingsError(f"--port must be at most 65535, not {settings.port}.")
     if settings.summary_upstream == "gemini" and not settings.summary_key:
@@ -17748,7 +18274,7 @@ def chat_files(name: str, failed: Callable[[str | Path, Exception], None]) -> li
 def embed_chats(memory: PersonaMemory, chats: Iterable[str]) -> None:
     """Computes the vectors of chats, with a progress bar. Without an embedder they are computed when a chat goes on."""
     sizes = {chat: memory.describe(chat, mood=False)["messages"] for chat in chats}
-    with tqdm(total=sum(sizes.values()), desc="vectors", unit="message") as bar:
+    with tqdm(total=sum(sizes.values()), desc="vectors", unit="message", disable=not sizes) as bar:
         try:
             for chat in sizes:
                 for done in memory.vectors.of_chat(chat):
@@ -18018,7 +18544,7 @@ class Finding:
 
 def run_doctor(settings: Settings, _: str) -> str:
     """Checks what a chat needs, one line a finding; raises `SettingsError` at the end where something is wrong."""
-    checks = (check_packages, check_data, check_port, check_embedder, check_upstreams, check_extension)
+    checks = (check_packages, check_data, check_chats, check_port, check_embedder, check_upstreams, check_extension)
     findings = []
     for check in checks:
         for finding in check(settings):
@@ -18072,6 +18598,52 @@ def check_data(settings: Settings) -> Iterator[Finding]:
     chats = len(list((folder / "chats").iterdir())) if (folder / "chats").is_dir() else 0
     words = f"{chats} chats in {folder}, {free / 1e9:.1f} GB free"
     yield Finding("ok" if free > LITTLE_DISK else "note", "Data folder", words)
+
+
+SHOWN_DAMAGED = 5  # chats that a finding names
+
+
+def check_chats(settings: Settings) -> Iterator[Finding]:
+    """Whether the chats' files can be read, and what is kept of those that could not. Nothing is changed."""
+    folder = Path(settings.data, "chats")
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    files = [database_of(folder / name) for name in names if "." not in name]
+    damaged = [chat_in(file) for file in files if file.exists() and not is_sound(file)]
+    copies = [name for name in names if ".damaged-" in name]
+    if damaged:
+        shown = ", ".join(damaged[:SHOWN_DAMAGED]) + (" and others" if len(damaged) > SHOWN_DAMAGED else "")
+        advice = (
+            "open each on the memory page. What can be read of it is saved then, and a copy of the file is kept. "
+            "Where that fails, delete the chat there. Other chats are not affected."
+        )
+        yield Finding("note", "Chats", f"{len(damaged)} of {len(files)} are damaged: {shown}.", advice)
+    elif files:
+        yield Finding("ok", "Chats", f"all {len(files)} can be read")
+    if copies:
+        words = f"{len(copies)} copies of damaged files are kept in {folder}, named ....damaged-DATE."
+        yield Finding("note", "Copies", words, "delete them when you miss nothing in their chats.")
+
+
+def is_sound(database: Path) -> bool:
+    """Whether a chat's file can be read to its end; one that is locked or not this user's may well be."""
+    try:
+        with contextlib.closing(read_only(database)) as connection:
+            rows = connection.execute("SELECT value FROM Cache WHERE key >= 'm:' AND key < 'm;'")
+            readable = all(isinstance(json.loads(value), dict) for (value,) in rows)
+            return readable and connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+    except sqlite3.Error as error:
+        return not is_damage(error)
+    except SENSELESS:
+        return False
+
+
+def chat_in(database: Path) -> str:
+    """The id of the chat in a damaged file, else its folder."""
+    with contextlib.suppress(sqlite3.Error):
+        for key, value in readable_rows(database):
+            if key == "info" and isinstance(value, dict) and isinstance(value.get("chat_id"), str):
+                return one_line(value["chat_id"])
+    return str(database.parent)
 
 
 def check_port(settings: Settings) -> Iterator[Finding]:
@@ -18248,11 +18820,22 @@ EPILOG = """Every option has a variable too: --summary-every is PERSONA_MEMORY_S
 or in a file named .env beside the program. Options go before variables, and variables before .env."""
 
 
+class CommandLine(argparse.ArgumentParser):
+    """A parser that names the option which a misspelt one may have meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with the usage and what is wrong."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        meant = [near[0] for flag in unknown if (near := difflib.get_close_matches(flag, flags, 1))]
+        super().error(message + (f". Did you mean {', '.join(meant)}?" if meant else ""))
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """The command line's parser, made from the fields of `Settings` and from `ACTIONS`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="persona_memory.py", usage="python persona_memory.py [--proxy] [options]", description=DESCRIPTION,
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=__version__)
     group_of = {name: group for group, names in OPTION_GROUPS.items() for name in names}
@@ -18326,6 +18909,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_log(settings)
         if act(settings, argv):
             return 0
+        check_folder(settings)
         os.umask(0o077)  # whatever is written from now on is for the user's own eyes
         sys.setswitchinterval(SWITCH_SECONDS)
         server = create_server(settings, START_DELAY)
@@ -18350,6 +18934,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.task_dispatcher.shutdown(timeout=SHUTDOWN_SECONDS)
     server.memory.close()
     return 0
+
+
+def check_folder(settings: Settings) -> None:
+    """Raises `SettingsError` where the data folder can be neither used nor made. One that holds chats and cannot be
+    written to is read all the same."""
+    wrong = next((f for f in check_data(settings) if f.level == "wrong"), None)
+    if wrong is None:
+        return
+    if not (Path(settings.data) / "chats").is_dir():
+        raise SettingsError(f"{wrong.words} What to do: {wrong.advice}")
+    log_event("read_only", f"{wrong.words} {UNKEPT}. What to do: {wrong.advice}", level=logging.WARNING)
 
 
 def interrupt(*_: Any) -> None:

@@ -403,7 +403,7 @@ def test_the_list_names_the_character(server, header):
     file = written(line("Robin", "Hello.", force_avatar="x.png"), lent, line("Helena", "Sit."), header=header)
     (chat,) = take_in(server, file)
     assert [c["character"] for c in call(server, "GET", "chats").json()] == ["Helena"]
-    assert branch_texts(server.url, chat["chat_id"]) == ["Hello.", "Ottilie: Am I late?", "Sit."]
+    assert branch_texts(server.url, chat["chat_id"]) == ["Hello.", "Am I late?", "Sit."]
 
 
 def test_names_of_half_characters_are_mended(server):
@@ -441,11 +441,39 @@ def test_a_group_imports_as_it_was_lived(server, other):
     assert found(other, chat["chat_id"]) == found(server, client.answer.chat_id)
 
 
+@pytest.mark.parametrize("way", ["sync", "names"])
+def test_a_groups_file_adds_nothing_however_the_group_was_lived(server, way):
+    """Names stood beside the texts, as the extension tells them, or in front of the user's too."""
+    said = [
+        ("Robin", "Where is the key?"),
+        ("Helena", "By the lamp."),
+        ("Robin", "And the other?"),
+        ("Borin", "In ash."),
+    ]
+    shown = [{"role": "user" if n == "Robin" else "assistant", "name": n, "content": t} for n, t in said]
+    if way == "sync":
+        assert call(server, "POST", "chats/st-1/sync", json={"messages": shown}).status_code == 200
+    else:
+        opening = {"role": "system", "content": "[Start a new group chat. Group members: Helena, Borin]"}
+        texts = [{"role": m["role"], "content": f"{m['name']}: {m['content']}"} for m in shown]
+        for count in (3, 4):
+            sayings = {"messages": [opening, *texts[:count]], "persona_memory": {"chat_id": "st-1", "user": "Robin"}}
+            httpx.post(f"{server.url}/v1/chat/completions", json=sayings, timeout=60)
+    file = written(*(line(n, t, original_avatar=f"{n}.png") for n, t in said), header=known("st-1"))
+    for _ in range(2):
+        assert take_in(server, file) == [{"chat_id": "st-1", "added": 0, "total": 4}]
+    described = call(server, "GET", "chats/st-1").json()
+    assert (described["branches"], described["branch_length"]) == (1, 4)
+    rows = call(server, "GET", "chats/st-1/messages").json()["messages"]
+    assert [(m["name"], m["content"]) for m in rows] == said
+
+
 def test_newer_group_files_have_a_header(server):
     """It names nobody; that all replies say whose card they came from makes it a group's."""
     rows = [line(name, "Hm.", original_avatar=f"{name}.png") for name in ("Helena", "Borin")]
     (chat,) = take_in(server, written(*rows, line("Robin", "Hello."), header=NAMELESS))
-    assert branch_texts(server.url, chat["chat_id"]) == ["Helena: Hm.", "Borin: Hm.", "Hello."]
+    rows = call(server, "GET", f"chats/{chat['chat_id']}/messages").json()["messages"]
+    assert [(m["name"], m["content"]) for m in rows] == [("Helena", "Hm."), ("Borin", "Hm."), (None, "Hello.")]
 
 
 def test_whoever_answers_recalls_the_whole_groups_past(small, upstream):
@@ -462,7 +490,7 @@ def test_whoever_answers_recalls_the_whole_groups_past(small, upstream):
     client.reply(HELENA)
     assert f"Borin: {said['Borin']}" in memories_in(upstream.last["body"]["messages"])
     best = call(small, "GET", f"chats/{client.answer.chat_id}/search", params={"q": "Where did Borin put the key?"})
-    assert best.json()["memories"][0]["content"] == f"Borin: {said['Borin']}"
+    assert [best.json()["memories"][0][k] for k in ("name", "content")] == ["Borin", said["Borin"]]
 
 
 def turns_of(*contents: str, leading: str = "") -> list[str | None]:
@@ -704,12 +732,12 @@ def test_a_bad_message_of_another_program_costs_that_message(server):
 
 
 def test_a_room_of_tavernai_keeps_its_speakers(server):
-    """Its header lists several characters; each reply begins with its speaker's name, as a group's does."""
+    """Its header lists several characters; each reply is known to be its speaker's, as a group's are."""
     header = {"user_name": "You", "character_names": ["Ilsa", "Bram"], "create_date": 1684669029632}
     rows = [{"name": n, "is_user": n == "You", "mes": t} for n, t in (("Ilsa", "Hm."), ("You", "Hi."), ("Bram", "Ho."))]
     (chat,) = take_in(server, written(*rows, header=header))
     shown = call(server, "GET", f"chats/{chat['chat_id']}/messages").json()["messages"]
-    assert [(m["name"], m["content"]) for m in shown] == [("Ilsa", "Ilsa: Hm."), (None, "Hi."), ("Bram", "Bram: Ho.")]
+    assert [(m["name"], m["content"]) for m in shown] == [("Ilsa", "Hm."), (None, "Hi."), ("Bram", "Ho.")]
 
 
 # ---------------------------------------------------------------------------- from the command line

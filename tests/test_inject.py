@@ -10,6 +10,8 @@ import pytest
 from chats import open_chat
 from fakes import LocalServer, branch_texts, figure, say, settings, wait_until
 
+import persona_memory as pm
+
 INJECT = "/api/persona_memory/inject"
 ONE_SERVER = True
 TIMEOUT = 60
@@ -534,6 +536,10 @@ def test_a_users_note_is_in_every_prompt(hook, chat_id):
     for shown in (LONG[:3], [line("user", "Another beginning."), *LONG[:3]]):
         told = texts(inject(hook, chat_id, shown))
         assert told.count(NOTE) == 1 and "He fears bells." in told and "#0" not in told
+    answer = inject(hook, chat_id, LONG, context_tokens=1500)
+    assert NOTE in texts(answer) and [m["content"] for m in answer["recalled"]][:1] == [ELVEN], (
+        "recall goes on beside it"
+    )
     assert NOTE in texts(inject(hook, f"{chat_id}-branch", LONG[:3], parent_chat_id=chat_id))
     exported = httpx.get(f"{api}/chats/{chat_id}/export", timeout=TIMEOUT).content
     taken = httpx.post(f"{api}/import", params={"chat_id": f"{chat_id}-copy"}, content=exported, timeout=TIMEOUT)
@@ -548,11 +554,12 @@ def test_a_users_note_is_in_every_prompt(hook, chat_id):
 # ---------------------------------------------------------------------------- one chat, however it is sent
 
 
-def prompt_of(shown: list[dict], processing: str, names: bool, members: tuple[str, ...] = ()) -> list[dict]:
-    """A chat as SillyTavern sends it with one of its "prompt post-processings", with or without names in the texts."""
+def prompt_of(shown: list[dict], processing: str, names: bool | str, members: tuple[str, ...] = ()) -> list[dict]:
+    """A chat as SillyTavern sends it with one of its "prompt post-processings", with or without names in the texts; in
+    groups these are the members' by default, and with names "in content" the user's too."""
     start = f"[Start a new group chat. Group members: {', '.join(members)}]" if members else "[Start a new Chat]"
     prompt = [CARD, {"role": "system", "content": start}]
-    named = [m["name"] for m in shown if names and (m["role"] == "assistant" or not members)]  # as it does by default
+    named = [m["name"] for m in shown if names and (m["role"] == "assistant" or not members or names == "all")]
     prompt += [
         {"role": m["role"], "content": f"{m['name']}: {m['content']}" if m["name"] in named else m["content"]}
         for m in shown
@@ -573,10 +580,10 @@ def prompt_of(shown: list[dict], processing: str, names: bool, members: tuple[st
 
 
 def holds(server, chat_id: str, shown: list[dict]) -> bool:
-    """Whether a chat's branch is what is shown, wherever the names stood; no name is a wrong one."""
+    """Whether a chat's branch is what is shown: names are no words, wherever they stand, and none is a wrong one."""
     address = f"{server.url}/api/persona_memory/chats/{chat_id}/messages"
     rows = httpx.get(address, timeout=TIMEOUT).json()["messages"]
-    texts = [row["content"].removeprefix(f"{row['name']}: ") for row in rows]
+    texts = [row["content"] for row in rows]
     named = all(row["name"] in (None, m["name"]) for row, m in zip(rows, shown, strict=False))
     return named and texts == [m["content"] for m in shown]
 
@@ -604,7 +611,9 @@ def test_switching_the_post_processing_leaves_one_branch(shared_server, upstream
     assert first["name"] == "Robin", "who speaks is known from the extension, though no request has said it"
 
 
-def test_a_group_is_one_branch_through_the_proxy_and_the_hook(shared_server, upstream, chat_id):
+@pytest.mark.parametrize("names", [True, "all"])
+@pytest.mark.parametrize("begins", ["hook", "proxy"])
+def test_a_group_is_one_branch_through_the_proxy_and_the_hook(shared_server, upstream, chat_id, names, begins):
     """Names stand in front of the texts in the one, and beside them in the other."""
     members = ("Mira", "Borin")
     shown = [line("user", "Borin, where is the spare key?")]
@@ -613,15 +622,159 @@ def test_a_group_is_one_branch_through_the_proxy_and_the_hook(shared_server, ups
         shown += [{**line("assistant", f"Line {turn} about the harbour and the key."), "name": name}]
         if turn % 3 == 0:
             shown += [line("user", f"Walk {turn} with both of you.")]
-        if turn % 4 < 2:
+        if (turn % 4 < 2) == (begins == "hook"):
             answer = inject(shared_server, chat_id, shown, character=name, group="The crew")
             assert answer["report"]["degraded"] == "" or "embedder" in answer["report"]["degraded"]
         else:
             say(
                 shared_server.url,
-                prompt_of(shown, "merge" if turn % 4 == 2 else "none", True, members),
+                prompt_of(shown, "merge" if turn % 4 == 2 else "none", names, members),
                 persona_memory={"chat_id": chat_id, "character": name, "group": "The crew", "kind": "normal"},
             )
         assert holds(shared_server, chat_id, shown), turn
     described = httpx.get(f"{shared_server.url}/api/persona_memory/chats/{chat_id}", timeout=TIMEOUT).json()
     assert (described["branches"], described["branch_length"]) == (1, len(shown))
+
+
+def test_names_in_the_texts_may_be_known_later(shared_server, upstream, chat_id):
+    """Of a chat that begins with one text in a group nobody can tell; its extension, or the next texts, do."""
+    shown = [line("user", "Where is the spare key?")]
+    say(shared_server.url, prompt_of(shown, "none", "all", ("Mira", "Borin")), chat_id=chat_id)
+    address = f"{shared_server.url}/api/persona_memory/chats/{chat_id}/messages"
+    (row,) = httpx.get(address, timeout=TIMEOUT).json()["messages"]
+    assert row["content"] == "Robin: Where is the spare key?"
+    sync(shared_server, chat_id, shown)
+    assert holds(shared_server, chat_id, shown)
+    shown += [line("assistant", "Under the anvil."), line("user", "Note: it rains.")]
+    say(shared_server.url, prompt_of(shown, "none", "all", ("Mira", "Borin")), chat_id=chat_id)
+    assert holds(shared_server, chat_id, shown)
+    told = f"{chat_id}-told"
+    prompt = prompt_of(shown[:1], "none", "all", ("Mira", "Borin"))
+    say(shared_server.url, prompt, persona_memory={"chat_id": told, "character": "Mira", "user": "Robin"})
+    assert holds(shared_server, told, shown[:1])
+    later = f"{chat_id}-later"
+    for count in (1, 3):
+        say(shared_server.url, prompt_of(shown[:count], "none", "all", ("Mira", "Borin")), chat_id=later)
+    assert holds(shared_server, later, shown)
+
+
+def voices(*texts: str, prompt: str = "", **body) -> list[str | None]:
+    """Who speaks in texts of the user and the character by turns, as a request alone tells."""
+    messages = [{"role": "system", "content": prompt}] if prompt else []
+    messages += [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(texts)]
+    return [turn.voice for turn in pm.parse_request({"messages": messages, **body}).turns]
+
+
+GROUP = "[Start a new group chat. Group members: Mira, Borin]"
+
+
+@pytest.mark.parametrize(
+    ("texts", "more", "expected"),
+    [
+        (("Robin: Hi.", "Mira: Hm.", "Robin: Go."), {"prompt": GROUP}, ["Robin", "Mira", "Robin"]),
+        (("Robin: Hi.", "Mira: Hm.", "Alex: Go.", "Mira: So.", "Robin: Go."), {"prompt": GROUP},
+         ["Robin", "Mira", "Alex", "Mira", "Robin"]),  # another persona
+        (("Robin: Hi.",), {"prompt": GROUP, "stop": ["\nRobin:"]}, ["Robin"]),
+        (("Robin: Hi.",), {"prompt": GROUP, "persona_memory": {"user": "Robin"}}, ["Robin"]),
+        (("Robin: Hi.", "Mira: Hm.", "no name", "Borin: Ho."), {"prompt": GROUP, "stop": "Robin:"},
+         ["Robin", "Mira", None, "Borin"]),
+        (("Ann: Hi.", "Hello all.", "Bob: Hi.", "Yes.", "Ann: Who is it?"), {"prompt": "Be kind to all here."},
+         ["Ann", None, "Bob", None, "Ann"]),
+        (("Robin: Note: it rains.", "Mira: Hm."), {"prompt": "You are Mira. Robin is late."}, ["Robin", "Mira"]),
+        # What names nobody.
+        (("Note: it rains.", "Hm.", "Note: it pours.", "So?"), {}, [None] * 4),
+        (("PS: I love you.", "Mira: Hm."), {"prompt": GROUP}, [None, "Mira"]),
+        (("Borin: you fool! So he said.", "Mira: Hm."), {"prompt": GROUP}, [None, "Mira"]),
+        (("Mira: you are late. You said so.", "Hm."),
+         {"prompt": "You are Mira.", "persona_memory": {"character": "Mira"}}, [None, None]),
+        (("Hi.", "Robin: come here! *she calls*"), {"prompt": "You are Mira. Robin is late.",
+                                                    "persona_memory": {"user": "Robin"}}, [None, None]),
+        (("Translate: eggs.", "Oeufs.", "Translate: milk.", "Lait."), {"prompt": "Be brief."}, [None] * 4),
+        (("My list: eggs.", "Hm.", "Go on: what else?", "So."), {}, [None] * 4),
+        (("Hi.", "*Day 1: she waits.*", "Hm.", "She smiles: well.", "So?", "*Day 3: rain.*"), {}, [None] * 6),
+    ],
+)  # fmt: skip
+def test_what_begins_with_a_colon_behind_it_is_a_name_only_where_that_is_certain(texts, more, expected):
+    assert voices(*texts, **more) == expected
+
+
+def test_restored_messages_bear_names_where_the_client_puts_them(shared_server, upstream, chat_id):
+    """The extension tells the names, and the client's prompts show none: what comes back has none either."""
+    sync(shared_server, chat_id, LONG)
+    for names, beside in ((False, False), (True, False), (False, True)):
+        shown = prompt_of(LONG[-6:], "none", names)
+        shown = [m | ({"name": "Robin_"} if beside and m["role"] != "system" else {}) for m in shown]
+        say(shared_server.url, shown, persona_memory={"chat_id": chat_id, "character": "Mira"})
+        sent = [m for m in upstream.last["body"]["messages"] if m["role"] != "system"]
+        assert len(sent) > 6, "messages are restored"
+        assert all(m["content"].startswith(("Robin: ", "Mira: ")) == names for m in sent[:-1])
+        assert all(("name" in m) == beside for m in sent)
+
+
+def test_what_was_joined_is_one_chat_when_it_is_parted(shared_server, upstream, chat_id):
+    """A client that joins neighbours from the first message on; the marks of a joined message hold for its parts."""
+    api = f"{shared_server.url}/api/persona_memory/chats/{chat_id}"
+    shown = [line("assistant", "Come in.")]
+    for turn in range(6):
+        shown += [line("user", f"Walk {turn} along the harbour."), line("user", f"Extra {turn}: the gulls are loud.")]
+        say(shared_server.url, prompt_of(shown, "strict", False), chat_id=chat_id)
+        shown += [line("assistant", f"Reply {turn}, she says.")]
+    rows = httpx.get(f"{api}/messages", timeout=TIMEOUT).json()["messages"]
+    assert [row["content"] for row in rows][1] == "Walk 0 along the harbour.\n\nExtra 0: the gulls are loud."
+    for index, mark in ((1, "forgotten"), (3, "pinned")):
+        assert httpx.patch(f"{api}/messages/{rows[index]['id']}", json={mark: True}, timeout=TIMEOUT).status_code == 200
+    shown += [line("user", "Is it late?")]
+    for processing in ("none", "strict", "none"):
+        say(shared_server.url, prompt_of(shown, processing, False), chat_id=chat_id)
+        assert holds(shared_server, chat_id, shown)
+        described = httpx.get(api, timeout=TIMEOUT).json()
+        assert described["branches"] == 1 and described["stored"] <= len(shown) + 3, "and the replies to the last three"
+        shown += [line("assistant", "It is."), line("user", "Then good night.")]
+    rows = httpx.get(f"{api}/messages", timeout=TIMEOUT).json()["messages"]
+    assert [row["index"] for row in rows if row["forgotten"]] == [1, 2]
+    assert [row["index"] for row in rows if row["pinned"]] == [4, 5]
+
+
+def test_a_window_may_begin_in_the_middle_of_what_was_joined(shared_server, upstream, chat_id):
+    """It is cut between messages, and joined after that; what stands above it stays what it was."""
+    api = f"{shared_server.url}/api/persona_memory/chats/{chat_id}"
+    shown = [line("assistant", "Come in.")]
+    for turn in range(12):
+        shown += [line("user", f"Extra {turn}: the gulls are loud.")] if turn % 3 == 1 else []
+        shown += [line("user", f"Walk {turn} along the harbour.")]
+        prompt = prompt_of(shown[-9:], "none" if turn > 8 else "merge", False)
+        say(shared_server.url, prompt, chat_id=chat_id)
+        shown += [line("assistant", f"Reply {turn}, she says.")]
+    rows = httpx.get(f"{api}/messages", timeout=TIMEOUT).json()["messages"]
+    told = "\n\n".join(row["content"] for row in rows)
+    assert told == "\n\n".join(m["content"] for m in shown[:-1])
+    assert httpx.get(api, timeout=TIMEOUT).json()["branches"] == 1
+
+
+def test_a_note_before_the_first_message_is_none_when_it_has_moved(shared_server, upstream, chat_id):
+    """An author's note in the user's role, in plain words, at a depth that the young chat does not have yet."""
+    note = line("user", "It rains in the town and all are tired.")
+    shown = [line("assistant", "Come in."), line("user", "Hello.")]
+    for turn in range(5):
+        prompt = [CARD, *plain([*shown[:-4], note, *shown[-4:]])]
+        say(shared_server.url, prompt, chat_id=chat_id)
+        shown += [line("assistant", f"Reply {turn}, she says."), line("user", f"Question {turn}, he asks?")]
+    assert holds(shared_server, chat_id, shown[:-2])
+    described = httpx.get(f"{shared_server.url}/api/persona_memory/chats/{chat_id}", timeout=TIMEOUT).json()
+    assert described["branches"] == 1 and described["stored"] < len(shown) + 5, "and a reply to each message"
+
+
+def test_hidden_messages_stay_when_another_client_has_gone_on_without_them(shared_server, upstream, chat_id):
+    """It knows nothing of them; who knows shows them in no prompt, and they are memory again."""
+    hidden = [{**m, "hidden": True} for m in LONG[:4]]
+    sync(shared_server, chat_id, [*hidden, *LONG[4:20]])
+    shown = [*LONG[4:20], line("user", "Good morning.")]
+    say(shared_server.url, [CARD, *plain(shown)], chat_id=chat_id)
+    assert holds(shared_server, chat_id, [*LONG[:4], *shown]), "the beginning may be missing anywhere"
+    cut = [*LONG[4:8], *LONG[10:20], *shown[16:], line("assistant", "So it is."), line("user", "Is it?")]
+    sync(shared_server, chat_id, [*LONG[:8], *({**m, "hidden": True} for m in LONG[8:10]), *LONG[10:20]])
+    say(shared_server.url, [CARD, *plain(cut)], chat_id=chat_id)
+    for _ in range(2):
+        cut += [line("assistant", "It is."), line("user", "Then I stay.")]
+        say(shared_server.url, [CARD, *plain(cut)], persona_memory={"chat_id": chat_id, "character": "Mira"})
+        assert holds(shared_server, chat_id, [*LONG[:20], *cut[14:]])
