@@ -2275,6 +2275,7 @@ class Embedder:
         self._closed = False
         self._urgent: set[Future] = set()  # jobs that somebody waits for with a timeout
         self._pace = FIRST_PACE  # seconds that a job takes which is not the background's; the newest count most
+        self._model: Any = None
         self._slice = float(SLICE_BYTES[1])  # bytes that the model reads in SLICE_SECONDS; measured as it works
 
     def start(self) -> None:
@@ -2343,27 +2344,32 @@ class Embedder:
 
     def _run(self) -> None:
         try:
-            model = load_sentence_transformer(self.name)
+            self._model = load_sentence_transformer(self.name)
             self.status = "ready"
         except Exception as error:  # whatever a model's loader raises: the chats go on without vectors
             self.status = f"failed: {type(error).__name__}: {error}"
             words = f"The embedder {self.name} cannot be loaded, so memories are found by words alone: {error}"
             log_event("embedder_failed", words, level=logging.ERROR, model=self.name)
-            model = None
         self.loaded.set()
+        if self._model and not self._closed:  # what is there works: turns need not wait for something better
+            threading.Thread(target=self._quicken, name="quicken").start()  # no daemon: torch must not end in between
         while not self._closed:
             priority, number, job = self._jobs.get()
             if not job.wanted:
                 continue
             started = time.monotonic()
-            self._work(model, job)
+            self._work(job)
             if not job.future.done():  # what is more urgent goes before its next slice
                 self._jobs.put((priority, number, job))
             elif priority != BACKGROUND:
                 self._pace = (self._pace + time.monotonic() - started) / 2
         self._refuse_all()
 
-    def _work(self, model: Any, job: EncodingJob) -> None:
+    def _quicken(self) -> None:
+        self._model = faster(self._model)
+
+    def _work(self, job: EncodingJob) -> None:
+        model = self._model
         if model is None:
             return job.future.set_exception(EmbedderUnavailable(f"the embedder {self.status}"))
         try:
@@ -2411,8 +2417,7 @@ def faster(model: Any) -> Any:
         for layer in candidate.modules():
             if isinstance(layer, torch.nn.Linear):
                 layer.to(torch.bfloat16)
-                layer.register_forward_pre_hook(lambda _, given: (given[0].to(torch.bfloat16), *given[1:]))
-                layer.register_forward_hook(lambda _, given, found: found.float())
+                layer.forward = functools.partial(linear_in_bfloat16, layer)
         made, spent = [], []
         for some in (model, candidate) * 3:  # the fastest of three: something else may run beside
             started = time.perf_counter()
@@ -2421,6 +2426,13 @@ def faster(model: Any) -> Any:
         same = (made[0] * made[1]).sum(axis=1).min() >= SAME_VECTORS
         return candidate if same and min(spent[1::2]) < min(spent[::2]) else model
     return model
+
+
+def linear_in_bfloat16(layer: Any, given: Any) -> Any:
+    """What a linear layer in bfloat16 makes of float32 values; without hooks, each of which costs as much again."""
+    import torch
+
+    return torch.nn.functional.linear(given.to(torch.bfloat16), layer.weight, layer.bias).float()
 
 
 def sized_name(name: str) -> tuple[str, int | None]:
@@ -2481,7 +2493,7 @@ def load_sentence_transformer(name: str) -> Any:
     disable_progress_bar()  # the log's lines are whole lines
     # Half of the cores: torch's threads wait for each other, and stall when a model on this machine takes the rest.
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-    return faster(SentenceTransformer(path, device="cpu", truncate_dim=size))
+    return SentenceTransformer(path, device="cpu", truncate_dim=size)
 
 
 def chunk_spans(text: str) -> Iterator[tuple[int, int]]:
@@ -2687,6 +2699,7 @@ class Tree:
         self.unshown: set[str] = set()  # messages that no request has shown
         self._inner: set[str] = set()  # messages with a confirmed message below them
         self._trail: list[str] = []  # the path that was last walked: the next one is nearly the same
+        self._line: list[Node] = []  # its nodes
         self._confirmed = 0
 
     def put(self, message: Message, order: int) -> None:
@@ -2698,6 +2711,8 @@ class Tree:
             "" if message.erased else text_fingerprint(message.name, message.original), depth, order, message.tokens,
             message.confirmed, message.complete, message.pinned, message.forgotten, message.voice,
         )  # fmt: skip
+        if self._trail[depth : depth + 1] == [message.id]:
+            self._line[depth] = self.nodes[message.id]
         if old is None:
             self.by_digest[self.nodes[message.id].digest].append(message.id)
             self.children[message.parent].append(message.id)
@@ -2727,7 +2742,7 @@ class Tree:
             self._confirmed -= node.confirmed
             if not any(self.is_confirmed(i) for i in self.children[node.parent]):
                 self._inner.discard(node.parent)
-            self._trail = []
+            self._trail, self._line = [], []
 
     def below(self, node: str) -> list[str]:
         """The message and all that hang under it."""
@@ -2756,8 +2771,15 @@ class Tree:
             ids.append(tip)
             tip = self.nodes[tip].parent
         if ids:
-            trail[self.length(tip) :] = ids[::-1]
+            kept = self.length(tip)
+            trail[kept:] = ids[::-1]
+            self._line[kept:] = [self.nodes[i] for i in reversed(ids)]
         return trail
+
+    def branch(self, tip: str) -> list[Node]:
+        """The nodes from the chat's first message to `tip`. Looking each one up would take ten times as long."""
+        self._walked(tip)
+        return self._line[: self.length(tip)]
 
     def child(self, node: str, digest: str) -> str:
         """The message of those words that follows a message, one that a request has shown first; empty: none."""
@@ -4780,7 +4802,8 @@ def query_words(text: str, without: Collection[str] = (), language: str = "en") 
 def shared_front(a: Sequence[str], b: Sequence[str]) -> int:
     """How many items two sequences share from the start."""
     end = min(len(a), len(b))
-    if a[:end] == b[:end]:  # the usual case: a branch that has grown
+    first, second = (some if len(some) == end else some[:end] for some in (a, b))
+    if first == second:  # the usual case: a branch that has grown
         return end
     low = 0
     while end - low > 1:  # what is shared stands in front, so it can be halved
@@ -7179,6 +7202,19 @@ class Layout:
         return index >= self.anchor and index not in self.hidden
 
 
+class Seen(Sequence):
+    """The items of a sequence as a function sees them, each when it is asked for: of a long branch few are."""
+
+    def __init__(self, items: Sequence, see: Callable[[Any], Any]):
+        self._items, self._see = items, see
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._see(self._items[index])
+
+
 def lay_out(
     request: ChatRequest,
     context: int,
@@ -7210,7 +7246,7 @@ def lay_out(
     sizes, steady = [*stored, *turns], [*stored, *counts]
     block = max(1, int(HISTORY_BLOCK * shares[2] * context))
     latest = len(sizes) - 1 if pivot is None else len(stored) + pivot - first
-    starts = [role == roles[0] for role in roles]  # strict templates refuse a history that begins on the other side
+    starts = Seen(roles, roles[0].__eq__)  # strict templates refuse a history that begins on the other side
     anchor = history_anchor(sizes, steady, starts, budget.history - tail, block, latest)
     history = sum(sizes[anchor:]) + tail
     full = history > NEARLY_FULL * budget.history
@@ -12012,7 +12048,7 @@ class Recaller:
     ) -> tuple[list[Node], Query, np.ndarray | None]:
         """A chat's current branch, what a text asks of it, and the vector of that, which is waited for."""
         with chat.lock:
-            nodes = chat.nodes(chat.path())
+            nodes = chat.tree.branch(chat.store.head)
             index = chat.follow(nodes, self._vectors.embedder)
             query = understand(text, asker, index.speakers, index.now, (), index.language)
         return nodes, query, self._vectors.of_query(query.spoken, timeout)
@@ -13150,7 +13186,7 @@ class PromptBuilder:
         """
         first, above = request.history_start, len(path) - len(request.turns)
         with chat.lock:
-            nodes = chat.nodes(path)
+            nodes = chat.tree.branch(path[-1])
             layout, story, plan = self._laid_out(chat, path, nodes, request, context, shares, arrange)
         turn = TurnContext(chat, request, nodes, layout, deadline)
         recalled = self._recaller.recall(turn, {f.message for f in story.facts if f.message})  # a note quotes nobody
@@ -13182,7 +13218,8 @@ class PromptBuilder:
         for i, turn in enumerate(request.turns[first:], above):
             if shown[i].shown != turn.fingerprint and not turn.hidden:  # with something else around the words
                 counts[i] = message_tokens(turn.raw)
-        layout = arrange(request, context, shares, counts, [n.role for n in shown], reserved)
+        roles = Seen(shown, lambda node: node.role)
+        layout = arrange(request, context, shares, counts, roles, reserved)
         story_budget = min(reserved, int(STORY_SHARE * layout.budget.memories))
         # Without a persona and without history there is no message to attach the story to.
         attachable = request.persona or layout.anchor < above or layout.window

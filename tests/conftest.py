@@ -69,10 +69,11 @@ class SharedModel:
 @pytest.fixture(scope="session", autouse=True)
 def load_the_embedder_once():
     """The model is the real one, loaded when first needed; only doing the same work again for each server is saved."""
-    load = persona_memory.load_sentence_transformer
-    persona_memory.load_sentence_transformer = functools.cache(lambda name: SharedModel(load(name)))
+    load, faster = persona_memory.load_sentence_transformer, persona_memory.faster
+    persona_memory.load_sentence_transformer = functools.cache(lambda name: SharedModel(faster(load(name))))
+    persona_memory.faster = lambda model: model
     yield
-    persona_memory.load_sentence_transformer = load
+    persona_memory.load_sentence_transformer, persona_memory.faster = load, faster
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -72,6 +72,7 @@ class Crowd:
         load = program.load_sentence_transformer
         self.model = SlowModel(load("all-MiniLM-L6-v2"), seconds)
         program.load_sentence_transformer = lambda name: self.model.model
+        program.faster = lambda model: model
         limit_open_chats(program, open_chats)
         self.folder, self.upstream = tempfile.TemporaryDirectory(), Upstream(reply=self.reply)
         given = {"proxy": True, "host": "127.0.0.1", "port": 0, "data": self.folder.name, "context": 1024}

@@ -17,6 +17,7 @@ import argparse
 import bisect
 import itertools
 import json
+import os
 import re
 import statistics
 import sys
@@ -27,7 +28,10 @@ from collections import Counter
 from pathlib import Path
 
 import httpx
-import numpy as np
+
+# As the program does it: numpy reads this when it is first imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
+import numpy as np  # noqa: E402
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent.parent)]
 
