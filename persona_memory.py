@@ -6306,7 +6306,7 @@ SIGNALS = {
 }
 # By how much a memory's score must stand above the chat's usual one, in standard deviations of its messages' scores:
 # for a message that tells, for a doubtful question, and for one that asks. So a bar means the same for every embedder.
-# On the development chats the best messages of 98 questions in a hundred stand out by 1.5 and more; of the 77 lines that
+# On the development chats the best messages of 98 questions in a hundred stand out by 1.5 and more; of 77 lines that
 # tell, none has one that does by 3.6.
 STANDING_OUT = (3.6, 3.0, 1.1)
 TELLING_MEMORIES = 1
