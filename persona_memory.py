@@ -85,6 +85,7 @@ import base64
 import binascii
 import codecs
 import contextlib
+import difflib
 import errno
 import functools
 import gc
@@ -123,7 +124,7 @@ from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 # Half of the cores: BLAS's threads wait for each other where other work takes the rest.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
@@ -436,16 +437,55 @@ MOST_MARKS = 30  # on one letter (Unicode Standard Annex 15, "Stream-Safe Text F
 MARKED = re.compile(rf"[^\w\x00-\x7f]{{{MOST_MARKS + 1},}}")
 
 
+PIECE = 50_000  # characters, for which one call into C takes some milliseconds
+PIECES = re.compile(rf"(?s:.{{1,{PIECE}}})(?=\s|\Z)|(?s:.{{1,{PIECE}}})")  # at white space, where there is any
+
+
+def in_pieces(work: Callable[[str], str], text: str) -> str:
+    """What `work` makes of a text, of a long one piece by piece: other threads stand still during one call into C."""
+    if len(text) <= PIECE:
+        return work(text)
+    return "".join(work(piece[0]) for piece in PIECES.finditer(text))
+
+
+JSON_AT_ONCE = 200_000  # names and values of a JSON text, which take Python's reader in C up to 0.15 s
+
+
+def json_reader(text: str, **hooks: Callable) -> json.JSONDecoder:
+    """What reads a JSON text: of a large one the module's other reader, in Python, which lets other threads run."""
+    reader = json.JSONDecoder(**hooks)
+    if text.count(",") + text.count(":") > JSON_AT_ONCE:
+        reader.parse_object, reader.parse_array = json.decoder.JSONObject, json.decoder.JSONArray
+        reader.scan_once = json.scanner.py_make_scanner(reader)
+    return reader
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """A JSON object as `json.dumps` writes it, with one call into C for each of its values and of its lists' items."""
+    parts = []
+    for name, part in value.items():
+        if isinstance(part, list | tuple):
+            written = f"[{', '.join([json.dumps(item) for item in part])}]"
+        else:
+            written = json.dumps(part)
+        parts.append(f"{json.dumps(name)}: {written}")
+    return f"{{{', '.join(parts)}}}"
+
+
 def normal_form(text: str, form: str) -> str:
     """Text in a Unicode normal form. Of a longer heap of marks the first are kept: putting them in order takes the
     square of their number, and a thousand times a thousand of them would stop everything else."""
+    if text.isascii():
+        return text
 
     def fewer(run: re.Match) -> str:
         """The run with what stands on one letter cut."""
         heaps = itertools.groupby(run[0], lambda sign: unicodedata.combining(sign) > 0)
         return "".join("".join(itertools.islice(some, MOST_MARKS) if marks else some) for marks, some in heaps)
 
-    return unicodedata.normalize(form, MARKED.sub(fewer, text))
+    return (
+        text if text.isascii() else in_pieces(lambda piece: unicodedata.normalize(form, MARKED.sub(fewer, piece)), text)
+    )
 
 
 def normalise(text: str) -> str:
@@ -465,7 +505,8 @@ FRAME_OPENINGS = (  # how the lines begin that this program sets around what it 
 FRAMING = re.compile(
     r"""<(?=[|｜]) | (?<=[|｜])>  # ChatML, Llama 3, Phi, Command R, GLM, DeepSeek: <|im_end|>
     | </?(?:s|bos|eos|pad|unk|sep|mask|img|image|system|user|assistant|human|bot|model|tool|think(?:ing)?)>
-    | </?(?:start|end|begin)_of_\w{1,20}> | </?tool_\w{1,20}> | <(?:unused|reserved|extra_id)_?\d{1,6}>  # Gemma, T5
+    | </?(?:start|end|begin(?:ning)?)_of_\w{1,20}> | </?seed:\w{1,20}> | \[(?=e~\[) | \](?=~!?b[\[\]])  # Seed, MiniMax
+    | </?tool_\w{1,20}> | <(?:unused|reserved|extra_id)_?\d{1,6}>
     | <</?SYS>> | \[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w{1,20}|THINK|IMG|[gs]?MASK|CLS|SEP|PAD|UNK|BOS|EOS)\]
     | \#(?=\#{1,9}\s{0,9}(?:instruction|response|input|system|user|assistant|human)\b)  # Alpaca
     | \[(?=[\W_]{0,9}(?:OPENINGS)\b)""".replace(
@@ -474,6 +515,7 @@ FRAMING = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 HARMLESS = str.maketrans("<>[]#", "‹›()＃")
+FRAMERS = re.compile(r"[<>\[\]#]")  # with one of them each of those begins: most texts hold none
 
 
 def without_framing(text: str) -> str:
@@ -482,7 +524,7 @@ def without_framing(text: str) -> str:
     A backend that makes a prompt's text out of messages cannot tell such a token in a message from its own, and a model
     cannot tell who closed a frame.
     """
-    return FRAMING.sub(lambda found: found[0].translate(HARMLESS), text)
+    return FRAMING.sub(lambda found: found[0].translate(HARMLESS), text) if FRAMERS.search(text) else text
 
 
 def quoted(text: str) -> str:
@@ -723,6 +765,11 @@ class Turn:
     def fingerprint(self) -> str:
         """Changes with any byte of name and text, where `digest` only changes with the words."""
         return text_fingerprint(self.name, self.content)
+
+    @property
+    def own_digest(self) -> str:
+        """That of all that the turn says: `digest` is of its words alone."""
+        return message_digest(self.role, self.content)
 
 
 @dataclass(frozen=True)
@@ -966,6 +1013,7 @@ class PromptReport:
     facts: int = 0
     reused: float | None = None  # share of the tokens that begin as the chat's last prompt did; None: there was none
     left_out: list[dict] = field(default_factory=list)  # what was worth recalling and is not in it, and why
+    nothing: str = ""  # why nothing was recalled, where that is so and nothing went wrong
     reminder: str = ""  # what of the persona was said again
     summary_error: str = ""  # why summaries cannot be made lately, in the upstream's words
 
@@ -1064,7 +1112,7 @@ class LongWork:
         rate = sum(count for _, count in steps[1:]) / passed if passed > 0 else None
         seconds = round(waiting / rate) if rate else None
         about = "" if seconds is None else f", about {seconds} s" if seconds < 90 else f", about {seconds // 60} min"
-        words = f"{waiting:,} {self._words}{about}."
+        words = f"{self._words}: {waiting:,}{about}."
         rate = rate and round(rate, 2)
         return {"kind": self.kind, "waiting": waiting, "done": done, "rate": rate, "seconds": seconds, "words": words}
 
@@ -1075,8 +1123,8 @@ class Background:
     def __init__(self) -> None:
         self.going = threading.Event()  # cleared while it is paused
         self.going.set()
-        self.vectors = LongWork("vectors", "messages wait until they can be found by meaning", 16)
-        self.summaries = LongWork("summaries", "parts of chats wait to be summarised", 1)
+        self.vectors = LongWork("vectors", "Messages that cannot be found by meaning yet", 16)
+        self.summaries = LongWork("summaries", "Parts of chats that are not summarised yet", 1)
 
     @property
     def paused(self) -> bool:
@@ -1120,12 +1168,16 @@ class RecentWarnings(logging.Filter):
         log.removeFilter(self)
 
 
-def log_event(event: str, sentence: str, *, level: int = logging.INFO, trace: bool = False, **figures: Any) -> None:
-    """One line in the log: `sentence` for people; `event` and `figures` (ids, times, counts) for machines."""
-    log.log(level, sentence, extra={"event": event, "figures": figures}, exc_info=trace)
-
-
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def log_event(event: str, sentence: str, *, level: int = logging.INFO, trace: bool = False, **figures: Any) -> None:
+    """One line in the log: `sentence` for people; `event` and `figures` (ids, times, counts) for machines.
+
+    Another program's log, of which this one is a module, may not escape what stands in a chat's id.
+    """
+    sentence = CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], sentence)
+    log.log(level, sentence, extra={"event": event, "figures": figures}, exc_info=trace)
 
 
 class LogFormatter(logging.Formatter):
@@ -1188,7 +1240,7 @@ def token_encoding() -> Any:
 
 def count_tokens(text: str) -> int:
     """Tokens of a text (cl100k_base; other models' tokenizers differ by some percent)."""
-    return counted(text) if len(text) <= SHORT_TEXT else len(token_encoding().encode_ordinary(text))
+    return counted(text) if len(text) <= SHORT_TEXT else counted_long(text)
 
 
 SHORT_TEXT = 2000  # characters
@@ -1197,6 +1249,13 @@ SHORT_TEXT = 2000  # characters
 @functools.lru_cache(1 << 13)
 def counted(text: str) -> int:
     """Tokens of a short text: a turn counts the lines of the same memories as those before it."""
+    return len(token_encoding().encode_ordinary(text))
+
+
+@functools.lru_cache(32)
+def counted_long(text: str) -> int:
+    """Tokens of a long text: a turn counts its memories' block, and the persona that it shares with others, again and
+    again."""
     return len(token_encoding().encode_ordinary(text))
 
 
@@ -1590,17 +1649,26 @@ def lexicon_entries(items: Iterable[tuple[int, float, str]], forms: Mapping[str,
     }
 
 
+UNCOMMON = re.compile(r"""[^\w\s.,!?'"\u2018\u2019\u201c\u201d*\u2026\u2013\u2014-]|_""")  # in plain prose
+
+
 @functools.cache
-def pictures() -> tuple[re.Pattern, dict[str, int]]:
-    """What finds emoji and kaomoji, and the place in EMOTIONS of the label that each stands for."""
+def pictures() -> tuple[re.Pattern, re.Pattern, dict[str, int]]:
+    """What finds emoji and kaomoji; what finds those of letters and common marks alone, of which there are few; and the
+    place in EMOTIONS of the label that each stands for."""
     labels = {p: EMOTIONS.index(label) for label, block in KAOMOJI.items() for p in block.split()}
     labels |= {p: EMOTIONS.index(label) for label, block in EMOJI.items() for p in block if not p.isspace()}
-    edged = [
-        r"(?<!\w)" * p[0].isalnum() + re.escape(p) + r"(?![\w/])" * (p[-1].isalnum() or p[-1] == "/")
-        for p in sorted(labels, key=len, reverse=True)
-    ]
-    first = "".join(re.escape(c) for c in sorted({p[0] for p in labels}))
-    return re.compile(f"(?=[{first}])(?:{'|'.join(edged)})"), labels
+
+    def finding(some: Collection[str]) -> re.Pattern:
+        """A pattern of those pictures, the longest first."""
+        edged = [
+            r"(?<!\w)" * p[0].isalnum() + re.escape(p) + r"(?![\w/])" * (p[-1].isalnum() or p[-1] == "/")
+            for p in sorted(some, key=len, reverse=True)
+        ]
+        first = "".join(re.escape(c) for c in sorted({p[0] for p in some}))
+        return re.compile(f"(?=[{first}])(?:{'|'.join(edged)})")
+
+    return finding(labels), finding([p for p in labels if not UNCOMMON.search(p)]), labels
 
 
 def clip(text: str) -> str:
@@ -1718,7 +1786,8 @@ def read_words(tokens: Sequence[str], channel: int, names: Collection[str], tall
 
 def read_pictures(text: str, tally: list[list[float]]) -> None:
     """Adds the evidence of emoji and kaomoji to the tally; the same one again adds less."""
-    pattern, labels = pictures()
+    every, plain, labels = pictures()
+    pattern = every if UNCOMMON.search(text) else plain  # ten times as fast
     for picture, times in Counter(pattern.findall(text)).items():
         tally[PICTURE][labels[picture]] += 2 + math.log(times)
 
@@ -1937,6 +2006,7 @@ def read_emotion(text: str, vector: np.ndarray | None = None) -> EmotionReading:
     `vector` is the message's unit vector float32 [384] by all-MiniLM-L6-v2; without one, or with another embedder's,
     the lexicon alone is asked.
     """
+    text = clip(text)
     if not any(c.isalnum() for c in text) and not pictures()[0].search(text) and not re.search(r"[!?]", text):
         return reading_of([0.0] * NEUTRAL + [1.0])  # says nothing, so it feels nothing
     features = emotion_features(text)
@@ -2069,13 +2139,14 @@ def moods(readings: Iterable[tuple[int, EmotionReading]]) -> Iterator[Mood]:
     """
     average, mood = None, None
     for index, reading in readings:
-        scores = [reading.scores[label] for label in EMOTIONS]
+        scores = list(map(reading.scores.__getitem__, EMOTIONS))
         average = scores if average is None else [
             MOOD_DECAY * a + (1 - MOOD_DECAY) * s for a, s in zip(average, scores, strict=True)
         ]  # fmt: skip
         label = prevailing(average, scores, mood.label if mood else "neutral")
         if mood is not None and mood.label == label:
-            mood = replace(mood, confidence=max(mood.confidence, reading.scores[label]))
+            if reading.scores[label] > mood.confidence:
+                mood = replace(mood, confidence=reading.scores[label])
         else:
             mood = Mood(label, reading.scores[label], index, mood.label if mood else None)
         yield mood
@@ -2586,7 +2657,14 @@ class Reranker(OwnModel):
 
 def sane_text(text: str) -> str:
     """The text without lone surrogates and NUL, which tokenizers and SQLite do not take."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", " ")
+    if text.isascii():
+        return text.replace("\0", " ")
+
+    def whole(piece: str) -> str:
+        """Halves that belong together are joined; others are replaced."""
+        return piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", " ")
+
+    return in_pieces(whole, text)
 
 
 # ======================================================================================================================
@@ -2724,7 +2802,7 @@ class Tree:
     @property
     def branches(self) -> int:
         """How many of them have nothing after them."""
-        return self._confirmed - len(self._inner - {ROOT})
+        return self._confirmed - len(self._inner) + (ROOT in self._inner)
 
 
 @dataclass(frozen=True)
@@ -2792,16 +2870,27 @@ def count_users(tree: Tree, ids: Iterable[str]) -> int:
     return sum(tree.nodes[i].role == "user" or tree.nodes[i].depth > 1 for i in ids)
 
 
+def goes_on(found: Alignment, digests: Sequence[str], head: str) -> bool:
+    """Whether a window of a chat shows its end as it was, the reply to that, which may be known, and a new message."""
+    new = len(digests) - len(found.kept)
+    return found.base != ROOT and (new == 2 and found.kept[-1] == head or new == 1 and head in found.kept[-2:])
+
+
 def exact_start(tree: Tree, digests: Sequence[str], head: str) -> Alignment | None:
     """The longest match that begins with the transcript's first message, at whatever depth: clients drop what is old.
 
     Among equals the chat's very beginning is taken (it has nothing above it that could leak), then the branch that
-    the chat was last on, then the newest.
+    the chat was last on, then the newest. Where the same few words come again and again, it goes on from its end.
     """
 
     def rank(found: Alignment) -> tuple:
         first = found.kept[0]
-        return len(found.kept), found.base == ROOT, tree.stands_on(head, first), tree.nodes[first].order
+        return (
+            len(found.kept) + (2 if goes_on(found, digests, head) else 0),
+            found.base == ROOT,
+            tree.stands_on(head, first),
+            tree.nodes[first].order,
+        )
 
     bases = (tree.nodes[n].parent for n in same_text(tree, digests[0]))
     runs = ((base, walk(tree, base, digests)) for base in bases)
@@ -2824,19 +2913,29 @@ def shifted_start(tree: Tree, digests: Sequence[str]) -> Alignment:
     return Alignment(base, walk(tree, base, digests), tuple(agreed), count_users(tree, agreed.values()))
 
 
+def inserted(tree: Tree, digests: Sequence[str], exact: Alignment, shifted: Alignment) -> bool:
+    """Whether insertions explain why later messages agree on a base further up: they stand behind the exact match."""
+    later = [i for i in shifted.matches if i >= len(exact.kept)]
+    nodes = [n for i in later for n in same_text(tree, digests[i]) if tree.ancestor(n, i + 1) == shifted.base]
+    above = shifted.base == ROOT or tree.is_below(exact.base, shifted.base)
+    return bool(nodes) and above and all(tree.is_below(n, exact.kept[-1]) for n in nodes)
+
+
 def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
     """Where a transcript (at least one message) hangs in a tree whose chat was last at `head`.
 
-    A match of the first message wins, unless a run of later messages is longer and agrees on a base that deletions
-    behind the first message do not explain. From the base on, the first message that differs starts a new branch.
+    A match of the first message wins, unless a run of later messages is longer and agrees on a base that deletions and
+    insertions behind the first message do not explain. From the base on, the first message that differs starts a new
+    branch.
     """
     exact = exact_start(tree, digests, head)
-    if exact and len(exact.kept) == len(digests):
+    if exact and (len(exact.kept) == len(digests) or goes_on(exact, digests, head)):
         return exact
     shifted = shifted_start(tree, digests)
     if exact is None:
         return shifted
-    if shifted.base != exact.base and not tree.is_below(shifted.base, exact.kept[0]):
+    explained = tree.is_below(shifted.base, exact.kept[0]) or inserted(tree, digests, exact, shifted)
+    if shifted.base != exact.base and not explained:
         return exact if shifted.run <= len(exact.kept) else shifted
     later = [i for i in shifted.matches if i >= len(exact.kept)]  # behind what was deleted or edited
     users = exact.users + count_users(tree, (tree.by_digest[digests[i]][0] for i in later))
@@ -2865,7 +2964,7 @@ def align_floating(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alig
 
 MAX_CONTEXT = 10**9  # tokens; no model reads more
 LONGEST_MESSAGE = 1_000_000  # characters of its text
-MOST_VALUES = 800_000  # in one JSON text: Python reads so many in 0.2 s, and does nothing else meanwhile
+MOST_VALUES = 800_000  # in one JSON text
 GROUP_MEMBERS = re.compile(r"\[Start a new group chat\. Group members: ([^\n]+)\]")  # SillyTavern's default words
 JAVASCRIPT_DATE = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
@@ -3273,18 +3372,19 @@ def with_names(request: ChatRequest, known: Mapping[str, Collection[str]] = Mapp
     """The request with the names of the speakers whose texts begin with these.
 
     Names are certain where the request tells them, or where they are `known`, by role. Others count where every text of
-    a side begins with one: one of them must stand in the prompt, or begin several texts, or stand beside names of the
-    other side.
+    a side begins with one: one of them must stand in the prompt, or begin several texts beside other names, or stand
+    beside names of the other side.
     """
     said, prompt = request.turns[request.history_start :], persona_text(request)
     sure = {role: names | set(known.get(role, ())) for role, names in names_told(request).items()}
     sure["user"] -= sure["assistant"]
     every = {role: prefixes_of(said, role) for role in CHAT_ROLES}
-    asked = {n for n in every["user"] if n not in sure["assistant"] and not NO_SPEAKER.fullmatch(n)}
-    replied = {n for n in every["assistant"] if n not in sure["user"] and not NO_SPEAKER.fullmatch(n)}
+    asked = {n for n in every["user"] if n not in sure["assistant"] and may_be_name(n)}
+    replied = {n for n in every["assistant"] if n not in sure["user"] and may_be_name(n)}
     told = {n for n in asked | replied if re.search(rf"(?<!\w){re.escape(n)}(?!\w)", prompt)}
     alone = len(sure["assistant"] | replied) < 2  # in groups the user is nobody's character
-    if asked & sure["user"] or any(every["user"][n] > 1 for n in asked):
+    several = len(asked) > 1 or replied or sure["assistant"] & every["assistant"].keys()  # who could be told apart
+    if asked & sure["user"] or (several and any(every["user"][n] > 1 for n in asked)):
         sure["user"] |= every["user"].keys() - sure["assistant"]
     elif alone and (asked & told or (replied and len(asked) == 1)):
         sure["user"] |= asked
@@ -3296,6 +3396,13 @@ def with_names(request: ChatRequest, known: Mapping[str, Collection[str]] = Mapp
         for turn, f in zip(said, found, strict=True)
     ]
     return replace(request, turns=(*request.turns[: request.history_start], *voiced))
+
+
+def may_be_name(text: str) -> bool:
+    """Whether a text with a colon behind it may be a name, going by its form: few words without digits or signs, the
+    last one with a capital where its script has them."""
+    form = NAME_PREFIX.match(f"{text}: x")
+    return bool(form) and not text.split()[-1][0].islower() and not NO_SPEAKER.fullmatch(text)
 
 
 def prefixes_of(turns: Sequence[Turn], role: str) -> Counter[str]:
@@ -3405,6 +3512,8 @@ DAMAGED = (
     "unsupported file format",
 )  # fmt: skip
 # SQLite's words for a file that it cannot read
+SENSELESS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError)
+# what rows raise in which only words have changed
 
 
 class TextDisk(diskcache.Disk):
@@ -3517,7 +3626,7 @@ class Database:
                     self.rest()
                 self._cache = self._open() if self._cache is None else self._cache
                 yield self._cache
-            except (OSError, sqlite3.Error, diskcache.Timeout, ValueError, KeyError, TypeError) as error:
+            except (OSError, sqlite3.Error, diskcache.Timeout, *SENSELESS) as error:
                 self._roll_back()
                 told = store_error(error, self.folder)
                 self.damaged = self.damaged or isinstance(told, StoreDamaged)
@@ -3532,6 +3641,8 @@ class Database:
     def _open(self) -> SharedCache:
         try:
             return self._open_for_writing()
+        except SENSELESS as error:
+            raise damage_of(self.folder, error) from error
         except (OSError, sqlite3.Error, diskcache.Timeout) as error:
             if isinstance(store_error(error, self.folder), StoreDamaged) or not database_of(self.folder).exists():
                 raise
@@ -3542,7 +3653,7 @@ class Database:
 
     def _open_for_writing(self) -> SharedCache:
         file = database_of(self.folder)
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(self.folder)
         with contextlib.suppress(OSError):  # what cannot be used is told by SQLite
             if not file.exists():
                 file.touch(mode=0o600)
@@ -3584,15 +3695,21 @@ class RebuiltDatabase(Database):
     def __init__(self, folder: Path, synchronous: int, on_loss: Callable[[], None] = lambda: None):
         super().__init__(folder, synchronous)
         self._on_loss = on_loss
+        self._file = 0  # which file it was when it was opened
 
     @contextlib.contextmanager
     def use(self) -> Iterator[SharedCache]:
-        """As `Database.use`."""
+        """As `Database.use`. A file that somebody has removed is not written any longer, though SQLite would."""
+        with self.lock:
+            if self._cache is not None and file_number(self.folder) != self._file:
+                self.rest()
+                self._on_loss()
         try:
             with super().use() as cache:
                 yield cache
         except StoreError as error:
-            if not isinstance(error, StoreDamaged) and not isinstance(error.__cause__, KeyError | TypeError):
+            senseless = isinstance(error.__cause__, SENSELESS) and not isinstance(error.__cause__, UnicodeEncodeError)
+            if not isinstance(error, StoreDamaged) and not senseless:
                 raise
             with self.lock:
                 self._set_aside()
@@ -3600,12 +3717,16 @@ class RebuiltDatabase(Database):
             raise StoreDamaged(str(error)) from error
 
     def _open(self) -> SharedCache:
+        cache = self._whole()
+        self._file = file_number(self.folder)
+        return cache
+
+    def _whole(self) -> SharedCache:
+        """The cache, made anew where it was damaged."""
         try:
             return self._checked(super()._open())
-        except (sqlite3.DatabaseError, TypeError, ValueError, KeyError, StoreDamaged) as error:
-            if isinstance(error, sqlite3.Error) and not is_damage(
-                error
-            ):  # locked, or the disk is full: it may be whole
+        except (sqlite3.DatabaseError, StoreDamaged) as error:
+            if isinstance(error, sqlite3.Error) and not is_damage(error):  # locked, or the disk is full
                 raise
             self._set_aside()
             return super()._open()
@@ -3630,8 +3751,15 @@ def is_damage(error: BaseException | None) -> bool:
     """Whether SQLite means that a file is damaged, not that it cannot be read just now; or a row is no text or no JSON,
     which this program never wrote."""
     if isinstance(error, sqlite3.DatabaseError):
-        return any(words in str(error).lower() for words in DAMAGED)
+        said = str(error).lower()
+        return said.startswith("near ") or any(words in said for words in DAMAGED)  # diskcache runs its stored settings
     return isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
+
+
+def damage_of(folder: Path, error: BaseException) -> StoreDamaged:
+    """What to say of a damaged file, with what it raised."""
+    words = f"{type(error).__name__}: {error}"
+    return StoreDamaged(f"The file in {folder} is damaged ({words}). Other chats are not affected.")
 
 
 def store_error(error: Exception, folder: Path) -> StoreError:
@@ -3639,7 +3767,7 @@ def store_error(error: Exception, folder: Path) -> StoreError:
     said = error.__context__ if isinstance(error, diskcache.Timeout) and error.__context__ else error
     words, number = f"{type(said).__name__}: {said}", getattr(said, "errno", None)
     if is_damage(said):
-        return StoreDamaged(f"The file in {folder} is damaged ({words}). Other chats are not affected.")
+        return damage_of(folder, said)
     if "full" in words or number in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(f"{UNKEPT}: the disk is full. Chats go on, but are not remembered until there is space again.")
     if "readonly" in words or "read-only" in words or number in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -3654,12 +3782,21 @@ def store_error(error: Exception, folder: Path) -> StoreError:
     return StoreError(f"The chat's file cannot be used: {words}")
 
 
+def file_number(folder: Path) -> int:
+    """Which file a folder's database is, by its system's number; 0 where there is none."""
+    try:
+        return database_of(folder).stat().st_ino
+    except FileNotFoundError:
+        return 0
+
+
 def make_private(*folders: Path) -> None:
     """Makes folders where they are missing, and lets nobody but their owner into those that are new or this program's
     own; raises `OSError`."""
     for folder in folders:
         if not folder.exists() or folder.name in OWN_FOLDERS:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for place in (*reversed(folder.parents), folder):  # `parents=True` would let others into those between
+                place.mkdir(mode=0o700, exist_ok=True) if not place.exists() else None
             with contextlib.suppress(OSError):  # another user's, read-only, or a file system without owners
                 folder.chmod(0o700)
 
@@ -3724,16 +3861,15 @@ class ChatStore:
         self.lock = threading.RLock()
         self._database = Database(directory, 2, self.lock)
         with self._database.use() as cache:
-            self._file = database_of(directory).stat().st_ino
+            self._file = file_number(directory)
             try:
                 self._read_all(cache)
             except StoreError:
                 self._database.close()
                 raise
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            except SENSELESS as error:
                 self._database.close()
-                words = f"A row of the chat's file in {directory} is damaged ({type(error).__name__}: {error})."
-                raise StoreDamaged(f"{words} Other chats are not affected.") from error
+                raise damage_of(directory, error) from error
 
     def _read_all(self, cache: diskcache.Cache) -> None:
         if cache.get("format", STORE_FORMAT) > STORE_FORMAT:
@@ -3811,10 +3947,7 @@ class ChatStore:
 
     def was_replaced(self) -> bool:
         """Whether another process has deleted the chat since it was opened, or made it anew."""
-        try:
-            return database_of(self.directory).stat().st_ino != self._file
-        except FileNotFoundError:
-            return True
+        return file_number(self.directory) != self._file
 
     def _remember(self, row: dict) -> None:
         message = message_of(row)
@@ -4111,7 +4244,11 @@ class ChatStore:
 def readable_rows(database: Path) -> Iterator[tuple[str, Any]]:
     """The keys and JSON values of a damaged database that can be read, whatever stands between them."""
     address = f"{database.absolute().as_uri()}?mode=ro"
-    with contextlib.closing(sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)) as connection:
+    try:
+        opened = sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)
+    except sqlite3.Error:
+        return
+    with contextlib.closing(opened) as connection:
         connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
         last, failures = 0, 0
         while failures < MOST_UNREADABLE:
@@ -4123,7 +4260,7 @@ def readable_rows(database: Path) -> Iterator[tuple[str, Any]]:
                         with contextlib.suppress(ValueError, RecursionError):
                             yield key, json.loads(value)
                 return
-            except sqlite3.Error as error:
+            except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's words may quote what is no text
                 if "malformed" not in str(error) and "I/O" not in str(error):  # nothing in it can be read
                     return
                 last, failures = last + 1, failures + 1
@@ -4646,13 +4783,18 @@ def word_stems(word: str) -> str:
 
 def lexical_text(text: str, language: str = "en") -> str:
     """The text as FTS5 gets it: stems, and pairs where a script has no spaces."""
-    text = sane_text(text).lower()
-    if not text.isascii():
-        text = UNSPACED.sub(lambda run: pairs_of(run[0]), normal_form(text, "NFKC"))
-        text = INFLECTED_WORD.sub(lambda word: word_stems(word[0]), text)
-    if language in STEMMERS:
-        text = re.sub(r"[^\W\d_]+", lambda word: stemmed(word[0], language), text)
-    return text
+
+    def read(piece: str) -> str:
+        """The same of a piece."""
+        piece = sane_text(piece).lower()
+        if not piece.isascii():
+            piece = UNSPACED.sub(lambda run: pairs_of(run[0]), normal_form(piece, "NFKC"))
+            piece = INFLECTED_WORD.sub(lambda word: word_stems(word[0]), piece)
+        if language in STEMMERS:
+            piece = re.sub(r"[^\W\d_]+", lambda word: stemmed(word[0], language), piece)
+        return piece
+
+    return in_pieces(read, text)
 
 
 def lexical_words(text: str, language: str = "en") -> list[str]:
@@ -5122,6 +5264,7 @@ class Chat:
         self.persona_vectors: dict[str, np.ndarray | None] = {}  # by piece; None: being computed
         self.last_prompt: list[Sent] | None = None
         self.awaiting_vectors: set[str] = set()  # messages for the background
+        self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
     @property
@@ -5256,7 +5399,7 @@ class Catalogue:
         """A line for every chat, the last used first; also those of one `lone` message, where they are asked for."""
         with self._database.use() as cache:
             lines = list(stored_rows(cache, "c:").values())
-            if not all(isinstance(line["chat_id"], str) and LINE_FIELDS <= line.keys() for line in lines):
+            if not all(isinstance(line["chat_id"], str) and line.keys() >= LINE_FIELDS for line in lines):
                 raise TypeError("a line of the list lacks what every line has")
             listed = [line for line in lines if lone or not line.get("lone")]
             return sorted(listed, key=lambda line: -(line["updated"] or 0))
@@ -5460,7 +5603,8 @@ class ChatRegistry:
         with self._lock:
             lending = self._lent.get(folder.name)
             opens = lending is None or lending.outdated
-            if lending and opens and lending.chat.result().store.damaged:
+            store = lending.chat.result().store if lending and opens else None
+            if store and store.damaged and not store.was_replaced():
                 self._troubles[folder.name] = StoreDamaged("This chat's file is damaged.")
             if opens:
                 lending = self._lent[folder.name] = Lending()
@@ -5479,18 +5623,22 @@ class ChatRegistry:
 
     def _opened(self, folder: Path) -> Chat:
         """A chat; a damaged one is set aside, and made anew of the rows that can be read."""
-        try:
-            if not isinstance(self._troubles.get(folder.name), StoreDamaged):
+        tries = 0 if isinstance(self._troubles.get(folder.name), StoreDamaged) else 2
+        for _ in range(tries):  # at the first another process may have been deleting the chat
+            try:
                 return Chat(folder)
-        except StoreDamaged as error:
-            self._troubles[folder.name] = error
+            except StoreDamaged as error:
+                self._troubles[folder.name] = error
         names = {chat_folder(line["chat_id"]): line for line in self.catalogue.chats()}
         messages, summaries, facts, info = salvaged(readable_rows(database_of(folder)))
         info = {"explicit": True, "updated": time.time()} | names.get(folder.name, {}) | info
         if chat_folder(str(info.get("chat_id"))) != folder.name:  # nothing says which chat this is
             raise self._troubles[folder.name]
         info = {k: v for k, v in info.items() if k not in ("messages", "branches", "reports")}
-        aside = set_aside(folder)
+        try:
+            aside = set_aside(folder)
+        except OSError as error:
+            raise store_error(error, folder) from error
         words = f"{len(messages)} messages could be saved from a damaged file, which is kept as {aside}."
         info |= {"salvaged": words}
         chat = Chat(folder)
@@ -5775,11 +5923,26 @@ def unmerged(chat: Chat, request: ChatRequest) -> ChatRequest:
     the rest is.
     """
     tree, away, turns = chat.tree, hidden_from(chat, request), []
-    for turn in request.turns:
+    for turn in with_whole_front(chat, request.turns, request.history_start):
         before = turns[-1].digest if turns else ""
         known = "\n\n" not in turn.content or bool(tree.by_digest.get(turn.digest))
         turns += [turn] if known else parted(tree, turn, before, away, request.strict)
-    return replace(request, turns=tuple(turns), merges=True) if len(turns) > len(request.turns) else request
+    merges = request.merges or len(turns) > len(request.turns)
+    return replace(request, turns=tuple(turns), merges=merges)
+
+
+def with_whole_front(chat: Chat, turns: Sequence[Turn], first: int) -> Sequence[Turn]:
+    """The turns, the `first` of a chat's window with all that was joined with it: a window is cut between messages, and
+    neighbours are joined after that."""
+    tree = chat.tree
+    if len(turns) < first + 2 or tree.by_digest.get(turns[first].digest):
+        return turns
+    cut, parents = turns[first], (tree.nodes[i].parent for i in same_text(tree, turns[first + 1].digest))
+    for whole in chat.store.read([p for p in parents if p and tree.nodes[p].role == cut.role]):
+        if normalise(whole.original).endswith("\n\n" + normalise(unprefixed(cut.content, cut.voice))):
+            joined = replace(cut, content=whole.original, digest=whole.digest)
+            return [*turns[:first], joined, *turns[first + 1 :]]
+    return turns
 
 
 def parted(tree: Tree, turn: Turn, before: str, away: Collection[str], strict: bool) -> list[Turn]:
@@ -5846,7 +6009,7 @@ def align_anonymous(chat: Chat, request: ChatRequest) -> Alignment:
     last, whole = len(request.turns) - 1, found.skipped + len(found.kept) == len(request.turns)
     if not whole and last in found.matches and request.turns[last].role == "user":  # it is new, whatever it repeats
         found = replace(found, matches=found.matches[:-1], users=found.users - 1)
-    if found.users and found.base == ROOT and not found.convincing:
+    if found.users and chat.tree.length(found.base) < 2 and not found.convincing:
         found = with_reworded(chat, found, request)
     strange = not request.persona_in_first_turn and not same_persona(persona, persona_text(request))
     said = sum(len(request.turns[i].content.encode()) for i in found.matches)
@@ -6327,7 +6490,7 @@ ASKING_SHARE = 1.5
 TELLING_SHARE = 0.5  # each recalled token is evaluated anew every turn
 MOST_MEMORIES = 64  # of a turn; beyond that the tail is noise
 RERANKED = 20  # candidates that a reranker reads: one of 22 million parameters takes about half a second for them
-NO_ROOM = "no room"
+NO_ROOM = "no room left in the memories' share of the context"
 LEFT_OUT = 12  # memories that a report names which did not get into the prompt
 LONG_MESSAGE = 1350  # characters from which a message is recalled in part: a chunk and a half
 EXCERPT_CHUNKS = 2
@@ -6568,24 +6731,52 @@ def story_tokens(context: int, shares: Sequence[float]) -> int:
     return int(STORY_SHARE * shares[1] * context)
 
 
-def placed(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
-    """The summaries whose texts stand side by side on a branch, each with its places there.
+class Places:
+    """Where summaries stand on a branch: those whose texts stand side by side there. What was found is kept, since a
+    turn asks several times, and a long chat has hundreds.
 
     `texts` are the digests of the branch's messages.
     """
-    spots: dict[str, list[int]] = defaultdict(list)
-    for index, digest in enumerate(texts):
-        spots[digest].append(index)
-    branch, found = tuple(texts), []
-    for summary in summaries:
-        count, free, rarest = len(summary.texts), 0, 0
-        if len(spots.get(summary.texts[0], ())) > 1:  # "ok" stands in many places
-            rarest = min(range(count), key=lambda n: len(spots.get(summary.texts[n], ())))
-        for start in (index - rarest for index in spots.get(summary.texts[rarest], ())):
-            if start >= free and branch[start : start + count] == summary.texts:
+
+    def __init__(self, texts: Sequence[str]):
+        self.texts = tuple(texts)
+        self._last = dict(zip(texts, range(len(texts)), strict=True))
+        self._first = dict(zip(reversed(texts), range(len(texts) - 1, -1, -1), strict=True))
+        self._many: dict[str, list[int]] = {}  # where a text stands that stands in several places
+        self._found: dict[int, tuple[Summary, list[Summary]]] = {}  # by the object: a changed summary is another
+
+    def _spots(self, digest: str) -> Sequence[int]:
+        """The indexes at which a text stands."""
+        first, last = self._first.get(digest), self._last.get(digest)
+        if first == last:
+            return () if first is None else (first,)
+        if digest not in self._many:
+            self._many[digest] = [i for i in range(first, last + 1) if self.texts[i] == digest]
+        return self._many[digest]
+
+    def of(self, summary: Summary) -> list[Summary]:
+        """A summary with its places, as often as it stands on the branch."""
+        known, found = self._found.get(id(summary), (None, []))
+        if known is summary:
+            return found
+        count, free, rarest, found = len(summary.texts), 0, 0, []
+        if len(self._spots(summary.texts[0])) > 1:  # "ok" stands in many places
+            rarest = min(range(count), key=lambda n: len(self._spots(summary.texts[n])))
+        for start in (index - rarest for index in self._spots(summary.texts[rarest])):
+            if start >= free and self.texts[start : start + count] == summary.texts:
                 found.append(at_place(summary, start))
                 free = start + count
-    return found
+        self._found[id(summary)] = summary, found
+        return found
+
+    def placed(self, summaries: Iterable[Summary]) -> list[Summary]:
+        """Those of the summaries that stand on the branch, each with its places there."""
+        return [at for summary in summaries for at in self.of(summary)]
+
+
+def placed(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
+    """The summaries that stand on a branch, see `Places`."""
+    return Places(texts).placed(summaries)
 
 
 def at_place(summary: Summary, start: int) -> Summary:
@@ -6602,9 +6793,13 @@ def story_of(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary
 
     `texts` are the digests of the branch's messages.
     """
-    standing = placed((s for s in summaries if not s.stale), texts)
+    return told_story(placed(summaries, texts))
+
+
+def told_story(standing: Iterable[Summary]) -> list[Summary]:
+    """The story of a branch, of the summaries that stand on it."""
     story, reach = [], -1
-    for summary in sorted(standing, key=lambda s: (s.start, -s.level, -s.tries)):
+    for summary in sorted((s for s in standing if not s.stale), key=lambda s: (s.start, -s.level, -s.tries)):
         if summary.end > reach:
             story.append(summary)
             reach = summary.end
@@ -6688,7 +6883,8 @@ def summary_request(lines: Sequence[str], what: str, room: int, strict: bool) ->
 def numbered_line(message: Message, index: int, feeling: str = "") -> str:
     """A message as the model that summarises reads it."""
     speaker = one_line(message.name) or {"user": "User", "assistant": "Character"}[message.role]
-    return f"#{index + 1} {speaker}{f' ({feeling})' if feeling else ''}: " + " ".join(quoted(message.content).split())
+    words = " ".join(quoted(message.content).split())
+    return without_framing(f"#{index + 1} {speaker}{f' ({feeling})' if feeling else ''}: {words}")
 
 
 def clipped_lines(lines: Sequence[str], budget: int) -> list[str]:
@@ -7045,14 +7241,14 @@ def lay_out(
     budget, required = fit_budget(context, shares, fixed, request.max_tokens, needs, story + recalled)
     if required != needs[0] or (pivot is not None and pivot < first):
         pivot = None
-    sizes = [*stored, *turns]
+    sizes, steady = [*stored, *turns], [*stored, *counts]
     block = max(1, int(HISTORY_BLOCK * shares[2] * context))
     latest = len(sizes) - 1 if pivot is None else len(stored) + pivot - first
     starts = [role == roles[0] for role in roles]  # strict templates refuse a history that begins on the other side
-    anchor = history_anchor(sizes, [*stored, *counts], starts, budget.history - tail, block, latest)
+    anchor = history_anchor(sizes, steady, starts, budget.history - tail, block, latest)
     history = sum(sizes[anchor:]) + tail
     full = history > NEARLY_FULL * budget.history
-    leaving = next_cut([*stored, *counts], starts, anchor, block, latest) if full else anchor
+    leaving = next_cut(steady, starts, anchor, block, latest) if full else anchor
     room = budget.memories + budget.history - history
     hidden = frozenset(i for i in range(anchor, len(sizes)) if not sizes[i])
     return Layout(budget, anchor, pivot, history, room, min(recalled, budget.memories), leaving, hidden)
@@ -7169,18 +7365,17 @@ def history_anchor(
     the beginning of the prompt that a backend has in its cache. `sizes` are what the messages take in this prompt;
     `starts` says where a history may begin.
     """
-    left = sum(sizes)
-    if left <= budget:
-        return 0
-    start, due = 0, block
-    for index in range(latest + 1):
-        if start >= due and starts[index]:
-            due = (start // block + 1) * block
-            if left <= budget:
-                return index
-        left -= sizes[index]
-        start += steady[index]
     tail = tail_start(sizes, budget)
+    if not tail:
+        return 0
+    before = next((index for index in range(tail - 1, 0, -1) if starts[index]), 0)
+    start, cut = sum(steady[:before]), 0
+    for index in range(before, latest + 1):
+        if starts[index]:
+            if index >= tail and start // block > cut:  # the first one of its block that a history may begin with
+                return index
+            cut = start // block
+        start += steady[index]
     return next((index for index in range(tail, latest + 1) if starts[index]), tail)
 
 
@@ -7217,7 +7412,7 @@ def spoken_line(memory: Memory) -> str:
 
 def memory_line(memory: Memory) -> str:
     """A memory as the model reads it: its number in the chat (or its date), who spoke, and what."""
-    return f"{given_day(memory) or f'#{memory.index + 1}'} {spoken_line(memory)}"
+    return without_framing(f"{given_day(memory) or f'#{memory.index + 1}'} {spoken_line(memory)}")
 
 
 def given_day(memory: Memory) -> str:
@@ -7245,7 +7440,7 @@ def excerpt_text(group: Sequence[Memory]) -> str:
     for before, memory in itertools.pairwise(group):
         lines += [GAP] if memory.index - before.index > 1 else []
         lines.append(spoken_line(memory))
-    return "\n".join(lines)
+    return without_framing("\n".join(lines))  # a date, a name and a text may make one together
 
 
 def memory_cost(memory: Memory) -> int:
@@ -7310,7 +7505,8 @@ def compose_prompt(
     its own where the client uses such, else in front of that turn's text, since strict templates refuse other roles.
     A client that sees to it that the user begins gets a prompt in which the user begins.
     """
-    older = [as_shown(message, request) for message in older]
+    styles = {role: name_style([t for t in request.turns if t.role == role]) for role in CHAT_ROLES}
+    older = [as_shown(message, *styles[message.role]) for message in older]
     turns = [(i, turn) for i, turn in enumerate(request.turns[turns_from:], turns_from) if not turn.hidden]
     first = older[0] if older else turns[0][1].raw
     opening = (request.opening or (DEFAULT_OPENING,)) if request.begins_with_user else ()
@@ -7363,26 +7559,27 @@ def with_story(persona: Sequence[dict], story: str) -> list[dict]:
 class Sent:
     """A message of a prompt as it was sent: what comparing it with the next prompt needs."""
 
-    digest: str
+    key: Any  # equal for messages that are the same, byte for byte
     text: str
     tokens: int
 
 
 def sent_prompt(prompt: Sequence[Mapping], before: Sequence[Sent] = ()) -> list[Sent]:
     """The prompt's messages; tokens are counted only of those that the prompt `before` did not hold."""
-    counted = {s.digest: s.tokens for s in before}
+    counted = {s.key: s.tokens for s in before}
     sent = []
     for message in prompt:
-        digest = short_hash(json.dumps(message))
-        tokens = counted[digest] if digest in counted else message_tokens(message)
-        sent.append(Sent(digest, text_of(message.get("content")), tokens))
+        plain = isinstance(message.get("content"), str) and list(message) == ["role", "content"]
+        key = tuple(message.values()) if plain else json.dumps(message)
+        tokens = counted[key] if key in counted else message_tokens(message)
+        sent.append(Sent(key, text_of(message.get("content")), tokens))
     return sent
 
 
 def prefix_reuse(before: Sequence[Sent], now: Sequence[Sent]) -> float:
     """The share of a prompt's tokens, 0 to 1, that begins exactly as the prompt before: what a backend has in its
     cache. Of the first message that differs, the letters in common count."""
-    same = shared_front([s.digest for s in before], [s.digest for s in now])
+    same = shared_front([s.key for s in before], [s.key for s in now])
     tokens = float(sum(s.tokens for s in now[:same]))
     if same < min(len(before), len(now)):
         old, new = before[same].text, now[same]
@@ -7397,17 +7594,24 @@ def restored(message: Message) -> dict:
     return {"role": message.role, **named, "content": FORGOTTEN if message.forgotten else message.content}
 
 
-def as_shown(message: Message, request: ChatRequest) -> dict:
+def name_style(turns: Sequence[Turn]) -> tuple[bool | None, str | None]:
+    """How a client names the speakers of those turns of one role: whether any has a name beside its text (None: there
+    are no turns), and the last name that begins a text."""
+    voice = next((turn.voice for turn in reversed(turns) if turn.voice), None)
+    return (any(turn.name for turn in turns) if turns else None), voice
+
+
+def as_shown(message: Message, named: bool | None, voice: str | None) -> dict:
     """A stored message as the client would show it now: with the speaker's name in front, or beside the text, where it
-    puts names there, and without where it does not, though it once did."""
-    sent, turns = restored(message), [turn for turn in request.turns if turn.role == message.role]
-    voices, found = [turn.voice for turn in turns], NAME_PREFIX.match(sent["content"])
-    if turns and not any(turn.name for turn in turns):
+    puts names there, and without where it does not, though it once did. `named` and `voice` as in `name_style`."""
+    sent = restored(message)
+    found = NAME_PREFIX.match(sent["content"])
+    if named is False:
         sent.pop("name", None)
-    if any(voices) and not found and not message.forgotten:
-        name = message.voice or message.name or next(filter(None, reversed(voices)))
+    if voice and not found and not message.forgotten:
+        name = message.voice or message.name or voice
         return {"role": message.role, "content": f"{name}: {sent['content']}"}
-    if message.voice and voices and not any(voices):
+    if message.voice and named is not None and not voice:
         return {**sent, "content": unprefixed(sent["content"], message.voice)}
     return sent
 
@@ -7475,10 +7679,13 @@ def json_value(text: str | bytes, most: float = MOST_VALUES) -> Any:
     """
     if text.count("," if isinstance(text, str) else b",") > most:
         raise ValueError(f"it holds more than {most} values")
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text), "surrogatepass")
+    reader = json_reader(text, parse_constant=finite_number, parse_float=finite_number, parse_int=short_integer)
     collecting = gc.isenabled()
     gc.disable()  # what is read is no garbage, and looking through it again and again takes most of the time
     try:
-        return json.loads(text, parse_constant=finite_number, parse_float=finite_number, parse_int=short_integer)
+        return reader.decode(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     finally:
@@ -8449,7 +8656,8 @@ LONGEST_ANSWER = 16 * 1024 * 1024  # bytes of a JSON answer, or of one line of a
 LONGEST_STREAM = 64 * 1024 * 1024  # bytes
 DEEPEST_JSON = 200  # brackets within brackets; json reads and writes some hundreds more
 LONGEST_ERROR = 2000  # characters of an upstream's words
-MOST_ERROR_PACKETS = 100  # that are read of an error's body
+MOST_OF_ERROR = 2**20  # bytes that are read of an error's body
+MOST_ERROR_PACKETS = 100  # the same in pieces
 MOST_TOKENS = 10**9  # what a count of tokens may be
 NO_COMPLETION = "The upstream's answer cannot be read: it is not a chat completion. Is its address right?"
 TOO_LARGE = "The upstream's answer is too large to be read."
@@ -8461,6 +8669,7 @@ BLOCKED = re.compile(  # Azure's and OpenAI's codes, Gemini's reasons, OpenRoute
     re.IGNORECASE,
 )
 DONE, GARBLED = object(), object()  # a stream's own end; a piece that is no JSON
+BETWEEN_VALUES = re.compile(r"\s*(?:data:)?\s*")
 EVENT_FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
 TEXT_PARTS, THOUGHT_PARTS = ("text", "output_text"), ("thinking", "reasoning", "thought")
 NO_REASONS = ("", "null", "None", "none")  # why a reply ended, where servers say so before it has
@@ -8570,7 +8779,7 @@ def event_value(raw: bytes) -> Any:
     if text == "[DONE]":
         return DONE
     try:
-        return json.loads(text, parse_constant=lambda _: None) if is_shallow(text) else GARBLED
+        return json_reader(text, parse_constant=lambda _: None).decode(text) if is_shallow(text) else GARBLED
     except (ValueError, RecursionError):
         return GARBLED
 
@@ -8578,17 +8787,20 @@ def event_value(raw: bytes) -> Any:
 def joined_values(raw: bytes) -> Iterator[Any]:
     """The values of a body that holds JSON, several behind each other too; some gateways put `data: [DONE]` last."""
     text = raw.decode("utf-8", "replace").strip()
-    decoder = json.JSONDecoder(parse_constant=lambda _: None)
-    while text:
-        if text.startswith("[DONE]"):
+    if not is_shallow(text):
+        yield GARBLED
+        return
+    reader, at = json_reader(text, parse_constant=lambda _: None), 0
+    while at < len(text):
+        if text.startswith("[DONE]", at):
             yield DONE
             return
         try:
-            value, end = decoder.raw_decode(text) if is_shallow(text) else (GARBLED, len(text))
+            value, at = reader.raw_decode(text, at)
         except (ValueError, RecursionError):
-            value, end = GARBLED, len(text)
+            value, at = GARBLED, len(text)
         yield from value if isinstance(value, list) else [value]
-        text = text[end:].lstrip().removeprefix("data:").lstrip()
+        at = BETWEEN_VALUES.match(text, at).end()
 
 
 def is_shallow(text: str) -> bool:
@@ -8628,11 +8840,26 @@ def read_whole(reply: UpstreamReply) -> dict:
 def refuse_status(reply: UpstreamReply) -> None:
     """Raises `UpstreamError` for an answer whose status is no success, with the upstream's own words."""
     if reply.status >= 400:
-        raw = b"".join(itertools.islice(reply.chunks, MOST_ERROR_PACKETS))
-        raise UpstreamError(reply.status, error_object(raw), reply.headers.get("retry-after"))
+        raise UpstreamError(reply.status, error_object(start_of(reply.chunks)), reply.headers.get("retry-after"))
     if reply.status >= 300:
-        words = f"The upstream redirects to {reply.headers.get('location')}. Set --upstream to that address."
-        raise UpstreamError(502, {"message": words})
+        raise redirect_refused(reply.headers)
+
+
+def start_of(chunks: Iterable[bytes]) -> bytes:
+    """As much of an error's body as is read: one that is compressed may be a thousand times as long as what came."""
+    found, room = [], MOST_OF_ERROR
+    for chunk in itertools.islice(chunks, MOST_ERROR_PACKETS):
+        found.append(chunk[:room])
+        room -= len(chunk)
+        if room <= 0:
+            break
+    return b"".join(found)
+
+
+def redirect_refused(headers: Mapping[str, str]) -> UpstreamError:
+    """The error for an upstream that names another address: the user's key and words go to none but the user's own."""
+    words = f"The upstream redirects to {str(headers.get('location'))[:LONGEST_ERROR]}."
+    return UpstreamError(502, {"message": f"{words} Set its address to that one, if you trust it."})
 
 
 def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
@@ -9274,9 +9501,12 @@ def cancellable_adapter() -> type:
         def send(self, request: Any, **kwargs: Any) -> Any:
             """The answer; raises `UpstreamError`."""
             response = super().send(request, **kwargs | {"timeout": self._timeouts})
+            if response.is_redirect:  # requests would follow it, with Google's key in a header that it knows nothing of
+                raise redirect_refused(response.headers)
             if response.status_code >= 400:
                 retry_after = response.headers.get("retry-after")
-                raise UpstreamError(response.status_code, google_error(response.content), retry_after)
+                said = start_of(response.iter_content(2**16))
+                raise UpstreamError(response.status_code, google_error(said), retry_after)
             return response
 
     return CancellableAdapter
@@ -9759,7 +9989,9 @@ class OpenAIUpstream:
 
     def _unreachable(self, error: Exception) -> UpstreamUnavailable:
         words = re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__  # the words alone
-        return UpstreamUnavailable(f"The upstream at {shown_url(self.url)} cannot be reached: {words}. Is it running?")
+        return UpstreamUnavailable(
+            f"persona_memory cannot reach your model's server at {shown_url(self.url)}: {words}. Is it running?"
+        )
 
     def complete(self, body: Mapping, call: Call) -> dict:
         """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
@@ -9767,7 +9999,7 @@ class OpenAIUpstream:
             return self._gate.retry(call, lambda: self._ask(body, call, self._answer), self.secrets(call))
 
     def _answer(self, body: Mapping, call: Call) -> dict:
-        with self._post(json.dumps(body).encode(), call) as reply:
+        with self._post(json_text(body).encode(), call) as reply:
             answer = read_whole(reply)
         if call.background and not any(says_something({"content": text_of_choice(c)}) for c in answer["choices"]):
             raise NoReply(ALL_THOUGHTS, spent=True)
@@ -9783,7 +10015,7 @@ class OpenAIUpstream:
             yield from self._gate.stream(call, begin, self.secrets(call))
 
     def _begin(self, body: Mapping, call: Call) -> tuple[list[dict], Iterator[dict]]:
-        return until_first_token(self._chunks(json.dumps(body).encode(), call))
+        return until_first_token(self._chunks(json_text(body).encode(), call))
 
     def _chunks(self, raw: bytes, call: Call) -> Iterator[dict]:
         with self._post(raw, call) as reply:
@@ -9824,10 +10056,30 @@ class OpenAIUpstream:
         return UpstreamError(error.status, error.error | {"message": words}, error.retry_after)
 
     def get(self, url: str, call: Call, timeout: float, body: Mapping | None = None) -> Any:
-        """The JSON at an address of the upstream; raises `httpx.HTTPError`, `ValueError`."""
+        """The JSON at an address of the upstream; raises `httpx.HTTPError`, `ValueError`.
+
+        httpx's time-out starts again with each byte: what comes a byte at a time is cut off all the same.
+        """
         method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
-        with httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(url)) as client:
-            return client.request(method, url, content=content, headers=self.headers(call)).raise_for_status().json()
+        asked = Call()
+        late = threading.Timer(timeout, asked.cancel)
+        with (
+            httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(url)) as client,
+            contextlib.ExitStack() as ending,
+        ):
+            late.start()
+            ending.callback(late.cancel)
+            response = ending.enter_context(
+                client.stream(
+                    method, url, content=content, headers=self.headers(call), extensions={"trace": asked.trace}
+                )
+            )
+            if response.has_redirect_location:
+                raise redirect_refused(response.headers)
+            raw = b"\n".join(bounded_lines(response.iter_bytes()))
+            httpx.Response(response.status_code, content=raw, request=response.request).raise_for_status()
+        text = raw.decode("utf-8-sig", "replace")
+        return json_reader(text).decode(text)
 
     def models(self, call: Call, timeout: float = LIST_SECONDS) -> list[dict]:
         """The models that the upstream lists; raises `UpstreamError`, `UpstreamUnavailable`."""
@@ -9977,7 +10229,9 @@ except Exception as error:
 sys.stdin.read()  # ends when the program that started this one does
 os._exit(0)
 """
-MOST_CRASHES = 3  # of the embedded model, after which it is not started again
+LOCAL_MODEL_DEFAULTS = {"repeat_penalty": 1.2}  # without it, so small a model soon says the same word for ever
+WHOLE_GGUF = "Check that the file is a whole GGUF model, and that there is enough memory for it and for --context."
+MOST_CRASHES = 3  # of the model, after which it is not started again
 ILLEGAL_INSTRUCTION = (-4, 0xC000001D)  # SIGILL; Windows' STATUS_ILLEGAL_INSTRUCTION
 KILLED = (-9, 137)
 
@@ -10005,6 +10259,15 @@ class LocalUpstream:
         """The model's name."""
         return self._gguf.stem if self._gguf else LOCAL_MODEL
 
+    @property
+    def _advice(self) -> str:
+        """What to do where it cannot be used."""
+        return f"{WHOLE_GGUF} {THREE_WAYS}" if self._gguf else THREE_WAYS
+
+    def _asked(self, body: Mapping) -> dict:
+        """A request as the model takes it."""
+        return {**({} if self._gguf else LOCAL_MODEL_DEFAULTS), **body, "model": self.model}
+
     def describe(self) -> dict:
         """The upstream as /health shows it."""
         status, ready = "loading", self._ready
@@ -10028,11 +10291,11 @@ class LocalUpstream:
             gguf = self._gguf or fetch_local_model(self._folder)
             self._process, address = start_llama(gguf, self.model, self._context, key)
         except Exception as error:  # no wheel for this machine, no network, no memory: all end in the same advice
-            words = f"The embedded model cannot be used: {error}. {THREE_WAYS}"
+            words = f"The model {self.model} cannot be used: {error}. {self._advice}"
             log_event("model_failed", words, level=logging.ERROR, model=self.model)
             self._ready.set_exception(UpstreamUnavailable(words))
             return
-        log_event("model_ready", f"The embedded model {self.model} is ready.", model=self.model)
+        log_event("model_ready", f"The model {self.model} is ready.", model=self.model)
         self._ready.set_result(OpenAIUpstream(address, key, self._gate, self._timeout))
         self._process.wait()
         with self._lock:
@@ -10045,7 +10308,8 @@ class LocalUpstream:
         log_event("model_failed", str(self._ended()), level=logging.ERROR, model=self.model)
 
     def _ended(self) -> UpstreamUnavailable:
-        return UpstreamUnavailable(f"The embedded model ended: {why_ended(self._process.returncode)}. {THREE_WAYS}")
+        words = why_ended(self._process.returncode)
+        return UpstreamUnavailable(f"The model {self.model} has ended: {words}. {self._advice}")
 
     @contextlib.contextmanager
     def _inner(self, call: Call) -> Iterator[OpenAIUpstream]:
@@ -10073,12 +10337,12 @@ class LocalUpstream:
     def complete(self, body: Mapping, call: Call) -> dict:
         """As `OpenAIUpstream.complete`."""
         with self._inner(call) as inner:
-            return inner.complete({**body, "model": self.model}, call)
+            return inner.complete(self._asked(body), call)
 
     def stream(self, body: Mapping, call: Call) -> Iterator[dict]:
         """As `OpenAIUpstream.stream`."""
         with self._inner(call) as inner:
-            yield from inner.stream({**body, "model": self.model}, call)
+            yield from inner.stream(self._asked(body), call)
 
     def default_model(self, call: Call) -> str:
         """The one model."""
@@ -10106,8 +10370,6 @@ def start_llama(gguf: Path, name: str, context: int, key: str) -> tuple[subproce
 
     Raises `RuntimeError` or `OSError` with the reason where it cannot be had.
     """
-    if not gguf.is_file():
-        raise FileNotFoundError(f"there is no model file {gguf}")
     process = subprocess.Popen(
         [sys.executable, "-c", LLAMA_PROGRAM, str(gguf), name, str(context)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -10182,6 +10444,8 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
         endpoint, key = settings.gemini_endpoint, settings.upstream_key
         return GeminiUpstream(endpoint, key, settings.gemini_safety, gate(), timeout)
     if name.lower().endswith(".gguf"):
+        if not Path(name).is_file():
+            raise SettingsError(f"There is no model file {Path(name).absolute()}. Check the path given as upstream.")
         return LocalUpstream(models, Path(name), settings.context, gate(single=True), timeout)
     if not name.startswith(("http://", "https://")):
         with_scheme = ("http://" if is_on_local_network(f"http://{name}") else "https://") + name
@@ -10275,6 +10539,7 @@ class RecallResult:
     memories: tuple[Memory, ...] = ()
     left_out: tuple[dict, ...] = ()  # what was worth it and is not among them, and why
     degraded: str = ""  # what kept recall from being all it could be
+    nothing: str = ""  # why there are none, where nothing went wrong
     words: tuple[str, ...] = ()  # the query's
     vector: np.ndarray | None = None  # the query's
 
@@ -10452,6 +10717,7 @@ class Vectors:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectors")
         self._held: set[str] = set()  # chats whose vectors wait until the background goes on
         self._closed = False
+        self._missed = 0  # jobs that were left undone since the embedder last worked
 
     def later(self, chat: Chat, ids: Iterable[str]) -> None:
         """Has the vectors that messages still lack computed in the background, by one job a chat."""
@@ -10469,9 +10735,25 @@ class Vectors:
         try:
             if not self._closed:
                 work(*args)
+                self._note_missing("")
+        except EmbedderUnavailable as error:
+            self._note_missing(str(error))
         except Exception as error:
             if not self._closed:
                 note_failure("vectors_failed", "Vectors could not be computed", error, "")
+
+    def _note_missing(self, reason: str) -> None:
+        """Says that messages get no vectors, and why: the first time, the tenth, the hundredth; and that they get them
+        again. Without a `reason` a job was done, which need not have asked the embedder."""
+        if self._closed or (not reason and self.embedder.status != "ready"):
+            return
+        if not reason and self._missed:
+            log_event("vectors_again", f"Messages get vectors again. {self._missed} times they got none.")
+        self._missed = self._missed + 1 if reason else 0
+        if reason and str(self._missed).strip("0") == "1":
+            times = f" ({self._missed} times by now)" if self._missed > 1 else ""
+            words = f"Messages get no vectors, so they are found by their words alone: {reason}.{times}"
+            log_event("vectors_failed", words, level=logging.WARNING, times=self._missed)
 
     def _embed_awaiting(self, chat_id: str) -> None:
         with self._registry.lookup(chat_id) as chat:
@@ -11230,6 +11512,8 @@ class Archive:
                 if chat.store.info["explicit"] and (anonymous := self._located_copy(copy, "d")):
                     digests = [m.digest for m in copy.path]
                     self._become(anonymous, chat, lambda source: align(source.tree, digests), copy=False)
+            with chat.lock:
+                copy = hung_on(chat, copy)
             added = sum(self._add_messages(chat, some) for some in batches(copy.messages, IMPORT_BATCH))
             with chat.lock:
                 self._add_rest(chat, copy, created, bool(added))
@@ -11432,14 +11716,16 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
 
 def moved_from_top(chat: Chat, request: ChatRequest) -> str:
     """The text of the user that stood before the chat's first message, where a request begins with that and has the
-    text further down; empty: none."""
+    text further down, alone or around a user's words; empty: none."""
     top, shown = chat.path()[:2], request.turns[request.history_start : request.newest_user]
     if len(top) < 2 or len(shown) < 2:
         return ""
     first, second = chat.nodes(top)
-    moved = second.digest == shown[0].digest and any(t.digest == first.digest for t in shown[1:])
-    words = chat.store.read(top[:1])[0].original.strip() if moved and first.role == "user" else ""
-    return words if len(words) >= SHORTEST_NOTE else ""
+    if first.role != "user" or second.digest != shown[0].digest:
+        return ""
+    words = chat.store.read(top[:1])[0].original.strip()
+    moved = any(t.digest == first.digest or t.role == "user" and around_end(t.content, words) for t in shown[1:])
+    return words if moved and len(words) >= SHORTEST_NOTE else ""
 
 
 def below_note(chat: Chat, found: Alignment, request: ChatRequest, note: str) -> Alignment:
@@ -11464,35 +11750,38 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
     """What of a transcript must be written (new messages, and stored ones whose state changes), and its branch."""
     tree, store = chat.tree, chat.store
     path = tree.path(alignment.base)
-    messages = [replace(m, confirmed=True) for m in store.read([i for i in path if i in tree.unshown])]
+    unshown = [i for i in tree.unshown if tree.stands_on(alignment.base, i)]
+    unshown.sort(key=lambda i: tree.nodes[i].depth)
+    messages = [replace(m, confirmed=True) for m in store.read(unshown)]
     for turn in request.turns[alignment.skipped :]:
         parent = path[-1] if path else ROOT
         known = tree.child(parent, turn.digest)  # a reply that nobody has shown yet lacks the name of who speaks
-        own = message_id(parent, message_digest(turn.role, turn.content))
-        path.append(known if tree.is_confirmed(known) else own)
+        path.append(known if tree.is_confirmed(known) else message_id(parent, turn.own_digest))
         node = tree.nodes.get(path[-1])
         if node is None:
             messages.append(message_of_turn(parent, turn))
             continue
         erased = node.forgotten and not node.shown
-        if node.confirmed and not erased and (voice := voice_told(node, turn, own)):
+        if node.confirmed and not erased and (voice := voice_told(node, turn, parent)):
             old = store.read([node.id])[0]
             messages.append(with_mark(replace(old, voice=voice), old.mark))
             continue
+        if node.confirmed and (node.shown == turn.fingerprint or erased):
+            continue
         # The same words with another name or status around them stay as they were shown first.
-        if not node.confirmed or (node.id == own and node.shown != turn.fingerprint and not erased):
+        if not node.confirmed or node.id == message_id(parent, turn.own_digest):
             old = store.read([node.id])[0]
             if not node.confirmed or turn.name or old.original != turn.content:
                 messages.append(shown_again(old, message_of_turn(parent, turn)))
     return messages, path
 
 
-def voice_told(node: Node, turn: Turn, own: str) -> str:
-    """The name that a stored text begins with, where only this turn tells that it is one; empty: none. `own` is the
-    turn's id in that place."""
+def voice_told(node: Node, turn: Turn, parent: str) -> str:
+    """The name that a stored text begins with, where only this turn, in that place, tells that it is one; empty:
+    none."""
     if node.voice:
         return ""
-    if turn.voice and node.id == own:
+    if turn.voice and node.id == message_id(parent, turn.own_digest):
         return turn.voice
     prefixed = turn.name and text_fingerprint(None, f"{turn.name}: {turn.content}") == node.shown
     return turn.name if prefixed else ""
@@ -11554,6 +11843,26 @@ def around_branch(tree: Tree, tip: str) -> list[str]:
     return found
 
 
+def hung_on(chat: Chat, copy: ChatCopy) -> ChatCopy:
+    """A file's chat as it hangs in the chat that it belongs to: what says the same in the same place is there already,
+    though names, thoughts or a status stand around its words in one of the two. Hold the chat's lock."""
+    tree, moved = chat.tree, {ROOT: ROOT}
+    found: dict[str, Message] = {}
+    for message in copy.messages:
+        parent = moved[message.parent]
+        own = message.id if parent == message.parent else key_of(message, parent)
+        key = moved[message.id] = own if own in tree.nodes else tree.child(parent, message.digest) or own
+        if key != own:
+            (there,) = chat.store.read([key])
+            mark = there.mark if message.mark == Mark() else message.mark
+            here = replace(there, timestamp=there.timestamp or message.timestamp, confirmed=message.confirmed)
+            message = with_mark(here, mark)
+        twin = found.get(key)
+        confirmed = message.confirmed or bool(twin and twin.confirmed)
+        found[key] = replace(message, id=key, parent=parent, confirmed=confirmed)
+    return replace(copy, messages=tuple(found.values()), head=moved[copy.head])
+
+
 def is_chat_of(chat: Chat, copy: ChatCopy) -> bool:
     """Whether a file is a copy of that very chat, from earlier or later: the shorter one of the two is nearly all in
     the longer one. What was imported once is known by one message of the user, anything else by two."""
@@ -11585,6 +11894,12 @@ def copy_goes_on(chat: Chat, copy: ChatCopy) -> bool:
 
 CARRIED_CHATS = 4  # with the same character, the last used, that a turn may recall from
 CARRIED_SHARE = 1 / 3  # of the memories' tokens that may come from there
+# Why a turn recalls nothing.
+ALL_SHOWN = "everything is still in the prompt"
+TOO_SMALL = "the memories' share of the context is too small"
+TALK = "your message asks for nothing, and no older message fits it well enough"
+NOTHING_FITS = "no older message fits what you asked well enough"
+SEE_LEFT_OUT = "see what was left out, and why"
 
 
 class Recaller:
@@ -11614,19 +11929,21 @@ class Recaller:
         share = self._share * memory_share(turn.pivot.content) if turn.pivot else 0
         room = min(layout.room - GUIDANCE_TOKENS, int(share * layout.recalled))
         recalls = bool(layout.reach) and room > memory_frame_tokens()
+        nothing = TOO_SMALL if layout.reach else ALL_SHOWN
         try:
             query = self._query(turn) if recalls else None
             vector, degraded = self._vectors.for_turn(chat, turn.nodes, turn.newest, query, turn.deadline)
             if query is None:
                 self._vectors.later(chat, [n.id for n in turn.nodes[-ENCODED_AT_ONCE:]])
-                return RecallResult()
+                return RecallResult(nothing=nothing)
             with chat.lock:
                 memories = self._candidates(turn, query, vector, quoted)
             memories, late = self._reranked(query, memories, turn.deadline.left)
             with chat.lock:
                 kept, left_out = select_memories(chat, turn.visible, memories, query.words, room, self._price)
             degraded = "; ".join(filter(None, (degraded, late)))
-            return RecallResult(tuple(kept), tuple(left_out), degraded, query.words, vector)
+            nothing = "" if kept else SEE_LEFT_OUT if left_out else TALK if query.asks == TELLS else NOTHING_FITS
+            return RecallResult(tuple(kept), tuple(left_out), degraded, nothing, query.words, vector)
         except Exception as error:
             with chat.lock:
                 chat.index = MemoryIndex()  # derived: the next turn makes it anew
@@ -11743,11 +12060,12 @@ class Recaller:
         What the turn's own chat remembers goes first; no lock of it is held: two chats may recall from each other.
         """
         layout = turn.layout
-        taken = count_tokens(memory_block(memories)) + GUIDANCE_TOKENS + FRAME_MARGIN
-        room = min(layout.room - taken, layout.recalled - taken, int(CARRIED_SHARE * layout.recalled))
         try:
-            others = self._related_chats(turn.chat) if turn.pivot and room > 0 else []
-            found = [row for chat_id in others for row in self._found_in(chat_id, turn)]
+            if not (others := self._related_chats(turn.chat) if turn.pivot else []):
+                return []
+            taken = count_tokens(memory_block(memories)) + GUIDANCE_TOKENS + FRAME_MARGIN
+            room = min(layout.room - taken, layout.recalled - taken, int(CARRIED_SHARE * layout.recalled))
+            found = [row for chat_id in others for row in self._found_in(chat_id, turn)] if room > 0 else []
             ranked = sorted(found, key=lambda row: -row[0].score)
             likely = [relevance_probability(m.score, ranked[0][0].score) for m, _ in ranked]
             costs = [memory_cost(m) for m, _ in ranked]
@@ -11805,6 +12123,8 @@ def in_part(
     memory: Memory, index: MemoryIndex, query: Query, evidence: Evidence, vector: np.ndarray | None
 ) -> Memory:  # fmt: skip
     """The memory, of a long message only what the query is about."""
+    if len(memory.message.content) <= LONG_MESSAGE:
+        return memory
     cosines = index.chunk_cosines(memory.message.fingerprint, vector)
     return replace(memory, excerpt=best_excerpt(memory.message.content, query.words, evidence.rarity, cosines))
 
@@ -11885,22 +12205,30 @@ SUMMARY_OVERHEAD = 900  # tokens of the task, the facts, and of what other token
 LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 
 
+def places_on(chat: Chat, path: Sequence[str]) -> Places:
+    """Where the chat's summaries stand on a branch; kept until another one is asked for. Hold the chat's lock."""
+    known, places = chat.places
+    if places is None or known != path:
+        chat.places = list(path), Places(chat.texts(path))
+    return chat.places[1]
+
+
 def branch_facts(chat: Chat, path: Sequence[str], before: float) -> list[tuple[Fact, Fact | None]]:
     """What holds on a branch before an index: the pinned messages, newest first, then the facts whose words their
     messages still hold. Words that stand there more than once are told once, and not at all where they stand from
     `before` on too."""
-    store, indexes = chat.store, {message: i for i, message in enumerate(path)}
-    marked = {node.id: node for node in chat.nodes(chat.tree.marked) if node.id in indexes}
-    pinned = sorted((n for n in marked.values() if n.pinned and not n.forgotten), key=lambda n: indexes[n.id])
-    newest = {n.fingerprint: n.id for n in pinned}
-    pinned = sorted((i for i in newest.values() if indexes[i] < before), key=indexes.__getitem__, reverse=True)
-    rows = [(pinned_fact(m, indexes[m.id]), None) for m in store.read(pinned)]
+    store, tree, tip = chat.store, chat.tree, path[-1] if path else ROOT
+    marked = {node.id: node for node in chat.nodes(tree.marked) if tree.stands_on(tip, node.id)}
+    pinned = sorted((n for n in marked.values() if n.pinned and not n.forgotten), key=lambda n: n.depth)
+    newest = {n.fingerprint: n for n in pinned}
+    pinned = sorted((n for n in newest.values() if n.depth < before), key=lambda n: n.depth, reverse=True)
+    rows = [(pinned_fact(m, tree.nodes[m.id].depth), None) for m in store.read([n.id for n in pinned])]
     changed: dict[str, list[Message]] = defaultdict(list)
     told = {f.digest for f in store.facts.values()}
     for message in store.read([n.id for n in marked.values() if n.digest in told]):
         changed[message.digest].append(message)
     facts = [f for f in store.facts.values() if all(still_quotes(f, m) for m in changed.get(f.digest, ()))]
-    held = facts_of(facts, chat.texts(path), before)
+    held = facts_of(facts, places_on(chat, path).texts, before) if facts else []
     return rows + [(at_message(fact, path), before and at_message(before, path)) for fact, before in held]
 
 
@@ -11913,9 +12241,9 @@ def branch_story(chat: Chat, path: Sequence[str], before: int, budget: int) -> S
     """The story of what stands before an index of the branch, in at most `budget` tokens."""
     if budget <= 0:
         return Story()
-    standing = placed(chat.store.summaries.values(), chat.texts(path))
+    standing = places_on(chat, path).placed(chat.store.summaries.values())
     hidden = [s for s in standing if s.since < before]
-    return render_story(story_of(hidden, chat.texts(path)), branch_facts(chat, path, before), budget)
+    return render_story(told_story(hidden), branch_facts(chat, path, before), budget)
 
 
 def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
@@ -11924,10 +12252,11 @@ def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
     store, tree = chat.store, chat.tree
     if not (store.summaries or store.facts or tree.marked):
         return 0
-    texts, ids = chat.texts(path), set(path)
-    begun = bool(placed(store.summaries.values(), texts))
-    begun = begun or not {f.digest for f in store.facts.values()}.isdisjoint({*texts, ""})
-    return budget if begun or any(n.pinned and n.id in ids for n in chat.nodes(tree.marked)) else 0
+    begun = any(map(places_on(chat, path).of, store.summaries.values()))
+    quoted_texts = {f.digest for f in store.facts.values()}
+    begun = begun or "" in quoted_texts or not quoted_texts.isdisjoint(places_on(chat, path).texts)
+    pinned = (n for n in chat.nodes(tree.marked) if n.pinned)
+    return budget if begun or any(tree.stands_on(path[-1], n.id) for n in pinned) else 0
 
 
 def summary_row(summary: Summary) -> dict:
@@ -12030,7 +12359,7 @@ class Summarizer:
     def _story(chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary]]:
         """The plan's branch, and the summaries that stand for it."""
         path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else []
-        return path, story_of(chat.store.summaries.values(), chat.texts(path))
+        return path, told_story(places_on(chat, path).placed(chat.store.summaries.values()))
 
     def _work_off(self, chat_id: str) -> None:
         """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
@@ -12108,7 +12437,7 @@ class Summarizer:
             return None
         with chat.lock:
             path, story = self._story(chat, plan)
-            return extract_to_improve(story, list(chat.store.summaries.values()), chat.texts(path))
+            return extract_to_improve(story, list(chat.store.summaries.values()), places_on(chat, path))
 
     def _improve(self, chat: Chat, plan: SummaryPlan, authorization: str) -> float | None:
         """Has the model write one extract anew; returns the seconds after which to go on, None to end it for now.
@@ -12126,7 +12455,7 @@ class Summarizer:
             start, _ = next_gap(story, plan.first)
             marks = dict(chat.store.marks)
             messages = chat.store.read(path[old.start : old.end + 1]) if old.level == 1 else []
-            parts = taken_in(old, chat.store.summaries.values(), chat.texts(path))
+            parts = taken_in(old, chat.store.summaries.values(), places_on(chat, path))
         failed = self.failure
         if messages:
             fresh, _ = self._from_messages(chat, messages, old.start, plan, ask)
@@ -12354,25 +12683,22 @@ def marked_since(chat: Chat, marks: Mapping[str, Mapping[str, Mark]]) -> set[str
     return {digest for digest in marks.keys() | now.keys() if marks.get(digest) != now.get(digest)}
 
 
-def extract_to_improve(story: Sequence[Summary], stored: Sequence[Summary], texts: Sequence[str]) -> Summary | None:
+def extract_to_improve(story: Sequence[Summary], stored: Sequence[Summary], places: Places) -> Summary | None:
     """The first extract among summaries, and among those that they were made from, which go first: of the story's
     oldest line, the part that tells most."""
     for summary in story:
-        parts = taken_in(summary, stored, texts) if summary.level > 1 else ()
+        parts = taken_in(summary, stored, places) if summary.level > 1 else ()
         parts = sorted(parts, key=lambda s: -importance_alone(s.text, 0.0))
-        found = extract_to_improve(parts, stored, texts)
+        found = extract_to_improve(parts, stored, places)
         if found or (summary.source == "extract" and summary.tries < MOST_TRIES):
             return found or summary
     return None
 
 
-def taken_in(summary: Summary, stored: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
-    """The summaries that a summary of a higher level was made from, oldest first.
-
-    `texts` are the digests of the branch's messages.
-    """
-    lower = placed((s for s in stored if s.level < summary.level and not s.stale), texts)
-    return story_of((s for s in lower if summary.start <= s.start and s.end <= summary.end), texts)
+def taken_in(summary: Summary, stored: Iterable[Summary], places: Places) -> list[Summary]:
+    """The summaries that a summary of a higher level was made from, oldest first."""
+    lower = places.placed(s for s in stored if s.level < summary.level)
+    return told_story(s for s in lower if summary.start <= s.start and s.end <= summary.end)
 
 
 # ======================================================================================================================
@@ -12403,6 +12729,7 @@ class Status:
             "status": "loading" if loading else "ok", "version": __version__, "upstream": upstream,
             "embedder": embedder, "chats": len(self._registry), "proxy": self._settings.proxy,
             "progress": self._background.progress(),
+            "last_reply": (self.last_turn or {}).get("outcome", "none"),
             "summaries": "failing" if self.summaries else "ok",  # the page says why, in words that need a key
         }  # fmt: skip
 
@@ -12483,9 +12810,12 @@ def diagnosis(
     `summaries` as `Summarizer.failure` is.
     """
     if upstream["status"].startswith("failed"):
-        return "trouble", "The embedded model cannot be used.", upstream["status"].removeprefix("failed: ")
+        return "trouble", f"The model {upstream['model']} cannot be used.", upstream["status"].removeprefix("failed: ")
     if turn.get("outcome") in ("upstream_error", "failed"):
         return "trouble", f"The last turn failed: {turn['why']}", advice_on(turn["status"], upstream)
+    reason = turn["why"].removeprefix("degraded; reason=") if turn.get("outcome") == "degraded" else ""
+    if reason.startswith(UNKEPT):
+        return "trouble", reason, "Chats go on, but new messages are not remembered."
     if embedder.startswith("failed"):
         words = "The embedder could not be loaded: memories are found by words alone, not by meaning."
         return "notice", words, f"{embedder.removeprefix('failed: ')}. See --embedder."
@@ -12495,10 +12825,7 @@ def diagnosis(
         words = f"The model {summaries['model']} could not write a summary: {summaries['words']}"
         advice = advice_on(summaries["status"], upstream) if summaries["status"] else ""
         return "notice", words, f"{SUMMARY_ADVICE} {advice}".rstrip()
-    if turn.get("outcome") == "degraded":
-        reason = turn["why"].removeprefix("degraded; reason=")
-        if reason.startswith(UNKEPT):
-            return "trouble", reason, "Chats go on, but new messages are not remembered."
+    if reason:
         return "notice", f"The last reply was made without all of memory: {reason}", "The chat itself is not affected."
     return "ok", "OK", ""
 
@@ -12511,7 +12838,9 @@ SUMMARY_ADVICE = (
 
 def advice_on(status: int, upstream: Mapping) -> str:
     """What to do about an upstream that failed with that status."""
-    where = upstream.get("url") or upstream.get("model")
+    where = upstream.get("url")
+    if status == 502 and not where:
+        return f"The model {upstream.get('model')} does not run. The program's log says why."
     return {
         401: "The key was refused: check it in your client, or set --upstream-key.",
         403: "The key was refused: check it in your client, or set --upstream-key.",
@@ -12856,7 +13185,7 @@ class PromptBuilder:
             nodes = chat.nodes(path)
             layout, story, plan = self._laid_out(chat, path, nodes, request, context, shares, arrange)
         turn = TurnContext(chat, request, nodes, layout, deadline)
-        recalled = self._recaller.recall(turn, {f.message for f in story.facts})
+        recalled = self._recaller.recall(turn, {f.message for f in story.facts if f.message})  # a note quotes nobody
         if layout.window:
             recalled = without_shown(recalled, layout, story.tokens)
         with chat.lock:
@@ -12880,7 +13209,7 @@ class PromptBuilder:
         shown, budget = nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
         away = hidden_from(chat, request)
-        counts = [0 if away and n.id in away else n.tokens for n in shown[:above]]
+        counts = [0 if n.id in away else n.tokens for n in shown[:above]] if away else [n.tokens for n in shown[:above]]
         counts += [0 if t.hidden else n.tokens for t, n in zip(request.turns[first:], shown[above:], strict=True)]
         for i, turn in enumerate(request.turns[first:], above):
             if shown[i].shown != turn.fingerprint and not turn.hidden:  # with something else around the words
@@ -12938,6 +13267,7 @@ class PromptBuilder:
             history=len(memory.path) - turn.first - layout.anchor - len(layout.hidden),
             hidden=layout.anchor + len(layout.hidden), degraded=degraded,
             recalled=[recalled_row(m) for m in memory.memories], left_out=list(memory.recalled.left_out),
+            nothing="" if memory.memories else memory.recalled.nothing,
             mood=memory.mood and asdict(memory.mood), summaries=len(memory.story.summaries),
             facts=len(memory.story.facts), reminder=memory.reminder, reused=reused,
             summary_error=(self._status.summaries or {}).get("words", ""),
@@ -14613,9 +14943,11 @@ function timelineLane(label, base, points, width) {
 
 /** What takes up the context, in this order: the report's names, and how they are shown. */
 const SHARES = {
-    persona: 'Persona', story: 'Summary', memories: 'Memories', history: 'History', response: 'Kept for the reply',
-    free: 'Free',
+    persona: 'Persona', story: 'Summary and facts', memories: 'Memories and mood', history: 'History',
+    response: 'Kept for the reply', tools: 'Tools', free: 'Free',
 };
+
+const COUNTED = 'Tokens are counted here. Where your model counts more of them, prompts are made that much shorter.';
 
 async function promptsTab(chat) {
     const { root, list } = template('prompts');
@@ -14644,7 +14976,7 @@ function promptCard(chat, report) {
         h('div.row',
             h('h2', `Prompt for the reply to #${report.history + report.hidden}`),
             h('span.muted.small', when(report.at)),
-            h('span.muted.numbers.push', `${number(used)} of ${number(report.context)} tokens`)),
+            h('span.muted.numbers.push', { title: COUNTED }, `${number(used)} of ${number(report.context)} tokens`)),
         report.degraded && h('p', `Not all of memory could be used: ${report.degraded}`),
         h('div.share', { role: 'img', 'aria-label': 'Tokens by share, as listed below' },
             shares.filter(({ count }) => count).map(({ words, count, tone }) =>
@@ -14653,13 +14985,14 @@ function promptCard(chat, report) {
             h('li', { vars: { tone } }, h('span.swatch'), words, h('b', number(count))))),
         figuresLine(figures),
         report.reminder && h('p.small', 'Repeated from the persona: ', h('i', report.reminder)),
-        memoriesOf(chat, `${plural(report.recalled.length, 'memory', 'memories')} recalled`, report.recalled),
+        report.recalled.length
+            ? memoriesOf(chat, `${plural(report.recalled.length, 'memory', 'memories')} recalled`, report.recalled)
+            : h('p.muted.small', `Nothing was recalled${report.nothing ? `: ${report.nothing}` : ''}.`),
         left.length > 0 && memoriesOf(chat, `${number(left.length)} left out`, left));
 }
 
 /** Recalled or left out messages; their texts are fetched when they are looked at. */
 function memoriesOf(chat, title, memories) {
-    if (!memories.length) return h('p.muted.small', 'Nothing was recalled.');
     const list = h('ul.list');
     const textOf = ({ index, id, chat_id = chat.chat_id }) =>
         get(`${chatPath(chat_id)}/messages`, { tip: id, offset: index, limit: 1 }).then(
@@ -15131,6 +15464,7 @@ const VECTORS = '3_vectors', SUMMARY = '1_memory'; // what stock extensions put 
 const PICTURE_SIDE = 84; // pixels: twice those that the memory page shows
 const MOST_SHOWN = 8; // memories listed in the panel
 const LONGEST_SHOWN = 240; // characters of each
+const LONGEST_NOTICE = 600; // characters of what a command shows
 const MIN_CONFIDENCE = 0.5; // a mood that is less likely than this is not shown
 const NEAR = 50; // messages before and behind its place among which a message is looked for
 const REPORTS = 50; // of so many prompts the server keeps what went into them
@@ -15191,7 +15525,7 @@ async function call(path, body, method = body ? 'POST' : 'GET', timeout = TIMEOU
     } catch (error) {
         if (error instanceof Refusal) throw error;
         if (signal.aborted) throw new Late(t`no answer in time`);
-        throw new Error(t`no answer`, { cause: error });
+        throw new Error(t`no answer: is persona_memory running?`, { cause: error });
     }
 }
 
@@ -15454,7 +15788,9 @@ async function mark(row, changes) {
 function markButtons(row, then) {
     const button = (name, icon, title) => {
         const onclick = () => mark(row, { [name]: !row[name] }).then(then, complain);
-        return element('div', { className: `menu_button fa-solid fa-${icon}`, title, onclick });
+        const properties = { className: 'menu_button menu_button_icon', title, onclick };
+        return element('div', properties, element('i', { className: `fa-solid fa-${icon}` }),
+            element('span', { textContent: title }));
     };
     return element('span', { className: `${NAME}_marks` },
         button('pinned', 'thumbtack', row.pinned ? t`Unpin` : t`Pin`),
@@ -15463,7 +15799,7 @@ function markButtons(row, then) {
 
 /** A memory as a line of a list, with its buttons. */
 function memoryLine(row) {
-    const line = element('li', { value: row.index + 1 });
+    const line = element('li', { value: row.index }); // SillyTavern counts its messages from 0
     const words = row.content ?? '...';
     const said = `${speakerOf(row)}: ${words.length > LONGEST_SHOWN ? `${words.slice(0, LONGEST_SHOWN)} ...` : words}`;
     const fill = () => {
@@ -15506,7 +15842,7 @@ async function whySaid(row, before) {
 async function showMessage(id) {
     try {
         const [row, before] = await rowsOf(id);
-        const title = element('h3', { textContent: t`Message ${row.index + 1}, ${speakerOf(row)}` });
+        const title = element('h3', { textContent: t`Message #${id}, ${speakerOf(row)}` });
         const marks = element('div');
         const fill = () => marks.replaceChildren(markButtons(row, fill));
         fill();
@@ -15543,11 +15879,17 @@ function namedIds(text) {
     return Array.from({ length: Number(last) - Number(first) + 1 }, (_, i) => Number(first) + i);
 }
 
-/** Marks the messages that a command names; how many those are. */
-async function markNamed(text, changes) {
-    const ids = namedIds(text);
-    for (const id of ids) await mark((await rowsOf(id))[0], changes);
-    return String(ids.length);
+/** Marks the messages that a command names, or takes that back; how many those are, and which. */
+async function markNamed(name, [does, undoes], { undo }, text) {
+    const late = /\s*\bundo=true\s*$/; // typed behind the numbers it is a part of the text
+    const back = undo === 'true' || late.test(text);
+    const ids = namedIds(text.replace(late, ''));
+    const lines = [];
+    for (const id of ids) {
+        const row = await mark((await rowsOf(id))[0], { [name]: !back });
+        lines.push(`${back ? undoes : does}: #${id} ${speakerOf(row)}: ${row.content ?? '...'}`);
+    }
+    return [String(ids.length), lines.join('\n')];
 }
 
 function openId() {
@@ -15560,21 +15902,31 @@ const COMMANDS = {
     async recall({ limit = 5, as }, text) {
         const asked = new URLSearchParams({ q: text, k: limit });
         const { memories } = await call(`${chatPath(openId())}/search?${asked}`, null, 'GET', PATIENCE_MS);
-        if (as === 'json') return JSON.stringify(memories);
-        return memories.map((row) => `${speakerOf(row)}: ${row.content}`).join('\n');
+        const lines = memories.map((row) => `${speakerOf(row)}: ${row.content}`).join('\n');
+        return [as === 'json' ? JSON.stringify(memories) : lines, lines || t`Nothing was recalled.`];
     },
-    pin: ({ undo }, text) => markNamed(text, { pinned: undo !== 'true' }),
-    forget: ({ undo }, text) => markNamed(text, { forgotten: undo !== 'true' }),
+    pin: (given, text) => markNamed('pinned', [t`Pin`, t`Unpin`], given, text),
+    forget: (given, text) => markNamed('forgotten', [t`Forget`, t`Remember again`], given, text),
     async note(_, text) {
         await onMessagesChanged(); // the chat may be new to the server
-        return (await call(`${chatPath(openId())}/facts`, { text })).text;
+        const { text: noted } = await call(`${chatPath(openId())}/facts`, { text });
+        return [noted, noted];
     },
     async state({ as }) {
         openId();
         const found = (await lookAtChat()) ?? { messages: 0, known: 0, current: true, unembedded: 0 };
-        return as === 'json' ? JSON.stringify(found) : knownWords(found);
+        return [as === 'json' ? JSON.stringify(found) : knownWords(found), knownWords(found)];
     },
 };
+
+/** Does what a command says, and shows it; a script gets the value. */
+async function obey(name, given, text, needsText) {
+    if (needsText && !text.trim()) throw new Error(t`Write a text behind the command.`);
+    const [value, words] = await COMMANDS[name](given, text);
+    const shown = words.length > LONGEST_NOTICE ? `${words.slice(0, LONGEST_NOTICE)} ...` : words;
+    if (given.quiet !== 'true') globalThis.toastr?.info(shown, 'Persona Memory', { escapeHtml: true });
+    return value;
+}
 
 function addCommands() {
     const { SlashCommandParser, SlashCommand, SlashCommandArgument, SlashCommandNamedArgument } = client();
@@ -15582,14 +15934,16 @@ function addCommands() {
     const add = (name, helpString, returns, argument, named) => SlashCommandParser.addCommandObject(
         SlashCommand.fromProps({
             name: `pm-${name}`, helpString, returns,
-            callback: (given, text) => COMMANDS[name](given, String(text ?? '')),
+            callback: (given, words) => obey(name, given, String(words ?? ''), argument?.isRequired),
             unnamedArgumentList: argument ? [SlashCommandArgument.fromProps(argument)] : [],
-            namedArgumentList: named.map(SlashCommandNamedArgument.fromProps),
+            namedArgumentList: [...named, quiet].map(SlashCommandNamedArgument.fromProps),
         }));
-    const which = { description: t`the number of a message, or several as 3-7; else the last message` };
+    const description = t`the number of a message (SillyTavern counts from 0), or several as 3-7; else the last one`;
+    const which = { description };
     const as = { name: 'as', description: t`text or json`, enumList: ['text', 'json'], defaultValue: 'text' };
     const limit = { name: 'limit', description: t`how many at most`, defaultValue: '5' };
     const undo = { name: 'undo', description: t`take it back`, enumList: ['true', 'false'], defaultValue: 'false' };
+    const quiet = { name: 'quiet', description: t`show nothing`, enumList: ['true', 'false'], defaultValue: 'false' };
     const text = { description: t`a text`, isRequired: true };
     add('recall', t`Recalls what this chat remembers of a text.`, t`the memories, one a line`, text, [limit, as]);
     const count = t`how many messages`;
@@ -15638,6 +15992,8 @@ async function remember(_chat, contextSize, _abort, type) {
         state.away = false;
         if (identity()?.id !== shown.chat_id) return; // another chat was opened meanwhile
         setPrompts(answer.injections);
+        const messages = shown.messages.filter(isSpoken).length;
+        showKnown({ messages, known: messages, unembedded: 0 });
         const { degraded } = answer.report;
         showStatus(true, degraded ? t`Connected; ${degraded}.` : t`Connected; memories are placed in the prompt.`);
         showRecalled(answer.recalled, answer.emotion, answer.report.summaries);
@@ -15700,6 +16056,7 @@ async function showProxied() {
         state.away = false;
         showStatus(true, t`Connected; chats go through the proxy.`);
         showRecalled(found, mood, report?.summaries);
+        if (parts.known?.offsetParent) await lookAtChat(); // somebody sees it
     } catch (error) {
         showStatus(false, `${settings().server}: ${error.message}`);
     }
@@ -15725,6 +16082,8 @@ function buildPanel() {
     parts.twice = element('div', { className: `${NAME}_twice` });
     parts.mood = element('span');
     parts.recalled = element('ol', { className: `${NAME}_recalled` });
+    parts.reply = element('div', {}, element('div', {}, element('b', { textContent: t`For the last reply` })),
+        parts.mood, parts.recalled);
     parts.carry = element('input', { type: 'checkbox', disabled: true, onchange: onCarryOver });
     parts.carryFor = element('span');
     parts.placing = element('div', {}, // how memories are placed: the proxy does that itself
@@ -15739,16 +16098,14 @@ function buildPanel() {
         field('key', t`Key`, { type: 'password', placeholder: t`where the server asks for one`, autocomplete: 'off' }),
         parts.placing,
         element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor),
-        element('hr'),
-        element('div', {}, element('b', { textContent: t`For the last reply` })),
-        parts.mood, parts.recalled, parts.link);
+        element('hr'), parts.reply, parts.link);
     const onclick = () => lookAtServer().then(lookAtChat).catch(() => {}); // lookAtServer has said why
     const header = element('div', { className: 'inline-drawer-toggle inline-drawer-header', onclick },
         element('b', { textContent: 'Persona Memory' }),
         element('div', { className: 'inline-drawer-icon fa-solid fa-circle-chevron-down down' }));
     const drawer = element('div', { className: 'inline-drawer' }, header, content);
     root.append(element('div', { id: `${NAME}_settings` }, drawer));
-    showRecalled([], null);
+    showRecalled(null);
     showChat();
 }
 
@@ -15798,7 +16155,9 @@ async function lookAtServer() {
         state.away = false;
         const proxied = isProxy(await modelAddress());
         parts.placing.hidden = proxied;
-        showStatus(true, health.status === 'loading' ? t`Connected, still loading.`
+        const cut = proxied && client().onlineStatus === 'no_connection';
+        showStatus(!cut, cut ? t`The server answers, but SillyTavern is not connected: API Connections > Connect.`
+            : health.status === 'loading' ? t`Connected, still loading.`
             : proxied ? t`Connected; chats go through the proxy.` : t`Connected; memories are placed in the prompt.`);
         await showCarryOver();
     } catch (error) {
@@ -15822,9 +16181,11 @@ function showKnown(found) {
     parts.known.append(element('div', button));
 }
 
-/** What was recalled for a reply, and whether a story of the chat was told. */
+/** What was recalled for a reply (null: there was none yet), and whether a story of the chat was told. */
 function showRecalled(memories, emotion, story = 0) {
     if (!parts.recalled) return;
+    parts.reply.hidden = !memories;
+    if (!memories) return;
     const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= MIN_CONFIDENCE;
     const mood = sure ? `${t([emotion.label])} (${Math.round(100 * emotion.confidence)} %)` : t`unclear`;
     const recalled = memories.length ? t`Recalled:` : t`Nothing was recalled.`;
@@ -15858,8 +16219,9 @@ function characterName() {
 
 /** Whether this character's chats recall from each other: one setting for the character, which the server keeps. */
 async function showCarryOver() {
-    const name = characterName(), who = name || t`a character`;
-    parts.carryFor.textContent = t`Recall from other chats with ${who} too`;
+    const name = characterName();
+    parts.carryFor.textContent = t`Recall from other chats with ${name} too`;
+    parts.carry.parentElement.hidden = !name;
     parts.carry.disabled = true;
     parts.carry.checked = false;
     if (!name) return;
@@ -15880,7 +16242,7 @@ async function onCarryOver() {
 function onChatChanged() {
     setPrompts([]);
     state.proxied = '';
-    showRecalled([], null);
+    showRecalled(null);
     showKnown(null);
     showChat();
     lookAtServer();
@@ -15894,6 +16256,7 @@ function start() {
     listen('CHAT_COMPLETION_SETTINGS_READY', identify);
     listen('GENERATION_ENDED', () => { showChat(); showProxied(); });
     listen('CHAT_CHANGED', onChatChanged);
+    listen('ONLINE_STATUS_CHANGED', lookAtServer);
     for (const name of ['MESSAGE_EDITED', 'MESSAGE_DELETED', 'MESSAGE_SWIPED']) listen(name, onMessagesChanged);
     buildPanel();
     addMessageButtons();
@@ -15924,6 +16287,7 @@ EXTENSION_STYLE = r"""
 .persona_memory_forgotten > span:first-child { text-decoration: line-through; opacity: 0.6; }
 .persona_memory_marks { display: inline-flex; gap: 4px; margin-left: 6px; vertical-align: middle; }
 .persona_memory_marks .menu_button { margin: 0; padding: 3px 5px; font-size: 0.8em; }
+.persona_memory_recalled .persona_memory_marks span { display: none; }
 .persona_memory_message { text-align: left; }
 """
 EXTENSION_WORDS = """
@@ -15997,13 +16361,6 @@ Recordar también de otros chats con ${0}
 也回忆与 ${0} 的其他聊天
 ${0} との他のチャットからも思い出す
 
-a character
-einer Figur
-un personaje
-персонажем
-某个角色
-キャラクター
-
 For the last reply
 Für die letzte Antwort
 Para la última respuesta
@@ -16067,12 +16424,33 @@ sin respuesta a tiempo
 未及时回应
 時間内に応答なし
 
-no answer
-keine Antwort
-sin respuesta
-нет ответа
-没有回应
-応答なし
+no answer: is persona_memory running?
+keine Antwort: Läuft persona_memory?
+sin respuesta: ¿está en marcha persona_memory?
+нет ответа: запущен ли persona_memory?
+没有回应:persona_memory 在运行吗?
+応答なし: persona_memory は起動していますか?
+
+The server answers, but SillyTavern is not connected: API Connections > Connect.
+Der Server antwortet, aber SillyTavern ist nicht verbunden: API-Verbindungen > Verbinden.
+El servidor responde, pero SillyTavern no está conectado: Conexiones de API > Conectar.
+Сервер отвечает, но SillyTavern не подключена: Подключения к API > Подключиться.
+服务器有回应,但 SillyTavern 未连接:API 连接 > 连接。
+サーバーは応答していますが、SillyTavern が接続されていません: API 接続 > 接続。
+
+Write a text behind the command.
+Schreibe einen Text hinter den Befehl.
+Escribe un texto detrás de la orden.
+Напишите текст после команды.
+请在命令后写上文字。
+コマンドの後に文を書いてください。
+
+show nothing
+nichts anzeigen
+no mostrar nada
+ничего не показывать
+不显示
+何も表示しない
 
 The chat goes on without memories (${0}: ${1}).
 Der Chat geht ohne Erinnerungen weiter (${0}: ${1}).
@@ -16235,12 +16613,12 @@ Memoria: fijar, olvidar, por qué se dijo esto
 记忆:固定、遗忘、为何这样说
 記憶: 固定、忘却、なぜこう言ったか
 
-Message ${0}, ${1}
-Nachricht ${0}, ${1}
-Mensaje ${0}, ${1}
-Сообщение ${0}, ${1}
-消息 ${0},${1}
-メッセージ ${0}、${1}
+Message #${0}, ${1}
+Nachricht #${0}, ${1}
+Mensaje #${0}, ${1}
+Сообщение #${0}, ${1}
+消息 #${0},${1}
+メッセージ #${0}、${1}
 
 Why this was said
 Warum das gesagt wurde
@@ -16354,12 +16732,12 @@ un texto
 一段文字
 文
 
-the number of a message, or several as 3-7; else the last message
-die Nummer einer Nachricht, oder mehrere als 3-7; sonst die letzte
-el número de un mensaje, o varios como 3-7; si no, el último
-номер сообщения или несколько: 3-7; иначе последнее
-消息编号,多条写作 3-7;否则为最后一条
-メッセージの番号、複数なら 3-7。なければ最後のもの
+the number of a message (SillyTavern counts from 0), or several as 3-7; else the last one
+die Nummer einer Nachricht (SillyTavern zählt ab 0), oder mehrere als 3-7; sonst die letzte
+el número de un mensaje (SillyTavern cuenta desde 0), o varios como 3-7; si no, el último
+номер сообщения (SillyTavern считает с 0) или несколько: 3-7; иначе последнее
+消息编号(SillyTavern 从 0 开始),多条写作 3-7;否则为最后一条
+メッセージの番号(SillyTavern は 0 から数えます)、複数なら 3-7。なければ最後のもの
 
 how many at most
 wie viele höchstens
@@ -16411,6 +16789,19 @@ def extension_archive(address: str) -> bytes:
 
 
 def extension_repository(folder: Path, address: str) -> Any:
+    """The extension's repository in a folder (see `newest_extension`); a damaged one is made anew."""
+    try:
+        return newest_extension(folder, address)
+    except OSError:
+        raise
+    except Exception as error:
+        words = f"{folder} was damaged ({type(error).__name__}), and is made again."
+        log_event("renewed", words, level=logging.WARNING)
+        shutil.rmtree(folder)
+        return newest_extension(folder, address)
+
+
+def newest_extension(folder: Path, address: str) -> Any:
     """The extension for a server at that address as a bare git repository (a `dulwich.repo.Repo`), kept in a folder.
 
     Each version that was ever asked for is a commit after the one before, so that SillyTavern can update what it has
@@ -16418,8 +16809,8 @@ def extension_repository(folder: Path, address: str) -> Any:
     """
     from dulwich import objects, repo
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    found = repo.Repo(str(folder)) if (folder / "HEAD").exists() else repo.Repo.init_bare(str(folder), mkdir=True)
+    make_private(folder)
+    found = repo.Repo(str(folder)) if (folder / "HEAD").exists() else repo.Repo.init_bare(str(folder))
     blobs = {name: objects.Blob.from_string(content) for name, content in extension_files(address).items()}
     tree = objects.Tree()
     for name, blob in blobs.items():
@@ -16544,6 +16935,11 @@ def request_object() -> dict:
     if not isinstance(body, dict):
         raise InvalidRequest("The request must be a JSON object.")
     return body
+
+
+def large_object(value: Mapping) -> flask.Response:
+    """A JSON object that may hold a whole chat, as an answer."""
+    return flask.Response(json_text(value), mimetype="application/json")
 
 
 TEXT = {"type": "string", "pattern": r"\S", "description": "a string that is not blank"}
@@ -16804,7 +17200,9 @@ def public_error(error: Exception) -> PersonaMemoryError:
     if isinstance(error, PersonaMemoryError):
         return error
     if isinstance(error, HTTPException):
-        shown = InvalidRequest(f"{error.code} {error.name}: {flask.request.method} {flask.request.path}")
+        words = f"{error.code} {error.name}: {flask.request.method} {flask.request.path}"
+        hint = ". Start persona_memory with --proxy to use it as a model's server."
+        shown = InvalidRequest(words + (hint if error.code == 404 and flask.request.path.startswith("/v1/") else ""))
         shown.status = error.code
         return shown
     log_event("failed", "A request failed", level=logging.ERROR, trace=True)
@@ -17086,9 +17484,9 @@ def chat_delete(chat: str) -> dict:
 
 @api.get("/chats/<chat:chat>/messages")
 @takes_query(offset=0, limit=1000, tip="")
-def chat_messages(chat: str, offset: int, limit: int, tip: str) -> dict:
+def chat_messages(chat: str, offset: int, limit: int, tip: str) -> flask.Response:
     """The chat's current branch."""
-    return engine().messages(chat, offset, limit, tip)
+    return large_object(engine().messages(chat, offset, limit, tip))
 
 
 @api.post("/chats/<chat:chat>/messages")
@@ -17101,10 +17499,10 @@ def chat_append(chat: str) -> dict:
 @api.get("/chats/<chat:chat>/export")
 @takes_query(format=("json", "sillytavern"))
 @gives(200, also="application/jsonl")
-def chat_export(chat: str, format: str) -> dict | flask.Response:
+def chat_export(chat: str, format: str) -> flask.Response:
     """The whole chat as JSON, or its current branch as a SillyTavern chat file."""
     if format == "json":
-        return engine().archive.export(chat)
+        return large_object(engine().archive.export(chat))
     return flask.Response(engine().archive.export_transcript(chat), mimetype="application/jsonl")
 
 
@@ -17466,7 +17864,8 @@ def check_access() -> None:
         return
     if flask.request.endpoint not in KEYLESS and not has_key():
         raise NotAuthenticated(
-            "This server was started with --api-key: send that key as `Authorization: Bearer <key>`."
+            "persona_memory was started with --api-key: enter that key as the API key in your client, which sends it "
+            "as `Authorization: Bearer <key>`."
         )
     if not engine().settings.api_key:
         check_host("--api-key SECRET")
@@ -17664,6 +18063,7 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
             app, host=settings.host, port=settings.port, threads=SERVER_THREADS, ident="persona_memory",
             channel_request_lookahead=1, asyncore_use_poll=True, connection_limit=most_connections(),
             channel_timeout=IDLE_SECONDS, cleanup_interval=IDLE_SECONDS // 6,
+            max_request_body_size=2 * MAX_REQUEST_BYTES,  # what is told no length is kept on disk until it has ended
         )  # fmt: skip
     except (OSError, ValueError) as error:  # ValueError: no such host
         app.extensions["persona_memory"].close()
@@ -17712,18 +18112,40 @@ def read_dotenv(file: Path | None) -> dict[str, str]:
         return {}
     try:
         raw = file.read_bytes()
+    except OSError as error:
+        words = f"{file} cannot be read: {error.strerror}. Give yourself the right to read it, or remove it."
+        raise SettingsError(words) from error
+    try:
         text = raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
         if "\0" in text:
             raise UnicodeError("it is not a text file")
-    except (OSError, UnicodeError) as error:
+    except UnicodeError as error:
         raise SettingsError(f"{file} cannot be read: {error}. Save it as UTF-8, or remove it.") from error
+    logging.getLogger("dotenv.main").setLevel(logging.ERROR)  # it would warn without the file's name
+    for line in (b.original.line for b in dotenv.parser.parse_stream(io.StringIO(text)) if b.error):
+        log_event("dotenv", f"{file}, line {line}: this is not NAME=VALUE, so it is not used.", level=logging.WARNING)
     return {k: v for k, v in dotenv.dotenv_values(stream=io.StringIO(text)).items() if v}
+
+
+NEARLY_SPELT = 0.85  # difflib's ratio; container systems set variables of their own that begin like ours
+LEAST_CONTEXT = 256  # tokens, in which a message and a reply may just fit
+
+
+def misspelt_variables(names: Iterable[str]) -> Iterator[str]:
+    """A sentence for each of those variables that looks like one of ours and is none."""
+    known = [variable_of(f.name) for f in OPTIONS]
+    for name in sorted(names):
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+            for meant in difflib.get_close_matches(name, known, 1, NEARLY_SPELT):
+                yield f"There is no setting {name}, so it is not used. Did you mean {meant}?"
 
 
 def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: Path | None = None) -> Settings:
     """Settings from flags, then environment variables, then the `.env` file, then defaults; raises `SettingsError`."""
     known = {k: (v, f".env {k}") for k, v in read_dotenv(dotenv_file).items()}
     known |= {k: (v, f"variable {k}") for k, v in environ.items()}
+    for sentence in misspelt_variables(known):
+        log_event("misspelt", sentence, level=logging.WARNING)
     found = {f.name: known.get(variable_of(f.name), ("", "")) for f in OPTIONS}
     values = {name: parse_setting(name, text) for name, (text, _) in found.items() if text}
     sources = {name: found[name][1] for name in values}
@@ -17749,6 +18171,8 @@ def checked(settings: Settings) -> Settings:
             f"Listening on {settings.host} would let everyone on the network read your chats. "
             "Set --api-key SECRET (clients then send it as their API key), or use --host 127.0.0.1."
         )
+    if 0 < settings.context < LEAST_CONTEXT:
+        raise SettingsError(f"--context must be at least {LEAST_CONTEXT} tokens, not {settings.context}.")
     if settings.port > 65535:
         raise SettingsError(f"--port must be at most 65535, not {settings.port}.")
     if settings.summary_upstream == "gemini" and not settings.summary_key:
@@ -17846,7 +18270,7 @@ def chat_files(name: str, failed: Callable[[str | Path, Exception], None]) -> li
 def embed_chats(memory: PersonaMemory, chats: Iterable[str]) -> None:
     """Computes the vectors of chats, with a progress bar. Without an embedder they are computed when a chat goes on."""
     sizes = {chat: memory.describe(chat, mood=False)["messages"] for chat in chats}
-    with tqdm(total=sum(sizes.values()), desc="vectors", unit="message") as bar:
+    with tqdm(total=sum(sizes.values()), desc="vectors", unit="message", disable=not sizes) as bar:
         try:
             for chat in sizes:
                 for done in memory.vectors.of_chat(chat):
@@ -18116,7 +18540,7 @@ class Finding:
 
 def run_doctor(settings: Settings, _: str) -> str:
     """Checks what a chat needs, one line a finding; raises `SettingsError` at the end where something is wrong."""
-    checks = (check_packages, check_data, check_port, check_embedder, check_upstreams, check_extension)
+    checks = (check_packages, check_data, check_chats, check_port, check_embedder, check_upstreams, check_extension)
     findings = []
     for check in checks:
         for finding in check(settings):
@@ -18170,6 +18594,52 @@ def check_data(settings: Settings) -> Iterator[Finding]:
     chats = len(list((folder / "chats").iterdir())) if (folder / "chats").is_dir() else 0
     words = f"{chats} chats in {folder}, {free / 1e9:.1f} GB free"
     yield Finding("ok" if free > LITTLE_DISK else "note", "Data folder", words)
+
+
+SHOWN_DAMAGED = 5  # chats that a finding names
+
+
+def check_chats(settings: Settings) -> Iterator[Finding]:
+    """Whether the chats' files can be read, and what is kept of those that could not. Nothing is changed."""
+    folder = Path(settings.data, "chats")
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    files = [database_of(folder / name) for name in names if "." not in name]
+    damaged = [chat_in(file) for file in files if file.exists() and not is_sound(file)]
+    copies = [name for name in names if ".damaged-" in name]
+    if damaged:
+        shown = ", ".join(damaged[:SHOWN_DAMAGED]) + (" and others" if len(damaged) > SHOWN_DAMAGED else "")
+        advice = (
+            "open each on the memory page. What can be read of it is saved then, and a copy of the file is kept. "
+            "Where that fails, delete the chat there. Other chats are not affected."
+        )
+        yield Finding("note", "Chats", f"{len(damaged)} of {len(files)} are damaged: {shown}.", advice)
+    elif files:
+        yield Finding("ok", "Chats", f"all {len(files)} can be read")
+    if copies:
+        words = f"{len(copies)} copies of damaged files are kept in {folder}, named ....damaged-DATE."
+        yield Finding("note", "Copies", words, "delete them when you miss nothing in their chats.")
+
+
+def is_sound(database: Path) -> bool:
+    """Whether a chat's file can be read to its end; one that is locked or not this user's may well be."""
+    try:
+        with contextlib.closing(read_only(database)) as connection:
+            rows = connection.execute("SELECT value FROM Cache WHERE key >= 'm:' AND key < 'm;'")
+            readable = all(isinstance(json.loads(value), dict) for (value,) in rows)
+            return readable and connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+    except sqlite3.Error as error:
+        return not is_damage(error)
+    except SENSELESS:
+        return False
+
+
+def chat_in(database: Path) -> str:
+    """The id of the chat in a damaged file, else its folder."""
+    with contextlib.suppress(sqlite3.Error):
+        for key, value in readable_rows(database):
+            if key == "info" and isinstance(value, dict) and isinstance(value.get("chat_id"), str):
+                return one_line(value["chat_id"])
+    return str(database.parent)
 
 
 def check_port(settings: Settings) -> Iterator[Finding]:
@@ -18346,11 +18816,22 @@ EPILOG = """Every option has a variable too: --summary-every is PERSONA_MEMORY_S
 or in a file named .env beside the program. Options go before variables, and variables before .env."""
 
 
+class CommandLine(argparse.ArgumentParser):
+    """A parser that names the option which a misspelt one may have meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with the usage and what is wrong."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        meant = [near[0] for flag in unknown if (near := difflib.get_close_matches(flag, flags, 1))]
+        super().error(message + (f". Did you mean {', '.join(meant)}?" if meant else ""))
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """The command line's parser, made from the fields of `Settings` and from `ACTIONS`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="persona_memory.py", usage="python persona_memory.py [--proxy] [options]", description=DESCRIPTION,
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=__version__)
     group_of = {name: group for group, names in OPTION_GROUPS.items() for name in names}
@@ -18424,6 +18905,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_log(settings)
         if act(settings, argv):
             return 0
+        check_folder(settings)
         os.umask(0o077)  # whatever is written from now on is for the user's own eyes
         sys.setswitchinterval(SWITCH_SECONDS)
         server = create_server(settings, START_DELAY)
@@ -18448,6 +18930,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.task_dispatcher.shutdown(timeout=SHUTDOWN_SECONDS)
     server.memory.close()
     return 0
+
+
+def check_folder(settings: Settings) -> None:
+    """Raises `SettingsError` where the data folder can be neither used nor made. One that holds chats and cannot be
+    written to is read all the same."""
+    wrong = next((f for f in check_data(settings) if f.level == "wrong"), None)
+    if wrong is None:
+        return
+    if not (Path(settings.data) / "chats").is_dir():
+        raise SettingsError(f"{wrong.words} What to do: {wrong.advice}")
+    log_event("read_only", f"{wrong.words} {UNKEPT}. What to do: {wrong.advice}", level=logging.WARNING)
 
 
 def interrupt(*_: Any) -> None:

@@ -67,7 +67,7 @@ STEERING = {
     "headers": None,  # more response headers for plain answers
     "gzip": False,  # compress plain answers for clients that accept it
     "context": None,  # n_ctx in GET /props (llama.cpp); None: no such route
-    "routes": None,  # dict: path -> JSON answer, or bytes sent as HTML: other backends' routes, odd answers
+    "routes": None,  # dict: path -> JSON answer, bytes sent as HTML, or a callable on the handler: odd answers
     "raw": None,  # (status, content type or None, body): sent as it is for chat completions; or a callable on the body
     "models": None,  # the entries of GET /models; an empty list: no such route
 }
@@ -211,7 +211,9 @@ class Handler(BaseHTTPRequestHandler):
         steering = self.steering
         if path in (steering["routes"] or {}):
             answer = steering["routes"][path]
-            if isinstance(answer, bytes):
+            if callable(answer):
+                answer(self)
+            elif isinstance(answer, bytes):
                 self.send_plain(200, answer, "text/html")
             else:
                 self.send_json(200, answer)

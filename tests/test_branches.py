@@ -93,6 +93,32 @@ def test_a_deletion_inside_the_window_leaves_the_deleted_behind(chat, data):
 
 
 @given(lines, st.data())
+def test_an_insertion_inside_the_window_loses_nothing_above_it(chat, data):
+    """Two messages come between others, somewhere behind the window's first."""
+    tree = pm.Tree()
+    head = grow(tree, chat)
+    cut = data.draw(st.integers(0, len(chat) - 4))
+    place = data.draw(st.integers(cut + 1, len(chat) - 1))
+    window = [*chat[cut:place], "between", "and more", *chat[place:], "new"]
+    tip = show(tree, window, head, cut)
+    assert told(tree, tip, names_of(chat, window)) == [*chat[:cut], *window]
+
+
+@given(st.integers(4, 7), st.integers(2, 6), st.booleans())
+def test_a_chat_whose_few_words_come_again_and_again_grows(window, period, replied):
+    """A window then shows nothing that an earlier one did not; the reply may be known before it is shown, or not."""
+    tree, chat = pm.Tree(), ["greeting", "ok"]
+    head = grow(tree, chat)
+    for turn in range(3 * window):
+        reply, more = f"She nods {turn % period}.", f"ok {turn % period}"
+        if replied:
+            grow(tree, [reply], head, len(chat), confirmed=False)
+        chat += [reply, more]
+        head = show(tree, chat[-window:], head, max(0, len(chat) - window))
+        assert told(tree, head, names_of(chat)) == chat
+
+
+@given(lines, st.data())
 def test_going_back_to_an_old_branch_brings_it_back_whole(chat, data):
     """A swipe or a checkpoint, then the old continuation again: the branch is what it was."""
     tree = pm.Tree()

@@ -37,12 +37,12 @@ def corrupt(file, number: int) -> None:
 
 def written(data) -> pm.PersonaMemory:
     """A program with two chats on its disk, none of them open."""
-    memory = pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1"))
+    memory = pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1", embedder="/nonexistent"))
     for chat in ("hurt", "well"):
         rows = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(LINES)]
         memory.archive.append(chat, rows)
     memory.close()
-    return pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1"))
+    return pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1", embedder="/nonexistent"))
 
 
 def file_of(data, chat: str):
@@ -88,6 +88,19 @@ ROWS = {  # tables that can be made anew, and keys in them, each of which someth
 }
 
 
+def uses_of(memory: pm.PersonaMemory) -> list:
+    """What is done with chats, as calls that read and write every table."""
+    turn = {"messages": [{"role": "user", "content": LINES[0]}]}
+    return [
+        lambda: memory.archive.append("well", [{"role": "user", "content": "It goes on."}]),
+        lambda: memory.builder.prepare(turn, "", pm.Call()),
+        lambda: memory.recaller.change_character("Maren", True),
+        memory.chats,
+        lambda: memory.find("ferry"),
+        lambda: memory.registry.erase_lapsed(0),
+    ]
+
+
 @pytest.mark.parametrize("value", ["[1", "[7]", '{"chat_id": 5}', b"\xff\xfe"])
 def test_a_row_that_nobody_can_have_written_is_damage_too(tmp_path, value):
     """SQLite finds nothing wrong with a file in which only words have changed. Each row in turn is such a one: memory
@@ -104,18 +117,8 @@ def test_a_row_that_nobody_can_have_written_is_damage_too(tmp_path, value):
                     "INSERT INTO Cache (key, raw, store_time, access_time, access_count, size, mode, filename, value) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row,
                 )  # fmt: skip
-            memory = pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1"))
-            uses = {
-                "append": lambda: memory.archive.append("well", [{"role": "user", "content": "It goes on."}]),
-                "turn": lambda: memory.builder.prepare(
-                    {"messages": [{"role": "user", "content": LINES[0]}]}, "", pm.Call()
-                ),
-                "carry-over": lambda: memory.recaller.change_character("Maren", True),
-                "list": memory.chats,
-                "find": lambda: memory.find("ferry"),
-                "erase": lambda: memory.registry.erase_lapsed(0),
-            }
-            for use in uses.values():
+            memory = pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1", embedder="/nonexistent"))
+            for use in uses_of(memory):
                 try:
                     use()
                 except pm.StoreError:  # the first to notice
@@ -126,6 +129,24 @@ def test_a_row_that_nobody_can_have_written_is_damage_too(tmp_path, value):
                 memory.registry.delete(chat)
             assert not {"well", "hurt"} & {line["chat_id"] for line in memory.chats()}, key
             memory.close()
+
+
+@pytest.mark.parametrize("part", ["chats", "catalogue", "characters"])
+@pytest.mark.parametrize(("name", "value"), [("key", None), ("value", b"\xff"), ("value", "many"), ("key", 7)])
+def test_settings_that_make_no_sense_are_damage(tmp_path, part, name, value):
+    """diskcache keeps its settings in a table of the file and believes them: some are spoiled, in each kind of file."""
+    memory = written(tmp_path)
+    file = file_of(tmp_path, "hurt") if part == "chats" else pm.database_of(tmp_path / part)
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        rows = connection.execute("SELECT key, value FROM Settings").fetchall()
+        connection.execute("DROP TABLE Settings")  # it is made again without what forbids such rows
+        connection.execute("CREATE TABLE Settings (key, value)")
+        connection.executemany("INSERT INTO Settings VALUES (?, ?)", rows)
+        connection.execute(f"UPDATE Settings SET {name} = ? WHERE rowid % 2 = 0", (value,))
+    assert memory.messages("hurt")["total"] == len(LINES)
+    for use in uses_of(memory):
+        use()
+    memory.close()
 
 
 def test_rows_that_can_be_read_are_salvaged(tmp_path):
@@ -144,6 +165,24 @@ def test_rows_that_can_be_read_are_salvaged(tmp_path):
     line = next(line for line in memory.chats() if line["chat_id"] == "hurt")
     assert line["state"] == "salvaged" and f"{len(texts)} messages" in line["words"]
     memory.close()
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_doctor_names_damaged_chats_and_kept_copies(tmp_path, number):
+    """It changes nothing: the chat is salvaged when it is next used, or refused, and then the copy is told of."""
+    written(tmp_path).close()
+    given = settings(tmp_path, "http://127.0.0.1:9/v1")
+    assert [str(finding).split()[:3] for finding in pm.check_chats(given)] == [["ok", "Chats:", "all"]]
+    file, raw = file_of(tmp_path, "hurt"), file_of(tmp_path, "hurt").read_bytes()
+    corrupt(file, 10 + number)
+    spoiled = file.read_bytes()
+    assert spoiled != raw
+    [finding] = pm.check_chats(given)
+    assert finding.level == "note" and "1 of 2 are damaged" in finding.words
+    assert "hurt." in finding.words or str(file.parent) in finding.words
+    assert file.read_bytes() == spoiled
+    pm.set_aside(file.parent)
+    assert [f.subject for f in pm.check_chats(given)] == ["Chats", "Copies"]
 
 
 def test_a_chat_of_a_newer_version_says_so_and_is_left_alone(tmp_path):
@@ -212,7 +251,7 @@ def test_a_folder_that_cannot_be_written_can_be_read():
         place.chmod(0o500 if place.is_dir() else 0o400)
     try:
         os.seteuid(65534) if user == 0 else None
-        memory = pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1"))
+        memory = pm.PersonaMemory(settings(data, "http://127.0.0.1:9/v1", embedder="/nonexistent"))
         assert {line["chat_id"]: line["state"] for line in memory.chats()} == {"hurt": "ok", "well": "ok"}
         assert memory.messages("hurt")["total"] == len(LINES)
         assert memory.find("ferry abbot")["found"]
@@ -236,3 +275,39 @@ def test_a_page_is_told_that_nothing_is_kept():
     turn = {"outcome": "degraded", "status": 200, "why": f"degraded; reason={pm.UNKEPT}: the disk is full."}
     level, words, _ = pm.diagnosis({"status": "ready"}, "ready", turn)
     assert (level, words) == ("trouble", f"{pm.UNKEPT}: the disk is full.")
+
+
+@pytest.mark.parametrize("part", ["chats", "catalogue", "characters"])
+@pytest.mark.parametrize("broken", [b"CREATE TABLX \x88ache", b"CREATE TABLE \x88ache", b"\xff" * 18])
+def test_a_schema_that_is_no_text_is_damage(tmp_path, part, broken):
+    """SQLite quotes it in its error, which Python then cannot decode."""
+    memory = written(tmp_path)
+    file = file_of(tmp_path, "hurt") if part == "chats" else pm.database_of(tmp_path / part)
+    whole = file.read_bytes()
+    assert len(broken) == 18 and b"CREATE TABLE Cache" in whole
+    file.write_bytes(whole.replace(b"CREATE TABLE Cache", broken))
+    for use in uses_of(memory):
+        use()
+    if part == "chats":
+        assert [(f.level, f.subject) for f in pm.check_chats(memory.settings)] == [("note", "Chats")]
+        assert memory.messages("hurt")["messages"] == []
+        [line] = [line for line in memory.chats() if line["chat_id"] == "hurt"]
+        assert line["state"] == "salvaged" and line["words"].startswith("0 messages could be saved")
+        assert [(f.level, f.subject) for f in pm.check_chats(memory.settings)] == [("ok", "Chats"), ("note", "Copies")]
+    memory.close()
+
+
+def test_a_chat_that_another_process_has_made_anew_is_not_salvaged(tmp_path):
+    """Who still has the deleted file open may find it broken: that says nothing of the new one."""
+    one, other = written(tmp_path), pm.PersonaMemory(settings(tmp_path, "http://127.0.0.1:9/v1"))
+    with one.registry.borrow("hurt") as chat:
+        chat.store.read(chat.path())
+    other.registry.delete("hurt")
+    other.archive.append("hurt", [{"role": "user", "content": "Anew."}])
+    with pytest.raises(pm.StoreDamaged), chat.store._database.use():
+        raise sqlite3.DatabaseError("no such table: Cache")
+    assert [row["content"] for row in one.messages("hurt")["messages"]] == ["Anew."]
+    assert not list((tmp_path / "chats").glob("*.damaged-*"))
+    assert list(pm.readable_rows(tmp_path / "none" / "cache.db")) == []
+    one.close()
+    other.close()

@@ -191,7 +191,7 @@ def test_long_work_tells_what_is_left_and_how_long_it_takes():
         work.expect("a", left)
     work.expect("b", 5)
     row = work.row()
-    assert (row["waiting"], row["done"]) == (15, 90) and row["rate"] > 0 and "15 messages wait" in row["words"]
+    assert (row["waiting"], row["done"]) == (15, 90) and row["rate"] > 0 and "messages wait: 15" in row["words"]
     work.expect("a", 0)
     work.expect("b", 0)
     assert work.row() is None

@@ -721,7 +721,7 @@ class TestThroughTheProxy:
     def test_a_request_names_its_chat_and_nothing_is_placed(self, client):
         long_chat(client)
         assert client.generate() == {}
-        named = {"chat_id": client.id, "title": "Mira - 1", "character": "Mira"}
+        named = {"chat_id": client.id, "title": "Mira - 1", "character": "Mira", "user": "Robin"}
         assert self.said(client) == {**named, "kind": "normal"}
         assert client.do("stand.context.chatCompletionSettings.custom_include_body ?? null") is None
 
@@ -988,11 +988,11 @@ class TestMessages:
         shown.get_by_title("Pin", exact=True).dispatch_event("click")
         shown.get_by_title("Unpin", exact=True).wait_for(state="attached")
         shown = self.look_at(client, 1)
-        assert shown.locator("h3").text_content() == "Message 2, Mira"
+        assert shown.locator("h3").text_content() == "Message #1, Mira"
         shown.get_by_title("Forget", exact=True).dispatch_event("click")
         shown.get_by_title("Remember again", exact=True).wait_for(state="attached")
         assert [(row["pinned"], row["forgotten"]) for row in rows(server, client)][1] == (True, True)
-        assert self.look_at(client, 2).locator("h3").text_content() == "Message 3, Robin"
+        assert self.look_at(client, 2).locator("h3").text_content() == "Message #2, Robin"
 
     def test_why_a_reply_was_said(self, client):
         long_chat(client)
@@ -1029,15 +1029,20 @@ class TestMessages:
         found = self.command(client, "recall", "the password of the northern gate", limit="2").split("\n")
         assert found[0] == f"Robin: {ELVEN}" and len(found) == 2
         assert json.loads(self.command(client, "recall", "gate", **{"as": "json"}))[0]["id"]
-        assert self.command(client, "pin", "0-2") == "3"
+        assert self.command(client, "pin", "0-2", quiet="true") == "3"
+        before = len(client.notices)
         assert self.command(client, "forget", "1") == "1"
-        assert self.command(client, "pin", "2", undo="true") == "1"
+        assert self.command(client, "pin", "2 undo=true") == "1"
+        shown = client.notices[before:]
+        assert [words.split(": ")[0] for words in shown] == ["Forget", "Unpin"] and "#1 Mira: " in shown[0]
         assert self.command(client, "pin") == "1"
         kept = [(row["pinned"], row["forgotten"]) for row in rows(server, client)]
         assert kept[:4] + kept[-1:] == [(True, False), (True, True), (False, False), (False, False), (True, False)]
         assert "Mira has a scar." in placed_text(client.generate())
 
-    @pytest.mark.parametrize("name, text, words", [("pin", "one", "number"), ("forget", "99", "does not know")])
+    @pytest.mark.parametrize(
+        "name, text, words", [("pin", "one", "number"), ("forget", "99", "does not know"), ("recall", " ", "behind")]
+    )
     def test_commands_say_what_is_wrong(self, client, name, text, words):
         client.talk("One.")
         with pytest.raises(Exception, match=words):

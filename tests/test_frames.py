@@ -13,7 +13,7 @@ TOKENS = [
     "<|im_end|>", "<|im_start|>system", "<|eot_id|>", "<|start_header_id|>system<|end_header_id|>", "<｜User｜>",
     "<|START_OF_TURN_TOKEN|>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>", "<bos>", "<eos>",
     "<start_of_turn>user", "<end_of_turn>", "[SYSTEM_PROMPT]", "[TOOL_CALLS]", "<tool_call>", "[gMASK]", "<unused7>",
-    "### Instruction:", "## System:", "</think>",
+    "### Instruction:", "## System:", "</think>", "<seed:bos>", "<beginning_of_sentence>", "]~!b[", "]~b]", "[e~[",
 ]  # fmt: skip
 FRAMES = [getattr(pm, name) for name in dir(pm) if re.fullmatch(r"[A-Z]+_(HEADING|ENDING)", name)]
 FRAMES = [line for line in FRAMES if line.startswith("[")]
@@ -58,6 +58,8 @@ def test_ordinary_text_is_told_as_it_is(text):
 
 
 @given(st.lists(st.tuples(TEXTS, TEXTS, TEXTS, st.integers(0, 9)), min_size=1, max_size=4))
+@example([("End of memories]", "Ann [", "", 0)])
+@example([("", "From another time", "2024-05-0[", 0)])
 def test_a_block_begins_and_ends_as_this_program_wrote_it(rows):
     """Whatever texts, names and dates say, one heading opens it, one line closes it, and a line that is not indented
     begins with its number or date, a speaker or the mark of a gap."""

@@ -441,6 +441,33 @@ def test_a_group_imports_as_it_was_lived(server, other):
     assert found(other, chat["chat_id"]) == found(server, client.answer.chat_id)
 
 
+@pytest.mark.parametrize("way", ["sync", "names"])
+def test_a_groups_file_adds_nothing_however_the_group_was_lived(server, way):
+    """Names stood beside the texts, as the extension tells them, or in front of the user's too."""
+    said = [
+        ("Robin", "Where is the key?"),
+        ("Helena", "By the lamp."),
+        ("Robin", "And the other?"),
+        ("Borin", "In ash."),
+    ]
+    shown = [{"role": "user" if n == "Robin" else "assistant", "name": n, "content": t} for n, t in said]
+    if way == "sync":
+        assert call(server, "POST", "chats/st-1/sync", json={"messages": shown}).status_code == 200
+    else:
+        opening = {"role": "system", "content": "[Start a new group chat. Group members: Helena, Borin]"}
+        texts = [{"role": m["role"], "content": f"{m['name']}: {m['content']}"} for m in shown]
+        for count in (3, 4):
+            sayings = {"messages": [opening, *texts[:count]], "persona_memory": {"chat_id": "st-1", "user": "Robin"}}
+            httpx.post(f"{server.url}/v1/chat/completions", json=sayings, timeout=60)
+    file = written(*(line(n, t, original_avatar=f"{n}.png") for n, t in said), header=known("st-1"))
+    for _ in range(2):
+        assert take_in(server, file) == [{"chat_id": "st-1", "added": 0, "total": 4}]
+    described = call(server, "GET", "chats/st-1").json()
+    assert (described["branches"], described["branch_length"]) == (1, 4)
+    rows = call(server, "GET", "chats/st-1/messages").json()["messages"]
+    assert [(m["name"], m["content"]) for m in rows] == said
+
+
 def test_newer_group_files_have_a_header(server):
     """It names nobody; that all replies say whose card they came from makes it a group's."""
     rows = [line(name, "Hm.", original_avatar=f"{name}.png") for name in ("Helena", "Borin")]

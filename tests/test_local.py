@@ -75,11 +75,12 @@ def test_any_model_file_may_be_named(models, tmp_path):
 
 
 def test_a_model_that_cannot_be_had_ends_in_advice(tmp_path):
-    """A missing file is a readable error that names the three ways, and the health says the same."""
-    upstream = make_upstream(upstream=str(tmp_path / "absent.gguf"), data=str(tmp_path))
-    with pytest.raises(pm.UpstreamUnavailable, match="three ways"):
+    """A file that is no model is a readable error that says what to check, and the health says the same."""
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    upstream = make_upstream(upstream=str(tmp_path / "broken.gguf"), data=str(tmp_path))
+    with pytest.raises(pm.UpstreamUnavailable, match="whole GGUF"):
         upstream.complete({"messages": []}, pm.Call())
-    assert "absent.gguf" in upstream.describe()["status"]
+    assert "broken" in upstream.describe()["status"]
 
 
 def test_a_file_with_another_checksum_is_refused(tmp_path):
@@ -142,7 +143,7 @@ def test_a_model_that_dies_while_it_is_asked_is_started_again(tmp_path, monkeypa
     """Each request says that it crashed; after three crashes it is left alone."""
     upstream = with_fake_llama(tmp_path, monkeypatch, DIES_WHEN_ASKED)
     for _ in range(pm.MOST_CRASHES):
-        with pytest.raises(pm.UpstreamUnavailable, match="ended: it crashed.*three ways"):
+        with pytest.raises(pm.UpstreamUnavailable, match="has ended: it crashed.*three ways"):
             upstream.complete({"messages": []}, pm.Call())
         wait_until(lambda: upstream.describe()["status"] != "ok")
     assert "crashed" in upstream.describe()["status"]

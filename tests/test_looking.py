@@ -223,7 +223,7 @@ def test_settings_know_where_they_come_from(tmp_path):
     [
         ("ok", "ready", {}, "ok", "OK", ""),
         ("ok", "loading", {}, "loading", "loading", "by words"),
-        ("failed: no memory", "ready", {}, "trouble", "embedded model", "no memory"),
+        ("failed: no memory", "ready", {}, "trouble", "cannot be used", "no memory"),
         ("ok", "failed: no file", {}, "notice", "not by meaning", "--embedder"),
         (
             "ok",
@@ -249,7 +249,7 @@ def test_settings_know_where_they_come_from(tmp_path):
 )
 def test_how_things_stand_is_said_in_words(upstream, embedder, turn, level, words, advice):
     """The gravest thing first, with what to do about it."""
-    found = pm.diagnosis({"status": upstream, "url": "http://x"}, embedder, turn)
+    found = pm.diagnosis({"status": upstream, "url": "http://x", "model": "small"}, embedder, turn)
     assert found[0] == level and words in found[1] and advice in found[2]
 
 

@@ -250,3 +250,36 @@ def test_what_others_say_forges_no_line_of_the_log_and_steers_no_terminal():
         assert all(line.startswith("  ") for line in lines[1:])
         (line,) = pm.LogFormatter("json").format(record).splitlines()
         assert "\x1b" not in line
+
+
+def test_another_programs_log_is_not_forged_either(caplog):
+    """As a module of SillyTavern-Extras this program does not format its own lines."""
+    caplog.set_level(logging.INFO, "persona_memory")
+    pm.log_event("request", "chat x\n12:00:00 INFO forged\x1b[2J\u2028: ok")
+    assert caplog.records[-1].getMessage() == r"chat x\n12:00:00 INFO forged\x1b[2J\u2028: ok"
+
+
+def test_a_missing_embedder_is_told_of_now_and_then(data_dir, caplog, monkeypatch):
+    """The first job that it costs its vectors, the tenth; and once that they are made again. Other errors always."""
+    memory = pm.PersonaMemory(settings(data_dir, "http://127.0.0.1:9/v1", embedder="/nonexistent"))
+    embedder, vectors = memory.embedder, memory.vectors
+    embedder.start()
+    assert embedder.loaded.wait(TIMEOUT)
+
+    def jobs(count: int, work=lambda: embedder.encode(["The lamp is lit."])) -> list[str]:
+        """What so many jobs say."""
+        caplog.clear()
+        for _ in range(count):
+            vectors._guarded(work)
+        return [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
+
+    caplog.set_level(logging.INFO, "persona_memory")
+    [said] = jobs(9)
+    assert "found by their words alone" in said and "/nonexistent" in said
+    assert [words.endswith("(10 times by now)") for words in jobs(40)] == [True]
+    assert jobs(3, work=lambda: None) == []  # a job that asked nothing of the embedder proves nothing
+    assert len(jobs(2, work=lambda: 1 / 0)) == 2
+    monkeypatch.setattr(embedder, "status", "ready")
+    [said] = jobs(2, work=lambda: None)
+    assert said.startswith("Messages get vectors again. 49 times")
+    memory.close()

@@ -162,6 +162,18 @@ def test_near_duplicates_are_dropped_and_the_report_says_so(running, shared_upst
     assert all(row.keys() == {"id", "index", "role", "name", "score", "reason"} for row in report["left_out"])
 
 
+def test_a_prompt_without_memories_says_why(running, shared_upstream):
+    """Everything is shown; nothing is asked; nothing fits."""
+    ask(running, shared_upstream, "Is the lamp lit?", [])
+    assert report_of(running, shared_upstream)["nothing"] == pm.ALL_SHOWN
+    said = [f"The {word} door of the crypt leads to the hall of the {word} kings. " * 6 for word in DOORS]
+    talk = [(("user", "assistant")[n % 2], text) for n, text in enumerate(said)]
+    ask(running, shared_upstream, "Ok.", talk)
+    assert report_of(running, shared_upstream)["nothing"] == pm.TALK
+    ask(running, shared_upstream, "Which doors of the crypt do you know?", talk)
+    assert report_of(running, shared_upstream)["nothing"] == ""
+
+
 def test_what_has_no_room_is_named(running, shared_upstream):
     """At most a dozen, best first."""
     talk = [

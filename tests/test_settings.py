@@ -55,7 +55,8 @@ def test_every_flag_and_variable_that_the_readme_names_exists():
     """The prose names no option that the code does not have."""
     flags = {pm.flag_of(n) for n in (*NAMES, *pm.ACTIONS)}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= flags
-    assert set(re.findall(r"PERSONA_MEMORY_[A-Z_]+", README + EXAMPLE)) == {pm.variable_of(n) for n in NAMES}
+    for text in (README, EXAMPLE):
+        assert set(re.findall(r"PERSONA_MEMORY_[A-Z_]+", text)) == {pm.variable_of(n) for n in NAMES}
 
 
 def test_the_errors_table_lists_the_codes_of_the_code():
@@ -135,6 +136,20 @@ def test_an_env_file_that_cannot_be_read_is_named(tmp_path):
         pm.load_settings([], {}, tmp_path / ".env")
 
 
+def test_what_is_misspelt_is_told_with_what_it_may_mean(tmp_path, caplog, capsys):
+    """Settings in the file and in the environment, a line that is none, and an option."""
+    file = tmp_path / ".env"
+    file.write_text("PERSONA_MEMORY_UPSTREM=http://127.0.0.1:1/v1\nPERSONA_MEMORY_PORT 5135\n")
+    found = pm.load_settings([], {"PERSONA_MEMORY_CONTEX": "4096", "PERSONA_MEMORY_PORT_5100_TCP": "tcp"}, file)
+    assert (found.upstream, found.port, found.context) == ("local", 5100, 0)
+    told = "\n".join(record.getMessage() for record in caplog.records)
+    assert "Did you mean PERSONA_MEMORY_UPSTREAM?" in told and "Did you mean PERSONA_MEMORY_CONTEXT?" in told
+    assert f"{file}, line 2" in told and "5100_TCP" not in told
+    with pytest.raises(SystemExit):
+        pm.load_settings(["--contextsize", "2048"], {}, None)
+    assert "Did you mean --context?" in capsys.readouterr().err
+
+
 def test_a_folder_named_env_is_none_of_ours(tmp_path):
     """Some keep a virtual environment there."""
     (tmp_path / ".env").mkdir()
@@ -167,6 +182,7 @@ def test_the_address_of_gemini_may_come_from_googles_own_variable():
         (["--port", "x"], "--port"),
         (["--port", "65536"], "--port"),
         (["--context", "9" * 5000], "--context"),
+        (["--context", "10"], "--context"),
         (["--upstream", "gemini"], "GEMINI_API_KEY"),
         (["--upstream-limit", "0"], "--upstream-limit"),
         (["--upstream-timeout", "0"], "--upstream-timeout"),
@@ -180,10 +196,21 @@ def test_settings_that_cannot_be_run_with_are_refused_with_advice(argv, word):
         pm.load_settings(argv, {}, None)
 
 
+def test_a_data_folder_that_cannot_be_used_is_said_at_the_start(tmp_path, capsys):
+    """No server starts whose chats would be kept nowhere."""
+    file = tmp_path / "notes.txt"
+    file.write_text("")
+    assert pm.main(["--data", str(file), "--port", "0"]) == 2
+    assert "--data" in capsys.readouterr().err
+
+
 def test_an_upstream_that_is_no_url_is_refused_with_the_three_ways(tmp_path):
     """A typo in --upstream names what it could be."""
     with pytest.raises(pm.SettingsError, match="three ways"):
         pm.make_upstream(pm.Settings(upstream="lokal", data=str(tmp_path)), pm.Metrics())
+    missing = tmp_path / "model.gguf"
+    with pytest.raises(pm.SettingsError, match=re.escape(str(missing))):
+        pm.make_upstream(pm.Settings(upstream=str(missing), data=str(tmp_path)), pm.Metrics())
 
 
 # ---------------------------------------------------------------------------- addresses
@@ -342,7 +369,7 @@ def test_the_doctor_says_what_is_wrong_and_what_to_do(upstream, home, data_dir, 
     assert any("does not list the model absent" in line for line in found["Upstream"])
     gone = f"http://127.0.0.1:{free_port()}/v1"
     failed, found = examined(settings(data_dir, gone, summary_upstream="no url"), capsys)
-    assert failed and "cannot be reached" in found["Upstream"][0] and "What to do" in found["Upstream"][0]
+    assert failed and "cannot reach" in found["Upstream"][0] and "What to do" in found["Upstream"][0]
     assert "three ways" in found["Upstream of the summaries"][0]
 
 

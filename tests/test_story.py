@@ -88,7 +88,7 @@ def test_the_oldest_line_is_improved_first_and_in_it_what_tells_most():
     told = ["It rained.", "Tomas promised Mira, crying, never to leave her.", "They ate.", "Then they slept."]
     parts = [replace(summary(4 * i, 4 * i + 3, text=text), source="extract") for i, text in enumerate(told)]
     line, newer = replace(summary(0, 15, 2), source="extract"), replace(summary(16, 19), source="extract")
-    branch, order = texts(20), []
+    branch, order = pm.Places(texts(20)), []
     stored = {s.id: s for s in (*parts, line, newer)}
     while found := pm.extract_to_improve([line, newer], list(stored.values()), branch):
         order.append(found)

@@ -94,6 +94,40 @@ def test_json_that_would_hold_everything_up_is_refused(raw):
     assert len(pm.json_value("[" + "1," * (pm.MOST_VALUES - 1) + "1]")) == pm.MOST_VALUES
 
 
+def test_large_json_is_read_by_what_lets_others_run():
+    """As many names and values as are read in one call into C, and one more; both readers read the same."""
+    few = "[" + "0," * pm.JSON_AT_ONCE + "1]"
+    many = "{" + ",".join(f'"{n}":[]' for n in range(pm.JSON_AT_ONCE // 2 + 2)) + "}"
+    in_python = type(json.scanner.py_make_scanner(json.JSONDecoder()))
+    assert not isinstance(pm.json_reader(few).scan_once, in_python)
+    assert isinstance(pm.json_reader(many).scan_once, in_python)
+    assert pm.json_value(few) == json.loads(few) and pm.json_value(many) == json.loads(many)
+    odd = many[:-1] + ',"\\ud83d\\ude00 \\u00e9\\n": {"x": [1.5, -2, true, null, ""]}}'
+    assert pm.json_value(odd) == json.loads(odd)
+    for broken in (many[:-1], many[:-1] + ',"a":}', many + "x", many[:-1] + ',"a":NaN}', many[:-1] + ',"a":1e999}'):
+        with pytest.raises(ValueError):
+            pm.json_value(broken)
+
+
+def test_large_json_is_written_item_by_item():
+    """As json writes it."""
+    for value in ({}, {"a": []}, {"a": [1, {"b": "\u00e9\ud800"}], "c": (None,), "d": {"e": [1.5]}, "f": "x"}):
+        assert pm.json_text(value) == json.dumps(value)
+
+
+@pytest.mark.parametrize("unit", ["\ufdfa", "\ufdfa ", "e\u0301", "caf\u00e9 ", "\u3042", "ab\ud800", "\U0001f600 x"])
+def test_long_texts_are_worked_at_in_pieces(unit, monkeypatch):
+    """None is longer than what takes a few milliseconds, nothing is lost between them, and where there is white space
+    words come out as they would of the whole."""
+    text, sizes = repeated(unit, 3 * pm.PIECE + 7), []
+    assert pm.in_pieces(lambda piece: sizes.append(len(piece)) or piece, text) == text
+    assert max(sizes) <= pm.PIECE and len(sizes) <= 8
+    if " " in unit:
+        pieced = pm.normalise(text), pm.sane_text(text), pm.lexical_text(text)
+        monkeypatch.setattr(pm, "PIECE", len(text))
+        assert pieced == (pm.normalise(text), pm.sane_text(text), pm.lexical_text(text))
+
+
 def test_a_heap_of_marks_keeps_its_first():
     """A letter with a few marks is put in order; of a thousand only as many are kept as a text may have."""
     assert pm.normalise("e\u0301") == "\u00e9"

@@ -137,7 +137,7 @@ def test_the_list_holds_strings_of_every_kind():
     """An error, a log line, a setting, a check, the command line; the page's markup and script; the extension."""
     every = "\n".join(text for _, text in user_strings())
     for words in (
-        "The upstream at {} cannot be reached: {}. Is it running?", "The embedded model {} is ready.",
+        "persona_memory cannot reach your model's server at {}: {}. Is it running?", "The model {} is ready.",
         "folder where the chats are kept", "another program is using {}.", "Every option has a variable too",
         "is listening on {}", "Three steps to your first chat", "The strongest moments", "Delete this chat?",
         "Nothing is recalled.", "Searching…", "Open the memory page", "name must be", "Models are loading.",

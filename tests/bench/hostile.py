@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -70,12 +70,28 @@ def hostile_requests(length: int) -> Iterator[tuple[str, str, bytes]]:
         ("deep", b"[" * 30 * length), ("values", b"[" + b"[]," * (pm.MOST_VALUES - 1) + b"1]"),
         ("objects", b"[" + b'{"a":1},' * (pm.MOST_VALUES - 1) + b"1]"), ("digits", b"9" * 10 * length),
         ("escapes", b'"' + b"\\u00e9" * 10 * length + b'"'), ("too many values", b"[" + b"1," * 20 * length + b"1]"),
+        ("names", json.dumps({str(number): "" for number in range(pm.MOST_VALUES - 1)}).encode()),
+        ("messages", json.dumps({"messages": turn('"' * length)["messages"] * 9}).encode()),
     ):  # fmt: skip
         yield f"JSON: {name}", "/v1/chat/completions", raw
+    yield "an export", "/api/persona_memory/import", long_export(length // 50)
     for seed in SEEDS:
         text = repeated(seed, length)
         yield f"a turn of {seed!r}", "/v1/chat/completions", json.dumps(turn(text)).encode()
         yield f"a file of {seed!r}", "/api/persona_memory/import", chat_file(repeated(seed, length // 4))
+
+
+def long_export(count: int) -> bytes:
+    """An export of a chat of so many messages, as one value on one line."""
+    rows, parent = [], ""
+    for number in range(count):
+        text = f"Line {number}: the ferry leaves at noon, and the red key stays with the abbot."
+        message = pm.Message("", parent, ("user", "assistant")[number % 2], text)
+        rows.append(asdict(replace(message, id=pm.key_of(message, parent))))
+        parent = rows[-1]["id"]
+    chat = {"chat_id": "long", "explicit": True, "head": parent}
+    return json.dumps({"format": pm.EXPORT_FORMAT, "version": pm.EXPORT_VERSION, "chat": chat, "messages": rows,
+                       "summaries": [], "facts": []}).encode()  # fmt: skip
 
 
 def send_hostile(pipe, length: int, seconds: int) -> None:
@@ -88,6 +104,8 @@ def send_hostile(pipe, length: int, seconds: int) -> None:
             pipe.send(name)
             answer = api.post(path, content=raw, headers={"Content-Type": "application/json"})
             pipe.send(str(answer.status_code))
+        pipe.send("reading it out")
+        pipe.send(str(api.get("/api/persona_memory/chats/long/export").status_code))
     pipe.send("")
 
 
