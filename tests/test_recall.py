@@ -314,9 +314,32 @@ def test_a_question_for_nothing_but_a_day_is_answered_by_that_day(text):
         chat(("Ann", long), ("Bo", long[::-1]), ("Ann", "We pried open the cellar."), ("Bo", long), at=days)
     )
     order, scores = asked(index, text)
-    assert order[0] == 2 and scores["that_day"][2] > 0 == scores["that_day"][1]
+    assert order[0] == 2 and scores["when"][2] > 0 == scores["when"][1]
     assert pm.understand(text, "", {}, NOW).asks == pm.ASKS
-    assert "that_day" not in asked(index, "What did Bo sell yesterday?")[1]
+    assert asked(index, "What did Bo sell yesterday?")[1]["when"][2] < scores["when"][2]
+
+
+@pytest.mark.parametrize(
+    ("told", "question"),
+    [
+        ("On the {} day at sea the wind drops.", "What did you see on the third day at sea?"),
+        ("Day {}. The wind drops.", "What did we see on the 3rd day?"),
+        ("Am {} Tag auf See legt sich der Wind.", "Was hast du am dritten Tag auf See gesehen?"),
+        ("El {} día en el mar cae el viento y la mar.", "¿Qué viste el tercer día en el mar?"),
+        ("Le {} jour en mer, le vent tombe sur la mer.", "Qu'as-tu vu le troisième jour en mer ?"),
+    ],
+)
+def test_a_named_day_of_the_story_lifts_what_was_said_from_it_on(told, question):
+    """Until the next one is told; looking back to an earlier one changes no day but that message's."""
+    language = pm.language_of(question)
+    nth = {"en": "second third fourth", "de": "zweiten dritten vierten", "es": "segundo tercer cuarto"}
+    nth = nth.get(language, "deuxième troisième quatrième").split()
+    nth = ["2", "3", "4"] if told.startswith("Day") else nth
+    talk = [told.format(nth[0]), "...", told.format(nth[1]), "...", told.format(nth[2]), "...", told.format(nth[0])]
+    index = indexed(chat(*((("Ann", "Bo")[i % 2], text) for i, text in enumerate(talk))))
+    when = asked(index, question)[1]["when"]
+    assert np.flatnonzero(when).tolist() == [2, 3]
+    assert index.evidence((), None).story_days.tolist() == [2, 2, 3, 3, 4, 4, 2]
 
 
 def test_messages_of_one_time_are_all_the_same_to_a_named_day():

@@ -274,11 +274,21 @@ def likeliest(scores, gold, blank):
     return (gold * torch.nn.functional.softplus(others - scores).masked_fill(blank, 0)).sum(1)
 
 
+def missed(scores, gold):
+    """Loss per question: the share of the evidence that stands below the RANKS-th message that is none, each softly."""
+    import torch
+
+    rivals = scores.masked_fill(gold > 0, -1e9).topk(max(RANKS)).values[:, [rank - 1 for rank in RANKS]]
+    return (gold * torch.sigmoid(rivals[:, None, :] - scores[:, :, None]).mean(2)).sum(1)
+
+
+RANKS = (5, 10, 20)
 WRITTEN_SHARE = 0.3  # what the chats of tests/data weigh beside a kind of talk
 
 
 def fitted(conversations: list[Conversation], rows: list[list[np.ndarray]]) -> np.ndarray:
-    """Weights that put the evidence first; every kind of talk (data file) counts as much, the written chats less.
+    """Weights that put the evidence first, and among the first RANKS: likelihood alone looks most at what is far away.
+    Every kind of talk (data file) counts as much, the written chats less.
     Adversarial questions count for less: in them the evidence is another speaker's."""
     import torch
 
@@ -303,7 +313,7 @@ def fitted(conversations: list[Conversation], rows: list[list[np.ndarray]]) -> n
     def loss():
         optimiser.zero_grad()
         scores = (values @ weights).masked_fill(blank, -1e9)
-        value = (counts * likeliest(scores, gold, blank)).sum() + (ridge * weights**2).sum()
+        value = (counts * (likeliest(scores, gold, blank) + missed(scores, gold))).sum() + (ridge * weights**2).sum()
         value.backward()
         return value
 
