@@ -839,7 +839,7 @@ def quoted(text: str) -> str:
 def one_line(text: str | None, limit: int = LONGEST_NAME) -> str:
     """A name, or another label in a frame: one line of what can be seen, of so many characters at most."""
     words = " ".join(UNSEEN.sub("", text or "").split())[:limit]
-    return without_framing(words).strip()
+    return re.sub(r"\[(?=[\W_]*\Z)", "(", without_framing(words)).strip()  # what follows must not become a frame
 
 
 def short_hash(*parts: str) -> str:
@@ -7909,7 +7909,7 @@ def memory_line(memory: Memory) -> str:
 
 def given_day(memory: Memory) -> str:
     """The day that the client gives a message; empty where it gives none."""
-    return one_line(memory.message.timestamp, 10).translate(HARMLESS)
+    return one_line(memory.message.timestamp, 10)
 
 
 def neighbours(memories: Sequence[Memory]) -> list[list[Memory]]:
