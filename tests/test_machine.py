@@ -612,7 +612,7 @@ class Machine(RuleBasedStateMachine):
         if card:
             story = front[0]["content"].removeprefix(card[0]["content"])
             assert [card[0], *front[1 : len(card)]] == card and (
-                not story or story.strip().startswith(pm.STORY_HEADING)
+                not story or story.strip().startswith(pm.ENGLISH.story)
             )
         else:
             assert HELENA.description in request.prompt[0]["content"]

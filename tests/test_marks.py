@@ -119,7 +119,7 @@ def test_a_pinned_message_is_told_in_every_prompt_that_does_not_show_it(running,
     for text in ("Nice weather.", "Which key opens the crypt below the chapel?"):
         prompt = ask(running, upstream, text)
         assert prompt.count("The red key opens the crypt") == 1
-        assert prompt.index("The red key") < prompt.index(pm.STORY_ENDING)
+        assert prompt.index("The red key") < prompt.index(pm.ENGLISH.end_of_story)
     told = about(running)
     assert [row["index"] for row in told["pinned"]] == [2] and told["persona"] == PERSONA["content"]
     change(running, 2, pinned=False)

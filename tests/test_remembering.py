@@ -226,7 +226,7 @@ def test_neighbours_are_one_excerpt_with_its_speakers(running, shared_upstream):
         ("assistant", "The smith calls his new anvil Bertha."),
     ]
     block = memories_in(ask(running, shared_upstream, "What do we know of the smith's new anvil?", talk))
-    assert block.startswith(pm.MEMORY_HEADING)
+    assert block.startswith(pm.ENGLISH.memories)
     (excerpt,) = re.findall(r"^#\d+-\d+ (.*?)(?=^#|^\[End)", block, re.M | re.S)
     assert (
         "User: The smith brought a new anvil from Brest today.\nYou: The smith calls his new anvil Bertha.\n" in excerpt

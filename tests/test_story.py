@@ -635,8 +635,8 @@ def test_a_fact_holds_on_the_branches_that_its_message_is_on(tree):
 
 # ---------------------------------------------------------------------------- an upstream that writes summaries
 
-TASK = pm.SUMMARY_TASK.split(".")[0]
-STRICT = pm.PLAIN_ANSWER[:40]
+TASK = pm.ENGLISH.retell.split(".")[0]
+STRICT = pm.ENGLISH.as_text[:40]
 CHATS_OF = "persona_memory/chats"
 WORDS = """
 harbour lantern mule copper captain storm bread market river bell tower letter sword horse winter meadow candle
@@ -837,7 +837,7 @@ def lead(body: dict) -> str:
 
 def story_in(body: dict) -> str:
     """The story so far in a prompt; empty where there is none."""
-    found = re.search(re.escape(pm.STORY_HEADING) + ".*" + re.escape(pm.STORY_ENDING), lead(body), re.DOTALL)
+    found = re.search(re.escape(pm.ENGLISH.story) + ".*" + re.escape(pm.ENGLISH.end_of_story), lead(body), re.DOTALL)
     return found[0] if found else ""
 
 
@@ -865,7 +865,7 @@ def test_what_has_left_the_prompt_is_told_in_it(small, chronicler):
     assert shown(game.play(1)) == 0
     reply = game.until_told()
     body, about = chronicler.prompts[-1], game.about()
-    assert lead(body).startswith(PERSONA["content"] + "\n\n" + pm.STORY_HEADING)
+    assert lead(body).startswith(PERSONA["content"] + "\n\n" + pm.ENGLISH.story)
     assert about["story"][0]["text"] in story_in(body)
     assert about["summary"].startswith(f"(#1-4) {about['story'][0]['text']}")
     assert (about["story"][0]["start"], about["story"][0]["end"], about["story"][0]["source"]) == (0, 3, "model")
@@ -882,7 +882,7 @@ def test_a_fact_stands_in_the_story_with_its_message(small, chronicler):
     (held,) = game.about()["facts"]  # each stretch's is about the same: the newest holds
     assert held["quote"] in game.contents[held["index"]]
     assert held["supersedes"]["index"] < held["index"]
-    assert pm.FACTS_HEADING in story_in(chronicler.prompts[-1])
+    assert pm.ENGLISH.facts in story_in(chronicler.prompts[-1])
     assert shown(reply) >= 2
 
 
@@ -960,7 +960,7 @@ def test_a_client_that_sends_only_its_newest_message_has_a_story_too(small, chro
     for number in range(10):
         say(small.url, [{"role": "user", "content": line(number, 150)}], stream=False, chat_id="bare")
         settle(small)
-    assert chronicler.summaries and pm.STORY_HEADING in json.dumps(chronicler.prompts[-1])
+    assert chronicler.summaries and pm.ENGLISH.story in json.dumps(chronicler.prompts[-1])
 
 
 @pytest.mark.parametrize("shape", ["several", "folded", "parts"])
@@ -978,13 +978,13 @@ def test_every_shape_of_persona_carries_the_story(small, chronicler, shape):
     game.until_told()
     got = chronicler.prompts[-1]["messages"]
     if shape == "several":
-        assert got[:2] == given and got[2]["role"] == "system" and got[2]["content"].startswith(pm.STORY_HEADING)
+        assert got[:2] == given and got[2]["role"] == "system" and got[2]["content"].startswith(pm.ENGLISH.story)
     elif shape == "folded":
-        assert got[0]["content"].startswith(f"{given[0]['content']}\n\n{pm.STORY_HEADING}")
+        assert got[0]["content"].startswith(f"{given[0]['content']}\n\n{pm.ENGLISH.story}")
         assert {m["role"] for m in got} == {"user", "assistant"}
         assert given[0]["content"] not in json.dumps([source_of(body) for body in chronicler.summaries])
     else:
-        assert got[0]["content"][0] == texts and got[0]["content"][1]["text"].startswith(pm.STORY_HEADING)
+        assert got[0]["content"][0] == texts and got[0]["content"][1]["text"].startswith(pm.ENGLISH.story)
 
 
 # ---------------------------------------------------------------------------- branches in the running program
@@ -1105,8 +1105,8 @@ def test_stories_follow_branches_through_any_course_of_a_chat(small, chronicler)
         path, hidden = store.tree.path(about["last_prompt"]["tip"]), about["last_prompt"]["hidden"]
         on_it = pm.placed(store.summaries.values(), [store.tree.nodes[i].digest for i in path])
         standing = {pm.summary_line(s) for s in on_it if s.end < hidden}
-        told = story_in(chronicler.prompts[-1]).split(pm.FACTS_HEADING)[0].splitlines()[1:]
-        assert {one for one in told if one != pm.STORY_ENDING} <= standing
+        told = story_in(chronicler.prompts[-1]).split(pm.ENGLISH.facts)[0].splitlines()[1:]
+        assert {one for one in told if one != pm.ENGLISH.end_of_story} <= standing
         assert_sound(about, game.contents)
 
 

@@ -17,7 +17,7 @@ ROOMS = [(SOURCE.count("\n", 0, banner.start()) + 1, banner[1]) for banner in BA
 SCRIPTS = ("PAGE_SCRIPT", "EXTENSION_SCRIPT")
 # Rooms of word lists, patterns and prompts for models: what a user sees of them are errors and log lines alone.
 PROGRAMS = ("LLAMA_PROGRAM", "EXTRAS_BLOCK", "PAGE_STYLE", "EXTENSION_STYLE")  # constants of code
-ROOMS_OF_DATA = ("Emotion", "Requests", "Index", "Recall", "Summaries", "Prompt", "Protocol")
+ROOMS_OF_DATA = ("Languages", "Emotion", "Requests", "Index", "Recall", "Summaries", "Prompt", "Protocol")
 TELLING = {"log_event", "note_failure", "print", "tell", "write", "setting", "Action", "Finding", "degraded_header"}
 WORDS = re.compile(r"[A-Za-z]{2,}[,.;:]? (?:[A-Za-z{]|--)")
 NO_PROSE = re.compile(

@@ -24,6 +24,7 @@ from train_emotion import (
     encode,
     examples,
     named,
+    outputs_of,
     read_rows,
     role_play_lines,
     scene_lines,
@@ -92,9 +93,8 @@ def unseen_half(data: Path, cache: Path | None, parts: list[Examples], names: li
         ("vector", ("vector",)),
         ("vector + features", ("vector", "features")),
     ):
-        weights, bias = train(seen, blocks)
-        logits = [part.inputs(blocks) @ weights + bias for part in parts]
-        scores = [np.stack([pm.blended(row) for row in rows]) for rows in logits]
+        head = train(seen, blocks)
+        scores = [np.stack([pm.blended(row) for row in outputs_of(head, part.inputs(blocks))]) for part in parts]
         report(name, [(part.targets.argmax(1), each) for part, each in zip(parts, scores, strict=True)])
     print("\nrows: what is felt on half b; columns: what is read" + confusion(parts[0].targets.argmax(1), scores[0]))
 

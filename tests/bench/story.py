@@ -120,7 +120,7 @@ def measure_conversations(args) -> None:
 
 def retelling(body: dict) -> str | None:
     """What a well-behaved model would answer to a request for a summary; None for a turn."""
-    if not body["messages"][0]["content"].startswith(pm.SUMMARY_TASK[:30]):
+    if not body["messages"][0]["content"].startswith(pm.ENGLISH.retell[:30]):
         return None
     rows = [("", line.split(": ", 1)[-1], 0.0) for line in body["messages"][-1]["content"].splitlines()]
     return json.dumps({"summary": pm.extract_summary(rows, 140), "facts": []})
