@@ -116,7 +116,7 @@ def test_a_chat_is_told_of_in_its_language(language, upstream, data_dir):
     messages = [{"role": m.role, "content": m.content} for m in talk[: len(talk) // 2 * 2]]
     messages += [{"role": "user", "content": SAMPLES[language][3]}, {"role": "assistant", "content": "..."}]
     prompt = ""
-    with LocalServer(settings(data_dir, upstream.url, context=640)) as running:
+    with LocalServer(settings(data_dir, upstream.url, context=760)) as running:
         for _, question, *_ in asks:
             asked = [{"role": "system", "content": "Mira."}, *messages, {"role": "user", "content": question}]
             say(running.url, asked, stream=False, chat_id="tale")
