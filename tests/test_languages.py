@@ -115,13 +115,14 @@ def test_a_chat_is_told_of_in_its_language(language, upstream, data_dir):
     (talk, asks), words = read_chat(f"language_{language}"), pm.WORDINGS[language]
     messages = [{"role": m.role, "content": m.content} for m in talk[: len(talk) // 2 * 2]]
     messages += [{"role": "user", "content": SAMPLES[language][3]}, {"role": "assistant", "content": "..."}]
-    prompt = ""
-    with LocalServer(settings(data_dir, upstream.url, context=760)) as running:
+    context = int(0.8 * sum(map(pm.message_tokens, messages)))  # so that the beginning has left the prompt
+    told, prompts = (words.memories, words.end_of_memories, words.feelings[1]), []
+    with LocalServer(settings(data_dir, upstream.url, context=context)) as running:
         for _, question, *_ in asks:
             asked = [{"role": "system", "content": "Mira."}, *messages, {"role": "user", "content": question}]
             say(running.url, asked, stream=False, chat_id="tale")
-            prompt = "\n".join(m["content"] for m in upstream.last["body"]["messages"])
-            assert words.feelings[1] in prompt and pm.ENGLISH.memories not in prompt
-            if words.memories in prompt:
+            prompts.append("\n".join(m["content"] for m in upstream.last["body"]["messages"]))
+            if all(line in prompts[-1] for line in told):
                 break
-    assert words.memories in prompt and words.end_of_memories in prompt
+    assert all(line in prompts[-1] for line in told)
+    assert not any(pm.ENGLISH.memories in prompt for prompt in prompts)
