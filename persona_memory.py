@@ -16255,6 +16255,7 @@ const state = {
     proxy: false, // whether the server is one through which chats may go
     proxied: '', // the id of the chat whose last request went through it
     placed: new Set(), // keys of the prompts that were placed
+    carries: 0, // how often the setting that chats recall from each other was asked for or changed
 };
 
 const client = () => globalThis.SillyTavern.getContext();
@@ -16997,18 +16998,17 @@ function characterName() {
 /** Whether this character's chats recall from each other: one setting for the character, which the server keeps. */
 async function showCarryOver() {
     const name = characterName();
+    const asked = ++state.carries; // an answer that has been overtaken, by a click too, shows nothing
     parts.carryFor.textContent = t`Recall from other chats with ${name} too`;
     parts.carry.parentElement.hidden = !name;
-    parts.carry.disabled = true;
-    parts.carry.checked = false;
-    if (!name) return;
-    const answer = await call(`${API}/characters/${encodeURIComponent(name)}`).catch(() => null);
-    if (!answer || characterName() !== name) return;
-    parts.carry.checked = Boolean(answer.carry_over);
-    parts.carry.disabled = false;
+    if (parts.carry.name !== name) Object.assign(parts.carry, { name, disabled: true, checked: false });
+    const answer = name && await call(`${API}/characters/${encodeURIComponent(name)}`).catch(() => null);
+    if (!answer || asked !== state.carries || characterName() !== name) return;
+    Object.assign(parts.carry, { disabled: false, checked: Boolean(answer.carry_over) });
 }
 
 async function onCarryOver() {
+    state.carries += 1;
     const path = `${API}/characters/${encodeURIComponent(characterName())}`;
     await call(path, { carry_over: parts.carry.checked }, 'PATCH').catch(complain);
     await showCarryOver();
