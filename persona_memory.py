@@ -7202,7 +7202,8 @@ class Signal:
 
 # Weights: softmax over a chat's messages with a ridge, and how much of the evidence the first 5, 10 and 20 miss, fitted
 # to the role-play chats and LoCoMo's development half together, each kind counting as much, and a little to those of
-# tests/data (tests/bench/recall.py --fit). Fitted without the chat that is judged they give 0 to 1.3 points less. One
+# tests/data. `tests/bench/recall.py --fit` minimises the same loss, but has not been compared with these weights, which
+# were found in two stages. Fitted without the chat that is judged they give 0 to 1.3 points less. One
 # set of weights for every chat costs LoCoMo 1 to 2 points and role-play 2, so five of them depend on the chat's
 # coherence. Tried and left out, since chats that the fit has not seen gain nothing: pairs of sentences, sentences under
 # their speaker's name, a question in parts, centred vectors, a correction for hubs, a second look with the words or the
