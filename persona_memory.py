@@ -256,6 +256,11 @@ def variable_of(name: str) -> str:
     return ENVIRONMENT_PREFIX + name.upper()
 
 
+def keys_in(settings: Settings) -> tuple[str, ...]:
+    """The keys among the settings, which nothing may show."""
+    return tuple(getattr(settings, f.name) for f in OPTIONS if f.metadata["secret"])
+
+
 # ======================================================================================================================
 # Errors
 # ======================================================================================================================
@@ -774,8 +779,6 @@ def batches(items: Sequence, size: int) -> Iterator[Sequence]:
 
 MOST_MARKS = 30  # on one letter (Unicode Standard Annex 15, "Stream-Safe Text Format")
 MARKED = re.compile(rf"[^\w\x00-\x7f]{{{MOST_MARKS + 1},}}")
-
-
 PIECE = 50_000  # characters, for which one call into C takes some milliseconds
 PIECES = re.compile(rf"(?s:.{{1,{PIECE}}})(?=\s|\Z)|(?s:.{{1,{PIECE}}})")  # at white space, where there is any
 
@@ -822,9 +825,7 @@ def normal_form(text: str, form: str) -> str:
         heaps = itertools.groupby(run[0], lambda sign: unicodedata.combining(sign) > 0)
         return "".join("".join(itertools.islice(some, MOST_MARKS) if marks else some) for marks, some in heaps)
 
-    return (
-        text if text.isascii() else in_pieces(lambda piece: unicodedata.normalize(form, MARKED.sub(fewer, piece)), text)
-    )
+    return in_pieces(lambda piece: unicodedata.normalize(form, MARKED.sub(fewer, piece)), text)
 
 
 def normalise(text: str) -> str:
@@ -843,7 +844,7 @@ def frame_opening(line: str) -> str:
     """What finds the beginning of a line that this program sets around what it tells a model, however it is spaced."""
     words = re.split(r"[,.:，：、。{]", line.strip("[]"))[0].strip()
     parts = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", words)
-    unspaced = ord(parts[0][0]) >= 0x3040 and not words[0] >= "\uac00"
+    unspaced = "\u3040" <= words[0] < "\uac00"  # kana and ideographs; Korean parts its words
     return (r"[\W_]{0,9}" if unspaced else r"[\W_]{1,9}").join(parts) + ("" if unspaced else r"\b")
 
 
@@ -884,6 +885,11 @@ def one_line(text: str | None, limit: int = LONGEST_NAME) -> str:
     return re.sub(r"\[(?=[\W_]*\Z)", "(", without_framing(words)).strip()  # what follows must not become a frame
 
 
+def chat_message(role: str, content: str, name: str | None = None) -> dict:
+    """A message in OpenAI's shape."""
+    return {"role": role, **({"name": name} if name else {}), "content": content}
+
+
 def short_hash(*parts: str) -> str:
     """128 bits of SHA-256 over the parts, in hex."""
     raw = "\0".join(parts).encode("utf-8", "surrogatepass")
@@ -896,9 +902,7 @@ def message_digest(role: str, content: str) -> str:
 
 
 THOUGHT = r"(?:think|thinking|thoughts?|reasoning)\b[^<>]*>|details\s+type=[\"']?reasoning\b[^<>]*>"
-THOUGHTS_BEGIN = re.compile(
-    r"<(think|thinking|thoughts?|reasoning)\b[^<>]*>|<(details)\s+type=[\"']?reasoning\b[^<>]*>", re.I
-)
+THOUGHTS_BEGIN = re.compile(rf"<(?=(\w+))(?:{THOUGHT})", re.I)
 END_OF_THOUGHTS = re.compile(r"\A.*(?<!`)</(?:think|thinking|thoughts?|reasoning)>", re.S | re.I)  # without beginning
 BEGUN_THOUGHTS = re.compile(rf"(?<!`)<(?:{THOUGHT}).*\Z", re.S | re.I)  # without end
 OTHER_TAGS = re.compile(r"\[/?THINK\]|\u25c1/?think\u25b7|</?seed:think>")  # Magistral's, Kimi's, Seed's
@@ -925,7 +929,7 @@ def without_closed_thoughts(text: str) -> str:
     """A text without the thoughts that have a beginning and an end. An end that is missing is looked for once."""
     kept, at, endless = [], 0, set()
     for begun in THOUGHTS_BEGIN.finditer(text):
-        name = (begun[1] or begun[2]).lower()
+        name = begun[1].lower()
         if begun.start() < at or name in endless:
             continue
         if end := re.compile(f"</{name}>", re.I).search(text, begun.end()):
@@ -1184,7 +1188,7 @@ class ChatRequest:
     persona: tuple[dict, ...]
     turns: tuple[Turn, ...]
     tail: tuple[dict, ...]
-    persona_in_first_turn: bool
+    persona_in_first_turn: bool = False
     identity: Identity = Identity()
     opening: tuple[dict, ...] = ()
     joined: bool = False
@@ -3522,7 +3526,7 @@ class Tree:
 
     @property
     def branches(self) -> int:
-        """How many of them have nothing after them."""
+        """How many `ends` there are, without looking for them."""
         return self._confirmed - len(self._inner) + (ROOT in self._inner)
 
 
@@ -3778,17 +3782,25 @@ def parse_request(body: Any) -> ChatRequest:
     if (joined := split_joined(messages, identity.character)) is not None:
         persona, turns, tail = joined
         aside = "" if turns else "a prompt in one message that does not say who speaks"
-        return ChatRequest(body, persona, turns, tail, False, identity, (), True, account, aside)
+        return ChatRequest(body, persona, turns, tail, identity=identity, joined=True, account=account, aside=aside)
     aside = "a task about a chat" if is_task(messages) else ""
     messages, folded = unfolded(messages)
-    leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages)) or folded
+    leading = leading_system(messages) or folded
     begun = leading + (len(messages) > leading and is_placeholder(messages[leading]))
     turns, tail = split_turns(messages[begun:], begun > 0)
     persona_in_first_turn = bool(turns) and begun == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
-    opening, persona = tuple(messages[leading:begun]), tuple(messages[:leading])
-    request = ChatRequest(body, persona, turns, tail, persona_in_first_turn, identity, opening, False, account, aside)
-    request = replace(request, persona=(*turns[0].before, turns[0].raw)) if request.history_start else request
+    request = ChatRequest(
+        body, tuple(messages[:leading]), turns, tail, persona_in_first_turn, identity,
+        opening=tuple(messages[leading:begun]), account=account, aside=aside,
+    )  # fmt: skip
+    if request.history_start:
+        request = replace(request, persona=(*turns[0].before, turns[0].raw))
     return with_names(request) if request.prefixed else request
+
+
+def leading_system(messages: Sequence[Mapping]) -> int:
+    """How many of the messages, from the first one on, are system messages."""
+    return next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
 
 
 def unfolded(messages: Sequence[dict]) -> tuple[Sequence[dict], int]:
@@ -3834,7 +3846,7 @@ def is_task(messages: Sequence[Mapping]) -> bool:
 
 
 def split_joined(
-    messages: Sequence[dict], character: str = ""
+    messages: Sequence[dict], character: str
 ) -> tuple[tuple[dict, ...], tuple[Turn, ...], tuple[dict, ...]] | None:
     """A prompt that SillyTavern's "Single user message" has made of everything: persona, turns and what stands behind
     them, each with the text that it has there. No turns where it does not say who speaks; None for another request.
@@ -3867,9 +3879,10 @@ def split_joined(
     turns = []
     for some in texts:
         name = some[0].partition(": ")[0]
-        said, raw = ({"role": "user" if name == user else "assistant", "content": "\n\n".join(part)} for part in (
-            [p for i, p in enumerate(some) if not i or not is_instruction(p)], some))  # fmt: skip
-        turns.append(replace(make_turn(said), raw=raw, voice=name))
+        role = "user" if name == user else "assistant"
+        said = [p for i, p in enumerate(some) if not i or not is_instruction(p)]
+        turn = make_turn({"role": role, "content": "\n\n".join(said)})
+        turns.append(replace(turn, raw={"role": role, "content": "\n\n".join(some)}, voice=name))
     return persona, tuple(turns), tuple({"role": "user", "content": text} for text in tail)
 
 
@@ -3904,7 +3917,7 @@ def parse_injection(body: Any) -> tuple[ChatRequest, int]:
     persona = optional_field(body, "persona", str) or ""
     turns, tail = shown_turns(messages)
     leading = ({"role": "system", "content": persona},) if persona.strip() else ()
-    return ChatRequest(body, leading, turns, tail, False, identity), window or 0
+    return ChatRequest(body, leading, turns, tail, identity=identity), window or 0
 
 
 def parse_whole_chat(chat_id: str, body: Any) -> ChatRequest:
@@ -3979,10 +3992,10 @@ AVATAR = re.compile(r"(?:data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/=]{1,80
 
 def parse_identity(fields: Mapping, where: str = "") -> Identity:
     """The identity that those fields name; raises `InvalidRequest`. A kind that is not known is a normal one."""
-    names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
-    names |= {"title": "title", "group": "group", "picture": "picture", "user": "user"}
+    keys = ("chat_id", "parent", "character", "user", "kind", "title", "group", "picture")
+    names = {key: "parent_chat_id" if key == "parent" else key for key in keys}
     said = {key: sane_text(optional_field(fields, name, str, where) or "").strip() for key, name in names.items()}
-    for key in ("chat_id", "parent", "character", "user"):
+    for key in keys[:4]:
         check_length(said[key], where + names[key])
     if not AVATAR.fullmatch(said["picture"]):
         raise InvalidRequest(f"{where}picture must be a small PNG, JPEG or WebP as a data URL.", f"{where}picture")
@@ -7521,10 +7534,9 @@ class Places:
         """Those of the summaries that stand on the branch, each with its places there."""
         return [at for summary in summaries for at in self.of(summary)]
 
-
-def placed(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
-    """The summaries that stand on a branch, see `Places`."""
-    return Places(texts).placed(summaries)
+    def story(self, summaries: Iterable[Summary]) -> list[Summary]:
+        """The story of the branch, see `told_story`."""
+        return told_story(self.placed(summaries))
 
 
 def at_place(summary: Summary, start: int) -> Summary:
@@ -7536,16 +7548,9 @@ def at_place(summary: Summary, start: int) -> Summary:
     return replace(moved, tokens=line_tokens(moved))
 
 
-def story_of(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
-    """The story of a branch, oldest first: its summaries but those that a higher level has taken in.
-
-    `texts` are the digests of the branch's messages.
-    """
-    return told_story(placed(summaries, texts))
-
-
 def told_story(standing: Iterable[Summary]) -> list[Summary]:
-    """The story of a branch, of the summaries that stand on it."""
+    """The story of a branch, oldest first: the summaries that stand on it, but those that a higher level has taken
+    in."""
     story, reach = [], -1
     for summary in sorted((s for s in standing if not s.stale), key=lambda s: (s.start, -s.level, -s.tries)):
         if summary.end > reach:
@@ -7554,14 +7559,13 @@ def told_story(standing: Iterable[Summary]) -> list[Summary]:
     return story
 
 
-def replaced_words(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
+def replaced_words(summaries: Iterable[Summary], places: Places) -> list[Summary]:
     """A user's own summaries of stretches that have changed since then: half of what they cover stands on the branch,
     but not side by side. They are at the places of what is left."""
-    own = [s for s in summaries if s.source == "user"]
-    standing, spots, found = {s.id for s in placed(own, texts)}, {d: i for i, d in enumerate(texts)}, []
-    for summary in own:
+    spots, found = {d: i for i, d in enumerate(places.texts)}, []
+    for summary in summaries:
         left = [spots[d] for d in summary.texts if d in spots]
-        if summary.id not in standing and 2 * len(left) >= len(summary.texts):
+        if summary.source == "user" and 2 * len(left) >= len(summary.texts) and not places.of(summary):
             found.append(replace(summary, start=min(left), end=max(left)))
     return sorted(found, key=lambda s: s.start)
 
@@ -7623,17 +7627,19 @@ def summary_request(lines: Sequence[str], what: str, room: int, strict: bool) ->
     words = wording_for(lines)
     task = words.retell.format(what=what, words=int(WORDS_PER_TOKEN * room))
     answer = words.as_text if strict else words.as_json.format(facts=MOST_FACTS)
-    return [
-        {"role": "system", "content": f"{task}\n{answer}"},
-        {"role": "user", "content": "\n".join(re.sub(r"^\(?#[\d-]+\)? ", "", x) if strict else x for x in lines)},
-    ]
+    told = [re.sub(r"^\(?#[\d-]+\)? ", "", line) for line in lines] if strict else lines
+    return [chat_message("system", f"{task}\n{answer}"), chat_message("user", "\n".join(told))]
 
 
-def numbered_line(message: Message, index: int, feeling: str = "") -> str:
-    """A message as the model that summarises reads it."""
-    speaker = one_line(message.name) or {"user": "User", "assistant": "Character"}[message.role]
+def teller(message: Message) -> str:
+    """Who spoke, in the third person in which summaries are told."""
+    return one_line(message.name) or {"user": "User", "assistant": "Character"}[message.role]
+
+
+def numbered_line(message: Message, index: int, feeling: str) -> str:
+    """A message as the model that summarises reads it; `feeling` may be empty."""
     words = " ".join(quoted(message.content).split())
-    return without_framing(f"#{index + 1} {speaker}{f' ({feeling})' if feeling else ''}: {words}")
+    return without_framing(f"#{index + 1} {teller(message)}{f' ({feeling})' if feeling else ''}: {words}")
 
 
 def clipped_lines(lines: Sequence[str], budget: int) -> list[str]:
@@ -7908,8 +7914,7 @@ def weighted_rows(
     rows = []
     for message, vector, reading in zip(messages, vectors, readings, strict=True):
         central = float(vector @ centre) if vector is not None else 0.5
-        speaker = one_line(message.name) or {"user": "User", "assistant": "Character"}[message.role]
-        rows.append((speaker, message.content, central + message_importance(message.content, reading)))
+        rows.append((teller(message), message.content, central + message_importance(message.content, reading)))
     return rows
 
 
@@ -7992,10 +7997,10 @@ def lay_out(
     first = request.history_start
     shown = len(request.turns) - first
     stored, counts = list(counts[: len(counts) - shown]), list(counts[len(counts) - shown :])
-    fixed = REPLY_PRIMING + sum(message_tokens(m) for m in request.persona)
+    fixed = REPLY_PRIMING + sum(map(message_tokens, request.persona))
     if request.begins_with_user and roles[0] == "assistant":
-        fixed += sum(message_tokens(m) for m in request.opening or (DEFAULT_OPENING,))
-    tail = sum(message_tokens(m) for m in request.tail)
+        fixed += sum(map(message_tokens, request.opening or (DEFAULT_OPENING,)))
+    tail = sum(map(message_tokens, request.tail))
     turns = [turn_tokens(t, n) for t, n in zip(request.turns[first:], counts, strict=True)]
     pivot = request.newest_user
     needs = required_tokens(turns, tail, pivot - first if pivot is not None and pivot >= first else None)
@@ -8032,8 +8037,8 @@ def lay_out_window(
     above = len(counts) - len(request.turns)
     shown = [0 if t.hidden else turn_tokens(t, n) for t, n in zip(request.turns, counts[above:], strict=True)]
     sizes = [*[0] * above, *shown]
-    persona, response = sum(message_tokens(m) for m in request.persona), int(shares[3] * context)
-    left = max(0, context - response - persona - sum(message_tokens(m) for m in request.tail))
+    persona, response = sum(map(message_tokens, request.persona)), int(shares[3] * context)
+    left = max(0, context - response - persona - sum(map(message_tokens, request.tail)))
     recalled = int(RECALLED_SHARE * shares[1] * context)
     layout = Layout(Budget(persona, 0, left, response), 0, request.newest_user, 0, 0, recalled, window=tuple(sizes))
     return with_memories(layout, min(story + recalled, int(shares[1] * context)))
@@ -8078,7 +8083,7 @@ def tool_tokens(body: Mapping) -> int:
     return sum(count_tokens(json.dumps(some, ensure_ascii=False, separators=(",", ":"))) for some in tools)
 
 
-def beside_tools(context: int, tools: int, max_tokens: int = 0) -> int:
+def beside_tools(context: int, tools: int, max_tokens: int) -> int:
     """What the tools' definitions leave of a context for everything else, which is divided as a context without tools
     is. Raises `ContextLengthExceeded` where they leave too little for any chat."""
     if tools and context - tools < max(2 * MIN_RESPONSE, max_tokens + MIN_RESPONSE):
@@ -8093,7 +8098,7 @@ def beside_tools(context: int, tools: int, max_tokens: int = 0) -> int:
 def turn_tokens(turn: Turn, counted: int) -> int:
     """Tokens of a turn and of the client's messages before it; `counted` is what its text and name take."""
     plain = turn.raw["content"] == turn.content and turn.raw.keys() <= {"role", "name", "content"}
-    return (counted if plain else message_tokens(turn.raw)) + sum(message_tokens(m) for m in turn.before)
+    return (counted if plain else message_tokens(turn.raw)) + sum(map(message_tokens, turn.before))
 
 
 def required_tokens(turns: Sequence[int], tail: int, newest_user: int | None) -> tuple[int, int, int]:
@@ -8233,13 +8238,10 @@ def carried_block(memories: Sequence[Memory], words: Wording = ENGLISH) -> str:
     if not memories:
         return ""
     ordered = sorted(memories, key=lambda m: (m.message.said_at, m.index))
-    lines = [memory_line(replace(m, message=replace(m.message, timestamp=day_of(m.message)))) for m in ordered]
+    # Numbers of another chat's messages would say nothing: each line begins with the day that it was said on.
+    days = [datetime.fromtimestamp(m.message.said_at, UTC).date() for m in ordered]
+    lines = [without_framing(f"{day} {spoken_line(m)}") for day, m in zip(days, ordered, strict=True)]
     return "\n".join([words.carried, *lines, words.end_of_memories])
-
-
-def day_of(message: Message) -> str:
-    """The day that a message was said on, in ISO 8601: numbers of another chat's messages would say nothing."""
-    return datetime.fromtimestamp(message.said_at, UTC).date().isoformat()
 
 
 def memory_frame_tokens(words: Wording) -> int:
@@ -8247,7 +8249,7 @@ def memory_frame_tokens(words: Wording) -> int:
     return count_tokens(f"{words.memories}\n{words.end_of_memories}") + FRAME_MARGIN
 
 
-def with_reminder(block: str, piece: str, room: int, words: Wording = ENGLISH) -> tuple[str, str]:
+def with_reminder(block: str, piece: str, room: int, words: Wording) -> tuple[str, str]:
     """What goes in front of the newest message, with a piece of the persona at its end where `room` tokens leave space
     for that; and the piece, empty where it was left out."""
     line = words.keep_in_mind.format(piece=quoted(piece)) if piece else ""
@@ -8280,14 +8282,14 @@ def compose_prompt(
         if not block or i != layout.pivot:
             prompt.append(turn.raw)
         elif request.system_later:
-            prompt.extend(({"role": "system", "content": block}, turn.raw))
+            prompt.extend((chat_message("system", block), turn.raw))
         else:
             prompt.append(preceded(turn.raw, block))
     prompt += request.tail
     if request.strict:
         prompt = merged(prompt)
     if request.joined:
-        return [{"role": "user", "content": "\n\n".join(text_of(m.get("content")) for m in prompt)}]
+        return [chat_message("user", "\n\n".join(text_of(m.get("content")) for m in prompt))]
     return prompt
 
 
@@ -8310,7 +8312,7 @@ def with_story(persona: Sequence[dict], story: str) -> list[dict]:
     if not story or not persona:
         return list(persona)
     if len(persona) > 1 and persona[-1]["role"] in SYSTEM_ROLES:
-        return [*persona, {"role": "system", "content": story}]
+        return [*persona, chat_message("system", story)]
     last = persona[-1]
     if isinstance(last.get("content"), list):
         return [*persona[:-1], {**last, "content": [*last["content"], {"type": "text", "text": story}]}]
@@ -8352,8 +8354,7 @@ def prefix_reuse(before: Sequence[Sent], now: Sequence[Sent]) -> float:
 def restored(message: Message) -> dict:
     """A stored message as the client once sent it, or as a user has changed it; a forgotten one keeps its place, since
     strict templates want the roles to alternate."""
-    named = {"name": message.name} if message.name else {}
-    return {"role": message.role, **named, "content": FORGOTTEN if message.forgotten else message.content}
+    return chat_message(message.role, FORGOTTEN if message.forgotten else message.content, message.name)
 
 
 def name_style(turns: Sequence[Turn]) -> tuple[bool | None, str | None]:
@@ -8372,13 +8373,13 @@ def as_shown(message: Message, named: bool | None, voice: str | None) -> dict:
         sent.pop("name", None)
     if voice and not found and not message.forgotten:
         name = message.voice or message.name or voice
-        return {"role": message.role, "content": f"{name}: {sent['content']}"}
+        return chat_message(message.role, f"{name}: {sent['content']}")
     if message.voice and named is not None and not voice:
         return {**sent, "content": unprefixed(sent["content"], message.voice)}
     return sent
 
 
-def preceded(message: dict, block: str) -> dict:
+def preceded(message: Mapping, block: str) -> dict:
     """The message with a block of text in front of its own."""
     content = message.get("content")
     if content is None or isinstance(content, str):
@@ -8523,13 +8524,9 @@ def value_or_none(text: str) -> Any:
 def with_users(copies: Sequence[ChatCopy], passed_over: list[dict]) -> tuple[list[ChatCopy], list[dict]]:
     """The copies in which the user has said anything; the others are noted."""
     spoken = [copy for copy in copies if any(m.role == "user" for m in copy.messages)]
-    silent = len(copies) - len(spoken)
-    words = f"{silent} chats in it hold" if silent > 1 else "it holds"
-    if silent:
-        passed_over = [
-            *passed_over,
-            {"line": None, "why": f"{words} no message of the user yet."},
-        ]
+    if silent := len(copies) - len(spoken):
+        words = f"{silent} chats in it hold" if silent > 1 else "it holds"
+        passed_over = [*passed_over, {"line": None, "why": f"{words} no message of the user yet."}]
     return spoken, passed_over
 
 
@@ -8658,9 +8655,8 @@ def named_in_header(header: Mapping) -> dict[str, Any]:
     it made the id tells them apart.
     """
     metadata = header.get("chat_metadata") if isinstance(header.get("chat_metadata"), dict) else {}
-    told = {
-        k: sane_text(str(metadata[k]))[:LONGEST_NAME] for k in HEADER_NAMES if isinstance(metadata.get(k), str | int)
-    }
+    marks = {k: metadata[k] for k in HEADER_NAMES if isinstance(metadata.get(k), str | int)}
+    told = {k: sane_text(str(mark))[:LONGEST_NAME] for k, mark in marks.items()}
     info = {"header": told} if told.keys() - {"main_chat"} else {}
     known = metadata.get(EXPORT_FORMAT)
     named = known.get("id") if isinstance(known, dict) else None
@@ -8705,7 +8701,7 @@ def swipes_of(row: Mapping, parent: str, voice: str | None, now: float) -> dict[
         if index == chosen or key not in found:
             found[key] = Message(
                 key, parent, role, content, timestamp=parse_send_date(detail.get("send_date")), at=now,
-                tokens=message_tokens({"role": role, "content": content}), confirmed=index == chosen, voice=voice,
+                tokens=message_tokens(chat_message(role, content)), confirmed=index == chosen, voice=voice,
             )  # fmt: skip
     return found
 
@@ -8804,9 +8800,9 @@ def read_document(data: Any) -> tuple[list[ChatCopy], list[dict]]:
         return [read_export(data)], []
     reader = next((read for fits, read in DOCUMENTS if isinstance(data, dict) and fits(data)), None)
     if reader is None:
-        fields = list(map(sane_text, data))[:MOST_NAMED] if isinstance(data, dict) else []
+        names = list(map(sane_text, data))[:MOST_NAMED] if isinstance(data, dict) else []
         kinds = {dict: "an empty object", list: "a list", str: "a text"}
-        seen = f"an object with {', '.join(fields)}" if fields else kinds.get(type(data), "a number")
+        seen = f"an object with {', '.join(names)}" if names else kinds.get(type(data), "a number")
         raise NoChatFile(f"This is not a chat that can be read: the file holds {seen}.")
     copies, passed_over = [], []
     for header, rows in reader(data):
@@ -8861,12 +8857,8 @@ def character_ai_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
     for place, history in list_items(nested(data, "histories", "histories"), "histories"):
         rows = []
         for where, said in list_items(nested(history, "msgs"), f"{place}.msgs"):
-            row = {
-                "is_user": nested(said, "src", "is_human"),
-                "mes": nested(said, "text"),
-                "send_date": nested(said, "created"),
-            }
-            rows.append((where, row))
+            row = {"is_user": nested(said, "src", "is_human"), "mes": nested(said, "text")}
+            rows.append((where, row | {"send_date": nested(said, "created")}))
         yield header, rows
 
 
@@ -8879,8 +8871,7 @@ def kobold_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
     user, opponents = (str(settings.get(key) or "") for key in ("chatname", "chatopponent"))
     characters = opponents.split("||$||")
     names = [name for name in (user, *characters) if name]
-    pieces = (text_in(piece) or "" for piece in (data.get("prompt"), *(data.get("actions") or ())))
-    text = "".join(pieces)
+    text = "".join(text_in(piece) or "" for piece in (data.get("prompt"), *(data.get("actions") or ())))
     turns = KOBOLD_TURN.split(text)
     if len(turns) == 1 and names:
         turns = re.split(rf"^({'|'.join(map(re.escape, names))}): ?", text, flags=re.M)
@@ -8925,9 +8916,9 @@ def write_export(copy: ChatCopy) -> dict:
     }  # fmt: skip
 
 
-def read_export(data: Any) -> ChatCopy:
+def read_export(data: Mapping) -> ChatCopy:
     """The chat in an export; raises `InvalidRequest` naming the field that is wrong."""
-    if not isinstance(data, dict) or data.get("format") != EXPORT_FORMAT:
+    if data["format"] != EXPORT_FORMAT:
         raise InvalidRequest("This is neither a SillyTavern chat file nor an export of persona_memory.")
     if data.get("version") != EXPORT_VERSION:
         raise InvalidRequest(
@@ -9024,9 +9015,8 @@ def checked_message(message: Message, where: str) -> Message:
         raise InvalidRequest(f"{where}.erased is for messages without words.", f"{where}.erased")
     timestamp = parse_timestamp(message.timestamp, f"{where}.timestamp")
     check_time(message.at, f"{where}.at")
-    row = {"role": message.role} | ({"name": message.name} if message.name else {})
-    sizes = (message_tokens({**row, "content": text}) for text in (message.content, message.original))
-    return replace(message, timestamp=timestamp, tokens=max(sizes))  # as where a user edits a message
+    sent = (chat_message(message.role, text, message.name) for text in (message.content, message.original))
+    return replace(message, timestamp=timestamp, tokens=max(map(message_tokens, sent)))  # as where a user edits it
 
 
 def check_tree(messages: Sequence[Message]) -> None:
@@ -9524,15 +9514,11 @@ def event_values(lines: Iterable[bytes]) -> Iterator[Any]:
         elif not line:
             if data.strip():
                 value = event_value(data)
-                yield {"error": value} if kind == b"error" and is_bare_error(value) else value
+                named = isinstance(value, dict) and value.get("error")
+                yield {"error": value} if kind == b"error" and not named else value
                 if value is DONE:
                     return
             data, kind = b"", b""
-
-
-def is_bare_error(value: Any) -> bool:
-    """Whether the data of an event that calls itself an error is the error itself."""
-    return not isinstance(value, dict) or not value.get("error")
 
 
 def event_value(raw: bytes) -> Any:
@@ -9633,9 +9619,10 @@ def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
     for value in values:
         if value is DONE:
             break
-        chunk = None if value is GARBLED else as_chunk(value, begun)
-        garbled = garbled or value is GARBLED
-        if chunk is None:
+        if value is GARBLED:
+            garbled = True
+            continue
+        if (chunk := as_chunk(value, begun)) is None:
             continue
         last = chunk
         for choice in chunk["choices"]:
@@ -9668,7 +9655,7 @@ def whole_characters(delta: dict, index: int, halves: dict[tuple, str]) -> dict:
     return delta
 
 
-def as_chunk(value: Any, begun: bool = False) -> dict | None:
+def as_chunk(value: Any, begun: bool) -> dict | None:
     """A value of a stream as one chunk; None where it is none, such as a ping. Raises `UpstreamError`.
 
     In a stream that has `begun` a whole message beside a delta repeats what was said (Perplexity).
@@ -10016,15 +10003,13 @@ def refused_field(error: UpstreamError, sent: Mapping) -> str:
         return param
     if "both" in words and "top_p" in names and "top_p" in words:  # "temperature and top_p cannot both be specified"
         return "top_p"
-    # A bare word may be part of a sentence; one in quotes, or with an underscore, is a field's name.
-    found = {
-        name: re.search(
-            rf"[`'\"\[ ]{name}[`'\"\]:]|\b{name}\b" if "_" in name or len(name) > 8 else rf"[`'\"\[]{name}[`'\"\]]",
-            words,
-        )
-        for name in names
-    }
-    return min((match.start(), name) for name, match in found.items() if match)[1] if any(found.values()) else ""
+    found = {}
+    for name in names:
+        telling = "_" in name or len(name) > 8  # a shorter word may be part of a sentence, but not in quotes
+        pattern = rf"[`'\"\[ ]{name}[`'\"\]:]|\b{name}\b" if telling else rf"[`'\"\[]{name}[`'\"\]]"
+        if match := re.search(pattern, words):
+            found[name] = match.start()
+    return min(found, key=lambda name: (found[name], name), default="")
 
 
 def without_system(messages: Sequence[Mapping]) -> list[dict]:
@@ -10037,17 +10022,9 @@ def without_system(messages: Sequence[Mapping]) -> list[dict]:
             waiting.append(text_of(message.get("content")))
             continue
         if message.get("role") == "user" and waiting:
-            message, waiting = with_text_before("\n\n".join(waiting), message), []
+            message, waiting = preceded(message, "\n\n".join(waiting)), []
         told.append(dict(message))
-    return [*told, {"role": "user", "content": "\n\n".join(waiting)}] if waiting else told
-
-
-def with_text_before(text: str, message: Mapping) -> dict:
-    """The message with some text in front of its content."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return {**message, "content": [{"type": "text", "text": text}, *content]}
-    return {**message, "content": f"{text}\n\n{content or ''}".rstrip()}
+    return [*told, chat_message("user", "\n\n".join(waiting))] if waiting else told
 
 
 # ------------------------------------------------------------------------------------------------ prompts too long
@@ -10216,6 +10193,7 @@ THOUGHT_TOKENS = 8192  # what a model may think beside its reply; what Gemini 2.
 MORE_THOUGHT_TOKENS = 32768  # for the second try of a reply that was all thoughts
 GEMINI_STOPS = 5  # more stop sequences are refused
 GEMINI_TOP_K = 64  # as is a larger top_k
+ASKED_ONCE = {"retry": None, "timeout": None}  # to the library: this program's own retries and time-outs go for it
 CONTINUE_NUDGE = "[Continue your last message exactly where it ends.]"  # Gemini only answers a user
 BEGIN_NUDGE = "[Begin.]"
 
@@ -10395,7 +10373,7 @@ class GeminiUpstream:
         try:
             with self._client("Generative", call) as client:
                 ask = client.stream_generate_content if body.get("stream") else client.generate_content
-                answers = ask(request, retry=None, timeout=None)
+                answers = ask(request, **ASKED_ONCE)
                 for answer in answers if body.get("stream") else [answers]:
                     if text := reply.read(type(answer).pb(answer)):
                         yield reply.chunk({"content": text})
@@ -10420,9 +10398,8 @@ class GeminiUpstream:
 
     def models(self, call: Call) -> list[dict]:
         """The models that can chat, with their context lengths; raises `UpstreamError`, `UpstreamUnavailable`."""
-        options = {"retry": None, "timeout": None}
         with self._client("Model", call, LIST_SECONDS) as client:
-            listed = list(google_library().list_models(page_size=1000, client=client, request_options=options))
+            listed = list(google_library().list_models(page_size=1000, client=client, request_options=ASKED_ONCE))
         return [
             {
                 "id": m.name.removeprefix("models/"), "object": "model", "created": 0, "owned_by": "google",
@@ -10437,9 +10414,8 @@ class GeminiUpstream:
         return self._contexts.get(model_path(model or GEMINI_MODEL), call)
 
     def _ask_context(self, name: str, call: Call, timeout: float) -> int | None:
-        options = {"retry": None, "timeout": None}
         with contextlib.suppress(PersonaMemoryError), self._client("Model", call, timeout) as client:
-            found = google_library().get_base_model(name, client=client, request_options=options)
+            found = google_library().get_base_model(name, client=client, request_options=ASKED_ONCE)
             self._outputs[name] = found.output_token_limit or math.inf
             return found.input_token_limit or None
         return None
@@ -10480,7 +10456,7 @@ def gemini_contents(messages: Sequence[Mapping]) -> tuple[str, list[dict]]:
 
     System messages further down become user text where they stand: Gemini has one system instruction only.
     """
-    leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
+    leading = leading_system(messages)
     system = "\n\n".join(p["text"] for m in messages[:leading] for p in gemini_parts(m) if "text" in p)
     contents: list[dict] = []
     for message in messages[leading:]:
@@ -10688,6 +10664,9 @@ class OpenAIUpstream:
     def _tls(self) -> Any:
         return httpx.create_ssl_context()  # 20 ms; the connections share it
 
+    def _client(self, url: str, timeout: httpx.Timeout | float) -> httpx.Client:
+        return httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(url))
+
     def describe(self) -> dict:
         """The upstream as /health shows it."""
         return {"kind": "openai", "url": shown_url(self.url), "status": "ok"}
@@ -10702,9 +10681,8 @@ class OpenAIUpstream:
     def headers(self, call: Call) -> dict[str, str]:
         """What a request carries: the key of the settings, else the client's own authorization."""
         authorization = f"Bearer {self._key}" if self._key else call.authorization
-        return {"Content-Type": "application/json", "Accept-Encoding": "identity"} | (
-            {"Authorization": authorization} if authorization else {}
-        )
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        return headers | ({"Authorization": authorization} if authorization else {})
 
     def secrets(self, call: Call) -> tuple[str, ...]:
         """What must not stand in an error: the keys that a request carries."""
@@ -10728,7 +10706,7 @@ class OpenAIUpstream:
         timeout = httpx.Timeout(self._timeout, connect=CONNECT_SECONDS)
         try:
             with (
-                httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(self.url)) as client,
+                self._client(self.url, timeout) as client,
                 client.stream(
                     "POST", f"{self.url}/chat/completions{self._query}", content=body, headers=self.headers(call),
                     extensions={"trace": call.trace},
@@ -10825,23 +10803,18 @@ class OpenAIUpstream:
         method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
         asked = Call()
         late = threading.Timer(timeout, asked.cancel)
-        with (
-            httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(url)) as client,
-            contextlib.ExitStack() as ending,
-        ):
-            late.start()
-            ending.callback(late.cancel)
-            response = ending.enter_context(
-                client.stream(
-                    method, url, content=content, headers=self.headers(call), extensions={"trace": asked.trace}
-                )
-            )
-            if response.has_redirect_location:
-                raise redirect_refused(response.headers)
-            raw = b"\n".join(bounded_lines(response.iter_bytes()))
-            if asked.cancelled:  # an answer without a stated length seems to have ended there
-                raise httpx.ReadTimeout(f"no whole answer within {timeout:.0f} seconds")
-            httpx.Response(response.status_code, content=raw, request=response.request).raise_for_status()
+        late.start()
+        how = {"content": content, "headers": self.headers(call), "extensions": {"trace": asked.trace}}
+        try:
+            with self._client(url, timeout) as client, client.stream(method, url, **how) as response:
+                if response.has_redirect_location:
+                    raise redirect_refused(response.headers)
+                raw = b"\n".join(bounded_lines(response.iter_bytes()))
+                if asked.cancelled:  # an answer without a stated length seems to have ended there
+                    raise httpx.ReadTimeout(f"no whole answer within {timeout:.0f} seconds")
+                httpx.Response(response.status_code, content=raw, request=response.request).raise_for_status()
+        finally:
+            late.cancel()
         text = raw.decode("utf-8-sig", "replace")
         return json_reader(text).decode(text)
 
@@ -10878,12 +10851,10 @@ class OpenAIUpstream:
         for probe in (*LOCAL_PROBES, ask_models) if is_on_local_network(self.url) else (ask_models,):
             try:
                 found = whole_number(probe(self, model, call, timeout))
-            except (httpx.HTTPStatusError, UpstreamError, ValueError, LookupError, TypeError, AttributeError):
-                continue  # another kind of server
             except (httpx.TimeoutException, httpx.NetworkError, UpstreamUnavailable):
                 return None  # not there, or too slow to be asked more
-            except (httpx.HTTPError, StopIteration, RecursionError):
-                continue
+            except (httpx.HTTPError, UpstreamError, StopIteration, *SENSELESS):
+                continue  # another kind of server
             if found and found > 0:
                 return found
         return None
@@ -10954,8 +10925,6 @@ def ask_tabby(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) 
 
 
 LOCAL_PROBES = (ask_llama_cpp, ask_koboldcpp, ask_lm_studio, ask_ollama, ask_tabby)
-
-
 PASTED_ENDINGS = re.compile(
     r"/(chat/completions|completions|models|embeddings|responses|chat|generate|tags|api/generate|api/chat|api/tags)$"
 )
@@ -11990,11 +11959,9 @@ class Archive:
     def _located(self, request: ChatRequest, chat_id: str, deadline: Deadline) -> str:
         """The id of the chat without an explicit id that a request's transcript continues, or of one whose id comes
         from our extension, which may be off by now or see a copy of the chat; empty: none."""
-        digests = [(t.role, t.digest) for t in request.turns]
-        last = request.turns[-1]
-        digests += [
-            (last.role, part_of(last, p).digest) for p in last.content.split("\n\n")[:JOINED] if p != last.content
-        ]
+        digests, last = [(t.role, t.digest) for t in request.turns], request.turns[-1]
+        parts = last.content.split("\n\n")[:JOINED] if "\n\n" in last.content else ()
+        digests += [(last.role, part_of(last, part).digest) for part in parts]
 
         def where(chat: Chat) -> Alignment:
             """Where the request hangs in a chat. Those with an id of their own are each others' copies at most, unless
@@ -12056,7 +12023,7 @@ class Archive:
                 self._copy_messages(source, target, path)
 
     def _become(
-        self, source_id: str, target: Chat, align: Callable[[Chat], Alignment], copy: bool = True, whole: bool = False
+        self, source_id: str, target: Chat, align: Callable[[Chat], Alignment], copy: bool, whole: bool = False
     ) -> None:
         """Has an imported chat become the named one: all around the branch that they share moves there. Of one that was
         lived without an id the `whole` moves, where it is certain which chat goes on.
@@ -12094,9 +12061,8 @@ class Archive:
             keys = [key for m in messages for key in embedded_texts(m)]
             vectors = source.store.vectors(self._vectors.embedder.key, keys)
             texts, every = set(source.texts(ids)), source.store.summaries.values()
-            summaries = [
-                s for s in every if len(texts & set(s.texts)) >= len(set(s.texts)) / (1 + (s.source == "user"))
-            ]
+            shared = [(s, len(texts.intersection(s.texts)), len(set(s.texts))) for s in every]
+            summaries = [s for s, held, size in shared if held == size or (s.source == "user" and 2 * held >= size)]
             facts = [f for f in source.store.facts.values() if not f.digest or f.digest in texts]
             family, marks = source.store.family, dict(source.store.marks)  # also of words that come back only later
         target.store.commit(messages, {"family": family}, summaries=summaries, facts=facts, marks=marks)
@@ -12358,10 +12324,9 @@ class Archive:
         ours = [with_mark(m, mark_for(store.marks.get(m.digest, {}), m)) for m in copy.messages]
         pairs = zip(copy.messages, ours, strict=True)
         changed = {a.digest for a, b in pairs if (a.content, a.forgotten) != (b.content, b.forgotten)}
-        summaries = [s for s in copy.summaries if s.id not in store.summaries]
-        summaries = [
-            replace(s, stale=s.stale or (s.source != "user" and not changed.isdisjoint(s.texts))) for s in summaries
-        ]
+        fresh = [s for s in copy.summaries if s.id not in store.summaries]
+        outdated = {s.id for s in fresh if s.source != "user" and not changed.isdisjoint(s.texts)}
+        summaries = [replace(s, stale=True) if s.id in outdated else s for s in fresh]
         facts = [f for f in copy.facts if f.id not in store.facts]
         if summaries or facts or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(info=info, summaries=summaries, facts=facts)
@@ -12495,14 +12460,10 @@ def moved_from_top(chat: Chat, request: ChatRequest) -> str:
 
 def below_note(chat: Chat, found: Alignment, request: ChatRequest, note: str) -> Alignment:
     """An alignment under the chat's beginning where what stood before its first message is a note."""
-    if (
-        not found.base
-        or chat.tree.nodes[found.base].parent
-        or normalise(chat.store.read([found.base])[0].original) != note
-    ):
+    first = bool(found.base) and not chat.tree.nodes[found.base].parent
+    if not first or normalise(chat.store.read([found.base])[0].original) != note:
         return found
-    kept = walk(chat.tree, ROOT, [t.digest for t in request.turns])
-    return replace(found, base=ROOT, kept=kept)
+    return replace(found, base=ROOT, kept=walk(chat.tree, ROOT, [t.digest for t in request.turns]))
 
 
 def is_lone(chat: Chat, request: ChatRequest, path: Sequence[str]) -> bool:
@@ -12560,9 +12521,8 @@ def message_of_turn(parent: str, turn: Turn) -> Message:
 
 def new_message(parent: str, role: str, content: str, name: str | None = None) -> Message:
     """A message that is seen for the first time, now."""
-    shown = {"role": role, "content": content} | ({"name": name} if name else {})
-    key = message_id(parent, message_digest(role, content))
-    return Message(key, parent, role, content, name, at=time.time(), tokens=message_tokens(shown))
+    key, tokens = message_id(parent, message_digest(role, content)), message_tokens(chat_message(role, content, name))
+    return Message(key, parent, role, content, name, at=time.time(), tokens=tokens)
 
 
 def names_in_chat(chat: Chat) -> dict[str, set[str]]:
@@ -13034,14 +12994,14 @@ def story_rows(chat: Chat, path: Sequence[str]) -> dict:
 
     `replaced` are a user's own words for stretches that the client has changed since.
     """
-    every, texts = chat.store.summaries.values(), chat.texts(path)
-    story = story_of(every, texts)
+    every, places = chat.store.summaries.values(), places_on(chat, path)
+    story = places.story(every)
     rows = branch_facts(chat, path, math.inf)
     facts = [row for row in rows if row[0].quote or not row[0].digest]  # pinned messages quote nothing
     return {
         "summary": "\n".join(map(summary_line, story)),
         "story": [summary_row(s) | {"first": path[s.start], "last": path[s.end]} for s in story],
-        "replaced": [summary_row(s) for s in replaced_words(every, texts)],
+        "replaced": [summary_row(s) for s in replaced_words(every, places)],
         "facts": [asdict(f) | {"supersedes": before and asdict(before)} for f, before in facts],
     }
 
@@ -13124,7 +13084,7 @@ class Summarizer:
     def _story(chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary]]:
         """The plan's branch, and the summaries that stand for it."""
         path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else []
-        return path, told_story(places_on(chat, path).placed(chat.store.summaries.values()))
+        return path, places_on(chat, path).story(chat.store.summaries.values())
 
     def _work_off(self, chat_id: str) -> None:
         """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
@@ -13170,7 +13130,7 @@ class Summarizer:
         fresh, facts = self._from_messages(chat, messages, stretch.start, plan, ask)
         again = [] if story and stretch.start < story[-1].start else self._again(chat, path, story, plan, ask)
         made = [fresh, *(replace(s, since=fresh.end) for s in again)]
-        story = story_of([*made, *story], texts)
+        story = Places(texts).story([*made, *story])
         while group := to_condense(story, summaries_share(plan.budget)):
             condensed = self._from_summaries(chat, path, group, plan, ask)
             made.append(replace(condensed, since=max(fresh.end, *(s.since for s in group))))
@@ -13228,8 +13188,7 @@ class Summarizer:
             fresh = self._from_summaries(chat, path, parts, plan, ask)
         if self._closed or (self.failure and self.failure is not failed and self.failure["status"]):
             return None  # the model is not to blame: it goes on with the next turn, or after a restart
-        since = start + self._settings.summary_every - 1
-        fresh = replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1, since=since)
+        fresh = replace(tried_again(fresh, old), since=start + self._settings.summary_every - 1)
         with chat.lock:
             changed, now = marked_since(chat, marks), chat.store.summaries.get(old.id)
             same = now and (now.text, now.source) == (old.text, old.source)  # not replaced by a user's own words
@@ -13252,11 +13211,8 @@ class Summarizer:
         if not self._settings.proxy and named in ("", "local"):
             return None
         if not self._may_ask():
-            log_event(
-                "summary_budget",
-                "This hour's --summary-calls are used up.",
-                limit=self._settings.summary_calls,
-            )
+            limit = self._settings.summary_calls
+            log_event("summary_budget", "This hour's --summary-calls are used up.", limit=limit)
             return None
         return functools.partial(self._ask, plan.model, authorization, retry)
 
@@ -13351,7 +13307,7 @@ class Summarizer:
         with chat.lock:
             messages = chat.store.read(path[old.start : old.end + 1])
         fresh, _ = self._from_messages(chat, messages, old.start, plan, ask)
-        return [replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1)]
+        return [tried_again(fresh, old)]
 
     def _written(
         self, lines: Sequence[str], what: str, room: int, plan: SummaryPlan, ask: Callable | None
@@ -13374,11 +13330,11 @@ class Summarizer:
                 log_event("summary_rejected", f"A summary is not used: {error}", flaw="empty", strict=strict)
                 continue
             except PersonaMemoryError as error:
-                if self._closed or getattr(error, "status", 0) in (401, 403):  # a later turn brings the key
+                if self._closed or error.status in (401, 403):  # a later turn brings the key
                     raise
                 log_event("summary_failed", f"A summary could not be written: {error}", level=logging.WARNING)
                 return "", []
-            text, facts = read_answer(text_of((choice.get("message") or {}).get("content"), placeholders=False))
+            text, facts = read_answer(text_of_choice(choice))
             text = whole_sentences(text, room, choice.get("finish_reason") == "length")
             flaw = flaw_of(text, "\n".join(lines))
             if not flaw:
@@ -13404,15 +13360,15 @@ class Summarizer:
             chat.store.commit(facts=[note])
         return asdict(note)
 
-    def change_fact(self, chat_id: str, fact_id: str, text: str | None, pinned: bool | None, forgotten: bool) -> dict:
-        """Edits, pins or forgets a fact; returns it as it is then. Raises `NotFound`."""
+    def change_fact(self, chat_id: str, fact_id: str, changes: Mapping[str, Any]) -> dict:
+        """Edits, pins or forgets a fact: `changes` holds any of `text`, `pinned` and `forgotten`. Returns it as it is
+        then. Raises `NotFound`."""
         with self._registry.borrow(chat_id) as chat, chat.lock:
             fact = chat.store.facts.get(fact_id)
             if fact is None or fact.forgotten:
                 raise NotFound(f"There is no fact {fact_id!r} in this chat.")
-            changes = {"text": text, "pinned": pinned, "forgotten": forgotten or None}
-            fact = replace(fact, **{k: v for k, v in changes.items() if v is not None})
-            if forgotten:  # that cannot be taken back, so nothing of it is kept
+            fact = replace(fact, **changes)
+            if fact.forgotten:  # that cannot be taken back, so nothing of it is kept
                 chat.store.erase(facts=[fact_id])
             else:
                 chat.store.commit(facts=[fact])
@@ -13437,6 +13393,11 @@ class Summarizer:
         if self._settings.summary_upstream:
             self._upstream.close()
         self._thread.shutdown(wait=True, cancel_futures=True)  # it may be writing; its request is cancelled
+
+
+def tried_again(fresh: Summary, old: Summary) -> Summary:
+    """A summary that takes the place of an extract: with an id of its own, and one try more."""
+    return replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1)
 
 
 def marked_since(chat: Chat, marks: Mapping[str, Mapping[str, Mark]]) -> set[str]:
@@ -13482,7 +13443,7 @@ class Status:
         self._summarizer, self._background = summarizer, background
         self._settings, self._upstream, self._embedder, self._registry = settings, upstream, embedder, registry
         self.metrics = metrics
-        self.troubles = RecentWarnings((settings.upstream_key, settings.api_key, settings.summary_key))
+        self.troubles = RecentWarnings(keys_in(settings))
         self.last_turn: dict | None = None
         self._started = time.time()
 
@@ -18339,15 +18300,15 @@ def note_add(chat: str, text: str) -> dict:
 
 @api.patch("/chats/<chat:chat>/facts/<fact>")
 @takes_fields(text=TEXT_OR_NULL, pinned=TRUTH)
-def fact_change(chat: str, fact: str, text: str | None = None, pinned: bool | None = None) -> dict:
+def fact_change(chat: str, fact: str, **changes: Any) -> dict:
     """Edits or pins a fact."""
-    return engine().summarizer.change_fact(chat, fact, text, pinned, False)
+    return engine().summarizer.change_fact(chat, fact, {k: v for k, v in changes.items() if v is not None})
 
 
 @api.delete("/chats/<chat:chat>/facts/<fact>")
 def fact_forget(chat: str, fact: str) -> dict:
     """Forgets a fact."""
-    return engine().summarizer.change_fact(chat, fact, None, None, True)
+    return engine().summarizer.change_fact(chat, fact, {"forgotten": True})
 
 
 @api.patch("/chats/<chat:chat>/story/<summary>")
@@ -19666,9 +19627,7 @@ def start_text(settings: Settings, port: int) -> str:
 def set_up_log(settings: Settings) -> None:
     """Sends the log to stderr, in the format of the settings."""
     handler = logging.StreamHandler()
-    handler.setFormatter(
-        LogFormatter(settings.log_format, (settings.upstream_key, settings.summary_key, settings.api_key))
-    )
+    handler.setFormatter(LogFormatter(settings.log_format, keys_in(settings)))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for library in ("httpx", "faiss", "sentence_transformers", "torch", "waitress"):
         logging.getLogger(library).setLevel(logging.WARNING)
