@@ -13020,6 +13020,7 @@ class Summarizer:
         self._background = background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="summarizer")
         self._plans: dict[str, tuple[SummaryPlan, str]] = {}  # by chat
+        self._timers: dict[str, threading.Timer] = {}  # by chat, of plans that wait for the next hour's requests
         self._lock = threading.Lock()  # of the plans and the request under way
         self._calls: deque[float] = deque()  # times of the last hour's requests
         self._call = Call()
@@ -13052,23 +13053,24 @@ class Summarizer:
         if self._due(chat, plan) or self._extract_to_improve(chat, plan):
             self._plan(chat.id, plan, authorization)
 
-    def _plan(self, chat_id: str, plan: SummaryPlan, authorization: str, delay: float = 0.0) -> None:
-        """Has a chat's plan worked off behind those of the other chats, after a delay in seconds."""
+    def _plan(self, chat_id: str, plan: SummaryPlan, authorization: str) -> None:
+        """Has a chat's plan worked off behind those of the other chats, in place of an older one."""
         with self._lock:
+            if timer := self._timers.pop(chat_id, None):
+                timer.cancel()
             waiting = chat_id in self._plans
             self._plans[chat_id] = (plan, authorization)
-        if waiting or self._closed:
-            return
-        if delay:
-            timer = threading.Timer(delay, self._submit, (chat_id,))
-            timer.daemon = True
-            timer.start()
-        else:
-            self._submit(chat_id)
+        if not waiting and not self._closed:
+            with contextlib.suppress(RuntimeError):  # the program ends
+                self._thread.submit(self._work_off, chat_id)
 
-    def _submit(self, chat_id: str) -> None:
-        with contextlib.suppress(RuntimeError):  # the program ends
-            self._thread.submit(self._work_off, chat_id)
+    def _plan_later(self, chat_id: str, plan: SummaryPlan, authorization: str, delay: float) -> None:
+        """The same after a delay in seconds; a newer plan does not wait for that."""
+        timer = threading.Timer(delay, self._plan, (chat_id, plan, authorization))
+        timer.daemon = True
+        with self._lock:
+            self._timers[chat_id] = timer
+        timer.start()
 
     def _due(self, chat: Chat, plan: SummaryPlan) -> bool:
         with chat.lock:
@@ -13098,8 +13100,10 @@ class Summarizer:
                     self._registry.catalogue.mark_due(chat_id, True)
                     self.summarize_branch(chat, plan, authorization)
                     again = None if self._closed else self._improve(chat, plan, authorization)
-                    if again is not None:
-                        self._plan(chat_id, plan, authorization, again)
+                    if again:
+                        self._plan_later(chat_id, plan, authorization, again)
+                    elif again is not None:
+                        self._plan(chat_id, plan, authorization)
                     elif not self._closed and not self._extract_to_improve(chat, plan):
                         self._registry.catalogue.mark_due(chat_id, False)
         except Exception as error:

@@ -1150,6 +1150,10 @@ def test_the_hours_requests_are_limited(chronicler, data_dir):
         assert sources[0] == "model" and set(sources[1:]) == {"extract"}
         assert len(chronicler.summaries) == 1
         assert_sound(game.about(), game.contents)
+        told = game.about()["story"][-1]["end"]
+        game.play(8)  # an extract that waits for the next hour's requests keeps nothing else waiting
+        assert game.about()["story"][-1]["end"] >= told + 12
+        assert len(chronicler.summaries) == 1
 
 
 def test_bad_answers_count_as_requests_of_the_hour(chronicler, data_dir):
