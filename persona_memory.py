@@ -1245,7 +1245,7 @@ class ChatRequest:
         """Whether the client keeps to the strict order of an optional system message, then user and assistant by
         turns, the user first."""
         strict = not self.system_later and not self.folded and len(self.persona) < 2
-        ordered = self.by_turns and self.turns[0].role == "user" and len(self.turns) > 2
+        ordered = len(self.turns) > 2 and self.turns[0].role == "user" and self.by_turns
         return bool(self.opening) or (strict and ordered)
 
     @property
@@ -8425,7 +8425,7 @@ class ChatCopy:
     summaries: tuple[Summary, ...] = ()
     facts: tuple[Fact, ...] = ()
 
-    @property
+    @functools.cached_property
     def path(self) -> list[Message]:
         """The messages of the current branch, oldest first."""
         by_id, path, at = {m.id: m for m in self.messages}, [], self.head
@@ -8871,7 +8871,8 @@ def kobold_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
     user, opponents = (str(settings.get(key) or "") for key in ("chatname", "chatopponent"))
     characters = opponents.split("||$||")
     names = [name for name in (user, *characters) if name]
-    text = "".join(text_in(piece) or "" for piece in (data.get("prompt"), *(data.get("actions") or ())))
+    actions = (action for _, action in list_items(data.get("actions"), "actions"))
+    text = "".join(text_in(piece) or "" for piece in (data.get("prompt"), *actions))
     turns = KOBOLD_TURN.split(text)
     if len(turns) == 1 and names:
         turns = re.split(rf"^({'|'.join(map(re.escape, names))}): ?", text, flags=re.M)
@@ -8896,7 +8897,7 @@ def risu_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
 
 DOCUMENTS: tuple[tuple[Callable[[Mapping], bool], Callable[[Mapping], Iterator[tuple[dict, list]]]], ...] = (
     (lambda data: "internal" in data or "data_visible" in data, webui_chats),
-    (lambda data: any("msg" in m for m in data.get("messages") or () if isinstance(m, dict)), agnai_chats),
+    (lambda data: any(nested(m, "msg") is not None for _, m in list_items(data.get("messages"), "")), agnai_chats),
     (lambda data: nested(data, "histories", "histories") is not None, character_ai_chats),
     (lambda data: isinstance(data.get("savedsettings"), dict), kobold_chats),
     (lambda data: data.get("type") in ("risuChat", "risuAllChats"), risu_chats),
@@ -12089,29 +12090,12 @@ class Archive:
 
     def _write_branch(self, chat: Chat, alignment: Alignment, request: ChatRequest) -> list[str]:
         """Writes what is new in a request's transcript; returns the branch's ids. Hold the chat's lock."""
-        store = chat.store
+        store, before = chat.store, chat.path()
         messages, path = attached(chat, alignment, request)
         shows = len(request.turns) > 2 or bool(alignment.kept and len(request.turns) > len(alignment.kept))
         shows = shows or request.identity.has_metadata or store.info.get("shows_history", False)
-        persona = persona_text(request)
-        speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
-        character = request.identity.character or speaker or named_in_prompt(persona)
-        info = {"head": path[-1], "shows_history": shows} | extension_info(chat, request)
-        info |= {"character": character} if character else {}
-        told = {"title": "title", "picture": "picture", "user_name": "user"}
-        info |= {k: v for k, field in told.items() if (v := getattr(request.identity, field))}
-        if request.identity.complete:
-            info["hidden"] = [i for i, t in zip(path[-len(request.turns) :], request.turns, strict=True) if t.hidden]
-        elif away := [i for i, t in zip(path[::-1], request.turns[::-1], strict=False) if t.hidden]:
-            info["hidden"] = list(dict.fromkeys([*store.info.get("hidden", ()), *away]))  # on another branch by now
-        group = request.identity.group or names_of_group(store.info.get("group", ""), request.turns)
-        info |= {"group": group} if group else {}
-        erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
-        info |= {"persona": "" if erased else persona} if request.persona else {}
-        info |= {"account": request.account} if request.account and not store.info["explicit"] else {}
-        first_told = extension_info(chat, request) and not store.info.get("extension")
-        info |= {"lone": lone} if (lone := is_lone(chat, request, path)) != store.info.get("lone", False) else {}
-        before = chat.path()
+        info = told_info(chat, request, path) | {"head": path[-1], "shows_history": shows}
+        first_told = "extension" in info and not store.info.get("extension")
         if messages or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(messages, info | {"updated": time.time()})
             left = [] if request.identity.complete else superseded(chat, before, path)
@@ -12331,6 +12315,29 @@ class Archive:
         if summaries or facts or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(info=info, summaries=summaries, facts=facts)
             self._registry.enter(chat, ())
+
+
+def told_info(chat: Chat, request: ChatRequest, path: Sequence[str]) -> dict[str, Any]:
+    """What a request tells of its chat beside the messages, as the chat's info keeps it; `path` is its branch."""
+    known, identity, persona = chat.store.info, request.identity, persona_text(request)
+    info = extension_info(chat, request)
+    speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
+    named = {
+        "title": identity.title, "picture": identity.picture, "user_name": identity.user,
+        "character": identity.character or speaker or named_in_prompt(persona),
+        "group": identity.group or names_of_group(known.get("group", ""), request.turns),
+        "account": "" if known["explicit"] else request.account,
+    }  # fmt: skip
+    info |= {key: value for key, value in named.items() if value}
+    if request.persona:
+        erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
+        info["persona"] = "" if erased else persona
+    if identity.complete:
+        info["hidden"] = [i for i, t in zip(path[-len(request.turns) :], request.turns, strict=True) if t.hidden]
+    elif away := [i for i, t in zip(path[::-1], request.turns[::-1], strict=False) if t.hidden]:
+        info["hidden"] = list(dict.fromkeys([*known.get("hidden", ()), *away]))  # on another branch by now
+    lone = is_lone(chat, request, path)
+    return info | ({"lone": lone} if lone != known.get("lone", False) else {})
 
 
 def extension_info(chat: Chat, request: ChatRequest) -> dict:
@@ -13744,9 +13751,9 @@ class Completions:
 def without_part(prepared: Prepared, why: str) -> Prepared:
     """The same turn without the next part of what memory adds to its prompt."""
     (fallback, *fallbacks), report = prepared.fallbacks, prepared.report
-    shares = {"memories": "memories", "story": "story"}.get(fallback.without, "")
     recalled = [] if fallback.without == "memories" else report.recalled
-    report = replace(report, recalled=recalled, tokens=report.tokens | ({shares: 0} if shares else {}))
+    tokens = {share: 0 if share == fallback.without else count for share, count in report.tokens.items()}
+    report = replace(report, recalled=recalled, tokens=tokens)
     messages, history = fallback.compose()
     prepared = replace(prepared, report=report, history=history, fallbacks=tuple(fallbacks))
     return with_messages(prepared, f"asked again without {fallback.without}, {why}", messages)
@@ -13827,8 +13834,8 @@ class PromptBuilder:
             request = self._archive.without_instruction(request, chat_id)
             if not request.turns:
                 return self._untouched(request, chat_id, call, untouched_header("a quiet prompt"))
-        context, shares = self._context(request, call)
         tools = tool_tokens(request.body)
+        context, shares = self._context(request, tools, call)
         left = beside_tools(context, tools, request.max_tokens)
         with self._archive.enter(request, chat_id, deadline) as (chat, path, request):
             memory = self._remember(chat, path, request, left, shares, lay_out, deadline)
@@ -13848,17 +13855,17 @@ class PromptBuilder:
             summary=summary, ephemeral=request.identity.ephemeral, parts=parts,
         )  # fmt: skip
 
-    def _context(self, request: ChatRequest, call: Call) -> tuple[int, Sequence[float]]:
-        """The context length to make the prompt for, and the shares of it.
+    def _context(self, request: ChatRequest, tools: int, call: Call) -> tuple[int, Sequence[float]]:
+        """The context length to make the prompt for, and the shares of it. `tools` are the tokens of the request's
+        tools.
 
         Where nobody knows the model's length it is large enough for all that the client shows: a guess refuses and cuts
         nothing. A model that takes more than prompts are usually made for gets more where persona, newest message and
         reply need it. Memories and reply then have what they would have had.
         """
         length, most = self._completions.context_length(request.body.get("model") or "", call)
-        tools = tool_tokens(request.body)
-        characters = sum(len(t.content) for t in request.turns) + len(json.dumps(request.persona))
-        if most <= length or characters + tools < length:
+        said = sum(len(t.content.encode("utf-8", "replace")) for t in request.turns) + len(json.dumps(request.persona))
+        if most <= length or said + tools < length:  # a token is at least a byte
             return length, self._shares
         _, memories, history, response = self._shares
         shown = [*request.persona, *request.tail, *(m for t in request.turns for m in (*t.before, t.raw))]

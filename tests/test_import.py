@@ -874,6 +874,8 @@ ROW = {"id": ROW_ID, "parent": "", "role": "user", "content": "Hi"}
         ('{"a": 1}\n{"a": 2}', "line 1"),
         ('{"mes": 5}', "line 1"),
         ('{"savedsettings": {}, "prompt": "Once upon a time.", "actions": []}', "story of KoboldAI Lite"),
+        ('{"savedsettings": {}, "prompt": "Once upon a time.", "actions": 5}', "story of KoboldAI Lite"),
+        ('{"messages": 5}', "an object with messages"),
         ('{\n  "format": "persona_memory",\n  "version": oops\n}', "line 3"),
         (json.dumps({**EXPORT, "version": 2}), "version"),
         (json.dumps({**EXPORT, "format": "other"}), "neither"),

@@ -796,6 +796,14 @@ def test_a_guessed_context_cuts_nothing(server, upstream, model):
     assert words_sent(server, upstream, model) > WHOLE
 
 
+def test_a_guessed_context_cuts_nothing_in_scripts_of_more_tokens_than_letters(server, upstream, model):
+    """In Chinese a sign takes a token and more, so that fewer signs fill the guess."""
+    line = "灯塔看守人在暴风雨的夜里数着海上的船只，把风向写进那本旧册子。"
+    chat = [{"role": ("user", "assistant")[n % 2], "content": f"第{n}句：" + line * 6} for n in range(33)]
+    assert say(server.url, chat, model=model).status == 200
+    assert [m["content"] for m in upstream.last["body"]["messages"]] == [m["content"] for m in chat]
+
+
 @pytest.mark.parametrize("max_tokens", [300, 9000])
 def test_a_guessed_context_refuses_nothing(server, upstream, model, max_tokens):
     """A card of twice the guess, and a reply that is longer than it."""
