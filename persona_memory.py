@@ -57,10 +57,10 @@ The way of a turn::
      3  parse_request            Requests: persona, turns, tail, identity
      4  Archive.enter            finds the chat (ChatRegistry.locate) or makes it, and borrows it
      5  align_request            Branches: where the transcript hangs in the tree; what is new is written
-     6  lay_out, branch_story    Prompt: what the history, the story and the reply may take
-     7  Vectors.for_turn         one encode, for which no lock is held
-     8  Recaller.recall          Index, Recall: evidence, scores, what fits
-     9  Feelings.mood            Emotion: how the user feels by now
+     6  lay_out, branch_story    Prompt, Summarizer: what the history, the story and the reply may take
+     7  Recaller.recall          Index, Recall: what the turn asks, the evidence, scores, what fits
+     8  Vectors.for_turn         Readings, called by it: one encode, for which no lock is held
+     9  Feelings.mood            Readings, Emotion: how the user feels by now
     10  Recaller.carry_over      other chats with the same character, where the user wants that
     11  compose_prompt           Prompt: the messages for the model, and their report
     12  Completions.stream       Gate, Upstreams: the model's answer, chunk by chunk
@@ -784,7 +784,7 @@ PIECES = re.compile(rf"(?s:.{{1,{PIECE}}})(?=\s|\Z)|(?s:.{{1,{PIECE}}})")  # at 
 
 
 def in_pieces(work: Callable[[str], str], text: str) -> str:
-    """What `work` makes of a text, of a long one piece by piece: other threads stand still during one call into C."""
+    """`work` done on a text, on a long one piece by piece: other threads stand still during one call into C."""
     if len(text) <= PIECE:
         return work(text)
     return "".join(work(piece[0]) for piece in PIECES.finditer(text))
@@ -794,7 +794,7 @@ JSON_AT_ONCE = 200_000  # names and values of a JSON text, which take Python's r
 
 
 def json_reader(text: str, **hooks: Callable) -> json.JSONDecoder:
-    """What reads a JSON text: of a large one the module's other reader, in Python, which lets other threads run."""
+    """A decoder for a JSON text. A large text gets the json module's slower one in Python: other threads run beside."""
     reader = json.JSONDecoder(**hooks)
     if text.count(",") + text.count(":") > JSON_AT_ONCE:
         reader.parse_object, reader.parse_array = json.decoder.JSONObject, json.decoder.JSONArray
@@ -803,7 +803,8 @@ def json_reader(text: str, **hooks: Callable) -> json.JSONDecoder:
 
 
 def json_text(value: Mapping[str, Any]) -> str:
-    """A JSON object as `json.dumps` writes it, with one call into C for each of its values and of its lists' items."""
+    """A JSON object as `json.dumps` writes it, with a call into C for each value and each item of a list, so that other
+    threads run in between."""
     parts = []
     for name, part in value.items():
         if isinstance(part, list | tuple):
@@ -815,8 +816,8 @@ def json_text(value: Mapping[str, Any]) -> str:
 
 
 def normal_form(text: str, form: str) -> str:
-    """Text in a Unicode normal form. Of a longer heap of marks the first are kept: putting them in order takes the
-    square of their number, and a thousand times a thousand of them would stop everything else."""
+    """Text in a Unicode normal form ("NFC", "NFKC"). Of the marks on one letter the first MOST_MARKS are kept: sorting
+    them takes quadratic time, and some thousands on one letter would stop everything else."""
     if text.isascii():
         return text
 
@@ -841,7 +842,7 @@ OTHER_LINE_ENDS = re.compile("\\r\\n|[\\r\\v\\f\\x1c-\\x1e\\x85\\u2028\\u2029]")
 
 
 def frame_opening(line: str) -> str:
-    """What finds the beginning of a line that this program sets around what it tells a model, however it is spaced."""
+    """A pattern for the first words of a frame line of this program (see `Wording.frames`), however they are spaced."""
     words = re.split(r"[,.:，：、。{]", line.strip("[]"))[0].strip()
     parts = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", words)
     unspaced = "\u3040" <= words[0] < "\uac00"  # kana and ideographs; Korean parts its words
@@ -1117,7 +1118,7 @@ class Turn:
 
     @property
     def own_digest(self) -> str:
-        """That of all that the turn says: `digest` is of its words alone."""
+        """The digest of the whole text; `digest` is that of its bare words."""
         return message_digest(self.role, self.content)
 
 
@@ -3506,7 +3507,8 @@ class Tree:
         return node
 
     def is_below(self, node: str, upper: str) -> bool:
-        """Whether `node` is `upper` or comes after it on a branch."""
+        """Whether `node` is `upper` or comes after it on a branch. For nodes that are near each other on any branch;
+        `stands_on` is for many questions on one branch."""
         levels = self.nodes[node].depth - self.nodes[upper].depth if node else -1
         return levels >= 0 and self.ancestor(node, levels) == upper
 
@@ -7516,7 +7518,7 @@ class Places:
         return self._many[digest]
 
     def of(self, summary: Summary) -> list[Summary]:
-        """A summary with its places, as often as it stands on the branch."""
+        """A summary with its places on the branch, once for each time that it stands there."""
         known, found = self._found.get(id(summary), (None, []))
         if known is summary:
             return found
@@ -7605,7 +7607,7 @@ def to_condense(story: Sequence[Summary], budget: int) -> list[Summary]:
 
 
 def summaries_share(budget: int) -> int:
-    """What of a story's tokens its summaries may take: what its frame and the facts leave."""
+    """Tokens of a story that its summaries may take: its frame and the facts take the rest."""
     return min(int((1 - FACTS_SHARE) * budget), budget - story_frame_tokens(ENGLISH))
 
 
@@ -7616,7 +7618,7 @@ def story_frame_tokens(words: Wording) -> int:
 
 
 def summary_room(covered: int, budget: int) -> int:
-    """How many tokens a summary of so many may take, in a story of `budget` tokens."""
+    """Tokens that a summary may take which covers `covered` tokens, in a story of `budget` tokens."""
     largest = summaries_share(budget) // SUMMARIES_IN_STORY
     return max(SHORTEST_SUMMARY, min(int(COMPRESSION * covered), largest))
 
@@ -7672,8 +7674,8 @@ def read_answer(text: str) -> tuple[str, list]:
 
 
 def content_terms(text: str) -> set[str]:
-    """What a text is about, for comparing: the beginnings of its longer words; pairs of signs where words are not
-    parted."""
+    """What a text is about, for comparing: the first five letters of its longer words, and pairs of characters in
+    scripts without spaces."""
     words = (w.casefold() for w in re.findall(r"[^\W\d_]+", text) if len(w) > 3 and ord(w[0]) < 0x2E80)
     signs = re.findall(r"[\u2e80-\uffef\U00020000-\U0003ffff]+", text)
     pairs = {run[i : i + 2] for run in signs for i in range(len(run) - 1)}
@@ -7682,7 +7684,7 @@ def content_terms(text: str) -> set[str]:
 
 
 def flaw_of(text: str, source: str) -> str:
-    """What is wrong with a summary of `source`, in a word; empty where it is sound."""
+    """What is wrong with a summary of `source`, in a few words; empty where it is sound."""
     terms = content_terms(text)
     if len(terms) < 3:
         return "empty"
@@ -7766,7 +7768,7 @@ def plain_words(text: str) -> str:
 
 
 def stands_in(words: str, text: str) -> bool:
-    """Whether plain words stand in a plain text, as whole words where the script parts them."""
+    """Whether plain words stand in a plain text, as whole words where the script has spaces."""
     return words in text if ord(words[0]) >= 0x2E80 else f" {words} " in f" {text} "
 
 
@@ -7828,7 +7830,7 @@ def still_quotes(fact: Fact, message: Message) -> bool:
 
 
 def fact_line(fact: Fact, before: Fact | None) -> str:
-    """A fact as the model reads it; what it superseded is said."""
+    """A fact as the model reads it, with the one that it supersedes."""
     earlier = f" (earlier, #{before.index + 1}: {quoted(before.text)})" if before and before.text != fact.text else ""
     place = f"#{fact.index + 1} " if fact.digest else ""
     return f"- {place}{quoted(fact.text)}{earlier}"
@@ -7836,7 +7838,7 @@ def fact_line(fact: Fact, before: Fact | None) -> str:
 
 @dataclass(frozen=True)
 class Story:
-    """What of a branch's story stands in a prompt."""
+    """The part of a branch's story that stands in a prompt."""
 
     text: str = ""
     summaries: tuple[Summary, ...] = ()
@@ -7844,7 +7846,7 @@ class Story:
 
     @property
     def tokens(self) -> int:
-        """Tokens that it takes, with what parts it from the text above."""
+        """Tokens that it takes, as a message of its own at most."""
         return count_tokens(self.text) + MESSAGE_OVERHEAD if self.text else 0
 
 
@@ -7968,7 +7970,7 @@ class Layout:
 
 
 class Seen(Sequence):
-    """The items of a sequence as a function sees them, each when it is asked for: of a long branch few are."""
+    """A sequence's items as a function sees them, each computed when it is asked for: of a long branch few are."""
 
     def __init__(self, items: Sequence, see: Callable[[Any], Any]):
         self._items, self._see = items, see
@@ -8084,8 +8086,8 @@ def tool_tokens(body: Mapping) -> int:
 
 
 def beside_tools(context: int, tools: int, max_tokens: int) -> int:
-    """What the tools' definitions leave of a context for everything else, which is divided as a context without tools
-    is. Raises `ContextLengthExceeded` where they leave too little for any chat."""
+    """Tokens that the tools' definitions leave of a context. They are divided as a context without tools is. Raises
+    `ContextLengthExceeded` where they are too few for any chat."""
     if tools and context - tools < max(2 * MIN_RESPONSE, max_tokens + MIN_RESPONSE):
         raise ContextLengthExceeded(
             f"This model's context length is {context} tokens, and the definitions of the tools in the request take "
@@ -8225,8 +8227,7 @@ def memory_block(memories: Sequence[Memory], words: Wording = ENGLISH) -> str:
 def fitting(
     memories: Sequence[Memory], budget: int, words: Wording, block: Callable[..., str] = memory_block
 ) -> tuple[list[Memory], list[Memory]]:
-    """As many of the memories, best first, as fit with their frame (as `block` writes it) into `budget` tokens; and the
-    others."""
+    """The memories, best first, that fit into `budget` tokens with their frame, as `block` writes it; and the rest."""
     kept = list(memories)
     while kept and count_tokens(block(kept, words)) + FRAME_MARGIN > budget:
         kept.pop()
@@ -8245,13 +8246,13 @@ def carried_block(memories: Sequence[Memory], words: Wording = ENGLISH) -> str:
 
 
 def memory_frame_tokens(words: Wording) -> int:
-    """Tokens that the block takes beside its lines, with what separates it from the message it may stand in."""
+    """Tokens that the block of memories takes beside its lines."""
     return count_tokens(f"{words.memories}\n{words.end_of_memories}") + FRAME_MARGIN
 
 
 def with_reminder(block: str, piece: str, room: int, words: Wording) -> tuple[str, str]:
-    """What goes in front of the newest message, with a piece of the persona at its end where `room` tokens leave space
-    for that; and the piece, empty where it was left out."""
+    """The block with a piece of the persona at its end, where `room` tokens are enough for both; and that piece, empty
+    where it was left out."""
     line = words.keep_in_mind.format(piece=quoted(piece)) if piece else ""
     free = room - (count_tokens(block) + FRAME_MARGIN if block else 0)
     if not line or count_tokens(line) + FRAME_MARGIN > min(free, REMINDER_TOKENS):
@@ -9696,7 +9697,7 @@ def is_whole(payload: Mapping) -> bool:
 
 
 def finish_of(choice: Mapping) -> str:
-    """Why a whole reply ended, where servers do not say it too."""
+    """Why a whole reply ended, also where its server does not say."""
     return choice.get("finish_reason") or ("tool_calls" if choice["delta"].get("tool_calls") else "stop")
 
 
@@ -9933,7 +9934,7 @@ AT_MOST = re.compile(
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a model wants to be asked, as far as its own errors have told.
+    """How a model wants to be asked, learned from its own errors.
 
     A restart forgets it: that costs one refused request each, for which nobody pays, and another model may answer to
     the same name by then.
@@ -10014,8 +10015,8 @@ def refused_field(error: UpstreamError, sent: Mapping) -> str:
 
 
 def without_system(messages: Sequence[Mapping]) -> list[dict]:
-    """The messages for a model that knows no system role: such text stands in front of the next user message, or is
-    the user's where none follows."""
+    """The messages for a model that knows no system role: that text goes in front of the next user message, or becomes
+    one where none follows."""
     told: list[dict] = []
     waiting: list[str] = []
     for message in messages:
@@ -10056,8 +10057,7 @@ CONTEXT_STEP = 4096  # tokens in which a context of unknown length grows, so tha
 
 @dataclass(frozen=True)
 class Overflow:
-    """A prompt that was too long: its tokens and the context's, as the upstream counts them; 0 where it does not
-    say."""
+    """A prompt that was too long: its tokens and the context's, as the upstream counts them; 0: it does not say."""
 
     prompt: int = 0
     context: int = 0
@@ -10088,7 +10088,7 @@ def token_ratio(ours: int, theirs: int) -> float:
 
 
 def without_oldest(messages: Sequence[dict], tokens: int, first: int) -> list[dict]:
-    """The messages without the oldest of the chat, from the place `first` on, which have that many tokens together.
+    """The messages without the chat's oldest ones, which have so many tokens together; the chat begins at `first`.
 
     The newest user message and what follows it stay. A tool's result goes with its call, and the chat begins with the
     same side as before.
@@ -10112,7 +10112,7 @@ def without_oldest(messages: Sequence[dict], tokens: int, first: int) -> list[di
 
 
 def is_told(error: Any) -> bool:
-    """Whether an `error` field tells of one; some gateways send theirs in every answer, with nothing in it."""
+    """Whether an `error` field says anything; some gateways send an empty one in every answer."""
     return any(error.values()) if isinstance(error, dict) else bool(error)
 
 
@@ -10756,10 +10756,10 @@ class OpenAIUpstream:
             yield from self._gate.stream(call, begin, self.secrets(call))
 
     def _begin(self, body: Mapping, call: Call) -> tuple[list[dict], Iterator[dict]]:
-        return until_first_token(self._chunks(json_text(body).encode(), call))
+        return until_first_token(self._chunks(body, call))
 
-    def _chunks(self, raw: bytes, call: Call) -> Iterator[dict]:
-        with self._post(raw, call) as reply:
+    def _chunks(self, body: Mapping, call: Call) -> Iterator[dict]:
+        with self._post(json_text(body).encode(), call) as reply:
             yield from read_stream(reply)
 
     def _ask(self, body: Mapping, call: Call, ask: Callable[[Mapping, Call], Any]) -> Any:
@@ -13503,7 +13503,7 @@ class Status:
             source = self._settings.sources.get(f.name) or ("default" if value == f.default else "the program")
             if f.metadata["secret"]:
                 value = "(hidden)" if value else ""
-            if f.name == "upstream":
+            if f.name in ("upstream", "summary_upstream", "gemini_endpoint"):
                 value = shown_url(value)
             rows.append({
                 "name": f.name, "flag": flag_of(f.name), "variable": variable_of(f.name), "value": value,
@@ -13580,8 +13580,7 @@ def advice_on(status: int, upstream: Mapping) -> str:
     if status == 502 and not where:
         return f"The model {upstream.get('model')} does not run. The program's log says why."
     return {
-        401: "The key was refused: check it in your client, or set --upstream-key.",
-        403: "The key was refused: check it in your client, or set --upstream-key.",
+        **dict.fromkeys((401, 403), "The key was refused: check it in your client, or set --upstream-key."),
         404: f"Check the address ({where}) and the model's name: the server does not know one of them.",
         429: "The provider's rate limit or quota is reached: wait, or use another model.",
         502: f"Check that the model's server is running at {where}; --upstream names another.",
