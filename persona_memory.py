@@ -7769,7 +7769,7 @@ def plain_words(text: str) -> str:
 
 def stands_in(words: str, text: str) -> bool:
     """Whether plain words stand in a plain text, as whole words where the script has spaces."""
-    return words in text if ord(words[0]) >= 0x2E80 else f" {words} " in f" {text} "
+    return words in text if not words or ord(words[0]) >= 0x2E80 else f" {words} " in f" {text} "
 
 
 def checked_facts(found: Iterable[Any], messages: Sequence[Message], start: int) -> list[Fact]:
@@ -8934,7 +8934,7 @@ def read_export(data: Mapping) -> ChatCopy:
     for order, message in enumerate(messages):
         tree.put(message, order)
     known = {name: by_texts(data.get(name), tree) for name in ("summaries", "facts")}
-    summaries = [replace(s, texts=tuple(s.texts)) for s, _ in records(known, "summaries", Summary)]
+    summaries = [s for s, _ in records(known, "summaries", Summary)]
     facts = [f for f, _ in records(known, "facts", Fact)]
     if not all(s.texts and all(isinstance(d, str) for d in s.texts) for s in summaries):
         raise InvalidRequest("A summary's texts must be digests.", "texts")
@@ -8944,7 +8944,8 @@ def read_export(data: Mapping) -> ChatCopy:
     if not all(re.fullmatch(r"[0-9A-Za-z_-]{1,64}", row.id) for row in (*summaries, *facts)):
         raise InvalidRequest("A summary or a fact has an id that is not valid.", "id")
     messages, moved = rehung(map(worded, messages))
-    return ChatCopy(tuple(messages), moved[head], info, tuple(summaries), tuple(facts))
+    sized = (replace(s, texts=tuple(s.texts), tokens=line_tokens(s)) for s in summaries)
+    return ChatCopy(tuple(messages), moved[head], info, tuple(sized), tuple(facts))
 
 
 def by_texts(rows: Any, tree: Tree) -> Any:
@@ -12961,7 +12962,7 @@ def branch_facts(chat: Chat, path: Sequence[str], before: float) -> list[tuple[F
         changed[message.digest].append(message)
     facts = [f for f in store.facts.values() if all(still_quotes(f, m) for m in changed.get(f.digest, ()))]
     held = facts_of(facts, places_on(chat, path).texts, before) if facts else []
-    return rows + [(at_message(fact, path), before and at_message(before, path)) for fact, before in held]
+    return rows + [(at_message(fact, path), older and at_message(older, path)) for fact, older in held]
 
 
 def at_message(fact: Fact, path: Sequence[str]) -> Fact:
@@ -13009,7 +13010,7 @@ def story_rows(chat: Chat, path: Sequence[str]) -> dict:
         "summary": "\n".join(map(summary_line, story)),
         "story": [summary_row(s) | {"first": path[s.start], "last": path[s.end]} for s in story],
         "replaced": [summary_row(s) for s in replaced_words(every, places)],
-        "facts": [asdict(f) | {"supersedes": before and asdict(before)} for f, before in facts],
+        "facts": [asdict(f) | {"supersedes": older and asdict(older)} for f, older in facts],
     }
 
 
@@ -13028,7 +13029,7 @@ class Summarizer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="summarizer")
         self._plans: dict[str, tuple[SummaryPlan, str]] = {}  # by chat
         self._timers: dict[str, threading.Timer] = {}  # by chat, of plans that wait for the next hour's requests
-        self._lock = threading.Lock()  # of the plans and the request under way
+        self._lock = threading.Lock()  # of the plans, the timers, the hour's requests and the one under way
         self._calls: deque[float] = deque()  # times of the last hour's requests
         self._call = Call()
         self._closed = False
@@ -13228,9 +13229,11 @@ class Summarizer:
         return functools.partial(self._ask, plan.model, authorization, retry)
 
     def _may_ask(self) -> bool:
-        while self._calls and self._calls[0] < time.monotonic() - 3600:
-            self._calls.popleft()
-        return not self._settings.summary_calls or len(self._calls) < self._settings.summary_calls
+        """Whether the hour allows another request."""
+        with self._lock:
+            while self._calls and self._calls[0] < time.monotonic() - 3600:
+                self._calls.popleft()
+            return not self._settings.summary_calls or len(self._calls) < self._settings.summary_calls
 
     def _ask(self, model: str, authorization: str, retry: bool, messages: list[dict], tokens: int) -> dict:
         """The upstream's choice; asked again where a turn went first. Raises what the upstream raises."""

@@ -1078,6 +1078,23 @@ def folders(tmp_path_factory):
     return lambda: tmp_path_factory.mktemp("shelf")
 
 
+def test_what_an_export_says_of_a_summarys_size_is_counted_anew():
+    """Somebody may have written other words into the file; a prompt's budget goes by the size."""
+    longer = {**SUMMARY, "texts": [TEXT], "text": "They met at the mill. " * 300, "tokens": 4}
+    (summary,) = pm.read_export({**EXPORT, "messages": [ROW], "summaries": [longer]}).summaries
+    assert summary.tokens == pm.line_tokens(summary) > 1000
+
+
+@pytest.mark.parametrize("quote", ["", "!"])
+def test_a_fact_of_a_file_may_quote_nothing(server, quote):
+    """Also where the message that it is of has been changed since."""
+    row, facts = {**ROW, "pinned": True}, [{**FACT, "quote": quote}]
+    export = {**EXPORT, "chat": {"chat_id": f"no quote {quote}", "head": ROW_ID}, "messages": [row], "facts": facts}
+    take_in(server, json.dumps(export))
+    about = call(server, "GET", f"chats/no quote {quote}")
+    assert (about.status_code, [f["text"] for f in about.json()["facts"]]) == (200, [FACT["text"]] if quote else [])
+
+
 @effort(max_examples=25)
 @given(messages=trees(), data=st.data())
 def test_an_export_comes_back_as_it_was(folders, messages, data):
