@@ -6,7 +6,7 @@ import re
 
 import httpx
 import pytest
-from fakes import LocalServer, say, settings
+from fakes import API, LocalServer, get, say, settings
 from hypothesis import given
 from hypothesis import strategies as st
 from sillytavern import Character, Client
@@ -18,9 +18,7 @@ FIRST = {"role": "user", "content": "Who goes there?"}
 
 
 def call(server, path, status=200, **query):
-    answer = httpx.get(f"{server.url}/api/persona_memory{path}", params=query, timeout=60)
-    assert answer.status_code == status, answer.text
-    return answer.json()
+    return get(server, f"{API}{path}", status, **query)
 
 
 def fill(server, chat, *texts):

@@ -17,7 +17,7 @@ from itertools import pairwise
 import httpx
 import pytest
 from chats import open_chat
-from fakes import PATIENCE, Handler, LocalServer, Server, Upstream, completion, say, settings, wait_until
+from fakes import API, PATIENCE, Handler, LocalServer, Server, Upstream, completion, get, say, settings, wait_until
 from hypothesis import example, given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
@@ -820,9 +820,7 @@ def shown(reply) -> int:
 
 def chat_of(url: str, chat_id: str) -> dict:
     """A chat as the API shows it."""
-    got = httpx.get(f"{url}/api/persona_memory/chats/{chat_id}", timeout=PATIENCE)
-    assert got.status_code == 200, got.text
-    return got.json()
+    return get(url, f"{API}/chats/{chat_id}")
 
 
 def call(url: str, method: str, path: str, body=None) -> httpx.Response:

@@ -18,15 +18,6 @@ FOREVER = 60
 
 
 @pytest.fixture
-def chat(request) -> list[dict]:
-    """A transcript that no other test sends."""
-    return [
-        {"role": "system", "content": "You are Mira, a lighthouse keeper."},
-        {"role": "user", "content": f"Good evening from {request.node.name}"},
-    ]
-
-
-@pytest.fixture
 def model(request) -> str:
     """A model of this test's own: what a model's context is gets asked once."""
     return request.node.name
