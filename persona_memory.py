@@ -13404,6 +13404,8 @@ class Summarizer:
         with self._lock:
             self._closed = True
             self._call.cancel()
+            for timer in self._timers.values():
+                timer.cancel()
         if self._settings.summary_upstream:
             self._upstream.close()
         self._thread.shutdown(wait=True, cancel_futures=True)  # it may be writing; its request is cancelled
