@@ -3714,14 +3714,14 @@ NO_SPEAKER = re.compile(  # what begins a text with a colon behind it, and names
 BRACKETED = re.compile(r"\[[^\[\]]*\]|\([^()]*\)|\{[^{}]*\}|<[^<>]*>", re.S)
 LONGEST_INSTRUCTION = 4000  # characters
 SHORTEST_NOTE = 8  # characters; what is shorter may be said by anyone, anywhere
-ABOUT_THE_REPLY = re.compile(
+ABOUT_THE_REPLY = re.compile(  # what instructions speak of, and a character does not
     r"\b(?:next (?:reply|response|message|turn|post)|(?:your|the|this|each|every) (?:reply|replies|responses?|output)|"
     r"(?:present|past) tense|(?:first|second|third)[- ]person|in character|role-?play(?:ing)?|ooc|out of character|"
     r"author['’]?s? notes?|system (?:note|prompt)|style|paragraphs?|\d+ (?:words|sentences|tokens)|point of view|"
     r"narrat(?:e|or|ion)|last message|story so far|markdown|dialogue)\b",
     re.I,
 )
-TOLD_TO = re.compile(
+TOLD_TO = re.compile(  # how an order to the model begins
     r"(?:please |now |always |never |only |just )*(?:write|continue|reply|respond|answer|narrate|describe|stay|remain|"
     r"keep|use|do not|don['’]t|remember to|focus|avoid|make sure|ensure|limit|speak|act|format|begin|end|"
     r"author['’]?s note|system note|note|ooc|style|reminder|instructions?)\b",
@@ -3732,23 +3732,23 @@ TASK = re.compile(  # how Open WebUI's tasks begin, and SillyTavern's Summarize 
     r"(?:pause|stop) (?:the|your|this) role-?play\b)",
     re.I,
 )
-TASK_WORDS = re.compile(
+TASK_WORDS = re.compile(  # what a program wants to know of a chat
     r"\b(?:titles?|tags?|follow[- ]?ups?|topics?|labels?|emotions?|sentiments?|keywords|search quer(?:y|ies)|"
     r"classif(?:y|ication)|categor(?:y|ies|i[sz]e)|summari[sz]e|summary|intents?|language)\b",
     re.I,
 )
-ORDER_OF_TASK = re.compile(
+ORDER_OF_TASK = re.compile(  # how it asks for that
     r"\b(?:generate|create|write|provide|suggest|predict|classify|categori[sz]e|determine|detect|summari[sz]e|extract|"
     r"rate|assign|choose|pick|identify|analy[sz]e|give|output|return)\b",
     re.I,
 )
-QUOTED_CHAT = re.compile(
+QUOTED_CHAT = re.compile(  # how it quotes the chat, or names it
     r"<(?:chat_history|conversation|chat|messages?|transcript)>|\|\|>|"
     r"^#* ?(?:conversation|chat history|messages?)\b[^\n]*:|^(?:user|human)\b[^\n]*:|"
     r"\b(?:the|this|of a) (?:conversation|chat|last message)\b|\bthe following (?:query|message|prompt)\b",
     re.I | re.M,
 )
-BARE_ANSWER = re.compile(
+BARE_ANSWER = re.compile(  # that it wants the answer and nothing around it
     r"\b(?:(?:only|just|nothing but) (?:the|one|a|with)|one word|only return|return only|output (?:just|only)|json|"
     r"no (?:punctuation|extra|other|additional|explanation)|without (?:any )?(?:explanation|quotes|punctuation)|"
     r"in \d+ words|\d+[- ]?words?)\b",
@@ -3766,6 +3766,13 @@ def optional_field(body: Mapping, name: str, kind: type, where: str = "") -> Any
         return value
     words = {str: "a string", bool: "true or false", int: "a whole number", dict: "an object"}[kind]
     raise InvalidRequest(f"{where}{name} must be {words}.", f"{where}{name}")
+
+
+def json_object(body: Any) -> dict:
+    """A request's body; raises `InvalidRequest` where it is not a JSON object."""
+    if not isinstance(body, dict):
+        raise InvalidRequest("The request must be a JSON object.")
+    return body
 
 
 def check_length(text: str | None, name: str, most: int = LONGEST_ID) -> None:
@@ -3924,9 +3931,7 @@ def parse_injection(body: Any) -> tuple[ChatRequest, int]:
 
 def parse_whole_chat(chat_id: str, body: Any) -> ChatRequest:
     """A request that shows a chat from its first message on; raises `InvalidRequest`."""
-    if not isinstance(body, dict):
-        raise InvalidRequest("The request must be a JSON object.")
-    request, _ = parse_injection(body | {"chat_id": chat_id, "complete": True})
+    request, _ = parse_injection(json_object(body) | {"chat_id": chat_id, "complete": True})
     if not request.turns:
         raise InvalidRequest("messages must hold a message with the role user or assistant.", "messages")
     return request
@@ -3947,9 +3952,7 @@ def parse_appended(messages: Any) -> list[Turn]:
 
 def checked_messages(body: Any) -> list[dict]:
     """A body's messages; raises `InvalidRequest` where they are not what the OpenAI API takes."""
-    if not isinstance(body, dict):
-        raise InvalidRequest("The request must be a JSON object.")
-    messages = body.get("messages")
+    messages = json_object(body).get("messages")
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("messages must be a list with at least one message.", "messages")
     for i, message in enumerate(messages):
@@ -9917,18 +9920,18 @@ OPTIONAL_FIELDS = (
 MENDED_STATUSES = (400, 422, 500, 501)  # 500: what chat templates say (llama.cpp)
 MOST_LESSONS = 6  # learned from one request
 ROOM_FOR_THOUGHTS = (0, 8192, 32768)  # tokens that a summary of a reasoning model gets beside its own, try by try
-REFUSED = re.compile(
+REFUSED = re.compile(  # how servers say that they do not know a field, or do not take it
     r"unsupported|(not|n't) (be )?(support|permit|allow|enabled|available)|unrecognized|unknown|unexpected|deprecated"
     r"|extra (input|field)|extra_forbidden|cannot both|at the same time|invalid (argument|parameter|field)",
     re.IGNORECASE,
 )
-NO_SYSTEM = re.compile(
+NO_SYSTEM = re.compile(  # and that the model's chat template knows no such role
     r"(system|developer) (role|message|prompt|instruction)s?\b[^.]{0,40}(not|n't) (support|enabled|allow)"
     r"|not support '?system'?|'system' is not one of|unsupported.{0,20}role.{0,20}system",
     re.IGNORECASE,
 )
 NO_DEVELOPER = re.compile(r"'developer' is not one of|not support '?developer'?|role.{0,20}developer", re.IGNORECASE)
-AT_MOST = re.compile(
+AT_MOST = re.compile(  # and how long a reply may be
     r"(?:at most|maximum[^0-9]{0,40}|<=|less than or equal to|> |\[1, ?)\W{0,2}(\d{2,7})", re.IGNORECASE
 )
 
@@ -17685,10 +17688,7 @@ def request_json() -> Any:
 
 def request_object() -> dict:
     """The request's body; raises `InvalidRequest` where it is not a JSON object."""
-    body = request_json()
-    if not isinstance(body, dict):
-        raise InvalidRequest("The request must be a JSON object.")
-    return body
+    return json_object(request_json())
 
 
 def large_object(value: Mapping) -> flask.Response:
