@@ -11171,6 +11171,16 @@ def model_from_wheel(wheel: Path) -> Path:
 Upstream = OpenAIUpstream | GeminiUpstream | LocalUpstream
 
 
+def is_url(text: str) -> bool:
+    """Whether a text is a web address whose host can be looked up (RFC 3986; its labels by IDNA)."""
+    try:
+        url = httpx.URL(text)
+        url.host.encode("idna")
+    except (httpx.InvalidURL, ValueError):
+        return False
+    return url.scheme in ("http", "https") and bool(url.host) and (url.port or 0) < 65536
+
+
 def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
     """The upstream that the settings name; raises `SettingsError` where they name none."""
     name, timeout = settings.upstream or "local", float(settings.upstream_timeout)
@@ -11180,14 +11190,17 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
         return LocalUpstream(models, None, settings.context, gate(single=True), timeout)
     if name == "gemini":
         endpoint, key = settings.gemini_endpoint, settings.upstream_key
+        if not is_url(endpoint):
+            raise SettingsError(f"--gemini-endpoint {endpoint!r} is no URL.")
         return GeminiUpstream(endpoint, key, settings.gemini_safety, gate(), timeout)
     if name.lower().endswith(".gguf"):
         if not Path(name).is_file():
             raise SettingsError(f"There is no model file {Path(name).absolute()}. Check the path given as upstream.")
         return LocalUpstream(models, Path(name), settings.context, gate(single=True), timeout)
-    if not name.startswith(("http://", "https://")):
-        with_scheme = ("http://" if is_on_local_network(f"http://{name}") else "https://") + name
-        meant = f" Did you mean --upstream {with_scheme}?" if re.fullmatch(r"[\w.-]+(:\d+)?(/\S*)?", name) else ""
+    if not is_url(name):
+        meant = ""
+        if re.fullmatch(r"[\w.-]+(:\d+)?(/\S*)?", name) and is_url(f"http://{name}"):
+            meant = f" Did you mean --upstream http{'' if is_on_local_network(f'http://{name}') else 's'}://{name}?"
         raise SettingsError(f"--upstream {name!r} is no URL.{meant} {THREE_WAYS}")
     return OpenAIUpstream(name, settings.upstream_key, gate(single=is_loopback(name)), timeout)
 
