@@ -809,7 +809,7 @@ class TestThroughTheProxy:
             httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=TIMEOUT).raise_for_status()
         client.do("await stand.context.eventSource.emit('generation_ended')")
         client.page.get_by_text("silverthorn").wait_for()
-        assert "chats go through the proxy" in client.panel()
+        assert "chats go through persona_memory" in client.panel()
 
 
 def merged(text: str) -> dict:
