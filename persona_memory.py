@@ -1365,6 +1365,7 @@ class PromptReport:
     reminder: str = ""  # what of the persona was said again
     summary_error: str = ""  # why summaries cannot be made lately, in the upstream's words
     ratio: float = 1.0  # how many tokens the model counts for one of ours, where those are more
+    limit: int = 0  # tokens: the context length that the model itself has named, refusing a prompt; 0: it has not
     outcome: str = ""  # how the turn ended, where that was not with a reply: an outcome of the metrics
 
 
@@ -13674,9 +13675,10 @@ class Completions:
         ratio = self._ratios.get(model)[1]
         return int(length / ratio), most / ratio
 
-    def ratio(self, request: ChatRequest) -> float:
-        """How many tokens the request's model counts for one of ours, as far as that is known."""
-        return round(self._ratios.get(self._settings.model or request.body.get("model") or "")[1], 3)
+    def learned(self, request: ChatRequest) -> dict[str, Any]:
+        """What the request's model has told that makes its prompts shorter: `ratio` and `limit`, as in reports."""
+        model = self._settings.model or request.body.get("model") or ""
+        return {"ratio": round(self._ratios.get(model)[1], 3), "limit": self._limits.get(model) or 0}
 
     def body(self, request: ChatRequest, messages: Sequence[dict], call: Call) -> dict:
         """A request's body for the upstream: with those messages, a model, and without our own fields."""
@@ -13901,7 +13903,7 @@ class PromptBuilder:
             with chat.lock:
                 before, chat.last_prompt = chat.last_prompt, sent_prompt(prompt, chat.last_prompt or ())
                 reused = None if before is None else round(prefix_reuse(before, chat.last_prompt), 4)
-        report = replace(self._report(memory, reused, started, tools), ratio=self._completions.ratio(request))
+        report = replace(self._report(memory, reused, started, tools), **self._completions.learned(request))
         if withheld:
             words = f"left out, since the provider's filter refused it: {', '.join(withheld)}"
             report = replace(report, degraded="; ".join(filter(None, (report.degraded, words))))
@@ -15818,6 +15820,8 @@ function promptCard(chat, report) {
         h('ul.legend.numbers', shares.map(({ words, count, tone }) =>
             h('li', { vars: { tone } }, h('span.swatch'), words, h('b', number(count))))),
         figuresLine(figures),
+        report.limit > 0 && h('p.muted.small',
+            `Your model has said that its context is ${number(report.limit)} tokens.`),
         report.ratio > 1.02 && h('p.muted.small', `Your model counts ${percent(report.ratio - 1)} more tokens than ` +
             `this program. For prompts to fit, its context is taken to be ${number(report.context)} tokens long.`),
         report.reminder && h('p.small', 'Repeated from the persona: ', h('i', report.reminder)),

@@ -553,16 +553,19 @@ def test_a_prompt_says_how_it_ended_where_no_reply_came(visit, server, upstream)
 
 
 def test_what_was_left_out_of_a_prompt_is_shown_with_its_reason(visit, told):
-    """Where the report says so."""
+    """Where the report says so; and what the model has told that makes prompts shorter."""
     store = open_chat(told.server, told.id).store
     row = told.row(3)
     left = {"id": row["id"], "index": 3, "role": row["role"], "name": row["name"], "score": 1.5, "reason": "no room"}
+    learned = {"ratio": 1.25, "limit": 4096}
     page = visit("about:blank")
     page.route(
         "**/prompts?*",
-        lambda route: route.fulfill(json={"prompts": [store.reports(1)[0] | {"left_out": [left]}]}),
+        lambda route: route.fulfill(json={"prompts": [store.reports(1)[0] | learned | {"left_out": [left]}]}),
     )
     page.goto(told.link("/prompts"))
+    expect(page.locator(".prompt")).to_contain_text("Your model counts 25 % more tokens")
+    expect(page.locator(".prompt")).to_contain_text("its context is 4,096 tokens")
     page.get_by_text("1 left out").click()
     expect(page.locator("details li")).to_contain_text(row["content"])
     expect(page.locator("details li")).to_contain_text("No room")
