@@ -3415,10 +3415,12 @@ class Tree:
     def put(self, message: Message, order: int) -> None:
         """Adds a message, or takes over its new state."""
         old = self.nodes.get(message.id)
-        depth = self.nodes[message.parent].depth + 1 if message.parent else 0
+        above = self.nodes[message.parent] if message.parent else None
+        depth, fingerprint = above.depth + 1 if above else 0, message.fingerprint
+        shown = fingerprint if message.shown is None else text_fingerprint(message.name, message.original)
         self.nodes[message.id] = Node(
-            message.id, message.parent, message.role, message.digest, message.fingerprint,
-            "" if message.erased else text_fingerprint(message.name, message.original), depth, order, message.tokens,
+            message.id, above.id if above else ROOT, sys.intern(message.role), message.digest, fingerprint,
+            "" if message.erased else shown, depth, order, message.tokens,
             message.confirmed, message.complete, message.pinned, message.forgotten, message.voice,
         )  # fmt: skip
         if self._trail[depth : depth + 1] == [message.id]:
@@ -3429,11 +3431,10 @@ class Tree:
         if message.confirmed and not (old and old.confirmed):
             self._confirmed += 1
             self._inner.add(message.parent)
-        waiting = self.replies[message.parent]
-        if message.id in waiting:
+        if message.id in (waiting := self.replies.get(message.parent, ())):
             waiting.remove(message.id)
         if not message.confirmed:
-            waiting.append(message.id)
+            self.replies[message.parent].append(message.id)
         (self.unshown.discard if message.confirmed else self.unshown.add)(message.id)
         marked = message.pinned or message.forgotten or message.shown is not None
         (self.marked.add if marked else self.marked.discard)(message.id)
@@ -3444,8 +3445,8 @@ class Tree:
             del self.nodes[node.id]
             for row in (self.by_digest[node.digest], self.children[node.parent]):
                 row.remove(node.id)
-            if node.id in self.replies[node.parent]:
-                self.replies[node.parent].remove(node.id)
+            if node.id in (waiting := self.replies.get(node.parent, ())):
+                waiting.remove(node.id)
             self.marked.discard(node.id)
             self.unshown.discard(node.id)
             self._inner.discard(node.id)
@@ -4249,6 +4250,7 @@ NEWER = "This chat was written by a newer version of persona_memory: install tha
 NEWER_ROW = "s:!"  # before all other summaries
 NAMING_MESSAGES = ("first", "last", "message")  # fields of its summaries and facts
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
+PAGES_IN_RAM = 100  # of 4 KB, for each open file: the system keeps the others. diskcache takes 8,192, and maps 64 MB
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
 OWN_FOLDERS = ("chats", "catalogue", "characters")  # in the data folder
 DAMAGED = (
@@ -4406,6 +4408,7 @@ class Database:
         cache = SharedCache(
             str(self.folder), timeout=LOCK_SECONDS, disk=TextDisk, eviction_policy="none", size_limit=FOREVER,
             cull_limit=0, disk_min_file_size=FOREVER, sqlite_synchronous=1, sqlite_secure_delete=1,
+            sqlite_cache_size=PAGES_IN_RAM, sqlite_mmap_size=0,
         )  # fmt: skip
         cache.reset("sqlite_synchronous", self._synchronous)  # only now: making the tables need not wait for the disk
         cache.get("")  # a damaged file is noticed here
@@ -4584,6 +4587,15 @@ def values_of(cache: SharedCache, prefix: str, names: Iterable[str]) -> dict[str
     return found
 
 
+def message_rows_of(cache: SharedCache) -> Iterator[dict]:
+    """The rows of all messages in the order in which they were first written, parents first. A few are read at a time:
+    all at once would take ten times the RAM of what stays of them, and leave holes in it."""
+    found = cache._sql("SELECT rowid, key FROM Cache WHERE key >= 'm:' AND key < 'm;'").fetchall()
+    for some in batches([key[2:] for _, key in sorted(found)], KEYS_AT_ONCE):
+        rows = values_of(cache, "m:", some)
+        yield from (json.loads(rows[message]) for message in some if message in rows)
+
+
 class ChatStore:
     """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
@@ -4620,18 +4632,19 @@ class ChatStore:
             raise NewerFormat(NEWER)
         self.tree = Tree()
         self._recent: OrderedDict[str, Message] = OrderedDict()
+        self._generation = cache.get("generation", 0)  # first: what is written meanwhile is caught up with
         self.info: dict[str, Any] = json.loads(cache.get("info", "{}"))
-        rows = sorted(stored_rows(cache, "m:").values(), key=lambda row: row["order"])
-        self._next_order = rows[-1]["order"] + 1 if rows else 0
-        for row in rows:
-            if row["parent"] in self.tree.nodes or row["parent"] == ROOT:
+        self._next_order, late = 0, []
+        for row in message_rows_of(cache):
+            (self._remember if row["parent"] in self.tree.nodes or row["parent"] == ROOT else late.append)(row)
+        for row in sorted(late, key=lambda row: row["order"]):
+            if row["parent"] in self.tree.nodes:
                 self._remember(row)
             else:  # written after its chat was deleted and made anew: it belongs nowhere
                 log_event("orphan", f"Message {row['id']} has no place in its chat.", level=logging.WARNING)
         self.marks: dict[str, dict[str, Mark]] = {}  # by the text's digest and the speaker
         self.summaries: dict[str, Summary] = {}
         self.facts: dict[str, Fact] = {}
-        self._generation = cache.get("generation", 0)
         if self.info and cache.get("format", 1) < STORE_FORMAT:
             self._upgrade(cache)
         for key, row in {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
@@ -5218,6 +5231,9 @@ STEMMERS = {
 }  # fmt: skip
 LATIN_LANGUAGES = ("en", "de", "es", "fr", "it", "pt", "pl")  # told apart by their stop words
 LEAST_STOP_WORDS = 2  # in a text that they tell the language of
+TEXT_BYTES = 1000  # of RAM for what an index knows of a text, beside its vectors and words
+PAGE_FIGURES = ("page_count", "page_size")  # SQLite's, of a database
+INDEXED_AT_ONCE = 500  # messages that are read, and vectors that are taken over, in one piece
 STALE_ROWS = 1000  # texts that have left a branch, from which on its index is made anew
 COMMON_SHARE, COMMON_FLOOR = 8, 200  # a word in an eighth of the texts, and in 200, is too common to discriminate
 MAX_QUERY_WORDS = 24  # the rarest would do; a pasted page must not become a thousand look-ups
@@ -5680,6 +5696,11 @@ class VectorTable:
         """The vectors' dimensions; 0 before there are any."""
         return self._flat.d if self._flat else 0
 
+    @property
+    def bytes(self) -> int:
+        """What the vectors take in RAM."""
+        return 4 * self.count * self.size
+
     def add(self, rows: Sequence[int], vectors: np.ndarray) -> int:
         """Adds vectors (float32 [n, dimensions]) with the row of each; returns the position of the first."""
         import faiss
@@ -5723,6 +5744,7 @@ class MemoryIndex:
     def _clear(self) -> None:
         self._words = sqlite3.connect(":memory:", check_same_thread=False)
         self._words.execute("CREATE VIRTUAL TABLE texts USING fts5(content, tokenize='porter unicode61')")
+        self._word_bytes = 0  # of the lexical table
         self._rows: dict[str, int] = {}  # text hash -> row number, for every text seen since the last clearing
         self._chunks: dict[str, int] = {}  # text hash -> how many vectors it takes
         self._uses: Counter[str] = Counter()  # text hash -> how often it stands on the branch
@@ -5762,31 +5784,37 @@ class MemoryIndex:
         self._topics, self._substance = self._topics[: self._topic_counts[:kept].sum()], None
         for name in ("_traits", "_row_at", "_speaker_at", "_days", "_story_days", "_topic_counts"):
             setattr(self, name, getattr(self, name)[:kept])
-        fresh, self._nodes = nodes[kept:], list(nodes)
-        messages = read([n.id for n in fresh]) if fresh else []
-        hashes, usual = [n.fingerprint for n in fresh], self.language
-        languages = [language_of(clip(m.content), usual) for m in messages]
-        self._swap_words(gone, dict(zip(hashes, messages, strict=True)), dict(zip(hashes, languages, strict=True)))
-        self._append(hashes, messages, languages)
-        return [h for h in dict.fromkeys(hashes) if h in self._unembedded or h in self._unsplit]
+        fresh, self._nodes, usual = nodes[kept:], self._nodes[:kept], self.language
+        self._take_off(gone)
+        for some in batches(fresh, INDEXED_AT_ONCE):  # all texts at once would take more RAM than the whole index
+            messages, hashes = read([n.id for n in some]), [n.fingerprint for n in some]
+            languages = [language_of(clip(m.content), usual) for m in messages]
+            self._put_on(dict(zip(hashes, messages, strict=True)), dict(zip(hashes, languages, strict=True)))
+            self._append(hashes, messages, languages)
+            self._nodes.extend(some)
+        self._word_bytes = math.prod(self._words.execute(f"PRAGMA {name}").fetchone()[0] for name in PAGE_FIGURES)
+        lacking = (
+            h for h in dict.fromkeys(n.fingerprint for n in fresh) if h in self._unembedded or h in self._unsplit
+        )
+        return list(lacking)
 
-    def _swap_words(self, gone: Sequence[str], come: Mapping[str, Message], spoken: Mapping[str, str]) -> None:
-        """Takes texts off the lexical table, and puts others on it."""
-        before = set(self._uses)
+    def _take_off(self, gone: Sequence[str]) -> None:
+        """Takes texts off the lexical table that stand on the branch no longer."""
         self._uses.subtract(gone)
         left = [h for h in dict.fromkeys(gone) if self._uses[h] <= 0]
-        taken = set(left)
-        fresh = [h for h in come if h not in before or h in taken]
-        for text_hash in come:
-            self._rows.setdefault(text_hash, len(self._rows))
         self._words.executemany("DELETE FROM texts WHERE rowid = ?", [(self._rows[h],) for h in left])
-        self._languages.update(spoken.values())
-        rows = [(self._rows[h], lexical_text(come[h].content, spoken[h])) for h in fresh]
-        self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
         for text_hash in left:
             del self._uses[text_hash]
             self._unembedded.pop(text_hash, None)
             self._unsplit.pop(text_hash, None)
+
+    def _put_on(self, come: Mapping[str, Message], spoken: Mapping[str, str]) -> None:
+        """Puts texts on it."""
+        for text_hash in come:
+            self._rows.setdefault(text_hash, len(self._rows))
+        self._languages.update(spoken.values())
+        rows = [(self._rows[h], lexical_text(come[h].content, spoken[h])) for h in come if h not in self._uses]
+        self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
         self._chunks.update((h, chunk_count(m.content)) for h, m in come.items())
         self._unembedded.update((h, None) for h in come if h not in self._embedded)
         self._split.update(h for h, m in come.items() if not sentences(m.content))
@@ -5813,6 +5841,11 @@ class MemoryIndex:
         self._days = np.concatenate([self._days, [m.said_at / DAY for m in messages]])
         told = [story_day(m.content, language) for m, language in zip(messages, languages, strict=True)]
         self._story_days = np.concatenate([self._story_days, told])
+
+    @property
+    def bytes(self) -> int:
+        """About what it takes in RAM: its vectors, its lexical table, and what it knows of each text."""
+        return self._dense.bytes + self._sentences.bytes + self._word_bytes + TEXT_BYTES * len(self._rows)
 
     @property
     def now(self) -> float:
@@ -5995,7 +6028,9 @@ class MemoryIndex:
 #     Database.lock          the catalogue's and the characters' connection
 
 OPEN_CHATS = 32
-OPEN_MESSAGES = 100_000  # in open chats, all in all; each takes about 5 KB of RAM with its vectors
+OPEN_BYTES = 500_000_000  # that open chats take in RAM, all in all; a message of four sentences takes about 10 KB
+# Of it, as tests/bench/hostile.py rooms measures: each chat with the pages of its files, each message, each reading.
+CHAT_BYTES, NODE_BYTES, READING_BYTES = 1_000_000, 1_100, 600
 LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
@@ -6088,11 +6123,18 @@ class Chat:
         """The one that was found last: branches of a chat are in one language as a rule."""
         return next(reversed(self.wordings.values()), None) or self.wording(self.path())
 
+    @property
+    def bytes(self) -> int:
+        """About what it takes in RAM."""
+        kept = len(self.readings) + len(self.word_readings)
+        vectors = sum(v.nbytes for v in list(self.persona_vectors.values()) if v is not None)
+        return CHAT_BYTES + NODE_BYTES * len(self.tree.nodes) + READING_BYTES * kept + vectors + self.index.bytes
+
     def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
         """The index, made that of a whole branch, with the vectors that the store has."""
-        if fresh := self.index.follow(nodes, self.store.read):
-            self.index.add_vectors(self.store.vectors(embedder.key, self.index.keys_of(fresh)))
-            self.index.add_sentences(self.store.sentence_vectors(embedder.key, fresh))
+        for some in batches(self.index.follow(nodes, self.store.read), INDEXED_AT_ONCE):
+            self.index.add_vectors(self.store.vectors(embedder.key, self.index.keys_of(some)))
+            self.index.add_sentences(self.store.sentence_vectors(embedder.key, some))
         return self.index
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
@@ -6266,9 +6308,9 @@ class Lending:
         return store.damaged or store.was_replaced()
 
     @property
-    def messages(self) -> int:
-        """How many messages it holds in RAM."""
-        return len(self.chat.result().tree.nodes) if self.chat.done() and not self.chat.exception() else 0
+    def bytes(self) -> int:
+        """About what it takes in RAM."""
+        return self.chat.result().bytes if self.chat.done() and not self.chat.exception() else 0
 
     def close(self) -> None:
         """Closes the chat, where it could be opened."""
@@ -6279,7 +6321,7 @@ class Lending:
 class ChatRegistry:
     """All chats of a data folder: lends them out, finds the one that a transcript belongs to, and deletes them.
 
-    At most `most_open` chats stay open beside those in use, and of long ones fewer (OPEN_MESSAGES). A chat is never
+    At most `most_open` chats stay open beside those in use, and of long ones fewer (OPEN_BYTES). A chat is never
     closed while somebody has it, and closed when it has to go. Methods raise `StoreError` while the data folder cannot
     be used.
     """
@@ -6449,11 +6491,11 @@ class ChatRegistry:
             lending.borrowers -= 1
             unused = [] if lending.borrowers or self._lent.get(name) is lending else [lending]
             idle = [other for other, lent in self._lent.items() if not lent.borrowers]
-            messages = sum(lent.messages for lent in self._lent.values())
+            taken = sum(lent.bytes for lent in self._lent.values())
             for other in idle:
                 newest = other == next(reversed(self._lent))
-                if len(self._lent) > self._most_open or (messages > OPEN_MESSAGES and not newest):
-                    messages -= self._lent[other].messages
+                if len(self._lent) > self._most_open or (taken > OPEN_BYTES and not newest):
+                    taken -= self._lent[other].bytes
                     unused.append(self._lent.pop(other))
         for lent in unused:
             lent.close()
