@@ -178,8 +178,8 @@ NARRATION = [
 @pytest.mark.parametrize(("text", "label"), [*FEELINGS, *((text, "neutral") for text in NARRATION)])
 def test_role_play_is_read_with_and_without_vectors(vectors, text, label):
     """Feelings are found in actions, talk and emoji; narration says nothing."""
-    assert pm.read_emotion(text, vectors([text])[0]).label == label
-    assert pm.read_emotion(text).label == label
+    assert pm.feeling_in("en", text, vectors([text])[0]).label == label
+    assert pm.feeling_in("en", text).label == label
 
 
 def test_the_scenes_cover_the_labels():
@@ -300,7 +300,7 @@ def test_moods_of_any_readings(some):
 def test_guidance_is_short_and_only_when_sure():
     """Nothing for a calm or an unsure mood, else a line of at most 30 tokens with the name and the place."""
     assert pm.guidance_line(None) == pm.guidance_line(pm.Mood("neutral", 1.0, 0)) == ""
-    assert pm.guidance_line(pm.Mood("sadness", pm.MOOD_WORDS["sadness"][1] - 0.01, 0)) == ""
+    assert pm.guidance_line(pm.Mood("sadness", pm.MOOD_SURE - 0.01, 0)) == ""
     assert set(pm.MOOD_WORDS) == set(pm.EMOTIONS)
     for label in pm.EMOTIONS[: pm.NEUTRAL]:
         line = pm.guidance_line(pm.Mood(label, 0.95, 1213), "Robin")
