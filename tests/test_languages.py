@@ -55,6 +55,28 @@ def test_each_language_is_found_and_has_its_words(language):
     assert pm.feeling_in(language, texts[3]).label == "sadness" and pm.feeling_in(language, texts[4]).label == "neutral"
 
 
+@pytest.mark.parametrize(
+    ("language", "text", "label"),
+    [
+        ("de", "Der König war wütend und ließ die Brücke sperren.", "neutral"),
+        ("de", "Wenn ich traurig wäre, würde ich es dir sagen.", "neutral"),
+        ("de", "Ich kann nicht aufhören zu weinen.", "sadness"),
+        ("es", "Mi hermano odia las arañas.", "neutral"),
+        ("es", "No puedo dejar de llorar. Estoy muy triste.", "sadness"),
+        ("fr", "As-tu peur du noir ?", "neutral"),
+        ("fr", "*tremble* J'ai peur, ne pars pas.", "fear"),
+        ("fr", "Tais-toi !", "anger"),
+        ("ru", "Боюсь, гостиница сегодня полна.", "neutral"),
+        ("ru", "Мне страшно, не уходи.", "fear"),
+        ("nl", "Mijn broer is bang voor spinnen 😱", "fear"),
+        ("nl", "Mijn broer is bang voor spinnen.", "neutral"),
+    ],
+)
+def test_only_the_speakers_own_feelings_are_read(language, text, label):
+    """Not somebody else's, nor asked or supposed ones; a language without a list has its pictures alone."""
+    assert pm.feeling_in(language, text).label == label
+
+
 @pytest.mark.parametrize("language", SAMPLES)
 def test_the_words_are_whole(language):
     """Each template takes what is put into it, and the mood line keeps to its tokens."""
