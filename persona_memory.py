@@ -144,6 +144,7 @@ try:
     import tenacity
     import waitress
     from tqdm import tqdm
+    from waitress.task import ThreadedTaskDispatcher
     from werkzeug.exceptions import HTTPException
     from werkzeug.routing import BaseConverter
 except ImportError as missing:
@@ -18973,16 +18974,27 @@ def most_connections() -> int:
     return max(FEWEST_CONNECTIONS, min(MOST_CONNECTIONS, files - OTHER_FILES))
 
 
+class LastWaiting(threading.Condition):
+    """A condition that wakes the thread which has begun to wait last. So few threads do most of the work: each keeps
+    some RAM of what it last did, and the first to wait would make the round of all of them."""
+
+    def notify(self, n: int = 1) -> None:
+        """Wakes so many threads."""
+        self._waiters.rotate(min(n, len(self._waiters)))
+        super().notify(n)
+
+
 def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
     """A waitress server for the settings, bound, not yet running: `.run()`, `.close()`, `.effective_port`, `.memory`.
 
     Models begin to load after `start_delay` seconds: importing torch holds the interpreter, and a server that has just
     started should first of all answer. Raises `SettingsError` where the address cannot be listened on.
     """
-    app = create_app(settings)
+    app, dispatcher = create_app(settings), ThreadedTaskDispatcher()
+    dispatcher.queue_cv = LastWaiting(dispatcher.lock)
     try:
         server = waitress.create_server(
-            app, host=settings.host, port=settings.port, threads=SERVER_THREADS, ident="persona_memory",
+            app, host=settings.host, port=settings.port, _dispatcher=dispatcher, ident="persona_memory",
             channel_request_lookahead=1, asyncore_use_poll=True, connection_limit=most_connections(),
             channel_timeout=IDLE_SECONDS, cleanup_interval=IDLE_SECONDS // 6,
             max_request_body_size=2 * MAX_REQUEST_BYTES,  # what is told no length is kept on disk until it has ended
@@ -18993,6 +19005,7 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
             f"Cannot listen on {settings.host}, port {settings.port}: {getattr(error, 'strerror', None) or error}. "
             "If persona_memory is running already, use that one; else choose another --port."
         ) from error
+    dispatcher.set_thread_count(SERVER_THREADS)
     if not hasattr(server, "effective_port"):  # a host name with several addresses
         server.effective_port = server.effective_listen[0][1]
     server.memory = app.extensions["persona_memory"]
