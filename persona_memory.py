@@ -18675,7 +18675,7 @@ def local_url(settings: Settings, port: int) -> str:
 
 EXTENSION_GIT = f"/{EXTENSION}.git"  # clients name the extension's folder after it
 extension_updates = threading.Lock()  # two requests make no two commits of one version
-MOST_ASKED = 2**20  # bytes of a request for the extension that are read
+MOST_ASKED = 2**16  # bytes of a request for the extension that are read
 
 
 @gives(200, NotFound.status, media="application/x-git-upload-pack-advertisement")
@@ -18775,10 +18775,12 @@ def refusals(rule: Any, statuses: Sequence) -> set[int]:
 
 
 def has_key() -> bool:
-    """Whether the request has the key that the settings ask for, if any."""
+    """Whether the request has the key that the settings ask for, if any. Its bytes come as Latin-1 (PEP 3333); clients
+    send UTF-8 or, as browsers do, Latin-1."""
     key = engine().settings.api_key
-    given = flask.request.headers.get("Authorization", "").removeprefix("Bearer").strip()
-    return not key or secrets.compare_digest(given.encode(), key.encode())
+    given = flask.request.headers.get("Authorization", "").removeprefix("Bearer").strip().encode("latin-1", "replace")
+    forms = [key.encode(name) for name in ("utf-8", "latin-1") if name == "utf-8" or max(key) < "\u0100"] if key else []
+    return not key or any(secrets.compare_digest(given, form) for form in forms)
 
 
 def check_access() -> None:

@@ -106,6 +106,19 @@ def test_who_may_call_a_route_and_from_where(apps, route, who):
     assert refusal(free, route, **{"Sec-Fetch-Site": "cross-site"}) == 403
 
 
+@pytest.mark.parametrize("key", ["gr\u00fcn", "\u043a\u043e\u0442", "a ? b"])
+def test_a_key_may_be_of_any_letters(tmp_path, key):
+    """A header's bytes reach the program as Latin-1 (PEP 3333); clients send UTF-8, and browsers Latin-1 where that has
+    the letters. Letters that it has not are no question marks."""
+    app = pm.create_app(pm.Settings(proxy=True, data=str(tmp_path), upstream="http://127.0.0.1:9/v1", api_key=key))
+    sent = [key.encode().decode("latin-1"), *([key] if max(key) < "\u0100" else [])]
+    for given in sent:
+        assert refusal(app, "POST /v1/chat/completions", Authorization=f"Bearer {given}") == 413
+    for given in ("???", "gr?n", key.encode().decode("latin-1") + "x", "a"):
+        assert refusal(app, "POST /v1/chat/completions", Authorization=f"Bearer {given}") == 401
+    app.extensions["persona_memory"].close()
+
+
 @pytest.mark.parametrize("route", [r for r in ROUTES if r.split()[0] in ("POST", "PATCH")])
 def test_a_body_that_is_too_large_is_refused_unread(apps, route):
     """Everywhere; what this program does not offer is not read at all."""
