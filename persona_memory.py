@@ -17953,6 +17953,17 @@ def takes(schema: Mapping, media: str = "application/json") -> Callable:
     return declare
 
 
+def takes_headers(*names: str) -> Callable:
+    """Declares the headers that a view reads itself, beside `Authorization`."""
+
+    def declare(view: Callable) -> Callable:
+        """Notes it on the view."""
+        view.headers = names
+        return view
+
+    return declare
+
+
 def takes_fields(needs: Collection[str] = (), **schemas: Mapping) -> Callable:
     """Declares the fields of a view's body, a JSON object; the view gets those that are there by name. Raises
     `InvalidRequest` where one is missing that it `needs`, or where one is something else than its schema says."""
@@ -18008,7 +18019,16 @@ def client_call() -> Call:
     authorization = flask.request.headers.get("Authorization", "")
     ours = engine().settings.api_key or not engine().settings.proxy
     token = authorization.removeprefix("Bearer").strip()
-    return Call("" if ours or token in ABSENT_IDS else authorization)
+    if ours or token in ABSENT_IDS:
+        return Call("")
+    if not token.isascii():
+        raise InvalidRequest(
+            "The API key that your client sends holds letters that no upstream's key has. Enter it again."
+        )
+    return Call(authorization)
+
+
+CHAT_HEADERS = ("X-Chat-Id", "X-OpenWebUI-Chat-Id")  # in which a client may name its chat
 
 
 def explicit_chat_id(headers: Mapping[str, str], body: Any) -> str:
@@ -18020,7 +18040,7 @@ def explicit_chat_id(headers: Mapping[str, str], body: Any) -> str:
     ours, metadata = (body.get(k) if isinstance(body.get(k), dict) else {} for k in ("persona_memory", "metadata"))
     account = body.get("user")
     given = (
-        *(urllib.parse.unquote(headers.get(name, "")) for name in ("X-Chat-Id", "X-OpenWebUI-Chat-Id")),
+        *(urllib.parse.unquote(headers.get(name, "")) for name in CHAT_HEADERS),
         ours.get("chat_id"), body.get("chat_id"), metadata.get("chat_id"),
         account if isinstance(account, str) and account.lower().startswith("chat") else None,
     )  # fmt: skip
@@ -18043,6 +18063,7 @@ proxy = flask.Blueprint("proxy", __name__)
         persona_memory=object_of(**IDENTITY, complete={"type": "boolean"}),
     )
 )
+@takes_headers(*CHAT_HEADERS, "X-Persona-Memory")
 @gives(200, "default", also="text/event-stream")
 def chat_completions() -> flask.Response:
     """OpenAI's chat completions, with memory."""
@@ -18326,12 +18347,9 @@ def state_now(chat: str) -> flask.Response:
 
 
 @api.post("/pause")
-def pause_background() -> dict:
+@takes_fields(["paused"], paused=TRUTH)
+def pause_background(paused: bool) -> dict:
     """Stops vectors and summaries in the background (`paused`: true), or lets them go on; answers their progress."""
-    body = request_json()
-    paused = body.get("paused") if isinstance(body, dict) else None
-    if not isinstance(paused, bool):
-        raise InvalidRequest("paused must be true or false.", "paused")
     return {"progress": engine().pause(paused)}
 
 
@@ -18678,16 +18696,18 @@ extension_updates = threading.Lock()  # two requests make no two commits of one 
 MOST_ASKED = 2**16  # bytes of a request for the extension that are read
 
 
+@takes_query(service="")
 @gives(200, NotFound.status, media="application/x-git-upload-pack-advertisement")
-def extension_refs() -> flask.Response:
+def extension_refs(service: str) -> flask.Response:
     """What git asks first: which commit the extension's repository has, and what its server can do."""
-    if flask.request.args.get("service") != "git-upload-pack":
+    if service != "git-upload-pack":
         raise NotFound("This git repository can be cloned over git's smart HTTP protocol, but not written to.")
     with extension_repo() as repository:
         body = git_refs(repository)
     return git_response(body, "advertisement")
 
 
+@takes({"type": "string", "description": "git's upload-pack request"}, "application/x-git-upload-pack-request")
 @gives(200, media="application/x-git-upload-pack-result")
 def extension_pack() -> flask.Response:
     """The extension's files for git."""
@@ -18749,6 +18769,7 @@ def operation(rule: Any) -> dict:
     statuses, media = getattr(view, "answers", ((200,), ("application/json",)))
     names = [("path", name, {"type": "string", "minLength": 1}) for name in sorted(rule.arguments)]
     names += [("query", name, schema) for name, schema in getattr(view, "query", {}).items()]
+    names += [("header", name, {"type": "string"}) for name in getattr(view, "headers", ())]
     sound = {200: {"description": "OK", "content": {kind: {} for kind in media}}, 304: {"description": "Unchanged"}}
     failed = {"$ref": "#/components/responses/Error"}
     said = {
