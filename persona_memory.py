@@ -13533,7 +13533,8 @@ class Status:
         queue_now = {"waiting": figure("upstream_queued"), "running": figure("upstream_in_flight")}
         outcomes = ("ok", "degraded", "off", "client_gone", "refused", "upstream_error", "failed")
         return self.health() | self.standing() | {
-            "data": self._settings.data, "uptime": round(time.time() - self._started), "last_turn": self.last_turn,
+            "data": str(Path(self._settings.data).absolute()), "uptime": round(time.time() - self._started),
+            "last_turn": self.last_turn,
             "queue": queue_now | {"limit": self._settings.upstream_limit},
             "turns": {o: figure("requests_total", outcome=o) for o in outcomes}, "troubles": self.troubles.newest(),
             "summary_failure": self.summaries,
@@ -19465,8 +19466,8 @@ def check_packages(_: Settings) -> Iterator[Finding]:
 
 def check_data(settings: Settings) -> Iterator[Finding]:
     """The folder of the chats: whether it can be written to, and how much room there is."""
-    folder = Path(settings.data)
-    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    folder = Path(settings.data).absolute()
+    place = next(p for p in (folder, *folder.parents) if p.exists())
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"x" * 4096)
@@ -19739,7 +19740,7 @@ def start_text(settings: Settings, port: int) -> str:
     others = ", and on this machine's other addresses" if settings.host in EVERY_ADDRESS else ""
     lines = [
         f"persona_memory {__version__} is listening on {address}{others}. Ctrl+C stops it.",
-        f"Memory page: {address}/ (chats are kept in {settings.data})",
+        f"Memory page: {address}/ (chats are kept in {Path(settings.data).absolute()})",
     ]
     if not settings.proxy:
         lines += [
