@@ -19045,6 +19045,7 @@ def read_dotenv(file: Path | None) -> dict[str, str]:
 
 
 NEARLY_SPELT = 0.85  # difflib's ratio; container systems set variables of their own that begin like ours
+PATHS = ("data", "upstream", "embedder", "emotion_model", "reranker")  # settings that may name a file
 LEAST_CONTEXT = 256  # tokens, in which a message and a reply may just fit
 
 
@@ -19077,6 +19078,8 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: 
         for name, (text, source) in googles.items():
             if text and not values.get(name):
                 values[name], sources[name] = text, source
+    # A shell does not expand the ~ of --data=~/chats, and nobody that of a variable.
+    values |= {name: os.path.expanduser(values[name]) for name in PATHS if values.get(name)}
     return checked(Settings(**values, sources=sources))
 
 
@@ -19778,18 +19781,17 @@ def start_text(settings: Settings, port: int) -> str:
             f"Extras API for SillyTavern: {address}",
             "Next: install the SillyTavern extension, or start with --proxy to put memory in front of your model.",
         ]
-    elif settings.upstream == "local":
-        lines += [
-            f"OpenAI-compatible base URL for your client: {address}/v1",
-            f"Model: {LOCAL_MODEL}, built in. It is there to try the memory out, not for good role-play.",
-            f"Next: enter the base URL in your client, and chat. {THREE_WAYS}",
-        ]
     else:
-        model = f"{settings.model} at " if settings.model else ""
+        what, more = shown_url(settings.upstream), "If something does not work: --doctor"
+        if settings.upstream == "local":
+            what = f"{LOCAL_MODEL}, built in. It is there to try the memory out, not for good role-play."
+            more = THREE_WAYS
+        elif settings.model:
+            what = f"{settings.model} at {what}"
         lines += [
             f"OpenAI-compatible base URL for your client: {address}/v1",
-            f"Model: {model}{shown_url(settings.upstream)}",
-            "Next: enter the base URL in your client, and chat. If something does not work: --doctor",
+            f"Model: {what}",
+            f"Next: enter the base URL in your client, and chat. {more}",
         ]
     flags = [f for f in OPTIONS if f.metadata["secret"] and settings.sources.get(f.name, "").startswith("flag")]
     if flags:
