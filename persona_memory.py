@@ -13717,7 +13717,8 @@ class Status:
         queue_now = {"waiting": figure("upstream_queued"), "running": figure("upstream_in_flight")}
         outcomes = ("ok", "degraded", "off", "client_gone", "refused", "upstream_error", "failed")
         return self.health() | self.standing() | {
-            "data": self._settings.data, "uptime": round(time.time() - self._started), "last_turn": self.last_turn,
+            "data": str(Path(self._settings.data).absolute()), "uptime": round(time.time() - self._started),
+            "last_turn": self.last_turn,
             "queue": queue_now | {"limit": self._settings.upstream_limit},
             "turns": {o: figure("requests_total", outcome=o) for o in outcomes}, "troubles": self.troubles.newest(),
             "summary_failure": self.summaries,
@@ -19228,6 +19229,7 @@ def read_dotenv(file: Path | None) -> dict[str, str]:
 
 
 NEARLY_SPELT = 0.85  # difflib's ratio; container systems set variables of their own that begin like ours
+PATHS = ("data", "upstream", "embedder", "emotion_model", "reranker")  # settings that may name a file
 LEAST_CONTEXT = 256  # tokens, in which a message and a reply may just fit
 
 
@@ -19260,6 +19262,8 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: 
         for name, (text, source) in googles.items():
             if text and not values.get(name):
                 values[name], sources[name] = text, source
+    # A shell does not expand the ~ of --data=~/chats, and nobody that of a variable.
+    values |= {name: os.path.expanduser(values[name]) for name in PATHS if values.get(name)}
     return checked(Settings(**values, sources=sources))
 
 
@@ -19680,8 +19684,8 @@ def check_packages(_: Settings) -> Iterator[Finding]:
 
 def check_data(settings: Settings) -> Iterator[Finding]:
     """The folder of the chats: whether it can be written to, and how much room there is."""
-    folder = Path(settings.data)
-    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    folder = Path(settings.data).absolute()
+    place = next(p for p in (folder, *folder.parents) if p.exists())
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"x" * 4096)
@@ -19954,25 +19958,24 @@ def start_text(settings: Settings, port: int) -> str:
     others = ", and on this machine's other addresses" if settings.host in EVERY_ADDRESS else ""
     lines = [
         f"persona_memory {__version__} is listening on {address}{others}. Ctrl+C stops it.",
-        f"Memory page: {address}/ (chats are kept in {settings.data})",
+        f"Memory page: {address}/ (chats are kept in {Path(settings.data).absolute()})",
     ]
     if not settings.proxy:
         lines += [
             f"Extras API for SillyTavern: {address}",
             "Next: install the SillyTavern extension, or start with --proxy to put memory in front of your model.",
         ]
-    elif settings.upstream == "local":
-        lines += [
-            f"OpenAI-compatible base URL for your client: {address}/v1",
-            f"Model: {LOCAL_MODEL}, built in. It is there to try the memory out, not for good role-play.",
-            f"Next: enter the base URL in your client, and chat. {THREE_WAYS}",
-        ]
     else:
-        model = f"{settings.model} at " if settings.model else ""
+        what, more = shown_url(settings.upstream), "If something does not work: --doctor"
+        if settings.upstream == "local":
+            what = f"{LOCAL_MODEL}, built in. It is there to try the memory out, not for good role-play."
+            more = THREE_WAYS
+        elif settings.model:
+            what = f"{settings.model} at {what}"
         lines += [
             f"OpenAI-compatible base URL for your client: {address}/v1",
-            f"Model: {model}{shown_url(settings.upstream)}",
-            "Next: enter the base URL in your client, and chat. If something does not work: --doctor",
+            f"Model: {what}",
+            f"Next: enter the base URL in your client, and chat. {more}",
         ]
     flags = [f for f in OPTIONS if f.metadata["secret"] and settings.sources.get(f.name, "").startswith("flag")]
     if flags:

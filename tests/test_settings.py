@@ -94,6 +94,13 @@ def test_flags_go_before_the_environment_and_that_before_the_env_file(tmp_path):
     assert pm.load_settings([], {}, tmp_path / "absent").port == 5100
 
 
+def test_a_tilde_is_the_home_folder_wherever_it_is_given(monkeypatch):
+    """Shells leave it as it is behind a flag's =, and in a variable."""
+    monkeypatch.setenv("HOME", "/somewhere")
+    found = pm.load_settings(["--data=~/chats", "--api-key=~key"], {"PERSONA_MEMORY_EMBEDDER": "~/model"})
+    assert (found.data, found.embedder, found.api_key) == ("/somewhere/chats", "/somewhere/model", "~key")
+
+
 def test_settings_know_where_they_were_set_also_when_they_are_copied(tmp_path):
     """And a setting from a flag equals the same one from a variable."""
     file = tmp_path / ".env"
