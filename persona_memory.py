@@ -10683,11 +10683,11 @@ class OpenAIUpstream:
         """Ends what is running."""
         self._gate.close()
 
-    def headers(self, call: Call) -> dict[str, str]:
-        """What a request carries: the key of the settings, else the client's own authorization."""
+    def headers(self, call: Call) -> dict[str, str | bytes]:
+        """What a request carries: the key of the settings, else the client's own authorization, byte for byte."""
         authorization = f"Bearer {self._key}" if self._key else call.authorization
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        return headers | ({"Authorization": authorization} if authorization else {})
+        return headers | ({"Authorization": authorization.encode("latin-1", "replace")} if authorization else {})
 
     def secrets(self, call: Call) -> tuple[str, ...]:
         """What must not stand in an error: the keys that a request carries."""
@@ -11184,6 +11184,10 @@ def is_url(text: str) -> bool:
 def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
     """The upstream that the settings name; raises `SettingsError` where they name none."""
     name, timeout = settings.upstream or "local", float(settings.upstream_timeout)
+    if re.search(r"[^!-~]", settings.upstream_key):  # such headers are refused, in words that quote them
+        raise SettingsError(
+            "The upstream's key holds white space, or a sign that no key has. Copy the whole key again."
+        )
     gate = functools.partial(Gate, settings.upstream_limit, metrics)
     models = Path(settings.data) / "models"
     if name == "local":
@@ -18909,8 +18913,8 @@ def misspelt_variables(names: Iterable[str]) -> Iterator[str]:
 
 def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: Path | None = None) -> Settings:
     """Settings from flags, then environment variables, then the `.env` file, then defaults; raises `SettingsError`."""
-    known = {k: (v, f".env {k}") for k, v in read_dotenv(dotenv_file).items()}
-    known |= {k: (v, f"variable {k}") for k, v in environ.items()}
+    known = {k: (v.strip(), f".env {k}") for k, v in read_dotenv(dotenv_file).items()}
+    known |= {k: (v.strip(), f"variable {k}") for k, v in environ.items()}
     for sentence in misspelt_variables(known):
         log_event("misspelt", sentence, level=logging.WARNING)
     found = {f.name: known.get(variable_of(f.name), ("", "")) for f in OPTIONS}
@@ -18918,7 +18922,7 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: 
     sources = {name: found[name][1] for name in values}
     given = vars(argument_parser().parse_args(argv))
     given = {name: given[name] for name in found if given[name] is not None}
-    values |= {k: v if isinstance(v, bool) else parse_setting(k, v) for k, v in given.items()}
+    values |= {k: v if isinstance(v, bool) else parse_setting(k, v.strip()) for k, v in given.items()}
     sources |= {name: f"flag {flag_of(name)}" for name in given}
     gemini_key = next((known[k] for k in GEMINI_KEY_VARIABLES if known.get(k, ("",))[0]), ("", ""))
     values["upstream"] = values.get("upstream") or ("gemini" if gemini_key[0] else "local")

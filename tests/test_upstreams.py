@@ -1043,6 +1043,12 @@ def test_no_key_at_all(server, upstream, chat):
     assert authorization(server, upstream, chat) is None
 
 
+def test_a_clients_odd_key_is_the_upstreams_to_refuse(server, upstream, chat):
+    """One beyond ASCII is passed on as it came."""
+    odd = "Bearer sk-\u2026rest".encode()
+    assert authorization(server, upstream, chat, Authorization=odd).encode("latin-1") == odd
+
+
 def test_the_upstream_key_replaces_the_clients(upstream, data_dir, chat):
     with LocalServer(settings(data_dir, upstream.url, upstream_key="sk-house"), ready=False) as running:
         assert authorization(running, upstream, chat, Authorization="Bearer sk-mine") == "Bearer sk-house"
