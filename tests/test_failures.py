@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -679,12 +680,15 @@ def test_the_delay_that_an_upstream_asks_for_is_waited(house, chat, mode, caplog
 
 
 def test_pauses_grow(house, chat, caplog):
-    """Without a delay that is asked for, each pause is longer than the one before."""
+    """Without a delay that is asked for, each pause is longer than the one before; only the first is a warning."""
+    caplog.set_level(logging.INFO, "persona_memory")
     house.api.play(FALLEN[house.kind])
     assert ask(house.patient.url, chat, "plain").status == 500
     pauses = [record.figures["pause_seconds"] for record in caplog.records if record.event == "retry"]
     assert len(pauses) == persona_memory.ATTEMPTS - 1
     assert pauses == sorted(set(pauses))
+    levels = [record.levelname for record in caplog.records if record.event == "retry"]
+    assert levels == ["WARNING", "INFO", "INFO"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
