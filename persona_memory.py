@@ -10720,7 +10720,15 @@ class OpenAIUpstream:
         return httpx.create_ssl_context()  # 20 ms; the connections share it
 
     def _client(self, url: str, timeout: httpx.Timeout | float) -> httpx.Client:
-        return httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(url))
+        """What asks at an address; raises `UpstreamUnavailable` where the environment keeps it from that."""
+        try:
+            verify = False if url.lower().startswith("http:") else self._tls  # without TLS there is nothing to verify
+            return httpx.Client(verify=verify, timeout=timeout, trust_env=not is_loopback(url))
+        except (OSError, ImportError, ValueError, httpx.InvalidURL) as error:  # ImportError: SOCKS without its package
+            words = "A web proxy or certificates of the environment (ALL_PROXY, HTTPS_PROXY, SSL_CERT_FILE) are no use"
+            failure = UpstreamUnavailable(f"{words}: {error}")
+            failure.transient = False
+            raise failure from error
 
     def describe(self) -> dict:
         """The upstream as /health shows it."""

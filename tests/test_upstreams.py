@@ -1049,6 +1049,23 @@ def test_a_clients_odd_key_is_the_upstreams_to_refuse(server, upstream, chat):
     assert authorization(server, upstream, chat, Authorization=odd).encode("latin-1") == odd
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ALL_PROXY", "gopher://127.0.0.1:1"), ("ALL_PROXY", "http://127.0.0.1:x"), ("SSL_CERT_FILE", "/missing/ca.pem")],
+)
+def test_what_is_of_no_use_in_the_environment_is_named(tmp_path, monkeypatch, upstream, name, value):
+    """It may be there for other programs; a server on this machine is asked without it."""
+    monkeypatch.setenv(name, value)
+    given, call = settings(tmp_path, "https://llm.example/v1"), persona_memory.Call()
+    remote = persona_memory.make_upstream(given, persona_memory.Metrics())
+    local = persona_memory.make_upstream(settings(tmp_path, upstream.url), persona_memory.Metrics())
+    for ask in (lambda: remote.models(call), lambda: remote.complete({"messages": []}, call)):
+        with pytest.raises(persona_memory.UpstreamUnavailable, match=name):
+            ask()
+    assert remote.context_length("m", call) is None
+    assert local.models(call)
+
+
 def test_the_upstream_key_replaces_the_clients(upstream, data_dir, chat):
     with LocalServer(settings(data_dir, upstream.url, upstream_key="sk-house"), ready=False) as running:
         assert authorization(running, upstream, chat, Authorization="Bearer sk-mine") == "Bearer sk-house"
