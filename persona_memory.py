@@ -10352,7 +10352,6 @@ class GeminiUpstream:
         """The library's client of a service (`Generative`, `Model`); raises this program's errors for the library's."""
         google_library()
         import google.ai.generativelanguage as services
-        import requests
         from google.api_core.exceptions import GoogleAPIError
         from google.protobuf.json_format import ParseError
 
@@ -10365,7 +10364,7 @@ class GeminiUpstream:
         session.trust_env = not is_loopback(self.url)
         try:
             yield client
-        except requests.RequestException as error:
+        except OSError as error:  # requests' own errors, and what it does not wrap, such as a missing CA bundle
             raise self._connection_error(error) from error
         except (GoogleAPIError, ParseError, ValueError) as error:
             raise UnreadableAnswer("Gemini's answer cannot be read, or was cut off.") from error
