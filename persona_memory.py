@@ -13968,8 +13968,7 @@ class PromptBuilder:
         reply need it. Memories and reply then have what they would have had.
         """
         length, most = self._completions.context_length(request.body.get("model") or "", call)
-        said = sum(len(t.content.encode("utf-8", "replace")) for t in request.turns) + len(json.dumps(request.persona))
-        if most <= length or said + tools < length:  # a token is at least a byte
+        if most <= length:
             return length, self._shares
         _, memories, history, response = self._shares
         shown = [*request.persona, *request.tail, *(m for t in request.turns for m in (*t.before, t.raw))]

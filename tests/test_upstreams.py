@@ -787,12 +787,23 @@ def test_a_guessed_context_cuts_nothing(server, upstream, model):
     assert words_sent(server, upstream, model) > WHOLE
 
 
-def test_a_guessed_context_cuts_nothing_in_scripts_of_more_tokens_than_letters(server, upstream, model):
-    """In Chinese a sign takes a token and more, so that fewer signs fill the guess."""
-    line = "灯塔看守人在暴风雨的夜里数着海上的船只，把风向写进那本旧册子。"
-    chat = [{"role": ("user", "assistant")[n % 2], "content": f"第{n}句：" + line * 6} for n in range(33)]
+LINE_IN_CHINESE = "灯塔看守人在暴风雨的夜里数着海上的船只，把风向写进那本旧册子。"
+PICTURE = {"type": "image_url", "image_url": {"url": "https://pictures.example/1.png"}}
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        [f"第{n}句：" + LINE_IN_CHINESE * 6 for n in range(33)],
+        [[{"type": "text", "text": f"Picture {n}"}, PICTURE] if n % 2 == 0 else f"Seen {n}" for n in range(23)],
+    ],
+    ids=["Chinese", "pictures"],
+)
+def test_a_guessed_context_cuts_nothing_that_takes_more_tokens_than_it_looks(server, upstream, model, contents):
+    """In Chinese a sign takes a token and more, and a picture takes hundreds."""
+    chat = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
     assert say(server.url, chat, model=model).status == 200
-    assert [m["content"] for m in upstream.last["body"]["messages"]] == [m["content"] for m in chat]
+    assert [m["content"] for m in upstream.last["body"]["messages"]] == contents
 
 
 @pytest.mark.parametrize("max_tokens", [300, 9000])
