@@ -10498,7 +10498,6 @@ class GeminiUpstream:
         """The library's client of a service (`Generative`, `Model`); raises this program's errors for the library's."""
         google_library()
         import google.ai.generativelanguage as services
-        import requests
         from google.api_core.exceptions import GoogleAPIError
         from google.protobuf.json_format import ParseError
 
@@ -10511,7 +10510,7 @@ class GeminiUpstream:
         session.trust_env = not is_loopback(self.url)
         try:
             yield client
-        except requests.RequestException as error:
+        except OSError as error:  # requests' own errors, and what it does not wrap, such as a missing CA bundle
             raise self._connection_error(error) from error
         except (GoogleAPIError, ParseError, ValueError) as error:
             raise UnreadableAnswer("Gemini's answer cannot be read, or was cut off.") from error
@@ -10866,7 +10865,15 @@ class OpenAIUpstream:
         return httpx.create_ssl_context()  # 20 ms; the connections share it
 
     def _client(self, url: str, timeout: httpx.Timeout | float) -> httpx.Client:
-        return httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(url))
+        """What asks at an address; raises `UpstreamUnavailable` where the environment keeps it from that."""
+        try:
+            verify = False if url.lower().startswith("http:") else self._tls  # without TLS there is nothing to verify
+            return httpx.Client(verify=verify, timeout=timeout, trust_env=not is_loopback(url))
+        except (OSError, ImportError, ValueError, httpx.InvalidURL) as error:  # ImportError: SOCKS without its package
+            words = "A web proxy or certificates of the environment (ALL_PROXY, HTTPS_PROXY, SSL_CERT_FILE) are no use"
+            failure = UpstreamUnavailable(f"{words}: {error}")
+            failure.transient = False
+            raise failure from error
 
     def describe(self) -> dict:
         """The upstream as /health shows it."""
@@ -10879,11 +10886,11 @@ class OpenAIUpstream:
         """Ends what is running."""
         self._gate.close()
 
-    def headers(self, call: Call) -> dict[str, str]:
-        """What a request carries: the key of the settings, else the client's own authorization."""
+    def headers(self, call: Call) -> dict[str, str | bytes]:
+        """What a request carries: the key of the settings, else the client's own authorization, byte for byte."""
         authorization = f"Bearer {self._key}" if self._key else call.authorization
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        return headers | ({"Authorization": authorization} if authorization else {})
+        return headers | ({"Authorization": authorization.encode("latin-1", "replace")} if authorization else {})
 
     def secrets(self, call: Call) -> tuple[str, ...]:
         """What must not stand in an error: the keys that a request carries."""
@@ -11380,6 +11387,10 @@ def is_url(text: str) -> bool:
 def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
     """The upstream that the settings name; raises `SettingsError` where they name none."""
     name, timeout = settings.upstream or "local", float(settings.upstream_timeout)
+    if re.search(r"[^!-~]", settings.upstream_key):  # such headers are refused, in words that quote them
+        raise SettingsError(
+            "The upstream's key holds white space, or a sign that no key has. Copy the whole key again."
+        )
     gate = functools.partial(Gate, settings.upstream_limit, metrics)
     models = Path(settings.data) / "models"
     if name == "local":
@@ -14107,8 +14118,7 @@ class PromptBuilder:
         reply need it. Memories and reply then have what they would have had.
         """
         length, most = self._completions.context_length(request.body.get("model") or "", call)
-        said = sum(len(t.content.encode("utf-8", "replace")) for t in request.turns) + len(json.dumps(request.persona))
-        if most <= length or said + tools < length:  # a token is at least a byte
+        if most <= length:
             return length, self._shares
         _, memories, history, response = self._shares
         shown = [*request.persona, *request.tail, *(m for t in request.turns for m in (*t.before, t.raw))]
@@ -19244,8 +19254,8 @@ def misspelt_variables(names: Iterable[str]) -> Iterator[str]:
 
 def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: Path | None = None) -> Settings:
     """Settings from flags, then environment variables, then the `.env` file, then defaults; raises `SettingsError`."""
-    known = {k: (v, f".env {k}") for k, v in read_dotenv(dotenv_file).items()}
-    known |= {k: (v, f"variable {k}") for k, v in environ.items()}
+    known = {k: (v.strip(), f".env {k}") for k, v in read_dotenv(dotenv_file).items()}
+    known |= {k: (v.strip(), f"variable {k}") for k, v in environ.items()}
     for sentence in misspelt_variables(known):
         log_event("misspelt", sentence, level=logging.WARNING)
     found = {f.name: known.get(variable_of(f.name), ("", "")) for f in OPTIONS}
@@ -19253,7 +19263,7 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: 
     sources = {name: found[name][1] for name in values}
     given = vars(argument_parser().parse_args(argv))
     given = {name: given[name] for name in found if given[name] is not None}
-    values |= {k: v if isinstance(v, bool) else parse_setting(k, v) for k, v in given.items()}
+    values |= {k: v if isinstance(v, bool) else parse_setting(k, v.strip()) for k, v in given.items()}
     sources |= {name: f"flag {flag_of(name)}" for name in given}
     gemini_key = next((known[k] for k in GEMINI_KEY_VARIABLES if known.get(k, ("",))[0]), ("", ""))
     values["upstream"] = values.get("upstream") or ("gemini" if gemini_key[0] else "local")
