@@ -18028,7 +18028,8 @@ MESSAGE = {
     },
 }
 MESSAGES = {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Message"}}
-TEXTS = {"type": ["string", "array"], "items": {"type": "string"}}
+MOST_TEXTS = 2048  # that vectors are asked for at once (OpenAI's API reference, "Create embeddings")
+TEXTS = {"type": ["string", "array"], "items": {"type": "string"}, "maxItems": MOST_TEXTS}
 ON_OR_OFF = ("on", "off")
 IDENTITY = {name: {"type": "string", "maxLength": LONGEST_ID} for name in ("chat_id", "parent_chat_id", "character")}
 IDENTITY |= {"user": IDENTITY["character"]}
@@ -18727,12 +18728,9 @@ def list_labels() -> dict:
 @takes(object_of(["text"], text=TEXTS))
 def compute_embeddings() -> dict:
     """The vector of a text, or of each text of a list, in its order."""
-    given = request_object().get("text")
-    texts = given if isinstance(given, list) else [given]
-    if not all(isinstance(text, str) for text in texts):
-        raise InvalidRequest("text must be a string or a list of strings.", "text")
-    vectors = engine().vectors.of_texts(texts).tolist()
-    return {"embedding": vectors if isinstance(given, list) else vectors[0]}
+    body = request_object()
+    vectors = embedded(body, "text")[1].tolist()
+    return {"embedding": vectors if isinstance(body["text"], list) else vectors[0]}
 
 
 # The embedder under the paths of other servers, so that clients can use it that know one of them: Vector Storage of
@@ -18750,6 +18748,8 @@ def embedded(body: Mapping, name: str = "input") -> tuple[list[str], np.ndarray]
         if all(isinstance(item, int | list) for item in texts):
             words += ", not of tokens: this model has others than the one that made them"
         raise InvalidRequest(f"{name} must be {words}.", name)
+    if len(texts) > MOST_TEXTS:
+        raise InvalidRequest(f"{name} must be no more than {MOST_TEXTS} texts.", name)
     return texts, engine().vectors.of_texts(texts)
 
 
@@ -19167,6 +19167,7 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
     """
     app, dispatcher = create_app(settings), ThreadedTaskDispatcher()
     dispatcher.queue_cv = LastWaiting(dispatcher.lock)
+    dispatcher.set_thread_count(SERVER_THREADS)
     try:
         server = waitress.create_server(
             app, host=settings.host, port=settings.port, _dispatcher=dispatcher, ident="persona_memory",
@@ -19180,7 +19181,6 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
             f"Cannot listen on {settings.host}, port {settings.port}: {getattr(error, 'strerror', None) or error}. "
             "If persona_memory is running already, use that one; else choose another --port."
         ) from error
-    dispatcher.set_thread_count(SERVER_THREADS)
     if not hasattr(server, "effective_port"):  # a host name with several addresses
         server.effective_port = server.effective_listen[0][1]
     server.memory = app.extensions["persona_memory"]

@@ -120,6 +120,14 @@ def test_a_key_may_be_of_any_letters(tmp_path, key):
     app.extensions["persona_memory"].close()
 
 
+@pytest.mark.parametrize("route", ["api/embeddings/compute", "v1/embeddings", "api/embed", "api/extra/embeddings"])
+def test_vectors_are_made_of_so_many_texts_at_once(apps, route):
+    """Of a million short ones, which are a small body, the answer would take more RAM than there is."""
+    body = {name: ["a"] * (pm.MOST_TEXTS + 1) for name in ("text", "input")}
+    answer = apps[1].test_client().post(route, json=body, headers={"Host": "127.0.0.1"})
+    assert answer.status_code == 400 and str(pm.MOST_TEXTS) in answer.get_json()["error"]["message"]
+
+
 @pytest.mark.parametrize("more", [{}, {"X-Persona-Memory": "off"}])
 def test_an_upstreams_key_that_cannot_be_sent_is_refused_in_words(apps, more):
     """As of a key that was pasted with an ellipsis."""
