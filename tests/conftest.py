@@ -117,6 +117,15 @@ def server(request, upstream, data_dir):
         yield running
 
 
+@pytest.fixture
+def chat(request) -> list[dict]:
+    """A transcript that no other test sends."""
+    return [
+        {"role": "system", "content": "You are Mira, a lighthouse keeper."},
+        {"role": "user", "content": f"Good evening from {request.node.name}"},
+    ]
+
+
 @pytest.fixture(scope="module")
 def shared_upstream():
     """One fake upstream for a whole module."""

@@ -574,12 +574,20 @@ def hang_up_later(server, body: dict, header: bytes = b"") -> socket.socket:
     return sock
 
 
+API = "/api/persona_memory"
+
+
+def get(server, path: str, status: int = 200, **query):
+    """The JSON that a server (or the server at an address) answers to a GET."""
+    answer = httpx.get(getattr(server, "url", server) + path, params=query or None, timeout=PATIENCE, verify=False)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
 def branch_texts(url: str, chat_id: str) -> list[str]:
     """The texts on a chat's current branch, oldest first."""
-    address = f"{url}/api/persona_memory/chats/{quote(chat_id, safe='')}/messages"
-    answer = httpx.get(address, params={"limit": 10_000}, timeout=PATIENCE)
-    assert answer.status_code == 200, answer.text
-    return [message["content"] for message in answer.json()["messages"]]
+    answer = get(url, f"{API}/chats/{quote(chat_id, safe='')}/messages", limit=10_000)
+    return [message["content"] for message in answer["messages"]]
 
 
 def figure(running, name: str) -> float:

@@ -74,7 +74,8 @@ def test_what_is_carried_over_is_marked_and_dated(running, upstream):
     assert pm.ENGLISH.memories not in prompt
     (one, *_) = recalled(running)
     message = open_chat(running, "before").store.read([one["id"]])[0]
-    assert one["chat_id"] == "before" and f"{pm.day_of(message)} User: My brother" in block
+    day = pm.datetime.fromtimestamp(message.said_at, pm.UTC).date()
+    assert one["chat_id"] == "before" and f"{day} User: My brother" in block
 
 
 def test_small_talk_carries_nothing_over(running, upstream):

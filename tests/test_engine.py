@@ -237,7 +237,7 @@ def test_a_pin_makes_no_index_anew(memory, monkeypatch):
         with chat.lock:
             chat.follow(chat.nodes(chat.path()), memory.embedder)
         memory.archive.change_message("c", chat.path()[1], {"pinned": True})
-        monkeypatch.setattr(chat.index, "_swap_words", lambda *_: pytest.fail("the index was made anew"))
+        monkeypatch.setattr(chat.index, "_put_on", lambda *_: pytest.fail("the index was made anew"))
         with chat.lock:
             chat.follow(chat.nodes(chat.path()), memory.embedder)
 
@@ -256,6 +256,27 @@ def test_an_index_lets_go_of_what_has_left_its_branch():
         index.add_vectors({nodes[0].fingerprint: np.ones(1, np.float32)})
     assert len(index._rows) <= pm.STALE_ROWS + 3
     assert index.vector(nodes[0].fingerprint) is not None
+
+
+def test_an_index_whose_texts_could_not_be_read_is_made_whole_by_the_next_turn():
+    """A locked file in the middle of a long chat: no message is left out afterwards."""
+    tree, messages = pm.Tree(), {}
+    for number in range(pm.INDEXED_AT_ONCE + 1):
+        message = pm.new_message(next(reversed(messages), pm.ROOT), "user", f"line {number}")
+        messages[message.id] = message
+        tree.put(message, number)
+    nodes, index = tree.branch(message.id), pm.MemoryIndex()
+
+    def read(ids):
+        """The messages, as long as the last one is not among them."""
+        if message.id in ids:
+            raise pm.StoreError("locked")
+        return [messages[i] for i in ids]
+
+    with pytest.raises(pm.StoreError):
+        index.follow(nodes, read)
+    assert len(index.follow(nodes, lambda ids: [messages[i] for i in ids])) == 1
+    assert len(index.evidence(["line"], None).cosine) == len(messages)
 
 
 def test_clauses_are_read_in_linear_time():

@@ -809,7 +809,7 @@ class TestThroughTheProxy:
             httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=TIMEOUT).raise_for_status()
         client.do("await stand.context.eventSource.emit('generation_ended')")
         client.page.get_by_text("silverthorn").wait_for()
-        assert "chats go through the proxy" in client.panel()
+        assert "chats go through persona_memory" in client.panel()
 
 
 def merged(text: str) -> dict:
@@ -856,7 +856,7 @@ class TestServerAway:
         with LocalServer(given) as running, open_client(browser, running.url) as client:
             long_chat(client)
             assert client.generate() == {}
-            assert len(client.notices) == 1
+            assert len(client.notices) == 1 and "under Key" in client.notices[0]
             client.set("key", "sesame-7")
             assert "silverthorn" in placed_text(client.generate())
             client.page.get_by_text("Connected").wait_for()
@@ -865,6 +865,11 @@ class TestServerAway:
 @needs_chromium
 class TestPanel:
     """What the user sees among the client's extensions."""
+
+    def test_where_nothing_was_recalled_it_says_why(self, client):
+        client.talk("Good morning.")
+        client.generate()
+        client.page.get_by_text("everything is still in the prompt").wait_for()
 
     def test_what_was_recalled_is_text_and_nothing_else(self, client):
         planted = '<img src=x onerror="stand.hacked = true"> the password of the northern gate'

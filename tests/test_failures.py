@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import gemini
 import httpx
 import pytest
-from fakes import STEERING, LocalServer, Upstream, chunk, client, completion, free_port, pieces, say, settings
+from fakes import API, STEERING, LocalServer, Upstream, chunk, client, completion, free_port, get, pieces, say, settings
 from gemini import GEMINI_STEERING, Gemini
 
 import persona_memory
@@ -104,15 +105,6 @@ def house(houses, request):
     """An upstream that behaves well, and its proxies."""
     houses[request.param].api.play(GOOD)
     return houses[request.param]
-
-
-@pytest.fixture
-def chat(request) -> list[dict]:
-    """A transcript that no other test sends."""
-    return [
-        {"role": "system", "content": "You are Mira, a lighthouse keeper."},
-        {"role": "user", "content": f"Good evening from {request.node.name}"},
-    ]
 
 
 # ---------------------------------------------------------------------------- the table
@@ -564,15 +556,10 @@ def assert_partial(answer: Answer, case, api):
 # ---------------------------------------------------------------------------- what memory holds
 
 
-def get(url: str, path: str):
-    answer = httpx.get(f"{url}/api/persona_memory{path}", timeout=FOREVER, verify=False)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
 def remembered(url: str, chat_id: str) -> list[tuple]:
     """The chat's current branch: who said what."""
-    return [(message["role"], message["content"]) for message in get(url, f"/chats/{chat_id}/messages")["messages"]]
+    rows = get(url, f"{API}/chats/{chat_id}/messages")["messages"]
+    return [(row["role"], row["content"]) for row in rows]
 
 
 def spoken(messages: list[dict]) -> list[tuple]:
@@ -597,7 +584,7 @@ def goes_on(url: str, chat: list[dict], told: str, stream: bool, fragment: str =
     transcript = [*chat, {"role": "assistant", "content": told}, {"role": "user", "content": question}]
     chat_id = said(url, transcript, stream).chat_id
     assert remembered(url, chat_id) == spoken(transcript)
-    beside = get(url, f"/chats/{chat_id}")["stored"] - len(spoken(transcript))
+    beside = get(url, f"{API}/chats/{chat_id}")["stored"] - len(spoken(transcript))
     assert beside in (1, 1 + bool(fragment))  # the newest reply, and a fragment that says other words than the reply
 
 
@@ -693,12 +680,15 @@ def test_the_delay_that_an_upstream_asks_for_is_waited(house, chat, mode, caplog
 
 
 def test_pauses_grow(house, chat, caplog):
-    """Without a delay that is asked for, each pause is longer than the one before."""
+    """Without a delay that is asked for, each pause is longer than the one before; only the first is a warning."""
+    caplog.set_level(logging.INFO, "persona_memory")
     house.api.play(FALLEN[house.kind])
     assert ask(house.patient.url, chat, "plain").status == 500
     pauses = [record.figures["pause_seconds"] for record in caplog.records if record.event == "retry"]
     assert len(pauses) == persona_memory.ATTEMPTS - 1
     assert pauses == sorted(set(pauses))
+    levels = [record.levelname for record in caplog.records if record.event == "retry"]
+    assert levels == ["WARNING", "INFO", "INFO"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -784,7 +774,7 @@ def test_a_prompt_blocked_for_its_memories_is_asked_again_without(house, narrow,
     assert FACT not in json.dumps(house.api.last["body"])
     assert reply.memory.startswith("degraded; reason=asked again without memories"), reply.memory
     assert "recalled=0" in reply.memory
-    report = get(narrow[house.kind].url, f"/chats/{reply.chat_id}")["last_prompt"]
+    report = get(narrow[house.kind], f"{API}/chats/{reply.chat_id}")["last_prompt"]
     assert (report["recalled"], report["tokens"]["memories"]) == ([], 0)
     assert "asked again without memories" in report["degraded"]
     goes_on(narrow[house.kind].url, tale, reply.text, stream)

@@ -3,7 +3,7 @@
 import httpx
 import pytest
 from chats import tiny_bert
-from fakes import LocalServer, branch_texts, say, settings, wait_until
+from fakes import API, LocalServer, branch_texts, get, say, settings, wait_until
 
 import persona_memory as pm
 
@@ -26,16 +26,9 @@ def prompt_text(upstream) -> str:
     return "\n".join(m["content"] for m in upstream.last["body"]["messages"])
 
 
-def get(running, path: str, **query) -> dict:
-    """The answer of a call."""
-    answer = httpx.get(f"{running.url}/api/{path}", params=query, timeout=TIMEOUT)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
 def emotions(running, chat_id: str, **query) -> dict:
     """The emotional history of a chat."""
-    return get(running, f"persona_memory/chats/{chat_id}/emotions", **query)
+    return get(running, f"{API}/chats/{chat_id}/emotions", **query)
 
 
 # ---------------------------------------------------------------------------- guidance
@@ -48,7 +41,7 @@ def test_the_model_is_told_how_the_user_feels_and_since_when(server, upstream):
     assert newest.endswith(SAD)
     assert newest.startswith("[User seems sad since #3")
     assert upstream.last["body"]["messages"][:-1] == chat("We are on the pier.", SAD)[:-1]
-    report = get(server, "persona_memory/chats/sad")["last_prompt"]
+    report = get(server, f"{API}/chats/sad")["last_prompt"]
     assert (report["mood"]["label"], report["mood"]["since"]) == ("sadness", 2)
     assert report["tokens"]["memories"] > 0
 
@@ -75,7 +68,7 @@ def test_the_line_can_be_turned_off(upstream, data_dir):
     with LocalServer(settings(data_dir, upstream.url, no_guidance=True)) as running:
         say(running.url, chat(SAD), chat_id="off")
         assert upstream.last["body"]["messages"] == chat(SAD)
-        assert get(running, "persona_memory/chats/off")["mood"]["label"] == "sadness"
+        assert get(running, f"{API}/chats/off")["mood"]["label"] == "sadness"
 
 
 def test_the_mood_follows_the_branch(server, upstream):
@@ -194,8 +187,8 @@ def test_classify_as_the_stock_extension_calls_it(server, text, label):
 
 def test_the_labels_and_the_module(server):
     """What the extension asks first."""
-    assert get(server, "classify/labels") == {"labels": list(pm.EMOTIONS)}
-    assert "classify" in get(server, "modules")["modules"]
+    assert get(server, "/api/classify/labels") == {"labels": list(pm.EMOTIONS)}
+    assert "classify" in get(server, "/api/modules")["modules"]
 
 
 @pytest.mark.parametrize("body", [{}, {"text": 3}, [], "x"])

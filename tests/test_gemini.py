@@ -9,7 +9,7 @@ import threading
 import httpx
 import openai
 import pytest
-from fakes import LocalServer, Server, client, hang_up_later, say, settings, wait_until
+from fakes import API, LocalServer, Server, client, get, hang_up_later, say, settings, wait_until
 from gemini import Gemini, model_entry, prompt_text
 from hypothesis import given
 from hypothesis import strategies as st
@@ -280,12 +280,6 @@ def ask(url: str, messages: list[dict], headers: dict | None = None, **more) -> 
     return httpx.post(address, json=body, headers=headers, timeout=FOREVER, verify=False)
 
 
-def get(url: str, path: str) -> dict:
-    answer = httpx.get(url + path, timeout=FOREVER, verify=False)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
 def chunks_of(answer: httpx.Response) -> list[dict]:
     """A stream's chunks."""
     texts = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data:")]
@@ -476,7 +470,7 @@ def context_of(running, chat: list[dict], **more) -> int:
     """The context length that a turn's prompt was made for."""
     answer = ask(running.url, chat, **more)
     assert answer.status_code == 200, answer.text
-    return get(running.url, f"/api/persona_memory/chats/{answer.headers['X-Chat-Id']}")["last_prompt"]["context"]
+    return get(running.url, f"{API}/chats/{answer.headers['X-Chat-Id']}")["last_prompt"]["context"]
 
 
 @pytest.mark.parametrize(("limit", "context"), [(1048576, 32768), (20000, 20000), (32768, 32768)])
@@ -547,7 +541,7 @@ def test_the_cut_reply_is_what_memory_holds(server, api, chat):
     api.reply = lambda _: LONG_REPLY
     text, _, _ = ask_reply(server, chat, True, max_tokens=6)
     answer = ask(server.url, [*chat, message("assistant", text), message("user", "Go on.")])
-    held = get(server.url, f"/api/persona_memory/chats/{answer.headers['X-Chat-Id']}/messages")["messages"]
+    held = get(server.url, f"{API}/chats/{answer.headers['X-Chat-Id']}/messages")["messages"]
     assert [entry["content"] for entry in held] == [chat[1]["content"], text, "Go on."]
 
 
@@ -634,7 +628,7 @@ def test_off_answers_and_remembers_nothing(server, api, chat, stream):
 
 def chats_of(server) -> list[dict]:
     """The chats as they are listed, without their size: vectors of earlier turns may still be on their way to disk."""
-    return [{k: v for k, v in chat.items() if k != "size"} for chat in get(server.url, "/api/persona_memory/chats")]
+    return [{k: v for k, v in chat.items() if k != "size"} for chat in get(server.url, f"{API}/chats")]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -874,6 +874,8 @@ ROW = {"id": ROW_ID, "parent": "", "role": "user", "content": "Hi"}
         ('{"a": 1}\n{"a": 2}', "line 1"),
         ('{"mes": 5}', "line 1"),
         ('{"savedsettings": {}, "prompt": "Once upon a time.", "actions": []}', "story of KoboldAI Lite"),
+        ('{"savedsettings": {}, "prompt": "Once upon a time.", "actions": 5}', "story of KoboldAI Lite"),
+        ('{"messages": 5}', "an object with messages"),
         ('{\n  "format": "persona_memory",\n  "version": oops\n}', "line 3"),
         (json.dumps({**EXPORT, "version": 2}), "version"),
         (json.dumps({**EXPORT, "format": "other"}), "neither"),
@@ -1074,6 +1076,23 @@ class Shelf:
 def folders(tmp_path_factory):
     """New empty folders."""
     return lambda: tmp_path_factory.mktemp("shelf")
+
+
+def test_what_an_export_says_of_a_summarys_size_is_counted_anew():
+    """Somebody may have written other words into the file; a prompt's budget goes by the size."""
+    longer = {**SUMMARY, "texts": [TEXT], "text": "They met at the mill. " * 300, "tokens": 4}
+    (summary,) = pm.read_export({**EXPORT, "messages": [ROW], "summaries": [longer]}).summaries
+    assert summary.tokens == pm.line_tokens(summary) > 1000
+
+
+@pytest.mark.parametrize("quote", ["", "!"])
+def test_a_fact_of_a_file_may_quote_nothing(server, quote):
+    """Also where the message that it is of has been changed since."""
+    row, facts = {**ROW, "pinned": True}, [{**FACT, "quote": quote}]
+    export = {**EXPORT, "chat": {"chat_id": f"no quote {quote}", "head": ROW_ID}, "messages": [row], "facts": facts}
+    take_in(server, json.dumps(export))
+    about = call(server, "GET", f"chats/no quote {quote}")
+    assert (about.status_code, [f["text"] for f in about.json()["facts"]]) == (200, [FACT["text"]] if quote else [])
 
 
 @effort(max_examples=25)

@@ -2,10 +2,11 @@
 
 import json
 import logging
+import re
 
 import httpx
 import pytest
-from fakes import LocalServer, say, settings
+from fakes import API, LocalServer, get, say, settings
 from hypothesis import given
 from hypothesis import strategies as st
 from sillytavern import Character, Client
@@ -17,9 +18,7 @@ FIRST = {"role": "user", "content": "Who goes there?"}
 
 
 def call(server, path, status=200, **query):
-    answer = httpx.get(f"{server.url}/api/persona_memory{path}", params=query, timeout=60)
-    assert answer.status_code == status, answer.text
-    return answer.json()
+    return get(server, f"{API}{path}", status, **query)
 
 
 def fill(server, chat, *texts):
@@ -200,14 +199,16 @@ def test_reports_say_how_much_was_reused(server, upstream):
 
 
 def test_settings_know_where_they_come_from(tmp_path):
-    """Flag, variable, file, default; keys of Google's variables; what the program itself sets."""
+    """Flag, variable, file, default; keys of Google's variables; what the program itself sets. No key is shown, nor one
+    in an address."""
     file = tmp_path / ".env"
     file.write_text("PERSONA_MEMORY_MODEL=from-file\nPERSONA_MEMORY_PORT=1\n")
     environ = {"GEMINI_API_KEY": "AIza-secret", "PERSONA_MEMORY_CONTEXT": "4096", "PERSONA_MEMORY_PORT": "2"}
-    found = pm.load_settings(["--port", "3", "--data", str(tmp_path)], environ, file)
+    writer = "https://me:hunter22@llm.example/v1?key=sk-in-it"
+    found = pm.load_settings(["--port", "3", "--data", str(tmp_path), "--summary-upstream", writer], environ, file)
     assert found.sources == {
         "model": ".env PERSONA_MEMORY_MODEL", "context": "variable PERSONA_MEMORY_CONTEXT", "port": "flag --port",
-        "data": "flag --data", "upstream_key": "variable GEMINI_API_KEY",
+        "data": "flag --data", "upstream_key": "variable GEMINI_API_KEY", "summary_upstream": "flag --summary-upstream",
     }  # fmt: skip
     memory = pm.PersonaMemory(found)
     rows = {row["name"]: row for row in memory.status.options()}
@@ -215,7 +216,8 @@ def test_settings_know_where_they_come_from(tmp_path):
     assert list(rows) == [f.name for f in pm.OPTIONS]
     assert (rows["upstream_key"]["value"], rows["api_key"]["value"]) == ("(hidden)", "")
     assert rows["budget"]["source"] == "default" and rows["port"]["value"] == 3
-    assert "AIza-secret" not in json.dumps(list(rows.values()))
+    assert rows["summary_upstream"]["value"] == "https://llm.example/v1"
+    assert not re.search("AIza-secret|hunter22|sk-in-it", json.dumps(list(rows.values())))
 
 
 @pytest.mark.parametrize(

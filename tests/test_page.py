@@ -13,7 +13,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import DESKTOP, PHONE, needs_chromium, open_browser
 from chats import open_chat
-from fakes import LocalServer, Upstream, branch_texts, say, settings, wait_until
+from fakes import LocalServer, Upstream, branch_texts, figure, free_port, hang_up_later, say, settings, wait_until
 from playwright.sync_api import expect
 from roleplay import PERSONA, messages, play
 from test_looking import PIXEL
@@ -253,7 +253,8 @@ def test_a_chat_goes_out_as_a_file_and_comes_in_again(visit, told, server):
     other.locator("input[type=file]").set_input_files(half)
     expect(other.locator(".toast").last).to_contain_text("half.jsonl, skipped: line 2 is not valid JSON")
     other.locator("input[type=file]").set_input_files({**chosen, "name": "broken.json", "buffer": b"no chat"})
-    expect(other.locator(".toast").last).to_contain_text("broken.json")
+    expect(other.locator(".toast.failed").last).to_contain_text("broken.json")
+    expect(other.get_by_role("alert").last).to_contain_text("broken.json")
 
 
 def test_a_message_of_another_branch_is_shown_by_itself(visit, server, upstream):
@@ -462,10 +463,24 @@ def test_what_comes_to_mind_is_shown_with_its_reasons(visit, told):
     expect(best).to_contain_text("Wandering Heron")
     expect(best.locator(".bars")).to_contain_text("Meaning")
     expect(best.locator(".score")).to_have_text(re.compile(r"\d\.\d\d"))
+    expect(best).not_to_contain_text("Would not be recalled")
     widths = best.locator(".track i").evaluate_all("bars => bars.map(bar => bar.getBoundingClientRect().width)")
     assert max(widths) == pytest.approx(64, abs=1) and min(widths) < 64
     best.get_by_role("link", name="#").click()
     expect(page.locator(".message.found")).to_contain_text("Wandering Heron")
+
+
+def test_small_talk_would_bring_nothing_back(visit, told):
+    """The nearest messages are shown, as such; those that the last prompt held are marked."""
+    page = visit(told.link("/recall"))
+    page.get_by_label("What does it remember?").fill("Okay.")
+    expect(page.get_by_role("status").filter(has_text="Nothing would be recalled")).to_be_visible()
+    rows = page.locator("main .list > li")
+    assert 0 < rows.count() < 12
+    expect(rows.filter(has_text=re.compile("Would not be recalled|In the prompt"))).to_have_count(rows.count())
+    newest = told.get("/messages")["messages"][-1]["content"]
+    page.get_by_label("What does it remember?").fill(newest[:400])
+    expect(rows.filter(has_text=newest[:60]).first).to_contain_text("In the prompt")
 
 
 def test_the_timeline_has_the_seven_feelings_and_leads_to_its_moments(visit, told):
@@ -514,17 +529,43 @@ def test_a_prompt_says_what_went_in_and_what_it_cost(visit, asked):
     expect(card.locator("details .bars").first).to_be_visible()
 
 
+def test_a_prompt_says_how_it_ended_where_no_reply_came(visit, server, upstream):
+    """One whose client hung up, one that failed, and one that was answered: for the same message."""
+    turn = [SYSTEM, {"role": "user", "content": "Who lit the lamp?"}, {"role": "assistant", "content": "I did."}]
+    turn.append({"role": "user", "content": "And who put it out?"})
+    held = threading.Event()
+    upstream.steer(hold=held)
+    gone = hang_up_later(server, {"model": "fake-model", "stream": True, "messages": turn})
+    wait_until(lambda: any("completions" in r["path"] for r in upstream.requests), "the request to be passed on")
+    gone.close()
+    wait_until(lambda: figure(server, 'requests_total{outcome="client_gone"}') == 1, "the hang-up to be noticed")
+    held.set()
+    upstream.steer(hold=None, status=400, error="Bad request.")
+    say(server.url, turn)
+    upstream.steer(status=200)
+    chat = say(server.url, turn).chat_id
+    page = visit(f"{server.url}/#/chat/{quote(chat, safe='')}/prompts")
+    cards = page.locator(".prompt")
+    expect(cards).to_have_count(3)
+    expect(cards.nth(0).locator(".row .chip")).to_have_count(0)
+    expect(cards.nth(1).locator(".row .chip")).to_have_text("Failed")
+    expect(cards.nth(2).locator(".row .chip")).to_have_text("Stopped by the client")
+
+
 def test_what_was_left_out_of_a_prompt_is_shown_with_its_reason(visit, told):
-    """Where the report says so."""
+    """Where the report says so; and what the model has told that makes prompts shorter."""
     store = open_chat(told.server, told.id).store
     row = told.row(3)
     left = {"id": row["id"], "index": 3, "role": row["role"], "name": row["name"], "score": 1.5, "reason": "no room"}
+    learned = {"ratio": 1.25, "limit": 4096}
     page = visit("about:blank")
     page.route(
         "**/prompts?*",
-        lambda route: route.fulfill(json={"prompts": [store.reports(1)[0] | {"left_out": [left]}]}),
+        lambda route: route.fulfill(json={"prompts": [store.reports(1)[0] | learned | {"left_out": [left]}]}),
     )
     page.goto(told.link("/prompts"))
+    expect(page.locator(".prompt")).to_contain_text("Your model counts 25 % more tokens")
+    expect(page.locator(".prompt")).to_contain_text("its context is 4,096 tokens")
     page.get_by_text("1 left out").click()
     expect(page.locator("details li")).to_contain_text(row["content"])
     expect(page.locator("details li")).to_contain_text("No room")
@@ -662,6 +703,20 @@ def test_the_connection_to_the_model_can_be_checked(visit, server, upstream):
     expect(page.get_by_text("It answers, with 1 model.")).to_be_visible()
     expect(page.locator("main")).to_contain_text(upstream.url)
     expect(page.locator("main")).to_contain_text(pm.__version__)
+    expect(page.locator(".light")).to_have_text("OK")
+
+
+def test_a_model_that_is_not_running_is_no_ok(visit, tmp_path):
+    """The light says so as soon as anybody asks for the models, and recovers with the next answer."""
+    port = free_port()
+    with LocalServer(settings(tmp_path / "data", f"http://127.0.0.1:{port}/v1")) as server:
+        page = visit(server.url)
+        expect(page.locator(".light")).to_have_text("Your model's server does not answer.")
+        first = page.get_by_role("listitem").nth(0)
+        expect(first).to_contain_text(f"at http://127.0.0.1:{port}/v1")
+        with Upstream(port):
+            expect(first).to_contain_text("answers, with 1 model")
+            expect(page.locator(".light")).to_have_text("OK")
 
 
 def test_settings_are_shown_with_where_they_come_from_and_without_secrets(visit, upstream, tmp_path):

@@ -156,8 +156,8 @@ def test_files_stay_few_however_many_chats_are_used(tmp_path):
 
 @pytest.mark.skipif(not OPEN_FILES.is_dir(), reason="open files are looked up under /proc")
 def test_long_chats_close_sooner_but_the_last_used_one_stays(tmp_path, monkeypatch):
-    """What is open takes memory by its messages, not by its chats."""
-    monkeypatch.setattr(pm, "OPEN_MESSAGES", 3)
+    """What is open is bounded by the bytes it takes, not by how many chats it is."""
+    monkeypatch.setattr(pm, "OPEN_BYTES", 2 * pm.CHAT_BYTES)
     registry = pm.ChatRegistry(tmp_path)
     for chat_id, count in (("short", 1), ("long", 3), ("longer", 4)):
         registry.create(chat_id, explicit=True)

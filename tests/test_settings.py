@@ -213,6 +213,18 @@ def test_an_upstream_that_is_no_url_is_refused_with_the_three_ways(tmp_path):
         pm.make_upstream(pm.Settings(upstream=str(missing), data=str(tmp_path)), pm.Metrics())
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["http://", "http://[::1", "http://[bad]/v1", "http://host:5001x/v1", "http://host:99999", "http://a..b/v1",
+     f"http://{'a' * 70}.com/v1", "http://xn--/v1", "ftp://host/v1", "[::1", "host:5001x"],
+)  # fmt: skip
+def test_an_address_that_nothing_can_be_asked_at_is_refused_at_the_start(tmp_path, url):
+    """No turn should be the first to find out."""
+    for given in ({"upstream": url}, {"upstream": "gemini", "gemini_endpoint": url, "upstream_key": "k"}):
+        with pytest.raises(pm.SettingsError, match="is no URL"):
+            pm.make_upstream(pm.Settings(data=str(tmp_path), **given), pm.Metrics())
+
+
 # ---------------------------------------------------------------------------- addresses
 
 

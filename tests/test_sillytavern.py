@@ -5,7 +5,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from fakes import LocalServer, Upstream, say, settings
+from fakes import API, LocalServer, Upstream, get, say, settings
 from sillytavern import Character, Client, memories_in, without_memories
 
 import persona_memory as pm
@@ -109,7 +109,7 @@ def chat_path(chat_id: str) -> str:
 
 def wait_for_vectors(server, chat_id: str):
     """A search waits until all messages are embedded, where a turn goes on without."""
-    get(server, f"{chat_path(chat_id)}/search?q=anything&k=1")
+    get(server, f"{API}{chat_path(chat_id)}/search?q=anything&k=1")
 
 
 def ask(server, chat: Client, question: str):
@@ -120,20 +120,14 @@ def ask(server, chat: Client, question: str):
     return answer
 
 
-def get(server, path: str):
-    answer = httpx.get(f"{server.url}/api/persona_memory{path}")
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
 def shelf(server) -> list[dict]:
     """The chats the program knows."""
-    return get(server, "/chats")
+    return get(server, f"{API}/chats")
 
 
 def branch_of(server, chat_id: str) -> list[str]:
     """The texts of a chat's current branch."""
-    messages = get(server, f"{chat_path(chat_id)}/messages?limit=1000")["messages"]
+    messages = get(server, f"{API}{chat_path(chat_id)}/messages?limit=1000")["messages"]
     return [message["content"] for message in messages]
 
 
@@ -300,7 +294,7 @@ def test_edit_at_the_edge_of_a_trimmed_window(server, upstream):
     later = [text_of(request["body"]["messages"]) for request in upstream.chats[before:]]
     assert chat.chat[1].text in text_of(chat.sent[2]["messages"])
     assert all("clockmaker" not in text for text in later)
-    found = get(server, f"/chats/{answer.chat_id}/search?q=What+is+my+trade%3F&k=3")["memories"]
+    found = get(server, f"{API}/chats/{answer.chat_id}/search?q=What+is+my+trade%3F&k=3")["memories"]
     assert any("bookbinder" in m["content"] for m in found)
     assert not any("clockmaker" in m["content"] for m in found)
     assert remembered(server, chat) == shown(chat)

@@ -2,9 +2,8 @@
 
 import itertools
 
-import httpx
 import pytest
-from fakes import LocalServer, branch_texts, say, settings
+from fakes import API, LocalServer, branch_texts, get, say, settings
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,12 +81,8 @@ def running(shared_upstream, tmp_path_factory):
         yield server
 
 
-def get(running, path: str):
-    return httpx.get(f"{running.url}/api/persona_memory{path}", timeout=TIMEOUT).json()
-
-
 def listed(running) -> set[str]:
-    return {chat["chat_id"] for chat in get(running, "/chats")}
+    return {chat["chat_id"] for chat in get(running, f"{API}/chats")}
 
 
 def test_tasks_reach_the_model_untouched_and_leave_nothing(running, upstream):
@@ -100,7 +95,7 @@ def test_tasks_reach_the_model_untouched_and_leave_nothing(running, upstream):
         assert answer.memory.startswith("untouched; reason=a task about a chat"), name
     assert listed(running) == before
     assert branch_texts(running.url, "with-tasks") == ["My sister hid the brass key."]
-    assert get(running, "/search?q=concise title")["found"] == []
+    assert get(running, f"{API}/search?q=concise title")["found"] == []
 
 
 def test_an_account_is_no_chat_unless_it_says_so(running, upstream):
@@ -127,10 +122,10 @@ def test_a_lone_prompt_is_a_chat_only_when_it_goes_on(running, upstream):
     first = say(running.url, [CARD, sad], stream=False)
     assert upstream.last["body"]["messages"] == [CARD, sad]
     assert first.chat_id and first.chat_id not in listed(running)
-    assert get(running, "/search?q=stop crying")["found"] == []
+    assert get(running, f"{API}/search?q=stop crying")["found"] == []
     again = say(running.url, [CARD, sad, assistant(first.text), user("It hurts.")], stream=False)
     assert again.chat_id == first.chat_id and first.chat_id in listed(running)
-    assert get(running, "/search?q=stop crying")["found"]
+    assert get(running, f"{API}/search?q=stop crying")["found"]
     say(running.url, [CARD, sad], stream=False, chat_id="json", response_format={"type": "json_object"})
     assert upstream.last["body"]["messages"] == [CARD, sad]
 
@@ -277,7 +272,7 @@ def test_thoughts_are_neither_kept_nor_told_and_pass_as_they_are(running, upstre
     say(running.url, [CARD, user("Who took the key?"), shown, user("Who?")], stream=False, chat_id="thoughts")
     assert shown in upstream.last["body"]["messages"]
     assert branch_texts(running.url, "thoughts") == ["Who took the key?", "I do not know.", "Who?"]
-    assert get(running, "/search?q=crypt")["found"] == []
+    assert get(running, f"{API}/search?q=crypt")["found"] == []
 
 
 # ---------------------------------------------------------------------------- clients that show it otherwise each turn
@@ -327,7 +322,7 @@ def test_one_chat_lived_is_one_chat_stored(running, upstream, shape):
     texts = branch_texts(running.url, chat_id)
     hidden = {"hidden": 2}.get(shape, 0)
     assert len(said) - 1 - hidden <= len(texts) <= len(said) + (shape == "note")
-    spare = get(running, f"/chats/{chat_id}")["stored"] - len(texts)
+    spare = get(running, f"{API}/chats/{chat_id}")["stored"] - len(texts)
     assert spare <= (30 if shape in ("note", "hidden") else 12)
     assert not any(LONG_NOTE in text for text in texts[-6:])
 
@@ -524,7 +519,7 @@ def test_tools_take_a_share_of_their_own(running, upstream):
     question = user("Where does the brass key lie?")
     sent = {"chat_id": "tools", "model": "with-tools", "max_tokens": 100, "stream": False}
     say(running.url, [CARD, *said, question], tools=tools(12), **sent)
-    report = get(running, "/chats/tools/prompts?limit=1")["prompts"][0]
+    report = get(running, f"{API}/chats/tools/prompts?limit=1")["prompts"][0]
     few = pm.tool_tokens({"tools": tools(12)})
     assert report["tokens"]["tools"] == few and report["context"] == 2048
     assert "The brass key lies under the mill." in str(upstream.last["body"]["messages"])

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import sqlite3
 import threading
+import tracemalloc
 from dataclasses import replace
 
 import diskcache
@@ -102,6 +103,19 @@ def test_only_the_newest_messages_stay_in_ram_and_the_rest_is_read(store):
         store.keep_recent(path[:end])
     assert len(store._recent) <= pm.WORKING_MEMORY * pm.OPEN_BRANCHES
     assert store.read(path) == messages
+
+
+def test_opening_a_long_chat_takes_little_more_than_it_holds(store):
+    """Its texts are not read all at once, and SQLite keeps few pages of its files, and maps none."""
+    store.commit(chain(*(f"{n}: {'the lamp is lit ' * 100}" for n in range(4000))))
+    tracemalloc.start()
+    again = reopened(store)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(again.tree.nodes) == 4000 and peak < 3 * kept, (kept, peak)
+    with again._database.use() as cache:
+        assert cache._sql("PRAGMA cache_size").fetchone() == (pm.PAGES_IN_RAM,)
+        assert cache._sql("PRAGMA mmap_size").fetchone() == (0,)
 
 
 def test_the_tree_knows_its_branches_and_replies():

@@ -17,7 +17,7 @@ from itertools import pairwise
 import httpx
 import pytest
 from chats import open_chat
-from fakes import PATIENCE, Handler, LocalServer, Server, Upstream, completion, say, settings, wait_until
+from fakes import API, PATIENCE, Handler, LocalServer, Server, Upstream, completion, get, say, settings, wait_until
 from hypothesis import example, given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
@@ -78,9 +78,9 @@ def test_the_story_is_what_no_higher_level_has_taken_in():
     high = summary(0, 7, 2)
     elsewhere = replace(summary(16, 19), texts=("m16", "m17", "m18", "other"))
     parted = replace(summary(16, 19), texts=("m16", "m17", "m19", "m18"))
-    assert pm.story_of([*reversed(low), elsewhere, parted, high], texts(20)) == [high, *low[2:]]
-    assert pm.story_of([*low, high], texts(7)) == low[:1]
-    assert pm.story_of([], texts(3)) == []
+    assert pm.Places(texts(20)).story([*reversed(low), elsewhere, parted, high]) == [high, *low[2:]]
+    assert pm.Places(texts(7)).story([*low, high]) == low[:1]
+    assert pm.Places(texts(3)).story([]) == []
 
 
 def test_the_oldest_line_is_improved_first_and_in_it_what_tells_most():
@@ -102,12 +102,12 @@ def test_the_oldest_line_is_improved_first_and_in_it_what_tells_most():
 def test_a_summary_moves_with_what_it_covers():
     """Deleting or inserting above it changes its numbers and nothing else; what stands twice is told twice."""
     low = summary(4, 7)
-    (moved,) = pm.story_of([low], texts(20)[2:])
+    (moved,) = pm.Places(texts(20)[2:]).story([low])
     assert (moved.start, moved.end, moved.since) == (2, 5, 5) and moved.tokens == pm.line_tokens(moved)
     assert replace(moved, start=4, end=7, since=7, tokens=low.tokens) == low
-    assert [s.start for s in pm.story_of([low], [*texts(8), *texts(8)])] == [4, 12]
+    assert [s.start for s in pm.Places([*texts(8), *texts(8)]).story([low])] == [4, 12]
     same = pm.new_summary(1, ["ok"] * 4, 0, SOUND, 400, "model")
-    assert [s.start for s in pm.story_of([same], ["ok"] * 10)] == [0, 4], "what stands side by side does not overlap"
+    assert [s.start for s in pm.Places(["ok"] * 10).story([same])] == [0, 4], "they do not overlap"
 
 
 def test_a_gap_that_a_change_has_left_is_filled_whatever_its_length():
@@ -126,12 +126,12 @@ def test_a_users_words_are_kept_beside_what_has_replaced_them():
     """As long as half of what they cover is on the branch; those that stand there are in the story."""
     own = replace(summary(4, 7), source="user")
     branch = texts(20)
-    assert pm.replaced_words([own], branch) == []
+    assert pm.replaced_words([own], pm.Places(branch)) == []
     branch[5] = "other"
-    (kept,) = pm.replaced_words([own, summary(8, 11)], branch)
+    (kept,) = pm.replaced_words([own, summary(8, 11)], pm.Places(branch))
     assert (kept.text, kept.start, kept.end) == (own.text, 4, 7)
-    assert pm.replaced_words([own], branch[6:]) == [replace(own, start=0, end=1)]
-    assert pm.replaced_words([own], branch[7:]) == []
+    assert pm.replaced_words([own], pm.Places(branch[6:])) == [replace(own, start=0, end=1)]
+    assert pm.replaced_words([own], pm.Places(branch[7:])) == []
 
 
 def test_the_next_gap_is_the_first_place_without_a_summary():
@@ -615,10 +615,10 @@ def test_a_branchs_story_is_made_of_stretches_that_are_all_on_it(tree):
     branches, summaries, _ = tree
     for path in branches:
         standing = [s for s in summaries if path[s.start : s.end + 1] == list(s.texts)]
-        story = pm.story_of(summaries, path)
+        story = pm.Places(path).story(summaries)
         assert set(story) <= set(standing)
         for one in standing:  # alone it would be told
-            assert pm.story_of([one], path) == [one]
+            assert pm.Places(path).story([one]) == [one]
         covered = {place for s in story for place in range(s.start, s.end + 1)}
         assert covered == {place for s in standing for place in range(s.start, s.end + 1)}
 
@@ -820,9 +820,7 @@ def shown(reply) -> int:
 
 def chat_of(url: str, chat_id: str) -> dict:
     """A chat as the API shows it."""
-    got = httpx.get(f"{url}/api/persona_memory/chats/{chat_id}", timeout=PATIENCE)
-    assert got.status_code == 200, got.text
-    return got.json()
+    return get(url, f"{API}/chats/{chat_id}")
 
 
 def call(url: str, method: str, path: str, body=None) -> httpx.Response:
@@ -1103,7 +1101,7 @@ def test_stories_follow_branches_through_any_course_of_a_chat(small, chronicler)
         game.turn(7000 + step)
         about, store = game.about(), open_chat(small, "course").store
         path, hidden = store.tree.path(about["last_prompt"]["tip"]), about["last_prompt"]["hidden"]
-        on_it = pm.placed(store.summaries.values(), [store.tree.nodes[i].digest for i in path])
+        on_it = pm.Places([store.tree.nodes[i].digest for i in path]).placed(store.summaries.values())
         standing = {pm.summary_line(s) for s in on_it if s.end < hidden}
         told = story_in(chronicler.prompts[-1]).split(pm.ENGLISH.facts)[0].splitlines()[1:]
         assert {one for one in told if one != pm.ENGLISH.end_of_story} <= standing
@@ -1150,6 +1148,10 @@ def test_the_hours_requests_are_limited(chronicler, data_dir):
         assert sources[0] == "model" and set(sources[1:]) == {"extract"}
         assert len(chronicler.summaries) == 1
         assert_sound(game.about(), game.contents)
+        told = game.about()["story"][-1]["end"]
+        game.play(8)  # an extract that waits for the next hour's requests keeps nothing else waiting
+        assert game.about()["story"][-1]["end"] >= told + 12
+        assert len(chronicler.summaries) == 1
 
 
 def test_bad_answers_count_as_requests_of_the_hour(chronicler, data_dir):

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 from chats import open_chat
-from fakes import LocalServer, say, settings
+from fakes import API, LocalServer, get, say, settings
 
 import persona_memory as pm
 
@@ -37,9 +37,7 @@ def running(upstream, old_data):
 
 def api(running, path: str = ""):
     """What the API says of the chat."""
-    answer = httpx.get(f"{running.url}/api/persona_memory/chats/tale{path}", timeout=60)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+    return get(running, f"{API}/chats/tale{path}")
 
 
 def rows_of(folder: Path, prefix: str) -> dict:

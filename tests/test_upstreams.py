@@ -18,15 +18,6 @@ FOREVER = 60
 
 
 @pytest.fixture
-def chat(request) -> list[dict]:
-    """A transcript that no other test sends."""
-    return [
-        {"role": "system", "content": "You are Mira, a lighthouse keeper."},
-        {"role": "user", "content": f"Good evening from {request.node.name}"},
-    ]
-
-
-@pytest.fixture
 def model(request) -> str:
     """A model of this test's own: what a model's context is gets asked once."""
     return request.node.name
@@ -794,6 +785,14 @@ WHOLE = 9900  # words of the long chat
 def test_a_guessed_context_cuts_nothing(server, upstream, model):
     """Where nobody says how much a model takes, all that the client shows is sent."""
     assert words_sent(server, upstream, model) > WHOLE
+
+
+def test_a_guessed_context_cuts_nothing_in_scripts_of_more_tokens_than_letters(server, upstream, model):
+    """In Chinese a sign takes a token and more, so that fewer signs fill the guess."""
+    line = "灯塔看守人在暴风雨的夜里数着海上的船只，把风向写进那本旧册子。"
+    chat = [{"role": ("user", "assistant")[n % 2], "content": f"第{n}句：" + line * 6} for n in range(33)]
+    assert say(server.url, chat, model=model).status == 200
+    assert [m["content"] for m in upstream.last["body"]["messages"]] == [m["content"] for m in chat]
 
 
 @pytest.mark.parametrize("max_tokens", [300, 9000])

@@ -140,7 +140,7 @@ def test_the_list_holds_strings_of_every_kind():
         "persona_memory cannot reach your model's server at {}: {}. Is it running?", "The model {} is ready.",
         "folder where the chats are kept", "another program is using {}.", "Every option has a variable too",
         "is listening on {}", "Three steps to your first chat", "The strongest moments", "Delete this chat?",
-        "Nothing is recalled.", "Searching…", "Open the memory page", "name must be", "Models are loading.",
+        "no message fits well enough.", "Searching…", "Open the memory page", "name must be", "Models are loading.",
     ):  # fmt: skip
         assert words.removeprefix("name ") in every, words
     assert len(user_strings()) > 350

@@ -3,13 +3,17 @@
 python tests/bench/hostile.py connections [IDLE] [HALF]
 python tests/bench/hostile.py watchdog [CHARACTERS] [SECONDS]
 python tests/bench/hostile.py streams [STREAMS] [POLLS] [IDLE]
-python tests/bench/hostile.py soak [MINUTES] [MESSAGES A MINUTE]
+python tests/bench/hostile.py soak [MINUTES] [MESSAGES A MINUTE] [MEGABYTES OF OPEN CHATS] [CHATS]
+python tests/bench/hostile.py rooms [MESSAGES] [CHATS] [SENTENCES]
 python tests/bench/hostile.py corruptions [ROUNDS] [chats] [catalogue] [characters]
 """
 
 import contextlib
+import ctypes
+import gc
 import json
 import multiprocessing
+import os
 import resource
 import shutil
 import socket
@@ -28,6 +32,7 @@ from urllib.parse import urlsplit
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent.parent)]
 
 import httpx  # noqa: E402
+import numpy as np  # noqa: E402
 from fakes import LocalServer, Server, Upstream, say, settings  # noqa: E402
 from hostiles import SEEDS, chat_file, repeated, turn  # noqa: E402
 
@@ -83,15 +88,20 @@ def hostile_requests(length: int) -> Iterator[tuple[str, str, bytes]]:
 
 def long_export(count: int) -> bytes:
     """An export of a chat of so many messages, as one value on one line."""
-    rows, parent = [], ""
-    for number in range(count):
-        text = f"Line {number}: the ferry leaves at noon, and the red key stays with the abbot."
-        message = pm.Message("", parent, ("user", "assistant")[number % 2], text)
-        rows.append(asdict(replace(message, id=pm.key_of(message, parent))))
-        parent = rows[-1]["id"]
-    chat = {"chat_id": "long", "explicit": True, "head": parent}
+    rows = [asdict(message) for message in some_messages(count)]
+    chat = {"chat_id": "long", "explicit": True, "head": rows[-1]["id"]}
     return json.dumps({"format": pm.EXPORT_FORMAT, "version": pm.EXPORT_VERSION, "chat": chat, "messages": rows,
                        "summaries": [], "facts": []}).encode()  # fmt: skip
+
+
+def some_messages(count: int, sentences: int = 1) -> Iterator[pm.Message]:
+    """The messages of a chat, each of so many sentences."""
+    parent = ""
+    for number in range(count):
+        lines = (f"Line {number}, {part}: the ferry leaves at {TOWNS[part % 5]}, and the red key stays with the abbot."
+                 for part in range(sentences))  # fmt: skip
+        message = pm.Message("", parent, ("user", "assistant")[number % 2], " ".join(lines))
+        yield replace(message, id=(parent := pm.key_of(message, parent)))
 
 
 def send_hostile(pipe, length: int, seconds: int) -> None:
@@ -187,11 +197,12 @@ def streams(count: int = 50, polls: int = 50, idle: int = 200) -> None:
             print(f"{name}: median {statistics.median(times):.2f} s, most {max(times):.2f} s of {len(times)}")
 
 
-def soak(minutes: int = 30, pace: int = 69) -> None:
+def soak(minutes: int = 30, pace: int = 69, megabytes: int = 0, chats: int = pm.OPEN_CHATS + 8) -> None:
     """Turns at a pace for so long, on as many chats as may be open and more; what the program holds, minute by minute,
-    once each has had a few turns. A turn is two messages: the user's and the reply that it shows later."""
+    once each has had a few turns. A turn is two messages: the user's and the reply that it shows later. Open chats may
+    take so many `megabytes`: with few of them, the bound that a long run comes to is there at once."""
     persona = {"role": "system", "content": "You are Maren, keeper of the lighthouse on the Teeth. " * 8}
-    chats, counts, rows = pm.OPEN_CHATS + 8, Counter(), []
+    counts, rows = Counter(), []
     shown: dict[int, list[dict]] = {chat: [] for chat in range(chats)}
 
     def take_turn(number: int) -> None:
@@ -208,6 +219,10 @@ def soak(minutes: int = 30, pace: int = 69) -> None:
     with tempfile.TemporaryDirectory() as data, Upstream() as upstream:
         server = Server(Path(data) / "data", upstream.url, "--context", 4096)
         server.command[server.command.index("--summary-every") + 1] = "20"
+        if megabytes:
+            bound = f"import persona_memory as pm; pm.OPEN_BYTES = {megabytes}_000_000; pm.main()"
+            server.command[1:2] = ["-c", bound]
+            server.env["PYTHONPATH"] = str(Path(pm.__file__).parent)
         with server as running, httpx.Client(base_url=running.url, timeout=120) as api:
             running.wait_ready()
             for number in range(10 * chats):
@@ -227,6 +242,69 @@ def soak(minutes: int = 30, pace: int = 69) -> None:
                 early, late = (statistics.mean(row[name] for row in some) for some in (rows[:third], rows[-third:]))
                 print(f"{name}: first third {early:.0f}, last {late:.0f} ({100 * (late / early - 1):+.1f} %)")
             print(f"{running.log().count('Traceback')} tracebacks, {dict(counts)}")
+
+
+def rooms(count: int = 2000, chats: int = 1, sentences: int = 4) -> None:
+    """What open chats of so many messages take in RAM, beside what `Chat.bytes` tells of them."""
+
+    def taken() -> float:
+        """Megabytes that the process holds, what it has let go of left out."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        return held(os.getpid())["MB"]
+
+    with tempfile.TemporaryDirectory() as data:
+        writer = multiprocessing.get_context("fork").Process(target=write_chats, args=(data, count, chats, sentences))
+        writer.start()
+        writer.join()
+        registry = pm.ChatRegistry(Path(data), most_open=chats + 1)
+        write_chat(registry, "first", 1, sentences)  # what the libraries take once is not a chat's
+        index_chat(registry, "first")
+        before = taken()
+        for number in range(chats):
+            index_chat(registry, str(number))
+        after, told = taken(), sum(lent.bytes for lent in registry._lent.values()) / 2**20
+        each = (after - before) * 2**20 / count / chats
+        print(f"{chats} chats of {count} messages with {sentences} sentences each: {each:.0f} bytes a message")
+        print(f"in all {after - before:.1f} MB, `Chat.bytes` tells {told:.1f} MB")
+        registry.close()
+        print(f"closed: {taken() - before:+.1f} MB")
+
+
+WRITTEN = "made up"  # the name under which vectors are kept that no model has computed
+
+
+def write_chats(data: str, count: int, chats: int, sentences: int) -> None:
+    """Fills a folder with such chats."""
+    registry = pm.ChatRegistry(Path(data))
+    for number in range(chats):
+        write_chat(registry, str(number), count, sentences)
+    registry.close()
+
+
+def write_chat(registry: pm.ChatRegistry, chat_id: str, count: int, sentences: int) -> None:
+    """Makes a chat of so many messages, their vectors drawn at random."""
+    draw = np.random.default_rng(1)
+
+    def units(rows: int) -> np.ndarray:
+        """So many unit vectors, float32 [rows, 384]."""
+        drawn = draw.standard_normal((rows, 384)).astype(np.float32)
+        return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+
+    registry.create(chat_id, explicit=True)
+    with registry.borrow(chat_id) as chat, chat.lock:
+        for some in pm.batches(list(some_messages(count, sentences)), 500):
+            chat.store.commit(some, {"head": some[-1].id})
+            hashes = [message.fingerprint for message in some]
+            chat.store.put_vectors(WRITTEN, dict(zip(hashes, units(len(some)), strict=True)))
+            chat.store.put_sentence_vectors(WRITTEN, {h: units(sentences) for h in hashes})
+        registry.enter(chat, ())
+
+
+def index_chat(registry: pm.ChatRegistry, chat_id: str) -> None:
+    """Opens a chat, and its index."""
+    with registry.borrow(chat_id) as chat, chat.lock:
+        chat.follow(chat.tree.branch(chat.store.head), pm.Embedder(WRITTEN))
 
 
 TOWNS = ("Harrowmere", "Saltmarsh", "Thornwick", "Dunmoor", "Eastfold")
@@ -270,5 +348,5 @@ def after_damage(memory: pm.PersonaMemory) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    parts = {f.__name__: f for f in (connections, watchdog, streams, soak, corruptions)}
+    parts = {f.__name__: f for f in (connections, watchdog, streams, soak, rooms, corruptions)}
     parts[sys.argv[1]](*(int(word) if word.isdigit() else word for word in sys.argv[2:]))

@@ -94,7 +94,7 @@ def measure_conversations(args) -> None:
             rows[summary.level].append(1 - summary.tokens / summary.covered)
             sources[summary.source] += 1
         path = store.tree.path(store.head)
-        story = pm.story_of(store.summaries.values(), [store.tree.nodes[m].digest for m in path])
+        story = pm.Places([store.tree.nodes[m].digest for m in path]).story(store.summaries.values())
         terms = gold_terms(conversation, end)
         first = " ".join(s.text for s in store.summaries.values() if s.level == 1)
         shown = " ".join(s.text for s in story)
