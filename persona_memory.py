@@ -884,7 +884,9 @@ def quoted(text: str) -> str:
 
 def one_line(text: str | None, limit: int = LONGEST_NAME) -> str:
     """A name, or another label in a frame: one line of what can be seen, of so many characters at most."""
-    words = " ".join(UNSEEN.sub("", text or "").split())[:limit]
+    if not text or (text.isalnum() and len(text) <= limit):  # most names: a turn asks for hundreds
+        return text or ""
+    words = " ".join(UNSEEN.sub("", text).split())[:limit]
     return re.sub(r"\[(?=[\W_]*\Z)", "(", without_framing(words)).strip()  # what follows must not become a frame
 
 
@@ -1600,6 +1602,7 @@ def count_tokens(text: str) -> int:
 
 
 SHORT_TEXT = 2000  # characters
+LINE_START = re.compile(r"(?<=\n)(?=\S)")
 
 
 @functools.lru_cache(1 << 13)
@@ -1610,9 +1613,12 @@ def counted(text: str) -> int:
 
 @functools.lru_cache(32)
 def counted_long(text: str) -> int:
-    """Tokens of a long text: a turn counts its memories' block, and the persona that it shares with others, again and
-    again."""
-    return len(token_encoding().encode_ordinary(text))
+    """Tokens of a long text, the sum of its lines': a turn counts its memories' block and the persona again and again,
+    most of whose lines others have had. No token of cl100k_base reaches from one line into the next one's words."""
+    lines = LINE_START.split(text)
+    return sum(
+        counted(line) if len(line) <= SHORT_TEXT else len(token_encoding().encode_ordinary(line)) for line in lines
+    )
 
 
 def first_tokens(text: str, limit: int) -> str:
@@ -8331,7 +8337,7 @@ def excerpt_text(group: Sequence[Memory]) -> str:
 
 def memory_cost(memory: Memory) -> int:
     """Tokens that a memory's line takes."""
-    return count_tokens(memory_line(memory)) + 1
+    return count_tokens(f"{memory_line(memory)}\n")
 
 
 def memory_block(memories: Sequence[Memory], words: Wording = ENGLISH) -> str:
