@@ -66,7 +66,8 @@ def asked(index, text, asker="", encode=None, before=()):
     """Places, best first, and the scores by signal."""
     query = pm.understand(text, asker, index.speakers, index.now, before, index.language)
     vector = encode([query.spoken])[0] if encode and encode.embedder.reads(query.spoken) else None
-    scores = pm.weigh(query, index.evidence(query.words, vector))
+    word_vectors = encode.embedder.word_vectors if encode else None
+    scores = pm.weigh(query, index.evidence(query.words, vector, None, word_vectors))
     return np.argsort(-scores["score"], kind="stable").tolist(), scores
 
 

@@ -1,6 +1,7 @@
 """Who may call which route, from where, and how much it may send: one table of every route, which /openapi.json tells
 too."""
 
+import inspect
 import json
 import re
 
@@ -106,6 +107,28 @@ def test_who_may_call_a_route_and_from_where(apps, route, who):
     assert refusal(free, route, **{"Sec-Fetch-Site": "cross-site"}) == 403
 
 
+@pytest.mark.parametrize("key", ["gr\u00fcn", "\u043a\u043e\u0442", "a ? b"])
+def test_a_key_may_be_of_any_letters(tmp_path, key):
+    """A header's bytes reach the program as Latin-1 (PEP 3333); clients send UTF-8, and browsers Latin-1 where that has
+    the letters. Letters that it has not are no question marks."""
+    app = pm.create_app(pm.Settings(proxy=True, data=str(tmp_path), upstream="http://127.0.0.1:9/v1", api_key=key))
+    sent = [key.encode().decode("latin-1"), *([key] if max(key) < "\u0100" else [])]
+    for given in sent:
+        assert refusal(app, "POST /v1/chat/completions", Authorization=f"Bearer {given}") == 413
+    for given in ("???", "gr?n", key.encode().decode("latin-1") + "x", "a"):
+        assert refusal(app, "POST /v1/chat/completions", Authorization=f"Bearer {given}") == 401
+    app.extensions["persona_memory"].close()
+
+
+@pytest.mark.parametrize("more", [{}, {"X-Persona-Memory": "off"}])
+def test_an_upstreams_key_that_cannot_be_sent_is_refused_in_words(apps, more):
+    """As of a key that was pasted with an ellipsis."""
+    headers = {"Host": "127.0.0.1", "Authorization": "Bearer sk-\u00e2\u0080\u00a6", **more}
+    asked = {"model": "m", "messages": [{"role": "user", "content": "Hello."}]}
+    answer = apps[1].test_client().post("/v1/chat/completions", json=asked, headers=headers)
+    assert answer.status_code == 400 and "API key" in answer.get_json()["error"]["message"]
+
+
 @pytest.mark.parametrize("route", [r for r in ROUTES if r.split()[0] in ("POST", "PATCH")])
 def test_a_body_that_is_too_large_is_refused_unread(apps, route):
     """Everywhere; what this program does not offer is not read at all."""
@@ -132,6 +155,23 @@ def test_the_document_has_every_route_and_who_may_call_it(documents):
             assert ("401" in operation["responses"]) == (told[route] == "key") and "403" in operation["responses"]
             assert ("413" in operation["responses"]) == route.startswith(("POST", "PATCH"))
             assert operation["summary"].endswith(".")
+
+
+def test_the_document_tells_what_each_route_reads(documents, apps):
+    """A body for whatever takes one; and every query parameter and header that a view asks for by its name."""
+    for path, some in documents[0]["paths"].items():
+        for method, operation in some.items():
+            refused = "200" not in operation["responses"]  # what is not offered reads nothing
+            assert ("requestBody" in operation) == (method in ("post", "patch") and not refused), path
+    read = {}
+    for rule in apps[0].url_map.iter_rules():
+        code = inspect.unwrap(apps[0].view_functions[rule.endpoint]).__code__
+        asked = {*code.co_names, *code.co_consts}
+        assert not {"args", "form", "values", "cookies", "files"} & asked, rule
+        read[re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)] = {c for c in asked if str(c).startswith("X-")}
+    for path, names in read.items():
+        for operation in documents[0]["paths"][path].values():
+            assert names <= {told["name"] for told in operation["parameters"] if told["in"] == "header"}, path
 
 
 def test_the_document_is_openapi(documents):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import persona_memory as pm
 
 LINES = Path(__file__).resolve().parent / "bench" / "emotion_lines.jsonl"
-SCENES = LINES.with_name("emotion_scenes.jsonl")
+SCENES, PLAIN = LINES.with_name("emotion_scenes.jsonl"), LINES.with_name("emotion_plain.jsonl")
 
 texts = st.one_of(
     st.text(max_size=400),
@@ -178,8 +178,8 @@ NARRATION = [
 @pytest.mark.parametrize(("text", "label"), [*FEELINGS, *((text, "neutral") for text in NARRATION)])
 def test_role_play_is_read_with_and_without_vectors(vectors, text, label):
     """Feelings are found in actions, talk and emoji; narration says nothing."""
-    assert pm.read_emotion(text, vectors([text])[0]).label == label
-    assert pm.read_emotion(text).label == label
+    assert pm.feeling_in("en", text, vectors([text])[0]).label == label
+    assert pm.feeling_in("en", text).label == label
 
 
 def test_the_scenes_cover_the_labels():
@@ -300,11 +300,24 @@ def test_moods_of_any_readings(some):
 def test_guidance_is_short_and_only_when_sure():
     """Nothing for a calm or an unsure mood, else a line of at most 30 tokens with the name and the place."""
     assert pm.guidance_line(None) == pm.guidance_line(pm.Mood("neutral", 1.0, 0)) == ""
-    assert pm.guidance_line(pm.Mood("sadness", pm.MOOD_WORDS["sadness"][1] - 0.01, 0)) == ""
+    assert pm.guidance_line(pm.Mood("sadness", pm.MOOD_SURE - 0.01, 0)) == ""
     assert set(pm.MOOD_WORDS) == set(pm.EMOTIONS)
     for label in pm.EMOTIONS[: pm.NEUTRAL]:
         line = pm.guidance_line(pm.Mood(label, 0.95, 1213), "Robin")
         assert "Robin" in line and "#1214" in line and pm.count_tokens(line) <= 30 and "\n" not in line
+
+
+def test_a_mood_is_told_where_a_reader_would_agree(vectors):
+    """Of ordinary lines hardly any is told as a mood, and most told moods are right (bench/emotion.py has the rest)."""
+    rows = [json.loads(line) for line in PLAIN.read_text(encoding="utf8").splitlines()]
+    rows = [row for row in rows if row["split"] == "looked at"]
+    found = [
+        pm.mood_of([(0, pm.feeling_in("en", row["text"], vector))])
+        for row, vector in zip(rows, vectors([row["text"] for row in rows]), strict=True)
+    ]
+    told = [(mood.label, row["label"]) for mood, row in zip(found, rows, strict=True) if pm.guidance_line(mood)]
+    assert len(told) >= 25 and sum(label == truth for label, truth in told) >= 0.8 * len(told)
+    assert sum(truth == "neutral" for _, truth in told) <= 0.1 * sum(row["label"] == "neutral" for row in rows)
 
 
 @given(readings, readings)

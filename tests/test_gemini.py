@@ -366,6 +366,15 @@ def test_half_an_emoji_is_no_failure(server, api, chat):
     assert prompt_text(api.last["body"]).endswith("An\ufffdna: A gull \ufffd")
 
 
+def test_a_missing_ca_bundle_is_named(tmp_path, monkeypatch):
+    """The environment may name one for other programs."""
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/missing/ca.pem")
+    given = settings(tmp_path, "gemini", upstream_key=KEY, gemini_endpoint="https://gemini.example")
+    remote = persona_memory.make_upstream(given, persona_memory.Metrics())
+    with pytest.raises(persona_memory.UpstreamUnavailable, match="/missing/ca.pem"):
+        remote.models(persona_memory.Call())
+
+
 def test_the_key_travels_in_its_header_only(server, api, chat):
     """Not in the address, not in the body, not in another header; the client's own key stays here."""
     assert ask(server.url, chat, headers={"Authorization": "Bearer sk-of-the-client"}, stream=True).status_code == 200

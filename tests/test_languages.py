@@ -52,7 +52,29 @@ def test_each_language_is_found_and_has_its_words(language):
     assert words.language == language and pm.wording_for(texts[:2]) is pm.wording_for([texts[0], "ok"]) is words
     assert pm.PROMISE.search(texts[2]) and not any(pm.PROMISE.search(texts[i]) for i in (0, 1, 3, 4))
     assert pm.REFUSAL.match(texts[5]) and not any(pm.REFUSAL.match(text) for text in texts[:5])
-    assert pm.feeling_in(words, texts[3]).label == "sadness" and pm.feeling_in(words, texts[4]).label == "neutral"
+    assert pm.feeling_in(language, texts[3]).label == "sadness" and pm.feeling_in(language, texts[4]).label == "neutral"
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "label"),
+    [
+        ("de", "Der König war wütend und ließ die Brücke sperren.", "neutral"),
+        ("de", "Wenn ich traurig wäre, würde ich es dir sagen.", "neutral"),
+        ("de", "Ich kann nicht aufhören zu weinen.", "sadness"),
+        ("es", "Mi hermano odia las arañas.", "neutral"),
+        ("es", "No puedo dejar de llorar. Estoy muy triste.", "sadness"),
+        ("fr", "As-tu peur du noir ?", "neutral"),
+        ("fr", "*tremble* J'ai peur, ne pars pas.", "fear"),
+        ("fr", "Tais-toi !", "anger"),
+        ("ru", "Боюсь, гостиница сегодня полна.", "neutral"),
+        ("ru", "Мне страшно, не уходи.", "fear"),
+        ("nl", "Mijn broer is bang voor spinnen 😱", "fear"),
+        ("nl", "Mijn broer is bang voor spinnen.", "neutral"),
+    ],
+)
+def test_only_the_speakers_own_feelings_are_read(language, text, label):
+    """Not somebody else's, nor asked or supposed ones; a language without a list has its pictures alone."""
+    assert pm.feeling_in(language, text).label == label
 
 
 @pytest.mark.parametrize("language", SAMPLES)

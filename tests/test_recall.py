@@ -289,6 +289,22 @@ def test_the_speaker_who_is_asked_about_comes_first():
     assert asked(index, "Do you love figs?", "Ann")[0][0] == 2
 
 
+def test_words_akin_speak_for_a_message(encode):
+    """What a question asks in other words; a word that is said itself, or that no table holds, adds nothing here."""
+    lines = [
+        ("Ann", "The wages come on Friday."),
+        ("Bo", "The wolf ran over the hill."),
+        ("Ann", "Zqao sings at noon."),
+    ]
+    index, look_up = indexed(chat(*lines), encode), encode.embedder.word_vectors
+    for word, place in (("salary", 0), ("fox", 1)):
+        akin = index.evidence([word], encode([word])[0], None, look_up).akin
+        assert akin.argmax() == place and akin[place] > 0.2
+    assert not index.evidence(["zqeo"], encode(["zqeo"])[0], None, look_up).akin.any()
+    assert index.evidence(["wages"], encode(["wages"])[0], None, look_up).akin[0] == 0
+    assert not index.evidence(["salary"], encode(["salary"])[0]).akin.any()  # before the model is loaded
+
+
 @pytest.mark.parametrize("place", range(0, 12, 3))
 def test_a_rare_word_finds_its_message_in_a_short_chat(encode, place):
     """Where all talk is alike, and even though the message asks something."""

@@ -94,6 +94,13 @@ def test_flags_go_before_the_environment_and_that_before_the_env_file(tmp_path):
     assert pm.load_settings([], {}, tmp_path / "absent").port == 5100
 
 
+def test_a_tilde_is_the_home_folder_wherever_it_is_given(monkeypatch):
+    """Shells leave it as it is behind a flag's =, and in a variable."""
+    monkeypatch.setenv("HOME", "/somewhere")
+    found = pm.load_settings(["--data=~/chats", "--api-key=~key"], {"PERSONA_MEMORY_EMBEDDER": "~/model"})
+    assert (found.data, found.embedder, found.api_key) == ("/somewhere/chats", "/somewhere/model", "~key")
+
+
 def test_settings_know_where_they_were_set_also_when_they_are_copied(tmp_path):
     """And a setting from a flag equals the same one from a variable."""
     file = tmp_path / ".env"
@@ -223,6 +230,27 @@ def test_an_address_that_nothing_can_be_asked_at_is_refused_at_the_start(tmp_pat
     for given in ({"upstream": url}, {"upstream": "gemini", "gemini_endpoint": url, "upstream_key": "k"}):
         with pytest.raises(pm.SettingsError, match="is no URL"):
             pm.make_upstream(pm.Settings(data=str(tmp_path), **given), pm.Metrics())
+
+
+@pytest.mark.parametrize("key", ["sk-abc…xyz", "sk abc", "sk-\u00a0abc", "sk-\nabc"])
+@pytest.mark.parametrize("upstream", ["gemini", "http://127.0.0.1:9/v1"])
+def test_a_key_that_was_not_copied_whole_is_refused_at_the_start(tmp_path, key, upstream):
+    """Every turn would fail with it. It is not repeated."""
+    with pytest.raises(pm.SettingsError, match="Copy the whole key") as refused:
+        pm.make_upstream(pm.Settings(upstream=upstream, upstream_key=key, data=str(tmp_path)), pm.Metrics())
+    assert key not in str(refused.value)
+
+
+def test_white_space_around_a_setting_is_no_part_of_it(tmp_path):
+    """Shells of Windows keep what stands in front of && in a variable's value."""
+    file = tmp_path / ".env"
+    file.write_text('PERSONA_MEMORY_MODEL=" a model "')
+    environ = {"PERSONA_MEMORY_UPSTREAM_KEY": "sk-house \r", "PERSONA_MEMORY_PORT": "7 ", "PERSONA_MEMORY_BUDGET": " "}
+    found = pm.load_settings(["--upstream", " http://127.0.0.1:9/v1 "], environ, file)
+    assert (found.model, found.upstream_key, found.port) == ("a model", "sk-house", 7)
+    assert (found.upstream, found.budget) == ("http://127.0.0.1:9/v1", pm.Settings().budget)
+    google = pm.load_settings([], {"GEMINI_API_KEY": " AIza ", "GOOGLE_API_KEY": "other"}, None)
+    assert (google.upstream, google.upstream_key) == ("gemini", "AIza")
 
 
 # ---------------------------------------------------------------------------- addresses

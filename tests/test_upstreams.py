@@ -787,12 +787,23 @@ def test_a_guessed_context_cuts_nothing(server, upstream, model):
     assert words_sent(server, upstream, model) > WHOLE
 
 
-def test_a_guessed_context_cuts_nothing_in_scripts_of_more_tokens_than_letters(server, upstream, model):
-    """In Chinese a sign takes a token and more, so that fewer signs fill the guess."""
-    line = "灯塔看守人在暴风雨的夜里数着海上的船只，把风向写进那本旧册子。"
-    chat = [{"role": ("user", "assistant")[n % 2], "content": f"第{n}句：" + line * 6} for n in range(33)]
+LINE_IN_CHINESE = "灯塔看守人在暴风雨的夜里数着海上的船只，把风向写进那本旧册子。"
+PICTURE = {"type": "image_url", "image_url": {"url": "https://pictures.example/1.png"}}
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        [f"第{n}句：" + LINE_IN_CHINESE * 6 for n in range(33)],
+        [[{"type": "text", "text": f"Picture {n}"}, PICTURE] if n % 2 == 0 else f"Seen {n}" for n in range(23)],
+    ],
+    ids=["Chinese", "pictures"],
+)
+def test_a_guessed_context_cuts_nothing_that_takes_more_tokens_than_it_looks(server, upstream, model, contents):
+    """In Chinese a sign takes a token and more, and a picture takes hundreds."""
+    chat = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
     assert say(server.url, chat, model=model).status == 200
-    assert [m["content"] for m in upstream.last["body"]["messages"]] == [m["content"] for m in chat]
+    assert [m["content"] for m in upstream.last["body"]["messages"]] == contents
 
 
 @pytest.mark.parametrize("max_tokens", [300, 9000])
@@ -1041,6 +1052,29 @@ def test_a_key_that_is_none_is_not_passed_on(server, upstream, chat, value):
 
 def test_no_key_at_all(server, upstream, chat):
     assert authorization(server, upstream, chat) is None
+
+
+def test_a_clients_odd_key_is_the_upstreams_to_refuse(server, upstream, chat):
+    """One beyond ASCII is passed on as it came."""
+    odd = "Bearer sk-\u2026rest".encode()
+    assert authorization(server, upstream, chat, Authorization=odd).encode("latin-1") == odd
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ALL_PROXY", "gopher://127.0.0.1:1"), ("ALL_PROXY", "http://127.0.0.1:x"), ("SSL_CERT_FILE", "/missing/ca.pem")],
+)
+def test_what_is_of_no_use_in_the_environment_is_named(tmp_path, monkeypatch, upstream, name, value):
+    """It may be there for other programs; a server on this machine is asked without it."""
+    monkeypatch.setenv(name, value)
+    given, call = settings(tmp_path, "https://llm.example/v1"), persona_memory.Call()
+    remote = persona_memory.make_upstream(given, persona_memory.Metrics())
+    local = persona_memory.make_upstream(settings(tmp_path, upstream.url), persona_memory.Metrics())
+    for ask in (lambda: remote.models(call), lambda: remote.complete({"messages": []}, call)):
+        with pytest.raises(persona_memory.UpstreamUnavailable, match=name):
+            ask()
+    assert remote.context_length("m", call) is None
+    assert local.models(call)
 
 
 def test_the_upstream_key_replaces_the_clients(upstream, data_dir, chat):

@@ -128,6 +128,27 @@ def test_long_texts_are_worked_at_in_pieces(unit, monkeypatch):
         assert pieced == (pm.normalise(text), pm.sane_text(text), pm.lexical_text(text))
 
 
+def test_tokens_are_counted_without_lone_surrogates(monkeypatch):
+    """tiktoken replaces them in one call, during which everything stands still; halves that belong together are one
+    character, as tiktoken has it."""
+    encoding, seen = pm.token_encoding(), []
+    whole = "Aye, \U0001f600 said Maren. \ufffd"
+    monkeypatch.setattr(encoding, "_core_bpe", spy := Spy(encoding._core_bpe, seen))
+    assert pm.tokens_of("Aye, \ud83d\ude00 said Maren. \ud83d") == spy.encode_ordinary(whole)
+    assert seen == [whole, whole]
+
+
+class Spy:
+    """tiktoken's core; notes what it is given."""
+
+    def __init__(self, core, seen: list[str]):
+        self.core, self.seen = core, seen
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        self.seen.append(text)
+        return self.core.encode_ordinary(text)
+
+
 def test_a_heap_of_marks_keeps_its_first():
     """A letter with a few marks is put in order; of a thousand only as many are kept as a text may have."""
     assert pm.normalise("e\u0301") == "\u00e9"

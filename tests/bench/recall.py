@@ -38,7 +38,7 @@ import chats  # noqa: E402
 import persona_memory as pm  # noqa: E402
 
 DEPTH = 60  # memories asked for
-RIDGE = 0.004
+RIDGE = 0.002
 CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
 COLUMNS = ("r@5", "r@10", "b@500", "b@1000")
 STYLES = ("third person", "partner")
@@ -91,6 +91,7 @@ class Conversation:
         self.messages = list(chain(recorded))
         place = {turn["id"]: i for i, turn in enumerate(recorded["turns"])}
         self.questions = [q for q in recorded["questions"] if q["evidence"]]
+        self.small_talk = recorded.get("small_talk", [])
         self.gold = [{place[e] for e in q["evidence"]} for q in self.questions]
         self.costs = [pm.count_tokens(f"[{t['date']}] {t['speaker']}: {t['text']}\n") for t in recorded["turns"]]
         self.index = chats.indexed(self.messages, encode)
@@ -108,11 +109,14 @@ class Conversation:
 
     def evidence(self, style: str) -> list[tuple[pm.Query, pm.Evidence]]:
         """For every question what it asks, and what speaks for each message."""
-        index = self.index
-        asked = self.asked(style)
+        return self.found(self.asked(style))
+
+    def found(self, asked: list[tuple[str, str]]) -> list[tuple[pm.Query, pm.Evidence]]:
+        """For every text, with who says it, what it asks and what speaks for each message."""
+        index, look_up = self.index, encode.embedder.word_vectors
         queries = [pm.understand(t, a, index.speakers, index.now, (), index.language) for t, a in asked]
         vectors = encode([q.spoken for q in queries])
-        return [(q, index.evidence(q.words, v)) for q, v in zip(queries, vectors, strict=True)]
+        return [(q, index.evidence(q.words, v, None, look_up)) for q, v in zip(queries, vectors, strict=True)]
 
     def nudges(self, text: str, scores: np.ndarray) -> dict[str, np.ndarray]:
         """The nudges of the best messages by score, as the program's search gives them; 0 elsewhere."""
@@ -129,7 +133,7 @@ class Written(Conversation):
     """One of the role-play chats of tests/data."""
 
     def __init__(self, name: str):
-        self.id, self.kind, self.speakers = name, "written", ["", ""]
+        self.id, self.kind, self.speakers, self.small_talk = name, "written", ["", ""], []
         self.messages, asks = chats.read_chat(f"roleplay_{name}")
         self.questions = [{"question": text, "asker": "" if a == "user" else a, "category": 4} for a, text, *_ in asks]
         self.gold = [set(evidence) for _, _, evidence, _ in asks]
@@ -284,12 +288,13 @@ def missed(scores, gold):
 
 RANKS = (5, 10, 20)
 WRITTEN_SHARE = 0.3  # what the chats of tests/data weigh beside a kind of talk
+ADVERSARIAL_SHARE = 0.6  # what a question weighs whose evidence is another speaker's
 
 
 def fitted(conversations: list[Conversation], rows: list[list[np.ndarray]]) -> np.ndarray:
     """Weights that put the evidence first, and among the first RANKS: likelihood alone looks most at what is far away.
     Every kind of talk (data file) counts as much, the written chats less.
-    Adversarial questions count for less: in them the evidence is another speaker's."""
+    Adversarial questions count for less."""
     import torch
 
     torch.set_num_threads(1)
@@ -305,7 +310,7 @@ def fitted(conversations: list[Conversation], rows: list[list[np.ndarray]]) -> n
     values, gold, blank = torch.tensor(values / spread), torch.tensor(gold), torch.tensor(blank)
     sizes = Counter(c.kind for c in conversations for q in c.questions if q["category"] != 5)
     shares = [(WRITTEN_SHARE if c.kind == "written" else 1) / sizes[c.kind] for c in conversations for _ in c.gold]
-    counts = torch.tensor(shares) * torch.tensor([0.3 if q["category"] == 5 else 1.0 for *_, q in items])
+    counts = torch.tensor(shares) * torch.tensor([ADVERSARIAL_SHARE if q["category"] == 5 else 1.0 for *_, q in items])
     counts /= counts.sum()
     weights = torch.zeros(len(spread), requires_grad=True)
     optimiser = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
@@ -336,14 +341,66 @@ def ablation_rows(conversations: list[Conversation], style: str) -> tuple[list[s
 
 
 def show_fit(conversations: list[Conversation]) -> None:
-    """Weights fitted to all conversations."""
+    """Weights fitted to all conversations, and what makes probabilities of the scores that the program gives."""
     rows = signal_rows(conversations, "partner")
     weights = fitted(conversations, rows)
-    print(head("weights fitted to all"))
-    print(line("", table(conversations, weighted(rows, weights))["1-4"]))
+    by_kind("weights fitted to all", conversations, weighted(rows, weights))
     for (name, coherent), weight in zip(COLUMNS_FITTED, weights, strict=True):
         now = pm.SIGNALS[name].coherent if coherent else pm.SIGNALS[name].weight
         print(f"{name + ', where coherent' * coherent:34s}{weight:8.2f}   (now {now})")
+    show_need(conversations)
+
+
+def by_kind(title: str, conversations: list[Conversation], scores: list[list[np.ndarray]]) -> None:
+    """The figures of every kind of talk (data file), multi-hop and adversarial questions apart."""
+    print(head(title))
+    for kind in dict.fromkeys(c.kind for c in conversations):
+        chosen = [i for i, c in enumerate(conversations) if c.kind == kind]
+        found = table([conversations[i] for i in chosen], [scores[i] for i in chosen])
+        for group in ("1-4", "1 multi-hop", ADVERSARIAL):
+            if group == "1-4" or (group in found and ADVERSARIAL in found):
+                print(line(f"  {kind}, {group}", found[group]), flush=True)
+
+
+def show_need(conversations: list[Conversation]) -> None:
+    """How a score becomes a probability, by logistic regression on the best messages of every question, and the same
+    without each chat; and by how much the best message stands out, for questions and for small talk."""
+    from sklearn.linear_model import LogisticRegression
+
+    values, labels, chats_of, stands = [], [], [], []
+    for place, c in enumerate(conversations):
+        lines = [(text, "") for text in c.small_talk]
+        for (q, e), gold in zip(c.found(c.asked("partner") + lines), c.gold + [None] * len(lines), strict=True):
+            scores = pm.weigh(q, e)["score"]
+            usual, spread = pm.usual_scores(scores)
+            stands.append((c.kind, q.asks, gold is not None, (scores.max() - usual) / spread))
+            best = np.argsort(-scores, kind="stable")[: pm.MOST_MEMORIES] if gold else []
+            values += [(scores[i], scores[i] - scores.max()) for i in best]
+            labels += [i in gold for i in best]
+            chats_of += [place] * len(best)
+    values, labels, chats_of = np.array(values), np.array(labels), np.array(chats_of)
+    fits = [
+        LogisticRegression(C=1000).fit(values[kept], labels[kept])
+        for kept in (np.ones(len(labels), bool), *(chats_of != place for place in range(len(conversations))))
+    ]
+    found = np.array([(*fit.coef_[0], fit.intercept_[0]) for fit in fits])
+    print(f"\n{'need':34s}{'fitted':>8s}{'without a chat, from':>24s}{'to':>8s}")
+    for name, column in zip(("NEED_SCORE", "NEED_BELOW", "NEED_BIAS"), found.T, strict=True):
+        print(f"{name:34s}{column[0]:8.2f}{column[1:].min():24.2f}{column[1:].max():8.2f}   (now {getattr(pm, name)})")
+    show_standing_out(stands)
+
+
+def show_standing_out(stands: list[tuple[str, int, bool, float]]) -> None:
+    """By how much the best message stands out: (kind of talk, how it asks, whether it is a question, deviations)."""
+    print(
+        f"\n{'standing out, deviations':34s}{'lines':>8s}"
+        + "".join(f"{q:>8s}" for q in ("least", "2 %", "median", "98 %", "most", "recall"))
+    )
+    for kind, asks, question in sorted({s[:3] for s in stands}):
+        values = np.array([s[3] for s in stands if s[:3] == (kind, asks, question)])
+        label = f"  {kind}, {'question' if question else 'small talk'}, {('tells', 'doubtful', 'asks')[asks]}"
+        figures = (*np.quantile(values, (0, 0.02, 0.5, 0.98, 1)), 100 * np.mean(values >= pm.STANDING_OUT[asks]))
+        print(f"{label:42s}{len(values):8d}" + "".join(f"{f:8.2f}" for f in figures))
 
 
 def show_ablation(conversations: list[Conversation]) -> None:
@@ -371,9 +428,8 @@ def show_left_out(conversations: list[Conversation]) -> None:
         others = [i for i in range(len(conversations)) if i != place]
         weights = fitted([conversations[i] for i in others], [rows[i] for i in others])
         out += weighted([rows[place]], weights)
-    print(head("categories 1-4, weights fitted to"))
-    print(line("all conversations", table(conversations, all_in)["1-4"]))
-    print(line("all but the judged one", table(conversations, out)["1-4"]))
+    by_kind("weights fitted to all chats", conversations, all_in)
+    by_kind("to all but the judged one", conversations, out)
     print(head("each, by the others' weights, and by its cosines alone"))
     for c, scores, near in zip(conversations, out, (cosine(c, "partner") for c in conversations), strict=True):
         print(line(f"  {c.id}", table([c], [scores])["1-4"]), line("", table([c], [near])["1-4"]).strip())
@@ -411,13 +467,20 @@ def show_speed(count: int) -> None:
     index.add_vectors({n.fingerprint: v for n, v in zip(nodes, vectors, strict=True)})
     index._split.clear()  # made-up sentences, three to a message
     index.add_sentences({n.fingerprint: vectors[[i, i - 1, i - 2]] for i, n in enumerate(nodes)})
+    known = dice.normal(size=(len(vocabulary), pm.WORD_AXES)).astype(np.float32)
+    known /= np.linalg.norm(known, axis=1, keepdims=True)
+    places = {word: i for i, word in enumerate(vocabulary)}
+
+    def word_vectors(words: list[str]) -> np.ndarray:
+        return known[[places.get(word, 0) for word in words]]
+
     asking = []
     for _ in range(200):
         start = time.perf_counter()
         index.follow(nodes, lambda ids: [by_id[i] for i in ids])
         topics = " ".join(dice.choice(vocabulary[50:], 6, p=often[50:] / often[50:].sum()))  # the first are stop words
         query = pm.understand(f"When did Ann say {topics}?", "Bo", index.speakers, index.now)
-        scores = pm.weigh(query, index.evidence(query.words, vectors[0]))["score"]
+        scores = pm.weigh(query, index.evidence(query.words, vectors[0], None, word_vectors))["score"]
         pm.admissible(query, scores)
         asking.append(time.perf_counter() - start)
     for label, times in (("a turn's recall", asking), ("adding a message", adding)):
