@@ -897,7 +897,9 @@ def quoted(text: str) -> str:
 
 def one_line(text: str | None, limit: int = LONGEST_NAME) -> str:
     """A name, or another label in a frame: one line of what can be seen, of so many characters at most."""
-    words = " ".join(UNSEEN.sub("", text or "").split())[:limit]
+    if not text or (text.isalnum() and len(text) <= limit):  # most names: a turn asks for hundreds
+        return text or ""
+    words = " ".join(UNSEEN.sub("", text).split())[:limit]
     return re.sub(r"\[(?=[\W_]*\Z)", "(", without_framing(words)).strip()  # what follows must not become a frame
 
 
@@ -1619,6 +1621,7 @@ def count_tokens(text: str) -> int:
 
 
 SHORT_TEXT = 2000  # characters
+LINE_START = re.compile(r"(?<=\n)(?=\S)")
 
 
 @functools.lru_cache(1 << 13)
@@ -1629,9 +1632,10 @@ def counted(text: str) -> int:
 
 @functools.lru_cache(32)
 def counted_long(text: str) -> int:
-    """Tokens of a long text: a turn counts its memories' block, and the persona that it shares with others, again and
-    again."""
-    return len(tokens_of(text))
+    """Tokens of a long text, the sum of its lines': a turn counts its memories' block and the persona again and again,
+    most of whose lines others have had. No token of cl100k_base reaches from one line into the next one's words."""
+    lines = LINE_START.split(text)
+    return sum(counted(line) if len(line) <= SHORT_TEXT else len(tokens_of(line)) for line in lines)
 
 
 def first_tokens(text: str, limit: int) -> str:
@@ -2961,6 +2965,7 @@ SLICE_SECONDS = 0.03  # of work that nothing interrupts: a turn's query waits fo
 SLICE_PATIENCE = 5.0  # seconds that the end of the program waits for a slice, as a large model may take
 SLICE_BYTES = 256, 1600, 16_384  # of texts that one slice takes: at least, at first, at most
 MOST_COPIED = 500_000_000  # parameters of a model that is tried in another precision, beside itself
+SAME_VALUES = 1e-4  # up to which what a traced transformer gives is rounded in another way
 SAME_VECTORS = 0.999  # cosine from which on a faster model is as good
 SAMPLES = tuple(
     f"{'The lighthouse keeper counts the boats and writes down the wind. ' * n}What did {name} say about the storm?"
@@ -3069,26 +3074,47 @@ class Embedder:
         Where the model has prompts of its own for queries and for documents, they are put in front. Raises
         `EmbedderUnavailable` when loading, failed or late; at once where so many wait that it would be late.
         """
+        return self.answer(self.ask(texts, timeout, priority, queries), timeout)
+
+    def ask(
+        self, texts: Sequence[str], timeout: float | None, priority: int = TURN, queries: Sequence[str] = ()
+    ) -> Future:  # fmt: skip
+        """Has vectors made as `encode` gives them; `answer` waits for them, for `timeout` seconds at most. Where none
+        can be made it says so, too."""
         self.start()
-        if self.status.startswith("failed"):
-            raise EmbedderUnavailable(f"the embedder {self.status}")
-        if timeout is not None and not self.loaded.is_set():
-            raise EmbedderUnavailable("the embedder is still loading")
-        if timeout is not None and len(self._urgent) * self._pace > timeout:
-            raise EmbedderUnavailable("the embedder is too slow")
         job = EncodingJob(texts, queries)
+        if reason := self._refusal(timeout):
+            job.future.set_exception(EmbedderUnavailable(reason))
+            return job.future
+        if not texts and not queries:
+            job.work(None, 0)
+            return job.future
         if timeout is not None:
             self._urgent.add(job.future)
+            job.future.add_done_callback(self._urgent.discard)
         self._jobs.put((priority, next(self._numbers), job))
         if self._closed:
             self._refuse_all()
+        return job.future
+
+    def _refusal(self, timeout: float | None) -> str:
+        """Why somebody who waits so long gets no vectors; empty where they can be made."""
+        if self.status.startswith("failed"):
+            return f"the embedder {self.status}"
+        if timeout is not None and not self.loaded.is_set():
+            return "the embedder is still loading"
+        if timeout is not None and len(self._urgent) * self._pace > timeout:
+            return "the embedder is too slow"
+        return ""
+
+    def answer(self, asked: Future, timeout: float | None) -> np.ndarray:
+        """The vectors that were asked for; raises `EmbedderUnavailable` where they fail, or are late."""
         try:
-            return job.future.result(timeout)
+            return asked.result(timeout)
         except TimeoutError:
-            job.future.cancel()
+            asked.cancel()
+            self._urgent.discard(asked)  # one that runs cannot be cancelled
             raise EmbedderUnavailable("the embedder is too slow") from None
-        finally:
-            self._urgent.discard(job.future)
 
     def word_vectors(self, words: Sequence[str]) -> np.ndarray | None:
         """What `WordVectors` gives, without waiting for the model; None before it is loaded, and where it has none."""
@@ -3143,6 +3169,8 @@ class Embedder:
 
     def _quicken(self) -> None:
         self._model = faster(self._model)
+        with contextlib.suppress(Exception):  # a model of another build, or one that cannot be traced
+            trace_transformer(self._model)
 
     def _work(self, job: EncodingJob) -> None:
         model = self._model
@@ -3226,7 +3254,9 @@ def faster(model: Any) -> Any:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or sum(p.numel() for p in model.parameters()) > MOST_COPIED:
         return model
     with contextlib.suppress(Exception):  # what cannot be copied, or uses its layers in another way
-        candidate = deepcopy(model)
+        linear = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+        changed = {id(p) for layer in linear for p in layer.parameters()}
+        candidate = deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in changed})
         for layer in candidate.modules():
             if isinstance(layer, torch.nn.Linear):
                 layer.to(torch.bfloat16)
@@ -3239,6 +3269,31 @@ def faster(model: Any) -> Any:
         same = (made[0] * made[1]).sum(axis=1).min() >= SAME_VECTORS
         return candidate if same and min(spent[1::2]) < min(spent[::2]) else model
     return model
+
+
+def trace_transformer(model: Any) -> None:
+    """Has a model's transformer run as one program (torch.jit.trace), where its vectors stay what they were.
+
+    Between its operations there is no Python then: a short text takes a quarter less, and other threads can work
+    meanwhile. Raises whatever a transformer does that cannot be traced.
+    """
+    import torch
+
+    transformer, samples = model[0].model, [model.preprocess([text]) for text in SAMPLES]
+    names = [name for name, value in samples[0].items() if isinstance(value, torch.Tensor)]
+    transformer.requires_grad_(False)
+
+    def hidden(*tensors: Any) -> Any:
+        """The last layer's output."""
+        return transformer(**dict(zip(names, tensors, strict=True)))[0]
+
+    inputs = [[some[name] for name in names] for some in samples]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of what might differ for other inputs: those are compared below
+        traced = torch.jit.trace(hidden, tuple(inputs[-1]), check_trace=False)
+        same = all(torch.allclose(hidden(*some), traced(*some), atol=SAME_VALUES) for some in inputs)
+    if same:
+        transformer.forward = lambda **given: {"last_hidden_state": traced(*(given[name] for name in names))}
 
 
 def linear_in_bfloat16(layer: Any, given: Any) -> Any:
@@ -5733,6 +5788,13 @@ def idf(texts: int, holding: int) -> float:
     return max(0.01, math.log((max(texts, holding) - holding + 0.5) / (holding + 0.5)))
 
 
+# What SQLite gives in one row costs one wait for other threads; row by row, each row costs one. The limit keeps the
+# scores in a query of their own, where FTS5 knows them.
+WORD_COUNT = "SELECT count(*) FROM (SELECT 1 FROM texts WHERE texts MATCH ? LIMIT ?)"
+WORD_SCORES = """SELECT group_concat(rowid), group_concat(score)
+                 FROM (SELECT rowid, -bm25(texts) AS score FROM texts WHERE texts MATCH ? LIMIT ?)"""
+
+
 @dataclass
 class Evidence:
     """What is known of n messages, in the branch's order, for one query of w words.
@@ -5853,6 +5915,7 @@ class MemoryIndex:
         self._topics = np.zeros(0, np.int64)  # their numbers, one message's after the other's
         self._word_vectors = np.zeros((0, 0), np.float32)  # by those numbers, as far as they were asked for
         self._substance: np.ndarray | None = None  # kept until the branch changes
+        self._looked_up: tuple[tuple, tuple[np.ndarray, ...]] | None = None  # likewise, see `look_up`
         self.speakers: dict[str, str] = {}  # in lower case -> role
         self._languages: Counter[str] = Counter()  # of the messages
         self._dense, self._sentences = VectorTable(), VectorTable()
@@ -5876,6 +5939,7 @@ class MemoryIndex:
             return []
         gone, self._hashes = self._hashes[kept:], self._hashes[:kept]
         self._topics, self._substance = self._topics[: self._topic_counts[:kept].sum()], None
+        self._looked_up = None
         for name in ("_traits", "_row_at", "_speaker_at", "_days", "_story_days", "_topic_counts"):
             setattr(self, name, getattr(self, name)[:kept])
         fresh, self._nodes, usual = nodes[kept:], self._nodes[:kept], self.language
@@ -6024,29 +6088,42 @@ class MemoryIndex:
         """What speaks for each of the branch's first `count` messages (all where None). `word_vectors` are those of
         `Embedder`."""
         rows, n = self._row_at[:count], len(self._row_at[:count])
-        terms = np.zeros((max(1, len(words)), len(self._rows)), np.float32)
-        rarity, weights = np.zeros(len(terms), np.float32), np.ones(len(terms), np.float32)
-        texts = len(self._uses)
-        most = max(COMMON_FLOOR, texts // COMMON_SHARE)
-        sql = "SELECT rowid, -bm25(texts) FROM texts WHERE texts MATCH ? LIMIT ?"
-        for i, word in enumerate(words):
-            hits = self._words.execute(sql, (f'"{word}"', most + 1)).fetchall()
-            weights[i] = idf(texts, len(hits))
-            if 0 < len(hits) <= most:
-                where, scores = zip(*hits, strict=True)
-                terms[i, list(where)] = scores
-                rarity[i] = weights[i]
-        terms, akin = terms[:, rows], np.zeros(n, np.float32)
-        if word_vectors and words and vector is not None and len(self._topics):
-            akin = self.said_otherwise(words, weights, terms > 0, word_vectors)
+        terms, rarity, akin = self.look_up(words, word_vectors)
+        akin = akin[:n] if vector is not None else np.zeros(n, np.float32)
         message, sentence = self._cosines(vector)
         traits = dict(zip(TRAITS, self._traits[:n].T, strict=True))
         traits["substance"] = self.substance()[:n]
         return Evidence(
-            message[rows], sentence[rows], terms, rarity, akin, self._speaker_at[:n], self._days[:n],
+            message[rows], sentence[rows], terms[:, :n], rarity, akin, self._speaker_at[:n], self._days[:n],
             np.where(self._story_days[:n], self._story_days[:n], np.maximum.accumulate(self._story_days[:n])), traits,
             list(self.speakers), self.coherence(),
         )  # fmt: skip
+
+    def look_up(
+        self, words: Sequence[str], word_vectors: Callable[[Sequence[str]], np.ndarray | None] | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+        """BM25 of each word in each message of the branch, float32 [words, n], and the words' rarity, float32 [words],
+        one row of zeros where there are no words; and `said_otherwise`, float32 [n]. What was looked up last is kept
+        until the branch changes, so that a turn can ask while its vectors are made."""
+        asked = (tuple(words), word_vectors)
+        if self._looked_up is None or self._looked_up[0] != asked:
+            self.substance()
+            terms = np.zeros((max(1, len(words)), len(self._rows)), np.float32)
+            rarity, weights = np.zeros(len(terms), np.float32), np.ones(len(terms), np.float32)
+            texts = len(self._uses)
+            most = max(COMMON_FLOOR, texts // COMMON_SHARE)
+            for i, word in enumerate(words):
+                count = self._words.execute(WORD_COUNT, (f'"{word}"', most + 1)).fetchone()[0]
+                weights[i] = idf(texts, count)
+                if 0 < count <= most:
+                    where, scores = self._words.execute(WORD_SCORES, (f'"{word}"', count)).fetchone()
+                    terms[i, np.array(where.split(","), np.int64)] = np.array(scores.split(","), np.float32)
+                    rarity[i] = weights[i]
+            terms, akin = terms[:, self._row_at], np.zeros(len(self._row_at), np.float32)
+            if word_vectors and words and len(self._topics):
+                akin = self.said_otherwise(words, weights, terms > 0, word_vectors)
+            self._looked_up = asked, (terms, rarity, akin)
+        return self._looked_up[1]
 
     def said_otherwise(
         self, words: Sequence[str], weights: np.ndarray, said: np.ndarray,
@@ -8410,7 +8487,7 @@ def excerpt_text(group: Sequence[Memory]) -> str:
 
 def memory_cost(memory: Memory) -> int:
     """Tokens that a memory's line takes."""
-    return count_tokens(memory_line(memory)) + 1
+    return count_tokens(f"{memory_line(memory)}\n")
 
 
 def memory_block(memories: Sequence[Memory], words: Wording = ENGLISH) -> str:
@@ -11665,6 +11742,19 @@ MOOD_SPAN = 200  # user messages that a mood is followed over
 # -------------------------------------------------------------------------------------------------------------- vectors
 
 
+@dataclass(frozen=True)
+class AskedVectors:
+    """What a turn has asked the embedder for, in two parts: its query with messages that lack a vector, and then the
+    newest message, where its own words are others: those are read for their feelings, and recall need not wait."""
+
+    chat: Chat
+    missing: list[str]  # hashes of all texts of the branch that lack a vector
+    parts: tuple[dict[str, str], dict[str, str]]  # texts by vector key
+    whole: frozenset[str]  # the keys of texts that are embedded as a whole
+    futures: tuple[Future, Future]
+    deadline: Deadline
+
+
 class Vectors:
     """Computes the vectors of messages: a turn's own at once, all others in a thread of the background."""
 
@@ -11807,11 +11897,10 @@ class Vectors:
             messages = chat.store.read([by_hash[h] for h in unknown if h not in stored])
             return [m for m in messages if len(sentences(m.content)) > 1]
 
-    def for_turn(
+    def ask_for_turn(
         self, chat: Chat, nodes: Sequence[Node], newest: Turn | None, query: Query | None, deadline: Deadline
-    ) -> tuple[np.ndarray | None, str]:
-        """The vector of a query, computed together with the newest message's and a few that are missing; and what kept
-        it from being all it could be. The deadline bounds the wait, in which no lock is held."""
+    ) -> AskedVectors:  # fmt: skip
+        """Has the vectors made that a turn needs, which works on until it takes them."""
         with chat.lock:
             missing = chat.follow(nodes, self.embedder).unembedded
             hashes = {newest.fingerprint} if newest else set()
@@ -11820,28 +11909,49 @@ class Vectors:
             texts = [embedded_texts(m) for m in chat.store.read([by_hash[h] for h in missing if h in hashes])]
         # Of a long message only the first chunk, and not for the store, where a first chunk means that all are there.
         firsts = {key: text for some in texts for key, text in itertools.islice(some.items(), 1)}
-        whole = {key for some in texts if len(some) == 1 for key in some}
-        left = len(missing) - len(firsts)
-        degraded = f"{left} messages not embedded yet" if left and query else ""
-        wanted, queries = list(dict.fromkeys(firsts.values())), [query.spoken] if query else []
-        vector = None
+        whole = frozenset(key for some in texts if len(some) == 1 for key in some)
+        queries = [query.spoken] if query else []
+        own = {newest.fingerprint} if newest and query and firsts.get(newest.fingerprint) != query.spoken else set()
+        parts = [{k: t for k, t in firsts.items() if (k in own) is last} for last in (False, True)]
+        ask = functools.partial(self.embedder.ask, timeout=deadline.left)
+        futures = (ask(each_once(parts[0]), queries=queries), ask(each_once(parts[1])))
+        return AskedVectors(chat, missing, (parts[0], parts[1]), whole, futures, deadline)
+
+    def take_for_turn(
+        self, asked: AskedVectors, nodes: Sequence[Node], newest: Turn | None, query: Query | None
+    ) -> tuple[np.ndarray | None, str]:
+        """The vector of a turn's query, and what kept it from being all it could be. The deadline bounds the wait, in
+        which no lock is held."""
+        chat, missing = asked.chat, asked.missing
+        left = len(missing) - sum(map(len, asked.parts))
+        degraded, vector = f"{left} messages not embedded yet" if left and query else "", None
         try:
-            waiting = bool(wanted or queries)
-            encoded = self.embedder.encode(wanted, deadline.left, queries=queries) if waiting else ()
-            vectors = dict(zip(wanted, encoded[: len(wanted)], strict=True))
+            encoded = self._take(asked, 0)
             vector = encoded[-1] if query and self.embedder.reads(query.spoken) else None
-            found = {key: vectors[text] for key, text in firsts.items()}
-            with chat.lock:
-                chat.index.add_vectors(found)
-            self._submit(self._store, chat.id, {k: v for k, v in found.items() if k in whole})
         except EmbedderUnavailable as error:
             degraded = str(error) if query else ""
             vector = chat.index.vector(newest.fingerprint) if newest else None
         with chat.lock:
             unsplit = chat.index.unsplit
-        if degraded or len(whole) < len(firsts) or unsplit:  # sentences wait until the turn has its answer
+        if degraded or len(asked.whole) < sum(map(len, asked.parts)) or unsplit:  # sentences wait for the turn's answer
             self.later(chat, newest_of([*missing, *unsplit], nodes).values())
         return vector, degraded
+
+    def take_newest(self, asked: AskedVectors) -> None:
+        """Waits for the newest message's own vector, where it is another one than the query's."""
+        with contextlib.suppress(EmbedderUnavailable):  # its feelings are read by its words
+            self._take(asked, 1)
+
+    def _take(self, asked: AskedVectors, part: int) -> np.ndarray:
+        """Waits for a part of what a turn has asked for, and puts the messages' vectors in index and store."""
+        texts, chat = asked.parts[part], asked.chat
+        encoded = self.embedder.answer(asked.futures[part], asked.deadline.left)
+        vectors = dict(zip(each_once(texts), encoded, strict=False))  # the query's is the last
+        found = {key: vectors[text] for key, text in texts.items()}
+        with chat.lock:
+            chat.index.add_vectors(found)
+        self._submit(self._store, chat.id, {k: v for k, v in found.items() if k in asked.whole})
+        return encoded
 
     def _store(self, chat_id: str, vectors: Mapping[str, np.ndarray]) -> None:
         with self._registry.lookup(chat_id) as chat:
@@ -11941,6 +12051,11 @@ class Vectors:
         self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
         self.embedder.close()
+
+
+def each_once(texts: Mapping[str, str]) -> list[str]:
+    """Each of the texts once, in order."""
+    return list(dict.fromkeys(texts.values()))
 
 
 def newest_of(hashes: Sequence[str], nodes: Sequence[Node]) -> dict[str, str]:
@@ -12888,13 +13003,19 @@ class Recaller:
         nothing = TOO_SMALL if layout.reach else ALL_SHOWN
         try:
             query = self._query(turn) if recalls else None
-            vector, degraded = self._vectors.for_turn(chat, turn.nodes, turn.newest, query, turn.deadline)
+            asked = self._vectors.ask_for_turn(chat, turn.nodes, turn.newest, query, turn.deadline)
+            with chat.lock:
+                if query:
+                    index = chat.follow(turn.nodes, self._vectors.embedder)
+                    index.look_up(query.words, self._vectors.embedder.word_vectors)
+            vector, degraded = self._vectors.take_for_turn(asked, turn.nodes, turn.newest, query)
             if query is None:
                 self._vectors.later(chat, [n.id for n in turn.nodes[-ENCODED_AT_ONCE:]])
                 return RecallResult(nothing=nothing)
             with chat.lock:
                 memories = self._candidates(turn, query, vector, quoted)
             memories, late = self._reranked(query, memories, turn.deadline.left)
+            self._vectors.take_newest(asked)
             with chat.lock:
                 kept, left_out = select_memories(turn, memories, query.words, room, self._price)
             degraded = "; ".join(filter(None, (degraded, late)))

@@ -127,6 +127,20 @@ def test_a_memory_block_takes_what_was_counted_for_it(texts):
     assert pm.count_tokens(pm.memory_block(memories) + "\n\n") + pm.MESSAGE_OVERHEAD <= counted
 
 
+LINES = st.lists(
+    st.sampled_from(
+        ["", " ", "\n", "\r\n", "\t\n ", "The end.", "...", "it's", "12345", " 'S", "x\u2028y", "\x1c", "夜\n"]
+    )
+)
+
+
+@given(st.one_of(LINES.map("\n".join), LINES.map("".join), st.text()))
+def test_a_long_text_has_the_tokens_of_its_lines(text):
+    """Counted line by line, a text has what its tokenizer makes of it as a whole."""
+    long = text + "\n" + "word " * pm.SHORT_TEXT + "\n" + text
+    assert pm.count_tokens(long) == len(pm.tokens_of(long))
+
+
 @pytest.mark.parametrize("text", ["", "20/25/35", "20/25/35/21", "-5/25/60/20", "20/25/35/2O"])
 def test_bad_shares_are_refused(text):
     """Four whole percentages that sum to 100."""

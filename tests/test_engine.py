@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from types import SimpleNamespace
 
 import httpx
@@ -166,6 +167,17 @@ def test_a_turn_comes_between_the_slices_of_a_background_job(memory):
         vectors = background.result()
     alone = memory.embedder.encode(texts[7:9])
     assert len(vectors) == len(texts) and np.allclose(vectors[7:9], alone, atol=0.02)
+
+
+def test_a_traced_transformer_gives_the_vectors_that_it_gave():
+    """Of texts of any length, alone and together."""
+    model = deepcopy(pm.load_sentence_transformer("all-MiniLM-L6-v2").model)
+    texts = ["Hm.", "Where did we land?", "The keeper counts the boats. " * 30]
+    before = pm.unit_vectors(model, texts)
+    pm.trace_transformer(model)
+    assert "forward" in vars(model[0].model)
+    for after in (pm.unit_vectors(model, texts), [pm.unit_vectors(model, [text])[0] for text in texts]):
+        assert (before * after).sum(axis=1).min() >= pm.SAME_VECTORS
 
 
 def test_the_background_can_be_paused_and_tells_how_far_it_is(server):
