@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+import random
 import re
 import select
 import signal
@@ -45,10 +46,12 @@ def wait_until(condition, what="the condition", timeout=PATIENCE):
 
 
 def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that is free now, and none of those that systems give to connections: one of them could take it before
+    the server that it is meant for listens."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", random.SystemRandom().randrange(12_000, 32_000)))
+            return probe.getsockname()[1]
 
 
 # ---------------------------------------------------------------------------- upstream
