@@ -59,7 +59,7 @@ The way of a turn::
      5  align_request            Branches: where the transcript hangs in the tree; what is new is written
      6  lay_out, branch_story    Prompt, Summarizer: what the history, the story and the reply may take
      7  Recaller.recall          Index, Recall: what the turn asks, the evidence, scores, what fits
-     8  Vectors.for_turn         Readings, called by it: one encode, for which no lock is held
+     8  Vectors.ask_for_turn     Readings, called by it: one encode, beside which it looks words up
      9  Feelings.mood            Readings, Emotion: how the user feels by now
     10  Recaller.carry_over      other chats with the same character, where the user wants that
     11  compose_prompt           Prompt: the messages for the model, and their report
@@ -3255,7 +3255,7 @@ def faster(model: Any) -> Any:
         return model
     with contextlib.suppress(Exception):  # what cannot be copied, or uses its layers in another way
         linear = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
-        changed = {id(p) for layer in linear for p in layer.parameters()}
+        changed = {id(p) for layer in linear for p in layer.parameters()}  # the rest is shared: it is most of the model
         candidate = deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in changed})
         for layer in candidate.modules():
             if isinstance(layer, torch.nn.Linear):
@@ -5777,7 +5777,8 @@ def displaced(values: np.ndarray, places: int) -> np.ndarray:
 NOISE_SAMPLE = 256
 FEW_PAIRS = 50
 USUAL_MEAN, USUAL_SPREAD = 0.3, 0.13  # of two messages' cosines
-FEW_NEIGHBOURS, USUAL_COHERENCE = 10, 0.5  # as if so many more pairs of neighbours had the usual coherence
+# As if so many more pairs of neighbours had the usual coherence, and so many more messages the usual cosine.
+FEW_NEIGHBOURS, USUAL_COHERENCE = 10, 0.5
 AKIN = 0.2  # cosine of two words' vectors from which on one may stand for the other; that of any two is 0 to 0.1
 LEXICAL_FLOOR = 8.0  # BM25 score that counts as a full match; a lower best one is a weak match, not a full one
 SHORT_CHAT = 1.35  # the same as a multiple of the idf of a word that stands in one message
@@ -5803,7 +5804,7 @@ class Evidence:
     deviation above it. So models whose cosines all lie near 0.8 score as others do.
     """
 
-    cosine: np.ndarray  # float32 [n], of the message; where it has no vector yet, the mean of those that have
+    cosine: np.ndarray  # float32 [n], of the message; where it has no vector yet, about the mean of those that have
     sentence: np.ndarray  # float32 [n], of its best sentence; that of the message where it is but one
     terms: np.ndarray  # float32 [w, n]: BM25 by word
     rarity: np.ndarray  # float32 [w]: the words' BM25 idf; 0 for one that stands nowhere
@@ -6195,7 +6196,9 @@ class MemoryIndex:
         parts = self._sentences.best(query, len(self._rows))
         mean, spread = self.noise()
         known = whole[np.isfinite(whole)]
-        whole = np.where(np.isfinite(whole), whole, known.mean() if len(known) else mean)
+        # While vectors are made, a few that happen to be there say little of the others.
+        usual = (known.sum() + FEW_NEIGHBOURS * mean) / (len(known) + FEW_NEIGHBOURS)
+        whole = np.where(np.isfinite(whole), whole, usual)
         whole = ((whole - mean) / spread).astype(np.float32)
         return whole, np.where(np.isfinite(parts), (parts - mean) / spread, whole).astype(np.float32)
 
@@ -10962,11 +10965,11 @@ class OpenAIUpstream:
         """Ends what is running."""
         self._gate.close()
 
-    def headers(self, call: Call) -> dict[str, str | bytes]:
-        """What a request carries: the key of the settings, else the client's own authorization, byte for byte."""
+    def headers(self, call: Call) -> dict[str, str]:
+        """What a request carries: the key of the settings, else the client's own authorization."""
         authorization = f"Bearer {self._key}" if self._key else call.authorization
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        return headers | ({"Authorization": authorization.encode("latin-1", "replace")} if authorization else {})
+        return headers | ({"Authorization": authorization} if authorization else {})
 
     def secrets(self, call: Call) -> tuple[str, ...]:
         """What must not stand in an error: the keys that a request carries."""

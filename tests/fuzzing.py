@@ -124,6 +124,12 @@ def broken(draw):
     return method, path, json.dumps(body).encode(), headers
 
 
+@schemathesis.serializer("application/x-git-upload-pack-request")
+def pack_request(_, value) -> bytes:
+    """What git sends is bytes; schemathesis makes texts and other values."""
+    return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
+
+
 class Fuzz:
     """Sends requests to a server, and counts what came of them.
 

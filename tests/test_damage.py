@@ -172,7 +172,7 @@ def test_the_doctor_names_damaged_chats_and_kept_copies(tmp_path, number):
     """It changes nothing: the chat is salvaged when it is next used, or refused, and then the copy is told of."""
     written(tmp_path).close()
     given = settings(tmp_path, "http://127.0.0.1:9/v1")
-    assert [str(finding).split()[:3] for finding in pm.check_chats(given)] == [["ok", "Chats:", "all"]]
+    assert [(f.level, f.words) for f in pm.check_chats(given)] == [("ok", "2 checked, all can be read")]
     file, raw = file_of(tmp_path, "hurt"), file_of(tmp_path, "hurt").read_bytes()
     corrupt(file, 10 + number)
     spoiled = file.read_bytes()

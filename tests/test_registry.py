@@ -53,14 +53,14 @@ def gate(monkeypatch):
 @pytest.fixture
 def patient_turn(monkeypatch):
     """Set as soon as a turn that may wait long stands in the embedder."""
-    stands, encode = threading.Event(), pm.Embedder.encode
+    stands, ask = threading.Event(), pm.Embedder.ask
 
-    def noted(self, texts, timeout=None, **how):
+    def noted(self, texts, timeout, *how, **more):
         if timeout and timeout > PATIENCE / 2:
             stands.set()
-        return encode(self, texts, timeout, **how)
+        return ask(self, texts, timeout, *how, **more)
 
-    monkeypatch.setattr(pm.Embedder, "encode", noted)
+    monkeypatch.setattr(pm.Embedder, "ask", noted)
     return stands
 
 
