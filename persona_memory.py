@@ -6136,9 +6136,10 @@ class MemoryIndex:
         `weights` [w] are the words', `said` [w, n] tells where a word stands itself: that counts elsewhere.
         """
         n, known = said.shape[1], len(self._word_vectors)
-        asked, fresh = word_vectors(words), word_vectors(list(itertools.islice(self._vocabulary, known, None)))
-        if asked is None or fresh is None:
+        found = word_vectors([*words, *itertools.islice(self._vocabulary, known, None)])
+        if found is None:
             return np.zeros(n, np.float32)
+        asked, fresh = found[: len(words)], found[len(words) :]
         if len(fresh):
             self._word_vectors = np.concatenate([self._word_vectors.reshape(known, fresh.shape[1]), fresh])
         near = np.maximum(self._word_vectors @ asked.T - AKIN, 0) / (1 - AKIN)
