@@ -233,8 +233,8 @@ class Settings:
     no_guidance: bool = setting(False, "do not tell the model how the user feels", "off")
     api_key: str = setting(
         "",
-        "key that clients must send (`Authorization: Bearer <key>`); without it, only /health, the empty memory page "
-        "and the extension's git repository answer",
+        "if set, clients must send it (`Authorization: Bearer <key>`), except to /health, the empty memory page and "
+        "the extension's git repository",
         "none",
         secret=True,
     )
@@ -8578,7 +8578,7 @@ def merged(messages: Sequence[dict]) -> list[dict]:
         last = found[-1] if found else {}
         plain = all(isinstance(m.get("content"), str) and not m.get("tool_calls") for m in (last, message))
         if plain and message["role"] in CHAT_ROLES and last["role"] == message["role"]:
-            found[-1] = {**last, "content": f"{last['content']}\n\n{message['content']}"}
+            found[-1] = {**last, "content": "\n\n".join(filter(None, (last["content"], message["content"])))}
         else:
             found.append(message)
     return found
