@@ -11954,12 +11954,13 @@ class Vectors:
         found = {key: vectors[text] for key, text in texts.items()}
         with chat.lock:
             chat.index.add_vectors(found)
-        self._submit(self._store, chat.id, {k: v for k, v in found.items() if k in asked.whole})
+        if kept := {k: v for k, v in found.items() if k in asked.whole}:
+            self._submit(self._store, chat.id, kept)
         return encoded
 
     def _store(self, chat_id: str, vectors: Mapping[str, np.ndarray]) -> None:
         with self._registry.lookup(chat_id) as chat:
-            if chat and vectors:
+            if chat:
                 chat.put_vectors(self.embedder.key, vectors)
 
     def of_query(self, text: str, timeout: float) -> np.ndarray | None:
