@@ -6758,6 +6758,10 @@ class ChatRegistry:
         kept = [m.at for some in chat.store.marks.values() for m in some.values() if m.forgotten and not m.erased]
         kind = "d" if not chat.store.info["explicit"] else "e" if chat.store.info.get("extension") else "n"
         self.catalogue.enter(chat.store.listing(), texts, kind, min(kept, default=0.0))
+        # A chat that was borrowed before it was deleted would be listed again. `delete` renames the folder before it
+        # takes the chat out, so whichever of the two is later here sees what the other did.
+        if not chat.store.directory.exists():
+            self.catalogue.remove(chat.id, texts)
 
     def erase(self, chat_id: str, digests: Collection[str]) -> None:
         """Erases the words of a chat's forgotten texts; raises `NotFound`."""

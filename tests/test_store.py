@@ -258,6 +258,17 @@ def test_a_deleted_chat_is_gone_from_list_locator_and_disk(registry, tmp_path):
     assert len(list((tmp_path / "chats").iterdir())) == 1
 
 
+def test_a_chat_that_is_deleted_while_somebody_has_it_is_not_listed_again(registry):
+    """As when the catalogue is being made anew, or a reply comes to its end."""
+    made(registry, "chat-1", "the very same words", explicit=False)
+    with registry.borrow("chat-1") as chat:
+        registry.delete("chat-1")
+        with chat.lock:
+            registry.enter(chat, list(chat.tree.nodes))
+    assert registry.catalogue.chats(lone=True) == []
+    assert registry.catalogue.holding([chain("the very same words")[0].digest]) == [[]]
+
+
 def test_a_chat_that_cannot_be_read_harms_no_other_and_can_be_deleted(registry, tmp_path):
     """Chats that share its texts are still found; it stays in the list until it is deleted."""
     damaged = made(registry, "damaged", "the same greeting", "a", explicit=False)
