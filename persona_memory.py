@@ -347,6 +347,10 @@ class DiskFull(StoreError):
     status, code = 507, "disk_full"  # RFC 4918, 11.5
 
 
+class ChatClosed(StoreError):
+    """A chat was deleted, or the program ended, while somebody had it."""
+
+
 class StoreDamaged(StoreError):
     """A store's file holds what this program did not write."""
 
@@ -4495,16 +4499,16 @@ class Database:
     """A folder's diskcache that forgets nothing: one connection, one lock, and failures as `StoreError`.
 
     `synchronous` is SQLite's: 2 survives a power cut, 1 a crash of the program. It opens at the first use, so that a
-    folder which cannot be used now may be used later.
+    folder which cannot be used now may be used later. Where it is not there it is made, unless `make` forbids it.
     """
 
     _closed = False
     damaged = False  # whether something in it could not be read
     _try_again = 0.0  # when a file that could only be read is tried again, by the monotonic clock
 
-    def __init__(self, folder: Path, synchronous: int, lock: threading.RLock | None = None):
+    def __init__(self, folder: Path, synchronous: int, lock: threading.RLock | None = None, make: bool = True):
         self.folder, self.lock = folder, lock or threading.RLock()
-        self._synchronous = synchronous
+        self._synchronous, self._make = synchronous, make
         self._cache: SharedCache | None = None
 
     @contextlib.contextmanager
@@ -4512,7 +4516,7 @@ class Database:
         """The cache, for one thread at a time; raises `StoreError` for what goes wrong with it."""
         with self.lock:
             if self._closed:
-                raise StoreError("the chat is closed")
+                raise ChatClosed("the chat is closed")
             try:
                 if isinstance(self._cache, ReadOnlyCache) and time.monotonic() > self._try_again:
                     self.rest()
@@ -4545,6 +4549,8 @@ class Database:
 
     def _open_for_writing(self) -> SharedCache:
         file = database_of(self.folder)
+        if not self._make and not file.exists():
+            raise FileNotFoundError(errno.ENOENT, "it was deleted", str(file))
         make_private(self.folder)
         with contextlib.suppress(OSError):  # what cannot be used is told by SQLite
             if not file.exists():
@@ -4758,10 +4764,10 @@ class ChatStore:
     unwritten = ""  # why the last turn's messages could not be written
     _in_ram = False
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, make: bool = True):
         self.directory = directory
         self.lock = threading.RLock()
-        self._database = Database(directory, 2, self.lock)
+        self._database = Database(directory, 2, self.lock, make)
         with self._database.use() as cache:
             self._file = file_number(directory)
             try:
@@ -4910,10 +4916,10 @@ class ChatStore:
         if newest < self._generation or None in changes:  # too far behind
             self._read_all(cache)
             return
-        keys = list(itertools.chain.from_iterable(map(json.loads, changes)))
-        dropped = {key[2:] for key in keys if key.startswith("d:")}
-        self._drop([i for i in dropped if i in self.tree.nodes])
-        for key in (key for key in keys if key not in dropped and not key.startswith("d:")):
+        keys = itertools.chain.from_iterable(map(json.loads, changes))
+        dropped = {key.removeprefix("d:"): key.startswith("d:") for key in keys}  # the newest change decides
+        self._drop([key for key, gone in dropped.items() if gone and key in self.tree.nodes])
+        for key in (key for key, gone in dropped.items() if not gone):
             self._take_over(key, read_json(cache, row_key(key)))
         self.info = read_json(cache, "info")
         self._generation = newest
@@ -5223,9 +5229,18 @@ def database_of(directory: Path) -> Path:
 
 def size_on_disk(folder: Path) -> int:
     """Bytes that a chat's files take; 0 where there are none."""
-    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-        return sum(entry.stat().st_size for entry in os.scandir(folder))
-    return 0
+    return sum(stat.st_size for stat in stats_of(folder))
+
+
+def stats_of(folder: Path) -> list[os.stat_result]:
+    """What the system knows of the files in a folder, as far as they are there: SQLite deletes those that it does not
+    need at the moment."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for file in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found.append(file.stat())
+    return found
 
 
 def messages_holding(database: Path, words: Sequence[str]) -> Iterator[Message]:
@@ -6270,8 +6285,8 @@ class Chat:
     Hold `lock` for whatever reads or changes it, and let go of it before waiting for anything slow.
     """
 
-    def __init__(self, directory: Path):
-        self.store = ChatStore(directory)
+    def __init__(self, directory: Path, make: bool = True):
+        self.store = ChatStore(directory, make)
         self.lock = self.store.lock
         self.index = MemoryIndex()
         self.readings: dict[str, EmotionReading] = {}  # by text hash; such as will not change
@@ -6569,16 +6584,17 @@ class ChatRegistry:
                 self.characters.get("")
             self._started = True
         if unlisted:
-            threading.Thread(target=self._enter_all, args=(unlisted,), name="catalogue", daemon=True).start()
+            work = (unlisted, self._listed)
+            threading.Thread(target=self._enter_all, args=work, name="catalogue", daemon=True).start()
         else:
             self._listed.set()
 
     def _relist(self) -> None:
         """Has all chats entered anew, since the catalogue was lost."""
         self._started = False
-        self._listed.clear()
+        self._listed = threading.Event()  # the old one is set by a thread that may be entering chats still
 
-    def _enter_all(self, folders: Sequence[Path]) -> None:
+    def _enter_all(self, folders: Sequence[Path], listed: threading.Event) -> None:
         for folder in folders:
             if folder.name.startswith(DELETED):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -6586,15 +6602,15 @@ class ChatRegistry:
                 try:
                     self._enter_or_remove(folder)
                 except (StoreError, OSError) as error:
-                    if folder.exists():  # else it was deleted meanwhile
+                    if folder.exists() and not self._closed:  # else it was deleted meanwhile
                         words = f"The chat in {folder} cannot be read, so it is not listed: {error}"
                         log_event("unlisted", words, level=logging.WARNING)
-        self._listed.set()
+        listed.set()
 
     def _enter_or_remove(self, folder: Path) -> None:
         """Enters a chat in the catalogue; one without a branch is what is left of a program that was killed as it made
         or imported the chat, and removed, unless another program may be at it at this moment."""
-        written = max(file.stat().st_mtime for file in (folder, *folder.iterdir()))
+        written = max(stat.st_mtime for stat in (folder.stat(), *stats_of(folder)))
         with self._borrow_folder(folder) as chat:
             if chat:
                 with chat.lock:
@@ -6628,6 +6644,9 @@ class ChatRegistry:
             return
         lending = self._take(folder)
         try:
+            if not database_of(folder).exists():  # deleted meanwhile
+                yield None
+                return
             chat = lending.chat.result()
             with chat.lock:
                 chat.store.catch_up()
@@ -6635,9 +6654,12 @@ class ChatRegistry:
         finally:
             self._give_back(folder.name, lending)
 
-    def _take(self, folder: Path) -> Lending:
-        """A chat's lending, with one borrower more; the chat is opened here where nobody has it open."""
+    def _take(self, folder: Path, make: bool = False) -> Lending:
+        """A chat's lending, with one borrower more; the chat is opened here where nobody has it open, and made where it
+        is not there and `make` says so. Raises `ChatClosed` where the registry is closed."""
         with self._lock:
+            if self._closed:
+                raise ChatClosed("the program is stopping")
             lending = self._lent.get(folder.name)
             opens = lending is None or lending.outdated
             store = lending.chat.result().store if lending and opens else None
@@ -6649,7 +6671,7 @@ class ChatRegistry:
             self._lent.move_to_end(folder.name)
         if opens:
             try:
-                lending.chat.set_result(self._opened(folder))
+                lending.chat.set_result(self._opened(folder, make))
                 self._troubles.pop(folder.name, None)
             except BaseException as error:
                 if isinstance(error, StoreError):
@@ -6658,12 +6680,12 @@ class ChatRegistry:
                 self._forget(folder.name, lending)
         return lending
 
-    def _opened(self, folder: Path) -> Chat:
+    def _opened(self, folder: Path, make: bool) -> Chat:
         """A chat; a damaged one is set aside, and made anew of the rows that can be read."""
         tries = 0 if isinstance(self._troubles.get(folder.name), StoreDamaged) else 2
         for _ in range(tries):  # at the first another process may have been deleting the chat
             try:
-                return Chat(folder)
+                return Chat(folder, make)
             except StoreDamaged as error:
                 self._troubles[folder.name] = error
         names = {chat_folder(line["chat_id"]): line for line in self.catalogue.chats()}
@@ -6713,7 +6735,7 @@ class ChatRegistry:
         check_length(chat_id, "chat_id")
         self.start()
         folder = self.folder / chat_folder(chat_id)
-        lending = self._take(folder)
+        lending = self._take(folder, make=True)
         try:
             info = {"chat_id": chat_id, "explicit": explicit, "created": time.time(), "updated": time.time()}
             lending.chat.result().store.commit(info=info)
@@ -6757,6 +6779,8 @@ class ChatRegistry:
         texts = list({node.digest for node in chat.nodes(ids) if node.shown}) + header_marks(chat.store.info)
         kept = [m.at for some in chat.store.marks.values() for m in some.values() if m.forgotten and not m.erased]
         kind = "d" if not chat.store.info["explicit"] else "e" if chat.store.info.get("extension") else "n"
+        if chat.store.was_replaced():  # what is listed by now is the chat that came after it
+            return
         self.catalogue.enter(chat.store.listing(), texts, kind, min(kept, default=0.0))
         # A chat that was borrowed before it was deleted would be listed again. `delete` renames the folder before it
         # takes the chat out, so whichever of the two is later here sees what the other did.
@@ -6775,10 +6799,19 @@ class ChatRegistry:
     def erase_lapsed(self, days: int) -> None:
         """Erases what was forgotten more than so many days ago."""
         self.start()
-        moment = time.time() - days * 86400
+        moment = time.time() - days * DAY
         for chat_id in self.catalogue.forgetful(moment):
-            with contextlib.suppress(NotFound), self.borrow(chat_id) as chat:
-                self.erase(chat_id, forgotten_before(chat.store.marks, moment))
+            try:
+                with self.borrow(chat_id) as chat:
+                    self.erase(chat_id, forgotten_before(chat.store.marks, moment))
+            except (NotFound, ChatClosed):  # deleted meanwhile, or the program ends
+                continue
+            except StoreError as error:  # one damaged chat keeps no other from it
+                self._note_unerased(error)
+
+    @staticmethod
+    def _note_unerased(error: Exception) -> None:
+        log_event("erase_failed", f"Forgotten messages could not be erased yet: {error}", level=logging.WARNING)
 
     def keep_erasing(self, days: int) -> None:
         """Does that now and every hour, in a thread of its own, until the registry is closed."""
@@ -6789,9 +6822,8 @@ class ChatRegistry:
                 try:
                     self.erase_lapsed(days)
                 except Exception as error:
-                    log_event(
-                        "erase_failed", f"Forgotten messages could not be erased yet: {error}", level=logging.WARNING
-                    )
+                    if not self._ending.is_set():
+                        self._note_unerased(error)
                 self._ending.wait(ERASE_SECONDS)
 
         threading.Thread(target=work, name="eraser", daemon=True).start()
@@ -6836,7 +6868,7 @@ class ChatRegistry:
         digests = self._close_for_good(folder)
         doomed = self.folder / f"{DELETED}{secrets.token_hex(8)}"
         try:
-            if folder.exists():
+            with contextlib.suppress(FileNotFoundError):
                 folder.rename(doomed)
         except OSError as error:
             raise StoreError(f"The chat could not be deleted: {error}") from error
@@ -11257,6 +11289,7 @@ os._exit(0)
 LOCAL_MODEL_DEFAULTS = {"repeat_penalty": 1.2}  # without it, so small a model soon says the same word for ever
 WHOLE_GGUF = "Check that the file is a whole GGUF model, and that there is enough memory for it and for --context."
 MOST_CRASHES = 3  # of the model, after which it is not started again
+ENDING_SECONDS = 0.5  # from the end of a crashed process's connections to its own
 ILLEGAL_INSTRUCTION = (-4, 0xC000001D)  # SIGILL; Windows' STATUS_ILLEGAL_INSTRUCTION
 KILLED = (-9, 137)
 
@@ -11344,10 +11377,13 @@ class LocalUpstream:
         process = self._process
         try:
             yield inner
+        except UpstreamTimeout:
+            raise
         except UpstreamUnavailable as error:
-            if process.poll() is None or isinstance(error, UpstreamTimeout):
-                raise
-            raise self._ended() from error
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(ENDING_SECONDS)
+                raise self._ended() from error
+            raise
 
     def secrets(self, call: Call) -> tuple[str, ...]:
         """Nothing here is secret."""
@@ -11792,6 +11828,8 @@ class Vectors:
                 self._note_missing("")
         except EmbedderUnavailable as error:
             self._note_missing(str(error))
+        except ChatClosed:  # deleted meanwhile
+            pass
         except Exception as error:
             if not self._closed:
                 note_failure("vectors_failed", "Vectors could not be computed", error, "")
@@ -11833,8 +11871,9 @@ class Vectors:
 
     def go_on(self) -> None:
         """Takes up what was left when the background was paused."""
-        while self._held:
-            self._submit(self._embed_awaiting, self._held.pop())
+        for chat_id in list(self._held):
+            self._held.discard(chat_id)
+            self._submit(self._embed_awaiting, chat_id)
 
     def embed(
         self, chat: Chat, ids: Iterable[str], stop: Callable[[], bool] | None = None, behind: int = 0
@@ -12043,6 +12082,8 @@ class Vectors:
                         with chat.lock:
                             path = chat.path()
                         self.embed(chat, path)
+            except ChatClosed:  # deleted meanwhile, or the program ends
+                continue
             except StoreError as error:  # one damaged chat keeps no other from its vectors
                 note_failure("vectors_failed", "A chat's vectors could not be computed", error, line["chat_id"])
             except EmbedderUnavailable:
@@ -12065,6 +12106,11 @@ class Vectors:
 def each_once(texts: Mapping[str, str]) -> list[str]:
     """Each of the texts once, in order."""
     return list(dict.fromkeys(texts.values()))
+
+
+def still_there(chat: Chat, ids: Iterable[str]) -> list[str]:
+    """Those of the messages that no turn has taken out meanwhile; hold the chat's lock."""
+    return [i for i in ids if i in chat.tree.nodes]
 
 
 def newest_of(hashes: Sequence[str], nodes: Sequence[Node]) -> dict[str, str]:
@@ -12134,6 +12180,8 @@ class Feelings:
             with self._registry.lookup(chat_id) as chat:
                 if chat:
                     self._read_by_model(chat, by_hash)
+        except ChatClosed:  # deleted meanwhile
+            pass
         except PersonaMemoryError as error:
             note_failure("emotion_failed", "Feelings are read by the built-in reader", error, chat_id)
 
@@ -12145,9 +12193,10 @@ class Feelings:
             if self._closed:
                 return
             with chat.lock:
-                messages = chat.store.read([by_hash[h] for h in some])
+                messages = chat.store.read(still_there(chat, [by_hash[h] for h in some]))
             readings = self._model.read([m.content for m in messages])
-            chat.store.put_readings(self._model.name, dict(zip(some, readings, strict=True)))
+            rows = zip((m.fingerprint for m in messages), readings, strict=True)
+            chat.store.put_readings(self._model.name, dict(rows))
 
     def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
         """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
@@ -12176,8 +12225,9 @@ class Feelings:
         """Messages with what they feel, read in batches, so that a turn may come between."""
         for some in batches(ids, READ_AT_ONCE):
             with chat.lock:
-                nodes = chat.nodes(some)
-                rows = list(zip(nodes, chat.store.read(some), self.read(chat, nodes), strict=True))
+                nodes = chat.nodes(still_there(chat, some))
+                messages = chat.store.read([node.id for node in nodes])
+                rows = list(zip(nodes, messages, self.read(chat, nodes), strict=True))
             yield from rows
 
     def history(
@@ -12904,9 +12954,11 @@ def shown_again(old: Message, new: Message) -> Message:
 
 
 def read_in_batches(chat: Chat, ids: Sequence[str]) -> Iterator[Message]:
-    """A chat's messages, read so that a turn of the chat may come between."""
+    """A chat's messages, as far as they are there, read so that a turn of the chat may come between."""
     for some in batches(ids, READ_AT_ONCE):
-        yield from chat.store.read(some)
+        with chat.lock:
+            messages = chat.store.read(still_there(chat, some))
+        yield from messages
 
 
 def around_branch(tree: Tree, tip: str) -> list[str]:
@@ -13462,8 +13514,8 @@ class Summarizer:
         try:
             with self._registry.lookup(chat_id) as chat:
                 if chat:
-                    chat.store.commit(info={"story_due": asdict(plan)})
                     self._registry.catalogue.mark_due(chat_id, True)
+                    chat.store.commit(info={"story_due": asdict(plan)})
                     self.summarize_branch(chat, plan, authorization)
                     again = None if self._closed else self._improve(chat, plan, authorization)
                     if again:
@@ -13472,6 +13524,9 @@ class Summarizer:
                         self._plan(chat_id, plan, authorization)
                     elif not self._closed and not self._extract_to_improve(chat, plan):
                         self._registry.catalogue.mark_due(chat_id, False)
+        except ChatClosed:
+            if not self._closed:  # it was deleted
+                self._registry.catalogue.mark_due(chat_id, False)
         except Exception as error:
             note_failure("summary_failed", f"chat {chat_id}: a summary could not be made", error, chat_id)
         finally:
@@ -13764,6 +13819,7 @@ class Summarizer:
             self._call.cancel()
             for timer in self._timers.values():
                 timer.cancel()
+        self._background.going.set()  # its thread may be waiting for that
         if self._settings.summary_upstream:
             self._upstream.close()
         self._thread.shutdown(wait=True, cancel_futures=True)  # it may be writing; its request is cancelled
@@ -14629,7 +14685,6 @@ class PersonaMemory:
         services = (self.status, self.summarizer, self.feelings, self.recaller, self.vectors, self.registry)
         for service in (*services, self.upstream):
             service.close()
-        self.background.going.set()  # whoever waits sees that it is over
 
 
 # ======================================================================================================================
