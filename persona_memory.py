@@ -433,6 +433,8 @@ class ClientGone(PersonaMemoryError):
 # Languages
 # ======================================================================================================================
 
+UNSPACED_LANGUAGES = ("zh", "ja", "ko")  # in which a word may stand in the middle of letters
+
 
 @dataclass(frozen=True)
 class Wording:
@@ -1546,13 +1548,17 @@ class RecentWarnings(logging.Filter):
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 
 
+def escaped(text: str) -> str:
+    """The text with its control characters as Python writes them."""
+    return CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], text)
+
+
 def log_event(event: str, sentence: str, *, level: int = logging.INFO, trace: bool = False, **figures: Any) -> None:
     """One line in the log: `sentence` for people; `event` and `figures` (ids, times, counts) for machines.
 
     Another program's log, of which this one is a module, may not escape what stands in a chat's id.
     """
-    sentence = CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], sentence)
-    log.log(level, sentence, extra={"event": event, "figures": figures}, exc_info=trace)
+    log.log(level, escaped(sentence), extra={"event": event, "figures": figures}, exc_info=trace)
 
 
 class LogFormatter(logging.Formatter):
@@ -1572,13 +1578,12 @@ class LogFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's own name)
         """The line without its traceback."""
-        record.message = CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], record.message)
+        record.message = escaped(record.message)
         return super().formatMessage(record)
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
         """The traceback."""
-        lines = super().formatException(ei).split("\n")
-        return "\n".join("  " + CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], line) for line in lines)
+        return "\n".join("  " + escaped(line) for line in super().formatException(ei).split("\n"))
 
     def _object(self, record: logging.LogRecord) -> str:
         line = {
@@ -1675,15 +1680,11 @@ def message_tokens(message: Mapping) -> int:
 
 def parse_shares(text: str) -> tuple[float, ...]:
     """The four shares (persona, memories, history, response) as fractions of the context; raises `SettingsError`."""
-    parts = text.split("/")
-    if (
-        len(parts) != 4
-        or not all(p.strip().isdecimal() for p in parts)
-        or sum(map(int, parts)) != 100
-        or int(parts[3]) < 1
-    ):
+    found = re.fullmatch(" */ *".join([r"(\d{1,3})"] * 4), text.strip())
+    parts = [int(part) for part in found.groups()] if found else [0]
+    if sum(parts) != 100 or not parts[-1]:
         raise SettingsError(f"--budget must be four percentages that sum to 100, such as 20/25/35/20, not {text!r}.")
-    return tuple(int(p) / 100 for p in parts)
+    return tuple(part / 100 for part in parts)
 
 
 @dataclass(frozen=True)
@@ -2728,14 +2729,14 @@ FELT = {
 }  # fmt: skip
 NAMED_DOUBT = 0.2  # about a feeling that is named once; a second word halves it
 TURNED_BEFORE, TURNED_AFTER = 24, 7  # characters beside a feeling's word in which a turning one turns it
-TURNED_BEHIND = ("de", "fr", "zh", "ja", "ko")  # the languages in which it may stand behind
+TURNED_BEHIND = ("de", "fr", *UNSPACED_LANGUAGES)  # the languages in which it may stand behind
 CLAUSE, SENTENCE = re.compile(r"[.!?,;:。！？、，\n]"), re.compile(r"(?<=[.!?。！？\n])")
 
 
 @functools.cache
 def felt_patterns(language: str) -> tuple[list[re.Pattern], re.Pattern, re.Pattern]:
     """What finds a language's words for each of the six feelings, those that turn one, and the first person's."""
-    edge = "" if language in ("zh", "ja", "ko") else r"\b"
+    edge = "" if language in UNSPACED_LANGUAGES else r"\b"
     *feelings, turned, first = FELT[language]
     return (
         [re.compile(rf"{edge}(?:{words})", re.I) for words in feelings],
@@ -2921,10 +2922,7 @@ def moods(readings: Iterable[tuple[int, EmotionReading]]) -> Iterator[Mood]:
 
 def mood_of(readings: Sequence[tuple[int, EmotionReading]]) -> Mood | None:
     """The mood of a branch after the last of its user messages (see `moods`); None where there are none."""
-    mood = None
-    for mood in moods(readings):  # noqa: B007
-        pass
-    return mood
+    return [None, *moods(readings)][-1]
 
 
 def mood_swings(readings: Sequence[tuple[int, EmotionReading]]) -> list[Mood]:
@@ -5580,7 +5578,6 @@ STORY_DAYS = {
     "fr": ("premi(?:er|ère) (?:deuxième|seconde?) troisième quatrième cinquième sixième septième huitième neuvième"
            " dixième", "jour|nuit|matin|soir"),
 }  # fmt: skip
-UNSPACED_LANGUAGES = ("zh", "ja", "ko")
 TRAITS = ("question", "answer", "name", "change", "time", "number")  # of a message; `substance` is found in its chat
 
 
@@ -11536,8 +11533,13 @@ def make_summary_upstream(settings: Settings, chat: Upstream) -> Upstream:
     """The upstream that writes summaries: one of its own where the settings name it, else that of the chat."""
     if not settings.summary_upstream:
         return chat
-    named = replace(settings, upstream=settings.summary_upstream, upstream_key=settings.summary_key)
-    return make_upstream(named, Metrics())  # its queue is not that of the turns
+    return make_upstream(for_summaries(settings), Metrics())  # its queue is not that of the turns
+
+
+def for_summaries(settings: Settings) -> Settings:
+    """The settings with those of the summaries' own upstream in the place of the chat's."""
+    upstream, key, model = settings.summary_upstream, settings.summary_key, settings.summary_model
+    return replace(settings, upstream=upstream, upstream_key=key, model=model)
 
 
 # ======================================================================================================================
@@ -11749,7 +11751,7 @@ def report_header(report: PromptReport) -> str:
     return degraded_header(report.degraded, figures) if report.degraded else figures
 
 
-def untouched_header(reason: str = "") -> str:
+def untouched_header(reason: str) -> str:
     """The header of a request that memory passes on as it came, with the reason where there is more to it than that it
     holds no message."""
     figures = "recalled=0 tokens=0 history=0 summary=0"
@@ -12262,7 +12264,7 @@ class Feelings:
             "swings": [asdict(swing) | {"text": swing_line(swing)} for swing in mood_swings(users)],
         }  # fmt: skip
 
-    def percentages(self, chat_id: str, since: int = 0, until: int | None = None) -> dict:
+    def percentages(self, chat_id: str, since: int, until: int | None) -> dict:
         """What the current branch's messages from index `since` to before `until` feel, in few bytes: for each the
         percentages of `labels`, how much it matters (in percent, as recall weighs it) and whether it is the user's.
 
@@ -19703,11 +19705,11 @@ def homes_of_program(root: Path, version: str) -> list[Path]:
     and reads `data/` beside itself only where somebody starts its server.js.
     """
     packaged = "node_modules" in root.parts
-    roots = [global_data_root()] if packaged else [data_root(root)]
-    more = [root / "data"] if packaged else [root / "docker" / "data"]
-    users = [user for place in (*roots, *more) for user in users_in(place)]
+    first = global_data_root() if packaged else data_root(root)
+    other = root / "data" if packaged else root / "docker" / "data"
+    users = [*users_in(first), *users_in(other)]
     if users or packaged or tuple(map(int, re.findall(r"\d+", version)[:2])) >= (1, 12):  # they have users
-        return [user / "extensions" / EXTENSION for user in users or [roots[0] / FIRST_USER]]
+        return [user / "extensions" / EXTENSION for user in users or [first / FIRST_USER]]
     return [root / "public" / "scripts" / "extensions" / "third-party" / EXTENSION]
 
 
@@ -19974,9 +19976,7 @@ def check_upstreams(settings: Settings) -> Iterator[Finding]:
     """The upstream of the chats, and that of the summaries where it is another."""
     yield from check_upstream(settings, "Upstream")
     if settings.summary_upstream:
-        upstream, key, model = settings.summary_upstream, settings.summary_key, settings.summary_model
-        summaries = replace(settings, upstream=upstream, upstream_key=key, model=model)
-        yield from check_upstream(summaries, "Upstream of the summaries")
+        yield from check_upstream(for_summaries(settings), "Upstream of the summaries")
 
 
 def check_upstream(settings: Settings, subject: str) -> Iterator[Finding]:
