@@ -15162,7 +15162,7 @@ const plural = (count, word, many = `${word}s`) => `${number(count)} ${count ===
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1).replaceAll('_', ' ');
 const nameOf = (row) => String(row.name || (row.role === 'user' ? 'You' : row.character || 'Character'));
 const namedIn = (chat) => (chat.name === chat.chat_id ? '' : chat.name); // without any name it is the id
-const characterOf = (chat) => String(namedIn(chat) || chat.character || 'Unnamed character');
+const characterOf = (chat) => String(namedIn(chat) || chat.character || chat.title || 'Unnamed character');
 
 function bytes(count) {
     const units = ['B', 'kB', 'MB', 'GB'];
@@ -15548,8 +15548,9 @@ function chatLine(chat, title, messages, mood) {
     const branches = chat.branches > 1 && `${number(chat.branches)} branches`;
     const figures = figuresLine([messages, branches, bytes(chat.size), when(chat.updated), mood]);
     const trouble = chat.words && h('p.small.state', h('span.chip', STATES[chat.state] ?? 'Problem'), ' ', chat.words);
-    const about = h('div.about', title, figures, h('p.small.muted.id', chat.title || chat.chat_id), trouble);
-    return [avatar(characterOf(chat), chat.picture), about];
+    const name = characterOf(chat);
+    const below = name === chat.title ? chat.chat_id : chat.title || chat.chat_id;
+    return [avatar(name, chat.picture), h('div.about', title, figures, h('p.small.muted.id', below), trouble)];
 }
 
 const searchHit = (row, text) =>
@@ -15626,7 +15627,7 @@ async function chatView({ id, tab, query }) {
     };
     show(chat);
     const root = h('div', head, tabs, part.root);
-    return { ...part, title: chat.character || id, root, refresh, chat: id, watches: (state) => state.chat };
+    return { ...part, title: chat.character || chat.title || id, root, refresh, chat: id, watches: (state) => state.chat };
 }
 
 function chatHeading(chat) {
