@@ -15626,8 +15626,8 @@ async function chatView({ id, tab, query }) {
         await part.refresh?.(now);
     };
     show(chat);
-    const root = h('div', head, tabs, part.root);
-    return { ...part, title: chat.character || chat.title || id, root, refresh, chat: id, watches: (state) => state.chat };
+    const root = h('div', head, tabs, part.root), title = chat.character || chat.title || id;
+    return { ...part, title, root, refresh, chat: id, watches: (state) => state.chat };
 }
 
 function chatHeading(chat) {
