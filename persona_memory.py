@@ -19879,6 +19879,27 @@ def check_packages(_: Settings) -> Iterator[Finding]:
         yield Finding("ok", "Packages", f"all {len(wanted)} are installed")
 
 
+IN_USE = "in-use.db"  # in the data folder; it stays empty
+
+
+def mark_in_use(data: Path) -> tuple[sqlite3.Connection, bool]:
+    """A connection by which other programs see, as long as it is open, that this one uses a data folder; and whether
+    another one does so. The system closes it with the program, however that ends. Raises `sqlite3.Error`.
+
+    Whoever uses the folder holds a lock for reading, which keeps others from one for writing (SQLite, "File Locking And
+    Concurrency").
+    """
+    mark, others = sqlite3.connect(data / IN_USE, timeout=0, isolation_level=None), False
+    try:
+        mark.execute("BEGIN EXCLUSIVE")
+        mark.execute("ROLLBACK")
+    except sqlite3.OperationalError as error:
+        others = "locked" in str(error)
+    mark.execute("BEGIN")
+    mark.execute("SELECT name FROM sqlite_master").fetchall()
+    return mark, others
+
+
 def check_data(settings: Settings) -> Iterator[Finding]:
     """The folder of the chats: whether it can be written to, and how much room there is."""
     folder = Path(settings.data).absolute()
@@ -19892,8 +19913,13 @@ def check_data(settings: Settings) -> Iterator[Finding]:
         advice = "free some space there, give yourself the right to write there, or name another folder with --data."
         yield Finding("wrong", "Data folder", f"{folder} cannot be written to: {error.strerror or error}.", advice)
         return
-    chats = len(list((folder / "chats").iterdir())) if (folder / "chats").is_dir() else 0
+    chats = sum("." not in entry.name for entry in (folder / "chats").iterdir()) if (folder / "chats").is_dir() else 0
     words = f"{folder} (chats: {chats}), {free / 1e9:.1f} GB free"
+    if (folder / IN_USE).exists():
+        with contextlib.suppress(sqlite3.Error):
+            mark, others = mark_in_use(folder)
+            mark.close()
+            words += ", open in a program that runs" if others else ""
     yield Finding("ok" if free > LITTLE_DISK else "note", "Data folder", words)
 
 
@@ -20203,6 +20229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         check_folder(settings)
         os.umask(0o077)  # whatever is written from now on is for the user's own eyes
+        mark = note_use(Path(settings.data))
         sys.setswitchinterval(SWITCH_SECONDS)
         server = create_server(settings, START_DELAY)
     except PersonaMemoryError as error:
@@ -20227,9 +20254,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.memory.upstream.close()  # what still runs is kept as far as it came
         server.task_dispatcher.shutdown(timeout=SHUTDOWN_SECONDS)
     server.memory.close()
+    if mark:
+        mark.close()
     if settings.log_format != "json":
         print("Stopped.", file=sys.stderr)
     return 0
+
+
+def note_use(data: Path) -> sqlite3.Connection | None:
+    """Marks the data folder as in use, and says in the log where another program uses it, too. The mark lasts as long
+    as the connection that is returned; None where the folder takes none."""
+    try:
+        make_private(data)
+        mark, others = mark_in_use(data)
+    except (OSError, sqlite3.Error):
+        return None
+    if others:
+        words = f"Another program uses {data} too. That works; if you did not mean to start two, stop one of them."
+        log_event("shared", words, level=logging.WARNING)
+    return mark
 
 
 def look_for_upstream(memory: PersonaMemory) -> None:
