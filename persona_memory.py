@@ -6790,8 +6790,8 @@ class ChatRegistry:
             chat.erase(digests)
             for copy in self.folder.glob(f"{chat_folder(chat_id)}.damaged-*"):  # the words stand there too
                 shutil.rmtree(copy, ignore_errors=True)
-            self.catalogue.remove_texts(chat_id, digests)
             self.enter(chat, ())
+            self.catalogue.remove_texts(chat_id, digests)  # last, since it empties the write-ahead log
 
     def erase_lapsed(self, days: int) -> None:
         """Erases what was forgotten more than so many days ago."""
