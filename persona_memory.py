@@ -4766,6 +4766,7 @@ class ChatStore:
         self.directory = directory
         self.lock = threading.RLock()
         self._database = Database(directory, 2, self.lock, make)
+        self._gone: set[str] = set()  # fingerprints of erased texts, whose vectors somebody may bring too late
         with self._database.use() as cache:
             self._file = file_number(directory)
             try:
@@ -4858,6 +4859,9 @@ class ChatStore:
 
     def _remember(self, row: dict) -> None:
         message = message_of(row)
+        if message.erased and (old := self.tree.nodes.get(message.id)):
+            self._gone |= {old.fingerprint, old.shown}
+        self._gone.discard(message.fingerprint)
         self.tree.put(message, row["order"])
         self._next_order = max(self._next_order, row["order"] + 1)
         self._recent.pop(message.id, None)
@@ -5080,7 +5084,8 @@ class ChatStore:
     def _put_arrays(self, prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
         with self._database.transaction() as cache:
             for text_hash, values in arrays.items():
-                cache[f"{prefix}:{text_hash}"] = values.astype(np.float32).tobytes()
+                if text_of_key(text_hash) not in self._gone:
+                    cache[f"{prefix}:{text_hash}"] = values.astype(np.float32).tobytes()
 
     def vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The stored vectors of those text hashes, float32; those without one of unit length are left out."""
@@ -5106,8 +5111,9 @@ class ChatStore:
     def put_sentence_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores the vectors of texts' sentences by text hash, as float16: half of the disk for 0.0005 of a cosine."""
         with self._database.transaction() as cache:
-            for text_hash, rows in vectors.items():
-                cache[f"c:{embedder}:{text_hash}"] = len(rows).to_bytes(4, "little") + rows.astype(np.float16).tobytes()
+            for text_hash in vectors.keys() - self._gone:
+                rows = vectors[text_hash].astype(np.float16)
+                cache[f"c:{embedder}:{text_hash}"] = len(rows).to_bytes(4, "little") + rows.tobytes()
 
     def readings(self, reader: str, hashes: Iterable[str]) -> dict[str, list[float]]:
         """The stored emotion scores by text hash, in the order of EMOTIONS; those that make no sense are left out."""
