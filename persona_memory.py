@@ -1159,7 +1159,9 @@ class Node:
     complete: bool = field(compare=False)
     pinned: bool = field(compare=False)
     forgotten: bool = field(compare=False)
-    voice: str | None = field(default=None, compare=False)  # as a message's
+    voice: str | None = field(compare=False)  # this and the next two as a message's
+    speaker: str = field(compare=False)
+    said_at: float = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -3613,6 +3615,7 @@ class Tree:
             message.id, above.id if above else ROOT, sys.intern(message.role), message.digest, fingerprint,
             "" if message.erased else shown, depth, order, message.tokens,
             message.confirmed, message.complete, message.pinned, message.forgotten, message.voice,
+            sys.intern(message.speaker), message.said_at,
         )  # fmt: skip
         if self._trail[depth : depth + 1] == [message.id]:
             self._line[depth] = self.nodes[message.id]
@@ -4771,12 +4774,32 @@ def stored_rows(cache: diskcache.Cache, prefix: str) -> dict[str, Any]:
 def values_of(cache: SharedCache, prefix: str, names: Iterable[str]) -> dict[str, Any]:
     """The values (text, bytes or numbers) of those keys under a prefix such as "m:", by name and as far as they are
     there: in one query for hundreds of keys, of which diskcache would make one each."""
-    found = {}
+    found, cut = {}, len(prefix)
     for some in batches(list(names), KEYS_AT_ONCE):
-        sql = f"SELECT key, raw, mode, filename, value FROM Cache WHERE key IN ({','.join('?' * len(some))})"
-        for key, raw, mode, filename, value in cache._sql(sql, [prefix + name for name in some]).fetchall():
-            name = cache.disk.get(key, raw).removeprefix(prefix)
-            found[name] = cache.disk.fetch(mode, filename, value, False)
+        sql = f"SELECT key, value, raw, mode FROM Cache WHERE key IN ({','.join('?' * len(some))})"
+        rows = cache._sql(sql, [prefix + name for name in some]).fetchall()
+        for raw, mode in {row[2:] for row in rows}:  # the disk refuses what is no plain value
+            cache.disk.get("", raw)
+            cache.disk.fetch(mode, None, b"", False)
+        found.update((key[cut:], value) for key, value, _, _ in rows)
+    return found
+
+
+def sound_vectors(stored: Mapping[str, tuple[int, bytes]], kind: type, slack: float) -> dict[str, np.ndarray]:
+    """The vectors under each key, float32 [count, dimensions], of their count and bytes (numbers of that `kind`). A key
+    is left out whose bytes hold no such count, or vectors whose squared length is not 1, but for some `slack`."""
+    found, keys_of, width = {}, defaultdict(list), np.dtype(kind).itemsize
+    for key, (count, raw) in stored.items():
+        size, rest = divmod(len(raw), count * width) if count else (0, 1)
+        if size and not rest:
+            keys_of[size].append(key)
+    for size, keys in keys_of.items():  # all together: one by one takes twice as long
+        rows = np.frombuffer(b"".join([stored[key][1] for key in keys]), kind).astype(np.float32).reshape(-1, size)
+        fits = np.abs(np.einsum("ij,ij->i", rows, rows) - 1) < slack
+        whole, ends = fits.all(), list(itertools.accumulate(stored[key][0] for key in keys))
+        for key, start, end in zip(keys, [0, *ends], ends, strict=False):
+            if whole or fits[start:end].all():
+                found[key] = rows[start:end]
     return found
 
 
@@ -4786,18 +4809,18 @@ def message_rows_of(cache: SharedCache) -> Iterator[dict]:
     found = cache._sql("SELECT rowid, key FROM Cache WHERE key >= 'm:' AND key < 'm;'").fetchall()
     for some in batches([key[2:] for _, key in sorted(found)], KEYS_AT_ONCE):
         rows = values_of(cache, "m:", some)
-        yield from (json.loads(rows[message]) for message in some if message in rows)
+        yield from json.loads(f"[{','.join(rows[message] for message in some if message in rows)}]")
 
 
 class ChatStore:
     """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
     Rows: `m:<id>` a message (JSON), `k:<digest>` the marks of a text by speaker, `s:<id>` a summary, `f:<id>` a fact,
-    `v:<embedder>:<hash>` a vector (float32 bytes), `e:<reader>:<hash>` emotion scores, `p:<number>` a prompt report,
-    `info` what is known of the chat, `format` the rows' format, `generation` a counter of changes with `g:<n>` naming
-    the messages (the keys of other rows, and `d:<id>` for a message taken out) that change n touched, so that another
-    process on the same folder can catch up. Messages are written as their marks make them, so that whoever reads one
-    reads it marked.
+    `v:<embedder>:<hash>` a vector (float32 bytes), `e:<reader>:<hash>` emotion scores, `t:<hash>` what the index knows
+    of some texts (see `derived`), `p:<number>` a prompt report, `info` what is known of the chat, `format` the rows'
+    format, `generation` a counter of changes with `g:<n>` naming the messages (the keys of other rows, and `d:<id>` for
+    a message taken out) that change n touched, so that another process on the same folder can catch up. Messages are
+    written as their marks make them, so that whoever reads one reads it marked.
 
     Every method takes `lock`, which is the chat's; hold it across calls that belong together.
     """
@@ -4810,6 +4833,7 @@ class ChatStore:
         self.lock = threading.RLock()
         self._database = Database(directory, 2, self.lock, make)
         self._gone: set[str] = set()  # fingerprints of erased texts, whose vectors somebody may bring too late
+        self._derived: dict[str, bytes] = {}  # rows that the next commit writes: nothing waits for the disk for them
         with self._database.use() as cache:
             self._file = file_number(directory)
             try:
@@ -4957,6 +4981,7 @@ class ChatStore:
         newest = cache.get("generation", 0)
         if newest == self._generation:
             return
+        self._derived.clear()  # another process may have erased the words
         changes = [cache.get(f"g:{n}") for n in range(max(1, self._generation + 1), newest + 1)]
         if newest < self._generation or None in changes:  # too far behind
             self._read_all(cache)
@@ -5027,7 +5052,9 @@ class ChatStore:
                     note_format(cache)
                 if known != self.info:
                     cache["info"] = json.dumps(known)
-            self.info, self._generation = known, generation
+                for key, value in self._derived.items():
+                    cache[f"t:{key}"] = value
+            self.info, self._generation, self._derived = known, generation, {}
             for key, row in rows.items():
                 self._take_over(key, row)
             self._drop(dropped)
@@ -5069,12 +5096,13 @@ class ChatStore:
             cache._sql("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _delete_arrays(self, cache: SharedCache, messages: Sequence[Message]) -> None:
-        """Deletes the vectors and readings of the messages' texts, those of texts that stand elsewhere excepted."""
+        """Deletes the vectors and readings of the messages' texts, those of texts that stand elsewhere excepted, and
+        all derived rows: they hold many messages' words, and are soon made again."""
         texts = {text_fingerprint(m.name, text) for m in messages for text in (m.content, m.original)}
         texts -= {f for n in self.tree.nodes.values() for f in (n.fingerprint, n.shown)}
-        keys = cache._sql("SELECT key FROM Cache WHERE substr(key, 1, 2) IN ('v:', 'c:', 'e:')")
+        keys = cache._sql("SELECT key FROM Cache WHERE substr(key, 1, 2) IN ('v:', 'c:', 'e:', 't:')")
         for (key,) in keys.fetchall():
-            if text_of_key(key.rpartition(":")[2]) in texts:
+            if (key[:2] == "t:" and messages) or text_of_key(key.rpartition(":")[2]) in texts:
                 cache.delete(key)
 
     def _with_marks(
@@ -5118,6 +5146,18 @@ class ChatStore:
             while len(self._recent) > WORKING_MEMORY * OPEN_BRANCHES:
                 self._recent.popitem(last=False)
 
+    def derived(self, key: str) -> Any:
+        """The JSON value that was made of the messages and is kept under a key; None where there is none, or its
+        checksum (zlib's) tells that it is damaged: it can be made again."""
+        with self._database.use() as cache, contextlib.suppress(zlib.error, StoreDamaged, *SENSELESS):
+            return json.loads(zlib.decompress(self._derived.get(key) or cache.get(f"t:{key}")))
+        return None
+
+    def put_derived(self, key: str, value: Any) -> None:
+        """Keeps a JSON value that can be made again; what is committed next takes it to the disk."""
+        with self.lock:
+            self._derived[key] = zlib.compress(json.dumps(value).encode(), 1)
+
     def _arrays(self, prefix: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The float32 arrays under a prefix and those hashes; bytes that hold none are left out."""
         with self._database.use() as cache:
@@ -5132,8 +5172,9 @@ class ChatStore:
 
     def vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The stored vectors of those text hashes, float32; those without one of unit length are left out."""
-        found = self._arrays(f"v:{embedder}", hashes)
-        return {h: v for h, v in found.items() if abs(float(v @ v) - 1.0) < 2e-3}
+        with self._database.use() as cache:
+            stored = {h: (1, v) for h, v in values_of(cache, f"v:{embedder}:", hashes).items() if isinstance(v, bytes)}
+        return {h: rows[0] for h, rows in sound_vectors(stored, np.float32, 2e-3).items()}
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores vectors by text hash: a text is embedded once, on however many branches it stands."""
@@ -5143,13 +5184,8 @@ class ChatStore:
         """The stored vectors of the sentences of those text hashes, float32 [sentences, dimensions] each."""
         with self._database.use() as cache:
             every = values_of(cache, f"c:{embedder}:", hashes)
-        raw = {h: v for h, v in every.items() if isinstance(v, bytes) and len(v) > 4}
-        found = {}
-        for text_hash, value in raw.items():
-            count = int.from_bytes(value[:4], "little")
-            if count and not (len(value) - 4) % (2 * count):
-                found[text_hash] = np.frombuffer(value, np.float16, offset=4).astype(np.float32).reshape(count, -1)
-        return {h: v for h, v in found.items() if np.abs((v * v).sum(axis=1) - 1.0).max() < 2e-2}
+        stored = {h: (int.from_bytes(v[:4], "little"), v[4:]) for h, v in every.items() if isinstance(v, bytes)}
+        return sound_vectors(stored, np.float16, 2e-2)
 
     def put_sentence_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores the vectors of texts' sentences by text hash, as float16: half of the disk for 0.0005 of a cosine."""
@@ -5441,7 +5477,9 @@ LATIN_LANGUAGES = ("en", "de", "es", "fr", "it", "pt", "pl")  # told apart by th
 LEAST_STOP_WORDS = 2  # in a text that they tell the language of
 TEXT_BYTES = 1000  # of RAM for what an index knows of a text, beside its vectors and words
 PAGE_FIGURES = ("page_count", "page_size")  # SQLite's, of a database
-INDEXED_AT_ONCE = 500  # messages that are read, and vectors that are taken over, in one piece
+INDEXED_AT_ONCE = 500  # vectors that are taken over in one piece
+SEGMENT = 200  # messages; those of a branch's end that make no whole one are read anew when a chat is opened
+SEGMENT_RULES = 1  # raise it where a segment holds other things of the same texts: those in the stores are made anew
 STALE_ROWS = 1000  # texts that have left a branch, from which on its index is made anew
 COMMON_SHARE, COMMON_FLOOR = 8, 200  # a word in an eighth of the texts, and in 200, is too common to discriminate
 MAX_QUERY_WORDS = 24  # the rarest would do; a pasted page must not become a thousand look-ups
@@ -5953,6 +5991,63 @@ class VectorTable:
         return best
 
 
+@dataclass(frozen=True)
+class Segment:
+    """What an index knows of some texts by their words alone, one item a text. It is dear to make, so it is kept (as a
+    segment of Lucene's, a piece of an index that does not change)."""
+
+    languages: Sequence[str]
+    lexical: Sequence[str]  # the texts as FTS5 gets them
+    chunks: Sequence[int]  # how many vectors each takes
+    single: Sequence[bool]  # whether it is but one sentence
+    traits: Sequence[Sequence[float]]  # in the order of TRAITS
+    story_days: Sequence[int]  # 0: it names none
+    topics: Sequence[str]  # its words with a topic, with spaces between them
+
+
+def segment_of(texts: Sequence[str], usual: str) -> Segment:
+    """What is known of texts in a chat that is in a language as a rule."""
+    spoken = [(text, language_of(clip(text), usual)) for text in texts]
+    return Segment(
+        [language for _, language in spoken],
+        [lexical_text(*pair) for pair in spoken],
+        [chunk_count(text) for text in texts],
+        [not sentences(text) for text in texts],
+        [message_traits(*pair) for pair in spoken],
+        [story_day(*pair) for pair in spoken],
+        [" ".join(topics_of(*pair)) for pair in spoken],
+    )
+
+
+def segments_of(
+    nodes: Sequence[Node], start: int, languages: Counter[str], read: Callable[[list[str]], Sequence[Message]],
+    store: ChatStore | None,
+) -> Iterator[tuple[Sequence[Node], Segment]]:  # fmt: skip
+    """A branch from `start` on, piece by piece, with what is known of each: as the `store` keeps it under a hash of its
+    texts, else made of the messages that `read` gives by their ids. `languages` counts those of the texts before, and
+    goes on."""
+    while start < len(nodes):
+        some = nodes[start : start - start % SEGMENT + SEGMENT]
+        usual, start = usual_language(languages), start + len(some)
+        key = short_hash("segment", str(SEGMENT_RULES), usual, *(n.fingerprint for n in some))
+        kept = store if len(some) == SEGMENT else None
+        row = kept.derived(key) if kept else None
+        segment = Segment(**row) if row else segment_of([m.content for m in read([n.id for n in some])], usual)
+        if kept and not row:
+            kept.put_derived(key, vars(segment))
+        languages.update(segment.languages)
+        yield some, segment
+
+
+def usual_language(languages: Counter[str]) -> str:
+    """The one that most texts are in."""
+    return languages.most_common(1)[0][0] if languages else "en"
+
+
+# A MemoryIndex's arrays with an item for each message of the branch.
+BRANCH_ARRAYS = ("_row_at", "_speaker_at", "_days", "_story_days", "_topic_counts", "_traits")
+
+
 class MemoryIndex:
     """Vectors, words and traits of one branch's messages. Derived from the store: losing it loses nothing.
 
@@ -5994,8 +6089,10 @@ class MemoryIndex:
         self._noise = (0, 0.0, 1.0)  # vectors when it was measured, mean and standard deviation of cosines
         self._coherence = (0, USUAL_COHERENCE)  # vectors when it was measured, and what it was
 
-    def follow(self, nodes: Sequence[Node], read: Callable[[list[str]], Sequence[Message]]) -> list[str]:
-        """Makes the index that of a branch; `read` gives the messages of the ids that are new to it.
+    def follow(
+        self, nodes: Sequence[Node], read: Callable[[list[str]], Sequence[Message]], store: ChatStore | None = None
+    ) -> list[str]:  # fmt: skip
+        """Makes the index that of a branch, see `segments_of`.
 
         Returns the hashes of the texts that have come and lack vectors, their own or their sentences'.
         """
@@ -6007,16 +6104,16 @@ class MemoryIndex:
         gone, self._hashes = self._hashes[kept:], self._hashes[:kept]
         self._topics, self._substance = self._topics[: self._topic_counts[:kept].sum()], None
         self._looked_up = None
-        for name in ("_traits", "_row_at", "_speaker_at", "_days", "_story_days", "_topic_counts"):
+        for name in BRANCH_ARRAYS:
             setattr(self, name, getattr(self, name)[:kept])
-        fresh, self._nodes, usual = nodes[kept:], self._nodes[:kept], self.language
+        fresh, self._nodes = nodes[kept:], self._nodes[:kept]
         self._take_off(gone)
-        for some in batches(fresh, INDEXED_AT_ONCE):  # all texts at once would take more RAM than the whole index
-            messages, hashes = read([n.id for n in some]), [n.fingerprint for n in some]
-            languages = [language_of(clip(m.content), usual) for m in messages]
-            self._put_on(dict(zip(hashes, messages, strict=True)), dict(zip(hashes, languages, strict=True)))
-            self._append(hashes, messages, languages)
-            self._nodes.extend(some)
+        columns: list[tuple] = []
+        try:
+            for some, segment in segments_of(nodes, kept, self._languages, read, store):
+                columns.append(self._put_on(some, segment))
+        finally:  # what could be read is whole
+            self._append(columns)
         self._word_bytes = math.prod(self._words.execute(f"PRAGMA {name}").fetchone()[0] for name in PAGE_FIGURES)
         lacking = (
             h for h in dict.fromkeys(n.fingerprint for n in fresh) if h in self._unembedded or h in self._unsplit
@@ -6033,39 +6130,44 @@ class MemoryIndex:
             self._unembedded.pop(text_hash, None)
             self._unsplit.pop(text_hash, None)
 
-    def _put_on(self, come: Mapping[str, Message], spoken: Mapping[str, str]) -> None:
-        """Puts texts on it."""
-        for text_hash in come:
+    def _put_on(self, nodes: Sequence[Node], segment: Segment) -> tuple:
+        """Puts the branch's next texts on the lexical table; returns what `_append` takes of them."""
+        hashes = [n.fingerprint for n in nodes]
+        for text_hash in hashes:
             self._rows.setdefault(text_hash, len(self._rows))
-        self._languages.update(spoken.values())
-        rows = [(self._rows[h], lexical_text(come[h].content, spoken[h])) for h in come if h not in self._uses]
+        come = dict(zip(hashes, segment.lexical, strict=True))
+        rows = [(self._rows[h], text) for h, text in come.items() if h not in self._uses]
         self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
-        self._chunks.update((h, chunk_count(m.content)) for h, m in come.items())
+        self._chunks.update(zip(hashes, segment.chunks, strict=True))
         self._unembedded.update((h, None) for h in come if h not in self._embedded)
-        self._split.update(h for h, m in come.items() if not sentences(m.content))
+        self._split.update(h for h, single in zip(hashes, segment.single, strict=True) if single)
         self._unsplit.update((h, None) for h in come if h not in self._split)
-
-    def _append(self, hashes: Sequence[str], messages: Sequence[Message], languages: Sequence[str]) -> None:
         self._hashes.extend(hashes)
         self._uses.update(hashes)
-        if not messages:
+        self._nodes.extend(nodes)
+        for node in nodes:
+            self.speakers.setdefault(node.speaker, node.role)
+        topics = [words.split() for words in segment.topics]
+        words = list(itertools.chain.from_iterable(topics))
+        for word in dict.fromkeys(words):
+            self._vocabulary.setdefault(word, len(self._vocabulary))
+        return (
+            [self._rows[h] for h in hashes], [node.speaker for node in nodes], [node.said_at / DAY for node in nodes],
+            segment.story_days, list(map(len, topics)), segment.traits, [self._vocabulary[w] for w in words],
+        )  # fmt: skip
+
+    def _append(self, columns: Sequence[tuple[Sequence, ...]]) -> None:
+        """Adds to the branch's arrays, once for all that has come: each time they are copied."""
+        if not columns:
             return
-        for m in messages:
-            self.speakers.setdefault(m.speaker, m.role)
+        fresh = [list(itertools.chain.from_iterable(some)) for some in zip(*columns, strict=True)]
         codes = {name: code for code, name in enumerate(self.speakers)}
-        traits = [message_traits(m.content, language) for m, language in zip(messages, languages, strict=True)]
-        topics = [topics_of(m.content, language) for m, language in zip(messages, languages, strict=True)]
-        numbers = [self._vocabulary.setdefault(w, len(self._vocabulary)) for words in topics for w in words]
-        self._topics = np.concatenate([self._topics, np.array(numbers, np.int64)])
-        self._topic_counts = np.concatenate([self._topic_counts, [len(words) for words in topics]])
-        self._traits = np.concatenate([self._traits, np.array(traits, np.float32)])
+        fresh[1] = [codes[who] for who in fresh[1]]
+        for name, values in zip((*BRANCH_ARRAYS, "_topics"), fresh, strict=True):
+            known = getattr(self, name)
+            setattr(self, name, np.concatenate([known, np.array(values, known.dtype).reshape(-1, *known.shape[1:])]))
         asks = self._traits[:, TRAITS.index("question")] > 0
         self._traits[:, TRAITS.index("answer")] = displaced(asks.astype(np.float32), 1)
-        self._row_at = np.concatenate([self._row_at, [self._rows[h] for h in hashes]])
-        self._speaker_at = np.concatenate([self._speaker_at, [codes[m.speaker] for m in messages]])
-        self._days = np.concatenate([self._days, [m.said_at / DAY for m in messages]])
-        told = [story_day(m.content, language) for m, language in zip(messages, languages, strict=True)]
-        self._story_days = np.concatenate([self._story_days, told])
 
     @property
     def bytes(self) -> int:
@@ -6080,16 +6182,16 @@ class MemoryIndex:
     @property
     def language(self) -> str:
         """The language that most messages are in."""
-        return self._languages.most_common(1)[0][0] if self._languages else "en"
+        return usual_language(self._languages)
 
     def add_vectors(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Adds unit vectors (float32 [dimensions]) by vector key; one of another length is left out."""
-        fresh = [(k, v) for k, v in vectors.items() if text_of_key(k) in self._rows and k not in self._positions]
-        size = self._dense.size or Counter(len(v) for _, v in fresh).most_common(1)[0][0] if fresh else 0
-        if fresh := [(k, v) for k, v in fresh if len(v) == size]:
-            first = self._dense.add([self._rows[text_of_key(k)] for k, _ in fresh], np.stack([v for _, v in fresh]))
-            self._positions.update((k, first + i) for i, (k, _) in enumerate(fresh))
-            for text_hash in {text_of_key(k) for k, _ in fresh}:
+        texts = {k: text for k in vectors if k not in self._positions and (text := text_of_key(k)) in self._rows}
+        size = self._dense.size or Counter(len(vectors[k]) for k in texts).most_common(1)[0][0] if texts else 0
+        if fresh := [k for k in texts if len(vectors[k]) == size]:
+            first = self._dense.add([self._rows[texts[k]] for k in fresh], np.stack([vectors[k] for k in fresh]))
+            self._positions.update(zip(fresh, range(first, first + len(fresh)), strict=True))
+            for text_hash in {texts[k] for k in fresh}:
                 if all(key in self._positions for key in self.keys_of([text_hash])):
                     self._embedded.add(text_hash)
                     self._unembedded.pop(text_hash, None)
@@ -6103,7 +6205,8 @@ class MemoryIndex:
             rows = [self._rows[h] for h, v in fresh.items() for _ in v]
             self._sentences.add(rows, np.concatenate(list(fresh.values())))
             self._split.update(fresh)
-            self._unsplit = {h: None for h in self._unsplit if h not in self._split}
+            for text_hash in fresh:
+                self._unsplit.pop(text_hash, None)
 
     @property
     def unembedded(self) -> list[str]:
@@ -6411,10 +6514,22 @@ class Chat:
 
     def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
         """The index, made that of a whole branch, with the vectors that the store has."""
-        for some in batches(self.index.follow(nodes, self.store.read), INDEXED_AT_ONCE):
+        for some in batches(self.index.follow(nodes, self.store.read, self.store), INDEXED_AT_ONCE):
             self.index.add_vectors(self.store.vectors(embedder.key, self.index.keys_of(some)))
             self.index.add_sentences(self.store.sentence_vectors(embedder.key, some))
         return self.index
+
+    def keep_segments(self, stop: Callable[[], bool]) -> None:
+        """Has the store keep what an index knows of the current branch's texts, so that the chat is soon opened; lets
+        go of the lock after each few."""
+        with self.lock:
+            pieces = segments_of(self.tree.branch(self.store.head), 0, Counter(), self.store.read, self.store)
+        left = True
+        while left and not stop():
+            with self.lock:
+                left = next(pieces, None)
+        with self.lock:
+            self.store.commit()
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Keeps vectors by their keys, on disk and in the index."""
@@ -11937,6 +12052,9 @@ class Vectors:
                     halted.set()
                 return self._closed or halted.is_set()
 
+            if len(ids) >= SEGMENT:  # an import, or a long chat that is shown for the first time
+                with contextlib.suppress(StoreError):  # it is but faster so
+                    chat.keep_segments(stop)
             self.embed(chat, ids, stop)
             if halted.is_set():
                 with chat.lock:
