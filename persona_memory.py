@@ -6161,14 +6161,14 @@ class MemoryIndex:
         asked, fresh = found[: len(words)], found[len(words) :]
         if len(fresh):
             self._word_vectors = np.concatenate([self._word_vectors.reshape(known, fresh.shape[1]), fresh])
-        near = np.maximum(self._word_vectors @ asked.T - AKIN, 0) / (1 - AKIN)
-        places = np.flatnonzero(near.any(axis=1)[self._topics[: self._topic_counts[:n].sum()]])
-        owners = np.repeat(np.arange(n), self._topic_counts[:n])[places]
-        starts = np.flatnonzero(np.diff(owners, prepend=-1))
-        best = np.zeros((n, len(words)), np.float32)
-        if len(places):  # reduceat knows no empty share
-            best[owners[starts]] = np.maximum.reduceat(near[self._topics[places]], starts)
-        return (np.where(said.T, 0, best) @ weights / weights.sum()).astype(np.float32)
+        near = asked @ self._word_vectors.T - np.float32(AKIN)  # [words, vocabulary]
+        places = np.flatnonzero((near.max(axis=0) > 0)[self._topics])
+        topics, owners = self._topics[places], np.repeat(np.arange(n), self._topic_counts)[places]
+        best = np.zeros(said.shape, np.float32)
+        for message, word in zip(best, near, strict=True):
+            np.maximum.at(message, owners, word[topics])
+        best[said] = 0
+        return weights @ best / ((1 - AKIN) * weights.sum())
 
     def substance(self) -> np.ndarray:
         """How likely each message of the branch holds a fact, by its length in words with a topic, each counting by
@@ -6178,11 +6178,13 @@ class MemoryIndex:
         usual sum on, longer ones are no likelier.
         """
         if self._substance is None:
-            count = len(self._topic_counts)
+            count, sums = len(self._topic_counts), np.zeros(len(self._topic_counts), np.float32)
             uses = np.bincount(self._topics, minlength=len(self._vocabulary))
-            rarity = np.log((count + 1) / np.maximum(uses, 1)) / math.log(count + 2)
-            owners = np.repeat(np.arange(count), self._topic_counts)
-            sums = np.bincount(owners, weights=rarity[self._topics], minlength=count)
+            rarity = np.log((count + 1) / np.maximum(uses, 1)).astype(np.float32) / math.log(count + 2)
+            told = np.flatnonzero(self._topic_counts)  # reduceat knows no empty share
+            if len(told):
+                starts = np.cumsum(self._topic_counts)[told] - self._topic_counts[told]
+                sums[told] = np.add.reduceat(rarity[self._topics], starts)
             enough = SUBSTANTIAL * float(np.median(sums)) if count else 1.0
             self._substance = np.minimum(1, sums / min(max(enough, 1.0), MOST_NEEDED)).astype(np.float32)
         return self._substance
