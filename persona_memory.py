@@ -56,7 +56,8 @@ The way of a turn::
      2  PromptBuilder.prepare    Completions: the frame of a turn; a failure costs its memory
      3  parse_request            Requests: persona, turns, tail, identity
      4  Archive.enter            finds the chat (ChatRegistry.locate) or makes it, and borrows it
-     5  align_request            Branches: where the transcript hangs in the tree; what is new is written
+     5  align_request            Branches: where the transcript hangs in the tree; what is new is written, while
+                                 the vector is made that step 8 will ask for (Recaller.foresee)
      6  lay_out, branch_story    Prompt, Summarizer: what the history, the story and the reply may take
      7  Recaller.recall          Index, Recall: what the turn asks, the evidence, scores, what fits
      8  Vectors.ask_for_turn     Readings, called by it: one encode, beside which it looks words up
@@ -3027,6 +3028,7 @@ MOST_PIECES = 400
 DIGEST_PIECES, DIGEST_PIECE = 16, 4096  # of a weights file that tell it from others, and the bytes of each
 MAX_EMBEDDED = 4000  # characters; MiniLM reads 256 tokens, and tokenizing megabytes to drop them takes seconds
 TURN, QUERY, BACKGROUND = 0, 1, 2  # priorities of encoding jobs
+MOST_FORESEEN = 16  # jobs that nobody has asked for yet
 FIRST_PACE = 0.1  # seconds that an urgent job is thought to take until the first has been timed
 LATIN_END = "\u024f"
 MOST_SENTENCES = 64  # of a message that have vectors of their own; what stands behind is found by its chunk
@@ -3090,6 +3092,8 @@ class Embedder:
         self._started = threading.Lock()
         self._closed = False
         self._urgent: set[Future] = set()  # jobs that somebody waits for with a timeout
+        # What has been foreseen and not been asked for yet, by its texts and queries; the oldest is given up.
+        self._foreseen: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], Future] = OrderedDict()
         self._pace = FIRST_PACE  # seconds that a job takes which is not the background's; the newest count most
         self._model: Any = None
         self._word_vectors: WordVectors | None = None
@@ -3136,9 +3140,24 @@ class Embedder:
         if not texts and not queries:
             job.work(None, 0)
             return job.future
+        future = self._foreseen.pop((tuple(texts), tuple(queries)), None) or self._put(job, priority)
         if timeout is not None:
-            self._urgent.add(job.future)
-            job.future.add_done_callback(self._urgent.discard)
+            self._urgent.add(future)
+            future.add_done_callback(self._urgent.discard)
+        return future
+
+    def foresee(self, texts: Sequence[str], queries: Sequence[str], timeout: float) -> None:
+        """Begins with vectors that somebody is going to `ask` for in the same words; does nothing where `ask` would
+        refuse."""
+        self.start()
+        key = tuple(texts), tuple(queries)
+        if any(key) and key not in self._foreseen and not self._refusal(timeout):
+            self._foreseen[key] = self._put(EncodingJob(texts, queries), TURN)
+            while len(self._foreseen) > MOST_FORESEEN:
+                with contextlib.suppress(KeyError):  # another thread has just taken it
+                    self._foreseen.popitem(last=False)[1].cancel()
+
+    def _put(self, job: EncodingJob, priority: int) -> Future:
         self._jobs.put((priority, next(self._numbers), job))
         if self._closed:
             self._refuse_all()
@@ -6317,14 +6336,14 @@ class MemoryIndex:
         asked, fresh = found[: len(words)], found[len(words) :]
         if len(fresh):
             self._word_vectors = np.concatenate([self._word_vectors.reshape(known, fresh.shape[1]), fresh])
-        near = np.maximum(self._word_vectors @ asked.T - AKIN, 0) / (1 - AKIN)
-        places = np.flatnonzero(near.any(axis=1)[self._topics[: self._topic_counts[:n].sum()]])
-        owners = np.repeat(np.arange(n), self._topic_counts[:n])[places]
-        starts = np.flatnonzero(np.diff(owners, prepend=-1))
-        best = np.zeros((n, len(words)), np.float32)
-        if len(places):  # reduceat knows no empty share
-            best[owners[starts]] = np.maximum.reduceat(near[self._topics[places]], starts)
-        return (np.where(said.T, 0, best) @ weights / weights.sum()).astype(np.float32)
+        near = asked @ self._word_vectors.T - np.float32(AKIN)  # [words, vocabulary]
+        places = np.flatnonzero((near.max(axis=0) > 0)[self._topics])
+        topics, owners = self._topics[places], np.repeat(np.arange(n), self._topic_counts)[places]
+        best = np.zeros(said.shape, np.float32)
+        for message, word in zip(best, near, strict=True):
+            np.maximum.at(message, owners, word[topics])
+        best[said] = 0
+        return weights @ best / ((1 - AKIN) * weights.sum())
 
     def substance(self) -> np.ndarray:
         """How likely each message of the branch holds a fact, by its length in words with a topic, each counting by
@@ -6334,11 +6353,13 @@ class MemoryIndex:
         usual sum on, longer ones are no likelier.
         """
         if self._substance is None:
-            count = len(self._topic_counts)
+            count, sums = len(self._topic_counts), np.zeros(len(self._topic_counts), np.float32)
             uses = np.bincount(self._topics, minlength=len(self._vocabulary))
-            rarity = np.log((count + 1) / np.maximum(uses, 1)) / math.log(count + 2)
-            owners = np.repeat(np.arange(count), self._topic_counts)
-            sums = np.bincount(owners, weights=rarity[self._topics], minlength=count)
+            rarity = np.log((count + 1) / np.maximum(uses, 1)).astype(np.float32) / math.log(count + 2)
+            told = np.flatnonzero(self._topic_counts)  # reduceat knows no empty share
+            if len(told):
+                starts = np.cumsum(self._topic_counts)[told] - self._topic_counts[told]
+                sums[told] = np.add.reduceat(rarity[self._topics], starts)
             enough = SUBSTANTIAL * float(np.median(sums)) if count else 1.0
             self._substance = np.minimum(1, sums / min(max(enough, 1.0), MOST_NEEDED)).astype(np.float32)
         return self._substance
@@ -6454,6 +6475,7 @@ class Chat:
         self.persona_vectors: dict[str, np.ndarray | None] = {}  # by piece; None: being computed
         self.wordings: dict[str, Wording] = {}  # by the last of the messages that they were found from
         self.last_prompt: list[Sent] | None = None
+        self.recalls = False  # whether its last turn looked for memories
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
@@ -11979,14 +12001,15 @@ MOOD_SPAN = 200  # user messages that a mood is followed over
 
 @dataclass(frozen=True)
 class AskedVectors:
-    """What a turn has asked the embedder for, in two parts: its query with messages that lack a vector, and then the
-    newest message, where its own words are others: those are read for their feelings, and recall need not wait."""
+    """What a turn has asked the embedder for, in three parts: its query, with the newest message where that says the
+    same; other messages that lack a vector; and then the newest message, where its own words are others: those are read
+    for their feelings, and recall need not wait."""
 
     chat: Chat
     missing: list[str]  # hashes of all texts of the branch that lack a vector
-    parts: tuple[dict[str, str], dict[str, str]]  # texts by vector key
+    parts: list[dict[str, str]]  # texts by vector key
     whole: frozenset[str]  # the keys of texts that are embedded as a whole
-    futures: tuple[Future, Future]
+    futures: list[Future]
     deadline: Deadline
 
 
@@ -12152,11 +12175,12 @@ class Vectors:
         firsts = {key: text for some in texts for key, text in itertools.islice(some.items(), 1)}
         whole = frozenset(key for some in texts if len(some) == 1 for key in some)
         queries = [query.spoken] if query else []
-        own = {newest.fingerprint} if newest and query and firsts.get(newest.fingerprint) != query.spoken else set()
-        parts = [{k: t for k, t in firsts.items() if (k in own) is last} for last in (False, True)]
+        own = {k: t for k, t in firsts.items() if newest and k == newest.fingerprint}
+        others = {k: t for k, t in firsts.items() if k not in own}
+        parts = [own, others, {}] if not query or query.spoken in own.values() else [{}, others, own]
         ask = functools.partial(self.embedder.ask, timeout=deadline.left)
-        futures = (ask(each_once(parts[0]), queries=queries), ask(each_once(parts[1])))
-        return AskedVectors(chat, missing, (parts[0], parts[1]), whole, futures, deadline)
+        futures = [ask(each_once(part), queries=() if i else queries) for i, part in enumerate(parts)]
+        return AskedVectors(chat, missing, parts, whole, futures, deadline)
 
     def take_for_turn(
         self, asked: AskedVectors, nodes: Sequence[Node], newest: Turn | None, query: Query | None
@@ -12169,9 +12193,10 @@ class Vectors:
         try:
             encoded = self._take(asked, 0)
             vector = encoded[-1] if query and self.embedder.reads(query.spoken) else None
+            self._take(asked, 1)
         except EmbedderUnavailable as error:
             degraded = str(error) if query else ""
-            vector = chat.index.vector(newest.fingerprint) if newest else None
+            vector = chat.index.vector(newest.fingerprint) if newest and vector is None else vector
         with chat.lock:
             unsplit = chat.index.unsplit
         if degraded or len(asked.whole) < sum(map(len, asked.parts)) or unsplit:  # sentences wait for the turn's answer
@@ -12181,7 +12206,7 @@ class Vectors:
     def take_newest(self, asked: AskedVectors) -> None:
         """Waits for the newest message's own vector, where it is another one than the query's."""
         with contextlib.suppress(EmbedderUnavailable):  # its feelings are read by its words
-            self._take(asked, 1)
+            self._take(asked, 2)
 
     def _take(self, asked: AskedVectors, part: int) -> np.ndarray:
         """Waits for a part of what a turn has asked for, and puts the messages' vectors in index and store."""
@@ -12502,12 +12527,14 @@ class Archive:
 
     @contextlib.contextmanager
     def enter(
-        self, request: ChatRequest, chat_id: str, deadline: Deadline
-    ) -> Iterator[tuple[Chat, list[str], ChatRequest]]:
+        self, request: ChatRequest, chat_id: str, deadline: Deadline,
+        seen: Callable[[Chat, ChatRequest], None] = lambda chat, request: None,
+    ) -> Iterator[tuple[Chat, list[str], ChatRequest]]:  # fmt: skip
         """The chat that a request belongs to, for as long as the block runs; the ids of the request's branch; and the
         request without what this chat has shown to be nobody's words.
 
-        What is new in the request is written first. Without an explicit `chat_id` the transcript names the chat.
+        What is new in the request is written first; `seen` is called before that, with the chat's lock held. Without an
+        explicit `chat_id` the transcript names the chat.
         """
         with contextlib.ExitStack() as loans:
             named = chat_id or self._located(request, "", deadline)
@@ -12517,10 +12544,12 @@ class Archive:
                     named = self._create(request, chat_id, deadline)
                 chat = loans.enter_context(self._registry.borrow(named))
             with chat.lock:
-                path, request = self._place(chat, chat_id, request)
+                path, request = self._place(chat, chat_id, request, seen)
             yield chat, path, request
 
-    def _place(self, chat: Chat, chat_id: str, request: ChatRequest) -> tuple[list[str], ChatRequest]:
+    def _place(
+        self, chat: Chat, chat_id: str, request: ChatRequest, seen: Callable[[Chat, ChatRequest], None]
+    ) -> tuple[list[str], ChatRequest]:
         """The ids of a request's branch, which is written where the disk takes it, and the request without what this
         chat has shown to be nobody's words; hold the chat's lock."""
 
@@ -12531,6 +12560,7 @@ class Archive:
             spoken = with_names(spoken, names_in_chat(chat)) if spoken.prefixed else spoken
             if not request.identity.complete:
                 spoken = with_hidden(chat, unmerged(chat, spoken))
+            seen(chat, spoken)
             alignment = (chat_id and align_appended(chat, spoken)) or align_request(chat, spoken)
             if note := "" if request.identity.complete else learned_note(chat, alignment, spoken):
                 chat.store.commit(info={"notes": [*known, note][-KEPT_NOTES:]})
@@ -13258,6 +13288,7 @@ class Recaller:
         nothing = TOO_SMALL if layout.reach else ALL_SHOWN
         try:
             query = self._query(turn) if recalls else None
+            chat.recalls = recalls
             asked = self._vectors.ask_for_turn(chat, turn.nodes, turn.newest, query, turn.deadline)
             with chat.lock:
                 if query:
@@ -13281,14 +13312,22 @@ class Recaller:
                 chat.index = MemoryIndex()  # derived: the next turn makes it anew
             return RecallResult(degraded=note_failure("recall_failed", "Recall failed", error, chat.id))
 
+    def foresee(self, chat: Chat, request: ChatRequest, deadline: Deadline) -> None:
+        """Has the vector made that a turn will ask for, as far as that can be told before its messages are written;
+        hold the chat's lock."""
+        if request.newest_user is None:
+            return
+        with contextlib.suppress(Exception):  # recall comes to it again, and tells
+            turn = request.turns[request.newest_user]
+            own = list(embedded_texts(message_of_turn(ROOT, turn)).values())[:1]
+            own = own if chat.index.without_vector([turn.fingerprint]) else []
+            asked = [asked_by(request, chat.index).spoken] if chat.recalls else []
+            self._vectors.embedder.foresee(own if asked in ([], own) else [], asked, deadline.left)
+
     def _query(self, turn: TurnContext) -> Query:
         """What the turn asks of the past."""
         with turn.chat.lock:
-            index = turn.chat.follow(turn.nodes, self._vectors.embedder)
-            pivot = turn.layout.pivot
-            before = [t.content for t in turn.request.turns[max(0, pivot - 2) : pivot]]
-            name, text = turn.pivot.name or "", turn.pivot.content
-            return understand(text, name, index.speakers, index.now, before, index.language)
+            return asked_by(turn.request, turn.chat.follow(turn.nodes, self._vectors.embedder))
 
     def _reranked(self, query: Query, memories: list[Memory], timeout: float) -> tuple[list[Memory], str]:
         """Memories in the reranker's order, the best RERANKED of them, and what kept it from that.
@@ -13473,6 +13512,13 @@ def with_newest_first(
         about = vectors @ vector >= mean + ABOUT_QUESTION * spread if fits else np.zeros(len(vectors), bool)
         parts.append((list(itertools.compress(said, about)), vectors[about]))
     return newest_first(memories, parts, (mean, spread))
+
+
+def asked_by(request: ChatRequest, index: MemoryIndex) -> Query:
+    """What a request's newest user message asks of the past."""
+    place = request.newest_user
+    before, turn = [t.content for t in request.turns[max(0, place - 2) : place]], request.turns[place]
+    return understand(turn.content, turn.name or "", index.speakers, index.now, before, index.language)
 
 
 def in_part(
@@ -14489,7 +14535,8 @@ class PromptBuilder:
         tools = tool_tokens(request.body)
         context, shares = self._context(request, tools, call)
         left = beside_tools(context, tools, request.max_tokens)
-        with self._archive.enter(request, chat_id, deadline) as (chat, path, request):
+        foresee = functools.partial(self._recaller.foresee, deadline=deadline)
+        with self._archive.enter(request, chat_id, deadline, foresee) as (chat, path, request):
             memory = self._remember(chat, path, request, left, shares, lay_out, deadline)
             withheld, parts = known_refusals(chat, memory), memory.parts
             prompt, history = composed(memory, [part for part in parts if part not in withheld])
@@ -14551,7 +14598,8 @@ class PromptBuilder:
         started, deadline = time.perf_counter(), Deadline.after(INJECTION_SECONDS)
         usual = self._settings.context or DEFAULT_CONTEXT
         context = int(window / (1 - self._shares[3])) if window else usual
-        with self._archive.enter(request, request.identity.chat_id, deadline) as (chat, path, request):
+        foresee = functools.partial(self._recaller.foresee, deadline=deadline)
+        with self._archive.enter(request, request.identity.chat_id, deadline, foresee) as (chat, path, request):
             memory = self._remember(chat, path, request, context, self._shares, lay_out_window, deadline)
         report, pivot = self._report(memory, None, started), memory.turn.layout.pivot
         plan = replace(memory.plan, context=usual)
