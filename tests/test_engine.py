@@ -195,6 +195,52 @@ def test_the_background_can_be_paused_and_tells_how_far_it_is(server):
     wait_until(lambda: len(store.vectors(vectors.embedder.key, texts)) == len(LONG))
 
 
+def test_the_end_comes_while_the_background_is_paused(memory):
+    """A summary that waits for it to go on is left for the next start."""
+    chat, plan = summarised(memory, "c")
+    memory.pause(True)
+    memory.summarizer._plan("c", plan, "")
+    wait_until(lambda: not memory.summarizer._plans)
+    ending = threading.Thread(target=memory.close, daemon=True)
+    ending.start()
+    ending.join(60)
+    assert not ending.is_alive()
+
+
+def test_work_on_a_chat_that_is_deleted_meanwhile_is_no_trouble(memory, monkeypatch, caplog):
+    """Its summaries, its vectors: nothing is left of them, and nobody is warned."""
+    _, plan = summarised(memory, "c")
+    note = memory.registry.catalogue.mark_due
+
+    def too_late(chat_id, due):
+        monkeypatch.undo()
+        memory.registry.delete("c")
+        note(chat_id, due)
+
+    monkeypatch.setattr(memory.registry.catalogue, "mark_due", too_late)
+    memory.summarizer._plans["c"] = plan, ""
+    memory.summarizer._work_off("c")
+    assert memory.registry.catalogue.due() == []
+    memory.archive.append("d", LONG)
+    with memory.registry.borrow("d") as chat:
+        memory.registry.delete("d")
+        memory.vectors._guarded(chat.put_vectors, "e", {})
+    assert [r.getMessage() for r in caplog.records if r.thread == threading.get_ident()] == []
+
+
+def test_feelings_of_messages_that_a_turn_takes_out_meanwhile_are_left_out(memory, monkeypatch):
+    """Long chats are read in pieces, between which turns come."""
+    monkeypatch.setattr(pm, "READ_AT_ONCE", 2)
+    memory.archive.append("c", LONG[:5])
+    with memory.registry.borrow("c") as chat:
+        path = chat.path()
+        rows = memory.feelings._rows(chat, path)
+        first = next(rows)[0].id
+        chat.store.commit(dropped=path[3:])
+        assert [first, *(node.id for node, _, _ in rows)] == path[:3]
+        assert len(list(pm.read_in_batches(chat, path))) == 3
+
+
 def test_long_work_tells_what_is_left_and_how_long_it_takes():
     """By the rate of its newest steps; of little that waits nothing is told."""
     work = pm.LongWork("vectors", "messages wait", 2)

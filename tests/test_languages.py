@@ -38,6 +38,19 @@ SAMPLES = {
     "ko": ("그게 뭔지 모르겠지만 네가 여기 있으면 좋아.", "우리 같이 가자.", "꼭 돌아온다고 약속할게.", "너무 슬퍼.",
            "슬프지 않아.", "죄송하지만 도와드릴 수 없습니다."),
 }  # fmt: skip
+CHANGES = {
+    "en": "We no longer live there.",
+    "de": "Wir wohnen nicht mehr dort.",
+    "es": "Ya no vivimos allí.",
+    "fr": "Nous n'habitons plus là.",
+    "it": "Non abitiamo più lì.",
+    "pt": "Já não moramos lá.",
+    "pl": "Już nie mieszkamy tam.",
+    "ru": "Мы там больше не живём.",
+    "zh": "我们搬到别处了。",
+    "ja": "私たちは引っ越した。",
+    "ko": "우리는 이사했어.",
+}
 OTHERS = [
     "Ik weet niet wat dit is, maar ik vind het leuk dat je er bent.",
     "Jag vet inte vad det är, men jag gillar när du är här.",
@@ -52,6 +65,7 @@ def test_each_language_is_found_and_has_its_words(language):
     assert set(SAMPLES) == set(pm.WORDINGS) == {*pm.FELT, "en"}
     assert words.language == language and pm.wording_for(texts[:2]) is pm.wording_for([texts[0], "ok"]) is words
     assert pm.PROMISE.search(texts[2]) and not any(pm.PROMISE.search(texts[i]) for i in (0, 1, 3, 4))
+    assert pm.CHANGED.search(CHANGES[language]) and not any(pm.CHANGED.search(text) for text in texts)
     assert pm.REFUSAL.match(texts[5]) and not any(pm.REFUSAL.match(text) for text in texts[:5])
     assert pm.feeling_in(language, texts[3]).label == "sadness" and pm.feeling_in(language, texts[4]).label == "neutral"
 
