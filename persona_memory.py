@@ -3546,7 +3546,7 @@ SAME_TEXT = 64  # how many messages of one text are tried as the transcript's be
 
 
 class Tree:
-    """A chat's messages as a tree in RAM. Adding is all that changes it; no I/O."""
+    """A chat's messages as a tree in RAM; no I/O."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
