@@ -150,6 +150,24 @@ def test_what_is_made_of_erased_words_too_late_is_not_kept(data_dir):
     other.close()
 
 
+def test_what_the_index_keeps_of_erased_words_is_erased(data_dir):
+    """It holds many messages' words, compressed; another program that has the chat open does not bring it back."""
+    store, other = pm.ChatStore(data_dir), pm.ChatStore(data_dir)
+    message = pm.new_message("", "user", SECRET)
+    for one in (store, other):
+        one.catch_up()
+        one.put_derived(f"of {id(one)}", SECRET)
+    store.commit([message], info={"chat_id": "c"})
+    store.commit(marked=[pm.replace(message, forgotten=True)])
+    assert store.derived(f"of {id(store)}") == SECRET
+    store.erase([message.digest])
+    other.commit(info={"seen": 1})
+    for one in (store, other):
+        with one._database.use() as cache:
+            assert pm.stored_rows(cache, "t:") == {}
+        one.close()
+
+
 def test_a_forgotten_fact_is_erased_and_does_not_come_back(running, data_dir):
     """There is no undo for it, so nothing of it is kept; its id is, so that it is not found again."""
     told(running)
