@@ -6051,9 +6051,10 @@ def segments_of(
         key = short_hash("segment", str(SEGMENT_RULES), usual, *(n.fingerprint for n in some))
         kept = store if len(some) == SEGMENT else None
         row = kept.derived(key) if kept else None
-        segment = Segment(**row) if row else segment_of([m.content for m in read([n.id for n in some])], usual)
-        if kept and not row:
-            kept.put_derived(key, vars(segment))
+        messages = () if row else read([n.id for n in some])
+        segment = Segment(**row) if row else segment_of([m.content for m in messages], usual)
+        if kept and not row and all(m.fingerprint == n.fingerprint for m, n in zip(messages, some, strict=True)):
+            kept.put_derived(key, vars(segment))  # no text is another one by now
         languages.update(segment.languages)
         yield some, segment
 
