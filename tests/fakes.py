@@ -483,7 +483,7 @@ class Server:
         if self.process and self.process.poll() is None:
             self.process.send_signal(number)
             try:
-                self.process.wait(20)
+                self.process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
