@@ -12675,7 +12675,8 @@ class Archive:
                 self._registry.enter(target, ids)
             self._vectors.later(target, ids)
         if not left:
-            self._registry.delete(source_id)
+            with contextlib.suppress(NotFound):  # somebody has deleted it meanwhile
+                self._registry.delete(source_id)
 
     def _copy_messages(self, source: Chat, target: Chat, ids: Sequence[str]) -> None:
         """Copies messages, parents first, with all that is known of them, into a chat: also a user's own words for a
