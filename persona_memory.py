@@ -13471,7 +13471,7 @@ class Recaller:
     def _found_in(self, chat_id: str, turn: TurnContext) -> list[tuple[Memory, np.ndarray]]:
         """What a chat's current branch remembers of a turn, with the memories' vectors."""
         text = turn.pivot.content
-        with self._registry.lookup(chat_id) as chat:
+        with contextlib.suppress(StoreError), self._registry.lookup(chat_id) as chat:  # a damaged chat harms no other
             if chat is None or chat.store.family == turn.chat.store.family:
                 return []
             nodes, query, vector = self._asked_of(chat, text, turn.pivot.name or "", turn.deadline.left)
@@ -13484,6 +13484,7 @@ class Recaller:
                 memories = self._memories(chat, nodes, scores, found, read_emotion(text))
                 memories = [replace(in_part(m, index, query, evidence, vector), chat=chat_id) for m in memories]
                 return list(zip(memories, index.vectors([m.message.fingerprint for m in memories]), strict=True))
+        return []
 
     def character(self, name: str) -> dict:
         """What is set for a character, and how many chats there are with it."""
