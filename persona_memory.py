@@ -56,7 +56,8 @@ The way of a turn::
      2  PromptBuilder.prepare    Completions: the frame of a turn; a failure costs its memory
      3  parse_request            Requests: persona, turns, tail, identity
      4  Archive.enter            finds the chat (ChatRegistry.locate) or makes it, and borrows it
-     5  align_request            Branches: where the transcript hangs in the tree; what is new is written
+     5  align_request            Branches: where the transcript hangs in the tree; what is new is written, while
+                                 the vector is made that step 8 will ask for (Recaller.foresee)
      6  lay_out, branch_story    Prompt, Summarizer: what the history, the story and the reply may take
      7  Recaller.recall          Index, Recall: what the turn asks, the evidence, scores, what fits
      8  Vectors.ask_for_turn     Readings, called by it: one encode, beside which it looks words up
@@ -347,6 +348,10 @@ class DiskFull(StoreError):
     status, code = 507, "disk_full"  # RFC 4918, 11.5
 
 
+class ChatClosed(StoreError):
+    """A chat was deleted, or the program ended, while somebody had it."""
+
+
 class StoreDamaged(StoreError):
     """A store's file holds what this program did not write."""
 
@@ -428,6 +433,8 @@ class ClientGone(PersonaMemoryError):
 # ======================================================================================================================
 # Languages
 # ======================================================================================================================
+
+UNSPACED_LANGUAGES = ("zh", "ja", "ko")  # in which a word may stand in the middle of letters
 
 
 @dataclass(frozen=True)
@@ -1153,7 +1160,9 @@ class Node:
     complete: bool = field(compare=False)
     pinned: bool = field(compare=False)
     forgotten: bool = field(compare=False)
-    voice: str | None = field(default=None, compare=False)  # as a message's
+    voice: str | None = field(compare=False)  # this and the next two as a message's
+    speaker: str = field(compare=False)
+    said_at: float = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1585,13 +1594,17 @@ class RecentWarnings(logging.Filter):
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 
 
+def escaped(text: str) -> str:
+    """The text with its control characters as Python writes them."""
+    return CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], text)
+
+
 def log_event(event: str, sentence: str, *, level: int = logging.INFO, trace: bool = False, **figures: Any) -> None:
     """One line in the log: `sentence` for people; `event` and `figures` (ids, times, counts) for machines.
 
     Another program's log, of which this one is a module, may not escape what stands in a chat's id.
     """
-    sentence = CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], sentence)
-    log.log(level, sentence, extra={"event": event, "figures": figures}, exc_info=trace)
+    log.log(level, escaped(sentence), extra={"event": event, "figures": figures}, exc_info=trace)
 
 
 class LogFormatter(logging.Formatter):
@@ -1611,13 +1624,12 @@ class LogFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's own name)
         """The line without its traceback."""
-        record.message = CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], record.message)
+        record.message = escaped(record.message)
         return super().formatMessage(record)
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
         """The traceback."""
-        lines = super().formatException(ei).split("\n")
-        return "\n".join("  " + CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], line) for line in lines)
+        return "\n".join("  " + escaped(line) for line in super().formatException(ei).split("\n"))
 
     def _object(self, record: logging.LogRecord) -> str:
         line = {
@@ -1714,15 +1726,11 @@ def message_tokens(message: Mapping) -> int:
 
 def parse_shares(text: str) -> tuple[float, ...]:
     """The four shares (persona, memories, history, response) as fractions of the context; raises `SettingsError`."""
-    parts = text.split("/")
-    if (
-        len(parts) != 4
-        or not all(p.strip().isdecimal() for p in parts)
-        or sum(map(int, parts)) != 100
-        or int(parts[3]) < 1
-    ):
+    found = re.fullmatch(" */ *".join([r"(\d{1,3})"] * 4), text.strip())
+    parts = [int(part) for part in found.groups()] if found else [0]
+    if sum(parts) != 100 or not parts[-1]:
         raise SettingsError(f"--budget must be four percentages that sum to 100, such as 20/25/35/20, not {text!r}.")
-    return tuple(int(p) / 100 for p in parts)
+    return tuple(part / 100 for part in parts)
 
 
 @dataclass(frozen=True)
@@ -2767,14 +2775,14 @@ FELT = {
 }  # fmt: skip
 NAMED_DOUBT = 0.2  # about a feeling that is named once; a second word halves it
 TURNED_BEFORE, TURNED_AFTER = 24, 7  # characters beside a feeling's word in which a turning one turns it
-TURNED_BEHIND = ("de", "fr", "zh", "ja", "ko")  # the languages in which it may stand behind
+TURNED_BEHIND = ("de", "fr", *UNSPACED_LANGUAGES)  # the languages in which it may stand behind
 CLAUSE, SENTENCE = re.compile(r"[.!?,;:。！？、，\n]"), re.compile(r"(?<=[.!?。！？\n])")
 
 
 @functools.cache
 def felt_patterns(language: str) -> tuple[list[re.Pattern], re.Pattern, re.Pattern]:
     """What finds a language's words for each of the six feelings, those that turn one, and the first person's."""
-    edge = "" if language in ("zh", "ja", "ko") else r"\b"
+    edge = "" if language in UNSPACED_LANGUAGES else r"\b"
     *feelings, turned, first = FELT[language]
     return (
         [re.compile(rf"{edge}(?:{words})", re.I) for words in feelings],
@@ -2960,10 +2968,7 @@ def moods(readings: Iterable[tuple[int, EmotionReading]]) -> Iterator[Mood]:
 
 def mood_of(readings: Sequence[tuple[int, EmotionReading]]) -> Mood | None:
     """The mood of a branch after the last of its user messages (see `moods`); None where there are none."""
-    mood = None
-    for mood in moods(readings):  # noqa: B007
-        pass
-    return mood
+    return [None, *moods(readings)][-1]
 
 
 def mood_swings(readings: Sequence[tuple[int, EmotionReading]]) -> list[Mood]:
@@ -3023,6 +3028,7 @@ MOST_PIECES = 400
 DIGEST_PIECES, DIGEST_PIECE = 16, 4096  # of a weights file that tell it from others, and the bytes of each
 MAX_EMBEDDED = 4000  # characters; MiniLM reads 256 tokens, and tokenizing megabytes to drop them takes seconds
 TURN, QUERY, BACKGROUND = 0, 1, 2  # priorities of encoding jobs
+MOST_FORESEEN = 16  # jobs that nobody has asked for yet
 FIRST_PACE = 0.1  # seconds that an urgent job is thought to take until the first has been timed
 LATIN_END = "\u024f"
 MOST_SENTENCES = 64  # of a message that have vectors of their own; what stands behind is found by its chunk
@@ -3086,6 +3092,8 @@ class Embedder:
         self._started = threading.Lock()
         self._closed = False
         self._urgent: set[Future] = set()  # jobs that somebody waits for with a timeout
+        # What has been foreseen and not been asked for yet, by its texts and queries; the oldest is given up.
+        self._foreseen: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], Future] = OrderedDict()
         self._pace = FIRST_PACE  # seconds that a job takes which is not the background's; the newest count most
         self._model: Any = None
         self._word_vectors: WordVectors | None = None
@@ -3132,9 +3140,24 @@ class Embedder:
         if not texts and not queries:
             job.work(None, 0)
             return job.future
+        future = self._foreseen.pop((tuple(texts), tuple(queries)), None) or self._put(job, priority)
         if timeout is not None:
-            self._urgent.add(job.future)
-            job.future.add_done_callback(self._urgent.discard)
+            self._urgent.add(future)
+            future.add_done_callback(self._urgent.discard)
+        return future
+
+    def foresee(self, texts: Sequence[str], queries: Sequence[str], timeout: float) -> None:
+        """Begins with vectors that somebody is going to `ask` for in the same words; does nothing where `ask` would
+        refuse."""
+        self.start()
+        key = tuple(texts), tuple(queries)
+        if any(key) and key not in self._foreseen and not self._refusal(timeout):
+            self._foreseen[key] = self._put(EncodingJob(texts, queries), TURN)
+            while len(self._foreseen) > MOST_FORESEEN:
+                with contextlib.suppress(KeyError):  # another thread has just taken it
+                    self._foreseen.popitem(last=False)[1].cancel()
+
+    def _put(self, job: EncodingJob, priority: int) -> Future:
         self._jobs.put((priority, next(self._numbers), job))
         if self._closed:
             self._refuse_all()
@@ -3611,6 +3634,7 @@ class Tree:
             message.id, above.id if above else ROOT, sys.intern(message.role), message.digest, fingerprint,
             "" if message.erased else shown, depth, order, message.tokens,
             message.confirmed, message.complete, message.pinned, message.forgotten, message.voice,
+            sys.intern(message.speaker), message.said_at,
         )  # fmt: skip
         if self._trail[depth : depth + 1] == [message.id]:
             self._line[depth] = self.nodes[message.id]
@@ -4538,16 +4562,16 @@ class Database:
     """A folder's diskcache that forgets nothing: one connection, one lock, and failures as `StoreError`.
 
     `synchronous` is SQLite's: 2 survives a power cut, 1 a crash of the program. It opens at the first use, so that a
-    folder which cannot be used now may be used later.
+    folder which cannot be used now may be used later. Where it is not there it is made, unless `make` forbids it.
     """
 
     _closed = False
     damaged = False  # whether something in it could not be read
     _try_again = 0.0  # when a file that could only be read is tried again, by the monotonic clock
 
-    def __init__(self, folder: Path, synchronous: int, lock: threading.RLock | None = None):
+    def __init__(self, folder: Path, synchronous: int, lock: threading.RLock | None = None, make: bool = True):
         self.folder, self.lock = folder, lock or threading.RLock()
-        self._synchronous = synchronous
+        self._synchronous, self._make = synchronous, make
         self._cache: SharedCache | None = None
 
     @contextlib.contextmanager
@@ -4555,7 +4579,7 @@ class Database:
         """The cache, for one thread at a time; raises `StoreError` for what goes wrong with it."""
         with self.lock:
             if self._closed:
-                raise StoreError("the chat is closed")
+                raise ChatClosed("the chat is closed")
             try:
                 if isinstance(self._cache, ReadOnlyCache) and time.monotonic() > self._try_again:
                     self.rest()
@@ -4588,6 +4612,8 @@ class Database:
 
     def _open_for_writing(self) -> SharedCache:
         file = database_of(self.folder)
+        if not self._make and not file.exists():
+            raise FileNotFoundError(errno.ENOENT, "it was deleted", str(file))
         make_private(self.folder)
         with contextlib.suppress(OSError):  # what cannot be used is told by SQLite
             if not file.exists():
@@ -4767,12 +4793,32 @@ def stored_rows(cache: diskcache.Cache, prefix: str) -> dict[str, Any]:
 def values_of(cache: SharedCache, prefix: str, names: Iterable[str]) -> dict[str, Any]:
     """The values (text, bytes or numbers) of those keys under a prefix such as "m:", by name and as far as they are
     there: in one query for hundreds of keys, of which diskcache would make one each."""
-    found = {}
+    found, cut = {}, len(prefix)
     for some in batches(list(names), KEYS_AT_ONCE):
-        sql = f"SELECT key, raw, mode, filename, value FROM Cache WHERE key IN ({','.join('?' * len(some))})"
-        for key, raw, mode, filename, value in cache._sql(sql, [prefix + name for name in some]).fetchall():
-            name = cache.disk.get(key, raw).removeprefix(prefix)
-            found[name] = cache.disk.fetch(mode, filename, value, False)
+        sql = f"SELECT key, value, raw, mode FROM Cache WHERE key IN ({','.join('?' * len(some))})"
+        rows = cache._sql(sql, [prefix + name for name in some]).fetchall()
+        for raw, mode in {row[2:] for row in rows}:  # the disk refuses what is no plain value
+            cache.disk.get("", raw)
+            cache.disk.fetch(mode, None, b"", False)
+        found.update((key[cut:], value) for key, value, _, _ in rows)
+    return found
+
+
+def sound_vectors(stored: Mapping[str, tuple[int, bytes]], kind: type, slack: float) -> dict[str, np.ndarray]:
+    """The vectors under each key, float32 [count, dimensions], of their count and bytes (numbers of that `kind`). A key
+    is left out whose bytes hold no such count, or vectors whose squared length is not 1, but for some `slack`."""
+    found, keys_of, width = {}, defaultdict(list), np.dtype(kind).itemsize
+    for key, (count, raw) in stored.items():
+        size, rest = divmod(len(raw), count * width) if count else (0, 1)
+        if size and not rest:
+            keys_of[size].append(key)
+    for size, keys in keys_of.items():  # all together: one by one takes twice as long
+        rows = np.frombuffer(b"".join([stored[key][1] for key in keys]), kind).astype(np.float32).reshape(-1, size)
+        fits = np.abs(np.einsum("ij,ij->i", rows, rows) - 1) < slack
+        whole, ends = fits.all(), list(itertools.accumulate(stored[key][0] for key in keys))
+        for key, start, end in zip(keys, [0, *ends], ends, strict=False):
+            if whole or fits[start:end].all():
+                found[key] = rows[start:end]
     return found
 
 
@@ -4782,18 +4828,18 @@ def message_rows_of(cache: SharedCache) -> Iterator[dict]:
     found = cache._sql("SELECT rowid, key FROM Cache WHERE key >= 'm:' AND key < 'm;'").fetchall()
     for some in batches([key[2:] for _, key in sorted(found)], KEYS_AT_ONCE):
         rows = values_of(cache, "m:", some)
-        yield from (json.loads(rows[message]) for message in some if message in rows)
+        yield from json.loads(f"[{','.join(rows[message] for message in some if message in rows)}]")
 
 
 class ChatStore:
     """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
     Rows: `m:<id>` a message (JSON), `k:<digest>` the marks of a text by speaker, `s:<id>` a summary, `f:<id>` a fact,
-    `v:<embedder>:<hash>` a vector (float32 bytes), `e:<reader>:<hash>` emotion scores, `p:<number>` a prompt report,
-    `info` what is known of the chat, `format` the rows' format, `generation` a counter of changes with `g:<n>` naming
-    the messages (the keys of other rows, and `d:<id>` for a message taken out) that change n touched, so that another
-    process on the same folder can catch up. Messages are written as their marks make them, so that whoever reads one
-    reads it marked.
+    `v:<embedder>:<hash>` a vector (float32 bytes), `e:<reader>:<hash>` emotion scores, `t:<hash>` what the index knows
+    of some texts (see `derived`), `p:<number>` a prompt report, `info` what is known of the chat, `format` the rows'
+    format, `generation` a counter of changes with `g:<n>` naming the messages (the keys of other rows, and `d:<id>` for
+    a message taken out) that change n touched, so that another process on the same folder can catch up. Messages are
+    written as their marks make them, so that whoever reads one reads it marked.
 
     Every method takes `lock`, which is the chat's; hold it across calls that belong together.
     """
@@ -4801,10 +4847,12 @@ class ChatStore:
     unwritten = ""  # why the last turn's messages could not be written
     _in_ram = False
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, make: bool = True):
         self.directory = directory
         self.lock = threading.RLock()
-        self._database = Database(directory, 2, self.lock)
+        self._database = Database(directory, 2, self.lock, make)
+        self._gone: set[str] = set()  # fingerprints of erased texts, whose vectors somebody may bring too late
+        self._derived: dict[str, bytes] = {}  # rows that the next commit writes: nothing waits for the disk for them
         with self._database.use() as cache:
             self._file = file_number(directory)
             try:
@@ -4897,6 +4945,9 @@ class ChatStore:
 
     def _remember(self, row: dict) -> None:
         message = message_of(row)
+        if message.erased and (old := self.tree.nodes.get(message.id)):
+            self._gone |= {old.fingerprint, old.shown}
+        self._gone.discard(message.fingerprint)
         self.tree.put(message, row["order"])
         self._next_order = max(self._next_order, row["order"] + 1)
         self._recent.pop(message.id, None)
@@ -4949,14 +5000,15 @@ class ChatStore:
         newest = cache.get("generation", 0)
         if newest == self._generation:
             return
+        self._derived.clear()  # another process may have erased the words
         changes = [cache.get(f"g:{n}") for n in range(max(1, self._generation + 1), newest + 1)]
         if newest < self._generation or None in changes:  # too far behind
             self._read_all(cache)
             return
-        keys = list(itertools.chain.from_iterable(map(json.loads, changes)))
-        dropped = {key[2:] for key in keys if key.startswith("d:")}
-        self._drop([i for i in dropped if i in self.tree.nodes])
-        for key in (key for key in keys if key not in dropped and not key.startswith("d:")):
+        keys = itertools.chain.from_iterable(map(json.loads, changes))
+        dropped = {key.removeprefix("d:"): key.startswith("d:") for key in keys}  # the newest change decides
+        self._drop([key for key, gone in dropped.items() if gone and key in self.tree.nodes])
+        for key in (key for key, gone in dropped.items() if not gone):
             self._take_over(key, read_json(cache, row_key(key)))
         self.info = read_json(cache, "info")
         self._generation = newest
@@ -5019,7 +5071,9 @@ class ChatStore:
                     note_format(cache)
                 if known != self.info:
                     cache["info"] = json.dumps(known)
-            self.info, self._generation = known, generation
+                for key, value in self._derived.items():
+                    cache[f"t:{key}"] = value
+            self.info, self._generation, self._derived = known, generation, {}
             for key, row in rows.items():
                 self._take_over(key, row)
             self._drop(dropped)
@@ -5061,12 +5115,13 @@ class ChatStore:
             cache._sql("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _delete_arrays(self, cache: SharedCache, messages: Sequence[Message]) -> None:
-        """Deletes the vectors and readings of the messages' texts, those of texts that stand elsewhere excepted."""
+        """Deletes the vectors and readings of the messages' texts, those of texts that stand elsewhere excepted, and
+        all derived rows: they hold many messages' words, and are soon made again."""
         texts = {text_fingerprint(m.name, text) for m in messages for text in (m.content, m.original)}
         texts -= {f for n in self.tree.nodes.values() for f in (n.fingerprint, n.shown)}
-        keys = cache._sql("SELECT key FROM Cache WHERE substr(key, 1, 2) IN ('v:', 'c:', 'e:')")
+        keys = cache._sql("SELECT key FROM Cache WHERE substr(key, 1, 2) IN ('v:', 'c:', 'e:', 't:')")
         for (key,) in keys.fetchall():
-            if text_of_key(key.rpartition(":")[2]) in texts:
+            if (key[:2] == "t:" and messages) or text_of_key(key.rpartition(":")[2]) in texts:
                 cache.delete(key)
 
     def _with_marks(
@@ -5110,6 +5165,18 @@ class ChatStore:
             while len(self._recent) > WORKING_MEMORY * OPEN_BRANCHES:
                 self._recent.popitem(last=False)
 
+    def derived(self, key: str) -> Any:
+        """The JSON value that was made of the messages and is kept under a key; None where there is none, or its
+        checksum (zlib's) tells that it is damaged: it can be made again."""
+        with self._database.use() as cache, contextlib.suppress(zlib.error, StoreDamaged, *SENSELESS):
+            return json.loads(zlib.decompress(self._derived.get(key) or cache.get(f"t:{key}")))
+        return None
+
+    def put_derived(self, key: str, value: Any) -> None:
+        """Keeps a JSON value that can be made again; what is committed next takes it to the disk."""
+        with self.lock:
+            self._derived[key] = zlib.compress(json.dumps(value).encode(), 1)
+
     def _arrays(self, prefix: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The float32 arrays under a prefix and those hashes; bytes that hold none are left out."""
         with self._database.use() as cache:
@@ -5119,12 +5186,14 @@ class ChatStore:
     def _put_arrays(self, prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
         with self._database.transaction() as cache:
             for text_hash, values in arrays.items():
-                cache[f"{prefix}:{text_hash}"] = values.astype(np.float32).tobytes()
+                if text_of_key(text_hash) not in self._gone:
+                    cache[f"{prefix}:{text_hash}"] = values.astype(np.float32).tobytes()
 
     def vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The stored vectors of those text hashes, float32; those without one of unit length are left out."""
-        found = self._arrays(f"v:{embedder}", hashes)
-        return {h: v for h, v in found.items() if abs(float(v @ v) - 1.0) < 2e-3}
+        with self._database.use() as cache:
+            stored = {h: (1, v) for h, v in values_of(cache, f"v:{embedder}:", hashes).items() if isinstance(v, bytes)}
+        return {h: rows[0] for h, rows in sound_vectors(stored, np.float32, 2e-3).items()}
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores vectors by text hash: a text is embedded once, on however many branches it stands."""
@@ -5134,19 +5203,15 @@ class ChatStore:
         """The stored vectors of the sentences of those text hashes, float32 [sentences, dimensions] each."""
         with self._database.use() as cache:
             every = values_of(cache, f"c:{embedder}:", hashes)
-        raw = {h: v for h, v in every.items() if isinstance(v, bytes) and len(v) > 4}
-        found = {}
-        for text_hash, value in raw.items():
-            count = int.from_bytes(value[:4], "little")
-            if count and not (len(value) - 4) % (2 * count):
-                found[text_hash] = np.frombuffer(value, np.float16, offset=4).astype(np.float32).reshape(count, -1)
-        return {h: v for h, v in found.items() if np.abs((v * v).sum(axis=1) - 1.0).max() < 2e-2}
+        stored = {h: (int.from_bytes(v[:4], "little"), v[4:]) for h, v in every.items() if isinstance(v, bytes)}
+        return sound_vectors(stored, np.float16, 2e-2)
 
     def put_sentence_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores the vectors of texts' sentences by text hash, as float16: half of the disk for 0.0005 of a cosine."""
         with self._database.transaction() as cache:
-            for text_hash, rows in vectors.items():
-                cache[f"c:{embedder}:{text_hash}"] = len(rows).to_bytes(4, "little") + rows.astype(np.float16).tobytes()
+            for text_hash in vectors.keys() - self._gone:
+                rows = vectors[text_hash].astype(np.float16)
+                cache[f"c:{embedder}:{text_hash}"] = len(rows).to_bytes(4, "little") + rows.tobytes()
 
     def readings(self, reader: str, hashes: Iterable[str]) -> dict[str, list[float]]:
         """The stored emotion scores by text hash, in the order of EMOTIONS; those that make no sense are left out."""
@@ -5266,9 +5331,18 @@ def database_of(directory: Path) -> Path:
 
 def size_on_disk(folder: Path) -> int:
     """Bytes that a chat's files take; 0 where there are none."""
-    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-        return sum(entry.stat().st_size for entry in os.scandir(folder))
-    return 0
+    return sum(stat.st_size for stat in stats_of(folder))
+
+
+def stats_of(folder: Path) -> list[os.stat_result]:
+    """What the system knows of the files in a folder, as far as they are there: SQLite deletes those that it does not
+    need at the moment."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for file in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found.append(file.stat())
+    return found
 
 
 def messages_holding(database: Path, words: Sequence[str]) -> Iterator[Message]:
@@ -5422,7 +5496,9 @@ LATIN_LANGUAGES = ("en", "de", "es", "fr", "it", "pt", "pl")  # told apart by th
 LEAST_STOP_WORDS = 2  # in a text that they tell the language of
 TEXT_BYTES = 1000  # of RAM for what an index knows of a text, beside its vectors and words
 PAGE_FIGURES = ("page_count", "page_size")  # SQLite's, of a database
-INDEXED_AT_ONCE = 500  # messages that are read, and vectors that are taken over, in one piece
+INDEXED_AT_ONCE = 500  # vectors that are taken over in one piece
+SEGMENT = 200  # messages; those of a branch's end that make no whole one are read anew when a chat is opened
+SEGMENT_RULES = 1  # raise it where a segment holds other things of the same texts: those in the stores are made anew
 STALE_ROWS = 1000  # texts that have left a branch, from which on its index is made anew
 COMMON_SHARE, COMMON_FLOOR = 8, 200  # a word in an eighth of the texts, and in 200, is too common to discriminate
 MAX_QUERY_WORDS = 24  # the rarest would do; a pasted page must not become a thousand look-ups
@@ -5608,7 +5684,6 @@ STORY_DAYS = {
     "fr": ("premi(?:er|ère) (?:deuxième|seconde?) troisième quatrième cinquième sixième septième huitième neuvième"
            " dixième", "jour|nuit|matin|soir"),
 }  # fmt: skip
-UNSPACED_LANGUAGES = ("zh", "ja", "ko")
 TRAITS = ("question", "answer", "name", "change", "time", "number")  # of a message; `substance` is found in its chat
 
 
@@ -5935,6 +6010,63 @@ class VectorTable:
         return best
 
 
+@dataclass(frozen=True)
+class Segment:
+    """What an index knows of some texts by their words alone, one item a text. It is dear to make, so it is kept (as a
+    segment of Lucene's, a piece of an index that does not change)."""
+
+    languages: Sequence[str]
+    lexical: Sequence[str]  # the texts as FTS5 gets them
+    chunks: Sequence[int]  # how many vectors each takes
+    single: Sequence[bool]  # whether it is but one sentence
+    traits: Sequence[Sequence[float]]  # in the order of TRAITS
+    story_days: Sequence[int]  # 0: it names none
+    topics: Sequence[str]  # its words with a topic, with spaces between them
+
+
+def segment_of(texts: Sequence[str], usual: str) -> Segment:
+    """What is known of texts in a chat that is in a language as a rule."""
+    spoken = [(text, language_of(clip(text), usual)) for text in texts]
+    return Segment(
+        [language for _, language in spoken],
+        [lexical_text(*pair) for pair in spoken],
+        [chunk_count(text) for text in texts],
+        [not sentences(text) for text in texts],
+        [message_traits(*pair) for pair in spoken],
+        [story_day(*pair) for pair in spoken],
+        [" ".join(topics_of(*pair)) for pair in spoken],
+    )
+
+
+def segments_of(
+    nodes: Sequence[Node], start: int, languages: Counter[str], read: Callable[[list[str]], Sequence[Message]],
+    store: ChatStore | None,
+) -> Iterator[tuple[Sequence[Node], Segment]]:  # fmt: skip
+    """A branch from `start` on, piece by piece, with what is known of each: as the `store` keeps it under a hash of its
+    texts, else made of the messages that `read` gives by their ids. `languages` counts those of the texts before, and
+    goes on."""
+    while start < len(nodes):
+        some = nodes[start : start - start % SEGMENT + SEGMENT]
+        usual, start = usual_language(languages), start + len(some)
+        key = short_hash("segment", str(SEGMENT_RULES), usual, *(n.fingerprint for n in some))
+        kept = store if len(some) == SEGMENT else None
+        row = kept.derived(key) if kept else None
+        segment = Segment(**row) if row else segment_of([m.content for m in read([n.id for n in some])], usual)
+        if kept and not row:
+            kept.put_derived(key, vars(segment))
+        languages.update(segment.languages)
+        yield some, segment
+
+
+def usual_language(languages: Counter[str]) -> str:
+    """The one that most texts are in."""
+    return languages.most_common(1)[0][0] if languages else "en"
+
+
+# A MemoryIndex's arrays with an item for each message of the branch.
+BRANCH_ARRAYS = ("_row_at", "_speaker_at", "_days", "_story_days", "_topic_counts", "_traits")
+
+
 class MemoryIndex:
     """Vectors, words and traits of one branch's messages. Derived from the store: losing it loses nothing.
 
@@ -5976,8 +6108,10 @@ class MemoryIndex:
         self._noise = (0, 0.0, 1.0)  # vectors when it was measured, mean and standard deviation of cosines
         self._coherence = (0, USUAL_COHERENCE)  # vectors when it was measured, and what it was
 
-    def follow(self, nodes: Sequence[Node], read: Callable[[list[str]], Sequence[Message]]) -> list[str]:
-        """Makes the index that of a branch; `read` gives the messages of the ids that are new to it.
+    def follow(
+        self, nodes: Sequence[Node], read: Callable[[list[str]], Sequence[Message]], store: ChatStore | None = None
+    ) -> list[str]:  # fmt: skip
+        """Makes the index that of a branch, see `segments_of`.
 
         Returns the hashes of the texts that have come and lack vectors, their own or their sentences'.
         """
@@ -5989,16 +6123,16 @@ class MemoryIndex:
         gone, self._hashes = self._hashes[kept:], self._hashes[:kept]
         self._topics, self._substance = self._topics[: self._topic_counts[:kept].sum()], None
         self._looked_up = None
-        for name in ("_traits", "_row_at", "_speaker_at", "_days", "_story_days", "_topic_counts"):
+        for name in BRANCH_ARRAYS:
             setattr(self, name, getattr(self, name)[:kept])
-        fresh, self._nodes, usual = nodes[kept:], self._nodes[:kept], self.language
+        fresh, self._nodes = nodes[kept:], self._nodes[:kept]
         self._take_off(gone)
-        for some in batches(fresh, INDEXED_AT_ONCE):  # all texts at once would take more RAM than the whole index
-            messages, hashes = read([n.id for n in some]), [n.fingerprint for n in some]
-            languages = [language_of(clip(m.content), usual) for m in messages]
-            self._put_on(dict(zip(hashes, messages, strict=True)), dict(zip(hashes, languages, strict=True)))
-            self._append(hashes, messages, languages)
-            self._nodes.extend(some)
+        columns: list[tuple] = []
+        try:
+            for some, segment in segments_of(nodes, kept, self._languages, read, store):
+                columns.append(self._put_on(some, segment))
+        finally:  # what could be read is whole
+            self._append(columns)
         self._word_bytes = math.prod(self._words.execute(f"PRAGMA {name}").fetchone()[0] for name in PAGE_FIGURES)
         lacking = (
             h for h in dict.fromkeys(n.fingerprint for n in fresh) if h in self._unembedded or h in self._unsplit
@@ -6015,39 +6149,44 @@ class MemoryIndex:
             self._unembedded.pop(text_hash, None)
             self._unsplit.pop(text_hash, None)
 
-    def _put_on(self, come: Mapping[str, Message], spoken: Mapping[str, str]) -> None:
-        """Puts texts on it."""
-        for text_hash in come:
+    def _put_on(self, nodes: Sequence[Node], segment: Segment) -> tuple:
+        """Puts the branch's next texts on the lexical table; returns what `_append` takes of them."""
+        hashes = [n.fingerprint for n in nodes]
+        for text_hash in hashes:
             self._rows.setdefault(text_hash, len(self._rows))
-        self._languages.update(spoken.values())
-        rows = [(self._rows[h], lexical_text(come[h].content, spoken[h])) for h in come if h not in self._uses]
+        come = dict(zip(hashes, segment.lexical, strict=True))
+        rows = [(self._rows[h], text) for h, text in come.items() if h not in self._uses]
         self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
-        self._chunks.update((h, chunk_count(m.content)) for h, m in come.items())
+        self._chunks.update(zip(hashes, segment.chunks, strict=True))
         self._unembedded.update((h, None) for h in come if h not in self._embedded)
-        self._split.update(h for h, m in come.items() if not sentences(m.content))
+        self._split.update(h for h, single in zip(hashes, segment.single, strict=True) if single)
         self._unsplit.update((h, None) for h in come if h not in self._split)
-
-    def _append(self, hashes: Sequence[str], messages: Sequence[Message], languages: Sequence[str]) -> None:
         self._hashes.extend(hashes)
         self._uses.update(hashes)
-        if not messages:
+        self._nodes.extend(nodes)
+        for node in nodes:
+            self.speakers.setdefault(node.speaker, node.role)
+        topics = [words.split() for words in segment.topics]
+        words = list(itertools.chain.from_iterable(topics))
+        for word in dict.fromkeys(words):
+            self._vocabulary.setdefault(word, len(self._vocabulary))
+        return (
+            [self._rows[h] for h in hashes], [node.speaker for node in nodes], [node.said_at / DAY for node in nodes],
+            segment.story_days, list(map(len, topics)), segment.traits, [self._vocabulary[w] for w in words],
+        )  # fmt: skip
+
+    def _append(self, columns: Sequence[tuple[Sequence, ...]]) -> None:
+        """Adds to the branch's arrays, once for all that has come: each time they are copied."""
+        if not columns:
             return
-        for m in messages:
-            self.speakers.setdefault(m.speaker, m.role)
+        fresh = [list(itertools.chain.from_iterable(some)) for some in zip(*columns, strict=True)]
         codes = {name: code for code, name in enumerate(self.speakers)}
-        traits = [message_traits(m.content, language) for m, language in zip(messages, languages, strict=True)]
-        topics = [topics_of(m.content, language) for m, language in zip(messages, languages, strict=True)]
-        numbers = [self._vocabulary.setdefault(w, len(self._vocabulary)) for words in topics for w in words]
-        self._topics = np.concatenate([self._topics, np.array(numbers, np.int64)])
-        self._topic_counts = np.concatenate([self._topic_counts, [len(words) for words in topics]])
-        self._traits = np.concatenate([self._traits, np.array(traits, np.float32)])
+        fresh[1] = [codes[who] for who in fresh[1]]
+        for name, values in zip((*BRANCH_ARRAYS, "_topics"), fresh, strict=True):
+            known = getattr(self, name)
+            setattr(self, name, np.concatenate([known, np.array(values, known.dtype).reshape(-1, *known.shape[1:])]))
         asks = self._traits[:, TRAITS.index("question")] > 0
         self._traits[:, TRAITS.index("answer")] = displaced(asks.astype(np.float32), 1)
-        self._row_at = np.concatenate([self._row_at, [self._rows[h] for h in hashes]])
-        self._speaker_at = np.concatenate([self._speaker_at, [codes[m.speaker] for m in messages]])
-        self._days = np.concatenate([self._days, [m.said_at / DAY for m in messages]])
-        told = [story_day(m.content, language) for m, language in zip(messages, languages, strict=True)]
-        self._story_days = np.concatenate([self._story_days, told])
 
     @property
     def bytes(self) -> int:
@@ -6062,16 +6201,16 @@ class MemoryIndex:
     @property
     def language(self) -> str:
         """The language that most messages are in."""
-        return self._languages.most_common(1)[0][0] if self._languages else "en"
+        return usual_language(self._languages)
 
     def add_vectors(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Adds unit vectors (float32 [dimensions]) by vector key; one of another length is left out."""
-        fresh = [(k, v) for k, v in vectors.items() if text_of_key(k) in self._rows and k not in self._positions]
-        size = self._dense.size or Counter(len(v) for _, v in fresh).most_common(1)[0][0] if fresh else 0
-        if fresh := [(k, v) for k, v in fresh if len(v) == size]:
-            first = self._dense.add([self._rows[text_of_key(k)] for k, _ in fresh], np.stack([v for _, v in fresh]))
-            self._positions.update((k, first + i) for i, (k, _) in enumerate(fresh))
-            for text_hash in {text_of_key(k) for k, _ in fresh}:
+        texts = {k: text for k in vectors if k not in self._positions and (text := text_of_key(k)) in self._rows}
+        size = self._dense.size or Counter(len(vectors[k]) for k in texts).most_common(1)[0][0] if texts else 0
+        if fresh := [k for k in texts if len(vectors[k]) == size]:
+            first = self._dense.add([self._rows[texts[k]] for k in fresh], np.stack([vectors[k] for k in fresh]))
+            self._positions.update(zip(fresh, range(first, first + len(fresh)), strict=True))
+            for text_hash in {texts[k] for k in fresh}:
                 if all(key in self._positions for key in self.keys_of([text_hash])):
                     self._embedded.add(text_hash)
                     self._unembedded.pop(text_hash, None)
@@ -6085,7 +6224,8 @@ class MemoryIndex:
             rows = [self._rows[h] for h, v in fresh.items() for _ in v]
             self._sentences.add(rows, np.concatenate(list(fresh.values())))
             self._split.update(fresh)
-            self._unsplit = {h: None for h in self._unsplit if h not in self._split}
+            for text_hash in fresh:
+                self._unsplit.pop(text_hash, None)
 
     @property
     def unembedded(self) -> list[str]:
@@ -6196,14 +6336,14 @@ class MemoryIndex:
         asked, fresh = found[: len(words)], found[len(words) :]
         if len(fresh):
             self._word_vectors = np.concatenate([self._word_vectors.reshape(known, fresh.shape[1]), fresh])
-        near = np.maximum(self._word_vectors @ asked.T - AKIN, 0) / (1 - AKIN)
-        places = np.flatnonzero(near.any(axis=1)[self._topics[: self._topic_counts[:n].sum()]])
-        owners = np.repeat(np.arange(n), self._topic_counts[:n])[places]
-        starts = np.flatnonzero(np.diff(owners, prepend=-1))
-        best = np.zeros((n, len(words)), np.float32)
-        if len(places):  # reduceat knows no empty share
-            best[owners[starts]] = np.maximum.reduceat(near[self._topics[places]], starts)
-        return (np.where(said.T, 0, best) @ weights / weights.sum()).astype(np.float32)
+        near = asked @ self._word_vectors.T - np.float32(AKIN)  # [words, vocabulary]
+        places = np.flatnonzero((near.max(axis=0) > 0)[self._topics])
+        topics, owners = self._topics[places], np.repeat(np.arange(n), self._topic_counts)[places]
+        best = np.zeros(said.shape, np.float32)
+        for message, word in zip(best, near, strict=True):
+            np.maximum.at(message, owners, word[topics])
+        best[said] = 0
+        return weights @ best / ((1 - AKIN) * weights.sum())
 
     def substance(self) -> np.ndarray:
         """How likely each message of the branch holds a fact, by its length in words with a topic, each counting by
@@ -6213,11 +6353,13 @@ class MemoryIndex:
         usual sum on, longer ones are no likelier.
         """
         if self._substance is None:
-            count = len(self._topic_counts)
+            count, sums = len(self._topic_counts), np.zeros(len(self._topic_counts), np.float32)
             uses = np.bincount(self._topics, minlength=len(self._vocabulary))
-            rarity = np.log((count + 1) / np.maximum(uses, 1)) / math.log(count + 2)
-            owners = np.repeat(np.arange(count), self._topic_counts)
-            sums = np.bincount(owners, weights=rarity[self._topics], minlength=count)
+            rarity = np.log((count + 1) / np.maximum(uses, 1)).astype(np.float32) / math.log(count + 2)
+            told = np.flatnonzero(self._topic_counts)  # reduceat knows no empty share
+            if len(told):
+                starts = np.cumsum(self._topic_counts)[told] - self._topic_counts[told]
+                sums[told] = np.add.reduceat(rarity[self._topics], starts)
             enough = SUBSTANTIAL * float(np.median(sums)) if count else 1.0
             self._substance = np.minimum(1, sums / min(max(enough, 1.0), MOST_NEEDED)).astype(np.float32)
         return self._substance
@@ -6324,8 +6466,8 @@ class Chat:
     Hold `lock` for whatever reads or changes it, and let go of it before waiting for anything slow.
     """
 
-    def __init__(self, directory: Path):
-        self.store = ChatStore(directory)
+    def __init__(self, directory: Path, make: bool = True):
+        self.store = ChatStore(directory, make)
         self.lock = self.store.lock
         self.index = MemoryIndex()
         self.readings: dict[str, EmotionReading] = {}  # by text hash; such as will not change
@@ -6333,6 +6475,7 @@ class Chat:
         self.persona_vectors: dict[str, np.ndarray | None] = {}  # by piece; None: being computed
         self.wordings: dict[str, Wording] = {}  # by the last of the messages that they were found from
         self.last_prompt: list[Sent] | None = None
+        self.recalls = False  # whether its last turn looked for memories
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
@@ -6393,10 +6536,22 @@ class Chat:
 
     def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
         """The index, made that of a whole branch, with the vectors that the store has."""
-        for some in batches(self.index.follow(nodes, self.store.read), INDEXED_AT_ONCE):
+        for some in batches(self.index.follow(nodes, self.store.read, self.store), INDEXED_AT_ONCE):
             self.index.add_vectors(self.store.vectors(embedder.key, self.index.keys_of(some)))
             self.index.add_sentences(self.store.sentence_vectors(embedder.key, some))
         return self.index
+
+    def keep_segments(self, stop: Callable[[], bool]) -> None:
+        """Has the store keep what an index knows of the current branch's texts, so that the chat is soon opened; lets
+        go of the lock after each few."""
+        with self.lock:
+            pieces = segments_of(self.tree.branch(self.store.head), 0, Counter(), self.store.read, self.store)
+        left = True
+        while left and not stop():
+            with self.lock:
+                left = next(pieces, None)
+        with self.lock:
+            self.store.commit()
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Keeps vectors by their keys, on disk and in the index."""
@@ -6623,16 +6778,17 @@ class ChatRegistry:
                 self.characters.get("")
             self._started = True
         if unlisted:
-            threading.Thread(target=self._enter_all, args=(unlisted,), name="catalogue", daemon=True).start()
+            work = (unlisted, self._listed)
+            threading.Thread(target=self._enter_all, args=work, name="catalogue", daemon=True).start()
         else:
             self._listed.set()
 
     def _relist(self) -> None:
         """Has all chats entered anew, since the catalogue was lost."""
         self._started = False
-        self._listed.clear()
+        self._listed = threading.Event()  # the old one is set by a thread that may be entering chats still
 
-    def _enter_all(self, folders: Sequence[Path]) -> None:
+    def _enter_all(self, folders: Sequence[Path], listed: threading.Event) -> None:
         for folder in folders:
             if folder.name.startswith(DELETED):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -6640,15 +6796,15 @@ class ChatRegistry:
                 try:
                     self._enter_or_remove(folder)
                 except (StoreError, OSError) as error:
-                    if folder.exists():  # else it was deleted meanwhile
+                    if folder.exists() and not self._closed:  # else it was deleted meanwhile
                         words = f"The chat in {folder} cannot be read, so it is not listed: {error}"
                         log_event("unlisted", words, level=logging.WARNING)
-        self._listed.set()
+        listed.set()
 
     def _enter_or_remove(self, folder: Path) -> None:
         """Enters a chat in the catalogue; one without a branch is what is left of a program that was killed as it made
         or imported the chat, and removed, unless another program may be at it at this moment."""
-        written = max(file.stat().st_mtime for file in (folder, *folder.iterdir()))
+        written = max(stat.st_mtime for stat in (folder.stat(), *stats_of(folder)))
         with self._borrow_folder(folder) as chat:
             if chat:
                 with chat.lock:
@@ -6682,6 +6838,9 @@ class ChatRegistry:
             return
         lending = self._take(folder)
         try:
+            if not database_of(folder).exists():  # deleted meanwhile
+                yield None
+                return
             chat = lending.chat.result()
             with chat.lock:
                 chat.store.catch_up()
@@ -6689,9 +6848,12 @@ class ChatRegistry:
         finally:
             self._give_back(folder.name, lending)
 
-    def _take(self, folder: Path) -> Lending:
-        """A chat's lending, with one borrower more; the chat is opened here where nobody has it open."""
+    def _take(self, folder: Path, make: bool = False) -> Lending:
+        """A chat's lending, with one borrower more; the chat is opened here where nobody has it open, and made where it
+        is not there and `make` says so. Raises `ChatClosed` where the registry is closed."""
         with self._lock:
+            if self._closed:
+                raise ChatClosed("the program is stopping")
             lending = self._lent.get(folder.name)
             opens = lending is None or lending.outdated
             store = lending.chat.result().store if lending and opens else None
@@ -6703,7 +6865,7 @@ class ChatRegistry:
             self._lent.move_to_end(folder.name)
         if opens:
             try:
-                lending.chat.set_result(self._opened(folder))
+                lending.chat.set_result(self._opened(folder, make))
                 self._troubles.pop(folder.name, None)
             except BaseException as error:
                 if isinstance(error, StoreError):
@@ -6712,12 +6874,12 @@ class ChatRegistry:
                 self._forget(folder.name, lending)
         return lending
 
-    def _opened(self, folder: Path) -> Chat:
+    def _opened(self, folder: Path, make: bool) -> Chat:
         """A chat; a damaged one is set aside, and made anew of the rows that can be read."""
         tries = 0 if isinstance(self._troubles.get(folder.name), StoreDamaged) else 2
         for _ in range(tries):  # at the first another process may have been deleting the chat
             try:
-                return Chat(folder)
+                return Chat(folder, make)
             except StoreDamaged as error:
                 self._troubles[folder.name] = error
         names = {chat_folder(line["chat_id"]): line for line in self.catalogue.chats()}
@@ -6767,7 +6929,7 @@ class ChatRegistry:
         check_length(chat_id, "chat_id")
         self.start()
         folder = self.folder / chat_folder(chat_id)
-        lending = self._take(folder)
+        lending = self._take(folder, make=True)
         try:
             info = {"chat_id": chat_id, "explicit": explicit, "created": time.time(), "updated": time.time()}
             lending.chat.result().store.commit(info=info)
@@ -6811,6 +6973,8 @@ class ChatRegistry:
         texts = list({node.digest for node in chat.nodes(ids) if node.shown}) + header_marks(chat.store.info)
         kept = [m.at for some in chat.store.marks.values() for m in some.values() if m.forgotten and not m.erased]
         kind = "d" if not chat.store.info["explicit"] else "e" if chat.store.info.get("extension") else "n"
+        if chat.store.was_replaced():  # what is listed by now is the chat that came after it
+            return
         self.catalogue.enter(chat.store.listing(), texts, kind, min(kept, default=0.0))
         # A chat that was borrowed before it was deleted would be listed again. `delete` renames the folder before it
         # takes the chat out, so whichever of the two is later here sees what the other did.
@@ -6823,16 +6987,25 @@ class ChatRegistry:
             chat.erase(digests)
             for copy in self.folder.glob(f"{chat_folder(chat_id)}.damaged-*"):  # the words stand there too
                 shutil.rmtree(copy, ignore_errors=True)
-            self.catalogue.remove_texts(chat_id, digests)
             self.enter(chat, ())
+            self.catalogue.remove_texts(chat_id, digests)  # last, since it empties the write-ahead log
 
     def erase_lapsed(self, days: int) -> None:
         """Erases what was forgotten more than so many days ago."""
         self.start()
-        moment = time.time() - days * 86400
+        moment = time.time() - days * DAY
         for chat_id in self.catalogue.forgetful(moment):
-            with contextlib.suppress(NotFound), self.borrow(chat_id) as chat:
-                self.erase(chat_id, forgotten_before(chat.store.marks, moment))
+            try:
+                with self.borrow(chat_id) as chat:
+                    self.erase(chat_id, forgotten_before(chat.store.marks, moment))
+            except (NotFound, ChatClosed):  # deleted meanwhile, or the program ends
+                continue
+            except StoreError as error:  # one damaged chat keeps no other from it
+                self._note_unerased(error)
+
+    @staticmethod
+    def _note_unerased(error: Exception) -> None:
+        log_event("erase_failed", f"Forgotten messages could not be erased yet: {error}", level=logging.WARNING)
 
     def keep_erasing(self, days: int) -> None:
         """Does that now and every hour, in a thread of its own, until the registry is closed."""
@@ -6843,9 +7016,8 @@ class ChatRegistry:
                 try:
                     self.erase_lapsed(days)
                 except Exception as error:
-                    log_event(
-                        "erase_failed", f"Forgotten messages could not be erased yet: {error}", level=logging.WARNING
-                    )
+                    if not self._ending.is_set():
+                        self._note_unerased(error)
                 self._ending.wait(ERASE_SECONDS)
 
         threading.Thread(target=work, name="eraser", daemon=True).start()
@@ -6890,7 +7062,7 @@ class ChatRegistry:
         digests = self._close_for_good(folder)
         doomed = self.folder / f"{DELETED}{secrets.token_hex(8)}"
         try:
-            if folder.exists():
+            with contextlib.suppress(FileNotFoundError):
                 folder.rename(doomed)
         except OSError as error:
             raise StoreError(f"The chat could not be deleted: {error}") from error
@@ -11325,6 +11497,7 @@ os._exit(0)
 LOCAL_MODEL_DEFAULTS = {"repeat_penalty": 1.2}  # without it, so small a model soon says the same word for ever
 WHOLE_GGUF = "Check that the file is a whole GGUF model, and that there is enough memory for it and for --context."
 MOST_CRASHES = 3  # of the model, after which it is not started again
+ENDING_SECONDS = 0.5  # from the end of a crashed process's connections to its own
 ILLEGAL_INSTRUCTION = (-4, 0xC000001D)  # SIGILL; Windows' STATUS_ILLEGAL_INSTRUCTION
 KILLED = (-9, 137)
 
@@ -11412,10 +11585,13 @@ class LocalUpstream:
         process = self._process
         try:
             yield inner
+        except UpstreamTimeout:
+            raise
         except UpstreamUnavailable as error:
-            if process.poll() is None or isinstance(error, UpstreamTimeout):
-                raise
-            raise self._ended() from error
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(ENDING_SECONDS)
+                raise self._ended() from error
+            raise
 
     def secrets(self, call: Call) -> tuple[str, ...]:
         """Nothing here is secret."""
@@ -11568,8 +11744,13 @@ def make_summary_upstream(settings: Settings, chat: Upstream) -> Upstream:
     """The upstream that writes summaries: one of its own where the settings name it, else that of the chat."""
     if not settings.summary_upstream:
         return chat
-    named = replace(settings, upstream=settings.summary_upstream, upstream_key=settings.summary_key)
-    return make_upstream(named, Metrics())  # its queue is not that of the turns
+    return make_upstream(for_summaries(settings), Metrics())  # its queue is not that of the turns
+
+
+def for_summaries(settings: Settings) -> Settings:
+    """The settings with those of the summaries' own upstream in the place of the chat's."""
+    upstream, key, model = settings.summary_upstream, settings.summary_key, settings.summary_model
+    return replace(settings, upstream=upstream, upstream_key=key, model=model)
 
 
 # ======================================================================================================================
@@ -11781,7 +11962,7 @@ def report_header(report: PromptReport) -> str:
     return degraded_header(report.degraded, figures) if report.degraded else figures
 
 
-def untouched_header(reason: str = "") -> str:
+def untouched_header(reason: str) -> str:
     """The header of a request that memory passes on as it came, with the reason where there is more to it than that it
     holds no message."""
     figures = "recalled=0 tokens=0 history=0 summary=0"
@@ -11820,14 +12001,15 @@ MOOD_SPAN = 200  # user messages that a mood is followed over
 
 @dataclass(frozen=True)
 class AskedVectors:
-    """What a turn has asked the embedder for, in two parts: its query with messages that lack a vector, and then the
-    newest message, where its own words are others: those are read for their feelings, and recall need not wait."""
+    """What a turn has asked the embedder for, in three parts: its query, with the newest message where that says the
+    same; other messages that lack a vector; and then the newest message, where its own words are others: those are read
+    for their feelings, and recall need not wait."""
 
     chat: Chat
     missing: list[str]  # hashes of all texts of the branch that lack a vector
-    parts: tuple[dict[str, str], dict[str, str]]  # texts by vector key
+    parts: list[dict[str, str]]  # texts by vector key
     whole: frozenset[str]  # the keys of texts that are embedded as a whole
-    futures: tuple[Future, Future]
+    futures: list[Future]
     deadline: Deadline
 
 
@@ -11860,6 +12042,8 @@ class Vectors:
                 self._note_missing("")
         except EmbedderUnavailable as error:
             self._note_missing(str(error))
+        except ChatClosed:  # deleted meanwhile
+            pass
         except Exception as error:
             if not self._closed:
                 note_failure("vectors_failed", "Vectors could not be computed", error, "")
@@ -11891,6 +12075,9 @@ class Vectors:
                     halted.set()
                 return self._closed or halted.is_set()
 
+            if len(ids) >= SEGMENT:  # an import, or a long chat that is shown for the first time
+                with contextlib.suppress(StoreError):  # it is but faster so
+                    chat.keep_segments(stop)
             self.embed(chat, ids, stop)
             if halted.is_set():
                 with chat.lock:
@@ -11901,8 +12088,9 @@ class Vectors:
 
     def go_on(self) -> None:
         """Takes up what was left when the background was paused."""
-        while self._held:
-            self._submit(self._embed_awaiting, self._held.pop())
+        for chat_id in list(self._held):
+            self._held.discard(chat_id)
+            self._submit(self._embed_awaiting, chat_id)
 
     def embed(
         self, chat: Chat, ids: Iterable[str], stop: Callable[[], bool] | None = None, behind: int = 0
@@ -11987,11 +12175,12 @@ class Vectors:
         firsts = {key: text for some in texts for key, text in itertools.islice(some.items(), 1)}
         whole = frozenset(key for some in texts if len(some) == 1 for key in some)
         queries = [query.spoken] if query else []
-        own = {newest.fingerprint} if newest and query and firsts.get(newest.fingerprint) != query.spoken else set()
-        parts = [{k: t for k, t in firsts.items() if (k in own) is last} for last in (False, True)]
+        own = {k: t for k, t in firsts.items() if newest and k == newest.fingerprint}
+        others = {k: t for k, t in firsts.items() if k not in own}
+        parts = [own, others, {}] if not query or query.spoken in own.values() else [{}, others, own]
         ask = functools.partial(self.embedder.ask, timeout=deadline.left)
-        futures = (ask(each_once(parts[0]), queries=queries), ask(each_once(parts[1])))
-        return AskedVectors(chat, missing, (parts[0], parts[1]), whole, futures, deadline)
+        futures = [ask(each_once(part), queries=() if i else queries) for i, part in enumerate(parts)]
+        return AskedVectors(chat, missing, parts, whole, futures, deadline)
 
     def take_for_turn(
         self, asked: AskedVectors, nodes: Sequence[Node], newest: Turn | None, query: Query | None
@@ -12004,9 +12193,10 @@ class Vectors:
         try:
             encoded = self._take(asked, 0)
             vector = encoded[-1] if query and self.embedder.reads(query.spoken) else None
+            self._take(asked, 1)
         except EmbedderUnavailable as error:
             degraded = str(error) if query else ""
-            vector = chat.index.vector(newest.fingerprint) if newest else None
+            vector = chat.index.vector(newest.fingerprint) if newest and vector is None else vector
         with chat.lock:
             unsplit = chat.index.unsplit
         if degraded or len(asked.whole) < sum(map(len, asked.parts)) or unsplit:  # sentences wait for the turn's answer
@@ -12016,7 +12206,7 @@ class Vectors:
     def take_newest(self, asked: AskedVectors) -> None:
         """Waits for the newest message's own vector, where it is another one than the query's."""
         with contextlib.suppress(EmbedderUnavailable):  # its feelings are read by its words
-            self._take(asked, 1)
+            self._take(asked, 2)
 
     def _take(self, asked: AskedVectors, part: int) -> np.ndarray:
         """Waits for a part of what a turn has asked for, and puts the messages' vectors in index and store."""
@@ -12111,6 +12301,8 @@ class Vectors:
                         with chat.lock:
                             path = chat.path()
                         self.embed(chat, path)
+            except ChatClosed:  # deleted meanwhile, or the program ends
+                continue
             except StoreError as error:  # one damaged chat keeps no other from its vectors
                 note_failure("vectors_failed", "A chat's vectors could not be computed", error, line["chat_id"])
             except EmbedderUnavailable:
@@ -12133,6 +12325,11 @@ class Vectors:
 def each_once(texts: Mapping[str, str]) -> list[str]:
     """Each of the texts once, in order."""
     return list(dict.fromkeys(texts.values()))
+
+
+def still_there(chat: Chat, ids: Iterable[str]) -> list[str]:
+    """Those of the messages that no turn has taken out meanwhile; hold the chat's lock."""
+    return [i for i in ids if i in chat.tree.nodes]
 
 
 def newest_of(hashes: Sequence[str], nodes: Sequence[Node]) -> dict[str, str]:
@@ -12202,6 +12399,8 @@ class Feelings:
             with self._registry.lookup(chat_id) as chat:
                 if chat:
                     self._read_by_model(chat, by_hash)
+        except ChatClosed:  # deleted meanwhile
+            pass
         except PersonaMemoryError as error:
             note_failure("emotion_failed", "Feelings are read by the built-in reader", error, chat_id)
 
@@ -12213,9 +12412,10 @@ class Feelings:
             if self._closed:
                 return
             with chat.lock:
-                messages = chat.store.read([by_hash[h] for h in some])
+                messages = chat.store.read(still_there(chat, [by_hash[h] for h in some]))
             readings = self._model.read([m.content for m in messages])
-            chat.store.put_readings(self._model.name, dict(zip(some, readings, strict=True)))
+            rows = zip((m.fingerprint for m in messages), readings, strict=True)
+            chat.store.put_readings(self._model.name, dict(rows))
 
     def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
         """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
@@ -12244,8 +12444,9 @@ class Feelings:
         """Messages with what they feel, read in batches, so that a turn may come between."""
         for some in batches(ids, READ_AT_ONCE):
             with chat.lock:
-                nodes = chat.nodes(some)
-                rows = list(zip(nodes, chat.store.read(some), self.read(chat, nodes), strict=True))
+                nodes = chat.nodes(still_there(chat, some))
+                messages = chat.store.read([node.id for node in nodes])
+                rows = list(zip(nodes, messages, self.read(chat, nodes), strict=True))
             yield from rows
 
     def history(
@@ -12280,7 +12481,7 @@ class Feelings:
             "swings": [asdict(swing) | {"text": swing_line(swing)} for swing in mood_swings(users)],
         }  # fmt: skip
 
-    def percentages(self, chat_id: str, since: int = 0, until: int | None = None) -> dict:
+    def percentages(self, chat_id: str, since: int, until: int | None) -> dict:
         """What the current branch's messages from index `since` to before `until` feel, in few bytes: for each the
         percentages of `labels`, how much it matters (in percent, as recall weighs it) and whether it is the user's.
 
@@ -12326,12 +12527,14 @@ class Archive:
 
     @contextlib.contextmanager
     def enter(
-        self, request: ChatRequest, chat_id: str, deadline: Deadline
-    ) -> Iterator[tuple[Chat, list[str], ChatRequest]]:
+        self, request: ChatRequest, chat_id: str, deadline: Deadline,
+        seen: Callable[[Chat, ChatRequest], None] = lambda chat, request: None,
+    ) -> Iterator[tuple[Chat, list[str], ChatRequest]]:  # fmt: skip
         """The chat that a request belongs to, for as long as the block runs; the ids of the request's branch; and the
         request without what this chat has shown to be nobody's words.
 
-        What is new in the request is written first. Without an explicit `chat_id` the transcript names the chat.
+        What is new in the request is written first; `seen` is called before that, with the chat's lock held. Without an
+        explicit `chat_id` the transcript names the chat.
         """
         with contextlib.ExitStack() as loans:
             named = chat_id or self._located(request, "", deadline)
@@ -12341,10 +12544,12 @@ class Archive:
                     named = self._create(request, chat_id, deadline)
                 chat = loans.enter_context(self._registry.borrow(named))
             with chat.lock:
-                path, request = self._place(chat, chat_id, request)
+                path, request = self._place(chat, chat_id, request, seen)
             yield chat, path, request
 
-    def _place(self, chat: Chat, chat_id: str, request: ChatRequest) -> tuple[list[str], ChatRequest]:
+    def _place(
+        self, chat: Chat, chat_id: str, request: ChatRequest, seen: Callable[[Chat, ChatRequest], None]
+    ) -> tuple[list[str], ChatRequest]:
         """The ids of a request's branch, which is written where the disk takes it, and the request without what this
         chat has shown to be nobody's words; hold the chat's lock."""
 
@@ -12355,6 +12560,7 @@ class Archive:
             spoken = with_names(spoken, names_in_chat(chat)) if spoken.prefixed else spoken
             if not request.identity.complete:
                 spoken = with_hidden(chat, unmerged(chat, spoken))
+            seen(chat, spoken)
             alignment = (chat_id and align_appended(chat, spoken)) or align_request(chat, spoken)
             if note := "" if request.identity.complete else learned_note(chat, alignment, spoken):
                 chat.store.commit(info={"notes": [*known, note][-KEPT_NOTES:]})
@@ -12972,9 +13178,11 @@ def shown_again(old: Message, new: Message) -> Message:
 
 
 def read_in_batches(chat: Chat, ids: Sequence[str]) -> Iterator[Message]:
-    """A chat's messages, read so that a turn of the chat may come between."""
+    """A chat's messages, as far as they are there, read so that a turn of the chat may come between."""
     for some in batches(ids, READ_AT_ONCE):
-        yield from chat.store.read(some)
+        with chat.lock:
+            messages = chat.store.read(still_there(chat, some))
+        yield from messages
 
 
 def around_branch(tree: Tree, tip: str) -> list[str]:
@@ -13080,6 +13288,7 @@ class Recaller:
         nothing = TOO_SMALL if layout.reach else ALL_SHOWN
         try:
             query = self._query(turn) if recalls else None
+            chat.recalls = recalls
             asked = self._vectors.ask_for_turn(chat, turn.nodes, turn.newest, query, turn.deadline)
             with chat.lock:
                 if query:
@@ -13103,14 +13312,22 @@ class Recaller:
                 chat.index = MemoryIndex()  # derived: the next turn makes it anew
             return RecallResult(degraded=note_failure("recall_failed", "Recall failed", error, chat.id))
 
+    def foresee(self, chat: Chat, request: ChatRequest, deadline: Deadline) -> None:
+        """Has the vector made that a turn will ask for, as far as that can be told before its messages are written;
+        hold the chat's lock."""
+        if request.newest_user is None:
+            return
+        with contextlib.suppress(Exception):  # recall comes to it again, and tells
+            turn = request.turns[request.newest_user]
+            own = list(embedded_texts(message_of_turn(ROOT, turn)).values())[:1]
+            own = own if chat.index.without_vector([turn.fingerprint]) else []
+            asked = [asked_by(request, chat.index).spoken] if chat.recalls else []
+            self._vectors.embedder.foresee(own if asked in ([], own) else [], asked, deadline.left)
+
     def _query(self, turn: TurnContext) -> Query:
         """What the turn asks of the past."""
         with turn.chat.lock:
-            index = turn.chat.follow(turn.nodes, self._vectors.embedder)
-            pivot = turn.layout.pivot
-            before = [t.content for t in turn.request.turns[max(0, pivot - 2) : pivot]]
-            name, text = turn.pivot.name or "", turn.pivot.content
-            return understand(text, name, index.speakers, index.now, before, index.language)
+            return asked_by(turn.request, turn.chat.follow(turn.nodes, self._vectors.embedder))
 
     def _reranked(self, query: Query, memories: list[Memory], timeout: float) -> tuple[list[Memory], str]:
         """Memories in the reranker's order, the best RERANKED of them, and what kept it from that.
@@ -13295,6 +13512,13 @@ def with_newest_first(
         about = vectors @ vector >= mean + ABOUT_QUESTION * spread if fits else np.zeros(len(vectors), bool)
         parts.append((list(itertools.compress(said, about)), vectors[about]))
     return newest_first(memories, parts, (mean, spread))
+
+
+def asked_by(request: ChatRequest, index: MemoryIndex) -> Query:
+    """What a request's newest user message asks of the past."""
+    place = request.newest_user
+    before, turn = [t.content for t in request.turns[max(0, place - 2) : place]], request.turns[place]
+    return understand(turn.content, turn.name or "", index.speakers, index.now, before, index.language)
 
 
 def in_part(
@@ -13549,8 +13773,8 @@ class Summarizer:
         try:
             with self._registry.lookup(chat_id) as chat:
                 if chat:
-                    chat.store.commit(info={"story_due": asdict(plan)})
                     self._registry.catalogue.mark_due(chat_id, True)
+                    chat.store.commit(info={"story_due": asdict(plan)})
                     self.summarize_branch(chat, plan, authorization)
                     again = None if self._closed else self._improve(chat, plan, authorization)
                     if again:
@@ -13559,6 +13783,9 @@ class Summarizer:
                         self._plan(chat_id, plan, authorization)
                     elif not self._closed and not self._extract_to_improve(chat, plan):
                         self._registry.catalogue.mark_due(chat_id, False)
+        except ChatClosed:
+            if not self._closed:  # it was deleted
+                self._registry.catalogue.mark_due(chat_id, False)
         except Exception as error:
             note_failure("summary_failed", f"chat {chat_id}: a summary could not be made", error, chat_id)
         finally:
@@ -13851,6 +14078,7 @@ class Summarizer:
             self._call.cancel()
             for timer in self._timers.values():
                 timer.cancel()
+        self._background.going.set()  # its thread may be waiting for that
         if self._settings.summary_upstream:
             self._upstream.close()
         self._thread.shutdown(wait=True, cancel_futures=True)  # it may be writing; its request is cancelled
@@ -14307,7 +14535,8 @@ class PromptBuilder:
         tools = tool_tokens(request.body)
         context, shares = self._context(request, tools, call)
         left = beside_tools(context, tools, request.max_tokens)
-        with self._archive.enter(request, chat_id, deadline) as (chat, path, request):
+        foresee = functools.partial(self._recaller.foresee, deadline=deadline)
+        with self._archive.enter(request, chat_id, deadline, foresee) as (chat, path, request):
             memory = self._remember(chat, path, request, left, shares, lay_out, deadline)
             withheld, parts = known_refusals(chat, memory), memory.parts
             prompt, history = composed(memory, [part for part in parts if part not in withheld])
@@ -14369,7 +14598,8 @@ class PromptBuilder:
         started, deadline = time.perf_counter(), Deadline.after(INJECTION_SECONDS)
         usual = self._settings.context or DEFAULT_CONTEXT
         context = int(window / (1 - self._shares[3])) if window else usual
-        with self._archive.enter(request, request.identity.chat_id, deadline) as (chat, path, request):
+        foresee = functools.partial(self._recaller.foresee, deadline=deadline)
+        with self._archive.enter(request, request.identity.chat_id, deadline, foresee) as (chat, path, request):
             memory = self._remember(chat, path, request, context, self._shares, lay_out_window, deadline)
         report, pivot = self._report(memory, None, started), memory.turn.layout.pivot
         plan = replace(memory.plan, context=usual)
@@ -14716,7 +14946,6 @@ class PersonaMemory:
         services = (self.status, self.summarizer, self.feelings, self.recaller, self.vectors, self.registry)
         for service in (*services, self.upstream):
             service.close()
-        self.background.going.set()  # whoever waits sees that it is over
 
 
 # ======================================================================================================================
@@ -15192,7 +15421,7 @@ const plural = (count, word, many = `${word}s`) => `${number(count)} ${count ===
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1).replaceAll('_', ' ');
 const nameOf = (row) => String(row.name || (row.role === 'user' ? 'You' : row.character || 'Character'));
 const namedIn = (chat) => (chat.name === chat.chat_id ? '' : chat.name); // without any name it is the id
-const characterOf = (chat) => String(namedIn(chat) || chat.character || 'Unnamed character');
+const characterOf = (chat) => String(namedIn(chat) || chat.character || chat.title || 'Unnamed character');
 
 function bytes(count) {
     const units = ['B', 'kB', 'MB', 'GB'];
@@ -15578,8 +15807,9 @@ function chatLine(chat, title, messages, mood) {
     const branches = chat.branches > 1 && `${number(chat.branches)} branches`;
     const figures = figuresLine([messages, branches, bytes(chat.size), when(chat.updated), mood]);
     const trouble = chat.words && h('p.small.state', h('span.chip', STATES[chat.state] ?? 'Problem'), ' ', chat.words);
-    const about = h('div.about', title, figures, h('p.small.muted.id', chat.title || chat.chat_id), trouble);
-    return [avatar(characterOf(chat), chat.picture), about];
+    const name = characterOf(chat);
+    const below = name === chat.title ? chat.chat_id : chat.title || chat.chat_id;
+    return [avatar(name, chat.picture), h('div.about', title, figures, h('p.small.muted.id', below), trouble)];
 }
 
 const searchHit = (row, text) =>
@@ -15655,8 +15885,8 @@ async function chatView({ id, tab, query }) {
         await part.refresh?.(now);
     };
     show(chat);
-    const root = h('div', head, tabs, part.root);
-    return { ...part, title: chat.character || id, root, refresh, chat: id, watches: (state) => state.chat };
+    const root = h('div', head, tabs, part.root), title = chat.character || chat.title || id;
+    return { ...part, title, root, refresh, chat: id, watches: (state) => state.chat };
 }
 
 function chatHeading(chat) {
@@ -19735,11 +19965,11 @@ def homes_of_program(root: Path, version: str) -> list[Path]:
     and reads `data/` beside itself only where somebody starts its server.js.
     """
     packaged = "node_modules" in root.parts
-    roots = [global_data_root()] if packaged else [data_root(root)]
-    more = [root / "data"] if packaged else [root / "docker" / "data"]
-    users = [user for place in (*roots, *more) for user in users_in(place)]
+    first = global_data_root() if packaged else data_root(root)
+    other = root / "data" if packaged else root / "docker" / "data"
+    users = [*users_in(first), *users_in(other)]
     if users or packaged or tuple(map(int, re.findall(r"\d+", version)[:2])) >= (1, 12):  # they have users
-        return [user / "extensions" / EXTENSION for user in users or [roots[0] / FIRST_USER]]
+        return [user / "extensions" / EXTENSION for user in users or [first / FIRST_USER]]
     return [root / "public" / "scripts" / "extensions" / "third-party" / EXTENSION]
 
 
@@ -19908,6 +20138,27 @@ def check_packages(_: Settings) -> Iterator[Finding]:
         yield Finding("ok", "Packages", f"all {len(wanted)} are installed")
 
 
+IN_USE = "in-use.db"  # in the data folder; it stays empty
+
+
+def mark_in_use(data: Path) -> tuple[sqlite3.Connection, bool]:
+    """A connection by which other programs see, as long as it is open, that this one uses a data folder; and whether
+    another one does so. The system closes it with the program, however that ends. Raises `sqlite3.Error`.
+
+    Whoever uses the folder holds a lock for reading, which keeps others from one for writing (SQLite, "File Locking And
+    Concurrency").
+    """
+    mark, others = sqlite3.connect(data / IN_USE, timeout=0, isolation_level=None), False
+    try:
+        mark.execute("BEGIN EXCLUSIVE")
+        mark.execute("ROLLBACK")
+    except sqlite3.OperationalError as error:
+        others = "locked" in str(error)
+    mark.execute("BEGIN")
+    mark.execute("SELECT name FROM sqlite_master").fetchall()
+    return mark, others
+
+
 def check_data(settings: Settings) -> Iterator[Finding]:
     """The folder of the chats: whether it can be written to, and how much room there is."""
     folder = Path(settings.data).absolute()
@@ -19921,8 +20172,13 @@ def check_data(settings: Settings) -> Iterator[Finding]:
         advice = "free some space there, give yourself the right to write there, or name another folder with --data."
         yield Finding("wrong", "Data folder", f"{folder} cannot be written to: {error.strerror or error}.", advice)
         return
-    chats = len(list((folder / "chats").iterdir())) if (folder / "chats").is_dir() else 0
+    chats = sum("." not in entry.name for entry in (folder / "chats").iterdir()) if (folder / "chats").is_dir() else 0
     words = f"{folder} (chats: {chats}), {free / 1e9:.1f} GB free"
+    if (folder / IN_USE).exists():
+        with contextlib.suppress(sqlite3.Error):
+            mark, others = mark_in_use(folder)
+            mark.close()
+            words += ", open in a program that runs" if others else ""
     yield Finding("ok" if free > LITTLE_DISK else "note", "Data folder", words)
 
 
@@ -20006,9 +20262,7 @@ def check_upstreams(settings: Settings) -> Iterator[Finding]:
     """The upstream of the chats, and that of the summaries where it is another."""
     yield from check_upstream(settings, "Upstream")
     if settings.summary_upstream:
-        upstream, key, model = settings.summary_upstream, settings.summary_key, settings.summary_model
-        summaries = replace(settings, upstream=upstream, upstream_key=key, model=model)
-        yield from check_upstream(summaries, "Upstream of the summaries")
+        yield from check_upstream(for_summaries(settings), "Upstream of the summaries")
 
 
 def check_upstream(settings: Settings, subject: str) -> Iterator[Finding]:
@@ -20234,6 +20488,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         check_folder(settings)
         os.umask(0o077)  # whatever is written from now on is for the user's own eyes
+        mark = note_use(Path(settings.data))
         sys.setswitchinterval(SWITCH_SECONDS)
         server = create_server(settings, START_DELAY)
     except PersonaMemoryError as error:
@@ -20258,9 +20513,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.memory.upstream.close()  # what still runs is kept as far as it came
         server.task_dispatcher.shutdown(timeout=SHUTDOWN_SECONDS)
     server.memory.close()
+    if mark:
+        mark.close()
     if settings.log_format != "json":
         print("Stopped.", file=sys.stderr)
     return 0
+
+
+def note_use(data: Path) -> sqlite3.Connection | None:
+    """Marks the data folder as in use, and says in the log where another program uses it, too. The mark lasts as long
+    as the connection that is returned; None where the folder takes none."""
+    try:
+        make_private(data)
+        mark, others = mark_in_use(data)
+    except (OSError, sqlite3.Error):
+        return None
+    if others:
+        words = f"Another program uses {data} too. That works; if you did not mean to start two, stop one of them."
+        log_event("shared", words, level=logging.WARNING)
+    return mark
 
 
 def look_for_upstream(memory: PersonaMemory) -> None:

@@ -1,5 +1,6 @@
 """What a model is told in the chat's own language: frames, mood, summaries; and how that language is found."""
 
+import json
 import string
 
 import pytest
@@ -162,3 +163,10 @@ def test_a_chat_is_told_of_in_its_language(language, upstream, data_dir):
                 break
     assert all(line in prompts[-1] for line in told)
     assert not any(pm.ENGLISH.memories in prompt for prompt in prompts)
+
+
+def test_other_rules_for_what_an_index_keeps_have_another_number():
+    """It is found in the stores by SEGMENT_RULES: raise that where this digest changes, and write the new one here."""
+    texts = [text for language in sorted(SAMPLES) for text in SAMPLES[language]]
+    made = json.dumps(vars(pm.segment_of([*texts, "\n".join(texts)], "en")))
+    assert (pm.SEGMENT_RULES, pm.short_hash(made)) == (1, "23f75da7b77b43aa47fdb8f1c781a7a2")
