@@ -5737,7 +5737,7 @@ def time_and_number(language: str) -> tuple[re.Pattern, re.Pattern]:
 def story_day_pattern(language: str) -> re.Pattern:
     """What finds that a text names a day of its story: "the third day at sea", "the 3rd night", "day 3"."""
     ordinals, days = STORY_DAYS[language]
-    nth = rf"(?P<nth>{'|'.join(ordinals.split(' '))}|\d\d?(?:st|nd|rd|th|\.|º|ª|e|er|ème)) (?:{days})"
+    nth = rf"(?P<nth>{alternatives(ordinals)}|\d\d?(?:st|nd|rd|th|\.|º|ª|e|er|ème)) (?:{days})"
     return re.compile(rf"\b(?:{nth}|(?:{days.partition('|')[0]}) (?P<number>\d\d?))\b", re.I)
 
 
@@ -5748,6 +5748,11 @@ def story_day(text: str, language: str) -> int:
         return 0
     digits = re.match(r"\d+", found["nth"] or found["number"])
     return int(digits[0]) if digits else word_place(STORY_DAYS[language][0], found["nth"].lower())
+
+
+def alternatives(words: str) -> str:
+    """What finds any of the spaced words."""
+    return words.replace(" ", "|")
 
 
 def word_place(words: str, word: str) -> int:
@@ -7449,24 +7454,24 @@ def understand(
     A text that says little by itself ("yes, do it", "*nods*", "who is she?") is resolved with the messages `before`
     it. A text that asks nothing is looked up as it stands: others may say alike things.
     """
-    language = language_of(clip(text), language)
+    language, names = language_of(clip(text), language), participant_words(speakers)
     words = query_words(text, (), language)
     little = not words or (len(words) < SAYS_LITTLE and bool(GESTURE.match(text)))
     context = " ".join(clip(b)[-CONTEXT_LETTERS:] for b in before) if little else ""
     asked = asked_clauses(clip(text), language)
     bare = without_preamble(text, language) if asked else text
-    words = tuple(query_words(f"{bare} {context}", participant_words(speakers), language))
+    words = tuple(query_words(f"{bare} {context}", names, language))
     spoken = f"{context} {bare}".strip()
     if not asked:
         return Query(words, spoken)
     asked = without_preamble(asked, language)
     about = asked_about(asked, asker, speakers, language)
     if language == "en" and len(about) == 1 and not (says(asked, ADDRESSED, "en") or says(asked, ONESELF, "en")):
-        spoken = in_first_person(spoken, [w for w, of in participant_words(speakers).items() if of == about])
+        spoken = in_first_person(spoken, [w for w, of in names.items() if of == about])
     wants = {"time": ASKING_WHEN, "number": ASKING_HOW_MANY, "now": ASKING_NOW}
     wants = frozenset(trait for trait, kind in wants.items() if says(asked, kind, language))
     dates, asks = named_dates(text, now, language), how_it_asks(text, asked, language)
-    if dates and not query_words(without_dates(asked, language), participant_words(speakers), language):
+    if dates and not query_words(without_dates(asked, language), names, language):
         wants, asks = wants | {"day"}, ASKS  # "What did we do yesterday?"
     return Query(words, spoken, about, dates, asks, wants, asked, story_day(asked, language))
 
@@ -7514,7 +7519,7 @@ def date_patterns(language: str) -> tuple[str, ...]:
     bare = rf"\b(?:in|of|by|during|since|en|em|im|nel|w|в|summer|winter|spring|fall|autumn)(?: of)? {YEAR}\b"
     if not calendar.months:
         return NUMBERED_DATES
-    month, of = rf"(?P<month>{calendar.months.replace(' ', '|')})", r"(?:,|\.| of| de)? ?"
+    month, of = rf"(?P<month>{alternatives(calendar.months)})", r"(?:,|\.| of| de)? ?"
     return (
         rf"\b(?P<day>\d\d?)(?:st|nd|rd|th|er|\.|º)?(?: of| de)? {month}\b(?:{of}{YEAR})?",
         rf"\b{month} (?P<day>\d\d?)(?:st|nd|rd|th)?\b(?:,? {YEAR})?",
@@ -7529,10 +7534,9 @@ def date_patterns(language: str) -> tuple[str, ...]:
 def relative_pattern(language: str) -> re.Pattern:
     """What finds a language's times that are told from today: `yesterday`, `count` and `unit`, or `last`."""
     calendar = CALENDARS.get(language, CALENDARS["en"])
-    choice = lambda words: "|".join(words.split(" "))  # noqa: E731
-    units, numbers = choice(calendar.units), choice(calendar.numbers)
+    units, numbers = alternatives(calendar.units), alternatives(calendar.numbers)
     ago = calendar.ago.replace("N", rf"(?P<count>\d\d?|{numbers})").replace("U", rf"(?P<unit>{units})")
-    whole = f"{choice(calendar.weekdays)}|{choice(calendar.seasons)}|{units}"
+    whole = f"{alternatives(calendar.weekdays)}|{alternatives(calendar.seasons)}|{units}"
     last = [phrase.replace("U", f"(?P<last{i}>{whole})") for i, phrase in enumerate(calendar.last)]
     edge = "" if language in UNSPACED_LANGUAGES else r"\b"
     return re.compile(rf"{edge}(?:(?P<yesterday>{calendar.yesterday})|{ago}|{'|'.join(last)}){edge}", re.I)
@@ -7580,6 +7584,7 @@ def span_of(found: Mapping[str, str | None], year: int, language: str) -> tuple[
 def relative_span(found: Mapping[str, str | None], now: float, language: str) -> tuple[float, float]:
     """The span that is meant by a time that is told from the day `now`."""
     today, calendar = float(int(now)), CALENDARS.get(language, CALENDARS["en"])
+    at = datetime.fromtimestamp(now * DAY, UTC)
     if found["yesterday"]:
         return today - 1, today
     if found["unit"]:
@@ -7594,13 +7599,11 @@ def relative_span(found: Mapping[str, str | None], now: float, language: str) ->
         start = today - ((today + 3 - (day - 1)) % 7 or 7)
         return start, start + 1
     if season := word_place(calendar.seasons, word):
-        at = datetime.fromtimestamp(now * DAY, UTC)
         start = day_number(at.year, 3 * season)  # northern
         start = start if start + 90 <= now else day_number(at.year - 1, 3 * season)
         return start, start + 92
     unit = word_place(calendar.units, word)
     if unit in (MONTH, YEARLY):
-        at = datetime.fromtimestamp(now * DAY, UTC)
         before = month_span(at.year - (at.month == 1), (at.month - 2) % 12 + 1)
         return before if unit == MONTH else (day_number(at.year - 1, 1), day_number(at.year, 1))
     return today - 14, today - 3  # a week or a weekend
@@ -7913,9 +7916,9 @@ def choose(
 # ------------------------------------------------------------------------------------------------------ parts of texts
 
 
-def share_said(words: Sequence[str], rarity: Sequence[float], text: str) -> float:
-    """The share, by rarity, of a query's words that a text says in some form, 0 to 1."""
-    said = lexical_text(text)
+def share_said(words: Sequence[str], text: str, rarity: Sequence[float] = ()) -> float:
+    """The share of a query's words that a text says in some form, 0 to 1; by their rarity where that is given."""
+    said, rarity = lexical_text(text), rarity if len(rarity) else [1.0] * len(words)
     total = sum(rarity[: len(words)]) or 1.0
     forms = (rf"\b{re.escape(word[: max(3, len(word) - STEM_LETTERS)])}" for word in words)
     return sum(r for form, r in zip(forms, rarity, strict=False) if re.search(form, said)) / total
@@ -7940,7 +7943,7 @@ def best_excerpt(text: str, words: Sequence[str], rarity: Sequence[float], cosin
         return ""
     spans = list(itertools.islice(chunk_spans(text), 4 * MOST_CHUNKS))
     spans[-1] = (spans[-1][0], min(spans[-1][1], spans[-1][0] + CHUNK))
-    scores = np.array([0.5 * share_said(words, rarity, text[a:b]) for a, b in spans])
+    scores = np.array([0.5 * share_said(words, text[a:b], rarity) for a, b in spans])
     scores[: len(cosines)] += cosines[: len(spans)]
     best = np.argsort(-scores, kind="stable")[:EXCERPT_CHUNKS]
     chosen = sorted(spans[i] for i in best if scores[i] >= EXCERPT_NEAR * scores[best[0]])
@@ -7976,7 +7979,7 @@ def reminder_of(pieces: Sequence[str], cosines: Sequence[float], words: Sequence
     """
     if not pieces:
         return ""
-    said = [share_said(words, [1.0] * len(words), piece) for piece in pieces]
+    said = [share_said(words, piece) for piece in pieces]
     scores = [c + REMINDING_WORDS * s for c, s in zip(cosines, said, strict=True)]
     best = int(np.argmax(scores))
     return pieces[best] if scores[best] >= max(REMINDING, float(np.mean(scores)) + REMINDING_ABOVE) else ""
@@ -13441,7 +13444,8 @@ class Recaller:
         """
         layout = turn.layout
         try:
-            if not (others := self._related_chats(turn.chat) if turn.pivot else []):
+            others = self._related_chats(turn.chat) if turn.pivot else []
+            if not others:
                 return []
             taken = count_tokens(memory_block(memories, layout.words)) + layout.words.mood_tokens + FRAME_MARGIN
             room = min(layout.room - taken, layout.recalled - taken, int(CARRIED_SHARE * layout.recalled))
@@ -13538,7 +13542,7 @@ def narrowed(memory: Memory, words: Sequence[str], room: int) -> Memory:
     """Of a memory the sentence that says most of a query's words, with its neighbours where they fit into `room` tokens
     too; all of it where no sentence says any."""
     spans = sentence_spans(memory.text)
-    said = [share_said(words, [1.0] * len(words), memory.text[start:end]) for start, end in spans]
+    said = [share_said(words, memory.text[start:end]) for start, end in spans]
     best = said.index(max(said))
     if not said[best]:
         return memory
