@@ -4898,11 +4898,14 @@ class ChatStore:
             self._catch_up(cache)
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, waits: bool = True) -> Iterator[None]:
         """What the block reads and writes is one step, for other processes on the same folder too: where a message goes
-        depends on what stands there already."""
+        depends on what stands there already. Where it does not wait for the disk, the next commit does for both
+        (SQLite's write-ahead log is one file): a crash of the program loses nothing till then, a power cut may."""
         with self._database.use() as cache:
             try:
+                if not waits:
+                    cache._sql("PRAGMA synchronous = 1")
                 with cache.transact():
                     self._catch_up(cache)
                     yield
@@ -4910,6 +4913,9 @@ class ChatStore:
             except BaseException:
                 self._generation = UNWRITTEN
                 raise
+            finally:
+                if not waits:
+                    cache._sql("PRAGMA synchronous = 2")
 
     @contextlib.contextmanager
     def in_ram(self, reason: str) -> Iterator[None]:
@@ -6302,6 +6308,8 @@ class Chat:
         self.last_prompt: list[Sent] | None = None
         self.recalls = False  # whether its last turn looked for memories
         self.awaiting_vectors: set[str] = set()  # messages for the background
+        self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
+        self.vectors_due = False  # whether it has a job that takes them
         self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -11797,11 +11805,12 @@ class Vectors:
         self._missed = 0  # jobs that were left undone since the embedder last worked
 
     def later(self, chat: Chat, ids: Iterable[str]) -> None:
-        """Has the vectors that messages still lack computed in the background, by one job a chat."""
+        """Has the vectors that messages still lack computed in the background, and those that turns have made stored,
+        by one job a chat."""
         with chat.lock:
-            waiting = bool(chat.awaiting_vectors)
             chat.awaiting_vectors.update(ids)
-        if chat.awaiting_vectors and not waiting:
+            due, chat.vectors_due = chat.vectors_due, bool(chat.awaiting_vectors or chat.unstored)
+        if chat.vectors_due and not due:
             self._submit(self._embed_awaiting, chat.id)
 
     def _submit(self, work: Callable, *args: Any) -> None:
@@ -11836,8 +11845,12 @@ class Vectors:
         with self._registry.lookup(chat_id) as chat:
             if chat is None:
                 return
-            with chat.lock:  # a chat that was closed meanwhile has forgotten which: then its branch
-                ids, chat.awaiting_vectors = chat.awaiting_vectors or chat.path(), set()
+            with chat.lock:
+                made, chat.unstored, chat.vectors_due = chat.unstored, {}, False
+                if made:
+                    chat.store.put_vectors(self.embedder.key, made)
+                # A chat that was closed meanwhile has forgotten which: then its branch.
+                ids, chat.awaiting_vectors = chat.awaiting_vectors or ([] if made else chat.path()), set()
             halted = threading.Event()  # what has been paused does not go on by itself
 
             def stop() -> bool:
@@ -11966,8 +11979,9 @@ class Vectors:
             vector = chat.index.vector(newest.fingerprint) if newest and vector is None else vector
         with chat.lock:
             unsplit = chat.index.unsplit
-        if degraded or len(asked.whole) < sum(map(len, asked.parts)) or unsplit:  # sentences wait for the turn's answer
-            self.later(chat, newest_of([*missing, *unsplit], nodes).values())
+            chat.awaiting_vectors.update(newest_of([*missing, *unsplit], nodes).values() if unsplit else ())
+        if degraded or len(asked.whole) < sum(map(len, asked.parts)):  # sentences wait for the turn's end
+            self.later(chat, newest_of(missing, nodes).values())
         return vector, degraded
 
     def take_newest(self, asked: AskedVectors) -> None:
@@ -11983,14 +11997,8 @@ class Vectors:
         found = {key: vectors[text] for key, text in texts.items()}
         with chat.lock:
             chat.index.add_vectors(found)
-        if kept := {k: v for k, v in found.items() if k in asked.whole}:
-            self._submit(self._store, chat.id, kept)
+            chat.unstored.update((k, v) for k, v in found.items() if k in asked.whole)
         return encoded
-
-    def _store(self, chat_id: str, vectors: Mapping[str, np.ndarray]) -> None:
-        with self._registry.lookup(chat_id) as chat:
-            if chat:
-                chat.put_vectors(self.embedder.key, vectors)
 
     def of_query(self, text: str, timeout: float) -> np.ndarray | None:
         """The vector of a text, float32 [dimensions]; None where the embedder cannot read it or is late."""
@@ -12284,13 +12292,14 @@ class Archive:
     @contextlib.contextmanager
     def enter(
         self, request: ChatRequest, chat_id: str, deadline: Deadline,
-        seen: Callable[[Chat, ChatRequest], None] = lambda chat, request: None,
+        begin: Callable[[Chat, ChatRequest], None] | None = None,
     ) -> Iterator[tuple[Chat, list[str], ChatRequest]]:  # fmt: skip
         """The chat that a request belongs to, for as long as the block runs; the ids of the request's branch; and the
         request without what this chat has shown to be nobody's words.
 
-        What is new in the request is written first; `seen` is called before that, with the chat's lock held. Without an
-        explicit `chat_id` the transcript names the chat.
+        What is new in the request is written first. Of a turn `begin` is called before that, with the chat's lock held,
+        and the disk is waited for when the turn is recorded. Without an explicit `chat_id` the transcript names the
+        chat.
         """
         with contextlib.ExitStack() as loans:
             named = chat_id or self._located(request, "", deadline)
@@ -12300,11 +12309,11 @@ class Archive:
                     named = self._create(request, chat_id, deadline)
                 chat = loans.enter_context(self._registry.borrow(named))
             with chat.lock:
-                path, request = self._place(chat, chat_id, request, seen)
+                path, request = self._place(chat, chat_id, request, begin)
             yield chat, path, request
 
     def _place(
-        self, chat: Chat, chat_id: str, request: ChatRequest, seen: Callable[[Chat, ChatRequest], None]
+        self, chat: Chat, chat_id: str, request: ChatRequest, begin: Callable[[Chat, ChatRequest], None] | None
     ) -> tuple[list[str], ChatRequest]:
         """The ids of a request's branch, which is written where the disk takes it, and the request without what this
         chat has shown to be nobody's words; hold the chat's lock."""
@@ -12316,7 +12325,8 @@ class Archive:
             spoken = with_names(spoken, names_in_chat(chat)) if spoken.prefixed else spoken
             if not request.identity.complete:
                 spoken = with_hidden(chat, unmerged(chat, spoken))
-            seen(chat, spoken)
+            if begin:
+                begin(chat, spoken)
             alignment = (chat_id and align_appended(chat, spoken)) or align_request(chat, spoken)
             if note := "" if request.identity.complete else learned_note(chat, alignment, spoken):
                 chat.store.commit(info={"notes": [*known, note][-KEPT_NOTES:]})
@@ -12325,7 +12335,7 @@ class Archive:
             return self._write_branch(chat, alignment, spoken), spoken
 
         try:
-            with chat.store.transaction():
+            with chat.store.transaction(waits=begin is None):
                 return write()
         except StoreDamaged:
             raise

@@ -113,15 +113,15 @@ def test_nobody_waits_for_vectors_in_vain(gate):
     embedder.close()
 
 
-def chats_in_open_files() -> set[str]:
-    """The folders of the chats whose files this process has open."""
+def chats_in_open_files(data: Path) -> set[str]:
+    """The folders of the chats in a data folder whose files this process has open."""
     targets = []
     for handle in OPEN_FILES.iterdir():
         try:
             targets.append(os.readlink(handle))
         except FileNotFoundError:  # the handle of this very listing, or closed by now
             continue
-    return {found[1] for target in targets if (found := re.search(r"/chats/([^/]+)/", target))}
+    return {found[1] for target in targets if (found := re.match(rf"{data}/chats/([^/]+)/", target))}
 
 
 @pytest.mark.skipif(not OPEN_FILES.is_dir(), reason="open files are looked up under /proc")
@@ -139,19 +139,19 @@ def test_files_stay_few_however_many_chats_are_used(tmp_path):
             chat.store.commit([message], {"head": message.id})
             registry.enter(chat, [message.id])
         if number % 50 == 0:
-            seen.append(len(chats_in_open_files()))
+            seen.append(len(chats_in_open_files(tmp_path)))
 
     with ThreadPoolExecutor(threads) as pool:
         for first in (0, chats):
             list(pool.map(write, range(first, first + chats)))
     # Beside those that may stay open each thread has one in use, and may be closing another.
     assert max(seen) <= most_open + 2 * threads, seen
-    assert len(chats_in_open_files()) == most_open
+    assert len(chats_in_open_files(tmp_path)) == most_open
     for number in range(chats):
         with registry.borrow(f"chat {number}") as chat:
             assert [m.content for m in chat.store.read(chat.path())] == [begun.content, more.content]
     registry.close()
-    assert chats_in_open_files() == set()
+    assert chats_in_open_files(tmp_path) == set()
 
 
 @pytest.mark.skipif(not OPEN_FILES.is_dir(), reason="open files are looked up under /proc")
@@ -163,6 +163,6 @@ def test_long_chats_close_sooner_but_the_last_used_one_stays(tmp_path, monkeypat
         registry.create(chat_id, explicit=True)
         with registry.borrow(chat_id) as chat, chat.lock:
             chat.store.commit(messages_of(*[("Mira", f"Line {n}.") for n in range(count)]))
-        assert pm.chat_folder(chat_id) in chats_in_open_files()
-    assert len(chats_in_open_files()) == 1
+        assert pm.chat_folder(chat_id) in chats_in_open_files(tmp_path)
+    assert len(chats_in_open_files(tmp_path)) == 1
     registry.close()
