@@ -71,6 +71,14 @@ def asked(index, text, asker="", encode=None, before=()):
     return np.argsort(-scores["score"], kind="stable").tolist(), scores
 
 
+def newest_first(messages, index, text, asker="", encode=None):
+    """The memories that a question finds, best first, in the order in which the program tells them."""
+    ranking, scores = asked(index, text, asker, encode)
+    query = pm.understand(text, asker, index.speakers, index.now, (), index.language)
+    memories = [pm.Memory(messages[i], i, float(scores["score"][i]), {}) for i in ranking]
+    return pm.with_newest_first(memories, index, query, encode([query.spoken])[0])
+
+
 def read_chat(name):
     """Messages, and (asker, question, places of the evidence, place of the older fact) from a file of tests/data."""
     lines, tags, asks = [], {}, []

@@ -29,8 +29,16 @@ ssl.create_default_context = functools.cache(ssl.create_default_context)  # each
 
 REAL_PAUSES = {name: getattr(persona_memory, name) for name in ("FIRST_PAUSE_SECONDS", "PAUSE_JITTER_SECONDS")}
 
-hypothesis.settings.register_profile("unhurried", deadline=None)  # how long a step takes is the benchmarks' matter
-hypothesis.settings.load_profile("unhurried")
+# How long a step takes is the benchmarks' matter.
+hypothesis.settings.register_profile("any", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("repeatable", hypothesis.settings.get_profile("any"), derandomize=True)
+
+
+def pytest_configure(config):
+    """Property tests try the same cases in every run, so that none fails by a case that no run had before;
+    `--hypothesis-seed=N` has others tried."""
+    searched = config.getoption("--hypothesis-seed", None) is not None
+    hypothesis.settings.load_profile("any" if searched else "repeatable")
 
 
 MOST_WORKERS = 4  # each loads the embedder
@@ -80,6 +88,14 @@ def load_the_embedder_once():
 def short_pauses():
     """Before another try of a failed request; test_gate.py looks at the real ones."""
     persona_memory.FIRST_PAUSE_SECONDS, persona_memory.PAUSE_JITTER_SECONDS = 0.01, 0.01
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patience():
+    """A turn waits for the embedder, and for what an upstream says of itself, as long as a busy machine may take: what
+    is late is a matter of the tests that look at that."""
+    for name in ("RECALL_SECONDS", "INJECTION_SECONDS", "ASK_SECONDS"):
+        setattr(persona_memory, name, 30.0)
 
 
 def shares(request) -> bool:

@@ -70,7 +70,8 @@ def test_a_damaged_file_harms_no_other_chat_and_can_be_got_rid_of(tmp_path, part
                 memory.messages("hurt")
             except pm.StoreError as error:
                 assert error.status == 503 and "damaged" in str(error), str(error)
-        memory.registry._listed.wait(60)
+        memory.registry.start()
+        assert memory.registry._listed.wait(60)
         states = {line["chat_id"]: line["state"] for line in memory.chats()}
         assert states["well"] == "ok" and states.get("hurt") in ("ok", "salvaged", "chat_damaged")
         memory.registry.delete("hurt")
@@ -123,7 +124,8 @@ def test_a_row_that_nobody_can_have_written_is_damage_too(tmp_path, value):
                     use()
                 except pm.StoreError:  # the first to notice
                     use()
-            memory.registry._listed.wait(60)
+            memory.registry.start()
+            assert memory.registry._listed.wait(60)
             assert {"well", "hurt"} <= {line["chat_id"] for line in memory.chats()}, key
             for chat in ("well", "hurt"):
                 memory.registry.delete(chat)

@@ -401,6 +401,7 @@ def test_a_turn_does_not_wait_for_a_busy_embedder_or_a_search(data_dir, upstream
         return encode(*args, **kwargs)
 
     monkeypatch.setattr(persona_memory, "load_sentence_transformer", lambda name: GatedModel(load(name), gate))
+    monkeypatch.setattr(persona_memory, "RECALL_SECONDS", 0.5)
     monkeypatch.setattr(persona_memory.Embedder, "encode", noted)
     gate.set()
     with LocalServer(settings(data_dir, upstream.url, context=SMALL)) as running:

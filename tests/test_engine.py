@@ -5,6 +5,7 @@ import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -195,6 +196,52 @@ def test_the_background_can_be_paused_and_tells_how_far_it_is(server):
     wait_until(lambda: len(store.vectors(vectors.embedder.key, texts)) == len(LONG))
 
 
+def test_the_end_comes_while_the_background_is_paused(memory):
+    """A summary that waits for it to go on is left for the next start."""
+    chat, plan = summarised(memory, "c")
+    memory.pause(True)
+    memory.summarizer._plan("c", plan, "")
+    wait_until(lambda: not memory.summarizer._plans)
+    ending = threading.Thread(target=memory.close, daemon=True)
+    ending.start()
+    ending.join(60)
+    assert not ending.is_alive()
+
+
+def test_work_on_a_chat_that_is_deleted_meanwhile_is_no_trouble(memory, monkeypatch, caplog):
+    """Its summaries, its vectors: nothing is left of them, and nobody is warned."""
+    _, plan = summarised(memory, "c")
+    note = memory.registry.catalogue.mark_due
+
+    def too_late(chat_id, due):
+        monkeypatch.undo()
+        memory.registry.delete("c")
+        note(chat_id, due)
+
+    monkeypatch.setattr(memory.registry.catalogue, "mark_due", too_late)
+    memory.summarizer._plans["c"] = plan, ""
+    memory.summarizer._work_off("c")
+    assert memory.registry.catalogue.due() == []
+    memory.archive.append("d", LONG)
+    with memory.registry.borrow("d") as chat:
+        memory.registry.delete("d")
+        memory.vectors._guarded(chat.put_vectors, "e", {})
+    assert [r.getMessage() for r in caplog.records if r.thread == threading.get_ident()] == []
+
+
+def test_feelings_of_messages_that_a_turn_takes_out_meanwhile_are_left_out(memory, monkeypatch):
+    """Long chats are read in pieces, between which turns come."""
+    monkeypatch.setattr(pm, "READ_AT_ONCE", 2)
+    memory.archive.append("c", LONG[:5])
+    with memory.registry.borrow("c") as chat:
+        path = chat.path()
+        rows = memory.feelings._rows(chat, path)
+        first = next(rows)[0].id
+        chat.store.commit(dropped=path[3:])
+        assert [first, *(node.id for node, _, _ in rows)] == path[:3]
+        assert len(list(pm.read_in_batches(chat, path))) == 3
+
+
 def test_long_work_tells_what_is_left_and_how_long_it_takes():
     """By the rate of its newest steps; of little that waits nothing is told."""
     work = pm.LongWork("vectors", "messages wait", 2)
@@ -309,7 +356,7 @@ def test_an_index_lets_go_of_what_has_left_its_branch():
 def test_an_index_whose_texts_could_not_be_read_is_made_whole_by_the_next_turn():
     """A locked file in the middle of a long chat: no message is left out afterwards."""
     tree, messages = pm.Tree(), {}
-    for number in range(pm.INDEXED_AT_ONCE + 1):
+    for number in range(pm.SEGMENT + 1):
         message = pm.new_message(next(reversed(messages), pm.ROOT), "user", f"line {number}")
         messages[message.id] = message
         tree.put(message, number)
@@ -325,6 +372,49 @@ def test_an_index_whose_texts_could_not_be_read_is_made_whole_by_the_next_turn()
         index.follow(nodes, read)
     assert len(index.follow(nodes, lambda ids: [messages[i] for i in ids])) == 1
     assert len(index.evidence(["line"], None).cosine) == len(messages)
+
+
+def stored_segments(store: pm.ChatStore) -> int:
+    """How many the disk holds."""
+    with store._database.use() as cache:
+        return len(pm.stored_rows(cache, "t:"))
+
+
+def read_at_opening(memory, monkeypatch) -> tuple[list[str], pm.Evidence]:
+    """The messages that are read for the index of a chat which is opened, and what speaks for each one then."""
+    registry = pm.ChatRegistry(Path(memory.settings.data))
+    with contextlib.closing(registry), registry.borrow("c") as chat, chat.lock, monkeypatch.context() as patched:
+        asked, read = [], chat.store.read
+        patched.setattr(chat.store, "read", lambda ids: asked.extend(ids) or read(ids))
+        index = chat.follow(chat.nodes(chat.path()), memory.embedder)
+        chat.store.commit()
+        return asked, index.evidence(["lamp", "ferry"], None)
+
+
+def test_a_chat_that_is_opened_again_is_not_read_again(memory, monkeypatch):
+    """What its index knows of the messages was kept, but for the last of them; it is the same, and damage does none."""
+    monkeypatch.setattr(memory.vectors, "later", lambda *_: None)
+    lines = [f"Line {n}. Did {('Ann', 'we')[n % 2]} see lamp {n % 7}? The ferry left in May." for n in range(450)]
+    memory.archive.append("c", [{"role": pm.CHAT_ROLES[n % 2], "content": text} for n, text in enumerate(lines)])
+    asked, fresh = read_at_opening(memory, monkeypatch)
+    assert len(asked) == len(lines)
+    for damaged, count in ((None, 50), (b"no longer what it was", 450), (5, 450), ("text", 450)):
+        if damaged:
+            with memory.registry.borrow("c") as chat, chat.store._database.transaction() as cache:
+                cache._sql("UPDATE Cache SET value = ? WHERE key GLOB 't:*'", (damaged,))
+        asked, again = read_at_opening(memory, monkeypatch)
+        assert len(asked) == count, damaged
+        for one, other in zip(vars(fresh).values(), vars(again).values(), strict=True):
+            np.testing.assert_equal(one, other)
+
+
+def test_an_imported_chat_is_read_for_its_index_in_the_background(memory, monkeypatch):
+    """Its first turn finds that done."""
+    monkeypatch.setattr(memory.vectors, "embed", lambda *_: None)
+    memory.archive.append("c", [LONG[0] | {"content": f"Line {n}."} for n in range(2 * pm.SEGMENT)])
+    with memory.registry.borrow("c") as chat:
+        wait_until(lambda: stored_segments(chat.store) == 2)
+    assert read_at_opening(memory, monkeypatch)[0] == []
 
 
 def test_clauses_are_read_in_linear_time():

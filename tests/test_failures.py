@@ -601,7 +601,13 @@ def stage(houses, case, tmp_path, monkeypatch):
         yield from unreachable_stage(house, case, tmp_path / "data", monkeypatch)
     else:
         proxy = house.hasty if case.upstream == "hasty" else house.patient
-        yield SimpleNamespace(api=house.api, url=proxy.url, mend=lambda: proxy.url, go_on=go_on)
+        asked = proxy.server.memory.upstream
+
+        def mend() -> str:
+            monkeypatch.setattr(asked, "_timeout", float(FOREVER))  # a good one may be slow on a busy machine
+            return proxy.url
+
+        yield SimpleNamespace(api=house.api, url=proxy.url, mend=mend, go_on=go_on)
     go_on.set()
 
 

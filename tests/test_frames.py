@@ -67,6 +67,17 @@ def test_a_block_begins_and_ends_as_this_program_wrote_it(rows):
     assert sum(not line.startswith("  ") and line != pm.GAP for line in lines) == len(memories)
 
 
+@pytest.mark.parametrize("language", pm.WORDINGS)
+def test_what_a_newer_memory_changed_says_so_where_both_are_told(language):
+    """Behind its own text, not behind its neighbour's; and not where the newer one is not there."""
+    words = pm.WORDINGS[language]
+    old, newer = pm.replace(memory("I live in Lisbon.", 6), changed_in=26), memory("I moved to Porto.", 26)
+    lines = pm.memory_block([newer, memory("The soup was good.", 7), old], words).splitlines()[1:-1]
+    assert lines == [f"#7-8 User: I live in Lisbon. {words.changed}", "User: The soup was good.",
+                     "#27 User: I moved to Porto."]  # fmt: skip
+    assert words.changed not in pm.memory_block([old], words)
+
+
 @given(TEXTS, TEXTS)
 def test_a_story_begins_and_ends_as_this_program_wrote_it(text, other):
     """Summaries and facts are told within one frame."""

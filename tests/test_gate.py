@@ -1,6 +1,5 @@
 """The way to an upstream: places, their order, who gives way, and when another try is made."""
 
-import contextlib
 import itertools
 import json
 import threading
@@ -9,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import httpx
 import pytest
 from conftest import REAL_PAUSES
-from fakes import LocalServer, branch_texts, figure, say, settings, wait_until
+from fakes import LocalServer, branch_texts, figure, hang_up_later, say, settings, wait_until
 from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
@@ -212,9 +211,9 @@ def test_a_client_that_leaves_the_queue_is_never_asked_for(upstream, data_dir):
     with LocalServer(settings(data_dir, upstream.url, upstream_limit=1)) as running, ThreadPoolExecutor(4) as pool:
         pool.submit(say, running.url, [{"role": "user", "content": "slow"}])
         upstream.wait_for_chats(1)
-        with pytest.raises(httpx.ReadTimeout):  # a client that loses patience while it waits
-            body = {"messages": [{"role": "user", "content": "leaver"}], "chat_id": "gone"}
-            httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=1, headers={"Connection": "close"})
+        leaver = hang_up_later(running, {"messages": [{"role": "user", "content": "leaver"}], "chat_id": "gone"})
+        wait_until(lambda: figure(running, "upstream_queued") == 1, "the leaver waiting")
+        leaver.close()
         wait_until(lambda: figure(running, 'requests_total{outcome="client_gone"}') == 1, "the leaver's leave noticed")
         assert figure(running, "upstream_queued") == 0
         last = pool.submit(say, running.url, [{"role": "user", "content": "last"}])
@@ -362,10 +361,9 @@ def test_a_client_that_leaves_during_a_pause_ends_the_tries(upstream, data_dir):
     """Nothing is asked for somebody who has gone."""
     upstream.steer(status=503, headers={"Retry-After": "25"})
     with LocalServer(settings(data_dir, upstream.url)) as running:
-        with contextlib.suppress(httpx.ReadTimeout):
-            httpx.post(
-                f"{running.url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]}, timeout=0.5
-            )
+        leaver = hang_up_later(running, {"messages": [{"role": "user", "content": "x"}]})
+        upstream.wait_for_chats(1)
+        leaver.close()
         wait_until(lambda: figure(running, 'requests_total{outcome="client_gone"}') == 1, "the client's leave noticed")
         assert figure(running, "upstream_in_flight") == 0
     assert len(upstream.chats) == 1

@@ -1,5 +1,6 @@
 """What a model is told in the chat's own language: frames, mood, summaries; and how that language is found."""
 
+import json
 import string
 
 import pytest
@@ -37,6 +38,19 @@ SAMPLES = {
     "ko": ("그게 뭔지 모르겠지만 네가 여기 있으면 좋아.", "우리 같이 가자.", "꼭 돌아온다고 약속할게.", "너무 슬퍼.",
            "슬프지 않아.", "죄송하지만 도와드릴 수 없습니다."),
 }  # fmt: skip
+CHANGES = {
+    "en": "We no longer live there.",
+    "de": "Wir wohnen nicht mehr dort.",
+    "es": "Ya no vivimos allí.",
+    "fr": "Nous n'habitons plus là.",
+    "it": "Non abitiamo più lì.",
+    "pt": "Já não moramos lá.",
+    "pl": "Już nie mieszkamy tam.",
+    "ru": "Мы там больше не живём.",
+    "zh": "我们搬到别处了。",
+    "ja": "私たちは引っ越した。",
+    "ko": "우리는 이사했어.",
+}
 OTHERS = [
     "Ik weet niet wat dit is, maar ik vind het leuk dat je er bent.",
     "Jag vet inte vad det är, men jag gillar när du är här.",
@@ -51,6 +65,7 @@ def test_each_language_is_found_and_has_its_words(language):
     assert set(SAMPLES) == set(pm.WORDINGS) == {*pm.FELT, "en"}
     assert words.language == language and pm.wording_for(texts[:2]) is pm.wording_for([texts[0], "ok"]) is words
     assert pm.PROMISE.search(texts[2]) and not any(pm.PROMISE.search(texts[i]) for i in (0, 1, 3, 4))
+    assert pm.CHANGED.search(CHANGES[language]) and not any(pm.CHANGED.search(text) for text in texts)
     assert pm.REFUSAL.match(texts[5]) and not any(pm.REFUSAL.match(text) for text in texts[:5])
     assert pm.feeling_in(language, texts[3]).label == "sadness" and pm.feeling_in(language, texts[4]).label == "neutral"
 
@@ -148,3 +163,10 @@ def test_a_chat_is_told_of_in_its_language(language, upstream, data_dir):
                 break
     assert all(line in prompts[-1] for line in told)
     assert not any(pm.ENGLISH.memories in prompt for prompt in prompts)
+
+
+def test_other_rules_for_what_an_index_keeps_have_another_number():
+    """It is found in the stores by SEGMENT_RULES: raise that where this digest changes, and write the new one here."""
+    texts = [text for language in sorted(SAMPLES) for text in SAMPLES[language]]
+    made = json.dumps(vars(pm.segment_of([*texts, "\n".join(texts)], "en")))
+    assert (pm.SEGMENT_RULES, pm.short_hash(made)) == (1, "23f75da7b77b43aa47fdb8f1c781a7a2")

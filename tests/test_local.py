@@ -146,7 +146,7 @@ def test_a_model_that_dies_while_it_is_asked_is_started_again(tmp_path, monkeypa
         with pytest.raises(pm.UpstreamUnavailable, match="has ended: it crashed.*three ways"):
             upstream.complete({"messages": []}, pm.Call())
         wait_until(lambda: upstream.describe()["status"] != "ok")
-    assert "crashed" in upstream.describe()["status"]
+    wait_until(lambda: "crashed" in upstream.describe()["status"])
 
 
 def test_the_models_process_ends_with_its_upstream(tmp_path, monkeypatch):

@@ -255,8 +255,9 @@ def test_what_others_say_forges_no_line_of_the_log_and_steers_no_terminal():
 def test_another_programs_log_is_not_forged_either(caplog):
     """As a module of SillyTavern-Extras this program does not format its own lines."""
     caplog.set_level(logging.INFO, "persona_memory")
-    pm.log_event("request", "chat x\n12:00:00 INFO forged\x1b[2J\u2028: ok")
-    assert caplog.records[-1].getMessage() == r"chat x\n12:00:00 INFO forged\x1b[2J\u2028: ok"
+    pm.log_event("forged", "chat x\n12:00:00 INFO forged\x1b[2J\u2028: ok")
+    said = [record.getMessage() for record in caplog.records if record.event == "forged"]
+    assert said == [r"chat x\n12:00:00 INFO forged\x1b[2J\u2028: ok"]
 
 
 def test_a_missing_embedder_is_told_of_now_and_then(data_dir, caplog, monkeypatch):
@@ -271,7 +272,7 @@ def test_a_missing_embedder_is_told_of_now_and_then(data_dir, caplog, monkeypatc
         caplog.clear()
         for _ in range(count):
             vectors._guarded(work)
-        return [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
+        return [record.getMessage() for record in caplog.records if record.thread == threading.get_ident()]
 
     caplog.set_level(logging.INFO, "persona_memory")
     [said] = jobs(9)

@@ -187,6 +187,16 @@ def test_a_chat_shows_the_picture_that_its_client_gave(visit, server):
         expect(page.get_by_role("heading", level=1)).to_have_text("Mira")
 
 
+def test_a_chat_without_a_character_is_called_what_its_client_calls_it(visit, server):
+    """Its id stands below."""
+    shown = {"messages": [{"role": "user", "content": "Hello"}], "title": "By the sea"}
+    assert httpx.post(f"{server.url}/api/persona_memory/chats/beach/sync", json=shown, timeout=60).status_code == 200
+    page = visit(server.url)
+    expect(page.locator(".chats > li")).to_contain_text("beach")
+    page.get_by_role("link", name="By the sea").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("By the sea")
+
+
 def test_a_search_finds_words_in_every_chat_and_jumps_there(visit, told):
     """All words must be there, in any order and case; the message is then in view and marked."""
     page = visit(told.url)

@@ -124,6 +124,50 @@ def test_the_same_words_of_another_speaker_keep_what_was_made_of_them(data_dir):
     chat.close()
 
 
+def test_what_is_made_of_erased_words_too_late_is_not_kept(data_dir):
+    """Whoever read them before may bring their vectors after; when they are said again, these are kept."""
+    chat, other = pm.Chat(data_dir), pm.ChatStore(data_dir)
+    said = pm.new_message("", "user", "I am from Ostrava. It is far.", "Ann")
+    chat.store.commit([said], {"chat_id": "tale"})
+    other.catch_up()
+    chat.store.commit(marked=[pm.replace(said, forgotten=True)])
+    chat.erase([said.digest])
+    other.catch_up()
+    vectors = {said.fingerprint: pm.np.eye(1, 384, dtype=pm.np.float32)}
+
+    def bring(store) -> list[int]:
+        """How many vectors of the text and of its sentences are there after they were brought."""
+        store.put_vectors("e", {h: rows[0] for h, rows in vectors.items()})
+        store.put_sentence_vectors("e", vectors)
+        return [len(store.vectors("e", vectors)), len(store.sentence_vectors("e", vectors))]
+
+    assert bring(chat.store) == bring(other) == [0, 0]
+    chat.store.commit([pm.new_message(said.id, "user", said.content, "Ann")])
+    chat.store.commit(marked=[pm.replace(said, forgotten=False)])
+    chat.store.commit([said])
+    assert bring(chat.store) == [1, 1]
+    chat.close()
+    other.close()
+
+
+def test_what_the_index_keeps_of_erased_words_is_erased(data_dir):
+    """It holds many messages' words, compressed; another program that has the chat open does not bring it back."""
+    store, other = pm.ChatStore(data_dir), pm.ChatStore(data_dir)
+    message = pm.new_message("", "user", SECRET)
+    for one in (store, other):
+        one.catch_up()
+        one.put_derived(f"of {id(one)}", SECRET)
+    store.commit([message], info={"chat_id": "c"})
+    store.commit(marked=[pm.replace(message, forgotten=True)])
+    assert store.derived(f"of {id(store)}") == SECRET
+    store.erase([message.digest])
+    other.commit(info={"seen": 1})
+    for one in (store, other):
+        with one._database.use() as cache:
+            assert pm.stored_rows(cache, "t:") == {}
+        one.close()
+
+
 def test_a_forgotten_fact_is_erased_and_does_not_come_back(running, data_dir):
     """There is no undo for it, so nothing of it is kept; its id is, so that it is not found again."""
     told(running)

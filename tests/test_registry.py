@@ -114,14 +114,15 @@ def test_nobody_waits_for_vectors_in_vain(gate):
 
 
 def chats_in_open_files(data: Path) -> set[str]:
-    """The folders of the chats in a data folder whose files this process has open."""
+    """The folders of a data folder's chats whose files this process has open."""
     targets = []
     for handle in OPEN_FILES.iterdir():
         try:
             targets.append(os.readlink(handle))
         except FileNotFoundError:  # the handle of this very listing, or closed by now
             continue
-    return {found[1] for target in targets if (found := re.match(rf"{data}/chats/([^/]+)/", target))}
+    there = re.compile(rf"{re.escape(str(data.resolve()))}/chats/([^/]+)/")
+    return {found[1] for target in targets if (found := there.match(target))}
 
 
 @pytest.mark.skipif(not OPEN_FILES.is_dir(), reason="open files are looked up under /proc")

@@ -413,6 +413,19 @@ def test_the_doctor_says_what_is_wrong_and_what_to_do(upstream, home, data_dir, 
     assert "three ways" in found["Upstream of the summaries"][0]
 
 
+def test_a_second_program_on_a_data_folder_is_told_of_the_first(upstream, home, data_dir, caplog, capsys):
+    """In the log, and by --doctor, which leaves no mark of its own."""
+    first = pm.note_use(data_dir)
+    assert caplog.messages == []
+    found = examined(settings(data_dir, upstream.url), capsys)[1]["Data folder"][0]
+    assert found.startswith("ok") and found.endswith("open in a program that runs")
+    second = pm.note_use(data_dir)
+    assert [words for words in caplog.messages if words.startswith("Another program uses")]
+    for mark in (first, second):
+        mark.close()
+    assert not examined(settings(data_dir, upstream.url), capsys)[1]["Data folder"][0].endswith("runs")
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="no folder that nobody can write to")
 def test_the_doctor_names_a_folder_that_cannot_be_written(upstream, home, capsys):
     """With what to do."""

@@ -11,8 +11,9 @@ WRITERS, EACH = 4, 12
 
 
 @pytest.fixture
-def pair(data_dir):
+def pair(data_dir, monkeypatch):
     """Two programs on one folder, each with its own connections and its own RAM."""
+    monkeypatch.setattr(pm, "LOCK_SECONDS", 60.0)  # SQLite lets in whom it likes
     memories = [pm.PersonaMemory(settings(data_dir, "http://127.0.0.1:9/v1")) for _ in range(2)]
     yield memories
     for memory in memories:

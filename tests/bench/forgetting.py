@@ -3,11 +3,12 @@
     python tests/bench/forgetting.py                              the embedded model answers
     python tests/bench/forgetting.py --upstream URL --model NAME  any other one, with `--key` where it asks for one
 
-Facts are planted in a made chat, each once; after 50, 100, 200 and 400 messages they are asked for, and the persona is
-asked about itself. The client shows its newest messages. `without` is the same request in a chat that stores nothing
-else, `given` has the fact in front of the question: the ceiling of this model. `right` is the share of replies that
-hold the answer, `log p` the mean log-probability of the answer's first token as the reply's first one, where the server
-tells it among the 20 likeliest (the 20th's where it is not among them).
+Facts are planted in a made chat, each once; after 50, 100, 200 and 400 messages they are asked for as a user asks, and
+the persona is asked about itself. The client shows its newest messages. `without` is the same request in a chat that
+stores nothing else; in `given` the message that tells the fact stands right before the question, with its reply: the
+ceiling of this model. No answer can be guessed from the question. `right` is the share of replies that hold the
+answer; `log p` the mean, over the questions, of the highest log-probability that any token of the reply had of
+beginning the answer, where the server tells it among the 20 likeliest (the 20th's where it is not among them).
 """
 
 import argparse
@@ -37,13 +38,25 @@ FACTS = (  # what the user says, the question, and the answer
     ("My horse is called Pepper and bites everyone but me.", "What is my horse called?", "Pepper"),
     ("I am a carpenter by trade, like my father.", "What is my trade?", "carpenter"),
     ("My favourite dish is pumpkin soup with bread.", "What is my favourite dish?", "pumpkin"),
-    ("I am terribly afraid of spiders, I must confess.", "What animal am I afraid of?", "spider"),
-    ("I play the violin, though only when nobody listens.", "Which instrument do I play?", "violin"),
+    ("I am terribly afraid of geese, I must confess.", "Which animal am I afraid of?", "geese"),
+    ("I play the bassoon, though only when nobody listens.", "Which instrument do I play?", "bassoon"),
     ("My best friend Theodore sailed to Iceland last spring.", "Who is my best friend?", "Theodore"),
-    ("My birthday is in November, on a Sunday this year.", "In which month is my birthday?", "November"),
+    ("My birthday is in February, on a Sunday this year.", "In which month is my birthday?", "February"),
     ("I lost my left thumb to a saw when I was twelve.", "What did I lose to a saw?", "thumb"),
     ("The password to my strongbox is 'marigold'.", "What is the password to my strongbox?", "marigold"),
     ("I am saving money for a windmill of my own.", "What am I saving money for?", "windmill"),
+    ("My favourite colour is turquoise, like the old tiles.", "What is my favourite colour?", "turquoise"),
+    ("I grew up with my uncle Barnaby, who was a tinker.", "Which uncle did I grow up with?", "Barnaby"),
+    ("I never eat mushrooms, they make me ill.", "What do I never eat?", "mushroom"),
+    ("My daughter Philippa will be nine at midsummer.", "What is my daughter's name?", "Philippa"),
+    ("I hid the map inside the grandfather clock.", "Where did I hide the map?", "clock"),
+    ("I served three years as a drummer in the army.", "What was I in the army?", "drummer"),
+    ("I am on my way to Salzburg to see a notary.", "Which town am I on my way to?", "Salzburg"),
+    ("My cat is called Biscuit and sleeps in the oven.", "What is my cat called?", "Biscuit"),
+    ("I collect thimbles, I own more than two hundred.", "What do I collect?", "thimble"),
+    ("I owe the miller forty guilders since the flood.", "To whom do I owe money?", "miller"),
+    ("My old teacher was Professor Quillfeather.", "Who was my old teacher?", "Quillfeather"),
+    ("I carry a brass compass that was my mother's.", "What do I carry that was my mother's?", "compass"),
 )
 QUIZ = (
     ("What is your dog called?", "Bracken"),
@@ -66,24 +79,28 @@ def chat(messages: int, facts: int) -> list[dict]:
 def ask(client: httpx.Client, url: str, given, chat_id: str, shown: list[dict], question: str) -> dict:
     """The reply's choice to a question after those messages."""
     body = {
-        "model": given.model, "chat_id": chat_id, "max_tokens": 24, "temperature": 0, "logprobs": True,
+        "model": given.model, "chat_id": chat_id, "max_tokens": 40, "temperature": 0, "logprobs": True,
         "top_logprobs": 20,
-        "messages": [
-            {"role": "system", "content": PERSONA}, *shown,
-            {"role": "user", "content": f"{question} Answer in one word."},
-        ],
+        "messages": [{"role": "system", "content": PERSONA}, *shown, {"role": "user", "content": question}],
     }  # fmt: skip
     answer = client.post(f"{url}/v1/chat/completions", json=body).raise_for_status()
     return answer.json()["choices"][0] | {"memory": answer.headers.get("x-persona-memory", "")}
 
 
-def first_logprob(choice: dict, answer: str) -> float | None:
-    """The log-probability that the reply's first token begins the answer."""
-    tokens = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
-    begun = [
-        t["logprob"] for t in tokens if t["token"].strip() and answer.lower().startswith(t["token"].strip().lower())
-    ]
-    return max(begun) if begun else min((t["logprob"] for t in tokens), default=None)
+def best_logprob(choice: dict, answer: str) -> float | None:
+    """The highest log-probability that a token of the reply begins the answer."""
+    found = []
+    for place in (choice.get("logprobs") or {}).get("content") or []:
+        likely = place.get("top_logprobs") or []
+        begun = [t["logprob"] for t in likely if begins(t["token"], answer)]
+        found += [max(begun)] if begun else [min(t["logprob"] for t in likely)] if likely else []
+    return max(found, default=None)
+
+
+def begins(token: str, answer: str) -> bool:
+    """Whether a token, of two letters at least, begins the answer."""
+    text = token.strip().lower()
+    return len(text) > 1 and answer.lower().startswith(text)
 
 
 def measure(client: httpx.Client, url: str, given, count: int) -> list[dict]:
@@ -96,7 +113,8 @@ def measure(client: httpx.Client, url: str, given, count: int) -> list[dict]:
     client.post(f"{url}/api/persona_memory/chats/c{count}/messages", json={"messages": stored}).raise_for_status()
     client.get(f"{url}/api/persona_memory/chats/c{count}/search", params={"q": "vectors"}).raise_for_status()
     for number, (fact, question, answer) in enumerate(facts):
-        handed = [*shown[:-1], {"role": shown[-1]["role"], "content": f"{shown[-1]['content']} You told me: “{fact}”"}]
+        at = next(n for n, message in enumerate(stored) if message["content"].startswith(fact))
+        handed = [*shown[2:], *stored[at : at + 2]]
         for kind, chat_id, visible in (
             ("with memory", f"c{count}", shown), ("without", f"w{count}-{number}", shown),
             ("given", f"g{count}-{number}", handed),
@@ -110,7 +128,7 @@ def measure(client: httpx.Client, url: str, given, count: int) -> list[dict]:
 
 def row(count: int, kind: str, asked: list[tuple[dict, str]]) -> dict:
     texts = [(choice["message"]["content"] or "", answer) for choice, answer in asked]
-    logs = [p for choice, answer in asked if (p := first_logprob(choice, answer)) is not None]
+    logs = [p for choice, answer in asked if (p := best_logprob(choice, answer)) is not None]
     recalled = [int(c["memory"].split("recalled=")[1].split()[0]) for c, _ in asked if "recalled=" in c["memory"]]
     return {
         "messages": count, "kind": kind, "asked": len(asked),

@@ -159,9 +159,17 @@ def chain(recorded: dict):
 
 
 def ours(c: Conversation, style: str) -> list[np.ndarray]:
-    """The program's scores, nudges and all."""
-    found = [pm.weigh(q, e)["score"] for q, e in c.evidence(style)]
-    return [s + sum(c.nudges(t, s).values()) for (t, _), s in zip(c.asked(style), found, strict=True)]
+    """The program's scores, nudges and all, of statements about the same thing the newest first."""
+    rows = []
+    for (text, _), (query, evidence) in zip(c.asked(style), c.evidence(style), strict=True):
+        scores = pm.weigh(query, evidence)["score"]
+        scores += sum(c.nudges(text, scores).values())
+        best = np.argsort(-scores, kind="stable")[: pm.NEWEST_AMONG].tolist()
+        memories = [pm.Memory(c.messages[i], i, float(scores[i]), {}) for i in best]
+        for memory in pm.with_newest_first(memories, c.index, query, encode([query.spoken])[0]):
+            scores[memory.index] = memory.score
+        rows.append(scores)
+    return rows
 
 
 def bm25(c: Conversation, style: str) -> list[np.ndarray]:
@@ -328,7 +336,7 @@ def fitted(conversations: list[Conversation], rows: list[list[np.ndarray]]) -> n
 
 def ablation_rows(conversations: list[Conversation], style: str) -> tuple[list[str], list[list[np.ndarray]]]:
     """The names of all parts of a score, and per conversation and question their weighted values [n, parts]."""
-    names = [*pm.SIGNALS, "supersedes", *pm.TIE_BREAKERS]
+    names = [*pm.SIGNALS, *pm.TIE_BREAKERS]
     rows = []
     for c in conversations:
         rows.append([])
