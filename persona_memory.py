@@ -739,26 +739,27 @@ WORDINGS = {  # by language (ISO 639-1)
 }  # fmt: skip
 
 # How promises are made, in all of these languages: a word of one hardly ever means something else in another.
+# One \b stands in front of all of them: each of its own would be tried at every letter.
 PROMISE = re.compile(
     # English
-    r"\b(?:i|we)(?:['’]ll| will| shall)? (?:\w+ )?(?:promise|swear|vow|pledge|guarantee)\b"
-    r"|\b(?:i|we)(?:['’]ll| will| shall) (?:never|always)\b|\b(?:you have|you['’]ve got|on) my (?:word|honou?r|life)\b"
-    r"|\b(?:i|we) give (?:you )?(?:my|our) word\b|\bit['’]?s a deal\b|\bdeal\?|\b(?:we have|we['’]ve got) a deal\b"
-    r"|\bpinky[ -](?:swear|promise)|\bcross my heart\b|\bpromise me\b|\bmy (?:oath|vow)\b|\bswor[en] .{0,20}oath\b"
-    r"|\byou promised\b|\bword of honou?r\b"
+    r"\b(?:(?:i|we)(?:['’]ll| will| shall)? (?:\w+ )?(?:promise|swear|vow|pledge|guarantee)\b"
+    r"|(?:i|we)(?:['’]ll| will| shall) (?:never|always)\b|(?:you have|you['’]ve got|on) my (?:word|honou?r|life)\b"
+    r"|(?:i|we) give (?:you )?(?:my|our) word\b|it['’]?s a deal\b|deal\?|(?:we have|we['’]ve got) a deal\b"
+    r"|pinky[ -](?:swear|promise)|cross my heart\b|promise me\b|my (?:oath|vow)\b|swor[en] .{0,20}oath\b"
+    r"|you promised\b|word of honou?r\b"
     # German
-    r"|\b(?:verspreche|schwöre|gelobe) (?:ich|dir|euch|ihnen|es)\b"
-    r"|\b(?:ich|wir) (?:\w+ )?(?:verspreche|schwöre|gelobe)n?\b"
-    r"|\bversprich(?:st du)? (?:es )?mir\b|\bversprochen\b|\behrenwort\b|\bmein wort\b|\bbei meiner ehre\b"
+    r"|(?:verspreche|schwöre|gelobe) (?:ich|dir|euch|ihnen|es)\b"
+    r"|(?:ich|wir) (?:\w+ )?(?:verspreche|schwöre|gelobe)n?\b"
+    r"|versprich(?:st du)? (?:es )?mir\b|versprochen\b|ehrenwort\b|mein wort\b|bei meiner ehre\b"
     # Spanish, French, Italian, Portuguese
-    r"|\b(?:prometo|prometemos|juro|juramos)\b|\bprom[eé]t(?:eme|e-me|edme)\b|\bpalabra de honor\b|\bmi palabra\b"
-    r"|\bje (?:(?:te|vous|le|lui|leur) )*(?:promets|jure)\b|\bpromet(?:s|tez)[- ]moi\b|\bc['’]est promis\b"
-    r"|\bparole d['’]honneur\b|\bma parole\b|\b(?:prometto|promettiamo|giuro|giuriamo)\b|\bpromettimi\b"
-    r"|\bparola d['’]onore\b|\bla mia parola\b"
-    r"|\bme promete\b|\bpalavra de honra\b|\bminha palavra\b"
+    r"|(?:prometo|prometemos|juro|juramos)\b|prom[eé]t(?:eme|e-me|edme)\b|palabra de honor\b|mi palabra\b"
+    r"|je (?:(?:te|vous|le|lui|leur) )*(?:promets|jure)\b|promet(?:s|tez)[- ]moi\b|c['’]est promis\b"
+    r"|parole d['’]honneur\b|ma parole\b|(?:prometto|promettiamo|giuro|giuriamo)\b|promettimi\b"
+    r"|parola d['’]onore\b|la mia parola\b"
+    r"|me promete\b|palavra de honra\b|minha palavra\b"
     # Polish, Russian
-    r"|\b(?:obiecuj[ęe]|obiecujemy|przysięgam|przysięgamy|przyrzekam)\b|\bobiecaj\b|\bsłowo honoru\b|\bmoje słowo\b"
-    r"|\b(?:обещаю|обещаем|клянусь|клян[её]мся)\b|\bпообещай\b|\bчестное слово\b|\bда[юм] (?:тебе |вам )?слово\b"
+    r"|(?:obiecuj[ęe]|obiecujemy|przysięgam|przysięgamy|przyrzekam)\b|obiecaj\b|słowo honoru\b|moje słowo\b"
+    r"|(?:обещаю|обещаем|клянусь|клян[её]мся)\b|пообещай\b|честное слово\b|да[юм] (?:тебе |вам )?слово\b)"
     # Chinese, Japanese, Korean
     r"|我(?:们|們)?(?:向你|跟你)?(?:保证|保證|发誓|發誓|答应你|答應你|承诺|承諾)|一言为定|一言為定|答应我|答應我"
     r"|約束(?:する|します|だ|だよ|ね|よ|して)|誓(?:う|います|って)|指切り"
@@ -4346,10 +4347,10 @@ def is_instruction(text: str, alone: bool = True) -> bool:
     """
     text = text.strip()
     inner = text[1:-1].strip() if (bracketed := bool(BRACKETED.fullmatch(text))) else text
-    if len(text) > LONGEST_INSTRUCTION or not (TASK.match(text) or ABOUT_THE_REPLY.search(inner)):
+    told = not alone and (TASK.match(text) or TOLD_TO.match(inner)) and not inner.endswith("?")
+    if len(text) > LONGEST_INSTRUCTION or not (bracketed or told):
         return False
-    told = TASK.match(text) or TOLD_TO.match(inner)
-    return bracketed or (not alone and bool(told) and not inner.endswith("?"))
+    return bool(TASK.match(text) or ABOUT_THE_REPLY.search(inner))  # what takes longest to look for comes last
 
 
 def with_names(request: ChatRequest, known: Mapping[str, Collection[str]] = MappingProxyType({})) -> ChatRequest:
@@ -4474,8 +4475,8 @@ def named_in_prompt(persona: str) -> str | None:
 # Chat store
 # ======================================================================================================================
 
-WORKING_MEMORY = 20  # messages of a branch that stay in RAM
-OPEN_BRANCHES = 8  # branches of a chat that have a working memory
+NEWEST = 20  # messages of a branch that a turn looks at again and again
+WORKING_MEMORY = 400  # messages of a chat in RAM: a turn shows and recalls mostly what the one before did
 KEPT_REPORTS = 50
 KEYS_AT_ONCE = 500  # in one query: older SQLites take 999
 MOST_UNREADABLE = 10_000  # rows of a damaged chat
@@ -5027,11 +5028,14 @@ class ChatStore:
             self._catch_up(cache)
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, waits: bool = True) -> Iterator[None]:
         """What the block reads and writes is one step, for other processes on the same folder too: where a message goes
-        depends on what stands there already."""
+        depends on what stands there already. Where it does not wait for the disk, the next commit does for both
+        (SQLite's write-ahead log is one file): a crash of the program loses nothing till then, a power cut may."""
         with self._database.use() as cache:
             try:
+                if not waits:
+                    cache._sql("PRAGMA synchronous = 1")
                 with cache.transact():
                     self._catch_up(cache)
                     yield
@@ -5039,6 +5043,9 @@ class ChatStore:
             except BaseException:
                 self._generation = UNWRITTEN
                 raise
+            finally:
+                if not waits:
+                    cache._sql("PRAGMA synchronous = 2")
 
     @contextlib.contextmanager
     def in_ram(self, reason: str) -> Iterator[None]:
@@ -5209,14 +5216,17 @@ class ChatStore:
                     found = {i: message_of(json.loads(rows[i])) for i in missing}
             return [found.get(i) or self._recent[i] for i in ids]
 
-    def keep_recent(self, path: Sequence[str]) -> None:
-        """Takes the last messages of a branch into working memory, and lets go of the branch not seen for longest."""
+    def read_again(self, ids: Sequence[str]) -> list[Message]:
+        """The same of messages that the next turn will likely ask for too: they are taken into working memory, and
+        those not asked for longest leave it."""
         with self.lock:
-            for message in self.read(path[-WORKING_MEMORY:]):
+            messages = self.read(ids)
+            for message in messages:
                 self._recent[message.id] = message
                 self._recent.move_to_end(message.id)
-            while len(self._recent) > WORKING_MEMORY * OPEN_BRANCHES:
+            while len(self._recent) > WORKING_MEMORY:
                 self._recent.popitem(last=False)
+            return messages
 
     def derived(self, key: str) -> Any:
         """The JSON value that was made of the messages and is kept under a key; None where there is none, or its
@@ -6532,6 +6542,8 @@ class Chat:
         self.last_prompt: list[Sent] | None = None
         self.recalls = False  # whether its last turn looked for memories
         self.awaiting_vectors: set[str] = set()  # messages for the background
+        self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
+        self.vectors_due = False  # whether it has a job that takes them
         self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -11979,7 +11991,7 @@ def recalled_row(memory: Memory) -> dict:
 
 def left_out_row(memory: Memory, reason: str) -> dict:
     """A memory that did not get into the prompt, as the prompt's report shows it."""
-    row = memory_row(memory)
+    row = memory_row(replace(memory, scores={}))
     return {k: row[k] for k in ("id", "index", "role", "name", "score")} | {"reason": reason}
 
 
@@ -12077,11 +12089,12 @@ class Vectors:
         self._missed = 0  # jobs that were left undone since the embedder last worked
 
     def later(self, chat: Chat, ids: Iterable[str]) -> None:
-        """Has the vectors that messages still lack computed in the background, by one job a chat."""
+        """Has the vectors that messages still lack computed in the background, and those that turns have made stored,
+        by one job a chat."""
         with chat.lock:
-            waiting = bool(chat.awaiting_vectors)
             chat.awaiting_vectors.update(ids)
-        if chat.awaiting_vectors and not waiting:
+            due, chat.vectors_due = chat.vectors_due, bool(chat.awaiting_vectors or chat.unstored)
+        if chat.vectors_due and not due:
             self._submit(self._embed_awaiting, chat.id)
 
     def _submit(self, work: Callable, *args: Any) -> None:
@@ -12118,8 +12131,12 @@ class Vectors:
         with self._registry.lookup(chat_id) as chat:
             if chat is None:
                 return
-            with chat.lock:  # a chat that was closed meanwhile has forgotten which: then its branch
-                ids, chat.awaiting_vectors = chat.awaiting_vectors or chat.path(), set()
+            with chat.lock:
+                made, chat.unstored, chat.vectors_due = chat.unstored, {}, False
+                if made:
+                    chat.store.put_vectors(self.embedder.key, made)
+                # A chat that was closed meanwhile has forgotten which: then its branch.
+                ids, chat.awaiting_vectors = chat.awaiting_vectors or ([] if made else chat.path()), set()
             halted = threading.Event()  # what has been paused does not go on by itself
 
             def stop() -> bool:
@@ -12252,8 +12269,9 @@ class Vectors:
             vector = chat.index.vector(newest.fingerprint) if newest and vector is None else vector
         with chat.lock:
             unsplit = chat.index.unsplit
-        if degraded or len(asked.whole) < sum(map(len, asked.parts)) or unsplit:  # sentences wait for the turn's answer
-            self.later(chat, newest_of([*missing, *unsplit], nodes).values())
+            chat.awaiting_vectors.update(newest_of([*missing, *unsplit], nodes).values() if unsplit else ())
+        if degraded or len(asked.whole) < sum(map(len, asked.parts)):  # sentences wait for the turn's end
+            self.later(chat, newest_of(missing, nodes).values())
         return vector, degraded
 
     def take_newest(self, asked: AskedVectors) -> None:
@@ -12269,14 +12287,8 @@ class Vectors:
         found = {key: vectors[text] for key, text in texts.items()}
         with chat.lock:
             chat.index.add_vectors(found)
-        if kept := {k: v for k, v in found.items() if k in asked.whole}:
-            self._submit(self._store, chat.id, kept)
+            chat.unstored.update((k, v) for k, v in found.items() if k in asked.whole)
         return encoded
-
-    def _store(self, chat_id: str, vectors: Mapping[str, np.ndarray]) -> None:
-        with self._registry.lookup(chat_id) as chat:
-            if chat:
-                chat.put_vectors(self.embedder.key, vectors)
 
     def of_query(self, text: str, timeout: float) -> np.ndarray | None:
         """The vector of a text, float32 [dimensions]; None where the embedder cannot read it or is late."""
@@ -12581,13 +12593,14 @@ class Archive:
     @contextlib.contextmanager
     def enter(
         self, request: ChatRequest, chat_id: str, deadline: Deadline,
-        seen: Callable[[Chat, ChatRequest], None] = lambda chat, request: None,
+        begin: Callable[[Chat, ChatRequest], None] | None = None,
     ) -> Iterator[tuple[Chat, list[str], ChatRequest]]:  # fmt: skip
         """The chat that a request belongs to, for as long as the block runs; the ids of the request's branch; and the
         request without what this chat has shown to be nobody's words.
 
-        What is new in the request is written first; `seen` is called before that, with the chat's lock held. Without an
-        explicit `chat_id` the transcript names the chat.
+        What is new in the request is written first. Of a turn `begin` is called before that, with the chat's lock held,
+        and the disk is waited for when the turn is recorded. Without an explicit `chat_id` the transcript names the
+        chat.
         """
         with contextlib.ExitStack() as loans:
             named = chat_id or self._located(request, "", deadline)
@@ -12597,11 +12610,11 @@ class Archive:
                     named = self._create(request, chat_id, deadline)
                 chat = loans.enter_context(self._registry.borrow(named))
             with chat.lock:
-                path, request = self._place(chat, chat_id, request, seen)
+                path, request = self._place(chat, chat_id, request, begin)
             yield chat, path, request
 
     def _place(
-        self, chat: Chat, chat_id: str, request: ChatRequest, seen: Callable[[Chat, ChatRequest], None]
+        self, chat: Chat, chat_id: str, request: ChatRequest, begin: Callable[[Chat, ChatRequest], None] | None
     ) -> tuple[list[str], ChatRequest]:
         """The ids of a request's branch, which is written where the disk takes it, and the request without what this
         chat has shown to be nobody's words; hold the chat's lock."""
@@ -12613,7 +12626,8 @@ class Archive:
             spoken = with_names(spoken, names_in_chat(chat)) if spoken.prefixed else spoken
             if not request.identity.complete:
                 spoken = with_hidden(chat, unmerged(chat, spoken))
-            seen(chat, spoken)
+            if begin:
+                begin(chat, spoken)
             alignment = (chat_id and align_appended(chat, spoken)) or align_request(chat, spoken)
             if note := "" if request.identity.complete else learned_note(chat, alignment, spoken):
                 chat.store.commit(info={"notes": [*known, note][-KEPT_NOTES:]})
@@ -12622,7 +12636,7 @@ class Archive:
             return self._write_branch(chat, alignment, spoken), spoken
 
         try:
-            with chat.store.transaction():
+            with chat.store.transaction(waits=begin is None):
                 return write()
         except StoreDamaged:
             raise
@@ -12784,7 +12798,7 @@ class Archive:
                 store.commit(info={"rewordings": rewordings}, dropped=dropped, marked=marked)
             if not store.unwritten:
                 self._registry.enter(chat, chat.tree.nodes if first_told else [m.id for m in messages])
-        store.keep_recent(path)
+        store.read_again(path[-NEWEST:])
         return path
 
     def record(
@@ -13425,11 +13439,11 @@ class Recaller:
         asking: EmotionReading,
     ) -> list[Memory]:  # fmt: skip
         """The messages at those indexes as memories, best first; `asking` is what the message feels that asks."""
-        messages = chat.store.read([nodes[i].id for i in indexes])
+        messages = chat.store.read_again([nodes[i].id for i in indexes])
         readings = self._feelings.read(chat, [nodes[i] for i in indexes])
-        memories = []
-        for i, message, reading in zip(indexes, messages, readings, strict=True):
-            row = {name: float(values[i]) for name, values in scores.items()}
+        memories, columns = [], zip(*(values[list(indexes)].tolist() for values in scores.values()), strict=True)
+        for i, message, reading, found in zip(indexes, messages, readings, columns, strict=True):
+            row = dict(zip(scores, found, strict=True))
             memory = Memory(message, nodes[i].depth, row.pop("score"), row)
             # Whether a name was new then is not asked here: it would take the names of all messages before.
             matters = importance_alone(clip(message.content), round(1 - reading.scores["neutral"], 3))
@@ -14685,7 +14699,7 @@ class PromptBuilder:
             mood = self._mood(turn)
             piece = self._reminder(turn, story, recalled)
             above_window = enumerate(nodes[first + layout.anchor : first + above], layout.anchor)
-            older = chat.store.read([n.id for i, n in above_window if i not in layout.hidden])
+            older = chat.store.read_again([n.id for i, n in above_window if i not in layout.hidden])
         memories = [*recalled.memories, *self._recaller.carry_over(turn, recalled.memories)]
         carried = memories[len(recalled.memories) :]
         words = layout.words
