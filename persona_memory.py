@@ -5066,7 +5066,10 @@ class ChatStore:
         if keys is None:  # too far behind
             self._read_all(cache)
             return
-        dropped = {key.removeprefix("d:"): key.startswith("d:") for key in keys}  # the newest change decides
+        dropped: dict[str, bool] = {}
+        for key in keys:  # the newest change of each decides, in its place: what came back may hang under what is new
+            dropped.pop(name := key.removeprefix("d:"), None)
+            dropped[name] = key.startswith("d:")
         self._drop([key for key, gone in dropped.items() if gone and key in self.tree.nodes])
         for key in (key for key, gone in dropped.items() if not gone):
             self._take_over(key, read_json(cache, row_key(key)))
