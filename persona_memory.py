@@ -739,26 +739,27 @@ WORDINGS = {  # by language (ISO 639-1)
 }  # fmt: skip
 
 # How promises are made, in all of these languages: a word of one hardly ever means something else in another.
+# One \b stands in front of all of them: each of its own would be tried at every letter.
 PROMISE = re.compile(
     # English
-    r"\b(?:i|we)(?:['’]ll| will| shall)? (?:\w+ )?(?:promise|swear|vow|pledge|guarantee)\b"
-    r"|\b(?:i|we)(?:['’]ll| will| shall) (?:never|always)\b|\b(?:you have|you['’]ve got|on) my (?:word|honou?r|life)\b"
-    r"|\b(?:i|we) give (?:you )?(?:my|our) word\b|\bit['’]?s a deal\b|\bdeal\?|\b(?:we have|we['’]ve got) a deal\b"
-    r"|\bpinky[ -](?:swear|promise)|\bcross my heart\b|\bpromise me\b|\bmy (?:oath|vow)\b|\bswor[en] .{0,20}oath\b"
-    r"|\byou promised\b|\bword of honou?r\b"
+    r"\b(?:(?:i|we)(?:['’]ll| will| shall)? (?:\w+ )?(?:promise|swear|vow|pledge|guarantee)\b"
+    r"|(?:i|we)(?:['’]ll| will| shall) (?:never|always)\b|(?:you have|you['’]ve got|on) my (?:word|honou?r|life)\b"
+    r"|(?:i|we) give (?:you )?(?:my|our) word\b|it['’]?s a deal\b|deal\?|(?:we have|we['’]ve got) a deal\b"
+    r"|pinky[ -](?:swear|promise)|cross my heart\b|promise me\b|my (?:oath|vow)\b|swor[en] .{0,20}oath\b"
+    r"|you promised\b|word of honou?r\b"
     # German
-    r"|\b(?:verspreche|schwöre|gelobe) (?:ich|dir|euch|ihnen|es)\b"
-    r"|\b(?:ich|wir) (?:\w+ )?(?:verspreche|schwöre|gelobe)n?\b"
-    r"|\bversprich(?:st du)? (?:es )?mir\b|\bversprochen\b|\behrenwort\b|\bmein wort\b|\bbei meiner ehre\b"
+    r"|(?:verspreche|schwöre|gelobe) (?:ich|dir|euch|ihnen|es)\b"
+    r"|(?:ich|wir) (?:\w+ )?(?:verspreche|schwöre|gelobe)n?\b"
+    r"|versprich(?:st du)? (?:es )?mir\b|versprochen\b|ehrenwort\b|mein wort\b|bei meiner ehre\b"
     # Spanish, French, Italian, Portuguese
-    r"|\b(?:prometo|prometemos|juro|juramos)\b|\bprom[eé]t(?:eme|e-me|edme)\b|\bpalabra de honor\b|\bmi palabra\b"
-    r"|\bje (?:(?:te|vous|le|lui|leur) )*(?:promets|jure)\b|\bpromet(?:s|tez)[- ]moi\b|\bc['’]est promis\b"
-    r"|\bparole d['’]honneur\b|\bma parole\b|\b(?:prometto|promettiamo|giuro|giuriamo)\b|\bpromettimi\b"
-    r"|\bparola d['’]onore\b|\bla mia parola\b"
-    r"|\bme promete\b|\bpalavra de honra\b|\bminha palavra\b"
+    r"|(?:prometo|prometemos|juro|juramos)\b|prom[eé]t(?:eme|e-me|edme)\b|palabra de honor\b|mi palabra\b"
+    r"|je (?:(?:te|vous|le|lui|leur) )*(?:promets|jure)\b|promet(?:s|tez)[- ]moi\b|c['’]est promis\b"
+    r"|parole d['’]honneur\b|ma parole\b|(?:prometto|promettiamo|giuro|giuriamo)\b|promettimi\b"
+    r"|parola d['’]onore\b|la mia parola\b"
+    r"|me promete\b|palavra de honra\b|minha palavra\b"
     # Polish, Russian
-    r"|\b(?:obiecuj[ęe]|obiecujemy|przysięgam|przysięgamy|przyrzekam)\b|\bobiecaj\b|\bsłowo honoru\b|\bmoje słowo\b"
-    r"|\b(?:обещаю|обещаем|клянусь|клян[её]мся)\b|\bпообещай\b|\bчестное слово\b|\bда[юм] (?:тебе |вам )?слово\b"
+    r"|(?:obiecuj[ęe]|obiecujemy|przysięgam|przysięgamy|przyrzekam)\b|obiecaj\b|słowo honoru\b|moje słowo\b"
+    r"|(?:обещаю|обещаем|клянусь|клян[её]мся)\b|пообещай\b|честное слово\b|да[юм] (?:тебе |вам )?слово\b)"
     # Chinese, Japanese, Korean
     r"|我(?:们|們)?(?:向你|跟你)?(?:保证|保證|发誓|發誓|答应你|答應你|承诺|承諾)|一言为定|一言為定|答应我|答應我"
     r"|約束(?:する|します|だ|だよ|ね|よ|して)|誓(?:う|います|って)|指切り"
@@ -3610,7 +3611,7 @@ SAME_TEXT = 64  # how many messages of one text are tried as the transcript's be
 
 
 class Tree:
-    """A chat's messages as a tree in RAM. Adding is all that changes it; no I/O."""
+    """A chat's messages as a tree in RAM; no I/O."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
@@ -4346,10 +4347,10 @@ def is_instruction(text: str, alone: bool = True) -> bool:
     """
     text = text.strip()
     inner = text[1:-1].strip() if (bracketed := bool(BRACKETED.fullmatch(text))) else text
-    if len(text) > LONGEST_INSTRUCTION or not (TASK.match(text) or ABOUT_THE_REPLY.search(inner)):
+    told = not alone and (TASK.match(text) or TOLD_TO.match(inner)) and not inner.endswith("?")
+    if len(text) > LONGEST_INSTRUCTION or not (bracketed or told):
         return False
-    told = TASK.match(text) or TOLD_TO.match(inner)
-    return bracketed or (not alone and bool(told) and not inner.endswith("?"))
+    return bool(TASK.match(text) or ABOUT_THE_REPLY.search(inner))  # what takes longest to look for comes last
 
 
 def with_names(request: ChatRequest, known: Mapping[str, Collection[str]] = MappingProxyType({})) -> ChatRequest:
@@ -4474,8 +4475,8 @@ def named_in_prompt(persona: str) -> str | None:
 # Chat store
 # ======================================================================================================================
 
-WORKING_MEMORY = 20  # messages of a branch that stay in RAM
-OPEN_BRANCHES = 8  # branches of a chat that have a working memory
+NEWEST = 20  # messages of a branch that a turn looks at again and again
+WORKING_MEMORY = 400  # messages of a chat in RAM: a turn shows and recalls mostly what the one before did
 KEPT_REPORTS = 50
 KEYS_AT_ONCE = 500  # in one query: older SQLites take 999
 MOST_UNREADABLE = 10_000  # rows of a damaged chat
@@ -5042,11 +5043,14 @@ class ChatStore:
             self._catch_up(cache)
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, waits: bool = True) -> Iterator[None]:
         """What the block reads and writes is one step, for other processes on the same folder too: where a message goes
-        depends on what stands there already."""
+        depends on what stands there already. Where it does not wait for the disk, the next commit does for both
+        (SQLite's write-ahead log is one file): a crash of the program loses nothing till then, a power cut may."""
         with self._database.use() as cache:
             try:
+                if not waits:
+                    cache._sql("PRAGMA synchronous = 1")
                 with cache.transact():
                     self._catch_up(cache)
                     yield
@@ -5054,6 +5058,9 @@ class ChatStore:
             except BaseException:
                 self._generation = UNWRITTEN
                 raise
+            finally:
+                if not waits:
+                    cache._sql("PRAGMA synchronous = 2")
 
     @contextlib.contextmanager
     def in_ram(self, reason: str) -> Iterator[None]:
@@ -5074,7 +5081,10 @@ class ChatStore:
         if keys is None:  # too far behind
             self._read_all(cache)
             return
-        dropped = {key.removeprefix("d:"): key.startswith("d:") for key in keys}  # the newest change decides
+        dropped: dict[str, bool] = {}
+        for key in keys:  # the newest change of each decides, in its place: what came back may hang under what is new
+            dropped.pop(name := key.removeprefix("d:"), None)
+            dropped[name] = key.startswith("d:")
         self._drop([key for key, gone in dropped.items() if gone and key in self.tree.nodes])
         for key in (key for key, gone in dropped.items() if not gone):
             self._take_over(key, read_json(cache, row_key(key)))
@@ -5224,14 +5234,17 @@ class ChatStore:
                     found = {i: message_of(json.loads(rows[i])) for i in missing}
             return [found.get(i) or self._recent[i] for i in ids]
 
-    def keep_recent(self, path: Sequence[str]) -> None:
-        """Takes the last messages of a branch into working memory, and lets go of the branch not seen for longest."""
+    def read_again(self, ids: Sequence[str]) -> list[Message]:
+        """The same of messages that the next turn will likely ask for too: they are taken into working memory, and
+        those not asked for longest leave it."""
         with self.lock:
-            for message in self.read(path[-WORKING_MEMORY:]):
+            messages = self.read(ids)
+            for message in messages:
                 self._recent[message.id] = message
                 self._recent.move_to_end(message.id)
-            while len(self._recent) > WORKING_MEMORY * OPEN_BRANCHES:
+            while len(self._recent) > WORKING_MEMORY:
                 self._recent.popitem(last=False)
+            return messages
 
     def derived(self, key: str) -> Any:
         """The JSON value that was made of the messages and is kept under a key; None where there is none, or its
@@ -5801,7 +5814,7 @@ def time_and_number(language: str) -> tuple[re.Pattern, re.Pattern]:
 def story_day_pattern(language: str) -> re.Pattern:
     """What finds that a text names a day of its story: "the third day at sea", "the 3rd night", "day 3"."""
     ordinals, days = STORY_DAYS[language]
-    nth = rf"(?P<nth>{'|'.join(ordinals.split(' '))}|\d\d?(?:st|nd|rd|th|\.|º|ª|e|er|ème)) (?:{days})"
+    nth = rf"(?P<nth>{alternatives(ordinals)}|\d\d?(?:st|nd|rd|th|\.|º|ª|e|er|ème)) (?:{days})"
     return re.compile(rf"\b(?:{nth}|(?:{days.partition('|')[0]}) (?P<number>\d\d?))\b", re.I)
 
 
@@ -5812,6 +5825,11 @@ def story_day(text: str, language: str) -> int:
         return 0
     digits = re.match(r"\d+", found["nth"] or found["number"])
     return int(digits[0]) if digits else word_place(STORY_DAYS[language][0], found["nth"].lower())
+
+
+def alternatives(words: str) -> str:
+    """What finds any of the spaced words."""
+    return words.replace(" ", "|")
 
 
 def word_place(words: str, word: str) -> int:
@@ -6115,9 +6133,10 @@ def segments_of(
         key = short_hash("segment", str(SEGMENT_RULES), usual, *(n.fingerprint for n in some))
         kept = store if len(some) == SEGMENT else None
         row = kept.derived(key) if kept else None
-        segment = Segment(**row) if row else segment_of([m.content for m in read([n.id for n in some])], usual)
-        if kept and not row:
-            kept.put_derived(key, vars(segment))
+        messages = () if row else read([n.id for n in some])
+        segment = Segment(**row) if row else segment_of([m.content for m in messages], usual)
+        if kept and not row and all(m.fingerprint == n.fingerprint for m, n in zip(messages, some, strict=True)):
+            kept.put_derived(key, vars(segment))  # no text is another one by now
         languages.update(segment.languages)
         yield some, segment
 
@@ -6541,6 +6560,8 @@ class Chat:
         self.last_prompt: list[Sent] | None = None
         self.recalls = False  # whether its last turn looked for memories
         self.awaiting_vectors: set[str] = set()  # messages for the background
+        self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
+        self.vectors_due = False  # whether it has a job that takes them
         self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -7512,24 +7533,24 @@ def understand(
     A text that says little by itself ("yes, do it", "*nods*", "who is she?") is resolved with the messages `before`
     it. A text that asks nothing is looked up as it stands: others may say alike things.
     """
-    language = language_of(clip(text), language)
+    language, names = language_of(clip(text), language), participant_words(speakers)
     words = query_words(text, (), language)
     little = not words or (len(words) < SAYS_LITTLE and bool(GESTURE.match(text)))
     context = " ".join(clip(b)[-CONTEXT_LETTERS:] for b in before) if little else ""
     asked = asked_clauses(clip(text), language)
     bare = without_preamble(text, language) if asked else text
-    words = tuple(query_words(f"{bare} {context}", participant_words(speakers), language))
+    words = tuple(query_words(f"{bare} {context}", names, language))
     spoken = f"{context} {bare}".strip()
     if not asked:
         return Query(words, spoken)
     asked = without_preamble(asked, language)
     about = asked_about(asked, asker, speakers, language)
     if language == "en" and len(about) == 1 and not (says(asked, ADDRESSED, "en") or says(asked, ONESELF, "en")):
-        spoken = in_first_person(spoken, [w for w, of in participant_words(speakers).items() if of == about])
+        spoken = in_first_person(spoken, [w for w, of in names.items() if of == about])
     wants = {"time": ASKING_WHEN, "number": ASKING_HOW_MANY, "now": ASKING_NOW}
     wants = frozenset(trait for trait, kind in wants.items() if says(asked, kind, language))
     dates, asks = named_dates(text, now, language), how_it_asks(text, asked, language)
-    if dates and not query_words(without_dates(asked, language), participant_words(speakers), language):
+    if dates and not query_words(without_dates(asked, language), names, language):
         wants, asks = wants | {"day"}, ASKS  # "What did we do yesterday?"
     return Query(words, spoken, about, dates, asks, wants, asked, story_day(asked, language))
 
@@ -7577,7 +7598,7 @@ def date_patterns(language: str) -> tuple[str, ...]:
     bare = rf"\b(?:in|of|by|during|since|en|em|im|nel|w|в|summer|winter|spring|fall|autumn)(?: of)? {YEAR}\b"
     if not calendar.months:
         return NUMBERED_DATES
-    month, of = rf"(?P<month>{calendar.months.replace(' ', '|')})", r"(?:,|\.| of| de)? ?"
+    month, of = rf"(?P<month>{alternatives(calendar.months)})", r"(?:,|\.| of| de)? ?"
     return (
         rf"\b(?P<day>\d\d?)(?:st|nd|rd|th|er|\.|º)?(?: of| de)? {month}\b(?:{of}{YEAR})?",
         rf"\b{month} (?P<day>\d\d?)(?:st|nd|rd|th)?\b(?:,? {YEAR})?",
@@ -7592,10 +7613,9 @@ def date_patterns(language: str) -> tuple[str, ...]:
 def relative_pattern(language: str) -> re.Pattern:
     """What finds a language's times that are told from today: `yesterday`, `count` and `unit`, or `last`."""
     calendar = CALENDARS.get(language, CALENDARS["en"])
-    choice = lambda words: "|".join(words.split(" "))  # noqa: E731
-    units, numbers = choice(calendar.units), choice(calendar.numbers)
+    units, numbers = alternatives(calendar.units), alternatives(calendar.numbers)
     ago = calendar.ago.replace("N", rf"(?P<count>\d\d?|{numbers})").replace("U", rf"(?P<unit>{units})")
-    whole = f"{choice(calendar.weekdays)}|{choice(calendar.seasons)}|{units}"
+    whole = f"{alternatives(calendar.weekdays)}|{alternatives(calendar.seasons)}|{units}"
     last = [phrase.replace("U", f"(?P<last{i}>{whole})") for i, phrase in enumerate(calendar.last)]
     edge = "" if language in UNSPACED_LANGUAGES else r"\b"
     return re.compile(rf"{edge}(?:(?P<yesterday>{calendar.yesterday})|{ago}|{'|'.join(last)}){edge}", re.I)
@@ -7643,6 +7663,7 @@ def span_of(found: Mapping[str, str | None], year: int, language: str) -> tuple[
 def relative_span(found: Mapping[str, str | None], now: float, language: str) -> tuple[float, float]:
     """The span that is meant by a time that is told from the day `now`."""
     today, calendar = float(int(now)), CALENDARS.get(language, CALENDARS["en"])
+    at = datetime.fromtimestamp(now * DAY, UTC)
     if found["yesterday"]:
         return today - 1, today
     if found["unit"]:
@@ -7657,13 +7678,11 @@ def relative_span(found: Mapping[str, str | None], now: float, language: str) ->
         start = today - ((today + 3 - (day - 1)) % 7 or 7)
         return start, start + 1
     if season := word_place(calendar.seasons, word):
-        at = datetime.fromtimestamp(now * DAY, UTC)
         start = day_number(at.year, 3 * season)  # northern
         start = start if start + 90 <= now else day_number(at.year - 1, 3 * season)
         return start, start + 92
     unit = word_place(calendar.units, word)
     if unit in (MONTH, YEARLY):
-        at = datetime.fromtimestamp(now * DAY, UTC)
         before = month_span(at.year - (at.month == 1), (at.month - 2) % 12 + 1)
         return before if unit == MONTH else (day_number(at.year - 1, 1), day_number(at.year, 1))
     return today - 14, today - 3  # a week or a weekend
@@ -7976,9 +7995,9 @@ def choose(
 # ------------------------------------------------------------------------------------------------------ parts of texts
 
 
-def share_said(words: Sequence[str], rarity: Sequence[float], text: str) -> float:
-    """The share, by rarity, of a query's words that a text says in some form, 0 to 1."""
-    said = lexical_text(text)
+def share_said(words: Sequence[str], text: str, rarity: Sequence[float] = ()) -> float:
+    """The share of a query's words that a text says in some form, 0 to 1; by their rarity where that is given."""
+    said, rarity = lexical_text(text), rarity if len(rarity) else [1.0] * len(words)
     total = sum(rarity[: len(words)]) or 1.0
     forms = (rf"\b{re.escape(word[: max(3, len(word) - STEM_LETTERS)])}" for word in words)
     return sum(r for form, r in zip(forms, rarity, strict=False) if re.search(form, said)) / total
@@ -8003,7 +8022,7 @@ def best_excerpt(text: str, words: Sequence[str], rarity: Sequence[float], cosin
         return ""
     spans = list(itertools.islice(chunk_spans(text), 4 * MOST_CHUNKS))
     spans[-1] = (spans[-1][0], min(spans[-1][1], spans[-1][0] + CHUNK))
-    scores = np.array([0.5 * share_said(words, rarity, text[a:b]) for a, b in spans])
+    scores = np.array([0.5 * share_said(words, text[a:b], rarity) for a, b in spans])
     scores[: len(cosines)] += cosines[: len(spans)]
     best = np.argsort(-scores, kind="stable")[:EXCERPT_CHUNKS]
     chosen = sorted(spans[i] for i in best if scores[i] >= EXCERPT_NEAR * scores[best[0]])
@@ -8039,7 +8058,7 @@ def reminder_of(pieces: Sequence[str], cosines: Sequence[float], words: Sequence
     """
     if not pieces:
         return ""
-    said = [share_said(words, [1.0] * len(words), piece) for piece in pieces]
+    said = [share_said(words, piece) for piece in pieces]
     scores = [c + REMINDING_WORDS * s for c, s in zip(cosines, said, strict=True)]
     best = int(np.argmax(scores))
     return pieces[best] if scores[best] >= max(REMINDING, float(np.mean(scores)) + REMINDING_ABOVE) else ""
@@ -11990,7 +12009,7 @@ def recalled_row(memory: Memory) -> dict:
 
 def left_out_row(memory: Memory, reason: str) -> dict:
     """A memory that did not get into the prompt, as the prompt's report shows it."""
-    row = memory_row(memory)
+    row = memory_row(replace(memory, scores={}))
     return {k: row[k] for k in ("id", "index", "role", "name", "score")} | {"reason": reason}
 
 
@@ -12088,11 +12107,12 @@ class Vectors:
         self._missed = 0  # jobs that were left undone since the embedder last worked
 
     def later(self, chat: Chat, ids: Iterable[str]) -> None:
-        """Has the vectors that messages still lack computed in the background, by one job a chat."""
+        """Has the vectors that messages still lack computed in the background, and those that turns have made stored,
+        by one job a chat."""
         with chat.lock:
-            waiting = bool(chat.awaiting_vectors)
             chat.awaiting_vectors.update(ids)
-        if chat.awaiting_vectors and not waiting:
+            due, chat.vectors_due = chat.vectors_due, bool(chat.awaiting_vectors or chat.unstored)
+        if chat.vectors_due and not due:
             self._submit(self._embed_awaiting, chat.id)
 
     def _submit(self, work: Callable, *args: Any) -> None:
@@ -12129,8 +12149,12 @@ class Vectors:
         with self._registry.lookup(chat_id) as chat:
             if chat is None:
                 return
-            with chat.lock:  # a chat that was closed meanwhile has forgotten which: then its branch
-                ids, chat.awaiting_vectors = chat.awaiting_vectors or chat.path(), set()
+            with chat.lock:
+                made, chat.unstored, chat.vectors_due = chat.unstored, {}, False
+                if made:
+                    chat.store.put_vectors(self.embedder.key, made)
+                # A chat that was closed meanwhile has forgotten which: then its branch.
+                ids, chat.awaiting_vectors = chat.awaiting_vectors or ([] if made else chat.path()), set()
             halted = threading.Event()  # what has been paused does not go on by itself
 
             def stop() -> bool:
@@ -12263,8 +12287,9 @@ class Vectors:
             vector = chat.index.vector(newest.fingerprint) if newest and vector is None else vector
         with chat.lock:
             unsplit = chat.index.unsplit
-        if degraded or len(asked.whole) < sum(map(len, asked.parts)) or unsplit:  # sentences wait for the turn's answer
-            self.later(chat, newest_of([*missing, *unsplit], nodes).values())
+            chat.awaiting_vectors.update(newest_of([*missing, *unsplit], nodes).values() if unsplit else ())
+        if degraded or len(asked.whole) < sum(map(len, asked.parts)):  # sentences wait for the turn's end
+            self.later(chat, newest_of(missing, nodes).values())
         return vector, degraded
 
     def take_newest(self, asked: AskedVectors) -> None:
@@ -12280,14 +12305,8 @@ class Vectors:
         found = {key: vectors[text] for key, text in texts.items()}
         with chat.lock:
             chat.index.add_vectors(found)
-        if kept := {k: v for k, v in found.items() if k in asked.whole}:
-            self._submit(self._store, chat.id, kept)
+            chat.unstored.update((k, v) for k, v in found.items() if k in asked.whole)
         return encoded
-
-    def _store(self, chat_id: str, vectors: Mapping[str, np.ndarray]) -> None:
-        with self._registry.lookup(chat_id) as chat:
-            if chat:
-                chat.put_vectors(self.embedder.key, vectors)
 
     def of_query(self, text: str, timeout: float) -> np.ndarray | None:
         """The vector of a text, float32 [dimensions]; None where the embedder cannot read it or is late."""
@@ -12592,13 +12611,14 @@ class Archive:
     @contextlib.contextmanager
     def enter(
         self, request: ChatRequest, chat_id: str, deadline: Deadline,
-        seen: Callable[[Chat, ChatRequest], None] = lambda chat, request: None,
+        begin: Callable[[Chat, ChatRequest], None] | None = None,
     ) -> Iterator[tuple[Chat, list[str], ChatRequest]]:  # fmt: skip
         """The chat that a request belongs to, for as long as the block runs; the ids of the request's branch; and the
         request without what this chat has shown to be nobody's words.
 
-        What is new in the request is written first; `seen` is called before that, with the chat's lock held. Without an
-        explicit `chat_id` the transcript names the chat.
+        What is new in the request is written first. Of a turn `begin` is called before that, with the chat's lock held,
+        and the disk is waited for when the turn is recorded. Without an explicit `chat_id` the transcript names the
+        chat.
         """
         with contextlib.ExitStack() as loans:
             named = chat_id or self._located(request, "", deadline)
@@ -12608,11 +12628,11 @@ class Archive:
                     named = self._create(request, chat_id, deadline)
                 chat = loans.enter_context(self._registry.borrow(named))
             with chat.lock:
-                path, request = self._place(chat, chat_id, request, seen)
+                path, request = self._place(chat, chat_id, request, begin)
             yield chat, path, request
 
     def _place(
-        self, chat: Chat, chat_id: str, request: ChatRequest, seen: Callable[[Chat, ChatRequest], None]
+        self, chat: Chat, chat_id: str, request: ChatRequest, begin: Callable[[Chat, ChatRequest], None] | None
     ) -> tuple[list[str], ChatRequest]:
         """The ids of a request's branch, which is written where the disk takes it, and the request without what this
         chat has shown to be nobody's words; hold the chat's lock."""
@@ -12624,7 +12644,8 @@ class Archive:
             spoken = with_names(spoken, names_in_chat(chat)) if spoken.prefixed else spoken
             if not request.identity.complete:
                 spoken = with_hidden(chat, unmerged(chat, spoken))
-            seen(chat, spoken)
+            if begin:
+                begin(chat, spoken)
             alignment = (chat_id and align_appended(chat, spoken)) or align_request(chat, spoken)
             if note := "" if request.identity.complete else learned_note(chat, alignment, spoken):
                 chat.store.commit(info={"notes": [*known, note][-KEPT_NOTES:]})
@@ -12633,7 +12654,7 @@ class Archive:
             return self._write_branch(chat, alignment, spoken), spoken
 
         try:
-            with chat.store.transaction():
+            with chat.store.transaction(waits=begin is None):
                 return write()
         except StoreDamaged:
             raise
@@ -12738,7 +12759,8 @@ class Archive:
                 self._registry.enter(target, ids)
             self._vectors.later(target, ids)
         if not left:
-            self._registry.delete(source_id)
+            with contextlib.suppress(NotFound):  # somebody has deleted it meanwhile
+                self._registry.delete(source_id)
 
     def _copy_messages(self, source: Chat, target: Chat, ids: Sequence[str]) -> None:
         """Copies messages, parents first, with all that is known of them, into a chat: also a user's own words for a
@@ -12794,7 +12816,7 @@ class Archive:
                 store.commit(info={"rewordings": rewordings}, dropped=dropped, marked=marked)
             if not store.unwritten:
                 self._registry.enter(chat, chat.tree.nodes if first_told else [m.id for m in messages])
-        store.keep_recent(path)
+        store.read_again(path[-NEWEST:])
         return path
 
     def record(
@@ -13438,11 +13460,11 @@ class Recaller:
         asking: EmotionReading,
     ) -> list[Memory]:  # fmt: skip
         """The messages at those indexes as memories, best first; `asking` is what the message feels that asks."""
-        messages = chat.store.read([nodes[i].id for i in indexes])
+        messages = chat.store.read_again([nodes[i].id for i in indexes])
         readings = self._feelings.read(chat, [nodes[i] for i in indexes])
-        memories = []
-        for i, message, reading in zip(indexes, messages, readings, strict=True):
-            row = {name: float(values[i]) for name, values in scores.items()}
+        memories, columns = [], zip(*(values[list(indexes)].tolist() for values in scores.values()), strict=True)
+        for i, message, reading, found in zip(indexes, messages, readings, columns, strict=True):
+            row = dict(zip(scores, found, strict=True))
             memory = Memory(message, nodes[i].depth, row.pop("score"), row)
             # Whether a name was new then is not asked here: it would take the names of all messages before.
             matters = importance_alone(clip(message.content), round(1 - reading.scores["neutral"], 3))
@@ -13506,7 +13528,8 @@ class Recaller:
         """
         layout = turn.layout
         try:
-            if not (others := self._related_chats(turn.chat) if turn.pivot else []):
+            others = self._related_chats(turn.chat) if turn.pivot else []
+            if not others:
                 return []
             taken = count_tokens(memory_block(memories, layout.words)) + layout.words.mood_tokens + FRAME_MARGIN
             room = min(layout.room - taken, layout.recalled - taken, int(CARRIED_SHARE * layout.recalled))
@@ -13536,7 +13559,7 @@ class Recaller:
     def _found_in(self, chat_id: str, turn: TurnContext) -> list[tuple[Memory, np.ndarray]]:
         """What a chat's current branch remembers of a turn, with the memories' vectors."""
         text = turn.pivot.content
-        with self._registry.lookup(chat_id) as chat:
+        with contextlib.suppress(StoreError), self._registry.lookup(chat_id) as chat:  # a damaged chat harms no other
             if chat is None or chat.store.family == turn.chat.store.family:
                 return []
             nodes, query, vector = self._asked_of(chat, text, turn.pivot.name or "", turn.deadline.left)
@@ -13549,6 +13572,7 @@ class Recaller:
                 memories = self._memories(chat, nodes, scores, found, read_emotion(text))
                 memories = [replace(in_part(m, index, query, evidence, vector), chat=chat_id) for m in memories]
                 return list(zip(memories, index.vectors([m.message.fingerprint for m in memories]), strict=True))
+        return []
 
     def character(self, name: str) -> dict:
         """What is set for a character, and how many chats there are with it."""
@@ -13602,7 +13626,7 @@ def narrowed(memory: Memory, words: Sequence[str], room: int) -> Memory:
     """Of a memory the sentence that says most of a query's words, with its neighbours where they fit into `room` tokens
     too; all of it where no sentence says any."""
     spans = sentence_spans(memory.text)
-    said = [share_said(words, [1.0] * len(words), memory.text[start:end]) for start, end in spans]
+    said = [share_said(words, memory.text[start:end]) for start, end in spans]
     best = said.index(max(said))
     if not said[best]:
         return memory
@@ -14696,7 +14720,7 @@ class PromptBuilder:
             mood = self._mood(turn)
             piece = self._reminder(turn, story, recalled)
             above_window = enumerate(nodes[first + layout.anchor : first + above], layout.anchor)
-            older = chat.store.read([n.id for i, n in above_window if i not in layout.hidden])
+            older = chat.store.read_again([n.id for i, n in above_window if i not in layout.hidden])
         memories = [*recalled.memories, *self._recaller.carry_over(turn, recalled.memories)]
         carried = memories[len(recalled.memories) :]
         words = layout.words

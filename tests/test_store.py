@@ -104,16 +104,17 @@ def test_a_message_that_was_taken_out_and_written_again_is_there(store):
     assert [m.content for m in other.read(list(other.tree.nodes))] == ["said", "answered"]
 
 
-def test_only_the_newest_messages_stay_in_ram_and_the_rest_is_read(store):
+def test_what_was_asked_for_last_stays_in_ram_and_the_rest_is_read(store, monkeypatch):
     """Working memory is bounded; what is not in it comes from the disk."""
+    monkeypatch.setattr(pm, "WORKING_MEMORY", 50)
     messages = chain(*[f"line {n}" for n in range(300)])
     store.commit(messages)
     path = [m.id for m in messages]
-    store.keep_recent(path)
-    assert list(store._recent) == path[-pm.WORKING_MEMORY :]
-    for end in range(40, 300):
-        store.keep_recent(path[:end])
-    assert len(store._recent) <= pm.WORKING_MEMORY * pm.OPEN_BRANCHES
+    assert store.read_again(path) == messages
+    assert list(store._recent) == path[-50:]
+    store.read_again(path[-50:-40])
+    store.read_again(path[:40])
+    assert list(store._recent) == [*path[-50:-40], *path[:40]]
     assert store.read(path) == messages
 
 
