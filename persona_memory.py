@@ -740,26 +740,27 @@ WORDINGS = {  # by language (ISO 639-1)
 }  # fmt: skip
 
 # How promises are made, in all of these languages: a word of one hardly ever means something else in another.
+# One \b stands in front of all of them: each of its own would be tried at every letter.
 PROMISE = re.compile(
     # English
-    r"\b(?:i|we)(?:['’]ll| will| shall)? (?:\w+ )?(?:promise|swear|vow|pledge|guarantee)\b"
-    r"|\b(?:i|we)(?:['’]ll| will| shall) (?:never|always)\b|\b(?:you have|you['’]ve got|on) my (?:word|honou?r|life)\b"
-    r"|\b(?:i|we) give (?:you )?(?:my|our) word\b|\bit['’]?s a deal\b|\bdeal\?|\b(?:we have|we['’]ve got) a deal\b"
-    r"|\bpinky[ -](?:swear|promise)|\bcross my heart\b|\bpromise me\b|\bmy (?:oath|vow)\b|\bswor[en] .{0,20}oath\b"
-    r"|\byou promised\b|\bword of honou?r\b"
+    r"\b(?:(?:i|we)(?:['’]ll| will| shall)? (?:\w+ )?(?:promise|swear|vow|pledge|guarantee)\b"
+    r"|(?:i|we)(?:['’]ll| will| shall) (?:never|always)\b|(?:you have|you['’]ve got|on) my (?:word|honou?r|life)\b"
+    r"|(?:i|we) give (?:you )?(?:my|our) word\b|it['’]?s a deal\b|deal\?|(?:we have|we['’]ve got) a deal\b"
+    r"|pinky[ -](?:swear|promise)|cross my heart\b|promise me\b|my (?:oath|vow)\b|swor[en] .{0,20}oath\b"
+    r"|you promised\b|word of honou?r\b"
     # German
-    r"|\b(?:verspreche|schwöre|gelobe) (?:ich|dir|euch|ihnen|es)\b"
-    r"|\b(?:ich|wir) (?:\w+ )?(?:verspreche|schwöre|gelobe)n?\b"
-    r"|\bversprich(?:st du)? (?:es )?mir\b|\bversprochen\b|\behrenwort\b|\bmein wort\b|\bbei meiner ehre\b"
+    r"|(?:verspreche|schwöre|gelobe) (?:ich|dir|euch|ihnen|es)\b"
+    r"|(?:ich|wir) (?:\w+ )?(?:verspreche|schwöre|gelobe)n?\b"
+    r"|versprich(?:st du)? (?:es )?mir\b|versprochen\b|ehrenwort\b|mein wort\b|bei meiner ehre\b"
     # Spanish, French, Italian, Portuguese
-    r"|\b(?:prometo|prometemos|juro|juramos)\b|\bprom[eé]t(?:eme|e-me|edme)\b|\bpalabra de honor\b|\bmi palabra\b"
-    r"|\bje (?:(?:te|vous|le|lui|leur) )*(?:promets|jure)\b|\bpromet(?:s|tez)[- ]moi\b|\bc['’]est promis\b"
-    r"|\bparole d['’]honneur\b|\bma parole\b|\b(?:prometto|promettiamo|giuro|giuriamo)\b|\bpromettimi\b"
-    r"|\bparola d['’]onore\b|\bla mia parola\b"
-    r"|\bme promete\b|\bpalavra de honra\b|\bminha palavra\b"
+    r"|(?:prometo|prometemos|juro|juramos)\b|prom[eé]t(?:eme|e-me|edme)\b|palabra de honor\b|mi palabra\b"
+    r"|je (?:(?:te|vous|le|lui|leur) )*(?:promets|jure)\b|promet(?:s|tez)[- ]moi\b|c['’]est promis\b"
+    r"|parole d['’]honneur\b|ma parole\b|(?:prometto|promettiamo|giuro|giuriamo)\b|promettimi\b"
+    r"|parola d['’]onore\b|la mia parola\b"
+    r"|me promete\b|palavra de honra\b|minha palavra\b"
     # Polish, Russian
-    r"|\b(?:obiecuj[ęe]|obiecujemy|przysięgam|przysięgamy|przyrzekam)\b|\bobiecaj\b|\bsłowo honoru\b|\bmoje słowo\b"
-    r"|\b(?:обещаю|обещаем|клянусь|клян[её]мся)\b|\bпообещай\b|\bчестное слово\b|\bда[юм] (?:тебе |вам )?слово\b"
+    r"|(?:obiecuj[ęe]|obiecujemy|przysięgam|przysięgamy|przyrzekam)\b|obiecaj\b|słowo honoru\b|moje słowo\b"
+    r"|(?:обещаю|обещаем|клянусь|клян[её]мся)\b|пообещай\b|честное слово\b|да[юм] (?:тебе |вам )?слово\b)"
     # Chinese, Japanese, Korean
     r"|我(?:们|們)?(?:向你|跟你)?(?:保证|保證|发誓|發誓|答应你|答應你|承诺|承諾)|一言为定|一言為定|答应我|答應我"
     r"|約束(?:する|します|だ|だよ|ね|よ|して)|誓(?:う|います|って)|指切り"
@@ -3649,31 +3650,57 @@ class Tree:
 
     def put(self, message: Message, order: int) -> None:
         """Adds a message, or takes over its new state."""
-        old = self.nodes.get(message.id)
         above = self.nodes[message.parent] if message.parent else None
         depth, fingerprint = above.depth + 1 if above else 0, message.fingerprint
         shown = fingerprint if message.shown is None else text_fingerprint(message.name, message.original)
-        self.nodes[message.id] = Node(
+        node = Node(
             message.id, above.id if above else ROOT, sys.intern(message.role), message.digest, fingerprint,
             "" if message.erased else shown, depth, order, message.tokens,
             message.confirmed, message.complete, message.pinned, message.forgotten, message.voice,
             sys.intern(message.speaker), message.said_at,
         )  # fmt: skip
-        if self._trail[depth : depth + 1] == [message.id]:
-            self._line[depth] = self.nodes[message.id]
+        self._add(node, message.pinned or message.forgotten or message.shown is not None)
+
+    def _add(self, node: Node, marked: bool) -> None:
+        old = self.nodes.get(node.id)
+        self.nodes[node.id] = node
+        if self._trail[node.depth : node.depth + 1] == [node.id]:
+            self._line[node.depth] = node
         if old is None:
-            self.by_digest[self.nodes[message.id].digest].append(message.id)
-            self.children[message.parent].append(message.id)
-        if message.confirmed and not (old and old.confirmed):
+            self.by_digest[node.digest].append(node.id)
+            self.children[node.parent].append(node.id)
+        if node.confirmed and not (old and old.confirmed):
             self._confirmed += 1
-            self._inner.add(message.parent)
-        if message.id in (waiting := self.replies.get(message.parent, ())):
-            waiting.remove(message.id)
-        if not message.confirmed:
-            self.replies[message.parent].append(message.id)
-        (self.unshown.discard if message.confirmed else self.unshown.add)(message.id)
-        marked = message.pinned or message.forgotten or message.shown is not None
-        (self.marked.add if marked else self.marked.discard)(message.id)
+            self._inner.add(node.parent)
+        if node.id in (waiting := self.replies.get(node.parent, ())):
+            waiting.remove(node.id)
+        if not node.confirmed:
+            self.replies[node.parent].append(node.id)
+        (self.unshown.discard if node.confirmed else self.unshown.add)(node.id)
+        (self.marked.add if marked else self.marked.discard)(node.id)
+
+    def rows(self) -> list[list]:
+        """Its nodes as JSON takes them, for `of_rows`."""
+        places = {i: place for place, i in enumerate(self.nodes)}
+        return [
+            [
+                places.get(n.parent, -1), n.id in self.marked, None if n.shown == n.fingerprint else n.shown, n.id,
+                n.role, n.digest, n.fingerprint, n.order, n.tokens, n.confirmed, n.complete, n.pinned, n.forgotten,
+                n.voice, n.speaker, n.said_at,
+            ] for n in self.nodes.values()
+        ]  # fmt: skip
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Sequence]) -> Tree:
+        """The tree of those nodes."""
+        tree, nodes = cls(), []
+        for place, marked, shown, i, role, digest, fingerprint, *more, voice, who, said_at in rows:
+            parent, depth = (nodes[place].id, nodes[place].depth + 1) if place >= 0 else (ROOT, 0)
+            shown, who = fingerprint if shown is None else shown, sys.intern(who)
+            node = Node(i, parent, sys.intern(role), digest, fingerprint, shown, depth, *more, voice, who, said_at)
+            nodes.append(node)
+            tree._add(node, marked)
+        return tree
 
     def drop(self, ids: Iterable[str]) -> None:
         """Takes messages out, all that hang under one of them among them."""
@@ -4343,10 +4370,10 @@ def is_instruction(text: str, alone: bool = True) -> bool:
     """
     text = text.strip()
     inner = text[1:-1].strip() if (bracketed := bool(BRACKETED.fullmatch(text))) else text
-    if len(text) > LONGEST_INSTRUCTION or not (TASK.match(text) or ABOUT_THE_REPLY.search(inner)):
+    told = not alone and (TASK.match(text) or TOLD_TO.match(inner)) and not inner.endswith("?")
+    if len(text) > LONGEST_INSTRUCTION or not (bracketed or told):
         return False
-    told = TASK.match(text) or TOLD_TO.match(inner)
-    return bracketed or (not alone and bool(told) and not inner.endswith("?"))
+    return bool(TASK.match(text) or ABOUT_THE_REPLY.search(inner))  # what takes longest to look for comes last
 
 
 def with_names(request: ChatRequest, known: Mapping[str, Collection[str]] = MappingProxyType({})) -> ChatRequest:
@@ -4471,8 +4498,8 @@ def named_in_prompt(persona: str) -> str | None:
 # Chat store
 # ======================================================================================================================
 
-WORKING_MEMORY = 20  # messages of a branch that stay in RAM
-OPEN_BRANCHES = 8  # branches of a chat that have a working memory
+NEWEST = 20  # messages of a branch that a turn looks at again and again
+WORKING_MEMORY = 400  # messages of a chat in RAM: a turn shows and recalls mostly what the one before did
 KEPT_REPORTS = 50
 KEYS_AT_ONCE = 500  # in one query: older SQLites take 999
 MOST_UNREADABLE = 10_000  # rows of a damaged chat
@@ -4480,6 +4507,8 @@ KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it
 STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
 UNKEPT = "New messages cannot be saved"
 WRITE_AGAIN_SECONDS = 5.0  # until a file that could only be read is tried again
+LEAST_KEPT = 500  # messages of a chat whose tree is kept for its next opening
+TREE_RULES = 1  # raise it where the tree has other nodes of the same messages: those in the stores are made anew
 UNWRITTEN = sys.maxsize  # changes, where RAM may hold what the disk does not: the chat is read anew
 NEWER = "This chat was written by a newer version of persona_memory: install that to use it."
 # Version 0.1.0 looks at no format, but stumbles over a summary with an unknown field, and says its name.
@@ -4854,6 +4883,14 @@ def message_rows_of(cache: SharedCache) -> Iterator[dict]:
         yield from json.loads(f"[{','.join(rows[message] for message in some if message in rows)}]")
 
 
+def changes_between(cache: SharedCache, since: int, newest: int) -> list[str] | None:
+    """The keys of a chat's rows that have changed between two generations, None where that is not known any longer."""
+    if not 0 <= newest - since < KEPT_GENERATIONS:
+        return None
+    changes = [cache.get(f"g:{n}") for n in range(max(1, since + 1), newest + 1)]
+    return None if None in changes else list(itertools.chain.from_iterable(map(json.loads, changes)))
+
+
 class ChatStore:
     """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
@@ -4890,11 +4927,26 @@ class ChatStore:
     def _read_all(self, cache: diskcache.Cache) -> None:
         if cache.get("format", STORE_FORMAT) > STORE_FORMAT:
             raise NewerFormat(NEWER)
-        self.tree = Tree()
         self._recent: OrderedDict[str, Message] = OrderedDict()
         self._generation = cache.get("generation", 0)  # first: what is written meanwhile is caught up with
         self.info: dict[str, Any] = json.loads(cache.get("info", "{}"))
-        self._next_order, late = 0, []
+        self.marks: dict[str, dict[str, Mark]] = {}  # by the text's digest and the speaker
+        self.summaries: dict[str, Summary] = {}
+        self.facts: dict[str, Fact] = {}
+        if (kept := self._restore_tree(cache)) is None:
+            self._read_tree(cache)
+        if self.info and cache.get("format", 1) < STORE_FORMAT:
+            self._upgrade(cache)
+        for key, row in {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
+            if key != NEWER_ROW:
+                self._take_over(key, row)
+        old = kept is None or self._generation - kept > KEPT_GENERATIONS // 4
+        if old and len(self.tree.nodes) >= LEAST_KEPT:
+            self.put_derived("tree", [TREE_RULES, self._generation, self.tree.rows()])
+
+    def _read_tree(self, cache: SharedCache) -> None:
+        """Makes the tree of the rows of all messages."""
+        self.tree, self._next_order, late = Tree(), 0, []
         for row in message_rows_of(cache):
             (self._remember if row["parent"] in self.tree.nodes or row["parent"] == ROOT else late.append)(row)
         for row in sorted(late, key=lambda row: row["order"]):
@@ -4902,14 +4954,17 @@ class ChatStore:
                 self._remember(row)
             else:  # written after its chat was deleted and made anew: it belongs nowhere
                 log_event("orphan", f"Message {row['id']} has no place in its chat.", level=logging.WARNING)
-        self.marks: dict[str, dict[str, Mark]] = {}  # by the text's digest and the speaker
-        self.summaries: dict[str, Summary] = {}
-        self.facts: dict[str, Fact] = {}
-        if self.info and cache.get("format", 1) < STORE_FORMAT:
-            self._upgrade(cache)
-        for key, row in {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
-            if key != NEWER_ROW:
-                self._take_over(key, row)
+
+    def _restore_tree(self, cache: SharedCache) -> int | None:
+        """Takes the tree that was kept, in a fourth of the time that reading all messages takes, and what has changed
+        since then; returns the generation that it was kept at, None where none was."""
+        rules, generation, rows = self.derived("tree") or (0, 0, ())
+        if rules != TREE_RULES or changes_between(cache, generation, self._generation) is None:
+            return None
+        self.tree, self._generation = Tree.of_rows(rows), generation
+        self._next_order = 1 + max(node.order for node in self.tree.nodes.values())
+        self._catch_up(cache)
+        return generation
 
     def _upgrade(self, cache: diskcache.Cache) -> None:
         """Rewrites the rows of format 1 (version 0.1.0): a model's thoughts were kept with its words, marks with each
@@ -4996,11 +5051,14 @@ class ChatStore:
             self._catch_up(cache)
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, waits: bool = True) -> Iterator[None]:
         """What the block reads and writes is one step, for other processes on the same folder too: where a message goes
-        depends on what stands there already."""
+        depends on what stands there already. Where it does not wait for the disk, the next commit does for both
+        (SQLite's write-ahead log is one file): a crash of the program loses nothing till then, a power cut may."""
         with self._database.use() as cache:
             try:
+                if not waits:
+                    cache._sql("PRAGMA synchronous = 1")
                 with cache.transact():
                     self._catch_up(cache)
                     yield
@@ -5008,6 +5066,9 @@ class ChatStore:
             except BaseException:
                 self._generation = UNWRITTEN
                 raise
+            finally:
+                if not waits:
+                    cache._sql("PRAGMA synchronous = 2")
 
     @contextlib.contextmanager
     def in_ram(self, reason: str) -> Iterator[None]:
@@ -5024,12 +5085,14 @@ class ChatStore:
         if newest == self._generation:
             return
         self._derived.clear()  # another process may have erased the words
-        changes = [cache.get(f"g:{n}") for n in range(max(1, self._generation + 1), newest + 1)]
-        if newest < self._generation or None in changes:  # too far behind
+        keys = changes_between(cache, self._generation, newest)
+        if keys is None:  # too far behind
             self._read_all(cache)
             return
-        keys = itertools.chain.from_iterable(map(json.loads, changes))
-        dropped = {key.removeprefix("d:"): key.startswith("d:") for key in keys}  # the newest change decides
+        dropped: dict[str, bool] = {}
+        for key in keys:  # the newest change of each decides, in its place: what came back may hang under what is new
+            dropped.pop(name := key.removeprefix("d:"), None)
+            dropped[name] = key.startswith("d:")
         self._drop([key for key, gone in dropped.items() if gone and key in self.tree.nodes])
         for key in (key for key, gone in dropped.items() if not gone):
             self._take_over(key, read_json(cache, row_key(key)))
@@ -5179,14 +5242,17 @@ class ChatStore:
                     found = {i: message_of(json.loads(rows[i])) for i in missing}
             return [found.get(i) or self._recent[i] for i in ids]
 
-    def keep_recent(self, path: Sequence[str]) -> None:
-        """Takes the last messages of a branch into working memory, and lets go of the branch not seen for longest."""
+    def read_again(self, ids: Sequence[str]) -> list[Message]:
+        """The same of messages that the next turn will likely ask for too: they are taken into working memory, and
+        those not asked for longest leave it."""
         with self.lock:
-            for message in self.read(path[-WORKING_MEMORY:]):
+            messages = self.read(ids)
+            for message in messages:
                 self._recent[message.id] = message
                 self._recent.move_to_end(message.id)
-            while len(self._recent) > WORKING_MEMORY * OPEN_BRANCHES:
+            while len(self._recent) > WORKING_MEMORY:
                 self._recent.popitem(last=False)
+            return messages
 
     def derived(self, key: str) -> Any:
         """The JSON value that was made of the messages and is kept under a key; None where there is none, or its
@@ -5199,12 +5265,6 @@ class ChatStore:
         """Keeps a JSON value that can be made again; what is committed next takes it to the disk."""
         with self.lock:
             self._derived[key] = zlib.compress(json.dumps(value).encode(), 1)
-
-    def _arrays(self, prefix: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
-        """The float32 arrays under a prefix and those hashes; bytes that hold none are left out."""
-        with self._database.use() as cache:
-            raw = values_of(cache, f"{prefix}:", hashes)
-            return {h: np.frombuffer(v, np.float32) for h, v in raw.items() if isinstance(v, bytes) and not len(v) % 4}
 
     def _put_arrays(self, prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
         with self._database.transaction() as cache:
@@ -5238,7 +5298,9 @@ class ChatStore:
 
     def readings(self, reader: str, hashes: Iterable[str]) -> dict[str, list[float]]:
         """The stored emotion scores by text hash, in the order of EMOTIONS; those that make no sense are left out."""
-        found = self._arrays(f"e:{reader}", hashes)
+        with self._database.use() as cache:
+            raw = values_of(cache, f"e:{reader}:", hashes)
+        found = {h: np.frombuffer(v, np.float32) for h, v in raw.items() if isinstance(v, bytes) and not len(v) % 4}
         return {h: v.tolist() for h, v in found.items() if len(v) == len(EMOTIONS) and abs(v.sum() - 1) < 1e-3}
 
     def put_readings(self, reader: str, readings: Mapping[str, EmotionReading]) -> None:
@@ -5760,7 +5822,7 @@ def time_and_number(language: str) -> tuple[re.Pattern, re.Pattern]:
 def story_day_pattern(language: str) -> re.Pattern:
     """What finds that a text names a day of its story: "the third day at sea", "the 3rd night", "day 3"."""
     ordinals, days = STORY_DAYS[language]
-    nth = rf"(?P<nth>{'|'.join(ordinals.split(' '))}|\d\d?(?:st|nd|rd|th|\.|º|ª|e|er|ème)) (?:{days})"
+    nth = rf"(?P<nth>{alternatives(ordinals)}|\d\d?(?:st|nd|rd|th|\.|º|ª|e|er|ème)) (?:{days})"
     return re.compile(rf"\b(?:{nth}|(?:{days.partition('|')[0]}) (?P<number>\d\d?))\b", re.I)
 
 
@@ -5771,6 +5833,11 @@ def story_day(text: str, language: str) -> int:
         return 0
     digits = re.match(r"\d+", found["nth"] or found["number"])
     return int(digits[0]) if digits else word_place(STORY_DAYS[language][0], found["nth"].lower())
+
+
+def alternatives(words: str) -> str:
+    """What finds any of the spaced words."""
+    return words.replace(" ", "|")
 
 
 def word_place(words: str, word: str) -> int:
@@ -6502,6 +6569,8 @@ class Chat:
         self.last_prompt: list[Sent] | None = None
         self.recalls = False  # whether its last turn looked for memories
         self.awaiting_vectors: set[str] = set()  # messages for the background
+        self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
+        self.vectors_due = False  # whether it has a job that takes them
         self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -7474,24 +7543,24 @@ def understand(
     A text that says little by itself ("yes, do it", "*nods*", "who is she?") is resolved with the messages `before`
     it. A text that asks nothing is looked up as it stands: others may say alike things.
     """
-    language = language_of(clip(text), language)
+    language, names = language_of(clip(text), language), participant_words(speakers)
     words = query_words(text, (), language)
     little = not words or (len(words) < SAYS_LITTLE and bool(GESTURE.match(text)))
     context = " ".join(clip(b)[-CONTEXT_LETTERS:] for b in before) if little else ""
     asked = asked_clauses(clip(text), language)
     bare = without_preamble(text, language) if asked else text
-    words = tuple(query_words(f"{bare} {context}", participant_words(speakers), language))
+    words = tuple(query_words(f"{bare} {context}", names, language))
     spoken = f"{context} {bare}".strip()
     if not asked:
         return Query(words, spoken)
     asked = without_preamble(asked, language)
     about = asked_about(asked, asker, speakers, language)
     if language == "en" and len(about) == 1 and not (says(asked, ADDRESSED, "en") or says(asked, ONESELF, "en")):
-        spoken = in_first_person(spoken, [w for w, of in participant_words(speakers).items() if of == about])
+        spoken = in_first_person(spoken, [w for w, of in names.items() if of == about])
     wants = {"time": ASKING_WHEN, "number": ASKING_HOW_MANY, "now": ASKING_NOW}
     wants = frozenset(trait for trait, kind in wants.items() if says(asked, kind, language))
     dates, asks = named_dates(text, now, language), how_it_asks(text, asked, language)
-    if dates and not query_words(without_dates(asked, language), participant_words(speakers), language):
+    if dates and not query_words(without_dates(asked, language), names, language):
         wants, asks = wants | {"day"}, ASKS  # "What did we do yesterday?"
     return Query(words, spoken, about, dates, asks, wants, asked, story_day(asked, language))
 
@@ -7539,7 +7608,7 @@ def date_patterns(language: str) -> tuple[str, ...]:
     bare = rf"\b(?:in|of|by|during|since|en|em|im|nel|w|в|summer|winter|spring|fall|autumn)(?: of)? {YEAR}\b"
     if not calendar.months:
         return NUMBERED_DATES
-    month, of = rf"(?P<month>{calendar.months.replace(' ', '|')})", r"(?:,|\.| of| de)? ?"
+    month, of = rf"(?P<month>{alternatives(calendar.months)})", r"(?:,|\.| of| de)? ?"
     return (
         rf"\b(?P<day>\d\d?)(?:st|nd|rd|th|er|\.|º)?(?: of| de)? {month}\b(?:{of}{YEAR})?",
         rf"\b{month} (?P<day>\d\d?)(?:st|nd|rd|th)?\b(?:,? {YEAR})?",
@@ -7554,10 +7623,9 @@ def date_patterns(language: str) -> tuple[str, ...]:
 def relative_pattern(language: str) -> re.Pattern:
     """What finds a language's times that are told from today: `yesterday`, `count` and `unit`, or `last`."""
     calendar = CALENDARS.get(language, CALENDARS["en"])
-    choice = lambda words: "|".join(words.split(" "))  # noqa: E731
-    units, numbers = choice(calendar.units), choice(calendar.numbers)
+    units, numbers = alternatives(calendar.units), alternatives(calendar.numbers)
     ago = calendar.ago.replace("N", rf"(?P<count>\d\d?|{numbers})").replace("U", rf"(?P<unit>{units})")
-    whole = f"{choice(calendar.weekdays)}|{choice(calendar.seasons)}|{units}"
+    whole = f"{alternatives(calendar.weekdays)}|{alternatives(calendar.seasons)}|{units}"
     last = [phrase.replace("U", f"(?P<last{i}>{whole})") for i, phrase in enumerate(calendar.last)]
     edge = "" if language in UNSPACED_LANGUAGES else r"\b"
     return re.compile(rf"{edge}(?:(?P<yesterday>{calendar.yesterday})|{ago}|{'|'.join(last)}){edge}", re.I)
@@ -7605,6 +7673,7 @@ def span_of(found: Mapping[str, str | None], year: int, language: str) -> tuple[
 def relative_span(found: Mapping[str, str | None], now: float, language: str) -> tuple[float, float]:
     """The span that is meant by a time that is told from the day `now`."""
     today, calendar = float(int(now)), CALENDARS.get(language, CALENDARS["en"])
+    at = datetime.fromtimestamp(now * DAY, UTC)
     if found["yesterday"]:
         return today - 1, today
     if found["unit"]:
@@ -7619,13 +7688,11 @@ def relative_span(found: Mapping[str, str | None], now: float, language: str) ->
         start = today - ((today + 3 - (day - 1)) % 7 or 7)
         return start, start + 1
     if season := word_place(calendar.seasons, word):
-        at = datetime.fromtimestamp(now * DAY, UTC)
         start = day_number(at.year, 3 * season)  # northern
         start = start if start + 90 <= now else day_number(at.year - 1, 3 * season)
         return start, start + 92
     unit = word_place(calendar.units, word)
     if unit in (MONTH, YEARLY):
-        at = datetime.fromtimestamp(now * DAY, UTC)
         before = month_span(at.year - (at.month == 1), (at.month - 2) % 12 + 1)
         return before if unit == MONTH else (day_number(at.year - 1, 1), day_number(at.year, 1))
     return today - 14, today - 3  # a week or a weekend
@@ -7938,9 +8005,9 @@ def choose(
 # ------------------------------------------------------------------------------------------------------ parts of texts
 
 
-def share_said(words: Sequence[str], rarity: Sequence[float], text: str) -> float:
-    """The share, by rarity, of a query's words that a text says in some form, 0 to 1."""
-    said = lexical_text(text)
+def share_said(words: Sequence[str], text: str, rarity: Sequence[float] = ()) -> float:
+    """The share of a query's words that a text says in some form, 0 to 1; by their rarity where that is given."""
+    said, rarity = lexical_text(text), rarity if len(rarity) else [1.0] * len(words)
     total = sum(rarity[: len(words)]) or 1.0
     forms = (rf"\b{re.escape(word[: max(3, len(word) - STEM_LETTERS)])}" for word in words)
     return sum(r for form, r in zip(forms, rarity, strict=False) if re.search(form, said)) / total
@@ -7965,7 +8032,7 @@ def best_excerpt(text: str, words: Sequence[str], rarity: Sequence[float], cosin
         return ""
     spans = list(itertools.islice(chunk_spans(text), 4 * MOST_CHUNKS))
     spans[-1] = (spans[-1][0], min(spans[-1][1], spans[-1][0] + CHUNK))
-    scores = np.array([0.5 * share_said(words, rarity, text[a:b]) for a, b in spans])
+    scores = np.array([0.5 * share_said(words, text[a:b], rarity) for a, b in spans])
     scores[: len(cosines)] += cosines[: len(spans)]
     best = np.argsort(-scores, kind="stable")[:EXCERPT_CHUNKS]
     chosen = sorted(spans[i] for i in best if scores[i] >= EXCERPT_NEAR * scores[best[0]])
@@ -8001,7 +8068,7 @@ def reminder_of(pieces: Sequence[str], cosines: Sequence[float], words: Sequence
     """
     if not pieces:
         return ""
-    said = [share_said(words, [1.0] * len(words), piece) for piece in pieces]
+    said = [share_said(words, piece) for piece in pieces]
     scores = [c + REMINDING_WORDS * s for c, s in zip(cosines, said, strict=True)]
     best = int(np.argmax(scores))
     return pieces[best] if scores[best] >= max(REMINDING, float(np.mean(scores)) + REMINDING_ABOVE) else ""
@@ -11948,7 +12015,7 @@ def recalled_row(memory: Memory) -> dict:
 
 def left_out_row(memory: Memory, reason: str) -> dict:
     """A memory that did not get into the prompt, as the prompt's report shows it."""
-    row = memory_row(memory)
+    row = memory_row(replace(memory, scores={}))
     return {k: row[k] for k in ("id", "index", "role", "name", "score")} | {"reason": reason}
 
 
@@ -12046,11 +12113,12 @@ class Vectors:
         self._missed = 0  # jobs that were left undone since the embedder last worked
 
     def later(self, chat: Chat, ids: Iterable[str]) -> None:
-        """Has the vectors that messages still lack computed in the background, by one job a chat."""
+        """Has the vectors that messages still lack computed in the background, and those that turns have made stored,
+        by one job a chat."""
         with chat.lock:
-            waiting = bool(chat.awaiting_vectors)
             chat.awaiting_vectors.update(ids)
-        if chat.awaiting_vectors and not waiting:
+            due, chat.vectors_due = chat.vectors_due, bool(chat.awaiting_vectors or chat.unstored)
+        if chat.vectors_due and not due:
             self._submit(self._embed_awaiting, chat.id)
 
     def _submit(self, work: Callable, *args: Any) -> None:
@@ -12087,8 +12155,12 @@ class Vectors:
         with self._registry.lookup(chat_id) as chat:
             if chat is None:
                 return
-            with chat.lock:  # a chat that was closed meanwhile has forgotten which: then its branch
-                ids, chat.awaiting_vectors = chat.awaiting_vectors or chat.path(), set()
+            with chat.lock:
+                made, chat.unstored, chat.vectors_due = chat.unstored, {}, False
+                if made:
+                    chat.store.put_vectors(self.embedder.key, made)
+                # A chat that was closed meanwhile has forgotten which: then its branch.
+                ids, chat.awaiting_vectors = chat.awaiting_vectors or ([] if made else chat.path()), set()
             halted = threading.Event()  # what has been paused does not go on by itself
 
             def stop() -> bool:
@@ -12223,8 +12295,9 @@ class Vectors:
             vector = chat.index.vector(newest.fingerprint) if newest and vector is None else vector
         with chat.lock:
             unsplit = chat.index.unsplit
-        if degraded or len(asked.whole) < sum(map(len, asked.parts)) or unsplit:  # sentences wait for the turn's answer
-            self.later(chat, newest_of([*missing, *unsplit], nodes).values())
+            chat.awaiting_vectors.update(newest_of([*missing, *unsplit], nodes).values() if unsplit else ())
+        if degraded or len(asked.whole) < sum(map(len, asked.parts)):  # sentences wait for the turn's end
+            self.later(chat, newest_of(missing, nodes).values())
         return vector, degraded
 
     def take_newest(self, asked: AskedVectors) -> None:
@@ -12240,14 +12313,8 @@ class Vectors:
         found = {key: vectors[text] for key, text in texts.items()}
         with chat.lock:
             chat.index.add_vectors(found)
-        if kept := {k: v for k, v in found.items() if k in asked.whole}:
-            self._submit(self._store, chat.id, kept)
+            chat.unstored.update((k, v) for k, v in found.items() if k in asked.whole)
         return encoded
-
-    def _store(self, chat_id: str, vectors: Mapping[str, np.ndarray]) -> None:
-        with self._registry.lookup(chat_id) as chat:
-            if chat:
-                chat.put_vectors(self.embedder.key, vectors)
 
     def of_query(self, text: str, timeout: float) -> np.ndarray | None:
         """The vector of a text, float32 [dimensions]; None where the embedder cannot read it or is late."""
@@ -12552,13 +12619,14 @@ class Archive:
     @contextlib.contextmanager
     def enter(
         self, request: ChatRequest, chat_id: str, deadline: Deadline,
-        seen: Callable[[Chat, ChatRequest], None] = lambda chat, request: None,
+        begin: Callable[[Chat, ChatRequest], None] | None = None,
     ) -> Iterator[tuple[Chat, list[str], ChatRequest]]:  # fmt: skip
         """The chat that a request belongs to, for as long as the block runs; the ids of the request's branch; and the
         request without what this chat has shown to be nobody's words.
 
-        What is new in the request is written first; `seen` is called before that, with the chat's lock held. Without an
-        explicit `chat_id` the transcript names the chat.
+        What is new in the request is written first. Of a turn `begin` is called before that, with the chat's lock held,
+        and the disk is waited for when the turn is recorded. Without an explicit `chat_id` the transcript names the
+        chat.
         """
         with contextlib.ExitStack() as loans:
             named = chat_id or self._located(request, "", deadline)
@@ -12568,11 +12636,11 @@ class Archive:
                     named = self._create(request, chat_id, deadline)
                 chat = loans.enter_context(self._registry.borrow(named))
             with chat.lock:
-                path, request = self._place(chat, chat_id, request, seen)
+                path, request = self._place(chat, chat_id, request, begin)
             yield chat, path, request
 
     def _place(
-        self, chat: Chat, chat_id: str, request: ChatRequest, seen: Callable[[Chat, ChatRequest], None]
+        self, chat: Chat, chat_id: str, request: ChatRequest, begin: Callable[[Chat, ChatRequest], None] | None
     ) -> tuple[list[str], ChatRequest]:
         """The ids of a request's branch, which is written where the disk takes it, and the request without what this
         chat has shown to be nobody's words; hold the chat's lock."""
@@ -12584,7 +12652,8 @@ class Archive:
             spoken = with_names(spoken, names_in_chat(chat)) if spoken.prefixed else spoken
             if not request.identity.complete:
                 spoken = with_hidden(chat, unmerged(chat, spoken))
-            seen(chat, spoken)
+            if begin:
+                begin(chat, spoken)
             alignment = (chat_id and align_appended(chat, spoken)) or align_request(chat, spoken)
             if note := "" if request.identity.complete else learned_note(chat, alignment, spoken):
                 chat.store.commit(info={"notes": [*known, note][-KEPT_NOTES:]})
@@ -12593,7 +12662,7 @@ class Archive:
             return self._write_branch(chat, alignment, spoken), spoken
 
         try:
-            with chat.store.transaction():
+            with chat.store.transaction(waits=begin is None):
                 return write()
         except StoreDamaged:
             raise
@@ -12755,7 +12824,7 @@ class Archive:
                 store.commit(info={"rewordings": rewordings}, dropped=dropped, marked=marked)
             if not store.unwritten:
                 self._registry.enter(chat, chat.tree.nodes if first_told else [m.id for m in messages])
-        store.keep_recent(path)
+        store.read_again(path[-NEWEST:])
         return path
 
     def record(
@@ -13396,11 +13465,11 @@ class Recaller:
         asking: EmotionReading,
     ) -> list[Memory]:  # fmt: skip
         """The messages at those indexes as memories, best first; `asking` is what the message feels that asks."""
-        messages = chat.store.read([nodes[i].id for i in indexes])
+        messages = chat.store.read_again([nodes[i].id for i in indexes])
         readings = self._feelings.read(chat, [nodes[i] for i in indexes])
-        memories = []
-        for i, message, reading in zip(indexes, messages, readings, strict=True):
-            row = {name: float(values[i]) for name, values in scores.items()}
+        memories, columns = [], zip(*(values[list(indexes)].tolist() for values in scores.values()), strict=True)
+        for i, message, reading, found in zip(indexes, messages, readings, columns, strict=True):
+            row = dict(zip(scores, found, strict=True))
             memory = Memory(message, nodes[i].depth, row.pop("score"), row)
             # Whether a name was new then is not asked here: it would take the names of all messages before.
             matters = importance_alone(clip(message.content), round(1 - reading.scores["neutral"], 3))
@@ -13464,7 +13533,8 @@ class Recaller:
         """
         layout = turn.layout
         try:
-            if not (others := self._related_chats(turn.chat) if turn.pivot else []):
+            others = self._related_chats(turn.chat) if turn.pivot else []
+            if not others:
                 return []
             taken = count_tokens(memory_block(memories, layout.words)) + layout.words.mood_tokens + FRAME_MARGIN
             room = min(layout.room - taken, layout.recalled - taken, int(CARRIED_SHARE * layout.recalled))
@@ -13561,7 +13631,7 @@ def narrowed(memory: Memory, words: Sequence[str], room: int) -> Memory:
     """Of a memory the sentence that says most of a query's words, with its neighbours where they fit into `room` tokens
     too; all of it where no sentence says any."""
     spans = sentence_spans(memory.text)
-    said = [share_said(words, [1.0] * len(words), memory.text[start:end]) for start, end in spans]
+    said = [share_said(words, memory.text[start:end]) for start, end in spans]
     best = said.index(max(said))
     if not said[best]:
         return memory
@@ -14655,7 +14725,7 @@ class PromptBuilder:
             mood = self._mood(turn)
             piece = self._reminder(turn, story, recalled)
             above_window = enumerate(nodes[first + layout.anchor : first + above], layout.anchor)
-            older = chat.store.read([n.id for i, n in above_window if i not in layout.hidden])
+            older = chat.store.read_again([n.id for i, n in above_window if i not in layout.hidden])
         memories = [*recalled.memories, *self._recaller.carry_over(turn, recalled.memories)]
         carried = memories[len(recalled.memories) :]
         words = layout.words
