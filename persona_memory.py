@@ -12901,7 +12901,10 @@ class Archive:
                 ids = sorted(chat.tree.nodes, key=lambda i: chat.tree.nodes[i].order)
                 summaries, facts = tuple(chat.store.summaries.values()), tuple(chat.store.facts.values())
                 head, info = chat.store.head, dict(chat.store.info)
-            return write_export(ChatCopy(tuple(read_in_batches(chat, ids)), head, info, summaries, facts))
+            messages = {m.id: m for m in read_in_batches(chat, ids)}
+        if head and head not in messages:  # a turn has taken it out meanwhile
+            head = next(reversed(messages), ROOT)
+        return write_export(ChatCopy(tuple(messages.values()), head, info, summaries, facts))
 
     def export_transcript(self, chat_id: str) -> str:
         """A chat's current branch as a SillyTavern chat file; raises `NotFound`."""
@@ -12914,7 +12917,7 @@ class Archive:
         siblings: defaultdict[str, list[Message]] = defaultdict(list)
         for message in messages.values():
             siblings[message.parent].append(message)
-        return write_transcript(info, [messages[i] for i in path], siblings)
+        return write_transcript(info, [messages[i] for i in path if i in messages], siblings)
 
     def take_in(self, raw: bytes, chat_id: str = "", embed: bool = True, title: str = "") -> dict:
         """Adds what a chat file or an export holds to its chat: that of `chat_id`, the one that the file names, or the
