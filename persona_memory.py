@@ -87,6 +87,7 @@ import base64
 import binascii
 import codecs
 import contextlib
+import ctypes
 import difflib
 import errno
 import functools
@@ -1562,6 +1563,25 @@ class Background:
 
 
 KEPT_WARNINGS = 20
+
+
+@contextlib.contextmanager
+def without_collecting() -> Iterator[None]:
+    """For what makes very many objects and no garbage: Python would look through them again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def give_memory_back() -> None:
+    """Returns freed memory to the system, in a few milliseconds, where the C library is glibc: it keeps what many texts
+    at once, or a long chat, have taken. Other libraries return it themselves."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class RecentWarnings(logging.Filter):
@@ -3210,7 +3230,9 @@ class Embedder:
 
     def _run(self) -> None:
         try:
-            self._model = load_sentence_transformer(self.name)
+            with without_collecting():
+                self._model = load_sentence_transformer(self.name)
+            gc.freeze()  # a million objects that stay: looking through them would stop a turn for a third of a second
             with contextlib.suppress(Exception):  # a model of another build: words are found as they are written
                 self._word_vectors = WordVectors(self._model)
             self.status = "ready"
@@ -3238,6 +3260,7 @@ class Embedder:
         self._model = faster(self._model)
         with contextlib.suppress(Exception):  # a model of another build, or one that cannot be traced
             trace_transformer(self._model)
+        give_memory_back()
 
     def _work(self, job: EncodingJob) -> None:
         model = self._model
@@ -6514,6 +6537,7 @@ class MemoryIndex:
 #     Database.lock          the catalogue's and the characters' connection
 
 OPEN_CHATS = 32
+LARGE_BYTES = 5_000_000  # of chats that are closed, from which on their memory is given back to the system
 OPEN_BYTES = 500_000_000  # that open chats take in RAM, all in all; a message of four sentences takes about 10 KB
 # Of it, as tests/bench/hostile.py rooms measures: each chat with the pages of its files, each message, each reading.
 CHAT_BYTES, NODE_BYTES, READING_BYTES = 1_000_000, 1_100, 600
@@ -6799,6 +6823,7 @@ class Lending:
 
     chat: Future = field(default_factory=Future)
     borrowers: int = 0
+    bytes: int = 0  # about what it took in RAM when it was last given back
 
     @property
     def outdated(self) -> bool:
@@ -6807,11 +6832,6 @@ class Lending:
             return False
         store = self.chat.result().store
         return store.damaged or store.was_replaced()
-
-    @property
-    def bytes(self) -> int:
-        """About what it takes in RAM."""
-        return self.chat.result().bytes if self.chat.done() and not self.chat.exception() else 0
 
     def close(self) -> None:
         """Closes the chat, where it could be opened."""
@@ -6995,6 +7015,8 @@ class ChatRegistry:
 
     def _give_back(self, name: str, lending: Lending) -> None:
         """Ends a loan, and closes the chats that nobody uses and that are too many."""
+        if lending.chat.done() and not lending.chat.exception():
+            lending.bytes = lending.chat.result().bytes
         with self._lock:
             lending.borrowers -= 1
             unused = [] if lending.borrowers or self._lent.get(name) is lending else [lending]
@@ -7005,8 +7027,11 @@ class ChatRegistry:
                 if len(self._lent) > self._most_open or (taken > OPEN_BYTES and not newest):
                     taken -= self._lent[other].bytes
                     unused.append(self._lent.pop(other))
-        for lent in unused:
-            lent.close()
+        large = sum(lent.bytes for lent in unused) > LARGE_BYTES
+        while unused:
+            unused.pop().close()
+        if large:
+            give_memory_back()
 
     def create(self, chat_id: str, explicit: bool) -> None:
         """Makes a chat; `explicit` says that the client named it, and that no transcript may find it. Raises
@@ -9050,15 +9075,11 @@ def json_value(text: str | bytes, most: float = MOST_VALUES) -> Any:
     if isinstance(text, bytes):
         text = text.decode(json.detect_encoding(text), "surrogatepass")
     reader = json_reader(text, parse_constant=finite_number, parse_float=finite_number, parse_int=short_integer)
-    collecting = gc.isenabled()
-    gc.disable()  # what is read is no garbage, and looking through it again and again takes most of the time
     try:
-        return reader.decode(text)
+        with without_collecting():
+            return reader.decode(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def finite_number(text: str) -> float:
@@ -12167,6 +12188,8 @@ class Vectors:
                 with contextlib.suppress(StoreError):  # it is but faster so
                     chat.keep_segments(stop)
             self.embed(chat, ids, stop)
+            if len(ids) >= SEGMENT:
+                give_memory_back()
             if halted.is_set():
                 with chat.lock:
                     chat.awaiting_vectors |= set(ids)

@@ -19,6 +19,13 @@ DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here; CHROMIUM=/path/to/it names one")
 
 
+def close_pages(*pages):
+    """Closes pages; a request that a test answers in the server's place may be under way, and is left alone."""
+    for page in pages:
+        page.unroute_all(behavior="ignoreErrors")
+        page.close()
+
+
 @contextlib.contextmanager
 def open_browser():
     """A browser; its pages end with it."""

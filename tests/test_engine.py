@@ -258,6 +258,29 @@ def test_feelings_of_messages_that_a_turn_takes_out_meanwhile_are_left_out(memor
         assert len(list(pm.read_in_batches(chat, path))) == 3
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_export_holds_together_though_a_turn_takes_messages_out_meanwhile(memory, monkeypatch, whole):
+    """It can be read again."""
+    monkeypatch.setattr(pm, "READ_AT_ONCE", 2)
+    memory.archive.append("c", LONG[:5])
+    with memory.registry.borrow("c") as chat:
+        path, read = chat.path(), chat.store.read
+
+        def taken_out_after(ids):
+            """The messages that are asked for first."""
+            del chat.store.read
+            found = read(ids)
+            chat.store.commit(dropped=path[3:])
+            return found
+
+        chat.store.read = taken_out_after
+        if whole:
+            copy = pm.read_export(memory.archive.export("c"))
+        else:
+            [copy], _ = pm.read_chats(memory.archive.export_transcript("c").encode())
+    assert [m.content for m in copy.path] == [m["content"] for m in LONG[:3]]
+
+
 def test_long_work_tells_what_is_left_and_how_long_it_takes():
     """By the rate of its newest steps; of little that waits nothing is told."""
     work = pm.LongWork("vectors", "messages wait", 2)

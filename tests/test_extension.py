@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from browser import needs_chromium, open_browser
+from browser import close_pages, needs_chromium, open_browser
 from fakes import LocalServer, branch_texts, free_port, run_program, settings
 
 import persona_memory as pm
@@ -466,6 +466,7 @@ def open_client(browser, address: str, before: str = "", hasty: bool = False):
             client.do(before)
         client.do("await stand.load().then(() => null)")
         yield client
+        close_pages(page)
         context.close()
         assert errors == []
 

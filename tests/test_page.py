@@ -11,7 +11,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from browser import DESKTOP, PHONE, needs_chromium, open_browser
+from browser import DESKTOP, PHONE, close_pages, needs_chromium, open_browser
 from chats import open_chat
 from fakes import LocalServer, Upstream, branch_texts, figure, free_port, hang_up_later, say, settings, wait_until
 from playwright.sync_api import expect
@@ -50,6 +50,7 @@ def visit(browser):
 
     yield open_page
     for context in contexts:
+        close_pages(*context.pages)
         context.close()
     # A server may stop before the pages that ask it: what a page says then is no fault of its own.
     gone = ("Failed to load resource", "The server does not answer.")
@@ -684,7 +685,7 @@ def test_an_odd_chat_still_has_its_heading_and_its_views(visit, told):
         page.goto(told.link())
         expect(page.get_by_role("heading", name="Facts")).to_be_visible()
         expect(page.get_by_role("heading", level=1)).to_be_visible()
-        page.close()
+        close_pages(page)
 
 
 # ---------------------------------------------------------------------------- how things stand
