@@ -229,6 +229,22 @@ def test_work_on_a_chat_that_is_deleted_meanwhile_is_no_trouble(memory, monkeypa
     assert [r.getMessage() for r in caplog.records if r.thread == threading.get_ident()] == []
 
 
+def test_an_imported_chat_that_is_deleted_as_it_becomes_a_named_one(memory, monkeypatch):
+    """What was taken over of it stays, and the turn goes on."""
+    rows = [{"is_user": m["role"] == "user", "name": m["role"], "mes": m["content"]} for m in LONG[:9]]
+    [old] = memory.archive.take_in("\n".join(map(pm.json.dumps, rows)).encode())["chats"]
+
+    def later(*_):
+        monkeypatch.undo()
+        memory.registry.delete(old["chat_id"])
+
+    monkeypatch.setattr(memory.vectors, "later", later)
+    request = pm.parse_request({"messages": [*LONG[:9], LONG[9], LONG[10]]})
+    with memory.archive.enter(request, "named", pm.Deadline.after(60)) as (chat, path, _):
+        assert (chat.id, len(path)) == ("named", 11)
+    assert [line["chat_id"] for line in memory.chats()] == ["named"]
+
+
 def test_feelings_of_messages_that_a_turn_takes_out_meanwhile_are_left_out(memory, monkeypatch):
     """Long chats are read in pieces, between which turns come."""
     monkeypatch.setattr(pm, "READ_AT_ONCE", 2)
