@@ -12832,7 +12832,6 @@ class Archive:
                 replies = [replace(m, confirmed=False, complete=complete) for m in replies]
                 fresh = [m for m in replies if not chat.tree.is_confirmed(m.id)]
                 chat.store.commit(fresh, {"updated": time.time()}, report)
-            self._vectors.later(chat, [m.id for m in fresh])
             return fresh
 
     def append(self, chat_id: str, messages: Any) -> dict:
@@ -14899,12 +14898,14 @@ class PersonaMemory:
                 with self.registry.lookup(prepared.chat_id) as chat:
                     if chat:
                         chat.refuse(prepared.refused, prepared.parts[prepared.refused])
-            for reply in self.archive.record(prepared.chat_id, prepared.tip, said, complete, report):
+            replies = self.archive.record(prepared.chat_id, prepared.tip, said, complete, report)
+            for reply in replies:
                 self.status.log_text(reply.role, reply.content)
-            if prepared.summary:
-                with self.registry.lookup(prepared.chat_id) as chat:
-                    if chat:
-                        self.summarizer.consider(chat, *prepared.summary)
+            with self.registry.lookup(prepared.chat_id) as chat:
+                if chat and prepared.summary:
+                    self.summarizer.consider(chat, *prepared.summary)
+                if chat:  # last: what it does takes the chat's lock
+                    self.vectors.later(chat, [m.id for m in replies])
         except Exception as error:
             note_failure("record_failed", "A reply could not be noted", error, prepared.chat_id)
 
