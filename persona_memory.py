@@ -3053,6 +3053,7 @@ MOST_FORESEEN = 16  # jobs that nobody has asked for yet
 FIRST_PACE = 0.1  # seconds that an urgent job is thought to take until the first has been timed
 LATIN_END = "\u024f"
 MOST_SENTENCES = 64  # of a message that have vectors of their own; what stands behind is found by its chunk
+FEW_WORDS = 64  # that are read one by one
 WORD_AXES = 128  # dimensions of a single word's vector: as many as find what all of MiniLM's 384 do
 TABLE_SAMPLE = 4096  # rows of a model's table that its axes are learned from
 SHORTEST_SENTENCE = 14  # letters; a shorter one ("Yes.") is taken together with its neighbour
@@ -3326,7 +3327,11 @@ class WordVectors:
 
     def __call__(self, words: Sequence[str]) -> np.ndarray:
         """Unit vectors, float32 [len(words), WORD_AXES or fewer]; zeros for a word of several pieces."""
-        pieces = [e.ids for e in self._tokenizer.encode_batch(list(words), add_special_tokens=False)]
+        if len(words) > FEW_WORDS:
+            read = self._tokenizer.encode_batch(list(words), add_special_tokens=False)
+        else:  # a turn's: threads of the tokenizer's own would wait for those that encode beside
+            read = [self._tokenizer.encode(word, add_special_tokens=False) for word in words]
+        pieces = [e.ids for e in read]
         whole = [i for i, ids in enumerate(pieces) if len(ids) == 1]
         vectors = np.zeros((len(words), self._axes.shape[1]), np.float32)
         vectors[whole] = (self._rows(np.array([pieces[i][0] for i in whole], np.int64)) - self._mean) @ self._axes
@@ -6012,8 +6017,8 @@ def idf(texts: int, holding: int) -> float:
     return max(0.01, math.log((max(texts, holding) - holding + 0.5) / (holding + 0.5)))
 
 
-# What SQLite gives in one row costs one wait for other threads; row by row, each row costs one. The limit keeps the
-# scores in a query of their own, where FTS5 knows them.
+# What SQLite gives in one row costs one wait for other threads; row by row, each row costs one, and each query. The
+# limit keeps the scores in a query of their own, where FTS5 knows them.
 WORD_COUNT = "SELECT count(*) FROM (SELECT 1 FROM texts WHERE texts MATCH ? LIMIT ?)"
 WORD_SCORES = """SELECT group_concat(rowid), group_concat(score)
                  FROM (SELECT rowid, -bm25(texts) AS score FROM texts WHERE texts MATCH ? LIMIT ?)"""
@@ -6413,18 +6418,23 @@ class MemoryIndex:
             rarity, weights = np.zeros(len(terms), np.float32), np.ones(len(terms), np.float32)
             texts = len(self._uses)
             most = max(COMMON_FLOOR, texts // COMMON_SHARE)
-            for i, word in enumerate(words):
-                count = self._words.execute(WORD_COUNT, (f'"{word}"', most + 1)).fetchone()[0]
-                weights[i] = idf(texts, count)
-                if 0 < count <= most:
-                    where, scores = self._words.execute(WORD_SCORES, (f'"{word}"', count)).fetchone()
-                    terms[i, np.array(where.split(","), np.int64)] = np.array(scores.split(","), np.float32)
-                    rarity[i] = weights[i]
+            counts = [count for (count,) in self._of_each(WORD_COUNT, words, [most + 1] * len(words))]
+            rare = [i for i, count in enumerate(counts) if 0 < count <= most]
+            weights[: len(words)] = [idf(texts, count) for count in counts]
+            rarity[rare] = weights[rare]
+            found = self._of_each(WORD_SCORES, [words[i] for i in rare], [counts[i] for i in rare])
+            for i, (where, scores) in zip(rare, found, strict=True):
+                terms[i, np.array(where.split(","), np.int64)] = np.array(scores.split(","), np.float32)
             terms, akin = terms[:, self._row_at], np.zeros(len(self._row_at), np.float32)
             if word_vectors and words and len(self._topics):
                 akin = self.said_otherwise(words, weights, terms > 0, word_vectors)
             self._looked_up = asked, (terms, rarity, akin)
         return self._looked_up[1]
+
+    def _of_each(self, sql: str, words: Sequence[str], limits: Sequence[int]) -> list[tuple]:
+        """The row that a query about a word and a limit gives for each word."""
+        values = [value for word, limit in zip(words, limits, strict=True) for value in (f'"{word}"', limit)]
+        return self._words.execute(" UNION ALL ".join([sql] * len(words)), values).fetchall() if words else []
 
     def said_otherwise(
         self, words: Sequence[str], weights: np.ndarray, said: np.ndarray,
@@ -12860,7 +12870,6 @@ class Archive:
                 replies = [replace(m, confirmed=False, complete=complete) for m in replies]
                 fresh = [m for m in replies if not chat.tree.is_confirmed(m.id)]
                 chat.store.commit(fresh, {"updated": time.time()}, report)
-            self._vectors.later(chat, [m.id for m in fresh])
             return fresh
 
     def append(self, chat_id: str, messages: Any) -> dict:
@@ -14930,12 +14939,14 @@ class PersonaMemory:
                 with self.registry.lookup(prepared.chat_id) as chat:
                     if chat:
                         chat.refuse(prepared.refused, prepared.parts[prepared.refused])
-            for reply in self.archive.record(prepared.chat_id, prepared.tip, said, complete, report):
+            replies = self.archive.record(prepared.chat_id, prepared.tip, said, complete, report)
+            for reply in replies:
                 self.status.log_text(reply.role, reply.content)
-            if prepared.summary:
-                with self.registry.lookup(prepared.chat_id) as chat:
-                    if chat:
-                        self.summarizer.consider(chat, *prepared.summary)
+            with self.registry.lookup(prepared.chat_id) as chat:
+                if chat and prepared.summary:
+                    self.summarizer.consider(chat, *prepared.summary)
+                if chat:  # last: what it does takes the chat's lock
+                    self.vectors.later(chat, [m.id for m in replies])
         except Exception as error:
             note_failure("record_failed", "A reply could not be noted", error, prepared.chat_id)
 
