@@ -739,26 +739,27 @@ WORDINGS = {  # by language (ISO 639-1)
 }  # fmt: skip
 
 # How promises are made, in all of these languages: a word of one hardly ever means something else in another.
+# One \b stands in front of all of them: each of its own would be tried at every letter.
 PROMISE = re.compile(
     # English
-    r"\b(?:i|we)(?:['’]ll| will| shall)? (?:\w+ )?(?:promise|swear|vow|pledge|guarantee)\b"
-    r"|\b(?:i|we)(?:['’]ll| will| shall) (?:never|always)\b|\b(?:you have|you['’]ve got|on) my (?:word|honou?r|life)\b"
-    r"|\b(?:i|we) give (?:you )?(?:my|our) word\b|\bit['’]?s a deal\b|\bdeal\?|\b(?:we have|we['’]ve got) a deal\b"
-    r"|\bpinky[ -](?:swear|promise)|\bcross my heart\b|\bpromise me\b|\bmy (?:oath|vow)\b|\bswor[en] .{0,20}oath\b"
-    r"|\byou promised\b|\bword of honou?r\b"
+    r"\b(?:(?:i|we)(?:['’]ll| will| shall)? (?:\w+ )?(?:promise|swear|vow|pledge|guarantee)\b"
+    r"|(?:i|we)(?:['’]ll| will| shall) (?:never|always)\b|(?:you have|you['’]ve got|on) my (?:word|honou?r|life)\b"
+    r"|(?:i|we) give (?:you )?(?:my|our) word\b|it['’]?s a deal\b|deal\?|(?:we have|we['’]ve got) a deal\b"
+    r"|pinky[ -](?:swear|promise)|cross my heart\b|promise me\b|my (?:oath|vow)\b|swor[en] .{0,20}oath\b"
+    r"|you promised\b|word of honou?r\b"
     # German
-    r"|\b(?:verspreche|schwöre|gelobe) (?:ich|dir|euch|ihnen|es)\b"
-    r"|\b(?:ich|wir) (?:\w+ )?(?:verspreche|schwöre|gelobe)n?\b"
-    r"|\bversprich(?:st du)? (?:es )?mir\b|\bversprochen\b|\behrenwort\b|\bmein wort\b|\bbei meiner ehre\b"
+    r"|(?:verspreche|schwöre|gelobe) (?:ich|dir|euch|ihnen|es)\b"
+    r"|(?:ich|wir) (?:\w+ )?(?:verspreche|schwöre|gelobe)n?\b"
+    r"|versprich(?:st du)? (?:es )?mir\b|versprochen\b|ehrenwort\b|mein wort\b|bei meiner ehre\b"
     # Spanish, French, Italian, Portuguese
-    r"|\b(?:prometo|prometemos|juro|juramos)\b|\bprom[eé]t(?:eme|e-me|edme)\b|\bpalabra de honor\b|\bmi palabra\b"
-    r"|\bje (?:(?:te|vous|le|lui|leur) )*(?:promets|jure)\b|\bpromet(?:s|tez)[- ]moi\b|\bc['’]est promis\b"
-    r"|\bparole d['’]honneur\b|\bma parole\b|\b(?:prometto|promettiamo|giuro|giuriamo)\b|\bpromettimi\b"
-    r"|\bparola d['’]onore\b|\bla mia parola\b"
-    r"|\bme promete\b|\bpalavra de honra\b|\bminha palavra\b"
+    r"|(?:prometo|prometemos|juro|juramos)\b|prom[eé]t(?:eme|e-me|edme)\b|palabra de honor\b|mi palabra\b"
+    r"|je (?:(?:te|vous|le|lui|leur) )*(?:promets|jure)\b|promet(?:s|tez)[- ]moi\b|c['’]est promis\b"
+    r"|parole d['’]honneur\b|ma parole\b|(?:prometto|promettiamo|giuro|giuriamo)\b|promettimi\b"
+    r"|parola d['’]onore\b|la mia parola\b"
+    r"|me promete\b|palavra de honra\b|minha palavra\b"
     # Polish, Russian
-    r"|\b(?:obiecuj[ęe]|obiecujemy|przysięgam|przysięgamy|przyrzekam)\b|\bobiecaj\b|\bsłowo honoru\b|\bmoje słowo\b"
-    r"|\b(?:обещаю|обещаем|клянусь|клян[её]мся)\b|\bпообещай\b|\bчестное слово\b|\bда[юм] (?:тебе |вам )?слово\b"
+    r"|(?:obiecuj[ęe]|obiecujemy|przysięgam|przysięgamy|przyrzekam)\b|obiecaj\b|słowo honoru\b|moje słowo\b"
+    r"|(?:обещаю|обещаем|клянусь|клян[её]мся)\b|пообещай\b|честное слово\b|да[юм] (?:тебе |вам )?слово\b)"
     # Chinese, Japanese, Korean
     r"|我(?:们|們)?(?:向你|跟你)?(?:保证|保證|发誓|發誓|答应你|答應你|承诺|承諾)|一言为定|一言為定|答应我|答應我"
     r"|約束(?:する|します|だ|だよ|ね|よ|して)|誓(?:う|います|って)|指切り"
@@ -3610,7 +3611,7 @@ SAME_TEXT = 64  # how many messages of one text are tried as the transcript's be
 
 
 class Tree:
-    """A chat's messages as a tree in RAM. Adding is all that changes it; no I/O."""
+    """A chat's messages as a tree in RAM; no I/O."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
@@ -3626,31 +3627,57 @@ class Tree:
 
     def put(self, message: Message, order: int) -> None:
         """Adds a message, or takes over its new state."""
-        old = self.nodes.get(message.id)
         above = self.nodes[message.parent] if message.parent else None
         depth, fingerprint = above.depth + 1 if above else 0, message.fingerprint
         shown = fingerprint if message.shown is None else text_fingerprint(message.name, message.original)
-        self.nodes[message.id] = Node(
+        node = Node(
             message.id, above.id if above else ROOT, sys.intern(message.role), message.digest, fingerprint,
             "" if message.erased else shown, depth, order, message.tokens,
             message.confirmed, message.complete, message.pinned, message.forgotten, message.voice,
             sys.intern(message.speaker), message.said_at,
         )  # fmt: skip
-        if self._trail[depth : depth + 1] == [message.id]:
-            self._line[depth] = self.nodes[message.id]
+        self._add(node, message.pinned or message.forgotten or message.shown is not None)
+
+    def _add(self, node: Node, marked: bool) -> None:
+        old = self.nodes.get(node.id)
+        self.nodes[node.id] = node
+        if self._trail[node.depth : node.depth + 1] == [node.id]:
+            self._line[node.depth] = node
         if old is None:
-            self.by_digest[self.nodes[message.id].digest].append(message.id)
-            self.children[message.parent].append(message.id)
-        if message.confirmed and not (old and old.confirmed):
+            self.by_digest[node.digest].append(node.id)
+            self.children[node.parent].append(node.id)
+        if node.confirmed and not (old and old.confirmed):
             self._confirmed += 1
-            self._inner.add(message.parent)
-        if message.id in (waiting := self.replies.get(message.parent, ())):
-            waiting.remove(message.id)
-        if not message.confirmed:
-            self.replies[message.parent].append(message.id)
-        (self.unshown.discard if message.confirmed else self.unshown.add)(message.id)
-        marked = message.pinned or message.forgotten or message.shown is not None
-        (self.marked.add if marked else self.marked.discard)(message.id)
+            self._inner.add(node.parent)
+        if node.id in (waiting := self.replies.get(node.parent, ())):
+            waiting.remove(node.id)
+        if not node.confirmed:
+            self.replies[node.parent].append(node.id)
+        (self.unshown.discard if node.confirmed else self.unshown.add)(node.id)
+        (self.marked.add if marked else self.marked.discard)(node.id)
+
+    def rows(self) -> list[list]:
+        """Its nodes as JSON takes them, for `of_rows`."""
+        places = {i: place for place, i in enumerate(self.nodes)}
+        return [
+            [
+                places.get(n.parent, -1), n.id in self.marked, None if n.shown == n.fingerprint else n.shown, n.id,
+                n.role, n.digest, n.fingerprint, n.order, n.tokens, n.confirmed, n.complete, n.pinned, n.forgotten,
+                n.voice, n.speaker, n.said_at,
+            ] for n in self.nodes.values()
+        ]  # fmt: skip
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Sequence]) -> Tree:
+        """The tree of those nodes."""
+        tree, nodes = cls(), []
+        for place, marked, shown, i, role, digest, fingerprint, *more, voice, who, said_at in rows:
+            parent, depth = (nodes[place].id, nodes[place].depth + 1) if place >= 0 else (ROOT, 0)
+            shown, who = fingerprint if shown is None else shown, sys.intern(who)
+            node = Node(i, parent, sys.intern(role), digest, fingerprint, shown, depth, *more, voice, who, said_at)
+            nodes.append(node)
+            tree._add(node, marked)
+        return tree
 
     def drop(self, ids: Iterable[str]) -> None:
         """Takes messages out, all that hang under one of them among them."""
@@ -4320,10 +4347,10 @@ def is_instruction(text: str, alone: bool = True) -> bool:
     """
     text = text.strip()
     inner = text[1:-1].strip() if (bracketed := bool(BRACKETED.fullmatch(text))) else text
-    if len(text) > LONGEST_INSTRUCTION or not (TASK.match(text) or ABOUT_THE_REPLY.search(inner)):
+    told = not alone and (TASK.match(text) or TOLD_TO.match(inner)) and not inner.endswith("?")
+    if len(text) > LONGEST_INSTRUCTION or not (bracketed or told):
         return False
-    told = TASK.match(text) or TOLD_TO.match(inner)
-    return bracketed or (not alone and bool(told) and not inner.endswith("?"))
+    return bool(TASK.match(text) or ABOUT_THE_REPLY.search(inner))  # what takes longest to look for comes last
 
 
 def with_names(request: ChatRequest, known: Mapping[str, Collection[str]] = MappingProxyType({})) -> ChatRequest:
@@ -4448,8 +4475,8 @@ def named_in_prompt(persona: str) -> str | None:
 # Chat store
 # ======================================================================================================================
 
-WORKING_MEMORY = 20  # messages of a branch that stay in RAM
-OPEN_BRANCHES = 8  # branches of a chat that have a working memory
+NEWEST = 20  # messages of a branch that a turn looks at again and again
+WORKING_MEMORY = 400  # messages of a chat in RAM: a turn shows and recalls mostly what the one before did
 KEPT_REPORTS = 50
 KEYS_AT_ONCE = 500  # in one query: older SQLites take 999
 MOST_UNREADABLE = 10_000  # rows of a damaged chat
@@ -4457,6 +4484,8 @@ KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it
 STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
 UNKEPT = "New messages cannot be saved"
 WRITE_AGAIN_SECONDS = 5.0  # until a file that could only be read is tried again
+LEAST_KEPT = 500  # messages of a chat whose tree is kept for its next opening
+TREE_RULES = 1  # raise it where the tree has other nodes of the same messages: those in the stores are made anew
 UNWRITTEN = sys.maxsize  # changes, where RAM may hold what the disk does not: the chat is read anew
 NEWER = "This chat was written by a newer version of persona_memory: install that to use it."
 # Version 0.1.0 looks at no format, but stumbles over a summary with an unknown field, and says its name.
@@ -4831,6 +4860,14 @@ def message_rows_of(cache: SharedCache) -> Iterator[dict]:
         yield from json.loads(f"[{','.join(rows[message] for message in some if message in rows)}]")
 
 
+def changes_between(cache: SharedCache, since: int, newest: int) -> list[str] | None:
+    """The keys of a chat's rows that have changed between two generations, None where that is not known any longer."""
+    if not 0 <= newest - since < KEPT_GENERATIONS:
+        return None
+    changes = [cache.get(f"g:{n}") for n in range(max(1, since + 1), newest + 1)]
+    return None if None in changes else list(itertools.chain.from_iterable(map(json.loads, changes)))
+
+
 class ChatStore:
     """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
@@ -4867,11 +4904,26 @@ class ChatStore:
     def _read_all(self, cache: diskcache.Cache) -> None:
         if cache.get("format", STORE_FORMAT) > STORE_FORMAT:
             raise NewerFormat(NEWER)
-        self.tree = Tree()
         self._recent: OrderedDict[str, Message] = OrderedDict()
         self._generation = cache.get("generation", 0)  # first: what is written meanwhile is caught up with
         self.info: dict[str, Any] = json.loads(cache.get("info", "{}"))
-        self._next_order, late = 0, []
+        self.marks: dict[str, dict[str, Mark]] = {}  # by the text's digest and the speaker
+        self.summaries: dict[str, Summary] = {}
+        self.facts: dict[str, Fact] = {}
+        if (kept := self._restore_tree(cache)) is None:
+            self._read_tree(cache)
+        if self.info and cache.get("format", 1) < STORE_FORMAT:
+            self._upgrade(cache)
+        for key, row in {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
+            if key != NEWER_ROW:
+                self._take_over(key, row)
+        old = kept is None or self._generation - kept > KEPT_GENERATIONS // 4
+        if old and len(self.tree.nodes) >= LEAST_KEPT:
+            self.put_derived("tree", [TREE_RULES, self._generation, self.tree.rows()])
+
+    def _read_tree(self, cache: SharedCache) -> None:
+        """Makes the tree of the rows of all messages."""
+        self.tree, self._next_order, late = Tree(), 0, []
         for row in message_rows_of(cache):
             (self._remember if row["parent"] in self.tree.nodes or row["parent"] == ROOT else late.append)(row)
         for row in sorted(late, key=lambda row: row["order"]):
@@ -4879,14 +4931,17 @@ class ChatStore:
                 self._remember(row)
             else:  # written after its chat was deleted and made anew: it belongs nowhere
                 log_event("orphan", f"Message {row['id']} has no place in its chat.", level=logging.WARNING)
-        self.marks: dict[str, dict[str, Mark]] = {}  # by the text's digest and the speaker
-        self.summaries: dict[str, Summary] = {}
-        self.facts: dict[str, Fact] = {}
-        if self.info and cache.get("format", 1) < STORE_FORMAT:
-            self._upgrade(cache)
-        for key, row in {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
-            if key != NEWER_ROW:
-                self._take_over(key, row)
+
+    def _restore_tree(self, cache: SharedCache) -> int | None:
+        """Takes the tree that was kept, in a fourth of the time that reading all messages takes, and what has changed
+        since then; returns the generation that it was kept at, None where none was."""
+        rules, generation, rows = self.derived("tree") or (0, 0, ())
+        if rules != TREE_RULES or changes_between(cache, generation, self._generation) is None:
+            return None
+        self.tree, self._generation = Tree.of_rows(rows), generation
+        self._next_order = 1 + max(node.order for node in self.tree.nodes.values())
+        self._catch_up(cache)
+        return generation
 
     def _upgrade(self, cache: diskcache.Cache) -> None:
         """Rewrites the rows of format 1 (version 0.1.0): a model's thoughts were kept with its words, marks with each
@@ -4973,11 +5028,14 @@ class ChatStore:
             self._catch_up(cache)
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, waits: bool = True) -> Iterator[None]:
         """What the block reads and writes is one step, for other processes on the same folder too: where a message goes
-        depends on what stands there already."""
+        depends on what stands there already. Where it does not wait for the disk, the next commit does for both
+        (SQLite's write-ahead log is one file): a crash of the program loses nothing till then, a power cut may."""
         with self._database.use() as cache:
             try:
+                if not waits:
+                    cache._sql("PRAGMA synchronous = 1")
                 with cache.transact():
                     self._catch_up(cache)
                     yield
@@ -4985,6 +5043,9 @@ class ChatStore:
             except BaseException:
                 self._generation = UNWRITTEN
                 raise
+            finally:
+                if not waits:
+                    cache._sql("PRAGMA synchronous = 2")
 
     @contextlib.contextmanager
     def in_ram(self, reason: str) -> Iterator[None]:
@@ -5001,12 +5062,14 @@ class ChatStore:
         if newest == self._generation:
             return
         self._derived.clear()  # another process may have erased the words
-        changes = [cache.get(f"g:{n}") for n in range(max(1, self._generation + 1), newest + 1)]
-        if newest < self._generation or None in changes:  # too far behind
+        keys = changes_between(cache, self._generation, newest)
+        if keys is None:  # too far behind
             self._read_all(cache)
             return
-        keys = itertools.chain.from_iterable(map(json.loads, changes))
-        dropped = {key.removeprefix("d:"): key.startswith("d:") for key in keys}  # the newest change decides
+        dropped: dict[str, bool] = {}
+        for key in keys:  # the newest change of each decides, in its place: what came back may hang under what is new
+            dropped.pop(name := key.removeprefix("d:"), None)
+            dropped[name] = key.startswith("d:")
         self._drop([key for key, gone in dropped.items() if gone and key in self.tree.nodes])
         for key in (key for key, gone in dropped.items() if not gone):
             self._take_over(key, read_json(cache, row_key(key)))
@@ -5156,14 +5219,17 @@ class ChatStore:
                     found = {i: message_of(json.loads(rows[i])) for i in missing}
             return [found.get(i) or self._recent[i] for i in ids]
 
-    def keep_recent(self, path: Sequence[str]) -> None:
-        """Takes the last messages of a branch into working memory, and lets go of the branch not seen for longest."""
+    def read_again(self, ids: Sequence[str]) -> list[Message]:
+        """The same of messages that the next turn will likely ask for too: they are taken into working memory, and
+        those not asked for longest leave it."""
         with self.lock:
-            for message in self.read(path[-WORKING_MEMORY:]):
+            messages = self.read(ids)
+            for message in messages:
                 self._recent[message.id] = message
                 self._recent.move_to_end(message.id)
-            while len(self._recent) > WORKING_MEMORY * OPEN_BRANCHES:
+            while len(self._recent) > WORKING_MEMORY:
                 self._recent.popitem(last=False)
+            return messages
 
     def derived(self, key: str) -> Any:
         """The JSON value that was made of the messages and is kept under a key; None where there is none, or its
@@ -5176,12 +5242,6 @@ class ChatStore:
         """Keeps a JSON value that can be made again; what is committed next takes it to the disk."""
         with self.lock:
             self._derived[key] = zlib.compress(json.dumps(value).encode(), 1)
-
-    def _arrays(self, prefix: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
-        """The float32 arrays under a prefix and those hashes; bytes that hold none are left out."""
-        with self._database.use() as cache:
-            raw = values_of(cache, f"{prefix}:", hashes)
-            return {h: np.frombuffer(v, np.float32) for h, v in raw.items() if isinstance(v, bytes) and not len(v) % 4}
 
     def _put_arrays(self, prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
         with self._database.transaction() as cache:
@@ -5215,7 +5275,9 @@ class ChatStore:
 
     def readings(self, reader: str, hashes: Iterable[str]) -> dict[str, list[float]]:
         """The stored emotion scores by text hash, in the order of EMOTIONS; those that make no sense are left out."""
-        found = self._arrays(f"e:{reader}", hashes)
+        with self._database.use() as cache:
+            raw = values_of(cache, f"e:{reader}:", hashes)
+        found = {h: np.frombuffer(v, np.float32) for h, v in raw.items() if isinstance(v, bytes) and not len(v) % 4}
         return {h: v.tolist() for h, v in found.items() if len(v) == len(EMOTIONS) and abs(v.sum() - 1) < 1e-3}
 
     def put_readings(self, reader: str, readings: Mapping[str, EmotionReading]) -> None:
@@ -6056,9 +6118,10 @@ def segments_of(
         key = short_hash("segment", str(SEGMENT_RULES), usual, *(n.fingerprint for n in some))
         kept = store if len(some) == SEGMENT else None
         row = kept.derived(key) if kept else None
-        segment = Segment(**row) if row else segment_of([m.content for m in read([n.id for n in some])], usual)
-        if kept and not row:
-            kept.put_derived(key, vars(segment))
+        messages = () if row else read([n.id for n in some])
+        segment = Segment(**row) if row else segment_of([m.content for m in messages], usual)
+        if kept and not row and all(m.fingerprint == n.fingerprint for m, n in zip(messages, some, strict=True)):
+            kept.put_derived(key, vars(segment))  # no text is another one by now
         languages.update(segment.languages)
         yield some, segment
 
@@ -6482,6 +6545,8 @@ class Chat:
         self.last_prompt: list[Sent] | None = None
         self.recalls = False  # whether its last turn looked for memories
         self.awaiting_vectors: set[str] = set()  # messages for the background
+        self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
+        self.vectors_due = False  # whether it has a job that takes them
         self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -11930,7 +11995,7 @@ def recalled_row(memory: Memory) -> dict:
 
 def left_out_row(memory: Memory, reason: str) -> dict:
     """A memory that did not get into the prompt, as the prompt's report shows it."""
-    row = memory_row(memory)
+    row = memory_row(replace(memory, scores={}))
     return {k: row[k] for k in ("id", "index", "role", "name", "score")} | {"reason": reason}
 
 
@@ -12028,11 +12093,12 @@ class Vectors:
         self._missed = 0  # jobs that were left undone since the embedder last worked
 
     def later(self, chat: Chat, ids: Iterable[str]) -> None:
-        """Has the vectors that messages still lack computed in the background, by one job a chat."""
+        """Has the vectors that messages still lack computed in the background, and those that turns have made stored,
+        by one job a chat."""
         with chat.lock:
-            waiting = bool(chat.awaiting_vectors)
             chat.awaiting_vectors.update(ids)
-        if chat.awaiting_vectors and not waiting:
+            due, chat.vectors_due = chat.vectors_due, bool(chat.awaiting_vectors or chat.unstored)
+        if chat.vectors_due and not due:
             self._submit(self._embed_awaiting, chat.id)
 
     def _submit(self, work: Callable, *args: Any) -> None:
@@ -12069,8 +12135,12 @@ class Vectors:
         with self._registry.lookup(chat_id) as chat:
             if chat is None:
                 return
-            with chat.lock:  # a chat that was closed meanwhile has forgotten which: then its branch
-                ids, chat.awaiting_vectors = chat.awaiting_vectors or chat.path(), set()
+            with chat.lock:
+                made, chat.unstored, chat.vectors_due = chat.unstored, {}, False
+                if made:
+                    chat.store.put_vectors(self.embedder.key, made)
+                # A chat that was closed meanwhile has forgotten which: then its branch.
+                ids, chat.awaiting_vectors = chat.awaiting_vectors or ([] if made else chat.path()), set()
             halted = threading.Event()  # what has been paused does not go on by itself
 
             def stop() -> bool:
@@ -12203,8 +12273,9 @@ class Vectors:
             vector = chat.index.vector(newest.fingerprint) if newest and vector is None else vector
         with chat.lock:
             unsplit = chat.index.unsplit
-        if degraded or len(asked.whole) < sum(map(len, asked.parts)) or unsplit:  # sentences wait for the turn's answer
-            self.later(chat, newest_of([*missing, *unsplit], nodes).values())
+            chat.awaiting_vectors.update(newest_of([*missing, *unsplit], nodes).values() if unsplit else ())
+        if degraded or len(asked.whole) < sum(map(len, asked.parts)):  # sentences wait for the turn's end
+            self.later(chat, newest_of(missing, nodes).values())
         return vector, degraded
 
     def take_newest(self, asked: AskedVectors) -> None:
@@ -12220,14 +12291,8 @@ class Vectors:
         found = {key: vectors[text] for key, text in texts.items()}
         with chat.lock:
             chat.index.add_vectors(found)
-        if kept := {k: v for k, v in found.items() if k in asked.whole}:
-            self._submit(self._store, chat.id, kept)
+            chat.unstored.update((k, v) for k, v in found.items() if k in asked.whole)
         return encoded
-
-    def _store(self, chat_id: str, vectors: Mapping[str, np.ndarray]) -> None:
-        with self._registry.lookup(chat_id) as chat:
-            if chat:
-                chat.put_vectors(self.embedder.key, vectors)
 
     def of_query(self, text: str, timeout: float) -> np.ndarray | None:
         """The vector of a text, float32 [dimensions]; None where the embedder cannot read it or is late."""
@@ -12532,13 +12597,14 @@ class Archive:
     @contextlib.contextmanager
     def enter(
         self, request: ChatRequest, chat_id: str, deadline: Deadline,
-        seen: Callable[[Chat, ChatRequest], None] = lambda chat, request: None,
+        begin: Callable[[Chat, ChatRequest], None] | None = None,
     ) -> Iterator[tuple[Chat, list[str], ChatRequest]]:  # fmt: skip
         """The chat that a request belongs to, for as long as the block runs; the ids of the request's branch; and the
         request without what this chat has shown to be nobody's words.
 
-        What is new in the request is written first; `seen` is called before that, with the chat's lock held. Without an
-        explicit `chat_id` the transcript names the chat.
+        What is new in the request is written first. Of a turn `begin` is called before that, with the chat's lock held,
+        and the disk is waited for when the turn is recorded. Without an explicit `chat_id` the transcript names the
+        chat.
         """
         with contextlib.ExitStack() as loans:
             named = chat_id or self._located(request, "", deadline)
@@ -12548,11 +12614,11 @@ class Archive:
                     named = self._create(request, chat_id, deadline)
                 chat = loans.enter_context(self._registry.borrow(named))
             with chat.lock:
-                path, request = self._place(chat, chat_id, request, seen)
+                path, request = self._place(chat, chat_id, request, begin)
             yield chat, path, request
 
     def _place(
-        self, chat: Chat, chat_id: str, request: ChatRequest, seen: Callable[[Chat, ChatRequest], None]
+        self, chat: Chat, chat_id: str, request: ChatRequest, begin: Callable[[Chat, ChatRequest], None] | None
     ) -> tuple[list[str], ChatRequest]:
         """The ids of a request's branch, which is written where the disk takes it, and the request without what this
         chat has shown to be nobody's words; hold the chat's lock."""
@@ -12564,7 +12630,8 @@ class Archive:
             spoken = with_names(spoken, names_in_chat(chat)) if spoken.prefixed else spoken
             if not request.identity.complete:
                 spoken = with_hidden(chat, unmerged(chat, spoken))
-            seen(chat, spoken)
+            if begin:
+                begin(chat, spoken)
             alignment = (chat_id and align_appended(chat, spoken)) or align_request(chat, spoken)
             if note := "" if request.identity.complete else learned_note(chat, alignment, spoken):
                 chat.store.commit(info={"notes": [*known, note][-KEPT_NOTES:]})
@@ -12573,7 +12640,7 @@ class Archive:
             return self._write_branch(chat, alignment, spoken), spoken
 
         try:
-            with chat.store.transaction():
+            with chat.store.transaction(waits=begin is None):
                 return write()
         except StoreDamaged:
             raise
@@ -12678,7 +12745,8 @@ class Archive:
                 self._registry.enter(target, ids)
             self._vectors.later(target, ids)
         if not left:
-            self._registry.delete(source_id)
+            with contextlib.suppress(NotFound):  # somebody has deleted it meanwhile
+                self._registry.delete(source_id)
 
     def _copy_messages(self, source: Chat, target: Chat, ids: Sequence[str]) -> None:
         """Copies messages, parents first, with all that is known of them, into a chat: also a user's own words for a
@@ -12734,7 +12802,7 @@ class Archive:
                 store.commit(info={"rewordings": rewordings}, dropped=dropped, marked=marked)
             if not store.unwritten:
                 self._registry.enter(chat, chat.tree.nodes if first_told else [m.id for m in messages])
-        store.keep_recent(path)
+        store.read_again(path[-NEWEST:])
         return path
 
     def record(
@@ -13375,11 +13443,11 @@ class Recaller:
         asking: EmotionReading,
     ) -> list[Memory]:  # fmt: skip
         """The messages at those indexes as memories, best first; `asking` is what the message feels that asks."""
-        messages = chat.store.read([nodes[i].id for i in indexes])
+        messages = chat.store.read_again([nodes[i].id for i in indexes])
         readings = self._feelings.read(chat, [nodes[i] for i in indexes])
-        memories = []
-        for i, message, reading in zip(indexes, messages, readings, strict=True):
-            row = {name: float(values[i]) for name, values in scores.items()}
+        memories, columns = [], zip(*(values[list(indexes)].tolist() for values in scores.values()), strict=True)
+        for i, message, reading, found in zip(indexes, messages, readings, columns, strict=True):
+            row = dict(zip(scores, found, strict=True))
             memory = Memory(message, nodes[i].depth, row.pop("score"), row)
             # Whether a name was new then is not asked here: it would take the names of all messages before.
             matters = importance_alone(clip(message.content), round(1 - reading.scores["neutral"], 3))
@@ -13474,7 +13542,7 @@ class Recaller:
     def _found_in(self, chat_id: str, turn: TurnContext) -> list[tuple[Memory, np.ndarray]]:
         """What a chat's current branch remembers of a turn, with the memories' vectors."""
         text = turn.pivot.content
-        with self._registry.lookup(chat_id) as chat:
+        with contextlib.suppress(StoreError), self._registry.lookup(chat_id) as chat:  # a damaged chat harms no other
             if chat is None or chat.store.family == turn.chat.store.family:
                 return []
             nodes, query, vector = self._asked_of(chat, text, turn.pivot.name or "", turn.deadline.left)
@@ -13487,6 +13555,7 @@ class Recaller:
                 memories = self._memories(chat, nodes, scores, found, read_emotion(text))
                 memories = [replace(in_part(m, index, query, evidence, vector), chat=chat_id) for m in memories]
                 return list(zip(memories, index.vectors([m.message.fingerprint for m in memories]), strict=True))
+        return []
 
     def character(self, name: str) -> dict:
         """What is set for a character, and how many chats there are with it."""
@@ -14634,7 +14703,7 @@ class PromptBuilder:
             mood = self._mood(turn)
             piece = self._reminder(turn, story, recalled)
             above_window = enumerate(nodes[first + layout.anchor : first + above], layout.anchor)
-            older = chat.store.read([n.id for i, n in above_window if i not in layout.hidden])
+            older = chat.store.read_again([n.id for i, n in above_window if i not in layout.hidden])
         memories = [*recalled.memories, *self._recaller.carry_over(turn, recalled.memories)]
         carried = memories[len(recalled.memories) :]
         words = layout.words

@@ -9,6 +9,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+import httpx
 import hypothesis
 import numpy as np
 import pytest
@@ -21,11 +22,14 @@ if "TMPDIR" not in os.environ and IN_RAM.is_dir() and shutil.disk_usage(IN_RAM).
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from fakes import LocalServer, Upstream, settings  # noqa: E402
+from fakes import PATIENCE, LocalServer, Upstream, settings  # noqa: E402
 
 import persona_memory  # noqa: E402
 
 ssl.create_default_context = functools.cache(ssl.create_default_context)  # each client would read all certificates anew
+
+for part in ("connect", "read", "write", "pool"):  # of requests that name no timeout; a busy machine takes seconds
+    setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, part, PATIENCE)
 
 REAL_PAUSES = {name: getattr(persona_memory, name) for name in ("FIRST_PAUSE_SECONDS", "PAUSE_JITTER_SECONDS")}
 

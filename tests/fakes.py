@@ -191,7 +191,11 @@ class Handler(BaseHTTPRequestHandler):
         self.answer()
 
     def answer(self):
-        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        length = int(self.headers.get("Content-Length") or 0)
+        raw = self.rfile.read(length)
+        if len(raw) < length:  # the client hung up in the middle of asking: it has asked nothing
+            self.close_connection = True
+            return
         upstream = self.server.upstream
         self.steering = {name: getattr(upstream, name) for name in STEERING}
         self.request_record = {
@@ -479,7 +483,7 @@ class Server:
         if self.process and self.process.poll() is None:
             self.process.send_signal(number)
             try:
-                self.process.wait(20)
+                self.process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()

@@ -65,6 +65,18 @@ def test_other_chats_are_silent_unless_the_user_wants_them(running, upstream):
     assert ask(running, upstream) == ASKED["content"]
 
 
+def test_a_chat_that_cannot_be_read_keeps_no_other_from_being_carried_over(running, upstream):
+    """It is the first that is looked at; a newer version of the program has written it."""
+    carry_over(running, True)
+    append(running, "newer", OTHER_TIME)
+    registry = running.server.memory.registry
+    with open_chat(running, "newer").store._database.transaction() as cache:
+        cache["format"] = pm.STORE_FORMAT + 1
+    registry._forget(pm.chat_folder("newer"), registry._lent[pm.chat_folder("newer")])
+    assert registry.catalogue.chats()[0]["chat_id"] == "newer"
+    assert "Tomas sold the mule" in ask(running, upstream)
+
+
 def test_what_is_carried_over_is_marked_and_dated(running, upstream):
     """As another time, in a block of its own; the report names the chat."""
     assert carry_over(running, True) == {"character": "Mira", "chats": 1, "carry_over": True}

@@ -1,6 +1,7 @@
 """The services around a chat: what they do when replies come late, models fail, and several things happen at once."""
 
 import contextlib
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -228,6 +229,22 @@ def test_work_on_a_chat_that_is_deleted_meanwhile_is_no_trouble(memory, monkeypa
     assert [r.getMessage() for r in caplog.records if r.thread == threading.get_ident()] == []
 
 
+def test_an_imported_chat_that_is_deleted_as_it_becomes_a_named_one(memory, monkeypatch):
+    """What was taken over of it stays, and the turn goes on."""
+    rows = [{"is_user": m["role"] == "user", "name": m["role"], "mes": m["content"]} for m in LONG[:9]]
+    [old] = memory.archive.take_in("\n".join(map(pm.json.dumps, rows)).encode())["chats"]
+
+    def later(*_):
+        monkeypatch.undo()
+        memory.registry.delete(old["chat_id"])
+
+    monkeypatch.setattr(memory.vectors, "later", later)
+    request = pm.parse_request({"messages": [*LONG[:9], LONG[9], LONG[10]]})
+    with memory.archive.enter(request, "named", pm.Deadline.after(60)) as (chat, path, _):
+        assert (chat.id, len(path)) == ("named", 11)
+    assert [line["chat_id"] for line in memory.chats()] == ["named"]
+
+
 def test_feelings_of_messages_that_a_turn_takes_out_meanwhile_are_left_out(memory, monkeypatch):
     """Long chats are read in pieces, between which turns come."""
     monkeypatch.setattr(pm, "READ_AT_ONCE", 2)
@@ -288,6 +305,40 @@ def test_a_message_is_looked_up_on_disk_once_where_the_embedder_has_failed(memor
                 chat.follow(chat.nodes(chat.path()), memory.embedder)
         assert len(asked) == len(set(asked)) == len(LONG)
         assert len(chat.index.unembedded) == len(LONG)
+
+
+def test_what_a_turn_will_ask_of_the_embedder_is_foreseen(data_dir, monkeypatch):
+    """Where its chat looks for memories that is its query, embedded while its messages are written; and nothing is
+    embedded twice."""
+    given = pm.Settings(data=str(data_dir), upstream="http://127.0.0.1:9/v1", model="m", context=700)
+    with contextlib.closing(pm.PersonaMemory(given)) as memory:
+        memory.embedder.encode(["loads it"])
+        asked = "Do you remember the ferry?", "Do you remember the letters?", "Do you remember the salt?"
+        turns = [{"messages": [PERSONA, *LONG[:40], {"role": "user", "content": text}]} for text in asked]
+        memory.vectors.later = lambda *_: None
+        put, priorities = memory.embedder._put, []
+        monkeypatch.setattr(memory.embedder, "_put", lambda job, p: priorities.append(p) or put(job, p))
+        for turn in turns[:2]:
+            memory.builder.prepare(turn, "c", pm.Call(""))
+        # Each time the query, older messages, and the newest one in its own words.
+        assert priorities.count(pm.TURN) == 6
+        foresee = functools.partial(memory.recaller.foresee, deadline=pm.Deadline.after(60))
+        with memory.archive.enter(pm.parse_request(turns[2]), "c", pm.Deadline.after(60), foresee):
+            assert list(memory.embedder._foreseen) == [((), ("the salt?",))]
+
+
+def test_a_turn_waits_for_the_disk_at_its_end(memory):
+    """Once, for its messages and the reply together; what is no turn waits at once."""
+    request, levels = pm.parse_request({"messages": LONG[:1]}), []
+
+    def level(chat, *_):
+        with chat.store._database.use() as cache:
+            levels.append(cache._sql("PRAGMA synchronous").fetchone()[0])
+
+    memory.archive.append("c", LONG[:2])
+    with memory.archive.enter(request, "c", pm.Deadline.after(60), level) as (chat, *_):
+        level(chat)
+    assert levels == [1, 2]
 
 
 def test_a_pin_makes_no_index_anew(memory, monkeypatch):

@@ -165,8 +165,14 @@ def test_a_chat_is_told_of_in_its_language(language, upstream, data_dir):
     assert not any(pm.ENGLISH.memories in prompt for prompt in prompts)
 
 
-def test_other_rules_for_what_an_index_keeps_have_another_number():
-    """It is found in the stores by SEGMENT_RULES: raise that where this digest changes, and write the new one here."""
+def test_other_rules_for_what_is_kept_of_texts_have_another_number():
+    """It is found in the stores by SEGMENT_RULES and TREE_RULES: raise them where these digests change, and write the
+    new ones here."""
     texts = [text for language in sorted(SAMPLES) for text in SAMPLES[language]]
-    made = json.dumps(vars(pm.segment_of([*texts, "\n".join(texts)], "en")))
-    assert (pm.SEGMENT_RULES, pm.short_hash(made)) == (1, "23f75da7b77b43aa47fdb8f1c781a7a2")
+    segment = json.dumps(vars(pm.segment_of([*texts, "\n".join(texts)], "en")))
+    assert (pm.SEGMENT_RULES, pm.short_hash(segment)) == (1, "23f75da7b77b43aa47fdb8f1c781a7a2")
+    tree = pm.Tree()
+    for order, text in enumerate(texts):
+        name, shown = ("Ann", f"Ann: {text}") if order % 3 else (None, None)
+        tree.put(pm.Message(str(order), str(order - 1) if order else pm.ROOT, "user", text, name, shown=shown), order)
+    assert (pm.TREE_RULES, pm.short_hash(json.dumps(tree.rows()))) == (1, "a4d6ad4696f971b323b187a0c024b6ef")

@@ -168,6 +168,20 @@ def test_what_the_index_keeps_of_erased_words_is_erased(data_dir):
         one.close()
 
 
+def test_what_is_known_of_a_text_is_not_kept_as_known_of_the_one_that_stood_there_before(data_dir):
+    """The index of a branch may be made while a user rewords one of its messages."""
+    chat, messages = pm.Chat(data_dir), []
+    for number in range(pm.SEGMENT):
+        messages.append(pm.new_message(messages[-1].id if messages else "", "user", f"Line {number} of the log."))
+    chat.store.commit(messages)
+    nodes = chat.tree.branch(messages[-1].id)
+    chat.store.commit(marked=[pm.replace(messages[3], content="Other words.", shown=messages[3].content)])
+    for branch, kept in ((nodes, 0), (chat.tree.branch(messages[-1].id), 1)):
+        list(pm.segments_of(branch, 0, pm.Counter(), chat.store.read, chat.store))
+        assert len(chat.store._derived) == kept
+    chat.close()
+
+
 def test_a_forgotten_fact_is_erased_and_does_not_come_back(running, data_dir):
     """There is no undo for it, so nothing of it is kept; its id is, so that it is not found again."""
     told(running)

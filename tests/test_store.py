@@ -6,7 +6,7 @@ import shutil
 import sqlite3
 import threading
 import tracemalloc
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import diskcache
@@ -104,16 +104,17 @@ def test_a_message_that_was_taken_out_and_written_again_is_there(store):
     assert [m.content for m in other.read(list(other.tree.nodes))] == ["said", "answered"]
 
 
-def test_only_the_newest_messages_stay_in_ram_and_the_rest_is_read(store):
+def test_what_was_asked_for_last_stays_in_ram_and_the_rest_is_read(store, monkeypatch):
     """Working memory is bounded; what is not in it comes from the disk."""
+    monkeypatch.setattr(pm, "WORKING_MEMORY", 50)
     messages = chain(*[f"line {n}" for n in range(300)])
     store.commit(messages)
     path = [m.id for m in messages]
-    store.keep_recent(path)
-    assert list(store._recent) == path[-pm.WORKING_MEMORY :]
-    for end in range(40, 300):
-        store.keep_recent(path[:end])
-    assert len(store._recent) <= pm.WORKING_MEMORY * pm.OPEN_BRANCHES
+    assert store.read_again(path) == messages
+    assert list(store._recent) == path[-50:]
+    store.read_again(path[-50:-40])
+    store.read_again(path[:40])
+    assert list(store._recent) == [*path[-50:-40], *path[:40]]
     assert store.read(path) == messages
 
 
@@ -133,6 +134,32 @@ def test_opening_a_long_chat_takes_little_more_than_it_holds(store):
     with again._database.use() as cache:
         assert cache._sql("PRAGMA cache_size").fetchone() == (pm.PAGES_IN_RAM,)
         assert cache._sql("PRAGMA mmap_size").fetchone() == (0,)
+
+
+def state_of(tree: pm.Tree) -> tuple:
+    """All that a tree tells, its nodes in all their fields."""
+    lists = [{key: ids for key, ids in some.items() if ids} for some in (tree.children, tree.by_digest, tree.replies)]
+    return {n.id: asdict(n) for n in tree.nodes.values()}, *lists, tree.marked, tree.unshown, tree.ends, tree.messages
+
+
+def test_a_long_chat_is_opened_without_its_messages(store, monkeypatch):
+    """Its tree was kept; what has changed since then is taken over. Damage to what was kept costs no more than time."""
+    messages = chain(*(f"line {n}" for n in range(pm.LEAST_KEPT)), name="Ann", at=12.5)
+    store.commit(messages)
+    store.commit(marked=[replace(messages[3], content="other words", shown=messages[3].content)])
+    reopened(store).commit(info={"seen": 1})  # it reads all, and what is committed next keeps the tree
+    (reply,) = chain("a reply", parent=messages[-1].id, confirmed=False)
+    branch = chain("another branch", "goes on", "and is dropped", parent=messages[-9].id)
+    store.commit([reply, *branch])
+    store.commit(marked=[replace(messages[7], pinned=True), replace(messages[8], forgotten=True)])
+    store.commit(dropped=[reply.id, branch[-1].id])
+    store.commit([replace(reply, confirmed=True)])
+    with monkeypatch.context() as patched:
+        patched.setattr(pm, "message_rows_of", lambda cache: pytest.fail("all messages were read"))
+        assert state_of(reopened(store).tree) == state_of(store.tree)
+    for damaged in (b"no longer what it was", 5, "text"):
+        put(store, "t:tree", damaged)
+        assert state_of(reopened(store).tree) == state_of(store.tree)
 
 
 def test_the_tree_knows_its_branches_and_replies():
