@@ -38,7 +38,7 @@ import chats  # noqa: E402
 import persona_memory as pm  # noqa: E402
 
 DEPTH = 60  # memories asked for
-RIDGE = 0.002
+RIDGE = 0.004
 CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
 COLUMNS = ("r@5", "r@10", "b@500", "b@1000")
 STYLES = ("third person", "partner")
@@ -296,13 +296,13 @@ def missed(scores, gold):
 
 RANKS = (5, 10, 20)
 WRITTEN_SHARE = 0.3  # what the chats of tests/data weigh beside a kind of talk
-ADVERSARIAL_SHARE = 0.6  # what a question weighs whose evidence is another speaker's
+SHARES = {1: 1.5, 5: 0.6}  # by category, what a question weighs: one with much evidence, and one of another speaker's
 
 
 def fitted(conversations: list[Conversation], rows: list[list[np.ndarray]]) -> np.ndarray:
     """Weights that put the evidence first, and among the first RANKS: likelihood alone looks most at what is far away.
     Every kind of talk (data file) counts as much, the written chats less.
-    Adversarial questions count for less."""
+    Multi-hop questions count for more, adversarial ones for less."""
     import torch
 
     torch.set_num_threads(1)
@@ -318,7 +318,7 @@ def fitted(conversations: list[Conversation], rows: list[list[np.ndarray]]) -> n
     values, gold, blank = torch.tensor(values / spread), torch.tensor(gold), torch.tensor(blank)
     sizes = Counter(c.kind for c in conversations for q in c.questions if q["category"] != 5)
     shares = [(WRITTEN_SHARE if c.kind == "written" else 1) / sizes[c.kind] for c in conversations for _ in c.gold]
-    counts = torch.tensor(shares) * torch.tensor([ADVERSARIAL_SHARE if q["category"] == 5 else 1.0 for *_, q in items])
+    counts = torch.tensor(shares) * torch.tensor([SHARES.get(q["category"], 1.0) for *_, q in items])
     counts /= counts.sum()
     weights = torch.zeros(len(spread), requires_grad=True)
     optimiser = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
