@@ -3053,6 +3053,7 @@ MOST_FORESEEN = 16  # jobs that nobody has asked for yet
 FIRST_PACE = 0.1  # seconds that an urgent job is thought to take until the first has been timed
 LATIN_END = "\u024f"
 MOST_SENTENCES = 64  # of a message that have vectors of their own; what stands behind is found by its chunk
+TOKEN_STEP = 8  # lengths that texts are filled up to, a multiple of this each
 FEW_WORDS = 64  # that are read one by one
 WORD_AXES = 128  # dimensions of a single word's vector: as many as find what all of MiniLM's 384 do
 TABLE_SAMPLE = 4096  # rows of a model's table that its axes are learned from
@@ -3388,7 +3389,19 @@ def trace_transformer(model: Any) -> None:
         traced = torch.jit.trace(hidden, tuple(inputs[-1]), check_trace=False)
         same = all(torch.allclose(hidden(*some), traced(*some), atol=SAME_VALUES) for some in inputs)
     if same:
-        transformer.forward = lambda **given: {"last_hidden_state": traced(*(given[name] for name in names))}
+        transformer.forward = functools.partial(run_padded, traced, names)
+
+
+def run_padded(traced: Callable, names: Sequence[str], **given: Any) -> dict:
+    """What a traced transformer makes of its inputs, each int64 [texts, tokens], filled up to one of a few lengths.
+
+    oneDNN keeps code of its own for every number of tokens that it has met, one to two megabytes for each.
+    """
+    import torch
+
+    count = given[names[0]].shape[1]
+    filled = [torch.nn.functional.pad(given[name], (0, -count % TOKEN_STEP)) for name in names]
+    return {"last_hidden_state": traced(*filled)[:, :count]}
 
 
 def linear_in_bfloat16(layer: Any, given: Any) -> Any:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
+import torch
 from chats import open_chat
 from fakes import LocalServer, say, settings, wait_until
 
@@ -181,6 +182,22 @@ def test_a_traced_transformer_gives_the_vectors_that_it_gave():
     assert "forward" in vars(model[0].model)
     for after in (pm.unit_vectors(model, texts), [pm.unit_vectors(model, [text])[0] for text in texts]):
         assert (before * after).sum(axis=1).min() >= pm.SAME_VECTORS
+
+
+def test_a_traced_transformer_meets_few_lengths():
+    """What it has code for is kept for ever. The answer is as long as what was asked."""
+    met = set()
+
+    def traced(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        met.add(ids.shape[1])
+        assert (ids == mask).all()
+        return ids[:, :, None].float()
+
+    for count in range(1, 257):
+        ids = torch.ones(2, count, dtype=torch.int64)
+        found = pm.run_padded(traced, ["input_ids", "attention_mask"], input_ids=ids, attention_mask=ids)
+        assert found["last_hidden_state"].shape == (2, count, 1) and found["last_hidden_state"].all()
+    assert len(met) == 256 / pm.TOKEN_STEP
 
 
 def test_the_background_can_be_paused_and_tells_how_far_it_is(server):
