@@ -5,10 +5,11 @@
 
 Facts are planted in a made chat, each once; after 50, 100, 200 and 400 messages they are asked for as a user asks, and
 the persona is asked about itself. The client shows its newest messages. `without` is the same request in a chat that
-stores nothing else; in `given` the message that tells the fact stands right before the question, with its reply: the
-ceiling of this model. No answer can be guessed from the question. `right` is the share of replies that hold the
-answer; `log p` the mean, over the questions, of the highest log-probability that any token of the reply had of
-beginning the answer, where the server tells it among the 20 likeliest (the 20th's where it is not among them).
+stores nothing else; in `given` the message that tells the fact stands right before the question, with its reply: what
+this model makes of the evidence in a chat that it sees whole. No answer can be guessed from the question. `right` is
+the share of replies that hold the answer; `log p` the mean, over the questions, of the highest log-probability that any
+token of the reply had of beginning the answer, where the server tells it among the 20 likeliest (the 20th's where it is
+not among them).
 """
 
 import argparse
