@@ -436,6 +436,11 @@ class ClientGone(PersonaMemoryError):
 # ======================================================================================================================
 
 UNSPACED_LANGUAGES = ("zh", "ja", "ko")  # in which a word may stand in the middle of letters
+MONTHS = [
+    "january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november",
+    "december",
+]  # fmt: skip
+WEEKDAYS = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
 
 
 @dataclass(frozen=True)
@@ -2896,10 +2901,7 @@ IMPORTANCE_FACTORS = {
     "question": 0.06,  # it asks
 }
 NAME = re.compile(r"(?<=[\w,;)\-–—'’] )[A-Z][^\W\d_]{2,}")
-NOT_NAMES = """
-    the and but not yes god gods omg lol wtf ooc monday tuesday wednesday thursday friday saturday sunday
-    january february march april june july august september october november december
-"""
+NOT_NAMES = f"the and but not yes god gods omg lol wtf ooc {' '.join((*MONTHS, *WEEKDAYS))}"
 
 
 def names_in(text: str) -> frozenset[str]:
@@ -5616,7 +5618,7 @@ TEXT_BYTES = 1000  # of RAM for what an index knows of a text, beside its vector
 PAGE_FIGURES = ("page_count", "page_size")  # SQLite's, of a database
 INDEXED_AT_ONCE = 500  # vectors that are taken over in one piece
 SEGMENT = 200  # messages; those of a branch's end that make no whole one are read anew when a chat is opened
-SEGMENT_RULES = 1  # raise it where a segment holds other things of the same texts: those in the stores are made anew
+SEGMENT_RULES = 2  # raise it where a segment holds other things of the same texts: those in the stores are made anew
 STALE_ROWS = 1000  # texts that have left a branch, from which on its index is made anew
 COMMON_SHARE, COMMON_FLOOR = 8, 200  # a word in an eighth of the texts, and in 200, is too common to discriminate
 MAX_QUERY_WORDS = 24  # the rarest would do; a pasted page must not become a thousand look-ups
@@ -5639,7 +5641,7 @@ SUBSTANTIAL, MOST_NEEDED = 1.3, 15
 ASKING_MARKS = ("?", "\uff1f", "\u061f")
 CLAUSES = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*(?:[.!?:;\n\uff1f\u3002\u061f]|\Z)")  # linear: it never fails
 # By language: words that ask, that call something to mind, that mean the speaker and the one spoken to, that tell of a
-# change, and that ask for a time, for a number and for what holds now (`_` is a space). Beside CALENDARS nothing in
+# change, and that ask for a time, for a number and for what holds now (`_` is a space). Beside SEASONS nothing in
 # recall depends on a language.
 ASKING, REMINDING_OF, ONESELF, ADDRESSED, CHANGES, ASKING_WHEN, ASKING_HOW_MANY, ASKING_NOW = range(8)
 SPEECH_WORDS = {
@@ -5703,105 +5705,117 @@ SPEECH_WORDS = {
 }  # fmt: skip
 
 
+UNITS = ("day", "week", "month", "year")
+# What Unicode CLDR names in no language: the seasons from spring on, the weekend and the night.
+SEASONS = {
+    "en": "spring summer (?:autumn|fall) winter weekend night",
+    "de": "(?:frühling|frühjahr) sommer herbst winter wochenende nacht",
+    "es": r"primavera verano otoño invierno fin\sde\ssemana noche",
+    "fr": "printemps été automne hiver week-end nuit",
+    "it": r"primavera estate autunno inverno fine\ssettimana notte",
+    "pt": r"primavera verão outono inverno fim\sde\ssemana noite",
+    "pl": r"wiosn\w+ lat(?:o|a|em) jesie\w+ zim\w+ weekend\w* noc\w*",
+    "ru": r"весн\w+ лет(?:о|ом) осен\w+ зим\w+ выходны\w+ ноч\w+",
+    "zh": "春天? 夏天? 秋天? 冬天? 周末 夜",
+    "ja": "春 夏 秋 冬 週末 夜",
+    "ko": "봄 여름 가을 겨울 주말 밤",
+}
+CASED_LANGUAGES = ("pl", "ru")  # in which names of times have cases, and no article stands before them
+COUNTED = 12  # the highest number that is known as a word
+TRAIT_NUMBERS = 6  # the same for the trait `number`: higher ones lift lines that answer nothing (development chats)
+DIGITS = r"(\d++[.,]?\d*+)"  # how dateparser finds a number
+LAST_LETTERS = 4  # of a word for "last" that are the same in all its forms
+
+
 @dataclass(frozen=True)
 class Calendar:
-    """How a language names times: words in order, as patterns; `U` in a phrase is a unit, `N` a number."""
+    """How a language names times: patterns in their order; `U` in a phrase is a unit, `N` a number."""
 
-    months: str  # twelve
-    weekdays: str  # from Monday on
-    seasons: str  # from spring on
-    units: str  # day, week, month, year; then weekend
-    numbers: str  # from one on; then "a few"
+    months: tuple[str, ...]  # twelve; none where they are numbered
+    weekdays: tuple[str, ...]  # from Monday on
+    seasons: tuple[str, ...]  # from spring on
+    units: tuple[str, ...]  # those of UNITS; then the weekend
+    numbers: tuple[str, ...]  # from one on
+    ordinals: tuple[str, ...]  # from the first on
     yesterday: str
-    ago: str
-    last: tuple[str, ...]
-    before_month: str = ""  # what must stand before a month that is named without a day: "it may march"
+    ago: tuple[str, ...]
+    last: str  # what beside a unit says that it is the last one
+    story_days: str  # what a story counts
 
 
-# Names of months and days: Unicode CLDR, their inflected forms too.
-CALENDARS = {
-    "en": Calendar(
-        "january february march april may june july august september october november december",
-        "mondays? tuesdays? wednesdays? thursdays? fridays? saturdays? sundays?",
-        "spring summer (?:autumn|fall) winter", "days? weeks? months? years? weekend",
-        r"(?:an?|one) two three four five six (?:a\s)?(?:few|couple\sof)", "yesterday|last night", "N U ago",
-        ("last U",), r"(?:in|of|by|during|since|until|early|late|mid|around|last|this|next)[ -]",
-    ),
-    "de": Calendar(
-        "januar februar märz april mai juni juli august september oktober november dezember",
-        "montags? dienstags? mittwochs? donnerstags? freitags? (?:samstags?|sonnabends?) sonntags?",
-        "(?:frühling|frühjahr) sommer herbst winter", "tag(?:en?)? wochen? monat(?:en?)? jahr(?:en?)? wochenende",
-        r"eine[mnr]? zwei drei vier fünf sechs (?:ein\s)?paar", "gestern", "vor N U",
-        (r"(?:letzt|vorig|vergangen)e[nmrs]? U",),
-    ),
-    "es": Calendar(
-        "enero febrero marzo abril mayo junio julio agosto sep?tiembre octubre noviembre diciembre",
-        "lunes martes miércoles jueves viernes sábado domingo", "primavera verano otoño invierno",
-        r"días? semanas? mes(?:es)? años? (?:fin\sde\ssemana)", "una? dos tres cuatro cinco seis unos|unas",
-        "ayer|anoche", "hace N U", ("U (?:pasad|últim)[oa]", "últim[oa] U"),
-    ),
-    "fr": Calendar(
-        "janvier février mars avril mai juin juillet août septembre octobre novembre décembre",
-        "lundi mardi mercredi jeudi vendredi samedi dimanche", "printemps été automne hiver",
-        "jours? semaines? mois (?:ans?|années?) week-end", "une? deux trois quatre cinq six quelques",
-        "hier", "il y a N U", ("U (?:derni(?:er|ère)|passée?)",),
-    ),
-    "it": Calendar(
-        "gennaio febbraio marzo aprile maggio giugno luglio agosto settembre ottobre novembre dicembre",
-        "lunedì martedì mercoledì giovedì venerdì sabato domenica", "primavera estate autunno inverno",
-        r"giorn[oi] settiman[ae] mes[ei] ann[oi] (?:fine\ssettimana)", "un[oa]? due tre quattro cinque sei qualche",
-        "ieri", "N U fa", ("U (?:scors|passat)[oa]", "scors[oa] U"),
-    ),
-    "pt": Calendar(
-        "janeiro fevereiro março abril maio junho julho agosto setembro outubro novembro dezembro",
-        "segunda terça quarta quinta sexta sábado domingo", "primavera verão outono inverno",
-        r"dias? semanas? m[êe]s(?:es)? anos? (?:fim\sde\ssemana)",
-        "uma? (?:dois|duas) três quatro cinco seis alguns|algumas",
-        "ontem", r"(?:há )?N U(?: atrás)?", ("U passad[oa]", "últim[oa] U"),
-    ),
-    "pl": Calendar(
-        r"stycz\w+ lut(?:y|ego|ym) mar(?:zec|ca|cu) kwie\w+ maj[au]? czerw(?:iec|ca|cu) lip(?:iec|ca|cu) sierp\w+"
-        r" wrze\w+ październik\w* listopad\w* grud(?:zień|nia|niu)",
-        "poniedział\\w+ wtor\\w+ środ\\w+ czwart\\w+ piąt\\w+ sobot\\w+ niedziel\\w+",
-        r"wiosn\w+ lat(?:o|a|em) jesie\w+ zim\w+",
-        r"(?:dzień|dni|dniem) (?:tydzień|tygod\w+) miesi\w+ (?:rok|roku|lata?) weekend\w*",
-        "jeden (?:dwa|dwie) trzy cztery pięć sześć kilka", "wczoraj", "N U temu",
-        (r"(?:zeszł|ubiegł|ostatni)\w+ U",),
-    ),
-    "ru": Calendar(
-        r"январ\w+ феврал\w+ март\w* апрел\w+ ма[йяе] июн\w июл\w август\w* сентябр\w октябр\w ноябр\w декабр\w",
-        r"понедельник\w* вторник\w* сред[уы] четверг\w* пятниц\w суббот\w воскресень\w",
-        r"весн\w+ лет(?:о|ом) осен\w+ зим\w+",
-        r"(?:день|дня|дней) недел\w* месяц\w* (?:год\w*|лет) выходны\w+",
-        "(?:один|одну) (?:два|две) три четыре пять шесть несколько", "вчера", "(?:N )?U назад", (r"прошл\w+ U",),
-    ),
-    "zh": Calendar(
-        "", "(?:星期|周)一 (?:星期|周)二 (?:星期|周)三 (?:星期|周)四 (?:星期|周)五 (?:星期|周)六 (?:星期|周)[日天]",
-        "春天? 夏天? 秋天? 冬天?", "天 (?:周|个?星期) 个?月 年 周末", "一 [二两] 三 四 五 六 几", "昨天|昨晚", "N ?U前",
-        ("上个?U", "去(?:年的?)?U"),
-    ),
-    "ja": Calendar(
-        "", "月曜日? 火曜日? 水曜日? 木曜日? 金曜日? 土曜日? 日曜日?", "春 夏 秋 冬",
-        "日 週間? (?:[かヶカ]月|月) 年 週末",
-        "一 二 三 四 五 六 数", "昨日|昨夜", "N ?U前", ("(?:[去昨]年の|この前の)U", "[先去昨]U"),
-    ),
-    "ko": Calendar(
-        "", "월요일 화요일 수요일 목요일 금요일 토요일 일요일", "봄 여름 가을 겨울",
-        "일 주일? (?:달|개월) (?:년|해) 주말",
-        "한 두 세 네 다섯 여섯 몇", "어제", "N ?U ?전", ("작년 U", "지난 ?U", "작U"),
-    ),
-}  # fmt: skip
-MONTHS = CALENDARS["en"].months.split()
-# How a story counts its days: the ordinals from the first on, and what they count.
-STORY_DAYS = {
-    "en": ("first second third fourth fifth sixth seventh eighth ninth tenth", "day|night|morning|evening"),
-    "de": (r"erste\w? zweite\w? dritte\w? vierte\w? fünfte\w? sechste\w? siebte\w? achte\w? neunte\w? zehnte\w?",
-           "tag|nacht|morgen|abend"),
-    "es": ("primera? segund[oa] tercera? cuart[oa] quint[oa] sext[oa] séptim[oa] octav[oa] noven[oa] décim[oa]",
-           "día|noche|mañana|tarde"),
-    "fr": ("premi(?:er|ère) (?:deuxième|seconde?) troisième quatrième cinquième sixième septième huitième neuvième"
-           " dixième", "jour|nuit|matin|soir"),
-}  # fmt: skip
+def alternatives(words: Iterable[str]) -> str:
+    """What finds any of the patterns, the longest that fits."""
+    return "|".join(sorted(filter(None, words), key=len, reverse=True))
+
+
+def name_pattern(forms: Iterable[str], language: str, more: int = 0) -> str:
+    """What finds a name in the forms that CLDR gives, but for abbreviations; up to `more` letters may stand behind."""
+    forms, spaced = {form.lower().partition("-")[0] for form in forms}, language not in UNSPACED_LANGUAGES
+    least = (max(map(len, forms)) + 3) // 2 if spaced else 2
+    found = set()
+    for form in filter(str.isalpha, forms):
+        stem = stemmer(language).stemWord(form) if language in CASED_LANGUAGES else form
+        ending = max(more, len(form) - len(stem)) if spaced and form.startswith(stem) else 0
+        if len(form) >= least:
+            found.add(rf"{stem}\w{{0,{ending}}}" if ending else form)
+    return f"(?:{alternatives(found)})"
+
+
+def number_words(language: str, ordinal: bool, more: Mapping[str, str]) -> tuple[str, ...]:
+    """The words for the numbers from one on, or for the first, second ...; none where CLDR has none. `more` has others
+    with their figures, such as English "a"."""
+    from unicode_rbnf import FormatPurpose, RbnfEngine
+
+    purpose, speller = FormatPurpose.ORDINAL if ordinal else FormatPurpose.CARDINAL, RbnfEngine.for_language(language)
+    found: list[str] = []
+    with contextlib.suppress(ValueError):
+        for number in range(1, COUNTED + 1):
+            told = speller.format_number(number, purpose).text_by_ruleset.values()
+            words = {*told, *(word for word, figure in more.items() if figure == str(number) and word.isalpha())}
+            found.append(f"(?:{alternatives(map(re.escape, words))})")
+    return tuple(found)
+
+
+def last_pattern(relative: Mapping[str, Sequence[str]], units: str, spaced: bool) -> str:
+    """What says that a unit is the last one, given CLDR's "last week", "last month" and "last year"."""
+    phrases = [phrase for unit in UNITS[1:] for phrase in relative[f"1 {unit} ago"]]
+    if not spaced:  # "last year's" may stand before a season
+        return rf"(?:{alternatives({*phrases, *(re.sub(units, '', phrase) for phrase in phrases)})})[ の的个]?"
+    said = Counter(word[:LAST_LETTERS] for phrase in phrases for word in phrase.split() if len(word) >= LAST_LETTERS)
+    return rf"{re.escape(said.most_common(1)[0][0])}\w{{0,4}}"
+
+
+@functools.cache
+def calendar_of(language: str) -> Calendar:
+    """A language's calendar, in the words of Unicode CLDR, which dateparser and unicode-rbnf carry; English where it is
+    no language of SEASONS."""
+    language = language if language in SEASONS else "en"
+    told = importlib.import_module(f"dateparser.data.date_translation_data.{language}").info
+    spaced = language not in UNSPACED_LANGUAGES
+    more = {word: figure for rule in told.get("simplifications", ()) for word, figure in rule.items()}
+    *seasons, weekend, night = SEASONS[language].split(" ")
+    forms = [[form.lower() for form in told[unit] if not spaced or len(form) > 1] for unit in UNITS]
+    units = [f"(?:{alternatives(map(re.escape, some))})" for some in forms]
+    yesterday = told["relative-type"]["1 day ago"]
+    counted = rf"N( ?)(?:{alternatives(map(re.escape, told['day']))})" + r"\b" * spaced
+    ago = {
+        re.sub(counted, r"N\1U", phrase.replace(DIGITS, "N")) for phrase in told["relative-type-regex"][r"\1 day ago"]
+    }
+    ago |= {f"N U {word}" for word in told.get("ago", ())[:1] if spaced and not any(word in phrase for phrase in ago)}
+    return Calendar(
+        tuple(name_pattern(told[month], language) for month in MONTHS) if spaced else (),
+        tuple(name_pattern(told[day], language, 1) for day in WEEKDAYS),
+        tuple(seasons),
+        (*units, weekend),
+        number_words(language, False, more),
+        number_words(language, True, {}),
+        alternatives([*yesterday, *(word for word, meant in more.items() if meant.startswith("yesterday"))]),
+        tuple(sorted(phrase for phrase in ago if "N U" in phrase or not spaced)),
+        last_pattern(told["relative-type"], alternatives(itertools.chain(*forms)), spaced),
+        f"{units[0]}|{night}",
+    )
+
+
 TRAITS = ("question", "answer", "name", "change", "time", "number")  # of a message; `substance` is found in its chat
 
 
@@ -5841,41 +5855,36 @@ def message_traits(text: str, language: str = "en") -> tuple[float, ...]:
 @functools.cache
 def time_and_number(language: str) -> tuple[re.Pattern, re.Pattern]:
     """What finds that a text of a language names a time, and a number above one."""
-    calendar = CALENDARS.get(language, CALENDARS["en"])
-    times = f"{calendar.months} {calendar.weekdays} {calendar.seasons} {calendar.units}".split(" ")
+    calendar = calendar_of(language)
+    times = (*calendar.months, *calendar.weekdays, *calendar.seasons, *calendar.units, calendar.yesterday)
     edge = "" if language in UNSPACED_LANGUAGES else r"\b"
-    time = "|".join([*filter(None, times), calendar.yesterday, r"(?:19|20)\d\d"])
     return tuple(
-        re.compile(rf"{edge}(?:{words}){edge}", re.I)
-        for words in (time, "|".join([*calendar.numbers.split(" ")[1:], r"\d+"]))
+        re.compile(rf"{edge}(?:{'|'.join(words)}){edge}", re.I)
+        for words in ((*times, r"(?:19|20)\d\d"), (*calendar.numbers[1:TRAIT_NUMBERS], r"\d+"))
     )
 
 
 @functools.cache
 def story_day_pattern(language: str) -> re.Pattern:
     """What finds that a text names a day of its story: "the third day at sea", "the 3rd night", "day 3"."""
-    ordinals, days = STORY_DAYS[language]
-    nth = rf"(?P<nth>{alternatives(ordinals)}|\d\d?(?:st|nd|rd|th|\.|º|ª|e|er|ème)) (?:{days})"
-    return re.compile(rf"\b(?:{nth}|(?:{days.partition('|')[0]}) (?P<number>\d\d?))\b", re.I)
+    calendar, edge = calendar_of(language), "" if language in UNSPACED_LANGUAGES else r"\b"
+    ordinals = "|".join((*calendar.ordinals, r"\d\d?(?:st|nd|rd|th|\.|º|ª|e|er|ème)"))
+    nth = rf"(?P<nth>{ordinals}) ?(?:{calendar.story_days})"
+    return re.compile(rf"{edge}(?:{nth}|(?:{calendar.units[0]}) (?P<number>\d\d?)){edge}", re.I)
 
 
 def story_day(text: str, language: str) -> int:
     """The day of the story that a text names first, from 1 on; 0 where it names none."""
-    found = story_day_pattern(language).search(clip(text)) if language in STORY_DAYS else None
+    found = story_day_pattern(language).search(clip(text))
     if not found:
         return 0
     digits = re.match(r"\d+", found["nth"] or found["number"])
-    return int(digits[0]) if digits else word_place(STORY_DAYS[language][0], found["nth"].lower())
+    return int(digits[0]) if digits else word_place(calendar_of(language).ordinals, found["nth"].lower())
 
 
-def alternatives(words: str) -> str:
-    """What finds any of the spaced words."""
-    return words.replace(" ", "|")
-
-
-def word_place(words: str, word: str) -> int:
-    """The place of the pattern among those that a word fits, from 1 on; 0 where none does."""
-    return next((i for i, form in enumerate(words.split(" "), 1) if re.fullmatch(form, word)), 0)
+def word_place(patterns: Sequence[str], word: str) -> int:
+    """The place of the pattern that a word fits, from 1 on; 0 where none does."""
+    return next((i for i, form in enumerate(patterns, 1) if re.fullmatch(form, word)), 0)
 
 
 @functools.cache
@@ -7628,9 +7637,10 @@ def month_span(year: int, month: int) -> tuple[float, float]:
     return day_number(year, month), day_number(year + month // 12, month % 12 + 1)
 
 
-UNIT_DAYS = (1, 7, 30, 365)
+UNIT_DAYS = (1, 7, 30, 365, 7)  # of Calendar.units
 MONTH, YEARLY = 3, 4  # places of those units
-A_FEW = 3
+A_FEW = 3  # what another word than a number counts: "some days ago"
+MONTH_MARKS = r"(?:in|of|by|during|since|until|early|late|mid|around|last|this|next)[ -]"  # "it may march"
 YEAR = r"(?P<year>(?:19|20)\d\d)"
 NUMBERED_DATES = (  # in any language
     rf"\b{YEAR}-(?P<number>\d\d)-(?P<day>\d\d)\b",
@@ -7642,15 +7652,15 @@ NUMBERED_DATES = (  # in any language
 @functools.cache
 def date_patterns(language: str) -> tuple[str, ...]:
     """What finds a language's dates, the most exact first; what one has found, the others leave alone."""
-    calendar = CALENDARS.get(language, CALENDARS["en"])
+    months = calendar_of(language).months
     bare = rf"\b(?:in|of|by|during|since|en|em|im|nel|w|в|summer|winter|spring|fall|autumn)(?: of)? {YEAR}\b"
-    if not calendar.months:
+    if not months:
         return NUMBERED_DATES
-    month, of = rf"(?P<month>{alternatives(calendar.months)})", r"(?:,|\.| of| de)? ?"
+    month, of = rf"(?P<month>{alternatives(months)})", r"(?:,|\.| of| de)? ?"
     return (
         rf"\b(?P<day>\d\d?)(?:st|nd|rd|th|er|\.|º)?(?: of| de)? {month}\b(?:{of}{YEAR})?",
         rf"\b{month} (?P<day>\d\d?)(?:st|nd|rd|th)?\b(?:,? {YEAR})?",
-        rf"\b{calendar.before_month}{month}\b(?:{of}{YEAR})?",
+        rf"\b{MONTH_MARKS if language == 'en' else ''}{month}\b(?:{of}{YEAR})?",
         rf"\b{month},? {YEAR}",
         *NUMBERED_DATES,
         bare,
@@ -7660,13 +7670,16 @@ def date_patterns(language: str) -> tuple[str, ...]:
 @functools.cache
 def relative_pattern(language: str) -> re.Pattern:
     """What finds a language's times that are told from today: `yesterday`, `count` and `unit`, or `last`."""
-    calendar = CALENDARS.get(language, CALENDARS["en"])
-    units, numbers = alternatives(calendar.units), alternatives(calendar.numbers)
-    ago = calendar.ago.replace("N", rf"(?P<count>\d\d?|{numbers})").replace("U", rf"(?P<unit>{units})")
-    whole = f"{alternatives(calendar.weekdays)}|{alternatives(calendar.seasons)}|{units}"
-    last = [phrase.replace("U", f"(?P<last{i}>{whole})") for i, phrase in enumerate(calendar.last)]
-    edge = "" if language in UNSPACED_LANGUAGES else r"\b"
-    return re.compile(rf"{edge}(?:(?P<yesterday>{calendar.yesterday})|{ago}|{'|'.join(last)}){edge}", re.I)
+    calendar, spaced = calendar_of(language), language not in UNSPACED_LANGUAGES
+    units, edge = alternatives(calendar.units), r"\b" * spaced
+    count = r"(?:\w+\s)??(?P<count{i}>\w+)" if spaced else rf"(?P<count{{i}}>\d\d?|{'|'.join(calendar.numbers)}|\w)"
+    ago = "|".join(
+        phrase.replace("N", count.replace("{i}", f"{i}")).replace("U", f"(?P<unit{i}>{units})")
+        for i, phrase in enumerate(calendar.ago)
+    )
+    whole = "|".join((*calendar.weekdays, *calendar.seasons, units))
+    last = rf"{calendar.last}\s?(?P<last0>{whole})|(?P<last1>{whole})\s{calendar.last}"
+    return re.compile(rf"{edge}(?:(?P<yesterday>{calendar.yesterday})|{ago}|{last}){edge}", re.I)
 
 
 def named_dates(text: str, now: float, language: str = "en") -> tuple[tuple[float, float], ...]:
@@ -7696,8 +7709,8 @@ def without_dates(text: str, language: str = "en") -> str:
 
 def span_of(found: Mapping[str, str | None], year: int, language: str) -> tuple[float, float] | None:
     """The span that a date means in a year; None for a day that does not exist."""
-    months = CALENDARS.get(language, CALENDARS["en"]).months
-    month = word_place(months, found["month"]) if found.get("month") else int(found.get("number") or 0)
+    number, months = int(found.get("number") or 0), calendar_of(language).months
+    month = word_place(months, found["month"]) if found.get("month") else number
     with contextlib.suppress(ValueError):
         if not month:
             return day_number(year, 1), day_number(year + 1, 1)
@@ -7710,18 +7723,17 @@ def span_of(found: Mapping[str, str | None], year: int, language: str) -> tuple[
 
 def relative_span(found: Mapping[str, str | None], now: float, language: str) -> tuple[float, float]:
     """The span that is meant by a time that is told from the day `now`."""
-    today, calendar = float(int(now)), CALENDARS.get(language, CALENDARS["en"])
-    at = datetime.fromtimestamp(now * DAY, UTC)
-    if found["yesterday"]:
+    today, calendar = float(int(now)), calendar_of(language)
+    at, found = datetime.fromtimestamp(now * DAY, UTC), {name.rstrip("0123456789"): w for name, w in found.items() if w}
+    if "yesterday" in found:
         return today - 1, today
-    if found["unit"]:
-        count = found["count"] or "1"
-        number = int(count) if count.isdecimal() else word_place(calendar.numbers, count)
+    if "unit" in found:
+        number = int(count) if (count := found["count"]).isdecimal() else word_place(calendar.numbers, count)
         length = UNIT_DAYS[word_place(calendar.units, found["unit"]) - 1]
-        middle = today - (number if number < 7 or count.isdecimal() else A_FEW) * length
+        middle = today - (number or (1 if language in CASED_LANGUAGES else A_FEW)) * length
         slack = length / 3 if length > 1 else 0  # "three days ago" means that day, "two weeks ago" about then
         return middle - slack, middle + slack + 1
-    word = next(w for name, w in found.items() if name.startswith("last") and w)
+    word = found["last"]
     if day := word_place(calendar.weekdays, word):  # 1970 began on a Thursday
         start = today - ((today + 3 - (day - 1)) % 7 or 7)
         return start, start + 1
