@@ -53,6 +53,7 @@ BAGLESS = 0.15  # share of the rows that are seen without their bag each time: t
 BINS = 15  # of confidence, for the calibration error
 SEEDS, BATCH = range(8), 512
 RATE, DECAY = 2e-3, 1e-2  # AdamW's (Loshchilov & Hutter 2019); a cycle of one rise and fall
+STAGED = {"vector": 1.0, "lexicon": 0.3}  # what scenes count: most of what they show stands in no single word
 GATE_WEIGHT = 0.3  # of the gate's own loss; the experts' and the mixture's count 1 each
 EPOCHS, DROPOUT = {"vector": 12, "lexicon": 25}, {"vector": 0.3, "lexicon": 0.0}
 LEANS = np.arange(0, 3.25, 0.25)  # what may be added to the gate's log odds: role play is what the program reads
@@ -66,7 +67,8 @@ LEVELS = 7  # whole weights go from -this to this: they are small when deflated
 @dataclass
 class Examples:
     """Inputs by block [n, size]: a text's vector, its bag of words, what the lexicon sees. Targets [n, 7] and those of
-    comments [n, 28] that sum to 1, whether they are role play [n], and what each row counts [n]."""
+    comments [n, 28] that sum to 1, whether they are role play [n], and of a scene
+    [n], and what each row counts [n]."""
 
     vectors: np.ndarray
     bags: np.ndarray
@@ -74,6 +76,7 @@ class Examples:
     targets: np.ndarray
     fine: np.ndarray
     played: np.ndarray
+    staged: np.ndarray
     weights: np.ndarray
 
     def inputs(self, blocks: tuple[str, ...]) -> np.ndarray:
@@ -186,6 +189,7 @@ def examples(rows: list[dict], weight: float, cache: Path | None) -> Examples:
         shares(rows, "labels", pm.EMOTIONS),
         shares(rows, "orig", FINE),
         np.array(["orig" not in row for row in rows], dtype=np.float32),
+        np.array(["scene" in row for row in rows], dtype=np.float32),
         np.full(len(rows), weight, dtype=np.float32),
     )
 
@@ -201,13 +205,15 @@ def training_data(data: Path, cache: Path | None, half: str = "ab") -> Examples:
     ])  # fmt: skip
 
 
-def balanced(data: Examples) -> np.ndarray:
-    """What each row counts: its source's rare labels more, so that each source's rows count 1 on average."""
+def balanced(data: Examples, staged: float) -> np.ndarray:
+    """What each row counts: its source's rare labels more, so that each source's rows count 1 on average; before that,
+    those of scenes `staged`."""
+    weights = data.weights * np.where(data.staged > 0, staged, 1)
     counts = np.zeros(len(data.weights), dtype=np.float32)
     for source, power in ((0, COMMENTS_POWER), (1, PLAYED_POWER)):
         rows = data.played == source
-        share = data.weights[rows] @ data.targets[rows] / data.weights[rows].sum()
-        counts[rows] = data.weights[rows] * (data.targets[rows] @ (1 / len(share) / share) ** power)
+        share = weights[rows] @ data.targets[rows] / weights[rows].sum()
+        counts[rows] = weights[rows] * (data.targets[rows] @ (1 / len(share) / share) ** power)
         counts[rows] /= counts[rows].mean()
     return counts
 
@@ -242,9 +248,9 @@ def train(data: Examples, blocks: tuple[str, ...], seed: int = SEEDS[0]) -> list
     scales["features"] = np.ones(pm.FEATURES)
     scale = np.concatenate([scales[block] for block in blocks]).astype(np.float32)
     in_bag = torch.tensor(np.concatenate([np.full(len(scales[block]), block == "bag") for block in blocks]))
-    inputs, counts = torch.tensor(data.inputs(blocks) * scale), torch.tensor(balanced(data))
-    truth = [torch.tensor(part) for part in (data.targets, data.fine, data.played)]
     name = "vector" if "vector" in blocks else "lexicon"
+    inputs, counts = torch.tensor(data.inputs(blocks) * scale), torch.tensor(balanced(data, STAGED[name]))
+    truth = [torch.tensor(part) for part in (data.targets, data.fine, data.played)]
     hidden = pm.HEADS[name][1] - 1  # and one by hand
     torch.manual_seed(seed)
     layers = torch.nn.Linear(len(scale), hidden), torch.nn.Linear(hidden, pm.OUTPUTS)
