@@ -6030,11 +6030,14 @@ def idf(texts: int, holding: int) -> float:
     return max(0.01, math.log((max(texts, holding) - holding + 0.5) / (holding + 0.5)))
 
 
-# What SQLite gives in one row costs one wait for other threads; row by row, each row costs one, and each query. The
-# limit keeps the scores in a query of their own, where FTS5 knows them.
-WORD_COUNT = "SELECT count(*) FROM (SELECT 1 FROM texts WHERE texts MATCH ? LIMIT ?)"
-WORD_SCORES = """SELECT group_concat(rowid), group_concat(score)
-                 FROM (SELECT rowid, -bm25(texts) AS score FROM texts WHERE texts MATCH ? LIMIT ?)"""
+# How many texts hold a word, one more than `most` at most; behind it, where they are no more, which, and the word's
+# score in each. What SQLite gives in one row costs one wait for other threads; row by row, each row costs one, and each
+# query. The inner limit keeps the scores in a query of their own, where FTS5 knows them.
+WORD_SCORES = """(SELECT held || coalesce(CASE WHEN held <= :most THEN (
+                      SELECT ';' || group_concat(rowid) || ';' || group_concat(score) FROM (
+                          SELECT rowid, -bm25(texts) AS score FROM texts WHERE texts MATCH :{word} LIMIT :most)) END, '')
+                  FROM (SELECT count(*) AS held FROM (
+                      SELECT 1 FROM texts WHERE texts MATCH :{word} LIMIT :most + 1) LIMIT 1))"""
 
 
 @dataclass
@@ -6049,7 +6052,7 @@ class Evidence:
     sentence: np.ndarray  # float32 [n], of its best sentence; that of the message where it is but one
     terms: np.ndarray  # float32 [w, n]: BM25 by word
     rarity: np.ndarray  # float32 [w]: the words' BM25 idf; 0 for one that stands nowhere
-    akin: np.ndarray  # float32 [n]: see `MemoryIndex.said_otherwise`
+    akin: np.ndarray  # float32 [n]: see `MemoryIndex.said_otherwise`; zeros where the coherence is 1
     speakers: np.ndarray  # int [n]: indexes into `names`
     days: np.ndarray  # float64 [n]: when it was said, in days since 1970
     story_days: np.ndarray  # int [n]: on which day of the story, as it was told last; 0 before any is told
@@ -6076,7 +6079,7 @@ class Evidence:
 
     def coverage(self, reach: int = 0) -> np.ndarray:
         """The share, by rarity, of the query's words that those within `reach` places say, float32 [n], 0 to 1."""
-        said = running_max((self.terms > 0).astype(np.float32), reach)
+        said = running_max(self.terms > 0, reach).astype(np.float32)
         return self.rarity @ said / max(float(self.rarity.sum()), 1e-6)
 
 
@@ -6087,6 +6090,7 @@ class VectorTable:
         self._flat: Any = None
         self._rows = np.zeros(64, np.int64)  # by position; grows by doubling
         self.count = 0
+        self.vectors = np.zeros((0, 0), np.float32)  # FAISS's own memory, [count, dimensions]
 
     @property
     def size(self) -> int:
@@ -6109,20 +6113,8 @@ class VectorTable:
             self._rows = np.concatenate([self._rows, np.zeros(max(self.count, len(self._rows)), np.int64)])
         self._rows[first : self.count] = rows
         self._flat.add(np.ascontiguousarray(vectors, np.float32))
+        self.vectors = faiss.rev_swig_ptr(self._flat.get_xb(), self.count * self.size).reshape(self.count, self.size)
         return first
-
-    @property
-    def rows(self) -> np.ndarray:
-        """The row of each vector, int64 [count]."""
-        return self._rows[: self.count]
-
-    @property
-    def vectors(self) -> np.ndarray:
-        """FAISS's own memory, float32 [count, dimensions]."""
-        import faiss
-
-        flat = faiss.rev_swig_ptr(self._flat.get_xb(), self.count * self.size)
-        return flat.reshape(self.count, self.size)
 
     def best(self, query: np.ndarray | None, rows: int) -> np.ndarray:
         """Cosine of a query and the best vector of each of so many rows, float32 [rows]; -inf where a row has none."""
@@ -6227,7 +6219,8 @@ class MemoryIndex:
         self._positions: dict[str, int] = {}  # vector key -> position in the table of messages' vectors
         self._embedded: set[str] = set()  # texts that have all their vectors
         self._unembedded: dict[str, None] = {}  # texts on the branch that have not, in the branch's order
-        self._split: set[str] = set()  # texts whose sentences have vectors, or that are one sentence
+        # Texts whose sentences have vectors, or that are one sentence -> the places of those vectors in their table
+        self._split: dict[str, range] = {}
         self._unsplit: dict[str, None] = {}  # texts on the branch that are not, in the branch's order
         self._noise = (0, 0.0, 1.0)  # vectors when it was measured, mean and standard deviation of cosines
         self._coherence = (0, USUAL_COHERENCE)  # vectors when it was measured, and what it was
@@ -6283,7 +6276,7 @@ class MemoryIndex:
         self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
         self._chunks.update(zip(hashes, segment.chunks, strict=True))
         self._unembedded.update((h, None) for h in come if h not in self._embedded)
-        self._split.update(h for h, single in zip(hashes, segment.single, strict=True) if single)
+        self._split.update((h, range(0)) for h, single in zip(hashes, segment.single, strict=True) if single)
         self._unsplit.update((h, None) for h in come if h not in self._split)
         self._hashes.extend(hashes)
         self._uses.update(hashes)
@@ -6346,9 +6339,9 @@ class MemoryIndex:
         fresh = {h: v for h, v in fresh.items() if v.ndim == 2 and v.shape[1] == self._dense.size}
         if fresh:
             rows = [self._rows[h] for h, v in fresh.items() for _ in v]
-            self._sentences.add(rows, np.concatenate(list(fresh.values())))
-            self._split.update(fresh)
-            for text_hash in fresh:
+            place = self._sentences.add(rows, np.concatenate(list(fresh.values())))
+            for text_hash, some in fresh.items():
+                self._split[text_hash] = range(place, place := place + len(some))
                 self._unsplit.pop(text_hash, None)
 
     @property
@@ -6392,8 +6385,8 @@ class MemoryIndex:
     def sentence_vectors(self, text_hash: str) -> np.ndarray:
         """The vectors of a text's sentences, float32 [sentences, dimensions]; its own where it is but one sentence, or
         where they are not there yet."""
-        mine = np.flatnonzero(self._sentences.rows == self._rows.get(text_hash))
-        return self._sentences.vectors[mine] if len(mine) else self.vectors([text_hash])
+        mine = self._split.get(text_hash)
+        return self._sentences.vectors[mine.start : mine.stop].copy() if mine else self.vectors([text_hash])
 
     def chunk_cosines(self, text_hash: str, query: np.ndarray | None) -> np.ndarray:
         """Cosine of the query and each chunk of a text, float32 [chunks]; 0 for one that has no vector."""
@@ -6424,6 +6417,8 @@ class MemoryIndex:
         """BM25 of each word in each message of the branch, float32 [words, n], and the words' rarity, float32 [words],
         one row of zeros where there are no words; and `said_otherwise`, float32 [n]. What was looked up last is kept
         until the branch changes, so that a turn can ask while its vectors are made."""
+        if self.coherence() == 1:  # as in chats of friends: `words_akin` counts for nothing then
+            word_vectors = None
         asked = (tuple(words), word_vectors)
         if self._looked_up is None or self._looked_up[0] != asked:
             self.substance()
@@ -6431,23 +6426,20 @@ class MemoryIndex:
             rarity, weights = np.zeros(len(terms), np.float32), np.ones(len(terms), np.float32)
             texts = len(self._uses)
             most = max(COMMON_FLOOR, texts // COMMON_SHARE)
-            counts = [count for (count,) in self._of_each(WORD_COUNT, words, [most + 1] * len(words))]
-            rare = [i for i, count in enumerate(counts) if 0 < count <= most]
-            weights[: len(words)] = [idf(texts, count) for count in counts]
-            rarity[rare] = weights[rare]
-            found = self._of_each(WORD_SCORES, [words[i] for i in rare], [counts[i] for i in rare])
-            for i, (where, scores) in zip(rare, found, strict=True):
-                terms[i, np.array(where.split(","), np.int64)] = np.array(scores.split(","), np.float32)
+            sql = ", ".join(WORD_SCORES.format(word=f"word{i}") for i in range(len(words)))
+            values = {f"word{i}": f'"{word}"' for i, word in enumerate(words)} | {"most": most}
+            for i, row in enumerate(self._words.execute(f"SELECT {sql}", values).fetchone() if words else ()):
+                count, *found = row.split(";")
+                weights[i] = idf(texts, int(count))
+                if found:
+                    rarity[i] = weights[i]
+                    where, scores = (some.split(",") for some in found)
+                    terms[i, np.array(where, np.int64)] = np.array(scores, np.float32)
             terms, akin = terms[:, self._row_at], np.zeros(len(self._row_at), np.float32)
             if word_vectors and words and len(self._topics):
                 akin = self.said_otherwise(words, weights, terms > 0, word_vectors)
             self._looked_up = asked, (terms, rarity, akin)
         return self._looked_up[1]
-
-    def _of_each(self, sql: str, words: Sequence[str], limits: Sequence[int]) -> list[tuple]:
-        """The row that a query about a word and a limit gives for each word."""
-        values = [value for word, limit in zip(words, limits, strict=True) for value in (f'"{word}"', limit)]
-        return self._words.execute(" UNION ALL ".join([sql] * len(words)), values).fetchall() if words else []
 
     def said_otherwise(
         self, words: Sequence[str], weights: np.ndarray, said: np.ndarray,
