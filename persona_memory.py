@@ -6035,7 +6035,8 @@ def idf(texts: int, holding: int) -> float:
 # query. The inner limit keeps the scores in a query of their own, where FTS5 knows them.
 WORD_SCORES = """(SELECT held || coalesce(CASE WHEN held <= :most THEN (
                       SELECT ';' || group_concat(rowid) || ';' || group_concat(score) FROM (
-                          SELECT rowid, -bm25(texts) AS score FROM texts WHERE texts MATCH :{word} LIMIT :most)) END, '')
+                          SELECT rowid, -bm25(texts) AS score FROM texts WHERE texts MATCH :{word} LIMIT :most))
+                      END, '')
                   FROM (SELECT count(*) AS held FROM (
                       SELECT 1 FROM texts WHERE texts MATCH :{word} LIMIT :most + 1) LIMIT 1))"""
 
@@ -13537,7 +13538,7 @@ class Recaller:
                 memories = with_newest_first(memories, index, query, vector)
             memories, _ = self._reranked(query, memories, SEARCH_SECONDS if wait else RECALL_SECONDS)
             with chat.lock:
-                duplicates = duplicates_among(chat.index, memories)
+                duplicates = alike([m.message.content for m in memories], vectors_of(chat.index, memories))
         if not tokens:
             return memories[:k]
         best = max((m.score for m in memories), default=0.0)
@@ -13609,7 +13610,7 @@ class Recaller:
                 found = [i for i in found if not nodes[i].forgotten][:MOST_MEMORIES]
                 memories = self._memories(chat, nodes, scores, found, read_emotion(text))
                 memories = [replace(in_part(m, index, query, evidence, vector), chat=chat_id) for m in memories]
-                return list(zip(memories, index.vectors([m.message.fingerprint for m in memories]), strict=True))
+                return list(zip(memories, vectors_of(index, memories), strict=True))
         return []
 
     def character(self, name: str) -> dict:
@@ -13677,15 +13678,20 @@ def alike(texts: Sequence[str], vectors: np.ndarray | Sequence[np.ndarray]) -> C
     """Tells of two texts, by their positions, whether they are near-duplicates. Vectors are compared only if they cover
     the whole text (zeros: none)."""
     every = np.stack(vectors) if len(texts) else np.zeros((0, 0), np.float32)
-    whole = [len(text) <= CHUNK and has for text, has in zip(texts, every.any(axis=1).tolist(), strict=True)]
-    cosines = every @ every.T
-    return lambda a, b: is_duplicate(texts[a], texts[b], float(cosines[a, b]) if whole[a] and whole[b] else None)
+    whole = every.any(axis=1) & np.array([len(text) <= CHUNK for text in texts], bool)
+    compared, cosines = whole[:, None] & whole, every @ every.T
+    maybe = (~compared | (cosines > NEAR_DUPLICATE)).tolist()  # a turn asks of a thousand pairs, and few are near
+
+    def same(a: int, b: int) -> bool:
+        """Whether the two texts at those positions are near-duplicates."""
+        return maybe[a][b] and is_duplicate(texts[a], texts[b], float(cosines[a, b]) if compared[a, b] else None)
+
+    return same
 
 
-def duplicates_among(index: MemoryIndex, memories: Sequence[Memory]) -> Callable[[int, int], bool]:
-    """Tells of two of those memories, by their positions, whether they are near-duplicates."""
-    texts, vectors = [m.message.content for m in memories], index.vectors([m.message.fingerprint for m in memories])
-    return alike(texts, vectors)
+def vectors_of(index: MemoryIndex, memories: Sequence[Memory]) -> np.ndarray:
+    """The vectors of memories' messages, float32 [len(memories), dimensions]; zeros where none is."""
+    return index.vectors([m.message.fingerprint for m in memories])
 
 
 def select_memories(
@@ -13694,15 +13700,17 @@ def select_memories(
     """Of candidates, best first, the memories that fit into `room` tokens, are worth their `price` a token, and repeat
     neither each other nor what the history shows; and what is left out, with the reason. Of one that is longer than
     `room` the sentence that says most of the query's `words` is taken."""
-    shown = shown_duplicates(turn.chat, turn.visible, memories)
+    vectors = vectors_of(turn.chat.index, memories)
+    shown = shown_duplicates(turn.chat, turn.visible, memories, vectors)
     left_out = [(memories[i], f"says the same as #{n.depth + 1}, which the prompt shows") for i, n in shown.items()]
     fresh = [m for i, m in enumerate(memories) if i not in shown]
+    duplicates = alike([m.message.content for m in fresh], np.delete(vectors, list(shown), axis=0))
     likely, costs = [relevance_probability(m.score, fresh[0].score) for m in fresh], list(map(memory_cost, fresh))
     most = room - memory_frame_tokens(turn.layout.words)
     for i in [i for i, cost in enumerate(costs) if cost > most]:  # in a small context, a long message would never fit
         fresh[i] = narrowed(fresh[i], words, most)
         costs[i] = memory_cost(fresh[i])
-    chosen, left = choose(likely, costs, duplicates_among(turn.chat.index, fresh), most, price)
+    chosen, left = choose(likely, costs, duplicates, most, price)
     kept, over = fitting([fresh[i] for i in chosen], room, turn.layout.words)
     left_out += [(m, NO_ROOM) for m in over]
     for i, same in left.items():
@@ -13711,10 +13719,11 @@ def select_memories(
     return kept, [left_out_row(m, reason) for m, reason in left_out[:LEFT_OUT]]
 
 
-def shown_duplicates(chat: Chat, visible: Sequence[Node], memories: Sequence[Memory]) -> dict[int, Node]:
-    """The positions of the memories whose near-duplicate the history shows, with that."""
-    near = chat.index.vectors([m.message.fingerprint for m in memories])
-    near = near @ chat.index.vectors([n.fingerprint for n in visible]).T
+def shown_duplicates(
+    chat: Chat, visible: Sequence[Node], memories: Sequence[Memory], vectors: np.ndarray
+) -> dict[int, Node]:
+    """The positions of the memories, whose `vectors` are given, whose near-duplicate the history shows, with that."""
+    near = vectors @ chat.index.vectors([n.fingerprint for n in visible]).T
     found = {}
     for i in np.flatnonzero(near.max(axis=1, initial=0.0) > NEAR_DUPLICATE).tolist():
         node, text = visible[int(near[i].argmax())], memories[i].message.content
