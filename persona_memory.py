@@ -5616,7 +5616,7 @@ TEXT_BYTES = 1000  # of RAM for what an index knows of a text, beside its vector
 PAGE_FIGURES = ("page_count", "page_size")  # SQLite's, of a database
 INDEXED_AT_ONCE = 500  # vectors that are taken over in one piece
 SEGMENT = 200  # messages; those of a branch's end that make no whole one are read anew when a chat is opened
-SEGMENT_RULES = 1  # raise it where a segment holds other things of the same texts: those in the stores are made anew
+SEGMENT_RULES = 2  # raise it where a segment holds other things of the same texts: those in the stores are made anew
 STALE_ROWS = 1000  # texts that have left a branch, from which on its index is made anew
 COMMON_SHARE, COMMON_FLOOR = 8, 200  # a word in an eighth of the texts, and in 200, is too common to discriminate
 MAX_QUERY_WORDS = 24  # the rarest would do; a pasted page must not become a thousand look-ups
@@ -6025,6 +6025,20 @@ LEXICAL_FLOOR = 8.0  # BM25 score that counts as a full match; a lower best one 
 SHORT_CHAT = 1.35  # the same as a multiple of the idf of a word that stands in one message
 
 
+def step_below(count: int) -> int:
+    """The largest number of a series that grows by a quarter, but no larger than `count`."""
+    step = following = 0
+    while following <= count:
+        step, following = following, max(following + 1, following * 5 // 4)
+    return step
+
+
+def sample(items: Sequence) -> list:
+    """NOISE_SAMPLE of some items, evenly spread; all where they are no more."""
+    places = np.linspace(0, len(items) - 1, min(len(items), NOISE_SAMPLE)).astype(np.int64)
+    return [items[i] for i in places.tolist()]
+
+
 def idf(texts: int, holding: int) -> float:
     """BM25's weight of a word that `holding` of the texts hold; a little above 0 for one that most hold."""
     return max(0.01, math.log((max(texts, holding) - holding + 0.5) / (holding + 0.5)))
@@ -6140,9 +6154,13 @@ class Segment:
     topics: Sequence[str]  # its words with a topic, with spaces between them
 
 
-def segment_of(texts: Sequence[str], usual: str) -> Segment:
-    """What is known of texts in a chat that is in a language as a rule."""
-    spoken = [(text, language_of(clip(text), usual)) for text in texts]
+def segment_of(texts: Sequence[str], languages: Counter[str]) -> Segment:
+    """What is known of a chat's next texts. `languages` counts those of the texts before, and goes on: a text that does
+    not tell is in the language that most before it are in, whether the texts came one by one or all at once."""
+    spoken = []
+    for text in texts:
+        spoken.append((text, language_of(clip(text), usual_language(languages))))
+        languages[spoken[-1][1]] += 1
     return Segment(
         [language for _, language in spoken],
         [lexical_text(*pair) for pair in spoken],
@@ -6163,15 +6181,15 @@ def segments_of(
     goes on."""
     while start < len(nodes):
         some = nodes[start : start - start % SEGMENT + SEGMENT]
-        usual, start = usual_language(languages), start + len(some)
-        key = short_hash("segment", str(SEGMENT_RULES), usual, *(n.fingerprint for n in some))
+        start += len(some)
+        key = short_hash("segment", str(SEGMENT_RULES), str(dict(languages)), *(n.fingerprint for n in some))
         kept = store if len(some) == SEGMENT else None
         row = kept.derived(key) if kept else None
         messages = () if row else read([n.id for n in some])
-        segment = Segment(**row) if row else segment_of([m.content for m in messages], usual)
+        segment = Segment(**row) if row else segment_of([m.content for m in messages], languages)
         if kept and not row and all(m.fingerprint == n.fingerprint for m, n in zip(messages, some, strict=True)):
             kept.put_derived(key, vars(segment))  # no text is another one by now
-        languages.update(segment.languages)
+        languages.update(segment.languages if row else ())
         yield some, segment
 
 
@@ -6180,6 +6198,8 @@ def usual_language(languages: Counter[str]) -> str:
     return languages.most_common(1)[0][0] if languages else "en"
 
 
+# A MemoryIndex's measures of a branch that has not been looked at.
+UNMEASURED = -1, (USUAL_MEAN, USUAL_SPREAD, USUAL_COHERENCE)
 # A MemoryIndex's arrays with an item for each message of the branch.
 BRANCH_ARRAYS = ("_row_at", "_speaker_at", "_days", "_story_days", "_topic_counts", "_traits")
 
@@ -6215,7 +6235,8 @@ class MemoryIndex:
         self._substance: np.ndarray | None = None  # kept until the branch changes
         self._looked_up: tuple[tuple, tuple[np.ndarray, ...]] | None = None  # likewise, see `look_up`
         self.speakers: dict[str, str] = {}  # in lower case -> role
-        self._languages: Counter[str] = Counter()  # of the messages
+        self._spoken: list[str] = []  # the messages' languages
+        self._languages: Counter[str] = Counter()  # how many messages are in each
         self._dense, self._sentences = VectorTable(), VectorTable()
         self._positions: dict[str, int] = {}  # vector key -> position in the table of messages' vectors
         self._embedded: set[str] = set()  # texts that have all their vectors
@@ -6223,8 +6244,8 @@ class MemoryIndex:
         # Texts whose sentences have vectors, or that are one sentence -> the places of those vectors in their table
         self._split: dict[str, range] = {}
         self._unsplit: dict[str, None] = {}  # texts on the branch that are not, in the branch's order
-        self._noise = (0, 0.0, 1.0)  # vectors when it was measured, mean and standard deviation of cosines
-        self._coherence = (0, USUAL_COHERENCE)  # vectors when it was measured, and what it was
+        self._measured: tuple[int, tuple[float, float, float]] = UNMEASURED  # see `_measures`
+        self._awaited: set[str] = set()  # texts that had no vector then
 
     def follow(
         self, nodes: Sequence[Node], read: Callable[[list[str]], Sequence[Message]], store: ChatStore | None = None
@@ -6239,10 +6260,16 @@ class MemoryIndex:
         if kept == len(nodes) == len(self._nodes):
             return []
         gone, self._hashes = self._hashes[kept:], self._hashes[:kept]
+        self._languages -= Counter(self._spoken[kept:])
+        self._spoken = self._spoken[:kept]
+        if kept < self._measured[0]:
+            self._measured = UNMEASURED
         self._topics, self._substance = self._topics[: self._topic_counts[:kept].sum()], None
         self._looked_up = None
         for name in BRANCH_ARRAYS:
             setattr(self, name, getattr(self, name)[:kept])
+        # They are numbered as they first spoke.
+        self.speakers = dict(itertools.islice(self.speakers.items(), int(self._speaker_at.max(initial=-1)) + 1))
         fresh, self._nodes = nodes[kept:], self._nodes[:kept]
         self._take_off(gone)
         columns: list[tuple] = []
@@ -6280,6 +6307,7 @@ class MemoryIndex:
         self._split.update((h, range(0)) for h, single in zip(hashes, segment.single, strict=True) if single)
         self._unsplit.update((h, None) for h in come if h not in self._split)
         self._hashes.extend(hashes)
+        self._spoken.extend(segment.languages)
         self._uses.update(hashes)
         self._nodes.extend(nodes)
         for node in nodes:
@@ -6332,6 +6360,8 @@ class MemoryIndex:
                 if all(key in self._positions for key in self.keys_of([text_hash])):
                     self._embedded.add(text_hash)
                     self._unembedded.pop(text_hash, None)
+                    if text_hash in self._awaited:
+                        self._measured = UNMEASURED
 
     def add_sentences(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Adds the vectors of texts' sentences (float32 [sentences, dimensions]) by text hash, where they are of the
@@ -6340,7 +6370,8 @@ class MemoryIndex:
         fresh = {h: v for h, v in fresh.items() if v.ndim == 2 and v.shape[1] == self._dense.size}
         if fresh:
             rows = [self._rows[h] for h, v in fresh.items() for _ in v]
-            place = self._sentences.add(rows, np.concatenate(list(fresh.values())))
+            # As the store keeps them, so that a chat that is opened anew finds the same.
+            place = self._sentences.add(rows, np.concatenate(list(fresh.values())).astype(np.float16))
             for text_hash, some in fresh.items():
                 self._split[text_hash] = range(place, place := place + len(some))
                 self._unsplit.pop(text_hash, None)
@@ -6400,14 +6431,14 @@ class MemoryIndex:
     ) -> Evidence:  # fmt: skip
         """What speaks for each of the branch's first `count` messages (all where None). `word_vectors` are those of
         `Embedder`."""
-        rows, n = self._row_at[:count], len(self._row_at[:count])
+        n = len(self._row_at[:count])
         terms, rarity, akin = self.look_up(words, word_vectors)
         akin = akin[:n] if vector is not None else np.zeros(n, np.float32)
         message, sentence = self._cosines(vector)
         traits = dict(zip(TRAITS, self._traits[:n].T, strict=True))
         traits["substance"] = self.substance()[:n]
         return Evidence(
-            message[rows], sentence[rows], terms[:, :n], rarity, akin, self._speaker_at[:n], self._days[:n],
+            message[:n], sentence[:n], terms[:, :n], rarity, akin, self._speaker_at[:n], self._days[:n],
             np.where(self._story_days[:n], self._story_days[:n], np.maximum.accumulate(self._story_days[:n])), traits,
             list(self.speakers), self.coherence(),
         )  # fmt: skip
@@ -6486,33 +6517,9 @@ class MemoryIndex:
             self._substance = np.minimum(1, sums / min(max(enough, 1.0), MOST_NEEDED)).astype(np.float32)
         return self._substance
 
-    def coherence(self) -> float:
-        """Whether neighbouring messages are about the same: how much nearer to each other they are than any messages
-        of the same two speakers, in units of noise, 0 to 1. Measured again as the chat grows."""
-        measured, value = self._coherence
-        if self._dense.count > 1.25 * measured:
-            _, spread = self.noise()
-            pairs = np.flatnonzero(self._speaker_at[1:] != self._speaker_at[:-1])
-            pairs = (
-                pairs[np.linspace(0, len(pairs) - 1, min(len(pairs), NOISE_SAMPLE)).astype(np.int64)]
-                if len(pairs)
-                else pairs
-            )
-            first, second = (self.vectors([self._hashes[i + step] for i in pairs.tolist()]) for step in (0, 1))
-            near = first @ second.T
-            speakers = self._speaker_at[pairs]
-            others = (speakers[:, None] == speakers) & (np.abs(pairs[:, None] - pairs) > FEW_NEIGHBOURS)
-            known = first.any(axis=1) & second.any(axis=1) if first.size else np.zeros(len(pairs), bool)
-            others &= known & known[:, None]
-            gain = (near.diagonal()[known] - near[others].mean()) / spread if others.any() else np.zeros(0)
-            value = (gain.sum() + FEW_NEIGHBOURS * USUAL_COHERENCE) / (len(gain) + FEW_NEIGHBOURS)
-            self._coherence = (self._dense.count, float(min(1.0, max(0.0, value))))
-        return self._coherence[1]
-
     def _cosines(self, query: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """How near each row is to a query, and each row's best sentence, float32 [rows], see Evidence."""
-        whole = self._dense.best(query, len(self._rows))
-        parts = self._sentences.best(query, len(self._rows))
+        """How near each message is to a query, and its best sentence, float32 [n], see Evidence."""
+        whole, parts = (table.best(query, len(self._rows))[self._row_at] for table in (self._dense, self._sentences))
         mean, spread = self.noise()
         known = whole[np.isfinite(whole)]
         # While vectors are made, a few that happen to be there say little of the others.
@@ -6522,21 +6529,47 @@ class MemoryIndex:
         return whole, np.where(np.isfinite(parts), (parts - mean) / spread, whole).astype(np.float32)
 
     def noise(self) -> tuple[float, float]:
-        """Mean and standard deviation of the cosines of two messages of this chat, measured again as it grows.
+        """Mean and standard deviation of the cosines of two messages of this chat."""
+        return self._measures()[:2]
 
-        A sample of NOISE_SAMPLE vectors is enough, and costs a millisecond.
+    def coherence(self) -> float:
+        """Whether neighbouring messages are about the same: how much nearer to each other they are than any messages
+        of the same two speakers, in units of noise, 0 to 1."""
+        return self._measures()[2]
+
+    def _measures(self) -> tuple[float, float, float]:
+        """`noise` and `coherence`, measured again when the branch has grown by a quarter, which takes two milliseconds.
+
+        They are those of the branch's first messages, up to a `step_below` of how many have vectors: so they depend on
+        the branch alone, and the same one recalls the same memories however it came about.
         """
-        measured, mean, spread = self._noise
-        count = self._dense.count
-        if count > 1.25 * measured:
-            some = self._dense.vectors[np.linspace(0, count - 1, min(count, NOISE_SAMPLE)).astype(np.int64)]
-            cosines = (some @ some.T)[np.triu_indices(len(some), 1)]
-            cosines = np.concatenate([cosines, np.full(FEW_PAIRS, cosines.mean() if len(cosines) else USUAL_MEAN)])
-            # In a chat that has just begun: as if FEW_PAIRS more pairs had the usual spread.
-            variance = (cosines.var() * len(cosines) + FEW_PAIRS * USUAL_SPREAD**2) / len(cosines)
-            mean, spread = float(cosines.mean()), float(np.sqrt(variance))
-            self._noise = (count, mean, max(spread, 1e-3))
-        return self._noise[1:]
+        count = step_below(len(self._hashes) - len(self._unembedded))
+        if self._measured[0] != count:
+            self._awaited = self._unembedded.keys() & self._hashes[:count]
+            mean, spread = self._noise_among(count)
+            self._measured = count, (mean, spread, self._coherence_among(count, spread))
+        return self._measured[1]
+
+    def _noise_among(self, count: int) -> tuple[float, float]:
+        """`noise` of the first messages, by a sample of NOISE_SAMPLE of their texts."""
+        some = self.vectors(sample([h for h in dict.fromkeys(self._hashes[:count]) if h in self._embedded]))
+        cosines = (some @ some.T)[np.triu_indices(len(some), 1)]
+        cosines = np.concatenate([cosines, np.full(FEW_PAIRS, cosines.mean() if len(cosines) else USUAL_MEAN)])
+        # In a chat that has just begun: as if FEW_PAIRS more pairs had the usual spread.
+        variance = (cosines.var() * len(cosines) + FEW_PAIRS * USUAL_SPREAD**2) / len(cosines)
+        return float(cosines.mean()), max(float(np.sqrt(variance)), 1e-3)
+
+    def _coherence_among(self, count: int, spread: float) -> float:
+        """`coherence` of the first messages, by a sample of NOISE_SAMPLE pairs of neighbours."""
+        codes, hashes = self._speaker_at[:count], self._hashes
+        apart = np.flatnonzero(codes[1:] != codes[:-1]).tolist()
+        pairs = np.array(sample([i for i in apart if self._embedded.issuperset(hashes[i : i + 2])]), np.int64)
+        first, second = (self.vectors([hashes[i + step] for i in pairs.tolist()]) for step in (0, 1))
+        near, speakers = first @ second.T, codes[pairs]
+        others = (speakers[:, None] == speakers) & (np.abs(pairs[:, None] - pairs) > FEW_NEIGHBOURS)
+        gain = (near.diagonal() - near[others].mean()) / spread if others.any() else np.zeros(0)
+        value = (gain.sum() + FEW_NEIGHBOURS * USUAL_COHERENCE) / (len(gain) + FEW_NEIGHBOURS)
+        return float(min(1.0, max(0.0, value)))
 
 
 # ======================================================================================================================
