@@ -8017,14 +8017,14 @@ def newest_first(
     the mean of the cosines of two messages of the chat, and their standard deviation.
     """
     best, (mean, spread) = list(memories[: len(parts)]), noise
-    told = [[bool(CHANGED.search(clip(sentence))) for sentence in said] for said, _ in parts]
     for i, j in itertools.combinations(sorted(range(len(best)), key=lambda i: best[i].index), 2):
         older, newer = best[i], best[j]
         if older.message.speaker != newer.message.speaker:
             continue
         near = parts[j][1] @ parts[i][1].T
         near = np.where(near > NEAR_DUPLICATE, 0, (near - mean) / spread).max(axis=1, initial=0)
-        changed = bool((near[told[j]] >= (SAME_CHANGED if max(i, j) > 1 else SAME_BEST)).any())
+        akin = np.flatnonzero(near >= (SAME_CHANGED if max(i, j) > 1 else SAME_BEST)).tolist()
+        changed = any(CHANGED.search(clip(parts[j][0][sentence])) for sentence in akin)
         if changed:
             best[i] = replace(older, changed_in=newer.index)
         if (changed or near.max(initial=0) >= SAME_THING) and newer.score < older.score:
@@ -12338,7 +12338,7 @@ class Vectors:
         queries = [query.spoken] if query else []
         own = {k: t for k, t in firsts.items() if newest and k == newest.fingerprint}
         others = {k: t for k, t in firsts.items() if k not in own}
-        parts = [own, others, {}] if not query or query.spoken in own.values() else [{}, others, own]
+        parts = [own, others, {}] if not query or read_together(own.values(), query.spoken) else [{}, others, own]
         ask = functools.partial(self.embedder.ask, timeout=deadline.left)
         futures = [ask(each_once(part), queries=() if i else queries) for i, part in enumerate(parts)]
         return AskedVectors(chat, missing, parts, whole, futures, deadline)
@@ -12476,6 +12476,12 @@ class Vectors:
         self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
         self.embedder.close()
+
+
+def read_together(own: Collection[str], query: str) -> bool:
+    """Whether an embedder had best read a turn's query with the newest message's own text: that is the same, or both
+    are so short that reading two takes little longer than one."""
+    return query in own or sum(map(len, (*own, query))) <= SLICE_BYTES[0]
 
 
 def each_once(texts: Mapping[str, str]) -> list[str]:
@@ -13483,7 +13489,8 @@ class Recaller:
             own = list(embedded_texts(message_of_turn(ROOT, turn)).values())[:1]
             own = own if chat.index.without_vector([turn.fingerprint]) else []
             asked = [asked_by(request, chat.index).spoken] if chat.recalls else []
-            self._vectors.embedder.foresee(own if asked in ([], own) else [], asked, deadline.left)
+            together = not asked or read_together(own, *asked)
+            self._vectors.embedder.foresee(own if together else [], asked, deadline.left)
 
     def _query(self, turn: TurnContext) -> Query:
         """What the turn asks of the past."""
