@@ -6608,7 +6608,6 @@ class Chat:
         self.recalls = False  # whether its last turn looked for memories
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
-        self.vectors_due = False  # whether it has a job that takes them
         self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -12147,6 +12146,7 @@ class Vectors:
     def __init__(self, embedder: Embedder, registry: ChatRegistry, background: Background):
         self.embedder, self._registry, self._background = embedder, registry, background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectors")
+        self._due: set[str] = set()  # chats that have a job waiting
         self._held: set[str] = set()  # chats whose vectors wait until the background goes on
         self._closed = False
         self._missed = 0  # jobs that were left undone since the embedder last worked
@@ -12156,9 +12156,10 @@ class Vectors:
         by one job a chat."""
         with chat.lock:
             chat.awaiting_vectors.update(ids)
-            due, chat.vectors_due = chat.vectors_due, bool(chat.awaiting_vectors or chat.unstored)
-        if chat.vectors_due and not due:
-            self._submit(self._embed_awaiting, chat.id)
+            if not (chat.awaiting_vectors or chat.unstored) or chat.id in self._due:
+                return
+            self._due.add(chat.id)
+        self._submit(self._embed_awaiting, chat.id)
 
     def _submit(self, work: Callable, *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the program ends; the next turn of the chat asks again
@@ -12191,11 +12192,12 @@ class Vectors:
             log_event("vectors_failed", words, level=logging.WARNING, times=self._missed)
 
     def _embed_awaiting(self, chat_id: str) -> None:
+        self._due.discard(chat_id)  # before it takes them: what comes now has a job of its own
         with self._registry.lookup(chat_id) as chat:
             if chat is None:
                 return
             with chat.lock:
-                made, chat.unstored, chat.vectors_due = chat.unstored, {}, False
+                made, chat.unstored = chat.unstored, {}
                 if made:
                     chat.store.put_vectors(self.embedder.key, made)
                 # A chat that was closed meanwhile has forgotten which: then its branch.

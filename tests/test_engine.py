@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from chats import chat as messages_of
 from chats import open_chat
 from fakes import LocalServer, say, settings, wait_until
 
@@ -345,6 +346,22 @@ def test_a_message_is_looked_up_on_disk_once_where_the_embedder_has_failed(memor
                 chat.follow(chat.nodes(chat.path()), memory.embedder)
         assert len(asked) == len(set(asked)) == len(LONG)
         assert len(chat.index.unembedded) == len(LONG)
+
+
+def test_vectors_that_a_disk_has_kept_waiting_are_made_when_it_is_back(memory):
+    """A folder that is away for a moment, as one on a network drive may be: the chat's next turn has them made."""
+    messages = messages_of(("Mira", "Good evening."), ("Robin", "I brought the key."))
+    finish = memory.vectors._thread.submit
+    memory.registry.create("c", explicit=True)
+    with memory.registry.borrow("c") as chat:
+        chat.store.commit(messages, {"head": messages[-1].id})
+    away = chat.store.directory.rename(chat.store.directory.with_name("away"))
+    memory.vectors.later(chat, [m.id for m in messages])
+    finish(int).result()
+    away.rename(chat.store.directory)
+    memory.vectors.later(chat, [])
+    finish(int).result()
+    assert len(chat.store.vectors(memory.embedder.key, [m.fingerprint for m in messages])) == 2
 
 
 def test_what_a_turn_will_ask_of_the_embedder_is_foreseen(data_dir, monkeypatch):
