@@ -4578,6 +4578,14 @@ class SharedCache(diskcache.Cache):
 
     _connection: sqlite3.Connection | None = None
 
+    def __init__(self, directory: str, **settings: Any):
+        try:
+            super().__init__(directory, **settings)
+            self.get("")  # a damaged file is noticed here
+        except BaseException:
+            self.close()
+            raise
+
     @property
     def _con(self) -> sqlite3.Connection:
         if self._connection is None:
@@ -4696,7 +4704,6 @@ class Database:
             sqlite_cache_size=PAGES_IN_RAM, sqlite_mmap_size=0,
         )  # fmt: skip
         cache.reset("sqlite_synchronous", self._synchronous)  # only now: making the tables need not wait for the disk
-        cache.get("")  # a damaged file is noticed here
         return cache
 
     def _roll_back(self) -> None:
@@ -6983,13 +6990,16 @@ class ChatRegistry:
                 raise ChatClosed("the program is stopping")
             lending = self._lent.get(folder.name)
             opens = lending is None or lending.outdated
-            store = lending.chat.result().store if lending and opens else None
+            outdated = lending if opens else None
+            store = outdated.chat.result().store if outdated else None
             if store and store.damaged and not store.was_replaced():
                 self._troubles[folder.name] = StoreDamaged("This chat's file is damaged.")
             if opens:
                 lending = self._lent[folder.name] = Lending()
             lending.borrowers += 1
             self._lent.move_to_end(folder.name)
+        if outdated and not outdated.borrowers:  # else the last of them closes it
+            outdated.close()
         if opens:
             try:
                 lending.chat.set_result(self._opened(folder, make))
