@@ -1144,9 +1144,12 @@ def key_of(message: Message, parent: str) -> str:
     return message_id(parent, message.erased or message_digest(message.role, message.original))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Node:
-    """What stays in RAM of every stored message: its place in the tree, and what comparing and budgeting need."""
+    """What stays in RAM of every stored message: its place in the tree, and what comparing and budgeting need.
+
+    It is not changed, but not frozen either: that would take six times as long to make, and a long chat has many.
+    """
 
     id: str
     parent: str
@@ -3682,20 +3685,25 @@ class Tree:
     def _add(self, node: Node, marked: bool) -> None:
         old = self.nodes.get(node.id)
         self.nodes[node.id] = node
-        if self._trail[node.depth : node.depth + 1] == [node.id]:
-            self._line[node.depth] = node
         if old is None:
             self.by_digest[node.digest].append(node.id)
             self.children[node.parent].append(node.id)
-        if node.confirmed and not (old and old.confirmed):
+        else:
+            if self._trail[node.depth : node.depth + 1] == [node.id]:
+                self._line[node.depth] = node
+            if node.id in (waiting := self.replies.get(node.parent, ())):
+                waiting.remove(node.id)
+            self._confirmed -= old.confirmed
+            self.unshown.discard(node.id)
+            self.marked.discard(node.id)
+        if node.confirmed:
             self._confirmed += 1
             self._inner.add(node.parent)
-        if node.id in (waiting := self.replies.get(node.parent, ())):
-            waiting.remove(node.id)
-        if not node.confirmed:
+        else:
             self.replies[node.parent].append(node.id)
-        (self.unshown.discard if node.confirmed else self.unshown.add)(node.id)
-        (self.marked.add if marked else self.marked.discard)(node.id)
+            self.unshown.add(node.id)
+        if marked:
+            self.marked.add(node.id)
 
     def rows(self) -> list[list]:
         """Its nodes as JSON takes them, for `of_rows`."""
