@@ -12139,6 +12139,7 @@ def injection(chat_id: str, texts: Sequence[tuple[str, str, int, int]] = ()) -> 
 
 MOST_PERSONA_VECTORS = 4000  # in RAM, a chat
 MOOD_SPAN = 200  # user messages that a mood is followed over
+MOST_UNKEPT = 25  # of their readings, which the first turn after the chat's next opening makes anew
 
 
 # -------------------------------------------------------------------------------------------------------------- vectors
@@ -12504,6 +12505,7 @@ class Feelings:
         self._settings, self._vectors, self._registry = settings, vectors, registry
         self._model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
         self._by_vector = self._model is None and vectors.embedder.name in BUNDLED_EMBEDDERS
+        self._kept_under = short_hash("feelings", vectors.embedder.name, EMOTION_WEIGHTS)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feelings")
         self._closed = False
 
@@ -12567,10 +12569,21 @@ class Feelings:
             rows = zip((m.fingerprint for m in messages), readings, strict=True)
             chat.store.put_readings(self._model.name, dict(rows))
 
+    def _take_kept(self, chat: Chat, nodes: Sequence[Node]) -> bool:
+        """Takes the readings that were kept when the chat was open before; returns whether too few of these were."""
+        if sum(n.fingerprint not in chat.readings for n in nodes) > MOST_UNKEPT:
+            for text_hash, scores in (chat.store.derived(self._kept_under) or {}).items():
+                chat.readings[text_hash] = reading_of(scores)
+        return sum(n.fingerprint not in chat.readings for n in nodes) > MOST_UNKEPT
+
     def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
         """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
         users = list(itertools.islice((n for n in reversed(nodes) if n.role == "user"), MOOD_SPAN))[::-1]
+        renew = not self._model and self._take_kept(chat, users)
         readings = self.read(chat, users)
+        hashes = [n.fingerprint for n in users]
+        if renew and all(h in chat.readings for h in hashes):
+            chat.store.put_derived(self._kept_under, {h: list(chat.readings[h].scores.values()) for h in hashes})
         return mood_of([(n.depth, r) for n, r in zip(users, readings, strict=True)])
 
     def guidance(self, turn: TurnContext, mood: Mood | None) -> str:

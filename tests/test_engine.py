@@ -364,6 +364,24 @@ def test_vectors_that_a_disk_has_kept_waiting_are_made_when_it_is_back(memory):
     assert len(chat.store.vectors(memory.embedder.key, [m.fingerprint for m in messages])) == 2
 
 
+def test_a_mood_is_not_read_anew_when_its_chat_is_opened_again(memory, monkeypatch):
+    """Two hundred messages would be, in the first turn. The next program finds their readings, and the same mood."""
+
+    def mood(engine) -> pm.Mood:
+        with engine.registry.borrow("c") as chat, chat.lock:
+            found = engine.feelings.mood(chat, chat.nodes(chat.path()))
+            chat.store.commit()
+            return found
+
+    memory.archive.append("c", [*LONG, {"role": "user", "content": "I am so happy, this is the best day of my life!"}])
+    assert sum(memory.vectors.of_chat("c")) == len(LONG) + 1
+    before = mood(memory)
+    memory.registry.close()
+    monkeypatch.setattr(pm, "read_emotion", lambda *_: pytest.fail("a message was read anew"))
+    with contextlib.closing(pm.PersonaMemory(memory.settings)) as again:
+        assert mood(again) == before and before.label == "joy"
+
+
 def test_what_a_turn_will_ask_of_the_embedder_is_foreseen(data_dir, monkeypatch):
     """Where its chat looks for memories that is its query, embedded while its messages are written; and nothing is
     embedded twice."""
