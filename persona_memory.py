@@ -3535,7 +3535,7 @@ def persona_pieces(text: str) -> list[str]:
 
 def chunk_keys(text_hash: str, count: int) -> list[str]:
     """The keys of a text's vectors; that of the first is the text's own hash."""
-    return [text_hash, *(f"{text_hash}.{i}" for i in range(1, count))]
+    return [text_hash] if count == 1 else [text_hash, *(f"{text_hash}.{i}" for i in range(1, count))]
 
 
 def text_of_key(key: str) -> str:
@@ -6350,7 +6350,7 @@ class MemoryIndex:
             first = self._dense.add([self._rows[texts[k]] for k in fresh], np.stack([vectors[k] for k in fresh]))
             self._positions.update(zip(fresh, range(first, first + len(fresh)), strict=True))
             for text_hash in {texts[k] for k in fresh}:
-                if all(key in self._positions for key in self.keys_of([text_hash])):
+                if self._chunks[text_hash] == 1 or all(k in self._positions for k in self.keys_of([text_hash])):
                     self._embedded.add(text_hash)
                     self._unembedded.pop(text_hash, None)
 
