@@ -3157,8 +3157,13 @@ class Embedder:
         self, texts: Sequence[str], timeout: float | None, priority: int = TURN, queries: Sequence[str] = ()
     ) -> Future:  # fmt: skip
         """Has vectors made as `encode` gives them; `answer` waits for them, for `timeout` seconds at most. Where none
-        can be made it says so, too."""
-        self.start()
+        can be made it says so, too.
+
+        Only who waits without limit has the model loaded: a turn, which cannot wait so long, would share the
+        interpreter with that. What it lacks is left to the background, which does so when the turn is nearly over.
+        """
+        if timeout is None:
+            self.start()
         job = EncodingJob(texts, queries)
         if reason := self._refusal(timeout):
             job.future.set_exception(EmbedderUnavailable(reason))
@@ -3175,7 +3180,6 @@ class Embedder:
     def foresee(self, texts: Sequence[str], queries: Sequence[str], timeout: float) -> None:
         """Begins with vectors that somebody is going to `ask` for in the same words; does nothing where `ask` would
         refuse."""
-        self.start()
         key = tuple(texts), tuple(queries)
         if any(key) and key not in self._foreseen and not self._refusal(timeout):
             self._foreseen[key] = self._put(EncodingJob(texts, queries), TURN)
@@ -12378,6 +12382,7 @@ class Vectors:
 
     def of_query(self, text: str, timeout: float) -> np.ndarray | None:
         """The vector of a text, float32 [dimensions]; None where the embedder cannot read it or is late."""
+        self.embedder.start()
         with contextlib.suppress(EmbedderUnavailable):
             if self.embedder.reads(text):
                 return self.embedder.encode([], timeout=timeout, queries=[text])[0]
@@ -20662,6 +20667,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.umask(0o077)  # whatever is written from now on is for the user's own eyes
         mark = note_use(Path(settings.data))
         sys.setswitchinterval(SWITCH_SECONDS)
+        gc.freeze()  # what the imports have made stays: opening a long chat would have it looked through
         server = create_server(settings, START_DELAY)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)

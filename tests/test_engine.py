@@ -382,6 +382,19 @@ def test_a_mood_is_not_read_anew_when_its_chat_is_opened_again(memory, monkeypat
         assert mood(again) == before and before.label == "joy"
 
 
+def test_a_turn_has_the_model_loaded_by_the_background(memory):
+    """Itself it cannot wait for that, and would share the interpreter with it."""
+    turn = {"messages": [PERSONA, *LONG[:9]]}
+    late = memory.embedder.ask(["the ferry"], timeout=60)
+    with pytest.raises(pm.EmbedderUnavailable, match="still loading"):
+        late.result()
+    memory.embedder.foresee(["the ferry"], [], timeout=60)
+    assert memory.embedder._thread is None
+    memory.builder.prepare(turn, "c", pm.Call(""))
+    memory.vectors._thread.submit(int).result()
+    assert memory.embedder.status == "ready"
+
+
 def test_what_a_turn_will_ask_of_the_embedder_is_foreseen(data_dir, monkeypatch):
     """Where its chat looks for memories that is its query, embedded while its messages are written; and nothing is
     embedded twice."""

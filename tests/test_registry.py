@@ -177,8 +177,10 @@ def test_a_chat_that_is_opened_anew_leaves_no_file_open(tmp_path):
     one.create("c", explicit=True)
     other.delete("c")
     other.create("c", explicit=True)
-    with one.borrow("c") as chat:
-        folder = chat.store.directory
+    with one.borrow("c") as chat, chat.lock:
+        folder, messages = chat.store.directory, messages_of(("Mira", "Good evening."))
+        chat.store.commit(messages, {"head": messages[-1].id})
+        one.enter(chat, [m.id for m in messages])
     assert chats_in_open_files(tmp_path) == {folder.name}
     one.close()
     other.close()
