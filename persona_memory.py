@@ -4992,9 +4992,14 @@ class ChatStore:
         for key, row in {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
             if key != NEWER_ROW:
                 self._take_over(key, row)
-        old = kept is None or self._generation - kept > KEPT_GENERATIONS // 4
-        if old and len(self.tree.nodes) >= LEAST_KEPT:
-            self.put_derived("tree", [TREE_RULES, self._generation, self.tree.rows()])
+        if kept is None or self._generation - kept > KEPT_GENERATIONS // 4:
+            self.keep_tree()
+
+    def keep_tree(self) -> None:
+        """Has the next commit keep the tree of a long chat, so that it is soon opened."""
+        with self.lock:
+            if len(self.tree.nodes) >= LEAST_KEPT:
+                self.put_derived("tree", [TREE_RULES, self._generation, self.tree.rows()])
 
     def _read_tree(self, cache: SharedCache) -> None:
         """Makes the tree of the rows of all messages."""
@@ -6691,9 +6696,9 @@ class Chat:
             self.index.add_sentences(self.store.sentence_vectors(embedder.key, some))
         return self.index
 
-    def keep_segments(self, stop: Callable[[], bool]) -> None:
-        """Has the store keep what an index knows of the current branch's texts, so that the chat is soon opened; lets
-        go of the lock after each few."""
+    def keep_derived(self, stop: Callable[[], bool]) -> None:
+        """Has the store keep the tree, and what an index knows of the current branch's texts, so that the chat is soon
+        opened; lets go of the lock after each few."""
         with self.lock:
             pieces = segments_of(self.tree.branch(self.store.head), 0, Counter(), self.store.read, self.store)
         left = True
@@ -6701,6 +6706,7 @@ class Chat:
             with self.lock:
                 left = next(pieces, None)
         with self.lock:
+            self.store.keep_tree()
             self.store.commit()
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
@@ -12235,7 +12241,7 @@ class Vectors:
 
             if len(ids) >= SEGMENT:  # an import, or a long chat that is shown for the first time
                 with contextlib.suppress(StoreError):  # it is but faster so
-                    chat.keep_segments(stop)
+                    chat.keep_derived(stop)
             self.embed(chat, ids, stop)
             if len(ids) >= SEGMENT:
                 give_memory_back()

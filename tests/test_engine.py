@@ -478,8 +478,8 @@ def test_an_index_whose_texts_could_not_be_read_is_made_whole_by_the_next_turn()
     assert len(index.evidence(["line"], None).cosine) == len(messages)
 
 
-def stored_segments(store: pm.ChatStore) -> int:
-    """How many the disk holds."""
+def stored_rows(store: pm.ChatStore) -> int:
+    """How many derived ones the disk holds."""
     with store._database.use() as cache:
         return len(pm.stored_rows(cache, "t:"))
 
@@ -515,9 +515,10 @@ def test_a_chat_that_is_opened_again_is_not_read_again(memory, monkeypatch):
 def test_an_imported_chat_is_read_for_its_index_in_the_background(memory, monkeypatch):
     """Its first turn finds that done."""
     monkeypatch.setattr(memory.vectors, "embed", lambda *_: None)
-    memory.archive.append("c", [LONG[0] | {"content": f"Line {n}."} for n in range(2 * pm.SEGMENT)])
+    memory.archive.append("c", [LONG[0] | {"content": f"Line {n}."} for n in range(3 * pm.SEGMENT)])
     with memory.registry.borrow("c") as chat:
-        wait_until(lambda: stored_segments(chat.store) == 2)
+        wait_until(lambda: stored_rows(chat.store) == 3 + 1)  # and the tree
+    monkeypatch.setattr(pm, "message_rows_of", lambda cache: pytest.fail("all messages were read"))
     assert read_at_opening(memory, monkeypatch)[0] == []
 
 
