@@ -5197,7 +5197,9 @@ class ChatStore:
                 messages = self._with_marks(cache, messages, marks)
                 rows = {f"k:{digest}": {n: asdict(m) for n, m in some.items()} for digest, some in marks.items()}
                 rows |= {row["id"]: row for row in self._rows(messages)}
-                rows |= {f"s:{s.id}": asdict(replace(s, stale=True)) for s in self._outdated(marks)}
+                changed = {d for d, some in marks.items() if memory_of(some) != memory_of(self.marks.get(d, {}))}
+                told = summaries_of(self.summaries.values(), changed)
+                rows |= {f"s:{s.id}": asdict(replace(s, stale=True)) for s in told}
                 rows |= {f"s:{s.id}": asdict(s) for s in summaries} | {f"f:{f.id}": asdict(f) for f in facts}
                 for key, row in rows.items():
                     cache[row_key(key)] = json.dumps(row)
@@ -5245,7 +5247,7 @@ class ChatStore:
                 known = self.read([i for digest in digests for i in self.tree.by_digest.get(digest, ())])
                 gone = [m for m in known if m.forgotten and not m.erased]
                 doomed = {m.digest for m in gone}
-                told = [s for s in self.summaries.values() if s.source != "user" and not doomed.isdisjoint(s.texts)]
+                told = summaries_of(self.summaries.values(), doomed)
                 held = [f for f in self.facts.values() if f.digest in doomed or f.id in facts]
                 persona = self.info.get("persona", "")  # of strict clients it is the chat's first message
                 self.commit(
@@ -5277,12 +5279,6 @@ class ChatStore:
                 found[node] = message_of(read_json(cache, f"m:{node}"))
         every = self.marks | marks
         return [with_mark(m, mark_for(every.get(m.digest, {}), m)) for m in found.values()]
-
-    def _outdated(self, marks: Mapping[str, Mapping[str, Mark]]) -> list[Summary]:
-        """The summaries that cover a text which changed marks put other words for, or forget, or no longer do."""
-        changed = {d for d, some in marks.items() if memory_of(some) != memory_of(self.marks.get(d, {}))}
-        every = self.summaries.values() if changed else ()
-        return [s for s in every if s.source != "user" and not changed.isdisjoint(s.texts)]
 
     def _rows(self, messages: Sequence[Message]) -> list[dict]:
         fresh, known = itertools.count(self._next_order), self.tree.nodes
@@ -5552,6 +5548,11 @@ def changed_marks(
 def memory_of(marks: Mapping[str, Mark]) -> dict[str, tuple[str | None, bool]]:
     """What marks make of the memory of a text, by speaker; pinning it changes nothing of that."""
     return {name: (m.content, m.forgotten) for name, m in marks.items() if m.content is not None or m.forgotten}
+
+
+def summaries_of(summaries: Iterable[Summary], digests: set[str]) -> list[Summary]:
+    """Those that cover one of the texts, except a user's own."""
+    return [s for s in summaries if digests and s.source != "user" and not digests.isdisjoint(s.texts)]
 
 
 def with_mark(message: Message, mark: Mark | None) -> Message:
@@ -13110,7 +13111,7 @@ class Archive:
         pairs = zip(copy.messages, ours, strict=True)
         changed = {a.digest for a, b in pairs if (a.content, a.forgotten) != (b.content, b.forgotten)}
         fresh = [s for s in copy.summaries if s.id not in store.summaries]
-        outdated = {s.id for s in fresh if s.source != "user" and not changed.isdisjoint(s.texts)}
+        outdated = {s.id for s in summaries_of(fresh, changed)}
         summaries = [replace(s, stale=True) if s.id in outdated else s for s in fresh]
         facts = [f for f in copy.facts if f.id not in store.facts]
         if summaries or facts or any(store.info.get(k) != v for k, v in info.items()):
