@@ -17741,6 +17741,8 @@ function buildPanel() {
         parts.mood, parts.recalled);
     parts.carry = element('input', { type: 'checkbox', disabled: true, onchange: onCarryOver });
     parts.carryFor = element('span');
+    parts.carryRow = element('div', {}, // since the client's rules for labels are stronger than `hidden`
+        element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor));
     parts.placing = element('div', {}, // how memories are placed: the proxy does that itself
         field('depth', t`Depth`, { type: 'number', min: 0, max: 100 }, t`messages from the end`),
         choice('role', t`Role`, { system: t`System`, user: t`User` }));
@@ -17752,7 +17754,7 @@ function buildPanel() {
         field('server', t`Server`, { type: 'url', placeholder: DEFAULTS.server, spellcheck: false }),
         field('key', t`Key`, { type: 'password', placeholder: t`where the server asks for one`, autocomplete: 'off' }),
         parts.placing,
-        element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor),
+        parts.carryRow,
         element('hr'), parts.reply, parts.link);
     const onclick = () => lookAtServer().then(lookAtChat).catch(() => {}); // lookAtServer has said why
     const header = element('div', { className: 'inline-drawer-toggle inline-drawer-header', onclick },
@@ -17880,7 +17882,7 @@ async function showCarryOver() {
     const name = characterName();
     const asked = ++state.carries; // an answer that has been overtaken, by a click too, shows nothing
     parts.carryFor.textContent = t`Recall from other chats with ${name} too`;
-    parts.carry.parentElement.hidden = !name;
+    parts.carryRow.hidden = !name;
     if (parts.carry.name !== name) Object.assign(parts.carry, { name, disabled: true, checked: false });
     const answer = name && await call(`${API}/characters/${encodeURIComponent(name)}`).catch(() => null);
     if (!answer || asked !== state.carries || characterName() !== name) return;
@@ -17924,7 +17926,6 @@ function start() {
 start();
 """
 EXTENSION_STYLE = r"""
-#persona_memory_settings [hidden] { display: none; }
 #persona_memory_settings label { margin: 4px 0; }
 #persona_memory_settings .persona_memory_row { display: flex; align-items: center; gap: 8px; margin: 4px 0; }
 #persona_memory_settings .persona_memory_row > span:first-child { flex: 0 0 6em; }
