@@ -146,7 +146,10 @@ try:
     import tenacity
     import waitress
     from tqdm import tqdm
+    from waitress.channel import HTTPChannel
+    from waitress.parser import HTTPRequestParser
     from waitress.task import ThreadedTaskDispatcher
+    from waitress.utilities import BadRequest
     from werkzeug.exceptions import HTTPException
     from werkzeug.routing import BaseConverter
 except ImportError as missing:
@@ -154,8 +157,14 @@ except ImportError as missing:
     COMMAND = " ".join(f'"{word}"' if " " in word else word for word in WORDS)
     ADVICE = (
         f"persona_memory {__version__} cannot start yet, because a package is missing: {missing}. "
-        f"Install all that it needs: {COMMAND}\nThen --help shows its options."
+        f"Install all that it needs: {COMMAND}"
     )
+    if sys.prefix == sys.base_prefix:
+        ADVICE += (
+            "\nIf pip refuses, make a virtual environment first: python3 -m venv venv, then . venv/bin/activate "
+            "(Windows: python -m venv venv, then venv\\Scripts\\activate), then: pip install -r requirements.txt"
+        )
+    ADVICE += "\nThen --help shows its options, which README.md lists too."
     raise (SystemExit(ADVICE) if __name__ == "__main__" else ImportError(ADVICE)) from missing
 
 log = logging.getLogger("persona_memory")
@@ -397,6 +406,17 @@ class UpstreamUnavailable(PersonaMemoryError):
     type = "upstream_error"
     code = "upstream_unavailable"
     transient = True  # whether the same request may succeed a little later
+
+
+class SocksMissing(UpstreamUnavailable):
+    """The environment names a SOCKS proxy, and the packages that speak with one are not installed."""
+
+    transient = False
+
+    def __init__(self) -> None:
+        super().__init__(
+            "ALL_PROXY or HTTPS_PROXY names a SOCKS proxy. That needs two more packages: pip install socksio pysocks"
+        )
 
 
 class UpstreamTimeout(UpstreamUnavailable):
@@ -11036,6 +11056,8 @@ class GeminiUpstream:
             )
         if isinstance(cause, ProtocolError):
             return UpstreamUnavailable("Gemini's answer ended in the middle.")
+        if "SOCKS" in str(error):
+            return SocksMissing()
         while error.__cause__ or error.__context__:  # the innermost says it in words for people
             error = error.__cause__ or error.__context__
         return UpstreamUnavailable(f"Gemini at {shown_url(self.url)} cannot be reached: {error}.")
@@ -11377,7 +11399,7 @@ class OpenAIUpstream:
             return httpx.Client(verify=verify, timeout=timeout, trust_env=not is_loopback(url))
         except (OSError, ImportError, ValueError, httpx.InvalidURL) as error:  # ImportError: SOCKS without its package
             words = "A web proxy or certificates of the environment (ALL_PROXY, HTTPS_PROXY, SSL_CERT_FILE) are no use"
-            failure = UpstreamUnavailable(f"{words}: {error}")
+            failure = SocksMissing() if isinstance(error, ImportError) else UpstreamUnavailable(f"{words}: {error}")
             failure.transient = False
             raise failure from error
 
@@ -17798,6 +17820,8 @@ function buildPanel() {
         parts.mood, parts.recalled);
     parts.carry = element('input', { type: 'checkbox', disabled: true, onchange: onCarryOver });
     parts.carryFor = element('span');
+    parts.carryRow = element('div', {}, // since the client's rules for labels are stronger than `hidden`
+        element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor));
     parts.placing = element('div', {}, // how memories are placed: the proxy does that itself
         field('depth', t`Depth`, { type: 'number', min: 0, max: 100 }, t`messages from the end`),
         choice('role', t`Role`, { system: t`System`, user: t`User` }));
@@ -17809,7 +17833,7 @@ function buildPanel() {
         field('server', t`Server`, { type: 'url', placeholder: DEFAULTS.server, spellcheck: false }),
         field('key', t`Key`, { type: 'password', placeholder: t`where the server asks for one`, autocomplete: 'off' }),
         parts.placing,
-        element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor),
+        parts.carryRow,
         element('hr'), parts.reply, parts.link);
     const onclick = () => lookAtServer().then(lookAtChat).catch(() => {}); // lookAtServer has said why
     const header = element('div', { className: 'inline-drawer-toggle inline-drawer-header', onclick },
@@ -17937,7 +17961,7 @@ async function showCarryOver() {
     const name = characterName();
     const asked = ++state.carries; // an answer that has been overtaken, by a click too, shows nothing
     parts.carryFor.textContent = t`Recall from other chats with ${name} too`;
-    parts.carry.parentElement.hidden = !name;
+    parts.carryRow.hidden = !name;
     if (parts.carry.name !== name) Object.assign(parts.carry, { name, disabled: true, checked: false });
     const answer = name && await call(`${API}/characters/${encodeURIComponent(name)}`).catch(() => null);
     if (!answer || asked !== state.carries || characterName() !== name) return;
@@ -18656,10 +18680,27 @@ def engine() -> PersonaMemory:
     return flask.current_app.extensions["persona_memory"]
 
 
+def request_bytes(most: int = MAX_REQUEST_BYTES) -> bytes:
+    """The request's body, unpacked where the client has compressed it (RFC 9110, 8.4.1); raises `InvalidRequest`."""
+    raw, form = flask.request.get_data(), flask.request.headers.get("Content-Encoding", "").strip().lower()
+    if form in ("", "identity"):
+        return raw
+    if form not in ("gzip", "x-gzip", "deflate"):
+        raise InvalidRequest(f"A request may be compressed with gzip or deflate, not with {form[:40]}.")
+    unpack = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # which reads both
+    try:
+        raw = unpack.decompress(raw, most)
+    except zlib.error:
+        raise InvalidRequest(f"The request is marked as compressed with {form}, but is not.") from None
+    if not unpack.eof:
+        raise InvalidRequest(f"The compressed request is cut off, or holds more than {most} bytes.")
+    return raw
+
+
 def request_json() -> Any:
     """The request's body; raises `InvalidRequest` where it is not JSON."""
     try:
-        return json_value(flask.request.get_data())
+        return json_value(request_bytes())
     except ValueError as error:
         raise InvalidRequest(f"The request is not valid JSON: {str(error)[:200]}.") from None
 
@@ -18959,12 +19000,21 @@ def public_error(error: Exception) -> PersonaMemoryError:
         return error
     if isinstance(error, HTTPException):
         words = f"{error.code} {error.name}: {flask.request.method} {flask.request.path}"
-        hint = ". Start persona_memory with --proxy to use it as a model's server."
-        shown = InvalidRequest(words + (hint if error.code == 404 and flask.request.path.startswith("/v1/") else ""))
+        shown = InvalidRequest(words + (wrong_address() if error.code in (404, 405) else ""))
         shown.status = error.code
         return shown
     log_event("failed", "A request failed", level=logging.ERROR, trace=True)
     return PersonaMemoryError("Something went wrong in persona_memory. Its log says what.")
+
+
+def wrong_address() -> str:
+    """What to tell somebody whose request is for nothing that is here: many enter a base URL that is nearly right, or
+    open it in a browser."""
+    root = flask.request.host_url
+    if engine().settings.proxy:
+        return f". The base URL for a chat client is {root}v1, and the memory page is {root}"
+    model = re.search("/v1(/|$)|/chat/completions$", flask.request.path)
+    return ". Start persona_memory with --proxy to use it as a model's server." if model else ""
 
 
 def respond(exchange: Exchange) -> flask.Response:
@@ -19069,7 +19119,7 @@ def bypass(exchange: Exchange) -> flask.Response:
 
 def passed_through(exchange: Exchange) -> flask.Response:
     """The request's bytes to the upstream, its answer's bytes back."""
-    raw, memory, call = flask.request.get_data(), exchange.memory, exchange.call
+    raw, memory, call = request_bytes(), exchange.memory, exchange.call
     body = request_json() if b'"persona_memory"' in raw else None
     if isinstance(body, dict) and "persona_memory" in body:  # our own field, which upstreams may refuse
         raw = json.dumps({k: v for k, v in body.items() if k != "persona_memory"}).encode()
@@ -19269,7 +19319,7 @@ def chat_export(chat: str, format: str) -> flask.Response:
 @takes_query(name="", chat_id="")
 def chat_import(name: str, chat_id: str) -> dict:
     """Imports a chat file, or an export. The answer names the lines that were passed over."""
-    raw = flask.request.get_data()
+    raw = request_bytes()
     try:
         taken = engine().archive.take_in(raw, chat_id.strip(), title=Path(name.replace("\\", "/")).stem)
         return taken | {"passed_over": [{"file": name} | line for line in taken["passed_over"]]}
@@ -19528,14 +19578,8 @@ def extension_refs(service: str) -> flask.Response:
 @gives(200, media="application/x-git-upload-pack-result")
 def extension_pack() -> flask.Response:
     """The extension's files for git."""
-    raw = flask.request.get_data()
-    if flask.request.headers.get("Content-Encoding") == "gzip":
-        try:
-            raw = zlib.decompressobj(wbits=31).decompress(raw, MOST_ASKED)
-        except zlib.error:
-            raise InvalidRequest("The request is marked as compressed with gzip, but is not.") from None
     with extension_repo() as repository:
-        body = upload_pack(repository, raw[:MOST_ASKED])
+        body = upload_pack(repository, request_bytes(MOST_ASKED)[:MOST_ASKED])
     return git_response(body, "result")
 
 
@@ -19645,12 +19689,12 @@ def check_as_guest() -> None:
 
 def check_host(key_flag: str) -> None:
     """Refuses host names that are not this machine's own: a web page can make its own name point here (DNS
-    rebinding)."""
+    rebinding). A request that names no host comes from no browser."""
     host = re.sub(r":\d*$", "", flask.request.host).strip("[]").lower()
-    if host not in LOOPBACK_HOSTS:
+    if "Host" in flask.request.headers and host not in LOOPBACK_HOSTS:
         raise ForeignOrigin(
-            f"This server answers only to 127.0.0.1 and localhost, not to {host}. Start it with {key_flag} to use it "
-            "under other names; your client must then send that key."
+            f"This server answers only to 127.0.0.1 and localhost, not to {host or 'an unreadable name'}. Start it "
+            f"with {key_flag} to use it under other names; your client must then send that key."
         )
 
 
@@ -19731,7 +19775,8 @@ class ChatId(BaseConverter):
 
 def exact_paths(app: Callable, prefix: str = "/api/", joined: bool = True) -> Callable:
     """WSGI middleware: paths under `prefix` stay quoted, since ids may hold slashes. Elsewhere, with `joined`, several
-    slashes count as one, and one at the end as none, since clients join URLs carelessly (`/v1//chat/completions/`)."""
+    slashes count as one, one at the end as none, and `/v1` twice as once, since clients join URLs carelessly
+    (`/v1//v1/chat/completions/`)."""
 
     def wrapped(environ: dict, start_response: Callable) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -19740,7 +19785,7 @@ def exact_paths(app: Callable, prefix: str = "/api/", joined: bool = True) -> Ca
         if quoted.startswith(prefix):
             environ["PATH_INFO"] = quoted
         elif joined:
-            path = re.sub("/{2,}", "/", path)
+            path = re.sub("^(/v1)+(?=/|$)", "/v1", re.sub("/{2,}", "/", path))
             environ["PATH_INFO"] = path if path == GUEST_PAGE else path.rstrip("/") or "/"
         return app(environ, start_response)
 
@@ -19824,6 +19869,29 @@ class LastWaiting(threading.Condition):
         super().notify(n)
 
 
+TLS_BEGINS = b"\x16\x03"  # a client's first two bytes under https (RFC 8446, 5.1: a handshake, of version 3)
+
+
+class PlainParser(HTTPRequestParser):
+    """Reads requests. A client that begins with TLS is refused at once: it would say no more, and wait."""
+
+    def received(self, data: bytes) -> int:
+        """Takes in what has come; returns how much of it belongs to this request."""
+        if self.header_plus or self.headers_finished or not data.startswith(TLS_BEGINS):
+            return super().received(data)
+        words = "A client asked for https://. This server speaks http:// alone: change the address in your client."
+        log_event("https", words, level=logging.WARNING)
+        self.parse_header(b"GET / HTTP/1.0\r\n")
+        self.error, self.completed = BadRequest(words), True
+        return len(data)
+
+
+class PlainChannel(HTTPChannel):
+    """A client's connection."""
+
+    parser_class = PlainParser
+
+
 def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
     """A waitress server for the settings, bound, not yet running: `.run()`, `.close()`, `.effective_port`, `.memory`.
 
@@ -19846,6 +19914,8 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
             f"Cannot listen on {settings.host}, port {settings.port}: {getattr(error, 'strerror', None) or error}. "
             "If persona_memory is running already, use that one; else choose another --port."
         ) from error
+    for part in getattr(server, "map", {0: server}).values():
+        part.channel_class = PlainChannel
     if not hasattr(server, "effective_port"):  # a host name with several addresses
         server.effective_port = server.effective_listen[0][1]
     server.memory = app.extensions["persona_memory"]
@@ -20508,7 +20578,8 @@ def check_upstream(settings: Settings, subject: str) -> Iterator[Finding]:
     except PersonaMemoryError as error:
         keyless = error.status in (401, 403) and not settings.upstream_key
         words = f"{error} Your client's own key was not tried: if it has one, this may be fine." if keyless else error
-        yield Finding("note" if keyless else "wrong", subject, str(words), advice_on(error.status, what))
+        advice = "" if isinstance(error, SocksMissing) else advice_on(error.status, what)
+        yield Finding("note" if keyless else "wrong", subject, str(words), advice)
     finally:
         upstream.close()
 
