@@ -146,7 +146,10 @@ try:
     import tenacity
     import waitress
     from tqdm import tqdm
+    from waitress.channel import HTTPChannel
+    from waitress.parser import HTTPRequestParser
     from waitress.task import ThreadedTaskDispatcher
+    from waitress.utilities import BadRequest
     from werkzeug.exceptions import HTTPException
     from werkzeug.routing import BaseConverter
 except ImportError as missing:
@@ -154,8 +157,14 @@ except ImportError as missing:
     COMMAND = " ".join(f'"{word}"' if " " in word else word for word in WORDS)
     ADVICE = (
         f"persona_memory {__version__} cannot start yet, because a package is missing: {missing}. "
-        f"Install all that it needs: {COMMAND}\nThen --help shows its options."
+        f"Install all that it needs: {COMMAND}"
     )
+    if sys.prefix == sys.base_prefix:
+        ADVICE += (
+            "\nIf pip refuses, make a virtual environment first: python3 -m venv venv, then . venv/bin/activate "
+            "(Windows: python -m venv venv, then venv\\Scripts\\activate), then: pip install -r requirements.txt"
+        )
+    ADVICE += "\nThen --help shows its options, which README.md lists too."
     raise (SystemExit(ADVICE) if __name__ == "__main__" else ImportError(ADVICE)) from missing
 
 log = logging.getLogger("persona_memory")
@@ -397,6 +406,17 @@ class UpstreamUnavailable(PersonaMemoryError):
     type = "upstream_error"
     code = "upstream_unavailable"
     transient = True  # whether the same request may succeed a little later
+
+
+class SocksMissing(UpstreamUnavailable):
+    """The environment names a SOCKS proxy, and the packages that speak with one are not installed."""
+
+    transient = False
+
+    def __init__(self) -> None:
+        super().__init__(
+            "ALL_PROXY or HTTPS_PROXY names a SOCKS proxy. That needs two more packages: pip install socksio pysocks"
+        )
 
 
 class UpstreamTimeout(UpstreamUnavailable):
@@ -1144,9 +1164,12 @@ def key_of(message: Message, parent: str) -> str:
     return message_id(parent, message.erased or message_digest(message.role, message.original))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Node:
-    """What stays in RAM of every stored message: its place in the tree, and what comparing and budgeting need."""
+    """What stays in RAM of every stored message: its place in the tree, and what comparing and budgeting need.
+
+    It is not changed, but not frozen either: that would take six times as long to make, and a long chat has many.
+    """
 
     id: str
     parent: str
@@ -3154,8 +3177,13 @@ class Embedder:
         self, texts: Sequence[str], timeout: float | None, priority: int = TURN, queries: Sequence[str] = ()
     ) -> Future:  # fmt: skip
         """Has vectors made as `encode` gives them; `answer` waits for them, for `timeout` seconds at most. Where none
-        can be made it says so, too."""
-        self.start()
+        can be made it says so, too.
+
+        Only who waits without limit has the model loaded: a turn, which cannot wait so long, would share the
+        interpreter with that. What it lacks is left to the background, which does so when the turn is nearly over.
+        """
+        if timeout is None:
+            self.start()
         job = EncodingJob(texts, queries)
         if reason := self._refusal(timeout):
             job.future.set_exception(EmbedderUnavailable(reason))
@@ -3172,7 +3200,6 @@ class Embedder:
     def foresee(self, texts: Sequence[str], queries: Sequence[str], timeout: float) -> None:
         """Begins with vectors that somebody is going to `ask` for in the same words; does nothing where `ask` would
         refuse."""
-        self.start()
         key = tuple(texts), tuple(queries)
         if any(key) and key not in self._foreseen and not self._refusal(timeout):
             self._foreseen[key] = self._put(EncodingJob(texts, queries), TURN)
@@ -3532,7 +3559,7 @@ def persona_pieces(text: str) -> list[str]:
 
 def chunk_keys(text_hash: str, count: int) -> list[str]:
     """The keys of a text's vectors; that of the first is the text's own hash."""
-    return [text_hash, *(f"{text_hash}.{i}" for i in range(1, count))]
+    return [text_hash] if count == 1 else [text_hash, *(f"{text_hash}.{i}" for i in range(1, count))]
 
 
 def text_of_key(key: str) -> str:
@@ -3682,20 +3709,25 @@ class Tree:
     def _add(self, node: Node, marked: bool) -> None:
         old = self.nodes.get(node.id)
         self.nodes[node.id] = node
-        if self._trail[node.depth : node.depth + 1] == [node.id]:
-            self._line[node.depth] = node
         if old is None:
             self.by_digest[node.digest].append(node.id)
             self.children[node.parent].append(node.id)
-        if node.confirmed and not (old and old.confirmed):
+        else:
+            if self._trail[node.depth : node.depth + 1] == [node.id]:
+                self._line[node.depth] = node
+            if node.id in (waiting := self.replies.get(node.parent, ())):
+                waiting.remove(node.id)
+            self._confirmed -= old.confirmed
+            self.unshown.discard(node.id)
+            self.marked.discard(node.id)
+        if node.confirmed:
             self._confirmed += 1
             self._inner.add(node.parent)
-        if node.id in (waiting := self.replies.get(node.parent, ())):
-            waiting.remove(node.id)
-        if not node.confirmed:
+        else:
             self.replies[node.parent].append(node.id)
-        (self.unshown.discard if node.confirmed else self.unshown.add)(node.id)
-        (self.marked.add if marked else self.marked.discard)(node.id)
+            self.unshown.add(node.id)
+        if marked:
+            self.marked.add(node.id)
 
     def rows(self) -> list[list]:
         """Its nodes as JSON takes them, for `of_rows`."""
@@ -4578,6 +4610,14 @@ class SharedCache(diskcache.Cache):
 
     _connection: sqlite3.Connection | None = None
 
+    def __init__(self, directory: str, **settings: Any):
+        try:
+            super().__init__(directory, **settings)
+            self.get("")  # a damaged file is noticed here
+        except BaseException:
+            self.close()
+            raise
+
     @property
     def _con(self) -> sqlite3.Connection:
         if self._connection is None:
@@ -4696,7 +4736,6 @@ class Database:
             sqlite_cache_size=PAGES_IN_RAM, sqlite_mmap_size=0,
         )  # fmt: skip
         cache.reset("sqlite_synchronous", self._synchronous)  # only now: making the tables need not wait for the disk
-        cache.get("")  # a damaged file is noticed here
         return cache
 
     def _roll_back(self) -> None:
@@ -4973,9 +5012,14 @@ class ChatStore:
         for key, row in {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
             if key != NEWER_ROW:
                 self._take_over(key, row)
-        old = kept is None or self._generation - kept > KEPT_GENERATIONS // 4
-        if old and len(self.tree.nodes) >= LEAST_KEPT:
-            self.put_derived("tree", [TREE_RULES, self._generation, self.tree.rows()])
+        if kept is None or self._generation - kept > KEPT_GENERATIONS // 4:
+            self.keep_tree()
+
+    def keep_tree(self) -> None:
+        """Has the next commit keep the tree of a long chat, so that it is soon opened."""
+        with self.lock:
+            if len(self.tree.nodes) >= LEAST_KEPT:
+                self.put_derived("tree", [TREE_RULES, self._generation, self.tree.rows()])
 
     def _read_tree(self, cache: SharedCache) -> None:
         """Makes the tree of the rows of all messages."""
@@ -5173,7 +5217,9 @@ class ChatStore:
                 messages = self._with_marks(cache, messages, marks)
                 rows = {f"k:{digest}": {n: asdict(m) for n, m in some.items()} for digest, some in marks.items()}
                 rows |= {row["id"]: row for row in self._rows(messages)}
-                rows |= {f"s:{s.id}": asdict(replace(s, stale=True)) for s in self._outdated(marks)}
+                changed = {d for d, some in marks.items() if memory_of(some) != memory_of(self.marks.get(d, {}))}
+                told = summaries_of(self.summaries.values(), changed)
+                rows |= {f"s:{s.id}": asdict(replace(s, stale=True)) for s in told}
                 rows |= {f"s:{s.id}": asdict(s) for s in summaries} | {f"f:{f.id}": asdict(f) for f in facts}
                 for key, row in rows.items():
                     cache[row_key(key)] = json.dumps(row)
@@ -5221,7 +5267,7 @@ class ChatStore:
                 known = self.read([i for digest in digests for i in self.tree.by_digest.get(digest, ())])
                 gone = [m for m in known if m.forgotten and not m.erased]
                 doomed = {m.digest for m in gone}
-                told = [s for s in self.summaries.values() if s.source != "user" and not doomed.isdisjoint(s.texts)]
+                told = summaries_of(self.summaries.values(), doomed)
                 held = [f for f in self.facts.values() if f.digest in doomed or f.id in facts]
                 persona = self.info.get("persona", "")  # of strict clients it is the chat's first message
                 self.commit(
@@ -5253,12 +5299,6 @@ class ChatStore:
                 found[node] = message_of(read_json(cache, f"m:{node}"))
         every = self.marks | marks
         return [with_mark(m, mark_for(every.get(m.digest, {}), m)) for m in found.values()]
-
-    def _outdated(self, marks: Mapping[str, Mapping[str, Mark]]) -> list[Summary]:
-        """The summaries that cover a text which changed marks put other words for, or forget, or no longer do."""
-        changed = {d for d, some in marks.items() if memory_of(some) != memory_of(self.marks.get(d, {}))}
-        every = self.summaries.values() if changed else ()
-        return [s for s in every if s.source != "user" and not changed.isdisjoint(s.texts)]
 
     def _rows(self, messages: Sequence[Message]) -> list[dict]:
         fresh, known = itertools.count(self._next_order), self.tree.nodes
@@ -5528,6 +5568,11 @@ def changed_marks(
 def memory_of(marks: Mapping[str, Mark]) -> dict[str, tuple[str | None, bool]]:
     """What marks make of the memory of a text, by speaker; pinning it changes nothing of that."""
     return {name: (m.content, m.forgotten) for name, m in marks.items() if m.content is not None or m.forgotten}
+
+
+def summaries_of(summaries: Iterable[Summary], digests: set[str]) -> list[Summary]:
+    """Those that cover one of the texts, except a user's own."""
+    return [s for s in summaries if digests and s.source != "user" and not digests.isdisjoint(s.texts)]
 
 
 def with_mark(message: Message, mark: Mark | None) -> Message:
@@ -6357,7 +6402,7 @@ class MemoryIndex:
             first = self._dense.add([self._rows[texts[k]] for k in fresh], np.stack([vectors[k] for k in fresh]))
             self._positions.update(zip(fresh, range(first, first + len(fresh)), strict=True))
             for text_hash in {texts[k] for k in fresh}:
-                if all(key in self._positions for key in self.keys_of([text_hash])):
+                if self._chunks[text_hash] == 1 or all(k in self._positions for k in self.keys_of([text_hash])):
                     self._embedded.add(text_hash)
                     self._unembedded.pop(text_hash, None)
                     if text_hash in self._awaited:
@@ -6634,7 +6679,6 @@ class Chat:
         self.recalls = False  # whether its last turn looked for memories
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
-        self.vectors_due = False  # whether it has a job that takes them
         self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -6699,9 +6743,9 @@ class Chat:
             self.index.add_sentences(self.store.sentence_vectors(embedder.key, some))
         return self.index
 
-    def keep_segments(self, stop: Callable[[], bool]) -> None:
-        """Has the store keep what an index knows of the current branch's texts, so that the chat is soon opened; lets
-        go of the lock after each few."""
+    def keep_derived(self, stop: Callable[[], bool]) -> None:
+        """Has the store keep the tree, and what an index knows of the current branch's texts, so that the chat is soon
+        opened; lets go of the lock after each few."""
         with self.lock:
             pieces = segments_of(self.tree.branch(self.store.head), 0, Counter(), self.store.read, self.store)
         left = True
@@ -6709,6 +6753,7 @@ class Chat:
             with self.lock:
                 left = next(pieces, None)
         with self.lock:
+            self.store.keep_tree()
             self.store.commit()
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
@@ -7010,13 +7055,16 @@ class ChatRegistry:
                 raise ChatClosed("the program is stopping")
             lending = self._lent.get(folder.name)
             opens = lending is None or lending.outdated
-            store = lending.chat.result().store if lending and opens else None
+            outdated = lending if opens else None
+            store = outdated.chat.result().store if outdated else None
             if store and store.damaged and not store.was_replaced():
                 self._troubles[folder.name] = StoreDamaged("This chat's file is damaged.")
             if opens:
                 lending = self._lent[folder.name] = Lending()
             lending.borrowers += 1
             self._lent.move_to_end(folder.name)
+        if outdated and not outdated.borrowers:  # else the last of them closes it
+            outdated.close()
         if opens:
             try:
                 lending.chat.set_result(self._opened(folder, make))
@@ -11008,6 +11056,8 @@ class GeminiUpstream:
             )
         if isinstance(cause, ProtocolError):
             return UpstreamUnavailable("Gemini's answer ended in the middle.")
+        if "SOCKS" in str(error):
+            return SocksMissing()
         while error.__cause__ or error.__context__:  # the innermost says it in words for people
             error = error.__cause__ or error.__context__
         return UpstreamUnavailable(f"Gemini at {shown_url(self.url)} cannot be reached: {error}.")
@@ -11349,7 +11399,7 @@ class OpenAIUpstream:
             return httpx.Client(verify=verify, timeout=timeout, trust_env=not is_loopback(url))
         except (OSError, ImportError, ValueError, httpx.InvalidURL) as error:  # ImportError: SOCKS without its package
             words = "A web proxy or certificates of the environment (ALL_PROXY, HTTPS_PROXY, SSL_CERT_FILE) are no use"
-            failure = UpstreamUnavailable(f"{words}: {error}")
+            failure = SocksMissing() if isinstance(error, ImportError) else UpstreamUnavailable(f"{words}: {error}")
             failure.transient = False
             raise failure from error
 
@@ -12148,6 +12198,7 @@ def injection(chat_id: str, texts: Sequence[tuple[str, str, int, int]] = ()) -> 
 
 MOST_PERSONA_VECTORS = 4000  # in RAM, a chat
 MOOD_SPAN = 200  # user messages that a mood is followed over
+MOST_UNKEPT = 25  # of their readings, which the first turn after the chat's next opening makes anew
 
 
 # -------------------------------------------------------------------------------------------------------------- vectors
@@ -12173,6 +12224,7 @@ class Vectors:
     def __init__(self, embedder: Embedder, registry: ChatRegistry, background: Background):
         self.embedder, self._registry, self._background = embedder, registry, background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectors")
+        self._due: set[str] = set()  # chats that have a job waiting
         self._held: set[str] = set()  # chats whose vectors wait until the background goes on
         self._closed = False
         self._missed = 0  # jobs that were left undone since the embedder last worked
@@ -12182,9 +12234,10 @@ class Vectors:
         by one job a chat."""
         with chat.lock:
             chat.awaiting_vectors.update(ids)
-            due, chat.vectors_due = chat.vectors_due, bool(chat.awaiting_vectors or chat.unstored)
-        if chat.vectors_due and not due:
-            self._submit(self._embed_awaiting, chat.id)
+            if not (chat.awaiting_vectors or chat.unstored) or chat.id in self._due:
+                return
+            self._due.add(chat.id)
+        self._submit(self._embed_awaiting, chat.id)
 
     def _submit(self, work: Callable, *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the program ends; the next turn of the chat asks again
@@ -12217,11 +12270,12 @@ class Vectors:
             log_event("vectors_failed", words, level=logging.WARNING, times=self._missed)
 
     def _embed_awaiting(self, chat_id: str) -> None:
+        self._due.discard(chat_id)  # before it takes them: what comes now has a job of its own
         with self._registry.lookup(chat_id) as chat:
             if chat is None:
                 return
             with chat.lock:
-                made, chat.unstored, chat.vectors_due = chat.unstored, {}, False
+                made, chat.unstored = chat.unstored, {}
                 if made:
                     chat.store.put_vectors(self.embedder.key, made)
                 # A chat that was closed meanwhile has forgotten which: then its branch.
@@ -12236,7 +12290,7 @@ class Vectors:
 
             if len(ids) >= SEGMENT:  # an import, or a long chat that is shown for the first time
                 with contextlib.suppress(StoreError):  # it is but faster so
-                    chat.keep_segments(stop)
+                    chat.keep_derived(stop)
             self.embed(chat, ids, stop)
             if len(ids) >= SEGMENT:
                 give_memory_back()
@@ -12383,6 +12437,7 @@ class Vectors:
 
     def of_query(self, text: str, timeout: float) -> np.ndarray | None:
         """The vector of a text, float32 [dimensions]; None where the embedder cannot read it or is late."""
+        self.embedder.start()
         with contextlib.suppress(EmbedderUnavailable):
             if self.embedder.reads(text):
                 return self.embedder.encode([], timeout=timeout, queries=[text])[0]
@@ -12516,6 +12571,7 @@ class Feelings:
         self._settings, self._vectors, self._registry = settings, vectors, registry
         self._model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
         self._by_vector = self._model is None and vectors.embedder.name in BUNDLED_EMBEDDERS
+        self._kept_under = short_hash("feelings", vectors.embedder.name, EMOTION_WEIGHTS)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feelings")
         self._closed = False
 
@@ -12579,10 +12635,21 @@ class Feelings:
             rows = zip((m.fingerprint for m in messages), readings, strict=True)
             chat.store.put_readings(self._model.name, dict(rows))
 
+    def _take_kept(self, chat: Chat, nodes: Sequence[Node]) -> bool:
+        """Takes the readings that were kept when the chat was open before; returns whether too few of these were."""
+        if sum(n.fingerprint not in chat.readings for n in nodes) > MOST_UNKEPT:
+            for text_hash, scores in (chat.store.derived(self._kept_under) or {}).items():
+                chat.readings[text_hash] = reading_of(scores)
+        return sum(n.fingerprint not in chat.readings for n in nodes) > MOST_UNKEPT
+
     def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
         """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
         users = list(itertools.islice((n for n in reversed(nodes) if n.role == "user"), MOOD_SPAN))[::-1]
+        renew = not self._model and self._take_kept(chat, users)
         readings = self.read(chat, users)
+        hashes = [n.fingerprint for n in users]
+        if renew and all(h in chat.readings for h in hashes):
+            chat.store.put_derived(self._kept_under, {h: list(chat.readings[h].scores.values()) for h in hashes})
         return mood_of([(n.depth, r) for n, r in zip(users, readings, strict=True)])
 
     def guidance(self, turn: TurnContext, mood: Mood | None) -> str:
@@ -13098,7 +13165,7 @@ class Archive:
         pairs = zip(copy.messages, ours, strict=True)
         changed = {a.digest for a, b in pairs if (a.content, a.forgotten) != (b.content, b.forgotten)}
         fresh = [s for s in copy.summaries if s.id not in store.summaries]
-        outdated = {s.id for s in fresh if s.source != "user" and not changed.isdisjoint(s.texts)}
+        outdated = {s.id for s in summaries_of(fresh, changed)}
         summaries = [replace(s, stale=True) if s.id in outdated else s for s in fresh]
         facts = [f for f in copy.facts if f.id not in store.facts]
         if summaries or facts or any(store.info.get(k) != v for k, v in info.items()):
@@ -17760,6 +17827,8 @@ function buildPanel() {
         parts.mood, parts.recalled);
     parts.carry = element('input', { type: 'checkbox', disabled: true, onchange: onCarryOver });
     parts.carryFor = element('span');
+    parts.carryRow = element('div', {}, // since the client's rules for labels are stronger than `hidden`
+        element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor));
     parts.placing = element('div', {}, // how memories are placed: the proxy does that itself
         field('depth', t`Depth`, { type: 'number', min: 0, max: 100 }, t`messages from the end`),
         choice('role', t`Role`, { system: t`System`, user: t`User` }));
@@ -17771,7 +17840,7 @@ function buildPanel() {
         field('server', t`Server`, { type: 'url', placeholder: DEFAULTS.server, spellcheck: false }),
         field('key', t`Key`, { type: 'password', placeholder: t`where the server asks for one`, autocomplete: 'off' }),
         parts.placing,
-        element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor),
+        parts.carryRow,
         element('hr'), parts.reply, parts.link);
     const onclick = () => lookAtServer().then(lookAtChat).catch(() => {}); // lookAtServer has said why
     const header = element('div', { className: 'inline-drawer-toggle inline-drawer-header', onclick },
@@ -17899,7 +17968,7 @@ async function showCarryOver() {
     const name = characterName();
     const asked = ++state.carries; // an answer that has been overtaken, by a click too, shows nothing
     parts.carryFor.textContent = t`Recall from other chats with ${name} too`;
-    parts.carry.parentElement.hidden = !name;
+    parts.carryRow.hidden = !name;
     if (parts.carry.name !== name) Object.assign(parts.carry, { name, disabled: true, checked: false });
     const answer = name && await call(`${API}/characters/${encodeURIComponent(name)}`).catch(() => null);
     if (!answer || asked !== state.carries || characterName() !== name) return;
@@ -18618,10 +18687,27 @@ def engine() -> PersonaMemory:
     return flask.current_app.extensions["persona_memory"]
 
 
+def request_bytes(most: int = MAX_REQUEST_BYTES) -> bytes:
+    """The request's body, unpacked where the client has compressed it (RFC 9110, 8.4.1); raises `InvalidRequest`."""
+    raw, form = flask.request.get_data(), flask.request.headers.get("Content-Encoding", "").strip().lower()
+    if form in ("", "identity"):
+        return raw
+    if form not in ("gzip", "x-gzip", "deflate"):
+        raise InvalidRequest(f"A request may be compressed with gzip or deflate, not with {form[:40]}.")
+    unpack = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # which reads both
+    try:
+        raw = unpack.decompress(raw, most)
+    except zlib.error:
+        raise InvalidRequest(f"The request is marked as compressed with {form}, but is not.") from None
+    if not unpack.eof:
+        raise InvalidRequest(f"The compressed request is cut off, or holds more than {most} bytes.")
+    return raw
+
+
 def request_json() -> Any:
     """The request's body; raises `InvalidRequest` where it is not JSON."""
     try:
-        return json_value(flask.request.get_data())
+        return json_value(request_bytes())
     except ValueError as error:
         raise InvalidRequest(f"The request is not valid JSON: {str(error)[:200]}.") from None
 
@@ -18921,12 +19007,21 @@ def public_error(error: Exception) -> PersonaMemoryError:
         return error
     if isinstance(error, HTTPException):
         words = f"{error.code} {error.name}: {flask.request.method} {flask.request.path}"
-        hint = ". Start persona_memory with --proxy to use it as a model's server."
-        shown = InvalidRequest(words + (hint if error.code == 404 and flask.request.path.startswith("/v1/") else ""))
+        shown = InvalidRequest(words + (wrong_address() if error.code in (404, 405) else ""))
         shown.status = error.code
         return shown
     log_event("failed", "A request failed", level=logging.ERROR, trace=True)
     return PersonaMemoryError("Something went wrong in persona_memory. Its log says what.")
+
+
+def wrong_address() -> str:
+    """What to tell somebody whose request is for nothing that is here: many enter a base URL that is nearly right, or
+    open it in a browser."""
+    root = flask.request.host_url
+    if engine().settings.proxy:
+        return f". The base URL for a chat client is {root}v1, and the memory page is {root}"
+    model = re.search("/v1(/|$)|/chat/completions$", flask.request.path)
+    return ". Start persona_memory with --proxy to use it as a model's server." if model else ""
 
 
 def respond(exchange: Exchange) -> flask.Response:
@@ -19031,7 +19126,7 @@ def bypass(exchange: Exchange) -> flask.Response:
 
 def passed_through(exchange: Exchange) -> flask.Response:
     """The request's bytes to the upstream, its answer's bytes back."""
-    raw, memory, call = flask.request.get_data(), exchange.memory, exchange.call
+    raw, memory, call = request_bytes(), exchange.memory, exchange.call
     body = request_json() if b'"persona_memory"' in raw else None
     if isinstance(body, dict) and "persona_memory" in body:  # our own field, which upstreams may refuse
         raw = json.dumps({k: v for k, v in body.items() if k != "persona_memory"}).encode()
@@ -19231,7 +19326,7 @@ def chat_export(chat: str, format: str) -> flask.Response:
 @takes_query(name="", chat_id="")
 def chat_import(name: str, chat_id: str) -> dict:
     """Imports a chat file, or an export. The answer names the lines that were passed over."""
-    raw = flask.request.get_data()
+    raw = request_bytes()
     try:
         taken = engine().archive.take_in(raw, chat_id.strip(), title=Path(name.replace("\\", "/")).stem)
         return taken | {"passed_over": [{"file": name} | line for line in taken["passed_over"]]}
@@ -19490,14 +19585,8 @@ def extension_refs(service: str) -> flask.Response:
 @gives(200, media="application/x-git-upload-pack-result")
 def extension_pack() -> flask.Response:
     """The extension's files for git."""
-    raw = flask.request.get_data()
-    if flask.request.headers.get("Content-Encoding") == "gzip":
-        try:
-            raw = zlib.decompressobj(wbits=31).decompress(raw, MOST_ASKED)
-        except zlib.error:
-            raise InvalidRequest("The request is marked as compressed with gzip, but is not.") from None
     with extension_repo() as repository:
-        body = upload_pack(repository, raw[:MOST_ASKED])
+        body = upload_pack(repository, request_bytes(MOST_ASKED)[:MOST_ASKED])
     return git_response(body, "result")
 
 
@@ -19607,12 +19696,12 @@ def check_as_guest() -> None:
 
 def check_host(key_flag: str) -> None:
     """Refuses host names that are not this machine's own: a web page can make its own name point here (DNS
-    rebinding)."""
+    rebinding). A request that names no host comes from no browser."""
     host = re.sub(r":\d*$", "", flask.request.host).strip("[]").lower()
-    if host not in LOOPBACK_HOSTS:
+    if "Host" in flask.request.headers and host not in LOOPBACK_HOSTS:
         raise ForeignOrigin(
-            f"This server answers only to 127.0.0.1 and localhost, not to {host}. Start it with {key_flag} to use it "
-            "under other names; your client must then send that key."
+            f"This server answers only to 127.0.0.1 and localhost, not to {host or 'an unreadable name'}. Start it "
+            f"with {key_flag} to use it under other names; your client must then send that key."
         )
 
 
@@ -19693,7 +19782,8 @@ class ChatId(BaseConverter):
 
 def exact_paths(app: Callable, prefix: str = "/api/", joined: bool = True) -> Callable:
     """WSGI middleware: paths under `prefix` stay quoted, since ids may hold slashes. Elsewhere, with `joined`, several
-    slashes count as one, and one at the end as none, since clients join URLs carelessly (`/v1//chat/completions/`)."""
+    slashes count as one, one at the end as none, and `/v1` twice as once, since clients join URLs carelessly
+    (`/v1//v1/chat/completions/`)."""
 
     def wrapped(environ: dict, start_response: Callable) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -19702,7 +19792,7 @@ def exact_paths(app: Callable, prefix: str = "/api/", joined: bool = True) -> Ca
         if quoted.startswith(prefix):
             environ["PATH_INFO"] = quoted
         elif joined:
-            path = re.sub("/{2,}", "/", path)
+            path = re.sub("^(/v1)+(?=/|$)", "/v1", re.sub("/{2,}", "/", path))
             environ["PATH_INFO"] = path if path == GUEST_PAGE else path.rstrip("/") or "/"
         return app(environ, start_response)
 
@@ -19786,6 +19876,29 @@ class LastWaiting(threading.Condition):
         super().notify(n)
 
 
+TLS_BEGINS = b"\x16\x03"  # a client's first two bytes under https (RFC 8446, 5.1: a handshake, of version 3)
+
+
+class PlainParser(HTTPRequestParser):
+    """Reads requests. A client that begins with TLS is refused at once: it would say no more, and wait."""
+
+    def received(self, data: bytes) -> int:
+        """Takes in what has come; returns how much of it belongs to this request."""
+        if self.header_plus or self.headers_finished or not data.startswith(TLS_BEGINS):
+            return super().received(data)
+        words = "A client asked for https://. This server speaks http:// alone: change the address in your client."
+        log_event("https", words, level=logging.WARNING)
+        self.parse_header(b"GET / HTTP/1.0\r\n")
+        self.error, self.completed = BadRequest(words), True
+        return len(data)
+
+
+class PlainChannel(HTTPChannel):
+    """A client's connection."""
+
+    parser_class = PlainParser
+
+
 def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
     """A waitress server for the settings, bound, not yet running: `.run()`, `.close()`, `.effective_port`, `.memory`.
 
@@ -19808,6 +19921,8 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
             f"Cannot listen on {settings.host}, port {settings.port}: {getattr(error, 'strerror', None) or error}. "
             "If persona_memory is running already, use that one; else choose another --port."
         ) from error
+    for part in getattr(server, "map", {0: server}).values():
+        part.channel_class = PlainChannel
     if not hasattr(server, "effective_port"):  # a host name with several addresses
         server.effective_port = server.effective_listen[0][1]
     server.memory = app.extensions["persona_memory"]
@@ -20470,7 +20585,8 @@ def check_upstream(settings: Settings, subject: str) -> Iterator[Finding]:
     except PersonaMemoryError as error:
         keyless = error.status in (401, 403) and not settings.upstream_key
         words = f"{error} Your client's own key was not tried: if it has one, this may be fine." if keyless else error
-        yield Finding("note" if keyless else "wrong", subject, str(words), advice_on(error.status, what))
+        advice = "" if isinstance(error, SocksMissing) else advice_on(error.status, what)
+        yield Finding("note" if keyless else "wrong", subject, str(words), advice)
     finally:
         upstream.close()
 
@@ -20670,6 +20786,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.umask(0o077)  # whatever is written from now on is for the user's own eyes
         mark = note_use(Path(settings.data))
         sys.setswitchinterval(SWITCH_SECONDS)
+        gc.freeze()  # what the imports have made stays: opening a long chat would have it looked through
         server = create_server(settings, START_DELAY)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)

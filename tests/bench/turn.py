@@ -93,12 +93,6 @@ class Stock:
                 chat.store.put_vectors(self.embedder.key, {digests[t]: v for t, v in whole.items()})
                 chat.store.put_sentence_vectors(self.embedder.key, {digests[t]: v for t, v in rows.items()})
 
-    def open_once(self, memory: pm.PersonaMemory, chat_id: str) -> None:
-        """Opens a chat as its first turn does: what an index knows of the texts is kept then."""
-        with memory.registry.borrow(chat_id) as chat, chat.lock:
-            chat.follow(chat.nodes(chat.path()), self.embedder)
-            chat.store.commit()
-
     def folder(self, folder: str, count: int, chats: int = 1) -> None:
         """A data folder with so many messages in so many chats `chat-<n>`."""
         memory = pm.PersonaMemory(pm.Settings(data=folder, upstream="http://127.0.0.1:9/v1"))
@@ -106,7 +100,8 @@ class Stock:
         each = count // chats
         for n in range(chats):
             self.fill(memory, f"chat-{n}", self.messages[n * each : (n + 1) * each])
-            self.open_once(memory, f"chat-{n}")
+            with memory.registry.borrow(f"chat-{n}") as chat:
+                chat.keep_derived(lambda: False)  # as the background does after an import
         memory.registry.close()
 
 
