@@ -981,8 +981,17 @@ def chat_message(role: str, content: str, name: str | None = None) -> dict:
 
 def short_hash(*parts: str) -> str:
     """128 bits of SHA-256 over the parts, in hex."""
-    raw = "\0".join(parts).encode("utf-8", "surrogatepass")
-    return hashlib.sha256(raw).hexdigest()[:32]
+    text = "\0".join(parts)
+    return (kept_hash if len(text) <= KEPT_LENGTH else hash_of)(text)
+
+
+def hash_of(text: str) -> str:
+    """128 bits of a text's SHA-256, in hex."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+KEPT_LENGTH = 2000  # characters of a text whose hash is kept
+kept_hash = functools.lru_cache(1 << 11)(hash_of)  # a turn asks three times for those that the one before asked for
 
 
 def message_digest(role: str, content: str) -> str:
@@ -13614,7 +13623,7 @@ class Recaller:
         """The messages at those indexes as memories, best first; `asking` is what the message feels that asks."""
         messages = chat.store.read_again([nodes[i].id for i in indexes])
         readings = self._feelings.read(chat, [nodes[i] for i in indexes])
-        memories, columns = [], zip(*(values[list(indexes)].tolist() for values in scores.values()), strict=True)
+        memories, columns = [], zip(*(values[indexes].tolist() for values in scores.values()), strict=True)
         for i, message, reading, found in zip(indexes, messages, readings, columns, strict=True):
             row = dict(zip(scores, found, strict=True))
             memory = Memory(message, nodes[i].depth, row.pop("score"), row)
