@@ -8053,10 +8053,9 @@ def admissible(query: Query, scores: np.ndarray, by_words_alone: bool = False) -
 TIE_BREAKERS = {"emotion": 0.12, "importance": 0.06, "recency": 0.02}
 
 
-def with_tie_breakers(memory: Memory, values: Mapping[str, float]) -> Memory:
-    """The memory with what breaks ties, `values` by name as 0 to 1, among its scores."""
-    more = {name: weight * values[name] for name, weight in TIE_BREAKERS.items() if values.get(name)}
-    return replace(memory, score=memory.score + sum(more.values()), scores=memory.scores | more)
+def tie_breakers(values: Mapping[str, float]) -> dict[str, float]:
+    """What breaks ties, `values` by name as 0 to 1, adds to a memory's score."""
+    return {name: weight * values[name] for name, weight in TIE_BREAKERS.items() if values.get(name)}
 
 
 def with_score(memory: Memory, name: str, score: float) -> Memory:
@@ -13626,11 +13625,11 @@ class Recaller:
         memories, columns = [], zip(*(values[indexes].tolist() for values in scores.values()), strict=True)
         for i, message, reading, found in zip(indexes, messages, readings, columns, strict=True):
             row = dict(zip(scores, found, strict=True))
-            memory = Memory(message, nodes[i].depth, row.pop("score"), row)
             # Whether a name was new then is not asked here: it would take the names of all messages before.
             matters = importance_alone(clip(message.content), round(1 - reading.scores["neutral"], 3))
-            ties = {"emotion": emotion_match(asking, reading), "importance": matters, "recency": i / len(nodes)}
-            memories.append(with_tie_breakers(memory, ties))
+            feels_alike = emotion_match(asking, reading)
+            more = tie_breakers({"emotion": feels_alike, "importance": matters, "recency": i / len(nodes)})
+            memories.append(Memory(message, nodes[i].depth, row.pop("score") + sum(more.values()), row | more))
         return sorted(memories, key=lambda m: -m.score)
 
     def search(
