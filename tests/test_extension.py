@@ -909,6 +909,12 @@ class TestPanel:
             "url => fetch(url).then((r) => r.json()).then((answer) => !answer.carry_over)", arg=url
         )
 
+    def test_what_is_set_for_a_character_is_not_shown_without_one(self, client):
+        box = client.page.get_by_label("Recall from other chats with")
+        assert box.is_visible()
+        client.do("Object.assign(stand.context, { characterId: undefined }), await stand.open('', {}, []), null")
+        box.wait_for(state="hidden")
+
     def test_it_speaks_the_users_language(self, browser, server):
         words = json.dumps(pm.extension_words()["de-de"])
         with open_client(browser, server.url, f"(stand.words = {words}, null)") as client:

@@ -3,6 +3,7 @@
 import json
 import queue
 import socket
+import sys
 import threading
 
 import httpx
@@ -1064,11 +1065,15 @@ def test_a_clients_odd_key_is_refused_in_words(server, upstream, chat):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("ALL_PROXY", "gopher://127.0.0.1:1"), ("ALL_PROXY", "http://127.0.0.1:x"), ("SSL_CERT_FILE", "/missing/ca.pem")],
-)
+    [
+        ("ALL_PROXY", "gopher://127.0.0.1:1"), ("ALL_PROXY", "http://127.0.0.1:x"), ("ALL_PROXY", "socks5://[::1]:1"),
+        ("SSL_CERT_FILE", "/missing/ca.pem"),
+    ],
+)  # fmt: skip
 def test_what_is_of_no_use_in_the_environment_is_named(tmp_path, monkeypatch, upstream, name, value):
     """It may be there for other programs; a server on this machine is asked without it."""
     monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "socksio", None)  # which not everybody has
     given, call = settings(tmp_path, "https://llm.example/v1"), persona_memory.Call()
     remote = persona_memory.make_upstream(given, persona_memory.Metrics())
     local = persona_memory.make_upstream(settings(tmp_path, upstream.url), persona_memory.Metrics())
