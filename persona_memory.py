@@ -3262,8 +3262,7 @@ class Embedder:
             with without_collecting():
                 self._model = load_sentence_transformer(self.name)
             gc.freeze()  # a million objects that stay: looking through them would stop a turn for a third of a second
-            with contextlib.suppress(Exception):  # a model of another build: words are found as they are written
-                self._word_vectors = WordVectors(self._model)
+            self._note_words()
             self.status = "ready"
         except Exception as error:  # whatever a model's loader raises: the chats go on without vectors
             self.status = f"failed: {type(error).__name__}: {error}"
@@ -3285,8 +3284,13 @@ class Embedder:
                 self._pace = (self._pace + time.monotonic() - started) / 2
         self._refuse_all()
 
+    def _note_words(self) -> None:
+        with contextlib.suppress(Exception):  # a model of another build: words are found as they are written
+            self._word_vectors = WordVectors(self._model)
+
     def _quicken(self) -> None:
         self._model = faster(self._model)
+        self._note_words()
         with contextlib.suppress(Exception):  # a model of another build, or one that cannot be traced
             trace_transformer(self._model)
         give_memory_back()
@@ -3377,9 +3381,7 @@ def faster(model: Any) -> Any:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or sum(p.numel() for p in model.parameters()) > MOST_COPIED:
         return model
     with contextlib.suppress(Exception):  # what cannot be copied, or uses its layers in another way
-        linear = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
-        changed = {id(p) for layer in linear for p in layer.parameters()}  # the rest is shared: it is most of the model
-        candidate = deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in changed})
+        candidate = deepcopy(model)  # all of it: what it shared would keep the whole file in RAM
         for layer in candidate.modules():
             if isinstance(layer, torch.nn.Linear):
                 layer.to(torch.bfloat16)
@@ -3390,7 +3392,9 @@ def faster(model: Any) -> Any:
             made.append(unit_vectors(some, SAMPLES))
             spent.append(time.perf_counter() - started)
         same = (made[0] * made[1]).sum(axis=1).min() >= SAME_VECTORS
-        return candidate if same and min(spent[1::2]) < min(spent[::2]) else model
+        if same and min(spent[1::2]) < min(spent[::2]):
+            model.model_card_data = None  # which holds the model: it is freed when nobody uses it any longer
+            return candidate
     return model
 
 
