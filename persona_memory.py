@@ -6419,8 +6419,7 @@ class MemoryIndex:
         fresh = {h: v for h, v in fresh.items() if v.ndim == 2 and v.shape[1] == self._dense.size}
         if fresh:
             rows = [self._rows[h] for h, v in fresh.items() for _ in v]
-            # As the store keeps them, so that a chat that is opened anew finds the same.
-            place = self._sentences.add(rows, np.concatenate(list(fresh.values())).astype(np.float16))
+            place = self._sentences.add(rows, np.concatenate(list(fresh.values())))
             for text_hash, some in fresh.items():
                 self._split[text_hash] = range(place, place := place + len(some))
                 self._unsplit.pop(text_hash, None)
@@ -6740,6 +6739,7 @@ class Chat:
         vectors = sum(v.nbytes for v in list(self.persona_vectors.values()) if v is not None)
         return CHAT_BYTES + NODE_BYTES * len(self.tree.nodes) + READING_BYTES * kept + vectors + self.index.bytes
 
+    @without_collecting()
     def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
         """The index, made that of a whole branch, with the vectors that the store has."""
         for some in batches(self.index.follow(nodes, self.store.read, self.store), INDEXED_AT_ONCE):
@@ -6770,7 +6770,8 @@ class Chat:
         """Keeps the vectors of texts' sentences by text hash, on disk and in the index."""
         with self.lock:
             self.store.put_sentence_vectors(embedder, vectors)
-            self.index.add_sentences(vectors)
+            # As the store keeps them, so that a chat that is opened anew finds the same.
+            self.index.add_sentences({h: v.astype(np.float16).astype(np.float32) for h, v in vectors.items()})
 
     def erase(self, digests: Collection[str]) -> None:
         """Erases the words of forgotten texts, on disk and in RAM."""
@@ -7080,6 +7081,7 @@ class ChatRegistry:
                 self._forget(folder.name, lending)
         return lending
 
+    @without_collecting()
     def _opened(self, folder: Path, make: bool) -> Chat:
         """A chat; a damaged one is set aside, and made anew of the rows that can be read."""
         tries = 0 if isinstance(self._troubles.get(folder.name), StoreDamaged) else 2
@@ -15039,7 +15041,9 @@ class PersonaMemory:
             self.upstream.start()
         self.vectors.start()
         self.recaller.start()
-        token_encoding()
+        token_encoding()  # this and the next two load what a first turn would wait for
+        read_emotion("It is all here!")
+        VectorTable().add([0], np.ones((1, 1), np.float32))
         with contextlib.suppress(StoreError):
             self.summarizer.start()
         self.registry.keep_erasing(self.settings.forget_after)
