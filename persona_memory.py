@@ -3204,8 +3204,7 @@ class Embedder:
             with without_collecting():
                 self._model = load_sentence_transformer(self.name)
             gc.freeze()  # a million objects that stay: looking through them would stop a turn for a third of a second
-            with contextlib.suppress(Exception):  # a model of another build: words are found as they are written
-                self._word_vectors = WordVectors(self._model)
+            self._note_words()
             self.status = "ready"
         except Exception as error:  # whatever a model's loader raises: the chats go on without vectors
             self.status = f"failed: {type(error).__name__}: {error}"
@@ -3228,8 +3227,13 @@ class Embedder:
                 self._pace = (self._pace + self._asked_at - started) / 2
         self._refuse_all()
 
+    def _note_words(self) -> None:
+        with contextlib.suppress(Exception):  # a model of another build: words are found as they are written
+            self._word_vectors = WordVectors(self._model)
+
     def _quicken(self) -> None:
         self._model = faster(self._model)
+        self._note_words()
         with contextlib.suppress(Exception):  # a model of another build, or one that cannot be traced
             trace_transformer(self._model)
         give_memory_back()
@@ -3322,9 +3326,7 @@ def faster(model: Any) -> Any:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or sum(p.numel() for p in model.parameters()) > MOST_COPIED:
         return model
     with contextlib.suppress(Exception):  # what cannot be copied, or uses its layers in another way
-        linear = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
-        changed = {id(p) for layer in linear for p in layer.parameters()}  # the rest is shared: it is most of the model
-        candidate = deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in changed})
+        candidate = deepcopy(model)  # all of it: what it shared would keep the whole file in RAM
         for layer in candidate.modules():
             if isinstance(layer, torch.nn.Linear):
                 layer.to(torch.bfloat16)
@@ -3335,7 +3337,9 @@ def faster(model: Any) -> Any:
             made.append(unit_vectors(some, SAMPLES))
             spent.append(time.perf_counter() - started)
         same = (made[0] * made[1]).sum(axis=1).min() >= SAME_VECTORS
-        return candidate if same and min(spent[1::2]) < min(spent[::2]) else model
+        if same and min(spent[1::2]) < min(spent[::2]):
+            model.model_card_data = None  # which holds the model: it is freed when nobody uses it any longer
+            return candidate
     return model
 
 
@@ -6367,8 +6371,7 @@ class MemoryIndex:
         fresh = {h: v for h, v in fresh.items() if v.ndim == 2 and v.shape[1] == self._dense.size}
         if fresh:
             rows = [self._rows[h] for h, v in fresh.items() for _ in v]
-            # As the store keeps them, so that a chat that is opened anew finds the same.
-            place = self._sentences.add(rows, np.concatenate(list(fresh.values())).astype(np.float16))
+            place = self._sentences.add(rows, np.concatenate(list(fresh.values())))
             for text_hash, some in fresh.items():
                 self._split[text_hash] = range(place, place := place + len(some))
                 self._unsplit.pop(text_hash, None)
@@ -6688,6 +6691,7 @@ class Chat:
         vectors = sum(v.nbytes for v in list(self.persona_vectors.values()) if v is not None)
         return CHAT_BYTES + NODE_BYTES * len(self.tree.nodes) + READING_BYTES * kept + vectors + self.index.bytes
 
+    @without_collecting()
     def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
         """The index, made that of a whole branch, with the vectors that the store has."""
         for some in batches(self.index.follow(nodes, self.store.read, self.store), INDEXED_AT_ONCE):
@@ -6718,7 +6722,8 @@ class Chat:
         """Keeps the vectors of texts' sentences by text hash, on disk and in the index."""
         with self.lock:
             self.store.put_sentence_vectors(embedder, vectors)
-            self.index.add_sentences(vectors)
+            # As the store keeps them, so that a chat that is opened anew finds the same.
+            self.index.add_sentences({h: v.astype(np.float16).astype(np.float32) for h, v in vectors.items()})
 
     def erase(self, digests: Collection[str]) -> None:
         """Erases the words of forgotten texts, on disk and in RAM."""
@@ -7028,6 +7033,7 @@ class ChatRegistry:
                 self._forget(folder.name, lending)
         return lending
 
+    @without_collecting()
     def _opened(self, folder: Path, make: bool) -> Chat:
         """A chat; a damaged one is set aside, and made anew of the rows that can be read."""
         tries = 0 if isinstance(self._troubles.get(folder.name), StoreDamaged) else 2
@@ -14996,7 +15002,9 @@ class PersonaMemory:
             self.upstream.start()
         self.vectors.start()
         self.recaller.start()
-        token_encoding()
+        token_encoding()  # this and the next two load what a first turn would wait for
+        read_emotion("It is all here!")
+        VectorTable().add([0], np.ones((1, 1), np.float32))
         with contextlib.suppress(StoreError):
             self.summarizer.start()
         self.registry.keep_erasing(self.settings.forget_after)
