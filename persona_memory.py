@@ -19628,9 +19628,10 @@ def check_origin() -> None:
     headers, endpoint = flask.request.headers, (flask.request.endpoint or "").rpartition(".")[2]
     origin = headers.get("Origin")
     if origin and not allowed_origin(origin):
-        raise ForeignOrigin(
-            f"Pages of {origin} may not use this server. To allow them, start it with --allow-origin {origin}."
-        )
+        advice = f"To allow them, start it with --allow-origin {origin}."
+        if origin == "null":  # of which every web site can make pages, too (HTML standard, "sandboxed origin")
+            advice = "Such a page was opened as a file, or has no address: open it at http://localhost instead."
+        raise ForeignOrigin(f"Pages of {origin} may not use this server. {advice}")
     followed = headers.get("Sec-Fetch-Mode") == "navigate" and endpoint in LINKED
     if not origin and not followed and headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
         raise ForeignOrigin("Other web sites may not embed the answers of this server.")
