@@ -1164,9 +1164,12 @@ def key_of(message: Message, parent: str) -> str:
     return message_id(parent, message.erased or message_digest(message.role, message.original))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Node:
-    """What stays in RAM of every stored message: its place in the tree, and what comparing and budgeting need."""
+    """What stays in RAM of every stored message: its place in the tree, and what comparing and budgeting need.
+
+    It is not changed, but not frozen either: that would take six times as long to make, and a long chat has many.
+    """
 
     id: str
     parent: str
@@ -3174,8 +3177,13 @@ class Embedder:
         self, texts: Sequence[str], timeout: float | None, priority: int = TURN, queries: Sequence[str] = ()
     ) -> Future:  # fmt: skip
         """Has vectors made as `encode` gives them; `answer` waits for them, for `timeout` seconds at most. Where none
-        can be made it says so, too."""
-        self.start()
+        can be made it says so, too.
+
+        Only who waits without limit has the model loaded: a turn, which cannot wait so long, would share the
+        interpreter with that. What it lacks is left to the background, which does so when the turn is nearly over.
+        """
+        if timeout is None:
+            self.start()
         job = EncodingJob(texts, queries)
         if reason := self._refusal(timeout):
             job.future.set_exception(EmbedderUnavailable(reason))
@@ -3192,7 +3200,6 @@ class Embedder:
     def foresee(self, texts: Sequence[str], queries: Sequence[str], timeout: float) -> None:
         """Begins with vectors that somebody is going to `ask` for in the same words; does nothing where `ask` would
         refuse."""
-        self.start()
         key = tuple(texts), tuple(queries)
         if any(key) and key not in self._foreseen and not self._refusal(timeout):
             self._foreseen[key] = self._put(EncodingJob(texts, queries), TURN)
@@ -3552,7 +3559,7 @@ def persona_pieces(text: str) -> list[str]:
 
 def chunk_keys(text_hash: str, count: int) -> list[str]:
     """The keys of a text's vectors; that of the first is the text's own hash."""
-    return [text_hash, *(f"{text_hash}.{i}" for i in range(1, count))]
+    return [text_hash] if count == 1 else [text_hash, *(f"{text_hash}.{i}" for i in range(1, count))]
 
 
 def text_of_key(key: str) -> str:
@@ -3702,20 +3709,25 @@ class Tree:
     def _add(self, node: Node, marked: bool) -> None:
         old = self.nodes.get(node.id)
         self.nodes[node.id] = node
-        if self._trail[node.depth : node.depth + 1] == [node.id]:
-            self._line[node.depth] = node
         if old is None:
             self.by_digest[node.digest].append(node.id)
             self.children[node.parent].append(node.id)
-        if node.confirmed and not (old and old.confirmed):
+        else:
+            if self._trail[node.depth : node.depth + 1] == [node.id]:
+                self._line[node.depth] = node
+            if node.id in (waiting := self.replies.get(node.parent, ())):
+                waiting.remove(node.id)
+            self._confirmed -= old.confirmed
+            self.unshown.discard(node.id)
+            self.marked.discard(node.id)
+        if node.confirmed:
             self._confirmed += 1
             self._inner.add(node.parent)
-        if node.id in (waiting := self.replies.get(node.parent, ())):
-            waiting.remove(node.id)
-        if not node.confirmed:
+        else:
             self.replies[node.parent].append(node.id)
-        (self.unshown.discard if node.confirmed else self.unshown.add)(node.id)
-        (self.marked.add if marked else self.marked.discard)(node.id)
+            self.unshown.add(node.id)
+        if marked:
+            self.marked.add(node.id)
 
     def rows(self) -> list[list]:
         """Its nodes as JSON takes them, for `of_rows`."""
@@ -4598,6 +4610,14 @@ class SharedCache(diskcache.Cache):
 
     _connection: sqlite3.Connection | None = None
 
+    def __init__(self, directory: str, **settings: Any):
+        try:
+            super().__init__(directory, **settings)
+            self.get("")  # a damaged file is noticed here
+        except BaseException:
+            self.close()
+            raise
+
     @property
     def _con(self) -> sqlite3.Connection:
         if self._connection is None:
@@ -4716,7 +4736,6 @@ class Database:
             sqlite_cache_size=PAGES_IN_RAM, sqlite_mmap_size=0,
         )  # fmt: skip
         cache.reset("sqlite_synchronous", self._synchronous)  # only now: making the tables need not wait for the disk
-        cache.get("")  # a damaged file is noticed here
         return cache
 
     def _roll_back(self) -> None:
@@ -4993,9 +5012,14 @@ class ChatStore:
         for key, row in {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
             if key != NEWER_ROW:
                 self._take_over(key, row)
-        old = kept is None or self._generation - kept > KEPT_GENERATIONS // 4
-        if old and len(self.tree.nodes) >= LEAST_KEPT:
-            self.put_derived("tree", [TREE_RULES, self._generation, self.tree.rows()])
+        if kept is None or self._generation - kept > KEPT_GENERATIONS // 4:
+            self.keep_tree()
+
+    def keep_tree(self) -> None:
+        """Has the next commit keep the tree of a long chat, so that it is soon opened."""
+        with self.lock:
+            if len(self.tree.nodes) >= LEAST_KEPT:
+                self.put_derived("tree", [TREE_RULES, self._generation, self.tree.rows()])
 
     def _read_tree(self, cache: SharedCache) -> None:
         """Makes the tree of the rows of all messages."""
@@ -5193,7 +5217,9 @@ class ChatStore:
                 messages = self._with_marks(cache, messages, marks)
                 rows = {f"k:{digest}": {n: asdict(m) for n, m in some.items()} for digest, some in marks.items()}
                 rows |= {row["id"]: row for row in self._rows(messages)}
-                rows |= {f"s:{s.id}": asdict(replace(s, stale=True)) for s in self._outdated(marks)}
+                changed = {d for d, some in marks.items() if memory_of(some) != memory_of(self.marks.get(d, {}))}
+                told = summaries_of(self.summaries.values(), changed)
+                rows |= {f"s:{s.id}": asdict(replace(s, stale=True)) for s in told}
                 rows |= {f"s:{s.id}": asdict(s) for s in summaries} | {f"f:{f.id}": asdict(f) for f in facts}
                 for key, row in rows.items():
                     cache[row_key(key)] = json.dumps(row)
@@ -5241,7 +5267,7 @@ class ChatStore:
                 known = self.read([i for digest in digests for i in self.tree.by_digest.get(digest, ())])
                 gone = [m for m in known if m.forgotten and not m.erased]
                 doomed = {m.digest for m in gone}
-                told = [s for s in self.summaries.values() if s.source != "user" and not doomed.isdisjoint(s.texts)]
+                told = summaries_of(self.summaries.values(), doomed)
                 held = [f for f in self.facts.values() if f.digest in doomed or f.id in facts]
                 persona = self.info.get("persona", "")  # of strict clients it is the chat's first message
                 self.commit(
@@ -5273,12 +5299,6 @@ class ChatStore:
                 found[node] = message_of(read_json(cache, f"m:{node}"))
         every = self.marks | marks
         return [with_mark(m, mark_for(every.get(m.digest, {}), m)) for m in found.values()]
-
-    def _outdated(self, marks: Mapping[str, Mapping[str, Mark]]) -> list[Summary]:
-        """The summaries that cover a text which changed marks put other words for, or forget, or no longer do."""
-        changed = {d for d, some in marks.items() if memory_of(some) != memory_of(self.marks.get(d, {}))}
-        every = self.summaries.values() if changed else ()
-        return [s for s in every if s.source != "user" and not changed.isdisjoint(s.texts)]
 
     def _rows(self, messages: Sequence[Message]) -> list[dict]:
         fresh, known = itertools.count(self._next_order), self.tree.nodes
@@ -5550,6 +5570,11 @@ def memory_of(marks: Mapping[str, Mark]) -> dict[str, tuple[str | None, bool]]:
     return {name: (m.content, m.forgotten) for name, m in marks.items() if m.content is not None or m.forgotten}
 
 
+def summaries_of(summaries: Iterable[Summary], digests: set[str]) -> list[Summary]:
+    """Those that cover one of the texts, except a user's own."""
+    return [s for s in summaries if digests and s.source != "user" and not digests.isdisjoint(s.texts)]
+
+
 def with_mark(message: Message, mark: Mark | None) -> Message:
     """The message as a mark makes it, in the client's own words where that has no others for it; without any where it
     was forgotten for good."""
@@ -5636,7 +5661,7 @@ TEXT_BYTES = 1000  # of RAM for what an index knows of a text, beside its vector
 PAGE_FIGURES = ("page_count", "page_size")  # SQLite's, of a database
 INDEXED_AT_ONCE = 500  # vectors that are taken over in one piece
 SEGMENT = 200  # messages; those of a branch's end that make no whole one are read anew when a chat is opened
-SEGMENT_RULES = 1  # raise it where a segment holds other things of the same texts: those in the stores are made anew
+SEGMENT_RULES = 2  # raise it where a segment holds other things of the same texts: those in the stores are made anew
 STALE_ROWS = 1000  # texts that have left a branch, from which on its index is made anew
 COMMON_SHARE, COMMON_FLOOR = 8, 200  # a word in an eighth of the texts, and in 200, is too common to discriminate
 MAX_QUERY_WORDS = 24  # the rarest would do; a pasted page must not become a thousand look-ups
@@ -6045,16 +6070,34 @@ LEXICAL_FLOOR = 8.0  # BM25 score that counts as a full match; a lower best one 
 SHORT_CHAT = 1.35  # the same as a multiple of the idf of a word that stands in one message
 
 
+def step_below(count: int) -> int:
+    """The largest number of a series that grows by a quarter, but no larger than `count`."""
+    step = following = 0
+    while following <= count:
+        step, following = following, max(following + 1, following * 5 // 4)
+    return step
+
+
+def sample(items: Sequence) -> list:
+    """NOISE_SAMPLE of some items, evenly spread; all where they are no more."""
+    places = np.linspace(0, len(items) - 1, min(len(items), NOISE_SAMPLE)).astype(np.int64)
+    return [items[i] for i in places.tolist()]
+
+
 def idf(texts: int, holding: int) -> float:
     """BM25's weight of a word that `holding` of the texts hold; a little above 0 for one that most hold."""
     return max(0.01, math.log((max(texts, holding) - holding + 0.5) / (holding + 0.5)))
 
 
-# What SQLite gives in one row costs one wait for other threads; row by row, each row costs one, and each query. The
-# limit keeps the scores in a query of their own, where FTS5 knows them.
-WORD_COUNT = "SELECT count(*) FROM (SELECT 1 FROM texts WHERE texts MATCH ? LIMIT ?)"
-WORD_SCORES = """SELECT group_concat(rowid), group_concat(score)
-                 FROM (SELECT rowid, -bm25(texts) AS score FROM texts WHERE texts MATCH ? LIMIT ?)"""
+# How many texts hold a word, one more than `most` at most; behind it, where they are no more, which, and the word's
+# score in each. What SQLite gives in one row costs one wait for other threads; row by row, each row costs one, and each
+# query. The inner limit keeps the scores in a query of their own, where FTS5 knows them.
+WORD_SCORES = """(SELECT held || coalesce(CASE WHEN held <= :most THEN (
+                      SELECT ';' || group_concat(rowid) || ';' || group_concat(score) FROM (
+                          SELECT rowid, -bm25(texts) AS score FROM texts WHERE texts MATCH :{word} LIMIT :most))
+                      END, '')
+                  FROM (SELECT count(*) AS held FROM (
+                      SELECT 1 FROM texts WHERE texts MATCH :{word} LIMIT :most + 1) LIMIT 1))"""
 
 
 @dataclass
@@ -6069,7 +6112,7 @@ class Evidence:
     sentence: np.ndarray  # float32 [n], of its best sentence; that of the message where it is but one
     terms: np.ndarray  # float32 [w, n]: BM25 by word
     rarity: np.ndarray  # float32 [w]: the words' BM25 idf; 0 for one that stands nowhere
-    akin: np.ndarray  # float32 [n]: see `MemoryIndex.said_otherwise`
+    akin: np.ndarray  # float32 [n]: see `MemoryIndex.said_otherwise`; zeros where the coherence is 1
     speakers: np.ndarray  # int [n]: indexes into `names`
     days: np.ndarray  # float64 [n]: when it was said, in days since 1970
     story_days: np.ndarray  # int [n]: on which day of the story, as it was told last; 0 before any is told
@@ -6096,7 +6139,7 @@ class Evidence:
 
     def coverage(self, reach: int = 0) -> np.ndarray:
         """The share, by rarity, of the query's words that those within `reach` places say, float32 [n], 0 to 1."""
-        said = running_max((self.terms > 0).astype(np.float32), reach)
+        said = running_max(self.terms > 0, reach).astype(np.float32)
         return self.rarity @ said / max(float(self.rarity.sum()), 1e-6)
 
 
@@ -6107,6 +6150,7 @@ class VectorTable:
         self._flat: Any = None
         self._rows = np.zeros(64, np.int64)  # by position; grows by doubling
         self.count = 0
+        self.vectors = np.zeros((0, 0), np.float32)  # FAISS's own memory, [count, dimensions]
 
     @property
     def size(self) -> int:
@@ -6129,20 +6173,8 @@ class VectorTable:
             self._rows = np.concatenate([self._rows, np.zeros(max(self.count, len(self._rows)), np.int64)])
         self._rows[first : self.count] = rows
         self._flat.add(np.ascontiguousarray(vectors, np.float32))
+        self.vectors = faiss.rev_swig_ptr(self._flat.get_xb(), self.count * self.size).reshape(self.count, self.size)
         return first
-
-    @property
-    def rows(self) -> np.ndarray:
-        """The row of each vector, int64 [count]."""
-        return self._rows[: self.count]
-
-    @property
-    def vectors(self) -> np.ndarray:
-        """FAISS's own memory, float32 [count, dimensions]."""
-        import faiss
-
-        flat = faiss.rev_swig_ptr(self._flat.get_xb(), self.count * self.size)
-        return flat.reshape(self.count, self.size)
 
     def best(self, query: np.ndarray | None, rows: int) -> np.ndarray:
         """Cosine of a query and the best vector of each of so many rows, float32 [rows]; -inf where a row has none."""
@@ -6167,9 +6199,13 @@ class Segment:
     topics: Sequence[str]  # its words with a topic, with spaces between them
 
 
-def segment_of(texts: Sequence[str], usual: str) -> Segment:
-    """What is known of texts in a chat that is in a language as a rule."""
-    spoken = [(text, language_of(clip(text), usual)) for text in texts]
+def segment_of(texts: Sequence[str], languages: Counter[str]) -> Segment:
+    """What is known of a chat's next texts. `languages` counts those of the texts before, and goes on: a text that does
+    not tell is in the language that most before it are in, whether the texts came one by one or all at once."""
+    spoken = []
+    for text in texts:
+        spoken.append((text, language_of(clip(text), usual_language(languages))))
+        languages[spoken[-1][1]] += 1
     return Segment(
         [language for _, language in spoken],
         [lexical_text(*pair) for pair in spoken],
@@ -6190,15 +6226,15 @@ def segments_of(
     goes on."""
     while start < len(nodes):
         some = nodes[start : start - start % SEGMENT + SEGMENT]
-        usual, start = usual_language(languages), start + len(some)
-        key = short_hash("segment", str(SEGMENT_RULES), usual, *(n.fingerprint for n in some))
+        start += len(some)
+        key = short_hash("segment", str(SEGMENT_RULES), str(dict(languages)), *(n.fingerprint for n in some))
         kept = store if len(some) == SEGMENT else None
         row = kept.derived(key) if kept else None
         messages = () if row else read([n.id for n in some])
-        segment = Segment(**row) if row else segment_of([m.content for m in messages], usual)
+        segment = Segment(**row) if row else segment_of([m.content for m in messages], languages)
         if kept and not row and all(m.fingerprint == n.fingerprint for m, n in zip(messages, some, strict=True)):
             kept.put_derived(key, vars(segment))  # no text is another one by now
-        languages.update(segment.languages)
+        languages.update(segment.languages if row else ())
         yield some, segment
 
 
@@ -6207,6 +6243,8 @@ def usual_language(languages: Counter[str]) -> str:
     return languages.most_common(1)[0][0] if languages else "en"
 
 
+# A MemoryIndex's measures of a branch that has not been looked at.
+UNMEASURED = -1, (USUAL_MEAN, USUAL_SPREAD, USUAL_COHERENCE)
 # A MemoryIndex's arrays with an item for each message of the branch.
 BRANCH_ARRAYS = ("_row_at", "_speaker_at", "_days", "_story_days", "_topic_counts", "_traits")
 
@@ -6242,15 +6280,17 @@ class MemoryIndex:
         self._substance: np.ndarray | None = None  # kept until the branch changes
         self._looked_up: tuple[tuple, tuple[np.ndarray, ...]] | None = None  # likewise, see `look_up`
         self.speakers: dict[str, str] = {}  # in lower case -> role
-        self._languages: Counter[str] = Counter()  # of the messages
+        self._spoken: list[str] = []  # the messages' languages
+        self._languages: Counter[str] = Counter()  # how many messages are in each
         self._dense, self._sentences = VectorTable(), VectorTable()
         self._positions: dict[str, int] = {}  # vector key -> position in the table of messages' vectors
         self._embedded: set[str] = set()  # texts that have all their vectors
         self._unembedded: dict[str, None] = {}  # texts on the branch that have not, in the branch's order
-        self._split: set[str] = set()  # texts whose sentences have vectors, or that are one sentence
+        # Texts whose sentences have vectors, or that are one sentence -> the places of those vectors in their table
+        self._split: dict[str, range] = {}
         self._unsplit: dict[str, None] = {}  # texts on the branch that are not, in the branch's order
-        self._noise = (0, 0.0, 1.0)  # vectors when it was measured, mean and standard deviation of cosines
-        self._coherence = (0, USUAL_COHERENCE)  # vectors when it was measured, and what it was
+        self._measured: tuple[int, tuple[float, float, float]] = UNMEASURED  # see `_measures`
+        self._awaited: set[str] = set()  # texts that had no vector then
 
     def follow(
         self, nodes: Sequence[Node], read: Callable[[list[str]], Sequence[Message]], store: ChatStore | None = None
@@ -6265,10 +6305,16 @@ class MemoryIndex:
         if kept == len(nodes) == len(self._nodes):
             return []
         gone, self._hashes = self._hashes[kept:], self._hashes[:kept]
+        self._languages -= Counter(self._spoken[kept:])
+        self._spoken = self._spoken[:kept]
+        if kept < self._measured[0]:
+            self._measured = UNMEASURED
         self._topics, self._substance = self._topics[: self._topic_counts[:kept].sum()], None
         self._looked_up = None
         for name in BRANCH_ARRAYS:
             setattr(self, name, getattr(self, name)[:kept])
+        # They are numbered as they first spoke.
+        self.speakers = dict(itertools.islice(self.speakers.items(), int(self._speaker_at.max(initial=-1)) + 1))
         fresh, self._nodes = nodes[kept:], self._nodes[:kept]
         self._take_off(gone)
         columns: list[tuple] = []
@@ -6303,9 +6349,10 @@ class MemoryIndex:
         self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
         self._chunks.update(zip(hashes, segment.chunks, strict=True))
         self._unembedded.update((h, None) for h in come if h not in self._embedded)
-        self._split.update(h for h, single in zip(hashes, segment.single, strict=True) if single)
+        self._split.update((h, range(0)) for h, single in zip(hashes, segment.single, strict=True) if single)
         self._unsplit.update((h, None) for h in come if h not in self._split)
         self._hashes.extend(hashes)
+        self._spoken.extend(segment.languages)
         self._uses.update(hashes)
         self._nodes.extend(nodes)
         for node in nodes:
@@ -6355,9 +6402,11 @@ class MemoryIndex:
             first = self._dense.add([self._rows[texts[k]] for k in fresh], np.stack([vectors[k] for k in fresh]))
             self._positions.update(zip(fresh, range(first, first + len(fresh)), strict=True))
             for text_hash in {texts[k] for k in fresh}:
-                if all(key in self._positions for key in self.keys_of([text_hash])):
+                if self._chunks[text_hash] == 1 or all(k in self._positions for k in self.keys_of([text_hash])):
                     self._embedded.add(text_hash)
                     self._unembedded.pop(text_hash, None)
+                    if text_hash in self._awaited:
+                        self._measured = UNMEASURED
 
     def add_sentences(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Adds the vectors of texts' sentences (float32 [sentences, dimensions]) by text hash, where they are of the
@@ -6366,9 +6415,10 @@ class MemoryIndex:
         fresh = {h: v for h, v in fresh.items() if v.ndim == 2 and v.shape[1] == self._dense.size}
         if fresh:
             rows = [self._rows[h] for h, v in fresh.items() for _ in v]
-            self._sentences.add(rows, np.concatenate(list(fresh.values())))
-            self._split.update(fresh)
-            for text_hash in fresh:
+            # As the store keeps them, so that a chat that is opened anew finds the same.
+            place = self._sentences.add(rows, np.concatenate(list(fresh.values())).astype(np.float16))
+            for text_hash, some in fresh.items():
+                self._split[text_hash] = range(place, place := place + len(some))
                 self._unsplit.pop(text_hash, None)
 
     @property
@@ -6412,8 +6462,8 @@ class MemoryIndex:
     def sentence_vectors(self, text_hash: str) -> np.ndarray:
         """The vectors of a text's sentences, float32 [sentences, dimensions]; its own where it is but one sentence, or
         where they are not there yet."""
-        mine = np.flatnonzero(self._sentences.rows == self._rows.get(text_hash))
-        return self._sentences.vectors[mine] if len(mine) else self.vectors([text_hash])
+        mine = self._split.get(text_hash)
+        return self._sentences.vectors[mine.start : mine.stop].copy() if mine else self.vectors([text_hash])
 
     def chunk_cosines(self, text_hash: str, query: np.ndarray | None) -> np.ndarray:
         """Cosine of the query and each chunk of a text, float32 [chunks]; 0 for one that has no vector."""
@@ -6426,14 +6476,14 @@ class MemoryIndex:
     ) -> Evidence:  # fmt: skip
         """What speaks for each of the branch's first `count` messages (all where None). `word_vectors` are those of
         `Embedder`."""
-        rows, n = self._row_at[:count], len(self._row_at[:count])
+        n = len(self._row_at[:count])
         terms, rarity, akin = self.look_up(words, word_vectors)
         akin = akin[:n] if vector is not None else np.zeros(n, np.float32)
         message, sentence = self._cosines(vector)
         traits = dict(zip(TRAITS, self._traits[:n].T, strict=True))
         traits["substance"] = self.substance()[:n]
         return Evidence(
-            message[rows], sentence[rows], terms[:, :n], rarity, akin, self._speaker_at[:n], self._days[:n],
+            message[:n], sentence[:n], terms[:, :n], rarity, akin, self._speaker_at[:n], self._days[:n],
             np.where(self._story_days[:n], self._story_days[:n], np.maximum.accumulate(self._story_days[:n])), traits,
             list(self.speakers), self.coherence(),
         )  # fmt: skip
@@ -6444,6 +6494,8 @@ class MemoryIndex:
         """BM25 of each word in each message of the branch, float32 [words, n], and the words' rarity, float32 [words],
         one row of zeros where there are no words; and `said_otherwise`, float32 [n]. What was looked up last is kept
         until the branch changes, so that a turn can ask while its vectors are made."""
+        if self.coherence() == 1:  # as in chats of friends: `words_akin` counts for nothing then
+            word_vectors = None
         asked = (tuple(words), word_vectors)
         if self._looked_up is None or self._looked_up[0] != asked:
             self.substance()
@@ -6451,23 +6503,20 @@ class MemoryIndex:
             rarity, weights = np.zeros(len(terms), np.float32), np.ones(len(terms), np.float32)
             texts = len(self._uses)
             most = max(COMMON_FLOOR, texts // COMMON_SHARE)
-            counts = [count for (count,) in self._of_each(WORD_COUNT, words, [most + 1] * len(words))]
-            rare = [i for i, count in enumerate(counts) if 0 < count <= most]
-            weights[: len(words)] = [idf(texts, count) for count in counts]
-            rarity[rare] = weights[rare]
-            found = self._of_each(WORD_SCORES, [words[i] for i in rare], [counts[i] for i in rare])
-            for i, (where, scores) in zip(rare, found, strict=True):
-                terms[i, np.array(where.split(","), np.int64)] = np.array(scores.split(","), np.float32)
+            sql = ", ".join(WORD_SCORES.format(word=f"word{i}") for i in range(len(words)))
+            values = {f"word{i}": f'"{word}"' for i, word in enumerate(words)} | {"most": most}
+            for i, row in enumerate(self._words.execute(f"SELECT {sql}", values).fetchone() if words else ()):
+                count, *found = row.split(";")
+                weights[i] = idf(texts, int(count))
+                if found:
+                    rarity[i] = weights[i]
+                    where, scores = (some.split(",") for some in found)
+                    terms[i, np.array(where, np.int64)] = np.array(scores, np.float32)
             terms, akin = terms[:, self._row_at], np.zeros(len(self._row_at), np.float32)
             if word_vectors and words and len(self._topics):
                 akin = self.said_otherwise(words, weights, terms > 0, word_vectors)
             self._looked_up = asked, (terms, rarity, akin)
         return self._looked_up[1]
-
-    def _of_each(self, sql: str, words: Sequence[str], limits: Sequence[int]) -> list[tuple]:
-        """The row that a query about a word and a limit gives for each word."""
-        values = [value for word, limit in zip(words, limits, strict=True) for value in (f'"{word}"', limit)]
-        return self._words.execute(" UNION ALL ".join([sql] * len(words)), values).fetchall() if words else []
 
     def said_otherwise(
         self, words: Sequence[str], weights: np.ndarray, said: np.ndarray,
@@ -6513,33 +6562,9 @@ class MemoryIndex:
             self._substance = np.minimum(1, sums / min(max(enough, 1.0), MOST_NEEDED)).astype(np.float32)
         return self._substance
 
-    def coherence(self) -> float:
-        """Whether neighbouring messages are about the same: how much nearer to each other they are than any messages
-        of the same two speakers, in units of noise, 0 to 1. Measured again as the chat grows."""
-        measured, value = self._coherence
-        if self._dense.count > 1.25 * measured:
-            _, spread = self.noise()
-            pairs = np.flatnonzero(self._speaker_at[1:] != self._speaker_at[:-1])
-            pairs = (
-                pairs[np.linspace(0, len(pairs) - 1, min(len(pairs), NOISE_SAMPLE)).astype(np.int64)]
-                if len(pairs)
-                else pairs
-            )
-            first, second = (self.vectors([self._hashes[i + step] for i in pairs.tolist()]) for step in (0, 1))
-            near = first @ second.T
-            speakers = self._speaker_at[pairs]
-            others = (speakers[:, None] == speakers) & (np.abs(pairs[:, None] - pairs) > FEW_NEIGHBOURS)
-            known = first.any(axis=1) & second.any(axis=1) if first.size else np.zeros(len(pairs), bool)
-            others &= known & known[:, None]
-            gain = (near.diagonal()[known] - near[others].mean()) / spread if others.any() else np.zeros(0)
-            value = (gain.sum() + FEW_NEIGHBOURS * USUAL_COHERENCE) / (len(gain) + FEW_NEIGHBOURS)
-            self._coherence = (self._dense.count, float(min(1.0, max(0.0, value))))
-        return self._coherence[1]
-
     def _cosines(self, query: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """How near each row is to a query, and each row's best sentence, float32 [rows], see Evidence."""
-        whole = self._dense.best(query, len(self._rows))
-        parts = self._sentences.best(query, len(self._rows))
+        """How near each message is to a query, and its best sentence, float32 [n], see Evidence."""
+        whole, parts = (table.best(query, len(self._rows))[self._row_at] for table in (self._dense, self._sentences))
         mean, spread = self.noise()
         known = whole[np.isfinite(whole)]
         # While vectors are made, a few that happen to be there say little of the others.
@@ -6549,21 +6574,47 @@ class MemoryIndex:
         return whole, np.where(np.isfinite(parts), (parts - mean) / spread, whole).astype(np.float32)
 
     def noise(self) -> tuple[float, float]:
-        """Mean and standard deviation of the cosines of two messages of this chat, measured again as it grows.
+        """Mean and standard deviation of the cosines of two messages of this chat."""
+        return self._measures()[:2]
 
-        A sample of NOISE_SAMPLE vectors is enough, and costs a millisecond.
+    def coherence(self) -> float:
+        """Whether neighbouring messages are about the same: how much nearer to each other they are than any messages
+        of the same two speakers, in units of noise, 0 to 1."""
+        return self._measures()[2]
+
+    def _measures(self) -> tuple[float, float, float]:
+        """`noise` and `coherence`, measured again when the branch has grown by a quarter, which takes two milliseconds.
+
+        They are those of the branch's first messages, up to a `step_below` of how many have vectors: so they depend on
+        the branch alone, and the same one recalls the same memories however it came about.
         """
-        measured, mean, spread = self._noise
-        count = self._dense.count
-        if count > 1.25 * measured:
-            some = self._dense.vectors[np.linspace(0, count - 1, min(count, NOISE_SAMPLE)).astype(np.int64)]
-            cosines = (some @ some.T)[np.triu_indices(len(some), 1)]
-            cosines = np.concatenate([cosines, np.full(FEW_PAIRS, cosines.mean() if len(cosines) else USUAL_MEAN)])
-            # In a chat that has just begun: as if FEW_PAIRS more pairs had the usual spread.
-            variance = (cosines.var() * len(cosines) + FEW_PAIRS * USUAL_SPREAD**2) / len(cosines)
-            mean, spread = float(cosines.mean()), float(np.sqrt(variance))
-            self._noise = (count, mean, max(spread, 1e-3))
-        return self._noise[1:]
+        count = step_below(len(self._hashes) - len(self._unembedded))
+        if self._measured[0] != count:
+            self._awaited = self._unembedded.keys() & self._hashes[:count]
+            mean, spread = self._noise_among(count)
+            self._measured = count, (mean, spread, self._coherence_among(count, spread))
+        return self._measured[1]
+
+    def _noise_among(self, count: int) -> tuple[float, float]:
+        """`noise` of the first messages, by a sample of NOISE_SAMPLE of their texts."""
+        some = self.vectors(sample([h for h in dict.fromkeys(self._hashes[:count]) if h in self._embedded]))
+        cosines = (some @ some.T)[np.triu_indices(len(some), 1)]
+        cosines = np.concatenate([cosines, np.full(FEW_PAIRS, cosines.mean() if len(cosines) else USUAL_MEAN)])
+        # In a chat that has just begun: as if FEW_PAIRS more pairs had the usual spread.
+        variance = (cosines.var() * len(cosines) + FEW_PAIRS * USUAL_SPREAD**2) / len(cosines)
+        return float(cosines.mean()), max(float(np.sqrt(variance)), 1e-3)
+
+    def _coherence_among(self, count: int, spread: float) -> float:
+        """`coherence` of the first messages, by a sample of NOISE_SAMPLE pairs of neighbours."""
+        codes, hashes = self._speaker_at[:count], self._hashes
+        apart = np.flatnonzero(codes[1:] != codes[:-1]).tolist()
+        pairs = np.array(sample([i for i in apart if self._embedded.issuperset(hashes[i : i + 2])]), np.int64)
+        first, second = (self.vectors([hashes[i + step] for i in pairs.tolist()]) for step in (0, 1))
+        near, speakers = first @ second.T, codes[pairs]
+        others = (speakers[:, None] == speakers) & (np.abs(pairs[:, None] - pairs) > FEW_NEIGHBOURS)
+        gain = (near.diagonal() - near[others].mean()) / spread if others.any() else np.zeros(0)
+        value = (gain.sum() + FEW_NEIGHBOURS * USUAL_COHERENCE) / (len(gain) + FEW_NEIGHBOURS)
+        return float(min(1.0, max(0.0, value)))
 
 
 # ======================================================================================================================
@@ -6628,7 +6679,6 @@ class Chat:
         self.recalls = False  # whether its last turn looked for memories
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
-        self.vectors_due = False  # whether it has a job that takes them
         self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -6693,9 +6743,9 @@ class Chat:
             self.index.add_sentences(self.store.sentence_vectors(embedder.key, some))
         return self.index
 
-    def keep_segments(self, stop: Callable[[], bool]) -> None:
-        """Has the store keep what an index knows of the current branch's texts, so that the chat is soon opened; lets
-        go of the lock after each few."""
+    def keep_derived(self, stop: Callable[[], bool]) -> None:
+        """Has the store keep the tree, and what an index knows of the current branch's texts, so that the chat is soon
+        opened; lets go of the lock after each few."""
         with self.lock:
             pieces = segments_of(self.tree.branch(self.store.head), 0, Counter(), self.store.read, self.store)
         left = True
@@ -6703,6 +6753,7 @@ class Chat:
             with self.lock:
                 left = next(pieces, None)
         with self.lock:
+            self.store.keep_tree()
             self.store.commit()
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
@@ -7004,13 +7055,16 @@ class ChatRegistry:
                 raise ChatClosed("the program is stopping")
             lending = self._lent.get(folder.name)
             opens = lending is None or lending.outdated
-            store = lending.chat.result().store if lending and opens else None
+            outdated = lending if opens else None
+            store = outdated.chat.result().store if outdated else None
             if store and store.damaged and not store.was_replaced():
                 self._troubles[folder.name] = StoreDamaged("This chat's file is damaged.")
             if opens:
                 lending = self._lent[folder.name] = Lending()
             lending.borrowers += 1
             self._lent.move_to_end(folder.name)
+        if outdated and not outdated.borrowers:  # else the last of them closes it
+            outdated.close()
         if opens:
             try:
                 lending.chat.set_result(self._opened(folder, make))
@@ -12144,6 +12198,7 @@ def injection(chat_id: str, texts: Sequence[tuple[str, str, int, int]] = ()) -> 
 
 MOST_PERSONA_VECTORS = 4000  # in RAM, a chat
 MOOD_SPAN = 200  # user messages that a mood is followed over
+MOST_UNKEPT = 25  # of their readings, which the first turn after the chat's next opening makes anew
 
 
 # -------------------------------------------------------------------------------------------------------------- vectors
@@ -12169,6 +12224,7 @@ class Vectors:
     def __init__(self, embedder: Embedder, registry: ChatRegistry, background: Background):
         self.embedder, self._registry, self._background = embedder, registry, background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectors")
+        self._due: set[str] = set()  # chats that have a job waiting
         self._held: set[str] = set()  # chats whose vectors wait until the background goes on
         self._closed = False
         self._missed = 0  # jobs that were left undone since the embedder last worked
@@ -12178,9 +12234,10 @@ class Vectors:
         by one job a chat."""
         with chat.lock:
             chat.awaiting_vectors.update(ids)
-            due, chat.vectors_due = chat.vectors_due, bool(chat.awaiting_vectors or chat.unstored)
-        if chat.vectors_due and not due:
-            self._submit(self._embed_awaiting, chat.id)
+            if not (chat.awaiting_vectors or chat.unstored) or chat.id in self._due:
+                return
+            self._due.add(chat.id)
+        self._submit(self._embed_awaiting, chat.id)
 
     def _submit(self, work: Callable, *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the program ends; the next turn of the chat asks again
@@ -12213,11 +12270,12 @@ class Vectors:
             log_event("vectors_failed", words, level=logging.WARNING, times=self._missed)
 
     def _embed_awaiting(self, chat_id: str) -> None:
+        self._due.discard(chat_id)  # before it takes them: what comes now has a job of its own
         with self._registry.lookup(chat_id) as chat:
             if chat is None:
                 return
             with chat.lock:
-                made, chat.unstored, chat.vectors_due = chat.unstored, {}, False
+                made, chat.unstored = chat.unstored, {}
                 if made:
                     chat.store.put_vectors(self.embedder.key, made)
                 # A chat that was closed meanwhile has forgotten which: then its branch.
@@ -12232,7 +12290,7 @@ class Vectors:
 
             if len(ids) >= SEGMENT:  # an import, or a long chat that is shown for the first time
                 with contextlib.suppress(StoreError):  # it is but faster so
-                    chat.keep_segments(stop)
+                    chat.keep_derived(stop)
             self.embed(chat, ids, stop)
             if len(ids) >= SEGMENT:
                 give_memory_back()
@@ -12379,6 +12437,7 @@ class Vectors:
 
     def of_query(self, text: str, timeout: float) -> np.ndarray | None:
         """The vector of a text, float32 [dimensions]; None where the embedder cannot read it or is late."""
+        self.embedder.start()
         with contextlib.suppress(EmbedderUnavailable):
             if self.embedder.reads(text):
                 return self.embedder.encode([], timeout=timeout, queries=[text])[0]
@@ -12506,6 +12565,7 @@ class Feelings:
         self._settings, self._vectors, self._registry = settings, vectors, registry
         self._model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
         self._by_vector = self._model is None and vectors.embedder.name in BUNDLED_EMBEDDERS
+        self._kept_under = short_hash("feelings", vectors.embedder.name, EMOTION_WEIGHTS)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feelings")
         self._closed = False
 
@@ -12569,10 +12629,21 @@ class Feelings:
             rows = zip((m.fingerprint for m in messages), readings, strict=True)
             chat.store.put_readings(self._model.name, dict(rows))
 
+    def _take_kept(self, chat: Chat, nodes: Sequence[Node]) -> bool:
+        """Takes the readings that were kept when the chat was open before; returns whether too few of these were."""
+        if sum(n.fingerprint not in chat.readings for n in nodes) > MOST_UNKEPT:
+            for text_hash, scores in (chat.store.derived(self._kept_under) or {}).items():
+                chat.readings[text_hash] = reading_of(scores)
+        return sum(n.fingerprint not in chat.readings for n in nodes) > MOST_UNKEPT
+
     def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
         """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
         users = list(itertools.islice((n for n in reversed(nodes) if n.role == "user"), MOOD_SPAN))[::-1]
+        renew = not self._model and self._take_kept(chat, users)
         readings = self.read(chat, users)
+        hashes = [n.fingerprint for n in users]
+        if renew and all(h in chat.readings for h in hashes):
+            chat.store.put_derived(self._kept_under, {h: list(chat.readings[h].scores.values()) for h in hashes})
         return mood_of([(n.depth, r) for n, r in zip(users, readings, strict=True)])
 
     def guidance(self, turn: TurnContext, mood: Mood | None) -> str:
@@ -13088,7 +13159,7 @@ class Archive:
         pairs = zip(copy.messages, ours, strict=True)
         changed = {a.digest for a, b in pairs if (a.content, a.forgotten) != (b.content, b.forgotten)}
         fresh = [s for s in copy.summaries if s.id not in store.summaries]
-        outdated = {s.id for s in fresh if s.source != "user" and not changed.isdisjoint(s.texts)}
+        outdated = {s.id for s in summaries_of(fresh, changed)}
         summaries = [replace(s, stale=True) if s.id in outdated else s for s in fresh]
         facts = [f for f in copy.facts if f.id not in store.facts]
         if summaries or facts or any(store.info.get(k) != v for k, v in info.items()):
@@ -13567,7 +13638,7 @@ class Recaller:
                 memories = with_newest_first(memories, index, query, vector)
             memories, _ = self._reranked(query, memories, SEARCH_SECONDS if wait else RECALL_SECONDS)
             with chat.lock:
-                duplicates = duplicates_among(chat.index, memories)
+                duplicates = alike([m.message.content for m in memories], vectors_of(chat.index, memories))
         if not tokens:
             return memories[:k]
         best = max((m.score for m in memories), default=0.0)
@@ -13639,7 +13710,7 @@ class Recaller:
                 found = [i for i in found if not nodes[i].forgotten][:MOST_MEMORIES]
                 memories = self._memories(chat, nodes, scores, found, read_emotion(text))
                 memories = [replace(in_part(m, index, query, evidence, vector), chat=chat_id) for m in memories]
-                return list(zip(memories, index.vectors([m.message.fingerprint for m in memories]), strict=True))
+                return list(zip(memories, vectors_of(index, memories), strict=True))
         return []
 
     def character(self, name: str) -> dict:
@@ -13707,15 +13778,20 @@ def alike(texts: Sequence[str], vectors: np.ndarray | Sequence[np.ndarray]) -> C
     """Tells of two texts, by their positions, whether they are near-duplicates. Vectors are compared only if they cover
     the whole text (zeros: none)."""
     every = np.stack(vectors) if len(texts) else np.zeros((0, 0), np.float32)
-    whole = [len(text) <= CHUNK and has for text, has in zip(texts, every.any(axis=1).tolist(), strict=True)]
-    cosines = every @ every.T
-    return lambda a, b: is_duplicate(texts[a], texts[b], float(cosines[a, b]) if whole[a] and whole[b] else None)
+    whole = every.any(axis=1) & np.array([len(text) <= CHUNK for text in texts], bool)
+    compared, cosines = whole[:, None] & whole, every @ every.T
+    maybe = (~compared | (cosines > NEAR_DUPLICATE)).tolist()  # a turn asks of a thousand pairs, and few are near
+
+    def same(a: int, b: int) -> bool:
+        """Whether the two texts at those positions are near-duplicates."""
+        return maybe[a][b] and is_duplicate(texts[a], texts[b], float(cosines[a, b]) if compared[a, b] else None)
+
+    return same
 
 
-def duplicates_among(index: MemoryIndex, memories: Sequence[Memory]) -> Callable[[int, int], bool]:
-    """Tells of two of those memories, by their positions, whether they are near-duplicates."""
-    texts, vectors = [m.message.content for m in memories], index.vectors([m.message.fingerprint for m in memories])
-    return alike(texts, vectors)
+def vectors_of(index: MemoryIndex, memories: Sequence[Memory]) -> np.ndarray:
+    """The vectors of memories' messages, float32 [len(memories), dimensions]; zeros where none is."""
+    return index.vectors([m.message.fingerprint for m in memories])
 
 
 def select_memories(
@@ -13724,15 +13800,17 @@ def select_memories(
     """Of candidates, best first, the memories that fit into `room` tokens, are worth their `price` a token, and repeat
     neither each other nor what the history shows; and what is left out, with the reason. Of one that is longer than
     `room` the sentence that says most of the query's `words` is taken."""
-    shown = shown_duplicates(turn.chat, turn.visible, memories)
+    vectors = vectors_of(turn.chat.index, memories)
+    shown = shown_duplicates(turn.chat, turn.visible, memories, vectors)
     left_out = [(memories[i], f"says the same as #{n.depth + 1}, which the prompt shows") for i, n in shown.items()]
     fresh = [m for i, m in enumerate(memories) if i not in shown]
+    duplicates = alike([m.message.content for m in fresh], np.delete(vectors, list(shown), axis=0))
     likely, costs = [relevance_probability(m.score, fresh[0].score) for m in fresh], list(map(memory_cost, fresh))
     most = room - memory_frame_tokens(turn.layout.words)
     for i in [i for i, cost in enumerate(costs) if cost > most]:  # in a small context, a long message would never fit
         fresh[i] = narrowed(fresh[i], words, most)
         costs[i] = memory_cost(fresh[i])
-    chosen, left = choose(likely, costs, duplicates_among(turn.chat.index, fresh), most, price)
+    chosen, left = choose(likely, costs, duplicates, most, price)
     kept, over = fitting([fresh[i] for i in chosen], room, turn.layout.words)
     left_out += [(m, NO_ROOM) for m in over]
     for i, same in left.items():
@@ -13741,10 +13819,11 @@ def select_memories(
     return kept, [left_out_row(m, reason) for m, reason in left_out[:LEFT_OUT]]
 
 
-def shown_duplicates(chat: Chat, visible: Sequence[Node], memories: Sequence[Memory]) -> dict[int, Node]:
-    """The positions of the memories whose near-duplicate the history shows, with that."""
-    near = chat.index.vectors([m.message.fingerprint for m in memories])
-    near = near @ chat.index.vectors([n.fingerprint for n in visible]).T
+def shown_duplicates(
+    chat: Chat, visible: Sequence[Node], memories: Sequence[Memory], vectors: np.ndarray
+) -> dict[int, Node]:
+    """The positions of the memories, whose `vectors` are given, whose near-duplicate the history shows, with that."""
+    near = vectors @ chat.index.vectors([n.fingerprint for n in visible]).T
     found = {}
     for i in np.flatnonzero(near.max(axis=1, initial=0.0) > NEAR_DUPLICATE).tolist():
         node, text = visible[int(near[i].argmax())], memories[i].message.content
@@ -20701,6 +20780,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.umask(0o077)  # whatever is written from now on is for the user's own eyes
         mark = note_use(Path(settings.data))
         sys.setswitchinterval(SWITCH_SECONDS)
+        gc.freeze()  # what the imports have made stays: opening a long chat would have it looked through
         server = create_server(settings, START_DELAY)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)

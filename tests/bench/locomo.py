@@ -40,6 +40,7 @@ from prefix import (
 BLOCK = re.compile(r"\[Earlier in this chat.*?\[End of memories\]", re.DOTALL)
 PLACE = r"(?:#\d+(?:-\d+)?|\d{4}-\d\d-\d\d) "  # an excerpt's numbers in the chat, or its date
 MEMORY = re.compile(rf"^(?:{PLACE})?[^:\n\[]*: (.*(?:\n  .*)*)", re.MULTILINE)
+LATER = re.compile(r" \(changed later\)$", re.MULTILINE)  # our mark at an excerpt, no words of the chat
 ANSWER = "Let me think about that for a moment."
 
 
@@ -59,7 +60,7 @@ def memory_block(prompt: list[dict]) -> str:
 
 def memories(block: str) -> list[str]:
     """The texts of a block's memories."""
-    return [plain(text) for text in MEMORY.findall(block)]
+    return [plain(text) for text in MEMORY.findall(LATER.sub("", block))]
 
 
 def evidence_share(texts: list[str], prompt: list[dict]) -> float:
@@ -247,7 +248,7 @@ def run_way(label: str, window: int | None, conversations: list[Conversation], a
     with (
         tempfile.TemporaryDirectory() as data,
         Upstream() as upstream,
-        Server(data, upstream.url, "--context", args.context) as server,
+        Server(data, upstream.url, "--context", args.context, *["--lean"] * args.lean) as server,
     ):
         server.wait_ready()
         for conversation in conversations:
@@ -266,6 +267,7 @@ def main():
     parser.add_argument("--questions", type=int, default=20)
     parser.add_argument("--window", default="both", help="messages that the client shows: a number, `full`, or `both`")
     parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--lean", action="store_true", help="start the program with --lean")
     parser.add_argument("--names", action="store_true", help="send the speakers' names with the messages")
     args = parser.parse_args()
     recorded = json.loads(args.data.read_text("utf-8"))["conversations"][: args.conversations]
@@ -280,6 +282,7 @@ def main():
                 "context": args.context,
                 "questions": args.questions,
                 "names": args.names,
+                "lean": args.lean,
                 "ways": ways,
             }
         )
