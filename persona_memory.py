@@ -17564,10 +17564,11 @@ async function whySaid(row, before) {
     const { prompts } = await call(`${chatPath(identity().id)}/prompts?limit=${REPORTS}`);
     const report = prompts.find(({ tip }) => tip === before?.id || tip === row.id);
     if (!report) return [t`Nothing is kept of what went into the prompt of this reply.`];
-    const { history, summaries, facts, recalled: { length: memories } } = report;
+    const { history, summaries, facts, nothing, recalled: { length: memories } } = report;
     const lines = memoryLines(await withWords(report.recalled, identity().id));
     return [
         t`The prompt held ${history} messages, ${summaries} summaries, ${facts} facts and ${memories} memories.`,
+        element('div', { textContent: memories ? '' : whyNone(nothing) }),
         element('ol', { className: `${NAME}_recalled` }, ...lines),
     ];
 }
@@ -17925,13 +17926,17 @@ function showRecalled(memories, emotion, { summaries = 0, nothing = '' } = {}) {
     if (!memories) return;
     const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= MIN_CONFIDENCE;
     const mood = sure ? `${t([emotion.label])} (${Math.round(100 * emotion.confidence)} %)` : t`unclear`;
-    const none = nothing === ALL_SHOWN ? t`Nothing was recalled: everything is still in the prompt.`
-        : t`Nothing was recalled. The memory page says why, under Prompts.`;
-    const recalled = memories.length ? t`Recalled:` : none;
+    const recalled = memories.length ? t`Recalled:` : whyNone(nothing);
     parts.mood.textContent = `${t`Your mood: ${mood}.`} ${recalled}`;
     parts.recalled.replaceChildren(...memoryLines(memories));
     const others = toldTwice(memories, summaries).join(', ');
     parts.twice.textContent = others && t`${others} tells the model the same. Switch one of the two off.`;
+}
+
+/** Why nothing was recalled, by the server's words. */
+function whyNone(nothing) {
+    return nothing === ALL_SHOWN ? t`Nothing was recalled: everything is still in the prompt.`
+        : t`Nothing was recalled. The memory page says why, under Prompts.`;
 }
 
 /** The names of the stock extensions that put into the prompt what we put into it too. */
