@@ -161,8 +161,8 @@ except ImportError as missing:
     )
     if sys.prefix == sys.base_prefix:
         ADVICE += (
-            "\nIf pip refuses, make a virtual environment first: python3 -m venv venv, then . venv/bin/activate "
-            "(Windows: python -m venv venv, then venv\\Scripts\\activate), then: pip install -r requirements.txt"
+            "\nIf pip refuses, make a virtual environment first: python3 -m venv venv. Go into it, also if it is there "
+            "already: . venv/bin/activate (Windows: venv\\Scripts\\activate). Then: pip install -r requirements.txt"
         )
     ADVICE += "\nThen --help shows its options, which README.md lists too."
     raise (SystemExit(ADVICE) if __name__ == "__main__" else ImportError(ADVICE)) from missing
