@@ -11060,7 +11060,7 @@ class GeminiUpstream:
             return SocksMissing()
         while error.__cause__ or error.__context__:  # the innermost says it in words for people
             error = error.__cause__ or error.__context__
-        return UpstreamUnavailable(f"Gemini at {shown_url(self.url)} cannot be reached: {error}.")
+        return UpstreamUnavailable(f"Gemini at {shown_url(self.url)} cannot be reached: {str(error).rstrip('.')}.")
 
     def complete(self, body: Mapping, call: Call) -> dict:
         """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
@@ -11761,7 +11761,7 @@ class LocalUpstream:
             gguf = self._gguf or fetch_local_model(self._folder)
             self._process, address = start_llama(gguf, self.model, self._context, key)
         except Exception as error:  # no wheel for this machine, no network, no memory: all end in the same advice
-            words = f"The model {self.model} cannot be used: {error}. {self._advice}"
+            words = f"The model {self.model} cannot be used: {str(error).rstrip('.')}. {self._advice}"
             log_event("model_failed", words, level=logging.ERROR, model=self.model)
             self._ready.set_exception(UpstreamUnavailable(words))
             return
