@@ -161,8 +161,8 @@ except ImportError as missing:
     )
     if sys.prefix == sys.base_prefix:
         ADVICE += (
-            "\nIf pip refuses, make a virtual environment first: python3 -m venv venv, then . venv/bin/activate "
-            "(Windows: python -m venv venv, then venv\\Scripts\\activate), then: pip install -r requirements.txt"
+            "\nIf pip refuses, make a virtual environment first: python3 -m venv venv. Go into it, also if it is there "
+            "already: . venv/bin/activate (Windows: venv\\Scripts\\activate). Then: pip install -r requirements.txt"
         )
     ADVICE += "\nThen --help shows its options, which README.md lists too."
     raise (SystemExit(ADVICE) if __name__ == "__main__" else ImportError(ADVICE)) from missing
@@ -11020,7 +11020,7 @@ class GeminiUpstream:
             return SocksMissing()
         while error.__cause__ or error.__context__:  # the innermost says it in words for people
             error = error.__cause__ or error.__context__
-        return UpstreamUnavailable(f"Gemini at {shown_url(self.url)} cannot be reached: {error}.")
+        return UpstreamUnavailable(f"Gemini at {shown_url(self.url)} cannot be reached: {str(error).rstrip('.')}.")
 
     def complete(self, body: Mapping, call: Call) -> dict:
         """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
@@ -11721,7 +11721,7 @@ class LocalUpstream:
             gguf = self._gguf or fetch_local_model(self._folder)
             self._process, address = start_llama(gguf, self.model, self._context, key)
         except Exception as error:  # no wheel for this machine, no network, no memory: all end in the same advice
-            words = f"The model {self.model} cannot be used: {error}. {self._advice}"
+            words = f"The model {self.model} cannot be used: {str(error).rstrip('.')}. {self._advice}"
             log_event("model_failed", words, level=logging.ERROR, model=self.model)
             self._ready.set_exception(UpstreamUnavailable(words))
             return
@@ -17533,10 +17533,11 @@ async function whySaid(row, before) {
     const { prompts } = await call(`${chatPath(identity().id)}/prompts?limit=${REPORTS}`);
     const report = prompts.find(({ tip }) => tip === before?.id || tip === row.id);
     if (!report) return [t`Nothing is kept of what went into the prompt of this reply.`];
-    const { history, summaries, facts, recalled: { length: memories } } = report;
+    const { history, summaries, facts, nothing, recalled: { length: memories } } = report;
     const lines = memoryLines(await withWords(report.recalled, identity().id));
     return [
         t`The prompt held ${history} messages, ${summaries} summaries, ${facts} facts and ${memories} memories.`,
+        element('div', { textContent: memories ? '' : whyNone(nothing) }),
         element('ol', { className: `${NAME}_recalled` }, ...lines),
     ];
 }
@@ -17894,13 +17895,17 @@ function showRecalled(memories, emotion, { summaries = 0, nothing = '' } = {}) {
     if (!memories) return;
     const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= MIN_CONFIDENCE;
     const mood = sure ? `${t([emotion.label])} (${Math.round(100 * emotion.confidence)} %)` : t`unclear`;
-    const none = nothing === ALL_SHOWN ? t`Nothing was recalled: everything is still in the prompt.`
-        : t`Nothing was recalled. The memory page says why, under Prompts.`;
-    const recalled = memories.length ? t`Recalled:` : none;
+    const recalled = memories.length ? t`Recalled:` : whyNone(nothing);
     parts.mood.textContent = `${t`Your mood: ${mood}.`} ${recalled}`;
     parts.recalled.replaceChildren(...memoryLines(memories));
     const others = toldTwice(memories, summaries).join(', ');
     parts.twice.textContent = others && t`${others} tells the model the same. Switch one of the two off.`;
+}
+
+/** Why nothing was recalled, by the server's words. */
+function whyNone(nothing) {
+    return nothing === ALL_SHOWN ? t`Nothing was recalled: everything is still in the prompt.`
+        : t`Nothing was recalled. The memory page says why, under Prompts.`;
 }
 
 /** The names of the stock extensions that put into the prompt what we put into it too. */
@@ -19676,9 +19681,10 @@ def check_origin() -> None:
     headers, endpoint = flask.request.headers, (flask.request.endpoint or "").rpartition(".")[2]
     origin = headers.get("Origin")
     if origin and not allowed_origin(origin):
-        raise ForeignOrigin(
-            f"Pages of {origin} may not use this server. To allow them, start it with --allow-origin {origin}."
-        )
+        advice = f"To allow them, start it with --allow-origin {origin}."
+        if origin == "null":  # of which every web site can make pages, too (HTML standard, "sandboxed origin")
+            advice = "Such a page was opened as a file, or has no address: open it at http://localhost instead."
+        raise ForeignOrigin(f"Pages of {origin} may not use this server. {advice}")
     followed = headers.get("Sec-Fetch-Mode") == "navigate" and endpoint in LINKED
     if not origin and not followed and headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
         raise ForeignOrigin("Other web sites may not embed the answers of this server.")
