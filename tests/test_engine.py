@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from chats import chat as messages_of
 from chats import open_chat
 from fakes import LocalServer, say, settings, wait_until
 
@@ -347,24 +348,74 @@ def test_a_message_is_looked_up_on_disk_once_where_the_embedder_has_failed(memor
         assert len(chat.index.unembedded) == len(LONG)
 
 
+def test_vectors_that_a_disk_has_kept_waiting_are_made_when_it_is_back(memory):
+    """A folder that is away for a moment, as one on a network drive may be: the chat's next turn has them made."""
+    messages = messages_of(("Mira", "Good evening."), ("Robin", "I brought the key."))
+    finish = memory.vectors._thread.submit
+    memory.registry.create("c", explicit=True)
+    with memory.registry.borrow("c") as chat:
+        chat.store.commit(messages, {"head": messages[-1].id})
+    away = chat.store.directory.rename(chat.store.directory.with_name("away"))
+    memory.vectors.later(chat, [m.id for m in messages])
+    finish(int).result()
+    away.rename(chat.store.directory)
+    memory.vectors.later(chat, [])
+    finish(int).result()
+    assert len(chat.store.vectors(memory.embedder.key, [m.fingerprint for m in messages])) == 2
+
+
+def test_a_mood_is_not_read_anew_when_its_chat_is_opened_again(memory, monkeypatch):
+    """Two hundred messages would be, in the first turn. The next program finds their readings, and the same mood."""
+
+    def mood(engine) -> pm.Mood:
+        with engine.registry.borrow("c") as chat, chat.lock:
+            found = engine.feelings.mood(chat, chat.nodes(chat.path()))
+            chat.store.commit()
+            return found
+
+    memory.archive.append("c", [*LONG, {"role": "user", "content": "I am so happy, this is the best day of my life!"}])
+    assert sum(memory.vectors.of_chat("c")) == len(LONG) + 1
+    before = mood(memory)
+    memory.registry.close()
+    monkeypatch.setattr(pm, "read_emotion", lambda *_: pytest.fail("a message was read anew"))
+    with contextlib.closing(pm.PersonaMemory(memory.settings)) as again:
+        assert mood(again) == before and before.label == "joy"
+
+
+def test_a_turn_has_the_model_loaded_by_the_background(memory):
+    """Itself it cannot wait for that, and would share the interpreter with it."""
+    turn = {"messages": [PERSONA, *LONG[:9]]}
+    late = memory.embedder.ask(["the ferry"], timeout=60)
+    with pytest.raises(pm.EmbedderUnavailable, match="still loading"):
+        late.result()
+    memory.embedder.foresee(["the ferry"], [], timeout=60)
+    assert memory.embedder._thread is None
+    memory.builder.prepare(turn, "c", pm.Call(""))
+    memory.vectors._thread.submit(int).result()
+    assert memory.embedder.status == "ready"
+
+
 def test_what_a_turn_will_ask_of_the_embedder_is_foreseen(data_dir, monkeypatch):
-    """Where its chat looks for memories that is its query, embedded while its messages are written; and nothing is
-    embedded twice."""
+    """Where its chat looks for memories that is its query, embedded while its messages are written, and with it the
+    newest message where they are short; and nothing is embedded twice, once it is known that it does."""
     given = pm.Settings(data=str(data_dir), upstream="http://127.0.0.1:9/v1", model="m", context=700)
     with contextlib.closing(pm.PersonaMemory(given)) as memory:
         memory.embedder.encode(["loads it"])
-        asked = "Do you remember the ferry?", "Do you remember the letters?", "Do you remember the salt?"
+        asked = ["Do you remember the ferry?", "Do you remember the letters?", "Do you remember the salt?"]
+        asked.append(f"{asked[-1]} {'I still taste it on every wall of this old house. ' * 5}".strip())
         turns = [{"messages": [PERSONA, *LONG[:40], {"role": "user", "content": text}]} for text in asked]
         memory.vectors.later = lambda *_: None
         put, priorities = memory.embedder._put, []
         monkeypatch.setattr(memory.embedder, "_put", lambda job, p: priorities.append(p) or put(job, p))
         for turn in turns[:2]:
+            priorities.clear()
             memory.builder.prepare(turn, "c", pm.Call(""))
-        # Each time the query, older messages, and the newest one in its own words.
-        assert priorities.count(pm.TURN) == 6
+        assert priorities.count(pm.TURN) == 2  # the query and the newest message; older ones
         foresee = functools.partial(memory.recaller.foresee, deadline=pm.Deadline.after(60))
-        with memory.archive.enter(pm.parse_request(turns[2]), "c", pm.Deadline.after(60), foresee):
-            assert list(memory.embedder._foreseen) == [((), ("the salt?",))]
+        for turn, own in zip(turns[2:], ((asked[2],), ()), strict=True):
+            with memory.archive.enter(pm.parse_request(turn), "c", pm.Deadline.after(60), foresee):
+                texts, (query,) = list(memory.embedder._foreseen)[-1]
+                assert texts == own and query.startswith("the salt?")
 
 
 def test_a_turn_waits_for_the_disk_at_its_end(memory):
@@ -430,8 +481,8 @@ def test_an_index_whose_texts_could_not_be_read_is_made_whole_by_the_next_turn()
     assert len(index.evidence(["line"], None).cosine) == len(messages)
 
 
-def stored_segments(store: pm.ChatStore) -> int:
-    """How many the disk holds."""
+def stored_rows(store: pm.ChatStore) -> int:
+    """How many derived ones the disk holds."""
     with store._database.use() as cache:
         return len(pm.stored_rows(cache, "t:"))
 
@@ -467,9 +518,10 @@ def test_a_chat_that_is_opened_again_is_not_read_again(memory, monkeypatch):
 def test_an_imported_chat_is_read_for_its_index_in_the_background(memory, monkeypatch):
     """Its first turn finds that done."""
     monkeypatch.setattr(memory.vectors, "embed", lambda *_: None)
-    memory.archive.append("c", [LONG[0] | {"content": f"Line {n}."} for n in range(2 * pm.SEGMENT)])
+    memory.archive.append("c", [LONG[0] | {"content": f"Line {n}."} for n in range(3 * pm.SEGMENT)])
     with memory.registry.borrow("c") as chat:
-        wait_until(lambda: stored_segments(chat.store) == 2)
+        wait_until(lambda: stored_rows(chat.store) == 3 + 1)  # and the tree
+    monkeypatch.setattr(pm, "message_rows_of", lambda cache: pytest.fail("all messages were read"))
     assert read_at_opening(memory, monkeypatch)[0] == []
 
 

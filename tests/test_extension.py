@@ -909,6 +909,12 @@ class TestPanel:
             "url => fetch(url).then((r) => r.json()).then((answer) => !answer.carry_over)", arg=url
         )
 
+    def test_what_is_set_for_a_character_is_not_shown_without_one(self, client):
+        box = client.page.get_by_label("Recall from other chats with")
+        assert box.is_visible()
+        client.do("Object.assign(stand.context, { characterId: undefined }), await stand.open('', {}, []), null")
+        box.wait_for(state="hidden")
+
     def test_it_speaks_the_users_language(self, browser, server):
         words = json.dumps(pm.extension_words()["de-de"])
         with open_client(browser, server.url, f"(stand.words = {words}, null)") as client:
@@ -1016,6 +1022,13 @@ class TestMessages:
         assert "Why this was said" in shown.text_content()
         assert f"Robin: {ELVEN}" in shown.locator("li").first.text_content()
         assert "Nothing is kept" in self.look_at(client, 3).text_content()
+
+    def test_why_no_memory_came(self, client):
+        client.talk("Good morning.")
+        client.generate()
+        client.do("stand.say(false, 'And to you.'), null")
+        shown = self.look_at(client, 1)
+        assert "Nothing was recalled: everything is still in the prompt." in shown.text_content()
 
     def test_what_is_no_message_of_the_chat_is_refused_in_words(self, client):
         client.talk("One.")

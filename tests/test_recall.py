@@ -1,10 +1,11 @@
 """Recall: what a query asks, what each signal says, and whether the right message is found."""
 
+import contextlib
 from datetime import UTC, datetime
 
 import numpy as np
 import pytest
-from chats import ROLE_PLAY, Encoder, asked, chat, followed, indexed, newest_first, nodes_of, read_chat, recall_at
+from chats import ROLE_PLAY, Encoder, asked, chat, followed, indexed, newest_first, read_chat, recall_at
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -420,23 +421,62 @@ def test_a_question_for_a_time_or_a_number_lifts_what_names_one():
 
 # ---------------------------------------------------------------------------- the index
 
-TEXTS = st.lists(st.sampled_from(["figs and plums", "the sea", "plums", "a boat at sea", "sea?"]), max_size=8)
+SAID = (
+    "figs and plums",
+    "the sea",
+    "plums",
+    "a boat at sea",
+    "sea?",
+    "das Boot und das Meer",
+    "The plums are sweet in autumn. A boat is far out at sea.",
+)
+TEXTS = st.lists(st.tuples(st.sampled_from(("user", "assistant", "Ann", "Bo")), st.sampled_from(SAID)), max_size=30)
+TEXT_VECTORS = np.random.default_rng(5).standard_normal((len(SAID), 3, 8)).astype(np.float32)
+TEXT_VECTORS /= np.linalg.norm(TEXT_VECTORS, axis=2, keepdims=True)
 
 
-@given(st.lists(TEXTS, min_size=1, max_size=4))
-def test_an_index_that_has_followed_others_is_as_a_fresh_one(branches):
-    """Losing the index loses nothing, and texts of other branches change no score."""
+def with_vectors(index, messages):
+    """The index, following those messages, with vectors of each and of its sentences, but for one text."""
+    followed(index, messages)
+    own = {m.fingerprint: TEXT_VECTORS[SAID.index(m.content)] for m in messages if m.content != "sea?"}
+    index.add_vectors({text: vectors[0] for text, vectors in own.items()})
+    index.add_sentences({text: vectors[1:] for text, vectors in own.items()})
+    return index
+
+
+def arrays_of(evidence):
+    """All that it says of the messages."""
+    return [v for v in (*vars(evidence).values(), *evidence.traits.values()) if isinstance(v, np.ndarray)]
+
+
+@given(st.lists(TEXTS, min_size=1, max_size=4), st.integers(1, 30))
+def test_an_index_that_has_followed_others_is_as_a_fresh_one(branches, step):
+    """Losing the index loses nothing: texts of other branches, and in which steps it grew, change no score."""
     index = pm.MemoryIndex()
-    for texts in branches:
-        messages = chat(*((("user", "assistant")[i % 2], t) for i, t in enumerate(texts)))
-        followed(index, messages)
-    fresh = indexed(messages)
+    for lines in branches:
+        messages = chat(*lines)
+        for end in (*range(step, len(messages), step), len(messages)):
+            with_vectors(index, messages[:end]).evidence(["plum"], TEXT_VECTORS[0, 0])
+    fresh = with_vectors(pm.MemoryIndex(), messages)
+    assert (index.noise(), index.coherence()) == (fresh.noise(), fresh.coherence())
+    assert (list(index.speakers.items()), index.language) == (list(fresh.speakers.items()), fresh.language)
+    assert index.unembedded == fresh.unembedded
     for words in (["plum"], ["sea", "boat"]):
-        old, new = index.evidence(words, None), fresh.evidence(words, None)
-        assert old.raw_lexical.tolist() == pytest.approx(new.raw_lexical.tolist())
-        assert old.rarity.tolist() == pytest.approx(new.rarity.tolist())
-        assert old.days.tolist() == new.days.tolist()
-    assert index.unembedded == fresh.unembedded == list(dict.fromkeys(n.fingerprint for n in nodes_of(messages)))
+        old, new = (some.evidence(words, TEXT_VECTORS[1, 1]) for some in (index, fresh))
+        for known, made in zip(arrays_of(old), arrays_of(new), strict=True):
+            assert known == pytest.approx(made, rel=1e-4, abs=1e-5)
+
+
+def test_sentences_vectors_are_those_that_the_store_keeps(tmp_path):
+    """Else a chat would recall other memories after a restart."""
+    (message,) = chat(("Ann", SAID[-1]))
+    with contextlib.closing(pm.Chat(tmp_path / "c")) as opened:
+        opened.store.commit([message])
+        opened.index.follow(opened.nodes([message.id]), opened.store.read)
+        opened.index.add_vectors({message.fingerprint: TEXT_VECTORS[-1, 0]})
+        opened.put_sentences("model", {message.fingerprint: TEXT_VECTORS[-1, 1:]})
+        kept = opened.store.sentence_vectors("model", [message.fingerprint])[message.fingerprint]
+        assert opened.index.sentence_vectors(message.fingerprint).tolist() == kept.tolist()
 
 
 def test_a_long_message_is_found_by_any_of_its_chunks():

@@ -1,5 +1,6 @@
 """Many turns at once: no chat waits for another, whatever its turn waits for, and what is open stays bounded."""
 
+import contextlib
 import os
 import re
 import threading
@@ -167,3 +168,24 @@ def test_long_chats_close_sooner_but_the_last_used_one_stays(tmp_path, monkeypat
         assert pm.chat_folder(chat_id) in chats_in_open_files(tmp_path)
     assert len(chats_in_open_files(tmp_path)) == 1
     registry.close()
+
+
+@pytest.mark.skipif(not OPEN_FILES.is_dir(), reason="open files are looked up under /proc")
+def test_a_chat_that_is_opened_anew_leaves_no_file_open(tmp_path):
+    """Another program has deleted it and made it again, or its file is damaged and set aside."""
+    one, other = pm.ChatRegistry(tmp_path), pm.ChatRegistry(tmp_path)
+    one.create("c", explicit=True)
+    other.delete("c")
+    other.create("c", explicit=True)
+    with one.borrow("c") as chat, chat.lock:
+        folder, messages = chat.store.directory, messages_of(("Mira", "Good evening."))
+        chat.store.commit(messages, {"head": messages[-1].id})
+        one.enter(chat, [m.id for m in messages])
+    assert chats_in_open_files(tmp_path) == {folder.name}
+    one.close()
+    other.close()
+    pm.database_of(folder).write_bytes(bytes(9000))
+    with contextlib.closing(pm.ChatRegistry(tmp_path)) as anew:
+        with anew.borrow("c") as chat:
+            assert "could be saved" in chat.store.info["salvaged"]
+        assert chats_in_open_files(tmp_path) == {folder.name}

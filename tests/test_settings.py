@@ -340,6 +340,14 @@ def test_an_older_python_is_told_what_it_lacks():
     assert "needs Python 3.11 or newer" in ended.stderr
 
 
+def test_who_has_not_installed_the_packages_is_told_how():
+    """The system's own Python often lets nobody install any."""
+    bare = [getattr(sys, "_base_executable", sys.executable), "-S", "-E", str(PROGRAM), "--help"]  # -S: no packages
+    ended = subprocess.run(bare, capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert all(part in ended.stderr for part in (str(PROGRAM.parent / "requirements.txt"), "-m venv venv", "--help"))
+
+
 def examined(given: pm.Settings, capsys) -> tuple[int, dict[str, list[str]]]:
     """What --doctor says: whether something is wrong, and its lines by what they are about."""
     try:

@@ -1,8 +1,10 @@
 """The proxy between a client and a language model: what goes through, what is mended, what ends when."""
 
+import importlib.util
 import json
 import queue
 import socket
+import sys
 import threading
 
 import httpx
@@ -1064,11 +1066,15 @@ def test_a_clients_odd_key_is_refused_in_words(server, upstream, chat):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("ALL_PROXY", "gopher://127.0.0.1:1"), ("ALL_PROXY", "http://127.0.0.1:x"), ("SSL_CERT_FILE", "/missing/ca.pem")],
-)
+    [
+        ("ALL_PROXY", "gopher://127.0.0.1:1"), ("ALL_PROXY", "http://127.0.0.1:x"), ("ALL_PROXY", "socks5://[::1]:1"),
+        ("SSL_CERT_FILE", "/missing/ca.pem"),
+    ],
+)  # fmt: skip
 def test_what_is_of_no_use_in_the_environment_is_named(tmp_path, monkeypatch, upstream, name, value):
     """It may be there for other programs; a server on this machine is asked without it."""
     monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "socksio", None)  # which not everybody has
     given, call = settings(tmp_path, "https://llm.example/v1"), persona_memory.Call()
     remote = persona_memory.make_upstream(given, persona_memory.Metrics())
     local = persona_memory.make_upstream(settings(tmp_path, upstream.url), persona_memory.Metrics())
@@ -1077,6 +1083,14 @@ def test_what_is_of_no_use_in_the_environment_is_named(tmp_path, monkeypatch, up
             ask()
     assert remote.context_length("m", call) is None
     assert local.models(call)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("socks") is not None, reason="what is missing is there")
+def test_gemini_behind_a_socks_proxy_says_what_that_needs(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://[::1]:1")
+    given = settings(tmp_path, "gemini", upstream_key="k", gemini_endpoint="https://llm.example")
+    with pytest.raises(persona_memory.UpstreamUnavailable, match="pip install socksio pysocks"):
+        persona_memory.make_upstream(given, persona_memory.Metrics()).models(persona_memory.Call(retry=False))
 
 
 def test_the_upstream_key_replaces_the_clients(upstream, data_dir, chat):

@@ -5,9 +5,10 @@
 
 Each chat is stored before, its vectors with it; the client shows its newest messages under a chat id. `calm` turns come
 when nothing else runs, `busy` ones while the vectors of another chat are made. `split` says where in the program the
-thread of a calm turn was, sampled every half millisecond and by room ("Embedding" is the wait for the encode). `encode`
-is one text's own time. The figures that this program's ancestor was specified with: emotion 10 to 20 ms, retrieval 50
-to 100, context 20 to 50, storage 50 to 100.
+thread of a calm turn was, sampled every half millisecond and by room ("Embedding" is the wait for the encode).
+`scoring` is what finding and scoring all messages and choosing the candidates takes after a new message, without the
+encode. `encode` is one text's own time. The figures that this program's ancestor was specified with: emotion 10 to
+20 ms, retrieval 50 to 100, context 20 to 50, storage 50 to 100.
 
 Talk repeats: the copies of a text have another last word, and its vectors with a little noise, so that a chat of
 100,000 messages is stocked in a minute.
@@ -92,12 +93,6 @@ class Stock:
                 chat.store.put_vectors(self.embedder.key, {digests[t]: v for t, v in whole.items()})
                 chat.store.put_sentence_vectors(self.embedder.key, {digests[t]: v for t, v in rows.items()})
 
-    def open_once(self, memory: pm.PersonaMemory, chat_id: str) -> None:
-        """Opens a chat as its first turn does: what an index knows of the texts is kept then."""
-        with memory.registry.borrow(chat_id) as chat, chat.lock:
-            chat.follow(chat.nodes(chat.path()), self.embedder)
-            chat.store.commit()
-
     def folder(self, folder: str, count: int, chats: int = 1) -> None:
         """A data folder with so many messages in so many chats `chat-<n>`."""
         memory = pm.PersonaMemory(pm.Settings(data=folder, upstream="http://127.0.0.1:9/v1"))
@@ -105,7 +100,8 @@ class Stock:
         each = count // chats
         for n in range(chats):
             self.fill(memory, f"chat-{n}", self.messages[n * each : (n + 1) * each])
-            self.open_once(memory, f"chat-{n}")
+            with memory.registry.borrow(f"chat-{n}") as chat:
+                chat.keep_derived(lambda: False)  # as the background does after an import
         memory.registry.close()
 
 
@@ -178,6 +174,27 @@ def split(memory: pm.PersonaMemory, messages: list[dict], asked, turns: int) -> 
     return {room: round(spent * n / counts.total(), 1) for room, n in counts.most_common(8)}
 
 
+def scoring(memory: pm.PersonaMemory, asked, turns: int) -> float:
+    """Milliseconds, median, from a question and its vector to the memories it may recall, in a chat with one more
+    message than the question before had."""
+    found, ask = [], memory.embedder.encode
+    with memory.registry.borrow("chat-0") as chat, chat.lock:
+        nodes = chat.nodes(chat.path())
+        feeling = memory.feelings.read(chat, nodes[-1:])[0]
+        for n in range(turns):
+            branch = nodes[: len(nodes) - turns + n]
+            index = chat.follow(branch, memory.embedder)
+            query = pm.understand(next(asked), "", index.speakers, index.now)
+            vector = ask([], queries=[query.spoken])[0]
+            begun = time.perf_counter()
+            index.look_up(query.words, memory.embedder.word_vectors)
+            scores = pm.weigh(query, index.evidence(query.words, vector, None, memory.embedder.word_vectors))
+            chosen = pm.admissible(query, scores["score"])
+            pm.with_newest_first(memory.recaller._memories(chat, branch, scores, chosen, feeling), index, query, vector)
+            found.append(1000 * (time.perf_counter() - begun))
+    return round(statistics.median(found), 1)
+
+
 def measure(stock: Stock, count: int, turns: int) -> list[dict]:
     """The rows of one chat length."""
     messages, rows = stock.messages[:count], []
@@ -200,6 +217,7 @@ def measure(stock: Stock, count: int, turns: int) -> list[dict]:
         memory.embedder.close()
         memory.embedder = memory.vectors.embedder = stock.embedder
         rows[0]["split"] = split(memory, messages, asked, turns)
+        rows[0]["scoring"] = scoring(memory, asked, turns)
         memory.registry.close()
     return rows
 
@@ -238,10 +256,10 @@ def main() -> None:
     encode = encode_ms(embedder, questions())
     for found in rows:
         found["encodes"] = round(found["added ms"] / encode, 1)
-    print_table([{k: v for k, v in found.items() if k != "split"} for found in rows])
+    print_table([{k: v for k, v in found.items() if k not in ("split", "scoring")} for found in rows])
     for found in rows:
         if found["split"]:
-            print(f"{found['messages']} messages, ms a turn by room: {found['split']}")
+            print(f"{found['messages']} messages, ms a turn by room: {found['split']}; scoring: {found['scoring']}")
     print(f"one encode: {encode} ms")
     print(json.dumps({"benchmark": "turn", "encode_ms": encode, "rows": rows}))
 
