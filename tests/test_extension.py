@@ -1023,6 +1023,13 @@ class TestMessages:
         assert f"Robin: {ELVEN}" in shown.locator("li").first.text_content()
         assert "Nothing is kept" in self.look_at(client, 3).text_content()
 
+    def test_why_no_memory_came(self, client):
+        client.talk("Good morning.")
+        client.generate()
+        client.do("stand.say(false, 'And to you.'), null")
+        shown = self.look_at(client, 1)
+        assert "Nothing was recalled: everything is still in the prompt." in shown.text_content()
+
     def test_what_is_no_message_of_the_chat_is_refused_in_words(self, client):
         client.talk("One.")
         client.do("stand.say(false, 'Night falls.', {extra: {type: 'narrator'}})")

@@ -158,17 +158,15 @@ def test_the_history_of_a_chat_that_is_not_there(server):
 
 def test_the_nudges_break_ties_and_never_bury_a_match():
     """Between equals the same feeling wins; a better match stays better."""
-    message = pm.Message("i", "", "user", "I am so tired of this.")
 
     def score(match: float, **given) -> float:
-        return pm.with_tie_breakers(pm.Memory(message, 0, match, {"meaning": match}), given).score
+        return match + sum(pm.tie_breakers(given).values())
 
     everything = dict.fromkeys(pm.TIE_BREAKERS, 1.0)
     for name in ("emotion", "importance", "recency"):
         assert score(0.7, **{name: 0.9}) > score(0.7, **{name: 0.2}) > score(0.7)
     assert score(1.0) > score(0.7, **everything)
-    memory = pm.with_tie_breakers(pm.Memory(message, 0, 0.7, {"meaning": 0.7}), everything)
-    assert memory.scores.keys() == {"meaning", *pm.TIE_BREAKERS}
+    assert pm.tie_breakers(everything).keys() == pm.TIE_BREAKERS.keys()
 
 
 # ---------------------------------------------------------------------------- the Extras API

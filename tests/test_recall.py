@@ -1,5 +1,6 @@
 """Recall: what a query asks, what each signal says, and whether the right message is found."""
 
+import contextlib
 from datetime import UTC, datetime
 
 import numpy as np
@@ -487,11 +488,16 @@ def test_an_index_that_has_followed_others_is_as_a_fresh_one(branches, step):
             assert known == pytest.approx(made, rel=1e-4, abs=1e-5)
 
 
-def test_sentences_vectors_are_those_that_the_store_keeps():
+def test_sentences_vectors_are_those_that_the_store_keeps(tmp_path):
     """Else a chat would recall other memories after a restart."""
-    index = with_vectors(pm.MemoryIndex(), chat(("Ann", SAID[-1])))
-    kept = index.sentence_vectors(pm.text_fingerprint("Ann", SAID[-1]))
-    assert kept.tolist() == TEXT_VECTORS[-1, 1:].astype(np.float16).tolist()
+    (message,) = chat(("Ann", SAID[-1]))
+    with contextlib.closing(pm.Chat(tmp_path / "c")) as opened:
+        opened.store.commit([message])
+        opened.index.follow(opened.nodes([message.id]), opened.store.read)
+        opened.index.add_vectors({message.fingerprint: TEXT_VECTORS[-1, 0]})
+        opened.put_sentences("model", {message.fingerprint: TEXT_VECTORS[-1, 1:]})
+        kept = opened.store.sentence_vectors("model", [message.fingerprint])[message.fingerprint]
+        assert opened.index.sentence_vectors(message.fingerprint).tolist() == kept.tolist()
 
 
 def test_a_long_message_is_found_by_any_of_its_chunks():

@@ -1,5 +1,6 @@
 """The proxy between a client and a language model: what goes through, what is mended, what ends when."""
 
+import importlib.util
 import json
 import queue
 import socket
@@ -1082,6 +1083,14 @@ def test_what_is_of_no_use_in_the_environment_is_named(tmp_path, monkeypatch, up
             ask()
     assert remote.context_length("m", call) is None
     assert local.models(call)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("socks") is not None, reason="what is missing is there")
+def test_gemini_behind_a_socks_proxy_says_what_that_needs(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://[::1]:1")
+    given = settings(tmp_path, "gemini", upstream_key="k", gemini_endpoint="https://llm.example")
+    with pytest.raises(persona_memory.UpstreamUnavailable, match="pip install socksio pysocks"):
+        persona_memory.make_upstream(given, persona_memory.Metrics()).models(persona_memory.Call(retry=False))
 
 
 def test_the_upstream_key_replaces_the_clients(upstream, data_dir, chat):

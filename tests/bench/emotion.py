@@ -25,6 +25,7 @@ from sklearn.metrics import confusion_matrix, f1_score
 from train_emotion import (
     PLAIN,
     Examples,
+    bag,
     calibration_error,
     encode,
     examples,
@@ -58,7 +59,8 @@ def f1(truth: np.ndarray, guess: np.ndarray) -> float:
 
 def scores_of(rows: list[dict], vectors: Iterable[np.ndarray | None], lean: float = 0.0) -> np.ndarray:
     """The program's own reading of rows, with vectors or without, [n, 7]."""
-    readings = [pm.read_emotion(row["text"], vector, lean) for row, vector in zip(rows, vectors, strict=False)]
+    pairs = zip((row["text"] for row in rows), vectors, strict=False)
+    readings = [pm.read_emotion(text, v, lean, None if v is None else bag(text)) for text, v in pairs]
     return np.array([[reading.scores[label] for label in pm.EMOTIONS] for reading in readings])
 
 
@@ -106,6 +108,7 @@ def unseen_half(data: Path, cache: Path | None, parts: list[Examples], names: li
         ("features", ("features",)),
         ("vector", ("vector",)),
         ("vector + features", ("vector", "features")),
+        ("vector + bag + features", ("vector", "bag", "features")),
     ):
         head = train(seen, blocks)
         scores = [np.stack([pm.blended(row) for row in outputs_of(head, part.inputs(blocks))]) for part in parts]
@@ -124,7 +127,7 @@ def milliseconds(rows: list[dict], vectors: np.ndarray) -> float:
     """Time of one reading with importance, without the encode."""
     start = time.perf_counter()
     for row, vector in zip(rows, vectors, strict=True):
-        pm.message_importance(row["text"], pm.read_emotion(row["text"], vector))
+        pm.message_importance(row["text"], pm.read_emotion(row["text"], vector, bag=bag(row["text"])))
     return 1000 * (time.perf_counter() - start) / len(rows)
 
 

@@ -96,7 +96,9 @@ class Conversation:
         self.costs = [pm.count_tokens(f"[{t['date']}] {t['speaker']}: {t['text']}\n") for t in recorded["turns"]]
         self.index = chats.indexed(self.messages, encode)
         self.vectors = self.index.vectors([m.fingerprint for m in self.messages])
-        self.readings = [pm.read_emotion(m.content, v) for m, v in zip(self.messages, self.vectors, strict=True)]
+        texts = [m.content for m in self.messages]
+        bags = map(encode.embedder.bag, texts)
+        self.readings = [pm.read_emotion(*row[:2], bag=row[2]) for row in zip(texts, self.vectors, bags, strict=True)]
         self.importance = np.array([
             pm.message_importance(m.content, r, pm.names_in(m.content))
             for m, r in zip(self.messages, self.readings, strict=True)

@@ -18,6 +18,7 @@ same machine gives the same weights.
 
 import argparse
 import base64
+import functools
 import hashlib
 import itertools
 import json
@@ -47,14 +48,16 @@ NAMED = 8000  # so many of the comments are seen a second time, under a speaker'
 NAMED_WEIGHT = 0.5
 COMMENTS_POWER = 0.4  # comments' classes are weighted by frequency ** -this: between what is common and what is fair
 PLAYED_POWER = 0.8  # and the role play's: nearly alike, as neutral lines are plenty
-VECTOR_SCALE = 6.0  # brings a unit vector's 384 small numbers to the size of the features
+VECTOR_SCALE, BAG_SCALE = 6.0, 4.0  # bring a unit vector's 384 small numbers to the size of the features
+BAGLESS = 0.15  # share of the rows that are seen without their bag each time: the head then does without it, too
 BINS = 15  # of confidence, for the calibration error
 SEEDS, BATCH = range(8), 512
 RATE, DECAY = 2e-3, 1e-2  # AdamW's (Loshchilov & Hutter 2019); a cycle of one rise and fall
+STAGED = {"vector": 1.0, "lexicon": 0.3}  # what scenes count: most of what they show stands in no single word
 GATE_WEIGHT = 0.3  # of the gate's own loss; the experts' and the mixture's count 1 each
 EPOCHS, DROPOUT = {"vector": 12, "lexicon": 25}, {"vector": 0.3, "lexicon": 0.0}
 LEANS = np.arange(0, 3.25, 0.25)  # what may be added to the gate's log odds: role play is what the program reads
-LEAN_COST = 0.002  # macro-F1 that this may cost the comments
+LEAN_COST = 0.008  # macro-F1 that this may cost the comments
 GATE = np.eye(pm.OUTPUTS)[-1]  # one at the gate's output
 ANOTHERS = 1.5, 1.0  # added by others' feelings to the gate and to the role play's neutral: comments are labelled by
 # their tone, whoever feels it, but the cat's fear is not the speaker's
@@ -63,19 +66,22 @@ LEVELS = 7  # whole weights go from -this to this: they are small when deflated
 
 @dataclass
 class Examples:
-    """Inputs by block [n, size], targets [n, 7] and of comments [n, 28] that sum to 1, whether they are role play [n],
-    and what each row counts [n]."""
+    """Inputs by block [n, size]: a text's vector, its bag of words, what the lexicon sees. Targets [n, 7] and those of
+    comments [n, 28] that sum to 1, whether they are role play [n], and of a scene
+    [n], and what each row counts [n]."""
 
     vectors: np.ndarray
+    bags: np.ndarray
     features: np.ndarray
     targets: np.ndarray
     fine: np.ndarray
     played: np.ndarray
+    staged: np.ndarray
     weights: np.ndarray
 
     def inputs(self, blocks: tuple[str, ...]) -> np.ndarray:
         """The blocks side by side, float32."""
-        parts = {"vector": self.vectors, "features": self.features}
+        parts = {"vector": self.vectors, "bag": self.bags, "features": self.features}
         return np.concatenate([parts[block] for block in blocks], axis=1)
 
     def pick(self, rows: np.ndarray) -> "Examples":
@@ -88,16 +94,31 @@ def joined(parts: list[Examples]) -> Examples:
     return Examples(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Examples)))
 
 
+@functools.cache
+def model():
+    """The embedder's model."""
+    return pm.load_sentence_transformer(EMBEDDER)
+
+
+@functools.cache
+def word_vectors() -> pm.WordVectors:
+    """Its table of words."""
+    return pm.WordVectors(model())
+
+
+def bag(text: str) -> np.ndarray:
+    """A text's bag of words, as the program makes it."""
+    return word_vectors().bag(text)
+
+
 def encode(texts: list[str], cache: Path | None = None) -> np.ndarray:
     """Unit vectors float32 [n, 384], kept in the folder `cache` where one is given."""
     key = hashlib.sha256("\0".join([EMBEDDER, *texts]).encode()).hexdigest()[:24]
     kept = cache / f"{key}.npy" if cache else None
     if kept and kept.exists():
         return np.load(kept)
-    if not hasattr(encode, "model"):
-        encode.model = pm.load_sentence_transformer(EMBEDDER)
-        torch.set_num_threads(1)
-    vectors = encode.model.encode(texts, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+    torch.set_num_threads(1)
+    vectors = model().encode(texts, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
     if kept:
         cache.mkdir(parents=True, exist_ok=True)
         np.save(kept, vectors)
@@ -163,10 +184,12 @@ def examples(rows: list[dict], weight: float, cache: Path | None) -> Examples:
     spoken = [f"{row['speaker']}: {row['text']}" if "speaker" in row else row["text"] for row in rows]
     return Examples(
         encode(spoken, cache),
+        np.stack([bag(row["text"]) for row in rows]),
         np.stack([pm.emotion_features(row["text"]) for row in rows]),
         shares(rows, "labels", pm.EMOTIONS),
         shares(rows, "orig", FINE),
         np.array(["orig" not in row for row in rows], dtype=np.float32),
+        np.array(["scene" in row for row in rows], dtype=np.float32),
         np.full(len(rows), weight, dtype=np.float32),
     )
 
@@ -182,13 +205,15 @@ def training_data(data: Path, cache: Path | None, half: str = "ab") -> Examples:
     ])  # fmt: skip
 
 
-def balanced(data: Examples) -> np.ndarray:
-    """What each row counts: its source's rare labels more, so that each source's rows count 1 on average."""
+def balanced(data: Examples, staged: float) -> np.ndarray:
+    """What each row counts: its source's rare labels more, so that each source's rows count 1 on average; before that,
+    those of scenes `staged`."""
+    weights = data.weights * np.where(data.staged > 0, staged, 1)
     counts = np.zeros(len(data.weights), dtype=np.float32)
     for source, power in ((0, COMMENTS_POWER), (1, PLAYED_POWER)):
         rows = data.played == source
-        share = data.weights[rows] @ data.targets[rows] / data.weights[rows].sum()
-        counts[rows] = data.weights[rows] * (data.targets[rows] @ (1 / len(share) / share) ** power)
+        share = weights[rows] @ data.targets[rows] / weights[rows].sum()
+        counts[rows] = weights[rows] * (data.targets[rows] @ (1 / len(share) / share) ** power)
         counts[rows] /= counts[rows].mean()
     return counts
 
@@ -219,11 +244,13 @@ def with_others(head: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndar
 
 def train(data: Examples, blocks: tuple[str, ...], seed: int = SEEDS[0]) -> list[tuple[np.ndarray, np.ndarray]]:
     """A head over the blocks: weights [inputs, units] and bias [units] of its hidden layer, and of its outputs."""
-    scales = {"vector": np.full(pm.VECTOR_SIZE, VECTOR_SCALE), "features": np.ones(pm.FEATURES)}
+    scales = {"vector": np.full(pm.VECTOR_SIZE, VECTOR_SCALE), "bag": np.full(pm.VECTOR_SIZE, BAG_SCALE)}
+    scales["features"] = np.ones(pm.FEATURES)
     scale = np.concatenate([scales[block] for block in blocks]).astype(np.float32)
-    inputs, counts = torch.tensor(data.inputs(blocks) * scale), torch.tensor(balanced(data))
-    truth = [torch.tensor(part) for part in (data.targets, data.fine, data.played)]
+    in_bag = torch.tensor(np.concatenate([np.full(len(scales[block]), block == "bag") for block in blocks]))
     name = "vector" if "vector" in blocks else "lexicon"
+    inputs, counts = torch.tensor(data.inputs(blocks) * scale), torch.tensor(balanced(data, STAGED[name]))
+    truth = [torch.tensor(part) for part in (data.targets, data.fine, data.played)]
     hidden = pm.HEADS[name][1] - 1  # and one by hand
     torch.manual_seed(seed)
     layers = torch.nn.Linear(len(scale), hidden), torch.nn.Linear(hidden, pm.OUTPUTS)
@@ -234,7 +261,10 @@ def train(data: Examples, blocks: tuple[str, ...], seed: int = SEEDS[0]) -> list
     for _ in range(EPOCHS[name]):
         for rows in torch.randperm(len(inputs))[: steps * BATCH].split(BATCH):
             optimiser.zero_grad()
-            (losses(network(inputs[rows]), *(part[rows] for part in truth)) * counts[rows]).mean().backward()
+            bagless = torch.rand(len(rows), 1) < BAGLESS
+            (
+                losses(network(inputs[rows] * ~(bagless & in_bag)), *(part[rows] for part in truth)) * counts[rows]
+            ).mean().backward()
             optimiser.step()
             rates.step()
     (into, start), (out, bias) = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in layers]
@@ -284,7 +314,7 @@ def calibration_error(truth: np.ndarray, scores: np.ndarray) -> float:
 def best_head(data: Examples, watched: list[Examples], name: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of the heads that SEEDS make the one that reads the sets `watched` best: by the mean of macro-F1 less calibration
     error. Nothing was trained on them. The gate leans to role play as far as the first set, comments, allows."""
-    blocks = {"vector": ("vector", "features"), "lexicon": ("features",)}[name]
+    blocks = {"vector": ("vector", "bag", "features"), "lexicon": ("features",)}[name]
     truths, found = [part.targets.argmax(1) for part in watched], []
     for seed in SEEDS:
         head, figures = as_shipped(train(data, blocks, seed), name), []
