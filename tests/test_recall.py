@@ -237,12 +237,12 @@ def test_the_shared_front(a, b):
     assert front in (len(a), len(b)) or a[front] != b[front]
 
 
-@given(SHORT, st.sampled_from([pm.TELLS, pm.DOUBTFUL, pm.ASKS]), st.booleans())
-def test_what_is_worth_recalling_comes_best_first_and_over_the_bar(scores, asks, by_words_alone):
+@given(SHORT, st.sampled_from([pm.TELLS, pm.DOUBTFUL, pm.ASKS]), st.sampled_from([0.0, 0.4, 1.0]))
+def test_what_is_worth_recalling_comes_best_first_and_over_the_bar(scores, asks, trust):
     query = pm.Query((), "", asks=asks)
-    places = pm.admissible(query, scores, by_words_alone)
+    places = pm.admissible(query, scores, trust)
     assert [float(scores[i]) for i in places] == sorted((float(scores[i]) for i in places), reverse=True)
-    over = set(np.flatnonzero(scores >= pm.relevance_bar(query, scores, by_words_alone)).tolist())
+    over = set(np.flatnonzero(scores >= pm.relevance_bar(query, scores, trust)).tolist())
     assert set(places) <= over and len(places) == (min(len(over), 1) if asks == pm.TELLS else len(over))
 
 
@@ -357,6 +357,27 @@ def test_a_named_day_of_the_story_lifts_what_was_said_from_it_on(told, question)
     when = asked(index, question)[1]["when"]
     assert np.flatnonzero(when).tolist() == [2, 3]
     assert index.evidence((), None).story_days.tolist() == [2, 2, 3, 3, 4, 4, 2]
+
+
+def test_cosines_count_for_less_where_the_embedder_reads_words_in_pieces():
+    """As many words as it has whole say how much; without a vector they count nothing."""
+    places = ("glimt", "svarn", "drund", "kelp", "morva", "tisel")
+    messages = chat(*((("Ann", "Bo")[i % 2], f"{places[i % 6]} harbour lantern {i}") for i in range(120)))
+    vectors = np.random.default_rng(5).normal(size=(len(messages), 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def trust(whole, vector=vectors[0]):
+        index = indexed(messages)
+        index.add_vectors({m.fingerprint: v for m, v in zip(messages, vectors, strict=True)})
+
+        def known(words):
+            return np.array([[word in whole] * 2 for word in words], np.float32)
+
+        return index.evidence(("harbour",), vector, None, known).trust
+
+    half = {"harbour", "lantern"}  # of four words a message
+    assert trust({*half, *places}) == 1 and trust(()) == pm.LEAST_TRUST
+    assert pm.LEAST_TRUST < trust(half) < 1 and trust(half, None) == 0
 
 
 def test_messages_of_one_time_are_all_the_same_to_a_named_day():

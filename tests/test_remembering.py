@@ -343,11 +343,11 @@ def multilingual(tmp_path_factory):
 
 # Share of the evidence among the first three and the first ten found: by words alone; by another embedder.
 LEAST = {
-    "de": (22, 45, 35, 65),
-    "es": (20, 42, 32, 55),
-    "fr": (25, 47, 37, 65),
+    "de": (22, 44, 35, 65),  # equal messages by words: 45 or 55, as they come
+    "es": (20, 42, 32, 62),
+    "fr": (25, 47, 37, 70),
     "ja": (45, 60, 50, 75),
-    "ru": (43, 53, 43, 65),
+    "ru": (43, 53, 50, 75),
     "zh": (42, 57, 47, 82),
 }
 
@@ -362,6 +362,14 @@ def test_chats_in_other_languages_are_remembered(code, multilingual):
 
     assert found(3) >= words3 and found(10) >= words10
     assert found(3, encode) >= vectors3 and found(10, encode) >= vectors10
+
+
+@pytest.mark.parametrize("code", ["de", "es", "fr"])
+def test_an_embedder_that_knows_little_of_a_language_takes_nothing_from_what_its_words_find(code):
+    """The default reads English; in other languages its cosines count for less, see `MemoryIndex.trust`."""
+    encode = Encoder()
+    words, both = (sum(recall_at(f"language_{code}", 10, by).values()) for by in (None, encode))
+    assert both >= words
 
 
 def test_another_embedder_takes_over_in_the_background(shared_upstream, tmp_path, multilingual):
