@@ -911,7 +911,7 @@ class TestPanel:
 
     def test_what_is_set_for_a_character_is_not_shown_without_one(self, client):
         box = client.page.get_by_label("Recall from other chats with")
-        assert box.is_visible()
+        box.wait_for(state="visible")
         client.do("Object.assign(stand.context, { characterId: undefined }), await stand.open('', {}, []), null")
         box.wait_for(state="hidden")
 
