@@ -3439,7 +3439,7 @@ class Embedder:
 
     def _quicken(self) -> None:
         self._model = faster(self._model)
-        self._note_words()
+        self._note_words()  # of the copy: the first table would keep the other model in RAM
         with contextlib.suppress(Exception):  # a model of another build, or one that cannot be traced
             trace_transformer(self._model)
         give_memory_back()
@@ -3525,7 +3525,7 @@ class WordVectors:
         classifies nearly as well as deep networks do (Joulin et al. 2017, "Bag of Tricks for Efficient Text
         Classification"). A centred unit vector, float32 [dimensions of a row]; zeros for a text without pieces."""
         pieces = self._tokenizer.encode(sane_text(clip(text)), add_special_tokens=False).ids
-        mean = self._rows(np.array(pieces, np.int64)).mean(axis=0) - self._mean if pieces else 0 * self._mean
+        mean = self._rows(np.array(pieces, np.int64)).mean(axis=0) - self._mean if pieces else np.zeros_like(self._mean)
         return mean / max(float(np.linalg.norm(mean)), 1e-6)
 
 
@@ -6453,6 +6453,7 @@ class MemoryIndex:
         self._topics = np.zeros(0, np.int64)  # their numbers, one message's after the other's
         self._word_vectors = np.zeros((0, 0), np.float32)  # by those numbers, as far as they were asked for
         self._spaced = np.zeros(0, bool)  # likewise, whether it stands between spaces
+        self._whole = np.zeros(0, bool)  # and whether it is also a row of its own in the embedder's table
         self._substance: np.ndarray | None = None  # kept until the branch changes
         self._looked_up: tuple[tuple, tuple[np.ndarray, ...]] | None = None  # likewise, see `look_up`
         self.speakers: dict[str, str] = {}  # in lower case -> role
@@ -6710,7 +6711,9 @@ class MemoryIndex:
         asked, fresh = found[: len(words)], found[len(words) :]
         if len(fresh):
             self._word_vectors = np.concatenate([self._word_vectors.reshape(known, fresh.shape[1]), fresh])
-            self._spaced = np.concatenate([self._spaced, [not UNSPACED.search(word) for word in new]])
+            spaced = np.array([not UNSPACED.search(word) for word in new], bool)
+            self._spaced = np.concatenate([self._spaced, spaced])
+            self._whole = np.concatenate([self._whole, spaced & fresh.any(axis=1)])
         near = asked @ self._word_vectors.T - np.float32(AKIN)  # [words, vocabulary]
         places = np.flatnonzero((near.max(axis=0) > 0)[self._topics])
         topics, owners = self._topics[places], np.repeat(np.arange(n), self._topic_counts)[places]
@@ -6726,10 +6729,9 @@ class MemoryIndex:
         it has nine in ten (a multilingual one seven); what it reads in pieces, it tells apart less well. Words that no
         spaces part tell nothing here.
         """
-        topics = self._topics[self._topics < len(self._word_vectors)]
-        topics = topics[self._spaced[topics]]
-        whole = self._word_vectors.any(axis=1)[topics].sum() if len(topics) else 0
-        return float(np.interp((whole + FEW_WORDS_READ) / (len(topics) + FEW_WORDS_READ), READ_WHOLE, (LEAST_TRUST, 1)))
+        uses = np.bincount(self._topics, minlength=len(self._spaced))[: len(self._spaced)]
+        share = (uses[self._whole].sum() + FEW_WORDS_READ) / (uses[self._spaced].sum() + FEW_WORDS_READ)
+        return float(np.interp(share, READ_WHOLE, (LEAST_TRUST, 1)))
 
     def substance(self) -> np.ndarray:
         """How likely each message of the branch holds a fact, by its length in words with a topic, each counting by
