@@ -5851,8 +5851,8 @@ CLAUSES = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*(?:[.!?:;\n\uff1f\u3002\u061
 # recall depends on a language.
 ASKING, REMINDING_OF, ONESELF, ADDRESSED, CHANGES, ASKING_WHEN, ASKING_HOW_MANY, ASKING_NOW = range(8)
 SPEECH_WORDS = {
-    "en": ("who whom whose what when where which why how", "remember remind recall forgot forget tell told",
-           "i me my mine myself", "you your yours yourself",
+    "en": ("who whom whose what whats when where which why how did does",
+           "remember remind recall forgot forget tell told", "i me my mine myself", "you your yours yourself u ur",
            "now anymore more longer instead moved changed switched quit sold renamed new actually",
            "when what_day what_date what_time what_month what_year "
            "which_day which_month which_year how_long",
@@ -6106,7 +6106,7 @@ def language_of(text: str, usual: str = "en") -> str:
         for script, language in ((KANA, "ja"), (HANGUL, "ko"), (IDEOGRAPHS, "zh"), (CYRILLIC, "ru")):
             if script.search(text):
                 return language
-    words = set(re.findall(r"[^\W\d_]+", text.lower()))
+    words = set(re.findall(r"[^\W\d_]{2,}", text.lower()))  # "u r" is German as little as "y" is Spanish
     counts = {language: len(words & stop_words(language)) for language in LATIN_LANGUAGES}
     best = max(counts, key=lambda language: (counts[language], language == usual))
     return best if counts[best] >= LEAST_STOP_WORDS else usual
@@ -7756,6 +7756,9 @@ def align_appended(chat: Chat, request: ChatRequest) -> Alignment | None:
 GESTURE = re.compile(r"\s*(?:\*[^*]+\*\s*)+\Z")
 TELLS, DOUBTFUL, ASKS = range(3)  # how a message asks for the past
 MOSTLY_ASKS = 0.7  # of a text's characters
+# Words at which a question is doubtful, and at which it clearly asks for the past: "Where are you going?", "What did
+# the surgeon order you to give up?". A sign of a script without spaces counts as SIGN_WORDS.
+ASKING_LENGTH, SIGN_WORDS = (4, 9), 0.7
 PREAMBLE = 30  # characters within which a question names that it is one of remembering
 SAYS_LITTLE = 4  # words with a topic below which a gesture needs what was said before it
 CONTEXT_LETTERS = 300  # of each message before one that says little
@@ -7769,7 +7772,7 @@ class Query:
     spoken: str  # the text to embed
     about: frozenset[str] = frozenset()  # the speakers, in lower case, whose words are asked for; empty: anyone's
     dates: tuple[tuple[float, float], ...] = ()  # named spans of time, in days since 1970
-    asks: int = TELLS  # TELLS, DOUBTFUL or ASKS
+    asks: float = TELLS  # TELLS, or how clearly it asks, from DOUBTFUL to ASKS
     # What an answer has: "time", "number"; "now": it is the newest that holds; "day": it was said at the time that the
     # query names, which is all that it asks for.
     wants: frozenset[str] = frozenset()
@@ -7870,19 +7873,19 @@ def understand(
     return Query(words, spoken, about, dates, asks, wants, asked, story_day(asked, language))
 
 
-def how_it_asks(text: str, asked: str, language: str) -> int:
-    """Whether a text that has a question asks for the past, or doubtfully so: about what is here and now.
+def how_it_asks(text: str, asked: str, language: str) -> float:
+    """How clearly a text that has a question asks for the past, from DOUBTFUL to ASKS.
 
-    "What's for supper?" has one word with a topic, where "Where do I live?" asks after somebody, and a line that tells
-    and ends with "Shall I bank the fire?" has no word that asks. Those are answered from memory only where something
-    stands out.
+    "What's for supper?" is about what is here and now, and so is a line that tells and ends with "Shall I bank the
+    fire?". Those are answered from memory only where something stands out. What asks for the past has to say which.
     """
-    mostly = len(asked) >= MOSTLY_ASKS * len(text.strip()) or says(asked, ASKING, language)
-    somebody = says(asked, ONESELF, language) or says(asked, ADDRESSED, language)
-    enough = 1 if somebody and says(asked, ASKING, language) else 2
-    topics = len(query_words(asked, (), language))
-    clear = topics >= enough or says(text, REMINDING_OF, language)
-    return ASKS if mostly and clear else DOUBTFUL
+    if says(text, REMINDING_OF, language):
+        return ASKS
+    if len(asked) < MOSTLY_ASKS * len(text.strip()) and not says(asked, ASKING, language):
+        return DOUBTFUL
+    words = re.findall(r"\w['\u2019\w]*", asked)
+    length = SIGN_WORDS * len("".join(words)) if language in UNSPACED_LANGUAGES else len(words)
+    return float(np.interp(length, ASKING_LENGTH, (DOUBTFUL, ASKS)))
 
 
 def day_number(year: int, month: int, day: int = 1) -> float:
@@ -8221,7 +8224,7 @@ def relevance_bar(query: Query, scores: np.ndarray, trust: float = 1.0) -> float
     """What a memory for that query must score at least: so much above the chat's usual score, for friendly talk is like
     everything in a friendly chat."""
     usual, spread = usual_scores(scores, trust)
-    return usual + spread * STANDING_OUT[query.asks]
+    return usual + spread * float(np.interp(query.asks, (TELLS, DOUBTFUL, ASKS), STANDING_OUT))
 
 
 def admissible(query: Query, scores: np.ndarray, trust: float = 1.0) -> list[int]:
