@@ -5503,6 +5503,8 @@ class ChatStore:
             self._derived[key] = zlib.compress(json.dumps(value).encode(), 1)
 
     def _put_arrays(self, prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
+        if not arrays:
+            return
         with self._database.transaction() as cache:
             for text_hash, values in arrays.items():
                 if text_of_key(text_hash) not in self._gone:
@@ -6869,6 +6871,7 @@ class Chat:
         self.recalls = False  # whether its last turn looked for memories
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
+        self.unstored_readings: dict[str, EmotionReading] = {}  # the same of readings
         self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -6965,7 +6968,7 @@ class Chat:
         with self.lock:
             self.store.erase(digests)
             self.index, self.last_prompt = MemoryIndex(), None
-            for kept in (self.readings, self.word_readings, self.wordings):
+            for kept in (self.readings, self.word_readings, self.unstored_readings, self.wordings):
                 kept.clear()
 
     def close(self) -> None:
@@ -10199,13 +10202,40 @@ def is_quota_used_up(error: UpstreamError) -> bool:
 IDLE, ENDED = object(), object()  # what a relay gives when nothing has come for a while, and at the end
 
 
+class SpareThreads:
+    """Threads that wait for their next work when they have done one: until a new thread runs, its maker stands still.
+    They are daemons: none keeps the program from ending."""
+
+    def __init__(self, name: str):
+        self._name = name
+        self._idle: list[queue.SimpleQueue] = []  # what each waits at; the last to wait is the first to go on
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Has one of them do some work, which raises nothing."""
+        try:
+            self._idle.pop().put(work)
+        except IndexError:
+            threading.Thread(target=self._work, args=(work,), name=self._name, daemon=True).start()
+
+    def _work(self, work: Callable[[], None]) -> None:
+        inbox: queue.SimpleQueue = queue.SimpleQueue()
+        while True:
+            work()
+            del work  # what it holds is not kept until the next one
+            self._idle.append(inbox)
+            work = inbox.get()
+
+
+RELAYS = SpareThreads("relay")
+
+
 class Relay:
     """Runs an upstream's blocking iterator in a thread of its own, so that silence and hang-ups can be noticed."""
 
     def __init__(self, items: Iterable, call: Call, gone: Callable[[], bool]):
         self._call, self._gone = call, gone
         self._queue: queue.Queue = queue.Queue(MOST_RELAYED)
-        threading.Thread(target=self._pump, args=(items,), name="relay", daemon=True).start()
+        RELAYS.run(functools.partial(self._pump, items))
 
     def _pump(self, items: Iterable) -> None:
         try:
@@ -12427,7 +12457,7 @@ def injection(chat_id: str, texts: Sequence[tuple[str, str, int, int]] = ()) -> 
 
 MOST_PERSONA_VECTORS = 4000  # in RAM, a chat
 MOOD_SPAN = 200  # user messages that a mood is followed over
-MOST_UNKEPT = 25  # of their readings, which the first turn after the chat's next opening makes anew
+READ_AHEAD = 32  # messages whose feelings the background reads together
 
 
 # -------------------------------------------------------------------------------------------------------------- vectors
@@ -12455,6 +12485,8 @@ class Vectors:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectors")
         self._due: set[str] = set()  # chats that have a job waiting
         self._held: set[str] = set()  # chats whose vectors wait until the background goes on
+        # What is done, until it shall stop, with messages that have got their vectors: see `Feelings`.
+        self.afterwards: Callable[[Chat, Sequence[str], Callable[[], bool]], None] = lambda chat, ids, stop: None
         self._closed = False
         self._missed = 0  # jobs that were left undone since the embedder last worked
 
@@ -12521,6 +12553,7 @@ class Vectors:
                 with contextlib.suppress(StoreError):  # it is but faster so
                     chat.keep_derived(stop)
             self.embed(chat, ids, stop)
+            self.afterwards(chat, list(ids), stop)
             if len(ids) >= SEGMENT:
                 give_memory_back()
             if halted.is_set():
@@ -12723,6 +12756,7 @@ class Vectors:
                     some = ids[start : start + EMBED_BATCH]
                     self.embed(chat, some, behind=len(ids) - start - len(some))
                     yield len(some)
+                self.afterwards(chat, ids, lambda: self._closed)
             finally:
                 self._background.vectors.expect(chat.id, 0)
 
@@ -12800,9 +12834,18 @@ class Feelings:
         self._settings, self._vectors, self._registry = settings, vectors, registry
         self._model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
         self._by_vector = self._model is None and vectors.embedder.name in BUNDLED_EMBEDDERS
-        self._kept_under = short_hash("feelings", vectors.embedder.name, EMOTION_WEIGHTS)
+        if self._by_vector:
+            vectors.afterwards = self.read_ahead
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feelings")
         self._closed = False
+
+    @functools.cached_property
+    def _weights(self) -> str:
+        return short_hash("feelings", self._vectors.embedder.name, EMOTION_WEIGHTS)
+
+    def _reader(self, chat: Chat) -> str:
+        """What readings are stored under: another reader, or another language, reads other feelings in a text."""
+        return self._model.name if self._model else f"{self._weights}-{chat.usual_wording.language}"
 
     def read(self, chat: Chat, nodes: Sequence[Node]) -> list[EmotionReading]:
         """What the messages at those nodes feel; hold the chat's lock.
@@ -12811,32 +12854,56 @@ class Feelings:
         """
         known = chat.readings
         unread = {n.fingerprint: n.id for n in nodes if n.fingerprint not in known}
-        if self._model and unread:
-            stored = chat.store.readings(self._model.name, unread)
+        if asked := [h for h in unread if h not in chat.unstored]:  # others have just come
+            stored = chat.store.readings(self._reader(chat), asked)
             known.update({h: reading_of(scores) for h, scores in stored.items()})
             unread = {h: i for h, i in unread.items() if h not in stored}
-            if unread:
-                self._read_later(chat.id, unread)
+        if self._model and unread:
+            self._read_later(chat.id, unread)
         by_words = self._read_built_in(chat, unread) if unread else {}
         return [known.get(n.fingerprint) or by_words[n.fingerprint] for n in nodes]
 
     def _read_built_in(self, chat: Chat, unread: Mapping[str, str]) -> dict[str, EmotionReading]:
         """The built-in reader's readings by words alone; those with a vector become known ones."""
-        vectors: dict[str, np.ndarray] = {}
-        words, embedder = chat.usual_wording, self._vectors.embedder
-        if self._by_vector:
-            vectors = {h: v for h in unread if (v := chat.index.vector(h)) is not None}
-            unindexed = [h for h in unread if h not in vectors and not chat.index.lacks(h)]
-            vectors |= chat.store.vectors(embedder.key, unindexed)
+        embedder = self._vectors.embedder
+        vectors = self._vectors_of(chat, unread) if self._by_vector else {}
         settled = set(vectors) if embedder.loaded.is_set() else ()  # before, nothing is known of their words
         fresh = {h: i for h, i in unread.items() if h in settled or h not in chat.word_readings}
-        messages = chat.store.read(list(fresh.values()))
-        for text_hash, message in zip(fresh, messages, strict=True):
-            language = told_language(clip(message.content)) or words.language
-            reading = feeling_in(language, message.content, vectors.get(text_hash), embedder.bag)
+        for text_hash, message in zip(fresh, chat.store.read(list(fresh.values())), strict=True):
+            reading = self._reading(chat.usual_wording, message.content, vectors.get(text_hash))
             sure = text_hash in settled if self._by_vector else self._model is None
             (chat.readings if sure else chat.word_readings)[text_hash] = reading
+            if sure and self._by_vector:
+                chat.unstored_readings[text_hash] = reading
         return {h: chat.word_readings[h] for h in unread if h not in chat.readings}
+
+    def _vectors_of(self, chat: Chat, hashes: Iterable[str]) -> dict[str, np.ndarray]:
+        """The vectors of texts, as far as they are there."""
+        found = {h: v for h in hashes if (v := chat.index.vector(h)) is not None}
+        unindexed = [h for h in hashes if h not in found and not chat.index.lacks(h)]
+        return found | chat.store.vectors(self._vectors.embedder.key, unindexed)
+
+    def _reading(self, words: Wording, text: str, vector: np.ndarray | None) -> EmotionReading:
+        """The built-in reader's reading of a text in a chat of that language."""
+        return feeling_in(told_language(clip(text)) or words.language, text, vector, self._vectors.embedder.bag)
+
+    def read_ahead(self, chat: Chat, ids: Sequence[str], stop: Callable[[], bool]) -> None:
+        """Stores what messages feel that have vectors, so that the turn which recalls them need not read them."""
+        with chat.lock:
+            reader, words = self._reader(chat), chat.usual_wording
+            made, chat.unstored_readings = chat.unstored_readings, {}
+        chat.store.put_readings(reader, made)
+        for some in batches(ids, READ_AHEAD):
+            if stop() or not self._vectors.embedder.loaded.is_set():
+                return
+            with chat.lock:
+                by_hash = {n.fingerprint: n.id for n in chat.nodes(still_there(chat, some))}
+                stored = chat.store.readings(reader, by_hash)
+                vectors = self._vectors_of(chat, [h for h in by_hash if h not in stored and h not in made])
+                messages = chat.store.read([by_hash[h] for h in vectors])
+            texts = {m.fingerprint: m.content for m in messages}
+            read = {h: self._reading(words, text, vectors[h]) for h, text in texts.items()}  # turns come between
+            chat.store.put_readings(reader, read)
 
     def _read_later(self, chat_id: str, by_hash: Mapping[str, str]) -> None:
         with contextlib.suppress(RuntimeError):  # the program ends
@@ -12865,22 +12932,10 @@ class Feelings:
             rows = zip((m.fingerprint for m in messages), readings, strict=True)
             chat.store.put_readings(self._model.name, dict(rows))
 
-    def _take_kept(self, chat: Chat, nodes: Sequence[Node]) -> bool:
-        """Takes the readings that were kept when the chat was open before; returns whether too few of these were."""
-        if sum(n.fingerprint not in chat.readings for n in nodes) > MOST_UNKEPT:
-            for text_hash, scores in (chat.store.derived(self._kept_under) or {}).items():
-                chat.readings[text_hash] = reading_of(scores)
-        return sum(n.fingerprint not in chat.readings for n in nodes) > MOST_UNKEPT
-
     def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
         """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
         users = list(itertools.islice((n for n in reversed(nodes) if n.role == "user"), MOOD_SPAN))[::-1]
-        renew = not self._model and self._take_kept(chat, users)
-        readings = self.read(chat, users)
-        hashes = [n.fingerprint for n in users]
-        if renew and all(h in chat.readings for h in hashes):
-            chat.store.put_derived(self._kept_under, {h: list(chat.readings[h].scores.values()) for h in hashes})
-        return mood_of([(n.depth, r) for n, r in zip(users, readings, strict=True)])
+        return mood_of([(n.depth, r) for n, r in zip(users, self.read(chat, users), strict=True)])
 
     def guidance(self, turn: TurnContext, mood: Mood | None) -> str:
         """The line that tells the model how the user feels; empty where it has no room or nothing to say."""
