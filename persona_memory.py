@@ -1015,7 +1015,7 @@ MOST_BLOCKS = 20  # at either end of a text
 CLOSING_TAG = re.compile(r"</([A-Za-z][\w-]{0,40})>\Z")
 LETTERS = r"[^\W\d_](?:[^\W\d_]|['’.-]){0,30}"
 NAME_PREFIX = re.compile(rf"{LETTERS}(?: {LETTERS}){{0,3}}: (?=\S)")  # no digits: "Day 3: we sail" names nobody
-SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}): (?=.*\S)", re.S)
+SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}+): (?=\s*\S)")
 
 
 def without_thoughts(text: str) -> str:
@@ -2257,6 +2257,7 @@ def style_features(text: str, pieces: Sequence[tuple[int, str]], tokens: Sequenc
     ]
 
 
+@functools.lru_cache(32)
 def emotion_features(text: str) -> np.ndarray:
     """What the lexicon sees in a text, float32 [FEATURES]: evidence by channel and label, its shares, the style."""
     text = clip(text)
@@ -4541,7 +4542,7 @@ def split_turns(messages: Sequence[dict], led: bool = False) -> tuple[tuple[Turn
     """
     turns, before, after_user = [], [], False
     for message in messages:
-        words = spoken_words(message["role"], text_of(message.get("content")))
+        words, _ = said_in(message["role"], text_of(message.get("content")))
         instructs = (turns or led) and message["role"] == "user" and is_instruction(words, alone=not after_user)
         if message["role"] not in CHAT_ROLES or message.get("tool_calls") or not words.strip() or instructs:
             before.append(message)
@@ -4559,6 +4560,20 @@ def spoken_words(role: str, text: str) -> str:
     if role == "assistant":
         return without_thoughts(text)
     return without_instructions(text) if role == "user" else text
+
+
+def said_in(role: str, text: str) -> tuple[str, str]:
+    """A text's `spoken_words`, and the digest that alignment compares."""
+    return (kept_words if len(text) <= KEPT_LENGTH else words_and_digest)(role, text)
+
+
+def words_and_digest(role: str, text: str) -> tuple[str, str]:
+    """The same, made anew."""
+    words = spoken_words(role, text)
+    return words, message_digest(role, bare_words(words))
+
+
+kept_words = functools.lru_cache(1 << 11)(words_and_digest)  # a client shows the same messages at every turn
 
 
 def without_instructions(text: str) -> str:
@@ -4652,8 +4667,8 @@ def names_told(request: ChatRequest) -> dict[str, set[str]]:
 
 def make_turn(message: dict, before: Sequence[dict] = ()) -> Turn:
     """A turn from a user's or an assistant's message."""
-    role, content = message["role"], spoken_words(message["role"], text_of(message["content"]))
-    return Turn(message, role, content, message.get("name"), message_digest(role, bare_words(content)), tuple(before))
+    content, digest = said_in(message["role"], text_of(message["content"]))
+    return Turn(message, message["role"], content, message.get("name"), digest, tuple(before))
 
 
 def around(text: str, words: str) -> str:
@@ -4998,7 +5013,8 @@ def damage_of(folder: Path, error: BaseException) -> StoreDamaged:
 
 def store_error(error: Exception, folder: Path) -> StoreError:
     """What went wrong with a folder's store, in words that say what to do."""
-    said = error.__context__ if isinstance(error, diskcache.Timeout) and error.__context__ else error
+    hides = isinstance(error, diskcache.Timeout) or "no transaction is active" in str(error)  # a full disk has ended it
+    said = error.__context__ if hides and error.__context__ else error
     words, number = f"{type(said).__name__}: {said}", getattr(said, "errno", None)
     if is_damage(said):
         return damage_of(folder, said)
@@ -5076,6 +5092,23 @@ def values_of(cache: SharedCache, prefix: str, names: Iterable[str]) -> dict[str
     return found
 
 
+def put_values(cache: SharedCache, values: Mapping[str, str | bytes | float]) -> None:
+    """Writes values under their keys, hundreds by one statement: diskcache makes two for each, and at each of them
+    Python waits for other threads. Hold a transaction."""
+    for some in batches(list(values.items()), KEYS_AT_ONCE // 2):
+        rows = ", ".join(f"(?1, ?1, 1, {diskcache.core.MODE_RAW}, ?, ?)" for _ in some)
+        sql = f"""INSERT INTO Cache (store_time, access_time, raw, mode, key, value) VALUES {rows}
+            ON CONFLICT (key, raw) DO UPDATE
+            SET store_time = excluded.store_time, mode = excluded.mode, value = excluded.value"""
+        cache._sql(sql, [time.time(), *itertools.chain.from_iterable(some)])
+
+
+def delete_values(cache: SharedCache, keys: Sequence[str]) -> None:
+    """Takes out those of the keys that are there, in the same way."""
+    for some in batches(keys, KEYS_AT_ONCE):
+        cache._sql(f"DELETE FROM Cache WHERE key IN ({','.join('?' * len(some))}) AND raw = 1", some)
+
+
 def blobs_of(cache: SharedCache, prefix: str, names: Iterable[str]) -> dict[str, bytes]:
     """As `values_of`, of what is bytes. SQLite gives hundreds in one row: at each row Python waits for other threads,
     and beside one that imports torch the rows of a long chat took three seconds."""
@@ -5116,6 +5149,12 @@ def message_rows_of(cache: SharedCache) -> Iterator[dict]:
     for some in batches([key[2:] for _, key in sorted(found)], KEYS_AT_ONCE):
         rows = values_of(cache, "m:", some)
         yield from json.loads(f"[{','.join(rows[message] for message in some if message in rows)}]")
+
+
+def generation_of(cache: SharedCache) -> int:
+    """How many changes a chat has had."""
+    row = cache._sql("SELECT value FROM Cache WHERE key = 'generation' AND raw = 1").fetchone()
+    return row[0] if row else 0
 
 
 def changes_between(cache: SharedCache, since: int, newest: int) -> list[str] | None:
@@ -5163,7 +5202,7 @@ class ChatStore:
         if cache.get("format", STORE_FORMAT) > STORE_FORMAT:
             raise NewerFormat(NEWER)
         self._recent: OrderedDict[str, Message] = OrderedDict()
-        self._generation = cache.get("generation", 0)  # first: what is written meanwhile is caught up with
+        self._generation = generation_of(cache)  # first: what is written meanwhile is caught up with
         self.info: dict[str, Any] = json.loads(cache.get("info", "{}"))
         self.marks: dict[str, dict[str, Mark]] = {}  # by the text's digest and the speaker
         self.summaries: dict[str, Summary] = {}
@@ -5320,8 +5359,8 @@ class ChatStore:
         finally:
             self._in_ram, self._generation = False, UNWRITTEN
 
-    def _catch_up(self, cache: diskcache.Cache) -> None:
-        newest = cache.get("generation", 0)
+    def _catch_up(self, cache: SharedCache) -> None:
+        newest = generation_of(cache)
         if newest == self._generation:
             return
         self._derived.clear()  # another process may have erased the words
@@ -5372,8 +5411,10 @@ class ChatStore:
             self._keep_in_ram(messages, info)
             return
         with self._database.use() as cache:
+            within = cache._txn_id is not None  # what is around this has caught up
             with cache.transact():
-                self._catch_up(cache)
+                if not within:
+                    self._catch_up(cache)
                 generation, known = self._generation + 1, {**self.info, **info}
                 marks = {digest: some for digest, some in marks.items() if digest not in self.marks}
                 marks |= changed_marks(self.marks | marks, messages, marked, time.time())
@@ -5384,23 +5425,20 @@ class ChatStore:
                 told = summaries_of(self.summaries.values(), changed)
                 rows |= {f"s:{s.id}": asdict(replace(s, stale=True)) for s in told}
                 rows |= {f"s:{s.id}": asdict(s) for s in summaries} | {f"f:{f.id}": asdict(f) for f in facts}
-                for key, row in rows.items():
-                    cache[row_key(key)] = json.dumps(row)
-                for message in dropped:
-                    cache.delete(f"m:{message}")
+                values = {row_key(key): json.dumps(row) for key, row in rows.items()}
+                gone = [f"g:{generation - KEPT_GENERATIONS}", *(f"m:{message}" for message in dropped)]
                 if report:
                     number = known["reports"] = known.get("reports", 0) + 1
-                    cache[f"p:{number}"] = json.dumps(vars(report))  # plain data: `asdict` would copy all of it
-                    cache.delete(f"p:{number - KEPT_REPORTS}")
-                cache[f"g:{generation}"] = json.dumps([*rows, *(f"d:{i}" for i in dropped)])
-                cache.delete(f"g:{generation - KEPT_GENERATIONS}")
-                cache["generation"] = generation
+                    values[f"p:{number}"] = json.dumps(vars(report))  # plain data: `asdict` would copy all of it
+                    gone.append(f"p:{number - KEPT_REPORTS}")
+                values[f"g:{generation}"] = json.dumps([*rows, *(f"d:{i}" for i in dropped)])
+                values["generation"] = generation
                 if generation == 1:
                     note_format(cache)
                 if known != self.info:
-                    cache["info"] = json.dumps(known)
-                for key, value in self._derived.items():
-                    cache[f"t:{key}"] = value
+                    values["info"] = json.dumps(known)
+                put_values(cache, values | {f"t:{key}": value for key, value in self._derived.items()})
+                delete_values(cache, gone)
             self.info, self._generation, self._derived = known, generation, {}
             for key, row in rows.items():
                 self._take_over(key, row)
@@ -5465,7 +5503,9 @@ class ChatStore:
 
     def _rows(self, messages: Sequence[Message]) -> list[dict]:
         fresh, known = itertools.count(self._next_order), self.tree.nodes
-        return [asdict(m) | {"order": known[m.id].order if m.id in known else next(fresh)} for m in messages]
+        orders = (known[m.id].order if m.id in known else next(fresh) for m in messages)
+        # Plain data: `asdict` would copy all of it.
+        return [{k: getattr(m, k) for k in m.__slots__} | {"order": n} for m, n in zip(messages, orders, strict=True)]
 
     def read(self, ids: Sequence[str]) -> list[Message]:
         """The messages of those ids, from working memory where they are in it."""
@@ -5506,9 +5546,8 @@ class ChatStore:
         if not arrays:
             return
         with self._database.transaction() as cache:
-            for text_hash, values in arrays.items():
-                if text_of_key(text_hash) not in self._gone:
-                    cache[f"{prefix}:{text_hash}"] = values.astype(np.float32).tobytes()
+            there = {h: values for h, values in arrays.items() if text_of_key(h) not in self._gone}
+            put_values(cache, {f"{prefix}:{h}": v.astype(np.float32).tobytes() for h, v in there.items()})
 
     def vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The stored vectors of those text hashes, float32; those without one of unit length are left out."""
@@ -5530,9 +5569,9 @@ class ChatStore:
     def put_sentence_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores the vectors of texts' sentences by text hash, as float16: half of the disk for 0.0005 of a cosine."""
         with self._database.transaction() as cache:
-            for text_hash in vectors.keys() - self._gone:
-                rows = vectors[text_hash].astype(np.float16)
-                cache[f"c:{embedder}:{text_hash}"] = len(rows).to_bytes(4, "little") + rows.tobytes()
+            rows = {h: vectors[h].astype(np.float16) for h in vectors.keys() - self._gone}
+            stored = {h: len(some).to_bytes(4, "little") + some.tobytes() for h, some in rows.items()}
+            put_values(cache, {f"c:{embedder}:{h}": value for h, value in stored.items()})
 
     def readings(self, reader: str, hashes: Iterable[str]) -> dict[str, list[float]]:
         """The stored emotion scores by text hash, in the order of EMOTIONS; those that make no sense are left out."""
@@ -6994,13 +7033,14 @@ class Catalogue:
         (Unix seconds; 0: it has none) it has forgotten words that are not erased."""
         chat_id = line["chat_id"]
         with self._database.transaction() as cache:
+            known = values_of(cache, "", [*(f"{kind}:{digest}" for digest in digests), "changes"])
+            values = {f"c:{chat_id}": json.dumps(line), "changes": known.pop("changes", 0) + 1}
             for key in (f"{kind}:{digest}" for digest in digests):
-                chats = json.loads(cache.get(key, "[]"))
+                chats = json.loads(known.get(key, "[]"))
                 if chat_id not in chats:
-                    cache[key] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
-            cache[f"c:{chat_id}"] = json.dumps(line)
-            cache.set(f"x:{chat_id}", forgetful) if forgetful else cache.delete(f"x:{chat_id}")
-            cache.incr("changes", default=0)
+                    values[key] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
+            put_values(cache, values | ({f"x:{chat_id}": forgetful} if forgetful else {}))
+            delete_values(cache, [] if forgetful else [f"x:{chat_id}"])
 
     def remove(self, chat_id: str, digests: Iterable[str] | None) -> None:
         """Takes a chat out: its line and its texts, all rows being looked through where `digests` is None.
@@ -7227,7 +7267,7 @@ class ChatRegistry:
 
     @contextlib.contextmanager
     def _borrow_folder(self, folder: Path) -> Iterator[Chat | None]:
-        if not database_of(folder).exists():
+        if folder.name not in self._lent and not database_of(folder).exists():
             yield None
             return
         lending = self._take(folder)
@@ -12834,6 +12874,7 @@ class Feelings:
         self._settings, self._vectors, self._registry = settings, vectors, registry
         self._model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
         self._by_vector = self._model is None and vectors.embedder.name in BUNDLED_EMBEDDERS
+        self._bags: dict[str, np.ndarray | None] = {}  # of the text that was foreseen last
         if self._by_vector:
             vectors.afterwards = self.read_ahead
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feelings")
@@ -12885,7 +12926,17 @@ class Feelings:
 
     def _reading(self, words: Wording, text: str, vector: np.ndarray | None) -> EmotionReading:
         """The built-in reader's reading of a text in a chat of that language."""
-        return feeling_in(told_language(clip(text)) or words.language, text, vector, self._vectors.embedder.bag)
+        return feeling_in(told_language(clip(text)) or words.language, text, vector, self._bag)
+
+    def _bag(self, text: str) -> np.ndarray | None:
+        found = self._bags.get(text)
+        return self._vectors.embedder.bag(text) if found is None else found
+
+    def foresee(self, text: str) -> None:
+        """Does beforehand what reading a text takes beside its vector: a turn does so while that is made."""
+        if self._by_vector:
+            self._bags = {text: self._vectors.embedder.bag(text)}
+            emotion_features(clip(text))
 
     def read_ahead(self, chat: Chat, ids: Sequence[str], stop: Callable[[], bool]) -> None:
         """Stores what messages feel that have vectors, so that the turn which recalls them need not read them."""
@@ -13251,25 +13302,21 @@ class Archive:
         store.read_again(path[-NEWEST:])
         return path
 
-    def record(
-        self, chat_id: str, tip: str, texts: Sequence[str], complete: bool, report: PromptReport
-    ) -> list[Message]:
+    @staticmethod
+    def record(chat: Chat, tip: str, texts: Sequence[str], complete: bool, report: PromptReport) -> list[Message]:
         """Notes what was answered after the message `tip` (one text per choice), and the prompt's report.
 
         A reply hangs under the branch, unconfirmed, until a request shows it again. Returns the replies that are new.
         """
-        with self._registry.lookup(chat_id) as chat:
-            if chat is None:  # deleted while the reply was on its way
+        with chat.lock:
+            if tip not in chat.tree.nodes:  # deleted, and made anew under the same id
                 return []
-            with chat.lock:
-                if tip not in chat.tree.nodes:  # deleted, and made anew under the same id
-                    return []
-                said = [spoken_words("assistant", text) for text in texts]
-                replies = [new_message(tip, "assistant", text) for text in said if text.strip()]
-                replies = [replace(m, confirmed=False, complete=complete) for m in replies]
-                fresh = [m for m in replies if not chat.tree.is_confirmed(m.id)]
-                chat.store.commit(fresh, {"updated": time.time()}, report)
-            return fresh
+            said = [spoken_words("assistant", text) for text in texts]
+            replies = [new_message(tip, "assistant", text) for text in said if text.strip()]
+            replies = [replace(m, confirmed=False, complete=complete) for m in replies]
+            fresh = [m for m in replies if not chat.tree.is_confirmed(m.id)]
+            chat.store.commit(fresh, {"updated": time.time()}, report)
+        return fresh
 
     def append(self, chat_id: str, messages: Any) -> dict:
         """Appends messages to a chat's current branch; makes the chat when there is none. Raises `InvalidRequest`."""
@@ -13814,6 +13861,8 @@ class Recaller:
                 if query:
                     index = chat.follow(turn.nodes, self._vectors.embedder)
                     index.look_up(query.words, self._vectors.embedder.word_vectors)
+            if turn.newest:
+                self._feelings.foresee(turn.newest.content)
             vector, degraded = self._vectors.take_for_turn(asked, turn.nodes, turn.newest, query)
             if query is None:
                 self._vectors.later(chat, [n.id for n in turn.nodes[-ENCODED_AT_ONCE:]])
@@ -15346,18 +15395,17 @@ class PersonaMemory:
         try:
             report = replace(prepared.report, outcome=outcome)
             said = () if prepared.ephemeral else texts
-            if prepared.refused and texts:  # the next turn does not begin with it
-                with self.registry.lookup(prepared.chat_id) as chat:
-                    if chat:
-                        chat.refuse(prepared.refused, prepared.parts[prepared.refused])
-            replies = self.archive.record(prepared.chat_id, prepared.tip, said, complete, report)
-            for reply in replies:
-                self.status.log_text(reply.role, reply.content)
             with self.registry.lookup(prepared.chat_id) as chat:
-                if chat and prepared.summary:
+                if chat is None:  # deleted while the reply was on its way
+                    return
+                if prepared.refused and texts:  # the next turn does not begin with it
+                    chat.refuse(prepared.refused, prepared.parts[prepared.refused])
+                replies = self.archive.record(chat, prepared.tip, said, complete, report)
+                for reply in replies:
+                    self.status.log_text(reply.role, reply.content)
+                if prepared.summary:
                     self.summarizer.consider(chat, *prepared.summary)
-                if chat:  # last: what it does takes the chat's lock
-                    self.vectors.later(chat, [m.id for m in replies])
+                self.vectors.later(chat, [m.id for m in replies])  # last: what it does takes the chat's lock
         except Exception as error:
             note_failure("record_failed", "A reply could not be noted", error, prepared.chat_id)
 
