@@ -8470,6 +8470,23 @@ class Places:
         self._many: dict[str, list[int]] = {}  # where a text stands that stands in several places
         self._found: dict[int, tuple[Summary, list[Summary]]] = {}  # by the object: a changed summary is another
 
+    def go_over(self, kept: int, more: Sequence[str]) -> None:
+        """Becomes that of a branch which shares its first `kept` texts with this one, and goes on with `more`: the next
+        turn's branch is nearly this one."""
+        changed = {*self.texts[kept:], *more}
+        self.texts = (*self.texts[:kept], *more)
+        for digest in changed & self._last.keys():
+            self._many.pop(digest, None)
+            first = self._first[digest]
+            if first >= kept:
+                del self._first[digest], self._last[digest]
+            elif self._last[digest] >= kept:
+                self._last[digest] = next(i for i in range(kept - 1, first - 1, -1) if self.texts[i] == digest)
+        for i, digest in enumerate(more, kept):
+            self._first.setdefault(digest, i)
+            self._last[digest] = i
+        self._found = {key: row for key, row in self._found.items() if changed.isdisjoint(row[0].texts)}
+
     def _spots(self, digest: str) -> Sequence[int]:
         """The indexes at which a text stands."""
         first, last = self._first.get(digest), self._last.get(digest)
@@ -14184,14 +14201,21 @@ MOST_TRIES = 3  # of a model at one stretch
 MOST_FLAWED = 2  # stretches in a row of which a model may write nothing usable before users are told
 GAVE_WAY_AT_MOST = 50  # times that a summary gives way to turns
 SUMMARY_OVERHEAD = 900  # tokens of the task, the facts, and of what other tokenizers count more
+NEAR_BRANCH = 100  # messages after a fork, up to which where summaries stand is not found anew
 LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 
 
 def places_on(chat: Chat, path: Sequence[str]) -> Places:
     """Where the chat's summaries stand on a branch; kept until another one is asked for. Hold the chat's lock."""
     known, places = chat.places
-    if places is None or known != path:
+    kept = min(len(known), len(path))
+    while kept and known[kept - 1] != path[kept - 1]:  # a message's id stands for all above it too
+        kept -= 1
+    if places is None or max(len(known), len(path)) - kept > NEAR_BRANCH:
         chat.places = list(path), Places(chat.texts(path))
+    elif max(len(known), len(path)) > kept:
+        places.go_over(kept, chat.texts(path[kept:]))
+        chat.places = list(path), places
     return chat.places[1]
 
 
