@@ -4727,7 +4727,7 @@ def named_in_prompt(persona: str) -> str | None:
 # ======================================================================================================================
 
 NEWEST = 20  # messages of a branch that a turn looks at again and again
-WORKING_MEMORY = 400  # messages of a chat in RAM: a turn shows and recalls mostly what the one before did
+WORKING_MEMORY = 1000  # messages of a chat in RAM: a turn shows and recalls mostly what the one before did
 KEPT_REPORTS = 50
 KEYS_AT_ONCE = 500  # in one query: older SQLites take 999
 MOST_UNREADABLE = 10_000  # rows of a damaged chat
@@ -5442,6 +5442,8 @@ class ChatStore:
             self.info, self._generation, self._derived = known, generation, {}
             for key, row in rows.items():
                 self._take_over(key, row)
+            if len(messages) <= NEWEST:  # a turn's, which it looks at next
+                self._recent.update((m.id, m) for m in messages)
             self._drop(dropped)
 
     def _drop(self, ids: Sequence[str]) -> None:
