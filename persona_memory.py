@@ -3712,6 +3712,7 @@ def sentences(text: str) -> list[str]:
     return [text[a:b].strip() for a, b in spans[:MOST_SENTENCES]] if len(spans) > 1 else []
 
 
+@functools.lru_cache(8)
 def persona_pieces(text: str) -> list[str]:
     """A persona's sentences, short ones together: what of it can be said again by itself."""
     pieces = [""]
@@ -8392,10 +8393,20 @@ def choose(
 
 def share_said(words: Sequence[str], text: str, rarity: Sequence[float] = ()) -> float:
     """The share of a query's words that a text says in some form, 0 to 1; by their rarity where that is given."""
-    said, rarity = lexical_text(text), rarity if len(rarity) else [1.0] * len(words)
+    said, rarity = kept_lexical_text(text), rarity if len(rarity) else [1.0] * len(words)
     total = sum(rarity[: len(words)]) or 1.0
-    forms = (rf"\b{re.escape(word[: max(3, len(word) - STEM_LETTERS)])}" for word in words)
-    return sum(r for form, r in zip(forms, rarity, strict=False) if re.search(form, said)) / total
+    forms = zip(said_forms(tuple(words)), rarity, strict=False)
+    return sum(r for (start, form), r in forms if start in said and form.search(said)) / total
+
+
+kept_lexical_text = functools.lru_cache(1 << 10)(lexical_text)  # each turn looks at the same pieces of a persona
+
+
+@functools.lru_cache(8)
+def said_forms(words: Sequence[str]) -> list[tuple[str, re.Pattern]]:
+    """How each of the words begins in a lexical text, whatever its ending, and what finds that at a word's start."""
+    starts = [word[: max(3, len(word) - STEM_LETTERS)] for word in words]
+    return [(start, re.compile(rf"\b{re.escape(start)}")) for start in starts]
 
 
 def sentence_start(text: str, start: int) -> int:
