@@ -7301,12 +7301,12 @@ class ChatRegistry:
 
     @contextlib.contextmanager
     def _borrow_folder(self, folder: Path) -> Iterator[Chat | None]:
-        if folder.name not in self._lent and not database_of(folder).exists():
+        if not database_of(folder).exists():
             yield None
             return
         lending = self._take(folder)
         try:
-            if not database_of(folder).exists():  # deleted meanwhile
+            if lending.chat.exception() and not database_of(folder).exists():  # deleted meanwhile
                 yield None
                 return
             chat = lending.chat.result()
@@ -11727,7 +11727,7 @@ class OpenAIUpstream:
     def _tls(self) -> Any:
         return httpx.create_ssl_context()  # 20 ms; the connections share it
 
-    def _client(self, url: str, timeout: httpx.Timeout | float) -> httpx.Client:
+    def _client(self, url: str, timeout: float) -> httpx.Client:
         """What asks at an address; raises `UpstreamUnavailable` where the environment keeps it from that."""
         try:
             verify = False if url.lower().startswith("http:") else self._tls  # without TLS there is nothing to verify
@@ -11781,7 +11781,7 @@ class OpenAIUpstream:
                 self._connection(call) as client,
                 client.stream(
                     "POST", f"{self.url}/chat/completions{self._query}", content=body, headers=self.headers(call),
-                    extensions={"trace": call.trace},
+                    extensions={"trace": call.trace}, timeout=httpx.Timeout(self._timeout, connect=CONNECT_SECONDS),
                 ) as response,
             ):  # fmt: skip
                 chunks = response.iter_raw() if raw else response.iter_bytes()
@@ -11811,7 +11811,7 @@ class OpenAIUpstream:
             client.cookies.clear()  # they may be another client's
             call.connected(known)
         except IndexError:
-            client = self._client(self.url, httpx.Timeout(self._timeout, connect=CONNECT_SECONDS))
+            client = self._client(self.url, self._timeout)
         try:
             yield client
         except BaseException:
@@ -12986,8 +12986,9 @@ class Feelings:
         return found | chat.store.vectors(self._vectors.embedder.key, unindexed)
 
     def _reading(self, words: Wording, text: str, vector: np.ndarray | None) -> EmotionReading:
-        """The built-in reader's reading of a text in a chat of that language."""
-        return feeling_in(told_language(clip(text)) or words.language, text, vector, self._bag)
+        """The built-in reader's reading of a text in a chat of that language, in numbers as the store keeps them."""
+        found = feeling_in(told_language(clip(text)) or words.language, text, vector, self._bag)
+        return reading_of(np.array([*found.scores.values()], np.float32))
 
     def _bag(self, text: str) -> np.ndarray | None:
         found = self._bags.get(text)
