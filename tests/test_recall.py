@@ -504,8 +504,12 @@ def test_sentences_vectors_are_those_that_the_store_keeps(tmp_path):
         opened.index.follow(opened.nodes([message.id]), opened.store.read)
         opened.index.add_vectors({message.fingerprint: TEXT_VECTORS[-1, 0]})
         opened.put_sentences("model", {message.fingerprint: TEXT_VECTORS[-1, 1:]})
-        kept = opened.store.sentence_vectors("model", [message.fingerprint])[message.fingerprint]
-        assert opened.index.sentence_vectors(message.fingerprint).tolist() == kept.tolist()
+        again = followed(pm.MemoryIndex(), [message])
+        again.add_vectors({message.fingerprint: TEXT_VECTORS[-1, 0]})
+        again.add_sentences(opened.store.sentence_vectors("model", [message.fingerprint]))
+        made, read = (some.sentence_vectors(message.fingerprint) for some in (opened.index, again))
+        assert len(made) == len(TEXT_VECTORS[-1, 1:])
+        assert made.tolist() == read.tolist()
 
 
 def test_a_long_message_is_found_by_any_of_its_chunks():
@@ -685,7 +689,7 @@ def test_a_model_in_which_everything_is_near_scores_as_others_do(encode):
         texts = {key: text for m in messages for key, text in pm.embedded_texts(m).items()}
         vectors = encode([*texts.values(), query.spoken])
         if narrow:
-            vectors = np.concatenate([np.full((len(vectors), 1), 2, np.float32), vectors], axis=1) / np.sqrt(5)
+            vectors = np.concatenate([np.full((len(vectors), 16), 0.5, np.float32), vectors], axis=1) / np.sqrt(5)
         index.add_vectors(dict(zip(texts, vectors, strict=False)))
         found.append(index.evidence((), vectors[-1]).cosine)
     assert np.allclose(found[0], found[1], atol=0.1)
