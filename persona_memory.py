@@ -8270,7 +8270,7 @@ NEAR_DUPLICATE = 0.95  # cosine above which two memories say the same
 REMEMBERING_SHARE = 2.0  # of what recalled memories may take, where the history leaves it
 ASKING_SHARE = 1.5
 TELLING_SHARE = 0.5  # each recalled token is evaluated anew every turn
-MOST_MEMORIES = 64  # of a turn; beyond that the tail is noise
+MOST_MEMORIES = 40  # of a turn; beyond that the tail is noise
 RERANKED = 20  # candidates that a reranker reads: one of 22 million parameters takes about half a second for them
 NO_ROOM = "no room left in the memories' share of the context"
 LEFT_OUT = 12  # memories that a report names which did not get into the prompt
@@ -8355,14 +8355,22 @@ def newest_first(
     the mean of the cosines of two messages of the chat, and their standard deviation.
     """
     best, (mean, spread) = list(memories[: len(parts)]), noise
+    every = np.concatenate([vectors for _, vectors in parts]) if parts else np.zeros((0, 0), np.float32)
+    ends = np.cumsum([len(vectors) for _, vectors in parts]).tolist()
+    rows = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
+    cosines = every @ every.T
+    every_near = np.where(cosines > NEAR_DUPLICATE, 0, (cosines - mean) / spread)
     for i, j in itertools.combinations(sorted(range(len(best)), key=lambda i: best[i].index), 2):
         older, newer = best[i], best[j]
-        if older.message.speaker != newer.message.speaker:
+        near = every_near[rows[j], rows[i]]
+        if older.message.speaker != newer.message.speaker or near.max(initial=0) < SAME_BEST:
             continue
-        near = parts[j][1] @ parts[i][1].T
-        near = np.where(near > NEAR_DUPLICATE, 0, (near - mean) / spread).max(axis=1, initial=0)
-        akin = np.flatnonzero(near >= (SAME_CHANGED if max(i, j) > 1 else SAME_BEST)).tolist()
-        changed = any(CHANGED.search(clip(parts[j][0][sentence])) for sentence in akin)
+        enough = SAME_CHANGED if max(i, j) > 1 else SAME_BEST
+        changed = any(
+            CHANGED.search(clip(sentence))
+            for sentence, row in zip(parts[j][0], near, strict=True)
+            if row.max(initial=0) >= enough
+        )
         if changed:
             best[i] = replace(older, changed_in=newer.index)
         if (changed or near.max(initial=0) >= SAME_THING) and newer.score < older.score:
