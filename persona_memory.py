@@ -1580,12 +1580,16 @@ class LongWork:
         return {"kind": self.kind, "waiting": waiting, "done": done, "rate": rate, "seconds": seconds, "words": words}
 
 
+GIVE_WAY_SECONDS = 0.3  # that one step of the background waits for turns at most
+
+
 class Background:
     """The long work behind the turns, and whether it may go on."""
 
     def __init__(self) -> None:
         self.going = threading.Event()  # cleared while it is paused
         self.going.set()
+        self._turns, self._turn_over = 0, threading.Condition()
         self.vectors = LongWork("vectors", "Messages that cannot be found by meaning yet", 16)
         self.summaries = LongWork("summaries", "Parts of chats to summarise when the model has nothing else to do", 1)
 
@@ -1593,6 +1597,24 @@ class Background:
     def paused(self) -> bool:
         """Whether it was paused."""
         return not self.going.is_set()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """What runs in the block somebody waits for."""
+        with self._turn_over:
+            self._turns += 1
+        try:
+            yield
+        finally:
+            with self._turn_over:
+                self._turns -= 1
+                self._turn_over.notify_all()
+
+    def give_way(self) -> None:
+        """Waits for the end of the turns that are being prepared, a little at most: they share the interpreter with all
+        other work."""
+        with self._turn_over:
+            self._turn_over.wait_for(lambda: not self._turns, GIVE_WAY_SECONDS)
 
     def progress(self) -> dict:
         """Whether it is `paused`, and the `work` that waits."""
@@ -12648,6 +12670,7 @@ class Vectors:
                 """Whether the program ends, or the background was paused."""
                 if self._background.paused:
                     halted.set()
+                self._background.give_way()
                 return self._closed or halted.is_set()
 
             if len(ids) >= SEGMENT:  # an import, or a long chat that is shown for the first time
@@ -14419,6 +14442,7 @@ class Summarizer:
         with self._lock:
             plan, authorization = self._plans.pop(chat_id)
         self._background.going.wait()
+        self._background.give_way()
         try:
             with self._registry.lookup(chat_id) as chat:
                 if chat:
@@ -14444,6 +14468,7 @@ class Summarizer:
         """Makes the summaries up to the plan's end, here and now."""
         while not self._closed and self._due(chat, plan) and self._summarize_next(chat, plan, authorization):
             self._background.going.wait()
+            self._background.give_way()
 
     def _summarize_next(self, chat: Chat, plan: SummaryPlan, authorization: str) -> bool:
         """Summarises the next stretch, condenses what has grown too long, and tries one extract again.
@@ -14454,8 +14479,7 @@ class Summarizer:
             path, story, stretch = self._next(chat, plan)
             if stretch is None:
                 return False
-            messages, texts = chat.store.read(path[stretch.start : stretch.stop]), chat.texts(path)
-            marks = dict(chat.store.marks)
+            messages, marks = chat.store.read(path[stretch.start : stretch.stop]), dict(chat.store.marks)
         left = plan.until - plan.first - sum(s.end + 1 - s.start for s in story)
         self._background.summaries.expect(chat.id, left // self._settings.summary_every)
         behind = left // self._settings.summary_every > BACKLOG  # an import: by its own sentences at once, then better
@@ -14463,7 +14487,9 @@ class Summarizer:
         fresh, facts = self._from_messages(chat, messages, stretch.start, plan, ask)
         again = [] if story and stretch.start < story[-1].start else self._again(chat, path, story, plan, ask)
         made = [fresh, *(replace(s, since=fresh.end) for s in again)]
-        story = Places(texts).story([*made, *story])
+        with chat.lock:
+            path, story = self._story(chat, plan)  # a turn may have dropped the plan's last messages meanwhile
+            story = places_on(chat, path).story([*made, *story])
         while group := to_condense(story, summaries_share(plan.budget)):
             condensed = self._from_summaries(chat, path, group, plan, ask)
             made.append(replace(condensed, since=max(fresh.end, *(s.since for s in group))))
@@ -15153,11 +15179,11 @@ class PromptBuilder:
 
     def __init__(
         self, settings: Settings, archive: Archive, vectors: Vectors, feelings: Feelings, recaller: Recaller,
-        completions: Completions, status: Status,
+        completions: Completions, status: Status, background: Background,
     ):  # fmt: skip
         self._settings, self._shares = settings, parse_shares(settings.budget)
         self._archive, self._vectors, self._feelings, self._recaller = archive, vectors, feelings, recaller
-        self._completions, self._status = completions, status
+        self._completions, self._status, self._background = completions, status, background
 
     def prepare(self, body: Any, chat_id: str, call: Call) -> Prepared:
         """The request with its memory put in. Raises `InvalidRequest` for what no upstream would take either; whatever
@@ -15166,7 +15192,8 @@ class PromptBuilder:
         try:
             if request.aside or not request.turns:
                 return self._untouched(request, "" if request.aside else chat_id, call, untouched_header(request.aside))
-            return self._with_memory(request, chat_id, call)
+            with self._background.turn():
+                return self._with_memory(request, chat_id, call)
         except InvalidRequest:
             raise
         except Exception as error:
@@ -15237,7 +15264,8 @@ class PromptBuilder:
         request, window = parse_injection(body)
         chat_id = request.identity.chat_id
         try:
-            return self._injection(request, window) if request.turns else (injection(chat_id), None)
+            with self._background.turn():
+                return self._injection(request, window) if request.turns else (injection(chat_id), None)
         except InvalidRequest:
             raise
         except Exception as error:
@@ -15438,8 +15466,9 @@ class PersonaMemory:
         self.recaller = Recaller(settings, self.vectors, self.feelings, self.registry)
         self.completions = Completions(settings, self.upstream, metrics)
         self.builder = PromptBuilder(
-            settings, self.archive, self.vectors, self.feelings, self.recaller, self.completions, self.status
-        )
+            settings, self.archive, self.vectors, self.feelings, self.recaller, self.completions, self.status,
+            self.background,
+        )  # fmt: skip
 
     def start(self) -> None:
         """Opens the data folder and loads the models, each in a thread of its own; failures show in `health`."""
@@ -20324,7 +20353,7 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
         server = waitress.create_server(
             app, host=settings.host, port=settings.port, _dispatcher=dispatcher, ident="persona_memory",
             channel_request_lookahead=1, asyncore_use_poll=True, connection_limit=most_connections(),
-            channel_timeout=IDLE_SECONDS, cleanup_interval=IDLE_SECONDS // 6,
+            channel_timeout=IDLE_SECONDS, cleanup_interval=IDLE_SECONDS // 6, recv_bytes=1 << 16,
             max_request_body_size=2 * MAX_REQUEST_BYTES,  # what is told no length is kept on disk until it has ended
         )  # fmt: skip
     except (OSError, ValueError) as error:  # ValueError: no such host
