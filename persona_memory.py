@@ -5893,7 +5893,8 @@ INDEXED_AT_ONCE = 500  # vectors that are taken over in one piece
 SEGMENT = 200  # messages; those of a branch's end that make no whole one are read anew when a chat is opened
 SEGMENT_RULES = 2  # raise it where a segment holds other things of the same texts: those in the stores are made anew
 STALE_ROWS = 1000  # texts that have left a branch, from which on its index is made anew
-COMMON_SHARE, COMMON_FLOOR = 8, 200  # a word in an eighth of the texts, and in 200, is too common to discriminate
+# A word in an eighth of the texts, and in 200, is too common to discriminate; one in a thousand is in any chat.
+COMMON_SHARE, COMMON_FLOOR, COMMON_ANYWHERE = 8, 200, 1000
 MAX_QUERY_WORDS = 24  # the rarest would do; a pasted page must not become a thousand look-ups
 UNSPACED = re.compile(
     r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\u0e00-\u0e7f\uac00-\ud7af]+"
@@ -6517,6 +6518,8 @@ def usual_language(languages: Counter[str]) -> str:
 
 # A MemoryIndex's measures of a branch that has not been looked at.
 UNMEASURED = -1, (USUAL_MEAN, USUAL_SPREAD, USUAL_COHERENCE)
+# Of how many messages its words' rarity is known, that, and how much of it a message of substance has.
+UNWEIGHED = -1, np.ones(1, np.float32), 1.0
 # A MemoryIndex's arrays with an item for each message of the branch.
 BRANCH_ARRAYS = ("_row_at", "_speaker_at", "_days", "_story_days", "_topic_counts", "_traits")
 
@@ -6551,8 +6554,9 @@ class MemoryIndex:
         self._word_vectors = np.zeros((0, 0), np.float32)  # by those numbers, as far as they were asked for
         self._spaced = np.zeros(0, bool)  # likewise, whether it stands between spaces
         self._whole = np.zeros(0, bool)  # and whether it is also a row of its own in the embedder's table
-        self._substance: np.ndarray | None = None  # kept until the branch changes
-        self._looked_up: tuple[tuple, tuple[np.ndarray, ...]] | None = None  # likewise, see `look_up`
+        self._substance = np.zeros(0, np.float32)  # of the branch's first messages, as far as it was asked for
+        self._weighed = UNWEIGHED  # what it was made with
+        self._looked_up: tuple[tuple, tuple[np.ndarray, ...]] | None = None  # see `look_up`; until the branch changes
         self.speakers: dict[str, str] = {}  # in lower case -> role
         self._spoken: list[str] = []  # the messages' languages
         self._languages: Counter[str] = Counter()  # how many messages are in each
@@ -6583,7 +6587,9 @@ class MemoryIndex:
         self._spoken = self._spoken[:kept]
         if kept < self._measured[0]:
             self._measured = UNMEASURED
-        self._topics, self._substance = self._topics[: self._topic_counts[:kept].sum()], None
+        self._topics, self._substance = self._topics[: self._topic_counts[:kept].sum()], self._substance[:kept]
+        if kept < self._weighed[0]:
+            self._weighed = UNWEIGHED
         self._looked_up = None
         for name in BRANCH_ARRAYS:
             setattr(self, name, getattr(self, name)[:kept])
@@ -6775,7 +6781,7 @@ class MemoryIndex:
             terms = np.zeros((max(1, len(words)), len(self._rows)), np.float32)
             rarity, weights = np.zeros(len(terms), np.float32), np.ones(len(terms), np.float32)
             texts = len(self._uses)
-            most = max(COMMON_FLOOR, texts // COMMON_SHARE)
+            most = min(max(COMMON_FLOOR, texts // COMMON_SHARE), COMMON_ANYWHERE)
             sql = ", ".join(WORD_SCORES.format(word=f"word{i}") for i in range(len(words)))
             values = {f"word{i}": f'"{word}"' for i, word in enumerate(words)} | {"most": most}
             for i, row in enumerate(self._words.execute(f"SELECT {sql}", values).fetchone() if words else ()):
@@ -6835,19 +6841,30 @@ class MemoryIndex:
         how rare it is here (idf as self-information: Aizawa 2003), float32 [n], 0 to 1.
 
         So nine words that nobody else says are as good as thirty that everyone does. From SUBSTANTIAL times the chat's
-        usual sum on, longer ones are no likelier.
+        usual sum on, longer ones are no likelier. What is rare and usual here the branch's first messages tell, up
+        to a `step_below`, so that a message which comes changes nothing for those before it.
         """
-        if self._substance is None:
-            count, sums = len(self._topic_counts), np.zeros(len(self._topic_counts), np.float32)
-            uses = np.bincount(self._topics, minlength=len(self._vocabulary))
-            rarity = np.log((count + 1) / np.maximum(uses, 1)).astype(np.float32) / math.log(count + 2)
-            told = np.flatnonzero(self._topic_counts)  # reduceat knows no empty share
-            if len(told):
-                starts = np.cumsum(self._topic_counts)[told] - self._topic_counts[told]
-                sums[told] = np.add.reduceat(rarity[self._topics], starts)
-            enough = SUBSTANTIAL * float(np.median(sums)) if count else 1.0
-            self._substance = np.minimum(1, sums / min(max(enough, 1.0), MOST_NEEDED)).astype(np.float32)
+        count = step_below(len(self._topic_counts))
+        if self._weighed[0] != count:
+            uses = np.bincount(self._topics[: self._topic_counts[:count].sum()])
+            # The last item is for words that none of them says.
+            rarity = np.log((count + 1) / np.maximum(np.append(uses, 0), 1)).astype(np.float32) / math.log(count + 2)
+            enough = SUBSTANTIAL * float(np.median(self._rarity_sums(rarity, 0)[:count])) if count else 1.0
+            self._weighed, self._substance = (count, rarity, min(max(enough, 1.0), MOST_NEEDED)), self._substance[:0]
+        _, rarity, enough = self._weighed
+        fresh = np.minimum(1, self._rarity_sums(rarity, len(self._substance)) / np.float32(enough))
+        self._substance = np.concatenate([self._substance, fresh]) if len(fresh) else self._substance
         return self._substance
+
+    def _rarity_sums(self, rarity: np.ndarray, start: int) -> np.ndarray:
+        """The sum of the rarity of the words of each message from `start` on, float32 [n - start]."""
+        counts = self._topic_counts[start:]
+        sums, told = np.zeros(len(counts), np.float32), np.flatnonzero(counts)
+        if len(told):  # reduceat knows no empty share
+            topics = self._topics[len(self._topics) - counts.sum() :]
+            starts = np.cumsum(counts)[told] - counts[told]
+            sums[told] = np.add.reduceat(rarity[np.minimum(topics, len(rarity) - 1)], starts)
+        return sums
 
     def _cosines(self, query: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """How near each message is to a query, and its best sentence, float32 [n], see Evidence."""
