@@ -1580,12 +1580,16 @@ class LongWork:
         return {"kind": self.kind, "waiting": waiting, "done": done, "rate": rate, "seconds": seconds, "words": words}
 
 
+GIVE_WAY_SECONDS = 0.3  # that one step of the background waits for turns at most
+
+
 class Background:
     """The long work behind the turns, and whether it may go on."""
 
     def __init__(self) -> None:
         self.going = threading.Event()  # cleared while it is paused
         self.going.set()
+        self._turns, self._turn_over = 0, threading.Condition()
         self.vectors = LongWork("vectors", "Messages that cannot be found by meaning yet", 16)
         self.summaries = LongWork("summaries", "Parts of chats to summarise when the model has nothing else to do", 1)
 
@@ -1593,6 +1597,24 @@ class Background:
     def paused(self) -> bool:
         """Whether it was paused."""
         return not self.going.is_set()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """What runs in the block somebody waits for."""
+        with self._turn_over:
+            self._turns += 1
+        try:
+            yield
+        finally:
+            with self._turn_over:
+                self._turns -= 1
+                self._turn_over.notify_all()
+
+    def give_way(self) -> None:
+        """Waits for the end of the turns that are being prepared, a little at most: they share the interpreter with all
+        other work."""
+        with self._turn_over:
+            self._turn_over.wait_for(lambda: not self._turns, GIVE_WAY_SECONDS)
 
     def progress(self) -> dict:
         """Whether it is `paused`, and the `work` that waits."""
@@ -5897,8 +5919,8 @@ CLAUSES = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*(?:[.!?:;\n\uff1f\u3002\u061
 # recall depends on a language.
 ASKING, REMINDING_OF, ONESELF, ADDRESSED, CHANGES, ASKING_WHEN, ASKING_HOW_MANY, ASKING_NOW = range(8)
 SPEECH_WORDS = {
-    "en": ("who whom whose what when where which why how", "remember remind recall forgot forget tell told",
-           "i me my mine myself", "you your yours yourself",
+    "en": ("who whom whose what whats when where which why how did does",
+           "remember remind recall forgot forget tell told", "i me my mine myself", "you your yours yourself u ur",
            "now anymore more longer instead moved changed switched quit sold renamed new actually",
            "when what_day what_date what_time what_month what_year "
            "which_day which_month which_year how_long",
@@ -6152,7 +6174,7 @@ def language_of(text: str, usual: str = "en") -> str:
         for script, language in ((KANA, "ja"), (HANGUL, "ko"), (IDEOGRAPHS, "zh"), (CYRILLIC, "ru")):
             if script.search(text):
                 return language
-    words = set(re.findall(r"[^\W\d_]+", text.lower()))
+    words = set(re.findall(r"[^\W\d_]{2,}", text.lower()))  # "u r" is German as little as "y" is Spanish
     counts = {language: len(words & stop_words(language)) for language in LATIN_LANGUAGES}
     best = max(counts, key=lambda language: (counts[language], language == usual))
     return best if counts[best] >= LEAST_STOP_WORDS else usual
@@ -7850,6 +7872,9 @@ def align_appended(chat: Chat, request: ChatRequest) -> Alignment | None:
 GESTURE = re.compile(r"\s*(?:\*[^*]+\*\s*)+\Z")
 TELLS, DOUBTFUL, ASKS = range(3)  # how a message asks for the past
 MOSTLY_ASKS = 0.7  # of a text's characters
+# Words at which a question is doubtful, and at which it clearly asks for the past: "Where are you going?", "What did
+# the surgeon order you to give up?". A sign of a script without spaces counts as SIGN_WORDS.
+ASKING_LENGTH, SIGN_WORDS = (4, 9), 0.7
 PREAMBLE = 30  # characters within which a question names that it is one of remembering
 SAYS_LITTLE = 4  # words with a topic below which a gesture needs what was said before it
 CONTEXT_LETTERS = 300  # of each message before one that says little
@@ -7863,7 +7888,7 @@ class Query:
     spoken: str  # the text to embed
     about: frozenset[str] = frozenset()  # the speakers, in lower case, whose words are asked for; empty: anyone's
     dates: tuple[tuple[float, float], ...] = ()  # named spans of time, in days since 1970
-    asks: int = TELLS  # TELLS, DOUBTFUL or ASKS
+    asks: float = TELLS  # TELLS, or how clearly it asks, from DOUBTFUL to ASKS
     # What an answer has: "time", "number"; "now": it is the newest that holds; "day": it was said at the time that the
     # query names, which is all that it asks for.
     wants: frozenset[str] = frozenset()
@@ -7964,19 +7989,19 @@ def understand(
     return Query(words, spoken, about, dates, asks, wants, asked, story_day(asked, language))
 
 
-def how_it_asks(text: str, asked: str, language: str) -> int:
-    """Whether a text that has a question asks for the past, or doubtfully so: about what is here and now.
+def how_it_asks(text: str, asked: str, language: str) -> float:
+    """How clearly a text that has a question asks for the past, from DOUBTFUL to ASKS.
 
-    "What's for supper?" has one word with a topic, where "Where do I live?" asks after somebody, and a line that tells
-    and ends with "Shall I bank the fire?" has no word that asks. Those are answered from memory only where something
-    stands out.
+    "What's for supper?" is about what is here and now, and so is a line that tells and ends with "Shall I bank the
+    fire?". Those are answered from memory only where something stands out. What asks for the past has to say which.
     """
-    mostly = len(asked) >= MOSTLY_ASKS * len(text.strip()) or says(asked, ASKING, language)
-    somebody = says(asked, ONESELF, language) or says(asked, ADDRESSED, language)
-    enough = 1 if somebody and says(asked, ASKING, language) else 2
-    topics = len(query_words(asked, (), language))
-    clear = topics >= enough or says(text, REMINDING_OF, language)
-    return ASKS if mostly and clear else DOUBTFUL
+    if says(text, REMINDING_OF, language):
+        return ASKS
+    if len(asked) < MOSTLY_ASKS * len(text.strip()) and not says(asked, ASKING, language):
+        return DOUBTFUL
+    words = re.findall(r"\w['\u2019\w]*", asked)
+    length = SIGN_WORDS * len("".join(words)) if language in UNSPACED_LANGUAGES else len(words)
+    return float(np.interp(length, ASKING_LENGTH, (DOUBTFUL, ASKS)))
 
 
 def day_number(year: int, month: int, day: int = 1) -> float:
@@ -8315,7 +8340,7 @@ def relevance_bar(query: Query, scores: np.ndarray, trust: float = 1.0) -> float
     """What a memory for that query must score at least: so much above the chat's usual score, for friendly talk is like
     everything in a friendly chat."""
     usual, spread = usual_scores(scores, trust)
-    return usual + spread * STANDING_OUT[query.asks]
+    return usual + spread * float(np.interp(query.asks, (TELLS, DOUBTFUL, ASKS), STANDING_OUT))
 
 
 def admissible(query: Query, scores: np.ndarray, trust: float = 1.0) -> list[int]:
@@ -12673,6 +12698,7 @@ class Vectors:
                 """Whether the program ends, or the background was paused."""
                 if self._background.paused:
                     halted.set()
+                self._background.give_way()
                 return self._closed or halted.is_set()
 
             if len(ids) >= SEGMENT:  # an import, or a long chat that is shown for the first time
@@ -14444,6 +14470,7 @@ class Summarizer:
         with self._lock:
             plan, authorization = self._plans.pop(chat_id)
         self._background.going.wait()
+        self._background.give_way()
         try:
             with self._registry.lookup(chat_id) as chat:
                 if chat:
@@ -14469,6 +14496,7 @@ class Summarizer:
         """Makes the summaries up to the plan's end, here and now."""
         while not self._closed and self._due(chat, plan) and self._summarize_next(chat, plan, authorization):
             self._background.going.wait()
+            self._background.give_way()
 
     def _summarize_next(self, chat: Chat, plan: SummaryPlan, authorization: str) -> bool:
         """Summarises the next stretch, condenses what has grown too long, and tries one extract again.
@@ -14479,8 +14507,7 @@ class Summarizer:
             path, story, stretch = self._next(chat, plan)
             if stretch is None:
                 return False
-            messages, texts = chat.store.read(path[stretch.start : stretch.stop]), chat.texts(path)
-            marks = dict(chat.store.marks)
+            messages, marks = chat.store.read(path[stretch.start : stretch.stop]), dict(chat.store.marks)
         left = plan.until - plan.first - sum(s.end + 1 - s.start for s in story)
         self._background.summaries.expect(chat.id, left // self._settings.summary_every)
         behind = left // self._settings.summary_every > BACKLOG  # an import: by its own sentences at once, then better
@@ -14488,7 +14515,9 @@ class Summarizer:
         fresh, facts = self._from_messages(chat, messages, stretch.start, plan, ask)
         again = [] if story and stretch.start < story[-1].start else self._again(chat, path, story, plan, ask)
         made = [fresh, *(replace(s, since=fresh.end) for s in again)]
-        story = Places(texts).story([*made, *story])
+        with chat.lock:
+            path, story = self._story(chat, plan)  # a turn may have dropped the plan's last messages meanwhile
+            story = places_on(chat, path).story([*made, *story])
         while group := to_condense(story, summaries_share(plan.budget)):
             condensed = self._from_summaries(chat, path, group, plan, ask)
             made.append(replace(condensed, since=max(fresh.end, *(s.since for s in group))))
@@ -15178,11 +15207,11 @@ class PromptBuilder:
 
     def __init__(
         self, settings: Settings, archive: Archive, vectors: Vectors, feelings: Feelings, recaller: Recaller,
-        completions: Completions, status: Status,
+        completions: Completions, status: Status, background: Background,
     ):  # fmt: skip
         self._settings, self._shares = settings, parse_shares(settings.budget)
         self._archive, self._vectors, self._feelings, self._recaller = archive, vectors, feelings, recaller
-        self._completions, self._status = completions, status
+        self._completions, self._status, self._background = completions, status, background
 
     def prepare(self, body: Any, chat_id: str, call: Call) -> Prepared:
         """The request with its memory put in. Raises `InvalidRequest` for what no upstream would take either; whatever
@@ -15191,7 +15220,8 @@ class PromptBuilder:
         try:
             if request.aside or not request.turns:
                 return self._untouched(request, "" if request.aside else chat_id, call, untouched_header(request.aside))
-            return self._with_memory(request, chat_id, call)
+            with self._background.turn():
+                return self._with_memory(request, chat_id, call)
         except InvalidRequest:
             raise
         except Exception as error:
@@ -15262,7 +15292,8 @@ class PromptBuilder:
         request, window = parse_injection(body)
         chat_id = request.identity.chat_id
         try:
-            return self._injection(request, window) if request.turns else (injection(chat_id), None)
+            with self._background.turn():
+                return self._injection(request, window) if request.turns else (injection(chat_id), None)
         except InvalidRequest:
             raise
         except Exception as error:
@@ -15463,8 +15494,9 @@ class PersonaMemory:
         self.recaller = Recaller(settings, self.vectors, self.feelings, self.registry)
         self.completions = Completions(settings, self.upstream, metrics)
         self.builder = PromptBuilder(
-            settings, self.archive, self.vectors, self.feelings, self.recaller, self.completions, self.status
-        )
+            settings, self.archive, self.vectors, self.feelings, self.recaller, self.completions, self.status,
+            self.background,
+        )  # fmt: skip
 
     def start(self) -> None:
         """Opens the data folder and loads the models, each in a thread of its own; failures show in `health`."""
@@ -20349,7 +20381,7 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
         server = waitress.create_server(
             app, host=settings.host, port=settings.port, _dispatcher=dispatcher, ident="persona_memory",
             channel_request_lookahead=1, asyncore_use_poll=True, connection_limit=most_connections(),
-            channel_timeout=IDLE_SECONDS, cleanup_interval=IDLE_SECONDS // 6,
+            channel_timeout=IDLE_SECONDS, cleanup_interval=IDLE_SECONDS // 6, recv_bytes=1 << 16,
             max_request_body_size=2 * MAX_REQUEST_BYTES,  # what is told no length is kept on disk until it has ended
         )  # fmt: skip
     except (OSError, ValueError) as error:  # ValueError: no such host
