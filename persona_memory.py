@@ -126,7 +126,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any, NoReturn
 
 # Half of the cores: BLAS's threads wait for each other where other work takes the rest.
@@ -3216,6 +3216,8 @@ MAX_EMBEDDED = 4000  # characters; MiniLM reads 256 tokens, and tokenizing megab
 TURN, QUERY, BACKGROUND = 0, 1, 2  # priorities of encoding jobs
 MOST_FORESEEN = 16  # jobs that nobody has asked for yet
 FIRST_PACE = 0.1  # seconds that an urgent job is thought to take until the first has been timed
+# What sentence-transformers and transformers import only to train and to evaluate models: 70 MB, and half a second.
+UNUSED_BY_ENCODING = ("sklearn.metrics", "scipy.optimize", "scipy.sparse", "scipy.stats")
 LATIN_END = "\u024f"
 MOST_SENTENCES = 64  # of a message that have vectors of their own; what stands behind is found by its chunk
 TOKEN_STEP = 8  # lengths that texts are filled up to, a multiple of this each
@@ -3645,6 +3647,27 @@ def hub_revision(name: str) -> str:
     return ""
 
 
+class DeferredModule(ModuleType):
+    """Stands for a module: each of its names is a function that imports the module when it is called."""
+
+    def __getattr__(self, name: str) -> Callable:
+        if name.startswith("__"):  # what the import system asks for
+            raise AttributeError(name)
+        return lambda *args, **named: getattr(importlib.import_module(self.__name__), name)(*args, **named)
+
+
+@contextlib.contextmanager
+def deferring_imports(names: Iterable[str]) -> Iterator[None]:
+    """Within the block, what is imported from these modules is imported when it is first called, not before."""
+    stand_ins = {name: DeferredModule(name) for name in names if name not in sys.modules}
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            sys.modules.pop(name, None)
+
+
 def load_sentence_transformer(name: str) -> Any:
     """The model of that name: the copy that an installed package carries, else a path or a hub name."""
     path, (bare, size) = embedder_path(name), sized_name(name)
@@ -3653,6 +3676,9 @@ def load_sentence_transformer(name: str) -> Any:
     if path != bare:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a complete local copy needs no look at the hub
     import torch
+
+    with contextlib.suppress(ImportError), deferring_imports(UNUSED_BY_ENCODING):
+        import sentence_transformers  # noqa: F401  # another version may need more of them; then it is imported below
     from sentence_transformers import SentenceTransformer
     from transformers.utils.logging import disable_progress_bar
 
@@ -5076,37 +5102,59 @@ def values_of(cache: SharedCache, prefix: str, names: Iterable[str]) -> dict[str
     return found
 
 
-def blobs_of(cache: SharedCache, prefix: str, names: Iterable[str]) -> dict[str, bytes]:
-    """As `values_of`, of what is bytes. SQLite gives hundreds in one row: at each row Python waits for other threads,
-    and beside one that imports torch the rows of a long chat took three seconds."""
-    found, cut = {}, len(prefix)
-    for some in batches(list(names), KEYS_AT_ONCE):
-        sql = f"""SELECT group_concat(key, char(10)), group_concat(length(value)), CAST(group_concat(value, '') AS BLOB)
-                  FROM Cache WHERE key IN ({",".join("?" * len(some))}) AND mode = ? AND typeof(value) = 'blob'"""
-        row = cache._sql(sql, [*(prefix + name for name in some), diskcache.core.MODE_RAW]).fetchone()
-        if row[0] is not None:
-            ends = list(itertools.accumulate(map(int, row[1].split(","))))
-            spans = zip(row[0].split("\n"), [0, *ends], ends, strict=False)
-            found.update((key[cut:], row[2][start:end]) for key, start, end in spans)
-    return found
+def blobs_of(
+    cache: SharedCache, prefix: str, names: Collection[str], head: int = 0
+) -> Iterator[tuple[list[str], np.ndarray, bytes, bytes]]:  # fmt: skip
+    """What is bytes under those keys with a prefix, as far as it is there, hundreds at a time: their names, the lengths
+    of their values (int64 [names]), the first `head` bytes of each, and what is behind these, both end to end.
+
+    SQLite gives hundreds in one row: at each row Python waits for other threads, and beside one that imports torch the
+    rows of a long chat took three seconds. Very many are read in the order in which they lie in the file.
+    """
+    column, wanted = "key", [prefix + name for name in names]
+    if len(wanted) > KEYS_AT_ONCE:
+        sql = "SELECT group_concat(rowid), group_concat(key, char(10)) FROM Cache WHERE key >= ? AND key < ?"
+        rowids, keys = cache._sql(sql, (prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))).fetchone()
+        at = dict(zip(keys.split("\n"), map(int, rowids.split(",")), strict=False)) if keys else {}
+        column, wanted = "rowid", sorted(at[key] for key in wanted if key in at)
+    for some in batches(wanted, KEYS_AT_ONCE):
+        sql = f"""SELECT group_concat(key, char(10)), group_concat(length(value)),
+                  CAST(group_concat(substr(value, 1, {head}), '') AS BLOB),
+                  CAST(group_concat(substr(value, {head + 1}), '') AS BLOB)
+                  FROM Cache WHERE {column} IN ({",".join("?" * len(some))})
+                  AND mode = ? AND typeof(value) = 'blob' AND length(value) > {head}"""
+        keys, lengths, heads, values = cache._sql(sql, [*some, diskcache.core.MODE_RAW]).fetchone()
+        if keys is not None:
+            lengths = np.array(lengths.split(","), np.int64)
+            yield [key[len(prefix) :] for key in keys.split("\n")], lengths, heads, values
 
 
-def sound_vectors(stored: Mapping[str, tuple[int, bytes]], kind: type, slack: float) -> dict[str, np.ndarray]:
-    """The vectors under each key, float32 [count, dimensions], of their count and bytes (numbers of that `kind`). A key
-    is left out whose bytes hold no such count, or vectors whose squared length is not 1, but for some `slack`."""
-    found, keys_of, width = {}, defaultdict(list), np.dtype(kind).itemsize
-    for key, (count, raw) in stored.items():
-        size, rest = divmod(len(raw), count * width) if count else (0, 1)
-        if size and not rest:
-            keys_of[size].append(key)
-    for size, keys in keys_of.items():  # all together: one by one takes twice as long
-        rows = np.frombuffer(b"".join([stored[key][1] for key in keys]), kind).astype(np.float32).reshape(-1, size)
+def sound_vectors(
+    names: Sequence[str], counts: np.ndarray, lengths: np.ndarray, values: bytes, kind: type, slack: float
+) -> Iterator[tuple[Sequence[str], np.ndarray, np.ndarray]]:  # fmt: skip
+    """The vectors under each name, of their counts and the lengths in bytes of their values (numbers of that `kind`),
+    which lie end to end: names, counts, and all vectors, float32 [sum of counts, dimensions]; for each number of
+    dimensions once, that of the most names first.
+
+    A name is left out whose bytes hold no such count, or vectors whose squared length is not 1, but for some `slack`.
+    """
+    width, ends = np.dtype(kind).itemsize, np.cumsum(lengths)
+    sizes = lengths // np.maximum(counts * width, 1)
+    sizes[sizes * counts * width != lengths] = 0
+    for size, _ in Counter(sizes[sizes > 0].tolist()).most_common():
+        mine, own, raw = np.flatnonzero(sizes == size), counts, values
+        if len(mine) < len(names):
+            raw = b"".join(values[ends[i] - lengths[i] : ends[i]] for i in mine.tolist())
+            names_here, own = [names[i] for i in mine.tolist()], counts[mine]
+        else:
+            names_here = names
+        rows = np.frombuffer(raw, kind).astype(np.float32, copy=False).reshape(-1, size)
         fits = np.abs(np.einsum("ij,ij->i", rows, rows) - 1) < slack
-        whole, ends = fits.all(), list(itertools.accumulate(stored[key][0] for key in keys))
-        for key, start, end in zip(keys, [0, *ends], ends, strict=False):
-            if whole or fits[start:end].all():
-                found[key] = rows[start:end]
-    return found
+        if not fits.all():
+            owners = np.repeat(np.arange(len(own)), own)
+            whole = np.bincount(owners, ~fits, len(own)) == 0
+            names_here, own, rows = list(itertools.compress(names_here, whole)), own[whole], rows[whole[owners]]
+        yield names_here, own, rows
 
 
 def message_rows_of(cache: SharedCache) -> Iterator[dict]:
@@ -5508,22 +5556,27 @@ class ChatStore:
                 if text_of_key(text_hash) not in self._gone:
                     cache[f"{prefix}:{text_hash}"] = values.astype(np.float32).tobytes()
 
+    def vector_rows(
+        self, embedder: str, keys: Collection[str], sentences: bool = False
+    ) -> Iterator[tuple[Sequence[str], np.ndarray, np.ndarray]]:  # fmt: skip
+        """The stored vectors of those keys, or those of the `sentences` of those text hashes, hundreds at a time, as
+        `sound_vectors` gives them."""
+        with self._database.use() as cache:
+            prefix, head, *rules = ("c", 4, np.float16, 2e-2) if sentences else ("v", 0, np.float32, 2e-3)
+            for names, lengths, heads, values in blobs_of(cache, f"{prefix}:{embedder}:", keys, head):
+                counts = np.frombuffer(heads, "<u4").astype(np.int64) if sentences else np.ones_like(lengths)
+                yield from sound_vectors(names, counts, lengths - head, values, *rules)
+
     def vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The stored vectors of those text hashes, float32; those without one of unit length are left out."""
-        with self._database.use() as cache:
-            stored = {h: (1, v) for h, v in blobs_of(cache, f"v:{embedder}:", hashes).items()}
-        return {h: rows[0] for h, rows in sound_vectors(stored, np.float32, 2e-3).items()}
+        found: dict[str, np.ndarray] = {}
+        for names, _, rows in self.vector_rows(embedder, list(hashes)):
+            found.update(zip(names, rows, strict=True))
+        return found
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores vectors by text hash: a text is embedded once, on however many branches it stands."""
         self._put_arrays(f"v:{embedder}", vectors)
-
-    def sentence_vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
-        """The stored vectors of the sentences of those text hashes, float32 [sentences, dimensions] each."""
-        with self._database.use() as cache:
-            every = blobs_of(cache, f"c:{embedder}:", hashes)
-        stored = {h: (int.from_bytes(v[:4], "little"), v[4:]) for h, v in every.items()}
-        return sound_vectors(stored, np.float16, 2e-2)
 
     def put_sentence_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores the vectors of texts' sentences by text hash, as float16: half of the disk for 0.0005 of a cosine."""
@@ -5822,7 +5875,6 @@ LATIN_LANGUAGES = ("en", "de", "es", "fr", "it", "pt", "pl")  # told apart by th
 LEAST_STOP_WORDS = 2  # in a text that they tell the language of
 TEXT_BYTES = 1000  # of RAM for what an index knows of a text, beside its vectors and words
 PAGE_FIGURES = ("page_count", "page_size")  # SQLite's, of a database
-INDEXED_AT_ONCE = 500  # vectors that are taken over in one piece
 SEGMENT = 200  # messages; those of a branch's end that make no whole one are read anew when a chat is opened
 SEGMENT_RULES = 2  # raise it where a segment holds other things of the same texts: those in the stores are made anew
 STALE_ROWS = 1000  # texts that have left a branch, from which on its index is made anew
@@ -6525,9 +6577,9 @@ class MemoryIndex:
         rows = [(self._rows[h], text) for h, text in come.items() if h not in self._uses]
         self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
         self._chunks.update(zip(hashes, segment.chunks, strict=True))
-        self._unembedded.update((h, None) for h in come if h not in self._embedded)
+        self._unembedded.update(dict.fromkeys(h for h in come if h not in self._embedded))
         self._split.update((h, range(0)) for h, single in zip(hashes, segment.single, strict=True) if single)
-        self._unsplit.update((h, None) for h in come if h not in self._split)
+        self._unsplit.update(dict.fromkeys(h for h in come if h not in self._split))
         self._hashes.extend(hashes)
         self._spoken.extend(segment.languages)
         self._uses.update(hashes)
@@ -6536,8 +6588,8 @@ class MemoryIndex:
             self.speakers.setdefault(node.speaker, node.role)
         topics = [words.split() for words in segment.topics]
         words = list(itertools.chain.from_iterable(topics))
-        for word in dict.fromkeys(words):
-            self._vocabulary.setdefault(word, len(self._vocabulary))
+        new = [word for word in dict.fromkeys(words) if word not in self._vocabulary]
+        self._vocabulary.update(zip(new, itertools.count(len(self._vocabulary)), strict=False))
         return (
             [self._rows[h] for h in hashes], [node.speaker for node in nodes], [node.said_at / DAY for node in nodes],
             segment.story_days, list(map(len, topics)), segment.traits, [self._vocabulary[w] for w in words],
@@ -6573,29 +6625,53 @@ class MemoryIndex:
 
     def add_vectors(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Adds unit vectors (float32 [dimensions]) by vector key; one of another length is left out."""
-        texts = {k: text for k in vectors if k not in self._positions and (text := text_of_key(k)) in self._rows}
-        size = self._dense.size or Counter(len(vectors[k]) for k in texts).most_common(1)[0][0] if texts else 0
-        if fresh := [k for k in texts if len(vectors[k]) == size]:
-            first = self._dense.add([self._rows[texts[k]] for k in fresh], np.stack([vectors[k] for k in fresh]))
-            self._positions.update(zip(fresh, range(first, first + len(fresh)), strict=True))
-            for text_hash in {texts[k] for k in fresh}:
-                if self._chunks[text_hash] == 1 or all(k in self._positions for k in self.keys_of([text_hash])):
-                    self._embedded.add(text_hash)
-                    self._unembedded.pop(text_hash, None)
-                    if text_hash in self._awaited:
-                        self._measured = UNMEASURED
+        keys_of = defaultdict(list)
+        for key, vector in vectors.items():
+            keys_of[len(vector)].append(key)
+        for keys in sorted(keys_of.values(), key=len, reverse=True):
+            self.take_vectors(keys, np.stack([vectors[key] for key in keys]))
+
+    def take_vectors(self, keys: Sequence[str], vectors: np.ndarray) -> None:
+        """The same of vectors of one length, float32 [len(keys), dimensions]."""
+        texts = [text_of_key(key) for key in keys]
+        pairs = zip(keys, texts, strict=True)
+        fresh = [i for i, (key, text) in enumerate(pairs) if key not in self._positions and text in self._rows]
+        if not fresh or self._dense.size not in (0, vectors.shape[1]):
+            return
+        if len(fresh) < len(keys):
+            keys, texts, vectors = [keys[i] for i in fresh], [texts[i] for i in fresh], vectors[fresh]
+        first = self._dense.add([self._rows[text] for text in texts], vectors)
+        self._positions.update(zip(keys, itertools.count(first), strict=False))
+        whole = [
+            text for text in dict.fromkeys(texts)
+            if self._chunks[text] == 1 or all(key in self._positions for key in self.keys_of([text]))
+        ]  # fmt: skip
+        self._embedded.update(whole)
+        for text in whole:
+            self._unembedded.pop(text, None)
+        if not self._awaited.isdisjoint(whole):
+            self._measured = UNMEASURED
 
     def add_sentences(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Adds the vectors of texts' sentences (float32 [sentences, dimensions]) by text hash, where they are of the
         same length as the messages' own."""
-        fresh = {h: v for h, v in vectors.items() if h in self._rows and h not in self._split}
-        fresh = {h: v for h, v in fresh.items() if v.ndim == 2 and v.shape[1] == self._dense.size}
-        if fresh:
-            rows = [self._rows[h] for h, v in fresh.items() for _ in v]
-            place = self._sentences.add(rows, np.concatenate(list(fresh.values())))
-            for text_hash, some in fresh.items():
-                self._split[text_hash] = range(place, place := place + len(some))
-                self._unsplit.pop(text_hash, None)
+        fits = {h: v for h, v in vectors.items() if v.ndim == 2 and v.shape[1] == self._dense.size}
+        if fits:
+            self.take_sentences(list(fits), np.array(list(map(len, fits.values()))), np.concatenate([*fits.values()]))
+
+    def take_sentences(self, hashes: Sequence[str], counts: np.ndarray, vectors: np.ndarray) -> None:
+        """The same of vectors that lie end to end, `counts` of each text."""
+        fresh = np.array([h in self._rows and h not in self._split for h in hashes], bool)
+        if not fresh.any() or vectors.shape[1] != self._dense.size:
+            return
+        if not fresh.all():
+            vectors, counts = vectors[np.repeat(fresh, counts)], counts[fresh]
+            hashes = list(itertools.compress(hashes, fresh))
+        place = self._sentences.add(np.repeat([self._rows[h] for h in hashes], counts), vectors)
+        ends = (place + np.cumsum(counts)).tolist()
+        self._split.update(zip(hashes, map(range, [place, *ends], ends), strict=True))
+        for text_hash in hashes:
+            self._unsplit.pop(text_hash, None)
 
     @property
     def unembedded(self) -> list[str]:
@@ -6929,10 +7005,19 @@ class Chat:
     @without_collecting()
     def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
         """The index, made that of a whole branch, with the vectors that the store has."""
-        for some in batches(self.index.follow(nodes, self.store.read, self.store), INDEXED_AT_ONCE):
-            self.index.add_vectors(self.store.vectors(embedder.key, self.index.keys_of(some)))
-            self.index.add_sentences(self.store.sentence_vectors(embedder.key, some))
+        if lacking := self.index.follow(nodes, self.store.read, self.store):
+            for keys, _, rows in self.store.vector_rows(embedder.key, self.index.keys_of(lacking)):
+                self.index.take_vectors(keys, rows)
+            self.take_sentences(lacking, embedder)
         return self.index
+
+    def take_sentences(self, hashes: Sequence[str], embedder: Embedder) -> set[str]:
+        """Has the index take the vectors that the store has of texts' sentences; returns the hashes of those texts."""
+        taken: set[str] = set()
+        for some, counts, rows in self.store.vector_rows(embedder.key, hashes, sentences=True):
+            self.index.take_sentences(some, counts, rows)
+            taken.update(some)
+        return taken
 
     def keep_derived(self, stop: Callable[[], bool]) -> None:
         """Has the store keep the tree, and what an index knows of the current branch's texts, so that the chat is soon
@@ -12567,8 +12652,7 @@ class Vectors:
         with chat.lock:
             by_hash = {node.fingerprint: node.id for i in ids if (node := chat.tree.nodes.get(i))}
             unknown = chat.index.without_sentences(by_hash)
-            stored = chat.store.sentence_vectors(self.embedder.key, unknown)
-            chat.index.add_sentences(stored)
+            stored = chat.take_sentences(unknown, self.embedder)
             messages = chat.store.read([by_hash[h] for h in unknown if h not in stored])
             return [m for m in messages if len(sentences(m.content)) > 1]
 

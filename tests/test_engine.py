@@ -339,12 +339,12 @@ def test_a_message_is_looked_up_on_disk_once_where_the_embedder_has_failed(memor
     monkeypatch.setattr(memory.vectors, "later", lambda *_: None)  # whose job looks them up too
     memory.archive.append("c", LONG)
     with memory.registry.borrow("c") as chat:
-        asked, vectors = [], chat.store.vectors
-        monkeypatch.setattr(chat.store, "vectors", lambda name, keys: asked.extend(keys) or vectors(name, keys))
+        asked, rows = [], chat.store.vector_rows
+        monkeypatch.setattr(chat.store, "vector_rows", lambda *of, **kind: asked.extend(of[1]) or rows(*of, **kind))
         for _ in range(3):
             with chat.lock:
                 chat.follow(chat.nodes(chat.path()), memory.embedder)
-        assert len(asked) == len(set(asked)) == len(LONG)
+        assert len(asked) == 2 * len(set(asked)) == 2 * len(LONG)  # its own vectors, and its sentences'
         assert len(chat.index.unembedded) == len(LONG)
 
 

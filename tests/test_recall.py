@@ -496,7 +496,7 @@ def test_sentences_vectors_are_those_that_the_store_keeps(tmp_path):
         opened.index.follow(opened.nodes([message.id]), opened.store.read)
         opened.index.add_vectors({message.fingerprint: TEXT_VECTORS[-1, 0]})
         opened.put_sentences("model", {message.fingerprint: TEXT_VECTORS[-1, 1:]})
-        kept = opened.store.sentence_vectors("model", [message.fingerprint])[message.fingerprint]
+        ((_, _, kept),) = opened.store.vector_rows("model", [message.fingerprint], sentences=True)
         assert opened.index.sentence_vectors(message.fingerprint).tolist() == kept.tolist()
 
 
