@@ -72,6 +72,7 @@ The way of a turn::
 
 from __future__ import annotations
 
+import os
 import sys
 
 if sys.hexversion < 0x030B0000:  # before the imports that an older Python does not know
@@ -80,6 +81,17 @@ if sys.hexversion < 0x030B0000:  # before the imports that an older Python does 
         "Install a newer one from python.org or your system's packages, and start the program with that."
     )
     raise (SystemExit if __name__ == "__main__" else ImportError)(ADVICE)
+
+# Python keeps the syntax tree of a script till its end, 45 MB of this one; of a module it does not. On Windows a
+# program cannot be replaced by another one; with options of Python's own, or in a debugger, it is left as it is.
+if __name__ == "__main__" and __spec__ is None and os.name == "posix" and sys.orig_argv[1:] == sys.argv:
+    FOLDER, FILE = os.path.split(os.path.abspath(__file__))
+    AS_MODULE = (
+        "import os, runpy, sys; folder, file = os.path.split(sys.argv.pop(1)); sys.path.insert(0, folder); "
+        "runpy.run_module(os.path.splitext(file)[0], run_name='__main__', alter_sys=True)"
+    )
+    if FILE.endswith(".py") and FILE.count(".") == 1 and sys.executable:
+        os.execv(sys.executable, [sys.executable, "-P", "-c", AS_MODULE, os.path.join(FOLDER, FILE), *sys.argv[1:]])
 
 import argparse
 import atexit
@@ -101,7 +113,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import queue
 import re
 import secrets
@@ -1619,6 +1630,13 @@ def give_memory_back() -> None:
     at once, or a long chat, have taken. Other libraries return it themselves."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_memory_together() -> None:
+    """Has glibc take memory for all threads from one place: of dozens of threads each keeps what others could use. To
+    be called before there are any (mallopt(3), M_ARENA_MAX)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(-8, 1)
 
 
 class RecentWarnings(logging.Filter):
@@ -3508,7 +3526,8 @@ class WordVectors:
     def _rows(self, pieces: np.ndarray) -> np.ndarray:
         import torch
 
-        return self._table[torch.from_numpy(pieces)].float().numpy()
+        # As `faster` keeps them: words mean the same before and after.
+        return self._table[torch.from_numpy(pieces)].half().float().numpy()
 
     def __call__(self, words: Sequence[str]) -> np.ndarray:
         """Unit vectors, float32 [len(words), WORD_AXES or fewer]; zeros for a word of several pieces."""
@@ -3532,8 +3551,9 @@ class WordVectors:
 
 
 def faster(model: Any) -> Any:
-    """The model with its linear layers in bfloat16, which newer processors compute two to three times as fast, where
-    that is so here and its vectors stay what they were; else the model itself.
+    """The model with its linear layers in bfloat16, which newer processors compute two to three times as fast, and its
+    tables in float16, half of their RAM, where that is so here and its vectors stay what they were; else the model
+    itself.
 
     All else stays float32: with all of it in bfloat16 cosines fall to 0.996, so to 0.99997.
     """
@@ -3547,6 +3567,9 @@ def faster(model: Any) -> Any:
             if isinstance(layer, torch.nn.Linear):
                 layer.to(torch.bfloat16)
                 layer.forward = functools.partial(linear_in_bfloat16, layer)
+            if isinstance(layer, torch.nn.Embedding):
+                layer.half()
+                layer.forward = functools.partial(rows_in_float16, layer)
         made, spent = [], []
         for some in (model, candidate) * 3:  # the fastest of three: something else may run beside
             started = time.perf_counter()
@@ -3601,6 +3624,13 @@ def linear_in_bfloat16(layer: Any, given: Any) -> Any:
     import torch
 
     return torch.nn.functional.linear(given.to(torch.bfloat16), layer.weight, layer.bias).float()
+
+
+def rows_in_float16(layer: Any, given: Any) -> Any:
+    """The rows of a table in float16, float32."""
+    import torch
+
+    return torch.nn.functional.embedding(given, layer.weight, layer.padding_idx).float()
 
 
 def sized_name(name: str) -> tuple[str, int | None]:
@@ -13803,7 +13833,7 @@ class Recaller:
         recalls = bool(layout.reach) and room > memory_frame_tokens(layout.words)
         nothing = TOO_SMALL if layout.reach else ALL_SHOWN
         try:
-            query = self._query(turn) if recalls else None
+            query, turn = self._query(turn) if recalls else (None, turn)
             chat.recalls = recalls
             asked = self._vectors.ask_for_turn(chat, turn.nodes, turn.newest, query, turn.deadline)
             with chat.lock:
@@ -13841,10 +13871,13 @@ class Recaller:
             together = not asked or read_together(own, *asked)
             self._vectors.embedder.foresee(own if together else [], asked, deadline.left)
 
-    def _query(self, turn: TurnContext) -> Query:
-        """What the turn asks of the past."""
+    def _query(self, turn: TurnContext) -> tuple[Query, TurnContext]:
+        """What the turn asks of the past; and the turn, with more time by what its chat took to be opened: that was
+        work, and whoever has opened a long chat may still wait for a query's vector."""
         with turn.chat.lock:
-            return asked_by(turn.request, turn.chat.follow(turn.nodes, self._vectors.embedder))
+            started = time.monotonic()
+            query = asked_by(turn.request, turn.chat.follow(turn.nodes, self._vectors.embedder))
+            return query, replace(turn, deadline=Deadline(turn.deadline.at + time.monotonic() - started))
 
     def _reranked(self, query: Query, memories: list[Memory], timeout: float) -> tuple[list[Memory], str]:
         """Memories in the reranker's order, the best RERANKED of them, and what kept it from that.
@@ -15325,8 +15358,9 @@ class PersonaMemory:
             self.upstream.start()
         self.vectors.start()
         self.recaller.start()
-        token_encoding()  # this and the next two load what a first turn would wait for
+        token_encoding()  # this and the next three load what a first turn would wait for
         read_emotion("It is all here!")
+        segment_of(["It was here in June, on the third day."], Counter())
         VectorTable().add([0], np.ones((1, 1), np.float32))
         with contextlib.suppress(StoreError):
             self.summarizer.start()
@@ -21077,6 +21111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.umask(0o077)  # whatever is written from now on is for the user's own eyes
         mark = note_use(Path(settings.data))
         sys.setswitchinterval(SWITCH_SECONDS)
+        keep_memory_together()
         gc.freeze()  # what the imports have made stays: opening a long chat would have it looked through
         server = create_server(settings, START_DELAY)
     except PersonaMemoryError as error:
