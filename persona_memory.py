@@ -6362,7 +6362,8 @@ def shared_front(a: Sequence[str], b: Sequence[str]) -> int:
 
 def running_max(values: np.ndarray, reach: int) -> np.ndarray:
     """The largest of each value and those up to `reach` places beside it, along the last axis (same shape)."""
-    width, out = 1, np.pad(values, [(0, 0)] * (values.ndim - 1) + [(reach, reach)])
+    width, out = 1, np.zeros((*values.shape[:-1], values.shape[-1] + 2 * reach), values.dtype)
+    out[..., reach : reach + values.shape[-1]] = values
     while width < 2 * reach + 1:  # doubling: six steps for any reach up to 32
         step = min(width, 2 * reach + 1 - width)
         out = np.maximum(out[..., :-step], out[..., step:])
@@ -6462,9 +6463,14 @@ class Evidence:
         it is depends on how the question is put."""
         return self.trust / max(float(self.sentence.max(initial=0.0)), 1.0)
 
+    @functools.cached_property
+    def said(self) -> np.ndarray:
+        """Whether each message says each of the query's words, bool [w, n]."""
+        return self.terms > 0
+
     def coverage(self, reach: int = 0) -> np.ndarray:
         """The share, by rarity, of the query's words that those within `reach` places say, float32 [n], 0 to 1."""
-        said = running_max(self.terms > 0, reach).astype(np.float32)
+        said = running_max(self.said, reach).astype(np.float32)
         return self.rarity @ said / max(float(self.rarity.sum()), 1e-6)
 
 
@@ -6664,9 +6670,8 @@ class MemoryIndex:
         kept = shared_front(self._nodes, nodes)
         if kept == len(nodes) == len(self._nodes):
             return []
-        gone, self._hashes = self._hashes[kept:], self._hashes[:kept]
+        gone = self._hashes[kept:]
         self._languages -= Counter(self._spoken[kept:])
-        self._spoken = self._spoken[:kept]
         if kept < self._measured[0]:
             self._measured = UNMEASURED
         self._topics, self._substance = self._topics[: self._topic_counts[:kept].sum()], self._substance[:kept]
@@ -6677,7 +6682,9 @@ class MemoryIndex:
             setattr(self, name, getattr(self, name)[:kept])
         # They are numbered as they first spoke.
         self.speakers = dict(itertools.islice(self.speakers.items(), int(self._speaker_at.max(initial=-1)) + 1))
-        fresh, self._nodes = nodes[kept:], self._nodes[:kept]
+        fresh = nodes[kept:]
+        for known in (self._nodes, self._hashes, self._spoken):
+            del known[kept:]
         self._take_off(gone)
         columns: list[tuple] = []
         try:
