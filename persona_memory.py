@@ -72,6 +72,7 @@ The way of a turn::
 
 from __future__ import annotations
 
+import os
 import sys
 
 if sys.hexversion < 0x030B0000:  # before the imports that an older Python does not know
@@ -80,6 +81,17 @@ if sys.hexversion < 0x030B0000:  # before the imports that an older Python does 
         "Install a newer one from python.org or your system's packages, and start the program with that."
     )
     raise (SystemExit if __name__ == "__main__" else ImportError)(ADVICE)
+
+# Python keeps the syntax tree of a script till its end, 45 MB of this one; of a module it does not. On Windows a
+# program cannot be replaced by another one; with options of Python's own, or in a debugger, it is left as it is.
+if __name__ == "__main__" and __spec__ is None and os.name == "posix" and sys.orig_argv[1:] == sys.argv:
+    FOLDER, FILE = os.path.split(os.path.abspath(__file__))
+    AS_MODULE = (
+        "import os, runpy, sys; folder, file = os.path.split(sys.argv.pop(1)); sys.path.insert(0, folder); "
+        "runpy.run_module(os.path.splitext(file)[0], run_name='__main__', alter_sys=True)"
+    )
+    if FILE.endswith(".py") and FILE.count(".") == 1 and sys.executable:
+        os.execv(sys.executable, [sys.executable, "-P", "-c", AS_MODULE, os.path.join(FOLDER, FILE), *sys.argv[1:]])
 
 import argparse
 import atexit
@@ -101,7 +113,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import queue
 import re
 import secrets
@@ -126,7 +137,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any, NoReturn
 
 # Half of the cores: BLAS's threads wait for each other where other work takes the rest.
@@ -1580,12 +1591,16 @@ class LongWork:
         return {"kind": self.kind, "waiting": waiting, "done": done, "rate": rate, "seconds": seconds, "words": words}
 
 
+GIVE_WAY_SECONDS = 0.3  # that one step of the background waits for turns at most
+
+
 class Background:
     """The long work behind the turns, and whether it may go on."""
 
     def __init__(self) -> None:
         self.going = threading.Event()  # cleared while it is paused
         self.going.set()
+        self._turns, self._turn_over = 0, threading.Condition()
         self.vectors = LongWork("vectors", "Messages that cannot be found by meaning yet", 16)
         self.summaries = LongWork("summaries", "Parts of chats to summarise when the model has nothing else to do", 1)
 
@@ -1593,6 +1608,24 @@ class Background:
     def paused(self) -> bool:
         """Whether it was paused."""
         return not self.going.is_set()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """What runs in the block somebody waits for."""
+        with self._turn_over:
+            self._turns += 1
+        try:
+            yield
+        finally:
+            with self._turn_over:
+                self._turns -= 1
+                self._turn_over.notify_all()
+
+    def give_way(self) -> None:
+        """Waits for the end of the turns that are being prepared, a little at most: they share the interpreter with all
+        other work."""
+        with self._turn_over:
+            self._turn_over.wait_for(lambda: not self._turns, GIVE_WAY_SECONDS)
 
     def progress(self) -> dict:
         """Whether it is `paused`, and the `work` that waits."""
@@ -1620,6 +1653,13 @@ def give_memory_back() -> None:
     at once, or a long chat, have taken. Other libraries return it themselves."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_memory_together() -> None:
+    """Has glibc take memory for all threads from one place: of dozens of threads each keeps what others could use. To
+    be called before there are any (mallopt(3), M_ARENA_MAX)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(-8, 1)
 
 
 class RecentWarnings(logging.Filter):
@@ -3218,6 +3258,8 @@ MAX_EMBEDDED = 4000  # characters; MiniLM reads 256 tokens, and tokenizing megab
 TURN, QUERY, BACKGROUND = 0, 1, 2  # priorities of encoding jobs
 MOST_FORESEEN = 16  # jobs that nobody has asked for yet
 FIRST_PACE = 0.1  # seconds that an urgent job is thought to take until the first has been timed
+# What sentence-transformers and transformers import only to train and to evaluate models: 70 MB, and half a second.
+UNUSED_BY_ENCODING = ("sklearn.metrics", "scipy.optimize", "scipy.sparse", "scipy.stats")
 LATIN_END = "\u024f"
 MOST_SENTENCES = 64  # of a message that have vectors of their own; what stands behind is found by its chunk
 TOKEN_STEP = 8  # lengths that texts are filled up to, a multiple of this each
@@ -3508,7 +3550,8 @@ class WordVectors:
     def _rows(self, pieces: np.ndarray) -> np.ndarray:
         import torch
 
-        return self._table[torch.from_numpy(pieces)].float().numpy()
+        # As `faster` keeps them: words mean the same before and after.
+        return self._table[torch.from_numpy(pieces)].half().float().numpy()
 
     def __call__(self, words: Sequence[str]) -> np.ndarray:
         """Unit vectors, float32 [len(words), WORD_AXES or fewer]; zeros for a word of several pieces."""
@@ -3532,8 +3575,9 @@ class WordVectors:
 
 
 def faster(model: Any) -> Any:
-    """The model with its linear layers in bfloat16, which newer processors compute two to three times as fast, where
-    that is so here and its vectors stay what they were; else the model itself.
+    """The model with its linear layers in bfloat16, which newer processors compute two to three times as fast, and its
+    tables in float16, half of their RAM, where that is so here and its vectors stay what they were; else the model
+    itself.
 
     All else stays float32: with all of it in bfloat16 cosines fall to 0.996, so to 0.99997.
     """
@@ -3547,6 +3591,9 @@ def faster(model: Any) -> Any:
             if isinstance(layer, torch.nn.Linear):
                 layer.to(torch.bfloat16)
                 layer.forward = functools.partial(linear_in_bfloat16, layer)
+            if isinstance(layer, torch.nn.Embedding):
+                layer.half()
+                layer.forward = functools.partial(rows_in_float16, layer)
         made, spent = [], []
         for some in (model, candidate) * 3:  # the fastest of three: something else may run beside
             started = time.perf_counter()
@@ -3603,6 +3650,13 @@ def linear_in_bfloat16(layer: Any, given: Any) -> Any:
     return torch.nn.functional.linear(given.to(torch.bfloat16), layer.weight, layer.bias).float()
 
 
+def rows_in_float16(layer: Any, given: Any) -> Any:
+    """The rows of a table in float16, float32."""
+    import torch
+
+    return torch.nn.functional.embedding(given, layer.weight, layer.padding_idx).float()
+
+
 def sized_name(name: str) -> tuple[str, int | None]:
     """A model's name, and of how many dimensions its vectors shall be where "@256" behind it says so: the first ones of
     a Matryoshka embedder (Kusupati et al. 2022) are a smaller vector that means the same."""
@@ -3647,6 +3701,27 @@ def hub_revision(name: str) -> str:
     return ""
 
 
+class DeferredModule(ModuleType):
+    """Stands for a module: each of its names is a function that imports the module when it is called."""
+
+    def __getattr__(self, name: str) -> Callable:
+        if name.startswith("__"):  # what the import system asks for
+            raise AttributeError(name)
+        return lambda *args, **named: getattr(importlib.import_module(self.__name__), name)(*args, **named)
+
+
+@contextlib.contextmanager
+def deferring_imports(names: Iterable[str]) -> Iterator[None]:
+    """Within the block, what is imported from these modules is imported when it is first called, not before."""
+    stand_ins = {name: DeferredModule(name) for name in names if name not in sys.modules}
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            sys.modules.pop(name, None)
+
+
 def load_sentence_transformer(name: str) -> Any:
     """The model of that name: the copy that an installed package carries, else a path or a hub name."""
     path, (bare, size) = embedder_path(name), sized_name(name)
@@ -3655,6 +3730,9 @@ def load_sentence_transformer(name: str) -> Any:
     if path != bare:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a complete local copy needs no look at the hub
     import torch
+
+    with contextlib.suppress(ImportError), deferring_imports(UNUSED_BY_ENCODING):
+        import sentence_transformers  # noqa: F401  # another version may need more of them; then it is imported below
     from sentence_transformers import SentenceTransformer
     from transformers.utils.logging import disable_progress_bar
 
@@ -5111,37 +5189,59 @@ def delete_values(cache: SharedCache, keys: Sequence[str]) -> None:
         cache._sql(f"DELETE FROM Cache WHERE key IN ({','.join('?' * len(some))}) AND raw = 1", some)
 
 
-def blobs_of(cache: SharedCache, prefix: str, names: Iterable[str]) -> dict[str, bytes]:
-    """As `values_of`, of what is bytes. SQLite gives hundreds in one row: at each row Python waits for other threads,
-    and beside one that imports torch the rows of a long chat took three seconds."""
-    found, cut = {}, len(prefix)
-    for some in batches(list(names), KEYS_AT_ONCE):
-        sql = f"""SELECT group_concat(key, char(10)), group_concat(length(value)), CAST(group_concat(value, '') AS BLOB)
-                  FROM Cache WHERE key IN ({",".join("?" * len(some))}) AND mode = ? AND typeof(value) = 'blob'"""
-        row = cache._sql(sql, [*(prefix + name for name in some), diskcache.core.MODE_RAW]).fetchone()
-        if row[0] is not None:
-            ends = list(itertools.accumulate(map(int, row[1].split(","))))
-            spans = zip(row[0].split("\n"), [0, *ends], ends, strict=False)
-            found.update((key[cut:], row[2][start:end]) for key, start, end in spans)
-    return found
+def blobs_of(
+    cache: SharedCache, prefix: str, names: Collection[str], head: int = 0
+) -> Iterator[tuple[list[str], np.ndarray, bytes, bytes]]:  # fmt: skip
+    """What is bytes under those keys with a prefix, as far as it is there, hundreds at a time: their names, the lengths
+    of their values (int64 [names]), the first `head` bytes of each, and what is behind these, both end to end.
+
+    SQLite gives hundreds in one row: at each row Python waits for other threads, and beside one that imports torch the
+    rows of a long chat took three seconds. Very many are read in the order in which they lie in the file.
+    """
+    column, wanted = "key", [prefix + name for name in names]
+    if len(wanted) > KEYS_AT_ONCE:
+        sql = "SELECT group_concat(rowid), group_concat(key, char(10)) FROM Cache WHERE key >= ? AND key < ?"
+        rowids, keys = cache._sql(sql, (prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))).fetchone()
+        at = dict(zip(keys.split("\n"), map(int, rowids.split(",")), strict=False)) if keys else {}
+        column, wanted = "rowid", sorted(at[key] for key in wanted if key in at)
+    for some in batches(wanted, KEYS_AT_ONCE):
+        sql = f"""SELECT group_concat(key, char(10)), group_concat(length(value)),
+                  CAST(group_concat(substr(value, 1, {head}), '') AS BLOB),
+                  CAST(group_concat(substr(value, {head + 1}), '') AS BLOB)
+                  FROM Cache WHERE {column} IN ({",".join("?" * len(some))})
+                  AND mode = ? AND typeof(value) = 'blob' AND length(value) > {head}"""
+        keys, lengths, heads, values = cache._sql(sql, [*some, diskcache.core.MODE_RAW]).fetchone()
+        if keys is not None:
+            lengths = np.array(lengths.split(","), np.int64)
+            yield [key[len(prefix) :] for key in keys.split("\n")], lengths, heads, values
 
 
-def sound_vectors(stored: Mapping[str, tuple[int, bytes]], kind: type, slack: float) -> dict[str, np.ndarray]:
-    """The vectors under each key, float32 [count, dimensions], of their count and bytes (numbers of that `kind`). A key
-    is left out whose bytes hold no such count, or vectors whose squared length is not 1, but for some `slack`."""
-    found, keys_of, width = {}, defaultdict(list), np.dtype(kind).itemsize
-    for key, (count, raw) in stored.items():
-        size, rest = divmod(len(raw), count * width) if count else (0, 1)
-        if size and not rest:
-            keys_of[size].append(key)
-    for size, keys in keys_of.items():  # all together: one by one takes twice as long
-        rows = np.frombuffer(b"".join([stored[key][1] for key in keys]), kind).astype(np.float32).reshape(-1, size)
+def sound_vectors(
+    names: Sequence[str], counts: np.ndarray, lengths: np.ndarray, values: bytes, kind: type, slack: float
+) -> Iterator[tuple[Sequence[str], np.ndarray, np.ndarray]]:  # fmt: skip
+    """The vectors under each name, of their counts and the lengths in bytes of their values (numbers of that `kind`),
+    which lie end to end: names, counts, and all vectors, float32 [sum of counts, dimensions]; for each number of
+    dimensions once, that of the most names first.
+
+    A name is left out whose bytes hold no such count, or vectors whose squared length is not 1, but for some `slack`.
+    """
+    width, ends = np.dtype(kind).itemsize, np.cumsum(lengths)
+    sizes = lengths // np.maximum(counts * width, 1)
+    sizes[sizes * counts * width != lengths] = 0
+    for size, _ in Counter(sizes[sizes > 0].tolist()).most_common():
+        mine, own, raw = np.flatnonzero(sizes == size), counts, values
+        if len(mine) < len(names):
+            raw = b"".join(values[ends[i] - lengths[i] : ends[i]] for i in mine.tolist())
+            names_here, own = [names[i] for i in mine.tolist()], counts[mine]
+        else:
+            names_here = names
+        rows = np.frombuffer(raw, kind).astype(np.float32, copy=False).reshape(-1, size)
         fits = np.abs(np.einsum("ij,ij->i", rows, rows) - 1) < slack
-        whole, ends = fits.all(), list(itertools.accumulate(stored[key][0] for key in keys))
-        for key, start, end in zip(keys, [0, *ends], ends, strict=False):
-            if whole or fits[start:end].all():
-                found[key] = rows[start:end]
-    return found
+        if not fits.all():
+            owners = np.repeat(np.arange(len(own)), own)
+            whole = np.bincount(owners, ~fits, len(own)) == 0
+            names_here, own, rows = list(itertools.compress(names_here, whole)), own[whole], rows[whole[owners]]
+        yield names_here, own, rows
 
 
 def message_rows_of(cache: SharedCache) -> Iterator[dict]:
@@ -5553,22 +5653,27 @@ class ChatStore:
             there = {h: values for h, values in arrays.items() if text_of_key(h) not in self._gone}
             put_values(cache, {f"{prefix}:{h}": v.astype(np.float32).tobytes() for h, v in there.items()})
 
+    def vector_rows(
+        self, embedder: str, keys: Collection[str], sentences: bool = False
+    ) -> Iterator[tuple[Sequence[str], np.ndarray, np.ndarray]]:  # fmt: skip
+        """The stored vectors of those keys, or those of the `sentences` of those text hashes, hundreds at a time, as
+        `sound_vectors` gives them."""
+        with self._database.use() as cache:
+            prefix, head, *rules = ("c", 4, np.float16, 2e-2) if sentences else ("v", 0, np.float32, 2e-3)
+            for names, lengths, heads, values in blobs_of(cache, f"{prefix}:{embedder}:", keys, head):
+                counts = np.frombuffer(heads, "<u4").astype(np.int64) if sentences else np.ones_like(lengths)
+                yield from sound_vectors(names, counts, lengths - head, values, *rules)
+
     def vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The stored vectors of those text hashes, float32; those without one of unit length are left out."""
-        with self._database.use() as cache:
-            stored = {h: (1, v) for h, v in blobs_of(cache, f"v:{embedder}:", hashes).items()}
-        return {h: rows[0] for h, rows in sound_vectors(stored, np.float32, 2e-3).items()}
+        found: dict[str, np.ndarray] = {}
+        for names, _, rows in self.vector_rows(embedder, list(hashes)):
+            found.update(zip(names, rows, strict=True))
+        return found
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores vectors by text hash: a text is embedded once, on however many branches it stands."""
         self._put_arrays(f"v:{embedder}", vectors)
-
-    def sentence_vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
-        """The stored vectors of the sentences of those text hashes, float32 [sentences, dimensions] each."""
-        with self._database.use() as cache:
-            every = blobs_of(cache, f"c:{embedder}:", hashes)
-        stored = {h: (int.from_bytes(v[:4], "little"), v[4:]) for h, v in every.items()}
-        return sound_vectors(stored, np.float16, 2e-2)
 
     def put_sentence_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores the vectors of texts' sentences by text hash, as float16: half of the disk for 0.0005 of a cosine."""
@@ -5867,7 +5972,6 @@ LATIN_LANGUAGES = ("en", "de", "es", "fr", "it", "pt", "pl")  # told apart by th
 LEAST_STOP_WORDS = 2  # in a text that they tell the language of
 TEXT_BYTES = 1000  # of RAM for what an index knows of a text, beside its vectors and words
 PAGE_FIGURES = ("page_count", "page_size")  # SQLite's, of a database
-INDEXED_AT_ONCE = 500  # vectors that are taken over in one piece
 SEGMENT = 200  # messages; those of a branch's end that make no whole one are read anew when a chat is opened
 SEGMENT_RULES = 2  # raise it where a segment holds other things of the same texts: those in the stores are made anew
 STALE_ROWS = 1000  # texts that have left a branch, from which on its index is made anew
@@ -6258,7 +6362,8 @@ def shared_front(a: Sequence[str], b: Sequence[str]) -> int:
 
 def running_max(values: np.ndarray, reach: int) -> np.ndarray:
     """The largest of each value and those up to `reach` places beside it, along the last axis (same shape)."""
-    width, out = 1, np.pad(values, [(0, 0)] * (values.ndim - 1) + [(reach, reach)])
+    width, out = 1, np.zeros((*values.shape[:-1], values.shape[-1] + 2 * reach), values.dtype)
+    out[..., reach : reach + values.shape[-1]] = values
     while width < 2 * reach + 1:  # doubling: six steps for any reach up to 32
         step = min(width, 2 * reach + 1 - width)
         out = np.maximum(out[..., :-step], out[..., step:])
@@ -6358,9 +6463,14 @@ class Evidence:
         it is depends on how the question is put."""
         return self.trust / max(float(self.sentence.max(initial=0.0)), 1.0)
 
+    @functools.cached_property
+    def said(self) -> np.ndarray:
+        """Whether each message says each of the query's words, bool [w, n]."""
+        return self.terms > 0
+
     def coverage(self, reach: int = 0) -> np.ndarray:
         """The share, by rarity, of the query's words that those within `reach` places say, float32 [n], 0 to 1."""
-        said = running_max(self.terms > 0, reach).astype(np.float32)
+        said = running_max(self.said, reach).astype(np.float32)
         return self.rarity @ said / max(float(self.rarity.sum()), 1e-6)
 
 
@@ -6374,7 +6484,7 @@ class VectorTable:
     def __init__(self, exact: bool) -> None:
         self._flat: Any = None
         self._exact = exact
-        self._codes = np.zeros((0, 0), np.int8)  # by position, as the next two; they grow by half
+        self._codes = np.zeros((0, 0), np.int8)  # by position, as the next two; they grow by a quarter
         self._scales = np.zeros(0, np.float32)
         self._rows = np.zeros(0, np.int64)
         self.count = 0
@@ -6394,7 +6504,7 @@ class VectorTable:
         """Adds vectors (float32 [n, dimensions]) with the row of each; returns the position of the first."""
         first, self.count = self.count, self.count + len(vectors)
         if self.count > len(self._rows):
-            room = self.count if not first else max(self.count, 3 * len(self._rows) // 2, 64)
+            room = self.count if not first else max(self.count, 5 * len(self._rows) // 4, 64)
             self._codes = resized(self._codes.reshape(-1, vectors.shape[1]), room)
             self._scales, self._rows = resized(self._scales, room), resized(self._rows, room)
         scales = np.maximum(np.abs(vectors).max(axis=1), np.float32(1e-9)) / np.float32(127)
@@ -6560,9 +6670,8 @@ class MemoryIndex:
         kept = shared_front(self._nodes, nodes)
         if kept == len(nodes) == len(self._nodes):
             return []
-        gone, self._hashes = self._hashes[kept:], self._hashes[:kept]
+        gone = self._hashes[kept:]
         self._languages -= Counter(self._spoken[kept:])
-        self._spoken = self._spoken[:kept]
         if kept < self._measured[0]:
             self._measured = UNMEASURED
         self._topics, self._substance = self._topics[: self._topic_counts[:kept].sum()], self._substance[:kept]
@@ -6573,7 +6682,9 @@ class MemoryIndex:
             setattr(self, name, getattr(self, name)[:kept])
         # They are numbered as they first spoke.
         self.speakers = dict(itertools.islice(self.speakers.items(), int(self._speaker_at.max(initial=-1)) + 1))
-        fresh, self._nodes = nodes[kept:], self._nodes[:kept]
+        fresh = nodes[kept:]
+        for known in (self._nodes, self._hashes, self._spoken):
+            del known[kept:]
         self._take_off(gone)
         columns: list[tuple] = []
         try:
@@ -6606,9 +6717,9 @@ class MemoryIndex:
         rows = [(self._rows[h], text) for h, text in come.items() if h not in self._uses]
         self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
         self._chunks.update(zip(hashes, segment.chunks, strict=True))
-        self._unembedded.update((h, None) for h in come if h not in self._embedded)
+        self._unembedded.update(dict.fromkeys(h for h in come if h not in self._embedded))
         self._split.update((h, range(0)) for h, single in zip(hashes, segment.single, strict=True) if single)
-        self._unsplit.update((h, None) for h in come if h not in self._split)
+        self._unsplit.update(dict.fromkeys(h for h in come if h not in self._split))
         self._hashes.extend(hashes)
         self._spoken.extend(segment.languages)
         self._uses.update(hashes)
@@ -6617,8 +6728,8 @@ class MemoryIndex:
             self.speakers.setdefault(node.speaker, node.role)
         topics = [words.split() for words in segment.topics]
         words = list(itertools.chain.from_iterable(topics))
-        for word in dict.fromkeys(words):
-            self._vocabulary.setdefault(word, len(self._vocabulary))
+        new = [word for word in dict.fromkeys(words) if word not in self._vocabulary]
+        self._vocabulary.update(zip(new, itertools.count(len(self._vocabulary)), strict=False))
         return (
             [self._rows[h] for h in hashes], [node.speaker for node in nodes], [node.said_at / DAY for node in nodes],
             segment.story_days, list(map(len, topics)), segment.traits, [self._vocabulary[w] for w in words],
@@ -6654,29 +6765,53 @@ class MemoryIndex:
 
     def add_vectors(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Adds unit vectors (float32 [dimensions]) by vector key; one of another length is left out."""
-        texts = {k: text for k in vectors if k not in self._positions and (text := text_of_key(k)) in self._rows}
-        size = self._dense.size or Counter(len(vectors[k]) for k in texts).most_common(1)[0][0] if texts else 0
-        if fresh := [k for k in texts if len(vectors[k]) == size]:
-            first = self._dense.add([self._rows[texts[k]] for k in fresh], np.stack([vectors[k] for k in fresh]))
-            self._positions.update(zip(fresh, range(first, first + len(fresh)), strict=True))
-            for text_hash in {texts[k] for k in fresh}:
-                if self._chunks[text_hash] == 1 or all(k in self._positions for k in self.keys_of([text_hash])):
-                    self._embedded.add(text_hash)
-                    self._unembedded.pop(text_hash, None)
-                    if text_hash in self._awaited:
-                        self._measured = UNMEASURED
+        keys_of = defaultdict(list)
+        for key, vector in vectors.items():
+            keys_of[len(vector)].append(key)
+        for keys in sorted(keys_of.values(), key=len, reverse=True):
+            self.take_vectors(keys, np.stack([vectors[key] for key in keys]))
+
+    def take_vectors(self, keys: Sequence[str], vectors: np.ndarray) -> None:
+        """The same of vectors of one length, float32 [len(keys), dimensions]."""
+        texts = [text_of_key(key) for key in keys]
+        pairs = zip(keys, texts, strict=True)
+        fresh = [i for i, (key, text) in enumerate(pairs) if key not in self._positions and text in self._rows]
+        if not fresh or self._dense.size not in (0, vectors.shape[1]):
+            return
+        if len(fresh) < len(keys):
+            keys, texts, vectors = [keys[i] for i in fresh], [texts[i] for i in fresh], vectors[fresh]
+        first = self._dense.add([self._rows[text] for text in texts], vectors)
+        self._positions.update(zip(keys, itertools.count(first), strict=False))
+        whole = [
+            text for text in dict.fromkeys(texts)
+            if self._chunks[text] == 1 or all(key in self._positions for key in self.keys_of([text]))
+        ]  # fmt: skip
+        self._embedded.update(whole)
+        for text in whole:
+            self._unembedded.pop(text, None)
+        if not self._awaited.isdisjoint(whole):
+            self._measured = UNMEASURED
 
     def add_sentences(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Adds the vectors of texts' sentences (float32 [sentences, dimensions]) by text hash, where they are of the
         same length as the messages' own."""
-        fresh = {h: v for h, v in vectors.items() if h in self._rows and h not in self._split}
-        fresh = {h: v for h, v in fresh.items() if v.ndim == 2 and v.shape[1] == self._dense.size}
-        if fresh:
-            rows = [self._rows[h] for h, v in fresh.items() for _ in v]
-            place = self._sentences.add(rows, np.concatenate(list(fresh.values())))
-            for text_hash, some in fresh.items():
-                self._split[text_hash] = range(place, place := place + len(some))
-                self._unsplit.pop(text_hash, None)
+        fits = {h: v for h, v in vectors.items() if v.ndim == 2 and v.shape[1] == self._dense.size}
+        if fits:
+            self.take_sentences(list(fits), np.array(list(map(len, fits.values()))), np.concatenate([*fits.values()]))
+
+    def take_sentences(self, hashes: Sequence[str], counts: np.ndarray, vectors: np.ndarray) -> None:
+        """The same of vectors that lie end to end, `counts` of each text."""
+        fresh = np.array([h in self._rows and h not in self._split for h in hashes], bool)
+        if not fresh.any() or vectors.shape[1] != self._dense.size:
+            return
+        if not fresh.all():
+            vectors, counts = vectors[np.repeat(fresh, counts)], counts[fresh]
+            hashes = list(itertools.compress(hashes, fresh))
+        place = self._sentences.add(np.repeat([self._rows[h] for h in hashes], counts), vectors)
+        ends = (place + np.cumsum(counts)).tolist()
+        self._split.update(zip(hashes, map(range, [place, *ends], ends), strict=True))
+        for text_hash in hashes:
+            self._unsplit.pop(text_hash, None)
 
     @property
     def unembedded(self) -> list[str]:
@@ -7022,10 +7157,19 @@ class Chat:
     @without_collecting()
     def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
         """The index, made that of a whole branch, with the vectors that the store has."""
-        for some in batches(self.index.follow(nodes, self.store.read, self.store), INDEXED_AT_ONCE):
-            self.index.add_vectors(self.store.vectors(embedder.key, self.index.keys_of(some)))
-            self.index.add_sentences(self.store.sentence_vectors(embedder.key, some))
+        if lacking := self.index.follow(nodes, self.store.read, self.store):
+            for keys, _, rows in self.store.vector_rows(embedder.key, self.index.keys_of(lacking)):
+                self.index.take_vectors(keys, rows)
+            self.take_sentences(lacking, embedder)
         return self.index
+
+    def take_sentences(self, hashes: Sequence[str], embedder: Embedder) -> set[str]:
+        """Has the index take the vectors that the store has of texts' sentences; returns the hashes of those texts."""
+        taken: set[str] = set()
+        for some, counts, rows in self.store.vector_rows(embedder.key, hashes, sentences=True):
+            self.index.take_sentences(some, counts, rows)
+            taken.update(some)
+        return taken
 
     def keep_derived(self, stop: Callable[[], bool]) -> None:
         """Has the store keep the tree, and what an index knows of the current branch's texts, so that the chat is soon
@@ -8276,7 +8420,7 @@ NEAR_DUPLICATE = 0.95  # cosine above which two memories say the same
 REMEMBERING_SHARE = 2.0  # of what recalled memories may take, where the history leaves it
 ASKING_SHARE = 1.5
 TELLING_SHARE = 0.5  # each recalled token is evaluated anew every turn
-MOST_MEMORIES = 64  # of a turn; beyond that the tail is noise
+MOST_MEMORIES = 40  # of a turn; beyond that the tail is noise
 RERANKED = 20  # candidates that a reranker reads: one of 22 million parameters takes about half a second for them
 NO_ROOM = "no room left in the memories' share of the context"
 LEFT_OUT = 12  # memories that a report names which did not get into the prompt
@@ -8361,14 +8505,22 @@ def newest_first(
     the mean of the cosines of two messages of the chat, and their standard deviation.
     """
     best, (mean, spread) = list(memories[: len(parts)]), noise
+    every = np.concatenate([vectors for _, vectors in parts]) if parts else np.zeros((0, 0), np.float32)
+    ends = np.cumsum([len(vectors) for _, vectors in parts]).tolist()
+    rows = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
+    cosines = every @ every.T
+    every_near = np.where(cosines > NEAR_DUPLICATE, 0, (cosines - mean) / spread)
     for i, j in itertools.combinations(sorted(range(len(best)), key=lambda i: best[i].index), 2):
         older, newer = best[i], best[j]
-        if older.message.speaker != newer.message.speaker:
+        near = every_near[rows[j], rows[i]]
+        if older.message.speaker != newer.message.speaker or near.max(initial=0) < SAME_BEST:
             continue
-        near = parts[j][1] @ parts[i][1].T
-        near = np.where(near > NEAR_DUPLICATE, 0, (near - mean) / spread).max(axis=1, initial=0)
-        akin = np.flatnonzero(near >= (SAME_CHANGED if max(i, j) > 1 else SAME_BEST)).tolist()
-        changed = any(CHANGED.search(clip(parts[j][0][sentence])) for sentence in akin)
+        enough = SAME_CHANGED if max(i, j) > 1 else SAME_BEST
+        changed = any(
+            CHANGED.search(clip(sentence))
+            for sentence, row in zip(parts[j][0], near, strict=True)
+            if row.max(initial=0) >= enough
+        )
         if changed:
             best[i] = replace(older, changed_in=newer.index)
         if (changed or near.max(initial=0) >= SAME_THING) and newer.score < older.score:
@@ -12671,6 +12823,7 @@ class Vectors:
                 """Whether the program ends, or the background was paused."""
                 if self._background.paused:
                     halted.set()
+                self._background.give_way()
                 return self._closed or halted.is_set()
 
             if len(ids) >= SEGMENT:  # an import, or a long chat that is shown for the first time
@@ -12757,8 +12910,7 @@ class Vectors:
         with chat.lock:
             by_hash = {node.fingerprint: node.id for i in ids if (node := chat.tree.nodes.get(i))}
             unknown = chat.index.without_sentences(by_hash)
-            stored = chat.store.sentence_vectors(self.embedder.key, unknown)
-            chat.index.add_sentences(stored)
+            stored = chat.take_sentences(unknown, self.embedder)
             messages = chat.store.read([by_hash[h] for h in unknown if h not in stored])
             return [m for m in messages if len(sentences(m.content)) > 1]
 
@@ -13939,7 +14091,7 @@ class Recaller:
         recalls = bool(layout.reach) and room > memory_frame_tokens(layout.words)
         nothing = TOO_SMALL if layout.reach else ALL_SHOWN
         try:
-            query = self._query(turn) if recalls else None
+            query, turn = self._query(turn) if recalls else (None, turn)
             chat.recalls = recalls
             asked = self._vectors.ask_for_turn(chat, turn.nodes, turn.newest, query, turn.deadline)
             with chat.lock:
@@ -13979,10 +14131,13 @@ class Recaller:
             together = not asked or read_together(own, *asked)
             self._vectors.embedder.foresee(own if together else [], asked, deadline.left)
 
-    def _query(self, turn: TurnContext) -> Query:
-        """What the turn asks of the past."""
+    def _query(self, turn: TurnContext) -> tuple[Query, TurnContext]:
+        """What the turn asks of the past; and the turn, with more time by what its chat took to be opened: that was
+        work, and whoever has opened a long chat may still wait for a query's vector."""
         with turn.chat.lock:
-            return asked_by(turn.request, turn.chat.follow(turn.nodes, self._vectors.embedder))
+            started = time.monotonic()
+            query = asked_by(turn.request, turn.chat.follow(turn.nodes, self._vectors.embedder))
+            return query, replace(turn, deadline=Deadline(turn.deadline.at + time.monotonic() - started))
 
     def _reranked(self, query: Query, memories: list[Memory], timeout: float) -> tuple[list[Memory], str]:
         """Memories in the reranker's order, the best RERANKED of them, and what kept it from that.
@@ -14442,6 +14597,7 @@ class Summarizer:
         with self._lock:
             plan, authorization = self._plans.pop(chat_id)
         self._background.going.wait()
+        self._background.give_way()
         try:
             with self._registry.lookup(chat_id) as chat:
                 if chat:
@@ -14467,6 +14623,7 @@ class Summarizer:
         """Makes the summaries up to the plan's end, here and now."""
         while not self._closed and self._due(chat, plan) and self._summarize_next(chat, plan, authorization):
             self._background.going.wait()
+            self._background.give_way()
 
     def _summarize_next(self, chat: Chat, plan: SummaryPlan, authorization: str) -> bool:
         """Summarises the next stretch, condenses what has grown too long, and tries one extract again.
@@ -14477,8 +14634,7 @@ class Summarizer:
             path, story, stretch = self._next(chat, plan)
             if stretch is None:
                 return False
-            messages, texts = chat.store.read(path[stretch.start : stretch.stop]), chat.texts(path)
-            marks = dict(chat.store.marks)
+            messages, marks = chat.store.read(path[stretch.start : stretch.stop]), dict(chat.store.marks)
         left = plan.until - plan.first - sum(s.end + 1 - s.start for s in story)
         self._background.summaries.expect(chat.id, left // self._settings.summary_every)
         behind = left // self._settings.summary_every > BACKLOG  # an import: by its own sentences at once, then better
@@ -14486,7 +14642,9 @@ class Summarizer:
         fresh, facts = self._from_messages(chat, messages, stretch.start, plan, ask)
         again = [] if story and stretch.start < story[-1].start else self._again(chat, path, story, plan, ask)
         made = [fresh, *(replace(s, since=fresh.end) for s in again)]
-        story = Places(texts).story([*made, *story])
+        with chat.lock:
+            path, story = self._story(chat, plan)  # a turn may have dropped the plan's last messages meanwhile
+            story = places_on(chat, path).story([*made, *story])
         while group := to_condense(story, summaries_share(plan.budget)):
             condensed = self._from_summaries(chat, path, group, plan, ask)
             made.append(replace(condensed, since=max(fresh.end, *(s.since for s in group))))
@@ -15176,11 +15334,11 @@ class PromptBuilder:
 
     def __init__(
         self, settings: Settings, archive: Archive, vectors: Vectors, feelings: Feelings, recaller: Recaller,
-        completions: Completions, status: Status,
+        completions: Completions, status: Status, background: Background,
     ):  # fmt: skip
         self._settings, self._shares = settings, parse_shares(settings.budget)
         self._archive, self._vectors, self._feelings, self._recaller = archive, vectors, feelings, recaller
-        self._completions, self._status = completions, status
+        self._completions, self._status, self._background = completions, status, background
 
     def prepare(self, body: Any, chat_id: str, call: Call) -> Prepared:
         """The request with its memory put in. Raises `InvalidRequest` for what no upstream would take either; whatever
@@ -15189,7 +15347,8 @@ class PromptBuilder:
         try:
             if request.aside or not request.turns:
                 return self._untouched(request, "" if request.aside else chat_id, call, untouched_header(request.aside))
-            return self._with_memory(request, chat_id, call)
+            with self._background.turn():
+                return self._with_memory(request, chat_id, call)
         except InvalidRequest:
             raise
         except Exception as error:
@@ -15260,7 +15419,8 @@ class PromptBuilder:
         request, window = parse_injection(body)
         chat_id = request.identity.chat_id
         try:
-            return self._injection(request, window) if request.turns else (injection(chat_id), None)
+            with self._background.turn():
+                return self._injection(request, window) if request.turns else (injection(chat_id), None)
         except InvalidRequest:
             raise
         except Exception as error:
@@ -15461,8 +15621,9 @@ class PersonaMemory:
         self.recaller = Recaller(settings, self.vectors, self.feelings, self.registry)
         self.completions = Completions(settings, self.upstream, metrics)
         self.builder = PromptBuilder(
-            settings, self.archive, self.vectors, self.feelings, self.recaller, self.completions, self.status
-        )
+            settings, self.archive, self.vectors, self.feelings, self.recaller, self.completions, self.status,
+            self.background,
+        )  # fmt: skip
 
     def start(self) -> None:
         """Opens the data folder and loads the models, each in a thread of its own; failures show in `health`."""
@@ -15470,8 +15631,9 @@ class PersonaMemory:
             self.upstream.start()
         self.vectors.start()
         self.recaller.start()
-        token_encoding()  # this and the next two load what a first turn would wait for
+        token_encoding()  # this and the next three load what a first turn would wait for
         read_emotion("It is all here!")
+        segment_of(["It was here in June, on the third day."], Counter())
         VectorTable(exact=True).add([0], np.ones((1, 1), np.float32))
         with contextlib.suppress(StoreError):
             self.summarizer.start()
@@ -20347,7 +20509,7 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
         server = waitress.create_server(
             app, host=settings.host, port=settings.port, _dispatcher=dispatcher, ident="persona_memory",
             channel_request_lookahead=1, asyncore_use_poll=True, connection_limit=most_connections(),
-            channel_timeout=IDLE_SECONDS, cleanup_interval=IDLE_SECONDS // 6,
+            channel_timeout=IDLE_SECONDS, cleanup_interval=IDLE_SECONDS // 6, recv_bytes=1 << 16,
             max_request_body_size=2 * MAX_REQUEST_BYTES,  # what is told no length is kept on disk until it has ended
         )  # fmt: skip
     except (OSError, ValueError) as error:  # ValueError: no such host
@@ -21221,6 +21383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.umask(0o077)  # whatever is written from now on is for the user's own eyes
         mark = note_use(Path(settings.data))
         sys.setswitchinterval(SWITCH_SECONDS)
+        keep_memory_together()
         gc.freeze()  # what the imports have made stays: opening a long chat would have it looked through
         server = create_server(settings, START_DELAY)
     except PersonaMemoryError as error:
