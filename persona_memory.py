@@ -7994,9 +7994,9 @@ def align_appended(chat: Chat, request: ChatRequest) -> Alignment | None:
 GESTURE = re.compile(r"\s*(?:\*[^*]+\*\s*)+\Z")
 TELLS, DOUBTFUL, ASKS = range(3)  # how a message asks for the past
 MOSTLY_ASKS = 0.7  # of a text's characters
-# Words at which a question is doubtful, and at which it clearly asks for the past: "Where are you going?", "What did
-# the surgeon order you to give up?". A sign of a script without spaces counts as SIGN_WORDS.
-ASKING_LENGTH, SIGN_WORDS = (4, 9), 0.7
+# Words at which an English question is doubtful, and at which it clearly asks for the past: "Where are you going?",
+# "What did the surgeon order you to give up?".
+ASKING_LENGTH = (4, 9)
 PREAMBLE = 30  # characters within which a question names that it is one of remembering
 SAYS_LITTLE = 4  # words with a topic below which a gesture needs what was said before it
 CONTEXT_LETTERS = 300  # of each message before one that says little
@@ -8115,15 +8115,19 @@ def how_it_asks(text: str, asked: str, language: str) -> float:
     """How clearly a text that has a question asks for the past, from DOUBTFUL to ASKS.
 
     "What's for supper?" is about what is here and now, and so is a line that tells and ends with "Shall I bank the
-    fire?". Those are answered from memory only where something stands out. What asks for the past has to say which.
+    fire?". Those are answered from memory only where something stands out. What asks for the past has to say which, in
+    English in many words. Elsewhere, where the default embedder knows less, what answers stands out by less: a word or
+    two with a topic are enough.
     """
     if says(text, REMINDING_OF, language):
         return ASKS
     if len(asked) < MOSTLY_ASKS * len(text.strip()) and not says(asked, ASKING, language):
         return DOUBTFUL
-    words = re.findall(r"\w['\u2019\w]*", asked)
-    length = SIGN_WORDS * len("".join(words)) if language in UNSPACED_LANGUAGES else len(words)
-    return float(np.interp(length, ASKING_LENGTH, (DOUBTFUL, ASKS)))
+    if language == "en":
+        return float(np.interp(len(re.findall(r"\w['\u2019\w]*", asked)), ASKING_LENGTH, (DOUBTFUL, ASKS)))
+    somebody = says(asked, ONESELF, language) or says(asked, ADDRESSED, language)
+    enough = 1 if somebody and says(asked, ASKING, language) else 2
+    return ASKS if len(query_words(asked, (), language)) >= enough else DOUBTFUL
 
 
 def day_number(year: int, month: int, day: int = 1) -> float:

@@ -60,7 +60,7 @@ def test_who_is_asked_about(text, asker, about, spoken):
         ("あなたの妹はどこに住んでいますか", pm.ASKS),
         ("What's for supper? No, let me guess.", pm.DOUBTFUL),
         ("Where are you going?", pm.DOUBTFUL),
-        ("你要去哪里？", pm.DOUBTFUL),
+        ("Wo wohnt mein Bruder?", pm.ASKS),
         ("It's nearly dark and the wind is up. Shall I bank the fire?", pm.DOUBTFUL),
         ("You look tired, don't you?", pm.TELLS),
         ("*I pull my hat down over my ears*", pm.TELLS),
