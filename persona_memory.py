@@ -3172,24 +3172,35 @@ def prevailing(average: Sequence[float], scores: Sequence[float], present: str) 
     return present if held >= MOOD_FLOOR else "neutral"
 
 
-def moods(readings: Iterable[tuple[int, EmotionReading]]) -> Iterator[Mood]:
-    """The mood after each of a branch's user messages, given as (place in the branch, reading), oldest first.
+class MoodTrack:
+    """The mood of a branch, as its user messages come, oldest first.
 
     A mood's confidence is that of its plainest message: what was plain once is believed until it fades.
     """
-    average, mood = None, None
-    for index, reading in readings:
-        scores = list(map(reading.scores.__getitem__, EMOTIONS))
-        average = scores if average is None else [
-            MOOD_DECAY * a + (1 - MOOD_DECAY) * s for a, s in zip(average, scores, strict=True)
+
+    def __init__(self) -> None:
+        self._average: list[float] | None = None
+        self._mood: Mood | None = None
+
+    def felt(self, index: int, reading: EmotionReading) -> Mood:
+        """The mood after one message more, given its place in the branch."""
+        scores, mood = list(map(reading.scores.__getitem__, EMOTIONS)), self._mood
+        self._average = scores if self._average is None else [
+            MOOD_DECAY * a + (1 - MOOD_DECAY) * s for a, s in zip(self._average, scores, strict=True)
         ]  # fmt: skip
-        label = prevailing(average, scores, mood.label if mood else "neutral")
-        if mood is not None and mood.label == label:
-            if reading.scores[label] > mood.confidence:
-                mood = replace(mood, confidence=reading.scores[label])
-        else:
+        label = prevailing(self._average, scores, mood.label if mood else "neutral")
+        if mood is None or mood.label != label:
             mood = Mood(label, reading.scores[label], index, mood.label if mood else None)
-        yield mood
+        elif reading.scores[label] > mood.confidence:
+            mood = replace(mood, confidence=reading.scores[label])
+        self._mood = mood
+        return mood
+
+
+def moods(readings: Iterable[tuple[int, EmotionReading]]) -> Iterator[Mood]:
+    """The mood after each of a branch's user messages, given as (place in the branch, reading), oldest first."""
+    track = MoodTrack()
+    return (track.felt(index, reading) for index, reading in readings)
 
 
 def mood_of(readings: Sequence[tuple[int, EmotionReading]]) -> Mood | None:
@@ -7097,6 +7108,7 @@ class Chat:
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
         self.unstored_readings: dict[str, EmotionReading] = {}  # the same of readings
+        self.foreseen_mood: tuple[list[Node], MoodTrack] = ([], MoodTrack())  # see `Feelings.foresee`
         self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -13080,6 +13092,11 @@ def each_once(texts: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(texts.values()))
 
 
+def users_of(nodes: Sequence[Node]) -> list[Node]:
+    """The user's newest messages of a branch, which tell the mood; oldest first."""
+    return list(itertools.islice((n for n in reversed(nodes) if n.role == "user"), MOOD_SPAN))[::-1]
+
+
 def still_there(chat: Chat, ids: Iterable[str]) -> list[str]:
     """Those of the messages that no turn has taken out meanwhile; hold the chat's lock."""
     return [i for i in ids if i in chat.tree.nodes]
@@ -13166,11 +13183,19 @@ class Feelings:
         found = self._bags.get(text)
         return self._vectors.embedder.bag(text) if found is None else found
 
-    def foresee(self, text: str) -> None:
-        """Does beforehand what reading a text takes beside its vector: a turn does so while that is made."""
+    def foresee(self, turn: TurnContext) -> None:
+        """Does what the newest message's feelings and the mood take beside its vector: a turn does so while that is
+        made."""
+        chat, text = turn.chat, turn.newest.content
         if self._by_vector:
             self._bags = {text: self._vectors.embedder.bag(text)}
             emotion_features(clip(text))
+        with chat.lock:
+            before, track = users_of(turn.nodes[turn.first :])[:-1], MoodTrack()
+            if all(n.fingerprint in chat.readings for n in before):  # others may yet be read in another way
+                for node in before:
+                    track.felt(node.depth, chat.readings[node.fingerprint])
+                chat.foreseen_mood = before, track
 
     def read_ahead(self, chat: Chat, ids: Sequence[str], stop: Callable[[], bool]) -> None:
         """Stores what messages feel that have vectors, so that the turn which recalls them need not read them."""
@@ -13219,8 +13244,10 @@ class Feelings:
 
     def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
         """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
-        users = list(itertools.islice((n for n in reversed(nodes) if n.role == "user"), MOOD_SPAN))[::-1]
-        return mood_of([(n.depth, r) for n, r in zip(users, self.read(chat, users), strict=True)])
+        users = users_of(nodes)
+        readings = [(n.depth, r) for n, r in zip(users, self.read(chat, users), strict=True)]
+        (before, track), chat.foreseen_mood = chat.foreseen_mood, ([], MoodTrack())
+        return track.felt(*readings[-1]) if users and before == users[:-1] else mood_of(readings)
 
     def guidance(self, turn: TurnContext, mood: Mood | None) -> str:
         """The line that tells the model how the user feels; empty where it has no room or nothing to say."""
@@ -14096,7 +14123,8 @@ class Recaller:
                     index = chat.follow(turn.nodes, self._vectors.embedder)
                     index.look_up(query.words, self._vectors.embedder.word_vectors)
             if turn.newest:
-                self._feelings.foresee(turn.newest.content)
+                with contextlib.suppress(Exception):  # reading them comes to it again, and tells
+                    self._feelings.foresee(turn)
             vector, degraded = self._vectors.take_for_turn(asked, turn.nodes, turn.newest, query)
             if query is None:
                 self._vectors.later(chat, [n.id for n in turn.nodes[-ENCODED_AT_ONCE:]])
