@@ -1625,6 +1625,17 @@ def without_collecting() -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def collecting_young() -> Iterator[None]:
+    """For what makes very many objects that stay, and garbage: Python looks through what is new, and seldom."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 1000, 1000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 def give_memory_back() -> None:
     """Returns freed memory to the system, in a few milliseconds, where the C library is glibc: it keeps what many texts
     at once, or a long chat, have taken. Other libraries return it themselves."""
@@ -3427,7 +3438,7 @@ class Embedder:
 
     def _run(self) -> None:
         try:
-            with without_collecting():
+            with collecting_young():
                 self._model = load_sentence_transformer(self.name)
             gc.freeze()  # a million objects that stay: looking through them would stop a turn for a third of a second
             self._note_words()
@@ -4771,6 +4782,7 @@ NEWEST = 20  # messages of a branch that a turn looks at again and again
 WORKING_MEMORY = 400  # messages of a chat in RAM: a turn shows and recalls mostly what the one before did
 KEPT_REPORTS = 50
 KEYS_AT_ONCE = 500  # in one query: older SQLites take 999
+MANY_KEYS = 50  # more than a turn asks for
 MOST_UNREADABLE = 10_000  # rows of a damaged chat
 KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
 STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
@@ -5157,6 +5169,8 @@ def blobs_of(
         if keys is not None:
             lengths = np.array(lengths.split(","), np.int64)
             yield [key[len(prefix) :] for key in keys.split("\n")], lengths, heads, values
+    if len(wanted) > MANY_KEYS:  # of a chat that is opened: no turn needs these pages soon again
+        cache._sql("PRAGMA shrink_memory")
 
 
 def sound_vectors(
@@ -6208,7 +6222,8 @@ def told_language(text: str) -> str:
     if signs >= LEAST_SIGNS and 2 * signs > len("".join(words)) - signs:  # a sign says more than a letter
         return "ja" if scripts["ja"] > 0.1 * signs else max(scripts, key=scripts.__getitem__)
     rivals = ("ru", "uk", "bg") if 2 * cyrillic > len("".join(words)) else (*LATIN_LANGUAGES, *RIVAL_LANGUAGES)
-    counts = sorted(((len(stop_words(rival).intersection(words)), rival) for rival in rivals), reverse=True)
+    said = set(words)
+    counts = sorted(((len(stop_words(rival) & said), rival) for rival in rivals), reverse=True)
     return counts[0][1] if counts[0][0] >= LEAST_STOP_WORDS and counts[0][0] > counts[1][0] else ""
 
 
