@@ -637,3 +637,18 @@ def test_the_end_waits_for_no_embedder(data_dir, shared_upstream, monkeypatch, c
         vectors.embedder.encode(["what comes too late"])
     loading.set()
     assert "could not be computed" not in caplog.text
+
+
+def test_the_background_waits_for_turns_and_not_for_ever(monkeypatch):
+    """A turn that takes very long keeps nothing from being done."""
+    background, over = pm.Background(), threading.Event()
+    monkeypatch.setattr(pm, "GIVE_WAY_SECONDS", 60)
+    worker = threading.Thread(target=lambda: (background.give_way(), over.set()))
+    with background.turn():
+        worker.start()
+        assert not over.wait(0.02)
+    assert over.wait(60)
+    worker.join()
+    monkeypatch.setattr(pm, "GIVE_WAY_SECONDS", 0.001)
+    with background.turn():
+        background.give_way()
