@@ -85,7 +85,7 @@ if sys.hexversion < 0x030B0000:  # before the imports that an older Python does 
 # Python keeps the syntax tree of a script till its end, 45 MB of this one; of a module it does not. On Windows a
 # program cannot be replaced by another one; with options of Python's own, or in a debugger, it is left as it is.
 if __name__ == "__main__" and __spec__ is None and os.name == "posix" and sys.orig_argv[1:] == sys.argv:
-    FOLDER, FILE = os.path.split(os.path.abspath(__file__))
+    FOLDER, FILE = os.path.split(os.path.abspath(sys.argv[0]))
     AS_MODULE = (
         "import os, runpy, sys; folder, file = os.path.split(sys.argv.pop(1)); sys.path.insert(0, folder); "
         "runpy.run_module(os.path.splitext(file)[0], run_name='__main__', alter_sys=True)"
@@ -4823,7 +4823,7 @@ NEWEST = 20  # messages of a branch that a turn looks at again and again
 WORKING_MEMORY = 1000  # messages of a chat in RAM: a turn shows and recalls mostly what the one before did
 KEPT_REPORTS = 50
 KEYS_AT_ONCE = 500  # in one query: older SQLites take 999
-MANY_KEYS = 50  # more than a turn asks for
+MANY_KEYS, VERY_MANY_KEYS = 50, 2000  # more than a turn asks for, and than a piece of background work
 MOST_UNREADABLE = 10_000  # rows of a damaged chat
 KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
 STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
@@ -5213,7 +5213,7 @@ def blobs_of(
     rows of a long chat took three seconds. Very many are read in the order in which they lie in the file.
     """
     column, wanted = "key", [prefix + name for name in names]
-    if len(wanted) > KEYS_AT_ONCE:
+    if len(wanted) > VERY_MANY_KEYS:
         sql = "SELECT group_concat(rowid), group_concat(key, char(10)) FROM Cache WHERE key >= ? AND key < ?"
         rowids, keys = cache._sql(sql, (prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))).fetchone()
         at = dict(zip(keys.split("\n"), map(int, rowids.split(",")), strict=False)) if keys else {}
