@@ -58,8 +58,8 @@ STAGED = {"vector": 1.0, "lexicon": 0.3}  # what scenes count: most of what they
 GATE_WEIGHT = 0.3  # of the gate's own loss; the experts' and the mixture's count 1 each
 EPOCHS, DROPOUT = {"vector": 12, "lexicon": 25}, {"vector": 0.3, "lexicon": 0.0}
 GATE = np.eye(pm.OUTPUTS)[-1]  # one at the gate's output
-DOUBT = {"vector": 0.5, "lexicon": 1.0}  # by which the gate's log odds are multiplied: plain dialogue is neither comment
-# nor role play, and both experts together read it better than either alone (as a temperature does: Guo et al. 2017)
+DOUBT = {"vector": 0.5, "lexicon": 1.0}  # by which the gate's log odds are multiplied: plain dialogue is neither
+# comment nor role play, and both experts together read it better than one (a temperature, as in Guo et al. 2017)
 LEANS = np.arange(0, 3.25, 0.25)  # what may be added to them: role play is what the program reads
 LEAN_COST = 0.008  # macro-F1 that this may cost the comments
 ANOTHERS = 1.5, 1.0  # added by others' feelings to the gate and to the role play's neutral: comments are labelled by
