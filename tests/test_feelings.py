@@ -91,6 +91,19 @@ def test_without_vectors_the_words_are_read(upstream, data_dir):
         assert "seems sad" in prompt_text(upstream)
 
 
+def test_what_messages_feel_is_stored_for_later_turns(server, upstream):
+    """Of each message that has a vector, as the turn itself has read it."""
+    say(server.url, chat("We are on the pier.", SAD), chat_id="stored")
+    feelings = server.server.memory.feelings
+    with server.server.memory.registry.borrow("stored") as held:
+        hashes = [node.fingerprint for node in held.nodes(held.path())]
+        reader = feelings._reader(held)
+        wait_until(lambda: held.store.readings(reader, hashes).keys() == set(hashes))
+        stored = held.store.readings(reader, hashes)
+        assert pm.reading_of(stored[hashes[-1]]) == held.readings[hashes[-1]]
+        assert pm.reading_of(stored[hashes[-1]]).label == "sadness"
+
+
 def test_a_reader_that_fails_costs_the_turn_nothing_else(server, upstream, monkeypatch):
     """The reply comes, the message is kept."""
 

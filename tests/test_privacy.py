@@ -139,7 +139,10 @@ def test_what_is_made_of_erased_words_too_late_is_not_kept(data_dir):
         """How many vectors of the text and of its sentences are there after they were brought."""
         store.put_vectors("e", {h: rows[0] for h, rows in vectors.items()})
         store.put_sentence_vectors("e", vectors)
-        return [len(store.vectors("e", vectors)), len(store.sentence_vectors("e", vectors))]
+        return [
+            len(store.vectors("e", vectors)),
+            sum(len(names) for names, *_ in store.vector_rows("e", vectors, sentences=True)),
+        ]
 
     assert bring(chat.store) == bring(other) == [0, 0]
     chat.store.commit([pm.new_message(said.id, "user", said.content, "Ann")])

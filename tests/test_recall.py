@@ -52,15 +52,15 @@ def test_who_is_asked_about(text, asker, about, spoken):
 @pytest.mark.parametrize(
     ("text", "asks"),
     [
-        ("Which psalm do you sing when planking?", pm.ASKS),
         ("*I put the cup down.* What did the surgeon order you to give up?", pm.ASKS),
         ("is there any dish that I refuse to eat?", pm.ASKS),
-        ("what was keeping me awake upstairs", pm.ASKS),
+        ("which psalm do you sing when you are planking", pm.ASKS),
+        ("did the baker ever want anything back from me", pm.ASKS),
         ("Weißt du noch, wo mein Bruder wohnt?", pm.ASKS),
         ("あなたの妹はどこに住んでいますか", pm.ASKS),
         ("What's for supper? No, let me guess.", pm.DOUBTFUL),
-        ("Where do I live?", pm.ASKS),
-        ("Where are you?", pm.DOUBTFUL),
+        ("Where are you going?", pm.DOUBTFUL),
+        ("你要去哪里？", pm.DOUBTFUL),
         ("It's nearly dark and the wind is up. Shall I bank the fire?", pm.DOUBTFUL),
         ("You look tired, don't you?", pm.TELLS),
         ("*I pull my hat down over my ears*", pm.TELLS),
@@ -68,8 +68,16 @@ def test_who_is_asked_about(text, asker, about, spoken):
     ],
 )
 def test_how_a_message_asks(text, asks):
-    """What is here and now is doubtful; a tag asks nothing."""
+    """What is here and now is doubtful, as short as it is; a tag asks nothing."""
     assert pm.understand(text, "", PAIR).asks == asks
+
+
+def test_a_question_asks_the_more_clearly_the_more_it_says():
+    texts = ("What did I bet?", "What did I bet on with you?", "What did I bet on with you at the fair?")
+    queries = [pm.understand(text, "", PAIR) for text in texts]
+    assert queries[0].asks < queries[1].asks < queries[2].asks
+    bars = [pm.relevance_bar(query, np.zeros(200, np.float32)) for query in queries]
+    assert bars[0] > bars[1] > bars[2]
 
 
 @pytest.mark.parametrize(
@@ -496,8 +504,13 @@ def test_sentences_vectors_are_those_that_the_store_keeps(tmp_path):
         opened.index.follow(opened.nodes([message.id]), opened.store.read)
         opened.index.add_vectors({message.fingerprint: TEXT_VECTORS[-1, 0]})
         opened.put_sentences("model", {message.fingerprint: TEXT_VECTORS[-1, 1:]})
-        kept = opened.store.sentence_vectors("model", [message.fingerprint])[message.fingerprint]
-        assert opened.index.sentence_vectors(message.fingerprint).tolist() == kept.tolist()
+        ((_, _, kept),) = opened.store.vector_rows("model", [message.fingerprint], sentences=True)
+        again = followed(pm.MemoryIndex(), [message])
+        again.add_vectors({message.fingerprint: TEXT_VECTORS[-1, 0]})
+        again.add_sentences({message.fingerprint: kept})
+        made, read = (some.sentence_vectors(message.fingerprint) for some in (opened.index, again))
+        assert len(made) == len(TEXT_VECTORS[-1, 1:])
+        assert made.tolist() == read.tolist()
 
 
 def test_a_long_message_is_found_by_any_of_its_chunks():
@@ -677,7 +690,7 @@ def test_a_model_in_which_everything_is_near_scores_as_others_do(encode):
         texts = {key: text for m in messages for key, text in pm.embedded_texts(m).items()}
         vectors = encode([*texts.values(), query.spoken])
         if narrow:
-            vectors = np.concatenate([np.full((len(vectors), 1), 2, np.float32), vectors], axis=1) / np.sqrt(5)
+            vectors = np.concatenate([np.full((len(vectors), 16), 0.5, np.float32), vectors], axis=1) / np.sqrt(5)
         index.add_vectors(dict(zip(texts, vectors, strict=False)))
         found.append(index.evidence((), vectors[-1]).cosine)
     assert np.allclose(found[0], found[1], atol=0.1)

@@ -348,6 +348,28 @@ def test_who_has_not_installed_the_packages_is_told_how():
     assert all(part in ended.stderr for part in (str(PROGRAM.parent / "requirements.txt"), "-m venv venv", "--help"))
 
 
+def test_the_program_imports_nothing_from_where_it_is_started(tmp_path):
+    """Though it begins anew as a module: only what lies beside it, and the packages, are its own."""
+    for name in ("os", "runpy", "flask", "persona_memory"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('planted')")
+    told = subprocess.run(
+        [sys.executable, str(PROGRAM), "--version"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == pm.__version__
+
+
+def test_a_deferred_import_waits_for_its_first_call(monkeypatch):
+    """Within the block alone, and not where the module is there already."""
+    monkeypatch.delitem(sys.modules, "sched", raising=False)
+    with pm.deferring_imports(["sched", "re"]):
+        from sched import scheduler
+
+        assert sys.modules["re"] is re
+    assert "sched" not in sys.modules
+    assert scheduler().empty()
+    assert "sched" in sys.modules
+
+
 def examined(given: pm.Settings, capsys) -> tuple[int, dict[str, list[str]]]:
     """What --doctor says: whether something is wrong, and its lines by what they are about."""
     try:

@@ -189,6 +189,23 @@ def test_vectors_are_kept_by_text_and_broken_ones_are_left_out(store):
     assert store.vectors("another model", ["good"]) == {}
 
 
+@pytest.mark.parametrize("more", [0, pm.KEYS_AT_ONCE])
+def test_broken_vectors_cost_no_others(store, more):
+    """However many are read at once: those of a text are left out where one of them is broken, and no other text's."""
+    good = np.eye(3, 4, dtype=np.float32)
+    put(store, "c:model:short", b"1")
+    put(store, "c:model:count", (9).to_bytes(4, "little") + good.astype(np.float16).tobytes())
+    put(store, "c:model:none", bytes(4) + good.astype(np.float16).tobytes())
+    sets = {"one": good[:1], "long": good * 9, "three": good, "other": np.eye(2, 6)}
+    sets |= {f"more{n}": np.roll(good, n, axis=1)[: 1 + n % 3] for n in range(more)}
+    store.put_sentence_vectors("model", sets)
+    found = {}
+    for names, counts, rows in store.vector_rows("model", ["short", "count", "none", "absent", *sets], sentences=True):
+        found |= zip(names, np.split(rows, np.cumsum(counts)[:-1]), strict=True)
+    del sets["long"]
+    assert {name: rows.tolist() for name, rows in found.items()} == {n: rows.tolist() for n, rows in sets.items()}
+
+
 def test_pickles_are_refused_both_ways(store, tmp_path):
     """A value that would be pickled is not written, and a planted pickle is not loaded."""
     with pytest.raises(pm.StoreError):

@@ -110,6 +110,19 @@ def test_a_summary_moves_with_what_it_covers():
     assert [s.start for s in pm.Places(["ok"] * 10).story([same])] == [0, 4], "they do not overlap"
 
 
+@trials(max_examples=200)
+@given(st.lists(st.lists(st.sampled_from("abcd"), max_size=12), min_size=2, max_size=5))
+def test_where_summaries_stand_is_the_same_for_a_branch_that_another_has_gone_over_to(branches):
+    """However long what they share is, and however often a text stands there."""
+    places = pm.Places(branches[0])
+    covered = [path[i : i + n] for path in branches for n in (1, 2, 4) for i in range(len(path) - n + 1)]
+    summaries = [pm.new_summary(1, some, 0, SOUND, 400, "model") for some in covered]
+    for path in (*branches, branches[0]):
+        kept = pm.shared_front(places.texts, tuple(path))
+        places.go_over(kept, path[kept:])
+        assert list(map(places.of, summaries)) == list(map(pm.Places(path).of, summaries))
+
+
 def test_a_gap_that_a_change_has_left_is_filled_whatever_its_length():
     """One that is a little longer than a stretch is filled at once; behind the story it takes a whole stretch."""
     story = [summary(20, 39), summary(40, 59)]

@@ -188,6 +188,28 @@ def test_tokens_are_passed_on_one_by_one(server, upstream, chat):
     assert content(seen + reader.rest()) == upstream.last["answer"]
 
 
+def test_the_connection_is_kept_for_the_next_turn(server, upstream, chat):
+    """And cut where that one's client hangs up."""
+    clients = []
+
+    def answer(handler):
+        """Notes the connection that asks."""
+        clients.append(handler.client_address)
+        handler.chat(handler.request_record["body"])
+
+    upstream.routes = {"/v1/chat/completions": answer}
+    for _ in range(2):
+        assert say(server.url, chat, stream=False).text == upstream.last["answer"]
+    upstream.hold = threading.Event()
+    sock = hang_up_later(server, {"messages": chat})
+    upstream.wait_for_chats(3)
+    sock.close()
+    assert upstream.hangups.acquire(timeout=FOREVER)
+    assert len(set(clients)) == 1
+    upstream.hold = None
+    assert say(server.url, chat, stream=False).text == upstream.last["answer"]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_hanging_up_before_the_first_byte_closes_the_upstream_connection(server, upstream, chat, stream):
     upstream.hold = threading.Event()

@@ -383,7 +383,8 @@ def show_need(conversations: list[Conversation]) -> None:
         for (q, e), gold in zip(c.found(c.asked("partner") + lines), c.gold + [None] * len(lines), strict=True):
             scores = pm.weigh(q, e)["score"]
             usual, spread = pm.usual_scores(scores)
-            stands.append((c.kind, q.asks, gold is not None, (scores.max() - usual) / spread))
+            told = bool(pm.admissible(q, scores))
+            stands.append((c.kind, int(q.asks), gold is not None, (scores.max() - usual) / spread, told))
             best = np.argsort(-scores, kind="stable")[: pm.MOST_MEMORIES] if gold else []
             values += [(scores[i], scores[i] - scores.max()) for i in best]
             labels += [i in gold for i in best]
@@ -400,16 +401,17 @@ def show_need(conversations: list[Conversation]) -> None:
     show_standing_out(stands)
 
 
-def show_standing_out(stands: list[tuple[str, int, bool, float]]) -> None:
-    """By how much the best message stands out: (kind of talk, how it asks, whether it is a question, deviations)."""
+def show_standing_out(stands: list[tuple[str, int, bool, float, bool]]) -> None:
+    """By how much the best message stands out: (kind of talk, how it asks, whether it is a question, deviations,
+    whether anything is recalled)."""
     print(
         f"\n{'standing out, deviations':34s}{'lines':>8s}"
         + "".join(f"{q:>8s}" for q in ("least", "2 %", "median", "98 %", "most", "recall"))
     )
     for kind, asks, question in sorted({s[:3] for s in stands}):
-        values = np.array([s[3] for s in stands if s[:3] == (kind, asks, question)])
+        values, told = np.array([s[3:] for s in stands if s[:3] == (kind, asks, question)]).T
         label = f"  {kind}, {'question' if question else 'small talk'}, {('tells', 'doubtful', 'asks')[asks]}"
-        figures = (*np.quantile(values, (0, 0.02, 0.5, 0.98, 1)), 100 * np.mean(values >= pm.STANDING_OUT[asks]))
+        figures = (*np.quantile(values, (0, 0.02, 0.5, 0.98, 1)), 100 * np.mean(told))
         print(f"{label:42s}{len(values):8d}" + "".join(f"{f:8.2f}" for f in figures))
 
 

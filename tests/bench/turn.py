@@ -97,11 +97,13 @@ class Stock:
         """A data folder with so many messages in so many chats `chat-<n>`."""
         memory = pm.PersonaMemory(pm.Settings(data=folder, upstream="http://127.0.0.1:9/v1"))
         memory.vectors.later = lambda chat, ids: None
+        memory.vectors.embedder = self.embedder
         each = count // chats
         for n in range(chats):
             self.fill(memory, f"chat-{n}", self.messages[n * each : (n + 1) * each])
             with memory.registry.borrow(f"chat-{n}") as chat:
                 chat.keep_derived(lambda: False)  # as the background does after an import
+                memory.feelings.read_ahead(chat, chat.path(), lambda: False)
         memory.registry.close()
 
 
