@@ -965,9 +965,27 @@ FRAMING = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 HARMLESS = str.maketrans("<>[]#", "‹›()＃")
+REMEMBERED_LENGTH = 1500  # characters of a text
 FRAMERS = re.compile(r"[<>\[\]#]")  # with one of them each of those begins: most texts hold none
 
 
+def remembered(count: int) -> Callable[[Callable[[str], str]], Callable[[str], str]]:
+    """Has a function of a text remember what it made of the last so many short ones: turns ask for the same again and
+    again."""
+
+    def remembering(function: Callable[[str], str]) -> Callable[[str], str]:
+        kept = functools.lru_cache(count)(function)
+
+        @functools.wraps(function)
+        def made(text: str) -> str:
+            return (kept if len(text) <= REMEMBERED_LENGTH else function)(text)
+
+        return made
+
+    return remembering
+
+
+@remembered(1 << 11)
 def without_framing(text: str) -> str:
     """The text with the control tokens of chat templates, and the lines that frame memories, in harmless brackets.
 
@@ -977,6 +995,7 @@ def without_framing(text: str) -> str:
     return FRAMING.sub(lambda found: found[0].translate(HARMLESS), text) if FRAMERS.search(text) else text
 
 
+@remembered(1 << 11)
 def quoted(text: str) -> str:
     """A text that is told within a frame: nothing unseen, no framing of its own, and further lines indented, so that
     none can pass for a line of the frame."""
@@ -12698,8 +12717,9 @@ def recalled_row(memory: Memory) -> dict:
 
 def left_out_row(memory: Memory, reason: str) -> dict:
     """A memory that did not get into the prompt, as the prompt's report shows it."""
-    row = memory_row(replace(memory, scores={}))
-    return {k: row[k] for k in ("id", "index", "role", "name", "score")} | {"reason": reason}
+    m = memory.message
+    found = {"id": m.id, "index": memory.index, "role": m.role, "name": m.name or m.voice}
+    return found | {"score": round(memory.score, 4), "reason": reason}
 
 
 def emotion_rows(nodes: Sequence[Node], messages: Sequence[Message], readings: Sequence[EmotionReading]) -> list[dict]:
