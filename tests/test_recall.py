@@ -613,9 +613,9 @@ def test_near_duplicates(a, b, cosine, same):
 
 def test_what_is_friendly_in_a_friendly_chat_does_not_stand_out():
     """A remark must be much nearer to a memory than to everything; a question need not."""
-    usual = np.full(200, 5.0, np.float32)
+    usual = np.full(200, 6.0, np.float32)
     bars = [pm.relevance_bar(pm.Query((), "", asks=asks), usual) for asks in (pm.ASKS, pm.DOUBTFUL, pm.TELLS)]
-    assert 5 < bars[0] < bars[1] < bars[2]
+    assert 6 < bars[0] < bars[1] < bars[2]
     assert pm.relevance_bar(pm.Query((), "", asks=pm.TELLS), usual[:10]) < bars[2]
 
 
