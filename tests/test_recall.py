@@ -282,6 +282,12 @@ def test_an_answer_is_found_by_its_question():
     assert order[0] == 2
 
 
+def test_an_answer_is_found_by_a_question_alike_in_meaning(encode):
+    """`Was a relative of mine musical?` shares no word with the question either."""
+    _, scores = asked(indexed(chat(*TALK), encode), "Was a relative of mine musical?", "Ann", encode)
+    assert np.argmax(scores["answers"]) == 2 and scores["answers"][2] > 0
+
+
 def test_scores_by_signal_add_up():
     """What the search call shows is all that counted."""
     _, scores = asked(indexed(chat(*TALK)), "How many hives did Bo's uncle keep in Kent?")
