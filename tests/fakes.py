@@ -401,8 +401,8 @@ def health(url: str) -> dict | None:
 
 
 def clean_environment(extra: dict | None) -> dict:
-    """This process's environment without the program's own settings."""
-    ours = ("PERSONA_MEMORY_", "GEMINI_API_KEY", "GOOGLE_API_KEY")
+    """This process's environment without the program's own settings. What Python compiles is kept, as it usually is."""
+    ours = ("PERSONA_MEMORY_", "GEMINI_API_KEY", "GOOGLE_API_KEY", "PYTHONDONTWRITEBYTECODE")
     return {key: value for key, value in os.environ.items() if not key.startswith(ours)} | (extra or {})
 
 

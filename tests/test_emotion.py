@@ -154,7 +154,7 @@ FEELINGS = [
     ("I've never been happier!", "joy"),
     ("*trembles and hides behind you* I'm scared", "fear"),
     ("*gasps* No way! You're alive?!", "surprise"),
-    ("The smell makes me sick.", "disgust"),
+    ("The smell makes me sick!", "disgust"),
     ("*wrinkles her nose* Eww, gross!", "disgust"),
 ]
 NARRATION = [

@@ -189,7 +189,7 @@ def test_vectors_are_kept_by_text_and_broken_ones_are_left_out(store):
     assert store.vectors("another model", ["good"]) == {}
 
 
-@pytest.mark.parametrize("more", [0, pm.KEYS_AT_ONCE])
+@pytest.mark.parametrize("more", [0, pm.VERY_MANY_KEYS])
 def test_broken_vectors_cost_no_others(store, more):
     """However many are read at once: those of a text are left out where one of them is broken, and no other text's."""
     good = np.eye(3, 4, dtype=np.float32)

@@ -210,6 +210,24 @@ def test_the_connection_is_kept_for_the_next_turn(server, upstream, chat):
     assert say(server.url, chat, stream=False).text == upstream.last["answer"]
 
 
+def test_a_kept_connection_that_the_server_cuts_is_opened_anew(server, upstream, chat):
+    """Some servers close it just when the next request is on its way."""
+    asked = []
+
+    def answer(handler):
+        """Answers the first request over a connection, and cuts that at the second."""
+        asked.append(handler.client_address)
+        if asked.count(handler.client_address) > 1:
+            handler.close_connection = True
+        else:
+            handler.chat(handler.request_record["body"])
+
+    upstream.routes = {"/v1/chat/completions": answer}
+    for _ in range(3):
+        assert say(server.url, chat, stream=False).text == upstream.last["answer"]
+    assert [asked.count(client) for client in dict.fromkeys(asked)] == [2, 2, 1]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_hanging_up_before_the_first_byte_closes_the_upstream_connection(server, upstream, chat, stream):
     upstream.hold = threading.Event()
