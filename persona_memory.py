@@ -965,27 +965,26 @@ FRAMING = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 HARMLESS = str.maketrans("<>[]#", "‹›()＃")
-REMEMBERED_LENGTH = 1500  # characters of a text
 FRAMERS = re.compile(r"[<>\[\]#]")  # with one of them each of those begins: most texts hold none
 
 
-def remembered(count: int) -> Callable[[Callable[[str], str]], Callable[[str], str]]:
-    """Has a function of a text remember what it made of the last so many short ones: turns ask for the same again and
-    again."""
+KEPT_LENGTH = 2000  # characters
 
-    def remembering(function: Callable[[str], str]) -> Callable[[str], str]:
-        kept = functools.lru_cache(count)(function)
 
-        @functools.wraps(function)
-        def made(text: str) -> str:
-            return (kept if len(text) <= REMEMBERED_LENGTH else function)(text)
+def kept_for_short(function: Callable) -> Callable:
+    """The function, which remembers what it made of the last two thousand short texts (its last argument): a turn asks
+    several times for those that the one before asked for."""
+    kept = functools.lru_cache(1 << 11)(function)
 
-        return made
+    @functools.wraps(function)
+    def remembering(*given: str) -> Any:
+        """What was made before, or is made now."""
+        return (kept if len(given[-1]) <= KEPT_LENGTH else function)(*given)
 
     return remembering
 
 
-@remembered(1 << 11)
+@kept_for_short
 def without_framing(text: str) -> str:
     """The text with the control tokens of chat templates, and the lines that frame memories, in harmless brackets.
 
@@ -995,7 +994,7 @@ def without_framing(text: str) -> str:
     return FRAMING.sub(lambda found: found[0].translate(HARMLESS), text) if FRAMERS.search(text) else text
 
 
-@remembered(1 << 11)
+@kept_for_short
 def quoted(text: str) -> str:
     """A text that is told within a frame: nothing unseen, no framing of its own, and further lines indented, so that
     none can pass for a line of the frame."""
@@ -1017,17 +1016,13 @@ def chat_message(role: str, content: str, name: str | None = None) -> dict:
 
 def short_hash(*parts: str) -> str:
     """128 bits of SHA-256 over the parts, in hex."""
-    text = "\0".join(parts)
-    return (kept_hash if len(text) <= KEPT_LENGTH else hash_of)(text)
+    return hash_of("\0".join(parts))
 
 
+@kept_for_short
 def hash_of(text: str) -> str:
     """128 bits of a text's SHA-256, in hex."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
-KEPT_LENGTH = 2000  # characters of a text whose hash is kept
-kept_hash = functools.lru_cache(1 << 11)(hash_of)  # a turn asks three times for those that the one before asked for
 
 
 def message_digest(role: str, content: str) -> str:
@@ -4684,18 +4679,11 @@ def spoken_words(role: str, text: str) -> str:
     return without_instructions(text) if role == "user" else text
 
 
+@kept_for_short
 def said_in(role: str, text: str) -> tuple[str, str]:
     """A text's `spoken_words`, and the digest that alignment compares."""
-    return (kept_words if len(text) <= KEPT_LENGTH else words_and_digest)(role, text)
-
-
-def words_and_digest(role: str, text: str) -> tuple[str, str]:
-    """The same, made anew."""
     words = spoken_words(role, text)
     return words, message_digest(role, bare_words(words))
-
-
-kept_words = functools.lru_cache(1 << 11)(words_and_digest)  # a client shows the same messages at every turn
 
 
 def without_instructions(text: str) -> str:
