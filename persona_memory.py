@@ -8150,19 +8150,22 @@ def how_it_asks(text: str, asked: str, language: str) -> float:
     """How clearly a text that has a question asks for the past, from DOUBTFUL to ASKS.
 
     "What's for supper?" is about what is here and now, and so is a line that tells and ends with "Shall I bank the
-    fire?". Those are answered from memory only where something stands out. What asks for the past has to say which, in
-    English in many words. Elsewhere, where the default embedder knows less, what answers stands out by less: a word or
-    two with a topic are enough.
+    fire?". Those are answered from memory only where something stands out. What the user asks of themselves is not here
+    to be seen: "What is my cat afraid of?" Else what asks for the past has to say which, in English in many words.
+    Elsewhere, where the default embedder knows less, what answers stands out by less: a word or two with a topic are
+    enough.
     """
     if says(text, REMINDING_OF, language):
         return ASKS
     if len(asked) < MOSTLY_ASKS * len(text.strip()) and not says(asked, ASKING, language):
         return DOUBTFUL
+    oneself, topics = says(asked, ONESELF, language), len(query_words(asked, (), language))
+    if topics and oneself and says(asked, ASKING, language):
+        return ASKS
     if language == "en":
         return float(np.interp(len(re.findall(r"\w['\u2019\w]*", asked)), ASKING_LENGTH, (DOUBTFUL, ASKS)))
-    somebody = says(asked, ONESELF, language) or says(asked, ADDRESSED, language)
-    enough = 1 if somebody and says(asked, ASKING, language) else 2
-    return ASKS if len(query_words(asked, (), language)) >= enough else DOUBTFUL
+    enough = 1 if says(asked, ADDRESSED, language) and says(asked, ASKING, language) else 2
+    return ASKS if topics >= enough else DOUBTFUL
 
 
 def day_number(year: int, month: int, day: int = 1) -> float:

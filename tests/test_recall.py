@@ -60,6 +60,8 @@ def test_who_is_asked_about(text, asker, about, spoken):
         ("あなたの妹はどこに住んでいますか", pm.ASKS),
         ("What's for supper? No, let me guess.", pm.DOUBTFUL),
         ("Where are you going?", pm.DOUBTFUL),
+        ("Where do I live?", pm.ASKS),
+        ("What is my cat afraid of?", pm.ASKS),
         ("Wo wohnt mein Bruder?", pm.ASKS),
         ("It's nearly dark and the wind is up. Shall I bank the fire?", pm.DOUBTFUL),
         ("You look tired, don't you?", pm.TELLS),
@@ -73,7 +75,7 @@ def test_how_a_message_asks(text, asks):
 
 
 def test_a_question_asks_the_more_clearly_the_more_it_says():
-    texts = ("What did I bet?", "What did I bet on with you?", "What did I bet on with you at the fair?")
+    texts = ("What did he bet?", "What did he bet on with you?", "What did he bet on with you at the fair?")
     queries = [pm.understand(text, "", PAIR) for text in texts]
     assert queries[0].asks < queries[1].asks < queries[2].asks
     bars = [pm.relevance_bar(query, np.zeros(200, np.float32)) for query in queries]

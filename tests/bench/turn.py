@@ -4,8 +4,9 @@
     python tests/bench/turn.py --messages 100 10000 --turns 30     of made talk
 
 Each chat is stored before, its vectors with it; the client shows its newest messages under a chat id. `calm` turns come
-when nothing else runs, `busy` ones while the vectors of another chat are made. `split` says where in the program the
-thread of a calm turn was, sampled every half millisecond and by room ("Embedding" is the wait for the encode).
+when nothing else runs and the chat's summaries are made, `busy` ones while the vectors of another chat are made.
+`split` says where in the program the thread of a calm turn was, sampled every half millisecond and by room
+("Embedding" is the wait for the encode).
 `scoring` is what finding and scoring all messages and choosing the candidates takes after a new message, without the
 encode. `encode` is one text's own time. The figures that this program's ancestor was specified with: emotion 10 to
 20 ms, retrieval 50 to 100, context 20 to 50, storage 50 to 100.
@@ -206,7 +207,9 @@ def measure(stock: Stock, count: int, turns: int) -> list[dict]:
         with Server(data, upstream.url, "--context", 8192) as server:
             server.wait_ready()
             urls = (f"{server.url}/v1", upstream.url)
-            added(client, urls, messages, asked, 3)  # opens the chat
+            added(client, urls, messages, asked, 3)  # opens the chat, and has its story begun
+            while any(row["waiting"] for row in server.answers()["progress"]["work"]):
+                time.sleep(PAUSE)
             calm, degraded = added(client, urls, messages, asked, turns)
             rows.append(row(count, "calm", calm, degraded))
             busy = [{"role": "user", "content": f"{m['content']} And so on."} for m in stock.messages[:BUSY]]
