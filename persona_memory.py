@@ -5849,6 +5849,13 @@ def stats_of(folder: Path) -> list[os.stat_result]:
     return found
 
 
+def last_written(folder: Path) -> float:
+    """When a folder or a file in it was last written to, in seconds since 1970; now, where it is gone meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        return max(stat.st_mtime for stat in (folder.stat(), *stats_of(folder)))
+    return time.time()
+
+
 def messages_holding(database: Path, words: Sequence[str]) -> Iterator[Message]:
     """A chat's messages that hold all the words in any case, newest first.
 
@@ -7437,7 +7444,8 @@ class ChatRegistry:
                     self.catalogue.remove(lines[name]["chat_id"], None)
             # What is named otherwise is a damaged chat that was set aside.
             ours = {n: f for n, f in folders.items() if "." not in n or n.startswith(DELETED)}
-            unlisted = [folder for name, folder in ours.items() if not lines.get(name, {}).get("messages")]
+            left = [folder for name, folder in ours.items() if not lines.get(name, {}).get("messages")]
+            unlisted = {folder: last_written(folder) for folder in left}  # now: whoever opens one writes to it
             with contextlib.suppress(StoreError):  # damage shows now; without it chats go on
                 self.characters.get("")
             self._started = True
@@ -7452,23 +7460,23 @@ class ChatRegistry:
         self._started = False
         self._listed = threading.Event()  # the old one is set by a thread that may be entering chats still
 
-    def _enter_all(self, folders: Sequence[Path], listed: threading.Event) -> None:
-        for folder in folders:
+    def _enter_all(self, folders: Mapping[Path, float], listed: threading.Event) -> None:
+        for folder, written in folders.items():
             if folder.name.startswith(DELETED):
                 shutil.rmtree(folder, ignore_errors=True)
             elif not self._closed:
                 try:
-                    self._enter_or_remove(folder)
+                    self._enter_or_remove(folder, written)
                 except (StoreError, OSError) as error:
                     if folder.exists() and not self._closed:  # else it was deleted meanwhile
                         words = f"The chat in {folder} cannot be read, so it is not listed: {error}"
                         log_event("unlisted", words, level=logging.WARNING)
         listed.set()
 
-    def _enter_or_remove(self, folder: Path) -> None:
+    def _enter_or_remove(self, folder: Path, written: float) -> None:
         """Enters a chat in the catalogue; one without a branch is what is left of a program that was killed as it made
-        or imported the chat, and removed, unless another program may be at it at this moment."""
-        written = max(stat.st_mtime for stat in (folder.stat(), *stats_of(folder)))
+        or imported the chat, and removed, unless another program may be at it at this moment: `written` is when it was
+        last written to before this one."""
         with self._borrow_folder(folder) as chat:
             if chat:
                 with chat.lock:

@@ -1,6 +1,7 @@
 """The chat store and the registry of chats, on a real disk."""
 
 import json
+import os
 import pickle
 import shutil
 import sqlite3
@@ -12,6 +13,7 @@ from pathlib import Path
 import diskcache
 import numpy as np
 import pytest
+from fakes import wait_until
 
 import persona_memory as pm
 
@@ -391,8 +393,26 @@ def test_a_list_is_not_whole_because_an_older_one_is(registry, tmp_path):
     """The catalogue is lost twice: who waits for all chats waits for the second time."""
     older = registry._listed
     registry._relist()
-    registry._enter_all([], older)
+    registry._enter_all({}, older)
     assert older.is_set() and not registry._listed.is_set()
+
+
+def test_a_chat_that_was_only_begun_is_removed_whoever_opens_it_first(registry, tmp_path, monkeypatch):
+    """Opening writes to its file: what counts is when it was written to before the program began."""
+    registry.create("chat-1", True)
+    registry.close()
+    folder = registry.folder / pm.chat_folder("chat-1")
+    for file in (*folder.iterdir(), folder):
+        os.utime(file, (0, 0))
+    look, kept = pm.ChatRegistry._enter_all, []
+    monkeypatch.setattr(pm.ChatRegistry, "_enter_all", lambda *given: kept.append(given))
+    later = pm.ChatRegistry(tmp_path)
+    later.start()
+    wait_until(lambda: kept, "the look through the folders")
+    os.utime(folder)
+    look(*kept[0])
+    later.close()
+    assert not folder.exists()
 
 
 def test_the_files_of_a_chat_come_and_go(store, monkeypatch):
