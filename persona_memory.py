@@ -6015,7 +6015,7 @@ PAGE_FIGURES = ("page_count", "page_size")  # SQLite's, of a database
 SEGMENT = 200  # messages; those of a branch's end that make no whole one are read anew when a chat is opened
 SEGMENT_RULES = 2  # raise it where a segment holds other things of the same texts: those in the stores are made anew
 STALE_ROWS = 1000  # texts that have left a branch, from which on its index is made anew
-# A word in an eighth of the texts, and in 200, is too common to discriminate; one in a thousand is in any chat.
+# A word in an eighth of the texts, and in 200, is too common to discriminate; one that a thousand hold always is.
 COMMON_SHARE, COMMON_FLOOR, COMMON_ANYWHERE = 8, 200, 1000
 MAX_QUERY_WORDS = 24  # the rarest would do; a pasted page must not become a thousand look-ups
 UNSPACED = re.compile(
@@ -8624,7 +8624,7 @@ def share_said(words: Sequence[str], text: str, rarity: Sequence[float] = ()) ->
     return sum(r for (start, form), r in forms if start in said and form.search(said)) / total
 
 
-kept_lexical_text = functools.lru_cache(1 << 10)(lexical_text)  # each turn looks at the same pieces of a persona
+kept_lexical_text = kept_for_short(lexical_text)  # each turn looks at the same pieces of a persona
 
 
 @functools.lru_cache(8)
