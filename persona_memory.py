@@ -3278,7 +3278,9 @@ SLICE_BESIDE_TURNS, CHATTING = 0.012, 30.0
 SLICE_PATIENCE = 5.0  # seconds that the end of the program waits for a slice, as a large model may take
 SLICE_BYTES = 256, 1600, 16_384  # of texts that one slice takes: at least, at first, at most
 MOST_COPIED = 500_000_000  # parameters of a model that is tried in another precision, beside itself
-SAME_VALUES = 1e-4  # up to which what a traced transformer gives is rounded in another way
+SAME_VALUES = 1e-3  # up to which what a traced model gives is rounded in another way: cosines stay above 0.9999
+# What transformers name the rows of a text's tokens, and `tokenizers` does.
+TOKEN_ROWS = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
 SAME_VECTORS = 0.999  # cosine from which on a faster model is as good
 SAMPLES = tuple(
     f"{'The lighthouse keeper counts the boats and writes down the wind. ' * n}What did {name} say about the storm?"
@@ -3522,7 +3524,7 @@ class Embedder:
         self._model = faster(self._model)
         self._note_words()  # of the copy: the first table would keep the other model in RAM
         with contextlib.suppress(Exception):  # a model of another build, or one that cannot be traced
-            trace_transformer(self._model)
+            self._model = TracedModel(self._model)
         give_memory_back()
 
     def _work(self, job: EncodingJob) -> None:
@@ -3561,6 +3563,12 @@ def tells_queries_apart(model: Any) -> bool:
     return any(model.prompts.values()) or any(hasattr(module, "sub_modules") for module in model.children())
 
 
+def own_tokenizer(model: Any) -> Any:
+    """A copy of a model's tokenizer (`tokenizers.Tokenizer`): the model's own is at work in another thread."""
+    tokenizer = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
+    return type(tokenizer).from_str(tokenizer.to_str())
+
+
 class WordVectors:
     """Vectors of single words, out of the table that a model begins to read with: words that mean alike things have
     alike rows, and a look-up runs no model. Only of words that are a row of their own: one that the model reads in
@@ -3576,8 +3584,7 @@ class WordVectors:
 
         tables = [m.weight for m in model.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag))]
         self._table = max(tables, key=len).detach()  # that of positions and such are shorter
-        tokenizer = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
-        self._tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # the model's own is at work in another thread
+        self._tokenizer = own_tokenizer(model)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         rows = self._rows(np.linspace(0, len(self._table) - 1, min(TABLE_SAMPLE, len(self._table))).astype(np.int64))
@@ -3643,41 +3650,69 @@ def faster(model: Any) -> Any:
     return model
 
 
-def trace_transformer(model: Any) -> None:
-    """Has a model's transformer run as one program (torch.jit.trace), where its vectors stay what they were.
+class TracedModel:
+    """A sentence-transformers model as one program (torch.jit.trace), from token ids to unit vectors.
 
-    Between its operations there is no Python then: a short text takes a quarter less, and other threads can work
-    meanwhile. Raises whatever a transformer does that cannot be traced.
+    There is no Python between its operations, and none of what `SentenceTransformer.encode` does around them for any
+    model: a short text takes half of the time, and other threads work meanwhile.
     """
-    import torch
 
-    transformer, samples = model[0].model, [model.preprocess([text]) for text in SAMPLES]
-    names = [name for name, value in samples[0].items() if isinstance(value, torch.Tensor)]
-    transformer.requires_grad_(False)
+    def __init__(self, model: Any):
+        """Raises `ValueError` where its vectors are not the model's own, and whatever a model does that cannot be
+        traced or has no tokenizer of the `tokenizers` package."""
+        import torch
 
-    def hidden(*tensors: Any) -> Any:
-        """The last layer's output."""
-        return transformer(**dict(zip(names, tensors, strict=True)))[0]
+        self.prompts = model.prompts
+        self._tokenizer = own_tokenizer(model)
+        self._tokenizer.enable_truncation(model.max_seq_length)
+        # oneDNN keeps code of its own for every number of tokens that it has met, one to two megabytes for each.
+        pad = {"pad_id": model.tokenizer.pad_token_id, "pad_token": model.tokenizer.pad_token}
+        self._tokenizer.enable_padding(pad_to_multiple_of=TOKEN_STEP, **pad)
+        names = [name for name, value in model.preprocess(["?"]).items() if isinstance(value, torch.Tensor)]
+        self._rows = [TOKEN_ROWS[name] for name in names]
+        model.requires_grad_(False)
 
-    inputs = [[some[name] for name in names] for some in samples]
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of what might differ for other inputs: those are compared below
-        traced = torch.jit.trace(hidden, tuple(inputs[-1]), check_trace=False)
-        same = all(torch.allclose(hidden(*some), traced(*some), atol=SAME_VALUES) for some in inputs)
-    if same:
-        transformer.forward = functools.partial(run_padded, traced, names)
+        def unit(*tensors: Any) -> Any:
+            """The vectors of padded token ids."""
+            made = model(dict(zip(names, tensors, strict=True)))["sentence_embedding"]
+            return torch.nn.functional.normalize(made.float(), dim=1)
 
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of what might differ for other inputs: those are compared below
+            self._program = torch.jit.trace(unit, self._inputs(SAMPLES[-1:]), check_trace=False)
+        for some in (SAMPLES, *([text] for text in SAMPLES)):
+            own, made = (unit_vectors(one, some, some) for one in (model, self))
+            if made.shape != own.shape or not np.allclose(made, own, atol=SAME_VALUES):
+                raise ValueError("the traced model gives other vectors")
 
-def run_padded(traced: Callable, names: Sequence[str], **given: Any) -> dict:
-    """What a traced transformer makes of its inputs, each int64 [texts, tokens], filled up to one of a few lengths.
+    def _inputs(self, texts: Sequence[str]) -> tuple:
+        import torch
 
-    oneDNN keeps code of its own for every number of tokens that it has met, one to two megabytes for each.
-    """
-    import torch
+        read = self._tokenizer.encode_batch(list(texts)) if len(texts) > 1 else [self._tokenizer.encode(texts[0])]
+        return tuple(torch.tensor([getattr(one, row) for one in read]) for row in self._rows)
 
-    count = given[names[0]].shape[1]
-    filled = [torch.nn.functional.pad(given[name], (0, -count % TOKEN_STEP)) for name in names]
-    return {"last_hidden_state": traced(*filled)[:, :count]}
+    def encode(self, texts: Sequence[str], **_: Any) -> np.ndarray:
+        """Unit vectors of texts, float32 [texts, dimensions]."""
+        import torch
+
+        with torch.inference_mode():
+            return self._program(*self._inputs(texts)).numpy()
+
+    def encode_query(self, texts: Sequence[str], **_: Any) -> np.ndarray:
+        """The same of queries, behind the model's prompt for them."""
+        return self._prompted(texts, "query")
+
+    def encode_document(self, texts: Sequence[str], **_: Any) -> np.ndarray:
+        """The same of documents, behind the model's prompt for them."""
+        return self._prompted(texts, "document", "passage", "corpus")
+
+    def _prompted(self, texts: Sequence[str], *names: str) -> np.ndarray:
+        prompt = next((self.prompts[name] for name in names if self.prompts.get(name)), "")
+        return self.encode([prompt + text for text in texts])
+
+    def children(self) -> list:
+        """No modules: `unit_vectors` looks there for what sentence-transformers routes queries through."""
+        return []
 
 
 def linear_in_bfloat16(layer: Any, given: Any) -> Any:
