@@ -404,16 +404,20 @@ def test_a_mood_is_not_read_anew_when_its_chat_is_opened_again(memory, monkeypat
         assert mood(again) == before and before.label == "joy"
 
 
-def test_a_mood_that_was_foreseen_is_the_same(memory, monkeypatch):
-    """A turn foresees it while its newest message's vector is made."""
+def test_a_mood_that_the_background_has_followed_is_the_same(memory, monkeypatch):
+    """The next turn adds its own message to it; another branch has its mood read anew."""
     memory.archive.append("c", [*LONG, {"role": "user", "content": "I am so happy, this is the best day of my life!"}])
     assert sum(memory.vectors.of_chat("c")) == len(LONG) + 1
     with memory.registry.borrow("c") as chat, chat.lock:
         nodes = chat.nodes(chat.path())
-        told = memory.feelings.mood(chat, nodes)
-        monkeypatch.setattr(pm, "mood_of", lambda _: pytest.fail("it was not foreseen"))
-        memory.feelings.foresee(SimpleNamespace(chat=chat, nodes=nodes, first=0, newest=SimpleNamespace(content="")))
-        assert memory.feelings.mood(chat, nodes) == told and told.label == "joy"
+        *before, _ = (i for i, n in enumerate(nodes, 1) if n.role == "user")
+        told, earlier = memory.feelings.mood(chat, nodes), memory.feelings.mood(chat, nodes[: before[-1]])
+        memory.feelings.read_ahead(chat, [], lambda: False)
+        with monkeypatch.context() as patched:
+            patched.setattr(pm, "mood_of", lambda _: pytest.fail("it was read anew"))
+            assert memory.feelings.mood(chat, nodes) == told and told.label == "joy"
+        memory.feelings.read_ahead(chat, [], lambda: False)
+        assert memory.feelings.mood(chat, nodes[: before[-1]]) == earlier != told
 
 
 def test_a_turn_has_the_model_loaded_by_the_background(memory):

@@ -580,7 +580,8 @@ CANDIDATES = st.lists(st.tuples(st.floats(0, 1), st.integers(1, 300), st.integer
 def test_what_is_chosen_fits_repeats_nothing_and_is_worth_its_tokens(candidates, budget):
     """And what was worth it and is not chosen has its reason: a chosen twin, or no room."""
     needs, costs, topics = (list(column) for column in zip(*candidates, strict=True)) if candidates else ([], [], [])
-    chosen, left = pm.choose(needs, costs, lambda a, b: topics[a] == topics[b], budget)
+    twin = lambda i, others: next((o for o in others if topics[o] == topics[i]), None)  # noqa: E731
+    chosen, left = pm.choose(needs, costs, twin, budget)
     assert sum(costs[i] for i in chosen) <= budget
     assert len({topics[i] for i in chosen}) == len(chosen)
     worth = {i for i in range(len(needs)) if needs[i] >= pm.COST_PER_TOKEN * costs[i]}
@@ -591,7 +592,7 @@ def test_what_is_chosen_fits_repeats_nothing_and_is_worth_its_tokens(candidates,
 
 def test_the_likeliest_memory_is_taken_before_cheap_ones():
     """Though ten short ones give more for their tokens."""
-    chosen, _ = pm.choose([0.5, *[0.1] * 10], [100, *[10] * 10], lambda a, b: False, 100)
+    chosen, _ = pm.choose([0.5, *[0.1] * 10], [100, *[10] * 10], lambda i, others: None, 100)
     assert chosen == [0]
 
 
