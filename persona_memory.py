@@ -132,6 +132,7 @@ import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy as shallow_copy
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
@@ -1337,8 +1338,8 @@ class ChatRequest:
     @property
     def newest_user(self) -> int | None:
         """The index in `turns` of the newest user message that is not hidden."""
-        shown = (i for i, t in enumerate(self.turns) if t.role == "user" and not t.hidden)
-        return max(shown, default=None)
+        places = reversed(range(len(self.turns)))
+        return next((i for i in places if self.turns[i].role == "user" and not self.turns[i].hidden), None)
 
     @property
     def history_start(self) -> int:
@@ -3472,8 +3473,10 @@ class Embedder:
     def reads(self, text: str) -> bool:
         """Whether its vector of a text says anything: the default knows English, and sees letters of other scripts
         one by one (measured in Russian, Chinese and Japanese: words alone find more)."""
+        if text.isascii() or self.name not in BUNDLED_EMBEDDERS:
+            return True
         letters = [c for c in text if c.isalpha()]
-        return self.name not in BUNDLED_EMBEDDERS or 2 * sum(c > LATIN_END for c in letters) <= len(letters)
+        return 2 * sum(c > LATIN_END for c in letters) <= len(letters)
 
     def close(self) -> None:
         """Answers nobody any more. Who waits goes on without vectors: the program could not end before."""
@@ -7145,9 +7148,9 @@ class Chat:
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
         self.unstored_readings: dict[str, EmotionReading] = {}  # the same of readings
-        # The user's messages behind which the next mood will be asked for, and the mood's track up to there, which the
-        # background follows.
-        self.mood_before: tuple[list[Node], MoodTrack | None] = ([], None)
+        # The user's messages that the last mood was followed over, and the track of it before the newest of them, which
+        # the background makes.
+        self.mood_followed: tuple[list[Node], MoodTrack | None] = ([], None)
         self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -8588,21 +8591,29 @@ def newest_first(
     the places of the memories whose n sentences are about the question, `near`, float32 [n, n], is how near those are
     to each other, in units of the chat's noise, and `said` gives those of the memory at a place.
     """
-    best = list(memories[:NEWEST_AMONG])
-    nearest = np.zeros((len(best), len(best)), np.float32)
-    np.maximum.at(nearest, (owners[:, None], owners), near)
-    for i, j in itertools.combinations(sorted(range(len(best)), key=lambda i: best[i].index), 2):
+    best, starts = list(memories), np.flatnonzero(np.diff(owners, prepend=-1))
+    if not len(starts):
+        return best
+    nearest = np.maximum.reduceat(np.maximum.reduceat(near, starts, axis=0), starts, axis=1).tolist()
+
+    @functools.cache
+    def tell_change(i: int) -> list[bool]:
+        """Whether the sentences of the memory at that place tell of a change."""
+        return [tells(CHANGED, clip(sentence)) for sentence in said(i)]
+
+    places = owners[starts].tolist()
+    for a, b in itertools.combinations(sorted(range(len(places)), key=lambda a: best[places[a]].index), 2):
+        i, j, nearness = places[a], places[b], nearest[b][a]
         older, newer = best[i], best[j]
-        if nearest[j, i] < SAME_BEST or older.message.speaker != newer.message.speaker:
+        if nearness < SAME_BEST or older.message.speaker != newer.message.speaker:
             continue
         enough = SAME_CHANGED if max(i, j) > 1 else SAME_BEST
-        rows = near[owners == j][:, owners == i].max(axis=1)
-        changed = any(tells(CHANGED, clip(sentence)) for sentence in itertools.compress(said(j), rows >= enough))
+        changed = nearness >= enough and any((near[owners == j][:, owners == i].max(axis=1) >= enough)[tell_change(j)])
         if changed:
             best[i] = replace(older, changed_in=newer.index)
-        if (changed or nearest[j, i] >= SAME_THING) and newer.score < older.score:
+        if (changed or nearness >= SAME_THING) and newer.score < older.score:
             best[j] = with_score(newer, "supersedes", older.score + 1e-3)
-    return sorted([*best, *memories[NEWEST_AMONG:]], key=lambda m: -m.score)
+    return sorted(best, key=lambda m: -m.score)
 
 
 def is_duplicate(a: str, b: str, cosine: float | None) -> bool:
@@ -8654,18 +8665,19 @@ def share_said(words: Sequence[str], text: str, rarity: Sequence[float] = ()) ->
     """The share of a query's words that a text says in some form, 0 to 1; by their rarity where that is given."""
     said, rarity = kept_lexical_text(text), rarity if len(rarity) else [1.0] * len(words)
     total = sum(rarity[: len(words)]) or 1.0
-    forms = zip(said_forms(tuple(words)), rarity, strict=False)
-    return sum(r for (start, form), r in forms if start in said and form.search(said)) / total
+    starts = (word[: max(3, len(word) - STEM_LETTERS)] for word in words)  # whatever their endings
+    return sum(r for start, r in zip(starts, rarity, strict=False) if begins_word(said, start)) / total
 
 
 kept_lexical_text = kept_for_short(lexical_text)  # each turn looks at the same pieces of a persona
 
 
-@functools.lru_cache(8)
-def said_forms(words: Sequence[str]) -> list[tuple[str, re.Pattern]]:
-    """How each of the words begins in a lexical text, whatever its ending, and what finds that at a word's start."""
-    starts = [word[: max(3, len(word) - STEM_LETTERS)] for word in words]
-    return [(start, re.compile(rf"\b{re.escape(start)}")) for start in starts]
+def begins_word(text: str, start: str) -> bool:
+    """Whether a word of a text begins so."""
+    at = text.find(start)
+    while at > 0 and (text[at - 1].isalnum() or text[at - 1] == "_"):
+        at = text.find(start, at + 1)
+    return at >= 0
 
 
 def sentence_start(text: str, start: int) -> int:
@@ -12748,7 +12760,7 @@ def recalled_row(memory: Memory) -> dict:
     m = memory.message
     row = {
         "id": m.id, "index": memory.index, "role": m.role, "name": m.name or m.voice, "timestamp": m.timestamp,
-        "score": round(memory.score, 4), "scores": {k: round(v, 4) for k, v in memory.scores.items()},
+        "score": round(memory.score, 4), "scores": {k: round(1e4 * v) / 1e4 for k, v in memory.scores.items()},
         "part": bool(memory.excerpt),
     }  # fmt: skip
     return {"chat_id": memory.chat, **row} if memory.chat else row
@@ -12848,7 +12860,7 @@ class AskedVectors:
     missing: list[str]  # hashes of all texts of the branch that lack a vector
     parts: list[dict[str, str]]  # texts by vector key
     whole: frozenset[str]  # the keys of texts that are embedded as a whole
-    futures: list[Future]
+    futures: list[Future | None]  # None for a part without texts; the first one has the query
     deadline: Deadline
 
 
@@ -13031,7 +13043,7 @@ class Vectors:
         others = {k: t for k, t in firsts.items() if k not in own}
         parts = [own, others, {}] if not query or read_together(own.values(), query.spoken) else [{}, others, own]
         ask = functools.partial(self.embedder.ask, timeout=deadline.left)
-        futures = [ask(each_once(part), queries=() if i else queries) for i, part in enumerate(parts)]
+        futures = [ask(each_once(p), queries=() if i else queries) if p or not i else None for i, p in enumerate(parts)]
         return AskedVectors(chat, missing, parts, whole, futures, deadline)
 
     def take_for_turn(
@@ -13063,8 +13075,10 @@ class Vectors:
 
     def _take(self, asked: AskedVectors, part: int) -> np.ndarray:
         """Waits for a part of what a turn has asked for, and puts the messages' vectors in index and store."""
-        texts, chat = asked.parts[part], asked.chat
-        encoded = self.embedder.answer(asked.futures[part], asked.deadline.left)
+        texts, chat, future = asked.parts[part], asked.chat, asked.futures[part]
+        if future is None:
+            return np.zeros((0, 0), np.float32)
+        encoded = self.embedder.answer(future, asked.deadline.left)
         vectors = dict(zip(each_once(texts), encoded, strict=False))  # the query's is the last
         found = {key: vectors[text] for key, text in texts.items()}
         with chat.lock:
@@ -13182,9 +13196,10 @@ def each_once(texts: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(texts.values()))
 
 
-def users_of(nodes: Sequence[Node]) -> list[Node]:
-    """The user's newest messages of a branch, which tell the mood; oldest first."""
-    return list(itertools.islice((n for n in reversed(nodes) if n.role == "user"), MOOD_SPAN))[::-1]
+def users_of(nodes: Sequence[Node], first: int) -> list[Node]:
+    """The user's newest messages of a branch from the index `first` on, which tell the mood; oldest first."""
+    users = (n for n in reversed(nodes) if n.role == "user" and n.depth >= first)
+    return list(itertools.islice(users, MOOD_SPAN))[::-1]
 
 
 def still_there(chat: Chat, ids: Iterable[str]) -> list[str]:
@@ -13282,12 +13297,12 @@ class Feelings:
         """Follows the mood up to the next turn, and stores what messages feel that have vectors, so that the turn which
         recalls them need not read them."""
         with chat.lock:
-            before, track = chat.mood_before
-            if not track and all(n.fingerprint in chat.readings for n in before):  # others may yet be read anew
+            users, track = chat.mood_followed
+            if not track and all(n.fingerprint in chat.readings for n in users):  # others may yet be read anew
                 track = MoodTrack()
-                for node in before:
+                for node in users[:-1]:
                     track.felt(node.depth, chat.readings[node.fingerprint])
-                chat.mood_before = before, track
+                chat.mood_followed = users, track
             if not self._by_vector:
                 return
             reader, words = self._reader(chat), chat.usual_wording
@@ -13332,15 +13347,21 @@ class Feelings:
             rows = zip((m.fingerprint for m in messages), readings, strict=True)
             chat.store.put_readings(self._model.name, dict(rows))
 
-    def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
-        """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
-        users = users_of(nodes)
-        (before, track), following = chat.mood_before, users[1 - MOOD_SPAN :]
-        if following != before:
-            chat.mood_before = following, None
-        if track and users and before == users[:-1]:
-            return track.felt(users[-1].depth, self.read(chat, users[-1:])[0])
-        return mood_of([(n.depth, r) for n, r in zip(users, self.read(chat, users), strict=True)])
+    def mood(self, chat: Chat, nodes: Sequence[Node], first: int = 0) -> Mood | None:
+        """How the user of a branch, whose persona ends at the index `first`, feels by now, None where that cannot be
+        told; hold the chat's lock."""
+        users, (known, track) = users_of(nodes, first), chat.mood_followed
+        if users != known:
+            chat.mood_followed = users, None
+        fresh, track = users, shallow_copy(track)
+        if track and users[:-1] == known[:-1]:
+            fresh = users[-1:]
+        elif track and users[:-1] == known[1 - MOOD_SPAN :]:  # the chat went on
+            fresh = users[-2:]
+        else:
+            track = MoodTrack()
+        moods = [track.felt(n.depth, r) for n, r in zip(fresh, self.read(chat, fresh), strict=True)]
+        return moods[-1] if moods else None
 
     def guidance(self, turn: TurnContext, mood: Mood | None) -> str:
         """The line that tells the model how the user feels; empty where it has no room or nothing to say."""
@@ -15633,7 +15654,7 @@ class PromptBuilder:
         request = turn.request
         program = request.wants_json or request.identity.kind == "quiet" or turn.chat.store.info.get("lone")
         try:
-            return self._feelings.mood(turn.chat, turn.nodes[turn.first :]) if turn.newest and not program else None
+            return self._feelings.mood(turn.chat, turn.nodes, turn.first) if turn.newest and not program else None
         except Exception as error:
             note_failure("emotion_failed", "The mood could not be read", error, turn.chat.id)
             return None
