@@ -3959,6 +3959,14 @@ FRONT = 64  # how far into a transcript a changed front is looked for
 SAME_TEXT = 64  # how many messages of one text are tried as the transcript's beginning, newest first
 
 
+def fork_of(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many messages two branches, as ids, share. A message's id stands for all above it, so the ends tell."""
+    shared = min(len(one), len(other))
+    while shared and one[shared - 1] != other[shared - 1]:
+        shared -= 1
+    return shared
+
+
 class Tree:
     """A chat's messages as a tree in RAM; no I/O."""
 
@@ -3972,6 +3980,8 @@ class Tree:
         self._inner: set[str] = set()  # messages with a confirmed message below them
         self._trail: list[str] = []  # the path that was last walked: the next one is nearly the same
         self._line: list[Node] = []  # its nodes
+        self._path: tuple[str, ...] = ()  # what was last told of them: copying a long branch takes a millisecond
+        self._branch: tuple[Node, ...] = ()
         self._confirmed = 0
 
     def put(self, message: Message, order: int) -> None:
@@ -3995,7 +4005,7 @@ class Tree:
             self.children[node.parent].append(node.id)
         else:
             if self._trail[node.depth : node.depth + 1] == [node.id]:
-                self._line[node.depth] = node
+                self._line[node.depth], self._branch = node, ()
             if node.id in (waiting := self.replies.get(node.parent, ())):
                 waiting.remove(node.id)
             self._confirmed -= old.confirmed
@@ -4047,7 +4057,7 @@ class Tree:
             self._confirmed -= node.confirmed
             if not any(self.is_confirmed(i) for i in self.children[node.parent]):
                 self._inner.discard(node.parent)
-            self._trail, self._line = [], []
+            self._trail, self._line, self._path, self._branch = [], [], (), ()
 
     def below(self, node: str) -> list[str]:
         """The message and all that hang under it."""
@@ -4056,9 +4066,12 @@ class Tree:
             found += self.children.get(upper, ())
         return found
 
-    def path(self, tip: str) -> list[str]:
+    def path(self, tip: str) -> tuple[str, ...]:
         """Ids from the chat's first message to `tip`; empty for the root."""
-        return self._walked(tip)[: self.length(tip)]
+        trail, length = self._walked(tip), self.length(tip)
+        if len(self._path) != length:
+            self._path = tuple(trail[:length])
+        return self._path
 
     def length(self, tip: str) -> int:
         """How many messages a branch has."""
@@ -4079,12 +4092,16 @@ class Tree:
             kept = self.length(tip)
             trail[kept:] = ids[::-1]
             self._line[kept:] = [self.nodes[i] for i in reversed(ids)]
+            self._path = self._path if len(self._path) <= kept else ()
+            self._branch = self._branch if len(self._branch) <= kept else ()
         return trail
 
-    def branch(self, tip: str) -> list[Node]:
+    def branch(self, tip: str) -> tuple[Node, ...]:
         """The nodes from the chat's first message to `tip`. Looking each one up would take ten times as long."""
         self._walked(tip)
-        return self._line[: self.length(tip)]
+        if len(self._branch) != self.length(tip):
+            self._branch = tuple(self._line[: self.length(tip)])
+        return self._branch
 
     def child(self, node: str, digest: str) -> str:
         """The message of those words that follows a message, one that a request has shown first; empty: none."""
@@ -6673,7 +6690,7 @@ class MemoryIndex:
         self._rows: dict[str, int] = {}  # text hash -> row number, for every text seen since the last clearing
         self._chunks: dict[str, int] = {}  # text hash -> how many vectors it takes
         self._uses: Counter[str] = Counter()  # text hash -> how often it stands on the branch
-        self._nodes: list[Node] = []  # the branch
+        self._nodes: tuple[Node, ...] = ()  # the branch
         self._hashes: list[str] = []
         self._row_at, self._speaker_at, self._days = Column(np.int64), Column(np.int64), Column(np.float64)
         self._story_days = Column(np.int64)  # what a message says itself; 0 for most
@@ -6713,6 +6730,7 @@ class MemoryIndex:
         """
         if len(self._rows) > 2 * len(self._uses) + STALE_ROWS:  # swipes and edits of a long life
             self._clear()
+        nodes = tuple(nodes)
         kept = shared_front(self._nodes, nodes)
         if kept == len(nodes) == len(self._nodes):
             return []
@@ -6729,11 +6747,14 @@ class MemoryIndex:
         # They are numbered as they first spoke.
         self.speakers = dict(itertools.islice(self.speakers.items(), int(self._speaker_at.values.max(initial=-1)) + 1))
         fresh = nodes[kept:]
-        for known in (self._nodes, self._hashes, self._spoken):
+        for known in (self._hashes, self._spoken):
             del known[kept:]
         self._take_off(gone)
-        for some, segment in segments_of(nodes, kept, self._languages, read, store):
-            self._put_on(some, segment)
+        try:
+            for some, segment in segments_of(nodes, kept, self._languages, read, store):
+                self._put_on(some, segment)
+        finally:  # what could be read is whole
+            self._nodes = nodes[: len(self._hashes)]
         self._word_bytes = math.prod(self._words.execute(f"PRAGMA {name}").fetchone()[0] for name in PAGE_FIGURES)
         lacking = (
             h for h in dict.fromkeys(n.fingerprint for n in fresh) if h in self._unembedded or h in self._unsplit
@@ -6765,7 +6786,6 @@ class MemoryIndex:
         self._hashes.extend(hashes)
         self._spoken.extend(segment.languages)
         self._uses.update(hashes)
-        self._nodes.extend(nodes)
         for node in nodes:
             self.speakers.setdefault(node.speaker, node.role)
         topics = [words.split() for words in segment.topics]
@@ -6781,7 +6801,7 @@ class MemoryIndex:
         for column, values in zip(self._columns, columns, strict=True):
             column.extend(values)
         self._topics.extend([self._vocabulary[w] for w in words])
-        first = max(1, len(self._nodes) - len(nodes))
+        first = max(1, len(self._hashes) - len(nodes))
         self._traits["answer"].values[first:] = self._traits["question"].values[first - 1 : -1] > 0
 
     @property
@@ -6792,7 +6812,7 @@ class MemoryIndex:
     @property
     def now(self) -> float:
         """When the branch's newest message was said, in days since 1970; 0 for an empty branch."""
-        return float(self._days.values[-1]) if self._nodes else 0.0
+        return float(self._days.values[-1]) if self._hashes else 0.0
 
     @property
     def language(self) -> str:
@@ -6904,7 +6924,7 @@ class MemoryIndex:
     ) -> Evidence:  # fmt: skip
         """What speaks for each of the branch's first `count` messages (all where None). `word_vectors` are those of
         `Embedder`."""
-        n = len(self._nodes[:count])
+        n = len(self._row_at.values[:count])
         bm25, said, rarity, akin, trust = self.look_up(words, word_vectors)
         akin = akin[:n] if vector is not None else np.zeros(n, np.float32)
         message, sentence = self._cosines(vector)
@@ -6997,7 +7017,7 @@ class MemoryIndex:
         usual sum on, longer ones are no likelier. What is rare and usual here the branch's first messages tell, up
         to a `step_below`, so that a message which comes changes nothing for those before it.
         """
-        count = step_below(len(self._nodes))
+        count = step_below(len(self._hashes))
         if self._weighed[0] != count:
             uses = np.bincount(self._topics.values[: self._topic_counts.values[:count].sum()])
             # The last item is for words that none of them says.
@@ -7144,7 +7164,8 @@ class Chat:
         self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
         self.unstored_readings: dict[str, EmotionReading] = {}  # the same of readings
         self.foreseen_mood: tuple[list[Node], MoodTrack] = ([], MoodTrack())  # see `Feelings.foresee`
-        self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
+        self.places: tuple[Sequence[str], Any] = ((), None)  # the branch last told of, and where summaries stand
+        self._counted: tuple[tuple[Node, ...], Column] = ((), Column(np.int64))  # see `tokens`
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
     @property
@@ -7167,7 +7188,7 @@ class Chat:
             known = list(dict.fromkeys([*self.refused(part), *sorted(ids)]))[-MOST_REFUSED:]
             self.store.commit(info={"refused": {**self.store.info.get("refused", {}), part: known}})
 
-    def path(self, tip: str = "") -> list[str]:
+    def path(self, tip: str = "") -> tuple[str, ...]:
         """The ids of the current branch, or of the one that ends with `tip`; oldest first."""
         return self.tree.path(tip or self.store.head)
 
@@ -7175,6 +7196,15 @@ class Chat:
         """The nodes of those messages."""
         nodes = self.store.tree.nodes
         return [nodes[i] for i in ids]
+
+    def tokens(self, nodes: tuple[Node, ...]) -> np.ndarray:
+        """What each message of a branch takes, in tokens, int64 [n]; until it is asked for those of another."""
+        known, tokens = self._counted
+        kept = shared_front(known, nodes)
+        tokens.cut(kept)
+        tokens.extend([node.tokens for node in nodes[kept:]])
+        self._counted = nodes, tokens
+        return tokens.values
 
     def texts(self, path: Iterable[str]) -> list[str]:
         """The digests of those messages' texts."""
@@ -7831,7 +7861,7 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     return replace(request, turns=(*request.turns[:first], *whole, *shown))
 
 
-def path_with(chat: Chat, hidden: Collection[str]) -> list[str]:
+def path_with(chat: Chat, hidden: Collection[str]) -> tuple[str, ...]:
     """The ids of the chat's branch; where another client, which does not know of what is hidden, has made another one
     without it, those of the newest branch that holds it."""
     path = chat.path()
@@ -9256,19 +9286,19 @@ def lay_out(
     request: ChatRequest,
     context: int,
     shares: Sequence[float],
-    counts: Sequence[int],
+    counts: np.ndarray,
     roles: Sequence[str],
     story: int = 0,
 ) -> Layout:
     """Divides the context between persona, history, memories and reply.
 
-    `counts` and `roles` are those of the branch's messages as the store has them, from its first message that is no
-    persona to the request's last turn; one that the client hides counts 0. `story` is what is kept for the story so
-    far, in tokens. Raises `ContextLengthExceeded`.
+    `counts` (int64 [n]) and `roles` are those of the branch's messages as the store has them, from its first message
+    that is no persona to the request's last turn; one that the client hides counts 0. `story` is what is kept for the
+    story so far, in tokens. Raises `ContextLengthExceeded`.
     """
     first = request.history_start
-    shown = len(request.turns) - first
-    stored, counts = list(counts[: len(counts) - shown]), list(counts[len(counts) - shown :])
+    above = len(counts) - len(request.turns) + first
+    stored, counts = counts[:above], counts[above:].tolist()
     fixed = REPLY_PRIMING + sum(map(message_tokens, request.persona))
     if request.begins_with_user and roles[0] == "assistant":
         fixed += sum(map(message_tokens, request.opening or (DEFAULT_OPENING,)))
@@ -9280,16 +9310,16 @@ def lay_out(
     budget, required = fit_budget(context, shares, fixed, request.max_tokens, needs, story + recalled)
     if required != needs[0] or (pivot is not None and pivot < first):
         pivot = None
-    sizes, steady = [*stored, *turns], [*stored, *counts]
+    sizes, steady = np.concatenate([stored, turns]), np.concatenate([stored, counts])
     block = max(1, int(HISTORY_BLOCK * shares[2] * context))
     latest = len(sizes) - 1 if pivot is None else len(stored) + pivot - first
     starts = Seen(roles, roles[0].__eq__)  # strict templates refuse a history that begins on the other side
     anchor = history_anchor(sizes, steady, starts, budget.history - tail, block, latest)
-    history = sum(sizes[anchor:]) + tail
+    history = int(sizes[anchor:].sum()) + tail
     full = history > NEARLY_FULL * budget.history
     leaving = next_cut(steady, starts, anchor, block, latest) if full else anchor
     room = budget.memories + budget.history - history
-    hidden = frozenset(i for i in range(anchor, len(sizes)) if not sizes[i])
+    hidden = frozenset((anchor + np.flatnonzero(sizes[anchor:] == 0)).tolist())
     return Layout(budget, anchor, pivot, history, room, min(recalled, budget.memories), leaving, hidden)
 
 
@@ -9297,7 +9327,7 @@ def lay_out_window(
     request: ChatRequest,
     context: int,
     shares: Sequence[float],
-    counts: Sequence[int],
+    counts: np.ndarray,
     roles: Sequence[str],
     story: int = 0,
 ) -> Layout:
@@ -9307,7 +9337,7 @@ def lay_out_window(
     own limit.
     """
     above = len(counts) - len(request.turns)
-    shown = [0 if t.hidden else turn_tokens(t, n) for t, n in zip(request.turns, counts[above:], strict=True)]
+    shown = [0 if t.hidden else turn_tokens(t, n) for t, n in zip(request.turns, counts[above:].tolist(), strict=True)]
     sizes = [*[0] * above, *shown]
     persona, response = sum(map(message_tokens, request.persona)), int(shares[3] * context)
     left = max(0, context - response - persona - sum(map(message_tokens, request.tail)))
@@ -9395,7 +9425,7 @@ def fit_budget(
 
 
 def history_anchor(
-    sizes: Sequence[int], steady: Sequence[int], starts: Sequence[bool], budget: int, block: int, latest: int
+    sizes: np.ndarray, steady: np.ndarray, starts: Sequence[bool], budget: int, block: int, latest: int
 ) -> int:
     """The first index of the branch from which the history fits into `budget` tokens, no later than `latest`.
 
@@ -9408,7 +9438,7 @@ def history_anchor(
     if not tail:
         return 0
     before = next((index for index in range(tail - 1, 0, -1) if starts[index]), 0)
-    start, cut = sum(steady[:before]), 0
+    start, cut = int(steady[:before].sum()), 0
     for index in range(before, latest + 1):
         if starts[index]:
             if index >= tail and start // block > cut:  # the first one of its block that a history may begin with
@@ -9418,9 +9448,9 @@ def history_anchor(
     return next((index for index in range(tail, latest + 1) if starts[index]), tail)
 
 
-def next_cut(steady: Sequence[int], starts: Sequence[bool], anchor: int, block: int, latest: int) -> int:
+def next_cut(steady: np.ndarray, starts: Sequence[bool], anchor: int, block: int, latest: int) -> int:
     """Where `history_anchor` will go next from `anchor`."""
-    start = sum(steady[:anchor])
+    start = int(steady[:anchor].sum())
     due = (start // block + 1) * block
     for index in range(anchor, latest + 1):
         if start >= due and starts[index]:
@@ -12613,7 +12643,7 @@ class TurnContext:
 
     chat: Chat
     request: ChatRequest
-    nodes: list[Node]
+    nodes: tuple[Node, ...]
     layout: Layout
     deadline: Deadline
 
@@ -12656,7 +12686,7 @@ class TurnMemory:
     """What memory adds to a turn: the story, and the block of recalled memories, mood and persona reminder."""
 
     turn: TurnContext
-    path: list[str]
+    path: tuple[str, ...]
     story: Story
     recalled: RecallResult
     memories: list[Memory]  # the recalled and the carried over
@@ -13426,7 +13456,7 @@ class Archive:
     def enter(
         self, request: ChatRequest, chat_id: str, deadline: Deadline,
         begin: Callable[[Chat, ChatRequest], None] | None = None,
-    ) -> Iterator[tuple[Chat, list[str], ChatRequest]]:  # fmt: skip
+    ) -> Iterator[tuple[Chat, tuple[str, ...], ChatRequest]]:  # fmt: skip
         """The chat that a request belongs to, for as long as the block runs; the ids of the request's branch; and the
         request without what this chat has shown to be nobody's words.
 
@@ -13447,11 +13477,11 @@ class Archive:
 
     def _place(
         self, chat: Chat, chat_id: str, request: ChatRequest, begin: Callable[[Chat, ChatRequest], None] | None
-    ) -> tuple[list[str], ChatRequest]:
+    ) -> tuple[tuple[str, ...], ChatRequest]:
         """The ids of a request's branch, which is written where the disk takes it, and the request without what this
         chat has shown to be nobody's words; hold the chat's lock."""
 
-        def write() -> tuple[list[str], ChatRequest]:
+        def write() -> tuple[tuple[str, ...], ChatRequest]:
             """Finds the place, and writes what is new."""
             known = [] if request.identity.complete else chat.store.info.get("notes", [])
             spoken = without_notes(request, known)
@@ -13610,7 +13640,7 @@ class Archive:
             return request
         return replace(request, turns=request.turns[:-1], tail=(*last.before, last.raw, *request.tail))
 
-    def _write_branch(self, chat: Chat, alignment: Alignment, request: ChatRequest) -> list[str]:
+    def _write_branch(self, chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[str, ...]:
         """Writes what is new in a request's transcript; returns the branch's ids. Hold the chat's lock."""
         store, before = chat.store, chat.path()
         messages, path = attached(chat, alignment, request)
@@ -13877,7 +13907,7 @@ def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]
     every turn. None where anything else hangs on them.
     """
     tree = chat.tree
-    fork = shared_front(old, path)
+    fork = fork_of(old, path)
     left, now = old[fork:], path[fork:]
     if not 0 < len(left) <= REWORDED or len(left) >= len(now):  # the chat has not gone on: the user edits
         return []
@@ -13891,7 +13921,7 @@ def parted_now(chat: Chat, old: Sequence[str], path: Sequence[str]) -> tuple[lis
     """What is left behind where a client shows apart what it has joined into one message before, or ceases to show a
     note among the messages: the branch `old`, which the chat was last on, says nothing but what the new one says. And
     the parts that are to bear the marks of what was joined. Nothing where the old branch goes on otherwise."""
-    tree, fork = chat.tree, shared_front(old, path)
+    tree, fork = chat.tree, fork_of(old, path)
     left, now = old[fork:], path[fork:]
     if not left or len(now) < 2 or tree.nodes[left[0]].digest == tree.nodes[now[0]].digest:
         return [], []
@@ -13957,6 +13987,7 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
     tree = chat.tree
     stood = [i for i in tree.children.get(alignment.tip, ()) if tree.is_confirmed(i) and tree.nodes[i].role == "user"]
     later = Counter(t.digest for t in request.turns[place:])
+    newest = chat.path()[-2 * REWORDED :]
     for message in chat.store.read_again(stood[-REWORDED:]):  # whoever asks anew looks at the same ones each time
         rest = around(message.original, turn.content)
         if rest and (place + 1 == len(request.turns) or normalise(request.turns[place + 1].content) != rest):
@@ -13965,7 +13996,7 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
         if moved and later[message.digest] == 1 and len(message.original) >= SHORTEST_NOTE:
             return message.original.strip()
         gained = around(turn.content, message.original)
-        near = [j for i in chat.path()[-2 * REWORDED :] for j in tree.siblings(i) if tree.nodes[j].role == "user"]
+        near = [j for i in newest for j in tree.siblings(i) if tree.nodes[j].role == "user"]
         if gained and any(around_end(m.original, gained) for m in chat.store.read(near)):
             return gained
     return ""
@@ -13999,10 +14030,10 @@ def is_lone(chat: Chat, request: ChatRequest, path: Sequence[str]) -> bool:
     return len(path) == 1 and request.lone and not chat.store.info["explicit"] and not request.account
 
 
-def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], list[str]]:
+def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], tuple[str, ...]]:
     """What of a transcript must be written (new messages, and stored ones whose state changes), and its branch."""
     tree, store = chat.tree, chat.store
-    path = tree.path(alignment.base)
+    path = list(tree.path(alignment.base))
     unshown = [i for i in tree.unshown if tree.stands_on(alignment.base, i)]
     unshown.sort(key=lambda i: tree.nodes[i].depth)
     messages = [replace(m, confirmed=True) for m in store.read(unshown)]
@@ -14026,7 +14057,7 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
             old = store.read([node.id])[0]
             if not node.confirmed or turn.name or old.original != turn.content:
                 messages.append(shown_again(old, message_of_turn(parent, turn)))
-    return messages, path
+    return messages, tuple(path)
 
 
 def voice_told(node: Node, turn: Turn, parent: str) -> str:
@@ -14324,7 +14355,7 @@ class Recaller:
 
     def _asked_of(
         self, chat: Chat, text: str, asker: str, timeout: float
-    ) -> tuple[list[Node], Query, np.ndarray | None]:
+    ) -> tuple[tuple[Node, ...], Query, np.ndarray | None]:
         """A chat's current branch, what a text asks of it, and the vector of that, which is waited for."""
         with chat.lock:
             nodes = chat.tree.branch(chat.store.head)
@@ -14526,14 +14557,12 @@ LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 def places_on(chat: Chat, path: Sequence[str]) -> Places:
     """Where the chat's summaries stand on a branch; kept until another one is asked for. Hold the chat's lock."""
     known, places = chat.places
-    kept = min(len(known), len(path))
-    while kept and known[kept - 1] != path[kept - 1]:  # a message's id stands for all above it too
-        kept -= 1
+    kept = fork_of(known, path)
     if places is None or max(len(known), len(path)) - kept > NEAR_BRANCH:
-        chat.places = list(path), Places(chat.texts(path))
+        chat.places = tuple(path), Places(chat.texts(path))
     elif max(len(known), len(path)) > kept:
         places.go_over(kept, chat.texts(path[kept:]))
-        chat.places = list(path), places
+        chat.places = tuple(path), places
     return chat.places[1]
 
 
@@ -15538,7 +15567,7 @@ class PromptBuilder:
         return injection(chat.id, injections) | rows, turn
 
     def _remember(
-        self, chat: Chat, path: list[str], request: ChatRequest, context: int, shares: Sequence[float],
+        self, chat: Chat, path: Sequence[str], request: ChatRequest, context: int, shares: Sequence[float],
         arrange: Callable[..., Layout], deadline: Deadline,
     ) -> TurnMemory:  # fmt: skip
         """Looks up what to say of what the prompt will not show.
@@ -15575,11 +15604,13 @@ class PromptBuilder:
         first, above = request.history_start, len(nodes) - len(request.turns)
         shown, budget = nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
-        away = hidden_from(chat, request)
-        counts = [0 if n.id in away else n.tokens for n in shown[:above]] if away else [n.tokens for n in shown[:above]]
-        counts += [0 if t.hidden else n.tokens for t, n in zip(request.turns[first:], shown[above:], strict=True)]
+        counts = chat.tokens(nodes)[first:].copy()
+        away = [i for i in hidden_from(chat, request) if i in chat.tree.nodes and chat.tree.stands_on(path[-1], i)]
+        counts[[n.depth - first for n in chat.nodes(away) if 0 <= n.depth - first < above]] = 0
         for i, turn in enumerate(request.turns[first:], above):
-            if shown[i].shown != turn.fingerprint and not turn.hidden:  # with something else around the words
+            if turn.hidden:
+                counts[i] = 0
+            elif shown[i].shown != turn.fingerprint:  # with something else around the words
                 counts[i] = message_tokens(turn.raw)
         roles = Seen(shown, lambda node: node.role)
         layout = arrange(request, context, shares, counts, roles, reserved)
@@ -15786,7 +15817,7 @@ class PersonaMemory:
         counts = {"messages": len(request.turns), "known": 0, "current": False, "unembedded": 0}
         with self.registry.lookup(chat_id) as chat, chat.lock if chat else contextlib.nullcontext():
             if chat:
-                kept, path = list(align_request(chat, request).kept), chat.path()
+                kept, path = tuple(align_request(chat, request).kept), chat.path()
                 away = [i for i, t in zip(kept, request.turns, strict=False) if t.hidden]
                 same = len(kept) == len(request.turns) and kept == path and away == chat.store.info.get("hidden", [])
                 counts |= {"known": len(kept), "current": same}
