@@ -4001,6 +4001,14 @@ FRONT = 64  # how far into a transcript a changed front is looked for
 SAME_TEXT = 64  # how many messages of one text are tried as the transcript's beginning, newest first
 
 
+def fork_of(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many messages two branches, as ids, share. A message's id stands for all above it, so the ends tell."""
+    shared = min(len(one), len(other))
+    while shared and one[shared - 1] != other[shared - 1]:
+        shared -= 1
+    return shared
+
+
 class Tree:
     """A chat's messages as a tree in RAM; no I/O."""
 
@@ -4014,6 +4022,8 @@ class Tree:
         self._inner: set[str] = set()  # messages with a confirmed message below them
         self._trail: list[str] = []  # the path that was last walked: the next one is nearly the same
         self._line: list[Node] = []  # its nodes
+        self._path: tuple[str, ...] = ()  # what was last told of them: copying a long branch takes a millisecond
+        self._branch: tuple[Node, ...] = ()
         self._confirmed = 0
 
     def put(self, message: Message, order: int) -> None:
@@ -4037,7 +4047,7 @@ class Tree:
             self.children[node.parent].append(node.id)
         else:
             if self._trail[node.depth : node.depth + 1] == [node.id]:
-                self._line[node.depth] = node
+                self._line[node.depth], self._branch = node, ()
             if node.id in (waiting := self.replies.get(node.parent, ())):
                 waiting.remove(node.id)
             self._confirmed -= old.confirmed
@@ -4089,7 +4099,7 @@ class Tree:
             self._confirmed -= node.confirmed
             if not any(self.is_confirmed(i) for i in self.children[node.parent]):
                 self._inner.discard(node.parent)
-            self._trail, self._line = [], []
+            self._trail, self._line, self._path, self._branch = [], [], (), ()
 
     def below(self, node: str) -> list[str]:
         """The message and all that hang under it."""
@@ -4098,9 +4108,12 @@ class Tree:
             found += self.children.get(upper, ())
         return found
 
-    def path(self, tip: str) -> list[str]:
+    def path(self, tip: str) -> tuple[str, ...]:
         """Ids from the chat's first message to `tip`; empty for the root."""
-        return self._walked(tip)[: self.length(tip)]
+        trail, length = self._walked(tip), self.length(tip)
+        if len(self._path) != length:
+            self._path = tuple(trail[:length])
+        return self._path
 
     def length(self, tip: str) -> int:
         """How many messages a branch has."""
@@ -4121,12 +4134,16 @@ class Tree:
             kept = self.length(tip)
             trail[kept:] = ids[::-1]
             self._line[kept:] = [self.nodes[i] for i in reversed(ids)]
+            self._path = self._path if len(self._path) <= kept else ()
+            self._branch = self._branch if len(self._branch) <= kept else ()
         return trail
 
-    def branch(self, tip: str) -> list[Node]:
+    def branch(self, tip: str) -> tuple[Node, ...]:
         """The nodes from the chat's first message to `tip`. Looking each one up would take ten times as long."""
         self._walked(tip)
-        return self._line[: self.length(tip)]
+        if len(self._branch) != self.length(tip):
+            self._branch = tuple(self._line[: self.length(tip)])
+        return self._branch
 
     def child(self, node: str, digest: str) -> str:
         """The message of those words that follows a message, one that a request has shown first; empty: none."""
@@ -6444,25 +6461,47 @@ def shared_front(a: Sequence[str], b: Sequence[str]) -> int:
     return low
 
 
-def running_max(values: np.ndarray, reach: int) -> np.ndarray:
-    """The largest of each value and those up to `reach` places beside it, along the last axis (same shape)."""
-    width, out = 1, np.zeros((*values.shape[:-1], values.shape[-1] + 2 * reach), values.dtype)
-    out[..., reach : reach + values.shape[-1]] = values
+def within_reach(values: np.ndarray, reach: int, join: np.ufunc = np.maximum) -> np.ndarray:
+    """The largest of each value and those up to `reach` places beside it, [n] as `values`; by `np.bitwise_or` all bits
+    that any of them has."""
+    width, out = 1, np.zeros(len(values) + 2 * reach, values.dtype)
+    out[reach : reach + len(values)] = values
     while width < 2 * reach + 1:  # doubling: six steps for any reach up to 32
         step = min(width, 2 * reach + 1 - width)
-        out = np.maximum(out[..., :-step], out[..., step:])
+        out = join(out[:-step], out[step:])
         width += step
     return out
 
 
-def displaced(values: np.ndarray, places: int) -> np.ndarray:
-    """The values shifted towards the end by `places` (towards the start where negative), 0 where nothing was."""
-    out = np.zeros_like(values)
-    if places >= 0:
-        out[places:] = values[: max(0, len(values) - places)]
-    else:
-        out[:places] = values[-places:]
-    return out
+class Column:
+    """An array that grows and shrinks at its end. It keeps a quarter of spare room, so that what is added costs little
+    however long it is; `values` are to be read before the next change."""
+
+    def __init__(self, dtype: Any) -> None:
+        self._room = np.zeros(0, dtype)
+        self.values = self._room
+
+    def extend(self, values: Any) -> None:
+        """Adds items; the first ones decide upon their shape."""
+        start, fresh = len(self.values), np.asarray(values, self._room.dtype)
+        end = start + len(fresh)
+        if not len(self._room):
+            self._room = fresh.copy()
+        elif end > len(self._room):
+            room = np.empty((max(end, 5 * len(self._room) // 4, 64), *self._room.shape[1:]), self._room.dtype)
+            room[:start] = self.values
+            self._room = room
+        self._room[start:end] = fresh
+        self.values = self._room[:end]
+
+    def cut(self, count: int) -> None:
+        """Keeps the first items."""
+        self.values = self.values[:count]
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in RAM."""
+        return self._room.nbytes
 
 
 NOISE_SAMPLE = 256
@@ -6519,27 +6558,28 @@ class Evidence:
 
     cosine: np.ndarray  # float32 [n], of the message; where it has no vector yet, about the mean of those that have
     sentence: np.ndarray  # float32 [n], of its best sentence; that of the message where it is but one
-    terms: np.ndarray  # float32 [w, n]: BM25 by word
+    bm25: np.ndarray  # float32 [n], of the whole query
+    said: np.ndarray  # uint32 [n]: which of the query's words it says, one bit each
     rarity: np.ndarray  # float32 [w]: the words' BM25 idf; 0 for one that stands nowhere
     akin: np.ndarray  # float32 [n]: see `MemoryIndex.said_otherwise`; zeros where the coherence is 1
     speakers: np.ndarray  # int [n]: indexes into `names`
     days: np.ndarray  # float64 [n]: when it was said, in days since 1970
-    story_days: np.ndarray  # int [n]: on which day of the story, as it was told last; 0 before any is told
+    days_told: np.ndarray  # int [n]: the day of the story that it names itself; 0 for most
     traits: Mapping[str, np.ndarray]  # float32 [n] by name, see TRAITS; and `substance`, see `MemoryIndex.substance`
     names: Sequence[str]  # the speakers, in lower case
     coherence: float  # 0 to 1, see `MemoryIndex.coherence`
     trust: float = 1.0  # in cosines, LEAST_TRUST to 1, see `MemoryIndex.trust`; 0 where there are none
 
-    @functools.cached_property
-    def raw_lexical(self) -> np.ndarray:
-        """BM25 of the whole query, float32 [n]."""
-        return self.terms.sum(axis=0)
+    @property
+    def story_days(self) -> np.ndarray:
+        """On which day of the story it was said, as that was told last, int [n]; 0 before any is told."""
+        return np.where(self.days_told, self.days_told, np.maximum.accumulate(self.days_told))
 
     @functools.cached_property
     def lexical(self) -> np.ndarray:
         """BM25 as a share of the best message's, float32 [n], 0 to 1."""
         floor = min(LEXICAL_FLOOR, SHORT_CHAT * idf(len(self.cosine), 1))  # in a short chat no word is rare
-        return self.raw_lexical / max(float(self.raw_lexical.max(initial=0.0)), floor)
+        return self.bm25 / np.float32(max(float(self.bm25.max(initial=0.0)), floor))
 
     @functools.cached_property
     def nearness(self) -> float:
@@ -6547,15 +6587,14 @@ class Evidence:
         it is depends on how the question is put."""
         return self.trust / max(float(self.sentence.max(initial=0.0)), 1.0)
 
-    @functools.cached_property
-    def said(self) -> np.ndarray:
-        """Whether each message says each of the query's words, bool [w, n]."""
-        return self.terms > 0
-
     def coverage(self, reach: int = 0) -> np.ndarray:
         """The share, by rarity, of the query's words that those within `reach` places say, float32 [n], 0 to 1."""
-        said = running_max(self.said, reach).astype(np.float32)
-        return self.rarity @ said / max(float(self.rarity.sum()), 1e-6)
+        said, shares = within_reach(self.said, reach, np.bitwise_or), np.zeros(len(self.said), np.float32)
+        for first in range(0, len(self.rarity), 8):  # by eight words: what each of their 256 sets counts
+            some = self.rarity[first : first + 8]
+            sets = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, count=len(some), bitorder="little")
+            shares += (sets @ some)[(said >> np.uint32(first)).astype(np.uint8)]
+        return shares / np.float32(max(float(self.rarity.sum()), 1e-6))
 
 
 class VectorTable:
@@ -6568,16 +6607,10 @@ class VectorTable:
     def __init__(self, exact: bool) -> None:
         self._flat: Any = None
         self._exact = exact
-        self._codes = np.zeros((0, 0), np.int8)  # by position, as the next two; they grow by a quarter
-        self._scales = np.zeros(0, np.float32)
-        self._rows = np.zeros(0, np.int64)
+        self._codes, self._scales, self._rows = Column(np.int8), Column(np.float32), Column(np.int64)  # by position
         self.count = 0
+        self.size = 0  # the vectors' dimensions; 0 before there are any
         self._vectors = np.zeros((0, 0), np.float32)  # FAISS's own memory, [count, dimensions]
-
-    @property
-    def size(self) -> int:
-        """The vectors' dimensions; 0 before there are any."""
-        return self._codes.shape[1]
 
     @property
     def bytes(self) -> int:
@@ -6586,15 +6619,11 @@ class VectorTable:
 
     def add(self, rows: Sequence[int], vectors: np.ndarray) -> int:
         """Adds vectors (float32 [n, dimensions]) with the row of each; returns the position of the first."""
-        first, self.count = self.count, self.count + len(vectors)
-        if self.count > len(self._rows):
-            room = self.count if not first else max(self.count, 5 * len(self._rows) // 4, 64)
-            self._codes = resized(self._codes.reshape(-1, vectors.shape[1]), room)
-            self._scales, self._rows = resized(self._scales, room), resized(self._rows, room)
+        first, self.count, self.size = self.count, self.count + len(vectors), vectors.shape[1]
         scales = np.maximum(np.abs(vectors).max(axis=1), np.float32(1e-9)) / np.float32(127)
-        self._codes[first : self.count] = np.rint(vectors / scales[:, None])
-        self._scales[first : self.count] = scales
-        self._rows[first : self.count] = rows
+        self._codes.extend(np.rint(vectors / scales[:, None]))
+        self._scales.extend(scales)
+        self._rows.extend(rows)
         if self._exact:
             import faiss
 
@@ -6608,7 +6637,7 @@ class VectorTable:
         """The vectors at those positions, float32 [n, dimensions]; where they are not exact, as they are scored."""
         if self._exact:
             return self._vectors[positions]
-        return self._codes[positions] * self._scales[positions, None]
+        return self._codes.values[positions] * self._scales.values[positions, None]
 
     def best(self, query: np.ndarray | None, rows: int) -> np.ndarray:
         """Cosine of a query and the best vector of each of so many rows, float32 [rows]; -inf where a row has none."""
@@ -6617,17 +6646,10 @@ class VectorTable:
             scale = max(float(np.abs(query).max()), 1e-9) / 127
             asked = np.rint(query / scale).astype(np.int8)[None]
             # FAISS's search would sort all messages, and every one's score is wanted.
-            products = simsimd.cdist(asked, self._codes[: self.count], "dot", out_dtype="f32")
-            cosines = np.asarray(products)[0] * (self._scales[: self.count] * np.float32(scale))
-            np.maximum.at(best, self._rows[: self.count], cosines)
+            products = simsimd.cdist(asked, self._codes.values, "dot", out_dtype="f32")
+            cosines = np.asarray(products)[0] * (self._scales.values * np.float32(scale))
+            np.maximum.at(best, self._rows.values, cosines)
         return best
-
-
-def resized(array: np.ndarray, count: int) -> np.ndarray:
-    """A longer array that begins with the same items."""
-    out = np.empty((count, *array.shape[1:]), array.dtype)
-    out[: len(array)] = array
-    return out
 
 
 @dataclass(frozen=True)
@@ -6692,8 +6714,6 @@ def usual_language(languages: Counter[str]) -> str:
 UNMEASURED = -1, (USUAL_MEAN, USUAL_SPREAD, USUAL_COHERENCE)
 # Of how many messages its words' rarity is known, that, and how much of it a message of substance has.
 UNWEIGHED = -1, np.ones(1, np.float32), 1.0
-# A MemoryIndex's arrays with an item for each message of the branch.
-BRANCH_ARRAYS = ("_row_at", "_speaker_at", "_days", "_story_days", "_topic_counts", "_traits")
 
 
 class MemoryIndex:
@@ -6713,20 +6733,22 @@ class MemoryIndex:
         self._rows: dict[str, int] = {}  # text hash -> row number, for every text seen since the last clearing
         self._chunks: dict[str, int] = {}  # text hash -> how many vectors it takes
         self._uses: Counter[str] = Counter()  # text hash -> how often it stands on the branch
-        self._nodes: list[Node] = []  # the branch
+        self._nodes: tuple[Node, ...] = ()  # the branch
         self._hashes: list[str] = []
-        self._traits = np.zeros((0, len(TRAITS)), np.float32)
-        self._row_at = np.zeros(0, np.int64)
-        self._speaker_at = np.zeros(0, np.int64)
-        self._days = np.zeros(0)
-        self._story_days = np.zeros(0, np.int64)  # what a message says itself; 0 for most
+        self._row_at, self._speaker_at, self._days = Column(np.int64), Column(np.int64), Column(np.float64)
+        self._story_days = Column(np.int64)  # what a message says itself; 0 for most
         self._vocabulary: dict[str, int] = {}  # words with a topic -> their number
-        self._topic_counts = np.zeros(0, np.int64)  # how many of them each message has
-        self._topics = np.zeros(0, np.int64)  # their numbers, one message's after the other's
-        self._word_vectors = np.zeros((0, 0), np.float32)  # by those numbers, as far as they were asked for
-        self._spaced = np.zeros(0, bool)  # likewise, whether it stands between spaces
-        self._whole = np.zeros(0, bool)  # and whether it is also a row of its own in the embedder's table
-        self._substance = np.zeros(0, np.float32)  # of the branch's first messages, as far as it was asked for
+        self._topic_counts = Column(np.int64)  # how many of them each message has
+        self._traits = {name: Column(np.float32) for name in TRAITS}
+        # One item for each message of the branch.
+        self._columns = (
+            self._row_at, self._speaker_at, self._days, self._story_days, self._topic_counts, *self._traits.values()
+        )  # fmt: skip
+        self._topics = Column(np.int64)  # their numbers, one message's after the other's
+        self._word_vectors = Column(np.float32)  # by those numbers, as far as they were asked for
+        self._spaced = Column(bool)  # likewise, whether it stands between spaces
+        self._whole = Column(bool)  # and whether it is also a row of its own in the embedder's table
+        self._substance = Column(np.float32)  # of the branch's first messages, as far as it was asked for
         self._weighed = UNWEIGHED  # what it was made with
         self._looked_up: tuple[tuple, tuple[np.ndarray, ...]] | None = None  # see `look_up`; until the branch changes
         self.speakers: dict[str, str] = {}  # in lower case -> role
@@ -6751,6 +6773,7 @@ class MemoryIndex:
         """
         if len(self._rows) > 2 * len(self._uses) + STALE_ROWS:  # swipes and edits of a long life
             self._clear()
+        nodes = tuple(nodes)
         kept = shared_front(self._nodes, nodes)
         if kept == len(nodes) == len(self._nodes):
             return []
@@ -6758,24 +6781,23 @@ class MemoryIndex:
         self._languages -= Counter(self._spoken[kept:])
         if kept < self._measured[0]:
             self._measured = UNMEASURED
-        self._topics, self._substance = self._topics[: self._topic_counts[:kept].sum()], self._substance[:kept]
+        self._topics.cut(len(self._topics.values) - self._topic_counts.values[kept:].sum())
         if kept < self._weighed[0]:
             self._weighed = UNWEIGHED
         self._looked_up = None
-        for name in BRANCH_ARRAYS:
-            setattr(self, name, getattr(self, name)[:kept])
+        for column in (*self._columns, self._substance):
+            column.cut(kept)
         # They are numbered as they first spoke.
-        self.speakers = dict(itertools.islice(self.speakers.items(), int(self._speaker_at.max(initial=-1)) + 1))
+        self.speakers = dict(itertools.islice(self.speakers.items(), int(self._speaker_at.values.max(initial=-1)) + 1))
         fresh = nodes[kept:]
-        for known in (self._nodes, self._hashes, self._spoken):
+        for known in (self._hashes, self._spoken):
             del known[kept:]
         self._take_off(gone)
-        columns: list[tuple] = []
         try:
             for some, segment in segments_of(nodes, kept, self._languages, read, store):
-                columns.append(self._put_on(some, segment))
+                self._put_on(some, segment)
         finally:  # what could be read is whole
-            self._append(columns)
+            self._nodes = nodes[: len(self._hashes)]
         self._word_bytes = math.prod(self._words.execute(f"PRAGMA {name}").fetchone()[0] for name in PAGE_FIGURES)
         lacking = (
             h for h in dict.fromkeys(n.fingerprint for n in fresh) if h in self._unembedded or h in self._unsplit
@@ -6792,8 +6814,8 @@ class MemoryIndex:
             self._unembedded.pop(text_hash, None)
             self._unsplit.pop(text_hash, None)
 
-    def _put_on(self, nodes: Sequence[Node], segment: Segment) -> tuple:
-        """Puts the branch's next texts on the lexical table; returns what `_append` takes of them."""
+    def _put_on(self, nodes: Sequence[Node], segment: Segment) -> None:
+        """Takes in the branch's next texts."""
         hashes = [n.fingerprint for n in nodes]
         for text_hash in hashes:
             self._rows.setdefault(text_hash, len(self._rows))
@@ -6807,30 +6829,23 @@ class MemoryIndex:
         self._hashes.extend(hashes)
         self._spoken.extend(segment.languages)
         self._uses.update(hashes)
-        self._nodes.extend(nodes)
         for node in nodes:
             self.speakers.setdefault(node.speaker, node.role)
         topics = [words.split() for words in segment.topics]
         words = list(itertools.chain.from_iterable(topics))
         new = [word for word in dict.fromkeys(words) if word not in self._vocabulary]
         self._vocabulary.update(zip(new, itertools.count(len(self._vocabulary)), strict=False))
-        return (
-            [self._rows[h] for h in hashes], [node.speaker for node in nodes], [node.said_at / DAY for node in nodes],
-            segment.story_days, list(map(len, topics)), segment.traits, [self._vocabulary[w] for w in words],
+        codes = {who: code for code, who in enumerate(self.speakers)}
+        columns = (
+            [self._rows[h] for h in hashes], [codes[node.speaker] for node in nodes],
+            [node.said_at / DAY for node in nodes], segment.story_days, list(map(len, topics)),
+            *zip(*segment.traits, strict=True),
         )  # fmt: skip
-
-    def _append(self, columns: Sequence[tuple[Sequence, ...]]) -> None:
-        """Adds to the branch's arrays, once for all that has come: each time they are copied."""
-        if not columns:
-            return
-        fresh = [list(itertools.chain.from_iterable(some)) for some in zip(*columns, strict=True)]
-        codes = {name: code for code, name in enumerate(self.speakers)}
-        fresh[1] = [codes[who] for who in fresh[1]]
-        for name, values in zip((*BRANCH_ARRAYS, "_topics"), fresh, strict=True):
-            known = getattr(self, name)
-            setattr(self, name, np.concatenate([known, np.array(values, known.dtype).reshape(-1, *known.shape[1:])]))
-        asks = self._traits[:, TRAITS.index("question")] > 0
-        self._traits[:, TRAITS.index("answer")] = displaced(asks.astype(np.float32), 1)
+        for column, values in zip(self._columns, columns, strict=True):
+            column.extend(values)
+        self._topics.extend([self._vocabulary[w] for w in words])
+        first = max(1, len(self._hashes) - len(nodes))
+        self._traits["answer"].values[first:] = self._traits["question"].values[first - 1 : -1] > 0
 
     @property
     def bytes(self) -> int:
@@ -6840,7 +6855,7 @@ class MemoryIndex:
     @property
     def now(self) -> float:
         """When the branch's newest message was said, in days since 1970; 0 for an empty branch."""
-        return float(self._days[-1]) if len(self._days) else 0.0
+        return float(self._days.values[-1]) if self._hashes else 0.0
 
     @property
     def language(self) -> str:
@@ -6954,31 +6969,31 @@ class MemoryIndex:
     ) -> Evidence:  # fmt: skip
         """What speaks for each of the branch's first `count` messages (all where None). `word_vectors` are those of
         `Embedder`."""
-        n = len(self._row_at[:count])
-        terms, rarity, akin, trust = self.look_up(words, word_vectors)
+        n = len(self._row_at.values[:count])
+        bm25, said, rarity, akin, trust = self.look_up(words, word_vectors)
         akin = akin[:n] if vector is not None else np.zeros(n, np.float32)
         message, sentence = self._cosines(vector)
-        traits = dict(zip(TRAITS, self._traits[:n].T, strict=True))
+        traits = {name: column.values[:n] for name, column in self._traits.items()}
         traits["substance"] = self.substance()[:n]
         return Evidence(
-            message[:n], sentence[:n], terms[:, :n], rarity, akin, self._speaker_at[:n], self._days[:n],
-            np.where(self._story_days[:n], self._story_days[:n], np.maximum.accumulate(self._story_days[:n])), traits,
+            message[:n], sentence[:n], bm25[:n], said[:n], rarity, akin, self._speaker_at.values[:n],
+            self._days.values[:n], self._story_days.values[:n], traits,
             list(self.speakers), self.coherence(), trust * bool(message.any()),
         )  # fmt: skip
 
     def look_up(
         self, words: Sequence[str], word_vectors: Callable[[Sequence[str]], np.ndarray | None] | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:  # fmt: skip
-        """BM25 of each word in each message of the branch, float32 [words, n], and the words' rarity, float32 [words],
-        one row of zeros where there are no words; `said_otherwise`, float32 [n]; and `trust`. What was looked up last
-        is kept until the branch changes, so that a turn can ask while its vectors are made."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:  # fmt: skip
+        """BM25 of the words in each message of the branch, float32 [n], and which of them it says, see Evidence; the
+        words' rarity, float32 [words]; `said_otherwise`, float32 [n]; and `trust`. What was looked up last is kept
+        until the branch changes, so that a turn can ask while its vectors are made."""
         if self.coherence() == 1:  # as in chats of friends: `words_akin` counts for nothing then
             word_vectors = None
         asked = (tuple(words), word_vectors)
         if self._looked_up is None or self._looked_up[0] != asked:
             self.substance()
-            terms = np.zeros((max(1, len(words)), len(self._rows)), np.float32)
-            rarity, weights = np.zeros(len(terms), np.float32), np.ones(len(terms), np.float32)
+            bm25, said = np.zeros(len(self._rows), np.float32), np.zeros(len(self._rows), np.uint32)
+            rarity, weights = np.zeros(len(words), np.float32), np.ones(len(words), np.float32)
             texts = len(self._uses)
             most = min(max(COMMON_FLOOR, texts // COMMON_SHARE), COMMON_ANYWHERE)
             sql = ", ".join(WORD_SCORES.format(word=f"word{i}") for i in range(len(words)))
@@ -6988,12 +7003,14 @@ class MemoryIndex:
                 weights[i] = idf(texts, int(count))
                 if found:
                     rarity[i] = weights[i]
-                    where, scores = (some.split(",") for some in found)
-                    terms[i, np.array(where, np.int64)] = np.array(scores, np.float32)
-            terms, akin = terms[:, self._row_at], np.zeros(len(self._row_at), np.float32)
-            if word_vectors and words and len(self._topics):
-                akin = self.said_otherwise(words, weights, terms > 0, word_vectors)
-            self._looked_up = asked, (terms, rarity, akin, self.trust() if word_vectors else 1.0)
+                    where = np.fromstring(found[0], np.int64, sep=",")
+                    bm25[where] += np.fromstring(found[1], np.float32, sep=",")
+                    said[where] |= np.uint32(1 << i)
+            rows = self._row_at.values
+            bm25, said, akin = bm25[rows], said[rows], np.zeros(len(rows), np.float32)
+            if word_vectors and words and len(self._topics.values):
+                akin = self.said_otherwise(words, weights, said, word_vectors)
+            self._looked_up = asked, (bm25, said, rarity, akin, self.trust() if word_vectors else 1.0)
         return self._looked_up[1]
 
     def said_otherwise(
@@ -7003,27 +7020,28 @@ class MemoryIndex:
         """How much of a query the first n messages say in words akin to its own, float32 [n], 0 to 1: "wages" for
         "earn" (as in Zuccon et al. 2015, "Integrating and Evaluating Neural Word Embeddings in Information Retrieval").
 
-        `weights` [w] are the words', `said` [w, n] tells where a word stands itself: that counts elsewhere.
+        `weights` [w] are the words', `said` [n] tells where a word stands itself, see Evidence: that counts elsewhere.
         """
-        n, known = said.shape[1], len(self._word_vectors)
+        n, known = len(said), len(self._word_vectors.values)
         new = list(itertools.islice(self._vocabulary, known, None))
         found = word_vectors([*words, *new])
         if found is None:
             return np.zeros(n, np.float32)
         asked, fresh = found[: len(words)], found[len(words) :]
         if len(fresh):
-            self._word_vectors = np.concatenate([self._word_vectors.reshape(known, fresh.shape[1]), fresh])
             spaced = np.array([not UNSPACED.search(word) for word in new], bool)
-            self._spaced = np.concatenate([self._spaced, spaced])
-            self._whole = np.concatenate([self._whole, spaced & fresh.any(axis=1)])
-        near = asked @ self._word_vectors.T - np.float32(AKIN)  # [words, vocabulary]
-        places = np.flatnonzero((near.max(axis=0) > 0)[self._topics])
-        topics, owners = self._topics[places], np.repeat(np.arange(n), self._topic_counts)[places]
-        best = np.zeros(said.shape, np.float32)
-        for message, word in zip(best, near, strict=True):
-            np.maximum.at(message, owners, word[topics])
-        best[said] = 0
-        return weights @ best / ((1 - AKIN) * weights.sum())
+            self._word_vectors.extend(fresh)
+            self._spaced.extend(spaced)
+            self._whole.extend(spaced & fresh.any(axis=1))
+        near = asked @ self._word_vectors.values.T - np.float32(AKIN)  # [words, vocabulary]
+        places = np.flatnonzero((near.max(axis=0) > 0)[self._topics.values])
+        topics, owners = self._topics.values[places], np.repeat(np.arange(n), self._topic_counts.values)[places]
+        akin = np.zeros(n, np.float32)
+        for i, (weight, word) in enumerate(zip(weights, near, strict=True)):
+            best = np.zeros(n, np.float32)
+            np.maximum.at(best, owners, word[topics])
+            akin += weight * best * (said >> np.uint32(i) & 1 == 0)
+        return akin / ((1 - AKIN) * weights.sum())
 
     def trust(self) -> float:
         """What cosines count for beside words, LEAST_TRUST to 1, by the share of the chat's words with a topic that the
@@ -7031,8 +7049,9 @@ class MemoryIndex:
         it has nine in ten (a multilingual one seven); what it reads in pieces, it tells apart less well. Words that no
         spaces part tell nothing here.
         """
-        uses = np.bincount(self._topics, minlength=len(self._spaced))[: len(self._spaced)]
-        share = (uses[self._whole].sum() + FEW_WORDS_READ) / (uses[self._spaced].sum() + FEW_WORDS_READ)
+        spaced, whole = self._spaced.values, self._whole.values
+        uses = np.bincount(self._topics.values, minlength=len(spaced))[: len(spaced)]
+        share = (uses[whole].sum() + FEW_WORDS_READ) / (uses[spaced].sum() + FEW_WORDS_READ)
         return float(np.interp(share, READ_WHOLE, (LEAST_TRUST, 1)))
 
     def substance(self) -> np.ndarray:
@@ -7043,38 +7062,44 @@ class MemoryIndex:
         usual sum on, longer ones are no likelier. What is rare and usual here the branch's first messages tell, up
         to a `step_below`, so that a message which comes changes nothing for those before it.
         """
-        count = step_below(len(self._topic_counts))
+        count = step_below(len(self._hashes))
         if self._weighed[0] != count:
-            uses = np.bincount(self._topics[: self._topic_counts[:count].sum()])
+            uses = np.bincount(self._topics.values[: self._topic_counts.values[:count].sum()])
             # The last item is for words that none of them says.
             rarity = np.log((count + 1) / np.maximum(np.append(uses, 0), 1)).astype(np.float32) / math.log(count + 2)
             enough = SUBSTANTIAL * float(np.median(self._rarity_sums(rarity, 0)[:count])) if count else 1.0
-            self._weighed, self._substance = (count, rarity, min(max(enough, 1.0), MOST_NEEDED)), self._substance[:0]
+            self._weighed = count, rarity, min(max(enough, 1.0), MOST_NEEDED)
+            self._substance.cut(0)
         _, rarity, enough = self._weighed
-        fresh = np.minimum(1, self._rarity_sums(rarity, len(self._substance)) / np.float32(enough))
-        self._substance = np.concatenate([self._substance, fresh]) if len(fresh) else self._substance
-        return self._substance
+        fresh = self._rarity_sums(rarity, len(self._substance.values))
+        self._substance.extend(np.minimum(1, fresh / np.float32(enough)))
+        return self._substance.values
 
     def _rarity_sums(self, rarity: np.ndarray, start: int) -> np.ndarray:
         """The sum of the rarity of the words of each message from `start` on, float32 [n - start]."""
-        counts = self._topic_counts[start:]
+        counts = self._topic_counts.values[start:]
         sums, told = np.zeros(len(counts), np.float32), np.flatnonzero(counts)
         if len(told):  # reduceat knows no empty share
-            topics = self._topics[len(self._topics) - counts.sum() :]
+            topics = self._topics.values[len(self._topics.values) - counts.sum() :]
             starts = np.cumsum(counts)[told] - counts[told]
             sums[told] = np.add.reduceat(rarity[np.minimum(topics, len(rarity) - 1)], starts)
         return sums
 
     def _cosines(self, query: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """How near each message is to a query, and its best sentence, float32 [n], see Evidence."""
-        whole, parts = (table.best(query, len(self._rows))[self._row_at] for table in (self._dense, self._sentences))
-        mean, spread = self.noise()
-        known = whole[np.isfinite(whole)]
-        # While vectors are made, a few that happen to be there say little of the others.
-        usual = (known.sum() + FEW_NEIGHBOURS * mean) / (len(known) + FEW_NEIGHBOURS)
-        whole = np.where(np.isfinite(whole), whole, usual)
-        whole = ((whole - mean) / spread).astype(np.float32)
-        return whole, np.where(np.isfinite(parts), (parts - mean) / spread, whole).astype(np.float32)
+        rows, (mean, spread) = self._row_at.values, self.noise()
+        whole, parts = (table.best(query, len(self._rows))[rows] for table in (self._dense, self._sentences))
+        known = np.isfinite(whole)
+        if not known.all():
+            # While vectors are made, a few that happen to be there say little of the others.
+            some = whole[known]
+            whole[~known] = (some.sum() + FEW_NEIGHBOURS * mean) / (len(some) + FEW_NEIGHBOURS)
+        for cosines in (whole, parts):
+            cosines -= mean
+            cosines /= spread
+        alone = ~np.isfinite(parts)
+        parts[alone] = whole[alone]
+        return whole, parts
 
     def noise(self) -> tuple[float, float]:
         """Mean and standard deviation of the cosines of two messages of this chat."""
@@ -7109,7 +7134,7 @@ class MemoryIndex:
 
     def _coherence_among(self, count: int, spread: float) -> float:
         """`coherence` of the first messages, by a sample of NOISE_SAMPLE pairs of neighbours."""
-        codes, hashes = self._speaker_at[:count], self._hashes
+        codes, hashes = self._speaker_at.values[:count], self._hashes
         apart = np.flatnonzero(codes[1:] != codes[:-1]).tolist()
         pairs = np.array(sample([i for i in apart if self._embedded.issuperset(hashes[i : i + 2])]), np.int64)
         first, second = (self.vectors([hashes[i + step] for i in pairs.tolist()]) for step in (0, 1))
@@ -7186,7 +7211,8 @@ class Chat:
         # The user's messages that the last mood was followed over, and the track of it before the newest of them, which
         # the background makes.
         self.mood_followed: tuple[list[Node], MoodTrack | None] = ([], None)
-        self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
+        self.places: tuple[Sequence[str], Any] = ((), None)  # the branch last told of, and where summaries stand
+        self._counted: tuple[tuple[Node, ...], Column] = ((), Column(np.int64))  # see `tokens`
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
     @property
@@ -7209,7 +7235,7 @@ class Chat:
             known = list(dict.fromkeys([*self.refused(part), *sorted(ids)]))[-MOST_REFUSED:]
             self.store.commit(info={"refused": {**self.store.info.get("refused", {}), part: known}})
 
-    def path(self, tip: str = "") -> list[str]:
+    def path(self, tip: str = "") -> tuple[str, ...]:
         """The ids of the current branch, or of the one that ends with `tip`; oldest first."""
         return self.tree.path(tip or self.store.head)
 
@@ -7217,6 +7243,15 @@ class Chat:
         """The nodes of those messages."""
         nodes = self.store.tree.nodes
         return [nodes[i] for i in ids]
+
+    def tokens(self, nodes: tuple[Node, ...]) -> np.ndarray:
+        """What each message of a branch takes, in tokens, int64 [n]; until it is asked for those of another."""
+        known, tokens = self._counted
+        kept = shared_front(known, nodes)
+        tokens.cut(kept)
+        tokens.extend([node.tokens for node in nodes[kept:]])
+        self._counted = nodes, tokens
+        return tokens.values
 
     def texts(self, path: Iterable[str]) -> list[str]:
         """The digests of those messages' texts."""
@@ -7873,7 +7908,7 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     return replace(request, turns=(*request.turns[:first], *whole, *shown))
 
 
-def path_with(chat: Chat, hidden: Collection[str]) -> list[str]:
+def path_with(chat: Chat, hidden: Collection[str]) -> tuple[str, ...]:
     """The ids of the chat's branch; where another client, which does not know of what is hidden, has made another one
     without it, those of the newest branch that holds it."""
     path = chat.path()
@@ -8384,7 +8419,7 @@ def best_sentence(query: Query, e: Evidence) -> np.ndarray:
 
 def near_by(query: Query, e: Evidence) -> np.ndarray:
     """The best sentence within two messages: what is told is told in a few turns."""
-    return e.nearness * running_max(e.sentence, 2)
+    return e.nearness * within_reach(e.sentence, 2)
 
 
 def words_covered(query: Query, e: Evidence) -> np.ndarray:
@@ -8402,42 +8437,44 @@ def words_in_scene(query: Query, e: Evidence) -> np.ndarray:
     return e.coverage(8)
 
 
-def words_akin(query: Query, e: Evidence) -> np.ndarray:
+def words_akin(query: Query, e: Evidence) -> np.ndarray | None:
     """How much of it the message says in words akin to those asked with. Where neighbouring messages are about the
     same, a scene is full of such words, and they tell no message from another."""
-    return (1 - e.coherence) * e.akin
+    return (1 - e.coherence) * e.akin if e.coherence < 1 else None
 
 
-def akin_near(query: Query, e: Evidence) -> np.ndarray:
+def akin_near(query: Query, e: Evidence) -> np.ndarray | None:
     """The same of the best message within two."""
-    return (1 - e.coherence) * running_max(e.akin, 2)
+    return (1 - e.coherence) * within_reach(e.akin, 2) if e.coherence < 1 else None
 
 
 def words_near(query: Query, e: Evidence) -> np.ndarray:
     """The best BM25 score within two messages."""
-    return running_max(e.lexical, 2)
+    return within_reach(e.lexical, 2)
 
 
 def best_in_scene(query: Query, e: Evidence) -> np.ndarray:
     """The best BM25 score within five messages."""
-    return running_max(e.lexical, 5)
+    return within_reach(e.lexical, 5)
 
 
 def answers(query: Query, e: Evidence) -> np.ndarray:
     """How well the message before fits, in words and in meaning, where that asks something: this is its answer."""
     fits = e.lexical + e.nearness * np.maximum(e.sentence, 0)
-    return displaced((e.traits["question"] > 0) * fits, 1)
+    return np.append(np.zeros(1, np.float32), (e.traits["question"] > 0) * fits)[:-1]
 
 
-def speaker(query: Query, e: Evidence) -> np.ndarray:
-    """Whether it is the words of whom the query is about; 0 where that is everyone."""
-    about = np.array([name in query.about for name in e.names] or [False])
-    return (about[e.speakers] if not about.all() else np.zeros(len(e.speakers))).astype(np.float32)
+def speaker(query: Query, e: Evidence) -> np.ndarray | None:
+    """Whether it is the words of whom the query is about; nothing where that is everyone."""
+    about = np.array([name in query.about for name in e.names], np.float32)
+    return about[e.speakers] if 0 < about.sum() < len(about) else None
 
 
-def when_said(query: Query, e: Evidence) -> np.ndarray:
+def when_said(query: Query, e: Evidence) -> np.ndarray | None:
     """How near it was said to a time that the query names: 1 inside, falling by half in five days; on a day of the
     story or not. Where a time is all that it asks for, what was said then counts DAY_ALONE, and nothing else does."""
+    if not query.dates and not query.story_day:
+        return None
     near = ((e.story_days == query.story_day) & (query.story_day > 0)).astype(np.float32)
     for start, end in query.dates:
         away = np.maximum(np.maximum(start - np.floor(e.days), np.floor(e.days) - end + 1), 0)
@@ -8450,14 +8487,14 @@ def trait(name: str) -> Callable[[Query, Evidence], np.ndarray]:
     return lambda query, e: e.traits[name]
 
 
-def of_kind(name: str) -> Callable[[Query, Evidence], np.ndarray]:
+def of_kind(name: str) -> Callable[[Query, Evidence], np.ndarray | None]:
     """A signal: whether the message has the trait that the query wants."""
-    return lambda query, e: e.traits[name] * np.float32(name in query.wants)
+    return lambda query, e: e.traits[name] if name in query.wants else None
 
 
-def lately(query: Query, e: Evidence) -> np.ndarray:
+def lately(query: Query, e: Evidence) -> np.ndarray | None:
     """How late in the chat it was said, 0 to 1, where the query asks for what holds now."""
-    return np.linspace(0, 1, len(e.days), dtype=np.float32) * np.float32("now" in query.wants)
+    return np.linspace(0, 1, len(e.days), dtype=np.float32) if "now" in query.wants else None
 
 
 def short_answer(query: Query, e: Evidence) -> np.ndarray:
@@ -8471,12 +8508,14 @@ class Signal:
     there a scene answers, elsewhere one message does."""
 
     weight: float
-    of: Callable[[Query, Evidence], np.ndarray]
+    of: Callable[[Query, Evidence], np.ndarray | None]  # None: it says nothing of any message
     coherent: float = 0.0
 
-    def added(self, query: Query, e: Evidence) -> np.ndarray:
-        """What the signal adds to the messages' scores, float32 [n]."""
-        return np.float32(self.weight + self.coherent * e.coherence) * self.of(query, e)
+    def added(self, query: Query, e: Evidence) -> np.ndarray | None:
+        """What the signal adds to the messages' scores, float32 [n]; None where it says nothing."""
+        weight = np.float32(self.weight + self.coherent * e.coherence)
+        values = self.of(query, e) if weight else None
+        return weight * values if values is not None and values.any() else None
 
 
 # Weights by the method of `tests/bench/recall.py --fit`, which prints others since signals have changed, and the same
@@ -8559,8 +8598,11 @@ def weigh(query: Query, e: Evidence) -> dict[str, np.ndarray]:
     Hybrid Retrieval"). Signals that say nothing are left out.
     """
     found = {name: signal.added(query, e) for name, signal in SIGNALS.items()}
-    parts = {name: values for name, values in found.items() if values.any()}
-    return {"score": sum(parts.values(), np.zeros(len(e.cosine), np.float32)), **parts}
+    parts = {name: values for name, values in found.items() if values is not None}
+    score = np.zeros(len(e.cosine), np.float32)
+    for values in parts.values():
+        score += values
+    return {"score": score, **parts}
 
 
 def memory_share(text: str) -> float:
@@ -8572,11 +8614,19 @@ def memory_share(text: str) -> float:
     return ASKING_SHARE if asked_clauses(text, language) else TELLING_SHARE
 
 
+def median(values: np.ndarray) -> float:
+    """The same as numpy's, which takes ten times as long."""
+    middle = len(values) // 2
+    parted = np.partition(values, middle)
+    below = parted[middle] if len(values) % 2 else parted[:middle].max()
+    return (float(below) + float(parted[middle])) / 2
+
+
 def usual_scores(scores: np.ndarray, trust: float = 1.0) -> tuple[float, float]:
     """What is usual among messages of those scores, the median, and their standard deviation; `trust` is that of
     `Evidence`."""
     count = len(scores)
-    usual = float(np.median(scores)) if count else 0.0
+    usual = median(scores) if count else 0.0
     usual = usual if count >= FEW_MESSAGES else min(usual, USUAL)
     deviation = USUAL_DEVIATION * (WORDS_ALONE + (1 - WORDS_ALONE) * trust)
     variance = (scores.var() * count if count else 0.0) + FEW_MESSAGES * deviation**2
@@ -8594,6 +8644,8 @@ def admissible(query: Query, scores: np.ndarray, trust: float = 1.0) -> list[int
     """Indexes of the messages that are worth recalling, best first, as many as make sense."""
     found = np.flatnonzero(scores >= relevance_bar(query, scores, trust))
     most = TELLING_MEMORIES if query.asks == TELLS else MOST_MEMORIES
+    if len(found) > most:  # sorting thousands would take a millisecond
+        found = found[scores[found] >= np.partition(scores[found], -most)[-most]]
     return found[np.argsort(-scores[found], kind="stable")][:most].tolist()
 
 
@@ -9315,19 +9367,19 @@ def lay_out(
     request: ChatRequest,
     context: int,
     shares: Sequence[float],
-    counts: Sequence[int],
+    counts: np.ndarray,
     roles: Sequence[str],
     story: int = 0,
 ) -> Layout:
     """Divides the context between persona, history, memories and reply.
 
-    `counts` and `roles` are those of the branch's messages as the store has them, from its first message that is no
-    persona to the request's last turn; one that the client hides counts 0. `story` is what is kept for the story so
-    far, in tokens. Raises `ContextLengthExceeded`.
+    `counts` (int64 [n]) and `roles` are those of the branch's messages as the store has them, from its first message
+    that is no persona to the request's last turn; one that the client hides counts 0. `story` is what is kept for the
+    story so far, in tokens. Raises `ContextLengthExceeded`.
     """
     first = request.history_start
-    shown = len(request.turns) - first
-    stored, counts = list(counts[: len(counts) - shown]), list(counts[len(counts) - shown :])
+    above = len(counts) - len(request.turns) + first
+    stored, counts = counts[:above], counts[above:].tolist()
     fixed = REPLY_PRIMING + sum(map(message_tokens, request.persona))
     if request.begins_with_user and roles[0] == "assistant":
         fixed += sum(map(message_tokens, request.opening or (DEFAULT_OPENING,)))
@@ -9339,16 +9391,16 @@ def lay_out(
     budget, required = fit_budget(context, shares, fixed, request.max_tokens, needs, story + recalled)
     if required != needs[0] or (pivot is not None and pivot < first):
         pivot = None
-    sizes, steady = [*stored, *turns], [*stored, *counts]
+    sizes, steady = np.concatenate([stored, turns]), np.concatenate([stored, counts])
     block = max(1, int(HISTORY_BLOCK * shares[2] * context))
     latest = len(sizes) - 1 if pivot is None else len(stored) + pivot - first
     starts = Seen(roles, roles[0].__eq__)  # strict templates refuse a history that begins on the other side
     anchor = history_anchor(sizes, steady, starts, budget.history - tail, block, latest)
-    history = sum(sizes[anchor:]) + tail
+    history = int(sizes[anchor:].sum()) + tail
     full = history > NEARLY_FULL * budget.history
     leaving = next_cut(steady, starts, anchor, block, latest) if full else anchor
     room = budget.memories + budget.history - history
-    hidden = frozenset(i for i in range(anchor, len(sizes)) if not sizes[i])
+    hidden = frozenset((anchor + np.flatnonzero(sizes[anchor:] == 0)).tolist())
     return Layout(budget, anchor, pivot, history, room, min(recalled, budget.memories), leaving, hidden)
 
 
@@ -9356,7 +9408,7 @@ def lay_out_window(
     request: ChatRequest,
     context: int,
     shares: Sequence[float],
-    counts: Sequence[int],
+    counts: np.ndarray,
     roles: Sequence[str],
     story: int = 0,
 ) -> Layout:
@@ -9366,7 +9418,7 @@ def lay_out_window(
     own limit.
     """
     above = len(counts) - len(request.turns)
-    shown = [0 if t.hidden else turn_tokens(t, n) for t, n in zip(request.turns, counts[above:], strict=True)]
+    shown = [0 if t.hidden else turn_tokens(t, n) for t, n in zip(request.turns, counts[above:].tolist(), strict=True)]
     sizes = [*[0] * above, *shown]
     persona, response = sum(map(message_tokens, request.persona)), int(shares[3] * context)
     left = max(0, context - response - persona - sum(map(message_tokens, request.tail)))
@@ -9454,7 +9506,7 @@ def fit_budget(
 
 
 def history_anchor(
-    sizes: Sequence[int], steady: Sequence[int], starts: Sequence[bool], budget: int, block: int, latest: int
+    sizes: np.ndarray, steady: np.ndarray, starts: Sequence[bool], budget: int, block: int, latest: int
 ) -> int:
     """The first index of the branch from which the history fits into `budget` tokens, no later than `latest`.
 
@@ -9467,7 +9519,7 @@ def history_anchor(
     if not tail:
         return 0
     before = next((index for index in range(tail - 1, 0, -1) if starts[index]), 0)
-    start, cut = sum(steady[:before]), 0
+    start, cut = int(steady[:before].sum()), 0
     for index in range(before, latest + 1):
         if starts[index]:
             if index >= tail and start // block > cut:  # the first one of its block that a history may begin with
@@ -9477,9 +9529,9 @@ def history_anchor(
     return next((index for index in range(tail, latest + 1) if starts[index]), tail)
 
 
-def next_cut(steady: Sequence[int], starts: Sequence[bool], anchor: int, block: int, latest: int) -> int:
+def next_cut(steady: np.ndarray, starts: Sequence[bool], anchor: int, block: int, latest: int) -> int:
     """Where `history_anchor` will go next from `anchor`."""
-    start = sum(steady[:anchor])
+    start = int(steady[:anchor].sum())
     due = (start // block + 1) * block
     for index in range(anchor, latest + 1):
         if start >= due and starts[index]:
@@ -12678,7 +12730,7 @@ class TurnContext:
 
     chat: Chat
     request: ChatRequest
-    nodes: list[Node]
+    nodes: tuple[Node, ...]
     layout: Layout
     deadline: Deadline
 
@@ -12721,7 +12773,7 @@ class TurnMemory:
     """What memory adds to a turn: the story, and the block of recalled memories, mood and persona reminder."""
 
     turn: TurnContext
-    path: list[str]
+    path: tuple[str, ...]
     story: Story
     recalled: RecallResult
     memories: list[Memory]  # the recalled and the carried over
@@ -13505,7 +13557,7 @@ class Archive:
     def enter(
         self, request: ChatRequest, chat_id: str, deadline: Deadline,
         begin: Callable[[Chat, ChatRequest], None] | None = None,
-    ) -> Iterator[tuple[Chat, list[str], ChatRequest]]:  # fmt: skip
+    ) -> Iterator[tuple[Chat, tuple[str, ...], ChatRequest]]:  # fmt: skip
         """The chat that a request belongs to, for as long as the block runs; the ids of the request's branch; and the
         request without what this chat has shown to be nobody's words.
 
@@ -13526,11 +13578,11 @@ class Archive:
 
     def _place(
         self, chat: Chat, chat_id: str, request: ChatRequest, begin: Callable[[Chat, ChatRequest], None] | None
-    ) -> tuple[list[str], ChatRequest]:
+    ) -> tuple[tuple[str, ...], ChatRequest]:
         """The ids of a request's branch, which is written where the disk takes it, and the request without what this
         chat has shown to be nobody's words; hold the chat's lock."""
 
-        def write() -> tuple[list[str], ChatRequest]:
+        def write() -> tuple[tuple[str, ...], ChatRequest]:
             """Finds the place, and writes what is new."""
             known = [] if request.identity.complete else chat.store.info.get("notes", [])
             spoken = without_notes(request, known)
@@ -13689,7 +13741,7 @@ class Archive:
             return request
         return replace(request, turns=request.turns[:-1], tail=(*last.before, last.raw, *request.tail))
 
-    def _write_branch(self, chat: Chat, alignment: Alignment, request: ChatRequest) -> list[str]:
+    def _write_branch(self, chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[str, ...]:
         """Writes what is new in a request's transcript; returns the branch's ids. Hold the chat's lock."""
         store, before = chat.store, chat.path()
         messages, path = attached(chat, alignment, request)
@@ -13956,7 +14008,7 @@ def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]
     every turn. None where anything else hangs on them.
     """
     tree = chat.tree
-    fork = shared_front(old, path)
+    fork = fork_of(old, path)
     left, now = old[fork:], path[fork:]
     if not 0 < len(left) <= REWORDED or len(left) >= len(now):  # the chat has not gone on: the user edits
         return []
@@ -13970,7 +14022,7 @@ def parted_now(chat: Chat, old: Sequence[str], path: Sequence[str]) -> tuple[lis
     """What is left behind where a client shows apart what it has joined into one message before, or ceases to show a
     note among the messages: the branch `old`, which the chat was last on, says nothing but what the new one says. And
     the parts that are to bear the marks of what was joined. Nothing where the old branch goes on otherwise."""
-    tree, fork = chat.tree, shared_front(old, path)
+    tree, fork = chat.tree, fork_of(old, path)
     left, now = old[fork:], path[fork:]
     if not left or len(now) < 2 or tree.nodes[left[0]].digest == tree.nodes[now[0]].digest:
         return [], []
@@ -14036,6 +14088,7 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
     tree = chat.tree
     stood = [i for i in tree.children.get(alignment.tip, ()) if tree.is_confirmed(i) and tree.nodes[i].role == "user"]
     later = Counter(t.digest for t in request.turns[place:])
+    newest = chat.path()[-2 * REWORDED :]
     for message in chat.store.read_again(stood[-REWORDED:]):  # whoever asks anew looks at the same ones each time
         rest = around(message.original, turn.content)
         if rest and (place + 1 == len(request.turns) or normalise(request.turns[place + 1].content) != rest):
@@ -14044,7 +14097,7 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
         if moved and later[message.digest] == 1 and len(message.original) >= SHORTEST_NOTE:
             return message.original.strip()
         gained = around(turn.content, message.original)
-        near = [j for i in chat.path()[-2 * REWORDED :] for j in tree.siblings(i) if tree.nodes[j].role == "user"]
+        near = [j for i in newest for j in tree.siblings(i) if tree.nodes[j].role == "user"]
         if gained and any(around_end(m.original, gained) for m in chat.store.read(near)):
             return gained
     return ""
@@ -14078,10 +14131,10 @@ def is_lone(chat: Chat, request: ChatRequest, path: Sequence[str]) -> bool:
     return len(path) == 1 and request.lone and not chat.store.info["explicit"] and not request.account
 
 
-def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], list[str]]:
+def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], tuple[str, ...]]:
     """What of a transcript must be written (new messages, and stored ones whose state changes), and its branch."""
     tree, store = chat.tree, chat.store
-    path = tree.path(alignment.base)
+    path = list(tree.path(alignment.base))
     unshown = [i for i in tree.unshown if tree.stands_on(alignment.base, i)]
     unshown.sort(key=lambda i: tree.nodes[i].depth)
     messages = [replace(m, confirmed=True) for m in store.read(unshown)]
@@ -14105,7 +14158,7 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
             old = store.read([node.id])[0]
             if not node.confirmed or turn.name or old.original != turn.content:
                 messages.append(shown_again(old, message_of_turn(parent, turn)))
-    return messages, path
+    return messages, tuple(path)
 
 
 def voice_told(node: Node, turn: Turn, parent: str) -> str:
@@ -14404,7 +14457,7 @@ class Recaller:
 
     def _asked_of(
         self, chat: Chat, text: str, asker: str, timeout: float
-    ) -> tuple[list[Node], Query, np.ndarray | None]:
+    ) -> tuple[tuple[Node, ...], Query, np.ndarray | None]:
         """A chat's current branch, what a text asks of it, and the vector of that, which is waited for."""
         with chat.lock:
             nodes = chat.tree.branch(chat.store.head)
@@ -14617,14 +14670,12 @@ LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 def places_on(chat: Chat, path: Sequence[str]) -> Places:
     """Where the chat's summaries stand on a branch; kept until another one is asked for. Hold the chat's lock."""
     known, places = chat.places
-    kept = min(len(known), len(path))
-    while kept and known[kept - 1] != path[kept - 1]:  # a message's id stands for all above it too
-        kept -= 1
+    kept = fork_of(known, path)
     if places is None or max(len(known), len(path)) - kept > NEAR_BRANCH:
-        chat.places = list(path), Places(chat.texts(path))
+        chat.places = tuple(path), Places(chat.texts(path))
     elif max(len(known), len(path)) > kept:
         places.go_over(kept, chat.texts(path[kept:]))
-        chat.places = list(path), places
+        chat.places = tuple(path), places
     return chat.places[1]
 
 
@@ -15629,7 +15680,7 @@ class PromptBuilder:
         return injection(chat.id, injections) | rows, turn
 
     def _remember(
-        self, chat: Chat, path: list[str], request: ChatRequest, context: int, shares: Sequence[float],
+        self, chat: Chat, path: Sequence[str], request: ChatRequest, context: int, shares: Sequence[float],
         arrange: Callable[..., Layout], deadline: Deadline,
     ) -> TurnMemory:  # fmt: skip
         """Looks up what to say of what the prompt will not show.
@@ -15666,11 +15717,13 @@ class PromptBuilder:
         first, above = request.history_start, len(nodes) - len(request.turns)
         shown, budget = nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
-        away = hidden_from(chat, request)
-        counts = [0 if n.id in away else n.tokens for n in shown[:above]] if away else [n.tokens for n in shown[:above]]
-        counts += [0 if t.hidden else n.tokens for t, n in zip(request.turns[first:], shown[above:], strict=True)]
+        counts = chat.tokens(nodes)[first:].copy()
+        away = [i for i in hidden_from(chat, request) if i in chat.tree.nodes and chat.tree.stands_on(path[-1], i)]
+        counts[[n.depth - first for n in chat.nodes(away) if 0 <= n.depth - first < above]] = 0
         for i, turn in enumerate(request.turns[first:], above):
-            if shown[i].shown != turn.fingerprint and not turn.hidden:  # with something else around the words
+            if turn.hidden:
+                counts[i] = 0
+            elif shown[i].shown != turn.fingerprint:  # with something else around the words
                 counts[i] = message_tokens(turn.raw)
         roles = Seen(shown, lambda node: node.role)
         layout = arrange(request, context, shares, counts, roles, reserved)
@@ -15877,7 +15930,7 @@ class PersonaMemory:
         counts = {"messages": len(request.turns), "known": 0, "current": False, "unembedded": 0}
         with self.registry.lookup(chat_id) as chat, chat.lock if chat else contextlib.nullcontext():
             if chat:
-                kept, path = list(align_request(chat, request).kept), chat.path()
+                kept, path = tuple(align_request(chat, request).kept), chat.path()
                 away = [i for i, t in zip(kept, request.turns, strict=False) if t.hidden]
                 same = len(kept) == len(request.turns) and kept == path and away == chat.store.info.get("hidden", [])
                 counts |= {"known": len(kept), "current": same}
