@@ -139,7 +139,7 @@ from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 # Half of the cores: BLAS's threads wait for each other where other work takes the rest.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
@@ -910,13 +910,16 @@ def json_reader(text: str, **hooks: Callable) -> json.JSONDecoder:
     return reader
 
 
+WRITTEN_AT_ONCE = 8  # items of a list
+
+
 def json_text(value: Mapping[str, Any]) -> str:
-    """A JSON object as `json.dumps` writes it, with a call into C for each value and each item of a list, so that other
-    threads run in between."""
+    """A JSON object as `json.dumps` writes it, with a call into C for each value and each few items of a list, so that
+    other threads run in between."""
     parts = []
     for name, part in value.items():
         if isinstance(part, list | tuple):
-            written = f"[{', '.join([json.dumps(item) for item in part])}]"
+            written = f"[{', '.join([json.dumps(some)[1:-1] for some in batches(part, WRITTEN_AT_ONCE)])}]"
         else:
             written = json.dumps(part)
         parts.append(f"{json.dumps(name)}: {written}")
@@ -1012,6 +1015,18 @@ def one_line(text: str | None, limit: int = LONGEST_NAME) -> str:
         return text or ""
     words = " ".join(UNSEEN.sub("", text).split())[:limit]
     return re.sub(r"\[(?=[\W_]*\Z)", "(", without_framing(words)).strip()  # what follows must not become a frame
+
+
+def once(make: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that makes a value at its first call, for one thread at a time."""
+    lock, kept = threading.Lock(), functools.cache(make)
+
+    def made() -> Any:
+        """The value."""
+        with lock:
+            return kept()
+
+    return made
 
 
 def chat_message(role: str, content: str, name: str | None = None) -> dict:
@@ -1335,7 +1350,7 @@ class ChatRequest:
     aside: str = ""
     merges: bool = False
 
-    @property
+    @functools.cached_property
     def newest_user(self) -> int | None:
         """The index in `turns` of the newest user message that is not hidden."""
         places = reversed(range(len(self.turns)))
@@ -1346,7 +1361,7 @@ class ChatRequest:
         """The index in `turns` where the history begins: 1 where the first turn is kept as the persona, else 0."""
         return int(self.persona_in_first_turn and len(self.turns) > 1)
 
-    @property
+    @functools.cached_property
     def system_later(self) -> bool:
         """Whether the client itself uses a system message after the leading block."""
         later = itertools.chain(*(t.before for t in self.turns), self.tail)
@@ -1357,7 +1372,7 @@ class ChatRequest:
         """Whether this is one message without a history: the beginning of a chat, or a call of a program."""
         return len(self.turns) == 1 and not self.identity.has_metadata
 
-    @property
+    @functools.cached_property
     def prefixed(self) -> bool:
         """Whether a text begins with what may be a speaker's name, and is not taken for one yet."""
         return any(SPEAKER_PREFIX.match(t.content) for t in self.turns if not t.voice)
@@ -1368,7 +1383,7 @@ class ChatRequest:
         wanted = self.body.get("response_format")
         return isinstance(wanted, dict) and wanted.get("type") not in (None, "text")
 
-    @property
+    @functools.cached_property
     def by_turns(self) -> bool:
         """Whether no two neighbours in what the client shows are by one side."""
         roles = [turn.role for turn in self.turns if not turn.hidden]
@@ -1379,7 +1394,7 @@ class ChatRequest:
         """Whether the system prompt stands in the user's first message."""
         return self.history_start > 0 or any(m["role"] not in SYSTEM_ROLES for m in self.persona)
 
-    @property
+    @functools.cached_property
     def begins_with_user(self) -> bool:
         """Whether the client keeps to the strict order of an optional system message, then user and assistant by
         turns, the user first."""
@@ -1509,6 +1524,11 @@ class PromptReport:
     ratio: float = 1.0  # how many tokens the model counts for one of ours, where those are more
     limit: int = 0  # tokens: the context length that the model itself has named, refusing a prompt; 0: it has not
     outcome: str = ""  # how the turn ended, where that was not with a reply: an outcome of the metrics
+
+    @functools.cached_property
+    def text(self) -> str:
+        """Its JSON."""
+        return json.dumps(vars(self))  # plain data: `asdict` would copy all of it
 
 
 @dataclass(frozen=True)
@@ -4147,8 +4167,10 @@ class Tree:
 
     def child(self, node: str, digest: str) -> str:
         """The message of those words that follows a message, one that a request has shown first; empty: none."""
-        found = [i for i in self.children.get(node, ()) if self.nodes[i].digest == digest]
-        return next((i for i in found if self.nodes[i].confirmed), found[-1] if found else ROOT)
+        found = [n for i in self.children.get(node, ()) if (n := self.nodes[i]).digest == digest]
+        if len(found) > 1:
+            found = [n for n in found if n.confirmed][:1] or found[-1:]
+        return found[0].id if found else ROOT
 
     def siblings(self, node: str) -> list[str]:
         """The other messages in that one's place, oldest first: swipes, and what edits have replaced."""
@@ -4315,8 +4337,8 @@ def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
     branch.
     """
     exact = exact_start(tree, digests, head)
-    if exact and (len(exact.kept) == len(digests) or goes_on(exact, digests, head)):
-        return exact
+    if exact and (goes_on(exact, digests, head) or not any(same_text(tree, d) for d in digests[len(exact.kept) :])):
+        return exact  # what follows is nowhere in the chat
     shifted = shifted_start(tree, digests)
     if exact is None:
         return shifted
@@ -5623,7 +5645,7 @@ class ChatStore:
                 gone = [f"g:{generation - KEPT_GENERATIONS}", *(f"m:{message}" for message in dropped)]
                 if report:
                     number = known["reports"] = known.get("reports", 0) + 1
-                    values[f"p:{number}"] = json.dumps(vars(report))  # plain data: `asdict` would copy all of it
+                    values[f"p:{number}"] = report.text
                     gone.append(f"p:{number - KEPT_REPORTS}")
                 values[f"g:{generation}"] = json.dumps([*rows, *(f"d:{i}" for i in dropped)])
                 values["generation"] = generation
@@ -7352,14 +7374,15 @@ class Catalogue:
         (Unix seconds; 0: it has none) it has forgotten words that are not erased."""
         chat_id = line["chat_id"]
         with self._database.transaction() as cache:
-            known = values_of(cache, "", [*(f"{kind}:{digest}" for digest in digests), "changes"])
+            forgot = f"x:{chat_id}"
+            known = values_of(cache, "", [*(f"{kind}:{digest}" for digest in digests), "changes", forgot])
             values = {f"c:{chat_id}": json.dumps(line), "changes": known.pop("changes", 0) + 1}
             for key in (f"{kind}:{digest}" for digest in digests):
                 chats = json.loads(known.get(key, "[]"))
                 if chat_id not in chats:
                     values[key] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
-            put_values(cache, values | ({f"x:{chat_id}": forgetful} if forgetful else {}))
-            delete_values(cache, [] if forgetful else [f"x:{chat_id}"])
+            put_values(cache, values | ({forgot: forgetful} if forgetful else {}))
+            delete_values(cache, [forgot] if forgot in known and not forgetful else [])
 
     def remove(self, chat_id: str, digests: Iterable[str] | None) -> None:
         """Takes a chat out: its line and its texts, all rows being looked through where `digests` is None.
@@ -9711,8 +9734,7 @@ def with_story(persona: Sequence[dict], story: str) -> list[dict]:
     return [*persona[:-1], {**last, "content": f"{last.get('content') or ''}\n\n{story}"}]
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
+class Sent(NamedTuple):
     """A message of a prompt as it was sent: what comparing it with the next prompt needs."""
 
     key: Any  # equal for messages that are the same, byte for byte
@@ -10455,6 +10477,7 @@ class Call:
         self._lock = threading.Lock()
         self._wakers: list[Callable[[], None]] = []
         self._socket: socket.socket | None = None
+        self.meanwhile: Callable[[], Any] = lambda: None  # what is done while the upstream works, if there is time
 
     @property
     def cancelled(self) -> bool:
@@ -10462,7 +10485,9 @@ class Call:
         return self._ended.is_set()
 
     def trace(self, event: str, info: Mapping) -> None:
-        """httpx's trace extension: notes the connection's socket as soon as there is one."""
+        """httpx's trace extension: notes the connection's socket as soon as there is one, and when all is sent."""
+        if event.endswith("send_request_body.complete"):
+            self.meanwhile()
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
             self.connected(info["return_value"].get_extra_info("socket"))
 
@@ -12089,6 +12114,10 @@ class OpenAIUpstream:
         self._kept: list[tuple[httpx.Client, socket.socket]] = []  # connections that nobody uses at the moment
 
     @functools.cached_property
+    def _address(self) -> httpx.URL:
+        return httpx.URL(f"{self.url}/chat/completions{self._query}")
+
+    @functools.cached_property
     def _tls(self) -> Any:
         return httpx.create_ssl_context()  # 20 ms; the connections share it
 
@@ -12184,7 +12213,7 @@ class OpenAIUpstream:
                 client, known = self._client(self.url, self._timeout), None
             try:
                 request = client.build_request(
-                    "POST", f"{self.url}/chat/completions{self._query}", content=body, headers=self.headers(call),
+                    "POST", self._address, content=body, headers=self.headers(call),
                     extensions={"trace": call.trace}, timeout=httpx.Timeout(self._timeout, connect=CONNECT_SECONDS),
                 )  # fmt: skip
                 return client, client.send(request, stream=True)
@@ -12810,10 +12839,10 @@ class Prepared:
     """A request as the upstream gets it, and what is needed to record the reply."""
 
     body: dict
-    header: str
+    told: str  # what `header` says of a request without a report
     chat_id: str = ""
     tip: str = ROOT
-    report: PromptReport | None = None
+    make_report: Callable[[], PromptReport | None] = lambda: None  # `once`; the upstream need not wait for it
     history: int | None = None  # where in the body's messages the chat itself begins
     fallbacks: tuple[Fallback, ...] = ()  # what to ask where a filter refuses the body, one after the other
     refused: str = ""  # the part without which the upstream took it
@@ -12822,6 +12851,16 @@ class Prepared:
     limit: int = 0  # a context length that the model seems to have, though nobody has said so; 0: none is guessed
     summary: tuple[SummaryPlan, str] | None = None  # what may be summarised now, and the client's authorization for it
     ephemeral: bool = False  # the reply will not become a message of the chat
+
+    @property
+    def report(self) -> PromptReport | None:
+        """What went into the prompt; None where memory has no part in it."""
+        return self.make_report()
+
+    @property
+    def header(self) -> str:
+        """The value of the response header `X-Persona-Memory`."""
+        return report_header(report) if (report := self.report) else self.told
 
 
 # ------------------------------------------------------------------------------------------------- the API's rows
@@ -14088,7 +14127,6 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
     tree = chat.tree
     stood = [i for i in tree.children.get(alignment.tip, ()) if tree.is_confirmed(i) and tree.nodes[i].role == "user"]
     later = Counter(t.digest for t in request.turns[place:])
-    newest = chat.path()[-2 * REWORDED :]
     for message in chat.store.read_again(stood[-REWORDED:]):  # whoever asks anew looks at the same ones each time
         rest = around(message.original, turn.content)
         if rest and (place + 1 == len(request.turns) or normalise(request.turns[place + 1].content) != rest):
@@ -14097,8 +14135,9 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
         if moved and later[message.digest] == 1 and len(message.original) >= SHORTEST_NOTE:
             return message.original.strip()
         gained = around(turn.content, message.original)
-        near = [j for i in newest for j in tree.siblings(i) if tree.nodes[j].role == "user"]
-        if gained and any(around_end(m.original, gained) for m in chat.store.read(near)):
+        places = chat.path()[-2 * REWORDED :] if gained else ()
+        near = [j for i in places for j in tree.siblings(i) if tree.nodes[j].role == "user"]
+        if any(around_end(m.original, gained) for m in chat.store.read(near)):
             return gained
     return ""
 
@@ -15521,7 +15560,7 @@ def without_part(prepared: Prepared, why: str) -> Prepared:
     tokens = {share: 0 if share == fallback.without else count for share, count in report.tokens.items()}
     report = replace(report, recalled=recalled, tokens=tokens)
     messages, history = fallback.compose()
-    prepared = replace(prepared, report=report, history=history, fallbacks=tuple(fallbacks))
+    prepared = replace(prepared, make_report=lambda: report, history=history, fallbacks=tuple(fallbacks))
     return with_messages(prepared, f"asked again without {fallback.without}, {why}", messages)
 
 
@@ -15534,7 +15573,7 @@ def without_messages(prepared: Prepared, kept: Sequence[dict], error: UpstreamEr
     tokens = report.tokens | {"history": max(0, report.tokens["history"] - left)}
     report = replace(report, history=max(0, report.history - gone), tokens=tokens)
     reason = f"the prompt was too long for the model and lost its oldest messages ({gone}): {error}"
-    return with_messages(replace(prepared, report=report), reason, kept)
+    return with_messages(replace(prepared, make_report=lambda: report), reason, kept)
 
 
 def with_messages(prepared: Prepared, reason: str, messages: Sequence[dict]) -> Prepared:
@@ -15542,7 +15581,7 @@ def with_messages(prepared: Prepared, reason: str, messages: Sequence[dict]) -> 
     log_event("degraded", f"chat {prepared.chat_id}: {reason}", level=logging.WARNING, chat=prepared.chat_id)
     report = replace(prepared.report, degraded=reason)
     body = prepared.body | {"messages": list(messages)}
-    return replace(prepared, body=body, header=report_header(report), report=report)
+    return replace(prepared, body=body, make_report=lambda: report)
 
 
 def prompt_tokens(messages: Sequence[Mapping]) -> int:
@@ -15609,18 +15648,13 @@ class PromptBuilder:
             memory = self._remember(chat, path, request, left, shares, lay_out, deadline)
             withheld, parts = known_refusals(chat, memory), memory.parts
             prompt, history = composed(memory, [part for part in parts if part not in withheld])
-            with chat.lock:
-                before, chat.last_prompt = chat.last_prompt, sent_prompt(prompt, chat.last_prompt or ())
-                reused = None if before is None else round(prefix_reuse(before, chat.last_prompt), 4)
-        report = replace(self._report(memory, reused, started, tools), **self._completions.learned(request))
-        if withheld:
-            words = f"left out, since the provider's filter refused it: {', '.join(withheld)}"
-            report = replace(report, degraded="; ".join(filter(None, (report.degraded, words))))
         body = self._completions.body(request, prompt, call)
         summary = (replace(memory.plan, model=body.get("model") or ""), call.authorization)
+        known = degradation(memory, tools, withheld), time.perf_counter() - started, tools, prompt
+        call.meanwhile = once(functools.partial(self._told, memory, *known, self._completions.learned(request)))
         return Prepared(
-            body, report_header(report), chat.id, path[-1], report, history, tuple(fallbacks(memory, withheld)),
-            summary=summary, ephemeral=request.identity.ephemeral, parts=parts,
+            body, degraded_header("the turn has no report"), chat.id, path[-1], call.meanwhile, history,
+            tuple(fallbacks(memory, withheld)), summary=summary, ephemeral=request.identity.ephemeral, parts=parts,
         )  # fmt: skip
 
     def _context(self, request: ChatRequest, tools: int, call: Call) -> tuple[int, Sequence[float]]:
@@ -15671,9 +15705,10 @@ class PromptBuilder:
         foresee = functools.partial(self._recaller.foresee, deadline=deadline)
         with self._archive.enter(request, request.identity.chat_id, deadline, foresee) as (chat, path, request):
             memory = self._remember(chat, path, request, context, self._shares, lay_out_window, deadline)
-        report, pivot = self._report(memory, None, started), memory.turn.layout.pivot
+        report = self._report(memory, degradation(memory), time.perf_counter() - started)
+        pivot = memory.turn.layout.pivot
         plan = replace(memory.plan, context=usual)
-        turn = Prepared({}, report_header(report), chat.id, path[-1], report, summary=(plan, ""))
+        turn = Prepared({}, "", chat.id, path[-1], lambda: report, summary=(plan, ""))
         after = 0 if pivot is None else sum(not t.hidden for t in request.turns[pivot:])
         injections = [("story", memory.story.text, 0, 0), ("memories", memory.block, 1, after)]
         rows = {"recalled": [memory_row(m) for m in memory.memories], "emotion": report.mood, "report": asdict(report)}
@@ -15764,11 +15799,27 @@ class PromptBuilder:
             note_failure("reminder_failed", "The persona could not be read", error, chat.id)
             return ""
 
-    def _report(self, memory: TurnMemory, reused: float | None, started: float, tools: int = 0) -> PromptReport:
-        """What went into a turn's prompt and why, which is also noted in log and metrics."""
-        turn, layout, block = memory.turn, memory.turn.layout, memory.block
-        reasons = memory.recalled.degraded, turn.chat.store.unwritten, short_of_room(layout, tools)
-        degraded = "; ".join(filter(None, reasons))
+    def _told(self, memory: TurnMemory, *known: Any) -> PromptReport | None:
+        """A turn's report. Never fails the turn, which is on its way."""
+        try:
+            report = self._report(memory, *known)
+            _ = report.text  # the store takes it when the reply is there
+            return report
+        except Exception as error:
+            note_failure("unreported", "A turn has no report, and is not kept", error, memory.turn.chat.id)
+            return None
+
+    def _report(
+        self, memory: TurnMemory, degraded: str, spent: float, tools: int = 0, prompt: Sequence[dict] = (),
+        learned: Mapping[str, Any] = MappingProxyType({}),
+    ) -> PromptReport:  # fmt: skip
+        """What went into a turn's prompt and why, which is also noted in log and metrics. `spent` are the seconds that
+        it took."""
+        turn, layout, block, reused = memory.turn, memory.turn.layout, memory.block, None
+        if prompt:
+            with turn.chat.lock:
+                before, turn.chat.last_prompt = turn.chat.last_prompt, sent_prompt(prompt, turn.chat.last_prompt or ())
+                reused = None if before is None else round(prefix_reuse(before, turn.chat.last_prompt), 4)
         tokens = {
             "persona": layout.budget.persona, "memories": count_tokens(block) + MESSAGE_OVERHEAD if block else 0,
             "history": layout.history_tokens, "response": layout.budget.response, "story": memory.story.tokens,
@@ -15783,10 +15834,19 @@ class PromptBuilder:
             mood=memory.mood and asdict(memory.mood), summaries=len(memory.story.summaries),
             facts=len(memory.story.facts), reminder=memory.reminder, reused=reused,
             summary_error=(self._status.summaries or {}).get("words", ""),
-            milliseconds=round(1000 * (time.perf_counter() - started), 1),
+            milliseconds=round(1000 * spent, 1), **learned,
         )  # fmt: skip
         self._status.note_turn(turn.chat.id, report)
         return report
+
+
+def degradation(memory: TurnMemory, tools: int = 0, withheld: Collection[str] = ()) -> str:
+    """What kept memory from being all it could be in a turn; empty: nothing. `withheld` are parts that are not in the
+    prompt."""
+    refused = f"left out, since the provider's filter refused it: {', '.join(withheld)}" if withheld else ""
+    turn = memory.turn
+    reasons = memory.recalled.degraded, turn.chat.store.unwritten, short_of_room(turn.layout, tools), refused
+    return "; ".join(filter(None, reasons))
 
 
 def short_of_room(layout: Layout, tools: int) -> str:
@@ -15886,7 +15946,7 @@ class PersonaMemory:
         if prepared.report is None:
             return
         try:
-            report = replace(prepared.report, outcome=outcome)
+            report = replace(prepared.report, outcome=outcome) if outcome else prepared.report
             said = () if prepared.ephemeral else texts
             with self.registry.lookup(prepared.chat_id) as chat:
                 if chat is None:  # deleted while the reply was on its way
