@@ -132,6 +132,7 @@ import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy as shallow_copy
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
@@ -251,7 +252,7 @@ class Settings:
     reranker: str = setting(
         "", "sentence-transformers CrossEncoder that puts the best memories in order: a path or a hub name", "none"
     )
-    lean: bool = setting(False, "recall less: only the likeliest memories, in half of the tokens", "off")
+    lean: bool = setting(False, "recall less: only the likeliest memories, in half of the tokens at most", "off")
     forget_after: int = setting(30, "days until forgotten messages are erased from the disk for good; 0 is at once")
     no_guidance: bool = setting(False, "do not tell the model how the user feels", "off")
     api_key: str = setting(
@@ -777,7 +778,7 @@ WORDINGS = {  # by language (ISO 639-1)
 }  # fmt: skip
 
 # How promises are made, in all of these languages: a word of one hardly ever means something else in another.
-# One \b stands in front of all of them: each of its own would be tried at every letter.
+# One \b stands in front of all of them: each of its own would be tried at every letter. See `tells`.
 PROMISE = re.compile(
     # English
     r"\b(?:(?:i|we)(?:['’]ll| will| shall)? (?:\w+ )?(?:promise|swear|vow|pledge|guarantee)\b"
@@ -801,8 +802,7 @@ PROMISE = re.compile(
     # Chinese, Japanese, Korean
     r"|我(?:们|們)?(?:向你|跟你)?(?:保证|保證|发誓|發誓|答应你|答應你|承诺|承諾)|一言为定|一言為定|答应我|答應我"
     r"|約束(?:する|します|だ|だよ|ね|よ|して)|誓(?:う|います|って)|指切り"
-    r"|약속(?:할게|해|하마|합니다|하지)|맹세(?:해|할게|합니다|코)",
-    re.IGNORECASE,
+    r"|약속(?:할게|해|하마|합니다|하지)|맹세(?:해|할게|합니다|코)"
 )  # fmt: skip
 # How a change is told, in those languages; and how the newer of two sentences about the same thing tells it.
 CHANGED = re.compile(
@@ -831,8 +831,7 @@ CHANGED = re.compile(
     r"|不再|不是.{1,20}而是|改成|改为|改為|改名|换成|換成|换了|換了|搬到|搬去|搬家|辞职|辭職|取消|从现在起|從現在起|卖掉|賣掉|戒了"
     r"|もう.{1,20}(?:ない|ません|なかった|やめた)|ではなく|じゃなく|引っ越し|変わった|変わりました|変えた|変えました"
     r"|変更|これからは|中止|辞めた|辞めました|やめた|やめました|売った|売りました"
-    r"|더 ?이상|이제는? .{1,20}(?:않|아니|없)|대신에?|이사했|이사를|바꿨|바뀌었|그만뒀|그만두었|취소|앞으로는|팔았",
-    re.IGNORECASE,
+    r"|더 ?이상|이제는? .{1,20}(?:않|아니|없)|대신에?|이사했|이사를|바꿨|바뀌었|그만뒀|그만두었|취소|앞으로는|팔았"
 )  # fmt: skip
 # How a model begins that will not summarise, in those languages; and a title that it puts above its summary.
 REFUSAL = re.compile(
@@ -849,6 +848,12 @@ REFUSAL = re.compile(
     r"|(?:大変)?申し訳|すみません|ごめんなさい|죄송|미안하지만|저는 (?:ai|인공지능)|인공지능으로서)",
     re.IGNORECASE,
 )  # fmt: skip
+
+
+def tells(pattern: re.Pattern, text: str) -> bool:
+    """Whether a pattern, which is written in lower case, finds anything in a text, however that is written. A pattern
+    that ignores case itself would take three times as long."""
+    return bool(pattern.search(text.lower()))
 
 
 # ======================================================================================================================
@@ -1348,7 +1353,7 @@ class ChatRequest:
     @functools.cached_property
     def newest_user(self) -> int | None:
         """The index in `turns` of the newest user message that is not hidden."""
-        places = range(len(self.turns) - 1, -1, -1)
+        places = reversed(range(len(self.turns)))
         return next((i for i in places if self.turns[i].role == "user" and not self.turns[i].hidden), None)
 
     @property
@@ -3167,7 +3172,7 @@ def importance_factors(text: str, reading: EmotionReading, known_names: Collecti
     persons = count_of(words, FIRST_PERSON) + count_of(words, SECOND_PERSON)
     return {
         "emotion": 1 - reading.scores["neutral"],
-        "promise": float(bool(PROMISE.search(text))),
+        "promise": float(tells(PROMISE, text)),
         "first": min(1.0, len(names.difference(known_names)) / 2),
         "names": min(1.0, len(names) / 2),
         "person": min(1.0, 5 * share_of(persons, len(words))),
@@ -3275,14 +3280,14 @@ def guidance_line(mood: Mood | None, name: str = "", words: Wording = ENGLISH) -
     )
 
 
-def emotion_match(a: EmotionReading, b: EmotionReading) -> float:
-    """How alike two messages feel, 0 to 1: cosine of their scores but neutral, times the weaker one's intensity."""
-    left, right = ([r.scores[label] for label in EMOTIONS[:NEUTRAL]] for r in (a, b))
-    size = math.hypot(*left) * math.hypot(*right)
-    if size == 0:
-        return 0.0
-    cosine = sum(x * y for x, y in zip(left, right, strict=True)) / size
-    return min(1.0, cosine) * min(1 - a.scores["neutral"], 1 - b.scores["neutral"])
+def emotion_matches(asking: EmotionReading, readings: Sequence[EmotionReading]) -> list[float]:
+    """How alike a message and each of others feel, 0 to 1: cosine of their scores but neutral, times the weaker one's
+    intensity."""
+    scores = np.array([[r.scores[label] for label in EMOTIONS] for r in (asking, *readings)])
+    felt, neutral = scores[:, :NEUTRAL], scores[:, NEUTRAL]
+    sizes = np.sqrt((felt * felt).sum(axis=1))
+    cosines = felt[1:] @ felt[0] / np.maximum(sizes[1:] * sizes[0], 1e-300)
+    return (np.minimum(1, cosines) * (1 - np.maximum(neutral[1:], neutral[0]))).tolist()
 
 
 # ======================================================================================================================
@@ -3298,7 +3303,9 @@ SLICE_BESIDE_TURNS, CHATTING = 0.012, 30.0
 SLICE_PATIENCE = 5.0  # seconds that the end of the program waits for a slice, as a large model may take
 SLICE_BYTES = 256, 1600, 16_384  # of texts that one slice takes: at least, at first, at most
 MOST_COPIED = 500_000_000  # parameters of a model that is tried in another precision, beside itself
-SAME_VALUES = 1e-4  # up to which what a traced transformer gives is rounded in another way
+SAME_VALUES = 1e-3  # up to which what a traced model gives is rounded in another way: cosines stay above 0.9999
+# What transformers name the rows of a text's tokens, and `tokenizers` does.
+TOKEN_ROWS = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
 SAME_VECTORS = 0.999  # cosine from which on a faster model is as good
 SAMPLES = tuple(
     f"{'The lighthouse keeper counts the boats and writes down the wind. ' * n}What did {name} say about the storm?"
@@ -3488,8 +3495,10 @@ class Embedder:
     def reads(self, text: str) -> bool:
         """Whether its vector of a text says anything: the default knows English, and sees letters of other scripts
         one by one (measured in Russian, Chinese and Japanese: words alone find more)."""
+        if text.isascii() or self.name not in BUNDLED_EMBEDDERS:
+            return True
         letters = [c for c in text if c.isalpha()]
-        return self.name not in BUNDLED_EMBEDDERS or 2 * sum(c > LATIN_END for c in letters) <= len(letters)
+        return 2 * sum(c > LATIN_END for c in letters) <= len(letters)
 
     def close(self) -> None:
         """Answers nobody any more. Who waits goes on without vectors: the program could not end before."""
@@ -3542,7 +3551,7 @@ class Embedder:
         self._model = faster(self._model)
         self._note_words()  # of the copy: the first table would keep the other model in RAM
         with contextlib.suppress(Exception):  # a model of another build, or one that cannot be traced
-            trace_transformer(self._model)
+            self._model = TracedModel(self._model)
         give_memory_back()
 
     def _work(self, job: EncodingJob) -> None:
@@ -3581,6 +3590,12 @@ def tells_queries_apart(model: Any) -> bool:
     return any(model.prompts.values()) or any(hasattr(module, "sub_modules") for module in model.children())
 
 
+def own_tokenizer(model: Any) -> Any:
+    """A copy of a model's tokenizer (`tokenizers.Tokenizer`): the model's own is at work in another thread."""
+    tokenizer = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
+    return type(tokenizer).from_str(tokenizer.to_str())
+
+
 class WordVectors:
     """Vectors of single words, out of the table that a model begins to read with: words that mean alike things have
     alike rows, and a look-up runs no model. Only of words that are a row of their own: one that the model reads in
@@ -3596,8 +3611,7 @@ class WordVectors:
 
         tables = [m.weight for m in model.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag))]
         self._table = max(tables, key=len).detach()  # that of positions and such are shorter
-        tokenizer = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
-        self._tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # the model's own is at work in another thread
+        self._tokenizer = own_tokenizer(model)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         rows = self._rows(np.linspace(0, len(self._table) - 1, min(TABLE_SAMPLE, len(self._table))).astype(np.int64))
@@ -3663,41 +3677,69 @@ def faster(model: Any) -> Any:
     return model
 
 
-def trace_transformer(model: Any) -> None:
-    """Has a model's transformer run as one program (torch.jit.trace), where its vectors stay what they were.
+class TracedModel:
+    """A sentence-transformers model as one program (torch.jit.trace), from token ids to unit vectors.
 
-    Between its operations there is no Python then: a short text takes a quarter less, and other threads can work
-    meanwhile. Raises whatever a transformer does that cannot be traced.
+    There is no Python between its operations, and none of what `SentenceTransformer.encode` does around them for any
+    model: a short text takes half of the time, and other threads work meanwhile.
     """
-    import torch
 
-    transformer, samples = model[0].model, [model.preprocess([text]) for text in SAMPLES]
-    names = [name for name, value in samples[0].items() if isinstance(value, torch.Tensor)]
-    transformer.requires_grad_(False)
+    def __init__(self, model: Any):
+        """Raises `ValueError` where its vectors are not the model's own, and whatever a model does that cannot be
+        traced or has no tokenizer of the `tokenizers` package."""
+        import torch
 
-    def hidden(*tensors: Any) -> Any:
-        """The last layer's output."""
-        return transformer(**dict(zip(names, tensors, strict=True)))[0]
+        self.prompts = model.prompts
+        self._tokenizer = own_tokenizer(model)
+        self._tokenizer.enable_truncation(model.max_seq_length)
+        # oneDNN keeps code of its own for every number of tokens that it has met, one to two megabytes for each.
+        pad = {"pad_id": model.tokenizer.pad_token_id, "pad_token": model.tokenizer.pad_token}
+        self._tokenizer.enable_padding(pad_to_multiple_of=TOKEN_STEP, **pad)
+        names = [name for name, value in model.preprocess(["?"]).items() if isinstance(value, torch.Tensor)]
+        self._rows = [TOKEN_ROWS[name] for name in names]
+        model.requires_grad_(False)
 
-    inputs = [[some[name] for name in names] for some in samples]
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of what might differ for other inputs: those are compared below
-        traced = torch.jit.trace(hidden, tuple(inputs[-1]), check_trace=False)
-        same = all(torch.allclose(hidden(*some), traced(*some), atol=SAME_VALUES) for some in inputs)
-    if same:
-        transformer.forward = functools.partial(run_padded, traced, names)
+        def unit(*tensors: Any) -> Any:
+            """The vectors of padded token ids."""
+            made = model(dict(zip(names, tensors, strict=True)))["sentence_embedding"]
+            return torch.nn.functional.normalize(made.float(), dim=1)
 
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of what might differ for other inputs: those are compared below
+            self._program = torch.jit.trace(unit, self._inputs(SAMPLES[-1:]), check_trace=False)
+        for some in (SAMPLES, *([text] for text in SAMPLES)):
+            own, made = (unit_vectors(one, some, some) for one in (model, self))
+            if made.shape != own.shape or not np.allclose(made, own, atol=SAME_VALUES):
+                raise ValueError("the traced model gives other vectors")
 
-def run_padded(traced: Callable, names: Sequence[str], **given: Any) -> dict:
-    """What a traced transformer makes of its inputs, each int64 [texts, tokens], filled up to one of a few lengths.
+    def _inputs(self, texts: Sequence[str]) -> tuple:
+        import torch
 
-    oneDNN keeps code of its own for every number of tokens that it has met, one to two megabytes for each.
-    """
-    import torch
+        read = self._tokenizer.encode_batch(list(texts)) if len(texts) > 1 else [self._tokenizer.encode(texts[0])]
+        return tuple(torch.tensor([getattr(one, row) for one in read]) for row in self._rows)
 
-    count = given[names[0]].shape[1]
-    filled = [torch.nn.functional.pad(given[name], (0, -count % TOKEN_STEP)) for name in names]
-    return {"last_hidden_state": traced(*filled)[:, :count]}
+    def encode(self, texts: Sequence[str], **_: Any) -> np.ndarray:
+        """Unit vectors of texts, float32 [texts, dimensions]."""
+        import torch
+
+        with torch.inference_mode():
+            return self._program(*self._inputs(texts)).numpy()
+
+    def encode_query(self, texts: Sequence[str], **_: Any) -> np.ndarray:
+        """The same of queries, behind the model's prompt for them."""
+        return self._prompted(texts, "query")
+
+    def encode_document(self, texts: Sequence[str], **_: Any) -> np.ndarray:
+        """The same of documents, behind the model's prompt for them."""
+        return self._prompted(texts, "document", "passage", "corpus")
+
+    def _prompted(self, texts: Sequence[str], *names: str) -> np.ndarray:
+        prompt = next((self.prompts[name] for name in names if self.prompts.get(name)), "")
+        return self.encode([prompt + text for text in texts])
+
+    def children(self) -> list:
+        """No modules: `unit_vectors` looks there for what sentence-transformers routes queries through."""
+        return []
 
 
 def linear_in_bfloat16(layer: Any, given: Any) -> Any:
@@ -3979,6 +4021,14 @@ FRONT = 64  # how far into a transcript a changed front is looked for
 SAME_TEXT = 64  # how many messages of one text are tried as the transcript's beginning, newest first
 
 
+def fork_of(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many messages two branches, as ids, share. A message's id stands for all above it, so the ends tell."""
+    shared = min(len(one), len(other))
+    while shared and one[shared - 1] != other[shared - 1]:
+        shared -= 1
+    return shared
+
+
 class Tree:
     """A chat's messages as a tree in RAM; no I/O."""
 
@@ -3992,6 +4042,8 @@ class Tree:
         self._inner: set[str] = set()  # messages with a confirmed message below them
         self._trail: list[str] = []  # the path that was last walked: the next one is nearly the same
         self._line: list[Node] = []  # its nodes
+        self._path: tuple[str, ...] = ()  # what was last told of them: copying a long branch takes a millisecond
+        self._branch: tuple[Node, ...] = ()
         self._confirmed = 0
 
     def put(self, message: Message, order: int) -> None:
@@ -4015,7 +4067,7 @@ class Tree:
             self.children[node.parent].append(node.id)
         else:
             if self._trail[node.depth : node.depth + 1] == [node.id]:
-                self._line[node.depth] = node
+                self._line[node.depth], self._branch = node, ()
             if node.id in (waiting := self.replies.get(node.parent, ())):
                 waiting.remove(node.id)
             self._confirmed -= old.confirmed
@@ -4067,7 +4119,7 @@ class Tree:
             self._confirmed -= node.confirmed
             if not any(self.is_confirmed(i) for i in self.children[node.parent]):
                 self._inner.discard(node.parent)
-            self._trail, self._line = [], []
+            self._trail, self._line, self._path, self._branch = [], [], (), ()
 
     def below(self, node: str) -> list[str]:
         """The message and all that hang under it."""
@@ -4076,9 +4128,12 @@ class Tree:
             found += self.children.get(upper, ())
         return found
 
-    def path(self, tip: str) -> list[str]:
+    def path(self, tip: str) -> tuple[str, ...]:
         """Ids from the chat's first message to `tip`; empty for the root."""
-        return self._walked(tip)[: self.length(tip)]
+        trail, length = self._walked(tip), self.length(tip)
+        if len(self._path) != length:
+            self._path = tuple(trail[:length])
+        return self._path
 
     def length(self, tip: str) -> int:
         """How many messages a branch has."""
@@ -4099,12 +4154,16 @@ class Tree:
             kept = self.length(tip)
             trail[kept:] = ids[::-1]
             self._line[kept:] = [self.nodes[i] for i in reversed(ids)]
+            self._path = self._path if len(self._path) <= kept else ()
+            self._branch = self._branch if len(self._branch) <= kept else ()
         return trail
 
-    def branch(self, tip: str) -> list[Node]:
+    def branch(self, tip: str) -> tuple[Node, ...]:
         """The nodes from the chat's first message to `tip`. Looking each one up would take ten times as long."""
         self._walked(tip)
-        return self._line[: self.length(tip)]
+        if len(self._branch) != self.length(tip):
+            self._branch = tuple(self._line[: self.length(tip)])
+        return self._branch
 
     def child(self, node: str, digest: str) -> str:
         """The message of those words that follows a message, one that a request has shown first; empty: none."""
@@ -6239,14 +6298,14 @@ TRAITS = ("question", "answer", "name", "change", "time", "number")  # of a mess
 
 @functools.cache
 def word_pattern(language: str, kind: int) -> re.Pattern:
-    """What finds a language's words of a kind."""
+    """What finds a language's words of a kind in a text in lower case."""
     words = "|".join(map(re.escape, SPEECH_WORDS.get(language, SPEECH_WORDS["en"])[kind].split())).replace("_", r"\s")
-    return re.compile(f"(?:{words})" if language in UNSPACED_LANGUAGES else rf"\b(?:{words})\b", re.I)
+    return re.compile(f"(?:{words})" if language in UNSPACED_LANGUAGES else rf"\b(?:{words})\b")
 
 
 def says(text: str, kind: int, language: str) -> bool:
     """Whether a text has one of a language's words of a kind, see SPEECH_WORDS."""
-    return bool(word_pattern(language, kind).search(text))
+    return tells(word_pattern(language, kind), text)
 
 
 def message_traits(text: str, language: str = "en") -> tuple[float, ...]:
@@ -6259,7 +6318,7 @@ def message_traits(text: str, language: str = "en") -> tuple[float, ...]:
     text = clip(text)
     asked = sum(len(clause) for clause in CLAUSES.findall(text) if clause.endswith(ASKING_MARKS))
     named = any(CAPITAL.match(found[0]) for found in NAMED.finditer(text))
-    time, number = (bool(pattern.search(text)) for pattern in time_and_number(language))
+    time, number = (tells(pattern, text) for pattern in time_and_number(language))
     return (
         share_of(asked, len(text)),
         0.0,
@@ -6272,32 +6331,33 @@ def message_traits(text: str, language: str = "en") -> tuple[float, ...]:
 
 @functools.cache
 def time_and_number(language: str) -> tuple[re.Pattern, re.Pattern]:
-    """What finds that a text of a language names a time, and a number above one."""
+    """What finds that a text of a language, in lower case, names a time, and a number above one."""
     calendar = calendar_of(language)
     times = (*calendar.months, *calendar.weekdays, *calendar.seasons, *calendar.units, calendar.yesterday)
     edge = "" if language in UNSPACED_LANGUAGES else r"\b"
     return tuple(
-        re.compile(rf"{edge}(?:{'|'.join(words)}){edge}", re.I)
+        re.compile(rf"{edge}(?:{'|'.join(words)}){edge}")
         for words in ((*times, r"(?:19|20)\d\d"), (*calendar.numbers[1:TRAIT_NUMBERS], r"\d+"))
     )
 
 
 @functools.cache
 def story_day_pattern(language: str) -> re.Pattern:
-    """What finds that a text names a day of its story: "the third day at sea", "the 3rd night", "day 3"."""
+    """What finds that a text, in lower case, names a day of its story: "the third day at sea", "the 3rd night", "day
+    3"."""
     calendar, edge = calendar_of(language), "" if language in UNSPACED_LANGUAGES else r"\b"
     ordinals = "|".join((*calendar.ordinals, r"\d\d?(?:st|nd|rd|th|\.|º|ª|e|er|ème)"))
     nth = rf"(?P<nth>{ordinals}) ?(?:{calendar.story_days})"
-    return re.compile(rf"{edge}(?:{nth}|(?:{calendar.units[0]}) (?P<number>\d\d?)){edge}", re.I)
+    return re.compile(rf"{edge}(?:{nth}|(?:{calendar.units[0]}) (?P<number>\d\d?)){edge}")
 
 
 def story_day(text: str, language: str) -> int:
     """The day of the story that a text names first, from 1 on; 0 where it names none."""
-    found = story_day_pattern(language).search(clip(text))
+    found = story_day_pattern(language).search(clip(text).lower())
     if not found:
         return 0
     digits = re.match(r"\d+", found["nth"] or found["number"])
-    return int(digits[0]) if digits else word_place(calendar_of(language).ordinals, found["nth"].lower())
+    return int(digits[0]) if digits else word_place(calendar_of(language).ordinals, found["nth"])
 
 
 def word_place(patterns: Sequence[str], word: str) -> int:
@@ -6423,25 +6483,47 @@ def shared_front(a: Sequence[str], b: Sequence[str]) -> int:
     return low
 
 
-def running_max(values: np.ndarray, reach: int) -> np.ndarray:
-    """The largest of each value and those up to `reach` places beside it, along the last axis (same shape)."""
-    width, out = 1, np.zeros((*values.shape[:-1], values.shape[-1] + 2 * reach), values.dtype)
-    out[..., reach : reach + values.shape[-1]] = values
+def within_reach(values: np.ndarray, reach: int, join: np.ufunc = np.maximum) -> np.ndarray:
+    """The largest of each value and those up to `reach` places beside it, [n] as `values`; by `np.bitwise_or` all bits
+    that any of them has."""
+    width, out = 1, np.zeros(len(values) + 2 * reach, values.dtype)
+    out[reach : reach + len(values)] = values
     while width < 2 * reach + 1:  # doubling: six steps for any reach up to 32
         step = min(width, 2 * reach + 1 - width)
-        out = np.maximum(out[..., :-step], out[..., step:])
+        out = join(out[:-step], out[step:])
         width += step
     return out
 
 
-def displaced(values: np.ndarray, places: int) -> np.ndarray:
-    """The values shifted towards the end by `places` (towards the start where negative), 0 where nothing was."""
-    out = np.zeros_like(values)
-    if places >= 0:
-        out[places:] = values[: max(0, len(values) - places)]
-    else:
-        out[:places] = values[-places:]
-    return out
+class Column:
+    """An array that grows and shrinks at its end. It keeps a quarter of spare room, so that what is added costs little
+    however long it is; `values` are to be read before the next change."""
+
+    def __init__(self, dtype: Any) -> None:
+        self._room = np.zeros(0, dtype)
+        self.values = self._room
+
+    def extend(self, values: Any) -> None:
+        """Adds items; the first ones decide upon their shape."""
+        start, fresh = len(self.values), np.asarray(values, self._room.dtype)
+        end = start + len(fresh)
+        if not len(self._room):
+            self._room = fresh.copy()
+        elif end > len(self._room):
+            room = np.empty((max(end, 5 * len(self._room) // 4, 64), *self._room.shape[1:]), self._room.dtype)
+            room[:start] = self.values
+            self._room = room
+        self._room[start:end] = fresh
+        self.values = self._room[:end]
+
+    def cut(self, count: int) -> None:
+        """Keeps the first items."""
+        self.values = self.values[:count]
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in RAM."""
+        return self._room.nbytes
 
 
 NOISE_SAMPLE = 256
@@ -6498,27 +6580,28 @@ class Evidence:
 
     cosine: np.ndarray  # float32 [n], of the message; where it has no vector yet, about the mean of those that have
     sentence: np.ndarray  # float32 [n], of its best sentence; that of the message where it is but one
-    terms: np.ndarray  # float32 [w, n]: BM25 by word
+    bm25: np.ndarray  # float32 [n], of the whole query
+    said: np.ndarray  # uint32 [n]: which of the query's words it says, one bit each
     rarity: np.ndarray  # float32 [w]: the words' BM25 idf; 0 for one that stands nowhere
     akin: np.ndarray  # float32 [n]: see `MemoryIndex.said_otherwise`; zeros where the coherence is 1
     speakers: np.ndarray  # int [n]: indexes into `names`
     days: np.ndarray  # float64 [n]: when it was said, in days since 1970
-    story_days: np.ndarray  # int [n]: on which day of the story, as it was told last; 0 before any is told
+    days_told: np.ndarray  # int [n]: the day of the story that it names itself; 0 for most
     traits: Mapping[str, np.ndarray]  # float32 [n] by name, see TRAITS; and `substance`, see `MemoryIndex.substance`
     names: Sequence[str]  # the speakers, in lower case
     coherence: float  # 0 to 1, see `MemoryIndex.coherence`
     trust: float = 1.0  # in cosines, LEAST_TRUST to 1, see `MemoryIndex.trust`; 0 where there are none
 
-    @functools.cached_property
-    def raw_lexical(self) -> np.ndarray:
-        """BM25 of the whole query, float32 [n]."""
-        return self.terms.sum(axis=0)
+    @property
+    def story_days(self) -> np.ndarray:
+        """On which day of the story it was said, as that was told last, int [n]; 0 before any is told."""
+        return np.where(self.days_told, self.days_told, np.maximum.accumulate(self.days_told))
 
     @functools.cached_property
     def lexical(self) -> np.ndarray:
         """BM25 as a share of the best message's, float32 [n], 0 to 1."""
         floor = min(LEXICAL_FLOOR, SHORT_CHAT * idf(len(self.cosine), 1))  # in a short chat no word is rare
-        return self.raw_lexical / max(float(self.raw_lexical.max(initial=0.0)), floor)
+        return self.bm25 / np.float32(max(float(self.bm25.max(initial=0.0)), floor))
 
     @functools.cached_property
     def nearness(self) -> float:
@@ -6526,15 +6609,14 @@ class Evidence:
         it is depends on how the question is put."""
         return self.trust / max(float(self.sentence.max(initial=0.0)), 1.0)
 
-    @functools.cached_property
-    def said(self) -> np.ndarray:
-        """Whether each message says each of the query's words, bool [w, n]."""
-        return self.terms > 0
-
     def coverage(self, reach: int = 0) -> np.ndarray:
         """The share, by rarity, of the query's words that those within `reach` places say, float32 [n], 0 to 1."""
-        said = running_max(self.said, reach).astype(np.float32)
-        return self.rarity @ said / max(float(self.rarity.sum()), 1e-6)
+        said, shares = within_reach(self.said, reach, np.bitwise_or), np.zeros(len(self.said), np.float32)
+        for first in range(0, len(self.rarity), 8):  # by eight words: what each of their 256 sets counts
+            some = self.rarity[first : first + 8]
+            sets = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, count=len(some), bitorder="little")
+            shares += (sets @ some)[(said >> np.uint32(first)).astype(np.uint8)]
+        return shares / np.float32(max(float(self.rarity.sum()), 1e-6))
 
 
 class VectorTable:
@@ -6547,16 +6629,10 @@ class VectorTable:
     def __init__(self, exact: bool) -> None:
         self._flat: Any = None
         self._exact = exact
-        self._codes = np.zeros((0, 0), np.int8)  # by position, as the next two; they grow by a quarter
-        self._scales = np.zeros(0, np.float32)
-        self._rows = np.zeros(0, np.int64)
+        self._codes, self._scales, self._rows = Column(np.int8), Column(np.float32), Column(np.int64)  # by position
         self.count = 0
+        self.size = 0  # the vectors' dimensions; 0 before there are any
         self._vectors = np.zeros((0, 0), np.float32)  # FAISS's own memory, [count, dimensions]
-
-    @property
-    def size(self) -> int:
-        """The vectors' dimensions; 0 before there are any."""
-        return self._codes.shape[1]
 
     @property
     def bytes(self) -> int:
@@ -6565,15 +6641,11 @@ class VectorTable:
 
     def add(self, rows: Sequence[int], vectors: np.ndarray) -> int:
         """Adds vectors (float32 [n, dimensions]) with the row of each; returns the position of the first."""
-        first, self.count = self.count, self.count + len(vectors)
-        if self.count > len(self._rows):
-            room = self.count if not first else max(self.count, 5 * len(self._rows) // 4, 64)
-            self._codes = resized(self._codes.reshape(-1, vectors.shape[1]), room)
-            self._scales, self._rows = resized(self._scales, room), resized(self._rows, room)
+        first, self.count, self.size = self.count, self.count + len(vectors), vectors.shape[1]
         scales = np.maximum(np.abs(vectors).max(axis=1), np.float32(1e-9)) / np.float32(127)
-        self._codes[first : self.count] = np.rint(vectors / scales[:, None])
-        self._scales[first : self.count] = scales
-        self._rows[first : self.count] = rows
+        self._codes.extend(np.rint(vectors / scales[:, None]))
+        self._scales.extend(scales)
+        self._rows.extend(rows)
         if self._exact:
             import faiss
 
@@ -6587,7 +6659,7 @@ class VectorTable:
         """The vectors at those positions, float32 [n, dimensions]; where they are not exact, as they are scored."""
         if self._exact:
             return self._vectors[positions]
-        return self._codes[positions] * self._scales[positions, None]
+        return self._codes.values[positions] * self._scales.values[positions, None]
 
     def best(self, query: np.ndarray | None, rows: int) -> np.ndarray:
         """Cosine of a query and the best vector of each of so many rows, float32 [rows]; -inf where a row has none."""
@@ -6596,17 +6668,10 @@ class VectorTable:
             scale = max(float(np.abs(query).max()), 1e-9) / 127
             asked = np.rint(query / scale).astype(np.int8)[None]
             # FAISS's search would sort all messages, and every one's score is wanted.
-            products = simsimd.cdist(asked, self._codes[: self.count], "dot", out_dtype="f32")
-            cosines = np.asarray(products)[0] * (self._scales[: self.count] * np.float32(scale))
-            np.maximum.at(best, self._rows[: self.count], cosines)
+            products = simsimd.cdist(asked, self._codes.values, "dot", out_dtype="f32")
+            cosines = np.asarray(products)[0] * (self._scales.values * np.float32(scale))
+            np.maximum.at(best, self._rows.values, cosines)
         return best
-
-
-def resized(array: np.ndarray, count: int) -> np.ndarray:
-    """A longer array that begins with the same items."""
-    out = np.empty((count, *array.shape[1:]), array.dtype)
-    out[: len(array)] = array
-    return out
 
 
 @dataclass(frozen=True)
@@ -6671,8 +6736,6 @@ def usual_language(languages: Counter[str]) -> str:
 UNMEASURED = -1, (USUAL_MEAN, USUAL_SPREAD, USUAL_COHERENCE)
 # Of how many messages its words' rarity is known, that, and how much of it a message of substance has.
 UNWEIGHED = -1, np.ones(1, np.float32), 1.0
-# A MemoryIndex's arrays with an item for each message of the branch.
-BRANCH_ARRAYS = ("_row_at", "_speaker_at", "_days", "_story_days", "_topic_counts", "_traits")
 
 
 class MemoryIndex:
@@ -6692,20 +6755,22 @@ class MemoryIndex:
         self._rows: dict[str, int] = {}  # text hash -> row number, for every text seen since the last clearing
         self._chunks: dict[str, int] = {}  # text hash -> how many vectors it takes
         self._uses: Counter[str] = Counter()  # text hash -> how often it stands on the branch
-        self._nodes: list[Node] = []  # the branch
+        self._nodes: tuple[Node, ...] = ()  # the branch
         self._hashes: list[str] = []
-        self._traits = np.zeros((0, len(TRAITS)), np.float32)
-        self._row_at = np.zeros(0, np.int64)
-        self._speaker_at = np.zeros(0, np.int64)
-        self._days = np.zeros(0)
-        self._story_days = np.zeros(0, np.int64)  # what a message says itself; 0 for most
+        self._row_at, self._speaker_at, self._days = Column(np.int64), Column(np.int64), Column(np.float64)
+        self._story_days = Column(np.int64)  # what a message says itself; 0 for most
         self._vocabulary: dict[str, int] = {}  # words with a topic -> their number
-        self._topic_counts = np.zeros(0, np.int64)  # how many of them each message has
-        self._topics = np.zeros(0, np.int64)  # their numbers, one message's after the other's
-        self._word_vectors = np.zeros((0, 0), np.float32)  # by those numbers, as far as they were asked for
-        self._spaced = np.zeros(0, bool)  # likewise, whether it stands between spaces
-        self._whole = np.zeros(0, bool)  # and whether it is also a row of its own in the embedder's table
-        self._substance = np.zeros(0, np.float32)  # of the branch's first messages, as far as it was asked for
+        self._topic_counts = Column(np.int64)  # how many of them each message has
+        self._traits = {name: Column(np.float32) for name in TRAITS}
+        # One item for each message of the branch.
+        self._columns = (
+            self._row_at, self._speaker_at, self._days, self._story_days, self._topic_counts, *self._traits.values()
+        )  # fmt: skip
+        self._topics = Column(np.int64)  # their numbers, one message's after the other's
+        self._word_vectors = Column(np.float32)  # by those numbers, as far as they were asked for
+        self._spaced = Column(bool)  # likewise, whether it stands between spaces
+        self._whole = Column(bool)  # and whether it is also a row of its own in the embedder's table
+        self._substance = Column(np.float32)  # of the branch's first messages, as far as it was asked for
         self._weighed = UNWEIGHED  # what it was made with
         self._looked_up: tuple[tuple, tuple[np.ndarray, ...]] | None = None  # see `look_up`; until the branch changes
         self.speakers: dict[str, str] = {}  # in lower case -> role
@@ -6730,6 +6795,7 @@ class MemoryIndex:
         """
         if len(self._rows) > 2 * len(self._uses) + STALE_ROWS:  # swipes and edits of a long life
             self._clear()
+        nodes = tuple(nodes)
         kept = shared_front(self._nodes, nodes)
         if kept == len(nodes) == len(self._nodes):
             return []
@@ -6737,24 +6803,23 @@ class MemoryIndex:
         self._languages -= Counter(self._spoken[kept:])
         if kept < self._measured[0]:
             self._measured = UNMEASURED
-        self._topics, self._substance = self._topics[: self._topic_counts[:kept].sum()], self._substance[:kept]
+        self._topics.cut(len(self._topics.values) - self._topic_counts.values[kept:].sum())
         if kept < self._weighed[0]:
             self._weighed = UNWEIGHED
         self._looked_up = None
-        for name in BRANCH_ARRAYS:
-            setattr(self, name, getattr(self, name)[:kept])
+        for column in (*self._columns, self._substance):
+            column.cut(kept)
         # They are numbered as they first spoke.
-        self.speakers = dict(itertools.islice(self.speakers.items(), int(self._speaker_at.max(initial=-1)) + 1))
+        self.speakers = dict(itertools.islice(self.speakers.items(), int(self._speaker_at.values.max(initial=-1)) + 1))
         fresh = nodes[kept:]
-        for known in (self._nodes, self._hashes, self._spoken):
+        for known in (self._hashes, self._spoken):
             del known[kept:]
         self._take_off(gone)
-        columns: list[tuple] = []
         try:
             for some, segment in segments_of(nodes, kept, self._languages, read, store):
-                columns.append(self._put_on(some, segment))
+                self._put_on(some, segment)
         finally:  # what could be read is whole
-            self._append(columns)
+            self._nodes = nodes[: len(self._hashes)]
         self._word_bytes = math.prod(self._words.execute(f"PRAGMA {name}").fetchone()[0] for name in PAGE_FIGURES)
         lacking = (
             h for h in dict.fromkeys(n.fingerprint for n in fresh) if h in self._unembedded or h in self._unsplit
@@ -6771,8 +6836,8 @@ class MemoryIndex:
             self._unembedded.pop(text_hash, None)
             self._unsplit.pop(text_hash, None)
 
-    def _put_on(self, nodes: Sequence[Node], segment: Segment) -> tuple:
-        """Puts the branch's next texts on the lexical table; returns what `_append` takes of them."""
+    def _put_on(self, nodes: Sequence[Node], segment: Segment) -> None:
+        """Takes in the branch's next texts."""
         hashes = [n.fingerprint for n in nodes]
         for text_hash in hashes:
             self._rows.setdefault(text_hash, len(self._rows))
@@ -6786,30 +6851,23 @@ class MemoryIndex:
         self._hashes.extend(hashes)
         self._spoken.extend(segment.languages)
         self._uses.update(hashes)
-        self._nodes.extend(nodes)
         for node in nodes:
             self.speakers.setdefault(node.speaker, node.role)
         topics = [words.split() for words in segment.topics]
         words = list(itertools.chain.from_iterable(topics))
         new = [word for word in dict.fromkeys(words) if word not in self._vocabulary]
         self._vocabulary.update(zip(new, itertools.count(len(self._vocabulary)), strict=False))
-        return (
-            [self._rows[h] for h in hashes], [node.speaker for node in nodes], [node.said_at / DAY for node in nodes],
-            segment.story_days, list(map(len, topics)), segment.traits, [self._vocabulary[w] for w in words],
+        codes = {who: code for code, who in enumerate(self.speakers)}
+        columns = (
+            [self._rows[h] for h in hashes], [codes[node.speaker] for node in nodes],
+            [node.said_at / DAY for node in nodes], segment.story_days, list(map(len, topics)),
+            *zip(*segment.traits, strict=True),
         )  # fmt: skip
-
-    def _append(self, columns: Sequence[tuple[Sequence, ...]]) -> None:
-        """Adds to the branch's arrays, once for all that has come: each time they are copied."""
-        if not columns:
-            return
-        fresh = [list(itertools.chain.from_iterable(some)) for some in zip(*columns, strict=True)]
-        codes = {name: code for code, name in enumerate(self.speakers)}
-        fresh[1] = [codes[who] for who in fresh[1]]
-        for name, values in zip((*BRANCH_ARRAYS, "_topics"), fresh, strict=True):
-            known = getattr(self, name)
-            setattr(self, name, np.concatenate([known, np.array(values, known.dtype).reshape(-1, *known.shape[1:])]))
-        asks = self._traits[:, TRAITS.index("question")] > 0
-        self._traits[:, TRAITS.index("answer")] = displaced(asks.astype(np.float32), 1)
+        for column, values in zip(self._columns, columns, strict=True):
+            column.extend(values)
+        self._topics.extend([self._vocabulary[w] for w in words])
+        first = max(1, len(self._hashes) - len(nodes))
+        self._traits["answer"].values[first:] = self._traits["question"].values[first - 1 : -1] > 0
 
     @property
     def bytes(self) -> int:
@@ -6819,7 +6877,7 @@ class MemoryIndex:
     @property
     def now(self) -> float:
         """When the branch's newest message was said, in days since 1970; 0 for an empty branch."""
-        return float(self._days[-1]) if len(self._days) else 0.0
+        return float(self._days.values[-1]) if self._hashes else 0.0
 
     @property
     def language(self) -> str:
@@ -6912,7 +6970,9 @@ class MemoryIndex:
         if not self._dense.count:
             return np.zeros((len(hashes), 0), np.float32)
         positions = np.array([self._positions.get(h, -1) for h in hashes], np.int64)
-        return np.where(positions[:, None] >= 0, self._dense.vectors(positions), np.float32(0))
+        found = self._dense.vectors(positions)
+        found[positions < 0] = 0
+        return found
 
     def sentence_vectors(self, text_hash: str) -> np.ndarray:
         """The vectors of a text's sentences, float32 [sentences, dimensions]; its own where it is but one sentence, or
@@ -6931,31 +6991,31 @@ class MemoryIndex:
     ) -> Evidence:  # fmt: skip
         """What speaks for each of the branch's first `count` messages (all where None). `word_vectors` are those of
         `Embedder`."""
-        n = len(self._row_at[:count])
-        terms, rarity, akin, trust = self.look_up(words, word_vectors)
+        n = len(self._row_at.values[:count])
+        bm25, said, rarity, akin, trust = self.look_up(words, word_vectors)
         akin = akin[:n] if vector is not None else np.zeros(n, np.float32)
         message, sentence = self._cosines(vector)
-        traits = dict(zip(TRAITS, self._traits[:n].T, strict=True))
+        traits = {name: column.values[:n] for name, column in self._traits.items()}
         traits["substance"] = self.substance()[:n]
         return Evidence(
-            message[:n], sentence[:n], terms[:, :n], rarity, akin, self._speaker_at[:n], self._days[:n],
-            np.where(self._story_days[:n], self._story_days[:n], np.maximum.accumulate(self._story_days[:n])), traits,
+            message[:n], sentence[:n], bm25[:n], said[:n], rarity, akin, self._speaker_at.values[:n],
+            self._days.values[:n], self._story_days.values[:n], traits,
             list(self.speakers), self.coherence(), trust * bool(message.any()),
         )  # fmt: skip
 
     def look_up(
         self, words: Sequence[str], word_vectors: Callable[[Sequence[str]], np.ndarray | None] | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:  # fmt: skip
-        """BM25 of each word in each message of the branch, float32 [words, n], and the words' rarity, float32 [words],
-        one row of zeros where there are no words; `said_otherwise`, float32 [n]; and `trust`. What was looked up last
-        is kept until the branch changes, so that a turn can ask while its vectors are made."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:  # fmt: skip
+        """BM25 of the words in each message of the branch, float32 [n], and which of them it says, see Evidence; the
+        words' rarity, float32 [words]; `said_otherwise`, float32 [n]; and `trust`. What was looked up last is kept
+        until the branch changes, so that a turn can ask while its vectors are made."""
         if self.coherence() == 1:  # as in chats of friends: `words_akin` counts for nothing then
             word_vectors = None
         asked = (tuple(words), word_vectors)
         if self._looked_up is None or self._looked_up[0] != asked:
             self.substance()
-            terms = np.zeros((max(1, len(words)), len(self._rows)), np.float32)
-            rarity, weights = np.zeros(len(terms), np.float32), np.ones(len(terms), np.float32)
+            bm25, said = np.zeros(len(self._rows), np.float32), np.zeros(len(self._rows), np.uint32)
+            rarity, weights = np.zeros(len(words), np.float32), np.ones(len(words), np.float32)
             texts = len(self._uses)
             most = min(max(COMMON_FLOOR, texts // COMMON_SHARE), COMMON_ANYWHERE)
             sql = ", ".join(WORD_SCORES.format(word=f"word{i}") for i in range(len(words)))
@@ -6965,12 +7025,14 @@ class MemoryIndex:
                 weights[i] = idf(texts, int(count))
                 if found:
                     rarity[i] = weights[i]
-                    where, scores = (some.split(",") for some in found)
-                    terms[i, np.array(where, np.int64)] = np.array(scores, np.float32)
-            terms, akin = terms[:, self._row_at], np.zeros(len(self._row_at), np.float32)
-            if word_vectors and words and len(self._topics):
-                akin = self.said_otherwise(words, weights, terms > 0, word_vectors)
-            self._looked_up = asked, (terms, rarity, akin, self.trust() if word_vectors else 1.0)
+                    where = np.fromstring(found[0], np.int64, sep=",")
+                    bm25[where] += np.fromstring(found[1], np.float32, sep=",")
+                    said[where] |= np.uint32(1 << i)
+            rows = self._row_at.values
+            bm25, said, akin = bm25[rows], said[rows], np.zeros(len(rows), np.float32)
+            if word_vectors and words and len(self._topics.values):
+                akin = self.said_otherwise(words, weights, said, word_vectors)
+            self._looked_up = asked, (bm25, said, rarity, akin, self.trust() if word_vectors else 1.0)
         return self._looked_up[1]
 
     def said_otherwise(
@@ -6980,27 +7042,28 @@ class MemoryIndex:
         """How much of a query the first n messages say in words akin to its own, float32 [n], 0 to 1: "wages" for
         "earn" (as in Zuccon et al. 2015, "Integrating and Evaluating Neural Word Embeddings in Information Retrieval").
 
-        `weights` [w] are the words', `said` [w, n] tells where a word stands itself: that counts elsewhere.
+        `weights` [w] are the words', `said` [n] tells where a word stands itself, see Evidence: that counts elsewhere.
         """
-        n, known = said.shape[1], len(self._word_vectors)
+        n, known = len(said), len(self._word_vectors.values)
         new = list(itertools.islice(self._vocabulary, known, None))
         found = word_vectors([*words, *new])
         if found is None:
             return np.zeros(n, np.float32)
         asked, fresh = found[: len(words)], found[len(words) :]
         if len(fresh):
-            self._word_vectors = np.concatenate([self._word_vectors.reshape(known, fresh.shape[1]), fresh])
             spaced = np.array([not UNSPACED.search(word) for word in new], bool)
-            self._spaced = np.concatenate([self._spaced, spaced])
-            self._whole = np.concatenate([self._whole, spaced & fresh.any(axis=1)])
-        near = asked @ self._word_vectors.T - np.float32(AKIN)  # [words, vocabulary]
-        places = np.flatnonzero((near.max(axis=0) > 0)[self._topics])
-        topics, owners = self._topics[places], np.repeat(np.arange(n), self._topic_counts)[places]
-        best = np.zeros(said.shape, np.float32)
-        for message, word in zip(best, near, strict=True):
-            np.maximum.at(message, owners, word[topics])
-        best[said] = 0
-        return weights @ best / ((1 - AKIN) * weights.sum())
+            self._word_vectors.extend(fresh)
+            self._spaced.extend(spaced)
+            self._whole.extend(spaced & fresh.any(axis=1))
+        near = asked @ self._word_vectors.values.T - np.float32(AKIN)  # [words, vocabulary]
+        places = np.flatnonzero((near.max(axis=0) > 0)[self._topics.values])
+        topics, owners = self._topics.values[places], np.repeat(np.arange(n), self._topic_counts.values)[places]
+        akin = np.zeros(n, np.float32)
+        for i, (weight, word) in enumerate(zip(weights, near, strict=True)):
+            best = np.zeros(n, np.float32)
+            np.maximum.at(best, owners, word[topics])
+            akin += weight * best * (said >> np.uint32(i) & 1 == 0)
+        return akin / ((1 - AKIN) * weights.sum())
 
     def trust(self) -> float:
         """What cosines count for beside words, LEAST_TRUST to 1, by the share of the chat's words with a topic that the
@@ -7008,8 +7071,9 @@ class MemoryIndex:
         it has nine in ten (a multilingual one seven); what it reads in pieces, it tells apart less well. Words that no
         spaces part tell nothing here.
         """
-        uses = np.bincount(self._topics, minlength=len(self._spaced))[: len(self._spaced)]
-        share = (uses[self._whole].sum() + FEW_WORDS_READ) / (uses[self._spaced].sum() + FEW_WORDS_READ)
+        spaced, whole = self._spaced.values, self._whole.values
+        uses = np.bincount(self._topics.values, minlength=len(spaced))[: len(spaced)]
+        share = (uses[whole].sum() + FEW_WORDS_READ) / (uses[spaced].sum() + FEW_WORDS_READ)
         return float(np.interp(share, READ_WHOLE, (LEAST_TRUST, 1)))
 
     def substance(self) -> np.ndarray:
@@ -7020,38 +7084,44 @@ class MemoryIndex:
         usual sum on, longer ones are no likelier. What is rare and usual here the branch's first messages tell, up
         to a `step_below`, so that a message which comes changes nothing for those before it.
         """
-        count = step_below(len(self._topic_counts))
+        count = step_below(len(self._hashes))
         if self._weighed[0] != count:
-            uses = np.bincount(self._topics[: self._topic_counts[:count].sum()])
+            uses = np.bincount(self._topics.values[: self._topic_counts.values[:count].sum()])
             # The last item is for words that none of them says.
             rarity = np.log((count + 1) / np.maximum(np.append(uses, 0), 1)).astype(np.float32) / math.log(count + 2)
             enough = SUBSTANTIAL * float(np.median(self._rarity_sums(rarity, 0)[:count])) if count else 1.0
-            self._weighed, self._substance = (count, rarity, min(max(enough, 1.0), MOST_NEEDED)), self._substance[:0]
+            self._weighed = count, rarity, min(max(enough, 1.0), MOST_NEEDED)
+            self._substance.cut(0)
         _, rarity, enough = self._weighed
-        fresh = np.minimum(1, self._rarity_sums(rarity, len(self._substance)) / np.float32(enough))
-        self._substance = np.concatenate([self._substance, fresh]) if len(fresh) else self._substance
-        return self._substance
+        fresh = self._rarity_sums(rarity, len(self._substance.values))
+        self._substance.extend(np.minimum(1, fresh / np.float32(enough)))
+        return self._substance.values
 
     def _rarity_sums(self, rarity: np.ndarray, start: int) -> np.ndarray:
         """The sum of the rarity of the words of each message from `start` on, float32 [n - start]."""
-        counts = self._topic_counts[start:]
+        counts = self._topic_counts.values[start:]
         sums, told = np.zeros(len(counts), np.float32), np.flatnonzero(counts)
         if len(told):  # reduceat knows no empty share
-            topics = self._topics[len(self._topics) - counts.sum() :]
+            topics = self._topics.values[len(self._topics.values) - counts.sum() :]
             starts = np.cumsum(counts)[told] - counts[told]
             sums[told] = np.add.reduceat(rarity[np.minimum(topics, len(rarity) - 1)], starts)
         return sums
 
     def _cosines(self, query: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """How near each message is to a query, and its best sentence, float32 [n], see Evidence."""
-        whole, parts = (table.best(query, len(self._rows))[self._row_at] for table in (self._dense, self._sentences))
-        mean, spread = self.noise()
-        known = whole[np.isfinite(whole)]
-        # While vectors are made, a few that happen to be there say little of the others.
-        usual = (known.sum() + FEW_NEIGHBOURS * mean) / (len(known) + FEW_NEIGHBOURS)
-        whole = np.where(np.isfinite(whole), whole, usual)
-        whole = ((whole - mean) / spread).astype(np.float32)
-        return whole, np.where(np.isfinite(parts), (parts - mean) / spread, whole).astype(np.float32)
+        rows, (mean, spread) = self._row_at.values, self.noise()
+        whole, parts = (table.best(query, len(self._rows))[rows] for table in (self._dense, self._sentences))
+        known = np.isfinite(whole)
+        if not known.all():
+            # While vectors are made, a few that happen to be there say little of the others.
+            some = whole[known]
+            whole[~known] = (some.sum() + FEW_NEIGHBOURS * mean) / (len(some) + FEW_NEIGHBOURS)
+        for cosines in (whole, parts):
+            cosines -= mean
+            cosines /= spread
+        alone = ~np.isfinite(parts)
+        parts[alone] = whole[alone]
+        return whole, parts
 
     def noise(self) -> tuple[float, float]:
         """Mean and standard deviation of the cosines of two messages of this chat."""
@@ -7086,7 +7156,7 @@ class MemoryIndex:
 
     def _coherence_among(self, count: int, spread: float) -> float:
         """`coherence` of the first messages, by a sample of NOISE_SAMPLE pairs of neighbours."""
-        codes, hashes = self._speaker_at[:count], self._hashes
+        codes, hashes = self._speaker_at.values[:count], self._hashes
         apart = np.flatnonzero(codes[1:] != codes[:-1]).tolist()
         pairs = np.array(sample([i for i in apart if self._embedded.issuperset(hashes[i : i + 2])]), np.int64)
         first, second = (self.vectors([hashes[i + step] for i in pairs.tolist()]) for step in (0, 1))
@@ -7160,8 +7230,11 @@ class Chat:
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
         self.unstored_readings: dict[str, EmotionReading] = {}  # the same of readings
-        self.foreseen_mood: tuple[list[Node], MoodTrack] = ([], MoodTrack())  # see `Feelings.foresee`
-        self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
+        # The user's messages that the last mood was followed over, and the track of it before the newest of them, which
+        # the background makes.
+        self.mood_followed: tuple[list[Node], MoodTrack | None] = ([], None)
+        self.places: tuple[Sequence[str], Any] = ((), None)  # the branch last told of, and where summaries stand
+        self._counted: tuple[tuple[Node, ...], Column] = ((), Column(np.int64))  # see `tokens`
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
     @property
@@ -7184,7 +7257,7 @@ class Chat:
             known = list(dict.fromkeys([*self.refused(part), *sorted(ids)]))[-MOST_REFUSED:]
             self.store.commit(info={"refused": {**self.store.info.get("refused", {}), part: known}})
 
-    def path(self, tip: str = "") -> list[str]:
+    def path(self, tip: str = "") -> tuple[str, ...]:
         """The ids of the current branch, or of the one that ends with `tip`; oldest first."""
         return self.tree.path(tip or self.store.head)
 
@@ -7192,6 +7265,15 @@ class Chat:
         """The nodes of those messages."""
         nodes = self.store.tree.nodes
         return [nodes[i] for i in ids]
+
+    def tokens(self, nodes: tuple[Node, ...]) -> np.ndarray:
+        """What each message of a branch takes, in tokens, int64 [n]; until it is asked for those of another."""
+        known, tokens = self._counted
+        kept = shared_front(known, nodes)
+        tokens.cut(kept)
+        tokens.extend([node.tokens for node in nodes[kept:]])
+        self._counted = nodes, tokens
+        return tokens.values
 
     def texts(self, path: Iterable[str]) -> list[str]:
         """The digests of those messages' texts."""
@@ -7849,7 +7931,7 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     return replace(request, turns=(*request.turns[:first], *whole, *shown))
 
 
-def path_with(chat: Chat, hidden: Collection[str]) -> list[str]:
+def path_with(chat: Chat, hidden: Collection[str]) -> tuple[str, ...]:
     """The ids of the chat's branch; where another client, which does not know of what is hidden, has made another one
     without it, those of the newest branch that holds it."""
     path = chat.path()
@@ -8118,14 +8200,21 @@ def in_first_person(text: str, names: Collection[str]) -> str:
     return re.sub(name, "I ", text, flags=re.I).replace("I ?", "I?").strip()
 
 
+@functools.lru_cache(16)
 def asked_clauses(text: str, language: str) -> str:
-    """What of a text asks: its questions; all of it where it begins like one, without the mark."""
-    asked = []
-    for clause in CLAUSES.findall(text):
-        tag = re.split(r"[,\uff0c\u3001]", clause)[-1]  # "..., doesn't she?" asks nothing
-        asks = says(clause, ASKING, language) or bool(query_words(tag, (), language))
-        if says(clause, REMINDING_OF, language) or (clause.endswith(ASKING_MARKS) and asks):
-            asked.append(clause)
+    """What of a text asks: its questions; all of it where it begins like one, without the mark. A turn wants to know
+    three times."""
+
+    def asks(question: str) -> bool:
+        """Whether a question asks something: what ends with "..., doesn't she?" does not."""
+        tag = re.split(r"[,\uff0c\u3001]", question)[-1]
+        return says(question, ASKING, language) or bool(query_words(tag, (), language))
+
+    asked = [
+        clause
+        for clause in CLAUSES.findall(text)
+        if says(clause, REMINDING_OF, language) or (clause.endswith(ASKING_MARKS) and asks(clause))
+    ]
     first = re.match(r"\W*(\w+)", text)
     if not asked and first and says(text if language in UNSPACED_LANGUAGES else first[0], ASKING, language):
         asked = [text]
@@ -8134,7 +8223,7 @@ def asked_clauses(text: str, language: str) -> str:
 
 def without_preamble(question: str, language: str) -> str:
     """ "Do you remember where I live?" asks where I live."""
-    found = word_pattern(language, REMINDING_OF).search(question)
+    found = word_pattern(language, REMINDING_OF).search(question.lower())
     if not found or (found.start() >= PREAMBLE and language not in UNSPACED_LANGUAGES):
         return question
     sides = (question[found.end() :].strip(), question[: found.start()].strip())  # Japanese says the verb last
@@ -8155,6 +8244,23 @@ def understand(
     A text that says little by itself ("yes, do it", "*nods*", "who is she?") is resolved with the messages `before`
     it. A text that asks nothing is looked up as it stands: others may say alike things.
     """
+    query, language = understood_undated(text, asker, tuple(speakers.items()), tuple(before), language)
+    dates = named_dates(text, now, language) if query.asked else ()
+    if not dates:
+        return query
+    names = participant_words(speakers)
+    if query_words(without_dates(query.asked, language), names, language):
+        return replace(query, dates=dates)
+    return replace(query, dates=dates, wants=query.wants | {"day"}, asks=ASKS)  # "What did we do yesterday?"
+
+
+@functools.lru_cache(8)
+def understood_undated(
+    text: str, asker: str, roles: tuple[tuple[str, str], ...], before: tuple[str, ...], language: str
+) -> tuple[Query, str]:
+    """What a text asks of the past, but for the times that it names, and its language; kept, as a turn asks again when
+    its messages are written. `roles` are the speakers with theirs."""
+    speakers = dict(roles)
     language, names = language_of(clip(text), language), participant_words(speakers)
     words = query_words(text, (), language)
     little = not words or (len(words) < SAYS_LITTLE and bool(GESTURE.match(text)))
@@ -8164,17 +8270,15 @@ def understand(
     words = tuple(query_words(f"{bare} {context}", names, language))
     spoken = f"{context} {bare}".strip()
     if not asked:
-        return Query(words, spoken)
+        return Query(words, spoken), language
     asked = without_preamble(asked, language)
     about = asked_about(asked, asker, speakers, language)
     if language == "en" and len(about) == 1 and not (says(asked, ADDRESSED, "en") or says(asked, ONESELF, "en")):
         spoken = in_first_person(spoken, [w for w, of in names.items() if of == about])
     wants = {"time": ASKING_WHEN, "number": ASKING_HOW_MANY, "now": ASKING_NOW}
     wants = frozenset(trait for trait, kind in wants.items() if says(asked, kind, language))
-    dates, asks = named_dates(text, now, language), how_it_asks(text, asked, language)
-    if dates and not query_words(without_dates(asked, language), names, language):
-        wants, asks = wants | {"day"}, ASKS  # "What did we do yesterday?"
-    return Query(words, spoken, about, dates, asks, wants, asked, story_day(asked, language))
+    asks, day = how_it_asks(text, asked, language), story_day(asked, language)
+    return Query(words, spoken, about, (), asks, wants, asked, day), language
 
 
 def how_it_asks(text: str, asked: str, language: str) -> float:
@@ -8222,14 +8326,15 @@ NUMBERED_DATES = (  # in any language
 
 
 @functools.cache
-def date_patterns(language: str) -> tuple[str, ...]:
-    """What finds a language's dates, the most exact first; what one has found, the others leave alone."""
+def date_patterns(language: str) -> list[re.Pattern]:
+    """What finds a language's dates in a text in lower case, the most exact first; what one has found, the others leave
+    alone."""
     months = calendar_of(language).months
     bare = rf"\b(?:in|of|by|during|since|en|em|im|nel|w|в|summer|winter|spring|fall|autumn)(?: of)? {YEAR}\b"
     if not months:
-        return NUMBERED_DATES
+        return list(map(re.compile, NUMBERED_DATES))
     month, of = rf"(?P<month>{alternatives(months)})", r"(?:,|\.| of| de)? ?"
-    return (
+    dates = (
         rf"\b(?P<day>\d\d?)(?:st|nd|rd|th|er|\.|º)?(?: of| de)? {month}\b(?:{of}{YEAR})?",
         rf"\b{month} (?P<day>\d\d?)(?:st|nd|rd|th)?\b(?:,? {YEAR})?",
         rf"\b{MONTH_MARKS if language == 'en' else ''}{month}\b(?:{of}{YEAR})?",
@@ -8237,11 +8342,13 @@ def date_patterns(language: str) -> tuple[str, ...]:
         *NUMBERED_DATES,
         bare,
     )
+    return list(map(re.compile, dates))
 
 
 @functools.cache
 def relative_pattern(language: str) -> re.Pattern:
-    """What finds a language's times that are told from today: `yesterday`, `count` and `unit`, or `last`."""
+    """What finds a language's times that are told from today, in a text in lower case: `yesterday`, `count` and `unit`,
+    or `last`."""
     calendar, spaced = calendar_of(language), language not in UNSPACED_LANGUAGES
     units, edge = alternatives(calendar.units), r"\b" * spaced
     count = r"(?:\w+\s)??(?P<count{i}>\w+)" if spaced else rf"(?P<count{{i}}>\d\d?|{'|'.join(calendar.numbers)}|\w)"
@@ -8251,7 +8358,7 @@ def relative_pattern(language: str) -> re.Pattern:
     )
     whole = "|".join((*calendar.weekdays, *calendar.seasons, units))
     last = rf"{calendar.last}\s?(?P<last0>{whole})|(?P<last1>{whole})\s{calendar.last}"
-    return re.compile(rf"{edge}(?:(?P<yesterday>{calendar.yesterday})|{ago}|{last}){edge}", re.I)
+    return re.compile(rf"{edge}(?:(?P<yesterday>{calendar.yesterday})|{ago}|{last}){edge}")
 
 
 def named_dates(text: str, now: float, language: str = "en") -> tuple[tuple[float, float], ...]:
@@ -8263,10 +8370,10 @@ def named_dates(text: str, now: float, language: str = "en") -> tuple[tuple[floa
     this_year = datetime.fromtimestamp(now * DAY, UTC).year
     text = clip(text).lower()
     for pattern in date_patterns(language):
-        for found in re.finditer(pattern, text):
+        for found in (places := list(pattern.finditer(text))):
             years = [int(found["year"])] if found["year"] else [this_year - 1, this_year]
             spans += [span for year in years if (span := span_of(found.groupdict(), year, language))]
-        text = re.sub(pattern, " ", text)
+        text = pattern.sub(" ", text) if places else text
     relative = relative_pattern(language).finditer(text) if now else ()
     return (*spans, *(relative_span(found.groupdict(), now, language) for found in relative))
 
@@ -8275,7 +8382,7 @@ def without_dates(text: str, language: str = "en") -> str:
     """The text, in lower case, without the times that it names."""
     text = text.lower()
     for pattern in (*date_patterns(language), relative_pattern(language)):
-        text = re.sub(pattern, " ", text)
+        text = pattern.sub(" ", text)
     return text
 
 
@@ -8335,7 +8442,7 @@ def best_sentence(query: Query, e: Evidence) -> np.ndarray:
 
 def near_by(query: Query, e: Evidence) -> np.ndarray:
     """The best sentence within two messages: what is told is told in a few turns."""
-    return e.nearness * running_max(e.sentence, 2)
+    return e.nearness * within_reach(e.sentence, 2)
 
 
 def words_covered(query: Query, e: Evidence) -> np.ndarray:
@@ -8353,42 +8460,44 @@ def words_in_scene(query: Query, e: Evidence) -> np.ndarray:
     return e.coverage(8)
 
 
-def words_akin(query: Query, e: Evidence) -> np.ndarray:
+def words_akin(query: Query, e: Evidence) -> np.ndarray | None:
     """How much of it the message says in words akin to those asked with. Where neighbouring messages are about the
     same, a scene is full of such words, and they tell no message from another."""
-    return (1 - e.coherence) * e.akin
+    return (1 - e.coherence) * e.akin if e.coherence < 1 else None
 
 
-def akin_near(query: Query, e: Evidence) -> np.ndarray:
+def akin_near(query: Query, e: Evidence) -> np.ndarray | None:
     """The same of the best message within two."""
-    return (1 - e.coherence) * running_max(e.akin, 2)
+    return (1 - e.coherence) * within_reach(e.akin, 2) if e.coherence < 1 else None
 
 
 def words_near(query: Query, e: Evidence) -> np.ndarray:
     """The best BM25 score within two messages."""
-    return running_max(e.lexical, 2)
+    return within_reach(e.lexical, 2)
 
 
 def best_in_scene(query: Query, e: Evidence) -> np.ndarray:
     """The best BM25 score within five messages."""
-    return running_max(e.lexical, 5)
+    return within_reach(e.lexical, 5)
 
 
 def answers(query: Query, e: Evidence) -> np.ndarray:
     """How well the message before fits, in words and in meaning, where that asks something: this is its answer."""
     fits = e.lexical + e.nearness * np.maximum(e.sentence, 0)
-    return displaced((e.traits["question"] > 0) * fits, 1)
+    return np.append(np.zeros(1, np.float32), (e.traits["question"] > 0) * fits)[:-1]
 
 
-def speaker(query: Query, e: Evidence) -> np.ndarray:
-    """Whether it is the words of whom the query is about; 0 where that is everyone."""
-    about = np.array([name in query.about for name in e.names] or [False])
-    return (about[e.speakers] if not about.all() else np.zeros(len(e.speakers))).astype(np.float32)
+def speaker(query: Query, e: Evidence) -> np.ndarray | None:
+    """Whether it is the words of whom the query is about; nothing where that is everyone."""
+    about = np.array([name in query.about for name in e.names], np.float32)
+    return about[e.speakers] if 0 < about.sum() < len(about) else None
 
 
-def when_said(query: Query, e: Evidence) -> np.ndarray:
+def when_said(query: Query, e: Evidence) -> np.ndarray | None:
     """How near it was said to a time that the query names: 1 inside, falling by half in five days; on a day of the
     story or not. Where a time is all that it asks for, what was said then counts DAY_ALONE, and nothing else does."""
+    if not query.dates and not query.story_day:
+        return None
     near = ((e.story_days == query.story_day) & (query.story_day > 0)).astype(np.float32)
     for start, end in query.dates:
         away = np.maximum(np.maximum(start - np.floor(e.days), np.floor(e.days) - end + 1), 0)
@@ -8401,14 +8510,14 @@ def trait(name: str) -> Callable[[Query, Evidence], np.ndarray]:
     return lambda query, e: e.traits[name]
 
 
-def of_kind(name: str) -> Callable[[Query, Evidence], np.ndarray]:
+def of_kind(name: str) -> Callable[[Query, Evidence], np.ndarray | None]:
     """A signal: whether the message has the trait that the query wants."""
-    return lambda query, e: e.traits[name] * np.float32(name in query.wants)
+    return lambda query, e: e.traits[name] if name in query.wants else None
 
 
-def lately(query: Query, e: Evidence) -> np.ndarray:
+def lately(query: Query, e: Evidence) -> np.ndarray | None:
     """How late in the chat it was said, 0 to 1, where the query asks for what holds now."""
-    return np.linspace(0, 1, len(e.days), dtype=np.float32) * np.float32("now" in query.wants)
+    return np.linspace(0, 1, len(e.days), dtype=np.float32) if "now" in query.wants else None
 
 
 def short_answer(query: Query, e: Evidence) -> np.ndarray:
@@ -8422,12 +8531,14 @@ class Signal:
     there a scene answers, elsewhere one message does."""
 
     weight: float
-    of: Callable[[Query, Evidence], np.ndarray]
+    of: Callable[[Query, Evidence], np.ndarray | None]  # None: it says nothing of any message
     coherent: float = 0.0
 
-    def added(self, query: Query, e: Evidence) -> np.ndarray:
-        """What the signal adds to the messages' scores, float32 [n]."""
-        return np.float32(self.weight + self.coherent * e.coherence) * self.of(query, e)
+    def added(self, query: Query, e: Evidence) -> np.ndarray | None:
+        """What the signal adds to the messages' scores, float32 [n]; None where it says nothing."""
+        weight = np.float32(self.weight + self.coherent * e.coherence)
+        values = self.of(query, e) if weight else None
+        return weight * values if values is not None and values.any() else None
 
 
 # Weights by the method of `tests/bench/recall.py --fit`, which prints others since signals have changed, and the same
@@ -8510,8 +8621,11 @@ def weigh(query: Query, e: Evidence) -> dict[str, np.ndarray]:
     Hybrid Retrieval"). Signals that say nothing are left out.
     """
     found = {name: signal.added(query, e) for name, signal in SIGNALS.items()}
-    parts = {name: values for name, values in found.items() if values.any()}
-    return {"score": sum(parts.values(), np.zeros(len(e.cosine), np.float32)), **parts}
+    parts = {name: values for name, values in found.items() if values is not None}
+    score = np.zeros(len(e.cosine), np.float32)
+    for values in parts.values():
+        score += values
+    return {"score": score, **parts}
 
 
 def memory_share(text: str) -> float:
@@ -8523,11 +8637,19 @@ def memory_share(text: str) -> float:
     return ASKING_SHARE if asked_clauses(text, language) else TELLING_SHARE
 
 
+def median(values: np.ndarray) -> float:
+    """The same as numpy's, which takes ten times as long."""
+    middle = len(values) // 2
+    parted = np.partition(values, middle)
+    below = parted[middle] if len(values) % 2 else parted[:middle].max()
+    return (float(below) + float(parted[middle])) / 2
+
+
 def usual_scores(scores: np.ndarray, trust: float = 1.0) -> tuple[float, float]:
     """What is usual among messages of those scores, the median, and their standard deviation; `trust` is that of
     `Evidence`."""
     count = len(scores)
-    usual = float(np.median(scores)) if count else 0.0
+    usual = median(scores) if count else 0.0
     usual = usual if count >= FEW_MESSAGES else min(usual, USUAL)
     deviation = USUAL_DEVIATION * (WORDS_ALONE + (1 - WORDS_ALONE) * trust)
     variance = (scores.var() * count if count else 0.0) + FEW_MESSAGES * deviation**2
@@ -8545,6 +8667,8 @@ def admissible(query: Query, scores: np.ndarray, trust: float = 1.0) -> list[int
     """Indexes of the messages that are worth recalling, best first, as many as make sense."""
     found = np.flatnonzero(scores >= relevance_bar(query, scores, trust))
     most = TELLING_MEMORIES if query.asks == TELLS else MOST_MEMORIES
+    if len(found) > most:  # sorting thousands would take a millisecond
+        found = found[scores[found] >= np.partition(scores[found], -most)[-most]]
     return found[np.argsort(-scores[found], kind="stable")][:most].tolist()
 
 
@@ -8568,56 +8692,64 @@ def relevance_probability(score: float, best: float) -> float:
 
 
 def newest_first(
-    memories: Sequence[Memory], parts: Sequence[tuple[Sequence[str], np.ndarray]], noise: tuple[float, float]
-) -> list[Memory]:
+    memories: Sequence[Memory], owners: np.ndarray, near: np.ndarray, said: Callable[[int], Iterable[str]]
+) -> list[Memory]:  # fmt: skip
     """The memories, best first, of those by one speaker about the same thing the newest first; and an older one knows
     by which it was changed, where that says so.
 
-    "Where do I live?" is nearest to "I live in Lisbon", and "I moved to Porto" is what holds. `parts` are the sentences
-    of the first memories that are about the question, with their vectors (float32 [sentences, dimensions]); `noise` is
-    the mean of the cosines of two messages of the chat, and their standard deviation.
+    "Where do I live?" is nearest to "I live in Lisbon", and "I moved to Porto" is what holds. `owners`, int [n], are
+    the places of the memories whose n sentences are about the question, `near`, float32 [n, n], is how near those are
+    to each other, in units of the chat's noise, and `said` gives those of the memory at a place.
     """
-    best, (mean, spread) = list(memories[: len(parts)]), noise
-    every = np.concatenate([vectors for _, vectors in parts]) if parts else np.zeros((0, 0), np.float32)
-    ends = np.cumsum([len(vectors) for _, vectors in parts]).tolist()
-    rows = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
-    cosines = every @ every.T
-    every_near = np.where(cosines > NEAR_DUPLICATE, 0, (cosines - mean) / spread)
-    for i, j in itertools.combinations(sorted(range(len(best)), key=lambda i: best[i].index), 2):
+    best, starts = list(memories), np.flatnonzero(np.diff(owners, prepend=-1))
+    if not len(starts):
+        return best
+    nearest = np.maximum.reduceat(np.maximum.reduceat(near, starts, axis=0), starts, axis=1).tolist()
+
+    @functools.cache
+    def tell_change(i: int) -> list[bool]:
+        """Whether the sentences of the memory at that place tell of a change."""
+        return [tells(CHANGED, clip(sentence)) for sentence in said(i)]
+
+    places = owners[starts].tolist()
+    for a, b in itertools.combinations(sorted(range(len(places)), key=lambda a: best[places[a]].index), 2):
+        i, j, nearness = places[a], places[b], nearest[b][a]
         older, newer = best[i], best[j]
-        near = every_near[rows[j], rows[i]]
-        if older.message.speaker != newer.message.speaker or near.max(initial=0) < SAME_BEST:
+        if nearness < SAME_BEST or older.message.speaker != newer.message.speaker:
             continue
         enough = SAME_CHANGED if max(i, j) > 1 else SAME_BEST
-        changed = any(
-            CHANGED.search(clip(sentence))
-            for sentence, row in zip(parts[j][0], near, strict=True)
-            if row.max(initial=0) >= enough
-        )
+        changed = nearness >= enough and any((near[owners == j][:, owners == i].max(axis=1) >= enough)[tell_change(j)])
         if changed:
             best[i] = replace(older, changed_in=newer.index)
-        if (changed or near.max(initial=0) >= SAME_THING) and newer.score < older.score:
+        if (changed or nearness >= SAME_THING) and newer.score < older.score:
             best[j] = with_score(newer, "supersedes", older.score + 1e-3)
-    return sorted([*best, *memories[len(parts) :]], key=lambda m: -m.score)
+    return sorted(best, key=lambda m: -m.score)
 
 
 def is_duplicate(a: str, b: str, cosine: float | None) -> bool:
     """Whether two texts are near-duplicates; `cosine` is None where one has no vector. Other numbers are other news."""
     if cosine is None:
-        words = set(lexical_words(a))
-        return bool(words) and words == set(lexical_words(b))
-    return cosine > NEAR_DUPLICATE and sorted(re.findall(r"\d+", a)) == sorted(re.findall(r"\d+", b))
+        words = word_set_hash(a)
+        return bool(words) and words == word_set_hash(b)
+    return cosine > NEAR_DUPLICATE and (a == b or sorted(re.findall(r"\d+", a)) == sorted(re.findall(r"\d+", b)))
+
+
+@kept_for_short
+def word_set_hash(text: str) -> int:
+    """Equal for texts of the same words in any order; 0 for one without words."""
+    words = frozenset(lexical_words(text))
+    return hash(words) if words else 0
 
 
 def choose(
     likely: Sequence[float],
     costs: Sequence[int],
-    duplicates: Callable[[int, int], bool],
+    twin: Callable[[int, Iterable[int]], int | None],
     budget: int,
     cost_per_token: float = COST_PER_TOKEN,
 ) -> tuple[list[int], dict[int, int | None]]:
     """Which candidates get into `budget` tokens, and of those left out the chosen one that says the same (None: no
-    room). `likely` are their probabilities of being relevant; `duplicates` tells whether two are near-duplicates.
+    room). `likely` are their probabilities of being relevant; `twin` gives the first of others that says the same.
 
     By probability per token, as a knapsack is filled greedily (Dantzig 1957), but the likeliest one first. Candidates
     below the cost per token are dropped silently.
@@ -8627,7 +8759,7 @@ def choose(
     chosen: list[int] = []
     left: dict[int, int | None] = {}
     for i in sorted(sorted(worth, key=lambda i: -likely[i] / costs[i]), key=lambda i: i != best):
-        same = next((c for c in chosen if duplicates(c, i)), None)
+        same = twin(i, chosen)
         if same is None and costs[i] <= budget:
             chosen.append(i)
             budget -= costs[i]
@@ -8643,18 +8775,19 @@ def share_said(words: Sequence[str], text: str, rarity: Sequence[float] = ()) ->
     """The share of a query's words that a text says in some form, 0 to 1; by their rarity where that is given."""
     said, rarity = kept_lexical_text(text), rarity if len(rarity) else [1.0] * len(words)
     total = sum(rarity[: len(words)]) or 1.0
-    forms = zip(said_forms(tuple(words)), rarity, strict=False)
-    return sum(r for (start, form), r in forms if start in said and form.search(said)) / total
+    starts = (word[: max(3, len(word) - STEM_LETTERS)] for word in words)  # whatever their endings
+    return sum(r for start, r in zip(starts, rarity, strict=False) if begins_word(said, start)) / total
 
 
 kept_lexical_text = kept_for_short(lexical_text)  # each turn looks at the same pieces of a persona
 
 
-@functools.lru_cache(8)
-def said_forms(words: Sequence[str]) -> list[tuple[str, re.Pattern]]:
-    """How each of the words begins in a lexical text, whatever its ending, and what finds that at a word's start."""
-    starts = [word[: max(3, len(word) - STEM_LETTERS)] for word in words]
-    return [(start, re.compile(rf"\b{re.escape(start)}")) for start in starts]
+def begins_word(text: str, start: str) -> bool:
+    """Whether a word of a text begins so."""
+    at = text.find(start)
+    while at > 0 and (text[at - 1].isalnum() or text[at - 1] == "_"):
+        at = text.find(start, at + 1)
+    return at >= 0
 
 
 def sentence_start(text: str, start: int) -> int:
@@ -9010,7 +9143,7 @@ def extract_summary(rows: Sequence[tuple[str, str, float]], room: int) -> str:
             fresh = names_in(sentence) - names
             names |= fresh
             length = min(1.0, len(content_terms(sentence)) / 8)
-            score = weight + 0.4 * length + 0.2 * min(2, len(fresh)) + 0.3 * bool(PROMISE.search(sentence))
+            score = weight + 0.4 * length + 0.2 * min(2, len(fresh)) + 0.3 * tells(PROMISE, sentence)
             candidates.append((score, (i, number), speaker, sentence))
     chosen, left = [], room
     for _, where, speaker, sentence in sorted(candidates, key=lambda c: (-c[0], c[1])):
@@ -9257,19 +9390,19 @@ def lay_out(
     request: ChatRequest,
     context: int,
     shares: Sequence[float],
-    counts: Sequence[int],
+    counts: np.ndarray,
     roles: Sequence[str],
     story: int = 0,
 ) -> Layout:
     """Divides the context between persona, history, memories and reply.
 
-    `counts` and `roles` are those of the branch's messages as the store has them, from its first message that is no
-    persona to the request's last turn; one that the client hides counts 0. `story` is what is kept for the story so
-    far, in tokens. Raises `ContextLengthExceeded`.
+    `counts` (int64 [n]) and `roles` are those of the branch's messages as the store has them, from its first message
+    that is no persona to the request's last turn; one that the client hides counts 0. `story` is what is kept for the
+    story so far, in tokens. Raises `ContextLengthExceeded`.
     """
     first = request.history_start
-    shown = len(request.turns) - first
-    stored, counts = list(counts[: len(counts) - shown]), list(counts[len(counts) - shown :])
+    above = len(counts) - len(request.turns) + first
+    stored, counts = counts[:above], counts[above:].tolist()
     fixed = REPLY_PRIMING + sum(map(message_tokens, request.persona))
     if request.begins_with_user and roles[0] == "assistant":
         fixed += sum(map(message_tokens, request.opening or (DEFAULT_OPENING,)))
@@ -9281,16 +9414,16 @@ def lay_out(
     budget, required = fit_budget(context, shares, fixed, request.max_tokens, needs, story + recalled)
     if required != needs[0] or (pivot is not None and pivot < first):
         pivot = None
-    sizes, steady = [*stored, *turns], [*stored, *counts]
+    sizes, steady = np.concatenate([stored, turns]), np.concatenate([stored, counts])
     block = max(1, int(HISTORY_BLOCK * shares[2] * context))
     latest = len(sizes) - 1 if pivot is None else len(stored) + pivot - first
     starts = Seen(roles, roles[0].__eq__)  # strict templates refuse a history that begins on the other side
     anchor = history_anchor(sizes, steady, starts, budget.history - tail, block, latest)
-    history = sum(sizes[anchor:]) + tail
+    history = int(sizes[anchor:].sum()) + tail
     full = history > NEARLY_FULL * budget.history
     leaving = next_cut(steady, starts, anchor, block, latest) if full else anchor
     room = budget.memories + budget.history - history
-    hidden = frozenset(i for i in range(anchor, len(sizes)) if not sizes[i])
+    hidden = frozenset((anchor + np.flatnonzero(sizes[anchor:] == 0)).tolist())
     return Layout(budget, anchor, pivot, history, room, min(recalled, budget.memories), leaving, hidden)
 
 
@@ -9298,7 +9431,7 @@ def lay_out_window(
     request: ChatRequest,
     context: int,
     shares: Sequence[float],
-    counts: Sequence[int],
+    counts: np.ndarray,
     roles: Sequence[str],
     story: int = 0,
 ) -> Layout:
@@ -9308,7 +9441,7 @@ def lay_out_window(
     own limit.
     """
     above = len(counts) - len(request.turns)
-    shown = [0 if t.hidden else turn_tokens(t, n) for t, n in zip(request.turns, counts[above:], strict=True)]
+    shown = [0 if t.hidden else turn_tokens(t, n) for t, n in zip(request.turns, counts[above:].tolist(), strict=True)]
     sizes = [*[0] * above, *shown]
     persona, response = sum(map(message_tokens, request.persona)), int(shares[3] * context)
     left = max(0, context - response - persona - sum(map(message_tokens, request.tail)))
@@ -9396,7 +9529,7 @@ def fit_budget(
 
 
 def history_anchor(
-    sizes: Sequence[int], steady: Sequence[int], starts: Sequence[bool], budget: int, block: int, latest: int
+    sizes: np.ndarray, steady: np.ndarray, starts: Sequence[bool], budget: int, block: int, latest: int
 ) -> int:
     """The first index of the branch from which the history fits into `budget` tokens, no later than `latest`.
 
@@ -9409,7 +9542,7 @@ def history_anchor(
     if not tail:
         return 0
     before = next((index for index in range(tail - 1, 0, -1) if starts[index]), 0)
-    start, cut = sum(steady[:before]), 0
+    start, cut = int(steady[:before].sum()), 0
     for index in range(before, latest + 1):
         if starts[index]:
             if index >= tail and start // block > cut:  # the first one of its block that a history may begin with
@@ -9419,9 +9552,9 @@ def history_anchor(
     return next((index for index in range(tail, latest + 1) if starts[index]), tail)
 
 
-def next_cut(steady: Sequence[int], starts: Sequence[bool], anchor: int, block: int, latest: int) -> int:
+def next_cut(steady: np.ndarray, starts: Sequence[bool], anchor: int, block: int, latest: int) -> int:
     """Where `history_anchor` will go next from `anchor`."""
-    start = sum(steady[:anchor])
+    start = int(steady[:anchor].sum())
     due = (start // block + 1) * block
     for index in range(anchor, latest + 1):
         if start >= due and starts[index]:
@@ -9457,7 +9590,13 @@ def memory_line(memory: Memory) -> str:
 
 def given_day(memory: Memory) -> str:
     """The day that the client gives a message; empty where it gives none."""
-    return one_line(memory.message.timestamp, 10)
+    return day_shown(memory.message.timestamp) if memory.message.timestamp else ""
+
+
+@kept_for_short
+def day_shown(timestamp: str) -> str:
+    """The day of a client's timestamp, ISO 8601."""
+    return one_line(timestamp, 10)
 
 
 def neighbours(memories: Sequence[Memory]) -> list[list[Memory]]:
@@ -12635,7 +12774,7 @@ class TurnContext:
 
     chat: Chat
     request: ChatRequest
-    nodes: list[Node]
+    nodes: tuple[Node, ...]
     layout: Layout
     deadline: Deadline
 
@@ -12678,7 +12817,7 @@ class TurnMemory:
     """What memory adds to a turn: the story, and the block of recalled memories, mood and persona reminder."""
 
     turn: TurnContext
-    path: list[str]
+    path: tuple[str, ...]
     story: Story
     recalled: RecallResult
     memories: list[Memory]  # the recalled and the carried over
@@ -12757,20 +12896,22 @@ def message_rows(chat: Chat, ids: Sequence[str]) -> list[dict]:
     return [message_row(m, chat.tree.nodes[m.id].depth) for m in chat.store.read(ids)]
 
 
-def memory_row(memory: Memory) -> dict:
-    """A memory as the API shows it."""
-    m = memory.message
-    elsewhere = {"chat_id": memory.chat} if memory.chat else {}
-    return elsewhere | {
-        "id": m.id, "index": memory.index, "role": m.role, "name": m.name or m.voice, "content": m.words,
-        "timestamp": m.timestamp, "score": round(memory.score, 4),
-        "scores": {k: round(v * 10_000) / 10_000 for k, v in memory.scores.items()},  # a quarter of what digits take
-    }  # fmt: skip
-
-
 def recalled_row(memory: Memory) -> dict:
     """A memory as a prompt's report shows it: without its text, which may be edited or forgotten later."""
-    return {k: v for k, v in memory_row(memory).items() if k != "content"} | {"part": bool(memory.excerpt)}
+    m = memory.message
+    row = {
+        "id": m.id, "index": memory.index, "role": m.role, "name": m.name or m.voice, "timestamp": m.timestamp,
+        "score": round(memory.score, 4), "scores": {k: round(1e4 * v) / 1e4 for k, v in memory.scores.items()},
+        "part": bool(memory.excerpt),
+    }  # fmt: skip
+    return {"chat_id": memory.chat, **row} if memory.chat else row
+
+
+def memory_row(memory: Memory) -> dict:
+    """A memory as the API shows it."""
+    row = recalled_row(memory) | {"content": memory.message.words}
+    del row["part"]
+    return row
 
 
 def left_out_row(memory: Memory, reason: str) -> dict:
@@ -12860,7 +13001,7 @@ class AskedVectors:
     missing: list[str]  # hashes of all texts of the branch that lack a vector
     parts: list[dict[str, str]]  # texts by vector key
     whole: frozenset[str]  # the keys of texts that are embedded as a whole
-    futures: list[Future]
+    futures: list[Future | None]  # None for a part without texts; the first one has the query
     deadline: Deadline
 
 
@@ -13043,7 +13184,7 @@ class Vectors:
         others = {k: t for k, t in firsts.items() if k not in own}
         parts = [own, others, {}] if not query or read_together(own.values(), query.spoken) else [{}, others, own]
         ask = functools.partial(self.embedder.ask, timeout=deadline.left)
-        futures = [ask(each_once(part), queries=() if i else queries) for i, part in enumerate(parts)]
+        futures = [ask(each_once(p), queries=() if i else queries) if p or not i else None for i, p in enumerate(parts)]
         return AskedVectors(chat, missing, parts, whole, futures, deadline)
 
     def take_for_turn(
@@ -13075,8 +13216,10 @@ class Vectors:
 
     def _take(self, asked: AskedVectors, part: int) -> np.ndarray:
         """Waits for a part of what a turn has asked for, and puts the messages' vectors in index and store."""
-        texts, chat = asked.parts[part], asked.chat
-        encoded = self.embedder.answer(asked.futures[part], asked.deadline.left)
+        texts, chat, future = asked.parts[part], asked.chat, asked.futures[part]
+        if future is None:
+            return np.zeros((0, 0), np.float32)
+        encoded = self.embedder.answer(future, asked.deadline.left)
         vectors = dict(zip(each_once(texts), encoded, strict=False))  # the query's is the last
         found = {key: vectors[text] for key, text in texts.items()}
         with chat.lock:
@@ -13194,9 +13337,10 @@ def each_once(texts: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(texts.values()))
 
 
-def users_of(nodes: Sequence[Node]) -> list[Node]:
-    """The user's newest messages of a branch, which tell the mood; oldest first."""
-    return list(itertools.islice((n for n in reversed(nodes) if n.role == "user"), MOOD_SPAN))[::-1]
+def users_of(nodes: Sequence[Node], first: int) -> list[Node]:
+    """The user's newest messages of a branch from the index `first` on, which tell the mood; oldest first."""
+    users = (n for n in reversed(nodes) if n.role == "user" and n.depth >= first)
+    return list(itertools.islice(users, MOOD_SPAN))[::-1]
 
 
 def still_there(chat: Chat, ids: Iterable[str]) -> list[str]:
@@ -13227,8 +13371,7 @@ class Feelings:
         self._model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
         self._by_vector = self._model is None and vectors.embedder.name in BUNDLED_EMBEDDERS
         self._bags: dict[str, np.ndarray | None] = {}  # of the text that was foreseen last
-        if self._by_vector:
-            vectors.afterwards = self.read_ahead
+        vectors.afterwards = self.read_ahead
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feelings")
         self._closed = False
 
@@ -13285,23 +13428,24 @@ class Feelings:
         found = self._bags.get(text)
         return self._vectors.embedder.bag(text) if found is None else found
 
-    def foresee(self, turn: TurnContext) -> None:
-        """Does what the newest message's feelings and the mood take beside its vector: a turn does so while that is
-        made."""
-        chat, text = turn.chat, turn.newest.content
+    def foresee(self, text: str) -> None:
+        """Does what the newest message's feelings take beside its vector: a turn does so while that is made."""
         if self._by_vector:
             self._bags = {text: self._vectors.embedder.bag(text)}
             emotion_features(clip(text))
-        with chat.lock:
-            before, track = users_of(turn.nodes[turn.first :])[:-1], MoodTrack()
-            if all(n.fingerprint in chat.readings for n in before):  # others may yet be read in another way
-                for node in before:
-                    track.felt(node.depth, chat.readings[node.fingerprint])
-                chat.foreseen_mood = before, track
 
     def read_ahead(self, chat: Chat, ids: Sequence[str], stop: Callable[[], bool]) -> None:
-        """Stores what messages feel that have vectors, so that the turn which recalls them need not read them."""
+        """Follows the mood up to the next turn, and stores what messages feel that have vectors, so that the turn which
+        recalls them need not read them."""
         with chat.lock:
+            users, track = chat.mood_followed
+            if not track and all(n.fingerprint in chat.readings for n in users):  # others may yet be read anew
+                track = MoodTrack()
+                for node in users[:-1]:
+                    track.felt(node.depth, chat.readings[node.fingerprint])
+                chat.mood_followed = users, track
+            if not self._by_vector:
+                return
             reader, words = self._reader(chat), chat.usual_wording
             made, chat.unstored_readings = chat.unstored_readings, {}
         chat.store.put_readings(reader, made)
@@ -13344,12 +13488,21 @@ class Feelings:
             rows = zip((m.fingerprint for m in messages), readings, strict=True)
             chat.store.put_readings(self._model.name, dict(rows))
 
-    def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
-        """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
-        users = users_of(nodes)
-        readings = [(n.depth, r) for n, r in zip(users, self.read(chat, users), strict=True)]
-        (before, track), chat.foreseen_mood = chat.foreseen_mood, ([], MoodTrack())
-        return track.felt(*readings[-1]) if users and before == users[:-1] else mood_of(readings)
+    def mood(self, chat: Chat, nodes: Sequence[Node], first: int = 0) -> Mood | None:
+        """How the user of a branch, whose persona ends at the index `first`, feels by now, None where that cannot be
+        told; hold the chat's lock."""
+        users, (known, track) = users_of(nodes, first), chat.mood_followed
+        if users != known:
+            chat.mood_followed = users, None
+        fresh, track = users, shallow_copy(track)
+        if track and users[:-1] == known[:-1]:
+            fresh = users[-1:]
+        elif track and users[:-1] == known[1 - MOOD_SPAN :]:  # the chat went on
+            fresh = users[-2:]
+        else:
+            track = MoodTrack()
+        moods = [track.felt(n.depth, r) for n, r in zip(fresh, self.read(chat, fresh), strict=True)]
+        return moods[-1] if moods else None
 
     def guidance(self, turn: TurnContext, mood: Mood | None) -> str:
         """The line that tells the model how the user feels; empty where it has no room or nothing to say."""
@@ -13458,7 +13611,7 @@ class Archive:
     def enter(
         self, request: ChatRequest, chat_id: str, deadline: Deadline,
         begin: Callable[[Chat, ChatRequest], None] | None = None,
-    ) -> Iterator[tuple[Chat, list[str], ChatRequest]]:  # fmt: skip
+    ) -> Iterator[tuple[Chat, tuple[str, ...], ChatRequest]]:  # fmt: skip
         """The chat that a request belongs to, for as long as the block runs; the ids of the request's branch; and the
         request without what this chat has shown to be nobody's words.
 
@@ -13479,11 +13632,11 @@ class Archive:
 
     def _place(
         self, chat: Chat, chat_id: str, request: ChatRequest, begin: Callable[[Chat, ChatRequest], None] | None
-    ) -> tuple[list[str], ChatRequest]:
+    ) -> tuple[tuple[str, ...], ChatRequest]:
         """The ids of a request's branch, which is written where the disk takes it, and the request without what this
         chat has shown to be nobody's words; hold the chat's lock."""
 
-        def write() -> tuple[list[str], ChatRequest]:
+        def write() -> tuple[tuple[str, ...], ChatRequest]:
             """Finds the place, and writes what is new."""
             known = [] if request.identity.complete else chat.store.info.get("notes", [])
             spoken = without_notes(request, known)
@@ -13642,7 +13795,7 @@ class Archive:
             return request
         return replace(request, turns=request.turns[:-1], tail=(*last.before, last.raw, *request.tail))
 
-    def _write_branch(self, chat: Chat, alignment: Alignment, request: ChatRequest) -> list[str]:
+    def _write_branch(self, chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[str, ...]:
         """Writes what is new in a request's transcript; returns the branch's ids. Hold the chat's lock."""
         store, before = chat.store, chat.path()
         messages, path = attached(chat, alignment, request)
@@ -13909,7 +14062,7 @@ def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]
     every turn. None where anything else hangs on them.
     """
     tree = chat.tree
-    fork = shared_front(old, path)
+    fork = fork_of(old, path)
     left, now = old[fork:], path[fork:]
     if not 0 < len(left) <= REWORDED or len(left) >= len(now):  # the chat has not gone on: the user edits
         return []
@@ -13923,7 +14076,7 @@ def parted_now(chat: Chat, old: Sequence[str], path: Sequence[str]) -> tuple[lis
     """What is left behind where a client shows apart what it has joined into one message before, or ceases to show a
     note among the messages: the branch `old`, which the chat was last on, says nothing but what the new one says. And
     the parts that are to bear the marks of what was joined. Nothing where the old branch goes on otherwise."""
-    tree, fork = chat.tree, shared_front(old, path)
+    tree, fork = chat.tree, fork_of(old, path)
     left, now = old[fork:], path[fork:]
     if not left or len(now) < 2 or tree.nodes[left[0]].digest == tree.nodes[now[0]].digest:
         return [], []
@@ -14032,10 +14185,10 @@ def is_lone(chat: Chat, request: ChatRequest, path: Sequence[str]) -> bool:
     return len(path) == 1 and request.lone and not chat.store.info["explicit"] and not request.account
 
 
-def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], list[str]]:
+def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], tuple[str, ...]]:
     """What of a transcript must be written (new messages, and stored ones whose state changes), and its branch."""
     tree, store = chat.tree, chat.store
-    path = tree.path(alignment.base)
+    path = list(tree.path(alignment.base))
     unshown = [i for i in tree.unshown if tree.stands_on(alignment.base, i)]
     unshown.sort(key=lambda i: tree.nodes[i].depth)
     messages = [replace(m, confirmed=True) for m in store.read(unshown)]
@@ -14059,7 +14212,7 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
             old = store.read([node.id])[0]
             if not node.confirmed or turn.name or old.original != turn.content:
                 messages.append(shown_again(old, message_of_turn(parent, turn)))
-    return messages, path
+    return messages, tuple(path)
 
 
 def voice_told(node: Node, turn: Turn, parent: str) -> str:
@@ -14227,7 +14380,7 @@ class Recaller:
                     index.look_up(query.words, self._vectors.embedder.word_vectors)
             if turn.newest:
                 with contextlib.suppress(Exception):  # reading them comes to it again, and tells
-                    self._feelings.foresee(turn)
+                    self._feelings.foresee(turn.newest.content)
             vector, degraded = self._vectors.take_for_turn(asked, turn.nodes, turn.newest, query)
             if query is None:
                 self._vectors.later(chat, [n.id for n in turn.nodes[-ENCODED_AT_ONCE:]])
@@ -14309,16 +14462,17 @@ class Recaller:
         asking: EmotionReading,
     ) -> list[Memory]:  # fmt: skip
         """The messages at those indexes as memories, best first; `asking` is what the message feels that asks."""
-        messages = chat.store.read_again([nodes[i].id for i in indexes])
-        readings = self._feelings.read(chat, [nodes[i] for i in indexes])
-        memories, columns = [], zip(*(values[indexes].tolist() for values in scores.values()), strict=True)
-        for i, message, reading, found in zip(indexes, messages, readings, columns, strict=True):
-            row = dict(zip(scores, found, strict=True))
+        found = [nodes[i] for i in indexes]
+        messages, readings = chat.store.read_again([n.id for n in found]), self._feelings.read(chat, found)
+        feels_alike, places = emotion_matches(asking, readings), np.array(indexes, np.int64)
+        columns, memories = zip(*(values[places].tolist() for values in scores.values()), strict=True), []
+        for i, values in enumerate(columns):
+            message, row = messages[i], dict(zip(scores, values, strict=True))
             # Whether a name was new then is not asked here: it would take the names of all messages before.
-            matters = importance_alone(clip(message.content), round(1 - reading.scores["neutral"], 3))
-            feels_alike = emotion_match(asking, reading)
-            more = tie_breakers({"emotion": feels_alike, "importance": matters, "recency": i / len(nodes)})
-            memories.append(Memory(message, nodes[i].depth, row.pop("score") + sum(more.values()), row | more))
+            matters = importance_alone(clip(message.content), round(1 - readings[i].scores["neutral"], 3))
+            recency = indexes[i] / len(nodes)
+            more = tie_breakers({"emotion": feels_alike[i], "importance": matters, "recency": recency})
+            memories.append(Memory(message, found[i].depth, row.pop("score") + sum(more.values()), row | more))
         return sorted(memories, key=lambda m: -m.score)
 
     def search(
@@ -14348,16 +14502,16 @@ class Recaller:
                 memories = with_newest_first(memories, index, query, vector)
             memories, _ = self._reranked(query, memories, SEARCH_SECONDS if wait else RECALL_SECONDS)
             with chat.lock:
-                duplicates = alike([m.message.content for m in memories], vectors_of(chat.index, memories))
+                twin = alike([m.message.content for m in memories], vectors_of(chat.index, memories))
         if not tokens:
             return memories[:k]
         best = max((m.score for m in memories), default=0.0)
         chances, costs = [relevance_probability(m.score, best) for m in memories], list(map(memory_cost, memories))
-        return [memories[i] for i in sorted(choose(chances, costs, duplicates, tokens, cost_per_token=0.0)[0])]
+        return [memories[i] for i in sorted(choose(chances, costs, twin, tokens, cost_per_token=0.0)[0])]
 
     def _asked_of(
         self, chat: Chat, text: str, asker: str, timeout: float
-    ) -> tuple[list[Node], Query, np.ndarray | None]:
+    ) -> tuple[tuple[Node, ...], Query, np.ndarray | None]:
         """A chat's current branch, what a text asks of it, and the vector of that, which is waited for."""
         with chat.lock:
             nodes = chat.tree.branch(chat.store.head)
@@ -14444,14 +14598,21 @@ def with_newest_first(
     if vector is None or query.asks == TELLS or query.dates or query.story_day or "time" in query.wants:
         return memories
     mean, spread = index.noise()
-    parts = []
-    for message in (m.message for m in memories[:NEWEST_AMONG]):
-        vectors = index.sentence_vectors(message.fingerprint)
-        said = sentences(message.content) if len(vectors) > 1 else [message.content]
-        fits = vectors.shape[1] == len(vector) and len(said) == len(vectors)
-        about = vectors @ vector >= mean + ABOUT_QUESTION * spread if fits else np.zeros(len(vectors), bool)
-        parts.append((list(itertools.compress(said, about)), vectors[about]))
-    return newest_first(memories, parts, (mean, spread))
+    parts = [index.sentence_vectors(m.message.fingerprint) for m in memories[:NEWEST_AMONG]]
+    every = np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+    if every.shape[1] != len(vector):
+        return memories
+    about = every @ vector >= mean + ABOUT_QUESTION * spread
+    owners = np.repeat(np.arange(len(parts)), list(map(len, parts)))
+    cosines = every[about] @ every[about].T
+    near = np.where(cosines > NEAR_DUPLICATE, 0, (cosines - mean) / spread)
+
+    def said(i: int) -> Iterable[str]:
+        """The sentences of the memory at that place that are about the question."""
+        content = memories[i].message.content
+        return itertools.compress(sentences(content) if len(parts[i]) > 1 else [content], about[owners == i])
+
+    return newest_first(memories, owners[about], near, said)
 
 
 def asked_by(request: ChatRequest, index: MemoryIndex) -> Query:
@@ -14484,17 +14645,21 @@ def narrowed(memory: Memory, words: Sequence[str], room: int) -> Memory:
     return part if memory_cost(part) <= room else replace(memory, excerpt=alone)
 
 
-def alike(texts: Sequence[str], vectors: np.ndarray | Sequence[np.ndarray]) -> Callable[[int, int], bool]:
-    """Tells of two texts, by their positions, whether they are near-duplicates. Vectors are compared only if they cover
-    the whole text (zeros: none)."""
-    every = np.stack(vectors) if len(texts) else np.zeros((0, 0), np.float32)
+def alike(texts: Sequence[str], vectors: Sequence[np.ndarray]) -> Callable[[int, Iterable[int]], int | None]:
+    """Finds the first of several texts that is a near-duplicate of one, all by their positions. Vectors are compared
+    only if they cover the whole text (zeros: none)."""
+    every = np.asarray(vectors) if len(texts) else np.zeros((0, 0), np.float32)
     whole = every.any(axis=1) & np.array([len(text) <= CHUNK for text in texts], bool)
     compared, cosines = whole[:, None] & whole, every @ every.T
-    maybe = (~compared | (cosines > NEAR_DUPLICATE)).tolist()  # a turn asks of a thousand pairs, and few are near
+    maybe = ~compared | (cosines > NEAR_DUPLICATE)  # a turn asks of a thousand pairs, and few are near
+    alone, maybe = (maybe.sum(axis=1) <= 1).tolist(), maybe.tolist()
 
-    def same(a: int, b: int) -> bool:
-        """Whether the two texts at those positions are near-duplicates."""
-        return maybe[a][b] and is_duplicate(texts[a], texts[b], float(cosines[a, b]) if compared[a, b] else None)
+    def same(a: int, others: Iterable[int]) -> int | None:
+        """The first of the others that is a near-duplicate of `a`, None where none is."""
+        for b in () if alone[a] else others:
+            if maybe[a][b] and is_duplicate(texts[a], texts[b], float(cosines[a, b]) if compared[a, b] else None):
+                return b
+        return None
 
     return same
 
@@ -14510,17 +14675,17 @@ def select_memories(
     """Of candidates, best first, the memories that fit into `room` tokens, are worth their `price` a token, and repeat
     neither each other nor what the history shows; and what is left out, with the reason. Of one that is longer than
     `room` the sentence that says most of the query's `words` is taken."""
-    vectors = vectors_of(turn.chat.index, memories)
+    vectors = turn.chat.index.vectors([turn.nodes[m.index].fingerprint for m in memories])
     shown = shown_duplicates(turn.chat, turn.visible, memories, vectors)
     left_out = [(memories[i], f"says the same as #{n.depth + 1}, which the prompt shows") for i, n in shown.items()]
     fresh = [m for i, m in enumerate(memories) if i not in shown]
-    duplicates = alike([m.message.content for m in fresh], np.delete(vectors, list(shown), axis=0))
+    twin = alike([m.message.content for m in fresh], np.delete(vectors, list(shown), axis=0))
     likely, costs = [relevance_probability(m.score, fresh[0].score) for m in fresh], list(map(memory_cost, fresh))
     most = room - memory_frame_tokens(turn.layout.words)
     for i in [i for i, cost in enumerate(costs) if cost > most]:  # in a small context, a long message would never fit
         fresh[i] = narrowed(fresh[i], words, most)
         costs[i] = memory_cost(fresh[i])
-    chosen, left = choose(likely, costs, duplicates, most, price)
+    chosen, left = choose(likely, costs, twin, most, price)
     kept, over = fitting([fresh[i] for i in chosen], room, turn.layout.words)
     left_out += [(m, NO_ROOM) for m in over]
     for i, same in left.items():
@@ -14559,14 +14724,12 @@ LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 def places_on(chat: Chat, path: Sequence[str]) -> Places:
     """Where the chat's summaries stand on a branch; kept until another one is asked for. Hold the chat's lock."""
     known, places = chat.places
-    kept = min(len(known), len(path))
-    while kept and known[kept - 1] != path[kept - 1]:  # a message's id stands for all above it too
-        kept -= 1
+    kept = fork_of(known, path)
     if places is None or max(len(known), len(path)) - kept > NEAR_BRANCH:
-        chat.places = list(path), Places(chat.texts(path))
+        chat.places = tuple(path), Places(chat.texts(path))
     elif max(len(known), len(path)) > kept:
         places.go_over(kept, chat.texts(path[kept:]))
-        chat.places = list(path), places
+        chat.places = tuple(path), places
     return chat.places[1]
 
 
@@ -15567,7 +15730,7 @@ class PromptBuilder:
         return injection(chat.id, injections) | rows, turn
 
     def _remember(
-        self, chat: Chat, path: list[str], request: ChatRequest, context: int, shares: Sequence[float],
+        self, chat: Chat, path: Sequence[str], request: ChatRequest, context: int, shares: Sequence[float],
         arrange: Callable[..., Layout], deadline: Deadline,
     ) -> TurnMemory:  # fmt: skip
         """Looks up what to say of what the prompt will not show.
@@ -15604,11 +15767,13 @@ class PromptBuilder:
         first, above = request.history_start, len(nodes) - len(request.turns)
         shown, budget = nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
-        away = hidden_from(chat, request)
-        counts = [0 if n.id in away else n.tokens for n in shown[:above]] if away else [n.tokens for n in shown[:above]]
-        counts += [0 if t.hidden else n.tokens for t, n in zip(request.turns[first:], shown[above:], strict=True)]
+        counts = chat.tokens(nodes)[first:].copy()
+        away = [i for i in hidden_from(chat, request) if i in chat.tree.nodes and chat.tree.stands_on(path[-1], i)]
+        counts[[n.depth - first for n in chat.nodes(away) if 0 <= n.depth - first < above]] = 0
         for i, turn in enumerate(request.turns[first:], above):
-            if shown[i].shown != turn.fingerprint and not turn.hidden:  # with something else around the words
+            if turn.hidden:
+                counts[i] = 0
+            elif shown[i].shown != turn.fingerprint:  # with something else around the words
                 counts[i] = message_tokens(turn.raw)
         roles = Seen(shown, lambda node: node.role)
         layout = arrange(request, context, shares, counts, roles, reserved)
@@ -15627,7 +15792,7 @@ class PromptBuilder:
         request = turn.request
         program = request.wants_json or request.identity.kind == "quiet" or turn.chat.store.info.get("lone")
         try:
-            return self._feelings.mood(turn.chat, turn.nodes[turn.first :]) if turn.newest and not program else None
+            return self._feelings.mood(turn.chat, turn.nodes, turn.first) if turn.newest and not program else None
         except Exception as error:
             note_failure("emotion_failed", "The mood could not be read", error, turn.chat.id)
             return None
@@ -15840,7 +16005,7 @@ class PersonaMemory:
         counts = {"messages": len(request.turns), "known": 0, "current": False, "unembedded": 0}
         with self.registry.lookup(chat_id) as chat, chat.lock if chat else contextlib.nullcontext():
             if chat:
-                kept, path = list(align_request(chat, request).kept), chat.path()
+                kept, path = tuple(align_request(chat, request).kept), chat.path()
                 away = [i for i, t in zip(kept, request.turns, strict=False) if t.hidden]
                 same = len(kept) == len(request.turns) and kept == path and away == chat.store.info.get("hidden", [])
                 counts |= {"known": len(kept), "current": same}
