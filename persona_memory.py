@@ -64,7 +64,7 @@ The way of a turn::
      9  Feelings.mood            Readings, Emotion: how the user feels by now
     10  Recaller.carry_over      other chats with the same character, where the user wants that
     11  compose_prompt           Prompt: the messages for the model, and their report
-    12  Completions.stream       Gate, Upstreams: the model's answer, chunk by chunk
+    12  Completions.stream       Gate, Upstreams: the model's answer, chunk by chunk; the report is made meanwhile
     13  stream_events            Web: to the client
     14  PersonaMemory.record     the reply, provisional, and the report; vectors follow in the background
     15  Summarizer.consider      what has left the prompt is summarised in the background
@@ -1250,9 +1250,10 @@ class Node:
     said_at: float = field(compare=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Turn:
-    """A user or assistant message of a request, with the client's other messages that stand right before it."""
+    """A user or assistant message of a request, with the client's other messages that stand right before it. As a
+    `Node` it is not changed, but not frozen either."""
 
     raw: dict
     role: str
@@ -7173,6 +7174,7 @@ class MemoryIndex:
 #
 # Locks. Whoever takes two takes them in this order; none is held while waiting for the embedder or an upstream.
 #
+#     Prepared.make_report   making a turn's report, by whoever needs it first
 #     Archive._creating      finding again, and making, a new chat: two first requests make one
 #     ChatRegistry._starting opening the data folder
 #     Chat.embedding         computing a chat's missing vectors; held while waiting for the embedder, never by a turn
@@ -7602,14 +7604,15 @@ class ChatRegistry:
             yield chat
 
     @contextlib.contextmanager
-    def lookup(self, chat_id: str) -> Iterator[Chat | None]:
-        """As `borrow`, None where there is no such chat. It has caught up with other processes."""
+    def lookup(self, chat_id: str, current: bool = True) -> Iterator[Chat | None]:
+        """As `borrow`, None where there is no such chat. It has caught up with other processes where it is to be
+        `current`; a transaction does so itself."""
         self.start()
-        with self._borrow_folder(self.folder / chat_folder(chat_id)) as chat:
+        with self._borrow_folder(self.folder / chat_folder(chat_id), current) as chat:
             yield chat
 
     @contextlib.contextmanager
-    def _borrow_folder(self, folder: Path) -> Iterator[Chat | None]:
+    def _borrow_folder(self, folder: Path, current: bool = True) -> Iterator[Chat | None]:
         if not database_of(folder).exists():
             yield None
             return
@@ -7619,8 +7622,9 @@ class ChatRegistry:
                 yield None
                 return
             chat = lending.chat.result()
-            with chat.lock:
-                chat.store.catch_up()
+            if current or not chat.store.info:
+                with chat.lock:
+                    chat.store.catch_up()
             yield chat if chat.store.info else None  # a crash can leave a chat that has no name yet
         finally:
             self._give_back(folder.name, lending)
@@ -12362,11 +12366,11 @@ def read_to_end(response: httpx.Response, chunks: Iterator[bytes], call: Call) -
     """Reads what stands behind an answer's last event, as a rule the mark that it has ended: only then its connection
     can serve another request (RFC 9112, 9.3). Returns whether it came in time; where not, the connection is cut."""
     if not response.is_closed:
-        late = threading.Timer(END_SECONDS, call.cut)
-        late.start()
+        ended = threading.Event()
+        RELAYS.run(lambda: ended.wait(END_SECONDS) or call.cut())
         with contextlib.suppress(httpx.HTTPError):
             deque(chunks, maxlen=0)
-        late.cancel()
+        ended.set()
     return response.is_closed
 
 
@@ -13621,7 +13625,7 @@ class Archive:
         """
         with contextlib.ExitStack() as loans:
             named = chat_id or self._located(request, "", deadline)
-            chat = loans.enter_context(self._registry.lookup(named)) if named else None
+            chat = loans.enter_context(self._registry.lookup(named, current=False)) if named else None
             if chat is None:
                 with self._creating:
                     named = self._create(request, chat_id, deadline)
