@@ -4741,13 +4741,13 @@ def split_turns(messages: Sequence[dict], led: bool = False) -> tuple[tuple[Turn
     """
     turns, before, after_user = [], [], False
     for message in messages:
-        words, _ = said_in(message["role"], text_of(message.get("content")))
-        instructs = (turns or led) and message["role"] == "user" and is_instruction(words, alone=not after_user)
-        if message["role"] not in CHAT_ROLES or message.get("tool_calls") or not words.strip() or instructs:
+        turn = make_turn(message, before)
+        instructs = (turns or led) and turn.role == "user" and is_instruction(turn.content, alone=not after_user)
+        if turn.role not in CHAT_ROLES or message.get("tool_calls") or not turn.content.strip() or instructs:
             before.append(message)
             continue
-        turns.append(make_turn(message, before))
-        before, after_user = [], message["role"] == "user"
+        turns.append(turn)
+        before, after_user = [], turn.role == "user"
     return tuple(turns), tuple(before)
 
 
@@ -4858,8 +4858,8 @@ def names_told(request: ChatRequest) -> dict[str, set[str]]:
 
 
 def make_turn(message: dict, before: Sequence[dict] = ()) -> Turn:
-    """A turn from a user's or an assistant's message."""
-    content, digest = said_in(message["role"], text_of(message["content"]))
+    """A turn from a message."""
+    content, digest = said_in(message["role"], text_of(message.get("content")))
     return Turn(message, message["role"], content, message.get("name"), digest, tuple(before))
 
 
