@@ -3144,7 +3144,9 @@ def names_in(text: str) -> frozenset[str]:
     return frozenset(name.lower() for name in found) - word_set(NOT_NAMES)
 
 
-def importance_factors(text: str, reading: EmotionReading, known_names: Collection[str] = ()) -> dict[str, float]:
+def importance_factors(
+    text: str, reading: EmotionReading, known_names: Collection[str] | None = ()
+) -> dict[str, float]:  # fmt: skip
     """The value, 0 to 1, of each of IMPORTANCE_FACTORS."""
     text = clip(text)
     words = re.findall(r"[^\W\d_]+", text.lower())
@@ -3153,7 +3155,7 @@ def importance_factors(text: str, reading: EmotionReading, known_names: Collecti
     return {
         "emotion": 1 - reading.scores["neutral"],
         "promise": float(tells(PROMISE, text)),
-        "first": min(1.0, len(names.difference(known_names)) / 2),
+        "first": 0.0 if known_names is None else min(1.0, len(names.difference(known_names)) / 2),
         "names": min(1.0, len(names) / 2),
         "person": min(1.0, 5 * share_of(persons, len(words))),
         "length": min(1.0, math.log1p(len(words)) / math.log(101)),
@@ -3161,10 +3163,10 @@ def importance_factors(text: str, reading: EmotionReading, known_names: Collecti
     }
 
 
-def message_importance(text: str, reading: EmotionReading, known_names: Collection[str] = ()) -> float:
+def message_importance(text: str, reading: EmotionReading, known_names: Collection[str] | None = ()) -> float:
     """How much a message is worth remembering, 0 to 1: the weighted sum of IMPORTANCE_FACTORS.
 
-    `known_names` are the names (`names_in`) of the messages before it on the branch.
+    `known_names` are the names (`names_in`) of the messages before it on the branch; None: every name is known.
     """
     factors = importance_factors(text, reading, known_names)
     return min(1.0, sum(weight * factors[name] for name, weight in IMPORTANCE_FACTORS.items()))
@@ -3174,8 +3176,7 @@ def message_importance(text: str, reading: EmotionReading, known_names: Collecti
 def importance_alone(text: str, feeling: float) -> float:
     """The same where every name is known, of a text that feels so much (1 - neutral); kept, as turns ask for the same
     texts again and again."""
-    reading = EmotionReading("", feeling, {"neutral": 1 - feeling})
-    return message_importance(text, reading, names_in(text))
+    return message_importance(text, EmotionReading("", feeling, {"neutral": 1 - feeling}), None)
 
 
 MOOD_DECAY = 0.5  # what a message counts in the mood after each further one
@@ -8504,6 +8505,7 @@ COST_PER_TOKEN = 1e-4  # a memory must be as likely relevant, for each of its to
 LEAN_COST_PER_TOKEN = 2e-3  # the same with --lean
 LEAN_SHARE = 0.5  # of the tokens that memories may take otherwise
 NEAR_DUPLICATE = 0.95  # cosine above which two memories say the same
+FIGURES = re.compile(r"\d+")
 REMEMBERING_SHARE = 2.0  # of what recalled memories may take, where the history leaves it
 ASKING_SHARE = 1.5
 TELLING_SHARE = 0.5  # each recalled token is evaluated anew every turn
@@ -8621,7 +8623,7 @@ def is_duplicate(a: str, b: str, cosine: float | None) -> bool:
     if cosine is None:
         words = word_set_hash(a)
         return bool(words) and words == word_set_hash(b)
-    return cosine > NEAR_DUPLICATE and (a == b or sorted(re.findall(r"\d+", a)) == sorted(re.findall(r"\d+", b)))
+    return cosine > NEAR_DUPLICATE and sorted(FIGURES.findall(a)) == sorted(FIGURES.findall(b))
 
 
 @kept_for_short
@@ -9530,12 +9532,14 @@ def memory_block(memories: Sequence[Memory], words: Wording = ENGLISH) -> str:
 
 def fitting(
     memories: Sequence[Memory], budget: int, words: Wording, block: Callable[..., str] = memory_block
-) -> tuple[list[Memory], list[Memory]]:
-    """The memories, best first, that fit into `budget` tokens with their frame, as `block` writes it; and the rest."""
-    kept = list(memories)
-    while kept and count_tokens(block(kept, words)) + FRAME_MARGIN > budget:
+) -> tuple[list[Memory], list[Memory], str]:
+    """The memories, best first, that fit into `budget` tokens with their frame, as `block` writes it; the rest; and
+    that block."""
+    kept, told = list(memories), block(memories, words)
+    while kept and count_tokens(told) + FRAME_MARGIN > budget:
         kept.pop()
-    return kept, list(memories[len(kept) :])
+        told = block(kept, words)
+    return kept, list(memories[len(kept) :]), told
 
 
 def carried_block(memories: Sequence[Memory], words: Wording = ENGLISH) -> str:
@@ -12679,6 +12683,7 @@ class RecallResult:
     nothing: str = ""  # why there are none, where nothing went wrong
     words: tuple[str, ...] = ()  # the query's
     vector: np.ndarray | None = None  # the query's
+    block: str = ""  # the memories as a prompt tells them
 
 
 @dataclass(frozen=True)
@@ -14248,10 +14253,10 @@ class Recaller:
             memories, late = self._reranked(query, memories, turn.deadline.left)
             self._vectors.take_newest(asked)
             with chat.lock:
-                kept, left_out = select_memories(turn, memories, query.words, room, self._price)
+                kept, left_out, block = select_memories(turn, memories, query.words, room, self._price)
             degraded = "; ".join(filter(None, (degraded, late)))
             nothing = "" if kept else SEE_LEFT_OUT if left_out else TALK if query.asks == TELLS else NOTHING_FITS
-            return RecallResult(tuple(kept), tuple(left_out), degraded, nothing, query.words, vector)
+            return RecallResult(tuple(kept), tuple(left_out), degraded, nothing, query.words, vector, block)
         except Exception as error:
             with chat.lock:
                 chat.index = MemoryIndex()  # derived: the next turn makes it anew
@@ -14382,7 +14387,7 @@ class Recaller:
         with self._registry.borrow(chat_id) as chat, chat.lock:
             return len(chat.index.unembedded)
 
-    def carry_over(self, turn: TurnContext, memories: Sequence[Memory]) -> list[Memory]:
+    def carry_over(self, turn: TurnContext, recalled: RecallResult) -> list[Memory]:
         """Memories out of other chats with the same character, where the user wants them. Never fails a turn.
 
         What the turn's own chat remembers goes first; no lock of it is held: two chats may recall from each other.
@@ -14392,7 +14397,7 @@ class Recaller:
             others = self._related_chats(turn.chat) if turn.pivot else []
             if not others:
                 return []
-            taken = count_tokens(memory_block(memories, layout.words)) + layout.words.mood_tokens + FRAME_MARGIN
+            taken = count_tokens(recalled.block) + layout.words.mood_tokens + FRAME_MARGIN
             room = min(layout.room - taken, layout.recalled - taken, int(CARRIED_SHARE * layout.recalled))
             found = [row for chat_id in others for row in self._found_in(chat_id, turn)] if room > 0 else []
             ranked = sorted(found, key=lambda row: -row[0].score)
@@ -14529,10 +14534,10 @@ def vectors_of(index: MemoryIndex, memories: Sequence[Memory]) -> np.ndarray:
 
 def select_memories(
     turn: TurnContext, memories: Sequence[Memory], words: Sequence[str], room: int, price: float
-) -> tuple[list[Memory], list[dict]]:
+) -> tuple[list[Memory], list[dict], str]:
     """Of candidates, best first, the memories that fit into `room` tokens, are worth their `price` a token, and repeat
-    neither each other nor what the history shows; and what is left out, with the reason. Of one that is longer than
-    `room` the sentence that says most of the query's `words` is taken."""
+    neither each other nor what the history shows; what is left out, with the reason; and the memories' block. Of one
+    that is longer than `room` the sentence that says most of the query's `words` is taken."""
     vectors = turn.chat.index.vectors([turn.nodes[m.index].fingerprint for m in memories])
     shown = shown_duplicates(turn.chat, turn.visible, memories, vectors)
     left_out = [(memories[i], f"says the same as #{n.depth + 1}, which the prompt shows") for i, n in shown.items()]
@@ -14544,12 +14549,12 @@ def select_memories(
         fresh[i] = narrowed(fresh[i], words, most)
         costs[i] = memory_cost(fresh[i])
     chosen, left = choose(likely, costs, twin, most, price)
-    kept, over = fitting([fresh[i] for i in chosen], room, turn.layout.words)
+    kept, over, block = fitting([fresh[i] for i in chosen], room, turn.layout.words)
     left_out += [(m, NO_ROOM) for m in over]
     for i, same in left.items():
         left_out.append((fresh[i], NO_ROOM if same is None else f"says the same as #{fresh[same].index + 1}"))
     left_out.sort(key=lambda row: -row[0].score)
-    return kept, [left_out_row(m, reason) for m, reason in left_out[:LEFT_OUT]]
+    return kept, [left_out_row(m, reason) for m, reason in left_out[:LEFT_OUT]], block
 
 
 def shown_duplicates(
@@ -15614,11 +15619,10 @@ class PromptBuilder:
             piece = self._reminder(turn, story, recalled)
             above_window = enumerate(nodes[first + layout.anchor : first + above], layout.anchor)
             older = chat.store.read_again([n.id for i, n in above_window if i not in layout.hidden])
-        memories = [*recalled.memories, *self._recaller.carry_over(turn, recalled.memories)]
+        memories = [*recalled.memories, *self._recaller.carry_over(turn, recalled)]
         carried = memories[len(recalled.memories) :]
         words = layout.words
-        told = memory_block(recalled.memories, words), carried_block(carried, words)
-        parts = (*told, self._feelings.guidance(turn, mood))
+        parts = recalled.block, carried_block(carried, words), self._feelings.guidance(turn, mood)
         block, piece = with_reminder("\n".join(filter(None, parts)), piece, layout.room, words)
         self._status.log_text(request.turns[-1].role, request.turns[-1].content)
         return TurnMemory(turn, path, story, recalled, memories, mood, piece, block, older, plan, context)
@@ -15737,7 +15741,8 @@ def without_shown(recalled: RecallResult, layout: Layout, story: int) -> RecallR
     """What was recalled, without what the client's own prompt shows; `story` are that one's tokens."""
     kept = beyond_window(recalled.memories, layout, story)
     shown = (left_out_row(m, "the client's prompt shows it") for m in recalled.memories if m not in kept)
-    return replace(recalled, memories=tuple(kept), left_out=(*recalled.left_out, *shown))
+    block = memory_block(kept, layout.words)
+    return replace(recalled, memories=tuple(kept), left_out=(*recalled.left_out, *shown), block=block)
 
 
 # ======================================================================================================================
